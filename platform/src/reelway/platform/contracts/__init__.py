@@ -1,0 +1,1 @@
+"""The types every part agrees on. No logic beyond validation, no I/O, no frameworks."""

@@ -1,0 +1,72 @@
+"""``blend.yaml``: how candidates are gathered, weighed and arranged. Part of the release, so it rolls back with it."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from reelway.platform.contracts.features import RANKER_TASKS
+
+SourceName = Literal["ann", "popular", "trending", "fresh", "neighbours"]
+"""Retrieval sources: two-tower ANN, all-time popular, rising now, new uploads, item-to-item from the history."""
+
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class RetrievalBlend(_Strict):
+    """How many candidates go on to ranking, and from where."""
+
+    candidates: Annotated[int, Field(ge=1, le=10_000)] = 500
+    quotas: dict[SourceName, Share] = Field(
+        default={"ann": 0.6, "trending": 0.15, "popular": 0.1, "neighbours": 0.1, "fresh": 0.05},
+        description="share of the candidates kept for each source; what one source cannot fill, the next ones do",
+    )
+    index_probes: Annotated[int, Field(ge=1)] = 16
+    fresh_hours: Annotated[float, Field(gt=0)] = 48.0
+
+    @model_validator(mode="after")
+    def _quotas_make_a_whole(self) -> RetrievalBlend:
+        total = sum(self.quotas.values())
+        if abs(total - 1.0) > 1e-6:
+            raise ValueError(f"quotas sum to {total:g}, expected 1; change retrieval.quotas")
+        return self
+
+
+class RankingBlend(_Strict):
+    """Weights of the heads in a video's value: probabilities for binary heads, log1p(seconds) for ``watch_s``."""
+
+    value_weights: dict[str, float] = Field(
+        default={
+            "long_watch": 1.0, "like": 0.5, "share": 0.5, "save": 0.4, "follow": 0.5, "comment": 0.3,
+            "skip": -0.5, "watch_s": 0.1,
+        }
+    )  # fmt: skip
+    retrieval_weight: float = Field(default=0.0, description="weight of the retrieval similarity in the value")
+
+    @model_validator(mode="after")
+    def _weights_are_heads(self) -> RankingBlend:
+        if unknown := sorted(set(self.value_weights) - set(RANKER_TASKS)):
+            raise ValueError(f"value_weights names {unknown}, expected names among {list(RANKER_TASKS)}")
+        return self
+
+
+class RerankingBlend(_Strict):
+    """How the slate is arranged from the ranked candidates."""
+
+    diversity: Share = Field(default=0.15, description="MMR: 0 orders by value alone, 1 by novelty alone")
+    max_per_creator: Annotated[int, Field(ge=1)] = 2
+    exploration_slots: Annotated[int, Field(ge=0)] = 0
+    head: Annotated[int, Field(ge=1)] = Field(default=100, description="ranked candidates that MMR looks at")
+
+
+class Blend(_Strict):
+    """The whole of ``blend.yaml``."""
+
+    retrieval: RetrievalBlend = Field(default_factory=RetrievalBlend)
+    ranking: RankingBlend = Field(default_factory=RankingBlend)
+    reranking: RerankingBlend = Field(default_factory=RerankingBlend)

@@ -1,0 +1,136 @@
+"""The event schema: what was shown (impressions), what the viewer did (outcomes), and who and what they are.
+
+Every data set, simulated or imported, is a folder with these tables (see ``DATASET_TABLES``). Times are UTC
+microseconds. Nothing here reads or writes; importers and the simulator do.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Final
+
+import pyarrow as pa
+
+VISUAL_DIM: Final = 32
+AUDIO_DIM: Final = 16
+TEXT_DIM: Final = 32
+TOPICS: Final = 32
+"""Topics are 0..TOPICS-1; -1 is an unknown topic."""
+
+TIME: Final = pa.timestamp("us", tz="UTC")
+WORD: Final = pa.dictionary(pa.int32(), pa.string())
+
+
+class OutcomeType(StrEnum):
+    """What a viewer can do with an impression. ``watch`` carries watched milliseconds; the others carry 1."""
+
+    WATCH = "watch"
+    LIKE = "like"
+    SHARE = "share"
+    SAVE = "save"
+    FOLLOW = "follow"
+    COMMENT = "comment"
+    SKIP = "skip"
+    NOT_INTERESTED = "not_interested"
+    REPORT = "report"
+
+
+class Arm(StrEnum):
+    """Which side of a rollout a request is on; decided once, at the ingress."""
+
+    STABLE = "stable"
+    CANARY = "canary"
+    HOLDOUT = "holdout"
+    SHADOW = "shadow"
+
+
+LONG_WATCH_RATIO: Final = 0.7
+LONG_WATCH_CAP_MS: Final = 30_000.0
+"""A long watch is ``watch_ms >= min(LONG_WATCH_RATIO * duration_ms, LONG_WATCH_CAP_MS)``."""
+
+OUTCOME_HORIZON_S: Final = 24 * 3600
+"""An outcome later than this after its impression no longer counts for it."""
+
+OUTCOME_WEIGHTS: Final[dict[str, float]] = {
+    "long_watch": 1.0,
+    "like": 1.0,
+    "share": 1.5,
+    "save": 1.2,
+    "follow": 1.5,
+    "comment": 1.0,
+    "skip": -0.5,
+    "not_interested": -2.0,
+    "report": -3.0,
+}
+"""How much one outcome says about taste; an impression's weight is the sum, kept within ``WEIGHT_BOUNDS``."""
+WEIGHT_BOUNDS: Final = (-3.0, 5.0)
+
+VIEWERS: Final = pa.schema(
+    [
+        pa.field("viewer_id", pa.int64(), nullable=False),
+        pa.field("created_at", TIME, nullable=False),
+        pa.field("region", pa.string()),
+        pa.field("language", pa.string()),
+        pa.field("segment", pa.string()),  # age band, occupation or any coarse group the source has
+    ]
+)
+
+CREATORS: Final = pa.schema(
+    [
+        pa.field("creator_id", pa.int64(), nullable=False),
+        pa.field("created_at", TIME, nullable=False),
+        pa.field("followers", pa.int64(), nullable=False),  # at created_at; growth comes from follow outcomes
+    ]
+)
+
+VIDEOS: Final = pa.schema(
+    [
+        pa.field("video_id", pa.int64(), nullable=False),
+        pa.field("creator_id", pa.int64(), nullable=False),
+        pa.field("uploaded_at", TIME, nullable=False),
+        pa.field("duration_ms", pa.int32(), nullable=False),
+        pa.field("topic", pa.int32(), nullable=False),
+        pa.field("language", pa.string()),
+        pa.field("title", pa.string()),
+        pa.field("visual", pa.list_(pa.float32())),  # VISUAL_DIM values, or null where missing
+        pa.field("audio", pa.list_(pa.float32())),  # AUDIO_DIM values, or null
+        pa.field("text", pa.list_(pa.float32())),  # TEXT_DIM values, or null
+    ]
+)
+
+IMPRESSIONS: Final = pa.schema(
+    [
+        pa.field("impression_id", pa.int64(), nullable=False),
+        pa.field("request_id", pa.int64(), nullable=False),
+        pa.field("viewer_id", pa.int64(), nullable=False),
+        pa.field("video_id", pa.int64(), nullable=False),
+        pa.field("position", pa.int16(), nullable=False),  # 0 is the top of the slate
+        pa.field("event_time", TIME, nullable=False),
+        pa.field("release", WORD, nullable=False),
+        pa.field("arm", WORD, nullable=False),
+        pa.field("source", WORD, nullable=False),
+        pa.field("propensity", pa.float32(), nullable=False),  # probability of this video at this position, (0, 1]
+        pa.field("device", WORD, nullable=False),
+    ]
+)
+
+OUTCOMES: Final = pa.schema(
+    [
+        pa.field("outcome_id", pa.int64(), nullable=False),
+        pa.field("impression_id", pa.int64(), nullable=False),
+        pa.field("viewer_id", pa.int64(), nullable=False),
+        pa.field("video_id", pa.int64(), nullable=False),
+        pa.field("type", WORD, nullable=False),  # an OutcomeType
+        pa.field("value", pa.float32(), nullable=False),  # watched milliseconds for watch, else 1
+        pa.field("event_time", TIME, nullable=False),  # never before its impression's
+    ]
+)
+
+DATASET_TABLES: Final[dict[str, pa.Schema]] = {
+    "viewers": VIEWERS,
+    "creators": CREATORS,
+    "videos": VIDEOS,
+    "impressions": IMPRESSIONS,
+    "outcomes": OUTCOMES,
+}
+"""Table name -> schema. On disk: ``<data set>/<table>.parquet``, events sorted by ``event_time``, then id."""

@@ -1,0 +1,116 @@
+"""The release manifest: one immutable description of everything that must go live, or back, together.
+
+A release's id is the SHA-256 of its canonical manifest (sorted keys, no white space, without ``signature``), so
+two releases with the same content have the same id and a changed byte anywhere changes it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from datetime import datetime
+from typing import Annotated, Any, Final, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+SCHEMA_VERSION: Final = 1
+
+VIEWER_TOWER_FILE: Final = "viewer_tower.onnx"
+RANKER_FILE: Final = "ranker.onnx"
+INDEX_FILE: Final = "index.faiss"
+VIDEOS_FILE: Final = "videos.arrow"
+POPULAR_FILE: Final = "popular.arrow"
+NEIGHBOURS_FILE: Final = "neighbours.arrow"
+BLEND_FILE: Final = "blend.yaml"
+CALIBRATION_FILE: Final = "calibration.json"
+MANIFEST_FILE: Final = "manifest.json"
+
+RELEASE_FILES: Final = (
+    VIEWER_TOWER_FILE, RANKER_FILE, INDEX_FILE, VIDEOS_FILE, POPULAR_FILE, NEIGHBOURS_FILE, BLEND_FILE,
+    CALIBRATION_FILE,
+)  # fmt: skip
+
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
+class FileEntry(BaseModel):
+    """One file of the release."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    sha256: Sha256
+    size_bytes: Annotated[int, Field(ge=0)]
+
+
+class TrainingWindow(BaseModel):
+    """The events the models were trained on, [start, end)."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    start: datetime
+    end: datetime
+
+
+class FeatureServiceRef(BaseModel):
+    """A Feast feature service by name and by digest of its views, fields and types."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str
+    digest: Sha256
+
+
+class Dimensions(BaseModel):
+    """Shapes that must agree between the files; ``verify`` reads them from the files and compares."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    embedding: Annotated[int, Field(gt=0)]
+    viewer_dense: Annotated[int, Field(gt=0)]
+    video_dense: Annotated[int, Field(gt=0)]
+    videos: Annotated[int, Field(gt=0)]
+    tasks: tuple[str, ...]
+
+
+class GateResult(BaseModel):
+    """One quality gate: the metric seen, the bound, and whether it held."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str
+    value: float
+    bound: float
+    comparison: Literal[">=", "<="]
+    passed: bool
+    detail: str = ""
+
+
+class Manifest(BaseModel):
+    """See the module's docstring. ``signature`` is base64 Ed25519 over the canonical bytes."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    schema_version: Literal[1] = 1
+    name: str
+    parent: str | None = None
+    created_at: datetime
+    code_version: str
+    seed: int
+    training_window: TrainingWindow
+    feature_services: tuple[FeatureServiceRef, ...]
+    dimensions: Dimensions
+    metrics: dict[str, float]
+    gates: tuple[GateResult, ...]
+    files: dict[str, FileEntry]
+    config: dict[str, Any] = Field(default_factory=dict)
+    signature: str | None = None
+
+    def canonical_bytes(self) -> bytes:
+        """The signed bytes: JSON with sorted keys, no white space, without the signature."""
+        body = self.model_dump(mode="json", exclude={"signature"})
+        return json.dumps(body, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
+
+    @property
+    def release_id(self) -> str:
+        """Hex SHA-256 of the canonical bytes; the first 12 characters are what people type."""
+        return hashlib.sha256(self.canonical_bytes()).hexdigest()

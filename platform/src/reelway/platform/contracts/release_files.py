@@ -1,0 +1,55 @@
+"""What lies inside a release's Arrow files. All are Arrow IPC files, one record batch, uncompressed: made to be
+memory-mapped and shared between the replicas of a node.
+
+``index.faiss`` is an inner-product index whose ids are row numbers of ``videos.arrow``.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+import pyarrow as pa
+
+from reelway.platform.contracts.features import (
+    ID_HASHES,
+    VIDEO_CATEGORIES,
+    VIDEO_LIVE_DENSE,
+    VIDEO_STATIC_DENSE,
+)
+
+NEIGHBOURS: Final = 20
+
+
+def videos_schema(embedding_dim: int) -> pa.Schema:
+    """``videos.arrow``: one row per servable video, ascending ``video_id``; fixed-width columns map to matrices."""
+    return pa.schema(
+        [
+            pa.field("video_id", pa.int64(), nullable=False),
+            pa.field("creator_id", pa.int64(), nullable=False),
+            pa.field("topic", pa.int32(), nullable=False),
+            pa.field("uploaded_at_s", pa.float64(), nullable=False),
+            pa.field("title", pa.string()),
+            pa.field("creator_codes", pa.list_(pa.int64(), ID_HASHES), nullable=False),
+            pa.field("video_categories", pa.list_(pa.int64(), len(VIDEO_CATEGORIES)), nullable=False),
+            pa.field("static_dense", pa.list_(pa.float32(), len(VIDEO_STATIC_DENSE)), nullable=False),
+            pa.field("live_dense", pa.list_(pa.float32(), len(VIDEO_LIVE_DENSE)), nullable=False),
+            pa.field("embedding", pa.list_(pa.float32(), embedding_dim), nullable=False),  # unit length
+        ]
+    )
+
+
+POPULAR: Final = pa.schema(
+    [
+        pa.field("list", pa.string(), nullable=False),  # "popular", "trending", or "trending:<region>"
+        pa.field("rank", pa.int32(), nullable=False),  # 0 is the top
+        pa.field("video_id", pa.int64(), nullable=False),
+        pa.field("score", pa.float32(), nullable=False),
+    ]
+)
+
+NEIGHBOURS_SCHEMA: Final = pa.schema(
+    [
+        pa.field("video_id", pa.int64(), nullable=False),  # same order as videos.arrow
+        pa.field("rows", pa.list_(pa.int32(), NEIGHBOURS), nullable=False),  # rows of videos.arrow, -1 where none
+    ]
+)

@@ -1,0 +1,108 @@
+"""Every error Reelway raises on purpose, in one tree.
+
+::
+
+    ReelwayError                     exit 1
+    ├── ConfigError                  exit 2   a setting, flag or policy is wrong
+    ├── DataError                    exit 3   input data
+    │   ├── MalformedFileError                a file is not what its format says (file, row, column, value)
+    │   ├── EmptyDatasetError                 nothing to work on
+    │   └── TooManyBadRowsError               the checks set aside more than the limit
+    ├── FeatureError                 exit 4   feature store and feature computation
+    │   └── ParityError                       a served value differs from the offline join
+    ├── TrainingError                exit 5   training cannot start or go on
+    ├── ReleaseError                 exit 6   a release is refused
+    │   ├── ReleaseNotFoundError
+    │   ├── DigestMismatchError               a file or the manifest is not what was signed
+    │   ├── SignatureError                    no signature, or not by a trusted key
+    │   ├── IncompatibleReleaseError          dimensions, feature service or schema disagree
+    │   └── GateFailedError                   a quality gate does not hold
+    ├── StorageError                 exit 7   disk full, no permission, store unreachable
+    └── ServingError                 exit 8   the graph cannot start or answer
+
+A message says what, the value seen, what was expected and what to do. The CLI prints the message without a
+traceback and exits with the code; anything not in this tree is a bug and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+
+class ReelwayError(Exception):
+    """Base of all of them."""
+
+    exit_code = 1
+
+
+class ConfigError(ReelwayError):
+    exit_code = 2
+
+
+class DataError(ReelwayError):
+    exit_code = 3
+
+
+class MalformedFileError(DataError):
+    """A file is not what its format says."""
+
+    def __init__(
+        self, path: object, expected: str, *, seen: object, row: int | None = None, column: str | None = None
+    ) -> None:
+        where = f"{path}"
+        if row is not None:
+            where += f", row {row}"
+        if column is not None:
+            where += f", column {column!r}"
+        super().__init__(f"{where}: saw {seen!r}, expected {expected}")
+        self.path, self.row, self.column, self.seen, self.expected = path, row, column, seen, expected
+
+
+class EmptyDatasetError(DataError):
+    pass
+
+
+class TooManyBadRowsError(DataError):
+    pass
+
+
+class FeatureError(ReelwayError):
+    exit_code = 4
+
+
+class ParityError(FeatureError):
+    pass
+
+
+class TrainingError(ReelwayError):
+    exit_code = 5
+
+
+class ReleaseError(ReelwayError):
+    exit_code = 6
+
+
+class ReleaseNotFoundError(ReleaseError):
+    pass
+
+
+class DigestMismatchError(ReleaseError):
+    pass
+
+
+class SignatureError(ReleaseError):
+    pass
+
+
+class IncompatibleReleaseError(ReleaseError):
+    pass
+
+
+class GateFailedError(ReleaseError):
+    pass
+
+
+class StorageError(ReelwayError):
+    exit_code = 7
+
+
+class ServingError(ReelwayError):
+    exit_code = 8

@@ -1,0 +1,1 @@
+"""How feature values become model inputs: the code that training, export and serving all run, in numpy."""

@@ -1,0 +1,52 @@
+"""Stable codes for ids and words. Python's own ``hash`` is salted per process, so it is never used here."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterable
+from functools import lru_cache
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from reelway.platform.contracts.features import CATEGORY_BUCKETS, ID_BUCKETS, ID_HASHES
+
+MISSING_ID: Final = -1
+_SALTS: Final = tuple(np.uint64(0x9E3779B97F4A7C15 * (i + 1) & 0xFFFFFFFFFFFFFFFF) for i in range(ID_HASHES))
+
+
+def mix64(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """SplitMix64's finaliser (Steele, Lea and Flood 2014): a bijection on 64 bits that scatters near values."""
+    with np.errstate(over="ignore"):
+        mixed = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        return mixed ^ (mixed >> np.uint64(31))
+
+
+def id_codes(ids: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Codes in 1..ID_BUCKETS-1 for each of ID_HASHES hash functions; 0 for negative (missing) ids.
+
+    Shapes: ``[...] -> [..., ID_HASHES]``.
+    """
+    raw = np.asarray(ids, dtype=np.int64)
+    unsigned = raw.view(np.uint64) if raw.flags.c_contiguous else raw.copy().view(np.uint64)
+    codes = np.empty((*raw.shape, ID_HASHES), dtype=np.int64)
+    with np.errstate(over="ignore"):
+        for i, salt in enumerate(_SALTS):
+            codes[..., i] = (mix64(unsigned + salt) % np.uint64(ID_BUCKETS - 1)).astype(np.int64) + 1
+    codes[raw < 0] = 0
+    return codes
+
+
+@lru_cache(maxsize=65_536)
+def word_code(word: str | None) -> int:
+    """Code in 1..CATEGORY_BUCKETS-1 for a word, 0 for a missing one."""
+    if not word:
+        return 0
+    return zlib.crc32(word.encode()) % (CATEGORY_BUCKETS - 1) + 1
+
+
+def word_codes(words: Iterable[str | None]) -> NDArray[np.int64]:
+    """``word_code`` over many. Shapes: ``[N] -> [N]``."""
+    return np.fromiter((word_code(word) for word in words), dtype=np.int64)

@@ -1,0 +1,58 @@
+"""Metrics and logs, named one way: ``reelway_<stage>_<thing>_<unit>``.
+
+Labels are ``release``, ``arm``, ``stage``, ``source``, ``outcome``, ``rung`` or ``kind``; never a viewer or a video,
+whose number has no bound. A metric with another name or label is refused when it is made, not found in production.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import sys
+from collections.abc import Sequence
+from typing import Final
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+ALLOWED_LABELS: Final = frozenset({"release", "arm", "stage", "source", "outcome", "rung", "kind", "view"})
+_NAME = re.compile(r"^reelway_[a-z]+(_[a-z0-9]+)+$")
+
+LATENCY_BUCKETS_S: Final = (
+    0.0005, 0.001, 0.002, 0.004, 0.008, 0.016, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5,
+)  # fmt: skip
+
+
+def _checked(name: str, labels: Sequence[str]) -> tuple[str, ...]:
+    if not _NAME.match(name):
+        raise ValueError(f"metric {name!r} is not of the form reelway_<stage>_<thing>_<unit>")
+    if unknown := set(labels) - ALLOWED_LABELS:
+        raise ValueError(f"metric {name}: labels {sorted(unknown)} are not among {sorted(ALLOWED_LABELS)}")
+    return tuple(labels)
+
+
+def counter(name: str, help_text: str, labels: Sequence[str], registry: CollectorRegistry) -> Counter:
+    """A monotone count; its name ends in ``_total``."""
+    return Counter(name, help_text, _checked(name, labels), registry=registry)
+
+
+def gauge(name: str, help_text: str, labels: Sequence[str], registry: CollectorRegistry) -> Gauge:
+    """A value that goes up and down; summed over a node's live processes."""
+    return Gauge(name, help_text, _checked(name, labels), registry=registry, multiprocess_mode="livesum")
+
+
+def histogram(
+    name: str,
+    help_text: str,
+    labels: Sequence[str],
+    registry: CollectorRegistry,
+    buckets: Sequence[float] = LATENCY_BUCKETS_S,
+) -> Histogram:
+    """A distribution; seconds unless the name says otherwise."""
+    return Histogram(name, help_text, _checked(name, labels), registry=registry, buckets=tuple(buckets))
+
+
+def configure_logging(level: str = "INFO") -> None:
+    """One line per record on standard error; called once, by the program and never by a library."""
+    logging.basicConfig(
+        level=level, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s", force=True
+    )
