@@ -5,8 +5,11 @@ A member that is not installed simply has no commands here; one that is installe
 
 from __future__ import annotations
 
+import signal
 import sys
 from importlib.metadata import entry_points, version
+from types import FrameType
+from typing import NoReturn
 
 import typer
 from rich.markup import escape
@@ -40,8 +43,14 @@ def build_app() -> typer.Typer:
     return app
 
 
+def _stop(number: int, _frame: FrameType | None) -> NoReturn:
+    """A request to end unwinds the stack like Ctrl-C does, so that every child and file is cleaned up."""
+    raise SystemExit(128 + number)
+
+
 def main() -> None:
     """Run the command line. Exit codes: 0 well, 1 a bug, 2 usage, 3.. see ``reelway.platform.errors``, 130 Ctrl-C."""
+    signal.signal(signal.SIGTERM, _stop)
     try:
         build_app()()
     except ReelwayError as error:

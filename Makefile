@@ -1,0 +1,94 @@
+# Everything a newcomer needs: `make demo`, `make test`. Each target sets up what it stands on.
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+RUN ?= runs/demo
+DATA ?= simulated
+WORKERS ?= 2
+GPUS ?= 0
+KEEP ?=
+SEED ?= 0
+
+export RAY_USAGE_STATS_ENABLED := 0
+export FEAST_USAGE := False
+export RAY_DEDUP_LOGS ?= 1
+
+.PHONY: help
+help: ## List the targets.
+	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sort | awk -F':.*## ' '{printf "  %-20s %s\n", $$1, $$2}'
+
+$(STAMP): constraints.txt pyproject.toml platform/pyproject.toml pipelines/pyproject.toml serving/pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Reelway needs Python 3.11 or newer, this is " + sys.version.split()[0] + "; set PYTHON=")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --constraint constraints.txt --group dev \
+		-e platform -e pipelines -e serving
+	@touch $@
+
+.PHONY: install
+install: $(STAMP) ## Make .venv and install the three members from constraints.txt.
+
+.PHONY: system-packages
+system-packages: ## Install the servers that integration tests use (Debian or Ubuntu, as root); says so where it cannot.
+	@.ci/system-packages
+
+.PHONY: demo
+demo: install ## Events -> features -> training -> release -> recommendations. DATA=ml-100k DATA_DIR=..., KEEP=1, WORKERS=, GPUS=.
+	@$(BIN)/reelway demo --run $(RUN) --data $(DATA) $(if $(DATA_DIR),--data-dir $(DATA_DIR)) \
+		--workers $(WORKERS) --gpus $(GPUS) --seed $(SEED) $(if $(KEEP),--keep)
+
+.PHONY: check
+check: install ## Lint, format check, strict types, import rules.
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+.PHONY: test
+test: install ## All tests, real servers included (under 10 minutes on 2 cores).
+	$(BIN)/python -m pytest
+
+.PHONY: test-quick
+test-quick: install ## Only what needs neither Ray nor a server: about a minute.
+	$(BIN)/python -m pytest -m "not slow and not ray and not redis"
+
+.PHONY: bench
+bench: bench-simulator bench-features bench-ray-train bench-serving bench-quality bench-closed-loop ## Every number in the README, one after another.
+
+.PHONY: bench-simulator
+bench-simulator: install ## Simulated impressions per second on one core.
+	$(BIN)/python -m tests.benchmarks.bench_simulator
+
+.PHONY: bench-features
+bench-features: install ## Feature rows per second at 1 and 2 CPUs.
+	$(BIN)/python -m tests.benchmarks.bench_features
+
+.PHONY: bench-ray-train
+bench-ray-train: install ## Ray Train against the same loop without Ray.
+	$(BIN)/python -m tests.benchmarks.bench_ray_train
+
+.PHONY: bench-serving
+bench-serving: install ## The graph over HTTP against the same arithmetic in one process.
+	$(BIN)/python -m tests.benchmarks.bench_serving
+
+.PHONY: bench-quality
+bench-quality: install ## MovieLens-100K against popularity and ALS, 3 seeds (REELWAY_ML100K_DIR).
+	$(BIN)/python -m tests.benchmarks.bench_quality
+
+.PHONY: bench-closed-loop
+bench-closed-loop: install ## Watch time per impression against popularity in the simulator, 3 seeds.
+	$(BIN)/python -m tests.benchmarks.bench_closed_loop
+
+.PHONY: constraints
+constraints: install ## Resolve requirements.in into constraints.txt again.
+	$(BIN)/uv pip compile requirements.in --output-file constraints.txt --universal --python-version 3.11 \
+		--no-annotate --no-header --no-emit-index-url --quiet --upgrade
+
+.PHONY: clean
+clean: ## Remove build output and caches; runs/ and .venv stay.
+	rm -rf build .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

@@ -1,0 +1,125 @@
+"""What the demo shows at the end: a few viewers' slates in readable form, latency, and where to look next.
+
+Reads the data set and asks the running service; it computes nothing that the service should have computed.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from rich.table import Table
+
+from reelway.platform.cli.terminal import out, progress
+from reelway.platform.contracts.events import OutcomeType
+from reelway.platform.errors import DataError, ServingError
+from reelway.platform.runs import RunDirectory
+
+SHOWN_VIEWERS = 3
+SHOWN_VIDEOS = 8
+REQUESTS = 200
+
+
+def show(run: RunDirectory, url: str) -> None:
+    """Print slates, a latency summary and next steps to standard output."""
+    likes = _likes(run.dataset)
+    titles = _titles(run.dataset)
+    viewers = _typical_viewers(likes)
+    for viewer in viewers[:SHOWN_VIEWERS]:
+        _print_slate(viewer, likes, titles, _recommend(url, viewer, SHOWN_VIDEOS))
+    newcomer = int(pc.max(likes["viewer_id"]).as_py()) + 1_000_000
+    _print_slate(newcomer, likes, titles, _recommend(url, newcomer, SHOWN_VIDEOS))
+    _print_latency(url, viewers)
+    _print_next(run, url)
+
+
+def _likes(dataset: Path) -> pa.Table:
+    outcomes = pq.read_table(dataset / "outcomes.parquet", columns=["viewer_id", "video_id", "type", "event_time"])
+    liked = outcomes.filter(pc.equal(outcomes["type"].cast(pa.string()), OutcomeType.LIKE.value))
+    if liked.num_rows == 0:
+        raise DataError(f"{dataset / 'outcomes.parquet'}: saw no 'like' outcome, expected some; make the data larger")
+    return liked.sort_by("event_time")
+
+
+def _titles(dataset: Path) -> dict[int, str]:
+    videos = pq.read_table(dataset / "videos.parquet", columns=["video_id", "title"])
+    return dict(zip(videos["video_id"].to_pylist(), videos["title"].to_pylist(), strict=True))
+
+
+def _typical_viewers(likes: pa.Table) -> list[int]:
+    """Viewers by falling number of likes, without the heaviest tenth, who are nobody's example."""
+    counts = (
+        likes.group_by("viewer_id")
+        .aggregate([("video_id", "count")])
+        .sort_by([("video_id_count", "descending"), ("viewer_id", "ascending")])
+    )
+    viewers: list[int] = counts["viewer_id"].to_pylist()
+    return viewers[len(viewers) // 10 :] or viewers
+
+
+def _recommend(url: str, viewer: int, count: int) -> dict[str, Any]:
+    answer = httpx.post(
+        f"{url}/v1/recommend",
+        json={"viewer_id": viewer, "count": count, "context": {"device": "phone"}},
+        timeout=30,
+    )
+    if not answer.is_success:
+        raise ServingError(f"POST {url}/v1/recommend for viewer {viewer}: {answer.status_code} {answer.text[:300]}")
+    body: dict[str, Any] = answer.json()
+    return body
+
+
+def _print_slate(viewer: int, likes: pa.Table, titles: dict[int, str], answer: dict[str, Any]) -> None:
+    own = likes.filter(pc.equal(likes["viewer_id"], viewer))
+    liked = [titles.get(video) or f"video {video}" for video in own["video_id"].to_pylist()[-4:][::-1]]
+    past = f"lately liked: {'; '.join(liked)}" if liked else "never seen before"
+    table = Table(title=f"viewer {viewer} ({past})", title_justify="left", expand=False)
+    for column in ("#", "video", "source", "why", "value"):
+        table.add_column(column, justify="right" if column in "#value" else "left")
+    for place in answer["videos"]:
+        table.add_row(
+            str(place["position"] + 1),
+            place["title"] or f"video {place['video_id']}",
+            place["source"],
+            place["reason"],
+            f"{place['score']:.3f}",
+        )
+    out.print(table)
+    if answer["degraded"]:
+        out.print(f"degraded: {', '.join(answer['degraded'])}")
+
+
+def _print_latency(url: str, viewers: list[int]) -> None:
+    seen_ms = np.empty(REQUESTS)
+    with httpx.Client(base_url=url, timeout=30) as client, progress() as bar:
+        task = bar.add_task("measuring latency", total=REQUESTS)
+        for i in range(REQUESTS):
+            body = {"viewer_id": viewers[i % len(viewers)], "count": 20}
+            start = time.perf_counter()
+            client.post("/v1/recommend", json=body).raise_for_status()
+            seen_ms[i] = 1000 * (time.perf_counter() - start)
+            bar.advance(task)
+    p50, p95, p99 = np.percentile(seen_ms, [50, 95, 99])
+    out.print(
+        f"latency of {REQUESTS} requests, one at a time, 20 videos each: "
+        f"p50 {p50:.1f} ms, p95 {p95:.1f} ms, p99 {p99:.1f} ms"
+    )
+
+
+def _print_next(run: RunDirectory, url: str) -> None:
+    out.print(
+        "\nwhere to look next\n"
+        f"  {run.path}/steps/*.json        what was done, with which configuration and seed\n"
+        f"  {run.path}/evaluation/         quality against the baselines\n"
+        f"  {run.path}/releases/           the signed release\n"
+        f"  {url}/metrics                  what Prometheus scrapes (while it runs: make demo KEEP=1)\n"
+        f"  {url}/openapi.json             the HTTP API\n"
+        "  reelway --help                 every step as its own command",
+        highlight=False,
+    )

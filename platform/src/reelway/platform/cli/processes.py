@@ -1,0 +1,86 @@
+"""Child processes that never outlive their parent: each in its own group, ended by group, politely and then not.
+
+Refuses to find processes by name: only what was started here is ever signalled.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO
+
+from reelway.platform.errors import ReelwayError
+
+POLITE_S = 20.0
+
+
+class CommandFailedError(ReelwayError):
+    """A command that this one stands on ended badly; its own message is already on the screen."""
+
+    def __init__(self, command: Sequence[str], code: int) -> None:
+        super().__init__(f"`{' '.join(command)}` ended with exit code {code}; see its message above")
+        self.exit_code = code if 0 < code < 128 else 1
+
+
+def reelway_command(*words: str) -> list[str]:
+    """The command line of this very installation's ``reelway``."""
+    return [sys.executable, "-m", "reelway.platform.cli", *words]
+
+
+def end_group(process: subprocess.Popen[bytes], polite_s: float = POLITE_S) -> None:
+    """Interrupt the process's whole group, wait ``polite_s``, then kill what is left of it."""
+    for number, wait_s in ((signal.SIGINT, polite_s), (signal.SIGTERM, 5.0), (signal.SIGKILL, 5.0)):
+        try:
+            os.killpg(process.pid, number)
+        except ProcessLookupError:
+            break
+        deadline = time.monotonic() + wait_s
+        while time.monotonic() < deadline and _group_lives(process):
+            time.sleep(0.05)
+        if not _group_lives(process):
+            break
+    process.wait()
+
+
+def _group_lives(process: subprocess.Popen[bytes]) -> bool:
+    process.poll()  # reap, so that a zombie leader doesn't count as alive
+    try:
+        os.killpg(process.pid, 0)
+    except (ProcessLookupError, PermissionError):
+        return False
+    return True
+
+
+@contextmanager
+def child(command: Sequence[str], *, log: Path | None = None) -> Iterator[subprocess.Popen[bytes]]:
+    """A child in its own process group, ended when the block is left, however it is left.
+
+    Args:
+        log: where its output goes; this process's own output when absent.
+    """
+    sink: IO[bytes] | None = log.open("wb") if log else None
+    process = subprocess.Popen(command, stdout=sink, stderr=sink, stdin=subprocess.DEVNULL, start_new_session=True)
+    try:
+        yield process
+    finally:
+        if sink:
+            sink.close()
+        end_group(process)
+
+
+def run_to_end(command: Sequence[str]) -> None:
+    """Run a command to its end, on this terminal.
+
+    Raises:
+        CommandFailedError: it ended with another code than 0.
+    """
+    with child(command) as process:
+        code = process.wait()
+    if code:
+        raise CommandFailedError(command, code)
