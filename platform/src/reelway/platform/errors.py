@@ -19,6 +19,7 @@
     │   └── GateFailedError                   a quality gate does not hold
     ├── StorageError                 exit 7   disk full, no permission, store unreachable
     └── ServingError                 exit 8   the graph cannot start or answer
+        └── TokenError                        an impression token that this service did not sign
 
 A message says what, the value seen, what was expected and what to do. The CLI prints the message without a
 traceback and exits with the code; anything not in this tree is a bug and keeps its traceback.
@@ -106,3 +107,7 @@ class StorageError(ReelwayError):
 
 class ServingError(ReelwayError):
     exit_code = 8
+
+
+class TokenError(ServingError):
+    pass
