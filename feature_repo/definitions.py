@@ -1,0 +1,130 @@
+"""What Feast knows of Reelway's features: entities, sources, views, the on-demand view and the two services.
+
+Declarations only; the arithmetic is in ``reelway.pipelines.features`` and ``reelway.platform.features``. Names come
+from ``contracts.features``, so a field cannot be spelled in two ways. ``REELWAY_FEATURES_DIR`` says which run's
+Parquet files the sources read; ``reelway features`` sets it, and so must who calls ``feast apply`` by hand.
+"""
+
+import os
+from datetime import timedelta
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from feast import Entity, FeatureService, FeatureView, Field, FileSource, RequestSource, ValueType
+from feast.data_format import ParquetFormat
+from feast.on_demand_feature_view import on_demand_feature_view
+from feast.types import Array, Float32, Float64, Int64, String
+
+from reelway.platform.contracts import features as names
+from reelway.platform.features import on_demand
+
+FEATURES_DIR = Path(os.environ["REELWAY_FEATURES_DIR"]).absolute()
+
+viewer = Entity(name="viewer", join_keys=["viewer_id"], value_type=ValueType.INT64)
+video = Entity(name="video", join_keys=["video_id"], value_type=ValueType.INT64)
+# Not "creator_id": video_content has a field of that name, and the training service joins both in one call.
+creator = Entity(name="creator", join_keys=["creator_key"], value_type=ValueType.INT64)
+
+# A field not named here is a Float32: counts, ratios, rates and means.
+TYPES = {
+    "region": String,
+    "language": String,
+    "segment": String,
+    "video_language": String,
+    "created_at_s": Float64,
+    "uploaded_at_s": Float64,
+    "creator_id": Int64,
+    "topic": Int64,
+    "history_videos": Array(Int64),
+    "history_weights": Array(Float32),
+    "history_times_s": Array(Float64),
+    "topic_affinity": Array(Float32),
+    "visual": Array(Float32),
+    "audio": Array(Float32),
+    "text": Array(Float32),
+}
+
+# How old a row may be and still speak for its entity. Views with a heartbeat (a row a day while a window holds
+# anything) expire after two days: then either nothing happened for a whole window, or the batch job has stopped.
+FOREVER = timedelta(days=3650)
+TTLS = {
+    "viewer_profile": FOREVER,
+    "viewer_activity": timedelta(days=2),
+    "viewer_history": timedelta(days=90),
+    "viewer_topic_affinity": timedelta(days=2),
+    "video_content": FOREVER,
+    "video_engagement": timedelta(days=2),
+    "creator_statistics": timedelta(days=365),
+}
+ENTITIES = {
+    **dict.fromkeys(names.VIEWER_VIEWS, viewer),
+    "video_content": video,
+    "video_engagement": video,
+    "creator_statistics": creator,
+}
+
+
+def _view(name: str) -> FeatureView:
+    entity = ENTITIES[name]
+    return FeatureView(
+        name=name,
+        entities=[entity],
+        ttl=TTLS[name],
+        schema=[
+            Field(name=entity.join_key, dtype=Int64),
+            *(Field(name=field, dtype=TYPES.get(field, Float32)) for field in names.VIEWS[name]),
+        ],
+        source=FileSource(
+            name=f"{name}_rows",
+            path=f"{FEATURES_DIR}/views/{name}/*.parquet",
+            file_format=ParquetFormat(),
+            timestamp_field="event_timestamp",
+            created_timestamp_column="created_timestamp",
+        ),
+        # Video features are served from the release's video table, never per candidate from the online store.
+        online=name in names.VIEWER_VIEWS,
+    )
+
+
+viewer_profile = _view("viewer_profile")
+viewer_activity = _view("viewer_activity")
+viewer_history = _view("viewer_history")
+viewer_topic_affinity = _view("viewer_topic_affinity")
+video_content = _view("video_content")
+video_engagement = _view("video_engagement")
+creator_statistics = _view("creator_statistics")
+
+request = RequestSource(name="request", schema=[Field(name="request_time_s", dtype=Float64)])
+
+
+@on_demand_feature_view(
+    sources=[request, viewer_profile[["created_at_s"]], video_content[["uploaded_at_s"]]],
+    schema=[Field(name=field, dtype=Float64) for field in names.REQUEST_CONTEXT],
+    mode="pandas",
+)
+def request_context(inputs: pd.DataFrame) -> pd.DataFrame:
+    """The one function of ``platform.features.on_demand``, on Feast's columns."""
+    columns = (inputs[name].to_numpy(np.float64) for name in ("request_time_s", "created_at_s", "uploaded_at_s"))
+    return pd.DataFrame(on_demand.request_context(*columns))
+
+
+viewer_row = FeatureService(
+    name=names.VIEWER_SERVICE,
+    features=[viewer_profile, viewer_activity, viewer_history, viewer_topic_affinity],
+    description="What the ingress reads online for one viewer.",
+)
+training_row = FeatureService(
+    name=names.TRAINING_SERVICE,
+    features=[
+        viewer_profile,
+        viewer_activity,
+        viewer_history,
+        viewer_topic_affinity,
+        video_content,
+        video_engagement,
+        creator_statistics,
+        request_context,
+    ],
+    description="Everything about one impression, as of its request.",
+)

@@ -1,0 +1,69 @@
+"""Registers ``feature_repo/`` with a run's feature store. It defines no feature itself."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from reelway.platform.errors import ConfigError
+from reelway.platform.features.store import open_feature_store, write_store_config
+
+if TYPE_CHECKING:
+    from feast import FeatureStore
+
+REPO_VARIABLE: Final = "REELWAY_FEATURE_REPO"
+DIR_VARIABLE: Final = "REELWAY_FEATURES_DIR"
+_MODULE: Final = "reelway_feature_definitions"
+
+
+def feature_repo_path() -> Path:
+    """The folder with ``definitions.py``: ``REELWAY_FEATURE_REPO``, or ``feature_repo`` of the checkout.
+
+    Raises:
+        ConfigError: neither is there.
+    """
+    if given := os.environ.get(REPO_VARIABLE):
+        candidates = [Path(given)]
+    else:
+        candidates = [folder / "feature_repo" for folder in (Path.cwd(), *Path(__file__).resolve().parents)]
+    for candidate in candidates:
+        if (candidate / "definitions.py").is_file():
+            return candidate
+    raise ConfigError(
+        f"no feature_repo/definitions.py in {candidates[0]}; set {REPO_VARIABLE} to the folder that has it"
+    )
+
+
+def load_definitions(features_dir: Path) -> list[Any]:
+    """The Feast objects of ``feature_repo/definitions.py``, with sources in ``features_dir``."""
+    from feast import Entity, FeatureService, FeatureView, FileSource, OnDemandFeatureView
+
+    path = feature_repo_path() / "definitions.py"
+    spec = importlib.util.spec_from_file_location(_MODULE, path)
+    if spec is None or spec.loader is None:
+        raise ConfigError(f"{path}: not a Python module")
+    module = importlib.util.module_from_spec(spec)
+    before = os.environ.get(DIR_VARIABLE)
+    os.environ[DIR_VARIABLE] = str(features_dir.absolute())
+    sys.modules[_MODULE] = module
+    try:
+        spec.loader.exec_module(module)
+    finally:
+        if before is None:
+            del os.environ[DIR_VARIABLE]
+        else:
+            os.environ[DIR_VARIABLE] = before
+    kinds = (Entity, FeatureService, FeatureView, OnDemandFeatureView, FileSource)
+    return [value for value in vars(module).values() if isinstance(value, kinds)]
+
+
+def register_features(features_dir: Path, online_store: str | None = None) -> FeatureStore:
+    """``feast apply``: write the run's store configuration and register every definition. Idempotent."""
+    features_dir.mkdir(parents=True, exist_ok=True)
+    write_store_config(features_dir, online_store)
+    store = open_feature_store(features_dir)
+    store.apply(load_definitions(features_dir))
+    return store

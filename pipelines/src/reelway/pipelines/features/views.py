@@ -1,0 +1,323 @@
+"""Events to feature views: pure functions from labelled impressions to the rows Feast stores.
+
+A view is a table of snapshots: what was known of an entity at ``event_timestamp``. They are taken on a time grid, at
+the first point at or after an event became known and at the first point where an event has left a window, so that a
+rate decays although nothing happens; while any window still holds an event, a heartbeat row is written as well,
+which lets a short TTL tell an idle entity from a pipeline that stopped. Nothing here reads files or looks at a
+clock, and nothing later than ``until_us`` is claimed.
+
+An event counts from one microsecond after its last outcome became known. Without that microsecond an event at
+exactly a grid point would be part of the snapshot that a request at the same instant reads: a label leak.
+"""
+
+# Shapes: N events, M snapshots, W windows, K measures, T topics
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Final
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from reelway.pipelines.features.labels import times_us
+from reelway.pipelines.features.windows import ALL_TIME_US, I64, window_sums
+from reelway.platform.contracts import features as names
+from reelway.platform.contracts.events import TIME, TOPICS
+
+SECOND_US: Final = 1_000_000
+HOUR_US: Final = 3600 * SECOND_US
+DAY_US: Final = 86_400 * SECOND_US
+AFTER_US: Final = 1
+
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Prior:
+    """What a rate is before anything was seen, and how many impressions that belief is worth."""
+
+    rate: float
+    strength: float = 20.0
+
+    def smooth(self, total: Floats, count: Floats) -> Floats:
+        """``(total + rate * strength) / (count + strength)``: the posterior mean of a beta (or gamma) prior."""
+        return (total + self.rate * self.strength) / (count + self.strength)
+
+
+@dataclass(frozen=True)
+class ViewSettings:
+    """Grids (seconds) and priors of the views. A finer grid is fresher and writes more rows."""
+
+    history_grid_s: int = 1
+    activity_grid_s: int = 3600
+    affinity_grid_s: int = 3600
+    engagement_grid_s: int = 3600
+    creator_grid_s: int = 86_400
+    heartbeat_s: int = 86_400
+    long_watch: Prior = field(default_factory=lambda: Prior(0.3))
+    like: Prior = field(default_factory=lambda: Prior(0.05))
+    skip: Prior = field(default_factory=lambda: Prior(0.3))
+    follow: Prior = field(default_factory=lambda: Prior(0.01))
+    watch_s: Prior = field(default_factory=lambda: Prior(8.0))
+
+
+@dataclass(frozen=True)
+class Events:
+    """Labelled impressions as integer columns ``[N]``."""
+
+    impression_id: I64
+    viewer_id: I64
+    video_id: I64
+    creator_id: I64
+    topic: I64
+    event_us: I64
+    known_us: I64  # counts from here
+    long_watch: I64
+    like: I64
+    skip: I64
+    follow: I64
+    watch_ms: I64
+    weight_milli: I64
+
+    @classmethod
+    def from_labels(cls, labels: pa.Table) -> Events:
+        """From a table with the columns of ``labels.LABELLED``."""
+
+        def ints(name: str, scale: float = 1.0) -> I64:
+            values = labels[name].to_numpy()
+            return np.rint(values * scale).astype(np.int64) if scale != 1.0 else values.astype(np.int64)
+
+        return cls(
+            *(ints(name) for name in ("impression_id", "viewer_id", "video_id", "creator_id", "video_topic")),
+            event_us=times_us(labels["event_time"]),
+            known_us=times_us(labels["outcome_time"]) + AFTER_US,
+            **{name: ints(name) for name in ("long_watch", "like", "skip", "follow")},
+            watch_ms=ints("watch_s", 1000.0),
+            weight_milli=ints("weight", 1000.0),
+        )
+
+
+def _ceil(values_us: I64, grid_us: int) -> I64:
+    return -(-values_us // grid_us) * grid_us
+
+
+def _unique_pairs(entities: I64, at_us: I64) -> tuple[I64, I64]:
+    order = np.lexsort((at_us, entities))
+    entities, at_us = entities[order], at_us[order]
+    keep = np.ones(len(entities), dtype=np.bool_)
+    keep[1:] = (entities[1:] != entities[:-1]) | (at_us[1:] != at_us[:-1])
+    return entities[keep], at_us[keep]
+
+
+def snapshot_points(
+    entities: I64, known_us: I64, windows_us: Sequence[int], *, grid_us: int, until_us: int, heartbeat_us: int = 0
+) -> tuple[I64, I64]:
+    """When to take snapshots: grid points where an event enters or leaves a window, and heartbeats between.
+
+    Returns entities and times ``[M]``, sorted by entity then time, without repetition, none after ``until_us``.
+    """
+    moments = [known_us, *(known_us + window for window in windows_us)]
+    if heartbeat_us and windows_us:
+        beats = max(windows_us) // heartbeat_us
+        days, day_entities = np.divmod(known_us, heartbeat_us)[0], entities
+        day_entities, days = _unique_pairs(entities, days)
+        moments_beat = (days[:, None] + np.arange(1, beats + 1)).ravel() * heartbeat_us
+        beat_entities, beat_us = _unique_pairs(np.repeat(day_entities, beats), moments_beat)
+    else:
+        beat_entities, beat_us = entities[:0], known_us[:0]
+    at_us = np.concatenate([*(_ceil(moment, grid_us) for moment in moments), _ceil(beat_us, grid_us)])
+    whose = np.concatenate([np.tile(entities, len(moments)), beat_entities])
+    inside = at_us <= until_us
+    return _unique_pairs(whose[inside], at_us[inside])
+
+
+def _table(key: str, entities: I64, at_us: I64, fields: dict[str, pa.Array | Floats]) -> pa.Table:
+    when = pa.array(at_us, pa.int64()).cast(TIME)
+    columns = {
+        name: values
+        if isinstance(values, pa.Array | pa.ChunkedArray)
+        else pa.array(np.asarray(values, dtype=np.float32), pa.float32())
+        for name, values in fields.items()
+    }
+    return pa.table({key: pa.array(entities), "event_timestamp": when, "created_timestamp": when, **columns})
+
+
+def _rates(
+    events: Events, key: I64, at: tuple[I64, I64], windows: Sequence[names.Window], settings: ViewSettings
+) -> dict[str, dict[str, Floats]]:
+    """Per window name: impressions and smoothed long-watch, like, skip and follow rates and mean watch seconds."""
+    ones = np.ones(len(key), dtype=np.int64)
+    values_NK = np.column_stack([ones, events.long_watch, events.like, events.skip, events.follow, events.watch_ms])
+    sums_MWK = window_sums(key, events.known_us, values_NK, *at, [w.length_s * SECOND_US for w in windows])
+    by_window: dict[str, dict[str, Floats]] = {}
+    for w, window in enumerate(windows):
+        count, long_watch, like, skip, follow, watch_ms = sums_MWK[:, w].T.astype(np.float64)
+        by_window[window.name] = {
+            "impressions": count,
+            "long_watch": settings.long_watch.smooth(long_watch, count),
+            "like": settings.like.smooth(like, count),
+            "skip": settings.skip.smooth(skip, count),
+            "follow": settings.follow.smooth(follow, count),
+            "watch_s_mean": settings.watch_s.smooth(watch_ms / 1000.0, count),
+        }
+    return by_window
+
+
+def viewer_profile(viewers: pa.Table) -> pa.Table:
+    """One row per viewer, from the moment the account was made."""
+    created_us = times_us(viewers["created_at"])
+    return _table(
+        "viewer_id",
+        viewers["viewer_id"].to_numpy(),
+        created_us,
+        {
+            **{name: viewers[name].combine_chunks().cast(pa.string()) for name in ("region", "language", "segment")},
+            "created_at_s": pa.array(created_us / SECOND_US, pa.float64()),
+        },
+    )
+
+
+def viewer_activity(events: Events, settings: ViewSettings, until_us: int) -> pa.Table:
+    """What the viewer did in the last day, week and month."""
+    at = snapshot_points(
+        events.viewer_id,
+        events.known_us,
+        [w.length_s * SECOND_US for w in names.VIEWER_WINDOWS],
+        grid_us=settings.activity_grid_s * SECOND_US,
+        until_us=until_us,
+        heartbeat_us=settings.heartbeat_s * SECOND_US,
+    )
+    rates = _rates(events, events.viewer_id, at, names.VIEWER_WINDOWS, settings)
+    fields: dict[str, pa.Array | Floats] = {}
+    for window, values in rates.items():
+        fields[f"impressions_{window}"] = values["impressions"]
+        for measure in ("long_watch", "like", "skip"):
+            fields[f"{measure}_ratio_{window}"] = values[measure]
+        fields[f"watch_s_mean_{window}"] = values["watch_s_mean"]
+    return _table("viewer_id", *at, {name: fields[name] for name in names.VIEWER_ACTIVITY})
+
+
+def viewer_history(events: Events, settings: ViewSettings, until_us: int) -> pa.Table:
+    """The last ``HISTORY_LENGTH`` impressions that said something about taste, in the order they became known."""
+    telling = np.flatnonzero(events.weight_milli)
+    order = telling[np.lexsort((events.impression_id[telling], events.known_us[telling], events.viewer_id[telling]))]
+    viewer, known_us = events.viewer_id[order], events.known_us[order]
+    whose, at_us = snapshot_points(viewer, known_us, [], grid_us=settings.history_grid_s * SECOND_US, until_us=until_us)
+    ones = np.ones((len(viewer), 1), dtype=np.int64)
+    seen = window_sums(viewer, known_us, ones, whose, at_us, [ALL_TIME_US])[:, 0, 0]
+    ends = np.searchsorted(viewer, whose, side="left") + seen
+    lengths = np.minimum(seen, names.HISTORY_LENGTH)
+    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
+    take = np.repeat(ends - lengths - offsets[:-1], lengths) + np.arange(offsets[-1])
+    rows = order[take]
+
+    def lists(values: NDArray[np.generic]) -> pa.Array:
+        return pa.ListArray.from_arrays(pa.array(offsets), pa.array(values))
+
+    return _table(
+        "viewer_id",
+        whose,
+        at_us,
+        {
+            "history_videos": lists(events.video_id[rows]),
+            "history_weights": lists((events.weight_milli[rows] / 1000.0).astype(np.float32)),
+            "history_times_s": lists(events.event_us[rows] / SECOND_US),
+        },
+    )
+
+
+def viewer_topic_affinity(events: Events, settings: ViewSettings, until_us: int) -> pa.Table:
+    """Share of the viewer's month of taste (outcome weights) that went to each topic, dislikes negative."""
+    window_us = names.VIEWER_WINDOWS[-1].length_s * SECOND_US
+    use = np.flatnonzero((events.weight_milli != 0) & (events.topic >= 0) & (events.topic < TOPICS))
+    viewer, known_us, weight = events.viewer_id[use], events.known_us[use], events.weight_milli[use]
+    at = snapshot_points(
+        viewer,
+        known_us,
+        [window_us],
+        grid_us=settings.affinity_grid_s * SECOND_US,
+        until_us=until_us,
+        heartbeat_us=settings.heartbeat_s * SECOND_US,
+    )
+    values_NK = np.zeros((len(use), TOPICS + 1), dtype=np.int64)
+    values_NK[np.arange(len(use)), events.topic[use]] = weight
+    values_NK[:, TOPICS] = np.abs(weight)
+    sums_MK = window_sums(viewer, known_us, values_NK, *at, [window_us])[:, 0]
+    affinity_MT = (sums_MK[:, :TOPICS] / np.maximum(sums_MK[:, TOPICS:], 1)).astype(np.float32)
+    offsets = np.arange(len(affinity_MT) + 1, dtype=np.int32) * TOPICS
+    lists = pa.ListArray.from_arrays(pa.array(offsets), pa.array(affinity_MT.ravel()))
+    return _table("viewer_id", *at, {"topic_affinity": lists})
+
+
+def video_content(videos: pa.Table) -> pa.Table:
+    """One row per video, from its upload."""
+    uploaded_us = times_us(videos["uploaded_at"])
+    return _table(
+        "video_id",
+        videos["video_id"].to_numpy(),
+        uploaded_us,
+        {
+            "creator_id": videos["creator_id"].combine_chunks(),
+            "topic": videos["topic"].combine_chunks().cast(pa.int64()),
+            "video_language": videos["language"].combine_chunks().cast(pa.string()),
+            "duration_s": pa.array(videos["duration_ms"].to_numpy() / 1000.0, pa.float32()),
+            "uploaded_at_s": pa.array(uploaded_us / SECOND_US, pa.float64()),
+            **{name: videos[name].combine_chunks() for name in ("visual", "audio", "text")},
+        },
+    )
+
+
+def video_engagement(events: Events, settings: ViewSettings, until_us: int) -> pa.Table:
+    """How the video did in the last hour, quarter of a day, day and week, smoothed towards the priors."""
+    at = snapshot_points(
+        events.video_id,
+        events.known_us,
+        [w.length_s * SECOND_US for w in names.VIDEO_WINDOWS],
+        grid_us=settings.engagement_grid_s * SECOND_US,
+        until_us=until_us,
+        heartbeat_us=settings.heartbeat_s * SECOND_US,
+    )
+    fields: dict[str, pa.Array | Floats] = {}
+    for window, values in _rates(events, events.video_id, at, names.VIDEO_WINDOWS, settings).items():
+        fields[f"video_impressions_{window}"] = values["impressions"]
+        for measure in ("long_watch", "like", "skip"):
+            fields[f"video_{measure}_rate_{window}"] = values[measure]
+        fields[f"video_watch_s_mean_{window}"] = values["watch_s_mean"]
+    return _table("video_id", *at, {name: fields[name] for name in names.VIDEO_ENGAGEMENT})
+
+
+def creator_statistics(
+    events: Events, videos: pa.Table, creators: pa.Table, settings: ViewSettings, until_us: int
+) -> pa.Table:
+    """Followers and uploads so far, and the last week's reach. The key is ``creator_key``, see feature_repo."""
+    grid_us = settings.creator_grid_s * SECOND_US
+    creator, base = creators["creator_id"].to_numpy(), creators["followers"].to_numpy()
+    created_us = times_us(creators["created_at"])
+    uploader, uploaded_us = videos["creator_id"].to_numpy(), times_us(videos["uploaded_at"])
+    week_us = names.CREATOR_WINDOW.length_s * SECOND_US
+    points = [
+        snapshot_points(events.creator_id, events.known_us, [week_us], grid_us=grid_us, until_us=until_us),
+        snapshot_points(uploader, uploaded_us, [], grid_us=grid_us, until_us=until_us),
+        (creator, created_us),
+    ]
+    at = _unique_pairs(np.concatenate([p[0] for p in points]), np.concatenate([p[1] for p in points]))
+    follows = window_sums(events.creator_id, events.known_us, events.follow[:, None], *at, [ALL_TIME_US])[:, 0, 0]
+    # A creator counts from the start of time: rows before created_at (a clock that ran ahead) keep the base.
+    start = np.full(len(creator), -ALL_TIME_US // 4, dtype=np.int64)
+    followers = window_sums(creator, start, base[:, None], *at, [ALL_TIME_US])[:, 0, 0] + follows
+    uploads = window_sums(uploader, uploaded_us, np.ones((len(uploader), 1), np.int64), *at, [ALL_TIME_US])[:, 0, 0]
+    week = _rates(events, events.creator_id, at, [names.CREATOR_WINDOW], settings)[names.CREATOR_WINDOW.name]
+    return _table(
+        "creator_key",
+        *at,
+        {
+            "creator_followers": followers.astype(np.float64),
+            "creator_uploads": uploads.astype(np.float64),
+            "creator_impressions_7d": week["impressions"],
+            "creator_long_watch_rate_7d": week["long_watch"],
+            "creator_follow_rate_7d": week["follow"],
+        },
+    )
