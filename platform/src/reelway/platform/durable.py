@@ -30,8 +30,11 @@ def whole_file(path: Path) -> Iterator[Path]:
     Raises:
         StorageError: the disk is full or not writable; ``path`` is as it was before.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    fd, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        fd, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    except OSError as error:
+        raise StorageError(f"cannot write {path}: {error.strerror or error}") from error
     os.close(fd)
     aside = Path(name)
     try:
@@ -58,8 +61,11 @@ def whole_folder(path: Path) -> Iterator[Path]:
     Raises:
         StorageError: the disk is full or not writable; ``path`` is as it was before.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        aside = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    except OSError as error:
+        raise StorageError(f"cannot write {path}: {error.strerror or error}") from error
     try:
         yield aside
         for file in aside.rglob("*"):

@@ -1,0 +1,124 @@
+"""Shapes inside a release's graphs and index, read from the files themselves.
+
+ONNX Runtime and FAISS are imported only when a file is read: what merely stores or signs releases needs neither, and
+a process without them passes a reader of its own to ``verify`` (for instance one that asks a serving replica).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from reelway.platform.contracts.features import RANKER_INPUTS, VIEWER_TOWER_INPUTS
+from reelway.platform.contracts.manifest import INDEX_FILE, RANKER_FILE, VIEWER_TOWER_FILE, Dimensions
+from reelway.platform.errors import IncompatibleReleaseError, ReleaseError
+
+_INSTALL = "install it with `pip install 'reelway-platform[verify]'`, or verify where serving is installed"
+
+
+@dataclass(frozen=True)
+class GraphShape:
+    """Width (last axis) of every input and of the first output; ``None`` where the graph leaves it open."""
+
+    inputs: Mapping[str, int | None]
+    output: int | None
+
+
+@dataclass(frozen=True)
+class FileDimensions:
+    """What the graphs and the index say about themselves."""
+
+    viewer_tower: GraphShape
+    ranker: GraphShape
+    index_width: int
+    index_rows: int
+    index_is_inner_product: bool
+
+
+DimensionReader = Callable[[Path], FileDimensions]
+"""Reads a release folder; ``read_dimensions`` is the one that opens the files here."""
+
+
+def read_dimensions(folder: Path) -> FileDimensions:
+    """Open both graphs and the index of a release folder.
+
+    Raises:
+        ReleaseError: ONNX Runtime or FAISS is not installed here.
+        IncompatibleReleaseError: a file cannot be opened as what it is.
+    """
+    width, rows, inner_product = _read_index(folder / INDEX_FILE)
+    return FileDimensions(
+        viewer_tower=_read_graph(folder / VIEWER_TOWER_FILE),
+        ranker=_read_graph(folder / RANKER_FILE),
+        index_width=width,
+        index_rows=rows,
+        index_is_inner_product=inner_product,
+    )
+
+
+def assess_dimensions(declared: Dimensions, seen: FileDimensions) -> list[str]:
+    """Every disagreement between the manifest and the files, in words; empty when all agree."""
+    tower, ranker = seen.viewer_tower, seen.ranker
+    problems = [
+        *_input_problems(VIEWER_TOWER_FILE, tower, VIEWER_TOWER_INPUTS),
+        *_input_problems(RANKER_FILE, ranker, RANKER_INPUTS),
+    ]
+    expected = [
+        (f"{VIEWER_TOWER_FILE}: width of its output", tower.output, declared.embedding),
+        (f"{VIEWER_TOWER_FILE}: width of viewer_dense", tower.inputs.get("viewer_dense"), declared.viewer_dense),
+        (f"{RANKER_FILE}: number of tasks", ranker.output, len(declared.tasks)),
+        (f"{RANKER_FILE}: width of viewer_dense", ranker.inputs.get("viewer_dense"), declared.viewer_dense),
+        (f"{RANKER_FILE}: width of video_dense", ranker.inputs.get("video_dense"), declared.video_dense),
+        (f"{RANKER_FILE}: width of viewer_embedding", ranker.inputs.get("viewer_embedding"), declared.embedding),
+        (f"{RANKER_FILE}: width of video_embedding", ranker.inputs.get("video_embedding"), declared.embedding),
+        (f"{INDEX_FILE}: width of its vectors", seen.index_width, declared.embedding),
+        (f"{INDEX_FILE}: number of vectors", seen.index_rows, declared.videos),
+    ]
+    problems += [
+        f"{what} is {found}, the manifest says {wanted}" for what, found, wanted in expected if found != wanted
+    ]
+    if not seen.index_is_inner_product:
+        problems.append(f"{INDEX_FILE} measures another distance than the inner product")
+    return problems
+
+
+def _input_problems(name: str, graph: GraphShape, expected: tuple[str, ...]) -> list[str]:
+    missing, extra = sorted(set(expected) - set(graph.inputs)), sorted(set(graph.inputs) - set(expected))
+    problems = [f"{name} does not take {', '.join(missing)}"] if missing else []
+    return [*problems, *([f"{name} wants {', '.join(extra)}, which nobody gives it"] if extra else [])]
+
+
+def _read_graph(path: Path) -> GraphShape:
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise ReleaseError(f"cannot look into {path.name}: onnxruntime is not installed; {_INSTALL}") from error
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    try:
+        session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # onnxruntime's exceptions have no common base but Exception
+        raise IncompatibleReleaseError(f"{path} is not a graph that ONNX Runtime can open: {error}") from error
+    return GraphShape(
+        inputs={one.name: _width(one.shape) for one in session.get_inputs()},
+        output=_width(session.get_outputs()[0].shape),
+    )
+
+
+def _width(shape: list[Any]) -> int | None:
+    return shape[-1] if shape and isinstance(shape[-1], int) else None
+
+
+def _read_index(path: Path) -> tuple[int, int, bool]:
+    try:
+        import faiss
+    except ImportError as error:
+        raise ReleaseError(f"cannot look into {path.name}: faiss is not installed; {_INSTALL}") from error
+    try:
+        index = faiss.read_index(str(path), faiss.IO_FLAG_MMAP)
+    except RuntimeError as error:
+        raise IncompatibleReleaseError(f"{path} is not an index that FAISS can open: {error}") from error
+    return index.d, index.ntotal, index.metric_type == faiss.METRIC_INNER_PRODUCT

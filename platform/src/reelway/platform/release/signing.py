@@ -1,0 +1,166 @@
+"""Ed25519 signatures of release manifests, so that only what a trusted key holder built can take traffic.
+
+The signature covers the canonical manifest, which covers every file by digest. Keys are PEM files; this module never
+prints a private key, never overwrites one, and never writes one that others can read.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import hashlib
+import os
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from cryptography.exceptions import InvalidSignature
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
+
+from reelway.platform.contracts.manifest import Manifest
+from reelway.platform.durable import sync_folder, whole_file
+from reelway.platform.errors import ConfigError, SignatureError, StorageError
+
+PRIVATE_NAME: Final = "release.private.pem"
+PUBLIC_NAME: Final = "release.public.pem"
+PUBLIC_PATTERN: Final = "*.public.pem"
+
+
+@dataclass(frozen=True)
+class KeyPair:
+    """Where a pair was written: the private half signs, the public half is given to whoever verifies."""
+
+    private: Path
+    public: Path
+
+
+def create_keys(folder: Path) -> KeyPair:
+    """Make a new pair in ``folder``: ``release.private.pem`` (mode 0600) and ``release.public.pem``.
+
+    Raises:
+        ConfigError: there is a private key already.
+        StorageError: the folder cannot be written.
+    """
+    pair = KeyPair(folder / PRIVATE_NAME, folder / PUBLIC_NAME)
+    key = Ed25519PrivateKey.generate()
+    private = key.private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    )
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        _write_private(pair.private, private)
+    except FileExistsError as error:
+        raise ConfigError(
+            f"{pair.private} exists already and is never overwritten; use it, or name another folder"
+        ) from error
+    except OSError as error:
+        raise StorageError(f"cannot write keys to {folder}: {error.strerror or error}") from error
+    public = key.public_key().public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
+    with whole_file(pair.public) as aside:
+        aside.write_bytes(public)
+    return pair
+
+
+def load_private_key(path: Path) -> Ed25519PrivateKey:
+    """The signing key.
+
+    Raises:
+        SignatureError: no file there, or not an unencrypted Ed25519 private key in PEM.
+    """
+    try:
+        key = serialization.load_pem_private_key(_read(path), password=None)
+    except (ValueError, TypeError) as error:
+        raise SignatureError(f"{path} is not an unencrypted private key in PEM: {error}") from error
+    if not isinstance(key, Ed25519PrivateKey):
+        raise SignatureError(
+            f"{path} holds a {type(key).__name__}, expected Ed25519; make one with `reelway release keys`"
+        )
+    return key
+
+
+def load_public_keys(path: Path) -> tuple[Ed25519PublicKey, ...]:
+    """Trusted keys: one PEM file, or every ``*.public.pem`` of a folder.
+
+    Raises:
+        SignatureError: none there, or one that is not an Ed25519 public key.
+    """
+    paths = sorted(path.glob(PUBLIC_PATTERN)) if path.is_dir() else [path]
+    if not paths:
+        raise SignatureError(f"{path} has no {PUBLIC_PATTERN}; make a pair with `reelway release keys`")
+    return tuple(_load_public_key(one) for one in paths)
+
+
+def fingerprint(key: Ed25519PublicKey) -> str:
+    """The first 12 hex digits of SHA-256 over the raw public key: what people compare."""
+    return hashlib.sha256(key.public_bytes_raw()).hexdigest()[:12]
+
+
+def sign(manifest: Manifest, key: Ed25519PrivateKey) -> Manifest:
+    """The same manifest with this key's signature; the release id stays as it is."""
+    signature = base64.b64encode(key.sign(manifest.canonical_bytes())).decode("ascii")
+    return manifest.model_copy(update={"signature": signature})
+
+
+def check_signature(manifest: Manifest, keys: Sequence[Ed25519PublicKey]) -> Ed25519PublicKey:
+    """The trusted key that signed the manifest.
+
+    Raises:
+        SignatureError: no signature, an unreadable one, or one by none of ``keys``.
+    """
+    release = f"release {manifest.release_id[:12]}"
+    if not keys:
+        raise SignatureError(f"{release} cannot be trusted: no public key was given; name one with --public-keys")
+    if manifest.signature is None:
+        raise SignatureError(f"{release} is not signed; build it with a key (`reelway release build --key ...`)")
+    try:
+        signature = base64.b64decode(manifest.signature, validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise SignatureError(f"{release} has a signature that is not base64: {manifest.signature[:20]!r}") from error
+    body = manifest.canonical_bytes()
+    for key in keys:
+        try:
+            key.verify(signature, body)
+        except InvalidSignature:
+            continue
+        return key
+    trusted = ", ".join(fingerprint(key) for key in keys)
+    raise SignatureError(
+        f"{release} is signed by none of the trusted keys ({trusted}); its manifest was changed, or its key is not "
+        "trusted here: add the builder's public key if it should be"
+    )
+
+
+def _write_private(path: Path, content: bytes) -> None:
+    """Whole or absent, mode 0600 from its first byte, and never in place of another (``link`` refuses that)."""
+    fd, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        with os.fdopen(fd, "wb") as handle:
+            handle.write(content)
+            handle.flush()
+            os.fsync(handle.fileno())
+        os.link(name, path)
+        sync_folder(path.parent)
+    finally:
+        Path(name).unlink(missing_ok=True)
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise SignatureError(
+            f"cannot read key {path}: {error.strerror or error}; make a pair with `reelway release keys`"
+        ) from error
+
+
+def _load_public_key(path: Path) -> Ed25519PublicKey:
+    try:
+        key = serialization.load_pem_public_key(_read(path))
+    except ValueError as error:
+        raise SignatureError(f"{path} is not a public key in PEM: {error}") from error
+    if not isinstance(key, Ed25519PublicKey):
+        raise SignatureError(f"{path} holds a {type(key).__name__}, expected an Ed25519 public key")
+    return key

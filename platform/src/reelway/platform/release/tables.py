@@ -1,0 +1,81 @@
+"""The Arrow tables of a release: opened without copying, and held against their schemas and against each other.
+
+Serving maps these files and indexes them by row without looking again, so every row number and video id that one
+table says about another is checked here. Refuses another schema, several record batches, compression it cannot map.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+from reelway.platform.contracts.manifest import NEIGHBOURS_FILE, POPULAR_FILE, VIDEOS_FILE, Dimensions
+from reelway.platform.contracts.release_files import NEIGHBOURS_SCHEMA, POPULAR, videos_schema
+from reelway.platform.errors import IncompatibleReleaseError
+
+
+def open_table(path: Path, schema: pa.Schema) -> pa.RecordBatch:
+    """The one record batch of an Arrow IPC file, memory-mapped.
+
+    Raises:
+        IncompatibleReleaseError: not such a file, another schema, or more than one batch.
+    """
+    try:
+        reader = pa.ipc.open_file(pa.memory_map(str(path)))
+        seen, batches = reader.schema, reader.num_record_batches
+        batch = reader.get_batch(0) if batches else None
+    except (pa.ArrowInvalid, OSError) as error:
+        raise IncompatibleReleaseError(f"{path} is not an Arrow IPC file: {error}") from error
+    if not seen.equals(schema):
+        raise IncompatibleReleaseError(f"{path} has another schema: {_first_difference(seen, schema)}; build again")
+    if batch is None or batches != 1:
+        raise IncompatibleReleaseError(f"{path} has {batches} record batches, expected 1, so that it can be mapped")
+    return batch
+
+
+def check_tables(folder: Path, dimensions: Dimensions) -> None:
+    """Open all three tables; rows, order and references must hold.
+
+    Raises:
+        IncompatibleReleaseError: they don't; the message names the file and what was seen.
+    """
+    videos = open_table(folder / VIDEOS_FILE, videos_schema(dimensions.embedding))
+    popular = open_table(folder / POPULAR_FILE, POPULAR)
+    neighbours = open_table(folder / NEIGHBOURS_FILE, NEIGHBOURS_SCHEMA)
+    rows = videos.num_rows
+    if rows != dimensions.videos:
+        raise IncompatibleReleaseError(f"{VIDEOS_FILE} has {rows} rows, the manifest says {dimensions.videos}")
+    video_id = videos.column("video_id").to_numpy()
+    if rows > 1 and not (np.diff(video_id) > 0).all():
+        raise IncompatibleReleaseError(f"{VIDEOS_FILE}: video_id does not ascend strictly; lookups would miss videos")
+    embedding = videos.column("embedding").flatten().to_numpy().reshape(rows, -1)
+    lengths = np.linalg.norm(embedding, axis=1)
+    if not np.allclose(lengths, 1.0, atol=1e-3):
+        worst = int(np.argmax(np.nan_to_num(np.abs(lengths - 1.0), nan=np.inf)))
+        raise IncompatibleReleaseError(
+            f"{VIDEOS_FILE}, row {worst}: embedding has length {lengths[worst]:g}, expected 1"
+        )
+    unknown = np.setdiff1d(popular.column("video_id").to_numpy(), video_id)
+    if len(unknown):
+        raise IncompatibleReleaseError(f"{POPULAR_FILE} lists video {unknown[0]}, which {VIDEOS_FILE} does not have")
+    if not np.array_equal(neighbours.column("video_id").to_numpy(), video_id):
+        raise IncompatibleReleaseError(f"{NEIGHBOURS_FILE} does not list the videos of {VIDEOS_FILE} in its order")
+    places = neighbours.column("rows").flatten().to_numpy()
+    if rows and (places.min() < -1 or places.max() >= rows):
+        raise IncompatibleReleaseError(
+            f"{NEIGHBOURS_FILE} points to rows {places.min()}..{places.max()}, expected -1..{rows - 1}"
+        )
+
+
+def _first_difference(seen: pa.Schema, expected: pa.Schema) -> str:
+    for field in expected:
+        place = seen.get_field_index(field.name)
+        if place < 0:
+            return f"column {field.name!r} is missing"
+        if not seen.field(place).equals(field):
+            found = seen.field(place)
+            return f"column {field.name!r} is {found.type} (nullable {found.nullable}), expected {field.type}"
+    extra = sorted(set(seen.names) - set(expected.names))
+    return f"columns {extra} are not part of it" if extra else "its columns are in another order"

@@ -1,0 +1,205 @@
+"""May this release take traffic here? The last look before it does, and the same look wherever it is taken.
+
+Refuses anything that was changed, that nobody trusted signed, that does not fit together, that the feature store
+cannot feed, or that failed a gate. It repairs nothing and gives no partial yes.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import yaml
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+from pydantic import BaseModel, ValidationError
+
+from reelway.platform.contracts.blend import Blend
+from reelway.platform.contracts.calibration import Calibration
+from reelway.platform.contracts.features import RANKER_TASKS, VIDEO_DENSE, VIEWER_DENSE
+from reelway.platform.contracts.manifest import (
+    BLEND_FILE,
+    CALIBRATION_FILE,
+    Dimensions,
+    FeatureServiceRef,
+    GateResult,
+    Manifest,
+)
+from reelway.platform.errors import DigestMismatchError, GateFailedError, IncompatibleReleaseError
+from reelway.platform.release.dimensions import DimensionReader, assess_dimensions, read_dimensions
+from reelway.platform.release.folder import check_files, first_problem, read_manifest
+from reelway.platform.release.signing import check_signature, fingerprint
+from reelway.platform.release.tables import check_tables
+
+Model = TypeVar("Model", bound=BaseModel)
+
+
+@dataclass(frozen=True)
+class PassedCheck:
+    """One line of the report: what was looked at, and what was found."""
+
+    name: str
+    detail: str
+
+
+@dataclass(frozen=True)
+class VerifiedRelease:
+    """A release that may be loaded."""
+
+    manifest: Manifest
+    folder: Path
+    checks: tuple[PassedCheck, ...]
+
+
+def verify(
+    folder: Path,
+    *,
+    public_keys: Sequence[Ed25519PublicKey],
+    feature_services: Mapping[str, str] | None,
+    expected_id: str | None = None,
+    read_dimensions: DimensionReader = read_dimensions,
+) -> VerifiedRelease:
+    """Check a release folder in full, cheapest and most damning checks first.
+
+    Args:
+        folder: a local folder, as ``ReleaseStore.fetch`` returns it.
+        public_keys: the trusted ones; one of them must have signed.
+        feature_services: name -> digest of what the feature store has; ``None`` where there is no store to ask, which
+            the report then says.
+        expected_id: the id that was asked for.
+        read_dimensions: looks into graphs and index; replaced where their libraries are not installed.
+
+    Raises:
+        DigestMismatchError: the id, a file, or the set of files is not what was signed.
+        SignatureError: no signature, or none by a trusted key.
+        GateFailedError: a quality gate does not hold.
+        IncompatibleReleaseError: schema version, tables, graphs, index, blend, calibration or feature services
+            disagree.
+        ReleaseNotFoundError: the folder has no manifest.
+    """
+    manifest = read_manifest(folder)
+    assess_id(manifest, expected_id)
+    checks = [PassedCheck("manifest", f"{manifest.name}, id {manifest.release_id[:12]}")]
+
+    def passed(name: str, detail: str) -> None:
+        checks.append(PassedCheck(name, detail))
+
+    key = check_signature(manifest, public_keys)
+    passed("signature", f"by key {fingerprint(key)}")
+    assess_gates(manifest.gates)
+    passed("gates", f"{len(manifest.gates)} hold")
+    check_files(folder, manifest)
+    size_bytes = sum(entry.size_bytes for entry in manifest.files.values())
+    passed("files", f"{len(manifest.files)} with their digests, {size_bytes / 1e6:.1f} MB")
+    if feature_services is None:
+        passed("feature services", "not checked: no feature store was given")
+    else:
+        assess_feature_services(manifest.feature_services, feature_services)
+        passed("feature services", ", ".join(service.name for service in manifest.feature_services))
+    assess_contract(manifest.dimensions)
+    check_tables(folder, manifest.dimensions)
+    passed("tables", f"{manifest.dimensions.videos} videos")
+    if problems := assess_dimensions(manifest.dimensions, read_dimensions(folder)):
+        raise IncompatibleReleaseError(f"release {manifest.release_id[:12]}: {'; '.join(problems)}; build it again")
+    passed("dimensions", f"embedding {manifest.dimensions.embedding}, {len(manifest.dimensions.tasks)} tasks")
+    read_blend(folder)
+    read_calibration(folder)
+    passed("blend and calibration", "valid")
+    return VerifiedRelease(manifest, folder, tuple(checks))
+
+
+def read_blend(folder: Path) -> Blend:
+    """``blend.yaml`` of a release folder.
+
+    Raises:
+        IncompatibleReleaseError: not YAML, or not a blend.
+    """
+    return _read_model(folder / BLEND_FILE, Blend, yaml.safe_load)
+
+
+def read_calibration(folder: Path) -> Calibration:
+    """``calibration.json`` of a release folder.
+
+    Raises:
+        IncompatibleReleaseError: not JSON, or not a calibration.
+    """
+    return _read_model(folder / CALIBRATION_FILE, Calibration, json.loads)
+
+
+def assess_id(manifest: Manifest, expected_id: str | None) -> None:
+    """Refuse another release than the one asked for.
+
+    Raises:
+        DigestMismatchError: the ids differ.
+    """
+    if expected_id is not None and manifest.release_id != expected_id:
+        raise DigestMismatchError(
+            f"the manifest has id {manifest.release_id[:12]}..., expected {expected_id[:12]}...; it was changed, or "
+            "another release lies in its place"
+        )
+
+
+def assess_gates(gates: Sequence[GateResult]) -> None:
+    """Refuse a release with a gate that failed, or that claims to have passed against its own numbers.
+
+    Raises:
+        GateFailedError: naming every such gate with its value and bound.
+    """
+    if failed := [gate for gate in gates if not gate.passed or not _holds(gate)]:
+        listed = "; ".join(
+            f"{gate.name} is {gate.value:g}, expected {gate.comparison} {gate.bound:g}"
+            + (f" ({gate.detail})" if gate.detail else "")
+            for gate in failed
+        )
+        raise GateFailedError(f"{len(failed)} of {len(gates)} gates failed: {listed}")
+
+
+def assess_feature_services(wanted: Sequence[FeatureServiceRef], present: Mapping[str, str]) -> None:
+    """Refuse a release that was trained on features which the store does not have in that form.
+
+    Raises:
+        IncompatibleReleaseError: a service is absent, or its views, fields or types differ.
+    """
+    for service in wanted:
+        if service.name not in present:
+            raise IncompatibleReleaseError(
+                f"the feature store has no feature service {service.name!r}, which the release needs; it has "
+                f"{', '.join(sorted(present)) or 'none'}; register it with `reelway features`"
+            )
+        if present[service.name] != service.digest:
+            raise IncompatibleReleaseError(
+                f"feature service {service.name!r} has digest {present[service.name][:12]}... in the store, the "
+                f"release was trained with {service.digest[:12]}...; its views, fields or types changed: train again"
+            )
+
+
+def assess_contract(declared: Dimensions) -> None:
+    """Refuse a release whose inputs are not those that this version of Reelway assembles.
+
+    Raises:
+        IncompatibleReleaseError: the number of features, or the tasks, differ.
+    """
+    for name, seen, expected in (
+        ("viewer_dense", declared.viewer_dense, len(VIEWER_DENSE)),
+        ("video_dense", declared.video_dense, len(VIDEO_DENSE)),
+        ("tasks", declared.tasks, RANKER_TASKS),
+    ):
+        if seen != expected:
+            raise IncompatibleReleaseError(
+                f"the release has {name} {seen}, this version of Reelway expects {expected}; build it again with it"
+            )
+
+
+def _holds(gate: GateResult) -> bool:
+    return gate.value >= gate.bound if gate.comparison == ">=" else gate.value <= gate.bound
+
+
+def _read_model(path: Path, model: type[Model], parse: Callable[[str], object]) -> Model:
+    try:
+        return model.model_validate(parse(path.read_text()))
+    except ValidationError as error:
+        raise IncompatibleReleaseError(f"{path} is invalid: {first_problem(error)}") from error
+    except (yaml.YAMLError, ValueError) as error:
+        raise IncompatibleReleaseError(f"{path} cannot be read: {error}") from error
