@@ -52,11 +52,11 @@ def create_keys(folder: Path) -> KeyPair:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         _write_private(pair.private, private)
-    except FileExistsError as error:
-        raise ConfigError(
-            f"{pair.private} exists already and is never overwritten; use it, or name another folder"
-        ) from error
     except OSError as error:
+        if pair.private.exists():
+            raise ConfigError(
+                f"{pair.private} exists already and is never overwritten; use it, or name another folder"
+            ) from error
         raise StorageError(f"cannot write keys to {folder}: {error.strerror or error}") from error
     public = key.public_key().public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
     with whole_file(pair.public) as aside:
@@ -75,9 +75,7 @@ def load_private_key(path: Path) -> Ed25519PrivateKey:
     except (ValueError, TypeError) as error:
         raise SignatureError(f"{path} is not an unencrypted private key in PEM: {error}") from error
     if not isinstance(key, Ed25519PrivateKey):
-        raise SignatureError(
-            f"{path} holds a {type(key).__name__}, expected Ed25519; make one with `reelway release keys`"
-        )
+        raise SignatureError(f"{path} holds a {type(key).__name__}, expected an Ed25519 private key")
     return key
 
 

@@ -1,0 +1,102 @@
+"""A disk that fills up while a release is written: a clear error, and nothing half-written in sight."""
+
+from __future__ import annotations
+
+import os
+import resource
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from tests.release_files import make_release_folder
+
+from reelway.platform.contracts.manifest import MANIFEST_FILE, Manifest
+from reelway.platform.errors import StorageError
+from reelway.platform.release.store import ReleaseStore
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("built") / "release"
+    make_release_folder(path, videos=40, embedding=16)  # its viewer tower alone has 2 MB
+    return path
+
+
+@pytest.fixture
+def one_megabyte(tmp_path: Path) -> Iterator[Path]:
+    """A real file system of 1 MB."""
+    if os.geteuid() != 0:
+        pytest.skip("mounting a small file system needs root; the file-size limit below covers the same path")
+    place = tmp_path / "small"
+    place.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(place)], capture_output=True, text=True, check=False
+    )
+    if mounted.returncode != 0:
+        pytest.skip(f"this machine does not let a test mount a file system: {mounted.stderr.strip()}")
+    try:
+        yield place
+    finally:
+        subprocess.run(["umount", str(place)], check=True)
+
+
+def read_back(folder: Path) -> Manifest:
+    return Manifest.model_validate_json((folder / MANIFEST_FILE).read_text())
+
+
+def test_a_full_disk_while_writing_a_release_leaves_nothing_visible(one_megabyte: Path, folder: Path) -> None:
+    store = ReleaseStore(f"file://{one_megabyte}/releases")
+    with pytest.raises(StorageError, match="No space left on device; nothing was changed there"):
+        store.write(folder, read_back(folder))
+    assert store.list() == []
+    assert list((one_megabyte / "releases").iterdir()) == []
+
+
+def test_a_full_disk_while_fetching_a_release_leaves_nothing_in_the_cache(
+    one_megabyte: Path, folder: Path, tmp_path: Path
+) -> None:
+    store = ReleaseStore(f"file://{tmp_path}/store")
+    release_id = store.write(folder, read_back(folder))
+    with pytest.raises(StorageError, match="No space left on device"):
+        store.fetch(release_id, one_megabyte / "cache")
+    assert [path.name for path in (one_megabyte / "cache").iterdir()] == [f".{release_id}.lock"]
+
+
+def test_a_disk_too_full_even_for_a_folder_is_a_storage_error(one_megabyte: Path, folder: Path) -> None:
+    (one_megabyte / "ballast").write_bytes(bytes(1 << 20))
+    with pytest.raises(StorageError, match="No space left"):
+        ReleaseStore(f"file://{one_megabyte}/releases").write(folder, read_back(folder))
+
+
+WRITE_WITH_LIMIT = """
+import sys
+from pathlib import Path
+from reelway.platform.errors import StorageError
+from reelway.platform.release.folder import read_manifest
+from reelway.platform.release.store import ReleaseStore
+
+folder, store = Path(sys.argv[1]), ReleaseStore(sys.argv[2])
+try:
+    store.write(folder, read_manifest(folder))
+except StorageError as error:
+    sys.exit(str(error))
+"""
+
+
+def test_a_file_that_may_not_grow_is_a_storage_error_and_nothing_is_visible(tmp_path: Path, folder: Path) -> None:
+    def limit() -> None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # so that the write fails with EFBIG, as other writes do
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))
+
+    url = f"file://{tmp_path}/releases"
+    ended = subprocess.run(
+        [sys.executable, "-c", WRITE_WITH_LIMIT, str(folder), url],
+        preexec_fn=limit, capture_output=True, text=True, check=False, timeout=60,
+    )  # fmt: skip
+    assert ended.returncode == 1
+    assert "File too large; nothing was changed there" in ended.stderr
+    assert ReleaseStore(url).list() == []
+    assert list((tmp_path / "releases").iterdir()) == []

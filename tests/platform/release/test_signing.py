@@ -1,0 +1,87 @@
+"""Key files that leak nothing, overwrite nothing, and say what is wrong with them."""
+
+from __future__ import annotations
+
+import stat
+from pathlib import Path
+
+import pytest
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric.rsa import generate_private_key
+from tests.release_files import make_release_folder
+
+from reelway.platform.errors import ConfigError, SignatureError, StorageError
+from reelway.platform.release.signing import (
+    check_signature,
+    create_keys,
+    load_private_key,
+    load_public_keys,
+    sign,
+)
+
+
+def test_a_new_pair_signs_and_verifies_and_the_id_stays_as_it_was(tmp_path: Path) -> None:
+    pair = create_keys(tmp_path / "keys")
+    manifest = make_release_folder(tmp_path / "release", videos=40, embedding=8)
+    signed = sign(manifest, load_private_key(pair.private))
+    keys = load_public_keys(pair.public)
+    assert check_signature(signed, keys) == keys[0]
+    assert signed.release_id == manifest.release_id
+
+
+def test_the_private_key_can_be_read_by_its_owner_alone(tmp_path: Path) -> None:
+    pair = create_keys(tmp_path)
+    assert stat.S_IMODE(pair.private.stat().st_mode) == 0o600
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["release.private.pem", "release.public.pem"]
+
+
+def test_an_existing_private_key_is_never_overwritten(tmp_path: Path) -> None:
+    before = create_keys(tmp_path).private.read_bytes()
+    with pytest.raises(ConfigError, match="exists already and is never overwritten"):
+        create_keys(tmp_path)
+    assert (tmp_path / "release.private.pem").read_bytes() == before
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_folder_that_cannot_be_made_is_a_storage_error(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    for folder in (tmp_path / "file", tmp_path / "file" / "keys"):
+        with pytest.raises(StorageError, match=r"cannot write keys to .*file"):
+            create_keys(folder)
+
+
+def test_all_public_keys_of_a_folder_are_trusted_and_private_ones_are_left_alone(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        create_keys(tmp_path / name).public.rename(tmp_path / f"{name}.public.pem")
+    (tmp_path / "a" / "release.private.pem").rename(tmp_path / "release.private.pem")
+    assert len(load_public_keys(tmp_path)) == 2
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"not a key", b"-----BEGIN PUBLIC KEY-----\nAAAA\n-----END PUBLIC KEY-----\n"]
+)
+def test_a_file_that_is_no_key_is_refused_by_name(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "x.public.pem"
+    path.write_bytes(content)
+    with pytest.raises(SignatureError, match=r"x\.public\.pem"):
+        load_public_keys(path)
+    with pytest.raises(SignatureError, match=r"x\.public\.pem"):
+        load_private_key(path)
+
+
+def test_a_key_of_another_kind_is_refused(tmp_path: Path) -> None:
+    rsa = generate_private_key(public_exponent=65537, key_size=2048)
+    path = tmp_path / "rsa.pem"
+    path.write_bytes(
+        rsa.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+    )
+    with pytest.raises(SignatureError, match="RSAPrivateKey, expected an Ed25519"):
+        load_private_key(path)
+
+
+def test_missing_keys_are_named_with_the_command_that_makes_them(tmp_path: Path) -> None:
+    for load in (load_private_key, load_public_keys):
+        with pytest.raises(SignatureError, match="reelway release keys"):
+            load(tmp_path / "nothing.pem")  # type: ignore[operator]
+    with pytest.raises(SignatureError, match="reelway release keys"):
+        load_public_keys(tmp_path)

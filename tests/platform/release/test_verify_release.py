@@ -1,0 +1,375 @@
+"""``verify`` accepts a whole release and refuses every kind of damage, each by name."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import faiss
+import numpy as np
+import pyarrow as pa
+import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from tests.release_files import FEATURE_SERVICES, describe_files, make_release_folder, write_arrow, write_ranker
+
+from reelway.platform.contracts import manifest as files
+from reelway.platform.contracts.features import VIDEO_DENSE
+from reelway.platform.contracts.manifest import Manifest
+from reelway.platform.contracts.release_files import NEIGHBOURS_SCHEMA, POPULAR, videos_schema
+from reelway.platform.errors import (
+    DigestMismatchError,
+    GateFailedError,
+    IncompatibleReleaseError,
+    ReleaseError,
+    ReleaseNotFoundError,
+    SignatureError,
+)
+from reelway.platform.release.dimensions import read_dimensions
+from reelway.platform.release.folder import read_manifest, write_manifest
+from reelway.platform.release.signing import sign
+from reelway.platform.release.verify import VerifiedRelease, verify
+
+KEY = Ed25519PrivateKey.generate()
+STRANGER = Ed25519PrivateKey.generate()
+EMBEDDING = 8
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("release") / "original"
+    make_release_folder(folder, videos=64, embedding=EMBEDDING, key=KEY)
+    return folder
+
+
+@pytest.fixture
+def release(original: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(original, tmp_path / "release"))
+
+
+def look(folder: Path, **changes: Any) -> VerifiedRelease:
+    arguments: dict[str, Any] = {"public_keys": [KEY.public_key()], "feature_services": FEATURE_SERVICES}
+    return verify(folder, **(arguments | changes))
+
+
+def rebuilt(folder: Path, *, key: Ed25519PrivateKey | None = KEY, **changes: Any) -> Manifest:
+    """Describe and sign the folder anew, as a builder would who made it wrong in good faith."""
+    body = read_manifest(folder).model_dump() | {"files": describe_files(folder), "signature": None} | changes
+    manifest = Manifest.model_validate(body)
+    manifest = sign(manifest, key) if key else manifest
+    write_manifest(folder, manifest)
+    return manifest
+
+
+def dimensions(folder: Path, **changes: Any) -> dict[str, Any]:
+    return read_manifest(folder).dimensions.model_dump() | changes
+
+
+def test_a_whole_release_is_verified_and_every_check_is_reported(release: Path) -> None:
+    verified = look(release, expected_id=read_manifest(release).release_id)
+    assert verified.folder == release
+    assert verified.manifest.dimensions.videos == 64
+    assert [check.name for check in verified.checks] == [
+        "manifest", "signature", "gates", "files", "feature services", "tables", "dimensions", "blend and calibration",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", files.RELEASE_FILES)
+def test_one_flipped_bit_in_any_file_is_refused(release: Path, name: str) -> None:
+    content = bytearray((release / name).read_bytes())
+    content[len(content) // 2] ^= 1
+    (release / name).write_bytes(content)
+    with pytest.raises(DigestMismatchError, match=f"{name} has SHA-256"):
+        look(release)
+
+
+@pytest.mark.parametrize("name", files.RELEASE_FILES)
+def test_a_file_that_is_cut_short_is_refused(release: Path, name: str) -> None:
+    content = (release / name).read_bytes()
+    (release / name).write_bytes(content[:-1])
+    with pytest.raises(DigestMismatchError, match=f"{name} has {len(content) - 1} bytes"):
+        look(release)
+
+
+@pytest.mark.parametrize("name", files.RELEASE_FILES)
+def test_a_missing_file_is_refused(release: Path, name: str) -> None:
+    (release / name).unlink()
+    with pytest.raises(DigestMismatchError, match=f"lacks {name}"):
+        look(release)
+
+
+def test_an_additional_file_is_refused(release: Path) -> None:
+    (release / "ranker.onnx.data").write_text("more weights")
+    with pytest.raises(DigestMismatchError, match=r"has ranker\.onnx\.data, which no release has"):
+        look(release)
+
+
+def test_a_folder_without_manifest_is_no_release(release: Path) -> None:
+    (release / files.MANIFEST_FILE).unlink()
+    with pytest.raises(ReleaseNotFoundError, match=r"no manifest\.json"):
+        look(release)
+
+
+def test_a_release_that_is_not_signed_is_refused(release: Path) -> None:
+    rebuilt(release, key=None)
+    with pytest.raises(SignatureError, match="is not signed"):
+        look(release)
+
+
+def test_a_release_signed_by_a_stranger_is_refused(release: Path) -> None:
+    rebuilt(release, key=STRANGER)
+    with pytest.raises(SignatureError, match="signed by none of the trusted keys"):
+        look(release)
+
+
+def test_a_release_is_accepted_from_any_of_several_trusted_keys(release: Path) -> None:
+    rebuilt(release, key=STRANGER)
+    look(release, public_keys=[KEY.public_key(), STRANGER.public_key()])
+
+
+def test_without_a_trusted_key_nothing_is_accepted(release: Path) -> None:
+    with pytest.raises(SignatureError, match="no public key was given"):
+        look(release, public_keys=[])
+
+
+def test_a_manifest_changed_after_signing_is_refused(release: Path) -> None:
+    signed = read_manifest(release)
+    write_manifest(release, signed.model_copy(update={"metrics": {"recall_at_50": 0.9}}))
+    with pytest.raises(SignatureError, match="its manifest was changed"):
+        look(release)
+
+
+def test_a_signature_that_is_not_base64_is_refused(release: Path) -> None:
+    write_manifest(release, read_manifest(release).model_copy(update={"signature": "no signature!"}))
+    with pytest.raises(SignatureError, match="not base64"):
+        look(release)
+
+
+def test_another_release_than_the_one_asked_for_is_refused(release: Path) -> None:
+    with pytest.raises(DigestMismatchError, match="expected 000000000000"):
+        look(release, expected_id="0" * 64)
+
+
+def test_a_feature_service_that_the_store_lacks_is_refused(release: Path) -> None:
+    with pytest.raises(IncompatibleReleaseError, match="no feature service 'training_row_v1'"):
+        look(release, feature_services={"viewer_row_v1": "b" * 64})
+
+
+def test_a_feature_service_with_other_fields_is_refused(release: Path) -> None:
+    with pytest.raises(IncompatibleReleaseError, match="'viewer_row_v1' has digest cccccccccccc"):
+        look(release, feature_services=FEATURE_SERVICES | {"viewer_row_v1": "c" * 64})
+
+
+def test_without_a_feature_store_the_report_says_that_it_was_not_asked(release: Path) -> None:
+    checks = {check.name: check.detail for check in look(release, feature_services=None).checks}
+    assert checks["feature services"].startswith("not checked")
+
+
+def test_a_failed_gate_is_refused_with_its_value_and_bound(release: Path) -> None:
+    gates = [
+        {"name": "recall_at_50", "value": 0.1, "bound": 0.3, "comparison": ">=", "passed": False},
+        {"name": "ece_like", "value": 0.2, "bound": 0.05, "comparison": "<=", "passed": False, "detail": "100 rows"},
+        {"name": "coverage", "value": 0.5, "bound": 0.3, "comparison": ">=", "passed": True},
+    ]
+    rebuilt(release, gates=gates)
+    with pytest.raises(GateFailedError) as refused:
+        look(release)
+    assert str(refused.value) == (
+        "2 of 3 gates failed: recall_at_50 is 0.1, expected >= 0.3; ece_like is 0.2, expected <= 0.05 (100 rows)"
+    )
+
+
+def test_a_gate_that_claims_to_hold_against_its_own_numbers_is_refused(release: Path) -> None:
+    rebuilt(release, gates=[{"name": "auc", "value": 0.4, "bound": 0.5, "comparison": ">=", "passed": True}])
+    with pytest.raises(GateFailedError, match=r"auc is 0\.4"):
+        look(release)
+
+
+def test_an_unknown_schema_version_is_refused_before_anything_is_read_into_it(release: Path) -> None:
+    body = json.loads((release / files.MANIFEST_FILE).read_text()) | {"schema_version": 2, "new_field": 1}
+    (release / files.MANIFEST_FILE).write_text(json.dumps(body))
+    with pytest.raises(IncompatibleReleaseError, match="schema version 2, this version of Reelway reads 1"):
+        look(release)
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "null", '{"schema_version": 1}'])
+def test_a_manifest_that_is_not_one_is_refused(release: Path, content: str) -> None:
+    (release / files.MANIFEST_FILE).write_text(content)
+    with pytest.raises(ReleaseError, match=r"manifest\.json"):
+        look(release)
+
+
+def test_a_manifest_that_names_a_file_outside_the_folder_is_refused(release: Path) -> None:
+    body = json.loads((release / files.MANIFEST_FILE).read_text())
+    body["files"]["../secret"] = body["files"][files.BLEND_FILE]
+    (release / files.MANIFEST_FILE).write_text(json.dumps(body))
+    with pytest.raises(DigestMismatchError, match=r"\.\./secret, which no release has"):
+        look(release)
+
+
+def _vectors(folder: Path, count: int, width: int) -> None:
+    index = faiss.IndexFlatIP(width)
+    index.add(np.eye(count, width, dtype=np.float32))
+    faiss.write_index(index, str(folder / files.INDEX_FILE))
+
+
+def _euclidean(folder: Path) -> None:
+    index = faiss.IndexFlatL2(EMBEDDING)
+    index.add(np.eye(64, EMBEDDING, dtype=np.float32))
+    faiss.write_index(index, str(folder / files.INDEX_FILE))
+
+
+def _other_tower(folder: Path) -> None:
+    make_release_folder(folder.parent / "wide", videos=64, embedding=12)
+    shutil.copyfile(folder.parent / "wide" / files.VIEWER_TOWER_FILE, folder / files.VIEWER_TOWER_FILE)
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (lambda folder: _vectors(folder, 63, EMBEDDING), "number of vectors is 63, the manifest says 64"),
+        (lambda folder: _vectors(folder, 64, 16), "width of its vectors is 16, the manifest says 8"),
+        (_euclidean, "another distance than the inner product"),
+        (_other_tower, "width of its output is 12, the manifest says 8"),
+        (
+            lambda folder: write_ranker(folder / files.RANKER_FILE, 4, np.random.default_rng(0)),
+            "width of viewer_embedding is 4, the manifest says 8",
+        ),
+        (
+            lambda folder: shutil.copyfile(folder / files.VIEWER_TOWER_FILE, folder / files.RANKER_FILE),
+            "does not take .*video_dense",
+        ),
+        (lambda folder: (folder / files.RANKER_FILE).write_text("no graph"), "not a graph that ONNX Runtime can open"),
+        (lambda folder: (folder / files.INDEX_FILE).write_text("no index"), "not an index that FAISS can open"),
+    ],
+)
+def test_graphs_and_index_that_disagree_with_the_manifest_are_refused(
+    release: Path, damage: Callable[[Path], Any], said: str
+) -> None:
+    damage(release)
+    rebuilt(release)
+    with pytest.raises(IncompatibleReleaseError, match=said):
+        look(release)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"embedding": 16}, "'embedding' is fixed_size_list.*8"),
+        ({"videos": 65}, "videos.arrow has 64 rows, the manifest says 65"),
+        ({"viewer_dense": 3}, "has viewer_dense 3, this version of Reelway expects"),
+        ({"video_dense": len(VIDEO_DENSE) + 1}, "has video_dense"),
+        ({"tasks": ("long_watch",)}, "has tasks"),
+    ],
+)
+def test_declared_dimensions_that_the_files_do_not_have_are_refused(
+    release: Path, change: dict[str, Any], said: str
+) -> None:
+    rebuilt(release, dimensions=dimensions(release, **change))
+    with pytest.raises(IncompatibleReleaseError, match=said):
+        look(release)
+
+
+def _table(folder: Path, name: str) -> pa.Table:
+    return pa.ipc.open_file(folder / name).read_all()
+
+
+def _drop_title(folder: Path) -> None:
+    write_arrow(folder / files.VIDEOS_FILE, _table(folder, files.VIDEOS_FILE).drop_columns(["title"]))
+
+
+def _wider_rank(folder: Path) -> None:
+    table = _table(folder, files.POPULAR_FILE)
+    write_arrow(folder / files.POPULAR_FILE, table.cast(POPULAR.set(1, pa.field("rank", pa.int64(), nullable=False))))
+
+
+def _backwards(folder: Path) -> None:
+    table = _table(folder, files.VIDEOS_FILE)
+    write_arrow(folder / files.VIDEOS_FILE, table.take(np.arange(table.num_rows)[::-1]))
+
+
+def _unknown_popular(folder: Path) -> None:
+    table = _table(folder, files.POPULAR_FILE)
+    ids = pa.array(np.full(table.num_rows, 999_999), pa.int64())
+    write_arrow(folder / files.POPULAR_FILE, table.set_column(2, POPULAR.field("video_id"), ids))
+
+
+def _far_neighbour(folder: Path) -> None:
+    table = _table(folder, files.NEIGHBOURS_FILE)
+    kind = NEIGHBOURS_SCHEMA.field("rows").type
+    rows = pa.FixedSizeListArray.from_arrays(pa.array(np.full(64 * kind.list_size, 64), pa.int32()), kind.list_size)
+    write_arrow(folder / files.NEIGHBOURS_FILE, table.set_column(1, NEIGHBOURS_SCHEMA.field("rows"), rows))
+
+
+def _long_embedding(folder: Path) -> None:
+    table = _table(folder, files.VIDEOS_FILE)
+    doubled = pa.FixedSizeListArray.from_arrays(pa.array(np.full(64 * EMBEDDING, 2.0), pa.float32()), EMBEDDING)
+    place = table.schema.get_field_index("embedding")
+    write_arrow(
+        folder / files.VIDEOS_FILE, table.set_column(place, videos_schema(EMBEDDING).field("embedding"), doubled)
+    )
+
+
+def _two_batches(folder: Path) -> None:
+    table = _table(folder, files.VIDEOS_FILE)
+    with (
+        pa.OSFile(str(folder / files.VIDEOS_FILE), "wb") as sink,
+        pa.ipc.new_file(sink, table.schema) as writer,
+    ):
+        writer.write_table(table, max_chunksize=32)
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (_drop_title, "column 'title' is missing"),
+        (_wider_rank, "column 'rank' is int64"),
+        (_backwards, "video_id does not ascend"),
+        (_unknown_popular, "lists video 999999"),
+        (_far_neighbour, r"points to rows 64\.\.64, expected -1\.\.63"),
+        (_long_embedding, "embedding has length"),
+        (_two_batches, "has 2 record batches"),
+        (lambda folder: (folder / files.VIDEOS_FILE).write_text("no table"), "not an Arrow IPC file"),
+    ],
+)
+def test_tables_with_another_schema_or_broken_references_are_refused(
+    release: Path, damage: Callable[[Path], Any], said: str
+) -> None:
+    damage(release)
+    rebuilt(release)
+    with pytest.raises(IncompatibleReleaseError, match=said):
+        look(release)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        (files.BLEND_FILE, "retrieval: {quotas: {ann: 0.5}}", "quotas sum to 0.5, expected 1"),
+        (files.BLEND_FILE, "retrieval: [", r"blend\.yaml cannot be read"),
+        (files.BLEND_FILE, "rankin: {}", r"rankin"),
+        (
+            files.CALIBRATION_FILE,
+            '{"curves": {"like": {"method": "platt", "probability": [0, 1], "rate": [0.5, 0.1]}}}',
+            "rate decreases",
+        ),
+        (files.CALIBRATION_FILE, "{", r"calibration\.json cannot be read"),
+    ],
+)
+def test_an_invalid_blend_or_calibration_is_refused(release: Path, name: str, content: str, said: str) -> None:
+    (release / name).write_text(content)
+    rebuilt(release)
+    with pytest.raises(IncompatibleReleaseError, match=said):
+        look(release)
+
+
+def test_a_process_without_the_runtimes_can_bring_its_own_reader_of_dimensions(release: Path) -> None:
+    elsewhere = read_dimensions(release)
+    assert look(release, read_dimensions=lambda _: elsewhere).manifest == read_manifest(release)
+
+
+def test_a_missing_runtime_is_named_with_the_way_to_install_it(release: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "onnxruntime", None)
+    with pytest.raises(ReleaseError, match=r"onnxruntime is not installed; install it with .*\[verify\]"):
+        look(release)
