@@ -9,7 +9,6 @@ import os
 from datetime import timedelta
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 from feast import Entity, FeatureService, FeatureView, Field, FileSource, RequestSource, ValueType
 from feast.data_format import ParquetFormat
@@ -17,7 +16,6 @@ from feast.on_demand_feature_view import on_demand_feature_view
 from feast.types import Array, Float32, Float64, Int64, String
 
 from reelway.platform.contracts import features as names
-from reelway.platform.features import on_demand
 
 FEATURES_DIR = Path(os.environ["REELWAY_FEATURES_DIR"]).absolute()
 
@@ -105,6 +103,12 @@ request = RequestSource(name="request", schema=[Field(name="request_time_s", dty
 )
 def request_context(inputs: pd.DataFrame) -> pd.DataFrame:
     """The one function of ``platform.features.on_demand``, on Feast's columns."""
+    # Feast keeps the source of this function in its registry and runs it alone: it must import what it uses.
+    import numpy as np
+    import pandas as pd
+
+    from reelway.platform.features import on_demand
+
     columns = (inputs[name].to_numpy(np.float64) for name in ("request_time_s", "created_at_s", "uploaded_at_s"))
     return pd.DataFrame(on_demand.request_context(*columns))
 

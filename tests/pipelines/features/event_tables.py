@@ -103,8 +103,8 @@ def random_dataset(
     )  # fmt: skip
     return {
         "viewers": table(
-            contract.VIEWERS, viewer_id=np.arange(viewers) + 500, created_at=START_US - rng.integers(0, DAY_US, viewers),
-            region=rng.choice(["eu", "us"], viewers).tolist(), language=["en"] * viewers,
+            contract.VIEWERS, viewer_id=np.arange(viewers) + 500, region=rng.choice(["eu", "us"], viewers).tolist(),
+            created_at=START_US - rng.integers(0, DAY_US, viewers), language=["en"] * viewers,
         ),
         "creators": table(
             contract.CREATORS, creator_id=np.arange(creators), created_at=[START_US - 6 * DAY_US] * creators,

@@ -87,14 +87,21 @@ class Events:
         """From a table with the columns of ``labels.LABELLED``."""
 
         def ints(name: str, scale: float = 1.0) -> I64:
-            values = labels[name].to_numpy()
-            return np.rint(values * scale).astype(np.int64) if scale != 1.0 else values.astype(np.int64)
+            values: I64 = np.rint(labels[name].to_numpy() * scale).astype(np.int64)
+            return values
 
         return cls(
-            *(ints(name) for name in ("impression_id", "viewer_id", "video_id", "creator_id", "video_topic")),
+            impression_id=labels["impression_id"].to_numpy(),
+            viewer_id=labels["viewer_id"].to_numpy(),
+            video_id=labels["video_id"].to_numpy(),
+            creator_id=labels["creator_id"].to_numpy(),
+            topic=labels["video_topic"].to_numpy().astype(np.int64),
             event_us=times_us(labels["event_time"]),
             known_us=times_us(labels["outcome_time"]) + AFTER_US,
-            **{name: ints(name) for name in ("long_watch", "like", "skip", "follow")},
+            long_watch=ints("long_watch"),
+            like=ints("like"),
+            skip=ints("skip"),
+            follow=ints("follow"),
             watch_ms=ints("watch_s", 1000.0),
             weight_milli=ints("weight", 1000.0),
         )
@@ -122,10 +129,9 @@ def snapshot_points(
     moments = [known_us, *(known_us + window for window in windows_us)]
     if heartbeat_us and windows_us:
         beats = max(windows_us) // heartbeat_us
-        days, day_entities = np.divmod(known_us, heartbeat_us)[0], entities
-        day_entities, days = _unique_pairs(entities, days)
-        moments_beat = (days[:, None] + np.arange(1, beats + 1)).ravel() * heartbeat_us
-        beat_entities, beat_us = _unique_pairs(np.repeat(day_entities, beats), moments_beat)
+        day_entities, days = _unique_pairs(entities, known_us // heartbeat_us)
+        beat_us = (days[:, None] + np.arange(1, beats + 1)).ravel() * heartbeat_us
+        beat_entities, beat_us = _unique_pairs(np.repeat(day_entities, beats), beat_us)
     else:
         beat_entities, beat_us = entities[:0], known_us[:0]
     at_us = np.concatenate([*(_ceil(moment, grid_us) for moment in moments), _ceil(beat_us, grid_us)])
