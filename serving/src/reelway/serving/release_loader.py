@@ -1,0 +1,122 @@
+"""A verified release folder, made into stages. Each stage loads only its own files, so a replica holds what it needs.
+
+Refuses to look for anything outside the folder. Whether the folder may be served at all is ``verify``'s to say.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import faiss
+import numpy as np
+
+from reelway.platform.contracts.features import RANKER_INPUTS, VIEWER_TOWER_INPUTS
+from reelway.platform.contracts.manifest import (
+    INDEX_FILE,
+    NEIGHBOURS_FILE,
+    RANKER_FILE,
+    VIDEOS_FILE,
+    VIEWER_TOWER_FILE,
+)
+from reelway.platform.contracts.release_files import NEIGHBOURS_SCHEMA
+from reelway.platform.errors import IncompatibleReleaseError
+from reelway.platform.release.folder import read_manifest
+from reelway.platform.release.verify import read_blend, read_calibration
+from reelway.platform.tokens import TokenSigner
+from reelway.serving.graph import LocalStages, RecommendationGraph, ReleaseEdge
+from reelway.serving.metrics import IngressMetrics
+from reelway.serving.popular import open_popular_lists
+from reelway.serving.sessions import Graph
+from reelway.serving.stages.ranking import Ranking
+from reelway.serving.stages.reranking import Reranking
+from reelway.serving.stages.retrieval import Retrieval
+from reelway.serving.stages.sources import AnnSource, FreshSource, ListSource, NeighbourSource
+from reelway.serving.video_table import Rows, VideoTable, open_one_batch, open_video_table
+
+
+@dataclass(frozen=True)
+class ReleaseLoader:
+    """Loads the parts of one release folder.
+
+    Args:
+        folder: as ``ReleaseStore.fetch`` returned and ``verify`` accepted it.
+        threads: of one model call, and of one index search.
+
+    Every method raises ``IncompatibleReleaseError`` when a file is not what its format says.
+    """
+
+    folder: Path
+    threads: int = 1
+
+    def release_id(self) -> str:
+        """The full id."""
+        return read_manifest(self.folder).release_id
+
+    def table(self) -> VideoTable:
+        """``videos.arrow``, memory-mapped."""
+        return open_video_table(self.folder / VIDEOS_FILE)
+
+    def edge(self) -> ReleaseEdge:
+        """What a router holds."""
+        table = self.table()
+        return ReleaseEdge(self.release_id(), table, open_popular_lists(self.folder, table))
+
+    def retrieval(self) -> Retrieval:
+        """Viewer tower, index and lists."""
+        settings = read_blend(self.folder).retrieval
+        table = self.table()
+        lists = open_popular_lists(self.folder, table)
+        return Retrieval(
+            Graph(self.folder / VIEWER_TOWER_FILE, inputs=VIEWER_TOWER_INPUTS, threads=self.threads),
+            {
+                "ann": AnnSource(self._index(table), settings.index_probes),
+                "popular": ListSource(lists.popular),
+                "trending": ListSource(lists.trending, lists.trending_in),
+                "fresh": FreshSource(table, settings.fresh_hours),
+                "neighbours": NeighbourSource(self._neighbours(table)),
+            },
+            settings,
+        )
+
+    def ranking(self) -> Ranking:
+        """Ranker, video table, calibration."""
+        ranker = Graph(self.folder / RANKER_FILE, inputs=RANKER_INPUTS, threads=self.threads)
+        return Ranking(ranker, self.table(), read_calibration(self.folder), read_blend(self.folder).ranking)
+
+    def reranking(self) -> Reranking:
+        """Video table only."""
+        return Reranking(self.table(), read_blend(self.folder).reranking)
+
+    def stages(self) -> LocalStages:
+        """All three in this process."""
+        return LocalStages(self.retrieval(), self.ranking(), self.reranking())
+
+    def graph(self, signer: TokenSigner, metrics: IngressMetrics | None = None) -> RecommendationGraph:
+        """The whole path in this process."""
+        return RecommendationGraph(self.edge(), self.stages(), signer, metrics)
+
+    def _index(self, table: VideoTable) -> faiss.Index:
+        path = self.folder / INDEX_FILE
+        faiss.omp_set_num_threads(self.threads)
+        try:
+            index = faiss.read_index(str(path), faiss.IO_FLAG_MMAP)
+        except RuntimeError as error:
+            raise IncompatibleReleaseError(f"{path}: FAISS cannot read it: {error}") from error
+        seen, expected = (index.d, index.ntotal), (table.embedding.shape[1], len(table))
+        if seen != expected:
+            raise IncompatibleReleaseError(
+                f"{path}: has (dimension, videos) {seen}, expected {expected} as in {VIDEOS_FILE}; rebuild the release"
+            )
+        return index
+
+    def _neighbours(self, table: VideoTable) -> Rows:
+        path = self.folder / NEIGHBOURS_FILE
+        batch = open_one_batch(path)
+        if not batch.schema.equals(NEIGHBOURS_SCHEMA):
+            raise IncompatibleReleaseError(f"{path} has schema\n{batch.schema}\nexpected\n{NEIGHBOURS_SCHEMA}")
+        if not np.array_equal(batch.column("video_id").to_numpy(), table.video_id):
+            raise IncompatibleReleaseError(f"{path}: its videos are not those of {VIDEOS_FILE}; rebuild the release")
+        rows = batch.column("rows")
+        matrix: Rows = rows.flatten().to_numpy().reshape(len(rows), rows.type.list_size)
+        return matrix

@@ -1,0 +1,180 @@
+"""The videos of a release as columns: memory-mapped, shared by all replicas of a node, gathered in one go.
+
+Refuses per-video objects and per-video reads from a store: five hundred candidates are one gather of a few
+matrices. Reads are immutable; fresher live values are laid over the snapshot as a new version, and a reader sees
+one version from start to end.
+"""
+
+# Shapes: N videos of the table, C rows asked for, D embedding, S static numbers, L live numbers, H hashes
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from reelway.platform.contracts import features as names
+from reelway.platform.contracts.manifest import VIDEOS_FILE
+from reelway.platform.contracts.release_files import videos_schema
+from reelway.platform.errors import IncompatibleReleaseError
+from reelway.platform.features import on_demand
+
+F32 = NDArray[np.float32]
+F64 = NDArray[np.float64]
+I64 = NDArray[np.int64]
+Rows = NDArray[np.int32]
+
+ABSENT: Final = -1
+"""The row of a video that the table does not have."""
+_STATIC: Final = slice(0, len(names.VIDEO_STATIC_DENSE))
+_LIVE: Final = slice(_STATIC.stop, _STATIC.stop + len(names.VIDEO_LIVE_DENSE))
+_HOURS: Final = names.VIDEO_DENSE.index("hours_since_upload")
+
+
+@dataclass(frozen=True)
+class VideoInputs:
+    """The ranker's inputs of some videos, by the names of ``RANKER_INPUTS``."""
+
+    video_dense: F32  # [C, len(VIDEO_DENSE)]
+    video_categories: I64  # [C, len(VIDEO_CATEGORIES)]
+    creator_codes: I64  # [C, H]
+    video_embedding: F32  # [C, D]
+
+    def as_inputs(self) -> dict[str, NDArray[Any]]:
+        """The arrays by input name."""
+        return dict(vars(self))
+
+
+@dataclass(frozen=True)
+class LiveValues:
+    """One version of the live numbers. Never written to after it is published."""
+
+    dense: F32  # [N, L]
+    version: int
+
+
+class VideoTable:
+    """See the module's docstring. Rows are positions in ``videos.arrow``; ``index.faiss`` uses the same numbers.
+
+    Raises:
+        IncompatibleReleaseError: the batch is not what ``videos_schema`` says, or its ids are not ascending.
+    """
+
+    def __init__(self, batch: pa.RecordBatch) -> None:
+        self._batch = batch  # keeps the mapping alive
+        self.embedding = _matrix(batch, "embedding")
+        expected = videos_schema(self.embedding.shape[1])
+        if not batch.schema.equals(expected):
+            raise IncompatibleReleaseError(
+                f"{VIDEOS_FILE} has schema\n{batch.schema}\nexpected\n{expected}\nrebuild the release"
+            )
+        self.video_id: I64 = _vector(batch, "video_id")
+        self.creator_id: I64 = _vector(batch, "creator_id")
+        self.topic: NDArray[np.int32] = _vector(batch, "topic")
+        self.uploaded_at_s: F64 = _vector(batch, "uploaded_at_s")
+        self._creator_codes = _matrix(batch, "creator_codes")
+        self._categories = _matrix(batch, "video_categories")
+        self._static = _matrix(batch, "static_dense")
+        self._titles = batch.column("title")
+        self._live = LiveValues(_matrix(batch, "live_dense"), version=0)
+        if len(self) and (np.diff(self.video_id) <= 0).any():
+            at = int(np.argmax(np.diff(self.video_id) <= 0)) + 1
+            raise IncompatibleReleaseError(
+                f"{VIDEOS_FILE}, row {at}: saw video_id {self.video_id[at]} after {self.video_id[at - 1]}, "
+                "expected ascending ids; rebuild the release"
+            )
+
+    def __len__(self) -> int:
+        return int(self._batch.num_rows)
+
+    @property
+    def live(self) -> LiveValues:
+        """The live numbers as they are now; later overlays do not change what this returned."""
+        return self._live
+
+    def rows_of(self, video_ids: NDArray[np.integer[Any]]) -> Rows:
+        """Rows of the videos, ``ABSENT`` where there is none. Shapes: ``[C] -> [C]``."""
+        ids = np.asarray(video_ids, dtype=np.int64)
+        if not len(self):
+            return np.full(ids.shape, ABSENT, dtype=np.int32)
+        found = np.searchsorted(self.video_id, ids)
+        found[found == len(self)] = 0
+        return np.where(self.video_id[found] == ids, found, ABSENT).astype(np.int32)
+
+    def gather(self, rows: NDArray[np.integer[Any]], request_time_s: float) -> VideoInputs:
+        """The ranker's inputs of the videos at ``rows`` (none of them ``ABSENT``) at one moment."""
+        live = self._live.dense
+        dense = np.empty((len(rows), len(names.VIDEO_DENSE)), dtype=np.float32)
+        dense[:, _STATIC] = self._static[rows]
+        dense[:, _LIVE] = live[rows]
+        dense[:, _HOURS] = on_demand.hours_since_upload(np.asarray(request_time_s), self.uploaded_at_s[rows])
+        return VideoInputs(dense, self._categories[rows], self._creator_codes[rows], self.embedding[rows])
+
+    def titles(self, rows: NDArray[np.integer[Any]]) -> list[str | None]:
+        """Titles of a slate's videos, ``None`` for ``ABSENT``; for people, never for all candidates."""
+        return [None if row == ABSENT else self._titles[row].as_py() for row in rows.tolist()]
+
+    def overlay(self, rows: NDArray[np.integer[Any]], live_dense: F32) -> int:
+        """Lay fresher live numbers over the snapshot and return the new version.
+
+        Costs one copy of the live matrix (100 bytes a video), so give it batches, not single events.
+
+        Args:
+            rows: rows to change, ``[C]``; where one is named twice, the last wins.
+            live_dense: their new values in the order of ``VIDEO_LIVE_DENSE``, ``[C, L]``.
+        """
+        width = len(names.VIDEO_LIVE_DENSE)
+        if live_dense.shape != (len(rows), width):
+            raise ValueError(f"live_dense has shape {live_dense.shape}, expected {(len(rows), width)}")
+        if len(rows) and (rows.min() < 0 or rows.max() >= len(self)):
+            raise ValueError(f"rows span {rows.min()}..{rows.max()}, expected 0..{len(self) - 1}")
+        dense = self._live.dense.copy()
+        dense[rows] = live_dense
+        dense.flags.writeable = False
+        self._live = LiveValues(dense, self._live.version + 1)
+        return self._live.version
+
+
+def open_video_table(path: Path) -> VideoTable:
+    """Map ``videos.arrow`` into memory.
+
+    Raises:
+        IncompatibleReleaseError: it is not an Arrow file of one record batch, or see ``VideoTable``.
+    """
+    return VideoTable(open_one_batch(path))
+
+
+def open_one_batch(path: Path) -> pa.RecordBatch:
+    """The one record batch of a release's Arrow file, memory-mapped.
+
+    Raises:
+        IncompatibleReleaseError: the file is no Arrow file, or does not hold exactly one batch.
+    """
+    try:
+        reader = pa.ipc.open_file(pa.memory_map(str(path), "r"))
+    except (pa.ArrowInvalid, OSError) as error:
+        raise IncompatibleReleaseError(f"{path}: cannot be read as an Arrow IPC file: {error}") from error
+    if reader.num_record_batches != 1:
+        raise IncompatibleReleaseError(
+            f"{path}: saw {reader.num_record_batches} record batches, expected 1; rebuild the release"
+        )
+    return reader.get_batch(0)
+
+
+def _vector(batch: pa.RecordBatch, name: str) -> NDArray[Any]:
+    values: NDArray[Any] = batch.column(name).to_numpy(zero_copy_only=True)
+    return values
+
+
+def _matrix(batch: pa.RecordBatch, name: str) -> NDArray[Any]:
+    if name not in batch.schema.names or not pa.types.is_fixed_size_list(batch.schema.field(name).type):
+        raise IncompatibleReleaseError(
+            f"{VIDEOS_FILE}: column {name!r} is missing or not a fixed-size list; rebuild the release"
+        )
+    column = batch.column(name)
+    values: NDArray[Any] = column.flatten().to_numpy(zero_copy_only=True)
+    return values.reshape(len(column), column.type.list_size)
