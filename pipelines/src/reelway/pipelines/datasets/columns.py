@@ -1,0 +1,52 @@
+"""Numpy arrays as columns of the event schema. Refuses nothing: ``store.conform`` and ``checks`` judge."""
+
+# Shapes: N rows, D embedding
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from reelway.platform.contracts.events import TIME, WORD
+
+I64 = NDArray[np.int64]
+
+
+def times(time_us: I64) -> pa.Array:
+    """Microseconds since 1970 as a time column."""
+    return pa.array(time_us.astype(np.int64, copy=False), pa.int64()).cast(TIME)
+
+
+def words(codes: NDArray[np.integer[Any]], vocabulary: Sequence[str]) -> pa.Array:
+    """Codes into ``vocabulary`` as a dictionary column."""
+    return pa.DictionaryArray.from_arrays(
+        pa.array(codes.astype(np.int32, copy=False)), pa.array(list(vocabulary), pa.string())
+    ).cast(WORD)
+
+
+def same_word(word: str, rows: int) -> pa.Array:
+    """One word, ``rows`` times."""
+    return words(np.zeros(rows, dtype=np.int32), [word])
+
+
+def vectors(values_ND: NDArray[np.float32], present: NDArray[np.bool_] | None = None) -> pa.Array:
+    """Rows of a matrix as a list column; null where ``present`` is false."""
+    rows, width = values_ND.shape
+    if present is None:
+        present = np.ones(rows, dtype=np.bool_)
+    offsets = np.concatenate([[0], np.cumsum(present * width)]).astype(np.int32)
+    flat = pa.array(np.ascontiguousarray(values_ND[present], dtype=np.float32).ravel())
+    return pa.ListArray.from_arrays(pa.array(offsets), flat, mask=pa.array(~present))
+
+
+def first_by_key(keys: I64, time_us: I64) -> tuple[I64, I64]:
+    """Distinct keys, ascending, and the earliest time of each. Shapes: ``[N], [N] -> [K], [K]``."""
+    order = np.lexsort((time_us, keys))
+    keys, time_us = keys[order], time_us[order]
+    first = np.ones(len(keys), dtype=np.bool_)
+    first[1:] = keys[1:] != keys[:-1]
+    return keys[first], time_us[first]

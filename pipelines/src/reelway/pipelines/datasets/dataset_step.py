@@ -1,0 +1,41 @@
+"""The last part of every way to a data set: check, write whole, say what there is.
+
+It refuses to write what was not checked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from reelway.pipelines.datasets.checks import CheckLimits, check_dataset
+from reelway.pipelines.datasets.store import Dataset, conform, write_dataset
+from reelway.pipelines.datasets.summary import summarise, summary_tables
+from reelway.platform.cli.terminal import out
+
+
+def write_checked(
+    path: Path,
+    tables: Mapping[str, pa.Table],
+    info: Mapping[str, Any],
+    limits: CheckLimits,
+    *,
+    extras: Mapping[str, pa.Table] | None = None,
+) -> dict[str, Any]:
+    """Check ``tables``, write the clean ones and ``rejected.parquet`` to ``path``, print and return a summary.
+
+    Raises:
+        DataError: as ``checks.check_dataset`` and ``store.write_dataset``.
+    """
+    conformed = {name: conform(path / f"{name}.parquet", table, name) for name, table in tables.items()}
+    checked = check_dataset(Dataset(**conformed, info=info), limits)
+    write_dataset(
+        path, checked.dataset.tables, checked.dataset.info, extras={**(extras or {}), "rejected": checked.rejected}
+    )
+    summary = summarise(checked)
+    for table in summary_tables(summary):
+        out.print(table)
+    return summary

@@ -1,0 +1,164 @@
+"""Delimited text into typed Arrow columns, so that a wrong file is refused by file, line, column and value.
+
+The fast path is one typed parse. Only when it fails is the file read again as text, to find the first bad value.
+Rows in messages are line numbers of the file, from 1. It never skips a line.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.csv as pacsv
+
+from reelway.platform.errors import MalformedFileError
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How one kind of file is laid out."""
+
+    columns: Mapping[str, pa.DataType]
+    """Wanted columns, by their name in the header (or in order, where there is none), and their types."""
+    delimiter: str = ","
+    header: bool = True
+    encoding: str = "utf8"
+    optional: frozenset[str] = field(default_factory=frozenset)
+    """Columns that may be absent from the header, and null in any row."""
+    quoted: bool = True
+
+
+def read_delimited(path: Path, layout: Layout) -> pa.Table:
+    """The wanted columns of ``path``. A delimiter of several characters (``::``) is allowed.
+
+    Raises:
+        MalformedFileError: the file is missing, a column is missing, a line has another number of fields, or a value
+            is empty or not of its type.
+    """
+    content = _content(path, layout)
+    names = _header(path, content, layout)
+    wanted = [name for name in layout.columns if name in names]
+    try:
+        table = _parse(path, content, layout, names, {name: layout.columns[name] for name in wanted}, threads=True)
+    except pa.ArrowInvalid:
+        table = _convert_slowly(path, content, layout, names, wanted)
+    for name in wanted:
+        if name not in layout.optional and table[name].null_count:
+            _refuse(path, layout, name, pc.index(pc.is_null(table[name]), True).as_py(), "")
+    return table
+
+
+def _content(path: Path, layout: Layout) -> pa.Buffer:
+    try:
+        raw = path.read_bytes()
+    except FileNotFoundError:
+        raise MalformedFileError(path, "a file", seen="no such file") from None
+    except OSError as error:
+        raise MalformedFileError(path, "a readable file", seen=error.strerror) from error
+    if not raw.strip():
+        raise MalformedFileError(path, f"lines with {list(layout.columns)}", seen="an empty file")
+    if len(layout.delimiter) > 1:
+        raw = raw.replace(layout.delimiter.encode(), _separator(layout).encode())
+    return pa.py_buffer(raw)
+
+
+def _separator(layout: Layout) -> str:
+    return layout.delimiter if len(layout.delimiter) == 1 else "\x1f"
+
+
+def _header(path: Path, content: pa.Buffer, layout: Layout) -> list[str]:
+    if not layout.header:
+        return list(layout.columns)
+    line = io.BytesIO(content).readline().decode(layout.encoding, errors="replace").lstrip("\ufeff").rstrip("\r\n")
+    names = [name.strip().strip('"') for name in line.split(_separator(layout))]
+    for name in layout.columns:
+        if name not in names and name not in layout.optional:
+            raise MalformedFileError(path, "this column in the header", seen=names, row=1, column=name)
+    return names
+
+
+def _parse(
+    path: Path,
+    content: pa.Buffer,
+    layout: Layout,
+    names: Sequence[str],
+    types: Mapping[str, pa.DataType],
+    threads: bool,
+) -> pa.Table:
+    wrong: list[pacsv.InvalidRow] = []
+
+    def note(row: pacsv.InvalidRow) -> str:
+        wrong.append(row)
+        return "skip"
+
+    table = pacsv.read_csv(
+        pa.BufferReader(content),
+        read_options=pacsv.ReadOptions(
+            column_names=list(names), skip_rows=int(layout.header), encoding=layout.encoding, use_threads=threads
+        ),
+        parse_options=pacsv.ParseOptions(
+            delimiter=_separator(layout),
+            quote_char='"' if layout.quoted else False,
+            newlines_in_values=False,
+            invalid_row_handler=note,
+        ),
+        convert_options=pacsv.ConvertOptions(
+            column_types=dict(types),
+            include_columns=list(types),
+            null_values=[""],
+            strings_can_be_null=True,
+            quoted_strings_can_be_null=True,
+        ),
+    )
+    if wrong and threads:  # line numbers are only known to a single-threaded parse
+        return _parse(path, content, layout, names, types, threads=False)
+    if wrong:
+        first = wrong[0]
+        raise MalformedFileError(
+            path, f"{first.expected_columns} fields ({', '.join(names)})", seen=first.text,
+            row=first.number,
+        )  # fmt: skip
+    return table
+
+
+def _convert_slowly(
+    path: Path, content: pa.Buffer, layout: Layout, names: Sequence[str], wanted: Sequence[str]
+) -> pa.Table:
+    """Read as text and cast column by column, so that the first value that cannot be cast is found."""
+    try:
+        text = _parse(path, content, layout, names, {name: pa.string() for name in wanted}, threads=False)
+    except pa.ArrowInvalid as error:
+        raise MalformedFileError(path, f"{layout.encoding} text, delimited by {layout.delimiter!r}", seen=str(error)) \
+            from error  # fmt: skip
+    columns = {}
+    for name in wanted:
+        kind = layout.columns[name]
+        try:
+            columns[name] = text[name].cast(kind)
+        except pa.ArrowInvalid:
+            row = _first_bad(text[name], kind)
+            _refuse(path, layout, name, row, text[name][row].as_py())
+    return pa.table(columns)
+
+
+def _first_bad(column: pa.ChunkedArray, kind: pa.DataType) -> int:
+    """Bisect for the first value that does not cast."""
+    low, high = 0, len(column)
+    while high - low > 1:
+        middle = (low + high) // 2
+        try:
+            column.slice(low, middle - low).cast(kind)
+            low = middle
+        except pa.ArrowInvalid:
+            high = middle
+    return low
+
+
+def _refuse(path: Path, layout: Layout, name: str, row: int, seen: object) -> None:
+    raise MalformedFileError(
+        path, f"a value of type {layout.columns[name]}", seen=seen, row=row + 1 + int(layout.header), column=name
+    )

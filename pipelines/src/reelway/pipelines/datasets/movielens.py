@@ -1,0 +1,264 @@
+"""MovieLens in every published layout (100K, 1M and 10M, 20M and 25M, RecBole's) into the event schema.
+
+The layout is told by the files in the folder. It refuses a folder with none of them, and any file that is not what
+its layout says. What a rating becomes is decided in ``datasets.ratings``, not here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from reelway.pipelines.datasets.columns import vectors
+from reelway.pipelines.datasets.delimited import Layout, read_delimited
+from reelway.pipelines.datasets.film_content import split_title, text_embeddings, topics
+from reelway.pipelines.datasets.ratings import Films, People, Ratings, ratings_to_tables
+from reelway.platform.contracts.ids import MAX_ID
+from reelway.platform.errors import MalformedFileError
+
+I64 = NDArray[np.int64]
+
+_INT, _FLOAT, _TEXT = pa.int64(), pa.float64(), pa.string()
+_GENRE_FLAGS: Final = (
+    "unknown", "Action", "Adventure", "Animation", "Children's", "Comedy", "Crime", "Documentary", "Drama", "Fantasy",
+    "Film-Noir", "Horror", "Musical", "Mystery", "Romance", "Sci-Fi", "Thriller", "War", "Western",
+)  # fmt: skip
+_AGES: Final = ((18, "under 18"), (25, "18-24"), (35, "25-34"), (45, "35-44"), (50, "45-49"), (56, "50-55"))
+_OLDEST: Final = "56+"
+_FIRST_TIME_S, _LAST_TIME_S = 0, 4_102_444_800  # 1970 to 2100
+
+
+@dataclass(frozen=True)
+class Source:
+    """One published layout: which files tell it, and how they are read."""
+
+    name: str
+    ratings: str
+    read: Callable[[Path], tuple[Ratings, People | None, Films]]
+
+
+def import_movielens(folder: Path) -> tuple[dict[str, pa.Table], dict[str, Any]]:
+    """The five tables of the event schema, and what to remember about the source.
+
+    Raises:
+        MalformedFileError: no layout is recognised, or a file is not what its layout says.
+    """
+    source = detect(folder)
+    ratings, people, films = source.read(folder)
+    tables, counts = ratings_to_tables(ratings, people, films)
+    return tables, {"name": "movielens", "source": f"MovieLens, {source.name}", "seed": None, **counts}
+
+
+def files_of(folder: Path) -> list[Path]:
+    """The files that ``import_movielens`` reads, in a fixed order."""
+    source = detect(folder)
+    names = {
+        "u.data": ("u.data", "u.item", "u.user"),
+        "ratings.dat": ("ratings.dat", "movies.dat", "users.dat"),
+        "ratings.csv": ("ratings.csv", "movies.csv"),
+    }.get(source.ratings)
+    if names is None:
+        inter = _recbole_file(folder, ".inter")
+        return [path for path in (inter, inter.with_suffix(".item"), inter.with_suffix(".user")) if path.exists()]
+    return [folder / name for name in names if (folder / name).exists()]
+
+
+def detect(folder: Path) -> Source:
+    """Which layout ``folder`` has.
+
+    Raises:
+        MalformedFileError: none of them.
+    """
+    for source in SOURCES:
+        if any(folder.glob(source.ratings)):
+            return source
+    seen = sorted(p.name for p in folder.iterdir())[:20] if folder.is_dir() else "no such folder"
+    raise MalformedFileError(folder, f"a folder with one of {[s.ratings for s in SOURCES]}", seen=seen)
+
+
+def _ratings(path: Path, table: pa.Table, names: Sequence[str], *, first_line: int) -> Ratings:
+    """Range-checked ratings from the columns viewer, video, rating, seconds."""
+    viewer, video, rating, time_s = (table[name].to_numpy() for name in names)
+    for name, values, low, high in (
+        (names[0], viewer, 0, MAX_ID),
+        (names[1], video, 0, MAX_ID),
+        (names[2], rating, 0.5, 5.0),
+        (names[3], time_s, _FIRST_TIME_S, _LAST_TIME_S),
+    ):
+        bad = np.flatnonzero(~((values >= low) & (values <= high)))  # NaN is bad as well
+        if len(bad):
+            raise MalformedFileError(
+                path,
+                f"a number in {low}..{high}",
+                seen=values[bad[0]].item(),
+                row=int(bad[0]) + first_line,
+                column=name,
+            )
+    return Ratings(viewer, video, rating.astype(np.float64), np.rint(time_s * 1e6).astype(np.int64))
+
+
+def _distinct(path: Path, column: pa.ChunkedArray, name: str, *, first_line: int) -> I64:
+    ids: I64 = column.to_numpy()
+    _, first = np.unique(ids, return_index=True)
+    if len(first) != len(ids):
+        row = int(np.setdiff1d(np.arange(len(ids)), first)[0])
+        raise MalformedFileError(
+            path, "an id that occurs once", seen=ids[row].item(), row=row + first_line, column=name
+        )
+    return ids
+
+
+def _films(
+    ids: I64,
+    titles: Sequence[str | None],
+    genres: Sequence[Sequence[str]],
+    years: Sequence[int | None] | None = None,
+) -> Films:
+    parts = [split_title(title or "") for title in titles]
+    names = [name for name, _ in parts]
+    if years is None:
+        years = [year for _, year in parts]
+    else:
+        years = [own or found for own, (_, found) in zip(years, parts, strict=True)]
+    shown = [f"{n} ({y})" if n and y else (n or None) for n, y in zip(names, years, strict=True)]
+    text, known = text_embeddings(names, years, genres)
+    return Films(ids, topics(genres), pa.array(shown, pa.string()), vectors(text, known))
+
+
+def _people(ids: I64, age: pa.ChunkedArray, gender: pa.ChunkedArray, zip_code: pa.ChunkedArray) -> People:
+    """Segment: age band and gender. Region: the first digit of a US postal code, which is a group of states."""
+    years = age.to_numpy()
+    band = np.select([years < limit for limit, _ in _AGES], [name for _, name in _AGES], default=_OLDEST)
+    segment = pc.binary_join_element_wise(pa.array(band.tolist(), pa.string()), _one(gender), "/")
+    region = pc.if_else(
+        pc.match_substring_regex(_one(zip_code), r"^\d{5}"),
+        pc.binary_join_element_wise("us", pc.utf8_slice_codeunits(_one(zip_code), 0, 1), "-"),
+        pa.scalar(None, pa.string()),
+    )
+    return People(ids, region, segment)
+
+
+def _one(column: pa.ChunkedArray) -> pa.Array:
+    return pa.concat_arrays(column.cast(pa.string()).chunks) if column.num_chunks else pa.array([], pa.string())
+
+
+def _read_100k(folder: Path) -> tuple[Ratings, People | None, Films]:
+    path = folder / "u.data"
+    columns = ("user id", "item id", "rating", "timestamp")
+    types = dict(zip(columns, (_INT, _INT, _FLOAT, _FLOAT), strict=True))
+    data = read_delimited(path, Layout(types, delimiter="\t", header=False, quoted=False))
+    ratings = _ratings(path, data, columns, first_line=1)
+
+    head = {"movie id": _INT, "movie title": _TEXT, "release date": _TEXT, "video release date": _TEXT, "url": _TEXT}
+    item_layout = Layout(
+        {**head, **{g: pa.int8() for g in _GENRE_FLAGS}}, delimiter="|", header=False, encoding="latin-1",
+        optional=frozenset(list(head)[1:]), quoted=False,
+    )  # fmt: skip
+    items = read_delimited(folder / "u.item", item_layout)
+    flags = np.column_stack([items[g].to_numpy() for g in _GENRE_FLAGS])
+    genres = [[_GENRE_FLAGS[i] for i in np.flatnonzero(row)] for row in flags]
+    ids = _distinct(folder / "u.item", items["movie id"], "movie id", first_line=1)
+    return ratings, _read_100k_people(folder / "u.user"), _films(ids, items["movie title"].to_pylist(), genres)
+
+
+def _read_100k_people(path: Path) -> People | None:
+    if not path.exists():
+        return None
+    types = {"user id": _INT, "age": _INT, "gender": _TEXT, "occupation": _TEXT, "zip code": _TEXT}
+    users = read_delimited(path, Layout(types, delimiter="|", header=False, quoted=False))
+    ids = _distinct(path, users["user id"], "user id", first_line=1)
+    return _people(ids, users["age"], users["gender"], users["zip code"])
+
+
+def _read_dat(folder: Path) -> tuple[Ratings, People | None, Films]:
+    path = folder / "ratings.dat"
+    columns = ("UserID", "MovieID", "Rating", "Timestamp")
+    types = dict(zip(columns, (_INT, _INT, _FLOAT, _FLOAT), strict=True))
+    table = read_delimited(path, Layout(types, delimiter="::", header=False, quoted=False))
+    ratings = _ratings(path, table, columns, first_line=1)
+    movies = read_delimited(
+        folder / "movies.dat",
+        Layout({"MovieID": _INT, "Title": _TEXT, "Genres": _TEXT}, delimiter="::", header=False, encoding="latin-1",
+               quoted=False),
+    )  # fmt: skip
+    people = None
+    if (users_path := folder / "users.dat").exists():
+        types = {"UserID": _INT, "Gender": _TEXT, "Age": _INT, "Occupation": _INT, "Zip-code": _TEXT}
+        users = read_delimited(users_path, Layout(types, delimiter="::", header=False, quoted=False))
+        ids = _distinct(users_path, users["UserID"], "UserID", first_line=1)
+        people = _people(ids, users["Age"], users["Gender"], users["Zip-code"])
+    ids = _distinct(folder / "movies.dat", movies["MovieID"], "MovieID", first_line=1)
+    return ratings, people, _films(ids, movies["Title"].to_pylist(), _split_genres(movies["Genres"], "|"))
+
+
+def _read_csv(folder: Path) -> tuple[Ratings, People | None, Films]:
+    path = folder / "ratings.csv"
+    columns = ("userId", "movieId", "rating", "timestamp")
+    table = read_delimited(path, Layout(dict(zip(columns, (_INT, _INT, _FLOAT, _FLOAT), strict=True))))
+    ratings = _ratings(path, table, columns, first_line=2)
+    movies_path = folder / "movies.csv"
+    movies = read_delimited(movies_path, Layout({"movieId": _INT, "title": _TEXT, "genres": _TEXT}))
+    ids = _distinct(movies_path, movies["movieId"], "movieId", first_line=2)
+    return ratings, None, _films(ids, movies["title"].to_pylist(), _split_genres(movies["genres"], "|"))
+
+
+def _recbole_file(folder: Path, suffix: str) -> Path:
+    found = sorted(folder.glob(f"*{suffix}"))
+    if len(found) != 1:
+        raise MalformedFileError(folder, f"one *{suffix} file", seen=[p.name for p in found])
+    return found[0]
+
+
+def _read_recbole(folder: Path) -> tuple[Ratings, People | None, Films]:
+    path = _recbole_file(folder, ".inter")
+    columns = ("user_id:token", "item_id:token", "rating:float", "timestamp:float")
+    types: Mapping[str, pa.DataType] = dict(zip(columns, (_INT, _INT, _FLOAT, _FLOAT), strict=True))
+    ratings = _ratings(path, read_delimited(path, Layout(types, delimiter="\t", quoted=False)), columns, first_line=2)
+
+    items_path = path.with_suffix(".item")
+    optional = frozenset({"movie_title:token_seq", "release_year:token", "class:token_seq", "genre:token_seq"})
+    items = read_delimited(
+        items_path,
+        Layout({"item_id:token": _INT} | dict.fromkeys(sorted(optional), _TEXT), delimiter="\t", optional=optional,
+               quoted=False),
+    )  # fmt: skip
+    ids = _distinct(items_path, items["item_id:token"], "item_id:token", first_line=2)
+    genres = "class:token_seq" if "class:token_seq" in items.column_names else "genre:token_seq"
+    years = [int(y) if y and y.isdigit() else None for y in _texts(items, "release_year:token")]
+    films = _films(
+        ids, _texts(items, "movie_title:token_seq"), [(g or "").split() for g in _texts(items, genres)], years
+    )
+
+    people, users_path = None, path.with_suffix(".user")
+    if users_path.exists():
+        types = {"user_id:token": _INT, "age:token": _INT, "gender:token": _TEXT, "zip_code:token": _TEXT}
+        users = read_delimited(users_path, Layout(types, delimiter="\t", quoted=False))
+        user_ids = _distinct(users_path, users["user_id:token"], "user_id:token", first_line=2)
+        people = _people(user_ids, users["age:token"], users["gender:token"], users["zip_code:token"])
+    return ratings, people, films
+
+
+def _texts(table: pa.Table, name: str) -> list[str | None]:
+    if name not in table.column_names:
+        return [None] * table.num_rows
+    found: list[str | None] = table[name].to_pylist()
+    return found
+
+
+def _split_genres(column: pa.ChunkedArray, mark: str) -> list[list[str]]:
+    return [value.split(mark) for value in column.to_pylist()]
+
+
+SOURCES: Final = (
+    Source("100K layout", "u.data", _read_100k),
+    Source("1M and 10M layout", "ratings.dat", _read_dat),
+    Source("20M and 25M layout", "ratings.csv", _read_csv),
+    Source("RecBole layout", "*.inter", _read_recbole),
+)

@@ -1,0 +1,175 @@
+"""Ratings as events: one rating is one impression that was watched, liked when it is high, refused when it is lowest.
+
+A rating says that the film was seen, so its watch is a full nominal one; how long films are is not what is modelled.
+Outcomes come ``OUTCOME_DELAY_US`` after their impression, so that no feature at the impression's own second can
+contain its outcome (MovieLens stamps many ratings of one viewer with the same second). What is not in the source
+(creator, device, position) is a constant that says so; nothing is invented.
+"""
+
+# Shapes: N ratings
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from reelway.pipelines.datasets.columns import first_by_key, same_word, times, words
+from reelway.platform.contracts.events import CREATORS, IMPRESSIONS, OUTCOMES, VIDEOS, VIEWERS, Arm, OutcomeType
+
+I64 = NDArray[np.int64]
+
+NOMINAL_DURATION_MS: Final = 30_000
+OUTCOME_DELAY_US: Final = 1_000_000
+LIKE_FROM: Final = 4.0
+NOT_INTERESTED_TO: Final = 1.0
+UNKNOWN_CREATOR: Final = 0
+IMPORTED: Final = "import"
+_TYPES: Final = (OutcomeType.WATCH, OutcomeType.LIKE, OutcomeType.NOT_INTERESTED)
+
+
+@dataclass(frozen=True)
+class Ratings:
+    """Who rated what, how, and when, ``[N]`` each."""
+
+    viewer_id: I64
+    video_id: I64
+    rating: NDArray[np.float64]
+    time_us: I64
+
+
+@dataclass(frozen=True)
+class People:
+    """Known viewers. Columns are as long as ``viewer_id``."""
+
+    viewer_id: I64
+    region: pa.Array
+    segment: pa.Array
+
+
+@dataclass(frozen=True)
+class Films:
+    """Known videos. Columns are as long as ``video_id``."""
+
+    video_id: I64
+    topic: NDArray[np.int32]
+    title: pa.Array
+    text: pa.Array
+
+
+def ratings_to_tables(
+    ratings: Ratings, people: People | None, films: Films
+) -> tuple[dict[str, pa.Table], dict[str, Any]]:
+    """The five tables, and counts of people and films without any rating, which have no time to be placed at.
+
+    Impression ids are the rank of the rating by time, viewer and video: the same file gives the same ids.
+    """
+    order = np.lexsort((ratings.video_id, ratings.viewer_id, ratings.time_us))
+    sorted_ratings = Ratings(
+        ratings.viewer_id[order], ratings.video_id[order], ratings.rating[order], ratings.time_us[order]
+    )
+    viewers, silent_viewers = _viewers(sorted_ratings, people)
+    videos, unrated = _videos(sorted_ratings, films)
+    start_us = sorted_ratings.time_us[:1]
+    creators = {
+        "creator_id": pa.array([UNKNOWN_CREATOR] * len(start_us), pa.int64()),
+        "created_at": times(start_us),
+        "followers": pa.array([0] * len(start_us), pa.int64()),
+    }
+    tables = {
+        "viewers": viewers,
+        "creators": pa.table(creators, schema=CREATORS),
+        "videos": videos,
+        "impressions": _impressions(sorted_ratings),
+        "outcomes": _outcomes(sorted_ratings),
+    }
+    return tables, {"viewers_without_events": silent_viewers, "videos_without_events": unrated}
+
+
+def _known(entity: I64, ratings_entity: I64, time_us: I64) -> tuple[NDArray[np.bool_], I64]:
+    """Which of ``entity`` have events, and the first time of those that do."""
+    ids, first_us = first_by_key(ratings_entity, time_us)
+    slot = np.minimum(np.searchsorted(ids, entity), max(len(ids) - 1, 0))
+    known = ids[slot] == entity if len(ids) else np.zeros(len(entity), dtype=np.bool_)
+    return known, first_us[slot[known]]
+
+
+def _viewers(ratings: Ratings, people: People | None) -> tuple[pa.Table, int]:
+    if people is None:
+        ids, first_us = first_by_key(ratings.viewer_id, ratings.time_us)
+        nothing = pa.nulls(len(ids), pa.string())
+        people, known = People(ids, nothing, nothing), np.ones(len(ids), dtype=np.bool_)
+    else:
+        known, first_us = _known(people.viewer_id, ratings.viewer_id, ratings.time_us)
+    keep = pa.array(known)
+    columns: Mapping[str, Any] = {
+        "viewer_id": people.viewer_id[known],
+        "created_at": times(first_us),
+        "region": people.region.filter(keep),
+        "language": pa.nulls(len(first_us), pa.string()),
+        "segment": people.segment.filter(keep),
+    }
+    return pa.table(columns, schema=VIEWERS), int((~known).sum())
+
+
+def _videos(ratings: Ratings, films: Films) -> tuple[pa.Table, int]:
+    known, first_us = _known(films.video_id, ratings.video_id, ratings.time_us)
+    keep, rows = pa.array(known), len(first_us)
+    columns = {
+        "video_id": films.video_id[known],
+        "creator_id": np.full(rows, UNKNOWN_CREATOR, dtype=np.int64),
+        "uploaded_at": times(first_us),  # its first rating: the earliest moment it is known to have been there
+        "duration_ms": np.full(rows, NOMINAL_DURATION_MS, dtype=np.int32),
+        "topic": films.topic[known],
+        "language": pa.nulls(rows, pa.string()),
+        "title": films.title.filter(keep),
+        "visual": pa.nulls(rows, pa.list_(pa.float32())),
+        "audio": pa.nulls(rows, pa.list_(pa.float32())),
+        "text": films.text.filter(keep),
+    }
+    return pa.table(columns, schema=VIDEOS), int((~known).sum())
+
+
+def _impressions(ratings: Ratings) -> pa.Table:
+    rows = len(ratings.time_us)
+    ids = np.arange(rows, dtype=np.int64)
+    columns = {
+        "impression_id": ids,
+        "request_id": ids,
+        "viewer_id": ratings.viewer_id,
+        "video_id": ratings.video_id,
+        "position": np.zeros(rows, dtype=np.int16),
+        "event_time": times(ratings.time_us),
+        "release": same_word(IMPORTED, rows),
+        "arm": same_word(Arm.STABLE.value, rows),
+        "source": same_word(IMPORTED, rows),
+        "propensity": np.ones(rows, dtype=np.float32),
+        "device": same_word("unknown", rows),
+    }
+    return pa.table(columns, schema=IMPRESSIONS)
+
+
+def _outcomes(ratings: Ratings) -> pa.Table:
+    hits = (
+        np.arange(len(ratings.rating)),
+        np.flatnonzero(ratings.rating >= LIKE_FROM),
+        np.flatnonzero(ratings.rating <= NOT_INTERESTED_TO),
+    )
+    row = np.concatenate(hits)
+    kind = np.repeat(np.arange(len(hits), dtype=np.int32), [len(hit) for hit in hits])
+    order = np.lexsort((kind, row))  # ratings are in time order, and every outcome has the same delay
+    row, kind = row[order], kind[order]
+    columns = {
+        "outcome_id": np.arange(len(row), dtype=np.int64),
+        "impression_id": row,
+        "viewer_id": ratings.viewer_id[row],
+        "video_id": ratings.video_id[row],
+        "type": words(kind, [t.value for t in _TYPES]),
+        "value": np.where(kind == 0, NOMINAL_DURATION_MS, 1).astype(np.float32),
+        "event_time": times(ratings.time_us[row] + OUTCOME_DELAY_US),
+    }
+    return pa.table(columns, schema=OUTCOMES)
