@@ -1,0 +1,107 @@
+"""Raw feature values to trainable vectors, inside the model, so that an exported graph carries every constant.
+
+Refuses to know where values come from: it sees numbers (NaN where missing) and codes (0 where missing) only.
+"""
+
+# Shapes: N rows of any kind, W width, H hashes, D embedding
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from reelway.platform.contracts.features import CATEGORY_BUCKETS, ID_BUCKETS
+
+_CLIP = 8.0  # standard deviations: one absurd value must not drown the others
+
+
+def signed_log1p(values: Tensor) -> Tensor:
+    """``sign(x) * log(1 + |x|)``: near the identity for ratios, logarithmic for counts and seconds."""
+    return torch.sign(values) * torch.log1p(torch.abs(values))
+
+
+class Standardiser(nn.Module):
+    """Signed logarithm, standardisation by fitted statistics, and a missing indicator per column.
+
+    ``[..., W] -> [..., 2 W]``: values (0 where missing), then indicators (1 where missing). The statistics are
+    buffers: part of the state and of the exported graph, untouched by the optimiser.
+    """
+
+    mean: Tensor
+    scale: Tensor
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.width = width
+        self.register_buffer("mean", torch.zeros(width))
+        self.register_buffer("scale", torch.ones(width))
+
+    @torch.no_grad()
+    def fit(self, values_NW: Tensor) -> None:
+        """Take mean and deviation over the values that are there; a constant or absent column keeps scale 1."""
+        logs_NW = signed_log1p(values_NW.double())
+        present_NW = ~torch.isnan(logs_NW)
+        counts_W = present_NW.sum(dim=0).clamp(min=1)
+        filled_NW = torch.where(present_NW, logs_NW, torch.zeros_like(logs_NW))
+        mean_W = filled_NW.sum(dim=0) / counts_W
+        squares_NW = torch.where(present_NW, (logs_NW - mean_W) ** 2, torch.zeros_like(logs_NW))
+        deviation_W = (squares_NW.sum(dim=0) / counts_W).sqrt()
+        self.mean.copy_(mean_W)
+        self.scale.copy_(torch.where(deviation_W > 1e-6, deviation_W, torch.ones_like(deviation_W)))
+
+    def forward(self, values: Tensor) -> Tensor:
+        missing = torch.isnan(values)
+        known = torch.where(missing, torch.zeros_like(values), values)
+        scaled = torch.clamp((signed_log1p(known) - self.mean) / self.scale, -_CLIP, _CLIP)
+        return torch.cat([torch.where(missing, torch.zeros_like(scaled), scaled), missing.to(values.dtype)], dim=-1)
+
+
+class Categories(nn.Module):
+    """One small embedding per category column, concatenated: ``[..., columns] -> [..., columns * width]``."""
+
+    def __init__(self, buckets: Sequence[int], width: int) -> None:
+        super().__init__()
+        tables = [nn.Embedding(size, width) for size in buckets]
+        for table in tables:
+            nn.init.normal_(table.weight, std=0.05)
+        self.tables = nn.ModuleList(tables)
+        self.out_width = width * len(buckets)
+
+    def forward(self, codes: Tensor) -> Tensor:
+        return torch.cat([table(codes[..., i]) for i, table in enumerate(self.tables)], dim=-1)
+
+
+WORD_BUCKETS = CATEGORY_BUCKETS
+
+
+class HashedIds(nn.Module):
+    """Sum of one embedding per hash code, all from one table: ``[..., H] -> [..., D]``.
+
+    A code that training never met carries noise, so ids with such a code take the one learned "unknown" vector
+    instead (``mark_known`` says which codes were met). Random whole-id dropout in training gives that vector the
+    meaning "some video I know nothing about", and forces the content beside it to carry the rest.
+    """
+
+    known: Tensor
+
+    def __init__(self, dim: int, *, dropout: float = 0.0, buckets: int = ID_BUCKETS) -> None:
+        super().__init__()
+        self.table = nn.Embedding(buckets, dim)
+        self.unknown = nn.Parameter(torch.zeros(dim))
+        self.dropout = dropout
+        self.register_buffer("known", torch.zeros(buckets))
+        nn.init.normal_(self.table.weight, std=dim**-0.5)
+
+    @torch.no_grad()
+    def mark_known(self, codes: Tensor) -> None:
+        """Declare that these codes are trained on. Code 0 (missing) never is."""
+        self.known[codes.reshape(-1)] = 1.0
+        self.known[0] = 0.0
+
+    def forward(self, codes: Tensor) -> Tensor:
+        known = self.known[codes].amin(dim=-1, keepdim=True)
+        if self.training and self.dropout > 0:
+            known = known * (torch.rand_like(known) >= self.dropout)
+        return torch.where(known > 0, self.table(codes).sum(dim=-2), self.unknown)

@@ -1,0 +1,242 @@
+"""Multi-task ranker: every candidate scored on all of ``RANKER_TASKS`` in one pass.
+
+Returns logits (and log1p seconds). Calibration belongs to what follows; a sigmoid here would be applied twice.
+What depends on the viewer alone is computed once per viewer and meets the candidates after the first layer, in
+training (many rows per viewer) as in serving (one viewer, many candidates).
+"""
+
+# Shapes: V viewers, C candidates (rows), D embedding, T topics, X experts, E expert width, K tasks, H head width
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from reelway.pipelines.models.inputs import WORD_BUCKETS, Categories, HashedIds, Standardiser
+from reelway.platform.contracts.events import TOPICS
+from reelway.platform.contracts.features import (
+    RANKER_TASKS,
+    VIDEO_CATEGORIES,
+    VIDEO_DENSE,
+    VIEWER_CATEGORIES,
+    VIEWER_DENSE,
+)
+
+POSITIONS = 64
+"""Positions at and beyond this share one bias; -1 (not shown anywhere) has none."""
+
+_AFFINITY = VIEWER_DENSE.index("topic_affinity_0")
+_VIEWER_LANGUAGE = VIEWER_CATEGORIES.index("language")
+_VIDEO_TOPIC = VIDEO_CATEGORIES.index("topic")
+_VIDEO_LANGUAGE = VIDEO_CATEGORIES.index("video_language")
+
+
+@dataclass(frozen=True)
+class RankerConfig:
+    """Sizes and regularisation; every field can be set in YAML or by ``--set ranker.<field>=...``."""
+
+    kind: Literal["shared_bottom", "mmoe"] = "mmoe"
+    """One trunk for all heads, or experts mixed per head by a gate (Ma et al. 2018)."""
+    experts: int = 4
+    """Number of experts under ``mmoe``."""
+    expert_hidden: int = 64
+    expert_out: int = 48
+    head_hidden: int = 24
+    category_dim: int = 8
+    creator_dim: int = 16
+    dropout: float = 0.0
+    creator_dropout: float = 0.1
+    position_dropout: float = 0.1
+    """Share of training rows whose position is hidden, so that "no position" (serving) is a case the model knows."""
+    uncertainty: bool = False
+    """Learn the task weights (Kendall et al. 2018) instead of using ``task_weights``."""
+    task_weights: dict[str, float] = field(default_factory=lambda: {"watch_s": 0.5})
+    """Weight of a head's loss; 1 where not named."""
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("shared_bottom", "mmoe"):
+            raise ValueError(f"ranker.kind is {self.kind!r}, expected shared_bottom or mmoe")
+        if unknown := set(self.task_weights) - set(RANKER_TASKS):
+            raise ValueError(f"ranker.task_weights names {sorted(unknown)}, expected among {list(RANKER_TASKS)}")
+
+
+class GroupedLinear(nn.Module):
+    """G linear layers side by side: ``[C, G, in] -> [C, G, out]`` as one batched product."""
+
+    def __init__(self, groups: int, width_in: int, width_out: int) -> None:
+        super().__init__()
+        bound = width_in**-0.5
+        self.weight = nn.Parameter(torch.empty(groups, width_in, width_out).uniform_(-bound, bound))
+        self.bias = nn.Parameter(torch.zeros(groups, width_out))
+
+    def forward(self, x_CGI: Tensor) -> Tensor:
+        return (x_CGI.transpose(0, 1) @ self.weight).transpose(0, 1) + self.bias
+
+
+class Trunk(nn.Module):
+    """Experts and their gates; a shared bottom is one expert without gates. ``-> [C, K, E]``."""
+
+    def __init__(self, config: RankerConfig, viewer_width: int, candidate_width: int) -> None:
+        super().__init__()
+        self.experts = config.experts if config.kind == "mmoe" else 1
+        self.tasks = len(RANKER_TASKS)
+        self.expert_hidden = config.expert_hidden
+        gates = self.tasks * self.experts if self.experts > 1 else 0
+        width = self.experts * config.expert_hidden + gates
+        self.from_viewer = nn.Linear(viewer_width, width)
+        self.from_candidate = nn.Linear(candidate_width, width, bias=False)
+        self.second = GroupedLinear(self.experts, config.expert_hidden, config.expert_out)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, viewer_VW: Tensor, candidate_CW: Tensor, viewer_index_C: Tensor | None) -> Tensor:
+        first_VW = self.from_viewer(viewer_VW)
+        if viewer_index_C is not None:
+            first_VW = first_VW.index_select(0, viewer_index_C)
+        first_CW = first_VW + self.from_candidate(candidate_CW)
+        hidden_CW = first_CW[:, : self.experts * self.expert_hidden]
+        hidden_CXE = self.dropout(F.relu(hidden_CW)).unflatten(-1, (self.experts, self.expert_hidden))
+        expert_CXE = F.relu(self.second(hidden_CXE))
+        if self.experts == 1:
+            return expert_CXE.expand(-1, self.tasks, -1)
+        gate_CKX = first_CW[:, self.experts * self.expert_hidden :].unflatten(-1, (self.tasks, self.experts))
+        return torch.softmax(gate_CKX, dim=-1) @ expert_CXE
+
+
+class PositionBias(nn.Module):
+    """The shallow tower that absorbs what the position alone explains (Zhao et al. 2019). ``[C] -> [C, K]``.
+
+    Position -1 is "not shown" and adds nothing, which is what serving does by leaving the tower out.
+    """
+
+    def __init__(self, dropout: float) -> None:
+        super().__init__()
+        self.bias = nn.Embedding(POSITIONS + 1, len(RANKER_TASKS))
+        self.dropout = dropout
+        nn.init.zeros_(self.bias.weight)
+
+    def forward(self, position_C: Tensor) -> Tensor:
+        slot_C = position_C.clamp(-1, POSITIONS - 1) + 1
+        shown_C = slot_C > 0
+        if self.training and self.dropout > 0:
+            shown_C = shown_C & (torch.rand(shown_C.shape, device=shown_C.device) >= self.dropout)
+        bias_CK: Tensor = self.bias(slot_C) * shown_C.unsqueeze(-1)
+        return bias_CK
+
+
+class Ranker(nn.Module):
+    """``RANKER_INPUTS`` -> ``outputs_CK`` in the order of ``RANKER_TASKS``."""
+
+    fixed: Tensor
+    fixed_output: Tensor
+
+    def __init__(self, config: RankerConfig, embedding_dim: int) -> None:
+        super().__init__()
+        self.config = config
+        self.embedding_dim = embedding_dim
+        self.viewer_dense = Standardiser(len(VIEWER_DENSE))
+        self.viewer_categories = Categories([WORD_BUCKETS] * len(VIEWER_CATEGORIES), config.category_dim)
+        self.video_dense = Standardiser(len(VIDEO_DENSE))
+        self.video_categories = Categories([TOPICS + 1, WORD_BUCKETS], config.category_dim)
+        self.creators = HashedIds(config.creator_dim, dropout=config.creator_dropout)
+        viewer_width = 2 * len(VIEWER_DENSE) + self.viewer_categories.out_width + embedding_dim
+        crosses = 5 + embedding_dim
+        candidate_width = (
+            2 * len(VIDEO_DENSE) + self.video_categories.out_width + config.creator_dim + embedding_dim + crosses
+        )
+        self.trunk = Trunk(config, viewer_width, candidate_width)
+        self.head_first = GroupedLinear(len(RANKER_TASKS), config.expert_out, config.head_hidden)
+        self.head_second = GroupedLinear(len(RANKER_TASKS), config.head_hidden, 1)
+        self.position_bias = PositionBias(config.position_dropout)
+        self.register_buffer("fixed", torch.zeros(len(RANKER_TASKS), dtype=torch.bool))
+        self.register_buffer("fixed_output", torch.zeros(len(RANKER_TASKS)))
+
+    @torch.no_grad()
+    def start_from(self, base_output_K: Tensor) -> None:
+        """Let every head begin at its base rate (logit) or mean, instead of spending steps on getting there."""
+        self.head_second.bias.copy_(base_output_K.unsqueeze(-1))
+
+    @torch.no_grad()
+    def fix_head(self, task: str, logit: float) -> None:
+        """Answer ``logit`` for this head always: there was one class only, so nothing to learn from."""
+        k = RANKER_TASKS.index(task)
+        self.fixed[k] = True
+        self.fixed_output[k] = logit
+
+    def forward(
+        self,
+        viewer_dense: Tensor,
+        viewer_categories: Tensor,
+        viewer_embedding: Tensor,
+        video_dense: Tensor,
+        video_categories: Tensor,
+        creator_codes: Tensor,
+        video_embedding: Tensor,
+        viewer_index: Tensor | None = None,
+    ) -> Tensor:
+        """Logits ``[C, K]``.
+
+        Args:
+            viewer_dense: and the other viewer inputs, ``[V, ...]``; V is 1 unless ``viewer_index`` is given.
+            video_dense: and the other video inputs, ``[C, ...]``.
+            viewer_index: the viewer of each candidate, ``[C]``; without it all candidates are viewer 0's.
+        """
+        viewer_VW = torch.cat(
+            [self.viewer_dense(viewer_dense), self.viewer_categories(viewer_categories), viewer_embedding], dim=-1
+        )
+        candidate_CW = torch.cat(
+            [
+                self.video_dense(video_dense),
+                self.video_categories(video_categories),
+                self.creators(creator_codes),
+                video_embedding,
+                self._crosses(
+                    viewer_dense, viewer_categories, viewer_embedding, video_categories, video_embedding, viewer_index
+                ),
+            ],
+            dim=-1,
+        )
+        mixed_CKE = self.trunk(viewer_VW, candidate_CW, viewer_index)
+        outputs_CK = self.head_second(F.relu(self.head_first(mixed_CKE))).squeeze(-1)
+        return torch.where(self.fixed, self.fixed_output, outputs_CK)
+
+    @staticmethod
+    def _crosses(
+        viewer_dense: Tensor,
+        viewer_categories: Tensor,
+        viewer_embedding: Tensor,
+        video_categories: Tensor,
+        video_embedding: Tensor,
+        viewer_index: Tensor | None,
+    ) -> Tensor:
+        """What only viewer and video together say: topic affinity, same language, similarity and its parts."""
+        affinity_VT = viewer_dense[:, _AFFINITY : _AFFINITY + TOPICS]
+        unknown_VT = torch.isnan(affinity_VT)
+        affinity_VT = torch.where(unknown_VT, torch.zeros_like(affinity_VT), affinity_VT)
+        affinity_VT = F.pad(affinity_VT, (1, 0))  # column 0: unknown topic
+        language_V = viewer_categories[:, _VIEWER_LANGUAGE]
+        if viewer_index is not None:
+            affinity_VT, language_V = affinity_VT[viewer_index], language_V[viewer_index]
+            viewer_embedding = viewer_embedding[viewer_index]
+        topic_C1 = video_categories[:, _VIDEO_TOPIC : _VIDEO_TOPIC + 1]
+        affinity_C1 = affinity_VT.expand(topic_C1.shape[0], -1).gather(1, topic_C1)
+        language_C = video_categories[:, _VIDEO_LANGUAGE]
+        spoken_C = (language_C > 0) & (language_V > 0)
+        same_C2 = torch.stack([spoken_C & (language_C == language_V), spoken_C & (language_C != language_V)], dim=-1)
+        product_CD = viewer_embedding * video_embedding
+        dot_C1 = product_CD.sum(dim=-1, keepdim=True)
+        # unit vectors: times sqrt(D), the product's parts are of the order of the dot itself
+        scale = video_embedding.shape[-1] ** 0.5
+        return torch.cat(
+            [
+                affinity_C1 * 4.0,
+                F.relu(-affinity_C1) * 4.0,
+                same_C2.to(product_CD.dtype),
+                dot_C1 * 4.0,
+                product_CD * scale,
+            ],
+            dim=-1,
+        )

@@ -1,0 +1,258 @@
+"""Two-tower retrieval: one vector per viewer and request, one per video, compared by inner product.
+
+Only the viewer tower is exported; videos are embedded when a release is built. Losses live in ``losses``.
+"""
+
+# Shapes: B viewers, C videos, L history, S = L + 1 slots, H hashes, D embedding, A attention heads, F head width
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from reelway.pipelines.models.inputs import WORD_BUCKETS, Categories, HashedIds, Standardiser
+from reelway.platform.contracts.events import AUDIO_DIM, TEXT_DIM, TOPICS, VISUAL_DIM
+from reelway.platform.contracts.features import (
+    HISTORY_LENGTH,
+    VIDEO_STATIC_DENSE,
+    VIEWER_CATEGORIES,
+    VIEWER_DENSE,
+)
+
+_MODALITIES = {"visual": VISUAL_DIM, "audio": AUDIO_DIM, "text": TEXT_DIM}
+
+
+@dataclass(frozen=True)
+class TwoTowerConfig:
+    """Sizes and regularisation; every field can be set in YAML or by ``--set two_tower.<field>=...``."""
+
+    dim: int = 48
+    """D, of both towers and of the history's tokens."""
+    layers: int = 1
+    heads: int = 2
+    history_length: int = HISTORY_LENGTH
+    """The latest videos that are looked at; 1..HISTORY_LENGTH."""
+    feedforward: int = 2
+    """Width of a transformer layer's inner part, as a multiple of ``dim``."""
+    context_hidden: int = 64
+    content_hidden: int = 64
+    category_dim: int = 8
+    dropout: float = 0.1
+    id_dropout: float = 0.1
+    """Share of videos whose id is hidden in training, so that content alone must place them."""
+    modality_dropout: float = 0.1
+    """Share of videos whose visual (audio, text) vector is hidden in training, each drawn on its own."""
+    temperature: float = 0.07
+    learn_temperature: bool = True
+
+    def __post_init__(self) -> None:
+        if self.dim % self.heads:
+            raise ValueError(f"two_tower.dim {self.dim} is no multiple of two_tower.heads {self.heads}")
+        if not 1 <= self.history_length <= HISTORY_LENGTH:
+            raise ValueError(f"two_tower.history_length {self.history_length} is outside 1..{HISTORY_LENGTH}")
+
+
+class CausalLayer(nn.Module):
+    """A pre-norm transformer layer that can answer for the last slot alone, at 1/S of the cost."""
+
+    def __init__(self, dim: int, heads: int, feedforward: int, dropout: float) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm_attention = nn.LayerNorm(dim)
+        self.norm_feedforward = nn.LayerNorm(dim)
+        self.query = nn.Linear(dim, dim)
+        self.key_value = nn.Linear(dim, 2 * dim)
+        self.out = nn.Linear(dim, dim)
+        self.feedforward = nn.Sequential(
+            nn.Linear(dim, feedforward * dim), nn.GELU(), nn.Dropout(dropout), nn.Linear(feedforward * dim, dim)
+        )
+        self.dropout = nn.Dropout(dropout)
+
+    def _split(self, x_BSD: Tensor) -> Tensor:
+        batch, slots, dim = x_BSD.shape
+        return x_BSD.reshape(batch, slots, self.heads, dim // self.heads).transpose(1, 2)  # B A S F
+
+    def forward(self, x_BSD: Tensor, blocked_BSS: Tensor, *, last_only: bool) -> Tensor:
+        normed_BSD = self.norm_attention(x_BSD)
+        asking_BQD = normed_BSD[:, -1:] if last_only else normed_BSD
+        query_BAQF = self._split(self.query(asking_BQD))
+        key_BSD, value_BSD = self.key_value(normed_BSD).chunk(2, dim=-1)
+        scores_BAQS = query_BAQF @ self._split(key_BSD).transpose(-2, -1) * query_BAQF.shape[-1] ** -0.5
+        blocked_BQS = blocked_BSS[:, -1:] if last_only else blocked_BSS
+        weights_BAQS = torch.softmax(scores_BAQS.masked_fill(blocked_BQS.unsqueeze(1), -1e9), dim=-1)
+        mixed_BQD = (self.dropout(weights_BAQS) @ self._split(value_BSD)).transpose(1, 2).flatten(2)
+        x_BQD = (x_BSD[:, -1:] if last_only else x_BSD) + self.dropout(self.out(mixed_BQD))
+        inner_BQD: Tensor = self.dropout(self.feedforward(self.norm_feedforward(x_BQD)))
+        return x_BQD + inner_BQD
+
+
+class HistoryEncoder(nn.Module):
+    """The watch history, oldest first, and a request slot at its end that asks "and now?".
+
+    A token is the video's id vector plus what the viewer made of it (outcome weight), how long ago, and how many
+    videos ago. The request slot starts from the context and the latest token, so an empty history leaves the context.
+    """
+
+    def __init__(self, config: TwoTowerConfig, ids: HashedIds) -> None:
+        super().__init__()
+        self.ids = ids
+        self.length = config.history_length
+        self.outcome = nn.Sequential(nn.Linear(7, config.dim), nn.GELU(), nn.Linear(config.dim, config.dim))
+        self.recency = nn.Parameter(torch.randn(config.history_length, config.dim) * 0.02)  # last row is the latest
+        self.latest = nn.Linear(config.dim, config.dim)
+        self.dropout = nn.Dropout(config.dropout)
+        self.layers = nn.ModuleList(
+            CausalLayer(config.dim, config.heads, config.feedforward, config.dropout) for _ in range(config.layers)
+        )
+        self.norm = nn.LayerNorm(config.dim)
+
+    def forward(self, codes_BLH: Tensor, weights_BL: Tensor, age_BL: Tensor, context_BD: Tensor) -> Tensor:
+        codes_BLH = codes_BLH[:, -self.length :]
+        weights_BL, age_BL = weights_BL[:, -self.length :], age_BL[:, -self.length :]
+        padded_BL = codes_BLH[..., 0] == 0
+        length = codes_BLH.shape[1]
+        token_BLD = self.ids(codes_BLH) + self._manner(weights_BL, age_BL) + self.recency[-length:]
+        token_BLD = self.dropout(token_BLD) * (~padded_BL).unsqueeze(-1)
+        x_BSD = torch.cat([token_BLD, (context_BD + self.latest(token_BLD[:, -1])).unsqueeze(1)], dim=1)
+        blocked_BSS = self._blocked(padded_BL)
+        for i, layer in enumerate(self.layers):
+            x_BSD = layer(x_BSD, blocked_BSS, last_only=i == len(self.layers) - 1)
+        history_BD: Tensor = self.norm(x_BSD[:, -1])
+        return history_BD
+
+    def _manner(self, weights_BL: Tensor, age_BL: Tensor) -> Tensor:
+        age_BL = torch.log1p(age_BL)
+        parts = [
+            weights_BL,
+            (weights_BL > 0).to(weights_BL.dtype),
+            (weights_BL < 0).to(weights_BL.dtype),
+            age_BL * 0.2,
+            *(torch.exp(-((age_BL - centre) ** 2) / 4.0) for centre in (0.0, 3.0, 6.0)),  # minutes, a day, a fortnight
+        ]
+        manner_BLD: Tensor = self.outcome(torch.stack(parts, dim=-1))
+        return manner_BLD
+
+    @staticmethod
+    def _blocked(padded_BL: Tensor) -> Tensor:
+        """True where a slot must not look: the future, and padding. Every slot sees itself, so no row is empty."""
+        slots = padded_BL.shape[1] + 1
+        index = torch.arange(slots, device=padded_BL.device)
+        future_SS = index.unsqueeze(0) > index.unsqueeze(1)
+        itself_SS = index.unsqueeze(0) == index.unsqueeze(1)
+        padded_BS = F.pad(padded_BL, (0, 1), value=False)
+        return (future_SS | padded_BS.unsqueeze(1)) & ~itself_SS
+
+
+class ViewerTower(nn.Module):
+    """``VIEWER_TOWER_INPUTS`` -> unit vector ``viewer_embedding_BD``."""
+
+    def __init__(self, config: TwoTowerConfig, ids: HashedIds) -> None:
+        super().__init__()
+        self.dense = Standardiser(len(VIEWER_DENSE))
+        self.categories = Categories([WORD_BUCKETS] * len(VIEWER_CATEGORIES), config.category_dim)
+        width = 2 * len(VIEWER_DENSE) + self.categories.out_width
+        self.context = nn.Sequential(
+            nn.Linear(width, config.context_hidden),
+            nn.GELU(),
+            nn.Dropout(config.dropout),
+            nn.Linear(config.context_hidden, config.dim),
+        )
+        self.history = HistoryEncoder(config, ids)
+        self.out = nn.Linear(config.dim, config.dim)
+
+    def forward(
+        self,
+        viewer_dense: Tensor,
+        viewer_categories: Tensor,
+        history_codes: Tensor,
+        history_weights: Tensor,
+        history_age_h: Tensor,
+    ) -> Tensor:
+        context_BD = self.context(torch.cat([self.dense(viewer_dense), self.categories(viewer_categories)], dim=-1))
+        history_BD = self.history(history_codes, history_weights, history_age_h, context_BD)
+        return F.normalize(self.out(history_BD) + context_BD, dim=-1, eps=1e-6)
+
+
+class Modality(nn.Module):
+    """One content vector, or a learned stand-in where it is missing or, in training, hidden by chance."""
+
+    def __init__(self, width: int, dim: int, dropout: float) -> None:
+        super().__init__()
+        self.project = nn.Linear(width, dim)
+        self.missing = nn.Parameter(torch.randn(dim) * 0.02)
+        self.dropout = dropout
+
+    def forward(self, content_CW: Tensor, present_C1: Tensor) -> Tensor:
+        if self.training and self.dropout > 0:
+            present_C1 = present_C1 & (torch.rand(present_C1.shape, device=present_C1.device) >= self.dropout)
+        return torch.where(present_C1, self.project(content_CW), self.missing)
+
+
+class VideoTower(nn.Module):
+    """``VIDEO_TOWER_INPUTS`` -> unit vector ``video_embedding_CD``."""
+
+    def __init__(self, config: TwoTowerConfig, ids: HashedIds) -> None:
+        super().__init__()
+        self.ids = ids
+        creator_dim = config.dim // 2
+        self.creators = HashedIds(creator_dim, dropout=config.id_dropout)
+        self.categories = Categories([TOPICS + 1, WORD_BUCKETS], config.category_dim)
+        self.static = Standardiser(len(VIDEO_STATIC_DENSE))
+        modality_dim = config.dim // 2
+        self.modalities = nn.ModuleDict(
+            {name: Modality(width, modality_dim, config.modality_dropout) for name, width in _MODALITIES.items()}
+        )
+        width = creator_dim + self.categories.out_width + 2 * len(VIDEO_STATIC_DENSE) + len(_MODALITIES) * modality_dim
+        self.content = nn.Sequential(
+            nn.Linear(width, config.content_hidden), nn.GELU(), nn.Linear(config.content_hidden, config.dim)
+        )
+
+    def forward(
+        self,
+        video_codes: Tensor,
+        creator_codes: Tensor,
+        video_categories: Tensor,
+        video_static_dense: Tensor,
+        visual: Tensor,
+        audio: Tensor,
+        text: Tensor,
+    ) -> Tensor:
+        # has_visual, has_audio, has_text are columns 1..3 of VIDEO_STATIC_DENSE
+        present_CM = video_static_dense[:, 1:] > 0.5
+        parts = [
+            self.creators(creator_codes),
+            self.categories(video_categories),
+            self.static(video_static_dense),
+            *(
+                self.modalities[name](content, present_CM[:, i : i + 1])
+                for i, (name, content) in enumerate((("visual", visual), ("audio", audio), ("text", text)))
+            ),
+        ]
+        content_CD = self.content(torch.cat(parts, dim=-1))
+        return F.normalize(self.ids(video_codes) + content_CD, dim=-1, eps=1e-6)
+
+
+class TwoTower(nn.Module):
+    """Both towers over one table of video ids, and the temperature of their inner product."""
+
+    def __init__(self, config: TwoTowerConfig) -> None:
+        super().__init__()
+        self.config = config
+        ids = HashedIds(config.dim, dropout=config.id_dropout)
+        self.viewer_tower = ViewerTower(config, ids)
+        self.video_tower = VideoTower(config, ids)
+        self.log_temperature = nn.Parameter(
+            torch.tensor(config.temperature).log(), requires_grad=config.learn_temperature
+        )
+
+    @property
+    def ids(self) -> HashedIds:
+        """The video ids' table, shared by the towers."""
+        return self.video_tower.ids
+
+    def temperature(self) -> Tensor:
+        """Never below 0.01, where the softmax would be numerically one-hot."""
+        return self.log_temperature.exp().clamp(0.01, 1.0)

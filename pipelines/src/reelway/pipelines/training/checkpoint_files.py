@@ -1,0 +1,63 @@
+"""Checkpoints as files in one folder: whole or absent, the newest two kept. For training without Ray, and for tests."""
+
+from __future__ import annotations
+
+import logging
+import pickle
+from pathlib import Path
+
+import torch
+
+from reelway.pipelines.training.loop import State, current_worker
+from reelway.platform.durable import whole_file
+from reelway.platform.errors import TrainingError
+
+_log = logging.getLogger(__name__)
+
+
+def write_state(state: State, path: Path) -> None:
+    """Tensors and plain values only, so that reading needs no trust in what was written."""
+    with whole_file(path) as aside:
+        torch.save(state, aside)
+
+
+def read_state(path: Path) -> State:
+    """What ``write_state`` wrote.
+
+    Raises:
+        TrainingError: the file is damaged, or holds more than tensors and plain values.
+    """
+    try:
+        state: State = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise TrainingError(f"{path}: not a readable checkpoint ({error}); remove it and train again") from error
+    return state
+
+
+class CheckpointFiles:
+    """``<folder>/checkpoint-<n>.pt``; worker 0 writes, every worker reads."""
+
+    def __init__(self, folder: Path, *, keep: int = 2) -> None:
+        self.folder, self.keep = folder, keep
+
+    def _files(self) -> list[Path]:
+        return sorted(self.folder.glob("checkpoint-*.pt"))
+
+    def save(self, state: State, metrics: dict[str, float]) -> None:
+        """Add one and drop all but the newest ``keep``."""
+        del metrics
+        if current_worker().rank != 0:
+            return
+        files = self._files()
+        number = int(files[-1].stem.split("-")[1]) + 1 if files else 0
+        write_state(state, self.folder / f"checkpoint-{number:06d}.pt")
+        for old in self._files()[: -self.keep]:
+            old.unlink()
+
+    def load(self) -> State | None:
+        """The newest, or None."""
+        files = self._files()
+        if not files:
+            return None
+        _log.info("going on from %s", files[-1])
+        return read_state(files[-1])

@@ -1,0 +1,133 @@
+"""Models as ONNX graphs, refused unless ONNX Runtime gives torch's answers on the caller's own rows.
+
+Weights and constants only: no pickle, no Python. The ranker's position tower is not part of the graph.
+"""
+
+# Shapes: B viewers, C candidates, L history
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import onnxruntime
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from reelway.pipelines.models.ranker import Ranker
+from reelway.pipelines.models.two_tower import TwoTower
+from reelway.pipelines.training.batches import as_tensor
+from reelway.platform.contracts.features import HISTORY_LENGTH, RANKER_INPUTS, VIEWER_TOWER_INPUTS
+from reelway.platform.durable import whole_file
+from reelway.platform.errors import ReleaseError
+from reelway.platform.features.assembly import ViewerArrays
+
+MAX_DIFFERENCE: Final = 1e-4
+OPSET: Final = 18
+VIEWER_OUTPUT: Final = "viewer_embedding"
+RANKER_OUTPUT: Final = "outputs"
+
+Arrays = Mapping[str, NDArray[Any]]
+
+
+def export_viewer_tower(model: TwoTower, path: Path, sample: ViewerArrays) -> float:
+    """Write ``viewer_tower.onnx``: ``VIEWER_TOWER_INPUTS [B, ...] -> viewer_embedding [B, D]``, any B.
+
+    Args:
+        sample: real rows, with histories of ``HISTORY_LENGTH``.
+
+    Returns:
+        the largest absolute difference from torch over the sample.
+
+    Raises:
+        ReleaseError: the difference exceeds ``MAX_DIFFERENCE``, or the sample is empty or of another length.
+    """
+    length = sample.history_codes.shape[1]
+    if length != HISTORY_LENGTH:
+        raise ReleaseError(f"sample histories hold {length} videos, expected {HISTORY_LENGTH}, as serving sends them")
+    inputs = {name: getattr(sample, name) for name in VIEWER_TOWER_INPUTS}
+    shapes = {name: {0: "B"} for name in VIEWER_TOWER_INPUTS}
+    return _export(model.viewer_tower, path, inputs, shapes, VIEWER_OUTPUT)
+
+
+def export_ranker(model: Ranker, path: Path, sample: Arrays) -> float:
+    """Write ``ranker.onnx``: ``RANKER_INPUTS -> outputs [C, K]``, viewer inputs ``[1, ...]``, any C.
+
+    Args:
+        sample: one real viewer and its candidates, as ``inference.ranker_inputs`` gives them.
+
+    Returns and raises like ``export_viewer_tower``.
+    """
+    inputs = {name: sample[name] for name in RANKER_INPUTS}
+    if viewers := {name for name in RANKER_INPUTS[:3] if len(inputs[name]) != 1}:
+        raise ReleaseError(f"sample inputs {sorted(viewers)} must hold one viewer; a request has one")
+    shapes = {name: {} if name in RANKER_INPUTS[:3] else {0: "C"} for name in RANKER_INPUTS}
+    return _export(model, path, inputs, shapes, RANKER_OUTPUT)
+
+
+def _export(module: nn.Module, path: Path, inputs: Arrays, dynamic: dict[str, dict[int, str]], output: str) -> float:
+    rows = max(len(values) for values in inputs.values())
+    if not rows:
+        raise ReleaseError(f"no rows to compare {path.name} with torch on; expected at least one")
+    module.eval()
+    # Exported from two rows or more: a dimension of one would be taken for a constant.
+    example = tuple(
+        as_tensor(values if not dynamic[name] or rows > 1 else np.repeat(values, 2, axis=0))
+        for name, values in inputs.items()
+    )
+    with whole_file(path) as aside:
+        _write(module, example, aside, list(inputs), dynamic, output)
+        difference = _largest_difference(module, aside, inputs, output)
+        if not difference <= MAX_DIFFERENCE:
+            raise ReleaseError(
+                f"{path.name}: ONNX Runtime differs from torch by {difference:.3g} over {rows} rows, expected at most "
+                f"{MAX_DIFFERENCE:g}; the release would not rank as it was evaluated; nothing was written"
+            )
+    return difference
+
+
+def _write(
+    module: nn.Module,
+    example: tuple[torch.Tensor, ...],
+    path: Path,
+    names: list[str],
+    dynamic: dict[str, dict[int, str]],
+    output: str,
+) -> None:
+    dims = {label: torch.export.Dim(label, min=1, max=1 << 20) for axes in dynamic.values() for label in axes.values()}
+    shapes = tuple({axis: dims[label] for axis, label in dynamic[name].items()} for name in names)
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")
+        logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+        torch.onnx.export(
+            module,
+            example,
+            str(path),
+            input_names=names,
+            output_names=[output],
+            dynamic_shapes=shapes,
+            opset_version=OPSET,
+            dynamo=True,
+            external_data=False,
+            optimize=True,
+            verbose=False,
+        )
+
+
+def _largest_difference(module: nn.Module, path: Path, inputs: Arrays, output: str) -> float:
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    wanted = {given.name: given.type for given in session.get_inputs()}
+    if set(wanted) != set(inputs):
+        raise ReleaseError(f"{path.name}: the graph takes {sorted(wanted)}, expected {sorted(inputs)}")
+    feed = {name: values.astype(np.int64 if "int64" in wanted[name] else np.float32) for name, values in inputs.items()}
+    (ours,) = session.run([output], feed)
+    with torch.inference_mode():
+        theirs = module(*(as_tensor(values) for values in inputs.values())).numpy()
+    if ours.shape != theirs.shape:
+        raise ReleaseError(f"{path.name}: ONNX Runtime gives shape {ours.shape}, torch {theirs.shape}")
+    return float(np.abs(ours - theirs).max())

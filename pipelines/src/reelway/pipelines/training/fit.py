@@ -1,0 +1,253 @@
+"""Both models from rows, in the order they stand on each other: two-tower, embeddings, ranker. No Ray, no files.
+
+One process or many: every worker runs this same function, and ends with the same models.
+"""
+
+# Shapes: V viewer rows, M videos, D embedding, K tasks
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from numpy.typing import NDArray
+from torch import nn
+
+from reelway.pipelines.models.losses import RankingObjective, RetrievalObjective
+from reelway.pipelines.models.ranker import Ranker
+from reelway.pipelines.models.two_tower import TwoTower
+from reelway.pipelines.training.batches import ALONE, RankingBatches, RetrievalBatches, Worker, as_tensor
+from reelway.pipelines.training.config import TrainingConfig
+from reelway.pipelines.training.inference import embed_videos, embed_viewers
+from reelway.pipelines.training.loop import Checkpoints, NoCheckpoints, OnEpoch, State, current_worker, train
+from reelway.pipelines.training.negatives import RankerRows
+from reelway.pipelines.training.rows import F32, I64, TrainingRows
+from reelway.platform.contracts.features import BINARY_TASKS, RANKER_TASKS
+from reelway.platform.errors import EmptyDatasetError, TrainingError
+from reelway.platform.features.assembly import ViewerArrays
+
+TWO_TOWER = "two_tower"
+RANKER = "ranker"
+
+
+@dataclass(frozen=True)
+class Window:
+    """The rows to learn from, by time: all before ``cut_s``; the ranker's rows before ``calibration_s``."""
+
+    cut_s: float
+    calibration_s: float
+
+    def training(self, rows: TrainingRows) -> I64:
+        """Rows of the training window."""
+        return rows.between(-np.inf, self.cut_s)
+
+
+def window_of(rows: TrainingRows, config: TrainingConfig) -> Window:
+    """The training window and its held-out end.
+
+    Raises:
+        EmptyDatasetError: no row lies before the cut.
+    """
+    cut_s = rows.cut_time_s(config.train_fraction)
+    inside = rows.between(-np.inf, cut_s)
+    if not len(inside):
+        raise EmptyDatasetError(
+            f"0 of {len(rows)} rows lie before the cut at {config.train_fraction:g} of the events; all happened at "
+            "one instant? expected rows to train on; check event_time"
+        )
+    held_out = round(len(inside) * config.calibration_fraction)
+    calibration_s = cut_s if not held_out else float(rows.event_time_s[inside[-held_out]])
+    if calibration_s <= rows.event_time_s[inside[0]]:
+        calibration_s = cut_s
+    return Window(cut_s, calibration_s)
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """The models and how their losses fell."""
+
+    two_tower: TwoTower
+    ranker: Ranker
+    curves: dict[str, list[dict[str, float]]]
+
+
+def fit(
+    rows: TrainingRows,
+    ranker_rows: RankerRows,
+    window: Window,
+    config: TrainingConfig,
+    *,
+    device: torch.device | None = None,
+    checkpoints: Checkpoints | None = None,
+    on_epoch: OnEpoch | None = None,
+) -> Fitted:
+    """Train both models.
+
+    Args:
+        ranker_rows: rows before ``window.calibration_s``, negatives included.
+        checkpoints: one for the whole; it holds the finished two-tower while the ranker trains.
+    """
+    worker = current_worker()
+    stages = _Stages(checkpoints or NoCheckpoints())
+    two_tower = prepared_two_tower(rows, window, config)
+    index = window.training(rows)
+    batches = RetrievalBatches(rows, index, config.retrieval, config.two_tower_loop, seed=config.seed, worker=worker)
+    objective = RetrievalObjective(two_tower, label_smoothing=config.retrieval.label_smoothing)
+    loop = partial(train, seed=config.seed, device=device, on_epoch=on_epoch)
+    stages.run(TWO_TOWER, objective, partial(loop, objective, batches, config.two_tower_loop))
+    two_tower.cpu().eval()
+
+    viewer_VD = embed_needed_viewers(two_tower, rows, ranker_rows.viewer_row, worker)
+    video_MD = embed_videos(two_tower, rows.videos)
+    ranker = prepared_ranker(rows, ranker_rows, config)
+    ranking = RankingBatches(
+        rows, ranker_rows, viewer_VD, video_MD, config.ranker_loop, seed=config.seed, worker=worker
+    )
+    ranking_objective = RankingObjective(ranker)
+    stages.run(RANKER, ranking_objective, partial(loop, ranking_objective, ranking, config.ranker_loop))
+    ranker.cpu().eval()
+    stages.keep_all()
+    return Fitted(two_tower, ranker, stages.curves)
+
+
+def fitted_from(state: State, config: TrainingConfig) -> Fitted:
+    """The models of a checkpoint that ``fit`` made when it had ended.
+
+    Raises:
+        TrainingError: the checkpoint is of a run that had not.
+    """
+    finished = state["finished"]
+    if missing := {TWO_TOWER, RANKER} - set(finished):
+        raise TrainingError(f"checkpoint lacks {sorted(missing)}: the run had not ended; train again to go on from it")
+    two_tower = TwoTower(config.two_tower)
+    RetrievalObjective(two_tower).load_state_dict(finished[TWO_TOWER]["objective"])
+    ranker = Ranker(config.ranker, config.two_tower.dim)
+    RankingObjective(ranker).load_state_dict(finished[RANKER]["objective"])
+    return Fitted(two_tower.eval(), ranker.eval(), {stage: kept["curve"] for stage, kept in finished.items()})
+
+
+def prepared_two_tower(rows: TrainingRows, window: Window, config: TrainingConfig) -> TwoTower:
+    """A fresh model that knows the window's statistics and ids."""
+    torch.manual_seed(config.seed)
+    model = TwoTower(config.two_tower)
+    index = window.training(rows)
+    viewer_row, video_row = np.unique(rows.viewer_row[index]), np.unique(rows.video_row[index])
+    model.viewer_tower.dense.fit(as_tensor(rows.viewers.viewer_dense[viewer_row]))
+    model.video_tower.static.fit(as_tensor(rows.videos.video_static_dense[video_row]))
+    model.ids.mark_known(as_tensor(rows.videos.video_codes[video_row]))
+    model.video_tower.creators.mark_known(as_tensor(rows.videos.creator_codes[video_row]))
+    return model
+
+
+def prepared_ranker(rows: TrainingRows, ranker_rows: RankerRows, config: TrainingConfig) -> Ranker:
+    """A fresh model that knows the statistics, starts at the base rates, and answers them where there is one class."""
+    torch.manual_seed(config.seed + 1)
+    ranker = Ranker(config.ranker, config.two_tower.dim)
+    ranker.viewer_dense.fit(as_tensor(rows.viewers.viewer_dense[np.unique(ranker_rows.viewer_row)]))
+    ranker.video_dense.fit(as_tensor(ranker_rows.video_dense))
+    videos = np.unique(ranker_rows.video_row)
+    ranker.creators.mark_known(as_tensor(rows.videos.creator_codes[videos]))
+    ranker.start_from(torch.from_numpy(base_outputs(ranker_rows.labels)))
+    for task, logit in one_class_heads(ranker_rows.labels).items():
+        ranker.fix_head(task, logit)
+    return ranker
+
+
+def base_outputs(labels_NK: F32) -> F32:
+    """What each head answers when it knows nothing: logit of the base rate, mean of log1p seconds. ``[K]``."""
+    binary = labels_NK[:, : len(BINARY_TASKS)].astype(np.float64)
+    rate = (binary.sum(axis=0) + 0.5) / (len(binary) + 1)  # Jeffreys: finite when there is one class
+    watch = np.log1p(labels_NK[:, len(BINARY_TASKS)]).mean()
+    return np.append(np.log(rate / (1 - rate)), watch).astype(np.float32)
+
+
+def one_class_heads(labels_NK: F32) -> dict[str, float]:
+    """Binary heads whose labels are all alike, with the logit they are fixed to."""
+    outputs_K = base_outputs(labels_NK)
+    means_K = labels_NK.mean(axis=0)
+    return {task: float(outputs_K[k]) for k, task in enumerate(BINARY_TASKS) if means_K[k] in (0.0, 1.0)}
+
+
+def base_rates(labels_NK: F32) -> dict[str, float]:
+    """Mean label per head."""
+    means_K = labels_NK.astype(np.float64).mean(axis=0)
+    return {task: float(means_K[k]) for k, task in enumerate(RANKER_TASKS)}
+
+
+def embed_needed_viewers(
+    model: TwoTower, rows: TrainingRows, viewer_row: NDArray[np.int32], worker: Worker = ALONE
+) -> F32:
+    """Embeddings of the named viewer rows at their place in ``[V, D]``; the other rows are zero.
+
+    Workers embed a share each and exchange them.
+    """
+    needed = np.unique(viewer_row)
+    out_VD = np.zeros((len(rows.viewers.viewer_dense), model.config.dim), dtype=np.float32)
+    shares = np.array_split(needed, worker.world)
+    mine = shares[worker.rank]
+    mine_D = embed_viewers(model, viewers_at(rows, mine))
+    if worker.world == 1:
+        out_VD[mine] = mine_D
+        return out_VD
+    for rank, share in enumerate(shares):
+        part = torch.from_numpy(mine_D) if rank == worker.rank else torch.empty(len(share), model.config.dim)
+        dist.broadcast(part, src=rank)
+        out_VD[share] = part.numpy()
+    return out_VD
+
+
+def viewers_at(rows: TrainingRows, index: NDArray[Any]) -> ViewerArrays:
+    """Some of the distinct viewer rows."""
+    viewers = rows.viewers
+    return ViewerArrays(
+        viewers.viewer_dense[index],
+        viewers.viewer_categories[index],
+        viewers.history_codes[index],
+        viewers.history_weights[index],
+        viewers.history_age_h[index],
+    )
+
+
+class _Stages:
+    """One checkpoint for a run of several stages: finished stages' weights, and the state of the one under way."""
+
+    def __init__(self, checkpoints: Checkpoints) -> None:
+        self.checkpoints = checkpoints
+        self.found = checkpoints.load() or {"finished": {}, "under_way": None}
+        self.finished: dict[str, Any] = dict(self.found["finished"])
+
+    @property
+    def curves(self) -> dict[str, list[dict[str, float]]]:
+        return {stage: kept["curve"] for stage, kept in self.finished.items()}
+
+    def keep_all(self) -> None:
+        """The last checkpoint: everything is finished."""
+        self.checkpoints.save({"finished": self.finished, "under_way": None}, {})
+
+    def run(self, stage: str, objective: nn.Module, train_stage: Callable[..., list[dict[str, float]]]) -> None:
+        """Train a stage, or load it if it was finished before."""
+        if stage in self.finished:
+            objective.load_state_dict(self.finished[stage]["objective"])
+            objective.eval()
+            return
+        curve = train_stage(stage=stage, checkpoints=_StageCheckpoints(self, stage))
+        objective.cpu()
+        self.finished[stage] = {"objective": objective.state_dict(), "curve": curve}
+
+
+class _StageCheckpoints:
+    def __init__(self, stages: _Stages, stage: str) -> None:
+        self.stages, self.stage = stages, stage
+
+    def save(self, state: State, metrics: dict[str, float]) -> None:
+        named = {f"{self.stage}/{name}": value for name, value in metrics.items()}
+        self.stages.checkpoints.save({"finished": self.stages.finished, "under_way": state}, named)
+
+    def load(self) -> State | None:
+        under_way: State | None = self.stages.found["under_way"]
+        return under_way if under_way is not None and under_way["stage"] == self.stage else None

@@ -1,0 +1,256 @@
+"""The training loop: a plain torch function. It knows no Ray, no files and no model, and holds no state of its own.
+
+Everything random in a step follows from (seed, epoch, step, worker), so a run that stops and goes on from a
+checkpoint ends with the same bits as one that never stopped. Data-parallel when ``torch.distributed`` is up.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from reelway.pipelines.training.batches import Batches, Worker, on_device
+from reelway.pipelines.training.config import LoopConfig
+from reelway.platform.errors import TrainingError
+
+State = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class EpochReport:
+    """What one epoch came to, averaged over its steps and over the workers."""
+
+    stage: str
+    epoch: int  # from 0
+    epochs: int
+    metrics: dict[str, float]
+    elapsed_s: float
+    steps: int
+
+
+OnEpoch = Callable[[EpochReport], None]
+
+
+class Checkpoints(Protocol):
+    """Where a run's state survives the process. All workers call both methods; worker 0's state counts."""
+
+    def save(self, state: State, metrics: dict[str, float]) -> None: ...
+
+    def load(self) -> State | None: ...
+
+
+class NoCheckpoints:
+    """For a run that is short enough to be started again."""
+
+    def save(self, state: State, metrics: dict[str, float]) -> None:
+        """Keep nothing."""
+
+    def load(self) -> State | None:
+        """Nothing was kept."""
+        return None
+
+
+def current_worker() -> Worker:
+    """This process's place among the data-parallel workers."""
+    if dist.is_available() and dist.is_initialized():
+        return Worker(dist.get_rank(), dist.get_world_size())
+    return Worker()
+
+
+def train(
+    objective: nn.Module,
+    batches: Batches,
+    config: LoopConfig,
+    *,
+    seed: int,
+    stage: str,
+    device: torch.device | None = None,
+    checkpoints: Checkpoints | None = None,
+    on_epoch: OnEpoch | None = None,
+) -> list[dict[str, float]]:
+    """Fit ``objective`` in place and return each epoch's metrics.
+
+    Args:
+        objective: ``forward(batch)`` gives a mapping with ``loss`` and other scalars to report.
+        batches: this worker's batches; the same number of steps on every worker.
+        seed: with epoch, step and worker, all that randomness depends on.
+        stage: names the model in reports and messages.
+        checkpoints: asked for a state to go on from, and given one after every epoch (and every
+            ``config.checkpoint_steps`` steps).
+
+    Raises:
+        TrainingError: the loss is no longer finite, or the checkpoint is of another model.
+    """
+    device = device or torch.device("cpu")
+    checkpoints = checkpoints or NoCheckpoints()
+    worker = current_worker()
+    objective.to(device).train()
+    wrapped = _data_parallel(objective, device)
+    optimizer = _optimizer(objective, config)
+    progress = _Progress()
+    if (state := checkpoints.load()) is not None:
+        progress = _restore(state, objective, optimizer, stage)
+
+    with _reproducible():
+        while progress.epoch < config.epochs:
+            started = time.perf_counter()
+            first = progress.step
+            for step in range(first, batches.steps):
+                _set_lr(optimizer, config, progress.epoch * batches.steps + step, config.epochs * batches.steps)
+                torch.manual_seed(_step_seed(seed, stage, progress.epoch, step, worker.rank))
+                progress.add(_step(wrapped, optimizer, batches.batch(progress.epoch, step), config, device))
+                progress.step = step + 1
+                if _is_due(progress.step, batches.steps, config):
+                    checkpoints.save(_state(objective, optimizer, progress, stage), {})
+            metrics = _averaged(progress, stage, optimizer)
+            progress.curve.append(metrics)
+            progress.next_epoch()
+            elapsed_s = time.perf_counter() - started
+            if on_epoch is not None:
+                report = EpochReport(
+                    stage, progress.epoch - 1, config.epochs, metrics, elapsed_s, batches.steps - first
+                )
+                on_epoch(report)
+            checkpoints.save(_state(objective, optimizer, progress, stage), metrics)
+    objective.eval()
+    return progress.curve
+
+
+def _is_due(step: int, steps: int, config: LoopConfig) -> bool:
+    """Whether to checkpoint within the epoch; its end has a checkpoint of its own."""
+    return bool(config.checkpoint_steps) and step < steps and step % (config.checkpoint_steps or 1) == 0
+
+
+class _Progress:
+    """Where the run is: the next step to do, sums over this epoch's steps so far, finished epochs' metrics."""
+
+    def __init__(self) -> None:
+        self.epoch, self.step = 0, 0
+        self.sums: dict[str, Tensor] = {}
+        self.curve: list[dict[str, float]] = []
+
+    def add(self, metrics: dict[str, Tensor]) -> None:
+        for name, value in metrics.items():
+            value = value.detach().double()
+            self.sums[name] = self.sums[name] + value if name in self.sums else value
+
+    def next_epoch(self) -> None:
+        self.epoch, self.step, self.sums = self.epoch + 1, 0, {}
+
+
+def _step(
+    wrapped: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    batch: dict[str, Tensor],
+    config: LoopConfig,
+    device: torch.device,
+) -> dict[str, Tensor]:
+    with torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda"):
+        metrics: dict[str, Tensor] = wrapped(on_device(batch, device))
+    optimizer.zero_grad(set_to_none=True)
+    metrics["loss"].backward()  # type: ignore[no-untyped-call]
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    nn.utils.clip_grad_norm_(parameters, config.grad_clip)
+    optimizer.step()
+    return metrics
+
+
+def _data_parallel(objective: nn.Module, device: torch.device) -> nn.Module:
+    if current_worker().world == 1:
+        return objective
+    devices = [device] if device.type == "cuda" else None
+    return DistributedDataParallel(objective, device_ids=devices, forward_sync_buffers=False)
+
+
+def _optimizer(objective: nn.Module, config: LoopConfig) -> torch.optim.Optimizer:
+    embeddings = {id(m.weight) for m in objective.modules() if isinstance(m, nn.Embedding)}
+    trained = [p for p in objective.parameters() if p.requires_grad]
+    decayed = [p for p in trained if p.ndim > 1 and id(p) not in embeddings]
+    others = [p for p in trained if p.ndim <= 1 or id(p) in embeddings]
+    groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=config.lr, fused=True)
+
+
+def _set_lr(optimizer: torch.optim.Optimizer, config: LoopConfig, step: int, steps: int) -> None:
+    warmup = max(1, round(steps * config.warmup_ratio))
+    if step < warmup:
+        ratio = (step + 1) / warmup
+    else:
+        fall = (step - warmup) / max(1, steps - warmup)
+        ratio = config.final_lr_ratio + (1 - config.final_lr_ratio) * 0.5 * (1 + math.cos(math.pi * fall))
+    for group in optimizer.param_groups:
+        group["lr"] = config.lr * ratio
+
+
+def _step_seed(*parts: object) -> int:
+    return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=7).digest(), "big")
+
+
+@contextmanager
+def _reproducible() -> Iterator[None]:
+    """Deterministic kernels where torch has them, and the caller's random state left as it was."""
+    strict, warn = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    kernels: Any = torch.utils.deterministic
+    fill = kernels.fill_uninitialized_memory
+    with torch.random.fork_rng(enabled=True):
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        kernels.fill_uninitialized_memory = False  # a debugging aid that costs time in every step
+        try:
+            yield
+        finally:
+            kernels.fill_uninitialized_memory = fill
+            torch.use_deterministic_algorithms(strict, warn_only=warn)
+
+
+def _averaged(progress: _Progress, stage: str, optimizer: torch.optim.Optimizer) -> dict[str, float]:
+    names = sorted(progress.sums)
+    means = torch.stack([progress.sums[name] for name in names]) / progress.step
+    if current_worker().world > 1:
+        dist.all_reduce(means)
+        means = means / current_worker().world
+    metrics = dict(zip(names, means.tolist(), strict=True))
+    if not all(math.isfinite(value) for value in metrics.values()):
+        raise TrainingError(
+            f"{stage}: epoch {progress.epoch + 1} ended with {metrics}, expected finite numbers; lower the learning "
+            f"rate (last was {optimizer.param_groups[0]['lr']:.2g}) or look for absurd feature values"
+        )
+    return metrics
+
+
+def _state(objective: nn.Module, optimizer: torch.optim.Optimizer, progress: _Progress, stage: str) -> State:
+    return {
+        "stage": stage,
+        "objective": objective.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "epoch": progress.epoch,
+        "step": progress.step,
+        "sums": progress.sums,
+        "curve": progress.curve,
+    }
+
+
+def _restore(state: State, objective: nn.Module, optimizer: torch.optim.Optimizer, stage: str) -> _Progress:
+    if state["stage"] != stage:
+        raise TrainingError(f"checkpoint is of stage {state['stage']!r}, expected {stage!r}; remove the checkpoints")
+    try:
+        objective.load_state_dict(state["objective"])
+        optimizer.load_state_dict(state["optimizer"])
+    except (RuntimeError, ValueError, KeyError) as error:
+        raise TrainingError(
+            f"{stage}: the checkpoint doesn't fit the model ({error}); it was made with another configuration; "
+            "remove the checkpoints and train again"
+        ) from error
+    progress = _Progress()
+    progress.epoch, progress.step = state["epoch"], state["step"]
+    progress.sums, progress.curve = dict(state["sums"]), list(state["curve"])
+    return progress

@@ -1,0 +1,208 @@
+"""Training on Ray: the one file here that knows Ray Train. It adds workers, shared checkpoints and restarts.
+
+What is computed is ``fit.fit``, unchanged. Rows reach the workers as memory-mapped files on the shared storage, and
+every epoch's metrics come back through a file there, line by line.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import ray
+import ray.train
+import torch
+from ray.train import Checkpoint, CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchConfig, TorchTrainer
+
+from reelway.pipelines.training.checkpoint_files import read_state, write_state
+from reelway.pipelines.training.config import TrainingConfig
+from reelway.pipelines.training.fit import Fitted, Window, fit, fitted_from
+from reelway.pipelines.training.loop import EpochReport, OnEpoch, State
+from reelway.pipelines.training.negatives import FIELDS, RankerRows
+from reelway.pipelines.training.rows import TrainingRows, map_arrays, save_arrays
+from reelway.platform.errors import TrainingError
+from reelway.platform.runs import digest_of
+
+STATE_FILE = "state.pt"
+MAX_FAILURES = 3
+_POLL_S = 0.2
+
+
+@dataclass(frozen=True)
+class RayResources:
+    """What to ask Ray for."""
+
+    workers: int = 2
+    gpus: int = 0
+    """GPUs over all workers; 0 trains on CPUs. Otherwise one worker per GPU."""
+
+
+def fit_on_ray(
+    rows: TrainingRows,
+    ranker_rows: RankerRows,
+    window: Window,
+    config: TrainingConfig,
+    resources: RayResources,
+    *,
+    storage: Path,
+    on_epoch: OnEpoch | None = None,
+) -> Fitted:
+    """``fit.fit`` over data-parallel workers. A worker that dies costs the steps since its last checkpoint.
+
+    Args:
+        storage: a folder that every node sees; rows, checkpoints and progress are kept there while training.
+
+    Raises:
+        TrainingError: training failed more than ``MAX_FAILURES`` times; the message carries the cause.
+    """
+    workers = resources.gpus or resources.workers
+    name = f"fit-{digest_of([config.to_dict(), asdict(window), len(rows), len(ranker_rows), workers])[:12]}"
+    given = storage / f"{name}.input"
+    _write_input(given, rows, ranker_rows)
+    with _ray_runtime(workers, resources.gpus), _following(given / "progress.jsonl", on_epoch):
+        trainer = TorchTrainer(
+            _train_worker,
+            train_loop_config={
+                "input": str(given),
+                "window": asdict(window),
+                "config": config.to_dict(),
+                "threads": max(1, (os.cpu_count() or 1) // workers),
+            },
+            torch_config=TorchConfig(backend="nccl" if resources.gpus else "gloo"),
+            scaling_config=ScalingConfig(num_workers=workers, use_gpu=resources.gpus > 0),
+            run_config=RunConfig(
+                name=name,
+                storage_path=str(storage.absolute()),
+                failure_config=FailureConfig(max_failures=MAX_FAILURES),
+                checkpoint_config=CheckpointConfig(num_to_keep=2),
+            ),
+        )
+        fitted = fitted_from(_finished_state(trainer), config)
+    shutil.rmtree(given)
+    shutil.rmtree(storage / name)
+    return fitted
+
+
+def _finished_state(trainer: TorchTrainer) -> State:
+    try:
+        result = trainer.fit()
+    except ray.train.TrainingFailedError as error:
+        raise TrainingError(f"Ray Train gave up after {MAX_FAILURES} restarts: {error}") from error
+    if result.checkpoint is None:
+        raise TrainingError("Ray Train ended without a checkpoint; look at the workers' logs")
+    with result.checkpoint.as_directory() as folder:
+        return read_state(Path(folder) / STATE_FILE)
+
+
+def _train_worker(settings: dict[str, Any]) -> None:
+    """What every worker process runs."""
+    torch.set_num_threads(settings["threads"])
+    given = Path(settings["input"])
+    context = ray.train.get_context()
+
+    def tell(report: EpochReport) -> None:
+        if context.get_world_rank() == 0:
+            with (given / "progress.jsonl").open("a") as lines:
+                lines.write(json.dumps(asdict(report)) + "\n")
+
+    fit(
+        map_arrays(given / "rows"),
+        RankerRows(**{name: np.load(given / f"{name}.npy", mmap_mode="r") for name in FIELDS}),
+        Window(**settings["window"]),
+        TrainingConfig.from_dict(settings["config"]),
+        device=ray.train.torch.get_device(),
+        checkpoints=RayCheckpoints(),
+        on_epoch=tell,
+    )
+
+
+class RayCheckpoints:
+    """Ray Train's own storage of checkpoints; worker 0's state counts, all workers report."""
+
+    def save(self, state: State, metrics: dict[str, float]) -> None:
+        """Report the metrics with the state to go on from."""
+        if ray.train.get_context().get_world_rank() != 0:
+            ray.train.report(metrics)
+            return
+        with tempfile.TemporaryDirectory() as folder:
+            write_state(state, Path(folder) / STATE_FILE)
+            ray.train.report(metrics, checkpoint=Checkpoint.from_directory(folder))
+
+    def load(self) -> State | None:
+        """The newest reported state, after a restart."""
+        checkpoint = ray.train.get_checkpoint()
+        if checkpoint is None:
+            return None
+        with checkpoint.as_directory() as folder:
+            return read_state(Path(folder) / STATE_FILE)
+
+
+def _write_input(folder: Path, rows: TrainingRows, ranker_rows: RankerRows) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    save_arrays(rows, folder / "rows")
+    for name in FIELDS:
+        np.save(folder / f"{name}.npy", getattr(ranker_rows, name), allow_pickle=False)
+
+
+@contextmanager
+def _ray_runtime(workers: int, gpus: int) -> Iterator[None]:
+    """The cluster of ``RAY_ADDRESS`` or the runtime already up in this process; else one of our own, ended after."""
+    if ray.is_initialized():
+        yield
+        return
+    if address := os.environ.get("RAY_ADDRESS"):
+        ray.init(address=address)
+    else:
+        ray.init(
+            address="local",
+            num_cpus=workers,
+            num_gpus=gpus or None,
+            include_dashboard=False,
+            logging_level="ERROR",
+            log_to_driver=False,  # progress comes through the file; a failure's traceback through the exception
+        )
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+@contextmanager
+def _following(path: Path, on_epoch: OnEpoch | None) -> Iterator[None]:
+    """Hand each new line of the progress file to ``on_epoch`` as it appears."""
+    if on_epoch is None:
+        yield
+        return
+    ended = threading.Event()
+    told = 0
+
+    def tell_new() -> None:
+        nonlocal told
+        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+        whole = [line for line in lines if line.endswith("\n")]
+        for line in whole[told:]:
+            on_epoch(EpochReport(**json.loads(line)))
+        told = len(whole)
+
+    def follow() -> None:
+        while not ended.wait(_POLL_S):
+            tell_new()
+
+    thread = threading.Thread(target=follow, name="training-progress", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+        tell_new()
