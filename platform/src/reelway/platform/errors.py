@@ -18,8 +18,9 @@
     │   ├── IncompatibleReleaseError          dimensions, feature service or schema disagree
     │   └── GateFailedError                   a quality gate does not hold
     ├── StorageError                 exit 7   disk full, no permission, store unreachable
-    └── ServingError                 exit 8   the graph cannot start or answer
-        └── TokenError                        an impression token that this service did not sign
+    ├── ServingError                 exit 8   the graph cannot start or answer
+    │   └── TokenError                        an impression token that this service did not sign
+    └── RolloutError                 exit 9   a rollout cannot start or be changed as asked
 
 A message says what, the value seen, what was expected and what to do. The CLI prints the message without a
 traceback and exits with the code; anything not in this tree is a bug and keeps its traceback.
@@ -111,3 +112,7 @@ class ServingError(ReelwayError):
 
 class TokenError(ServingError):
     pass
+
+
+class RolloutError(ReelwayError):
+    exit_code = 9

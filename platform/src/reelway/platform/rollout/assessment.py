@@ -1,0 +1,316 @@
+"""Why: to turn evidence into verdicts that an on-call engineer can read: numbers and a sentence for each.
+
+Refuses to decide: what follows from a verdict is ``decision``'s. Every number it compares with comes from the policy.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from reelway.platform.rollout.evidence import (
+    EvidenceSnapshot,
+    EvidenceState,
+    GuardrailName,
+    GuardrailReading,
+    MetricEvidence,
+    metric_evidence,
+)
+from reelway.platform.rollout.policy import CountLimit, LatencyLimit, OutcomeMetric, RatioLimit, RolloutPolicy, Slice
+from reelway.platform.rollout.statistics import (
+    Estimate,
+    boundary,
+    ratio_estimate,
+    ratio_tail_log_bound,
+    relative_difference,
+)
+
+Finding = Literal["harm_established", "harm_excluded", "undecided", "insufficient", "telemetry_down"]
+
+
+@dataclass(frozen=True, slots=True)
+class OutcomeVerdict:
+    """One metric on one slice. ``harm`` is relative to stable, positive is worse; NaN where nothing can be said.
+
+    ``harm_low`` and ``harm_high`` are one-sided confidence sequences: at ``alpha_rollback`` and ``alpha_promotion``.
+    """
+
+    name: str
+    part: Slice
+    finding: Finding
+    margin: float
+    alpha_rollback: float
+    stable: float
+    canary: float
+    harm: float
+    harm_low: float
+    harm_high: float
+    stable_viewers: int
+    canary_viewers: int
+    required: bool
+    lower_is_better: bool
+    detail: str = ""
+
+    @property
+    def state(self) -> EvidenceState:
+        if self.finding == "harm_established":
+            return EvidenceState.BAD
+        if self.finding in ("insufficient", "telemetry_down"):
+            return EvidenceState(self.finding)
+        return EvidenceState.OK
+
+    @property
+    def label(self) -> str:
+        return self.name if self.part is Slice.OVERALL else f"{self.name} on {self.part.value}"
+
+    @property
+    def sentence(self) -> str:
+        """What was found, with the numbers."""
+        if self.state in (EvidenceState.INSUFFICIENT, EvidenceState.TELEMETRY_DOWN):
+            return f"{self.label}: {self.finding.replace('_', ' ')} ({self.detail})"
+        sign = 1.0 if self.lower_is_better else -1.0
+        change, ends = sign * self.harm, sorted((sign * self.harm_low, sign * self.harm_high))
+        words = {
+            "harm_established": f"harm beyond the margin of {self.margin:.1%} is established",
+            "harm_excluded": f"harm beyond the margin of {self.margin:.1%} is excluded",
+            "undecided": f"harm beyond the margin of {self.margin:.1%} is neither established nor excluded",
+        }[self.finding]
+        return (
+            f"{self.label}: {words}; canary {self.canary:.4g} against stable {self.stable:.4g}, {change:+.1%} "
+            f"(at any time within {ends[0]:+.1%}..{ends[1]:+.1%}; {self.canary_viewers} and {self.stable_viewers} "
+            f"viewers, alpha {self.alpha_rollback:.2g})"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class GuardrailVerdict:
+    """One guardrail: ``bad`` is a breach."""
+
+    name: str
+    state: EvidenceState
+    sentence: str
+
+
+@dataclass(frozen=True, slots=True)
+class Assessment:
+    """All verdicts at one moment."""
+
+    outcomes: tuple[OutcomeVerdict, ...]
+    guardrails: tuple[GuardrailVerdict, ...]
+    canary_viewers: int
+    canary_impressions: int
+
+    @property
+    def breaches(self) -> tuple[GuardrailVerdict, ...]:
+        return tuple(g for g in self.guardrails if g.state is EvidenceState.BAD)
+
+    @property
+    def harms(self) -> tuple[OutcomeVerdict, ...]:
+        return tuple(o for o in self.outcomes if o.finding == "harm_established")
+
+    @property
+    def silent(self) -> tuple[OutcomeVerdict | GuardrailVerdict, ...]:
+        """What telemetry says nothing about."""
+        verdicts: tuple[OutcomeVerdict | GuardrailVerdict, ...] = (*self.guardrails, *self.outcomes)
+        return tuple(v for v in verdicts if v.state is EvidenceState.TELEMETRY_DOWN)
+
+    @property
+    def not_excluded(self) -> tuple[OutcomeVerdict, ...]:
+        """Required outcomes that do not yet exclude harm beyond their margin. Empty: promotion is earned."""
+        return tuple(o for o in self.outcomes if o.required and o.finding != "harm_excluded")
+
+    @property
+    def guardrails_ok(self) -> bool:
+        return all(g.state is EvidenceState.OK for g in self.guardrails)
+
+
+def assess(policy: RolloutPolicy, snapshot: EvidenceSnapshot) -> Assessment:
+    """Judge every outcome and every guardrail of the policy. Pure; what is absent is ``telemetry_down``."""
+    outcomes = _assess_outcomes(policy, snapshot)
+    first = snapshot.metrics.get((policy.outcomes[0].name, Slice.OVERALL))
+    exposure = first.canary if first is not None and first.canary.possible else None
+    return Assessment(
+        outcomes,
+        _assess_guardrails(policy, snapshot),
+        int(exposure.viewers) if exposure else 0,
+        int(exposure.impressions) if exposure else 0,
+    )
+
+
+def harm_of(canary: Estimate, stable: Estimate, lower_is_better: ArrayLike) -> Estimate:
+    """Relative harm: positive is worse for viewers whichever way the metric points. Broadcasts."""
+    difference = relative_difference(canary, stable)
+    return Estimate(np.where(lower_is_better, 1.0, -1.0) * difference.value, difference.variance, difference.viewers)
+
+
+def _assess_outcomes(policy: RolloutPolicy, snapshot: EvidenceSnapshot) -> tuple[OutcomeVerdict, ...]:
+    tests = policy.tests
+    evidence = [_usable(metric, snapshot.metrics.get((metric.name, part))) for metric, part in tests]
+    stable, canary = (
+        ratio_estimate(*np.array([_sums(getattr(e, arm)) for e in evidence]).T) for arm in ("stable", "canary")
+    )
+    lower = np.array([metric.direction == "lower" for metric, _ in tests])
+    harm = harm_of(canary, stable, lower)
+    error = np.sqrt(harm.variance)
+    scale = np.array([metric.beyond_margin(part) for metric, part in tests])
+    margin = np.array([metric.margin_on(part) for metric, part in tests])
+    low = harm.value - boundary(harm.variance, scale, np.array(policy.rollback_alphas)) * error
+    high = harm.value + boundary(harm.variance, margin, policy.alpha.promotion) * error
+    return tuple(
+        OutcomeVerdict(
+            name=metric.name,
+            part=part,
+            finding=_finding(evidence[i], float(low[i]), float(high[i]), float(margin[i])),
+            margin=float(margin[i]),
+            alpha_rollback=policy.rollback_alphas[i],
+            stable=float(stable.value[i]),
+            canary=float(canary.value[i]),
+            harm=float(harm.value[i]),
+            harm_low=float(low[i]),
+            harm_high=float(high[i]),
+            stable_viewers=int(evidence[i].stable.viewers),
+            canary_viewers=int(evidence[i].canary.viewers),
+            required=part is Slice.OVERALL and metric.promotion_requires == "excluded",
+            lower_is_better=bool(lower[i]),
+            detail=evidence[i].detail or "no estimate: an arm has no variation or stable's value is not positive",
+        )
+        for i, (metric, part) in enumerate(tests)
+    )
+
+
+def _usable(metric: OutcomeMetric, given: MetricEvidence | None) -> MetricEvidence:
+    """The evidence with its state checked against the policy's own burn-in, whatever its source thought of it."""
+    if given is None:
+        return MetricEvidence(EvidenceState.TELEMETRY_DOWN, detail="no evidence of it")
+    if given.state is EvidenceState.TELEMETRY_DOWN:
+        return MetricEvidence(given.state, detail=given.detail or "its source could not be heard")
+    checked = metric_evidence(given.stable, given.canary, minimum_viewers=metric.minimum_viewers)
+    if checked.state is EvidenceState.TELEMETRY_DOWN:
+        return MetricEvidence(checked.state, detail=checked.detail)
+    if checked.state is EvidenceState.OK and given.state is EvidenceState.INSUFFICIENT:
+        detail = given.detail or "its source calls it insufficient"
+        return MetricEvidence(given.state, given.stable, given.canary, detail)
+    return checked
+
+
+def _sums(arm: object) -> tuple[float, ...]:
+    return tuple(getattr(arm, name) for name in ("viewers", "sum_x", "sum_y", "sum_xx", "sum_yy", "sum_xy"))
+
+
+def _finding(evidence: MetricEvidence, low: float, high: float, margin: float) -> Finding:
+    if evidence.state is EvidenceState.TELEMETRY_DOWN:
+        return "telemetry_down"
+    if evidence.state is EvidenceState.INSUFFICIENT or math.isnan(low) or math.isnan(high):
+        return "insufficient"
+    if low > margin:
+        return "harm_established"
+    return "harm_excluded" if high < margin else "undecided"
+
+
+def _assess_guardrails(policy: RolloutPolicy, snapshot: EvidenceSnapshot) -> tuple[GuardrailVerdict, ...]:
+    limits, verdicts = policy.guardrails, []
+    ratios: tuple[tuple[GuardrailName, RatioLimit | None], ...] = (
+        ("error_ratio", limits.error_ratio),
+        ("empty_slate_ratio", limits.empty_slate_ratio),
+    )
+    for name, limit in ratios:
+        if limit is not None:
+            verdicts.append(_assess_ratio(name, limit, snapshot.guardrails.get(name), limits.significance))
+    if limits.p99_ms is not None:
+        verdicts.append(_assess_latency(limits.p99_ms, snapshot.guardrails.get("p99_ms")))
+    if limits.parity_mismatches is not None:
+        verdicts.append(_assess_parity(limits.parity_mismatches, snapshot.guardrails.get("parity_mismatches")))
+    if limits.firing_alerts is not None:
+        verdicts.append(_assess_alerts(limits.firing_alerts, snapshot))
+    return tuple(verdicts)
+
+
+def _down(name: str, reading: GuardrailReading | None) -> GuardrailVerdict | None:
+    """A verdict for a reading that cannot be judged, None when it can."""
+    if reading is None:
+        return GuardrailVerdict(name, EvidenceState.TELEMETRY_DOWN, f"{name}: telemetry down (no reading)")
+    if reading.state in (EvidenceState.TELEMETRY_DOWN, EvidenceState.INSUFFICIENT):
+        words = reading.state.value.replace("_", " ")
+        return GuardrailVerdict(name, reading.state, f"{name}: {words} ({reading.detail or 'no detail'})")
+    numbers = (reading.events, reading.trials)
+    if not all(math.isfinite(v) and v >= 0 for v in numbers):
+        return GuardrailVerdict(name, EvidenceState.TELEMETRY_DOWN, f"{name}: telemetry down (saw {numbers})")
+    return None
+
+
+def _assess_ratio(
+    name: str, limit: RatioLimit, reading: GuardrailReading | None, significance: float
+) -> GuardrailVerdict:
+    """Breached when so many events of so few requests would be rarer than ``significance`` at the limit.
+
+    Ten errors in ten requests are a breach long before ``minimum_requests``; that number only says when a *clean*
+    reading is enough to be called ok.
+    """
+    if (down := _down(name, reading)) is not None:
+        return down
+    assert reading is not None
+    if reading.events > reading.trials:
+        seen = f"{reading.events:.0f} events of {reading.trials:.0f} requests"
+        return GuardrailVerdict(name, EvidenceState.TELEMETRY_DOWN, f"{name}: telemetry down (saw {seen})")
+    ratio = reading.events / reading.trials if reading.trials else 0.0
+    seen = f"{ratio:.2%} ({reading.events:.0f} of {reading.trials:.0f} requests)"
+    log_p = float(ratio_tail_log_bound(reading.events, reading.trials, limit.maximum))
+    if log_p <= math.log(significance):
+        return GuardrailVerdict(name, EvidenceState.BAD, f"{name} {seen} is above the limit of {limit.maximum:.2%}")
+    if reading.trials < limit.minimum_requests:
+        return GuardrailVerdict(
+            name, EvidenceState.INSUFFICIENT, f"{name} {seen}: needs {limit.minimum_requests} requests"
+        )
+    return GuardrailVerdict(name, EvidenceState.OK, f"{name} {seen} is not above the limit of {limit.maximum:.2%}")
+
+
+def _assess_latency(limit: LatencyLimit, reading: GuardrailReading | None) -> GuardrailVerdict:
+    name = "p99_ms"
+    if (down := _down(name, reading)) is not None:
+        return down
+    assert reading is not None
+    if reading.trials < limit.minimum_requests:
+        seen = f"{reading.trials:.0f} requests, needs {limit.minimum_requests}"
+        return GuardrailVerdict(name, EvidenceState.INSUFFICIENT, f"{name}: insufficient ({seen})")
+    bounds = [] if limit.maximum is None else [(limit.maximum, "the limit")]
+    if limit.maximum_ratio_to_stable is not None:
+        if reading.stable_value is None or not (math.isfinite(reading.stable_value) and reading.stable_value > 0):
+            return GuardrailVerdict(
+                name, EvidenceState.TELEMETRY_DOWN, f"{name}: telemetry down (stable's p99 unknown)"
+            )
+        times = limit.maximum_ratio_to_stable
+        bounds.append((times * reading.stable_value, f"{times:g} times stable's {reading.stable_value:.0f} ms"))
+    if reading.value is None or not (math.isfinite(reading.value) and reading.value >= 0):
+        return GuardrailVerdict(name, EvidenceState.TELEMETRY_DOWN, f"{name}: telemetry down (saw {reading.value})")
+    bound, words = min(bounds)
+    seen = f"p99 {reading.value:.0f} ms over {reading.trials:.0f} requests"
+    if reading.value > bound:
+        return GuardrailVerdict(name, EvidenceState.BAD, f"{seen} is above {words}: {bound:.0f} ms")
+    return GuardrailVerdict(name, EvidenceState.OK, f"{seen} is within {words}: {bound:.0f} ms")
+
+
+def _assess_parity(limit: CountLimit, reading: GuardrailReading | None) -> GuardrailVerdict:
+    name = "parity_mismatches"
+    if (down := _down(name, reading)) is not None:
+        return down
+    assert reading is not None
+    seen = f"{reading.events:.0f} parity mismatches in {reading.trials:.0f} replayed rows"
+    if reading.events > limit.maximum:
+        more = f": {reading.detail}" if reading.detail else ""
+        return GuardrailVerdict(name, EvidenceState.BAD, f"{seen}, allowed {limit.maximum}{more}")
+    if reading.trials <= 0:
+        return GuardrailVerdict(name, EvidenceState.INSUFFICIENT, f"{name}: insufficient (no row was replayed)")
+    return GuardrailVerdict(name, EvidenceState.OK, f"{seen}, allowed {limit.maximum}")
+
+
+def _assess_alerts(limit: CountLimit, snapshot: EvidenceSnapshot) -> GuardrailVerdict:
+    """Only alerts that carry this rollout's release count; the others are somebody else's."""
+    own = [alert for alert in snapshot.alerts if alert.release == snapshot.release]
+    if len(own) > limit.maximum:
+        names = ", ".join(sorted({alert.name for alert in own}))
+        return GuardrailVerdict("firing_alerts", EvidenceState.BAD, f"alerts firing for the release: {names}")
+    return GuardrailVerdict("firing_alerts", EvidenceState.OK, f"{len(own)} alerts fire for the release")

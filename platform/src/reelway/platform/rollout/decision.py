@@ -1,0 +1,448 @@
+"""Why: the one place that says what happens next to a rollout, and why, word for word.
+
+Pure: same policy, state, evidence and clock, same decision. It refuses to fetch, write or sleep, and to promote on
+anything but evidence: missing, stale, reordered or insufficient evidence holds, and a hold ends in a pause or a
+rollback, never in a promotion. The order of the rules is the order of ``_RULES``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import StrEnum
+
+from reelway.platform.contracts.events import Arm
+from reelway.platform.errors import RolloutError
+from reelway.platform.rollout.assessment import Assessment, assess
+from reelway.platform.rollout.evidence import EvidenceSnapshot, nothing_heard
+from reelway.platform.rollout.policy import Deadline, RolloutPolicy, Step
+from reelway.platform.rollout.state import RAMPING, Phase, RolloutState
+from reelway.platform.rollout.statistics import BASIS_POINTS
+
+
+class Action(StrEnum):
+    """What to do. ``wait`` and ``hold`` change no weight."""
+
+    WAIT = "wait"
+    PREPARE = "prepare"
+    SHADOW = "shadow"
+    STEP = "step"
+    HOLD = "hold"
+    CARRY_ON = "carry_on"
+    PAUSE = "pause"
+    RESUME = "resume"
+    PROMOTE = "promote"
+    COMPLETE_PROMOTION = "complete_promotion"
+    ROLL_BACK = "roll_back"
+    COMPLETE_ROLLBACK = "complete_rollback"
+    RETIRE = "retire"
+    REFUSE = "refuse"
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """What to do and why. The fields after ``reason`` are what ``advance`` needs to make it so."""
+
+    action: Action
+    reason: str
+    step: int = -1
+    canary_bp: int = 0
+    evidence_at: float = -math.inf
+    holds_for: str = ""
+    command_done: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class _Case:
+    """Everything a rule may look at."""
+
+    policy: RolloutPolicy
+    state: RolloutState
+    evidence: EvidenceSnapshot
+    verdicts: Assessment
+    now: float
+    tick_s: float
+    distrust: str
+    """Why this snapshot may not carry a step or a promotion; empty when it may."""
+
+
+def start(
+    policy: RolloutPolicy,
+    *,
+    rollout_id: str,
+    canary_release: str,
+    stable_release: str,
+    now: float,
+    previous: RolloutState | None = None,
+    force: bool = False,
+) -> RolloutState:
+    """The state of a new rollout.
+
+    Args:
+        previous: the last rollout of this service, if there was one.
+        force: past the cooldown, and past the rollback of the same release.
+
+    Raises:
+        RolloutError: another rollout is under way, the release was rolled back, or the cooldown lasts.
+    """
+    if canary_release == stable_release:
+        raise RolloutError(f"release {canary_release[:12]} is the one that is live; give another one to roll out")
+    if previous is not None and previous.active:
+        raise RolloutError(
+            f"rollout {previous.id} of {previous.canary_release[:12]} is {previous.phase}; wait, or end it with "
+            "`reelway rollout rollback`"
+        )
+    if previous is not None and previous.phase is Phase.ROLLED_BACK and not force:
+        if previous.canary_release == canary_release:
+            raise RolloutError(
+                f"release {canary_release[:12]} was rolled back ({previous.reason}); roll it out again with --force"
+            )
+        left_s = policy.cooldown_s - max(0.0, now - previous.changed_at)
+        if left_s > 0:
+            raise RolloutError(
+                f"{left_s:.0f} s of the cooldown of {policy.cooldown_s:.0f} s after rollout {previous.id} are left; "
+                "wait, or use --force"
+            )
+    return RolloutState(
+        id=rollout_id,
+        stable_release=stable_release,
+        canary_release=canary_release,
+        holdout_bp=policy.holdout_bp,
+        started_at=now,
+        changed_at=now,
+        tick_at=now,
+        forced=force,
+        reason=f"asked to roll out {canary_release[:12]} over {stable_release[:12]}" + (" (forced)" if force else ""),
+    )
+
+
+def decide(policy: RolloutPolicy, state: RolloutState, evidence: EvidenceSnapshot | None, now: float) -> Decision:
+    """What to do now. ``evidence`` None means that none could be fetched: everything is ``telemetry_down``."""
+    evidence = evidence or nothing_heard(state.canary_release, now)
+    return decide_on(policy, state, evidence, assess(policy, evidence), now)
+
+
+def decide_on(
+    policy: RolloutPolicy, state: RolloutState, evidence: EvidenceSnapshot, verdicts: Assessment, now: float
+) -> Decision:
+    """``decide`` with the assessment of ``evidence`` already made."""
+    tick_s = min(max(now - state.tick_at, 0.0), policy.longest_tick_s)
+    case = _Case(policy, state, evidence, verdicts, now, tick_s, _distrust(policy, state, evidence, now))
+    for rule in _RULES:
+        if (decision := rule(case)) is not None:
+            break
+    else:
+        decision = Decision(Action.WAIT, f"{state.phase}: nothing to do")
+    newest = evidence.time if not case.distrust else state.evidence_at
+    return Decision(
+        decision.action, decision.reason, decision.step, decision.canary_bp, newest, decision.holds_for,
+        decision.command_done,
+    )  # fmt: skip
+
+
+def advance(state: RolloutState, decision: Decision, policy: RolloutPolicy, now: float) -> RolloutState:
+    """The state after ``decision``. Record it before touching the world; it can be read back at any point."""
+    tick_s = min(max(now - state.tick_at, 0.0), policy.longest_tick_s)
+    change: dict[str, object] = {"tick_at": now, "evidence_at": decision.evidence_at}
+    if decision.action not in (Action.WAIT, Action.REFUSE) or decision.holds_for:
+        change["reason"] = decision.reason
+    if decision.command_done:
+        change["command"] = None
+    telemetry, insufficient = decision.holds_for == "telemetry_down", decision.holds_for == "insufficient"
+    change["held_telemetry_s"] = state.held_telemetry_s + tick_s if telemetry else 0.0
+    change["held_insufficient_s"] = (
+        state.held_insufficient_s + tick_s if insufficient else state.held_insufficient_s if telemetry else 0.0
+    )
+    if not telemetry:
+        change["phase_s"] = state.phase_s + tick_s
+    moved = _moves(state, decision, policy)
+    if moved:
+        change.update(moved)
+        if moved["phase"] is not state.phase or "step" in moved:
+            change["changed_at"] = now
+    return state.model_copy(update=change)
+
+
+def _moves(state: RolloutState, decision: Decision, policy: RolloutPolicy) -> dict[str, object]:
+    fresh: dict[str, object] = {"phase_s": 0.0, "held_telemetry_s": 0.0, "held_insufficient_s": 0.0}
+    back = {**fresh, "phase": Phase.ROLLING_BACK, "canary_bp": 0, "shadow_bp": 0}
+    match decision.action:
+        case Action.PREPARE:
+            return {**fresh, "phase": Phase.PREPARING}
+        case Action.SHADOW:
+            mirrored = round(policy.shadow.mirror_percent * 100) if policy.shadow else 0
+            return {**fresh, "phase": Phase.SHADOW, "shadow_bp": mirrored}
+        case Action.STEP:
+            new = {"step": decision.step, "canary_bp": decision.canary_bp, "shadow_bp": 0}
+            return {**fresh, **new, "phase": Phase.STEPPING}
+        case Action.HOLD:
+            return {"phase": Phase.HOLDING}
+        case Action.CARRY_ON:
+            return {"phase": Phase.STEPPING}
+        case Action.PAUSE:
+            return {"phase": Phase.PAUSED, "held_telemetry_s": 0.0, "held_insufficient_s": 0.0}
+        case Action.RESUME:
+            return {"phase": Phase.STEPPING, "held_telemetry_s": 0.0, "held_insufficient_s": 0.0}
+        case Action.PROMOTE:
+            everything = BASIS_POINTS - state.holdout_bp
+            return {**fresh, "phase": Phase.PROMOTING, "canary_bp": everything, "shadow_bp": 0}
+        case Action.COMPLETE_PROMOTION:
+            return {**fresh, "phase": Phase.PROMOTED}
+        case Action.ROLL_BACK:
+            return back
+        case Action.COMPLETE_ROLLBACK:
+            return {**back, "phase": Phase.ROLLED_BACK}
+        case Action.RETIRE:
+            return {"phase": Phase.PROMOTED, "retired": True}
+        case _:
+            return {}
+
+
+def _distrust(policy: RolloutPolicy, state: RolloutState, evidence: EvidenceSnapshot, now: float) -> str:
+    if evidence.release != state.canary_release:
+        return f"the evidence is about release {evidence.release[:12]}, not {state.canary_release[:12]}"
+    if not math.isfinite(evidence.time):
+        return "the evidence has no time"
+    if (age := now - evidence.time) > policy.evidence_max_age_s:
+        return f"the evidence is {age:.0f} s old, allowed {policy.evidence_max_age_s:.0f} s"
+    if age < -policy.evidence_max_age_s:
+        return f"the evidence is from {-age:.0f} s in the future"
+    clock_went_back = now < state.tick_at
+    if (
+        evidence.time < state.evidence_at
+        and not clock_went_back
+        and state.evidence_at <= now + policy.evidence_max_age_s
+    ):
+        return f"newer evidence was judged before ({state.evidence_at - evidence.time:.0f} s newer)"
+    return ""
+
+
+def _own(case: _Case) -> bool:
+    return case.evidence.release == case.state.canary_release
+
+
+def _finished(case: _Case) -> Decision | None:
+    """Final is final: neither evidence nor a command moves a rollout that was rolled back or retired."""
+    state = case.state
+    if state.phase is not Phase.ROLLED_BACK and not state.retired:
+        return None
+    if state.command is None:
+        return Decision(Action.WAIT, f"{'retired' if state.retired else state.phase}: nothing to do")
+    what = "the previous release is no longer warm" if state.retired else "it was rolled back"
+    return Decision(
+        Action.REFUSE,
+        f"{state.command.verb} by {state.command.actor} refused: {what}; start a new rollout",
+        command_done=True,
+    )
+
+
+def _rolling_back(case: _Case) -> Decision | None:
+    """The only way out of a rollback is its end."""
+    state = case.state
+    if state.phase is not Phase.ROLLING_BACK:
+        return None
+    done = state.command is not None
+    if case.evidence.weights is not None and case.evidence.weights.get(Arm.CANARY, 0) == 0:
+        return Decision(Action.COMPLETE_ROLLBACK, f"all traffic is on stable: {state.reason}", command_done=done)
+    return Decision(Action.WAIT, "rolling back: traffic is not yet seen on stable", command_done=done)
+
+
+def _asked_to_roll_back(case: _Case) -> Decision | None:
+    command = case.state.command
+    if command is None or command.verb != "rollback":
+        return None
+    note = f": {command.note}" if command.note else ""
+    return Decision(Action.ROLL_BACK, f"rolled back by {command.actor}{note}", command_done=True)
+
+
+def _guardrail(case: _Case) -> Decision | None:
+    """At once, in every phase, on any snapshot of this release however late it arrives."""
+    if case.state.phase is Phase.PENDING or not _own(case) or not (breaches := case.verdicts.breaches):
+        return None
+    return Decision(Action.ROLL_BACK, "guardrail: " + "; ".join(breach.sentence for breach in breaches))
+
+
+def _harm(case: _Case) -> Decision | None:
+    """Paused or not: a pause stops progress, never protection. After promotion there is no stable arm to compare."""
+    if case.state.phase not in RAMPING or not _own(case) or not (harms := case.verdicts.harms):
+        return None
+    return Decision(Action.ROLL_BACK, "; ".join(harm.sentence for harm in harms))
+
+
+def _asked_else(case: _Case) -> Decision | None:
+    state, command = case.state, case.state.command
+    if command is None:
+        return None
+    who = f"by {command.actor}" + (f": {command.note}" if command.note else "")
+    if command.verb == "pause" and state.phase in (Phase.STEPPING, Phase.HOLDING):
+        return Decision(Action.PAUSE, f"paused {who}", command_done=True)
+    if command.verb == "resume" and state.phase is Phase.PAUSED:
+        return Decision(Action.RESUME, f"resumed {who}", command_done=True)
+    if command.verb == "promote" and state.phase in RAMPING:
+        return _asked_to_promote(case, who)
+    return Decision(Action.REFUSE, f"{command.verb} {who} refused: the rollout is {state.phase}", command_done=True)
+
+
+def _asked_to_promote(case: _Case, who: str) -> Decision:
+    """A person may skip steps and holds; going past missing evidence takes ``--force`` and is written down as such."""
+    lacking = _lacking(case)
+    if lacking and not (case.state.command and case.state.command.force):
+        return Decision(
+            Action.REFUSE, f"promotion {who} refused: {lacking}; --force promotes anyway", command_done=True
+        )
+    suffix = f", although {lacking}" if lacking else f"; {_grounds(case)}"
+    return Decision(Action.PROMOTE, f"promoted {who}{suffix}", command_done=True)
+
+
+def _before_traffic(case: _Case) -> Decision | None:
+    state, policy, evidence = case.state, case.policy, case.evidence
+    if state.phase is Phase.PENDING:
+        return Decision(Action.PREPARE, f"bring up {state.canary_release[:12]} beside {state.stable_release[:12]}")
+    if state.phase is Phase.PREPARING:
+        if not case.distrust and evidence.canary_ready:
+            if policy.shadow is not None:
+                return Decision(Action.SHADOW, f"ready; mirroring {policy.shadow.mirror_percent:g} % of the requests")
+            return _step_to(case, 0, "ready")
+        return _deadline(case, policy.deadlines.preparing, state.phase_s, "the release is not ready", holds="")
+    if state.phase is Phase.SHADOW and policy.shadow is not None:
+        return _leave_shadow(case)
+    return _step_to(case, 0, "no shadow in the policy") if state.phase is Phase.SHADOW else None
+
+
+def _leave_shadow(case: _Case) -> Decision:
+    state, shadow = case.state, case.policy.shadow
+    assert shadow is not None
+    if case.distrust or not case.evidence.canary_ready:
+        why = case.distrust or "the release is not seen ready"
+        deadline = case.policy.deadlines.telemetry_down
+        return _deadline(case, deadline, state.held_telemetry_s, why, holds="telemetry_down")
+    seen, waited_s = case.evidence.shadow_requests, state.phase_s + case.tick_s
+    if waited_s >= shadow.duration_s and seen >= shadow.minimum_requests:
+        return _step_to(case, 0, f"{seen} mirrored requests in {waited_s:.0f} s without a breach")
+    return Decision(
+        Action.WAIT,
+        f"shadow: {waited_s:.0f} of {shadow.duration_s:.0f} s, {seen} of {shadow.minimum_requests} mirrored requests",
+    )
+
+
+def _after_traffic(case: _Case) -> Decision | None:
+    state = case.state
+    if state.phase is Phase.PROMOTING:
+        if case.evidence.weights is not None and case.evidence.weights.get(Arm.CANARY, 0) == state.canary_bp:
+            return Decision(Action.COMPLETE_PROMOTION, f"all traffic is on {state.canary_release[:12]}")
+        return Decision(Action.WAIT, "promoting: traffic is not yet seen on the release")
+    if state.phase is Phase.PROMOTED:
+        kept_s = state.phase_s + case.tick_s
+        if kept_s >= case.policy.retention_s:
+            return Decision(Action.RETIRE, f"{state.stable_release[:12]} was kept warm for {kept_s:.0f} s")
+        return Decision(Action.WAIT, f"promoted; {state.stable_release[:12]} stays warm")
+    return None
+
+
+def _paused(case: _Case) -> Decision | None:
+    return Decision(Action.WAIT, f"paused: {case.state.reason}") if case.state.phase is Phase.PAUSED else None
+
+
+def _ramp(case: _Case) -> Decision | None:
+    """Telemetry first: what cannot be seen is neither good nor bad, and does not count towards the hold."""
+    state, deadlines = case.state, case.policy.deadlines
+    if unseen := _unseen(case):
+        return _deadline(case, deadlines.telemetry_down, state.held_telemetry_s, unseen, holds="telemetry_down")
+    if not (lacking := _lacking(case, this_step=True)):
+        if state.step + 1 < len(case.policy.steps):
+            return _step_to(case, state.step + 1, _grounds(case))
+        return Decision(Action.PROMOTE, _grounds(case))
+    waited_s = state.phase_s + case.tick_s
+    if waited_s < _step_of(case).hold_s:
+        action = Action.CARRY_ON if state.phase is Phase.HOLDING else Action.WAIT
+        return Decision(action, f"step {state.step + 1} at {state.canary_bp / 100:g} %: {lacking}")
+    return _deadline(case, deadlines.insufficient, state.held_insufficient_s, lacking, holds="insufficient")
+
+
+def _unseen(case: _Case) -> str:
+    if case.distrust:
+        return f"telemetry down: {case.distrust}"
+    if silent := case.verdicts.silent:
+        more = f" and {len(silent) - 1} more" if len(silent) > 1 else ""
+        return f"telemetry down: {silent[0].sentence}{more}"
+    return ""
+
+
+def _lacking(case: _Case, *, this_step: bool = False) -> str:
+    """What is missing for the next step (``this_step``, not at the last) or for promotion; empty when nothing is."""
+    if unseen := _unseen(case):
+        return unseen
+    verdicts = case.verdicts
+    if verdicts.breaches or verdicts.harms:
+        return "there is a breach or established harm"
+    if not verdicts.guardrails_ok:
+        return next(g.sentence for g in verdicts.guardrails if g.state.value != "ok")
+    last = case.state.step + 1 >= len(case.policy.steps)
+    excluded = not verdicts.not_excluded
+    step = _step_of(case)
+    exposure = (
+        f"{verdicts.canary_viewers} of {step.minimum_viewers} viewers, {verdicts.canary_impressions} of "
+        f"{step.minimum_impressions} impressions"
+    )
+    exposed = (
+        verdicts.canary_viewers >= step.minimum_viewers and verdicts.canary_impressions >= step.minimum_impressions
+    )
+    if not exposed:
+        return f"exposure {exposure}"
+    if this_step:
+        waited_s = case.state.phase_s + case.tick_s
+        if waited_s < step.hold_s and (last or not excluded):
+            return f"held {waited_s:.0f} of {step.hold_s:.0f} s, exposure {exposure}"
+    if (last or not this_step) and not excluded:
+        return verdicts.not_excluded[0].sentence
+    return ""
+
+
+def _grounds(case: _Case) -> str:
+    """Why a step or the promotion is earned, with its numbers."""
+    verdicts = case.verdicts
+    seen = f"{verdicts.canary_viewers} viewers and {verdicts.canary_impressions} impressions on the canary"
+    if not verdicts.not_excluded and (proved := [o.sentence for o in verdicts.outcomes if o.required]):
+        return f"{seen}; " + "; ".join(proved)
+    return f"{seen} in {case.state.phase_s + case.tick_s:.0f} s at {case.state.canary_bp / 100:g} % without harm"
+
+
+def _step_of(case: _Case) -> Step:
+    steps = case.policy.steps
+    return steps[min(max(case.state.step, 0), len(steps) - 1)]
+
+
+def _step_to(case: _Case, index: int, why: str) -> Decision:
+    """A step never lowers the weight, even if the policy was edited meanwhile."""
+    points = max(case.policy.steps[index].weight_bp, case.state.canary_bp)
+    points = min(points, BASIS_POINTS - case.state.holdout_bp)
+    return Decision(Action.STEP, f"to step {index + 1}, {points / 100:g} %: {why}", index, points)
+
+
+def _deadline(case: _Case, deadline: Deadline, held_s: float, why: str, *, holds: str) -> Decision:
+    """Hold for ``why`` until the deadline, then what the policy says; it cannot say promote."""
+    state, held_s = case.state, held_s + case.tick_s
+    if held_s >= deadline.after_s and deadline.action != "hold":
+        reason = f"{why}; for {held_s:.0f} s, deadline {deadline.after_s:.0f} s"
+        if deadline.action == "rollback" or state.phase not in RAMPING:
+            return Decision(Action.ROLL_BACK, reason)
+        return Decision(Action.PAUSE, reason)
+    waits = state.phase is Phase.HOLDING or state.phase not in RAMPING
+    return Decision(
+        Action.WAIT if waits else Action.HOLD, f"held at {state.canary_bp / 100:g} %: {why}", holds_for=holds
+    )
+
+
+_RULES: tuple[Callable[[_Case], Decision | None], ...] = (
+    _finished,
+    _rolling_back,
+    _asked_to_roll_back,
+    _guardrail,
+    _harm,
+    _asked_else,
+    _before_traffic,
+    _after_traffic,
+    _paused,
+    _ramp,
+)

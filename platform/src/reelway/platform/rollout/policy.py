@@ -1,0 +1,346 @@
+"""Why: what a team accepts of a release is written down before the rollout, in one YAML file that is checked whole.
+
+Refuses an unknown key or a value out of range, with its path in the file and what was allowed. It judges nothing:
+``assessment`` and ``decision`` do. Weights are percent here, at the edge, and basis points everywhere inside.
+
+**How alpha is shared.** ``alpha.rollback`` bounds the probability that a release which harms nothing beyond its margins
+is ever rolled back by an outcome metric: it is divided over all (metric, slice) tests in proportion to ``alpha_weight``
+(Bonferroni). ``alpha.promotion`` bounds the probability that a release which harms a metric beyond its margin is
+promoted: promotion needs *every* required metric to exclude such harm, an intersection-union test (Berger 1982), so
+each is tested at the whole of it. Harm and exclusion are two one-sided tests with budgets of their own, so directions
+share nothing. Tests are always valid and never restart, so looks and steps spend nothing.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Mapping, Sequence
+from enum import StrEnum
+from functools import cached_property
+from importlib.resources import files
+from pathlib import Path
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from reelway.platform.errors import ConfigError
+from reelway.platform.rollout.statistics import BASIS_POINTS
+
+Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Ratio = Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)]
+Percent = Annotated[float, Field(ge=0, le=100, allow_inf_nan=False)]
+DeadlineAction = Literal["hold", "pause", "rollback"]
+
+
+class Slice(StrEnum):
+    """The part of the traffic a metric is looked at on; cold ones are where a recommender breaks first."""
+
+    OVERALL = "overall"
+    NEW_VIEWERS = "new_viewers"
+    NEW_VIDEOS = "new_videos"
+    SMALL_CREATORS = "small_creators"
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+def _basis_points(percent: float, path: str) -> int:
+    points = round(percent * 100)
+    if abs(points - percent * 100) > 1e-6:
+        raise ValueError(f"{path} is {percent:g}, expected a multiple of 0.01 (weights are whole basis points)")
+    return points
+
+
+class Step(_Strict):
+    """One weight of the ramp and what must be seen at it. Exposure counts the canary's, since the rollout began."""
+
+    weight_percent: Annotated[float, Field(gt=0, le=100, allow_inf_nan=False)]
+    hold_s: Seconds = Field(default=600, description="seconds of observed traffic at this weight before the next")
+    minimum_viewers: Annotated[int, Field(ge=0)] = 200
+    minimum_impressions: Annotated[int, Field(ge=0)] = 2_000
+
+    @model_validator(mode="after")
+    def _whole_points(self) -> Step:
+        _basis_points(self.weight_percent, "weight_percent")
+        return self
+
+    @property
+    def weight_bp(self) -> int:
+        return _basis_points(self.weight_percent, "weight_percent")
+
+
+class RatioLimit(_Strict):
+    """A share of requests that must not be exceeded. Judged exactly, so a handful of requests can be enough."""
+
+    maximum: Ratio
+    minimum_requests: Annotated[int, Field(ge=1)] = 20
+
+
+class LatencyLimit(_Strict):
+    """Bound on the canary's 99th percentile: in milliseconds, as a multiple of stable's, or both (the stricter)."""
+
+    maximum: Annotated[float | None, Field(gt=0)] = None
+    maximum_ratio_to_stable: Annotated[float | None, Field(gt=1)] = None
+    minimum_requests: Annotated[int, Field(ge=1)] = 200
+
+    @model_validator(mode="after")
+    def _one_of_them(self) -> LatencyLimit:
+        if self.maximum is None and self.maximum_ratio_to_stable is None:
+            raise ValueError("saw neither maximum nor maximum_ratio_to_stable, expected at least one")
+        return self
+
+
+class CountLimit(_Strict):
+    """A number that must not be exceeded."""
+
+    maximum: Annotated[int, Field(ge=0)] = 0
+
+
+class Guardrails(_Strict):
+    """What rolls back at once. Each may be null, which switches it off."""
+
+    significance: Ratio = Field(
+        default=1e-6,
+        description="a ratio is a breach when this many events at the limit would be rarer than this; at one reading "
+        "every 30 s for a day and the true ratio right at the limit, 1e-6 adds 0.3 % to the false rollback rate",
+    )
+    error_ratio: RatioLimit | None = RatioLimit(maximum=0.02)
+    empty_slate_ratio: RatioLimit | None = RatioLimit(maximum=0.01)
+    p99_ms: LatencyLimit | None = LatencyLimit(maximum=250.0)
+    parity_mismatches: CountLimit | None = CountLimit()
+    firing_alerts: CountLimit | None = CountLimit()
+
+
+class OutcomeMetric(_Strict):
+    """One thing viewers do, and how much worse the release may make it."""
+
+    name: Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")]
+    kind: Literal["ratio", "mean"] = Field(default="ratio", description="per impression, or per viewer")
+    direction: Literal["higher", "lower"] = Field(default="higher", description="which way is better for viewers")
+    role: Literal["outcome", "safeguard"] = "outcome"
+    margin: Ratio = Field(description="largest harm accepted, relative to stable")
+    tuned_for: Ratio | None = Field(
+        default=None, description="relative harm to be caught with the fewest viewers; 2 x margin when null"
+    )
+    promotion_requires: Literal["excluded", "not_established"] = Field(
+        default="excluded", description="harm beyond the margin overall must be excluded, or only not established"
+    )
+    slices: tuple[Slice, ...] = (Slice.OVERALL,)
+    slice_margin: Ratio | None = Field(default=None, description="margin on the other slices; margin when null")
+    alpha_weight: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
+    slice_alpha_weight: Annotated[float | None, Field(gt=0, allow_inf_nan=False)] = None
+    minimum_viewers: Annotated[int, Field(ge=50)] = Field(
+        default=200, description="in each arm before this metric is judged: the burn-in of an asymptotic test"
+    )
+
+    @model_validator(mode="after")
+    def _consistent(self) -> OutcomeMetric:
+        if len(set(self.slices)) != len(self.slices) or Slice.OVERALL not in self.slices:
+            raise ValueError(f"slices {[s.value for s in self.slices]}, expected overall and no slice twice")
+        for margin in {self.margin, self.slice_margin or self.margin}:
+            if self.tuned_for is not None and self.tuned_for <= margin:
+                raise ValueError(f"tuned_for {self.tuned_for:g} is not beyond the margin {margin:g}; raise it")
+        return self
+
+    def margin_on(self, part: Slice) -> float:
+        """The margin that holds on a slice."""
+        return self.margin if part is Slice.OVERALL or self.slice_margin is None else self.slice_margin
+
+    def beyond_margin(self, part: Slice) -> float:
+        """Harm in excess of the margin that the rollback test is tuned to."""
+        margin = self.margin_on(part)
+        return margin if self.tuned_for is None else self.tuned_for - margin
+
+    def weight_on(self, part: Slice) -> float:
+        """The slice's weight in the division of ``alpha.rollback``."""
+        return self.alpha_weight if part is Slice.OVERALL else (self.slice_alpha_weight or self.alpha_weight)
+
+
+class Alpha(_Strict):
+    """Error rates of a whole rollout; see the module's docstring."""
+
+    rollback: Ratio = 0.005
+    promotion: Ratio = 0.005
+
+
+class Deadline(_Strict):
+    """How long to hold for want of evidence, and what then."""
+
+    after_s: Seconds
+    action: DeadlineAction = "pause"
+
+
+class Deadlines(_Strict):
+    """``hold`` holds for ever, ``pause`` asks a person, ``rollback`` gives up. There is no ``promote``."""
+
+    preparing: Deadline = Deadline(after_s=900, action="rollback")
+    insufficient: Deadline = Deadline(after_s=24 * 3600, action="pause")
+    telemetry_down: Deadline = Deadline(after_s=1800, action="pause")
+
+
+class Shadow(_Strict):
+    """Mirror requests to the release and discard the answers, before it gets a weight."""
+
+    duration_s: Seconds = 600
+    mirror_percent: Percent = 5
+    minimum_requests: Annotated[int, Field(ge=0)] = 500
+
+    @model_validator(mode="after")
+    def _whole_points(self) -> Shadow:
+        _basis_points(self.mirror_percent, "mirror_percent")
+        return self
+
+
+class RolloutPolicy(_Strict):
+    """A rollout policy. ``load_policy`` reads one from YAML; the default ships with the package."""
+
+    version: Literal[1] = 1
+    name: Annotated[str, Field(min_length=1, max_length=64)] = "default"
+    steps: Annotated[tuple[Step, ...], Field(min_length=1, max_length=20)]
+    holdout_percent: Percent = Field(default=0, description="always on the popularity ranking, never ramped")
+    shadow: Shadow | None = None
+    guardrails: Guardrails = Guardrails()
+    outcomes: Annotated[tuple[OutcomeMetric, ...], Field(min_length=1)]
+    alpha: Alpha = Alpha()
+    deadlines: Deadlines = Deadlines()
+    cooldown_s: Seconds = Field(default=3600, description="after a rollback, before anything else is rolled out")
+    retention_s: Seconds = Field(default=24 * 3600, description="the previous release stays warm after promotion")
+    evidence_max_age_s: Seconds = Field(default=120, description="older evidence counts as telemetry_down")
+    longest_tick_s: Annotated[float, Field(gt=0)] = Field(
+        default=120, description="most that one decision adds to any timer, whatever the clock says"
+    )
+
+    @model_validator(mode="after")
+    def _consistent(self) -> RolloutPolicy:
+        holdout_bp = _basis_points(self.holdout_percent, "holdout_percent")
+        previous = 0
+        for i, step in enumerate(self.steps):
+            if step.weight_bp <= previous:
+                raise ValueError(
+                    f"steps[{i}].weight_percent is {step.weight_percent:g}, expected more than the step before"
+                )
+            if step.weight_bp + holdout_bp >= BASIS_POINTS:
+                raise ValueError(
+                    f"steps[{i}].weight_percent {step.weight_percent:g} + holdout_percent {self.holdout_percent:g} "
+                    "leaves stable nothing to be compared with, expected less than 100 together"
+                )
+            previous = step.weight_bp
+        names = [metric.name for metric in self.outcomes]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"outcomes named twice: {twice}")
+        return self
+
+    @property
+    def holdout_bp(self) -> int:
+        return _basis_points(self.holdout_percent, "holdout_percent")
+
+    @cached_property
+    def tests(self) -> tuple[tuple[OutcomeMetric, Slice], ...]:
+        """Every (metric, slice) that is judged, in the policy's order."""
+        return tuple((metric, part) for metric in self.outcomes for part in metric.slices)
+
+    @cached_property
+    def rollback_alphas(self) -> tuple[float, ...]:
+        """``alpha.rollback`` divided over ``tests``; they sum to it."""
+        weights = [metric.weight_on(part) for metric, part in self.tests]
+        return tuple(self.alpha.rollback * weight / sum(weights) for weight in weights)
+
+
+def load_policy(path: Path) -> RolloutPolicy:
+    """Read and check a policy file.
+
+    Raises:
+        ConfigError: unreadable, not YAML, or a key or value that is not allowed; the message has its path.
+    """
+    try:
+        text = path.read_text()
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot read the rollout policy: {error.strerror}") from error
+    return parse_policy(text, source=str(path))
+
+
+def default_policy() -> RolloutPolicy:
+    """The policy that ships with the package."""
+    text = (files("reelway.platform.rollout") / "default_policy.yaml").read_text()
+    return parse_policy(text, source="default_policy.yaml")
+
+
+def parse_policy(text: str, *, source: str) -> RolloutPolicy:
+    """Check the text of a policy file. ``source`` names it in messages.
+
+    Raises:
+        ConfigError: as ``load_policy``.
+    """
+    try:
+        loaded = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{source}: not YAML: {error}") from error
+    if not isinstance(loaded, Mapping):
+        raise ConfigError(
+            f"{source}: saw {type(loaded).__name__}, expected a mapping with the keys {_keys(RolloutPolicy)}"
+        )
+    try:
+        return RolloutPolicy.model_validate(loaded)
+    except ValidationError as error:
+        problems = [p for p in error.errors() if not _echoes(p, error.errors())]
+        raise ConfigError("\n".join(f"{source}: {_explain(problem)}" for problem in problems)) from error
+
+
+def policy_schema() -> dict[str, Any]:
+    """The JSON Schema of a policy file, for editors and for the chart."""
+    return RolloutPolicy.model_json_schema()
+
+
+def _echoes(problem: Mapping[str, Any], others: Sequence[Mapping[str, Any]]) -> bool:
+    """A list found too short only because its items were refused."""
+    place = problem["loc"]
+    return problem["type"] == "too_short" and any(o["loc"][: len(place)] == place != o["loc"] for o in others)
+
+
+def _explain(problem: Mapping[str, Any]) -> str:
+    location, kind, seen = problem["loc"], problem["type"], problem["input"]
+    path = _path(location)
+    if kind == "extra_forbidden":
+        model = _model_at(location[:-1])
+        return f"{path}: unknown key, allowed: {_keys(model) if model else '(none)'}"
+    if kind == "missing":
+        return f"{path}: missing, and it has no default"
+    context = problem.get("ctx", {})
+    if kind == "value_error":
+        return f"{path or '(policy)'}: {context['error']}"
+    if kind in ("literal_error", "enum"):
+        return f"{path}: saw {seen!r}, allowed: {context['expected']}"
+    wanted = str(problem["msg"]).removeprefix("Input should be ")
+    return f"{path}: saw {seen!r}, expected {wanted}"
+
+
+def _path(location: tuple[str | int, ...]) -> str:
+    path = ""
+    for part in location:
+        path += f"[{part}]" if isinstance(part, int) else f".{part}"
+    return path.removeprefix(".")
+
+
+def _keys(model: type[BaseModel]) -> str:
+    return ", ".join(sorted(model.model_fields))
+
+
+def _model_at(location: tuple[str | int, ...]) -> type[BaseModel] | None:
+    model: type[BaseModel] | None = RolloutPolicy
+    for part in location:
+        if isinstance(part, str):
+            field = model.model_fields.get(part) if model else None
+            model = _model_in(field.annotation) if field else None
+    return model
+
+
+def _model_in(annotation: Any) -> type[BaseModel] | None:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    if get_origin(annotation) in (Union, types.UnionType, tuple, list, Annotated):
+        for inner in get_args(annotation):
+            if found := _model_in(inner):
+                return found
+    return None
