@@ -84,7 +84,7 @@ class CausalLayer(nn.Module):
         blocked_BQS = blocked_BSS[:, -1:] if last_only else blocked_BSS
         weights_BAQS = torch.softmax(scores_BAQS.masked_fill(blocked_BQS.unsqueeze(1), -1e9), dim=-1)
         mixed_BQD = (self.dropout(weights_BAQS) @ self._split(value_BSD)).transpose(1, 2).flatten(2)
-        x_BQD = (x_BSD[:, -1:] if last_only else x_BSD) + self.dropout(self.out(mixed_BQD))
+        x_BQD: Tensor = (x_BSD[:, -1:] if last_only else x_BSD) + self.dropout(self.out(mixed_BQD))
         inner_BQD: Tensor = self.dropout(self.feedforward(self.norm_feedforward(x_BQD)))
         return x_BQD + inner_BQD
 

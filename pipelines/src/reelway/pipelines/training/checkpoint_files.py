@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import pickle
+import zipfile
 from pathlib import Path
 
 import torch
@@ -27,6 +28,8 @@ def read_state(path: Path) -> State:
     Raises:
         TrainingError: the file is damaged, or holds more than tensors and plain values.
     """
+    if not zipfile.is_zipfile(path):  # a torn file must not be tried as the older, plain pickle format
+        raise TrainingError(f"{path}: not a readable checkpoint (torn or absent); remove it and train again")
     try:
         state: State = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:

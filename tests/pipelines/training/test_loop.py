@@ -1,0 +1,150 @@
+"""The loop: it learns, it stops where numbers stop, and stopping it in the middle leaves no trace in the result."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tests.pipelines.training.made_rows import made_table, write_rows
+from torch import Tensor
+
+from reelway.pipelines.models.losses import RetrievalObjective
+from reelway.pipelines.models.two_tower import TwoTower, TwoTowerConfig
+from reelway.pipelines.training.batches import RetrievalBatches
+from reelway.pipelines.training.checkpoint_files import CheckpointFiles
+from reelway.pipelines.training.config import LoopConfig, RetrievalData
+from reelway.pipelines.training.loop import EpochReport, train
+from reelway.pipelines.training.rows import TrainingRows, load_rows
+from reelway.platform.errors import TrainingError
+
+LOOP = LoopConfig(epochs=3, batch_size=64, lr=3e-3, checkpoint_steps=2)
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> TrainingRows:
+    return load_rows(write_rows(tmp_path_factory.mktemp("rows") / "r.parquet", made_table()), history_length=10)
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Any:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def made_objective(rows: TrainingRows) -> RetrievalObjective:
+    torch.manual_seed(0)
+    model = TwoTower(TwoTowerConfig(dim=16, history_length=10))
+    model.ids.mark_known(torch.from_numpy(rows.videos.video_codes.astype(np.int64)))
+    return RetrievalObjective(model)
+
+
+def made_batches(rows: TrainingRows, loop: LoopConfig = LOOP) -> RetrievalBatches:
+    return RetrievalBatches(rows, np.arange(len(rows)), RetrievalData(uniform_negatives=16), loop, seed=0)
+
+
+class PowerCut(Exception):
+    pass
+
+
+class CutAt:
+    """Batches that fail once, at one step."""
+
+    def __init__(self, batches: RetrievalBatches, epoch: int, step: int) -> None:
+        self.inner, self.at, self.steps = batches, (epoch, step), batches.steps
+
+    def batch(self, epoch: int, step: int) -> dict[str, Tensor]:
+        if (epoch, step) == self.at:
+            raise PowerCut
+        return self.inner.batch(epoch, step)
+
+
+def same_state(one: torch.nn.Module, other: torch.nn.Module) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(one.state_dict().values(), other.state_dict().values(), strict=True))
+
+
+@pytest.mark.parametrize("cut", [(0, 0), (1, 0), (1, 3), (2, 5)])
+def test_a_run_that_stopped_and_went_on_ends_with_the_bits_of_one_that_never_stopped(
+    rows: TrainingRows, tmp_path: Path, cut: tuple[int, int]
+) -> None:
+    straight = made_objective(rows)
+    straight_curve = train(straight, made_batches(rows), LOOP, seed=7, stage="two_tower")
+
+    checkpoints = CheckpointFiles(tmp_path)
+    with pytest.raises(PowerCut):
+        train(
+            made_objective(rows), CutAt(made_batches(rows), *cut), LOOP,
+            seed=7, stage="two_tower", checkpoints=checkpoints,
+        )  # fmt: skip
+    resumed = made_objective(rows)
+    with torch.no_grad():
+        resumed.model.ids.table.weight.zero_()  # what it starts from must not matter
+    if cut == (0, 0):  # nothing was kept yet: it starts over
+        resumed = made_objective(rows)
+    curve = train(resumed, made_batches(rows), LOOP, seed=7, stage="two_tower", checkpoints=checkpoints)
+    assert curve == straight_curve
+    assert same_state(resumed, straight)
+
+
+def test_another_seed_gives_another_model(rows: TrainingRows) -> None:
+    loop = dataclasses.replace(LOOP, epochs=1)
+    one, other = made_objective(rows), made_objective(rows)
+    train(one, made_batches(rows), loop, seed=7, stage="two_tower")
+    train(other, made_batches(rows), loop, seed=8, stage="two_tower")
+    assert not same_state(one, other)
+
+
+def test_it_learns_which_video_follows_which(rows: TrainingRows) -> None:
+    loop = LoopConfig(epochs=30, batch_size=64, lr=5e-3)
+    reports: list[EpochReport] = []
+    curve = train(
+        made_objective(rows), made_batches(rows, loop), loop, seed=0, stage="two_tower", on_epoch=reports.append
+    )
+    assert curve[-1]["loss"] < 0.7 * curve[0]["loss"]
+    assert curve[-1]["top1"] > 0.35  # chance is about 1/50
+    assert [report.epoch for report in reports] == list(range(30))
+    assert reports[-1].metrics == curve[-1]
+
+
+def test_a_loss_that_is_no_number_stops_with_the_stage_and_the_epoch(rows: TrainingRows) -> None:
+    objective = made_objective(rows)
+    with torch.no_grad():
+        objective.model.viewer_tower.out.weight.fill_(float("inf"))
+    with pytest.raises(TrainingError, match="two_tower: epoch 1 ended with"):
+        train(objective, made_batches(rows), LOOP, seed=0, stage="two_tower")
+
+
+def test_a_checkpoint_of_another_model_is_refused(rows: TrainingRows, tmp_path: Path) -> None:
+    checkpoints = CheckpointFiles(tmp_path)
+    loop = dataclasses.replace(LOOP, epochs=1)
+    train(made_objective(rows), made_batches(rows), loop, seed=0, stage="two_tower", checkpoints=checkpoints)
+    other = RetrievalObjective(TwoTower(TwoTowerConfig(dim=32)))
+    with pytest.raises(TrainingError, match="doesn't fit the model"):
+        train(other, made_batches(rows), loop, seed=0, stage="two_tower", checkpoints=checkpoints)
+    with pytest.raises(TrainingError, match="of stage 'two_tower'"):
+        train(made_objective(rows), made_batches(rows), loop, seed=0, stage="ranker", checkpoints=checkpoints)
+
+
+def test_the_callers_random_numbers_are_left_alone(rows: TrainingRows) -> None:
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    objective = made_objective(rows)
+    torch.manual_seed(5)
+    train(objective, made_batches(rows), dataclasses.replace(LOOP, epochs=1), seed=0, stage="two_tower")
+    assert torch.equal(torch.rand(3), expected)
+
+
+def test_a_damaged_checkpoint_is_refused_with_its_path(tmp_path: Path) -> None:
+    checkpoints = CheckpointFiles(tmp_path)
+    for number in range(4):
+        checkpoints.save({"epoch": number}, {})
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-000002.pt", "checkpoint-000003.pt"]
+    assert checkpoints.load() == {"epoch": 3}
+    (tmp_path / "checkpoint-000003.pt").write_bytes(b"half")
+    with pytest.raises(TrainingError, match=r"checkpoint-000003\.pt: not a readable checkpoint"):
+        checkpoints.load()
