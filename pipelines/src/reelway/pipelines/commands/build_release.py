@@ -1,7 +1,96 @@
-"""Placeholder until the command is written."""
+"""``reelway release build``: joins the platform's ``release`` group, because only here are the models."""
+
+from __future__ import annotations
+
+from pathlib import Path
 
 import typer
 
+from reelway.platform.cli.release import RUN, release_group
+from reelway.platform.cli.terminal import console, say
+from reelway.platform.release.signing import PRIVATE_NAME, create_keys, fingerprint, load_private_key
+from reelway.platform.release.store import ReleaseStore
+from reelway.platform.runs import RunDirectory
+
+STEP = "release"
+
 
 def register(app: typer.Typer) -> None:
-    """Add nothing yet."""
+    """Add ``reelway release build``."""
+    release_group(app).command("build")(build)
+
+
+def build(
+    run: Path = RUN,
+    name: str | None = typer.Option(None, help="What people call it; the run's folder name when absent."),
+    key: Path | None = typer.Option(
+        None, help="Private key (PEM) that signs; the run's own, made when it has none, when absent."
+    ),
+    blend: Path | None = typer.Option(
+        None, help="YAML with quotas, value weights and slate rules; the defaults when absent."
+    ),
+    index: str = typer.Option("auto", help="FAISS factory string, e.g. 'IVF1024,Flat' or 'HNSW32'; auto by size."),
+    parent: str | None = typer.Option(None, help="The release this one is meant to replace (id or its beginning)."),
+    force: bool = typer.Option(False, "--force", help="Build again although nothing changed."),
+) -> None:
+    """Build a signed release from the run's trained and evaluated models.
+
+    Exports both models to ONNX and compares them with torch, gathers the video table, index, popularity lists and
+    neighbours, signs the manifest, verifies the whole and puts it into the run's release store. A run whose
+    evaluation failed a gate is refused, with exit code 6 and every failed gate by name.
+
+    Examples:
+
+      reelway release build --run runs/demo
+
+      reelway release build --run runs/demo --blend blend.yaml --key ~/.reelway/keys/release.private.pem
+    """
+    from reelway.pipelines.build import build_release, read_blend
+    from reelway.platform.contracts.blend import Blend
+
+    directory = RunDirectory(run)
+    store = ReleaseStore(str(directory.release_store.absolute()))
+    directory.record("evaluate")
+    signer = load_private_key(key or _own_key(directory))
+    blended = read_blend(blend) if blend else Blend()
+    replaced = store.resolve(parent) if parent else None
+    called = name or directory.path.absolute().name
+    config = {
+        "name": called,
+        "blend": blended.model_dump(mode="json"),
+        "index": index,
+        "parent": replaced,
+        "key": fingerprint(signer.public_key()),
+    }
+    with directory.step(STEP, config=config, after=("evaluate",), outputs=_outputs(directory), force=force) as step:
+        if step.done:
+            say("release: already done with the same inputs, skipped (use --force to redo)")
+        else:
+            with console.status("release") as status:
+                release_id, folder = build_release(
+                    directory,
+                    name=called,
+                    key=signer,
+                    parent=replaced,
+                    blend=blended,
+                    index=index,
+                    report=lambda what: status.update(f"release: {what}"),
+                )
+            step.summary |= {"release_id": release_id, "folder": str(folder)}
+        say(f"release {step.summary['release_id'][:12]} is in {directory.release_store}")
+        typer.echo(step.summary["release_id"])
+
+
+def _own_key(directory: RunDirectory) -> Path:
+    path = directory.keys / PRIVATE_NAME
+    if not path.exists():
+        pair = create_keys(directory.keys)
+        say(f"release: made a key of this run's own, {pair.private}; for production sign with --key")
+    return path
+
+
+def _outputs(directory: RunDirectory) -> tuple[Path, ...]:
+    """What the last build left, so that a release removed from the store is built again."""
+    if not directory.record_path(STEP).exists():
+        return (directory.release_store,)
+    return (directory.release_store / directory.record(STEP)["summary"].get("release_id", "none") / "manifest.json",)

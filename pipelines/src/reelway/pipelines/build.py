@@ -1,0 +1,309 @@
+"""From trained models to a release: export, gather, describe, sign, verify, store. All of it or nothing.
+
+A release whose evaluation failed a gate is not built, and there is no switch to build it anyway. What was built is
+verified like anybody's release before it enters the store, so a builder cannot put in what serving would refuse.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import yaml
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from numpy.typing import NDArray
+from pydantic import ValidationError
+
+from reelway.pipelines import release_parts as parts
+from reelway.pipelines.features.training_rows import LABELS_FILE, video_snapshot, viewer_snapshot
+from reelway.platform.contracts import manifest as names
+from reelway.platform.contracts.blend import Blend
+from reelway.platform.contracts.features import (
+    RANKER_TASKS,
+    TRAINING_SERVICE,
+    VIDEO_DENSE,
+    VIEWER_DENSE,
+    VIEWER_SERVICE,
+)
+from reelway.platform.contracts.ids import ReleaseId
+from reelway.platform.contracts.manifest import Dimensions, FeatureServiceRef, GateResult, Manifest, TrainingWindow
+from reelway.platform.errors import EmptyDatasetError, MalformedFileError, ReelwayError, ReleaseError, StorageError
+from reelway.platform.features.assembly import ViewerArrays, assemble_videos, assemble_viewers, columns_from_table
+from reelway.platform.features.store import feature_service_digest, open_feature_store
+from reelway.platform.release.folder import describe_files, first_problem, write_manifest
+from reelway.platform.release.signing import sign
+from reelway.platform.release.store import ReleaseStore
+from reelway.platform.release.verify import assess_gates, verify
+from reelway.platform.runs import RunDirectory
+
+if TYPE_CHECKING:
+    from reelway.pipelines.training.artifacts import TrainedModels
+
+EVALUATION_FILE: Final = "evaluation.json"
+SAMPLE_VIEWERS: Final = 64
+SAMPLE_VIDEOS: Final = 256
+GRID_S: Final = 3600.0
+
+Report = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What ``reelway evaluate`` found: the numbers that are numbers, the names of the others, the gates."""
+
+    metrics: dict[str, float]
+    undefined: list[str]
+    gates: tuple[GateResult, ...]
+
+
+def _silent(_: str) -> None:
+    return None
+
+
+def build_release(
+    run: RunDirectory,
+    *,
+    name: str,
+    key: Ed25519PrivateKey,
+    parent: str | None = None,
+    blend: Blend | None = None,
+    index: str = parts.AUTO_INDEX,
+    report: Report = _silent,
+) -> tuple[ReleaseId, Path]:
+    """Build, sign, verify and store a release of a run that was trained and evaluated.
+
+    Args:
+        name: for people; the id is the digest of the manifest.
+        key: signs it.
+        parent: id of the release this one is meant to replace.
+        blend: ``blend.yaml``; the defaults when absent.
+        index: FAISS factory string, or ``auto`` (by the number of videos).
+        report: told what is being done.
+
+    Returns:
+        its id, and its folder in the run's release store.
+
+    Raises:
+        GateFailedError: naming every gate that failed; nothing is written.
+        ReleaseError: an exported graph differs from its model, or ``verify`` refuses what was built.
+        StorageError: the disk is full; nothing half-written is visible.
+    """
+    evaluation = read_evaluation(run.evaluation / EVALUATION_FILE)
+    assess_gates(evaluation.gates)
+    from reelway.pipelines.training.artifacts import load_models
+
+    models = load_models(run.models)
+    services = feature_services(run.features)
+    store = ReleaseStore(str(run.release_store.absolute()))
+    with _aside(run.path) as folder:
+        facts = _write_parts(folder, run, models, blend or Blend(), index, report)
+        manifest = Manifest(
+            name=name,
+            parent=parent,
+            created_at=datetime.now(UTC),
+            code_version=version("reelway-platform"),
+            seed=models.info.seed,
+            training_window=_window(models, facts.until_s),
+            feature_services=services,
+            dimensions=facts.dimensions,
+            metrics=evaluation.metrics,
+            gates=evaluation.gates,
+            files=describe_files(folder),
+            config={
+                "training": models.info.config,
+                "notes": models.info.notes,
+                "index": facts.index,
+                "video_features_as_of_s": facts.until_s,
+                "undefined_metrics": evaluation.undefined,
+            },
+        )
+        signed = sign(manifest, key)
+        write_manifest(folder, signed)
+        report("verifying")
+        verify(
+            folder,
+            public_keys=[key.public_key()],
+            feature_services={service.name: service.digest for service in services},
+            expected_id=signed.release_id,
+        )
+        release_id = store.write(folder, signed)
+    return release_id, run.release_store / release_id
+
+
+def read_evaluation(path: Path) -> Evaluation:
+    """Metrics and gates of a finished evaluation.
+
+    Raises:
+        ReleaseError: there is none.
+        MalformedFileError: it is not what ``reelway evaluate`` writes.
+    """
+    try:
+        body = json.loads(path.read_text())
+        gates = tuple(GateResult.model_validate(gate) for gate in body["gates"])
+        metrics: dict[str, Any] = dict(body["metrics"])
+        undefined = sorted(name for name, value in metrics.items() if value is None or not math.isfinite(value))
+    except FileNotFoundError:
+        raise ReleaseError(
+            f"{path} is not there, and a release needs its numbers; run `reelway evaluate --run {path.parent.parent}`"
+        ) from None
+    except ValidationError as error:
+        raise MalformedFileError(path, "gates as `reelway evaluate` writes them", seen=first_problem(error)) from error
+    except (ValueError, TypeError, KeyError) as error:
+        raise MalformedFileError(path, "an object with 'metrics' and 'gates'", seen=repr(error)) from error
+    return Evaluation(
+        {name: float(value) for name, value in metrics.items() if name not in undefined}, undefined, gates
+    )
+
+
+def read_blend(path: Path) -> Blend:
+    """A blend from a YAML file of one's own.
+
+    Raises:
+        MalformedFileError: not YAML, or not a blend.
+    """
+    try:
+        return Blend.model_validate(yaml.safe_load(path.read_text()) or {})
+    except ValidationError as error:
+        raise MalformedFileError(path, "a blend (see contracts/blend.py)", seen=first_problem(error)) from error
+    except (OSError, yaml.YAMLError) as error:
+        raise MalformedFileError(path, "a YAML file", seen=str(error)) from error
+
+
+def feature_services(features_dir: Path) -> tuple[FeatureServiceRef, ...]:
+    """The feature services a release stands on, as the store has them now."""
+    store = open_feature_store(features_dir)
+    return tuple(
+        FeatureServiceRef(name=name, digest=feature_service_digest(store, name))
+        for name in (TRAINING_SERVICE, VIEWER_SERVICE)
+    )
+
+
+@dataclass(frozen=True)
+class _Facts:
+    """What came out of writing the parts."""
+
+    dimensions: Dimensions
+    index: str
+    until_s: float
+
+
+def _write_parts(
+    folder: Path, run: RunDirectory, models: TrainedModels, blend: Blend, index: str, report: Report
+) -> _Facts:
+    from reelway.pipelines.training.inference import embed_videos
+
+    report("reading the videos")
+    labels = _read_columns(
+        run.features / LABELS_FILE, ["viewer_id", "video_id", "event_time", "outcome_time", "long_watch"]
+    )
+    viewers = _read_columns(run.dataset / "viewers.parquet", ["viewer_id", "region"])
+    if not labels.num_rows:
+        raise EmptyDatasetError(f"{run.features / LABELS_FILE} has no impressions; run `reelway features` on some")
+    until_s = _as_of_s(labels)
+    snapshot = video_snapshot(run.features, until_s)
+    if not snapshot.num_rows:
+        raise EmptyDatasetError(f"{run.features} knows no video that was uploaded before the last event; import some")
+    video_id = snapshot["video_id"].to_numpy()
+    videos = assemble_videos(columns_from_table(snapshot), np.full(len(video_id), until_s))
+    embedding_ND = embed_videos(models.two_tower, videos)
+    parts.write_videos(folder / names.VIDEOS_FILE, snapshot, videos, embedding_ND)
+
+    report("building the index")
+    searchable = parts.make_index(embedding_ND, index)
+    parts.write_index(folder / names.INDEX_FILE, searchable)
+
+    report("ranking what is popular and what goes together")
+    watches = parts.Watches.from_labels(labels, viewers, video_id)
+    parts.write_popular(folder / names.POPULAR_FILE, video_id, parts.popular_lists(watches, len(video_id)))
+    together_NK = parts.neighbours(embedding_ND, searchable, watches)
+    parts.write_neighbours(folder / names.NEIGHBOURS_FILE, video_id, together_NK)
+
+    report("exporting the models")
+    sample = _sample_viewers(run, labels, until_s)
+    _export(folder, models, sample, columns_from_table(snapshot.slice(0, SAMPLE_VIDEOS)), embedding_ND, until_s)
+    (folder / names.BLEND_FILE).write_text(yaml.safe_dump(blend.model_dump(mode="json"), sort_keys=False))
+    (folder / names.CALIBRATION_FILE).write_text(models.calibration.model_dump_json(indent=2) + "\n")
+    dimensions = Dimensions(
+        embedding=embedding_ND.shape[1],
+        viewer_dense=len(VIEWER_DENSE),
+        video_dense=len(VIDEO_DENSE),
+        videos=len(video_id),
+        tasks=RANKER_TASKS,
+    )
+    return _Facts(dimensions, parts.index_factory(len(video_id), index), until_s)
+
+
+def _export(
+    folder: Path,
+    models: TrainedModels,
+    viewers: ViewerArrays,
+    video_columns: Any,
+    embedding_ND: NDArray[np.float32],
+    until_s: float,
+) -> None:
+    """Both graphs, each compared with its model on real rows."""
+    from reelway.pipelines.training.export import export_ranker, export_viewer_tower
+    from reelway.pipelines.training.inference import embed_viewers, ranker_inputs
+
+    export_viewer_tower(models.two_tower, folder / names.VIEWER_TOWER_FILE, viewers)
+    one = ViewerArrays(**{name: values[:1] for name, values in vars(viewers).items()})
+    rows = min(SAMPLE_VIDEOS, len(embedding_ND))
+    videos = assemble_videos(video_columns, np.full(rows, until_s))
+    inputs = ranker_inputs(one, embed_viewers(models.two_tower, one), videos, embedding_ND[:rows])
+    export_ranker(models.ranker, folder / names.RANKER_FILE, inputs)
+
+
+def _sample_viewers(run: RunDirectory, labels: pa.Table, until_s: float) -> ViewerArrays:
+    """The viewers seen last, as a request right after would see them."""
+    latest = labels["viewer_id"].to_numpy()[::-1][: 100 * SAMPLE_VIEWERS]
+    chosen = np.unique(latest)[:SAMPLE_VIEWERS]
+    table = viewer_snapshot(run.features, chosen, until_s)
+    return assemble_viewers(columns_from_table(table), np.full(len(chosen), until_s), ["unknown"] * len(chosen))
+
+
+def _as_of_s(labels: pa.Table) -> float:
+    """The first full hour at which everything in the data is known: the views are taken on that grid."""
+    last_us = max(int(labels[name].cast(pa.int64()).to_numpy().max()) for name in ("event_time", "outcome_time"))
+    return math.ceil((last_us + 1) / 1e6 / GRID_S) * GRID_S
+
+
+def _window(models: TrainedModels, until_s: float) -> TrainingWindow:
+    start_s, end_s = models.info.window_start_s, models.info.window_end_s
+    end_s = end_s if math.isfinite(end_s) else until_s
+    return TrainingWindow(start=datetime.fromtimestamp(start_s, UTC), end=datetime.fromtimestamp(end_s, UTC))
+
+
+def _read_columns(path: Path, columns: Sequence[str]) -> pa.Table:
+    try:
+        return pq.read_table(path, columns=list(columns))
+    except FileNotFoundError:
+        raise MalformedFileError(
+            path, "a file of the steps before; run `reelway features` first", seen="no such file"
+        ) from None
+    except (pa.ArrowInvalid, OSError) as error:
+        raise MalformedFileError(path, f"a Parquet file with {list(columns)}", seen=str(error)) from error
+
+
+@contextmanager
+def _aside(place: Path) -> Iterator[Path]:
+    """A folder that is gone afterwards, whatever happens; a full disk on the way is a ``StorageError``."""
+    try:
+        with tempfile.TemporaryDirectory(prefix=".release.", dir=place) as name:
+            yield Path(name)
+    except ReelwayError:
+        raise
+    except OSError as error:
+        raise StorageError(
+            f"cannot write a release under {place}: {error.strerror or error}; nothing half-written is left"
+        ) from error

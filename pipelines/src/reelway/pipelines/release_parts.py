@@ -1,0 +1,290 @@
+"""The data files of a release: video table, index, popularity lists, item-to-item neighbours.
+
+Pure functions from arrays to tables, and their writers. What is written here is what serving maps into memory, so
+each writer refuses rows that serving could not follow. Models, signatures and stores are ``build.py``'s.
+"""
+
+# Shapes: N videos, D embedding, E labelled impressions, K neighbours
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import faiss
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+from scipy import sparse
+
+from reelway.platform.contracts.features import VIDEO_STATIC_DENSE
+from reelway.platform.contracts.release_files import NEIGHBOURS, NEIGHBOURS_SCHEMA, POPULAR, videos_schema
+from reelway.platform.errors import ConfigError, EmptyDatasetError, ReleaseError
+from reelway.platform.features.assembly import VideoArrays
+
+F32 = NDArray[np.float32]
+F64 = NDArray[np.float64]
+I64 = NDArray[np.int64]
+
+AUTO_INDEX: Final = "auto"
+FLAT_BELOW: Final = 20_000
+LIST_LENGTH: Final = 500
+RECENT_S: Final = 86_400.0
+RECENT_RATIO: Final = 0.1
+GROWTH_BOUNDS: Final = (0.5, 3.0)
+GROWTH_PRIOR: Final = 5.0
+REGION_MIN_WATCHES: Final = 200
+WATCHED_PER_VIEWER: Final = 100
+MIN_SHARED_VIEWERS: Final = 2
+COSINE_SHRINK: Final = 5.0
+_BLOCK: Final = 4096
+
+
+@dataclass(frozen=True)
+class Watches:
+    """Long watches of servable videos, in the order of time: who, which row of ``videos.arrow``, when, where."""
+
+    viewer: I64
+    row: I64
+    time_s: F64
+    region: NDArray[np.object_]  # a word, or None
+    now_s: float  # of the last impression
+    recent_from_s: float
+
+    @classmethod
+    def from_labels(cls, labels: pa.Table, viewers: pa.Table, video_id: I64) -> Watches:
+        """Take the long watches out of the labelled impressions.
+
+        The recent past is the last ``RECENT_S``, or the last ``RECENT_RATIO`` of the impressions where those reach
+        further back.
+
+        Args:
+            labels: ``labels.parquet``: viewer_id, video_id, event_time, long_watch.
+            viewers: viewer_id and region.
+            video_id: the servable ones, ascending ``[N]``.
+
+        Raises:
+            EmptyDatasetError: no impressions.
+        """
+        if not labels.num_rows:
+            raise EmptyDatasetError("there are no impressions to rank videos by; run `reelway features` on some")
+        time_s = labels["event_time"].cast(pa.int64()).to_numpy() / 1e6
+        now_s = float(time_s.max())
+        recent_from_s = min(now_s - RECENT_S, float(np.quantile(time_s, 1.0 - RECENT_RATIO)))
+        videos = labels["video_id"].to_numpy()
+        row = np.minimum(np.searchsorted(video_id, videos), len(video_id) - 1)
+        kept = np.flatnonzero((labels["long_watch"].to_numpy() > 0) & (video_id[row] == videos))
+        kept = kept[np.argsort(time_s[kept], kind="stable")]
+        viewer = labels["viewer_id"].to_numpy()[kept]
+        place = pc.index_in(pa.array(viewer), viewers["viewer_id"].combine_chunks())
+        region = viewers["region"].cast(pa.string()).combine_chunks().take(place).to_numpy(zero_copy_only=False)
+        return cls(viewer, row[kept], time_s[kept], region, now_s, recent_from_s)
+
+
+@dataclass(frozen=True)
+class RankedVideos:
+    """One list of ``popular.arrow``: rows of ``videos.arrow`` and what they were ordered by, best first."""
+
+    rows: I64
+    scores: F32
+
+
+def write_arrow(path: Path, columns: list[pa.Array], schema: pa.Schema) -> None:
+    """One uncompressed record batch, to be memory-mapped."""
+    batch = pa.RecordBatch.from_arrays(columns, schema=schema)
+    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
+        writer.write_batch(batch)
+
+
+def write_videos(path: Path, snapshot: pa.Table, videos: VideoArrays, embedding_ND: F32) -> None:
+    """``videos.arrow``.
+
+    Args:
+        snapshot: one row per video, ascending ``video_id``, as ``video_snapshot`` gives it.
+        videos: the same rows as model inputs.
+        embedding_ND: the same rows through the video tower, unit length.
+
+    Raises:
+        ReleaseError: ids do not ascend, or an embedding is not of unit length.
+    """
+    video_id = snapshot["video_id"].to_numpy()
+    if len(video_id) > 1 and not (np.diff(video_id) > 0).all():
+        raise ReleaseError("the video snapshot is not in ascending order of video_id; nothing was written")
+    length_N = np.linalg.norm(embedding_ND, axis=1)
+    if not (np.abs(length_N - 1.0) < 1e-3).all():
+        worst = int(np.argmax(np.nan_to_num(np.abs(length_N - 1.0), nan=np.inf)))
+        raise ReleaseError(
+            f"video {video_id[worst]} has an embedding of length {length_N[worst]:g}, expected 1; train again"
+        )
+    static = len(VIDEO_STATIC_DENSE)
+    write_arrow(
+        path,
+        [
+            pa.array(video_id, pa.int64()),
+            _filled(snapshot["creator_id"], -1, pa.int64()),
+            _filled(snapshot["topic"], -1, pa.int32()),
+            _filled(snapshot["uploaded_at_s"], float("nan"), pa.float64()),
+            snapshot["title"].cast(pa.string()).combine_chunks(),
+            _lists(videos.creator_codes, pa.int64()),
+            _lists(videos.video_categories, pa.int64()),
+            _lists(videos.video_static_dense, pa.float32()),
+            _lists(videos.video_dense[:, static:-1], pa.float32()),  # between the static ones and hours_since_upload
+            _lists(embedding_ND, pa.float32()),
+        ],
+        videos_schema(embedding_ND.shape[1]),
+    )
+
+
+def index_factory(rows: int, factory: str = AUTO_INDEX) -> str:
+    """FAISS's name of the index: exact below ``FLAT_BELOW`` videos, else inverted lists, about 4 sqrt(N) of them."""
+    if factory != AUTO_INDEX:
+        return factory
+    return "Flat" if rows < FLAT_BELOW else f"IVF{round(4 * rows**0.5)},Flat"
+
+
+def make_index(embedding_ND: F32, factory: str = AUTO_INDEX) -> faiss.Index:
+    """A trained inner-product index whose ids are the rows of ``embedding_ND``; the same input, the same index.
+
+    Raises:
+        ConfigError: FAISS does not know the factory string, or it needs more videos.
+    """
+    rows, width = embedding_ND.shape
+    name = index_factory(rows, factory)
+    vectors = np.ascontiguousarray(embedding_ND, dtype=np.float32)
+    try:
+        index = faiss.index_factory(width, name, faiss.METRIC_INNER_PRODUCT)
+        index.train(vectors)
+        index.add(vectors)
+    except RuntimeError as error:
+        reason = str(error).strip().splitlines()[-1]
+        raise ConfigError(f"FAISS cannot make index {name!r} of {rows} videos with {width} values: {reason}") from error
+    return index
+
+
+def write_index(path: Path, index: faiss.Index) -> None:
+    """``index.faiss``; through bytes, so that a full disk is an ``OSError`` and not FAISS's own."""
+    path.write_bytes(faiss.serialize_index(index).tobytes())
+
+
+def popular_lists(watches: Watches, videos: int) -> dict[str, RankedVideos]:
+    """``popular`` (long watches of all time), ``trending``, and ``trending:<region>`` where a region has enough.
+
+    Trending is the recent number of long watches times the growth: how much more of the recent attention the video
+    takes than of the attention before, kept within ``GROWTH_BOUNDS`` so that neither an old favourite vanishes nor a
+    video with three watches leads.
+    """
+    lists = {
+        "popular": _ranked(np.bincount(watches.row, minlength=videos).astype(np.float64)),
+        "trending": _ranked(_trend(watches, np.ones(len(watches.row), dtype=np.bool_), videos)),
+    }
+    regions, counts = np.unique(watches.region[watches.region != None].astype(str), return_counts=True)  # noqa: E711
+    for region in regions[counts >= REGION_MIN_WATCHES]:
+        lists[f"trending:{region}"] = _ranked(_trend(watches, watches.region == region, videos))
+    return lists
+
+
+def write_popular(path: Path, video_id: I64, lists: Mapping[str, RankedVideos]) -> None:
+    """``popular.arrow``: list after list, each from its top."""
+    names = np.repeat(list(lists), [len(one.rows) for one in lists.values()])
+    rank = np.concatenate([np.arange(len(one.rows)) for one in lists.values()])
+    rows = np.concatenate([one.rows for one in lists.values()])
+    scores = np.concatenate([one.scores for one in lists.values()])
+    columns = [
+        pa.array(names.tolist(), pa.string()),
+        pa.array(rank, pa.int32()),
+        pa.array(video_id[rows], pa.int64()),
+        pa.array(scores, pa.float32()),
+    ]
+    write_arrow(path, columns, POPULAR)
+
+
+def neighbours(embedding_ND: F32, index: faiss.Index, watches: Watches) -> NDArray[np.int32]:
+    """The videos most like each video, ``[N, NEIGHBOURS]``, best first, -1 where there are no more.
+
+    First what the same viewers watched (cosine of the viewer sets, shrunk so that two shared viewers are not taken for
+    a pattern), then, where that runs out, what the embeddings say.
+    """
+    videos = len(embedding_ND)
+    by_watch = _co_watched(watches, videos)
+    similarity, near = index.search(np.ascontiguousarray(embedding_ND), min(NEIGHBOURS + 1, videos))
+    by_content = (np.repeat(np.arange(videos), near.shape[1]), near.ravel(), similarity.ravel())
+    of, neighbour, score = (
+        np.concatenate([watch, content]) for watch, content in zip(by_watch, by_content, strict=True)
+    )
+    kept = (neighbour >= 0) & (neighbour != of)
+    return _best(of[kept], neighbour[kept], score[kept], videos)
+
+
+def write_neighbours(path: Path, video_id: I64, rows_NK: NDArray[np.int32]) -> None:
+    """``neighbours.arrow``, in the order of ``videos.arrow``."""
+    write_arrow(path, [pa.array(video_id, pa.int64()), _lists(rows_NK, pa.int32())], NEIGHBOURS_SCHEMA)
+
+
+def _trend(watches: Watches, chosen: NDArray[np.bool_], videos: int) -> F64:
+    late = watches.time_s >= watches.recent_from_s
+    recent = np.bincount(watches.row[chosen & late], minlength=videos).astype(np.float64)
+    before = np.bincount(watches.row[chosen & ~late], minlength=videos).astype(np.float64)
+    expected = before * (recent.sum() / max(before.sum(), 1.0))
+    growth = np.clip((recent + GROWTH_PRIOR) / (expected + GROWTH_PRIOR), *GROWTH_BOUNDS)
+    return np.asarray(recent * growth)
+
+
+def _ranked(score_N: F64) -> RankedVideos:
+    """The best ones first; equal scores in the order of rows; videos without any score are left out."""
+    order = np.argsort(-score_N, kind="stable")[:LIST_LENGTH]
+    order = order[score_N[order] > 0]
+    return RankedVideos(order.astype(np.int64), score_N[order].astype(np.float32))
+
+
+def _co_watched(watches: Watches, videos: int) -> tuple[I64, I64, F32]:
+    """Pairs (of, neighbour) with at least ``MIN_SHARED_VIEWERS``, scored 2..3 so that they precede any similarity."""
+    if not len(watches.row):
+        return np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0, np.float32)
+    viewer = np.unique(watches.viewer, return_inverse=True)[1]
+    latest = _latest_per_viewer(viewer)
+    ones = np.ones(len(latest), dtype=np.float32)
+    seen = sparse.csr_matrix((ones, (watches.row[latest], viewer[latest])), shape=(videos, viewer.max() + 1))
+    seen.data[:] = 1.0  # a video watched twice by one viewer counts once
+    count_N = np.asarray(seen.sum(axis=1)).ravel()
+    parts: list[tuple[I64, I64, F32]] = []
+    for start in range(0, videos, _BLOCK):
+        shared = (seen[start : start + _BLOCK] @ seen.T).tocoo()
+        of, neighbour = shared.row.astype(np.int64) + start, shared.col.astype(np.int64)
+        enough = (shared.data >= MIN_SHARED_VIEWERS) & (of != neighbour)
+        of, neighbour, both = of[enough], neighbour[enough], shared.data[enough]
+        score = both / (np.sqrt(count_N[of] * count_N[neighbour]) + COSINE_SHRINK)
+        parts.append((of, neighbour, (2.0 + score).astype(np.float32)))
+    return tuple(np.concatenate(column) for column in zip(*parts, strict=True))  # type: ignore[return-value]
+
+
+def _latest_per_viewer(viewer: I64) -> I64:
+    """Positions of each viewer's last ``WATCHED_PER_VIEWER`` watches: a viewer of thousands would pair all with all."""
+    order = np.argsort(viewer, kind="stable")
+    ends = np.searchsorted(viewer[order], viewer[order], side="right")
+    return np.asarray(order[ends - np.arange(len(order)) <= WATCHED_PER_VIEWER])
+
+
+def _best(of: I64, neighbour: I64, score: F32, videos: int) -> NDArray[np.int32]:
+    """Top ``NEIGHBOURS`` of each ``of``; a pair that comes twice counts with its better score."""
+    order = np.lexsort((neighbour, -score, of))
+    of, neighbour = of[order], neighbour[order]
+    first = np.zeros(len(of), dtype=np.bool_)
+    first[np.unique(of * videos + neighbour, return_index=True)[1]] = True
+    of, neighbour = of[first], neighbour[first]
+    rank = np.arange(len(of)) - np.searchsorted(of, of, side="left")
+    kept = rank < NEIGHBOURS
+    rows_NK = np.full((videos, NEIGHBOURS), -1, dtype=np.int32)
+    rows_NK[of[kept], rank[kept]] = neighbour[kept]
+    return rows_NK
+
+
+def _lists(matrix: NDArray[Any], kind: pa.DataType) -> pa.Array:
+    flat = pa.array(np.ascontiguousarray(matrix).reshape(-1), kind)
+    return pa.FixedSizeListArray.from_arrays(flat, matrix.shape[1])
+
+
+def _filled(column: pa.ChunkedArray, missing: float, kind: pa.DataType) -> pa.Array:
+    return pc.fill_null(column.cast(kind), pa.scalar(missing, kind)).combine_chunks()

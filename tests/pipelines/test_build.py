@@ -1,0 +1,167 @@
+"""A trained run becomes a release that verifies and answers like its models; anything less becomes nothing."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import faiss
+import numpy as np
+import onnxruntime
+import pyarrow.parquet as pq
+import pytest
+import torch
+import yaml
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from tests.pipelines.trained_run import DIM, make_trained_run, write_evaluation
+
+from reelway.pipelines.build import build_release, feature_services, read_blend, read_evaluation
+from reelway.pipelines.features.training_rows import viewer_snapshot
+from reelway.pipelines.training.artifacts import load_models
+from reelway.platform.contracts import manifest as files
+from reelway.platform.contracts.blend import Blend, RerankingBlend
+from reelway.platform.contracts.manifest import Manifest
+from reelway.platform.contracts.release_files import POPULAR, videos_schema
+from reelway.platform.errors import GateFailedError, MalformedFileError, ReleaseError, StorageError, TrainingError
+from reelway.platform.features.assembly import assemble_viewers, columns_from_table
+from reelway.platform.release.store import ReleaseStore
+from reelway.platform.release.tables import open_table
+from reelway.platform.release.verify import read_calibration, verify
+from reelway.platform.runs import RunDirectory
+
+KEY = Ed25519PrivateKey.generate()
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
+    return make_trained_run(tmp_path_factory.mktemp("runs") / "trained")
+
+
+@pytest.fixture(scope="module")
+def built(original: RunDirectory) -> Path:
+    blend = Blend(reranking=RerankingBlend(diversity=0.3))
+    return build_release(original, name="first", key=KEY, blend=blend)[1]
+
+
+@pytest.fixture
+def run(original: RunDirectory, tmp_path: Path) -> RunDirectory:
+    copy = shutil.copytree(original.path, tmp_path / "run", ignore=shutil.ignore_patterns("releases"))
+    return RunDirectory(Path(copy))
+
+
+def manifest_of(folder: Path) -> Manifest:
+    return Manifest.model_validate_json((folder / files.MANIFEST_FILE).read_text())
+
+
+def test_a_built_release_verifies_against_the_feature_store_it_came_from(built: Path, original: RunDirectory) -> None:
+    services = {service.name: service.digest for service in feature_services(original.features)}
+    verified = verify(built, public_keys=[KEY.public_key()], feature_services=services, expected_id=built.name)
+    assert verified.manifest.name == "first"
+    assert verified.manifest.dimensions.embedding == DIM
+    assert verified.manifest.dimensions.videos == 60
+    assert verified.manifest.seed == 3
+    assert ReleaseStore(str(original.release_store)).resolve("latest") == built.name
+
+
+def test_the_manifest_says_what_was_measured_and_what_could_not_be(built: Path) -> None:
+    manifest = manifest_of(built)
+    assert manifest.metrics == {"recall_at_50": 0.4}
+    assert manifest.config["undefined_metrics"] == ["auc_share"]
+    assert manifest.config["notes"] == ["share had one class only"]
+    assert [gate.name for gate in manifest.gates] == ["recall_at_50"]
+
+
+def test_the_exported_tower_answers_like_the_trained_one_and_finds_videos_in_the_index(
+    built: Path, original: RunDirectory
+) -> None:
+    at_s = manifest_of(built).config["video_features_as_of_s"]
+    table = viewer_snapshot(original.features, list(range(500, 520)), at_s)
+    viewers = assemble_viewers(columns_from_table(table), np.full(20, at_s), ["phone"] * 20)
+    (embedding,) = onnxruntime.InferenceSession(built / files.VIEWER_TOWER_FILE).run(None, viewers.as_inputs())
+    tower = load_models(original.models).two_tower.viewer_tower
+    with torch.inference_mode():
+        expected = tower(*(torch.from_numpy(values) for values in viewers.as_inputs().values())).numpy()
+    np.testing.assert_allclose(embedding, expected, atol=1e-4)
+    videos = open_table(built / files.VIDEOS_FILE, videos_schema(DIM))
+    vectors = videos["embedding"].flatten().to_numpy().reshape(-1, DIM)
+    rows = faiss.read_index(str(built / files.INDEX_FILE)).search(embedding, 5)[1]
+    np.testing.assert_array_equal(rows, np.argsort(-(embedding @ vectors.T), axis=1, kind="stable")[:, :5])
+
+
+def test_the_release_carries_the_blend_and_the_calibration_it_was_given(built: Path) -> None:
+    assert yaml.safe_load((built / files.BLEND_FILE).read_text())["reranking"]["diversity"] == 0.3
+    assert list(read_calibration(built).curves) == ["like"]
+
+
+def test_the_most_watched_video_leads_the_popular_list(built: Path, original: RunDirectory) -> None:
+    labels = pq.read_table(original.features / "labels.parquet", columns=["video_id", "long_watch"])
+    totals = labels.group_by("video_id").aggregate([("long_watch", "sum")])
+    leader = totals.sort_by([("long_watch_sum", "descending"), ("video_id", "ascending")])["video_id"][0].as_py()
+    first = open_table(built / files.POPULAR_FILE, POPULAR).slice(0, 1).to_pylist()[0]
+    assert (first["list"], first["rank"], first["video_id"]) == ("popular", 0, leader)
+
+
+def test_a_failed_gate_builds_nothing_and_names_every_failed_gate(run: RunDirectory) -> None:
+    def gate(name: str, value: float, passed: bool) -> dict[str, Any]:
+        return {"name": name, "value": value, "bound": 0.3, "comparison": ">=", "passed": passed}
+
+    write_evaluation(run, gates=[gate("recall", 0.1, False), gate("ndcg", 0.5, True), gate("auc", 0.2, False)])
+    before = sorted(path.name for path in run.path.iterdir())
+    with pytest.raises(GateFailedError, match=r"2 of 3 gates failed: recall is 0\.1, .*; auc is 0\.2,"):
+        build_release(run, name="x", key=KEY)
+    assert sorted(path.name for path in run.path.iterdir()) == before
+
+
+def test_a_release_that_cannot_be_stored_leaves_nothing_behind(run: RunDirectory) -> None:
+    run.release_store.write_text("a file where the store should be")
+    before = sorted(path.name for path in run.path.iterdir())
+    with pytest.raises(StorageError):
+        build_release(run, name="x", key=KEY)
+    assert sorted(path.name for path in run.path.iterdir()) == before
+
+
+def test_an_interrupt_in_the_middle_of_building_leaves_nothing_behind(run: RunDirectory) -> None:
+    before = sorted(path.name for path in run.path.iterdir())
+
+    def interrupt(what: str) -> None:
+        if what == "exporting the models":
+            assert list(run.path.glob(".release.*/index.faiss")), "the build was under way"
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        build_release(run, name="x", key=KEY, report=interrupt)
+    assert sorted(path.name for path in run.path.iterdir()) == before
+
+
+def test_models_that_were_not_trained_are_named_with_the_command_that_trains_them(run: RunDirectory) -> None:
+    shutil.rmtree(run.models)
+    with pytest.raises(TrainingError, match="run `reelway train` first"):
+        build_release(run, name="x", key=KEY)
+
+
+def test_a_run_without_evaluation_is_refused(run: RunDirectory) -> None:
+    (run.evaluation / "evaluation.json").unlink()
+    with pytest.raises(ReleaseError, match="reelway evaluate"):
+        build_release(run, name="x", key=KEY)
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["", "[]", '{"metrics": {}}', '{"metrics": {"a": "b"}, "gates": []}', '{"metrics": {}, "gates": [{"name": 1}]}'],
+)
+def test_an_evaluation_that_is_not_one_is_refused_by_name(tmp_path: Path, content: str) -> None:
+    (tmp_path / "evaluation.json").write_text(content)
+    with pytest.raises(MalformedFileError, match=r"evaluation\.json"):
+        read_evaluation(tmp_path / "evaluation.json")
+
+
+def test_a_blend_file_is_read_and_a_wrong_one_is_refused_with_its_field(tmp_path: Path) -> None:
+    path = tmp_path / "blend.yaml"
+    path.write_text("reranking: {max_per_creator: 1}")
+    assert read_blend(path).reranking.max_per_creator == 1
+    path.write_text("ranking: {value_weights: {likes: 1}}")
+    with pytest.raises(MalformedFileError, match=r"ranking: .*likes"):
+        read_blend(path)
+    with pytest.raises(MalformedFileError, match=r"none\.yaml"):
+        read_blend(tmp_path / "none.yaml")
