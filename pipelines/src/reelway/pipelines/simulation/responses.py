@@ -1,0 +1,186 @@
+"""From the probability of enjoyment to what a viewer does, and from that to events. No tastes here, only reactions.
+
+A viewer goes down the slate and leaves at some place, sooner when it disappoints: what stands lower is seen less
+often (position bias), and what was not seen has no outcome at all.
+"""
+
+# Shapes: B requests, S slate; N = B * S impressions, E outcomes
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from reelway.pipelines.datasets.columns import times, words
+from reelway.platform.contracts.events import IMPRESSIONS, OUTCOMES, OutcomeType
+
+F32 = NDArray[np.float32]
+F64 = NDArray[np.float64]
+I64 = NDArray[np.int64]
+Bools = NDArray[np.bool_]
+
+SCROLL_MS: Final = 400.0
+_STAY_BORED, _STAY_HAPPY = 0.93, 0.995
+"""Probability of going on to the next video after one that was not or was enjoyed."""
+_SKIPPED_MS: Final = 1_900.0
+"""Mean watch of a video that was not enjoyed."""
+FLAGS: Final = ("like", "share", "save", "follow", "comment", "skip", "not_interested", "report")
+
+
+@dataclass(frozen=True)
+class Responses:
+    """What happened to each place of each slate, ``[B, S]``. Nothing happened where ``examined`` is false."""
+
+    present: Bools  # not a pad
+    examined: Bools
+    enjoyed: Bools
+    watch_ms: F32
+    shown_ms: F32  # after the request
+    like: Bools
+    share: Bools
+    save: Bools
+    follow: Bools
+    comment: Bools
+    skip: Bools
+    not_interested: Bools
+    report: Bools
+
+    @property
+    def watch_s_per_impression(self) -> float:
+        """Mean watched seconds over all places that hold a video, seen or not."""
+        return float(self.watch_ms.sum(dtype=np.float64) / 1000.0 / max(int(self.present.sum()), 1))
+
+
+def expected_watch_ms(enjoy: F32, duration_ms: F32) -> F32:
+    """Mean of ``watch_ms`` given that the video is looked at; the two parts of ``react``."""
+    bored: F32 = np.minimum(np.float32(_SKIPPED_MS), 0.5 * duration_ms)
+    mean: F32 = enjoy * 0.95 * duration_ms + (1 - enjoy) * bored
+    return mean
+
+
+def react(
+    rng: np.random.Generator, *, present: Bools, enjoy: F32, duration_ms: F32, quality: F32, reactivity: F32
+) -> Responses:
+    """Draw reactions. Shapes ``[B, S]``, ``reactivity`` ``[B]``."""
+
+    def chance() -> F32:
+        return rng.random(enjoy.shape, dtype=np.float32)
+
+    enjoyed = chance() < enjoy
+    stay = chance() < np.where(enjoyed, np.float32(_STAY_HAPPY), np.float32(_STAY_BORED))
+    examined = present.copy()
+    examined[:, 1:] &= np.logical_and.accumulate(stay, axis=1)[:, :-1]
+    enjoyed &= examined
+
+    ratio = 0.75 + 0.4 * chance()  # beyond 1 the video loops
+    bored_ms = np.minimum(rng.standard_exponential(enjoy.shape, dtype=np.float32) * _SKIPPED_MS, 0.65 * duration_ms)
+    watch_ms: F32 = np.where(enjoyed, ratio * duration_ms, np.maximum(bored_ms, 150.0)).astype(np.float32)
+    watch_ms[~examined] = 0.0
+    spent_ms = np.where(examined, watch_ms + np.float32(SCROLL_MS), np.float32(1.0))
+    shown_ms = np.zeros_like(watch_ms)
+    np.cumsum(spent_ms[:, :-1], axis=1, out=shown_ms[:, 1:])
+
+    bored = examined & ~enjoyed
+    keen = reactivity[:, None] * (0.3 + 0.7 * enjoy)
+    disgust = np.float32(1.0) - enjoy
+    return Responses(
+        present=present,
+        examined=examined,
+        enjoyed=enjoyed,
+        watch_ms=watch_ms,
+        shown_ms=shown_ms,
+        like=enjoyed & (chance() < 0.4 * keen),
+        share=enjoyed & (chance() < 0.08 * keen),
+        save=enjoyed & (chance() < 0.1 * keen),
+        follow=enjoyed & (chance() < 0.06 * keen * (1.0 + 0.5 * np.clip(quality, -1, 2))),
+        comment=enjoyed & (chance() < 0.07 * keen),
+        skip=bored & (watch_ms < np.minimum(3_000.0, 0.4 * duration_ms)),
+        not_interested=bored & (chance() < 0.04 * disgust**4),
+        report=bored & (chance() < 0.003 * disgust**4 * np.exp(-0.7 * quality)),
+    )
+
+
+@dataclass(frozen=True)
+class Shown:
+    """What was asked and answered, for the event tables. ``[B]`` or ``[B, S]``."""
+
+    request_id: I64  # [B]
+    viewer_ids: I64  # [B]
+    slates: I64  # [B, S]
+    time_s: F64  # [B]
+    propensity: F32  # [B, S]
+    source: NDArray[np.integer[Any]]  # [B, S] codes into sources
+    sources: Sequence[str]
+    device: NDArray[np.integer[Any]]  # [B] codes into devices
+    devices: Sequence[str]
+    release: str = "simulated"
+    arm: str = "stable"
+
+
+def responses_to_events(
+    shown: Shown, responses: Responses, *, first_impression_id: int = 0, first_outcome_id: int = 0
+) -> tuple[pa.Table, pa.Table]:
+    """The impressions and outcomes tables, each sorted by time, then id. Pads leave no row."""
+    row, place = np.nonzero(responses.present)
+    request_us = np.rint(shown.time_s * 1e6).astype(np.int64)
+    shown_us = request_us[row] + (responses.shown_ms[row, place].astype(np.float64) * 1000).astype(np.int64)
+    impression_id = np.arange(first_impression_id, first_impression_id + len(row), dtype=np.int64)
+    order = np.argsort(shown_us, kind="stable")
+    row, place, shown_us, impression_id = row[order], place[order], shown_us[order], impression_id[order]
+    viewer, video = shown.viewer_ids[row], shown.slates[row, place]
+    one = np.zeros(len(row), dtype=np.int32)
+    impressions = {
+        "impression_id": impression_id,
+        "request_id": shown.request_id[row],
+        "viewer_id": viewer,
+        "video_id": video,
+        "position": place.astype(np.int16),
+        "event_time": times(shown_us),
+        "release": words(one, [shown.release]),
+        "arm": words(one, [shown.arm]),
+        "source": words(shown.source[row, place], shown.sources),
+        "propensity": shown.propensity[row, place],
+        "device": words(shown.device[row], shown.devices),
+    }
+    watch_ms = responses.watch_ms[row, place]
+    flags = [getattr(responses, name)[row, place] for name in FLAGS]
+    outcomes = _outcomes(impression_id, viewer, video, shown_us, watch_ms,
+                         responses.examined[row, place], flags, first_outcome_id)  # fmt: skip
+    return pa.table(impressions, schema=IMPRESSIONS), outcomes
+
+
+def _outcomes(
+    impression_id: I64,
+    viewer: I64,
+    video: I64,
+    shown_us: I64,
+    watch_ms: F32,
+    examined: Bools,
+    flags: Sequence[Bools],
+    first_id: int,
+) -> pa.Table:
+    """A watch for every video that was looked at, when it ends, and a row per flag a moment after it, all ``[N]``."""
+    hits = [np.flatnonzero(examined), *(np.flatnonzero(flag) for flag in flags)]
+    kind = np.repeat(np.arange(len(hits), dtype=np.int32), [len(hit) for hit in hits])
+    row = np.concatenate(hits)
+    end_us = shown_us + 1000 + (watch_ms.astype(np.float64) * 1000).astype(np.int64)
+    at_us = end_us[row] + 1000 * kind
+    order = np.argsort(at_us, kind="stable")
+    row, kind, at_us = row[order], kind[order], at_us[order]
+    return pa.table(
+        {
+            "outcome_id": np.arange(first_id, first_id + len(row), dtype=np.int64),
+            "impression_id": impression_id[row],
+            "viewer_id": viewer[row],
+            "video_id": video[row],
+            "type": words(kind, [OutcomeType.WATCH.value, *FLAGS]),
+            "value": np.where(kind == 0, watch_ms[row], np.float32(1.0)).astype(np.float32),
+            "event_time": times(at_us),
+        },
+        schema=OUTCOMES,
+    )

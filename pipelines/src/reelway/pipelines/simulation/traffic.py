@@ -1,0 +1,84 @@
+"""When who opens the app: sessions over the day and week, viewers who arrive while the log runs. No videos here."""
+
+# Shapes: N sessions, B requests
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from reelway.pipelines.simulation.config import DAY_S
+from reelway.pipelines.simulation.population import REGION_OFFSET_H
+from reelway.pipelines.simulation.world import World
+
+F64 = NDArray[np.float64]
+I64 = NDArray[np.int64]
+
+DEVICES: Final = ("phone", "tablet", "tv")
+_DEVICE_SHARES: Final = (0.85, 0.95, 1.0)
+_REQUESTS_PER_SESSION: Final = 2.0
+_GAP_S: Final = 90.0
+
+
+@dataclass(frozen=True)
+class Requests:
+    """Ascending in time, ``[B]`` each."""
+
+    viewer_ids: I64
+    time_s: F64
+    device: NDArray[np.int64]  # codes into DEVICES
+
+
+def daily_cycle(local_hour: F64) -> F64:
+    """How likely somebody awake opens the app at a local hour, in 0..1: low at 4, high at 20."""
+    return 0.15 + 0.85 * (0.5 - 0.5 * np.cos((local_hour - 4.0) / 24.0 * 2 * np.pi)) ** 1.3
+
+
+def draw_requests(world: World, count: int, rng: np.random.Generator) -> Requests:
+    """Exactly ``count`` requests within the log's time, grouped into sessions."""
+    viewer, start_s = _sessions(world, int(count / _REQUESTS_PER_SESSION * 1.15) + 8, rng)
+    parts: list[tuple[I64, F64, I64]] = []
+    have = 0
+    while True:
+        parts.append(_session_requests(world, viewer, start_s, rng))
+        have += len(parts[-1][0])
+        if have >= count:
+            break
+        viewer, start_s = _sessions(world, int((count - have) / _REQUESTS_PER_SESSION * 1.3) + 8, rng)
+    viewers, time_s, device = (np.concatenate(columns) for columns in zip(*parts, strict=True))
+    keep = rng.permutation(have)[:count]
+    order = keep[np.lexsort((viewers[keep], time_s[keep]))]
+    return Requests(viewers[order], time_s[order], device[order])
+
+
+def _sessions(world: World, count: int, rng: np.random.Generator) -> tuple[I64, F64]:
+    """Viewer ids and start times; a viewer's time is spread over the part of the log that they are there."""
+    config, viewers = world.config, world.viewers
+    from_s = np.maximum(viewers.created_s, config.start_s)
+    weight = np.cumsum(viewers.activity * (config.end_s - from_s))
+    found_viewer, found_s, have = [], [], 0
+    while have < count:
+        tries = int(2.2 * (count - have)) + 16
+        viewer = np.searchsorted(weight / weight[-1], rng.random(tries), side="right").clip(max=len(weight) - 1)
+        at_s = from_s[viewer] + rng.random(tries) * (config.end_s - from_s[viewer])
+        local_hour = (at_s / 3600.0 + REGION_OFFSET_H[viewers.region[viewer]]) % 24.0
+        weekend = ((at_s / DAY_S + 3) % 7 >= 5) * 0.15
+        awake = rng.random(tries) < (daily_cycle(local_hour) + weekend) / 1.15
+        found_viewer.append(viewer[awake])
+        found_s.append(at_s[awake])
+        have += int(awake.sum())
+    return np.concatenate(found_viewer)[:count] + 1, np.concatenate(found_s)[:count]
+
+
+def _session_requests(world: World, viewer: I64, start_s: F64, rng: np.random.Generator) -> tuple[I64, F64, I64]:
+    length = rng.geometric(1.0 / _REQUESTS_PER_SESSION, len(viewer))
+    session = np.repeat(np.arange(len(viewer)), length)
+    step = np.arange(len(session)) - np.repeat(np.cumsum(length) - length, length)
+    time_s = start_s[session] + step * _GAP_S + rng.random(len(session)) * 20.0
+    time_s = np.floor(time_s * 1000.0) / 1000.0
+    device = np.searchsorted(_DEVICE_SHARES, rng.random(len(viewer)))[session]
+    inside = time_s < world.config.end_s - 900.0
+    return viewer[session][inside], time_s[inside], device[inside]
