@@ -1,7 +1,170 @@
-"""Placeholder until the command is written."""
+"""``reelway features``: views, Feast registration, training rows and the online store of a run. No arithmetic here."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Annotated
 
 import typer
+from rich.table import Table
+
+from reelway.platform.cli.terminal import out, progress, say
+from reelway.platform.errors import ConfigError
+from reelway.platform.runs import RunDirectory
+
+Run = Annotated[Path, typer.Option("--run", help="Run directory.", show_default=True)]
+Cpus = Annotated[int, typer.Option("--cpus", min=1, help="CPUs of the local Ray runtime.")]
+Address = Annotated[str, typer.Option("--ray-address", help="'local', or a cluster: 'auto', 'ray://host:10001'.")]
+Online = Annotated[
+    str | None,
+    typer.Option("--online-store", help="'sqlite' or 'redis://host:port'.", envvar="REELWAY_ONLINE_STORE"),
+]
+Force = Annotated[bool, typer.Option("--force", help="Do it again although nothing changed.")]
+DEFAULT_RUN = Path("runs/default")
+LOG_FILE = "served_vectors.jsonl"
 
 
 def register(app: typer.Typer) -> None:
-    """Add nothing yet."""
+    """Add ``features`` and its sub-commands."""
+    features = typer.Typer(
+        invoke_without_command=True,
+        help="Compute features, register them with Feast, join training rows, fill the online store.\n\n"
+        "Without a sub-command all of it is done. Examples:\n\n"
+        "  reelway features --run runs/default --cpus 2\n\n"
+        "  reelway features materialise --run runs/default --at 2026-01-31T00:00:00Z\n\n"
+        "  reelway features parity --run runs/default",
+    )
+    features.callback()(all_of_it)
+    features.command("build")(build)
+    features.command("materialise")(materialise)
+    features.command("parity")(parity)
+    app.add_typer(features, name="features")
+
+
+def all_of_it(
+    context: typer.Context,
+    run: Run = DEFAULT_RUN,
+    cpus: Cpus = 2,
+    ray_address: Address = "local",
+    online_store: Online = None,
+    force: Force = False,
+) -> None:
+    """Build, then materialise."""
+    if context.invoked_subcommand is None:
+        _build(RunDirectory(run), cpus, ray_address, online_store, force)
+        _materialise(RunDirectory(run), None, force)
+
+
+def build(
+    run: Run = DEFAULT_RUN,
+    cpus: Cpus = 2,
+    ray_address: Address = "local",
+    online_store: Online = None,
+    force: Force = False,
+) -> None:
+    """Compute every view, register it with Feast and join the training rows."""
+    _build(RunDirectory(run), cpus, ray_address, online_store, force)
+
+
+def materialise(
+    run: Run = DEFAULT_RUN,
+    at: Annotated[
+        str | None, typer.Option("--at", help="Moment (ISO 8601, UTC unless it says); by default the data's end.")
+    ] = None,
+    force: Force = False,
+) -> None:
+    """Fill the online store with every viewer's row as of one moment."""
+    _materialise(RunDirectory(run), at, force)
+
+
+def parity(
+    run: Run = DEFAULT_RUN,
+    log: Annotated[Path | None, typer.Option("--log", help=f"Vector log; by default <run>/{LOG_FILE}.")] = None,
+    tolerance: Annotated[float, typer.Option("--tolerance", min=0.0, help="Relative difference allowed.")] = 1e-6,
+    show: Annotated[int, typer.Option("--show", min=1, help="Mismatches to print.")] = 20,
+) -> None:
+    """Replay served vectors through the offline join; exit with 4 when a value differs."""
+    from reelway.pipelines.features.parity import replay
+
+    directory = RunDirectory(run)
+    report = replay(directory.features, log or directory.path / LOG_FILE, tolerance)
+    out.print(f"{report.vectors} vectors, {report.values} values, {len(report.mismatches)} mismatches", highlight=False)
+    if report.mismatches:
+        table = Table("view", "feature", "entity", "served", "offline")
+        for miss in report.mismatches[:show]:
+            table.add_row(miss.view, miss.feature, miss.entity, _short(miss.served), _short(miss.offline))
+        out.print(table)
+    report.raise_if_bad()
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 48 else text[:45] + "..."
+
+
+def _build(run: RunDirectory, cpus: int, ray_address: str, online_store: str | None, force: bool) -> None:
+    from dataclasses import asdict
+
+    from reelway.pipelines.features.batch import BatchSettings, build_views
+    from reelway.pipelines.features.registry import feature_repo_path, register_features
+    from reelway.pipelines.features.training_rows import TRAINING_ROWS_FILE, build_training_rows
+
+    settings = BatchSettings(cpus=cpus, ray_address=ray_address)
+    path = run.features / TRAINING_ROWS_FILE
+    with run.step(
+        "features",
+        config={"views": asdict(settings.views), "online_store": online_store or "sqlite"},
+        after=("dataset",),
+        inputs=(feature_repo_path() / "definitions.py",),
+        outputs=(path, run.features / "views", run.features / "registry.db"),
+        force=force,
+    ) as step:
+        if step.done:
+            say("features: already done with the same inputs, skipped (use --force to redo)")
+            return
+        with progress() as bar:
+            views_bar = bar.add_task("features: views", total=None)
+            report = build_views(run, settings, lambda done, total: bar.update(views_bar, completed=done, total=total))
+            say("features: registering with Feast")
+            register_features(run.features, online_store)
+            rows_bar = bar.add_task("features: training rows", total=8)
+
+            def joined(view: str) -> None:
+                bar.update(rows_bar, advance=1, description=f"features: training rows, {view}")
+
+            build_training_rows(run, joined)
+        step.summary.update(impressions=report.impressions, until_s=report.until_s, rows=report.rows)
+        counts = Counter(report.rows)
+        say(f"features: {report.impressions} training rows, {counts.total()} view rows in {len(counts)} views")
+
+
+def _materialise(run: RunDirectory, at: str | None, force: bool) -> None:
+    from reelway.pipelines.features.online import STATE_FILE, materialise
+
+    at_s = _moment_s(at) if at else float(run.record("features")["summary"]["until_s"])
+    with run.step(
+        "materialise",
+        config={"at_s": at_s},
+        after=("features",),
+        outputs=(run.features / STATE_FILE,),
+        force=force,
+    ) as step:
+        if step.done:
+            say("materialise: already done with the same inputs, skipped (use --force to redo)")
+            return
+        with progress() as bar:
+            task = bar.add_task("materialise: viewer rows", total=None)
+            viewers = materialise(run.features, at_s, lambda done, total: bar.update(task, completed=done, total=total))
+        step.summary.update(viewers=viewers, at_s=at_s)
+        say(f"materialise: {viewers} viewers in the online store")
+
+
+def _moment_s(text: str) -> float:
+    from datetime import UTC, datetime
+
+    try:
+        moment = datetime.fromisoformat(text)
+    except ValueError as error:
+        raise ConfigError(f"--at {text!r}: expected ISO 8601, such as 2026-01-31T00:00:00Z") from error
+    return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()

@@ -57,7 +57,7 @@ def build_training_rows(run: RunDirectory, report: Report = _silent) -> Path:
         FeatureError: the views are not built or not registered.
         EmptyDatasetError: there are no impressions.
     """
-    labels = _read(run.features / LABELS_FILE)
+    labels = read_artifact(run.features / LABELS_FILE)
     if not labels.num_rows:
         raise EmptyDatasetError(f"{run.features / LABELS_FILE}: no impressions, expected at least one")
     store = open_feature_store(run.features)
@@ -85,7 +85,7 @@ def video_snapshot(features_dir: Path, at_s: float) -> pa.Table:
 
     One row per video, ascending ``video_id``.
     """
-    catalogue = _read(features_dir / CATALOGUE_FILE).sort_by("video_id")
+    catalogue = read_artifact(features_dir / CATALOGUE_FILE).sort_by("video_id")
     at_us = round(at_s * 1e6)
     catalogue = catalogue.filter(pa.array(times_us(catalogue["uploaded_at"]) <= at_us))
     video = catalogue["video_id"].to_numpy()
@@ -122,7 +122,12 @@ def _columns(table: pa.Table) -> dict[str, pa.ChunkedArray]:
     return dict(zip(table.column_names, table.columns, strict=True))
 
 
-def _read(path: Path) -> pa.Table:
+def read_artifact(path: Path) -> pa.Table:
+    """A Parquet file of the features folder.
+
+    Raises:
+        FeatureError: it was not built yet.
+    """
     try:
         return pq.read_table(path)
     except FileNotFoundError:

@@ -1,0 +1,243 @@
+"""The batch job: labels, then every view, in a Ray Data pipeline over partitions by entity.
+
+Events are written once per entity kind, split by a hash of the entity, and each partition is a task of its own. (Ray
+Data's own shuffle gives the same partitions, at the price of set-up that a small data set never earns back.) So all
+events of one viewer (video, creator) are in one task, and integer window sums make the result independent of how many
+buckets and machines there are. Nothing here defines a feature; ``views.py`` does. The views replace the earlier ones
+as a whole or not at all.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from reelway.pipelines.features import views
+from reelway.pipelines.features.labels import label_impressions, times_us
+from reelway.pipelines.features.training_rows import CATALOGUE_FILE, LABELS_FILE
+from reelway.pipelines.features.views import Events, ViewSettings
+from reelway.platform.contracts.events import DATASET_TABLES
+from reelway.platform.durable import whole_file, whole_folder
+from reelway.platform.errors import EmptyDatasetError, FeatureError
+from reelway.platform.features.hashing import mix64
+from reelway.platform.runs import RunDirectory
+
+VIEWS_FOLDER: Final = "views"
+_EVENT_COLUMNS: Final = [
+    "impression_id", "viewer_id", "video_id", "creator_id", "video_topic", "event_time", "outcome_time",
+    "long_watch", "like", "skip", "follow", "watch_s", "weight",
+]  # fmt: skip
+FAMILIES: Final = {"viewer": "viewer_id", "video": "video_id", "creator": "creator_id"}
+
+Report = Callable[[int, int], None]
+"""Called with buckets done and buckets in all."""
+
+
+@dataclass(frozen=True)
+class BatchSettings:
+    """How the batch job is spread out; none of it changes a value of any feature.
+
+    ``cpus``: of the local Ray runtime; ignored when joining a cluster. ``ray_address``: ``local`` starts a runtime
+    of its own, ``auto`` or ``ray://...`` joins one. ``buckets``: per entity kind; more than CPUs, so that a busy one
+    does not hold up the end.
+    """
+
+    cpus: int = 2
+    buckets: int = 8
+    ray_address: str = "local"
+    views: ViewSettings = field(default_factory=ViewSettings)
+
+
+@dataclass(frozen=True)
+class BatchReport:
+    """What the batch job wrote."""
+
+    impressions: int
+    until_s: float  # nothing later is in the views
+    rows: dict[str, int]  # per view
+
+
+def _silent(_done: int, _total: int) -> None:
+    return None
+
+
+def build_views(run: RunDirectory, settings: BatchSettings, report: Report = _silent) -> BatchReport:
+    """Read the run's data set; write ``labels.parquet``, ``catalogue.parquet`` and ``views/<view>/*.parquet``.
+
+    Raises:
+        EmptyDatasetError: no impressions.
+        FeatureError: a task failed for good.
+        StorageError: the disk is full; earlier views are untouched.
+    """
+    tables = {name: _read_table(run.dataset / f"{name}.parquet") for name in DATASET_TABLES}
+    if not tables["impressions"].num_rows:
+        raise EmptyDatasetError(f"{run.dataset}: no impressions, expected at least one; simulate or import a data set")
+    labels = label_impressions(tables["impressions"], tables["outcomes"], tables["videos"])
+    until_us = last_moment_us(labels)
+    _write(labels, run.features / LABELS_FILE)
+    _write(tables["videos"].select(["video_id", "creator_id", "uploaded_at", "title"]), run.features / CATALOGUE_FILE)
+    rows: dict[str, int] = {}
+    with whole_folder(run.features / VIEWS_FOLDER) as folder:
+        for name, table in (
+            ("viewer_profile", views.viewer_profile(tables["viewers"])),
+            ("video_content", views.video_content(tables["videos"])),
+        ):
+            rows[name] = _write_part(table, folder, name, 0)
+        creators = (tables["creators"], tables["videos"].select(["creator_id", "uploaded_at"]))
+        with _partitions(labels, run.features, settings.buckets) as partitions, _ray(settings):
+            rows |= _run_families(partitions, folder, creators, until_us, settings, report)
+    return BatchReport(labels.num_rows, until_us / 1e6, rows)
+
+
+def last_moment_us(labels: pa.Table) -> int:
+    """The first day boundary at which everything in the data is known."""
+    known_us = int(times_us(labels["outcome_time"]).max()) + views.AFTER_US
+    return -(-known_us // views.DAY_US) * views.DAY_US
+
+
+def family_views(
+    family: str, labels: pa.Table, creators: tuple[pa.Table, pa.Table], settings: ViewSettings, until_us: int
+) -> dict[str, pa.Table]:
+    """Every view of one entity kind, from the labelled impressions of some of its entities."""
+    events = Events.from_labels(labels)
+    if family == "viewer":
+        return {
+            "viewer_activity": views.viewer_activity(events, settings, until_us),
+            "viewer_history": views.viewer_history(events, settings, until_us),
+            "viewer_topic_affinity": views.viewer_topic_affinity(events, settings, until_us),
+        }
+    if family == "video":
+        return {"video_engagement": views.video_engagement(events, settings, until_us)}
+    creator_table, uploads = creators
+    return {"creator_statistics": views.creator_statistics(events, uploads, creator_table, settings, until_us)}
+
+
+def bucket_of(ids: pa.ChunkedArray, buckets: int) -> pa.Array:
+    """A stable bucket per id."""
+    return pa.array((mix64(ids.to_numpy().astype(np.uint64)) % np.uint64(buckets)).astype(np.int32))
+
+
+def _in_bucket(table: pa.Table, column: str, bucket: int, buckets: int) -> pa.Table:
+    return table.filter(pa.array(bucket_of(table[column], buckets).to_numpy() == bucket))
+
+
+def _write_partitions(labels: pa.Table, folder: Path, buckets: int) -> None:
+    """The event columns once per entity kind, one file per bucket: what a task reads is what it needs."""
+    for family, key in FAMILIES.items():
+        bucket = bucket_of(labels[key], buckets)
+        order = np.argsort(bucket.to_numpy(), kind="stable")
+        ends = np.searchsorted(bucket.to_numpy()[order], np.arange(buckets), side="right")
+        events = labels.select(_EVENT_COLUMNS).take(pa.array(order))
+        for b, (start, end) in enumerate(zip([0, *ends[:-1]], ends, strict=True)):
+            _write(events.slice(start, end - start), folder / family / f"{b:04d}.parquet")
+
+
+def _write_bucket(
+    task: dict[str, Any],
+    *,
+    partitions: Path,
+    creators: tuple[pa.Table, pa.Table],
+    settings: ViewSettings,
+    until_us: int,
+    folder: Path,
+    buckets: int,
+) -> dict[str, Any]:
+    """One bucket's views, each as one file named by the bucket: doing it twice changes nothing."""
+    family, bucket = str(task["family"]), int(task["bucket"])
+    events = pq.read_table(partitions / family / f"{bucket:04d}.parquet")
+    mine = tuple(_in_bucket(table, "creator_id", bucket, buckets) for table in creators)
+    made = family_views(family, events, (mine[0], mine[1]), settings, until_us)
+    rows = {view: _write_part(table, folder, view, bucket) for view, table in made.items()}
+    return {"rows": json.dumps(rows)}
+
+
+def _run_families(
+    partitions: Path,
+    folder: Path,
+    creators: tuple[pa.Table, pa.Table],
+    until_us: int,
+    settings: BatchSettings,
+    report: Report,
+) -> dict[str, int]:
+    import ray
+    from ray.exceptions import RayError
+
+    write = partial(
+        _write_bucket, partitions=partitions, creators=creators, settings=settings.views, until_us=until_us,
+        folder=folder, buckets=settings.buckets,
+    )  # fmt: skip
+    tasks = [{"family": family, "bucket": bucket} for bucket in range(settings.buckets) for family in FAMILIES]
+    rows: dict[str, int] = {}
+    try:
+        written = ray.data.from_items(tasks, override_num_blocks=len(tasks)).map(write)
+        for done, result in enumerate(written.iter_rows(), start=1):
+            for view, count in json.loads(result["rows"]).items():
+                rows[view] = rows.get(view, 0) + count
+            report(done, len(tasks))
+    except RayError as error:
+        raise FeatureError(f"batch features failed in Ray: {error}") from error
+    return rows
+
+
+@contextmanager
+def _partitions(labels: pa.Table, folder: Path, buckets: int) -> Iterator[Path]:
+    """The partitioned events, on the storage that the tasks share, until the work is done."""
+    with tempfile.TemporaryDirectory(prefix=".partitions.", dir=folder) as name:
+        _write_partitions(labels, Path(name), buckets)
+        yield Path(name)
+
+
+@contextmanager
+def _ray(settings: BatchSettings) -> Iterator[None]:
+    """A Ray runtime for the work: the one already there, a cluster's, or one of our own that ends with the work."""
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    import ray
+
+    ours = not ray.is_initialized()
+    if ours:
+        local: dict[str, Any] = {"num_cpus": settings.cpus} if settings.ray_address == "local" else {}
+        ray.init(
+            address=settings.ray_address, include_dashboard=False, logging_level="ERROR", log_to_driver=False, **local
+        )  # fmt: skip
+    quiet = logging.root.manager.disable
+    logging.disable(logging.WARNING)  # Ray Data sets its own levels when a pipeline starts; our progress speaks for it
+    context = ray.data.DataContext.get_current()
+    before = context.enable_progress_bars
+    context.enable_progress_bars = False
+    try:
+        yield
+    finally:
+        context.enable_progress_bars = before
+        logging.disable(quiet)
+        if ours:
+            ray.shutdown()
+
+
+def _write_part(table: pa.Table, folder: Path, view: str, bucket: int) -> int:
+    path = folder / view / f"bucket-{bucket:04d}.parquet"
+    _write(table, path)
+    return int(table.num_rows)
+
+
+def _write(table: pa.Table, path: Path) -> None:
+    with whole_file(path) as aside:
+        pq.write_table(table, aside, compression="zstd")
+
+
+def _read_table(path: Path) -> pa.Table:
+    try:
+        return pq.read_table(path)
+    except FileNotFoundError:
+        raise EmptyDatasetError(f"{path}: not there; run `reelway simulate` or `reelway import` first") from None

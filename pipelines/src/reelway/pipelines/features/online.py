@@ -1,0 +1,98 @@
+"""Fills the online store with every viewer's row as of one moment.
+
+The rows come from the same point-in-time join as training rows, so TTL and creation time are honoured online too;
+Feast's own ``materialize`` takes the newest row whenever it was written. Every field of every viewer is written, null
+where nothing is known, so doing it again (or after a correction) leaves exactly the rows of that moment.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from reelway.pipelines.features.training_rows import viewer_snapshot
+from reelway.platform.contracts.features import VIEWER_VIEWS, VIEWS
+from reelway.platform.durable import write_json
+from reelway.platform.errors import FeatureError
+from reelway.platform.features.store import open_feature_store
+
+if TYPE_CHECKING:
+    from feast import FeatureStore
+
+STATE_FILE: Final = "online.json"
+CHUNK: Final = 500
+
+Report = Callable[[int, int], None]
+"""Called with rows written and rows in all."""
+
+
+def _silent(_done: int, _total: int) -> None:
+    return None
+
+
+def materialise(features_dir: Path, at_s: float, report: Report = _silent) -> int:
+    """Write every known viewer's row as of ``at_s`` (Unix seconds) to the online store. Returns the viewers written.
+
+    Raises:
+        FeatureError: the views are not built, or the online store cannot be written.
+    """
+    store = open_feature_store(features_dir)
+    profiles = features_dir / "views" / "viewer_profile"
+    if not profiles.exists():
+        raise FeatureError(f"{profiles}: not there; run `reelway features --run {features_dir.parent}` first")
+    viewers = pq.read_table(profiles, columns=["viewer_id"])["viewer_id"].unique().sort()
+    snapshot = viewer_snapshot(features_dir, viewers.to_numpy(), at_s)
+    total, done = snapshot.num_rows * len(VIEWER_VIEWS), 0
+    for view in VIEWER_VIEWS:
+        for start in range(0, snapshot.num_rows, CHUNK):
+            done += _write_rows(store, view, snapshot.slice(start, CHUNK), at_s)
+            report(done, total)
+    write_json(features_dir / STATE_FILE, {"at_s": at_s, "viewers": snapshot.num_rows})
+    return int(snapshot.num_rows)
+
+
+def materialised_at_s(features_dir: Path) -> float | None:
+    """The moment the online store speaks of, or None where it was never filled."""
+    try:
+        return float(json.loads((features_dir / STATE_FILE).read_text())["at_s"])
+    except FileNotFoundError:
+        return None
+
+
+def _write_rows(store: FeatureStore, view: str, rows: pa.Table, at_s: float) -> int:
+    from feast.protos.feast.types.EntityKey_pb2 import EntityKey
+    from feast.protos.feast.types.Value_pb2 import Value
+
+    registered = store.get_feature_view(view)
+    types = {field.name: field.dtype.to_value_type() for field in registered.features}
+    columns = {name: _protos(rows[name], types[name]) for name in VIEWS[view]}
+    at = datetime.fromtimestamp(at_s, UTC)
+    batch = [
+        (
+            EntityKey(join_keys=["viewer_id"], entity_values=[Value(int64_val=viewer)]),
+            {name: values[i] for name, values in columns.items()},
+            at,
+            at,
+        )
+        for i, viewer in enumerate(rows["viewer_id"].to_pylist())
+    ]
+    try:
+        store._get_provider().online_write_batch(store.config, registered, batch, None)
+    except Exception as error:  # Feast passes on whatever its online store's client raises
+        raise FeatureError(f"online store: cannot write {view}: {type(error).__name__}: {error}") from error
+    return len(batch)
+
+
+def _protos(column: pa.ChunkedArray, value_type: Any) -> list[Any]:
+    from feast.protos.feast.types.Value_pb2 import Value
+    from feast.type_map import python_values_to_proto_values
+
+    values = column.to_pylist()
+    present = iter(python_values_to_proto_values([value for value in values if value is not None], value_type))
+    return [Value() if value is None else next(present) for value in values]

@@ -1,0 +1,196 @@
+"""Row-level feature parity: served vectors replayed through the offline point-in-time join, value by value.
+
+The offline join is the reference; the replay recomputes nothing and forgives nothing beyond a stated tolerance. A
+value of another kind, a value where there should be none, and a missing field are mismatches like any other.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+
+from reelway.pipelines.features.online import materialised_at_s
+from reelway.pipelines.features.point_in_time import join_view
+from reelway.pipelines.features.training_rows import CATALOGUE_FILE, VIDEO_VIEWS, read_artifact
+from reelway.platform.contracts.features import VIEWER_VIEWS, VIEWS
+from reelway.platform.errors import ParityError
+from reelway.platform.features.on_demand import hours_since_upload
+from reelway.platform.features.store import open_feature_store
+from reelway.platform.features.vector_log import ServedVector, read_vectors
+
+TOLERANCE: Final = 1e-6
+"""Relative, and absolute below 1: float32 values that went through JSON come back exactly; this is for arithmetic."""
+ABSENT: Final = "<absent>"
+
+
+@dataclass(frozen=True)
+class Mismatch:
+    """One value that was served other than the offline join gives it."""
+
+    view: str
+    feature: str
+    entity: str  # "viewer 17", "video 4"
+    request_id: int
+    served: Any
+    offline: Any
+
+    def __str__(self) -> str:
+        return (
+            f"{self.view}.{self.feature} of {self.entity} (request {self.request_id}): "
+            f"served {self.served!r}, offline {self.offline!r}"
+        )
+
+
+@dataclass
+class ParityReport:
+    """What was compared and what differed."""
+
+    vectors: int = 0
+    values: int = 0
+    mismatches: list[Mismatch] = field(default_factory=list)
+
+    @property
+    def by_feature(self) -> Counter[str]:
+        """Mismatches per ``view.feature``."""
+        return Counter(f"{m.view}.{m.feature}" for m in self.mismatches)
+
+    def raise_if_bad(self) -> None:
+        """Raises:
+        ParityError: a value differed, or there was nothing to compare.
+        """
+        if not self.values:
+            raise ParityError("no served vectors to compare; serve some requests with the vector log on first")
+        if self.mismatches:
+            worst = ", ".join(f"{name} ({count}x)" for name, count in self.by_feature.most_common(5))
+            raise ParityError(
+                f"{len(self.mismatches)} of {self.values} served values differ from the offline join: {worst}; "
+                f"first: {self.mismatches[0]}"
+            )
+
+
+def replay(
+    features_dir: Path,
+    log_path: Path,
+    tolerance: float = TOLERANCE,
+    *,
+    viewer_as_of_s: float | None = None,
+    videos_as_of_s: float | None = None,
+) -> ParityReport:
+    """Compare every logged value with the offline join.
+
+    A vector that says when its rows were true is held to that. Otherwise viewer rows are held to ``viewer_as_of_s``,
+    the online store's moment, or the request's, and video rows to ``videos_as_of_s`` or the request's time, in that
+    order.
+
+    Raises:
+        FeatureError: the run's views are not built.
+        MalformedFileError: the log is damaged.
+    """
+    vectors = list(read_vectors(log_path))
+    report = ParityReport(vectors=len(vectors))
+    if not vectors:
+        return report
+    stored_s = viewer_as_of_s if viewer_as_of_s is not None else materialised_at_s(features_dir)
+    viewer_us = np.array([_micros(v.viewer_as_of_s, stored_s, v.request_time_s) for v in vectors], dtype=np.int64)
+    videos_us = np.array([_micros(v.videos_as_of_s, videos_as_of_s, v.request_time_s) for v in vectors], dtype=np.int64)
+    _compare_viewers(report, features_dir, vectors, viewer_us, tolerance)
+    _compare_videos(report, features_dir, vectors, videos_us, tolerance)
+    return report
+
+
+def _micros(*choices_s: float | None) -> int:
+    return round(next(choice for choice in choices_s if choice is not None) * 1e6)
+
+
+def _compare_viewers(
+    report: ParityReport, features_dir: Path, vectors: list[ServedVector], at_us: Any, tolerance: float
+) -> None:
+    store = open_feature_store(features_dir)
+    viewer = np.array([vector.viewer_id for vector in vectors], dtype=np.int64)
+    for view in VIEWER_VIEWS:
+        rows = join_view(store, view, viewer, at_us).to_pylist()
+        for vector, offline in zip(vectors, rows, strict=True):
+            entity = f"viewer {vector.viewer_id}"
+            for name in VIEWS[view]:
+                _compare(report, view, name, entity, vector, vector.viewer.get(name, ABSENT), offline[name], tolerance)
+
+
+def _compare_videos(
+    report: ParityReport, features_dir: Path, vectors: list[ServedVector], at_us: Any, tolerance: float
+) -> None:
+    store = open_feature_store(features_dir)
+    owner = np.array([i for i, vector in enumerate(vectors) for _ in vector.videos], dtype=np.int64)
+    if not len(owner):
+        return
+    served = [row for vector in vectors for row in vector.videos]
+    video = np.array([row["video_id"] for row in served], dtype=np.int64)
+    catalogue = read_artifact(features_dir / CATALOGUE_FILE)
+    creators = dict(zip(catalogue["video_id"].to_pylist(), catalogue["creator_id"].to_pylist(), strict=True))
+    creator = np.array([creators.get(v, -1) for v in video.tolist()], dtype=np.int64)
+    rows: list[dict[str, Any]] = [{} for _ in served]
+    for view in VIDEO_VIEWS:
+        entities = creator if view == "creator_statistics" else video
+        for known, values in zip(rows, join_view(store, view, entities, at_us[owner]).to_pylist(), strict=True):
+            known.update(values)
+    for i, (row, offline) in enumerate(zip(served, rows, strict=True)):
+        vector = vectors[owner[i]]
+        for view, name, value in _video_values(offline, vector.request_time_s):
+            if name in row:
+                _compare(report, view, name, f"video {row['video_id']}", vector, row[name], value, tolerance)
+
+
+def _video_values(offline: Mapping[str, Any], request_time_s: float) -> Iterator[tuple[str, str, Any]]:
+    for view in VIDEO_VIEWS:
+        for name in VIEWS[view]:
+            yield view, name, offline[name]
+    for name in ("visual", "audio", "text"):
+        yield "video_content", f"has_{name}", float(offline[name] is not None)
+    uploaded_s = offline["uploaded_at_s"]
+    age = None
+    if uploaded_s is not None:
+        age = float(hours_since_upload(np.array([request_time_s]), np.array([uploaded_s]))[0])
+    yield "request_context", "hours_since_upload", age
+
+
+def _compare(
+    report: ParityReport,
+    view: str,
+    feature: str,
+    entity: str,
+    vector: ServedVector,
+    served: Any,
+    offline: Any,
+    tolerance: float,
+) -> None:
+    report.values += 1
+    if not same_value(served, offline, tolerance):
+        report.mismatches.append(Mismatch(view, feature, entity, vector.request_id, served, offline))
+
+
+def same_value(served: Any, offline: Any, tolerance: float = TOLERANCE) -> bool:
+    """Whether two values are of one kind and equal within ``tolerance``; NaN and None are both "missing"."""
+    if _missing(served) or _missing(offline):
+        return _missing(served) and _missing(offline)
+    if isinstance(offline, list):
+        return (
+            isinstance(served, list)
+            and len(served) == len(offline)
+            and all(same_value(a, b, tolerance) for a, b in zip(served, offline, strict=True))
+        )
+    if _number(served) and _number(offline):
+        return bool(abs(served - offline) <= tolerance * max(1.0, abs(offline)))
+    return type(served) is type(offline) and bool(served == offline)
+
+
+def _missing(value: Any) -> bool:
+    return value is None or (isinstance(value, float) and math.isnan(value))
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)

@@ -1,0 +1,136 @@
+"""A log of sampled feature vectors exactly as they were served, for the parity replay.
+
+One JSON line per request, appended whole and synced; the choice of requests is a hash of the request id, so every
+replica and every retry makes the same choice. The log is bounded: when it is full the older half goes. It judges
+nothing; ``pipelines.features.parity`` compares.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import math
+import os
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from reelway.platform.errors import ConfigError, MalformedFileError, StorageError
+from reelway.platform.features.hashing import mix64
+
+
+@dataclass(frozen=True)
+class ServedVector:
+    """What one request was answered with.
+
+    ``viewer`` has the fields of the viewer views; each of ``videos`` has ``video_id`` and whatever was used of
+    ``VIDEO_DENSE``, ``VIDEO_CATEGORIES``, ``creator_id`` and ``uploaded_at_s``. The two as-of times say when the rows
+    were true, where the server knows (the release's snapshot time, the online store's); None leaves it to the replay.
+    """
+
+    request_id: int
+    viewer_id: int
+    request_time_s: float
+    device: str
+    release: str
+    viewer: Mapping[str, Any]
+    videos: Sequence[Mapping[str, Any]]
+    viewer_as_of_s: float | None = None
+    videos_as_of_s: float | None = None
+
+
+def _plain(value: Any) -> Any:
+    """As JSON can hold it: numpy unwrapped, NaN as null."""
+    if isinstance(value, np.ndarray):
+        return [_plain(item) for item in value.tolist()]
+    if isinstance(value, np.generic):
+        value = value.item()
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, Mapping):
+        return {str(name): _plain(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return value
+
+
+class VectorLog:
+    """Appends served vectors to a file that threads and processes of one machine may share."""
+
+    def __init__(self, path: Path, *, ratio: float = 0.01, max_bytes: int = 256 << 20) -> None:
+        """Open nothing yet.
+
+        Args:
+            ratio: share of requests logged, 0..1; 0 switches the log off.
+            max_bytes: size of the current and the previous file together.
+
+        Raises:
+            ConfigError: ratio outside 0..1.
+        """
+        if not 0.0 <= ratio <= 1.0:
+            raise ConfigError(f"vector log ratio {ratio:g}, expected 0..1")
+        self.path = path
+        self._limit = int(ratio * 2**64)
+        self._half_bytes = max_bytes // 2
+        self._lock = threading.Lock()
+
+    def wants(self, request_id: int) -> bool:
+        """Whether the request is in the sample; ask before gathering the rows."""
+        return int(mix64(np.array([request_id], dtype=np.uint64))[0]) < self._limit
+
+    def append(self, vector: ServedVector) -> bool:
+        """Write the vector if its request is in the sample. Returns whether it was; then it is on the disk.
+
+        Raises:
+            StorageError: the disk is full or not writable.
+        """
+        if not self.wants(vector.request_id):
+            return False
+        line = json.dumps(_plain(asdict(vector)), separators=(",", ":"), allow_nan=False).encode() + b"\n"
+        try:
+            with self._lock:
+                self._append(line)
+        except OSError as error:
+            raise StorageError(f"cannot write the vector log {self.path}: {error.strerror or error}") from error
+        return True
+
+    def _append(self, line: bytes) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        guard = os.open(self.path.with_name(self.path.name + ".lock"), os.O_CREAT | os.O_RDWR, 0o644)
+        try:
+            fcntl.flock(guard, fcntl.LOCK_EX)
+            if self.path.exists() and self.path.stat().st_size + len(line) > self._half_bytes:
+                self.path.replace(_previous(self.path))
+            with self.path.open("ab") as handle:
+                handle.write(line)
+                handle.flush()
+                os.fsync(handle.fileno())
+        finally:
+            os.close(guard)
+
+
+def _previous(path: Path) -> Path:
+    return path.with_name(path.name + ".1")
+
+
+def read_vectors(path: Path) -> Iterator[ServedVector]:
+    """All vectors of the log, oldest first. A last line cut off by a crash was never acknowledged and is left out.
+
+    Raises:
+        MalformedFileError: another line is not a served vector.
+    """
+    for file in (_previous(path), path):
+        if not file.exists():
+            continue
+        with file.open("rb") as handle:
+            for number, line in enumerate(handle, start=1):
+                if not line.endswith(b"\n"):
+                    break
+                try:
+                    yield ServedVector(**json.loads(line))
+                except (ValueError, TypeError) as error:
+                    raise MalformedFileError(file, "a served vector as JSON", seen=line[:80], row=number) from error
