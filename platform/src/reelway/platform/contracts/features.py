@@ -26,6 +26,7 @@ VIDEO_WINDOWS: Final = (
     Window("6h", 6 * 3_600),
     Window("24h", 86_400),
     Window("7d", 7 * 86_400),
+    Window("30d", 30 * 86_400),
 )
 CREATOR_WINDOW: Final = Window("7d", 7 * 86_400)
 
@@ -79,6 +80,7 @@ VIEWER_DENSE: Final = (
     *VIEWER_ACTIVITY,
     *(f"topic_affinity_{i}" for i in range(TOPICS)),
     "hour_sin", "hour_cos", "weekday_sin", "weekday_cos", "account_age_d",
+    "hours_since_last_activity",
 )  # fmt: skip
 VIEWER_CATEGORIES: Final = ("region", "language", "segment", "device")
 VIDEO_STATIC_DENSE: Final = ("duration_s", "has_visual", "has_audio", "has_text")

@@ -171,6 +171,9 @@ def assemble_viewers(
     affinity_BT[~has_affinity] = np.nan
     context = on_demand.cyclic_time(request_time_s)
     context["account_age_d"] = on_demand.account_age_d(request_time_s, _floats(columns, "created_at_s", rows))
+    times_BL = _latest(columns.get("history_times_s"), rows, history_length, np.nan)
+    age_BL = np.maximum(request_time_s[:, None] - times_BL, 0.0) / 3600.0
+    context["hours_since_last_activity"] = age_BL[:, -1]  # NaN without a history
     dense = np.column_stack(
         [
             *(_floats(columns, name, rows) for name in names.VIEWER_ACTIVITY),
@@ -183,8 +186,7 @@ def assemble_viewers(
     )
     videos_BL = _latest(columns.get("history_videos"), rows, history_length, MISSING_ID).astype(np.int64)
     weights_BL = _latest(columns.get("history_weights"), rows, history_length, 0.0).astype(np.float32)
-    times_BL = _latest(columns.get("history_times_s"), rows, history_length, np.nan)
-    age_BL = np.nan_to_num(np.maximum(request_time_s[:, None] - times_BL, 0.0) / 3600.0, nan=0.0)
+    age_BL = np.nan_to_num(age_BL, nan=0.0)
     return ViewerArrays(dense, categories, id_codes(videos_BL), weights_BL, age_BL.astype(np.float32))
 
 
