@@ -52,6 +52,19 @@ def read_delimited(path: Path, layout: Layout) -> pa.Table:
     return table
 
 
+def first_bad(column: pa.Array | pa.ChunkedArray, kind: pa.DataType) -> int:
+    """Row of the first value that does not cast to ``kind``, found by bisection; one must be there."""
+    low, high = 0, len(column)
+    while high - low > 1:
+        middle = (low + high) // 2
+        try:
+            column.slice(low, middle - low).cast(kind)
+            low = middle
+        except pa.ArrowInvalid:
+            high = middle
+    return low
+
+
 def _content(path: Path, layout: Layout) -> pa.Buffer:
     try:
         raw = path.read_bytes()
@@ -140,22 +153,9 @@ def _convert_slowly(
         try:
             columns[name] = text[name].cast(kind)
         except pa.ArrowInvalid:
-            row = _first_bad(text[name], kind)
+            row = first_bad(text[name], kind)
             _refuse(path, layout, name, row, text[name][row].as_py())
     return pa.table(columns)
-
-
-def _first_bad(column: pa.ChunkedArray, kind: pa.DataType) -> int:
-    """Bisect for the first value that does not cast."""
-    low, high = 0, len(column)
-    while high - low > 1:
-        middle = (low + high) // 2
-        try:
-            column.slice(low, middle - low).cast(kind)
-            low = middle
-        except pa.ArrowInvalid:
-            high = middle
-    return low
 
 
 def _refuse(path: Path, layout: Layout, name: str, row: int, seen: object) -> None:

@@ -113,7 +113,7 @@ def _arrivals(rng: Generator, size: int, at_start: float, config: SimulationConf
 
 
 def draw_topic_shares(rng: Generator) -> F64:
-    weights = 1.0 / (np.arange(TOPICS) + 6.0)
+    weights = 1.0 / (np.arange(TOPICS) + 10.0)
     shares: F64 = rng.permutation(weights / weights.sum())
     return shares
 
@@ -192,7 +192,7 @@ def draw_videos(rng: Generator, config: SimulationConfig, creators: Creators, sh
     return Videos(
         uploaded_s=np.sort(_arrivals(rng, size, config.videos_at_start_ratio, config, 30.0)),
         creator=creator,
-        duration_ms=(1000 * rng.lognormal(np.log(15.0), 0.5, size).clip(5, 60)).astype(np.int32),
+        duration_ms=(1000 * rng.lognormal(np.log(15.0), 0.35, size).clip(5, 60)).astype(np.int32),
         topic=topic,
         topics=topics,
         style=style,

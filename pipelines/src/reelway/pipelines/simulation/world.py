@@ -38,7 +38,7 @@ F64 = NDArray[np.float64]
 I64 = NDArray[np.int64]
 
 PAD: Final = -1
-_BIAS, _TOPIC, _STYLE, _QUALITY = -2.7, 4.6, 1.8, 0.8
+_BIAS, _TOPIC, _STYLE, _QUALITY = -2.2, 5.0, 2.0, 0.6
 _FOREIGN, _LENGTH, _AGE = -2.2, -0.3, -0.25
 _BOREDOM: Final = -0.25
 """Per earlier video of the same main topic in the slate."""
@@ -217,7 +217,7 @@ def _trends(rng: np.random.Generator, config: SimulationConfig) -> F32:
     hours = int((config.days + _TREND_MARGIN_D) * DAY_S / _TREND_STEP_S)
     bumps = 2 * (config.days + _TREND_MARGIN_D)
     at_h, width_h = rng.uniform(0, hours, bumps), rng.uniform(10, 36, bumps)
-    height, topic = rng.uniform(0.6, 1.8, bumps), rng.integers(0, TOPICS, bumps)
+    height, topic = rng.uniform(0.4, 1.2, bumps), rng.integers(0, TOPICS, bumps)
     shape_HN = height * np.exp(-(((np.arange(hours)[:, None] - at_h) / width_h) ** 2))
     trend_HT = np.zeros((hours, TOPICS))
     np.add.at(trend_HT.T, topic, shape_HN.T)

@@ -1,0 +1,286 @@
+"""Anybody's events, one row per impression, from Parquet or CSV into the event schema.
+
+Columns are documented in ``reelway import events --help``. It refuses a file without viewer, video and time, a time
+that is not one, and flags other than 0 and 1. Ids that are not integers within the contract are numbered in order
+of first sight; the ``id_map`` table kept with the data set says which is which.
+"""
+
+# Shapes: N impressions
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.csv as pacsv
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from reelway.pipelines.datasets.columns import first_by_key, times, words
+from reelway.platform.contracts.events import (
+    CREATORS,
+    IMPRESSIONS,
+    OUTCOMES,
+    TIME,
+    VIDEOS,
+    VIEWERS,
+    Arm,
+    OutcomeType,
+)
+from reelway.platform.contracts.ids import MAX_ID
+from reelway.platform.errors import EmptyDatasetError, MalformedFileError
+
+I64 = NDArray[np.int64]
+
+ID_MAP: Final = pa.schema(
+    [
+        pa.field("kind", pa.string(), nullable=False),  # viewer_id, video_id, creator_id, request_id, impression_id
+        pa.field("original", pa.string(), nullable=False),
+        pa.field("id", pa.int64(), nullable=False),
+    ]
+)
+_FLAGS: Final = tuple(kind.value for kind in OutcomeType if kind is not OutcomeType.WATCH)
+_DEFAULT_DURATION_MS: Final = 30_000
+_INT, _TEXT = pa.int64(), pa.string()
+
+
+class _Source:
+    """One file, its columns by name, and the row numbers of its messages."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            if path.suffix == ".parquet":
+                self.table, self._first_row = pq.read_table(path), 0
+            elif path.suffix == ".csv":
+                options = pacsv.ConvertOptions(strings_can_be_null=True, null_values=[""])
+                self.table, self._first_row = pacsv.read_csv(path, convert_options=options), 2
+            else:
+                raise MalformedFileError(path, "a file ending in .parquet or .csv", seen=path.suffix)
+        except FileNotFoundError:
+            raise MalformedFileError(path, "a file", seen="no such file") from None
+        except (pa.ArrowInvalid, OSError) as error:
+            raise MalformedFileError(path, f"a readable {path.suffix} file", seen=str(error)) from error
+
+    def get(self, name: str) -> pa.Array | None:
+        if name not in self.table.column_names:
+            return None
+        chunks = self.table[name].chunks
+        array = pa.concat_arrays(chunks) if chunks else pa.array([], self.table[name].type)
+        return array.dictionary_decode() if pa.types.is_dictionary(array.type) else array
+
+    def need(self, name: str) -> pa.Array:
+        array = self.get(name)
+        if array is None:
+            raise MalformedFileError(self.path, "this column", seen=self.table.column_names, column=name)
+        self.refuse(name, array.is_null(), array, "a value")
+        return array
+
+    def refuse(self, name: str, bad: pa.Array, array: pa.Array, expected: str) -> None:
+        row = pc.index(bad, True).as_py()
+        if row >= 0:
+            raise MalformedFileError(
+                self.path, expected, seen=array[row].as_py(), row=row + self._first_row, column=name
+            )
+
+    def numbers(self, name: str, kind: pa.DataType, default: float) -> NDArray[Any]:
+        """A numeric column; ``default`` where it is absent or null."""
+        array = self.get(name)
+        if array is None:
+            return np.full(self.table.num_rows, default, dtype=kind.to_pandas_dtype())
+        if pa.types.is_boolean(array.type):
+            array = array.cast(pa.int8())
+        if not (pa.types.is_integer(array.type) or pa.types.is_floating(array.type) or pa.types.is_null(array.type)):
+            self.refuse(name, array.is_valid(), array, "a number")
+        try:
+            cast = array.cast(kind)
+        except pa.ArrowInvalid as error:
+            raise MalformedFileError(self.path, f"values of type {kind}", seen=str(error), column=name) from error
+        filled: NDArray[Any] = pc.fill_null(cast, pa.scalar(default, kind)).to_numpy(zero_copy_only=False)
+        return filled
+
+    def time_us(self, name: str, array: pa.Array) -> I64:
+        """RFC 3339 text, time columns, or Unix seconds, as microseconds."""
+        kind = array.type
+        if pa.types.is_timestamp(kind):
+            array = array if kind.tz else array.cast(pa.timestamp(kind.unit, "UTC"))
+            result: I64 = array.cast(TIME, safe=False).cast(_INT).to_numpy(zero_copy_only=False)
+            return result
+        if pa.types.is_integer(kind) or pa.types.is_floating(kind):
+            seconds = array.cast(pa.float64()).to_numpy(zero_copy_only=False)
+            self.refuse(name, pa.array(~(np.abs(seconds) < 1e11)), array, "Unix time in seconds")
+            rounded: I64 = np.rint(seconds * 1e6).astype(np.int64)
+            return rounded
+        text = array.cast(_TEXT)
+        for row, value in enumerate(text.to_pylist()):
+            try:
+                pa.scalar(value, _TEXT).cast(TIME)
+            except pa.ArrowInvalid:
+                self.refuse(
+                    name, pc.equal(pa.array(np.arange(len(text))), row), text, "a time like 2025-01-31T12:00:00Z"
+                )
+        parsed: I64 = text.cast(TIME).cast(_INT).to_numpy(zero_copy_only=False)
+        return parsed
+
+
+class _Ids:
+    """Contract ids for whatever a source calls its things, the same for the same name across files."""
+
+    def __init__(self) -> None:
+        self._maps: list[pa.Table] = []
+        self._known: dict[str, pa.Array] = {}
+
+    def of(self, kind: str, values: pa.Array) -> I64:
+        """Ids of ``values``. Integers within the contract stay as they are, unless this kind was numbered before."""
+        if kind not in self._known and pa.types.is_integer(values.type):
+            plain: I64 = values.cast(_INT).to_numpy(zero_copy_only=False)
+            if not len(plain) or (plain.min() >= 0 and plain.max() <= MAX_ID):
+                return plain
+        text = values.cast(_TEXT)
+        known = self._known.get(kind, pa.array([], _TEXT))
+        new = pc.unique(text.filter(pc.invert(pc.is_in(text, known))))
+        known = pa.concat_arrays([known, new])
+        self._known[kind] = known
+        ids: I64 = pc.index_in(text, known).cast(_INT).to_numpy(zero_copy_only=False)
+        return ids
+
+    def table(self) -> pa.Table:
+        """Everything that was numbered, in the schema ``ID_MAP``."""
+        parts = [
+            pa.table({"kind": pa.array([kind] * len(known), _TEXT), "original": known,
+                      "id": pa.array(np.arange(len(known)))}, schema=ID_MAP)
+            for kind, known in sorted(self._known.items())
+        ]  # fmt: skip
+        return pa.concat_tables(parts) if parts else ID_MAP.empty_table()
+
+
+def import_events(
+    path: Path, videos_path: Path | None = None
+) -> tuple[dict[str, pa.Table], dict[str, Any], dict[str, pa.Table]]:
+    """The five tables, what to remember, and the extra table ``id_map``.
+
+    Raises:
+        MalformedFileError: a file is not what the documentation of ``reelway import events`` says.
+        EmptyDatasetError: there are no rows.
+    """
+    source, ids = _Source(path), _Ids()
+    rows = source.table.num_rows
+    if not rows:
+        raise EmptyDatasetError(f"{path}: 0 rows, expected at least one impression")
+    viewer = ids.of("viewer_id", source.need("viewer_id"))
+    video = ids.of("video_id", source.need("video_id"))
+    at_us = source.time_us("event_time", source.need("event_time"))
+    impression = _ids_or_rank(source, ids, "impression_id", at_us)
+    request = ids.of("request_id", source.need("request_id")) if source.get("request_id") is not None else impression
+    videos = _videos(_Source(videos_path) if videos_path else None, ids, video, at_us)
+    viewers, viewer_first_us = first_by_key(viewer, at_us)
+    nothing = pa.nulls(len(viewers), _TEXT)
+    creators, creator_first_us = first_by_key(
+        videos["creator_id"].to_numpy(), videos["uploaded_at"].cast(_INT).to_numpy()
+    )
+    tables = {
+        "viewers": pa.table([viewers, times(viewer_first_us), nothing, nothing, nothing], schema=VIEWERS),
+        "creators": pa.table([creators, times(creator_first_us), np.zeros(len(creators), np.int64)], schema=CREATORS),
+        "videos": videos,
+        "impressions": _impressions(source, impression, request, viewer, video, at_us),
+        "outcomes": _outcomes(source, impression, viewer, video, at_us),
+    }
+    info = {"name": path.stem, "source": str(path), "seed": None}
+    return tables, info, {"id_map": ids.table()}
+
+
+def _ids_or_rank(source: _Source, ids: _Ids, name: str, at_us: I64) -> I64:
+    if source.get(name) is not None:
+        return ids.of(name, source.need(name))
+    rank = np.empty(len(at_us), dtype=np.int64)
+    rank[np.argsort(at_us, kind="stable")] = np.arange(len(at_us))
+    return rank
+
+
+def _videos(source: _Source | None, ids: _Ids, video: I64, at_us: I64) -> pa.Table:
+    """From the videos file where there is one, else the bare ids; unknown upload times are the first impression."""
+    shown, first_us = first_by_key(video, at_us)
+    own = ids.of("video_id", source.need("video_id")) if source else shown
+    slot = np.minimum(np.searchsorted(shown, own), len(shown) - 1)
+    uploaded_us = np.where(shown[slot] == own, first_us[slot], at_us.min())
+    columns: dict[str, Any] = {
+        "video_id": own,
+        "creator_id": np.zeros(len(own), dtype=np.int64),
+        "uploaded_at": times(uploaded_us),
+        "duration_ms": np.full(len(own), _DEFAULT_DURATION_MS, dtype=np.int32),
+        "topic": np.full(len(own), -1, dtype=np.int32),
+    }
+    if source:
+        if (creator := source.get("creator_id")) is not None:
+            columns["creator_id"] = ids.of("creator_id", pc.fill_null(creator.cast(_TEXT), "unknown")
+                                           if creator.null_count else creator)  # fmt: skip
+        if (uploaded := source.get("uploaded_at")) is not None:
+            there = uploaded.is_valid().to_numpy(zero_copy_only=False)
+            uploaded_us[there] = source.time_us("uploaded_at", uploaded.filter(pa.array(there)))
+            columns["uploaded_at"] = times(uploaded_us)
+        columns["duration_ms"] = source.numbers("duration_ms", pa.int32(), _DEFAULT_DURATION_MS)
+        columns["topic"] = source.numbers("topic", pa.int32(), -1)
+        for name in ("language", "title", "visual", "audio", "text"):
+            if (given := source.get(name)) is not None:
+                try:
+                    columns[name] = given.cast(VIDEOS.field(name).type)
+                except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+                    raise MalformedFileError(
+                        source.path, f"values of type {VIDEOS.field(name).type}", seen=str(error), column=name
+                    ) from error
+    return pa.table([columns.get(f.name, pa.nulls(len(own), f.type)) for f in VIDEOS], schema=VIDEOS)
+
+
+def _impressions(source: _Source, impression: I64, request: I64, viewer: I64, video: I64, at_us: I64) -> pa.Table:
+    columns: Mapping[str, Any] = {
+        "impression_id": impression,
+        "request_id": request,
+        "viewer_id": viewer,
+        "video_id": video,
+        "position": source.numbers("position", pa.int16(), 0),
+        "event_time": times(at_us),
+        "release": _words(source, "release", "import"),
+        "arm": _words(source, "arm", Arm.STABLE.value),
+        "source": _words(source, "source", "import"),
+        "propensity": source.numbers("propensity", pa.float32(), 1.0),
+        "device": _words(source, "device", "unknown"),
+    }
+    return pa.table(columns, schema=IMPRESSIONS)
+
+
+def _words(source: _Source, name: str, default: str) -> pa.Array:
+    array = source.get(name)
+    if array is None:
+        array = pa.nulls(source.table.num_rows, _TEXT)
+    encoded = pc.fill_null(array.cast(_TEXT), default).dictionary_encode()
+    return words(encoded.indices.to_numpy(), encoded.dictionary.to_pylist())
+
+
+def _outcomes(source: _Source, impression: I64, viewer: I64, video: I64, at_us: I64) -> pa.Table:
+    """A watch where ``watch_ms`` is given, when it ends, and the flags a millisecond after it."""
+    watch_ms = source.numbers("watch_ms", pa.float64(), np.nan)
+    hits = [np.flatnonzero(~np.isnan(watch_ms))]
+    for name in _FLAGS:
+        flag = source.numbers(name, pa.float64(), 0.0)
+        source.refuse(name, pa.array(~np.isin(flag, (0.0, 1.0))), pa.array(flag), "0 or 1")
+        hits.append(np.flatnonzero(flag))
+    kind = np.repeat(np.arange(len(hits), dtype=np.int32), [len(hit) for hit in hits])
+    row = np.concatenate(hits)
+    end_us = at_us + 1000 + (np.nan_to_num(np.maximum(watch_ms, 0.0)) * 1000).astype(np.int64)
+    out_us = end_us[row] + 1000 * (kind > 0)
+    order = np.lexsort((kind, row, out_us))
+    row, kind, out_us = row[order], kind[order], out_us[order]
+    columns = {
+        "outcome_id": np.arange(len(row), dtype=np.int64),
+        "impression_id": impression[row],
+        "viewer_id": viewer[row],
+        "video_id": video[row],
+        "type": words(kind, [OutcomeType.WATCH.value, *_FLAGS]),
+        "value": np.where(kind == 0, watch_ms[row], 1.0).astype(np.float32),
+        "event_time": times(out_us),
+    }
+    return pa.table(columns, schema=OUTCOMES)

@@ -1,0 +1,230 @@
+"""KuaiRand (Gao et al. 2022; 1K, 27K and Pure) from its published CSV files into the event schema.
+
+One log row is one impression and its outcomes. KuaiRand records no slates, positions or propensities: each row is a
+request of its own at position 0 with propensity 1, and the source says whether it came from random exposure
+(``random``) or from the service (``standard``). It refuses files whose published columns are not there.
+"""
+
+# Shapes: N log rows
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from reelway.pipelines.datasets.columns import first_by_key, same_word, times, words
+from reelway.pipelines.datasets.delimited import Layout, read_delimited
+from reelway.platform.contracts.events import (
+    CREATORS,
+    IMPRESSIONS,
+    OUTCOMES,
+    TOPICS,
+    VIDEOS,
+    VIEWERS,
+    Arm,
+    OutcomeType,
+)
+from reelway.platform.errors import MalformedFileError
+
+I64 = NDArray[np.int64]
+
+_INT, _FLOAT, _TEXT = pa.int64(), pa.float64(), pa.string()
+LOG: Final = {
+    "user_id": _INT, "video_id": _INT, "time_ms": _INT, "is_like": _INT, "is_follow": _INT, "is_comment": _INT,
+    "is_forward": _INT, "is_hate": _INT, "play_time_ms": _FLOAT, "duration_ms": _FLOAT, "is_rand": _INT, "tab": _INT,
+}  # fmt: skip
+USERS: Final = {"user_id": _INT, "user_active_degree": _TEXT, "register_days": _INT}
+BASIC: Final = {
+    "video_id": _INT, "author_id": _INT, "upload_dt": _TEXT, "video_duration": _FLOAT, "tag": _TEXT,
+}  # fmt: skip
+_FLAGS: Final = {
+    "is_like": OutcomeType.LIKE,
+    "is_forward": OutcomeType.SHARE,
+    "is_follow": OutcomeType.FOLLOW,
+    "is_comment": OutcomeType.COMMENT,
+    "is_hate": OutcomeType.NOT_INTERESTED,
+}
+SKIP_BELOW_MS: Final = 3_000.0
+"""KuaiRand has no skip signal: a play shorter than this and than a quarter of the video counts as one."""
+_DEFAULT_DURATION_MS: Final = 15_000.0
+_DAY_US: Final = 86_400_000_000
+_SOURCES: Final = ("standard", "random")
+_CHINA_US: Final = 8 * 3600 * 1_000_000  # upload dates are in UTC+8
+
+
+def import_kuairand(folder: Path) -> tuple[dict[str, pa.Table], dict[str, Any]]:
+    """The five tables of the event schema, and what to remember about the source.
+
+    Raises:
+        MalformedFileError: a file is missing or not what its layout says.
+    """
+    logs, users_path, basic_path = _paths(folder)
+    log = pa.concat_tables([_read_log(path) for path in logs])
+    order = pc.sort_indices(
+        log, sort_keys=[("time_ms", "ascending"), ("user_id", "ascending"), ("video_id", "ascending")]
+    )
+    log = log.take(order)
+    users = read_delimited(users_path, Layout(USERS, optional=frozenset({"user_active_degree", "register_days"})))
+    basic = read_delimited(
+        basic_path, Layout(BASIC, optional=frozenset({"upload_dt", "video_duration", "tag", "author_id"}))
+    )
+    videos = _videos(basic_path, basic, log)
+    tables = {
+        "viewers": _viewers(users, log),
+        "creators": _creators(videos),
+        "videos": videos,
+        "impressions": _impressions(log),
+        "outcomes": _outcomes(log),
+    }
+    info = {"name": "kuairand", "source": f"KuaiRand, {', '.join(p.name for p in logs)}", "seed": None,
+            "videos_without_events": basic.num_rows - videos.num_rows}  # fmt: skip
+    return tables, info
+
+
+def files_of(folder: Path) -> list[Path]:
+    """The files that ``import_kuairand`` reads, in a fixed order."""
+    logs, users, basic = _paths(folder)
+    return [*logs, users, basic]
+
+
+def _paths(folder: Path) -> tuple[list[Path], Path, Path]:
+    if not folder.is_dir():
+        raise MalformedFileError(folder, "a folder with KuaiRand's CSV files", seen="no such folder")
+    logs = sorted(folder.glob("log_*.csv"))
+    users, basic = sorted(folder.glob("user_features*.csv")), sorted(folder.glob("video_features_basic*.csv"))
+    for name, found in (("log_*.csv", logs), ("user_features*.csv", users), ("video_features_basic*.csv", basic)):
+        if not found:
+            raise MalformedFileError(folder, f"a file {name}", seen=sorted(p.name for p in folder.iterdir())[:20])
+    return logs, users[0], basic[0]
+
+
+def _read_log(path: Path) -> pa.Table:
+    table = read_delimited(path, Layout(LOG))
+    for name in (*_FLAGS, "is_rand"):
+        bad = np.flatnonzero(~np.isin(table[name].to_numpy(), (0, 1)))
+        if len(bad):
+            row = int(bad[0])
+            raise MalformedFileError(path, "0 or 1", seen=table[name][row].as_py(), row=row + 2, column=name)
+    return table
+
+
+def _viewers(users: pa.Table, log: pa.Table) -> pa.Table:
+    """Account age is known for most (``register_days``, counted back from the end of the log)."""
+    ids, first_us = first_by_key(log["user_id"].to_numpy(), log["time_ms"].to_numpy() * 1000)
+    users = users.filter(pc.is_in(users["user_id"], pa.array(ids)))
+    viewer = users["user_id"].to_numpy()
+    first_us = first_us[np.searchsorted(ids, viewer)]
+    end_us = int(log["time_ms"][-1].as_py()) * 1000 if log.num_rows else 0
+    days = _column(users, "register_days", _INT).cast(_FLOAT).to_numpy(zero_copy_only=False)
+    since_us = end_us - np.nan_to_num(days, nan=0.0).astype(np.int64) * _DAY_US
+    columns = {
+        "viewer_id": viewer,
+        "created_at": times(np.minimum(first_us, since_us)),
+        "region": pa.nulls(len(viewer), _TEXT),
+        "language": pa.nulls(len(viewer), _TEXT),
+        "segment": _column(users, "user_active_degree", _TEXT),
+    }
+    return pa.table(columns, schema=VIEWERS)
+
+
+def _videos(path: Path, basic: pa.Table, log: pa.Table) -> pa.Table:
+    """Videos of the log. Uploaded at the start of their date, never later than their first impression."""
+    ids, first_us = first_by_key(log["video_id"].to_numpy(), log["time_ms"].to_numpy() * 1000)
+    line = np.flatnonzero(pc.is_in(basic["video_id"], pa.array(ids)).to_numpy(zero_copy_only=False))
+    basic = basic.take(pa.array(line))
+    video = basic["video_id"].to_numpy()
+    first_us = first_us[np.searchsorted(ids, video)]
+    uploaded_us = np.minimum(_dates_us(path, _column(basic, "upload_dt", _TEXT), line, first_us), first_us)
+    duration = _column(basic, "video_duration", _FLOAT).to_numpy(zero_copy_only=False)
+    logged = log.group_by("video_id").aggregate([("duration_ms", "max")]).sort_by("video_id")
+    logged_ms = logged["duration_ms_max"].to_numpy()[np.searchsorted(logged["video_id"].to_numpy(), video)]
+    duration = np.where(duration > 0, duration, np.where(logged_ms > 0, logged_ms, _DEFAULT_DURATION_MS))
+    tag = pc.struct_field(pc.extract_regex(_column(basic, "tag", _TEXT), r"^\s*(?P<first>\d+)"), "first")
+    first_tag = pc.fill_null(tag.cast(_INT), -1).to_numpy(zero_copy_only=False)
+    rows = len(video)
+    columns = {
+        "video_id": video,
+        "creator_id": pc.fill_null(_column(basic, "author_id", _INT), -1).to_numpy(zero_copy_only=False) + 1,
+        "uploaded_at": times(uploaded_us),
+        "duration_ms": duration.clip(1, np.iinfo(np.int32).max).astype(np.int32),
+        "topic": np.where(first_tag >= 0, first_tag % TOPICS, -1).astype(np.int32),
+        "language": pa.nulls(rows, _TEXT),
+        "title": pa.nulls(rows, _TEXT),
+        **{name: pa.nulls(rows, pa.list_(pa.float32())) for name in ("visual", "audio", "text")},
+    }
+    return pa.table(columns, schema=VIDEOS)
+
+
+def _dates_us(path: Path, text: pa.Array, line: I64, missing_us: I64) -> I64:
+    parsed = pc.strptime(text, format="%Y-%m-%d", unit="us", error_is_null=True)
+    wrong = np.flatnonzero((parsed.is_null().to_numpy(zero_copy_only=False)) & text.is_valid().to_numpy(False))
+    if len(wrong):
+        row = int(wrong[0])
+        raise MalformedFileError(
+            path, "a date like 2020-07-08", seen=text[row].as_py(), row=int(line[row]) + 2, column="upload_dt"
+        )
+    day_us = pc.fill_null(parsed.cast(_INT), 0).to_numpy(zero_copy_only=False) - _CHINA_US
+    found: I64 = np.where(parsed.is_valid().to_numpy(zero_copy_only=False), day_us, missing_us)
+    return found
+
+
+def _creators(videos: pa.Table) -> pa.Table:
+    """Authors, numbered from 1; 0 is an unknown author. How many follow them is not published."""
+    ids, first_us = first_by_key(videos["creator_id"].to_numpy(), videos["uploaded_at"].cast(_INT).to_numpy())
+    columns = {"creator_id": ids, "created_at": times(first_us), "followers": np.zeros(len(ids), dtype=np.int64)}
+    return pa.table(columns, schema=CREATORS)
+
+
+def _impressions(log: pa.Table) -> pa.Table:
+    rows = log.num_rows
+    ids = np.arange(rows, dtype=np.int64)
+    columns = {
+        "impression_id": ids,
+        "request_id": ids,
+        "viewer_id": log["user_id"],
+        "video_id": log["video_id"],
+        "position": np.zeros(rows, dtype=np.int16),
+        "event_time": times(log["time_ms"].to_numpy() * 1000),
+        "release": same_word("import", rows),
+        "arm": same_word(Arm.STABLE.value, rows),
+        "source": words(log["is_rand"].to_numpy(), _SOURCES),
+        "propensity": np.ones(rows, dtype=np.float32),
+        "device": same_word("unknown", rows),
+    }
+    return pa.table(columns, schema=IMPRESSIONS)
+
+
+def _outcomes(log: pa.Table) -> pa.Table:
+    """A watch for each row, when it ends; the other signals and the derived skip a millisecond after it."""
+    play_ms, duration_ms = log["play_time_ms"].to_numpy(), log["duration_ms"].to_numpy()
+    kinds = [OutcomeType.WATCH, *_FLAGS.values(), OutcomeType.SKIP]
+    hits = [np.arange(log.num_rows), *(np.flatnonzero(log[name].to_numpy()) for name in _FLAGS)]
+    hits.append(np.flatnonzero((play_ms < SKIP_BELOW_MS) & (play_ms < 0.25 * duration_ms)))
+    kind = np.repeat(np.arange(len(hits), dtype=np.int32), [len(hit) for hit in hits])
+    row = np.concatenate(hits)
+    end_us = log["time_ms"].to_numpy() * 1000 + 1000 + (np.maximum(play_ms, 0) * 1000).astype(np.int64)
+    at_us = end_us[row] + 1000 * (kind > 0)
+    order = np.lexsort((kind, row, at_us))
+    row, kind, at_us = row[order], kind[order], at_us[order]
+    columns = {
+        "outcome_id": np.arange(len(row), dtype=np.int64),
+        "impression_id": row,
+        "viewer_id": log["user_id"].to_numpy()[row],
+        "video_id": log["video_id"].to_numpy()[row],
+        "type": words(kind, [k.value for k in kinds]),
+        "value": np.where(kind == 0, play_ms[row], 1.0).astype(np.float32),
+        "event_time": times(at_us),
+    }
+    return pa.table(columns, schema=OUTCOMES)
+
+
+def _column(table: pa.Table, name: str, kind: pa.DataType) -> pa.Array:
+    if name not in table.column_names:
+        return pa.nulls(table.num_rows, kind)
+    chunks = table[name].chunks
+    return pa.concat_arrays(chunks) if chunks else pa.array([], kind)

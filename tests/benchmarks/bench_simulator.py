@@ -1,0 +1,52 @@
+"""Simulated impressions per second on one core: log, outcomes and both event tables included, the world made before.
+
+``python -m tests.benchmarks.bench_simulator``
+"""
+
+from __future__ import annotations
+
+import os
+
+os.environ |= {name: "1" for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")}
+
+import statistics
+import time
+
+import pyarrow as pa
+
+from reelway.pipelines.simulation.config import SimulationConfig
+from reelway.pipelines.simulation.log import log_traffic
+from reelway.pipelines.simulation.world import World
+from tests.benchmarks.report import Row, write_report
+
+BAR = 200_000.0
+RUNS = 5
+
+
+def measure(config: SimulationConfig, runs: int = RUNS) -> list[float]:
+    """Impressions per second of each run, after one run that is not counted."""
+    pa.set_cpu_count(1)
+    pa.set_io_thread_count(1)
+    world = World(config, seed=0)
+    rates = []
+    for _ in range(runs + 1):
+        start = time.perf_counter()
+        dataset = log_traffic(world)
+        rates.append(dataset.impressions.num_rows / (time.perf_counter() - start))
+    return rates[1:]
+
+
+def main() -> None:
+    rates = measure(SimulationConfig())
+    middle = statistics.median(rates)
+    write_report(
+        "simulator",
+        [
+            Row("simulator", middle, "impressions/s/core", f">= {BAR:,.0f} (median of {RUNS})", middle >= BAR),
+            Row("simulator, slowest run", min(rates), "impressions/s/core"),
+        ],
+    )
+
+
+if __name__ == "__main__":
+    main()
