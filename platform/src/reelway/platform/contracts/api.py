@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from datetime import datetime
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AwareDatetime, BaseModel, ConfigDict, Field
 
 from reelway.platform.contracts.events import Arm
 from reelway.platform.contracts.ids import MAX_ID
@@ -24,7 +23,7 @@ class RequestContext(BaseModel):
     device: Annotated[str, Field(max_length=64)] = "unknown"
     region: Annotated[str | None, Field(max_length=64)] = None
     language: Annotated[str | None, Field(max_length=64)] = None
-    time: datetime | None = Field(default=None, description="RFC 3339 with a zone; the server's clock when absent")
+    time: AwareDatetime | None = Field(default=None, description="RFC 3339 with a zone; the server's clock when absent")
 
 
 class RecommendRequest(BaseModel):

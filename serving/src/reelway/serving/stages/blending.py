@@ -23,44 +23,38 @@ def whole_quotas(shares: Sequence[float], candidates: int) -> Places:
     return places
 
 
-def first_proposals(rows: Rows) -> NDArray[np.bool_]:
-    """Which of the concatenated proposals are the first to name their video. Shapes: ``[P] -> [P]``."""
-    first = np.zeros(len(rows), dtype=np.bool_)
-    first[np.unique(rows, return_index=True)[1]] = True
-    return first
-
-
-def places_taken(available: Places, quotas: Places) -> Places:
-    """How many places each source fills. What one cannot fill the next ones do, and after the last the first.
-
-    Shapes: ``[Q], [Q] -> [Q]``; the sum is ``min(sum(quotas), sum(available))``.
-    """
-    taken = np.zeros_like(quotas)
-    spare = 0
-    for q, quota in enumerate(quotas):
-        taken[q] = min(available[q], quota + spare)
-        spare += quota - taken[q]
-    for q in range(len(quotas)):
-        more = min(available[q] - taken[q], spare)
-        taken[q] += more
-        spare -= more
-    return taken
-
-
-def blend(source: NDArray[np.int64], quotas: Places) -> NDArray[np.int64]:
+def blend(rows: Rows, source: Places, quotas: Places) -> Places:
     """Places of the chosen proposals, best first.
 
-    The order mixes the sources in proportion to what each got, so that any beginning of the list is a fair sample
-    of all: what is shown when ranking is not there to order it.
+    Sources take in turn, each its quota and what the ones before it could not fill; what is still empty after the last
+    one is offered to all again. A video goes to the first source that takes it: one that is proposed far down by one
+    source and high up by another is not lost to the first one's quota.
+
+    The order mixes the sources in proportion to what each got, so that any beginning of the list is a fair sample of
+    all: what is shown when ranking is not there to order it.
 
     Args:
-        source: index of each proposal's source, ascending, best first within a source; no video twice. ``[P]``
+        rows: what each proposal proposes, best first within a source. ``[P]``
+        source: index of each proposal's source, ascending. ``[P]``
         quotas: places per source. ``[Q]``
     """
-    available = np.bincount(source, minlength=len(quotas))
-    taken = places_taken(available, quotas)
-    starts = np.concatenate([[0], np.cumsum(available)[:-1]])
-    rank = np.arange(len(source)) - starts[source]
-    chosen = np.flatnonzero(rank < taken[source])
-    place = (rank[chosen] + 0.5) / taken[source[chosen]]
-    return chosen[np.argsort(place, kind="stable")]
+    video = np.unique(rows, return_inverse=True)[1]
+    videos = int(video.max()) + 1 if len(video) else 0
+    first_in_source = np.zeros(len(rows), dtype=np.bool_)
+    first_in_source[np.unique(source * videos + video, return_index=True)[1]] = True
+    bounds = np.searchsorted(source, np.arange(len(quotas) + 1))
+    gone = np.zeros(videos, dtype=np.bool_)
+    taken: list[list[Places]] = [[] for _ in quotas]
+    spare = 0
+    for round_quotas in (quotas, np.zeros_like(quotas)):
+        for q, quota in enumerate(round_quotas):
+            mine = np.arange(bounds[q], bounds[q + 1])
+            takes = mine[first_in_source[mine] & ~gone[video[mine]]][: quota + spare]
+            gone[video[takes]] = True
+            taken[q].append(takes)
+            spare += int(quota) - len(takes)
+        if not spare:
+            break
+    chosen = [np.concatenate(parts) for parts in taken]
+    place = np.concatenate([(np.arange(len(mine)) + 0.5) / max(len(mine), 1) for mine in chosen])
+    return np.concatenate(chosen)[np.argsort(place, kind="stable")].astype(np.int64)

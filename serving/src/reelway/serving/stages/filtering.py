@@ -5,7 +5,7 @@
 | seen           | it is in the viewer's history                                         |
 | not_interested | it is in the history with a negative weight: skipped, hidden, reported |
 | unservable     | a list names it and the release's video table does not have it        |
-| duplicate      | an earlier source proposed it (see ``blending``)                      |
+| duplicate      | another source has it among the candidates (see ``blending``)         |
 | over_quota     | its source's places, and those left over, were taken                  |
 """
 

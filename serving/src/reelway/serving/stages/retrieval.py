@@ -21,7 +21,7 @@ from reelway.platform.contracts.blend import RetrievalBlend, SourceName
 from reelway.platform.errors import ServingError
 from reelway.serving.sessions import Graph
 from reelway.serving.stages.arrays import SOURCE_CODES, Candidates, ViewerQuery
-from reelway.serving.stages.blending import blend, first_proposals, whole_quotas
+from reelway.serving.stages.blending import blend, whole_quotas
 from reelway.serving.stages.filtering import allowed
 from reelway.serving.stages.sources import Ask, Source
 
@@ -62,11 +62,10 @@ class Retrieval:
 
         may_show_P, left = allowed(rows_P, query)
         kept = np.flatnonzero(may_show_P)
-        first = first_proposals(rows_P[kept])
-        left["duplicate"] = len(kept) - int(np.count_nonzero(first))
-        kept = kept[first]
-        chosen = kept[blend(source_P[kept], self._quotas)]
-        left["over_quota"] = len(kept) - len(chosen)
+        chosen = kept[blend(rows_P[kept], source_P[kept], self._quotas)]
+        again = int(np.isin(rows_P[kept], rows_P[chosen]).sum())
+        left["duplicate"] = again - len(chosen)
+        left["over_quota"] = len(kept) - again
         return Candidates(
             rows=rows_P[chosen],
             source=self._codes[source_P[chosen]],

@@ -1,0 +1,372 @@
+"""The request path as Ray Serve deployments: the only file that knows Ray.
+
+Two kinds of application, so that a release comes and goes as a whole:
+
+- one per release, named by its id: ``Retrieval``, ``Ranking`` and ``Reranking``, each scaled on its own;
+- ``router``, which takes HTTP, holds ``{release: weight}`` and calls the stages of the viewer's release. A change of
+  weights is a ``reconfigure`` in place: no replica restarts, no request is lost.
+
+A hop carries one small tuple of arrays (2 to 10 kB). A hop that fails or is late raises, and the path steps down.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import time
+from collections.abc import Awaitable, Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Final, TypeVar
+
+SERVE_SETTINGS: Final = {}
+
+for _name, _value in SERVE_SETTINGS.items():
+    os.environ.setdefault(_name, _value)
+
+import numpy as np  # noqa: E402
+import ray  # noqa: E402
+from fastapi import FastAPI  # noqa: E402
+from prometheus_client import CollectorRegistry  # noqa: E402
+from ray import serve  # noqa: E402
+
+from reelway.platform.contracts.api import RecommendRequest, RecommendResponse, RequestContext  # noqa: E402
+from reelway.platform.contracts.events import Arm  # noqa: E402
+from reelway.platform.errors import FeatureError, ServingError  # noqa: E402
+from reelway.platform.features.store import ViewerRows, open_feature_store  # noqa: E402
+from reelway.platform.rollout.bucketing import arm_of, check_weights  # noqa: E402
+from reelway.platform.tokens import TokenSigner  # noqa: E402
+from reelway.serving import metrics  # noqa: E402
+from reelway.serving.graph import ReleaseEdge, RequestPath  # noqa: E402
+from reelway.serving.http_api import CurrentReleases, ServedRelease, build_http_api  # noqa: E402
+from reelway.serving.release_loader import ReleaseLoader  # noqa: E402
+from reelway.serving.stages.arrays import F32, Candidates, Codes, Rows, Slate, ViewerQuery  # noqa: E402
+from reelway.serving.video_table import VideoTable  # noqa: E402
+from reelway.serving.viewers import viewer_query  # noqa: E402
+
+T = TypeVar("T")
+log = logging.getLogger(__name__)
+
+ROUTER: Final = "router"
+_QUIET: Final = {"log_level": "WARNING", "enable_access_log": False}
+"""One log line per request and hop costs more than the hop's arithmetic; the metrics count them all."""
+
+
+@dataclass(frozen=True)
+class Replicas:
+    """How many of each deployment."""
+
+    router: int = 1
+    retrieval: int = 1
+    ranking: int = 1
+    reranking: int = 1
+
+
+@dataclass(frozen=True)
+class BudgetsMs:
+    """How long a part may take before the path goes on without it, the hop included."""
+
+    viewer_row: float = 250.0
+    retrieval: float = 500.0
+    ranking: float = 500.0
+    reranking: float = 250.0
+
+
+@dataclass(frozen=True)
+class ServiceOptions:
+    """One start of the service.
+
+    ``features_dir`` is the run's feature store, or ``None`` to serve everybody as unknown; ``metrics_dir`` belongs to
+    this start alone; ``token_secrets`` are ``TokenSigner``'s; ``port`` must be free.
+    """
+
+    releases_dir: Path  # holds <release id>/
+    metrics_dir: Path
+    token_secrets: tuple[bytes, ...] = field(repr=False)
+    features_dir: Path | None = None
+    host: str = "127.0.0.1"
+    port: int = 8000
+    replicas: Replicas = Replicas()
+    budgets: BudgetsMs = BudgetsMs()
+    salt: str = "reelway"
+
+
+@serve.deployment(name="Retrieval")
+class RetrievalDeployment:
+    """Viewer tower, index and lists of one release."""
+
+    def __init__(self, folder: Path) -> None:
+        loader = ReleaseLoader(folder)
+        self._stage = loader.retrieval()
+        self._metrics = metrics.RetrievalMetrics(CollectorRegistry(), loader.release_id())
+        self._stage.retrieve(_nobody(loader.table()))  # the first call pays for what is set up late
+
+    def retrieve(self, query: ViewerQuery) -> Candidates:
+        with metrics.timed(self._metrics.latency):
+            candidates = self._stage.retrieve(query)
+        self._metrics.count(candidates)
+        return candidates
+
+
+@serve.deployment(name="Ranking")
+class RankingDeployment:
+    """Ranker and video table of one release."""
+
+    def __init__(self, folder: Path) -> None:
+        loader = ReleaseLoader(folder)
+        self._stage = loader.ranking()
+        self._metrics = metrics.RankingMetrics(CollectorRegistry(), loader.release_id())
+        table = loader.table()
+        nobody = _nobody(table).arrays
+        some = np.arange(min(len(table), 500), dtype=np.int32)
+        embedding = np.zeros((1, table.embedding.shape[1]), dtype=np.float32)
+        self._stage.rank(
+            nobody.viewer_dense, nobody.viewer_categories, embedding, some, np.zeros(len(some), np.float32), 0.0
+        )
+
+    def rank(self, dense: F32, categories: Any, embedding: F32, rows: Rows, similarity: F32, now_s: float) -> F32:
+        with metrics.timed(self._metrics.latency):
+            value = self._stage.rank(dense, categories, embedding, rows, similarity, now_s)
+        self._metrics.candidates.inc(len(rows))
+        return value
+
+
+@serve.deployment(name="Reranking")
+class RerankingDeployment:
+    """Video table of one release. The root of the release's application: it holds the others so that they come and
+    go together; the router calls all three itself."""
+
+    def __init__(self, folder: Path, retrieval: Any, ranking: Any) -> None:
+        loader = ReleaseLoader(folder)
+        self._stage = loader.reranking()
+        self._metrics = metrics.RerankingMetrics(CollectorRegistry(), loader.release_id())
+        self._others = (retrieval, ranking)
+
+    def rerank(self, rows: Rows, source: Codes, because: Rows, value: F32, liked: Rows, count: int, seed: int) -> Slate:
+        with metrics.timed(self._metrics.latency):
+            slate = self._stage.rerank(rows, source, because, value, liked, count=count, seed=seed)
+        self._metrics.count(slate)
+        return slate
+
+
+def _nobody(table: VideoTable) -> ViewerQuery:
+    return viewer_query({}, RequestContext(), time.time(), table, seed=0)
+
+
+class Within:
+    """Calls with a time budget. After two late answers in a row it rests, so that a dead stage doesn't cost every
+    request its whole budget."""
+
+    LATE: Final = 2
+    REST_S: Final = 0.5
+
+    def __init__(self, budget_ms: float) -> None:
+        self._budget_s = budget_ms / 1000
+        self._late = 0
+        self._rests_until = 0.0
+
+    async def __call__(self, call: Callable[[], Awaitable[T]]) -> T:
+        """The call's result.
+
+        Raises:
+            TimeoutError: it was late, or the part rests after having been late.
+        """
+        if time.monotonic() < self._rests_until:
+            raise TimeoutError("it rests after late answers")
+        try:
+            async with asyncio.timeout(self._budget_s):
+                result = await call()
+        except TimeoutError:
+            self._late += 1
+            if self._late >= self.LATE:
+                self._rests_until = time.monotonic() + self.REST_S
+            raise TimeoutError(f"no answer within {1000 * self._budget_s:g} ms") from None
+        self._late = 0
+        return result
+
+
+class RemoteStages:
+    """The three stages of one release, in their own processes."""
+
+    def __init__(self, application: str, budgets: BudgetsMs) -> None:
+        handle = serve.get_deployment_handle
+        self._retrieve = handle("Retrieval", app_name=application).retrieve
+        self._rank = handle("Ranking", app_name=application).rank
+        self._rerank = handle("Reranking", app_name=application).rerank
+        self._within = {stage: Within(ms) for stage, ms in asdict(budgets).items()}
+
+    async def retrieve(self, query: ViewerQuery) -> Candidates:
+        return await self._within["retrieval"](lambda: self._retrieve.remote(query))
+
+    async def rank(self, query: ViewerQuery, candidates: Candidates) -> F32:
+        viewer = query.arrays
+        return await self._within["ranking"](
+            lambda: self._rank.remote(
+                viewer.viewer_dense, viewer.viewer_categories, candidates.viewer_embedding,
+                candidates.rows, candidates.similarity, query.now_s,
+            )
+        )  # fmt: skip
+
+    async def rerank(self, query: ViewerQuery, candidates: Candidates, value: F32, count: int) -> Slate:
+        liked = query.history_rows[query.history_weights > 0]
+        return await self._within["reranking"](
+            lambda: self._rerank.remote(
+                candidates.rows, candidates.source, candidates.because, value, liked, count, query.seed
+            )
+        )
+
+
+@serve.deployment(name="Router")
+@serve.ingress()
+class Router:
+    """Takes HTTP; see the module's docstring. Its configuration: ``{"salt": ..., "weights": {release: basis points}}``,
+    the release that others take from last."""
+
+    def __init__(self, options: ServiceOptions) -> None:
+        self._options = options
+        self._signer = TokenSigner(*options.token_secrets)
+        self._registry = CollectorRegistry()
+        self._metrics = metrics.IngressMetrics(self._registry)
+        self._within = Within(options.budgets.viewer_row)
+        self._threads = ThreadPoolExecutor(max_workers=4, thread_name_prefix="viewer-row")
+        self._rows = _open_viewer_rows(options.features_dir)
+        self._parts: dict[str, tuple[ReleaseEdge, RemoteStages]] = {}
+        self._paths: dict[str, RequestPath] = {}
+        self._salt, self._weights = "", dict[str, int]()
+
+    def reconfigure(self, config: Mapping[str, Any]) -> None:
+        """Take new weights. A release that is new is opened first, so that no request waits for it."""
+        weights = {str(release): int(weight) for release, weight in config["weights"].items()}
+        check_weights(weights)
+        parts = {release: self._parts.get(release) or self._open(release) for release in weights}
+        self._paths = {
+            release: RequestPath(edge, stages, self._signer, self._metrics, _arm(release, weights))
+            for release, (edge, stages) in parts.items()
+        }
+        self._parts, self._weights, self._salt = parts, weights, str(config["salt"])
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        return build_http_api(self)
+
+    async def recommend(self, request: RecommendRequest) -> RecommendResponse:
+        release = arm_of(request.viewer_id, self._salt, self._weights)
+        given = request.context.time
+        now_s = time.time() if given is None else given.timestamp()
+        row = await self._viewer_row(request.viewer_id, release)
+        return await self._paths[release].answer(request, row, now_s)
+
+    def current_releases(self) -> CurrentReleases:
+        releases = [
+            ServedRelease(release=release, arm=_arm(release, self._weights), weight_basis_points=weight)
+            for release, weight in self._weights.items()
+        ]
+        return CurrentReleases(releases=releases)
+
+    async def metrics_text(self) -> bytes:
+        return await asyncio.to_thread(metrics.scrape, metrics.shared_folder(), self._registry)
+
+    def count_refused(self) -> None:
+        self._metrics.refused.inc()
+
+    def _open(self, release: str) -> tuple[ReleaseEdge, RemoteStages]:
+        edge = ReleaseLoader(self._options.releases_dir / release).edge()
+        return edge, RemoteStages(release, self._options.budgets)
+
+    async def _viewer_row(self, viewer_id: int, release: str) -> Mapping[str, Any] | None:
+        """The viewer's row, or ``None`` where the store fails or is late. A thread reads it: the loop never waits."""
+        read = self._rows.read if self._rows else None
+        if read is None:
+            return None
+        loop = asyncio.get_running_loop()
+        try:
+            with metrics.timed(self._metrics.stage_latency.labels(release[: metrics.SHORT], "viewer_row")):
+                return await self._within(lambda: loop.run_in_executor(self._threads, read, viewer_id))
+        except (FeatureError, TimeoutError) as fault:
+            kind = "timeout" if isinstance(fault, TimeoutError) else "error"
+            self._metrics.faults.labels(release[: metrics.SHORT], "viewer_row", kind).inc()
+            log.warning("viewer row: %s", fault)
+            return None
+
+
+def _arm(release: str, weights: Mapping[str, int]) -> Arm:
+    return Arm.STABLE if release == list(weights)[-1] else Arm.CANARY
+
+
+def _open_viewer_rows(features_dir: Path | None) -> ViewerRows | None:
+    return ViewerRows(open_feature_store(features_dir)) if features_dir else None
+
+
+def release_application(release: str, options: ServiceOptions) -> serve.Application:
+    """The stages of one release. Run it under the release's id."""
+    folder = options.releases_dir / release
+    replicas, stage = options.replicas, _stage_options(options)
+    return RerankingDeployment.options(num_replicas=replicas.reranking, **stage).bind(
+        folder,
+        RetrievalDeployment.options(num_replicas=replicas.retrieval, **stage).bind(folder),
+        RankingDeployment.options(num_replicas=replicas.ranking, **stage).bind(folder),
+    )
+
+
+def router_application(weights: Mapping[str, int], options: ServiceOptions) -> serve.Application:
+    """The router over applications that run already."""
+    return Router.options(
+        num_replicas=options.replicas.router,
+        max_ongoing_requests=200,
+        user_config={"salt": options.salt, "weights": dict(weights)},
+        ray_actor_options=_actor_options(options),
+    ).bind(options)
+
+
+def _stage_options(options: ServiceOptions) -> dict[str, Any]:
+    # A stage computes and never waits, so more than a few requests in one replica only wait inside it instead of
+    # being sent to another.
+    return {"max_ongoing_requests": 8, "ray_actor_options": _actor_options(options)}
+
+
+def _actor_options(options: ServiceOptions) -> dict[str, Any]:
+    # Shares are small so that all deployments of two releases fit on a laptop; a cluster sets its own.
+    environment = {metrics.FOLDER_VARIABLE: str(options.metrics_dir), "OMP_NUM_THREADS": "1"}
+    return {"num_cpus": 0.1, "runtime_env": {"env_vars": environment}}
+
+
+@contextmanager
+def running_service(weights: Mapping[str, int], options: ServiceOptions) -> Iterator[str]:
+    """Ray and the service on this machine, from answering until the block is left. Yields the URL.
+
+    Raises:
+        ServingError: an application did not become healthy; Serve's own account is in the message.
+    """
+    options.metrics_dir.mkdir(parents=True, exist_ok=True)
+    ray.init(
+        address="local",
+        num_cpus=max(os.cpu_count() or 1, 2),
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level="warning",
+        namespace="reelway",
+    )
+    try:
+        serve.start(http_options={"host": options.host, "port": options.port}, logging_config=_QUIET)
+        try:
+            for release in weights:
+                serve.run(release_application(release, options), name=release, route_prefix=None, logging_config=_QUIET)
+            serve.run(router_application(weights, options), name=ROUTER, route_prefix="/", logging_config=_QUIET)
+        except RuntimeError as error:  # what Serve raises for an application that does not become healthy
+            raise ServingError(f"the service did not become healthy: {error}") from error
+        yield f"http://{options.host}:{options.port}"
+    finally:
+        serve.shutdown()
+        ray.shutdown()
+
+
+def set_weights(weights: Mapping[str, int], options: ServiceOptions) -> None:
+    """Change who is served by which release, in place. Their applications must run.
+
+    Raises:
+        ConfigError: the weights do not share out all viewers.
+    """
+    check_weights(weights)
+    serve.run(router_application(weights, options), name=ROUTER, route_prefix="/", logging_config=_QUIET)

@@ -1,0 +1,113 @@
+"""The HTTP face of the service: routes, validation errors and schema. It knows neither Ray nor how a slate is made.
+
+A wrong request is answered 422 with every field that is wrong. A fault inside is answered with a slate from a lower
+rung; only when not even that is possible is it 503, never 500.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any, Protocol
+
+from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from prometheus_client import CONTENT_TYPE_LATEST
+from pydantic import BaseModel
+
+from reelway.platform.contracts.api import ErrorResponse, FieldError, RecommendRequest, RecommendResponse
+from reelway.platform.contracts.events import Arm
+
+log = logging.getLogger(__name__)
+
+VALUE_LENGTH = 100
+
+
+class ServedRelease(BaseModel):
+    """One release that takes traffic, or is ready to."""
+
+    release: str
+    arm: Arm
+    weight_basis_points: int
+
+
+class CurrentReleases(BaseModel):
+    """``GET /v1/releases/current``."""
+
+    releases: list[ServedRelease]
+
+
+class Health(BaseModel):
+    """``GET /healthz``."""
+
+    status: str = "ok"
+
+
+class Service(Protocol):
+    """What stands behind the routes."""
+
+    async def recommend(self, request: RecommendRequest) -> RecommendResponse: ...
+
+    def current_releases(self) -> CurrentReleases: ...
+
+    async def metrics_text(self) -> bytes: ...
+
+    def count_refused(self) -> None: ...
+
+
+def build_http_api(service: Service) -> FastAPI:
+    """The ASGI application."""
+    api = FastAPI(
+        title="Reelway recommendations",
+        description="Slates of short videos. Send a video's token back with every outcome.",
+        version="1",
+    )
+
+    # The answer is already valid, so it is written as it is; the models below are what /openapi.json says of it.
+    @api.post("/v1/recommend", responses={200: {"model": RecommendResponse}, 422: {"model": ErrorResponse}})
+    async def recommend(request: RecommendRequest) -> Response:
+        """An ordered slate for one viewer, known or unknown."""
+        answer = await service.recommend(request)
+        return Response(answer.model_dump_json(), media_type="application/json")
+
+    @api.get("/v1/releases/current")
+    async def releases() -> CurrentReleases:
+        """The releases behind this service and their share of the traffic."""
+        return service.current_releases()
+
+    @api.get("/healthz")
+    async def healthz() -> Health:
+        """Whether this router can answer."""
+        return Health()
+
+    @api.get("/metrics", response_class=Response)
+    async def metrics() -> Response:
+        """All stages' metrics of this node, for Prometheus."""
+        return Response(await service.metrics_text(), media_type=CONTENT_TYPE_LATEST)
+
+    @api.exception_handler(RequestValidationError)
+    async def refuse(_: Request, error: RequestValidationError) -> Response:
+        service.count_refused()
+        fields = [field_error(one) for one in error.errors()]
+        named = ", ".join(dict.fromkeys(field.field for field in fields))
+        body = ErrorResponse(error=f"the request is invalid; correct {named}", fields=fields)
+        return JSONResponse(body.model_dump(mode="json"), status_code=422)
+
+    @api.exception_handler(Exception)
+    async def unavailable(_: Request, error: Exception) -> Response:
+        log.error("a request could not be answered", exc_info=error)
+        body = ErrorResponse(error="no answer is possible now; try again")
+        return JSONResponse(body.model_dump(mode="json"), status_code=503, headers={"Retry-After": "1"})
+
+    return api
+
+
+def field_error(error: dict[str, Any]) -> FieldError:
+    """One of pydantic's errors in our words: a dotted path within the body, and the value seen if it is short."""
+    path = [str(part) for part in error["loc"] if part != "body"]
+    if error["type"] == "json_invalid":
+        reason = error.get("ctx", {}).get("error", "invalid JSON")
+        return FieldError(field="body", message=f"not JSON: {reason} at character {error['loc'][-1]}")
+    seen = error.get("input")
+    shown = seen if isinstance(seen, str | int | float | bool) and len(str(seen)) <= VALUE_LENGTH else None
+    return FieldError(field=".".join(path) or "body", message=error["msg"], value=shown)

@@ -1,0 +1,156 @@
+"""Sources and retrieval on a real small release: who proposes what, what is never shown, and what is counted."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from tests.release_files import NOW_S, make_release_folder
+
+from reelway.platform.contracts.api import RequestContext
+from reelway.platform.contracts.blend import Blend, RetrievalBlend
+from reelway.platform.errors import IncompatibleReleaseError, ServingError
+from reelway.serving.popular import PopularLists, open_popular_lists
+from reelway.serving.release_loader import ReleaseLoader
+from reelway.serving.stages.arrays import SOURCE_CODES, SOURCES, ViewerQuery
+from reelway.serving.stages.retrieval import Retrieval
+from reelway.serving.stages.sources import Ask, FreshSource, ListSource, NeighbourSource
+from reelway.serving.video_table import VideoTable
+from reelway.serving.viewers import viewer_query
+
+VIDEOS = 200
+CANDIDATES = 40
+EMBEDDING = np.zeros((1, 16), dtype=np.float32)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("release")
+    make_release_folder(path, videos=VIDEOS, blend=Blend(retrieval=RetrievalBlend(candidates=CANDIDATES)))
+    return path
+
+
+@pytest.fixture(scope="module")
+def retrieval(folder: Path) -> Retrieval:
+    return ReleaseLoader(folder).retrieval()
+
+
+@pytest.fixture(scope="module")
+def table(folder: Path) -> VideoTable:
+    return ReleaseLoader(folder).table()
+
+
+@pytest.fixture(scope="module")
+def lists(folder: Path, table: VideoTable) -> PopularLists:
+    return open_popular_lists(folder, table)
+
+
+def viewer(table: VideoTable, watched: dict[int, float], region: str | None = None) -> ViewerQuery:
+    """Who watched rows of the table with these weights, an hour apart, the last one now."""
+    row = {
+        "region": region,
+        "history_videos": table.video_id[list(watched)].tolist(),
+        "history_weights": list(watched.values()),
+        "history_times_s": [NOW_S - 3600.0 * (len(watched) - i) for i in range(len(watched))],
+    }
+    return viewer_query(row, RequestContext(), NOW_S, table, seed=1)
+
+
+@given(st.dictionaries(st.integers(0, VIDEOS - 1), st.sampled_from([-2.0, -0.5, 1.0, 3.0]), max_size=50))
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_nothing_seen_is_proposed_nothing_twice_and_all_places_are_filled(
+    retrieval: Retrieval, table: VideoTable, watched: dict[int, float]
+) -> None:
+    candidates = retrieval.retrieve(viewer(table, watched))
+    rows = candidates.rows.tolist()
+    assert not set(rows) & set(watched)
+    assert len(set(rows)) == len(rows) == CANDIDATES
+    assert candidates.similarity[candidates.source != SOURCE_CODES["ann"]].tolist() == [0.0] * int(
+        (candidates.source != SOURCE_CODES["ann"]).sum()
+    )
+
+
+def test_each_source_fills_its_quota(retrieval: Retrieval, table: VideoTable) -> None:
+    candidates = retrieval.retrieve(viewer(table, dict.fromkeys(range(0, 60, 3), 1.0)))
+    found = {SOURCES[code]: int(n) for code, n in enumerate(np.bincount(candidates.source, minlength=5))}
+    assert found == {"ann": 24, "trending": 6, "popular": 4, "neighbours": 4, "fresh": 2}
+
+
+def test_a_viewer_without_history_gets_no_neighbours_and_still_all_candidates(
+    retrieval: Retrieval, table: VideoTable
+) -> None:
+    candidates = retrieval.retrieve(viewer(table, {}))
+    assert len(candidates) == CANDIDATES
+    assert SOURCE_CODES["neighbours"] not in candidates.source.tolist()
+
+
+def test_what_left_is_counted_by_reason(retrieval: Retrieval, table: VideoTable, lists: PopularLists) -> None:
+    first, second = lists.popular[:2].tolist()  # which one source proposes to everybody
+    left = retrieval.retrieve(viewer(table, {first: 2.0, second: -2.0})).left
+    assert left["seen"] >= 1
+    assert left["not_interested"] >= 1
+    assert left["duplicate"] > 0
+    assert left["over_quota"] > 0
+    assert left["unservable"] == 0
+
+
+def test_the_nearest_videos_come_first_among_those_of_the_index(retrieval: Retrieval, table: VideoTable) -> None:
+    candidates = retrieval.retrieve(viewer(table, {10: 3.0}))
+    by_index = np.flatnonzero(candidates.source == SOURCE_CODES["ann"])[:24]  # its own quota; the rest helps out
+    exact = table.embedding @ candidates.viewer_embedding[0]
+    exact[10] = -np.inf
+    assert candidates.rows[by_index].tolist() == np.argsort(-exact)[:24].tolist()
+    np.testing.assert_allclose(candidates.similarity[by_index], exact[candidates.rows[by_index]], atol=1e-5)
+
+
+def test_fresh_uploads_are_the_newest_first_and_none_from_the_future(table: VideoTable) -> None:
+    now_s = float(np.median(table.uploaded_at_s))
+    query = viewer_query({}, RequestContext(), now_s, table, seed=0)
+    rows = FreshSource(table, fresh_hours=48).propose(Ask(query, EMBEDDING, 1000)).rows
+    age_s = now_s - table.uploaded_at_s
+    expected = np.flatnonzero((age_s >= 0) & (age_s <= 48 * 3600))
+    assert sorted(rows.tolist()) == expected.tolist()
+    assert (np.diff(age_s[rows]) >= 0).all()
+    assert len(FreshSource(table, 48).propose(Ask(query, EMBEDDING, 3)).rows) == 3
+
+
+def test_neighbours_come_from_liked_videos_the_latest_first(table: VideoTable) -> None:
+    neighbours = np.full((VIDEOS, 20), -1, dtype=np.int32)
+    neighbours[1, :2], neighbours[2, :2], neighbours[3, :2] = (11, 12), (21, 22), (31, 32)
+    query = viewer(table, {1: 1.0, 2: -2.0, 3: 1.0})
+    proposal = NeighbourSource(neighbours).propose(Ask(query, EMBEDDING, 10))
+    assert proposal.rows.tolist() == [31, 11, 32, 12]
+    assert proposal.because is not None
+    assert proposal.because.tolist() == [3, 1, 3, 1]
+
+
+def test_trending_is_the_viewers_region_first_and_then_everybodys(table: VideoTable) -> None:
+    everybody, local = np.array([1, 2], dtype=np.int32), np.array([9], dtype=np.int32)
+    source = ListSource(everybody, {"eu": local})
+    assert source.propose(Ask(viewer(table, {}, "eu"), EMBEDDING, 5)).rows.tolist() == [9, 1, 2]
+    assert source.propose(Ask(viewer(table, {}, "mars"), EMBEDDING, 5)).rows.tolist() == [1, 2]
+    assert source.propose(Ask(viewer(table, {}), EMBEDDING, 1)).rows.tolist() == [1]
+
+
+def test_the_fallback_list_is_popular_order_without_what_was_seen(lists: PopularLists, table: VideoTable) -> None:
+    top = lists.popular[:3].tolist()
+    candidates = lists.candidates(viewer(table, {top[0]: 1.0, top[2]: -1.0}))
+    assert candidates.rows.tolist() == [row for row in lists.popular.tolist() if row not in (top[0], top[2])]
+    assert (candidates.source == SOURCE_CODES["popular"]).all()
+    assert candidates.left == {"unservable": 0, "not_interested": 1, "seen": 1}
+
+
+def test_a_quota_for_a_source_that_is_not_there_is_refused(retrieval: Retrieval) -> None:
+    with pytest.raises(ServingError, match="fresh"):
+        Retrieval(retrieval._tower, {"ann": retrieval._sources[0]}, RetrievalBlend(quotas={"ann": 0.5, "fresh": 0.5}))
+
+
+def test_an_index_of_another_size_is_refused(tmp_path: Path) -> None:
+    make_release_folder(tmp_path / "a", videos=VIDEOS)
+    make_release_folder(tmp_path / "b", videos=VIDEOS - 1)
+    (tmp_path / "b" / "index.faiss").replace(tmp_path / "a" / "index.faiss")
+    with pytest.raises(IncompatibleReleaseError, match="199"):
+        ReleaseLoader(tmp_path / "a").retrieval()

@@ -1,0 +1,125 @@
+"""The columnar video table: equal to the assembly code, versioned, immutable, and picky about its file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tests.release_files import NOW_S, make_release_folder, write_arrow
+
+from reelway.platform.contracts import features as names
+from reelway.platform.contracts.manifest import VIDEOS_FILE
+from reelway.platform.errors import IncompatibleReleaseError
+from reelway.platform.features.assembly import assemble_videos
+from reelway.serving.video_table import ABSENT, VideoTable, open_one_batch, open_video_table
+
+VIDEOS = 60
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("release")
+    make_release_folder(path, videos=VIDEOS)
+    return path
+
+
+@pytest.fixture
+def table(folder: Path) -> VideoTable:
+    return open_video_table(folder / VIDEOS_FILE)
+
+
+def test_known_ids_are_found_and_unknown_ones_are_absent(table: VideoTable) -> None:
+    asked = np.concatenate([table.video_id[::-1], [-5, 0, int(table.video_id[-1]) + 1]])
+    assert table.rows_of(asked).tolist() == [*range(VIDEOS - 1, -1, -1), ABSENT, ABSENT, ABSENT]
+
+
+def test_a_gather_is_what_the_assembly_code_makes_of_the_same_videos(table: VideoTable, folder: Path) -> None:
+    rows = np.array([5, 3, 3, 59], dtype=np.int32)
+    whole = pa.Table.from_batches([open_one_batch(folder / VIDEOS_FILE)]).take(rows)
+    static = np.stack(whole["static_dense"].to_numpy())
+    live = np.stack(whole["live_dense"].to_numpy())
+    columns = {
+        "video_id": whole["video_id"].to_numpy(),
+        "creator_id": whole["creator_id"].to_numpy(),
+        "topic": whole["topic"].to_numpy(),
+        "uploaded_at_s": whole["uploaded_at_s"].to_numpy(),
+        "duration_s": static[:, 0],
+        **{name: live[:, i] for i, name in enumerate(names.VIDEO_LIVE_DENSE)},
+    }
+    expected = assemble_videos(columns, np.full(len(rows), NOW_S))
+    gathered = table.gather(rows, NOW_S)
+
+    has = [names.VIDEO_DENSE.index(name) for name in names.VIDEO_STATIC_DENSE[1:]]
+    np.testing.assert_array_equal(np.delete(gathered.video_dense, has, 1), np.delete(expected.video_dense, has, 1))
+    np.testing.assert_array_equal(gathered.video_dense[:, has], static[:, 1:])
+    np.testing.assert_array_equal(gathered.creator_codes, expected.creator_codes)
+    np.testing.assert_array_equal(gathered.video_categories[:, 0], expected.video_categories[:, 0])
+    np.testing.assert_array_equal(gathered.video_embedding, table.embedding[rows])
+
+
+def test_the_columns_are_the_file_and_not_a_copy_of_it(table: VideoTable) -> None:
+    for column in (table.video_id, table.embedding, table.live.dense):
+        assert not column.flags.owndata
+        assert not column.flags.writeable
+
+
+def test_an_overlay_is_seen_by_later_reads_and_not_by_earlier_ones(table: VideoTable) -> None:
+    rows = np.array([7, 8], dtype=np.int32)
+    before = table.live
+    kept = before.dense[rows].copy()
+    fresher = np.full((2, len(names.VIDEO_LIVE_DENSE)), 42.0, dtype=np.float32)
+
+    assert table.overlay(rows, fresher) == 1
+    live = slice(len(names.VIDEO_STATIC_DENSE), -1)
+    assert (table.gather(rows, NOW_S).video_dense[:, live] == 42.0).all()
+    np.testing.assert_array_equal(before.dense[rows], kept)
+    np.testing.assert_array_equal(table.live.dense[:7], before.dense[:7])
+    assert table.live.version == 1
+    with pytest.raises(ValueError, match="read-only"):
+        table.live.dense[0, 0] = 1.0
+
+
+@pytest.mark.parametrize(
+    ("rows", "width", "said"), [([0], 3, "shape"), ([-1], None, "span -1"), ([VIDEOS], None, "expected 0..59")]
+)
+def test_an_overlay_that_does_not_fit_changes_nothing(
+    table: VideoTable, rows: list[int], width: int | None, said: str
+) -> None:
+    values = np.zeros((len(rows), width or len(names.VIDEO_LIVE_DENSE)), dtype=np.float32)
+    with pytest.raises(ValueError, match=said):
+        table.overlay(np.array(rows, dtype=np.int32), values)
+    assert table.live.version == 0
+
+
+@given(st.sets(st.integers(0, 1000), max_size=50), st.lists(st.integers(-5, 1005), max_size=50))
+@settings(max_examples=50)
+def test_rows_of_is_a_look_up(present: set[int], asked: list[int]) -> None:
+    ids = np.array(sorted(present), dtype=np.int64)
+    table = VideoTable.__new__(VideoTable)
+    table.video_id, table._batch = ids, pa.RecordBatch.from_arrays([pa.array(ids)], ["video_id"])
+    expected = [ids.tolist().index(one) if one in present else ABSENT for one in asked]
+    assert table.rows_of(np.array(asked, dtype=np.int64)).tolist() == expected
+
+
+def test_a_file_with_other_columns_is_refused(folder: Path, tmp_path: Path) -> None:
+    whole = pa.Table.from_batches([open_one_batch(folder / VIDEOS_FILE)])
+    write_arrow(tmp_path / "videos.arrow", whole.drop_columns(["topic"]))
+    with pytest.raises(IncompatibleReleaseError, match="expected"):
+        open_video_table(tmp_path / "videos.arrow")
+
+
+def test_ids_out_of_order_are_refused_with_their_row(folder: Path, tmp_path: Path) -> None:
+    whole = pa.Table.from_batches([open_one_batch(folder / VIDEOS_FILE)])
+    write_arrow(tmp_path / "videos.arrow", whole.take([0, 2, 1]))
+    with pytest.raises(IncompatibleReleaseError, match="row 2"):
+        open_video_table(tmp_path / "videos.arrow")
+
+
+def test_a_file_that_is_not_arrow_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "videos.arrow").write_bytes(b"not arrow")
+    with pytest.raises(IncompatibleReleaseError, match="cannot be read"):
+        open_video_table(tmp_path / "videos.arrow")
