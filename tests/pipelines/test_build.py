@@ -15,15 +15,25 @@ import torch
 import yaml
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from tests.pipelines.trained_run import DIM, make_trained_run, write_evaluation
+from typer.testing import CliRunner, Result
 
 from reelway.pipelines.build import build_release, feature_services, read_blend, read_evaluation
 from reelway.pipelines.features.training_rows import viewer_snapshot
 from reelway.pipelines.training.artifacts import load_models
+from reelway.platform.cli.main import build_app
 from reelway.platform.contracts import manifest as files
 from reelway.platform.contracts.blend import Blend, RerankingBlend
+from reelway.platform.contracts.ids import ReleaseId
 from reelway.platform.contracts.manifest import Manifest
 from reelway.platform.contracts.release_files import POPULAR, videos_schema
-from reelway.platform.errors import GateFailedError, MalformedFileError, ReleaseError, StorageError, TrainingError
+from reelway.platform.errors import (
+    GateFailedError,
+    MalformedFileError,
+    ReleaseError,
+    ReleaseNotFoundError,
+    StorageError,
+    TrainingError,
+)
 from reelway.platform.features.assembly import assemble_viewers, columns_from_table
 from reelway.platform.release.store import ReleaseStore
 from reelway.platform.release.tables import open_table
@@ -165,3 +175,34 @@ def test_a_blend_file_is_read_and_a_wrong_one_is_refused_with_its_field(tmp_path
         read_blend(path)
     with pytest.raises(MalformedFileError, match=r"none\.yaml"):
         read_blend(tmp_path / "none.yaml")
+
+
+def reelway(*arguments: object) -> Result:
+    return CliRunner().invoke(build_app(), ["release", *(str(one) for one in arguments)])
+
+
+def test_the_commands_build_once_skip_what_is_done_verify_against_the_features_and_build_what_was_removed(
+    run: RunDirectory,
+) -> None:
+    first = reelway("build", "--run", run.path, "--name", "by-hand")
+    assert first.exit_code == 0, first.exception
+    release_id = first.stdout.strip()
+    assert "made a key of this run's own" in first.stderr
+    again = reelway("build", "--run", run.path, "--name", "by-hand")
+    assert "already done with the same inputs, skipped" in again.stderr
+    assert again.stdout.strip() == release_id
+
+    verified = reelway("verify", "--run", run.path)
+    assert verified.exit_code == 0, verified.exception
+    assert "training_row_v1, viewer_row_v1" in verified.stdout
+
+    ReleaseStore(str(run.release_store)).remove(ReleaseId(release_id))
+    rebuilt = reelway("build", "--run", run.path, "--name", "by-hand")
+    assert "skipped" not in rebuilt.stderr
+    assert (run.release_store / rebuilt.stdout.strip() / files.MANIFEST_FILE).exists()
+
+
+def test_a_parent_that_is_not_in_the_store_is_refused_before_anything_is_built(run: RunDirectory) -> None:
+    ended = reelway("build", "--run", run.path, "--parent", "abc")
+    assert isinstance(ended.exception, ReleaseNotFoundError)
+    assert not run.release_store.exists()

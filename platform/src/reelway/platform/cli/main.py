@@ -54,5 +54,5 @@ def main() -> None:
     try:
         build_app()()
     except ReelwayError as error:
-        console.print(f"[bold red]error:[/] {escape(str(error))}", highlight=False)
+        console.print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
         sys.exit(error.exit_code)

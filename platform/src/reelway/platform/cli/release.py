@@ -183,10 +183,10 @@ def _store(run: Path, store: str | None) -> ReleaseStore:
 
 
 def _print_manifest(manifest: Manifest) -> None:
+    out.print(f"release {manifest.release_id}", soft_wrap=True)  # whole, to be copied
     facts = Table(show_header=False, box=None)
     window = manifest.training_window
     rows: dict[str, Any] = {
-        "release": manifest.release_id,
         "name": manifest.name,
         "parent": manifest.parent or "-",
         "made at": f"{manifest.created_at:%Y-%m-%d %H:%M:%S} UTC by Reelway {manifest.code_version}",
