@@ -1,0 +1,248 @@
+"""The whole path in one process: a viewer always gets a slate, and every step down is listed and counted."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from prometheus_client import CollectorRegistry
+from tests.release_files import NOW_S, make_release_folder
+
+from reelway.platform.contracts.api import RecommendRequest, RecommendResponse, RequestContext
+from reelway.platform.contracts.blend import Blend, RerankingBlend, RetrievalBlend
+from reelway.platform.contracts.events import Arm
+from reelway.platform.tokens import TokenSigner
+from reelway.serving.graph import LocalStages, RecommendationGraph, run_to_end
+from reelway.serving.metrics import SHORT, IngressMetrics
+from reelway.serving.release_loader import ReleaseLoader
+from reelway.serving.stages.arrays import F32, Candidates, Slate, ViewerQuery
+
+VIDEOS = 300
+CAP = 2
+SIGNER = TokenSigner(b"a secret of the tests, long enough")
+
+
+@dataclass
+class Release:
+    """A small release with its parts loaded once."""
+
+    loader: ReleaseLoader
+    stages: LocalStages
+    watched: list[int]
+
+    @property
+    def row(self) -> dict[str, Any]:
+        """A viewer who liked some videos and disliked the last one."""
+        return {
+            "region": "eu",
+            "language": "en",
+            "history_videos": self.watched,
+            "history_weights": [1.0] * (len(self.watched) - 1) + [-2.0],
+            "history_times_s": [NOW_S - 3600.0 * (len(self.watched) - i) for i in range(len(self.watched))],
+        }
+
+
+@pytest.fixture(scope="module")
+def release(tmp_path_factory: pytest.TempPathFactory) -> Release:
+    folder = tmp_path_factory.mktemp("release")
+    blend = Blend(retrieval=RetrievalBlend(candidates=100), reranking=RerankingBlend(max_per_creator=CAP))
+    make_release_folder(folder, videos=VIDEOS, blend=blend)
+    loader = ReleaseLoader(folder)
+    return Release(loader, loader.stages(), loader.table().video_id[5:25].tolist())
+
+
+class BrokenStages:
+    """The real stages, some of which raise."""
+
+    def __init__(self, stages: LocalStages, *broken: str) -> None:
+        self._stages, self._broken = stages, broken
+
+    def _break(self, stage: str) -> None:
+        if stage in self._broken:
+            raise RuntimeError(f"{stage} is broken")
+
+    async def retrieve(self, query: ViewerQuery) -> Candidates:
+        self._break("retrieve")
+        return await self._stages.retrieve(query)
+
+    async def rank(self, query: ViewerQuery, candidates: Candidates) -> F32:
+        self._break("rank")
+        return await self._stages.rank(query, candidates)
+
+    async def rerank(self, query: ViewerQuery, candidates: Candidates, value: F32, count: int) -> Slate:
+        self._break("rerank")
+        return await self._stages.rerank(query, candidates, value, count)
+
+
+def ask(release: Release, *broken: str, row: Any = "own", count: int = 20, **context: Any) -> tuple[Any, Any]:
+    """One answer, and the registry it was counted in."""
+    registry = CollectorRegistry()
+    graph = RecommendationGraph(
+        release.loader.edge(), BrokenStages(release.stages, *broken), SIGNER, IngressMetrics(registry)
+    )
+    request = RecommendRequest(viewer_id=7, count=count, context=RequestContext(**context))
+    return graph.recommend(request, release.row if row == "own" else row, NOW_S), registry
+
+
+def counted(registry: CollectorRegistry, name: str, release: Release, **labels: str) -> float:
+    release_id = release.loader.release_id()[:SHORT]
+    return registry.get_sample_value(name, {"release": release_id, **labels}) or 0.0
+
+
+@pytest.mark.parametrize(
+    ("broken", "degraded", "stage"),
+    [
+        (("retrieve",), ["no_retrieval"], "retrieval"),
+        (("rank",), ["no_ranker"], "ranking"),
+        (("rerank",), ["no_reranker"], "reranking"),
+        (("rank", "rerank"), ["no_ranker", "no_reranker"], "ranking"),
+        (("retrieve", "rank", "rerank"), ["no_retrieval", "no_reranker"], "reranking"),
+    ],
+)
+def test_a_broken_stage_costs_a_rung_and_never_the_slate(
+    release: Release, broken: tuple[str, ...], degraded: list[str], stage: str
+) -> None:
+    answer, registry = ask(release, *broken)
+    assert answer.degraded == degraded
+    assert len(answer.videos) == 20
+    assert not {video.video_id for video in answer.videos} & set(release.watched)
+    for rung in degraded:
+        assert counted(registry, "reelway_ingress_degraded_total", release, arm="stable", rung=rung) == 1
+    assert counted(registry, "reelway_ingress_faults_total", release, stage=stage, kind="error") == 1
+    assert counted(registry, "reelway_ingress_requests_total", release, arm="stable", outcome="degraded") == 1
+
+
+def test_a_healthy_path_is_not_degraded(release: Release) -> None:
+    answer, registry = ask(release)
+    assert answer.degraded == []
+    assert counted(registry, "reelway_ingress_requests_total", release, arm="stable", outcome="ok") == 1
+
+
+def test_without_retrieval_everybody_gets_the_popular_list_in_its_order(release: Release) -> None:
+    answer, _ = ask(release, "retrieve", "rerank", row={})
+    edge = release.loader.edge()
+    assert [video.video_id for video in answer.videos] == edge.table.video_id[edge.lists.popular[:20]].tolist()
+    assert {video.source for video in answer.videos} == {"popular"}
+    assert {video.reason for video in answer.videos} == {"popular now"}
+
+
+def test_without_the_ranker_the_slate_is_in_retrieval_order(release: Release) -> None:
+    answer, _ = ask(release, "rank", "rerank", row={})
+    other, _ = ask(release, "rank", "rerank", row={})
+    scores = [video.score for video in answer.videos]
+    assert scores == sorted(scores, reverse=True)
+    assert len({video.source for video in answer.videos[:20]}) >= 3  # the sources mixed, as blending orders them
+    assert [video.video_id for video in answer.videos] == [video.video_id for video in other.videos]
+
+
+def test_without_the_reranker_the_slate_is_in_order_of_value(release: Release) -> None:
+    answer, _ = ask(release, "rerank")
+    full, _ = ask(release)
+    scores = [video.score for video in answer.videos]
+    assert scores == sorted(scores, reverse=True)
+    assert scores[0] == full.videos[0].score
+
+
+def test_a_store_that_fails_leaves_the_context_only(release: Release) -> None:
+    answer, registry = ask(release, row=None)
+    assert answer.degraded == ["no_viewer_row"]
+    assert len(answer.videos) == 20
+    assert counted(registry, "reelway_ingress_degraded_total", release, arm="stable", rung="no_viewer_row") == 1
+
+
+def test_a_row_that_makes_no_sense_is_a_rung_and_not_a_failure(release: Release) -> None:
+    answer, _ = ask(release, row={"history_videos": [1, 2, 3], "history_weights": [1.0], "history_times_s": "x"})
+    assert answer.degraded == ["no_viewer_row"]
+    assert len(answer.videos) == 20
+
+
+@pytest.mark.parametrize("row", [{}, {"region": None, "history_videos": None}])
+def test_an_unknown_viewer_gets_a_sensible_slate_that_is_not_called_degraded(release: Release, row: Any) -> None:
+    answer, registry = ask(release, row=row)
+    assert answer.degraded == []
+    assert len(answer.videos) == 20
+    assert not any("because" in video.reason for video in answer.videos)
+    assert counted(registry, "reelway_ingress_cold_viewers_total", release, arm="stable") == 1
+
+
+def test_the_requests_own_region_serves_a_viewer_whose_row_has_none(release: Release) -> None:
+    answer, _ = ask(release, "rank", "rerank", row={}, region="us", count=50)
+    assert "rising in us" in {video.reason for video in answer.videos if video.source == "trending"}
+
+
+def test_reasons_name_a_video_that_was_liked(release: Release) -> None:
+    answer, _ = ask(release, count=50)
+    reasons = [video.reason for video in answer.videos if video.reason.startswith("because you watched ")]
+    liked = {f"because you watched Video {video}" for video in release.watched[:-1]}
+    assert reasons
+    assert set(reasons) <= liked
+
+
+def test_every_token_says_what_was_shown_where_and_by_whom(release: Release) -> None:
+    answer, _ = ask(release)
+    assert isinstance(answer, RecommendResponse)
+    tokens = [SIGNER.read(video.token) for video in answer.videos]
+    assert [token.video_id for token in tokens] == [video.video_id for video in answer.videos]
+    assert [token.position for token in tokens] == list(range(20)) == [video.position for video in answer.videos]
+    assert [token.source for token in tokens] == [video.source for video in answer.videos]
+    assert {(t.request_id, t.viewer_id, t.release, t.arm, t.propensity, t.issued_at_s) for t in tokens} == {
+        (answer.request_id, 7, release.loader.release_id(), Arm.STABLE, 1.0, NOW_S)
+    }
+    assert len({token.impression_id for token in tokens}) == 20
+
+
+def test_an_answer_is_what_its_contract_says(release: Release) -> None:
+    answer, _ = ask(release)
+    assert RecommendResponse.model_validate_json(answer.model_dump_json()) == answer
+
+
+@given(
+    st.lists(st.integers(0, VIDEOS - 1), max_size=50, unique=True),
+    st.lists(st.sampled_from([-3.0, -0.5, 0.0, 1.0, 5.0]), min_size=50, max_size=50),
+    st.integers(1, 100),
+    st.sampled_from([(), ("retrieve",), ("rank",), ("rerank",)]),
+)
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_whatever_was_watched_a_slate_is_full_unseen_and_without_repeats(
+    release: Release, watched: list[int], weights: list[float], count: int, broken: tuple[str, ...]
+) -> None:
+    table = release.loader.table()
+    row = {
+        "history_videos": table.video_id[watched].tolist(),
+        "history_weights": weights[: len(watched)],
+        "history_times_s": [NOW_S - 60.0 * i for i in range(len(watched))][::-1],
+    }
+    answer, _ = ask(release, *broken, row=row, count=count)
+    videos = [video.video_id for video in answer.videos]
+    assert len(set(videos)) == len(videos) == count
+    assert not set(videos) & set(row["history_videos"])
+
+
+def test_a_creator_has_no_more_places_than_the_cap(release: Release) -> None:
+    answer, _ = ask(release, count=30)
+    _, places = np.unique([video.creator_id for video in answer.videos], return_counts=True)
+    assert places.max() <= CAP
+
+
+def test_the_moment_of_the_request_decides_what_is_new(release: Release) -> None:
+    later = datetime.fromtimestamp(NOW_S + 90 * 86_400, UTC).timestamp()
+    graph = RecommendationGraph(release.loader.edge(), BrokenStages(release.stages, "rank", "rerank"), SIGNER)
+    request = RecommendRequest(viewer_id=1, count=100)
+    now, then = (graph.recommend(request, {}, at_s) for at_s in (NOW_S, later))
+    assert "fresh" in {video.source for video in now.videos}
+    assert "fresh" not in {video.source for video in then.videos}
+
+
+def test_a_stage_that_waits_has_no_place_in_one_process() -> None:
+    async def waits() -> None:
+        import asyncio
+
+        await asyncio.sleep(0)
+
+    with pytest.raises(RuntimeError, match="waited"):
+        run_to_end(waits())

@@ -1,0 +1,159 @@
+"""The HTTP face alone: what is refused and how, and what /openapi.json promises. No Ray, no models."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import jsonschema
+import pytest
+from fastapi.testclient import TestClient
+
+from reelway.platform.contracts.api import RecommendRequest, RecommendResponse
+from reelway.platform.contracts.events import Arm
+from reelway.serving.http_api import CurrentReleases, ServedRelease, build_http_api
+
+
+class OneVideoService:
+    """Answers everybody with one video, or breaks."""
+
+    def __init__(self) -> None:
+        self.breaks = False
+        self.refused = 0
+        self.asked: list[RecommendRequest] = []
+
+    async def recommend(self, request: RecommendRequest) -> RecommendResponse:
+        self.asked.append(request)
+        if self.breaks:
+            raise ValueError("a bug")
+        video = {
+            "video_id": 1,
+            "creator_id": 2,
+            "position": 0,
+            "score": 0.5,
+            "source": "ann",
+            "reason": "x",
+            "token": "t",
+        }
+        return RecommendResponse.model_validate(
+            {"request_id": 3, "viewer_id": request.viewer_id, "release": "r", "arm": "stable", "videos": [video]}
+        )
+
+    def current_releases(self) -> CurrentReleases:
+        return CurrentReleases(releases=[ServedRelease(release="r", arm=Arm.STABLE, weight_basis_points=10_000)])
+
+    async def metrics_text(self) -> bytes:
+        return b"reelway_ingress_requests_total 1\n"
+
+    def count_refused(self) -> None:
+        self.refused += 1
+
+
+@pytest.fixture
+def service() -> OneVideoService:
+    return OneVideoService()
+
+
+@pytest.fixture
+def client(service: OneVideoService) -> TestClient:
+    return TestClient(build_http_api(service), raise_server_exceptions=False)
+
+
+VALID: dict[str, Any] = {"viewer_id": 1}
+
+
+def test_a_valid_request_is_answered(client: TestClient, service: OneVideoService) -> None:
+    context = {"device": "phone", "region": "eu", "time": "2024-06-10T06:00:00Z"}
+    answer = client.post("/v1/recommend", json={"viewer_id": 5, "count": 3, "context": context})
+    assert answer.status_code == 200
+    assert RecommendResponse.model_validate(answer.json()).viewer_id == 5
+    assert service.asked[0].context.device == "phone"
+
+
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [
+        ({"viewer_id": -1}, "viewer_id"),
+        ({"viewer_id": 2**53}, "viewer_id"),
+        ({"viewer_id": "1"}, "viewer_id"),
+        ({"viewer_id": 1.5}, "viewer_id"),
+        ({"viewer_id": True}, "viewer_id"),
+        ({"viewer_id": None}, "viewer_id"),
+        ({"count": 0}, "count"),
+        ({"count": 101}, "count"),
+        ({"count": "20"}, "count"),
+        ({"context": "phone"}, "context"),
+        ({"context": {"device": 5}}, "context.device"),
+        ({"context": {"region": "x" * 65}}, "context.region"),
+        ({"context": {"time": "yesterday"}}, "context.time"),
+        ({"context": {"time": "2024-06-10T06:00:00"}}, "context.time"),  # no zone
+        ({"context": {"vpn": True}}, "context.vpn"),
+        ({"users": [1]}, "users"),
+    ],
+)
+def test_a_wrong_field_is_refused_by_name(
+    client: TestClient, service: OneVideoService, change: dict[str, Any], field: str
+) -> None:
+    answer = client.post("/v1/recommend", json=VALID | change)
+    assert answer.status_code == 422
+    assert [one["field"] for one in answer.json()["fields"]] == [field]
+    assert field in answer.json()["error"]
+    assert service.refused == 1
+    assert service.asked == []
+
+
+def test_all_wrong_fields_are_named_at_once_with_what_was_seen(client: TestClient) -> None:
+    answer = client.post("/v1/recommend", json={"viewer_id": -3, "count": 1000})
+    assert {one["field"]: one["value"] for one in answer.json()["fields"]} == {"viewer_id": -3, "count": 1000}
+
+
+@pytest.mark.parametrize(
+    "body", [b"", b"{", b"nonsense", b"[]", b"null", b'"text"', b"\xff\xfe", b'{"viewer_id": NaN}']
+)
+def test_a_body_that_is_no_request_is_refused(client: TestClient, body: bytes) -> None:
+    answer = client.post("/v1/recommend", content=body, headers={"content-type": "application/json"})
+    assert answer.status_code == 422
+    assert answer.json()["fields"]
+
+
+def test_a_long_value_is_not_sent_back(client: TestClient) -> None:
+    answer = client.post("/v1/recommend", json={"viewer_id": "9" * 10_000})
+    assert answer.status_code == 422
+    assert len(answer.content) < 1000
+
+
+def test_a_fault_that_no_rung_could_catch_is_503_and_says_nothing_of_the_inside(
+    client: TestClient, service: OneVideoService
+) -> None:
+    service.breaks = True
+    answer = client.post("/v1/recommend", json=VALID)
+    assert answer.status_code == 503
+    assert "a bug" not in answer.text
+    assert answer.headers["retry-after"] == "1"
+
+
+def test_the_published_schema_is_valid_and_describes_requests_answers_and_refusals(client: TestClient) -> None:
+    schema = client.get("/openapi.json").json()
+    operation = schema["paths"]["/v1/recommend"]["post"]
+    parts = schema["components"]["schemas"]
+    assert "HTTPValidationError" not in json.dumps(operation)
+
+    def resolved(content: dict[str, Any]) -> dict[str, Any]:
+        name = content["content"]["application/json"]["schema"]["$ref"].rpartition("/")[2]
+        whole = parts[name] | {"components": {"schemas": parts}}
+        jsonschema.Draft202012Validator.check_schema(whole)
+        return whole
+
+    jsonschema.validate({"viewer_id": 1, "count": 3}, resolved(operation["requestBody"]))
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate({"viewer_id": -1}, resolved(operation["requestBody"]))
+    jsonschema.validate(client.post("/v1/recommend", json=VALID).json(), resolved(operation["responses"]["200"]))
+    jsonschema.validate(client.post("/v1/recommend", json={}).json(), resolved(operation["responses"]["422"]))
+
+
+def test_health_releases_and_metrics_answer(client: TestClient) -> None:
+    assert client.get("/healthz").json() == {"status": "ok"}
+    assert client.get("/v1/releases/current").json() == {
+        "releases": [{"release": "r", "arm": "stable", "weight_basis_points": 10_000}]
+    }
+    assert client.get("/metrics").headers["content-type"].startswith("text/plain")
