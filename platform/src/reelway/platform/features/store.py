@@ -69,6 +69,24 @@ def write_store_config(features_dir: Path, online_store: str | None = None) -> P
     return path
 
 
+def import_feast() -> None:
+    """Import Feast without letting it decide how this process keeps its metrics.
+
+    On import Feast sets ``PROMETHEUS_MULTIPROC_DIR``, which turns every metric made later, here and in every child
+    process, into a file in a temporary folder that nobody scrapes.
+    """
+    import prometheus_client  # noqa: F401  (settles how values are kept, before Feast can)
+
+    variables = ("PROMETHEUS_MULTIPROCESS_DIR", "PROMETHEUS_MULTIPROC_DIR")
+    before = {name: os.environ.get(name) for name in variables}
+    import feast  # noqa: F401
+    import feast.metrics  # noqa: F401
+
+    for name, value in before.items():
+        if value is None:
+            os.environ.pop(name, None)
+
+
 def open_feature_store(features_dir: Path) -> FeatureStore:
     """The Feast store of a run.
 
@@ -77,6 +95,7 @@ def open_feature_store(features_dir: Path) -> FeatureStore:
     """
     if not (features_dir / CONFIG_FILE).exists():
         raise FeatureError(f"{features_dir}: no {CONFIG_FILE} here; run `reelway features --run {features_dir.parent}`")
+    import_feast()
     from feast import FeatureStore
     from feast.errors import FeastError
 

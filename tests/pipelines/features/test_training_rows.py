@@ -1,0 +1,148 @@
+"""Feast's point-in-time join as Reelway asks for it: future, late and expired rows stay out."""
+
+from __future__ import annotations
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from reelway.pipelines.features.labels import LABELS, times_us
+from reelway.pipelines.features.point_in_time import distinct_moments, join_view
+from reelway.pipelines.features.training_rows import IDENTITY, build_training_rows, video_snapshot, viewer_snapshot
+from reelway.platform.contracts.events import TIME
+from reelway.platform.contracts.features import REQUEST_CONTEXT, VIEWER_VIEWS, VIEWS
+from reelway.platform.errors import EmptyDatasetError, FeatureError
+from reelway.platform.features import on_demand
+from reelway.platform.features.store import open_feature_store
+from reelway.platform.runs import RunDirectory
+
+DAY_US = 86_400_000_000
+NOW_US = 1_700_600_000_000_000
+
+
+def times(values: list[int]) -> pa.Array:
+    return pa.array(values, pa.int64()).cast(TIME)
+
+
+def engagement_rows(table: pa.Table, event_us: list[int], created_us: list[int]) -> pa.Table:
+    """Rows of one new video, told apart by video_impressions_1h = 0, 1, 2..."""
+    rows = table.slice(0, 1).take(pa.array([0] * len(event_us)))
+    for name, values in (
+        ("video_id", pa.array([1] * len(event_us), pa.int64())),
+        ("event_timestamp", times(event_us)),
+        ("created_timestamp", times(created_us)),
+        ("video_impressions_1h", pa.array(range(len(event_us)), pa.float32())),
+    ):
+        rows = rows.set_column(rows.column_names.index(name), name, values)
+    return rows
+
+
+def asked(run: RunDirectory, at_us: list[int]) -> list[float | None]:
+    store = open_feature_store(run.features)
+    answers = join_view(store, "video_engagement", np.full(len(at_us), 1), np.array(at_us))
+    return answers["video_impressions_1h"].to_pylist()
+
+
+def test_a_row_from_the_future_is_not_seen_and_a_row_at_the_moment_is(changed) -> None:
+    run = changed("video_engagement", lambda t: engagement_rows(t, [NOW_US - 10, NOW_US], [NOW_US - 10, NOW_US]))
+    assert asked(run, [NOW_US - 1, NOW_US]) == [0.0, 1.0]
+
+
+def test_a_row_written_late_is_not_seen_before_it_was_written(changed) -> None:
+    run = changed(
+        "video_engagement", lambda t: engagement_rows(t, [NOW_US - 20, NOW_US - 10], [NOW_US - 20, NOW_US + 50])
+    )
+    assert asked(run, [NOW_US, NOW_US + 50]) == [0.0, 1.0]
+
+
+def test_of_two_rows_of_one_time_the_one_written_last_counts(changed) -> None:
+    run = changed("video_engagement", lambda t: engagement_rows(t, [NOW_US, NOW_US], [NOW_US + 9, NOW_US]))
+    assert asked(run, [NOW_US + 5, NOW_US + 9]) == [1.0, 0.0]
+
+
+def test_a_row_older_than_the_ttl_is_as_good_as_none(changed) -> None:
+    run = changed("video_engagement", lambda t: engagement_rows(t, [NOW_US], [NOW_US]))
+    assert asked(run, [NOW_US + 2 * DAY_US, NOW_US + 2 * DAY_US + 1_000_000]) == [0.0, None]
+
+
+def test_answers_come_in_the_order_asked_with_repetition(changed) -> None:
+    run = changed("video_engagement", lambda t: engagement_rows(t, [NOW_US, NOW_US + 5], [NOW_US, NOW_US + 5]))
+    assert asked(run, [NOW_US + 5, NOW_US, NOW_US + 5, NOW_US - 1]) == [1.0, 0.0, 1.0, None]
+
+
+def test_distinct_moments_point_back_at_every_row() -> None:
+    entities, at = np.array([3, 1, 3, 3]), np.array([7, 7, 7, 8])
+    asked_entities, asked_at, pair = distinct_moments(entities, at)
+    assert len(asked_entities) == 3
+    assert np.array_equal(asked_entities[pair], entities)
+    assert np.array_equal(asked_at[pair], at)
+
+
+def test_training_rows_hold_every_impression_once_with_every_feature(built) -> None:
+    seen: list[str] = []
+    rows = pq.read_table(build_training_rows(built.run, seen.append))
+    assert rows["impression_id"].to_pylist() == built.labels["impression_id"].to_pylist()
+    expected = {*IDENTITY, "request_time_s", *LABELS, "weight", *REQUEST_CONTEXT}
+    expected |= {name for fields in VIEWS.values() for name in fields}
+    assert set(rows.column_names) == expected
+    assert set(seen) == {*VIEWS, "request_context"}
+    assert rows["like"].to_pylist() == built.labels["like"].to_pylist()
+    assert 0 < rows["impressions_1d"].null_count < rows.num_rows
+
+
+def test_no_training_row_knows_its_own_outcome_or_a_later_one(built) -> None:
+    rows = pq.read_table(build_training_rows(built.run))
+    viewer, video = rows["viewer_id"].to_numpy(), rows["video_id"].to_numpy()
+    now = times_us(built.labels["request_time"])
+    known = times_us(built.labels["outcome_time"])
+    weight = built.labels["weight"].to_numpy()
+    for i in range(0, rows.num_rows, 97):
+        telling = (viewer == viewer[i]) & (weight != 0) & (known + 1 <= now[i] // 1_000_000 * 1_000_000)
+        assert len(rows["history_videos"][i].as_py() or []) == min(telling.sum(), 50)
+        day = (video == video[i]) & (known < now[i] // 3_600_000_000 * 3_600_000_000)
+        assert (rows["video_impressions_7d"][i].as_py() or 0) <= day.sum()
+
+
+def test_the_on_demand_view_runs_the_platforms_own_function(built) -> None:
+    rows = pq.read_table(build_training_rows(built.run))
+    columns = (rows[name].to_numpy() for name in ("request_time_s", "created_at_s", "uploaded_at_s"))
+    for name, values in on_demand.request_context(*columns).items():
+        np.testing.assert_array_equal(rows[name].to_numpy(), values)
+
+
+def test_a_video_snapshot_has_the_videos_uploaded_by_then_and_agrees_with_training_rows(built) -> None:
+    rows = pq.read_table(build_training_rows(built.run))
+    i = rows.num_rows // 2
+    at_s = rows["request_time_s"][i].as_py()
+    snapshot = video_snapshot(built.run.features, at_s)
+    ids = snapshot["video_id"].to_pylist()
+    assert ids == sorted(ids)
+    row = snapshot.slice(ids.index(rows["video_id"][i].as_py()), 1).to_pylist()[0]
+    for view in ("video_content", "video_engagement", "creator_statistics"):
+        assert {name: row[name] for name in VIEWS[view]} == {name: rows[name][i].as_py() for name in VIEWS[view]}
+    uploaded = times_us(built.tables["videos"]["uploaded_at"])
+    early = video_snapshot(built.run.features, np.sort(uploaded)[10] / 1e6)
+    assert early.num_rows == 11
+    assert early["title"].null_count == 0
+
+
+def test_a_viewer_snapshot_keeps_the_order_asked_and_leaves_unknown_viewers_empty(built) -> None:
+    snapshot = viewer_snapshot(built.run.features, [510, 9_999_999, 500], built.until_s)
+    assert snapshot["viewer_id"].to_pylist() == [510, 9_999_999, 500]
+    unknown = snapshot.to_pylist()[1]
+    assert all(unknown[name] is None for view in VIEWER_VIEWS for name in VIEWS[view])
+    assert snapshot["region"][0].as_py() is not None
+
+
+def test_a_run_without_features_says_which_command_makes_them(tmp_path) -> None:
+    with pytest.raises(FeatureError, match="run `reelway features"):
+        build_training_rows(RunDirectory(tmp_path))
+
+
+def test_a_run_without_impressions_is_refused(built, tmp_path) -> None:
+    run = RunDirectory(tmp_path / "run")
+    run.features.mkdir(parents=True)
+    pq.write_table(built.labels.slice(0, 0), run.features / "labels.parquet")
+    with pytest.raises(EmptyDatasetError, match="no impressions"):
+        build_training_rows(run)

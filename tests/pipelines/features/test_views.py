@@ -1,0 +1,146 @@
+"""Snapshots: when they are taken, and what is in them."""
+
+from __future__ import annotations
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from tests.pipelines.features.event_tables import DAY_US, START_US, impressions, outcomes, random_dataset, videos
+
+from reelway.pipelines.features import views
+from reelway.pipelines.features.batch import FAMILIES, family_views, last_moment_us
+from reelway.pipelines.features.labels import label_impressions, times_us
+from reelway.platform.contracts.events import TOPICS
+from reelway.platform.contracts.features import HISTORY_LENGTH, VIDEO_WINDOWS, VIEWS
+
+HOUR_US = views.HOUR_US
+SETTINGS = views.ViewSettings()
+
+
+def events_of(shown: list, done: list) -> views.Events:
+    ids = sorted({video for _, _, video, _ in shown})
+    return views.Events.from_labels(label_impressions(impressions(shown), outcomes(done), videos(ids)))
+
+
+def at(table: pa.Table, time_us: int) -> dict:
+    """The row of the latest snapshot at or before ``time_us``: what a point-in-time join gives."""
+    rows = [row for row in table.to_pylist() if row["event_timestamp"].timestamp() * 1e6 <= time_us]
+    return max(rows, key=lambda row: row["event_timestamp"])
+
+
+def test_an_event_exactly_on_the_grid_is_not_in_that_snapshot_but_in_the_next() -> None:
+    events = events_of([(1, 5, 9, START_US)], [(1, "like", 1.0, START_US)])
+    table = views.viewer_activity(events, SETTINGS, START_US + DAY_US)
+    assert times_us(table["event_timestamp"]).min() == START_US + HOUR_US
+
+
+def test_an_event_is_in_no_snapshot_before_its_last_outcome_is_known() -> None:
+    events = events_of([(1, 5, 9, START_US)], [(1, "like", 1.0, START_US + 5 * HOUR_US)])
+    table = views.video_engagement(events, SETTINGS, START_US + DAY_US)
+    assert times_us(table["event_timestamp"]).min() == START_US + 6 * HOUR_US
+
+
+def test_a_rate_decays_although_nothing_happens() -> None:
+    events = events_of([(1, 5, 9, START_US + 1)], [(1, "like", 1.0, START_US + 1)])
+    table = views.video_engagement(events, SETTINGS, START_US + 60 * DAY_US)
+    for hours in (1, 3, 12, 30, 9 * 24, 40 * 24):
+        row = at(table, START_US + hours * HOUR_US)
+        expected = [float(w.length_s >= hours * 3600) for w in VIDEO_WINDOWS]
+        assert [row[f"video_impressions_{w.name}"] for w in VIDEO_WINDOWS] == expected, hours
+
+
+def test_there_is_a_row_a_day_while_a_window_holds_anything_and_none_after() -> None:
+    events = events_of([(1, 5, 9, START_US + 1)], [(1, "like", 1.0, START_US + 1)])
+    table = views.video_engagement(events, SETTINGS, START_US + 60 * DAY_US)
+    moments = np.sort(times_us(table["event_timestamp"]))
+    assert np.diff(moments).max() <= DAY_US
+    longest_us = max(w.length_s for w in VIDEO_WINDOWS) * 1_000_000
+    assert START_US + longest_us < moments[-1] <= START_US + longest_us + HOUR_US
+
+
+def test_nothing_is_claimed_beyond_the_end_of_the_data() -> None:
+    events = events_of([(1, 5, 9, START_US)], [(1, "like", 1.0, START_US)])
+    until_us = START_US + 2 * DAY_US
+    for make in (views.viewer_activity, views.viewer_topic_affinity, views.video_engagement):
+        assert times_us(make(events, SETTINGS, until_us)["event_timestamp"]).max() <= until_us
+
+
+def test_rates_are_pulled_towards_the_prior_by_its_strength() -> None:
+    events = events_of([(1, 5, 9, START_US + 1)], [(1, "like", 1.0, START_US + 1)])
+    row = at(views.video_engagement(events, SETTINGS, START_US + DAY_US), START_US + HOUR_US)
+    prior = SETTINGS.like
+    assert row["video_like_rate_1h"] == pytest.approx((1 + prior.rate * prior.strength) / (1 + prior.strength))
+    assert row["video_skip_rate_1h"] == pytest.approx(0.3 * 20 / 21)
+
+
+def test_the_history_holds_the_latest_telling_impressions_oldest_first() -> None:
+    n = HISTORY_LENGTH + 10
+    shown = [(i, 5, 100 + i, START_US + i * 10_000_000) for i in range(n)]
+    done = [(i, "like" if i % 2 else "skip", 1.0, START_US + i * 10_000_000) for i in range(n) if i != 30]
+    row = at(views.viewer_history(events_of(shown, done), SETTINGS, START_US + DAY_US), START_US + DAY_US)
+    expected = [100 + i for i in range(n) if i != 30][-HISTORY_LENGTH:]
+    assert row["history_videos"] == expected
+    assert row["history_weights"][-1] == pytest.approx(1.0)
+    assert row["history_weights"][-2] == pytest.approx(-0.5)
+    assert row["history_times_s"] == sorted(row["history_times_s"])
+    assert row["history_times_s"][-1] == (START_US + (n - 1) * 10_000_000) / 1e6
+
+
+def test_an_early_history_is_as_short_as_the_past_and_never_another_viewers() -> None:
+    shown = [(1, 5, 101, START_US), (2, 5, 102, START_US + 60_000_000), (3, 6, 103, START_US)]
+    done = [(i, "like", 1.0, START_US + (60_000_000 if i == 2 else 0)) for i in (1, 2, 3)]
+    table = views.viewer_history(events_of(shown, done), SETTINGS, START_US + DAY_US)
+    rows = {(row["viewer_id"], tuple(row["history_videos"])) for row in table.to_pylist()}
+    assert rows == {(5, (101,)), (5, (101, 102)), (6, (103,))}
+
+
+def test_topic_affinity_is_signed_and_its_absolute_values_sum_to_at_most_one() -> None:
+    tables = random_dataset(seed=3)
+    labels = label_impressions(tables["impressions"], tables["outcomes"], tables["videos"])
+    table = views.viewer_topic_affinity(views.Events.from_labels(labels), SETTINGS, last_moment_us(labels))
+    affinity = np.array(table["topic_affinity"].to_pylist())
+    assert affinity.shape[1] == TOPICS
+    assert np.abs(affinity).sum(axis=1).max() <= 1 + 1e-6
+    assert affinity.min() < 0 < affinity.max()
+
+
+def test_followers_grow_from_the_creators_own_start_and_uploads_are_counted() -> None:
+    tables = random_dataset(seed=1)
+    labels = label_impressions(tables["impressions"], tables["outcomes"], tables["videos"])
+    until_us = last_moment_us(labels)
+    events = views.Events.from_labels(labels)
+    table = views.creator_statistics(events, tables["videos"], tables["creators"], SETTINGS, until_us)
+    for creator, base in zip(*(tables["creators"][c].to_pylist() for c in ("creator_id", "followers")), strict=True):
+        mine = table.filter(pa.array(table["creator_key"].to_numpy() == creator)).sort_by("event_timestamp").to_pylist()
+        assert mine[0]["creator_followers"] == base
+        assert mine[-1]["creator_followers"] == base + events.follow[events.creator_id == creator].sum()
+        assert mine[-1]["creator_uploads"] == (tables["videos"]["creator_id"].to_numpy() == creator).sum()
+
+
+def test_every_view_has_the_contracts_fields_and_one_row_per_entity_and_time() -> None:
+    tables = random_dataset(seed=2)
+    labels = label_impressions(tables["impressions"], tables["outcomes"], tables["videos"])
+    made = {
+        "viewer_profile": views.viewer_profile(tables["viewers"]),
+        "video_content": views.video_content(tables["videos"]),
+    }
+    for family in FAMILIES:
+        made |= family_views(family, labels, (tables["creators"], tables["videos"]), SETTINGS, last_moment_us(labels))
+    assert set(made) == set(VIEWS)
+    for name, table in made.items():
+        assert tuple(table.column_names[3:]) == VIEWS[name]
+        key = table.column_names[0]
+        assert table.group_by([key, "event_timestamp"]).aggregate([]).num_rows == table.num_rows > 0
+
+
+def test_a_snapshot_equals_a_count_over_the_raw_events() -> None:
+    tables = random_dataset(seed=4)
+    labels = label_impressions(tables["impressions"], tables["outcomes"], tables["videos"])
+    table = views.video_engagement(views.Events.from_labels(labels), SETTINGS, last_moment_us(labels))
+    known = times_us(labels["outcome_time"])
+    video, like = labels["video_id"].to_numpy(), labels["like"].to_numpy()
+    for row in table.to_pylist()[:: table.num_rows // 40]:
+        now = round(row["event_timestamp"].timestamp() * 1e6)
+        inside = (video == row["video_id"]) & (known < now) & (known >= now - 6 * HOUR_US)
+        assert row["video_impressions_6h"] == inside.sum()
+        assert row["video_like_rate_6h"] == pytest.approx((like[inside].sum() + 1.0) / (inside.sum() + 20), rel=1e-6)
