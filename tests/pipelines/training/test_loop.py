@@ -48,7 +48,7 @@ def made_batches(rows: TrainingRows, loop: LoopConfig = LOOP) -> RetrievalBatche
     return RetrievalBatches(rows, np.arange(len(rows)), RetrievalData(uniform_negatives=16), loop, seed=0)
 
 
-class PowerCut(Exception):
+class PowerCutError(Exception):
     pass
 
 
@@ -60,7 +60,7 @@ class CutAt:
 
     def batch(self, epoch: int, step: int) -> dict[str, Tensor]:
         if (epoch, step) == self.at:
-            raise PowerCut
+            raise PowerCutError
         return self.inner.batch(epoch, step)
 
 
@@ -76,7 +76,7 @@ def test_a_run_that_stopped_and_went_on_ends_with_the_bits_of_one_that_never_sto
     straight_curve = train(straight, made_batches(rows), LOOP, seed=7, stage="two_tower")
 
     checkpoints = CheckpointFiles(tmp_path)
-    with pytest.raises(PowerCut):
+    with pytest.raises(PowerCutError):
         train(
             made_objective(rows), CutAt(made_batches(rows), *cut), LOOP,
             seed=7, stage="two_tower", checkpoints=checkpoints,
