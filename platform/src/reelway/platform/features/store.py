@@ -39,7 +39,9 @@ def online_store_config(address: str) -> dict[str, Any]:
         return {"type": "sqlite", "path": "online.db"}
     if address.startswith("redis://") and (place := address.removeprefix("redis://").rstrip("/")):
         host, _, database = place.partition("/")
-        connection = f"{host},db={database}" if database else host
+        # A viewer's row is worth half a second at most: the next rung of the ladder answers without it. redis-py's own
+        # three retries with growing pauses would hold a request for eight seconds.
+        connection = f"{host},db={database or 0},socket_timeout=0.5,socket_connect_timeout=0.5,retry=null"
         # skip_dedup: a materialisation writes whole rows as of one time, so the last one written is right; with
         # Feast's check a corrected row of the same time would be dropped.
         return {"type": "redis", "connection_string": connection, "skip_dedup": True}

@@ -1,0 +1,98 @@
+"""The Ray Data batch job and the `reelway features` command, end to end on a small data set."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import ray
+import typer
+from tests.pipelines.features.event_tables import random_dataset, write_dataset
+from typer.testing import CliRunner
+
+from reelway.pipelines.commands import features as command
+from reelway.pipelines.features.batch import BatchSettings, bucket_of, build_views
+from reelway.pipelines.features.online import materialised_at_s
+from reelway.platform.contracts.features import VIEWS
+from reelway.platform.errors import EmptyDatasetError, ParityError
+from reelway.platform.features.store import ViewerRows, open_feature_store
+from reelway.platform.runs import RunDirectory
+
+pytestmark = pytest.mark.ray
+
+
+@pytest.fixture(scope="module", autouse=True)
+def runtime() -> Iterator[None]:
+    ray.init(address="local", num_cpus=2, include_dashboard=False, namespace="features", log_to_driver=False)
+    yield
+    ray.shutdown()
+
+
+@pytest.fixture
+def run(tmp_path) -> RunDirectory:
+    run = RunDirectory(tmp_path / "run")
+    write_dataset(run.dataset, random_dataset())
+    run.record_path("dataset").parent.mkdir(parents=True)
+    run.record_path("dataset").write_text(json.dumps({"identity": "made by a test", "summary": {}}))
+    return run
+
+
+def rows_of(table: pa.Table) -> pa.Table:
+    return table.sort_by([(table.column_names[0], "ascending"), ("event_timestamp", "ascending")])
+
+
+def test_ray_in_three_buckets_writes_exactly_what_one_process_does(built, run) -> None:
+    seen: list[tuple[int, int]] = []
+    report = build_views(run, BatchSettings(buckets=3), lambda done, total: seen.append((done, total)))
+    assert seen[-1] == (9, 9)
+    assert set(report.rows) == set(VIEWS)
+    for view in VIEWS:
+        made = rows_of(pq.read_table(run.features / "views" / view))
+        alone = rows_of(pq.read_table(built.run.features / "views" / view))
+        assert made.equals(alone), view
+        assert report.rows[view] == alone.num_rows
+    assert not list(run.features.glob(".*")), "partitions and half-written folders are gone"
+
+
+def test_the_command_does_every_step_once_and_skips_what_is_done(run) -> None:
+    app = typer.Typer()
+    command.register(app)
+    cli = CliRunner()
+
+    def call(*arguments: str):
+        return cli.invoke(app, ["features", *arguments, "--run", str(run.path)], catch_exceptions=False)
+
+    assert call().exit_code == 0
+    training_rows = pq.read_table(run.features / "training_rows.parquet")
+    assert training_rows.num_rows == 2000
+    until_s = run.record("features")["summary"]["until_s"]
+    assert materialised_at_s(run.features) == until_s
+    assert ViewerRows(open_feature_store(run.features)).read(500)["region"] in ("eu", "us")
+
+    again = call()
+    assert "features: already done with the same inputs, skipped" in again.output
+    assert "materialise: already done with the same inputs, skipped" in again.output
+
+    with pytest.raises(ParityError, match="no served vectors") as caught:
+        call("parity")
+    assert caught.value.exit_code == 4
+
+
+def test_a_data_set_without_impressions_is_refused_before_ray_does_anything(run) -> None:
+    path = run.dataset / "impressions.parquet"
+    pq.write_table(pq.read_table(path).slice(0, 0), path)
+    with pytest.raises(EmptyDatasetError, match="no impressions, expected at least one"):
+        build_views(run, BatchSettings())
+    path.unlink()
+    with pytest.raises(EmptyDatasetError, match="run `reelway simulate`"):
+        build_views(run, BatchSettings())
+
+
+def test_buckets_are_stable_and_even_enough() -> None:
+    buckets = bucket_of(pa.chunked_array([pa.array(range(8000), pa.int64())]), 8).to_pylist()
+    counts = [buckets.count(b) for b in range(8)]
+    assert min(counts) > 800
+    assert buckets[:6] == bucket_of(pa.chunked_array([pa.array(range(6), pa.int64())]), 8).to_pylist()

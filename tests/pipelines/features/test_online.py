@@ -1,0 +1,107 @@
+"""The online store holds what the offline join says, in SQLite and in a real Redis."""
+
+from __future__ import annotations
+
+import shutil
+import socket
+import subprocess
+import time
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+
+from reelway.pipelines.features.online import materialise, materialised_at_s
+from reelway.pipelines.features.parity import same_value
+from reelway.pipelines.features.registry import register_features
+from reelway.pipelines.features.training_rows import viewer_snapshot
+from reelway.platform.contracts.features import VIEWER_VIEWS, VIEWS
+from reelway.platform.errors import FeatureError
+from reelway.platform.features.store import ViewerRows, open_feature_store
+from reelway.platform.runs import RunDirectory
+
+FIELDS = [name for view in VIEWER_VIEWS for name in VIEWS[view]]
+
+
+def assert_same_rows(run: RunDirectory, at_s: float) -> None:
+    viewers = np.arange(500, 540)
+    rows = ViewerRows(open_feature_store(run.features))
+    for offline in viewer_snapshot(run.features, viewers, at_s).to_pylist():
+        online = rows.read(offline["viewer_id"])
+        assert list(online) == FIELDS
+        for name in FIELDS:
+            assert same_value(online[name], offline[name], 0.0), (offline["viewer_id"], name)
+
+
+def test_every_online_value_equals_the_offline_join(built) -> None:
+    assert materialised_at_s(built.run.features) == built.until_s
+    assert_same_rows(built.run, built.until_s)
+
+
+def test_an_earlier_moment_replaces_every_value_and_the_same_moment_changes_nothing(built, tmp_path) -> None:
+    run = RunDirectory(tmp_path / "run")
+    shutil.copytree(built.run.path, run.path)
+    register_features(run.features, "sqlite")
+    early_s = built.until_s - 9 * 86_400
+    for _ in range(2):
+        assert materialise(run.features, early_s) == 40
+        assert_same_rows(run, early_s)
+
+
+def test_progress_reaches_the_whole(built, tmp_path) -> None:
+    run = RunDirectory(tmp_path / "run")
+    shutil.copytree(built.run.path, run.path)
+    seen: list[tuple[int, int]] = []
+    materialise(run.features, built.until_s, lambda done, total: seen.append((done, total)))
+    assert seen[-1] == (40 * len(VIEWER_VIEWS), 40 * len(VIEWER_VIEWS))
+
+
+def test_an_unknown_viewer_has_no_values(built) -> None:
+    assert set(ViewerRows(open_feature_store(built.run.features)).read(123_456).values()) == {None}
+
+
+@pytest.fixture(scope="module")
+def redis_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    binary = shutil.which("redis-server")
+    if binary is None:
+        pytest.skip("no redis-server on the PATH; `make system-packages` installs it")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    folder = tmp_path_factory.mktemp("redis")
+    server = subprocess.Popen(
+        [binary, "--port", str(port), "--bind", "127.0.0.1", "--save", "", "--dir", str(folder)],
+        stdout=subprocess.DEVNULL,
+    )
+    deadline = time.monotonic() + 10
+    while True:
+        try:
+            socket.create_connection(("127.0.0.1", port), timeout=0.2).close()
+            break
+        except OSError:
+            assert time.monotonic() < deadline, "redis-server did not come up in ten seconds"
+            time.sleep(0.02)
+    yield f"127.0.0.1:{port}"
+    server.terminate()
+    server.wait(timeout=10)
+
+
+@pytest.mark.redis
+def test_redis_by_configuration_holds_the_same_rows_and_takes_corrections(built, tmp_path, redis_server) -> None:
+    run = RunDirectory(tmp_path / "run")
+    shutil.copytree(built.run.path, run.path)
+    register_features(run.features, f"redis://{redis_server}")
+    for at_s in (built.until_s, built.until_s - 9 * 86_400, built.until_s):
+        materialise(run.features, at_s)
+        assert_same_rows(run, at_s)
+
+
+@pytest.mark.redis
+def test_a_redis_that_is_gone_is_a_feature_error_and_not_an_unknown_viewer(built, tmp_path) -> None:
+    run = RunDirectory(tmp_path / "run")
+    shutil.copytree(built.run.path, run.path)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        store = register_features(run.features, f"redis://127.0.0.1:{free.getsockname()[1]}")
+        with pytest.raises(FeatureError, match="cannot read viewer 500"):
+            ViewerRows(store).read(500)

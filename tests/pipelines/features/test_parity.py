@@ -1,0 +1,150 @@
+"""The parity replay passes what was served right and finds every kind of planted skew, by name."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pytest
+from tests.pipelines.features.conftest import write_views
+
+from reelway.pipelines.features import views
+from reelway.pipelines.features.parity import ParityReport, replay, same_value
+from reelway.pipelines.features.registry import register_features
+from reelway.pipelines.features.training_rows import video_snapshot
+from reelway.platform.contracts.features import VIDEO_DENSE
+from reelway.platform.errors import ParityError
+from reelway.platform.features.assembly import assemble_videos, columns_from_table
+from reelway.platform.features.store import ViewerRows, open_feature_store
+from reelway.platform.features.vector_log import ServedVector, VectorLog
+from reelway.platform.runs import RunDirectory
+
+
+def served_vectors(built: Any) -> list[ServedVector]:
+    """As a server makes them: the viewer row from the online store, the videos from a release's table."""
+    rows = ViewerRows(open_feature_store(built.run.features))
+    snapshot = video_snapshot(built.run.features, built.until_s)
+    vectors = []
+    for request_id, viewer_id in enumerate(range(500, 512)):
+        request_s = built.until_s + 60.0 * (request_id + 1)
+        table = snapshot.slice(request_id, 8)
+        dense = assemble_videos(columns_from_table(table), np.full(table.num_rows, request_s)).video_dense
+        videos = [
+            {**dict(zip(VIDEO_DENSE, values.tolist(), strict=True)), "video_id": row["video_id"], "topic": row["topic"],
+             "creator_id": row["creator_id"], "video_language": row["video_language"]}
+            for values, row in zip(dense, table.to_pylist(), strict=True)
+        ]  # fmt: skip
+        vectors.append(
+            ServedVector(request_id, viewer_id, request_s, "phone", "r1", rows.read(viewer_id), videos,
+                         videos_as_of_s=built.until_s)
+        )  # fmt: skip
+    return vectors
+
+
+def replayed(features_dir: Path, path: Path, vectors: list[ServedVector]) -> ParityReport:
+    log = VectorLog(path, ratio=1.0)
+    for vector in vectors:
+        assert log.append(vector)
+    return replay(features_dir, path)
+
+
+def test_what_was_served_from_the_same_rows_has_no_mismatch(built, tmp_path) -> None:
+    report = replayed(built.run.features, tmp_path / "log", served_vectors(built))
+    assert report.mismatches == []
+    assert report.vectors == 12
+    assert report.values > 12 * (23 + 8 * 30)
+    report.raise_if_bad()
+
+
+def test_a_changed_window_is_found_and_names_the_feature(built, tmp_path, monkeypatch) -> None:
+    run = RunDirectory(tmp_path / "run")
+    shorter = tuple(
+        dataclasses.replace(w, length_s=w.length_s // 2) if w.name == "7d" else w for w in views.names.VIDEO_WINDOWS
+    )
+    monkeypatch.setattr(views.names, "VIDEO_WINDOWS", shorter)
+    write_views(run, built.tables, views.ViewSettings())
+    register_features(run.features, "sqlite")
+    report = replayed(
+        run.features, tmp_path / "log", [replace(v, viewer_as_of_s=built.until_s) for v in served_vectors(built)]
+    )
+    assert report.mismatches
+    assert {m.view for m in report.mismatches} == {"video_engagement"}
+    assert {m.feature for m in report.mismatches} <= {n for n in VIDEO_DENSE if n.endswith("_7d")}
+    with pytest.raises(ParityError, match=r"video_engagement\.video_\w+_7d"):
+        report.raise_if_bad()
+
+
+def test_a_stale_viewer_row_is_found(built, tmp_path) -> None:
+    vectors = served_vectors(built)
+    path = tmp_path / "log"
+    late = [replace(v, viewer_as_of_s=built.until_s - 8 * 86_400) for v in vectors]
+    report = replayed(built.run.features, path, late)
+    features = {m.feature for m in report.mismatches}
+    assert {"impressions_1d", "history_videos"} <= features
+    assert {m.view for m in report.mismatches} <= {"viewer_activity", "viewer_history", "viewer_topic_affinity"}
+
+
+@pytest.mark.parametrize(
+    ("feature", "change"),
+    [("created_at_s", str), ("region", lambda _: 7), ("history_videos", lambda _: "500"),
+     ("impressions_30d", lambda value: value is not None)],
+)  # fmt: skip
+def test_a_type_change_is_found(built, tmp_path, feature, change) -> None:
+    vector = served_vectors(built)[3]
+    assert vector.viewer[feature] is not None
+    skewed = replace(vector, viewer={**vector.viewer, feature: change(vector.viewer[feature])})
+    report = replayed(built.run.features, tmp_path / "log", [skewed])
+    assert [(m.feature, m.entity) for m in report.mismatches] == [(feature, "viewer 503")]
+
+
+def test_a_future_row_is_found(built, tmp_path, changed) -> None:
+    """Offline, the last day's rows turn out to be written a day later than the server used them."""
+    day = pa.scalar(86_400_000_000, pa.duration("us"))
+
+    def written_late(table: pa.Table) -> pa.Table:
+        i = table.column_names.index("created_timestamp")
+        return table.set_column(i, "created_timestamp", pc.add(table["created_timestamp"], day))
+
+    run = changed("viewer_activity", written_late)
+    report = replayed(run.features, tmp_path / "log", served_vectors(built))
+    assert {m.view for m in report.mismatches} == {"viewer_activity"}
+    assert "impressions_1d" in {m.feature for m in report.mismatches}
+
+
+def test_a_field_that_was_not_served_is_found(built, tmp_path) -> None:
+    vector = served_vectors(built)[0]
+    viewer = {name: value for name, value in vector.viewer.items() if name != "topic_affinity"}
+    report = replayed(built.run.features, tmp_path / "log", [replace(vector, viewer=viewer)])
+    assert [(m.feature, m.served) for m in report.mismatches] == [("topic_affinity", "<absent>")]
+
+
+def test_a_mismatch_shows_view_feature_entity_and_both_values(built, tmp_path) -> None:
+    vector = served_vectors(built)[0]
+    videos = [dict(vector.videos[0]) | {"duration_s": 1.5}, *vector.videos[1:]]
+    report = replayed(built.run.features, tmp_path / "log", [replace(vector, videos=videos)])
+    (miss,) = report.mismatches
+    assert str(miss).startswith(
+        f"video_content.duration_s of video {videos[0]['video_id']} (request 0): served 1.5, off"
+    )
+
+
+def test_an_empty_log_is_not_a_pass(built, tmp_path) -> None:
+    with pytest.raises(ParityError, match="no served vectors"):
+        replay(built.run.features, tmp_path / "none").raise_if_bad()
+
+
+def test_values_are_the_same_only_if_their_kinds_are() -> None:
+    assert same_value(1, 1.0)
+    assert same_value(None, float("nan"))
+    assert same_value([1.0, None], [1.0, None])
+    assert not same_value("1.0", 1.0)
+    assert not same_value(True, 1.0)
+    assert not same_value([1.0], [1.0, 1.0])
+    assert not same_value(0.0, None)
+    assert not same_value(1.0001, 1.0)
+    assert same_value(1e-7, 0.0)
