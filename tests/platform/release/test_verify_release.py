@@ -106,6 +106,12 @@ def test_an_additional_file_is_refused(release: Path) -> None:
         look(release)
 
 
+def test_an_additional_folder_is_refused(release: Path) -> None:
+    (release / "more").mkdir()
+    with pytest.raises(DigestMismatchError, match="has more, which no release has"):
+        look(release)
+
+
 def test_a_folder_without_manifest_is_no_release(release: Path) -> None:
     (release / files.MANIFEST_FILE).unlink()
     with pytest.raises(ReleaseNotFoundError, match=r"no manifest\.json"):
