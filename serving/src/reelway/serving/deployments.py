@@ -22,7 +22,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
-SERVE_SETTINGS: Final = {}
+SERVE_SETTINGS: Final[dict[str, str]] = {}
 
 for _name, _value in SERVE_SETTINGS.items():
     os.environ.setdefault(_name, _value)
@@ -37,11 +37,13 @@ from reelway.platform.contracts.api import RecommendRequest, RecommendResponse, 
 from reelway.platform.contracts.events import Arm  # noqa: E402
 from reelway.platform.errors import FeatureError, ServingError  # noqa: E402
 from reelway.platform.features.store import ViewerRows, open_feature_store  # noqa: E402
+from reelway.platform.features.vector_log import VectorLog  # noqa: E402
 from reelway.platform.rollout.bucketing import arm_of, check_weights  # noqa: E402
 from reelway.platform.tokens import TokenSigner  # noqa: E402
 from reelway.serving import metrics  # noqa: E402
 from reelway.serving.graph import ReleaseEdge, RequestPath  # noqa: E402
 from reelway.serving.http_api import CurrentReleases, ServedRelease, build_http_api  # noqa: E402
+from reelway.serving.parity_sample import ParitySample  # noqa: E402
 from reelway.serving.release_loader import ReleaseLoader  # noqa: E402
 from reelway.serving.stages.arrays import F32, Candidates, Codes, Rows, Slate, ViewerQuery  # noqa: E402
 from reelway.serving.video_table import VideoTable  # noqa: E402
@@ -80,13 +82,16 @@ class ServiceOptions:
     """One start of the service.
 
     ``features_dir`` is the run's feature store, or ``None`` to serve everybody as unknown; ``metrics_dir`` belongs to
-    this start alone; ``token_secrets`` are ``TokenSigner``'s; ``port`` must be free.
+    this start alone; ``token_secrets`` are ``TokenSigner``'s; ``vector_log`` takes the share ``parity_ratio`` of what
+    is served, for the parity replay; ``port`` must be free.
     """
 
     releases_dir: Path  # holds <release id>/
     metrics_dir: Path
     token_secrets: tuple[bytes, ...] = field(repr=False)
     features_dir: Path | None = None
+    vector_log: Path | None = None
+    parity_ratio: float = 0.01
     host: str = "127.0.0.1"
     port: int = 8000
     replicas: Replicas = Replicas()
@@ -94,8 +99,7 @@ class ServiceOptions:
     salt: str = "reelway"
 
 
-@serve.deployment(name="Retrieval")
-class RetrievalDeployment:
+class RetrievalStage:
     """Viewer tower, index and lists of one release."""
 
     def __init__(self, folder: Path) -> None:
@@ -111,8 +115,7 @@ class RetrievalDeployment:
         return candidates
 
 
-@serve.deployment(name="Ranking")
-class RankingDeployment:
+class RankingStage:
     """Ranker and video table of one release."""
 
     def __init__(self, folder: Path) -> None:
@@ -134,8 +137,7 @@ class RankingDeployment:
         return value
 
 
-@serve.deployment(name="Reranking")
-class RerankingDeployment:
+class RerankingStage:
     """Video table of one release. The root of the release's application: it holds the others so that they come and
     go together; the router calls all three itself."""
 
@@ -219,8 +221,6 @@ class RemoteStages:
         )
 
 
-@serve.deployment(name="Router")
-@serve.ingress()
 class Router:
     """Takes HTTP; see the module's docstring. Its configuration: ``{"salt": ..., "weights": {release: basis points}}``,
     the release that others take from last."""
@@ -233,17 +233,21 @@ class Router:
         self._within = Within(options.budgets.viewer_row)
         self._threads = ThreadPoolExecutor(max_workers=4, thread_name_prefix="viewer-row")
         self._rows = _open_viewer_rows(options.features_dir)
+        self._sample: ParitySample | None = None
+        if options.vector_log:
+            vectors = VectorLog(options.vector_log, ratio=options.parity_ratio)
+            self._sample = ParitySample(vectors, ThreadPoolExecutor(1, thread_name_prefix="parity-sample"))
         self._parts: dict[str, tuple[ReleaseEdge, RemoteStages]] = {}
         self._paths: dict[str, RequestPath] = {}
         self._salt, self._weights = "", dict[str, int]()
 
-    def reconfigure(self, config: Mapping[str, Any]) -> None:
+    async def reconfigure(self, config: Mapping[str, Any]) -> None:
         """Take new weights. A release that is new is opened first, so that no request waits for it."""
         weights = {str(release): int(weight) for release, weight in config["weights"].items()}
         check_weights(weights)
-        parts = {release: self._parts.get(release) or self._open(release) for release in weights}
+        parts = {release: self._parts.get(release) or await self._open(release) for release in weights}
         self._paths = {
-            release: RequestPath(edge, stages, self._signer, self._metrics, _arm(release, weights))
+            release: RequestPath(edge, stages, self._signer, self._metrics, _arm(release, weights), self._sample)
             for release, (edge, stages) in parts.items()
         }
         self._parts, self._weights, self._salt = parts, weights, str(config["salt"])
@@ -271,8 +275,8 @@ class Router:
     def count_refused(self) -> None:
         self._metrics.refused.inc()
 
-    def _open(self, release: str) -> tuple[ReleaseEdge, RemoteStages]:
-        edge = ReleaseLoader(self._options.releases_dir / release).edge()
+    async def _open(self, release: str) -> tuple[ReleaseEdge, RemoteStages]:
+        edge = await asyncio.to_thread(ReleaseLoader(self._options.releases_dir / release).edge)
         return edge, RemoteStages(release, self._options.budgets)
 
     async def _viewer_row(self, viewer_id: int, release: str) -> Mapping[str, Any] | None:
@@ -301,29 +305,27 @@ def _open_viewer_rows(features_dir: Path | None) -> ViewerRows | None:
 
 def release_application(release: str, options: ServiceOptions) -> serve.Application:
     """The stages of one release. Run it under the release's id."""
-    folder = options.releases_dir / release
-    replicas, stage = options.replicas, _stage_options(options)
-    return RerankingDeployment.options(num_replicas=replicas.reranking, **stage).bind(
-        folder,
-        RetrievalDeployment.options(num_replicas=replicas.retrieval, **stage).bind(folder),
-        RankingDeployment.options(num_replicas=replicas.ranking, **stage).bind(folder),
-    )
+    folder, replicas = options.releases_dir / release, options.replicas
+    # A stage computes and never waits: more than a few requests in one replica would wait inside it instead of going
+    # to another.
+    stage = {"max_ongoing_requests": 8, "ray_actor_options": _actor_options(options)}
+    retrieval = serve.deployment(RetrievalStage, name="Retrieval", num_replicas=replicas.retrieval, **stage)
+    ranking = serve.deployment(RankingStage, name="Ranking", num_replicas=replicas.ranking, **stage)
+    reranking = serve.deployment(RerankingStage, name="Reranking", num_replicas=replicas.reranking, **stage)
+    return reranking.bind(folder, retrieval.bind(folder), ranking.bind(folder))
 
 
 def router_application(weights: Mapping[str, int], options: ServiceOptions) -> serve.Application:
     """The router over applications that run already."""
-    return Router.options(
+    router = serve.deployment(
+        serve.ingress()(Router),
+        name="Router",
         num_replicas=options.replicas.router,
         max_ongoing_requests=200,
         user_config={"salt": options.salt, "weights": dict(weights)},
         ray_actor_options=_actor_options(options),
-    ).bind(options)
-
-
-def _stage_options(options: ServiceOptions) -> dict[str, Any]:
-    # A stage computes and never waits, so more than a few requests in one replica only wait inside it instead of
-    # being sent to another.
-    return {"max_ongoing_requests": 8, "ray_actor_options": _actor_options(options)}
+    )
+    return router.bind(options)
 
 
 def _actor_options(options: ServiceOptions) -> dict[str, Any]:

@@ -26,6 +26,7 @@ from reelway.platform.contracts.api import RecommendRequest, RecommendResponse, 
 from reelway.platform.contracts.events import Arm
 from reelway.platform.tokens import TokenSigner
 from reelway.serving.metrics import SHORT, IngressMetrics, timed
+from reelway.serving.parity_sample import ParitySample
 from reelway.serving.popular import PopularLists
 from reelway.serving.slates import Showing, new_id, shown_videos
 from reelway.serving.stages.arrays import F32, SOURCES, Candidates, Slate, ViewerQuery
@@ -63,19 +64,27 @@ class ReleaseEdge:
     release_id: str
     table: VideoTable
     lists: PopularLists
+    videos_as_of_s: float | None = None  # the moment that its video features speak of
 
 
 class RequestPath:
     """The path of one release under one arm."""
 
     def __init__(
-        self, edge: ReleaseEdge, stages: Stages, signer: TokenSigner, metrics: IngressMetrics, arm: Arm = Arm.STABLE
+        self,
+        edge: ReleaseEdge,
+        stages: Stages,
+        signer: TokenSigner,
+        metrics: IngressMetrics,
+        arm: Arm = Arm.STABLE,
+        sample: ParitySample | None = None,
     ) -> None:
         self._edge = edge
         self._stages = stages
         self._signer = signer
         self._metrics = metrics
         self._arm = arm
+        self._sample = sample
         self._labels = (edge.release_id[:SHORT], arm.value)
 
     async def answer(
@@ -95,6 +104,17 @@ class RequestPath:
             showing = Showing(request_id, request.viewer_id, self._edge.release_id, self._arm, query.region, now_s)
             videos = shown_videos(slate, showing, self._edge.table, self._edge.lists, self._signer)
         self._count(slate, degraded)
+        if self._sample and viewer_row is not None:
+            self._sample.offer(
+                request_id,
+                request,
+                self._edge.release_id,
+                self._edge.videos_as_of_s,
+                viewer_row,
+                self._edge.table,
+                slate.rows,
+                now_s,
+            )
         return RecommendResponse.model_construct(
             request_id=request_id,
             viewer_id=request.viewer_id,

@@ -59,8 +59,13 @@ class ReleaseLoader:
 
     def edge(self) -> ReleaseEdge:
         """What a router holds."""
-        table = self.table()
-        return ReleaseEdge(self.release_id(), table, open_popular_lists(self.folder, table))
+        table, manifest = self.table(), read_manifest(self.folder)
+        return ReleaseEdge(
+            manifest.release_id,
+            table,
+            open_popular_lists(self.folder, table),
+            manifest.config.get("video_features_as_of_s"),
+        )
 
     def retrieval(self) -> Retrieval:
         """Viewer tower, index and lists."""
