@@ -44,6 +44,7 @@ class OutcomeVerdict:
     finding: Finding
     margin: float
     alpha_rollback: float
+    alpha_promotion: float
     stable: float
     canary: float
     harm: float
@@ -82,7 +83,7 @@ class OutcomeVerdict:
         return (
             f"{self.label}: {words}; canary {self.canary:.4g} against stable {self.stable:.4g}, {change:+.1%} "
             f"(at any time within {ends[0]:+.1%}..{ends[1]:+.1%}; {self.canary_viewers} and {self.stable_viewers} "
-            f"viewers, alpha {self.alpha_rollback:.2g})"
+            f"viewers, alpha {self.alpha_rollback:.2g} for harm, {self.alpha_promotion:.2g} against)"
         )
 
 
@@ -167,6 +168,7 @@ def _assess_outcomes(policy: RolloutPolicy, snapshot: EvidenceSnapshot) -> tuple
             finding=_finding(evidence[i], float(low[i]), float(high[i]), float(margin[i])),
             margin=float(margin[i]),
             alpha_rollback=policy.rollback_alphas[i],
+            alpha_promotion=policy.alpha.promotion,
             stable=float(stable.value[i]),
             canary=float(canary.value[i]),
             harm=float(harm.value[i]),

@@ -48,7 +48,7 @@ class Decision:
     reason: str
     step: int = -1
     canary_bp: int = 0
-    evidence_at: float = -math.inf
+    evidence_at: float = 0.0
     holds_for: str = ""
     command_done: bool = False
 

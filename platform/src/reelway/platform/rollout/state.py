@@ -65,7 +65,7 @@ class RolloutState(BaseModel):
     started_at: float
     changed_at: float = Field(description="clock at the last change of phase or step; for people, never for timers")
     tick_at: float = Field(description="clock at the last decision")
-    evidence_at: float = Field(default=float("-inf"), description="time of the newest evidence judged")
+    evidence_at: float = Field(default=0.0, description="time of the newest evidence judged; 0 before the first")
     phase_s: float = Field(default=0, ge=0, description="observed in this phase or step; holding does not restart it")
     held_insufficient_s: float = Field(default=0, ge=0)
     held_telemetry_s: float = Field(default=0, ge=0)

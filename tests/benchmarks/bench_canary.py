@@ -1,0 +1,289 @@
+"""How often a rollout is wrong, and how soon it is right: ``python -m tests.benchmarks.bench_canary``.
+
+Simulated rollouts under the default policy, one core, a few minutes. Viewers differ and come back, all ten tests of the
+policy run at every look, and every rollout is played to its end. Looks are a minute apart for the first 90 minutes and
+20 minutes apart after that. Prints the error rates with exact 95 % intervals, the viewers needed to catch a drop beside
+an oracle and beside the rules of other tools, what an outage of the telemetry does, and random event histories.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from tests.benchmarks.canary_events import Histories
+from tests.benchmarks.canary_peers import NEVER, ArgoRollouts, Flagger, Kayenta
+from tests.benchmarks.canary_population import TESTS, Population
+from tests.benchmarks.canary_simulation import (
+    PAUSED,
+    PROMOTED,
+    ROLLED_BACK,
+    RUNNING,
+    Scenario,
+    Simulation,
+    looks,
+)
+from tests.benchmarks.report import Row, write_report
+
+from reelway.platform.cli.terminal import say
+from reelway.platform.rollout.policy import RolloutPolicy, Slice, default_policy
+from reelway.platform.rollout.statistics import log_normal_cdf
+
+F64 = NDArray[np.float64]
+
+TRAFFIC = {"low": 300, "medium": 3_000, "high": 30_000}
+"""Viewers that arrive per minute, all arms together."""
+LONG_WATCH = TESTS.index(("long_watch_rate", Slice.OVERALL))
+DROP = 0.10
+BATCH = 2_500
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--scale", type=float, default=1.0, help="share of the full numbers of simulations")
+    scale = parser.parse_args(argv).scale
+    began = time.perf_counter()
+    policy = default_policy().model_copy(update={"longest_tick_s": 1200.0})
+    same = Population(1)
+    rows = [
+        *false_rollbacks(policy, same, max(20, int(10_000 * scale))),
+        *false_promotions(policy, same, max(60, int(10_000 * scale))),
+        *detection(policy, same, max(100, int(2_000 * scale))),
+        *outages(policy, same, max(40, int(1_000 * scale))),
+        *histories(max(200, int(100_000 * scale))),
+    ]
+    rows.append(Row("the whole benchmark, one core", time.perf_counter() - began, "s", "under 300", None))
+    write_report("canary", rows)
+
+
+def false_rollbacks(policy: RolloutPolicy, same: Population, rollouts: int) -> list[Row]:
+    """A/A: both arms are the same release, so every rollback is false. Each traffic level gets all the rollouts."""
+    rows = []
+    for name, per_minute in TRAFFIC.items():
+        outcome = _outcomes(policy, same, same, per_minute, rollouts)
+        wrong = int((outcome == ROLLED_BACK).sum())
+        low, high = clopper_pearson(wrong, rollouts)
+        say(f"A/A {name}: {wrong} of {rollouts} rolled back, {(outcome == PROMOTED).mean():.1%} promoted")
+        bar = f"at most 1 % (stated {policy.alpha.rollback:.1%}); 95 % interval {low:.3%}..{high:.3%}"
+        rows.append(Row(f"false rollbacks, A/A, {name} traffic ({per_minute}/min, {rollouts:,} rollouts)",
+                        100 * wrong / rollouts, "%", bar, high <= 0.01))  # fmt: skip
+        rows.append(Row(f"promoted, A/A, {name} traffic", 100 * float((outcome == PROMOTED).mean()), "%"))
+        rows.append(Row(f"paused for a person, A/A, {name} traffic", 100 * float((outcome == PAUSED).mean()), "%"))
+    return rows
+
+
+def false_promotions(policy: RolloutPolicy, same: Population, rollouts: int) -> list[Row]:
+    """Harm of twice the margin, in each metric that promotion requires, at all traffic levels."""
+    rows, wrong, total = [], 0, 0
+    required = [m for m in policy.outcomes if m.promotion_requires == "excluded"]
+    each = rollouts // (len(required) * len(TRAFFIC)) + 1
+    for metric in required:
+        factor = 1 - 2 * metric.margin if metric.direction == "higher" else 1 + 2 * metric.margin
+        worse = Population(2, {metric.name: factor})
+        promoted = rolled_back = 0
+        for per_minute in TRAFFIC.values():
+            outcome = _outcomes(policy, same, worse, per_minute, each)
+            promoted += int((outcome == PROMOTED).sum())
+            rolled_back += int((outcome == ROLLED_BACK).sum())
+        played = each * len(TRAFFIC)
+        say(f"{metric.name} worse by {2 * metric.margin:.0%}: {promoted} of {played} promoted")
+        rows.append(Row(f"rolled back, {metric.name} {2 * metric.margin:.0%} worse", 100 * rolled_back / played, "%"))
+        wrong, total = wrong + promoted, total + played
+    low, high = clopper_pearson(wrong, total)
+    bar = f"at most 1 % (stated {policy.alpha.promotion:.1%}); 95 % interval {low:.3%}..{high:.3%}"
+    return [Row(f"false promotions, harm of twice the margin ({total:,} rollouts)", 100 * wrong / total, "%", bar,
+                high <= 0.01), *rows]  # fmt: skip
+
+
+def _outcomes(
+    policy: RolloutPolicy, stable: Population, canary: Population, per_minute: float, rollouts: int
+) -> NDArray[np.int64]:
+    """How rollouts end. Those that reach the end of the looks undecided are for the deadline: paused."""
+    grid = looks(60, 5_400, 1_200, 26 * 3_600)
+    found = []
+    for begin in range(0, rollouts, BATCH):
+        scenario = Scenario(policy, stable, canary, per_minute, grid)
+        rng = np.random.default_rng((begin, int(per_minute)))
+        found.append(Simulation(scenario, min(BATCH, rollouts - begin), rng).run().outcome)
+    return np.where((joined := np.concatenate(found)) == RUNNING, PAUSED, joined)
+
+
+@dataclass
+class _Watch:
+    """Per-look sums of the long-watch rate and the running Z, recorded while a simulation plays without an end."""
+
+    sums: list[list[F64]]
+    z: list[F64]
+    viewers: list[F64]
+
+    def __call__(self, _look: int, simulation: Simulation) -> None:
+        stable, canary = simulation.stable.of_tests(), simulation.canary.of_tests()
+        margin = simulation.scenario.policy.outcomes[0].margin
+        bounds = simulation.bounds
+        columns = (canary[2], canary[1], stable[2], stable[1])
+        self.sums.append([column[:, LONG_WATCH].copy() for column in columns])
+        self.z.append(np.stack([(bounds.harm - m)[:, LONG_WATCH] / bounds.error[:, LONG_WATCH] for m in (margin, 0.0)]))
+        self.viewers.append(simulation.canary.viewers[:, 0].astype(float))
+
+    def per_look(self) -> tuple[F64, F64, F64, F64]:
+        """Increments of the four cumulative sums: [rollouts, looks] each."""
+        cumulative = np.array(self.sums).transpose(1, 2, 0)
+        steps = np.diff(cumulative, axis=-1, prepend=0.0)
+        return steps[0], steps[1], steps[2], steps[3]
+
+
+def detection(policy: RolloutPolicy, same: Population, rollouts: int) -> list[Row]:
+    """Canary viewers until a drop of 10 % in the long-watch rate is caught with 80 % power, at a constant 1 %."""
+    first = policy.steps[0].model_copy(update={"hold_s": 1e9})
+    still = policy.model_copy(update={"steps": (first,)})
+    worse = Population(3, {"long_watch_rate": 1 - DROP})
+    grid = np.arange(60.0, 3 * 3_600 + 1, 60.0)
+    per_minute, rows = 2_000.0, []
+    runs: dict[str, tuple[Simulation, _Watch]] = {}
+    for name, population in (("A/A", same), ("drop", worse)):
+        watch = _Watch([], [], [])
+        scenario = Scenario(still, same, population, per_minute, grid, on_look=watch)
+        simulation = Simulation(scenario, rollouts, np.random.default_rng(7))
+        simulation.outcome[:] = RUNNING
+        runs[name] = (_play_on(simulation), watch)
+    ours, watch = runs["drop"]
+    viewers = np.array(watch.viewers)
+    caught = _viewers_at_power(ours.first_harm, viewers)
+    alone = _viewers_at_power(ours.first_long_watch, viewers)
+    alpha = policy.rollback_alphas[LONG_WATCH]
+    oracle = _oracle(np.array(watch.z)[:, 0], viewers, alpha)
+    bold = _oracle(np.array(watch.z)[:, 1], viewers, policy.alpha.rollback)
+    say(f"10 % drop: caught after {caught:.0f} viewers, by its own test {alone:.0f}, oracle {oracle:.0f}")
+    false_ours = float((runs["A/A"][0].first_harm != NEVER).mean())
+    rows += [
+        Row("viewers to catch a 10 % drop in long-watch rate, 80 % power", caught, "canary viewers"),
+        Row("the same by the long-watch test alone", alone, "canary viewers"),
+        Row("oracle: fixed horizon, same hypothesis, same alpha", oracle, "canary viewers"),
+        Row("ratio to the oracle", alone / oracle, "x", "at most 1.5", alone / oracle <= 1.5),
+        Row("ratio to an oracle with no margin and the whole alpha", alone / bold, "x"),
+        Row("false rollbacks on the A/A of the same runs", 100 * false_ours, "%", "at most 1", false_ours <= 0.01),
+    ]
+    peers = {"Argo Rollouts' manner": ArgoRollouts(), "Flagger's manner": Flagger(), "Kayenta's manner": Kayenta()}
+    for name, rule in peers.items():
+        wrong = rule.rolled_back_at(*runs["A/A"][1].per_look())
+        right = rule.rolled_back_at(*watch.per_look())
+        needed = _viewers_at_power(right, viewers)
+        rows.append(Row(f"{name}: viewers to catch it, 80 % power", needed, "canary viewers"))
+        rows.append(Row(f"{name}: false rollbacks on the A/A", 100 * float((wrong != NEVER).mean()), "%"))
+    return rows
+
+
+class _Firsts(Simulation):
+    first_harm: NDArray[np.int64]
+    first_long_watch: NDArray[np.int64]
+
+
+def _play_on(simulation: Simulation) -> _Firsts:
+    """Play all looks whatever is found, and note when a test first established harm: any, and the long-watch test."""
+    inner = simulation.scenario.on_look
+    any_at, own_at = (np.full(simulation.rollouts, NEVER) for _ in range(2))
+
+    def note(look: int, seen: Simulation) -> None:
+        for at, hit in (
+            (any_at, seen.bounds.established.any(1)), (own_at, seen.bounds.established[:, LONG_WATCH]),
+        ):  # fmt: skip
+            at[(at == NEVER) & hit] = look
+        seen.outcome[:] = RUNNING
+        if inner is not None:
+            inner(look, seen)
+
+    simulation.scenario.on_look = note
+    simulation.run()
+    simulation.first_harm, simulation.first_long_watch = any_at, own_at  # type: ignore[attr-defined]
+    return simulation  # type: ignore[return-value]
+
+
+def _viewers_at_power(at: NDArray[np.int64], viewers: F64, power: float = 0.8) -> float:
+    """Canary viewers by which ``power`` of the rollouts were caught; infinite when they were not."""
+    seen = np.where(at == NEVER, math.inf, viewers[np.maximum(at, 0), np.arange(len(at))])
+    return float(np.sort(seen)[math.ceil(power * len(seen)) - 1])
+
+
+def _oracle(z: F64, viewers: F64, alpha: float, power: float = 0.8) -> float:
+    """Viewers at the single best look for a one-sided test of level ``alpha``; interpolated between looks."""
+    critical = _normal_quantile(1 - alpha)
+    reached = (z > critical).mean(1)
+    mean = viewers.mean(1)
+    k = int(np.argmax(reached >= power))
+    if reached[k] < power:
+        return math.inf
+    if k == 0:
+        return float(mean[0])
+    part = (power - reached[k - 1]) / (reached[k] - reached[k - 1])
+    return float(mean[k - 1] + part * (mean[k] - mean[k - 1]))
+
+
+def outages(policy: RolloutPolicy, same: Population, rollouts: int) -> list[Row]:
+    """Telemetry is down for five minutes in the middle of a rollout: what changed while it was?
+
+    The first looks and the ones after the outage run in the array code, the outage itself through ``decide``; see
+    ``tests.benchmarks.canary_outage``.
+    """
+    from tests.benchmarks.canary_outage import play_outages
+
+    promoted, rolled_back, moved, held = play_outages(policy, same, rollouts)
+    say(f"outage: {promoted} promotions, {rolled_back} rollbacks, {moved} weight changes, {held} held of {rollouts}")
+    return [
+        Row(f"promotions while telemetry was down 5 min ({rollouts:,} rollouts)", promoted, "", "0", promoted == 0),
+        Row("rollbacks while telemetry was down", rolled_back, "", "0", rolled_back == 0),
+        Row("weight changes while telemetry was down", moved, "", "0", moved == 0),
+        Row("rollouts that held and said so", held, "", f"all {rollouts:,}", held == rollouts),
+    ]
+
+
+def histories(count: int) -> list[Row]:
+    """Random event histories; ``check`` raises at the first broken invariant."""
+    runner = Histories(0)
+    for _ in range(count):
+        runner.play(40)
+    unseen = [action.value for action, times in runner.counts.items() if not times]
+    say(f"{count} histories, {runner.events} events; ends: { {p.value: n for p, n in runner.ends.items() if n} }")
+    return [
+        Row("random event histories with all invariants", count, "histories", "at least 100,000", count >= 100_000),
+        Row("events in them", runner.events, "events"),
+        Row("actions that never occurred in them", len(unseen), "actions", "0", not unseen),
+    ]
+
+
+def clopper_pearson(k: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
+    """Exact binomial interval, by bisection on the binomial tail."""
+    tail = (1 - confidence) / 2
+
+    def below(p: float) -> float:  # P(X <= k)
+        return sum(_binomial(i, n, p) for i in range(k + 1))
+
+    low = 0.0 if k == 0 else _bisect(lambda p: 1 - below(p) + _binomial(k, n, p) - tail)
+    high = 1.0 if k == n else _bisect(lambda p: tail - below(p))
+    return low, high
+
+
+def _binomial(i: int, n: int, p: float) -> float:
+    if p <= 0 or p >= 1:
+        return float(i == (0 if p <= 0 else n))
+    choose = math.lgamma(n + 1) - math.lgamma(i + 1) - math.lgamma(n - i + 1)
+    return math.exp(choose + i * math.log(p) + (n - i) * math.log1p(-p))
+
+
+def _normal_quantile(p: float) -> float:
+    return _bisect(lambda z: float(np.exp(log_normal_cdf(z))) - p, -10.0, 10.0)
+
+
+def _bisect(increasing, low: float = 0.0, high: float = 1.0) -> float:  # type: ignore[no-untyped-def]
+    for _ in range(80):
+        middle = (low + high) / 2
+        low, high = (low, middle) if increasing(middle) > 0 else (middle, high)
+    return (low + high) / 2
+
+
+if __name__ == "__main__":
+    main()
