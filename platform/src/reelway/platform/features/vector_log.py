@@ -15,7 +15,7 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -105,12 +105,23 @@ class VectorLog:
             fcntl.flock(guard, fcntl.LOCK_EX)
             if self.path.exists() and self.path.stat().st_size + len(line) > self._half_bytes:
                 self.path.replace(_previous(self.path))
-            with self.path.open("ab") as handle:
+            with self.path.open("ab+") as handle:
+                if handle.seek(0, os.SEEK_END) and not _ends_a_line(handle):
+                    handle.truncate(_last_line_end(self.path))  # cut off by a crash, never acknowledged
                 handle.write(line)
                 handle.flush()
                 os.fsync(handle.fileno())
         finally:
             os.close(guard)
+
+
+def _ends_a_line(handle: BinaryIO) -> bool:
+    handle.seek(-1, os.SEEK_END)
+    return handle.read(1) == b"\n"
+
+
+def _last_line_end(path: Path) -> int:
+    return path.read_bytes().rfind(b"\n") + 1
 
 
 def _previous(path: Path) -> Path:

@@ -1,0 +1,49 @@
+"""Codes of ids and words are stable across processes and spread evenly."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import numpy as np
+
+from reelway.platform.contracts.features import CATEGORY_BUCKETS, ID_BUCKETS, ID_HASHES
+from reelway.platform.features.hashing import id_codes, mix64, word_code, word_codes
+
+
+def test_missing_ids_and_words_have_code_zero_and_no_others_do() -> None:
+    assert id_codes(np.array([-1, -9])).tolist() == [[0] * ID_HASHES] * 2
+    codes = id_codes(np.arange(100_000))
+    assert codes.min() >= 1
+    assert codes.max() < ID_BUCKETS
+    assert word_code(None) == word_code("") == 0
+    assert all(0 < word_code(f"word {i}") < CATEGORY_BUCKETS for i in range(1000))
+
+
+def test_codes_are_the_same_in_another_process() -> None:
+    script = (
+        "import numpy as np; from reelway.platform.features.hashing import id_codes, word_code;"
+        "print(id_codes(np.array([7, 2**53 - 1])).tolist(), word_code('eu'))"
+    )
+    other = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout.strip()
+    assert other == f"{id_codes(np.array([7, 2**53 - 1])).tolist()} {word_code('eu')}"
+
+
+def test_two_ids_rarely_share_both_codes() -> None:
+    pairs = id_codes(np.arange(50_000))
+    assert len(np.unique(pairs, axis=0)) > 49_990
+
+
+def test_shapes_are_kept_and_non_contiguous_input_is_the_same() -> None:
+    ids = np.arange(24).reshape(4, 6)
+    assert id_codes(ids).shape == (4, 6, ID_HASHES)
+    assert np.array_equal(id_codes(ids[:, ::2]), id_codes(ids)[:, ::2])
+
+
+def test_mixing_is_one_to_one() -> None:
+    values = np.arange(100_000, dtype=np.uint64)
+    assert len(np.unique(mix64(values))) == len(values)
+
+
+def test_words_are_coded_one_by_one() -> None:
+    assert word_codes(["eu", None, "us"]).tolist() == [word_code("eu"), 0, word_code("us")]

@@ -1,0 +1,103 @@
+"""The log of served vectors: what goes in comes out, once, whole and bounded."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from reelway.platform.errors import ConfigError, MalformedFileError, StorageError
+from reelway.platform.features.vector_log import ServedVector, VectorLog, read_vectors
+
+
+def vector(request_id: int, **changes: object) -> ServedVector:
+    values = {
+        "request_id": request_id, "viewer_id": 7, "request_time_s": 1.5, "device": "tv", "release": "abc",
+        "viewer": {"region": "eu", "impressions_1d": 2.0, "history_videos": [1, 2]},
+        "videos": [{"video_id": 4, "duration_s": 3.0}],
+    } | changes  # fmt: skip
+    return ServedVector(**values)  # type: ignore[arg-type]
+
+
+def test_a_vector_comes_back_as_it_was_served(tmp_path: Path) -> None:
+    log = VectorLog(tmp_path / "log", ratio=1.0)
+    assert log.append(vector(1, viewer_as_of_s=9.25))
+    assert list(read_vectors(tmp_path / "log")) == [vector(1, viewer_as_of_s=9.25)]
+
+
+def test_float32_values_come_back_exactly_and_nan_as_missing(tmp_path: Path) -> None:
+    values = np.array([0.1, np.nan], dtype=np.float32)
+    log = VectorLog(tmp_path / "log", ratio=1.0)
+    log.append(vector(1, videos=[{"video_id": np.int64(4), "duration_s": values[0], "embedding": values}]))
+    (row,) = next(read_vectors(tmp_path / "log")).videos
+    assert row == {"video_id": 4, "duration_s": float(values[0]), "embedding": [float(values[0]), None]}
+
+
+def test_the_sample_is_a_property_of_the_request_not_of_the_server(tmp_path: Path) -> None:
+    one, other = VectorLog(tmp_path / "a", ratio=0.1), VectorLog(tmp_path / "b", ratio=0.1)
+    wanted = [one.wants(request) for request in range(20_000)]
+    assert wanted == [other.wants(request) for request in range(20_000)]
+    assert 0.08 < sum(wanted) / len(wanted) < 0.12
+    more = VectorLog(tmp_path / "c", ratio=0.5)
+    assert all(more.wants(request) for request, yes in enumerate(wanted) if yes)
+
+
+def test_a_request_outside_the_sample_writes_nothing(tmp_path: Path) -> None:
+    assert not VectorLog(tmp_path / "log", ratio=0.0).append(vector(1))
+    assert not (tmp_path / "log").exists()
+    assert list(read_vectors(tmp_path / "log")) == []
+
+
+def test_threads_do_not_tear_each_others_lines(tmp_path: Path) -> None:
+    log = VectorLog(tmp_path / "log", ratio=1.0)
+
+    def write(start: int) -> None:
+        for request in range(start, start + 25):
+            log.append(vector(request))
+
+    threads = [threading.Thread(target=write, args=(100 * i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    seen = sorted(v.request_id for v in read_vectors(tmp_path / "log"))
+    assert seen == sorted(100 * i + j for i in range(4) for j in range(25))
+
+
+def test_a_full_log_drops_the_older_half_and_keeps_the_newest(tmp_path: Path) -> None:
+    log = VectorLog(tmp_path / "log", ratio=1.0, max_bytes=4000)
+    for request in range(200):
+        log.append(vector(request))
+    kept = [v.request_id for v in read_vectors(tmp_path / "log")]
+    assert kept == list(range(kept[0], 200))
+    assert kept[0] > 0
+    assert sum(file.stat().st_size for file in tmp_path.iterdir()) <= 4000
+
+
+def test_a_line_cut_off_by_a_crash_is_left_out_and_the_next_append_is_not_lost(tmp_path: Path) -> None:
+    log = VectorLog(tmp_path / "log", ratio=1.0)
+    log.append(vector(1))
+    with (tmp_path / "log").open("ab") as handle:
+        handle.write(b'{"request_id": 2, "view')
+    assert [v.request_id for v in read_vectors(tmp_path / "log")] == [1]
+    log.append(vector(3))
+    assert [v.request_id for v in read_vectors(tmp_path / "log")] == [1, 3]
+
+
+def test_a_damaged_line_is_refused_with_its_row(tmp_path: Path) -> None:
+    (tmp_path / "log").write_text('{"request_id": 1}\n')
+    with pytest.raises(MalformedFileError, match="row 1"):
+        list(read_vectors(tmp_path / "log"))
+
+
+def test_a_ratio_outside_zero_to_one_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"ratio 1\.5, expected 0\.\.1"):
+        VectorLog(tmp_path / "log", ratio=1.5)
+
+
+def test_a_disk_that_cannot_be_written_is_a_storage_error(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("not a folder")
+    with pytest.raises(StorageError, match="cannot write the vector log"):
+        VectorLog(tmp_path / "file" / "log", ratio=1.0).append(vector(1))
