@@ -20,7 +20,7 @@ from reelway.pipelines.training.negatives import RankerRows, shown_rows
 from reelway.pipelines.training.ray_train import RayResources, fit_on_ray
 from reelway.pipelines.training.rows import TrainingRows, load_rows
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow]
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(400)]
 
 Inputs = tuple[TrainingRows, RankerRows, Window, TrainingConfig]
 

@@ -33,6 +33,7 @@ SMALL = (
     "ranker_loop.epochs=2", "ranker_loop.batch_size=256", "ranker.experts=2", "calibration_fraction=0.2",
 )  # fmt: skip
 ALONE = Resources(workers=1, ray=False)
+Trained = tuple[RunDirectory, TrainedModels, TrainingRows]
 
 
 def made_run(folder: Path, table: pa.Table) -> RunDirectory:
@@ -44,7 +45,7 @@ def made_run(folder: Path, table: pa.Table) -> RunDirectory:
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[RunDirectory, TrainedModels, TrainingRows]:
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
     table = made_table(requests=400)
     no_shares = pa.array(np.zeros(len(table), np.float32))
     table = table.set_column(table.schema.get_field_index("share"), "share", no_shares)
@@ -59,7 +60,7 @@ def a_request(models: TrainedModels, rows: TrainingRows, viewer: int) -> dict[st
     return ranker_inputs(one, embed_viewers(models.two_tower, one), videos, embed_videos(models.two_tower, videos))
 
 
-def test_loaded_models_answer_as_the_trained_ones(trained: tuple[RunDirectory, TrainedModels, TrainingRows]) -> None:
+def test_loaded_models_answer_as_the_trained_ones(trained: Trained) -> None:
     run, models, rows = trained
     loaded = load_models(run.models)
     np.testing.assert_array_equal(
@@ -71,7 +72,7 @@ def test_loaded_models_answer_as_the_trained_ones(trained: tuple[RunDirectory, T
     assert loaded.calibration == models.calibration
 
 
-def test_what_is_left_behind_holds_no_pickle(trained: tuple[RunDirectory, TrainedModels, TrainingRows]) -> None:
+def test_what_is_left_behind_holds_no_pickle(trained: Trained) -> None:
     run = trained[0]
     assert sorted(path.name for path in run.models.iterdir()) == [
         "calibration.json", "ranker.json", "ranker.npz", "training.json", "two_tower.json", "two_tower.npz",
@@ -81,7 +82,7 @@ def test_what_is_left_behind_holds_no_pickle(trained: tuple[RunDirectory, Traine
             assert all(arrays[name].dtype.kind in "fbi" for name in arrays.files)
 
 
-def test_the_record_says_what_was_trained_on_what(trained: tuple[RunDirectory, TrainedModels, TrainingRows]) -> None:
+def test_the_record_says_what_was_trained_on_what(trained: Trained) -> None:
     run, models, rows = trained
     info = json.loads((run.models / "training.json").read_text())
     assert info["window_end_s"] == rows.cut_time_s(0.8)
@@ -94,7 +95,7 @@ def test_the_record_says_what_was_trained_on_what(trained: tuple[RunDirectory, T
 
 
 def test_a_head_with_one_class_answers_its_base_rate_and_is_reported(
-    trained: tuple[RunDirectory, TrainedModels, TrainingRows],
+    trained: Trained,
 ) -> None:
     _, models, rows = trained
     share = score(models.ranker, a_request(models, rows, 3))[:, RANKER_TASKS.index("share")]
@@ -105,7 +106,7 @@ def test_a_head_with_one_class_answers_its_base_rate_and_is_reported(
 
 
 def test_the_ranker_learned_taste_and_what_precedes_it(
-    trained: tuple[RunDirectory, TrainedModels, TrainingRows],
+    trained: Trained,
 ) -> None:
     info = trained[1].info
     assert info.curves["ranker"][1]["watch_s"] < info.curves["ranker"][0]["watch_s"]
@@ -114,7 +115,7 @@ def test_the_ranker_learned_taste_and_what_precedes_it(
 
 @pytest.fixture(scope="module")
 def graphs(
-    trained: tuple[RunDirectory, TrainedModels, TrainingRows], tmp_path_factory: pytest.TempPathFactory
+    trained: Trained, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[onnxruntime.InferenceSession, onnxruntime.InferenceSession]:
     _, models, rows = trained
     folder = tmp_path_factory.mktemp("graphs")
@@ -126,7 +127,7 @@ def graphs(
 
 
 def test_the_viewer_graph_takes_any_number_of_viewers_by_the_contracts_names(
-    trained: tuple[RunDirectory, TrainedModels, TrainingRows], graphs: tuple[Any, Any]
+    trained: Trained, graphs: tuple[Any, Any]
 ) -> None:
     _, models, rows = trained
     session = graphs[0]
@@ -140,9 +141,7 @@ def test_the_viewer_graph_takes_any_number_of_viewers_by_the_contracts_names(
         np.testing.assert_allclose(ours, embed_viewers(models.two_tower, viewers), atol=1e-5)
 
 
-def test_the_ranker_graph_scores_one_viewers_candidates_however_many(
-    trained: tuple[RunDirectory, TrainedModels, TrainingRows], graphs: tuple[Any, Any]
-) -> None:
+def test_the_ranker_graph_scores_one_viewers_candidates_however_many(trained: Trained, graphs: tuple[Any, Any]) -> None:
     _, models, rows = trained
     session = graphs[1]
     assert [given.name for given in session.get_inputs()] == list(RANKER_INPUTS)
@@ -156,7 +155,7 @@ def test_the_ranker_graph_scores_one_viewers_candidates_however_many(
 
 
 def test_an_export_that_differs_from_torch_is_refused_and_leaves_no_file(
-    trained: tuple[RunDirectory, TrainedModels, TrainingRows], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _, models, rows = trained
     from reelway.pipelines.training import export
@@ -175,9 +174,7 @@ def test_an_export_that_differs_from_torch_is_refused_and_leaves_no_file(
     assert not list(tmp_path.iterdir())
 
 
-def test_an_export_needs_samples_shaped_as_serving_sends_them(
-    trained: tuple[RunDirectory, TrainedModels, TrainingRows], tmp_path: Path
-) -> None:
+def test_an_export_needs_samples_shaped_as_serving_sends_them(trained: Trained, tmp_path: Path) -> None:
     run, models, rows = trained
     short = load_rows(run.features / ROWS_FILE, history_length=5)
     with pytest.raises(ReleaseError, match="hold 5 videos, expected 50"):
@@ -188,9 +185,7 @@ def test_an_export_needs_samples_shaped_as_serving_sends_them(
         export_ranker(models.ranker, tmp_path / "r.onnx", two)
 
 
-def test_damaged_or_absent_weights_are_refused_by_path(
-    trained: tuple[RunDirectory, TrainedModels, TrainingRows], tmp_path: Path
-) -> None:
+def test_damaged_or_absent_weights_are_refused_by_path(trained: Trained, tmp_path: Path) -> None:
     for path in trained[0].models.iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
     (tmp_path / "ranker.npz").write_bytes((tmp_path / "ranker.npz").read_bytes()[:5000])
@@ -203,15 +198,16 @@ def test_damaged_or_absent_weights_are_refused_by_path(
 def test_positives_only_data_trains_on_sampled_negatives_of_its_own_time(tmp_path: Path) -> None:
     table = made_table(requests=200)
     loved = table.filter(pa.array(table["long_watch"].to_numpy() > 0))
-    asked: list[str] = []
+    asked: list[tuple[str, float]] = []
 
     def as_of(view: str, entities: np.ndarray, at_us: np.ndarray) -> pa.Table:
-        asked.append(view)
+        asked.append((view, at_us.max() / 1e6))
         return pa.table({name: pa.array(np.ones(len(entities))) for name in VIEWS[view]})
 
     config = load_config("demo", overrides=(*SMALL, "sampled_negatives=2", "two_tower_loop.epochs=1"))
     models = train_run(made_run(tmp_path, loved), config, ALONE, as_of=as_of)
-    assert asked == ["video_engagement", "creator_statistics"]
+    assert [view for view, _ in asked] == ["video_engagement", "creator_statistics"]
+    assert all(latest_s < models.info.window_end_s for _, latest_s in asked)
     assert 0.3 < models.info.base_rates["long_watch"] < 0.45  # one shown, up to two sampled
     assert not any("'long_watch' has one class" in note for note in models.info.notes)
 
@@ -240,7 +236,7 @@ def test_the_command_trains_once_and_then_says_that_it_is_done(tmp_path: Path) -
     assert load_models(run.models).info.config["two_tower"]["dropout"] == 0.3
 
 
-def test_embedding_in_chunks_is_embedding_at_once(trained: tuple[RunDirectory, TrainedModels, TrainingRows]) -> None:
+def test_embedding_in_chunks_is_embedding_at_once(trained: Trained) -> None:
     _, models, rows = trained
     videos: VideoArrays = rows.videos
     np.testing.assert_allclose(

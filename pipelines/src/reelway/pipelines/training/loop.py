@@ -35,7 +35,10 @@ class EpochReport:
     epochs: int
     metrics: dict[str, float]
     elapsed_s: float
+    """Of the steps alone."""
     steps: int
+    ended_at_s: float
+    """Unix seconds; the gap between two epochs' ends includes checkpoint and report."""
 
 
 OnEpoch = Callable[[EpochReport], None]
@@ -118,7 +121,7 @@ def train(
             elapsed_s = time.perf_counter() - started
             if on_epoch is not None:
                 report = EpochReport(
-                    stage, progress.epoch - 1, config.epochs, metrics, elapsed_s, batches.steps - first
+                    stage, progress.epoch - 1, config.epochs, metrics, elapsed_s, batches.steps - first, time.time()
                 )
                 on_epoch(report)
             checkpoints.save(_state(objective, optimizer, progress, stage), metrics)

@@ -36,6 +36,7 @@ from reelway.platform.runs import digest_of
 STATE_FILE = "state.pt"
 MAX_FAILURES = 3
 _POLL_S = 0.2
+_CONTROLLER_SETTINGS = {"RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.1"}
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ def fit_on_ray(
     name = f"fit-{digest_of([config.to_dict(), asdict(window), len(rows), len(ranker_rows), workers])[:12]}"
     given = storage / f"{name}.input"
     _write_input(given, rows, ranker_rows)
-    with _ray_runtime(workers, resources.gpus), _following(given / "progress.jsonl", on_epoch):
+    with _ray_runtime(workers, resources.gpus), _prompt_controller(), _following(given / "progress.jsonl", on_epoch):
         trainer = TorchTrainer(
             _train_worker,
             train_loop_config={
@@ -175,6 +176,20 @@ def _ray_runtime(workers: int, gpus: int) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+@contextmanager
+def _prompt_controller() -> Iterator[None]:
+    """Ray Train's controller takes reports when it looks for dead workers, every 2 s by default, and a worker's next
+    report waits for that: more than an epoch costs here. A person's own setting is left alone.
+    """
+    set_here = [name for name in _CONTROLLER_SETTINGS if name not in os.environ]
+    os.environ.update({name: _CONTROLLER_SETTINGS[name] for name in set_here})
+    try:
+        yield
+    finally:
+        for name in set_here:
+            del os.environ[name]
 
 
 @contextmanager
