@@ -1,7 +1,136 @@
-"""Placeholder until the command is written."""
+"""``reelway evaluate``: what a person types to judge trained models. It shows and records; it computes nothing."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import typer
 
+from reelway.platform.cli.terminal import out, progress, say
+from reelway.platform.runs import RunDirectory
+
+if TYPE_CHECKING:
+    from reelway.pipelines.evaluation.metrics import Estimate
+    from reelway.pipelines.evaluation.report import EvaluationResult
+
+_EXAMPLES = """
+Judge a run's models on the events after their training window.
+
+Retrieval and ranking together, retrieval alone, popularity (all time and recent) and tuned ALS answer the same
+question: at the end of the training window, which unseen videos will these viewers go on to watch? Intervals are
+95 %, over viewers.
+
+\b
+Examples:
+  reelway evaluate --run runs/demo
+  reelway evaluate --run runs/demo --max-viewers 500        quicker, wider intervals
+  reelway evaluate --run runs/demo --blend my-blend.yaml    with other weights of the heads
+
+Leaves evaluation/evaluation.json in the run: metrics, intervals, baselines and the release gates. A failed gate is
+reported here and refuses the release later; it is no error of this command.
+"""
+
 
 def register(app: typer.Typer) -> None:
-    """Add nothing yet."""
+    """Add ``evaluate``."""
+
+    @app.command(help=_EXAMPLES)
+    def evaluate(
+        run: Path = typer.Option(Path("runs/default"), help="The run directory."),
+        min_events: int = typer.Option(5, min=1, help="Ask only viewers with this many impressions in training."),
+        max_viewers: int = typer.Option(2000, min=1, help="Ask a seeded sample of so many viewers at most."),
+        blend: Path | None = typer.Option(None, help="A blend.yaml to rank with instead of the defaults."),
+        seed: int = typer.Option(0, help="Of the sample, of ALS and of the bootstrap."),
+        force: bool = typer.Option(False, help="Evaluate again although nothing changed."),
+    ) -> None:
+        evaluate_command(RunDirectory(run), min_events, max_viewers, blend, seed, force)
+
+
+def evaluate_command(
+    run: RunDirectory, min_events: int, max_viewers: int, blend: Path | None, seed: int, force: bool
+) -> None:
+    """The step ``evaluate``: skipped when it was done with the same inputs."""
+    from reelway.pipelines.build import read_blend
+    from reelway.pipelines.evaluation.report import EVALUATION_FILE, EvaluationSettings, evaluate_run
+
+    settings = EvaluationSettings(min_events=min_events, max_viewers=max_viewers, seed=seed)
+    output = run.evaluation / EVALUATION_FILE
+    identity = {"min_events": min_events, "max_viewers": max_viewers, "seed": seed}
+    inputs = [blend] if blend is not None else []
+    with run.step("evaluate", config=identity, after=("train",), inputs=inputs, outputs=[output], force=force) as step:
+        if step.done:
+            say("evaluate: already done with the same inputs, skipped (use --force to redo)")
+            return
+        with progress() as bar:
+            task = bar.add_task("evaluate", total=None)
+
+            def tell(doing: str) -> None:
+                bar.update(task, description=f"evaluate: {doing}")
+
+            chosen = read_blend(blend) if blend is not None else None
+            result = evaluate_run(run, settings, blend=chosen, report=tell)
+        step.summary.update(
+            {"gates_failed": [gate.name for gate in result.gates if not gate.passed], "output": str(output)}
+        )
+        _show(result)
+        out.print(f"written to {output}", highlight=False)
+
+
+def _show(result: EvaluationResult) -> None:
+    _show_ranking(result)
+    _show_heads(result)
+    _show_gates(result)
+
+
+def _show_ranking(result: EvaluationResult) -> None:
+    from rich.table import Table
+
+    question = result.question
+    table = Table(
+        title=f"Which videos next? {len(question.viewer_ids):,} viewers, {len(question.videos):,} videos, "
+        "seen ones left out; 95 % intervals over viewers",
+        title_justify="left",
+    )
+    table.add_column("recommender")
+    for column in ("recall@50", "NDCG@10", "MRR", "diversity@10", "coverage@50"):
+        table.add_column(column, justify="right")
+    for i, (name, found) in enumerate(result.ranking.items()):
+        estimates = [found.estimates[key] for key in ("recall_at_50", "ndcg_at_10", "mrr", "diversity_at_10")]
+        cells = [_interval(estimate) for estimate in estimates]
+        table.add_row(name, *cells, f"{found.coverage:.1%}", style="bold" if i == 0 else "")
+    out.print(table)
+
+
+def _show_heads(result: EvaluationResult) -> None:
+    from rich.table import Table
+
+    table = Table(title="Ranker heads on impressions after the cut", title_justify="left")
+    table.add_column("head")
+    for column in ("positives", "AUC", "calibration error before", "after"):
+        table.add_column(column, justify="right")
+    for head in result.heads:
+        if head.defined:
+            cells = [_interval(estimate) for estimate in (head.auc, head.error_before, head.error_after)]
+        else:
+            cells = ["one class only", "-", "-"]
+        table.add_row(head.task, f"{head.positives:,} of {head.rows:,}", *cells)
+    out.print(table)
+
+
+def _show_gates(result: EvaluationResult) -> None:
+    from rich.table import Table
+
+    table = Table(title="Release gates", title_justify="left")
+    for column in ("gate", "value", "bound", "", "detail"):
+        table.add_column(column, justify="right" if column in ("value", "bound") else "left")
+    for gate in result.gates:
+        verdict = "[green]passed" if gate.passed else "[bold red]FAILED"
+        table.add_row(gate.name, f"{gate.value:.4f}", f"{gate.comparison} {gate.bound:g}", verdict, gate.detail)
+    out.print(table)
+
+
+def _interval(estimate: Estimate) -> str:
+    if estimate.value != estimate.value:
+        return "undefined"
+    return f"{estimate.value:.3f} [{estimate.low:.3f}, {estimate.high:.3f}]"

@@ -1,0 +1,109 @@
+"""The bounds a model must keep to become a release. Pure: numbers in, verdicts out.
+
+A gate fails on evidence of harm, not on a lack of evidence: a comparison is judged by the favourable end of its 95 %
+interval over viewers, so that a demo with a handful of viewers isn't refused for noise, while with many viewers the
+same gate is sharp. A number that must exist and doesn't fails.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from reelway.pipelines.evaluation.harness import NDCG_AT, RECALL_AT, RankingResult
+from reelway.pipelines.evaluation.heads import HeadQuality
+from reelway.pipelines.evaluation.metrics import Estimate, paired_difference
+from reelway.platform.contracts.manifest import GateResult
+
+_UNDEFINED = -1.0
+"""Stands for a number that could not be computed; outside the range of every gated metric but a difference's."""
+
+
+@dataclass(frozen=True)
+class GateSettings:
+    """What each gate asks; None switches it off."""
+
+    against_popularity: float | None = 0.0
+    """Least tolerated mean difference of recall and NDCG to all-time popularity."""
+    calibration_error: float | None = 0.1
+    """Largest tolerated calibration error of a head, after calibration."""
+    auc: float | None = 0.5
+    """Least tolerated AUC of a head."""
+    coverage: float | None = 0.01
+    """Least share of the videos that could be in a slate which must be in one."""
+    min_positives: int = 200
+    """Heads with fewer positives (or negatives) after the cut are not gated: their curves cannot be judged."""
+
+
+def assess_evaluation(
+    ours: RankingResult,
+    popularity: RankingResult,
+    heads: Sequence[HeadQuality],
+    *,
+    reachable: float,
+    settings: GateSettings | None = None,
+    seed: int = 0,
+) -> list[GateResult]:
+    """All gates that are switched on.
+
+    Args:
+        reachable: the largest coverage that this many viewers' slates can have.
+    """
+    settings = settings or GateSettings()
+    gates: list[GateResult] = []
+    if settings.against_popularity is not None:
+        for name, mine, theirs in (
+            (f"recall_at_{RECALL_AT}", ours.recall, popularity.recall),
+            (f"ndcg_at_{NDCG_AT}", ours.ndcg, popularity.ndcg),
+        ):
+            difference = paired_difference(mine, theirs, seed=seed)
+            gates.append(_not_below(f"{name}_against_popularity", difference, settings.against_popularity))
+    gates += _head_gates(heads, settings)
+    if settings.coverage is not None:
+        share = ours.coverage / reachable if reachable > 0 else _UNDEFINED
+        detail = f"{ours.coverage:.2%} of the catalogue is in a slate; {reachable:.2%} could be"
+        gates.append(_at_least("coverage", share, settings.coverage, detail))
+    return gates
+
+
+def _head_gates(heads: Sequence[HeadQuality], settings: GateSettings) -> list[GateResult]:
+    gates = []
+    for head in heads:
+        if min(head.positives, head.rows - head.positives) < settings.min_positives:
+            continue
+        seen = f"{head.positives:,} positives of {head.rows:,} impressions"
+        if settings.calibration_error is not None:
+            error = _judged(head.error_after.low, fallback=1.0)
+            gates.append(
+                GateResult(
+                    name=f"{head.task}_calibration_error",
+                    value=error,
+                    bound=settings.calibration_error,
+                    comparison="<=",
+                    passed=error <= settings.calibration_error,
+                    detail=f"{_interval(head.error_after)}; {seen}",
+                )
+            )
+        if settings.auc is not None:
+            auc = _judged(head.auc.high)
+            gates.append(_at_least(f"{head.task}_auc", auc, settings.auc, f"{_interval(head.auc)}; {seen}"))
+    return gates
+
+
+def _not_below(name: str, difference: Estimate, margin: float) -> GateResult:
+    detail = f"mean difference {_interval(difference)} over {difference.viewers:,} viewers; judged by the upper end"
+    return _at_least(name, _judged(difference.high), margin, detail)
+
+
+def _at_least(name: str, value: float, bound: float, detail: str) -> GateResult:
+    return GateResult(name=name, value=value, bound=bound, comparison=">=", passed=value >= bound, detail=detail)
+
+
+def _judged(value: float, *, fallback: float = _UNDEFINED) -> float:
+    return float(value) if np.isfinite(value) else fallback
+
+
+def _interval(estimate: Estimate) -> str:
+    return f"{estimate.value:.4f} [{estimate.low:.4f}, {estimate.high:.4f}]"

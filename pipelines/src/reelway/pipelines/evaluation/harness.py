@@ -1,0 +1,204 @@
+"""The ranking question, asked of every recommender alike: at the cut, which videos did these viewers go on to enjoy?
+
+It fixes who is asked, what counts as an answer, what may be answered and what is left out; a recommender only orders.
+Nothing after the cut is handed to a recommender.
+"""
+
+# Shapes: B viewers, M videos of the catalogue, K places, N events
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Final, Protocol
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from reelway.pipelines.evaluation import metrics
+from reelway.pipelines.evaluation.metrics import PAD, Estimate
+from reelway.pipelines.features.labels import times_us
+from reelway.platform.errors import EmptyDatasetError
+
+F64 = NDArray[np.float64]
+I64 = NDArray[np.int64]
+
+RECALL_AT: Final = 50
+NDCG_AT: Final = 10
+DEPTH: Final = 50
+"""Places that are looked at."""
+MIN_EVENTS: Final = 5
+MAX_VIEWERS: Final = 2000
+
+
+class Recommender(Protocol):
+    """Orders videos for viewers as of the cut."""
+
+    def rank(self, viewer_ids: I64, k: int) -> I64:
+        """The best ``k`` unseen videos of the catalogue per viewer, best first, ``[B, k]``; ``PAD`` where fewer."""
+        ...
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Distinct (viewer, video) pairs as one sorted key each, for asking about whole matrices at once."""
+
+    videos: I64  # [M] ascending: the catalogue
+    keys: I64
+
+    @classmethod
+    def of(cls, viewer_id: I64, video_id: I64, videos: I64) -> Pairs:
+        """Pairs whose video is in the catalogue."""
+        row = catalogue_rows(videos, video_id)
+        return cls(videos, np.unique(viewer_id[row != PAD] * len(videos) + row[row != PAD]))
+
+    def has(self, viewer_ids_B: I64, rows_BK: I64) -> NDArray[np.bool_]:
+        """Whether each viewer has each video (a row of the catalogue, or ``PAD``), ``[B, K]``."""
+        if not len(self.keys):
+            return np.zeros(rows_BK.shape, dtype=np.bool_)
+        wanted = viewer_ids_B[:, None] * len(self.videos) + rows_BK
+        found = self.keys[np.minimum(np.searchsorted(self.keys, wanted), len(self.keys) - 1)] == wanted
+        return np.asarray(found & (rows_BK != PAD))
+
+    def rows_of(self, viewer_id: int) -> I64:
+        """Catalogue rows of one viewer."""
+        first, last = np.searchsorted(self.keys, [viewer_id * len(self.videos), (viewer_id + 1) * len(self.videos)])
+        return np.asarray(self.keys[first:last] - viewer_id * len(self.videos))
+
+    def counts(self, viewer_ids_B: I64) -> I64:
+        """How many videos each viewer has, ``[B]``."""
+        edges = np.stack([viewer_ids_B, viewer_ids_B + 1]) * len(self.videos)
+        first, last = np.searchsorted(self.keys, edges)
+        return np.asarray(last - first)
+
+
+@dataclass(frozen=True)
+class Question:
+    """A cut through the events: what recommenders may know, and what they are judged by."""
+
+    cut_s: float
+    viewer_ids: I64  # [B] who is asked
+    videos: I64  # [M] what may be answered: every video that was shown before the cut
+    seen: Pairs  # before the cut; never a right answer
+    relevant: Pairs  # after it
+    before: pa.Table  # labelled impressions before the cut
+
+    @property
+    def cut_us(self) -> int:
+        return round(self.cut_s * 1e6)
+
+
+def catalogue_rows(videos: I64, video_id: NDArray[Any]) -> I64:
+    """Row of each id in ascending ``videos``, ``PAD`` where it isn't there."""
+    if not len(videos):
+        return np.full(np.shape(video_id), PAD, dtype=np.int64)
+    row = np.minimum(np.searchsorted(videos, video_id), len(videos) - 1)
+    return np.where(videos[row] == video_id, row, PAD)
+
+
+def make_question(
+    labels: pa.Table,
+    cut_s: float,
+    *,
+    until_s: float = float("inf"),
+    min_events: int = MIN_EVENTS,
+    max_viewers: int = MAX_VIEWERS,
+    seed: int = 0,
+) -> Question:
+    """Split labelled impressions (``features.labels.LABELLED``) at ``cut_s``.
+
+    Relevant is what a viewer watched long for the first time in ``[cut_s, until_s)``, of the videos shown to anybody
+    before. Asked are viewers with at least ``min_events`` impressions before the cut and a relevant video.
+
+    Args:
+        max_viewers: a seeded sample of them where there are more.
+
+    Raises:
+        EmptyDatasetError: nobody can be asked.
+    """
+    time_s = times_us(labels["event_time"]) / 1e6
+    viewer, video = labels["viewer_id"].to_numpy(), labels["video_id"].to_numpy()
+    early = time_s < cut_s
+    enjoyed = ~early & (time_s < until_s) & (labels["long_watch"].to_numpy() > 0)
+    videos = np.unique(video[early])
+    seen = Pairs.of(viewer[early], video[early], videos)
+    later = Pairs.of(viewer[enjoyed], video[enjoyed], videos)
+    relevant = Pairs(videos, np.setdiff1d(later.keys, seen.keys, assume_unique=True))
+    ids, events = np.unique(viewer[early], return_counts=True)
+    asked = ids[(events >= min_events) & (relevant.counts(ids) > 0)]
+    if not len(asked):
+        raise EmptyDatasetError(
+            f"of {len(ids)} viewers before the cut none has {min_events} impressions and a new long watch after it; "
+            "expected at least one; use more data, or cut earlier (train_fraction)"
+        )
+    if len(asked) > max_viewers:
+        asked = np.sort(np.random.default_rng([seed, 4]).choice(asked, max_viewers, replace=False))
+    return Question(cut_s, asked, videos, seen, relevant, labels.filter(pa.array(early)))
+
+
+def best_unseen(scores_BM: NDArray[np.floating[Any]], viewer_ids: I64, seen: Pairs, k: int) -> I64:
+    """The ``k`` best-scored videos that each viewer hasn't seen, as ids ``[B, k]``; equal scores by id."""
+    videos = len(seen.videos)
+    allowed_BM = np.array(scores_BM, dtype=np.float64)
+    allowed_BM[seen.has(viewer_ids, np.broadcast_to(np.arange(videos), allowed_BM.shape))] = -np.inf
+    rows_BK = np.argsort(-allowed_BM, axis=1, kind="stable")[:, :k]
+    ids_BK = seen.videos[rows_BK]
+    ids_BK[~np.isfinite(np.take_along_axis(allowed_BM, rows_BK, axis=1))] = PAD
+    return np.pad(ids_BK, ((0, 0), (0, max(0, k - videos))), constant_values=PAD)
+
+
+@dataclass(frozen=True)
+class RankingResult:
+    """One recommender's answer: metrics per viewer (for paired comparisons) and over all of them."""
+
+    recall: F64  # [B] at RECALL_AT
+    ndcg: F64  # [B] at NDCG_AT
+    coverage: float
+    estimates: dict[str, Estimate]
+
+
+def evaluate_ranking(
+    recommender: Recommender, question: Question, *, content_MD: NDArray[np.floating[Any]] | None = None, seed: int = 0
+) -> RankingResult:
+    """Ask, and compare with what happened.
+
+    Args:
+        content_MD: a vector per video of the catalogue, for the diversity of the slates.
+    """
+    ranked_BK = recommender.rank(question.viewer_ids, DEPTH)
+    rows_BK = catalogue_rows(question.videos, ranked_BK)
+    _refuse_seen(question, rows_BK)
+    hits_BK = question.relevant.has(question.viewer_ids, rows_BK)
+    relevant_B = question.relevant.counts(question.viewer_ids)
+    recall_B = metrics.recall(hits_BK, relevant_B, RECALL_AT)
+    ndcg_B = metrics.ndcg(hits_BK, relevant_B, NDCG_AT)
+    per_viewer: dict[str, F64] = {
+        f"recall_at_{RECALL_AT}": recall_B,
+        f"ndcg_at_{NDCG_AT}": ndcg_B,
+        "mrr": metrics.reciprocal_rank(hits_BK, relevant_B),
+    }
+    if content_MD is not None:
+        per_viewer["diversity_at_10"] = metrics.intra_list_diversity(rows_BK[:, :10], content_MD)
+    estimates = {name: metrics.mean_estimate(values_B, seed=seed) for name, values_B in per_viewer.items()}
+    covered = metrics.coverage(rows_BK, len(question.videos))
+    return RankingResult(recall_B, ndcg_B, covered, estimates)
+
+
+def evaluate_all(
+    recommenders: Mapping[str, Recommender],
+    question: Question,
+    *,
+    content_MD: NDArray[np.floating[Any]] | None = None,
+    seed: int = 0,
+) -> dict[str, RankingResult]:
+    """The same question to each."""
+    return {
+        name: evaluate_ranking(recommender, question, content_MD=content_MD, seed=seed)
+        for name, recommender in recommenders.items()
+    }
+
+
+def _refuse_seen(question: Question, rows_BK: I64) -> None:
+    if question.seen.has(question.viewer_ids, rows_BK).any():
+        raise ValueError("a recommender answered with videos its viewer had seen; expected unseen ones only")

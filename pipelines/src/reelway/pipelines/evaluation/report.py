@@ -1,0 +1,160 @@
+"""The whole evaluation of a run, and ``evaluation.json``, which a release is built from. It prints nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from typing import Any, Final
+
+import numpy as np
+import pyarrow.parquet as pq
+
+from reelway.pipelines.evaluation.baselines import RECENT_SHARE, Popularity, tuned_als
+from reelway.pipelines.evaluation.gates import GateSettings, assess_evaluation
+from reelway.pipelines.evaluation.harness import (
+    DEPTH,
+    MAX_VIEWERS,
+    MIN_EVENTS,
+    Question,
+    RankingResult,
+    Recommender,
+    evaluate_ranking,
+    make_question,
+)
+from reelway.pipelines.evaluation.heads import HeadQuality, evaluate_heads
+from reelway.pipelines.evaluation.recommender import recommenders_at_cut
+from reelway.pipelines.features.training_rows import LABELS_FILE, TRAINING_ROWS_FILE
+from reelway.platform.contracts.blend import Blend
+from reelway.platform.contracts.manifest import GateResult
+from reelway.platform.durable import write_json
+from reelway.platform.errors import EmptyDatasetError
+from reelway.platform.runs import RunDirectory
+
+EVALUATION_FILE: Final = "evaluation.json"
+OURS: Final = "retrieval + ranking"
+RETRIEVAL: Final = "retrieval alone"
+POPULAR_EVER: Final = "popularity, all time"
+POPULAR_LATELY: Final = f"popularity, last {RECENT_SHARE:.0%} of training"
+ALS: Final = "ALS, tuned"
+
+Report = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class EvaluationSettings:
+    """What is asked of whom."""
+
+    min_events: int = MIN_EVENTS
+    max_viewers: int = MAX_VIEWERS
+    seed: int = 0
+    gates: GateSettings = field(default_factory=GateSettings)
+
+
+@dataclass(frozen=True)
+class EvaluationResult:
+    """Everything that was found."""
+
+    question: Question
+    ranking: dict[str, RankingResult]  # by the names above, ours first
+    heads: list[HeadQuality]
+    gates: list[GateResult]
+    als: dict[str, float]
+
+    @property
+    def passed(self) -> bool:
+        return all(gate.passed for gate in self.gates)
+
+
+def _silent(_: str) -> None:
+    return None
+
+
+def evaluate_run(
+    run: RunDirectory,
+    settings: EvaluationSettings | None = None,
+    *,
+    blend: Blend | None = None,
+    report: Report = _silent,
+) -> EvaluationResult:
+    """Judge ``run.models`` on the events after their training window and write ``evaluation.json``.
+
+    Raises:
+        EmptyDatasetError: nothing lies after the window, or nobody can be asked.
+        TrainingError: nothing was trained.
+    """
+    from reelway.pipelines.training.artifacts import load_models
+    from reelway.pipelines.training.rows import load_rows
+
+    settings = settings or EvaluationSettings()
+    models = load_models(run.models)
+    cut_s = models.info.window_end_s
+    if not np.isfinite(cut_s):
+        raise EmptyDatasetError(
+            "the models were trained on all events (train_fraction 1), expected some to be left for evaluation; "
+            "train with --set train_fraction=0.8"
+        )
+    labels = pq.read_table(run.features / LABELS_FILE)
+    question = make_question(
+        labels, cut_s, min_events=settings.min_events, max_viewers=settings.max_viewers, seed=settings.seed
+    )
+    report(f"{len(question.viewer_ids):,} viewers, {len(question.videos):,} videos; reading features at the cut")
+    ours, retrieval, catalogue = recommenders_at_cut(models, run.features, question, blend)
+    report("tuning ALS")
+    als = tuned_als(question, seed=settings.seed)
+    recommenders: dict[str, Recommender] = {
+        OURS: ours,
+        RETRIEVAL: retrieval,
+        POPULAR_EVER: Popularity(question),
+        POPULAR_LATELY: Popularity(question, RECENT_SHARE),
+        ALS: als,
+    }
+    content_MD = np.zeros((len(question.videos), catalogue.content.shape[1]), dtype=np.float32)
+    content_MD[np.searchsorted(question.videos, catalogue.video_ids)] = catalogue.content
+    ranking = {}
+    for name, recommender in recommenders.items():
+        report(name)
+        ranking[name] = evaluate_ranking(recommender, question, content_MD=content_MD, seed=settings.seed)
+    report("heads")
+    heads = evaluate_heads(models, load_rows(run.features / TRAINING_ROWS_FILE), cut_s, seed=settings.seed)
+    reachable = min(1.0, DEPTH * len(question.viewer_ids) / max(len(question.videos), 1))
+    gates = assess_evaluation(
+        ranking[OURS], ranking[POPULAR_EVER], heads, reachable=reachable, settings=settings.gates, seed=settings.seed
+    )
+    result = EvaluationResult(question, ranking, heads, gates, asdict(als.settings))
+    write_json(run.evaluation / EVALUATION_FILE, to_json(result))
+    return result
+
+
+def to_json(result: EvaluationResult) -> dict[str, Any]:
+    """``metrics`` (numbers of ours; None where undefined), ``intervals``, ``gates``, ``baselines``, and the setting."""
+    ours = result.ranking[OURS]
+    metrics: dict[str, float | None] = {"coverage_at_50": ours.coverage}
+    intervals: dict[str, Any] = {}
+    for name, estimate in ours.estimates.items():
+        plain = estimate.to_dict()
+        metrics[name], intervals[name] = plain["value"], plain
+    for head in result.heads:
+        if not head.defined:
+            continue
+        for measure in ("auc", "log_loss", "error_before", "error_after"):
+            estimate = getattr(head, measure).to_dict()
+            metrics[f"{head.task}_{measure}"], intervals[f"{head.task}_{measure}"] = estimate["value"], estimate
+    return {
+        "metrics": metrics,
+        "intervals": intervals,
+        "gates": [gate.model_dump(mode="json") for gate in result.gates],
+        "baselines": {
+            name: {
+                "coverage_at_50": found.coverage,
+                **{metric: estimate.to_dict() for metric, estimate in found.estimates.items()},
+            }
+            for name, found in result.ranking.items()
+            if name != OURS
+        },
+        "question": {
+            "cut_s": result.question.cut_s,
+            "viewers": len(result.question.viewer_ids),
+            "videos": len(result.question.videos),
+            "als": result.als,
+        },
+    }
