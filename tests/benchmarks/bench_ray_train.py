@@ -7,6 +7,7 @@ holds the checkpoint (both sides write one) and Ray's report. Start-up is printe
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import statistics
 import tempfile
@@ -40,7 +41,7 @@ def measure(train: Callable[[OnEpoch], Fitted]) -> tuple[dict[str, list[float]],
     started = time.perf_counter()
     train(note)
     whole_s = time.perf_counter() - started
-    return {stage: [b - a for a, b in zip(at, at[1:], strict=False)] for stage, at in ends.items()}, whole_s
+    return {stage: [b - a for a, b in itertools.pairwise(at)] for stage, at in ends.items()}, whole_s
 
 
 def main() -> None:
