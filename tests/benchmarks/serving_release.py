@@ -1,0 +1,60 @@
+"""A release of realistic size for the serving benchmark: the real model classes, exported as a build exports them.
+
+The weights are random, because latency doesn't depend on them; everything else is what a trained release has.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from tests.release_files import NOW_S, describe_files, make_release_folder, write_manifest
+
+from reelway.pipelines.models.ranker import Ranker, RankerConfig
+from reelway.pipelines.models.two_tower import TwoTower, TwoTowerConfig
+from reelway.pipelines.training.export import export_ranker, export_viewer_tower
+from reelway.platform.contracts.api import RequestContext
+from reelway.platform.contracts.manifest import RANKER_FILE, VIEWER_TOWER_FILE, Manifest
+from reelway.serving.video_table import VideoTable, open_video_table
+from reelway.serving.viewers import viewer_query
+
+EMBEDDING = 64
+
+
+def make_realistic_release(folder: Path, videos: int, *, seed: int = 0) -> Manifest:
+    """Write a whole release with D = 64, a two-layer viewer tower and an MMoE ranker of four experts."""
+    torch.manual_seed(seed)
+    torch.set_num_threads(1)
+    manifest = make_release_folder(folder, videos=videos, embedding=EMBEDDING, seed=seed)
+    table = open_video_table(folder / "videos.arrow")
+    viewer = viewer_query(viewer_row(table, np.random.default_rng(seed)), RequestContext(), NOW_S, table, seed=0)
+    tower = TwoTower(TwoTowerConfig(dim=EMBEDDING, layers=2))
+    export_viewer_tower(tower, folder / VIEWER_TOWER_FILE, viewer.arrays)
+    ranker = Ranker(RankerConfig(kind="mmoe", expert_hidden=128, expert_out=64), EMBEDDING)
+    rows = np.arange(500, dtype=np.int32) % len(table)
+    sample = {
+        "viewer_dense": viewer.arrays.viewer_dense,
+        "viewer_categories": viewer.arrays.viewer_categories,
+        "viewer_embedding": table.embedding[:1],
+        **table.gather(rows, NOW_S).as_inputs(),
+    }
+    export_ranker(ranker, folder / RANKER_FILE, sample)
+    manifest = manifest.model_copy(update={"files": describe_files(folder)})
+    write_manifest(folder, manifest)
+    return manifest
+
+
+def viewer_row(table: VideoTable, rng: np.random.Generator) -> dict[str, object]:
+    """A viewer with a full history of 50 videos."""
+    watched = rng.choice(table.video_id, size=50, replace=False)
+    return {
+        "region": "eu",
+        "language": "en",
+        "segment": "18-24",
+        "created_at_s": NOW_S - 90 * 86_400,
+        "history_videos": watched.tolist(),
+        "history_weights": rng.choice([-0.5, 1.0, 2.0], size=50).tolist(),
+        "history_times_s": (NOW_S - 3600.0 * np.arange(50, 0, -1)).tolist(),
+        "topic_affinity": rng.dirichlet(np.ones(32)).tolist(),
+    }

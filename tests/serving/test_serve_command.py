@@ -1,0 +1,131 @@
+"""`reelway serve` and `reelway recommend`: what they refuse, what they print, and that nothing outlives them."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from tests.release_files import make_release_folder
+
+from reelway.platform.cli.processes import reelway_command
+from reelway.platform.release.signing import create_keys, load_private_key
+from reelway.platform.release.store import ReleaseStore
+
+UP_S = 120.0
+DOWN_S = 60.0
+
+
+def make_run(path: Path, key: Ed25519PrivateKey | None = None) -> str:
+    """A run directory with one release in its store, signed by the run's key or by another one."""
+    pair = create_keys(path / "keys")
+    manifest = make_release_folder(path / "made", key=key or load_private_key(pair.private))
+    return ReleaseStore(str(path / "releases")).write(path / "made", manifest)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("run")
+    make_run(path)
+    return path
+
+
+def reelway(*words: str) -> subprocess.CompletedProcess[str]:
+    """The command as a person runs it, messages on one line."""
+    done = subprocess.run(reelway_command(*words), capture_output=True, text=True, timeout=90, check=False)
+    done.stderr = " ".join(done.stderr.split())
+    return done
+
+
+@pytest.fixture
+def taken_port() -> Iterator[int]:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        yield taken.getsockname()[1]
+
+
+def test_a_port_that_is_taken_is_refused_with_what_to_do(run: Path, taken_port: int) -> None:
+    done = reelway("serve", "--run", str(run), "--port", str(taken_port))
+    assert done.returncode == 2
+    assert f"port {taken_port}" in done.stderr
+    assert "--port 0" in done.stderr
+
+
+def test_a_run_that_is_being_served_is_refused(run: Path) -> None:
+    (run / "serving").mkdir(exist_ok=True)
+    with (run / "serving" / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        done = reelway("serve", "--run", str(run), "--port", "0")
+    assert done.returncode == 2
+    assert "served already" in done.stderr
+
+
+def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
+    done = reelway("serve", "--run", str(tmp_path / "nothing"))
+    assert done.returncode == 2
+    assert "not a run directory" in done.stderr
+
+
+def test_a_release_by_an_unknown_key_is_not_served(tmp_path: Path) -> None:
+    make_run(tmp_path, key=Ed25519PrivateKey.generate())
+    done = reelway("serve", "--run", str(tmp_path), "--port", "0")
+    assert done.returncode == 6
+    assert "key" in done.stderr
+
+
+def test_asking_a_run_that_is_not_served_says_how_to_serve_it(run: Path) -> None:
+    done = reelway("recommend", "--run", str(run), "--viewer", "1")
+    assert done.returncode == 2
+    assert "reelway serve" in done.stderr
+
+
+def test_asking_where_nobody_listens_is_a_message_and_no_traceback() -> None:
+    done = reelway("recommend", "--url", "http://127.0.0.1:9", "--viewer", "1")
+    assert done.returncode == 8
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.timeout(240)
+def test_serving_answers_until_it_is_interrupted_and_leaves_no_process(run: Path) -> None:
+    log = run / "serve.log"
+    with log.open("w") as sink:
+        server = subprocess.Popen(
+            reelway_command("serve", "--run", str(run), "--port", "0"), stdout=sink, stderr=sink, start_new_session=True
+        )
+    try:
+        deadline = time.monotonic() + UP_S
+        while not (run / "serving.json").exists():
+            assert server.poll() is None, log.read_text()
+            assert time.monotonic() < deadline, log.read_text()
+            time.sleep(0.1)
+        record = json.loads((run / "serving.json").read_text())
+        assert record["pid"] == server.pid
+        assert record["url"] in log.read_text()
+
+        answer = reelway("recommend", "--run", str(run), "--viewer", "5", "--count", "3", "--json")
+        assert len(json.loads(answer.stdout)["videos"]) == 3
+        readable = reelway("recommend", "--url", record["url"], "--viewer", "5", "--count", "3")
+        assert "viewer 5" in readable.stdout
+        assert "degraded: no_viewer_row" in readable.stdout  # this run has no feature store
+
+        started = psutil.Process(server.pid).children(recursive=True)
+        assert len(started) > 5
+        server.send_signal(signal.SIGINT)
+        server.wait(DOWN_S)
+        _, alive = psutil.wait_procs(started, timeout=15)
+        assert [one.cmdline() for one in alive] == []
+        assert not (run / "serving.json").exists()
+    finally:
+        server.kill()
+        server.wait()
