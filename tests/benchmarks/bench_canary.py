@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.stats import binomtest, norm
 from tests.benchmarks.canary_events import Histories
 from tests.benchmarks.canary_peers import NEVER, ArgoRollouts, Flagger, Kayenta
 from tests.benchmarks.canary_population import TESTS, Population
@@ -32,7 +33,6 @@ from tests.benchmarks.report import Row, write_report
 
 from reelway.platform.cli.terminal import say
 from reelway.platform.rollout.policy import RolloutPolicy, Slice, default_policy
-from reelway.platform.rollout.statistics import log_normal_cdf
 
 F64 = NDArray[np.float64]
 
@@ -211,7 +211,7 @@ def _viewers_at_power(at: NDArray[np.int64], viewers: F64, power: float = 0.8) -
 
 def _oracle(z: F64, viewers: F64, alpha: float, power: float = 0.8) -> float:
     """Viewers at the single best look for a one-sided test of level ``alpha``; interpolated between looks."""
-    critical = _normal_quantile(1 - alpha)
+    critical = norm.isf(alpha)
     reached = (z > critical).mean(1)
     mean = viewers.mean(1)
     k = int(np.argmax(reached >= power))
@@ -256,33 +256,9 @@ def histories(count: int) -> list[Row]:
 
 
 def clopper_pearson(k: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
-    """Exact binomial interval, by bisection on the binomial tail."""
-    tail = (1 - confidence) / 2
-
-    def below(p: float) -> float:  # P(X <= k)
-        return sum(_binomial(i, n, p) for i in range(k + 1))
-
-    low = 0.0 if k == 0 else _bisect(lambda p: 1 - below(p) + _binomial(k, n, p) - tail)
-    high = 1.0 if k == n else _bisect(lambda p: tail - below(p))
-    return low, high
-
-
-def _binomial(i: int, n: int, p: float) -> float:
-    if p <= 0 or p >= 1:
-        return float(i == (0 if p <= 0 else n))
-    choose = math.lgamma(n + 1) - math.lgamma(i + 1) - math.lgamma(n - i + 1)
-    return math.exp(choose + i * math.log(p) + (n - i) * math.log1p(-p))
-
-
-def _normal_quantile(p: float) -> float:
-    return _bisect(lambda z: float(np.exp(log_normal_cdf(z))) - p, -10.0, 10.0)
-
-
-def _bisect(increasing, low: float = 0.0, high: float = 1.0) -> float:  # type: ignore[no-untyped-def]
-    for _ in range(80):
-        middle = (low + high) / 2
-        low, high = (low, middle) if increasing(middle) > 0 else (middle, high)
-    return (low + high) / 2
+    """Exact binomial interval."""
+    interval = binomtest(k, n).proportion_ci(confidence, "exact")
+    return float(interval.low), float(interval.high)
 
 
 if __name__ == "__main__":

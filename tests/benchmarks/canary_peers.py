@@ -100,6 +100,8 @@ class Kayenta:
         for end in range(self.interval_looks, canary.shape[-1] + 1, self.interval_looks):
             open_ = np.flatnonzero(at == NEVER)
             begin = max(0, end - self.lookback)
+            if not len(open_):
+                break
             low = self.is_low(canary[open_, begin:end], stable[open_, begin:end])
             at[open_[low]] = end - 1
         return at

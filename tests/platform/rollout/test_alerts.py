@@ -1,0 +1,123 @@
+from __future__ import annotations
+
+import itertools
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from reelway.platform.errors import DataError
+from reelway.platform.rollout.alerts import (
+    KnownAlert,
+    firing_for,
+    from_poll,
+    known_alerts,
+    merge_alerts,
+    parse_webhook,
+    replace_polled,
+)
+
+RELEASE = "0123456789ab" + "c" * 52
+
+
+def _payload(status: str = "firing", *, release: str | None = RELEASE, starts: str = "2026-01-02T03:04:05Z") -> Any:
+    labels = {"alertname": "ReelwayErrorBudgetBurn", "severity": "page"} | ({"release": release} if release else {})
+    alert = {"status": status, "labels": labels, "annotations": {"summary": "burning"}, "startsAt": starts,
+             "endsAt": "0001-01-01T00:00:00Z", "generatorURL": "http://x", "fingerprint": "ab"}  # fmt: skip
+    return {"version": "4", "groupKey": "{}:{}", "truncatedAlerts": 0, "status": status, "receiver": "reelway",
+            "groupLabels": {}, "commonLabels": {},
+            "commonAnnotations": {}, "externalURL": "", "alerts": [alert]}  # fmt: skip
+
+
+def _news(*args: Any, **kwargs: Any) -> list[KnownAlert]:
+    return known_alerts(parse_webhook(json.dumps(_payload(*args, **kwargs))))
+
+
+def test_a_firing_alert_that_carries_the_release_is_found() -> None:
+    found = firing_for(merge_alerts({}, _news()), RELEASE)
+    assert [(a.name, a.release, a.detail) for a in found] == [("ReelwayErrorBudgetBurn", RELEASE, "burning")]
+
+
+@pytest.mark.parametrize("label", [None, "f" * 64, "0123", ""])
+def test_a_foreign_alert_changes_nothing(label: str | None) -> None:
+    assert firing_for(merge_alerts({}, _news(release=label)), RELEASE) == ()
+
+
+def test_the_first_twelve_characters_name_a_release() -> None:
+    assert len(firing_for(merge_alerts({}, _news(release=RELEASE[:12])), RELEASE)) == 1
+
+
+def test_a_resolved_alert_does_not_fire_whichever_way_round_it_came() -> None:
+    for order in itertools.permutations([_news("firing"), _news("resolved"), _news("firing")]):
+        book: dict[Any, KnownAlert] = {}
+        for news in order:
+            book = merge_alerts(book, news)
+        assert firing_for(book, RELEASE) == ()
+
+
+def test_an_alert_that_fires_again_later_is_another_alert() -> None:
+    book = merge_alerts({}, _news("resolved"))
+    book = merge_alerts(book, _news("firing", starts="2026-01-02T04:00:00Z"))
+    assert len(firing_for(book, RELEASE)) == 1
+
+
+def test_an_alert_from_before_the_rollout_is_about_an_earlier_life() -> None:
+    book = merge_alerts({}, _news())
+    assert firing_for(book, RELEASE, since=2e9) == ()
+
+
+@given(st.lists(st.sampled_from(["firing", "resolved"]), max_size=8), st.randoms())
+def test_the_book_does_not_depend_on_order_or_repetition(statuses: list[str], rng: Any) -> None:
+    news = [_news(s, starts=f"2026-01-02T0{i % 3}:00:00Z") for i, s in enumerate(statuses)]
+    books = []
+    for _ in range(2):
+        book: dict[Any, KnownAlert] = {}
+        for item in news:
+            book = merge_alerts(book, item)
+        books.append(book)
+        news = news + news
+        rng.shuffle(news)
+    assert books[0] == books[1]
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        ("{", "not JSON"),
+        (b"\xff\xfe", "not JSON"),
+        ("[]", "(body)"),
+        (json.dumps(_payload() | {"version": "3"}), "version"),
+        (json.dumps(_payload() | {"alerts": "none"}), "alerts"),
+        (json.dumps(_payload(starts="yesterday")), "alerts.0.startsAt"),
+        (json.dumps(_payload(starts="2026-01-02T03:04:05")), "alerts.0.startsAt"),
+        (json.dumps(_payload(status="maybe")), "status"),
+        (json.dumps(_payload() | {"alerts": _payload()["alerts"] * 1001}), "alerts"),
+    ],
+)
+def test_what_is_not_a_version_4_payload_is_refused_by_field(body: str | bytes, said: str) -> None:
+    with pytest.raises(DataError) as refused:
+        parse_webhook(body)
+    assert said in str(refused.value)
+
+
+def test_what_a_poll_does_not_show_any_more_has_ended() -> None:
+    item = {"labels": {"alertname": "Burn", "release": RELEASE}, "startsAt": "2026-01-02T03:04:05Z",
+            "status": {"state": "active"}}  # fmt: skip
+    book = replace_polled({}, from_poll([item]))
+    assert len(firing_for(book, RELEASE)) == 1
+    assert firing_for(replace_polled(book, from_poll([])), RELEASE) == ()
+    suppressed = item | {"status": {"state": "suppressed"}}
+    assert firing_for(replace_polled(book, from_poll([suppressed])), RELEASE) == ()
+    with pytest.raises(DataError, match="not an alert of API v2"):
+        from_poll([{"labels": {}}])
+    with pytest.raises(DataError, match="expected a list"):
+        from_poll({"status": "error"})
+
+
+def test_the_book_stays_small() -> None:
+    news = [KnownAlert(group_key="g", labels=(("release", RELEASE),), starts_at=i, resolved=True) for i in range(6_000)]
+    book = merge_alerts({}, news)
+    assert len(book) == 4_096
+    assert min(alert.starts_at for alert in book.values()) == 6_000 - 4_096

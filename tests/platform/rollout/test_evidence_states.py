@@ -1,0 +1,196 @@
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tests.benchmarks.canary_events import POLICY, RELEASE, Histories
+
+from reelway.platform.rollout.assessment import assess
+from reelway.platform.rollout.evidence import (
+    ArmStatistics,
+    CounterReading,
+    EvidenceSnapshot,
+    EvidenceState,
+    FiringAlert,
+    GuardrailReading,
+    MetricEvidence,
+    Sample,
+    counter_increase,
+    metric_evidence,
+    sum_counters,
+)
+from reelway.platform.rollout.policy import RolloutPolicy, Slice, parse_policy
+
+OK, BAD, INSUFFICIENT, DOWN = (
+    EvidenceState.OK, EvidenceState.BAD, EvidenceState.INSUFFICIENT, EvidenceState.TELEMETRY_DOWN,
+)  # fmt: skip
+KINDS = Histories(0).kinds
+
+
+def _policy(more: str = "") -> RolloutPolicy:
+    return parse_policy(POLICY + more, source="test")
+
+
+def _guardrail(name: str, reading: GuardrailReading | None, policy: RolloutPolicy | None = None) -> EvidenceState:
+    readings = {**KINDS["good"].guardrails, name: reading}
+    given_ = {key: value for key, value in readings.items() if value is not None}
+    snapshot = replace(KINDS["good"], guardrails=given_)  # type: ignore[arg-type]
+    return {g.name: g.state for g in assess(policy or _policy(), snapshot).guardrails}[name]
+
+
+# Counters
+
+
+@given(st.lists(st.lists(st.integers(0, 1_000), min_size=1, max_size=6), min_size=1, max_size=6), st.randoms())
+def test_resets_lose_nothing_that_was_scraped_and_order_does_not_matter(lives: list[list[int]], rng) -> None:  # type: ignore[no-untyped-def]
+    """Each life of the process counts up from 0; the increase is what all lives counted, if each restart is a fall."""
+    samples, time, total, previous = [], 0.0, 0.0, 0.0
+    for steps in lives:
+        value = 0.0
+        for step in steps:
+            value += step
+            samples.append(Sample(time, value))
+            time += 10
+        first = samples[-len(steps)].value
+        total += value if first < previous else value - previous
+        previous = value
+    shuffled = [*samples, rng.choice(samples)]
+    rng.shuffle(shuffled)
+    reading = counter_increase(shuffled, now=time, max_age_s=60, origin=True)
+    assert reading.state is OK
+    assert reading.increase == pytest.approx(total)
+
+
+@given(st.lists(st.floats(0, 1e9), min_size=2, max_size=20))
+def test_an_increase_is_never_negative_and_nan_in_between_changes_nothing(values: list[float]) -> None:
+    samples = [Sample(10.0 * i, v) for i, v in enumerate(values)]
+    holes = [Sample(10.0 * i + 5, math.nan) for i in range(len(values) - 1)]
+    now = samples[-1].time
+    plain = counter_increase(samples, now=now, max_age_s=60)
+    assert plain.increase >= 0
+    assert counter_increase(samples + holes, now=now, max_age_s=60) == plain
+
+
+@pytest.mark.parametrize(
+    ("samples", "state", "said"),
+    [
+        (None, DOWN, "absent"),
+        ([], DOWN, "absent"),
+        ([Sample(0, math.nan), Sample(10, math.inf)], DOWN, "all 2 samples are NaN or infinite"),
+        ([Sample(-200, 1), Sample(-100, 2)], DOWN, "the last sample is 120 s old, allowed 60 s"),
+        ([Sample(0, 1), Sample(10, 2), Sample(20, math.nan)], DOWN, "went stale"),
+        ([Sample(0, -1), Sample(10, 2)], DOWN, "a counter of -1"),
+        ([Sample(10, 2)], INSUFFICIENT, "one sample"),
+        ([Sample(0, 1), Sample(10, 3)], OK, ""),
+    ],
+)
+def test_what_a_series_looks_like_decides_its_state(samples: list[Sample], state: EvidenceState, said: str) -> None:
+    reading = counter_increase(samples, now=20, max_age_s=60)
+    assert reading.state is state
+    assert said in reading.detail
+
+
+def test_a_replica_nobody_hears_makes_the_sum_unknown_not_small() -> None:
+    heard, silent = CounterReading(OK, 5.0, 1), CounterReading(DOWN, detail="the series is absent")
+    assert sum_counters([heard, heard]) == CounterReading(OK, 10.0, 2)
+    assert sum_counters([heard, silent]).state is DOWN
+    assert "1 of 2 replicas" in sum_counters([heard, silent]).detail
+    assert sum_counters([]).state is DOWN
+
+
+# Outcome metrics
+
+
+def test_absent_or_impossible_sums_are_telemetrys_fault_and_small_ones_nobodys() -> None:
+    good = KINDS["good"].metrics["long_watch_rate", Slice.OVERALL].canary
+    assert metric_evidence(good, good, minimum_viewers=200).state is OK
+    assert metric_evidence(good, None, minimum_viewers=200).state is DOWN
+    assert metric_evidence(good, replace(good, sum_y=math.nan), minimum_viewers=200).state is DOWN
+    assert metric_evidence(good, replace(good, viewers=-1), minimum_viewers=200).state is DOWN
+    assert metric_evidence(good, replace(good, sum_xx=1.0), minimum_viewers=200).state is DOWN
+    assert metric_evidence(good, replace(good, viewers=10**6), minimum_viewers=10**9).state is INSUFFICIENT
+    assert metric_evidence(good, ArmStatistics(), minimum_viewers=200).state is INSUFFICIENT
+
+
+@pytest.mark.parametrize(
+    ("kind", "finding"),
+    [
+        ("good", "harm_excluded"), ("few", "undecided"), ("tiny", "insufficient"), ("harm", "harm_established"),
+        ("nan", "telemetry_down"), ("nothing", "telemetry_down"),
+    ],
+)  # fmt: skip
+def test_an_outcome_gets_the_finding_its_numbers_deserve(kind: str, finding: str) -> None:
+    verdict = assess(_policy(), KINDS[kind]).outcomes[0]
+    assert verdict.finding == finding
+    assert verdict.sentence.startswith("long_watch_rate: ")
+    if finding == "harm_established":
+        assert verdict.state is BAD
+        assert "beyond the margin of 5.0% is established" in verdict.sentence
+        assert "-24.8%" in verdict.sentence, "the change itself is in the sentence"
+
+
+def test_a_source_that_says_down_is_believed_even_with_numbers() -> None:
+    key = ("long_watch_rate", Slice.OVERALL)
+    seen = KINDS["harm"].metrics[key]
+    snapshot = replace(KINDS["harm"], metrics={key: MetricEvidence(DOWN, seen.stable, seen.canary, "scrape failed")})
+    assert assess(_policy(), snapshot).outcomes[0].finding == "telemetry_down"
+
+
+def test_a_metric_that_should_be_low_is_harmed_by_rising() -> None:
+    key, seen = ("skip_rate", Slice.OVERALL), KINDS["harm"].metrics["long_watch_rate", Slice.OVERALL]
+    rising = MetricEvidence(OK, stable=seen.canary, canary=seen.stable)
+    falling = MetricEvidence(OK, stable=seen.stable, canary=seen.canary)
+    found = [assess(_policy(), replace(KINDS["good"], metrics={key: e})).outcomes[1].finding for e in (rising, falling)]
+    assert found == ["harm_established", "harm_excluded"]
+
+
+# Guardrails: one test per limit
+
+
+def test_error_ratio_just_within_and_far_beyond_its_limit() -> None:
+    assert _guardrail("error_ratio", GuardrailReading(OK, 10, 500)) is OK
+    assert _guardrail("error_ratio", GuardrailReading(OK, 40, 500)) is BAD
+    assert _guardrail("error_ratio", GuardrailReading(OK, 4, 4)) is BAD
+    assert _guardrail("error_ratio", GuardrailReading(OK, 1, 4)) is INSUFFICIENT
+    assert _guardrail("error_ratio", GuardrailReading(OK, 5, 4)) is DOWN
+    assert _guardrail("error_ratio", GuardrailReading(OK, math.nan, 4)) is DOWN
+    assert _guardrail("error_ratio", None) is DOWN
+
+
+def test_empty_slate_ratio_has_its_own_limit() -> None:
+    assert _guardrail("empty_slate_ratio", GuardrailReading(OK, 5, 500)) is OK
+    assert _guardrail("empty_slate_ratio", GuardrailReading(OK, 40, 500)) is BAD
+
+
+def test_p99_is_bounded_in_milliseconds_and_by_stable() -> None:
+    relative = _policy("guardrails: {p99_ms: {maximum: 250, maximum_ratio_to_stable: 1.5, minimum_requests: 200}}")
+    assert _guardrail("p99_ms", GuardrailReading(OK, trials=500, value=250.0)) is OK
+    assert _guardrail("p99_ms", GuardrailReading(OK, trials=500, value=250.1)) is BAD
+    assert _guardrail("p99_ms", GuardrailReading(OK, trials=199, value=900.0)) is INSUFFICIENT
+    assert _guardrail("p99_ms", GuardrailReading(OK, trials=500, value=math.nan)) is DOWN
+    assert _guardrail("p99_ms", GuardrailReading(OK, trials=500)) is DOWN
+    assert _guardrail("p99_ms", GuardrailReading(OK, trials=500, value=149.0, stable_value=100.0), relative) is OK
+    assert _guardrail("p99_ms", GuardrailReading(OK, trials=500, value=151.0, stable_value=100.0), relative) is BAD
+    assert _guardrail("p99_ms", GuardrailReading(OK, trials=500, value=151.0), relative) is DOWN
+
+
+def test_one_parity_mismatch_is_one_too_many_and_no_replayed_row_is_no_proof() -> None:
+    assert _guardrail("parity_mismatches", GuardrailReading(OK, 0, 10)) is OK
+    assert _guardrail("parity_mismatches", GuardrailReading(OK, 1, 10, detail="video_like_rate_1h")) is BAD
+    assert _guardrail("parity_mismatches", GuardrailReading(OK, 0, 0)) is INSUFFICIENT
+    assert _guardrail("parity_mismatches", GuardrailReading(INSUFFICIENT)) is INSUFFICIENT
+
+
+def test_only_an_alert_that_carries_the_release_counts() -> None:
+    own, foreign = (FiringAlert("Burn", release, 0.0) for release in (RELEASE, "f" * 64))
+    for alerts, state in (((own,), BAD), ((foreign,), OK), ((), OK)):
+        found = assess(_policy(), replace(KINDS["good"], alerts=alerts)).guardrails[-1]
+        assert (found.name, found.state) == ("firing_alerts", state)
+
+
+def test_a_guardrail_that_is_null_is_off() -> None:
+    off = _policy("guardrails: {error_ratio: null, empty_slate_ratio: null, p99_ms: null, parity_mismatches: null}")
+    assert [g.name for g in assess(off, EvidenceSnapshot(0.0, RELEASE)).guardrails] == ["firing_alerts"]
