@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from scipy.stats import binomtest, norm
 from tests.benchmarks.canary_events import Histories
 from tests.benchmarks.canary_peers import NEVER, ArgoRollouts, Flagger, Kayenta
-from tests.benchmarks.canary_population import TESTS, Population
+from tests.benchmarks.canary_population import LINEAR, N_X, TESTS, Population
 from tests.benchmarks.canary_simulation import (
     PAUSED,
     PROMOTED,
@@ -56,6 +56,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         *detection(policy, same, max(100, int(2_000 * scale))),
         *outages(policy, same, max(40, int(1_000 * scale))),
         *histories(max(200, int(100_000 * scale))),
+        Row("variance that pre-period data would remove (not built)", 100 * cuped_saving(same), "%"),
     ]
     rows.append(Row("the whole benchmark, one core", time.perf_counter() - began, "s", "under 300", None))
     write_report("canary", rows)
@@ -253,6 +254,14 @@ def histories(count: int) -> list[Row]:
         Row("events in them", runner.events, "events"),
         Row("actions that never occurred in them", len(unseen), "actions", "0", not unseen),
     ]
+
+
+def cuped_saving(population: Population) -> float:
+    """Squared correlation of a viewer's long-watch residuals in two sessions; who has no other session adds none."""
+    x1, y1 = population.rows[:, 1], population.rows[:, 1 + N_X + LONG_WATCH]
+    x2, y2 = (population.rows[:, 1 + LINEAR + row] for row in (0, N_X + LONG_WATCH))
+    now, past = (y - y.sum() / x.sum() * x for x, y in ((x1, y1), (x2, y2)))
+    return float(np.corrcoef(now, past)[0, 1] ** 2)
 
 
 def clopper_pearson(k: int, n: int, confidence: float = 0.95) -> tuple[float, float]:

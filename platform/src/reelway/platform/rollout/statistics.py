@@ -27,7 +27,7 @@ lemma (1962) higher correlations at equal variances make a one-sided crossing *l
 - Equality: a viewer counts once (its window closes), or its increments are independent.
 - Strictly greater: viewers differ from each other (random effects) and those seen earlier are, by t, at least as heavy
   as the rest, which is what inspection bias brings about: frequent viewers show up first.
-- Can fail: late cohorts much heavier than, and different from, everyone before. ``bench_canary`` measures that too.
+- Can fail: late cohorts much heavier than everyone before. A test simulates one six times as heavy.
 The price is power, not validity: nothing is gained from the dependence.
 
 **The ramp.** Weights change in steps and rates change over the day, so pooling arms over steps would compare the
@@ -40,8 +40,9 @@ spent per step, and none per look.
 ``minimum_viewers`` and is checked by simulation down to that number. ``ratio_tail_log_bound`` below, for guardrails, is
 exact for independent requests at any size (Chernoff 1952; Hoeffding 1963).
 
-**Left out: variance reduction with pre-period data** (CUPED; Deng, Xu, Kohavi, Walker 2013). It needs three more
-counters per metric and an attribute of each viewer at counting time; what it would save is printed by ``bench_canary``.
+**Left out: variance reduction with pre-period data** (CUPED; Deng, Xu, Kohavi, Walker 2013). It would need three more
+counters per metric and a past of each viewer at counting time. ``bench_canary`` prints what it would save in the
+simulated population, where half of the viewers have a past; new viewers, the first to suffer, never have one.
 """
 
 from __future__ import annotations

@@ -1,0 +1,155 @@
+"""Why: what a decision does to a rollout's memory, apart from how it was reached. Also how a rollout begins.
+
+Pure; refuses to judge anything and to start what must not be started (another rollout under way, a release that was
+rolled back, a cooldown), unless forced where force is allowed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+from reelway.platform.errors import RolloutError
+from reelway.platform.rollout.policy import RolloutPolicy
+from reelway.platform.rollout.state import Phase, RolloutState
+from reelway.platform.rollout.statistics import BASIS_POINTS
+
+
+class Action(StrEnum):
+    """What to do. ``wait`` and ``hold`` change no weight."""
+
+    WAIT = "wait"
+    PREPARE = "prepare"
+    SHADOW = "shadow"
+    STEP = "step"
+    HOLD = "hold"
+    CARRY_ON = "carry_on"
+    PAUSE = "pause"
+    RESUME = "resume"
+    PROMOTE = "promote"
+    COMPLETE_PROMOTION = "complete_promotion"
+    ROLL_BACK = "roll_back"
+    COMPLETE_ROLLBACK = "complete_rollback"
+    RETIRE = "retire"
+    REFUSE = "refuse"
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """What to do and why. The fields after ``reason`` are what ``advance`` needs to make it so."""
+
+    action: Action
+    reason: str
+    step: int = -1
+    canary_bp: int = 0
+    evidence_at: float = 0.0
+    holds_for: str = ""
+    command_done: bool = False
+
+
+def start(
+    policy: RolloutPolicy,
+    *,
+    rollout_id: str,
+    canary_release: str,
+    stable_release: str,
+    now: float,
+    previous: RolloutState | None = None,
+    force: bool = False,
+) -> RolloutState:
+    """The state of a new rollout.
+
+    Args:
+        previous: the last rollout of this service, if there was one.
+        force: past the cooldown, and past the rollback of the same release.
+
+    Raises:
+        RolloutError: another rollout is under way, the release was rolled back, or the cooldown lasts.
+    """
+    if canary_release == stable_release:
+        raise RolloutError(f"release {canary_release[:12]} is the one that is live; give another one to roll out")
+    if previous is not None and previous.active:
+        raise RolloutError(
+            f"rollout {previous.id} of {previous.canary_release[:12]} is {previous.phase}; wait, or end it with "
+            "`reelway rollout rollback`"
+        )
+    if previous is not None and previous.phase is Phase.ROLLED_BACK and not force:
+        if previous.canary_release == canary_release:
+            raise RolloutError(
+                f"release {canary_release[:12]} was rolled back ({previous.reason}); roll it out again with --force"
+            )
+        left_s = policy.cooldown_s - max(0.0, now - previous.changed_at)
+        if left_s > 0:
+            raise RolloutError(
+                f"{left_s:.0f} s of the cooldown of {policy.cooldown_s:.0f} s after rollout {previous.id} are left; "
+                "wait, or use --force"
+            )
+    return RolloutState(
+        id=rollout_id,
+        stable_release=stable_release,
+        canary_release=canary_release,
+        holdout_bp=policy.holdout_bp,
+        started_at=now,
+        changed_at=now,
+        tick_at=now,
+        forced=force,
+        reason=f"asked to roll out {canary_release[:12]} over {stable_release[:12]}" + (" (forced)" if force else ""),
+    )
+
+
+def advance(state: RolloutState, decision: Decision, policy: RolloutPolicy, now: float) -> RolloutState:
+    """The state after ``decision``. Record it before touching the world; it can be read back at any point."""
+    tick_s = min(max(now - state.tick_at, 0.0), policy.longest_tick_s)
+    change: dict[str, object] = {"tick_at": now, "evidence_at": decision.evidence_at}
+    if decision.action not in (Action.WAIT, Action.REFUSE) or decision.holds_for:
+        change["reason"] = decision.reason
+    if decision.command_done:
+        change["command"] = None
+    telemetry, insufficient = decision.holds_for == "telemetry_down", decision.holds_for == "insufficient"
+    change["held_telemetry_s"] = state.held_telemetry_s + tick_s if telemetry else 0.0
+    change["held_insufficient_s"] = (
+        state.held_insufficient_s + tick_s if insufficient else state.held_insufficient_s if telemetry else 0.0
+    )
+    if not telemetry:
+        change["phase_s"] = state.phase_s + tick_s
+    moved = _moves(state, decision, policy)
+    if moved:
+        change.update(moved)
+        if moved["phase"] is not state.phase or "step" in moved:
+            change["changed_at"] = now
+    return state.model_copy(update=change)
+
+
+def _moves(state: RolloutState, decision: Decision, policy: RolloutPolicy) -> dict[str, object]:
+    fresh: dict[str, object] = {"phase_s": 0.0, "held_telemetry_s": 0.0, "held_insufficient_s": 0.0}
+    back = {**fresh, "phase": Phase.ROLLING_BACK, "canary_bp": 0, "shadow_bp": 0}
+    match decision.action:
+        case Action.PREPARE:
+            return {**fresh, "phase": Phase.PREPARING}
+        case Action.SHADOW:
+            mirrored = round(policy.shadow.mirror_percent * 100) if policy.shadow else 0
+            return {**fresh, "phase": Phase.SHADOW, "shadow_bp": mirrored}
+        case Action.STEP:
+            new = {"step": decision.step, "canary_bp": decision.canary_bp, "shadow_bp": 0}
+            return {**fresh, **new, "phase": Phase.STEPPING}
+        case Action.HOLD:
+            return {"phase": Phase.HOLDING}
+        case Action.CARRY_ON:
+            return {"phase": Phase.STEPPING}
+        case Action.PAUSE:
+            return {"phase": Phase.PAUSED, "held_telemetry_s": 0.0, "held_insufficient_s": 0.0}
+        case Action.RESUME:
+            return {"phase": Phase.STEPPING, "held_telemetry_s": 0.0, "held_insufficient_s": 0.0}
+        case Action.PROMOTE:
+            everything = BASIS_POINTS - state.holdout_bp
+            return {**fresh, "phase": Phase.PROMOTING, "canary_bp": everything, "shadow_bp": 0}
+        case Action.COMPLETE_PROMOTION:
+            return {**fresh, "phase": Phase.PROMOTED}
+        case Action.ROLL_BACK:
+            return back
+        case Action.COMPLETE_ROLLBACK:
+            return {**back, "phase": Phase.ROLLED_BACK}
+        case Action.RETIRE:
+            return {"phase": Phase.PROMOTED, "retired": True}
+        case _:
+            return {}
