@@ -7,17 +7,17 @@ from __future__ import annotations
 
 import os
 
-os.environ |= {name: "1" for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")}
+os.environ |= dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
 
 import statistics
 import time
 
 import pyarrow as pa
+from tests.benchmarks.report import Row, write_report
 
 from reelway.pipelines.simulation.config import SimulationConfig
 from reelway.pipelines.simulation.log import log_traffic
 from reelway.pipelines.simulation.world import World
-from tests.benchmarks.report import Row, write_report
 
 BAR = 200_000.0
 RUNS = 5

@@ -63,13 +63,14 @@ def import_movielens(
 
     Example: reelway import movielens ~/data/ml-25m --run runs/films
     """
-    from reelway.pipelines.datasets import movielens
+    from reelway.pipelines.datasets.movielens import files_of
+    from reelway.pipelines.datasets.movielens import import_movielens as read
 
     def load() -> Imported:
-        tables, info = movielens.import_movielens(path)
+        tables, info = read(path)
         return tables, info, {}
 
-    _import("movielens", movielens.files_of(path), load, run, max_bad_ratio, force, ratings=True)
+    _import("movielens", files_of(path), load, run, max_bad_ratio, force, ratings=True)
 
 
 def import_kuairand(
@@ -82,13 +83,14 @@ def import_kuairand(
 
     Example: reelway import kuairand ~/data/KuaiRand-Pure/data --run runs/kuairand
     """
-    from reelway.pipelines.datasets import kuairand
+    from reelway.pipelines.datasets.kuairand import files_of
+    from reelway.pipelines.datasets.kuairand import import_kuairand as read
 
     def load() -> Imported:
-        tables, info = kuairand.import_kuairand(path)
+        tables, info = read(path)
         return tables, info, {}
 
-    _import("kuairand", kuairand.files_of(path), load, run, max_bad_ratio, force)
+    _import("kuairand", files_of(path), load, run, max_bad_ratio, force)
 
 
 def import_events(
@@ -101,7 +103,7 @@ def import_events(
     """Your own events, one row per impression.
 
     \b
-    Required columns: viewer_id, video_id, event_time (RFC 3339, or Unix seconds).
+    Required columns: viewer_id, video_id, event_time (RFC 3339, or Unix seconds; UTC where no zone is given).
     Optional columns: impression_id, request_id, position, release, arm, source, propensity, device,
       watch_ms, like, share, save, follow, comment, skip, not_interested, report (0 or 1).
     Optional in --videos, by video_id: creator_id, uploaded_at, duration_ms, topic, language, title,
@@ -110,10 +112,10 @@ def import_events(
 
     Example: reelway import events shown.parquet --videos videos.csv --run runs/mine
     """
-    from reelway.pipelines.datasets import generic
+    from reelway.pipelines.datasets.generic import import_events as read
 
     def load() -> Imported:
-        return generic.import_events(path, videos)
+        return read(path, videos)
 
     files = [path, *([videos] if videos else [])]
     _import("events", files, load, run, max_bad_ratio, force)

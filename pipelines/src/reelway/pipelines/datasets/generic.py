@@ -21,6 +21,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from reelway.pipelines.datasets.columns import first_by_key, times, words
+from reelway.pipelines.datasets.delimited import first_bad
 from reelway.platform.contracts.events import (
     CREATORS,
     IMPRESSIONS,
@@ -83,9 +84,7 @@ class _Source:
     def refuse(self, name: str, bad: pa.Array, array: pa.Array, expected: str) -> None:
         row = pc.index(bad, True).as_py()
         if row >= 0:
-            raise MalformedFileError(
-                self.path, expected, seen=array[row].as_py(), row=row + self._first_row, column=name
-            )
+            raise self._malformed(name, array, row, expected)
 
     def numbers(self, name: str, kind: pa.DataType, default: float) -> NDArray[Any]:
         """A numeric column; ``default`` where it is absent or null."""
@@ -98,8 +97,8 @@ class _Source:
             self.refuse(name, array.is_valid(), array, "a number")
         try:
             cast = array.cast(kind)
-        except pa.ArrowInvalid as error:
-            raise MalformedFileError(self.path, f"values of type {kind}", seen=str(error), column=name) from error
+        except pa.ArrowInvalid:
+            raise self._malformed(name, array, first_bad(array, kind), f"a value of type {kind}") from None
         filled: NDArray[Any] = pc.fill_null(cast, pa.scalar(default, kind)).to_numpy(zero_copy_only=False)
         return filled
 
@@ -116,37 +115,34 @@ class _Source:
             rounded: I64 = np.rint(seconds * 1e6).astype(np.int64)
             return rounded
         text = array.cast(_TEXT)
-        for row, value in enumerate(text.to_pylist()):
-            try:
-                pa.scalar(value, _TEXT).cast(TIME)
-            except pa.ArrowInvalid:
-                self.refuse(
-                    name, pc.equal(pa.array(np.arange(len(text))), row), text, "a time like 2025-01-31T12:00:00Z"
-                )
-        parsed: I64 = text.cast(TIME).cast(_INT).to_numpy(zero_copy_only=False)
+        try:
+            cast = text.cast(TIME)
+        except pa.ArrowInvalid:
+            row, expected = first_bad(text, TIME), "a time with its zone, like 2025-01-31T12:00:00Z"
+            raise self._malformed(name, text, row, expected) from None
+        parsed: I64 = cast.cast(_INT).to_numpy(zero_copy_only=False)
         return parsed
+
+    def _malformed(self, name: str, array: pa.Array, row: int, expected: str) -> MalformedFileError:
+        return MalformedFileError(self.path, expected, seen=array[row].as_py(), row=row + self._first_row, column=name)
 
 
 class _Ids:
-    """Contract ids for whatever a source calls its things, the same for the same name across files."""
+    """Contract ids for whatever a source calls its things."""
 
     def __init__(self) -> None:
-        self._maps: list[pa.Table] = []
         self._known: dict[str, pa.Array] = {}
 
-    def of(self, kind: str, values: pa.Array) -> I64:
-        """Ids of ``values``. Integers within the contract stay as they are, unless this kind was numbered before."""
-        if kind not in self._known and pa.types.is_integer(values.type):
-            plain: I64 = values.cast(_INT).to_numpy(zero_copy_only=False)
-            if not len(plain) or (plain.min() >= 0 and plain.max() <= MAX_ID):
-                return plain
-        text = values.cast(_TEXT)
-        known = self._known.get(kind, pa.array([], _TEXT))
-        new = pc.unique(text.filter(pc.invert(pc.is_in(text, known))))
-        known = pa.concat_arrays([known, new])
-        self._known[kind] = known
-        ids: I64 = pc.index_in(text, known).cast(_INT).to_numpy(zero_copy_only=False)
-        return ids
+    def of(self, kind: str, *columns: pa.Array) -> list[I64]:
+        """Ids of all the columns that name this kind of thing, one array each.
+
+        Integers within the contract stay as they are, if all of them are; else every value is numbered.
+        """
+        if all(_plain(column) for column in columns):
+            return [column.cast(_INT).to_numpy(zero_copy_only=False) for column in columns]
+        texts = [column.cast(_TEXT) for column in columns]
+        self._known[kind] = pc.unique(pa.concat_arrays(texts))
+        return [pc.index_in(text, self._known[kind]).cast(_INT).to_numpy(zero_copy_only=False) for text in texts]
 
     def table(self) -> pa.Table:
         """Everything that was numbered, in the schema ``ID_MAP``."""
@@ -156,6 +152,13 @@ class _Ids:
             for kind, known in sorted(self._known.items())
         ]  # fmt: skip
         return pa.concat_tables(parts) if parts else ID_MAP.empty_table()
+
+
+def _plain(column: pa.Array) -> bool:
+    if not pa.types.is_integer(column.type):
+        return False
+    ends = pc.min_max(column).as_py()
+    return not len(column) or (ends["min"] >= 0 and ends["max"] <= MAX_ID)
 
 
 def import_events(
@@ -171,12 +174,16 @@ def import_events(
     rows = source.table.num_rows
     if not rows:
         raise EmptyDatasetError(f"{path}: 0 rows, expected at least one impression")
-    viewer = ids.of("viewer_id", source.need("viewer_id"))
-    video = ids.of("video_id", source.need("video_id"))
+    about = _Source(videos_path) if videos_path else None
+    (viewer,) = ids.of("viewer_id", source.need("viewer_id"))
+    video, *own = ids.of("video_id", source.need("video_id"), *([about.need("video_id")] if about else []))
     at_us = source.time_us("event_time", source.need("event_time"))
     impression = _ids_or_rank(source, ids, "impression_id", at_us)
-    request = ids.of("request_id", source.need("request_id")) if source.get("request_id") is not None else impression
-    videos = _videos(_Source(videos_path) if videos_path else None, ids, video, at_us)
+    request = impression if source.get("request_id") is None else ids.of("request_id", source.need("request_id"))[0]
+    shown, shown_us = first_by_key(video, at_us)
+    listed = own[0] if own else shown
+    slot = np.minimum(np.searchsorted(shown, listed), len(shown) - 1)
+    videos = _videos(about, ids, listed, np.where(shown[slot] == listed, shown_us[slot], at_us.min()))
     viewers, viewer_first_us = first_by_key(viewer, at_us)
     nothing = pa.nulls(len(viewers), _TEXT)
     creators, creator_first_us = first_by_key(
@@ -195,18 +202,14 @@ def import_events(
 
 def _ids_or_rank(source: _Source, ids: _Ids, name: str, at_us: I64) -> I64:
     if source.get(name) is not None:
-        return ids.of(name, source.need(name))
+        return ids.of(name, source.need(name))[0]
     rank = np.empty(len(at_us), dtype=np.int64)
     rank[np.argsort(at_us, kind="stable")] = np.arange(len(at_us))
     return rank
 
 
-def _videos(source: _Source | None, ids: _Ids, video: I64, at_us: I64) -> pa.Table:
-    """From the videos file where there is one, else the bare ids; unknown upload times are the first impression."""
-    shown, first_us = first_by_key(video, at_us)
-    own = ids.of("video_id", source.need("video_id")) if source else shown
-    slot = np.minimum(np.searchsorted(shown, own), len(shown) - 1)
-    uploaded_us = np.where(shown[slot] == own, first_us[slot], at_us.min())
+def _videos(source: _Source | None, ids: _Ids, own: I64, uploaded_us: I64) -> pa.Table:
+    """Of the videos file where there is one, else the bare ids. ``uploaded_us`` stands where no upload is given."""
     columns: dict[str, Any] = {
         "video_id": own,
         "creator_id": np.zeros(len(own), dtype=np.int64),
@@ -216,10 +219,11 @@ def _videos(source: _Source | None, ids: _Ids, video: I64, at_us: I64) -> pa.Tab
     }
     if source:
         if (creator := source.get("creator_id")) is not None:
-            columns["creator_id"] = ids.of("creator_id", pc.fill_null(creator.cast(_TEXT), "unknown")
-                                           if creator.null_count else creator)  # fmt: skip
+            named = pc.fill_null(creator.cast(_TEXT), "unknown") if creator.null_count else creator
+            (columns["creator_id"],) = ids.of("creator_id", named)
         if (uploaded := source.get("uploaded_at")) is not None:
             there = uploaded.is_valid().to_numpy(zero_copy_only=False)
+            uploaded_us = uploaded_us.copy()
             uploaded_us[there] = source.time_us("uploaded_at", uploaded.filter(pa.array(there)))
             columns["uploaded_at"] = times(uploaded_us)
         columns["duration_ms"] = source.numbers("duration_ms", pa.int32(), _DEFAULT_DURATION_MS)

@@ -1,0 +1,83 @@
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+from tests.pipelines.datasets import published_formats as formats
+
+from reelway.pipelines.datasets.checks import check_dataset
+from reelway.pipelines.datasets.kuairand import files_of, import_kuairand
+from reelway.pipelines.datasets.store import Dataset, conform
+from reelway.platform.contracts.events import DATASET_TABLES, TOPICS
+from reelway.platform.errors import MalformedFileError
+
+STANDARD, RANDOM = "log_standard_4_08_to_4_21_pure.csv", "log_random_4_22_to_5_08_pure.csv"
+BASIC = "video_features_basic_pure.csv"
+
+
+@pytest.fixture
+def tables(tmp_path: Path) -> dict[str, pa.Table]:
+    return import_kuairand(formats.kuairand(tmp_path))[0]
+
+
+def test_standard_and_random_logs_are_one_list_in_time_order(tables: dict[str, pa.Table]) -> None:
+    shown = tables["impressions"]
+    assert shown["source"].to_pylist() == ["standard", "standard", "random"]
+    assert shown["viewer_id"].to_pylist() == [0, 1, 0]
+    assert shown["event_time"].cast(pa.int64()).to_pylist()[2] == 1650599601301_000
+
+
+def test_signals_become_outcomes_after_their_impression(tables: dict[str, pa.Table]) -> None:
+    rows = tables["outcomes"].to_pylist()
+    got = {(row["impression_id"], row["type"]) for row in rows}
+    assert got == {
+        (0, "watch"), (0, "like"), (0, "share"),
+        (1, "watch"), (1, "not_interested"), (1, "skip"),
+        (2, "watch"), (2, "follow"), (2, "comment"),
+    }  # fmt: skip
+    assert next(r["value"] for r in rows if (r["impression_id"], r["type"]) == (0, "watch")) == 20_000.0
+    shown = tables["impressions"]["event_time"].to_pylist()
+    assert all(row["event_time"] > shown[row["impression_id"]] for row in rows)
+
+
+def test_videos_have_author_topic_duration_and_upload_or_what_is_known_instead(tables: dict[str, pa.Table]) -> None:
+    known, unknown = tables["videos"].to_pylist()
+    assert (known["creator_id"], known["topic"], known["duration_ms"]) == (442, 12 % TOPICS, 18_000)
+    assert known["uploaded_at"].isoformat() == "2022-03-31T16:00:00+00:00"
+    assert (unknown["topic"], unknown["duration_ms"]) == (-1, 30_000)
+    assert unknown["uploaded_at"] == tables["impressions"]["event_time"].to_pylist()[1]
+    assert 103 not in tables["videos"]["video_id"].to_pylist()
+
+
+def test_account_age_is_counted_back_from_the_end_of_the_log(tables: dict[str, pa.Table]) -> None:
+    old, unknown = tables["viewers"]["created_at"].to_pylist()
+    assert (tables["impressions"]["event_time"].to_pylist()[2] - old).days == 30
+    assert unknown == tables["impressions"]["event_time"].to_pylist()[1]
+    assert tables["viewers"]["segment"].to_pylist() == ["full_active", "high_active"]
+
+
+def test_the_result_satisfies_the_schema_and_the_checks(tables: dict[str, pa.Table]) -> None:
+    ready = {name: conform(Path(name), tables[name], name) for name in DATASET_TABLES}
+    assert check_dataset(Dataset(**ready, info={})).rejected_rows == 0
+
+
+@pytest.mark.parametrize(
+    ("file", "old", "new", "message"),
+    [
+        (STANDARD, "is_hate", "hates", r"log_standard.*row 1, column 'is_hate'"),
+        (STANDARD, "1,1,0,0,1,0,1,20000", "1,5,0,0,1,0,1,20000", r"row 2, column 'is_like': saw 5"),
+        (RANDOM, "9000,30000", "long,30000", r"log_random.*row 2, column 'play_time_ms': saw 'long'"),
+        (BASIC, "2022-04-01,ShortImport", "1 April,ShortImport", r"row 2, column 'upload_dt': saw '1 April'"),
+    ],
+)  # fmt: skip
+def test_a_wrong_file_is_refused_by_row_and_column(tmp_path: Path, file: str, old: str, new: str, message: str) -> None:
+    path = formats.kuairand(tmp_path) / file
+    assert old in path.read_text()
+    path.write_text(path.read_text().replace(old, new, 1))
+    with pytest.raises(MalformedFileError, match=message):
+        import_kuairand(tmp_path)
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    (formats.kuairand(tmp_path) / "user_features_pure.csv").unlink()
+    with pytest.raises(MalformedFileError, match=r"user_features\*\.csv"):
+        files_of(tmp_path)
