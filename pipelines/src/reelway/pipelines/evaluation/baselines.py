@@ -91,7 +91,6 @@ class Als:
             iterations=settings.iterations,
             random_state=seed,
             num_threads=1,
-            use_gpu=False,
         )
         with _one_blas_thread():
             model.fit(matrix, show_progress=False)
