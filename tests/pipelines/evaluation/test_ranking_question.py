@@ -60,6 +60,7 @@ class Fixed:
         self.answer = answer
 
     def rank(self, viewer_ids: np.ndarray, k: int) -> np.ndarray:
+        assert len(viewer_ids) == len(self.answer)
         return self.answer[:, :k]
 
 

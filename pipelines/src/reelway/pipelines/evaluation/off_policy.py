@@ -1,0 +1,115 @@
+"""What another policy would have earned on the logged traffic, from the log's own propensities; no traffic needed.
+
+It refuses to be surer than the log allows: weights are clipped, the effective sample size is always reported, and the
+interval resamples requests' viewers. An action that the log never took cannot be judged, whatever the estimate says.
+"""
+
+# Shapes: N logged impressions
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from reelway.pipelines.evaluation.metrics import Estimate, rows_estimate
+from reelway.platform.errors import DataError
+
+F64 = NDArray[np.float64]
+I64 = NDArray[np.int64]
+
+DEFAULT_CLIP: Final = 20.0
+
+
+@dataclass(frozen=True)
+class OffPolicyEstimate:
+    """Mean reward per impression under the target policy, by three estimators."""
+
+    ips: Estimate
+    """Inverse propensity scores (Horvitz and Thompson 1952): unbiased until clipped, noisy."""
+    snips: Estimate
+    """Self-normalised (Swaminathan and Joachims 2015): divides by the sum of weights; less noise, small bias."""
+    doubly_robust: Estimate
+    """A reward model corrected by weighted residuals (Dudik, Langford and Li 2011): right if either is."""
+    effective_sample_size: float
+    """``(sum w)^2 / sum w^2`` (Kish 1965): how many unweighted impressions these are worth."""
+    clipped_share: float
+    """Share of impressions whose weight was cut (Ionides 2008); each cut is bias downwards in ``ips``."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values."""
+        return {
+            **{name: getattr(self, name).to_dict() for name in ("ips", "snips", "doubly_robust")},
+            "effective_sample_size": self.effective_sample_size,
+            "clipped_share": self.clipped_share,
+        }
+
+
+def estimate_off_policy(
+    reward_N: F64,
+    logged_propensity_N: F64,
+    target_propensity_N: F64,
+    viewer_ids_N: I64,
+    *,
+    modelled_logged_N: F64 | None = None,
+    modelled_target_N: F64 | None = None,
+    clip: float = DEFAULT_CLIP,
+    seed: int = 0,
+) -> OffPolicyEstimate:
+    """Judge a target policy by impressions that another policy made.
+
+    Args:
+        reward_N: what each impression earned, such as watched seconds.
+        logged_propensity_N: probability with which the log's policy showed this video here, in (0, 1].
+        target_propensity_N: probability with which the target would have, in [0, 1].
+        viewer_ids_N: impressions of one viewer are resampled together.
+        modelled_logged_N: a model's reward for the logged video; without a model, zeros (doubly robust is then IPS).
+        modelled_target_N: the model's expected reward under the target policy in the same context.
+        clip: largest importance weight.
+
+    Raises:
+        DataError: a propensity outside its range; the message says which row.
+    """
+    _refuse_odd("logged propensity", logged_propensity_N, open_below=True)
+    _refuse_odd("target propensity", target_propensity_N, open_below=False)
+    whole_N = target_propensity_N / logged_propensity_N
+    weight_N = np.minimum(whole_N, clip)
+    logged_N = np.zeros(len(reward_N)) if modelled_logged_N is None else modelled_logged_N
+    target_N = np.zeros(len(reward_N)) if modelled_target_N is None else modelled_target_N
+    corrected_N = target_N + weight_N * (reward_N - logged_N)
+
+    def ips(times_N: F64) -> float:
+        return float((times_N * weight_N * reward_N).sum() / times_N.sum())
+
+    def snips(times_N: F64) -> float:
+        total = float((times_N * weight_N).sum())
+        return float((times_N * weight_N * reward_N).sum() / total) if total > 0 else float("nan")
+
+    def doubly_robust(times_N: F64) -> float:
+        return float((times_N * corrected_N).sum() / times_N.sum())
+
+    squares = float((weight_N**2).sum())
+    return OffPolicyEstimate(
+        ips=rows_estimate(ips, viewer_ids_N, seed=seed),
+        snips=rows_estimate(snips, viewer_ids_N, seed=seed),
+        doubly_robust=rows_estimate(doubly_robust, viewer_ids_N, seed=seed),
+        effective_sample_size=float(weight_N.sum()) ** 2 / squares if squares > 0 else 0.0,
+        clipped_share=float((whole_N > clip).mean()),
+    )
+
+
+def _refuse_odd(name: str, propensity_N: F64, *, open_below: bool) -> None:
+    if not len(propensity_N):
+        raise DataError(f"{name}: no impressions, expected at least one")
+    odd_N = ~np.isfinite(propensity_N) | (propensity_N > 1) | (propensity_N < 0)
+    if open_below:
+        odd_N |= propensity_N == 0
+    if odd_N.any():
+        row = int(np.argmax(odd_N))
+        bounds = "(0, 1]" if open_below else "[0, 1]"
+        raise DataError(
+            f"{name} of row {row} is {propensity_N[row]}, expected within {bounds}; "
+            "was the event logged by a policy that records its propensities?"
+        )
