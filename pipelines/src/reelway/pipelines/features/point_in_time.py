@@ -10,6 +10,7 @@ joined once per request and not once per impression, and the answers are spread 
 
 from __future__ import annotations
 
+import atexit
 import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Final
@@ -79,6 +80,8 @@ def _ask(store: FeatureStore, refs: Sequence[str], keys: dict[str, NDArray[Any]]
     import pandas as pd
     from feast.errors import FeastError
 
+    atexit.unregister(_close_offline_engine)
+    atexit.register(_close_offline_engine)
     asked = pd.DataFrame({**keys, "event_timestamp": pd.to_datetime(at_us, unit="us", utc=True)})
     asked[ROW] = np.arange(len(asked))
     try:
@@ -99,6 +102,15 @@ def _ask(store: FeatureStore, refs: Sequence[str], keys: dict[str, NDArray[Any]]
             "two rows of the view have the same entity, event_timestamp and created_timestamp"
         )
     return answers.take(pa.array(np.argsort(rows)))
+
+
+def _close_offline_engine() -> None:
+    """Close ibis's shared DuckDB connection; left to the interpreter's end, it prints a page of warnings there."""
+    import ibis
+
+    if (engine := ibis.options.default_backend) is not None:
+        ibis.options.default_backend = None
+        engine.disconnect()
 
 
 def _plain_lists(table: pa.Table) -> pa.Table:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import sys
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -65,5 +66,7 @@ def register_features(features_dir: Path, online_store: str | None = None) -> Fe
     features_dir.mkdir(parents=True, exist_ok=True)
     write_store_config(features_dir, online_store)
     store = open_feature_store(features_dir)
-    store.apply(load_definitions(features_dir))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="On demand feature view is an experimental", category=RuntimeWarning)
+        store.apply(load_definitions(features_dir))
     return store
