@@ -15,7 +15,7 @@ import signal
 import socket
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -73,6 +73,7 @@ def serve(
       reelway serve --run runs/demo --release 3f9c --port 0 --ranking-replicas 2
     """
     directory = RunDirectory(run)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell that starts this in the background ignores it
     with only_server_of(directory):
         verified = _verified(directory, release)
         port = free_port(host) if port == 0 else refuse_taken_port(host, port)
@@ -91,12 +92,14 @@ def serve(
             replicas=Replicas(router_replicas, retrieval_replicas, ranking_replicas, reranking_replicas),
         )
         release_id = verified.manifest.release_id
-        with console.status("starting Ray and the stages"), running_service({release_id: 10_000}, options) as url:
-            _warm_up(url)
-            with _record(directory, {"url": url, "pid": os.getpid(), "release": release_id}):
-                out.print(f"serving release {release_id[:12]} at {url}", highlight=False)
-                say(f"Ctrl-C stops it. Try: reelway recommend --url {url} --viewer 1")
-                _wait_for_the_end()
+        with ExitStack() as stack:
+            with console.status("starting Ray and the stages"):
+                url = stack.enter_context(running_service({release_id: 10_000}, options))
+                _warm_up(url)
+            stack.enter_context(_record(directory, {"url": url, "pid": os.getpid(), "release": release_id}))
+            out.print(f"serving release {release_id[:12]} at {url}", highlight=False)
+            say(f"Ctrl-C stops it. Try: reelway recommend --url {url} --viewer 1")
+            _wait_for_the_end()
 
 
 def recommend(

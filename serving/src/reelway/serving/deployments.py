@@ -14,8 +14,10 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import signal
+import threading
 import time
-from collections.abc import Awaitable, Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -46,6 +48,7 @@ from reelway.serving.http_api import CurrentReleases, ServedRelease, build_http_
 from reelway.serving.parity_sample import ParitySample  # noqa: E402
 from reelway.serving.release_loader import ReleaseLoader  # noqa: E402
 from reelway.serving.stages.arrays import F32, Candidates, Codes, Rows, Slate, ViewerQuery  # noqa: E402
+from reelway.serving.time_budget import TimeBudget  # noqa: E402
 from reelway.serving.video_table import VideoTable  # noqa: E402
 from reelway.serving.viewers import viewer_query  # noqa: E402
 
@@ -158,38 +161,6 @@ def _nobody(table: VideoTable) -> ViewerQuery:
     return viewer_query({}, RequestContext(), time.time(), table, seed=0)
 
 
-class Within:
-    """Calls with a time budget. After two late answers in a row it rests, so that a dead stage doesn't cost every
-    request its whole budget."""
-
-    LATE: Final = 2
-    REST_S: Final = 0.5
-
-    def __init__(self, budget_ms: float) -> None:
-        self._budget_s = budget_ms / 1000
-        self._late = 0
-        self._rests_until = 0.0
-
-    async def __call__(self, call: Callable[[], Awaitable[T]]) -> T:
-        """The call's result.
-
-        Raises:
-            TimeoutError: it was late, or the part rests after having been late.
-        """
-        if time.monotonic() < self._rests_until:
-            raise TimeoutError("it rests after late answers")
-        try:
-            async with asyncio.timeout(self._budget_s):
-                result = await call()
-        except TimeoutError:
-            self._late += 1
-            if self._late >= self.LATE:
-                self._rests_until = time.monotonic() + self.REST_S
-            raise TimeoutError(f"no answer within {1000 * self._budget_s:g} ms") from None
-        self._late = 0
-        return result
-
-
 class RemoteStages:
     """The three stages of one release, in their own processes."""
 
@@ -198,7 +169,7 @@ class RemoteStages:
         self._retrieve = handle("Retrieval", app_name=application).retrieve
         self._rank = handle("Ranking", app_name=application).rank
         self._rerank = handle("Reranking", app_name=application).rerank
-        self._within = {stage: Within(ms) for stage, ms in asdict(budgets).items()}
+        self._within = {stage: TimeBudget(ms) for stage, ms in asdict(budgets).items()}
 
     async def retrieve(self, query: ViewerQuery) -> Candidates:
         return await self._within["retrieval"](lambda: self._retrieve.remote(query))
@@ -230,7 +201,7 @@ class Router:
         self._signer = TokenSigner(*options.token_secrets)
         self._registry = CollectorRegistry()
         self._metrics = metrics.IngressMetrics(self._registry)
-        self._within = Within(options.budgets.viewer_row)
+        self._within = TimeBudget(options.budgets.viewer_row)
         self._threads = ThreadPoolExecutor(max_workers=4, thread_name_prefix="viewer-row")
         self._rows = _open_viewer_rows(options.features_dir)
         self._sample: ParitySample | None = None
@@ -353,15 +324,34 @@ def running_service(weights: Mapping[str, int], options: ServiceOptions) -> Iter
     try:
         serve.start(http_options={"host": options.host, "port": options.port}, logging_config=_QUIET)
         try:
-            for release in weights:
-                serve.run(release_application(release, options), name=release, route_prefix=None, logging_config=_QUIET)
-            serve.run(router_application(weights, options), name=ROUTER, route_prefix="/", logging_config=_QUIET)
+            targets = [
+                serve.RunTarget(
+                    release_application(release, options), name=release, route_prefix=None, logging_config=_QUIET
+                )
+                for release in weights
+            ]
+            router = router_application(weights, options)
+            serve.run_many([*targets, serve.RunTarget(router, name=ROUTER, route_prefix="/", logging_config=_QUIET)])
         except RuntimeError as error:  # what Serve raises for an application that does not become healthy
             raise ServingError(f"the service did not become healthy: {error}") from error
         yield f"http://{options.host}:{options.port}"
     finally:
-        serve.shutdown()
-        ray.shutdown()
+        with _uninterrupted():
+            serve.shutdown()
+            ray.shutdown()
+
+
+@contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """A second Ctrl-C while things are being ended must not leave half of them running."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def set_weights(weights: Mapping[str, int], options: ServiceOptions) -> None:

@@ -1,0 +1,66 @@
+"""A part that is late costs its budget once or twice, then nothing until it may be tried again."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+import pytest
+
+from reelway.serving.time_budget import LATE, REST_S, TimeBudget
+
+
+class Part:
+    """Counts its calls; never answers while it hangs."""
+
+    def __init__(self) -> None:
+        self.hangs = True
+        self.calls = 0
+
+    async def __call__(self) -> str:
+        self.calls += 1
+        if self.hangs:
+            await asyncio.Event().wait()
+        return "answer"
+
+
+def outcomes(budget: TimeBudget, part: Callable[[], object], calls: int) -> list[str]:
+    async def ask() -> list[str]:
+        seen = []
+        for _ in range(calls):
+            try:
+                seen.append(await budget(part))  # type: ignore[arg-type]
+            except TimeoutError:
+                seen.append("late")
+        return seen
+
+    return asyncio.run(ask())
+
+
+def test_a_part_that_is_late_twice_is_left_alone_and_then_tried_again() -> None:
+    now = [0.0]
+    part, budget = Part(), TimeBudget(5, clock=lambda: now[0])
+    assert outcomes(budget, part, 10) == ["late"] * 10
+    assert part.calls == LATE  # the others cost no time
+    part.hangs = False
+    now[0] += REST_S
+    assert outcomes(budget, part, 3) == ["answer"] * 3
+
+
+def test_one_late_answer_among_good_ones_starts_no_rest() -> None:
+    part, budget = Part(), TimeBudget(5, clock=lambda: 0.0)
+    for _ in range(3):
+        part.hangs = True
+        assert outcomes(budget, part, 1) == ["late"]
+        part.hangs = False
+        assert outcomes(budget, part, 1) == ["answer"]
+
+
+def test_a_parts_own_error_is_passed_on_and_is_not_called_late() -> None:
+    async def breaks() -> None:
+        raise ValueError("a bug")
+
+    budget = TimeBudget(1000, clock=lambda: 0.0)
+    for _ in range(LATE + 1):
+        with pytest.raises(ValueError, match="a bug"):
+            asyncio.run(budget(breaks))
