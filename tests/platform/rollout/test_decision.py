@@ -163,8 +163,10 @@ def test_a_clock_that_jumps_ahead_ends_neither_a_hold_nor_a_deadline() -> None:
     patient = parse_policy(POLICY.replace("hold_s: 60", "hold_s: 3600"), source="t")
     rollout.policy = patient
     assert rollout.see("few", 86_400 * 365).action is Action.WAIT
+    assert rollout.see("few", 10).action is Action.WAIT
     silent = Rollout(phase=Phase.STEPPING)
     assert silent.see("nothing", 86_400 * 365).action is Action.HOLD
+    assert silent.see("nothing", 10).action is Action.WAIT
 
 
 def test_a_clock_that_goes_back_does_not_blind_the_rollout() -> None:

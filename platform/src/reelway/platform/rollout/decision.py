@@ -17,7 +17,7 @@ from reelway.platform.rollout.evidence import EvidenceSnapshot, nothing_heard
 from reelway.platform.rollout.policy import Deadline, RolloutPolicy, Step
 from reelway.platform.rollout.state import RAMPING, Phase, RolloutState
 from reelway.platform.rollout.statistics import BASIS_POINTS
-from reelway.platform.rollout.transition import Action, Decision, advance, start
+from reelway.platform.rollout.transition import Action, Decision, advance, start, tick_of
 
 __all__ = ["Action", "Decision", "advance", "decide", "decide_on", "start"]
 
@@ -46,7 +46,7 @@ def decide_on(
     policy: RolloutPolicy, state: RolloutState, evidence: EvidenceSnapshot, verdicts: Assessment, now: float
 ) -> Decision:
     """``decide`` with the assessment of ``evidence`` already made."""
-    tick_s = min(max(now - state.tick_at, 0.0), policy.longest_tick_s)
+    tick_s = tick_of(policy, state, now)
     case = _Case(policy, state, evidence, verdicts, now, tick_s, _distrust(policy, state, evidence, now))
     for rule in _RULES:
         if (decision := rule(case)) is not None:

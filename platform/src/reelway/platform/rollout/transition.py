@@ -97,9 +97,14 @@ def start(
     )
 
 
+def tick_of(policy: RolloutPolicy, state: RolloutState, now: float) -> float:
+    """Seconds this decision adds to the timers: never negative, never more than the policy's longest tick."""
+    return min(max(now - state.tick_at, 0.0), policy.longest_tick_s)
+
+
 def advance(state: RolloutState, decision: Decision, policy: RolloutPolicy, now: float) -> RolloutState:
     """The state after ``decision``. Record it before touching the world; it can be read back at any point."""
-    tick_s = min(max(now - state.tick_at, 0.0), policy.longest_tick_s)
+    tick_s = tick_of(policy, state, now)
     change: dict[str, object] = {"tick_at": now, "evidence_at": decision.evidence_at}
     if decision.action not in (Action.WAIT, Action.REFUSE) or decision.holds_for:
         change["reason"] = decision.reason
