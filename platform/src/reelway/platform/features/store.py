@@ -81,7 +81,7 @@ def import_feast() -> None:
 
     variables = ("PROMETHEUS_MULTIPROCESS_DIR", "PROMETHEUS_MULTIPROC_DIR")
     before = {name: os.environ.get(name) for name in variables}
-    import feast  # noqa: F401
+    import feast
     import feast.metrics  # noqa: F401
 
     for name, value in before.items():
