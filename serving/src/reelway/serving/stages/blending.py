@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import numpy as np
@@ -38,21 +39,23 @@ def blend(rows: Rows, source: Places, quotas: Places) -> Places:
         source: index of each proposal's source, ascending. ``[P]``
         quotas: places per source. ``[Q]``
     """
-    video = np.unique(rows, return_inverse=True)[1]
-    videos = int(video.max()) + 1 if len(video) else 0
-    first_in_source = np.zeros(len(rows), dtype=np.bool_)
-    first_in_source[np.unique(source * videos + video, return_index=True)[1]] = True
     bounds = np.searchsorted(source, np.arange(len(quotas) + 1))
+    videos = int(rows.max(initial=-1)) + 1  # look-ups by row: linear, where sorting would be the cost of the stage
+    where_first = np.empty(videos, dtype=np.int64)
+    offered = []
+    for start, end in itertools.pairwise(bounds):
+        mine = np.arange(start, end)
+        where_first[rows[start:end][::-1]] = mine[::-1]  # the last write wins: the first proposal of each video
+        offered.append(mine[where_first[rows[start:end]] == mine])
     gone = np.zeros(videos, dtype=np.bool_)
     taken: list[list[Places]] = [[] for _ in quotas]
     spare = 0
     for round_quotas in (quotas, np.zeros_like(quotas)):
-        for q, quota in enumerate(round_quotas):
-            mine = np.arange(bounds[q], bounds[q + 1])
-            takes = mine[first_in_source[mine] & ~gone[video[mine]]][: quota + spare]
-            gone[video[takes]] = True
+        for q, quota in enumerate(round_quotas.tolist()):
+            takes = offered[q][~gone[rows[offered[q]]]][: quota + spare]
+            gone[rows[takes]] = True
             taken[q].append(takes)
-            spare += int(quota) - len(takes)
+            spare += quota - len(takes)
         if not spare:
             break
     chosen = [np.concatenate(parts) for parts in taken]

@@ -11,21 +11,24 @@
 
 from __future__ import annotations
 
+from typing import Final
+
 import numpy as np
 from numpy.typing import NDArray
 
 from reelway.serving.stages.arrays import Rows, ViewerQuery
 from reelway.serving.video_table import ABSENT
 
+_KINDS: Final = ("allowed", "seen", "not_interested", "unservable")
+_SEEN, _NOT_INTERESTED, _UNSERVABLE = 1, 2, 3
+
 
 def allowed(rows: Rows, query: ViewerQuery) -> tuple[NDArray[np.bool_], dict[str, int]]:
     """Which of ``rows`` may be shown to this viewer, and how many may not, by kind. Shapes: ``[P] -> [P]``."""
-    servable = rows != ABSENT
-    disliked = np.isin(rows, query.history_rows[query.history_weights < 0])
-    watched = np.isin(rows, query.history_rows)
-    left = {
-        "unservable": int(np.count_nonzero(~servable)),
-        "not_interested": int(np.count_nonzero(disliked & servable)),
-        "seen": int(np.count_nonzero(watched & ~disliked & servable)),
-    }
-    return servable & ~watched, left
+    kind_of = np.zeros(max(int(rows.max(initial=0)), int(query.history_rows.max(initial=0))) + 2, dtype=np.int8)
+    kind_of[query.history_rows] = _SEEN
+    kind_of[query.history_rows[query.history_weights < 0]] = _NOT_INTERESTED
+    kind_of[ABSENT] = _UNSERVABLE  # -1 is the last one, which no row reaches
+    kind = kind_of[rows]
+    counts = np.bincount(kind, minlength=len(_KINDS)).tolist()
+    return kind == 0, dict(zip(_KINDS[1:], counts[1:], strict=True))

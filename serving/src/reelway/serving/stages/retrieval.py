@@ -63,7 +63,9 @@ class Retrieval:
         may_show_P, left = allowed(rows_P, query)
         kept = np.flatnonzero(may_show_P)
         chosen = kept[blend(rows_P[kept], source_P[kept], self._quotas)]
-        again = int(np.isin(rows_P[kept], rows_P[chosen]).sum())
+        is_chosen = np.zeros(int(rows_P.max(initial=0)) + 1, dtype=np.bool_)
+        is_chosen[rows_P[chosen]] = True
+        again = int(np.count_nonzero(is_chosen[rows_P[kept]]))
         left["duplicate"] = again - len(chosen)
         left["over_quota"] = len(kept) - again
         return Candidates(
