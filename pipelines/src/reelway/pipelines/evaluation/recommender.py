@@ -133,18 +133,20 @@ class TwoStage:
         values_BC[there_BC] = video_value(predictions_NK, similarity_N, self.blend.ranking)
         return values_BC
 
-    def order(self, viewers: ViewerArrays, allowed_BM: NDArray[np.bool_], popularity_M: F64, k: int) -> I64:
-        """The best ``k`` rows of the catalogue by value, ``[B, k]``, ``PAD`` where fewer."""
-        answers = []
-        for start in range(0, len(viewers.viewer_dense), _VIEWERS_AT_ONCE):
-            some = _taken(viewers, np.arange(start, min(start + _VIEWERS_AT_ONCE, len(viewers.viewer_dense))))
+    def order(self, viewers: ViewerArrays, allowed_BM: NDArray[np.bool_], popularity_M: F64, k: int) -> tuple[I64, F32]:
+        """The best ``k`` rows of the catalogue and their values, ``[B, k]``; ``PAD`` and ``-inf`` where fewer."""
+        rows_BK = np.full((len(viewers.viewer_dense), k), PAD, dtype=np.int64)
+        values_BK = np.full(rows_BK.shape, -np.inf, dtype=np.float32)
+        for start in range(0, len(rows_BK), _VIEWERS_AT_ONCE):
+            part = slice(start, start + _VIEWERS_AT_ONCE)
+            some = _taken(viewers, part)
             embedding_BD = self.embed(some)
-            allowed = allowed_BM[start : start + _VIEWERS_AT_ONCE]
-            rows_BC = self.candidates(embedding_BD @ self.catalogue.embedding.T, allowed, popularity_M)
-            best_BK = np.argsort(-self.values(some, embedding_BD, rows_BC), axis=1, kind="stable")[:, :k]
-            answers.append(np.take_along_axis(rows_BC, best_BK, axis=1))
-        ranked_BK = np.concatenate(answers)
-        return np.pad(ranked_BK, ((0, 0), (0, max(0, k - ranked_BK.shape[1]))), constant_values=PAD)
+            rows_BC = self.candidates(embedding_BD @ self.catalogue.embedding.T, allowed_BM[part], popularity_M)
+            values_BC = self.values(some, embedding_BD, rows_BC)
+            best_BK = np.argsort(-values_BC, axis=1, kind="stable")[:, :k]
+            rows_BK[part, : best_BK.shape[1]] = np.take_along_axis(rows_BC, best_BK, axis=1)
+            values_BK[part, : best_BK.shape[1]] = np.take_along_axis(values_BC, best_BK, axis=1)
+        return rows_BK, values_BK
 
 
 class Ranked:
@@ -158,7 +160,7 @@ class Ranked:
         _refuse_others(viewer_ids, self.question)
         shape = (len(viewer_ids), len(self.stages.catalogue))
         allowed_BM = ~self.question.seen.has(viewer_ids, np.broadcast_to(np.arange(shape[1]), shape))
-        rows_BK = self.stages.order(self.viewers, allowed_BM, self.popularity_M, k)
+        rows_BK, _ = self.stages.order(self.viewers, allowed_BM, self.popularity_M, k)
         return np.where(rows_BK == PAD, PAD, self.stages.catalogue.video_ids[rows_BK])
 
 
@@ -205,5 +207,5 @@ def _refuse_others(viewer_ids: I64, question: Question) -> None:
         raise ValueError("asked about other viewers than the question's; their features were not read")
 
 
-def _taken(arrays: Any, index: I64) -> Any:
+def _taken(arrays: Any, index: I64 | slice) -> Any:
     return type(arrays)(**{f.name: getattr(arrays, f.name)[index] for f in dataclasses.fields(arrays)})

@@ -1,0 +1,101 @@
+"""Quality on MovieLens-100K, by the full path: import, features, training, evaluation; three training seeds.
+
+``python -m tests.benchmarks.bench_quality [seeds]`` with ``REELWAY_ML100K_DIR`` naming the folder of MovieLens-100K
+(``../shared/data/ml-100k`` when unset). Trained on the first 80 % of the events by time. Asked are the viewers with at
+least 5 training events who then watched a new video that training had; seen videos are left out, all others ranked.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from tests.benchmarks.report import Row, write_report
+
+from reelway.pipelines.evaluation.harness import RankingResult
+from reelway.pipelines.evaluation.metrics import mean_estimate, paired_difference
+from reelway.pipelines.evaluation.report import (
+    ALS,
+    OURS,
+    POPULAR_EVER,
+    POPULAR_LATELY,
+    RETRIEVAL,
+    evaluate_run,
+)
+from reelway.pipelines.training.config import load_config
+from reelway.pipelines.training.step import Resources, train_run
+from reelway.platform.cli.processes import reelway_command, run_to_end
+from reelway.platform.cli.terminal import say
+from reelway.platform.errors import ConfigError
+from reelway.platform.runs import RunDirectory
+
+VARIABLE = "REELWAY_ML100K_DIR"
+METRICS = ("recall", "ndcg")
+NAMES = {"recall": "Recall@50", "ndcg": "NDCG@10"}
+
+
+def data_folder() -> Path:
+    """Where MovieLens-100K lies.
+
+    Raises:
+        ConfigError: nowhere.
+    """
+    folder = Path(os.environ.get(VARIABLE, "../shared/data/ml-100k"))
+    if not folder.is_dir():
+        raise ConfigError(f"{folder} is not a folder, expected MovieLens-100K there; set {VARIABLE} to where it is")
+    return folder
+
+
+def measure(run: RunDirectory, seed: int) -> dict[str, RankingResult]:
+    """Train with one seed and ask every recommender."""
+    say(f"seed {seed}: training")
+    train_run(run, load_config("ml-100k", seed=seed), Resources(ray=False))
+    return evaluate_run(run).ranking
+
+
+def rows_of(found: Sequence[dict[str, RankingResult]]) -> list[Row]:
+    """Every recommender per seed, the mean over seeds, and the bars."""
+    rows: list[Row] = []
+    for metric in METRICS:
+        for seed, ranking in enumerate(found):
+            for name in (OURS, RETRIEVAL):
+                rows.append(_row(f"{NAMES[metric]}: {name}, seed {seed}", getattr(ranking[name], metric)))
+        for name in (POPULAR_EVER, POPULAR_LATELY, ALS):
+            rows.append(_row(f"{NAMES[metric]}: {name}", getattr(found[0][name], metric)))
+        ours_B = np.mean([getattr(ranking[OURS], metric) for ranking in found], axis=0)
+        for name in (POPULAR_LATELY, ALS):
+            theirs_B = np.mean([getattr(ranking[name], metric) for ranking in found], axis=0)
+            lead = paired_difference(ours_B, theirs_B)
+            rows.append(
+                Row(
+                    f"{NAMES[metric]}: {OURS}, mean of {len(found)} seeds",
+                    float(ours_B.mean()),
+                    f"lead {lead.value:+.3f} [{lead.low:+.3f}, {lead.high:+.3f}]",
+                    f"> {theirs_B.mean():.3f} ({name})",
+                    bool(ours_B.mean() > theirs_B.mean()),
+                )
+            )
+    return rows
+
+
+def _row(name: str, values_B: np.ndarray) -> Row:
+    estimate = mean_estimate(values_B)
+    return Row(name, estimate.value, f"[{estimate.low:.3f}, {estimate.high:.3f}], {estimate.viewers} viewers")
+
+
+def main(seeds: int) -> None:
+    """Measure and print."""
+    folder = data_folder()
+    with tempfile.TemporaryDirectory() as name:
+        run = RunDirectory(Path(name) / "run")
+        run_to_end(reelway_command("import", "ml-100k", str(folder), "--run", str(run.path)))
+        run_to_end(reelway_command("features", "build", "--run", str(run.path)))
+        write_report("quality", rows_of([measure(run, seed) for seed in range(seeds)]))
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]) if len(sys.argv) > 1 else 3)
