@@ -123,9 +123,7 @@ def test_a_better_recommender_gets_more_watch_time_and_a_broken_one_less() -> No
     popular = watch_s(RecentPopularity(world(), logged().outcomes, CONFIG.end_s))
     random, oracle = watch_s(RandomPolicy(world())), watch_s(OraclePolicy(world()))
     learned = watch_s(TopicAffinity(logged()))
-    print(
-        f"watch s per impression: random {random:.2f}, popular {popular:.2f}, counted {learned:.2f}, oracle {oracle:.2f}"
-    )
+    print(f"watch s: random {random:.2f}, popular {popular:.2f}, counted {learned:.2f}, oracle {oracle:.2f}")
     assert popular > 1.1 * random
     assert oracle > 2.5 * popular
     assert learned > 1.3 * popular
