@@ -237,7 +237,7 @@ def _state(objective: nn.Module, optimizer: torch.optim.Optimizer, progress: _Pr
         "optimizer": optimizer.state_dict(),
         "epoch": progress.epoch,
         "step": progress.step,
-        "sums": progress.sums,
+        "sums": _gathered(progress.sums),
         "curve": progress.curve,
     }
 
@@ -255,5 +255,28 @@ def _restore(state: State, objective: nn.Module, optimizer: torch.optim.Optimize
         ) from error
     progress = _Progress()
     progress.epoch, progress.step = state["epoch"], state["step"]
-    progress.sums, progress.curve = dict(state["sums"]), list(state["curve"])
+    progress.sums, progress.curve = _own_share(state["sums"]), list(state["curve"])
     return progress
+
+
+def _gathered(sums: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Every worker's sums, ``[workers]`` each: worker 0 writes the checkpoint for all."""
+    world = current_worker().world
+    names = sorted(sums)
+    if not names:
+        return {}
+    mine = torch.stack([sums[name] for name in names])
+    all_of = [torch.empty_like(mine) for _ in range(world)]
+    if world > 1:
+        dist.all_gather(all_of, mine)
+    else:
+        all_of = [mine]
+    return dict(zip(names, torch.stack(all_of, dim=1), strict=True))
+
+
+def _own_share(sums: dict[str, Tensor]) -> dict[str, Tensor]:
+    """This worker's sums; the mean over the workers of then, where their number has changed since."""
+    worker = current_worker()
+    return {
+        name: values[worker.rank] if len(values) == worker.world else values.mean() for name, values in sums.items()
+    }

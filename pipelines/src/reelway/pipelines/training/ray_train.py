@@ -21,10 +21,17 @@ import numpy as np
 import ray
 import ray.train
 import torch
-from ray.train import Checkpoint, CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+from ray.train import (
+    Checkpoint,
+    CheckpointConfig,
+    CheckpointUploadMode,
+    FailureConfig,
+    RunConfig,
+    ScalingConfig,
+)
 from ray.train.torch import TorchConfig, TorchTrainer
 
-from reelway.pipelines.training.checkpoint_files import read_state, write_state
+from reelway.pipelines.training.checkpoint_files import read_state
 from reelway.pipelines.training.config import TrainingConfig
 from reelway.pipelines.training.fit import Fitted, Window, fit, fitted_from
 from reelway.pipelines.training.loop import EpochReport, OnEpoch, State
@@ -36,7 +43,7 @@ from reelway.platform.runs import digest_of
 STATE_FILE = "state.pt"
 MAX_FAILURES = 3
 _POLL_S = 0.2
-_CONTROLLER_SETTINGS = {"RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.1"}
+_CONTROLLER_SETTINGS = {"RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.05"}
 
 
 @dataclass(frozen=True)
@@ -135,9 +142,14 @@ class RayCheckpoints:
         if ray.train.get_context().get_world_rank() != 0:
             ray.train.report(metrics)
             return
-        with tempfile.TemporaryDirectory() as folder:
-            write_state(state, Path(folder) / STATE_FILE)
-            ray.train.report(metrics, checkpoint=Checkpoint.from_directory(folder))
+        folder = tempfile.mkdtemp(prefix="reelway-checkpoint-")
+        torch.save(state, Path(folder) / STATE_FILE)
+        ray.train.report(
+            metrics,
+            checkpoint=Checkpoint.from_directory(folder),
+            checkpoint_upload_mode=CheckpointUploadMode.ASYNC,  # copied while the next epoch runs
+            delete_local_checkpoint_after_upload=True,
+        )
 
     def load(self) -> State | None:
         """The newest reported state, after a restart."""
