@@ -1,16 +1,21 @@
-"""The whole service on a real Ray Serve: separate deployments, real HTTP, faults, weights, metrics of all processes."""
+"""`reelway serve` as a user has it: its own Ray, real HTTP, faults, the metrics of all processes, and a clean end.
+
+One service for the whole module, so the tests share its state; the last one ends it.
+"""
 
 from __future__ import annotations
 
-import os
+import json
 import re
 import signal
+import subprocess
 import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -20,30 +25,42 @@ import pytest
 from tests.release_files import NOW_S, make_release_folder
 from tests.serving.viewer_store import make_viewer_store
 
-from reelway.platform.contracts.api import RecommendResponse
+from reelway.platform.cli.processes import end_group, reelway_command
+from reelway.platform.contracts.api import RecommendRequest, RecommendResponse
 from reelway.platform.contracts.blend import Blend, RetrievalBlend
+from reelway.platform.contracts.features import TRAINING_SERVICE, VIEWER_SERVICE
+from reelway.platform.features.store import ViewerRows, feature_service_digest, open_feature_store
 from reelway.platform.features.vector_log import read_vectors
-from reelway.platform.rollout.bucketing import arm_of
+from reelway.platform.release.signing import create_keys, load_private_key
+from reelway.platform.release.store import ReleaseStore
 from reelway.platform.tokens import TokenSigner
 from reelway.serving.release_loader import ReleaseLoader
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow]
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(300)]
 
-SECRET = b"a secret of the tests, long enough"
 KNOWN_VIEWER = 42
-READY_S = 60.0
+READY_S = 120.0
+DOWN_S = 60.0
 
 
 @dataclass
 class Running:
     """The service under test."""
 
+    run: Path
+    process: subprocess.Popen[bytes]
     url: str
-    options: Any
     release: str
-    other: str
     watched: list[int]
     client: httpx.Client
+
+    @property
+    def loader(self) -> ReleaseLoader:
+        return ReleaseLoader(self.run / "serving" / "releases" / self.release)
+
+    @property
+    def signer(self) -> TokenSigner:
+        return TokenSigner((self.run / "keys" / "token.secret").read_bytes())
 
     def ask(self, viewer: int = KNOWN_VIEWER, count: int = 10, **context: Any) -> dict[str, Any]:
         answer = self.client.post("/v1/recommend", json={"viewer_id": viewer, "count": count, "context": context})
@@ -66,22 +83,21 @@ class Running:
             assert time.monotonic() < deadline, "a stage did not come back"
             time.sleep(0.1)
 
+    def replica_of(self, deployment: str) -> psutil.Process:
+        """The process of a deployment's only replica, among the service's own."""
+        (replica,) = [
+            child
+            for child in psutil.Process(self.process.pid).children(recursive=True)
+            if (title := " ".join(child.cmdline())).startswith("ray::ServeReplica") and f":{deployment}" in title
+        ]
+        return replica
 
-@pytest.fixture(scope="module")
-def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    from reelway.serving.commands import free_port
-    from reelway.serving.deployments import ServiceOptions, running_service
 
-    place = tmp_path_factory.mktemp("service")
-    blend = Blend(retrieval=RetrievalBlend(candidates=100))
-    ids = []
-    for seed in range(2):
-        made = place / "releases" / f"made-{seed}"
-        manifest = make_release_folder(made, videos=300, seed=seed, blend=blend)
-        made.rename(place / "releases" / manifest.release_id)
-        ids.append(manifest.release_id)
-    table = ReleaseLoader(place / "releases" / ids[0]).table()
-    watched = table.video_id[5:15].tolist()
+def make_run(run: Path) -> tuple[str, list[int]]:
+    """A run directory with a signed release and a feature store that knows one viewer and what they watched."""
+    made = run / "made"
+    make_release_folder(made, videos=300)
+    watched = ReleaseLoader(made).table().video_id[5:15].tolist()
     row = {
         "region": "eu",
         "created_at_s": NOW_S - 1e6,
@@ -89,23 +105,39 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
         "history_weights": [1.0] * 10,
         "history_times_s": [NOW_S - 3600.0 * i for i in range(10, 0, -1)],
     }
-    make_viewer_store(place / "features", {KNOWN_VIEWER: row}, NOW_S)
-    options = ServiceOptions(
-        releases_dir=place / "releases",
-        metrics_dir=place / "metrics",
-        token_secrets=(SECRET,),
-        features_dir=place / "features",
-        vector_log=place / "vectors.jsonl",
-        parity_ratio=1.0,
-        port=free_port("127.0.0.1"),
-    )
-    with (
-        running_service({ids[0]: 10_000}, options) as url,
-        httpx.Client(base_url=url, timeout=30) as client,
-    ):
-        running = Running(url, options, ids[0], ids[1], watched, client)
-        running.wait_until_whole()
-        yield running
+    make_viewer_store(run / "features", {KNOWN_VIEWER: row}, NOW_S)
+    features = open_feature_store(run / "features")
+    services = [
+        {"name": name, "digest": feature_service_digest(features, name)} for name in (TRAINING_SERVICE, VIEWER_SERVICE)
+    ]
+    key = load_private_key(create_keys(run / "keys").private)
+    blend = Blend(retrieval=RetrievalBlend(candidates=100))
+    manifest = make_release_folder(made, videos=300, key=key, blend=blend, feature_services=services)
+    return ReleaseStore(str(run / "releases")).write(made, manifest), watched
+
+
+@pytest.fixture(scope="module")
+def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    run = tmp_path_factory.mktemp("run")
+    release, watched = make_run(run)
+    command = reelway_command("serve", "--run", str(run), "--port", "0", "--parity-ratio", "1")
+    log, record = run / "serve.log", run / "serving.json"
+    with log.open("wb") as sink:
+        process = subprocess.Popen(command, stdout=sink, stderr=sink, stdin=subprocess.DEVNULL, start_new_session=True)
+    try:
+        deadline = time.monotonic() + READY_S
+        while not record.exists():
+            assert process.poll() is None, log.read_text()
+            assert time.monotonic() < deadline, log.read_text()
+            time.sleep(0.1)
+        written = json.loads(record.read_text())
+        assert written["pid"] == process.pid
+        assert written["release"] == release
+        assert written["url"] in log.read_text()
+        with httpx.Client(base_url=written["url"], timeout=30) as client:
+            yield Running(run, process, written["url"], release, watched, client)
+    finally:
+        end_group(process)
 
 
 def test_a_known_viewer_gets_a_whole_slate_of_unseen_videos_with_readable_tokens(service: Running) -> None:
@@ -113,18 +145,14 @@ def test_a_known_viewer_gets_a_whole_slate_of_unseen_videos_with_readable_tokens
     assert RecommendResponse.model_validate(answer).degraded == []
     assert len(answer["videos"]) == 20
     assert not {video["video_id"] for video in answer["videos"]} & set(service.watched)
-    token = TokenSigner(SECRET).read(answer["videos"][3]["token"])
+    token = service.signer.read(answer["videos"][3]["token"])
     assert (token.position, token.video_id, token.release) == (3, answer["videos"][3]["video_id"], service.release)
     assert any(video["reason"].startswith("because you watched Video") for video in answer["videos"])
 
 
 def test_the_service_answers_what_the_graph_in_one_process_answers(service: Running) -> None:
-    from reelway.platform.contracts.api import RecommendRequest
-    from reelway.platform.features.store import ViewerRows, open_feature_store
-
-    features = service.options.features_dir
-    row = ViewerRows(open_feature_store(features)).read(KNOWN_VIEWER)
-    graph = ReleaseLoader(service.options.releases_dir / service.release).graph(TokenSigner(SECRET))
+    row = ViewerRows(open_feature_store(service.run / "features")).read(KNOWN_VIEWER)
+    graph = service.loader.graph(service.signer)
     here = graph.recommend(RecommendRequest(viewer_id=KNOWN_VIEWER, count=20), row, NOW_S)
     there = service.ask(count=20, time="2024-06-10T06:13:20Z")
     assert [v["video_id"] for v in there["videos"]] == [v.video_id for v in here.videos]
@@ -180,7 +208,7 @@ def test_what_was_served_is_logged_for_the_parity_replay(service: Running) -> No
     answer = service.ask(count=5, device="tv")
     deadline = time.monotonic() + 10
     while True:
-        logged = {vector.request_id: vector for vector in read_vectors(service.options.vector_log)}
+        logged = {vector.request_id: vector for vector in read_vectors(service.run / "serving" / "vectors.jsonl")}
         if answer["request_id"] in logged or time.monotonic() > deadline:
             break
         time.sleep(0.05)
@@ -190,80 +218,57 @@ def test_what_was_served_is_logged_for_the_parity_replay(service: Running) -> No
     assert (vector.device, vector.release) == ("tv", service.release)
 
 
-@pytest.mark.parametrize(
-    ("deployment", "rung"), [("Ranking", "no_ranker"), ("Retrieval", "no_retrieval"), ("Reranking", "no_reranker")]
-)
-def test_a_killed_replica_costs_no_request(service: Running, deployment: str, rung: str) -> None:
+def test_the_commands_own_client_prints_a_slate(service: Running) -> None:
+    command = reelway_command("recommend", "--run", str(service.run), "--viewer", str(KNOWN_VIEWER), "--count", "3")
+    readable = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
+    assert f"viewer {KNOWN_VIEWER}" in readable
+    assert "because you watched" in " ".join(readable.split())
+    raw = subprocess.run([*command, "--json"], capture_output=True, text=True, timeout=60, check=True).stdout
+    assert len(RecommendResponse.model_validate_json(raw).videos) == 3
+
+
+def test_killed_replicas_cost_no_request(service: Running) -> None:
     service.wait_until_whole()
-    before = service.metric("reelway_ingress_degraded_total", rung=rung)
-    killed = threading.Event()
+    rungs = {"Ranking": "no_ranker", "Retrieval": "no_retrieval", "Reranking": "no_reranker"}
+    before = {rung: service.metric("reelway_ingress_degraded_total", rung=rung) for rung in rungs.values()}
+    stop = threading.Event()
     answers: list[dict[str, Any]] = []
 
     def keep_asking() -> None:
         with httpx.Client(base_url=service.url, timeout=30) as client:
-            seen_after = 0
-            while seen_after < 15:
+            while not stop.is_set():
                 reply = client.post("/v1/recommend", json={"viewer_id": KNOWN_VIEWER, "count": 10})
-                assert reply.status_code == 200, reply.text
-                answers.append(reply.json())
-                seen_after += killed.is_set()
+                answers.append(reply.json() | {"status": reply.status_code})
+
+    def wait_for(rung: str) -> None:
+        deadline = time.monotonic() + 30
+        while not any(rung in answer.get("degraded", ()) for answer in list(answers)):
+            assert time.monotonic() < deadline, f"no answer stepped down to {rung}"
+            time.sleep(0.02)
 
     with ThreadPoolExecutor(2) as threads:
         asking = [threads.submit(keep_asking) for _ in range(2)]
-        time.sleep(0.2)
-        os.kill(replica_pid(deployment), signal.SIGKILL)
-        killed.set()
+        try:
+            for deployment, rung in rungs.items():
+                service.replica_of(deployment).kill()
+                wait_for(rung)
+            service.wait_until_whole()
+        finally:
+            stop.set()
         for one in asking:
             one.result()
-    assert all(len(answer["videos"]) == 10 for answer in answers)
+    assert Counter(answer["status"] for answer in answers) == {200: len(answers)}
+    assert {len(answer["videos"]) for answer in answers} == {10}
     stepped_down = Counter(step for answer in answers for step in answer["degraded"])
-    assert stepped_down[rung] >= 1
-    assert service.metric("reelway_ingress_degraded_total", rung=rung) >= before + stepped_down[rung]
-    service.wait_until_whole()
+    for rung in rungs.values():
+        assert service.metric("reelway_ingress_degraded_total", rung=rung) >= before[rung] + stepped_down[rung]
 
 
-def replica_pid(deployment: str) -> int:
-    """The process of a deployment's only replica, among this test's own descendants."""
-    titles = {child.pid: " ".join(child.cmdline()) for child in psutil.Process().children(recursive=True)}
-    (pid,) = [
-        pid for pid, title in titles.items() if title.startswith("ray::ServeReplica") and f":{deployment}" in title
-    ]
-    return pid
-
-
-def test_a_change_of_weights_moves_viewers_without_losing_a_request(service: Running) -> None:
-    from ray import serve
-
-    from reelway.serving.deployments import release_application, set_weights
-
-    serve.run(release_application(service.other, service.options), name=service.other, route_prefix=None)
-    weights = {service.other: 3000, service.release: 7000}
-    failures: list[str] = []
-    stop = threading.Event()
-
-    def keep_asking() -> None:
-        with httpx.Client(base_url=service.url, timeout=30) as client:
-            while not stop.is_set():
-                reply = client.post("/v1/recommend", json={"viewer_id": 1, "count": 1})
-                if reply.status_code != 200:
-                    failures.append(reply.text)
-
-    asking = threading.Thread(target=keep_asking)
-    asking.start()
-    set_weights(weights, service.options)
-    deadline = time.monotonic() + 30
-    while len(service.client.get("/v1/releases/current").json()["releases"]) < 2 and time.monotonic() < deadline:
-        time.sleep(0.05)
-    stop.set()
-    asking.join()
-    assert failures == []
-    listed = service.client.get("/v1/releases/current").json()["releases"]
-    assert [(one["release"], one["arm"], one["weight_basis_points"]) for one in listed] == [
-        (service.other, "canary", 3000),
-        (service.release, "stable", 7000),
-    ]
-    for viewer in range(40):
-        answer = service.ask(viewer=viewer, count=1)
-        expected = arm_of(viewer, service.options.salt, weights)
-        assert answer["release"] == expected
-        assert answer["arm"] == ("canary" if expected == service.other else "stable")
+def test_z_an_interrupt_ends_the_service_with_all_its_processes(service: Running) -> None:
+    started = psutil.Process(service.process.pid).children(recursive=True)
+    assert len(started) > 5
+    service.process.send_signal(signal.SIGINT)
+    service.process.wait(DOWN_S)
+    _, alive = psutil.wait_procs(started, timeout=15)
+    assert [one.cmdline() for one in alive] == []
+    assert not (service.run / "serving.json").exists()

