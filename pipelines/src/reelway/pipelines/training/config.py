@@ -90,8 +90,9 @@ class TrainingConfig:
 
 PRESETS: dict[str, dict[str, Any]] = {
     "demo": {
-        "two_tower": {"dim": 48, "layers": 1, "history_length": 30},
-        "two_tower_loop": {"epochs": 4, "batch_size": 1024},
+        # a few positives per video: small batches for enough steps, and content must carry what ids cannot
+        "two_tower": {"dim": 48, "layers": 1, "history_length": 30, "id_dropout": 0.4},
+        "two_tower_loop": {"epochs": 6, "batch_size": 256},
         "ranker_loop": {"epochs": 2, "batch_size": 2048},
     },
     "ml-100k": {
