@@ -2,8 +2,10 @@
 
 A rating says that the film was seen, so its watch is a full nominal one; how long films are is not what is modelled.
 Outcomes come ``OUTCOME_DELAY_US`` after their impression, so that no feature at the impression's own second can
-contain its outcome (MovieLens stamps many ratings of one viewer with the same second). What is not in the source
-(creator, device, position) is a constant that says so; nothing is invented.
+contain its outcome (MovieLens stamps many ratings of one viewer with the same second). Successive ratings of one
+sitting, up to ``SITTING``, are one request: whoever recommends knows what came before the sitting's page, not the
+rating just given, so that is what a model must learn from. What is not in the source (creator, device, position) is a
+constant that says so; nothing is invented.
 """
 
 # Shapes: N ratings
@@ -25,6 +27,9 @@ I64 = NDArray[np.int64]
 
 NOMINAL_DURATION_MS: Final = 30_000
 OUTCOME_DELAY_US: Final = 1_000_000
+SITTING: Final = 20
+SITTING_GAP_US: Final = 3_600_000_000
+"""A longer pause between two ratings of a viewer begins another request."""
 LIKE_FROM: Final = 4.0
 NOT_INTERESTED_TO: Final = 1.0
 UNKNOWN_CREATOR: Final = 0
@@ -134,12 +139,31 @@ def _videos(ratings: Ratings, films: Films) -> tuple[pa.Table, int]:
     return pa.table(columns, schema=VIDEOS), int((~known).sum())
 
 
+def sittings(viewer_id: I64, time_us: I64) -> I64:
+    """The row that began each row's request: at most ``SITTING`` successive rows of a viewer without a long pause.
+
+    Rows ascend in time.
+    """
+    rows = np.arange(len(viewer_id), dtype=np.int64)
+    if not len(rows):
+        return rows
+    order = np.argsort(viewer_id, kind="stable")
+    viewer, when_us = viewer_id[order], time_us[order]
+    begins = np.ones(len(rows), dtype=np.bool_)
+    begins[1:] = (viewer[1:] != viewer[:-1]) | (np.diff(when_us) > SITTING_GAP_US)
+    since = rows - np.maximum.accumulate(np.where(begins, rows, 0))
+    begins |= since % SITTING == 0
+    request = np.empty(len(rows), dtype=np.int64)
+    request[order] = order[np.maximum.accumulate(np.where(begins, rows, 0))]
+    return request
+
+
 def _impressions(ratings: Ratings) -> pa.Table:
     rows = len(ratings.time_us)
     ids = np.arange(rows, dtype=np.int64)
     columns = {
         "impression_id": ids,
-        "request_id": ids,
+        "request_id": sittings(ratings.viewer_id, ratings.time_us),
         "viewer_id": ratings.viewer_id,
         "video_id": ratings.video_id,
         "position": np.zeros(rows, dtype=np.int16),
