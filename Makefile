@@ -58,7 +58,7 @@ test-quick: install ## Only what needs neither Ray nor a server: about a minute.
 	$(BIN)/python -m pytest -m "not slow and not ray and not redis"
 
 .PHONY: bench
-bench: bench-simulator bench-features bench-ray-train bench-serving bench-quality bench-closed-loop ## Every number in the README, one after another.
+bench: bench-simulator bench-features bench-ray-train bench-serving bench-quality bench-closed-loop bench-canary ## Every number in the README, one after another.
 
 .PHONY: bench-simulator
 bench-simulator: install ## Simulated impressions per second on one core.
@@ -83,6 +83,10 @@ bench-quality: install ## MovieLens-100K against popularity and ALS, 3 seeds (RE
 .PHONY: bench-closed-loop
 bench-closed-loop: install ## Watch time per impression against popularity in the simulator, 3 seeds.
 	$(BIN)/python -m tests.benchmarks.bench_closed_loop
+
+.PHONY: bench-canary
+bench-canary: install ## Error rates and power of the rollout decision, simulated, beside other tools' rules.
+	$(BIN)/python -m tests.benchmarks.bench_canary
 
 .PHONY: constraints
 constraints: install ## Resolve requirements.in into constraints.txt again.

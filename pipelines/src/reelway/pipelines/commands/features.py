@@ -22,7 +22,7 @@ Online = Annotated[
 ]
 Force = Annotated[bool, typer.Option("--force", help="Do it again although nothing changed.")]
 DEFAULT_RUN = Path("runs/default")
-LOG_FILE = "served_vectors.jsonl"
+LOG_FILE = "serving/vectors.jsonl"
 
 
 def register(app: typer.Typer) -> None:
