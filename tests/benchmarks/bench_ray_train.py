@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import os
 import statistics
 import tempfile
 import time
@@ -27,8 +26,10 @@ from reelway.pipelines.training.loop import EpochReport, OnEpoch
 from reelway.pipelines.training.negatives import shown_rows
 from reelway.pipelines.training.ray_train import RayResources, fit_on_ray
 from reelway.pipelines.training.rows import load_rows
+from reelway.platform.cli.terminal import say
 
 BAR_RATIO = 1.10
+THREADS = 1  # on both sides; two spinning threads beside Ray's own processes would measure the scheduler
 
 
 def measure(train: Callable[[OnEpoch], Fitted]) -> tuple[dict[str, list[float]], float]:
@@ -37,6 +38,7 @@ def measure(train: Callable[[OnEpoch], Fitted]) -> tuple[dict[str, list[float]],
 
     def note(report: EpochReport) -> None:
         ends[report.stage].append(report.ended_at_s)
+        say(f"  {report.stage} {report.epoch + 1}/{report.epochs}")
 
     started = time.perf_counter()
     train(note)
@@ -47,11 +49,11 @@ def measure(train: Callable[[OnEpoch], Fitted]) -> tuple[dict[str, list[float]],
 def main() -> None:
     """Alternate the two sides and compare medians over all rounds."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--requests", type=int, default=12_000, help="4 rows each")
-    parser.add_argument("--epochs", type=int, default=6)
+    parser.add_argument("--requests", type=int, default=16_000, help="4 rows each")
+    parser.add_argument("--epochs", type=int, default=5)
     parser.add_argument("--rounds", type=int, default=2)
     options = parser.parse_args()
-    torch.set_num_threads(os.cpu_count() or 1)
+    torch.set_num_threads(THREADS)
     epochs = [f"{loop}.epochs={options.epochs}" for loop in ("two_tower_loop", "ranker_loop")]
     config = load_config("demo", overrides=epochs)
     with tempfile.TemporaryDirectory() as folder:
@@ -71,11 +73,12 @@ def main() -> None:
                     "ray",
                     on_ray,
                     lambda tell, storage=storage: fit_on_ray(
-                        *given, RayResources(workers=1), storage=storage, on_epoch=tell
+                        *given, RayResources(workers=1, threads=THREADS), storage=storage, on_epoch=tell
                     ),
                 ),
             ]
             for name, into, train in sides:
+                say(f"round {number + 1}/{options.rounds}, {name}")
                 epochs_s, whole_s = measure(train)
                 totals[name].append(whole_s)
                 for stage, seconds in epochs_s.items():

@@ -53,6 +53,8 @@ class RayResources:
     workers: int = 2
     gpus: int = 0
     """GPUs over all workers; 0 trains on CPUs. Otherwise one worker per GPU."""
+    threads: int | None = None
+    """Torch threads per worker; None shares the cores of this machine among the workers."""
 
 
 def fit_on_ray(
@@ -84,7 +86,7 @@ def fit_on_ray(
                 "input": str(given),
                 "window": asdict(window),
                 "config": config.to_dict(),
-                "threads": max(1, (os.cpu_count() or 1) // workers),
+                "threads": resources.threads or max(1, (os.cpu_count() or 1) // workers),
             },
             torch_config=TorchConfig(backend="nccl" if resources.gpus else "gloo"),
             scaling_config=ScalingConfig(num_workers=workers, use_gpu=resources.gpus > 0),
