@@ -15,7 +15,7 @@ from tests.benchmarks.canary_population import LINEAR, N_X, N_Y, QUADRATIC, TEST
 
 from reelway.platform.rollout.assessment import harm_of
 from reelway.platform.rollout.policy import RolloutPolicy, Slice
-from reelway.platform.rollout.statistics import BASIS_POINTS, boundary, ratio_estimate
+from reelway.platform.rollout.sequential import BASIS_POINTS, boundary, ratio_estimate
 
 F64 = NDArray[np.float64]
 

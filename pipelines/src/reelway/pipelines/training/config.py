@@ -97,7 +97,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
     "ml-100k": {
         "calibration_fraction": 0.03,
-        "sampled_negatives": 4,
+        "sampled_negatives": 20,
         "two_tower": {"dim": 64, "layers": 1, "history_length": 50, "dropout": 0.2, "id_dropout": 0.05},
         "two_tower_loop": {"epochs": 20, "batch_size": 1024, "lr": 1e-3},
         "retrieval": {"uniform_negatives": 4096},

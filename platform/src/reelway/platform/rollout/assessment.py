@@ -21,7 +21,7 @@ from reelway.platform.rollout.evidence import (
     metric_evidence,
 )
 from reelway.platform.rollout.policy import CountLimit, LatencyLimit, OutcomeMetric, RatioLimit, RolloutPolicy, Slice
-from reelway.platform.rollout.statistics import (
+from reelway.platform.rollout.sequential import (
     Estimate,
     boundary,
     ratio_estimate,

@@ -15,8 +15,8 @@ from reelway.platform.contracts.events import Arm
 from reelway.platform.rollout.assessment import Assessment, assess
 from reelway.platform.rollout.evidence import EvidenceSnapshot, nothing_heard
 from reelway.platform.rollout.policy import Deadline, RolloutPolicy, Step
+from reelway.platform.rollout.sequential import BASIS_POINTS
 from reelway.platform.rollout.state import RAMPING, Phase, RolloutState
-from reelway.platform.rollout.statistics import BASIS_POINTS
 from reelway.platform.rollout.transition import Action, Decision, advance, start, tick_of
 
 __all__ = ["Action", "Decision", "advance", "decide", "decide_on", "start"]

@@ -25,7 +25,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from reelway.platform.errors import ConfigError
-from reelway.platform.rollout.statistics import BASIS_POINTS
+from reelway.platform.rollout.sequential import BASIS_POINTS
 
 Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Ratio = Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)]

@@ -12,7 +12,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from reelway.platform.contracts.events import Arm
-from reelway.platform.rollout.statistics import BASIS_POINTS
+from reelway.platform.rollout.sequential import BASIS_POINTS
 
 
 class Phase(StrEnum):

@@ -11,8 +11,8 @@ from enum import StrEnum
 
 from reelway.platform.errors import RolloutError
 from reelway.platform.rollout.policy import RolloutPolicy
+from reelway.platform.rollout.sequential import BASIS_POINTS
 from reelway.platform.rollout.state import Phase, RolloutState
-from reelway.platform.rollout.statistics import BASIS_POINTS
 
 
 class Action(StrEnum):

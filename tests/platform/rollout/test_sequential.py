@@ -1,4 +1,4 @@
-"""The claims of ``statistics``: formulas against scipy, and error rates by simulation with viewers who come back."""
+"""The claims of ``sequential``: formulas against scipy, and error rates by simulation with viewers who come back."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 from numpy.typing import NDArray
 from scipy import stats
 
-from reelway.platform.rollout.statistics import (
+from reelway.platform.rollout.sequential import (
     Estimate,
     boundary,
     log_evidence,
