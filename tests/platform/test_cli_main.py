@@ -13,7 +13,7 @@ import typer
 
 from reelway.platform.cli import main
 from reelway.platform.cli.release import release_group
-from reelway.platform.errors import MalformedFileError, ReelwayError
+from reelway.platform.errors import CommandFailedError, MalformedFileError, ReelwayError
 
 REELWAY = Path(sys.executable).with_name("reelway")
 
@@ -91,7 +91,7 @@ def run_main(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
 def branches(kind: type[ReelwayError] = ReelwayError) -> list[type[ReelwayError]]:
     """Every error of the tree that takes a message alone."""
     below = [one for child in kind.__subclasses__() for one in branches(child)]
-    return [*([] if kind is MalformedFileError else [kind]), *below]
+    return [*([] if kind in (MalformedFileError, CommandFailedError) else [kind]), *below]
 
 
 @pytest.mark.parametrize("kind", branches(), ids=lambda kind: kind.__name__)

@@ -3,6 +3,7 @@
 ::
 
     ReelwayError                     exit 1
+    ├── CommandFailedError           its code a command that this one stands on ended badly
     ├── ConfigError                  exit 2   a setting, flag or policy is wrong
     ├── DataError                    exit 3   input data
     │   ├── MalformedFileError                a file is not what its format says (file, row, column, value)
@@ -28,11 +29,21 @@ traceback and exits with the code; anything not in this tree is a bug and keeps 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 
 class ReelwayError(Exception):
     """Base of all of them."""
 
     exit_code = 1
+
+
+class CommandFailedError(ReelwayError):
+    """A command that this one stands on ended badly; its own message is already on the screen."""
+
+    def __init__(self, command: Sequence[str], code: int) -> None:
+        super().__init__(f"`{' '.join(command)}` ended with exit code {code}; see its message above")
+        self.exit_code = code if 0 < code < 128 else 1
 
 
 class ConfigError(ReelwayError):

@@ -8,6 +8,7 @@ Refuses to know where values come from: it sees numbers (NaN where missing) and 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -79,29 +80,46 @@ WORD_BUCKETS = CATEGORY_BUCKETS
 class HashedIds(nn.Module):
     """Sum of one embedding per hash code, all from one table: ``[..., H] -> [..., D]``.
 
-    A code that training never met carries noise, so ids with such a code take the one learned "unknown" vector
-    instead (``mark_known`` says which codes were met). Random whole-id dropout in training gives that vector the
+    A code that training never met would carry noise, so ids with such a code take the one learned "unknown" vector
+    instead, and the table has rows for the codes that were met only (``mark_known``): the optimiser, the checkpoints
+    and the exported graph carry no dead weight. Random whole-id dropout in training gives the unknown vector the
     meaning "some video I know nothing about", and forces the content beside it to carry the rest.
     """
 
-    known: Tensor
+    row_of: Tensor
 
     def __init__(self, dim: int, *, dropout: float = 0.0, buckets: int = ID_BUCKETS) -> None:
         super().__init__()
-        self.table = nn.Embedding(buckets, dim)
+        self.dim = dim
         self.unknown = nn.Parameter(torch.zeros(dim))
         self.dropout = dropout
-        self.register_buffer("known", torch.zeros(buckets))
-        nn.init.normal_(self.table.weight, std=dim**-0.5)
+        self.register_buffer("row_of", torch.zeros(buckets, dtype=torch.int64))  # 0: unknown
+        self.table = self._fresh_table(1)
+
+    def _fresh_table(self, rows: int) -> nn.Embedding:
+        table = nn.Embedding(rows, self.dim, device=self.unknown.device)
+        nn.init.normal_(table.weight, std=self.dim**-0.5)
+        return table
 
     @torch.no_grad()
     def mark_known(self, codes: Tensor) -> None:
-        """Declare that these codes are trained on. Code 0 (missing) never is."""
-        self.known[codes.reshape(-1)] = 1.0
-        self.known[0] = 0.0
+        """Declare, before training, which codes it will meet; the table starts anew. Code 0 (missing) never is one."""
+        met = torch.unique(codes)
+        met = met[met > 0]
+        self.row_of.zero_()
+        self.row_of[met] = torch.arange(1, len(met) + 1, device=met.device)
+        self.table = self._fresh_table(len(met) + 1)
 
     def forward(self, codes: Tensor) -> Tensor:
-        known = self.known[codes].amin(dim=-1, keepdim=True)
+        rows = self.row_of[codes]
+        known = rows.amin(dim=-1, keepdim=True) > 0
         if self.training and self.dropout > 0:
-            known = known * (torch.rand_like(known) >= self.dropout)
-        return torch.where(known > 0, self.table(codes).sum(dim=-2), self.unknown)
+            known = known & (torch.rand(known.shape, device=known.device) >= self.dropout)
+        return torch.where(known, self.table(rows).sum(dim=-2), self.unknown)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        """A saved table may have another number of rows than this one: how many depends on what was trained on."""
+        saved = state_dict.get(prefix + "table.weight")
+        if saved is not None and len(saved) != self.table.num_embeddings:
+            self.table = self._fresh_table(len(saved))
+        super()._load_from_state_dict(state_dict, prefix, *rest)  # type: ignore[no-untyped-call]

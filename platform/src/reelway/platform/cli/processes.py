@@ -15,17 +15,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
-from reelway.platform.errors import ReelwayError
+from reelway.platform.errors import CommandFailedError
 
 POLITE_S = 20.0
-
-
-class CommandFailedError(ReelwayError):
-    """A command that this one stands on ended badly; its own message is already on the screen."""
-
-    def __init__(self, command: Sequence[str], code: int) -> None:
-        super().__init__(f"`{' '.join(command)}` ended with exit code {code}; see its message above")
-        self.exit_code = code if 0 < code < 128 else 1
 
 
 def reelway_command(*words: str) -> list[str]:
@@ -33,9 +25,9 @@ def reelway_command(*words: str) -> list[str]:
     return [sys.executable, "-m", "reelway.platform.cli", *words]
 
 
-def end_group(process: subprocess.Popen[bytes], polite_s: float = POLITE_S) -> None:
-    """Interrupt the process's whole group, wait ``polite_s``, then kill what is left of it."""
-    for number, wait_s in ((signal.SIGINT, polite_s), (signal.SIGTERM, 5.0), (signal.SIGKILL, 5.0)):
+def end_group(process: subprocess.Popen[bytes]) -> None:
+    """Interrupt the process's whole group, wait ``POLITE_S``, then kill what is left of it."""
+    for number, wait_s in ((signal.SIGINT, POLITE_S), (signal.SIGTERM, 5.0), (signal.SIGKILL, 5.0)):
         try:
             os.killpg(process.pid, number)
         except ProcessLookupError:

@@ -1,0 +1,104 @@
+"""What a command starts never outlives it: children are ended by group, and a demo holds its run directory alone."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from reelway.platform.cli.demo import DataChoice, DemoOptions, offline_steps, only_one
+from reelway.platform.cli.processes import child, run_to_end
+from reelway.platform.errors import CommandFailedError, ConfigError
+from reelway.platform.runs import RunDirectory
+
+DEADLINE_S = 20.0
+
+WITH_STUBBORN_GRANDCHILD = """
+import pathlib, signal, subprocess, sys, time
+ignore = "import signal, time; [signal.signal(n, signal.SIG_IGN) for n in (2, 15)]; "
+stubborn = ignore + "print('up', flush=True); time.sleep(600)"
+grandchild = subprocess.Popen([sys.executable, "-c", stubborn], stdout=subprocess.PIPE)
+grandchild.stdout.readline()
+pathlib.Path(sys.argv[1]).write_text(str(grandchild.pid))
+time.sleep(600)
+"""
+
+
+def wait_for(path: Path) -> int:
+    deadline = time.monotonic() + DEADLINE_S
+    while time.monotonic() < deadline:
+        if path.exists() and path.read_text():
+            return int(path.read_text())
+        time.sleep(0.02)
+    raise AssertionError(f"{path} was not written within {DEADLINE_S:g} s")
+
+
+def is_gone(pid: int) -> bool:
+    return not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+
+
+def test_a_grandchild_that_ignores_every_polite_signal_is_gone_with_its_group(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("reelway.platform.cli.processes.POLITE_S", 0.5)
+    note = tmp_path / "pid"
+    with child([sys.executable, "-c", WITH_STUBBORN_GRANDCHILD, str(note)]) as process:
+        grandchild = wait_for(note)
+    assert process.returncode is not None
+    assert is_gone(grandchild)
+
+
+def test_the_output_of_a_child_goes_to_its_log(tmp_path: Path) -> None:
+    with child([sys.executable, "-c", "print('hello')"], log=tmp_path / "log") as process:
+        process.wait(DEADLINE_S)
+    assert (tmp_path / "log").read_text() == "hello\n"
+
+
+@pytest.mark.parametrize(("code", "expected"), [(6, 6), (255, 1)])
+def test_a_step_that_fails_stops_the_row_with_its_own_exit_code(code: int, expected: int) -> None:
+    with pytest.raises(CommandFailedError, match=f"exit code {code}") as failed:
+        run_to_end([sys.executable, "-c", f"raise SystemExit({code})"])
+    assert failed.value.exit_code == expected
+
+
+def test_a_second_demo_in_the_same_folder_is_refused_and_the_folder_is_free_afterwards(tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path / "run")
+    with only_one(run), pytest.raises(ConfigError, match=r"another demo is working in .*run.*--run"), only_one(run):
+        raise AssertionError("two at once")
+    with only_one(run):
+        pass
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_to_the_demo_ends_the_step_it_is_in(tmp_path: Path, number: signal.Signals) -> None:
+    command = [sys.executable, "-m", "reelway.platform.cli", "demo", "--run", str(tmp_path / "run")]
+    demo = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    try:
+        deadline = time.monotonic() + DEADLINE_S
+        while not (step := psutil.Process(demo.pid).children()) and time.monotonic() < deadline:
+            time.sleep(0.02)
+        assert step, "the demo started no step"
+        os.kill(demo.pid, number)
+        assert demo.wait(60) in (130, 143)
+        assert all(is_gone(child.pid) for child in step)
+        assert not (tmp_path / "run" / "dataset").exists()
+    finally:
+        if demo.poll() is None:
+            os.killpg(demo.pid, signal.SIGKILL)
+
+
+def test_the_steps_of_the_demo_pass_on_what_was_asked(tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path)
+    films = DemoOptions(run, DataChoice.ML_100K, Path("films"), workers=3, gpus=1, seed=7, keep=False)
+    commands = [command for _, command in offline_steps(films)]
+    assert commands[0][:3] == ["import", "ml-100k", "films"]
+    assert commands[2] == [
+        "train", "--run", str(tmp_path), "--seed", "7", "--workers", "3", "--gpus", "1", "--preset", "ml-100k",
+    ]  # fmt: skip
+    assert [command[0] for command in commands] == ["import", "features", "train", "evaluate", "release", "release"]
