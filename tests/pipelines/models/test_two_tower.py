@@ -155,3 +155,15 @@ def test_the_standardiser_centres_what_is_there_and_marks_what_is_not() -> None:
 def test_an_impossible_size_is_refused_by_name(field: str, value: int) -> None:
     with pytest.raises(ValueError, match=field):
         TwoTowerConfig(dim=16, **{field: value})
+
+
+def test_the_table_of_ids_has_rows_for_met_codes_only_and_is_loaded_at_its_own_size() -> None:
+    torch.manual_seed(0)
+    ids, fresh = HashedIds(4), HashedIds(4)
+    ids.mark_known(torch.tensor([[5, 0], [9, 5]]))
+    assert ids.table.num_embeddings == 3  # unknown, 5, 9
+    fresh.load_state_dict(ids.state_dict())
+    codes = torch.tensor([[5, 9], [9, 9], [5, 6], [0, 0]])
+    torch.testing.assert_close(fresh(codes), ids(codes))
+    assert (ids(codes)[2:] == ids.unknown).all()
+    assert (ids(codes)[:2] != ids.unknown).any(dim=1).all()
