@@ -65,7 +65,7 @@ def test_the_crosses_hold_affinity_for_the_videos_topic_language_and_similarity(
     inputs["viewer_dense"][0, VIEWER_DENSE.index("topic_affinity_4")] = 0.25
     inputs["viewer_categories"][0, 1] = 9
     inputs["video_categories"] = torch.tensor([[5, 9], [0, 8], [7, 0]])  # topic 4; unknown; topic 6 (affinity missing)
-    crosses = made_ranker()._crosses(
+    crosses, products = made_ranker()._crosses(
         *(inputs[n] for n in ("viewer_dense", "viewer_categories", "viewer_embedding")),
         *(inputs[n] for n in ("video_categories", "video_embedding")),
         None,
@@ -75,6 +75,18 @@ def test_the_crosses_hold_affinity_for_the_videos_topic_language_and_similarity(
     torch.testing.assert_close(crosses[:, 3], torch.tensor([0.0, 1.0, 0.0]))  # another language; unknown is neither
     similarity = (inputs["video_embedding"] @ inputs["viewer_embedding"][0]) * 4
     torch.testing.assert_close(crosses[:, 4], similarity)
+    torch.testing.assert_close(products.sum(dim=1) * 4 / D**0.5, similarity)
+
+
+@pytest.mark.parametrize("similarity_only", [True, False])
+def test_similarity_only_means_that_turning_both_embeddings_together_changes_nothing(similarity_only: bool) -> None:
+    ranker, inputs = made_ranker(similarity_only=similarity_only), ranker_inputs(2, 6)
+    turn, _ = torch.linalg.qr(torch.randn(D, D))
+    turned = inputs | {name: inputs[name] @ turn for name in ("viewer_embedding", "video_embedding")}
+    index = torch.tensor([0, 1, 0, 1, 0, 1])
+    before, after = outputs(ranker, inputs, index), outputs(ranker, turned, index)
+    assert torch.allclose(before, after, atol=1e-5) == similarity_only
+    assert not torch.allclose(before, outputs(ranker, inputs | {"video_embedding": -inputs["video_embedding"]}, index))
 
 
 def test_a_fixed_head_answers_its_logit_and_leaves_the_others_alone() -> None:

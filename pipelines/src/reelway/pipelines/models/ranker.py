@@ -48,6 +48,9 @@ class RankerConfig:
     head_hidden: int = 24
     category_dim: int = 8
     creator_dim: int = 16
+    similarity_only: bool = False
+    """Of the two embeddings use the inner product alone, not their coordinates: less to overfit, and the ranker stays
+    right when the two-tower is trained again."""
     dropout: float = 0.0
     creator_dropout: float = 0.1
     position_dropout: float = 0.1
@@ -142,10 +145,11 @@ class Ranker(nn.Module):
         self.video_dense = Standardiser(len(VIDEO_DENSE))
         self.video_categories = Categories([TOPICS + 1, WORD_BUCKETS], config.category_dim)
         self.creators = HashedIds(config.creator_dim, dropout=config.creator_dropout)
-        viewer_width = 2 * len(VIEWER_DENSE) + self.viewer_categories.out_width + embedding_dim
-        crosses = 5 + embedding_dim
+        coordinates = 0 if config.similarity_only else embedding_dim
+        viewer_width = 2 * len(VIEWER_DENSE) + self.viewer_categories.out_width + coordinates
+        crosses = 5 + coordinates
         candidate_width = (
-            2 * len(VIDEO_DENSE) + self.video_categories.out_width + config.creator_dim + embedding_dim + crosses
+            2 * len(VIDEO_DENSE) + self.video_categories.out_width + config.creator_dim + coordinates + crosses
         )
         self.trunk = Trunk(config, viewer_width, candidate_width)
         self.head_first = GroupedLinear(len(RANKER_TASKS), config.expert_out, config.head_hidden)
@@ -184,21 +188,20 @@ class Ranker(nn.Module):
             video_dense: and the other video inputs, ``[C, ...]``.
             viewer_index: the viewer of each candidate, ``[C]``; without it all candidates are viewer 0's.
         """
-        viewer_VW = torch.cat(
-            [self.viewer_dense(viewer_dense), self.viewer_categories(viewer_categories), viewer_embedding], dim=-1
+        crosses_CW, products_CD = self._crosses(
+            viewer_dense, viewer_categories, viewer_embedding, video_categories, video_embedding, viewer_index
         )
-        candidate_CW = torch.cat(
-            [
-                self.video_dense(video_dense),
-                self.video_categories(video_categories),
-                self.creators(creator_codes),
-                video_embedding,
-                self._crosses(
-                    viewer_dense, viewer_categories, viewer_embedding, video_categories, video_embedding, viewer_index
-                ),
-            ],
-            dim=-1,
-        )
+        viewer = [self.viewer_dense(viewer_dense), self.viewer_categories(viewer_categories)]
+        candidate = [
+            self.video_dense(video_dense),
+            self.video_categories(video_categories),
+            self.creators(creator_codes),
+            crosses_CW,
+        ]
+        if not self.config.similarity_only:
+            viewer.append(viewer_embedding)
+            candidate += [video_embedding, products_CD]
+        viewer_VW, candidate_CW = torch.cat(viewer, dim=-1), torch.cat(candidate, dim=-1)
         mixed_CKE = self.trunk(viewer_VW, candidate_CW, viewer_index)
         outputs_CK = self.head_second(F.relu(self.head_first(mixed_CKE))).squeeze(-1)
         return torch.where(self.fixed, self.fixed_output, outputs_CK)
@@ -211,8 +214,9 @@ class Ranker(nn.Module):
         video_categories: Tensor,
         video_embedding: Tensor,
         viewer_index: Tensor | None,
-    ) -> Tensor:
-        """What only viewer and video together say: topic affinity, same language, similarity and its parts."""
+    ) -> tuple[Tensor, Tensor]:
+        """What only viewer and video together say: topic affinity, same language and similarity; and, apart, the
+        similarity's parts ``[C, D]``."""
         affinity_VT = viewer_dense[:, _AFFINITY : _AFFINITY + TOPICS]
         unknown_VT = torch.isnan(affinity_VT)
         affinity_VT = torch.where(unknown_VT, torch.zeros_like(affinity_VT), affinity_VT)
@@ -230,13 +234,5 @@ class Ranker(nn.Module):
         dot_C1 = product_CD.sum(dim=-1, keepdim=True)
         # unit vectors: times sqrt(D), the product's parts are of the order of the dot itself
         scale = video_embedding.shape[-1] ** 0.5
-        return torch.cat(
-            [
-                affinity_C1 * 4.0,
-                F.relu(-affinity_C1) * 4.0,
-                same_C2.to(product_CD.dtype),
-                dot_C1 * 4.0,
-                product_CD * scale,
-            ],
-            dim=-1,
-        )
+        crosses = [affinity_C1 * 4.0, F.relu(-affinity_C1) * 4.0, same_C2.to(product_CD.dtype), dot_C1 * 4.0]
+        return torch.cat(crosses, dim=-1), product_CD * scale

@@ -65,6 +65,11 @@ class TrainingConfig:
     sampled_negatives: int = 0
     """Videos per row that were available then but not shown, added to the ranker's rows with zero labels: for
     imported data that holds positives only."""
+    ranker_holdout: float = 0.0
+    """Above 0, the ranker is fitted on this latest share of the window, with similarities of a two-tower that has not
+    seen it; the two-tower that is kept then learns from the whole window. Where there is little data a two-tower
+    remembers its rows, and a ranker fitted on remembered similarities trusts them too much (stacked generalisation,
+    Wolpert 1992). Costs a second two-tower; needs ``ranker.similarity_only``."""
     two_tower: TwoTowerConfig = field(default_factory=TwoTowerConfig)
     two_tower_loop: LoopConfig = field(default_factory=LoopConfig)
     retrieval: RetrievalData = field(default_factory=RetrievalData)
@@ -76,6 +81,16 @@ class TrainingConfig:
             raise ConfigError(f"train_fraction is {self.train_fraction}, expected above 0 and at most 1")
         if not 0 <= self.calibration_fraction < 0.5:
             raise ConfigError(f"calibration_fraction is {self.calibration_fraction}, expected 0..0.5")
+        if self.ranker_holdout and not self.calibration_fraction < self.ranker_holdout < 1:
+            raise ConfigError(
+                f"ranker_holdout is {self.ranker_holdout}, expected 0, or above calibration_fraction "
+                f"({self.calibration_fraction}) and below 1: the ranker learns from what lies between the two"
+            )
+        if self.ranker_holdout and not self.ranker.similarity_only:
+            raise ConfigError(
+                "ranker_holdout is set and ranker.similarity_only is not: the coordinates of two two-towers mean "
+                "different things, only their similarities compare; set ranker.similarity_only to true"
+            )
 
     def to_dict(self) -> dict[str, Any]:
         """Nested plain values, JSON-able."""
@@ -98,9 +113,11 @@ PRESETS: dict[str, dict[str, Any]] = {
     "ml-100k": {
         "calibration_fraction": 0.03,
         "sampled_negatives": 20,
+        "ranker_holdout": 0.15,
         "two_tower": {"dim": 64, "layers": 1, "history_length": 50, "dropout": 0.2, "id_dropout": 0.05},
         "two_tower_loop": {"epochs": 20, "batch_size": 1024, "lr": 1e-3},
         "retrieval": {"uniform_negatives": 4096},
+        "ranker": {"kind": "shared_bottom", "similarity_only": True, "dropout": 0.1},
         "ranker_loop": {"epochs": 3, "batch_size": 2048},
     },
 }

@@ -32,15 +32,23 @@ from reelway.platform.errors import EmptyDatasetError, TrainingError
 from reelway.platform.features.assembly import ViewerArrays
 
 TWO_TOWER = "two_tower"
+EARLIER_TWO_TOWER = "earlier_two_tower"
 RANKER = "ranker"
 
 
 @dataclass(frozen=True)
 class Window:
-    """The rows to learn from, by time: all before ``cut_s``; the ranker's rows before ``calibration_s``."""
+    """The rows to learn from, by time: all before ``cut_s``; the ranker's in ``[ranker_s, calibration_s)``."""
 
     cut_s: float
     calibration_s: float
+    ranker_s: float = -np.inf
+    """Above the first row's time, the ranker learns from an earlier two-tower, which ends here."""
+
+    @property
+    def holds_out(self) -> bool:
+        """Whether the ranker's rows are kept from the two-tower that it learns from."""
+        return self.ranker_s > -np.inf
 
     def training(self, rows: TrainingRows) -> I64:
         """Rows of the training window."""
@@ -64,7 +72,15 @@ def window_of(rows: TrainingRows, config: TrainingConfig) -> Window:
     calibration_s = cut_s if not held_out else float(rows.event_time_s[inside[-held_out]])
     if calibration_s <= rows.event_time_s[inside[0]]:
         calibration_s = cut_s
-    return Window(cut_s, calibration_s)
+    if not config.ranker_holdout:
+        return Window(cut_s, calibration_s)
+    ranker_s = float(rows.event_time_s[inside[-max(1, round(len(inside) * config.ranker_holdout))]])
+    if not rows.event_time_s[inside[0]] < ranker_s < calibration_s:
+        raise EmptyDatasetError(
+            f"ranker_holdout {config.ranker_holdout:g} of {len(inside)} rows leaves nothing for the earlier two-tower "
+            "or for the ranker; expected more rows, or set ranker_holdout to 0"
+        )
+    return Window(cut_s, calibration_s, ranker_s)
 
 
 @dataclass(frozen=True)
@@ -74,6 +90,8 @@ class Fitted:
     two_tower: TwoTower
     ranker: Ranker
     curves: dict[str, list[dict[str, float]]]
+    ranker_tower: TwoTower
+    """Whose similarities the ranker was fitted on, and is calibrated on: ``two_tower``, or the earlier one."""
 
 
 def fit(
@@ -89,21 +107,30 @@ def fit(
     """Train both models.
 
     Args:
-        ranker_rows: rows before ``window.calibration_s``, negatives included.
-        checkpoints: one for the whole; it holds the finished two-tower while the ranker trains.
+        ranker_rows: rows in ``[window.ranker_s, window.calibration_s)``, negatives included.
+        checkpoints: one for the whole; it holds what is finished while the next model trains.
     """
     worker = current_worker()
     stages = _Stages(checkpoints or NoCheckpoints())
-    two_tower = prepared_two_tower(rows, window, config)
-    index = window.training(rows)
-    batches = RetrievalBatches(rows, index, config.retrieval, config.two_tower_loop, seed=config.seed, worker=worker)
-    objective = RetrievalObjective(two_tower, label_smoothing=config.retrieval.label_smoothing)
     loop = partial(train, seed=config.seed, device=device, on_epoch=on_epoch)
-    stages.run(TWO_TOWER, objective, partial(loop, objective, batches, config.two_tower_loop))
-    two_tower.cpu().eval()
 
-    viewer_VD = embed_needed_viewers(two_tower, rows, ranker_rows.viewer_row, worker)
-    video_MD = embed_videos(two_tower, rows.videos)
+    def trained_two_tower(stage: str, until: Window) -> TwoTower:
+        model = prepared_two_tower(rows, until, config)
+        index = until.training(rows)
+        batches = RetrievalBatches(
+            rows, index, config.retrieval, config.two_tower_loop, seed=config.seed, worker=worker
+        )
+        objective = RetrievalObjective(model, label_smoothing=config.retrieval.label_smoothing)
+        stages.run(stage, objective, partial(loop, objective, batches, config.two_tower_loop))
+        return model.cpu().eval()
+
+    two_tower = trained_two_tower(TWO_TOWER, window)
+    ranker_tower = two_tower
+    if window.holds_out:
+        ranker_tower = trained_two_tower(EARLIER_TWO_TOWER, Window(window.ranker_s, window.ranker_s))
+
+    viewer_VD = embed_needed_viewers(ranker_tower, rows, ranker_rows.viewer_row, worker)
+    video_MD = embed_videos(ranker_tower, rows.videos)
     ranker = prepared_ranker(rows, ranker_rows, config)
     ranking = RankingBatches(
         rows, ranker_rows, viewer_VD, video_MD, config.ranker_loop, seed=config.seed, worker=worker
@@ -112,7 +139,7 @@ def fit(
     stages.run(RANKER, ranking_objective, partial(loop, ranking_objective, ranking, config.ranker_loop))
     ranker.cpu().eval()
     stages.keep_all()
-    return Fitted(two_tower, ranker, stages.curves)
+    return Fitted(two_tower, ranker, stages.curves, ranker_tower)
 
 
 def fitted_from(state: State, config: TrainingConfig) -> Fitted:
@@ -122,13 +149,18 @@ def fitted_from(state: State, config: TrainingConfig) -> Fitted:
         TrainingError: the checkpoint is of a run that had not.
     """
     finished = state["finished"]
-    if missing := {TWO_TOWER, RANKER} - set(finished):
+    towers = [TWO_TOWER, EARLIER_TWO_TOWER] if config.ranker_holdout else [TWO_TOWER]
+    if missing := {*towers, RANKER} - set(finished):
         raise TrainingError(f"checkpoint lacks {sorted(missing)}: the run had not ended; train again to go on from it")
-    two_tower = TwoTower(config.two_tower)
-    RetrievalObjective(two_tower).load_state_dict(finished[TWO_TOWER]["objective"])
+    loaded = {}
+    for stage in towers:
+        loaded[stage] = TwoTower(config.two_tower)
+        RetrievalObjective(loaded[stage]).load_state_dict(finished[stage]["objective"])
+        loaded[stage].eval()
     ranker = Ranker(config.ranker, config.two_tower.dim)
     RankingObjective(ranker).load_state_dict(finished[RANKER]["objective"])
-    return Fitted(two_tower.eval(), ranker.eval(), {stage: kept["curve"] for stage, kept in finished.items()})
+    curves = {stage: kept["curve"] for stage, kept in finished.items()}
+    return Fitted(loaded[TWO_TOWER], ranker.eval(), curves, loaded[towers[-1]])
 
 
 def prepared_two_tower(rows: TrainingRows, window: Window, config: TrainingConfig) -> TwoTower:

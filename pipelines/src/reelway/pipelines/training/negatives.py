@@ -86,10 +86,17 @@ def draw_negatives(rows: TrainingRows, index: I64, count: int, *, seed: int) -> 
     return pairs // videos, (pairs % videos).astype(np.int32)
 
 
-def negative_rows(rows: TrainingRows, index: I64, count: int, as_of: AsOf, *, seed: int) -> RankerRows:
-    """``draw_negatives`` with their features as of each row's request, zero labels and no position."""
+def negative_rows(
+    rows: TrainingRows, index: I64, count: int, as_of: AsOf, *, seed: int, from_s: float = -np.inf
+) -> RankerRows:
+    """``draw_negatives`` with their features as of each row's request, zero labels and no position.
+
+    Args:
+        from_s: leave out the negatives of earlier rows; the others are the same whatever it is.
+    """
     position, video = draw_negatives(rows, index, count, seed=seed)
-    origin = index[position]
+    late = rows.event_time_s[index[position]] >= from_s
+    origin, video = index[position[late]], video[late]
     moment_s = rows.request_time_s[origin]
     moment_us = np.rint(moment_s * 1e6).astype(np.int64)
     engagement = as_of("video_engagement", rows.video_ids[video], moment_us)

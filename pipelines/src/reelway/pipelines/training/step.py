@@ -102,20 +102,22 @@ def train_run(
 
 
 def ranker_rows_of(rows: TrainingRows, window: Window, config: TrainingConfig, as_of: AsOf) -> RankerRows:
-    """The window's impressions, and sampled negatives where the configuration asks for them."""
+    """The window's impressions from ``ranker_s`` on, and sampled negatives where the configuration asks for them."""
     index = window.training(rows)
-    shown = shown_rows(rows, index)
+    shown = shown_rows(rows, index[rows.event_time_s[index] >= window.ranker_s])
     if not config.sampled_negatives:
         return shown
-    return shown.and_also(negative_rows(rows, index, config.sampled_negatives, as_of, seed=config.seed))
+    return shown.and_also(
+        negative_rows(rows, index, config.sampled_negatives, as_of, seed=config.seed, from_s=window.ranker_s)
+    )
 
 
 def calibrate_on(
     rows: TrainingRows, held_out: RankerRows, fitted: Fitted, config: TrainingConfig
 ) -> tuple[Calibration, list[HeadReport]]:
     """Curves from rows that the ranker has not seen, scored as serving scores them: without positions."""
-    viewer_VD = embed_needed_viewers(fitted.two_tower, rows, held_out.viewer_row)
-    video_MD = embed_videos(fitted.two_tower, rows.videos)
+    viewer_VD = embed_needed_viewers(fitted.ranker_tower, rows, held_out.viewer_row)
+    video_MD = embed_videos(fitted.ranker_tower, rows.videos)
     batch = ranking_tensors(rows, held_out, viewer_VD, video_MD, np.arange(len(held_out)))
     inputs = {name: batch[name].numpy() for name in RANKER_INPUTS}
     outputs = score(fitted.ranker, inputs, batch["row_viewer"].numpy())

@@ -1,0 +1,127 @@
+"""A ranker fitted on rows that its two-tower has not seen: what each of the models may know."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tests.pipelines.training.made_rows import made_table, write_rows
+from tests.pipelines.training.test_negatives import numbers_that_tell_when_they_were_asked as as_of
+
+from reelway.pipelines.training.config import TrainingConfig, load_config
+from reelway.pipelines.training.fit import Fitted, Window, fit, fitted_from, window_of
+from reelway.pipelines.training.loop import State
+from reelway.pipelines.training.rows import TrainingRows, load_rows
+from reelway.pipelines.training.step import ranker_rows_of
+from reelway.platform.errors import ConfigError, EmptyDatasetError
+
+HELD_OUT = (
+    "two_tower.dim=16", "two_tower.history_length=10", "two_tower_loop.epochs=1", "ranker_loop.epochs=1",
+    "ranker.kind=shared_bottom", "calibration_fraction=0.1", "ranker_holdout=0.3", "ranker.similarity_only=true",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> TrainingRows:
+    return load_rows(write_rows(tmp_path_factory.mktemp("rows") / "rows.parquet", made_table(requests=200)))
+
+
+@pytest.fixture(scope="module")
+def config() -> TrainingConfig:
+    return load_config("demo", overrides=HELD_OUT)
+
+
+class Kept:
+    """Checkpoints in memory."""
+
+    state: State | None = None
+
+    def save(self, state: State, _metrics: dict[str, float]) -> None:
+        self.state = state
+
+    def load(self) -> State | None:
+        return None
+
+
+def fitted(rows: TrainingRows, config: TrainingConfig, kept: Kept | None = None) -> Fitted:
+    window = window_of(rows, config)
+    candidates = ranker_rows_of(rows, window, config, as_of)
+    learn = candidates.where(candidates.event_time_s < window.calibration_s)
+    return fit(rows, learn, window, config, checkpoints=kept)
+
+
+def weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def same(one: torch.nn.Module, other: torch.nn.Module) -> bool:
+    ours, theirs = weights(one), weights(other)
+    return all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_the_window_is_cut_into_the_towers_the_rankers_and_calibrations_rows(rows, config):
+    window = window_of(rows, config)
+    inside = window.training(rows)
+    shares = [len(rows.between(start, window.cut_s)) / len(inside) for start in (window.ranker_s, window.calibration_s)]
+    assert shares == pytest.approx([0.3, 0.1], abs=0.02)
+    candidates = ranker_rows_of(rows, window, config, as_of)
+    assert candidates.event_time_s.min() >= window.ranker_s
+
+
+def test_the_tower_that_the_ranker_learns_from_has_not_seen_the_rankers_rows(rows, config):
+    window = window_of(rows, config)
+    late = rows.event_time_s >= window.ranker_s
+    others = np.where(late, (rows.video_row + 7) % len(rows.video_ids), rows.video_row).astype(np.int32)
+    changed = dataclasses.replace(rows, video_row=others)
+    before, after = fitted(rows, config), fitted(changed, config)
+    assert same(before.ranker_tower, after.ranker_tower)
+    assert not same(before.two_tower, after.two_tower)
+    assert not same(before.two_tower, before.ranker_tower)
+
+
+def test_without_a_holdout_there_is_one_tower(rows):
+    config = load_config("demo", overrides=[*HELD_OUT[:6]])
+    found = fitted(rows, config)
+    assert found.ranker_tower is found.two_tower
+    assert window_of(rows, config).holds_out is False
+
+
+def test_a_finished_checkpoint_gives_all_three_models_back(rows, config):
+    kept = Kept()
+    found = fitted(rows, config, kept)
+    assert kept.state is not None
+    again = fitted_from(kept.state, config)
+    for name in ("two_tower", "ranker", "ranker_tower"):
+        assert same(getattr(found, name), getattr(again, name)), name
+
+
+def test_negatives_of_the_held_out_rows_are_those_that_the_whole_window_would_have(rows, config):
+    asking = dataclasses.replace(config, sampled_negatives=3)
+    window = window_of(rows, asking)
+    late = ranker_rows_of(rows, window, asking, as_of)
+    whole = ranker_rows_of(rows, Window(window.cut_s, window.calibration_s), asking, as_of)
+    expected = whole.where(whole.event_time_s >= window.ranker_s)
+    np.testing.assert_array_equal(late.video_row, expected.video_row)
+    np.testing.assert_array_equal(late.video_dense, expected.video_dense)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["ranker_holdout=0.3"], "similarity_only"),
+        (["ranker_holdout=0.05", "ranker.similarity_only=true", "calibration_fraction=0.1"], "calibration_fraction"),
+        (["ranker_holdout=1.2", "ranker.similarity_only=true"], "below 1"),
+    ],
+)
+def test_a_holdout_that_cannot_work_is_refused_by_name(overrides, message):
+    with pytest.raises(ConfigError, match=message):
+        load_config("demo", overrides=overrides)
+
+
+def test_too_few_rows_to_hold_any_out_are_refused(tmp_path: Path, config):
+    few = load_rows(write_rows(tmp_path / "rows.parquet", made_table(requests=1, slate=2)))
+    with pytest.raises(EmptyDatasetError, match="ranker_holdout"):
+        window_of(few, dataclasses.replace(config, train_fraction=1.0))
