@@ -36,6 +36,8 @@ from reelway.platform.runs import RunDirectory
 VARIABLE = "REELWAY_ML100K_DIR"
 METRICS = ("recall", "ndcg")
 NAMES = {"recall": "Recall@50", "ndcg": "NDCG@10"}
+REFERENCE = {POPULAR_LATELY: {"recall": 0.355, "ndcg": 0.222}, ALS: {"recall": 0.255, "ndcg": 0.188}}
+"""The baselines as measured apart from this code, where equal counts fall in another order. The bar is the higher."""
 
 
 def data_folder() -> Path:
@@ -70,13 +72,14 @@ def rows_of(found: Sequence[dict[str, RankingResult]]) -> list[Row]:
         for name in (POPULAR_LATELY, ALS):
             theirs_B = np.mean([getattr(ranking[name], metric) for ranking in found], axis=0)
             lead = paired_difference(ours_B, theirs_B)
+            bar = max(float(theirs_B.mean()), REFERENCE[name][metric])
             rows.append(
                 Row(
                     f"{NAMES[metric]}: {OURS}, mean of {len(found)} seeds",
                     float(ours_B.mean()),
                     f"lead {lead.value:+.3f} [{lead.low:+.3f}, {lead.high:+.3f}]",
-                    f"> {theirs_B.mean():.3f} ({name})",
-                    bool(ours_B.mean() > theirs_B.mean()),
+                    f"> {bar:.3f} ({name})",
+                    bool(ours_B.mean() > bar),
                 )
             )
     return rows
