@@ -102,3 +102,12 @@ def test_the_steps_of_the_demo_pass_on_what_was_asked(tmp_path: Path) -> None:
         "train", "--run", str(tmp_path), "--seed", "7", "--workers", "3", "--gpus", "1", "--preset", "ml-100k",
     ]  # fmt: skip
     assert [command[0] for command in commands] == ["import", "features", "train", "evaluate", "release", "release"]
+
+
+def test_a_run_directory_means_the_same_folder_from_every_working_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    run = RunDirectory(Path("runs/demo"))
+    monkeypatch.chdir("/")
+    assert run.models == tmp_path / "runs" / "demo" / "models"

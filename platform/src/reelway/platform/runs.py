@@ -52,6 +52,10 @@ class RunDirectory:
 
     path: Path
 
+    def __post_init__(self) -> None:
+        # worker processes have a working directory of their own
+        object.__setattr__(self, "path", self.path.absolute())
+
     @property
     def dataset(self) -> Path:
         return self.path / "dataset"
