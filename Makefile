@@ -17,6 +17,7 @@ SEED ?= 0
 export RAY_USAGE_STATS_ENABLED := 0
 export FEAST_USAGE := False
 export RAY_DEDUP_LOGS ?= 1
+export OPENBLAS_NUM_THREADS ?= 1
 
 .PHONY: help
 help: ## List the targets.
