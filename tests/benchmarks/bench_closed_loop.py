@@ -18,12 +18,16 @@ from typing import Protocol
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from tests.benchmarks.live_features import LiveFeatures
 from tests.benchmarks.report import Row, write_report
 
+from reelway.pipelines.evaluation.baselines import tuned_als
+from reelway.pipelines.evaluation.harness import make_question
 from reelway.pipelines.evaluation.metrics import PAD
 from reelway.pipelines.evaluation.recommender import TwoStage, make_catalogue, make_viewers
+from reelway.pipelines.features.training_rows import LABELS_FILE
 from reelway.pipelines.release_parts import write_videos
 from reelway.pipelines.simulation.config import DAY_S, SimulationConfig
 from reelway.pipelines.simulation.policies import OraclePolicy, RecentPopularity
@@ -97,6 +101,25 @@ class Oracle:
 
     def slates(self, viewer_ids: I64, _devices: I64, at_s: float, seen: Bools) -> I64:
         return self._policy.slates(viewer_ids, at_s, self._world.config.slate, np.random.default_rng(0), seen=seen)
+
+
+class Factorised:
+    """ALS as evaluation tunes it on the log; it knows no video that the log doesn't have, and does not learn on."""
+
+    def __init__(self, world: World, run: RunDirectory, cut_s: float) -> None:
+        self._slate = world.config.slate
+        self._question = make_question(pq.read_table(run.features / LABELS_FILE), cut_s)
+        self._als = tuned_als(self._question)
+
+    def look(self, _at_s: float) -> None:
+        return None
+
+    def slates(self, viewer_ids: I64, _devices: I64, _at_s: float, seen: Bools) -> I64:
+        score_BM = np.full(seen.shape, -np.inf)
+        score_BM[:, self._question.videos - 1] = self._als.scores(viewer_ids)
+        score_BM[seen] = -np.inf
+        best: I64 = np.argsort(-score_BM, axis=1, kind="stable")[:, : self._slate] + 1
+        return best
 
 
 class Ours:
@@ -220,18 +243,20 @@ def ratio_interval(mine: Earned, theirs: Earned, seed: int) -> tuple[float, floa
 
 
 def measure(seed: int, folder: Path) -> list[Row]:
-    """One seed: both policies (and the oracle) in their own copy of the world."""
+    """One seed: every policy in its own copy of the world; ALS and the oracle to see where the two stand."""
     config = SimulationConfig()
     run = prepare(folder, seed, config)
     models = load_models(run.models)
     cut_s = models.info.window_end_s
     earned: dict[str, Earned] = {}
-    for name in ("popularity", "ours", "oracle"):
+    for name in ("popularity", "als", "ours", "oracle"):
         world, live = World(config, seed), LiveFeatures(run, cut_s)
         requests = live_requests(world, cut_s, seed)
         policy: Policy
         if name == "ours":
             policy = Ours(world, live, models, Blend())
+        elif name == "als":
+            policy = Factorised(world, run, cut_s)
         else:
             policy = Popular(world, live) if name == "popularity" else Oracle(world)
         earned[name] = run_loop(world, live, policy, requests, cut_s)

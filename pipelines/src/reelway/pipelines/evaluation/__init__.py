@@ -1,0 +1,1 @@
+"""Judging recommenders: metrics over viewers, baselines, one question asked of all, off-policy estimates, gates."""

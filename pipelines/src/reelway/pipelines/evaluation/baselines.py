@@ -98,10 +98,14 @@ class Als:
         # Where nobody is known better than by popularity: the mean viewer.
         self.mean_F = self.viewer_UF.mean(axis=0)
 
-    def rank(self, viewer_ids: I64, k: int) -> I64:
+    def scores(self, viewer_ids: I64) -> NDArray[np.floating[Any]]:
+        """``[B, M]`` over the question's catalogue."""
         row = catalogue_rows(self.known, viewer_ids)
         vectors_BF = np.where((row >= 0)[:, None], self.viewer_UF[row], self.mean_F)
-        return best_unseen(vectors_BF @ self.video_MF.T, viewer_ids, self.seen, k)
+        return np.asarray(vectors_BF @ self.video_MF.T)
+
+    def rank(self, viewer_ids: I64, k: int) -> I64:
+        return best_unseen(self.scores(viewer_ids), viewer_ids, self.seen, k)
 
 
 def tuned_als(question: Question, *, grid: Sequence[AlsSettings] = ALS_GRID, seed: int = 0) -> Als:
