@@ -75,6 +75,21 @@ def test_a_second_demo_in_the_same_folder_is_refused_and_the_folder_is_free_afte
         pass
 
 
+def test_a_signal_while_a_child_is_being_started_still_ends_that_child(monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[subprocess.Popen[bytes]] = []
+
+    class Interrupted(subprocess.Popen):  # type: ignore[type-arg]
+        def __init__(self, *arguments: object, **options: object) -> None:
+            super().__init__(*arguments, **options)  # type: ignore[call-overload]
+            started.append(self)
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr("reelway.platform.cli.processes.subprocess.Popen", Interrupted)
+    with pytest.raises(KeyboardInterrupt), child([sys.executable, "-c", "import time; time.sleep(600)"]):
+        raise AssertionError("the signal was lost")
+    assert is_gone(started[0].pid)
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_to_the_demo_ends_the_step_it_is_in(tmp_path: Path, number: signal.Signals) -> None:
     command = [sys.executable, "-m", "reelway.platform.cli", "demo", "--run", str(tmp_path / "run")]

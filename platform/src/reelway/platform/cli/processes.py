@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ from typing import IO
 from reelway.platform.errors import CommandFailedError
 
 POLITE_S = 20.0
+_HELD_BACK = (signal.SIGINT, signal.SIGTERM)
 
 
 def reelway_command(*words: str) -> list[str]:
@@ -57,13 +59,35 @@ def child(command: Sequence[str], *, log: Path | None = None) -> Iterator[subpro
         log: where its output goes; this process's own output when absent.
     """
     sink: IO[bytes] | None = log.open("wb") if log else None
-    process = subprocess.Popen(command, stdout=sink, stderr=sink, stdin=subprocess.DEVNULL, start_new_session=True)
+    process: subprocess.Popen[bytes] | None = None
     try:
+        with _signals_later():  # between a child's start and its name being known, a signal would leave it behind
+            process = subprocess.Popen(
+                command, stdout=sink, stderr=sink, stdin=subprocess.DEVNULL, start_new_session=True
+            )
         yield process
     finally:
         if sink:
             sink.close()
-        end_group(process)
+        if process is not None:
+            end_group(process)
+
+
+@contextmanager
+def _signals_later() -> Iterator[None]:
+    """Hold back SIGINT and SIGTERM until the block has ended, then let the first of them act as it would have."""
+    if threading.current_thread() is not threading.main_thread():  # signals are handled in the main thread only
+        yield
+        return
+    came: list[int] = []
+    before = {number: signal.signal(number, lambda seen, _: came.append(seen)) for number in _HELD_BACK}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if came:
+        signal.raise_signal(came[0])
 
 
 def run_to_end(command: Sequence[str]) -> None:
