@@ -1,0 +1,68 @@
+"""What routers are told: arms in a fixed order, so that a ramp is monotone and the holdout keeps its viewers."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from reelway.platform.contracts.events import Arm
+from reelway.platform.contracts.ids import MAX_ID
+from reelway.platform.rollout.bucketing import BUCKETS
+from reelway.platform.rollout.routing import ArmRoute, Routing, ShadowRoute
+
+VIEWERS = st.integers(0, MAX_ID)
+
+
+def routing(canary: int, holdout: int = 0, **more: object) -> Routing:
+    """A rollout's routing with the given weights."""
+    shares = {Arm.CANARY: canary, Arm.STABLE: BUCKETS - canary - holdout, Arm.HOLDOUT: holdout}
+    arms = tuple(
+        ArmRoute(arm=arm, release="new" if arm is Arm.CANARY else "old", weight_bp=share)
+        for arm, share in shares.items()
+        if share
+    )
+    return Routing(salt="s", rollout="r", arms=arms, **more)  # type: ignore[arg-type]
+
+
+@given(VIEWERS, st.integers(0, 8_000), st.integers(0, 8_000), st.integers(0, 2_000))
+def test_a_canary_that_grows_takes_from_stable_only(viewer: int, one: int, other: int, holdout: int) -> None:
+    small, large = sorted((one, other))
+    before, after = routing(small, holdout).route_of(viewer).arm, routing(large, holdout).route_of(viewer).arm
+    assert after is before or (before, after) == (Arm.STABLE, Arm.CANARY)
+
+
+@given(VIEWERS, st.integers(0, 5_000))
+def test_whom_the_holdout_has_it_keeps_until_the_end(viewer: int, canary: int) -> None:
+    held = routing(0, 500).route_of(viewer).arm is Arm.HOLDOUT
+    assert (routing(canary, 500).route_of(viewer).arm is Arm.HOLDOUT) == held
+
+
+@given(VIEWERS)
+def test_everybody_is_on_the_one_release_between_rollouts(viewer: int) -> None:
+    assert Routing.whole("only").route_of(viewer) == ArmRoute(arm=Arm.STABLE, release="only", weight_bp=BUCKETS)
+
+
+def test_every_release_that_may_be_asked_is_held_open_once() -> None:
+    told = routing(100, 50, shadow=ShadowRoute(release="next", weight_bp=500), warm=("old", "older"))
+    assert told.releases == ("new", "old", "next", "older")
+
+
+def test_it_survives_the_way_through_the_configuration() -> None:
+    told = routing(100, 50, shadow=ShadowRoute(release="next", weight_bp=500), warm=("older",))
+    assert Routing.model_validate(told.model_dump(mode="json")) == told
+
+
+@pytest.mark.parametrize(
+    ("arms", "said"),
+    [
+        ([("stable", 9_000)], "sum to 9000"),
+        ([("stable", 9_000), ("canary", 1_000)], "in this order"),
+        ([("stable", 5_000), ("stable", 5_000)], "in this order"),
+        ([("shadow", 10_000)], "in this order"),
+    ],
+)
+def test_a_routing_that_leaves_somebody_without_an_arm_is_refused(arms: list[tuple[str, int]], said: str) -> None:
+    with pytest.raises(ValidationError, match=said):
+        Routing(salt="s", arms=tuple(ArmRoute(arm=Arm(arm), release="r", weight_bp=bp) for arm, bp in arms))
