@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import time
 
 import pytest
@@ -11,7 +13,8 @@ from hypothesis import strategies as st
 from reelway.platform.contracts.events import Arm
 from reelway.platform.contracts.ids import MAX_ID
 from reelway.platform.errors import ConfigError, TokenError
-from reelway.platform.tokens import ImpressionToken, TokenSigner
+from reelway.platform.rollout.policy import Slice
+from reelway.platform.tokens import ALL_SLICES, ROLLOUT_MAX_BYTES, SLICE_BITS, ImpressionToken, TokenSigner
 
 SECRET = b"0123456789abcdef0123456789abcdef"
 OTHER = b"another secret of enough length!"
@@ -32,13 +35,46 @@ TOKENS = st.builds(
     source=st.sampled_from(["ann", "popular", "trending", "fresh", "neighbours", ""]),
     propensity=st.floats(1e-9, 1.0),
     issued_at_s=st.floats(0, 4e9),
-)
+    rollout=st.one_of(st.just(""), st.from_regex(r"r-2026[01][0-9][0-3][0-9]-[0-9a-f]{4}", fullmatch=True), st.text()),
+    weight=st.floats(0, 1, width=32),
+    slices=st.integers(0, 7),
+    duration_ms=st.integers(0, 2**32 - 1),
+).filter(lambda token: len(token.rollout.encode()) <= ROLLOUT_MAX_BYTES)
 TOKEN = ImpressionToken(1, 2, 3, 4, 5, "ab" * 32, Arm.CANARY, "ann", 0.25, 1_718_000_000.5)
+IN_ROLLOUT = TOKEN._replace(rollout="r-20261121-7f3a", weight=0.75, slices=5, duration_ms=21_000)
+VERSION_1 = {  # as the service signed them before version 2
+    "AQEAAAAAAAAAAgAAAAAAAAADAAAAAAAAAAQAAAAAAAAABQABAAAAAAAA0D8AACBgppnZQSADq6urq6urq6urq6urq6urq6urq6urq6urq6urq6ur"
+    "q6thbm7CsIsTKvrqn8PakxJzOxJv": TOKEN,
+    "AQEAAAAAAAAAAgAAAAAAAAADAAAAAAAAAAQAAAAAAAAABQABAAAAAAAA0D8AACBgppnZQYIAdjFYGYfDdkHjCcEZB20jF4jh": TOKEN._replace(
+        release="v1", source=""
+    ),
+}
 
 
 @given(TOKENS)
 def test_a_token_is_read_exactly_as_it_was_signed(token: ImpressionToken) -> None:
     assert SIGNER.read(SIGNER.sign(token)) == token
+
+
+@pytest.mark.parametrize("text", VERSION_1)
+def test_a_token_of_version_1_is_still_read_with_nothing_of_a_rollout(text: str) -> None:
+    token = SIGNER.read(text)
+    assert token == VERSION_1[text]
+    assert (token.rollout, token.weight, token.slices, token.duration_ms) == ("", 0.0, 0, 0)
+
+
+def test_a_token_of_a_version_to_come_is_refused_by_its_number() -> None:
+    body = b"\x03" + bytes(80)
+    key = hashlib.blake2b(SECRET, digest_size=32, person=b"reelway-token-1").digest()
+    text = base64.urlsafe_b64encode(body + hashlib.blake2b(body, digest_size=16, key=key).digest()).rstrip(b"=")
+    with pytest.raises(TokenError, match="version 3, expected 1 or 2"):
+        SIGNER.read(text.decode())
+
+
+def test_every_slice_but_overall_has_a_bit_of_its_own() -> None:
+    assert set(SLICE_BITS) == set(Slice) - {Slice.OVERALL}
+    assert sorted(SLICE_BITS.values()) == [1 << i for i in range(len(SLICE_BITS))]
+    assert ALL_SLICES == 7
 
 
 @given(TOKENS, st.data())
@@ -84,21 +120,27 @@ def test_a_missing_or_short_secret_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    "change", [{"viewer_id": -1}, {"position": 70_000}, {"arm": "west"}, {"release": "r" * 200}, {"video_id": "x"}]
-)
+    "change",
+    [
+        {"viewer_id": -1}, {"position": 70_000}, {"arm": "west"}, {"release": "r" * 200}, {"video_id": "x"},
+        {"rollout": "r" * 64}, {"rollout": None}, {"weight": 1.5}, {"weight": float("nan")}, {"slices": 8},
+        {"slices": -1}, {"duration_ms": -1}, {"duration_ms": 2**32},
+    ],
+)  # fmt: skip
 def test_a_value_that_a_token_cannot_carry_is_refused_when_signing(change: dict[str, object]) -> None:
     with pytest.raises(TokenError, match="cannot sign"):
         SIGNER.sign(TOKEN._replace(**change))  # type: ignore[arg-type]
 
 
 def test_a_token_travels_in_a_url_and_is_compact() -> None:
-    text = SIGNER.sign(TOKEN)
+    text = SIGNER.sign(IN_ROLLOUT)
     assert text.replace("-", "").replace("_", "").isalnum()
-    assert len(text) < 160
+    assert len(SIGNER.sign(TOKEN)) < 160
+    assert len(text) < 180
 
 
 def test_signing_a_slate_costs_less_than_ten_microseconds_a_token() -> None:
-    slate = [TOKEN._replace(position=position) for position in range(20)]
+    slate = [IN_ROLLOUT._replace(position=position) for position in range(20)]
     timings = []
     for _ in range(200):
         started = time.perf_counter()

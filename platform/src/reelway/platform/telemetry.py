@@ -1,7 +1,7 @@
 """Metrics and logs, named one way: ``reelway_<stage>_<thing>_<unit>``.
 
-Labels are ``release``, ``arm``, ``stage``, ``source``, ``outcome``, ``rung`` or ``kind``; never a viewer or a video,
-whose number has no bound. A metric with another name or label is refused when it is made, not found in production.
+Labels are those of ``ALLOWED_LABELS``; never a viewer or a video, whose number has no bound. A metric with another
+name or label is refused when it is made, not found in production.
 """
 
 from __future__ import annotations
@@ -14,7 +14,9 @@ from typing import Final
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
-ALLOWED_LABELS: Final = frozenset({"release", "arm", "stage", "source", "outcome", "rung", "kind", "view"})
+ALLOWED_LABELS: Final = frozenset(
+    {"release", "arm", "stage", "source", "outcome", "rung", "kind", "view", "rollout", "slice", "metric", "statistic"}
+)
 _NAME = re.compile(r"^reelway_[a-z]+(_[a-z0-9]+)+$")
 
 LATENCY_BUCKETS_S: Final = (

@@ -13,17 +13,25 @@ import hmac
 import re
 import struct
 from collections.abc import Iterable
+from types import MappingProxyType
 from typing import Final, NamedTuple
 
 from reelway.platform.contracts.events import Arm
 from reelway.platform.errors import ConfigError, TokenError
+from reelway.platform.rollout.policy import Slice
 
 MAC_BYTES: Final = 16
 SECRET_MIN_BYTES: Final = 16
-_VERSION: Final = 1
-_PERSON: Final = b"reelway-token-1"
-_HEAD: Final = struct.Struct("<BQQQQHBddBB")
+ROLLOUT_MAX_BYTES: Final = 63
+SLICE_BITS: Final = MappingProxyType({Slice.NEW_VIEWERS: 1, Slice.NEW_VIDEOS: 2, Slice.SMALL_CREATORS: 4})
+"""What an impression belongs to besides ``overall``, as the bits of ``ImpressionToken.slices``."""
+ALL_SLICES: Final = sum(SLICE_BITS.values())
+_VERSION: Final = 2
+_PERSON: Final = b"reelway-token-1"  # names the key, which all versions share
+_HEAD_1: Final = struct.Struct("<BQQQQHBddBB")
 """version, impression, request, viewer, video, position, arm, propensity, issued at, length of release, of source."""
+_HEAD: Final = struct.Struct(_HEAD_1.format + "BfBI")
+"""The same, then length of rollout, weight, slices, duration."""
 _IS_RELEASE_ID: Final = re.compile(r"[0-9a-f]{64}").fullmatch
 """A release id (64 hex digits) travels as its 32 bytes; any other release name as text, marked by the top bit."""
 _TEXT: Final = 0x80
@@ -34,7 +42,10 @@ _FROM_URL: Final = bytes.maketrans(b"-_", b"+/")
 
 
 class ImpressionToken(NamedTuple):
-    """One video as it was shown."""
+    """One video as it was shown.
+
+    ``weight`` travels as a float32, so give it one. A token of version 1 reads with the last four at their defaults.
+    """
 
     impression_id: int
     request_id: int
@@ -45,7 +56,11 @@ class ImpressionToken(NamedTuple):
     arm: Arm
     source: str
     propensity: float
-    issued_at_s: float  # Unix seconds
+    issued_at_s: float  # Unix seconds by the signer's clock, whatever time the request gave for its context
+    rollout: str = ""  # its id, at most ROLLOUT_MAX_BYTES; empty outside of any
+    weight: float = 0.0  # sequential.overlap_weight of the arms when it was shown
+    slices: int = 0  # SLICE_BITS, added up
+    duration_ms: int = 0  # of the video; 0 where nobody knows
 
 
 class TokenSigner:
@@ -72,7 +87,7 @@ class TokenSigner:
         self._keys = tuple(hashlib.blake2b(secret, digest_size=32, person=_PERSON).digest() for secret in secrets)
 
     def sign(self, token: ImpressionToken) -> str:
-        """The token as URL-safe text without padding, about 140 characters.
+        """The token as URL-safe text without padding, about 155 characters, and 20 more within a rollout.
 
         Raises:
             TokenError: a value that a token cannot carry.
@@ -96,9 +111,9 @@ class TokenSigner:
             TokenError: not a token, or not signed by one of the secrets; the message says which.
         """
         raw = _decode(text)
-        if len(raw) < _HEAD.size + MAC_BYTES:
+        if len(raw) < _HEAD_1.size + MAC_BYTES:
             raise TokenError(
-                f"impression token has {len(raw)} bytes, expected at least {_HEAD.size + MAC_BYTES}; it was cut off"
+                f"impression token has {len(raw)} bytes, expected at least {_HEAD_1.size + MAC_BYTES}; it was cut off"
             )
         body, mac = raw[:-MAC_BYTES], raw[-MAC_BYTES:]
         expected = [hashlib.blake2b(body, digest_size=MAC_BYTES, key=key).digest() for key in self._keys]
@@ -111,7 +126,10 @@ class TokenSigner:
 
 
 def _body(token: ImpressionToken) -> bytes:
-    impression, request, viewer, video, position, release, arm, source, propensity, issued_at_s = token
+    (
+        impression, request, viewer, video, position, release, arm, source, propensity, issued_at_s,
+        rollout, weight, slices, duration_ms,
+    ) = token  # fmt: skip
     try:
         if _IS_RELEASE_ID(release):
             name = bytes.fromhex(release)
@@ -119,31 +137,48 @@ def _body(token: ImpressionToken) -> bytes:
         else:
             name = release.encode()
             marked = _TEXT
-        origin = source.encode()
+        origin, trial = source.encode(), rollout.encode()
         if len(name) >= _TEXT:
             raise ValueError(f"release {release!r} is longer than {_TEXT - 1} bytes")
+        if len(trial) > ROLLOUT_MAX_BYTES:
+            raise ValueError(f"rollout {rollout!r} is longer than {ROLLOUT_MAX_BYTES} bytes")
+        if not 0.0 <= weight <= 1.0:
+            raise ValueError(f"weight {weight} is outside 0..1")
+        if slices & ~ALL_SLICES:
+            raise ValueError(f"slices {slices} are outside 0..{ALL_SLICES}")
         head = _HEAD.pack(
             _VERSION, impression, request, viewer, video, position, _ARM_CODES[arm],
-            propensity, issued_at_s, len(name) | marked, len(origin),
+            propensity, issued_at_s, len(name) | marked, len(origin), len(trial), weight, slices, duration_ms,
         )  # fmt: skip
-    except (ValueError, TypeError, KeyError, struct.error) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, struct.error) as error:
         raise TokenError(f"cannot sign {token}: {error}") from error
-    return head + name + origin
+    return head + name + origin + trial
 
 
 def _token(body: bytes) -> ImpressionToken:
     """The inverse of ``_body``, for bytes whose signature held."""
-    version, impression, request, viewer, video, position, arm, propensity, issued_at_s, name, origin = (
-        _HEAD.unpack_from(body)
-    )
-    if version != _VERSION:
-        raise TokenError(f"impression token has version {version}, expected {_VERSION}; it is by another release")
-    end = _HEAD.size + (name & ~_TEXT)
-    release = body[_HEAD.size : end].decode() if name & _TEXT else body[_HEAD.size : end].hex()
+    trial, weight, slices, duration_ms = 0, 0.0, 0, 0
+    if body[0] == _VERSION:
+        (
+            _, impression, request, viewer, video, position, arm, propensity, issued_at_s, name, origin,
+            trial, weight, slices, duration_ms,
+        ) = _HEAD.unpack_from(body)  # fmt: skip
+        start = _HEAD.size
+    elif body[0] == 1:
+        _, impression, request, viewer, video, position, arm, propensity, issued_at_s, name, origin = (
+            _HEAD_1.unpack_from(body)
+        )
+        start = _HEAD_1.size
+    else:
+        raise TokenError(f"impression token has version {body[0]}, expected 1 or {_VERSION}; it is by another release")
+    end = start + (name & ~_TEXT)
+    release = body[start:end].decode() if name & _TEXT else body[start:end].hex()
     source = body[end : end + origin].decode()
+    rollout = body[end + origin : end + origin + trial].decode()
     return ImpressionToken(
-        impression, request, viewer, video, position, release, _ARMS[arm], source, propensity, issued_at_s
-    )
+        impression, request, viewer, video, position, release, _ARMS[arm], source, propensity, issued_at_s,
+        rollout, weight, slices, duration_ms,
+    )  # fmt: skip
 
 
 def _encode(raw: bytes) -> str:

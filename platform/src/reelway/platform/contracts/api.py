@@ -6,10 +6,13 @@ from typing import Annotated, Literal
 
 from pydantic import AwareDatetime, BaseModel, ConfigDict, Field
 
-from reelway.platform.contracts.events import Arm
+from reelway.platform.contracts.events import OUTCOME_HORIZON_S, Arm, OutcomeType
 from reelway.platform.contracts.ids import MAX_ID
 
 MAX_COUNT = 100
+MAX_OUTCOMES = 1_000
+"""In one request."""
+MAX_WATCH_MS = OUTCOME_HORIZON_S * 1_000
 
 Rung = Literal["no_viewer_row", "no_retrieval", "no_ranker", "no_reranker"]
 """A rung of the degradation ladder that a request had to step down to."""
@@ -58,6 +61,51 @@ class RecommendResponse(BaseModel):
     arm: Arm
     degraded: list[Rung] = Field(default_factory=list)
     videos: list[RecommendedVideo]
+
+
+class ReportedOutcome(BaseModel):
+    """What a viewer did with one video of a slate."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    token: str = Field(description="the video's impression token, as it came with the slate")
+    type: OutcomeType
+    value: Annotated[float | None, Field(ge=0, le=MAX_WATCH_MS, allow_inf_nan=False)] = Field(
+        default=None, description="watched milliseconds for `watch`; 1 or absent for everything else"
+    )
+    event_time: AwareDatetime | None = Field(
+        default=None, description="when it was done, RFC 3339 with a zone; the moment of its arrival when absent"
+    )
+
+
+class OutcomesRequest(BaseModel):
+    """``POST /v1/outcomes``. May be sent again as it is: what was counted is not counted twice."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    outcomes: Annotated[list[ReportedOutcome], Field(min_length=1, max_length=MAX_OUTCOMES)]
+
+
+class RefusedOutcome(BaseModel):
+    """One outcome that cannot be counted however often it is sent."""
+
+    index: int = Field(description="its place in the request, from 0")
+    message: str
+
+
+class OutcomesResponse(BaseModel):
+    """What became of the outcomes of one request; it is on disk when this is sent.
+
+    ``accepted`` is the sum of the five after it, and with ``refused`` makes up the whole request.
+    """
+
+    accepted: int
+    counted: int = Field(description="entered the statistics of a rollout")
+    duplicate: int = Field(description="the same type for the same impression was counted before")
+    late: int = Field(description="after the horizon")
+    retired: int = Field(description="the rollout that it was shown in has ended")
+    outside: int = Field(description="shown outside of any rollout")
+    refused: list[RefusedOutcome] = Field(default_factory=list)
 
 
 class FieldError(BaseModel):
