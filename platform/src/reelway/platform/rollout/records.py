@@ -98,6 +98,9 @@ class RolloutStore(Protocol):
 
     def sighting(self, rollout_id: str) -> Sighting | None: ...
 
-    def changes(self) -> int:
-        """A number that differs after any write by anybody: cheap enough to ask ten times a second."""
+    def changes(self, *, own: bool = True) -> int:
+        """A number that differs after any write by anybody: cheap enough to ask ten times a second.
+
+        ``own`` False leaves out what was written through this object.
+        """
         ...
