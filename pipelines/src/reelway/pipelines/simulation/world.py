@@ -44,7 +44,8 @@ _BOREDOM: Final = -0.25
 """Per earlier video of the same main topic in the slate."""
 _DRIFT_S: Final = 1.5 * DAY_S
 _TREND_STEP_S: Final = 3600.0
-_TREND_MARGIN_D: Final = 14
+TREND_MARGIN_D: Final = 14
+"""Days after the log for which there are trends: a live service goes on that long."""
 
 
 class World:
@@ -214,8 +215,8 @@ class World:
 
 def _trends(rng: np.random.Generator, config: SimulationConfig) -> F32:
     """Appeal added to each topic at each hour, ``[H, T]``: bumps that rise within a day or two and fall again."""
-    hours = int((config.days + _TREND_MARGIN_D) * DAY_S / _TREND_STEP_S)
-    bumps = 2 * (config.days + _TREND_MARGIN_D)
+    hours = int((config.days + TREND_MARGIN_D) * DAY_S / _TREND_STEP_S)
+    bumps = 2 * (config.days + TREND_MARGIN_D)
     at_h, width_h = rng.uniform(0, hours, bumps), rng.uniform(10, 36, bumps)
     height, topic = rng.uniform(0.4, 1.2, bumps), rng.integers(0, TOPICS, bumps)
     shape_HN = height * np.exp(-(((np.arange(hours)[:, None] - at_h) / width_h) ** 2))

@@ -1,0 +1,214 @@
+"""Why: a rollout is judged on traffic, so there must be some: viewers who ask the running service and react to it.
+
+Open loop: requests leave when they are due, whatever the service does, so a slow release is seen as slow. It is one
+process with one thread, made to share two cores with the service: about a millisecond of CPU for a slate and its
+outcomes. It knows the public HTTP API and nothing else of the service; who the viewers are is ``live_viewers``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import math
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from http import HTTPStatus
+from pathlib import Path
+from typing import Any, Final
+
+import aiohttp
+import numpy as np
+
+from reelway.pipelines.simulation.live_arms import CANARY
+from reelway.pipelines.simulation.live_report import ArmTally, TrafficTally
+from reelway.pipelines.simulation.live_viewers import LiveViewers, SeenSlate
+from reelway.platform.durable import write_json
+
+MAX_OUTCOMES: Final = 1_000
+"""That one ``POST /v1/outcomes`` may carry."""
+REACT_EVERY_S: Final = 0.25
+LOOK_EVERY_S: Final = 0.5
+REPORT_EVERY_S: Final = 1.0
+IDLE_S: Final = 2.0
+"""A connection that was idle for longer is not used again: the service may be closing it just then."""
+OUTCOME_TRIES: Final = 4
+_JSON: Final = {"Content-Type": "application/json"}
+
+Said = Callable[[dict[str, Any]], None]
+
+
+@dataclass(frozen=True)
+class TrafficOptions:
+    """What to send where. ``places`` bounds the requests under way; one that finds none waits, and is counted."""
+
+    url: str
+    rate: float = 40.0
+    seconds: float | None = None
+    count: int = 10
+    timeout_s: float = 10.0
+    places: int = 256
+    seed: int = 0
+    report: Path | None = None
+
+
+class LiveTraffic:
+    """One run of traffic. ``stop`` ends it early; what is under way is waited for.
+
+    Args:
+        said: called with the report about once a second.
+    """
+
+    def __init__(self, options: TrafficOptions, viewers: LiveViewers, said: Said = lambda _: None) -> None:
+        self._options = options
+        self._viewers = viewers
+        self._said = said
+        self._rng = np.random.default_rng(np.random.SeedSequence([options.seed, 11]))
+        self._tally = TrafficTally(options.url, options.rate)
+        self._places = asyncio.Semaphore(options.places)
+        self._under_way: set[asyncio.Task[None]] = set()
+        self._shown: list[tuple[SeenSlate, ArmTally]] = []
+        self._arriving: asyncio.Task[None] | None = None
+
+    def stop(self) -> None:
+        """Ask for no more slates."""
+        if self._arriving is not None:
+            self._arriving.cancel()
+
+    async def run(self) -> dict[str, Any]:
+        """Send until ``seconds`` are over or ``stop`` is called. Returns the report, which is written too."""
+        options = self._options
+        connections = aiohttp.TCPConnector(limit=options.places + 8, keepalive_timeout=IDLE_S)
+        timeout = aiohttp.ClientTimeout(total=options.timeout_s)
+        async with aiohttp.ClientSession(options.url, connector=connections, timeout=timeout) as client:
+            self._arriving = asyncio.create_task(self._arrive(client))
+            every = ((REACT_EVERY_S, self._react), (LOOK_EVERY_S, self._look), (REPORT_EVERY_S, self._tell))
+            repeated = [asyncio.create_task(_repeat(period_s, work, client)) for period_s, work in every]
+            try:
+                # one that repeats ends by a fault only
+                await asyncio.wait([self._arriving, *repeated], return_when=asyncio.FIRST_COMPLETED)
+            finally:
+                for task in (self._arriving, *repeated):
+                    task.cancel()
+                ends = await asyncio.gather(self._arriving, *repeated, return_exceptions=True)
+            for end in ends:
+                if isinstance(end, BaseException) and not isinstance(end, asyncio.CancelledError):
+                    raise end
+            await asyncio.gather(*self._under_way)
+            await self._react(client)
+            await asyncio.gather(*self._under_way)
+            await self._look(client)
+        return await self._write(running=False)
+
+    async def _arrive(self, client: aiohttp.ClientSession) -> None:
+        """Requests at random moments, ``rate`` a second on average."""
+        due = time.monotonic()
+        until = math.inf if self._options.seconds is None else due + self._options.seconds
+        while True:
+            due += self._rng.exponential(1.0 / self._options.rate)
+            await asyncio.sleep(max(min(due, until) - time.monotonic(), 0.0))
+            if due > until:
+                return
+            if self._places.locked():
+                self._tally.held_back += 1
+            await self._places.acquire()
+            viewer_id, device = self._viewers.next_viewer()
+            self._start(self._ask(client, viewer_id, device, due))
+
+    def _start(self, work: Any) -> None:
+        task = asyncio.ensure_future(work)
+        self._under_way.add(task)
+        task.add_done_callback(self._under_way.discard)
+
+    async def _ask(self, client: aiohttp.ClientSession, viewer_id: int, device: str, due: float) -> None:
+        """One slate. Its time counts from the moment that it was due, so that waiting for a place is not hidden."""
+        sent_s = time.time()
+        body = {"viewer_id": viewer_id, "count": self._options.count, "context": {"device": device}}
+        try:
+            status, answer = await _post(client, "/v1/recommend", body)
+        except (aiohttp.ClientError, TimeoutError) as error:
+            self._tally.fault(f"viewer {viewer_id}: {type(error).__name__}: {error}")
+            return
+        finally:
+            self._places.release()
+        took_ms = 1000 * (time.monotonic() - due)
+        if status != HTTPStatus.OK:
+            self._tally.fault(f"viewer {viewer_id}: {status} {answer[:200]!r}")
+            return
+        slate = json.loads(answer)
+        release, arm, videos = slate["release"], slate["arm"], slate["videos"]
+        tally = self._tally.answered(release, arm, viewer_id, slate["degraded"], sent_s, took_ms)
+        seen = SeenSlate(viewer_id, [video["video_id"] for video in videos], [video["token"] for video in videos])
+        self._shown.append((seen, tally))
+
+    async def _react(self, client: aiohttp.ClientSession) -> None:
+        """Everybody who was shown something since the last time looks at it; the outcomes go out together."""
+        shown, self._shown = self._shown, []
+        reactions = self._viewers.react([slate for slate, _ in shown], self._viewers.moment_s())
+        outcomes: list[dict[str, Any]] = []
+        for (_, tally), reaction in zip(shown, reactions, strict=True):
+            self._tally.reacted(tally, reaction)
+            outcomes += reaction.outcomes
+        for first in range(0, len(outcomes), MAX_OUTCOMES):
+            self._start(self._send(client, outcomes[first : first + MAX_OUTCOMES]))
+
+    async def _send(self, client: aiohttp.ClientSession, outcomes: list[dict[str, Any]]) -> None:
+        """Outcomes are sent again until they are acknowledged: twice is the same as once."""
+        problem = ""
+        for attempt in range(OUTCOME_TRIES):
+            if attempt:
+                await asyncio.sleep(0.25 * 2**attempt)
+            try:
+                status, answer = await _post(client, "/v1/outcomes", {"outcomes": outcomes})
+            except (aiohttp.ClientError, TimeoutError) as error:
+                problem = f"{type(error).__name__}: {error}"
+                continue
+            if status in (HTTPStatus.OK, HTTPStatus.ACCEPTED):
+                self._tally.outcome_posts += 1
+                self._tally.outcomes_sent += len(outcomes)
+                self._tally.outcomes_answered.update(_counts(json.loads(answer)))
+                return
+            problem = f"{status} {answer[:200]!r}"
+            if status < HTTPStatus.INTERNAL_SERVER_ERROR and status != HTTPStatus.TOO_MANY_REQUESTS:
+                break
+        self._tally.outcome_posts_failed += 1
+        self._tally.example(f"{len(outcomes)} outcomes: {problem}")
+
+    async def _look(self, client: aiohttp.ClientSession) -> None:
+        """Which canaries have traffic just now, as the service says."""
+        asked_s = time.time()
+        try:
+            async with client.get("/v1/releases/current") as answer:
+                status, body = answer.status, await answer.read()
+        except (aiohttp.ClientError, TimeoutError):
+            return  # the next look is soon, and a service that does not answer is counted where a viewer asks it
+        if status == HTTPStatus.OK:
+            routes = json.loads(body)["releases"]
+            canaries = {r["release"] for r in routes if r["arm"] == CANARY and r["weight_basis_points"] > 0}
+            self._tally.arms.looked(frozenset(canaries), asked_s)
+
+    async def _tell(self, _: aiohttp.ClientSession) -> None:
+        self._said(await self._write(running=True))
+
+    async def _write(self, *, running: bool) -> dict[str, Any]:
+        report = self._tally.report(running=running)
+        if self._options.report is not None:
+            await asyncio.to_thread(write_json, self._options.report, report)
+        return report
+
+
+async def _post(client: aiohttp.ClientSession, path: str, body: dict[str, Any]) -> tuple[int, bytes]:
+    content = json.dumps(body, separators=(",", ":")).encode()
+    async with client.post(path, data=content, headers=_JSON) as answer:
+        return answer.status, await answer.read()
+
+
+async def _repeat(period_s: float, work: Callable[[Any], Awaitable[None]], client: aiohttp.ClientSession) -> None:
+    while True:
+        await asyncio.sleep(period_s)
+        await work(client)
+
+
+def _counts(answer: dict[str, Any]) -> dict[str, int]:
+    """The numbers of an answer to ``POST /v1/outcomes``, by their names."""
+    return {name: value for name, value in answer.items() if isinstance(value, int) and not isinstance(value, bool)}

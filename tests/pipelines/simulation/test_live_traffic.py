@@ -1,0 +1,215 @@
+"""Live traffic over real HTTP: everything is counted once, nothing that fails is hidden, nobody changes arm unseen."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import subprocess
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from tests.pipelines.simulation.made_service import MadeService, liked_slates, running, with_canary
+
+from reelway.pipelines.simulation.config import DAY_S, SimulationConfig
+from reelway.pipelines.simulation.live import LiveTraffic, TrafficOptions
+from reelway.pipelines.simulation.live_arms import GRACE_S, ArmLedger
+from reelway.pipelines.simulation.live_viewers import LiveViewers, SeenSlate, world_of
+from reelway.pipelines.simulation.world import World
+from reelway.platform.cli.processes import reelway_command
+from reelway.platform.errors import ConfigError, DataError
+from reelway.platform.rollout.routing import Routing
+
+OLD, NEW = "a" * 64, "b" * 64
+CONFIG = SimulationConfig(viewers=400, videos=300, creators=30, days=4, impressions=4_000)
+
+
+@pytest.fixture(scope="module")
+def world() -> World:
+    return World(CONFIG, seed=3)
+
+
+def sent(service: MadeService, world: World, *, viewers: int | None = None, **options: Any) -> dict[str, Any]:
+    crowd = LiveViewers(world, seed=1, now_s=time.time(), count=viewers)
+    return asyncio.run(LiveTraffic(TrafficOptions(service.url, **options), crowd).run())
+
+
+def test_the_clients_account_is_the_services(world: World, tmp_path: Path) -> None:
+    with running(MadeService(with_canary(OLD, NEW, 3_000), CONFIG.videos)) as service:
+        report = sent(service, world, rate=150, seconds=2, report=tmp_path / "report.json")
+    assert report == json.loads((tmp_path / "report.json").read_text()) | {"running": False}
+    assert {(r["release"], r["arm"]): r["requests"] for r in report["releases"]} == dict(service.slates)
+    assert 200 < report["requests"] == sum(service.slates.values()) < 400
+    assert report["failed"] == report["arm_changes"] == report["outcomes"]["posts_failed"] == 0
+    assert report["outcomes"]["sent"] == len(service.outcomes) == report["outcomes"]["answered"]["counted"]
+    assert sum(r["viewers"] for r in report["releases"]) == report["viewers"] == len(service.asked)
+    looked_at = sum(r["videos_looked_at"] for r in report["releases"])
+    watches = [o for o in service.outcomes if o["type"] == "watch"]
+    assert len(watches) == looked_at
+    seconds = sum(r["videos_looked_at"] * r["watch_s_per_impression"] for r in report["releases"])
+    assert seconds == pytest.approx(sum(o["value"] for o in watches) / 1000, rel=1e-4)
+
+
+def test_a_failed_request_is_counted_with_its_reason_and_the_others_go_on(world: World) -> None:
+    there = LiveViewers(world, seed=1, now_s=time.time())._ids
+    unlucky = frozenset(there[: len(there) // 4].tolist())
+    with running(MadeService(Routing.whole(OLD), CONFIG.videos, fail_viewers=unlucky)) as service:
+        report = sent(service, world, rate=100, seconds=1.5)
+    assert 0 < report["failed"] < report["requests"]
+    assert report["requests"] - report["failed"] == sum(service.slates.values())
+    assert "503" in report["failures"][0]
+    assert "no slate for you" in report["failures"][0]
+    assert len(report["failures"]) <= 10
+
+
+def test_a_timeout_and_a_service_that_is_gone_are_failures(world: World) -> None:
+    with running(MadeService(Routing.whole(OLD), CONFIG.videos, delay_s=0.6)) as service:
+        late = sent(service, world, rate=30, seconds=0.5, timeout_s=0.2)
+    gone = sent(service, world, rate=30, seconds=0.5)
+    assert late["failed"] == late["requests"] > 0
+    assert gone["failed"] == gone["requests"] > 0
+    assert "Timeout" in late["failures"][0]
+
+
+def test_arrivals_do_not_wait_for_a_slow_service_and_waiting_for_a_place_is_latency(world: World) -> None:
+    with running(MadeService(Routing.whole(OLD), CONFIG.videos, delay_s=0.3)) as service:
+        open_loop = sent(service, world, rate=100, seconds=0.6)
+        bounded = sent(service, world, rate=100, seconds=0.6, places=10)
+    assert open_loop["requests"] > 35  # one at a time would be 2
+    assert open_loop["held_back"] == 0
+    assert bounded["held_back"] > 0
+    assert bounded["latency_ms"]["stable"]["p95"] > 2 * open_loop["latency_ms"]["stable"]["p95"]
+
+
+def test_outcomes_are_sent_again_until_they_are_acknowledged(world: World) -> None:
+    with running(MadeService(Routing.whole(OLD), CONFIG.videos, fail_next_outcomes=2)) as service:
+        report = sent(service, world, rate=100, seconds=1)
+    assert report["outcomes"]["sent"] == len(service.outcomes) > 0
+    assert report["outcomes"]["posts_failed"] == 0
+    assert max(service.posts) <= 1_000
+
+
+def test_a_better_slate_is_watched_longer(world: World) -> None:
+    best = liked_slates(world, world.end_s, 10)
+    with running(MadeService(Routing.whole(OLD), CONFIG.videos)) as service:
+        chance = sent(service, world, rate=150, seconds=1)
+        service.best = best
+        oracle = sent(service, world, rate=150, seconds=1)
+    by_chance, by_taste = (report["releases"][0]["watch_s_per_impression"] for report in (chance, oracle))
+    assert by_taste > 1.5 * by_chance
+
+
+def test_the_world_goes_on_with_the_clock_where_its_log_ended_lately_and_from_its_end_where_not(world: World) -> None:
+    lately = LiveViewers(world, seed=0, now_s=world.end_s + 3 * DAY_S)
+    assert lately.moment_s(world.end_s + 3 * DAY_S + 7) == world.end_s + 3 * DAY_S + 7
+    long_ago = LiveViewers(world, seed=0, now_s=world.end_s + 300 * DAY_S)
+    assert long_ago.moment_s(world.end_s + 300 * DAY_S + 7) == world.end_s + 7
+
+
+def test_the_same_seed_gives_the_same_viewers_and_the_active_ones_come_more_often(world: World) -> None:
+    first, again, other = (LiveViewers(world, seed=s, now_s=world.end_s, count=50) for s in (4, 4, 5))
+    drawn = [first.next_viewer() for _ in range(3_000)]
+    assert drawn == [again.next_viewer() for _ in range(3_000)]
+    assert drawn != [other.next_viewer() for _ in range(3_000)]
+    viewers, often = np.unique([viewer for viewer, _ in drawn], return_counts=True)
+    assert len(viewers) == 50
+    assert np.corrcoef(often, world.viewers.activity[viewers - 1])[0, 1] > 0.9
+
+
+def test_slates_of_different_lengths_and_empty_ones_are_reacted_to(world: World) -> None:
+    crowd = LiveViewers(world, seed=0, now_s=world.end_s)
+    none, two, four = crowd.react(
+        [SeenSlate(1, [], []), SeenSlate(2, [5, 6], ["p", "q"]), SeenSlate(3, [1, 2, 3, 4], ["a", "b", "c", "d"])],
+        world.end_s,
+    )
+    assert none.outcomes == []
+    assert {o["token"] for o in two.outcomes} <= {"p", "q"}
+    assert 1 <= four.looked_at <= 4
+    assert [o["token"] for o in four.outcomes if o["type"] == "watch"] == ["a", "b", "c", "d"][: four.looked_at]
+
+
+def test_a_release_of_another_run_is_noticed(world: World) -> None:
+    crowd = LiveViewers(world, seed=0, now_s=world.end_s)
+    with pytest.raises(DataError, match="another run"):
+        crowd.react([SeenSlate(1, [CONFIG.videos + 1], ["t"])], world.end_s)
+    with running(MadeService(Routing.whole(OLD), 10 * CONFIG.videos)) as service, pytest.raises(DataError):
+        sent(service, world, rate=100, seconds=20)
+
+
+def test_imported_data_have_no_viewers_who_could_be_asked() -> None:
+    with pytest.raises(ConfigError, match="'MovieLens'"):
+        world_of({"name": "MovieLens", "seed": 0})
+
+
+def seen_by(ledger: ArmLedger, canaries: set[str], at_s: float, **answers: str) -> None:
+    """Viewers v1, v2, ... are answered by these releases, then the routing is looked at."""
+    for viewer, release in answers.items():
+        ledger.answered(int(viewer[1:]), release, "canary" if release in canaries else "stable", at_s)
+    ledger.looked(frozenset(canaries), at_s)
+
+
+def test_a_ramp_a_rollback_and_a_promotion_move_nobody_out_of_order() -> None:
+    ledger = ArmLedger()
+    seen_by(ledger, {NEW}, 0, v1=OLD, v2=NEW, v3=OLD)
+    seen_by(ledger, {NEW}, 10, v1=NEW, v2=NEW, v3=OLD)
+    seen_by(ledger, set(), 20, v1=OLD, v2=OLD, v3=OLD)  # rolled back
+    seen_by(ledger, {NEW}, 40, v1=OLD, v2=NEW, v3=NEW)  # once more, under another salt
+    for viewer in (1, 2, 3):
+        ledger.answered(viewer, NEW, "stable", 50)  # promoted: it is the stable release now
+    seen_by(ledger, set(), 60)
+    seen_by(ledger, set(), 70)
+    assert ledger.changes == 0
+
+
+def test_a_viewer_who_falls_back_while_the_canary_runs_on_is_a_change() -> None:
+    ledger = ArmLedger()
+    seen_by(ledger, {NEW}, 0, v1=NEW, v2=NEW)
+    seen_by(ledger, {NEW}, 10, v1=NEW)
+    ledger.answered(2, OLD, "stable", 10.5)
+    ledger.looked(frozenset({NEW}), 11)
+    assert ledger.changes == 0  # the look may be older than the answer
+    ledger.looked(frozenset({NEW}), 10.5 + GRACE_S + 0.1)
+    assert ledger.changes == 1
+    assert "viewer 2" in ledger.examples[0]
+
+
+def test_over_http_a_reshuffle_under_a_running_canary_is_seen(world: World) -> None:
+    async def reshuffled(service: MadeService) -> dict[str, Any]:
+        crowd = LiveViewers(world, seed=1, now_s=time.time(), count=40)
+        options = TrafficOptions(service.url, rate=100, seconds=GRACE_S + 1.5)
+        traffic = asyncio.create_task(LiveTraffic(options, crowd).run())
+        await asyncio.sleep(0.7)
+        service.routing = service.routing.model_copy(update={"salt": "two"})
+        return await traffic
+
+    with running(MadeService(with_canary(OLD, NEW, 5_000), CONFIG.videos)) as service:
+        report = asyncio.run(reshuffled(service))
+    assert report["arm_changes"] > 0
+    assert "which runs on" in report["arm_change_examples"][0]
+
+
+def test_ctrl_c_ends_the_command_in_good_order_with_a_whole_report(tmp_path: Path) -> None:
+    dataset = tmp_path / "run" / "dataset"
+    dataset.mkdir(parents=True)
+    (dataset / "dataset.json").write_text(json.dumps({"name": "simulated", "seed": 3, "config": asdict(CONFIG)}))
+    report = tmp_path / "report.json"
+    with running(MadeService(Routing.whole(OLD), CONFIG.videos, delay_s=0.2)) as service:
+        (tmp_path / "run" / "serving.json").write_text(json.dumps({"url": service.url}))
+        command = reelway_command("traffic", "--run", str(tmp_path / "run"), "--report", str(report))
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        while not report.exists() and process.poll() is None:
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        said, _ = process.communicate(timeout=20)
+    assert process.returncode == 0
+    found = json.loads(report.read_text())
+    assert found["running"] is False
+    assert found["failed"] == 0
+    assert found["requests"] == sum(service.slates.values()) > 0
+    assert found["outcomes"]["sent"] == len(service.outcomes)
+    assert f"{found['requests']} requests" in said.decode()
