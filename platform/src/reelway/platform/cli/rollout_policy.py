@@ -1,0 +1,166 @@
+"""``reelway rollout policy``: what a team accepts of a release, looked at and checked before it is used.
+
+Names of outcomes are checked against what the service counts: a policy that asks for another metric would hold for
+ever, because no evidence of it can come.
+"""
+
+from __future__ import annotations
+
+import json
+from enum import StrEnum
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, Final
+
+import typer
+import yaml
+from rich.table import Table
+
+from reelway.platform.cli.terminal import out
+from reelway.platform.errors import ConfigError
+from reelway.platform.rollout.policy import RolloutPolicy, load_policy, parse_policy, policy_schema
+from reelway.platform.rollout.series import OUTCOME_METRICS
+
+PACKAGE: Final = "reelway.platform.rollout"
+SUFFIX: Final = "_policy.yaml"
+POLICY = typer.Argument("default", metavar="POLICY", help="A file, or the name of a policy that ships: default, demo.")
+
+
+class PolicyOutput(StrEnum):
+    """How a policy is printed."""
+
+    TEXT = "text"
+    YAML = "yaml"
+    JSON = "json"
+
+
+def policy_group() -> typer.Typer:
+    """``reelway rollout policy show|check|schema``."""
+    group = typer.Typer(no_args_is_help=True)
+    group.command("show")(show)
+    group.command("check")(check)
+    group.command("schema")(schema)
+    return group
+
+
+def show(
+    policy: str = POLICY,
+    output: PolicyOutput = typer.Option(PolicyOutput.TEXT, "-o", "--output", help="For people, or for programs."),
+) -> None:
+    """Show a policy in full, defaults filled in.
+
+    Examples:
+
+      reelway rollout policy show
+
+      reelway rollout policy show demo -o yaml > mine.yaml
+    """
+    found = policy_named(policy)
+    if output is PolicyOutput.TEXT:
+        _print_policy(found)
+        return
+    plain = found.model_dump(mode="json")
+    typer.echo(json.dumps(plain, indent=2) if output is PolicyOutput.JSON else yaml.safe_dump(plain, sort_keys=False))
+
+
+def check(policy: str = POLICY) -> None:
+    """Check a policy; exits with 2, the path of what is wrong and what was allowed when it is refused.
+
+    Example: reelway rollout policy check mine.yaml
+    """
+    found = policy_named(policy)
+    out.print(
+        f"{policy}: policy {found.name!r} is well-formed: {len(found.steps)} steps, {len(found.tests)} tests of "
+        f"{len(found.outcomes)} outcome metrics",
+        highlight=False, markup=False, soft_wrap=True,
+    )  # fmt: skip
+
+
+def schema() -> None:
+    """Print the JSON Schema of a policy file, for editors and charts.
+
+    Example: reelway rollout policy schema > policy.schema.json
+    """
+    typer.echo(json.dumps(schema_with_metrics(), indent=2))
+
+
+def schema_with_metrics() -> dict[str, Any]:
+    """The policy's JSON Schema, with the outcome metrics that the service counts as the only names."""
+    whole = policy_schema()
+    whole["$defs"]["OutcomeMetric"]["properties"]["name"]["enum"] = list(OUTCOME_METRICS)
+    return whole
+
+
+def policy_named(name: str) -> RolloutPolicy:
+    """A policy that ships with the package, by name, or a policy file.
+
+    Raises:
+        ConfigError: neither; a wrong key or value, by its path; an outcome that nobody counts.
+    """
+    shipped = shipped_policies()
+    if name in shipped:
+        policy = parse_policy((files(PACKAGE) / f"{name}{SUFFIX}").read_text(), source=f"{name}{SUFFIX}")
+    elif Path(name).exists():
+        policy = load_policy(Path(name))
+    else:
+        raise ConfigError(f"policy {name!r} is neither a file nor one that ships: {', '.join(shipped)}")
+    check_metrics(policy, source=name)
+    return policy
+
+
+def shipped_policies() -> tuple[str, ...]:
+    """Names of the policies in the package."""
+    names = (item.name for item in files(PACKAGE).iterdir())
+    return tuple(sorted(name.removesuffix(SUFFIX) for name in names if name.endswith(SUFFIX)))
+
+
+def check_metrics(policy: RolloutPolicy, *, source: str) -> None:
+    """Refuse outcomes that the service doesn't count.
+
+    Raises:
+        ConfigError: with the path of each and the allowed names.
+    """
+    unknown = [(i, one.name) for i, one in enumerate(policy.outcomes) if one.name not in OUTCOME_METRICS]
+    if unknown:
+        lines = (f"{source}: outcomes[{i}].name: saw {name!r}" for i, name in unknown)
+        raise ConfigError("\n".join(lines) + f"; the service counts {', '.join(OUTCOME_METRICS)}")
+
+
+def _print_policy(policy: RolloutPolicy) -> None:
+    steps = Table("step", "weight", "held at least", "viewers", "impressions", title=f"policy {policy.name}: steps")
+    for number, step in enumerate(policy.steps, start=1):
+        weight, held = f"{step.weight_percent:g} %", f"{step.hold_s:g} s"
+        steps.add_row(str(number), weight, held, f"{step.minimum_viewers:,}", f"{step.minimum_impressions:,}")
+    out.print(steps)
+    alphas: dict[str, float] = {}
+    for (metric, part), alpha in zip(policy.tests, policy.rollback_alphas, strict=True):
+        alphas[metric.name] = alphas.get(metric.name, 0.0) + alpha
+        del part
+    outcomes = Table("outcome", "better", "margin", "on slices", "promotion needs", "alpha", title="judged outcomes")
+    for metric in policy.outcomes:
+        slices = ", ".join(part.value for part in metric.slices)
+        needs = "harm excluded" if metric.promotion_requires == "excluded" else "no harm seen"
+        outcomes.add_row(
+            metric.name, metric.direction, f"{metric.margin:.1%}", slices, needs, f"{alphas[metric.name]:.2g}"
+        )
+    out.print(outcomes)
+    for line in guardrail_lines(policy):
+        out.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+def guardrail_lines(policy: RolloutPolicy) -> list[str]:
+    """Guardrails, deadlines and times, one readable line each, by their paths in the file."""
+    lines = []
+    for name in ("error_ratio", "empty_slate_ratio", "p99_ms", "parity_mismatches", "firing_alerts"):
+        limit = getattr(policy.guardrails, name)
+        said = "off" if limit is None else _pairs(limit.model_dump(exclude_none=True))
+        lines.append(f"guardrails.{name}: {said}")
+    for name in ("preparing", "insufficient", "telemetry_down"):
+        deadline = getattr(policy.deadlines, name)
+        lines.append(f"deadlines.{name}: after {deadline.after_s:g} s {deadline.action}")
+    lines.append(f"cooldown_s: {policy.cooldown_s:g}   retention_s: {policy.retention_s:g}")
+    return lines
+
+
+def _pairs(values: dict[str, Any]) -> str:
+    return ", ".join(f"{key} {value:g}" for key, value in values.items())

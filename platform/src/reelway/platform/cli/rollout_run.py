@@ -1,0 +1,159 @@
+"""Why: before anything is asked of a rollout, what a run directory knows of its service and its controller.
+
+Reads records that others write (``serving.json``, ``rollout/controller.json``, ``rollout/state.db``); starts nothing.
+"""
+
+from __future__ import annotations
+
+import getpass
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Final, TypeVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from reelway.platform.errors import ConfigError, MalformedFileError, RolloutError
+from reelway.platform.runs import RunDirectory
+
+if TYPE_CHECKING:
+    from reelway.platform.rollout.records import Rollout, RolloutStore, Sighting
+
+SILENT_AFTER_S: Final = 15.0
+"""A controller that has not looked for so long is called silent; it looks every few seconds."""
+_Record = TypeVar("_Record", bound=BaseModel)
+
+
+class ServingRecord(BaseModel):
+    """``serving.json``, as far as it is needed here."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+    url: str
+    pid: int
+    release: str
+
+
+class ControllerRecord(BaseModel):
+    """``rollout/controller.json``, as far as it is needed here."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+    url: str
+    pid: int
+
+
+class ControllerSight(BaseModel):
+    """What can be told of the controller without asking it: whether its process lives and when it last looked."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    running: bool
+    url: str | None = None
+    pid: int | None = None
+    last_look_at: float | None = None
+    silent_s: float | None = None
+    problem: str = ""
+
+    @property
+    def silent(self) -> bool:
+        """Nothing will move."""
+        return bool(self.problem)
+
+
+def open_run(run: Path) -> RunDirectory:
+    """The run directory.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    if not run.is_dir():
+        raise ConfigError(f"{run} is not a run directory; name one with --run, or make one with `reelway demo`")
+    return RunDirectory(run)
+
+
+def open_store(run: RunDirectory) -> RolloutStore:
+    """The run's rollouts."""
+    from reelway.platform.rollout.sqlite_store import SqliteRolloutStore
+
+    return SqliteRolloutStore(run.path / "rollout" / "state.db")
+
+
+def rollout_of(store: RolloutStore, rollout_id: str | None) -> Rollout:
+    """The rollout by id or its unique beginning, the newest one when no id is given.
+
+    Raises:
+        RolloutError: there is none, or several begin so.
+    """
+    if rollout_id is not None:
+        return store.get(rollout_id)
+    latest = store.latest()
+    if latest is None:
+        raise RolloutError("there has been no rollout in this run; begin one with `reelway rollout start RELEASE`")
+    return latest
+
+
+def serving_record(run: RunDirectory) -> ServingRecord | None:
+    """Where the run is being served; None when it is not, or when the process that said so is gone."""
+    record = _read(run.path / "serving.json", ServingRecord)
+    return record if record is not None and lives(record.pid) else None
+
+
+def controller_record(run: RunDirectory) -> ControllerRecord | None:
+    """Where the controller listens, or did."""
+    return _read(run.path / "rollout" / "controller.json", ControllerRecord)
+
+
+def controller_sight(
+    run: RunDirectory, rollout: Rollout | None, sighting: Sighting | None, now: float
+) -> ControllerSight:
+    """Whether somebody looks after the rollout. ``problem`` says why not, in words for a person."""
+    record = controller_record(run)
+    looked_at = sighting.time if sighting else None
+    began_at = rollout.state.started_at if rollout else now
+    silent_s = max(0.0, now - (looked_at if looked_at is not None else began_at)) if rollout else None
+    problem = ""
+    if record is None:
+        problem = "no controller runs for this run"
+    elif not lives(record.pid):
+        problem = f"the controller (process {record.pid}) is gone"
+    elif rollout is not None and rollout.state.active and silent_s is not None and silent_s > SILENT_AFTER_S:
+        problem = f"the controller (process {record.pid}) has not looked for {silent_s:.0f} s"
+    return ControllerSight(
+        running=record is not None and lives(record.pid),
+        url=record.url if record else None,
+        pid=record.pid if record else None,
+        last_look_at=looked_at,
+        silent_s=silent_s,
+        problem=problem,
+    )
+
+
+def start_the_controller(run: RunDirectory) -> str:
+    """What to do about a silent controller."""
+    return f"nothing moves until `reelway rollout controller --run {run.path}` runs"
+
+
+def lives(pid: int) -> bool:
+    """Whether a process of this machine is there."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def actor() -> str:
+    """Who is asking."""
+    return os.environ.get("USER") or getpass.getuser()
+
+
+def _read(path: Path, model: type[_Record]) -> _Record | None:
+    try:
+        return model.model_validate_json(path.read_text())
+    except FileNotFoundError:
+        return None
+    except ValidationError as error:
+        expected = f"a record with {', '.join(model.model_fields)}; restart the process that writes it"
+        raise MalformedFileError(path, expected, seen=str(error.errors()[0]["msg"])) from error

@@ -1,0 +1,96 @@
+"""``reelway rollout start``: everything that can be refused is refused before anybody meets the release.
+
+The release is verified as ``reelway serve`` verifies it, the policy is checked, and what is live is asked of the store.
+Nothing is moved here: the controller does that, from what is written down.
+"""
+
+from __future__ import annotations
+
+import secrets
+import time
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING
+
+from reelway.platform.cli.rollout_run import actor, serving_record
+from reelway.platform.cli.terminal import console, say
+from reelway.platform.errors import RolloutError
+from reelway.platform.rollout.policy import RolloutPolicy
+from reelway.platform.runs import RunDirectory
+
+if TYPE_CHECKING:
+    from reelway.platform.rollout.records import Rollout, RolloutStore
+
+
+def start_rollout(
+    run: RunDirectory, store: RolloutStore, release: str, policy: RolloutPolicy, *, force: bool, note: str
+) -> Rollout:
+    """Write a new rollout down.
+
+    Args:
+        release: id, unique beginning of one, or ``latest``, in the run's release store.
+        force: past a cooldown and past the same release's rollback; never past a rollout under way.
+
+    Raises:
+        ReleaseError: the release is not there, or is refused.
+        RolloutError: the run is not being served, or the rollout may not start.
+    """
+    from reelway.platform.rollout.transition import start
+
+    previous = store.latest()
+    stable = live_release(run, previous)
+    canary = verified_release(run, release)
+    now = time.time()
+    state = start(
+        policy,
+        rollout_id=new_rollout_id(now),
+        canary_release=canary,
+        stable_release=stable,
+        now=now,
+        previous=previous.state if previous else None,
+        force=force,
+    )
+    said = f" by {actor()}" + (f": {note}" if note else "")
+    return store.create(state.model_copy(update={"reason": state.reason + said}), policy)
+
+
+def live_release(run: RunDirectory, previous: Rollout | None) -> str:
+    """The release that everybody is on, which the new one is compared with.
+
+    Raises:
+        RolloutError: nobody serves the run.
+    """
+    serving = serving_record(run)
+    if serving is None:
+        raise RolloutError(
+            f"{run.path} is not being served, so there is nothing to compare a release with; "
+            f"start it with `reelway serve --run {run.path}`"
+        )
+    return previous.state.live_release if previous else serving.release
+
+
+def verified_release(run: RunDirectory, release: str) -> str:
+    """The whole id of a release that may take traffic; it then lies where the stages read it.
+
+    Raises:
+        ReleaseError: it is not there, or it is refused.
+    """
+    from reelway.platform.cli.release import registered_services
+    from reelway.platform.release.folder import read_manifest
+    from reelway.platform.release.signing import load_public_keys
+    from reelway.platform.release.store import ReleaseStore
+    from reelway.platform.release.verify import verify
+
+    with console.status("verifying the release"):
+        store = ReleaseStore(str(run.release_store))
+        release_id = store.resolve(release)
+        folder = store.fetch(release_id, run.path / "serving" / "releases")
+        services = registered_services(run.features, read_manifest(folder).feature_services, required=False)
+        keys = load_public_keys(run.keys)
+        verified = verify(folder, public_keys=keys, feature_services=services, expected_id=release_id)
+    say(f"release {release_id[:12]} verified: {len(verified.checks)} checks passed")
+    return release_id
+
+
+def new_rollout_id(now: float) -> str:
+    """Short enough to be read out: ``r-20260131-3fa91c``."""
+    return f"r-{datetime.fromtimestamp(now, UTC):%Y%m%d}-{secrets.token_hex(3)}"
