@@ -36,6 +36,9 @@ RECEIVED: Final = "reelway_outcomes_received_total"
 RECEIVED_OUTCOMES: Final = ("counted", "duplicate", "late", "retired", "outside")
 """``late``: after the horizon. ``retired``: its rollout has ended. ``outside``: shown outside of any rollout."""
 
+REFUSED: Final = "reelway_outcomes_refused_total"
+"""No labels: a refused token names nothing that could be believed. Counts from each start of the process."""
+
 OUTCOME_METRICS: Final = (
     "long_watch_rate", "watch_s_per_impression", "like_rate", "share_rate", "save_rate", "follow_rate",
     "comment_rate", "skip_rate", "not_interested_rate", "report_rate",

@@ -1,0 +1,62 @@
+"""What is counted, as Prometheus reads it: names and labels of ``rollout.series``, nothing of its own but refusals."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.core import CounterMetricFamily
+from prometheus_client.registry import Collector
+
+from reelway.platform.rollout import series
+from reelway.serving.outcomes.ledger import Snapshot
+from reelway.serving.outcomes.outcome_store import ReceivedKey
+from reelway.serving.outcomes.viewer_sums import EXPOSURE_STATISTICS, METRIC_STATISTICS, METRICS, SLICES
+
+
+def prometheus_text(snapshot: Snapshot, refused: int) -> bytes:
+    """All series of all arms, zeros included: an arm that is known and has nobody is not an arm nobody knows."""
+    registry = CollectorRegistry(auto_describe=False)
+    registry.register(_Reading(snapshot, refused))
+    return generate_latest(registry)
+
+
+class _Reading(Collector):
+    def __init__(self, snapshot: Snapshot, refused: int) -> None:
+        self._snapshot, self._refused = snapshot, refused
+
+    def collect(self) -> Iterator[CounterMetricFamily]:
+        arm_labels = ["rollout", "release", "arm", "slice"]
+        exposure = CounterMetricFamily(
+            series.EXPOSURE, "Viewers and impressions of a rollout's arm.", labels=[*arm_labels, "statistic"]
+        )
+        statistic = CounterMetricFamily(
+            series.STATISTIC, "Sums over viewers of an outcome.", labels=[*arm_labels, "metric", "statistic"]
+        )
+        for arm, sums_SK in self._snapshot.sums.items():
+            for part, row in zip(SLICES, sums_SK.tolist(), strict=True):
+                labels = [arm.rollout, arm.release[: series.SHORT_RELEASE], arm.arm.value, part.value]
+                values = iter(row)
+                for name in EXPOSURE_STATISTICS:
+                    exposure.add_metric([*labels, name], next(values))
+                for metric in METRICS:
+                    for name in METRIC_STATISTICS:
+                        statistic.add_metric([*labels, metric, name], next(values))
+        yield exposure
+        yield statistic
+        yield self._received_family()
+        yield CounterMetricFamily(
+            series.REFUSED, "Reported outcomes whose token or value was not accepted.", value=self._refused
+        )
+
+    def _received_family(self) -> CounterMetricFamily:
+        family = CounterMetricFamily(
+            series.RECEIVED, "Reported outcomes by what became of them.", labels=["release", "arm", "kind", "outcome"]
+        )
+        short: Counter[ReceivedKey] = Counter()
+        for (release, arm, kind, outcome), count in self._snapshot.received.items():
+            short[release[: series.SHORT_RELEASE], arm, kind, outcome] += count
+        for key, count in short.items():
+            family.add_metric(list(key), count)
+        return family

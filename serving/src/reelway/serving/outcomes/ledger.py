@@ -1,0 +1,257 @@
+"""The rules by which impressions and outcomes are counted: one batch of both, one transaction, then nothing or all.
+
+What is held in memory is a copy of a few rows: the sums of the newest rollouts' arms. Viewers' totals and what was
+counted before stay on disk and are read for each batch, so memory does not grow with viewers and a process that is
+killed has lost nothing that was committed.
+"""
+
+# Shapes: N outcomes, R rows of exposures, U viewers (of one arm each), S slices, K sums
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from reelway.platform.contracts.events import OUTCOME_HORIZON_S
+from reelway.platform.rollout.series import RECEIVED_OUTCOMES
+from reelway.serving.outcomes.exposures import ExposedArm, ExposureBatch
+from reelway.serving.outcomes.outcome_store import (
+    KnownArm,
+    KnownRollout,
+    OutcomeStore,
+    ReceivedKey,
+    arm_ids_of,
+    viewer_keys,
+)
+from reelway.serving.outcomes.reported import KINDS, LONG_WATCH, METRIC_OF_KIND, OutcomeColumns
+from reelway.serving.outcomes.viewer_sums import Additions, fold
+
+I64 = NDArray[np.int64]
+Bools = NDArray[np.bool_]
+
+COUNTED, DUPLICATE, LATE, RETIRED, OUTSIDE = range(len(RECEIVED_OUTCOMES))
+HOUR_S: Final = 3600
+SLACK_S: Final = 3600
+"""Kept longer than needed by this, for a clock that is set back."""
+RECEIVED_KEPT_S: Final = 14 * 24 * 3600
+"""A release that nobody has sent an outcome for in this time leaves the metrics."""
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """What is on disk, for readers in other threads. Sums of the arms ``[S, K]``."""
+
+    sums: Mapping[ExposedArm, NDArray[np.float64]]
+    received: Mapping[ReceivedKey, int]
+
+
+class Ledger:
+    """The counting itself, for one thread; only ``snapshot`` is for all.
+
+    Args:
+        keep_rollouts: when one more is seen, the one that was shown longest ago ends.
+    """
+
+    def __init__(self, store: OutcomeStore, *, clock: Callable[[], float], keep_rollouts: int) -> None:
+        self._store = store
+        self._clock = clock
+        self._keep = keep_rollouts
+        self._stale = True
+        with self._changing():
+            pass
+
+    @contextmanager
+    def _changing(self) -> Iterator[None]:
+        """A transaction. When it fails, what is in memory is half changed and is taken from the file the next time."""
+        with self._store.transaction():
+            if self._stale:
+                self._rollouts = self._store.rollouts()
+                self._arms = self._store.arms()
+                self._received: Counter[ReceivedKey] = Counter(self._store.received())
+            self._stale = True
+            yield
+        self._stale = False
+        sums = {arm: known.sums for arm, known in self._arms.items()}
+        self.snapshot = Snapshot(sums, dict(self._received))
+
+    def apply(self, batches: Sequence[ExposureBatch], outcomes: Sequence[OutcomeColumns]) -> list[I64]:
+        """Count all of it in one transaction. Returns what became of each outcome, as ``RECEIVED_OUTCOMES`` codes.
+
+        Raises:
+            StorageError: nothing was counted.
+        """
+        with self._changing():
+            now = self._clock()
+            parts = [part for batch in batches if (part := self._expose(batch, now)) is not None]
+            fates = []
+            for columns in outcomes:
+                fate_N, part = self._join(columns, now)
+                fates.append(fate_N)
+                if part is not None:
+                    parts.append(part)
+            if parts:
+                self._add(parts)
+        return fates
+
+    def retire(self, rollout: str) -> None:
+        """End a rollout: its sums stay as they are until newer rollouts replace it, and its outcomes count no more."""
+        with self._changing():
+            known = self._rollouts.setdefault(rollout, KnownRollout(self._clock()))
+            known.retired = True
+            self._store.write_rollout(rollout, known)
+
+    def clean(self, limit: int) -> int:
+        """Take away what is past the horizon or dropped; returns the number of rows, 0 when there is nothing left."""
+        now = self._clock()
+        old = now - OUTCOME_HORIZON_S - SLACK_S
+        with self._changing():
+            living = {arm.rollout for arm in self._arms}
+            for rollout, known in list(self._rollouts.items()):
+                if known.retired and known.exposed_at < old and rollout not in living:
+                    del self._rollouts[rollout]
+                    self._store.forget_rollout(rollout)
+            return self._store.clean(
+                seen_before_hour=int(old // HOUR_S),
+                forget_before=old,
+                received_before=now - RECEIVED_KEPT_S,
+                limit=limit,
+            )
+
+    def _expose(self, batch: ExposureBatch, now: float) -> Additions | None:
+        if batch.number <= self._store.last_number(batch.origin):
+            return None
+        self._store.set_last_number(batch.origin, batch.number, now)
+        for rollout in {arm.rollout for arm in batch.arms if arm.rollout}:
+            self._admit(rollout, now)
+        arm_R, live_R = self._arm_numbers(batch.arms, batch.arm.astype(np.int64))
+        rows = np.flatnonzero(live_R)
+        count_R = batch.count[rows].astype(np.int64)
+        return Additions(
+            key=viewer_keys(arm_R[rows], batch.viewer_id[rows]),
+            slices=batch.slices[rows],
+            column=np.zeros(len(rows), np.int64),
+            amount=count_R.astype(np.float64) * batch.weight[rows].astype(np.float64),
+            impressions=count_R,
+        )
+
+    def _join(self, columns: OutcomeColumns, now: float) -> tuple[I64, Additions | None]:
+        last_N = columns.issued_at + OUTCOME_HORIZON_S
+        late_N = (now > last_N) | (columns.done_at > last_N)
+        outside_N = np.array([not arm.rollout for arm in columns.arms], bool)[columns.arm]
+        in_time = {columns.arms[code].rollout for code in np.unique(columns.arm[~late_N & ~outside_N]).tolist()}
+        for rollout in in_time - set(self._rollouts):  # shown, and the router's batch is still on its way
+            self._admit(rollout, 0.0)
+        arm_N, live_N = self._arm_numbers(columns.arms, columns.arm)
+        fate_N = np.where(outside_N, OUTSIDE, np.where(late_N, LATE, np.where(live_N, COUNTED, RETIRED)))
+        candidates = np.flatnonzero(fate_N == COUNTED)
+        fate_N[candidates[~self._first(columns, candidates)]] = DUPLICATE
+        self._count_received(columns, fate_N, now)
+        counted = np.flatnonzero(fate_N == COUNTED)
+        if not len(counted):
+            return fate_N, None
+        return fate_N, _outcome_part(columns, viewer_keys(arm_N, columns.viewer_id), counted)
+
+    def _first(self, columns: OutcomeColumns, rows: I64) -> Bools:
+        """Which of the rows are the first of their type for their impression, now and before; they are noted."""
+        impression, bit = columns.impression_id[rows], 1 << columns.kind[rows]
+        hour = (columns.issued_at[rows] // HOUR_S).astype(np.int64)
+        first = np.zeros(len(rows), bool)
+        for one_hour in np.unique(hour).tolist():
+            at = np.flatnonzero(hour == one_hour)
+            ids, owner = np.unique(impression[at], return_inverse=True)
+            _, earliest = np.unique(owner * len(KINDS) + columns.kind[rows[at]], return_index=True)
+            before = self._store.read_seen(one_hour, ids)
+            fresh = earliest[(before[owner[earliest]] & bit[at[earliest]]) == 0]
+            first[at[fresh]] = True
+            after = before.copy()
+            np.bitwise_or.at(after, owner[fresh], bit[at[fresh]])
+            changed = np.flatnonzero(after != before)
+            self._store.write_seen(one_hour, ids[changed], after[changed])
+        return first
+
+    def _add(self, parts: Sequence[Additions]) -> None:
+        """Fold all rows of a transaction into their viewers' totals and their arms' sums."""
+        additions = Additions.joined(parts)
+        key_U = np.unique(additions.key)
+        arm_ids, arm_U = np.unique(arm_ids_of(key_U), return_inverse=True)
+        totals, growth = fold(self._store.read_viewers(key_U), additions, key_U, arm_U, len(arm_ids))
+        self._store.write_viewers(key_U, totals)
+        by_id = {arm.id: arm for arm in self._arms.values()}
+        for arm_id, grown in zip(arm_ids.tolist(), growth, strict=True):
+            arm = by_id[arm_id]
+            arm.sums = arm.sums + grown  # a new array: the old one is in the snapshot
+            self._store.write_sums(arm)
+
+    def _admit(self, rollout: str, exposed_at: float) -> None:
+        """Note that a rollout is there, and end the one shown longest ago when there are too many."""
+        known = self._rollouts.get(rollout)
+        if known is None:
+            known = self._rollouts[rollout] = KnownRollout(exposed_at)
+        elif known.retired:
+            return
+        known.exposed_at = max(known.exposed_at, exposed_at)
+        self._store.write_rollout(rollout, known)
+        kept = [name for name, one in self._rollouts.items() if not one.retired or self._arms_of(name)]
+        while len(kept) > self._keep:
+            oldest = min(kept, key=lambda name: (not self._rollouts[name].retired, self._rollouts[name].exposed_at))
+            kept.remove(oldest)
+            self._drop(oldest)
+
+    def _drop(self, rollout: str) -> None:
+        known = self._rollouts[rollout]
+        known.retired = True
+        self._store.write_rollout(rollout, known)
+        for arm in self._arms_of(rollout):
+            self._store.drop_arm(self._arms.pop(arm))
+
+    def _arms_of(self, rollout: str) -> list[ExposedArm]:
+        return [arm for arm in self._arms if arm.rollout == rollout]
+
+    def _arm_numbers(self, arms: Iterable[ExposedArm], index_N: I64) -> tuple[I64, Bools]:
+        """The arms' numbers in the file by row, and whether their rollout goes on; arms that are new are made."""
+        numbers, live = [], []
+        for arm in arms:
+            rollout = self._rollouts.get(arm.rollout)
+            goes_on = rollout is not None and not rollout.retired
+            number = self._known_arm(arm).id if goes_on else -1
+            numbers.append(number)
+            live.append(goes_on)
+        return np.array(numbers, np.int64)[index_N], np.array(live, bool)[index_N]
+
+    def _known_arm(self, arm: ExposedArm) -> KnownArm:
+        known = self._arms.get(arm)
+        if known is None:
+            known = self._arms[arm] = self._store.add_arm(arm)
+        return known
+
+    def _count_received(self, columns: OutcomeColumns, fate_N: I64, now: float) -> None:
+        code_N = (columns.arm * len(KINDS) + columns.kind) * len(RECEIVED_OUTCOMES) + fate_N
+        codes, counts = np.unique(code_N, return_counts=True)
+        fresh: Counter[ReceivedKey] = Counter()
+        for code, count in zip(codes.tolist(), counts.tolist(), strict=True):
+            rest, fate = divmod(code, len(RECEIVED_OUTCOMES))
+            arm, kind = columns.arms[rest // len(KINDS)], KINDS[rest % len(KINDS)]
+            fresh[arm.release, arm.arm.value, kind.value, RECEIVED_OUTCOMES[fate]] += count
+        self._received.update(fresh)
+        self._store.add_received(fresh.items(), now)
+
+
+def _outcome_part(columns: OutcomeColumns, key_N: I64, counted: I64) -> Additions:
+    """Counted outcomes as additions; a long watch is a second row beside its watch."""
+    long = counted[columns.long_watch[counted]]
+    rows = np.concatenate([counted, long])
+    amount = np.concatenate([columns.amount[counted], np.ones(len(long))])
+    metric = np.concatenate([METRIC_OF_KIND[columns.kind[counted]], np.full(len(long), LONG_WATCH)])
+    return Additions(
+        key=key_N[rows],
+        slices=columns.slices[rows],
+        column=1 + metric,
+        amount=amount * columns.weight[rows],
+        impressions=np.zeros(len(rows), np.int64),
+    )

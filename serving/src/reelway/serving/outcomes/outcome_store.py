@@ -1,0 +1,262 @@
+"""Where the collector keeps what it was told: one SQLite file, one process, one transaction per batch.
+
+Knows rows and transactions, no arithmetic and no rules. The file is locked while it is open: two processes that both
+add to the same totals would lose outcomes without a word.
+"""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from reelway.platform.contracts.events import Arm
+from reelway.platform.errors import StorageError
+from reelway.serving.outcomes.exposures import ExposedArm
+from reelway.serving.outcomes.viewer_sums import COLUMNS, SLICES, SUMS, ViewerTotals
+
+SCHEMA_VERSION: Final = 1
+_ARM_SHIFT: Final = 53
+"""A viewer's row id is the arm's number above the 53 bits of the viewer's id: one B-tree, one arm side by side."""
+MAX_ARMS: Final = 1 << (63 - _ARM_SHIFT)
+_SCHEMA: Final = """
+CREATE TABLE rollouts (rollout TEXT PRIMARY KEY, exposed_at REAL NOT NULL, retired INTEGER NOT NULL) WITHOUT ROWID;
+CREATE TABLE arms (
+    id INTEGER PRIMARY KEY, rollout TEXT NOT NULL, arm TEXT NOT NULL, release TEXT NOT NULL, sums BLOB NOT NULL,
+    dropped INTEGER NOT NULL DEFAULT 0
+);
+CREATE TABLE viewers (id INTEGER PRIMARY KEY, present INTEGER NOT NULL, totals BLOB NOT NULL);
+-- By hour of the impression: new ones are written side by side, and old ones end side by side.
+CREATE TABLE seen (
+    hour INTEGER, impression_id INTEGER, types INTEGER NOT NULL, PRIMARY KEY (hour, impression_id)
+) WITHOUT ROWID;
+CREATE TABLE received (
+    release TEXT, arm TEXT, kind TEXT, outcome TEXT, count INTEGER NOT NULL, at REAL NOT NULL,
+    PRIMARY KEY (release, arm, kind, outcome)
+) WITHOUT ROWID;
+CREATE TABLE origins (origin TEXT PRIMARY KEY, number INTEGER NOT NULL, heard_at REAL NOT NULL) WITHOUT ROWID;
+"""
+
+ReceivedKey = tuple[str, str, str, str]  # release, arm, kind, outcome
+
+
+@dataclass(slots=True)
+class KnownRollout:
+    """``exposed_at``: when it was last shown to somebody, 0 for one known from tokens only."""
+
+    exposed_at: float
+    retired: bool = False
+
+
+@dataclass(slots=True)
+class KnownArm:
+    """An arm's number in the file and its sums, ``[S, SUMS]``."""
+
+    id: int
+    sums: NDArray[np.float64]
+
+
+class OutcomeStore:
+    """The file. All methods but the constructor are called by one thread.
+
+    Args:
+        path: made when absent.
+        wait_s: for another process to let go of it.
+
+    Raises:
+        StorageError: it cannot be opened, is held by another process, or was written by another version.
+    """
+
+    def __init__(self, path: Path, *, wait_s: float = 30.0) -> None:
+        self._path = path
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._db = sqlite3.connect(path, timeout=wait_s, isolation_level=None, check_same_thread=False)
+            try:
+                self._prepare()
+            except BaseException:
+                self._db.close()
+                raise
+        except (sqlite3.Error, OSError) as error:
+            raise StorageError(f"{path}: cannot open the outcomes' file: {error}; one process at a time may") from error
+
+    def _prepare(self) -> None:
+        self._db.execute("PRAGMA locking_mode = EXCLUSIVE")
+        self._db.execute("PRAGMA journal_mode = WAL")
+        self._db.execute("PRAGMA synchronous = FULL")  # an answer is sent after the commit and must outlive the power
+        self._db.execute("PRAGMA cache_size = -32768")
+        self._db.execute("PRAGMA wal_autocheckpoint = 8192")
+        self._db.execute("BEGIN IMMEDIATE")
+        version = self._db.execute("PRAGMA user_version").fetchone()[0]
+        if version == 0:
+            for statement in _SCHEMA.split(";\n"):
+                self._db.execute(statement)
+            self._db.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
+        self._db.execute("COMMIT")
+        if version not in (0, SCHEMA_VERSION):
+            raise StorageError(
+                f"{self._path}: outcomes of schema {version}, expected {SCHEMA_VERSION}; move the file away"
+            )
+
+    def close(self) -> None:
+        self._db.close()
+
+    @contextmanager
+    def transaction(self) -> Iterator[None]:
+        """All of the block is on disk when it is left, or nothing of it.
+
+        Raises:
+            StorageError: SQLite's own word, e.g. that the disk is full.
+        """
+        try:
+            self._db.execute("BEGIN IMMEDIATE")
+            try:
+                yield
+                self._db.execute("COMMIT")
+            except BaseException:
+                if self._db.in_transaction:
+                    self._db.execute("ROLLBACK")
+                raise
+        except sqlite3.Error as error:
+            raise StorageError(f"{self._path}: outcomes cannot be written: {error}; nothing was counted") from error
+
+    def rollouts(self) -> dict[str, KnownRollout]:
+        rows = self._db.execute("SELECT rollout, exposed_at, retired FROM rollouts")
+        return {rollout: KnownRollout(exposed_at, bool(retired)) for rollout, exposed_at, retired in rows}
+
+    def arms(self) -> dict[ExposedArm, KnownArm]:
+        rows = self._db.execute("SELECT id, rollout, arm, release, sums FROM arms WHERE NOT dropped ORDER BY id")
+        return {
+            ExposedArm(rollout, Arm(arm), release): KnownArm(
+                number, np.frombuffer(sums).reshape(len(SLICES), SUMS).copy()
+            )
+            for number, rollout, arm, release, sums in rows
+        }
+
+    def received(self) -> dict[ReceivedKey, int]:
+        rows = self._db.execute("SELECT release, arm, kind, outcome, count FROM received")
+        return {(release, arm, kind, outcome): count for release, arm, kind, outcome, count in rows}
+
+    def last_number(self, origin: str) -> int:
+        """Of the batches of exposures that an origin has sent; 0 before the first."""
+        row = self._db.execute("SELECT number FROM origins WHERE origin = ?", (origin,)).fetchone()
+        return int(row[0]) if row else 0
+
+    def set_last_number(self, origin: str, number: int, now: float) -> None:
+        self._db.execute("INSERT OR REPLACE INTO origins VALUES (?, ?, ?)", (origin, number, now))
+
+    def write_rollout(self, rollout: str, known: KnownRollout) -> None:
+        self._db.execute(
+            "INSERT OR REPLACE INTO rollouts VALUES (?, ?, ?)", (rollout, known.exposed_at, int(known.retired))
+        )
+
+    def forget_rollout(self, rollout: str) -> None:
+        self._db.execute("DELETE FROM rollouts WHERE rollout = ?", (rollout,))
+
+    def add_arm(self, arm: ExposedArm) -> KnownArm:
+        """A new arm with nothing in it.
+
+        Raises:
+            StorageError: there are too many that have not been cleaned up yet.
+        """
+        taken = {row[0] for row in self._db.execute("SELECT id FROM arms")}
+        free = next((number for number in range(MAX_ARMS) if number not in taken), None)
+        if free is None:
+            raise StorageError(f"{self._path}: {MAX_ARMS} arms at once, expected a few; move the file away")
+        sums = np.zeros((len(SLICES), SUMS))
+        self._db.execute(
+            "INSERT INTO arms (id, rollout, arm, release, sums) VALUES (?, ?, ?, ?, ?)",
+            (free, arm.rollout, arm.arm.value, arm.release, sums.tobytes()),
+        )
+        return KnownArm(free, sums)
+
+    def write_sums(self, arm: KnownArm) -> None:
+        self._db.execute("UPDATE arms SET sums = ? WHERE id = ?", (arm.sums.tobytes(), arm.id))
+
+    def drop_arm(self, arm: KnownArm) -> None:
+        """Forget it; ``clean`` takes its viewers away bit by bit."""
+        self._db.execute("UPDATE arms SET dropped = 1 WHERE id = ?", (arm.id,))
+
+    def add_received(self, counts: Iterable[tuple[ReceivedKey, int]], now: float) -> None:
+        self._db.executemany(
+            "INSERT INTO received VALUES (?, ?, ?, ?, ?, ?) ON CONFLICT DO UPDATE "
+            "SET count = count + excluded.count, at = excluded.at",
+            [(*key, count, now) for key, count in counts],
+        )
+
+    def read_viewers(self, keys: NDArray[np.int64]) -> ViewerTotals:
+        """Totals of the viewers with these ascending keys (``viewer_keys``); zeros for those that nobody knows."""
+        found = self._db.execute(
+            "SELECT v.id, v.present, v.totals FROM json_each(?) AS k CROSS JOIN viewers AS v ON v.id = k.value",
+            (json.dumps(keys.tolist()),),
+        ).fetchall()
+        known = ViewerTotals.unknown(len(keys))
+        if found:
+            place = np.searchsorted(keys, np.array([row[0] for row in found], np.int64))
+            known.present[place] = [row[1] for row in found]
+            blobs = np.frombuffer(b"".join([row[2] for row in found]))
+            known.totals[place] = blobs.reshape(len(found), len(SLICES), COLUMNS)
+        return known
+
+    def write_viewers(self, keys: NDArray[np.int64], totals: ViewerTotals) -> None:
+        raw = totals.totals.tobytes()
+        size = len(SLICES) * COLUMNS * 8
+        blobs = [raw[start : start + size] for start in range(0, len(raw), size)]
+        rows: Sequence[tuple[object, ...]] = list(zip(keys.tolist(), totals.present.tolist(), blobs, strict=True))
+        self._db.executemany("INSERT OR REPLACE INTO viewers VALUES (?, ?, ?)", rows)
+
+    def read_seen(self, hour: int, impression_ids: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Bits of the types that were counted for these ascending impressions of one hour."""
+        found = self._db.execute(
+            "SELECT s.impression_id, s.types FROM json_each(?) AS k CROSS JOIN seen AS s "
+            "ON s.hour = ? AND s.impression_id = k.value",
+            (json.dumps(impression_ids.tolist()), hour),
+        ).fetchall()
+        types = np.zeros(len(impression_ids), np.int64)
+        if found:
+            rows = np.array(found, np.int64)
+            types[np.searchsorted(impression_ids, rows[:, 0])] = rows[:, 1]
+        return types
+
+    def write_seen(self, hour: int, impression_ids: NDArray[np.int64], types: NDArray[np.int64]) -> None:
+        rows = [
+            (hour, impression, bits) for impression, bits in zip(impression_ids.tolist(), types.tolist(), strict=True)
+        ]
+        self._db.executemany("INSERT OR REPLACE INTO seen VALUES (?, ?, ?)", rows)
+
+    def clean(self, *, seen_before_hour: int, forget_before: float, received_before: float, limit: int) -> int:
+        """Take away what nobody asks for any more, at most ``limit`` rows of each kind. Returns how many went."""
+        gone = self._db.execute(
+            "DELETE FROM seen WHERE (hour, impression_id) IN "
+            "(SELECT hour, impression_id FROM seen WHERE hour < ? ORDER BY hour LIMIT ?)",
+            (seen_before_hour, limit),
+        ).rowcount
+        for (number,) in self._db.execute("SELECT id FROM arms WHERE dropped").fetchall():
+            first = number << _ARM_SHIFT
+            span = (first, first + (1 << _ARM_SHIFT) - 1, limit)
+            viewers = self._db.execute(
+                "DELETE FROM viewers WHERE id IN (SELECT id FROM viewers WHERE id BETWEEN ? AND ? LIMIT ?)", span
+            ).rowcount
+            gone += viewers
+            if not viewers:
+                self._db.execute("DELETE FROM arms WHERE id = ?", (number,))
+        self._db.execute("DELETE FROM origins WHERE heard_at < ?", (forget_before,))
+        self._db.execute("DELETE FROM received WHERE at < ?", (received_before,))
+        return gone
+
+
+def viewer_keys(arm_ids: NDArray[np.int64], viewer_ids: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Row ids of viewers on arms."""
+    return np.asarray((arm_ids << _ARM_SHIFT) | viewer_ids)
+
+
+def arm_ids_of(keys: NDArray[np.int64]) -> NDArray[np.int64]:
+    """The arms' numbers in ``viewer_keys``."""
+    return np.asarray(keys >> _ARM_SHIFT)

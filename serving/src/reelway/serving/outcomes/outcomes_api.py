@@ -1,0 +1,136 @@
+"""``/v1/outcomes`` over HTTP: what clients report, and the counters for whoever judges. Knows neither Ray nor SQLite.
+
+Routes are relative: ``POST ""`` (or ``"/"``) and ``GET /metrics``. Behind Ray Serve's ``route_prefix="/v1/outcomes"``
+a request carries the prefix as its ``root_path`` (ASGI), and the routing takes it off. In a deployment::
+
+    @serve.ingress(...)  # one replica: the file belongs to one process
+    class Outcomes:
+        def __init__(self, path, secrets):
+            self._collector = OutcomeCollector(path)
+            self._signer = TokenSigner(*secrets)
+
+        def __serve_build_asgi_app__(self):
+            return build_outcomes_api(self._collector, self._signer)
+
+        async def expose(self, batch):  # by the routers' `forward_exposures(buffer, handle.expose.remote)`
+            await asyncio.wrap_future(self._collector.expose(batch))
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Final
+
+from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from prometheus_client import CONTENT_TYPE_LATEST
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from reelway.platform.contracts.api import ErrorResponse, OutcomesRequest, OutcomesResponse
+from reelway.platform.errors import ServingError, StorageError
+from reelway.platform.tokens import TokenSigner
+from reelway.serving.http_api import field_error
+from reelway.serving.outcomes.collector import OutcomeCollector
+from reelway.serving.outcomes.reported import read_outcomes
+
+log = logging.getLogger(__name__)
+
+MAX_BODY_BYTES: Final = 1 << 20
+"""A thousand outcomes are a quarter of this."""
+
+
+def build_outcomes_api(collector: OutcomeCollector, signer: TokenSigner) -> FastAPI:
+    """The ASGI application. It closes the collector when it is shut down."""
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        yield
+        await asyncio.to_thread(collector.close)
+
+    api = FastAPI(
+        title="Reelway outcomes",
+        description="What viewers did with what they were shown. Send a video's token back with every outcome.",
+        version="1",
+        lifespan=lifespan,
+    )
+    api.add_middleware(_ShortBody)
+    api.add_middleware(_RootIsSlash)
+
+    answers: dict[int | str, dict[str, object]] = {
+        413: {"model": ErrorResponse},
+        422: {"model": ErrorResponse},
+        503: {"model": ErrorResponse},
+    }
+
+    @api.post("/", response_model=OutcomesResponse, responses=answers)
+    async def report(request: OutcomesRequest) -> Response:
+        """Count up to 1,000 outcomes. The answer is sent when they are on disk; without one, send them again."""
+        columns, refused = read_outcomes(request.outcomes, signer)
+        if refused:
+            collector.count_refused(len(refused))
+        counts = await asyncio.wrap_future(collector.record(columns))
+        answer = OutcomesResponse(accepted=len(columns), refused=refused, **counts)
+        return Response(answer.model_dump_json(), media_type="application/json")
+
+    @api.get("/metrics", response_class=Response)
+    async def metrics() -> Response:
+        """The rollouts' sufficient statistics, for Prometheus or a direct scrape."""
+        return Response(await asyncio.to_thread(collector.metrics_text), media_type=CONTENT_TYPE_LATEST)
+
+    @api.exception_handler(RequestValidationError)
+    async def refuse(_: Request, error: RequestValidationError) -> Response:
+        fields = [field_error(one) for one in error.errors()]
+        named = ", ".join(dict.fromkeys(field.field for field in fields))
+        body = ErrorResponse(error=f"the request is invalid; correct {named}", fields=fields)
+        return JSONResponse(body.model_dump(mode="json"), status_code=422)
+
+    @api.exception_handler(HTTPException)
+    async def refuse_whole(_: Request, error: HTTPException) -> Response:
+        body = ErrorResponse(error=str(error.detail))
+        return JSONResponse(body.model_dump(mode="json"), status_code=error.status_code)
+
+    @api.exception_handler(StorageError)
+    @api.exception_handler(ServingError)
+    async def unavailable(_: Request, error: Exception) -> Response:
+        log.error("outcomes were not counted: %s", error)
+        body = ErrorResponse(error="the outcomes cannot be counted now; send them again")
+        return JSONResponse(body.model_dump(mode="json"), status_code=503, headers={"Retry-After": "1"})
+
+    return api
+
+
+class _RootIsSlash:
+    """``/v1/outcomes`` itself is ``POST ""``: without this it would be redirected to a path with a slash."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["path"] in ("", scope.get("root_path")):
+            scope = {**scope, "path": f"{scope.get('root_path', '')}/"}
+        await self._app(scope, receive, send)
+
+
+class _ShortBody:
+    """Refuses a body that is longer than any request can be, before it is in memory."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        read = 0
+
+        async def receive_some() -> Message:
+            nonlocal read
+            message = await receive()
+            read += len(message.get("body", b""))
+            if read > MAX_BODY_BYTES:
+                raise HTTPException(413, f"the body has more than {MAX_BODY_BYTES} bytes; send fewer outcomes at once")
+            return message
+
+        await self._app(scope, receive_some, send)

@@ -1,0 +1,130 @@
+"""Reported outcomes as columns: the last place where one of them is an object of its own.
+
+Reads tokens and checks what a schema cannot. It knows neither clocks nor rollouts: whether an outcome counts is the
+collector's.
+"""
+
+# Shapes: N outcomes
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from reelway.platform.contracts.api import RefusedOutcome, ReportedOutcome
+from reelway.platform.contracts.events import LONG_WATCH_CAP_MS, LONG_WATCH_RATIO, OutcomeType
+from reelway.platform.errors import TokenError
+from reelway.platform.tokens import TokenSigner
+from reelway.serving.outcomes.exposures import ExposedArm
+from reelway.serving.outcomes.viewer_sums import METRICS
+
+KINDS: Final = tuple(OutcomeType)
+_KIND_CODES: Final = {kind: code for code, kind in enumerate(KINDS)}
+_WATCH: Final = _KIND_CODES[OutcomeType.WATCH]
+METRIC_OF_KIND: Final = np.array(
+    [METRICS.index("watch_s_per_impression" if kind is OutcomeType.WATCH else f"{kind}_rate") for kind in KINDS]
+)
+"""The metric that an outcome of a type adds to; a watch adds to ``LONG_WATCH`` as well."""
+LONG_WATCH: Final = METRICS.index("long_watch_rate")
+
+
+@dataclass(frozen=True, slots=True)
+class OutcomeColumns:
+    """Outcomes whose tokens held, in the order in which they were reported."""
+
+    arms: tuple[ExposedArm, ...]
+    arm: NDArray[np.int64]  # index into arms
+    impression_id: NDArray[np.int64]
+    viewer_id: NDArray[np.int64]
+    issued_at: NDArray[np.float64]  # Unix seconds
+    done_at: NDArray[np.float64]  # the client's event_time; -inf where it gave none
+    weight: NDArray[np.float64]
+    slices: NDArray[np.uint8]
+    duration_ms: NDArray[np.float64]
+    kind: NDArray[np.int64]  # index into KINDS
+    value: NDArray[np.float64]
+
+    def __len__(self) -> int:
+        return len(self.arm)
+
+    @property
+    def watch(self) -> NDArray[np.bool_]:
+        return np.equal(self.kind, _WATCH)
+
+    @property
+    def long_watch(self) -> NDArray[np.bool_]:
+        """As everywhere (``contracts.events``); of a video of unknown length only ``LONG_WATCH_CAP_MS`` is long."""
+        share = np.where(self.duration_ms > 0, LONG_WATCH_RATIO * self.duration_ms, LONG_WATCH_CAP_MS)
+        return np.asarray(self.watch & (self.value >= np.minimum(share, LONG_WATCH_CAP_MS)))
+
+    @property
+    def amount(self) -> NDArray[np.float64]:
+        """What each adds to its metric at weight 1: seconds of a watch, else 1."""
+        return np.where(self.watch, self.value / 1_000.0, 1.0)
+
+
+def read_outcomes(
+    reported: Sequence[ReportedOutcome], signer: TokenSigner
+) -> tuple[OutcomeColumns, list[RefusedOutcome]]:
+    """The outcomes that can be counted, and why the others cannot."""
+    arms: dict[ExposedArm, int] = {}
+    rows: list[tuple[int, int, int, float, float, float, int, int, int, float]] = []
+    refused: list[RefusedOutcome] = []
+    for index, one in enumerate(reported):
+        try:
+            (
+                impression, _, viewer, _, _, release, arm, _, _, issued_at_s, rollout, weight, slices, duration_ms,
+            ) = signer.read(one.token)  # fmt: skip
+        except TokenError as error:
+            refused.append(RefusedOutcome(index=index, message=str(error)))
+            continue
+        kind, value = _KIND_CODES[one.type], one.value
+        if kind == _WATCH:
+            if value is None:
+                message = "a watch without a value; give the watched milliseconds"
+                refused.append(RefusedOutcome(index=index, message=message))
+                continue
+        elif value is not None and value != 1:
+            message = f"a {one.type} with the value {value:g}, expected 1; leave the value out"
+            refused.append(RefusedOutcome(index=index, message=message))
+            continue
+        code = arms.setdefault(ExposedArm(rollout, arm, release), len(arms))
+        done_at = one.event_time.timestamp() if one.event_time else -np.inf
+        rows.append(
+            (
+                code,
+                impression,
+                viewer,
+                issued_at_s,
+                done_at,
+                weight,
+                slices,
+                duration_ms,
+                kind,
+                1.0 if value is None else value,
+            )
+        )
+    return _columns(tuple(arms), rows), refused
+
+
+def _columns(arms: tuple[ExposedArm, ...], rows: Sequence[tuple[float, ...]]) -> OutcomeColumns:
+    code, impression, viewer, issued, done, weight, slices, duration, kind, value = (
+        zip(*rows, strict=True) if rows else ((),) * 10
+    )
+    return OutcomeColumns(
+        arms,
+        arm=np.array(code, np.int64),
+        impression_id=np.array(impression, np.int64),
+        viewer_id=np.array(viewer, np.int64),
+        issued_at=np.array(issued, np.float64),
+        done_at=np.array(done, np.float64),
+        weight=np.array(weight, np.float64),
+        slices=np.array(slices, np.uint8),
+        duration_ms=np.array(duration, np.float64),
+        kind=np.array(kind, np.int64),
+        value=np.array(value, np.float64),
+    )
