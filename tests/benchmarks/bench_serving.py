@@ -27,6 +27,7 @@ from tests.serving.viewer_store import make_viewer_store
 from reelway.platform.cli.terminal import say
 from reelway.platform.contracts.api import RecommendRequest
 from reelway.platform.features.store import ViewerRows, open_feature_store
+from reelway.platform.rollout.routing import Routing
 from reelway.platform.tokens import TokenSigner
 from reelway.serving.commands import free_port
 from reelway.serving.release_loader import ReleaseLoader
@@ -67,7 +68,7 @@ def measure(place: Path, videos: int, requests: int, concurrency: int) -> list[R
         place / "releases", place / "metrics", (SECRET,), features_dir=place / "features", port=free_port("127.0.0.1")
     )
     say("starting Ray Serve")
-    with running_service({release: 10_000}, options) as url, httpx.Client(base_url=url, timeout=30) as client:
+    with running_service(Routing.whole(release), options) as url, httpx.Client(base_url=url, timeout=30) as client:
 
         def floor(i: int) -> int:
             request = RecommendRequest(viewer_id=i % VIEWERS, count=COUNT)

@@ -153,6 +153,7 @@ def test_a_store_that_fails_leaves_the_context_only(release: Release) -> None:
     assert answer.degraded == ["no_viewer_row"]
     assert len(answer.videos) == 20
     assert counted(registry, "reelway_ingress_degraded_total", release, arm="stable", rung="no_viewer_row") == 1
+    assert counted(registry, "reelway_ingress_requests_total", release, arm="stable", outcome="context_only") == 1
 
 
 def test_a_row_that_makes_no_sense_is_a_rung_and_not_a_failure(release: Release) -> None:

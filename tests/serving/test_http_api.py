@@ -11,7 +11,8 @@ from fastapi.testclient import TestClient
 
 from reelway.platform.contracts.api import RecommendRequest, RecommendResponse
 from reelway.platform.contracts.events import Arm
-from reelway.serving.http_api import CurrentReleases, ServedRelease, build_http_api
+from reelway.platform.rollout.routing import Routing
+from reelway.serving.http_api import Answer, CurrentReleases, ServedRelease, build_http_api
 
 
 class OneVideoService:
@@ -21,8 +22,9 @@ class OneVideoService:
         self.breaks = False
         self.refused = 0
         self.asked: list[RecommendRequest] = []
+        self.done_after: list[int] = []
 
-    async def recommend(self, request: RecommendRequest) -> RecommendResponse:
+    async def recommend(self, request: RecommendRequest) -> Answer:
         self.asked.append(request)
         if self.breaks:
             raise ValueError("a bug")
@@ -35,12 +37,22 @@ class OneVideoService:
             "reason": "x",
             "token": "t",
         }
-        return RecommendResponse.model_validate(
+        response = RecommendResponse.model_validate(
             {"request_id": 3, "viewer_id": request.viewer_id, "release": "r", "arm": "stable", "videos": [video]}
         )
+        return Answer(response, self.afterwards)
+
+    async def afterwards(self) -> None:
+        self.done_after.append(len(self.asked))
 
     def current_releases(self) -> CurrentReleases:
-        return CurrentReleases(releases=[ServedRelease(release="r", arm=Arm.STABLE, weight_basis_points=10_000)])
+        return CurrentReleases(
+            rollout="",
+            salt="reelway",
+            routing=Routing.whole("r"),
+            releases=[ServedRelease(release="r", arm=Arm.STABLE, weight_basis_points=10_000)],
+            open=["r"],
+        )
 
     async def metrics_text(self) -> bytes:
         return b"reelway_ingress_requests_total 1\n"
@@ -68,6 +80,7 @@ def test_a_valid_request_is_answered(client: TestClient, service: OneVideoServic
     assert answer.status_code == 200
     assert RecommendResponse.model_validate(answer.json()).viewer_id == 5
     assert service.asked[0].context.device == "phone"
+    assert service.done_after == [1]
 
 
 @pytest.mark.parametrize(
@@ -154,6 +167,11 @@ def test_the_published_schema_is_valid_and_describes_requests_answers_and_refusa
 def test_health_releases_and_metrics_answer(client: TestClient) -> None:
     assert client.get("/healthz").json() == {"status": "ok"}
     assert client.get("/v1/releases/current").json() == {
-        "releases": [{"release": "r", "arm": "stable", "weight_basis_points": 10_000}]
+        "rollout": "",
+        "salt": "reelway",
+        "routing": Routing.whole("r").model_dump(mode="json"),
+        "releases": [{"release": "r", "arm": "stable", "weight_basis_points": 10_000}],
+        "open": ["r"],
+        "faults": {},
     }
     assert client.get("/metrics").headers["content-type"].startswith("text/plain")

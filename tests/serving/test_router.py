@@ -1,27 +1,33 @@
-"""The router without Ray: arms, weights taken in place, and a store that fails or is late."""
+"""The router without Ray: arms, routings taken in place, releases that do not open, a store that fails or is late."""
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any, TypeVar
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from prometheus_client import CollectorRegistry
+from pydantic import ValidationError
 from tests.release_files import make_release_folder
 
-from reelway.platform.contracts.api import RecommendRequest
+from reelway.platform.contracts.api import RecommendRequest, RecommendResponse, RequestContext
 from reelway.platform.contracts.events import Arm
-from reelway.platform.errors import ConfigError, FeatureError
-from reelway.platform.rollout.bucketing import arm_of
+from reelway.platform.errors import FeatureError, IncompatibleReleaseError, ServingError
+from reelway.platform.rollout.bucketing import BUCKETS
+from reelway.platform.rollout.routing import ArmRoute, Routing, ShadowRoute
+from reelway.platform.tokens import TokenSigner
+from reelway.serving.open_releases import OpenRelease
 from reelway.serving.release_loader import ReleaseLoader
-
-pytest.importorskip("ray")
-from reelway.serving.deployments import BudgetsMs, Router, ServiceOptions
+from reelway.serving.router import Router, RouterParts, without
 
 T = TypeVar("T")
 SALT = "a rollout"
+SIGNER = TokenSigner(b"a secret of the tests, long enough")
 
 
 class Store:
@@ -38,28 +44,47 @@ class Store:
         return {"region": "eu"}
 
 
-class LocalRouter(Router):
-    """The router over stages in its own process."""
+class Shelf:
+    """Releases in this process: opened for a router, closed by it, some of them broken or slow to open."""
 
-    def __init__(self, options: ServiceOptions, store: Store) -> None:
-        super().__init__(options)
-        self._rows = store  # type: ignore[assignment]
+    def __init__(self, place: Path) -> None:
+        self._place = place
         self.opened: list[str] = []
+        self.closed: list[str] = []
+        self.broken: set[str] = set()
+        self.gates: dict[str, asyncio.Event] = {}
 
-    async def _open(self, release: str) -> Any:
+    async def open(self, release: str) -> OpenRelease:
         self.opened.append(release)
-        loader = ReleaseLoader(self._options.releases_dir / release)
-        return loader.edge(), loader.stages()
+        if gate := self.gates.get(release):
+            await gate.wait()
+        if release in self.broken:
+            raise IncompatibleReleaseError(f"release {release[:12]} is broken")
+        loader = ReleaseLoader(self._place / release)
+
+        async def close() -> None:
+            self.closed.append(release)
+
+        return OpenRelease(loader.edge(), loader.stages(), close)
 
 
 @pytest.fixture(scope="module")
-def releases(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str]]:
-    place = tmp_path_factory.mktemp("releases")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("releases")
+
+
+@pytest.fixture(scope="module")
+def ids(place: Path) -> list[str]:
     ids = []
-    for seed in range(2):
+    for seed in range(3):
         ids.append(make_release_folder(place / str(seed), seed=seed).release_id)
         (place / str(seed)).rename(place / ids[-1])
-    return place, ids
+    return ids
+
+
+@pytest.fixture
+def shelf(place: Path) -> Shelf:
+    return Shelf(place)
 
 
 @pytest.fixture
@@ -68,79 +93,245 @@ def store() -> Store:
 
 
 @pytest.fixture
-def router(releases: tuple[Path, list[str]], store: Store, tmp_path: Path) -> LocalRouter:
-    budgets = BudgetsMs(viewer_row=100)
-    options = ServiceOptions(releases[0], tmp_path, (b"a secret of the tests, long enough",), budgets=budgets)
-    made = LocalRouter(options, store)
-    run(made.reconfigure({"salt": SALT, "weights": {releases[1][0]: 10_000}}))
-    return made
+def router(shelf: Shelf, store: Store) -> Router:
+    return Router(
+        shelf.open, RouterParts(SIGNER, CollectorRegistry(), read_viewer=lambda v: store.read(v), viewer_row_ms=100)
+    )
+
+
+def routing(
+    *, stable: str, canary: str | None = None, canary_bp: int = 0, holdout_bp: int = 0, **fields: Any
+) -> dict[str, Any]:
+    """A configuration as Serve hands it over."""
+    arms = [ArmRoute(arm=Arm.CANARY, release=canary, weight_bp=canary_bp)] if canary else []
+    arms.append(ArmRoute(arm=Arm.STABLE, release=stable, weight_bp=BUCKETS - canary_bp - holdout_bp))
+    if holdout_bp:
+        arms.append(ArmRoute(arm=Arm.HOLDOUT, release=stable, weight_bp=holdout_bp))
+    return Routing(salt=SALT, arms=tuple(arms), **fields).model_dump(mode="json")
 
 
 def run(work: Coroutine[Any, Any, T]) -> T:
     return asyncio.run(work)
 
 
-def counted(router: LocalRouter, name: str, **labels: str) -> float:
+async def ask(router: Router, viewer: int = 1, count: int = 20, **context: Any) -> RecommendResponse:
+    answer = await router.recommend(RecommendRequest(viewer_id=viewer, count=count, context=RequestContext(**context)))
+    if answer.afterwards:
+        await answer.afterwards()
+    return answer.response
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < deadline, "it did not come about"
+        await asyncio.sleep(0.005)
+
+
+def counted(router: Router, name: str, **labels: str) -> float:
     return sum(
         sample.value
-        for family in router._registry.collect()
+        for family in router._parts.registry.collect()
         for sample in family.samples
         if sample.name == name and labels.items() <= sample.labels.items()
     )
 
 
-def test_each_viewer_is_answered_by_the_release_of_their_arm(
-    router: LocalRouter, releases: tuple[Path, list[str]]
-) -> None:
-    stable, canary = releases[1]
-    weights = {canary: 3000, stable: 7000}
-    run(router.reconfigure({"salt": SALT, "weights": weights}))
-    for viewer in range(40):
-        answer = run(router.recommend(RecommendRequest(viewer_id=viewer, count=1)))
-        assert answer.release == arm_of(viewer, SALT, weights)
-        assert answer.arm == (Arm.CANARY if answer.release == canary else Arm.STABLE)
-    assert counted(router, "reelway_ingress_requests_total", arm="canary", release=canary[:12]) > 0
+def test_each_viewer_is_answered_by_the_release_of_their_arm(router: Router, ids: list[str]) -> None:
+    given_routing = routing(stable=ids[0], canary=ids[1], canary_bp=3000, holdout_bp=1000, rollout="r1")
+    expected = Routing.model_validate(given_routing)
+
+    async def check() -> None:
+        await router.reconfigure(given_routing)
+        for viewer in range(60):
+            answer, route = await ask(router, viewer, count=1), expected.route_of(viewer)
+            assert (answer.release, answer.arm) == (route.release, route.arm)
+            assert SIGNER.read(answer.videos[0].token).arm is route.arm
+
+    run(check())
+    for arm in ("canary", "stable", "holdout"):
+        assert counted(router, "reelway_ingress_requests_total", arm=arm, outcome="ok") > 0
 
 
-def test_a_change_of_weights_opens_only_what_is_new_and_forgets_what_left(
-    router: LocalRouter, releases: tuple[Path, list[str]]
+def test_the_holdout_sees_the_popular_list_in_its_order_and_is_not_degraded(
+    router: Router, ids: list[str], place: Path
 ) -> None:
-    stable, canary = releases[1]
-    for weights in ({canary: 500, stable: 9500}, {canary: 2000, stable: 8000}, {canary: 10_000}):
-        run(router.reconfigure({"salt": SALT, "weights": weights}))
-    assert router.opened == [stable, canary]
-    (only,) = router.current_releases().releases
-    assert (only.release, only.arm, only.weight_basis_points) == (canary, Arm.STABLE, 10_000)
+    edge = ReleaseLoader(place / ids[0]).edge()
+    configuration = routing(stable=ids[0], holdout_bp=5000)
+    viewer = next(v for v in range(100) if Routing.model_validate(configuration).route_of(v).arm is Arm.HOLDOUT)
+
+    async def check() -> RecommendResponse:
+        await router.reconfigure(configuration)
+        return await ask(router, viewer, count=10)
+
+    answer = run(check())
+    assert [video.video_id for video in answer.videos] == edge.table.video_id[edge.lists.popular[:10]].tolist()
+    assert answer.degraded == []
+    assert counted(router, "reelway_ingress_stage_latency_seconds_count", stage="retrieval") == 0
+
+
+def test_weights_change_without_opening_anything_again_and_what_left_is_closed(
+    router: Router, shelf: Shelf, ids: list[str]
+) -> None:
+    async def check() -> None:
+        await router.reconfigure(routing(stable=ids[0], warm=(ids[1],)))
+        for weight in (500, 2000, 10_000):
+            await router.reconfigure(routing(stable=ids[0], canary=ids[1], canary_bp=weight))
+            assert router.current_releases().routing.weight_of(Arm.CANARY) == weight  # at once: it was open
+        assert shelf.opened == ids[:2]
+        await router.reconfigure(routing(stable=ids[1]))
+        await until(lambda: shelf.closed == [ids[0]])
+        current = router.current_releases()
+        assert [(one.release, one.arm, one.weight_basis_points) for one in current.releases] == [
+            (ids[1], Arm.STABLE, 10_000)
+        ]
+        assert current.open == [ids[1]]
+
+    run(check())
+
+
+def test_a_release_that_cannot_be_opened_is_reported_and_its_share_is_stables(
+    router: Router, shelf: Shelf, ids: list[str]
+) -> None:
+    shelf.broken = {ids[1], ids[2]}
+    shadow = ShadowRoute(release=ids[2], weight_bp=10_000)
+
+    async def check() -> None:
+        await router.reconfigure(routing(stable=ids[0]))
+        await router.reconfigure(routing(stable=ids[0], canary=ids[1], canary_bp=4000, shadow=shadow, rollout="r1"))
+        await until(lambda: router.current_releases().rollout == "r1")
+        await until(lambda: set(router.current_releases().faults) == {ids[1], ids[2]})
+        current = router.current_releases()
+        assert {one.arm: one.weight_basis_points for one in current.releases} == {Arm.CANARY: 0, Arm.STABLE: 10_000}
+        assert "is broken" in current.faults[ids[1]]
+        assert current.routing.shadow is None
+        assert {(await ask(router, viewer, count=1)).release for viewer in range(40)} == {ids[0]}
+        shelf.broken = set()  # mended: the next configuration tries again
+        await router.reconfigure(routing(stable=ids[0], canary=ids[1], canary_bp=4000, rollout="r1"))
+        await until(lambda: router.current_releases().routing.weight_of(Arm.CANARY) == 4000)
+        assert router.current_releases().faults == {}
+
+    run(check())
+
+
+def test_a_release_is_open_before_it_has_weight_and_a_way_back_does_not_wait_for_it(
+    router: Router, shelf: Shelf, ids: list[str]
+) -> None:
+    async def check() -> None:
+        shelf.gates[ids[1]] = asyncio.Event()
+        await router.reconfigure(routing(stable=ids[0]))
+        await router.reconfigure(routing(stable=ids[0], canary=ids[1], canary_bp=9000, rollout="r1"))
+        await asyncio.sleep(0.05)
+        assert router.current_releases().rollout == ""  # still as before: the canary is being opened
+        assert (await ask(router)).release == ids[0]
+        await router.reconfigure(routing(stable=ids[0], rollout="back"))
+        assert router.current_releases().rollout == "back"
+        shelf.gates[ids[1]].set()
+        await until(lambda: shelf.closed == [ids[1]])  # opened for nobody any more
+        assert router.current_releases().rollout == "back"
+
+    run(check())
+
+
+def test_requests_in_flight_end_on_the_release_they_began_on_before_it_is_closed(
+    router: Router, shelf: Shelf, store: Store, ids: list[str]
+) -> None:
+    async def check() -> None:
+        await router.reconfigure(routing(stable=ids[0], warm=(ids[1],)))
+        store.late_s = 0.08
+        under_way = asyncio.create_task(ask(router))
+        await asyncio.sleep(0.02)
+        await router.reconfigure(routing(stable=ids[1]))
+        await asyncio.sleep(0.02)
+        assert shelf.closed == []
+        answer = await under_way
+        assert (answer.release, answer.degraded) == (ids[0], [])
+        await until(lambda: shelf.closed == [ids[0]])
+
+    run(check())
+
+
+def test_a_router_whose_stable_release_cannot_be_opened_does_not_start(
+    router: Router, shelf: Shelf, ids: list[str]
+) -> None:
+    shelf.broken = {ids[0]}
+    with pytest.raises(ServingError, match=r"stable.*is broken"):
+        run(router.reconfigure(routing(stable=ids[0], canary=ids[1], canary_bp=100)))
+
+
+def test_a_stable_release_that_cannot_be_opened_later_leaves_everything_as_it_was(
+    router: Router, shelf: Shelf, ids: list[str]
+) -> None:
+    shelf.broken = {ids[1]}
+
+    async def check() -> None:
+        await router.reconfigure(routing(stable=ids[0]))
+        await router.reconfigure(routing(stable=ids[1]))
+        await until(lambda: ids[1] in router.current_releases().faults)
+        assert (await ask(router)).release == ids[0]
+
+    run(check())
 
 
 @pytest.mark.parametrize("weight", [9999, 20_000, -1])
 def test_weights_that_leave_viewers_out_are_refused_and_the_old_ones_stay(
-    router: LocalRouter, releases: tuple[Path, list[str]], weight: int
+    router: Router, ids: list[str], weight: int
 ) -> None:
-    stable, canary = releases[1]
-    with pytest.raises(ConfigError, match="basis points"):
-        run(router.reconfigure({"salt": SALT, "weights": {canary: weight, stable: 0}}))
-    assert [one.release for one in router.current_releases().releases] == [stable]
-    assert run(router.recommend(RecommendRequest(viewer_id=1))).release == stable
+    wrong = routing(stable=ids[1])
+    wrong["arms"][0]["weight_bp"] = weight
+
+    async def check() -> None:
+        await router.reconfigure(routing(stable=ids[0]))
+        with pytest.raises(ValidationError):
+            await router.reconfigure(wrong)
+        assert (await ask(router)).release == ids[0]
+
+    run(check())
 
 
-def test_a_store_that_fails_costs_the_row_and_not_the_slate(router: LocalRouter, store: Store) -> None:
+@given(
+    weights=st.tuples(st.integers(0, 4000), st.integers(0, 4000)), missing=st.sets(st.sampled_from(["canary", "lists"]))
+)
+def test_whatever_is_missing_all_viewers_have_an_arm_that_is_there(weights: tuple[int, int], missing: set[str]) -> None:
+    arms = (
+        ArmRoute(arm=Arm.CANARY, release="canary", weight_bp=weights[0]),
+        ArmRoute(arm=Arm.STABLE, release="stable", weight_bp=BUCKETS - sum(weights)),
+        ArmRoute(arm=Arm.HOLDOUT, release="lists", weight_bp=weights[1]),
+    )
+    whole = Routing(salt=SALT, arms=arms)
+    left = without(whole, missing)
+    assert sum(route.weight_bp for route in left.arms) == BUCKETS
+    assert {route.release for route in left.arms if route.weight_bp} & missing == set()
+    assert left.releases == whole.releases
+    for viewer in range(50):  # nobody whose release is there is moved
+        before = whole.route_of(viewer)
+        assert before.release in missing or left.route_of(viewer).release == before.release
+
+
+def test_a_store_that_fails_costs_the_row_and_not_the_slate(router: Router, store: Store, ids: list[str]) -> None:
     store.fails = True
-    answer = run(router.recommend(RecommendRequest(viewer_id=1)))
+
+    async def check() -> RecommendResponse:
+        await router.reconfigure(routing(stable=ids[0]))
+        return await ask(router)
+
+    answer = run(check())
     assert answer.degraded == ["no_viewer_row"]
     assert len(answer.videos) == 20
     assert counted(router, "reelway_ingress_faults_total", stage="viewer_row", kind="error") == 1
     assert counted(router, "reelway_ingress_degraded_total", rung="no_viewer_row") == 1
+    assert counted(router, "reelway_ingress_requests_total", outcome="context_only") == 1
 
 
-def test_a_store_that_is_late_holds_up_neither_its_own_answer_nor_another(router: LocalRouter, store: Store) -> None:
+def test_a_store_that_is_late_holds_up_neither_its_own_answer_nor_another(
+    router: Router, store: Store, ids: list[str]
+) -> None:
     store.late_s = 1.0
 
-    async def both() -> tuple[Any, float]:
+    async def both() -> tuple[list[RecommendResponse], float]:
+        await router.reconfigure(routing(stable=ids[0]))
         start = time.monotonic()
-        answers = await asyncio.gather(
-            *(router.recommend(RecommendRequest(viewer_id=viewer, count=1)) for viewer in range(2))
-        )
+        answers = await asyncio.gather(*(ask(router, viewer, count=1) for viewer in range(2)))
         return answers, time.monotonic() - start
 
     answers, took_s = run(both())
@@ -149,5 +340,22 @@ def test_a_store_that_is_late_holds_up_neither_its_own_answer_nor_another(router
     assert counted(router, "reelway_ingress_faults_total", stage="viewer_row", kind="timeout") == 2
 
 
-def test_a_viewer_known_to_the_store_is_not_degraded(router: LocalRouter) -> None:
-    assert run(router.recommend(RecommendRequest(viewer_id=1))).degraded == []
+def test_a_request_that_no_rung_could_catch_is_counted_as_failed(
+    router: Router, ids: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def check() -> None:
+        await router.reconfigure(routing(stable=ids[0]))
+        monkeypatch.setattr("reelway.serving.graph.shown_videos", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            await ask(router)
+
+    run(check())
+    assert counted(router, "reelway_ingress_requests_total", arm="stable", outcome="failed") == 1
+
+
+def test_a_viewer_known_to_the_store_is_not_degraded(router: Router, ids: list[str]) -> None:
+    async def check() -> RecommendResponse:
+        await router.reconfigure(routing(stable=ids[0]))
+        return await ask(router)
+
+    assert run(check()).degraded == []

@@ -77,6 +77,7 @@ def serve(
     with only_server_of(directory):
         verified = _verified(directory, release)
         port = free_port(host) if port == 0 else refuse_taken_port(host, port)
+        from reelway.platform.rollout.routing import Routing
         from reelway.serving.deployments import Replicas, ServiceOptions, running_service
 
         place = (run / "serving").absolute()
@@ -94,7 +95,7 @@ def serve(
         release_id = verified.manifest.release_id
         with ExitStack() as stack:
             with console.status("starting Ray and the stages"):
-                url = stack.enter_context(running_service({release_id: 10_000}, options))
+                url = stack.enter_context(running_service(Routing.whole(release_id), options))
                 _warm_up(url)
             stack.enter_context(_record(directory, {"url": url, "pid": os.getpid(), "release": release_id}))
             out.print(f"serving release {release_id[:12]} at {url}", highlight=False)

@@ -3,9 +3,9 @@
 Two kinds of application, so that a release comes and goes as a whole:
 
 - one per release, named by its id: ``Retrieval``, ``Ranking`` and ``Reranking``, each scaled on its own;
-- ``router``, which takes HTTP, holds ``{release: weight}`` and calls the stages of the viewer's release. The weights
-  are its ``user_config``: written through Serve's configuration they reconfigure it in place. (``serve.run`` from
-  Python makes a new version of everything it is given, and replaces the replicas.)
+- ``router``, which takes HTTP, holds a ``Routing`` and calls the stages of the viewer's release. The routing is its
+  ``user_config``: written through Serve's configuration it reconfigures it in place. (``serve.run`` from Python makes
+  a new version of everything it is given, and replaces the replicas.)
 
 A hop carries one small tuple of arrays (2 to 10 kB). A hop that fails or is late raises, and the path steps down.
 """
@@ -13,18 +13,18 @@ A hop carries one small tuple of arrays (2 to 10 kB). A hop that fails or is lat
 from __future__ import annotations
 
 import asyncio
-import logging
 import os
 import signal
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any, Final, TypeVar
+from typing import Any, Final
 
 from reelway.serving.serve_settings import apply_settings, own_haproxy_places
 
@@ -35,26 +35,24 @@ import ray  # noqa: E402
 from fastapi import FastAPI  # noqa: E402
 from prometheus_client import CollectorRegistry  # noqa: E402
 from ray import serve  # noqa: E402
+from ray.serve.handle import DeploymentHandle  # noqa: E402
 
-from reelway.platform.contracts.api import RecommendRequest, RecommendResponse, RequestContext  # noqa: E402
-from reelway.platform.contracts.events import Arm  # noqa: E402
-from reelway.platform.errors import FeatureError, ServingError  # noqa: E402
+from reelway.platform.contracts.api import RequestContext  # noqa: E402
+from reelway.platform.errors import ServingError  # noqa: E402
 from reelway.platform.features.store import ViewerRows, open_feature_store  # noqa: E402
 from reelway.platform.features.vector_log import VectorLog  # noqa: E402
-from reelway.platform.rollout.bucketing import arm_of, check_weights  # noqa: E402
+from reelway.platform.rollout.routing import Routing  # noqa: E402
 from reelway.platform.tokens import TokenSigner  # noqa: E402
 from reelway.serving import metrics  # noqa: E402
-from reelway.serving.graph import ReleaseEdge, RequestPath  # noqa: E402
-from reelway.serving.http_api import CurrentReleases, ServedRelease, build_http_api  # noqa: E402
+from reelway.serving.http_api import build_http_api  # noqa: E402
+from reelway.serving.open_releases import OpenRelease  # noqa: E402
 from reelway.serving.parity_sample import ParitySample  # noqa: E402
 from reelway.serving.release_loader import ReleaseLoader  # noqa: E402
+from reelway.serving.router import Router, RouterParts  # noqa: E402
 from reelway.serving.stages.arrays import F32, Candidates, Codes, Rows, Slate, ViewerQuery  # noqa: E402
 from reelway.serving.time_budget import TimeBudget  # noqa: E402
 from reelway.serving.video_table import VideoTable  # noqa: E402
 from reelway.serving.viewers import viewer_query  # noqa: E402
-
-T = TypeVar("T")
-log = logging.getLogger(__name__)
 
 ROUTER: Final = "router"
 _QUIET: Final = {"log_level": "WARNING", "enable_access_log": False}
@@ -100,7 +98,6 @@ class ServiceOptions:
     port: int = 8000
     replicas: Replicas = Replicas()
     budgets: BudgetsMs = BudgetsMs()
-    salt: str = "reelway"
 
 
 class RetrievalStage:
@@ -166,11 +163,17 @@ class RemoteStages:
     """The three stages of one release, in their own processes."""
 
     def __init__(self, application: str, budgets: BudgetsMs) -> None:
-        handle = serve.get_deployment_handle
-        self._retrieve = handle("Retrieval", app_name=application).retrieve
-        self._rank = handle("Ranking", app_name=application).rank
-        self._rerank = handle("Reranking", app_name=application).rerank
+        # Made without asking whether the deployments are there: nothing waits, and they may come later.
+        self._handles = [DeploymentHandle(stage, application) for stage in ("Retrieval", "Ranking", "Reranking")]
+        self._retrieve = self._handles[0].retrieve
+        self._rank = self._handles[1].rank
+        self._rerank = self._handles[2].rerank
         self._within = {stage: TimeBudget(ms) for stage, ms in asdict(budgets).items()}
+
+    async def close(self) -> None:
+        """Give up the connections."""
+        for handle in self._handles:
+            await handle.shutdown_async()
 
     async def retrieve(self, query: ViewerQuery) -> Candidates:
         return await self._within["retrieval"](lambda: self._retrieve.remote(query))
@@ -193,86 +196,34 @@ class RemoteStages:
         )
 
 
-class Router:
-    """Takes HTTP; see the module's docstring. Its configuration: ``{"salt": ..., "weights": {release: basis points}}``,
-    the release that others take from last."""
+class RouterDeployment(Router):
+    """The router in a replica of its own. Its ``user_config`` is a ``Routing``."""
 
     def __init__(self, options: ServiceOptions) -> None:
-        self._options = options
-        self._signer = TokenSigner(*options.token_secrets)
-        self._registry = CollectorRegistry()
-        self._metrics = metrics.IngressMetrics(self._registry)
-        self._within = TimeBudget(options.budgets.viewer_row)
-        self._threads = ThreadPoolExecutor(max_workers=4, thread_name_prefix="viewer-row")
-        self._rows = _open_viewer_rows(options.features_dir)
-        self._sample: ParitySample | None = None
+        rows = ViewerRows(open_feature_store(options.features_dir)) if options.features_dir else None
+        sample = None
         if options.vector_log:
             vectors = VectorLog(options.vector_log, ratio=options.parity_ratio)
-            self._sample = ParitySample(vectors, ThreadPoolExecutor(1, thread_name_prefix="parity-sample"))
-        self._parts: dict[str, tuple[ReleaseEdge, RemoteStages]] = {}
-        self._paths: dict[str, RequestPath] = {}
-        self._salt, self._weights = "", dict[str, int]()
-
-    async def reconfigure(self, config: Mapping[str, Any]) -> None:
-        """Take new weights. A release that is new is opened first, so that no request waits for it."""
-        weights = {str(release): int(weight) for release, weight in config["weights"].items()}
-        check_weights(weights)
-        parts = {release: self._parts.get(release) or await self._open(release) for release in weights}
-        self._paths = {
-            release: RequestPath(edge, stages, self._signer, self._metrics, _arm(release, weights), self._sample)
-            for release, (edge, stages) in parts.items()
-        }
-        self._parts, self._weights, self._salt = parts, weights, str(config["salt"])
+            sample = ParitySample(vectors, ThreadPoolExecutor(1, thread_name_prefix="parity-sample"))
+        super().__init__(
+            partial(_open_release, options),
+            RouterParts(
+                signer=TokenSigner(*options.token_secrets),
+                registry=CollectorRegistry(),
+                read_viewer=rows.read if rows else None,
+                viewer_row_ms=options.budgets.viewer_row,
+                sample=sample,
+            ),
+        )
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         return build_http_api(self)
 
-    async def recommend(self, request: RecommendRequest) -> RecommendResponse:
-        release = arm_of(request.viewer_id, self._salt, self._weights)
-        given = request.context.time
-        now_s = time.time() if given is None else given.timestamp()
-        row = await self._viewer_row(request.viewer_id, release)
-        return await self._paths[release].answer(request, row, now_s)
 
-    def current_releases(self) -> CurrentReleases:
-        releases = [
-            ServedRelease(release=release, arm=_arm(release, self._weights), weight_basis_points=weight)
-            for release, weight in self._weights.items()
-        ]
-        return CurrentReleases(releases=releases)
-
-    async def metrics_text(self) -> bytes:
-        return await asyncio.to_thread(metrics.scrape, metrics.shared_folder(), self._registry)
-
-    def count_refused(self) -> None:
-        self._metrics.refused.inc()
-
-    async def _open(self, release: str) -> tuple[ReleaseEdge, RemoteStages]:
-        edge = await asyncio.to_thread(ReleaseLoader(self._options.releases_dir / release).edge)
-        return edge, RemoteStages(release, self._options.budgets)
-
-    async def _viewer_row(self, viewer_id: int, release: str) -> Mapping[str, Any] | None:
-        """The viewer's row, or ``None`` where the store fails or is late. A thread reads it: the loop never waits."""
-        read = self._rows.read if self._rows else None
-        if read is None:
-            return None
-        loop = asyncio.get_running_loop()
-        try:
-            with metrics.timed(self._metrics.stage_latency.labels(release[: metrics.SHORT], "viewer_row")):
-                return await self._within(lambda: loop.run_in_executor(self._threads, read, viewer_id))
-        except (FeatureError, TimeoutError) as fault:
-            kind = "timeout" if isinstance(fault, TimeoutError) else "error"
-            self._metrics.faults.labels(release[: metrics.SHORT], "viewer_row", kind).inc()
-            log.warning("viewer row: %s", fault)
-            return None
-
-
-def _arm(release: str, weights: Mapping[str, int]) -> Arm:
-    return Arm.STABLE if release == list(weights)[-1] else Arm.CANARY
-
-
-def _open_viewer_rows(features_dir: Path | None) -> ViewerRows | None:
-    return ViewerRows(open_feature_store(features_dir)) if features_dir else None
+async def _open_release(options: ServiceOptions, release: str) -> OpenRelease:
+    edge = await asyncio.to_thread(ReleaseLoader(options.releases_dir / release).edge)
+    stages = RemoteStages(release, options.budgets)
+    return OpenRelease(edge, stages, stages.close)
 
 
 def release_application(release: str, options: ServiceOptions) -> serve.Application:
@@ -287,14 +238,14 @@ def release_application(release: str, options: ServiceOptions) -> serve.Applicat
     return reranking.bind(folder, retrieval.bind(folder), ranking.bind(folder))
 
 
-def router_application(weights: Mapping[str, int], options: ServiceOptions) -> serve.Application:
+def router_application(routing: Routing, options: ServiceOptions) -> serve.Application:
     """The router over applications that run already."""
     router = serve.deployment(
-        serve.ingress()(Router),
+        serve.ingress()(RouterDeployment),
         name="Router",
         num_replicas=options.replicas.router,
         max_ongoing_requests=200,
-        user_config={"salt": options.salt, "weights": dict(weights)},
+        user_config=routing.model_dump(mode="json"),
         ray_actor_options=_actor_options(options),
     )
     return router.bind(options)
@@ -307,7 +258,7 @@ def _actor_options(options: ServiceOptions) -> dict[str, Any]:
 
 
 @contextmanager
-def running_service(weights: Mapping[str, int], options: ServiceOptions) -> Iterator[str]:
+def running_service(routing: Routing, options: ServiceOptions) -> Iterator[str]:
     """Ray and the service on this machine, from answering until the block is left. Yields the URL.
 
     Raises:
@@ -317,7 +268,7 @@ def running_service(weights: Mapping[str, int], options: ServiceOptions) -> Iter
     with tempfile.TemporaryDirectory(prefix="reelway-") as place:  # a socket's path must be short
         os.environ.update(own_haproxy_places(Path(place)))
         with _local_ray():
-            yield _deploy(weights, options)
+            yield _deploy(routing, options)
 
 
 @contextmanager
@@ -338,13 +289,13 @@ def _local_ray() -> Iterator[None]:
             ray.shutdown()
 
 
-def _deploy(weights: Mapping[str, int], options: ServiceOptions) -> str:
+def _deploy(routing: Routing, options: ServiceOptions) -> str:
     serve.start(http_options={"host": options.host, "port": options.port}, logging_config=_QUIET)
     targets = [
         serve.RunTarget(release_application(release, options), name=release, route_prefix=None, logging_config=_QUIET)
-        for release in weights
+        for release in routing.releases
     ]
-    router = router_application(weights, options)
+    router = router_application(routing, options)
     try:
         serve.run_many([*targets, serve.RunTarget(router, name=ROUTER, route_prefix="/", logging_config=_QUIET)])
     except RuntimeError as error:  # what Serve raises for an application that does not become healthy

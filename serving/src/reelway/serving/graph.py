@@ -9,13 +9,16 @@
 
 A stage that fails or is late costs its own part of the answer, never the answer: the next rung is taken, listed in
 ``degraded`` and counted. The stages are awaited, so that the same lines run in one process and over Ray Serve.
+
+On the arm ``holdout`` no stage is asked: it shows the popular list, which is what models have to be worth more than.
+A mirrored request (arm ``shadow``) goes the same way and ends before anything is shown: no token, no impression.
 """
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Awaitable, Coroutine, Mapping
+from collections.abc import Awaitable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Protocol, TypeVar
 
@@ -28,7 +31,7 @@ from reelway.platform.tokens import TokenSigner
 from reelway.serving.metrics import SHORT, IngressMetrics, timed
 from reelway.serving.parity_sample import ParitySample
 from reelway.serving.popular import PopularLists
-from reelway.serving.slates import Showing, new_id, shown_videos
+from reelway.serving.slates import EVERYBODY, RolloutSide, Showing, new_id, shown_videos
 from reelway.serving.stages.arrays import F32, SOURCES, Candidates, Slate, ViewerQuery
 from reelway.serving.stages.ranking import Ranking
 from reelway.serving.stages.reranking import Reranking
@@ -67,8 +70,17 @@ class ReleaseEdge:
     videos_as_of_s: float | None = None  # the moment that its video features speak of
 
 
+@dataclass(frozen=True, slots=True)
+class Answered:
+    """An answer, with the arrays that it was made of."""
+
+    response: RecommendResponse
+    slate: Slate
+    video_ids: list[int]
+
+
 class RequestPath:
-    """The path of one release under one arm."""
+    """The path of one release for one side of the rollout."""
 
     def __init__(
         self,
@@ -76,55 +88,75 @@ class RequestPath:
         stages: Stages,
         signer: TokenSigner,
         metrics: IngressMetrics,
-        arm: Arm = Arm.STABLE,
+        side: RolloutSide = EVERYBODY,
         sample: ParitySample | None = None,
     ) -> None:
         self._edge = edge
         self._stages = stages
         self._signer = signer
         self._metrics = metrics
-        self._arm = arm
+        self._side = side
         self._sample = sample
-        self._labels = (edge.release_id[:SHORT], arm.value)
+        self._labels = (edge.release_id[:SHORT], side.arm.value)
 
-    async def answer(
-        self, request: RecommendRequest, viewer_row: Mapping[str, Any] | None, now_s: float
-    ) -> RecommendResponse:
+    async def answer(self, request: RecommendRequest, viewer_row: Mapping[str, Any] | None, now_s: float) -> Answered:
         """A slate for the viewer, whatever fails on the way.
 
         Args:
             viewer_row: field name -> value; empty for an unknown viewer; ``None`` when the store could not be read.
             now_s: Unix seconds.
         """
+        edge, degraded, request_id = self._edge, list[Rung](), new_id()
         with timed(self._metrics.latency.labels(*self._labels)):
-            degraded: list[Rung] = []
-            request_id = new_id()
             query = self._query(request, viewer_row, now_s, request_id, degraded)
             slate = await self._slate(query, request.count, degraded)
-            showing = Showing(request_id, request.viewer_id, self._edge.release_id, self._arm, query.region, now_s)
-            videos = shown_videos(slate, showing, self._edge.table, self._edge.lists, self._signer)
+            showing = Showing(request_id, request.viewer_id, edge.release_id, self._side, query.region, now_s)
+            videos = shown_videos(slate, showing, edge.table, edge.lists, self._signer)
         self._count(slate, degraded)
+        self._count_sources(slate)
         if self._sample and viewer_row is not None:
             self._sample.offer(
                 request_id,
                 request,
-                self._edge.release_id,
-                self._edge.videos_as_of_s,
+                edge.release_id,
+                edge.videos_as_of_s,
                 viewer_row,
-                self._edge.table,
+                edge.table,
                 slate.rows,
                 now_s,
             )
-        return RecommendResponse.model_construct(
+        response = RecommendResponse.model_construct(
             request_id=request_id,
             viewer_id=request.viewer_id,
-            release=self._edge.release_id,
-            arm=self._arm,
+            release=edge.release_id,
+            arm=self._side.arm,
             degraded=degraded,
             videos=videos,
         )
+        return Answered(response, slate, [video.video_id for video in videos])
+
+    async def mirror(
+        self, request: RecommendRequest, viewer_row: Mapping[str, Any] | None, now_s: float, seed: int
+    ) -> tuple[list[int], F32]:
+        """What would have been shown: video ids and scores, timed and counted like an answer.
+
+        Args:
+            seed: of the answer that it will be compared with.
+        """
+        degraded: list[Rung] = []
+        with timed(self._metrics.latency.labels(*self._labels)):
+            query = self._query(request, viewer_row, now_s, seed, degraded)
+            slate = await self._slate(query, request.count, degraded)
+        self._count(slate, degraded)
+        return self._edge.table.video_id[slate.rows].tolist(), slate.score
+
+    def count_failed(self) -> None:
+        """Add a request that got no slate at all."""
+        self._metrics.requests.labels(*self._labels, "failed").inc()
 
     async def _slate(self, query: ViewerQuery, count: int, degraded: list[Rung]) -> Slate:
+        if self._side.arm is Arm.HOLDOUT:
+            return self._edge.lists.candidates(query).first(count)
         stages = self._stages
         value: F32 | None = None
         candidates = await self._or_next_rung("no_retrieval", stages.retrieve(query), degraded)
@@ -175,14 +207,23 @@ class RequestPath:
 
     def _count(self, slate: Slate, degraded: list[Rung]) -> None:
         metrics, labels = self._metrics, self._labels
-        metrics.requests.labels(*labels, "degraded" if degraded else "ok").inc()
+        metrics.requests.labels(*labels, outcome_of(degraded)).inc()
         for rung in degraded:
             metrics.degraded.labels(*labels, rung).inc()
         metrics.slate.labels(*labels).observe(len(slate))
         if not len(slate):
             metrics.empty.labels(*labels).inc()
+
+    def _count_sources(self, slate: Slate) -> None:
         for code in set(slate.source.tolist()):
-            metrics.shown.labels(*labels, SOURCES[code]).inc(int((slate.source == code).sum()))
+            self._metrics.shown.labels(*self._labels, SOURCES[code]).inc(int((slate.source == code).sum()))
+
+
+def outcome_of(degraded: Sequence[Rung]) -> str:
+    """How a request that got a slate ended: ``ok``, ``context_only`` (the store's fault) or ``degraded``."""
+    if not degraded:
+        return "ok"
+    return "context_only" if set(degraded) == {"no_viewer_row"} else "degraded"
 
 
 def in_order_of(value: F32, candidates: Candidates, count: int) -> Slate:
@@ -232,7 +273,8 @@ class RecommendationGraph:
         self, request: RecommendRequest, viewer_row: Mapping[str, Any] | None, now_s: float | None = None
     ) -> RecommendResponse:
         """One slate; see ``RequestPath.answer``. ``now_s`` is the clock's when absent."""
-        return run_to_end(self._path.answer(request, viewer_row, time.time() if now_s is None else now_s))
+        answered = run_to_end(self._path.answer(request, viewer_row, time.time() if now_s is None else now_s))
+        return answered.response
 
 
 def run_to_end(work: Coroutine[Any, Any, T]) -> T:

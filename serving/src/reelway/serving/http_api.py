@@ -7,7 +7,8 @@ rung; only when not even that is possible is it 503, never 500.
 from __future__ import annotations
 
 import logging
-from typing import Any, Protocol
+from collections.abc import Awaitable, Callable
+from typing import Any, NamedTuple, Protocol, cast
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
@@ -17,6 +18,7 @@ from pydantic import BaseModel
 
 from reelway.platform.contracts.api import ErrorResponse, FieldError, RecommendRequest, RecommendResponse
 from reelway.platform.contracts.events import Arm
+from reelway.platform.rollout.routing import Routing
 
 log = logging.getLogger(__name__)
 
@@ -32,9 +34,25 @@ class ServedRelease(BaseModel):
 
 
 class CurrentReleases(BaseModel):
-    """``GET /v1/releases/current``."""
+    """``GET /v1/releases/current``: what this router does, which may be short of what it was told.
 
+    ``routing`` is what it acts upon: while releases are being opened it is the one before, and where one could not be
+    opened its arm has weight 0 here. ``open`` are the releases held ready; ``faults`` says why others are not.
+    """
+
+    rollout: str
+    salt: str
+    routing: Routing
     releases: list[ServedRelease]
+    open: list[str]
+    faults: dict[str, str] = {}
+
+
+class Answer(NamedTuple):
+    """A slate, and what is to be started once it is on its way."""
+
+    response: RecommendResponse
+    afterwards: Callable[[], Awaitable[None]] | None = None
 
 
 class Health(BaseModel):
@@ -46,7 +64,7 @@ class Health(BaseModel):
 class Service(Protocol):
     """What stands behind the routes."""
 
-    async def recommend(self, request: RecommendRequest) -> RecommendResponse: ...
+    async def recommend(self, request: RecommendRequest) -> Answer: ...
 
     def current_releases(self) -> CurrentReleases: ...
 
@@ -68,7 +86,8 @@ def build_http_api(service: Service) -> FastAPI:
     async def recommend(request: RecommendRequest) -> Response:
         """An ordered slate for one viewer, known or unknown."""
         answer = await service.recommend(request)
-        return Response(answer.model_dump_json(), media_type="application/json")
+        body = answer.response.model_dump_json()
+        return Response(body, media_type="application/json", background=cast(Any, answer.afterwards))
 
     @api.get("/v1/releases/current")
     async def releases() -> CurrentReleases:

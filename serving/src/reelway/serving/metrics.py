@@ -17,13 +17,16 @@ from typing import Final
 from prometheus_client import CollectorRegistry, Histogram, generate_latest
 from prometheus_client.multiprocess import MultiProcessCollector
 
+from reelway.platform.rollout import series
 from reelway.platform.telemetry import counter, histogram
 from reelway.serving.stages.arrays import SOURCES, Candidates, Slate
 
 FOLDER_VARIABLE: Final = "PROMETHEUS_MULTIPROC_DIR"
 SLATE_BUCKETS: Final = (0, 1, 5, 10, 20, 50, 100)
-SHORT: Final = 12
+SHORT: Final = series.SHORT_RELEASE
 """A release's label: as much of its id as people type."""
+OVERLAP_BUCKETS: Final = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
+DRIFT_BUCKETS: Final = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
 
 
 class RetrievalMetrics:
@@ -90,13 +93,9 @@ class IngressMetrics:
 
     def __init__(self, registry: CollectorRegistry) -> None:
         both = ["release", "arm"]
-        self.requests = counter(
-            "reelway_ingress_requests_total", "Requests by how they ended.", [*both, "outcome"], registry
-        )
+        self.requests = counter(series.REQUESTS, "Requests by how they ended.", [*both, "outcome"], registry)
         self.refused = counter("reelway_ingress_refused_total", "Invalid requests, answered 422.", [], registry)
-        self.latency = histogram(
-            "reelway_ingress_latency_seconds", "From a valid request to its answer.", both, registry
-        )
+        self.latency = histogram(series.LATENCY, "From a valid request to its answer.", both, registry)
         self.stage_latency = histogram(
             "reelway_ingress_stage_latency_seconds", "A stage as the router sees it, hop included.",
             ["release", "stage"], registry,
@@ -111,9 +110,26 @@ class IngressMetrics:
         self.slate = histogram(
             "reelway_ingress_slate_videos", "Videos in an answer.", both, registry, buckets=SLATE_BUCKETS
         )
-        self.empty = counter("reelway_ingress_empty_slates_total", "Answers without a video.", both, registry)
+        self.empty = counter(series.EMPTY_SLATES, "Answers without a video.", both, registry)
         self.cold = counter("reelway_ingress_cold_viewers_total", "Viewers without a known past.", both, registry)
         self.shown = counter("reelway_ingress_videos_total", "Videos shown, by source.", [*both, "source"], registry)
+
+
+class ShadowMetrics:
+    """Counted where requests are mirrored: how a release's answers differ from what was shown."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self.requests = counter(
+            series.SHADOW_REQUESTS, "Mirrored requests by how they ended.", ["release", "outcome"], registry
+        )
+        self.overlap = histogram(
+            series.SHADOW_OVERLAP, "Share of the shown slate that the mirrored one has too.", ["release"], registry,
+            buckets=OVERLAP_BUCKETS,
+        )  # fmt: skip
+        self.drift = histogram(
+            series.SHADOW_DRIFT, "Mean score against the shown slate's: |ratio - 1|.", ["release"], registry,
+            buckets=DRIFT_BUCKETS,
+        )  # fmt: skip
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import secrets
 from dataclasses import dataclass
+from typing import Final
 
 from reelway.platform.contracts.api import RecommendedVideo
 from reelway.platform.contracts.events import Arm
@@ -15,13 +16,30 @@ from reelway.serving.video_table import ABSENT, VideoTable
 
 
 @dataclass(frozen=True, slots=True)
+class RolloutSide:
+    """One arm of one rollout, as every impression of it has to say.
+
+    ``overlap_weight`` is what an impression counts under the weights it is shown with (``sequential.overlap_weight``);
+    0 outside of a rollout and where nothing is there to be compared with.
+    """
+
+    arm: Arm
+    rollout: str = ""
+    overlap_weight: float = 0.0
+
+
+EVERYBODY: Final = RolloutSide(Arm.STABLE)
+"""The only side between rollouts."""
+
+
+@dataclass(frozen=True, slots=True)
 class Showing:
-    """To whom, when and by which release a slate is shown."""
+    """To whom, when, by which release and on which side of a rollout a slate is shown."""
 
     request_id: int
     viewer_id: int
     release: str
-    arm: Arm
+    side: RolloutSide
     region: str | None
     now_s: float
 
@@ -60,7 +78,7 @@ def shown_videos(
     tokens = signer.sign_many(
         ImpressionToken(
             new_id(), showing.request_id, showing.viewer_id, video, position,
-            showing.release, showing.arm, source, propensity, showing.now_s,
+            showing.release, showing.side.arm, source, propensity, showing.now_s,
         )
         for position, (video, source, propensity) in enumerate(
             zip(videos, sources, slate.propensity.tolist(), strict=True)
