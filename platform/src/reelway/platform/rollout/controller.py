@@ -1,0 +1,334 @@
+"""Why: the one loop that moves a rollout: look, decide, record, apply, and again until what is seen is the target.
+
+A state is recorded before the world is changed for it, and the world is compared with the recorded state at every look,
+so the controller may be killed at any instruction, and a lost write, a restarted service or somebody's hand edit is
+mended a look later. A firing alert goes past the looking (``react``). It refuses to judge: ``decision`` does. What
+cannot be seen or written is a hold with a reason, never the end of the loop.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
+
+from reelway.platform.errors import ReelwayError, RolloutError
+from reelway.platform.rollout.alert_book import AlertBook
+from reelway.platform.rollout.assessment import Assessment, assess
+from reelway.platform.rollout.controller_metrics import ControllerMetrics
+from reelway.platform.rollout.decision import Action, Decision, advance, decide_on
+from reelway.platform.rollout.evidence import EvidenceSnapshot, nothing_heard
+from reelway.platform.rollout.policy import RolloutPolicy
+from reelway.platform.rollout.records import HistoryEntry, Rollout, RolloutStore, Sighting
+from reelway.platform.rollout.source import AlertSource, EvidenceSource
+from reelway.platform.rollout.state import Phase, RolloutState
+from reelway.platform.rollout.summary import summary_of
+from reelway.platform.rollout.traffic import TrafficBackend, TrafficObservation, TrafficTarget, target_of
+
+log = logging.getLogger(__name__)
+
+_CHANGES_EVERY_S = 0.1
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True, slots=True)
+class _Look:
+    """One look at a rollout and what was decided upon it."""
+
+    rollout: Rollout
+    observation: TrafficObservation | None
+    """None when nobody looked at the traffic: a reaction to an alert."""
+    evidence: EvidenceSnapshot
+    verdicts: Assessment
+    decision: Decision
+    now: float
+
+    @property
+    def after(self) -> RolloutState:
+        return advance(self.rollout.state, self.decision, self.rollout.policy, self.now)
+
+
+class Controller:
+    """Moves the newest rollout of a store.
+
+    Args:
+        book: alerts, as webhooks and polls bring them.
+        alert_source: polled every ``poll_s`` by ``run``; None when there is nothing to poll.
+        clock: Unix seconds.
+    """
+
+    def __init__(
+        self,
+        store: RolloutStore,
+        backend: TrafficBackend,
+        source: EvidenceSource,
+        book: AlertBook,
+        *,
+        alert_source: AlertSource | None = None,
+        poll_s: float = 5.0,
+        clock: Callable[[], float] = time.time,
+        metrics: ControllerMetrics | None = None,
+    ) -> None:
+        self._store = store
+        self._backend = backend
+        self._source = source
+        self._book = book
+        self._alert_source = alert_source
+        self._poll_s = poll_s
+        self._clock = clock
+        self._metrics = metrics or ControllerMetrics()
+        self._acting = threading.Lock()
+        """Held from a state's record to its write, so that a slow look never writes after a reaction."""
+        self._troubles: dict[str, str] = {}
+
+    def run(self, stop: threading.Event, wake: threading.Event, interval_s: float = 1.0) -> None:
+        """Look every ``interval_s``, at once after a person's command, and react at once when woken. Until ``stop``."""
+        again = threading.Event()
+        threads = [threading.Thread(target=self._react_when_woken, args=(stop, wake, again), name="reactions")]
+        if self._alert_source is not None:
+            threads.append(threading.Thread(target=self._poll_until, args=(stop, wake), name="alert-polls"))
+        for thread in threads:
+            thread.start()
+        try:
+            while not stop.is_set():
+                again.clear()
+                seen = self._guarded("tick", self._others_changes)
+                self._guarded("tick", self.tick)
+                deadline = time.monotonic() + interval_s
+                while not (stop.is_set() or again.is_set()) and (left_s := deadline - time.monotonic()) > 0:
+                    if self._guarded("tick", self._others_changes) != seen:
+                        break
+                    again.wait(min(_CHANGES_EVERY_S, left_s))
+        finally:
+            stop.set()
+            wake.set()
+            for thread in threads:
+                thread.join()
+
+    def tick(self) -> Decision | None:
+        """One look, and what follows from it. None: there is no rollout, or it moved while it was looked at.
+
+        Raises:
+            ReelwayError: the store could not be read or written; nothing was done that is not recorded.
+        """
+        with self._metrics.tick.time():
+            self.react()
+            rollout = self._store.latest()
+            self._metrics.last_tick.set(self._clock())
+            if rollout is None:
+                return None
+            look = self._look_at(rollout)
+            return look.decision if self._act(look) else None
+
+    def react(self) -> Decision | None:
+        """Roll back at once if an alert fires for the release: no scrape, no observation, and nothing but a rollback.
+
+        Raises:
+            ReelwayError: as ``tick``.
+        """
+        began = time.perf_counter()
+        rollout = self._store.latest()
+        if rollout is None or not (firing := self._firing(rollout.state)):
+            return None
+        now = self._clock()
+        evidence = EvidenceSnapshot(time=now, release=rollout.state.canary_release, alerts=firing)
+        verdicts = assess(rollout.policy, evidence)
+        decision = decide_on(rollout.policy, rollout.state, evidence, verdicts, now)
+        # Deadlines may also say rollback, for want of evidence; here nobody has looked for any.
+        if decision.action is not Action.ROLL_BACK or not verdicts.breaches:
+            return None
+        if not self._act(_Look(rollout, None, evidence, verdicts, decision, now)):
+            return None
+        self._metrics.reaction.observe(time.perf_counter() - began)
+        return decision
+
+    def poll_alerts(self) -> bool:
+        """Ask the alert source once. Whether the book changed."""
+        assert self._alert_source is not None
+        try:
+            changed = self._book.poll(self._alert_source.poll())
+        except RolloutError as error:
+            self._trouble("poll", str(error))
+            return False
+        self._trouble("poll", "")
+        return changed
+
+    def _look_at(self, rollout: Rollout) -> _Look:
+        state, policy, now = rollout.state, rollout.policy, self._clock()
+        observation = self._observe()
+        evidence = nothing_heard(state.canary_release, now) if _finished(state) else self._fetch(policy, state, now)
+        evidence = replace(
+            evidence,
+            alerts=self._firing(state),
+            weights=observation.weights(state),
+            canary_ready=_ready(observation, state.canary_release),
+        )
+        verdicts = assess(policy, evidence)
+        decision = decide_on(policy, state, evidence, verdicts, now)
+        failed = observation.failed.get(state.canary_release)
+        if state.phase is Phase.PREPARING and failed:
+            decision = replace(decision, reason=f"{decision.reason}; {state.canary_release[:12]} failed: {failed}")
+        return _Look(rollout, observation, evidence, verdicts, decision, now)
+
+    def _act(self, look: _Look) -> bool:
+        """Record, then apply what is not yet so. False: the rollout moved meanwhile, and nothing was done."""
+        before, decision = look.rollout, look.decision
+        with self._acting:
+            newest = self._store.latest()
+            if newest is None or newest.state.id != before.state.id:
+                return False
+            if _finished(before.state) and decision.action is Action.WAIT:
+                if newest.version != before.version:
+                    return False
+                written = newest  # its timers mean nothing any more
+            else:
+                try:
+                    written = self._store.record(before, look.after, _entry(look))
+                except RolloutError as error:
+                    log.info("a look was given up: %s", error)
+                    return False
+            self._tell(look, written.state)
+            target = target_of(written.state)
+            reached = look.observation is not None and _shows(look.observation, target)
+            trouble = "" if reached else self._apply(target)
+        self._store.see(_sighting(look, target, reached, trouble))
+        return True
+
+    def _tell(self, look: _Look, state: RolloutState) -> None:
+        self._metrics.decisions.labels(look.decision.action.value).inc()
+        self._metrics.show(state)
+        if _worth_telling(look):
+            log.info("%s %s: %s", state.id, look.decision.action.value, look.decision.reason)
+
+    def _apply(self, target: TrafficTarget) -> str:
+        try:
+            self._backend.apply(target)
+        except RolloutError as error:
+            self._metrics.writes.labels("failed").inc()
+            self._trouble("apply", str(error))
+            return str(error)
+        self._metrics.writes.labels("accepted").inc()
+        self._trouble("apply", "")
+        return ""
+
+    def _observe(self) -> TrafficObservation:
+        observation = self._backend.observe()
+        self._trouble("observe", "" if observation.releases else observation.detail)
+        return observation
+
+    def _fetch(self, policy: RolloutPolicy, state: RolloutState, now: float) -> EvidenceSnapshot:
+        try:
+            evidence = self._source.fetch(policy, state, now)
+        except ReelwayError as error:
+            self._trouble("evidence", str(error))
+            return nothing_heard(state.canary_release, now)
+        self._trouble("evidence", "")
+        return evidence
+
+    def _firing(self, state: RolloutState) -> tuple[Any, ...]:
+        return self._book.firing_for(state.canary_release, since=state.started_at)
+
+    def _trouble(self, kind: str, text: str) -> None:
+        """Count every failure; one line when it begins, changes or ends."""
+        if text:
+            self._metrics.failures.labels(kind).inc()
+        if text != self._troubles.get(kind, ""):
+            log.warning("%s: %s", kind, text) if text else log.info("%s: well again", kind)
+        self._troubles[kind] = text
+
+    def _others_changes(self) -> int:
+        return self._store.changes(own=False)
+
+    def _react_when_woken(self, stop: threading.Event, wake: threading.Event, again: threading.Event) -> None:
+        while True:
+            wake.wait()
+            wake.clear()
+            if stop.is_set():
+                return
+            self._guarded("react", self.react)
+            again.set()
+
+    def _poll_until(self, stop: threading.Event, wake: threading.Event) -> None:
+        while not stop.is_set():
+            if self._guarded("poll", self.poll_alerts):
+                wake.set()
+            stop.wait(self._poll_s)
+
+    def _guarded(self, kind: str, call: Callable[[], _T]) -> _T | None:
+        """The loop's last line: a fault here would leave a canary with nobody watching it."""
+        try:
+            return call()
+        except ReelwayError as error:
+            self._trouble(kind, str(error))
+        except Exception:
+            self._metrics.failures.labels(kind).inc()
+            log.exception("%s failed, a bug; going on", kind)
+        return None
+
+
+def _finished(state: RolloutState) -> bool:
+    """Nothing moves it any more; its traffic is still kept as it should be."""
+    return state.phase is Phase.ROLLED_BACK or state.retired
+
+
+def _ready(observation: TrafficObservation, release: str) -> bool | None:
+    if release in observation.ready:
+        return True
+    return False if observation.releases or observation.failed else None
+
+
+def _shows(observation: TrafficObservation, target: TrafficTarget) -> bool:
+    return observation.routing == target.routing and set(observation.releases) == set(target.releases)
+
+
+def _worth_telling(look: _Look) -> bool:
+    """Changes of phase, step, weights or retention, refusals, and the beginning of a hold."""
+    before, after, decision = look.rollout.state, look.after, look.decision
+    moved = any(
+        getattr(before, name) != getattr(after, name)
+        for name in ("phase", "step", "canary_bp", "holdout_bp", "shadow_bp", "retired")
+    )
+    held_s = {"telemetry_down": before.held_telemetry_s, "insufficient": before.held_insufficient_s}
+    return moved or decision.action is Action.REFUSE or held_s.get(decision.holds_for, 1.0) == 0
+
+
+def _entry(look: _Look) -> HistoryEntry | None:
+    if not _worth_telling(look):
+        return None
+    after = look.after
+    return HistoryEntry(
+        rollout_id=after.id,
+        time=look.now,
+        action=look.decision.action.value,
+        reason=look.decision.reason,
+        phase_before=look.rollout.state.phase.value,
+        phase=after.phase.value,
+        step=after.step,
+        canary_bp=after.canary_bp,
+        evidence=summary_of(look.verdicts, look.evidence, look.now),
+    )
+
+
+def _sighting(look: _Look, target: TrafficTarget, reached: bool, trouble: str) -> Sighting:
+    seen = look.observation or TrafficObservation(detail="not looked at: an alert went before")
+    traffic: dict[str, Any] = {
+        "reached": reached,
+        "target": target.routing.model_dump(mode="json"),
+        "routing": seen.routing.model_dump(mode="json") if seen.routing else None,
+        "releases": list(seen.releases),
+        "ready": sorted(seen.ready),
+        "failed": dict(seen.failed),
+        "detail": seen.detail,
+        "trouble": trouble,
+    }
+    return Sighting(
+        rollout_id=look.rollout.state.id,
+        time=look.now,
+        action=look.decision.action.value,
+        reason=look.decision.reason,
+        evidence=summary_of(look.verdicts, look.evidence, look.now),
+        traffic=traffic,
+    )
