@@ -27,6 +27,7 @@ from reelway.platform.contracts.ids import ReleaseId
 from reelway.platform.contracts.manifest import Manifest
 from reelway.platform.contracts.release_files import POPULAR, videos_schema
 from reelway.platform.errors import (
+    ConfigError,
     GateFailedError,
     MalformedFileError,
     ReleaseError,
@@ -121,6 +122,19 @@ def test_a_failed_gate_builds_nothing_and_names_every_failed_gate(run: RunDirect
     with pytest.raises(GateFailedError, match=r"2 of 3 gates failed: recall is 0\.1, .*; auc is 0\.2,"):
         build_release(run, name="x", key=KEY)
     assert sorted(path.name for path in run.path.iterdir()) == before
+
+
+def test_a_failed_gate_that_is_waived_is_built_with_the_reason_and_the_name_signed(run: RunDirectory) -> None:
+    gate = {"name": "recall", "value": 0.1, "bound": 0.3, "comparison": ">=", "passed": False}
+    write_evaluation(run, gates=[gate])
+    refused = reelway("build", "--run", run.path, "--waive", "recall")
+    assert isinstance(refused.exception, ConfigError)
+    made = reelway("build", "--run", run.path, "--waive", "recall = first week", "--waived-by", "ines")
+    assert made.exit_code == 0, made.exception
+    waiver = manifest_of(run.release_store / made.stdout.strip()).waivers[0]
+    assert (waiver.gate, waiver.reason, waiver.by) == ("recall", "first week", "ines")
+    assert "WAIVED: gate recall failed; ines: first week" in reelway("verify", "--run", run.path).stderr
+    assert "1 WAIVED" in reelway("list", "--run", run.path).stdout
 
 
 def test_a_release_that_cannot_be_stored_leaves_nothing_behind(run: RunDirectory) -> None:

@@ -17,7 +17,7 @@ from tests.release_files import FEATURE_SERVICES, describe_files, make_release_f
 
 from reelway.platform.contracts import manifest as files
 from reelway.platform.contracts.features import VIDEO_DENSE
-from reelway.platform.contracts.manifest import Manifest
+from reelway.platform.contracts.manifest import Manifest, Waiver
 from reelway.platform.contracts.release_files import NEIGHBOURS_SCHEMA, POPULAR, videos_schema
 from reelway.platform.errors import (
     DigestMismatchError,
@@ -185,6 +185,50 @@ def test_a_failed_gate_is_refused_with_its_value_and_bound(release: Path) -> Non
     assert str(refused.value) == (
         "2 of 3 gates failed: recall_at_50 is 0.1, expected >= 0.3; ece_like is 0.2, expected <= 0.05 (100 rows)"
     )
+
+
+FAILED_GATE = {"name": "recall_at_50", "value": 0.1, "bound": 0.3, "comparison": ">=", "passed": False}
+GOOD_GATE = {"name": "coverage", "value": 0.5, "bound": 0.3, "comparison": ">=", "passed": True}
+WAIVER = {"gate": "recall_at_50", "reason": "first week, few events", "by": "ines"}
+
+
+def test_a_failed_gate_that_somebody_waived_is_let_through_and_said_loudly(release: Path) -> None:
+    rebuilt(release, gates=[FAILED_GATE, GOOD_GATE], waivers=[WAIVER])
+    checks = [(check.name, check.detail) for check in look(release).checks]
+    assert ("gates", "1 hold, 1 WAIVED") in checks
+    assert ("WAIVED", "gate recall_at_50, by ines: first week, few events") in checks
+
+
+def test_a_waiver_covers_its_own_gate_only_and_none_that_holds(release: Path) -> None:
+    other = FAILED_GATE | {"name": "ndcg_at_10"}
+    rebuilt(release, gates=[FAILED_GATE, other], waivers=[WAIVER])
+    with pytest.raises(GateFailedError, match=r"^1 of 2 gates failed: ndcg_at_10 is 0\.1"):
+        look(release)
+    rebuilt(release, gates=[GOOD_GATE], waivers=[WAIVER | {"gate": "coverage"}])
+    with pytest.raises(GateFailedError, match="coverage, which did not fail"):
+        look(release)
+
+
+def test_a_waiver_added_after_signing_is_refused(release: Path) -> None:
+    rebuilt(release, gates=[FAILED_GATE])
+    body = json.loads((release / "manifest.json").read_text())
+    (release / "manifest.json").write_text(json.dumps(body | {"waivers": [WAIVER]}))
+    with pytest.raises(SignatureError):
+        look(release)
+
+
+@pytest.mark.parametrize("field", ["gate", "reason", "by"])
+def test_a_waiver_without_a_reason_or_a_name_is_no_waiver(release: Path, field: str) -> None:
+    body = json.loads((release / "manifest.json").read_text())
+    (release / "manifest.json").write_text(json.dumps(body | {"waivers": [WAIVER | {field: ""}]}))
+    with pytest.raises(IncompatibleReleaseError, match=rf"waivers\.0\.{field}"):
+        look(release)
+
+
+def test_without_waivers_a_release_has_the_id_that_it_had_before_there_were_any(release: Path) -> None:
+    manifest = read_manifest(release)
+    assert b"waivers" not in manifest.canonical_bytes()
+    assert manifest.model_copy(update={"waivers": (Waiver(**WAIVER),)}).release_id != manifest.release_id
 
 
 def test_a_gate_that_claims_to_hold_against_its_own_numbers_is_refused(release: Path) -> None:

@@ -1,7 +1,8 @@
 """From trained models to a release: export, gather, describe, sign, verify, store. All of it or nothing.
 
-A release whose evaluation failed a gate is not built, and there is no switch to build it anyway. What was built is
-verified like anybody's release before it enters the store, so a builder cannot put in what serving would refuse.
+A release whose evaluation failed a gate is not built, unless somebody waives that gate by name and with a reason,
+which are signed with it. What was built is verified like anybody's release before it enters the store, so a builder
+cannot put in what serving would refuse.
 """
 
 from __future__ import annotations
@@ -37,7 +38,14 @@ from reelway.platform.contracts.features import (
     VIEWER_SERVICE,
 )
 from reelway.platform.contracts.ids import ReleaseId
-from reelway.platform.contracts.manifest import Dimensions, FeatureServiceRef, GateResult, Manifest, TrainingWindow
+from reelway.platform.contracts.manifest import (
+    Dimensions,
+    FeatureServiceRef,
+    GateResult,
+    Manifest,
+    TrainingWindow,
+    Waiver,
+)
 from reelway.platform.errors import EmptyDatasetError, MalformedFileError, ReelwayError, ReleaseError, StorageError
 from reelway.platform.features.assembly import ViewerArrays, assemble_videos, assemble_viewers, columns_from_table
 from reelway.platform.features.store import feature_service_digest, open_feature_store
@@ -79,6 +87,7 @@ def build_release(
     parent: str | None = None,
     blend: Blend | None = None,
     index: str = parts.AUTO_INDEX,
+    waivers: Sequence[Waiver] = (),
     report: Report = _silent,
 ) -> tuple[ReleaseId, Path]:
     """Build, sign, verify and store a release of a run that was trained and evaluated.
@@ -89,24 +98,25 @@ def build_release(
         parent: id of the release this one is meant to replace.
         blend: ``blend.yaml``; the defaults when absent.
         index: FAISS factory string, or ``auto`` (by the number of videos).
+        waivers: of gates that failed; who takes it on themselves, and why.
         report: told what is being done.
 
     Returns:
         its id, and its folder in the run's release store.
 
     Raises:
-        GateFailedError: naming every gate that failed; nothing is written.
+        GateFailedError: naming every gate that failed and is not waived; nothing is written.
         ReleaseError: an exported graph differs from its model, or ``verify`` refuses what was built.
         StorageError: the disk is full; nothing half-written is visible.
     """
     evaluation = read_evaluation(run.evaluation / EVALUATION_FILE)
-    assess_gates(evaluation.gates)
+    assess_gates(evaluation.gates, waivers)
     from reelway.pipelines.training.artifacts import load_models
 
     models = load_models(run.models)
     services = feature_services(run.features)
     store = ReleaseStore(str(run.release_store.absolute()))
-    with _aside(run.path) as folder:
+    with release_aside(run.path) as folder:
         facts = _write_parts(folder, run, models, blend or Blend(), index, report)
         manifest = Manifest(
             name=name,
@@ -119,6 +129,7 @@ def build_release(
             dimensions=facts.dimensions,
             metrics=evaluation.metrics,
             gates=evaluation.gates,
+            waivers=tuple(waivers),
             files=describe_files(folder),
             config={
                 "training": models.info.config,
@@ -128,17 +139,26 @@ def build_release(
                 "undefined_metrics": evaluation.undefined,
             },
         )
-        signed = sign(manifest, key)
-        write_manifest(folder, signed)
         report("verifying")
-        verify(
-            folder,
-            public_keys=[key.public_key()],
-            feature_services={service.name: service.digest for service in services},
-            expected_id=signed.release_id,
-        )
-        release_id = store.write(folder, signed)
+        release_id = seal(folder, manifest, key, store)
     return release_id, run.release_store / release_id
+
+
+def seal(folder: Path, manifest: Manifest, key: Ed25519PrivateKey, store: ReleaseStore) -> ReleaseId:
+    """Sign a release whose files are in place, verify it as anybody would, and put it into the store.
+
+    Raises:
+        ReleaseError: ``verify`` refuses it; it does not enter the store.
+    """
+    signed = sign(manifest, key)
+    write_manifest(folder, signed)
+    verify(
+        folder,
+        public_keys=[key.public_key()],
+        feature_services={service.name: service.digest for service in manifest.feature_services},
+        expected_id=signed.release_id,
+    )
+    return store.write(folder, signed)
 
 
 def read_evaluation(path: Path) -> Evaluation:
@@ -296,7 +316,7 @@ def _read_columns(path: Path, columns: Sequence[str]) -> pa.Table:
 
 
 @contextmanager
-def _aside(place: Path) -> Iterator[Path]:
+def release_aside(place: Path) -> Iterator[Path]:
     """A folder that is gone afterwards, whatever happens; a full disk on the way is a ``StorageError``."""
     try:
         with tempfile.TemporaryDirectory(prefix=".release.", dir=place) as name:

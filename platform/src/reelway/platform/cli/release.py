@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import typer
+from rich.markup import escape
 from rich.table import Table
 
 from reelway.platform.cli.terminal import out, say
@@ -90,7 +91,7 @@ def list_releases(run: Path = RUN, store: str | None = STORE, output: Output = O
             release.name,
             f"{release.created_at:%Y-%m-%d %H:%M:%S}",
             "yes" if release.signed else "no",
-            "hold" if release.gates_passed else "FAILED",
+            "hold" if release.gates_passed else f"{release.gates_waived} WAIVED" if release.gates_waived else "FAILED",
             f"{release.size_bytes / 1e6:.1f} MB",
             (release.parent or "-")[:12],
         )
@@ -147,6 +148,8 @@ def verify_release(
         release_id = source.resolve(release)
         with tempfile.TemporaryDirectory(prefix="reelway-verify-") as aside:
             verified = look(source.fetch(release_id, Path(aside)), release_id)
+    for waiver in verified.manifest.waivers:
+        say(f"[bold yellow]WAIVED:[/] gate {escape(waiver.gate)} failed; {escape(waiver.by)}: {escape(waiver.reason)}")
     table = Table("check", "result", title=f"release {verified.manifest.release_id[:12]} may take traffic")
     for check in verified.checks:
         table.add_row(check.name, check.detail)
@@ -199,9 +202,11 @@ def _print_manifest(manifest: Manifest) -> None:
         facts.add_row(name, str(value))
     out.print(facts)
     gates = Table("gate", "value", "bound", "result", title="Gates")
+    waived = {waiver.gate: f"WAIVED by {waiver.by}: {waiver.reason}" for waiver in manifest.waivers}
     for gate in manifest.gates:
         bound = f"{gate.comparison} {gate.bound:.4g}"
-        gates.add_row(gate.name, f"{gate.value:.4g}", bound, "holds" if gate.passed else "FAILED")
+        result = "holds" if gate.passed else waived.get(gate.name, "FAILED")
+        gates.add_row(gate.name, f"{gate.value:.4g}", bound, escape(result))
     out.print(gates)
     metrics = Table("metric", "value", title="Metrics")
     for name, metric in sorted(manifest.metrics.items()):

@@ -25,6 +25,9 @@ BLEND_FILE: Final = "blend.yaml"
 CALIBRATION_FILE: Final = "calibration.json"
 MANIFEST_FILE: Final = "manifest.json"
 
+REHEARSAL_PREFIX: Final = "rehearsal-"
+"""Names of releases that are made to fail, or to be beaten, begin so; `latest` never means one of them."""
+
 RELEASE_FILES: Final = (
     VIEWER_TOWER_FILE, RANKER_FILE, INDEX_FILE, VIDEOS_FILE, POPULAR_FILE, NEIGHBOURS_FILE, BLEND_FILE,
     CALIBRATION_FILE,
@@ -85,6 +88,16 @@ class GateResult(BaseModel):
     detail: str = ""
 
 
+class Waiver(BaseModel):
+    """A named person's decision, signed with the release, that it may take traffic although a gate failed."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    gate: Annotated[str, Field(min_length=1)]
+    reason: Annotated[str, Field(min_length=1)]
+    by: Annotated[str, Field(min_length=1)]
+
+
 class Manifest(BaseModel):
     """See the module's docstring. ``signature`` is base64 Ed25519 over the canonical bytes."""
 
@@ -101,13 +114,17 @@ class Manifest(BaseModel):
     dimensions: Dimensions
     metrics: dict[str, float]
     gates: tuple[GateResult, ...]
+    waivers: tuple[Waiver, ...] = ()
     files: dict[str, FileEntry]
     config: dict[str, Any] = Field(default_factory=dict)
     signature: str | None = None
 
     def canonical_bytes(self) -> bytes:
-        """The signed bytes: JSON with sorted keys, no white space, without the signature."""
-        body = self.model_dump(mode="json", exclude={"signature"})
+        """The signed bytes: JSON with sorted keys, no white space, without the signature.
+
+        No waivers leave no trace, so a release without one has the id that it had before there were any.
+        """
+        body = self.model_dump(mode="json", exclude={"signature"} if self.waivers else {"signature", "waivers"})
         return json.dumps(body, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
 
     @property

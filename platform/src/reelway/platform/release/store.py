@@ -22,7 +22,7 @@ from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 
 from reelway.platform.contracts.ids import ReleaseId
-from reelway.platform.contracts.manifest import MANIFEST_FILE, Manifest
+from reelway.platform.contracts.manifest import MANIFEST_FILE, REHEARSAL_PREFIX, Manifest
 from reelway.platform.durable import whole_folder
 from reelway.platform.errors import (
     ConfigError,
@@ -50,6 +50,7 @@ class ReleaseSummary:
     parent: str | None
     signed: bool
     gates_passed: bool
+    gates_waived: int
     size_bytes: int
     metrics: Mapping[str, float]
 
@@ -109,7 +110,7 @@ class ReleaseStore:
         return self._read_all()[0]
 
     def resolve(self, prefix: str) -> ReleaseId:
-        """The one release whose id begins with ``prefix``; ``latest`` is the one made last.
+        """The one release whose id begins with ``prefix``; ``latest`` is the one made last, rehearsals left out.
 
         Raises:
             ReleaseNotFoundError: none does, or several do; the message names what there is.
@@ -119,9 +120,10 @@ class ReleaseStore:
             releases, damaged = self._read_all()
             if damaged:
                 raise DigestMismatchError(f"which release is the latest cannot be told: {damaged[0]}") from damaged[0]
-            if not releases:
+            meant = [release.release_id for release in releases if not release.name.startswith(REHEARSAL_PREFIX)]
+            if not meant:
                 raise ReleaseNotFoundError(f"{self.url} has no release yet; make one with `reelway release build`")
-            return releases[0].release_id
+            return meant[0]
         if _ID.fullmatch(prefix) and self._has_manifest(prefix):
             return ReleaseId(prefix)
         ids = self._ids()
@@ -272,6 +274,7 @@ def _summary(release_id: ReleaseId, manifest: Manifest) -> ReleaseSummary:
         parent=manifest.parent,
         signed=manifest.signature is not None,
         gates_passed=all(gate.passed for gate in manifest.gates),
+        gates_waived=len(manifest.waivers),
         size_bytes=sum(entry.size_bytes for entry in manifest.files.values()),
         metrics=manifest.metrics,
     )

@@ -1,7 +1,7 @@
 """May this release take traffic here? The last look before it does, and the same look wherever it is taken.
 
 Refuses anything that was changed, that nobody trusted signed, that does not fit together, that the feature store
-cannot feed, or that failed a gate. It repairs nothing and gives no partial yes.
+cannot feed, or that failed a gate which nobody waived by name. It repairs nothing and gives no partial yes.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from reelway.platform.contracts.manifest import (
     FeatureServiceRef,
     GateResult,
     Manifest,
+    Waiver,
 )
 from reelway.platform.errors import DigestMismatchError, GateFailedError, IncompatibleReleaseError
 from reelway.platform.release.dimensions import DimensionReader, assess_dimensions, read_dimensions
@@ -74,7 +75,7 @@ def verify(
     Raises:
         DigestMismatchError: the id, a file, or the set of files is not what was signed.
         SignatureError: no signature, or none by a trusted key.
-        GateFailedError: a quality gate does not hold.
+        GateFailedError: a quality gate does not hold, and nobody waived it.
         IncompatibleReleaseError: schema version, tables, graphs, index, blend, calibration or feature services
             disagree.
         ReleaseNotFoundError: the folder has no manifest.
@@ -88,8 +89,10 @@ def verify(
 
     key = check_signature(manifest, public_keys)
     passed("signature", f"by key {fingerprint(key)}")
-    assess_gates(manifest.gates)
-    passed("gates", f"{len(manifest.gates)} hold")
+    waived = assess_gates(manifest.gates, manifest.waivers)
+    passed("gates", f"{len(manifest.gates) - len(waived)} hold" + (f", {len(waived)} WAIVED" if waived else ""))
+    for waiver in waived:
+        passed("WAIVED", f"gate {waiver.gate}, by {waiver.by}: {waiver.reason}")
     check_files(folder, manifest)
     size_bytes = sum(entry.size_bytes for entry in manifest.files.values())
     passed("files", f"{len(manifest.files)} with their digests, {size_bytes / 1e6:.1f} MB")
@@ -141,19 +144,30 @@ def assess_id(manifest: Manifest, expected_id: str | None) -> None:
         )
 
 
-def assess_gates(gates: Sequence[GateResult]) -> None:
-    """Refuse a release with a gate that failed, or that claims to have passed against its own numbers.
+def assess_gates(gates: Sequence[GateResult], waivers: Sequence[Waiver] = ()) -> tuple[Waiver, ...]:
+    """Refuse a release with a gate that failed and was not waived, or that passed against its own numbers.
+
+    Returns:
+        the waivers, each of a gate that failed.
 
     Raises:
-        GateFailedError: naming every such gate with its value and bound.
+        GateFailedError: naming every such gate with its value and bound, or a waiver of what needs none.
     """
-    if failed := [gate for gate in gates if not gate.passed or not _holds(gate)]:
+    waived = {waiver.gate for waiver in waivers}
+    failing = [gate for gate in gates if not gate.passed or not _holds(gate)]
+    if idle := sorted(waived - {gate.name for gate in failing}):
+        raise GateFailedError(
+            f"waived: {', '.join(idle)}, which did not fail; gates that failed: "
+            f"{', '.join(gate.name for gate in failing) or 'none'}"
+        )
+    if failed := [gate for gate in failing if gate.name not in waived]:
         listed = "; ".join(
             f"{gate.name} is {gate.value:g}, expected {gate.comparison} {gate.bound:g}"
             + (f" ({gate.detail})" if gate.detail else "")
             for gate in failed
         )
         raise GateFailedError(f"{len(failed)} of {len(gates)} gates failed: {listed}")
+    return tuple(waivers)
 
 
 def assess_feature_services(wanted: Sequence[FeatureServiceRef], present: Mapping[str, str]) -> None:
