@@ -9,6 +9,12 @@ from typing import Final
 
 SHORT_RELEASE: Final = 12
 
+# What Prometheus' scrape jobs are called, so that its ``up`` tells whether the one or the other was heard.
+ROUTER_JOB: Final = "reelway-router"
+"""GET {url}/metrics of every router."""
+OUTCOMES_JOB: Final = "reelway-outcomes"
+"""GET {url}/v1/outcomes/metrics."""
+
 # Counted by the router, in its /metrics. Labels release, arm; arm ``shadow`` for mirrored requests.
 REQUESTS: Final = "reelway_ingress_requests_total"
 """One per request, label ``outcome``: one of ``REQUEST_OUTCOMES``."""

@@ -1,0 +1,181 @@
+"""Why: what harms viewers at once (errors, empty slates, slow answers) is judged on the last minute, not on a history.
+
+From the increases of the router's counters to guardrail readings; refuses to judge them. Only the canary's own requests
+count: its release, shown (arm ``canary``) or mirrored (arm ``shadow``), summed over the routers.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Final
+
+from reelway.platform.contracts.events import Arm
+from reelway.platform.rollout import series as names
+from reelway.platform.rollout.evidence import (
+    CounterReading,
+    EvidenceState,
+    GuardrailName,
+    GuardrailReading,
+    Sample,
+    counter_increase,
+    sum_counters,
+)
+from reelway.platform.rollout.policy import RolloutPolicy
+from reelway.platform.rollout.sources.heard_series import (
+    BUCKET,
+    Heard,
+    Instance,
+    Job,
+    Scope,
+    SeriesKey,
+    within,
+)
+
+CANARYS_ARMS: Final = (Arm.CANARY, Arm.SHADOW)
+QUANTILE: Final = 0.99
+_TORN: Final = 2
+"""Requests by which two counters of one scrape may disagree: they are not read at the same instant."""
+
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """The router's increases before ``now``."""
+
+    heard: Heard
+    routers: Job
+    since: float
+
+    @classmethod
+    def of(cls, heard: Heard, routers: Job, scope: Scope, now: float) -> Window:
+        return cls(heard, routers, now - scope.window_s)
+
+    def rises(self, name: str, label: str, wanted: Callable[[SeriesKey], bool]) -> Mapping[str, CounterReading]:
+        """Value of ``label`` -> the rise of all wanted series with it, over all routers.
+
+        A router that was heard once says nothing yet, and does not hide what the others say.
+        """
+        parts = defaultdict[str, list[CounterReading]](list)
+        known = [i for i in self.routers.instances.values() if i.last_heard > i.first_heard]
+        for key, instance, samples in within(self.heard, self.routers, name, since=self.since):
+            if samples and wanted(key) and (instance in known or not known):
+                parts[key.get(label)].append(self._rise(instance, samples))
+        return {value: sum_counters(readings) for value, readings in parts.items()}
+
+    def _rise(self, instance: Instance, samples: list[Sample]) -> CounterReading:
+        """A series that began after its exporter was heard began at 0. How old it may be is its exporter's matter."""
+        began = samples[0].time > instance.first_heard
+        return counter_increase(samples, now=samples[-1].time, max_age_s=math.inf, origin=began)
+
+
+def request_guardrails(
+    policy: RolloutPolicy, scope: Scope, heard: Heard, routers: Job, now: float
+) -> dict[GuardrailName, GuardrailReading]:
+    """error_ratio, empty_slate_ratio and p99_ms over the scope's window."""
+    if routers.problem:
+        down = GuardrailReading(EvidenceState.TELEMETRY_DOWN, detail=routers.problem)
+        return {"error_ratio": down, "empty_slate_ratio": down, "p99_ms": down}
+    window = Window.of(heard, routers, scope, now)
+    outcomes = window.rises(names.REQUESTS, "outcome", _canarys(scope))
+    requests = _total(outcomes, names.REQUEST_OUTCOMES)
+    faults = _total(outcomes, names.FAULTY_OUTCOMES)
+    empty = _total(window.rises(names.EMPTY_SLATES, "release", _canarys(scope)), (scope.releases[0],))
+    limit = policy.guardrails.p99_ms
+    compared = limit is not None and limit.maximum_ratio_to_stable is not None
+    return {
+        "error_ratio": _ratio(faults, requests, scope),
+        "empty_slate_ratio": _ratio(empty, requests, scope),
+        "p99_ms": _p99(window, scope, compared=compared),
+    }
+
+
+def quantile_of(rises: Mapping[float, float], q: float) -> float:
+    """The quantile of a histogram, in the buckets' unit; NaN where nothing was observed or no bucket is infinite.
+
+    Linear within a bucket, the lowest one from 0; a quantile beyond the last finite bound is that bound: what
+    Prometheus' ``histogram_quantile`` says (https://prometheus.io/docs/prometheus/latest/querying/functions/).
+
+    Args:
+        rises: upper bound -> observations at or below it in the window.
+    """
+    bounds = sorted(rises)
+    counts = list(itertools.accumulate((rises[bound] for bound in bounds), max))  # a torn scrape is not monotone
+    if len(bounds) < 2 or not math.isinf(bounds[-1]) or not counts[-1] > 0:
+        return math.nan
+    rank = q * counts[-1]
+    i = next(i for i, count in enumerate(counts) if count >= rank)
+    if math.isinf(bounds[i]):
+        return bounds[i - 1]
+    below, start = (counts[i - 1], bounds[i - 1]) if i else (0.0, 0.0)
+    if (i == 0 and bounds[0] <= 0) or counts[i] == below:
+        return bounds[i]
+    return start + (bounds[i] - start) * (rank - below) / (counts[i] - below)
+
+
+def _canarys(scope: Scope) -> Callable[[SeriesKey], bool]:
+    return lambda key: key.get("release") == scope.releases[0] and key.get("arm") in CANARYS_ARMS
+
+
+def _stables(scope: Scope) -> Callable[[SeriesKey], bool]:
+    return lambda key: key.get("release") == scope.releases[1] and key.get("arm") == Arm.STABLE
+
+
+def _total(rises: Mapping[str, CounterReading], wanted: tuple[str, ...]) -> CounterReading:
+    """The sum of what was counted. What a live router never counted is 0."""
+    found = [rises[name] for name in wanted if name in rises]
+    return sum_counters(found) if found else CounterReading(EvidenceState.OK)
+
+
+def _ratio(events: CounterReading, requests: CounterReading, scope: Scope) -> GuardrailReading:
+    for reading in (requests, events):
+        if reading.state is not EvidenceState.OK:
+            return GuardrailReading(reading.state, detail=reading.detail)
+    if not requests.increase:
+        return GuardrailReading(EvidenceState.INSUFFICIENT, detail=_no_requests("the canary", scope))
+    seen = events.increase
+    if requests.increase < seen <= requests.increase + _TORN:
+        seen = requests.increase
+    return GuardrailReading(EvidenceState.OK, seen, requests.increase)
+
+
+def _no_requests(arm: str, scope: Scope) -> str:
+    return f"no request of {arm} in the last {scope.window_s:.0f} s"
+
+
+def _p99(window: Window, scope: Scope, *, compared: bool) -> GuardrailReading:
+    canary = _latencies(window, _canarys(scope))
+    if isinstance(canary, GuardrailReading):
+        return canary
+    stable = _latencies(window, _stables(scope))
+    if not canary:
+        return GuardrailReading(EvidenceState.INSUFFICIENT, detail=_no_requests("the canary", scope))
+    if compared and not stable:
+        return GuardrailReading(EvidenceState.INSUFFICIENT, detail=_no_requests("stable", scope))
+    value = quantile_of(canary, QUANTILE) * 1000
+    if math.isnan(value):
+        what = f"{BUCKET} has the bounds {sorted(canary)}, expected several and +Inf"
+        return GuardrailReading(EvidenceState.TELEMETRY_DOWN, detail=what)
+    against = quantile_of(stable, QUANTILE) * 1000 if isinstance(stable, dict) else math.nan
+    if compared and isinstance(stable, GuardrailReading):
+        return stable
+    return GuardrailReading(
+        EvidenceState.OK,
+        trials=max(canary.values()),
+        value=value,
+        stable_value=None if math.isnan(against) else against,
+    )
+
+
+def _latencies(window: Window, wanted: Callable[[SeriesKey], bool]) -> dict[float, float] | GuardrailReading:
+    """Upper bound -> observations, empty when there was none; a reading when they are not to be had."""
+    rises = window.rises(BUCKET, "le", wanted)
+    if not rises:
+        return {}
+    if (whole := sum_counters(rises.values())).state is not EvidenceState.OK:
+        return GuardrailReading(whole.state, detail=whole.detail)
+    if not any(rise.increase for rise in rises.values()):
+        return {}
+    return {float(bound): rise.increase for bound, rise in rises.items()}

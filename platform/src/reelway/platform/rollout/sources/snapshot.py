@@ -1,0 +1,62 @@
+"""Why: whoever answered, Prometheus or the service itself, the same samples have to become the same evidence.
+
+Pure, from series to ``EvidenceSnapshot``; refuses to fetch and to judge. Alerts, weights and readiness are others' to
+add.
+"""
+
+from __future__ import annotations
+
+import math
+
+from reelway.platform.rollout import series as names
+from reelway.platform.rollout.evidence import EvidenceSnapshot, EvidenceState, counter_increase
+from reelway.platform.rollout.policy import RolloutPolicy
+from reelway.platform.rollout.sources.heard_series import LONGEST_SHADOW_S, WINDOW_S, Heard, Job, Scope, job_of, within
+from reelway.platform.rollout.sources.outcome_sums import outcome_metrics
+from reelway.platform.rollout.sources.parity_report import ParityReport
+from reelway.platform.rollout.sources.request_window import request_guardrails
+from reelway.platform.rollout.state import RolloutState
+
+
+def snapshot_of(
+    policy: RolloutPolicy,
+    state: RolloutState,
+    heard: Heard,
+    parity: ParityReport,
+    now: float,
+    *,
+    window_s: float = WINDOW_S,
+) -> EvidenceSnapshot:
+    """The evidence of one rollout.
+
+    Its time is that of the oldest scrape it stands on, so that evidence which stops coming grows old; where nobody was
+    heard it is now, and everything is ``telemetry_down``.
+    """
+    scope = Scope.of(state, window_s)
+    max_age_s = policy.evidence_max_age_s
+    routers = job_of(names.ROUTER_JOB, heard, now=now, max_age_s=max_age_s, window_s=window_s)
+    collector = job_of(names.OUTCOMES_JOB, heard, now=now, max_age_s=max_age_s, window_s=window_s)
+    times = [job.heard_at for job in (routers, collector) if not job.problem]
+    return EvidenceSnapshot(
+        time=min(times, default=now),
+        release=state.canary_release,
+        metrics=outcome_metrics(policy, state, heard, collector),
+        guardrails={
+            **request_guardrails(policy, scope, heard, routers, now),
+            "parity_mismatches": parity.reading(state.canary_release),
+        },
+        shadow_requests=_mirrored(scope, heard, routers, now),
+    )
+
+
+def _mirrored(scope: Scope, heard: Heard, routers: Job, now: float) -> int:
+    """Requests that were mirrored and answered or failed in this shadow phase; 0 outside of one."""
+    if scope.shadow_since is None or routers.problem:
+        return 0
+    since, total = max(scope.shadow_since, now - LONGEST_SHADOW_S), 0.0
+    for key, _, samples in within(heard, routers, names.SHADOW_REQUESTS, since=since):
+        if key.get("release") != scope.releases[0] or key.get("outcome") not in ("compared", "failed") or not samples:
+            continue
+        rise = counter_increase(samples, now=samples[-1].time, max_age_s=math.inf)
+        total += rise.increase if rise.state is EvidenceState.OK else 0.0
+    return int(total)
