@@ -1,32 +1,228 @@
 """``reelway rollout``: for an on-call engineer at three in the morning, and for scripts.
 
 Commands write to the run's store of rollouts and the controller moves the traffic; nothing here touches the service.
-Exit codes are in ``rollout_wait``.
+The table of exit codes is in ``rollout_wait``.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from enum import StrEnum
 from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
 
 import typer
+from rich.markup import escape
 
-from reelway.platform.cli.rollout_policy import policy_group
-from reelway.platform.cli.rollout_run import open_run
+from reelway.platform.cli.rollout_policy import policy_group, policy_named
+from reelway.platform.cli.rollout_run import open_run, open_store, rollout_of, start_the_controller
+from reelway.platform.cli.rollout_wait import RolloutExit
+from reelway.platform.cli.terminal import out, say
 
-GROUP_HELP = "Roll a release out as a canary, watch it, and take it back."
+if TYPE_CHECKING:
+    from reelway.platform.rollout.state import Verb
+
 EXIT_CODES = (
     "Exit codes: 0 promoted or done as asked, 2 usage, 6 release refused, 9 refused, 10 rolled back, "
     "11 still under way (at --timeout), 12 paused, 130 Ctrl-C."
 )
+
+
+class Output(StrEnum):
+    """How a result is printed."""
+
+    TEXT = "text"
+    JSON = "json"
+
+
 RUN = typer.Option(Path("runs/default"), "--run", help="Run directory.")
+ID = typer.Argument(None, metavar="[ID]", help="Rollout, or the unique beginning of its id; the newest when absent.")
+OUTPUT = typer.Option(Output.TEXT, "-o", "--output", help="For people, or for programs.")
+NOTE = typer.Option("", help="Why, for those who read the history.")
+WAIT = typer.Option(False, "--wait", help="Wait for the effect, and let the exit code say what came of it.")
+TIMEOUT = typer.Option(120.0, min=0, help="Longest that --wait waits, in seconds; then exit code 11.")
+ENDLESS = typer.Option(None, min=0, help="Give up after so many seconds, with exit code 11 (12 while paused).")
 
 
 def register(app: typer.Typer) -> None:
     """Add ``reelway rollout ...``."""
     group = typer.Typer(no_args_is_help=True, epilog=EXIT_CODES)
-    app.add_typer(group, name="rollout", help=GROUP_HELP)
+    app.add_typer(group, name="rollout", help="Roll a release out as a canary, watch it, and take it back.")
+    group.command("start", epilog=EXIT_CODES)(start)
+    group.command("status", epilog=EXIT_CODES)(status)
+    group.command("watch", epilog=EXIT_CODES)(watch)
+    for command in (pause, resume, promote, rollback):
+        group.command(command.__name__, epilog=EXIT_CODES)(command)
+    group.command("history")(history)
+    group.command("explain")(explain)
     group.command("controller")(controller)
     group.add_typer(policy_group(), name="policy", help="Look at policies and check them.")
+
+
+def start(
+    release: str = typer.Argument(..., help="Id of a release in the run's store, the unique beginning, or 'latest'."),
+    run: Path = RUN,
+    policy: str = typer.Option("default", help="A policy file, or the name of a policy that ships: default, demo."),
+    force: bool = typer.Option(False, "--force", help="Past a cooldown, and past this release's own rollback."),
+    wait: bool = typer.Option(False, "--wait", help="Follow it to its end, or until it is paused."),
+    timeout: float | None = ENDLESS,
+    note: str = NOTE,
+) -> None:
+    """Roll a release out: verify it, write the rollout down, and let the controller take it from there.
+
+    Examples:
+
+      reelway rollout start latest --run runs/demo
+
+      reelway rollout start 3f9c --policy mine.yaml --wait --timeout 3600
+    """
+    from reelway.platform.cli.rollout_follow import FINAL, follow_lines, look
+    from reelway.platform.cli.rollout_start import start_rollout
+    from reelway.platform.cli.terminal import console
+    from reelway.platform.rollout.state import Phase
+
+    directory = open_run(run)
+    rules = policy_named(policy)
+    store = open_store(directory)
+    state = start_rollout(directory, store, release, rules, force=force, note=note).state
+    out.print(state.id, highlight=False)
+    say(f"rolling {state.canary_release[:12]} out over {state.stable_release[:12]}, policy {escape(rules.name)}")
+    controller = look(directory, store, state.id).controller
+    if controller.silent:
+        say(f"[bold red]{escape(controller.problem)}:[/] {escape(start_the_controller(directory))}")
+    if not wait:
+        say(f"next: reelway rollout watch --run {run}   (take it back: reelway rollout rollback --run {run})")
+        return
+    until = FINAL | {Phase.PAUSED}
+    _leave_on_interrupt(lambda: follow_lines(directory, store, state.id, console.print, timeout_s=timeout, until=until))
+
+
+def status(
+    rollout_id: str | None = ID,
+    run: Path = RUN,
+    output: Output = OUTPUT,
+    exit_code: bool = typer.Option(False, "--exit-code", help="Let the exit code say how the rollout stands."),
+) -> None:
+    """Show where the rollout stands, why, and what it waits for.
+
+    Example: reelway rollout status -o json --exit-code
+    """
+    from reelway.platform.cli.rollout_follow import look
+    from reelway.platform.cli.rollout_report import exit_code_of
+    from reelway.platform.cli.rollout_views import status_view
+
+    directory = open_run(run)
+    report = look(directory, open_store(directory), rollout_id)
+    if output is Output.JSON:
+        typer.echo(report.model_dump_json(indent=2))
+    else:
+        out.print(status_view(report, width=out.width))
+    if exit_code:
+        raise typer.Exit(exit_code_of(report))
+
+
+def watch(rollout_id: str | None = ID, run: Path = RUN, timeout: float | None = ENDLESS) -> None:
+    """Watch the rollout live until it has ended; the exit code is the rollout's. Ctrl-C leaves it running.
+
+    Where there is no terminal every decision is one line.
+
+    Example: reelway rollout watch --run runs/demo
+    """
+    from reelway.platform.cli.rollout_follow import watch_rollout
+
+    directory = open_run(run)
+    store = open_store(directory)
+    _leave_on_interrupt(lambda: watch_rollout(directory, store, rollout_id, out, timeout_s=timeout))
+
+
+def pause(
+    rollout_id: str | None = ID, run: Path = RUN, note: str = NOTE, wait: bool = WAIT, timeout: float = TIMEOUT
+) -> None:
+    """Stop the ramp where it is. Guardrails and established harm still roll back.
+
+    Example: reelway rollout pause --note "looking at the like rate"
+    """
+    _ask("pause", rollout_id, run, note=note, wait=wait, timeout=timeout)
+
+
+def resume(
+    rollout_id: str | None = ID, run: Path = RUN, note: str = NOTE, wait: bool = WAIT, timeout: float = TIMEOUT
+) -> None:
+    """Let a paused ramp go on.
+
+    Example: reelway rollout resume --wait
+    """
+    _ask("resume", rollout_id, run, note=note, wait=wait, timeout=timeout)
+
+
+def promote(
+    rollout_id: str | None = ID,
+    run: Path = RUN,
+    note: str = NOTE,
+    force: bool = typer.Option(False, "--force", help="Although evidence is missing; it is written down as such."),
+    wait: bool = WAIT,
+    timeout: float = TIMEOUT,
+) -> None:
+    """Give the release everybody now, past the steps and holds that are left.
+
+    Refused where evidence is missing, unless forced; never past a breach or established harm.
+
+    Example: reelway rollout promote --wait
+    """
+    _ask("promote", rollout_id, run, note=note, force=force, wait=wait, timeout=timeout)
+
+
+def rollback(
+    rollout_id: str | None = ID, run: Path = RUN, note: str = NOTE, wait: bool = WAIT, timeout: float = TIMEOUT
+) -> None:
+    """Take everybody back to the release before, now. Also after a promotion, while that one is kept warm.
+
+    Example: reelway rollout rollback --note "complaints" --wait
+    """
+    _ask("rollback", rollout_id, run, note=note, wait=wait, timeout=timeout)
+
+
+def history(
+    rollout_id: str | None = ID,
+    run: Path = RUN,
+    every: bool = typer.Option(False, "--all", help="All rollouts of the run, a line each."),
+    output: Output = OUTPUT,
+) -> None:
+    """Show every decision with its reason, word for word.
+
+    Examples:
+
+      reelway rollout history
+
+      reelway rollout history --all -o json
+    """
+    from reelway.platform.cli.rollout_history import print_all, print_history
+
+    store = open_store(open_run(run))
+    if every:
+        print_all(store, as_json=output is Output.JSON)
+    else:
+        print_history(store, rollout_of(store, rollout_id), as_json=output is Output.JSON)
+
+
+def explain(
+    rollout_id: str | None = ID,
+    run: Path = RUN,
+    entry: int | None = typer.Option(None, help="Number of a history entry; where the rollout stands when absent."),
+    output: Output = OUTPUT,
+) -> None:
+    """Say why the rollout moved or stopped: the numbers, what would have changed it, and the policy that applied.
+
+    Example: reelway rollout explain r-2026 --entry 7
+    """
+    from reelway.platform.cli.rollout_history import explanation_of, print_explanation
+
+    store = open_store(open_run(run))
+    explanation = explanation_of(store, rollout_of(store, rollout_id), entry)
+    if output is Output.JSON:
+        typer.echo(explanation.model_dump_json(indent=2))
+    else:
+        print_explanation(explanation)
 
 
 def controller(
@@ -58,3 +254,26 @@ def controller(
         alertmanager_url=alertmanager,
     )  # fmt: skip
     run_controller(settings)
+
+
+def _ask(
+    verb: Verb, rollout_id: str | None, run: Path, *, note: str, wait: bool, timeout: float, force: bool = False
+) -> None:
+    from reelway.platform.cli.rollout_ask import ask_rollout
+
+    directory = open_run(run)
+    store = open_store(directory)
+    rollout = rollout_of(store, rollout_id)
+    _leave_on_interrupt(
+        lambda: ask_rollout(directory, store, rollout, verb, note=note, force=force, wait=wait, timeout_s=timeout)
+    )
+
+
+def _leave_on_interrupt(follow: Callable[[], RolloutExit]) -> NoReturn:
+    """End with the rollout's exit code; Ctrl-C ends the looking, never the rollout."""
+    try:
+        code = int(follow())
+    except KeyboardInterrupt:
+        say("the rollout goes on; take it back with `reelway rollout rollback`")
+        code = 130
+    raise typer.Exit(code)

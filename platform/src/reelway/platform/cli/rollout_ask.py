@@ -1,0 +1,155 @@
+"""``reelway rollout pause|resume|promote|rollback``: what a person wants is written down once, and its effect reported.
+
+Asking for what is so already changes nothing and succeeds. Refuses what no look at the evidence could allow; all else
+is the controller's to refuse, and its reason comes back word for word.
+"""
+
+from __future__ import annotations
+
+import time
+import uuid
+from typing import TYPE_CHECKING, Final
+
+from rich.markup import escape
+
+from reelway.platform.cli.rollout_run import actor, controller_sight, start_the_controller
+from reelway.platform.cli.rollout_wait import RolloutExit, exit_of, wait_until
+from reelway.platform.cli.terminal import say
+from reelway.platform.errors import RolloutError
+from reelway.platform.rollout.state import Command, Phase, RolloutState, Verb
+from reelway.platform.runs import RunDirectory
+
+if TYPE_CHECKING:
+    from reelway.platform.rollout.records import Rollout, RolloutStore
+
+TAKEN_WITHIN_S: Final = 5.0
+"""A living controller takes a command in a fraction of a second; an answer that late is not waited for."""
+EFFECT: Final[dict[Verb, frozenset[Phase]]] = {
+    "pause": frozenset({Phase.PAUSED}),
+    "resume": frozenset({Phase.STEPPING, Phase.HOLDING}),
+    "promote": frozenset({Phase.PROMOTED}),
+    "rollback": frozenset({Phase.ROLLED_BACK}),
+}
+UNDER_WAY: Final[dict[Verb, frozenset[Phase]]] = {
+    "promote": frozenset({Phase.PROMOTING}),
+    "rollback": frozenset({Phase.ROLLING_BACK}),
+}
+
+
+def ask_rollout(
+    run: RunDirectory,
+    store: RolloutStore,
+    rollout: Rollout,
+    verb: Verb,
+    *,
+    note: str,
+    force: bool,
+    wait: bool,
+    timeout_s: float,
+) -> RolloutExit:
+    """Ask, and say what came of it. 0 when it is so, or accepted and not waited for.
+
+    Raises:
+        RolloutError: refused, with the reason.
+    """
+    state = rollout.state
+    if state.phase in EFFECT[verb] and not _withdrawn(state, verb):
+        say(f"{state.id} is {_phase(state)} already: {escape(state.reason)}")
+        return RolloutExit.PROMOTED
+    refuse_in_vain(store, state, verb)
+    number = _last_number(store, state.id)
+    command = None
+    if state.phase not in UNDER_WAY.get(verb, frozenset()):
+        command = Command(id=uuid.uuid4().hex, verb=verb, actor=actor(), force=force, note=note)
+        asked = store.ask(state.id, command)
+        if asked.state.command != command:
+            waiting = asked.state.command
+            raise RolloutError(f"a {waiting and waiting.verb} is waiting already, and {verb} does not replace it")
+        say(f"{verb} of {state.id} asked for")
+    silent = controller_sight(run, rollout, store.sighting(state.id), time.time()).problem
+    if silent:
+        say(f"[bold red]{escape(silent)}:[/] {escape(start_the_controller(run))}")
+    if command is not None and not (silent and not wait):
+        taken_by_s = timeout_s if wait else TAKEN_WITHIN_S
+        seen = wait_until(store, state.id, lambda r: r.state.command != command, timeout_s=taken_by_s)
+        _refused(store, seen, verb, number)
+        if not wait:
+            _say_taken(seen, command)
+    if not wait:
+        return RolloutExit.PROMOTED
+    return _effect(store, state.id, verb, number, timeout_s)
+
+
+def refuse_in_vain(store: RolloutStore, state: RolloutState, verb: Verb) -> None:
+    """Refuse at once what cannot be, so that a person learns it also without a controller.
+
+    Raises:
+        RolloutError: another rollout came after this one, or it has ended.
+    """
+    latest = store.latest()
+    if latest is not None and latest.state.id != state.id:
+        raise RolloutError(
+            f"rollout {state.id} is not the newest one, {latest.state.id} is; only the newest can be changed"
+        )
+    if state.retired:
+        raise RolloutError(
+            f"{state.id} was promoted and {state.stable_release[:12]} is no longer kept warm; "
+            f"to go back, `reelway rollout start {state.stable_release[:12]}`"
+        )
+    if state.phase is Phase.ROLLED_BACK:
+        raise RolloutError(
+            f"{state.id} was rolled back ({state.reason}), {verb} changes nothing any more; "
+            f"try the release again with `reelway rollout start {state.canary_release[:12]} --force`"
+        )
+    if state.phase is Phase.PROMOTED and verb != "rollback":
+        raise RolloutError(f"{state.id} was promoted; of all commands only rollback is left, expected that, saw {verb}")
+
+
+def _effect(store: RolloutStore, rollout_id: str, verb: Verb, number: int, timeout_s: float) -> RolloutExit:
+    """Wait until it is so, or can no longer come to be so."""
+    ended = EFFECT[verb] | {Phase.ROLLED_BACK, Phase.PROMOTED}
+    if verb == "rollback":
+        ended = EFFECT[verb]
+    seen = wait_until(store, rollout_id, lambda r: r.state.phase in ended, timeout_s=timeout_s)
+    _refused(store, seen, verb, number)
+    if seen.state.phase in EFFECT[verb]:
+        say(f"{rollout_id} is {_phase(seen.state)}: {escape(seen.state.reason)}")
+        return RolloutExit.PROMOTED
+    if seen.state.phase not in ended:
+        say(f"[bold yellow]not yet:[/] after {timeout_s:g} s {rollout_id} is {_phase(seen.state)}")
+        return RolloutExit.UNDER_WAY
+    say(f"[bold red]{verb} came too late:[/] {rollout_id} is {_phase(seen.state)}: {escape(seen.state.reason)}")
+    return exit_of(seen.state)
+
+
+def _say_taken(seen: Rollout, command: Command) -> None:
+    if seen.state.command == command:
+        say(f"not taken within {TAKEN_WITHIN_S:g} s; it stays asked for. See `reelway rollout status`")
+    else:
+        say(f"taken; {seen.state.id} is {_phase(seen.state)}: {escape(seen.state.reason)}")
+
+
+def _refused(store: RolloutStore, seen: Rollout, verb: Verb, number: int) -> None:
+    """Raise what the controller refused since the entry ``number``, unless what was asked for is so."""
+    if seen.state.phase in EFFECT[verb]:
+        return
+    for entry in store.history(seen.state.id):
+        if entry.number > number and entry.action == "refuse" and entry.reason.split(" ", 1)[0] in (verb, _noun(verb)):
+            raise RolloutError(entry.reason)
+
+
+def _noun(verb: Verb) -> str:
+    return "promotion" if verb == "promote" else verb
+
+
+def _withdrawn(state: RolloutState, verb: Verb) -> bool:
+    """Whether a waiting command will undo what is so now."""
+    return state.command is not None and state.command.verb != verb
+
+
+def _last_number(store: RolloutStore, rollout_id: str) -> int:
+    return max((entry.number for entry in store.history(rollout_id)), default=0)
+
+
+def _phase(state: RolloutState) -> str:
+    return state.phase.value.replace("_", " ")

@@ -1,0 +1,130 @@
+"""``reelway rollout status`` and ``watch``: looks at what is recorded, again and again, never at the service.
+
+On a terminal the picture is redrawn in place; anywhere else every change is one plain line.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Final
+
+from rich.console import Console
+from rich.live import Live
+
+from reelway.platform.cli.rollout_report import StatusReport, report_rollout
+from reelway.platform.cli.rollout_run import controller_sight, rollout_of, serving_record, start_the_controller
+from reelway.platform.cli.rollout_views import status_view
+from reelway.platform.cli.rollout_wait import RolloutExit, exit_of, moments
+from reelway.platform.rollout.state import Phase
+
+if TYPE_CHECKING:
+    from reelway.platform.rollout.records import HistoryEntry, RolloutStore
+    from reelway.platform.runs import RunDirectory
+
+REDRAW_S: Final = 0.25
+REMIND_S: Final = 15.0
+"""Between two plain lines about what is waited for, whose numbers change at every look."""
+FINAL: Final = frozenset({Phase.PROMOTED, Phase.ROLLED_BACK})
+
+
+def look(run: RunDirectory, store: RolloutStore, rollout_id: str | None) -> StatusReport:
+    """The status at this moment.
+
+    Raises:
+        RolloutError: an id was given and there is no such rollout.
+    """
+    now = time.time()
+    rollout = store.get(rollout_id) if rollout_id else store.latest()
+    sighting = store.sighting(rollout.state.id) if rollout else None
+    report = report_rollout(rollout, sighting, store.history(rollout.state.id), now) if rollout else None
+    return StatusReport(
+        run=str(run.path),
+        time=now,
+        serving=serving_record(run),
+        controller=controller_sight(run, rollout, sighting, now),
+        rollout=report,
+    )
+
+
+def watch_rollout(
+    run: RunDirectory, store: RolloutStore, rollout_id: str | None, console: Console, *, timeout_s: float | None
+) -> RolloutExit:
+    """Show the rollout until it has ended, or the timeout.
+
+    Raises:
+        RolloutError: there is no such rollout.
+    """
+    whole_id = rollout_of(store, rollout_id).state.id
+    if not console.is_terminal:
+        return follow_lines(run, store, whole_id, console.print, timeout_s=timeout_s, until=FINAL)
+    with Live(console=console, auto_refresh=False, vertical_overflow="crop") as live:
+        for _ in moments(timeout_s, every_s=REDRAW_S):
+            report = look(run, store, whole_id)
+            live.update(status_view(report, width=console.width, height=console.height - 1), refresh=True)
+            if report.rollout is not None and report.rollout.phase in FINAL:
+                break
+    return exit_of(store.get(whole_id).state)
+
+
+def follow_lines(
+    run: RunDirectory,
+    store: RolloutStore,
+    rollout_id: str,
+    write: Callable[..., None],
+    *,
+    timeout_s: float | None,
+    until: frozenset[Phase],
+) -> RolloutExit:
+    """One line per decision, and now and then what is waited for, until a phase of ``until`` or the timeout."""
+    printer = _Lines(write)
+    for _ in moments(timeout_s, every_s=REDRAW_S):
+        now, rollout, sighting = time.time(), store.get(rollout_id), store.sighting(rollout_id)
+        printer.decisions(store.history(rollout_id), len(rollout.policy.steps))
+        sight = controller_sight(run, rollout, sighting, now)
+        printer.silence(sight.problem and f"{sight.problem}: {start_the_controller(run)}", now)
+        if sighting is not None and rollout.state.active and sighting.action in ("wait", "hold"):
+            printer.waiting(sighting.reason, now)
+        if rollout.state.phase in until:
+            break
+    return exit_of(store.get(rollout_id).state)
+
+
+class _Lines:
+    """What was printed already, so that nothing is printed twice."""
+
+    def __init__(self, write: Callable[..., None]) -> None:
+        self._write = write
+        self._number = 0
+        self._waiting = ""
+        self._reminded_at = 0.0
+        self._silence = ""
+
+    def decisions(self, history: Sequence[HistoryEntry], steps: int) -> None:
+        for entry in history:
+            if entry.number > self._number:
+                self._number = entry.number
+                self._line(entry.time, entry_line(entry, steps))
+
+    def waiting(self, reason: str, now: float) -> None:
+        if now - self._reminded_at >= REMIND_S and reason != self._waiting:
+            self._waiting, self._reminded_at = reason, now
+            self._line(now, f"waits: {reason}")
+
+    def silence(self, problem: str, now: float) -> None:
+        """The first word of it and the last; its age is no news."""
+        if bool(problem) != bool(self._silence):
+            self._line(now, f"SILENT: {problem}" if problem else "the controller looks again")
+        self._silence = problem
+
+    def _line(self, at: float, text: str) -> None:
+        stamp = f"{datetime.fromtimestamp(at, UTC):%H:%M:%S}Z"
+        self._write(f"{stamp} {text}", markup=False, highlight=False, soft_wrap=True)
+
+
+def entry_line(entry: HistoryEntry, steps: int) -> str:
+    """A decision as one line: phase, step, weight, action, reason."""
+    phase = entry.phase.replace("_", " ")
+    step = f" step {entry.step + 1} of {steps}" if entry.step >= 0 else ""
+    return f"{phase}{step}, canary {entry.canary_bp / 100:g} %: {entry.action.replace('_', ' ')}: {entry.reason}"

@@ -1,0 +1,109 @@
+"""``reelway rollout history`` and ``explain``: what was decided, word for word, and what each decision stood on."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import typer
+from rich.markup import escape
+from rich.table import Table
+
+from reelway.platform.cli.rollout_explain import Explanation, explain, moment_of, newest_deciding
+from reelway.platform.cli.rollout_intervals import worded
+from reelway.platform.cli.rollout_views import clock_of
+from reelway.platform.cli.rollout_wait import exit_of
+from reelway.platform.cli.terminal import out
+from reelway.platform.errors import RolloutError
+
+if TYPE_CHECKING:
+    from reelway.platform.rollout.records import HistoryEntry, Rollout, RolloutStore
+
+
+def print_history(store: RolloutStore, rollout: Rollout, *, as_json: bool) -> None:
+    """The decisions of one rollout, oldest first."""
+    entries = store.history(rollout.state.id)
+    if as_json:
+        typer.echo(json.dumps([entry.model_dump(mode="json") for entry in entries], indent=2))
+        return
+    state = rollout.state
+    out.print(
+        f"{state.id}   {state.canary_release[:12]} over {state.stable_release[:12]}   {exit_of(state).words}",
+        highlight=False,
+    )
+    table = Table("entry", "at (UTC)", "phase", "canary", "decided", "why", box=None, pad_edge=False)
+    for entry in entries:
+        table.add_row(
+            str(entry.number),
+            clock_of(entry.time)[5:],
+            entry.phase.replace("_", " "),
+            f"{entry.canary_bp / 100:g} %",
+            entry.action.replace("_", " "),
+            escape(entry.reason),
+        )
+    out.print(table)
+
+
+def print_all(store: RolloutStore, *, as_json: bool) -> None:
+    """All rollouts, oldest first; as JSON with their decisions."""
+    rollouts = store.all()
+    if as_json:
+        typer.echo(json.dumps([_whole(store, rollout) for rollout in rollouts], indent=2))
+        return
+    table = Table("rollout", "began (UTC)", "canary", "over", "result", "why", box=None, pad_edge=False)
+    for rollout in rollouts:
+        state = rollout.state
+        table.add_row(
+            state.id, clock_of(state.started_at)[5:16], state.canary_release[:12], state.stable_release[:12],
+            exit_of(state).words, escape(state.reason),
+        )  # fmt: skip
+    out.print(table)
+
+
+def _whole(store: RolloutStore, rollout: Rollout) -> dict[str, Any]:
+    entries = [entry.model_dump(mode="json") for entry in store.history(rollout.state.id)]
+    return {"rollout": rollout.state.model_dump(mode="json"), "result": exit_of(rollout.state).words,
+            "history": entries}  # fmt: skip
+
+
+def explanation_of(store: RolloutStore, rollout: Rollout, number: int | None) -> Explanation:
+    """Of the entry ``number``; else, of a rollout under way the last look, and of another what ended it.
+
+    Raises:
+        RolloutError: no such entry, or nothing was decided yet.
+    """
+    state, entries = rollout.state, store.history(rollout.state.id)
+    seen: Any = _entry(entries, number, state.id) if number is not None else None
+    if seen is None and state.active:
+        seen = store.sighting(state.id)
+    if seen is None:
+        seen = newest_deciding(entries)
+    if seen is None:
+        raise RolloutError(f"nothing was decided about {state.id} yet; does `reelway rollout controller` run?")
+    return explain(moment_of(seen, step=state.step, phase=state.phase.value), rollout.policy)
+
+
+def print_explanation(explanation: Explanation) -> None:
+    """In readable words."""
+    which = f"decision {explanation.entry}" if explanation.entry is not None else "the last look"
+    action = explanation.action.replace("_", " ")
+    out.print(f"[bold]{explanation.rollout}[/], {which} at {clock_of(explanation.time)} UTC: [bold]{action}[/]",
+              highlight=False)  # fmt: skip
+    sections: tuple[tuple[str, Sequence[str]], ...] = (
+        ("why", [explanation.reason]),
+        ("numbers", explanation.numbers),
+        ("otherwise", explanation.otherwise),
+        ("policy", explanation.policy),
+    )
+    for word, lines in sections:
+        for i, line in enumerate(lines):
+            out.print(worded(word if i == 0 else "", "bold", line, out.width))
+
+
+def _entry(entries: Sequence[HistoryEntry], number: int, rollout_id: str) -> HistoryEntry:
+    for entry in entries:
+        if entry.number == number:
+            return entry
+    known = f"{entries[0].number}..{entries[-1].number}" if entries else "none"
+    raise RolloutError(f"{rollout_id} has no entry {number}; its entries are {known}, see `reelway rollout history`")

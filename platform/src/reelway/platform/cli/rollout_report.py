@@ -1,0 +1,171 @@
+"""Why: one shape of a rollout's status, which programs read as JSON and every view is drawn from, so that both agree.
+
+Pure: made from what was recorded and seen. Refuses to judge and to look at the service. Percent and words are the
+views' part; here are basis points, seconds and Unix times.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Final
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from reelway.platform.cli.rollout_run import ControllerSight, ServingRecord
+from reelway.platform.cli.rollout_wait import RolloutExit, exit_of
+from reelway.platform.rollout.policy import Step
+from reelway.platform.rollout.state import Command, Phase
+
+if TYPE_CHECKING:
+    from reelway.platform.rollout.records import HistoryEntry, Rollout, Sighting
+
+ENDING: Final = frozenset({Phase.PROMOTING, Phase.PROMOTED, Phase.ROLLING_BACK, Phase.ROLLED_BACK})
+"""Phases in which the evidence that matters is that of the decision, not of the last look."""
+
+
+class _Report(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class OutcomeReport(_Report):
+    """One metric on one slice; keys as in ``rollout.summary``."""
+
+    name: str
+    slice: str
+    label: str
+    finding: str
+    state: str
+    canary: float | None
+    stable: float | None
+    harm: float | None
+    low: float | None
+    high: float | None
+    margin: float
+    viewers: dict[str, int]
+    required: bool
+    lower_is_better: bool
+    sentence: str
+
+
+class GuardrailReport(_Report):
+    """One guardrail; keys as in ``rollout.summary``."""
+
+    name: str
+    state: str
+    sentence: str
+
+
+class EvidenceReport(_Report):
+    """What was seen; keys as in ``rollout.summary``."""
+
+    release: str
+    time: float | None
+    age_s: float | None
+    exposure: dict[str, int]
+    outcomes: tuple[OutcomeReport, ...]
+    guardrails: tuple[GuardrailReport, ...]
+    shadow_requests: int
+    weights: dict[str, int] | None
+    ready: bool | None
+
+    @property
+    def breached(self) -> bool:
+        return any(guardrail.state == "bad" for guardrail in self.guardrails)
+
+    @property
+    def heard_outcomes(self) -> bool:
+        """Whether anything was heard of the outcomes; not so when an alert went before the looking."""
+        return any(outcome.finding != "telemetry_down" for outcome in self.outcomes)
+
+
+class RolloutReport(_Report):
+    """One rollout. ``result`` and ``exit_code`` say the same; ``step`` counts from 1, 0 is before the first."""
+
+    id: str
+    phase: str
+    result: str
+    exit_code: int
+    active: bool
+    canary_release: str
+    stable_release: str
+    live_release: str
+    policy: str
+    step: int
+    steps: tuple[Step, ...]
+    shadowed: bool = Field(description="the policy mirrors requests before the first step")
+    weights: dict[str, int]
+    shadow_bp: int
+    started_at: float
+    changed_at: float
+    phase_s: float
+    warm_for_s: float | None = Field(description="after a promotion: how long a rollback stays one command away")
+    forced: bool
+    retired: bool
+    reason: str
+    waits_for: str
+    command: Command | None = Field(description="asked for and not yet taken")
+    evidence: EvidenceReport | None
+    evidence_entry: int | None = Field(description="history entry that the evidence is of; null: the last look")
+    evidence_age_s: float | None
+    traffic: dict[str, Any]
+
+
+class StatusReport(_Report):
+    """``reelway rollout status -o json``."""
+
+    run: str
+    time: float
+    serving: ServingRecord | None
+    controller: ControllerSight
+    rollout: RolloutReport | None
+
+
+def report_rollout(
+    rollout: Rollout, sighting: Sighting | None, history: Sequence[HistoryEntry], now: float
+) -> RolloutReport:
+    """The report of one rollout at a moment."""
+    state, policy = rollout.state, rollout.policy
+    deciding = _deciding(history) if state.phase in ENDING else None
+    seen = deciding or sighting
+    evidence = EvidenceReport.model_validate(seen.evidence) if seen is not None and seen.evidence else None
+    heard_at = evidence.time if evidence is not None else None
+    warm = state.phase is Phase.PROMOTED and not state.retired
+    return RolloutReport(
+        id=state.id,
+        phase=state.phase.value,
+        result=exit_of(state).words,
+        exit_code=int(exit_of(state)),
+        active=state.active,
+        canary_release=state.canary_release,
+        stable_release=state.stable_release,
+        live_release=state.live_release,
+        policy=policy.name,
+        step=state.step + 1,
+        steps=policy.steps,
+        shadowed=policy.shadow is not None,
+        weights={arm.value: weight for arm, weight in state.weights.items()},
+        shadow_bp=state.shadow_bp,
+        started_at=state.started_at,
+        changed_at=state.changed_at,
+        phase_s=state.phase_s,
+        warm_for_s=max(0.0, policy.retention_s - state.phase_s) if warm else None,
+        forced=state.forced,
+        retired=state.retired,
+        reason=state.reason,
+        waits_for=sighting.reason if sighting is not None and state.active else "",
+        command=state.command,
+        evidence=evidence,
+        evidence_entry=deciding.number if deciding else None,
+        evidence_age_s=None if heard_at is None else max(0.0, now - heard_at),
+        traffic=dict(sighting.traffic) if sighting is not None else {},
+    )
+
+
+def _deciding(history: Sequence[HistoryEntry]) -> HistoryEntry | None:
+    """The newest entry that ended the ramp."""
+    return next((entry for entry in reversed(history) if entry.action in ("promote", "roll_back")), None)
+
+
+def exit_code_of(report: StatusReport) -> int:
+    """For ``--exit-code``; no rollout at all is refused."""
+    return report.rollout.exit_code if report.rollout else int(RolloutExit.REFUSED)
