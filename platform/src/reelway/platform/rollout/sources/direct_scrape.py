@@ -30,7 +30,7 @@ from reelway.platform.rollout.sources.heard_series import (
 from reelway.platform.runs import RunDirectory
 
 PATHS: Final = {names.ROUTER_JOB: "/metrics", names.OUTCOMES_JOB: "/v1/outcomes/metrics"}
-INTERVAL_S: Final = 1.0
+INTERVAL_S: Final = 0.5
 """Asked more often than this, the memory answers: a scrape costs the router a few milliseconds."""
 TIMEOUT_S: Final = 1.0
 _KEPT: Final = (*COUNTED_OVER_A_WINDOW, *KEPT_SINCE_THE_START, names.SHADOW_REQUESTS)

@@ -1,0 +1,56 @@
+from __future__ import annotations
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import yaml
+
+from reelway.platform.rollout import series
+from reelway.platform.rollout.rules import canary_rules, scrape_example
+from reelway.platform.rollout.sources.direct_scrape import PATHS
+
+HERE = Path(__file__).parent
+
+
+def promtool(*arguments: str) -> str:
+    """What promtool says, which must end well."""
+    binary = shutil.which("promtool")
+    if binary is None:
+        pytest.skip("no promtool on the PATH; `make system-packages` installs it with prometheus")
+    done = subprocess.run([binary, *arguments], capture_output=True, text=True, timeout=30, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_the_rules_are_prometheus_rules(tmp_path: Path) -> None:
+    (tmp_path / "rules.yaml").write_text(canary_rules())
+    assert "5 rules found" in promtool("check", "rules", str(tmp_path / "rules.yaml"))
+
+
+def test_each_alert_fires_on_its_fault_and_is_silent_on_its_neighbours() -> None:
+    assert "SUCCESS" in promtool("test", "rules", str(HERE / "canary.rules.test.yaml"))
+
+
+def test_an_alert_about_telemetry_carries_no_release_and_every_other_one_does() -> None:
+    """An alert with a release takes it back, and a telemetry fault is no release's fault."""
+    groups = {group["name"]: group["rules"] for group in yaml.safe_load(canary_rules())["groups"]}
+    assert all("release" in rule["expr"] for rule in groups["reelway-canary"])
+    assert not any("release" in rule["expr"] for rule in groups["reelway-rollout-telemetry"])
+    assert not any("release" in rule["labels"] for rules in groups.values() for rule in rules)
+
+
+def test_the_rules_know_only_series_that_serving_counts() -> None:
+    text = canary_rules()
+    for name in (series.REQUESTS, series.EMPTY_SLATES, f"{series.LATENCY}_bucket"):
+        text = text.replace(name, "")
+    assert "reelway_" not in text
+    assert "|".join(series.FAULTY_OUTCOMES) in text
+
+
+def test_the_example_scrapes_the_pages_that_evidence_is_made_of_under_the_names_it_asks_for(tmp_path: Path) -> None:
+    (tmp_path / "prometheus.yaml").write_text(scrape_example())
+    promtool("check", "config", "--syntax-only", str(tmp_path / "prometheus.yaml"))
+    jobs = {job["job_name"]: job["metrics_path"] for job in yaml.safe_load(scrape_example())["scrape_configs"]}
+    assert jobs == PATHS
