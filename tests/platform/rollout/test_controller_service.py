@@ -1,0 +1,111 @@
+"""The controller as a process: one per run, found by its record, ended cleanly, and begun again after a kill."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from tests.benchmarks.canary_events import RELEASE, STABLE
+from tests.platform.rollout.made_world import QUICK
+from tests.platform.rollout.test_webhook import payload
+
+from reelway.platform.errors import RolloutError
+from reelway.platform.rollout.controller_service import ControllerSettings, run_controller
+from reelway.platform.rollout.decision import start
+from reelway.platform.rollout.sqlite_store import SqliteRolloutStore
+from reelway.platform.rollout.state import Phase
+
+START = (
+    "import sys, pathlib\n"
+    "from reelway.platform.telemetry import configure_logging\n"
+    "from reelway.platform.rollout.controller_service import ControllerSettings, run_controller\n"
+    "configure_logging()\n"
+    "run_controller(ControllerSettings(run=pathlib.Path(sys.argv[1]), interval_s=0.2))\n"
+)
+
+
+@contextmanager
+def controller_process(run: Path) -> Iterator[tuple[subprocess.Popen[str], dict[str, Any]]]:
+    """A controller in a process of its own, from listening on; killed at the end if it still runs."""
+    process = subprocess.Popen([sys.executable, "-c", START, run], stderr=subprocess.PIPE, text=True)
+    record = run / "rollout" / "controller.json"
+    try:
+        deadline = time.monotonic() + 60
+        while not (record.exists() and (known := json.loads(record.read_text()))["pid"] == process.pid):
+            assert process.poll() is None, process.stderr.read() if process.stderr else ""
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        yield process, known
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def deliver(run: Path, url: str, **what: str) -> httpx.Response:
+    token = (run / "keys" / "webhook.token").read_text().strip()
+    headers = {"Authorization": f"Bearer {token}"}
+    return httpx.post(f"{url}/api/v1/alerts", json=payload(**what), headers=headers, timeout=10)
+
+
+def test_a_killed_controller_is_begun_again_and_knows_what_was_delivered(tmp_path: Path) -> None:
+    store = SqliteRolloutStore(tmp_path / "rollout" / "state.db")
+    with controller_process(tmp_path) as (process, known):
+        assert deliver(tmp_path, known["url"]).status_code == 200
+        assert httpx.get(known["url"] + "/healthz").status_code == 200
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert (tmp_path / "rollout" / "controller.json").exists()  # nobody could remove it
+    state = start(QUICK, rollout_id="r", canary_release=RELEASE, stable_release=STABLE, now=1.0)
+    store.create(state, QUICK)
+    with controller_process(tmp_path) as (process, known):
+        deadline = time.monotonic() + 20
+        while store.get("r").state.phase is not Phase.ROLLING_BACK:
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        metrics = httpx.get(known["url"] + "/metrics").text
+        assert 'reelway_rollout_phase{kind="rolling_back"} 1.0' in metrics
+        assert re.search(r'reelway_rollout_failures_total\{kind="apply"\} [1-9]', metrics)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(15) == 0
+        assert process.stderr is not None
+        lines = process.stderr.read()
+    assert not (tmp_path / "rollout" / "controller.json").exists()
+    assert re.search(r"r roll_back: guardrail: .*CanaryErrors", lines)
+    assert lines.count("serving.json is not there") <= 2  # said when it begins, not at every look
+    assert "Traceback" not in lines
+    assert [entry.action for entry in store.history()] == ["prepare", "roll_back"]
+
+
+def test_a_second_controller_of_a_run_is_refused_by_name(tmp_path: Path) -> None:
+    stop = threading.Event()
+    first = threading.Thread(target=run_controller, args=(ControllerSettings(run=tmp_path, interval_s=0.05), stop))
+    first.start()
+    try:
+        record = tmp_path / "rollout" / "controller.json"
+        deadline = time.monotonic() + 20
+        while not record.exists():
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        url = json.loads(record.read_text())["url"]
+        with pytest.raises(RolloutError, match=f"has a controller already .process {os.getpid()} at {url}"):
+            run_controller(ControllerSettings(run=tmp_path))
+    finally:
+        stop.set()
+        first.join(20)
+    assert not first.is_alive()
+    assert not record.exists()
+    after = threading.Event()
+    after.set()
+    run_controller(ControllerSettings(run=tmp_path), after)  # the lock went with the first

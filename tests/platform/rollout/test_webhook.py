@@ -1,0 +1,202 @@
+"""What Alertmanager sends, and what anybody else might, over a real socket."""
+
+from __future__ import annotations
+
+import json
+import socket
+import stat
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from reelway.platform.errors import ConfigError, StorageError
+from reelway.platform.rollout.alert_book import AlertBook
+from reelway.platform.rollout.alerts import KnownAlert
+from reelway.platform.rollout.bearer_token import bearer_token
+from reelway.platform.rollout.controller_metrics import ControllerMetrics
+from reelway.platform.rollout.sqlite_store import SqliteRolloutStore
+from reelway.platform.rollout.webhook import ALERTS_PATH, BODY_LIMIT_BYTES, serving, webhook_application
+
+TOKEN = "t0ken-of-the-run-0123456789"
+RELEASE = "c" * 64
+RIGHT = {"Authorization": f"Bearer {TOKEN}"}
+
+
+def payload(*, status: str = "firing", release: str | None = RELEASE, starts_at: str = "2026-01-02T03:04:05Z") -> Any:
+    labels = {"alertname": "CanaryErrors"} | ({"release": release} if release else {})
+    alert = {
+        "status": status, "labels": labels, "annotations": {"summary": "errors"}, "startsAt": starts_at,
+        "endsAt": "0001-01-01T00:00:00Z", "generatorURL": "http://p/", "fingerprint": "a1",
+    }  # fmt: skip
+    return {
+        "version": "4", "groupKey": "{}:{}", "truncatedAlerts": 0, "status": status, "receiver": "reelway",
+        "groupLabels": {}, "commonLabels": {}, "commonAnnotations": {}, "externalURL": "http://a/", "alerts": [alert],
+    }  # fmt: skip
+
+
+@dataclass
+class Door:
+    url: str
+    store: SqliteRolloutStore
+    book: AlertBook
+    woken: threading.Event
+    metrics: ControllerMetrics
+
+    def post(self, content: Any, **headers: str) -> httpx.Response:
+        body = content if isinstance(content, bytes) else json.dumps(content).encode()
+        return httpx.post(self.url + ALERTS_PATH, content=body, headers=RIGHT | headers, timeout=10)
+
+    def counted(self, outcome: str) -> float:
+        return self.metrics.webhooks.labels(outcome)._value.get()
+
+
+@pytest.fixture
+def door(tmp_path: Path) -> Iterator[Door]:
+    store = SqliteRolloutStore(tmp_path / "state.db")
+    book, woken, metrics = AlertBook(store), threading.Event(), ControllerMetrics()
+    with serving(webhook_application(book, woken.set, TOKEN, metrics), "127.0.0.1", 0) as url:
+        yield Door(url, store, book, woken, metrics)
+
+
+def test_a_delivery_is_stored_before_it_is_answered_and_wakes_the_loop(door: Door) -> None:
+    answer = door.post(payload())
+    assert (answer.status_code, answer.json()) == (200, {"alerts": 1, "with_release": 1, "changed": True})
+    other = AlertBook(SqliteRolloutStore(door.store.path))
+    assert [alert.name for alert in other.firing_for(RELEASE, since=0)] == ["CanaryErrors"]
+    assert door.woken.is_set()
+
+
+def test_a_delivery_that_comes_twice_changes_nothing(door: Door) -> None:
+    door.post(payload())
+    door.woken.clear()
+    before = door.store.changes()
+    assert door.post(payload()).json()["changed"] is False
+    assert (door.store.changes(), door.woken.is_set(), door.counted("known")) == (before, False, 1)
+
+
+def test_resolved_wins_in_whichever_order_it_comes(door: Door) -> None:
+    door.post(payload(status="resolved"))
+    door.post(payload())
+    assert door.book.firing_for(RELEASE, since=0) == ()
+
+
+def test_an_alert_without_a_release_is_taken_and_forgotten(door: Door) -> None:
+    assert door.post(payload(release=None)).json() == {"alerts": 1, "with_release": 0, "changed": False}
+
+
+@pytest.mark.parametrize("given", ["", "Bearer", "Bearer wrong", f"Basic {TOKEN}", f"Bearer {TOKEN}x", TOKEN])
+def test_without_the_token_nothing_gets_in(door: Door, given: str) -> None:
+    answer = door.post(payload(), Authorization=given)
+    assert (answer.status_code, answer.headers["www-authenticate"]) == (401, "Bearer")
+    assert door.book.firing_for(RELEASE, since=0) == ()
+    assert door.counted("unauthorized") == 1
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"{", "not JSON"),
+        (b"\xff\xfe", "not JSON"),
+        (b"[" * 100_000, "not JSON"),
+        ({**payload(), "version": "5"}, "version: "),
+        ({**payload(), "alerts": [{**payload()["alerts"][0], "startsAt": "yesterday"}]}, "alerts.0.startsAt: "),
+    ],
+)
+def test_a_body_that_is_not_alertmanagers_is_refused_with_the_place(door: Door, content: Any, said: str) -> None:
+    answer = door.post(content)
+    assert answer.status_code == 400
+    assert said in answer.json()["error"]
+    assert not door.woken.is_set()
+
+
+def test_a_body_that_says_it_is_too_long_is_not_read(door: Door) -> None:
+    host, port = door.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=10) as connection:
+        head = f"POST {ALERTS_PATH} HTTP/1.1\r\nHost: h\r\nAuthorization: Bearer {TOKEN}\r\n"
+        connection.sendall(f"{head}Content-Length: {1 << 40}\r\n\r\nonly the beginning".encode())
+        assert connection.recv(4096).startswith(b"HTTP/1.1 413 ")
+
+
+def test_a_body_of_unsaid_length_is_read_up_to_the_limit(door: Door) -> None:
+    sent = 0
+
+    def chunks() -> Iterator[bytes]:
+        nonlocal sent
+        for _ in range(1000):
+            sent += 1 << 16
+            yield b" " * (1 << 16)
+
+    try:
+        answer = httpx.post(door.url + ALERTS_PATH, content=chunks(), headers=RIGHT, timeout=10)
+        assert answer.status_code == 413
+    except httpx.NetworkError:
+        pass  # the door was closed while we were still talking
+    assert door.counted("too_long") == 1
+    assert sent < 32 * BODY_LIMIT_BYTES
+
+
+def test_what_cannot_be_stored_is_asked_for_again(door: Door) -> None:
+    door.store._db.execute("PRAGMA query_only = 1")
+    answer = door.post(payload())
+    assert answer.status_code == 503
+    assert not door.woken.is_set()
+    door.store._db.execute("PRAGMA query_only = 0")
+    assert door.post(payload()).json()["changed"] is True
+
+
+def test_other_methods_and_paths_are_not_there(door: Door) -> None:
+    assert httpx.get(door.url + ALERTS_PATH).status_code == 405
+    assert httpx.get(door.url + "/").status_code == 404
+
+
+def test_health_and_metrics_need_no_token(door: Door) -> None:
+    door.post(payload())
+    assert httpx.get(door.url + "/healthz").json() == {"status": "ok"}
+    text = httpx.get(door.url + "/metrics").text
+    assert 'reelway_rollout_webhooks_total{outcome="stored"} 1.0' in text
+
+
+def test_a_port_that_is_taken_is_named(door: Door) -> None:
+    port = int(door.url.rsplit(":", 1)[1])
+    with pytest.raises(ConfigError, match=f"cannot listen at 127.0.0.1 port {port}"):  # noqa: SIM117
+        with serving(webhook_application(door.book, print, TOKEN, door.metrics), "127.0.0.1", port):
+            pass
+
+
+def test_a_poll_ends_what_it_no_longer_shows_but_not_what_was_delivered(door: Door) -> None:
+    def polled(name: str) -> KnownAlert:
+        return KnownAlert(
+            group_key="polled", labels=(("alertname", name), ("release", RELEASE)), starts_at=5, resolved=False
+        )
+
+    door.post(payload())
+    assert door.book.poll([polled("a"), polled("b")])
+    assert door.book.poll([polled("b")])
+    assert not door.book.poll([polled("b")])
+    assert {alert.name for alert in door.book.firing_for(RELEASE, since=0)} == {"b", "CanaryErrors"}
+
+
+def test_a_token_is_made_once_and_is_the_owners_alone(tmp_path: Path) -> None:
+    path = tmp_path / "keys" / "webhook.token"
+    made: list[str] = []
+    threads = [threading.Thread(target=lambda: made.append(bearer_token(path))) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(set(made)) == 1
+    assert len(made[0]) == 64
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert [file.name for file in path.parent.iterdir()] == ["webhook.token"]
+
+
+def test_a_token_that_is_no_secret_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "webhook.token"
+    path.write_text("\n")
+    with pytest.raises(StorageError, match="has 0 characters, expected 16"):
+        bearer_token(path)
