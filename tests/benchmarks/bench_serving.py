@@ -27,9 +27,11 @@ from tests.serving.viewer_store import make_viewer_store
 from reelway.platform.cli.terminal import say
 from reelway.platform.contracts.api import RecommendRequest
 from reelway.platform.features.store import ViewerRows, open_feature_store
+from reelway.platform.release.signing import create_keys, load_private_key, sign
+from reelway.platform.release.store import ReleaseStore
 from reelway.platform.rollout.routing import Routing
 from reelway.platform.tokens import TokenSigner
-from reelway.serving.commands import free_port
+from reelway.serving.free_ports import free_port
 from reelway.serving.release_loader import ReleaseLoader
 
 BAR_MS = 25.0
@@ -52,23 +54,34 @@ def main() -> None:
 
 def measure(place: Path, videos: int, requests: int, concurrency: int) -> list[Row]:
     """Build everything, run both sides, and say what was seen."""
-    from reelway.serving.deployments import ServiceOptions, running_service
+    from reelway.serving.deployments.service import running_service
+    from reelway.serving.serve_config import ReleaseShelf, ServiceOptions
 
     say(f"making a release of {videos} videos")
-    made = place / "releases" / "made"
-    release = make_realistic_release(made, videos).release_id
-    made.rename(made.with_name(release))
-    loader = ReleaseLoader(made.with_name(release))
+    manifest = sign(
+        make_realistic_release(place / "made", videos), load_private_key(create_keys(place / "keys").private)
+    )
+    release = ReleaseStore(str(place / "releases")).write(place / "made", manifest)
+    loader = ReleaseLoader(place / "made")
     table, rng = loader.table(), np.random.default_rng(1)
     make_viewer_store(place / "features", {viewer: viewer_row(table, rng) for viewer in range(VIEWERS)}, NOW_S)
 
     rows = ViewerRows(open_feature_store(place / "features"))
     graph = loader.graph(TokenSigner(SECRET))
+    (place / "token.secret").write_bytes(SECRET)
     options = ServiceOptions(
-        place / "releases", place / "metrics", (SECRET,), features_dir=place / "features", port=free_port("127.0.0.1")
+        ReleaseShelf(release_store=str(place / "releases"), release_cache=place / "cache", public_keys=place / "keys"),
+        metrics_dir=place / "metrics",
+        token_secrets=place / "token.secret",
+        features_dir=place / "features",
+        outcomes=place / "outcomes.db",
+        port=free_port("127.0.0.1"),
     )
     say("starting Ray Serve")
-    with running_service(Routing.whole(release), options) as url, httpx.Client(base_url=url, timeout=30) as client:
+    with (
+        running_service(Routing.whole(release), options, place / "ray.token") as service_at,
+        httpx.Client(base_url=service_at.url, timeout=30) as client,
+    ):
 
         def floor(i: int) -> int:
             request = RecommendRequest(viewer_id=i % VIEWERS, count=COUNT)
@@ -86,7 +99,7 @@ def measure(place: Path, videos: int, requests: int, concurrency: int) -> list[R
         floor_ms, service_ms = in_turns(floor, service, requests, rounds=ROUNDS)
         parts = breakdown(before, scraped(client))
         say(f"{requests} requests, {concurrency} at a time")
-        per_s = throughput(url, requests, concurrency)
+        per_s = throughput(service_at.url, requests, concurrency)
     return report(floor_ms, service_ms, parts, per_s, concurrency)
 
 

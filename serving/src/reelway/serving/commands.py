@@ -1,7 +1,7 @@
 """``reelway serve`` and ``reelway recommend``: a run's release behind HTTP, and a slate in readable form.
 
-Whatever ``serve`` starts it ends: Ray, Serve and every replica go with it, however it is stopped. It refuses a release
-that ``verify`` refuses, a port that is taken, and a run that is being served already.
+Whatever ``serve`` starts it ends: Ray, Serve, every replica and the rollout controller go with it, however it is
+stopped. It refuses a release that ``verify`` refuses, a port that is taken, and a run that is being served already.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import os
 import secrets
 import shutil
 import signal
-import socket
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -24,18 +23,21 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
+from reelway.platform.cli.processes import child, reelway_command
 from reelway.platform.cli.terminal import console, out, say
 from reelway.platform.durable import write_json
 from reelway.platform.errors import ConfigError, FeatureError, ServingError
 from reelway.platform.runs import RunDirectory
+from reelway.serving.free_ports import free_port, refuse_taken_port
 
 if TYPE_CHECKING:
     from reelway.platform.release.verify import VerifiedRelease
 
-SECRET_VARIABLE: Final = "REELWAY_TOKEN_SECRET"
-"""The secret of impression tokens; several are separated by commas, the first one signs."""
+LIVE: Final = "live"
 WARM_UP: Final = 20
 RECORD: Final = "serving.json"
+RAY_TOKEN: Final = "ray.token"
+"""Below the run's keys: who has it may say what runs."""
 RUN = typer.Option(Path("runs/default"), "--run", help="Run directory.")
 
 
@@ -52,7 +54,9 @@ def register_recommend(app: typer.Typer) -> None:
 def serve(
     run: Path = RUN,
     release: str = typer.Option(
-        "latest", help="Id of a release in the run's store, the unique beginning of one, or 'latest'."
+        LIVE,
+        help="Id of a release in the run's store, the unique beginning of one, 'latest', or 'live': what the last "
+        "rollout left live, the latest where there was none.",
     ),
     host: str = typer.Option("127.0.0.1", help="Address to listen on; 0.0.0.0 for all."),
     port: int = typer.Option(8000, min=0, max=65535, help="Port to listen on; 0 chooses a free one."),
@@ -61,16 +65,18 @@ def serve(
     ranking_replicas: int = typer.Option(1, min=1, help="Processes of the ranking stage."),
     reranking_replicas: int = typer.Option(1, min=1, help="Processes of the re-ranking stage."),
     parity_ratio: float = typer.Option(0.01, min=0.0, max=1.0, help="Share of requests logged for the parity replay."),
+    controller: bool = typer.Option(True, help="Also start the rollout controller; its log is rollout/controller.log."),
 ) -> None:
     """Serve a run's release over HTTP until Ctrl-C: retrieval, ranking and re-ranking behind a router, on Ray Serve.
 
-    When it answers, its address is printed and written to serving.json in the run directory.
+    When it answers, its address is printed and written to serving.json in the run directory, with the address of
+    Serve's REST API, where the rollout controller changes what runs.
 
     Examples:
 
       reelway serve --run runs/demo
 
-      reelway serve --run runs/demo --release 3f9c --port 0 --ranking-replicas 2
+      reelway serve --run runs/demo --release 3f9c --port 0 --ranking-replicas 2 --no-controller
     """
     directory = RunDirectory(run)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell that starts this in the background ignores it
@@ -78,16 +84,22 @@ def serve(
         verified = _verified(directory, release)
         port = free_port(host) if port == 0 else refuse_taken_port(host, port)
         from reelway.platform.rollout.routing import Routing
-        from reelway.serving.deployments import Replicas, ServiceOptions, running_service
+        from reelway.serving.deployments.service import running_service
+        from reelway.serving.serve_config import ReleaseShelf, Replicas, ServiceOptions
 
-        place = (run / "serving").absolute()
+        place = directory.path / "serving"
         options = ServiceOptions(
-            releases_dir=verified.folder.parent,
+            shelf=ReleaseShelf(
+                release_store=str(directory.release_store),
+                release_cache=place / "releases",
+                public_keys=directory.keys,
+            ),
             metrics_dir=_emptied(place / "metrics"),
             token_secrets=_token_secrets(directory),
             features_dir=_features(directory),
             vector_log=place / "vectors.jsonl",
             parity_ratio=parity_ratio,
+            outcomes=place / "outcomes.db",
             host=host,
             port=port,
             replicas=Replicas(router_replicas, retrieval_replicas, ranking_replicas, reranking_replicas),
@@ -95,11 +107,15 @@ def serve(
         release_id = verified.manifest.release_id
         with ExitStack() as stack:
             with console.status("starting Ray and the stages"):
-                url = stack.enter_context(running_service(Routing.whole(release_id), options))
-                _warm_up(url)
-            stack.enter_context(_record(directory, {"url": url, "pid": os.getpid(), "release": release_id}))
-            out.print(f"serving release {release_id[:12]} at {url}", highlight=False)
-            say(f"Ctrl-C stops it. Try: reelway recommend --url {url} --viewer 1")
+                routing = Routing.whole(release_id)
+                service = stack.enter_context(running_service(routing, options, directory.keys / RAY_TOKEN))
+                _warm_up(service.url)
+            record = {"url": service.url, "pid": os.getpid(), "release": release_id, "serve_api": service.serve_api}
+            stack.enter_context(_record(directory, record))
+            if controller:
+                stack.enter_context(_controller(directory))
+            out.print(f"serving release {release_id[:12]} at {service.url}", highlight=False)
+            say(f"Ctrl-C stops it. Try: reelway recommend --url {service.url} --viewer 1")
             _wait_for_the_end()
 
 
@@ -155,41 +171,15 @@ def only_server_of(run: RunDirectory) -> Iterator[None]:
         yield
 
 
-def refuse_taken_port(host: str, port: int) -> int:
-    """The port, if it can be listened on.
-
-    Raises:
-        ConfigError: it cannot.
-    """
-    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((host, port))
-        except OSError as error:
-            raise ConfigError(
-                f"cannot listen on {host} port {port}: {error.strerror}; stop what uses it, name another --port, or "
-                "give --port 0 to have a free one chosen"
-            ) from error
-    return port
-
-
-def free_port(host: str) -> int:
-    """A port that nobody listens on just now."""
-    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
-        probe.bind((host, 0))
-        port: int = probe.getsockname()[1]
-    return port
-
-
 def _verified(run: RunDirectory, release: str) -> VerifiedRelease:
     from reelway.platform.cli.release import registered_services
     from reelway.platform.release.folder import read_manifest
     from reelway.platform.release.signing import load_public_keys
-    from reelway.platform.release.store import ReleaseStore
+    from reelway.platform.release.store import LATEST, ReleaseStore
     from reelway.platform.release.verify import verify
 
     store = ReleaseStore(str(run.release_store.absolute()))
-    release_id = store.resolve(release)
+    release_id = store.resolve(_live(run) or LATEST if release == LIVE else release)
     folder = store.fetch(release_id, (run.path / "serving" / "releases").absolute())
     services = registered_services(run.features, read_manifest(folder).feature_services, required=False)
     keys = load_public_keys(run.keys)
@@ -210,16 +200,34 @@ def _features(run: RunDirectory) -> Path | None:
     return run.features.absolute()
 
 
-def _token_secrets(run: RunDirectory) -> tuple[bytes, ...]:
-    """From the environment, else a secret of the run's own, made once and readable by its owner only."""
-    if given := os.environ.get(SECRET_VARIABLE):
-        return tuple(secret.encode() for secret in given.split(","))
+def _live(run: RunDirectory) -> str | None:
+    """The release that the last rollout left live, where there was one."""
+    from reelway.platform.rollout.sqlite_store import SqliteRolloutStore
+
+    path = run.path / "rollout" / "state.db"
+    if not path.exists():
+        return None
+    last = SqliteRolloutStore(path).latest()
+    return last.state.live_release if last else None
+
+
+def _token_secrets(run: RunDirectory) -> Path:
+    """The file of the run's own secret, made once and readable by its owner only; the environment goes before it."""
     path = run.keys / "token.secret"
     if not path.exists():
         path.parent.mkdir(exist_ok=True)
         with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as handle:
             handle.write(secrets.token_hex(32))
-    return (path.read_bytes().strip(),)
+    return path
+
+
+@contextmanager
+def _controller(run: RunDirectory) -> Iterator[None]:
+    """The rollout controller of this run, ended with the service."""
+    log = run.path / "rollout" / "controller.log"
+    log.parent.mkdir(exist_ok=True)
+    with child(reelway_command("rollout", "controller", "--run", str(run.path)), log=log):
+        yield
 
 
 def _emptied(folder: Path) -> Path:

@@ -31,7 +31,7 @@ from reelway.platform.tokens import TokenSigner
 from reelway.serving.metrics import SHORT, IngressMetrics, timed
 from reelway.serving.parity_sample import ParitySample
 from reelway.serving.popular import PopularLists
-from reelway.serving.slates import EVERYBODY, RolloutSide, Showing, new_id, shown_videos
+from reelway.serving.slates import EVERYBODY, RolloutSide, Showing, new_id, shown_videos, slices_of
 from reelway.serving.stages.arrays import F32, SOURCES, Candidates, Slate, ViewerQuery
 from reelway.serving.stages.ranking import Ranking
 from reelway.serving.stages.reranking import Reranking
@@ -77,6 +77,7 @@ class Answered:
     response: RecommendResponse
     slate: Slate
     video_ids: list[int]
+    slices: list[int]
 
 
 class RequestPath:
@@ -99,19 +100,30 @@ class RequestPath:
         self._sample = sample
         self._labels = (edge.release_id[:SHORT], side.arm.value)
 
-    async def answer(self, request: RecommendRequest, viewer_row: Mapping[str, Any] | None, now_s: float) -> Answered:
+    async def answer(
+        self,
+        request: RecommendRequest,
+        viewer_row: Mapping[str, Any] | None,
+        now_s: float,
+        shown_at_s: float | None = None,
+    ) -> Answered:
         """A slate for the viewer, whatever fails on the way.
 
         Args:
             viewer_row: field name -> value; empty for an unknown viewer; ``None`` when the store could not be read.
-            now_s: Unix seconds.
+            now_s: Unix seconds of the request.
+            shown_at_s: Unix seconds by the clock, where the request says what time it is.
         """
         edge, degraded, request_id = self._edge, list[Rung](), new_id()
         with timed(self._metrics.latency.labels(*self._labels)):
             query = self._query(request, viewer_row, now_s, request_id, degraded)
             slate = await self._slate(query, request.count, degraded)
-            showing = Showing(request_id, request.viewer_id, edge.release_id, self._side, query.region, now_s)
-            videos = shown_videos(slate, showing, edge.table, edge.lists, self._signer)
+            showing = Showing(
+                request_id, request.viewer_id, edge.release_id, self._side, query.region, now_s,
+                now_s if shown_at_s is None else shown_at_s, viewer_row is not None and is_cold(viewer_row),
+            )  # fmt: skip
+            slices = slices_of(slate.rows, showing, edge.table)
+            videos = shown_videos(slate, slices, showing, edge.table, edge.lists, self._signer)
         self._count(slate, degraded)
         self._count_sources(slate)
         if self._sample and viewer_row is not None:
@@ -133,7 +145,7 @@ class RequestPath:
             degraded=degraded,
             videos=videos,
         )
-        return Answered(response, slate, [video.video_id for video in videos])
+        return Answered(response, slate, [video.video_id for video in videos], slices)
 
     async def mirror(
         self, request: RecommendRequest, viewer_row: Mapping[str, Any] | None, now_s: float, seed: int

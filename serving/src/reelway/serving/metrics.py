@@ -112,6 +112,9 @@ class IngressMetrics:
         )
         self.empty = counter(series.EMPTY_SLATES, "Answers without a video.", both, registry)
         self.cold = counter("reelway_ingress_cold_viewers_total", "Viewers without a known past.", both, registry)
+        self.exposures_lost = counter(
+            "reelway_ingress_exposures_lost_total", "Impressions that could not be kept for counting.", [], registry
+        )
         self.shown = counter("reelway_ingress_videos_total", "Videos shown, by source.", [*both, "source"], registry)
 
 

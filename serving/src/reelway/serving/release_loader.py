@@ -1,6 +1,7 @@
-"""A verified release folder, made into stages. Each stage loads only its own files, so a replica holds what it needs.
+"""A release, made into stages. Each stage loads only its own files, so a replica holds what it needs.
 
-Refuses to look for anything outside the folder. Whether the folder may be served at all is ``verify``'s to say.
+Refuses what a trusted key did not sign and anything outside the release's folder. Whether a release may be served at
+all is ``verify``'s to say, before.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import faiss
 import numpy as np
 
 from reelway.platform.contracts.features import RANKER_INPUTS, VIEWER_TOWER_INPUTS
+from reelway.platform.contracts.ids import ReleaseId
 from reelway.platform.contracts.manifest import (
     INDEX_FILE,
     NEIGHBOURS_FILE,
@@ -22,17 +24,34 @@ from reelway.platform.contracts.manifest import (
 from reelway.platform.contracts.release_files import NEIGHBOURS_SCHEMA
 from reelway.platform.errors import IncompatibleReleaseError
 from reelway.platform.release.folder import read_manifest
+from reelway.platform.release.signing import check_signature, load_public_keys
+from reelway.platform.release.store import ReleaseStore
 from reelway.platform.release.verify import read_blend, read_calibration
 from reelway.platform.tokens import TokenSigner
 from reelway.serving.graph import LocalStages, RecommendationGraph, ReleaseEdge
 from reelway.serving.metrics import IngressMetrics
 from reelway.serving.popular import open_popular_lists
+from reelway.serving.serve_config import ReleaseSource
 from reelway.serving.sessions import Graph
 from reelway.serving.stages.ranking import Ranking
 from reelway.serving.stages.reranking import Reranking
 from reelway.serving.stages.retrieval import Retrieval
 from reelway.serving.stages.sources import AnnSource, FreshSource, ListSource, NeighbourSource
 from reelway.serving.video_table import Rows, VideoTable, open_one_batch, open_video_table
+
+
+def open_trusted(source: ReleaseSource) -> ReleaseLoader:
+    """The release, fetched where the cache lacks it. Safe between processes; blocks.
+
+    Raises:
+        ReleaseNotFoundError: the store does not have it.
+        StorageError: it cannot be fetched.
+        DigestMismatchError: what arrived is not that release.
+        SignatureError: it is signed by nobody who is trusted here.
+    """
+    folder = ReleaseStore(source.release_store).fetch(ReleaseId(source.release), source.release_cache)
+    check_signature(read_manifest(folder), load_public_keys(source.public_keys))
+    return ReleaseLoader(folder)
 
 
 @dataclass(frozen=True)

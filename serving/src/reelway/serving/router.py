@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Final
 
+import numpy as np
 from prometheus_client import CollectorRegistry
 
 from reelway.platform.contracts.api import RecommendRequest
@@ -28,6 +29,7 @@ from reelway.serving import metrics
 from reelway.serving.graph import Answered, RequestPath
 from reelway.serving.http_api import Answer, CurrentReleases, ServedRelease
 from reelway.serving.open_releases import OpenRelease, OpenReleases
+from reelway.serving.outcomes.exposures import ExposedArm, ExposureBuffer
 from reelway.serving.parity_sample import ParitySample
 from reelway.serving.shadow import Asked, ShadowMirror, is_mirrored
 from reelway.serving.slates import RolloutSide
@@ -43,7 +45,8 @@ FIRST_OPENING_S: Final = 60.0
 class RouterParts:
     """What a router works with.
 
-    ``read_viewer`` blocks and raises ``FeatureError``; None serves everybody as unknown.
+    ``read_viewer`` blocks and raises ``FeatureError``; None serves everybody as unknown. ``exposures`` takes what is
+    shown; somebody else sends it on.
     """
 
     signer: TokenSigner = field(repr=False)
@@ -51,6 +54,7 @@ class RouterParts:
     read_viewer: Callable[[int], Mapping[str, Any]] | None = None
     viewer_row_ms: float = 250.0
     sample: ParitySample | None = None
+    exposures: ExposureBuffer | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +63,7 @@ class _Way:
 
     release: OpenRelease
     path: RequestPath
+    side: RolloutSide
 
 
 class Router:
@@ -105,21 +110,28 @@ class Router:
         if routing is None:
             raise ServingError("the router has no releases yet; it was asked before its configuration came")
         way = ways[routing.route_of(request.viewer_id).arm]
-        given = request.context.time
-        now_s = time.time() if given is None else given.timestamp()
+        given, clock_s = request.context.time, time.time()
+        now_s = clock_s if given is None else given.timestamp()
         with way.release.in_use():
             try:
                 row = await self._viewer_row(request.viewer_id, way.release.edge.release_id)
-                answered = await way.path.answer(request, row, now_s)
+                answered = await way.path.answer(request, row, now_s, clock_s)
             except Exception:
                 way.path.count_failed()
                 raise
-        return Answer(answered.response, partial(self._after, routing, ways, Asked(request, row, now_s), answered))
+        afterwards = partial(self._after, way, ways.get(Arm.SHADOW), routing, Asked(request, row, now_s), answered)
+        return Answer(answered.response, afterwards)
 
-    async def _after(self, routing: Routing, ways: Mapping[Arm, _Way], asked: Asked, answered: Answered) -> None:
+    async def _after(self, way: _Way, shadow: _Way | None, routing: Routing, asked: Asked, answered: Answered) -> None:
         """What a slate leads to once it is on its way. Starts things and waits for nothing."""
-        shadow = ways.get(Arm.SHADOW)
-        if shadow and routing.shadow and is_mirrored(asked.request.viewer_id, routing.salt, routing.shadow.weight_bp):
+        viewer_id = asked.request.viewer_id
+        if (buffer := self._parts.exposures) and way.side.rollout:
+            lost = buffer.dropped
+            arm = ExposedArm(way.side.rollout, way.side.arm, way.release.edge.release_id)
+            buffer.add(arm, viewer_id, way.side.overlap_weight, answered.slices)
+            if buffer.dropped > lost:
+                self._metrics.exposures_lost.inc(buffer.dropped - lost)
+        if shadow and routing.shadow and is_mirrored(viewer_id, routing.salt, routing.shadow.weight_bp):
             self._mirror.offer(shadow.release, shadow.path, asked, answered)
 
     def current_releases(self) -> CurrentReleases:
@@ -189,13 +201,17 @@ class Router:
         if effective.shadow and (release := self._releases.get(effective.shadow.release)):
             ways[Arm.SHADOW] = self._way(release, effective, Arm.SHADOW)
         self._routing, self._ways = effective, ways
+        if self._parts.exposures:
+            sides = (ExposedArm(effective.rollout, route.arm, route.release) for route in effective.arms)
+            self._parts.exposures.announce(sides)
         self._releases.keep_only(routing.releases)
 
     def _way(self, release: OpenRelease, routing: Routing, arm: Arm) -> _Way:
         parts = self._parts
         sample = None if arm is Arm.SHADOW else parts.sample
-        path = RequestPath(release.edge, release.stages, parts.signer, self._metrics, side_of(routing, arm), sample)
-        return _Way(release, path)
+        side = side_of(routing, arm)
+        path = RequestPath(release.edge, release.stages, parts.signer, self._metrics, side, sample)
+        return _Way(release, path, side)
 
     async def _viewer_row(self, viewer_id: int, release: str) -> Mapping[str, Any] | None:
         """The viewer's row, or ``None`` where the store fails or is late. A thread reads it: the loop never waits."""
@@ -224,7 +240,7 @@ def side_of(routing: Routing, arm: Arm) -> RolloutSide:
         return RolloutSide(arm, routing.rollout, 1.0)
     canary_bp, stable_bp = routing.weight_of(Arm.CANARY), routing.weight_of(Arm.STABLE)
     weight = overlap_weight(canary_bp, stable_bp, canary=arm is Arm.CANARY)
-    return RolloutSide(arm, routing.rollout, weight)
+    return RolloutSide(arm, routing.rollout, float(np.float32(weight)))
 
 
 def _fallback(routing: Routing) -> ArmRoute:

@@ -6,12 +6,15 @@ import secrets
 from dataclasses import dataclass
 from typing import Final
 
+import numpy as np
+
 from reelway.platform.contracts.api import RecommendedVideo
 from reelway.platform.contracts.events import Arm
 from reelway.platform.contracts.ids import MAX_ID
-from reelway.platform.tokens import ImpressionToken, TokenSigner
+from reelway.platform.rollout.policy import Slice
+from reelway.platform.tokens import SLICE_BITS, ImpressionToken, TokenSigner
 from reelway.serving.popular import PopularLists
-from reelway.serving.stages.arrays import SOURCES, Slate
+from reelway.serving.stages.arrays import SOURCES, Rows, Slate
 from reelway.serving.video_table import ABSENT, VideoTable
 
 
@@ -25,8 +28,12 @@ class RolloutSide:
 
     arm: Arm
     rollout: str = ""
-    overlap_weight: float = 0.0
+    overlap_weight: float = 0.0  # a float32, as a token carries it
 
+
+_NEW_VIEWERS, _NEW_VIDEOS, _SMALL_CREATORS = (
+    SLICE_BITS[one] for one in (Slice.NEW_VIEWERS, Slice.NEW_VIDEOS, Slice.SMALL_CREATORS)
+)
 
 EVERYBODY: Final = RolloutSide(Arm.STABLE)
 """The only side between rollouts."""
@@ -41,7 +48,30 @@ class Showing:
     release: str
     side: RolloutSide
     region: str | None
-    now_s: float
+    now_s: float  # of the request
+    shown_at_s: float  # by the clock
+    new_viewer: bool = False
+
+
+NEW_VIDEO_S: Final = 48 * 3600.0
+"""A video is new for so long after its upload."""
+SMALL_CREATOR_FOLLOWERS: Final = 100.0
+"""A creator with fewer is small, and so is one of whom nobody knows how many."""
+
+
+def slices_of(rows: Rows, showing: Showing, table: VideoTable) -> list[int]:
+    """The slices that each shown video counts in, as the bits of ``SLICE_BITS``. Outside of a rollout none matters."""
+    if not showing.side.rollout:
+        return [0] * len(rows)
+    new = showing.now_s - table.uploaded_at_s[rows] < NEW_VIDEO_S
+    small = ~(table.creator_followers(rows) >= SMALL_CREATOR_FOLLOWERS)
+    bits = (
+        _NEW_VIEWERS * showing.new_viewer
+        + _NEW_VIDEOS * new.astype(np.int64)
+        + _SMALL_CREATORS * small.astype(np.int64)
+    )
+    masks: list[int] = bits.tolist()
+    return masks
 
 
 def new_id() -> int:
@@ -65,9 +95,13 @@ def readable_reason(source: str, row: int, watched: str | None, region: str | No
 
 
 def shown_videos(
-    slate: Slate, showing: Showing, table: VideoTable, lists: PopularLists, signer: TokenSigner
+    slate: Slate, slices: list[int], showing: Showing, table: VideoTable, lists: PopularLists, signer: TokenSigner
 ) -> list[RecommendedVideo]:
-    """The places of the answer, each with the token that its outcomes must bring back."""
+    """The places of the answer, each with the token that its outcomes must bring back.
+
+    Args:
+        slices: ``slices_of`` the slate.
+    """
     rows = slate.rows.tolist()
     videos = table.video_id[slate.rows].tolist()
     sources = [SOURCES[code] for code in slate.source.tolist()]
@@ -75,13 +109,14 @@ def shown_videos(
         None if row == ABSENT else (title or "")
         for row, title in zip(slate.because.tolist(), table.titles(slate.because), strict=True)
     ]
+    side = showing.side
     tokens = signer.sign_many(
         ImpressionToken(
-            new_id(), showing.request_id, showing.viewer_id, video, position,
-            showing.release, showing.side.arm, source, propensity, showing.now_s,
+            new_id(), showing.request_id, showing.viewer_id, video, position, showing.release, side.arm, source,
+            propensity, showing.shown_at_s, side.rollout, side.overlap_weight, mask, duration_ms,
         )
-        for position, (video, source, propensity) in enumerate(
-            zip(videos, sources, slate.propensity.tolist(), strict=True)
+        for position, (video, source, propensity, mask, duration_ms) in enumerate(
+            zip(videos, sources, slate.propensity.tolist(), slices, table.duration_ms(slate.rows), strict=True)
         )
     )  # fmt: skip
     places = zip(

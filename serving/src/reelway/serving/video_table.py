@@ -32,6 +32,8 @@ ABSENT: Final = -1
 """The row of a video that the table does not have."""
 _STATIC: Final = slice(0, len(names.VIDEO_STATIC_DENSE))
 _LIVE: Final = slice(_STATIC.stop, _STATIC.stop + len(names.VIDEO_LIVE_DENSE))
+_DURATION: Final = names.VIDEO_STATIC_DENSE.index("duration_s")
+_FOLLOWERS: Final = names.VIDEO_LIVE_DENSE.index("creator_followers")
 _HOURS: Final = names.VIDEO_DENSE.index("hours_since_upload")
 
 
@@ -113,6 +115,16 @@ class VideoTable:
         dense[:, _LIVE] = live[rows]
         dense[:, _HOURS] = on_demand.hours_since_upload(np.asarray(request_time_s), self.uploaded_at_s[rows])
         return VideoInputs(dense, self._categories[rows], self._creator_codes[rows], self.embedding[rows])
+
+    def creator_followers(self, rows: NDArray[np.integer[Any]]) -> F32:
+        """Followers of the videos' creators, NaN where unknown. Shapes: ``[C] -> [C]``."""
+        followers: F32 = self._live.dense[rows, _FOLLOWERS]
+        return followers
+
+    def duration_ms(self, rows: NDArray[np.integer[Any]]) -> list[int]:
+        """Whole milliseconds, 0 where unknown."""
+        duration: list[int] = np.nan_to_num(self._static[rows, _DURATION] * 1000.0, nan=0.0).astype(np.int64).tolist()
+        return duration
 
     def titles(self, rows: NDArray[np.integer[Any]]) -> list[str | None]:
         """Titles of a slate's videos, ``None`` for ``ABSENT``; for people, never for all candidates."""

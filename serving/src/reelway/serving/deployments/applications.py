@@ -1,0 +1,120 @@
+"""What Serve builds by import path: a release, the router, the outcomes. Each builder takes its arguments typed.
+
+The number of replicas, their resources and the routing are the document's to say (``serving.serve_config``); what is
+here are the limits that follow from how the code works.
+"""
+
+# No postponed annotations: Serve looks at the builders' own to turn a document's arguments into models.
+
+import asyncio
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Final
+
+from fastapi import FastAPI
+from prometheus_client import CollectorRegistry
+from ray import serve
+from ray.serve.handle import DeploymentHandle
+
+from reelway.platform.features.store import ViewerRows, open_feature_store
+from reelway.platform.features.vector_log import VectorLog
+from reelway.platform.tokens import TokenSigner
+from reelway.serving.deployments.stages import (
+    RANKING,
+    RERANKING,
+    RETRIEVAL,
+    RankingStage,
+    RemoteStages,
+    RerankingStage,
+    RetrievalStage,
+)
+from reelway.serving.http_api import build_http_api
+from reelway.serving.open_releases import OpenRelease
+from reelway.serving.outcomes import (
+    ExposureBatch,
+    ExposureBuffer,
+    OutcomeCollector,
+    build_outcomes_api,
+    forward_exposures,
+)
+from reelway.serving.parity_sample import ParitySample
+from reelway.serving.release_loader import open_trusted
+from reelway.serving.router import Router, RouterParts
+from reelway.serving.serve_config import OutcomesArgs, ReleaseSource, RouterArgs
+from reelway.serving.token_secrets import read_token_secrets
+
+# A stage computes and never waits: more than a few requests in one replica would wait inside it instead of going to
+# another.
+_STAGE: Final = {"max_ongoing_requests": 8}
+
+
+def release(args: ReleaseSource) -> serve.Application:
+    """The stages of one release. The application's name must be ``args.release``: the router calls it by that."""
+    retrieval = serve.deployment(RetrievalStage, name=RETRIEVAL, **_STAGE).bind(args)
+    ranking = serve.deployment(RankingStage, name=RANKING, **_STAGE).bind(args)
+    return serve.deployment(RerankingStage, name=RERANKING, **_STAGE).bind(args, retrieval, ranking)
+
+
+def router(args: RouterArgs) -> serve.Application:
+    """What takes requests. Its ``user_config`` is a ``Routing``."""
+    return serve.deployment(serve.ingress()(RouterDeployment), name="Router", max_ongoing_requests=200).bind(args)
+
+
+def outcomes(args: OutcomesArgs) -> serve.Application:
+    """What outcomes are reported to. One replica: its file belongs to one process."""
+    deployment = serve.deployment(serve.ingress()(OutcomesDeployment), name="Outcomes", max_ongoing_requests=200)
+    return deployment.bind(args)
+
+
+class RouterDeployment(Router):
+    """The router in a replica of its own."""
+
+    def __init__(self, args: RouterArgs) -> None:
+        rows = ViewerRows(open_feature_store(args.features_dir)) if args.features_dir else None
+        sample = None
+        if args.vector_log:
+            vectors = VectorLog(args.vector_log, ratio=args.parity_ratio)
+            sample = ParitySample(vectors, ThreadPoolExecutor(1, thread_name_prefix="parity-sample"))
+        parts = RouterParts(
+            signer=TokenSigner(*read_token_secrets(args.token_secrets)),
+            registry=CollectorRegistry(),
+            read_viewer=rows.read if rows else None,
+            viewer_row_ms=args.budgets.viewer_row,
+            sample=sample,
+            exposures=ExposureBuffer() if args.outcomes else None,
+        )
+        super().__init__(self._open, parts)
+        self._args = args
+        self._forwarding: asyncio.Task[None] | None = None
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        return build_http_api(self)
+
+    async def reconfigure(self, config: Mapping[str, Any]) -> None:
+        """Take a ``Routing``; see ``Router.reconfigure``."""
+        await super().reconfigure(config)
+        buffer = self._parts.exposures
+        if self._args.outcomes and buffer and self._forwarding is None:
+            expose = DeploymentHandle("Outcomes", self._args.outcomes).expose
+            self._forwarding = asyncio.create_task(forward_exposures(buffer, expose.remote))
+
+    async def _open(self, release: str) -> OpenRelease:
+        loader = await asyncio.to_thread(open_trusted, self._args.source_of(release))
+        edge = await asyncio.to_thread(loader.edge)
+        stages = RemoteStages(release, self._args.budgets)
+        return OpenRelease(edge, stages, stages.close)
+
+
+class OutcomesDeployment:
+    """The collector in a replica of its own."""
+
+    def __init__(self, args: OutcomesArgs) -> None:
+        self._signer = TokenSigner(*read_token_secrets(args.token_secrets))
+        self._collector = OutcomeCollector(args.state)
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        return build_outcomes_api(self._collector, self._signer)
+
+    async def expose(self, batch: ExposureBatch) -> None:
+        """Count what a router has shown; returns when it is on disk."""
+        await asyncio.wrap_future(self._collector.expose(batch))

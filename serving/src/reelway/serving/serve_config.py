@@ -1,0 +1,183 @@
+"""Why: what runs is one document that anybody can write again with a change, so it is made by a pure function.
+
+The document is Serve's configuration (``PUT /api/serve/applications/`` here, ``serveConfigV2`` of a RayService on a
+cluster). It knows no Ray. Nothing secret is in it: secrets are files or environment variables of the processes.
+
+**A release is one entry of ``applications``**: ``name`` is the release's id and so is ``args["release"]``; nothing else
+in the entry differs from one release to the next. So whoever has the document adds a release by copying another one's
+entry and writing the new id in these two places. The routing is the ``user_config`` of the router's deployment
+``Router``, and the only thing that changes between steps of a rollout.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from reelway.platform.rollout.routing import Routing
+
+ROUTER: Final = "router"
+OUTCOMES: Final = "outcomes"
+OUTCOMES_PREFIX: Final = "/v1/outcomes"
+RELEASE_BUILDER: Final = "reelway.serving.deployments.applications:release"
+ROUTER_BUILDER: Final = "reelway.serving.deployments.applications:router"
+OUTCOMES_BUILDER: Final = "reelway.serving.deployments.applications:outcomes"
+_QUIET: Final = {"log_level": "WARNING", "enable_access_log": False}
+"""One log line per request and hop costs more than the hop's arithmetic; the metrics count them all."""
+
+
+class _Args(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ReleaseShelf(_Args):
+    """Where releases come from and whose signature is trusted."""
+
+    release_store: str = Field(description="URL or path of the release store")
+    release_cache: Path = Field(description="local folder; a release that it lacks is fetched from the store")
+    public_keys: Path = Field(description="folder with *.public.pem, or one PEM file")
+
+    def source_of(self, release: str) -> ReleaseSource:
+        """One release of this shelf."""
+        return ReleaseSource(**self.model_dump(include=set(ReleaseShelf.model_fields)), release=release)
+
+
+class ReleaseSource(ReleaseShelf):
+    """Arguments of a release's application."""
+
+    release: str = Field(min_length=1, description="full id; also the application's name")
+
+
+class BudgetsMs(_Args):
+    """How long a part may take before the path goes on without it, the hop included."""
+
+    viewer_row: float = 250.0
+    retrieval: float = 500.0
+    ranking: float = 500.0
+    reranking: float = 250.0
+
+
+class RouterArgs(ReleaseShelf):
+    """Arguments of the router's application."""
+
+    token_secrets: Path | None = Field(
+        default=None, description="file of the token secrets; the environment variable goes before it"
+    )
+    features_dir: Path | None = Field(default=None, description="feature store; None serves everybody as unknown")
+    vector_log: Path | None = Field(default=None, description="where the parity replay's sample is written")
+    parity_ratio: float = Field(default=0.01, ge=0, le=1)
+    budgets: BudgetsMs = BudgetsMs()
+    outcomes: str | None = Field(
+        default=None, description="application that is told what was shown, where there is one"
+    )
+
+
+class OutcomesArgs(_Args):
+    """Arguments of the application that counts outcomes."""
+
+    state: Path = Field(description="the file that it counts in; it belongs to one process")
+    token_secrets: Path | None = None
+
+
+@dataclass(frozen=True)
+class Replicas:
+    """How many of each deployment. Outcomes are counted by one, whose file is its own."""
+
+    router: int = 1
+    retrieval: int = 1
+    ranking: int = 1
+    reranking: int = 1
+
+
+@dataclass(frozen=True)
+class ServiceOptions:
+    """One start of the service.
+
+    ``metrics_dir`` belongs to this start alone; ``outcomes`` is the file that outcomes are counted in, None for a
+    service without them; ``vector_log`` takes the share ``parity_ratio`` of what is served; ``port`` must be free.
+    """
+
+    shelf: ReleaseShelf
+    metrics_dir: Path
+    token_secrets: Path | None = None
+    features_dir: Path | None = None
+    vector_log: Path | None = None
+    parity_ratio: float = 0.01
+    outcomes: Path | None = None
+    host: str = "127.0.0.1"
+    port: int = 8000
+    replicas: Replicas = field(default_factory=Replicas)
+    budgets: BudgetsMs = field(default_factory=BudgetsMs)
+    environment: dict[str, str] = field(default_factory=lambda: {"OMP_NUM_THREADS": "1"})
+    num_cpus: float = 0.1
+    """Of each replica. Small, so that all deployments of several releases fit on a laptop; a cluster sets its own."""
+
+
+def serve_config(routing: Routing, options: ServiceOptions) -> dict[str, Any]:
+    """The document: an application per release of the routing, the router over them, and the outcomes."""
+    applications = [_release_application(release, options) for release in routing.releases]
+    if options.outcomes:
+        applications.append(_outcomes_application(options.outcomes, options))
+    applications.append(_router_application(routing, options))
+    return {
+        "http_options": {"host": options.host, "port": options.port},
+        "logging_config": dict(_QUIET),
+        "applications": applications,
+    }
+
+
+def _release_application(release: str, options: ServiceOptions) -> dict[str, Any]:
+    replicas = options.replicas
+    counts = {"Retrieval": replicas.retrieval, "Ranking": replicas.ranking, "Reranking": replicas.reranking}
+    return {
+        "name": release,
+        "route_prefix": None,  # reached through the router only
+        "import_path": RELEASE_BUILDER,
+        "args": options.shelf.source_of(release).model_dump(mode="json"),
+        "deployments": [_deployment(name, count, options) for name, count in counts.items()],
+        **_everywhere(options),
+    }
+
+
+def _router_application(routing: Routing, options: ServiceOptions) -> dict[str, Any]:
+    args = RouterArgs(
+        **options.shelf.model_dump(),
+        token_secrets=options.token_secrets,
+        features_dir=options.features_dir,
+        vector_log=options.vector_log,
+        parity_ratio=options.parity_ratio,
+        budgets=options.budgets,
+        outcomes=OUTCOMES if options.outcomes else None,
+    )
+    router = _deployment("Router", options.replicas.router, options)
+    return {
+        "name": ROUTER,
+        "route_prefix": "/",
+        "import_path": ROUTER_BUILDER,
+        "args": args.model_dump(mode="json"),
+        "deployments": [router | {"user_config": routing.model_dump(mode="json")}],
+        **_everywhere(options),
+    }
+
+
+def _outcomes_application(state: Path, options: ServiceOptions) -> dict[str, Any]:
+    return {
+        "name": OUTCOMES,
+        "route_prefix": OUTCOMES_PREFIX,
+        "import_path": OUTCOMES_BUILDER,
+        "args": OutcomesArgs(state=state, token_secrets=options.token_secrets).model_dump(mode="json"),
+        "deployments": [_deployment("Outcomes", 1, options)],
+        **_everywhere(options),
+    }
+
+
+def _deployment(name: str, replicas: int, options: ServiceOptions) -> dict[str, Any]:
+    return {"name": name, "num_replicas": replicas, "ray_actor_options": {"num_cpus": options.num_cpus}}
+
+
+def _everywhere(options: ServiceOptions) -> dict[str, Any]:
+    environment = {**options.environment, "PROMETHEUS_MULTIPROC_DIR": str(options.metrics_dir)}
+    return {"runtime_env": {"env_vars": environment}, "logging_config": dict(_QUIET)}
