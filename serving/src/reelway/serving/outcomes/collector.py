@@ -173,7 +173,7 @@ class OutcomeCollector:
         while job is not None:
             jobs.append(job)
             rows += job.rows
-            if rows >= MOST_PER_COMMIT:
+            if rows >= MOST_PER_COMMIT or job.retire:  # what was handed in before it is counted before it
                 return jobs, True
             try:
                 job = self._jobs.get(timeout=max(not_before - time.monotonic(), 0.0))
@@ -184,12 +184,10 @@ class OutcomeCollector:
     def _count(self, jobs: list[_Job]) -> None:
         outcomes = [job for job in jobs if job.outcomes is not None]
         try:
-            for job in jobs:
-                if job.retire:
-                    self._ledger.retire(job.retire)
             fates = self._ledger.apply(
                 [job.exposures for job in jobs if job.exposures is not None],
                 [job.outcomes for job in outcomes if job.outcomes is not None],
+                jobs[-1].retire,
             )
         except Exception as error:  # every caller must hear of it, and the next batch may go well again
             log.exception("%d batches of exposures and outcomes were not counted", len(jobs))

@@ -40,9 +40,9 @@ class ExposedArm(NamedTuple):
 class ExposureBatch:
     """Shapes: N rows, one per (request, mask of slices). About 20 bytes a row.
 
-    ``origin`` names one start of one router; ``number`` ascends per origin, and one that is not above the last is a
-    batch that was counted. ``arms`` may name arms without a row: these are published with zeros, so that "nobody yet"
-    differs from "nobody knows".
+    ``origin`` names one start of one router, which sends one batch at a time; ``number`` ascends, and one that is not
+    above the last is a batch that was counted. ``arms`` may name arms without a row: these are published with zeros,
+    so that "nobody yet" differs from "nobody knows".
     """
 
     origin: str

@@ -80,8 +80,13 @@ class Ledger:
         sums = {arm: known.sums for arm, known in self._arms.items()}
         self.snapshot = Snapshot(sums, dict(self._received))
 
-    def apply(self, batches: Sequence[ExposureBatch], outcomes: Sequence[OutcomeColumns]) -> list[I64]:
+    def apply(
+        self, batches: Sequence[ExposureBatch], outcomes: Sequence[OutcomeColumns], retire: str = ""
+    ) -> list[I64]:
         """Count all of it in one transaction. Returns what became of each outcome, as ``RECEIVED_OUTCOMES`` codes.
+
+        Args:
+            retire: a rollout that ends after this: its sums stay as they are until newer rollouts need its place.
 
         Raises:
             StorageError: nothing was counted.
@@ -97,14 +102,9 @@ class Ledger:
                     parts.append(part)
             if parts:
                 self._add(parts)
+            if retire:
+                self._retire(self._rollouts.setdefault(retire, KnownRollout(now)), retire)
         return fates
-
-    def retire(self, rollout: str) -> None:
-        """End a rollout: its sums stay as they are until newer rollouts replace it, and its outcomes count no more."""
-        with self._changing():
-            known = self._rollouts.setdefault(rollout, KnownRollout(self._clock()))
-            known.retired = True
-            self._store.write_rollout(rollout, known)
 
     def clean(self, limit: int) -> int:
         """Take away what is past the horizon or dropped; returns the number of rows, 0 when there is nothing left."""
@@ -204,11 +204,13 @@ class Ledger:
             self._drop(oldest)
 
     def _drop(self, rollout: str) -> None:
-        known = self._rollouts[rollout]
-        known.retired = True
-        self._store.write_rollout(rollout, known)
+        self._retire(self._rollouts[rollout], rollout)
         for arm in self._arms_of(rollout):
             self._store.drop_arm(self._arms.pop(arm))
+
+    def _retire(self, known: KnownRollout, rollout: str) -> None:
+        known.retired = True
+        self._store.write_rollout(rollout, known)
 
     def _arms_of(self, rollout: str) -> list[ExposedArm]:
         return [arm for arm in self._arms if arm.rollout == rollout]

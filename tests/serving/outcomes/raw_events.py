@@ -1,0 +1,142 @@
+"""What was shown and done, event by event, and the sums over viewers worked out from it the slow and obvious way."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+
+from reelway.platform.contracts.api import ReportedOutcome
+from reelway.platform.contracts.events import LONG_WATCH_CAP_MS, LONG_WATCH_RATIO, Arm, OutcomeType
+from reelway.platform.rollout.evidence import ArmStatistics
+from reelway.platform.rollout.policy import Slice
+from reelway.platform.rollout.series import OUTCOME_METRICS
+from reelway.platform.tokens import SLICE_BITS, ImpressionToken, TokenSigner
+from reelway.serving.outcomes.exposures import ExposedArm, ExposureBatch
+from reelway.serving.outcomes.reported import OutcomeColumns, read_outcomes
+
+SIGNER = TokenSigner(b"a secret of the tests, long enough")
+RELEASES = {Arm.STABLE: "ab" * 32, Arm.CANARY: "cd" * 32, Arm.HOLDOUT: "ab" * 32}
+NOW = 1_800_000_000.0
+
+Statistics = dict[tuple[Arm, Slice], dict[str, ArmStatistics]]
+
+
+@dataclass(frozen=True)
+class Shown:
+    """One impression."""
+
+    id: int
+    viewer: int
+    arm: Arm
+    weight: float
+    slices: int
+    duration_ms: int = 20_000
+    rollout: str = "r-1"
+    at: float = NOW
+
+    @property
+    def exposed_arm(self) -> ExposedArm:
+        return ExposedArm(self.rollout, self.arm, RELEASES[self.arm])
+
+    @property
+    def token(self) -> str:
+        return SIGNER.sign(
+            ImpressionToken(
+                self.id, 1, self.viewer, 5, 0, RELEASES[self.arm], self.arm, "ann", 0.5, self.at,
+                self.rollout, self.weight, self.slices, self.duration_ms,
+            )
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Done:
+    """One outcome."""
+
+    shown: Shown
+    type: OutcomeType
+    value: float = 1.0
+
+    @property
+    def reported(self) -> ReportedOutcome:
+        return ReportedOutcome(token=self.shown.token, type=self.type, value=self.value)
+
+
+def exposures_of(shown: Sequence[Shown], number: int, origin: str = "router") -> ExposureBatch:
+    """One row per impression."""
+    arms = tuple(dict.fromkeys(one.exposed_arm for one in shown))
+    return ExposureBatch(
+        origin, number, arms,
+        np.array([arms.index(one.exposed_arm) for one in shown], np.int32),
+        np.array([one.viewer for one in shown], np.int64),
+        np.array([one.weight for one in shown], np.float32),
+        np.array([one.slices for one in shown], np.uint8),
+        np.ones(len(shown), np.int32),
+    )  # fmt: skip
+
+
+def columns_of(done: Sequence[Done]) -> OutcomeColumns:
+    columns, refused = read_outcomes([one.reported for one in done], SIGNER)
+    assert not refused
+    return columns
+
+
+def recomputed(shown: Iterable[Shown], done: Iterable[Done], rollout: str = "r-1") -> Statistics:
+    """Each impression once, the first outcome of each type for an impression; viewer by viewer."""
+    x: dict[tuple[Arm, Slice], dict[int, float]] = defaultdict(lambda: defaultdict(float))
+    y: dict[tuple[Arm, Slice], dict[tuple[int, str], float]] = defaultdict(lambda: defaultdict(float))
+    impressions: dict[tuple[Arm, Slice], int] = defaultdict(int)
+    for one in shown:
+        for part in _parts(one):
+            impressions[one.arm, part] += one.rollout == rollout
+            x[one.arm, part][one.viewer] += one.weight * (one.rollout == rollout)
+    first: dict[tuple[int, OutcomeType], Done] = {}
+    for outcome in done:
+        first.setdefault((outcome.shown.id, outcome.type), outcome)
+    for outcome in first.values():
+        one = outcome.shown
+        for part in _parts(one):
+            x[one.arm, part][one.viewer] += 0.0
+            for metric, amount in _amounts(outcome):
+                y[one.arm, part][one.viewer, metric] += one.weight * amount
+    return {
+        key: {
+            metric: ArmStatistics(
+                viewers=len(viewers),
+                impressions=impressions[key],
+                sum_x=sum(viewers.values()),
+                sum_y=sum(y[key][v, metric] for v in viewers),
+                sum_xx=sum(value**2 for value in viewers.values()),
+                sum_yy=sum(y[key][v, metric] ** 2 for v in viewers),
+                sum_xy=sum(value * y[key][v, metric] for v, value in viewers.items()),
+            )
+            for metric in OUTCOME_METRICS
+        }
+        for key, viewers in x.items()
+    }
+
+
+def _parts(one: Shown) -> list[Slice]:
+    return [Slice.OVERALL, *(part for part, bit in SLICE_BITS.items() if one.slices & bit)]
+
+
+def _amounts(outcome: Done) -> list[tuple[str, float]]:
+    if outcome.type is not OutcomeType.WATCH:
+        return [(f"{outcome.type}_rate", 1.0)]
+    long = outcome.value >= min(LONG_WATCH_RATIO * outcome.shown.duration_ms, LONG_WATCH_CAP_MS)
+    return [("watch_s_per_impression", outcome.value / 1000), ("long_watch_rate", float(long))]
+
+
+def assert_same(seen: Statistics, expected: Statistics) -> None:
+    """Equal but for rounding; arms and slices that nobody was in may be absent or zero."""
+    for key in set(seen) | set(expected):
+        for metric in OUTCOME_METRICS:
+            one = seen.get(key, {}).get(metric, ArmStatistics())
+            other = expected.get(key, {}).get(metric, ArmStatistics())
+            for name in ArmStatistics.__dataclass_fields__:
+                value = getattr(other, name)
+                assert getattr(one, name) == pytest.approx(value, rel=1e-9, abs=1e-12), (key, metric, name)
+            assert one.possible, (key, metric, one)

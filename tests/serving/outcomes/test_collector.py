@@ -1,0 +1,197 @@
+"""The collector's queue: one transaction for many, an answer for everybody, an orderly end, and its price."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+from tests.serving.outcomes.ingest_load import measure_ingest
+from tests.serving.outcomes.raw_events import (
+    NOW,
+    RELEASES,
+    Done,
+    Shown,
+    assert_same,
+    columns_of,
+    exposures_of,
+    recomputed,
+)
+
+from reelway.platform.contracts.events import Arm, OutcomeType
+from reelway.platform.errors import ServingError, StorageError
+from reelway.platform.rollout import series
+from reelway.platform.rollout.policy import Slice
+from reelway.platform.telemetry import ALLOWED_LABELS
+from reelway.serving.outcomes import OutcomeCollector
+from reelway.serving.outcomes import collector as collector_module
+
+SHOWN = [Shown(i, i % 5, Arm.CANARY if i % 2 else Arm.STABLE, 0.5, i % 8) for i in range(40)]
+DONE = [Done(one, OutcomeType.WATCH, 20_000.0) for one in SHOWN]
+
+
+@pytest.fixture
+def collector(tmp_path: Path) -> Iterator[OutcomeCollector]:
+    collector = OutcomeCollector(tmp_path / "outcomes.db", clock=lambda: NOW)
+    yield collector
+    collector.close()
+
+
+def test_what_many_threads_hand_in_at_once_is_counted_once_each(collector: OutcomeCollector) -> None:
+    answers: list[dict[str, int]] = []
+
+    def report(one: Done) -> None:
+        answers.append(collector.record(columns_of([one, one])).result(10))
+
+    collector.expose(exposures_of(SHOWN, 1)).result(10)
+    threads = [threading.Thread(target=report, args=(one,)) for one in DONE]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert answers == [{"counted": 1, "duplicate": 1, "late": 0, "retired": 0, "outside": 0}] * len(DONE)
+    assert_same(collector.statistics("r-1"), recomputed(SHOWN, DONE))
+
+
+def test_requests_that_come_while_one_is_written_share_the_next_transaction(
+    collector: OutcomeCollector, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    applied: list[int] = []
+    apply = collector._ledger.apply
+
+    def counting_apply(batches: Any, outcomes: Any, retire: str) -> Any:
+        applied.append(len(outcomes))
+        return apply(batches, outcomes, retire)
+
+    monkeypatch.setattr(collector._ledger, "apply", counting_apply)
+    for future in [collector.record(columns_of([one])) for one in DONE]:
+        future.result(10)
+    assert sum(applied) == len(DONE)
+    assert len(applied) < len(DONE) / 4
+
+
+def test_close_finishes_what_was_taken_and_refuses_the_rest(collector: OutcomeCollector) -> None:
+    futures = [collector.record(columns_of([one])) for one in DONE]
+    collector.close()
+    assert sum(future.result(0)["counted"] for future in futures) == len(DONE)
+    with pytest.raises(ServingError, match="closed"):
+        collector.record(columns_of(DONE))
+    collector.close()
+
+
+def test_a_disk_that_fails_is_told_to_everybody_and_the_next_batch_is_counted(
+    collector: OutcomeCollector, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    with monkeypatch.context() as broken:
+        broken.setattr(collector._store, "write_sums", _no_space)
+        futures = [collector.record(columns_of([one])) for one in DONE[:3]]
+        for future in futures:
+            with pytest.raises(StorageError, match="no space"):
+                future.result(10)
+    assert collector.record(columns_of(DONE)).result(10)["counted"] == len(DONE)
+    assert "were not counted" in caplog.text
+
+
+def _no_space(*_: object) -> None:
+    raise StorageError("no space left on device")
+
+
+def test_a_caller_that_goes_away_harms_nobody(collector: OutcomeCollector) -> None:
+    gone = collector.record(columns_of(DONE[:1]))
+    assert not gone.cancel()
+    assert collector.record(columns_of(DONE[1:2])).result(10)["counted"] == 1
+
+
+def test_more_than_the_queue_holds_is_refused_and_taken_again_later(
+    collector: OutcomeCollector, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(collector_module, "MAX_WAITING", 30)
+    futures = [collector.record(columns_of(DONE))]  # alone it may be larger
+    refusals = []
+    for _ in range(20):
+        try:
+            futures.append(collector.record(columns_of(DONE)))
+        except ServingError as error:
+            refusals.append(str(error))
+    assert "40 rows wait to be counted, at most 30 may; send it again" in refusals
+    for future in futures:
+        future.result(10)
+    assert collector.record(columns_of(DONE)).result(10)["duplicate"] == len(DONE)
+
+
+def test_metrics_carry_the_names_and_labels_that_the_rollout_reads(collector: OutcomeCollector) -> None:
+    collector.expose(exposures_of(SHOWN, 1)).result(10)
+    collector.record(columns_of([*DONE, *DONE[:3]])).result(10)
+    collector.record(columns_of([Done(Shown(99, 1, Arm.STABLE, 0, 0, rollout=""), OutcomeType.SKIP)])).result(10)
+    collector.count_refused(2)
+    samples = {
+        (sample.name, tuple(sorted(sample.labels.items()))): sample.value
+        for family in text_string_to_metric_families(collector.metrics_text().decode())
+        for sample in family.samples
+    }
+    assert {name for name, _ in samples} == {series.EXPOSURE, series.STATISTIC, series.RECEIVED, series.REFUSED}
+    assert {label for _, labels in samples for label, _ in labels} <= ALLOWED_LABELS
+    expected = recomputed(SHOWN, DONE)
+    for (arm, part), metrics in expected.items():
+        labels = {"rollout": "r-1", "release": RELEASES[arm][: series.SHORT_RELEASE], "arm": arm, "slice": part}
+        for metric, sums in metrics.items():
+            for statistic in ("viewers", "impressions", "sum_x", "sum_xx"):
+                key = tuple(sorted({**labels, "statistic": statistic}.items()))
+                assert samples[series.EXPOSURE, key] == pytest.approx(getattr(sums, statistic))
+            for statistic in ("sum_y", "sum_yy", "sum_xy"):
+                key = tuple(sorted({**labels, "metric": metric, "statistic": statistic}.items()))
+                assert samples[series.STATISTIC, key] == pytest.approx(getattr(sums, statistic))
+    received = {
+        (labels["arm"], labels["kind"], labels["outcome"]): value
+        for (name, pairs), value in samples.items()
+        if name == series.RECEIVED and (labels := dict(pairs))
+    }
+    assert received == {
+        ("stable", "watch", "counted"): 20, ("canary", "watch", "counted"): 20, ("stable", "watch", "duplicate"): 2,
+        ("canary", "watch", "duplicate"): 1, ("stable", "skip", "outside"): 1,
+    }  # fmt: skip
+    assert samples[series.REFUSED, ()] == 2
+
+
+def test_counters_are_those_of_before_after_a_restart(tmp_path: Path) -> None:
+    path = tmp_path / "outcomes.db"
+    texts = []
+    collector = OutcomeCollector(path, clock=lambda: NOW)
+    collector.expose(exposures_of(SHOWN, 1))
+    collector.record(columns_of(DONE))
+    for _ in range(2):
+        collector.close()
+        texts.append(collector.metrics_text())
+        collector = OutcomeCollector(path, clock=lambda: NOW)
+    collector.close()
+    assert texts[0] == texts[1]
+    assert b'slice="overall",statistic="impressions"} 20.0' in texts[1]
+
+
+def test_a_rollout_is_retired_by_word_and_its_statistics_can_still_be_read(collector: OutcomeCollector) -> None:
+    collector.expose(exposures_of(SHOWN, 1))
+    collector.retire("r-1").result(10)
+    assert collector.record(columns_of(DONE)).result(10)["retired"] == len(DONE)
+    assert collector.statistics("r-1")[Arm.CANARY, Slice.OVERALL]["like_rate"].viewers > 0
+    assert collector.statistics("r-2") == {}
+
+
+def test_a_file_of_another_version_is_refused(tmp_path: Path, collector: OutcomeCollector) -> None:
+    collector.expose(exposures_of(SHOWN, 1)).result(10)
+    collector._store._db.execute("PRAGMA user_version = 9")
+    collector.close()
+    with pytest.raises(StorageError, match="schema 9, expected 1"):
+        OutcomeCollector(tmp_path / "outcomes.db")
+
+
+def test_one_core_takes_20000_impressions_and_10000_outcomes_a_second(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ingest = measure_ingest(tmp_path, requests=4_000, viewers=10_000)
+    with capsys.disabled():
+        print(f"\n{ingest}")
+    assert ingest.outcomes == 40_000
+    assert ingest.core_share < 1.0

@@ -1,0 +1,144 @@
+"""What a router has shown reaches the collector once, through a collector that fails, is away or answers too late."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+
+import numpy as np
+import pytest
+
+from reelway.platform.contracts.events import Arm
+from reelway.platform.errors import ServingError
+from reelway.serving.outcomes import ExposedArm, ExposureBatch, ExposureBuffer, forward_exposures
+
+STABLE = ExposedArm("r-1", Arm.STABLE, "ab" * 32)
+CANARY = ExposedArm("r-1", Arm.CANARY, "cd" * 32)
+
+
+def rows_of(batch: ExposureBatch | None) -> list[tuple[ExposedArm, int, float, int, int]]:
+    assert batch is not None
+    return [
+        (batch.arms[arm], *rest)
+        for arm, *rest in zip(
+            batch.arm.tolist(), batch.viewer_id.tolist(), batch.weight.tolist(), batch.slices.tolist(),
+            batch.count.tolist(), strict=True,
+        )
+    ]  # fmt: skip
+
+
+def test_a_slate_is_one_row_per_mask_of_slices() -> None:
+    buffer = ExposureBuffer()
+    buffer.add(CANARY, 7, 0.75, [0, 2, 2, 6, 0])
+    buffer.add(STABLE, 8, 0.25, [0] * 20)
+    assert rows_of(buffer.take()) == [
+        (CANARY, 7, 0.75, 0, 2), (CANARY, 7, 0.75, 2, 2), (CANARY, 7, 0.75, 6, 1), (STABLE, 8, 0.25, 0, 20),
+    ]  # fmt: skip
+
+
+def test_a_batch_is_the_same_until_it_is_acknowledged_and_then_a_new_one() -> None:
+    buffer = ExposureBuffer()
+    buffer.add(CANARY, 7, 0.75, [0])
+    first = buffer.take()
+    buffer.add(STABLE, 8, 0.25, [0])
+    assert first is not None
+    assert buffer.take() is first
+    buffer.acknowledge(first)
+    second = buffer.take()
+    assert rows_of(second) == [(STABLE, 8, 0.25, 0, 1)]
+    assert second is not None
+    assert (second.origin, second.number) == (first.origin, first.number + 1)
+    buffer.acknowledge(first)  # an answer that comes twice
+    assert buffer.take() is second
+
+
+def test_an_arm_is_announced_once_and_nothing_is_sent_without_news() -> None:
+    buffer = ExposureBuffer()
+    buffer.announce([CANARY, STABLE, ExposedArm("", Arm.STABLE, "ab" * 32)])
+    batch = buffer.take()
+    assert batch is not None
+    assert (batch.arms, len(batch.arm)) == ((CANARY, STABLE), 0)
+    buffer.acknowledge(batch)
+    buffer.add(ExposedArm("", Arm.STABLE, "ab" * 32), 7, 0.0, [0])
+    assert buffer.take() is None
+
+
+def test_a_full_buffer_drops_and_says_how_many_impressions() -> None:
+    buffer = ExposureBuffer(max_rows=2)
+    for viewer in range(4):
+        buffer.add(CANARY, viewer, 0.5, [0, 0, 0])
+    assert (len(rows_of(buffer.take())), buffer.dropped) == (2, 6)
+
+
+def test_two_starts_of_a_router_are_two_origins() -> None:
+    buffers = ExposureBuffer(), ExposureBuffer()
+    for buffer in buffers:
+        buffer.announce([CANARY])
+    first, second = (buffer.take() for buffer in buffers)
+    assert first is not None
+    assert second is not None
+    assert first.origin != second.origin
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"arm": [5]}, "an arm outside of the 1"),
+        ({"weight": [1.5]}, r"a weight outside 0\.\.1"),
+        ({"weight": [float("nan")]}, r"a weight outside 0\.\.1"),
+        ({"slices": [8]}, "unknown slices"),
+        ({"count": [-1]}, "negative count"),
+        ({"viewer_id": [1, 2]}, r"columns of \[1, 2\] rows"),
+    ],
+)
+def test_a_batch_that_could_spoil_the_sums_cannot_be_made(change: dict[str, list[float]], message: str) -> None:
+    columns = {"arm": [0], "viewer_id": [1], "weight": [0.5], "slices": [0], "count": [1], **change}
+    types = {"arm": np.int32, "viewer_id": np.int64, "weight": np.float32, "slices": np.uint8, "count": np.int32}
+    with pytest.raises(ServingError, match=message):
+        ExposureBatch("router", 1, (CANARY,), **{name: np.array(columns[name], types[name]) for name in types})
+
+
+class Unreliable:
+    """A collector at the other end that fails, hangs, or counts and then loses its answer."""
+
+    def __init__(self, *moods: str) -> None:
+        self._moods = list(moods)
+        self.counted: dict[int, int] = {}
+        self.calls = 0
+
+    async def send(self, batch: ExposureBatch) -> None:
+        self.calls += 1
+        mood = self._moods.pop(0) if self._moods else "well"
+        if mood == "away":
+            raise ConnectionError("nobody there")
+        if mood == "hangs":
+            await asyncio.sleep(60)
+        self.counted.setdefault(batch.number, len(batch.arm))
+        if mood == "forgets to answer":
+            raise TimeoutError
+
+
+def test_what_is_not_acknowledged_is_sent_again_until_it_is(caplog: pytest.LogCaptureFixture) -> None:
+    collector = Unreliable("away", "hangs", "forgets to answer", "well")
+    with caplog.at_level(logging.WARNING):
+        asyncio.run(_forward_two_batches(collector))
+    assert collector.counted == {1: 1, 2: 1}
+    assert [record.message.split(",")[0] for record in caplog.records] == [
+        "exposures are not taken",
+        "exposures are taken again",
+    ]
+
+
+async def _forward_two_batches(collector: Unreliable) -> None:
+    buffer = ExposureBuffer()
+    buffer.add(CANARY, 1, 0.5, [0])
+    task = asyncio.create_task(forward_exposures(buffer, collector.send, every_s=0.001, patience_s=0.02))
+    async with asyncio.timeout(5):
+        while collector.calls < 4 or buffer.take() is not None:
+            await asyncio.sleep(0.005)
+        buffer.add(CANARY, 2, 0.5, [0])
+        while len(collector.counted) < 2:
+            await asyncio.sleep(0.005)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task

@@ -1,0 +1,241 @@
+"""What becomes of an outcome: counted, duplicate, late, retired, outside; and of a batch of exposures sent twice."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pytest
+from tests.serving.outcomes.raw_events import (
+    NOW,
+    RELEASES,
+    SIGNER,
+    Done,
+    Shown,
+    assert_same,
+    columns_of,
+    exposures_of,
+    recomputed,
+)
+from tests.serving.outcomes.test_outcome_sums import statistics
+
+from reelway.platform.contracts.events import OUTCOME_HORIZON_S, Arm, OutcomeType
+from reelway.platform.rollout.policy import Slice
+from reelway.platform.rollout.series import RECEIVED_OUTCOMES
+from reelway.serving.outcomes.exposures import ExposedArm
+from reelway.serving.outcomes.ledger import Ledger
+from reelway.serving.outcomes.outcome_store import OutcomeStore
+from reelway.serving.outcomes.reported import read_outcomes
+
+SHOWN = Shown(11, viewer=1, arm=Arm.CANARY, weight=0.5, slices=3)
+LIKE = Done(SHOWN, OutcomeType.LIKE)
+
+
+@dataclass
+class Bench:
+    """A ledger whose clock a test can set, and that can be started again."""
+
+    path: Path
+    now: float = NOW
+    number: int = 0
+
+    def __post_init__(self) -> None:
+        self.start()
+
+    def start(self) -> None:
+        self.store = OutcomeStore(self.path)
+        self.ledger = Ledger(self.store, clock=lambda: self.now, keep_rollouts=2)
+
+    def restart(self) -> None:
+        self.store.close()
+        self.start()
+
+    def expose(self, *shown: Shown) -> None:
+        self.number += 1
+        self.ledger.apply([exposures_of(shown, self.number)], [])
+
+    def report(self, *done: Done) -> list[str]:
+        (fates,) = self.ledger.apply([], [columns_of(done)])
+        return [RECEIVED_OUTCOMES[fate] for fate in fates.tolist()]
+
+    def rows(self, table: str) -> int:
+        return int(self.store._db.execute(f"SELECT count(*) FROM {table}").fetchone()[0])
+
+
+@pytest.fixture
+def bench(tmp_path: Path) -> Iterator[Bench]:
+    bench = Bench(tmp_path / "outcomes.db")
+    yield bench
+    bench.store.close()
+
+
+def test_the_second_outcome_of_a_type_is_a_duplicate_within_a_request_and_after_a_restart(bench: Bench) -> None:
+    share = Done(SHOWN, OutcomeType.SHARE)
+    assert bench.report(LIKE, LIKE, share) == ["counted", "duplicate", "counted"]
+    assert bench.report(LIKE) == ["duplicate"]
+    bench.restart()
+    assert bench.report(share, Done(SHOWN, OutcomeType.SAVE)) == ["duplicate", "counted"]
+    assert bench.ledger.snapshot.received[RELEASES[Arm.CANARY], "canary", "like", "duplicate"] == 2
+
+
+def test_a_second_watch_of_an_impression_changes_nothing_whatever_its_value(bench: Bench) -> None:
+    watch = Done(SHOWN, OutcomeType.WATCH, 3_000.0)
+    assert bench.report(watch, replace(watch, value=20_000.0)) == ["counted", "duplicate"]
+    assert_same(statistics(bench.ledger), recomputed([], [watch]))
+
+
+def test_an_outcome_is_late_a_second_after_the_horizon_by_arrival(bench: Bench) -> None:
+    bench.now = NOW + OUTCOME_HORIZON_S
+    assert bench.report(LIKE) == ["counted"]
+    bench.now += 1
+    assert bench.report(LIKE, Done(SHOWN, OutcomeType.SHARE)) == ["late", "late"]
+
+
+def test_an_outcome_is_late_by_its_own_time_however_early_it_arrives(bench: Bench) -> None:
+    def at(seconds: float) -> str:
+        time = datetime.fromtimestamp(NOW + seconds, UTC)
+        columns, _ = read_outcomes([LIKE.reported.model_copy(update={"event_time": time})], SIGNER)
+        (fates,) = bench.ledger.apply([], [columns])
+        return RECEIVED_OUTCOMES[int(fates[0])]
+
+    assert at(OUTCOME_HORIZON_S + 1) == "late"
+    assert at(OUTCOME_HORIZON_S) == "counted"
+
+
+def test_an_outcome_of_an_impression_outside_of_any_rollout_is_outside_however_old(bench: Bench) -> None:
+    nowhere = replace(SHOWN, rollout="", at=NOW - 10 * OUTCOME_HORIZON_S)
+    assert bench.report(Done(nowhere, OutcomeType.LIKE), LIKE) == ["outside", "counted"]
+    bench.expose(nowhere)
+    assert [arm.rollout for arm in bench.ledger.snapshot.sums] == ["r-1"]
+
+
+def test_a_rollout_that_was_retired_keeps_its_sums_and_counts_nothing_more(bench: Bench) -> None:
+    bench.expose(SHOWN)
+    bench.ledger.apply([], [], "r-1")
+    bench.restart()
+    assert bench.report(LIKE) == ["retired"]
+    bench.expose(replace(SHOWN, viewer=2))
+    assert_same(statistics(bench.ledger), recomputed([SHOWN], []))
+
+
+def test_a_rollout_nobody_knows_that_was_retired_before_its_first_outcome_stays_retired(bench: Bench) -> None:
+    bench.ledger.apply([], [], "r-1")
+    assert bench.report(LIKE) == ["retired"]
+    assert bench.ledger.snapshot.sums == {}
+
+
+def test_the_rollout_that_was_shown_longest_ago_ends_when_a_newer_one_needs_its_place(bench: Bench) -> None:
+    for name in ("r-1", "r-2"):
+        bench.now += 1
+        bench.expose(replace(SHOWN, rollout=name))
+    bench.now += 1
+    bench.expose(SHOWN)  # r-1 again, so r-2 is the oldest now
+    bench.now += 1
+    bench.expose(replace(SHOWN, rollout="r-3"))
+    assert {arm.rollout for arm in bench.ledger.snapshot.sums} == {"r-1", "r-3"}
+    assert bench.report(Done(replace(SHOWN, rollout="r-2"), OutcomeType.LIKE), LIKE) == ["retired", "counted"]
+    bench.restart()
+    assert bench.report(Done(replace(SHOWN, rollout="r-2"), OutcomeType.LIKE)) == ["retired"]
+
+
+def test_a_token_of_a_forgotten_rollout_does_not_push_out_one_that_is_shown(bench: Bench) -> None:
+    for name in ("r-1", "r-2"):
+        bench.expose(replace(SHOWN, rollout=name))
+    assert bench.report(Done(replace(SHOWN, rollout="r-0"), OutcomeType.LIKE)) == ["retired"]
+    assert {arm.rollout for arm in bench.ledger.snapshot.sums} == {"r-1", "r-2"}
+
+
+def test_a_batch_of_exposures_counts_once_and_another_router_has_numbers_of_its_own(bench: Bench) -> None:
+    bench.ledger.apply([exposures_of([SHOWN], 1), exposures_of([SHOWN], 1, origin="other")], [])
+    bench.restart()
+    bench.ledger.apply([exposures_of([SHOWN], 1), exposures_of([SHOWN], 2)], [])
+    assert_same(statistics(bench.ledger), recomputed([SHOWN] * 3, []))
+
+
+def test_an_arm_that_was_announced_is_there_with_zeros_before_its_first_impression(bench: Bench) -> None:
+    arm = ExposedArm("r-1", Arm.CANARY, RELEASES[Arm.CANARY])
+    bench.ledger.apply([replace(exposures_of([], 1), arms=(arm,))], [])
+    assert (bench.ledger.snapshot.sums[arm] == 0).all()
+
+
+def test_an_arm_that_gets_another_release_does_not_add_to_the_old_ones_sums(bench: Bench) -> None:
+    bench.expose(SHOWN)
+    promoted = ExposedArm("r-1", Arm.CANARY, "ef" * 32)
+    bench.ledger.apply([replace(exposures_of([SHOWN], 9), arms=(promoted,))], [])
+    sums = bench.ledger.snapshot.sums
+    assert sums[promoted][0, 0] == sums[SHOWN.exposed_arm][0, 0] == 1
+
+
+def test_an_outcome_may_come_before_its_impression(bench: Bench) -> None:
+    assert bench.report(LIKE) == ["counted"]
+    bench.expose(SHOWN)
+    assert_same(statistics(bench.ledger), recomputed([SHOWN], [LIKE]))
+
+
+@pytest.mark.parametrize(
+    ("watched_ms", "duration_ms", "long"),
+    [
+        (13_999, 20_000, 0), (14_000, 20_000, 1), (29_999, 600_000, 0), (30_000, 600_000, 1),
+        (29_999, 0, 0), (30_000, 0, 1), (0, 20_000, 0),
+    ],
+)  # fmt: skip
+def test_a_watch_is_long_by_its_share_or_by_the_cap(bench: Bench, watched_ms: int, duration_ms: int, long: int) -> None:
+    bench.report(Done(replace(SHOWN, duration_ms=duration_ms), OutcomeType.WATCH, watched_ms))
+    overall = statistics(bench.ledger)[Arm.CANARY, Slice.OVERALL]
+    assert overall["long_watch_rate"].sum_y == 0.5 * long
+    assert overall["watch_s_per_impression"].sum_y == pytest.approx(0.5 * watched_ms / 1000)
+
+
+def test_what_is_past_the_horizon_is_taken_out_of_the_file_and_nothing_else(bench: Bench) -> None:
+    bench.expose(SHOWN)
+    bench.report(LIKE)
+    bench.now += OUTCOME_HORIZON_S
+    assert bench.ledger.clean(100) == 0
+    fresh = replace(SHOWN, id=12, at=bench.now)
+    bench.report(Done(fresh, OutcomeType.LIKE))
+    bench.now += 3 * 3600
+    assert bench.ledger.clean(100) == 1
+    assert (bench.rows("seen"), bench.rows("origins"), bench.rows("viewers")) == (1, 0, 1)
+    assert bench.report(LIKE, Done(fresh, OutcomeType.LIKE)) == ["late", "duplicate"]
+
+
+def test_a_rollout_that_was_pushed_out_leaves_the_file_bit_by_bit(bench: Bench) -> None:
+    for rollout in ("r-1", "r-2", "r-3"):
+        bench.now += 1
+        bench.expose(*(Shown(i, i, Arm.STABLE, 0.5, 0, rollout=rollout) for i in range(30)))
+    assert bench.rows("viewers") == 90
+    left = [bench.ledger.clean(20) for _ in range(3)]
+    assert left == [20, 10, 0]
+    assert bench.rows("viewers") == 60
+    assert bench.rows("arms") == 2
+    bench.now += 2 * OUTCOME_HORIZON_S
+    bench.ledger.clean(20)
+    assert bench.rows("rollouts") == 2
+
+
+def test_a_batch_that_fails_half_way_counts_nothing_and_the_next_one_goes_well(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench.expose(SHOWN)
+    before = bench.ledger.snapshot
+
+    def full(*_: object) -> None:
+        raise OSError("no space left on device")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(bench.store, "write_sums", full)
+        with pytest.raises(OSError, match="no space"):
+            bench.report(LIKE)
+    assert bench.ledger.snapshot is before
+    assert bench.report(LIKE) == ["counted"]
+    assert_same(statistics(bench.ledger), recomputed([SHOWN], [LIKE]))
+
+
+def test_rows_of_one_viewer_in_one_batch_are_one_viewer(bench: Bench) -> None:
+    many: Callable[[int], Shown] = lambda i: replace(SHOWN, id=i, slices=i % 8)
+    shown = [many(i) for i in range(16)]
+    bench.expose(*shown)
+    assert statistics(bench.ledger)[Arm.CANARY, Slice.OVERALL]["like_rate"].viewers == 1
+    assert_same(statistics(bench.ledger), recomputed(shown, []))

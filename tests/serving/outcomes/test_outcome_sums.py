@@ -1,0 +1,106 @@
+"""Sums that grow batch by batch are those of all events at once: in any order, sent twice, through any restart."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tests.serving.outcomes.raw_events import (
+    NOW,
+    Done,
+    Shown,
+    Statistics,
+    assert_same,
+    columns_of,
+    exposures_of,
+    recomputed,
+)
+
+from reelway.platform.contracts.events import Arm, OutcomeType
+from reelway.serving.outcomes.ledger import Ledger
+from reelway.serving.outcomes.outcome_store import OutcomeStore
+from reelway.serving.outcomes.viewer_sums import statistics_of
+
+SHOWN = st.lists(
+    st.builds(
+        Shown,
+        id=st.integers(0, 2**53 - 1),
+        viewer=st.sampled_from([0, 1, 2, 3, 2**53 - 1]),
+        arm=st.sampled_from([Arm.STABLE, Arm.CANARY, Arm.HOLDOUT]),
+        weight=st.sampled_from([0.0, 0.009999999776482582, 0.5, 0.75, 0.9900000095367432, 1.0]),  # as float32
+        slices=st.integers(0, 7),
+        duration_ms=st.sampled_from([1_000, 20_000, 200_000]),
+        at=st.sampled_from([NOW, NOW - 3_600, NOW - 80_000]),
+    ),
+    min_size=1,
+    max_size=20,
+    unique_by=lambda one: one.id,
+)
+
+
+WATCHED_MS = [0.0, 700.0, 14_000.0, 30_000.0]
+
+
+def _done(shown: Shown, kind: OutcomeType, watched_ms: float) -> Done:
+    return Done(shown, kind, watched_ms if kind is OutcomeType.WATCH else 1.0)
+
+
+def statistics(ledger: Ledger) -> Statistics:
+    return {
+        (arm.arm, part): metrics
+        for arm, sums in ledger.snapshot.sums.items()
+        for part, metrics in statistics_of(sums).items()
+    }
+
+
+@settings(max_examples=60, deadline=None)
+@given(SHOWN, st.data())
+def test_sums_are_those_of_all_events_at_once_in_any_order_twice_and_through_restarts(
+    shown: list[Shown], data: st.DataObject
+) -> None:
+    done = data.draw(
+        st.lists(
+            st.builds(_done, st.sampled_from(shown), st.sampled_from(list(OutcomeType)), st.sampled_from(WATCHED_MS)),
+            max_size=30,
+        )
+    )
+    done = done + data.draw(st.lists(st.sampled_from(done), max_size=10) if done else st.just([]))
+    steps = data.draw(st.permutations([*shown, *done]))
+    with tempfile.TemporaryDirectory() as folder:
+        path, number, counted = Path(folder) / "outcomes.db", 0, []
+        store = OutcomeStore(path)
+        ledger = Ledger(store, clock=lambda: NOW, keep_rollouts=2)
+        while steps:
+            size = data.draw(st.integers(1, 12))
+            now, steps = steps[:size], steps[size:]
+            number += 1
+            batch = exposures_of([one for one in now if isinstance(one, Shown)], number)
+            outcomes = [one for one in now if isinstance(one, Done)]
+            counted += outcomes
+            ledger.apply([batch, batch], [columns_of(outcomes[:3]), columns_of(outcomes[3:])])
+            if data.draw(st.booleans()):
+                store.close()
+                store = OutcomeStore(path)
+                ledger = Ledger(store, clock=lambda: NOW, keep_rollouts=2)
+        seen = statistics(ledger)
+        store.close()
+    assert_same(seen, recomputed(shown, counted))
+
+
+@settings(max_examples=25, deadline=None)
+@given(SHOWN, st.data())
+def test_no_counter_ever_falls_not_even_by_rounding_or_a_restart(shown: list[Shown], data: st.DataObject) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        path, before = Path(folder) / "outcomes.db", {}
+        for number, one in enumerate(shown, start=1):
+            store = OutcomeStore(path)
+            ledger = Ledger(store, clock=lambda: NOW, keep_rollouts=2)
+            kind = data.draw(st.sampled_from([OutcomeType.WATCH, OutcomeType.LIKE]))
+            ledger.apply([exposures_of([one], number)], [columns_of([Done(one, kind, 1.0)])])
+            after = {arm: sums.copy() for arm, sums in ledger.snapshot.sums.items()}
+            for arm, sums in before.items():
+                assert (after[arm] >= sums).all()
+            before = after
+            store.close()

@@ -1,0 +1,202 @@
+"""``/v1/outcomes`` as a client meets it: over a socket, under its prefix, with a disk that is slow or full."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import threading
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import uvicorn
+from tests.serving.outcomes.raw_events import NOW, SIGNER, Done, Shown, assert_same, exposures_of, recomputed
+
+from reelway.platform.contracts.api import ErrorResponse, OutcomesResponse
+from reelway.platform.contracts.events import Arm, OutcomeType
+from reelway.platform.errors import StorageError
+from reelway.platform.tokens import TokenSigner
+from reelway.serving.outcomes import OutcomeCollector, build_outcomes_api
+from reelway.serving.outcomes.outcomes_api import MAX_BODY_BYTES
+
+SHOWN = [Shown(i, i % 5, Arm.CANARY if i % 2 else Arm.STABLE, 0.5, i % 8) for i in range(200)]
+
+
+class Running:
+    """The API behind a real server that, like Ray Serve, hands it a prefix as the root path."""
+
+    def __init__(self, collector: OutcomeCollector) -> None:
+        self.collector = collector
+        listening = socket.create_server(("127.0.0.1", 0))
+        self.url = f"http://127.0.0.1:{listening.getsockname()[1]}/v1/outcomes"
+        api = build_outcomes_api(collector, SIGNER)
+
+        async def behind_a_prefix(scope: Any, receive: Any, send: Any) -> None:
+            await api({**scope, "root_path": "/v1/outcomes"} if scope["type"] == "http" else scope, receive, send)
+
+        self._server = uvicorn.Server(uvicorn.Config(behind_a_prefix, log_level="warning", lifespan="on"))
+        self._thread = threading.Thread(target=self._server.run, kwargs={"sockets": [listening]})
+        self._thread.start()
+
+    def stop(self) -> None:
+        self._server.should_exit = True
+        self._thread.join()
+
+    def post(self, *outcomes: Any, path: str = "") -> httpx.Response:
+        return httpx.post(self.url + path, json={"outcomes": list(outcomes)})
+
+
+@pytest.fixture
+def running(tmp_path: Path) -> Iterator[Running]:
+    running = Running(OutcomeCollector(tmp_path / "outcomes.db", clock=lambda: NOW))
+    yield running
+    running.stop()
+
+
+def body_of(done: Done) -> dict[str, Any]:
+    return done.reported.model_dump(mode="json", exclude_none=True)
+
+
+@pytest.mark.parametrize("path", ["", "/"])
+def test_outcomes_are_answered_by_what_became_of_them_and_a_bad_one_refuses_itself_only(
+    running: Running, path: str
+) -> None:
+    running.collector.expose(exposures_of(SHOWN, 1)).result(10)
+    like = body_of(Done(SHOWN[1], OutcomeType.LIKE))
+    forged = TokenSigner(b"somebody else's secret, long enough").sign(SIGNER.read(SHOWN[2].token))
+    answer = running.post(
+        like,
+        {**like, "token": "?"},
+        {"token": SHOWN[3].token, "type": "skip"},
+        {**like, "token": forged},
+        {"token": SHOWN[4].token, "type": "watch"},
+        {"token": SHOWN[4].token, "type": "share", "value": 3},
+        like,
+        body_of(Done(replace(SHOWN[5], rollout=""), OutcomeType.SAVE)),
+        {**like, "token": SHOWN[6].token, "event_time": "2027-01-30T00:00:00+00:00"},
+        path=path,
+    )
+    assert answer.status_code == 200, answer.text
+    told = OutcomesResponse.model_validate(answer.json())
+    assert (told.accepted, told.counted, told.duplicate, told.late, told.outside) == (5, 2, 1, 1, 1)
+    assert {one.index: one.message.split(";")[0] for one in told.refused} == {
+        1: "impression token '?'... is not URL-safe base64: Only base64 data is allowed",
+        3: f"impression token {forged[:12]!r}... is signed by none of the 1 accepted secrets",
+        4: "a watch without a value",
+        5: "a share with the value 3, expected 1",
+    }
+    text = httpx.get(f"{running.url}/metrics").text
+    assert "reelway_outcomes_refused_total 4.0" in text
+
+
+def test_many_requests_at_once_end_in_the_same_sums_as_all_events(running: Running) -> None:
+    done = [Done(one, OutcomeType.WATCH, 1_000.0 * one.id) for one in SHOWN]
+
+    async def all_at_once() -> list[httpx.Response]:
+        async with httpx.AsyncClient() as client:
+            bodies = [{"outcomes": [body_of(one) for one in done[i : i + 10]]} for i in range(0, len(done), 5)]
+            return list(await asyncio.gather(*(client.post(running.url, json=body) for body in bodies)))
+
+    running.collector.expose(exposures_of(SHOWN, 1))
+    answers = [OutcomesResponse.model_validate(one.json()) for one in asyncio.run(all_at_once())]
+    assert sum(one.counted for one in answers) == len(done)
+    assert sum(one.duplicate for one in answers) == len(done) - 5
+    assert_same(running.collector.statistics("r-1"), recomputed(SHOWN, done))
+
+
+@pytest.mark.parametrize(
+    ("content", "field", "words"),
+    [
+        (b'{"outcomes": []}', "outcomes", "at least 1 item"),
+        (b'{"outcomes": [{"token": "a", "type": "purr"}]}', "outcomes.0.type", "'watch', 'like'"),
+        (b'{"outcomes": [{"token": "a", "type": "watch", "value": -1}]}', "outcomes.0.value", "greater than or equal"),
+        (b'{"outcomes": [{"token": "a", "type": "watch", "value": 1e300}]}', "outcomes.0.value", "less than or equal"),
+        (b'{"outcomes": [{"token": "a", "type": "like", "at": 1}]}', "outcomes.0.at", "Extra inputs"),
+        (b'{"outcomes": [' + b'{"token": "a", "type": "like"},' * 1000 + b'{"token": "a", "type": "like"}]}',
+         "outcomes", "at most 1000 items"),
+        (b'{"outcomes": [', "body", "not JSON"),
+    ],
+)  # fmt: skip
+def test_a_wrong_request_is_answered_with_every_field_that_is_wrong(
+    running: Running, content: bytes, field: str, words: str
+) -> None:
+    answer = httpx.post(running.url, content=content, headers={"content-type": "application/json"})
+    assert answer.status_code == 422
+    told = ErrorResponse.model_validate(answer.json())
+    assert [one.field for one in told.fields] == [field]
+    assert words in told.fields[0].message
+    assert field in told.error
+
+
+def test_a_body_that_is_too_long_is_refused_before_it_is_read_whole(running: Running) -> None:
+    def endless() -> Iterator[bytes]:
+        for _ in range(2 * MAX_BODY_BYTES // 65_536):
+            yield b" " * 65_536
+
+    answer = httpx.post(running.url, content=endless(), headers={"content-type": "application/json"})
+    assert answer.status_code == 413
+    assert "1048576 bytes" in ErrorResponse.model_validate(answer.json()).error
+
+
+def test_a_disk_that_fails_is_a_503_and_a_path_that_is_not_there_a_404_in_the_same_shape(
+    running: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    like = body_of(Done(SHOWN[1], OutcomeType.LIKE))
+
+    def full(*_: object) -> None:
+        raise StorageError("no space left on device")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(running.collector._store, "write_sums", full)
+        answer = running.post(like)
+    assert (answer.status_code, answer.headers["retry-after"]) == (503, "1")
+    assert "send them again" in ErrorResponse.model_validate(answer.json()).error
+    assert running.post(like).json()["counted"] == 1
+    missing = httpx.get(f"{running.url}/nothing")
+    assert (missing.status_code, ErrorResponse.model_validate(missing.json()).error) == (404, "Not Found")
+
+
+def test_a_slow_disk_does_not_stop_the_loop(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    writing, go_on = threading.Event(), threading.Event()
+    write = running.collector._store.write_sums
+
+    def slow(*arguments: Any) -> None:
+        writing.set()
+        assert go_on.wait(30)
+        write(*arguments)
+
+    monkeypatch.setattr(running.collector._store, "write_sums", slow)
+    answers: list[httpx.Response] = []
+    posting = threading.Thread(target=lambda: answers.append(running.post(body_of(Done(SHOWN[1], OutcomeType.LIKE)))))
+    posting.start()
+    assert writing.wait(10)
+    scrape = httpx.get(f"{running.url}/metrics")  # answered while the transaction is open, with what is on disk
+    assert scrape.status_code == 200
+    assert "like" not in scrape.text
+    assert not answers
+    go_on.set()
+    posting.join()
+    assert answers[0].json()["counted"] == 1
+
+
+def test_the_end_of_the_server_closes_the_file_with_everything_in_it(tmp_path: Path) -> None:
+    path = tmp_path / "outcomes.db"
+    running = Running(OutcomeCollector(path, clock=lambda: NOW))
+    assert running.post(body_of(Done(SHOWN[1], OutcomeType.LIKE))).json()["counted"] == 1
+    running.stop()
+    again = OutcomeCollector(path, clock=lambda: NOW, wait_s=0.1)
+    assert_same(again.statistics("r-1"), recomputed([], [Done(SHOWN[1], OutcomeType.LIKE)]))
+    again.close()
+
+
+def test_the_schema_says_what_is_accepted_and_answered(running: Running) -> None:
+    schema = httpx.get(f"{running.url}/openapi.json").json()
+    post = schema["paths"]["/"]["post"]
+    assert post["requestBody"]["content"]["application/json"]["schema"]["$ref"].endswith("OutcomesRequest")
+    assert {status: body["content"]["application/json"]["schema"]["$ref"].split("/")[-1]
+            for status, body in post["responses"].items()} == {
+        "200": "OutcomesResponse", "413": "ErrorResponse", "422": "ErrorResponse", "503": "ErrorResponse",
+    }  # fmt: skip
