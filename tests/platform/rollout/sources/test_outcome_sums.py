@@ -1,0 +1,198 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tests.platform.rollout.sources.made_series import CANARY, POLICY, MadeSeries, sums
+
+from reelway.platform.contracts.events import Arm
+from reelway.platform.rollout import series as names
+from reelway.platform.rollout.assessment import assess
+from reelway.platform.rollout.evidence import EvidenceState, MetricEvidence
+from reelway.platform.rollout.policy import Slice, parse_policy
+from reelway.platform.rollout.sources.heard_series import SeriesKey
+
+OK, INSUFFICIENT, DOWN = EvidenceState.OK, EvidenceState.INSUFFICIENT, EvidenceState.TELEMETRY_DOWN
+PARTS = (Slice.OVERALL, Slice.NEW_VIEWERS)
+METRIC = ("long_watch_rate", Slice.OVERALL)
+
+
+def everybody(canary: int, stable: int, **more: float) -> list[dict[SeriesKey, float]]:
+    return [
+        sums(arm, viewers, part=part, **more)  # type: ignore[arg-type]
+        for arm, viewers in ((Arm.CANARY, canary), (Arm.STABLE, stable))
+        for part in PARTS
+    ]
+
+
+def changed(values: list[dict[SeriesKey, float]], value: float | None, **labels: str) -> list[dict[SeriesKey, float]]:
+    """With another value, or none, where the labels are these."""
+    wanted = set(labels.items())
+    assert any(wanted <= set(key.labels) for part in values for key in part)
+    return [
+        {key: value if wanted <= set(key.labels) else old for key, old in part.items()}  # type: ignore[misc]
+        if value is not None
+        else {key: old for key, old in part.items() if not wanted <= set(key.labels)}
+        for part in values
+    ]
+
+
+def metrics_of(made: MadeSeries, now: float = 10) -> dict[tuple[str, Slice], MetricEvidence]:
+    return dict(made.snapshot(now).metrics)
+
+
+def only(*values: dict[SeriesKey, float], now: float = 10) -> dict[tuple[str, Slice], MetricEvidence]:
+    made = MadeSeries()
+    made.collector(now, *values)
+    return metrics_of(made, now)
+
+
+def test_the_newest_sums_are_the_statistics_and_not_their_increase() -> None:
+    made = MadeSeries()
+    made.collector(5, *everybody(100, 900))
+    made.collector(10, *everybody(120, 1000))
+    found = metrics_of(made)[METRIC]
+    assert found.state is OK
+    assert (found.canary.viewers, found.stable.viewers) == (120, 1000)
+    assert found.canary.impressions == found.canary.sum_x == sum(1 + i % 3 for i in range(120))
+    assert found.canary.sum_xx == sum((1 + i % 3) ** 2 for i in range(120))
+    assert set(metrics_of(made)) == {(metric.name, part) for metric, part in POLICY.tests}
+
+
+def test_a_mean_has_one_for_every_viewers_x() -> None:
+    arm = only(*everybody(120, 1000))["like_rate", Slice.OVERALL].canary
+    assert (arm.sum_x, arm.sum_xx, arm.sum_xy) == (120, 120, arm.sum_y)
+    assert arm.impressions > 120
+
+
+def test_what_is_read_is_judged_as_what_was_counted() -> None:
+    made = MadeSeries()
+    made.collector(10, *everybody(3_000, 3_000, rate=0.5))
+    verdict = assess(POLICY, made.snapshot(10)).outcomes[0]
+    assert verdict.canary == pytest.approx(0.5, abs=1e-3)
+    assert verdict.canary_viewers == 3_000
+
+
+def test_before_anybody_was_shown_anything_there_is_too_little_and_not_nothing_to_hear() -> None:
+    for values in ([], [sums(Arm.STABLE, 1000, part=part) for part in PARTS]):
+        found = only(*values)
+        assert {e.state for e in found.values()} == {INSUFFICIENT}
+
+
+def test_a_slice_without_viewers_is_insufficient_beside_one_that_has_them() -> None:
+    found = only(*(sums(arm, 500) for arm in (Arm.CANARY, Arm.STABLE)))
+    assert found[METRIC].state is OK
+    assert found["long_watch_rate", Slice.NEW_VIEWERS].state is INSUFFICIENT
+
+
+def test_another_rollouts_sums_are_not_this_ones() -> None:
+    assert only(*everybody(500, 500, rollout="r-6"))[METRIC].state is INSUFFICIENT  # type: ignore[arg-type]
+
+
+def test_a_collector_that_was_never_heard_is_down_whatever_the_routers_say() -> None:
+    made = MadeSeries()
+    made.routers((5, []), (10, []))
+    found = metrics_of(made)
+    assert {e.state for e in found.values()} == {DOWN}
+    assert "no reelway-outcomes was heard" in found[METRIC].detail
+
+
+@pytest.mark.parametrize(
+    ("value", "said"),
+    [
+        (None, "canary's sum_xx of long_watch_rate on overall is absent"),
+        (math.nan, "canary's sum_xx of long_watch_rate on overall is nan"),
+        (math.inf, "is inf"),
+        (-1.0, "is -1, expected a number of 0 or more"),
+        (0.0, "belong to no set of viewers"),
+    ],
+)
+def test_sums_that_cannot_be_are_telemetrys_fault(value: float | None, said: str) -> None:
+    labels = {"arm": "canary", "slice": "overall", "statistic": "sum_xx"}
+    found = only(*changed(everybody(100, 100), value, **labels))
+    assert found[METRIC].state is DOWN
+    assert said in found[METRIC].detail
+    assert found["long_watch_rate", Slice.NEW_VIEWERS].state is OK
+
+
+def test_an_outcome_that_nobody_counts_is_down_and_the_others_are_not() -> None:
+    found = only(*changed(everybody(100, 100), None, metric="like_rate"))
+    assert found["like_rate", Slice.OVERALL].state is DOWN
+    assert "absent although the arm has had viewers" in found["like_rate", Slice.OVERALL].detail
+    assert found[METRIC].state is OK
+
+
+def test_a_metric_of_the_policy_that_does_not_exist_says_which_do() -> None:
+    wrong = parse_policy("steps: [{weight_percent: 5}]\noutcomes: [{name: dwell, margin: 0.05}]", source="test")
+    made = MadeSeries()
+    made.collector(10, *everybody(100, 100))
+    [detail] = {e.detail for e in made.snapshot(10, policy=wrong).metrics.values()}
+    assert "nobody counts dwell; known are long_watch_rate" in detail
+
+
+@given(st.sampled_from(["viewers", "sum_x", "sum_yy"]), st.floats(0, 0.999_999), st.sampled_from([*Arm][:2]))
+def test_sums_that_fell_within_the_rollout_are_not_judged_and_those_that_grew_are(
+    statistic: str, kept: float, arm: Arm
+) -> None:
+    whole = everybody(100, 400)
+    key = next(k for part in whole for k in part if k.get("statistic") == statistic and k.get("arm") == arm)
+    less = [{k: v * kept if k == key else v for k, v in part.items()} for part in whole]
+    fell, grew = MadeSeries(), MadeSeries()
+    fell.collector(-500, *whole)
+    fell.collector(10, *less)
+    assert {e.state for e in metrics_of(fell).values()} == {DOWN}
+    assert "the collector lost memory" in metrics_of(fell)[METRIC].detail
+    grew.collector(-500, *less)
+    grew.collector(10, *whole)
+    assert metrics_of(grew)[METRIC].state is OK
+
+
+def test_sums_that_vanished_from_a_collector_that_answers_are_lost_too() -> None:
+    made = MadeSeries()
+    made.collector(5, *everybody(100, 100))
+    made.collector(10)
+    assert "fell from" in metrics_of(made)[METRIC].detail
+
+
+def test_a_scrape_that_failed_keeps_the_last_sums_until_they_are_too_old() -> None:
+    made = MadeSeries()
+    made.collector(5, *everybody(100, 100))
+    made.failed(names.OUTCOMES_JOB, 10)
+    assert metrics_of(made, 24)[METRIC].state is OK
+    assert metrics_of(made, 26)[METRIC].state is DOWN
+    assert "has not answered for 21 s, allowed 20 s" in metrics_of(made, 26)[METRIC].detail
+
+
+def test_a_collectors_successor_has_its_memory_and_is_not_added_to_it() -> None:
+    made = MadeSeries()
+    made.collector(2, *everybody(100, 200), instance="old")
+    made.gone(names.OUTCOMES_JOB, 8, instance="old")
+    made.collector(9, *everybody(110, 220), instance="new")
+    found = metrics_of(made)[METRIC]
+    assert (found.state, found.canary.viewers) == (OK, 110)
+
+
+def test_a_successor_without_memory_is_found_out() -> None:
+    made = MadeSeries()
+    made.collector(-300, *everybody(100, 200), instance="old")  # long out of the window
+    made.collector(9, *everybody(60, 120), instance="new")
+    assert "fell from 100 to 60" in metrics_of(made)[METRIC].detail
+
+
+def test_two_collectors_that_share_the_viewers_are_added() -> None:
+    made = MadeSeries()
+    for instance in ("a", "b"):
+        made.collector(10, *everybody(60, 90), instance=instance)
+    found = metrics_of(made)[METRIC]
+    assert (found.state, found.canary.viewers, found.stable.viewers) == (OK, 120, 180)
+
+
+def test_the_snapshot_is_as_old_as_the_oldest_scrape_it_stands_on() -> None:
+    made = MadeSeries()
+    made.routers((4, []), (9, []))
+    made.collector(7, *everybody(100, 100))
+    snapshot = made.snapshot(10)
+    assert (snapshot.time, snapshot.release) == (7, CANARY)
+    assert MadeSeries().snapshot(10).time == 10

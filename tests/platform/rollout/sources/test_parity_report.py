@@ -1,0 +1,47 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from reelway.platform.rollout.evidence import EvidenceState, GuardrailReading
+from reelway.platform.rollout.sources.parity_report import parity_path, read_parity
+from reelway.platform.runs import RunDirectory
+
+RELEASE = "c" * 64
+FOUND = {"rows": 40, "mismatches": 2, "checked_at": 1_700_000_000.0, "detail": "viewer.watches_7d differs"}
+
+
+def reading(folder: Path, text: str | None) -> GuardrailReading:
+    run = RunDirectory(folder)
+    if text is not None:
+        parity_path(run).parent.mkdir(exist_ok=True)
+        parity_path(run).write_text(text)
+    return read_parity(run).reading(RELEASE)
+
+
+def test_mismatches_and_rows_of_the_release_are_the_guardrail(tmp_path: Path) -> None:
+    found = reading(tmp_path, json.dumps({RELEASE: FOUND, "d" * 64: {"rows": 1, "mismatches": 0}}))
+    assert (found.state, found.events, found.trials) == (EvidenceState.OK, 2, 40)
+    assert found.detail == "viewer.watches_7d differs, replayed at 2023-11-14 22:13:20 UTC"
+
+
+def test_nobody_looked_is_down_and_says_what_to_run(tmp_path: Path) -> None:
+    found = reading(tmp_path, None)
+    assert found.state is EvidenceState.TELEMETRY_DOWN
+    assert f"run `reelway features parity --run {tmp_path}`" in found.detail
+
+
+@pytest.mark.parametrize("report", [{}, {RELEASE: {"rows": 0, "mismatches": 0}}])
+def test_somebody_looked_and_there_was_nothing_of_it_is_insufficient(tmp_path: Path, report: dict[str, object]) -> None:
+    found = reading(tmp_path, json.dumps(report))
+    assert found.state is EvidenceState.INSUFFICIENT
+    assert "0 rows" in found.detail
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"a": 1}', '{"a": {"rows": -1, "mismatches": 0}}', "\xff"])
+def test_a_broken_report_is_down(tmp_path: Path, text: str) -> None:
+    found = reading(tmp_path, text)
+    assert found.state is EvidenceState.TELEMETRY_DOWN
+    assert "is not a parity report" in found.detail

@@ -1,0 +1,220 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tests.platform.rollout.sources.made_series import CANARY, POLICY, MadeSeries, requests, state_of
+
+from reelway.platform.contracts.events import Arm
+from reelway.platform.rollout import series as names
+from reelway.platform.rollout.evidence import EvidenceState, GuardrailReading
+from reelway.platform.rollout.policy import LatencyLimit
+from reelway.platform.rollout.sources.heard_series import SeriesKey
+from reelway.platform.rollout.sources.request_window import quantile_of
+from reelway.platform.rollout.state import Phase
+
+OK, INSUFFICIENT, DOWN = EvidenceState.OK, EvidenceState.INSUFFICIENT, EvidenceState.TELEMETRY_DOWN
+
+
+def reading(made: MadeSeries, name: str, now: float = 10) -> GuardrailReading:
+    return made.snapshot(now).guardrails[name]  # type: ignore[index]
+
+
+def canary(**outcomes: float) -> dict[SeriesKey, float]:
+    return requests(Arm.CANARY, **outcomes)  # type: ignore[arg-type]
+
+
+def test_errors_are_what_the_canarys_own_requests_had_in_the_window() -> None:
+    made = MadeSeries()
+    for at, n in ((-100.0, 0.0), (1.0, 100.0), (9.0, 200.0)):
+        made.scrape(
+            names.ROUTER_JOB, at,
+            canary(ok=n, context_only=n / 10, degraded=n / 20, failed=n / 100),
+            requests(Arm.SHADOW, ok=n / 2, failed=n / 50),
+            requests(Arm.STABLE, ok=9 * n, failed=9 * n),
+            requests(Arm.HOLDOUT, ok=n, failed=n),
+        )  # fmt: skip
+    found = reading(made, "error_ratio")
+    assert found.state is OK
+    assert found.events == pytest.approx(5 + 1 + 2)
+    assert found.trials == pytest.approx(100 + 10 + 5 + 1 + 50 + 2)
+
+
+def test_another_release_on_the_same_arm_does_not_count() -> None:
+    made, other = MadeSeries(), {"release": "f" * 12, "arm": "canary", "outcome": "failed"}
+    for at in (1.0, 9.0):
+        made.scrape(names.ROUTER_JOB, at, canary(ok=10 * at), {SeriesKey.of(names.REQUESTS, other): 10 * at})
+    assert reading(made, "error_ratio").events == 0
+    assert reading(made, "error_ratio").trials == 80
+
+
+def test_a_fault_that_was_never_counted_before_counts_in_full() -> None:
+    made = MadeSeries()
+    made.routers((1, [canary(ok=50)]), (5, [canary(ok=60, failed=7)]), (9, [canary(ok=70, failed=9)]))
+    assert reading(made, "error_ratio").events == 9
+    assert reading(made, "error_ratio").trials == 29
+
+
+def test_a_router_that_restarted_lost_nothing_that_was_scraped() -> None:
+    made = MadeSeries()
+    made.routers((1, [canary(ok=50)]), (4, [canary(ok=80)]), (7, []), (9, [canary(ok=5, failed=1)]))
+    assert reading(made, "error_ratio").trials == 30 + 5 + 1
+
+
+def test_a_router_that_restarted_and_has_not_been_asked_for_the_canary_yet_is_heard() -> None:
+    made = MadeSeries()
+    made.routers((1, [canary(ok=50)]), (4, [canary(ok=80)]), (9, []))
+    assert reading(made, "error_ratio").trials == 30
+
+
+def test_no_request_of_the_canary_is_too_little_where_the_router_answers() -> None:
+    made = MadeSeries()
+    made.routers((1, [requests(Arm.STABLE, ok=1)]), (9, [requests(Arm.STABLE, ok=50)]))
+    for name in ("error_ratio", "empty_slate_ratio", "p99_ms"):
+        assert reading(made, name).state is INSUFFICIENT
+        assert "no request of the canary in the last 60 s" in reading(made, name).detail
+
+
+def test_one_scrape_is_no_window_yet() -> None:
+    made = MadeSeries()
+    made.routers((9, [canary(ok=50, failed=50)]))
+    assert reading(made, "error_ratio").state is INSUFFICIENT
+
+
+def test_a_router_that_stopped_answering_makes_all_of_them_unknown() -> None:
+    made = MadeSeries()
+    for instance in ("a", "b"):
+        made.routers((1, [canary(ok=10)]), (5, [canary(ok=20)]), instance=instance)
+    for at in (10.0, 20.0, 28.0):
+        made.routers((at, [canary(ok=20 + at)]), instance="a")
+        made.failed(names.ROUTER_JOB, at, instance="b")
+    assert reading(made, "error_ratio", 24).state is OK
+    silent = reading(made, "error_ratio", 28)
+    assert silent.state is DOWN
+    assert "reelway-router at b has not answered for 23 s, allowed 20 s" in silent.detail
+
+
+def test_a_router_whose_pod_was_taken_away_is_not_waited_for_and_what_it_counted_counts() -> None:
+    made = MadeSeries()
+    for instance in ("a", "b"):
+        made.routers((1, [canary(ok=10)]), (5, [canary(ok=20)]), instance=instance)
+    made.routers((28, [canary(ok=50)]), instance="a")
+    made.gone(names.ROUTER_JOB, 28, instance="b")
+    found = reading(made, "error_ratio", 28)
+    assert (found.state, found.trials) == (OK, 40 + 10)
+
+
+def test_all_routers_gone_is_nobody_heard() -> None:
+    made = MadeSeries()
+    made.routers((1, [canary(ok=10)]), (5, [canary(ok=20)]))
+    made.gone(names.ROUTER_JOB, 8)
+    assert reading(made, "error_ratio").state is DOWN
+
+
+def test_a_router_that_has_just_come_does_not_hide_the_others() -> None:
+    made = MadeSeries()
+    made.routers((1, [canary(ok=10)]), (9, [canary(ok=20, failed=5)]), instance="a")
+    made.routers((9, [canary(ok=1)]), instance="new")
+    assert (reading(made, "error_ratio").events, reading(made, "error_ratio").trials) == (5, 15)
+
+
+@pytest.mark.parametrize(("value", "said"), [(math.nan, "went stale"), (-5.0, "a counter of -5")])
+def test_a_counter_that_cannot_be_is_telemetrys_fault(value: float, said: str) -> None:
+    made = MadeSeries()
+    made.routers((1, [canary(ok=10)]), (5, [canary(ok=20)]), (9, [canary(ok=value)]))
+    assert reading(made, "error_ratio").state is DOWN
+    assert said in reading(made, "error_ratio").detail
+
+
+def test_why_nothing_was_heard_is_said() -> None:
+    for name in ("error_ratio", "empty_slate_ratio", "p99_ms"):
+        found = MadeSeries().snapshot(10, problem="GET http://x/metrics: timed out").guardrails[name]  # type: ignore[index]
+        assert found.state is DOWN
+        assert "GET http://x/metrics: timed out" in found.detail
+
+
+def test_empty_slates_are_of_all_requests_and_a_torn_scrape_is_not_more_than_all() -> None:
+    made = MadeSeries()
+    made.routers((1, [canary(ok=10, empty=2)]), (9, [canary(ok=30, empty=7)]))
+    assert (reading(made, "empty_slate_ratio").events, reading(made, "empty_slate_ratio").trials) == (5, 20)
+    torn = MadeSeries()
+    torn.routers((1, [canary(ok=10, empty=9)]), (9, [canary(ok=30, empty=30)]))
+    assert (reading(torn, "empty_slate_ratio").events, reading(torn, "empty_slate_ratio").trials) == (20, 20)
+
+
+# p99
+
+
+def latency(arm: Arm, n: float, slow: float) -> dict[SeriesKey, float]:
+    return requests(arm, ok=n, latency={"0.1": n - slow, "0.25": n - slow, "0.5": n, "+Inf": n})
+
+
+def test_p99_is_of_both_arms_rises_over_the_window() -> None:
+    made = MadeSeries()
+    made.routers(
+        (1, [latency(Arm.CANARY, 1000, 900), latency(Arm.STABLE, 1000, 0)]),
+        (9, [latency(Arm.CANARY, 1200, 904), latency(Arm.STABLE, 3000, 0)]),
+    )
+    found = reading(made, "p99_ms")
+    assert (found.state, found.trials) == (OK, 200)
+    assert found.value == pytest.approx(1000 * (0.25 + 0.25 * (198 - 196) / 4))
+    assert found.stable_value == pytest.approx(1000 * 0.1 * 0.99)
+
+
+def test_a_comparison_with_stable_waits_for_stables_requests() -> None:
+    made = MadeSeries()
+    made.routers((1, [latency(Arm.CANARY, 100, 0)]), (9, [latency(Arm.CANARY, 400, 0)]))
+    limits = POLICY.guardrails.model_copy(update={"p99_ms": LatencyLimit(maximum_ratio_to_stable=1.5)})
+    policy = POLICY.model_copy(update={"guardrails": limits})
+    assert made.snapshot(10).guardrails["p99_ms"].state is OK
+    compared = made.snapshot(10, policy=policy).guardrails["p99_ms"]
+    assert (compared.state, compared.detail) == (INSUFFICIENT, "no request of stable in the last 60 s")
+
+
+def test_buckets_without_an_infinite_one_are_no_histogram() -> None:
+    made = MadeSeries()
+    for at in (1.0, 9.0):
+        made.scrape(names.ROUTER_JOB, at, requests(Arm.CANARY, ok=at, latency={"0.1": at, "0.25": at}))
+    assert reading(made, "p99_ms").state is DOWN
+
+
+@given(st.lists(st.integers(0, 1000), min_size=1, max_size=12), st.floats(0.01, 0.999))
+def test_a_quantile_lies_in_the_bucket_that_has_it(counts: list[int], q: float) -> None:
+    bounds = [*(0.001 * 2**i for i in range(len(counts) - 1)), math.inf]
+    total = sum(counts)
+    rises = {bound: float(sum(counts[: i + 1])) for i, bound in enumerate(bounds)}
+    value = quantile_of(rises, q)
+    if total == 0 or len(bounds) < 2:
+        assert math.isnan(value)
+        return
+    at_most = next(b for b in bounds if rises[b] >= q * total)
+    lower = max((b for b in bounds if b < at_most), default=0.0)
+    assert value == lower if math.isinf(at_most) else lower <= value <= at_most + 1e-12
+
+
+def test_a_quantile_is_linear_within_its_bucket_and_bounded_by_the_last_finite_one() -> None:
+    assert quantile_of({0.1: 50.0, 0.2: 100.0, math.inf: 100.0}, 0.75) == pytest.approx(0.15)
+    assert quantile_of({0.1: 100.0, math.inf: 100.0}, 0.5) == pytest.approx(0.05)
+    assert quantile_of({0.1: 1.0, 0.2: 1.0, math.inf: 100.0}, 0.99) == 0.2
+    assert quantile_of({0.1: 51.0, 0.2: 50.0, math.inf: 100.0}, 0.5) <= 0.1  # torn: not monotone
+
+
+# Mirrored requests
+
+
+def mirrored(compared: float, failed: float, dropped: float) -> dict[SeriesKey, float]:
+    counts = {"compared": compared, "failed": failed, "dropped": dropped}
+    release = CANARY[: names.SHORT_RELEASE]
+    return {SeriesKey.of(names.SHADOW_REQUESTS, {"release": release, "outcome": k}): v for k, v in counts.items()}
+
+
+def test_mirrored_requests_are_those_of_this_shadow_phase_however_long_ago_it_began() -> None:
+    made = MadeSeries()
+    for at, n in ((-400.0, 90.0), (-300.0, 100.0), (-100.0, 300.0), (9.0, 500.0)):
+        made.routers((at, [mirrored(n, n / 10, n)]))
+    shadow = state_of(phase=Phase.SHADOW, changed_at=-310.0, shadow_bp=500)
+    assert made.snapshot(10, state=shadow).shadow_requests == 400 + 40
+    assert made.snapshot(10, state=shadow.model_copy(update={"changed_at": -110.0})).shadow_requests == 200 + 20
+    assert made.snapshot(10).shadow_requests == 0
