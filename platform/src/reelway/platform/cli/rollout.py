@@ -84,9 +84,14 @@ def start(
     directory = open_run(run)
     rules = policy_named(policy)
     store = open_store(directory)
+    before = store.latest()
     state = start_rollout(directory, store, release, rules, force=force, note=note).state
     out.print(state.id, highlight=False)
     say(f"rolling {state.canary_release[:12]} out over {state.stable_release[:12]}, policy {escape(rules.name)}")
+    if before is not None and before.state.phase is Phase.PROMOTED and not before.state.retired:
+        say(
+            f"{before.state.stable_release[:12]} is no longer kept warm: {before.state.id} cannot be rolled back any more"
+        )
     controller = look(directory, store, state.id).controller
     if controller.silent:
         say(f"[bold red]{escape(controller.problem)}:[/] {escape(start_the_controller(directory))}")
@@ -229,7 +234,7 @@ def controller(
     run: Path = RUN,
     host: str = typer.Option("127.0.0.1", help="Address of the alert webhook; 0.0.0.0 for all."),
     port: int = typer.Option(0, min=0, max=65535, help="Port of the alert webhook; 0 chooses a free one."),
-    interval: float = typer.Option(2.0, min=0.1, help="Seconds between two looks; commands are noticed sooner."),
+    interval: float = typer.Option(1.0, min=0.1, help="Seconds between two looks; commands are noticed sooner."),
     prometheus: str | None = typer.Option(None, help="Prometheus' URL; the service is scraped directly without it."),
     alertmanager: str | None = typer.Option(None, help="Alertmanager's URL, to be polled besides its webhook."),
 ) -> None:
@@ -244,11 +249,13 @@ def controller(
       reelway rollout controller --run runs/demo --prometheus http://localhost:9090 --port 9095
     """
     directory = open_run(run)
-    from reelway.platform.rollout.controller_service import (  # type: ignore[import-untyped,import-not-found]
-        ControllerSettings,
-        run_controller,
-    )
+    import logging
 
+    from reelway.platform.rollout.controller_service import ControllerSettings, run_controller
+    from reelway.platform.telemetry import configure_logging
+
+    configure_logging()
+    logging.getLogger("httpx").setLevel(logging.WARNING)  # a line per scrape would bury the decisions
     settings = ControllerSettings(
         run=directory.path, host=host, port=port, interval_s=interval, prometheus_url=prometheus,
         alertmanager_url=alertmanager,

@@ -78,7 +78,7 @@ def follow_lines(
     until: frozenset[Phase],
 ) -> RolloutExit:
     """One line per decision, and now and then what is waited for, until a phase of ``until`` or the timeout."""
-    printer = _Lines(write)
+    printer = PlainLines(write)
     for _ in moments(timeout_s, every_s=REDRAW_S):
         now, rollout, sighting = time.time(), store.get(rollout_id), store.sighting(rollout_id)
         printer.decisions(store.history(rollout_id), len(rollout.policy.steps))
@@ -91,7 +91,7 @@ def follow_lines(
     return exit_of(store.get(rollout_id).state)
 
 
-class _Lines:
+class PlainLines:
     """What was printed already, so that nothing is printed twice."""
 
     def __init__(self, write: Callable[..., None]) -> None:

@@ -87,7 +87,7 @@ def interval_bar(outcome: OutcomeReport, width: int) -> Text:
     if outcome.harm is not None:
         low = -_BEYOND if outcome.low is None else outcome.low / outcome.margin
         high = _BEYOND if outcome.high is None else outcome.high / outcome.margin
-        left, right = _column(low, width), _column(high, width)
+        left, right = _beside(low, width), _beside(high, width)
         for at in range(left, right + 1):
             marks[at] = ("─", style)
         marks[left] = ("◀" if low < -_BETTER_MARGINS else "├", style)
@@ -134,6 +134,17 @@ def _column(margins: float, width: int) -> int:
     low, high = math.asinh(-_BETTER_MARGINS), math.asinh(_WORSE_MARGINS)
     place = (math.asinh(margins) - low) / (high - low)
     return round(min(max(place, 0.0), 1.0) * (width - 1))
+
+
+def _beside(margins: float, width: int) -> int:
+    """Column of an interval's end: never on the marks, always on the side of them that it is on."""
+    at, zero, limit = _column(margins, width), _column(0.0, width), _column(1.0, width)
+    for mark, value in ((zero, 0.0), (limit, 1.0)):
+        if margins >= value and at <= mark:
+            at = mark + 1
+        elif margins < value and at == mark:
+            at = mark - 1
+    return at
 
 
 def _number(value: float | None) -> str:

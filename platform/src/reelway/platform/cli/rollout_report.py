@@ -129,6 +129,7 @@ def report_rollout(
     seen = deciding or sighting
     evidence = EvidenceReport.model_validate(seen.evidence) if seen is not None and seen.evidence else None
     heard_at = evidence.time if evidence is not None else None
+    waits = sighting is not None and state.active and sighting.action in ("wait", "hold")
     warm = state.phase is Phase.PROMOTED and not state.retired
     return RolloutReport(
         id=state.id,
@@ -152,7 +153,7 @@ def report_rollout(
         forced=state.forced,
         retired=state.retired,
         reason=state.reason,
-        waits_for=sighting.reason if sighting is not None and state.active else "",
+        waits_for=sighting.reason if sighting is not None and waits else "",
         command=state.command,
         evidence=evidence,
         evidence_entry=deciding.number if deciding else None,

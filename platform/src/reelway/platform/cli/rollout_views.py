@@ -46,17 +46,13 @@ def status_view(report: StatusReport, *, width: int, height: int | None = None) 
 
 def _lines(report: StatusReport, rollout: RolloutReport, width: int, *, compact: bool) -> list[RenderableType]:
     parts: list[RenderableType] = [*_alarm(report, rollout, width), *_head(report, rollout, width)]
-    evidence = rollout.evidence
-    if evidence is not None:
-        parts += _evidence(rollout, evidence, width, compact=compact)
-    parts.append(Rule(style="dim"))
-    why = rollout.waits_for or rollout.reason
-    if rollout.waits_for and rollout.waits_for != rollout.reason:
+    if not rollout.waits_for or rollout.waits_for != rollout.reason:
         parts.append(worded("why", "bold", rollout.reason, width))
+    if rollout.waits_for:
         parts.append(worded("waits for", "bold", rollout.waits_for, width))
-    else:
-        parts.append(worded("waits for" if rollout.active else "why", "bold", why, width))
     parts += _ages(report, rollout, width)
+    if rollout.evidence is not None:
+        parts += _evidence(rollout, rollout.evidence, width, compact=compact)
     return parts
 
 
@@ -88,7 +84,8 @@ def _head(report: StatusReport, rollout: RolloutReport, width: int) -> list[Rend
         first.append(f"   step {rollout.step} of {len(rollout.steps)}")
     if rollout.forced:
         first.append("   forced", style="yellow")
-    clock = span(report.time - rollout.started_at)
+    moment = ("began", rollout.started_at) if rollout.active else ("ended", rollout.changed_at)
+    clock = f"{moment[0]} {span(report.time - moment[1])} ago"
     first.append(" " * max(2, width - first.cell_len - len(clock)) + clock)
     releases = Text.assemble(
         "canary ", (rollout.canary_release[:12], ARM_STYLES["canary"]), "   over ",
@@ -104,12 +101,12 @@ def _ramp(rollout: RolloutReport, width: int) -> list[RenderableType]:
     places += [f"{step.weight_percent:g} %" for step in rollout.steps] + ["promoted"]
     at = {"pending": 0, "preparing": 0, "shadow": 1, "promoting": len(places) - 1, "promoted": len(places)}
     here = at.get(rollout.phase, before + rollout.step - 1 if rollout.step else before - 1)
-    line = Text(" " * _LABEL)
+    line = Text(f"{'ramp':<{_LABEL}}", style="bold")
     for i, place in enumerate(places):
         mark, style = _MARKS["done" if i < here else "next" if i > here else _here(rollout.phase)]
         if i == here and rollout.phase in ("rolling_back", "rolled_back"):
             mark, style = "✘", "bold red"
-        line.append(f"{mark} {place}", style=style)
+        line.append(f"{mark} {place}", style=f"not bold {style}")
         if i + 1 < len(places):
             line.append(" ─ ", style="dim")
     if line.cell_len <= width:
@@ -187,7 +184,7 @@ def _exposure(rollout: RolloutReport, evidence: EvidenceReport) -> Text:
         enough = seen >= least
         line.append(f"{seen:,} of {least:,} {name}", style="default not bold" if enough else "cyan not bold")
         line.append(" ✔   " if enough else "     ", style="green")
-    if rollout.active:
+    if rollout.phase in ("stepping", "holding", "paused"):
         line.append(f"{rollout.phase_s:.0f} of {step.hold_s:g} s", style="default not bold")
     line.rstrip()
     return line
