@@ -59,7 +59,7 @@ test-quick: install ## Only what needs neither Ray nor a server: about a minute.
 	$(BIN)/python -m pytest -m "not slow and not ray and not redis"
 
 .PHONY: bench
-bench: bench-simulator bench-features bench-ray-train bench-serving bench-quality bench-closed-loop bench-canary ## Every number in the README, one after another.
+bench: bench-simulator bench-features bench-ray-train bench-serving bench-quality bench-closed-loop bench-canary bench-rollout ## Every number in the README, one after another.
 
 .PHONY: bench-simulator
 bench-simulator: install ## Simulated impressions per second on one core.
@@ -88,6 +88,19 @@ bench-closed-loop: install ## Watch time per impression against popularity in th
 .PHONY: bench-canary
 bench-canary: install ## Error rates and power of the rollout decision, simulated, beside other tools' rules.
 	$(BIN)/python -m tests.benchmarks.bench_canary
+
+.PHONY: bench-rollout
+bench-rollout: install ## Webhook to stable, failed requests, sticky arms: on the running service under load (20 minutes).
+	$(BIN)/python -m tests.benchmarks.bench_rollout
+
+.PHONY: cluster
+cluster: install ## A real one-node Kubernetes with KubeRay, without Docker (Debian packages and Go; see infra/cluster).
+	@.ci/system-packages cluster
+	@$(BIN)/python infra/cluster up
+
+.PHONY: cluster-down
+cluster-down: install ## Remove the node: every process, mount, interface and chain of it.
+	@$(BIN)/python infra/cluster down
 
 .PHONY: constraints
 constraints: install ## Resolve requirements.in into constraints.txt again.

@@ -1,0 +1,51 @@
+"""``python infra/cluster up|down|status``: a real one-node Kubernetes in one folder, without Docker."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+
+from build import BuildError
+from layout import default_layout
+from node import Node, NodeError
+
+_BEGAN = time.monotonic()
+
+
+def say(line: str) -> None:
+    print(f"[{time.monotonic() - _BEGAN:6.1f} s] {line}", file=sys.stderr, flush=True)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python infra/cluster", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    up = commands.add_parser("up", help="bring the node up; what is up already stays")
+    up.add_argument("--without-kuberay", action="store_true", help="leave the KubeRay operator out")
+    commands.add_parser("down", help="remove every process, mount, namespace and interface of it")
+    commands.add_parser("status", help="which of its processes run")
+    load = commands.add_parser("load", help="give containerd images from OCI or Docker archives")
+    load.add_argument("archives", nargs="+")
+    options = parser.parse_args()
+    node = Node(default_layout(), say)
+    try:
+        if options.command == "up":
+            node.up()
+            if not options.without_kuberay:
+                node.install_kuberay()
+        elif options.command == "down":
+            node.down()
+        elif options.command == "load":
+            for archive in options.archives:
+                node.import_image(archive)
+        else:
+            for name, runs in node.status().items():
+                print(f"{name:20} {'running' if runs else 'ended'}")
+    except (NodeError, BuildError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,87 @@
+"""Programs of the node from pinned Go modules. A tool is built again only when its pins have changed.
+
+Each folder under ``tools/`` is a module of its own whose ``tool`` lines name what is built. Nothing is installed
+outside of the state folder; Go's own module and build caches are Go's.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Final
+
+from layout import HERE, Layout
+
+TOOLS: Final = ("helm", "coredns", "kuberay", "kubernetes")  # quick ones first: a broken set-up shows early
+_FLAGS: Final[dict[str, list[str]]] = {
+    # without a version helm cannot parse what the API server says of itself
+    "kubernetes": ["-ldflags", "-s -w -X k8s.io/component-base/version.gitVersion=v1.36.3"],
+}
+_PROGRAMS: Final[dict[str, tuple[str, ...]]] = {
+    "kubernetes": ("kube-apiserver", "kube-controller-manager", "kube-scheduler", "kubelet", "kube-proxy", "kubectl"),
+    "kuberay": ("ray-operator",),
+    "coredns": ("coredns",),
+    "helm": ("helm", "helm-docs", "kubeconform"),
+}
+
+
+class BuildError(Exception):
+    """A program could not be built; the compiler's words are in the message."""
+
+
+def build_tools(layout: Layout, say: Callable[[str], None]) -> None:
+    """Build what is missing or out of date, one tool after another."""
+    if shutil.which("go") is None:
+        raise BuildError("no `go` on the PATH; install Go 1.26 or newer, the programs are built from Go modules")
+    layout.bin.mkdir(parents=True, exist_ok=True)
+    for tool in TOOLS:
+        stamp = layout.bin / f".{tool}"
+        pins = _pins_of(tool)
+        if stamp.exists() and stamp.read_text() == pins and all((layout.bin / p).exists() for p in _PROGRAMS[tool]):
+            continue
+        say(f"building {', '.join(_PROGRAMS[tool])} (minutes the first time, seconds from Go's cache)")
+        began = time.monotonic()
+        _build(tool, layout.bin)
+        stamp.write_text(pins)
+        say(f"built {tool} in {time.monotonic() - began:.0f} s")
+
+
+def module_folder(tool: str, module: str) -> Path:
+    """Where Go keeps a module of a tool: CRDs and charts lie there."""
+    done = _go(tool, "list", "-m", "-f", "{{.Dir}}", module)
+    return Path(done.stdout.strip())
+
+
+def _pins_of(tool: str) -> str:
+    folder, whole = HERE / "tools" / tool, hashlib.sha256()
+    for name in ("go.mod", "go.sum"):
+        whole.update((folder / name).read_bytes())
+    return whole.hexdigest() + " ".join(_FLAGS.get(tool, []))
+
+
+def _build(tool: str, into: Path) -> None:
+    with tempfile.TemporaryDirectory(dir=into) as fresh:
+        _go(tool, "build", "-trimpath", *_FLAGS.get(tool, ["-ldflags", "-s -w"]), "-o", f"{fresh}/", "tool")
+        for program in _PROGRAMS[tool]:
+            made = Path(fresh) / program
+            if not made.exists():
+                raise BuildError(
+                    f"tools/{tool}: `go build` made {sorted(p.name for p in Path(fresh).iterdir())}, expected {program}"
+                )
+            made.replace(into / program)
+
+
+def _go(tool: str, *words: str) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run(
+        ["go", *words], cwd=HERE / "tools" / tool, capture_output=True, text=True, check=False,
+        env={**os.environ, "CGO_ENABLED": "0", "GOFLAGS": "-mod=readonly -buildvcs=false"},
+    )  # fmt: skip
+    if done.returncode:
+        raise BuildError(f"tools/{tool}: `go {words[0]}` failed:\n{done.stderr.strip()[-3000:]}")
+    return done

@@ -1,0 +1,39 @@
+"""Firewall chains that the node's programs make: what was not there before goes when the node goes."""
+
+from __future__ import annotations
+
+import shlex
+import subprocess
+from typing import Final
+
+TABLES: Final = ("filter", "nat", "mangle")
+_PREFIXES: Final = ("KUBE-", "CNI-")
+
+
+def node_chains() -> list[str]:
+    """``table chain`` of every chain that looks like a node's."""
+    found = []
+    for table in TABLES:
+        rules = _iptables(table, "-S")
+        chains = [line.split()[1] for line in rules.splitlines() if line.startswith("-N ")]
+        found += [f"{table} {chain}" for chain in chains if chain.startswith(_PREFIXES)]
+    return found
+
+
+def remove_chains(chains: list[str]) -> None:
+    """Remove the chains and every rule that leads into them."""
+    for table in TABLES:
+        ours = {chain for where, chain in (entry.split() for entry in chains) if where == table}
+        for line in _iptables(table, "-S").splitlines():
+            words = line.split()
+            if words[0] == "-A" and words[1] not in ours and ours & set(words):
+                _iptables(table, "-D", *shlex.split(line)[1:])
+        for chain in ours:
+            _iptables(table, "-F", chain)
+        for chain in ours:
+            _iptables(table, "-X", chain)
+
+
+def _iptables(table: str, *words: str) -> str:
+    command = ["iptables", "-w", "5", "-t", table, *words]
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout

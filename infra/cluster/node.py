@@ -1,0 +1,327 @@
+"""Bring the node up, step by step, and take it down to the last mount. Both may be called again at any point.
+
+``up`` waits on conditions with deadlines, never on time alone; what does not come is reported with the last words of
+the process concerned. ``down`` ends what is on record here and nothing else.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import layout as at
+from build import build_tools, module_folder
+from configuration import (
+    api_server_command,
+    controller_manager_command,
+    etcd_command,
+    kubelet_command,
+    scheduler_command,
+    write_cni,
+    write_containerd,
+    write_coredns,
+    write_json,
+    write_kube_proxy,
+    write_kubeconfig,
+)
+from firewall import node_chains, remove_chains
+from layout import Layout
+from pause import write_pause_image
+from pki import issue, make_authority
+from processes import Processes
+
+Say = Callable[[str], None]
+_PACKAGES = {
+    "etcd": "etcd-server", "containerd": "containerd", "runc": "runc", "conntrack": "conntrack",
+    "iptables": "iptables", "socat": "socat", "ip": "iproute2",
+}  # fmt: skip
+_CLIENTS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "admin": ("reelway-admin", ("system:masters",)),
+    "controller-manager": ("system:kube-controller-manager", ()),
+    "scheduler": ("system:kube-scheduler", ()),
+    "kube-proxy": ("system:kube-proxy", ()),
+    "kubelet": (f"system:node:{at.NODE}", ("system:nodes",)),
+    "coredns": ("reelway-coredns", ("system:masters",)),
+}
+
+
+class NodeError(Exception):
+    """The node could not be brought up; what was waited for, and the process's last words, are in the message."""
+
+
+class Node:
+    """One node in one folder."""
+
+    def __init__(self, layout: Layout, say: Say) -> None:
+        self._layout, self._say = layout, say
+        self._processes = Processes(layout)
+
+    def up(self) -> None:
+        """From whatever is there to a Ready node with cluster DNS."""
+        self._refuse_a_machine_that_cannot()
+        build_tools(self._layout, self._say)
+        began = time.monotonic()
+        self._credentials()
+        self._network()
+        self._control_plane()
+        self._runtime()
+        self._services()
+        self._say(f"node {at.NODE} is Ready with cluster DNS after {time.monotonic() - began:.0f} s")
+        self._say(f"export KUBECONFIG={self._layout.admin_kubeconfig} PATH={self._layout.bin}:$PATH")
+
+    def install_kuberay(self, namespace: str = "kuberay-system") -> None:
+        """The real operator, as a process of the node watching all namespaces, with the module's CRDs."""
+        crds = module_folder("kuberay", "github.com/ray-project/kuberay/ray-operator") / "config" / "crd" / "bases"
+        self.kubectl("apply", "--server-side", "--force-conflicts", "-f", str(crds))
+        if not self._exists("namespace", namespace):
+            self.kubectl("create", "namespace", namespace)
+        self._processes.start(
+            "kuberay",
+            [
+                str(self._layout.bin / "ray-operator"),
+                "--metrics-addr=127.0.0.1:8383",
+                "--health-probe-bind-address=127.0.0.1:8384",
+                "--enable-leader-election=false",
+            ],
+            {"KUBECONFIG": str(self._layout.admin_kubeconfig), "POD_NAMESPACE": namespace},
+        )
+        self._until("the KubeRay operator", lambda: _answers("http://127.0.0.1:8384/healthz"), "kuberay")
+
+    def import_image(self, archive: Path) -> None:
+        """Give containerd an image from an archive."""
+        self._ctr("images", "import", "--all-platforms", str(archive))
+
+    def down(self) -> None:
+        """End and remove everything that ``up`` made; the built programs stay."""
+        if not self._layout.state.exists():
+            self._say("nothing is up")
+            return
+        self._processes.stop("kuberay")
+        for name in ("controller-manager", "scheduler"):
+            self._processes.stop(name)
+        self._end_pods()
+        for name in reversed(self._processes.names()):
+            self._processes.stop(name)
+        self._remove_network()
+        self._unmount()
+        self._remove_cgroups()
+        self._remove_links()
+        shutil.rmtree(self._layout.state)
+        self._say("the node is gone; the built programs are kept in " + str(self._layout.bin))
+
+    def status(self) -> dict[str, bool]:
+        """Process name -> whether it runs."""
+        return {name: self._processes.running(name) for name in self._processes.names()}
+
+    def kubectl(self, *words: str) -> str:
+        """What kubectl printed. Raises NodeError with its message."""
+        command = [str(self._layout.bin / "kubectl"), f"--kubeconfig={self._layout.admin_kubeconfig}", *words]
+        return _run(command)
+
+    # Up.
+
+    def _refuse_a_machine_that_cannot(self) -> None:
+        if os.geteuid() != 0:
+            raise NodeError(
+                "a node needs root: mounts, namespaces, a bridge; or point KUBECONFIG at a cluster you have"
+            )
+        if missing := [package for program, package in _PACKAGES.items() if shutil.which(program) is None]:
+            raise NodeError(f"missing programs; install Debian's {' '.join(missing)}")
+        if not Path("/usr/lib/cni/bridge").exists():
+            raise NodeError("no CNI plugins in /usr/lib/cni; install Debian's containernetworking-plugins")
+
+    def _credentials(self) -> None:
+        pki = self._layout.pki
+        make_authority(pki)
+        api_names = [
+            "kubernetes",
+            "kubernetes.default",
+            "kubernetes.default.svc",
+            f"kubernetes.default.svc.{at.DOMAIN}",
+        ]
+        issue(pki, "api-server", "kube-apiserver", ("system:masters",),
+              (*api_names, at.NODE_IP, at.API_SERVICE_IP, "127.0.0.1"))  # fmt: skip
+        issue(pki, "kubelet-server", at.NODE, (), (at.NODE, at.NODE_IP))
+        issue(pki, "front-proxy", "front-proxy")
+        for file, (name, groups) in _CLIENTS.items():
+            issue(pki, file, name, groups)
+            write_kubeconfig(self._layout, self._layout.kubeconfig(file), file)
+        write_kubeconfig(self._layout, self._layout.admin_kubeconfig, "admin")
+
+    def _network(self) -> None:
+        if shutil.which("modprobe"):
+            _run(["modprobe", "-q", "br_netfilter"], check=False)
+        for setting in ("net/ipv4/ip_forward", "net/bridge/bridge-nf-call-iptables"):
+            path = Path("/proc/sys") / setting
+            if path.exists() and path.read_text().strip() != "1":
+                (self._layout.state / f"was.{setting.replace('/', '.')}").write_text(path.read_text())
+                path.write_text("1")
+        if not Path("/sys/class/net", at.BRIDGE).exists():
+            _run(["ip", "link", "add", at.BRIDGE, "type", "bridge"])
+            _run(["ip", "addr", "add", f"{at.NODE_IP}/24", "dev", at.BRIDGE])
+            _run(["ip", "link", "set", at.BRIDGE, "up"])
+        chains = self._layout.state / "chains-before"
+        if not chains.exists():
+            chains.write_text("\n".join(node_chains()))
+        write_cni(self._layout)
+
+    def _control_plane(self) -> None:
+        self._processes.start("etcd", etcd_command(self._layout))
+        self._until("etcd", lambda: _answers(f"http://127.0.0.1:{at.ETCD_PORT}/health"), "etcd")
+        self._processes.start("api-server", api_server_command(self._layout))
+        self._until("the API server", lambda: self._says("get", "--raw", "/readyz") == "ok", "api-server")
+        self._processes.start("controller-manager", controller_manager_command(self._layout))
+        self._processes.start("scheduler", scheduler_command(self._layout))
+
+    def _runtime(self) -> None:
+        config = write_containerd(self._layout)
+        self._processes.start("containerd", ["containerd", "--config", str(config)])
+        self._until("containerd", lambda: bool(self._ctr("version", check=False)), "containerd")
+        if at.PAUSE_IMAGE not in self._ctr("images", "ls", "-q").split():
+            archive = self._layout.state / "pause.tar"
+            write_pause_image(archive)
+            self.import_image(archive)
+        self._processes.start("kubelet", kubelet_command(self._layout))
+        self._until("node Ready", self._ready, "kubelet")
+
+    def _services(self) -> None:
+        proxy = write_kube_proxy(self._layout)
+        self._processes.start("kube-proxy", [str(self._layout.bin / "kube-proxy"), f"--config={proxy}"])
+        self._processes.start("coredns", [str(self._layout.bin / "coredns"), "-conf", str(write_coredns(self._layout))])
+        self._publish_dns()
+        self._until("cluster DNS", lambda: _answers("http://127.0.0.1:8181/ready"), "coredns")
+        account = ("serviceaccount", "default", "-n", "default")
+        self._until("the default service account", lambda: self._exists(*account), "controller-manager")
+
+    def _publish_dns(self) -> None:
+        """CoreDNS is a process of the node, so its Service has no selector and its endpoint is the node."""
+        ports = [{"name": "dns", "port": 53, "protocol": "UDP"}, {"name": "dns-tcp", "port": 53, "protocol": "TCP"}]
+        meta = {"name": "kube-dns", "namespace": "kube-system"}
+        service = {
+            "apiVersion": "v1", "kind": "Service", "metadata": meta,
+            "spec": {"clusterIP": at.DNS_SERVICE_IP, "ports": ports},
+        }  # fmt: skip
+        slice_ = {
+            "apiVersion": "discovery.k8s.io/v1", "kind": "EndpointSlice", "addressType": "IPv4",
+            "metadata": {"name": "kube-dns-node", "namespace": "kube-system",
+                         "labels": {"kubernetes.io/service-name": "kube-dns"}},
+            "endpoints": [{"addresses": [at.NODE_IP], "conditions": {"ready": True}}], "ports": ports,
+        }  # fmt: skip
+        path = self._layout.etc / "dns.json"
+        write_json(path, {"apiVersion": "v1", "kind": "List", "items": [service, slice_]})
+        self.kubectl("apply", "-f", str(path))
+
+    def _ready(self) -> bool:
+        path = "{.status.conditions[?(@.type=='Ready')].status}"
+        return self._says("get", "node", at.NODE, "-o", f"jsonpath={path}") == "True"
+
+    def _says(self, *words: str) -> str:
+        try:
+            return self.kubectl(*words).strip()
+        except NodeError:
+            return ""
+
+    def _exists(self, *words: str) -> bool:
+        return bool(self._says("get", *words, "-o", "name"))
+
+    def _until(self, what: str, holds: Callable[[], bool], process: str, *, deadline_s: float = 90.0) -> None:
+        began = time.monotonic()
+        while not holds():
+            if not self._processes.running(process):
+                raise NodeError(f"{what}: {process} ended:\n{self._processes.last_words(process)}")
+            if time.monotonic() - began > deadline_s:
+                raise NodeError(f"{what}: not within {deadline_s:g} s:\n{self._processes.last_words(process)}")
+            time.sleep(0.1)
+        self._say(f"{what}: yes, after {time.monotonic() - began:.1f} s")
+
+    def _ctr(self, *words: str, check: bool = True) -> str:
+        command = ["ctr", f"--address={self._layout.containerd_socket}", "--namespace=k8s.io", *words]
+        return _run(command, check=check)
+
+    # Down.
+
+    def _end_pods(self) -> None:
+        """Through the kubelet, which undoes mounts and networks; what it leaves, through containerd."""
+        if self._processes.running("kubelet") and self._processes.running("api-server"):
+            with _tolerated(self._say):
+                self.kubectl("delete", "pods", "--all", "--all-namespaces", "--grace-period=1", "--wait=false")
+            deadline = time.monotonic() + 30
+            while self._ctr("tasks", "ls", "-q", check=False).split() and time.monotonic() < deadline:
+                time.sleep(0.2)
+        self._processes.stop("kubelet")
+        if not self._processes.running("containerd"):
+            return
+        for container in self._ctr("containers", "ls", "-q", check=False).split():
+            self._ctr("tasks", "kill", "--all", "--signal=SIGKILL", container, check=False)
+            self._ctr("tasks", "rm", "--force", container, check=False)
+            self._ctr("containers", "rm", container, check=False)
+
+    def _remove_network(self) -> None:
+        proxy = self._layout.bin / "kube-proxy"
+        if proxy.exists():
+            _run([str(proxy), "--cleanup"], check=False)
+        if Path("/sys/class/net", at.BRIDGE).exists():
+            _run(["ip", "link", "del", at.BRIDGE])
+        before = self._layout.state / "chains-before"
+        if before.exists():
+            kept = set(before.read_text().splitlines())
+            remove_chains([chain for chain in node_chains() if chain not in kept])
+        for was in self._layout.state.glob("was.*"):
+            Path("/proc/sys", *was.name.removeprefix("was.").split(".")).write_text(was.read_text())
+
+    def _unmount(self) -> None:
+        mounts = [line.split()[1] for line in Path("/proc/self/mounts").read_text().splitlines()]
+        ours = [m for m in mounts if m.startswith(f"{self._layout.state}/")]
+        for mount in sorted(ours, key=len, reverse=True):
+            _run(["umount", "--lazy", mount], check=False)
+
+    def _remove_cgroups(self) -> None:
+        for top in Path("/sys/fs/cgroup").glob("**/kubepods"):
+            for folder in sorted((p for p in top.rglob("*") if p.is_dir()), key=lambda p: -len(p.parts)):
+                _rmdir(folder)
+            _rmdir(top)
+
+    def _remove_links(self) -> None:
+        links = Path("/var/log/containers")
+        for link in links.glob("*.log") if links.exists() else ():
+            if link.is_symlink() and str(self._layout.state) in str(link.readlink()):
+                link.unlink()
+
+
+def _rmdir(folder: Path) -> None:
+    try:
+        folder.rmdir()
+    except OSError:
+        return  # not empty, or gone with its parent: a process of somebody else's is in it
+
+
+@contextmanager
+def _tolerated(say: Say) -> Iterator[None]:
+    """On the way down a failure is said and the way goes on."""
+    try:
+        yield
+    except NodeError as error:
+        say(str(error))
+
+
+def _run(command: list[str], *, check: bool = True) -> str:
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode and check:
+        raise NodeError(f"`{' '.join(command)}` ended with {done.returncode}: {done.stderr.strip()[-2000:]}")
+    return done.stdout if not done.returncode else ""
+
+
+def _answers(url: str) -> bool:
+    import urllib.error
+    import urllib.request
+
+    try:
+        with urllib.request.urlopen(url, timeout=2) as answer:
+            return bool(answer.status == 200)
+    except (urllib.error.URLError, OSError):
+        return False

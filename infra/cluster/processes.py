@@ -1,0 +1,98 @@
+"""The node's own processes: started once, known by pid and start time, ended by exactly those.
+
+A pid alone may have become somebody else's; with the moment the process began it cannot. Nothing is found by name.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from layout import Layout
+
+
+@dataclass(frozen=True)
+class Started:
+    """A process that this folder owns."""
+
+    pid: int
+    began: int  # clock ticks since boot, field 22 of /proc/PID/stat
+
+    @property
+    def alive(self) -> bool:
+        return _began(self.pid) == self.began
+
+
+class Processes:
+    """The processes on record in ``processes.json``."""
+
+    def __init__(self, layout: Layout) -> None:
+        self._layout = layout
+
+    def running(self, name: str) -> bool:
+        """Whether the process of that name is on record and alive."""
+        started = self._record().get(name)
+        return started is not None and started.alive
+
+    def start(self, name: str, command: Sequence[str], environment: Mapping[str, str] | None = None) -> None:
+        """Start it in a session of its own unless it runs; its output goes to ``logs/<name>.log``."""
+        if self.running(name):
+            return
+        self._layout.logs.mkdir(parents=True, exist_ok=True)
+        with (self._layout.logs / f"{name}.log").open("ab") as log:
+            process = subprocess.Popen(
+                command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, start_new_session=True,
+                env={**os.environ, **(environment or {})},
+            )  # fmt: skip
+        began = _began(process.pid)
+        self._write({**self._record(), name: Started(process.pid, began or 0)})
+
+    def stop(self, name: str, *, wait_s: float = 15.0) -> None:
+        """Ask it to end, then make it."""
+        record = self._record()
+        started = record.pop(name, None)
+        if started is not None:
+            for number, patience_s in ((signal.SIGTERM, wait_s), (signal.SIGKILL, 5.0)):
+                if not started.alive:
+                    break
+                os.kill(started.pid, number)
+                deadline = time.monotonic() + patience_s
+                while started.alive and time.monotonic() < deadline:
+                    time.sleep(0.05)
+        self._write(record)
+
+    def names(self) -> list[str]:
+        """In the order of their start."""
+        return list(self._record())
+
+    def last_words(self, name: str, lines: int = 15) -> str:
+        """The end of its log."""
+        path = self._layout.logs / f"{name}.log"
+        return "\n".join(path.read_text(errors="replace").splitlines()[-lines:]) if path.exists() else "(no log)"
+
+    def _record(self) -> dict[str, Started]:
+        path = self._layout.processes
+        if not path.exists():
+            return {}
+        return {name: Started(**values) for name, values in json.loads(path.read_text()).items()}
+
+    def _write(self, record: Mapping[str, Started]) -> None:
+        path: Path = self._layout.processes
+        path.parent.mkdir(parents=True, exist_ok=True)
+        aside = path.with_suffix(".new")
+        aside.write_text(json.dumps({name: asdict(started) for name, started in record.items()}, indent=1))
+        aside.replace(path)
+
+
+def _began(pid: int) -> int | None:
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    return None if fields[0] == "Z" else int(fields[19])
