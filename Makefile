@@ -28,7 +28,7 @@ $(STAMP): constraints.txt pyproject.toml platform/pyproject.toml pipelines/pypro
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --constraint constraints.txt --group dev \
-		-e platform -e pipelines -e serving
+		-e 'platform[cluster]' -e pipelines -e serving
 	@touch $@
 
 .PHONY: install
