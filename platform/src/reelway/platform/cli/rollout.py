@@ -89,9 +89,8 @@ def start(
     out.print(state.id, highlight=False)
     say(f"rolling {state.canary_release[:12]} out over {state.stable_release[:12]}, policy {escape(rules.name)}")
     if before is not None and before.state.phase is Phase.PROMOTED and not before.state.retired:
-        say(
-            f"{before.state.stable_release[:12]} is no longer kept warm: {before.state.id} cannot be rolled back any more"
-        )
+        gone = before.state.stable_release[:12]
+        say(f"{gone} is kept warm no longer: {before.state.id} cannot be rolled back any more")
     controller = look(directory, store, state.id).controller
     if controller.silent:
         say(f"[bold red]{escape(controller.problem)}:[/] {escape(start_the_controller(directory))}")

@@ -101,12 +101,12 @@ def _outcome_words(outcome: OutcomeReport, policy: RolloutPolicy) -> str:
     }
     side = "worse" if outcome.harm > 0 else "better"
     alpha = alphas.get((outcome.name, outcome.slice))
-    least = "at an unknown least" if outcome.low is None else f"at least {_harm(outcome.low)}"
-    most = "at an unknown most" if outcome.high is None else f"at most {_harm(outcome.high)}"
+    low = "unknown" if outcome.low is None else _harm(outcome.low)
+    high = "unknown" if outcome.high is None else _harm(outcome.high)
     odds = "" if alpha is None else f" (wrong once in {1 / alpha:,.0f} rollouts)"
     return (
         f"{outcome.label}: canary {outcome.canary:.4g}, stable {outcome.stable:.4g}: {abs(outcome.harm):.1%} {side}; "
-        f"whenever one looks, truly {least}{odds} and {most} (wrong once in {1 / policy.alpha.promotion:,.0f}); "
+        f"whenever one looks, truly between {low}{odds} and {high} (wrong once in {1 / policy.alpha.promotion:,.0f}); "
         f"accepted is {outcome.margin:.1%} worse; {outcome.viewers['canary']:,} and {outcome.viewers['stable']:,} "
         "viewers"
     )
@@ -163,7 +163,8 @@ def _of_rollback(moment: Moment, policy: RolloutPolicy) -> tuple[list[str], list
             "have rolled back"
             for o in harms
         ]
-        return said, [line for o in harms for line in _metric_lines(policy, o)]
+        lines = [line for o in harms for line in _metric_lines(policy, o)]
+        return said, [*lines, f"alpha.rollback: {policy.alpha.rollback:g} over all {len(policy.tests)} tests"]
     return _of_deadline(moment, policy)
 
 
@@ -264,7 +265,7 @@ def _metric_lines(policy: RolloutPolicy, outcome: OutcomeReport) -> list[str]:
     for i, metric in enumerate(policy.outcomes):
         if metric.name == outcome.name:
             shown = metric.model_dump(mode="json", exclude_none=True, exclude={"kind", "slices"})
-            return [f"outcomes[{i}]: {_pairs(shown)}", f"alpha.rollback: {policy.alpha.rollback:g} over all tests"]
+            return [f"outcomes[{i}]: {_pairs(shown)}"]
     return []
 
 

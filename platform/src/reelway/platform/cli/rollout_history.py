@@ -3,22 +3,30 @@
 from __future__ import annotations
 
 import json
+import textwrap
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import typer
 from rich.markup import escape
-from rich.table import Table
 
 from reelway.platform.cli.rollout_explain import Explanation, explain, moment_of, newest_deciding
 from reelway.platform.cli.rollout_intervals import worded
 from reelway.platform.cli.rollout_views import clock_of
-from reelway.platform.cli.rollout_wait import exit_of
-from reelway.platform.cli.terminal import out
+from reelway.platform.cli.rollout_wait import RolloutExit, exit_of
+from reelway.platform.cli.terminal import out, say
 from reelway.platform.errors import RolloutError
 
 if TYPE_CHECKING:
     from reelway.platform.rollout.records import HistoryEntry, Rollout, RolloutStore
+
+INDENT: Final = 6
+RESULT_STYLES: Final = {
+    RolloutExit.PROMOTED: "bold green",
+    RolloutExit.ROLLED_BACK: "bold red",
+    RolloutExit.PAUSED: "bold yellow",
+    RolloutExit.UNDER_WAY: "bold blue",
+}
 
 
 def print_history(store: RolloutStore, rollout: Rollout, *, as_json: bool) -> None:
@@ -32,17 +40,12 @@ def print_history(store: RolloutStore, rollout: Rollout, *, as_json: bool) -> No
         f"{state.id}   {state.canary_release[:12]} over {state.stable_release[:12]}   {exit_of(state).words}",
         highlight=False,
     )
-    table = Table("entry", "at (UTC)", "phase", "canary", "decided", "why", box=None, pad_edge=False)
     for entry in entries:
-        table.add_row(
-            str(entry.number),
-            clock_of(entry.time)[5:],
-            entry.phase.replace("_", " "),
-            f"{entry.canary_bp / 100:g} %",
-            entry.action.replace("_", " "),
-            escape(entry.reason),
-        )
-    out.print(table)
+        phase, action = entry.phase.replace("_", " "), entry.action.replace("_", " ")
+        head = f"[bold]{entry.number:>4}[/]  {clock_of(entry.time)} UTC  {phase}, canary {entry.canary_bp / 100:g} %"
+        out.print(f"{head}  [bold]{action}[/]", highlight=False)
+        out.print(_indented(entry.reason), highlight=False)
+    say("what a decision stood on: reelway rollout explain --entry NUMBER")
 
 
 def print_all(store: RolloutStore, *, as_json: bool) -> None:
@@ -51,14 +54,18 @@ def print_all(store: RolloutStore, *, as_json: bool) -> None:
     if as_json:
         typer.echo(json.dumps([_whole(store, rollout) for rollout in rollouts], indent=2))
         return
-    table = Table("rollout", "began (UTC)", "canary", "over", "result", "why", box=None, pad_edge=False)
     for rollout in rollouts:
-        state = rollout.state
-        table.add_row(
-            state.id, clock_of(state.started_at)[5:16], state.canary_release[:12], state.stable_release[:12],
-            exit_of(state).words, escape(state.reason),
-        )  # fmt: skip
-    out.print(table)
+        state, result = rollout.state, exit_of(rollout.state)
+        out.print(
+            f"[bold]{state.id}[/]  {clock_of(state.started_at)[:16]}  {state.canary_release[:12]} over "
+            f"{state.stable_release[:12]}  [{RESULT_STYLES[result]}]{result.words}[/]",
+            highlight=False,
+        )
+        out.print(_indented(state.reason), highlight=False)
+
+
+def _indented(text: str) -> str:
+    return escape(textwrap.fill(text, out.width, initial_indent=" " * INDENT, subsequent_indent=" " * INDENT))
 
 
 def _whole(store: RolloutStore, rollout: Rollout) -> dict[str, Any]:
