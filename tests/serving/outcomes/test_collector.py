@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -71,6 +72,31 @@ def test_requests_that_come_while_one_is_written_share_the_next_transaction(
         future.result(10)
     assert sum(applied) == len(DONE)
     assert len(applied) < len(DONE) / 4
+
+
+def test_commits_keep_their_distance_and_the_first_after_a_rest_is_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    collector = OutcomeCollector(tmp_path / "paced.db", clock=lambda: NOW, commit_every_s=1.0)
+    groups: list[int] = []
+    apply = collector._ledger.apply
+
+    def counting_apply(batches: Any, outcomes: Any, retire: str) -> Any:
+        groups.append(len(outcomes))
+        return apply(batches, outcomes, retire)
+
+    monkeypatch.setattr(collector._ledger, "apply", counting_apply)
+    started = time.monotonic()
+    collector.record(columns_of(DONE[:1])).result(10)
+    assert time.monotonic() - started < 0.9
+    futures = []
+    for one in DONE[1:5]:
+        time.sleep(0.02)  # apart, so that only waiting can bring them together
+        futures.append(collector.record(columns_of([one])))
+    for future in futures:
+        future.result(10)
+    collector.close()
+    assert groups == [1, 4]
 
 
 def test_close_finishes_what_was_taken_and_refuses_the_rest(collector: OutcomeCollector) -> None:
@@ -177,6 +203,14 @@ def test_a_rollout_is_retired_by_word_and_its_statistics_can_still_be_read(colle
     assert collector.record(columns_of(DONE)).result(10)["retired"] == len(DONE)
     assert collector.statistics("r-1")[Arm.CANARY, Slice.OVERALL]["like_rate"].viewers > 0
     assert collector.statistics("r-2") == {}
+
+
+def test_a_retirement_comes_after_what_was_handed_in_before_it_and_before_the_rest(collector: OutcomeCollector) -> None:
+    before = collector.record(columns_of(DONE[:10]))
+    collector.retire("r-1")
+    after = collector.record(columns_of(DONE[10:]))
+    assert before.result(10)["counted"] == 10
+    assert after.result(10)["retired"] == len(DONE) - 10
 
 
 def test_a_file_of_another_version_is_refused(tmp_path: Path, collector: OutcomeCollector) -> None:

@@ -120,6 +120,15 @@ def test_a_rollout_that_was_retired_keeps_its_sums_and_counts_nothing_more(bench
     assert_same(statistics(bench.ledger), recomputed([SHOWN], []))
 
 
+def test_a_retired_rollout_that_a_router_goes_on_showing_is_never_begun_anew(bench: Bench) -> None:
+    bench.ledger.apply([], [], "r-1")
+    for _ in range(3):
+        bench.now += OUTCOME_HORIZON_S
+        bench.expose(SHOWN)
+        bench.ledger.clean(100)
+    assert bench.ledger.snapshot.sums == {}
+
+
 def test_a_rollout_nobody_knows_that_was_retired_before_its_first_outcome_stays_retired(bench: Bench) -> None:
     bench.ledger.apply([], [], "r-1")
     assert bench.report(LIKE) == ["retired"]
@@ -220,6 +229,7 @@ def test_a_batch_that_fails_half_way_counts_nothing_and_the_next_one_goes_well(
 ) -> None:
     bench.expose(SHOWN)
     before = bench.ledger.snapshot
+    sums = before.sums[SHOWN.exposed_arm].copy()
 
     def full(*_: object) -> None:
         raise OSError("no space left on device")
@@ -229,6 +239,7 @@ def test_a_batch_that_fails_half_way_counts_nothing_and_the_next_one_goes_well(
         with pytest.raises(OSError, match="no space"):
             bench.report(LIKE)
     assert bench.ledger.snapshot is before
+    assert (before.sums[SHOWN.exposed_arm] == sums).all()
     assert bench.report(LIKE) == ["counted"]
     assert_same(statistics(bench.ledger), recomputed([SHOWN], [LIKE]))
 

@@ -193,8 +193,6 @@ class Ledger:
         known = self._rollouts.get(rollout)
         if known is None:
             known = self._rollouts[rollout] = KnownRollout(exposed_at)
-        elif known.retired:
-            return
         known.exposed_at = max(known.exposed_at, exposed_at)
         self._store.write_rollout(rollout, known)
         kept = [name for name, one in self._rollouts.items() if not one.retired or self._arms_of(name)]
