@@ -1,4 +1,4 @@
-"""``reelway release build``: joins the platform's ``release`` group, because only here are the models."""
+"""``reelway release build`` and ``rehearse``: they join the platform's group, because only here are the models."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 
 import typer
 
+from reelway.pipelines.commands.rehearse import rehearse
 from reelway.platform.cli.release import RUN, release_group
 from reelway.platform.cli.terminal import console, say
 from reelway.platform.contracts.manifest import Waiver
@@ -20,8 +21,10 @@ STEP = "release"
 
 
 def register(app: typer.Typer) -> None:
-    """Add ``reelway release build``."""
-    release_group(app).command("build")(build)
+    """Add ``reelway release build|rehearse``."""
+    group = release_group(app)
+    group.command("build")(build)
+    group.command("rehearse")(rehearse)
 
 
 def build(

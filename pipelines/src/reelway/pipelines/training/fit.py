@@ -129,17 +129,31 @@ def fit(
     if window.holds_out:
         ranker_tower = trained_two_tower(EARLIER_TWO_TOWER, Window(window.ranker_s, window.ranker_s))
 
-    viewer_VD = embed_needed_viewers(ranker_tower, rows, ranker_rows.viewer_row, worker)
-    video_MD = embed_videos(ranker_tower, rows.videos)
-    ranker = prepared_ranker(rows, ranker_rows, config)
-    ranking = RankingBatches(
-        rows, ranker_rows, viewer_VD, video_MD, config.ranker_loop, seed=config.seed, worker=worker
-    )
+    ranker, ranking = _ranker_and_batches(ranker_tower, rows, ranker_rows, config, worker)
     ranking_objective = RankingObjective(ranker)
     stages.run(RANKER, ranking_objective, partial(loop, ranking_objective, ranking, config.ranker_loop))
     ranker.cpu().eval()
     stages.keep_all()
     return Fitted(two_tower, ranker, stages.curves, ranker_tower)
+
+
+def fit_ranker(two_tower: TwoTower, rows: TrainingRows, ranker_rows: RankerRows, config: TrainingConfig) -> Ranker:
+    """A ranker of its own on a two-tower that is there already, in this process and without checkpoints."""
+    ranker, ranking = _ranker_and_batches(two_tower, rows, ranker_rows, config, ALONE)
+    train(RankingObjective(ranker), ranking, config.ranker_loop, seed=config.seed, stage=RANKER)
+    return ranker.cpu().eval()
+
+
+def _ranker_and_batches(
+    two_tower: TwoTower, rows: TrainingRows, ranker_rows: RankerRows, config: TrainingConfig, worker: Worker
+) -> tuple[Ranker, RankingBatches]:
+    viewer_VD = embed_needed_viewers(two_tower, rows, ranker_rows.viewer_row, worker)
+    video_MD = embed_videos(two_tower, rows.videos)
+    ranker = prepared_ranker(rows, ranker_rows, config)
+    batches = RankingBatches(
+        rows, ranker_rows, viewer_VD, video_MD, config.ranker_loop, seed=config.seed, worker=worker
+    )
+    return ranker, batches
 
 
 def fitted_from(state: State, config: TrainingConfig) -> Fitted:

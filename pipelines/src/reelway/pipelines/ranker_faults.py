@@ -1,0 +1,158 @@
+"""Why: a rollback is believed when it was seen, and to be seen there must be rankers that are really broken.
+
+ONNX graph surgery: the ranker stays what it was and gets a fault inside, which only some requests meet, as faults of
+real models do. It loads, it has the right inputs and outputs, and the requests of viewers whom nobody knows (which is
+what start-up is tried with) are answered well. Nothing outside the graph takes part in it.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+import onnx
+import onnxruntime
+from onnx import TensorProto, helper, numpy_helper
+
+from reelway.platform.contracts.features import VIEWER_DENSE
+from reelway.platform.errors import ReleaseError
+
+SEEN_LATELY: Final = "impressions_30d"
+"""The viewer's feature that decides who meets the fault; missing (NaN) for a viewer whom nobody knows."""
+_SOUND: Final = "before_the_fault"
+_SIDE: Final = 192
+"""Width of the square matrix that the slow graph multiplies with itself."""
+_PROBE_ROUNDS: Final = 64
+
+
+def fail_known_viewers(path: Path) -> None:
+    """Make the graph fail for every viewer with a history: it looks up a row that its table does not have.
+
+    Raises:
+        ReleaseError: not a graph with one output.
+    """
+    model = _opened(path)
+    table = numpy_helper.from_array(np.zeros(1, dtype=np.float32), "fault_table")
+    model.graph.initializer.append(table)
+    row = _is_above(model, 0.0)
+    model.graph.node.append(helper.make_node("Cast", [row], ["fault_row"], to=TensorProto.INT64))
+    model.graph.node.append(helper.make_node("Gather", ["fault_table", "fault_row"], ["fault_value"], axis=0))
+    _add_to_output(model, "fault_value", path)
+
+
+def slow_down_busy_viewers(path: Path, *, above: float, slow_ms: float) -> None:
+    """Make the graph do about ``slow_ms`` of needless work for viewers with more than ``above`` recent impressions.
+
+    The work is measured on this machine, now, on one thread.
+
+    Raises:
+        ReleaseError: as ``fail_known_viewers``.
+    """
+    model = _opened(path)
+    rounds = max(1, round(slow_ms / _ms_per_round()))
+    condition = _is_above(model, above)
+    works, rests = _working("fault_shape_of", rounds), _resting()
+    model.graph.node.append(helper.make_node("Squeeze", [condition], ["fault_condition"]))
+    model.graph.node.append(
+        helper.make_node("If", ["fault_condition"], ["fault_value"], then_branch=works, else_branch=rests)
+    )
+    _add_to_output(model, "fault_value", path)
+
+
+def _opened(path: Path) -> onnx.ModelProto:
+    model = onnx.load(str(path))
+    if len(model.graph.output) != 1:
+        raise ReleaseError(f"{path}: {len(model.graph.output)} outputs, expected the ranker's one")
+    return model
+
+
+def _is_above(model: onnx.ModelProto, limit: float) -> str:
+    """Name of a boolean ``[1]``: whether the viewer's feature is above the limit. False for NaN."""
+    place = numpy_helper.from_array(np.array([VIEWER_DENSE.index(SEEN_LATELY)], dtype=np.int64), "fault_feature")
+    bound = numpy_helper.from_array(np.array([limit], dtype=np.float32), "fault_limit")
+    model.graph.initializer.extend([place, bound])
+    model.graph.node.extend(
+        [
+            helper.make_node("Gather", ["viewer_dense", "fault_feature"], ["fault_seen_11"], axis=1),
+            helper.make_node("Squeeze", ["fault_seen_11", "fault_rows"], ["fault_shape_of"]),
+            helper.make_node("Greater", ["fault_shape_of", "fault_limit"], ["fault_above"]),
+        ]
+    )
+    model.graph.initializer.append(numpy_helper.from_array(np.array([0], dtype=np.int64), "fault_rows"))
+    return "fault_above"
+
+
+def _add_to_output(model: onnx.ModelProto, value: str, path: Path) -> None:
+    """The output is what it was plus ``value``, which is 0 wherever the graph gets that far."""
+    name = model.graph.output[0].name
+    for node in model.graph.node:
+        node.output[:] = [_SOUND if output == name else output for output in node.output]
+        node.input[:] = [_SOUND if given == name else given for given in node.input]
+    model.graph.node.append(helper.make_node("Add", [_SOUND, value], [name]))
+    onnx.checker.check_model(model)
+    onnx.save(model, str(path))
+
+
+def _working(seed: str, rounds: int) -> onnx.GraphProto:
+    """``[1]`` zero, after ``rounds`` products of a matrix that is made of ``seed``, a float ``[1]`` outside."""
+    square = helper.make_tensor_value_info("matrix", TensorProto.FLOAT, [_SIDE, _SIDE])
+    body = helper.make_graph(
+        [
+            helper.make_node("MatMul", ["matrix", "matrix"], ["product"]),
+            helper.make_node("Tanh", ["product"], ["matrix_after"]),
+            helper.make_node("Identity", ["go_on"], ["go_on_after"]),
+        ],
+        "round",
+        [
+            helper.make_tensor_value_info("round", TensorProto.INT64, []),
+            helper.make_tensor_value_info("go_on", TensorProto.BOOL, []),
+            square,
+        ],
+        [
+            helper.make_tensor_value_info("go_on_after", TensorProto.BOOL, []),
+            helper.make_tensor_value_info("matrix_after", TensorProto.FLOAT, [_SIDE, _SIDE]),
+        ],
+    )
+    return helper.make_graph(
+        [
+            helper.make_node("Expand", [seed, "shape"], ["start"]),
+            helper.make_node("Loop", ["rounds", "always", "start"], ["end"], body=body),
+            helper.make_node("ReduceMax", ["end"], ["largest"], keepdims=0),
+            helper.make_node("Mul", ["largest", "nothing"], ["worked"]),
+        ],
+        "works",
+        [],
+        [helper.make_tensor_value_info("worked", TensorProto.FLOAT, [1])],
+        initializer=[
+            numpy_helper.from_array(np.array([_SIDE, _SIDE], dtype=np.int64), "shape"),
+            numpy_helper.from_array(np.array(rounds, dtype=np.int64), "rounds"),
+            numpy_helper.from_array(np.array(True), "always"),
+            numpy_helper.from_array(np.zeros(1, dtype=np.float32), "nothing"),
+        ],
+    )
+
+
+def _resting() -> onnx.GraphProto:
+    zero = numpy_helper.from_array(np.zeros(1, dtype=np.float32), "zero")
+    rest = helper.make_node("Constant", [], ["rested"], value=zero)
+    return helper.make_graph([rest], "rests", [], [helper.make_tensor_value_info("rested", TensorProto.FLOAT, [1])])
+
+
+def _ms_per_round() -> float:
+    """What one round costs here: the least of a few tries, so that a busy moment does not make the graph too quick."""
+    graph = _working("seed", _PROBE_ROUNDS)
+    graph.input.append(helper.make_tensor_value_info("seed", TensorProto.FLOAT, [1]))
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = options.inter_op_num_threads = 1
+    session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    seed = {"seed": np.array([3.0], dtype=np.float32)}
+    session.run(None, seed)
+    tries = []
+    for _ in range(5):
+        begun = time.perf_counter()
+        session.run(None, seed)
+        tries.append(1000 * (time.perf_counter() - begun) / _PROBE_ROUNDS)
+    return min(tries)

@@ -1,0 +1,200 @@
+"""Why: a rollout is rehearsed with real releases, made from a good one: broken, slow, worse, or an easy one to beat.
+
+Everything about a rehearsal is a release's: signed, verified, stored, served by the same code. What is wrong with it
+is in its files and nowhere else. It says what it is in its name, was never evaluated, and carries a waiver that says
+so; ``latest`` never means one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from enum import StrEnum
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import pyarrow.parquet as pq
+import yaml
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+from reelway.pipelines.build import release_aside, seal
+from reelway.pipelines.features.training_rows import LABELS_FILE
+from reelway.pipelines.ranker_faults import fail_known_viewers, slow_down_busy_viewers
+from reelway.platform.contracts import manifest as names
+from reelway.platform.contracts.blend import Blend
+from reelway.platform.contracts.calibration import Calibration
+from reelway.platform.contracts.ids import ReleaseId
+from reelway.platform.contracts.manifest import GateResult, Manifest, Waiver
+from reelway.platform.release.folder import describe_files
+from reelway.platform.release.store import ReleaseStore
+from reelway.platform.release.verify import read_blend
+from reelway.platform.runs import RunDirectory
+
+
+class Rehearsal(StrEnum):
+    """What kind of release. ``POPULAR`` has no fault: it is what a service has before it has a model."""
+
+    ERRORS = "errors"
+    SLOW = "slow"
+    WORSE = "worse"
+    POPULAR = "popular"
+
+
+ABOUT: Final = {
+    Rehearsal.ERRORS: "the ranker's graph fails for every viewer with a history",
+    Rehearsal.SLOW: "the ranker's graph does needless work for the busiest viewers",
+    Rehearsal.WORSE: "the ranker was trained on labels that had been shuffled",
+    Rehearsal.POPULAR: "everybody is shown what is popular; no model orders anything",
+}
+NOT_EVALUATED: Final = "evaluated"
+SLOW_MS: Final = 350.0
+"""Well above the default limit on the 99th percentile, below the ranking stage's time budget."""
+BUSY_SHARE: Final = 0.12
+"""Of the impressions in the log, by the viewers who had the most: so many requests meet the needless work."""
+SHUFFLED_ROWS: Final = 60_000
+SHUFFLED_STEPS: Final = 25
+
+Report = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class _Making:
+    """What the makers work on: a copy of the good release, and where its data are."""
+
+    folder: Path
+    run: RunDirectory
+    seed: int
+    report: Report
+
+
+def rehearse(
+    run: RunDirectory,
+    kind: Rehearsal,
+    *,
+    of: ReleaseId,
+    key: Ed25519PrivateKey,
+    by: str,
+    seed: int = 0,
+    report: Report = lambda _: None,
+) -> tuple[ReleaseId, Path]:
+    """Make a rehearsal release from a good one of the run's store, and put it there too.
+
+    Args:
+        of: the good release; the run's models must be those that it was built from.
+        key: signs it.
+        by: who answers for it; signed with it.
+        seed: of what is drawn.
+        report: told what is being done.
+
+    Returns:
+        its id, and its folder in the store.
+
+    Raises:
+        ReleaseError: the good release is not there or not whole, or the outcome does not verify.
+        StorageError: the disk is full; nothing half-written is visible.
+    """
+    store = ReleaseStore(str(run.release_store.absolute()))
+    with release_aside(run.path) as place:
+        folder = store.fetch(of, place / "fetched")
+        good = Manifest.model_validate_json((folder / names.MANIFEST_FILE).read_bytes())
+        (folder / names.MANIFEST_FILE).unlink()
+        changed = _MAKERS[kind](_Making(folder, run, seed, report))
+        report("verifying")
+        manifest = _manifest(good, kind, by, folder, changed | {"seed": seed})
+        release_id = seal(folder, manifest, key, store)
+    return release_id, run.release_store / release_id
+
+
+def _manifest(good: Manifest, kind: Rehearsal, by: str, folder: Path, changed: dict[str, Any]) -> Manifest:
+    """The good release's, but for what is not true of this one: nothing was measured of it."""
+    gate = GateResult(name=NOT_EVALUATED, value=0, bound=1, comparison=">=", passed=False, detail=ABOUT[kind])
+    return good.model_copy(
+        update={
+            "name": names.REHEARSAL_PREFIX + kind.value,
+            "parent": good.release_id,
+            "created_at": datetime.now(UTC),
+            "code_version": version("reelway-platform"),
+            "metrics": {},
+            "gates": (gate,),
+            "waivers": (Waiver(gate=NOT_EVALUATED, reason=f"a rehearsal: {ABOUT[kind]}", by=by),),
+            "files": describe_files(folder),
+            "config": good.config | {"rehearsal": {"kind": kind.value, **changed}},
+            "signature": None,
+        }
+    )
+
+
+def _make_errors(making: _Making) -> dict[str, Any]:
+    fail_known_viewers(making.folder / names.RANKER_FILE)
+    return {}
+
+
+def _make_slow(making: _Making) -> dict[str, Any]:
+    viewers = pq.read_table(making.run.features / LABELS_FILE, columns=["viewer_id"])["viewer_id"].to_numpy()
+    limit = busy_above(np.unique(viewers, return_counts=True)[1])
+    making.report("measuring how much work is slow")
+    slow_down_busy_viewers(making.folder / names.RANKER_FILE, above=limit, slow_ms=SLOW_MS)
+    return {"slow_ms": SLOW_MS, "busy_above": limit}
+
+
+def busy_above(impressions: np.ndarray[Any, np.dtype[np.int64]]) -> float:
+    """The number of impressions that the busiest viewers have more of, who together have ``BUSY_SHARE`` of them."""
+    rising = np.sort(impressions)
+    share = np.cumsum(rising) / rising.sum()
+    return float(rising[np.searchsorted(share, 1.0 - BUSY_SHARE)])
+
+
+def _make_worse(making: _Making) -> dict[str, Any]:
+    """A ranker that was trained as always, but for a join that gave every impression another one's labels."""
+    import dataclasses
+
+    from reelway.pipelines.training.artifacts import load_models
+    from reelway.pipelines.training.config import TrainingConfig
+    from reelway.pipelines.training.export import export_ranker
+    from reelway.pipelines.training.fit import fit_ranker, window_of
+    from reelway.pipelines.training.inference import embed_videos, embed_viewers, ranker_inputs
+    from reelway.pipelines.training.negatives import shown_rows
+    from reelway.pipelines.training.rows import load_rows
+    from reelway.pipelines.training.step import ROWS_FILE
+
+    making.report("reading the training rows")
+    models = load_models(making.run.models)
+    config = TrainingConfig(ranker=models.ranker.config, two_tower=models.two_tower.config, seed=making.seed)
+    loop = dataclasses.replace(config.ranker_loop, epochs=1, max_steps_per_epoch=SHUFFLED_STEPS)
+    config = dataclasses.replace(config, ranker_loop=loop)
+    rows = load_rows(making.run.features / ROWS_FILE)
+    learn = shown_rows(rows, window_of(rows, config).training(rows)[-SHUFFLED_ROWS:])
+    shuffled = np.random.default_rng([making.seed, 13]).permutation(learn.labels)
+    making.report("training a ranker on shuffled labels")
+    ranker = fit_ranker(models.two_tower, rows, dataclasses.replace(learn, labels=shuffled), config)
+    making.report("exporting it")
+    some = slice(0, 256)
+    one = dataclasses.replace(rows.viewers, **{n: v[:1] for n, v in vars(rows.viewers).items()})
+    videos = dataclasses.replace(rows.videos, **{n: v[some] for n, v in vars(rows.videos).items()})
+    viewer_1D, video_CD = embed_viewers(models.two_tower, one), embed_videos(models.two_tower, videos)
+    export_ranker(ranker, making.folder / names.RANKER_FILE, ranker_inputs(one, viewer_1D, videos, video_CD))
+    (making.folder / names.CALIBRATION_FILE).write_text(Calibration(curves={}).model_dump_json(indent=2) + "\n")
+    return {"rows": len(learn)}
+
+
+def _make_popular(making: _Making) -> dict[str, Any]:
+    good = read_blend(making.folder)
+    blend = Blend(
+        retrieval=good.retrieval.model_copy(update={"quotas": {"popular": 1.0}}),
+        ranking=good.ranking.model_copy(update={"value_weights": {}, "retrieval_weight": 0.0}),
+        reranking=good.reranking,
+    )
+    text = yaml.safe_dump(blend.model_dump(mode="json"), sort_keys=False)
+    (making.folder / names.BLEND_FILE).write_text(text)
+    return {}
+
+
+_MAKERS: Final[dict[Rehearsal, Callable[[_Making], dict[str, Any]]]] = {
+    Rehearsal.ERRORS: _make_errors,
+    Rehearsal.SLOW: _make_slow,
+    Rehearsal.WORSE: _make_worse,
+    Rehearsal.POPULAR: _make_popular,
+}
