@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from reelway.platform.rollout.evidence import EvidenceSnapshot
 from reelway.platform.rollout.policy import RolloutPolicy
-from reelway.platform.rollout.source import AlertSource, EvidenceSource
 from reelway.platform.rollout.sources.alertmanager import AlertmanagerPoll
 from reelway.platform.rollout.sources.direct_scrape import DirectScrape, served_at
 from reelway.platform.rollout.sources.heard_series import WINDOW_S, Scope, SeriesReader
@@ -18,7 +17,7 @@ __all__ = ["RunEvidence", "alert_source", "evidence_source"]
 
 
 class RunEvidence:
-    """The evidence of one run, from whichever reader."""
+    """An ``EvidenceSource``: the evidence of one run, from whichever reader."""
 
     def __init__(self, run: RunDirectory, reader: SeriesReader, window_s: float = WINDOW_S) -> None:
         self._run = run
@@ -30,8 +29,12 @@ class RunEvidence:
         heard = self._reader.read(Scope.of(state, self._window_s), now)
         return snapshot_of(policy, state, heard, read_parity(self._run), now, window_s=self._window_s)
 
+    def close(self) -> None:
+        """Let go of the connections."""
+        self._reader.close()
 
-def evidence_source(run: RunDirectory, prometheus: str | None = None, *, window_s: float = WINDOW_S) -> EvidenceSource:
+
+def evidence_source(run: RunDirectory, prometheus: str | None = None, *, window_s: float = WINDOW_S) -> RunEvidence:
     """Evidence from Prometheus at this URL; scraped from the run's service itself when there is none.
 
     Args:
@@ -41,6 +44,6 @@ def evidence_source(run: RunDirectory, prometheus: str | None = None, *, window_
     return RunEvidence(run, reader, window_s)
 
 
-def alert_source(url: str) -> AlertSource:
-    """Alerts polled from the Alertmanager at this URL."""
+def alert_source(url: str) -> AlertmanagerPoll:
+    """An ``AlertSource``: alerts polled from the Alertmanager at this URL."""
     return AlertmanagerPoll(url)

@@ -45,3 +45,7 @@ class AlertmanagerPoll:
             raise RolloutError(f"no alerts from Alertmanager at {self._url}: {told}") from error
         except (ValueError, DataError) as error:
             raise RolloutError(f"Alertmanager at {self._url}: not an answer of API v2: {error}") from error
+
+    def close(self) -> None:
+        """Let go of the connections."""
+        self._client.close()

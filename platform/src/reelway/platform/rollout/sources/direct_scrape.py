@@ -63,6 +63,10 @@ class DirectScrape:
         sums = {key: [*dict.fromkeys(pair)] for key, pair in self._sums.items()}
         return Heard({**{key: list(samples) for key, samples in self._recent.items()}, **sums}, self._problem)
 
+    def close(self) -> None:
+        """Let go of the connections."""
+        self._client.close()
+
     def _scrape(self, scope: Scope, now: float) -> str:
         """Ask both pages; why one did not answer, empty when both did."""
         try:

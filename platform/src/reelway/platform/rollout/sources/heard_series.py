@@ -83,6 +83,10 @@ class SeriesReader(Protocol):
         """
         ...
 
+    def close(self) -> None:
+        """Let go of the connections."""
+        ...
+
 
 @dataclass(frozen=True, slots=True)
 class Instance:

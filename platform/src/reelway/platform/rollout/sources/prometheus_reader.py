@@ -49,6 +49,10 @@ class PrometheusReader:
         except RolloutError as error:
             return Heard(problem=str(error))
 
+    def close(self) -> None:
+        """Let go of the connections."""
+        self._client.close()
+
     def _read(self, scope: Scope, now: float) -> _Rows:
         jobs = f"job=~{_any_of((names.ROUTER_JOB, names.OUTCOMES_JOB))}"
         window = f"[{math.ceil(scope.window_s)}s]"

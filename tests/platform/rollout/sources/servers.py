@@ -1,0 +1,125 @@
+"""Debian's Prometheus and Alertmanager on free ports, in folders of their own."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import httpx
+import pytest
+import yaml
+
+from reelway.platform.rollout.rules import canary_rules, scrape_example
+
+T = TypeVar("T")
+SCRAPE_S = 0.5
+
+
+def eventually(call: Callable[[], T], *, within_s: float = 15.0, every_s: float = 0.05) -> T:
+    """The first true value of ``call``; fails with the last one."""
+    deadline = time.monotonic() + within_s
+    while not (last := call()):
+        assert time.monotonic() < deadline, f"not within {within_s:g} s; the last answer was {last!r}"
+        time.sleep(every_s)
+    return last
+
+
+@dataclass
+class Server:
+    """A server that runs."""
+
+    url: str
+    process: subprocess.Popen[bytes]
+    folder: Path
+
+    def stop(self) -> None:
+        self.process.terminate()
+        self.process.wait(timeout=10)
+
+    @contextmanager
+    def hung(self) -> Iterator[None]:
+        """It neither answers nor closes its connections."""
+        self.process.send_signal(signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            self.process.send_signal(signal.SIGCONT)
+
+    def scrape(self, *addresses: str) -> None:
+        """Prometheus' targets from now on, for both jobs; it looks every five seconds."""
+        aside = self.folder / "targets.new"
+        aside.write_text(json.dumps([{"targets": list(addresses)}]))
+        aside.replace(self.folder / "targets.json")
+
+
+@contextmanager
+def prometheus(folder: Path, *targets: str, alertmanager: str) -> Iterator[Server]:
+    """The shipped example of a configuration, with the shipped rules, a short interval and targets from a file."""
+    config: dict[str, Any] = yaml.safe_load(scrape_example())
+    config["global"] = {"scrape_interval": f"{SCRAPE_S * 1000:.0f}ms", "evaluation_interval": "500ms"}
+    for job in config["scrape_configs"]:
+        del job["static_configs"]
+        job["file_sd_configs"] = [{"files": ["targets.json"]}]
+    config["rule_files"] = ["canary.rules.yaml"]
+    config["alerting"] = {"alertmanagers": [{"static_configs": [{"targets": [alertmanager]}]}]}
+    (folder / "canary.rules.yaml").write_text(canary_rules())
+    (folder / "targets.json").write_text(json.dumps([{"targets": list(targets)}]))
+    (folder / "prometheus.yaml").write_text(yaml.safe_dump(config))
+    arguments = ["--config.file=prometheus.yaml", "--storage.tsdb.path=data", "--log.level=warn"]
+    with _server("prometheus", arguments, folder, free_address()) as server:
+        yield server
+
+
+@contextmanager
+def alertmanager(folder: Path, address: str, webhook: str, token: str) -> Iterator[Server]:
+    """One that delivers at once to a webhook with a bearer token."""
+    authorization = {"type": "Bearer", "credentials": token}
+    config = {
+        "route": {"receiver": "rollout", "group_by": ["release"], "group_wait": "0s", "group_interval": "1s"},
+        "receivers": [
+            {"name": "rollout", "webhook_configs": [{"url": webhook, "http_config": {"authorization": authorization}}]}
+        ],
+    }
+    (folder / "alertmanager.yaml").write_text(yaml.safe_dump(config))
+    arguments = ["--config.file=alertmanager.yaml", "--storage.path=data", "--cluster.listen-address="]
+    with _server("prometheus-alertmanager", arguments, folder, address) as server:
+        yield server
+
+
+def free_address() -> str:
+    """Where nobody listens just now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return f"127.0.0.1:{probe.getsockname()[1]}"
+
+
+@contextmanager
+def _server(program: str, arguments: list[str], folder: Path, address: str) -> Iterator[Server]:
+    binary = shutil.which(program)
+    if binary is None:
+        pytest.skip(f"no {program} on the PATH; `make system-packages` installs it")
+    with (folder / "log").open("wb") as log:
+        process = subprocess.Popen([binary, *arguments, f"--web.listen-address={address}"], cwd=folder, stderr=log)
+    try:
+
+        def ready() -> bool:
+            assert process.poll() is None, (folder / "log").read_text()
+            try:
+                return httpx.get(f"http://{address}/-/ready", timeout=1, trust_env=False).is_success
+            except httpx.TransportError:
+                return False
+
+        eventually(ready)
+        yield Server(f"http://{address}", process, folder)
+    finally:
+        process.terminate()
+        process.wait(timeout=10)

@@ -1,0 +1,214 @@
+"""A real Prometheus between the exporter and the reader; what it cannot be brought to answer comes from a page."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+from tests.platform.rollout.sources.conftest import QUICK, Monitoring, Watched
+from tests.platform.rollout.sources.exporter import Exporter
+from tests.platform.rollout.sources.made_series import CANARY, POLICY, state_of
+from tests.platform.rollout.sources.servers import SCRAPE_S, free_address, prometheus
+
+from reelway.platform.contracts.events import Arm
+from reelway.platform.rollout import series as names
+from reelway.platform.rollout.evidence import EvidenceSnapshot, EvidenceState
+from reelway.platform.rollout.policy import Slice
+from reelway.platform.rollout.sources import evidence_source
+from reelway.platform.rollout.sources.direct_scrape import INTERVAL_S
+from reelway.platform.rollout.sources.heard_series import Scope
+from reelway.platform.rollout.sources.prometheus_reader import TIMEOUT_S, PrometheusReader
+from reelway.platform.runs import RunDirectory
+
+OK, INSUFFICIENT, DOWN = EvidenceState.OK, EvidenceState.INSUFFICIENT, EvidenceState.TELEMETRY_DOWN
+METRIC = ("long_watch_rate", Slice.OVERALL)
+
+
+def errors(snapshot: EvidenceSnapshot) -> tuple[EvidenceState, float, float]:
+    reading = snapshot.guardrails["error_ratio"]
+    return reading.state, reading.events, reading.trials
+
+
+def test_prometheus_and_a_direct_scrape_are_the_same_evidence(watched: Watched) -> None:
+    exporter = watched.exporter
+    with closing(evidence_source(watched.run)) as direct:
+        exporter.mirror("compared", 4)
+        direct.fetch(QUICK, watched.state, time.time())
+        assert watched.after_a_scrape().metrics[METRIC].state is INSUFFICIENT  # heard, and nobody was shown anything
+        exporter.count(Arm.CANARY, times=40)
+        exporter.count(Arm.CANARY, "failed", 2, latency_s=0.3)
+        exporter.count(Arm.SHADOW, "degraded", 5, latency_s=0.07, empty=3)
+        exporter.count(Arm.STABLE, times=60, latency_s=0.04)
+        exporter.count(Arm.HOLDOUT, "failed", 60)
+        exporter.mirror("compared", 30)
+        exporter.mirror("dropped", 7)
+        exporter.mirror("failed", 2)
+        watched.add_sums(100, 400)
+        time.sleep(INTERVAL_S)  # it asks no more often
+        scraped = direct.fetch(QUICK, watched.state, time.time())
+    through = watched.after_a_scrape()
+    assert errors(through) == (OK, 7, 47)
+    assert through.guardrails == scraped.guardrails
+    assert through.metrics == scraped.metrics
+    assert through.metrics[METRIC].state is OK
+    assert through.guardrails["p99_ms"].stable_value == pytest.approx(25 + 25 * 0.99)
+    assert through.shadow_requests == scraped.shadow_requests == 30  # a series' first sample is where it starts
+
+
+def test_a_restarted_exporter_has_the_right_increase_and_a_dead_one_is_down(watched: Watched) -> None:
+    watched.exporter.count(Arm.CANARY, times=50)
+    watched.add_sums(100, 400)
+    assert errors(watched.after_a_scrape()) == (OK, 0, 50)
+    watched.exporter.restart()
+    watched.exporter.count(Arm.CANARY, times=4)
+    watched.exporter.count(Arm.CANARY, "failed", 1)
+    back = watched.after_a_scrape()
+    assert errors(back) == (OK, 1, 55)
+    assert back.metrics[METRIC].state is OK
+    watched.exporter.stop()
+    try:
+        assert errors(watched.seen())[0] is OK  # not heard for a moment is not silent
+        down = watched.seen_when(lambda s: errors(s)[0] is DOWN and s.metrics[METRIC].state is DOWN)
+        assert {e.state for e in down.metrics.values()} == {DOWN}
+        assert f"{watched.exporter.address} has not answered for" in down.guardrails["error_ratio"].detail
+    finally:
+        watched.exporter.start_again()
+    assert errors(watched.after_a_scrape()) == (OK, 1, 55)
+
+
+def test_a_collector_that_forgot_is_found_out_by_the_highest_that_prometheus_saw(watched: Watched) -> None:
+    watched.add_sums(100, 400)
+    watched.seen_when(lambda s: s.metrics[METRIC].state is OK)
+    watched.add_sums(60, 200)
+    lost = watched.seen_when(lambda s: s.metrics[METRIC].state is DOWN)
+    assert "the collector lost memory" in lost.metrics[METRIC].detail
+    with closing(PrometheusReader(watched.monitoring.prometheus.url)) as reader:
+        heard = reader.read(Scope.of(watched.state, window_s=SCRAPE_S), time.time())
+    viewers = [rows for key, rows in heard.series.items() if key.get("statistic") == "viewers"]
+    assert {rows[0].value for rows in viewers} == {100, 400}
+    assert {rows[-1].value for rows in viewers} == {60, 200}
+
+
+def test_a_read_takes_less_than_a_tenth_of_a_second(watched: Watched) -> None:
+    watched.add_sums(100, 400)
+    watched.after_a_scrape()
+    took = []
+    for _ in range(20):
+        began = time.perf_counter()
+        watched.seen()
+        took.append(time.perf_counter() - began)
+    assert min(took) < 0.1
+
+
+def test_a_prometheus_that_hangs_is_down_within_its_timeout_and_up_again_when_it_answers(watched: Watched) -> None:
+    with watched.monitoring.prometheus.hung():
+        began = time.perf_counter()
+        down = watched.seen()
+        assert time.perf_counter() - began < 2 * TIMEOUT_S
+    assert {e.state for e in down.metrics.values()} == {DOWN}
+    assert {reading.state for reading in down.guardrails.values()} == {DOWN}
+    assert "no answer from Prometheus at" in down.guardrails["p99_ms"].detail
+    watched.after_a_scrape()
+
+
+def test_a_stopped_prometheus_is_down_by_name_and_one_without_targets_is_too(tmp_path: Path) -> None:
+    told = []
+    with (
+        prometheus(tmp_path, alertmanager=free_address()) as server,
+        closing(evidence_source(RunDirectory(tmp_path), server.url)) as source,
+    ):
+        for _ in range(2):
+            snapshot = source.fetch(POLICY, state_of(), time.time())
+            assert {e.state for e in snapshot.metrics.values()} == {DOWN}
+            assert {reading.state for reading in snapshot.guardrails.values()} == {DOWN}
+            told.append(snapshot.guardrails["p99_ms"].detail)
+            server.stop()
+    assert told[0] == "no reelway-router was heard in the last 20 s"
+    assert f"no answer from Prometheus at {server.url}" in told[1]
+
+
+def test_a_replica_taken_away_is_not_waited_for_and_what_it_counted_counts(watched: Watched) -> None:
+    watched.other.count(Arm.CANARY, times=5)
+    watched.exporter.count(Arm.CANARY, times=7)
+    watched.seen_when(lambda s: errors(s) == (OK, 0, 12))
+    watched.other.stop()
+    try:
+        silent = watched.seen_when(lambda s: errors(s)[0] is DOWN)  # it stopped answering, and still is a target
+        assert f"{watched.other.address} has not answered" in silent.guardrails["error_ratio"].detail
+        watched.monitoring.prometheus.scrape(watched.exporter.address)
+        assert errors(watched.seen_when(lambda s: errors(s)[0] is OK)) == (OK, 0, 12)
+    finally:
+        watched.other.start_again()
+        watched.monitoring.prometheus.scrape(watched.exporter.address, watched.other.address)
+
+
+# Answers that a healthy Prometheus does not give
+
+
+PAGE = "/api/v1/query"
+
+
+@pytest.fixture
+def page() -> Iterator[Exporter]:
+    exporter = Exporter("", "")
+    yield exporter
+    exporter.stop()
+
+
+def success(result: object, kind: str = "matrix", **more: object) -> bytes:
+    return json.dumps({"status": "success", "data": {"resultType": kind, "result": result}, **more}).encode()
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "said"),
+    [
+        (503, b'{"status":"error","errorType":"timeout","error":"query timed out"}', "503: timeout: query timed out"),
+        (200, b'{"status":"error","errorType":"execution","error":"too many samples"}', "too many samples"),
+        (200, success([], warnings=["store 3 did not answer"]), "answered in part: store 3 did not answer"),
+        (502, b"<html>bad gateway</html>", "not an answer of API v1 (502, '<html>bad gateway"),
+        (200, b'{"status":"succ', "not an answer of API v1"),
+        (200, b"[]", "answered 200: []"),
+        (200, success([], kind="scalar"), "answered scalar, expected matrix"),
+        (200, success([{"metric": {}, "values": [[1, "many"]]}]), "could not convert string to float"),
+        (200, success([{"metric": {}}]), "KeyError('values')"),
+        (200, b'{"status":"success"}', "KeyError('data')"),
+    ],
+)
+def test_an_answer_that_is_wrong_or_partial_is_no_evidence(
+    page: Exporter, tmp_path: Path, status: int, body: bytes, said: str
+) -> None:
+    page.answer = {PAGE: (status, body)}
+    with closing(evidence_source(RunDirectory(tmp_path), f"http://{page.address}/")) as source:
+        snapshot = source.fetch(POLICY, state_of(), 1_000.0)
+    assert {e.state for e in snapshot.metrics.values()} == {DOWN}
+    assert {reading.state for reading in snapshot.guardrails.values()} == {DOWN}
+    assert said in snapshot.guardrails["error_ratio"].detail
+
+
+def test_a_prometheus_that_is_slow_is_no_evidence_and_is_not_waited_for(page: Exporter) -> None:
+    page.delay_s = 1.0
+    began = time.perf_counter()
+    with closing(PrometheusReader(f"http://{page.address}", timeout_s=0.1)) as reader:
+        heard = reader.read(Scope.of(state_of()), 1_000.0)
+    assert time.perf_counter() - began < 0.8
+    assert "timed out" in heard.problem
+
+
+def test_a_label_with_signs_of_a_regular_expression_is_taken_literally(monitoring: Monitoring) -> None:
+    scope = Scope('r"1\\.*', ("c|.*", "5(?"), 0.0, 0.0)
+    with closing(PrometheusReader(monitoring.prometheus.url)) as reader:
+        heard = reader.read(scope, time.time())
+    assert (heard.problem, {key.name for key in heard.series} - {"up"}) == ("", set())
+
+
+def test_nan_of_a_counter_stays_nan(page: Exporter) -> None:
+    series = {"__name__": names.REQUESTS, "job": names.ROUTER_JOB, "release": CANARY[:12]}
+    page.answer = {PAGE: (200, success([{"metric": series, "values": [[1.5, "NaN"], [2.5, "+Inf"]]}]))}
+    with closing(PrometheusReader(f"http://{page.address}")) as reader:
+        rows = reader._query("x", 3.0, "matrix")
+    [[first, second]] = rows.values()
+    assert (first.time, str(first.value), second.value) == (1.5, "nan", float("inf"))
