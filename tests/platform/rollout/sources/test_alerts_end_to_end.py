@@ -1,0 +1,167 @@
+"""Rule -> Prometheus -> Alertmanager -> webhook -> rollback, all of it real but the traffic; and the poll beside it."""
+
+from __future__ import annotations
+
+import re
+import threading
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import httpx
+import pytest
+from tests.platform.rollout.made_world import FileBackend
+from tests.platform.rollout.sources.conftest import QUICK, Watched
+from tests.platform.rollout.sources.exporter import Exporter
+from tests.platform.rollout.sources.servers import Server, alertmanager, eventually, free_address
+
+from reelway.platform.contracts.events import Arm
+from reelway.platform.errors import RolloutError
+from reelway.platform.rollout.alert_book import AlertBook
+from reelway.platform.rollout.controller import Controller
+from reelway.platform.rollout.controller_metrics import ControllerMetrics
+from reelway.platform.rollout.policy import Guardrails
+from reelway.platform.rollout.sources import alert_source
+from reelway.platform.rollout.sqlite_store import SqliteRolloutStore
+from reelway.platform.rollout.state import Phase, RolloutState
+from reelway.platform.rollout.traffic import target_of
+from reelway.platform.rollout.webhook import ALERTS_PATH, serving, webhook_application
+
+TOKEN = "0123456789abcdef"
+ONLY_ALERTS = QUICK.model_copy(
+    update={
+        "guardrails": Guardrails(error_ratio=None, empty_slate_ratio=None, p99_ms=None, parity_mismatches=None),
+    }
+)
+
+
+@contextmanager
+def failing(exporter: Exporter) -> Iterator[None]:
+    """A canary of which half of the requests fail, beside a stable release with a few faults."""
+    over = threading.Event()
+
+    def requests() -> None:
+        while not over.wait(0.1):
+            exporter.count(Arm.CANARY, times=10)
+            exporter.count(Arm.CANARY, "failed", times=10)
+            exporter.count(Arm.STABLE, "failed", times=50)
+
+    thread = threading.Thread(target=requests)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+
+
+@contextmanager
+def running(controller: Controller, wake: threading.Event) -> Iterator[None]:
+    stop = threading.Event()
+    thread = threading.Thread(target=controller.run, args=(stop, wake, 0.5))
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        wake.set()
+        thread.join()
+
+
+def test_a_canary_whose_errors_fire_the_rule_is_taken_back_by_alertmanagers_webhook(
+    watched: Watched, tmp_path: Path
+) -> None:
+    state = watched.state.model_copy(update={"phase": Phase.STEPPING, "step": 0, "canary_bp": 500})
+    backend = FileBackend(tmp_path / "traffic.json")
+    backend.apply(target_of(state))
+    wake, metrics = threading.Event(), ControllerMetrics()
+    with closing(SqliteRolloutStore(tmp_path / "state.db")) as store:
+        store.create(state, ONLY_ALERTS)
+        book = AlertBook(store)
+        controller = Controller(store, backend, watched.through, book)
+        application = webhook_application(book, wake.set, TOKEN, metrics)
+
+        def newest() -> RolloutState:
+            rollout = store.latest()
+            assert rollout is not None
+            return rollout.state
+
+        with (
+            serving(application, "127.0.0.1", 0) as url,
+            alertmanager(tmp_path, watched.monitoring.alertmanager, url + ALERTS_PATH, TOKEN) as manager,
+            running(controller, wake),
+            failing(watched.exporter),
+        ):
+            after = eventually(lambda: s if (s := newest()).phase is Phase.ROLLED_BACK else None, within_s=20)
+            assert "guardrail: alerts firing for the release: ReelwayCanaryErrors" in after.reason
+            assert backend.read().routing.weight_of(Arm.CANARY) == 0
+            assert re.search(rb'webhooks_total{outcome="stored"} [1-9]', metrics.text())
+            with closing(alert_source(manager.url)) as source:
+                [polled] = source.poll()
+        [delivered] = store.alerts().values()
+    assert (polled.labels, polled.resolved) == (delivered.labels, False)
+    assert polled.starts_at == pytest.approx(delivered.starts_at, abs=1e-3)
+    assert dict(polled.labels)["release"] == watched.canary[:12]
+    assert "of the requests to release" in delivered.summary
+
+
+# Polling
+
+
+@pytest.fixture(scope="module")
+def manager(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    folder = tmp_path_factory.mktemp("alertmanager")
+    with alertmanager(folder, free_address(), "http://127.0.0.1:1/", TOKEN) as started:
+        yield started
+
+
+def test_a_poll_tells_what_fires_for_a_release_and_nothing_that_was_silenced_or_is_over(manager: Server) -> None:
+    now = datetime.now(UTC)
+
+    def alert(name: str, ends_after_s: float = 600, **labels: str) -> dict[str, object]:
+        ends = now + timedelta(seconds=ends_after_s)
+        return {"labels": {"alertname": name, **labels}, "startsAt": now.isoformat(), "endsAt": ends.isoformat()}
+
+    silence = {
+        "matchers": [{"name": "alertname", "value": "Silenced", "isRegex": False, "isEqual": True}],
+        "startsAt": now.isoformat(), "endsAt": (now + timedelta(hours=1)).isoformat(), "createdBy": "t", "comment": "t",
+    }  # fmt: skip
+    told = [
+        alert("Firing", release="abc"), alert("Silenced", release="abc"), alert("Foreign"),
+        alert("Over", 0.2, release="abc"),
+    ]  # fmt: skip
+    httpx.post(f"{manager.url}/api/v2/silences", json=silence).raise_for_status()
+    httpx.post(f"{manager.url}/api/v2/alerts", json=told).raise_for_status()
+    with closing(alert_source(manager.url + "/")) as source:
+        [found] = eventually(lambda: seen if len(seen := source.poll()) == 1 else None)
+    assert found.labels == (("alertname", "Firing"), ("release", "abc"))
+    assert found.starts_at == pytest.approx(now.timestamp(), abs=1e-3)
+    assert not found.resolved
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "said"),
+    [
+        (500, b"[]", "500"),
+        (200, b"<html>", "not an answer of API v2"),
+        (200, b"{}", "saw dict, expected a list"),
+        (200, b'[{"labels": {}}]', "is not an alert of API v2"),
+    ],
+)
+def test_an_alertmanager_that_answers_wrongly_could_not_be_asked(status: int, body: bytes, said: str) -> None:
+    page = Exporter("", "")
+    page.answer = {"/api/v2/alerts": (status, body)}
+    try:
+        with closing(alert_source(f"http://{page.address}")) as source, pytest.raises(RolloutError, match=said):
+            source.poll()
+    finally:
+        page.stop()
+
+
+def test_an_alertmanager_that_is_not_there_could_not_be_asked() -> None:
+    with (
+        closing(alert_source(f"http://{free_address()}")) as source,
+        pytest.raises(RolloutError, match="no alerts from Alertmanager at"),
+    ):
+        source.poll()
