@@ -71,7 +71,7 @@ class ServeRestBackend:
 
     def __init__(self, run: RunDirectory, *, timeout_s: float = 5.0) -> None:
         self._run = run
-        self._http = httpx.Client(timeout=timeout_s)
+        self._http = httpx.Client(timeout=timeout_s, trust_env=False)
         self._lock = threading.Lock()
         self._seen: _Seen | None = None
         self._writes = 0
@@ -125,14 +125,9 @@ class ServeRestBackend:
     ) -> TrafficObservation:
         releases = releases_in(config)
         status = {name: str(applications[name]["status"]) for name in (*releases, ROUTER) if name in applications}
-        failed = {
-            name: f"{status[name]}: {_short(applications[name]['message'])}"
-            for name in releases
-            if status.get(name) in _FAILED
-        }
+        failed = {name: _account(applications[name]) for name in releases if status.get(name) in _FAILED}
         if status.get(ROUTER) != "RUNNING":
-            message = _short(applications.get(ROUTER, {}).get("message", ""))
-            detail = f"the router is {status.get(ROUTER, 'absent')}" + (f": {message}" if message else "")
+            detail = f"the router is {_account(applications.get(ROUTER, {}))}"
             return TrafficObservation(None, releases, frozenset(), failed, detail)
         try:
             current = self._current(place)
@@ -189,6 +184,16 @@ def _difference(told: Any, current: _Current) -> str:
         return ""
     closed = sorted(name[:12] for name in set(wanted.releases) - set(current.open))
     return "the router acts upon another routing than it was told" + (f"; not open there: {closed}" if closed else "")
+
+
+def _account(application: Mapping[str, Any]) -> str:
+    """Serve's own words on an application that does not run."""
+    words = [str(application.get("message", ""))]
+    for name, deployment in application.get("deployments", {}).items():
+        if deployment.get("status") != "HEALTHY":
+            words.append(f"{name} is {deployment.get('status')}: {deployment.get('message', '')}")
+    said = "; ".join(_short(word) for word in words if word)
+    return str(application.get("status", "absent")) + (f": {said}" if said else "")
 
 
 def _same(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
