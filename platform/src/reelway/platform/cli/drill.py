@@ -31,9 +31,10 @@ from reelway.platform.cli.rollout_run import (
     open_store,
     serving_record,
     start_the_controller,
+    tell,
 )
 from reelway.platform.cli.rollout_wait import RolloutExit, wait_until
-from reelway.platform.cli.terminal import console, out, say
+from reelway.platform.cli.terminal import console, out
 from reelway.platform.errors import CommandFailedError, ConfigError, RolloutError
 from reelway.platform.rollout.state import Command, Phase
 from reelway.platform.runs import RunDirectory
@@ -202,7 +203,7 @@ def make_bad_release(run: RunDirectory, fault: Fault) -> str:
     """
     log = run.path / "rollout" / "rehearse.log"
     command = ["release", "rehearse", fault.value, "--run", str(run.path)]
-    say(f"$ reelway {escape(' '.join(command))}")
+    tell(f"$ reelway {escape(' '.join(command))}")
     with (
         console.status("making a release that is bad on purpose"),
         child(reelway_command(*command), log=log) as process,
@@ -210,7 +211,7 @@ def make_bad_release(run: RunDirectory, fault: Fault) -> str:
         code = process.wait()
     text = log.read_text(errors="replace")
     if code:
-        say(escape(text[-2000:]))
+        tell(escape(text[-2000:]))
         raise CommandFailedError(["reelway", *command], code)
     found = re.findall(r"\b[0-9a-f]{64}\b", text)
     if not found:
@@ -280,14 +281,14 @@ def back_to_stable(drill: Drill, rollout_id: str) -> Iterator[None]:
     finally:
         state = store.get(rollout_id).state
         if state.phase not in (Phase.ROLLED_BACK, Phase.ROLLING_BACK):
-            say("[bold yellow]the drill takes its release back[/]")
+            tell("[bold yellow]the drill takes its release back[/]")
             command = Command(id=uuid.uuid4().hex, verb="rollback", actor=actor(), note="the drill is over")
             store.ask(rollout_id, command)
         rolled_back = wait_until(
             store, rollout_id, lambda r: r.state.phase is Phase.ROLLED_BACK, timeout_s=BACK_S
         ).state.phase
         if rolled_back is not Phase.ROLLED_BACK:
-            say(f"[bold red]NOT ON STABLE:[/] {rollout_id} is {rolled_back.value}; {start_the_controller(drill.run)}")
+            tell(f"[bold red]NOT ON STABLE:[/] {rollout_id} is {rolled_back.value}; {start_the_controller(drill.run)}")
         if drill.alerted_at is not None:
             deliver(drill.run, store.get(rollout_id), drill.alerted_at, "resolved")
 
@@ -299,7 +300,7 @@ def send_alert(run: RunDirectory, rollout: Rollout) -> float:
         RolloutError: the controller did not take it.
     """
     moment = time.time()
-    say("sending the test alert")
+    tell("sending the test alert")
     deliver(run, rollout, moment, "firing")
     return moment
 

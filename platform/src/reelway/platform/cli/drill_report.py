@@ -40,7 +40,7 @@ class DrillReport(BaseModel):
     met_at: float | None = Field(description="when viewers first met the release")
     alerted_at: float | None = Field(description="when the test alert was sent")
     detected_at: float | None
-    detected_after_s: float | None = Field(description="since viewers met it, or since the alert")
+    detected_after_s: float | None = Field(description="since viewers met it, or since the alert; 0: before")
     decision_to_stable_ms: float | None = Field(description="decision -> all routers seen on stable")
     whole_s: float = Field(description="from start to end of the rollout")
     requests: int | None = Field(description="of the traffic report, during the drill")
@@ -70,8 +70,8 @@ def drill_report(
     caught = next((entry for entry in history if entry.action == "roll_back"), None)
     ended = next((entry for entry in history if entry.action == "complete_rollback"), None)
     names = caught_by(caught) if caught is not None else ()
-    since = alerted_at if alerted_at is not None else met.time if met is not None else None
-    after_s = caught.time - since if caught is not None and since is not None else None
+    began = alerted_at if alerted_at is not None else met.time if met is not None else None
+    after_s = None if caught is None else 0.0 if began is None else caught.time - began
     on_stable = state.phase is Phase.ROLLED_BACK
     seen = _exposure(caught, exposure)
     return DrillReport(

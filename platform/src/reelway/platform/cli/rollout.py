@@ -15,9 +15,15 @@ import typer
 from rich.markup import escape
 
 from reelway.platform.cli.rollout_policy import policy_group, policy_named
-from reelway.platform.cli.rollout_run import open_run, open_store, rollout_of, start_the_controller
+from reelway.platform.cli.rollout_run import (
+    open_run,
+    open_store,
+    rollout_of,
+    start_the_controller,
+    tell,
+)
 from reelway.platform.cli.rollout_wait import RolloutExit
-from reelway.platform.cli.terminal import out, say
+from reelway.platform.cli.terminal import out
 
 if TYPE_CHECKING:
     from reelway.platform.rollout.state import Verb
@@ -87,15 +93,15 @@ def start(
     before = store.latest()
     state = start_rollout(directory, store, release, rules, force=force, note=note).state
     out.print(state.id, highlight=False)
-    say(f"rolling {state.canary_release[:12]} out over {state.stable_release[:12]}, policy {escape(rules.name)}")
+    tell(f"rolling {state.canary_release[:12]} out over {state.stable_release[:12]}, policy {escape(rules.name)}")
     if before is not None and before.state.phase is Phase.PROMOTED and not before.state.retired:
         gone = before.state.stable_release[:12]
-        say(f"{gone} is kept warm no longer: {before.state.id} cannot be rolled back any more")
+        tell(f"{gone} is kept warm no longer: {before.state.id} cannot be rolled back any more")
     controller = look(directory, store, state.id).controller
     if controller.silent:
-        say(f"[bold red]{escape(controller.problem)}:[/] {escape(start_the_controller(directory))}")
+        tell(f"[bold red]{escape(controller.problem)}:[/] {escape(start_the_controller(directory))}")
     if not wait:
-        say(f"next: reelway rollout watch --run {run}   (take it back: reelway rollout rollback --run {run})")
+        tell(f"next: reelway rollout watch --run {run}   (take it back: reelway rollout rollback --run {run})")
         return
     until = FINAL | {Phase.PAUSED}
     _leave_on_interrupt(lambda: follow_lines(directory, store, state.id, console.print, timeout_s=timeout, until=until))
@@ -280,6 +286,6 @@ def _leave_on_interrupt(follow: Callable[[], RolloutExit]) -> NoReturn:
     try:
         code = int(follow())
     except KeyboardInterrupt:
-        say("the rollout goes on; take it back with `reelway rollout rollback`")
+        tell("the rollout goes on; take it back with `reelway rollout rollback`")
         code = 130
     raise typer.Exit(code)

@@ -12,9 +12,13 @@ from typing import TYPE_CHECKING, Final
 
 from rich.markup import escape
 
-from reelway.platform.cli.rollout_run import actor, controller_sight, start_the_controller
+from reelway.platform.cli.rollout_run import (
+    actor,
+    controller_sight,
+    start_the_controller,
+    tell,
+)
 from reelway.platform.cli.rollout_wait import RolloutExit, exit_of, wait_until
-from reelway.platform.cli.terminal import say
 from reelway.platform.errors import RolloutError
 from reelway.platform.rollout.state import Command, Phase, RolloutState, Verb
 from reelway.platform.runs import RunDirectory
@@ -54,7 +58,7 @@ def ask_rollout(
     """
     state = rollout.state
     if state.phase in EFFECT[verb] and not _withdrawn(state, verb):
-        say(f"{state.id} is {_phase(state)} already: {escape(state.reason)}")
+        tell(f"{state.id} is {_phase(state)} already: {escape(state.reason)}")
         return RolloutExit.PROMOTED
     refuse_in_vain(store, state, verb)
     number = _last_number(store, state.id)
@@ -65,10 +69,10 @@ def ask_rollout(
         if asked.state.command != command:
             waiting = asked.state.command
             raise RolloutError(f"a {waiting and waiting.verb} is waiting already, and {verb} does not replace it")
-        say(f"{verb} of {state.id} asked for")
+        tell(f"{verb} of {state.id} asked for")
     silent = controller_sight(run, rollout, store.sighting(state.id), time.time()).problem
     if silent:
-        say(f"[bold red]{escape(silent)}:[/] {escape(start_the_controller(run))}")
+        tell(f"[bold red]{escape(silent)}:[/] {escape(start_the_controller(run))}")
     if command is not None and not (silent and not wait):
         taken_by_s = timeout_s if wait else TAKEN_WITHIN_S
         seen = wait_until(store, state.id, lambda r: r.state.command != command, timeout_s=taken_by_s)
@@ -113,20 +117,20 @@ def _effect(store: RolloutStore, rollout_id: str, verb: Verb, number: int, timeo
     seen = wait_until(store, rollout_id, lambda r: r.state.phase in ended, timeout_s=timeout_s)
     _refused(store, seen, verb, number)
     if seen.state.phase in EFFECT[verb]:
-        say(f"{rollout_id} is {_phase(seen.state)}: {escape(seen.state.reason)}")
+        tell(f"{rollout_id} is {_phase(seen.state)}: {escape(seen.state.reason)}")
         return RolloutExit.PROMOTED
     if seen.state.phase not in ended:
-        say(f"[bold yellow]not yet:[/] after {timeout_s:g} s {rollout_id} is {_phase(seen.state)}")
+        tell(f"[bold yellow]not yet:[/] after {timeout_s:g} s {rollout_id} is {_phase(seen.state)}")
         return RolloutExit.UNDER_WAY
-    say(f"[bold red]{verb} came too late:[/] {rollout_id} is {_phase(seen.state)}: {escape(seen.state.reason)}")
+    tell(f"[bold red]{verb} came too late:[/] {rollout_id} is {_phase(seen.state)}: {escape(seen.state.reason)}")
     return exit_of(seen.state)
 
 
 def _say_taken(seen: Rollout, command: Command) -> None:
     if seen.state.command == command:
-        say(f"not taken within {TAKEN_WITHIN_S:g} s; it stays asked for. See `reelway rollout status`")
+        tell(f"not taken within {TAKEN_WITHIN_S:g} s; it stays asked for. See `reelway rollout status`")
     else:
-        say(f"taken; {seen.state.id} is {_phase(seen.state)}: {escape(seen.state.reason)}")
+        tell(f"taken; {seen.state.id} is {_phase(seen.state)}: {escape(seen.state.reason)}")
 
 
 def _refused(store: RolloutStore, seen: Rollout, verb: Verb, number: int) -> None:

@@ -12,9 +12,10 @@ from rich.markup import escape
 
 from reelway.platform.cli.rollout_explain import Explanation, explain, moment_of, newest_deciding
 from reelway.platform.cli.rollout_intervals import worded
+from reelway.platform.cli.rollout_run import tell
 from reelway.platform.cli.rollout_views import clock_of
 from reelway.platform.cli.rollout_wait import RolloutExit, exit_of
-from reelway.platform.cli.terminal import out, say
+from reelway.platform.cli.terminal import out
 from reelway.platform.errors import RolloutError
 
 if TYPE_CHECKING:
@@ -45,7 +46,7 @@ def print_history(store: RolloutStore, rollout: Rollout, *, as_json: bool) -> No
         head = f"[bold]{entry.number:>4}[/]  {clock_of(entry.time)} UTC  {phase}, canary {entry.canary_bp / 100:g} %"
         out.print(f"{head}  [bold]{action}[/]", highlight=False)
         out.print(_indented(entry.reason), highlight=False)
-    say("what a decision stood on: reelway rollout explain --entry NUMBER")
+    tell("what a decision stood on: reelway rollout explain --entry NUMBER")
 
 
 def print_all(store: RolloutStore, *, as_json: bool) -> None:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Final, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from reelway.platform.cli.terminal import console
 from reelway.platform.errors import ConfigError, MalformedFileError, RolloutError
 from reelway.platform.runs import RunDirectory
 
@@ -147,6 +148,11 @@ def lives(pid: int) -> bool:
 def actor() -> str:
     """Who is asking."""
     return os.environ.get("USER") or getpass.getuser()
+
+
+def tell(message: str) -> None:
+    """A line to the person, never folded here: commands and paths in it can be copied whole."""
+    console.print(message, highlight=False, soft_wrap=True)
 
 
 def _read(path: Path, model: type[_Record]) -> _Record | None:

@@ -11,8 +11,8 @@ import time
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
-from reelway.platform.cli.rollout_run import actor, serving_record
-from reelway.platform.cli.terminal import console, say
+from reelway.platform.cli.rollout_run import actor, serving_record, tell
+from reelway.platform.cli.terminal import console
 from reelway.platform.errors import RolloutError
 from reelway.platform.rollout.policy import RolloutPolicy
 from reelway.platform.runs import RunDirectory
@@ -87,7 +87,7 @@ def verified_release(run: RunDirectory, release: str) -> str:
         services = registered_services(run.features, read_manifest(folder).feature_services, required=False)
         keys = load_public_keys(run.keys)
         verified = verify(folder, public_keys=keys, feature_services=services, expected_id=release_id)
-    say(f"release {release_id[:12]} verified: {len(verified.checks)} checks passed")
+    tell(f"release {release_id[:12]} verified: {len(verified.checks)} checks passed")
     return release_id
 
 

@@ -1,0 +1,50 @@
+"""A run directory with two real releases, made once; every test has its own copy."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+from tests.platform.cli.made_rollouts import RunWorld
+from tests.release_files import make_release_folder
+
+from reelway.platform.release.signing import create_keys, load_private_key
+from reelway.platform.release.store import ReleaseStore
+
+
+@pytest.fixture(scope="session")
+def released(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, tuple[str, str]]:
+    """A run directory with keys and two signed releases, and their ids."""
+    run = tmp_path_factory.mktemp("released")
+    key = load_private_key(create_keys(run / "keys").private)
+    store = ReleaseStore(str(run / "releases"))
+    ids = []
+    for seed in (0, 1):
+        folder = run / f"made-{seed}"
+        ids.append(str(store.write(folder, make_release_folder(folder, videos=60, seed=seed, key=key))))
+        shutil.rmtree(folder)
+    return run, (ids[0], ids[1])
+
+
+@pytest.fixture
+def run_with_releases(tmp_path: Path, released: tuple[Path, tuple[str, str]]) -> Path:
+    """A copy to be changed."""
+    run = tmp_path / "run"
+    shutil.copytree(released[0], run)
+    return run
+
+
+@pytest.fixture
+def releases(released: tuple[Path, tuple[str, str]]) -> tuple[str, str]:
+    """Ids of the two releases."""
+    return released[1]
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> RunWorld:
+    """A served run with a controller that looks when a test says so."""
+    made = RunWorld(tmp_path)
+    made.served()
+    made.controlled()
+    return made

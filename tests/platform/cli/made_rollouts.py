@@ -1,0 +1,187 @@
+"""Rollouts in a run directory, moved by the real controller over the real store; only the traffic is a file."""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import typer
+from tests.benchmarks.canary_events import RELEASE, STABLE
+from tests.platform.rollout.made_world import QUICK, Clock, World
+from typer.testing import CliRunner
+
+from reelway.platform.cli import drill, rollout
+from reelway.platform.contracts.events import Arm
+from reelway.platform.errors import ReelwayError
+from reelway.platform.rollout.decision import start
+from reelway.platform.rollout.evidence import (
+    ArmStatistics,
+    EvidenceSnapshot,
+    EvidenceState,
+    FiringAlert,
+    GuardrailReading,
+    MetricEvidence,
+)
+from reelway.platform.rollout.policy import RolloutPolicy, Slice, default_policy, parse_policy
+from reelway.platform.rollout.records import Rollout
+from reelway.platform.rollout.state import RolloutState
+
+SWIFT_TEXT = """
+name: swift
+steps:
+  - {weight_percent: 10, hold_s: 0.3, minimum_viewers: 100, minimum_impressions: 500}
+  - {weight_percent: 50, hold_s: 0.3, minimum_viewers: 100, minimum_impressions: 500}
+outcomes: [{name: long_watch_rate, margin: 0.05, tuned_for: 0.2}]
+cooldown_s: 600
+retention_s: 3600
+"""
+SWIFT = parse_policy(SWIFT_TEXT, source="swift")
+"""Through its steps in a second, when the evidence is good."""
+RATES = {
+    "long_watch_rate": 0.4, "watch_s_per_impression": 0.6, "like_rate": 0.15, "skip_rate": 0.3,
+    "not_interested_rate": 0.05, "report_rate": 0.03,
+}  # fmt: skip
+
+
+@lru_cache(maxsize=256)
+def arm(viewers: int, rate: float, seed: int) -> ArmStatistics:
+    """Sums over viewers with a dozen impressions each."""
+    rng = np.random.default_rng(seed)
+    x = 1.0 + rng.poisson(10, viewers)
+    y = rng.binomial(x.astype(int), rng.beta(20 * rate, 20 * (1 - rate), viewers)).astype(float)
+    return ArmStatistics(viewers, x.sum(), x.sum(), y.sum(), (x * x).sum(), (y * y).sum(), (x * y).sum())
+
+
+@dataclass
+class SeenEvidence:
+    """Evidence of every metric of the default policy. ``drop`` is the relative loss of long watches."""
+
+    viewers: int = 4_000
+    drop: float = 0.0
+    errors: int = 2
+    silent: bool = False
+    alerts: tuple[FiringAlert, ...] = ()
+
+    def fetch(self, policy: RolloutPolicy, state: RolloutState, now: float) -> EvidenceSnapshot:
+        if self.silent:
+            return EvidenceSnapshot(time=now, release=state.canary_release)
+        metrics = {}
+        for seed, (metric, part) in enumerate(policy.tests):
+            rate = RATES[metric.name]
+            drop = self.drop if metric.name == "long_watch_rate" else 0.0
+            share = 1.0 if part is Slice.OVERALL else 0.25
+            few, many = round(self.viewers * share), round(3 * self.viewers * share)
+            seen = arm(many, rate, 2 * seed), arm(few, rate * (1 - drop), 2 * seed + 1)
+            metrics[metric.name, part] = MetricEvidence(EvidenceState.OK, *seen)
+        ok, requests = EvidenceState.OK, 2 * self.viewers
+        return EvidenceSnapshot(
+            now, state.canary_release, metrics,
+            {
+                "error_ratio": GuardrailReading(ok, self.errors if state.canary_bp else 0, requests),
+                "empty_slate_ratio": GuardrailReading(ok, 0, requests),
+                "p99_ms": GuardrailReading(ok, trials=requests, value=61.0, stable_value=58.0),
+                "parity_mismatches": GuardrailReading(ok, 0, 120),
+            },
+            self.alerts,
+        )  # fmt: skip
+
+
+class RunWorld(World):
+    """A world whose store is where the commands look for it. Its clock begins five minutes ago."""
+
+    def __init__(self, run: Path, policy: RolloutPolicy = QUICK) -> None:
+        self.run = run
+        (run / "rollout").mkdir(parents=True, exist_ok=True)
+        super().__init__(run / "rollout", policy, Clock(time.time() - 300))
+
+    def see_all(self, **evidence: object) -> SeenEvidence:
+        """From now on there is evidence of every metric of the default policy."""
+        self.policy = default_policy()
+        self.source = SeenEvidence(**evidence)  # type: ignore[arg-type,assignment]
+        self.restart()
+        return self.source  # type: ignore[return-value]
+
+    def served(self, release: str = STABLE, *, pid: int | None = None, url: str = "http://127.0.0.1:1") -> None:
+        """``reelway serve`` runs: this very process says so."""
+        record = {"url": url, "pid": pid or os.getpid(), "release": release, "serve_api": "http://127.0.0.1:2"}
+        (self.run / "serving.json").write_text(json.dumps(record))
+
+    def controlled(self, pid: int | None = None) -> None:
+        """A controller runs: this very process says so."""
+        record = {"url": "http://127.0.0.1:3", "pid": pid or os.getpid()}
+        (self.run / "rollout" / "controller.json").write_text(json.dumps(record))
+
+    def begin(self, rollout_id: str = "r-20260131-3fa91c") -> Rollout:
+        latest = self.store.latest()
+        state = start(
+            self.policy, rollout_id=rollout_id, canary_release=RELEASE, stable_release=STABLE, now=self.clock(),
+            previous=latest.state if latest else None, force=latest is not None,
+        )  # fmt: skip
+        return self.store.create(state, self.policy)
+
+    def catch_up(self) -> None:
+        """Look once more, now."""
+        self.clock.now = time.time()
+        self.controller.tick()
+
+
+def weights_of(world: World) -> dict[Arm, int]:
+    """Basis points by arm, in the traffic file."""
+    routing = world.traffic.routing
+    return {one: routing.weight_of(one) for one in (Arm.CANARY, Arm.STABLE, Arm.HOLDOUT)}
+
+
+def dead_pid() -> int:
+    """A process id that nobody has."""
+    pid = os.fork()
+    if pid == 0:
+        os._exit(0)
+    os.waitpid(pid, 0)
+    return pid
+
+
+@contextmanager
+def controlling(world: RunWorld) -> Iterator[None]:
+    """The real loop, in a thread, by the real clock."""
+    stop, wake = threading.Event(), threading.Event()
+    world.clock = time.time  # type: ignore[assignment]
+    world.restart()
+    world.controlled()
+    thread = threading.Thread(target=world.controller.run, args=(stop, wake, 0.05))
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a command ended."""
+
+    code: int
+    out: str
+    err: str
+
+
+def reelway(*words: object) -> Ended:
+    """The command in this process; an error of Reelway's is its message and its code, as ``main`` makes it."""
+    app = typer.Typer()
+    rollout.register(app)
+    drill.register(app)
+    result = CliRunner().invoke(app, [str(word) for word in words])
+    error = result.exception
+    if isinstance(error, ReelwayError):
+        return Ended(error.exit_code, result.stdout, f"{result.stderr}error: {error}")
+    if error is not None and not isinstance(error, SystemExit):
+        raise error
+    return Ended(result.exit_code, result.stdout, result.stderr)

@@ -1,0 +1,164 @@
+"""``pause``, ``resume``, ``promote``, ``rollback``: asked once, done once, and the exit code says what came of it."""
+
+from __future__ import annotations
+
+import pytest
+from tests.platform.cli.made_rollouts import SWIFT, RunWorld, SeenEvidence, controlling, dead_pid, reelway, weights_of
+
+from reelway.platform.contracts.events import Arm
+from reelway.platform.rollout.state import Command, Phase
+
+VERBS = ("pause", "resume", "promote", "rollback")
+
+
+@pytest.fixture
+def stepping(world: RunWorld) -> RunWorld:
+    """At the first step of a policy that holds it for a minute."""
+    world.source = SeenEvidence(viewers=2_400)  # type: ignore[assignment]
+    world.restart()
+    world.begin()
+    assert world.tick(2) == ["prepare", "step"]
+    world.catch_up()
+    return world
+
+
+def ask(world: RunWorld, verb: str, *more: object) -> tuple[int, str]:
+    ended = reelway("rollout", verb, "--run", world.run, *more)
+    assert ended.out == ""
+    return ended.code, ended.err
+
+
+def test_pause_and_resume_wait_for_their_effect(stepping: RunWorld) -> None:
+    with controlling(stepping):
+        code, said = ask(stepping, "pause", "--wait", "--note", "looking")
+        assert (code, stepping.state.phase) == (0, Phase.PAUSED)
+        assert ": looking" in said
+        code, said = ask(stepping, "resume", "--wait")
+        assert (code, stepping.state.phase) == (0, Phase.STEPPING)
+
+
+def test_asking_for_what_is_so_already_changes_nothing_and_succeeds(stepping: RunWorld) -> None:
+    with controlling(stepping):
+        assert ask(stepping, "resume")[0] == 0
+        assert ask(stepping, "pause", "--wait")[0] == 0
+        entries = len(stepping.store.history())
+        code, said = ask(stepping, "pause", "--wait")
+        assert (code, len(stepping.store.history())) == (0, entries)
+        assert "is paused already" in said
+        assert ask(stepping, "rollback", "--wait")[0] == 0
+        entries = len(stepping.store.history())
+        assert ask(stepping, "rollback", "--wait")[0] == 0
+        assert len(stepping.store.history()) == entries
+
+
+def test_promotion_and_then_a_rollback_while_the_old_release_is_warm(stepping: RunWorld) -> None:
+    with controlling(stepping):
+        assert ask(stepping, "promote", "--wait", "--force")[0] == 0
+        assert weights_of(stepping)[Arm.STABLE] == 0
+        assert ask(stepping, "promote")[0] == 0
+        code, said = ask(stepping, "rollback", "--wait", "--note", "complaints")
+        assert (code, weights_of(stepping)[Arm.CANARY]) == (0, 0)
+        assert "complaints" in said
+
+
+def test_what_the_controller_refuses_comes_back_word_for_word_with_9_also_without_wait(stepping: RunWorld) -> None:
+    stepping.source.viewers = 60  # type: ignore[attr-defined]
+    with controlling(stepping):
+        for more in ((), ("--wait",)):
+            code, said = ask(stepping, "promote", *more)
+            assert code == 9
+            assert said.rstrip().endswith(stepping.store.history()[-1].reason)
+            assert "--force promotes anyway" in said
+
+
+def test_a_rollback_that_comes_before_the_promotion_asked_for_is_10(stepping: RunWorld) -> None:
+    stepping.source.drop = 0.5  # type: ignore[attr-defined]
+    with controlling(stepping):
+        code, said = ask(stepping, "promote", "--wait")
+    assert (code, stepping.state.phase) == (10, Phase.ROLLED_BACK)
+    assert "came too late" in said
+
+
+def test_without_a_controller_the_command_is_accepted_and_the_person_is_told_so(stepping: RunWorld) -> None:
+    stepping.controlled(dead_pid())
+    code, said = ask(stepping, "rollback")
+    assert code == 0
+    assert "is gone" in said
+    assert f"nothing moves until `reelway rollout controller --run {stepping.run}` runs" in said
+    waiting = stepping.state.command
+    assert waiting is not None
+    assert (waiting.verb, waiting.actor != "") == ("rollback", True)
+    code, said = ask(stepping, "rollback", "--wait", "--timeout", 0.3)
+    assert code == 11
+    assert "not yet" in said
+    with controlling(stepping):
+        assert ask(stepping, "rollback", "--wait")[0] == 0
+
+
+def test_a_waiting_rollback_is_not_replaced_by_anything_milder(stepping: RunWorld) -> None:
+    stepping.store.ask(stepping.state.id, Command(id="1", verb="rollback"))
+    code, said = ask(stepping, "pause")
+    assert code == 9
+    assert "a rollback is waiting already" in said
+
+
+@pytest.mark.parametrize("verb", ["pause", "resume", "promote"])
+def test_a_rollout_that_was_rolled_back_is_final(stepping: RunWorld, verb: str) -> None:
+    with controlling(stepping):
+        ask(stepping, "rollback", "--wait")
+    code, said = ask(stepping, verb)
+    assert code == 9
+    assert "start cccccccccccc --force" in said
+
+
+def test_after_its_retention_a_promotion_is_not_taken_back_and_the_way_back_is_named(world: RunWorld) -> None:
+    world.begin()
+    world.tick(40)
+    assert world.state.retired
+    code, said = ask(world, "rollback")
+    assert code == 9
+    assert "reelway rollout start aaaaaaaaaaaa" in said
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_only_the_newest_rollout_can_be_changed(stepping: RunWorld, verb: str) -> None:
+    with controlling(stepping):
+        ask(stepping, "rollback", "--wait")
+    first = stepping.state.id
+    stepping.begin("r-second")
+    ended = reelway("rollout", verb, first, "--run", stepping.run)
+    assert ended.code == (0 if verb == "rollback" else 9)
+    assert verb == "rollback" or "is not the newest one, r-second is" in ended.err
+    assert stepping.state.command is None
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_no_rollout_an_unknown_id_and_a_wrong_run_are_refused(world: RunWorld, verb: str) -> None:
+    none = reelway("rollout", verb, "--run", world.run)
+    assert (none.code, "there has been no rollout" in none.err) == (9, True)
+    unknown = reelway("rollout", verb, "r-nothing", "--run", world.run)
+    assert (unknown.code, "r-nothing" in unknown.err) == (9, True)
+    wrong = reelway("rollout", verb, "--run", world.run / "nowhere")
+    assert (wrong.code, "is not a run directory" in wrong.err) == (2, True)
+    assert not (world.run / "nowhere").exists()
+
+
+def test_a_swift_rollout_is_followed_line_by_line_where_there_is_no_terminal(world: RunWorld) -> None:
+    world.source, world.policy = SeenEvidence(viewers=2_400), SWIFT  # type: ignore[assignment]
+    with controlling(world):
+        world.begin()
+        ended = reelway("rollout", "watch", "--run", world.run, "--timeout", 20)
+    assert ended.code == 0
+    lines = ended.out.splitlines()
+    decided = [line.split(": ")[1] for line in lines if not line.split(" ", 1)[1].startswith("waits")]
+    assert decided == ["prepare", "step", "step", "promote", "complete promotion"]
+    reasons = [entry.reason for entry in world.store.history()]
+    assert all(any(line.endswith(reason) for line in lines) for reason in reasons)
+
+
+def test_watching_without_a_controller_says_so_loudly_and_gives_up_with_11(world: RunWorld) -> None:
+    world.begin()
+    (world.run / "rollout" / "controller.json").unlink()
+    ended = reelway("rollout", "watch", "--run", world.run, "--timeout", 0.5)
+    assert ended.code == 11
+    assert ended.out.count("SILENT: no controller runs") == 1

@@ -1,0 +1,72 @@
+"""``reelway rollout policy``: what ships is well-formed, and a wrong file is refused by path and allowed values."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import jsonschema
+import pytest
+import yaml
+from tests.platform.cli.made_rollouts import SWIFT_TEXT, reelway
+
+from reelway.platform.cli.rollout_policy import policy_named, schema_with_metrics, shipped_policies
+from reelway.platform.rollout.policy import RolloutPolicy
+from reelway.platform.rollout.series import OUTCOME_METRICS
+
+
+def written(folder: Path, text: str) -> Path:
+    path = folder / "mine.yaml"
+    path.write_text(text)
+    return path
+
+
+def test_every_policy_that_ships_is_well_formed_and_goes_through_yaml_and_json_unchanged(tmp_path: Path) -> None:
+    assert {"default", "drill"} <= set(shipped_policies())
+    for name in shipped_policies():
+        assert reelway("rollout", "policy", "check", name).code == 0
+        text = reelway("rollout", "policy", "show", name, "-o", "yaml").out
+        assert policy_named(str(written(tmp_path, text))) == policy_named(name)
+        as_json = json.loads(reelway("rollout", "policy", "show", name, "-o", "json").out)
+        assert RolloutPolicy.model_validate(as_json) == policy_named(name)
+        jsonschema.validate(as_json, schema_with_metrics())
+
+
+def test_the_policy_for_people_has_steps_margins_and_guardrails() -> None:
+    text = reelway("rollout", "policy", "show").out
+    for words in ("5 %", "900 s", "harm excluded", "guardrails.p99_ms: maximum 250", "deadlines.telemetry_down"):
+        assert words in text
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "said"),
+    [
+        ("margin: 0.05", "margins: 0.05", "outcomes[0].margins: unknown key, allowed: alpha_weight"),
+        ("margin: 0.05", "margin: 1.5", "outcomes[0].margin: saw 1.5"),
+        ("weight_percent: 50", "weight_percent: 5", "(policy): steps[1].weight_percent is 5"),
+        ("long_watch_rate", "watch_rate", "outcomes[0].name: saw 'watch_rate'; the service counts long_watch_rate, "),
+    ],
+)
+def test_a_wrong_key_value_or_metric_is_refused_by_its_path_with_2(
+    tmp_path: Path, before: str, after: str, said: str
+) -> None:
+    path = written(tmp_path, SWIFT_TEXT.replace(before, after))
+    ended = reelway("rollout", "policy", "check", path)
+    assert ended.code == 2
+    assert f"{path}: {said}" in ended.err
+
+
+def test_a_name_that_is_neither_shipped_nor_a_file_is_refused_with_those_that_ship() -> None:
+    ended = reelway("rollout", "policy", "check", "nonsense")
+    assert (ended.code, "default" in ended.err) == (2, True)
+
+
+def test_the_schema_allows_the_metrics_that_are_counted_and_no_other() -> None:
+    schema = json.loads(reelway("rollout", "policy", "schema").out)
+    jsonschema.Draft202012Validator.check_schema(schema)
+    policy = yaml.safe_load(SWIFT_TEXT)
+    jsonschema.validate(policy, schema)
+    policy["outcomes"][0]["name"] = "watch_rate"
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate(policy, schema)
+    assert schema["$defs"]["OutcomeMetric"]["properties"]["name"]["enum"] == list(OUTCOME_METRICS)

@@ -1,0 +1,212 @@
+"""What a person sees of a rollout and what a program reads of it: the same, at 80 and at 120 columns."""
+
+from __future__ import annotations
+
+import json
+import time
+from io import StringIO
+
+import jsonschema
+import pytest
+from rich.console import Console
+from tests.platform.cli.made_rollouts import RunWorld, SeenEvidence, dead_pid, reelway
+
+from reelway.platform.cli.rollout_follow import look
+from reelway.platform.cli.rollout_intervals import interval_bar
+from reelway.platform.cli.rollout_report import OutcomeReport, StatusReport
+from reelway.platform.cli.rollout_run import SILENT_AFTER_S
+from reelway.platform.cli.rollout_views import span, status_view
+from reelway.platform.rollout.alerts import KnownAlert
+from reelway.platform.rollout.state import Command
+from reelway.platform.runs import RunDirectory
+
+WIDTHS = (80, 120)
+
+
+def drawn(world: RunWorld, width: int, height: int | None = None) -> str:
+    """The picture as plain text."""
+    console = Console(width=width, file=StringIO(), color_system=None)
+    report = look(RunDirectory(world.run), world.store, None)
+    console.print(status_view(report, width=width, height=height))
+    text: str = console.file.getvalue()  # type: ignore[attr-defined]
+    return text
+
+
+def evidence(world: RunWorld, **seen: object) -> SeenEvidence:
+    """At the second step of the default policy, with this evidence seen just now."""
+    source = world.see_all(viewers=2_400)
+    world.begin()
+    world.tick(2)
+    world.tick(6, after_s=120)
+    for name, value in seen.items():
+        setattr(source, name, value)
+    world.catch_up()
+    return source
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_one_look_has_phase_ramp_weights_metrics_guardrails_and_what_it_waits_for(world: RunWorld, width: int) -> None:
+    evidence(world)
+    text = drawn(world, width)
+    assert max(len(line) for line in text.splitlines()) <= width
+    for words in (
+        "r-20260131-3fa91c   STEPPING   step 2 of 4", "canary cccccccccccc", "over aaaaaaaaaaaa", "policy default",
+        "✔ prepare ─ ✔ 1 % ─ ▶ 5 % ─ · 20 % ─ · 50 % ─ · promoted", "stable 95 %   canary 5 %",
+        "2,400 of 500 viewers ✔", "waits for  step 2 at 5 %: held", "controller looked 0 s ago",
+        "ok         p99 61 ms over 4800 requests is within the limit: 250 ms",
+    ):  # fmt: skip
+        assert words in text
+    outcomes = {line.split()[0]: line for line in text.splitlines() if "●" in line and not line.startswith("  ")}
+    assert set(outcomes) == {
+        "long_watch_rate*", "watch_s_per_impression*", "like_rate*", "skip_rate*", "not_interested_rate", "report_rate",
+    }  # fmt: skip
+    assert outcomes["watch_s_per_impression*"].rstrip().endswith("no harm")
+    assert outcomes["long_watch_rate*"].rstrip().endswith("undecided")
+    assert ("2,400/7,200" in text) == (width == 120)
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_a_rollback_shows_the_evidence_that_brought_it_about_though_later_looks_saw_nothing(
+    world: RunWorld, width: int
+) -> None:
+    evidence(world, drop=0.15)
+    world.tick(3, after_s=5)
+    text = drawn(world, width)
+    assert "ROLLED BACK" in text
+    assert "✘ 5 %" in text
+    assert "stable 100 %" in text
+    long_watches = next(line for line in text.splitlines() if line.startswith("long_watch_rate*"))
+    assert long_watches.rstrip().endswith("HARM")
+    assert "which ended the ramp" in text
+    assert "NOT HEARD" not in text
+    assert "SILENT" not in text
+
+
+def test_an_alerts_rollback_names_the_alert_and_calls_nothing_else_unheard(world: RunWorld) -> None:
+    evidence(world)
+    labels = (("alertname", "CanaryErrors"), ("release", "c" * 12))
+    world.book.deliver([KnownAlert(group_key="g", labels=labels, starts_at=world.clock.now, resolved=False)])
+    world.catch_up()
+    text = drawn(world, 80)
+    assert "BREACH     alerts firing for the release: CanaryErrors" in text
+    assert "NOT HEARD" not in text
+
+
+def test_silent_telemetry_is_said_of_every_metric_and_holds(world: RunWorld) -> None:
+    evidence(world, silent=True)
+    text = drawn(world, 80)
+    assert "HOLDING" in text
+    assert "‖ 5 %" in text
+    assert text.count("NOT HEARD") == 14
+
+
+@pytest.mark.parametrize("silence", ["no controller", "dead controller", "stuck controller"])
+def test_a_controller_that_does_not_look_is_the_first_line(world: RunWorld, silence: str) -> None:
+    evidence(world)
+    assert "SILENT" not in drawn(world, 80)
+    if silence == "no controller":
+        (world.run / "rollout" / "controller.json").unlink()
+    elif silence == "dead controller":
+        world.controlled(dead_pid())
+    else:
+        world.clock.now = time.time() - SILENT_AFTER_S - 5
+        world.controller.tick()
+    first = drawn(world, 80).splitlines()[0]
+    assert first.startswith("SILENT")
+    assert reelway("rollout", "status", "--run", world.run).out.startswith("SILENT")
+
+
+def test_a_command_that_nobody_has_taken_yet_is_shown(world: RunWorld) -> None:
+    evidence(world)
+    world.store.ask(world.state.id, Command(id="1", verb="pause", actor="ana"))
+    assert "asked      pause by ana, not yet taken" in drawn(world, 80)
+
+
+def test_a_short_terminal_gets_the_compact_form_and_keeps_what_is_wrong(world: RunWorld) -> None:
+    source = evidence(world)
+    compact = drawn(world, 80, height=24)
+    assert len(compact.splitlines()) <= 24
+    assert "on new_viewers" not in compact
+    assert "ok         error_ratio, empty_slate_ratio" in compact
+    source.drop = 0.15
+    world.catch_up()
+    assert "HARM" in drawn(world, 80, height=24)
+
+
+def test_before_the_first_rollout_it_says_what_is_live_and_how_to_begin(world: RunWorld) -> None:
+    text = drawn(world, 80)
+    assert "live       release aaaaaaaaaaaa at http://127.0.0.1:1" in text
+    assert "reelway rollout start RELEASE" in text
+    ended = reelway("rollout", "status", "--run", world.run, "-o", "json")
+    assert StatusReport.model_validate_json(ended.out).rollout is None
+    assert reelway("rollout", "status", "--run", world.run, "--exit-code").code == 9
+
+
+def test_the_json_is_the_picture_in_numbers_and_holds_to_its_schema(world: RunWorld) -> None:
+    evidence(world)
+    ended = reelway("rollout", "status", "--run", world.run, "-o", "json")
+    assert ended.code == 0
+    seen = json.loads(ended.out)
+    jsonschema.validate(seen, StatusReport.model_json_schema(mode="serialization"))
+    rollout = seen["rollout"]
+    assert (rollout["phase"], rollout["result"], rollout["step"]) == ("stepping", "under way", 2)
+    assert rollout["weights"] == {"stable": 9500, "canary": 500, "holdout": 0}
+    assert sum(rollout["weights"].values()) == 10_000
+    assert rollout["evidence"]["exposure"]["viewers"] == 2_400
+    assert rollout["waits_for"].startswith("step 2 at 5 %")
+    assert seen["controller"]["running"]
+    assert seen["serving"]["release"] == "a" * 64
+
+
+def test_the_exit_code_says_how_it_stands_only_when_asked_for(world: RunWorld) -> None:
+    evidence(world)
+
+    def code(*more: str) -> int:
+        return reelway("rollout", "status", "--run", world.run, *more).code
+
+    assert (code(), code("--exit-code")) == (0, 11)
+    world.store.ask(world.state.id, Command(id="1", verb="pause"))
+    world.catch_up()
+    assert code("--exit-code") == 12
+    world.store.ask(world.state.id, Command(id="2", verb="promote", force=True))
+    world.tick(2, after_s=1)
+    assert code("--exit-code") == 0
+    assert "rollback in one command for 1 d 0 h" in drawn(world, 120)
+    world.store.ask(world.state.id, Command(id="3", verb="rollback"))
+    world.tick(2, after_s=1)
+    assert (code(), code("--exit-code")) == (0, 10)
+
+
+def outcome(low: float | None, harm: float | None, high: float | None, finding: str = "undecided") -> OutcomeReport:
+    return OutcomeReport(
+        name="long_watch_rate", slice="overall", label="long_watch_rate", finding=finding, state="ok", canary=0.4,
+        stable=0.4, harm=harm, low=low, high=high, margin=0.02, viewers={"canary": 1, "stable": 1}, required=True,
+        lower_is_better=False, sentence="",
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("width", [12, 19, 40])
+def test_an_interval_stands_on_the_side_of_zero_and_margin_that_it_is_on(width: int) -> None:
+    empty = interval_bar(outcome(None, None, None), width).plain
+    zero, margin = empty.index("┊"), empty.index("┃")
+    assert len(empty) == width
+    for low, high in ((-0.019, 0.0199), (-0.5, -0.001), (0.0201, 0.2), (0.001, 0.0201), (0.0, 0.019), (-9.0, 9.0)):
+        bar = interval_bar(outcome(low, (low + high) / 2, high), width).plain
+        ends = [i for i, mark in enumerate(bar) if mark in "├┤◀▶●"]
+        assert len(bar) == width
+        assert (ends[-1] > margin) == (high >= 0.02)
+        assert (ends[0] > margin) == (low >= 0.02)
+        assert (ends[0] > zero) == (low >= 0)
+
+
+def test_an_interval_beyond_the_axis_ends_in_arrows() -> None:
+    bar = interval_bar(outcome(-3.0, 0.0, None), 19).plain
+    assert (bar[0], bar[-1]) == ("◀", "▶")
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"),
+    [(0.4, "0 s"), (59.6, "1 m 00 s"), (751, "12 m 31 s"), (11_100, "3 h 05 m"), (187_200, "2 d 4 h")],
+)
+def test_durations_are_said_as_people_say_them(seconds: float, words: str) -> None:
+    assert span(seconds) == words
