@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
@@ -12,6 +12,9 @@ from rich.table import Table
 from reelway.platform.cli.terminal import out, progress, say
 from reelway.platform.errors import ConfigError
 from reelway.platform.runs import RunDirectory
+
+if TYPE_CHECKING:
+    from reelway.pipelines.features.parity import ParityReport
 
 Run = Annotated[Path, typer.Option("--run", help="Run directory.", show_default=True)]
 Cpus = Annotated[int, typer.Option("--cpus", min=1, help="CPUs of the local Ray runtime.")]
@@ -83,19 +86,40 @@ def parity(
     log: Annotated[Path | None, typer.Option("--log", help=f"Vector log; by default <run>/{LOG_FILE}.")] = None,
     tolerance: Annotated[float, typer.Option("--tolerance", min=0.0, help="Relative difference allowed.")] = 1e-6,
     show: Annotated[int, typer.Option("--show", min=1, help="Mismatches to print.")] = 20,
+    every: Annotated[
+        float | None, typer.Option("--every", min=1, help="Replay again so many seconds later, until Ctrl-C.")
+    ] = None,
 ) -> None:
-    """Replay served vectors through the offline join; exit with 4 when a value differs."""
+    """Replay served vectors through the offline join; exit with 4 when a value differs.
+
+    What was found is also written to RUN/serving/parity.json, per release, over all that the vector log holds: a
+    rollout is not promoted before rows of its release were replayed, and is taken back when one differs. With --every
+    it goes on, mismatches or not, and judging is left to the rollout.
+    """
+    import time
+
     from reelway.pipelines.features.parity import replay
+    from reelway.platform.durable import write_json
+    from reelway.platform.rollout.sources.parity_report import parity_path
 
     directory = RunDirectory(run)
-    report = replay(directory.features, log or directory.path / LOG_FILE, tolerance)
+    while True:
+        report = replay(directory.features, log or directory.path / LOG_FILE, tolerance)
+        write_json(parity_path(directory), report.by_release(time.time()))
+        _show_parity(report, show)
+        if every is None:
+            report.raise_if_bad()
+            return
+        time.sleep(every)
+
+
+def _show_parity(report: ParityReport, show: int) -> None:
     out.print(f"{report.vectors} vectors, {report.values} values, {len(report.mismatches)} mismatches", highlight=False)
     if report.mismatches:
         table = Table("view", "feature", "entity", "served", "offline")
         for miss in report.mismatches[:show]:
             table.add_row(miss.view, miss.feature, miss.entity, _short(miss.served), _short(miss.offline))
         out.print(table)
-    report.raise_if_bad()
 
 
 def _short(value: object) -> str:

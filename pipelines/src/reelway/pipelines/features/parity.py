@@ -39,6 +39,7 @@ class Mismatch:
     request_id: int
     served: Any
     offline: Any
+    release: str = ""
 
     def __str__(self) -> str:
         return (
@@ -54,11 +55,22 @@ class ParityReport:
     vectors: int = 0
     values: int = 0
     mismatches: list[Mismatch] = field(default_factory=list)
+    rows: Counter[str] = field(default_factory=Counter)
+    """Per release: viewer rows and video rows that were replayed."""
 
     @property
     def by_feature(self) -> Counter[str]:
         """Mismatches per ``view.feature``."""
         return Counter(f"{m.view}.{m.feature}" for m in self.mismatches)
+
+    def by_release(self, checked_at: float) -> dict[str, dict[str, Any]]:
+        """What the rollout's parity guardrail reads of each release that served something in the log."""
+        found = {}
+        for release, rows in self.rows.items():
+            own = [miss for miss in self.mismatches if miss.release == release]
+            detail = f"first: {own[0]}" if own else ""
+            found[release] = {"rows": rows, "mismatches": len(own), "checked_at": checked_at, "detail": detail}
+        return found
 
     def raise_if_bad(self) -> None:
         """Raises:
@@ -96,6 +108,8 @@ def replay(
     report = ParityReport(vectors=len(vectors))
     if not vectors:
         return report
+    for vector in vectors:
+        report.rows[vector.release] += 1 + len(vector.videos)
     stored_s = viewer_as_of_s if viewer_as_of_s is not None else materialised_at_s(features_dir)
     viewer_us = np.array([_micros(v.viewer_as_of_s, stored_s, v.request_time_s) for v in vectors], dtype=np.int64)
     videos_us = np.array([_micros(v.videos_as_of_s, videos_as_of_s, v.request_time_s) for v in vectors], dtype=np.int64)
@@ -170,7 +184,7 @@ def _compare(
 ) -> None:
     report.values += 1
     if not same_value(served, offline, tolerance):
-        report.mismatches.append(Mismatch(view, feature, entity, vector.request_id, served, offline))
+        report.mismatches.append(Mismatch(view, feature, entity, vector.request_id, served, offline, vector.release))
 
 
 def same_value(served: Any, offline: Any, tolerance: float = TOLERANCE) -> bool:
