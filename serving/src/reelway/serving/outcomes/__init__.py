@@ -8,10 +8,12 @@ What becomes of an outcome is looked at in this order; each is counted in ``reel
 answered by name:
 
 - refused: its token is not ours, or its value makes no sense for its type. The other outcomes of the request go on.
-- ``outside``: the video was shown outside of any rollout. There is nothing to compare; it is counted and that is all.
+- ``outside``: the video was shown outside of any rollout. There is nothing to compare; it is counted, as often as it
+  is sent, and that is all.
 - ``late``: it arrived, or by its ``event_time`` was done, more than 24 h (``OUTCOME_HORIZON_S``) after the video was
   shown. The other arm's late ones are not counted either, so leaving them out favours nobody.
-- ``retired``: its rollout has ended: it was told so, or several newer ones have been seen since.
+- ``retired``: its rollout has ended: the collector was told so (``retire``), or four others were shown more recently.
+  Outcomes of a release that was rolled back go on counting for its rollout until then; they change no decision.
 - ``duplicate``: the same type for the same impression was counted before. The first one stands, so a second ``watch``
   changes nothing, whatever its value. Remembered on disk until it would be late anyway.
 - ``counted``: it entered the sums of its rollout, arm and slices, at the weight that its token carries.
@@ -20,7 +22,8 @@ An outcome joins by its token alone, so it may arrive before its impression is c
 twenty hours later. An answer is sent when its outcomes are on disk. A client that got none sends the same request
 again and nothing is counted twice. The same holds for the routers' batches, which are numbered.
 
-The collector's file belongs to one process at a time: one replica. It runs in plain Python; nothing here knows Ray.
+Viewers' totals and what was counted before are on disk, so memory does not grow with viewers. The file belongs to one
+process at a time: one replica. Nothing here knows Ray.
 """
 
 from reelway.serving.outcomes.collector import OutcomeCollector

@@ -82,6 +82,13 @@ def build_outcomes_api(collector: OutcomeCollector, signer: TokenSigner) -> Fast
         """The rollouts' sufficient statistics, for Prometheus or a direct scrape."""
         return Response(await asyncio.to_thread(collector.metrics_text), media_type=CONTENT_TYPE_LATEST)
 
+    _answer_faults(api)
+    return api
+
+
+def _answer_faults(api: FastAPI) -> None:
+    """Every answer but 200 has the shape of ``ErrorResponse``."""
+
     @api.exception_handler(RequestValidationError)
     async def refuse(_: Request, error: RequestValidationError) -> Response:
         fields = [field_error(one) for one in error.errors()]
@@ -100,8 +107,6 @@ def build_outcomes_api(collector: OutcomeCollector, signer: TokenSigner) -> Fast
         log.error("outcomes were not counted: %s", error)
         body = ErrorResponse(error="the outcomes cannot be counted now; send them again")
         return JSONResponse(body.model_dump(mode="json"), status_code=503, headers={"Retry-After": "1"})
-
-    return api
 
 
 class _RootIsSlash:
