@@ -91,6 +91,14 @@ def test_another_rollouts_sums_are_not_this_ones() -> None:
     assert only(*everybody(500, 500, rollout="r-6"))[METRIC].state is INSUFFICIENT  # type: ignore[arg-type]
 
 
+def test_an_arm_that_got_another_release_is_another_arm() -> None:
+    late = [
+        {SeriesKey.of(key.name, {**dict(key.labels), "release": "c" * 12}): v for key, v in part.items()}
+        for part in (sums(Arm.STABLE, 300),)
+    ]
+    assert only(*everybody(500, 500), *late)[METRIC].stable.viewers == 500
+
+
 def test_a_collector_that_was_never_heard_is_down_whatever_the_routers_say() -> None:
     made = MadeSeries()
     made.routers((5, []), (10, []))

@@ -14,7 +14,7 @@ from reelway.platform.contracts.events import Arm
 from reelway.platform.rollout import series as names
 from reelway.platform.rollout.evidence import ArmStatistics, EvidenceState, MetricEvidence, metric_evidence
 from reelway.platform.rollout.policy import OutcomeMetric, RolloutPolicy, Slice
-from reelway.platform.rollout.sources.heard_series import KEPT_SINCE_THE_START, Heard, Job
+from reelway.platform.rollout.sources.heard_series import KEPT_SINCE_THE_START, Heard, Job, Scope
 from reelway.platform.rollout.state import RolloutState
 
 EXPOSURE_STATISTICS: Final = ("viewers", "impressions", "sum_x", "sum_xx")
@@ -62,9 +62,13 @@ def _sums(state: RolloutState, heard: Heard, collector: Job) -> _Sums:
     one instance said before.
     """
     newest, highest = defaultdict[_Key, float](float), dict[_Key, float]()
+    canary, stable = Scope.of(state).releases
+    release_of = {Arm.CANARY.value: canary, Arm.STABLE.value: stable}
     for key, samples in heard.series.items():
         if key.name not in KEPT_SINCE_THE_START or key.get("rollout") != state.id or not samples:
             continue
+        if release_of.get(key.get("arm")) != key.get("release"):
+            continue  # the holdout, or what became stable at the rollout's end
         place = _Key(key.get("arm"), key.get("slice"), key.get("metric"), key.get("statistic"))
         peak = max((s.value for s in samples if math.isfinite(s.value)), default=0.0)
         highest[place] = max(peak, highest.get(place, 0.0))
