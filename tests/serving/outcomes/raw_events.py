@@ -16,7 +16,9 @@ from reelway.platform.rollout.policy import Slice
 from reelway.platform.rollout.series import OUTCOME_METRICS
 from reelway.platform.tokens import SLICE_BITS, ImpressionToken, TokenSigner
 from reelway.serving.outcomes.exposures import ExposedArm, ExposureBatch
+from reelway.serving.outcomes.ledger import Ledger
 from reelway.serving.outcomes.reported import OutcomeColumns, read_outcomes
+from reelway.serving.outcomes.viewer_sums import statistics_of
 
 SIGNER = TokenSigner(b"a secret of the tests, long enough")
 RELEASES = {Arm.STABLE: "ab" * 32, Arm.CANARY: "cd" * 32, Arm.HOLDOUT: "ab" * 32}
@@ -82,6 +84,15 @@ def columns_of(done: Sequence[Done]) -> OutcomeColumns:
     columns, refused = read_outcomes([one.reported for one in done], SIGNER)
     assert not refused
     return columns
+
+
+def statistics(ledger: Ledger) -> Statistics:
+    """What is on disk, of a ledger with one rollout whose arms have one release each."""
+    return {
+        (arm.arm, part): metrics
+        for arm, sums in ledger.snapshot.sums.items()
+        for part, metrics in statistics_of(sums).items()
+    }
 
 
 def recomputed(shown: Iterable[Shown], done: Iterable[Done], rollout: str = "r-1") -> Statistics:

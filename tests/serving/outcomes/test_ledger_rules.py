@@ -18,8 +18,8 @@ from tests.serving.outcomes.raw_events import (
     columns_of,
     exposures_of,
     recomputed,
+    statistics,
 )
-from tests.serving.outcomes.test_outcome_sums import statistics
 
 from reelway.platform.contracts.events import OUTCOME_HORIZON_S, Arm, OutcomeType
 from reelway.platform.rollout.policy import Slice

@@ -11,17 +11,16 @@ from tests.serving.outcomes.raw_events import (
     NOW,
     Done,
     Shown,
-    Statistics,
     assert_same,
     columns_of,
     exposures_of,
     recomputed,
+    statistics,
 )
 
 from reelway.platform.contracts.events import Arm, OutcomeType
 from reelway.serving.outcomes.ledger import Ledger
 from reelway.serving.outcomes.outcome_store import OutcomeStore
-from reelway.serving.outcomes.viewer_sums import statistics_of
 
 SHOWN = st.lists(
     st.builds(
@@ -45,14 +44,6 @@ WATCHED_MS = [0.0, 700.0, 14_000.0, 30_000.0]
 
 def _done(shown: Shown, kind: OutcomeType, watched_ms: float) -> Done:
     return Done(shown, kind, watched_ms if kind is OutcomeType.WATCH else 1.0)
-
-
-def statistics(ledger: Ledger) -> Statistics:
-    return {
-        (arm.arm, part): metrics
-        for arm, sums in ledger.snapshot.sums.items()
-        for part, metrics in statistics_of(sums).items()
-    }
 
 
 @settings(max_examples=60, deadline=None)
