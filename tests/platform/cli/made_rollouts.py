@@ -149,13 +149,18 @@ def dead_pid() -> int:
 
 
 @contextmanager
-def controlling(world: RunWorld) -> Iterator[None]:
-    """The real loop, in a thread, by the real clock."""
+def controlling(world: RunWorld, *, after_s: float = 0.0) -> Iterator[None]:
+    """The real loop, in a thread, by the real clock; it begins ``after_s`` from now."""
     stop, wake = threading.Event(), threading.Event()
     world.clock = time.time  # type: ignore[assignment]
     world.restart()
     world.controlled()
-    thread = threading.Thread(target=world.controller.run, args=(stop, wake, 0.05))
+
+    def run() -> None:
+        time.sleep(after_s)
+        world.controller.run(stop, wake, 0.05)
+
+    thread = threading.Thread(target=run)
     thread.start()
     try:
         yield

@@ -73,7 +73,7 @@ def test_what_the_controller_refuses_comes_back_word_for_word_with_9_also_withou
 
 def test_a_rollback_that_comes_before_the_promotion_asked_for_is_10(stepping: RunWorld) -> None:
     stepping.source.drop = 0.5  # type: ignore[attr-defined]
-    with controlling(stepping):
+    with controlling(stepping, after_s=0.5):
         code, said = ask(stepping, "promote", "--wait")
     assert (code, stepping.state.phase) == (10, Phase.ROLLED_BACK)
     assert "came too late" in said

@@ -7,11 +7,13 @@ import time
 from pathlib import Path
 
 import pytest
-from tests.platform.cli.made_rollouts import SWIFT_TEXT, Ended, RunWorld, SeenEvidence, controlling, reelway
+from tests.platform.cli.made_rollouts import SWIFT, SWIFT_TEXT, Ended, RunWorld, SeenEvidence, controlling, reelway
 
+from reelway.platform.cli.rollout_start import previous_of
 from reelway.platform.rollout.routing import Routing
-from reelway.platform.rollout.state import Phase
+from reelway.platform.rollout.state import Command, Phase
 from reelway.platform.rollout.traffic import TrafficTarget
+from reelway.platform.rollout.transition import start as begin_rollout
 
 
 @pytest.fixture
@@ -130,3 +132,20 @@ def test_the_release_that_was_promoted_last_is_the_next_ones_stable(
         start(served, releases[1], "--wait", "--timeout", 20)
     start(served, releases[0])
     assert served.state.stable_release == releases[1]
+
+
+def test_a_drill_holds_no_real_rollout_back_but_its_own_release_stays_refused(
+    served: RunWorld, releases: tuple[str, str]
+) -> None:
+    served.policy = SWIFT
+    state = begin_rollout(
+        SWIFT, rollout_id="d-20260131-3fa91c", canary_release="c" * 64, stable_release=releases[0], now=served.clock()
+    )
+    served.store.create(state, SWIFT)
+    assert "is pending" in start(served, releases[1]).err
+    served.store.ask(state.id, Command(id="1", verb="rollback"))
+    served.tick(3, after_s=1)
+    assert served.state.phase is Phase.ROLLED_BACK
+    assert previous_of(served.store, releases[1]) is None
+    assert previous_of(served.store, "c" * 64) == served.store.latest()
+    assert start(served, releases[1]).code == 0

@@ -18,9 +18,9 @@ from pathlib import Path
 
 import httpx
 import typer
-from rich.rule import Rule
 
-from reelway.platform.cli import demo_report
+from reelway.platform.cli import demo_report, demo_rollouts
+from reelway.platform.cli.demo_walk import DemoWalk
 from reelway.platform.cli.processes import child, reelway_command, run_to_end
 from reelway.platform.cli.terminal import console, say
 from reelway.platform.errors import ConfigError, ServingError
@@ -47,6 +47,12 @@ class DemoOptions:
     gpus: int
     seed: int
     keep: bool
+    rollouts: bool
+
+    @property
+    def with_rollouts(self) -> bool:
+        """Whether there are viewers who can be asked: those of a simulated service."""
+        return self.rollouts and self.data is DataChoice.SIMULATED
 
 
 def register(app: typer.Typer) -> None:
@@ -61,14 +67,19 @@ def register(app: typer.Typer) -> None:
         gpus: int = typer.Option(0, min=0, help="GPUs for training; 0 trains on CPU."),
         seed: int = typer.Option(0, help="Seed of the simulation and of training."),
         keep: bool = typer.Option(False, help="Leave the service running at the end."),
+        rollouts: bool = typer.Option(True, help="Also roll releases out under traffic; needs simulated viewers."),
     ) -> None:
-        """Events -> features -> training -> release -> recommendations, for real, on this machine.
+        """Events -> features -> training -> release -> rollouts -> recommendations, for real, on this machine.
+
+        The service begins with popular videos. The trained release is rolled out over it and promoted; then one that
+        viewers like less, one that fails and one that is slow are rolled out, and each is taken back by its evidence,
+        without a failed request. --no-rollouts ends with the trained release being served.
 
         Steps that were done before with the same inputs are skipped. Ctrl-C stops everything that was started.
 
         Example: reelway demo --run runs/demo --keep
         """
-        options = DemoOptions(RunDirectory(run), data, data_dir, workers, gpus, seed, keep)
+        options = DemoOptions(RunDirectory(run), data, data_dir, workers, gpus, seed, keep, rollouts)
         if data is DataChoice.ML_100K and data_dir is None:
             raise ConfigError("--data ml-100k needs the folder that holds it: --data-dir DIR (make demo DATA_DIR=DIR)")
         with only_one(options.run):
@@ -95,22 +106,39 @@ def only_one(run: RunDirectory) -> Iterator[None]:
 
 
 def run_demo(options: DemoOptions) -> None:
-    """All eight steps."""
-    started = time.monotonic()
-    for number, (title, command) in enumerate(offline_steps(options), start=1):
-        _heading(number, title, command)
+    """All steps."""
+    run, offline = options.run, offline_steps(options)
+    walk = DemoWalk(len(offline) + 2 + (2 + len(demo_rollouts.SCENES) if options.with_rollouts else 0))
+    if options.rollouts and not options.with_rollouts:
+        say(f"no rollouts: {options.data.value} has no viewers who could be asked; --data simulated has")
+    demo_rollouts.lay_aside_earlier_rollouts(run)
+    for title, command in offline:
+        walk.step(title, command)
         run_to_end(reelway_command(*command))
-    number += 1
-    serve = ["serve", "--run", str(options.run.path), "--port", "0"]
-    _heading(number, "Deploy with Ray Serve", serve)
+    serve = ["serve", "--run", str(run.path), "--port", "0"]
+    if options.with_rollouts:
+        commands = demo_rollouts.rehearsal_commands(run, options.seed)
+        walk.step("Releases to begin with and to take back", *commands)
+        demo_rollouts.make_rehearsals(commands)
+        first, share = demo_rollouts.first_release(run)[:12], str(demo_rollouts.PARITY_RATIO)
+        serve += ["--release", first, "--parity-ratio", share]
+    else:
+        serve += ["--release", str(run.record("release")["summary"]["release_id"])[:12]]
+    walk.step("Deploy with Ray Serve", serve)
     with ExitStack() as stack:
         url = stack.enter_context(serving(options, serve))
-        _heading(number + 1, "Recommendations over HTTP", ["recommend", "--url", url, "--viewer", "..."])
-        demo_report.show(options.run, url)
-        say(f"\nThe whole demo took {time.monotonic() - started:.0f} s.")
+        played = demo_rollouts.play(run, walk) if options.with_rollouts else None
+        walk.step("Recommendations over HTTP", ["recommend", "--url", url, "--viewer", "..."])
+        demo_report.show(run, url)
+        if played:
+            demo_rollouts.show(*played)
+        walk.show_times()
+        say(f"\nThe whole demo took {walk.elapsed_s:.0f} s.")
+        if played:
+            demo_rollouts.assess(*played)
         if options.keep:
             stack.pop_all()
-            pid = _serving_record(options.run)["pid"]
+            pid = _serving_record(run)["pid"]
             say(f"The service stays up at {url}. Stop it with: kill {pid}")
 
 
@@ -166,8 +194,3 @@ def _wait_until_answering(run: RunDirectory, process: subprocess.Popen[bytes], l
 def _serving_record(run: RunDirectory) -> dict[str, str]:
     record: dict[str, str] = json.loads((run.path / "serving.json").read_text())
     return record
-
-
-def _heading(number: int, title: str, command: list[str]) -> None:
-    console.print(Rule(f"[bold]{number}/8 {title}", align="left"))
-    say(f"$ reelway {' '.join(command)}")

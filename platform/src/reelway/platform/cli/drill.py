@@ -222,11 +222,11 @@ def make_bad_release(run: RunDirectory, fault: Fault) -> str:
 def rehearse(drill: Drill, release: str, policy: RolloutPolicy) -> DrillReport:
     """Roll the release out, wait for the rollback, end on stable however it went, and report."""
     from reelway.platform.cli.drill_report import drill_report
-    from reelway.platform.cli.rollout_start import start_rollout
+    from reelway.platform.cli.rollout_start import DRILL_PREFIX, start_rollout
 
     store, before = drill.store, read_traffic(drill.traffic_report)
     note = f"drill, to be caught by {drill.by.value} within {drill.within_s:g} s"
-    rollout = start_rollout(drill.run, store, release, policy, force=True, note=note)
+    rollout = start_rollout(drill.run, store, release, policy, force=True, note=note, prefix=DRILL_PREFIX)
     try:
         with back_to_stable(drill, rollout.state.id):
             follow(drill, rollout.state.id)

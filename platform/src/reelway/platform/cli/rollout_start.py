@@ -9,7 +9,7 @@ from __future__ import annotations
 import secrets
 import time
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from reelway.platform.cli.rollout_run import actor, serving_record, tell
 from reelway.platform.cli.terminal import console
@@ -17,18 +17,29 @@ from reelway.platform.errors import RolloutError
 from reelway.platform.rollout.policy import RolloutPolicy
 from reelway.platform.runs import RunDirectory
 
+ROLLOUT_PREFIX: Final = "r-"
+DRILL_PREFIX: Final = "d-"
+
 if TYPE_CHECKING:
     from reelway.platform.rollout.records import Rollout, RolloutStore
 
 
 def start_rollout(
-    run: RunDirectory, store: RolloutStore, release: str, policy: RolloutPolicy, *, force: bool, note: str
+    run: RunDirectory,
+    store: RolloutStore,
+    release: str,
+    policy: RolloutPolicy,
+    *,
+    force: bool,
+    note: str,
+    prefix: str = ROLLOUT_PREFIX,
 ) -> Rollout:
     """Write a new rollout down.
 
     Args:
         release: id, unique beginning of one, or ``latest``, in the run's release store.
         force: past a cooldown and past the same release's rollback; never past a rollout under way.
+        prefix: of the rollout's id; a drill has its own, since nobody's cooldown should come of it.
 
     Raises:
         ReleaseError: the release is not there, or is refused.
@@ -36,13 +47,12 @@ def start_rollout(
     """
     from reelway.platform.rollout.transition import start
 
-    previous = store.latest()
-    stable = live_release(run, previous)
+    stable = live_release(run, store.latest())
     canary = verified_release(run, release)
-    now = time.time()
+    now, previous = time.time(), previous_of(store, canary)
     state = start(
         policy,
-        rollout_id=new_rollout_id(now),
+        rollout_id=new_rollout_id(now, prefix),
         canary_release=canary,
         stable_release=stable,
         now=now,
@@ -91,6 +101,15 @@ def verified_release(run: RunDirectory, release: str) -> str:
     return release_id
 
 
-def new_rollout_id(now: float) -> str:
+def previous_of(store: RolloutStore, canary: str) -> Rollout | None:
+    """The rollout that a new one has to reckon with: the newest, but for other releases' drills."""
+    for rollout in reversed(store.all()):
+        drilled = rollout.state.id.startswith(DRILL_PREFIX)
+        if not drilled or rollout.state.active or rollout.state.canary_release == canary:
+            return rollout
+    return None
+
+
+def new_rollout_id(now: float, prefix: str = ROLLOUT_PREFIX) -> str:
     """Short enough to be read out: ``r-20260131-3fa91c``."""
-    return f"r-{datetime.fromtimestamp(now, UTC):%Y%m%d}-{secrets.token_hex(3)}"
+    return f"{prefix}{datetime.fromtimestamp(now, UTC):%Y%m%d}-{secrets.token_hex(3)}"
