@@ -47,13 +47,19 @@ def status_view(report: StatusReport, *, width: int, height: int | None = None) 
 def _lines(report: StatusReport, rollout: RolloutReport, width: int, *, compact: bool) -> list[RenderableType]:
     parts: list[RenderableType] = [*_alarm(report, rollout, width), *_head(report, rollout, width)]
     if not rollout.waits_for or rollout.waits_for != rollout.reason:
-        parts.append(worded("why", "bold", rollout.reason, width))
+        parts.append(worded("why", "bold", _shortened(rollout.reason, width) if compact else rollout.reason, width))
     if rollout.waits_for:
         parts.append(worded("waits for", "bold", rollout.waits_for, width))
     parts += _ages(report, rollout, width)
     if rollout.evidence is not None:
         parts += _evidence(rollout, rollout.evidence, width, compact=compact)
     return parts
+
+
+def _shortened(reason: str, width: int) -> str:
+    """Three lines of it, and where the rest is."""
+    room = 3 * (width - _LABEL) - 40
+    return reason if len(reason) <= room + 40 else f"{reason[:room]}... (reelway rollout explain)"
 
 
 def _nothing_yet(report: StatusReport, width: int) -> Sequence[RenderableType]:
@@ -82,6 +88,8 @@ def _head(report: StatusReport, rollout: RolloutReport, width: int) -> list[Rend
     first = Text.assemble((rollout.id, "bold"), "   ", (word, PHASE_STYLES[rollout.phase]))
     if rollout.step > 0 and rollout.active:
         first.append(f"   step {rollout.step} of {len(rollout.steps)}")
+    if rollout.phase in ("stepping", "holding", "paused"):
+        first.append(f", {rollout.phase_s:.0f} of {rollout.steps[rollout.step - 1].hold_s:g} s")
     if rollout.forced:
         first.append("   forced", style="yellow")
     moment = ("began", rollout.started_at) if rollout.active else ("ended", rollout.changed_at)
@@ -184,8 +192,6 @@ def _exposure(rollout: RolloutReport, evidence: EvidenceReport) -> Text:
         enough = seen >= least
         line.append(f"{seen:,} of {least:,} {name}", style="default not bold" if enough else "cyan not bold")
         line.append(" ✔   " if enough else "     ", style="green")
-    if rollout.phase in ("stepping", "holding", "paused"):
-        line.append(f"{rollout.phase_s:.0f} of {step.hold_s:g} s", style="default not bold")
     line.rstrip()
     return line
 
