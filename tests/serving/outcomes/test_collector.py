@@ -74,7 +74,7 @@ def test_requests_that_come_while_one_is_written_share_the_next_transaction(
     assert len(applied) < len(DONE) / 4
 
 
-def test_commits_keep_their_distance_and_the_first_after_a_rest_is_at_once(
+def test_commits_keep_their_distance_so_that_what_comes_apart_shares_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     collector = OutcomeCollector(tmp_path / "paced.db", clock=lambda: NOW, commit_every_s=1.0)
@@ -86,9 +86,7 @@ def test_commits_keep_their_distance_and_the_first_after_a_rest_is_at_once(
         return apply(batches, outcomes, retire)
 
     monkeypatch.setattr(collector._ledger, "apply", counting_apply)
-    started = time.monotonic()
     collector.record(columns_of(DONE[:1])).result(10)
-    assert time.monotonic() - started < 0.9
     futures = []
     for one in DONE[1:5]:
         time.sleep(0.02)  # apart, so that only waiting can bring them together
