@@ -96,6 +96,8 @@ def parity(
     rollout is not promoted before rows of its release were replayed, and is taken back when one differs. With --every
     it goes on, mismatches or not, and judging is left to the rollout.
     """
+    import os
+    import signal
     import time
 
     from reelway.pipelines.features.parity import replay
@@ -103,6 +105,9 @@ def parity(
     from reelway.platform.rollout.sources.parity_report import parity_path
 
     directory = RunDirectory(run)
+    if every is not None:
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+        os.nice(19)  # what is watched goes before the watching
     while True:
         report = replay(directory.features, log or directory.path / LOG_FILE, tolerance)
         write_json(parity_path(directory), report.by_release(time.time()))

@@ -47,7 +47,7 @@ class DemoOptions:
     gpus: int
     seed: int
     keep: bool
-    rollouts: bool
+    rollouts: bool = True
 
     @property
     def with_rollouts(self) -> bool:

@@ -1,0 +1,244 @@
+"""Why: that a bad release takes itself back is believed when it was watched, on traffic, without a failed request.
+
+The second half of ``reelway demo``: real releases, real rollouts, each step a command that anybody can type. What is
+shown at the end is read from what others recorded: decisions from the run's rollouts, failures from the traffic's
+own report. Nothing is decided here.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from rich.markup import escape
+from rich.table import Table
+
+from reelway.platform.cli.demo_walk import DemoWalk
+from reelway.platform.cli.processes import child, reelway_command, run_to_end
+from reelway.platform.cli.rollout_run import open_store, serving_record
+from reelway.platform.cli.terminal import console, out, say
+from reelway.platform.errors import CommandFailedError, ConfigError, RolloutError
+from reelway.platform.runs import RunDirectory
+
+if TYPE_CHECKING:
+    from reelway.platform.rollout.records import HistoryEntry, Rollout
+
+RATE: Final = 20
+"""Requests per second: about a third of what two cores do, so that a release can start beside them."""
+PARITY_RATIO: Final = 0.05
+PARITY_EVERY_S: Final = 5
+ROLLOUT_S: Final = 240
+"""Longest that one rollout may take."""
+SETTLE_S: Final = 2.0
+"""The traffic's report is a second old at most, and the policy's cooldown is a second long."""
+TRAFFIC_STARTS_S: Final = 60.0
+_ENDED: Final = (0, 10)
+"""Exit codes of ``reelway rollout start --wait``: promoted, rolled back."""
+
+
+@dataclass(frozen=True)
+class Scene:
+    """One rollout of the demo."""
+
+    title: str
+    step: str
+    """The step of the run whose record names the release."""
+    wrong: str
+    expected: str
+
+
+SCENES: Final = (
+    Scene("Roll out the trained release over the popular videos", "release", "nothing: it was trained", "promoted"),
+    Scene("Roll out one that viewers like less", "rehearse-worse", "trained on shuffled labels", "rolled_back"),
+    Scene("Roll out one that fails", "rehearse-errors", "its ranker fails on real requests", "rolled_back"),
+    Scene("Roll out one that is slow", "rehearse-slow", "its ranker is slow for busy viewers", "rolled_back"),
+)
+REHEARSALS: Final = ("popular", "worse", "errors", "slow")
+
+
+@dataclass(frozen=True)
+class Ending:
+    """How a rollout of the demo ended, as others recorded it."""
+
+    scene: Scene
+    release: str
+    end: str
+    evidence: str
+    weight_bp: int
+    viewers: int
+    seconds: float
+    requests: int
+    failed: int
+
+    @property
+    def as_expected(self) -> bool:
+        """It ended as it should, and no request failed meanwhile."""
+        return self.end == self.scene.expected and self.failed == 0
+
+
+def rehearsal_commands(run: RunDirectory, seed: int) -> list[list[str]]:
+    """What makes the releases of the scenes, the one to begin with included."""
+    good = str(run.record("release")["summary"]["release_id"])
+    where = ["--run", str(run.path), "--of", good[:12], "--seed", str(seed)]
+    return [["release", "rehearse", kind, *where] for kind in REHEARSALS]
+
+
+def first_release(run: RunDirectory) -> str:
+    """What is served before anything is rolled out."""
+    return _release_of(run, "rehearse-popular")
+
+
+def lay_aside_earlier_rollouts(run: RunDirectory) -> None:
+    """A demo begins without a past: what was rolled out in an earlier one is kept beside it.
+
+    Raises:
+        ConfigError: the run is being served; its rollouts are in use.
+    """
+    if (serving := serving_record(run)) is not None:
+        raise ConfigError(f"{run.path} is being served by process {serving.pid}; end it first (kill {serving.pid})")
+    place = run.path / "rollout"
+    if place.exists():
+        kept = run.path / "earlier-rollouts" / f"{datetime.now(UTC):%Y%m%d-%H%M%S}"
+        kept.parent.mkdir(exist_ok=True)
+        place.rename(kept)
+        say(f"the rollouts of an earlier demo are kept in {kept}")
+
+
+def play(run: RunDirectory, walk: DemoWalk) -> tuple[list[Ending], dict[str, Any]]:
+    """All scenes on a service that runs, under traffic. Returns their endings and the traffic's report."""
+    report = run.path / "traffic.json"
+    where = ["--run", str(run.path)]
+    traffic = ["traffic", *where, "--rate", str(RATE), "--report", str(report)]
+    parity = ["features", "parity", *where, "--every", str(PARITY_EVERY_S)]
+    walk.step("Viewers, and the replay of what is served to them", traffic, parity)
+    with ExitStack() as stack:
+        stack.enter_context(child(reelway_command(*parity), log=run.path / "parity.log"))
+        stack.enter_context(_traffic(traffic, run.path / "traffic.log", report))
+        endings = [_play(run, scene, walk, report) for scene in SCENES]
+    return endings, _read(report)
+
+
+def show(endings: Sequence[Ending], traffic: dict[str, Any]) -> None:
+    """The table of what was rolled out and what became of it."""
+    table = Table(title="what was rolled out, and what became of it", title_justify="left")
+    for column in ("release", "what is wrong", "end", "evidence", "at", "canary viewers", "after s", "failed"):
+        table.add_column(column, justify="right" if column in ("at", "canary viewers", "after s", "failed") else "left")
+    for one in endings:
+        colour = "green" if one.as_expected else "bold red"
+        table.add_row(
+            one.release[:12], one.scene.wrong, f"[{colour}]{one.end.replace('_', ' ')}", escape(one.evidence),
+            f"{one.weight_bp / 100:g} %", str(one.viewers), f"{one.seconds:.0f}", f"{one.failed} of {one.requests}",
+        )  # fmt: skip
+    out.print(table)
+    out.print(
+        f"traffic: {traffic['requests']} requests, {traffic['failed']} failed, {traffic['arm_changes']} viewers moved "
+        f"out of order; {traffic['outcomes']['sent']} outcomes sent, {traffic['outcomes']['posts_failed']} times in "
+        "vain",
+        highlight=False,
+    )
+
+
+def assess(endings: Sequence[Ending], traffic: dict[str, Any]) -> None:
+    """Refuse a demo that did not show what it should.
+
+    Raises:
+        RolloutError: naming what was not as it should be.
+    """
+    wrong = [
+        f"{one.scene.step} ended {one.end} with {one.failed} failed requests, expected {one.scene.expected} with none"
+        for one in endings
+        if not one.as_expected
+    ]
+    if traffic["failed"] or traffic["outcomes"]["posts_failed"] or traffic["arm_changes"]:
+        seen = [*traffic["failures"], *traffic["arm_change_examples"]]
+        wrong.append(f"traffic: {'; '.join(seen[:3]) or 'see its report'}")
+    if wrong:
+        raise RolloutError("the demo did not end as it should: " + "; ".join(wrong))
+
+
+def _play(run: RunDirectory, scene: Scene, walk: DemoWalk, report: Path) -> Ending:
+    release = _release_of(run, scene.step)
+    command = ["rollout", "start", release[:12], "--run", str(run.path), "--policy", "demo", "--wait",
+               "--timeout", str(ROLLOUT_S)]  # fmt: skip
+    walk.step(scene.title, command)
+    before = _read(report)
+    with child(reelway_command(*command)) as process:
+        code = process.wait()
+    if code not in _ENDED:
+        raise CommandFailedError(reelway_command(*command), code)
+    time.sleep(SETTLE_S)
+    store = open_store(run)
+    rollout = store.latest()
+    assert rollout is not None
+    return ending_of(scene, rollout, store.history(rollout.state.id), before, _read(report))
+
+
+def ending_of(
+    scene: Scene,
+    rollout: Rollout,
+    entries: Sequence[HistoryEntry],
+    before: dict[str, Any],
+    after: dict[str, Any],
+) -> Ending:
+    """How a rollout ended, from its history and the traffic's reports before and after it."""
+    release = rollout.state.canary_release
+    decided = next((e for e in reversed(entries) if e.action in ("promote", "roll_back")), entries[-1])
+    began = next((e.time for e in entries if e.action == "step"), decided.time)
+    canary = [row for row in after["releases"] if row["release"] == release and row["arm"] == "canary"]
+    return Ending(
+        scene=scene,
+        release=release,
+        end=rollout.state.phase.value,
+        evidence=evidence_of(decided),
+        weight_bp=max((e.canary_bp for e in entries if e.number < decided.number), default=0),
+        viewers=sum(row["viewers"] for row in canary),
+        seconds=decided.time - began,
+        requests=after["requests"] - before["requests"],
+        failed=after["failed"] - before["failed"],
+    )
+
+
+def evidence_of(decision: HistoryEntry) -> str:
+    """What a promotion or rollback stood on: the guardrails that were breached, or the metrics with harm."""
+    evidence = decision.evidence
+    bad = [g["name"] for g in evidence.get("guardrails", ()) if g["state"] == "bad"]
+    harms = [o["label"] for o in evidence.get("outcomes", ()) if o["finding"] == "harm_established"]
+    if bad or harms:
+        return ", ".join([*bad, *(f"{label} (harm)" for label in harms)])
+    if decision.action == "promote":
+        return "harm excluded: " + ", ".join(o["name"] for o in evidence.get("outcomes", ()) if o["required"])
+    return decision.reason[:60]
+
+
+@contextmanager
+def _traffic(command: Sequence[str], log: Path, report: Path) -> Iterator[None]:
+    report.unlink(missing_ok=True)
+    with child(reelway_command(*command), log=log) as process:
+        deadline = time.monotonic() + TRAFFIC_STARTS_S
+        with console.status(f"waiting for the first viewers (log: {log})"):
+            while not report.exists():
+                if process.poll() is not None or time.monotonic() > deadline:
+                    raise CommandFailedError(["reelway", *command], process.poll() or 1)
+                time.sleep(0.1)
+        yield
+
+
+def _release_of(run: RunDirectory, step: str) -> str:
+    return str(run.record(step)["summary"]["release_id"])
+
+
+def _read(report: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(report.read_text())
+    return found
+
+
+def make_rehearsals(commands: Sequence[Sequence[str]]) -> None:
+    """Make the releases, one command after the other."""
+    for command in commands:
+        run_to_end(reelway_command(*command))

@@ -1,0 +1,46 @@
+"""Why: whoever watches a demo wants to know where it is, which command is being shown, and where the time went.
+
+Headings and a clock; it runs nothing.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+from rich.rule import Rule
+from rich.table import Table
+
+from reelway.platform.cli.terminal import console, out, say
+
+
+class DemoWalk:
+    """Numbers the steps of a demo and remembers how long each took."""
+
+    def __init__(self, total: int) -> None:
+        self._total = total
+        self._began = time.monotonic()
+        self._steps: list[tuple[str, float]] = []
+
+    def step(self, title: str, *commands: Sequence[str]) -> None:
+        """Begin the next step; the one before has ended."""
+        self._steps.append((title, time.monotonic()))
+        console.print(Rule(f"[bold]{len(self._steps)}/{self._total} {title}", align="left"))
+        for command in commands:
+            say(f"$ reelway {' '.join(command)}")
+
+    @property
+    def elapsed_s(self) -> float:
+        """Since the beginning."""
+        return time.monotonic() - self._began
+
+    def show_times(self) -> None:
+        """Seconds per step, in order."""
+        ends = [*(began for _, began in self._steps[1:]), time.monotonic()]
+        table = Table(title="where the time went", title_justify="left", box=None, pad_edge=False)
+        table.add_column("step")
+        table.add_column("s", justify="right")
+        for (title, began), end in zip(self._steps, ends, strict=True):
+            table.add_row(title, f"{end - began:.0f}")
+        table.add_row("all", f"{self.elapsed_s:.0f}", style="bold")
+        out.print(table)

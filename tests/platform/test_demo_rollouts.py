@@ -1,0 +1,125 @@
+"""What the demo says of its rollouts is what was recorded, and a demo that did not show it fails."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from reelway.platform.cli import demo_rollouts
+from reelway.platform.cli.demo_rollouts import SCENES, Ending, assess, ending_of, lay_aside_earlier_rollouts
+from reelway.platform.cli.rollout_policy import policy_named
+from reelway.platform.errors import ConfigError, RolloutError
+from reelway.platform.rollout.records import HistoryEntry, Rollout
+from reelway.platform.rollout.state import Phase, RolloutState
+from reelway.platform.runs import RunDirectory
+
+STABLE, CANARY = "a" * 64, "b" * 64
+TRAINED, WORSE, ERRORS, SLOW = SCENES
+
+
+def entry(number: int, action: str, time: float, canary_bp: int, **evidence: Any) -> HistoryEntry:
+    return HistoryEntry(
+        number=number, rollout_id="r", time=time, action=action, reason=f"{action} because", phase_before="stepping",
+        phase="stepping", step=0, canary_bp=canary_bp, evidence=evidence,
+    )  # fmt: skip
+
+
+def rollout(phase: Phase) -> Rollout:
+    state = RolloutState(
+        id="r", stable_release=STABLE, canary_release=CANARY, phase=phase, started_at=0, changed_at=0, tick_at=0
+    )
+    return Rollout(state=state, policy=policy_named("demo"), version=1)
+
+
+def traffic(requests: int, failed: int, viewers: int = 0, **more: Any) -> dict[str, Any]:
+    rows = [
+        {"release": CANARY, "arm": "canary", "viewers": viewers},
+        {"release": CANARY, "arm": "stable", "viewers": 900},
+        {"release": STABLE, "arm": "stable", "viewers": 900},
+    ]
+    whole = {
+        "requests": requests, "failed": failed, "releases": rows, "arm_changes": 0, "failures": [],
+        "arm_change_examples": [], "outcomes": {"sent": 10, "posts_failed": 0},
+    }  # fmt: skip
+    return whole | more
+
+
+def test_a_rollback_is_told_with_its_evidence_weight_viewers_and_seconds() -> None:
+    history = [
+        entry(1, "prepare", 100, 0),
+        entry(2, "step", 110, 2_000),
+        entry(3, "roll_back", 125, 0,
+              guardrails=[{"name": "error_ratio", "state": "bad"}, {"name": "p99_ms", "state": "ok"}],
+              outcomes=[{"label": "like_rate", "name": "like_rate", "finding": "undecided", "required": True}]),
+        entry(4, "complete_rollback", 126, 0),
+    ]  # fmt: skip
+    found = ending_of(ERRORS, rollout(Phase.ROLLED_BACK), history, traffic(100, 0), traffic(400, 0, viewers=37))
+    assert (found.end, found.evidence, found.weight_bp) == ("rolled_back", "error_ratio", 2_000)
+    assert (found.viewers, found.seconds, found.requests, found.failed) == (37, 15, 300, 0)
+    assert found.as_expected
+
+
+def test_harm_and_its_exclusion_are_named() -> None:
+    def outcome(finding: str) -> dict[str, Any]:
+        return {"label": "skip_rate on new_videos", "name": "skip_rate", "finding": finding, "required": True}
+
+    harm = entry(1, "roll_back", 1, 0, guardrails=[], outcomes=[outcome("harm_established")])
+    assert demo_rollouts.evidence_of(harm) == "skip_rate on new_videos (harm)"
+    earned = entry(1, "promote", 1, 0, guardrails=[], outcomes=[outcome("harm_excluded")])
+    assert demo_rollouts.evidence_of(earned) == "harm excluded: skip_rate"
+    by_hand = entry(1, "roll_back", 1, 0)
+    assert demo_rollouts.evidence_of(by_hand) == "roll_back because"
+
+
+def ended(scene: demo_rollouts.Scene, end: str, failed: int = 0) -> Ending:
+    return Ending(scene, CANARY, end, "error_ratio", 2_000, 37, 15, 300, failed)
+
+
+def test_a_demo_that_showed_what_it_should_passes() -> None:
+    endings = [ended(TRAINED, "promoted"), *(ended(scene, "rolled_back") for scene in (WORSE, ERRORS, SLOW))]
+    assess(endings, traffic(900, 0))
+    demo_rollouts.show(endings, traffic(900, 0))
+
+
+@pytest.mark.parametrize(
+    ("ending", "whole", "said"),
+    [
+        (ended(WORSE, "promoted"), traffic(9, 0), "rehearse-worse ended promoted"),
+        (ended(TRAINED, "rolled_back"), traffic(9, 0), "release ended rolled_back"),
+        (ended(SLOW, "rolled_back", failed=1), traffic(9, 0), "with 1 failed requests"),
+        (ended(SLOW, "rolled_back"), traffic(9, 1, failures=["viewer 3: 503"]), "viewer 3: 503"),
+        (ended(SLOW, "rolled_back"), traffic(9, 0, arm_changes=1, arm_change_examples=["viewer 5"]), "viewer 5"),
+        (ended(SLOW, "rolled_back"), traffic(9, 0, outcomes={"sent": 1, "posts_failed": 1}), "traffic:"),
+    ],
+)
+def test_a_demo_that_did_not_fails_and_says_what(ending: Ending, whole: dict[str, Any], said: str) -> None:
+    with pytest.raises(RolloutError, match=said):
+        assess([ending], whole)
+
+
+def test_rollouts_of_an_earlier_demo_are_kept_aside_and_never_those_of_a_running_service(tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path)
+    lay_aside_earlier_rollouts(run)
+    (tmp_path / "rollout").mkdir()
+    (tmp_path / "rollout" / "state.db").write_text("history")
+    (tmp_path / "serving.json").write_text(json.dumps({"url": "http://x", "pid": os.getpid(), "release": STABLE}))
+    with pytest.raises(ConfigError, match=f"served by process {os.getpid()}"):
+        lay_aside_earlier_rollouts(run)
+    (tmp_path / "serving.json").unlink()
+    lay_aside_earlier_rollouts(run)
+    assert not (tmp_path / "rollout").exists()
+    assert [path.read_text() for path in (tmp_path / "earlier-rollouts").glob("*/state.db")] == ["history"]
+
+
+def test_the_releases_of_the_scenes_are_the_rehearsals_and_the_trained_one(tmp_path: Path) -> None:
+    run = RunDirectory(tmp_path)
+    with run.step("release", config={}) as step:
+        step.summary["release_id"] = CANARY
+    commands = demo_rollouts.rehearsal_commands(run, seed=3)
+    made = {f"rehearse-{command[2]}" for command in commands}
+    assert made == {scene.step for scene in SCENES if scene is not TRAINED} | {"rehearse-popular"}
+    assert all(command[command.index("--of") + 1] == CANARY[:12] for command in commands)
