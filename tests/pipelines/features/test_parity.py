@@ -18,10 +18,13 @@ from reelway.pipelines.features.parity import ParityReport, replay, same_value
 from reelway.pipelines.features.registry import register_features
 from reelway.pipelines.features.training_rows import video_snapshot
 from reelway.platform.contracts.features import VIDEO_DENSE
+from reelway.platform.durable import write_json
 from reelway.platform.errors import ParityError
 from reelway.platform.features.assembly import assemble_videos, columns_from_table
 from reelway.platform.features.store import ViewerRows, open_feature_store
 from reelway.platform.features.vector_log import ServedVector, VectorLog
+from reelway.platform.rollout.evidence import EvidenceState
+from reelway.platform.rollout.sources.parity_report import parity_path, read_parity
 from reelway.platform.runs import RunDirectory
 
 
@@ -131,6 +134,20 @@ def test_a_mismatch_shows_view_feature_entity_and_both_values(built, tmp_path) -
     assert str(miss).startswith(
         f"video_content.duration_s of video {videos[0]['video_id']} (request 0): served 1.5, off"
     )
+
+
+def test_every_release_has_its_own_findings_as_the_rollout_reads_them(built, tmp_path) -> None:
+    first, second, third = served_vectors(built)[:3]
+    videos = [dict(second.videos[0]) | {"duration_s": 1.5}, *second.videos[1:]]
+    log = [first, replace(second, videos=videos, release="r2"), replace(third, release="r2")]
+    run = RunDirectory(tmp_path / "run")
+    report = replayed(built.run.features, tmp_path / "log", log)
+    write_json(parity_path(run), report.by_release(checked_at=7.0))
+    sound, differing, unknown = (read_parity(run).reading(release) for release in ("r1", "r2", "r3"))
+    assert (sound.events, sound.trials) == (0, 9)
+    assert (differing.events, differing.trials) == (1, 18)
+    assert "duration_s" in differing.detail
+    assert unknown.state is EvidenceState.INSUFFICIENT
 
 
 def test_an_empty_log_is_not_a_pass(built, tmp_path) -> None:
