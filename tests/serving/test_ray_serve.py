@@ -5,6 +5,7 @@ One service for the whole module, so the tests share its state; the last one end
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import signal
@@ -12,114 +13,40 @@ import subprocess
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import httpx
 import jsonschema
 import psutil
 import pytest
-from tests.release_files import NOW_S, make_release_folder
-from tests.serving.viewer_store import make_viewer_store
+from tests.release_files import NOW_S
+from tests.serving.served_run import KNOWN_VIEWER, READY_S, Running, make_run
 
 from reelway.platform.cli.processes import end_group, reelway_command
 from reelway.platform.contracts.api import RecommendRequest, RecommendResponse
-from reelway.platform.contracts.blend import Blend, RetrievalBlend
-from reelway.platform.contracts.features import TRAINING_SERVICE, VIEWER_SERVICE
-from reelway.platform.features.store import ViewerRows, feature_service_digest, open_feature_store
+from reelway.platform.contracts.events import Arm
+from reelway.platform.features.store import ViewerRows, open_feature_store
 from reelway.platform.features.vector_log import read_vectors
-from reelway.platform.release.signing import create_keys, load_private_key
-from reelway.platform.release.store import ReleaseStore
-from reelway.platform.tokens import TokenSigner
-from reelway.serving.release_loader import ReleaseLoader
+from reelway.platform.rollout import series
+from reelway.platform.rollout.bucketing import bucket_of
+from reelway.platform.rollout.routing import ArmRoute, Routing, ShadowRoute
+from reelway.platform.rollout.serve_rest import ServeRestBackend
+from reelway.platform.rollout.traffic import TrafficTarget
+from reelway.platform.runs import RunDirectory
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(300)]
 
-KNOWN_VIEWER = 42
-READY_S = 120.0
 DOWN_S = 60.0
-
-
-@dataclass
-class Running:
-    """The service under test."""
-
-    run: Path
-    process: subprocess.Popen[bytes]
-    url: str
-    release: str
-    watched: list[int]
-    client: httpx.Client
-
-    @property
-    def loader(self) -> ReleaseLoader:
-        return ReleaseLoader(self.run / "serving" / "releases" / self.release)
-
-    @property
-    def signer(self) -> TokenSigner:
-        return TokenSigner((self.run / "keys" / "token.secret").read_bytes())
-
-    def ask(self, viewer: int = KNOWN_VIEWER, count: int = 10, **context: Any) -> dict[str, Any]:
-        answer = self.client.post("/v1/recommend", json={"viewer_id": viewer, "count": count, "context": context})
-        assert answer.status_code == 200, answer.text
-        body: dict[str, Any] = answer.json()
-        return body
-
-    def metric(self, name: str, **labels: str) -> float:
-        """Sum over all series of this name that carry the labels."""
-        total = 0.0
-        for line in self.client.get("/metrics").text.splitlines():
-            found = re.fullmatch(rf"{name}(?:{{(.*)}})? (\S+)", line)
-            if found and all(f'{key}="{value}"' in (found[1] or "") for key, value in labels.items()):
-                total += float(found[2])
-        return total
-
-    def wait_until_whole(self) -> None:
-        deadline = time.monotonic() + READY_S
-        while self.ask()["degraded"]:
-            assert time.monotonic() < deadline, "a stage did not come back"
-            time.sleep(0.1)
-
-    def replica_of(self, deployment: str) -> psutil.Process:
-        """The process of a deployment's only replica, among the service's own."""
-        (replica,) = [
-            child
-            for child in psutil.Process(self.process.pid).children(recursive=True)
-            if (title := " ".join(child.cmdline())).startswith("ray::ServeReplica") and f":{deployment}" in title
-        ]
-        return replica
-
-
-def make_run(run: Path) -> tuple[str, list[int]]:
-    """A run directory with a signed release and a feature store that knows one viewer and what they watched."""
-    made = run / "made"
-    make_release_folder(made, videos=300)
-    watched = ReleaseLoader(made).table().video_id[5:15].tolist()
-    row = {
-        "region": "eu",
-        "created_at_s": NOW_S - 1e6,
-        "history_videos": watched,
-        "history_weights": [1.0] * 10,
-        "history_times_s": [NOW_S - 3600.0 * i for i in range(10, 0, -1)],
-    }
-    make_viewer_store(run / "features", {KNOWN_VIEWER: row}, NOW_S)
-    features = open_feature_store(run / "features")
-    services = [
-        {"name": name, "digest": feature_service_digest(features, name)} for name in (TRAINING_SERVICE, VIEWER_SERVICE)
-    ]
-    key = load_private_key(create_keys(run / "keys").private)
-    blend = Blend(retrieval=RetrievalBlend(candidates=100))
-    manifest = make_release_folder(made, videos=300, key=key, blend=blend, feature_services=services)
-    return ReleaseStore(str(run / "releases")).write(made, manifest), watched
 
 
 @pytest.fixture(scope="module")
 def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     run = tmp_path_factory.mktemp("run")
-    release, watched = make_run(run)
+    release, other, watched = make_run(run)
     command = reelway_command("serve", "--run", str(run), "--port", "0", "--parity-ratio", "1")
     log, record = run / "serve.log", run / "serving.json"
     with log.open("wb") as sink:
@@ -135,7 +62,7 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
         assert written["release"] == release
         assert written["url"] in log.read_text()
         with httpx.Client(base_url=written["url"], timeout=30) as client:
-            yield Running(run, process, written["url"], release, watched, client)
+            yield Running(run, process, written["url"], release, other, watched, client)
     finally:
         end_group(process)
 
@@ -264,9 +191,168 @@ def test_killed_replicas_cost_no_request(service: Running) -> None:
         assert service.metric("reelway_ingress_degraded_total", rung=rung) >= before[rung] + stepped_down[rung]
 
 
+def test_a_release_comes_takes_traffic_and_goes_under_load_without_a_failed_request(
+    service: Running, capsys: pytest.CaptureFixture[str]
+) -> None:
+    service.wait_until_whole()
+    stable, other = service.release, service.other
+    backend = ServeRestBackend(RunDirectory(service.run))
+    kept = {name: service.replica_of(name).pid for name in ("Router", "Outcomes", "Retrieval", "Ranking", "Reranking")}
+    faults = service.metric("reelway_ingress_faults_total", kind="error")
+
+    def routing(canary_bp: int, *, warm: bool = True) -> Routing:
+        arms = [ArmRoute(arm=Arm.CANARY, release=other, weight_bp=canary_bp)] if canary_bp else []
+        arms.append(ArmRoute(arm=Arm.STABLE, release=stable, weight_bp=10_000 - canary_bp))
+        return Routing(salt="under load", rollout="r1", arms=tuple(arms), warm=(stable, other) if warm else ())
+
+    def ready() -> bool:
+        return {stable, other} <= backend.observe().ready
+
+    with asking(service.url) as asked:
+        backend.observe()
+        backend.apply(TrafficTarget(routing(0), (stable, other)))
+        wait_for(ready, "the release is not ready", READY_S)
+        moves: dict[str, tuple[int, float]] = {}
+        for name, weight in (("weight given", 5000), ("weight taken", 0)):
+            moves[name] = (weight, time.time())
+            backend.apply(TrafficTarget(routing(weight), (stable, other)))
+            keep_going(asked, 40)
+        backend.apply(TrafficTarget(routing(0, warm=False), (stable,)))
+        wait_for(lambda: backend.observe().releases == (stable,), "the release is still there", 60)
+        wait_for(lambda: not service.processes("ray::ServeReplica", other[:12]), "its replicas are still there", 60)
+        keep_going(asked, 20)
+
+    assert Counter(one.status for one in asked) == {200: len(asked)}
+    assert service.metric("reelway_ingress_faults_total", kind="error") == faults  # late ones are the machine's
+    assert {name: service.replica_of(name).pid for name in kept} == kept
+    for name, (weight, at) in moves.items():
+        end = min((one_at for _, one_at in moves.values() if one_at > at), default=asked[-1].sent)
+        expected = routing(weight)
+        after = [one for one in asked if at < one.sent < end and one.moves]
+        right = [one for one in after if one.release == expected.route_of(one.viewer).release]
+        wrong = [one for one in after if one.release != expected.route_of(one.viewer).release]
+        first_s = right[0].done - at
+        last_s = max((one.sent - at for one in wrong), default=0.0)
+        with capsys.disabled():
+            print(
+                f"\n{name}: from the PUT to the first request on it {first_s:.3f} s, to the last without {last_s:.3f} s"
+            )
+        assert last_s < 1.0
+
+
+def test_what_is_shown_in_a_rollout_is_counted_with_its_outcomes_and_mirrored_requests_are_compared(
+    service: Running,
+) -> None:
+    stable, other = service.release, service.other
+    backend = ServeRestBackend(RunDirectory(service.run))
+    arms = (
+        ArmRoute(arm=Arm.CANARY, release=other, weight_bp=4000),
+        ArmRoute(arm=Arm.STABLE, release=stable, weight_bp=5000),
+        ArmRoute(arm=Arm.HOLDOUT, release=stable, weight_bp=1000),
+    )
+    routing = Routing(
+        salt="counted", rollout="r2", arms=arms, shadow=ShadowRoute(release=other, weight_bp=10_000), warm=(other,)
+    )
+    backend.observe()
+    backend.apply(TrafficTarget(routing, (stable, other)))
+    wait_for(lambda: backend.observe().ready >= {stable, other}, "the release is not ready", READY_S)
+    wait_for(lambda: backend.observe().routing == routing, "the routing is not acted upon", READY_S)
+    answers = [service.ask(viewer=viewer, count=3) for viewer in range(30)]
+    for answer in answers:
+        route = routing.route_of(answer["viewer_id"])
+        assert (answer["release"], answer["arm"], answer["degraded"]) == (route.release, route.arm, [])
+    token = service.signer.read(answers[0]["videos"][0]["token"])
+    assert token.rollout == "r2"
+    assert token.weight == pytest.approx({Arm.CANARY: 5 / 9, Arm.STABLE: 4 / 9, Arm.HOLDOUT: 1.0}[token.arm])
+    assert token.duration_ms > 0
+    outcomes = [
+        {"token": video["token"], "type": "watch", "value": 5000} for answer in answers for video in answer["videos"]
+    ]
+    report = service.client.post("/v1/outcomes", json={"outcomes": outcomes})
+    assert report.status_code == 200, report.text
+    assert report.json()["counted"] == 90
+
+    def total(name: str, **labels: str) -> float:
+        return service.metric(name, place="/v1/outcomes/metrics", rollout="r2", slice="overall", **labels)
+
+    shown = Counter(answer["arm"] for answer in answers)
+    for arm in ("canary", "stable", "holdout"):
+        expected = 3 * shown[arm]
+        wait_for(
+            lambda arm=arm, expected=expected: total(series.EXPOSURE, statistic="impressions", arm=arm) == expected,  # type: ignore[misc]
+            f"the impressions of {arm} are not counted",
+            20,
+        )
+        assert total(series.EXPOSURE, statistic="viewers", arm=arm) == shown[arm]
+    watched = {"metric": "watch_s_per_impression", "statistic": "sum_y", "arm": "canary"}
+    assert total(series.STATISTIC, **watched) == pytest.approx(5 * 3 * shown["canary"] * 5 / 9, rel=1e-5)
+    label = other[:12]
+    wait_for(
+        lambda: service.metric(series.SHADOW_REQUESTS, release=label, outcome="compared") > 0, "nothing is compared", 20
+    )
+    assert service.metric(series.SHADOW_OVERLAP + "_count", release=label) > 0
+    assert service.metric(series.LATENCY + "_count", release=label, arm="shadow") > 0
+    assert service.metric(series.SHADOW_REQUESTS, release=label, outcome="failed") == 0
+    backend.apply(TrafficTarget(Routing.whole(stable), (stable,)))
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """One request of the load. ``moves``: whether a canary of half of the viewers has this one."""
+
+    viewer: int
+    sent: float
+    done: float
+    status: int
+    release: str
+    degraded: bool
+
+    @property
+    def moves(self) -> bool:
+        return bucket_of(self.viewer, "under load") < 5000
+
+
+@contextmanager
+def asking(url: str) -> Iterator[list[Asked]]:
+    """Three clients that ask without a pause, each viewer in turn."""
+    stop, asked, viewers = threading.Event(), list[Asked](), itertools.count()
+
+    def keep_asking() -> None:
+        with httpx.Client(base_url=url, timeout=30) as client:
+            while not stop.is_set():
+                viewer, sent = next(viewers), time.time()
+                reply = client.post("/v1/recommend", json={"viewer_id": viewer, "count": 5})
+                body = reply.json()
+                rungs = bool(body.get("degraded"))
+                asked.append(Asked(viewer, sent, time.time(), reply.status_code, body.get("release", ""), rungs))
+
+    with ThreadPoolExecutor(3) as threads:
+        clients = [threads.submit(keep_asking) for _ in range(3)]
+        try:
+            yield asked
+        finally:
+            stop.set()
+        for client in clients:
+            client.result()
+
+
+def keep_going(asked: list[Asked], requests: int) -> None:
+    """Until so many more were sent after half a second from now."""
+    since = time.time() + 0.5
+    wait_for(lambda: sum(one.sent > since for one in list(asked)) > requests, "nobody asks", 60)
+
+
+def wait_for(condition: Callable[[], bool], otherwise: str, within_s: float) -> None:
+    deadline = time.monotonic() + within_s
+    while not condition():
+        assert time.monotonic() < deadline, otherwise
+        time.sleep(0.1)
+
+
 def test_z_an_interrupt_ends_the_service_with_all_its_processes(service: Running) -> None:
     started = psutil.Process(service.process.pid).children(recursive=True)
     assert len(started) > 5
+    assert service.processes("rollout", "controller")
     service.process.send_signal(signal.SIGINT)
     service.process.wait(DOWN_S)
     _, alive = psutil.wait_procs(started, timeout=15)

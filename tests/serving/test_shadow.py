@@ -1,0 +1,223 @@
+"""Mirrored requests: compared with what was shown, invisible to the viewer, never in anybody's way."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from prometheus_client import CollectorRegistry
+from tests.release_files import make_release_folder
+
+from reelway.platform.contracts.api import RecommendRequest, RecommendResponse
+from reelway.platform.contracts.events import Arm
+from reelway.platform.rollout import series
+from reelway.platform.rollout.bucketing import BUCKETS
+from reelway.platform.rollout.routing import ArmRoute, Routing, ShadowRoute
+from reelway.platform.tokens import TokenSigner
+from reelway.serving.graph import LocalStages
+from reelway.serving.open_releases import OpenRelease
+from reelway.serving.outcomes import ExposureBuffer
+from reelway.serving.release_loader import ReleaseLoader
+from reelway.serving.router import Router, RouterParts
+from reelway.serving.shadow import AT_ONCE, is_mirrored, overlap_ratio, score_drift_ratio
+from reelway.serving.stages.arrays import Candidates, ViewerQuery
+
+
+class SlowStages(LocalStages):
+    """The real stages behind a gate, or failing in a way that no rung of the ladder catches."""
+
+    gate: asyncio.Event | None = None
+    breaks = False
+
+    async def retrieve(self, query: ViewerQuery) -> Candidates:
+        if self.gate:
+            await self.gate.wait()
+        if self.breaks:
+            raise asyncio.InvalidStateError("the mirrored release is broken")
+        return await super().retrieve(query)
+
+
+class World:
+    """A router with a stable release, and another one that is asked in its shadow."""
+
+    def __init__(self, place: Path, ids: tuple[str, str], weight_bp: int = BUCKETS) -> None:
+        self._place = place
+        self.stable, self.mirrored = ids
+        self.registry = CollectorRegistry()
+        self.exposures = ExposureBuffer()
+        self.shadow_stages: SlowStages | None = None
+        signer = TokenSigner(b"a secret of the tests, long enough")
+        self.router = Router(
+            self._open,
+            RouterParts(signer, self.registry, read_viewer=lambda _: {"region": "eu"}, exposures=self.exposures),
+        )
+        self.routing = Routing(
+            salt="a rollout",
+            rollout="r1",
+            arms=(ArmRoute(arm=Arm.STABLE, release=self.stable, weight_bp=BUCKETS),),
+            shadow=ShadowRoute(release=self.mirrored, weight_bp=weight_bp),
+        )
+
+    async def start(self) -> None:
+        await self.router.reconfigure(self.routing.model_dump(mode="json"))
+        assert self.shadow_stages
+
+    async def _open(self, release: str) -> OpenRelease:
+        loader = ReleaseLoader(self._place / release)
+        stages = SlowStages(**vars(loader.stages()))
+        if release == self.mirrored:
+            self.shadow_stages = stages
+        return OpenRelease(loader.edge(), stages)
+
+    async def ask(self, viewer: int = 1) -> RecommendResponse:
+        """An answer, and what follows once it was sent."""
+        answer = await self.router.recommend(RecommendRequest(viewer_id=viewer, count=5))
+        assert answer.afterwards
+        await answer.afterwards()
+        return answer.response
+
+    def counted(self, name: str, **labels: Any) -> float:
+        return sum(
+            sample.value
+            for family in self.registry.collect()
+            for sample in family.samples
+            if sample.name == name and labels.items() <= sample.labels.items()
+        )
+
+    def mirrored_as(self, outcome: str) -> float:
+        return self.counted(series.SHADOW_REQUESTS, release=self.mirrored[:12], outcome=outcome)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("releases")
+
+
+@pytest.fixture(scope="module")
+def ids(place: Path) -> tuple[str, str]:
+    ids = []
+    for seed in range(2):
+        ids.append(make_release_folder(place / str(seed), seed=seed).release_id)
+        (place / str(seed)).rename(place / ids[-1])
+    return ids[0], ids[1]
+
+
+@pytest.fixture
+def world(place: Path, ids: tuple[str, str]) -> World:
+    return World(place, ids)
+
+
+async def until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < deadline, "it did not come about"
+        await asyncio.sleep(0.005)
+
+
+def check(work: Awaitable[None]) -> None:
+    async def run() -> None:
+        await work
+
+    asyncio.run(run())
+
+
+def test_a_mirrored_request_is_compared_and_leaves_no_impression(world: World) -> None:
+    async def scenario() -> None:
+        await world.start()
+        answer = await world.ask()
+        assert answer.release == world.stable
+        await until(lambda: world.mirrored_as("compared") == 1)
+
+    check(scenario())
+    label = world.mirrored[:12]
+    assert world.counted(series.SHADOW_OVERLAP + "_count", release=label) == 1
+    assert world.counted(series.SHADOW_DRIFT + "_count", release=label) == 1
+    assert world.counted(series.REQUESTS, release=label, arm="shadow", outcome="ok") == 1
+    assert world.counted(series.LATENCY + "_count", release=label, arm="shadow") == 1
+    assert world.counted("reelway_ingress_videos_total", release=label) == 0
+    batch = world.exposures.take()
+    assert batch is not None
+    assert {arm.release for arm in batch.arms} == {world.stable}
+    assert batch.count.sum() == 5
+
+
+def test_a_mirrored_release_that_hangs_delays_nobody_and_what_is_too_much_is_dropped(world: World) -> None:
+    async def scenario() -> None:
+        await world.start()
+        assert world.shadow_stages
+        object.__setattr__(world.shadow_stages, "gate", asyncio.Event())
+        start = time.monotonic()
+        answers = [await world.ask(viewer) for viewer in range(AT_ONCE + 3)]
+        assert time.monotonic() - start < 1.0
+        assert all(len(answer.videos) == 5 and not answer.degraded for answer in answers)
+        assert world.mirrored_as("dropped") == 3
+        assert world.shadow_stages.gate
+        world.shadow_stages.gate.set()
+        await until(lambda: world.mirrored_as("compared") == AT_ONCE)
+        await world.ask()
+        await until(lambda: world.mirrored_as("compared") == AT_ONCE + 1)  # there is room again
+
+    check(scenario())
+
+
+def test_a_mirrored_release_that_breaks_is_counted_and_touches_no_answer(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def scenario() -> None:
+        await world.start()
+        assert world.shadow_stages
+        object.__setattr__(world.shadow_stages, "breaks", True)
+        answer = await world.ask()
+        assert answer.degraded == []
+        label = world.mirrored[:12]
+        await until(lambda: world.counted(series.REQUESTS, release=label, arm="shadow", outcome="degraded") == 1)
+        monkeypatch.setattr("reelway.serving.graph.RequestPath._query", lambda *_: 1 / 0)
+        way = world.router._ways[Arm.STABLE]
+        monkeypatch.setattr(way.path, "_query", lambda *a: real_query(way.path, *a))
+        assert (await world.ask()).degraded == []
+        await until(lambda: world.mirrored_as("failed") == 1)
+        assert world.counted(series.REQUESTS, release=label, arm="shadow", outcome="failed") == 1
+        assert world.counted(series.REQUESTS, arm="stable", outcome="failed") == 0
+
+    from reelway.serving.graph import RequestPath
+
+    real_query = RequestPath._query
+    check(scenario())
+
+
+def test_only_the_named_share_is_mirrored_and_it_is_not_the_canarys_viewers() -> None:
+    routing = Routing(
+        salt="a rollout",
+        arms=(
+            ArmRoute(arm=Arm.CANARY, release="c", weight_bp=2000),
+            ArmRoute(arm=Arm.STABLE, release="s", weight_bp=8000),
+        ),
+    )
+    viewers = range(5000)
+    mirrored = [viewer for viewer in viewers if is_mirrored(viewer, routing.salt, 2000)]
+    assert 850 < len(mirrored) < 1150
+    both = sum(routing.route_of(viewer).arm is Arm.CANARY for viewer in mirrored)
+    assert both / len(mirrored) == pytest.approx(0.2, abs=0.05)  # as independent draws would have it
+    assert not any(is_mirrored(viewer, routing.salt, 0) for viewer in viewers)
+
+
+@pytest.mark.parametrize(
+    ("shown", "mirrored", "ratio"),
+    [([1, 2, 3, 4], [4, 3, 9, 8], 0.5), ([1, 2], [2, 1], 1.0), ([1], [], 0.0), ([], [], 1.0), ([], [1], 0.0)],
+)
+def test_overlap_counts_the_shown_videos_that_are_in_both(shown: list[int], mirrored: list[int], ratio: float) -> None:
+    assert overlap_ratio(shown, mirrored) == ratio
+
+
+def test_drift_is_relative_to_the_shown_slate_and_absent_where_it_means_nothing() -> None:
+    one, two, nothing = np.full(3, 0.5, np.float32), np.full(2, 0.6, np.float32), np.zeros(0, np.float32)
+    assert score_drift_ratio(one, two) == pytest.approx(0.2)
+    assert score_drift_ratio(two, one) == pytest.approx(1 / 6)
+    assert score_drift_ratio(one, nothing) is None
+    assert score_drift_ratio(nothing, one) is None
+    assert score_drift_ratio(np.zeros(2, np.float32), one) is None
