@@ -1,0 +1,70 @@
+"""``python infra/images build NAME...``: the images as OCI archives, with docker, podman or buildah.
+
+Refuses nothing but a machine with none of the three. What differs between machines comes from the environment and is
+written into no image: ``REELWAY_CA_BUNDLE`` (certificates for the package index), ``REELWAY_PIP_CONFIG`` (a pip.conf),
+``REELWAY_DEBIAN_MIRROR`` (for ``base``).
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from builders import BuilderError, find_builder
+from debian_base import BASE_IMAGE, make_base
+from sources import IMAGES, REPOSITORY, copy_sources, image_name, version
+
+_BEGAN = time.monotonic()
+
+
+def say(line: str) -> None:
+    print(f"[{time.monotonic() - _BEGAN:6.1f} s] {line}", file=sys.stderr, flush=True)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python infra/images", description=__doc__.partition("\n\n")[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    base = commands.add_parser("base", help="Debian 12 with Python from debootstrap, for machines without a registry")
+    build = commands.add_parser("build", help="build images and write an archive of each")
+    build.add_argument("names", nargs="+", choices=[*IMAGES, "all"], metavar="NAME", help=", ".join([*IMAGES, "all"]))
+    build.add_argument("--base", help=f"base image instead of the Dockerfile's; `{BASE_IMAGE}` is what `base` makes")
+    build.add_argument("--tag", default=version(), help="tag of the images (%(default)s)")
+    for each in (base, build):
+        each.add_argument(
+            "--out", type=Path, default=REPOSITORY / ".cluster" / "images", help="folder of the archives (%(default)s)"
+        )
+    options = parser.parse_args()
+    try:
+        if options.command == "base":
+            make_base(find_builder(), options.out, os.environ.get("REELWAY_DEBIAN_MIRROR"), say)
+        else:
+            names = IMAGES if "all" in options.names else tuple(dict.fromkeys(options.names))
+            build_images(names, options.tag, options.base, options.out)
+    except BuilderError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def build_images(names: tuple[str, ...], tag: str, base: str | None, out: Path) -> None:
+    """Build each image, write its archive into ``out`` and print both sizes."""
+    builder = find_builder()
+    say(f"building with {builder.program}")
+    out.mkdir(parents=True, exist_ok=True)
+    arguments = {"BASE": base} if base else {}
+    with tempfile.TemporaryDirectory() as folder:
+        context = copy_sources(Path(folder))
+        for name in names:
+            image, archive = image_name(name, tag), out / f"{name}.tar"
+            builder.build(context / "infra" / "images" / f"{name}.Dockerfile", context, image, arguments)
+            say(f"{image} is built")
+            builder.save(image, archive)
+            print(f"{image}\t{archive}\t{archive.stat().st_size / 1e6:.0f} MB compressed", flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,92 @@
+"""Three programs that build the same Dockerfile; the rest of this folder does not know which one is here."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+
+class BuilderError(Exception):
+    """There is no builder, or it failed; its own words are in the message or on the terminal."""
+
+
+@dataclass(frozen=True)
+class Builder:
+    """One of docker, podman and buildah, by what differs between them."""
+
+    program: str
+
+    def build(self, dockerfile: Path, context: Path, image: str, arguments: Mapping[str, str]) -> None:
+        """Build ``image``.
+
+        Raises:
+            BuilderError: the build failed.
+        """
+        command = [*self._build_command(), "--tag", image, "--file", str(dockerfile)]
+        for name, value in arguments.items():
+            command += ["--build-arg", f"{name}={value}"]
+        for name, path in _secrets().items():
+            command += ["--secret", f"id={name},src={path}"]
+        _run([*command, str(context)])
+
+    def save(self, image: str, archive: Path) -> None:
+        """Write an archive that ``ctr images import`` and ``docker load`` take.
+
+        Raises:
+            BuilderError: it could not be written.
+        """
+        archive.unlink(missing_ok=True)
+        if self.program == "buildah":
+            _run(["buildah", "push", "--quiet", image, f"oci-archive:{archive}:{image}"])
+        elif self.program == "podman":
+            _run(["podman", "save", "--quiet", "--format", "oci-archive", "--output", str(archive), image])
+        else:
+            _run(["docker", "save", "--output", str(archive), image])
+
+    def _build_command(self) -> list[str]:
+        if self.program == "buildah":
+            # Chroot isolation needs no container runtime and no network of its own.
+            return ["buildah", "build", "--isolation", "chroot", "--layers", "--quiet"]
+        if self.program == "podman":
+            return ["podman", "build", "--layers", "--quiet"]
+        return ["docker", "buildx", "build", "--load", "--quiet"]
+
+
+def find_builder() -> Builder:
+    """The first of docker, podman and buildah that works here; ``$REELWAY_BUILDER`` names one.
+
+    Raises:
+        BuilderError: none does.
+    """
+    named = os.environ.get("REELWAY_BUILDER")
+    for program in (named,) if named else _PROBES:
+        if program not in _PROBES:
+            raise BuilderError(f"REELWAY_BUILDER={program} is not one of {', '.join(_PROBES)}")
+        if shutil.which(program) and subprocess.run(_PROBES[program], capture_output=True, check=False).returncode == 0:
+            return Builder(program)
+    raise BuilderError("no docker with a running daemon, no podman and no buildah here; install one of them")
+
+
+_PROBES: Final = {
+    "docker": ["docker", "info"],
+    "podman": ["podman", "info"],
+    "buildah": ["buildah", "info"],
+}
+
+
+def _secrets() -> dict[str, str]:
+    """Files that the build may read and no layer keeps."""
+    bundle = os.environ.get("REELWAY_CA_BUNDLE") or os.environ.get("PIP_CERT") or os.environ.get("SSL_CERT_FILE")
+    named = {"ca": bundle, "pip": os.environ.get("REELWAY_PIP_CONFIG")}
+    return {name: path for name, path in named.items() if path and Path(path).is_file()}
+
+
+def _run(command: list[str]) -> None:
+    done = subprocess.run(command, check=False)
+    if done.returncode != 0:
+        raise BuilderError(f"{' '.join(command)} ended with {done.returncode}")

@@ -1,0 +1,37 @@
+# The rollout operator and whatever else the command line does on a cluster: no torch, no Ray.
+# The default base is an official image; `python infra/images base` makes one where no registry is reached.
+ARG BASE=docker.io/library/python:3.11-slim-bookworm@sha256:a36c24f9cbdf4fd0f52d67f0823eeac19c2028c637cecc392d97f980d4fec56b
+
+# Changes with constraints.txt and the members' requirements only; pip's cache is shared by all images.
+FROM ${BASE} AS dependencies
+WORKDIR /build
+RUN python3 -m venv /build/pip && python3 -m venv --without-pip /opt/reelway \
+    && echo /opt/members > "$(echo /opt/reelway/lib/python3.*/site-packages)/members.pth"
+COPY constraints.txt infra/images/dependencies.py ./
+COPY platform/pyproject.toml platform/
+ARG MEMBERS="platform[cluster,s3]"
+ENV PIP_CACHE_DIR=/var/cache/pip PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore
+RUN --mount=type=cache,id=reelway-pip,target=/var/cache/pip \
+    --mount=type=secret,id=ca,required=false \
+    --mount=type=secret,id=pip,required=false \
+    if [ -s /run/secrets/ca ]; then export PIP_CERT=/run/secrets/ca; fi \
+    && if [ -s /run/secrets/pip ]; then export PIP_CONFIG_FILE=/run/secrets/pip; fi \
+    && python3 dependencies.py ${MEMBERS} > requirements.txt \
+    && pip/bin/pip install -q -c constraints.txt hatchling \
+    && pip/bin/pip --python /opt/reelway/bin/python install -q -c constraints.txt -r requirements.txt
+
+FROM dependencies AS members
+COPY platform/ platform/
+RUN pip/bin/pip wheel -q --no-deps --no-build-isolation --no-index --wheel-dir wheels ./platform \
+    && pip/bin/pip --python /opt/reelway/bin/python install -q --no-deps --no-index --target /opt/members wheels/*.whl
+
+FROM ${BASE}
+RUN echo 'reelway:x:10001:10001::/tmp:/usr/sbin/nologin' >> /etc/passwd && echo 'reelway:x:10001:' >> /etc/group
+COPY --from=dependencies /opt/reelway /opt/reelway
+COPY --from=members /opt/members /opt/members
+ENV PATH=/opt/members/bin:/opt/reelway/bin:/usr/local/bin:/usr/bin:/bin \
+    PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 HOME=/tmp
+USER 10001:10001
+WORKDIR /tmp
+ENTRYPOINT ["reelway"]
+CMD ["operator"]

@@ -1,0 +1,53 @@
+"""A base image where no registry is reached: Debian 12 and its Python 3.11, fetched package by package."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Final
+
+from builders import Builder, BuilderError
+
+BASE_IMAGE: Final = "reelway.local/base:bookworm"
+_PACKAGES: Final = ("python3", "python3-venv", "ca-certificates")
+_NOT_NEEDED: Final = (
+    "var/cache/apt", "var/lib/apt/lists", "var/log", "usr/share/doc", "usr/share/man", "usr/share/locale", "usr/share/info",
+    "debootstrap",
+)  # fmt: skip
+
+
+def make_base(builder: Builder, out: Path, mirror: str | None, say: Callable[[str], None]) -> None:
+    """Build ``BASE_IMAGE``. ``mirror`` is a Debian mirror's address, None for debootstrap's own choice.
+
+    Raises:
+        BuilderError: debootstrap is not here or failed.
+    """
+    if shutil.which("debootstrap") is None:
+        raise BuilderError("debootstrap is not installed (Debian package debootstrap); or give `build --base IMAGE`")
+    with tempfile.TemporaryDirectory(dir=_made(out)) as folder:
+        root = Path(folder) / "root"
+        include = f"--include={','.join(_PACKAGES)}"
+        command = ["debootstrap", "--variant=minbase", include, "bookworm", str(root), *([mirror] if mirror else [])]
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+        if done.returncode != 0:
+            raise BuilderError(f"debootstrap ended with {done.returncode}: {done.stdout[-2000:]}")
+        for path in _NOT_NEEDED:
+            shutil.rmtree(root / path, ignore_errors=True)
+        # A mirror of this machine is of no use, and of no concern, to who runs the image.
+        (root / "etc" / "apt" / "sources.list").unlink(missing_ok=True)
+        (root / "etc" / "resolv.conf").unlink(missing_ok=True)
+        (root / "etc" / "hostname").unlink(missing_ok=True)
+        say("packages are there")
+        archive = Path(folder) / "context" / "base.tar"
+        archive.parent.mkdir()
+        subprocess.run(["tar", "-C", str(root), "--numeric-owner", "-cf", str(archive), "."], check=True)
+        builder.build(Path(__file__).with_name("base.Dockerfile"), archive.parent, BASE_IMAGE, {})
+        say(f"{BASE_IMAGE} is built")
+
+
+def _made(folder: Path) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder

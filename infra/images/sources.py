@@ -1,0 +1,38 @@
+"""What goes into a build, and no more: a small context is quick to send and cannot leak a key or a run."""
+
+from __future__ import annotations
+
+import shutil
+import tomllib
+from pathlib import Path
+from typing import Final
+
+REPOSITORY: Final = Path(__file__).resolve().parents[2]
+IMAGES: Final = ("controller", "serving", "training")
+REGISTRY: Final = "reelway.local"
+"""Of images that are loaded into a node and pulled by nobody."""
+_PARTS: Final = ("platform", "serving", "pipelines", "feature_repo", "infra/images", "constraints.txt")
+_LEFT_OUT: Final = shutil.ignore_patterns("__pycache__", "*.egg-info", "*.tar", ".*", "decisions", "registry.db")
+
+
+def version() -> str:
+    """The project's version, which is also the chart's ``appVersion``."""
+    project = tomllib.loads((REPOSITORY / "platform" / "pyproject.toml").read_text())["project"]
+    return str(project["version"])
+
+
+def image_name(name: str, tag: str) -> str:
+    """What an image is called on a node that pulls nothing."""
+    return f"{REGISTRY}/{name}:{tag}"
+
+
+def copy_sources(folder: Path) -> Path:
+    """The build context, in ``folder``."""
+    for part in _PARTS:
+        source, target = REPOSITORY / part, folder / part
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if source.is_dir():
+            shutil.copytree(source, target, ignore=_LEFT_OUT)
+        else:
+            shutil.copy2(source, target)
+    return folder
