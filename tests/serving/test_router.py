@@ -175,6 +175,7 @@ def test_weights_change_without_opening_anything_again_and_what_left_is_closed(
 ) -> None:
     async def check() -> None:
         await router.reconfigure(routing(stable=ids[0], warm=(ids[1],)))
+        await until(lambda: router.current_releases().open == sorted(ids[:2]))
         for weight in (500, 2000, 10_000):
             await router.reconfigure(routing(stable=ids[0], canary=ids[1], canary_bp=weight))
             assert router.current_releases().routing.weight_of(Arm.CANARY) == weight  # at once: it was open
@@ -238,6 +239,7 @@ def test_requests_in_flight_end_on_the_release_they_began_on_before_it_is_closed
 ) -> None:
     async def check() -> None:
         await router.reconfigure(routing(stable=ids[0], warm=(ids[1],)))
+        await until(lambda: router.current_releases().open == sorted(ids[:2]))
         store.late_s = 0.08
         under_way = asyncio.create_task(ask(router))
         await asyncio.sleep(0.02)
@@ -257,6 +259,23 @@ def test_a_router_whose_stable_release_cannot_be_opened_does_not_start(
     shelf.broken = {ids[0]}
     with pytest.raises(ServingError, match=r"stable.*is broken"):
         run(router.reconfigure(routing(stable=ids[0], canary=ids[1], canary_bp=100)))
+
+
+def test_a_router_that_starts_does_not_wait_for_long_for_releases_beside_stable(
+    router: Router, shelf: Shelf, ids: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("reelway.serving.router.OTHERS_S", 0.05)
+
+    async def check() -> None:
+        shelf.gates = {ids[1]: asyncio.Event(), ids[2]: asyncio.Event()}
+        await router.reconfigure(routing(stable=ids[0], canary=ids[1], canary_bp=9000, warm=(ids[2],)))
+        assert (await ask(router)).release == ids[0]
+        shelf.gates[ids[1]].set()
+        await until(lambda: router.current_releases().routing.weight_of(Arm.CANARY) == 9000)
+        shelf.gates[ids[2]].set()
+        await until(lambda: router.current_releases().open == sorted(ids))
+
+    run(check())
 
 
 def test_a_stable_release_that_cannot_be_opened_later_leaves_everything_as_it_was(

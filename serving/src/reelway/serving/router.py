@@ -37,8 +37,8 @@ from reelway.serving.time_budget import TimeBudget
 
 log = logging.getLogger(__name__)
 
-FIRST_OPENING_S: Final = 60.0
-"""How long a router that has just started waits for its releases before it answers with those that it has."""
+OTHERS_S: Final = 10.0
+"""How long a router that has just started waits for releases beside stable before it answers without them."""
 
 
 @dataclass
@@ -100,9 +100,7 @@ class Router:
         if not self._releases.lacks(_with_traffic(routing)):
             self._act(routing)
         if self._routing is not routing or self._releases.lacks(routing.releases):
-            opening = asyncio.create_task(self._open_then_act(routing))
-            self._opening.add(opening)
-            opening.add_done_callback(self._opening.discard)
+            self._open_aside(routing)
 
     async def recommend(self, request: RecommendRequest) -> Answer:
         """A slate by the release of the viewer's arm."""
@@ -162,16 +160,19 @@ class Router:
 
     async def _start_with(self, routing: Routing) -> None:
         stable = _fallback(routing).release
-        opening = asyncio.create_task(self._releases.hold(routing.releases))
-        await asyncio.wait([opening], timeout=FIRST_OPENING_S)
+        opening = asyncio.create_task(self._releases.hold(_with_traffic(routing)))
+        await self._releases.hold([stable])
         if self._releases.lacks([stable]):
-            reason = self._releases.faults.get(stable, f"it took more than {FIRST_OPENING_S:g} s")
+            reason = self._releases.faults[stable]
             raise ServingError(f"release {stable[:12]}, which is stable, cannot be opened: {reason}")
+        await asyncio.wait([opening], timeout=OTHERS_S)
         self._act(routing)
-        if not opening.done():
-            self._opening.add(opening)
-            opening.add_done_callback(lambda _: self._opening.discard(opening))
-            opening.add_done_callback(lambda _: self._act_if_wanted(routing))
+        self._open_aside(routing)
+
+    def _open_aside(self, routing: Routing) -> None:
+        opening = asyncio.create_task(self._open_then_act(routing))
+        self._opening.add(opening)
+        opening.add_done_callback(self._opening.discard)
 
     async def _open_then_act(self, routing: Routing) -> None:
         await self._releases.hold(_with_traffic(routing))

@@ -1,0 +1,129 @@
+"""What an impression says of itself: its side of the rollout, its slices, its length."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from prometheus_client import CollectorRegistry
+from tests.release_files import NOW_S, make_release_folder
+
+from reelway.platform.contracts.api import RecommendRequest
+from reelway.platform.contracts.events import Arm
+from reelway.platform.contracts.features import VIDEO_LIVE_DENSE
+from reelway.platform.rollout.policy import Slice
+from reelway.platform.rollout.routing import ArmRoute, Routing
+from reelway.platform.tokens import SLICE_BITS, ImpressionToken, TokenSigner
+from reelway.serving.graph import Answered, RequestPath, run_to_end
+from reelway.serving.metrics import IngressMetrics
+from reelway.serving.outcomes import ExposedArm, ExposureBuffer
+from reelway.serving.release_loader import ReleaseLoader
+from reelway.serving.router import side_of
+from reelway.serving.slates import (
+    EVERYBODY,
+    NEW_VIDEO_S,
+    SMALL_CREATOR_FOLLOWERS,
+    RolloutSide,
+    Showing,
+    slices_of,
+)
+from reelway.serving.video_table import VideoTable
+
+SIGNER = TokenSigner(b"a secret of the tests, long enough")
+CANARY = RolloutSide(Arm.CANARY, "r1", 0.75)
+FOLLOWERS = VIDEO_LIVE_DENSE.index("creator_followers")
+
+
+@pytest.fixture(scope="module")
+def loader(tmp_path_factory: pytest.TempPathFactory) -> ReleaseLoader:
+    folder = tmp_path_factory.mktemp("release")
+    make_release_folder(folder)
+    return ReleaseLoader(folder)
+
+
+@pytest.fixture
+def table(loader: ReleaseLoader) -> VideoTable:
+    return loader.table()
+
+
+def showing(side: RolloutSide, now_s: float = NOW_S, *, new_viewer: bool = False) -> Showing:
+    return Showing(1, 2, "r" * 64, side, None, now_s, now_s, new_viewer)
+
+
+def answered(loader: ReleaseLoader, side: RolloutSide, row: dict[str, object]) -> Answered:
+    path = RequestPath(loader.edge(), loader.stages(), SIGNER, IngressMetrics(CollectorRegistry()), side)
+    return run_to_end(path.answer(RecommendRequest(viewer_id=7, count=10), row, NOW_S, NOW_S + 5))
+
+
+def tokens(answer: Answered) -> list[ImpressionToken]:
+    return [SIGNER.read(video.token) for video in answer.response.videos]
+
+
+def test_a_token_carries_its_side_its_slices_its_length_and_the_clocks_time(
+    loader: ReleaseLoader, table: VideoTable
+) -> None:
+    answer = answered(loader, CANARY, {"history_videos": [int(table.video_id[0])]})
+    shown = tokens(answer)
+    assert {(one.rollout, one.arm, one.weight, one.issued_at_s) for one in shown} == {
+        ("r1", Arm.CANARY, 0.75, NOW_S + 5)
+    }
+    assert [one.slices for one in shown] == answer.slices
+    seconds = table.gather(answer.slate.rows, NOW_S).video_dense[:, 0]
+    assert [one.duration_ms for one in shown] == (seconds * 1000).astype(int).tolist()
+
+
+def test_a_viewer_without_a_past_is_new_and_nobody_is_where_the_row_could_not_be_read(loader: ReleaseLoader) -> None:
+    bit = SLICE_BITS[Slice.NEW_VIEWERS]
+    assert all(one.slices & bit for one in tokens(answered(loader, CANARY, {})))
+    path = RequestPath(loader.edge(), loader.stages(), SIGNER, IngressMetrics(CollectorRegistry()), CANARY)
+    unread = run_to_end(path.answer(RecommendRequest(viewer_id=7, count=10), None, NOW_S))
+    assert not any(one.slices & bit for one in tokens(unread))
+
+
+def test_outside_of_a_rollout_a_token_names_none_and_no_slice(loader: ReleaseLoader) -> None:
+    shown = tokens(answered(loader, EVERYBODY, {}))
+    assert {(one.rollout, one.weight, one.slices) for one in shown} == {("", 0.0, 0)}
+
+
+@given(hours=st.floats(0, 100), followers=st.one_of(st.floats(0, 1000, width=32), st.just(float("nan"))))
+def test_a_video_is_new_for_two_days_and_a_creator_small_below_the_bound_or_unknown(
+    loader: ReleaseLoader, hours: float, followers: float
+) -> None:
+    table = loader.table()
+    row = np.array([3], np.int32)
+    live = table.live.dense[row].copy()
+    live[0, FOLLOWERS] = followers
+    table.overlay(row, live)
+    now_s = float(table.uploaded_at_s[3]) + hours * 3600
+    (mask,) = slices_of(row, showing(CANARY, now_s), table)
+    assert bool(mask & SLICE_BITS[Slice.NEW_VIDEOS]) == (now_s - table.uploaded_at_s[3] < NEW_VIDEO_S)
+    assert bool(mask & SLICE_BITS[Slice.SMALL_CREATORS]) == (not followers >= SMALL_CREATOR_FOLLOWERS)
+    assert not mask & SLICE_BITS[Slice.NEW_VIEWERS]
+
+
+def test_what_is_counted_as_shown_is_what_the_tokens_say(loader: ReleaseLoader) -> None:
+    buffer = ExposureBuffer()
+    answer = answered(loader, CANARY, {})
+    buffer.add(ExposedArm("r1", Arm.CANARY, answer.response.release), 7, CANARY.overlap_weight, answer.slices)
+    batch = buffer.take()
+    assert batch is not None
+    by_mask = dict(zip(batch.slices.tolist(), batch.count.tolist(), strict=True))
+    masks = [one.slices for one in tokens(answer)]
+    assert by_mask == {mask: masks.count(mask) for mask in masks}
+    assert set(batch.weight.tolist()) == {one.weight for one in tokens(answer)}
+
+
+@pytest.mark.parametrize(
+    ("arm", "weight"), [(Arm.CANARY, 0.9), (Arm.STABLE, 0.1), (Arm.HOLDOUT, 1.0), (Arm.SHADOW, 0.0)]
+)
+def test_an_impression_weighs_what_makes_both_arms_alike_over_the_ramp(arm: Arm, weight: float) -> None:
+    arms = (
+        ArmRoute(arm=Arm.CANARY, release="c", weight_bp=900),
+        ArmRoute(arm=Arm.STABLE, release="s", weight_bp=8100),
+        ArmRoute(arm=Arm.HOLDOUT, release="s", weight_bp=1000),
+    )
+    side = side_of(Routing(salt="r1", rollout="r1", arms=arms), arm)
+    assert side.overlap_weight == pytest.approx(weight)
+    assert side.overlap_weight == float(np.float32(side.overlap_weight))
+    assert side_of(Routing(salt="r1", arms=arms), arm) == RolloutSide(arm)
