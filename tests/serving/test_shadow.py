@@ -65,7 +65,7 @@ class World:
 
     async def start(self) -> None:
         await self.router.reconfigure(self.routing.model_dump(mode="json"))
-        assert self.shadow_stages
+        await until(lambda: self.router.current_releases().routing.shadow is not None)
 
     async def _open(self, release: str) -> OpenRelease:
         loader = ReleaseLoader(self._place / release)
