@@ -19,6 +19,7 @@
     │   ├── IncompatibleReleaseError          dimensions, feature service or schema disagree
     │   └── GateFailedError                   a quality gate does not hold
     ├── StorageError                 exit 7   disk full, no permission, store unreachable
+    │   └── KubernetesError                   the API server cannot be reached, or refuses
     ├── ServingError                 exit 8   the graph cannot start or answer
     │   └── TokenError                        an impression token that this service did not sign
     └── RolloutError                 exit 9   a rollout cannot start or be changed as asked
@@ -115,6 +116,10 @@ class GateFailedError(ReleaseError):
 
 class StorageError(ReelwayError):
     exit_code = 7
+
+
+class KubernetesError(StorageError):
+    pass
 
 
 class ServingError(ReelwayError):

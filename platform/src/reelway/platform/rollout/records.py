@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from reelway.platform.errors import RolloutError
 from reelway.platform.rollout.alerts import AlertKey, KnownAlert
 from reelway.platform.rollout.policy import RolloutPolicy
 from reelway.platform.rollout.state import Command, RolloutState
@@ -104,3 +105,20 @@ class RolloutStore(Protocol):
         ``own`` False leaves out what was written through this object.
         """
         ...
+
+
+def with_commands_since(before: Rollout, newest: Rollout, state: RolloutState) -> RolloutState:
+    """``state``, decided upon ``before``, with the commands that ``newest`` has beyond it.
+
+    Raises:
+        RolloutError: more than commands differs: somebody else moved the rollout.
+    """
+    command = {"command": None, "commands_seen": ()}
+    if newest.state.model_copy(update=command) != before.state.model_copy(update=command):
+        raise RolloutError(
+            f"rollout {state.id} is at version {newest.version} ({newest.state.phase}), was read at {before.version} "
+            f"({before.state.phase}); somebody else moved it, nothing was written; is there a second controller?"
+        )
+    # The command that was read was dealt with by ``state``; only one that came after it is still to be done.
+    asked = newest.state.command if newest.state.command != before.state.command else state.command
+    return state.model_copy(update={"command": asked, "commands_seen": newest.state.commands_seen})

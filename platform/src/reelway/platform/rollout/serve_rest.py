@@ -55,6 +55,18 @@ class _Current(BaseModel):
 
 
 @dataclass(frozen=True, slots=True)
+class ServeAddress:
+    """Where a service is that no run directory tells of."""
+
+    url: str
+    """Of the router."""
+    serve_api: str
+    """Of the Ray dashboard."""
+    token_file: Path | None = None
+    """Ray's token, read at each use."""
+
+
+@dataclass(frozen=True, slots=True)
 class _Seen:
     """The document as it was last seen or written, and where."""
 
@@ -63,14 +75,15 @@ class _Seen:
 
 
 class ServeRestBackend:
-    """``traffic.TrafficBackend`` over the Serve that ``reelway serve`` runs for a run directory. Safe between threads.
+    """``traffic.TrafficBackend`` over one Serve's REST API. Safe between threads.
 
     Args:
+        where: a run directory that `reelway serve` serves, or an address.
         timeout_s: of one request to the dashboard, which answers in tens of milliseconds when it is well.
     """
 
-    def __init__(self, run: RunDirectory, *, timeout_s: float = 5.0) -> None:
-        self._run = run
+    def __init__(self, where: RunDirectory | ServeAddress, *, timeout_s: float = 5.0) -> None:
+        self._where = where
         self._http = httpx.Client(timeout=timeout_s, trust_env=False)
         self._lock = threading.Lock()
         self._seen: _Seen | None = None
@@ -110,15 +123,31 @@ class ServeRestBackend:
         if seen is None or seen.place != place:
             seen = _Seen(place, config_of(self._call("GET", place, None).json()))
         wanted = with_target(seen.config, target)
-        if _same(wanted, seen.config):
-            return
+        if not _same(wanted, seen.config):
+            self._write(place, wanted)
+
+    def write(self, document: Mapping[str, Any]) -> None:
+        """Write a whole document, whatever runs: for a backend in which it is kept elsewhere too.
+
+        Raises:
+            RolloutError: as ``apply``.
+        """
+        self._write(self._place(), document)
+
+    @property
+    def config(self) -> Mapping[str, Any] | None:
+        """The document as it was last seen or written; None before, and while that is unknown."""
+        with self._lock:
+            return self._seen.config if self._seen else None
+
+    def _write(self, place: _Place, document: Mapping[str, Any]) -> None:
         with self._lock:
             self._writes += 1
             self._seen = None  # until it is known to have been taken
-        self._call("PUT", place, wanted)
+        self._call("PUT", place, document)
         with self._lock:
             self._writes += 1
-            self._seen = _Seen(place, wanted)
+            self._seen = _Seen(place, document)
 
     def _observation(
         self, place: _Place, applications: Mapping[str, Any], config: Mapping[str, Any]
@@ -139,7 +168,9 @@ class ServeRestBackend:
         return TrafficObservation(None if detail else current.routing, releases, ready, faults | failed, detail)
 
     def _place(self) -> _Place:
-        path = self._run.path / SERVING_RECORD
+        if isinstance(self._where, ServeAddress):
+            return _Place(url=self._where.url, serve_api=self._where.serve_api)
+        path = self._where.path / SERVING_RECORD
         try:
             return _Place.model_validate_json(path.read_text())
         except FileNotFoundError:
@@ -149,7 +180,8 @@ class ServeRestBackend:
 
     def _call(self, method: str, place: _Place, document: Mapping[str, Any] | None) -> httpx.Response:
         url = place.serve_api.rstrip("/") + _APPLICATIONS
-        token = _token(self._run.keys / RAY_TOKEN)
+        told = self._where.token_file if isinstance(self._where, ServeAddress) else self._where.keys / RAY_TOKEN
+        token = _token(told) if told else ""
         headers = {"Authorization": f"Bearer {token}"} if token else {}
         return self._asked(method, url, headers, document)
 

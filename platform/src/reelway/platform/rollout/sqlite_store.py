@@ -21,7 +21,7 @@ from pydantic import BaseModel, ValidationError
 from reelway.platform.errors import MalformedFileError, RolloutError, StorageError
 from reelway.platform.rollout.alerts import AlertKey, KnownAlert
 from reelway.platform.rollout.policy import RolloutPolicy
-from reelway.platform.rollout.records import HistoryEntry, Rollout, Sighting
+from reelway.platform.rollout.records import HistoryEntry, Rollout, Sighting, with_commands_since
 from reelway.platform.rollout.state import Command, RolloutState, ask
 
 SCHEMA_VERSION: Final = 1
@@ -111,7 +111,7 @@ class SqliteRolloutStore:
         with self._writing() as db:
             newest = self._get(db, before.state.id, exact=True)
             if newest.version != before.version:
-                state = _with_commands_since(before, newest, state)
+                state = with_commands_since(before, newest, state)
             written = self._write(db, newest, state)
             if entry is not None:
                 added = db.execute(
@@ -267,23 +267,6 @@ class SqliteRolloutStore:
         except ValidationError as error:
             expected = f"a {model.__name__} as this version writes it"
             raise MalformedFileError(self.path, expected, seen=f"{text[:80]} ({error.errors()[0]['msg']})") from error
-
-
-def _with_commands_since(before: Rollout, newest: Rollout, state: RolloutState) -> RolloutState:
-    """``state``, decided upon ``before``, with the commands that ``newest`` has beyond it.
-
-    Raises:
-        RolloutError: more than commands differs: somebody else moved the rollout.
-    """
-    command = {"command": None, "commands_seen": ()}
-    if newest.state.model_copy(update=command) != before.state.model_copy(update=command):
-        raise RolloutError(
-            f"rollout {state.id} is at version {newest.version} ({newest.state.phase}), was read at {before.version} "
-            f"({before.state.phase}); somebody else moved it, nothing was written; is there a second controller?"
-        )
-    # The command that was read was dealt with by ``state``; only one that came after it is still to be done.
-    asked = newest.state.command if newest.state.command != before.state.command else state.command
-    return state.model_copy(update={"command": asked, "commands_seen": newest.state.commands_seen})
 
 
 def _alert_rows(db: sqlite3.Connection) -> list[_AlertRow]:

@@ -11,9 +11,9 @@ import hmac
 import logging
 import socket
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Final
+from typing import Final, Protocol
 
 import uvicorn
 from starlette.applications import Starlette
@@ -23,8 +23,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from reelway.platform.errors import ConfigError, DataError, ReelwayError
-from reelway.platform.rollout.alert_book import AlertBook
-from reelway.platform.rollout.alerts import known_alerts, parse_webhook
+from reelway.platform.rollout.alerts import KnownAlert, known_alerts, parse_webhook
 from reelway.platform.rollout.controller_metrics import ControllerMetrics
 
 log = logging.getLogger(__name__)
@@ -42,8 +41,16 @@ class _RefusedError(Exception):
         self.status, self.outcome, self.text = status, outcome, text
 
 
+class TakesAlerts(Protocol):
+    """Who is told: an ``AlertBook``, or several behind one door."""
+
+    def deliver(self, news: Iterable[KnownAlert], /) -> bool:
+        """Whether it changed anything; stored when this returns. Raises ReelwayError: it is not."""
+        ...
+
+
 def webhook_application(
-    book: AlertBook, wake: Callable[[], object], token: str, metrics: ControllerMetrics
+    book: TakesAlerts, wake: Callable[[], object], token: str, metrics: ControllerMetrics
 ) -> Starlette:
     """``POST /api/v1/alerts`` (bearer ``token``), ``GET /healthz`` and ``GET /metrics``.
 
