@@ -155,6 +155,10 @@ class ReleaseRolloutStatus(_Model):
     history: tuple[HistoryEntry, ...] = ()
     sighting: Sighting | None = None
     alerts: tuple[KnownAlert, ...] = ()
+    superseded_by: str = Field(
+        default="",
+        description="the rollout that began after it: this one is followed no longer, even if that one is deleted",
+    )
 
 
 class ReleaseSpec(_Model):

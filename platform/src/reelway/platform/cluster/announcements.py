@@ -1,0 +1,81 @@
+"""Why: an on-call engineer asks Kubernetes first, so every decision is an Event of its rollout, in the decision's words.
+
+Announced after it was recorded and from a thread of its own, so that a slow API server never holds a rollback up. An
+Event that could not be written is a line in the log: the history in the status has it anyway.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+import uuid
+from typing import Any, Final
+
+from reelway.platform.cluster.kube_api import KubeApi
+from reelway.platform.cluster.resources import GROUP, ROLLOUT_KIND, VERSION, Resource
+from reelway.platform.cluster.status import stamp
+from reelway.platform.errors import KubernetesError
+from reelway.platform.rollout.records import HistoryEntry
+
+log = logging.getLogger(__name__)
+
+_WARNINGS: Final = frozenset({"roll_back", "hold", "refuse", "pause", "refused"})
+_MESSAGE_CHARACTERS: Final = 1024
+_WAITING_LIMIT: Final = 1000
+
+
+class Announcer:
+    """Writes Events about rollouts.
+
+    Args:
+        instance: this process, as events name it.
+    """
+
+    def __init__(self, api: KubeApi, instance: str) -> None:
+        self._api, self._instance = api, instance
+        self._waiting: queue.Queue[dict[str, Any] | None] = queue.Queue(_WAITING_LIMIT)
+        self._thread = threading.Thread(target=self._write, name="events", daemon=True)
+        self._thread.start()
+
+    def told(self, resource: Resource, entry: HistoryEntry) -> None:
+        """A decision was recorded."""
+        self.say(resource, entry.action, entry.reason, entry.time)
+
+    def say(self, resource: Resource, action: str, message: str, at: float) -> None:
+        """Something about a rollout is worth knowing. Never waits."""
+        when, name = stamp(at), f"{resource.name[:200]}.{uuid.uuid4().hex[:16]}"
+        event = {
+            "apiVersion": "v1",
+            "kind": "Event",
+            "metadata": {"name": name},
+            "involvedObject": {
+                "apiVersion": f"{GROUP}/{VERSION}", "kind": ROLLOUT_KIND, "name": resource.name,
+                "namespace": resource.namespace, "uid": resource.uid,
+            },
+            "reason": action.title().replace("_", ""),
+            "message": message[:_MESSAGE_CHARACTERS],
+            "type": "Warning" if action in _WARNINGS else "Normal",
+            "source": {"component": "reelway-operator"},
+            "reportingComponent": "reelway.dev/operator",
+            "reportingInstance": self._instance,
+            "firstTimestamp": when,
+            "lastTimestamp": when,
+            "count": 1,
+        }  # fmt: skip
+        try:
+            self._waiting.put_nowait(event)
+        except queue.Full:
+            log.warning("event %s of %s is not announced: too many wait", event["reason"], resource.name)
+
+    def close(self, within_s: float = 5.0) -> None:
+        """Write what waits, and end."""
+        self._waiting.put(None)
+        self._thread.join(within_s)
+
+    def _write(self) -> None:
+        while (event := self._waiting.get()) is not None:
+            try:
+                self._api.create("v1/events", event)
+            except KubernetesError as error:
+                log.warning("event %s of %s: %s", event["reason"], event["involvedObject"]["name"], error)

@@ -1,0 +1,139 @@
+"""Why: two operators that both move traffic would undo each other, so only the holder of a Lease looks at anything.
+
+A Lease of our own and not Kopf's peering: it needs no further CRD and no right but ``get``, ``create`` and ``update``
+of leases, one object of the namespace; and it excludes, where peering only asks the others to be quiet. Times of other
+machines are never compared with ours: a holder is taken for gone when its record has not changed for the lease's
+duration by our own clock. Whoever cannot renew in time stops before another may begin. Should both be wrong (a process
+frozen for longer than that), statuses are still written by version, so that one of them is refused.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+from typing import Any, Final
+
+from reelway.platform.cluster.kube_api import ConflictError, Document, KubeApi
+from reelway.platform.errors import KubernetesError
+
+log = logging.getLogger(__name__)
+
+_PATH: Final = "coordination.k8s.io/v1/leases"
+
+
+class Lease:
+    """One Lease object.
+
+    Args:
+        identity: of this process; a container that is started again in its pod keeps it, and so goes on at once.
+        duration_s: after which a silent holder is gone.
+    """
+
+    def __init__(
+        self,
+        api: KubeApi,
+        name: str,
+        identity: str,
+        *,
+        duration_s: float = 10.0,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._api, self._name, self._identity = api, name, identity
+        self._duration_s, self._clock = duration_s, clock
+        self._renewed_at = -1e9
+        self._seen: tuple[str, float] = ("", -1e9)
+        self.holder = ""
+
+    def acquire(self, stop: threading.Event) -> bool:
+        """Wait until it is ours; False when stopped before."""
+        told = ""
+        while not stop.is_set():
+            try:
+                if self.try_once():
+                    log.info("lease %s is ours (%s)", self._name, self._identity)
+                    return True
+            except KubernetesError as error:
+                log.warning("lease %s: %s", self._name, error)
+            if self.holder and self.holder != told:
+                told = self.holder
+                log.info("lease %s is held by %s; waiting", self._name, told)
+            stop.wait(self._duration_s / 5)
+        return False
+
+    def hold(self, stop: threading.Event, lost: Callable[[], None]) -> None:
+        """Renew until stopped. ``lost`` is called once when it is ours no longer, or may not be in a moment."""
+        while not stop.wait(self._duration_s / 5):
+            try:
+                if not self.try_once():
+                    log.error("lease %s was taken by %s", self._name, self.holder)
+                    lost()
+                    return
+            except KubernetesError as error:
+                silent_s = self._clock() - self._renewed_at
+                log.warning("lease %s was not renewed for %.1f s: %s", self._name, silent_s, error)
+                if silent_s > 0.7 * self._duration_s:
+                    lost()
+                    return
+
+    def try_once(self) -> bool:
+        """Take or renew it. Whether it is ours.
+
+        Raises:
+            KubernetesError: nobody could say.
+        """
+        began = self._clock()
+        document = self._api.get(f"{_PATH}/{self._name}")
+        try:
+            if document is None:
+                self._api.create(_PATH, self._document(None))
+            elif self._free(document):
+                self._api.replace(f"{_PATH}/{self._name}", self._document(document))
+            else:
+                return False
+        except ConflictError:
+            return False  # somebody was faster; who, the next look says
+        self._renewed_at, self.holder = began, self._identity
+        return True
+
+    def release(self) -> None:
+        """Let the next one begin at once."""
+        try:
+            document = self._api.get(f"{_PATH}/{self._name}")
+            if document is not None and document["spec"].get("holderIdentity") == self._identity:
+                empty = self._document(document)
+                empty["spec"]["holderIdentity"] = ""
+                self._api.replace(f"{_PATH}/{self._name}", empty)
+        except KubernetesError as error:
+            log.warning("lease %s was not let go of, it runs out by itself: %s", self._name, error)
+
+    def _free(self, document: Document) -> bool:
+        spec, now = document.get("spec", {}), self._clock()
+        self.holder = spec.get("holderIdentity", "")
+        version = str(document["metadata"]["resourceVersion"])
+        if version != self._seen[0]:
+            self._seen = (version, now)
+        lasts_s = float(spec.get("leaseDurationSeconds") or self._duration_s)
+        return self.holder in ("", self._identity) or now - self._seen[1] > lasts_s
+
+    def _document(self, before: Document | None) -> dict[str, Any]:
+        now = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
+        old = (before or {}).get("spec", {})
+        same = old.get("holderIdentity") == self._identity
+        metadata: dict[str, Any] = {"name": self._name}
+        if before is not None:
+            metadata["resourceVersion"] = before["metadata"]["resourceVersion"]
+        return {
+            "apiVersion": "coordination.k8s.io/v1",
+            "kind": "Lease",
+            "metadata": metadata,
+            "spec": {
+                "holderIdentity": self._identity,
+                "leaseDurationSeconds": max(1, round(self._duration_s)),
+                "acquireTime": old.get("acquireTime", now) if same else now,
+                "renewTime": now,
+                "leaseTransitions": int(old.get("leaseTransitions", 0)) + (0 if same else 1),
+            },
+        }

@@ -1,0 +1,132 @@
+"""Why: on KubeRay the traffic is declared in a RayService, but a rollback must not wait for the operator that reads it.
+
+The new document is written to Serve's REST API first: from then on the routers act on it, in fractions of a second. Then
+the same document is patched into ``serveConfigV2``, so that KubeRay, whenever it looks, submits what is so already.
+
+Between the two writes KubeRay has no reason to write: it submits a document when ``serveConfigV2`` changed, or when it
+itself was restarted. In that case, or when the second write fails or meets somebody else's (``helm upgrade``), the
+RayService and Serve disagree; then ``observe`` gives no routing, says so, and the next look writes both again. So a
+rollout ends only when what runs and what is declared are the same, and traffic is on stable long before that.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Final
+
+import yaml
+
+from reelway.platform.cluster.kube_api import AbsentError, Document, KubeApi
+from reelway.platform.errors import KubernetesError, RolloutError
+from reelway.platform.rollout.serve_config import ServeConfig, releases_in, routing_in, with_target
+from reelway.platform.rollout.serve_rest import ServeRestBackend
+from reelway.platform.rollout.traffic import TrafficObservation, TrafficTarget
+
+_PATH: Final = "ray.io/v1/rayservices"
+
+
+@dataclass(frozen=True, slots=True)
+class _Declared:
+    """A RayService as it was last seen or written."""
+
+    resource_version: str
+    config: ServeConfig
+
+
+class RayServiceBackend:
+    """``traffic.TrafficBackend`` over a RayService and the Serve that it runs. Safe between threads.
+
+    Args:
+        serve: the Serve of its head.
+    """
+
+    def __init__(self, api: KubeApi, name: str, serve: ServeRestBackend) -> None:
+        self._api, self.name, self._serve = api, name, serve
+        self._lock = threading.Lock()
+        self._declared: _Declared | None = None
+
+    def close(self) -> None:
+        """Close the connections."""
+        self._serve.close()
+
+    def exists(self) -> bool:
+        """Whether there is such a RayService. Raises KubernetesError: nobody could say."""
+        try:
+            return self._api.get(f"{_PATH}/{self.name}") is not None
+        except AbsentError:
+            return False
+
+    def observe(self) -> TrafficObservation:
+        """Look at Serve, its routers and the RayService; see ``TrafficBackend.observe``."""
+        seen = self._serve.observe()
+        running = self._serve.config
+        try:
+            declared = self._fetch()
+        except (KubernetesError, RolloutError) as error:
+            return replace(seen, routing=None, detail=f"{seen.detail}; {error}".removeprefix("; "))
+        if running is not None and not _alike(declared.config, running):
+            detail = f"RayService {self.name} declares another routing than Serve runs; it is written again"
+            return replace(seen, routing=None, detail=f"{seen.detail}; {detail}".removeprefix("; "))
+        return seen
+
+    def apply(self, target: TrafficTarget) -> None:
+        """Serve first, then the RayService; see the module's docstring.
+
+        Raises:
+            RolloutError: Serve did not take it, and nothing was changed; or it did and the RayService did not.
+        """
+        with self._lock:
+            declared = self._declared
+        try:
+            declared = declared or self._fetch()
+        except KubernetesError as error:
+            raise RolloutError(str(error)) from error
+        wanted = with_target(declared.config, target)
+        running = self._serve.config
+        if running is None or not _alike(wanted, running):
+            self._serve.write(wanted)
+        if wanted != declared.config:
+            self._declare(declared, wanted)
+
+    def _declare(self, declared: _Declared, wanted: Mapping[str, Any]) -> None:
+        change = {
+            "metadata": {"resourceVersion": declared.resource_version},
+            "spec": {"serveConfigV2": yaml.safe_dump(dict(wanted), sort_keys=False)},
+        }
+        with self._lock:
+            self._declared = None  # until it is known to have been taken
+        try:
+            written = self._api.patch(f"{_PATH}/{self.name}", change)
+        except KubernetesError as error:
+            raise RolloutError(
+                f"Serve has taken it, RayService {self.name} has not: {error}; it is written again at the next look"
+            ) from error
+        self._remember(written)
+
+    def _fetch(self) -> _Declared:
+        document = self._api.get(f"{_PATH}/{self.name}")
+        if document is None:
+            raise RolloutError(f"there is no RayService {self.name} in namespace {self._api.namespace}")
+        return self._remember(document)
+
+    def _remember(self, document: Document) -> _Declared:
+        text = str(document["spec"].get("serveConfigV2", ""))
+        try:
+            config = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise RolloutError(f"serveConfigV2 of RayService {self.name} is not YAML: {error}") from error
+        if not isinstance(config, dict):
+            raise RolloutError(
+                f"serveConfigV2 of RayService {self.name} is {type(config).__name__}, expected a mapping"
+            )
+        declared = _Declared(str(document["metadata"]["resourceVersion"]), config)
+        with self._lock:
+            self._declared = declared
+        return declared
+
+
+def _alike(one: ServeConfig, other: ServeConfig) -> bool:
+    """Whether two documents are the same traffic: releases and routing. All else is KubeRay's to bring about."""
+    return releases_in(one) == releases_in(other) and routing_in(one) == routing_in(other)
