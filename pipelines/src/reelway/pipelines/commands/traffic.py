@@ -105,8 +105,8 @@ def _show(seen: dict[str, Any]) -> None:
 
     from reelway.platform.cli.terminal import out
 
-    table = Table(title="what viewers saw", title_justify="left", box=None, pad_edge=False)
-    for column in ("release", "arm", "requests", "viewers", "p50 ms", "p95", "p99", "degraded", "long", "watched s"):
+    table = Table(title="what viewers saw", title_justify="left", box=None, padding=(0, 1, 0, 0))
+    for column in ("release", "arm", "asked", "viewers", "p50 ms", "p95", "p99", "degraded", "long", "watch s"):
         table.add_column(column, justify="left" if column in ("release", "arm") else "right", no_wrap=True)
     for one in seen["releases"]:
         latency = [_number(one["latency_ms"][name], ".1f") for name in ("p50", "p95", "p99")]
