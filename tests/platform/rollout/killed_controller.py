@@ -1,0 +1,82 @@
+"""A controller that kills its own process at the n-th point of a script, for ``test_controller_killed``.
+
+Points lie before and after every record and every write of traffic, and between the two writes of a reaction.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+from tests.platform.rollout.made_world import QUICK, World
+
+from reelway.platform.rollout.state import Command, Phase, RolloutState
+
+TICKS = 60
+POLICY = QUICK.model_copy(update={"retention_s": 60.0})
+Story = Callable[[World], None]
+
+
+def promotion(world: World) -> None:
+    """A good release, to its very end."""
+    world.source.kind = "good"
+
+
+def harm(world: World) -> None:
+    """A release that harms, seen at its second step."""
+    world.source.kind = "harm" if world.state.step >= 1 else "good"
+
+
+def alert(world: World) -> None:
+    """An alert at the second step, which goes past the looking."""
+    world.source.kind = "good"
+    if world.state.step >= 1:
+        world.alert(starts_at=20_000)
+
+
+def command(world: World) -> None:
+    """A person takes a promoted release back."""
+    world.source.kind = "good"
+    if world.state.phase is Phase.PROMOTED:
+        world.store.ask(world.state.id, Command(id="back", verb="rollback", actor="ada"))
+
+
+STORIES: dict[str, Story] = {story.__name__: story for story in (promotion, harm, alert, command)}
+
+
+class Points:
+    """Counts, and kills at the one that was asked for. What was passed is written down for the parent."""
+
+    def __init__(self, path: Path, die_at: int) -> None:
+        self.path, self.die_at, self.passed = path, die_at, 0
+
+    def __call__(self, *_: object) -> None:
+        self.passed += 1
+        self.path.write_text(str(self.passed))
+        if self.passed == self.die_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def play(folder: Path, story: str, die_at: int) -> None:
+    """Begin the story, or go on with it, until it is over or the process is killed. ``die_at`` 0: to the end."""
+    world = World(folder, POLICY)
+    if world.store.latest() is None:
+        world.begin()
+    world.clock.now = world.state.tick_at
+    points = Points(folder / "points", die_at)
+    world.store.before = world.store.after = points
+    world.backend.before = world.backend.after = points
+    for _ in range(TICKS):
+        STORIES[story](world)
+        world.tick()
+        if over(world.state):
+            world.tick()
+            world.store.close()
+            return
+    raise AssertionError(f"{story} is not over after {TICKS} looks: {world.state}")
+
+
+def over(state: RolloutState) -> bool:
+    return state.phase is Phase.ROLLED_BACK or state.retired

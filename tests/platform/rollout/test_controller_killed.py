@@ -1,0 +1,63 @@
+"""A controller killed at any point and started again comes to the same end as one that was never killed."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import signal
+from multiprocessing import forkserver
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.platform.rollout.killed_controller import STORIES, play
+
+from reelway.platform.rollout.sqlite_store import SqliteRolloutStore
+
+_FORKS = multiprocessing.get_context("forkserver")
+CLOCKS = {"changed_at", "tick_at", "evidence_at", "phase_s", "held_insufficient_s", "held_telemetry_s"}
+"""A kill costs time, and so does a promotion that has to be seen again; nothing else may differ."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _imported_once() -> None:
+    """Children are forked from a process that has imported everything: a kill costs milliseconds then."""
+    _FORKS.set_forkserver_preload(["tests.platform.rollout.killed_controller"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(Path.cwd()))  # Python 3.11's server does not take its parent's path over
+        forkserver.ensure_running()
+
+
+def killed(folder: Path, story: str, die_at: int) -> bool:
+    """Plays the story in a process of its own. Whether it was killed by itself."""
+    child = _FORKS.Process(target=play, args=(folder, story, die_at))
+    child.start()
+    child.join(60)
+    return child.exitcode == -signal.SIGKILL
+
+
+def end_of(folder: Path) -> dict[str, Any]:
+    store = SqliteRolloutStore(folder / "state.db")
+    state = store.all()[0].state.model_dump(mode="json", exclude=CLOCKS)
+    history = [(entry.action, entry.phase_before, entry.phase, entry.canary_bp) for entry in store.history()]
+    store.close()
+    return {"state": state, "history": history, "traffic": json.loads((folder / "traffic.json").read_text())}
+
+
+@pytest.mark.parametrize("story", sorted(STORIES))
+def test_a_controller_killed_at_every_point_comes_to_the_same_end(
+    tmp_path: Path, story: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole = tmp_path / "whole"
+    whole.mkdir()
+    play(whole, story, 0)
+    points, wanted = int((whole / "points").read_text()), end_of(whole)
+    for die_at in range(1, points + 1):
+        folder = tmp_path / str(die_at)
+        folder.mkdir()
+        assert killed(folder, story, die_at)
+        play(folder, story, 0)
+        assert end_of(folder) == wanted, f"killed at point {die_at} of {points}"
+    with capsys.disabled():
+        print(f"\n{story}: killed at each of {points} points, the same end every time")
+    assert points >= 20
