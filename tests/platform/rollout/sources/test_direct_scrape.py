@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -14,7 +16,7 @@ from reelway.platform.errors import ServingError
 from reelway.platform.rollout import series as names
 from reelway.platform.rollout.evidence import EvidenceSnapshot, EvidenceState
 from reelway.platform.rollout.policy import Slice
-from reelway.platform.rollout.sources import evidence_source
+from reelway.platform.rollout.sources import RunEvidence, evidence_source
 from reelway.platform.rollout.sources.direct_scrape import DirectScrape, served_at
 from reelway.platform.rollout.sources.heard_series import Scope
 from reelway.platform.rollout.state import RolloutState
@@ -30,7 +32,8 @@ class Scraped:
     def __init__(self, folder: Path) -> None:
         self.run = RunDirectory(folder)
         self.exporter = Exporter(CANARY[: names.SHORT_RELEASE], STABLE[: names.SHORT_RELEASE])
-        self.source = evidence_source(self.run)
+        patient = DirectScrape(lambda: served_at(self.run), timeout_s=20.0)  # a busy machine is not what is tested
+        self.source = RunEvidence(self.run, patient)
         self.record()
 
     def record(self) -> None:
@@ -144,6 +147,20 @@ def test_a_collector_that_forgot_is_found_out_long_after_the_window(scraped: Scr
     assert "the collector lost memory" in late.metrics[METRIC].detail
     other = state_of(id="r-8")
     assert scraped.at(1_001, other).metrics[METRIC].state is INSUFFICIENT
+
+
+def test_a_sum_that_was_not_a_number_once_does_not_hide_a_later_fall(scraped: Scraped) -> None:
+    whole = {**sums(Arm.CANARY, 100), **sums(Arm.STABLE, 300)}
+    for now, values in enumerate((dict.fromkeys(whole, math.nan), whole, {k: v / 2 for k, v in whole.items()})):
+        scraped.exporter.sums.values = values
+        found = scraped.at(100.0 + now).metrics[METRIC]
+        assert found.state is (OK if now == 1 else DOWN), found
+    assert "the collector lost memory" in found.detail
+
+
+def test_a_run_without_a_prometheus_is_scraped_directly(scraped: Scraped) -> None:
+    with closing(evidence_source(scraped.run)) as source:
+        assert source.fetch(POLICY, state_of(), 100).time == 100
 
 
 def test_a_clock_that_was_set_back_begins_a_new_window(scraped: Scraped) -> None:

@@ -3,7 +3,7 @@ from __future__ import annotations
 import math
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.platform.rollout.sources.made_series import CANARY, POLICY, MadeSeries, sums
 
@@ -140,6 +140,7 @@ def test_a_metric_of_the_policy_that_does_not_exist_says_which_do() -> None:
     assert "nobody counts dwell; known are long_watch_rate" in detail
 
 
+@settings(deadline=None)
 @given(st.sampled_from(["viewers", "sum_x", "sum_yy"]), st.floats(0, 0.999_999), st.sampled_from([*Arm][:2]))
 def test_sums_that_fell_within_the_rollout_are_not_judged_and_those_that_grew_are(
     statistic: str, kept: float, arm: Arm

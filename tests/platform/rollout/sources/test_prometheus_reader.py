@@ -12,7 +12,7 @@ import pytest
 from tests.platform.rollout.sources.conftest import QUICK, Monitoring, Watched
 from tests.platform.rollout.sources.exporter import Exporter
 from tests.platform.rollout.sources.made_series import CANARY, POLICY, state_of
-from tests.platform.rollout.sources.servers import SCRAPE_S, free_address, prometheus
+from tests.platform.rollout.sources.servers import free_address, prometheus
 
 from reelway.platform.contracts.events import Arm
 from reelway.platform.rollout import series as names
@@ -71,7 +71,6 @@ def test_a_restarted_exporter_has_the_right_increase_and_a_dead_one_is_down(watc
     assert back.metrics[METRIC].state is OK
     watched.exporter.stop()
     try:
-        assert errors(watched.seen())[0] is OK  # not heard for a moment is not silent
         down = watched.seen_when(lambda s: errors(s)[0] is DOWN and s.metrics[METRIC].state is DOWN)
         assert {e.state for e in down.metrics.values()} == {DOWN}
         assert f"{watched.exporter.address} has not answered for" in down.guardrails["error_ratio"].detail
@@ -86,8 +85,10 @@ def test_a_collector_that_forgot_is_found_out_by_the_highest_that_prometheus_saw
     watched.add_sums(60, 200)
     lost = watched.seen_when(lambda s: s.metrics[METRIC].state is DOWN)
     assert "the collector lost memory" in lost.metrics[METRIC].detail
+    time_of_the_fall = lost.time
+    watched.seen_when(lambda s: s.time > time_of_the_fall + 1.5)  # a window of a second has left it behind
     with closing(PrometheusReader(watched.monitoring.prometheus.url)) as reader:
-        heard = reader.read(Scope.of(watched.state, window_s=SCRAPE_S), time.time())
+        heard = reader.read(Scope.of(watched.state, window_s=1.0), time.time())
     viewers = [rows for key, rows in heard.series.items() if key.get("statistic") == "viewers"]
     assert {rows[0].value for rows in viewers} == {100, 400}
     assert {rows[-1].value for rows in viewers} == {60, 200}
@@ -108,7 +109,7 @@ def test_a_prometheus_that_hangs_is_down_within_its_timeout_and_up_again_when_it
     with watched.monitoring.prometheus.hung():
         began = time.perf_counter()
         down = watched.seen()
-        assert time.perf_counter() - began < 2 * TIMEOUT_S
+        assert time.perf_counter() - began < 5 * TIMEOUT_S
     assert {e.state for e in down.metrics.values()} == {DOWN}
     assert {reading.state for reading in down.guardrails.values()} == {DOWN}
     assert "no answer from Prometheus at" in down.guardrails["p99_ms"].detail
@@ -190,11 +191,11 @@ def test_an_answer_that_is_wrong_or_partial_is_no_evidence(
 
 
 def test_a_prometheus_that_is_slow_is_no_evidence_and_is_not_waited_for(page: Exporter) -> None:
-    page.delay_s = 1.0
+    page.delay_s = 3.0
     began = time.perf_counter()
     with closing(PrometheusReader(f"http://{page.address}", timeout_s=0.1)) as reader:
         heard = reader.read(Scope.of(state_of()), 1_000.0)
-    assert time.perf_counter() - began < 0.8
+    assert time.perf_counter() - began < 2.5
     assert "timed out" in heard.problem
 
 

@@ -3,7 +3,7 @@ from __future__ import annotations
 import math
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.platform.rollout.sources.made_series import CANARY, POLICY, MadeSeries, requests, state_of
 
@@ -180,6 +180,7 @@ def test_buckets_without_an_infinite_one_are_no_histogram() -> None:
     assert reading(made, "p99_ms").state is DOWN
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(0, 1000), min_size=1, max_size=12), st.floats(0.01, 0.999))
 def test_a_quantile_lies_in_the_bucket_that_has_it(counts: list[int], q: float) -> None:
     bounds = [*(0.001 * 2**i for i in range(len(counts) - 1)), math.inf]
