@@ -1,4 +1,4 @@
-"""Why: an on-call engineer asks Kubernetes first, so every decision is an Event of its rollout, in the decision's words.
+"""Why: an on-call engineer asks Kubernetes first, so every decision is an Event of its rollout, in its own words.
 
 Announced after it was recorded and from a thread of its own, so that a slow API server never holds a rollback up. An
 Event that could not be written is a line in the log: the history in the status has it anyway.

@@ -1,10 +1,75 @@
-"""Placeholder until the commands are written."""
+"""``reelway operator``: what looks after rollouts on a cluster."""
 
 from __future__ import annotations
+
+from pathlib import Path
 
 import typer
 
 
 def register(app: typer.Typer) -> None:
-    """Add nothing yet."""
-    del app
+    """Add ``reelway operator``."""
+    app.command()(operator)
+
+
+def operator(
+    namespace: str | None = typer.Option(None, "--namespace", "-n", help="The one it looks after; its own by default."),
+    context: str | None = typer.Option(None, help="Of the kubeconfig, where it does not run in a pod."),
+    host: str = typer.Option("0.0.0.0", help="Address of the alert webhook, /metrics, /healthz and /readyz."),
+    port: int = typer.Option(8080, min=0, max=65535, help="Their port."),
+    webhook_token_file: Path = typer.Option(
+        Path("/etc/reelway/webhook/token"), help="Bearer token of the webhook: a key of a Secret, mounted."
+    ),
+    ray_token_file: Path | None = typer.Option(None, help="Ray's token: a key of a Secret, mounted."),
+    interval: float = typer.Option(2.0, min=0.1, help="Seconds between two looks; commands and alerts do not wait."),
+    prometheus: str | None = typer.Option(None, help="Prometheus' URL; without it the router is scraped directly."),
+    alertmanager: str | None = typer.Option(None, help="Alertmanager's URL, to be polled besides its webhook."),
+    head_url: str | None = typer.Option(None, help="URL of a RayService's dashboard, with {name} and {namespace}."),
+    router_url: str | None = typer.Option(None, help="URL of a RayService's router, with {name} and {namespace}."),
+    trust_host: list[str] = typer.Option(
+        [], help="Host that Ray's token may be sent to, besides the namespace's Services; may be given several times."
+    ),
+    folder: Path = typer.Option(Path("/var/lib/reelway"), help="Where serving/parity.json is mounted."),
+    lease: str = typer.Option("reelway-operator", help="Name of the Lease that makes one process the active one."),
+    lease_duration: float = typer.Option(
+        10.0, min=1, help="A silent holder of the Lease is gone after so many seconds."
+    ),
+    identity: str | None = typer.Option(
+        None, envvar="POD_NAME", help="Of this process, in the Lease: a pod's name; made up otherwise."
+    ),
+) -> None:
+    """Look after the ReleaseRollouts of a namespace until SIGTERM. One process is active; others wait for its Lease.
+
+    Needs, in its namespace: releaserollouts get, list, watch, patch; releaserollouts/status update; rayservices get,
+    patch; leases get, create, update; events create; configmaps get.
+
+    Examples:
+
+      reelway operator --namespace reelway --prometheus http://prometheus:9090
+
+      reelway operator -n dev --context kind --head-url http://127.0.0.1:8265 --router-url http://127.0.0.1:8000
+    """
+    import logging
+    import os
+    import secrets
+    import socket
+
+    from reelway.platform.cluster.kube_api import KubeApi
+    from reelway.platform.cluster.lanes import HEAD_URL, ROUTER_URL, LaneSettings
+    from reelway.platform.cluster.operator import OperatorSettings, run_operator
+    from reelway.platform.telemetry import configure_logging
+
+    configure_logging()
+    for chatty in ("httpx", "kopf", "urllib3"):
+        logging.getLogger(chatty).setLevel(logging.WARNING)
+    lanes = LaneSettings(
+        interval_s=interval, prometheus_url=prometheus, alertmanager_url=alertmanager, ray_token_file=ray_token_file,
+        folder=folder, head_url=head_url or HEAD_URL, router_url=router_url or ROUTER_URL,
+        trusted_hosts=tuple(trust_host),
+    )  # fmt: skip
+    made_up = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(3)}"
+    settings = OperatorSettings(
+        webhook_token_file=webhook_token_file, identity=identity or made_up, host=host, port=port, lease=lease,
+        lease_duration_s=lease_duration, lanes=lanes,
+    )  # fmt: skip
+    run_operator(KubeApi(namespace, context=context), settings)

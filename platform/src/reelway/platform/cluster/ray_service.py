@@ -1,7 +1,7 @@
-"""Why: on KubeRay the traffic is declared in a RayService, but a rollback must not wait for the operator that reads it.
+"""Why: on KubeRay the traffic is declared in a RayService, but a rollback must not wait for what reads the declaration.
 
-The new document is written to Serve's REST API first: from then on the routers act on it, in fractions of a second. Then
-the same document is patched into ``serveConfigV2``, so that KubeRay, whenever it looks, submits what is so already.
+The new document is written to Serve's REST API first: from then on the routers act on it, in fractions of a second.
+Then the same document is patched into ``serveConfigV2``; KubeRay, whenever it looks, submits what is so already.
 
 Between the two writes KubeRay has no reason to write: it submits a document when ``serveConfigV2`` changed, or when it
 itself was restarted. In that case, or when the second write fails or meets somebody else's (``helm upgrade``), the

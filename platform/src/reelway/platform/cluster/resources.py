@@ -14,11 +14,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Final, Literal
 
+import yaml
 from pydantic import BaseModel, ConfigDict, Field
 from pydantic.alias_generators import to_camel
 
+from reelway.platform.errors import ConfigError
 from reelway.platform.rollout.alerts import KnownAlert
-from reelway.platform.rollout.policy import RolloutPolicy
+from reelway.platform.rollout.policy import RolloutPolicy, parse_policy
 from reelway.platform.rollout.records import HistoryEntry, Sighting
 from reelway.platform.rollout.state import REMEMBERED_COMMANDS, Command, RolloutState
 
@@ -190,12 +192,20 @@ class Resource(BaseModel):
     deleting: bool
     finalizers: tuple[str, ...]
     spec: ReleaseRolloutSpec
+    policy_problem: str = ""
+    """Why ``spec.policy`` is none, in words for a person: a schema cannot say all that a policy must be."""
     status: ReleaseRolloutStatus
 
     @classmethod
     def of(cls, document: Mapping[str, Any]) -> Resource:
         """Read one. Raises pydantic's ValidationError: it is of another version of the CRD."""
-        metadata = document["metadata"]
+        metadata, spec, problem = document["metadata"], dict(document["spec"]), ""
+        if spec.get("policy") is not None:
+            try:
+                parse_policy(yaml.safe_dump(spec["policy"]), source="spec.policy")
+            except ConfigError as error:
+                problem = str(error)
+                del spec["policy"]
         return cls(
             name=metadata["name"],
             namespace=metadata["namespace"],
@@ -205,7 +215,8 @@ class Resource(BaseModel):
             created_at=str(metadata["creationTimestamp"]),
             deleting="deletionTimestamp" in metadata,
             finalizers=tuple(metadata.get("finalizers", ())),
-            spec=ReleaseRolloutSpec.model_validate(document["spec"]),
+            spec=ReleaseRolloutSpec.model_validate(spec),
+            policy_problem=problem,
             status=ReleaseRolloutStatus.model_validate(document.get("status") or {}),
         )
 

@@ -27,7 +27,7 @@ from reelway.platform.cluster.resources import (
     Resource,
 )
 from reelway.platform.cluster.shelf import PATH, Shelf, ToldShelf, read
-from reelway.platform.cluster.status import REFUSED, drawn
+from reelway.platform.cluster.status import REFUSED, drawn, not_begun
 from reelway.platform.errors import KubernetesError, RolloutError
 from reelway.platform.rollout.alerts import AlertKey, KnownAlert, names_release
 from reelway.platform.rollout.policy import RolloutPolicy, default_policy
@@ -140,6 +140,19 @@ class KubeRolloutStore:
             return drawn(newest, made, self._clock())
 
         return rollout_of(self._write(resource, change))
+
+    def set_aside(self, resource: Resource, phase: str, reason: str) -> bool:
+        """Write that a rollout has not begun, and why. Whether that is news."""
+        if (resource.status.phase, resource.status.reason) == (phase, reason):
+            return False
+        self._write(
+            resource, lambda newest: None if newest.status.state else not_begun(newest, phase, reason, self._clock())
+        )
+        return True
+
+    def supersede(self, resource: Resource, by: Resource) -> None:
+        """It is followed no longer; another one begins."""
+        self._write(resource, lambda newest: newest.status.model_copy(update={"superseded_by": by.rollout_id}))
 
     def ask(self, rollout_id: str, command: Command) -> Rollout:
         """Add the command to ``spec.commands``: one patch, and nobody but the operator writes a status."""

@@ -71,7 +71,7 @@ def run_controller(settings: ControllerSettings, stop: threading.Event | None = 
     stop, wake = stop or threading.Event(), threading.Event()
     with ExitStack() as stack:
         stack.enter_context(_only_one(run, record))
-        stack.enter_context(_stopped_by_signals(stop.set))
+        stack.enter_context(stopped_by_signals(stop.set))
         token = bearer_token(run.keys / WEBHOOK_TOKEN)
         store = stack.enter_context(closing(SqliteRolloutStore(run.path / "rollout" / "state.db")))
         backend = stack.enter_context(closing(ServeRestBackend(run)))
@@ -122,7 +122,7 @@ def _who(record: Path) -> str:
 
 
 @contextmanager
-def _stopped_by_signals(stop: Callable[[], None]) -> Iterator[None]:
+def stopped_by_signals(stop: Callable[[], None]) -> Iterator[None]:
     """SIGTERM and Ctrl-C end the loop between two looks instead of unwinding it."""
     if threading.current_thread() is not threading.main_thread():
         yield
