@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import threading
 import time
@@ -76,9 +77,11 @@ class Service:
         return ended.code, DrillReport.model_validate_json(ended.out)
 
 
-@pytest.fixture
-def service(run_with_releases: Path, releases: tuple[str, str]) -> Iterator[Service]:
-    run, (stable, bad) = run_with_releases, releases
+@pytest.fixture(scope="module")
+def service(tmp_path_factory: pytest.TempPathFactory, released: tuple[Path, tuple[str, str]]) -> Iterator[Service]:
+    """One for all drills: each ends on stable, which is what the next begins with."""
+    run, (stable, bad) = tmp_path_factory.mktemp("drilled") / "run", released[1]
+    shutil.copytree(released[0], run)
     world = RunWorld(run)
     world.backend.inner.write(TrafficTarget(Routing.whole(stable), (stable,)))
     (run / "brief.yaml").write_text(POLICY)
@@ -153,18 +156,20 @@ def test_without_traffic_there_is_nothing_to_rehearse_and_it_says_so(
     service: Service, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(drill, "PROBE_S", 0.6)
-    service.server.rate = 0  # type: ignore[attr-defined]
+    monkeypatch.setattr(service.server, "rate", 0)
+    rollouts = len(service.world.store.all())
     ended = reelway("drill", "--run", service.run, "--release", service.bad)
     assert (ended.code, ended.out) == (9, "")
     assert f"reelway traffic --run {service.run}" in ended.err
-    assert service.world.store.latest() is None
+    assert len(service.world.store.all()) == rollouts
 
 
 def test_ctrl_c_in_a_drill_takes_the_release_back_and_ctrl_c_in_a_watch_does_not(service: Service) -> None:
-    brief = str(service.run / "brief.yaml")
+    service.evidence(viewers=2_400)
+    before, brief = len(service.world.store.all()), str(service.run / "brief.yaml")
     command = ("drill", "--run", str(service.run), "--release", service.bad, "--policy", brief, "--within", "60")
     with child(reelway_command(*command), log=service.run / "drill.log") as process:
-        until(lambda: (r := service.world.store.latest()) is not None and r.state.step == 1, "the last step")
+        until(lambda: len(service.world.store.all()) > before and service.world.state.step == 1, "the last step")
         watch = reelway_command("rollout", "watch", "--run", str(service.run))
         with child(watch, log=service.run / "watch.log") as watching:
             until(lambda: "stepping" in (service.run / "watch.log").read_text(), "the watch shows it")

@@ -149,3 +149,17 @@ def test_a_drill_holds_no_real_rollout_back_but_its_own_release_stays_refused(
     assert previous_of(served.store, releases[1]) is None
     assert previous_of(served.store, "c" * 64) == served.store.latest()
     assert start(served, releases[1]).code == 0
+
+
+def test_waiting_ends_with_12_when_the_rollout_is_paused_for_a_person(
+    served: RunWorld, releases: tuple[str, str]
+) -> None:
+    policy = served.run / "asks.yaml"
+    policy.write_text(SWIFT_TEXT + "deadlines: {insufficient: {after_s: 0.3, action: pause}}\n")
+    served.source.viewers = 60  # type: ignore[attr-defined]
+    with controlling(served):
+        more = ("--policy", policy, "--wait", "--timeout", 30)
+        ended = reelway("rollout", "start", releases[1], "--run", served.run, *more)
+    assert ended.code == 12
+    assert "pause: p99_ms: insufficient (120 requests, needs 200); for 0 s, deadline 0 s" in ended.err
+    assert served.state.phase is Phase.PAUSED
