@@ -15,7 +15,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,6 +65,12 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
             yield Running(run, process, written["url"], release, other, watched, client)
     finally:
         end_group(process)
+
+
+@pytest.fixture
+def backend(service: Running) -> Iterator[ServeRestBackend]:
+    with closing(ServeRestBackend(RunDirectory(service.run))) as made:
+        yield made
 
 
 def test_a_known_viewer_gets_a_whole_slate_of_unseen_videos_with_readable_tokens(service: Running) -> None:
@@ -192,11 +198,10 @@ def test_killed_replicas_cost_no_request(service: Running) -> None:
 
 
 def test_a_release_comes_takes_traffic_and_goes_under_load_without_a_failed_request(
-    service: Running, capsys: pytest.CaptureFixture[str]
+    service: Running, backend: ServeRestBackend, capsys: pytest.CaptureFixture[str]
 ) -> None:
     service.wait_until_whole()
     stable, other = service.release, service.other
-    backend = ServeRestBackend(RunDirectory(service.run))
     kept = {name: service.replica_of(name).pid for name in ("Router", "Outcomes", "Retrieval", "Ranking", "Reranking")}
     faults = service.metric("reelway_ingress_faults_total", kind="error")
 
@@ -242,9 +247,9 @@ def test_a_release_comes_takes_traffic_and_goes_under_load_without_a_failed_requ
 
 def test_what_is_shown_in_a_rollout_is_counted_with_its_outcomes_and_mirrored_requests_are_compared(
     service: Running,
+    backend: ServeRestBackend,
 ) -> None:
     stable, other = service.release, service.other
-    backend = ServeRestBackend(RunDirectory(service.run))
     arms = (
         ArmRoute(arm=Arm.CANARY, release=other, weight_bp=4000),
         ArmRoute(arm=Arm.STABLE, release=stable, weight_bp=5000),
@@ -294,6 +299,24 @@ def test_what_is_shown_in_a_rollout_is_counted_with_its_outcomes_and_mirrored_re
     assert service.metric(series.LATENCY + "_count", release=label, arm="shadow") > 0
     assert service.metric(series.SHADOW_REQUESTS, release=label, outcome="failed") == 0
     backend.apply(TrafficTarget(Routing.whole(stable), (stable,)))
+
+
+def test_a_release_that_cannot_be_had_is_reported_and_touches_no_other(
+    service: Running, backend: ServeRestBackend
+) -> None:
+    stable, nowhere = service.release, "0" * 64
+    arms = (
+        ArmRoute(arm=Arm.CANARY, release=nowhere, weight_bp=9000),
+        ArmRoute(arm=Arm.STABLE, release=stable, weight_bp=1000),
+    )
+    backend.observe()
+    backend.apply(TrafficTarget(Routing(salt="nowhere", rollout="r3", arms=arms), (stable, nowhere)))
+    wait_for(lambda: nowhere in backend.observe().failed, "nobody says that it failed", 60)
+    assert "is not in" in backend.observe().failed[nowhere]
+    assert {service.ask(viewer=viewer)["release"] for viewer in range(10)} == {stable}
+    backend.apply(TrafficTarget(Routing.whole(stable), (stable,)))
+    wait_for(lambda: backend.observe().releases == (stable,), "it is still there", 60)
+    service.wait_until_whole()
 
 
 @dataclass(frozen=True, slots=True)
