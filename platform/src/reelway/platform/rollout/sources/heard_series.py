@@ -79,7 +79,8 @@ class SeriesReader(Protocol):
         """The samples of the window before ``now``; raises nothing.
 
         ``EXPOSURE`` of ``viewers`` begins with the highest sample since the rollout started, however old, so that a
-        fall is seen long after it happened; ``SHADOW_REQUESTS`` reach back to ``scope.shadow_since``.
+        fall is seen long after it happened; of other sums the newest sample is enough. ``SHADOW_REQUESTS`` reach back
+        to ``scope.shadow_since``.
         """
         ...
 

@@ -66,11 +66,19 @@ class PrometheusReader:
         if scope.shadow_since is not None:
             reach = math.ceil(min(max(now - scope.shadow_since, scope.window_s), LONGEST_SHADOW_S))
             rows |= self._query(f"{names.SHADOW_REQUESTS}{{{jobs},{releases}}}[{reach}s]", now, "matrix")
-        return rows | self._sums(scope, now, f"{jobs},rollout={json.dumps(scope.rollout)}", window)
+        heard = [time for key, samples in rows.items() if (time := _last_heard(key, samples)) is not None]
+        if not heard:
+            return rows
+        return rows | self._sums(scope, now, f"{jobs},rollout={json.dumps(scope.rollout)}", heard)
 
-    def _sums(self, scope: Scope, now: float, selector: str, window: str) -> _Rows:
-        """The collector's sums, the number of viewers preceded by the highest that it ever was in the rollout."""
-        rows = self._query(f"{{__name__=~{_any_of(KEPT_SINCE_THE_START)},{selector}}}{window}", now, "matrix")
+    def _sums(self, scope: Scope, now: float, selector: str, heard: list[float]) -> _Rows:
+        """The collector's sums, the number of viewers preceded by the highest that it ever was in the rollout.
+
+        Sums are what they are at the last scrape, so only those at the moments ``heard`` are read.
+        """
+        span = f"[{math.ceil((max(heard) - min(heard)) * 1000) + 100}ms]"
+        newest = f"{{__name__=~{_any_of(KEPT_SINCE_THE_START)},{selector}}}{span}"
+        rows = self._query(newest, max(heard), "matrix")
         reach = math.ceil(max(now - scope.started_at, 0.0) + scope.window_s)
         viewers = f'{names.EXPOSURE}{{{selector},statistic="viewers"}}[{reach}s]'
         highest = self._query(f"max_over_time({viewers})", now, "vector")
@@ -102,6 +110,13 @@ class PrometheusReader:
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             told = f"{answer.status_code}, {answer.text[:100]!r}"
             raise RolloutError(f"Prometheus at {self._url}: not an answer of API v1 ({told}): {error!r}") from error
+
+
+def _last_heard(key: SeriesKey, samples: list[Sample]) -> float | None:
+    """When a collector that is still a target was last heard; None for everything else."""
+    if key.name != UP or key.get("job") != names.OUTCOMES_JOB or math.isnan(samples[-1].value):
+        return None
+    return max((s.time for s in samples if s.value == 1.0), default=None)
 
 
 def _row(item: dict[str, Any], kind: str) -> tuple[SeriesKey, list[Sample]]:
