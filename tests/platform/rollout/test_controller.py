@@ -221,10 +221,14 @@ def test_an_alert_alone_never_ends_a_rollout_for_want_of_evidence(world: World) 
     world.policy = world.policy.model_copy(update={"guardrails": guardrails})
     world.begin()
     world.tick()
-    world.clock.now += 100_000
+    seen = world.backend.observe
+    world.backend.observe = lambda: replace(seen(), ready=frozenset({STABLE}))  # type: ignore[method-assign]
+    assert world.tick(9) == ["wait"] * 9
+    world.backend.observe = seen  # type: ignore[method-assign]
+    world.clock.now += 60  # past the deadline of 300 s, and the release is ready by now
     world.alert()
     assert world.controller.react() is None
-    assert world.tick() == ["step"]
+    assert world.tick(after_s=0) == ["step"]
 
 
 def test_a_promoted_release_is_taken_back_while_the_old_one_is_warm(world: World) -> None:
