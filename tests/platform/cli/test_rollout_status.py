@@ -12,8 +12,8 @@ from rich.console import Console
 from tests.platform.cli.made_rollouts import RunWorld, SeenEvidence, dead_pid, reelway
 
 from reelway.platform.cli.rollout_follow import look
-from reelway.platform.cli.rollout_intervals import interval_bar
-from reelway.platform.cli.rollout_report import OutcomeReport, StatusReport
+from reelway.platform.cli.rollout_intervals import interval_bar, outcomes_table
+from reelway.platform.cli.rollout_report import EvidenceReport, OutcomeReport, StatusReport
 from reelway.platform.cli.rollout_run import SILENT_AFTER_S
 from reelway.platform.cli.rollout_views import span, status_view
 from reelway.platform.rollout.alerts import KnownAlert
@@ -197,6 +197,22 @@ def test_an_interval_stands_on_the_side_of_zero_and_margin_that_it_is_on(width: 
         assert (ends[-1] > margin) == (high >= 0.02)
         assert (ends[0] > margin) == (low >= 0.02)
         assert (ends[0] > zero) == (low >= 0)
+
+
+def test_a_rare_outcomes_rate_fits_its_column() -> None:
+    table = outcomes_table(report_of(0.00819712), width=80)
+    console = Console(width=80, file=StringIO(), color_system=None)
+    console.print(table)
+    assert "0.0082  0.0082" in console.file.getvalue()  # type: ignore[attr-defined]
+    assert "…" not in console.file.getvalue()  # type: ignore[attr-defined]
+
+
+def report_of(rate: float) -> EvidenceReport:
+    one = outcome(-0.01, 0.0, 0.01).model_copy(update={"canary": rate, "stable": rate})
+    return EvidenceReport(
+        release="c" * 64, time=0.0, age_s=None, exposure={"viewers": 1, "impressions": 1}, outcomes=(one,),
+        guardrails=(), shadow_requests=0, weights=None, ready=True,
+    )  # fmt: skip
 
 
 def test_an_interval_beyond_the_axis_ends_in_arrows() -> None:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from rich.rule import Rule
 from rich.table import Table
 
-from reelway.platform.cli.terminal import console, out, say
+from reelway.platform.cli.terminal import console, out
 
 
 class DemoWalk:
@@ -27,7 +27,7 @@ class DemoWalk:
         self._steps.append((title, time.monotonic()))
         console.print(Rule(f"[bold]{len(self._steps)}/{self._total} {title}", align="left"))
         for command in commands:
-            say(f"$ reelway {' '.join(command)}")
+            console.print(f"$ reelway {' '.join(command)}", highlight=False, markup=False, soft_wrap=True)
 
     @property
     def elapsed_s(self) -> float:

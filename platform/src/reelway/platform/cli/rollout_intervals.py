@@ -35,6 +35,7 @@ _WORSE_MARGINS: Final = 12.0
 _BEYOND: Final = 100.0
 """Of margins: where there is no number the bar ends at the edge."""
 WIDE: Final = 100
+NUMBER: Final = 7
 
 
 def outcomes_table(evidence: EvidenceReport, *, width: int, compact: bool = False) -> Table:
@@ -43,9 +44,9 @@ def outcomes_table(evidence: EvidenceReport, *, width: int, compact: bool = Fals
     bar = max(12, width - (78 if wide else 61))
     table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="dim", width=width)
     table.add_column("outcome", no_wrap=True, width=24)
-    table.add_column("canary", justify="right", no_wrap=True, width=7)
-    table.add_column("stable", justify="right", no_wrap=True, width=7)
-    table.add_column("change", justify="right", no_wrap=True, width=7)
+    table.add_column("canary", justify="right", no_wrap=True, width=NUMBER)
+    table.add_column("stable", justify="right", no_wrap=True, width=NUMBER)
+    table.add_column("change", justify="right", no_wrap=True, width=NUMBER)
     table.add_column(axis_header(bar), no_wrap=True, width=bar)
     if wide:
         table.add_column("viewers", justify="right", no_wrap=True, width=16)
@@ -148,4 +149,7 @@ def _beside(margins: float, width: int) -> int:
 
 
 def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.4g}"
+    """As many digits as the column holds."""
+    if value is None:
+        return "-"
+    return next(text for digits in (4, 3, 2, 1) if len(text := f"{value:.{digits}g}") <= NUMBER or digits == 1)
