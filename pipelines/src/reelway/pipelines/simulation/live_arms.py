@@ -32,7 +32,7 @@ class ArmLedger:
         if before == now:
             return
         self._last[viewer_id] = now
-        if before is not None and before[1] == CANARY and before[0] != release:
+        if before is not None and before[1] == CANARY:
             self._back.setdefault(before[0], []).append((at_s, viewer_id, f"{release[:12]} ({arm})"))
 
     def looked(self, canaries: frozenset[str], at_s: float) -> None:
