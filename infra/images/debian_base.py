@@ -14,8 +14,8 @@ from builders import Builder, BuilderError
 BASE_IMAGE: Final = "reelway.local/base:bookworm"
 _PACKAGES: Final = ("python3", "python3-venv", "ca-certificates")
 _NOT_NEEDED: Final = (
-    "var/cache/apt", "var/lib/apt/lists", "var/log", "usr/share/doc", "usr/share/man", "usr/share/locale", "usr/share/info",
-    "debootstrap",
+    "var/cache/apt", "var/lib/apt/lists", "var/log", "debootstrap",
+    "usr/share/doc", "usr/share/info", "usr/share/locale", "usr/share/man",
 )  # fmt: skip
 
 

@@ -1,0 +1,198 @@
+{{/* Rules that values.schema.json cannot state. Each failure names the value, what it is and what is expected. */}}
+{{- define "reelway.refuse" -}}
+{{- fail (printf "\n\n%s: saw %s, expected %s\n" .path (toJson .saw) .expected) -}}
+{{- end -}}
+
+{{- define "reelway.check" -}}
+{{- $v := .Values -}}
+{{- if not $v.releases.initial }}
+{{- include "reelway.refuse" (dict "path" "releases.initial" "saw" "" "expected" "the whole id of a release in the store: 64 hexadecimal digits") }}
+{{- end }}
+{{- if and (not $v.secrets.generate) (not $v.secrets.name) }}
+{{- include "reelway.refuse" (dict "path" "secrets.name" "saw" "" "expected" "the name of a Secret with the keys auth_token, impression-tokens and webhook-token, or secrets.generate: true for development") }}
+{{- end }}
+{{- include "reelway.checkStore" . }}
+{{- include "reelway.checkRay" . }}
+{{- include "reelway.checkServing" . }}
+{{- include "reelway.checkFeatures" . }}
+{{- include "reelway.checkJobs" . }}
+{{- include "reelway.checkMonitoring" . }}
+{{- end -}}
+
+{{- define "reelway.checkStore" -}}
+{{- $s := .Values.releases.store -}}
+{{- $keys := .Values.releases.publicKeys -}}
+{{- if and (eq $s.type "s3") (not $s.s3.bucket) }}
+{{- include "reelway.refuse" (dict "path" "releases.store.s3.bucket" "saw" "" "expected" "a bucket, because releases.store.type is s3") }}
+{{- end }}
+{{- if and (eq $s.type "gs") (not $s.gs.bucket) }}
+{{- include "reelway.refuse" (dict "path" "releases.store.gs.bucket" "saw" "" "expected" "a bucket, because releases.store.type is gs") }}
+{{- end }}
+{{- if and (eq $s.type "hostPath") (not $s.hostPath.path) }}
+{{- include "reelway.refuse" (dict "path" "releases.store.hostPath.path" "saw" "" "expected" "an absolute path of the node, because releases.store.type is hostPath") }}
+{{- end }}
+{{- if and (eq $s.type "hostPath") $s.pvc.existingClaim }}
+{{- include "reelway.refuse" (dict "path" "releases.store.pvc.existingClaim" "saw" $s.pvc.existingClaim "expected" "nothing, because releases.store.type is hostPath; set the type to pvc to use the claim") }}
+{{- end }}
+{{- if not (or $keys.configMap $keys.secret) }}
+{{- include "reelway.refuse" (dict "path" "releases.publicKeys.configMap" "saw" "" "expected" "a ConfigMap with *.public.pem, or a Secret in releases.publicKeys.secret") }}
+{{- end }}
+{{- if and $keys.configMap $keys.secret }}
+{{- include "reelway.refuse" (dict "path" "releases.publicKeys.secret" "saw" $keys.secret "expected" (printf "nothing, because releases.publicKeys.configMap is %s" $keys.configMap)) }}
+{{- end }}
+{{- end -}}
+
+{{- define "reelway.checkRay" -}}
+{{- $v := .Values -}}
+{{- $p := $v.ray.ports -}}
+{{- if and (eq $v.ray.mode "static") $v.ray.autoscaling.enabled }}
+{{- include "reelway.refuse" (dict "path" "ray.autoscaling.enabled" "saw" true "expected" "false, because ray.mode is static; use serving.horizontalPodAutoscaler") }}
+{{- end }}
+{{- range $pair := list (list "workerMin" "workerMax") (list "ingressMin" "ingressMax") (list "ingressGrpcMin" "ingressGrpcMax") }}
+{{- $low := get $p (index $pair 0) | int }}{{- $high := get $p (index $pair 1) | int }}
+{{- if ge $low $high }}
+{{- include "reelway.refuse" (dict "path" (printf "ray.ports.%s" (index $pair 1)) "saw" $high "expected" (printf "more than ray.ports.%s, which is %d" (index $pair 0) $low)) }}
+{{- end }}
+{{- end }}
+{{- $single := dict }}
+{{- $named := dict "serving.port" $v.serving.port "serving.metrics.port" $v.serving.metrics.port }}
+{{- range $name := list "gcs" "dashboard" "client" "nodeManager" "objectManager" "runtimeEnvAgent" "agentGrpc" "agentHttp" "metrics" }}
+{{- $_ := set $named (printf "ray.ports.%s" $name) (get $p $name) }}
+{{- end }}
+{{- range $path := keys $named | sortAlpha }}
+{{- $port := get $named $path | int }}
+{{- with get $single (toString $port) }}
+{{- include "reelway.refuse" (dict "path" $path "saw" $port "expected" (printf "a port that %s does not have" .)) }}
+{{- end }}
+{{- $_ := set $single (toString $port) $path }}
+{{- range $range := list (list "workerMin" "workerMax") (list "ingressMin" "ingressMax") (list "ingressGrpcMin" "ingressGrpcMax") }}
+{{- $low := get $p (index $range 0) | int }}{{- $high := get $p (index $range 1) | int }}
+{{- if and (ge $port $low) (le $port $high) }}
+{{- include "reelway.refuse" (dict "path" $path "saw" $port "expected" (printf "a port outside of ray.ports.%s to ray.ports.%s, which are %d to %d" (index $range 0) (index $range 1) $low $high)) }}
+{{- end }}
+{{- end }}
+{{- end }}
+{{- end -}}
+
+{{- define "reelway.checkServing" -}}
+{{- $v := .Values -}}
+{{- $gpus := 0 }}{{- $pods := 0 }}
+{{- range $name, $group := $v.serving.workers }}
+{{- $path := printf "serving.workers.%s" $name }}
+{{- if gt (int $group.minReplicas) (int $group.maxReplicas) }}
+{{- include "reelway.refuse" (dict "path" (printf "%s.minReplicas" $path) "saw" $group.minReplicas "expected" (printf "at most maxReplicas, which is %v" $group.maxReplicas)) }}
+{{- end }}
+{{- if or (lt (int $group.replicas) (int $group.minReplicas)) (gt (int $group.replicas) (int $group.maxReplicas)) }}
+{{- include "reelway.refuse" (dict "path" (printf "%s.replicas" $path) "saw" $group.replicas "expected" (printf "between minReplicas and maxReplicas, which are %v and %v" $group.minReplicas $group.maxReplicas)) }}
+{{- end }}
+{{- $gpus = add $gpus (mul (int $group.gpus) (int $group.maxReplicas)) }}
+{{- $pods = add $pods (int $group.maxReplicas) }}
+{{- include "reelway.checkResources" (dict "of" $group.resources "path" (printf "%s.resources" $path)) }}
+{{- end }}
+{{- include "reelway.checkResources" (dict "of" $v.serving.head.resources "path" "serving.head.resources") }}
+{{- if and (eq $pods 0) (eq (float64 $v.serving.head.cpus) 0.0) }}
+{{- include "reelway.refuse" (dict "path" "serving.head.cpus" "saw" $v.serving.head.cpus "expected" "more than 0, because there is no worker in serving.workers for the replicas") }}
+{{- end }}
+{{- range $name, $one := $v.serving.deployments }}
+{{- $path := printf "serving.deployments.%s" $name }}
+{{- if and (gt (float64 $one.gpus) 0.0) (eq $gpus 0) }}
+{{- include "reelway.refuse" (dict "path" (printf "%s.gpus" $path) "saw" $one.gpus "expected" "0, because no group of serving.workers has GPUs") }}
+{{- end }}
+{{- if gt (int $one.autoscaling.min) (int $one.autoscaling.max) }}
+{{- include "reelway.refuse" (dict "path" (printf "%s.autoscaling.min" $path) "saw" $one.autoscaling.min "expected" (printf "at most autoscaling.max, which is %v" $one.autoscaling.max)) }}
+{{- end }}
+{{- end }}
+{{- $hpa := $v.serving.horizontalPodAutoscaler }}
+{{- if $hpa.enabled }}
+{{- if ne $v.ray.mode "static" }}
+{{- include "reelway.refuse" (dict "path" "serving.horizontalPodAutoscaler.enabled" "saw" true "expected" "false, because ray.mode is kuberay; use ray.autoscaling") }}
+{{- end }}
+{{- if not (hasKey $v.serving.workers $hpa.group) }}
+{{- include "reelway.refuse" (dict "path" "serving.horizontalPodAutoscaler.group" "saw" $hpa.group "expected" (printf "one of serving.workers: %s" (keys $v.serving.workers | sortAlpha | join ", "))) }}
+{{- end }}
+{{- if gt (int $hpa.minReplicas) (int $hpa.maxReplicas) }}
+{{- include "reelway.refuse" (dict "path" "serving.horizontalPodAutoscaler.minReplicas" "saw" $hpa.minReplicas "expected" (printf "at most maxReplicas, which is %v" $hpa.maxReplicas)) }}
+{{- end }}
+{{- end }}
+{{- if and $v.serving.ingress.enabled (not $v.serving.ingress.host) }}
+{{- include "reelway.refuse" (dict "path" "serving.ingress.host" "saw" "" "expected" "a host name, because serving.ingress.enabled is true") }}
+{{- end }}
+{{- if and $v.serving.httpRoute.enabled (not $v.serving.httpRoute.parentRefs) }}
+{{- include "reelway.refuse" (dict "path" "serving.httpRoute.parentRefs" "saw" list "expected" "at least one Gateway, because serving.httpRoute.enabled is true") }}
+{{- end }}
+{{- range $path, $env := dict "serving.env" $v.serving.env "controller.env" $v.controller.env }}
+{{- range $name := list "RAY_AUTH_TOKEN" "REELWAY_TOKEN_SECRET" "REELWAY_WEBHOOK_TOKEN" "REDIS_PASSWORD" "AWS_SECRET_ACCESS_KEY" }}
+{{- if hasKey $env $name }}
+{{- include "reelway.refuse" (dict "path" (printf "%s.%s" $path $name) "saw" "(hidden)" "expected" "nothing: secrets are read from a Secret (secrets.name, releases.store.s3.credentialsSecret)") }}
+{{- end }}
+{{- end }}
+{{- end }}
+{{- end -}}
+
+{{/* Requests and limits are written out, and a limit is not below its request. */}}
+{{- define "reelway.checkResources" -}}
+{{- $r := .of -}}{{- $path := .path -}}
+{{- range $kind := list "cpu" "memory" }}
+{{- $request := include "reelway.quantity" (get $r.requests $kind) | float64 }}
+{{- $limit := include "reelway.quantity" (get $r.limits $kind) | float64 }}
+{{- if gt $request $limit }}
+{{- include "reelway.refuse" (dict "path" (printf "%s.limits.%s" $path $kind) "saw" (get $r.limits $kind) "expected" (printf "at least the request, which is %v" (get $r.requests $kind))) }}
+{{- end }}
+{{- end }}
+{{- end -}}
+
+{{/* A Kubernetes quantity as a number. */}}
+{{- define "reelway.quantity" -}}
+{{- $text := toString . -}}
+{{- $units := dict "m" 0.001 "k" 1e3 "M" 1e6 "G" 1e9 "T" 1e12 "Ki" 1024.0 "Mi" 1048576.0 "Gi" 1073741824.0 "Ti" 1099511627776.0 -}}
+{{- $unit := regexFind "[A-Za-z]+$" $text -}}
+{{- mulf (float64 (trimSuffix $unit $text)) (get $units $unit | default 1.0) -}}
+{{- end -}}
+
+{{- define "reelway.checkFeatures" -}}
+{{- $f := .Values.features -}}
+{{- if and (eq $f.type "directory") (ne (include "reelway.storeOnVolume" .) "true") }}
+{{- include "reelway.refuse" (dict "path" "features.type" "saw" "directory" "expected" "redis or none, because releases.store.type is no volume") }}
+{{- end }}
+{{- if eq $f.type "redis" }}
+{{- if not $f.registry }}
+{{- include "reelway.refuse" (dict "path" "features.registry" "saw" "" "expected" "path or URL of Feast's registry, because features.type is redis") }}
+{{- end }}
+{{- if and (eq $f.redis.mode "external") (not $f.redis.host) }}
+{{- include "reelway.refuse" (dict "path" "features.redis.host" "saw" "" "expected" "a host name, because features.redis.mode is external") }}
+{{- end }}
+{{- if and (eq $f.redis.mode "bundled") $f.redis.host }}
+{{- include "reelway.refuse" (dict "path" "features.redis.host" "saw" $f.redis.host "expected" "nothing, because features.redis.mode is bundled") }}
+{{- end }}
+{{- if and (eq $f.redis.mode "bundled") $f.redis.tls }}
+{{- include "reelway.refuse" (dict "path" "features.redis.tls" "saw" true "expected" "false, because features.redis.mode is bundled; an external Redis may have TLS") }}
+{{- end }}
+{{- include "reelway.checkResources" (dict "of" $f.redis.resources "path" "features.redis.resources") }}
+{{- end }}
+{{- end -}}
+
+{{- define "reelway.checkJobs" -}}
+{{- $v := .Values -}}
+{{- range $kind := list "materialisation" "training" "evaluation" }}
+{{- $job := get $v.jobs $kind }}
+{{- if $job.enabled }}
+{{- if and (not $v.jobs.workClaim) (ne (include "reelway.storeOnVolume" $) "true") }}
+{{- include "reelway.refuse" (dict "path" "jobs.workClaim" "saw" "" "expected" (printf "a claim for the files of a run, because jobs.%s.enabled is true and releases.store.type is no volume" $kind)) }}
+{{- end }}
+{{- include "reelway.checkResources" (dict "of" $job.resources "path" (printf "jobs.%s.resources" $kind)) }}
+{{- end }}
+{{- end }}
+{{- end -}}
+
+{{- define "reelway.checkMonitoring" -}}
+{{- $v := .Values -}}
+{{- if and $v.monitoring.rules.enabled (not $v.monitoring.monitors.enabled) }}
+{{- include "reelway.refuse" (dict "path" "monitoring.monitors.enabled" "saw" false "expected" "true, because monitoring.rules.enabled is true and rules without their scrape jobs never fire") }}
+{{- end }}
+{{- if and $v.monitoring.alertmanagerConfig.enabled (not $v.monitoring.rules.enabled) }}
+{{- include "reelway.refuse" (dict "path" "monitoring.rules.enabled" "saw" false "expected" "true, because monitoring.alertmanagerConfig.enabled is true and there would be no alert to route") }}
+{{- end }}
+{{- if and $v.controller.podDisruptionBudget.enabled (lt (int $v.controller.replicas) 2) }}
+{{- include "reelway.refuse" (dict "path" "controller.podDisruptionBudget.enabled" "saw" true "expected" "false, because controller.replicas is below 2") }}
+{{- end }}
+{{- end -}}

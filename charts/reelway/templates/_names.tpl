@@ -1,0 +1,49 @@
+{{/* The name of everything: short enough for what KubeRay puts after it. */}}
+{{- define "reelway.fullname" -}}
+{{- $own := ternary .Release.Name (printf "%s-reelway" .Release.Name) (contains "reelway" .Release.Name) -}}
+{{- .Values.fullnameOverride | default $own | trunc 40 | trimSuffix "-" -}}
+{{- end -}}
+
+{{/* (dict "context" . "component" "serving"): labels of an object. */}}
+{{- define "reelway.labels" -}}
+helm.sh/chart: {{ printf "%s-%s" .context.Chart.Name .context.Chart.Version }}
+app.kubernetes.io/version: {{ .context.Chart.AppVersion | quote }}
+app.kubernetes.io/managed-by: {{ .context.Release.Service }}
+app.kubernetes.io/part-of: reelway
+{{ include "reelway.selector" . }}
+{{- end -}}
+
+{{/* What selects the pods of a component. KubeRay writes over app.kubernetes.io/name, so it is not among them. */}}
+{{- define "reelway.selector" -}}
+app.kubernetes.io/instance: {{ .context.Release.Name }}
+reelway.dev/component: {{ .component }}
+{{- end -}}
+
+{{- define "reelway.routerService" -}}{{ include "reelway.fullname" . }}-router{{- end -}}
+{{- define "reelway.headService" -}}{{ include "reelway.fullname" . }}-head{{- end -}}
+{{- define "reelway.secretName" -}}
+{{- if .Values.secrets.generate }}{{ .Values.secrets.name | default (printf "%s-secrets" (include "reelway.fullname" .)) }}
+{{- else }}{{ .Values.secrets.name }}{{ end -}}
+{{- end -}}
+{{- define "reelway.storeClaim" -}}
+{{- .Values.releases.store.pvc.existingClaim | default (printf "%s-releases" (include "reelway.fullname" .)) -}}
+{{- end -}}
+{{- define "reelway.storeOnVolume" -}}
+{{- if has .Values.releases.store.type (list "pvc" "hostPath") }}true{{ end -}}
+{{- end -}}
+
+{{/* Path or URL of the release store, as pods see it. */}}
+{{- define "reelway.storeUrl" -}}
+{{- $store := .Values.releases.store -}}
+{{- if eq $store.type "s3" }}s3://{{ $store.s3.bucket }}/{{ $store.path }}
+{{- else if eq $store.type "gs" }}gs://{{ $store.gs.bucket }}/{{ $store.path }}
+{{- else }}/var/lib/reelway/volume/{{ $store.path }}{{ end -}}
+{{- end -}}
+
+{{/* (dict "context" . "of" .Values.image.serving) */}}
+{{- define "reelway.image" -}}
+{{- $reference := .of.repository -}}
+{{- if .context.Values.image.registry }}{{ $reference = printf "%s/%s" .context.Values.image.registry $reference }}{{ end -}}
+{{- if .of.digest }}{{ $reference }}@{{ .of.digest }}
+{{- else }}{{ $reference }}:{{ .of.tag | default .context.Chart.AppVersion }}{{ end -}}
+{{- end -}}

@@ -1,0 +1,78 @@
+{{/* What the `restricted` level of Pod Security wants, and a root file system that nobody writes. */}}
+{{- define "reelway.podSecurity" -}}
+runAsNonRoot: true
+runAsUser: 10001
+runAsGroup: 10001
+fsGroup: 10001
+fsGroupChangePolicy: OnRootMismatch
+seccompProfile: {type: RuntimeDefault}
+{{- end -}}
+
+{{- define "reelway.containerSecurity" -}}
+allowPrivilegeEscalation: false
+readOnlyRootFilesystem: true
+runAsNonRoot: true
+capabilities: {drop: [ALL]}
+seccompProfile: {type: RuntimeDefault}
+{{- end -}}
+
+{{- define "reelway.pullSecrets" -}}
+{{- with .Values.image.pullSecrets }}
+imagePullSecrets:
+{{- range . }}
+  - name: {{ . }}
+{{- end }}
+{{- end }}
+{{- end -}}
+
+{{/* (dict "of" group): where pods may run. */}}
+{{- define "reelway.placement" -}}
+{{- with .of.nodeSelector }}
+nodeSelector: {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- with .of.tolerations }}
+tolerations: {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- with .of.affinity }}
+affinity: {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- with .of.topologySpreadConstraints }}
+topologySpreadConstraints: {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- end -}}
+
+{{/* Environment variables from which S3 and its like are reached. */}}
+{{- define "reelway.storeEnv" -}}
+{{- $s3 := .Values.releases.store.s3 }}
+{{- if eq .Values.releases.store.type "s3" }}
+{{- with $s3.endpoint }}
+- {name: AWS_ENDPOINT_URL_S3, value: {{ . | quote }}}
+{{- end }}
+{{- with $s3.region }}
+- {name: AWS_REGION, value: {{ . | quote }}}
+- {name: AWS_DEFAULT_REGION, value: {{ . | quote }}}
+{{- end }}
+{{- if $s3.credentialsSecret }}
+{{- range list "AWS_ACCESS_KEY_ID" "AWS_SECRET_ACCESS_KEY" }}
+- name: {{ . }}
+  valueFrom: {secretKeyRef: {name: {{ $s3.credentialsSecret }}, key: {{ . }}}}
+{{- end }}
+{{- end }}
+{{- end }}
+{{- end -}}
+
+{{- define "reelway.publicKeysVolume" -}}
+- name: public-keys
+{{- with .Values.releases.publicKeys }}
+{{- if .configMap }}
+  configMap: {name: {{ .configMap }}}
+{{- else }}
+  secret: {secretName: {{ .secret }}}
+{{- end }}
+{{- end }}
+{{- end -}}
+
+{{/* (dict "context" . "key" "webhook-token") */}}
+{{- define "reelway.secretKey" -}}
+secretKeyRef: {name: {{ include "reelway.secretName" .context }}, key: {{ .key }}}
+{{- end -}}

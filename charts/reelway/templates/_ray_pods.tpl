@@ -1,0 +1,195 @@
+{{/* `ray start` options, the same with and without KubeRay. (dict "context" . "role" "head" "group" dict) */}}
+{{- define "reelway.rayStart" -}}
+{{- $p := .context.Values.ray.ports -}}
+node-manager-port: {{ $p.nodeManager | quote }}
+object-manager-port: {{ $p.objectManager | quote }}
+runtime-env-agent-port: {{ $p.runtimeEnvAgent | quote }}
+dashboard-agent-grpc-port: {{ $p.agentGrpc | quote }}
+dashboard-agent-listen-port: {{ $p.agentHttp | quote }}
+metrics-export-port: {{ $p.metrics | quote }}
+min-worker-port: {{ $p.workerMin | quote }}
+max-worker-port: {{ $p.workerMax | quote }}
+{{- if eq .role "head" }}
+port: {{ $p.gcs | quote }}
+dashboard-host: 0.0.0.0
+dashboard-port: {{ $p.dashboard | quote }}
+ray-client-server-port: {{ $p.client | quote }}
+num-cpus: {{ .context.Values.serving.head.cpus | quote }}
+{{- else }}
+num-cpus: {{ include "reelway.quantity" .group.resources.requests.cpu | float64 | floor | int | max 1 | quote }}
+{{- end }}
+{{- if and .group .group.gpus }}
+num-gpus: {{ .group.gpus | quote }}
+{{- end }}
+{{- end -}}
+
+{{/* As command line options. */}}
+{{- define "reelway.rayStartOptions" -}}
+{{- range $name, $value := include "reelway.rayStart" . | fromYaml }}
+--{{ $name }}={{ $value }}
+{{- end }}
+{{- end -}}
+
+{{/* Low latency: serving/serve_settings.py, where each is explained and measured; a test compares the two. */}}
+{{- define "reelway.serveSettings" -}}
+RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD: "0"
+RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP: "0"
+RAY_SERVE_USE_GRPC_BY_DEFAULT: "1"
+RAY_SERVE_ENABLE_HA_PROXY: "1"
+RAY_SERVE_HAPROXY_METRICS_ENABLED: "0"
+RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S: "2"
+RAY_SERVE_REQUEST_PATH_LOG_BUFFER_SIZE: "1000"
+RAY_SERVE_FREEZE_GC_ON_STARTUP: "1"
+RAY_SERVE_LOG_TO_STDERR: "0"
+{{- end -}}
+
+{{- define "reelway.rayEnv" -}}
+{{- $p := .Values.ray.ports -}}
+{{- $env := include "reelway.serveSettings" . | fromYaml -}}
+{{- $own := dict "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT" $p.ingressMin "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT" $p.ingressMax -}}
+{{- $grpc := dict "RAY_SERVE_DIRECT_INGRESS_MIN_GRPC_PORT" $p.ingressGrpcMin "RAY_SERVE_DIRECT_INGRESS_MAX_GRPC_PORT" $p.ingressGrpcMax -}}
+{{- $quiet := dict "RAY_USAGE_STATS_ENABLED" "0" "FEAST_USAGE" "False" "OMP_NUM_THREADS" "1" "RAY_AUTH_MODE" "token" -}}
+{{- range $name, $value := mergeOverwrite $env $own $grpc $quiet .Values.serving.env }}
+- {name: {{ $name }}, value: {{ $value | toString | quote }}}
+{{- end }}
+- name: RAY_AUTH_TOKEN
+  valueFrom: {{- include "reelway.secretKey" (dict "context" . "key" "auth_token") | nindent 4 }}
+- name: REELWAY_TOKEN_SECRET
+  valueFrom: {{- include "reelway.secretKey" (dict "context" . "key" "impression-tokens") | nindent 4 }}
+{{- if eq .Values.features.type "redis" }}
+- name: REDIS_PASSWORD
+  valueFrom: {{- include "reelway.secretKey" (dict "context" . "key" "redis-password") | nindent 4 }}
+{{- end }}
+{{- include "reelway.storeEnv" . }}
+{{- end -}}
+
+{{- define "reelway.rayMounts" -}}
+- {name: tmp, mountPath: /tmp}
+- {name: cache, mountPath: /var/cache/reelway}
+- {name: metrics, mountPath: /var/run/reelway/metrics}
+- {name: public-keys, mountPath: /etc/reelway/public-keys, readOnly: true}
+{{- if eq (include "reelway.storeOnVolume" .context) "true" }}
+- {name: releases, mountPath: /var/lib/reelway/volume}
+{{- end }}
+{{- if eq .context.Values.features.type "redis" }}
+- {name: features, mountPath: /etc/reelway/features, readOnly: true}
+{{- end }}
+{{- if eq .role "head" }}
+- {name: state, mountPath: /var/lib/reelway/state}
+{{- end }}
+{{- end -}}
+
+{{- define "reelway.rayVolumes" -}}
+{{- $v := .context.Values -}}
+- {name: tmp, emptyDir: {}}
+- {name: cache, emptyDir: {sizeLimit: {{ $v.serving.releaseCache.size }}}}
+- {name: metrics, emptyDir: {medium: Memory, sizeLimit: 64Mi}}
+{{ include "reelway.publicKeysVolume" .context }}
+{{- if eq (include "reelway.storeOnVolume" .context) "true" }}
+- {name: releases, persistentVolumeClaim: {claimName: {{ include "reelway.storeClaim" .context }}}}
+{{- end }}
+{{- if eq $v.features.type "redis" }}
+- {name: features, configMap: {name: {{ include "reelway.fullname" .context }}-features}}
+{{- end }}
+{{- if eq .role "head" }}
+- name: state
+{{- if and $v.serving.outcomes.enabled $v.serving.outcomes.persistence.enabled }}
+  persistentVolumeClaim: {claimName: {{ include "reelway.stateClaim" .context }}}
+{{- else }}
+  emptyDir: {}
+{{- end }}
+{{- end }}
+{{- end -}}
+
+{{- define "reelway.stateClaim" -}}
+{{- .Values.serving.outcomes.persistence.existingClaim | default (printf "%s-outcomes" (include "reelway.fullname" .)) -}}
+{{- end -}}
+
+{{/* Ray's container without its command. (dict "context" . "role" "head" "group" dict) */}}
+{{- define "reelway.rayContainer" -}}
+{{- $v := .context.Values -}}
+name: ray
+image: {{ include "reelway.image" (dict "context" .context "of" $v.image.serving) }}
+imagePullPolicy: {{ $v.image.pullPolicy }}
+securityContext: {{- include "reelway.containerSecurity" .context | nindent 2 }}
+env:
+  {{- include "reelway.rayEnv" .context | nindent 2 }}
+ports:
+  - {name: serve, containerPort: {{ $v.serving.port }}}
+  - {name: ray-metrics, containerPort: {{ $v.ray.ports.metrics }}}
+  {{- if eq .role "head" }}
+  - {name: gcs-server, containerPort: {{ $v.ray.ports.gcs }}}
+  - {name: dashboard, containerPort: {{ $v.ray.ports.dashboard }}}
+  - {name: client, containerPort: {{ $v.ray.ports.client }}}
+  {{- end }}
+{{- if eq .role "worker" }}
+# A worker takes requests once its proxy has somebody to lead to.
+readinessProbe:
+  httpGet: {path: /-/healthz, port: {{ $v.serving.port }}}
+  initialDelaySeconds: 5
+  periodSeconds: 2
+  timeoutSeconds: 2
+  failureThreshold: 3
+{{- end }}
+lifecycle:
+  # Whoever leads requests here hears that this pod is leaving before it leaves.
+  preStop: {exec: {command: [/bin/sh, -c, sleep 5]}}
+resources:
+  requests:
+    {{- toYaml .group.resources.requests | nindent 4 }}
+    {{- if .group.gpus }}
+    {{ .group.gpuResource }}: {{ .group.gpus }}
+    {{- end }}
+  limits:
+    {{- toYaml .group.resources.limits | nindent 4 }}
+    {{- if .group.gpus }}
+    {{ .group.gpuResource }}: {{ .group.gpus }}
+    {{- end }}
+volumeMounts:
+  {{- include "reelway.rayMounts" . | nindent 2 }}
+{{- end -}}
+
+{{/* Answers for the counts of this pod alone: Ray's proxy would lead to any node's router. */}}
+{{- define "reelway.metricsContainer" -}}
+{{- $v := .Values -}}
+name: metrics
+image: {{ include "reelway.image" (dict "context" . "of" $v.image.serving) }}
+imagePullPolicy: {{ $v.image.pullPolicy }}
+command: [python, -m, reelway.serving.node_metrics, --port, {{ $v.serving.metrics.port | quote }}]
+securityContext: {{- include "reelway.containerSecurity" . | nindent 2 }}
+env:
+  - {name: PROMETHEUS_MULTIPROC_DIR, value: /var/run/reelway/metrics}
+ports:
+  - {name: metrics, containerPort: {{ $v.serving.metrics.port }}}
+resources: {{- toYaml $v.serving.metrics.resources | nindent 2 }}
+volumeMounts:
+  - {name: metrics, mountPath: /var/run/reelway/metrics}
+  - {name: tmp, mountPath: /tmp}
+{{- end -}}
+
+{{- define "reelway.rayPodLabels" -}}
+{{ include "reelway.labels" (dict "context" .context "component" "serving") }}
+reelway.dev/role: {{ .role }}
+{{- end -}}
+
+{{/* All of a Ray pod's spec but its containers. */}}
+{{- define "reelway.rayPodSpec" -}}
+{{- $v := .context.Values -}}
+serviceAccountName: {{ include "reelway.fullname" .context }}-serving
+automountServiceAccountToken: {{ and (eq $v.ray.mode "kuberay") $v.ray.autoscaling.enabled (eq .role "head") }}
+enableServiceLinks: false
+terminationGracePeriodSeconds: {{ $v.serving.terminationGracePeriodSeconds }}
+securityContext: {{- include "reelway.podSecurity" .context | nindent 2 }}
+{{- include "reelway.pullSecrets" .context }}
+{{- with include "reelway.servingPriority" .context }}
+priorityClassName: {{ . }}
+{{- end }}
+{{- include "reelway.placement" (dict "of" .group) }}
+volumes:
+  {{- include "reelway.rayVolumes" . | nindent 2 }}
+{{- end -}}
+
+{{- define "reelway.servingPriority" -}}
+{{- if .Values.serving.priorityClassName }}{{ .Values.serving.priorityClassName }}
+{{- else if .Values.priorityClasses.create }}{{ include "reelway.fullname" . }}-serving{{ end -}}
+{{- end -}}
