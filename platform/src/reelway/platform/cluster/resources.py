@@ -107,7 +107,9 @@ class ReleaseRolloutSpec(_Model):
         "absent",
     )
     policy: RolloutPolicy | None = Field(
-        default=None, description="the default policy when this and policyRef are absent"
+        default=None,
+        description="the default policy when this and policyRef are absent; a null in it is dropped by `kubectl apply` "
+        "without --server-side, and the field then has its default: use --server-side, create, or policyRef",
     )
     policy_ref: PolicyReference | None = None
     backend: Backend

@@ -13,6 +13,8 @@ from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from typing import Any, Final
 
+from pydantic import ValidationError
+
 from reelway.platform.cluster.kube_api import AbsentError, ConflictError, KubeApi
 from reelway.platform.cluster.resources import (
     ALERTS_LIMIT,
@@ -80,10 +82,14 @@ class KubeRolloutStore:
         if self._made_for is None:
             raise RolloutError("a rollout needs a backend; name a RayService with --ray-service")
         stable = None if state.stable_release == LIVE else state.stable_release
-        spec = ReleaseRolloutSpec(
-            release=state.canary_release, stable_release=stable, policy=policy, backend=self._made_for,
-            force=state.forced, note=state.reason,
-        )  # fmt: skip
+        asked = {"release": state.canary_release, "stable_release": stable, "force": state.forced}
+        try:
+            spec = ReleaseRolloutSpec.model_validate(
+                {**asked, "policy": policy, "backend": self._made_for, "note": state.reason}
+            )
+        except ValidationError as error:
+            wrong = error.errors()[0]
+            raise RolloutError(f"spec.{wrong['loc'][0]}: saw {wrong['input']!r}: {wrong['msg']}") from error
         try:
             made = self._api.create(PATH, {**_head(state.id), "spec": _spec_document(spec)})
         except ConflictError:
@@ -162,7 +168,12 @@ class KubeRolloutStore:
             given = resource.spec.commands
             if any(known.id == asked.id for known in given) or asked.id in _commands_seen(resource):
                 return rollout_of(resource)
-            kept = (*given, asked)[-COMMANDS_LIMIT:]
+            kept = (*_not_seen(resource), asked)
+            if len(kept) > COMMANDS_LIMIT:
+                raise RolloutError(
+                    f"{len(kept) - 1} commands of {resource.name} wait already, at most {COMMANDS_LIMIT} may; "
+                    "does the operator run?"
+                )
             change = {
                 "metadata": {"resourceVersion": resource.resource_version},
                 "spec": {"commands": [one.document() for one in kept]},
@@ -319,6 +330,14 @@ def _order(resource: Resource) -> tuple[float, str, str]:
 
 def _commands_seen(resource: Resource) -> Sequence[str]:
     return resource.status.state.commands_seen if resource.status.state else ()
+
+
+def _not_seen(resource: Resource) -> list[AskedCommand]:
+    """The newest commands, without those dealt with that must make room for others."""
+    seen, given = set(_commands_seen(resource)), list(resource.spec.commands)
+    while len(given) >= COMMANDS_LIMIT and given[0].id in seen:
+        given.pop(0)
+    return given
 
 
 def _about(alerts: Any, state: RolloutState | None) -> tuple[KnownAlert, ...]:

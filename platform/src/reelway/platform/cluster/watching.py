@@ -30,8 +30,9 @@ def watch(api: KubeApi, shelf: ToldShelf, may_go: Callable[[str], bool], stop: t
     Args:
         may_go: whether a deleted rollout, by its uid, may go.
     """
+    logging.getLogger("kopf._core.reactor.running").setLevel(logging.ERROR)  # signals are handled by who calls this
     registry = kopf.OperatorRegistry()
-    _register(registry, api, shelf, may_go)
+    _register(registry, api, shelf, may_go, stop)
     asyncio.run(
         kopf.operator(
             registry=registry, settings=_settings(), namespaces=[api.namespace], standalone=True, stop_flag=stop
@@ -39,7 +40,13 @@ def watch(api: KubeApi, shelf: ToldShelf, may_go: Callable[[str], bool], stop: t
     )
 
 
-def _register(registry: kopf.OperatorRegistry, api: KubeApi, shelf: ToldShelf, may_go: Callable[[str], bool]) -> None:
+def _register(
+    registry: kopf.OperatorRegistry,
+    api: KubeApi,
+    shelf: ToldShelf,
+    may_go: Callable[[str], bool],
+    stop: threading.Event,
+) -> None:
     @kopf.on.login(registry=registry)
     def login(**_: Any) -> kopf.ConnectionInfo:
         return kopf.ConnectionInfo(**api.connection())
@@ -52,9 +59,7 @@ def _register(registry: kopf.OperatorRegistry, api: KubeApi, shelf: ToldShelf, m
     async def hold(uid: str, name: str, stopped: kopf.DaemonStopped, **_: Any) -> None:
         while not stopped:
             await stopped.wait(60)
-        while not await _may_go(uid, name):
-            if stopped.reason is not None and kopf.DaemonStoppingReason.OPERATOR_EXITING in stopped.reason:
-                return
+        while not stop.is_set() and not await _may_go(uid, name):  # at the end of this process it stays held
             await asyncio.sleep(_LOOK_S)
 
     async def _may_go(uid: str, name: str) -> bool:

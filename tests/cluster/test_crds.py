@@ -1,0 +1,185 @@
+"""The resources as the API server has them: what it refuses and in which words, and what it gives back unchanged."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from tests.cluster.conftest import ROOT, Kubectl
+from tests.cluster.fake_serve import GOOD, STABLE
+from tests.cluster.made_rollout import QUICK, rollout
+
+from reelway.platform.cluster import crds, resources
+from reelway.platform.cluster.kube_api import KubeApi
+from reelway.platform.cluster.resources import Resource
+from reelway.platform.rollout.policy import default_policy
+from reelway.platform.rollout.state import REMEMBERED_COMMANDS, Command, Phase, RolloutState
+
+on_a_cluster = pytest.mark.cluster
+
+
+def test_the_charts_crds_are_those_of_the_types() -> None:
+    lie = {path.name: path.read_text() for path in (ROOT / "charts/reelway/crds").iterdir()}
+    assert lie == crds.files(), "run `python -m reelway.platform.cluster.crds charts/reelway/crds`"
+
+
+def test_every_field_of_a_policy_is_in_the_schema() -> None:
+    def names(schema: dict[str, Any]) -> set[str]:
+        found = set(schema.get("properties", {}))
+        for field in schema.get("properties", {}).values():
+            found |= names(field) | names(field.get("items", {}))
+        return found
+
+    whole = crds.schema_of(resources.ReleaseRolloutSpec)["properties"]["policy"]
+
+    def keys(value: Any) -> set[str]:
+        if isinstance(value, dict):
+            return set(value) | {key for inner in value.values() for key in keys(inner)}
+        return {key for inner in value for key in keys(inner)} if isinstance(value, list) else set()
+
+    assert keys(default_policy().model_dump(mode="json")) <= names(whole)
+
+
+def test_a_union_of_types_has_no_structural_schema() -> None:
+    class Either(resources._Model):
+        value: int | str
+
+    with pytest.raises(ValueError, match="no structural schema"):
+        crds.schema_of(Either)
+
+
+WRONG: list[tuple[str, dict[str, Any], str]] = [
+    ("a short release", {"release": "abc"}, "spec.release"),
+    ("a policy and a reference", {"policyRef": {"name": "p"}}, "saw policy and policyRef"),
+    ("no backend", {"backend": {}}, "exactly one of rayService and serve"),
+    (
+        "two backends",
+        {"backend": {"rayService": {"name": "a"}, "serve": {"api": "http://a", "url": "http://b"}}},
+        "exactly one of rayService and serve",
+    ),
+    ("an address that is none", {"backend": {"serve": {"api": "a", "url": "http://b"}}}, "spec.backend.serve.api"),
+    ("a release over itself", {"stableRelease": GOOD}, "stableRelease is the release itself"),
+    (
+        "steps that fall",
+        {"policy": {**QUICK, "steps": [{"weight_percent": 20}, {"weight_percent": 10}]}},
+        "expected each to be more than the one before",
+    ),
+    (
+        "the same step twice",
+        {"policy": {**QUICK, "steps": [{"weight_percent": 20}, {"weight_percent": 20}]}},
+        "expected each to be more than the one before",
+    ),
+    (
+        "no room for stable",
+        {"policy": {**QUICK, "holdout_percent": 50}},
+        "leaves stable nothing to be compared with",
+    ),
+    ("an outcome twice", {"policy": {**QUICK, "outcomes": QUICK["outcomes"] * 2}}, "duplicate entries"),
+    ("no step", {"policy": {**QUICK, "steps": []}}, "spec.policy.steps"),
+    ("a ratio of one", {"policy": {**QUICK, "alpha": {"rollback": 1}}}, "spec.policy.alpha.rollback"),
+    ("an unknown field", {"polcy": {}}, 'field not declared in schema'),
+    ("an unknown guardrail", {"policy": {**QUICK, "guardrails": {"errors": None}}}, "field not declared in schema"),
+    ("an unknown verb", {"commands": [{"id": "1", "verb": "stop"}]}, "spec.commands[0].verb"),
+    ("a command without an id", {"commands": [{"verb": "pause"}]}, "spec.commands"),
+    ("too many commands", {"commands": [{"id": str(i), "verb": "pause"} for i in range(17)]}, "at most 16 items"),
+]  # fmt: skip
+
+
+@on_a_cluster
+def test_a_wrong_rollout_is_refused_in_words_that_say_where(kubectl: Kubectl) -> None:
+    for what, spec, words in WRONG:
+        assert words in kubectl.apply(rollout(**spec), code=1), what
+    kubectl.apply(rollout())  # the right one is taken
+
+
+@on_a_cluster
+def test_what_was_asked_for_is_fixed_and_commands_are_only_added(kubectl: Kubectl) -> None:
+    kubectl.apply(rollout(commands=[{"id": "1", "verb": "pause"}]))
+    given_one = [{"id": "1", "verb": "pause"}]
+    for change, words in (
+        ({"release": STABLE}, "release is fixed"),
+        ({"backend": {"rayService": {"name": "other"}}}, "backend is fixed"),
+        ({"policy": {**QUICK, "name": "other"}}, "policy is fixed"),
+        ({"force": True}, "force is fixed"),
+        ({"stableRelease": STABLE}, "stableRelease is fixed"),
+        ({"commands": [{"id": "1", "verb": "promote"}]}, "a command that was given is not changed"),
+    ):
+        assert words in kubectl.apply(rollout(**{"commands": given_one, **change}), code=1)
+    kubectl.apply(rollout(commands=[*given_one, {"id": "2", "verb": "resume"}]))
+    assert [one["id"] for one in kubectl.read("one")["spec"]["commands"]] == ["1", "2"]
+
+
+@on_a_cluster
+def test_a_release_is_named_by_its_id_and_never_changes(kubectl: Kubectl) -> None:
+    release = {
+        "apiVersion": "reelway.dev/v1alpha1", "kind": "Release", "metadata": {"name": GOOD[:12]},
+        "spec": {"id": GOOD, "store": "s3://releases"},
+    }  # fmt: skip
+    named = {**release, "metadata": {"name": "mine"}}
+    assert "the first 12 characters of spec.id" in kubectl.apply(named, code=1)
+    kubectl.apply(release)
+    moved = {**release, "spec": {"id": GOOD, "store": "s3://elsewhere"}}
+    assert "a release never changes" in kubectl.apply(moved, code=1)
+    assert GOOD[:12] in kubectl.run("get", "releases")
+
+
+_text = st.text(st.characters(exclude_categories=["Cs"]), max_size=30)
+_seconds = st.floats(min_value=0, max_value=1e12, allow_nan=False)
+_states = st.builds(
+    RolloutState,
+    id=_text,
+    stable_release=st.just(STABLE),
+    canary_release=st.just(GOOD),
+    phase=st.sampled_from(Phase),
+    step=st.integers(-1, 20),
+    canary_bp=st.integers(0, 5_000),
+    holdout_bp=st.integers(0, 5_000),
+    shadow_bp=st.integers(0, 10_000),
+    started_at=_seconds,
+    changed_at=_seconds,
+    tick_at=_seconds,
+    evidence_at=_seconds,
+    phase_s=_seconds,
+    held_insufficient_s=_seconds,
+    held_telemetry_s=_seconds,
+    command=st.none()
+    | st.builds(Command, id=_text, verb=st.sampled_from(["pause", "rollback"]), actor=_text, note=_text),
+    commands_seen=st.lists(_text, max_size=REMEMBERED_COMMANDS).map(tuple),
+    retired=st.booleans(),
+    forced=st.booleans(),
+    reason=_text,
+)
+
+
+@on_a_cluster
+@given(states=st.lists(_states, min_size=1, max_size=3))
+@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_any_state_comes_back_from_the_api_server_as_it_was_written(
+    api: KubeApi, kubectl: Kubectl, states: list[RolloutState]
+) -> None:
+    for own in states:
+        document = api.get("reelway.dev/v1alpha1/releaserollouts/one")
+        if document is None:
+            kubectl.apply(rollout())
+            document = api.get("reelway.dev/v1alpha1/releaserollouts/one")
+        assert document is not None
+        status = Resource.of(document).status.model_copy(update={"state": own, "policy": default_policy()})
+        document["status"] = {
+            **status.document(), "state": own.model_dump(mode="json"),
+            "policy": default_policy().model_dump(mode="json"),
+        }  # fmt: skip
+        read = Resource.of(api.replace("reelway.dev/v1alpha1/releaserollouts/one/status", document))
+        assert read.status.state == own
+        assert read.status.policy == default_policy()
+
+
+def test_a_policy_that_no_schema_can_refuse_is_explained_by_its_path() -> None:
+    wrong = {**QUICK, "outcomes": [{"name": "long_watch_rate", "margin": 0.1, "tuned_for": 0.05}]}
+    document = rollout(policy=wrong)
+    document["metadata"] |= {
+        "namespace": "n", "uid": "u" * 36, "resourceVersion": "1", "creationTimestamp": "2026-01-01T00:00:00Z"
+    }  # fmt: skip
+    problem = Resource.of(document).policy_problem
+    assert "spec.policy: outcomes[0]: tuned_for 0.05 is not beyond the margin" in problem
