@@ -68,9 +68,9 @@ def test_harm_and_its_exclusion_are_named() -> None:
         return {"label": "skip_rate on new_videos", "name": "skip_rate", "finding": finding, "required": True}
 
     harm = entry(1, "roll_back", 1, 0, guardrails=[], outcomes=[outcome("harm_established")])
-    assert demo_rollouts.evidence_of(harm) == "skip_rate on new_videos (harm)"
+    assert demo_rollouts.evidence_of(harm) == "skip_rate on new_videos"
     earned = entry(1, "promote", 1, 0, guardrails=[], outcomes=[outcome("harm_excluded")])
-    assert demo_rollouts.evidence_of(earned) == "harm excluded: skip_rate"
+    assert demo_rollouts.evidence_of(earned) == "harm excluded"
     by_hand = entry(1, "roll_back", 1, 0)
     assert demo_rollouts.evidence_of(by_hand) == "roll_back because"
 
@@ -79,10 +79,14 @@ def ended(scene: demo_rollouts.Scene, end: str, failed: int = 0) -> Ending:
     return Ending(scene, CANARY, end, "error_ratio", 2_000, 37, 15, 300, failed)
 
 
-def test_a_demo_that_showed_what_it_should_passes() -> None:
+def test_a_demo_that_showed_what_it_should_passes(capsys: pytest.CaptureFixture[str]) -> None:
     endings = [ended(TRAINED, "promoted"), *(ended(scene, "rolled_back") for scene in (WORSE, ERRORS, SLOW))]
     assess(endings, traffic(900, 0))
     demo_rollouts.show(endings, traffic(900, 0))
+    shown = capsys.readouterr().out
+    assert "error_ratio" in shown
+    assert "20 %" in shown
+    assert max(len(line) for line in shown.splitlines()[:6]) <= 80
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 from rich.markup import escape
 from rich.table import Table
@@ -54,10 +54,10 @@ class Scene:
 
 
 SCENES: Final = (
-    Scene("Roll out the trained release over the popular videos", "release", "nothing: it was trained", "promoted"),
-    Scene("Roll out one that viewers like less", "rehearse-worse", "trained on shuffled labels", "rolled_back"),
-    Scene("Roll out one that fails", "rehearse-errors", "its ranker fails on real requests", "rolled_back"),
-    Scene("Roll out one that is slow", "rehearse-slow", "its ranker is slow for busy viewers", "rolled_back"),
+    Scene("Roll out the trained release over the popular videos", "release", "nothing", "promoted"),
+    Scene("Roll out one that viewers like less", "rehearse-worse", "shuffled labels", "rolled_back"),
+    Scene("Roll out one that fails", "rehearse-errors", "ranker fails", "rolled_back"),
+    Scene("Roll out one that is slow", "rehearse-slow", "ranker is slow", "rolled_back"),
 )
 REHEARSALS: Final = ("popular", "worse", "errors", "slow")
 
@@ -125,15 +125,23 @@ def play(run: RunDirectory, walk: DemoWalk) -> tuple[list[Ending], dict[str, Any
 
 
 def show(endings: Sequence[Ending], traffic: dict[str, Any]) -> None:
-    """The table of what was rolled out and what became of it."""
-    table = Table(title="what was rolled out, and what became of it", title_justify="left")
-    for column in ("release", "what is wrong", "end", "evidence", "at", "canary viewers", "after s", "failed"):
-        table.add_column(column, justify="right" if column in ("at", "canary viewers", "after s", "failed") else "left")
+    """The table of what was rolled out and what became of it.
+
+    ``at`` is the canary's weight when it was decided, ``viewers`` those whom it had, ``s`` the seconds that it had any.
+    """
+    table = Table(
+        title="what was rolled out, and what became of it", title_justify="left", box=None, padding=(0, 1, 0, 0)
+    )
+    right = ("at", "viewers", "s", "failed")
+    for column in ("release", "wrong", "end", "evidence", *right):
+        justify: Literal["left", "right"] = "right" if column in right else "left"
+        table.add_column(column, justify=justify, no_wrap=column != "evidence", overflow="fold")
     for one in endings:
         colour = "green" if one.as_expected else "bold red"
         table.add_row(
-            one.release[:12], one.scene.wrong, f"[{colour}]{one.end.replace('_', ' ')}", escape(one.evidence),
-            f"{one.weight_bp / 100:g} %", str(one.viewers), f"{one.seconds:.0f}", f"{one.failed} of {one.requests}",
+            one.release[:12], one.scene.wrong, f"[{colour}]{one.end.replace('_', ' ')}[/]",
+            escape(one.evidence.replace(", ", "\n")), f"{one.weight_bp / 100:g} %", str(one.viewers),
+            f"{one.seconds:.0f}", str(one.failed),
         )  # fmt: skip
     out.print(table)
     out.print(
@@ -210,9 +218,9 @@ def evidence_of(decision: HistoryEntry) -> str:
     bad = [g["name"] for g in evidence.get("guardrails", ()) if g["state"] == "bad"]
     harms = [o["label"] for o in evidence.get("outcomes", ()) if o["finding"] == "harm_established"]
     if bad or harms:
-        return ", ".join([*bad, *(f"{label} (harm)" for label in harms)])
+        return ", ".join([*bad, *harms])
     if decision.action == "promote":
-        return "harm excluded: " + ", ".join(o["name"] for o in evidence.get("outcomes", ()) if o["required"])
+        return "harm excluded"
     return decision.reason[:60]
 
 
