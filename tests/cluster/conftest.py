@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.cluster.fake_serve import FakeServe
 
 from reelway.platform.cluster.kube_api import KubeApi
 
@@ -81,6 +82,13 @@ def kubectl(installed: Path) -> Iterator[Kubectl]:
 def api(kubectl: Kubectl, monkeypatch: pytest.MonkeyPatch) -> KubeApi:
     monkeypatch.setenv("KUBECONFIG", str(kubectl.kubeconfig))
     return KubeApi(kubectl.namespace)
+
+
+@pytest.fixture
+def serve() -> Iterator[FakeServe]:
+    made = FakeServe()
+    yield made
+    made.close()
 
 
 def release_all(kubectl: Kubectl) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import threading
 import time
+from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -36,6 +37,7 @@ class FakeServe:
         self.document = document(Routing.whole(STABLE))
         self.written: list[tuple[float, Routing]] = []
         self.refuses = False
+        self.before_taking: Callable[[], None] = lambda: None
         self._lock = threading.Lock()
         self._viewers: dict[tuple[str, str, str], float] = {}
         self._counted_at = time.monotonic()
@@ -59,6 +61,7 @@ class FakeServe:
 
     def take(self, told: dict[str, Any]) -> None:
         """A document, from whoever."""
+        self.before_taking()
         with self._lock:
             self._count()
             self.document = told

@@ -39,6 +39,7 @@ log = logging.getLogger(__name__)
 
 _NOTICED_S: Final = 0.1
 _LOOK_S: Final = 2.0
+_WATCH_ENDS_S: Final = 3.0
 _COMPARED_S: Final = 20.0
 _ENDED: Final = frozenset({Phase.PROMOTED, Phase.ROLLED_BACK})
 
@@ -110,7 +111,7 @@ class Operator:
         renewing = threading.Event()
         threads = [
             threading.Thread(target=lease.hold, args=(renewing, lambda: self._fail("the lease was lost", stop))),
-            threading.Thread(target=self._watch, args=(stop,), name="watch"),
+            threading.Thread(target=self._watch, args=(stop,), name="watch", daemon=True),
         ]
         try:
             self._active = True
@@ -125,7 +126,7 @@ class Operator:
             for lane in self._lanes.values():
                 lane.stop()
             if threads[1].ident is not None:
-                threads[1].join()
+                threads[1].join(_WATCH_ENDS_S)  # it only reads: while it retries what was cut off, nobody waits for it
             renewing.set()
             if self._announcer is not None:
                 self._announcer.close()

@@ -1,0 +1,313 @@
+"""The operator on a real API server, over a small Serve: what an engineer sees of it, and what it never does."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from tests.cluster.conftest import Kubectl
+from tests.cluster.fake_serve import BAD, GOOD, STABLE, FakeServe
+from tests.cluster.made_rollout import QUICK, rollout
+from tests.platform.rollout.test_webhook import payload
+
+from reelway.platform.cluster.kube_api import KubeApi
+from reelway.platform.cluster.lanes import LaneSettings, address_of
+from reelway.platform.cluster.lease import Lease
+from reelway.platform.cluster.operator import Operator, OperatorSettings
+from reelway.platform.cluster.resources import Backend
+from reelway.platform.cluster.status import stamp
+from reelway.platform.errors import KubernetesError, RolloutError
+from reelway.platform.rollout.webhook import ALERTS_PATH, serving
+
+pytestmark = pytest.mark.cluster
+TOKEN = "a-token-of-this-test"
+
+
+def settings_of(serve: FakeServe, tmp_path: Path, **more: Any) -> OperatorSettings:
+    token = tmp_path / "token"
+    token.write_text(TOKEN)
+    lanes = LaneSettings(interval_s=0.1, trusted_hosts=("127.0.0.1",), head_url=serve.url, router_url=serve.url)
+    return OperatorSettings(webhook_token_file=token, identity="operator-0", lanes=lanes, **more)
+
+
+@contextmanager
+def operating(api: KubeApi, settings: OperatorSettings) -> Iterator[Operator]:
+    """An operator in this process, ended as SIGTERM ends it."""
+    operator, stop = Operator(api, settings), threading.Event()
+    thread = threading.Thread(target=operator.run, args=(stop,))
+    thread.start()
+    try:
+        yield operator
+    finally:
+        stop.set()
+        thread.join(20)
+        assert not thread.is_alive()
+
+
+def over(serve: FakeServe, name: str = "one", release: str = GOOD, **spec: Any) -> dict[str, Any]:
+    return rollout(name, release, backend={"serve": {"api": serve.url, "url": serve.url}}, **spec)
+
+
+def held(weight: int = 10) -> dict[str, Any]:
+    """A policy that stays at its first step."""
+    return {**QUICK, "steps": [{"weight_percent": weight, "hold_s": 3600}]}
+
+
+def until(condition: Callable[[], bool], within_s: float = 30.0) -> None:
+    deadline = time.monotonic() + within_s
+    while not condition():
+        assert time.monotonic() < deadline, "too late"
+        time.sleep(0.02)
+
+
+def phase(kubectl: Kubectl, name: str = "one") -> str:
+    return str(kubectl.read(name).get("status", {}).get("phase", ""))
+
+
+def test_a_good_release_is_promoted_and_everybody_can_see_why(
+    api: KubeApi, kubectl: Kubectl, serve: FakeServe, tmp_path: Path
+) -> None:
+    kubectl.apply(over(serve, note="try it"))
+    with operating(api, settings_of(serve, tmp_path)):
+        kubectl.run("wait", "--for=condition=Promoted", "releaserollout/one", "--timeout=60s")
+        until(lambda: "CompletePromotion" in kubectl.run("get", "events"))
+        status = kubectl.read("one")["status"]
+        table = kubectl.run("get", "releaserollouts").splitlines()
+        events = kubectl.run("get", "events", "-o", "custom-columns=R:.reason,M:.message")
+    assert serve.routing.arms[0].release == GOOD
+    assert table[0].split() == ["NAME", "PHASE", "STEP", "WEIGHT", "RELEASE", "VERDICT", "AGE", "REASON"]
+    assert table[1].split()[:8] == ["one", "Promoted", "2", "of", "2", "100", "%", GOOD[:12]]
+    assert [one["action"] for one in status["history"]] == ["prepare", "step", "step", "promote", "complete_promotion"]
+    for entry in status["history"]:
+        assert entry["reason"][:200] in events
+    assert "long_watch_rate" in status["evidence"]["outcomes"][0]
+    assert status["evidence"]["viewers"] > 50
+    assert status["policy"]["guardrails"]["firing_alerts"] == {"maximum": 0}
+
+
+def test_a_bad_release_is_rolled_back_and_not_tried_again_unless_forced(
+    api: KubeApi, kubectl: Kubectl, serve: FakeServe, tmp_path: Path
+) -> None:
+    kubectl.apply(over(serve, release=BAD))
+    with operating(api, settings_of(serve, tmp_path)):
+        kubectl.run("wait", "--for=condition=RolledBack", "releaserollout/one", "--timeout=60s")
+        until(lambda: serve.releases == {STABLE})
+        kubectl.apply(over(serve, "two", BAD))
+        until(lambda: phase(kubectl, "two") == "Refused")
+        assert "was rolled back" in kubectl.read("two")["status"]["reason"]
+        kubectl.apply(over(serve, "three", BAD, force=True))
+        kubectl.run("wait", "--for=condition=RolledBack", "releaserollout/three", "--timeout=60s")
+        until(lambda: serve.releases == {STABLE})
+        # An old record that goes moves no traffic, and neither does the newest.
+        written = len(serve.written)
+        kubectl.run("delete", "releaserollout", "one", "two", "three", "--timeout=30s")
+        time.sleep(0.5)
+        assert len(serve.written) == written
+    warned = kubectl.run("get", "events", "--field-selector", "type=Warning", "-o", "custom-columns=R:.reason")
+    assert {"RollBack", "Refused"} <= set(warned.split())
+
+
+def test_a_second_rollout_waits_its_turn_with_the_reason(
+    api: KubeApi, kubectl: Kubectl, serve: FakeServe, tmp_path: Path
+) -> None:
+    kubectl.apply(over(serve, policy=held()))
+    with operating(api, settings_of(serve, tmp_path)):
+        until(lambda: serve.routing.rollout != "")
+        kubectl.apply(over(serve, "two", BAD))
+        until(lambda: phase(kubectl, "two") == "Waiting")
+        assert "is under way; this one begins after its end" in kubectl.read("two")["status"]["reason"]
+        command = [{"id": "1", "verb": "rollback", "actor": "ada", "note": "not today"}]
+        kubectl.apply(over(serve, policy=held(), commands=command))
+        kubectl.run("wait", "--for=condition=RolledBack", "releaserollout/one", "--timeout=30s")
+        assert "rolled back by ada: not today" in kubectl.read("one")["status"]["reason"]
+        until(lambda: phase(kubectl, "two") not in ("Waiting", ""))
+        assert kubectl.read("one")["status"]["supersededBy"].startswith("two-")
+
+
+def test_a_rollout_deleted_midway_goes_when_its_traffic_is_on_stable(
+    api: KubeApi, kubectl: Kubectl, serve: FakeServe, tmp_path: Path
+) -> None:
+    kubectl.apply(over(serve, policy=held()))
+    with operating(api, settings_of(serve, tmp_path)):
+        until(lambda: len(serve.routing.arms) == 2)
+        assert kubectl.read("one")["metadata"]["finalizers"] == ["reelway.dev/traffic-on-stable"]
+        kubectl.run("delete", "releaserollout", "one", "--timeout=30s")
+    assert [route.release for route in serve.routing.arms] == [STABLE]
+
+
+def test_what_may_not_begin_says_so(api: KubeApi, kubectl: Kubectl, serve: FakeServe, tmp_path: Path) -> None:
+    wrong = {**QUICK, "outcomes": [{"name": "long_watch_rate", "margin": 0.1, "tuned_for": 0.05}]}
+    kubectl.apply(over(serve, "live", STABLE))
+    kubectl.apply(over(serve, "over", GOOD, stableRelease=BAD))
+    kubectl.apply(over(serve, "wrong", policy=wrong))
+    kubectl.apply(over(serve, "later", policy=None, policyRef={"name": "mine"}))
+    kubectl.apply({**rollout("elsewhere", backend={"serve": {"api": "http://evil.example", "url": "http://x"}})})
+    with operating(api, settings_of(serve, tmp_path)):
+        until(lambda: all(phase(kubectl, name) for name in ("live", "over", "wrong", "later", "elsewhere")))
+        said = {
+            name: (phase(kubectl, name), kubectl.read(name)["status"]["reason"])
+            for name in ("live", "over", "wrong", "later", "elsewhere")
+        }
+        assert "is the one that is live" in said["live"][1]
+        assert "spec.stableRelease is cccccccccccc, but aaaaaaaaaaaa is live" in said["over"][1]
+        assert "tuned_for 0.05 is not beyond the margin" in said["wrong"][1]
+        assert "there is no ConfigMap mine with a key policy.yaml" in said["later"][1]
+        assert "names host 'evil.example', expected a Service of namespace" in said["elsewhere"][1]
+        assert [said[name][0] for name in said] == ["Refused", "Refused", "Refused", "Waiting", "Refused"]
+        assert not serve.written
+        kubectl.run("create", "configmap", "mine", "--from-literal=policy.yaml=" + str(held()).replace("None", "null"))
+        until(lambda: phase(kubectl, "later") == "Stepping")
+
+
+def test_an_alert_takes_everybody_back_and_a_wrong_token_nobody(
+    api: KubeApi, kubectl: Kubectl, serve: FakeServe, tmp_path: Path
+) -> None:
+    from reelway.platform.cluster.health import operator_application
+
+    kubectl.apply(over(serve, policy=held()))
+    with operating(api, settings_of(serve, tmp_path)) as operator:
+        until(lambda: len(serve.routing.arms) == 2)
+        application = operator_application(operator, TOKEN, operator.metrics)
+        with serving(application, "127.0.0.1", 0) as url, httpx.Client(base_url=url) as client:
+            body = payload(release=GOOD, starts_at=stamp(time.time() + 1))
+            assert client.post(ALERTS_PATH, json=body).status_code == 401
+            right = {"Authorization": f"Bearer {TOKEN}"}
+            began = time.monotonic()
+            assert client.post(ALERTS_PATH, json=body, headers=right).json()["changed"]
+            until(lambda: len(serve.routing.arms) == 1)
+            assert time.monotonic() - began < 2
+            assert client.get("/healthz").status_code == 200
+            assert client.get("/readyz").json() == {"status": "active"}
+            assert "reelway_rollout_decisions_total" in client.get("/metrics").text
+        kubectl.run("wait", "--for=condition=RolledBack", "releaserollout/one", "--timeout=30s")
+
+
+def test_one_that_is_not_active_takes_no_alert(api: KubeApi, serve: FakeServe, tmp_path: Path) -> None:
+    with pytest.raises(KubernetesError, match="waits for its lease"):
+        Operator(api, settings_of(serve, tmp_path)).deliver([])
+
+
+def test_a_lease_has_one_holder_and_passes_on(api: KubeApi) -> None:
+    now = [0.0]
+    first = Lease(api, "it", "a", clock=lambda: now[0])
+    second = Lease(api, "it", "b", clock=lambda: now[0])
+    assert first.try_once()
+    assert not second.try_once()
+    now[0] += 9
+    assert first.try_once()
+    now[0] += 9
+    assert not second.try_once()  # its record changed 9 s ago by our clock
+    now[0] += 11
+    assert second.try_once()
+    assert not first.try_once()
+    second.release()
+    assert first.try_once()
+    document = api.get("coordination.k8s.io/v1/leases/it")
+    assert document is not None
+    assert document["spec"]["leaseTransitions"] == 3
+
+
+def test_who_lost_its_lease_ends(api: KubeApi, serve: FakeServe, tmp_path: Path) -> None:
+    operator, stop = Operator(api, settings_of(serve, tmp_path, lease_duration_s=1.0)), threading.Event()
+    failures: list[Exception] = []
+
+    def run() -> None:
+        try:
+            operator.run(stop)
+        except KubernetesError as error:
+            failures.append(error)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    until(lambda: operator.active)
+    Lease(api, "reelway-operator", "operator-0").release()
+    thief = Lease(api, "reelway-operator", "thief")
+    until(thief.try_once)
+    thread.join(20)
+    assert "the lease was lost" in str(failures[0])
+
+
+@pytest.mark.parametrize("host", ["reelway-head-svc", "head.mine.svc", "head.mine", "10.0.0.9"])
+def test_a_token_goes_to_hosts_of_the_namespace_and_trusted_ones_only(host: str) -> None:
+    backend = Backend.model_validate({"serve": {"api": f"http://{host}:8265", "url": "http://router:8000"}})
+    lanes = LaneSettings(trusted_hosts=("10.0.0.9",))
+    assert address_of(backend, "mine", lanes).serve_api == f"http://{host}:8265"
+    if "." in host:
+        with pytest.raises(RolloutError, match="expected a Service of namespace other"):
+            address_of(backend, "other", LaneSettings())
+
+
+class Forked:
+    """A process that forks operators."""
+
+    def __init__(self, api: KubeApi, serve: FakeServe, tmp_path: Path) -> None:
+        (tmp_path / "token").write_text(TOKEN)
+        command = [
+            sys.executable,
+            "-m",
+            "tests.cluster.forked_operator",
+            api.namespace,
+            str(tmp_path / "token"),
+            serve.url,
+        ]
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def begin(self) -> int:
+        assert self._process.stdin is not None
+        self._process.stdin.write("\n")
+        self._process.stdin.flush()
+        return int(self._answer())
+
+    def end(self, pid: int, number: int) -> int:
+        os.kill(pid, number)
+        return int(self._answer())
+
+    def close(self) -> None:
+        self._process.communicate(timeout=20)
+
+    def _answer(self) -> str:
+        assert self._process.stdout is not None
+        return self._process.stdout.readline()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("release", "condition"), [(GOOD, "Promoted"), (BAD, "RolledBack")])
+def test_an_operator_killed_at_ten_random_points_converges(
+    api: KubeApi, kubectl: Kubectl, serve: FakeServe, tmp_path: Path, release: str, condition: str
+) -> None:
+    forked, chance = Forked(api, serve, tmp_path), random.Random(release)
+    kubectl.apply(over(serve, release=release))
+    try:
+        for _ in range(10):
+            pid = forked.begin()
+            time.sleep(chance.uniform(0.1, 1.2))
+            assert forked.end(pid, signal.SIGKILL) == -signal.SIGKILL
+        pid = forked.begin()
+        kubectl.run("wait", f"--for=condition={condition}", "releaserollout/one", "--timeout=60s")
+        began = time.monotonic()
+        assert forked.end(pid, signal.SIGTERM) == 0
+        assert time.monotonic() - began < 5
+    finally:
+        forked.close()
+    weights = [sum(a.weight_bp for a in told.arms if a.release == release) for _, told in serve.written]
+    if release == GOOD:
+        assert weights == sorted(weights)
+        assert weights[-1] == 10_000
+    else:
+        peak = weights.index(max(weights))
+        assert weights[-1] == 0
+        assert weights[peak:] == sorted(weights[peak:], reverse=True)
+        assert serve.releases == {STABLE}
+    history = [one["action"] for one in kubectl.read("one")["status"]["history"]]
+    assert len([one for one in history if one in ("promote", "roll_back")]) == 1

@@ -1,0 +1,196 @@
+"""A RayService whose Serve is told first: what is written in which order, and what mends it when that goes wrong."""
+
+from __future__ import annotations
+
+import json
+import uuid
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import yaml
+from tests.cluster.conftest import Kubectl
+from tests.cluster.fake_serve import GOOD, STABLE, FakeServe, document
+from tests.cluster.test_operator import operating, over, settings_of, until
+
+from reelway.platform.cluster.kube_api import KubeApi
+from reelway.platform.cluster.ray_service import RayServiceBackend
+from reelway.platform.errors import RolloutError
+from reelway.platform.rollout.routing import Routing
+from reelway.platform.rollout.serve_rest import ServeAddress, ServeRestBackend
+from reelway.platform.rollout.state import Phase, RolloutState
+from reelway.platform.rollout.traffic import target_of
+
+pytestmark = pytest.mark.cluster
+
+PATH = "ray.io/v1/rayservices/reelway"
+CRD = {
+    "apiVersion": "apiextensions.k8s.io/v1",
+    "kind": "CustomResourceDefinition",
+    "metadata": {"name": "rayservices.ray.io"},
+    "spec": {
+        "group": "ray.io",
+        "scope": "Namespaced",
+        "names": {"kind": "RayService", "plural": "rayservices", "singular": "rayservice"},
+        "versions": [
+            {
+                "name": "v1", "served": True, "storage": True, "subresources": {"status": {}},
+                "schema": {"openAPIV3Schema": {"type": "object", "x-kubernetes-preserve-unknown-fields": True}},
+            }
+        ],
+    },
+}  # fmt: skip
+
+
+@pytest.fixture
+def kube(kubectl: Kubectl, serve: FakeServe) -> Iterator[Kubectl]:
+    """A cluster that knows RayServices, with one that declares what Serve runs; no KubeRay looks after it."""
+    known = "rayservices.ray.io" in kubectl.run("get", "crds", "-o", "name")
+    if not known:
+        kubectl.apply(CRD)
+        kubectl.run("wait", "--for=condition=Established", "crd/rayservices.ray.io", "--timeout=20s")
+    declare(kubectl, serve.document)
+    yield kubectl
+    kubectl.run("delete", "rayservices", "--all")
+    if not known:
+        kubectl.run("delete", "crd", "rayservices.ray.io")
+
+
+@pytest.fixture
+def backend(api: KubeApi, kube: Kubectl, serve: FakeServe) -> Iterator[RayServiceBackend]:
+    del kube
+    made = RayServiceBackend(api, "reelway", ServeRestBackend(ServeAddress(serve.url, serve.url)))
+    yield made
+    made.close()
+
+
+def declare(kubectl: Kubectl, config: dict[str, Any]) -> None:
+    container = {"name": "ray", "image": "none"}
+    head = {"rayStartParams": {}, "template": {"spec": {"containers": [container]}}}
+    kubectl.apply({
+        "apiVersion": "ray.io/v1", "kind": "RayService", "metadata": {"name": "reelway"},
+        "spec": {"serveConfigV2": yaml.safe_dump(config), "rayClusterConfig": {"headGroupSpec": head}},
+    })  # fmt: skip
+
+
+def declared(kubectl: Kubectl) -> dict[str, Any]:
+    found: dict[str, Any] = yaml.safe_load(
+        json.loads(kubectl.run("get", "rayservice", "reelway", "-o", "json"))["spec"]["serveConfigV2"]
+    )
+    return found
+
+
+def state(canary_bp: int = 1000, phase: Phase = Phase.STEPPING) -> RolloutState:
+    return RolloutState(
+        id="r-1", stable_release=STABLE, canary_release=GOOD, phase=phase, canary_bp=canary_bp, started_at=0,
+        changed_at=0, tick_at=0,
+    )  # fmt: skip
+
+
+def test_serve_is_told_first_and_the_declaration_is_the_same_document(
+    backend: RayServiceBackend,
+    kube: Kubectl,
+    serve: FakeServe,
+) -> None:
+    before: list[dict[str, Any]] = []
+    serve.before_taking = lambda: before.append(declared(kube))
+    target = target_of(state())
+    backend.observe()
+    backend.apply(target)
+    assert before == [document(Routing.whole(STABLE))]
+    assert declared(kube) == serve.document
+    assert serve.routing == target.routing
+    seen = backend.observe()
+    assert (seen.routing, set(seen.releases)) == (target.routing, {STABLE, GOOD})
+    version = json.loads(kube.run("get", "rayservice", "reelway", "-o", "json"))["metadata"]["resourceVersion"]
+    backend.apply(target)
+    assert len(serve.written) == 1
+    assert version == json.loads(kube.run("get", "rayservice", "reelway", "-o", "json"))["metadata"]["resourceVersion"]
+
+
+def test_a_declaration_that_failed_is_seen_and_mended_at_the_next_look(
+    backend: RayServiceBackend,
+    kube: Kubectl,
+    serve: FakeServe,
+) -> None:
+    """Somebody changes the RayService between the look and the write: Serve has the weight, the object has not."""
+    backend.observe()
+    kube.run("annotate", "rayservice", "reelway", f"touched={uuid.uuid4()}")
+    target = target_of(state())
+    with pytest.raises(RolloutError, match="Serve has taken it, RayService reelway has not"):
+        backend.apply(target)
+    assert serve.routing == target.routing
+    seen = backend.observe()
+    assert seen.routing is None
+    assert "declares another routing than Serve runs; it is written again" in seen.detail
+    backend.apply(target)
+    assert (len(serve.written), declared(kube)) == (1, serve.document)
+    assert backend.observe().routing == target.routing
+
+
+def test_what_kuberay_undid_between_the_two_writes_is_done_again(
+    backend: RayServiceBackend,
+    kube: Kubectl,
+    serve: FakeServe,
+) -> None:
+    old = serve.document
+    target = target_of(state(0, Phase.ROLLED_BACK))
+    backend.observe()
+    backend.apply(target_of(state()))
+    serve.take(old)  # KubeRay was restarted before the second write and submits what it read
+    assert backend.observe().routing is None
+    backend.apply(target)
+    assert serve.routing == target.routing
+    assert declared(kube) == serve.document
+
+
+def test_what_others_declared_meanwhile_is_kept(backend: RayServiceBackend, kube: Kubectl) -> None:
+    """`helm upgrade` gives the router more replicas: the weights come on top of that, not instead of it."""
+    backend.observe()
+    upgraded = document(Routing.whole(STABLE))
+    upgraded["applications"][-1]["deployments"][0]["num_replicas"] = 3
+    declare(kube, upgraded)
+    with pytest.raises(RolloutError, match="Serve has taken it"):
+        backend.apply(target_of(state()))
+    backend.observe()
+    backend.apply(target_of(state()))
+    assert declared(kube)["applications"][-1]["deployments"][0]["num_replicas"] == 3
+    assert backend.observe().routing == target_of(state()).routing
+
+
+def test_a_serve_that_refuses_leaves_the_declaration_alone(
+    backend: RayServiceBackend,
+    kube: Kubectl,
+    serve: FakeServe,
+) -> None:
+    before, serve.refuses = declared(kube), True
+    with pytest.raises(RolloutError, match="answered 500"):
+        backend.apply(target_of(state()))
+    assert declared(kube) == before
+
+
+def test_a_ray_service_that_is_not_there_is_said_to_be(api: KubeApi, kube: Kubectl, serve: FakeServe) -> None:
+    del kube
+    gone = RayServiceBackend(api, "other", ServeRestBackend(ServeAddress(serve.url, serve.url)))
+    assert not gone.exists()
+    assert "there is no RayService other" in gone.observe().detail
+    with pytest.raises(RolloutError, match="there is no RayService other"):
+        gone.apply(target_of(state()))
+    gone.close()
+
+
+def test_a_rollout_over_a_ray_service_ends_with_both_the_same(
+    api: KubeApi,
+    kube: Kubectl,
+    serve: FakeServe,
+    tmp_path: Any,
+) -> None:
+    kube.apply({**over(serve), "spec": {**over(serve)["spec"], "backend": {"rayService": {"name": "reelway"}}}})
+    with operating(api, settings_of(serve, tmp_path)):
+        kube.run("wait", "--for=condition=Promoted", "releaserollout/one", "--timeout=60s")
+        assert declared(kube) == serve.document
+        assert serve.routing.arms[0].release == GOOD
+        # The service goes first, as `helm uninstall` may do it: nothing waits for traffic that is not there.
+        kube.run("delete", "rayservice", "reelway")
+        kube.run("delete", "releaserollout", "one", "--timeout=30s")
+    until(lambda: "one" not in kube.run("get", "releaserollouts"))
