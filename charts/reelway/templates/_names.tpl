@@ -13,6 +13,12 @@ app.kubernetes.io/part-of: reelway
 {{ include "reelway.selector" . }}
 {{- end -}}
 
+{{/* Labels of a pod: nothing in them changes with the chart's version, so that an upgrade restarts no pod for a label. */}}
+{{- define "reelway.podLabels" -}}
+app.kubernetes.io/part-of: reelway
+{{ include "reelway.selector" . }}
+{{- end -}}
+
 {{/* What selects the pods of a component. KubeRay writes over app.kubernetes.io/name, so it is not among them. */}}
 {{- define "reelway.selector" -}}
 app.kubernetes.io/instance: {{ .context.Release.Name }}

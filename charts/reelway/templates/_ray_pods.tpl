@@ -83,7 +83,7 @@ RAY_SERVE_LOG_TO_STDERR: "0"
 {{- $v := .context.Values -}}
 - {name: tmp, emptyDir: {}}
 - {name: cache, emptyDir: {sizeLimit: {{ $v.serving.releaseCache.size }}}}
-- {name: metrics, emptyDir: {medium: Memory, sizeLimit: 64Mi}}
+- {name: metrics, emptyDir: {medium: Memory, sizeLimit: 256Mi}}
 {{ include "reelway.publicKeysVolume" .context }}
 {{- if eq (include "reelway.storeOnVolume" .context) "true" }}
 - {name: releases, persistentVolumeClaim: {claimName: {{ include "reelway.storeClaim" .context }}}}
@@ -168,7 +168,7 @@ volumeMounts:
 {{- end -}}
 
 {{- define "reelway.rayPodLabels" -}}
-{{ include "reelway.labels" (dict "context" .context "component" "serving") }}
+{{ include "reelway.podLabels" (dict "context" .context "component" "serving") }}
 reelway.dev/role: {{ .role }}
 {{- end -}}
 

@@ -22,7 +22,7 @@ spec:
       activeDeadlineSeconds: 120
       template:
         metadata:
-          labels: {{- include "reelway.labels" (dict "context" .context "component" "job-creator") | nindent 12 }}
+          labels: {{- include "reelway.podLabels" (dict "context" .context "component" "job-creator") | nindent 12 }}
         spec:
           restartPolicy: Never
           serviceAccountName: {{ include "reelway.fullname" .context }}-job-creator

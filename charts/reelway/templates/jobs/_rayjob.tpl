@@ -43,7 +43,7 @@ spec:
 {{- $gpus := and .job.gpus (or (eq .role "worker") (eq (int .job.workers) 0)) -}}
 metadata:
   labels:
-    {{- include "reelway.labels" (dict "context" .context "component" "jobs") | nindent 4 }}
+    {{- include "reelway.podLabels" (dict "context" .context "component" "jobs") | nindent 4 }}
     reelway.dev/job: {{ .kind }}
 spec:
   serviceAccountName: {{ include "reelway.fullname" .context }}-serving

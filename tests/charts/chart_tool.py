@@ -1,0 +1,142 @@
+"""Helm as the tests use it: one rendering per combination of an environment and a component, remembered."""
+
+from __future__ import annotations
+
+import functools
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Any, Final
+
+import pytest
+import yaml
+
+REPOSITORY: Final = Path(__file__).resolve().parents[2]
+CHART: Final = REPOSITORY / "charts" / "reelway"
+ENVIRONMENTS: Final = REPOSITORY / "infra" / "environments"
+RELEASE: Final = "3f9c" * 16
+Document = dict[str, Any]
+LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+
+ENVIRONMENT_FILES: Final = {
+    "dev": ("dev.yaml",),
+    "production-cpu": ("production-cpu.yaml",),
+    "production-gpu": ("production-cpu.yaml", "production-gpu.yaml"),
+    "air-gapped": ("air-gapped.yaml",),
+}
+NEEDED: Final = {"releases": {"initial": RELEASE, "store": {"hostPath": {"path": "/srv/reelway"}}}}
+"""What no environment can know."""
+
+_MONITORS: Final = {"monitors": {"enabled": True}}
+_RULES: Final = {**_MONITORS, "rules": {"enabled": True}}
+_REDIS: Final = {"type": "redis", "registry": "s3://features/registry.db"}
+_GIVEN_CLAIM: Final = {"pvc": {"existingClaim": ""}}
+COMPONENTS: Final[dict[str, Document]] = {
+    "as-is": {},
+    "static": {
+        "ray": {"mode": "static", "autoscaling": {"enabled": False}},
+        "serving": {"horizontalPodAutoscaler": {"enabled": False}},
+    },
+    "kuberay": {"ray": {"mode": "kuberay"}, "serving": {"horizontalPodAutoscaler": {"enabled": False}}},
+    "s3": {"releases": {"store": {"type": "s3", "s3": {"bucket": "releases", "endpoint": "https://s3.test", "credentialsSecret": "c"}}}},
+    "gs": {"releases": {"store": {"type": "gs", "gs": {"bucket": "releases"}}}},
+    "pvc": {"releases": {"store": {"type": "pvc"}}},
+    "host-path": {"releases": {"store": {"type": "hostPath", **_GIVEN_CLAIM}}},
+    "redis-bundled": {"features": {**_REDIS, "redis": {"mode": "bundled", "host": "", "tls": False}}},
+    "redis-external": {"features": {**_REDIS, "redis": {"mode": "external", "host": "redis.test", "tls": True}}},
+    "features-directory": {"releases": {"store": {"type": "pvc"}}, "features": {"type": "directory"}},
+    "jobs": {
+        "jobs": {
+            "workClaim": "work", "signingSecret": "signing", "queue": "reelway", "materialisation": {"enabled": True},
+            "training": {"enabled": True, "gpus": 1, "workers": 2}, "evaluation": {"enabled": True},
+        }
+    },
+    "monitoring": {"monitoring": {**_RULES, "alertmanagerConfig": {"enabled": True}, "dashboards": {"enabled": True}}},
+    "ingress": {"serving": {"ingress": {"enabled": True, "host": "a.test", "tlsSecret": "tls", "className": "nginx"}}},
+    "http-route": {"serving": {"httpRoute": {"enabled": True, "parentRefs": [{"name": "gateway"}], "hostnames": ["a.test"]}}},
+    "no-outcomes": {"serving": {"outcomes": {"enabled": False}}},
+    "outcomes-kept": {"serving": {"outcomes": {"enabled": True, "persistence": {"enabled": True}}}},
+    "budgets": {
+        "controller": {"replicas": 2, "podDisruptionBudget": {"enabled": True}},
+        "serving": {"podDisruptionBudget": {"enabled": True}},
+    },
+    "priorities": {"priorityClasses": {"create": True}},
+    "open-network": {"networkPolicies": {"enabled": False}},
+    "no-test": {"tests": {"enabled": False}},
+    "secrets": {"secrets": {"generate": True, "name": ""}},
+    "ray-autoscaling": {
+        "ray": {"mode": "kuberay", "autoscaling": {"enabled": True}},
+        "serving": {"horizontalPodAutoscaler": {"enabled": False}},
+    },
+    "pod-autoscaling": {
+        "ray": {"mode": "static", "autoscaling": {"enabled": False}},
+        "serving": {
+            "workers": {"cpu": {"replicas": 2, "minReplicas": 2, "maxReplicas": 4, "gpus": 0,
+                                "gpuResource": "nvidia.com/gpu",
+                                "resources": {"requests": {"cpu": "1", "memory": "2Gi"},
+                                              "limits": {"cpu": "2", "memory": "4Gi"}}}},
+            "horizontalPodAutoscaler": {"enabled": True},
+        },
+    },
+}  # fmt: skip
+COMBINATIONS: Final = [(environment, component) for environment in ENVIRONMENT_FILES for component in COMPONENTS]
+
+
+def program(name: str) -> str:
+    """A program of the cluster's tools or of the system; skips the test where there is none."""
+    built = REPOSITORY / ".cluster" / "bin" / name
+    found = str(built) if built.exists() else shutil.which(name)
+    if found is None:
+        pytest.skip(f"{name} is neither in .cluster/bin (`make cluster` builds it) nor on the PATH")
+    return found
+
+
+def helm_template(values: Document, *files: Path, arguments: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
+    """``helm template`` with values files and, after them, values."""
+    with tempfile.NamedTemporaryFile("w", suffix=".yaml") as last:
+        yaml.safe_dump(values, last)
+        last.flush()
+        named = [part for file in (*files, Path(last.name)) for part in ("--values", str(file))]
+        command = [program("helm"), "template", "rw", str(CHART), "--namespace", "reelway", *named, *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+
+
+@functools.cache
+def rendered_text(environment: str, component: str) -> str:
+    """All manifests of a combination, CRDs left out."""
+    files = [ENVIRONMENTS / name for name in ENVIRONMENT_FILES[environment]]
+    done = helm_template(merged(NEEDED, COMPONENTS[component]), *files)
+    assert done.returncode == 0, f"{environment} with {component}: {done.stderr}"
+    return done.stdout
+
+
+@functools.cache
+def rendered(environment: str, component: str) -> tuple[Document, ...]:
+    """The same, parsed."""
+    return documents(rendered_text(environment, component))
+
+
+def documents(text: str) -> tuple[Document, ...]:
+    """The objects of a stream, with the RayJobs that ConfigMaps hold for CronJobs."""
+    found = [one for one in yaml.load_all(text, Loader=LOADER) if one]
+    for one in list(found):
+        if one["kind"] == "ConfigMap" and one["metadata"]["name"].endswith("-jobs"):
+            found += [yaml.load(text, Loader=LOADER) for key, text in one["data"].items() if key.endswith(".yaml")]
+    return tuple(found)
+
+
+def merged(one: Document, other: Document) -> Document:
+    """``one`` with ``other`` over it, maps within maps."""
+    result = dict(one)
+    for key, value in other.items():
+        both = isinstance(value, dict) and isinstance(result.get(key), dict)
+        result[key] = merged(result[key], value) if both else value
+    return result
+
+
+def named(objects: tuple[Document, ...], kind: str, ending: str = "") -> Document:
+    """The only object of a kind whose name ends so."""
+    found = [one for one in objects if one["kind"] == kind and one["metadata"].get("name", "").endswith(ending)]
+    assert len(found) == 1, [(one["kind"], one["metadata"].get("name")) for one in objects]
+    return found[0]
