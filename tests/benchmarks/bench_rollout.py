@@ -1,0 +1,237 @@
+"""A rollout's promises on the running service, under constant load: ``python -m tests.benchmarks.bench_rollout``.
+
+Real Ray Serve, the real controller, its real webhook. Measured: how long after an alert the last new request reaches
+the bad release; how many requests fail while releases are added, promoted, rolled back and removed; whether a viewer
+ever meets an arm that its bucket does not give; how evenly a million viewers are spread. Each round is a whole rollout,
+with the release's replicas started and stopped, so a hundred of them take a quarter of an hour.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+
+import httpx
+import numpy as np
+from numpy.typing import NDArray
+from reelway.platform.rollout.sqlite_store import SqliteRolloutStore
+from scipy.stats import chisquare
+from tests.benchmarks.constant_load import constant_load, read_record
+from tests.benchmarks.report import Row, write_report
+from tests.release_files import make_release_folder
+
+from reelway.platform.cli.processes import child, reelway_command
+from reelway.platform.cli.terminal import progress, say
+from reelway.platform.release.signing import create_keys, load_private_key
+from reelway.platform.release.store import ReleaseStore
+from reelway.platform.rollout.bucketing import BUCKETS, bucket_of, buckets_of
+from reelway.platform.rollout.policy import RolloutPolicy, parse_policy
+from reelway.platform.rollout.state import Command, Phase, RolloutState
+from reelway.platform.rollout.transition import start
+
+BAR_S = 1.0
+START_S = 240.0
+PHASE_S = 120.0
+SEEN_ANSWERS = 10
+POLICY = """
+steps: [{weight_percent: 50, hold_s: 3600}]
+outcomes: [{name: long_watch_rate, margin: 0.02}]
+guardrails: {parity_mismatches: null, p99_ms: null}
+cooldown_s: 0
+retention_s: %s
+"""
+KEPT = parse_policy(POLICY % 3600, source="kept warm")
+RETIRED = parse_policy(POLICY % 3, source="retired at once")
+
+
+@dataclass
+class Bench:
+    """The service under load, and what was asked of it."""
+
+    run: Path
+    record: Path
+    store: SqliteRolloutStore
+    rollouts: list[RolloutState] = field(default_factory=list)
+
+    def begin(self, release: str, policy: RolloutPolicy) -> RolloutState:
+        """Start a rollout and wait until viewers meet the release."""
+        previous = self.store.latest()
+        stable = previous.state.live_release if previous else json.loads(_text(self.run / "serving.json"))["release"]
+        number = len(self.rollouts)
+        state = start(
+            policy, rollout_id=f"bench-{number}", canary_release=release, stable_release=stable, now=time.time(),
+            previous=previous.state if previous else None, force=True,
+        )  # fmt: skip
+        began = time.time()
+        self.store.create(state, policy)
+        self.rollouts.append(state)
+        self.until(lambda: len(self.answers(release, since=began)) >= SEEN_ANSWERS, f"{release[:12]} answers")
+        return state
+
+    def answers(self, release: str, *, since: float) -> NDArray[np.void]:
+        """Answers of a release to requests that were sent after a moment."""
+        rows = read_record(self.record)
+        return rows[(rows["release"] == release[:12].encode()) & (rows["sent"] > since)]
+
+    def until(self, holds: Callable[[], bool], what: str) -> None:
+        """Wait for something to be so."""
+        deadline = time.monotonic() + PHASE_S
+        while not holds():
+            if time.monotonic() > deadline:
+                latest = self.store.latest()
+                raise RuntimeError(f"{what}: not so within {PHASE_S:g} s; the rollout is {latest and latest.state}")
+            time.sleep(0.02)
+
+    def until_phase(self, phase: Phase) -> None:
+        """Wait for the newest rollout to be in a phase."""
+        self.until(lambda: (r := self.store.latest()) is not None and r.state.phase is phase, phase.value)
+
+    def ask(self, verb: str) -> float:
+        """Give a command as a person would. Returns the moment."""
+        moment = time.time()
+        command = Command(id=f"{verb}-{moment}", verb=verb, actor="bench", force=True)  # type: ignore[arg-type]
+        self.store.ask(self.rollouts[-1].id, command)
+        return moment
+
+    def last_answer_s(self, release: str, moment: float) -> float:
+        """How long after the moment the last request left that this release still answered."""
+        time.sleep(0.7)  # answers that are on their way
+        sent = self.answers(release, since=moment)["sent"]
+        return float(sent.max() - moment) if len(sent) else 0.0
+
+
+def alert(bench: Bench, release: str) -> float:
+    """Alertmanager's delivery for a release. Returns the moment before it was sent."""
+    controller = json.loads(_text(bench.run / "rollout" / "controller.json"))
+    token = _text(bench.run / "keys" / "webhook.token").strip()
+    labels = {"alertname": "CanaryErrors", "release": release[:12], "severity": "page"}
+    fired = datetime.now(UTC).isoformat()
+    body = {
+        "version": "4", "groupKey": f"bench-{len(bench.rollouts)}", "status": "firing", "receiver": "reelway",
+        "groupLabels": {}, "commonLabels": labels, "commonAnnotations": {}, "externalURL": "",
+        "alerts": [{"status": "firing", "labels": labels, "annotations": {}, "startsAt": fired, "endsAt":
+                    "0001-01-01T00:00:00Z", "generatorURL": "", "fingerprint": f"{len(bench.rollouts):016x}"}],
+    }  # fmt: skip
+    moment = time.time()
+    url = f"{controller['url']}/api/v1/alerts"
+    httpx.post(url, json=body, headers={"Authorization": f"Bearer {token}"}, timeout=10).raise_for_status()
+    return moment
+
+
+def by_webhook(bench: Bench, release: str, rounds: int) -> list[Row]:
+    """A rollout, an alert, and everybody back; again and again."""
+    taken_s = []
+    with progress() as bar:
+        task = bar.add_task("webhook -> stable", total=rounds)
+        for _ in range(rounds):
+            bench.begin(release, KEPT)
+            moment = alert(bench, release)
+            bench.until_phase(Phase.ROLLED_BACK)
+            taken_s.append(bench.last_answer_s(release, moment))
+            bar.advance(task)
+    p50, p99, worst = np.percentile(taken_s, [50, 99, 100])
+    title = f"webhook -> last new request on the bad release, {rounds} rounds under load"
+    return [
+        Row(f"{title}, p99", float(p99), "s", f"under {BAR_S:g}", bool(p99 < BAR_S)),
+        Row(f"{title}, p50", float(p50), "s"),
+        Row(f"{title}, worst", float(worst), "s"),
+    ]
+
+
+def by_hand(bench: Bench, first: str, second: str) -> list[Row]:
+    """Promotion, a rollback after it, promotion with removal of the release before."""
+    bench.begin(second, KEPT)
+    asked = bench.ask("promote")
+    bench.until_phase(Phase.PROMOTED)
+    promoted_s = bench.last_answer_s(first, asked)
+    asked = bench.ask("rollback")
+    bench.until_phase(Phase.ROLLED_BACK)
+    back_s = bench.last_answer_s(second, asked)
+    bench.begin(second, RETIRED)
+    bench.ask("promote")
+    bench.until(lambda: (r := bench.store.latest()) is not None and r.state.retired, "retired")
+    time.sleep(5)  # the release before is being taken down
+    return [
+        Row("promotion asked -> last new request on the release before", promoted_s, "s"),
+        Row("rollback after promotion asked -> last new request on it", back_s, "s", f"under {BAR_S:g}",
+            back_s < BAR_S),
+    ]  # fmt: skip
+
+
+def seen_by_viewers(bench: Bench) -> list[Row]:
+    """Failures, and answers by another arm than the viewer's bucket may have."""
+    rows = read_record(bench.record)
+    failed = rows[rows["status"] != 200]
+    for one in failed[:5]:
+        say(f"failed: status {one['status']} for viewer {one['viewer']} after {one['done'] - one['sent']:.2f} s")
+    ramped = BUCKETS // 2
+    salts = {rollout.id: rollout for rollout in bench.rollouts}
+    wrong = 0
+    canary = rows[rows["arm"] == b"canary"]
+    starts = np.array([rollout.started_at for rollout in salts.values()])
+    promoted = _promotions(bench)
+    for one in canary:
+        rollout = bench.rollouts[int(np.searchsorted(starts, one["sent"])) - 1]
+        before_promotion = one["sent"] < promoted.get(rollout.id, float("inf"))
+        wrong += before_promotion and bucket_of(int(one["viewer"]), rollout.id) >= ramped
+    p = float(chisquare(np.bincount(buckets_of(np.arange(1_000_000), "bench"), minlength=BUCKETS)).pvalue)
+    return [
+        Row(f"requests failed, of {len(rows):,}, over {len(bench.rollouts)} rollouts: start, promotion, rollback, "
+            "removal", float(len(failed)), "requests", "0", not len(failed)),
+        Row(f"answers by an arm that the viewer's bucket does not have, of {len(canary):,} by canaries", float(wrong),
+            "answers", "0", not wrong),
+        Row("a million viewers over 10,000 buckets: chi-square p", p, "", "1e-4 .. 1 - 1e-4", 1e-4 < p < 1 - 1e-4),
+    ]  # fmt: skip
+
+
+def _promotions(bench: Bench) -> dict[str, float]:
+    """When each rollout was given everybody."""
+    return {entry.rollout_id: entry.time for entry in bench.store.history() if entry.phase == Phase.PROMOTING.value}
+
+
+def _text(path: Path) -> str:
+    deadline = time.monotonic() + START_S
+    while not path.exists():
+        if time.monotonic() > deadline:
+            raise RuntimeError(f"{path} was not written within {START_S:g} s")
+        time.sleep(0.1)
+    return path.read_text()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=100)
+    parser.add_argument("--rate", type=float, default=40.0, help="requests per second")
+    parser.add_argument("--videos", type=int, default=2_000)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="bench-rollout-") as name, ExitStack() as stack:
+        run = Path(name)
+        key = load_private_key(create_keys(run / "keys").private)
+        store = ReleaseStore(str(run / "releases"))
+        first, second = (
+            store.write(run / f"made-{seed}", make_release_folder(run / f"made-{seed}", videos=options.videos,
+                                                                  seed=seed, key=key))
+            for seed in (0, 1)
+        )  # fmt: skip
+        say("starting the service and the controller")
+        command = reelway_command("serve", "--run", name, "--port", "0", "--release", first)
+        stack.enter_context(child(command, log=Path("build") / "bench-rollout.log"))
+        url = json.loads(_text(run / "serving.json"))["url"]
+        _text(run / "rollout" / "controller.json")
+        stack.enter_context(constant_load(url, run / "load", rate=options.rate, viewers=5_000))
+        bench = Bench(run, run / "load", SqliteRolloutStore(run / "rollout" / "state.db"))
+        rows = by_webhook(bench, second, options.rounds)
+        rows += by_hand(bench, first, second)
+        rows += seen_by_viewers(bench)
+        write_report("rollout", rows)
+
+
+if __name__ == "__main__":
+    main()
