@@ -21,7 +21,6 @@ from pathlib import Path
 import httpx
 import numpy as np
 from numpy.typing import NDArray
-from reelway.platform.rollout.sqlite_store import SqliteRolloutStore
 from scipy.stats import chisquare
 from tests.benchmarks.constant_load import constant_load, read_record
 from tests.benchmarks.report import Row, write_report
@@ -33,6 +32,7 @@ from reelway.platform.release.signing import create_keys, load_private_key
 from reelway.platform.release.store import ReleaseStore
 from reelway.platform.rollout.bucketing import BUCKETS, bucket_of, buckets_of
 from reelway.platform.rollout.policy import RolloutPolicy, parse_policy
+from reelway.platform.rollout.sqlite_store import SqliteRolloutStore
 from reelway.platform.rollout.state import Command, Phase, RolloutState
 from reelway.platform.rollout.transition import start
 
