@@ -12,6 +12,7 @@ DATA ?= simulated
 WORKERS ?= 2
 GPUS ?= 0
 KEEP ?=
+ROLLOUTS ?= 1
 SEED ?= 0
 
 export RAY_USAGE_STATS_ENABLED := 0
@@ -39,9 +40,10 @@ system-packages: ## Install the servers that integration tests use (Debian or Ub
 	@.ci/system-packages
 
 .PHONY: demo
-demo: install ## Events -> features -> training -> release -> recommendations. DATA=ml-100k DATA_DIR=..., KEEP=1, WORKERS=, GPUS=.
+demo: install ## Events -> features -> training -> release -> rollouts -> recommendations. ROLLOUTS=0, DATA=ml-100k DATA_DIR=..., KEEP=1.
 	@$(BIN)/reelway demo --run $(RUN) --data $(DATA) $(if $(DATA_DIR),--data-dir $(DATA_DIR)) \
-		--workers $(WORKERS) --gpus $(GPUS) --seed $(SEED) $(if $(KEEP),--keep)
+		--workers $(WORKERS) --gpus $(GPUS) --seed $(SEED) $(if $(KEEP),--keep) \
+		$(if $(filter 0,$(ROLLOUTS)),--no-rollouts)
 
 .PHONY: check
 check: install ## Lint, format check, strict types, import rules.
