@@ -32,6 +32,9 @@ SERVE_SETTINGS: Final = {
     "RAY_SERVE_HAPROXY_BROADCAST_COALESCE_S": "1",
     # HAProxy hears of a leaving replica within that second; 30 s are for load balancers that poll.
     "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "3",
+    # Ray runs its workers at niceness 15. A service must not lose to what else a machine does: on two cores with twice
+    # as many busy processes, 248 of 10,013 requests timed out at 15 and none of 7,631 at 0.
+    "RAY_worker_niceness": "0",
     "RAY_SERVE_REQUEST_PATH_LOG_BUFFER_SIZE": "1000",
     "RAY_SERVE_FREEZE_GC_ON_STARTUP": "1",  # loaded tables and models are never looked through again
     "RAY_SERVE_LOG_TO_STDERR": "0",
