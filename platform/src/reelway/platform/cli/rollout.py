@@ -1,6 +1,7 @@
 """``reelway rollout``: for an on-call engineer at three in the morning, and for scripts.
 
-Commands write to the run's store of rollouts and the controller moves the traffic; nothing here touches the service.
+Commands write to the store of rollouts, of a run or of a cluster's namespace, and the controller moves the traffic;
+nothing here touches the service.
 The table of exit codes is in ``rollout_wait``.
 """
 
@@ -16,6 +17,10 @@ from rich.markup import escape
 
 from reelway.platform.cli.rollout_policy import policy_group, policy_named
 from reelway.platform.cli.rollout_run import (
+    ClusterPlace,
+    Place,
+    flags_of,
+    open_place,
     open_run,
     open_store,
     rollout_of,
@@ -42,6 +47,8 @@ class Output(StrEnum):
 
 
 RUN = typer.Option(Path("runs/default"), "--run", help="Run directory.")
+NAMESPACE = typer.Option(None, "--namespace", "-n", help="Rollouts of this namespace of a cluster, not of a run.")
+CONTEXT = typer.Option(None, "--context", help="Of the kubeconfig; its namespace, unless one is given.")
 ID = typer.Argument(None, metavar="[ID]", help="Rollout, or the unique beginning of its id; the newest when absent.")
 OUTPUT = typer.Option(Output.TEXT, "-o", "--output", help="For people, or for programs.")
 NOTE = typer.Option("", help="Why, for those who read the history.")
@@ -68,30 +75,47 @@ def register(app: typer.Typer) -> None:
 def start(
     release: str = typer.Argument(..., help="Id of a release in the run's store, the unique beginning, or 'latest'."),
     run: Path = RUN,
+    namespace: str | None = NAMESPACE,
+    context: str | None = CONTEXT,
     policy: str = typer.Option("default", help="A policy file, or the name of a policy that ships: default, demo."),
     force: bool = typer.Option(False, "--force", help="Past a cooldown, and past this release's own rollback."),
     wait: bool = typer.Option(False, "--wait", help="Follow it to its end, or until it is paused."),
     timeout: float | None = ENDLESS,
     note: str = NOTE,
+    ray_service: str | None = typer.Option(None, help="On a cluster: the RayService; the one of the last rollout."),
+    serve_api: str | None = typer.Option(None, help="On a cluster without KubeRay: URL of the Ray dashboard."),
+    serve_url: str | None = typer.Option(None, help="On a cluster without KubeRay: URL of the router."),
 ) -> None:
     """Roll a release out: verify it, write the rollout down, and let the controller take it from there.
+
+    On a cluster it becomes a ReleaseRollout, and serving verifies the release before it opens it.
 
     Examples:
 
       reelway rollout start latest --run runs/demo
 
       reelway rollout start 3f9c --policy mine.yaml --wait --timeout 3600
+
+      reelway rollout start 3f9c -n reelway --ray-service reelway --wait
     """
     from reelway.platform.cli.rollout_follow import FINAL, follow_lines, look
     from reelway.platform.cli.rollout_start import start_rollout
     from reelway.platform.cli.terminal import console
     from reelway.platform.rollout.state import Phase
 
-    directory = open_run(run)
+    directory = open_place(run, namespace, context)
     rules = policy_named(policy)
     store = open_store(directory)
     before = store.latest()
-    state = start_rollout(directory, store, release, rules, force=force, note=note).state
+    if isinstance(directory, ClusterPlace):
+        from reelway.platform.cli.rollout_cluster import start_on_cluster
+
+        serve = (serve_api, serve_url) if serve_api and serve_url else None
+        state = start_on_cluster(
+            directory, release, rules, force=force, note=note, ray_service=ray_service, serve=serve
+        ).state
+    else:
+        state = start_rollout(directory, store, release, rules, force=force, note=note).state
     out.print(state.id, highlight=False)
     tell(f"rolling {state.canary_release[:12]} out over {state.stable_release[:12]}, policy {escape(rules.name)}")
     if before is not None and before.state.phase is Phase.PROMOTED and not before.state.retired:
@@ -101,7 +125,8 @@ def start(
     if controller.silent:
         tell(f"[bold red]{escape(controller.problem)}:[/] {escape(start_the_controller(directory))}")
     if not wait:
-        tell(f"next: reelway rollout watch --run {run}   (take it back: reelway rollout rollback --run {run})")
+        flags = flags_of(directory)
+        tell(f"next: reelway rollout watch {flags}   (take it back: reelway rollout rollback {flags})")
         return
     until = FINAL | {Phase.PAUSED}
     _leave_on_interrupt(lambda: follow_lines(directory, store, state.id, console.print, timeout_s=timeout, until=until))
@@ -110,6 +135,8 @@ def start(
 def status(
     rollout_id: str | None = ID,
     run: Path = RUN,
+    namespace: str | None = NAMESPACE,
+    context: str | None = CONTEXT,
     output: Output = OUTPUT,
     exit_code: bool = typer.Option(False, "--exit-code", help="Let the exit code say how the rollout stands."),
 ) -> None:
@@ -121,7 +148,7 @@ def status(
     from reelway.platform.cli.rollout_report import exit_code_of
     from reelway.platform.cli.rollout_views import status_view
 
-    directory = open_run(run)
+    directory = open_place(run, namespace, context)
     report = look(directory, open_store(directory), rollout_id)
     if output is Output.JSON:
         typer.echo(report.model_dump_json(indent=2))
@@ -131,7 +158,13 @@ def status(
         raise typer.Exit(exit_code_of(report))
 
 
-def watch(rollout_id: str | None = ID, run: Path = RUN, timeout: float | None = ENDLESS) -> None:
+def watch(
+    rollout_id: str | None = ID,
+    run: Path = RUN,
+    namespace: str | None = NAMESPACE,
+    context: str | None = CONTEXT,
+    timeout: float | None = ENDLESS,
+) -> None:
     """Watch the rollout live until it has ended; the exit code is the rollout's. Ctrl-C leaves it running.
 
     Where there is no terminal every decision is one line.
@@ -140,34 +173,38 @@ def watch(rollout_id: str | None = ID, run: Path = RUN, timeout: float | None = 
     """
     from reelway.platform.cli.rollout_follow import watch_rollout
 
-    directory = open_run(run)
+    directory = open_place(run, namespace, context)
     store = open_store(directory)
     _leave_on_interrupt(lambda: watch_rollout(directory, store, rollout_id, out, timeout_s=timeout))
 
 
 def pause(
-    rollout_id: str | None = ID, run: Path = RUN, note: str = NOTE, wait: bool = WAIT, timeout: float = TIMEOUT
-) -> None:
+    rollout_id: str | None = ID, run: Path = RUN, namespace: str | None = NAMESPACE, context: str | None = CONTEXT,
+    note: str = NOTE, wait: bool = WAIT, timeout: float = TIMEOUT,
+) -> None:  # fmt: skip
     """Stop the ramp where it is. Guardrails and established harm still roll back.
 
     Example: reelway rollout pause --note "looking at the like rate"
     """
-    _ask("pause", rollout_id, run, note=note, wait=wait, timeout=timeout)
+    _ask("pause", rollout_id, open_place(run, namespace, context), note=note, wait=wait, timeout=timeout)
 
 
 def resume(
-    rollout_id: str | None = ID, run: Path = RUN, note: str = NOTE, wait: bool = WAIT, timeout: float = TIMEOUT
-) -> None:
+    rollout_id: str | None = ID, run: Path = RUN, namespace: str | None = NAMESPACE, context: str | None = CONTEXT,
+    note: str = NOTE, wait: bool = WAIT, timeout: float = TIMEOUT,
+) -> None:  # fmt: skip
     """Let a paused ramp go on.
 
     Example: reelway rollout resume --wait
     """
-    _ask("resume", rollout_id, run, note=note, wait=wait, timeout=timeout)
+    _ask("resume", rollout_id, open_place(run, namespace, context), note=note, wait=wait, timeout=timeout)
 
 
 def promote(
     rollout_id: str | None = ID,
     run: Path = RUN,
+    namespace: str | None = NAMESPACE,
+    context: str | None = CONTEXT,
     note: str = NOTE,
     force: bool = typer.Option(False, "--force", help="Although evidence is missing; it is written down as such."),
     wait: bool = WAIT,
@@ -179,22 +216,25 @@ def promote(
 
     Example: reelway rollout promote --wait
     """
-    _ask("promote", rollout_id, run, note=note, force=force, wait=wait, timeout=timeout)
+    _ask("promote", rollout_id, open_place(run, namespace, context), note=note, force=force, wait=wait, timeout=timeout)
 
 
 def rollback(
-    rollout_id: str | None = ID, run: Path = RUN, note: str = NOTE, wait: bool = WAIT, timeout: float = TIMEOUT
-) -> None:
+    rollout_id: str | None = ID, run: Path = RUN, namespace: str | None = NAMESPACE, context: str | None = CONTEXT,
+    note: str = NOTE, wait: bool = WAIT, timeout: float = TIMEOUT,
+) -> None:  # fmt: skip
     """Take everybody back to the release before, now. Also after a promotion, while that one is kept warm.
 
     Example: reelway rollout rollback --note "complaints" --wait
     """
-    _ask("rollback", rollout_id, run, note=note, wait=wait, timeout=timeout)
+    _ask("rollback", rollout_id, open_place(run, namespace, context), note=note, wait=wait, timeout=timeout)
 
 
 def history(
     rollout_id: str | None = ID,
     run: Path = RUN,
+    namespace: str | None = NAMESPACE,
+    context: str | None = CONTEXT,
     every: bool = typer.Option(False, "--all", help="All rollouts of the run, a line each."),
     output: Output = OUTPUT,
 ) -> None:
@@ -208,7 +248,7 @@ def history(
     """
     from reelway.platform.cli.rollout_history import print_all, print_history
 
-    store = open_store(open_run(run))
+    store = open_store(open_place(run, namespace, context))
     if every:
         print_all(store, as_json=output is Output.JSON)
     else:
@@ -218,6 +258,8 @@ def history(
 def explain(
     rollout_id: str | None = ID,
     run: Path = RUN,
+    namespace: str | None = NAMESPACE,
+    context: str | None = CONTEXT,
     entry: int | None = typer.Option(None, help="Number of a history entry; where the rollout stands when absent."),
     output: Output = OUTPUT,
 ) -> None:
@@ -227,7 +269,7 @@ def explain(
     """
     from reelway.platform.cli.rollout_history import explanation_of, print_explanation
 
-    store = open_store(open_run(run))
+    store = open_store(open_place(run, namespace, context))
     explanation = explanation_of(store, rollout_of(store, rollout_id), entry)
     if output is Output.JSON:
         typer.echo(explanation.model_dump_json(indent=2))
@@ -269,15 +311,14 @@ def controller(
 
 
 def _ask(
-    verb: Verb, rollout_id: str | None, run: Path, *, note: str, wait: bool, timeout: float, force: bool = False
+    verb: Verb, rollout_id: str | None, place: Place, *, note: str, wait: bool, timeout: float, force: bool = False
 ) -> None:
     from reelway.platform.cli.rollout_ask import ask_rollout
 
-    directory = open_run(run)
-    store = open_store(directory)
+    store = open_store(place)
     rollout = rollout_of(store, rollout_id)
     _leave_on_interrupt(
-        lambda: ask_rollout(directory, store, rollout, verb, note=note, force=force, wait=wait, timeout_s=timeout)
+        lambda: ask_rollout(place, store, rollout, verb, note=note, force=force, wait=wait, timeout_s=timeout)
     )
 
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Final
 from rich.markup import escape
 
 from reelway.platform.cli.rollout_run import (
+    Place,
     actor,
     controller_sight,
     start_the_controller,
@@ -21,7 +22,6 @@ from reelway.platform.cli.rollout_run import (
 from reelway.platform.cli.rollout_wait import RolloutExit, exit_of, wait_until
 from reelway.platform.errors import RolloutError
 from reelway.platform.rollout.state import Command, Phase, RolloutState, Verb
-from reelway.platform.runs import RunDirectory
 
 if TYPE_CHECKING:
     from reelway.platform.rollout.records import Rollout, RolloutStore
@@ -41,7 +41,7 @@ UNDER_WAY: Final[dict[Verb, frozenset[Phase]]] = {
 
 
 def ask_rollout(
-    run: RunDirectory,
+    run: Place,
     store: RolloutStore,
     rollout: Rollout,
     verb: Verb,

@@ -14,14 +14,20 @@ from rich.console import Console
 from rich.live import Live
 
 from reelway.platform.cli.rollout_report import StatusReport, report_rollout
-from reelway.platform.cli.rollout_run import controller_sight, rollout_of, serving_record, start_the_controller
+from reelway.platform.cli.rollout_run import (
+    Place,
+    controller_sight,
+    flags_of,
+    rollout_of,
+    serving_record,
+    start_the_controller,
+)
 from reelway.platform.cli.rollout_views import status_view
 from reelway.platform.cli.rollout_wait import RolloutExit, exit_of, moments
 from reelway.platform.rollout.state import Phase
 
 if TYPE_CHECKING:
     from reelway.platform.rollout.records import HistoryEntry, RolloutStore
-    from reelway.platform.runs import RunDirectory
 
 REDRAW_S: Final = 0.25
 REMIND_S: Final = 15.0
@@ -29,7 +35,7 @@ REMIND_S: Final = 15.0
 FINAL: Final = frozenset({Phase.PROMOTED, Phase.ROLLED_BACK})
 
 
-def look(run: RunDirectory, store: RolloutStore, rollout_id: str | None) -> StatusReport:
+def look(run: Place, store: RolloutStore, rollout_id: str | None) -> StatusReport:
     """The status at this moment.
 
     Raises:
@@ -40,7 +46,7 @@ def look(run: RunDirectory, store: RolloutStore, rollout_id: str | None) -> Stat
     sighting = store.sighting(rollout.state.id) if rollout else None
     report = report_rollout(rollout, sighting, store.history(rollout.state.id), now) if rollout else None
     return StatusReport(
-        run=str(run.path),
+        run=flags_of(run).removeprefix("--run "),
         time=now,
         serving=serving_record(run),
         controller=controller_sight(run, rollout, sighting, now),
@@ -49,7 +55,7 @@ def look(run: RunDirectory, store: RolloutStore, rollout_id: str | None) -> Stat
 
 
 def watch_rollout(
-    run: RunDirectory, store: RolloutStore, rollout_id: str | None, console: Console, *, timeout_s: float | None
+    run: Place, store: RolloutStore, rollout_id: str | None, console: Console, *, timeout_s: float | None
 ) -> RolloutExit:
     """Show the rollout until it has ended, or the timeout.
 
@@ -69,7 +75,7 @@ def watch_rollout(
 
 
 def follow_lines(
-    run: RunDirectory,
+    run: Place,
     store: RolloutStore,
     rollout_id: str,
     write: Callable[..., None],

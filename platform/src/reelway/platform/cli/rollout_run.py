@@ -1,12 +1,14 @@
-"""Why: before anything is asked of a rollout, what a run directory knows of its service and its controller.
+"""Why: before anything is asked of a rollout, what its place knows of its service and its controller.
 
-Reads records that others write (``serving.json``, ``rollout/controller.json``, ``rollout/state.db``); starts nothing.
+A place is a run directory or a namespace of a cluster, and here alone it matters which. Reads records that others write
+(``serving.json``, ``rollout/controller.json``, ``rollout/state.db``, ReleaseRollouts); starts nothing.
 """
 
 from __future__ import annotations
 
 import getpass
 import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, TypeVar
 
@@ -22,6 +24,20 @@ if TYPE_CHECKING:
 SILENT_AFTER_S: Final = 15.0
 """A controller that has not looked for so long is called silent; it looks every few seconds."""
 _Record = TypeVar("_Record", bound=BaseModel)
+
+
+@dataclass(frozen=True)
+class ClusterPlace:
+    """A namespace in which rollouts are resources and `reelway operator` moves them."""
+
+    namespace: str | None
+    context: str | None
+
+    def __str__(self) -> str:
+        return " ".join(f"--{name} {value}" for name, value in vars(self).items() if value)
+
+
+Place = RunDirectory | ClusterPlace
 
 
 class ServingRecord(BaseModel):
@@ -72,8 +88,30 @@ def open_run(run: Path) -> RunDirectory:
     return RunDirectory(run)
 
 
-def open_store(run: RunDirectory) -> RolloutStore:
-    """The run's rollouts."""
+def open_place(run: Path, namespace: str | None, context: str | None) -> Place:
+    """Where the rollouts are: on a cluster if anything says so, else in a run directory.
+
+    Raises:
+        ConfigError: there is no such run directory.
+    """
+    return ClusterPlace(namespace, context) if namespace or context else open_run(run)
+
+
+def flags_of(place: Place) -> str:
+    """The same place, for a command that is shown to be copied."""
+    return str(place) if isinstance(place, ClusterPlace) else f"--run {place.path}"
+
+
+def open_store(run: Place) -> RolloutStore:
+    """The rollouts of a place.
+
+    Raises:
+        ConfigError: there is no way to the cluster.
+    """
+    if isinstance(run, ClusterPlace):
+        from reelway.platform.cli.rollout_cluster import cluster_store
+
+        return cluster_store(run)
     from reelway.platform.rollout.sqlite_store import SqliteRolloutStore
 
     return SqliteRolloutStore(run.path / "rollout" / "state.db")
@@ -89,12 +127,14 @@ def rollout_of(store: RolloutStore, rollout_id: str | None) -> Rollout:
         return store.get(rollout_id)
     latest = store.latest()
     if latest is None:
-        raise RolloutError("there has been no rollout in this run; begin one with `reelway rollout start RELEASE`")
+        raise RolloutError("there has been no rollout here; begin one with `reelway rollout start RELEASE`")
     return latest
 
 
-def serving_record(run: RunDirectory) -> ServingRecord | None:
-    """Where the run is being served; None when it is not, or when the process that said so is gone."""
+def serving_record(run: Place) -> ServingRecord | None:
+    """Where the run is being served; None when it is not, when the process that said so is gone, or on a cluster."""
+    if isinstance(run, ClusterPlace):
+        return None
     record = _read(run.path / "serving.json", ServingRecord)
     return record if record is not None and lives(record.pid) else None
 
@@ -104,10 +144,12 @@ def controller_record(run: RunDirectory) -> ControllerRecord | None:
     return _read(run.path / "rollout" / "controller.json", ControllerRecord)
 
 
-def controller_sight(
-    run: RunDirectory, rollout: Rollout | None, sighting: Sighting | None, now: float
-) -> ControllerSight:
+def controller_sight(run: Place, rollout: Rollout | None, sighting: Sighting | None, now: float) -> ControllerSight:
     """Whether somebody looks after the rollout. ``problem`` says why not, in words for a person."""
+    if isinstance(run, ClusterPlace):
+        from reelway.platform.cli.rollout_cluster import operator_sight
+
+        return operator_sight(rollout, sighting, now)
     record = controller_record(run)
     looked_at = sighting.time if sighting else None
     began_at = rollout.state.started_at if rollout else now
@@ -129,8 +171,10 @@ def controller_sight(
     )
 
 
-def start_the_controller(run: RunDirectory) -> str:
+def start_the_controller(run: Place) -> str:
     """What to do about a silent controller."""
+    if isinstance(run, ClusterPlace):
+        return "nothing moves until `reelway operator` runs there; look at its pod"
     return f"nothing moves until `reelway rollout controller --run {run.path}` runs"
 
 

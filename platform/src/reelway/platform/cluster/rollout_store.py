@@ -38,6 +38,7 @@ from reelway.platform.rollout.state import Command, Phase, RolloutState, ask
 
 LIVE: Final = "live"
 """Stands for the stable release of a rollout that has not begun: whatever is live then."""
+NOT_SEEN: Final = "the operator has not seen it yet"
 DELETED: Final = "whoever deleted it"
 _ATTEMPTS: Final = 6
 _SHOWN_OF_A_LOOK: Final = ("reached", "trouble", "detail", "failed", "ready", "releases", "routing")
@@ -108,6 +109,10 @@ class KubeRolloutStore:
     def latest(self) -> Rollout | None:
         resource = self._latest()
         return rollout_of(resource) if resource else None
+
+    def phase(self, rollout_id: str) -> str:
+        """As ``status.phase`` says it: also Waiting and Refused, which no state knows."""
+        return self._find(rollout_id).status.phase
 
     def all(self) -> Sequence[Rollout]:
         return [rollout_of(resource) for resource in self._mine()]
@@ -318,7 +323,7 @@ def _not_begun(resource: Resource) -> RolloutState:
         changed_at=made_at,
         tick_at=made_at,
         forced=resource.spec.force,
-        reason=resource.status.reason or "the operator has not seen it yet",
+        reason=resource.status.reason or NOT_SEEN,
     )
 
 

@@ -1,0 +1,143 @@
+"""``reelway rollout ... --namespace NS``: what a person's commands need of a cluster: the right to patch rollouts.
+
+A rollout is made as a resource and begun by the operator, whose answer is waited for; so what may begin is settled
+there and nowhere twice.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Final
+
+from reelway.platform.cli.rollout_run import SILENT_AFTER_S, ClusterPlace, ControllerSight, actor
+from reelway.platform.cli.rollout_wait import wait_until
+from reelway.platform.errors import ConfigError, RolloutError
+from reelway.platform.rollout.policy import RolloutPolicy
+from reelway.platform.rollout.state import RolloutState
+
+if TYPE_CHECKING:
+    from reelway.platform.cluster.kube_api import KubeApi
+    from reelway.platform.cluster.resources import Backend
+    from reelway.platform.cluster.rollout_store import KubeRolloutStore
+    from reelway.platform.rollout.records import Rollout, Sighting
+
+ANSWERED_WITHIN_S: Final = 10.0
+"""An operator that runs sees a new rollout in well under a second."""
+
+
+def cluster_store(place: ClusterPlace, backend: Backend | None = None) -> KubeRolloutStore:
+    """The namespace's rollouts; ``backend`` is that of rollouts to be made.
+
+    Raises:
+        ConfigError: there is no way to the cluster, or the package for it is not installed.
+    """
+    from reelway.platform.cluster.rollout_store import KubeRolloutStore
+    from reelway.platform.cluster.shelf import AskingShelf
+
+    api = _api(place)
+    return KubeRolloutStore(api, AskingShelf(api), made_for=backend)
+
+
+def start_on_cluster(
+    place: ClusterPlace,
+    release: str,
+    policy: RolloutPolicy,
+    *,
+    force: bool,
+    note: str,
+    ray_service: str | None,
+    serve: tuple[str, str] | None,
+) -> Rollout:
+    """Make a ReleaseRollout, and give it as the operator answered: begun, waiting, or untouched when it is silent.
+
+    Args:
+        release: the whole id, or the unique beginning of a Release resource's.
+        serve: base URLs of the Ray dashboard and of the router, without KubeRay.
+
+    Raises:
+        RolloutError: the API server or the operator refused it.
+        ConfigError: there is no such release, or no telling which backend is meant.
+    """
+    from reelway.platform.cli.rollout_start import new_rollout_id
+    from reelway.platform.cluster.rollout_store import LIVE, NOT_SEEN
+    from reelway.platform.cluster.status import REFUSED
+
+    api, now = _api(place), time.time()
+    store = cluster_store(place, _backend(api, ray_service, serve))
+    said = f"asked by {actor()}" + (f": {note}" if note else "")
+    state = RolloutState(
+        id=new_rollout_id(now), stable_release=LIVE, canary_release=_release(api, release), started_at=now,
+        changed_at=now, tick_at=now, forced=force, reason=said,
+    )  # fmt: skip
+    made = store.create(state, policy)
+    seen = wait_until(store, made.state.id, lambda r: r.state.reason != NOT_SEEN, timeout_s=ANSWERED_WITHIN_S)
+    if store.phase(made.state.id) == REFUSED:
+        raise RolloutError(f"{made.state.id}: {seen.state.reason}")
+    return seen
+
+
+def operator_sight(rollout: Rollout | None, sighting: Sighting | None, now: float) -> ControllerSight:
+    """Whether an operator looks after the rollout, as far as its status tells."""
+    from reelway.platform.cluster.rollout_store import NOT_SEEN
+
+    if rollout is None:
+        return ControllerSight(running=True)
+    state = rollout.state
+    looked_at = sighting.time if sighting else None
+    silent_s = max(0.0, now - (looked_at or state.started_at))
+    waits = sighting is None and state.reason != NOT_SEEN
+    problem = ""
+    if state.active and silent_s > SILENT_AFTER_S and not waits:
+        problem = f"the operator has not looked for {silent_s:.0f} s"
+    return ControllerSight(running=not problem, last_look_at=looked_at, silent_s=silent_s, problem=problem)
+
+
+def _api(place: ClusterPlace) -> KubeApi:
+    try:
+        from reelway.platform.cluster.kube_api import KubeApi
+    except ModuleNotFoundError as error:
+        raise ConfigError(
+            f"{error.name} is not installed; commands on a cluster need `pip install reelway-platform[cluster]`"
+        ) from error
+    return KubeApi(place.namespace, context=place.context)
+
+
+def _backend(api: KubeApi, ray_service: str | None, serve: tuple[str, str] | None) -> Backend:
+    """The one that is named, that of the newest rollout, or the namespace's only RayService."""
+    from reelway.platform.cluster.kube_api import AbsentError
+    from reelway.platform.cluster.resources import Backend
+    from reelway.platform.cluster.shelf import PATH, read
+
+    if ray_service:
+        return Backend.model_validate({"rayService": {"name": ray_service}})
+    if serve:
+        return Backend.model_validate({"serve": {"api": serve[0], "url": serve[1]}})
+    known = [read(document) for document in api.list(PATH)]
+    if known:
+        return max(known, key=lambda one: one.created_at).spec.backend
+    try:
+        names = [str(one["metadata"]["name"]) for one in api.list("ray.io/v1/rayservices")]
+    except AbsentError:
+        names = []
+    if len(names) != 1:
+        raise ConfigError(
+            f"namespace {api.namespace} has the RayServices {names}, expected one; name it with --ray-service, or a "
+            "Serve without KubeRay with --serve-api and --serve-url"
+        )
+    return Backend.model_validate({"rayService": {"name": names[0]}})
+
+
+def _release(api: KubeApi, release: str) -> str:
+    if len(release) == 64:
+        return release
+    from reelway.platform.cluster.resources import GROUP, RELEASES, VERSION
+
+    known = sorted(str(one["spec"]["id"]) for one in api.list(f"{GROUP}/{VERSION}/{RELEASES}"))
+    found = [one for one in known if one.startswith(release)]
+    if len(found) != 1:
+        some = ", ".join(one[:12] for one in (found or known)[:5]) or "none"
+        raise ConfigError(
+            f"release {release!r}: {len(found)} Releases of namespace {api.namespace} begin so ({some}), expected one; "
+            "give the whole id of 64 characters"
+        )
+    return found[0]
