@@ -31,6 +31,8 @@ NEEDED: Final = {"releases": {"initial": RELEASE, "store": {"hostPath": {"path":
 _MONITORS: Final = {"monitors": {"enabled": True}}
 _RULES: Final = {**_MONITORS, "rules": {"enabled": True}}
 _REDIS: Final = {"type": "redis", "registry": "s3://features/registry.db"}
+_S3: Final = {"bucket": "releases", "endpoint": "https://s3.test", "credentialsSecret": "c"}
+_ROUTE: Final = {"enabled": True, "parentRefs": [{"name": "gateway"}], "hostnames": ["a.test"]}
 _GIVEN_CLAIM: Final = {"pvc": {"existingClaim": ""}}
 COMPONENTS: Final[dict[str, Document]] = {
     "as-is": {},
@@ -39,7 +41,7 @@ COMPONENTS: Final[dict[str, Document]] = {
         "serving": {"horizontalPodAutoscaler": {"enabled": False}},
     },
     "kuberay": {"ray": {"mode": "kuberay"}, "serving": {"horizontalPodAutoscaler": {"enabled": False}}},
-    "s3": {"releases": {"store": {"type": "s3", "s3": {"bucket": "releases", "endpoint": "https://s3.test", "credentialsSecret": "c"}}}},
+    "s3": {"releases": {"store": {"type": "s3", "s3": _S3}}},
     "gs": {"releases": {"store": {"type": "gs", "gs": {"bucket": "releases"}}}},
     "pvc": {"releases": {"store": {"type": "pvc"}}},
     "host-path": {"releases": {"store": {"type": "hostPath", **_GIVEN_CLAIM}}},
@@ -54,7 +56,7 @@ COMPONENTS: Final[dict[str, Document]] = {
     },
     "monitoring": {"monitoring": {**_RULES, "alertmanagerConfig": {"enabled": True}, "dashboards": {"enabled": True}}},
     "ingress": {"serving": {"ingress": {"enabled": True, "host": "a.test", "tlsSecret": "tls", "className": "nginx"}}},
-    "http-route": {"serving": {"httpRoute": {"enabled": True, "parentRefs": [{"name": "gateway"}], "hostnames": ["a.test"]}}},
+    "http-route": {"serving": {"httpRoute": _ROUTE}},
     "no-outcomes": {"serving": {"outcomes": {"enabled": False}}},
     "outcomes-kept": {"serving": {"outcomes": {"enabled": True, "persistence": {"enabled": True}}}},
     "budgets": {

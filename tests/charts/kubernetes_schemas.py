@@ -1,4 +1,4 @@
-"""Schemas for kubeconform from the modules that define them, because the API's own are nowhere else without a server."""
+"""Schemas for kubeconform from the modules that define them, because without a server they are nowhere else."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from typing import Any, Final
 
 import pytest
 import yaml
-
 from tests.charts.chart_tool import LOADER, REPOSITORY
 
 

@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-
 from tests.charts.chart_tool import COMBINATIONS, ENVIRONMENT_FILES, Document, named, rendered
 
 # A password that a container reads comes by name; a value that looks like one was written out.

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any, Final
 
 import pytest
-
 from tests.charts.chart_tool import ENVIRONMENTS, NEEDED, Document, helm_template, merged
 
 BIG: Final = {"requests": {"cpu": "4", "memory": "1Gi"}, "limits": {"cpu": "2", "memory": "1Gi"}}
@@ -106,7 +105,9 @@ def test_the_table_is_long_enough() -> None:
     assert len({(path, str(value)) for path, value, _, _ in WRONG}) >= 40
 
 
-@pytest.mark.parametrize(("path", "value", "allowed", "besides"), WRONG, ids=[f"{one[0]}={one[1]}"[:60] for one in WRONG])
+@pytest.mark.parametrize(
+    ("path", "value", "allowed", "besides"), WRONG, ids=[f"{one[0]}={one[1]}"[:60] for one in WRONG]
+)
 def test_a_wrong_value_is_refused_by_its_path(path: str, value: Any, allowed: str, besides: dict[str, Any]) -> None:
     values = NEEDED
     for where, what in {**besides, path: value}.items():

@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 import yaml
-
 from tests.charts.chart_tool import (
+    CHART,
     COMBINATIONS,
     ENVIRONMENT_FILES,
+    RELEASE,
     REPOSITORY,
     Document,
     helm_template,
@@ -20,13 +21,15 @@ from tests.charts.chart_tool import (
     rendered,
     rendered_text,
 )
-from tests.charts.chart_tool import CHART, NEEDED, RELEASE
 from tests.charts.kubernetes_schemas import LOCATION, write_schemas
 
 
 @pytest.mark.parametrize(("environment", "component"), COMBINATIONS)
 def test_renders_with_one_object_of_each_name(environment: str, component: str) -> None:
-    seen = [(one["kind"], one["metadata"].get("name") or one["metadata"]["generateName"]) for one in rendered(environment, component)]
+    seen = [
+        (one["kind"], one["metadata"].get("name") or one["metadata"]["generateName"])
+        for one in rendered(environment, component)
+    ]
     assert len(seen) == len(set(seen))
     assert {"Deployment", "Role", "ServiceAccount"} <= {kind for kind, _ in seen}
 
@@ -68,7 +71,10 @@ def test_an_upgrade_of_the_chart_alone_changes_no_pod(tmp_path: Path) -> None:
     files = [f"--values={REPOSITORY}/infra/environments/air-gapped.yaml", f"--set=releases.initial={RELEASE}"]
     command = [program("helm"), "template", "rw", str(copy), "--namespace", "reelway", *files]
     after = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    templates = [[pod_template(one) for one in yaml.safe_load_all(text) if one] for text in (rendered_text("air-gapped", "as-is"), after)]
+    templates = [
+        [pod_template(one) for one in yaml.safe_load_all(text) if one]
+        for text in (rendered_text("air-gapped", "as-is"), after)
+    ]
     assert templates[0] == templates[1]
 
 
@@ -84,7 +90,9 @@ def test_the_api_server_accepts_it_where_one_is_up(environment: str, tmp_path: P
     kubectl = [program("kubectl"), "--kubeconfig", kubeconfig, "--request-timeout=5s"]
     if not Path(kubeconfig).exists() or subprocess.run([*kubectl, "get", "crd"], capture_output=True).returncode:
         pytest.skip("no cluster is up (`make cluster`)")
-    known = subprocess.run([*kubectl, "api-resources", "--no-headers"], capture_output=True, text=True, check=True).stdout
+    known = subprocess.run(
+        [*kubectl, "api-resources", "--no-headers"], capture_output=True, text=True, check=True
+    ).stdout
     objects = [one for one in rendered(environment, "as-is") if one["metadata"].get("name")]
     there = [one for one in objects if f" {one['kind']}" in known.replace("\n", " \n") and one["apiVersion"] in known]
     assert len(there) >= 10
@@ -98,4 +106,3 @@ def test_the_api_server_accepts_it_where_one_is_up(environment: str, tmp_path: P
 def test_nothing_needed_is_left_to_chance() -> None:
     done = helm_template({"releases": {"initial": RELEASE}})
     assert "secrets.name" in done.stderr
-    assert NEEDED

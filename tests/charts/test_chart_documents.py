@@ -1,0 +1,160 @@
+"""What the chart tells Serve, Feast and the operator is what these read."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import click
+import pytest
+import typer.main
+import yaml
+from tests.charts.chart_tool import CHART, RELEASE, Document, named, rendered
+
+from reelway.platform.cli.main import build_app
+from reelway.platform.contracts.events import Arm
+from reelway.platform.rollout.routing import ArmRoute, Routing
+from reelway.platform.rollout.rules import canary_rules
+from reelway.platform.rollout.serve_config import with_target
+from reelway.platform.rollout.traffic import TrafficTarget
+from reelway.serving.serve_config import (
+    OutcomesArgs,
+    ReleaseShelf,
+    ReleaseSource,
+    RouterArgs,
+    ServiceOptions,
+    serve_config,
+)
+from reelway.serving.serve_settings import SERVE_SETTINGS
+
+
+def document(environment: str, component: str) -> Document:
+    objects = rendered(environment, component)
+    if component == "static":
+        text = named(objects, "ConfigMap", "-serve-document")["data"]["serve.json"]
+        return dict(json.loads(text))
+    return dict(yaml.safe_load(named(objects, "RayService")["spec"]["serveConfigV2"]))
+
+
+@pytest.mark.parametrize("component", ["kuberay", "static"])
+@pytest.mark.parametrize("environment", ["dev", "production-cpu"])
+def test_the_document_has_what_the_builders_take(environment: str, component: str) -> None:
+    applications = {one["name"]: one for one in document(environment, component)["applications"]}
+    assert set(applications) == {RELEASE, "outcomes", "router"}
+    assert ReleaseSource(**applications[RELEASE]["args"]).release == RELEASE
+    assert RouterArgs(**applications["router"]["args"]).outcomes == "outcomes"
+    OutcomesArgs(**applications["outcomes"]["args"])
+    (router,) = applications["router"]["deployments"]
+    assert Routing.model_validate(router["user_config"]) == Routing.whole(RELEASE)
+
+
+def test_the_document_is_the_laptops_but_for_places_and_sizes() -> None:
+    shelf = ReleaseShelf(release_store="x", release_cache=Path("x"), public_keys=Path("x"))
+    laptop = serve_config(
+        Routing.whole(RELEASE), ServiceOptions(shelf=shelf, metrics_dir=Path("x"), outcomes=Path("x"))
+    )
+    chart = document("dev", "static")
+    assert [shape(one) for one in chart["applications"]] == [shape(one) for one in laptop["applications"]]
+
+
+def shape(application: Document) -> dict[str, Any]:
+    return {
+        **{key: application[key] for key in ("name", "route_prefix", "import_path", "logging_config")},
+        "args": sorted(application["args"]),
+        "environment": sorted(application["runtime_env"]["env_vars"]),
+        "deployments": [(one["name"], one.get("user_config")) for one in application["deployments"]],
+    }
+
+
+def test_a_rollout_can_write_its_traffic_into_the_document() -> None:
+    before, canary = document("dev", "kuberay"), "0a" * 32
+    arms = (
+        ArmRoute(arm=Arm.CANARY, release=canary, weight_bp=500),
+        ArmRoute(arm=Arm.STABLE, release=RELEASE, weight_bp=9500),
+    )
+    routing = Routing(salt="s", rollout="r", arms=arms)
+    after = with_target(before, TrafficTarget(routing=routing, releases=(RELEASE, canary)))
+    assert [one["name"] for one in after["applications"]] == [RELEASE, canary, "outcomes", "router"]
+
+
+def test_outcomes_are_where_their_file_is() -> None:
+    objects = rendered("production-cpu", "kuberay")
+    cluster = named(objects, "RayService")["spec"]["rayClusterConfig"]
+    outcomes = next(one for one in document("production-cpu", "kuberay")["applications"] if one["name"] == "outcomes")
+    (wanted,) = outcomes["deployments"][0]["ray_actor_options"]["resources"]
+    assert wanted in cluster["headGroupSpec"]["rayStartParams"]["resources"]
+    head = cluster["headGroupSpec"]["template"]["spec"]
+    mounts = {mount["mountPath"] for mount in head["containers"][0]["volumeMounts"]}
+    assert str(Path(outcomes["args"]["state"]).parent) in mounts
+    for group in cluster["workerGroupSpecs"]:
+        assert "resources" not in group["rayStartParams"]
+
+
+@pytest.mark.parametrize("component", ["kuberay", "static"])
+def test_ray_is_set_as_it_was_measured(component: str) -> None:
+    kind = "RayService" if component == "kuberay" else "StatefulSet"
+    found = next(one for one in rendered("dev", component) if one["kind"] == kind)
+    template = (
+        found["spec"]["rayClusterConfig"]["headGroupSpec"]["template"]
+        if component == "kuberay"
+        else found["spec"]["template"]
+    )
+    environment = {one["name"]: one.get("value") for one in template["spec"]["containers"][0]["env"]}
+    assert {name: environment.get(name) for name in SERVE_SETTINGS} == SERVE_SETTINGS
+
+
+@pytest.mark.parametrize(
+    ("environment", "component"), [("dev", "as-is"), ("production-cpu", "as-is"), ("air-gapped", "static")]
+)
+def test_the_operator_understands_its_arguments(environment: str, component: str) -> None:
+    deployment = named(rendered(environment, component), "Deployment", "-controller")
+    name, *arguments = deployment["spec"]["template"]["spec"]["containers"][0]["args"]
+    command = typer.main.get_command(build_app())
+    assert isinstance(command, click.Group) or hasattr(command, "get_command")
+    operator = command.get_command(click.Context(command), name)  # type: ignore[attr-defined]
+    assert operator is not None
+    context = operator.make_context(name, list(arguments))
+    assert context.params["port"] == 9094
+    assert context.params["namespace"] == "reelway"
+
+
+def test_feast_is_given_a_store_whose_password_is_not_in_it() -> None:
+    config = yaml.safe_load(
+        named(rendered("dev", "redis-external"), "ConfigMap", "-features")["data"]["feature_store.yaml"]
+    )
+    assert config["online_store"]["type"] == "redis"
+    host, password, *options = config["online_store"]["connection_string"].split(",")
+    assert (host, password) == ("redis.test:6379", "password=${REDIS_PASSWORD}")
+    assert "ssl=true" in options
+
+
+def test_the_charts_canary_rules_are_the_packages() -> None:
+    assert (CHART / "files" / "rules" / "canary.rules.yaml").read_text() == canary_rules()
+
+
+def test_every_panel_asks_for_a_metric_that_somebody_counts() -> None:
+    code = "\n".join(
+        path.read_text() for part in ("platform", "serving") for path in (CHART.parents[1] / part).rglob("*.py")
+    )
+    boards = sorted((CHART / "files" / "dashboards").glob("*.json"))
+    assert len(boards) >= 2
+    for path in boards:
+        board = json.loads(path.read_text())
+        assert len({panel["id"] for panel in board["panels"]}) == len(board["panels"])
+        for panel in board["panels"]:
+            for target in panel["targets"]:
+                for metric in metrics(target["expr"]):
+                    assert f'"{metric}"' in code or f'"{metric.removesuffix("_total")}"' in code, (
+                        panel["title"],
+                        metric,
+                    )
+
+
+def metrics(expression: str) -> set[str]:
+    """Names of the time series in an expression, without what a histogram puts after them."""
+    names = re.findall(r"reelway_[a-z_]+", expression)
+    found = {name.removesuffix("_bucket").removesuffix("_count") for name in names}
+    assert found, expression
+    return found

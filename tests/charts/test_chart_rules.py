@@ -1,0 +1,205 @@
+"""Each alert fires on its own fault and on no other's, in Prometheus' own evaluation."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final
+
+import pytest
+import yaml
+from tests.charts.chart_tool import rendered
+
+MINUTES: Final = 400
+FAULT_AT: Final = 370
+Series = dict[str, list[float]]
+
+
+def rules(environment: str = "production-cpu") -> dict[str, list[Any]]:
+    groups = [
+        group
+        for one in rendered(environment, "monitoring")
+        if one["kind"] == "PrometheusRule"
+        for group in one["spec"]["groups"]
+    ]
+    return {"groups": groups}
+
+
+def promtool(*arguments: str) -> subprocess.CompletedProcess[str]:
+    if shutil.which("promtool") is None:
+        pytest.skip("promtool is not installed (Debian package prometheus)")
+    return subprocess.run(["promtool", *arguments], capture_output=True, text=True, check=False, timeout=60)
+
+
+def grows(before: float, after: float | None = None, since: int = FAULT_AT) -> list[float]:
+    """A counter by its growth in a minute, before and since the fault."""
+    values, total = [], 0.0
+    for minute in range(MINUTES + 1):
+        values.append(total)
+        total += before if after is None or minute < since else after
+    return values
+
+
+def level(before: float, after: float | None = None) -> list[float]:
+    return [before if after is None or minute < FAULT_AT else after for minute in range(MINUTES + 1)]
+
+
+REQUESTS: Final = "reelway_ingress_requests_total"
+LATENCY: Final = "reelway_ingress_latency_seconds"
+
+
+def requests(outcome: str, arm: str = "stable", release: str = "aaaa") -> str:
+    return f'{REQUESTS}{{arm="{arm}", release="{release}", outcome="{outcome}"}}'
+
+
+def latency(le: str, arm: str = "stable", release: str = "aaaa") -> str:
+    return f'{LATENCY}_bucket{{arm="{arm}", release="{release}", le="{le}"}}'
+
+
+def count(arm: str = "stable", release: str = "aaaa") -> str:
+    return f'{LATENCY}_count{{arm="{arm}", release="{release}"}}'
+
+
+def healthy() -> Series:
+    """A service with a canary on which nothing is wrong."""
+    series: Series = {}
+    for arm, release, rate in (("stable", "aaaa", 600.0), ("canary", "bbbb", 120.0)):
+        series |= {
+            requests("ok", arm, release): grows(rate),
+            requests("degraded", arm, release): grows(0),
+            requests("failed", arm, release): grows(0),
+            requests("context_only", arm, release): grows(rate * 0.02),
+            latency("0.1", arm, release): grows(rate),
+            latency("0.25", arm, release): grows(rate),
+            latency("0.5", arm, release): grows(rate),
+            latency("+Inf", arm, release): grows(rate),
+            count(arm, release): grows(rate),
+            f'reelway_ingress_empty_slates_total{{arm="{arm}", release="{release}"}}': grows(0),
+        }
+    for le in ("0.1", "0.5", "1", "+Inf"):
+        series[f'reelway_shadow_score_drift_ratio_bucket{{release="bbbb", le="{le}"}}'] = grows(60)
+    return series | {
+        'reelway_shadow_score_drift_ratio_count{release="bbbb"}': grows(60),
+        "reelway_ingress_exposures_lost_total": grows(0),
+        "reelway_rollout_last_tick_timestamp_seconds": grows(60),
+        'reelway_rollout_failures_total{kind="evidence"}': grows(0),
+        'reelway_rollout_webhooks_total{outcome="stored"}': grows(1),
+        'reelway_rollout_webhooks_total{outcome="unauthorised"}': grows(0),
+        'up{job="reelway-controller"}': level(1),
+        'up{job="reelway-router", instance="a"}': level(1),
+        'up{job="reelway-outcomes", instance="a"}': level(1),
+    }
+
+
+# alert, what is wrong, and how many minutes after the fault one looks
+FAULTS: Final[list[tuple[str, Mapping[str, list[float]], int]]] = [
+    ("ReelwayAvailabilityBurnsFast", {requests("degraded"): grows(0, 200)}, 26),
+    ("ReelwayAvailabilityBurnsSlow", {requests("degraded"): grows(24)}, 30),
+    ("ReelwayLatencyBurnsFast", {latency("0.1"): grows(600, 300), latency("0.25"): grows(600, 300)}, 26),
+    ("ReelwayLatencyBurnsSlow", {latency("0.1"): grows(552), latency("0.25"): grows(552)}, 30),
+    ("ReelwayViewersUnknown", {requests("context_only"): grows(12, 400)}, 20),
+    ("ReelwayScoresDrift", {
+        f'reelway_shadow_score_drift_ratio_bucket{{release="bbbb", le="{le}"}}': grows(60, 5) for le in ("0.1", "0.5")
+    }, 26),
+    ("ReelwayExposuresLost", {"reelway_ingress_exposures_lost_total": grows(0, 1)}, 6),
+    ("ReelwayControllerSilent", {"reelway_rollout_last_tick_timestamp_seconds": grows(60, 0)}, 10),
+    ("ReelwayControllerSilent", {'up{job="reelway-controller"}': level(1, 0)}, 10),
+    ("ReelwayControllerFails", {'reelway_rollout_failures_total{kind="evidence"}': grows(0, 30)}, 16),
+    ("ReelwayWebhookRefused", {'reelway_rollout_webhooks_total{outcome="unauthorised"}': grows(0, 2)}, 4),
+    ("ReelwayCanaryErrors", {requests("degraded", "canary", "bbbb"): grows(0, 60)}, 4),
+    ("ReelwayCanaryEmptySlates", {
+        'reelway_ingress_empty_slates_total{arm="canary", release="bbbb"}': grows(0, 30)
+    }, 4),
+    ("ReelwayCanarySlow", {
+        latency("0.1", "canary", "bbbb"): grows(120, 114), latency("0.25", "canary", "bbbb"): grows(120, 114)
+    }, 4),
+    ("ReelwayTelemetryDown", {'up{job="reelway-router", instance="a"}': level(1, 0)}, 6),
+]  # fmt: skip
+
+
+def firing(series: Mapping[str, list[float]], minute: int, folder: Path) -> dict[str, dict[str, str]]:
+    """The alerts that fire, by name, with their labels; asked of promtool, which only ever says what it did not expect."""
+    case = {
+        "rule_files": ["rules.yaml"],
+        "evaluation_interval": "2m",
+        "tests": [{
+            "interval": "1m",
+            "input_series": [
+                {"series": name, "values": " ".join(f"{value:g}" if value < 1e6 else f"{value:.0f}" for value in values)}
+                for name, values in series.items()
+            ],
+            "promql_expr_test": [{"expr": 'ALERTS{alertstate="firing"}', "eval_time": f"{minute}m", "exp_samples": [
+                {"labels": '{never="expected"}', "value": 1}
+            ]}],
+        }],
+    }  # fmt: skip
+    (folder / "rules.yaml").write_text(yaml.safe_dump(rules()))
+    (folder / "case.yaml").write_text(json.dumps(case))
+    said = promtool("test", "rules", str(folder / "case.yaml"))
+    text = said.stdout + said.stderr
+    assert "got:" in text, text
+    got = text.partition("got:")[2]
+    return {
+        labels["alertname"]: labels
+        for labels in map(parsed, got.replace("ALERTS{", "\nALERTS{").splitlines())
+        if labels
+    }
+
+
+def parsed(line: str) -> dict[str, str]:
+    """Labels of a sample as promtool prints it."""
+    if "alertname=" not in line:
+        return {}
+    inside = line[line.index("{") + 1 : line.rindex("}")]
+    return dict(part.strip().replace('"', "").split("=", 1) for part in inside.split(",") if "=" in part)
+
+
+def test_promtool_takes_the_rules(tmp_path: Path) -> None:
+    (tmp_path / "rules.yaml").write_text(yaml.safe_dump(rules()))
+    said = promtool("check", "rules", str(tmp_path / "rules.yaml"))
+    assert said.returncode == 0, said.stderr
+    assert "SUCCESS" in said.stdout
+
+
+def test_nothing_fires_while_nothing_is_wrong(tmp_path: Path) -> None:
+    assert firing(healthy(), MINUTES, tmp_path) == {}
+
+
+@pytest.mark.parametrize(
+    ("alert", "fault", "minutes"), FAULTS, ids=[f"{index}-{one[0]}" for index, one in enumerate(FAULTS)]
+)
+def test_a_fault_has_its_alert_and_no_other(
+    alert: str, fault: Mapping[str, list[float]], minutes: int, tmp_path: Path
+) -> None:
+    series = healthy()
+    assert fault.keys() <= series.keys()
+    assert set(firing(series | dict(fault), FAULT_AT + minutes, tmp_path)) == {alert}
+
+
+def test_only_what_is_the_canarys_own_fault_names_its_release(tmp_path: Path) -> None:
+    for alert, fault, minutes in FAULTS:
+        if alert in ("ReelwayCanaryErrors", "ReelwayScoresDrift", "ReelwayAvailabilityBurnsFast"):
+            labels = firing(healthy() | dict(fault), FAULT_AT + minutes, tmp_path)[alert]
+            assert labels.get("release") == ("bbbb" if alert == "ReelwayCanaryErrors" else None), labels
+
+
+def test_targets_that_are_not_there_at_all_are_told(tmp_path: Path) -> None:
+    series = {name: values for name, values in healthy().items() if 'job="reelway-router"' not in name}
+    assert set(firing(series, MINUTES, tmp_path)) == {"ReelwayTelemetryAbsent"}
+
+
+def test_every_alert_has_a_fault_here() -> None:
+    alerts = {rule["alert"] for group in rules()["groups"] for rule in group["rules"] if "alert" in rule}
+    assert alerts == {one[0] for one in FAULTS} | {"ReelwayTelemetryAbsent"}
+
+
+def test_the_latency_bound_is_one_that_the_histogram_has() -> None:
+    from reelway.platform.telemetry import LATENCY_BUCKETS_S
+
+    expressions = [rule["expr"] for group in rules()["groups"] for rule in group["rules"] if "record" in rule]
+    bounds = {text.partition('le="')[2].partition('"')[0] for text in expressions if 'le="' in text}
+    assert {float(bound) for bound in bounds} <= set(LATENCY_BUCKETS_S)
+    assert bounds
