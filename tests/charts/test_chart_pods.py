@@ -131,8 +131,13 @@ def test_the_pods_that_serve_and_train_have_no_kubernetes_token() -> None:
 
 def test_the_controller_may_write_one_ray_service_and_its_own_lease() -> None:
     rules = named(rendered("dev", "as-is"), "Role", "-controller")["rules"]
-    granted = {(group, resource): (set(rule["verbs"]), rule.get("resourceNames")) for rule in rules
-               for group in rule["apiGroups"] for resource in rule["resources"] if rule["verbs"] != ["create"]}  # fmt: skip
+    granted = {
+        (group, resource): (set(rule["verbs"]), rule.get("resourceNames"))
+        for rule in rules
+        for group in rule["apiGroups"]
+        for resource in rule["resources"]
+        if rule["verbs"] != ["create"]
+    }
     assert granted[("ray.io", "rayservices")] == ({"get", "patch"}, ["rw-reelway"])
     assert granted[("coordination.k8s.io", "leases")] == ({"get", "update"}, ["rw-reelway-controller"])
     static = named(rendered("air-gapped", "as-is"), "Role", "-controller")["rules"]
@@ -152,6 +157,9 @@ def test_ray_opens_only_ports_that_are_pinned(component: str) -> None:
         options = document["spec"]["rayClusterConfig"]["headGroupSpec"]["rayStartParams"]
     else:
         options = dict(one.removeprefix("--").split("=", 1) for one in ray["args"])
-    for name in ("port", "node-manager-port", "object-manager-port", "runtime-env-agent-port", "metrics-export-port",
-                 "dashboard-agent-grpc-port", "dashboard-agent-listen-port", "min-worker-port", "max-worker-port"):  # fmt: skip
+    pinned = (
+        "port node-manager-port object-manager-port runtime-env-agent-port metrics-export-port min-worker-port "
+        "max-worker-port dashboard-agent-grpc-port dashboard-agent-listen-port"
+    )
+    for name in pinned.split():
         assert int(options[name]) > 0

@@ -121,14 +121,14 @@ FAULTS: Final[list[tuple[str, Mapping[str, list[float]], int]]] = [
 
 
 def firing(series: Mapping[str, list[float]], minute: int, folder: Path) -> dict[str, dict[str, str]]:
-    """The alerts that fire, by name, with their labels; asked of promtool, which only ever says what it did not expect."""
+    """The alerts that fire, by name, with their labels; promtool only ever says what it did not expect."""
     case = {
         "rule_files": ["rules.yaml"],
         "evaluation_interval": "2m",
         "tests": [{
             "interval": "1m",
             "input_series": [
-                {"series": name, "values": " ".join(f"{value:g}" if value < 1e6 else f"{value:.0f}" for value in values)}
+                {"series": name, "values": " ".join(f"{value:.2f}" for value in values)}
                 for name, values in series.items()
             ],
             "promql_expr_test": [{"expr": 'ALERTS{alertstate="firing"}', "eval_time": f"{minute}m", "exp_samples": [
