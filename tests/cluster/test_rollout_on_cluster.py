@@ -1,0 +1,110 @@
+"""``reelway rollout`` on a cluster: the same words, exit codes and effects as on a laptop."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+from tests.cluster.conftest import Kubectl
+from tests.cluster.fake_serve import BAD, GOOD, STABLE, FakeServe
+from tests.cluster.made_rollout import QUICK
+from tests.cluster.test_operator import held, operating, settings_of, until
+from typer.testing import CliRunner, Result
+
+from reelway.platform.cli import rollout_cluster
+from reelway.platform.cli.main import build_app
+from reelway.platform.cluster.kube_api import KubeApi
+from reelway.platform.errors import ConfigError, RolloutError
+
+pytestmark = pytest.mark.cluster
+
+
+class Person:
+    """Types commands in the namespace."""
+
+    def __init__(self, api: KubeApi, serve: FakeServe, folder: Path) -> None:
+        self._namespace, self._serve = api.namespace, serve
+        for name, policy in (("quick", QUICK), ("held", held())):
+            (folder / name).write_text(yaml.safe_dump(policy))
+        self._folder = folder
+
+    def says(self, *words: str) -> Result:
+        return CliRunner().invoke(build_app(), ["rollout", *words, "-n", self._namespace])
+
+    def starts(self, release: str, policy: str, *words: str) -> Result:
+        where = ("--serve-api", self._serve.url, "--serve-url", self._serve.url)
+        return self.says("start", release, "--policy", str(self._folder / policy), *where, *words)
+
+
+@pytest.fixture
+def person(api: KubeApi, serve: FakeServe, tmp_path: Path) -> Person:
+    return Person(api, serve, tmp_path)
+
+
+def test_a_rollout_is_started_followed_and_promoted(
+    api: KubeApi, kubectl: Kubectl, person: Person, serve: FakeServe, tmp_path: Path
+) -> None:
+    with operating(api, settings_of(serve, tmp_path)):
+        done = person.starts(GOOD, "quick", "--wait", "--timeout", "60", "--note", "try it")
+        assert done.exit_code == 0, done.output
+        assert f"rolling {GOOD[:12]} out over {STABLE[:12]}, policy quick" in done.output
+        status = json.loads(person.says("status", "-o", "json").output)
+        assert status["rollout"]["phase"] == "promoted"
+        assert status["rollout"]["exit_code"] == 0
+        assert "all traffic is on bbbbbbbbbbbb" in person.says("history").output
+        assert "try it" in kubectl.run("get", "events")
+        assert "long_watch_rate" in person.says("explain").output
+        again = person.starts(GOOD, "quick")
+        assert isinstance(again.exception, RolloutError)
+        assert "is the one that is live" in str(again.exception)
+
+
+def test_commands_reach_the_operator_and_say_what_came_of_them(
+    api: KubeApi, kubectl: Kubectl, person: Person, serve: FakeServe, tmp_path: Path
+) -> None:
+    with operating(api, settings_of(serve, tmp_path)):
+        begun = person.starts(GOOD, "held")
+        assert begun.exit_code == 0, begun.output
+        assert f"reelway rollout watch --namespace {api.namespace}" in begun.output
+        until(lambda: len(serve.routing.arms) == 2)
+        waiting = person.starts(BAD, "quick")
+        assert waiting.exit_code == 0, waiting.output
+        first = begun.output.split()[0]
+        assert "cccccccccccc" in person.says("status", waiting.output.split()[0]).output
+        back = person.says("rollback", first, "--wait", "--note", "enough")
+        assert back.exit_code == 0, back.output
+        assert "enough" in kubectl.read(first.rsplit("-", 1)[0])["status"]["history"][-1]["reason"]
+        refused = person.says("pause", first)
+        assert isinstance(refused.exception, RolloutError)
+
+
+def test_without_an_operator_it_is_said_that_nothing_moves(person: Person, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rollout_cluster, "ANSWERED_WITHIN_S", 0.2)
+    begun = person.starts(GOOD, "quick")
+    assert begun.exit_code == 0, begun.output
+    assert "the operator has not seen it yet" in person.says("status").output
+
+
+def test_a_backend_or_release_that_cannot_be_told_is_asked_for(person: Person) -> None:
+    nowhere = person.says("start", GOOD)
+    assert isinstance(nowhere.exception, ConfigError)
+    assert "name it with --ray-service" in str(nowhere.exception)
+    short = person.says("start", "b" * 12, "--ray-service", "reelway")
+    assert isinstance(short.exception, ConfigError)
+    assert "0 Releases of namespace" in str(short.exception)
+    nothing = person.says("history")
+    assert isinstance(nothing.exception, RolloutError)
+    assert "there has been no rollout here" in str(nothing.exception)
+
+
+def test_a_release_is_named_by_its_beginning(kubectl: Kubectl, person: Person, monkeypatch: pytest.MonkeyPatch) -> None:
+    kubectl.apply({
+        "apiVersion": "reelway.dev/v1alpha1", "kind": "Release", "metadata": {"name": GOOD[:12]},
+        "spec": {"id": GOOD, "store": "s3://releases"},
+    })  # fmt: skip
+    monkeypatch.setattr(rollout_cluster, "ANSWERED_WITHIN_S", 0.2)
+    begun = person.starts("bbb", "quick")
+    name = begun.output.split()[0].rsplit("-", 1)[0]
+    assert kubectl.read(name)["spec"]["release"] == GOOD
