@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ import click
 import pytest
 import typer.main
 import yaml
-from tests.charts.chart_tool import CHART, RELEASE, Document, named, rendered
+from tests.charts.chart_tool import CHART, RELEASE, Document, named, program, rendered
 
 from reelway.platform.cli.main import build_app
 from reelway.platform.contracts.events import Arm
@@ -132,6 +134,15 @@ def test_feast_is_given_a_store_whose_password_is_not_in_it() -> None:
 
 def test_the_charts_canary_rules_are_the_packages() -> None:
     assert (CHART / "files" / "rules" / "canary.rules.yaml").read_text() == canary_rules()
+
+
+def test_the_readmes_table_is_of_these_values(tmp_path: Path) -> None:
+    shutil.copytree(CHART, tmp_path / "reelway")
+    command = [program("helm-docs"), "--chart-search-root", str(tmp_path), "--sort-values-order", "file", "-l", "error"]
+    subprocess.run(command, check=True)
+    assert (tmp_path / "reelway" / "README.md").read_text() == (CHART / "README.md").read_text(), (
+        "run `helm-docs --chart-search-root charts --sort-values-order file`"
+    )
 
 
 def test_every_panel_asks_for_a_metric_that_somebody_counts() -> None:

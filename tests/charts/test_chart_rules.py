@@ -186,6 +186,12 @@ def test_only_what_is_the_canarys_own_fault_names_its_release(tmp_path: Path) ->
             assert labels.get("release") == ("bbbb" if alert == "ReelwayCanaryErrors" else None), labels
 
 
+def test_every_alert_says_which_namespace_it_is_of() -> None:
+    for group in rules()["groups"]:
+        for rule in group["rules"]:
+            assert "record" in rule or rule["labels"]["namespace"] == "reelway", rule
+
+
 def test_targets_that_are_not_there_at_all_are_told(tmp_path: Path) -> None:
     series = {name: values for name, values in healthy().items() if 'job="reelway-router"' not in name}
     assert set(firing(series, MINUTES, tmp_path)) == {"ReelwayTelemetryAbsent"}
