@@ -7,6 +7,7 @@ answer is worth. What the server says of an object that it refuses is repeated w
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final, Literal
@@ -145,13 +146,14 @@ def _load(configuration: Any, context: str | None) -> str:
         if context is None and (_SERVICE_ACCOUNT / "token").exists():
             kubernetes_config.load_incluster_config(client_configuration=configuration)
             return (_SERVICE_ACCOUNT / "namespace").read_text().strip()
-        kubernetes_config.load_kube_config(context=context, client_configuration=configuration)
-        contexts, active = kubernetes_config.list_kube_config_contexts()
+        where = os.environ.get("KUBECONFIG") or None  # the client looks at it once, when it is imported
+        kubernetes_config.load_kube_config(where, context=context, client_configuration=configuration)
+        contexts, active = kubernetes_config.list_kube_config_contexts(where)
         chosen = next((c for c in contexts if c["name"] == context), active)
         return str(chosen["context"].get("namespace", "default"))
     except (ConfigException, OSError) as error:
-        where = f"context {context!r}" if context else "a cluster"
-        raise ConfigError(f"no way to {where}: {error}; set KUBECONFIG, or name a context with --context") from error
+        wanted = f"context {context!r}" if context else "a cluster"
+        raise ConfigError(f"no way to {wanted}: {error}; set KUBECONFIG, or name a context with --context") from error
 
 
 def _url(path: str, namespace: str) -> str:

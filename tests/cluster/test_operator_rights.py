@@ -1,0 +1,72 @@
+"""The operator gets by with the rights that its command lists, and with none of them for anything but its namespace."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+from tests.cluster.conftest import Kubectl
+from tests.cluster.fake_serve import GOOD, FakeServe
+from tests.cluster.made_rollout import QUICK
+from tests.cluster.test_operator import operating, over, settings_of, until
+from tests.cluster.test_ray_service import declared, kube  # noqa: F401  (a fixture)
+
+from reelway.platform.cluster.kube_api import KubeApi
+from reelway.platform.errors import KubernetesError
+
+pytestmark = pytest.mark.cluster
+
+RULES = [
+    {"apiGroups": ["reelway.dev"], "resources": ["releaserollouts"], "verbs": ["get", "list", "watch", "patch"]},
+    {"apiGroups": ["reelway.dev"], "resources": ["releaserollouts/status"], "verbs": ["update"]},
+    {"apiGroups": ["ray.io"], "resources": ["rayservices"], "verbs": ["get", "patch"]},
+    {"apiGroups": ["coordination.k8s.io"], "resources": ["leases"], "verbs": ["get", "create", "update"]},
+    {"apiGroups": [""], "resources": ["events"], "verbs": ["create"]},
+    {"apiGroups": [""], "resources": ["configmaps"], "verbs": ["get"]},
+]
+
+
+@pytest.fixture
+def own(kube: Kubectl, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> KubeApi:  # noqa: F811
+    """The API server as the operator's ServiceAccount meets it."""
+    kube.run("create", "serviceaccount", "operator")
+    kube.apply(
+        {"apiVersion": "rbac.authorization.k8s.io/v1", "kind": "Role", "metadata": {"name": "operator"}, "rules": RULES}
+    )
+    kube.run("create", "rolebinding", "operator", "--role=operator", f"--serviceaccount={kube.namespace}:operator")
+    token = kube.run("create", "token", "operator").strip()
+    config = yaml.safe_load(kube.kubeconfig.read_text())
+    config["users"] = [{"name": "operator", "user": {"token": token}}]
+    for context in config["contexts"]:
+        context["context"]["user"] = "operator"
+    path = tmp_path / "kubeconfig"
+    path.write_text(yaml.safe_dump(config))
+    monkeypatch.setenv("KUBECONFIG", str(path))
+    return KubeApi(kube.namespace)
+
+
+def test_a_whole_rollout_needs_no_right_that_is_not_listed(
+    own: KubeApi,
+    kube: Kubectl,  # noqa: F811
+    serve: FakeServe,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    with pytest.raises(KubernetesError, match="403"):
+        own.list("v1/secrets")
+    kube.run("create", "configmap", "mine", "--from-literal=policy.yaml=" + yaml.safe_dump(QUICK))
+    spec = {**over(serve)["spec"], "backend": {"rayService": {"name": "reelway"}}, "policyRef": {"name": "mine"}}
+    del spec["policy"]
+    kube.apply({**over(serve), "spec": spec})
+    with operating(own, settings_of(serve, tmp_path)):
+        kube.run("wait", "--for=condition=Promoted", "releaserollout/one", "--timeout=60s")
+        assert declared(kube) == serve.document
+        assert serve.routing.arms[0].release == GOOD
+        until(lambda: "CompletePromotion" in kube.run("get", "events"))
+        kube.run("delete", "releaserollout", "one", "--timeout=30s")
+    assert "403" not in caplog.text
+    assert "orbidden" not in caplog.text
+    holder = json.loads(kube.run("get", "lease", "reelway-operator", "-o", "json"))["spec"]["holderIdentity"]
+    assert holder == ""  # let go of at the end
