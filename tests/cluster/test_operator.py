@@ -118,6 +118,21 @@ def test_a_bad_release_is_rolled_back_and_not_tried_again_unless_forced(
     assert {"RollBack", "Refused"} <= set(warned.split())
 
 
+def test_a_record_that_is_deleted_never_brings_an_older_one_back(
+    api: KubeApi, kubectl: Kubectl, serve: FakeServe, tmp_path: Path
+) -> None:
+    kubectl.apply(over(serve, "one", GOOD))
+    with operating(api, settings_of(serve, tmp_path)):
+        kubectl.run("wait", "--for=condition=Promoted", "releaserollout/one", "--timeout=60s")
+        kubectl.apply(over(serve, "two", STABLE, stableRelease=GOOD))
+        kubectl.run("wait", "--for=condition=Promoted", "releaserollout/two", "--timeout=60s")
+        written = len(serve.written)
+        kubectl.run("delete", "releaserollout", "two", "--timeout=30s")
+        time.sleep(0.5)
+        assert len(serve.written) == written
+        assert serve.routing.arms[0].release == STABLE
+
+
 def test_a_second_rollout_waits_its_turn_with_the_reason(
     api: KubeApi, kubectl: Kubectl, serve: FakeServe, tmp_path: Path
 ) -> None:
