@@ -11,7 +11,7 @@ from pathlib import Path
 
 from reelway.platform.cluster.kube_api import KubeApi
 from reelway.platform.cluster.lanes import LaneSettings
-from reelway.platform.cluster.operator import OperatorSettings, run_operator
+from reelway.platform.cluster.rollout_operator import OperatorSettings, run_operator
 from reelway.platform.telemetry import configure_logging
 
 

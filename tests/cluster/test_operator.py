@@ -24,8 +24,8 @@ from tests.platform.rollout.test_webhook import payload
 from reelway.platform.cluster.kube_api import KubeApi
 from reelway.platform.cluster.lanes import LaneSettings, address_of
 from reelway.platform.cluster.lease import Lease
-from reelway.platform.cluster.operator import Operator, OperatorSettings
 from reelway.platform.cluster.resources import Backend
+from reelway.platform.cluster.rollout_operator import Operator, OperatorSettings
 from reelway.platform.cluster.status import stamp
 from reelway.platform.errors import KubernetesError, RolloutError
 from reelway.platform.rollout.webhook import ALERTS_PATH, serving

@@ -111,11 +111,12 @@ def start(
         from reelway.platform.cli.rollout_cluster import start_on_cluster
 
         serve = (serve_api, serve_url) if serve_api and serve_url else None
-        state = start_on_cluster(
+        begun = start_on_cluster(
             directory, release, rules, force=force, note=note, ray_service=ray_service, serve=serve
-        ).state
+        )
     else:
-        state = start_rollout(directory, store, release, rules, force=force, note=note).state
+        begun = start_rollout(directory, store, release, rules, force=force, note=note)
+    state = begun.state
     out.print(state.id, highlight=False)
     tell(f"rolling {state.canary_release[:12]} out over {state.stable_release[:12]}, policy {escape(rules.name)}")
     if before is not None and before.state.phase is Phase.PROMOTED and not before.state.retired:

@@ -49,19 +49,15 @@ def operator(
 
       reelway operator -n dev --context kind --head-url http://127.0.0.1:8265 --router-url http://127.0.0.1:8000
     """
-    import logging
     import os
     import secrets
     import socket
 
     from reelway.platform.cluster.kube_api import KubeApi
     from reelway.platform.cluster.lanes import HEAD_URL, ROUTER_URL, LaneSettings
-    from reelway.platform.cluster.operator import OperatorSettings, run_operator
-    from reelway.platform.telemetry import configure_logging
+    from reelway.platform.cluster.rollout_operator import OperatorSettings, run_operator
 
-    configure_logging()
-    for chatty in ("httpx", "kopf", "urllib3"):
-        logging.getLogger(chatty).setLevel(logging.WARNING)
+    _quietly()
     lanes = LaneSettings(
         interval_s=interval, prometheus_url=prometheus, alertmanager_url=alertmanager, ray_token_file=ray_token_file,
         folder=folder, head_url=head_url or HEAD_URL, router_url=router_url or ROUTER_URL,
@@ -73,3 +69,14 @@ def operator(
         lease_duration_s=lease_duration, lanes=lanes,
     )  # fmt: skip
     run_operator(KubeApi(namespace, context=context), settings)
+
+
+def _quietly() -> None:
+    """Decisions are logged; requests, and what Kopf does, are not."""
+    import logging
+
+    from reelway.platform.telemetry import configure_logging
+
+    configure_logging()
+    for chatty in ("httpx", "kopf", "urllib3"):
+        logging.getLogger(chatty).setLevel(logging.WARNING)

@@ -18,7 +18,7 @@ from reelway.platform.rollout.controller_metrics import ControllerMetrics
 from reelway.platform.rollout.webhook import webhook_application
 
 if TYPE_CHECKING:
-    from reelway.platform.cluster.operator import Operator
+    from reelway.platform.cluster.rollout_operator import Operator
 
 
 def operator_application(operator: Operator, token: str, metrics: ControllerMetrics) -> Starlette:
