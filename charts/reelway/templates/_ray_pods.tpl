@@ -23,13 +23,6 @@ num-gpus: {{ .group.gpus | quote }}
 {{- end }}
 {{- end -}}
 
-{{/* As command line options. */}}
-{{- define "reelway.rayStartOptions" -}}
-{{- range $name, $value := include "reelway.rayStart" . | fromYaml }}
---{{ $name }}={{ $value }}
-{{- end }}
-{{- end -}}
-
 {{/* Low latency: serving/serve_settings.py, where each is explained and measured; a test compares the two. */}}
 {{- define "reelway.serveSettings" -}}
 RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD: "0"
