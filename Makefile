@@ -58,7 +58,7 @@ test: install ## All tests, real servers included (under 10 minutes on 2 cores).
 
 .PHONY: test-quick
 test-quick: install ## Only what needs neither Ray nor a server: about a minute.
-	$(BIN)/python -m pytest -m "not slow and not ray and not redis"
+	$(BIN)/python -m pytest -m "not slow and not ray and not redis and not cluster"
 
 .PHONY: bench
 bench: bench-simulator bench-features bench-ray-train bench-serving bench-quality bench-closed-loop bench-canary bench-rollout ## Every number in the README, one after another.

@@ -78,6 +78,7 @@ class Node:
         """The real operator, as a process of the node watching all namespaces, with the module's CRDs."""
         crds = module_folder("kuberay", "github.com/ray-project/kuberay/ray-operator") / "config" / "crd" / "bases"
         self.kubectl("apply", "--server-side", "--force-conflicts", "-f", str(crds))
+        self.kubectl("wait", "--for=condition=Established", "--timeout=30s", "-f", str(crds))
         if not self._exists("namespace", namespace):
             self.kubectl("create", "namespace", namespace)
         self._processes.start(
