@@ -53,8 +53,16 @@ check: install ## Lint, format check, strict types, import rules.
 	$(BIN)/lint-imports
 
 .PHONY: test
-test: install ## All tests, real servers included (under 10 minutes on 2 cores).
-	$(BIN)/python -m pytest
+test: install ## All tests but the long ones, real servers included (under 10 minutes on 2 cores).
+	$(BIN)/python -m pytest -m "not long"
+
+.PHONY: test-long
+test-long: install ## Whole services on Ray Serve under load, killed training workers (about 5 minutes).
+	$(BIN)/python -m pytest -m long
+
+.PHONY: test-cluster
+test-cluster: cluster ## Resources, store and operator against a real API server; the node is taken down afterwards.
+	trap '$(BIN)/python infra/cluster down' EXIT; $(BIN)/python -m pytest -m cluster
 
 .PHONY: test-quick
 test-quick: install ## Only what needs neither Ray nor a server: about a minute.

@@ -85,6 +85,7 @@ def test_a_signal_while_a_child_is_being_started_still_ends_that_child(monkeypat
             signal.raise_signal(signal.SIGINT)
 
     monkeypatch.setattr("reelway.platform.cli.processes.subprocess.Popen", Interrupted)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     with pytest.raises(KeyboardInterrupt), child([sys.executable, "-c", "import time; time.sleep(600)"]):
         raise AssertionError("the signal was lost")
     assert is_gone(started[0].pid)

@@ -38,7 +38,7 @@ from reelway.platform.rollout.serve_rest import ServeRestBackend
 from reelway.platform.rollout.traffic import TrafficTarget
 from reelway.platform.runs import RunDirectory
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.long, pytest.mark.timeout(300)]
 
 DOWN_S = 60.0
 

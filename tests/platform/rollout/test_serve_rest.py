@@ -33,7 +33,7 @@ from reelway.platform.rollout.traffic import TrafficTarget, target_of
 from reelway.platform.rollout.webhook import ALERTS_PATH, serving, webhook_application
 from reelway.platform.runs import RunDirectory
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.long, pytest.mark.timeout(300)]
 
 HALF = parse_policy(
     "{steps: [{weight_percent: 40, hold_s: 3600}], outcomes: [{name: long_watch_rate, margin: 0.05}]}", source="half"

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import tempfile
 import threading
 from collections.abc import Iterator
@@ -79,7 +80,12 @@ def fit_on_ray(
     name = f"fit-{digest_of([config.to_dict(), asdict(window), len(rows), len(ranker_rows), workers])[:12]}"
     given = storage / f"{name}.input"
     _write_input(given, rows, ranker_rows)
-    with _ray_runtime(workers, resources.gpus), _prompt_controller(), _following(given / "progress.jsonl", on_epoch):
+    with (
+        _ray_runtime(workers, resources.gpus),
+        _prompt_controller(),
+        _own_interrupt(),
+        _following(given / "progress.jsonl", on_epoch),
+    ):
         trainer = TorchTrainer(
             _train_worker,
             train_loop_config={
@@ -101,6 +107,17 @@ def fit_on_ray(
     shutil.rmtree(given)
     shutil.rmtree(storage / name)
     return fitted
+
+
+@contextmanager
+def _own_interrupt() -> Iterator[None]:
+    """Ray Train leaves its handler of Ctrl-C behind, which would call upon a controller that has ended."""
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, before)
 
 
 def _finished_state(trainer: TorchTrainer) -> State:
