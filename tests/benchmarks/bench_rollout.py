@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import tempfile
 import time
 from collections.abc import Callable
@@ -43,7 +44,7 @@ SEEN_ANSWERS = 10
 POLICY = """
 steps: [{weight_percent: 50, hold_s: 3600}]
 outcomes: [{name: long_watch_rate, margin: 0.02}]
-guardrails: {parity_mismatches: null, p99_ms: null}
+guardrails: {parity_mismatches: null, p99_ms: null, error_ratio: null}
 cooldown_s: 0
 retention_s: %s
 """
@@ -208,29 +209,36 @@ def _text(path: Path) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=100)
-    parser.add_argument("--rate", type=float, default=40.0, help="requests per second")
+    parser.add_argument("--rate", type=float, default=20.0, help="requests per second")
     parser.add_argument("--videos", type=int, default=2_000)
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory(prefix="bench-rollout-") as name, ExitStack() as stack:
-        run = Path(name)
+    run = Path(tempfile.mkdtemp(prefix="bench-rollout-"))
+    try:
+        write_report("rollout", measure(run, options.rounds, options.rate, options.videos))
+    except BaseException:
+        say(f"everything stays in {run}: load (the record), rollout/state.db, rollout/controller.log")
+        raise
+    shutil.rmtree(run)
+
+
+def measure(run: Path, rounds: int, rate: float, videos: int) -> list[Row]:
+    """Start everything, run the rounds, and say what was seen."""
+    with ExitStack() as stack:
         key = load_private_key(create_keys(run / "keys").private)
         store = ReleaseStore(str(run / "releases"))
+        made = [run / f"made-{seed}" for seed in (0, 1)]
         first, second = (
-            store.write(run / f"made-{seed}", make_release_folder(run / f"made-{seed}", videos=options.videos,
-                                                                  seed=seed, key=key))
-            for seed in (0, 1)
-        )  # fmt: skip
+            store.write(folder, make_release_folder(folder, videos=videos, seed=seed, key=key))
+            for seed, folder in enumerate(made)
+        )
         say("starting the service and the controller")
-        command = reelway_command("serve", "--run", name, "--port", "0", "--release", first)
-        stack.enter_context(child(command, log=Path("build") / "bench-rollout.log"))
+        command = reelway_command("serve", "--run", str(run), "--port", "0", "--release", first)
+        stack.enter_context(child(command, log=run / "serve.log"))
         url = json.loads(_text(run / "serving.json"))["url"]
         _text(run / "rollout" / "controller.json")
-        stack.enter_context(constant_load(url, run / "load", rate=options.rate, viewers=5_000))
+        stack.enter_context(constant_load(url, run / "load", rate=rate, viewers=5_000))
         bench = Bench(run, run / "load", SqliteRolloutStore(run / "rollout" / "state.db"))
-        rows = by_webhook(bench, second, options.rounds)
-        rows += by_hand(bench, first, second)
-        rows += seen_by_viewers(bench)
-        write_report("rollout", rows)
+        return [*by_webhook(bench, second, rounds), *by_hand(bench, first, second), *seen_by_viewers(bench)]
 
 
 if __name__ == "__main__":

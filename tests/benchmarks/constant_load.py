@@ -22,9 +22,12 @@ from numpy.typing import NDArray
 from reelway.platform.cli.processes import child
 
 RECORD = np.dtype(
-    [("sent", "f8"), ("done", "f8"), ("viewer", "i8"), ("status", "i2"), ("arm", "S8"), ("release", "S12")]
-)
-"""Unix seconds; status 0 where no answer came."""
+    [
+        ("sent", "f8"), ("done", "f8"), ("viewer", "i8"), ("status", "i2"), ("degraded", "?"), ("arm", "S8"),
+        ("release", "S12"),
+    ]
+)  # fmt: skip
+"""Unix seconds; status 0 where no answer came; ``degraded`` where a stage of the release was left out."""
 TIMEOUT_S = 10.0
 
 
@@ -76,6 +79,7 @@ async def _ask(client: httpx.AsyncClient, viewer: int, sink: object) -> None:
         row["status"] = answer.status_code
         if answer.is_success:
             body = answer.json()
+            row["degraded"] = bool(set(body["degraded"]) - {"no_viewer_row"})
             row["arm"], row["release"] = body["arm"].encode(), body["release"][:12].encode()
     except httpx.HTTPError:
         row["status"] = 0

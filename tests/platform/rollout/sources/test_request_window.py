@@ -50,6 +50,14 @@ def test_another_release_on_the_same_arm_does_not_count() -> None:
     assert reading(made, "error_ratio").trials == 80
 
 
+def test_what_the_release_did_in_an_earlier_rollout_is_not_held_against_it_again() -> None:
+    made = MadeSeries()  # this rollout began at 0
+    made.routers((-20, []), (-15, [canary(ok=4)]), (-5, [canary(ok=39, failed=36)]), (1, [canary(ok=39, failed=36)]),
+                 (9, [canary(ok=89, failed=36)]))  # fmt: skip
+    assert reading(made, "error_ratio").events == 0
+    assert reading(made, "error_ratio").trials == 50
+
+
 def test_a_fault_that_was_never_counted_before_counts_in_full() -> None:
     made = MadeSeries()
     made.routers((1, [canary(ok=50)]), (5, [canary(ok=60, failed=7)]), (9, [canary(ok=70, failed=9)]))

@@ -43,15 +43,16 @@ _TORN: Final = 2
 
 @dataclass(frozen=True, slots=True)
 class Window:
-    """The router's increases before ``now``."""
+    """The router's increases before ``now``, within this rollout: what a release did in an earlier one is its past."""
 
     heard: Heard
     routers: Job
     since: float
+    started_at: float
 
     @classmethod
     def of(cls, heard: Heard, routers: Job, scope: Scope, now: float) -> Window:
-        return cls(heard, routers, now - scope.window_s)
+        return cls(heard, routers, now - scope.window_s, scope.started_at)
 
     def rises(self, name: str, label: str, wanted: Callable[[SeriesKey], bool]) -> Mapping[str, CounterReading]:
         """Value of ``label`` -> the rise of all wanted series with it, over all routers.
@@ -67,7 +68,9 @@ class Window:
 
     def _rise(self, instance: Instance, samples: list[Sample]) -> CounterReading:
         """A series that began after its exporter was heard began at 0. How old it may be is its exporter's matter."""
-        began = samples[0].time > instance.first_heard
+        earlier = sum(sample.time <= self.started_at for sample in samples)
+        began = samples[0].time > instance.first_heard and not earlier
+        samples = samples[max(earlier - 1, 0) :]
         return counter_increase(samples, now=samples[-1].time, max_age_s=math.inf, origin=began)
 
 
