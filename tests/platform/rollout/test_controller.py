@@ -143,6 +143,17 @@ def test_a_release_that_fails_to_start_says_why(world: World) -> None:
     assert "no such file videos.arrow" in world.store.history()[1].reason
 
 
+def test_a_release_that_the_backend_gave_up_is_taken_back_at_once(world: World) -> None:
+    world.begin()
+    world.tick()
+    seen = world.backend.observe
+    world.backend.observe = lambda: replace(  # type: ignore[method-assign]
+        seen(), ready=frozenset({STABLE}), failed={RELEASE: "no such file"}, gave_up=frozenset({RELEASE})
+    )
+    assert world.tick() == ["roll_back"]
+    assert world.store.history()[1].reason == "the release cannot start: no such file"
+
+
 def test_waits_are_remembered_but_make_no_history(world: World) -> None:
     stepping(world).source.kind = "few"
     world.tick(2, after_s=5)

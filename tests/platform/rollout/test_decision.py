@@ -68,6 +68,14 @@ def test_excluded_harm_does_not_wait_for_the_hold_but_for_the_last_one() -> None
     assert Rollout(phase=Phase.STEPPING, step=2).see("good", 1.0).action is Action.WAIT
 
 
+def test_a_release_that_will_never_start_is_not_waited_for() -> None:
+    rollout = Rollout(phase=Phase.PREPARING)
+    decision = rollout.see("good", canary_ready=False, canary_gave_up="DEPLOY_FAILED: no such file")
+    assert decision.action is Action.ROLL_BACK
+    assert decision.reason == "the release cannot start: DEPLOY_FAILED: no such file"
+    assert Rollout(phase=Phase.PREPARING).see("good", canary_ready=False).action is Action.WAIT
+
+
 def test_exposure_is_needed_however_long_it_takes() -> None:
     rollout = Rollout(phase=Phase.STEPPING)
     rollout.see("tiny", 120)

@@ -107,7 +107,7 @@ def test_a_release_comes_beside_takes_a_share_and_goes_without_restarting_anythi
 
 def test_a_release_that_cannot_start_is_failed_with_serves_reason_and_stable_stays(backend: ServeRestBackend) -> None:
     backend.apply(target("broken", Phase.PREPARING))
-    until(lambda: "broken" in backend.observe().failed)
+    until(lambda: "broken" in backend.observe().gave_up)
     seen = backend.observe()
     assert "no such file videos.arrow" in seen.failed["broken"]
     assert "old" in seen.ready

@@ -160,16 +160,17 @@ class Controller:
         state, policy, now = rollout.state, rollout.policy, self._clock()
         observation = self._observe()
         evidence = nothing_heard(state.canary_release, now) if _finished(state) else self._fetch(policy, state, now)
+        failed = observation.failed.get(state.canary_release, "")
         evidence = replace(
             evidence,
             alerts=self._firing(state),
             weights=observation.weights(state),
             canary_ready=_ready(observation, state.canary_release),
+            canary_gave_up=failed if state.canary_release in observation.gave_up else "",
         )
         verdicts = assess(policy, evidence)
         decision = decide_on(policy, state, evidence, verdicts, now)
-        failed = observation.failed.get(state.canary_release)
-        if state.phase is Phase.PREPARING and failed:
+        if state.phase is Phase.PREPARING and failed not in decision.reason:
             decision = replace(decision, reason=f"{decision.reason}; {state.canary_release[:12]} failed: {failed}")
         return _Look(rollout, observation, evidence, verdicts, decision, now)
 

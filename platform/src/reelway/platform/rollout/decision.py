@@ -161,6 +161,8 @@ def _before_traffic(case: _Case) -> Decision | None:
     if state.phase is Phase.PENDING:
         return Decision(Action.PREPARE, f"bring up {state.canary_release[:12]} beside {state.stable_release[:12]}")
     if state.phase is Phase.PREPARING:
+        if not case.distrust and evidence.canary_gave_up:
+            return Decision(Action.ROLL_BACK, f"the release cannot start: {evidence.canary_gave_up}")
         if not case.distrust and evidence.canary_ready:
             if policy.shadow is not None:
                 return Decision(Action.SHADOW, f"ready; mirroring {policy.shadow.mirror_percent:g} % of the requests")

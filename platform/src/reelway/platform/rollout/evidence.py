@@ -114,6 +114,8 @@ class EvidenceSnapshot:
     alerts: tuple[FiringAlert, ...] = ()
     weights: Mapping[Arm, int] | None = None
     canary_ready: bool | None = None
+    canary_gave_up: str = ""
+    """Why the canary will never be ready, in the backend's words; empty while it may be."""
     shadow_requests: int = 0
 
 

@@ -155,17 +155,19 @@ class ServeRestBackend:
         releases = releases_in(config)
         status = {name: str(applications[name]["status"]) for name in (*releases, ROUTER) if name in applications}
         failed = {name: _account(applications[name]) for name in releases if status.get(name) in _FAILED}
+        gave_up = frozenset(name for name in failed if status[name] == "DEPLOY_FAILED")
         if status.get(ROUTER) != "RUNNING":
             detail = f"the router is {_account(applications.get(ROUTER, {}))}"
-            return TrafficObservation(None, releases, frozenset(), failed, detail)
+            return TrafficObservation(None, releases, frozenset(), failed, gave_up, detail)
         try:
             current = self._current(place)
         except RolloutError as error:
-            return TrafficObservation(None, releases, frozenset(), failed, str(error))
+            return TrafficObservation(None, releases, frozenset(), failed, gave_up, str(error))
         faults = {name: f"the router cannot open it: {_short(fault)}" for name, fault in current.faults.items()}
         ready = frozenset(name for name in releases if status.get(name) == "RUNNING" and name in current.open)
         detail = _difference(routing_in(config), current)
-        return TrafficObservation(None if detail else current.routing, releases, ready, faults | failed, detail)
+        seen = None if detail else current.routing
+        return TrafficObservation(seen, releases, ready, faults | failed, gave_up, detail)
 
     def _place(self) -> _Place:
         if isinstance(self._where, ServeAddress):

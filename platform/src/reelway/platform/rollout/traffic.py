@@ -35,6 +35,8 @@ class TrafficObservation:
     releases: tuple[str, ...] = ()
     ready: frozenset[str] = frozenset()
     failed: Mapping[str, str] = field(default_factory=dict)
+    gave_up: frozenset[str] = frozenset()
+    """Those of ``failed`` that the backend does not try to start any more."""
     detail: str = ""
 
     def weights(self, state: RolloutState) -> dict[Arm, int] | None:
