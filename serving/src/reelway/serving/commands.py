@@ -172,20 +172,10 @@ def only_server_of(run: RunDirectory) -> Iterator[None]:
 
 
 def _verified(run: RunDirectory, release: str) -> VerifiedRelease:
-    from reelway.platform.cli.release import registered_services
-    from reelway.platform.release.folder import read_manifest
-    from reelway.platform.release.signing import load_public_keys
-    from reelway.platform.release.store import LATEST, ReleaseStore
-    from reelway.platform.release.verify import verify
+    from reelway.platform.cli.release import fetch_verified
+    from reelway.platform.release.store import LATEST
 
-    store = ReleaseStore(str(run.release_store.absolute()))
-    release_id = store.resolve(_live(run) or LATEST if release == LIVE else release)
-    folder = store.fetch(release_id, (run.path / "serving" / "releases").absolute())
-    services = registered_services(run.features, read_manifest(folder).feature_services, required=False)
-    keys = load_public_keys(run.keys)
-    verified = verify(folder, public_keys=keys, feature_services=services, expected_id=release_id)
-    say(f"release {release_id[:12]} verified: {len(verified.checks)} checks passed")
-    return verified
+    return fetch_verified(run, _live(run) or LATEST if release == LIVE else release)
 
 
 def _features(run: RunDirectory) -> Path | None:

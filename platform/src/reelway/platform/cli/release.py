@@ -148,12 +148,33 @@ def verify_release(
         release_id = source.resolve(release)
         with tempfile.TemporaryDirectory(prefix="reelway-verify-") as aside:
             verified = look(source.fetch(release_id, Path(aside)), release_id)
-    for waiver in verified.manifest.waivers:
-        say(f"[bold yellow]WAIVED:[/] gate {escape(waiver.gate)} failed; {escape(waiver.by)}: {escape(waiver.reason)}")
+    _say_waivers(verified)
     table = Table("check", "result", title=f"release {verified.manifest.release_id[:12]} may take traffic")
     for check in verified.checks:
         table.add_row(check.name, check.detail)
     out.print(table)
+
+
+def fetch_verified(run: RunDirectory, release: str) -> VerifiedRelease:
+    """A release of the run's store that may take traffic, where the stages read it. Waived gates are said.
+
+    Raises:
+        ReleaseError: it is not there, or it is refused.
+    """
+    store = ReleaseStore(str(run.release_store))
+    release_id = store.resolve(release)
+    folder = store.fetch(release_id, run.path / "serving" / "releases")
+    services = registered_services(run.features, read_manifest(folder).feature_services, required=False)
+    keys = load_public_keys(run.keys)
+    verified = verify(folder, public_keys=keys, feature_services=services, expected_id=release_id)
+    say(f"release {release_id[:12]} verified: {len(verified.checks)} checks passed")
+    _say_waivers(verified)
+    return verified
+
+
+def _say_waivers(verified: VerifiedRelease) -> None:
+    for waiver in verified.manifest.waivers:
+        say(f"[bold yellow]WAIVED:[/] gate {escape(waiver.gate)} failed; {escape(waiver.by)}: {escape(waiver.reason)}")
 
 
 def registered_services(

@@ -11,7 +11,7 @@ import time
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Final
 
-from reelway.platform.cli.rollout_run import actor, serving_record, tell
+from reelway.platform.cli.rollout_run import actor, serving_record
 from reelway.platform.cli.terminal import console
 from reelway.platform.errors import RolloutError
 from reelway.platform.rollout.policy import RolloutPolicy
@@ -84,21 +84,10 @@ def verified_release(run: RunDirectory, release: str) -> str:
     Raises:
         ReleaseError: it is not there, or it is refused.
     """
-    from reelway.platform.cli.release import registered_services
-    from reelway.platform.release.folder import read_manifest
-    from reelway.platform.release.signing import load_public_keys
-    from reelway.platform.release.store import ReleaseStore
-    from reelway.platform.release.verify import verify
+    from reelway.platform.cli.release import fetch_verified
 
     with console.status("verifying the release"):
-        store = ReleaseStore(str(run.release_store))
-        release_id = store.resolve(release)
-        folder = store.fetch(release_id, run.path / "serving" / "releases")
-        services = registered_services(run.features, read_manifest(folder).feature_services, required=False)
-        keys = load_public_keys(run.keys)
-        verified = verify(folder, public_keys=keys, feature_services=services, expected_id=release_id)
-    tell(f"release {release_id[:12]} verified: {len(verified.checks)} checks passed")
-    return release_id
+        return fetch_verified(run, release).manifest.release_id
 
 
 def previous_of(store: RolloutStore, canary: str) -> Rollout | None:
