@@ -186,6 +186,7 @@ def seen_by_viewers(bench: Bench) -> list[Row]:
     return [
         Row(f"requests failed, of {len(rows):,}, over {len(bench.rollouts)} rollouts: start, promotion, rollback, "
             "removal", float(len(failed)), "requests", "0", not len(failed)),
+        Row("answers that a stage was left out of, for being late", 100 * float(rows["degraded"].mean()), "%"),
         Row(f"answers by an arm that the viewer's bucket does not have, of {len(canary):,} by canaries", float(wrong),
             "answers", "0", not wrong),
         Row("a million viewers over 10,000 buckets: chi-square p", p, "", "1e-4 .. 1 - 1e-4", 1e-4 < p < 1 - 1e-4),
