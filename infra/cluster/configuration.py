@@ -210,12 +210,9 @@ def api_server_command(layout: Layout) -> list[str]:
 
 def controller_manager_command(layout: Layout) -> list[str]:
     """All of its controllers."""
-    config = str(layout.kubeconfig("controller-manager"))
     return [
         str(layout.bin / "kube-controller-manager"),
-        f"--kubeconfig={config}",
-        f"--authentication-kubeconfig={config}",
-        f"--authorization-kubeconfig={config}",
+        *_speaking_as(layout, "controller-manager"),
         f"--root-ca-file={layout.pki / 'ca.crt'}",
         f"--cluster-signing-cert-file={layout.pki / 'ca.crt'}",
         f"--cluster-signing-key-file={layout.pki / 'ca.key'}",
@@ -228,15 +225,17 @@ def controller_manager_command(layout: Layout) -> list[str]:
 
 def scheduler_command(layout: Layout) -> list[str]:
     """The default profile."""
-    config = str(layout.kubeconfig("scheduler"))
     return [
         str(layout.bin / "kube-scheduler"),
-        f"--kubeconfig={config}",
-        f"--authentication-kubeconfig={config}",
-        f"--authorization-kubeconfig={config}",
+        *_speaking_as(layout, "scheduler"),
         "--leader-elect=false",
         "--bind-address=127.0.0.1",
     ]
+
+
+def _speaking_as(layout: Layout, who: str) -> list[str]:
+    config = layout.kubeconfig(who)
+    return [f"--{purpose}kubeconfig={config}" for purpose in ("", "authentication-", "authorization-")]
 
 
 def etcd_command(layout: Layout) -> list[str]:

@@ -173,10 +173,9 @@ def seen_by_viewers(bench: Bench) -> list[Row]:
     for one in failed[:5]:
         say(f"failed: status {one['status']} for viewer {one['viewer']} after {one['done'] - one['sent']:.2f} s")
     ramped = BUCKETS // 2
-    salts = {rollout.id: rollout for rollout in bench.rollouts}
     wrong = 0
     canary = rows[rows["arm"] == b"canary"]
-    starts = np.array([rollout.started_at for rollout in salts.values()])
+    starts = np.array([rollout.started_at for rollout in bench.rollouts])
     promoted = _promotions(bench)
     for one in canary:
         rollout = bench.rollouts[int(np.searchsorted(starts, one["sent"])) - 1]
