@@ -54,7 +54,7 @@ check: install ## Lint, format check, strict types, import rules.
 
 .PHONY: test
 test: install ## All tests but the long ones, real servers included (under 10 minutes on 2 cores).
-	$(BIN)/python -m pytest -m "not long"
+	$(BIN)/python -m pytest -m "not long and not e2e"
 
 .PHONY: test-long
 test-long: install ## Whole services on Ray Serve under load, killed training workers (about 5 minutes).
@@ -66,7 +66,7 @@ test-cluster: cluster ## Resources, store and operator against a real API server
 
 .PHONY: test-quick
 test-quick: install ## Only what needs neither Ray nor a server: about a minute.
-	$(BIN)/python -m pytest -m "not slow and not ray and not redis and not cluster"
+	$(BIN)/python -m pytest -m "not slow and not ray and not redis and not cluster and not e2e"
 
 .PHONY: bench
 bench: bench-simulator bench-features bench-ray-train bench-serving bench-quality bench-closed-loop bench-canary bench-rollout ## Every number in the README, one after another.
