@@ -31,10 +31,10 @@ from reelway.platform.cli.processes import child, reelway_command
 from reelway.platform.cli.terminal import progress, say
 from reelway.platform.release.signing import create_keys, load_private_key
 from reelway.platform.release.store import ReleaseStore
-from reelway.platform.rollout.bucketing import BUCKETS, bucket_of, buckets_of
+from reelway.platform.rollout.control.sqlite_store import SqliteRolloutStore
 from reelway.platform.rollout.policy import RolloutPolicy, parse_policy
-from reelway.platform.rollout.sqlite_store import SqliteRolloutStore
 from reelway.platform.rollout.state import Command, Phase, RolloutState
+from reelway.platform.rollout.traffic.bucketing import BUCKETS, bucket_of, buckets_of
 from reelway.platform.rollout.transition import start
 
 BAR_S = 1.0

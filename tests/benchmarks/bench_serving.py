@@ -29,7 +29,7 @@ from reelway.platform.contracts.api import RecommendRequest
 from reelway.platform.features.store import ViewerRows, open_feature_store
 from reelway.platform.release.signing import create_keys, load_private_key, sign
 from reelway.platform.release.store import ReleaseStore
-from reelway.platform.rollout.routing import Routing
+from reelway.platform.rollout.traffic.routing import Routing
 from reelway.platform.tokens import TokenSigner
 from reelway.serving.free_ports import free_port
 from reelway.serving.release_loader import ReleaseLoader

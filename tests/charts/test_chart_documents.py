@@ -17,10 +17,10 @@ from tests.charts.chart_tool import CHART, RELEASE, Document, named, program, re
 
 from reelway.platform.cli.main import build_app
 from reelway.platform.contracts.events import Arm
-from reelway.platform.rollout.routing import ArmRoute, Routing
 from reelway.platform.rollout.rules import canary_rules
-from reelway.platform.rollout.serve_config import with_target
-from reelway.platform.rollout.traffic import TrafficTarget
+from reelway.platform.rollout.traffic.routing import ArmRoute, Routing
+from reelway.platform.rollout.traffic.serve_config import with_target
+from reelway.platform.rollout.traffic.target import TrafficTarget
 from reelway.serving.serve_config import (
     OutcomesArgs,
     ReleaseShelf,

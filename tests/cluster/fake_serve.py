@@ -13,7 +13,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 from reelway.platform.rollout import series as names
-from reelway.platform.rollout.routing import Routing
+from reelway.platform.rollout.traffic.routing import Routing
 
 STABLE, GOOD, BAD = "a" * 64, "b" * 64, "c" * 64
 

@@ -19,7 +19,7 @@ import pytest
 from tests.cluster.conftest import Kubectl
 from tests.cluster.fake_serve import BAD, GOOD, STABLE, FakeServe
 from tests.cluster.made_rollout import QUICK, rollout
-from tests.platform.rollout.test_webhook import payload
+from tests.platform.rollout.control.test_webhook import payload
 
 from reelway.platform.cluster.kube_api import KubeApi
 from reelway.platform.cluster.lanes import LaneSettings, address_of
@@ -28,7 +28,7 @@ from reelway.platform.cluster.resources import Backend
 from reelway.platform.cluster.rollout_operator import Operator, OperatorSettings
 from reelway.platform.cluster.status import stamp
 from reelway.platform.errors import KubernetesError, RolloutError
-from reelway.platform.rollout.webhook import ALERTS_PATH, serving
+from reelway.platform.rollout.control.webhook import ALERTS_PATH, serving
 
 pytestmark = pytest.mark.cluster
 TOKEN = "a-token-of-this-test"

@@ -16,10 +16,10 @@ from tests.cluster.test_operator import operating, over, settings_of, until
 from reelway.platform.cluster.kube_api import KubeApi
 from reelway.platform.cluster.ray_service import RayServiceBackend
 from reelway.platform.errors import RolloutError
-from reelway.platform.rollout.routing import Routing
-from reelway.platform.rollout.serve_rest import ServeAddress, ServeRestBackend
 from reelway.platform.rollout.state import Phase, RolloutState
-from reelway.platform.rollout.traffic import target_of
+from reelway.platform.rollout.traffic.routing import Routing
+from reelway.platform.rollout.traffic.serve_rest import ServeAddress, ServeRestBackend
+from reelway.platform.rollout.traffic.target import target_of
 
 pytestmark = pytest.mark.cluster
 

@@ -11,7 +11,7 @@ from fastapi.testclient import TestClient
 
 from reelway.platform.contracts.api import RecommendRequest, RecommendResponse
 from reelway.platform.contracts.events import Arm
-from reelway.platform.rollout.routing import Routing
+from reelway.platform.rollout.traffic.routing import Routing
 from reelway.serving.http_api import Answer, CurrentReleases, ServedRelease, build_http_api
 
 

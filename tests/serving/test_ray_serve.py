@@ -32,10 +32,10 @@ from reelway.platform.contracts.events import Arm
 from reelway.platform.features.store import ViewerRows, open_feature_store
 from reelway.platform.features.vector_log import read_vectors
 from reelway.platform.rollout import series
-from reelway.platform.rollout.bucketing import bucket_of
-from reelway.platform.rollout.routing import ArmRoute, Routing, ShadowRoute
-from reelway.platform.rollout.serve_rest import ServeRestBackend
-from reelway.platform.rollout.traffic import TrafficTarget
+from reelway.platform.rollout.traffic.bucketing import bucket_of
+from reelway.platform.rollout.traffic.routing import ArmRoute, Routing, ShadowRoute
+from reelway.platform.rollout.traffic.serve_rest import ServeRestBackend
+from reelway.platform.rollout.traffic.target import TrafficTarget
 from reelway.platform.runs import RunDirectory
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.long, pytest.mark.timeout(300)]

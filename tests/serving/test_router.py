@@ -18,8 +18,8 @@ from tests.release_files import make_release_folder
 from reelway.platform.contracts.api import RecommendRequest, RecommendResponse, RequestContext
 from reelway.platform.contracts.events import Arm
 from reelway.platform.errors import FeatureError, IncompatibleReleaseError, ServingError
-from reelway.platform.rollout.bucketing import BUCKETS
-from reelway.platform.rollout.routing import ArmRoute, Routing, ShadowRoute
+from reelway.platform.rollout.traffic.bucketing import BUCKETS
+from reelway.platform.rollout.traffic.routing import ArmRoute, Routing, ShadowRoute
 from reelway.platform.tokens import TokenSigner
 from reelway.serving.open_releases import OpenRelease
 from reelway.serving.release_loader import ReleaseLoader

@@ -16,8 +16,8 @@ from tests.release_files import NOW_S, make_release_folder
 from reelway.platform.cli.processes import reelway_command
 from reelway.platform.release.signing import create_keys, load_private_key
 from reelway.platform.release.store import ReleaseStore
+from reelway.platform.rollout.control.sqlite_store import SqliteRolloutStore
 from reelway.platform.rollout.policy import default_policy
-from reelway.platform.rollout.sqlite_store import SqliteRolloutStore
 from reelway.platform.rollout.state import Phase, RolloutState
 
 

@@ -18,7 +18,7 @@ import reelway.serving
 from reelway.platform.errors import ConfigError, DigestMismatchError, ReleaseNotFoundError, SignatureError
 from reelway.platform.release.signing import create_keys, load_private_key
 from reelway.platform.release.store import ReleaseStore
-from reelway.platform.rollout.routing import Routing
+from reelway.platform.rollout.traffic.routing import Routing
 from reelway.serving.release_loader import open_trusted
 from reelway.serving.serve_config import (
     OutcomesArgs,

@@ -16,8 +16,8 @@ from tests.release_files import make_release_folder
 from reelway.platform.contracts.api import RecommendRequest, RecommendResponse
 from reelway.platform.contracts.events import Arm
 from reelway.platform.rollout import series
-from reelway.platform.rollout.bucketing import BUCKETS
-from reelway.platform.rollout.routing import ArmRoute, Routing, ShadowRoute
+from reelway.platform.rollout.traffic.bucketing import BUCKETS
+from reelway.platform.rollout.traffic.routing import ArmRoute, Routing, ShadowRoute
 from reelway.platform.tokens import TokenSigner
 from reelway.serving.graph import LocalStages
 from reelway.serving.open_releases import OpenRelease

@@ -13,7 +13,7 @@ from reelway.platform.contracts.api import RecommendRequest
 from reelway.platform.contracts.events import Arm
 from reelway.platform.contracts.features import VIDEO_LIVE_DENSE
 from reelway.platform.rollout.policy import Slice
-from reelway.platform.rollout.routing import ArmRoute, Routing
+from reelway.platform.rollout.traffic.routing import ArmRoute, Routing
 from reelway.platform.tokens import SLICE_BITS, ImpressionToken, TokenSigner
 from reelway.serving.graph import Answered, RequestPath, run_to_end
 from reelway.serving.metrics import IngressMetrics

@@ -23,7 +23,7 @@ from starlette.routing import Route
 from reelway.pipelines.simulation.policies import OraclePolicy
 from reelway.pipelines.simulation.world import World
 from reelway.platform.contracts.events import Arm
-from reelway.platform.rollout.routing import Routing
+from reelway.platform.rollout.traffic.routing import Routing
 
 
 @dataclass

@@ -23,7 +23,7 @@ from reelway.pipelines.simulation.live_viewers import LiveViewers, SeenSlate, wo
 from reelway.pipelines.simulation.world import World
 from reelway.platform.cli.processes import reelway_command
 from reelway.platform.errors import ConfigError, DataError
-from reelway.platform.rollout.routing import Routing
+from reelway.platform.rollout.traffic.routing import Routing
 
 OLD, NEW = "a" * 64, "b" * 64
 CONFIG = SimulationConfig(viewers=400, videos=300, creators=30, days=4, impressions=4_000)

@@ -13,7 +13,7 @@ from pathlib import Path
 from tests.platform.cli.made_rollouts import SeenEvidence
 from tests.platform.rollout.made_world import FileBackend
 
-from reelway.platform.rollout import controller_service
+from reelway.platform.rollout.control import controller_service
 from reelway.platform.rollout.evidence import EvidenceSnapshot
 from reelway.platform.rollout.policy import RolloutPolicy
 from reelway.platform.rollout.state import RolloutState

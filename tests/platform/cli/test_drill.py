@@ -22,10 +22,10 @@ from reelway.platform.cli import drill
 from reelway.platform.cli.drill_report import DrillReport
 from reelway.platform.cli.processes import child, reelway_command
 from reelway.platform.contracts.events import Arm
-from reelway.platform.rollout.routing import Routing
 from reelway.platform.rollout.series import REQUESTS
 from reelway.platform.rollout.state import Phase
-from reelway.platform.rollout.traffic import TrafficTarget
+from reelway.platform.rollout.traffic.routing import Routing
+from reelway.platform.rollout.traffic.target import TrafficTarget
 
 POLICY = """
 name: brief

@@ -10,9 +10,9 @@ import pytest
 from tests.platform.cli.made_rollouts import SWIFT, SWIFT_TEXT, Ended, RunWorld, SeenEvidence, controlling, reelway
 
 from reelway.platform.cli.rollout_start import previous_of
-from reelway.platform.rollout.routing import Routing
 from reelway.platform.rollout.state import Command, Phase
-from reelway.platform.rollout.traffic import TrafficTarget
+from reelway.platform.rollout.traffic.routing import Routing
+from reelway.platform.rollout.traffic.target import TrafficTarget
 from reelway.platform.rollout.transition import start as begin_rollout
 
 

@@ -10,17 +10,17 @@ from pathlib import Path
 from tests.benchmarks.canary_events import POLICY, RELEASE, STABLE, Histories
 
 from reelway.platform.errors import RolloutError
-from reelway.platform.rollout.alert_book import AlertBook
 from reelway.platform.rollout.alerts import KnownAlert
-from reelway.platform.rollout.controller import Controller
+from reelway.platform.rollout.control.alert_book import AlertBook
+from reelway.platform.rollout.control.controller import Controller
+from reelway.platform.rollout.control.sqlite_store import SqliteRolloutStore
 from reelway.platform.rollout.decision import start
 from reelway.platform.rollout.evidence import EvidenceSnapshot
 from reelway.platform.rollout.policy import RolloutPolicy, parse_policy
 from reelway.platform.rollout.records import HistoryEntry, Rollout, RolloutStore
-from reelway.platform.rollout.routing import Routing
-from reelway.platform.rollout.sqlite_store import SqliteRolloutStore
 from reelway.platform.rollout.state import RolloutState
-from reelway.platform.rollout.traffic import TrafficObservation, TrafficTarget
+from reelway.platform.rollout.traffic.routing import Routing
+from reelway.platform.rollout.traffic.target import TrafficObservation, TrafficTarget
 
 QUICK = parse_policy(POLICY, source="quick")
 KINDS = Histories(0).kinds

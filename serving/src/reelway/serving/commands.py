@@ -83,7 +83,7 @@ def serve(
     with only_server_of(directory):
         verified = _verified(directory, release)
         port = free_port(host) if port == 0 else refuse_taken_port(host, port)
-        from reelway.platform.rollout.routing import Routing
+        from reelway.platform.rollout.traffic.routing import Routing
         from reelway.serving.deployments.service import running_service
         from reelway.serving.serve_config import ReleaseShelf, Replicas, ServiceOptions
 
@@ -192,7 +192,7 @@ def _features(run: RunDirectory) -> Path | None:
 
 def _live(run: RunDirectory) -> str | None:
     """The release that the last rollout left live, where there was one."""
-    from reelway.platform.rollout.sqlite_store import SqliteRolloutStore
+    from reelway.platform.rollout.control.sqlite_store import SqliteRolloutStore
 
     path = run.path / "rollout" / "state.db"
     if not path.exists():

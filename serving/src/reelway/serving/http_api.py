@@ -18,7 +18,7 @@ from pydantic import BaseModel
 
 from reelway.platform.contracts.api import ErrorResponse, FieldError, RecommendRequest, RecommendResponse
 from reelway.platform.contracts.events import Arm
-from reelway.platform.rollout.routing import Routing
+from reelway.platform.rollout.traffic.routing import Routing
 
 log = logging.getLogger(__name__)
 

@@ -22,8 +22,8 @@ from prometheus_client import CollectorRegistry
 from reelway.platform.contracts.api import RecommendRequest
 from reelway.platform.contracts.events import Arm
 from reelway.platform.errors import FeatureError, ServingError
-from reelway.platform.rollout.routing import ArmRoute, Routing
 from reelway.platform.rollout.sequential import overlap_weight
+from reelway.platform.rollout.traffic.routing import ArmRoute, Routing
 from reelway.platform.tokens import TokenSigner
 from reelway.serving import metrics
 from reelway.serving.graph import Answered, RequestPath

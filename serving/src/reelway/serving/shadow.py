@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from reelway.platform.contracts.api import RecommendRequest
-from reelway.platform.rollout.bucketing import bucket_of
+from reelway.platform.rollout.traffic.bucketing import bucket_of
 from reelway.serving.graph import Answered, RequestPath
 from reelway.serving.metrics import SHORT, ShadowMetrics
 from reelway.serving.open_releases import OpenRelease

@@ -18,15 +18,15 @@ from tests.platform.rollout.sources.servers import Server, alertmanager, eventua
 
 from reelway.platform.contracts.events import Arm
 from reelway.platform.errors import RolloutError
-from reelway.platform.rollout.alert_book import AlertBook
-from reelway.platform.rollout.controller import Controller
-from reelway.platform.rollout.controller_metrics import ControllerMetrics
+from reelway.platform.rollout.control.alert_book import AlertBook
+from reelway.platform.rollout.control.controller import Controller
+from reelway.platform.rollout.control.controller_metrics import ControllerMetrics
+from reelway.platform.rollout.control.sqlite_store import SqliteRolloutStore
+from reelway.platform.rollout.control.webhook import ALERTS_PATH, serving, webhook_application
 from reelway.platform.rollout.policy import Guardrails
 from reelway.platform.rollout.sources import alert_source
-from reelway.platform.rollout.sqlite_store import SqliteRolloutStore
 from reelway.platform.rollout.state import Phase, RolloutState
-from reelway.platform.rollout.traffic import target_of
-from reelway.platform.rollout.webhook import ALERTS_PATH, serving, webhook_application
+from reelway.platform.rollout.traffic.target import target_of
 
 TOKEN = "0123456789abcdef"
 ONLY_ALERTS = QUICK.model_copy(

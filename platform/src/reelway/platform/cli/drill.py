@@ -311,8 +311,8 @@ def deliver(run: RunDirectory, rollout: Rollout, starts_at: float, status: str) 
     Raises:
         RolloutError: the controller did not take it.
     """
-    from reelway.platform.rollout.controller_service import WEBHOOK_TOKEN
-    from reelway.platform.rollout.webhook import ALERTS_PATH
+    from reelway.platform.rollout.control.controller_service import WEBHOOK_TOKEN
+    from reelway.platform.rollout.control.webhook import ALERTS_PATH
 
     record = controller_record(run)
     if record is None:

@@ -299,7 +299,7 @@ def controller(
     directory = open_run(run)
     import logging
 
-    from reelway.platform.rollout.controller_service import ControllerSettings, run_controller
+    from reelway.platform.rollout.control.controller_service import ControllerSettings, run_controller
     from reelway.platform.telemetry import configure_logging
 
     configure_logging()

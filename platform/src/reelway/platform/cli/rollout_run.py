@@ -112,7 +112,7 @@ def open_store(run: Place) -> RolloutStore:
         from reelway.platform.cli.rollout_cluster import cluster_store
 
         return cluster_store(run)
-    from reelway.platform.rollout.sqlite_store import SqliteRolloutStore
+    from reelway.platform.rollout.control.sqlite_store import SqliteRolloutStore
 
     return SqliteRolloutStore(run.path / "rollout" / "state.db")
 

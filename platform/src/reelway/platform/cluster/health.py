@@ -14,8 +14,8 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Mount, Route
 
-from reelway.platform.rollout.controller_metrics import ControllerMetrics
-from reelway.platform.rollout.webhook import webhook_application
+from reelway.platform.rollout.control.controller_metrics import ControllerMetrics
+from reelway.platform.rollout.control.webhook import webhook_application
 
 if TYPE_CHECKING:
     from reelway.platform.cluster.rollout_operator import Operator

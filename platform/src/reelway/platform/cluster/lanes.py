@@ -19,15 +19,15 @@ from reelway.platform.cluster.resources import Backend, Resource
 from reelway.platform.cluster.rollout_store import KubeRolloutStore
 from reelway.platform.cluster.shelf import Shelf
 from reelway.platform.errors import RolloutError
-from reelway.platform.rollout.alert_book import AlertBook
-from reelway.platform.rollout.controller import Controller
-from reelway.platform.rollout.controller_metrics import ControllerMetrics
+from reelway.platform.rollout.control.alert_book import AlertBook
+from reelway.platform.rollout.control.controller import Controller
+from reelway.platform.rollout.control.controller_metrics import ControllerMetrics
 from reelway.platform.rollout.records import HistoryEntry
-from reelway.platform.rollout.serve_rest import ServeAddress, ServeRestBackend
 from reelway.platform.rollout.sources import RunEvidence, alert_source
 from reelway.platform.rollout.sources.direct_scrape import DirectScrape
 from reelway.platform.rollout.sources.heard_series import SeriesReader
 from reelway.platform.rollout.sources.prometheus_reader import PrometheusReader
+from reelway.platform.rollout.traffic.serve_rest import ServeAddress, ServeRestBackend
 from reelway.platform.runs import RunDirectory
 
 log = logging.getLogger(__name__)

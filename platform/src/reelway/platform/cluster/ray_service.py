@@ -20,9 +20,9 @@ import yaml
 
 from reelway.platform.cluster.kube_api import AbsentError, Document, KubeApi
 from reelway.platform.errors import KubernetesError, RolloutError
-from reelway.platform.rollout.serve_config import ServeConfig, releases_in, routing_in, with_target
-from reelway.platform.rollout.serve_rest import ServeRestBackend
-from reelway.platform.rollout.traffic import TrafficObservation, TrafficTarget
+from reelway.platform.rollout.traffic.serve_config import ServeConfig, releases_in, routing_in, with_target
+from reelway.platform.rollout.traffic.serve_rest import ServeRestBackend
+from reelway.platform.rollout.traffic.target import TrafficObservation, TrafficTarget
 
 _PATH: Final = "ray.io/v1/rayservices"
 

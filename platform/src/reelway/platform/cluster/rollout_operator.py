@@ -28,12 +28,12 @@ from reelway.platform.cluster.status import REFUSED, WAITING
 from reelway.platform.cluster.watching import watch
 from reelway.platform.errors import ConfigError, KubernetesError, ReelwayError, RolloutError
 from reelway.platform.rollout.alerts import KnownAlert
-from reelway.platform.rollout.bearer_token import bearer_token
-from reelway.platform.rollout.controller_metrics import ControllerMetrics
-from reelway.platform.rollout.controller_service import stopped_by_signals
+from reelway.platform.rollout.control.bearer_token import bearer_token
+from reelway.platform.rollout.control.controller_metrics import ControllerMetrics
+from reelway.platform.rollout.control.controller_service import stopped_by_signals
+from reelway.platform.rollout.control.webhook import serving
 from reelway.platform.rollout.policy import RolloutPolicy, default_policy, parse_policy
 from reelway.platform.rollout.state import Phase
-from reelway.platform.rollout.webhook import serving
 
 log = logging.getLogger(__name__)
 

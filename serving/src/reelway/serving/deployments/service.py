@@ -21,7 +21,7 @@ from typing import Any, Final
 import httpx
 
 from reelway.platform.errors import ServingError
-from reelway.platform.rollout.routing import Routing
+from reelway.platform.rollout.traffic.routing import Routing
 from reelway.serving.free_ports import free_port
 from reelway.serving.serve_config import ServiceOptions, serve_config
 from reelway.serving.serve_settings import own_haproxy_places

@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from reelway.platform.contracts.events import Arm
-from reelway.platform.rollout.routing import ArmRoute, Routing, ShadowRoute
 from reelway.platform.rollout.state import Phase, RolloutState
+from reelway.platform.rollout.traffic.routing import ArmRoute, Routing, ShadowRoute
 
 
 @dataclass(frozen=True, slots=True)

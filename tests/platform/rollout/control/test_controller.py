@@ -16,11 +16,11 @@ from tests.platform.rollout.made_world import World, moves, newest, nothing
 from reelway.platform.contracts.events import Arm
 from reelway.platform.errors import RolloutError, StorageError
 from reelway.platform.rollout.alerts import KnownAlert
-from reelway.platform.rollout.controller import Controller
-from reelway.platform.rollout.routing import Routing
-from reelway.platform.rollout.sqlite_store import SqliteRolloutStore
+from reelway.platform.rollout.control.controller import Controller
+from reelway.platform.rollout.control.sqlite_store import SqliteRolloutStore
 from reelway.platform.rollout.state import Command, Phase
-from reelway.platform.rollout.traffic import TrafficObservation, TrafficTarget, target_of
+from reelway.platform.rollout.traffic.routing import Routing
+from reelway.platform.rollout.traffic.target import TrafficObservation, TrafficTarget, target_of
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from scipy import stats
 
 from reelway.platform.contracts.ids import MAX_ID
 from reelway.platform.errors import ConfigError
-from reelway.platform.rollout.bucketing import BUCKETS, arm_of, arms_of, bucket_of, buckets_of
+from reelway.platform.rollout.traffic.bucketing import BUCKETS, arm_of, arms_of, bucket_of, buckets_of
 
 MILLION = np.arange(1_000_000, dtype=np.int64)
 ALPHA = 1e-4

@@ -15,15 +15,15 @@ from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
-from tests.platform.rollout.noop_document import document
+from tests.platform.rollout.traffic.noop_document import document
 
 from reelway.platform.errors import RolloutError
-from reelway.platform.rollout.routing import Routing
-from reelway.platform.rollout.serve_config import config_of, releases_in, routing_in, with_target
-from reelway.platform.rollout.serve_rest import ServeRestBackend
+from reelway.platform.rollout.control.webhook import serving
 from reelway.platform.rollout.state import Phase, RolloutState
-from reelway.platform.rollout.traffic import TrafficTarget, target_of
-from reelway.platform.rollout.webhook import serving
+from reelway.platform.rollout.traffic.routing import Routing
+from reelway.platform.rollout.traffic.serve_config import config_of, releases_in, routing_in, with_target
+from reelway.platform.rollout.traffic.serve_rest import ServeRestBackend
+from reelway.platform.rollout.traffic.target import TrafficTarget, target_of
 from reelway.platform.runs import RunDirectory
 
 CONFIG = document(Routing.whole("old"), 8000) | {"target_capacity": 50.0}

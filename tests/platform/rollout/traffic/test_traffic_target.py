@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 
 from reelway.platform.contracts.events import Arm
-from reelway.platform.rollout.routing import Routing
 from reelway.platform.rollout.state import Phase, RolloutState
-from reelway.platform.rollout.traffic import TrafficObservation, target_of
+from reelway.platform.rollout.traffic.routing import Routing
+from reelway.platform.rollout.traffic.target import TrafficObservation, target_of
 
 
 def state(phase: Phase, **more: Any) -> RolloutState:

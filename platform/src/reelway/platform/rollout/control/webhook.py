@@ -24,7 +24,7 @@ from starlette.routing import Route
 
 from reelway.platform.errors import ConfigError, DataError, ReelwayError
 from reelway.platform.rollout.alerts import KnownAlert, known_alerts, parse_webhook
-from reelway.platform.rollout.controller_metrics import ControllerMetrics
+from reelway.platform.rollout.control.controller_metrics import ControllerMetrics
 
 log = logging.getLogger(__name__)
 

@@ -16,9 +16,9 @@ from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 from reelway.platform.errors import ReelwayError, RolloutError
-from reelway.platform.rollout.alert_book import AlertBook
 from reelway.platform.rollout.assessment import Assessment, assess
-from reelway.platform.rollout.controller_metrics import ControllerMetrics
+from reelway.platform.rollout.control.alert_book import AlertBook
+from reelway.platform.rollout.control.controller_metrics import ControllerMetrics
 from reelway.platform.rollout.decision import Action, Decision, advance, decide_on
 from reelway.platform.rollout.evidence import EvidenceSnapshot, nothing_heard
 from reelway.platform.rollout.policy import RolloutPolicy
@@ -26,7 +26,7 @@ from reelway.platform.rollout.records import HistoryEntry, Rollout, RolloutStore
 from reelway.platform.rollout.source import AlertSource, EvidenceSource
 from reelway.platform.rollout.state import Phase, RolloutState
 from reelway.platform.rollout.summary import summary_of
-from reelway.platform.rollout.traffic import TrafficBackend, TrafficObservation, TrafficTarget, target_of
+from reelway.platform.rollout.traffic.target import TrafficBackend, TrafficObservation, TrafficTarget, target_of
 
 log = logging.getLogger(__name__)
 

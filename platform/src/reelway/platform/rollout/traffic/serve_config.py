@@ -13,7 +13,7 @@ from typing import Any, Final
 
 from reelway.platform.contracts.events import Arm
 from reelway.platform.errors import RolloutError
-from reelway.platform.rollout.traffic import TrafficTarget
+from reelway.platform.rollout.traffic.target import TrafficTarget
 
 ROUTER: Final = "router"
 """Name of the application whose ``user_config`` is the routing."""

@@ -15,12 +15,12 @@ import httpx
 import pytest
 
 from reelway.platform.errors import ConfigError, StorageError
-from reelway.platform.rollout.alert_book import AlertBook
 from reelway.platform.rollout.alerts import KnownAlert
-from reelway.platform.rollout.bearer_token import bearer_token
-from reelway.platform.rollout.controller_metrics import ControllerMetrics
-from reelway.platform.rollout.sqlite_store import SqliteRolloutStore
-from reelway.platform.rollout.webhook import ALERTS_PATH, BODY_LIMIT_BYTES, serving, webhook_application
+from reelway.platform.rollout.control.alert_book import AlertBook
+from reelway.platform.rollout.control.bearer_token import bearer_token
+from reelway.platform.rollout.control.controller_metrics import ControllerMetrics
+from reelway.platform.rollout.control.sqlite_store import SqliteRolloutStore
+from reelway.platform.rollout.control.webhook import ALERTS_PATH, BODY_LIMIT_BYTES, serving, webhook_application
 
 TOKEN = "t0ken-of-the-run-0123456789"
 RELEASE = "c" * 64

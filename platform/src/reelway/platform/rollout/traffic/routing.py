@@ -12,7 +12,7 @@ from typing import Annotated
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from reelway.platform.contracts.events import Arm
-from reelway.platform.rollout.bucketing import BUCKETS, bucket_of
+from reelway.platform.rollout.traffic.bucketing import BUCKETS, bucket_of
 
 BasisPoints = Annotated[int, Field(ge=0, le=BUCKETS)]
 _ORDER = {Arm.CANARY: 0, Arm.STABLE: 1, Arm.HOLDOUT: 2}

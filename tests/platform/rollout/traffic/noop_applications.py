@@ -10,7 +10,7 @@ from ray import serve
 from starlette.requests import Request
 from starlette.responses import JSONResponse
 
-from reelway.platform.rollout.routing import Routing
+from reelway.platform.rollout.traffic.routing import Routing
 
 
 @serve.deployment(graceful_shutdown_timeout_s=2)

@@ -9,8 +9,8 @@ from pydantic import ValidationError
 
 from reelway.platform.contracts.events import Arm
 from reelway.platform.contracts.ids import MAX_ID
-from reelway.platform.rollout.bucketing import BUCKETS
-from reelway.platform.rollout.routing import ArmRoute, Routing, ShadowRoute
+from reelway.platform.rollout.traffic.bucketing import BUCKETS
+from reelway.platform.rollout.traffic.routing import ArmRoute, Routing, ShadowRoute
 
 VIEWERS = st.integers(0, MAX_ID)
 

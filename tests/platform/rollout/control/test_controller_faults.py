@@ -13,10 +13,10 @@ from tests.platform.rollout.made_world import World, newest, nothing
 
 from reelway.platform.contracts.events import Arm
 from reelway.platform.errors import ReelwayError, RolloutError, StorageError
-from reelway.platform.rollout.routing import Routing
-from reelway.platform.rollout.sqlite_store import SqliteRolloutStore
+from reelway.platform.rollout.control.sqlite_store import SqliteRolloutStore
 from reelway.platform.rollout.state import Command, Phase
-from reelway.platform.rollout.traffic import TrafficTarget, target_of
+from reelway.platform.rollout.traffic.routing import Routing
+from reelway.platform.rollout.traffic.target import TrafficTarget, target_of
 
 
 class Killed(BaseException):

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from reelway.platform.rollout.routing import Routing
+from reelway.platform.rollout.traffic.routing import Routing
 
-HERE = "tests.platform.rollout.noop_applications"
+HERE = "tests.platform.rollout.traffic.noop_applications"
 _CPUS = {"ray_actor_options": {"num_cpus": 0.01}, "max_ongoing_requests": 500}
 
 

@@ -18,19 +18,19 @@ from typing import Any
 import httpx
 import pytest
 from tests.benchmarks.canary_events import RELEASE, STABLE
+from tests.platform.rollout.control.test_webhook import payload
 from tests.platform.rollout.made_world import QUICK
-from tests.platform.rollout.test_webhook import payload
 
 from reelway.platform.errors import RolloutError
-from reelway.platform.rollout.controller_service import ControllerSettings, run_controller
+from reelway.platform.rollout.control.controller_service import ControllerSettings, run_controller
+from reelway.platform.rollout.control.sqlite_store import SqliteRolloutStore
 from reelway.platform.rollout.decision import start
-from reelway.platform.rollout.sqlite_store import SqliteRolloutStore
 from reelway.platform.rollout.state import Phase
 
 START = (
     "import sys, pathlib\n"
     "from reelway.platform.telemetry import configure_logging\n"
-    "from reelway.platform.rollout.controller_service import ControllerSettings, run_controller\n"
+    "from reelway.platform.rollout.control.controller_service import ControllerSettings, run_controller\n"
     "configure_logging()\n"
     "run_controller(ControllerSettings(run=pathlib.Path(sys.argv[1]), interval_s=0.2))\n"
 )

@@ -19,14 +19,14 @@ from typing import Final
 
 from reelway.platform.durable import write_json
 from reelway.platform.errors import RolloutError, StorageError
-from reelway.platform.rollout.alert_book import AlertBook
-from reelway.platform.rollout.bearer_token import bearer_token
-from reelway.platform.rollout.controller import Controller
-from reelway.platform.rollout.controller_metrics import ControllerMetrics
-from reelway.platform.rollout.serve_rest import ServeRestBackend
+from reelway.platform.rollout.control.alert_book import AlertBook
+from reelway.platform.rollout.control.bearer_token import bearer_token
+from reelway.platform.rollout.control.controller import Controller
+from reelway.platform.rollout.control.controller_metrics import ControllerMetrics
+from reelway.platform.rollout.control.sqlite_store import SqliteRolloutStore
+from reelway.platform.rollout.control.webhook import serving, webhook_application
 from reelway.platform.rollout.sources import alert_source, evidence_source
-from reelway.platform.rollout.sqlite_store import SqliteRolloutStore
-from reelway.platform.rollout.webhook import serving, webhook_application
+from reelway.platform.rollout.traffic.serve_rest import ServeRestBackend
 from reelway.platform.runs import RunDirectory
 
 log = logging.getLogger(__name__)

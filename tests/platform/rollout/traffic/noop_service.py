@@ -22,10 +22,10 @@ def main(run: Path) -> None:
     )
     import ray
     from ray import serve
-    from tests.platform.rollout.noop_document import document
+    from tests.platform.rollout.traffic.noop_document import document
 
-    from reelway.platform.rollout.bearer_token import bearer_token
-    from reelway.platform.rollout.routing import Routing
+    from reelway.platform.rollout.control.bearer_token import bearer_token
+    from reelway.platform.rollout.traffic.routing import Routing
 
     bearer, api_port, port = bearer_token(token), _free_port(), _free_port()
     ray.init(

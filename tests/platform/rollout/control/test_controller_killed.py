@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.platform.rollout.killed_controller import STORIES, play
+from tests.platform.rollout.control.killed_controller import STORIES, play
 
-from reelway.platform.rollout.sqlite_store import SqliteRolloutStore
+from reelway.platform.rollout.control.sqlite_store import SqliteRolloutStore
 
 _FORKS = multiprocessing.get_context("forkserver")
 CLOCKS = {"changed_at", "tick_at", "evidence_at", "phase_s", "held_insufficient_s", "held_telemetry_s"}
@@ -25,7 +25,7 @@ CLOCKS = {"changed_at", "tick_at", "evidence_at", "phase_s", "held_insufficient_
 @pytest.fixture(scope="module", autouse=True)
 def _imported_once() -> None:
     """Children are forked from a process that has imported everything: a kill costs milliseconds then."""
-    _FORKS.set_forkserver_preload(["tests.platform.rollout.killed_controller"])
+    _FORKS.set_forkserver_preload(["tests.platform.rollout.control.killed_controller"])
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(Path.cwd()))  # Python 3.11's server does not take its parent's path over
         forkserver.ensure_running()

@@ -15,22 +15,22 @@ from typing import Any
 
 import httpx
 import pytest
+from tests.platform.rollout.control.test_webhook import RIGHT, TOKEN, payload
 from tests.platform.rollout.made_world import NamedEvidence, newest
-from tests.platform.rollout.test_webhook import RIGHT, TOKEN, payload
 
 from reelway.platform.contracts.events import Arm
-from reelway.platform.rollout.alert_book import AlertBook
-from reelway.platform.rollout.bucketing import bucket_of
-from reelway.platform.rollout.controller import Controller
-from reelway.platform.rollout.controller_metrics import ControllerMetrics
+from reelway.platform.rollout.control.alert_book import AlertBook
+from reelway.platform.rollout.control.controller import Controller
+from reelway.platform.rollout.control.controller_metrics import ControllerMetrics
+from reelway.platform.rollout.control.sqlite_store import SqliteRolloutStore
+from reelway.platform.rollout.control.webhook import ALERTS_PATH, serving, webhook_application
 from reelway.platform.rollout.decision import start
 from reelway.platform.rollout.policy import parse_policy
-from reelway.platform.rollout.routing import Routing
-from reelway.platform.rollout.serve_rest import ServeRestBackend
-from reelway.platform.rollout.sqlite_store import SqliteRolloutStore
 from reelway.platform.rollout.state import Phase, RolloutState
-from reelway.platform.rollout.traffic import TrafficTarget, target_of
-from reelway.platform.rollout.webhook import ALERTS_PATH, serving, webhook_application
+from reelway.platform.rollout.traffic.bucketing import bucket_of
+from reelway.platform.rollout.traffic.routing import Routing
+from reelway.platform.rollout.traffic.serve_rest import ServeRestBackend
+from reelway.platform.rollout.traffic.target import TrafficTarget, target_of
 from reelway.platform.runs import RunDirectory
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.long, pytest.mark.timeout(300)]
@@ -43,7 +43,7 @@ HALF = parse_policy(
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunDirectory]:
     folder = tmp_path_factory.mktemp("run")
-    command = [sys.executable, "-m", "tests.platform.rollout.noop_service", str(folder)]
+    command = [sys.executable, "-m", "tests.platform.rollout.traffic.noop_service", str(folder)]
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     try:

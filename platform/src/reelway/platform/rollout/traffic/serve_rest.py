@@ -18,9 +18,9 @@ import httpx
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from reelway.platform.errors import RolloutError
-from reelway.platform.rollout.routing import Routing
-from reelway.platform.rollout.serve_config import ROUTER, config_of, releases_in, routing_in, with_target
-from reelway.platform.rollout.traffic import TrafficObservation, TrafficTarget
+from reelway.platform.rollout.traffic.routing import Routing
+from reelway.platform.rollout.traffic.serve_config import ROUTER, config_of, releases_in, routing_in, with_target
+from reelway.platform.rollout.traffic.target import TrafficObservation, TrafficTarget
 from reelway.platform.runs import RunDirectory
 
 log = logging.getLogger(__name__)

@@ -14,11 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from reelway.platform.errors import MalformedFileError, RolloutError, StorageError
-from reelway.platform.rollout import sqlite_store
 from reelway.platform.rollout.alerts import KnownAlert
+from reelway.platform.rollout.control import sqlite_store
+from reelway.platform.rollout.control.sqlite_store import SqliteRolloutStore
 from reelway.platform.rollout.policy import default_policy
 from reelway.platform.rollout.records import HistoryEntry, Sighting
-from reelway.platform.rollout.sqlite_store import SqliteRolloutStore
 from reelway.platform.rollout.state import Command, Phase, RolloutState
 
 POLICY = default_policy()
@@ -54,7 +54,7 @@ def test_what_is_recorded_is_read_back_by_another_process(store: SqliteRolloutSt
     store.replace_alerts({alert("a").key: alert("a")})
     code = (
         "import sys, pathlib\n"
-        "from reelway.platform.rollout.sqlite_store import SqliteRolloutStore\n"
+        "from reelway.platform.rollout.control.sqlite_store import SqliteRolloutStore\n"
         "store = SqliteRolloutStore(pathlib.Path(sys.argv[1]))\n"
         "latest, sighting = store.latest(), store.sighting('r-')\n"
         "print(latest.model_dump_json(), store.history()[0].reason, sighting.reason, len(store.alerts()))\n"
@@ -211,7 +211,7 @@ def test_writers_in_many_threads_and_objects_lose_nothing(store: SqliteRolloutSt
 def test_processes_that_open_a_new_file_at_once_agree(tmp_path: Path) -> None:
     code = (
         "import sys, pathlib\n"
-        "from reelway.platform.rollout.sqlite_store import SqliteRolloutStore\n"
+        "from reelway.platform.rollout.control.sqlite_store import SqliteRolloutStore\n"
         "sys.stdin.readline()\n"
         "print(SqliteRolloutStore(pathlib.Path(sys.argv[1])).latest())\n"
     )
