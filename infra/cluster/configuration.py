@@ -86,11 +86,16 @@ def write_cni(layout: Layout) -> None:
     write_json(layout.etc / "cni" / "10-reelway.conflist", document)
 
 
+def write_resolver(layout: Layout) -> Path:
+    """``resolv.conf`` of whoever asks for cluster names only."""
+    path = layout.etc / "resolv.conf"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"nameserver {at.DNS_SERVICE_IP}\n")
+    return path
+
+
 def write_kubelet(layout: Layout) -> Path:
     """Version 1 cgroups are allowed because small machines still have them; logs stay within the folder."""
-    resolver = layout.etc / "resolv.conf"
-    resolver.parent.mkdir(parents=True, exist_ok=True)
-    resolver.write_text(f"nameserver {at.DNS_SERVICE_IP}\n")
     path = layout.etc / "kubelet.yaml"
     write_json(
         path,
@@ -103,7 +108,7 @@ def write_kubelet(layout: Layout) -> Path:
             "enforceNodeAllocatable": ["pods"],
             "clusterDNS": [at.DNS_SERVICE_IP],
             "clusterDomain": at.DOMAIN,
-            "resolvConf": str(resolver),
+            "resolvConf": str(write_resolver(layout)),
             "containerRuntimeEndpoint": f"unix://{layout.containerd_socket}",
             "podLogsDir": f"{layout.state}/pod-logs",
             "authentication": {

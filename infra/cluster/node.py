@@ -28,6 +28,7 @@ from configuration import (
     write_json,
     write_kube_proxy,
     write_kubeconfig,
+    write_resolver,
 )
 from firewall import node_chains, remove_chains
 from layout import Layout
@@ -83,12 +84,12 @@ class Node:
             self.kubectl("create", "namespace", namespace)
         self._processes.start(
             "kuberay",
-            [
+            self._resolving_cluster_names(
                 str(self._layout.bin / "ray-operator"),
                 "--metrics-addr=127.0.0.1:8383",
                 "--health-probe-bind-address=127.0.0.1:8384",
                 "--enable-leader-election=false",
-            ],
+            ),
             {"KUBECONFIG": str(self._layout.admin_kubeconfig), "POD_NAMESPACE": namespace},
         )
         self._until("the KubeRay operator", lambda: _answers("http://127.0.0.1:8384/healthz"), "kuberay")
@@ -125,6 +126,12 @@ class Node:
         return _run(command)
 
     # Up.
+
+    def _resolving_cluster_names(self, *command: str) -> list[str]:
+        """A command that sees the pods' resolver in place of the machine's, in a mount namespace that ends with it."""
+        resolver = write_resolver(self._layout)
+        swap = 'mount --bind "$0" /etc/resolv.conf && exec "$@"'
+        return ["unshare", "--mount", "--propagation", "private", "sh", "-c", swap, str(resolver), *command]
 
     def _refuse_a_machine_that_cannot(self) -> None:
         if os.geteuid() != 0:

@@ -111,7 +111,8 @@ env:
   {{- include "reelway.rayEnv" .context | nindent 2 }}
 ports:
   - {name: serve, containerPort: {{ $v.serving.port }}}
-  - {name: ray-metrics, containerPort: {{ $v.ray.ports.metrics }}}
+  # KubeRay adds a port of this name, 8080, where there is none.
+  - {name: metrics, containerPort: {{ $v.ray.ports.metrics }}}
   {{- if eq .role "head" }}
   - {name: gcs-server, containerPort: {{ $v.ray.ports.gcs }}}
   - {name: dashboard, containerPort: {{ $v.ray.ports.dashboard }}}
@@ -155,7 +156,7 @@ securityContext: {{- include "reelway.containerSecurity" . | nindent 2 }}
 env:
   - {name: PROMETHEUS_MULTIPROC_DIR, value: /var/run/reelway/metrics}
 ports:
-  - {name: metrics, containerPort: {{ $v.serving.metrics.port }}}
+  - {name: reelway-metrics, containerPort: {{ $v.serving.metrics.port }}}
 resources: {{- toYaml $v.serving.metrics.resources | nindent 2 }}
 volumeMounts:
   - {name: metrics, mountPath: /var/run/reelway/metrics}
