@@ -40,9 +40,13 @@ def write_kubeconfig(layout: Layout, path: Path, certificate: str) -> None:
 
 
 def write_json(path: Path, document: Any) -> None:
-    """JSON is YAML, and every component reads YAML."""
+    """JSON is YAML, and every component reads YAML. A file that says it already is left alone: kube-proxy ends when its
+    own is written."""
+    text = json.dumps(document, indent=1)
+    if path.exists() and path.read_text() == text:
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(document, indent=1))
+    path.write_text(text)
 
 
 def write_containerd(layout: Layout) -> Path:
