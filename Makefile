@@ -103,6 +103,10 @@ bench-canary: install ## Error rates and power of the rollout decision, simulate
 bench-rollout: install ## Webhook to stable, failed requests, sticky arms: on the running service under load (20 minutes).
 	$(BIN)/python -m tests.benchmarks.bench_rollout
 
+.PHONY: cluster-tools
+cluster-tools: install ## Build helm, kubectl, kubeconform and the node's programs from pinned Go modules (12 minutes once).
+	@$(BIN)/python infra/cluster build helm coredns kuberay kubernetes
+
 .PHONY: cluster
 cluster: install ## A real one-node Kubernetes with KubeRay, without Docker (Debian packages and Go; see infra/cluster).
 	@.ci/system-packages cluster
