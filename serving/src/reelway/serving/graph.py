@@ -263,7 +263,7 @@ class LocalStages:
 
     async def rank(self, query: ViewerQuery, candidates: Candidates) -> F32:
         viewer = query.arrays
-        return self.ranking.rank(
+        return await self.ranking.rank(
             viewer.viewer_dense, viewer.viewer_categories, candidates.viewer_embedding,
             candidates.rows, candidates.similarity, query.now_s,
         )  # fmt: skip

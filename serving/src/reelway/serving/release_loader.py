@@ -33,7 +33,7 @@ from reelway.serving.metrics import IngressMetrics
 from reelway.serving.popular import open_popular_lists
 from reelway.serving.serve_config import ReleaseSource
 from reelway.serving.sessions import Graph
-from reelway.serving.stages.ranking import Ranking
+from reelway.serving.stages.ranking import RankerHere, Ranking
 from reelway.serving.stages.reranking import Reranking
 from reelway.serving.stages.retrieval import Retrieval
 from reelway.serving.stages.sources import AnnSource, FreshSource, ListSource, NeighbourSource
@@ -105,7 +105,7 @@ class ReleaseLoader:
 
     def ranking(self) -> Ranking:
         """Ranker, video table, calibration."""
-        ranker = Graph(self.folder / RANKER_FILE, inputs=RANKER_INPUTS, threads=self.threads)
+        ranker = RankerHere(Graph(self.folder / RANKER_FILE, inputs=RANKER_INPUTS, threads=self.threads))
         return Ranking(ranker, self.table(), read_calibration(self.folder), read_blend(self.folder).ranking)
 
     def reranking(self) -> Reranking:

@@ -26,7 +26,7 @@ class TimeBudget:
     """
 
     def __init__(self, budget_ms: float, clock: Callable[[], float] = time.monotonic) -> None:
-        self._budget_s = budget_ms / 1000
+        self.budget_s = budget_ms / 1000
         self._clock = clock
         self._late = 0
         self._rests_until = -1.0
@@ -40,12 +40,12 @@ class TimeBudget:
         if self._clock() < self._rests_until:
             raise TimeoutError("it rests after late answers")
         try:
-            async with asyncio.timeout(self._budget_s):
+            async with asyncio.timeout(self.budget_s):
                 result = await call()
         except TimeoutError:
             self._late += 1
             if self._late >= LATE:
                 self._rests_until = self._clock() + REST_S
-            raise TimeoutError(f"no answer within {1000 * self._budget_s:g} ms") from None
+            raise TimeoutError(f"no answer within {1000 * self.budget_s:g} ms") from None
         self._late = 0
         return result

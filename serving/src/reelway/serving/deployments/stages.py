@@ -14,6 +14,7 @@ from ray.serve.handle import DeploymentHandle
 
 from reelway.platform.contracts.api import RequestContext
 from reelway.serving import metrics
+from reelway.serving.graph import run_to_end
 from reelway.serving.release_loader import open_trusted
 from reelway.serving.serve_config import BudgetsMs, ReleaseSource
 from reelway.serving.stages.arrays import F32, Candidates, Codes, Rows, Slate, ViewerQuery
@@ -53,13 +54,16 @@ class RankingStage:
         nobody = _nobody(table).arrays
         some = np.arange(min(len(table), 500), dtype=np.int32)
         embedding = np.zeros((1, table.embedding.shape[1]), dtype=np.float32)
-        self._stage.rank(
+        first = self._stage.rank(
             nobody.viewer_dense, nobody.viewer_categories, embedding, some, np.zeros(len(some), np.float32), 0.0
         )
+        run_to_end(first)
 
-    def rank(self, dense: F32, categories: Any, embedding: F32, rows: Rows, similarity: F32, now_s: float) -> F32:
+    async def rank(
+        self, dense: F32, categories: Any, embedding: F32, rows: Rows, similarity: F32, now_s: float, within_s: float
+    ) -> F32:
         with metrics.timed(self._metrics.latency):
-            value = self._stage.rank(dense, categories, embedding, rows, similarity, now_s)
+            value = await self._stage.rank(dense, categories, embedding, rows, similarity, now_s, within_s)
         self._metrics.candidates.inc(len(rows))
         return value
 
@@ -109,7 +113,7 @@ class RemoteStages:
         return await self._within["ranking"](
             lambda: self._rank.remote(
                 viewer.viewer_dense, viewer.viewer_categories, candidates.viewer_embedding,
-                candidates.rows, candidates.similarity, query.now_s,
+                candidates.rows, candidates.similarity, query.now_s, self._within["ranking"].budget_s,
             )
         )  # fmt: skip
 
