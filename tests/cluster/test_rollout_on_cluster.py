@@ -13,8 +13,8 @@ from tests.cluster.made_rollout import QUICK
 from tests.cluster.test_operator import held, operating, settings_of, until
 from typer.testing import CliRunner, Result
 
-from reelway.platform.cli import rollout_cluster
 from reelway.platform.cli.main import build_app
+from reelway.platform.cli.rollout import cluster as rollout_cluster
 from reelway.platform.cluster.kube_api import KubeApi
 from reelway.platform.errors import ConfigError, RolloutError
 

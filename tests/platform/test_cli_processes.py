@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from reelway.platform.cli.demo import DataChoice, DemoOptions, offline_steps, only_one
+from reelway.platform.cli.demo.command import DataChoice, DemoOptions, offline_steps, only_one
 from reelway.platform.cli.processes import child, run_to_end
 from reelway.platform.errors import CommandFailedError, ConfigError
 from reelway.platform.runs import RunDirectory

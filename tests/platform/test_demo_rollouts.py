@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 
-from reelway.platform.cli import demo_rollouts
-from reelway.platform.cli.demo_rollouts import SCENES, Ending, assess, ending_of, lay_aside_earlier_rollouts
-from reelway.platform.cli.rollout_policy import policy_named
+from reelway.platform.cli.demo import rollouts as demo_rollouts
+from reelway.platform.cli.demo.rollouts import SCENES, Ending, assess, ending_of, lay_aside_earlier_rollouts
+from reelway.platform.cli.rollout.policy import policy_named
 from reelway.platform.errors import ConfigError, RolloutError
 from reelway.platform.rollout.records import HistoryEntry, Rollout
 from reelway.platform.rollout.state import Phase, RolloutState

@@ -18,7 +18,8 @@ from tests.benchmarks.canary_events import RELEASE, STABLE
 from tests.platform.rollout.made_world import QUICK, Clock, World
 from typer.testing import CliRunner
 
-from reelway.platform.cli import drill, rollout
+from reelway.platform.cli.drill import command as drill
+from reelway.platform.cli.rollout import commands as rollout
 from reelway.platform.contracts.events import Arm
 from reelway.platform.errors import ReelwayError
 from reelway.platform.rollout.decision import start

@@ -18,8 +18,8 @@ import pytest
 from tests.platform.cli.controller_process import EVIDENCE
 from tests.platform.cli.made_rollouts import RunWorld, dead_pid, reelway, weights_of
 
-from reelway.platform.cli import drill
-from reelway.platform.cli.drill_report import DrillReport
+from reelway.platform.cli.drill import command as drill
+from reelway.platform.cli.drill.report import DrillReport
 from reelway.platform.cli.processes import child, reelway_command
 from reelway.platform.contracts.events import Arm
 from reelway.platform.rollout.series import REQUESTS

@@ -8,7 +8,7 @@ import jsonschema
 import pytest
 from tests.platform.cli.made_rollouts import RunWorld, SeenEvidence, reelway
 
-from reelway.platform.cli.rollout_explain import Explanation
+from reelway.platform.cli.rollout.explain import Explanation
 from reelway.platform.rollout.alerts import KnownAlert
 from reelway.platform.rollout.records import HistoryEntry
 from reelway.platform.rollout.state import Command

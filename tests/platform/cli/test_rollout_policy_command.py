@@ -10,7 +10,7 @@ import pytest
 import yaml
 from tests.platform.cli.made_rollouts import SWIFT_TEXT, reelway
 
-from reelway.platform.cli.rollout_policy import policy_named, schema_with_metrics, shipped_policies
+from reelway.platform.cli.rollout.policy import policy_named, schema_with_metrics, shipped_policies
 from reelway.platform.rollout.policy import RolloutPolicy
 from reelway.platform.rollout.series import OUTCOME_METRICS
 

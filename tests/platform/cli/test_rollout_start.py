@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from tests.platform.cli.made_rollouts import SWIFT, SWIFT_TEXT, Ended, RunWorld, SeenEvidence, controlling, reelway
 
-from reelway.platform.cli.rollout_start import previous_of
+from reelway.platform.cli.rollout.start import previous_of
 from reelway.platform.rollout.state import Command, Phase
 from reelway.platform.rollout.traffic.routing import Routing
 from reelway.platform.rollout.traffic.target import TrafficTarget

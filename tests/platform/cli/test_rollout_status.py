@@ -11,11 +11,11 @@ import pytest
 from rich.console import Console
 from tests.platform.cli.made_rollouts import RunWorld, SeenEvidence, dead_pid, reelway
 
-from reelway.platform.cli.rollout_follow import look
-from reelway.platform.cli.rollout_intervals import interval_bar, outcomes_table
-from reelway.platform.cli.rollout_report import EvidenceReport, OutcomeReport, StatusReport
-from reelway.platform.cli.rollout_run import SILENT_AFTER_S
-from reelway.platform.cli.rollout_views import span, status_view
+from reelway.platform.cli.rollout.follow import look
+from reelway.platform.cli.rollout.intervals import interval_bar, outcomes_table
+from reelway.platform.cli.rollout.place import SILENT_AFTER_S
+from reelway.platform.cli.rollout.report import EvidenceReport, OutcomeReport, StatusReport
+from reelway.platform.cli.rollout.views import span, status_view
 from reelway.platform.rollout.alerts import KnownAlert
 from reelway.platform.rollout.state import Command
 from reelway.platform.runs import RunDirectory

@@ -8,7 +8,7 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,13 +57,17 @@ class Server:
     def scrape(self, *addresses: str) -> None:
         """Prometheus' targets from now on, for both jobs; it looks every five seconds."""
         aside = self.folder / "targets.new"
-        aside.write_text(json.dumps([{"targets": list(addresses)}]))
+        aside.write_text(_targets(addresses))
         aside.replace(self.folder / "targets.json")
 
 
 @contextmanager
 def prometheus(folder: Path, *targets: str, alertmanager: str) -> Iterator[Server]:
-    """The shipped example of a configuration, with the shipped rules, a short interval and targets from a file."""
+    """The shipped example of a configuration, with the shipped rules, a short interval and targets from a file.
+
+    Args:
+        targets: addresses, ``NAMESPACE/ADDRESS`` where the series are to say of which namespace they are.
+    """
     config: dict[str, Any] = yaml.safe_load(scrape_example())
     config["global"] = {"scrape_interval": f"{SCRAPE_S * 1000:.0f}ms", "evaluation_interval": "500ms"}
     for job in config["scrape_configs"]:
@@ -72,7 +76,7 @@ def prometheus(folder: Path, *targets: str, alertmanager: str) -> Iterator[Serve
     config["rule_files"] = ["canary.rules.yaml"]
     config["alerting"] = {"alertmanagers": [{"static_configs": [{"targets": [alertmanager]}]}]}
     (folder / "canary.rules.yaml").write_text(canary_rules())
-    (folder / "targets.json").write_text(json.dumps([{"targets": list(targets)}]))
+    (folder / "targets.json").write_text(_targets(targets))
     (folder / "prometheus.yaml").write_text(yaml.safe_dump(config))
     arguments = ["--config.file=prometheus.yaml", "--storage.tsdb.path=data", "--log.level=warn"]
     with _server("prometheus", arguments, folder, free_address()) as server:
@@ -93,6 +97,14 @@ def alertmanager(folder: Path, address: str, webhook: str, token: str) -> Iterat
     arguments = ["--config.file=alertmanager.yaml", "--storage.path=data", "--cluster.listen-address="]
     with _server("prometheus-alertmanager", arguments, folder, address) as server:
         yield server
+
+
+def _targets(addresses: Iterable[str]) -> str:
+    groups = []
+    for address in addresses:
+        namespace, _, bare = address.rpartition("/")
+        groups.append({"targets": [bare], "labels": {"namespace": namespace} if namespace else {}})
+    return json.dumps(groups)
 
 
 def free_address() -> str:

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 from pydantic import BaseModel, ConfigDict, Field
 from rich.table import Table
 
-from reelway.platform.cli.rollout_report import EvidenceReport
-from reelway.platform.cli.rollout_views import span
+from reelway.platform.cli.rollout.report import EvidenceReport
+from reelway.platform.cli.rollout.views import span
 from reelway.platform.rollout.state import Phase
 
 if TYPE_CHECKING:

@@ -13,17 +13,11 @@ from typing import TYPE_CHECKING, Final
 from rich.console import Console
 from rich.live import Live
 
-from reelway.platform.cli.rollout_report import StatusReport, report_rollout
-from reelway.platform.cli.rollout_run import (
-    Place,
-    controller_sight,
-    flags_of,
-    rollout_of,
-    serving_record,
-    start_the_controller,
-)
-from reelway.platform.cli.rollout_views import status_view
-from reelway.platform.cli.rollout_wait import RolloutExit, exit_of, moments
+from reelway.platform.cli.rollout.access import controller_sight, rollout_of, start_the_controller
+from reelway.platform.cli.rollout.place import Place, flags_of, serving_record
+from reelway.platform.cli.rollout.report import StatusReport, report_rollout
+from reelway.platform.cli.rollout.views import status_view
+from reelway.platform.cli.rollout.wait import RolloutExit, exit_of, moments
 from reelway.platform.rollout.state import Phase
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ import time
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Final
 
-from reelway.platform.cli.rollout_run import actor, serving_record
+from reelway.platform.cli.rollout.place import actor, serving_record
 from reelway.platform.cli.terminal import console
 from reelway.platform.errors import RolloutError
 from reelway.platform.rollout.policy import RolloutPolicy

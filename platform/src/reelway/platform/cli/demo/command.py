@@ -19,8 +19,8 @@ from pathlib import Path
 import httpx
 import typer
 
-from reelway.platform.cli import demo_report, demo_rollouts
-from reelway.platform.cli.demo_walk import DemoWalk
+from reelway.platform.cli.demo import report, rollouts
+from reelway.platform.cli.demo.walk import DemoWalk
 from reelway.platform.cli.processes import child, reelway_command, run_to_end
 from reelway.platform.cli.terminal import console, say
 from reelway.platform.errors import ConfigError, ServingError
@@ -108,34 +108,34 @@ def only_one(run: RunDirectory) -> Iterator[None]:
 def run_demo(options: DemoOptions) -> None:
     """All steps."""
     run, offline = options.run, offline_steps(options)
-    walk = DemoWalk(len(offline) + 2 + (2 + len(demo_rollouts.SCENES) if options.with_rollouts else 0))
+    walk = DemoWalk(len(offline) + 2 + (2 + len(rollouts.SCENES) if options.with_rollouts else 0))
     if options.rollouts and not options.with_rollouts:
         say(f"no rollouts: {options.data.value} has no viewers who could be asked; --data simulated has")
-    demo_rollouts.lay_aside_earlier_rollouts(run)
+    rollouts.lay_aside_earlier_rollouts(run)
     for title, command in offline:
         walk.step(title, command)
         run_to_end(reelway_command(*command))
     serve = ["serve", "--run", str(run.path), "--port", "0"]
     if options.with_rollouts:
-        commands = demo_rollouts.rehearsal_commands(run, options.seed)
+        commands = rollouts.rehearsal_commands(run, options.seed)
         walk.step("Releases to begin with and to take back", *commands)
-        demo_rollouts.make_rehearsals(commands)
-        first, share = demo_rollouts.first_release(run)[:12], str(demo_rollouts.PARITY_RATIO)
+        rollouts.make_rehearsals(commands)
+        first, share = rollouts.first_release(run)[:12], str(rollouts.PARITY_RATIO)
         serve += ["--release", first, "--parity-ratio", share]
     else:
         serve += ["--release", str(run.record("release")["summary"]["release_id"])[:12]]
     walk.step("Deploy with Ray Serve", serve)
     with ExitStack() as stack:
         url = stack.enter_context(serving(options, serve))
-        played = demo_rollouts.play(run, walk) if options.with_rollouts else None
+        played = rollouts.play(run, walk) if options.with_rollouts else None
         walk.step("Recommendations over HTTP", ["recommend", "--url", url, "--viewer", "..."])
-        demo_report.show(run, url)
+        report.show(run, url)
         if played:
-            demo_rollouts.show(*played)
+            rollouts.show(*played)
         walk.show_times()
         say(f"\nThe whole demo took {walk.elapsed_s:.0f} s.")
         if played:
-            demo_rollouts.assess(*played)
+            rollouts.assess(*played)
         if options.keep:
             stack.pop_all()
             pid = _serving_record(run)["pid"]

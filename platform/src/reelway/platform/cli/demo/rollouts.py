@@ -19,9 +19,10 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 from rich.markup import escape
 from rich.table import Table
 
-from reelway.platform.cli.demo_walk import DemoWalk
+from reelway.platform.cli.demo.walk import DemoWalk
 from reelway.platform.cli.processes import child, reelway_command, run_to_end
-from reelway.platform.cli.rollout_run import open_store, serving_record
+from reelway.platform.cli.rollout.access import open_store
+from reelway.platform.cli.rollout.place import serving_record
 from reelway.platform.cli.terminal import console, out, say
 from reelway.platform.errors import CommandFailedError, ConfigError, RolloutError
 from reelway.platform.runs import RunDirectory

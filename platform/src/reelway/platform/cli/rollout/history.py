@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any, Final
 import typer
 from rich.markup import escape
 
-from reelway.platform.cli.rollout_explain import Explanation, explain, moment_of, newest_deciding
-from reelway.platform.cli.rollout_intervals import worded
-from reelway.platform.cli.rollout_run import tell
-from reelway.platform.cli.rollout_views import clock_of
-from reelway.platform.cli.rollout_wait import RolloutExit, exit_of
+from reelway.platform.cli.rollout.explain import Explanation, explain, moment_of, newest_deciding
+from reelway.platform.cli.rollout.intervals import worded
+from reelway.platform.cli.rollout.place import tell
+from reelway.platform.cli.rollout.views import clock_of
+from reelway.platform.cli.rollout.wait import RolloutExit, exit_of
 from reelway.platform.cli.terminal import out
 from reelway.platform.errors import RolloutError
 

@@ -15,7 +15,7 @@ from typing import Final
 from rich.table import Table
 from rich.text import Text
 
-from reelway.platform.cli.rollout_report import EvidenceReport, OutcomeReport
+from reelway.platform.cli.rollout.report import EvidenceReport, OutcomeReport
 
 FINDING_WORDS: Final = {
     "harm_established": ("HARM", "bold red"),

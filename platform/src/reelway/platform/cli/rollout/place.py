@@ -1,7 +1,6 @@
-"""Why: before anything is asked of a rollout, what its place knows of its service and its controller.
+"""Why: before anything is asked of a rollout, where it is: a run directory or a namespace of a cluster.
 
-A place is a run directory or a namespace of a cluster, and here alone it matters which. Reads records that others write
-(``serving.json``, ``rollout/controller.json``, ``rollout/state.db``, ReleaseRollouts); starts nothing.
+Reads records that others write (``serving.json``, ``rollout/controller.json``); starts nothing.
 """
 
 from __future__ import annotations
@@ -10,16 +9,13 @@ import getpass
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Final, TypeVar
+from typing import Final, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from reelway.platform.cli.terminal import console
-from reelway.platform.errors import ConfigError, MalformedFileError, RolloutError
+from reelway.platform.errors import ConfigError, MalformedFileError
 from reelway.platform.runs import RunDirectory
-
-if TYPE_CHECKING:
-    from reelway.platform.rollout.records import Rollout, RolloutStore, Sighting
 
 SILENT_AFTER_S: Final = 15.0
 """A controller that has not looked for so long is called silent; it looks every few seconds."""
@@ -102,35 +98,6 @@ def flags_of(place: Place) -> str:
     return str(place) if isinstance(place, ClusterPlace) else f"--run {place.path}"
 
 
-def open_store(run: Place) -> RolloutStore:
-    """The rollouts of a place.
-
-    Raises:
-        ConfigError: there is no way to the cluster.
-    """
-    if isinstance(run, ClusterPlace):
-        from reelway.platform.cli.rollout_cluster import cluster_store
-
-        return cluster_store(run)
-    from reelway.platform.rollout.control.sqlite_store import SqliteRolloutStore
-
-    return SqliteRolloutStore(run.path / "rollout" / "state.db")
-
-
-def rollout_of(store: RolloutStore, rollout_id: str | None) -> Rollout:
-    """The rollout by id or its unique beginning, the newest one when no id is given.
-
-    Raises:
-        RolloutError: there is none, or several begin so.
-    """
-    if rollout_id is not None:
-        return store.get(rollout_id)
-    latest = store.latest()
-    if latest is None:
-        raise RolloutError("there has been no rollout here; begin one with `reelway rollout start RELEASE`")
-    return latest
-
-
 def serving_record(run: Place) -> ServingRecord | None:
     """Where the run is being served; None when it is not, when the process that said so is gone, or on a cluster."""
     if isinstance(run, ClusterPlace):
@@ -142,40 +109,6 @@ def serving_record(run: Place) -> ServingRecord | None:
 def controller_record(run: RunDirectory) -> ControllerRecord | None:
     """Where the controller listens, or did."""
     return _read(run.path / "rollout" / "controller.json", ControllerRecord)
-
-
-def controller_sight(run: Place, rollout: Rollout | None, sighting: Sighting | None, now: float) -> ControllerSight:
-    """Whether somebody looks after the rollout. ``problem`` says why not, in words for a person."""
-    if isinstance(run, ClusterPlace):
-        from reelway.platform.cli.rollout_cluster import operator_sight
-
-        return operator_sight(rollout, sighting, now)
-    record = controller_record(run)
-    looked_at = sighting.time if sighting else None
-    began_at = rollout.state.started_at if rollout else now
-    silent_s = max(0.0, now - (looked_at if looked_at is not None else began_at)) if rollout else None
-    problem = ""
-    if record is None:
-        problem = "no controller runs for this run"
-    elif not lives(record.pid):
-        problem = f"the controller (process {record.pid}) is gone"
-    elif rollout is not None and rollout.state.active and silent_s is not None and silent_s > SILENT_AFTER_S:
-        problem = f"the controller (process {record.pid}) has not looked for {silent_s:.0f} s"
-    return ControllerSight(
-        running=record is not None and lives(record.pid),
-        url=record.url if record else None,
-        pid=record.pid if record else None,
-        last_look_at=looked_at,
-        silent_s=silent_s,
-        problem=problem,
-    )
-
-
-def start_the_controller(run: Place) -> str:
-    """What to do about a silent controller."""
-    if isinstance(run, ClusterPlace):
-        return "nothing moves until `reelway operator` runs there; look at its pod"
-    return f"nothing moves until `reelway rollout controller --run {run.path}` runs"
 
 
 def lives(pid: int) -> bool:

@@ -12,14 +12,9 @@ from typing import TYPE_CHECKING, Final
 
 from rich.markup import escape
 
-from reelway.platform.cli.rollout_run import (
-    Place,
-    actor,
-    controller_sight,
-    start_the_controller,
-    tell,
-)
-from reelway.platform.cli.rollout_wait import RolloutExit, exit_of, wait_until
+from reelway.platform.cli.rollout.access import controller_sight, start_the_controller
+from reelway.platform.cli.rollout.place import Place, actor, tell
+from reelway.platform.cli.rollout.wait import RolloutExit, exit_of, wait_until
 from reelway.platform.errors import RolloutError
 from reelway.platform.rollout.state import Command, Phase, RolloutState, Verb
 

@@ -15,19 +15,10 @@ from typing import TYPE_CHECKING, NoReturn
 import typer
 from rich.markup import escape
 
-from reelway.platform.cli.rollout_policy import policy_group, policy_named
-from reelway.platform.cli.rollout_run import (
-    ClusterPlace,
-    Place,
-    flags_of,
-    open_place,
-    open_run,
-    open_store,
-    rollout_of,
-    start_the_controller,
-    tell,
-)
-from reelway.platform.cli.rollout_wait import RolloutExit
+from reelway.platform.cli.rollout.access import open_store, rollout_of, start_the_controller
+from reelway.platform.cli.rollout.place import ClusterPlace, Place, flags_of, open_place, open_run, tell
+from reelway.platform.cli.rollout.policy import policy_group, policy_named
+from reelway.platform.cli.rollout.wait import RolloutExit
 from reelway.platform.cli.terminal import out
 
 if TYPE_CHECKING:
@@ -98,8 +89,8 @@ def start(
 
       reelway rollout start 3f9c -n reelway --ray-service reelway --wait
     """
-    from reelway.platform.cli.rollout_follow import FINAL, follow_lines, look
-    from reelway.platform.cli.rollout_start import start_rollout
+    from reelway.platform.cli.rollout.follow import FINAL, follow_lines, look
+    from reelway.platform.cli.rollout.start import start_rollout
     from reelway.platform.cli.terminal import console
     from reelway.platform.rollout.state import Phase
 
@@ -108,7 +99,7 @@ def start(
     store = open_store(directory)
     before = store.latest()
     if isinstance(directory, ClusterPlace):
-        from reelway.platform.cli.rollout_cluster import start_on_cluster
+        from reelway.platform.cli.rollout.cluster import start_on_cluster
 
         serve = (serve_api, serve_url) if serve_api and serve_url else None
         begun = start_on_cluster(
@@ -145,9 +136,9 @@ def status(
 
     Example: reelway rollout status -o json --exit-code
     """
-    from reelway.platform.cli.rollout_follow import look
-    from reelway.platform.cli.rollout_report import exit_code_of
-    from reelway.platform.cli.rollout_views import status_view
+    from reelway.platform.cli.rollout.follow import look
+    from reelway.platform.cli.rollout.report import exit_code_of
+    from reelway.platform.cli.rollout.views import status_view
 
     directory = open_place(run, namespace, context)
     report = look(directory, open_store(directory), rollout_id)
@@ -172,7 +163,7 @@ def watch(
 
     Example: reelway rollout watch --run runs/demo
     """
-    from reelway.platform.cli.rollout_follow import watch_rollout
+    from reelway.platform.cli.rollout.follow import watch_rollout
 
     directory = open_place(run, namespace, context)
     store = open_store(directory)
@@ -247,7 +238,7 @@ def history(
 
       reelway rollout history --all -o json
     """
-    from reelway.platform.cli.rollout_history import print_all, print_history
+    from reelway.platform.cli.rollout.history import print_all, print_history
 
     store = open_store(open_place(run, namespace, context))
     if every:
@@ -268,7 +259,7 @@ def explain(
 
     Example: reelway rollout explain r-2026 --entry 7
     """
-    from reelway.platform.cli.rollout_history import explanation_of, print_explanation
+    from reelway.platform.cli.rollout.history import explanation_of, print_explanation
 
     store = open_store(open_place(run, namespace, context))
     explanation = explanation_of(store, rollout_of(store, rollout_id), entry)
@@ -314,7 +305,7 @@ def controller(
 def _ask(
     verb: Verb, rollout_id: str | None, place: Place, *, note: str, wait: bool, timeout: float, force: bool = False
 ) -> None:
-    from reelway.platform.cli.rollout_ask import ask_rollout
+    from reelway.platform.cli.rollout.ask import ask_rollout
 
     store = open_store(place)
     rollout = rollout_of(store, rollout_id)

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any, Final
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from reelway.platform.cli.rollout_run import ControllerSight, ServingRecord
-from reelway.platform.cli.rollout_wait import RolloutExit, exit_of
+from reelway.platform.cli.rollout.place import ControllerSight, ServingRecord
+from reelway.platform.cli.rollout.wait import RolloutExit, exit_of
 from reelway.platform.rollout.policy import Step
 from reelway.platform.rollout.state import Command, Phase
 

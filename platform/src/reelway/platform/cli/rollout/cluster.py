@@ -9,8 +9,8 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING, Final
 
-from reelway.platform.cli.rollout_run import SILENT_AFTER_S, ClusterPlace, ControllerSight, actor
-from reelway.platform.cli.rollout_wait import wait_until
+from reelway.platform.cli.rollout.place import SILENT_AFTER_S, ClusterPlace, ControllerSight, actor
+from reelway.platform.cli.rollout.wait import wait_until
 from reelway.platform.errors import ConfigError, RolloutError
 from reelway.platform.rollout.policy import RolloutPolicy
 from reelway.platform.rollout.state import RolloutState
@@ -58,7 +58,7 @@ def start_on_cluster(
         RolloutError: the API server or the operator refused it.
         ConfigError: there is no such release, or no telling which backend is meant.
     """
-    from reelway.platform.cli.rollout_start import new_rollout_id
+    from reelway.platform.cli.rollout.start import new_rollout_id
     from reelway.platform.cluster.rollout_store import LIVE, NOT_SEEN
     from reelway.platform.cluster.status import REFUSED
 

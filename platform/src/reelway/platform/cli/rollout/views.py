@@ -14,8 +14,8 @@ from rich.console import Group, RenderableType
 from rich.rule import Rule
 from rich.text import Text
 
-from reelway.platform.cli.rollout_intervals import guardrail_lines, outcomes_table, worded
-from reelway.platform.cli.rollout_report import EvidenceReport, RolloutReport, StatusReport
+from reelway.platform.cli.rollout.intervals import guardrail_lines, outcomes_table, worded
+from reelway.platform.cli.rollout.report import EvidenceReport, RolloutReport, StatusReport
 
 PHASE_STYLES: Final = {
     "pending": "cyan",

@@ -23,24 +23,16 @@ import typer
 from rich.markup import escape
 
 from reelway.platform.cli.processes import child, reelway_command
-from reelway.platform.cli.rollout_run import (
-    actor,
-    controller_record,
-    controller_sight,
-    open_run,
-    open_store,
-    serving_record,
-    start_the_controller,
-    tell,
-)
-from reelway.platform.cli.rollout_wait import RolloutExit, wait_until
+from reelway.platform.cli.rollout.access import controller_sight, open_store, start_the_controller
+from reelway.platform.cli.rollout.place import actor, controller_record, open_run, serving_record, tell
+from reelway.platform.cli.rollout.wait import RolloutExit, wait_until
 from reelway.platform.cli.terminal import console, out
 from reelway.platform.errors import CommandFailedError, ConfigError, RolloutError
 from reelway.platform.rollout.state import Command, Phase
 from reelway.platform.runs import RunDirectory
 
 if TYPE_CHECKING:
-    from reelway.platform.cli.drill_report import DrillReport
+    from reelway.platform.cli.drill.report import DrillReport
     from reelway.platform.rollout.policy import RolloutPolicy
     from reelway.platform.rollout.records import Rollout, RolloutStore
 
@@ -122,8 +114,8 @@ def drill(
 
       reelway drill --run runs/demo --release 3f9c --by alert --within 5
     """
-    from reelway.platform.cli.drill_report import drill_table
-    from reelway.platform.cli.rollout_policy import policy_named
+    from reelway.platform.cli.drill.report import drill_table
+    from reelway.platform.cli.rollout.policy import policy_named
 
     directory = open_run(run)
     rules = policy_named(policy)
@@ -221,8 +213,8 @@ def make_bad_release(run: RunDirectory, fault: Fault) -> str:
 
 def rehearse(drill: Drill, release: str, policy: RolloutPolicy) -> DrillReport:
     """Roll the release out, wait for the rollback, end on stable however it went, and report."""
-    from reelway.platform.cli.drill_report import drill_report
-    from reelway.platform.cli.rollout_start import DRILL_PREFIX, start_rollout
+    from reelway.platform.cli.drill.report import drill_report
+    from reelway.platform.cli.rollout.start import DRILL_PREFIX, start_rollout
 
     store, before = drill.store, read_traffic(drill.traffic_report)
     note = f"drill, to be caught by {drill.by.value} within {drill.within_s:g} s"
@@ -247,7 +239,7 @@ def rehearse(drill: Drill, release: str, policy: RolloutPolicy) -> DrillReport:
 
 def follow(drill: Drill, rollout_id: str) -> None:
     """Wait for the rollback, printing what is decided; send the test alert when it is its time."""
-    from reelway.platform.cli.rollout_follow import PlainLines
+    from reelway.platform.cli.rollout.follow import PlainLines
 
     lines, store = PlainLines(console.print), drill.store
 

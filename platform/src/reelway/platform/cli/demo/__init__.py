@@ -1,0 +1,1 @@
+"""``reelway demo``: the whole path on one machine, and its report."""

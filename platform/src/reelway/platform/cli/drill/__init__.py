@@ -1,0 +1,1 @@
+"""``reelway drill``: a rollback on purpose, on the running service."""
