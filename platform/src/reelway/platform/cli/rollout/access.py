@@ -1,4 +1,4 @@
-"""Why: what every command asks of a place: its rollouts, and whether somebody looks after them. Answers for both kinds."""
+"""Why: what every command asks of a place: its rollouts, and whether somebody looks after them, for both kinds."""
 
 from __future__ import annotations
 
