@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import typer
@@ -24,6 +25,13 @@ def operator(
     interval: float = typer.Option(2.0, min=0.1, help="Seconds between two looks; commands and alerts do not wait."),
     prometheus: str | None = typer.Option(None, help="Prometheus' URL; without it the router is scraped directly."),
     alertmanager: str | None = typer.Option(None, help="Alertmanager's URL, to be polled besides its webhook."),
+    prometheus_token_file: Path | None = typer.Option(None, help="Bearer token for Prometheus, read at each use."),
+    prometheus_ca_file: Path | None = typer.Option(None, help="Certificates (PEM) that Prometheus' is checked with."),
+    prometheus_label: list[str] = typer.Option(
+        [], help="NAME=VALUE that our series have besides the namespace, where Prometheus holds several clusters'."
+    ),
+    alertmanager_token_file: Path | None = typer.Option(None, help="Bearer token for Alertmanager."),
+    alertmanager_ca_file: Path | None = typer.Option(None, help="Certificates (PEM) for Alertmanager's."),
     head_url: str | None = typer.Option(None, help="URL of a RayService's dashboard, with {name} and {namespace}."),
     router_url: str | None = typer.Option(None, help="URL of a RayService's router, with {name} and {namespace}."),
     trust_host: list[str] = typer.Option(
@@ -56,11 +64,14 @@ def operator(
     from reelway.platform.cluster.kube_api import KubeApi
     from reelway.platform.cluster.lanes import HEAD_URL, ROUTER_URL, LaneSettings
     from reelway.platform.cluster.rollout_operator import OperatorSettings, run_operator
+    from reelway.platform.rollout.sources import Access
 
     _quietly()
     lanes = LaneSettings(
         interval_s=interval, prometheus_url=prometheus, alertmanager_url=alertmanager, ray_token_file=ray_token_file,
-        folder=folder, head_url=head_url or HEAD_URL, router_url=router_url or ROUTER_URL,
+        prometheus_access=Access(prometheus_token_file, prometheus_ca_file, _labels(prometheus_label)),
+        alertmanager_access=Access(alertmanager_token_file, alertmanager_ca_file), folder=folder,
+        head_url=head_url or HEAD_URL, router_url=router_url or ROUTER_URL,
         trusted_hosts=tuple(trust_host),
     )  # fmt: skip
     made_up = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(3)}"
@@ -69,6 +80,18 @@ def operator(
         lease_duration_s=lease_duration, lanes=lanes,
     )  # fmt: skip
     run_operator(KubeApi(namespace, context=context), settings)
+
+
+def _labels(given: list[str]) -> dict[str, str]:
+    labels = {}
+    for pair in given:
+        name, sign, value = pair.partition("=")
+        if not sign or not re.fullmatch(r"[a-zA-Z_][a-zA-Z0-9_]*", name):
+            raise typer.BadParameter(
+                f"{pair!r}, expected NAME=VALUE with a label's name", param_hint="--prometheus-label"
+            )
+        labels[name] = value
+    return labels
 
 
 def _quietly() -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Final
 from urllib.parse import urlsplit
@@ -23,7 +23,7 @@ from reelway.platform.rollout.control.alert_book import AlertBook
 from reelway.platform.rollout.control.controller import Controller
 from reelway.platform.rollout.control.controller_metrics import ControllerMetrics
 from reelway.platform.rollout.records import HistoryEntry
-from reelway.platform.rollout.sources import RunEvidence, alert_source
+from reelway.platform.rollout.sources import Access, RunEvidence, alert_source
 from reelway.platform.rollout.sources.direct_scrape import DirectScrape
 from reelway.platform.rollout.sources.heard_series import SeriesReader
 from reelway.platform.rollout.sources.prometheus_reader import PrometheusReader
@@ -47,6 +47,10 @@ class LaneSettings:
     """Asked for evidence; None scrapes the router directly, which is right for one router only."""
     alertmanager_url: str | None = None
     """Polled for alerts besides the webhook; None polls nothing."""
+    prometheus_access: Access = field(default_factory=Access)
+    """How it is asked, and labels of its series besides their namespace, which is always this one."""
+    alertmanager_access: Access = field(default_factory=Access)
+    """The same of Alertmanager. An alert of another namespace is not ours."""
     poll_s: float = 5.0
     """Seconds between two polls."""
     ray_token_file: Path | None = None
@@ -85,8 +89,12 @@ class Lane:
         name = backend.ray_service.name if backend.ray_service else ""
         self.backend: RayServiceBackend | ServeRestBackend = RayServiceBackend(api, name, serve) if name else serve
         url = address.url.rstrip("/")
-        prometheus = settings.prometheus_url
-        reader: SeriesReader = PrometheusReader(prometheus) if prometheus else DirectScrape(lambda: url)
+        reader: SeriesReader
+        if settings.prometheus_url:
+            access = _within(api.namespace, settings.prometheus_access)
+            reader = PrometheusReader(settings.prometheus_url, access=access)
+        else:
+            reader = DirectScrape(lambda: url)
         self._source = RunEvidence(RunDirectory(settings.folder), reader)
         self.book = AlertBook(self.store)
         self.wake = threading.Event()
@@ -97,7 +105,7 @@ class Lane:
             self.backend,
             self._source,
             self.book,
-            alert_source=alert_source(alerts) if alerts else None,
+            alert_source=alert_source(alerts, _within(api.namespace, settings.alertmanager_access)) if alerts else None,
             poll_s=settings.poll_s,
             metrics=metrics,
         )
@@ -127,6 +135,11 @@ class Lane:
             self._thread.join()
         self._source.close()
         self.backend.close()
+
+
+def _within(namespace: str, access: Access) -> Access:
+    """One Prometheus serves many namespaces, and the same release may be a canary in two of them."""
+    return replace(access, labels={**access.labels, "namespace": namespace})
 
 
 def address_of(backend: Backend, namespace: str, settings: LaneSettings) -> ServeAddress:

@@ -140,12 +140,15 @@ class Operator:
     def deliver(self, news: Iterable[KnownAlert], /) -> bool:
         """Alerts for every lane; see ``AlertBook.deliver``.
 
+        One that says that it is of another namespace is not ours: the same release may be a canary there too.
+
         Raises:
             KubernetesError: another process is the active one, or they could not be stored: deliver them again.
         """
         if not self._active:
             raise KubernetesError("this operator waits for its lease, another one is active; try again")
-        told = list(news)
+        own = self._api.namespace
+        told = [alert for alert in news if dict(alert.labels).get("namespace", own) == own]
         changed = [lane.book.deliver(told) for lane in list(self._lanes.values())]
         return any(changed)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from reelway.platform.rollout.evidence import EvidenceSnapshot
 from reelway.platform.rollout.policy import RolloutPolicy
+from reelway.platform.rollout.sources.access import Access
 from reelway.platform.rollout.sources.alertmanager import AlertmanagerPoll
 from reelway.platform.rollout.sources.direct_scrape import DirectScrape, served_at
 from reelway.platform.rollout.sources.heard_series import WINDOW_S, Scope, SeriesReader
@@ -13,7 +14,7 @@ from reelway.platform.rollout.sources.snapshot import snapshot_of
 from reelway.platform.rollout.state import RolloutState
 from reelway.platform.runs import RunDirectory
 
-__all__ = ["RunEvidence", "alert_source", "evidence_source"]
+__all__ = ["Access", "RunEvidence", "alert_source", "evidence_source"]
 
 
 class RunEvidence:
@@ -44,6 +45,6 @@ def evidence_source(run: RunDirectory, prometheus: str | None = None, *, window_
     return RunEvidence(run, reader, window_s)
 
 
-def alert_source(url: str) -> AlertmanagerPoll:
+def alert_source(url: str, access: Access | None = None) -> AlertmanagerPoll:
     """An ``AlertSource``: alerts polled from the Alertmanager at this URL."""
-    return AlertmanagerPoll(url)
+    return AlertmanagerPoll(url, access=access)

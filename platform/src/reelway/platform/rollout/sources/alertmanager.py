@@ -5,39 +5,38 @@ Asks for what is active, neither silenced nor inhibited, and names a release; re
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+import re
+from collections.abc import Mapping, Sequence
 from typing import Final
 
 import httpx
 
 from reelway.platform.errors import DataError, RolloutError
 from reelway.platform.rollout.alerts import RELEASE_LABEL, KnownAlert, from_poll
+from reelway.platform.rollout.sources.access import Access
 
 TIMEOUT_S: Final = 1.0
-_ASKED: Final = {
-    "active": "true",
-    "silenced": "false",
-    "inhibited": "false",
-    "unprocessed": "false",
-    "filter": f'{RELEASE_LABEL}=~".+"',
-}
+_ASKED: Final = {"active": "true", "silenced": "false", "inhibited": "false", "unprocessed": "false"}
 
 
 class AlertmanagerPoll:
     """Asks one Alertmanager (API v2)."""
 
-    def __init__(self, url: str, *, timeout_s: float = TIMEOUT_S) -> None:
+    def __init__(self, url: str, *, access: Access | None = None, timeout_s: float = TIMEOUT_S) -> None:
+        access = access or Access()
         self._url = f"{url.rstrip('/')}/api/v2/alerts"
-        self._client = httpx.Client(timeout=timeout_s, trust_env=False)
+        self._asked = {**_ASKED, "filter": [f'{RELEASE_LABEL}=~".+"', *_not_of_others(access.labels)]}
+        self._client = access.client(timeout_s)
 
     def poll(self) -> Sequence[KnownAlert]:
-        """All alerts that fire and carry a release.
+        """All alerts that fire, carry a release and do not say that they are of another namespace than ours.
 
         Raises:
             RolloutError: no answer in time, an error, or an answer that is not a list of alerts.
         """
         try:
-            answer = self._client.get(self._url, params=_ASKED)
+            answer = self._client.get(self._url, params=self._asked)
             answer.raise_for_status()
             return from_poll(answer.json())
         except (httpx.HTTPError, httpx.InvalidURL) as error:
@@ -49,3 +48,8 @@ class AlertmanagerPoll:
     def close(self) -> None:
         """Let go of the connections."""
         self._client.close()
+
+
+def _not_of_others(labels: Mapping[str, str]) -> list[str]:
+    """An alert without the label, of somebody's own rule over all pods, is taken: that matches the empty value."""
+    return [f"{name}=~{json.dumps(re.escape(value) + '|')}" for name, value in labels.items()]

@@ -4,6 +4,9 @@ Reads raw samples (a range selector as an instant query), so that rates, resets 
 that also judges a direct scrape. All or nothing: an error, a warning (a part of the data is missing), an answer that
 is late or is not what the API says ends the whole reading, and everything is ``telemetry_down``.
 
+Where Prometheus serves others too, ``Access.labels`` name what is ours: a release under the same id in another
+namespace is another canary.
+
 The scrape jobs must be called as ``series.ROUTER_JOB`` and ``series.OUTCOMES_JOB`` say; see rules/scrape.example.yaml.
 """
 
@@ -20,6 +23,7 @@ import httpx
 from reelway.platform.errors import RolloutError
 from reelway.platform.rollout import series as names
 from reelway.platform.rollout.evidence import Sample
+from reelway.platform.rollout.sources.access import Access
 from reelway.platform.rollout.sources.heard_series import (
     COUNTED_OVER_A_WINDOW,
     KEPT_SINCE_THE_START,
@@ -37,10 +41,12 @@ _Rows = dict[SeriesKey, list[Sample]]
 class PrometheusReader:
     """Reads one Prometheus (or what speaks its HTTP API v1)."""
 
-    def __init__(self, url: str, *, timeout_s: float = TIMEOUT_S) -> None:
+    def __init__(self, url: str, *, access: Access | None = None, timeout_s: float = TIMEOUT_S) -> None:
+        access = access or Access()
         self._url = f"{url.rstrip('/')}/api/v1/query"
         self._timeout_s = timeout_s
-        self._client = httpx.Client(timeout=timeout_s, trust_env=False)
+        self._ours = "".join(f",{name}={json.dumps(value)}" for name, value in access.labels.items())
+        self._client = access.client(timeout_s)
 
     def read(self, scope: Scope, now: float) -> Heard:
         """Targets first, samples after: a scrape in between makes samples newer than ``up``, never older."""
@@ -54,7 +60,7 @@ class PrometheusReader:
         self._client.close()
 
     def _read(self, scope: Scope, now: float) -> _Rows:
-        jobs = f"job=~{_any_of((names.ROUTER_JOB, names.OUTCOMES_JOB))}"
+        jobs = f"job=~{_any_of((names.ROUTER_JOB, names.OUTCOMES_JOB))}{self._ours}"
         window = f"[{math.ceil(scope.window_s)}s]"
         rows = self._query(f"{UP}{{{jobs}}}{window}", now, "matrix")
         targets = self._query(f"{UP}{{{jobs}}}", now, "vector")
@@ -100,7 +106,7 @@ class PrometheusReader:
             raise RolloutError(f"no answer from Prometheus at {self._url}: {error or type(error).__name__}") from error
         try:
             body = answer.json()
-            if not isinstance(body, dict) or body.get("status") != "success":
+            if not answer.is_success or not isinstance(body, dict) or body.get("status") != "success":
                 raise RolloutError(f"Prometheus at {self._url} answered {answer.status_code}: {_complaint(body)}")
             if body.get("warnings"):
                 raise RolloutError(f"Prometheus at {self._url} answered in part: {'; '.join(body['warnings'])}")

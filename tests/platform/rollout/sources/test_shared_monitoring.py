@@ -1,0 +1,237 @@
+"""One Prometheus and one Alertmanager for many: behind a token and a certificate, with other namespaces' canaries."""
+
+from __future__ import annotations
+
+import ipaddress
+import json
+import ssl
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import httpx
+import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import NameOID
+from tests.platform.rollout.sources.conftest import QUICK
+from tests.platform.rollout.sources.exporter import Exporter
+from tests.platform.rollout.sources.made_series import CANARY, ROLLOUT, STABLE, state_of, sums
+from tests.platform.rollout.sources.servers import alertmanager, eventually, free_address, prometheus
+
+from reelway.platform.contracts.events import Arm
+from reelway.platform.errors import ConfigError, RolloutError
+from reelway.platform.rollout.evidence import EvidenceSnapshot, EvidenceState
+from reelway.platform.rollout.policy import Slice
+from reelway.platform.rollout.sources.access import Access
+from reelway.platform.rollout.sources.alertmanager import AlertmanagerPoll
+from reelway.platform.rollout.sources.heard_series import Scope
+from reelway.platform.rollout.sources.parity_report import ParityReport
+from reelway.platform.rollout.sources.prometheus_reader import PrometheusReader
+from reelway.platform.rollout.sources.snapshot import snapshot_of
+
+TOKEN = "a-token-of-a-service-account"
+
+
+@pytest.fixture
+def prod() -> Iterator[Exporter]:
+    exporter = Exporter(CANARY[:12], STABLE[:12])
+    yield exporter
+    exporter.stop()
+
+
+@pytest.fixture
+def staging() -> Iterator[Exporter]:
+    exporter = Exporter(CANARY[:12], STABLE[:12])
+    yield exporter
+    exporter.stop()
+
+
+def test_two_installations_with_the_same_canary_in_one_prometheus_do_not_mix(
+    prod: Exporter, staging: Exporter, tmp_path: Path
+) -> None:
+    begun = time.time()
+    state = state_of(started_at=begun, changed_at=begun)
+
+    def seen(namespace: str) -> EvidenceSnapshot:
+        access = Access(labels={"namespace": namespace})
+        with closing(PrometheusReader(server.url, access=access)) as reader:
+            now = time.time()
+            return snapshot_of(QUICK, state, reader.read(Scope.of(state), now), ParityReport(), now)
+
+    def errors(snapshot: EvidenceSnapshot) -> tuple[EvidenceState, float, float]:
+        reading = snapshot.guardrails["error_ratio"]
+        return reading.state, reading.events, reading.trials
+
+    targets = (f"prod/{prod.address}", f"staging/{staging.address}")
+    with prometheus(tmp_path, *targets, alertmanager=free_address()) as server:
+        eventually(lambda: errors(seen("prod"))[0] is errors(seen("staging"))[0] is EvidenceState.INSUFFICIENT)
+        prod.count(Arm.CANARY, times=50)
+        staging.count(Arm.CANARY, "failed", 40)
+        for exporter, viewers in ((prod, 100), (staging, 60)):
+            for arm in (Arm.CANARY, Arm.STABLE):
+                exporter.sums.values |= sums(arm, viewers, rollout=ROLLOUT)
+        eventually(lambda: errors(seen("prod")) == (EvidenceState.OK, 0, 50))
+        eventually(lambda: errors(seen("staging")) == (EvidenceState.OK, 40, 40))
+        metric = ("long_watch_rate", Slice.OVERALL)
+        eventually(lambda: [seen(each).metrics[metric].canary.viewers for each in ("prod", "staging")] == [100, 60])
+        staging.stop()
+        try:
+            eventually(lambda: errors(seen("staging"))[0] is EvidenceState.TELEMETRY_DOWN)
+            assert errors(seen("prod")) == (EvidenceState.OK, 0, 50)
+            assert errors(seen("another"))[0] is EvidenceState.TELEMETRY_DOWN
+        finally:
+            staging.start_again()
+
+
+def test_alerts_of_another_namespace_are_not_polled_and_those_of_none_are(tmp_path: Path) -> None:
+    address = free_address()
+    ends = (datetime.now(UTC) + timedelta(hours=1)).isoformat()
+    with (
+        alertmanager(tmp_path, address, "http://127.0.0.1:9/", TOKEN) as server,
+        closing(AlertmanagerPoll(server.url, access=Access(labels={"namespace": "prod.eu"}))) as ours,
+        closing(AlertmanagerPoll(server.url)) as everybodys,
+    ):
+        labels = [{"namespace": "prod.eu"}, {"namespace": "prodxeu"}, {"namespace": "staging"}, {}]
+        alerts = [
+            {"labels": {"alertname": f"A{i}", "release": "c" * 12, **more}, "endsAt": ends}
+            for i, more in enumerate(labels)
+        ]
+        httpx.post(f"{server.url}/api/v2/alerts", json=alerts, trust_env=False).raise_for_status()
+        eventually(lambda: len(everybodys.poll()) == 4)
+        assert {dict(alert.labels)["alertname"] for alert in ours.poll()} == {"A0", "A3"}
+
+
+# Behind a door: TLS with a certificate of the platform's own, and a bearer token.
+
+
+@dataclass
+class Door:
+    """Answers an empty result over TLS to whoever sends the token."""
+
+    certificate: Path
+    token: str = TOKEN
+    url: str = ""
+    refused: int = 0
+    redirect: str = ""
+    told: list[str] = field(default_factory=list)
+
+
+@pytest.fixture
+def door(tmp_path: Path) -> Iterator[Door]:
+    certificate, key = _self_signed(tmp_path)
+    door = Door(certificate)
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            authorization = self.headers.get("Authorization", "")
+            door.told.append(authorization)
+            status = 200 if authorization == f"Bearer {door.token}" else 401
+            if door.redirect:
+                status = 302
+            kind = "vector" if "%5B" not in self.path else "matrix"
+            body = json.dumps(
+                [] if "/v2/" in self.path else {"status": "success", "data": {"resultType": kind, "result": []}}
+            )
+            self.send_response(status)
+            if door.redirect:
+                self.send_header("Location", door.redirect)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body.encode())
+
+        def log_message(self, *_: object) -> None:
+            """Silent."""
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate, key)
+    server.socket = context.wrap_socket(server.socket, server_side=True)
+    thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
+    thread.start()
+    door.url = f"https://127.0.0.1:{server.server_address[1]}"
+    yield door
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+def test_a_token_is_read_at_each_use_and_the_certificate_is_checked(door: Door, tmp_path: Path) -> None:
+    token = tmp_path / "token"
+    token.write_text(TOKEN + "\n")
+    access = Access(token, door.certificate)
+    with closing(PrometheusReader(door.url, access=access)) as reader:
+        scope = Scope.of(state_of())
+        assert reader.read(scope, 1.0).problem == ""
+        door.token = "renewed"
+        assert "answered 401" in reader.read(scope, 1.0).problem
+        token.write_text("renewed")
+        assert reader.read(scope, 1.0).problem == ""
+        token.unlink()
+        assert f"{token}: cannot read the token for 127.0.0.1" in reader.read(scope, 1.0).problem
+        token.write_text("")
+        assert f"{token}: no token for 127.0.0.1" in reader.read(scope, 1.0).problem
+    token.write_text("renewed")
+    with closing(PrometheusReader(door.url, access=Access(token))) as unknowing:
+        assert "CERTIFICATE_VERIFY_FAILED" in unknowing.read(scope, 1.0).problem
+
+
+def test_alertmanager_is_asked_with_the_token_too(door: Door, tmp_path: Path) -> None:
+    token = tmp_path / "token"
+    token.write_text(TOKEN)
+    with closing(AlertmanagerPoll(door.url, access=Access(token, door.certificate))) as poll:
+        assert poll.poll() == []
+        token.unlink()
+        with pytest.raises(RolloutError, match="cannot read the token"):
+            poll.poll()
+    with (
+        closing(AlertmanagerPoll(door.url, access=Access(ca_file=door.certificate))) as bare,
+        pytest.raises(RolloutError, match="401"),
+    ):
+        bare.poll()
+
+
+def test_a_token_follows_no_redirect(door: Door, tmp_path: Path) -> None:
+    (tmp_path / "token").write_text(TOKEN)
+    door.redirect = f"{door.url}/elsewhere"
+    with closing(PrometheusReader(door.url, access=Access(tmp_path / "token", door.certificate))) as reader:
+        assert "302" in reader.read(Scope.of(state_of()), 1.0).problem
+    assert len(door.told) == 1
+
+
+@pytest.mark.parametrize("text", [None, "", "not a certificate"])
+def test_a_file_that_is_no_certificate_is_said_at_the_start(tmp_path: Path, text: str | None) -> None:
+    path = tmp_path / "ca.crt"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(ConfigError, match=f"{path}: not certificates to check a server with"):
+        Access(ca_file=path)
+
+
+def _self_signed(folder: Path) -> tuple[Path, Path]:
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "monitoring")])
+    now = datetime.now(UTC)
+    certificate = (
+        x509.CertificateBuilder()
+        .subject_name(name)
+        .issuer_name(name)
+        .public_key(key.public_key())
+        .serial_number(1)
+        .not_valid_before(now - timedelta(minutes=1))
+        .not_valid_after(now + timedelta(hours=1))
+        .add_extension(x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]), critical=False)
+        .sign(key, hashes.SHA256())
+    )
+    paths = folder / "door.crt", folder / "door.key"
+    paths[0].write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
+    paths[1].write_bytes(
+        key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
+    )
+    return paths
