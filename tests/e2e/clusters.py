@@ -1,0 +1,79 @@
+"""Why: the flow must not know whose cluster it runs on: the node of `make cluster`, or the one KUBECONFIG names."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final
+
+from tests.cluster.conftest import NODE, ROOT, Kubectl, release_all
+from tests.e2e.waiting import until
+
+CHART: Final = ROOT / "charts" / "reelway"
+ENFORCED: Final = "pod-security.kubernetes.io/enforce=restricted"
+GONE_S: Final = 120.0
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """Programs and a kubeconfig. ``own`` is the node of this repository, whose files and logs can be read."""
+
+    kubeconfig: Path
+    own: bool
+    live: list[Kubectl] = field(default_factory=list)
+    """Namespaces that ``namespace`` has made and not yet removed."""
+
+    def kubectl(self, namespace: str) -> Kubectl:
+        """kubectl in a namespace."""
+        return Kubectl(program("kubectl"), self.kubeconfig, namespace)
+
+    def helm(self, namespace: str, *words: str, within_s: float = 180) -> str:
+        """What helm said. A failure raises with its words."""
+        command = [program("helm"), "--kubeconfig", str(self.kubeconfig), "--namespace", namespace, *words]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=within_s, check=False)
+        assert done.returncode == 0, f"helm {' '.join(words)}: {done.returncode}: {done.stdout}{done.stderr}"
+        return done.stdout
+
+    def audit_log(self) -> Path | None:
+        """What the API server wrote of who asked for what; None where it cannot be read."""
+        path = NODE / "state" / "logs" / "audit.log"
+        return path if self.own and path.exists() else None
+
+    @contextmanager
+    def namespace(self, prefix: str, labels: Mapping[str, str] | None = None) -> Iterator[Kubectl]:
+        """A namespace under the restricted level of Pod Security, and everything in it gone afterwards."""
+        name = f"{prefix}-{uuid.uuid4().hex[:6]}"
+        kubectl = self.kubectl(name)
+        kubectl.run("create", "namespace", name)
+        self.live.append(kubectl)
+        try:
+            given = [f"{key}={value}" for key, value in (labels or {}).items()]
+            kubectl.run("label", "namespace", name, ENFORCED, "reelway.dev/e2e=true", *given)
+            yield kubectl
+        finally:
+            self.live.remove(kubectl)
+            release_all(kubectl)
+            kubectl.run("delete", "namespace", name, "--wait=false")
+            listed = ("get", "namespace", name, "--ignore-not-found", "-o", "name")
+            until(f"namespace {name} is gone", lambda: not kubectl.run(*listed).strip(), GONE_S)
+
+
+def program(name: str) -> str:
+    """Of the PATH, else the node's."""
+    found = shutil.which(name) or str(NODE / "bin" / name)
+    assert Path(found).exists(), f"no {name} on the PATH or in {NODE / 'bin'}; `make cluster` builds it"
+    return found
+
+
+def chosen() -> Cluster | None:
+    """The one to use; None when there is none."""
+    named, own = os.environ.get("KUBECONFIG"), NODE / "state" / "admin.kubeconfig"
+    if named and os.environ.get("REELWAY_CLUSTER_TESTS") and Path(named).resolve() != own.resolve():
+        return Cluster(Path(named), own=False)
+    return Cluster(own, own=True) if own.exists() else None

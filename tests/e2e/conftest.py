@@ -1,0 +1,101 @@
+"""The harness of `make e2e`: an installation on a real cluster, traffic from a pod, an account when something fails.
+
+Scenes are modules ``test_scene_<number>_<what>.py``, run in the order of their numbers. Those that take ``flow`` share
+one installation in KubeRay mode, under constant load from its first second; when one fails, the rest are skipped. Other
+modules make installations of their own.
+
+=====================  =============================================================================================
+``cluster``            fixture: ``clusters.Cluster``: kubectl, helm, ``namespace(prefix)`` (restricted, removed after)
+``flow``               fixture: ``Flow``: the shared ``installation``, ``load``, ``releases``; ``note(...)`` a number
+``Installation``       installation.py: install, upgrade, roll_back, uninstall, test; pods, head, until_ready; webhook
+``made_releases``      made_releases.py: signed releases; ``deliver(kubectl)`` puts them into the claim ``releases``
+``constant_load``      load_pod.py: ``Load``: rows, failed, answers, until_answered_by, alert; all in the pod's clock
+``pod``                pods.py: a restricted pod of the controller's image with files and a claim
+``begin, until_phase`` rollouts.py: ReleaseRollouts
+``until``              waiting.py: a condition, a deadline, and what was seen instead
+``account``            diagnosis.py: events, pods, logs, RayService; printed for every live namespace on a failure
+=====================  =============================================================================================
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+from tests.benchmarks.report import Row, write_report
+from tests.cluster.conftest import Kubectl
+from tests.e2e.clusters import Cluster, chosen
+from tests.e2e.diagnosis import account
+from tests.e2e.installation import Installation
+from tests.e2e.load_pod import Load, constant_load
+from tests.e2e.made_releases import MadeReleases, made_releases
+
+_CLUSTER = pytest.StashKey[Cluster]()
+_BROKEN = pytest.StashKey[str]()
+NAMESPACE = "reelway-e2e"
+
+
+@dataclass
+class Flow:
+    """What the scenes of the flow share."""
+
+    installation: Installation
+    load: Load
+    releases: MadeReleases
+    rows: list[Row] = field(default_factory=list)
+    live: str = ""
+    """The release that everybody is on, as the scenes before left it."""
+
+    @property
+    def kubectl(self) -> Kubectl:
+        """kubectl in the installation's namespace."""
+        return self.installation.kubectl
+
+    def note(self, metric: str, value: float, unit: str, bar: str = "", holds: bool | None = None) -> None:
+        """A number for the report. It fails nothing: the scene does."""
+        self.rows.append(Row(metric, value, unit, bar, holds))
+
+
+@pytest.fixture(scope="session")
+def cluster(request: pytest.FixtureRequest) -> Cluster:
+    found = chosen()
+    if found is None:
+        pytest.skip("no cluster: bring one up with `make cluster`, or set KUBECONFIG and REELWAY_CLUSTER_TESTS=1")
+    found.kubectl("default").run("get", "--raw", "/readyz", "--request-timeout=10s")
+    request.session.stash[_CLUSTER] = found
+    return found
+
+
+@pytest.fixture(scope="session")
+def _shared(cluster: Cluster) -> Iterator[Flow]:
+    with made_releases(cluster, 5) as releases, cluster.namespace(NAMESPACE) as kubectl:
+        releases.deliver(kubectl)
+        installation = Installation(cluster, kubectl, releases)
+        with constant_load(kubectl, installation.url) as load:
+            flow = Flow(installation, load, releases)
+            try:
+                yield flow
+            finally:
+                installation.uninstall()
+                write_report("e2e", flow.rows)
+
+
+@pytest.fixture
+def flow(_shared: Flow, request: pytest.FixtureRequest) -> Flow:
+    if broken := request.session.stash.get(_BROKEN, ""):
+        pytest.skip(f"{broken} failed, and this goes on where it ended")
+    return _shared
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Generator[None, Any, Any]:
+    report = yield
+    if report.failed and item.get_closest_marker("e2e"):
+        if "flow" in getattr(item, "fixturenames", ()) and call.when != "teardown":
+            item.session.stash[_BROKEN] = item.name
+        known = item.session.stash.get(_CLUSTER, None)
+        for kubectl in known.live if known else ():
+            report.sections.append((f"namespace {kubectl.namespace}", account(kubectl)))
+    return report

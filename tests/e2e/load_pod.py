@@ -1,0 +1,126 @@
+"""Why: whether an operation costs requests is known only to clients under way; here is constant traffic from a pod.
+
+The pod runs tests/benchmarks/constant_load.py: open loop, every request on record with its moment, status, arm and
+release. All moments are of the pod's own clock, ``alert`` and ``now`` too, so that they can be compared anywhere.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+from tests.benchmarks.constant_load import RECORD, TIMEOUT_S
+from tests.cluster.conftest import ROOT, Kubectl
+from tests.e2e.pods import pod
+from tests.e2e.waiting import until
+
+RATE: Final = 10.0
+VIEWERS: Final = 5_000
+_RECORD: Final = "/tmp/record"
+_PROGRAM: Final = ROOT / "tests" / "benchmarks" / "constant_load.py"
+_ALERT: Final = """
+import sys, time, urllib.request
+url, token, body = sys.argv[1:]
+headers = {"Authorization": f"Bearer {token}", "Content-Type": "application/json"}
+sent = time.time()
+urllib.request.urlopen(urllib.request.Request(url, body.encode(), headers), timeout=10).read()
+print(sent)
+"""
+
+
+@dataclass
+class Load:
+    """Traffic that is under way."""
+
+    kubectl: Kubectl
+    name: str
+    rate: float
+    _read: bytearray = field(default_factory=bytearray)
+    _alerts: int = 0
+
+    def now(self) -> float:
+        """The pod's time."""
+        return float(self.kubectl.run("exec", self.name, "--", "date", "+%s.%N"))
+
+    def rows(self, *, since: float = 0.0, before: float = np.inf) -> NDArray[np.void]:
+        """Requests sent between two moments, as far as it is known what became of them."""
+        command = [self.kubectl.program, "--kubeconfig", str(self.kubectl.kubeconfig), "-n", self.kubectl.namespace,
+                   "exec", self.name, "--", "tail", "-c", f"+{len(self._read) + 1}", _RECORD]  # fmt: skip
+        self._read += subprocess.run(command, capture_output=True, timeout=60, check=True).stdout
+        whole = len(self._read) // RECORD.itemsize * RECORD.itemsize
+        rows = np.frombuffer(bytes(self._read[:whole]), dtype=RECORD)
+        return rows[(rows["sent"] >= since) & (rows["sent"] < before)]
+
+    def settled(self, *, since: float, before: float) -> NDArray[np.void]:
+        """As ``rows``, once each of these requests has an answer or will have none."""
+        sent = (before - since) * self.rate - 1
+        until(
+            f"{sent:.0f} requests are on record",
+            lambda: len(self.rows(since=since, before=before)) >= sent or self.now() > before + TIMEOUT_S + 1,
+            TIMEOUT_S + 10,
+            self.last_words,
+        )
+        return self.rows(since=since, before=before)
+
+    def failed(self, *, since: float, before: float) -> NDArray[np.void]:
+        """Requests sent between two moments that got no slate."""
+        rows = self.settled(since=since, before=before)
+        return rows[rows["status"] != 200]
+
+    def answers(self, release: str, *, since: float = 0.0) -> NDArray[np.void]:
+        """Slates of a release, to requests sent since."""
+        rows = self.rows(since=since)
+        return rows[(rows["release"] == release[:12].encode()) & (rows["status"] == 200)]
+
+    def until_answered_by(self, release: str, *, since: float, within_s: float, count: int = 1) -> float:
+        """Wait for slates of a release; the moment of the first one."""
+        until(
+            f"{count} slates of {release[:12]}",
+            lambda: len(self.answers(release, since=since)) >= count,
+            within_s,
+            self.last_words,
+        )
+        return float(self.answers(release, since=since)["done"].min())
+
+    def alert(self, url: str, token: str, release: str) -> float:
+        """What Alertmanager delivers for a release, sent from this pod. Returns the moment before it was sent."""
+        self._alerts += 1
+        labels = {"alertname": "CanaryErrors", "release": release[:12], "severity": "page"}
+        alert = {
+            "status": "firing", "labels": labels, "annotations": {}, "startsAt": "@", "generatorURL": "",
+            "endsAt": "0001-01-01T00:00:00Z", "fingerprint": f"{self._alerts:016x}",
+        }  # fmt: skip
+        body: dict[str, Any] = {
+            "version": "4", "groupKey": f"e2e-{self._alerts}", "status": "firing", "receiver": "reelway",
+            "groupLabels": {}, "commonLabels": labels, "commonAnnotations": {}, "externalURL": "", "alerts": [alert],
+        }  # fmt: skip
+        started = self.kubectl.run("exec", self.name, "--", "date", "-u", "+%Y-%m-%dT%H:%M:%S.%6NZ").strip()
+        text = json.dumps(body).replace("@", started)
+        return float(self.kubectl.run("exec", self.name, "--", "python", "-c", _ALERT, url, token, text))
+
+    def last_words(self) -> str:
+        """What it complained of last."""
+        return "the load said: " + self.kubectl.run("logs", self.name, "--tail=5").strip()
+
+
+@contextmanager
+def constant_load(
+    kubectl: Kubectl, url: str, *, rate: float = RATE, viewers: int = VIEWERS, name: str = "load"
+) -> Iterator[Load]:
+    """``rate`` requests a second, from now until the block is left, whether or not anybody answers."""
+    command = ["python", "/files/constant_load.py", url, _RECORD, str(rate), str(viewers)]
+    with pod(kubectl, name, command, {"constant_load.py": _PROGRAM}):
+        yield Load(kubectl, name, rate)
+
+
+def token_of(kubectl: Kubectl, secret: str, key: str) -> str:
+    """One value of a Secret."""
+    data = json.loads(kubectl.run("get", "secret", secret, "-o", "json"))["data"]
+    return base64.b64decode(data[key]).decode()

@@ -1,0 +1,88 @@
+"""Why: rollouts need releases, and training is another scene's: small signed ones are made here and put into a claim.
+
+The claim is the same for who serves (``releases.store.pvc.existingClaim``) and for jobs that write releases. On the
+node of `make cluster` it is a folder of this machine; elsewhere the cluster's default storage class provides it.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+from tests.cluster.conftest import Kubectl
+from tests.e2e.clusters import Cluster
+from tests.e2e.pods import pod
+from tests.release_files import make_release_folder
+
+from reelway.platform.release.signing import KeyPair, create_keys, load_private_key
+from reelway.platform.release.store import ReleaseStore
+
+CLAIM: Final = "releases"
+KEYS: Final = "reelway-public-keys"
+"""ConfigMap whose keys are trusted; the name that infra/environments/dev.yaml has."""
+VIDEOS: Final = 2_000
+_SIZE: Final = "2Gi"
+
+
+@dataclass
+class MadeReleases:
+    """Ids, oldest first. ``keys.private`` signs what a job builds, if it is to be trusted here."""
+
+    cluster: Cluster
+    folder: Path
+    keys: KeyPair
+    ids: tuple[str, ...]
+    volumes: list[str] = field(default_factory=list)
+
+    def deliver(self, kubectl: Kubectl) -> None:
+        """Into the claim ``CLAIM`` of a namespace, and the key into the ConfigMap ``KEYS``."""
+        kubectl.run("create", "configmap", KEYS, f"--from-file={self.keys.public}")
+        claim: dict[str, Any] = {
+            "apiVersion": "v1", "kind": "PersistentVolumeClaim", "metadata": {"name": CLAIM},
+            "spec": {"accessModes": ["ReadWriteMany"], "resources": {"requests": {"storage": _SIZE}}},
+        }  # fmt: skip
+        if self.cluster.own:
+            claim["spec"] |= {"storageClassName": "", "volumeName": self._volume(kubectl)}
+        kubectl.apply(claim)
+        with pod(kubectl, "delivery", claim=CLAIM) as name:
+            kubectl.run("cp", "--no-preserve", str(self.folder / "releases"), f"{name}:/volume/releases")
+            kubectl.run("exec", name, "--", "chmod", "-R", "a+rX", "/volume/releases")
+
+    def _volume(self, kubectl: Kubectl) -> str:
+        name, place = f"{kubectl.namespace}-{CLAIM}", self.folder / "volumes" / kubectl.namespace
+        place.mkdir(parents=True)
+        place.chmod(0o777)  # pods that serve and train write there under a number that is nobody here
+        self.volumes.append(name)
+        kubectl.apply({
+            "apiVersion": "v1", "kind": "PersistentVolume", "metadata": {"name": name},
+            "spec": {
+                "accessModes": ["ReadWriteMany"], "capacity": {"storage": _SIZE}, "storageClassName": "",
+                "persistentVolumeReclaimPolicy": "Retain", "hostPath": {"path": str(place), "type": "Directory"},
+                "claimRef": {"namespace": kubectl.namespace, "name": CLAIM},
+            },
+        })  # fmt: skip
+        return name
+
+
+@contextmanager
+def made_releases(cluster: Cluster, count: int, videos: int = VIDEOS) -> Iterator[MadeReleases]:
+    """``count`` releases on this machine, to be delivered into namespaces that end before this block does."""
+    with tempfile.TemporaryDirectory(prefix="reelway-e2e-") as place:
+        folder = Path(place)
+        keys = create_keys(folder / "keys")
+        key, store = load_private_key(keys.private), ReleaseStore(str(folder / "releases"))
+        made = [folder / f"made-{seed}" for seed in range(count)]
+        ids = tuple(
+            store.write(one, make_release_folder(one, videos=videos, seed=seed, key=key))
+            for seed, one in enumerate(made)
+        )
+        releases = MadeReleases(cluster, folder, keys, ids)
+        try:
+            yield releases
+        finally:
+            for volume in releases.volumes:
+                cluster.kubectl("default").run("delete", "pv", volume, "--ignore-not-found", "--timeout=60s")

@@ -1,0 +1,38 @@
+"""`helm install` on a cluster that has the images: how long until a viewer gets a slate."""
+
+from __future__ import annotations
+
+import pytest
+from tests.e2e.conftest import Flow
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(420)]
+FIRST_SLATE_S = 180.0
+
+
+def test_the_first_slate_comes_within_three_minutes_of_helm_install(flow: Flow) -> None:
+    first, began = flow.releases.ids[0], flow.load.now()
+    flow.installation.install()
+    answered = flow.load.until_answered_by(first, since=began, within_s=2 * FIRST_SLATE_S)
+    flow.live = first
+    taken = answered - began
+    flow.note("helm install -> first slate", taken, "s", f"under {FIRST_SLATE_S:g}", taken < FIRST_SLATE_S)
+    flow.installation.until_ready()
+    assert taken < FIRST_SLATE_S
+
+
+def test_helm_test_gets_a_whole_slate(flow: Flow) -> None:
+    said = flow.installation.test()
+    assert f"videos of release {flow.live[:12]}" in said
+
+
+def test_every_pod_runs_under_the_restricted_level(flow: Flow) -> None:
+    """The namespace enforces it, so that a pod which did not comply would not be there."""
+    labels = flow.kubectl.run("get", "namespace", flow.kubectl.namespace, "-o", "jsonpath={.metadata.labels}")
+    assert '"pod-security.kubernetes.io/enforce":"restricted"' in labels
+    pods = flow.installation.pods()
+    assert {"serving", "controller"} <= {_component(flow, name) for name in pods}
+    flow.note("pods under the restricted level, enforced", float(len(pods)), "pods", "all", True)
+
+
+def _component(flow: Flow, pod: str) -> str:
+    return flow.kubectl.run("get", "pod", pod, "-o", "jsonpath={.metadata.labels.reelway\\.dev/component}")
