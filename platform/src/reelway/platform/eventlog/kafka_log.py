@@ -1,0 +1,223 @@
+"""The event log as a Kafka topic: for a cluster. The topic is made by whoever runs Kafka, or with one of Kafka's tools.
+
+Refuses to acknowledge what the in-sync replicas do not have (``acks=all``; how many those are is the topic's
+``min.insync.replicas``). Retention is the topic's. The client library is imported when a log is opened.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Final
+
+from reelway.platform.errors import ConfigError, StorageError
+from reelway.platform.eventlog.log import LogRecord, Position, ReadBatch, StoredRecord
+
+if TYPE_CHECKING:
+    from confluent_kafka import Consumer, Message, Producer, TopicPartition
+
+ANSWER_S: Final = 20.0
+"""For one question to the brokers, and for one append."""
+_GROUP: Final = "reelway-reader"  # of reads, which do not use a group's position
+
+
+class KafkaLog:
+    """See the module's docstring.
+
+    Args:
+        servers: ``host:port``, several with commas between.
+        topic: must exist.
+        settings: of librdkafka, over the ones here: ``security.protocol``, ``sasl.username``, ...
+
+    Raises:
+        ConfigError: a setting that librdkafka does not know, or the client library is not installed.
+        StorageError: no broker answers, or it lacks the topic.
+    """
+
+    def __init__(self, servers: str, topic: str, settings: Mapping[str, Any] | None = None) -> None:
+        try:
+            import confluent_kafka
+        except ImportError as error:
+            raise ConfigError("an event log on Kafka needs confluent-kafka; install reelway-platform[kafka]") from error
+        self._kafka = confluent_kafka
+        self._topic = topic
+        self._given = {"bootstrap.servers": servers, **(settings or {})}
+        self._lock = threading.RLock()
+        self._producer: Producer | None = None
+        self._reader: Consumer | None = None
+        self._read_to: dict[int, int] | None = None
+        self._last_us: dict[int, int] = {}
+        try:
+            self._asker = confluent_kafka.Consumer({**self._given, "group.id": _GROUP, "enable.auto.commit": False})
+        except (confluent_kafka.KafkaException, ValueError, TypeError) as error:
+            raise ConfigError(f"Kafka client for {servers}: {error}") from error
+        self.partitions = self._count_partitions()
+
+    def append(self, records: Sequence[LogRecord]) -> list[int]:
+        """See ``EventLog.append``."""
+        offsets: dict[int, int] = {}
+        faults: list[str] = []
+
+        def on_delivery(place: int) -> Callable[[Any, Message], None]:
+            def delivered(error: Any, message: Message) -> None:
+                if error is not None:
+                    faults.append(str(error))
+                else:
+                    offsets[place] = int(message.offset() or 0)
+
+            return delivered
+
+        with self._lock:
+            producer = self._producer_now()
+            try:
+                for place, record in enumerate(records):
+                    producer.produce(
+                        self._topic, record.payload, key=record.id.encode(), partition=record.partition,
+                        timestamp=record.time_us // 1000, headers={"time_us": str(record.time_us).encode()},
+                        on_delivery=on_delivery(place),
+                    )  # fmt: skip
+                left = producer.flush(ANSWER_S)
+            except (self._kafka.KafkaException, BufferError) as error:
+                raise StorageError(f"{self._where}: cannot append: {error}; append it again") from error
+            if left or faults:
+                producer.purge()
+                self._producer = None
+                what = faults[0] if faults else f"no answer within {ANSWER_S:g} s"
+                raise StorageError(f"{self._where}: {len(records) - len(offsets)} records are not acknowledged: {what}")
+        return [offsets[place] for place in range(len(records))]
+
+    def read(self, position: Position, *, limit: int, wait_s: float = 0.0) -> ReadBatch:
+        """See ``EventLog.read``."""
+        with self._lock:
+            reader = self._reader_at(position)
+            asked_us = time.time_ns() // 1000
+            ends = self.end()
+            try:
+                messages = reader.consume(limit, timeout=max(wait_s, 0.05))
+            except (self._kafka.KafkaException, RuntimeError) as error:
+                raise StorageError(f"{self._where}: cannot read: {error}") from error
+            records = [_stored(message) for message in messages if not self._fault(message)]
+            assert self._read_to is not None
+            for record in records:
+                self._read_to[record.partition] = record.offset + 1
+                self._last_us[record.partition] = record.time_us
+            behind = [
+                self._last_us.get(partition, 0)
+                for partition, end in ends.items()
+                if self._read_to.get(partition, 0) < end
+            ]
+            return ReadBatch(records, dict(self._read_to), min([asked_us, *behind]))
+
+    def position(self, consumer: str) -> Position:
+        """See ``EventLog.position``."""
+        with self._group(consumer) as group:
+            found = self._ask("committed offsets", lambda: group.committed(self._places(), timeout=ANSWER_S))
+        return {place.partition: place.offset for place in found if place.offset >= 0}
+
+    def commit(self, consumer: str, position: Position) -> None:
+        """See ``EventLog.commit``."""
+        places = [self._kafka.TopicPartition(self._topic, *place) for place in position.items()]
+        with self._group(consumer) as group:
+            done = self._ask("commit", lambda: group.commit(offsets=places, asynchronous=False))
+        if failed := [place for place in done if place.error is not None]:
+            raise StorageError(f"{self._where}: cannot commit for {consumer}: {failed[0].error}")
+
+    def end(self) -> Position:
+        """See ``EventLog.end``."""
+        with self._lock:
+            return {
+                place.partition: self._ask(
+                    "end of the log", lambda place=place: self._asker.get_watermark_offsets(place, timeout=ANSWER_S)
+                )[1]
+                for place in self._places()
+            }
+
+    def close(self) -> None:
+        """Hang up. What was not acknowledged may or may not arrive."""
+        with self._lock:
+            for consumer in (self._reader, self._asker):
+                if consumer is not None:
+                    consumer.close()
+            self._reader, self._producer = None, None
+
+    @property
+    def _where(self) -> str:
+        return f"event log {self._given['bootstrap.servers']}, topic {self._topic}"
+
+    def _count_partitions(self) -> int:
+        metadata = self._ask("topics", lambda: self._asker.list_topics(self._topic, timeout=ANSWER_S))
+        topic = metadata.topics[self._topic]
+        if topic.error is not None or not topic.partitions:
+            raise StorageError(f"{self._where}: {topic.error or 'no partitions'}; make the topic first")
+        return len(topic.partitions)
+
+    def _ask(self, what: str, question: Any) -> Any:
+        try:
+            return question()
+        except self._kafka.KafkaException as error:
+            raise StorageError(f"{self._where}: {what}: {error}") from error
+
+    def _places(self) -> list[TopicPartition]:
+        return [self._kafka.TopicPartition(self._topic, partition) for partition in range(self.partitions)]
+
+    def _producer_now(self) -> Producer:
+        if self._producer is None:
+            own = {
+                "acks": "all",
+                "enable.idempotence": True,  # the client's own retries keep order and add nothing twice
+                "delivery.timeout.ms": int(ANSWER_S * 1000),
+                "linger.ms": 0,
+                "message.max.bytes": 16 << 20,
+            }
+            self._producer = self._kafka.Producer({**own, **self._given})
+        return self._producer
+
+    def _reader_at(self, position: Position) -> Consumer:
+        if self._reader is None:
+            self._reader = self._kafka.Consumer(
+                {**self._given, "group.id": _GROUP, "enable.auto.commit": False, "auto.offset.reset": "earliest"}
+            )
+        if self._read_to is None or self._read_to != dict(position):
+            beginning = self._kafka.OFFSET_BEGINNING
+            self._reader.assign(
+                [
+                    self._kafka.TopicPartition(self._topic, partition, position.get(partition, beginning))
+                    for partition in range(self.partitions)
+                ]
+            )
+            self._read_to, self._last_us = dict(position), {}
+        return self._reader
+
+    def _fault(self, message: Message) -> bool:
+        """Whether it is no record; raises when it is more than the end of a partition."""
+        error = message.error()
+        if error is None:
+            return False
+        if error.code() == self._kafka.KafkaError._PARTITION_EOF:
+            return True
+        self._read_to = None
+        raise StorageError(f"{self._where}: cannot read: {error}")
+
+    def _group(self, consumer: str) -> _Closing:
+        return _Closing(self._kafka.Consumer({**self._given, "group.id": consumer, "enable.auto.commit": False}))
+
+
+class _Closing:
+    """A consumer for one question."""
+
+    def __init__(self, consumer: Consumer) -> None:
+        self._consumer = consumer
+
+    def __enter__(self) -> Consumer:
+        return self._consumer
+
+    def __exit__(self, *_: object) -> None:
+        self._consumer.close()
+
+
+def _stored(message: Message) -> StoredRecord:
+    headers = dict(message.headers() or [])
+    given = headers.get("time_us")
+    time_us = int(given) if given is not None else message.timestamp()[1] * 1000
+    return StoredRecord(message.partition() or 0, message.offset() or 0, time_us, message.value() or b"")

@@ -1,0 +1,89 @@
+"""What viewers did, as the log holds it: batches of outcomes, each with what its token says of its impression.
+
+One record is one batch in Arrow's stream format, so a reader needs nothing but the record. An outcome's id follows from
+its impression and type, so it is the same however often it is sent. ``event_time`` is when it became known to the
+service, which is the time that features go by; what the client says of its own clock is ``done_at``.
+"""
+
+# Shapes: N outcomes
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Final
+from uuid import uuid4
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from reelway.platform.contracts.events import TIME, WORD, OutcomeType
+from reelway.platform.contracts.ids import MAX_ID
+from reelway.platform.errors import DataError
+from reelway.platform.eventlog.log import LogRecord
+from reelway.platform.features.hashing import mix64
+
+KINDS: Final = tuple(OutcomeType)
+"""Order of the ids' type codes; append only."""
+
+LOGGED_OUTCOMES: Final = pa.schema(
+    [
+        pa.field("outcome_id", pa.int64(), nullable=False),
+        pa.field("impression_id", pa.int64(), nullable=False),
+        pa.field("request_id", pa.int64(), nullable=False),
+        pa.field("viewer_id", pa.int64(), nullable=False),
+        pa.field("video_id", pa.int64(), nullable=False),
+        pa.field("position", pa.int16(), nullable=False),
+        pa.field("shown_at", TIME, nullable=False),
+        pa.field("release", WORD, nullable=False),
+        pa.field("arm", WORD, nullable=False),
+        pa.field("source", WORD, nullable=False),
+        pa.field("propensity", pa.float32(), nullable=False),
+        pa.field("type", WORD, nullable=False),  # an OutcomeType
+        pa.field("value", pa.float32(), nullable=False),  # watched milliseconds for watch, else 1
+        pa.field("event_time", TIME, nullable=False),  # when the service heard of it
+        pa.field("done_at", TIME),  # the client's word, where it gave one
+    ]
+)
+
+
+def outcome_ids(impression_id: NDArray[np.int64], kind: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Ids that follow from impression and type (index into ``KINDS``). Shapes: ``[N], [N] -> [N]``."""
+    mixed = mix64(impression_id.astype(np.uint64) * np.uint64(len(KINDS) + 7) + kind.astype(np.uint64))
+    return np.asarray(mixed & np.uint64(MAX_ID)).astype(np.int64)
+
+
+def records_of(outcomes: pa.RecordBatch, partitions: int, time_us: int) -> Iterator[LogRecord]:
+    """A batch in the schema ``LOGGED_OUTCOMES`` as records, a viewer's outcomes all in one partition."""
+    if partitions == 1:
+        yield LogRecord(uuid4().hex, 0, time_us, _encoded(outcomes))
+        return
+    viewer = outcomes.column("viewer_id").to_numpy().astype(np.uint64)
+    of_N = (mix64(viewer) % np.uint64(partitions)).astype(np.int64)
+    for partition in np.unique(of_N).tolist():
+        mine = outcomes.take(pa.array(np.flatnonzero(of_N == partition)))
+        yield LogRecord(uuid4().hex, partition, time_us, _encoded(mine))
+
+
+def outcomes_of(payload: bytes) -> pa.Table:
+    """The outcomes of one record.
+
+    Raises:
+        DataError: the record is not one of these.
+    """
+    try:
+        table = pa.ipc.open_stream(payload).read_all()
+    except (pa.ArrowInvalid, OSError) as error:
+        raise DataError(f"event log: a record of {len(payload)} bytes is no batch of outcomes: {error}") from error
+    if not table.schema.equals(LOGGED_OUTCOMES):
+        raise DataError(f"event log: a record has schema\n{table.schema}\nexpected\n{LOGGED_OUTCOMES}")
+    return table
+
+
+def _encoded(outcomes: pa.RecordBatch) -> bytes:
+    sink = pa.BufferOutputStream()
+    options = pa.ipc.IpcWriteOptions(compression="lz4")
+    with pa.ipc.new_stream(sink, LOGGED_OUTCOMES, options=options) as writer:
+        writer.write_batch(outcomes)
+    encoded: bytes = sink.getvalue().to_pybytes()
+    return encoded

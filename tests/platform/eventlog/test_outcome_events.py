@@ -1,0 +1,63 @@
+"""Outcomes on their way through the log: the same ones come out, and a viewer's stay in one partition."""
+
+from __future__ import annotations
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from reelway.platform.errors import DataError
+from reelway.platform.eventlog.outcome_events import KINDS, LOGGED_OUTCOMES, outcome_ids, outcomes_of, records_of
+
+N = 200
+
+
+def batch() -> pa.RecordBatch:
+    rng = np.random.default_rng(0)
+    kind = rng.integers(0, len(KINDS), N)
+    impression = rng.integers(0, 2**53, N)
+    columns = {
+        "outcome_id": outcome_ids(impression, kind), "impression_id": impression, "request_id": impression,
+        "viewer_id": rng.integers(0, 30, N), "video_id": rng.integers(0, 30, N), "position": rng.integers(0, 9, N),
+        "shown_at": rng.integers(0, 2**40, N), "release": ["r"] * N, "arm": ["stable"] * N, "source": ["ann"] * N,
+        "propensity": rng.random(N), "type": [str(KINDS[k]) for k in kind], "value": np.ones(N),
+        "event_time": rng.integers(0, 2**40, N), "done_at": [None] * N,
+    }  # fmt: skip
+    arrays = [
+        pa.array(columns[field.name]).cast(pa.int64()).cast(field.type)
+        if pa.types.is_timestamp(field.type)
+        else pa.array(columns[field.name]).cast(field.type)
+        for field in LOGGED_OUTCOMES
+    ]
+    return pa.RecordBatch.from_arrays(arrays, schema=LOGGED_OUTCOMES)
+
+
+@pytest.mark.parametrize("partitions", [1, 4])
+def test_every_outcome_comes_out_once_and_a_viewers_in_one_partition(partitions: int) -> None:
+    records = list(records_of(batch(), partitions, 5))
+    tables = {record.partition: outcomes_of(record.payload) for record in records}
+    assert len(tables) == len(records) == partitions
+    whole = pa.concat_tables(table.unify_dictionaries() for table in tables.values())
+    expected = pa.Table.from_batches([batch()]).sort_by("outcome_id")
+    assert whole.sort_by("outcome_id").to_pylist() == expected.to_pylist()
+    viewers = [set(table["viewer_id"].to_pylist()) for table in tables.values()]
+    assert sum(map(len, viewers)) == len(set().union(*viewers))
+
+
+def test_ids_follow_from_impression_and_type_alone_and_differ_between_types() -> None:
+    impression = np.repeat(np.arange(1000), len(KINDS))
+    kind = np.tile(np.arange(len(KINDS)), 1000)
+    ids = outcome_ids(impression, kind)
+    assert len(np.unique(ids)) == len(ids)
+    assert (ids >= 0).all()
+    assert (ids == outcome_ids(impression, kind)).all()
+
+
+def test_a_record_of_something_else_is_refused() -> None:
+    with pytest.raises(DataError, match="no batch of outcomes"):
+        outcomes_of(b"not arrow")
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, pa.schema([("a", pa.int64())])):
+        pass
+    with pytest.raises(DataError, match="has schema"):
+        outcomes_of(sink.getvalue().to_pybytes())
