@@ -92,7 +92,7 @@ def test_a_video_is_new_for_two_days_and_a_creator_small_below_the_bound_or_unkn
 ) -> None:
     table = loader.table()
     row = np.array([3], np.int32)
-    live = table.live.dense[row].copy()
+    live = table.live.at(row)
     live[0, FOLLOWERS] = followers
     table.overlay(row, live)
     now_s = float(table.uploaded_at_s[3]) + hours * 3600

@@ -62,7 +62,7 @@ def test_a_gather_is_what_the_assembly_code_makes_of_the_same_videos(table: Vide
 
 
 def test_the_columns_are_the_file_and_not_a_copy_of_it(table: VideoTable) -> None:
-    for column in (table.video_id, table.embedding, table.live.dense):
+    for column in (table.video_id, table.embedding, table.live.snapshot):
         assert not column.flags.owndata
         assert not column.flags.writeable
 
@@ -70,17 +70,37 @@ def test_the_columns_are_the_file_and_not_a_copy_of_it(table: VideoTable) -> Non
 def test_an_overlay_is_seen_by_later_reads_and_not_by_earlier_ones(table: VideoTable) -> None:
     rows = np.array([7, 8], dtype=np.int32)
     before = table.live
-    kept = before.dense[rows].copy()
+    kept = before.at(rows)
     fresher = np.full((2, len(names.VIDEO_LIVE_DENSE)), 42.0, dtype=np.float32)
 
     assert table.overlay(rows, fresher) == 1
     live = slice(len(names.VIDEO_STATIC_DENSE), -1)
     assert (table.gather(rows, NOW_S).video_dense[:, live] == 42.0).all()
-    np.testing.assert_array_equal(before.dense[rows], kept)
-    np.testing.assert_array_equal(table.live.dense[:7], before.dense[:7])
+    np.testing.assert_array_equal(before.at(rows), kept)
+    others = np.array([0, 6, 9], dtype=np.int32)
+    np.testing.assert_array_equal(table.live.at(others), before.at(others))
     assert table.live.version == 1
     with pytest.raises(ValueError, match="read-only"):
-        table.live.dense[0, 0] = 1.0
+        table.live.fresh[0, 0] = 1.0
+
+
+@given(st.lists(st.lists(st.tuples(st.integers(0, VIDEOS - 1), st.floats(0, 9, width=32)), max_size=8), max_size=5))
+@settings(max_examples=50)
+def test_overlay_upon_overlay_reads_like_a_matrix_that_was_written_to(
+    folder: Path, batches: list[list[tuple[int, float]]]
+) -> None:
+    table = open_video_table(folder / VIDEOS_FILE)
+    every = np.arange(VIDEOS, dtype=np.int32)
+    expected = table.live.at(every)
+    for batch in batches:
+        rows = np.array([row for row, _ in batch], dtype=np.int32)
+        values = np.array([[value] * expected.shape[1] for _, value in batch], np.float32).reshape(
+            -1, expected.shape[1]
+        )
+        expected[rows] = values
+        table.overlay(rows, values)
+    np.testing.assert_array_equal(table.live.at(every), expected)
+    assert table.live.snapshot.base is not None  # never copied
 
 
 @pytest.mark.parametrize(

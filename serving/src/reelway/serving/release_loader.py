@@ -94,7 +94,7 @@ class ReleaseLoader:
         return Retrieval(
             Graph(self.folder / VIEWER_TOWER_FILE, inputs=VIEWER_TOWER_INPUTS, threads=self.threads),
             {
-                "ann": AnnSource(self._index(table), settings.index_probes),
+                "ann": AnnSource(self._index(table), table.embedding, settings.index_probes),
                 "popular": ListSource(lists.popular),
                 "trending": ListSource(lists.trending, lists.trending_in),
                 "fresh": FreshSource(table, settings.fresh_hours),
@@ -124,7 +124,8 @@ class ReleaseLoader:
         path = self.folder / INDEX_FILE
         faiss.omp_set_num_threads(self.threads)
         try:
-            index = faiss.read_index(str(path), faiss.IO_FLAG_MMAP)
+            # Mapped as it lies. (The older IO_FLAG_MMAP starts up to 32 threads in every search, to read ahead.)
+            index = faiss.read_index(str(path), faiss.IO_FLAG_MMAP_IFC)
         except RuntimeError as error:
             raise IncompatibleReleaseError(f"{path}: FAISS cannot read it: {error}") from error
         seen, expected = (index.d, index.ntotal), (table.embedding.shape[1], len(table))

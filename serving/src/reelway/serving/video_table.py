@@ -53,10 +53,36 @@ class VideoInputs:
 
 @dataclass(frozen=True)
 class LiveValues:
-    """One version of the live numbers. Never written to after it is published."""
+    """One version of the live numbers: the snapshot, and what is fresher. Never written to after it is published.
 
-    dense: F32  # [N, L]
-    version: int
+    The snapshot stays the file's own pages, which all replicas of a node share; a version costs what was ever changed,
+    and 4 bytes a video to find it by.
+    """
+
+    snapshot: F32  # [N, L]
+    fresh: F32  # [F, L]
+    place_of: Rows | None = None  # [N] row of ``fresh``, ABSENT where the snapshot holds; None: it holds everywhere
+    version: int = 0
+
+    def at(self, rows: NDArray[np.integer[Any]]) -> F32:
+        """The live numbers of some videos. Shapes: ``[C] -> [C, L]``."""
+        values: F32 = self.snapshot.take(rows, axis=0)
+        if self.place_of is not None:
+            place = self.place_of[rows]
+            changed = np.flatnonzero(place != ABSENT)
+            values[changed] = self.fresh[place[changed]]
+        return values
+
+    def with_fresher(self, rows: NDArray[np.integer[Any]], dense: F32) -> LiveValues:
+        """The next version: ``dense`` ``[C, L]`` at ``rows`` ``[C]``, the last one where a row is named twice."""
+        place_of = np.full(len(self.snapshot), ABSENT, np.int32) if self.place_of is None else self.place_of.copy()
+        new = np.unique(rows[place_of[rows] == ABSENT])
+        place_of[new] = len(self.fresh) + np.arange(len(new), dtype=np.int32)
+        fresh = np.concatenate([self.fresh, np.empty((len(new), dense.shape[1]), np.float32)])
+        fresh[place_of[rows]] = dense
+        for published in (place_of, fresh):
+            published.flags.writeable = False
+        return LiveValues(self.snapshot, fresh, place_of, self.version + 1)
 
 
 class VideoTable:
@@ -82,7 +108,8 @@ class VideoTable:
         self._categories = _matrix(batch, "video_categories")
         self._static = _matrix(batch, "static_dense")
         self._titles = batch.column("title")
-        self._live = LiveValues(_matrix(batch, "live_dense"), version=0)
+        snapshot = _matrix(batch, "live_dense")
+        self._live = LiveValues(snapshot, fresh=snapshot[:0])
         if len(self) and (np.diff(self.video_id) <= 0).any():
             at = int(np.argmax(np.diff(self.video_id) <= 0)) + 1
             raise IncompatibleReleaseError(
@@ -109,16 +136,20 @@ class VideoTable:
 
     def gather(self, rows: NDArray[np.integer[Any]], request_time_s: float) -> VideoInputs:
         """The ranker's inputs of the videos at ``rows`` (none of them ``ABSENT``) at one moment."""
-        live = self._live.dense
         dense = np.empty((len(rows), len(names.VIDEO_DENSE)), dtype=np.float32)
-        dense[:, _STATIC] = self._static[rows]
-        dense[:, _LIVE] = live[rows]
+        dense[:, _STATIC] = self._static.take(rows, axis=0)
+        dense[:, _LIVE] = self._live.at(rows)
         dense[:, _HOURS] = on_demand.hours_since_upload(np.asarray(request_time_s), self.uploaded_at_s[rows])
-        return VideoInputs(dense, self._categories[rows], self._creator_codes[rows], self.embedding[rows])
+        return VideoInputs(
+            dense,
+            self._categories.take(rows, axis=0),
+            self._creator_codes.take(rows, axis=0),
+            self.embedding.take(rows, axis=0),
+        )
 
     def creator_followers(self, rows: NDArray[np.integer[Any]]) -> F32:
         """Followers of the videos' creators, NaN where unknown. Shapes: ``[C] -> [C]``."""
-        followers: F32 = self._live.dense[rows, _FOLLOWERS]
+        followers: F32 = self._live.at(rows)[:, _FOLLOWERS]
         return followers
 
     def duration_ms(self, rows: NDArray[np.integer[Any]]) -> list[int]:
@@ -133,7 +164,7 @@ class VideoTable:
     def overlay(self, rows: NDArray[np.integer[Any]], live_dense: F32) -> int:
         """Lay fresher live numbers over the snapshot and return the new version.
 
-        Costs one copy of the live matrix (100 bytes a video), so give it batches, not single events.
+        Costs a copy of all that was changed before and 4 bytes a video, so give it batches, not single events.
 
         Args:
             rows: rows to change, ``[C]``; where one is named twice, the last wins.
@@ -144,10 +175,7 @@ class VideoTable:
             raise ValueError(f"live_dense has shape {live_dense.shape}, expected {(len(rows), width)}")
         if len(rows) and (rows.min() < 0 or rows.max() >= len(self)):
             raise ValueError(f"rows span {rows.min()}..{rows.max()}, expected 0..{len(self) - 1}")
-        dense = self._live.dense.copy()
-        dense[rows] = live_dense
-        dense.flags.writeable = False
-        self._live = LiveValues(dense, self._live.version + 1)
+        self._live = self._live.with_fresher(rows, live_dense)
         return self._live.version
 
 

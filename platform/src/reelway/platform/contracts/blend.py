@@ -26,7 +26,9 @@ class RetrievalBlend(_Strict):
         default={"ann": 0.6, "trending": 0.15, "popular": 0.1, "neighbours": 0.1, "fresh": 0.05},
         description="share of the candidates kept for each source; what one source cannot fill, the next ones do",
     )
-    index_probes: Annotated[int, Field(ge=1)] = 16
+    index_probes: Annotated[int, Field(ge=1)] | None = Field(
+        default=None, description="lists of the index to look into; absent: as many as the build found to be needed"
+    )
     fresh_hours: Annotated[float, Field(gt=0)] = 48.0
 
     @model_validator(mode="after")

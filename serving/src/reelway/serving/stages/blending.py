@@ -10,8 +10,6 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from reelway.serving.stages.arrays import Rows
-
 Places = NDArray[np.int64]
 
 
@@ -24,7 +22,7 @@ def whole_quotas(shares: Sequence[float], candidates: int) -> Places:
     return places
 
 
-def blend(rows: Rows, source: Places, quotas: Places) -> Places:
+def blend(video: Places, source: Places, quotas: Places) -> Places:
     """Places of the chosen proposals, best first.
 
     Sources take in turn, each its quota and what the ones before it could not fill; what is still empty after the last
@@ -35,25 +33,26 @@ def blend(rows: Rows, source: Places, quotas: Places) -> Places:
     all: what is shown when ranking is not there to order it.
 
     Args:
-        rows: what each proposal proposes, best first within a source. ``[P]``
+        video: what each proposal proposes, best first within a source, as small numbers: work grows with the largest,
+            so rows of a catalogue are numbered anew first. ``[P]``
         source: index of each proposal's source, ascending. ``[P]``
         quotas: places per source. ``[Q]``
     """
     bounds = np.searchsorted(source, np.arange(len(quotas) + 1))
-    videos = int(rows.max(initial=-1)) + 1  # look-ups by row: linear, where sorting would be the cost of the stage
+    videos = int(video.max(initial=-1)) + 1
     where_first = np.empty(videos, dtype=np.int64)
     offered = []
     for start, end in itertools.pairwise(bounds):
         mine = np.arange(start, end)
-        where_first[rows[start:end][::-1]] = mine[::-1]  # the last write wins: the first proposal of each video
-        offered.append(mine[where_first[rows[start:end]] == mine])
+        where_first[video[start:end][::-1]] = mine[::-1]  # the last write wins: the first proposal of each video
+        offered.append(mine[where_first[video[start:end]] == mine])
     gone = np.zeros(videos, dtype=np.bool_)
     taken: list[list[Places]] = [[] for _ in quotas]
     spare = 0
     for round_quotas in (quotas, np.zeros_like(quotas)):
         for q, quota in enumerate(round_quotas.tolist()):
-            takes = offered[q][~gone[rows[offered[q]]]][: quota + spare]
-            gone[rows[takes]] = True
+            takes = offered[q][~gone[video[offered[q]]]][: quota + spare]
+            gone[video[takes]] = True
             taken[q].append(takes)
             spare += quota - len(takes)
         if not spare:

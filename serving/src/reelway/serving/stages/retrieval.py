@@ -62,10 +62,12 @@ class Retrieval:
 
         may_show_P, left = allowed(rows_P, query)
         kept = np.flatnonzero(may_show_P)
-        chosen = kept[blend(rows_P[kept], source_P[kept], self._quotas)]
-        is_chosen = np.zeros(int(rows_P.max(initial=0)) + 1, dtype=np.bool_)
-        is_chosen[rows_P[chosen]] = True
-        again = int(np.count_nonzero(is_chosen[rows_P[kept]]))
+        videos, video_of_kept = np.unique(rows_P[kept], return_inverse=True)
+        blended = blend(video_of_kept, source_P[kept], self._quotas)
+        chosen = kept[blended]
+        is_chosen = np.zeros(len(videos), dtype=np.bool_)
+        is_chosen[video_of_kept[blended]] = True
+        again = int(np.count_nonzero(is_chosen[video_of_kept]))
         left["duplicate"] = again - len(chosen)
         left["over_quota"] = len(kept) - again
         return Candidates(

@@ -19,6 +19,8 @@ from reelway.serving.stages.arrays import F32, Rows, ViewerQuery
 from reelway.serving.video_table import ABSENT, VideoTable
 
 NONE: Final = np.empty(0, dtype=np.int32)
+OVERFETCH: Final = 3
+"""Times as many candidates as wanted are taken from a compressed index before they are scored exactly."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,20 +52,34 @@ class Source(Protocol):
 class AnnSource:
     """The videos nearest to the viewer by inner product of the two towers.
 
+    An index that keeps the vectors whole answers by itself. One that compresses them proposes ``OVERFETCH`` times as
+    many, which are scored again with the embeddings of the video table: these are mapped anyway, so the index needs
+    no copy of them.
+
     Args:
         index: FAISS index whose ids are rows of the video table.
-        probes: lists that an inverted-file index looks into; other indexes ignore it.
+        embedding: the video table's, ``[N, D]``.
+        probes: lists that an inverted-file index looks into; None for as many as the release was built with. Other
+            indexes ignore it.
     """
 
-    def __init__(self, index: faiss.Index, probes: int) -> None:
+    def __init__(self, index: faiss.Index, embedding: F32, probes: int | None = None) -> None:
         self._index = index
-        if inverted := faiss.try_extract_index_ivf(index):
+        self._embedding = embedding
+        self._is_exact = isinstance(faiss.downcast_index(index), faiss.IndexFlat | faiss.IndexIVFFlat)
+        inverted = faiss.try_extract_index_ivf(index)
+        if inverted and probes:
             inverted.nprobe = min(probes, inverted.nlist)
 
     def propose(self, ask: Ask) -> Proposal:
-        similarity, rows = self._index.search(ask.viewer_embedding, min(ask.wanted, self._index.ntotal))
-        found = rows[0] >= 0
-        return Proposal(rows[0][found].astype(np.int32), similarity[0][found])
+        wanted = ask.wanted if self._is_exact else OVERFETCH * ask.wanted
+        similarity, rows = self._index.search(ask.viewer_embedding, min(wanted, self._index.ntotal))
+        found = rows[0][rows[0] >= 0].astype(np.int32)
+        if self._is_exact:
+            return Proposal(found, similarity[0][: len(found)])
+        exact = self._embedding.take(found, axis=0) @ ask.viewer_embedding[0]
+        best = np.argsort(-exact, kind="stable")[: ask.wanted]
+        return Proposal(found[best], exact[best])
 
 
 class ListSource:
