@@ -54,6 +54,7 @@ COMPONENTS: Final[dict[str, Document]] = {
             "training": {"enabled": True, "gpus": 1, "workers": 2}, "evaluation": {"enabled": True},
         }
     },
+    "slow-bound": {"monitoring": {**_MONITORS, "rules": {"enabled": True, "latencyMs": 1000}}},
     "monitoring": {"monitoring": {**_RULES, "alertmanagerConfig": {"enabled": True}, "dashboards": {"enabled": True}}},
     "ingress": {"serving": {"ingress": {"enabled": True, "host": "a.test", "tlsSecret": "tls", "className": "nginx"}}},
     "http-route": {"serving": {"httpRoute": _ROUTE}},

@@ -18,10 +18,14 @@ FAULT_AT: Final = 370
 Series = dict[str, list[float]]
 
 
-def rules(environment: str = "production-cpu") -> dict[str, list[Any]]:
+NAMESPACE: Final = "reelway"
+"""Of the chart's rendering."""
+
+
+def rules(component: str = "monitoring") -> dict[str, list[Any]]:
     groups = [
         group
-        for one in rendered(environment, "monitoring")
+        for one in rendered("production-cpu", component)
         if one["kind"] == "PrometheusRule"
         for group in one["spec"]["groups"]
     ]
@@ -120,8 +124,22 @@ FAULTS: Final[list[tuple[str, Mapping[str, list[float]], int]]] = [
 ]  # fmt: skip
 
 
-def firing(series: Mapping[str, list[float]], minute: int, folder: Path) -> dict[str, dict[str, str]]:
-    """The alerts that fire, by name, with their labels; promtool only ever says what it did not expect."""
+def of_namespace(name: str, namespace: str) -> str:
+    """The series as Prometheus has it from a PodMonitor's target."""
+    bare, _, labels = name.removesuffix("}").partition("{")
+    return f'{bare}{{namespace="{namespace}"{", " if labels else ""}{labels}}}'
+
+
+def firing(
+    series: Mapping[str, list[float]], minute: int, folder: Path, *, neighbours: Mapping[str, list[float]] | None = None
+) -> dict[str, dict[str, str]]:
+    """The alerts that fire, by name, with their labels; promtool only ever says what it did not expect.
+
+    Args:
+        neighbours: series of another namespace in the same Prometheus.
+    """
+    all_series = {of_namespace(name, NAMESPACE): values for name, values in series.items()}
+    all_series |= {of_namespace(name, "staging"): values for name, values in (neighbours or {}).items()}
     case = {
         "rule_files": ["rules.yaml"],
         "evaluation_interval": "2m",
@@ -129,14 +147,16 @@ def firing(series: Mapping[str, list[float]], minute: int, folder: Path) -> dict
             "interval": "1m",
             "input_series": [
                 {"series": name, "values": " ".join(f"{value:.2f}" for value in values)}
-                for name, values in series.items()
+                for name, values in all_series.items()
             ],
             "promql_expr_test": [{"expr": 'ALERTS{alertstate="firing"}', "eval_time": f"{minute}m", "exp_samples": [
                 {"labels": '{never="expected"}', "value": 1}
             ]}],
         }],
     }  # fmt: skip
-    (folder / "rules.yaml").write_text(yaml.safe_dump(rules()))
+    # promtool evaluates all groups alike
+    groups = [{name: value for name, value in group.items() if name != "interval"} for group in rules()["groups"]]
+    (folder / "rules.yaml").write_text(yaml.safe_dump({"groups": groups}))
     (folder / "case.yaml").write_text(json.dumps(case))
     said = promtool("test", "rules", str(folder / "case.yaml"))
     text = said.stdout + said.stderr
@@ -186,10 +206,24 @@ def test_only_what_is_the_canarys_own_fault_names_its_release(tmp_path: Path) ->
             assert labels.get("release") == ("bbbb" if alert == "ReelwayCanaryErrors" else None), labels
 
 
-def test_every_alert_says_which_namespace_it_is_of() -> None:
+def test_every_alert_and_record_says_which_namespace_it_is_of() -> None:
     for group in rules()["groups"]:
         for rule in group["rules"]:
-            assert "record" in rule or rule["labels"]["namespace"] == "reelway", rule
+            assert rule["labels"]["namespace"] == NAMESPACE, rule
+
+
+def test_faults_of_another_namespace_with_the_same_releases_fire_nothing_here(tmp_path: Path) -> None:
+    neighbours = healthy()
+    for _, fault, _ in FAULTS:
+        neighbours |= dict(fault)
+    for minutes in (6, 26):
+        assert firing(healthy(), FAULT_AT + minutes, tmp_path, neighbours=neighbours) == {}
+
+
+def test_a_canarys_rules_are_evaluated_as_often_as_they_are_scraped() -> None:
+    intervals = {group["name"]: group.get("interval") for group in rules()["groups"]}
+    assert intervals["reelway-canary"] == intervals["reelway-rollout-telemetry"] == "5s"
+    assert intervals["reelway-service-levels"] is None
 
 
 def test_targets_that_are_not_there_at_all_are_told(tmp_path: Path) -> None:
@@ -209,3 +243,5 @@ def test_the_latency_bound_is_one_that_the_histogram_has() -> None:
     bounds = {text.partition('le="')[2].partition('"')[0] for text in expressions if 'le="' in text}
     assert {float(bound) for bound in bounds} <= set(LATENCY_BUCKETS_S)
     assert bounds
+    whole = [rule["expr"] for group in rules("slow-bound")["groups"] for rule in group["rules"] if "record" in rule]
+    assert any('le="1.0"' in text for text in whole), "a client writes a whole number of seconds with its point"

@@ -17,4 +17,30 @@
 {{- with $v.controller.alertmanagerUrl }}
 - --alertmanager={{ . }}
 {{- end }}
+{{- range $name, $value := $v.controller.prometheusAccess.labels }}
+- --prometheus-label={{ $name }}={{ $value }}
+{{- end }}
+{{- range $who := list "prometheus" "alertmanager" }}
+{{- $access := index $v.controller (printf "%sAccess" $who) }}
+{{- if $access.tokenSecret }}
+- --{{ $who }}-token-file=/etc/reelway/monitoring/{{ $who }}.token
+{{- end }}
+{{- if $access.caConfigMap }}
+- --{{ $who }}-ca-file=/etc/reelway/monitoring/{{ $who }}.ca.crt
+{{- end }}
+{{- end }}
+{{- end -}}
+
+{{/* What Prometheus and Alertmanager are asked with, one folder; empty where they ask for nothing. */}}
+{{- define "reelway.monitoringAccess" -}}
+{{- $v := .Values -}}
+{{- range $who := list "prometheus" "alertmanager" }}
+{{- $access := index $v.controller (printf "%sAccess" $who) }}
+{{- with $access.tokenSecret }}
+- secret: {name: {{ . }}, items: [{key: token, path: {{ $who }}.token}]}
+{{- end }}
+{{- with $access.caConfigMap }}
+- configMap: {name: {{ . }}, items: [{key: ca.crt, path: {{ $who }}.ca.crt}]}
+{{- end }}
+{{- end }}
 {{- end -}}

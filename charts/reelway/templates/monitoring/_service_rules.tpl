@@ -4,7 +4,8 @@ workbook, chapter 5, table 5-8. A long window says that it matters, the short on
 */}}
 {{- define "reelway.serviceRules" -}}
 {{- $r := .Values.monitoring.rules -}}
-{{- $bound := divf (float64 $r.latencyMs) 1000.0 -}}
+{{- $seconds := divf (float64 $r.latencyMs) 1000.0 | toString -}}
+{{- $bound := ternary $seconds (printf "%s.0" $seconds) (contains "." $seconds) -}}{{/* as exporters write it */}}
 {{- $objectives := list
   (dict "name" "Availability" "budget" (divf (subf 100.0 (float64 $r.availabilityPercent)) 100.0) "record" "reelway:ingress_unwhole:ratio_rate" "what" "of the requests were degraded or failed")
   (dict "name" "Latency" "budget" (divf (subf 100.0 (float64 $r.fastPercent)) 100.0) "record" "reelway:ingress_slow:ratio_rate" "what" (printf "of the requests took longer than %v ms" $r.latencyMs)) -}}
