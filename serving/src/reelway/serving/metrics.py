@@ -18,7 +18,7 @@ from prometheus_client import CollectorRegistry, Histogram, generate_latest
 from prometheus_client.multiprocess import MultiProcessCollector
 
 from reelway.platform.rollout import series
-from reelway.platform.telemetry import counter, histogram
+from reelway.platform.telemetry import counter, gauge, histogram
 from reelway.serving.stages.arrays import SOURCES, Candidates, Slate
 
 FOLDER_VARIABLE: Final = "PROMETHEUS_MULTIPROC_DIR"
@@ -63,6 +63,51 @@ class RankingMetrics:
         self.candidates = counter(
             "reelway_ranking_candidates_total", "Candidates given a value.", ["release"], registry
         ).labels(release)
+
+
+class RankServerMetrics:
+    """Counted where a ranker is served to graphs of other processes. All of one release."""
+
+    def __init__(self, registry: CollectorRegistry, release: str) -> None:
+        self._release = release[:SHORT]
+        only = [self._release]
+        self._requests = counter(
+            "reelway_ranking_server_requests_total", "Requests by how they ended.", ["release", "outcome"], registry
+        )
+        self._latency = histogram(
+            "reelway_ranking_server_latency_seconds", "From a request to its answer, its wait included.",
+            ["release"], registry,
+        ).labels(*only)  # fmt: skip
+        self.candidates = counter(
+            "reelway_ranking_server_candidates_total", "Candidates scored.", ["release"], registry
+        ).labels(*only)
+        self.under_way = gauge(
+            "reelway_ranking_server_under_way_requests", "Requests that wait or are worked out.", ["release"], registry
+        ).labels(*only)
+        self.ready = gauge(
+            "reelway_ranking_server_ready_ratio", "1 while requests should come here.", ["release"], registry
+        ).labels(*only)
+
+    def count(self, outcome: str, seconds: float) -> None:
+        """Add one request: ``ok``, ``refused``, ``busy``, ``late``, ``not_ready`` or ``failed``."""
+        self._requests.labels(self._release, outcome).inc()
+        if outcome == "ok":
+            self._latency.observe(seconds)
+
+
+class RemoteRankerMetrics:
+    """Counted where a graph asks a ranker of another process."""
+
+    def __init__(self, registry: CollectorRegistry, release: str) -> None:
+        self._release = release[:SHORT]
+        self._faults = counter(
+            "reelway_ranking_remote_faults_total", "Calls of the ranker's server without an answer, by kind of fault.",
+            ["release", "kind"], registry,
+        )  # fmt: skip
+
+    def count_fault(self, kind: str) -> None:
+        """Add one: ``late``, ``gone`` or ``refused``."""
+        self._faults.labels(self._release, kind).inc()
 
 
 class RerankingMetrics:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import onnxruntime
@@ -16,6 +16,14 @@ from numpy.typing import NDArray
 from reelway.platform.errors import IncompatibleReleaseError, ServingError
 
 F32 = NDArray[np.float32]
+
+
+class Tensor(NamedTuple):
+    """One input or output as a graph declares it; an axis that the caller chooses has a name or None."""
+
+    name: str
+    onnx_type: str
+    shape: tuple[int | str | None, ...]
 
 
 class Graph:
@@ -46,6 +54,13 @@ class Graph:
         if unknown := sorted(set(self._inputs) - set(inputs)):
             raise IncompatibleReleaseError(f"{path}: takes inputs {unknown}, expected only {sorted(inputs)}")
         self._output = self._session.get_outputs()[0].name
+
+    def tensors(self) -> tuple[list[Tensor], list[Tensor]]:
+        """Inputs and outputs as the graph declares them."""
+        return (
+            [Tensor(node.name, node.type, tuple(node.shape)) for node in self._session.get_inputs()],
+            [Tensor(node.name, node.type, tuple(node.shape)) for node in self._session.get_outputs()],
+        )
 
     def run(self, inputs: Mapping[str, NDArray[Any]]) -> F32:
         """The graph's output.
