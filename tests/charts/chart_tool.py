@@ -52,6 +52,8 @@ COMPONENTS: Final[dict[str, Document]] = {
         "jobs": {
             "workClaim": "work", "signingSecret": "signing", "queue": "reelway", "materialisation": {"enabled": True},
             "training": {"enabled": True, "gpus": 1, "workers": 2}, "evaluation": {"enabled": True},
+            "dataset": {"enabled": True}, "release": {"enabled": True},
+            "submitters": [{"kind": "Group", "name": "ml", "apiGroup": "rbac.authorization.k8s.io"}],
         }
     },
     "slow-bound": {"monitoring": {**_MONITORS, "rules": {"enabled": True, "latencyMs": 1000}}},

@@ -173,7 +173,7 @@
 
 {{- define "reelway.checkJobs" -}}
 {{- $v := .Values -}}
-{{- range $kind := list "materialisation" "training" "evaluation" }}
+{{- range $kind := splitList " " (include "reelway.jobKinds" .) }}
 {{- $job := get $v.jobs $kind }}
 {{- if $job.enabled }}
 {{- if and (not $v.jobs.workClaim) (ne (include "reelway.storeOnVolume" $) "true") }}

@@ -1,6 +1,7 @@
 """Why: a CronJob makes pods, and what is wanted is a RayJob; this is the step between.
 
-Refuses while the last one of the same kind is still under way: two trainings of one run would write the same files.
+Refuses while the last one of the same kind and run is still under way: two trainings of one run would write the same
+files. KubeRay keeps ended RayJobs for ever; the oldest ones of the kind are deleted here.
 """
 
 import os
@@ -11,21 +12,27 @@ import yaml
 from kubernetes import client, config
 
 ENDED = ("Complete", "Failed", "Suspended")
+LABELS = ("app.kubernetes.io/instance", "reelway.dev/job", "reelway.dev/run")
 
 
 def main() -> int:
+    path, kept = sys.argv[1], int(sys.argv[2])
     config.load_incluster_config()
     api, namespace = client.CustomObjectsApi(), os.environ["POD_NAMESPACE"]
-    job = yaml.safe_load(Path(sys.argv[1]).read_text())
-    labels = job["metadata"]["labels"]
-    same = ",".join(f"{key}={labels[key]}" for key in ("app.kubernetes.io/instance", "reelway.dev/job"))
+    job = yaml.safe_load(Path(path).read_text())
+    same = ",".join(f"{key}={job['metadata']['labels'][key]}" for key in LABELS)
     others = api.list_namespaced_custom_object("ray.io", "v1", namespace, "rayjobs", label_selector=same)["items"]
+    ended = [one for one in others if one.get("status", {}).get("jobDeploymentStatus") in ENDED]
     for other in others:
-        if other.get("status", {}).get("jobDeploymentStatus") not in ENDED:
+        if other not in ended:
             print(f"RayJob {other['metadata']['name']} is still under way; this time nothing is created")
             return 0
     made = api.create_namespaced_custom_object("ray.io", "v1", namespace, "rayjobs", job)
     print(f"RayJob {made['metadata']['name']} is created")
+    newest_first = sorted(ended, key=lambda one: one["metadata"]["creationTimestamp"], reverse=True)
+    for old in newest_first[kept:]:
+        api.delete_namespaced_custom_object("ray.io", "v1", namespace, "rayjobs", old["metadata"]["name"])
+        print(f"RayJob {old['metadata']['name']}, ended long ago, is deleted")
     return 0
 
 

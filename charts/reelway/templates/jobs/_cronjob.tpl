@@ -36,7 +36,7 @@ spec:
             - name: create
               image: {{ include "reelway.image" (dict "context" .context "of" $v.image.controller) }}
               imagePullPolicy: {{ $v.image.pullPolicy }}
-              command: [python, /etc/reelway/jobs/create_rayjob.py, /etc/reelway/jobs/{{ .kind }}.yaml]
+              command: [python, /etc/reelway/jobs/create_rayjob.py, /etc/reelway/jobs/{{ .kind }}.yaml, {{ $v.jobs.history | quote }}]
               securityContext: {{- include "reelway.containerSecurity" .context | nindent 16 }}
               env:
                 - name: POD_NAMESPACE

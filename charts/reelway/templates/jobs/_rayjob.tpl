@@ -1,64 +1,86 @@
-{{/* The RayJob of one kind. (dict "context" . "kind" "training") */}}
+{{/* The RayJob of one kind. (dict "context" . "kind" "training"): what a CronJob creates and `reelway submit` starts from. */}}
 {{- define "reelway.rayJob" -}}
 {{- $v := .context.Values -}}
 {{- $job := get $v.jobs .kind -}}
 {{- $labels := include "reelway.labels" (dict "context" .context "component" "jobs") -}}
+{{- $pod := dict "context" .context "job" $job "kind" .kind -}}
 apiVersion: ray.io/v1
 kind: RayJob
 metadata:
-  generateName: {{ include "reelway.fullname" .context | trunc 20 | trimSuffix "-" }}-{{ .kind | trunc 12 }}-
+  generateName: {{ include "reelway.fullname" .context | trunc 20 | trimSuffix "-" }}-{{ .kind | trunc 15 }}-
   labels:
     {{- $labels | nindent 4 }}
     reelway.dev/job: {{ .kind }}
+    reelway.dev/run: {{ base $v.jobs.workPath | quote }}
     {{- with $v.jobs.queue }}
     kueue.x-k8s.io/queue-name: {{ . }}
     {{- end }}
 spec:
-  entrypoint: {{ concat $job.command (list "--run" (printf "/var/lib/reelway/work/%s" $v.jobs.workPath)) | join " " | quote }}
-  # The head itself submits: no further pod, image or port.
-  submissionMode: HTTPMode
+  entrypoint: {{ include "reelway.jobEntrypoint" (dict "context" .context "job" $job "kind" .kind) | quote }}
+  # The submitter's pod has the log, also when the cluster is gone: reading it takes no way to Ray and no token of Ray's.
+  submissionMode: K8sJobMode
+  submitterPodTemplate: {{- include "reelway.submitterPod" $pod | nindent 4 }}
+  # The cluster goes, with its GPUs; the RayJob and its log stay until they are deleted.
   shutdownAfterJobFinishes: true
   ttlSecondsAfterFinished: {{ $v.jobs.ttlSecondsAfterFinished }}
   activeDeadlineSeconds: {{ $job.activeDeadlineSeconds }}
+  preRunningDeadlineSeconds: {{ $v.jobs.startWithinSeconds }}
   backoffLimit: {{ $v.jobs.backoffLimit }}
   rayClusterSpec:
     rayVersion: {{ $v.ray.version | quote }}
     authOptions: {mode: token, secretName: {{ include "reelway.secretName" .context }}}
     headGroupSpec:
-      rayStartParams: {dashboard-host: 0.0.0.0}
-      template: {{- include "reelway.rayJobPod" (dict "context" .context "job" $job "kind" .kind "role" "head") | nindent 8 }}
-    {{- if gt (int $job.workers) 0 }}
+      rayStartParams:
+        dashboard-host: 0.0.0.0
+        {{- if gt (int $job.workers) 0 }}
+        num-cpus: "0"
+        {{- end }}
+      template: {{- include "reelway.rayJobPod" (merge (dict "role" "head") $pod) | nindent 8 }}
     workerGroupSpecs:
       - groupName: workers
         replicas: {{ $job.workers }}
         minReplicas: {{ $job.workers }}
         maxReplicas: {{ $job.workers }}
         rayStartParams: {}
-        template: {{- include "reelway.rayJobPod" (dict "context" .context "job" $job "kind" .kind "role" "worker") | nindent 10 }}
-    {{- end }}
+        template: {{- include "reelway.rayJobPod" (merge (dict "role" "worker") $pod) | nindent 10 }}
+{{- end -}}
+
+{{/* The command line of a kind. */}}
+{{- define "reelway.jobEntrypoint" -}}
+{{- $v := .context.Values -}}
+{{- $workers := int .job.workers -}}
+{{- $gpus := mul (int .job.gpus) (max 1 $workers) -}}
+{{- $words := concat .job.command (list "--run" (printf "/var/lib/reelway/work/%s" $v.jobs.workPath)) -}}
+{{- if eq .kind "training" }}
+{{- if $workers }}{{ $words = concat $words (list "--workers" $workers) }}{{ end -}}
+{{- if $gpus }}{{ $words = concat $words (list "--gpus" $gpus) }}{{ end -}}
+{{- end -}}
+{{- if eq .kind "release" }}
+{{- $words = concat $words (list "--store" (include "reelway.storeUrl" .context)) -}}
+{{- if $v.jobs.signingSecret }}{{ $words = concat $words (list "--key" "/etc/reelway/signing/signing.pem") }}{{ end -}}
+{{- end -}}
+{{- $words | join " " -}}
 {{- end -}}
 
 {{- define "reelway.rayJobPod" -}}
 {{- $v := .context.Values -}}
 {{- $gpus := and .job.gpus (or (eq .role "worker") (eq (int .job.workers) 0)) -}}
+{{- $store := and (eq (include "reelway.storeOnVolume" .context) "true") (include "reelway.storeClaim" .context) -}}
+{{- $work := $v.jobs.workClaim | default (include "reelway.storeClaim" .context) -}}
 metadata:
   labels:
     {{- include "reelway.podLabels" (dict "context" .context "component" "jobs") | nindent 4 }}
     reelway.dev/job: {{ .kind }}
 spec:
-  serviceAccountName: {{ include "reelway.fullname" .context }}-serving
-  automountServiceAccountToken: false
-  enableServiceLinks: false
-  securityContext: {{- include "reelway.podSecurity" .context | nindent 4 }}
-  {{- include "reelway.pullSecrets" .context | nindent 2 }}
-  {{- if $v.priorityClasses.create }}
-  priorityClassName: {{ include "reelway.fullname" .context }}-training
-  {{- end }}
-  {{- include "reelway.placement" (dict "of" .job) | nindent 2 }}
+  {{- include "reelway.jobPodSpec" . | nindent 2 }}
   volumes:
     - {name: tmp, emptyDir: {}}
     - name: work
-      persistentVolumeClaim: {claimName: {{ $v.jobs.workClaim | default (include "reelway.storeClaim" .context) }}}
+      persistentVolumeClaim: {claimName: {{ $work }}}
+    {{- if and $store (ne $store $work) }}
+    - name: store
+      persistentVolumeClaim: {claimName: {{ $store }}}
+    {{- end }}
     {{- if $v.jobs.signingSecret }}
     - {name: signing, secret: {secretName: {{ $v.jobs.signingSecret }}}}
     {{- end }}
@@ -70,6 +92,8 @@ spec:
       env:
         - {name: RAY_USAGE_STATS_ENABLED, value: "0"}
         {{- if eq $v.features.type "redis" }}
+        - name: REELWAY_ONLINE_STORE
+          value: {{ printf "%s://%s:%v" (ternary "rediss" "redis" $v.features.redis.tls) (include "reelway.redisHost" .context) $v.features.redis.port }}
         - name: REDIS_PASSWORD
           valueFrom: {{- include "reelway.secretKey" (dict "context" .context "key" "redis-password") | nindent 12 }}
         {{- end }}
@@ -94,11 +118,60 @@ spec:
       volumeMounts:
         - {name: tmp, mountPath: /tmp}
         - {name: work, mountPath: /var/lib/reelway/work}
+        {{- if $store }}
+        - {name: {{ ternary "work" "store" (eq $store $work) }}, mountPath: /var/lib/reelway/volume}
+        {{- end }}
         {{- if $v.jobs.signingSecret }}
         - {name: signing, mountPath: /etc/reelway/signing, readOnly: true}
         {{- end }}
 {{- end -}}
 
-{{- define "reelway.jobsEnabled" -}}
-{{- if or .Values.jobs.materialisation.enabled .Values.jobs.training.enabled .Values.jobs.evaluation.enabled }}true{{ end -}}
+{{/* Runs `ray job submit` and follows the log; KubeRay fills the command and Ray's token in. */}}
+{{- define "reelway.submitterPod" -}}
+{{- $v := .context.Values -}}
+metadata:
+  labels:
+    {{- include "reelway.podLabels" (dict "context" .context "component" "jobs") | nindent 4 }}
+    reelway.dev/job: {{ .kind }}
+    reelway.dev/role: submitter
+spec:
+  restartPolicy: Never
+  {{- include "reelway.jobPodSpec" . | nindent 2 }}
+  volumes:
+    - {name: tmp, emptyDir: {sizeLimit: 64Mi}}
+  containers:
+    - name: submitter
+      image: {{ include "reelway.image" (dict "context" .context "of" $v.image.training) }}
+      imagePullPolicy: {{ $v.image.pullPolicy }}
+      securityContext: {{- include "reelway.containerSecurity" .context | nindent 8 }}
+      env:
+        - {name: RAY_USAGE_STATS_ENABLED, value: "0"}
+      resources: {{- toYaml $v.jobs.submitter.resources | nindent 8 }}
+      volumeMounts:
+        - {name: tmp, mountPath: /tmp}
+{{- end -}}
+
+{{/* What all pods of a job have. */}}
+{{- define "reelway.jobPodSpec" -}}
+serviceAccountName: {{ include "reelway.fullname" .context }}-serving
+automountServiceAccountToken: false
+enableServiceLinks: false
+securityContext: {{- include "reelway.podSecurity" .context | nindent 2 }}
+{{- include "reelway.pullSecrets" .context }}
+{{- if .context.Values.priorityClasses.create }}
+priorityClassName: {{ include "reelway.fullname" .context }}-training
+{{- end }}
+{{- include "reelway.placement" (dict "of" .job) }}
+{{- end -}}
+
+{{- define "reelway.jobKinds" -}}dataset materialisation training evaluation release{{- end -}}
+
+{{/* Whether a CronJob creates any. */}}
+{{- define "reelway.jobsScheduled" -}}
+{{- range $kind := splitList " " (include "reelway.jobKinds" .) }}{{ if (get $.Values.jobs $kind).enabled }}true{{ end }}{{ end -}}
+{{- end -}}
+
+{{/* Whether there is a volume that the jobs of a run can share: without one there are none. */}}
+{{- define "reelway.jobsPossible" -}}
+{{- if or .Values.jobs.workClaim (eq (include "reelway.storeOnVolume" .) "true") }}true{{ end -}}
 {{- end -}}
