@@ -7,10 +7,12 @@ FROM ${BASE} AS dependencies
 WORKDIR /build
 RUN python3 -m venv /build/pip && python3 -m venv --without-pip /opt/reelway \
     && echo /opt/members > "$(echo /opt/reelway/lib/python3.*/site-packages)/members.pth"
-COPY constraints.txt infra/images/dependencies.py ./
+COPY constraints.txt infra/images/dependencies.py infra/images/without_cuda.py ./
 COPY platform/pyproject.toml platform/
 COPY pipelines/pyproject.toml pipelines/
 ARG MEMBERS="pipelines platform[s3]"
+# `cpu` leaves out what only a GPU would call.
+ARG TORCH=cuda
 ENV PIP_CACHE_DIR=/var/cache/pip PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore
 RUN --mount=type=cache,id=reelway-pip,target=/var/cache/pip \
     --mount=type=secret,id=ca,required=false \
@@ -19,7 +21,11 @@ RUN --mount=type=cache,id=reelway-pip,target=/var/cache/pip \
     && if [ -s /run/secrets/pip ]; then export PIP_CONFIG_FILE=/run/secrets/pip; fi \
     && python3 dependencies.py ${MEMBERS} > requirements.txt \
     && pip/bin/pip install -q -c constraints.txt hatchling \
-    && pip/bin/pip --python /opt/reelway/bin/python install -q -c constraints.txt -r requirements.txt
+    && pip/bin/pip --python /opt/reelway/bin/python install -q -c constraints.txt -r requirements.txt \
+    && if [ "${TORCH}" = cpu ]; then \
+        python3 without_cuda.py "$(echo /opt/reelway/lib/python3.*/site-packages)" \
+        && /opt/reelway/bin/python -c 'import torch; torch.nn.Linear(2, 2)(torch.ones(2)).sum().backward()'; \
+    fi
 
 FROM dependencies AS members
 COPY platform/ platform/
@@ -34,6 +40,6 @@ COPY --from=members /opt/members /opt/members
 COPY feature_repo /opt/reelway/feature_repo
 ENV PATH=/opt/members/bin:/opt/reelway/bin:/usr/local/bin:/usr/bin:/bin \
     PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 HOME=/tmp \
-    RAY_USAGE_STATS_ENABLED=0 FEAST_USAGE=False
+    RAY_USAGE_STATS_ENABLED=0 FEAST_USAGE=False REELWAY_FEATURE_REPO=/opt/reelway/feature_repo
 USER 10001:10001
 WORKDIR /tmp
