@@ -52,7 +52,7 @@ def original(tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
 @pytest.fixture(scope="module")
 def built(original: RunDirectory) -> Path:
     blend = Blend(reranking=RerankingBlend(diversity=0.3))
-    return build_release(original, name="first", key=KEY, blend=blend)[1]
+    return original.release_store / build_release(original, name="first", key=KEY, blend=blend)
 
 
 @pytest.fixture
@@ -214,6 +214,19 @@ def test_the_commands_build_once_skip_what_is_done_verify_against_the_features_a
     rebuilt = reelway("build", "--run", run.path, "--name", "by-hand")
     assert "skipped" not in rebuilt.stderr
     assert (run.release_store / rebuilt.stdout.strip() / files.MANIFEST_FILE).exists()
+
+
+def test_a_release_goes_into_the_store_that_is_named_and_again_when_it_is_no_longer_there(
+    run: RunDirectory, tmp_path: Path
+) -> None:
+    store = tmp_path / "shared" / "releases"
+    first = reelway("build", "--run", run.path, "--store", f"file://{store}")
+    assert first.exit_code == 0, first.exception
+    assert (store / first.stdout.strip() / files.MANIFEST_FILE).exists()
+    assert not run.release_store.exists()
+    assert "skipped" in reelway("build", "--run", run.path, "--store", f"file://{store}").stderr
+    shutil.rmtree(store)
+    assert "skipped" not in reelway("build", "--run", run.path, "--store", f"file://{store}").stderr
 
 
 def test_a_parent_that_is_not_in_the_store_is_refused_before_anything_is_built(run: RunDirectory) -> None:

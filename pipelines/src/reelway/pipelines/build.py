@@ -84,17 +84,19 @@ def build_release(
     *,
     name: str,
     key: Ed25519PrivateKey,
+    store: ReleaseStore | None = None,
     parent: str | None = None,
     blend: Blend | None = None,
     index: str = parts.AUTO_INDEX,
     waivers: Sequence[Waiver] = (),
     report: Report = _silent,
-) -> tuple[ReleaseId, Path]:
+) -> ReleaseId:
     """Build, sign, verify and store a release of a run that was trained and evaluated.
 
     Args:
         name: for people; the id is the digest of the manifest.
         key: signs it.
+        store: where it goes; the run's own when absent.
         parent: id of the release this one is meant to replace.
         blend: ``blend.yaml``; the defaults when absent.
         index: FAISS factory string, or ``auto`` (by the number of videos).
@@ -102,7 +104,7 @@ def build_release(
         report: told what is being done.
 
     Returns:
-        its id, and its folder in the run's release store.
+        its id.
 
     Raises:
         GateFailedError: naming every gate that failed and is not waived; nothing is written.
@@ -115,7 +117,7 @@ def build_release(
 
     models = load_models(run.models)
     services = feature_services(run.features)
-    store = ReleaseStore(str(run.release_store.absolute()))
+    store = store or ReleaseStore(str(run.release_store.absolute()))
     with release_aside(run.path) as folder:
         facts = _write_parts(folder, run, models, blend or Blend(), index, report)
         manifest = Manifest(
@@ -140,8 +142,7 @@ def build_release(
             },
         )
         report("verifying")
-        release_id = seal(folder, manifest, key, store)
-    return release_id, run.release_store / release_id
+        return seal(folder, manifest, key, store)
 
 
 def seal(folder: Path, manifest: Manifest, key: Ed25519PrivateKey, store: ReleaseStore) -> ReleaseId:

@@ -12,7 +12,7 @@ from reelway.pipelines.commands.rehearse import rehearse
 from reelway.platform.cli.release import RUN, release_group
 from reelway.platform.cli.terminal import console, say
 from reelway.platform.contracts.manifest import Waiver
-from reelway.platform.errors import ConfigError
+from reelway.platform.errors import ConfigError, ReleaseNotFoundError
 from reelway.platform.release.signing import PRIVATE_NAME, create_keys, fingerprint, load_private_key
 from reelway.platform.release.store import ReleaseStore
 from reelway.platform.runs import RunDirectory
@@ -37,6 +37,9 @@ def build(
         None, help="YAML with quotas, value weights and slate rules; the defaults when absent."
     ),
     index: str = typer.Option("auto", help="FAISS factory string, e.g. 'IVF1024,Flat' or 'HNSW32'; auto by size."),
+    store: str | None = typer.Option(
+        None, help="Release store as a URL (file://, s3://, gs://) to put it into; the run's when absent."
+    ),
     parent: str | None = typer.Option(None, help="The release this one is meant to replace (id or its beginning)."),
     waive: list[str] = typer.Option([], help="GATE=REASON: build although this gate failed, on your name. Repeatable."),
     waived_by: str | None = typer.Option(None, help="Who waives; the user who is logged in when absent."),
@@ -45,7 +48,7 @@ def build(
     """Build a signed release from the run's trained and evaluated models.
 
     Exports both models to ONNX and compares them with torch, gathers the video table, index, popularity lists and
-    neighbours, signs the manifest, verifies the whole and puts it into the run's release store. A run whose
+    neighbours, signs the manifest, verifies the whole and puts it into the release store. A run whose
     evaluation failed a gate is refused, with exit code 6 and every failed gate by name. A gate that failed can be
     waived: the reason and the name are signed with the release, and everybody who verifies it is told.
 
@@ -61,11 +64,11 @@ def build(
     from reelway.platform.contracts.blend import Blend
 
     directory = RunDirectory(run)
-    store = ReleaseStore(str(directory.release_store.absolute()))
+    place = ReleaseStore(store or str(directory.release_store.absolute()))
     directory.record("evaluate")
     signer = load_private_key(key or own_key(directory))
     blended = read_blend(blend) if blend else Blend()
-    replaced = store.resolve(parent) if parent else None
+    replaced = place.resolve(parent) if parent else None
     called = name or directory.path.absolute().name
     waivers = [waiver_from(text, waived_by) for text in waive]
     config: dict[str, Any] = {
@@ -77,23 +80,24 @@ def build(
     }
     if waivers:
         config["waivers"] = [waiver.model_dump() for waiver in waivers]
-    with directory.step(STEP, config=config, after=("evaluate",), outputs=_outputs(directory), force=force) as step:
+    with directory.step(STEP, config=config, after=("evaluate",), force=force or not _built(directory, place)) as step:
         if step.done:
             say("release: already done with the same inputs, skipped (use --force to redo)")
         else:
             with console.status("release") as status:
-                release_id, folder = build_release(
+                release_id = build_release(
                     directory,
                     name=called,
                     key=signer,
+                    store=place,
                     parent=replaced,
                     blend=blended,
                     index=index,
                     waivers=waivers,
                     report=lambda what: status.update(f"release: {what}"),
                 )
-            step.summary |= {"release_id": release_id, "folder": str(folder)}
-        say(f"release {step.summary['release_id'][:12]} is in {directory.release_store}")
+            step.summary |= {"release_id": release_id, "store": place.url}
+        say(f"release {step.summary['release_id'][:12]} is in {place.url}")
         typer.echo(step.summary["release_id"])
 
 
@@ -117,8 +121,12 @@ def own_key(directory: RunDirectory) -> Path:
     return path
 
 
-def _outputs(directory: RunDirectory) -> tuple[Path, ...]:
-    """What the last build left, so that a release removed from the store is built again."""
+def _built(directory: RunDirectory, store: ReleaseStore) -> bool:
+    """Whether the store still has the last build; a release removed from it is built again."""
     if not directory.record_path(STEP).exists():
-        return (directory.release_store,)
-    return (directory.release_store / directory.record(STEP)["summary"].get("release_id", "none") / "manifest.json",)
+        return False
+    try:
+        store.resolve(directory.record(STEP)["summary"].get("release_id", "none"))
+    except ReleaseNotFoundError:
+        return False
+    return True

@@ -18,10 +18,21 @@ if TYPE_CHECKING:
 
 Run = Annotated[Path, typer.Option("--run", help="Run directory.", show_default=True)]
 Cpus = Annotated[int, typer.Option("--cpus", min=1, help="CPUs of the local Ray runtime.")]
-Address = Annotated[str, typer.Option("--ray-address", help="'local', or a cluster: 'auto', 'ray://host:10001'.")]
+Address = Annotated[
+    str,
+    typer.Option("--ray-address", help="'local', or a cluster: 'auto', 'ray://host:10001'.", envvar="RAY_ADDRESS"),
+]
 Online = Annotated[
     str | None,
     typer.Option("--online-store", help="'sqlite' or 'redis://host:port'.", envvar="REELWAY_ONLINE_STORE"),
+]
+Registry = Annotated[
+    str | None,
+    typer.Option(
+        "--publish-registry",
+        help="Path or URL at which services read Feast's registry; a copy is put there.",
+        envvar="REELWAY_FEATURE_REGISTRY",
+    ),
 ]
 Force = Annotated[bool, typer.Option("--force", help="Do it again although nothing changed.")]
 DEFAULT_RUN = Path("runs/default")
@@ -51,12 +62,14 @@ def all_of_it(
     cpus: Cpus = 2,
     ray_address: Address = "local",
     online_store: Online = None,
+    publish_registry: Registry = None,
     force: Force = False,
 ) -> None:
     """Build, then materialise."""
     if context.invoked_subcommand is None:
         _build(RunDirectory(run), cpus, ray_address, online_store, force)
         _materialise(RunDirectory(run), None, force)
+        _publish(RunDirectory(run), publish_registry)
 
 
 def build(
@@ -75,10 +88,12 @@ def materialise(
     at: Annotated[
         str | None, typer.Option("--at", help="Moment (ISO 8601, UTC unless it says); by default the data's end.")
     ] = None,
+    publish_registry: Registry = None,
     force: Force = False,
 ) -> None:
     """Fill the online store with every viewer's row as of one moment."""
     _materialise(RunDirectory(run), at, force)
+    _publish(RunDirectory(run), publish_registry)
 
 
 def parity(
@@ -187,6 +202,14 @@ def _materialise(run: RunDirectory, at: str | None, force: bool) -> None:
             viewers = materialise(run.features, at_s, lambda done, total: bar.update(task, completed=done, total=total))
         step.summary.update(viewers=viewers, at_s=at_s)
         say(f"materialise: {viewers} viewers in the online store")
+
+
+def _publish(run: RunDirectory, url: str | None) -> None:
+    if url:
+        from reelway.pipelines.features.registry import publish_registry
+
+        publish_registry(run.features, url)
+        say(f"features: registry is at {url}")
 
 
 def _moment_s(text: str) -> float:

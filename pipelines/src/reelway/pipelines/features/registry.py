@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import shutil
 import sys
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from reelway.platform.errors import ConfigError
+from reelway.platform.durable import whole_file
+from reelway.platform.errors import ConfigError, StorageError
 from reelway.platform.features.store import open_feature_store, write_store_config
 
 if TYPE_CHECKING:
     from feast import FeatureStore
 
 REPO_VARIABLE: Final = "REELWAY_FEATURE_REPO"
+PUBLISHED_VARIABLE: Final = "REELWAY_FEATURE_REGISTRY"
 DIR_VARIABLE: Final = "REELWAY_FEATURES_DIR"
+REGISTRY_FILE: Final = "registry.db"
 _MODULE: Final = "reelway_feature_definitions"
 
 
@@ -36,6 +40,29 @@ def feature_repo_path() -> Path:
     raise ConfigError(
         f"no feature_repo/definitions.py in {candidates[0]}; set {REPO_VARIABLE} to the folder that has it"
     )
+
+
+def publish_registry(features_dir: Path, url: str) -> None:
+    """Copy a run's registry to where services read it: a path or an fsspec URL. Readers see the old one or the new one.
+
+    Raises:
+        StorageError: it cannot be written there.
+    """
+    import fsspec
+
+    target = Path(url.removeprefix("file://"))
+    try:
+        if "://" in url and not url.startswith("file://"):
+            with fsspec.open(url, "wb") as handle:  # object stores show nothing before it is whole
+                handle.write((features_dir / REGISTRY_FILE).read_bytes())
+            return
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with whole_file(target) as aside:
+            shutil.copyfile(features_dir / REGISTRY_FILE, aside)
+    except (OSError, ImportError) as error:
+        raise StorageError(
+            f"Feast's registry cannot be written to {url}: {error}; set {PUBLISHED_VARIABLE} to a place that can be"
+        ) from error
 
 
 def load_definitions(features_dir: Path) -> list[Any]:

@@ -26,27 +26,33 @@ if TYPE_CHECKING:
 PROJECT: Final = "reelway"
 CONFIG_FILE: Final = "feature_store.yaml"
 ONLINE_STORE_VARIABLE: Final = "REELWAY_ONLINE_STORE"
-"""``sqlite`` (default) or ``redis://host:port[/db]``, read when a run's ``feature_store.yaml`` is written."""
+"""``sqlite`` (default) or ``redis[s]://host:port[/db]``, read when a run's ``feature_store.yaml`` is written."""
+PASSWORD_VARIABLE: Final = "REDIS_PASSWORD"
+"""Of the online store. Feast fills it in when it opens the store: no file has the password itself."""
 
 
 def online_store_config(address: str) -> dict[str, Any]:
-    """Feast's ``online_store`` section for ``sqlite`` or a ``redis://`` address.
+    """Feast's ``online_store`` section for ``sqlite``, or a ``redis://`` or (with TLS) ``rediss://`` address.
 
     Raises:
         ConfigError: another scheme.
     """
     if address == "sqlite":
         return {"type": "sqlite", "path": "online.db"}
-    if address.startswith("redis://") and (place := address.removeprefix("redis://").rstrip("/")):
+    scheme, _, place = address.partition("://")
+    if scheme in ("redis", "rediss") and (place := place.rstrip("/")):
         host, _, database = place.partition("/")
         # A viewer's row is worth half a second at most: the next rung of the ladder answers without it. redis-py's own
         # three retries with growing pauses would hold a request for eight seconds.
         connection = f"{host},db={database or 0},socket_timeout=0.5,socket_connect_timeout=0.5,retry=null"
+        connection += ",ssl=true" * (scheme == "rediss")
+        connection += f",password=${{{PASSWORD_VARIABLE}}}" * (PASSWORD_VARIABLE in os.environ)
         # skip_dedup: a materialisation writes whole rows as of one time, so the last one written is right; with
         # Feast's check a corrected row of the same time would be dropped.
         return {"type": "redis", "connection_string": connection, "skip_dedup": True}
     raise ConfigError(
-        f"online store {address!r}: expected 'sqlite' or 'redis://host:port'; set {ONLINE_STORE_VARIABLE}"
+        f"online store {address!r}: expected 'sqlite', 'redis://host:port' or 'rediss://host:port'; set "
+        f"{ONLINE_STORE_VARIABLE}"
     )
 
 
