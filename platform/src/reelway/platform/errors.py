@@ -22,7 +22,8 @@
     │   └── KubernetesError                   the API server cannot be reached, or refuses
     ├── ServingError                 exit 8   the graph cannot start or answer
     │   └── TokenError                        an impression token that this service did not sign
-    └── RolloutError                 exit 9   a rollout cannot start or be changed as asked
+    ├── RolloutError                 exit 9   a rollout cannot start or be changed as asked
+    └── JobError                     exit 13  a job on a cluster never began, or did not end by itself
 
 A message says what, the value seen, what was expected and what to do. The CLI prints the message without a
 traceback and exits with the code; anything not in this tree is a bug and keeps its traceback.
@@ -132,3 +133,7 @@ class TokenError(ServingError):
 
 class RolloutError(ReelwayError):
     exit_code = 9
+
+
+class JobError(ReelwayError):
+    exit_code = 13

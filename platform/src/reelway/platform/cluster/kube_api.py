@@ -98,6 +98,10 @@ class KubeApi:
         except AbsentError:
             return
 
+    def read_text(self, path: str) -> str:
+        """What is no document: a log. Raises AbsentError: there is none."""
+        return self._answer("GET", path, accept="*/*")
+
     def connection(self) -> Mapping[str, Any]:
         """How to reach the server, for a client of another kind: host, ca, certificate, key, token."""
         settings = self._configuration
@@ -117,6 +121,18 @@ class KubeApi:
         accept: str = _JSON,
         content: str = _JSON,
     ) -> Document:
+        loaded: Document = json.loads(self._answer(method, path, body, accept=accept, content=content))
+        return loaded
+
+    def _answer(
+        self,
+        method: Literal["GET", "POST", "PUT", "PATCH", "DELETE"],
+        path: str,
+        body: Mapping[str, Any] | None = None,
+        *,
+        accept: str = _JSON,
+        content: str = _JSON,
+    ) -> str:
         what = f"{method} {path} in namespace {self.namespace}"
         try:
             answer = self._client.call_api(
@@ -130,8 +146,7 @@ class KubeApi:
             ) from error
         if not 200 <= answer.status < 300:
             raise _refusal(what, answer.status, text)
-        loaded: Document = json.loads(text)
-        return loaded
+        return text.decode(errors="replace") if isinstance(text, bytes) else str(text)
 
     def _headers(self, accept: str, content: str) -> dict[str, str]:
         headers = {"Accept": accept, "Content-Type": content, "User-Agent": "reelway"}

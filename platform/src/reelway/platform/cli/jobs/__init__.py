@@ -1,0 +1,1 @@
+"""`reelway submit` and `reelway jobs`: work on a cluster, from a laptop."""

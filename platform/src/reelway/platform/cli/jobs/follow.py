@@ -1,0 +1,195 @@
+"""Why: whoever submits a job wants to see what it says, why it does not start, and an exit code that a script can use.
+
+======  ========================================================================================================
+code    meaning
+======  ========================================================================================================
+0       the job succeeded (or was submitted, with ``--detach``)
+1 - 12  the command's own, as on a laptop: 2 usage, 3 data, 4 features, 5 training, 6 release refused, ...
+2       also: no kubeconfig, no Reelway or KubeRay in the namespace, a wrong flag
+7       also: the API server cannot be reached, or refuses
+13      the command did not end by itself: it never began, its time was over, its pods were lost, or it was stopped
+130     Ctrl-C; whether the job goes on is said
+other   a signal ended the command: 128 and its number (137: killed, most often for its memory)
+======  ========================================================================================================
+
+Refuses to decide for anybody: the first Ctrl-C asks whether to stop the job, the second one leaves it running, and
+where nobody can be asked it runs on.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Final
+
+from rich.markup import escape
+
+from reelway.platform.cli.terminal import console, say
+from reelway.platform.errors import CommandFailedError, JobError, KubernetesError
+
+if TYPE_CHECKING:
+    from reelway.platform.cluster.ray_job import RayJobs
+    from reelway.platform.cluster.ray_job_status import Job, Trouble
+
+POLL_S: Final = 1.0
+LATE_S: Final = 20.0
+"""A log may end so long after its job's state says that it did."""
+SILENT_S: Final = 60.0
+"""An API server that is away for longer is told of as an error."""
+LAST_LINES: Final = 20
+_OF_RAYS_CLIENT: Final = re.compile(r"\d{4}-\d\d-\d\d [\d:,]+\t(INFO|SUCC|WARN|ERR) (cli|sdk)\.py:\d+ -- ")
+INTERRUPTED: Final = 130
+
+
+def follow(jobs: RayJobs, name: str, *, poll_s: float = POLL_S) -> Job:
+    """Show what a job says until it has ended, and give it as it is then, with the release that it built.
+
+    Raises:
+        ConfigError: there is no such job any more.
+        KubernetesError: the server was away for a minute.
+        JobError: the job cannot start before somebody changes something.
+    """
+    watched = _Watched(jobs, name)
+    while not watched.look():
+        time.sleep(poll_s)
+    late_s = time.monotonic() + LATE_S
+    while not watched.rest() and time.monotonic() < late_s:
+        time.sleep(poll_s)
+    return watched.job
+
+
+def raise_if_bad(job: Job) -> None:
+    """Nothing for a job that succeeded.
+
+    Raises:
+        CommandFailedError: with the command's own exit code.
+        JobError: the command did not end by itself.
+    """
+    from reelway.platform.cluster.ray_job_status import JobState
+
+    if job.state is JobState.SUCCEEDED:
+        return
+    if job.exit_code:
+        raise CommandFailedError([job.command], job.exit_code)
+    if job.state is JobState.STOPPED:
+        raise JobError(f"job {job.name} was stopped")
+    why = ": ".join(part for part in (job.reason, job.message.strip()) if part) or "KubeRay does not say why"
+    raise JobError(f"job {job.name} {'never began' if job.never_began else 'was ended'}: {why}")
+
+
+def follow_or_ask(jobs: RayJobs, name: str) -> Job | None:
+    """``follow``; at Ctrl-C ask whether to stop the job, and give None: what becomes of it was said."""
+    try:
+        return follow(jobs, name)
+    except KeyboardInterrupt:
+        try:
+            _ask_to_stop(jobs, name)
+        except KeyboardInterrupt:
+            say("")
+            _say_it_goes_on(jobs, name)
+        return None
+
+
+class _Watched:
+    """What was seen of a job, so that only news are shown."""
+
+    def __init__(self, jobs: RayJobs, name: str) -> None:
+        from reelway.platform.cluster.ray_job import LogPlace
+
+        self._jobs = jobs
+        self._place = LogPlace()
+        self._said: set[str] = set()
+        self._tail: list[str] = []
+        self._away_since: float | None = None
+        self._whole = False
+        self.job: Job = jobs.get(name)
+        self._say_state()
+
+    def look(self) -> bool:
+        """Whether it has ended."""
+        self._patiently(self._look)
+        return self.job.state.ended
+
+    def rest(self) -> bool:
+        """Read what the log has left; whether that was all."""
+        self._whole = False
+        self._patiently(self._rest)
+        return self._whole
+
+    def _rest(self) -> None:
+        whole = self._jobs.log_is_whole(self.job)
+        self._read_log()
+        self._whole = whole
+
+    def _look(self) -> None:
+        from reelway.platform.cluster.ray_job_status import JobState
+
+        before, self.job = self.job, replace(self._jobs.get(self.job.name), release=self.job.release)
+        if before.state is not self.job.state:
+            self._say_state()
+        if self.job.state is JobState.STARTING:
+            self._say_troubles(self._jobs.troubles(self.job))
+        self._read_log()
+
+    def _read_log(self) -> None:
+        from reelway.platform.cluster.ray_job_status import release_id_in
+
+        lines, place = self._jobs.new_lines(self.job, self._place)
+        if self._place.pod and place.pod != self._place.pod:
+            say(f"the log goes on in {place.pod}")
+        self._place = place
+        shown = [line for line in lines if not _OF_RAYS_CLIENT.match(line)]
+        for line in shown:
+            console.print(line, markup=False, highlight=False, soft_wrap=True)
+        self._tail = [*self._tail, *shown][-LAST_LINES:]
+        if self.job.kind == "release":
+            self.job = replace(self.job, release=release_id_in(self._tail))
+
+    def _say_state(self) -> None:
+        job = self.job
+        tried = f" (try {job.tries + 1})" if job.tries and not job.state.ended else ""
+        say(f"job {job.name}: [bold]{job.state.value}[/]{tried}")
+
+    def _say_troubles(self, troubles: Sequence[Trouble]) -> None:
+        for trouble in troubles:
+            if trouble.hopeless:
+                raise JobError(
+                    f"job {self.job.name} cannot start: {trouble.what}; mend that, or "
+                    f"`reelway jobs delete {self.job.name}`"
+                )
+            if trouble.what not in self._said:
+                self._said.add(trouble.what)
+                say(f"[yellow]waiting:[/] {escape(trouble.what)}")
+
+    def _patiently(self, ask: Callable[[], object]) -> None:
+        """An API server that is away for a moment is no reason to end."""
+        try:
+            ask()
+        except KubernetesError as error:
+            now = time.monotonic()
+            if self._away_since is None:
+                self._away_since = now
+                say(f"[yellow]waiting:[/] {escape(str(error))}")
+            if now - self._away_since > SILENT_S:
+                raise
+            return
+        self._away_since = None
+
+
+def _ask_to_stop(jobs: RayJobs, name: str) -> None:
+    if not sys.stdin.isatty():
+        _say_it_goes_on(jobs, name)
+        return
+    answer = input(f"\nStop job {name}? Its files stay. [y/N, Ctrl-C: no] ")
+    if answer.strip().lower() in ("y", "yes"):
+        jobs.stop(name)
+        say(f"job {name} is being stopped")
+    else:
+        _say_it_goes_on(jobs, name)
+
+
+def _say_it_goes_on(jobs: RayJobs, name: str) -> None:
+    say(f"job {name} goes on; come back with `reelway jobs follow {name} -n {jobs.namespace}`")
