@@ -163,6 +163,17 @@ def test_every_panel_asks_for_a_metric_that_somebody_counts() -> None:
                     )
 
 
+def test_every_panel_can_be_held_to_one_namespace() -> None:
+    for path in sorted((CHART / "files" / "dashboards").glob("*.json")):
+        board = json.loads(path.read_text())
+        assert "namespace" in [variable["name"] for variable in board["templating"]["list"]]
+        for panel in board["panels"]:
+            for target in panel["targets"]:
+                selectors = re.findall(r"\breelway[_:][a-z_:]+(\{[^}]*\})?", target["expr"])
+                assert selectors
+                assert all('namespace=~"$namespace"' in one for one in selectors), target["expr"]
+
+
 def metrics(expression: str) -> set[str]:
     """Names of the time series in an expression, without what a histogram puts after them."""
     names = re.findall(r"reelway_[a-z_]+", expression)

@@ -73,6 +73,7 @@ def webhook_application(
             return _answer(503, "not_stored", f"the alerts could not be stored: {error}")
         if changed:
             wake()
+            log.info("alerts delivered: %d, %d name a release", len(payload.alerts), len(news))
         metrics.webhooks.labels("stored" if changed else "known").inc()
         return JSONResponse({"alerts": len(payload.alerts), "with_release": len(news), "changed": changed})
 
