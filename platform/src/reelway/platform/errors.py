@@ -21,6 +21,7 @@
     ├── StorageError                 exit 7   disk full, no permission, store unreachable
     │   └── KubernetesError                   the API server cannot be reached, or refuses
     ├── ServingError                 exit 8   the graph cannot start or answer
+    │   ├── OverloadedError                   more requests at once than can be answered in time
     │   └── TokenError                        an impression token that this service did not sign
     ├── RolloutError                 exit 9   a rollout cannot start or be changed as asked
     └── JobError                     exit 13  a job on a cluster never began, or did not end by itself
@@ -125,6 +126,10 @@ class KubernetesError(StorageError):
 
 class ServingError(ReelwayError):
     exit_code = 8
+
+
+class OverloadedError(ServingError):
+    """More requests at once than can be answered in time; the one that got this was not begun."""
 
 
 class TokenError(ServingError):

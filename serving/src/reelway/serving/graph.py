@@ -10,6 +10,9 @@
 A stage that fails or is late costs its own part of the answer, never the answer: the next rung is taken, listed in
 ``degraded`` and counted. The stages are awaited, so that the same lines run in one process and over Ray Serve.
 
+Where the path is worked on is its ``Place``: here, unless the release brings one of its own. A place that is late is as
+good as stages that are all gone.
+
 On the arm ``holdout`` no stage is asked: it shows the popular list, which is what models have to be worth more than.
 A mirrored request (arm ``shadow``) goes the same way and ends before anything is shown: no token, no impression.
 """
@@ -18,14 +21,14 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Awaitable, Coroutine, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Protocol, TypeVar
 
 import numpy as np
 from prometheus_client import CollectorRegistry
 
-from reelway.platform.contracts.api import RecommendRequest, RecommendResponse, Rung
+from reelway.platform.contracts.api import RecommendedVideo, RecommendRequest, RecommendResponse, Rung
 from reelway.platform.contracts.events import Arm
 from reelway.platform.tokens import TokenSigner
 from reelway.serving.metrics import SHORT, IngressMetrics, timed
@@ -60,6 +63,23 @@ class Stages(Protocol):
     async def rerank(self, query: ViewerQuery, candidates: Candidates, value: F32, count: int) -> Slate: ...
 
 
+class Place(Protocol):
+    """Where a release's path is worked on."""
+
+    async def __call__(self, work: Callable[[], Coroutine[Any, Any, T]]) -> T:
+        """What the work gives.
+
+        Raises:
+            TimeoutError: it took too long; nobody waits for it any more.
+        """
+        ...
+
+
+async def here(work: Callable[[], Coroutine[Any, Any, T]]) -> T:
+    """The place of stages that are elsewhere: there is nothing to work on but the ends of the path."""
+    return await work()
+
+
 @dataclass(frozen=True)
 class ReleaseEdge:
     """What a router holds of a release itself: enough for the ends of the path and for its last rung."""
@@ -80,6 +100,16 @@ class Answered:
     slices: list[int]
 
 
+@dataclass(frozen=True, slots=True)
+class _Made:
+    """An answer in the making."""
+
+    slate: Slate
+    slices: list[int]
+    videos: list[RecommendedVideo]
+    degraded: list[Rung]
+
+
 class RequestPath:
     """The path of one release for one side of the rollout."""
 
@@ -91,7 +121,9 @@ class RequestPath:
         metrics: IngressMetrics,
         side: RolloutSide = EVERYBODY,
         sample: ParitySample | None = None,
+        place: Place = here,
     ) -> None:
+        self._place = place
         self._edge = edge
         self._stages = stages
         self._signer = signer
@@ -114,17 +146,15 @@ class RequestPath:
             now_s: Unix seconds of the request.
             shown_at_s: Unix seconds by the clock, where the request says what time it is.
         """
-        edge, degraded, request_id = self._edge, list[Rung](), new_id()
+        edge, request_id = self._edge, new_id()
+
+        async def make(stages: Stages | None) -> _Made:
+            return await self._made(stages, request, viewer_row, now_s, shown_at_s, request_id)
+
         with timed(self._metrics.latency.labels(*self._labels)):
-            query = self._query(request, viewer_row, now_s, request_id, degraded)
-            slate = await self._slate(query, request.count, degraded)
-            showing = Showing(
-                request_id, request.viewer_id, edge.release_id, self._side, query.region, now_s,
-                now_s if shown_at_s is None else shown_at_s, viewer_row is not None and is_cold(viewer_row),
-            )  # fmt: skip
-            slices = slices_of(slate.rows, showing, edge.table)
-            videos = shown_videos(slate, slices, showing, edge.table, edge.lists, self._signer)
-        self._count(slate, degraded)
+            made = await self._in_its_place(make)
+        slate = made.slate
+        self._count(slate, made.degraded)
         self._count_sources(slate)
         if self._sample and viewer_row is not None:
             self._sample.offer(
@@ -142,10 +172,10 @@ class RequestPath:
             viewer_id=request.viewer_id,
             release=edge.release_id,
             arm=self._side.arm,
-            degraded=degraded,
-            videos=videos,
+            degraded=made.degraded,
+            videos=made.videos,
         )
-        return Answered(response, slate, [video.video_id for video in videos], slices)
+        return Answered(response, slate, [video.video_id for video in made.videos], made.slices)
 
     async def mirror(
         self, request: RecommendRequest, viewer_row: Mapping[str, Any] | None, now_s: float, seed: int
@@ -155,10 +185,14 @@ class RequestPath:
         Args:
             seed: of the answer that it will be compared with.
         """
-        degraded: list[Rung] = []
-        with timed(self._metrics.latency.labels(*self._labels)):
+
+        async def make(stages: Stages | None) -> tuple[Slate, list[Rung]]:
+            degraded: list[Rung] = []
             query = self._query(request, viewer_row, now_s, seed, degraded)
-            slate = await self._slate(query, request.count, degraded)
+            return await self._slate(stages, query, request.count, degraded), degraded
+
+        with timed(self._metrics.latency.labels(*self._labels)):
+            slate, degraded = await self._in_its_place(make)
         self._count(slate, degraded)
         return self._edge.table.video_id[slate.rows].tolist(), slate.score
 
@@ -166,10 +200,39 @@ class RequestPath:
         """Add a request that got no slate at all."""
         self._metrics.requests.labels(*self._labels, "failed").inc()
 
-    async def _slate(self, query: ViewerQuery, count: int, degraded: list[Rung]) -> Slate:
+    async def _in_its_place(self, make: Callable[[Stages | None], Coroutine[Any, Any, T]]) -> T:
+        try:
+            return await self._place(lambda: make(self._stages))
+        except TimeoutError:
+            return await make(None)
+
+    async def _made(
+        self,
+        stages: Stages | None,
+        request: RecommendRequest,
+        viewer_row: Mapping[str, Any] | None,
+        now_s: float,
+        shown_at_s: float | None,
+        request_id: int,
+    ) -> _Made:
+        edge, degraded = self._edge, list[Rung]()
+        query = self._query(request, viewer_row, now_s, request_id, degraded)
+        slate = await self._slate(stages, query, request.count, degraded)
+        showing = Showing(
+            request_id, request.viewer_id, edge.release_id, self._side, query.region, now_s,
+            now_s if shown_at_s is None else shown_at_s, viewer_row is not None and is_cold(viewer_row),
+        )  # fmt: skip
+        slices = slices_of(slate.rows, showing, edge.table)
+        videos = shown_videos(slate, slices, showing, edge.table, edge.lists, self._signer)
+        return _Made(slate, slices, videos, degraded)
+
+    async def _slate(self, stages: Stages | None, query: ViewerQuery, count: int, degraded: list[Rung]) -> Slate:
         if self._side.arm is Arm.HOLDOUT:
             return self._edge.lists.candidates(query).first(count)
-        stages = self._stages
+        if stages is None:
+            for rung in ("no_retrieval", "no_reranker"):
+                self._fault(rung, TimeoutError("the whole path is late"), degraded)
+            return self._edge.lists.candidates(query).first(count)
         value: F32 | None = None
         candidates = await self._or_next_rung("no_retrieval", stages.retrieve(query), degraded)
         if candidates is None:

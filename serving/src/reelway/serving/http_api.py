@@ -1,14 +1,14 @@
 """The HTTP face of the service: routes, validation errors and schema. It knows neither Ray nor how a slate is made.
 
 A wrong request is answered 422 with every field that is wrong. A fault inside is answered with a slate from a lower
-rung; only when not even that is possible is it 503, never 500.
+rung; only when not even that is possible is it 503, never 500. More than can be answered in time is sent away with 429.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Awaitable, Callable
-from typing import Any, NamedTuple, Protocol, cast
+from typing import Any, Final, NamedTuple, Protocol, cast
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
@@ -18,6 +18,7 @@ from pydantic import BaseModel
 
 from reelway.platform.contracts.api import ErrorResponse, FieldError, RecommendRequest, RecommendResponse
 from reelway.platform.contracts.events import Arm
+from reelway.platform.errors import OverloadedError
 from reelway.platform.rollout.traffic.routing import Routing
 
 log = logging.getLogger(__name__)
@@ -73,6 +74,13 @@ class Service(Protocol):
     def count_refused(self) -> None: ...
 
 
+RESPONSES: Final[dict[int | str, dict[str, Any]]] = {
+    200: {"model": RecommendResponse},
+    422: {"model": ErrorResponse},
+    429: {"model": ErrorResponse, "description": "Too many requests are under way; see Retry-After."},
+}
+
+
 def build_http_api(service: Service) -> FastAPI:
     """The ASGI application."""
     api = FastAPI(
@@ -82,7 +90,7 @@ def build_http_api(service: Service) -> FastAPI:
     )
 
     # The answer is already valid, so it is written as it is; the models below are what /openapi.json says of it.
-    @api.post("/v1/recommend", responses={200: {"model": RecommendResponse}, 422: {"model": ErrorResponse}})
+    @api.post("/v1/recommend", responses=RESPONSES)
     async def recommend(request: RecommendRequest) -> Response:
         """An ordered slate for one viewer, known or unknown."""
         answer = await service.recommend(request)
@@ -111,6 +119,11 @@ def build_http_api(service: Service) -> FastAPI:
         named = ", ".join(dict.fromkeys(field.field for field in fields))
         body = ErrorResponse(error=f"the request is invalid; correct {named}", fields=fields)
         return JSONResponse(body.model_dump(mode="json"), status_code=422)
+
+    @api.exception_handler(OverloadedError)
+    async def come_back(_: Request, error: OverloadedError) -> Response:
+        body = ErrorResponse(error=str(error))
+        return JSONResponse(body.model_dump(mode="json"), status_code=429, headers={"Retry-After": "1"})
 
     @api.exception_handler(Exception)
     async def unavailable(_: Request, error: Exception) -> Response:

@@ -140,6 +140,10 @@ class IngressMetrics:
         both = ["release", "arm"]
         self.requests = counter(series.REQUESTS, "Requests by how they ended.", [*both, "outcome"], registry)
         self.refused = counter("reelway_ingress_refused_total", "Invalid requests, answered 422.", [], registry)
+        self.shed = counter(
+            "reelway_ingress_shed_total", "Requests sent away, answered 429, because too many were under way.", both,
+            registry,
+        )  # fmt: skip
         self.latency = histogram(series.LATENCY, "From a valid request to its answer.", both, registry)
         self.stage_latency = histogram(
             "reelway_ingress_stage_latency_seconds", "A stage as the router sees it, hop included.",

@@ -10,7 +10,7 @@ import logging
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
-from reelway.serving.graph import ReleaseEdge, Stages
+from reelway.serving.graph import Place, ReleaseEdge, Stages, here
 
 log = logging.getLogger(__name__)
 
@@ -20,15 +20,28 @@ class OpenRelease:
 
     Args:
         close: gives up what the stages hold; called once, after the release was dropped and its last request ended.
+        place: where its path is worked on.
     """
 
-    def __init__(self, edge: ReleaseEdge, stages: Stages, close: Callable[[], Awaitable[None]] | None = None) -> None:
+    def __init__(
+        self,
+        edge: ReleaseEdge,
+        stages: Stages,
+        close: Callable[[], Awaitable[None]] | None = None,
+        place: Place = here,
+    ) -> None:
         self.edge = edge
         self.stages = stages
+        self.place = place
         self._close = close
         self._requests = 0
         self._idle = asyncio.Event()
         self._idle.set()
+
+    @property
+    def requests(self) -> int:
+        """Under way now."""
+        return self._requests
 
     @contextmanager
     def in_use(self) -> Iterator[None]:

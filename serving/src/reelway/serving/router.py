@@ -21,7 +21,7 @@ from prometheus_client import CollectorRegistry
 
 from reelway.platform.contracts.api import RecommendRequest
 from reelway.platform.contracts.events import Arm
-from reelway.platform.errors import FeatureError, ServingError
+from reelway.platform.errors import FeatureError, OverloadedError, ServingError
 from reelway.platform.rollout.sequential import overlap_weight
 from reelway.platform.rollout.traffic.routing import ArmRoute, Routing
 from reelway.platform.tokens import TokenSigner
@@ -46,7 +46,7 @@ class RouterParts:
     """What a router works with.
 
     ``read_viewer`` blocks and raises ``FeatureError``; None serves everybody as unknown. ``exposures`` takes what is
-    shown; somebody else sends it on.
+    shown; somebody else sends it on. ``at_once`` requests may be under way at one release; more are sent away.
     """
 
     signer: TokenSigner = field(repr=False)
@@ -55,6 +55,7 @@ class RouterParts:
     viewer_row_ms: float = 250.0
     sample: ParitySample | None = None
     exposures: ExposureBuffer | None = None
+    at_once: int = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,11 +104,20 @@ class Router:
             self._open_aside(routing)
 
     async def recommend(self, request: RecommendRequest) -> Answer:
-        """A slate by the release of the viewer's arm."""
+        """A slate by the release of the viewer's arm.
+
+        Raises:
+            OverloadedError: too many are being answered by that release already. Waiting longer than anybody wants is
+                not offered; a mirrored request does not count, it is dropped first.
+        """
         routing, ways = self._routing, self._ways
         if routing is None:
             raise ServingError("the router has no releases yet; it was asked before its configuration came")
         way = ways[routing.route_of(request.viewer_id).arm]
+        if way.release.requests >= self._parts.at_once:
+            release = way.release.edge.release_id
+            self._metrics.shed.labels(release[: metrics.SHORT], way.side.arm.value).inc()
+            raise OverloadedError(f"release {release[:12]} answers {way.release.requests} requests now; try again")
         given, clock_s = request.context.time, time.time()
         now_s = clock_s if given is None else given.timestamp()
         with way.release.in_use():
@@ -211,7 +221,7 @@ class Router:
         parts = self._parts
         sample = None if arm is Arm.SHADOW else parts.sample
         side = side_of(routing, arm)
-        path = RequestPath(release.edge, release.stages, parts.signer, self._metrics, side, sample)
+        path = RequestPath(release.edge, release.stages, parts.signer, self._metrics, side, sample, release.place)
         return _Way(release, path, side)
 
     async def _viewer_row(self, viewer_id: int, release: str) -> Mapping[str, Any] | None:

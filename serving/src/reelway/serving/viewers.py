@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from typing import Any, Final
 
 import numpy as np
+from numpy.typing import NDArray
 
 from reelway.platform.contracts.api import RequestContext
 from reelway.platform.contracts.features import VIEWER_VIEWS, VIEWS
 from reelway.platform.features.assembly import assemble_viewers, columns_from_row
-from reelway.serving.stages.arrays import ViewerQuery
+from reelway.serving.stages.arrays import F32, Rows, ViewerQuery
 from reelway.serving.video_table import ABSENT, VideoTable
 
 _FIELDS: Final = tuple(name for view in VIEWER_VIEWS for name in VIEWS[view])
@@ -49,3 +51,18 @@ def viewer_query(
         now_s=now_s,
         seed=seed,
     )
+
+
+def nobody(table: VideoTable) -> ViewerQuery:
+    """A viewer without a past, to try a stage with."""
+    return viewer_query({}, RequestContext(), time.time(), table, seed=0)
+
+
+def first_ranking(query: ViewerQuery, table: VideoTable) -> tuple[F32, NDArray[np.int64], F32, Rows, F32, float]:
+    """What a ranking is tried with: the arguments of ``Ranking.rank`` for as many videos as there are in a request."""
+    some = np.arange(min(len(table), 500), dtype=np.int32)
+    embedding = np.zeros((1, table.embedding.shape[1]), dtype=np.float32)
+    viewer = query.arrays
+    return (
+        viewer.viewer_dense, viewer.viewer_categories, embedding, some, np.zeros(len(some), np.float32), query.now_s,
+    )  # fmt: skip

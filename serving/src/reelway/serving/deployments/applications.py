@@ -20,14 +20,17 @@ from reelway.platform.features.store import ViewerRows, open_feature_store
 from reelway.platform.features.vector_log import VectorLog
 from reelway.platform.tokens import TokenSigner
 from reelway.serving.deployments.stages import (
+    HELD,
     RANKING,
     RERANKING,
     RETRIEVAL,
+    HeldRelease,
     RankingStage,
     RemoteStages,
     RerankingStage,
     RetrievalStage,
 )
+from reelway.serving.fused import open_fused
 from reelway.serving.http_api import build_http_api
 from reelway.serving.open_releases import OpenRelease
 from reelway.serving.outcomes import (
@@ -50,6 +53,8 @@ _STAGE: Final = {"max_ongoing_requests": 8}
 
 def release(args: ReleaseSource) -> serve.Application:
     """The stages of one release. The application's name must be ``args.release``: the router calls it by that."""
+    if args.composition == "fused":
+        return serve.deployment(HeldRelease, name=HELD).bind(args)
     retrieval = serve.deployment(RetrievalStage, name=RETRIEVAL, **_STAGE).bind(args)
     ranking = serve.deployment(RankingStage, name=RANKING, **_STAGE).bind(args)
     return serve.deployment(RerankingStage, name=RERANKING, **_STAGE).bind(args, retrieval, ranking)
@@ -82,6 +87,7 @@ class RouterDeployment(Router):
             viewer_row_ms=args.budgets.viewer_row,
             sample=sample,
             exposures=ExposureBuffer() if args.outcomes else None,
+            at_once=args.at_once,
         )
         super().__init__(self._open, parts)
         self._args = args
@@ -99,9 +105,12 @@ class RouterDeployment(Router):
             self._forwarding = asyncio.create_task(forward_exposures(buffer, expose.remote))
 
     async def _open(self, release: str) -> OpenRelease:
-        loader = await asyncio.to_thread(open_trusted, self._args.source_of(release))
+        args = self._args
+        loader = await asyncio.to_thread(open_trusted, args.source_of(release))
+        if args.composition == "fused":
+            return await asyncio.to_thread(open_fused, loader, args.budgets.path)
         edge = await asyncio.to_thread(loader.edge)
-        stages = RemoteStages(release, self._args.budgets)
+        stages = RemoteStages(release, args.budgets)
         return OpenRelease(edge, stages, stages.close)
 
 

@@ -5,26 +5,24 @@ Each replica fetches and checks its release itself, so that a node without it ne
 
 from __future__ import annotations
 
-import time
 from typing import Any, Final
 
-import numpy as np
 from prometheus_client import CollectorRegistry
 from ray.serve.handle import DeploymentHandle
 
-from reelway.platform.contracts.api import RequestContext
 from reelway.serving import metrics
+from reelway.serving.fused import load_warm
 from reelway.serving.graph import run_to_end
 from reelway.serving.release_loader import open_trusted
 from reelway.serving.serve_config import BudgetsMs, ReleaseSource
 from reelway.serving.stages.arrays import F32, Candidates, Codes, Rows, Slate, ViewerQuery
 from reelway.serving.time_budget import TimeBudget
-from reelway.serving.video_table import VideoTable
-from reelway.serving.viewers import viewer_query
+from reelway.serving.viewers import first_ranking, nobody
 
 RETRIEVAL: Final = "Retrieval"
 RANKING: Final = "Ranking"
 RERANKING: Final = "Reranking"
+HELD: Final = "Release"
 
 
 class RetrievalStage:
@@ -34,7 +32,7 @@ class RetrievalStage:
         loader = open_trusted(source)
         self._stage = loader.retrieval()
         self._metrics = metrics.RetrievalMetrics(CollectorRegistry(), loader.release_id())
-        self._stage.retrieve(_nobody(loader.table()))  # the first call pays for what is set up late
+        self._stage.retrieve(nobody(loader.table()))  # the first call pays for what is set up late
 
     def retrieve(self, query: ViewerQuery) -> Candidates:
         with metrics.timed(self._metrics.latency):
@@ -51,13 +49,7 @@ class RankingStage:
         self._stage = loader.ranking()
         self._metrics = metrics.RankingMetrics(CollectorRegistry(), loader.release_id())
         table = loader.table()
-        nobody = _nobody(table).arrays
-        some = np.arange(min(len(table), 500), dtype=np.int32)
-        embedding = np.zeros((1, table.embedding.shape[1]), dtype=np.float32)
-        first = self._stage.rank(
-            nobody.viewer_dense, nobody.viewer_categories, embedding, some, np.zeros(len(some), np.float32), 0.0
-        )
-        run_to_end(first)
+        run_to_end(self._stage.rank(*first_ranking(nobody(table), table)))
 
     async def rank(
         self, dense: F32, categories: Any, embedding: F32, rows: Rows, similarity: F32, now_s: float, within_s: float
@@ -85,8 +77,15 @@ class RerankingStage:
         return slate
 
 
-def _nobody(table: VideoTable) -> ViewerQuery:
-    return viewer_query({}, RequestContext(), time.time(), table, seed=0)
+class HeldRelease:
+    """A release whose stages run in the routers: fetched and checked on this node, and tried once.
+
+    The root and only deployment of its application, so that whoever starts and watches releases sees one that cannot
+    be served here, before a router opens it.
+    """
+
+    def __init__(self, source: ReleaseSource) -> None:
+        load_warm(open_trusted(source))
 
 
 class RemoteStages:
