@@ -14,8 +14,9 @@ import numpy as np
 
 from reelway.platform.contracts.api import OutcomesRequest
 from reelway.platform.contracts.events import Arm
+from reelway.platform.eventlog.sqlite_log import SqliteLog
 from reelway.platform.tokens import ImpressionToken, TokenSigner
-from reelway.serving.outcomes import ExposedArm, ExposureBuffer, OutcomeCollector
+from reelway.serving.outcomes import ExposedArm, ExposureBuffer, OutcomeAppender, OutcomeCollector
 from reelway.serving.outcomes.reported import read_outcomes
 
 SIGNER = TokenSigner(b"a secret of the tests, long enough")
@@ -55,13 +56,20 @@ class Ingest:
         )
 
 
-def measure_ingest(folder: Path, *, requests: int = 20_000, viewers: int = 30_000, seed: int = 0) -> Ingest:
-    """Slates of 20 by that many requests, then an outcome for every second video, 100 to a request."""
+def measure_ingest(
+    folder: Path, *, requests: int = 20_000, viewers: int = 30_000, seed: int = 0, logged: bool = False
+) -> Ingest:
+    """Slates of 20 by that many requests, then an outcome for every second video, 100 to a request.
+
+    Args:
+        logged: every outcome goes to an event log as well.
+    """
     rng = np.random.default_rng(seed)
     who = rng.integers(0, viewers, requests).tolist()
     masks = rng.choice([0, 2, 4, 6], size=(requests, SLATE), p=[0.6, 0.15, 0.15, 0.1]).tolist()
     bodies = list(_bodies(who, masks, rng))
     collector = OutcomeCollector(folder / "outcomes.db")
+    appender = OutcomeAppender(SqliteLog(folder / "log.db")) if logged else None
     try:
         wall, cpu = time.perf_counter(), time.process_time()
         buffer = ExposureBuffer()
@@ -75,13 +83,20 @@ def measure_ingest(folder: Path, *, requests: int = 20_000, viewers: int = 30_00
             one.result()
         exposing = time.process_time() - cpu
         cpu, waiting = time.process_time(), []
+        in_log: list[Future[None]] = []
         for body in bodies:
             columns, _ = read_outcomes(OutcomesRequest.model_validate_json(body).outcomes, SIGNER)
             waiting.append(collector.record(columns))
+            if appender:
+                in_log.append(appender.append(columns))
         counted = sum(one.result()["counted"] for one in waiting)
+        for one in in_log:
+            one.result()
         counting, wall = time.process_time() - cpu, time.perf_counter() - wall
     finally:
         collector.close()
+        if appender:
+            appender.close()
     return Ingest(requests * SLATE, counted, exposing, counting, wall)
 
 

@@ -77,6 +77,14 @@ class RunDirectory:
         return self.path / "releases"
 
     @property
+    def event_log(self) -> Path:
+        return self.path / "events" / "log.db"
+
+    @property
+    def overlay(self) -> Path:
+        return self.path / "overlay"
+
+    @property
     def keys(self) -> Path:
         return self.path / "keys"
 

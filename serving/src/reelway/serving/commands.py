@@ -100,6 +100,7 @@ def serve(
             vector_log=place / "vectors.jsonl",
             parity_ratio=parity_ratio,
             outcomes=place / "outcomes.db",
+            events=str(directory.event_log),
             host=host,
             port=port,
             replicas=Replicas(router_replicas, retrieval_replicas, ranking_replicas, reranking_replicas),

@@ -102,6 +102,9 @@ class OutcomesArgs(_Args):
     """Arguments of the application that counts outcomes."""
 
     state: Path = Field(description="the file that it counts in; it belongs to one process")
+    events: str | None = Field(
+        default=None, description="event log that outcomes are appended to: a path, or kafka://host:port/topic"
+    )
     token_secrets: Path | None = None
 
 
@@ -123,7 +126,8 @@ class ServiceOptions:
     """One start of the service.
 
     ``metrics_dir`` belongs to this start alone; ``outcomes`` is the file that outcomes are counted in, None for a
-    service without them; ``vector_log`` takes the share ``parity_ratio`` of what is served; ``port`` must be free.
+    service without them; ``events`` is the event log that they are appended to as well; ``vector_log`` takes the share
+    ``parity_ratio`` of what is served; ``port`` must be free.
     """
 
     shelf: ReleaseShelf
@@ -133,6 +137,7 @@ class ServiceOptions:
     vector_log: Path | None = None
     parity_ratio: float = 0.01
     outcomes: Path | None = None
+    events: str | None = None
     host: str = "127.0.0.1"
     port: int = 8000
     replicas: Replicas = field(default_factory=Replicas)
@@ -196,11 +201,12 @@ def _router_application(routing: Routing, options: ServiceOptions) -> dict[str, 
 
 
 def _outcomes_application(state: Path, options: ServiceOptions) -> dict[str, Any]:
+    args = OutcomesArgs(state=state, events=options.events, token_secrets=options.token_secrets)
     return {
         "name": OUTCOMES,
         "route_prefix": OUTCOMES_PREFIX,
         "import_path": OUTCOMES_BUILDER,
-        "args": OutcomesArgs(state=state, token_secrets=options.token_secrets).model_dump(mode="json"),
+        "args": args.model_dump(mode="json"),
         "deployments": [_deployment("Outcomes", 1, options)],
         **_everywhere(options),
     }

@@ -1,7 +1,7 @@
 """The event log in one SQLite file: for one machine, any number of processes, durable before it acknowledges.
 
-One partition. Retention removes what is old and what every consumer has read; it refuses to remove what a consumer
-that ever committed still has to read. Who no longer reads says so with ``forget``.
+One partition. Retention removes what is old, but nothing that a consumer that ever committed still has to read. Who no
+longer reads says so with ``forget``.
 """
 
 from __future__ import annotations
@@ -146,11 +146,12 @@ class SqliteLog:
         return {0: row[0] + 1 if row else 1}
 
     def clean(self) -> int:
-        """Remove what is older than ``retain_s`` and read by every consumer; returns how many. ``append`` does it."""
+        """Remove what is older than ``retain_s`` and read by every consumer; returns how many. ``append`` calls it."""
         oldest_us = int((self._clock() - self._retain_s) * 1e6)
         with self._writing():
             return self._db.execute(
-                "DELETE FROM records WHERE time_us < ? AND offset < coalesce((SELECT min(next) FROM consumers), 0)",
+                "DELETE FROM records WHERE time_us < ?"
+                " AND offset < coalesce((SELECT min(next) FROM consumers), 1 << 62)",
                 (oldest_us,),
             ).rowcount
 

@@ -16,6 +16,7 @@ from prometheus_client import CollectorRegistry
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 
+from reelway.platform.eventlog import open_event_log
 from reelway.platform.features.store import ViewerRows, open_feature_store
 from reelway.platform.features.vector_log import VectorLog
 from reelway.platform.tokens import TokenSigner
@@ -36,6 +37,7 @@ from reelway.serving.open_releases import OpenRelease
 from reelway.serving.outcomes import (
     ExposureBatch,
     ExposureBuffer,
+    OutcomeAppender,
     OutcomeCollector,
     build_outcomes_api,
     forward_exposures,
@@ -120,9 +122,10 @@ class OutcomesDeployment:
     def __init__(self, args: OutcomesArgs) -> None:
         self._signer = TokenSigner(*read_token_secrets(args.token_secrets))
         self._collector = OutcomeCollector(args.state)
+        self._appender = OutcomeAppender(open_event_log(args.events)) if args.events else None
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        return build_outcomes_api(self._collector, self._signer)
+        return build_outcomes_api(self._collector, self._signer, self._appender)
 
     async def expose(self, batch: ExposureBatch) -> None:
         """Count what a router has shown; returns when it is on disk."""

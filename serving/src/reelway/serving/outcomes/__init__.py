@@ -22,10 +22,14 @@ An outcome joins by its token alone, so it may arrive before its impression is c
 twenty hours later. An answer is sent when its outcomes are on disk. A client that got none sends the same request
 again and nothing is counted twice. The same holds for the routers' batches, which are numbered.
 
+Where there is an event log, every outcome that is not refused is appended to it as well, whatever becomes of it here,
+and the answer waits for both: the stream processor makes features of all of them, of rollouts or not.
+
 Viewers' totals and what was counted before are on disk, so memory does not grow with viewers. The file belongs to one
 process at a time: one replica. Nothing here knows Ray.
 """
 
+from reelway.serving.outcomes.appender import OutcomeAppender
 from reelway.serving.outcomes.collector import OutcomeCollector
 from reelway.serving.outcomes.exposures import ExposedArm, ExposureBatch, ExposureBuffer, forward_exposures
 from reelway.serving.outcomes.outcomes_api import build_outcomes_api
@@ -34,6 +38,7 @@ __all__ = [
     "ExposedArm",
     "ExposureBatch",
     "ExposureBuffer",
+    "OutcomeAppender",
     "OutcomeCollector",
     "build_outcomes_api",
     "forward_exposures",

@@ -35,6 +35,7 @@ from reelway.platform.contracts.api import ErrorResponse, OutcomesRequest, Outco
 from reelway.platform.errors import ServingError, StorageError
 from reelway.platform.tokens import TokenSigner
 from reelway.serving.http_api import field_error
+from reelway.serving.outcomes.appender import OutcomeAppender
 from reelway.serving.outcomes.collector import OutcomeCollector
 from reelway.serving.outcomes.reported import read_outcomes
 
@@ -44,13 +45,17 @@ MAX_BODY_BYTES: Final = 1 << 20
 """A thousand outcomes are a quarter of this."""
 
 
-def build_outcomes_api(collector: OutcomeCollector, signer: TokenSigner) -> FastAPI:
-    """The ASGI application. It closes the collector when it is shut down."""
+def build_outcomes_api(
+    collector: OutcomeCollector, signer: TokenSigner, appender: OutcomeAppender | None = None
+) -> FastAPI:
+    """The ASGI application. It closes the collector, and the appender to the event log, when it is shut down."""
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         yield
         await asyncio.to_thread(collector.close)
+        if appender:
+            await asyncio.to_thread(appender.close)
 
     api = FastAPI(
         title="Reelway outcomes",
@@ -73,7 +78,8 @@ def build_outcomes_api(collector: OutcomeCollector, signer: TokenSigner) -> Fast
         columns, refused = read_outcomes(request.outcomes, signer)
         if refused:
             collector.count_refused(len(refused))
-        counts = await asyncio.wrap_future(collector.record(columns))
+        logged = asyncio.wrap_future(appender.append(columns)) if appender else _nothing()
+        counts, _ = await asyncio.gather(asyncio.wrap_future(collector.record(columns)), logged)
         answer = OutcomesResponse(accepted=len(columns), refused=refused, **counts)
         return Response(answer.model_dump_json(), media_type="application/json")
 
@@ -84,6 +90,10 @@ def build_outcomes_api(collector: OutcomeCollector, signer: TokenSigner) -> Fast
 
     _answer_faults(api)
     return api
+
+
+async def _nothing() -> None:
+    """There is no event log to wait for."""
 
 
 def _answer_faults(api: FastAPI) -> None:

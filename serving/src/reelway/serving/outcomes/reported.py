@@ -38,8 +38,14 @@ class OutcomeColumns:
 
     arms: tuple[ExposedArm, ...]
     arm: NDArray[np.int64]  # index into arms
+    sources: tuple[str, ...]
+    source: NDArray[np.int64]  # index into sources
     impression_id: NDArray[np.int64]
+    request_id: NDArray[np.int64]
     viewer_id: NDArray[np.int64]
+    video_id: NDArray[np.int64]
+    position: NDArray[np.int64]
+    propensity: NDArray[np.float64]
     issued_at: NDArray[np.float64]  # Unix seconds
     done_at: NDArray[np.float64]  # the client's event_time; -inf where it gave none
     weight: NDArray[np.float64]
@@ -72,12 +78,14 @@ def read_outcomes(
 ) -> tuple[OutcomeColumns, list[RefusedOutcome]]:
     """The outcomes that can be counted, and why the others cannot."""
     arms: dict[ExposedArm, int] = {}
-    rows: list[tuple[int, int, int, float, float, float, int, int, int, float]] = []
+    sources: dict[str, int] = {}
+    rows: list[tuple[float, ...]] = []
     refused: list[RefusedOutcome] = []
     for index, one in enumerate(reported):
         try:
             (
-                impression, _, viewer, _, _, release, arm, _, _, issued_at_s, rollout, weight, slices, duration_ms,
+                impression, request, viewer, video, position, release, arm, source, propensity, issued_at_s,
+                rollout, weight, slices, duration_ms,
             ) = signer.read(one.token)  # fmt: skip
         except TokenError as error:
             refused.append(RefusedOutcome(index=index, message=str(error)))
@@ -96,30 +104,31 @@ def read_outcomes(
         done_at = one.event_time.timestamp() if one.event_time else -np.inf
         rows.append(
             (
-                code,
-                impression,
-                viewer,
-                issued_at_s,
-                done_at,
-                weight,
-                slices,
-                duration_ms,
-                kind,
-                1.0 if value is None else value,
+                code, sources.setdefault(source, len(sources)), impression, request, viewer, video, position,
+                propensity, issued_at_s, done_at, weight, slices, duration_ms, kind, 1.0 if value is None else value,
             )
-        )
-    return _columns(tuple(arms), rows), refused
+        )  # fmt: skip
+    return _columns(tuple(arms), tuple(sources), rows), refused
 
 
-def _columns(arms: tuple[ExposedArm, ...], rows: Sequence[tuple[float, ...]]) -> OutcomeColumns:
-    code, impression, viewer, issued, done, weight, slices, duration, kind, value = (
-        zip(*rows, strict=True) if rows else ((),) * 10
-    )
+def _columns(
+    arms: tuple[ExposedArm, ...], sources: tuple[str, ...], rows: Sequence[tuple[float, ...]]
+) -> OutcomeColumns:
+    (
+        code, source, impression, request, viewer, video, position, propensity,
+        issued, done, weight, slices, duration, kind, value,
+    ) = zip(*rows, strict=True) if rows else ((),) * 15  # fmt: skip
     return OutcomeColumns(
         arms,
         arm=np.array(code, np.int64),
+        sources=sources,
+        source=np.array(source, np.int64),
         impression_id=np.array(impression, np.int64),
+        request_id=np.array(request, np.int64),
         viewer_id=np.array(viewer, np.int64),
+        video_id=np.array(video, np.int64),
+        position=np.array(position, np.int64),
+        propensity=np.array(propensity, np.float64),
         issued_at=np.array(issued, np.float64),
         done_at=np.array(done, np.float64),
         weight=np.array(weight, np.float64),

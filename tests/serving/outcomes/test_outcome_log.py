@@ -1,0 +1,109 @@
+"""Accepted outcomes in the event log: all of them, with what their tokens say, before the client has its answer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+from fastapi.testclient import TestClient
+from tests.serving.outcomes.raw_events import NOW, SIGNER, Done, Shown, columns_of
+
+from reelway.platform.contracts.events import Arm, OutcomeType
+from reelway.platform.errors import ServingError, StorageError
+from reelway.platform.eventlog import LogRecord
+from reelway.platform.eventlog.outcome_events import outcomes_of
+from reelway.platform.eventlog.sqlite_log import SqliteLog
+from reelway.serving.outcomes import OutcomeAppender, OutcomeCollector, build_outcomes_api
+
+HEARD = NOW + 7.25
+SHOWN = [Shown(i, i % 5, Arm.CANARY if i % 2 else Arm.STABLE, 0.5, 0) for i in range(20)]
+
+
+class FailingLog(SqliteLog):
+    """A log whose disk is full for a while."""
+
+    full = False
+
+    def append(self, records: Sequence[LogRecord]) -> list[int]:
+        if self.full:
+            raise StorageError("no space left on device")
+        return super().append(records)
+
+
+def logged(path: Path) -> list[dict[str, Any]]:
+    log = SqliteLog(path)
+    tables = [outcomes_of(record.payload) for record in log.read({}, limit=1_000).records]
+    log.close()
+    return pa.concat_tables(table.unify_dictionaries() for table in tables).to_pylist() if tables else []
+
+
+@pytest.fixture
+def log(tmp_path: Path) -> FailingLog:
+    return FailingLog(tmp_path / "log.db")
+
+
+@pytest.fixture
+def client(tmp_path: Path, log: FailingLog) -> Iterator[TestClient]:
+    collector = OutcomeCollector(tmp_path / "outcomes.db", clock=lambda: NOW)
+    with TestClient(build_outcomes_api(collector, SIGNER, OutcomeAppender(log, clock=lambda: HEARD))) as client:
+        yield client
+
+
+def body_of(done: Done) -> dict[str, Any]:
+    return done.reported.model_dump(mode="json", exclude_none=True)
+
+
+def test_what_is_answered_is_in_the_log_with_what_the_token_says_of_its_impression(
+    client: TestClient, tmp_path: Path
+) -> None:
+    outcomes = [
+        body_of(Done(SHOWN[1], OutcomeType.WATCH, 1234.0)) | {"event_time": "2027-01-15T08:00:00+00:00"},
+        body_of(Done(SHOWN[2], OutcomeType.LIKE)),
+        {"token": "forged", "type": "like"},
+    ]
+    answer = client.post("/", json={"outcomes": outcomes})
+    assert answer.status_code == 200
+    watch, like = logged(tmp_path / "log.db")
+    token = SIGNER.read(SHOWN[1].token)
+    assert {name: watch[name] for name in ("impression_id", "request_id", "viewer_id", "video_id", "position")} == {
+        "impression_id": 1, "request_id": 1, "viewer_id": 1, "video_id": 5, "position": 0,
+    }  # fmt: skip
+    assert (watch["release"], watch["arm"], watch["source"]) == (token.release, "canary", "ann")
+    assert (watch["type"], watch["value"], watch["propensity"]) == ("watch", 1234.0, 0.5)
+    assert watch["shown_at"].timestamp() == NOW
+    assert watch["event_time"].timestamp() == HEARD, "the service's clock"
+    assert watch["done_at"].isoformat() == "2027-01-15T08:00:00+00:00"
+    assert (like["type"], like["arm"], like["done_at"]) == ("like", "stable", None)
+
+
+def test_an_outcome_that_is_sent_again_is_logged_under_the_same_id(client: TestClient, tmp_path: Path) -> None:
+    for _ in range(2):
+        client.post("/", json={"outcomes": [body_of(Done(SHOWN[1], OutcomeType.LIKE))]})
+    first, second = logged(tmp_path / "log.db")
+    assert first["outcome_id"] == second["outcome_id"]
+
+
+def test_without_the_log_the_client_is_told_to_send_again_and_then_nothing_is_missing(
+    client: TestClient, log: FailingLog, tmp_path: Path
+) -> None:
+    body = {"outcomes": [body_of(Done(SHOWN[1], OutcomeType.LIKE))]}
+    log.full = True
+    assert client.post("/", json=body).status_code == 503
+    log.full = False
+    answer = client.post("/", json=body)
+    assert answer.status_code == 200
+    assert answer.json()["duplicate"] == 1, "counted the first time, and once"
+    assert len(logged(tmp_path / "log.db")) == 1
+
+
+def test_what_was_taken_is_in_the_log_when_it_is_closed_and_nothing_is_taken_after(tmp_path: Path) -> None:
+    appender = OutcomeAppender(SqliteLog(tmp_path / "log.db"), append_every_s=0.5)
+    futures = [appender.append(columns_of([Done(shown, OutcomeType.LIKE)])) for shown in SHOWN]
+    appender.close()
+    assert all(future.done() for future in futures)
+    assert len(logged(tmp_path / "log.db")) == len(SHOWN)
+    with pytest.raises(ServingError, match="closed"):
+        appender.append(columns_of([Done(SHOWN[0], OutcomeType.LIKE)]))
