@@ -1,4 +1,4 @@
-"""``python infra/cluster up|down|status``: a real one-node Kubernetes in one folder, without Docker."""
+"""``python infra/cluster up|down|status|load|...``: a real one-node Kubernetes in one folder, without Docker."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ import argparse
 import sys
 import time
 
-from build import BuildError
+from build import MONITORING, TOOLS, BuildError, build_tools
 from layout import default_layout
+from monitoring import install_monitoring, remove_monitoring
 from node import Node, NodeError
 
 _BEGAN = time.monotonic()
@@ -26,8 +27,13 @@ def main() -> int:
     commands.add_parser("status", help="which of its processes run")
     load = commands.add_parser("load", help="give containerd images from OCI or Docker archives")
     load.add_argument("archives", nargs="+")
+    build = commands.add_parser("build", help="build programs and nothing else")
+    build.add_argument("tools", nargs="+", choices=[*TOOLS, *MONITORING])
+    monitoring = commands.add_parser("monitoring", help="bring up Prometheus and Alertmanager on a node that is up")
+    monitoring.add_argument("--remove", action="store_true", help="take them away again, with all monitors and rules")
     options = parser.parse_args()
-    node = Node(default_layout(), say)
+    layout = default_layout()
+    node = Node(layout, say)
     try:
         if options.command == "up":
             node.up()
@@ -38,6 +44,10 @@ def main() -> int:
         elif options.command == "load":
             for archive in options.archives:
                 node.import_image(archive)
+        elif options.command == "build":
+            build_tools(layout, say, options.tools)
+        elif options.command == "monitoring":
+            remove_monitoring(node, layout) if options.remove else install_monitoring(node, layout, say)
         else:
             for name, runs in node.status().items():
                 print(f"{name:20} {'running' if runs else 'ended'}")

@@ -12,13 +12,15 @@ import shutil
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Final
 
 from layout import HERE, Layout
 
 TOOLS: Final = ("helm", "coredns", "kuberay", "kubernetes")  # quick ones first: a broken set-up shows early
+MONITORING: Final = ("prometheus-operator", "prometheus")
+"""For alerts that go all the way round; `up` does without."""
 _FLAGS: Final[dict[str, list[str]]] = {
     # without a version helm cannot parse what the API server says of itself
     "kubernetes": ["-ldflags", "-s -w -X k8s.io/component-base/version.gitVersion=v1.36.3"],
@@ -28,19 +30,23 @@ _PROGRAMS: Final[dict[str, tuple[str, ...]]] = {
     "kuberay": ("ray-operator",),
     "coredns": ("coredns",),
     "helm": ("helm", "helm-docs", "kubeconform"),
+    "prometheus-operator": ("prometheus-operator", "prometheus-config-reloader"),
+    "prometheus": ("prometheus",),
 }
+_CALLED: Final = {"operator": "prometheus-operator"}
+"""By its module -> here, where a bare name would not say whose operator it is."""
 
 
 class BuildError(Exception):
     """A program could not be built; the compiler's words are in the message."""
 
 
-def build_tools(layout: Layout, say: Callable[[str], None]) -> None:
+def build_tools(layout: Layout, say: Callable[[str], None], tools: Sequence[str] = TOOLS) -> None:
     """Build what is missing or out of date, one tool after another."""
     if shutil.which("go") is None:
         raise BuildError("no `go` on the PATH; install Go 1.26 or newer, the programs are built from Go modules")
     layout.bin.mkdir(parents=True, exist_ok=True)
-    for tool in TOOLS:
+    for tool in tools:
         stamp = layout.bin / f".{tool}"
         pins = _pins_of(tool)
         if stamp.exists() and stamp.read_text() == pins and all((layout.bin / p).exists() for p in _PROGRAMS[tool]):
@@ -68,6 +74,9 @@ def _pins_of(tool: str) -> str:
 def _build(tool: str, into: Path) -> None:
     with tempfile.TemporaryDirectory(dir=into) as fresh:
         _go(tool, "build", "-trimpath", *_FLAGS.get(tool, ["-ldflags", "-s -w"]), "-o", f"{fresh}/", "tool")
+        for theirs, ours in _CALLED.items():
+            if (named := Path(fresh) / theirs).exists():
+                named.rename(Path(fresh) / ours)
         for program in _PROGRAMS[tool]:
             made = Path(fresh) / program
             if not made.exists():

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from builders import BuilderError, find_builder
 from debian_base import BASE_IMAGE, make_base
+from node_images import NODE_IMAGES, build_node_image
 from sources import IMAGES, REPOSITORY, copy_sources, image_name, version
 
 _BEGAN = time.monotonic()
@@ -32,8 +33,11 @@ def main() -> int:
     build = commands.add_parser("build", help="build images and write an archive of each")
     build.add_argument("names", nargs="+", choices=[*IMAGES, "all"], metavar="NAME", help=", ".join([*IMAGES, "all"]))
     build.add_argument("--base", help=f"base image instead of the Dockerfile's; `{BASE_IMAGE}` is what `base` makes")
+    build.add_argument("--torch", choices=("cuda", "cpu"), default="cuda", help="of the training image (%(default)s)")
     build.add_argument("--tag", default=version(), help="tag of the images (%(default)s)")
-    for each in (base, build):
+    node = commands.add_parser("node", help="servers that a test's node runs, from this machine's programs")
+    node.add_argument("names", nargs="+", choices=sorted(NODE_IMAGES), metavar="NAME", help=", ".join(NODE_IMAGES))
+    for each in (base, build, node):
         each.add_argument(
             "--out", type=Path, default=REPOSITORY / ".cluster" / "images", help="folder of the archives (%(default)s)"
         )
@@ -41,29 +45,39 @@ def main() -> int:
     try:
         if options.command == "base":
             make_base(find_builder(), options.out, os.environ.get("REELWAY_DEBIAN_MIRROR"), say)
+        elif options.command == "node":
+            for name in options.names:
+                archive = build_node_image(find_builder(), name, options.out, say)
+                print(f"{archive}\t{archive.stat().st_size / 1e6:.0f} MB compressed", flush=True)
         else:
             names = IMAGES if "all" in options.names else tuple(dict.fromkeys(options.names))
-            build_images(names, options.tag, options.base, options.out)
+            arguments = {"BASE": options.base} if options.base else {}
+            build_images(names, options.tag, {**arguments, "TORCH": options.torch}, options.out)
     except BuilderError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0
 
 
-def build_images(names: tuple[str, ...], tag: str, base: str | None, out: Path) -> None:
+def build_images(names: tuple[str, ...], tag: str, arguments: dict[str, str], out: Path) -> None:
     """Build each image, write its archive into ``out`` and print both sizes."""
     builder = find_builder()
     say(f"building with {builder.program}")
     out.mkdir(parents=True, exist_ok=True)
-    arguments = {"BASE": base} if base else {}
     with tempfile.TemporaryDirectory() as folder:
         context = copy_sources(Path(folder))
         for name in names:
             image, archive = image_name(name, tag), out / f"{name}.tar"
-            builder.build(context / "infra" / "images" / f"{name}.Dockerfile", context, image, arguments)
+            dockerfile = context / "infra" / "images" / f"{name}.Dockerfile"
+            builder.build(dockerfile, context, image, _declared(arguments, dockerfile))
             say(f"{image} is built")
             builder.save(image, archive)
             print(f"{image}\t{archive}\t{archive.stat().st_size / 1e6:.0f} MB compressed", flush=True)
+
+
+def _declared(arguments: dict[str, str], dockerfile: Path) -> dict[str, str]:
+    """Those the Dockerfile has an ``ARG`` for: builders complain about others."""
+    return {name: value for name, value in arguments.items() if f"ARG {name}=" in dockerfile.read_text()}
 
 
 if __name__ == "__main__":

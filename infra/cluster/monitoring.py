@@ -1,0 +1,81 @@
+"""A Prometheus and an Alertmanager on the node, run by the real Prometheus operator: what a platform team has already.
+
+The operator is a process of the node like KubeRay's; the two servers are pods of ``monitoring.yaml``. ``down`` of the
+node ends all of it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Final
+
+from build import MONITORING, build_tools, module_folder
+from layout import HERE, Layout
+from node import Node, NodeError
+from processes import Processes
+
+_MODULE: Final = "github.com/prometheus-operator/prometheus-operator"
+_IMAGE: Final = "reelway.local/monitoring:node"
+_NAMESPACE: Final = "monitoring"
+_PROCESS: Final = "prometheus-operator"
+_ADDRESS: Final = "127.0.0.1:8385"
+_DEADLINE_S: Final = 120.0
+
+
+def install_monitoring(node: Node, layout: Layout, say: Callable[[str], None]) -> None:
+    """Bring it up on a node that is up; what is there already stays.
+
+    Raises:
+        NodeError: the servers did not become ready; events and the operator's last words are in the message.
+    """
+    build_tools(layout, say, MONITORING)
+    began = time.monotonic()
+    crds = module_folder("prometheus-operator", _MODULE) / "example" / "prometheus-operator-crd"
+    node.kubectl("apply", "--server-side", "--force-conflicts", "-f", str(crds))
+    node.kubectl("wait", "--for=condition=Established", "--timeout=120s", "-f", str(crds))
+    processes = Processes(layout)
+    processes.start(
+        _PROCESS,
+        [
+            str(layout.bin / "prometheus-operator"),
+            f"--web.listen-address={_ADDRESS}",
+            f"--prometheus-config-reloader={_IMAGE}",
+            "--config-reloader-cpu-request=10m",
+            "--config-reloader-memory-request=24Mi",
+            "--config-reloader-memory-limit=64Mi",
+            "--kubelet-endpoints=false",
+        ],
+        {"KUBECONFIG": str(layout.admin_kubeconfig)},
+    )
+    node.kubectl("apply", "--server-side", "--force-conflicts", "-f", str(HERE / "monitoring.yaml"))
+    _wait(node, processes)
+    say(f"Prometheus and Alertmanager are ready after {time.monotonic() - began:.0f} s: Services of {_NAMESPACE}")
+
+
+def remove_monitoring(node: Node, layout: Layout) -> None:
+    """The servers, the operator and its CRDs, with every monitor and rule on the node."""
+    node.kubectl("delete", "--ignore-not-found", "--wait", "-f", str(HERE / "monitoring.yaml"))
+    Processes(layout).stop(_PROCESS)
+    crds = module_folder("prometheus-operator", _MODULE) / "example" / "prometheus-operator-crd"
+    node.kubectl("delete", "--ignore-not-found", "-f", str(crds))
+
+
+def _wait(node: Node, processes: Processes) -> None:
+    """Until both servers are available, as their operator says."""
+    deadline = time.monotonic() + _DEADLINE_S
+    for kind in ("prometheus", "alertmanager"):
+        while True:
+            if not processes.running(_PROCESS):
+                raise NodeError(f"the Prometheus operator ended:\n{processes.last_words(_PROCESS)}")
+            try:
+                node.kubectl("wait", f"{kind}/node", "-n", _NAMESPACE, "--for=condition=Available", "--timeout=2s")
+                break
+            except NodeError as error:
+                if time.monotonic() > deadline:
+                    events = node.kubectl("get", "events", "-n", _NAMESPACE, "--sort-by=.lastTimestamp")
+                    raise NodeError(
+                        f"{kind}: not ready within {_DEADLINE_S:g} s; is {_IMAGE} on the node (`python infra/images "
+                        f"node monitoring`, `python infra/cluster load`)?\n{error}\n{events[-2000:]}\n"
+                        f"{processes.last_words(_PROCESS)}"
+                    ) from error

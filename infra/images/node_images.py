@@ -1,0 +1,68 @@
+"""Servers that a test's node runs beside Reelway, put into images from programs of this machine: pulled by nobody.
+
+What users run comes from their own cluster; these exist because the node reaches no registry.
+"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Final
+
+from builders import Builder, BuilderError
+from debian_base import BASE_IMAGE
+from sources import REGISTRY, REPOSITORY
+
+_C_LIBRARY: Final = frozenset({"libc", "libm", "libdl", "libpthread", "librt", "libresolv"})
+_BUILT: Final = REPOSITORY / ".cluster" / "bin"
+"""Of infra/cluster."""
+NODE_IMAGES: Final[Mapping[str, tuple[str, ...]]] = {
+    "monitoring": (
+        "prometheus", "prometheus-config-reloader", "prometheus-alertmanager",
+        "/usr/share/prometheus/alertmanager/default.tmpl", "/usr/share/prometheus/alertmanager/email.tmpl",
+    ),
+    "redis": ("redis-server",),
+}  # fmt: skip
+"""Image -> programs and files of this machine that its Dockerfile copies."""
+
+
+def build_node_image(builder: Builder, name: str, out: Path, say: Callable[[str], None]) -> Path:
+    """Build ``name`` on the Debian base, write its archive into ``out`` and return that path.
+
+    Raises:
+        BuilderError: a program is not here, or the build failed.
+    """
+    image, archive = f"{REGISTRY}/{name}:node", out / f"{name}.tar"
+    out.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as folder:
+        context = Path(folder)
+        (context / "lib").mkdir()
+        for found in map(_found, NODE_IMAGES[name]):
+            shutil.copy2(found, context / found.name)
+            for library in _libraries(found):
+                shutil.copy2(library, context / "lib" / library.name)
+        builder.build(Path(__file__).with_name(f"{name}.Dockerfile"), context, image, {"BASE": BASE_IMAGE})
+        say(f"{image} is built")
+        builder.save(image, archive)
+    return archive
+
+
+def _found(name: str) -> Path:
+    """A file by its path, a program by its name: what infra/cluster built goes before what the machine has."""
+    found = name if Path(name).is_file() else shutil.which(name, path=str(_BUILT)) or shutil.which(name)
+    if found is None:
+        raise BuilderError(
+            f"no {name} here; `python infra/cluster build prometheus-operator prometheus` builds Prometheus and the reloader, "
+            "Debian's package prometheus-alertmanager has the rest"
+        )
+    return Path(found)
+
+
+def _libraries(program: Path) -> list[Path]:
+    """Shared ones of a program but those of the C library, which every base has."""
+    listed = subprocess.run(["ldd", str(program)], capture_output=True, text=True, check=False).stdout
+    paths = [Path(words[2]) for words in map(str.split, listed.splitlines()) if len(words) > 3 and words[1] == "=>"]
+    return [path for path in paths if path.name.split(".so")[0] not in _C_LIBRARY]
