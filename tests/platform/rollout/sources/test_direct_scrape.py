@@ -16,9 +16,10 @@ from reelway.platform.errors import ServingError
 from reelway.platform.rollout import series as names
 from reelway.platform.rollout.evidence import EvidenceSnapshot, EvidenceState
 from reelway.platform.rollout.policy import Slice
-from reelway.platform.rollout.sources import RunEvidence, evidence_source
+from reelway.platform.rollout.sources import ReadEvidence, evidence_source
 from reelway.platform.rollout.sources.direct_scrape import DirectScrape, served_at
 from reelway.platform.rollout.sources.heard_series import Scope
+from reelway.platform.rollout.sources.parity_report import read_parity
 from reelway.platform.rollout.state import RolloutState
 from reelway.platform.runs import RunDirectory
 
@@ -33,7 +34,7 @@ class Scraped:
         self.run = RunDirectory(folder)
         self.exporter = Exporter(CANARY[: names.SHORT_RELEASE], STABLE[: names.SHORT_RELEASE])
         patient = DirectScrape(lambda: served_at(self.run), timeout_s=20.0)  # a busy machine is not what is tested
-        self.source = RunEvidence(self.run, patient)
+        self.source = ReadEvidence(patient, lambda: read_parity(self.run))
         self.record()
 
     def record(self) -> None:

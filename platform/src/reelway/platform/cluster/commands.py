@@ -37,7 +37,9 @@ def operator(
     trust_host: list[str] = typer.Option(
         [], help="Host that Ray's token may be sent to, besides the namespace's Services; may be given several times."
     ),
-    folder: Path = typer.Option(Path("/var/lib/reelway"), help="Where serving/parity.json is mounted."),
+    parity: str | None = typer.Option(
+        None, help="Path or URL (s3://...) where `reelway features parity --report` leaves its findings."
+    ),
     lease: str = typer.Option("reelway-operator", help="Name of the Lease that makes one process the active one."),
     lease_duration: float = typer.Option(
         10.0, min=1, help="A silent holder of the Lease is gone after so many seconds."
@@ -70,7 +72,7 @@ def operator(
     lanes = LaneSettings(
         interval_s=interval, prometheus_url=prometheus, alertmanager_url=alertmanager, ray_token_file=ray_token_file,
         prometheus_access=Access(prometheus_token_file, prometheus_ca_file, _labels(prometheus_label)),
-        alertmanager_access=Access(alertmanager_token_file, alertmanager_ca_file), folder=folder,
+        alertmanager_access=Access(alertmanager_token_file, alertmanager_ca_file), parity=parity,
         head_url=head_url or HEAD_URL, router_url=router_url or ROUTER_URL,
         trusted_hosts=tuple(trust_host),
     )  # fmt: skip

@@ -23,12 +23,13 @@ from reelway.platform.rollout.control.alert_book import AlertBook
 from reelway.platform.rollout.control.controller import Controller
 from reelway.platform.rollout.control.controller_metrics import ControllerMetrics
 from reelway.platform.rollout.records import HistoryEntry
-from reelway.platform.rollout.sources import Access, RunEvidence, alert_source
+from reelway.platform.rollout.sources import Access, ReadEvidence, alert_source
 from reelway.platform.rollout.sources.direct_scrape import DirectScrape
 from reelway.platform.rollout.sources.heard_series import SeriesReader
+from reelway.platform.rollout.sources.parity_report import ParityReport
+from reelway.platform.rollout.sources.parity_store import ParityInStore
 from reelway.platform.rollout.sources.prometheus_reader import PrometheusReader
 from reelway.platform.rollout.traffic.serve_rest import ServeAddress, ServeRestBackend
-from reelway.platform.runs import RunDirectory
 
 log = logging.getLogger(__name__)
 
@@ -55,8 +56,8 @@ class LaneSettings:
     """Seconds between two polls."""
     ray_token_file: Path | None = None
     """Ray's token, from a Secret; None for a Ray without authentication."""
-    folder: Path = Path("/var/lib/reelway")
-    """Where ``serving/parity.json`` is mounted; without it there is no parity to judge."""
+    parity: str | None = None
+    """Path or URL of the feature replay's findings; None leaves parity unknown, and who asks for it holds."""
     head_url: str = HEAD_URL
     """Of a RayService's dashboard; {name} and {namespace} are filled in."""
     router_url: str = ROUTER_URL
@@ -95,7 +96,8 @@ class Lane:
             reader = PrometheusReader(settings.prometheus_url, access=access)
         else:
             reader = DirectScrape(lambda: url)
-        self._source = RunEvidence(RunDirectory(settings.folder), reader)
+        self._parity = ParityInStore(settings.parity) if settings.parity else None
+        self._source = ReadEvidence(reader, self._parity.report if self._parity else _no_parity)
         self.book = AlertBook(self.store)
         self.wake = threading.Event()
         self._stop = threading.Event()
@@ -134,7 +136,13 @@ class Lane:
         if self._thread.ident is not None:
             self._thread.join()
         self._source.close()
+        if self._parity is not None:
+            self._parity.close()
         self.backend.close()
+
+
+def _no_parity() -> ParityReport:
+    return ParityReport(problem="nobody said where the feature replay leaves its findings; start with --parity URL")
 
 
 def _within(namespace: str, access: Access) -> Access:

@@ -1,7 +1,8 @@
 """Why: what the feature replay found is a guardrail too, and it lies in a file that may be absent, old or broken.
 
-Reads ``serving/parity.json`` of a run; refuses to replay anything. No file: nobody has looked, which is telemetry's
-fault; a file without the release: somebody has looked, and there was nothing of it to replay yet.
+Reads ``serving/parity.json`` of a run (``parity_store`` reads a cluster's); refuses to replay anything. No file: nobody
+has looked, which is telemetry's fault; a file without the release: somebody has looked, and there was nothing of it to
+replay yet.
 """
 
 from __future__ import annotations
@@ -62,11 +63,19 @@ def read_parity(run: RunDirectory) -> ParityReport:
     path = parity_path(run)
     again = f"run `reelway features parity --run {run.path}`"
     try:
-        return ParityReport(_REPORT.validate_python(json.loads(path.read_text())))
+        return parse_parity(path.read_text(), str(path), again)
     except FileNotFoundError:
         return ParityReport(problem=f"no parity report at {path}; {again}")
+    except UnicodeDecodeError as error:
+        return ParityReport(problem=f"{path} is not a parity report: {error}; {again}")
     except OSError as error:
         return ParityReport(problem=f"cannot read {path}: {error.strerror or error}")
+
+
+def parse_parity(text: str, where: str, again: str) -> ParityReport:
+    """The report in a text; ``where`` it came from and what to do ``again`` are said if it is none."""
+    try:
+        return ParityReport(_REPORT.validate_python(json.loads(text)))
     except (ValidationError, ValueError) as error:
         first = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error)
-        return ParityReport(problem=f"{path} is not a parity report: {first}; {again}")
+        return ParityReport(problem=f"{where} is not a parity report: {first}; {again}")

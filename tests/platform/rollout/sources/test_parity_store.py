@@ -1,0 +1,120 @@
+"""The replay's findings by way of the release store: written by a job, read by another pod that must not wait."""
+
+from __future__ import annotations
+
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import pytest
+from fsspec.implementations.memory import MemoryFileSystem
+from tests.platform.rollout.sources.servers import eventually
+
+from reelway.platform.errors import ConfigError, StorageError
+from reelway.platform.rollout.evidence import EvidenceState
+from reelway.platform.rollout.sources.parity_store import ParityInStore, write_parity
+
+RELEASE = "c" * 64
+SOUND = {RELEASE: {"rows": 40, "mismatches": 0, "checked_at": 7.0, "detail": ""}}
+BAD = {RELEASE: {"rows": 60, "mismatches": 2, "checked_at": 9.0, "detail": "viewer.watches_7d differs"}}
+
+
+@pytest.fixture(params=["folder", "memory"])
+def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    return f"{tmp_path}/store/parity.json" if request.param == "folder" else f"memory://{uuid.uuid4().hex}/parity.json"
+
+
+def test_what_a_job_wrote_is_what_the_operator_judges(url: str) -> None:
+    write_parity(url, SOUND)
+    with closing(ParityInStore(url, every_s=0.05)) as parity:
+        first = parity.report().reading(RELEASE)
+        assert (first.state, first.events, first.trials) == (EvidenceState.OK, 0, 40)
+        write_parity(url, BAD)
+        eventually(lambda: parity.report().reading(RELEASE).events == 2)
+        assert parity.report().reading("d" * 64).state is EvidenceState.INSUFFICIENT
+
+
+def test_nobody_looked_is_down_and_says_what_to_run(url: str) -> None:
+    with closing(ParityInStore(url, every_s=0.05)) as parity:
+        found = parity.report().reading(RELEASE)
+        assert found.state is EvidenceState.TELEMETRY_DOWN
+        assert f"no parity report at {url}; run `reelway features parity --report {url}`" in found.detail
+        write_parity(url, SOUND)
+        eventually(lambda: parity.report().reading(RELEASE).state is EvidenceState.OK)
+
+
+def test_a_broken_report_is_down_and_a_whole_one_mends_it(url: str) -> None:
+    with fsspec.open(url, "wb", auto_mkdir=True) as file:
+        file.write(b'{"half": ')
+    with closing(ParityInStore(url, every_s=0.05)) as parity:
+        assert f"{url} is not a parity report" in parity.report().reading(RELEASE).detail
+        write_parity(url, SOUND)
+        eventually(lambda: parity.report().reading(RELEASE).state is EvidenceState.OK)
+
+
+class Hanging(MemoryFileSystem):
+    """A store that stops to answer, or answers with an error of its own library."""
+
+    protocol = "hanging"
+    cachable = False
+    goes_on = threading.Event()
+    fails: Exception | None = None
+
+    def cat_file(self, path: str, *more: Any, **options: Any) -> bytes:
+        assert self.goes_on.wait(30)
+        if self.fails is not None:
+            raise self.fails
+        return bytes(super().cat_file(path, *more, **options))
+
+    def pipe_file(self, path: str, value: bytes, *more: Any, **options: Any) -> None:
+        if self.fails is not None:
+            raise self.fails
+        super().pipe_file(path, value, *more, **options)
+
+
+@pytest.fixture
+def hanging() -> Iterator[type[Hanging]]:
+    fsspec.register_implementation("hanging", Hanging, clobber=True)
+    Hanging.goes_on.set()
+    Hanging.fails = None
+    yield Hanging
+    Hanging.goes_on.set()
+    Hanging.fails = None
+
+
+def test_a_store_that_hangs_keeps_nobody_waiting_and_soon_nothing_is_known(hanging: type[Hanging]) -> None:
+    write_parity("hanging://parity.json", SOUND)
+    with closing(ParityInStore("hanging://parity.json", every_s=0.05, patience_s=0.5)) as parity:
+        assert parity.report().reading(RELEASE).state is EvidenceState.OK
+        hanging.goes_on.clear()
+        slowest = 0.0
+
+        def down() -> bool:
+            nonlocal slowest
+            began = time.perf_counter()
+            found = parity.report()
+            slowest = max(slowest, time.perf_counter() - began)
+            return "has not answered for" in found.problem
+
+        eventually(down)
+        assert slowest < 0.25
+        hanging.goes_on.set()
+        eventually(lambda: parity.report().reading(RELEASE).state is EvidenceState.OK)
+
+
+def test_an_error_of_the_stores_own_library_is_down_and_a_failed_write_is_said(hanging: type[Hanging]) -> None:
+    hanging.fails = RuntimeError("SlowDown: reduce your request rate")
+    with closing(ParityInStore("hanging://parity.json", every_s=0.05)) as parity:
+        assert parity.report().problem == "cannot read hanging://parity.json: SlowDown: reduce your request rate"
+    with pytest.raises(StorageError, match=r"cannot write hanging://parity.json: SlowDown"):
+        write_parity("hanging://parity.json", SOUND)
+
+
+def test_a_store_that_nobody_knows_is_refused_at_the_start() -> None:
+    with pytest.raises(ConfigError, match="parity report 'ftpx://a/b' is not a URL that can be opened"):
+        ParityInStore("ftpx://a/b")
