@@ -29,6 +29,10 @@ class Started:
         return _began(self.pid) == self.began
 
 
+_AHEAD = -10
+"""Niceness of a node's own parts: they must answer while what they look after takes every core."""
+
+
 class Processes:
     """The processes on record in ``processes.json``."""
 
@@ -50,6 +54,7 @@ class Processes:
                 command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, start_new_session=True,
                 env={**os.environ, **(environment or {})},
             )  # fmt: skip
+        _put_ahead(process.pid)
         began = _began(process.pid)
         self._write({**self._record(), name: Started(process.pid, began or 0)})
 
@@ -88,6 +93,16 @@ class Processes:
         aside = path.with_suffix(".new")
         aside.write_text(json.dumps({name: asdict(started) for name, started in record.items()}, indent=1))
         aside.replace(path)
+
+
+def _put_ahead(pid: int) -> None:
+    """By its session where the kernel groups processes so: niceness alone then counts within the session only.
+
+    The session's, because a child of containerd's is a pod's process and must not inherit niceness.
+    """
+    group = Path(f"/proc/{pid}/autogroup")
+    if group.exists():
+        group.write_text(str(_AHEAD))
 
 
 def _began(pid: int) -> int | None:
