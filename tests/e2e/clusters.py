@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -58,10 +59,27 @@ class Cluster:
             yield kubectl
         finally:
             self.live.remove(kubectl)
-            release_all(kubectl)
-            kubectl.run("delete", "namespace", name, "--wait=false")
+            persistently(lambda: release_all(kubectl))
+            delete = ("delete", "namespace", name, "--wait=false", "--ignore-not-found")
+            persistently(lambda: kubectl.run(*delete))
             listed = ("get", "namespace", name, "--ignore-not-found", "-o", "name")
-            until(f"namespace {name} is gone", lambda: not kubectl.run(*listed).strip(), GONE_S)
+            persistently(lambda: until(f"namespace {name} is gone", lambda: not kubectl.run(*listed).strip(), GONE_S))
+
+
+def persistently(clean: Callable[[], object]) -> None:
+    """What cleans up is tried again: an API server that is late must not be left with what a test made.
+
+    Raises AssertionError: it was late for ``GONE_S``.
+    """
+    deadline = time.monotonic() + GONE_S
+    while True:
+        try:
+            clean()
+            return
+        except (AssertionError, subprocess.TimeoutExpired):
+            if time.monotonic() > deadline:
+                raise
+        time.sleep(1)
 
 
 def program(name: str) -> str:

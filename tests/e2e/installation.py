@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from tests.cluster.conftest import Kubectl
-from tests.e2e.clusters import CHART, Cluster
+from tests.e2e.clusters import CHART, Cluster, persistently
 from tests.e2e.load_pod import token_of
 from tests.e2e.made_releases import CLAIM, MadeReleases
 from tests.e2e.pods import LABEL, values_files
@@ -24,6 +24,13 @@ NAME: Final = "reelway"
 READY_S: Final = 180.0
 CLIENT: Final = {"podSelector": {"matchLabels": LABEL}}
 MONITORING: Final = {"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "monitoring"}}}
+DASHBOARD: Final = 8265
+_DETAILS: Final = """
+import os, sys, urllib.request
+url = f"http://127.0.0.1:{sys.argv[1]}/api/serve/applications/"
+asked = urllib.request.Request(url, headers={"Authorization": "Bearer " + os.environ["RAY_AUTH_TOKEN"]})
+print(urllib.request.urlopen(asked, timeout=20).read().decode())
+"""
 Values = Mapping[str, Any]
 
 
@@ -61,13 +68,13 @@ class Installation:
         """Its bearer token."""
         return token_of(self.kubectl, f"{NAME}-secrets", "webhook-token")
 
-    def install(self, values: Values | None = None) -> None:
+    def install(self, values: Values | None = None, *options: str) -> None:
         """`helm install`, with further values."""
-        self._helm("install", values or {})
+        self._helm("install", values or {}, *options)
 
-    def upgrade(self, values: Values | None = None) -> None:
+    def upgrade(self, values: Values | None = None, *options: str) -> None:
         """`helm upgrade` to these further values in place of those of before."""
-        self._helm("upgrade", values or {})
+        self._helm("upgrade", values or {}, *options)
 
     def roll_back(self, revision: int) -> None:
         """`helm rollback`."""
@@ -84,7 +91,7 @@ class Installation:
 
     def uninstall(self) -> None:
         """`helm uninstall`, until the pods are gone. Nothing to do where there is none."""
-        self.cluster.helm(self.kubectl.namespace, "uninstall", NAME, "--ignore-not-found")
+        persistently(lambda: self.cluster.helm(self.kubectl.namespace, "uninstall", NAME, "--ignore-not-found"))
         until("the installation's pods are gone", lambda: not self.pods(), 120, lambda: str(self.pods()))
 
     def pods(self, *components: str) -> dict[str, PodSeen]:
@@ -128,16 +135,22 @@ class Installation:
         found: dict[str, Any] = json.loads(self.kubectl.run("get", "rayservice", NAME, "-o", "json"))
         return dict(found.get("status") or {})
 
+    def serve_details(self) -> dict[str, Any]:
+        """What Serve itself says of its applications."""
+        said = self.kubectl.run("exec", self.head(), "-c", "ray", "--", "python", "-c", _DETAILS, str(DASHBOARD))
+        found: dict[str, Any] = json.loads(said)
+        return found
+
     def _named(self, kind: str, name: str) -> bool:
         return bool(self.kubectl.run("get", kind, name, "--ignore-not-found", "-o", "name").strip())
 
-    def _helm(self, verb: str, values: Values) -> None:
+    def _helm(self, verb: str, values: Values, *more: str) -> None:
         with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
             json.dump(_over(_over(self._values(), self.given), values), file)
             file.flush()
             files = [str(path) for path in (*values_files(), Path(file.name))]
             options = [option for path in files for option in ("-f", path)]
-            self.cluster.helm(self.kubectl.namespace, verb, NAME, str(CHART), *options)
+            self.cluster.helm(self.kubectl.namespace, verb, NAME, str(CHART), *options, *more)
 
     def _values(self) -> dict[str, Any]:
         return {

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from tests.cluster.conftest import Kubectl
-from tests.e2e.clusters import Cluster
+from tests.e2e.clusters import Cluster, persistently
 from tests.e2e.pods import pod
 from tests.release_files import make_release_folder
 
@@ -85,4 +85,5 @@ def made_releases(cluster: Cluster, count: int, videos: int = VIDEOS) -> Iterato
             yield releases
         finally:
             for volume in releases.volumes:
-                cluster.kubectl("default").run("delete", "pv", volume, "--ignore-not-found", "--timeout=60s")
+                delete = ("delete", "pv", volume, "--ignore-not-found", "--timeout=60s")
+                persistently(lambda delete=delete: cluster.kubectl("default").run(*delete))

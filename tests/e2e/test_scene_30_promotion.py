@@ -1,0 +1,36 @@
+"""A good release is promoted under load: nobody fails, no pod is touched, everybody is on it afterwards."""
+
+from __future__ import annotations
+
+import pytest
+from tests.e2e.conftest import Flow
+from tests.e2e.rollouts import begin, until_phase
+from tests.e2e.watched import unnoticed
+
+pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
+
+
+def test_a_good_release_is_promoted_and_nobody_notices(flow: Flow) -> None:
+    before, good = flow.live, flow.releases.ids[1]
+    with unnoticed(flow, "promotion"):
+        begin(flow.kubectl, "good", good)
+        until_phase(flow.kubectl, "good", "Promoted")
+    flow.live = good
+    moment = flow.load.now()
+    flow.load.until_answered_by(good, since=moment, within_s=10, count=10)
+    assert not len(flow.load.answers(before, since=moment))
+
+
+def test_its_ramp_is_in_the_events_and_in_the_history(flow: Flow) -> None:
+    reasons = [entry["reason"] for entry in flow.kubectl.read("good")["status"]["history"]]
+    events = flow.kubectl.run("get", "events", "--field-selector=involvedObject.name=good")
+    for word in ("to step 1, 10 %", "to step 2, 50 %"):
+        assert any(reason.startswith(word) for reason in reasons)
+        assert word in events
+
+
+def test_the_declaration_names_what_runs(flow: Flow) -> None:
+    """What KubeRay would submit again is the promoted release, not the one that `helm install` named."""
+    declared = flow.kubectl.run("get", "rayservice", "reelway", "-o", "jsonpath={.spec.serveConfigV2}")
+    assert f"release: {flow.live}" in declared
+    assert flow.installation.ray_service_ready()
