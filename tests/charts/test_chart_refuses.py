@@ -69,6 +69,7 @@ WRONG: Final[list[tuple[str, Any, str, dict[str, Any]]]] = [
     ("releases.publicKeys.configMap", "", "*.public.pem", {}),
     ("releases.publicKeys.secret", "keys", "nothing", {}),
     ("ray.autoscaling.enabled", True, "horizontalPodAutoscaler", {"ray.mode": "static"}),
+    ("ray.gcs.redisAddress", "redis:6379", "ray.mode is static", {"ray.mode": "static"}),
     ("ray.ports.workerMax", 10002, "more than ray.ports.workerMin", {}),
     ("ray.ports.ingressMax", 29000, "more than ray.ports.ingressMin", {}),
     ("ray.ports.metrics", 8265, "ray.ports.dashboard", {}),

@@ -48,6 +48,9 @@
 {{- if and (eq $v.ray.mode "static") $v.ray.autoscaling.enabled }}
 {{- include "reelway.refuse" (dict "path" "ray.autoscaling.enabled" "saw" true "expected" "false, because ray.mode is static; use serving.horizontalPodAutoscaler") }}
 {{- end }}
+{{- if and (eq $v.ray.mode "static") $v.ray.gcs.redisAddress }}
+{{- include "reelway.refuse" (dict "path" "ray.gcs.redisAddress" "saw" $v.ray.gcs.redisAddress "expected" "nothing, because ray.mode is static") }}
+{{- end }}
 {{- range $pair := list (list "workerMin" "workerMax") (list "ingressMin" "ingressMax") (list "ingressGrpcMin" "ingressGrpcMax") }}
 {{- $low := get $p (index $pair 0) | int }}{{- $high := get $p (index $pair 1) | int }}
 {{- if ge $low $high }}
