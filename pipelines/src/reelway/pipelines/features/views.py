@@ -33,6 +33,8 @@ DAY_US: Final = 86_400 * SECOND_US
 AFTER_US: Final = 1
 
 Floats = NDArray[np.float64]
+Points = tuple[I64, I64]
+"""Entities and moments ``[M]``, sorted by entity, then time, without repetition."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +68,11 @@ class ViewSettings:
 
 @dataclass(frozen=True)
 class Events:
-    """Labelled impressions as integer columns ``[N]``."""
+    """Labelled impressions as integer columns ``[N]``; or sums over ``count`` impressions of one entity each.
+
+    Each view is the pair of its ``*_points`` (when a snapshot is due) and ``*_at`` (what it says at given moments): the
+    batch job asks for all of them, the stream processor for those of now.
+    """
 
     impression_id: I64
     viewer_id: I64
@@ -81,6 +87,8 @@ class Events:
     follow: I64
     watch_ms: I64
     weight_milli: I64
+    count: I64
+    taste_milli: I64  # absolute weights
 
     @classmethod
     def from_labels(cls, labels: pa.Table) -> Events:
@@ -104,6 +112,8 @@ class Events:
             follow=ints("follow"),
             watch_ms=ints("watch_s", 1000.0),
             weight_milli=ints("weight", 1000.0),
+            count=np.ones(labels.num_rows, dtype=np.int64),
+            taste_milli=np.abs(ints("weight", 1000.0)),
         )
 
 
@@ -155,8 +165,9 @@ def _rates(
     events: Events, key: I64, at: tuple[I64, I64], windows: Sequence[names.Window], settings: ViewSettings
 ) -> dict[str, dict[str, Floats]]:
     """Per window name: impressions and smoothed long-watch, like, skip and follow rates and mean watch seconds."""
-    ones = np.ones(len(key), dtype=np.int64)
-    values_NK = np.column_stack([ones, events.long_watch, events.like, events.skip, events.follow, events.watch_ms])
+    values_NK = np.column_stack(
+        [events.count, events.long_watch, events.like, events.skip, events.follow, events.watch_ms]
+    )
     sums_MWK = window_sums(key, events.known_us, values_NK, *at, [w.length_s * SECOND_US for w in windows])
     by_window: dict[str, dict[str, Floats]] = {}
     for w, window in enumerate(windows):
@@ -188,7 +199,12 @@ def viewer_profile(viewers: pa.Table) -> pa.Table:
 
 def viewer_activity(events: Events, settings: ViewSettings, until_us: int) -> pa.Table:
     """What the viewer did in the last day, week and month."""
-    at = snapshot_points(
+    return viewer_activity_at(events, settings, viewer_activity_points(events, settings, until_us))
+
+
+def viewer_activity_points(events: Events, settings: ViewSettings, until_us: int) -> Points:
+    """When an impression enters or leaves a window, and heartbeats."""
+    return snapshot_points(
         events.viewer_id,
         events.known_us,
         [w.length_s * SECOND_US for w in names.VIEWER_WINDOWS],
@@ -196,6 +212,10 @@ def viewer_activity(events: Events, settings: ViewSettings, until_us: int) -> pa
         until_us=until_us,
         heartbeat_us=settings.heartbeat_s * SECOND_US,
     )
+
+
+def viewer_activity_at(events: Events, settings: ViewSettings, at: Points) -> pa.Table:
+    """``viewer_activity`` at these moments of these viewers."""
     rates = _rates(events, events.viewer_id, at, names.VIEWER_WINDOWS, settings)
     fields: dict[str, pa.Array | Floats] = {}
     for window, values in rates.items():
@@ -209,9 +229,17 @@ def viewer_activity(events: Events, settings: ViewSettings, until_us: int) -> pa
 def viewer_history(events: Events, settings: ViewSettings, until_us: int) -> pa.Table:
     """The last ``HISTORY_LENGTH`` impressions that said something about taste, in the order they became known."""
     telling = np.flatnonzero(events.weight_milli)
+    viewer, known_us = events.viewer_id[telling], events.known_us[telling]
+    grid_us = settings.history_grid_s * SECOND_US
+    return viewer_history_at(events, snapshot_points(viewer, known_us, [], grid_us=grid_us, until_us=until_us))
+
+
+def viewer_history_at(events: Events, at: Points) -> pa.Table:
+    """``viewer_history`` at these moments of these viewers."""
+    telling = np.flatnonzero(events.weight_milli)
     order = telling[np.lexsort((events.impression_id[telling], events.known_us[telling], events.viewer_id[telling]))]
     viewer, known_us = events.viewer_id[order], events.known_us[order]
-    whose, at_us = snapshot_points(viewer, known_us, [], grid_us=settings.history_grid_s * SECOND_US, until_us=until_us)
+    whose, at_us = at
     ones = np.ones((len(viewer), 1), dtype=np.int64)
     seen = window_sums(viewer, known_us, ones, whose, at_us, [ALL_TIME_US])[:, 0, 0]
     ends = np.searchsorted(viewer, whose, side="left") + seen
@@ -237,20 +265,34 @@ def viewer_history(events: Events, settings: ViewSettings, until_us: int) -> pa.
 
 def viewer_topic_affinity(events: Events, settings: ViewSettings, until_us: int) -> pa.Table:
     """Share of the viewer's month of taste (outcome weights) that went to each topic, dislikes negative."""
-    window_us = names.VIEWER_WINDOWS[-1].length_s * SECOND_US
-    use = np.flatnonzero((events.weight_milli != 0) & (events.topic >= 0) & (events.topic < TOPICS))
-    viewer, known_us, weight = events.viewer_id[use], events.known_us[use], events.weight_milli[use]
-    at = snapshot_points(
-        viewer,
-        known_us,
-        [window_us],
+    return viewer_topic_affinity_at(events, viewer_topic_affinity_points(events, settings, until_us))
+
+
+def _of_a_topic(events: Events) -> I64:
+    return np.flatnonzero((events.taste_milli != 0) & (events.topic >= 0) & (events.topic < TOPICS))
+
+
+def viewer_topic_affinity_points(events: Events, settings: ViewSettings, until_us: int) -> Points:
+    """When taste enters or leaves the month, and heartbeats."""
+    use = _of_a_topic(events)
+    return snapshot_points(
+        events.viewer_id[use],
+        events.known_us[use],
+        [names.VIEWER_WINDOWS[-1].length_s * SECOND_US],
         grid_us=settings.affinity_grid_s * SECOND_US,
         until_us=until_us,
         heartbeat_us=settings.heartbeat_s * SECOND_US,
     )
+
+
+def viewer_topic_affinity_at(events: Events, at: Points) -> pa.Table:
+    """``viewer_topic_affinity`` at these moments of these viewers."""
+    window_us = names.VIEWER_WINDOWS[-1].length_s * SECOND_US
+    use = _of_a_topic(events)
+    viewer, known_us = events.viewer_id[use], events.known_us[use]
     values_NK = np.zeros((len(use), TOPICS + 1), dtype=np.int64)
-    values_NK[np.arange(len(use)), events.topic[use]] = weight
-    values_NK[:, TOPICS] = np.abs(weight)
+    values_NK[np.arange(len(use)), events.topic[use]] = events.weight_milli[use]
+    values_NK[:, TOPICS] = events.taste_milli[use]
     sums_MK = window_sums(viewer, known_us, values_NK, *at, [window_us])[:, 0]
     affinity_MT = (sums_MK[:, :TOPICS] / np.maximum(sums_MK[:, TOPICS:], 1)).astype(np.float32)
     offsets = np.arange(len(affinity_MT) + 1, dtype=np.int32) * TOPICS
@@ -278,7 +320,12 @@ def video_content(videos: pa.Table) -> pa.Table:
 
 def video_engagement(events: Events, settings: ViewSettings, until_us: int) -> pa.Table:
     """How the video did in the last hour, quarter of a day, day and week, smoothed towards the priors."""
-    at = snapshot_points(
+    return video_engagement_at(events, settings, video_engagement_points(events, settings, until_us))
+
+
+def video_engagement_points(events: Events, settings: ViewSettings, until_us: int) -> Points:
+    """When an impression enters or leaves a window, and heartbeats."""
+    return snapshot_points(
         events.video_id,
         events.known_us,
         [w.length_s * SECOND_US for w in names.VIDEO_WINDOWS],
@@ -286,6 +333,10 @@ def video_engagement(events: Events, settings: ViewSettings, until_us: int) -> p
         until_us=until_us,
         heartbeat_us=settings.heartbeat_s * SECOND_US,
     )
+
+
+def video_engagement_at(events: Events, settings: ViewSettings, at: Points) -> pa.Table:
+    """``video_engagement`` at these moments of these videos."""
     fields: dict[str, pa.Array | Floats] = {}
     for window, values in _rates(events, events.video_id, at, names.VIDEO_WINDOWS, settings).items():
         fields[f"video_impressions_{window}"] = values["impressions"]
@@ -299,17 +350,32 @@ def creator_statistics(
     events: Events, videos: pa.Table, creators: pa.Table, settings: ViewSettings, until_us: int
 ) -> pa.Table:
     """Followers and uploads so far, and the last week's reach. The key is ``creator_key``, see feature_repo."""
+    points = [
+        creator_statistics_points(events, videos, settings, until_us),
+        (creators["creator_id"].to_numpy(), times_us(creators["created_at"])),
+    ]
+    at = _unique_pairs(np.concatenate([p[0] for p in points]), np.concatenate([p[1] for p in points]))
+    return creator_statistics_at(events, videos, creators, settings, at)
+
+
+def creator_statistics_points(events: Events, videos: pa.Table, settings: ViewSettings, until_us: int) -> Points:
+    """When an impression enters or leaves the week, and after an upload."""
     grid_us = settings.creator_grid_s * SECOND_US
-    creator, base = creators["creator_id"].to_numpy(), creators["followers"].to_numpy()
-    created_us = times_us(creators["created_at"])
-    uploader, uploaded_us = videos["creator_id"].to_numpy(), times_us(videos["uploaded_at"])
     week_us = names.CREATOR_WINDOW.length_s * SECOND_US
+    uploader, uploaded_us = videos["creator_id"].to_numpy(), times_us(videos["uploaded_at"])
     points = [
         snapshot_points(events.creator_id, events.known_us, [week_us], grid_us=grid_us, until_us=until_us),
         snapshot_points(uploader, uploaded_us, [], grid_us=grid_us, until_us=until_us),
-        (creator, created_us),
     ]
-    at = _unique_pairs(np.concatenate([p[0] for p in points]), np.concatenate([p[1] for p in points]))
+    return _unique_pairs(np.concatenate([p[0] for p in points]), np.concatenate([p[1] for p in points]))
+
+
+def creator_statistics_at(
+    events: Events, videos: pa.Table, creators: pa.Table, settings: ViewSettings, at: Points
+) -> pa.Table:
+    """``creator_statistics`` at these moments of these creators."""
+    creator, base = creators["creator_id"].to_numpy(), creators["followers"].to_numpy()
+    uploader, uploaded_us = videos["creator_id"].to_numpy(), times_us(videos["uploaded_at"])
     follows = window_sums(events.creator_id, events.known_us, events.follow[:, None], *at, [ALL_TIME_US])[:, 0, 0]
     # A creator counts from the start of time: rows before created_at (a clock that ran ahead) keep the base.
     start = np.full(len(creator), -ALL_TIME_US // 4, dtype=np.int64)
