@@ -116,6 +116,14 @@ cluster: install ## A real one-node Kubernetes with KubeRay, without Docker (Deb
 cluster-down: install ## Remove the node: every process, mount, interface and chain of it.
 	@$(BIN)/python infra/cluster down
 
+.PHONY: e2e
+e2e: cluster ## The whole platform on a real node: install, roll out, kill, upgrade, uninstall (images: infra/images/README.md).
+	$(BIN)/python -m pytest -m e2e tests/e2e
+
+.PHONY: bench-cluster
+bench-cluster: cluster ## On the node: webhook to stable over 50 rollouts, a killed head with and without a GCS store.
+	$(BIN)/python -m tests.benchmarks.bench_cluster
+
 .PHONY: constraints
 constraints: install ## Resolve requirements.in into constraints.txt again.
 	$(BIN)/uv pip compile requirements.in --output-file constraints.txt --universal --python-version 3.11 \

@@ -108,23 +108,38 @@ def test_serve_is_told_first_and_the_declaration_is_the_same_document(
     assert version == json.loads(kube.run("get", "rayservice", "reelway", "-o", "json"))["metadata"]["resourceVersion"]
 
 
+def test_what_kuberay_notes_in_the_object_meanwhile_is_no_conflict(
+    backend: RayServiceBackend,
+    kube: Kubectl,
+    serve: FakeServe,
+) -> None:
+    backend.observe()
+    kube.run("annotate", "rayservice", "reelway", f"touched={uuid.uuid4()}")
+    target = target_of(state())
+    backend.apply(target)
+    assert declared(kube) == serve.document
+    assert serve.routing == target.routing
+
+
 def test_a_declaration_that_failed_is_seen_and_mended_at_the_next_look(
     backend: RayServiceBackend,
     kube: Kubectl,
     serve: FakeServe,
 ) -> None:
-    """Somebody changes the RayService between the look and the write: Serve has the weight, the object has not."""
+    """Somebody changes the declaration between the look and the write: Serve has the weight, the object has not."""
     backend.observe()
-    kube.run("annotate", "rayservice", "reelway", f"touched={uuid.uuid4()}")
+    other = document(Routing.whole(STABLE))
+    other["applications"][-1]["deployments"][0]["num_replicas"] = 2
+    declare(kube, other)
     target = target_of(state())
-    with pytest.raises(RolloutError, match="Serve has taken it, RayService reelway has not"):
+    with pytest.raises(RolloutError, match="Serve has taken it, RayService reelway has not: somebody else wrote"):
         backend.apply(target)
     assert serve.routing == target.routing
     seen = backend.observe()
     assert seen.routing is None
     assert "declares another routing than Serve runs; it is written again" in seen.detail
     backend.apply(target)
-    assert (len(serve.written), declared(kube)) == (1, serve.document)
+    assert (len(serve.written), declared(kube)["applications"][-1]["deployments"][0]["num_replicas"]) == (1, 2)
     assert backend.observe().routing == target.routing
 
 

@@ -69,8 +69,9 @@ class Installation:
         return token_of(self.kubectl, f"{NAME}-secrets", "webhook-token")
 
     def install(self, values: Values | None = None, *options: str) -> None:
-        """`helm install`, with further values."""
-        self._helm("install", values or {}, *options)
+        """`helm install`, with further values. CRDs that another installation of the cluster brought are left."""
+        known = self.kubectl.run("get", "crd", "releaserollouts.reelway.dev", "--ignore-not-found", "-o", "name")
+        self._helm("install", values or {}, *(("--skip-crds",) if known.strip() else ()), *options)
 
     def upgrade(self, values: Values | None = None, *options: str) -> None:
         """`helm upgrade` to these further values in place of those of before."""
@@ -110,10 +111,18 @@ class Installation:
 
     def head(self) -> str:
         """Name of the pod that is Ray's head."""
-        wanted = f"app.kubernetes.io/instance={NAME},reelway.dev/role=head"
-        names = self.kubectl.run("get", "pods", "-l", wanted, "-o", "name").split()
+        names = self._heads()
         assert len(names) == 1, f"expected one head, found {names}"
-        return names[0].removeprefix("pod/")
+        return names[0]
+
+    def _heads(self) -> list[str]:
+        wanted = f"app.kubernetes.io/instance={NAME},reelway.dev/role=head"
+        found = self.kubectl.run("get", "pods", "-l", wanted, "-o", "jsonpath={.items[*].metadata.name}")
+        return found.split()
+
+    def until_other_head(self, before: Mapping[str, PodSeen]) -> None:
+        """The head is a pod that was not there before."""
+        until("there is another head", lambda: set(self._heads()) - before.keys(), 60, lambda: str(self._heads()))
 
     def until_ready(self) -> None:
         """The controller answers, and KubeRay calls the RayService ready (the head, in static mode)."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import json
+import os
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,7 +22,8 @@ from tests.cluster.conftest import ROOT, Kubectl
 from tests.e2e.pods import pod
 from tests.e2e.waiting import until
 
-RATE: Final = 10.0
+RATE: Final = float(os.environ.get("REELWAY_E2E_RATE", "10"))
+"""Requests per second; fewer where a machine does much else."""
 VIEWERS: Final = 5_000
 _RECORD: Final = "/tmp/record"
 _PROGRAM: Final = ROOT / "tests" / "benchmarks" / "constant_load.py"

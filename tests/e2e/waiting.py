@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from typing import Final
+
+_LOOK_S: Final = 1.0
+"""Between two looks: each starts a kubectl, and what is measured has its moments on record elsewhere."""
 
 
 def until(what: str, holds: Callable[[], object], within_s: float, seen: Callable[[], str] = str) -> float:
@@ -12,5 +16,5 @@ def until(what: str, holds: Callable[[], object], within_s: float, seen: Callabl
     while not holds():
         if time.monotonic() - began > within_s:
             raise AssertionError(f"{what}: not so within {within_s:g} s; {seen()}".rstrip("; "))
-        time.sleep(0.1)
+        time.sleep(_LOOK_S)
     return time.monotonic() - began

@@ -18,13 +18,14 @@ from typing import Any, Final
 
 import yaml
 
-from reelway.platform.cluster.kube_api import AbsentError, Document, KubeApi
+from reelway.platform.cluster.kube_api import AbsentError, ConflictError, Document, KubeApi
 from reelway.platform.errors import KubernetesError, RolloutError
 from reelway.platform.rollout.traffic.serve_config import ServeConfig, releases_in, routing_in, with_target
 from reelway.platform.rollout.traffic.serve_rest import ServeRestBackend
 from reelway.platform.rollout.traffic.target import TrafficObservation, TrafficTarget
 
 _PATH: Final = "ray.io/v1/rayservices"
+_ATTEMPTS: Final = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,19 +92,38 @@ class RayServiceBackend:
             self._declare(declared, wanted)
 
     def _declare(self, declared: _Declared, wanted: Mapping[str, Any]) -> None:
-        change = {
-            "metadata": {"resourceVersion": declared.resource_version},
-            "spec": {"serveConfigV2": yaml.safe_dump(dict(wanted), sort_keys=False)},
-        }
+        """Written over the declaration that it was made from, and over no other.
+
+        KubeRay writes its status into the same object all the time, so a conflict alone says nothing: what counts is
+        whether the declaration is still that one.
+        """
+        text = yaml.safe_dump(dict(wanted), sort_keys=False)
         with self._lock:
             self._declared = None  # until it is known to have been taken
+        newest = declared
+        for _ in range(_ATTEMPTS):
+            change = {"metadata": {"resourceVersion": newest.resource_version}, "spec": {"serveConfigV2": text}}
+            try:
+                self._remember(self._api.patch(f"{_PATH}/{self.name}", change))
+                return
+            except ConflictError:
+                newest = self._fetched()
+            except KubernetesError as error:
+                raise self._untold(str(error)) from error
+            if newest.config != declared.config:
+                raise self._untold("somebody else wrote another declaration meanwhile")
+        raise self._untold(f"it changed {_ATTEMPTS} times meanwhile")
+
+    def _untold(self, why: str) -> RolloutError:
+        return RolloutError(
+            f"Serve has taken it, RayService {self.name} has not: {why}; it is written again at the next look"
+        )
+
+    def _fetched(self) -> _Declared:
         try:
-            written = self._api.patch(f"{_PATH}/{self.name}", change)
+            return self._fetch()
         except KubernetesError as error:
-            raise RolloutError(
-                f"Serve has taken it, RayService {self.name} has not: {error}; it is written again at the next look"
-            ) from error
-        self._remember(written)
+            raise self._untold(str(error)) from error
 
     def _fetch(self) -> _Declared:
         document = self._api.get(f"{_PATH}/{self.name}")

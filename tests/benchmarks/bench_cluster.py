@@ -1,0 +1,150 @@
+"""On a cluster with KubeRay, under load: an alert to everybody on stable; a killed head with and without a GCS store.
+
+``python -m tests.benchmarks.bench_cluster``. Two installations, one after the other, each with one worker that serves
+and a head that does not. Every moment is of the clock of one pod, which sends the requests and the alerts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tests.benchmarks.report import FOLDER, Row, write_report
+from tests.e2e.clusters import Cluster, chosen
+from tests.e2e.conftest import Flow
+from tests.e2e.installation import NAME, Installation
+from tests.e2e.load_pod import constant_load
+from tests.e2e.made_releases import MadeReleases, made_releases
+from tests.e2e.redis_pod import apply_redis
+from tests.e2e.rollouts import HELD, begin, until_phase
+from tests.e2e.watched import unnoticed
+
+from reelway.platform.cli.terminal import progress, say
+
+BACK_S = 2.0
+SLATES_S = 60.0
+PLACE = "reelway-e2e-bench"
+GCS = "gcs-store"
+"""Name of the Redis."""
+ONE_WORKER: dict[str, Any] = {
+    "serving": {
+        "head": {"cpus": 0},
+        "workers": {
+            "cpu": {
+                "replicas": 1, "minReplicas": 1, "maxReplicas": 1, "gpus": 0, "gpuResource": "nvidia.com/gpu",
+                "resources": {
+                    "requests": {"cpu": "100m", "memory": "1Gi"}, "limits": {"cpu": "2", "memory": "3Gi"},
+                },
+                "nodeSelector": {}, "tolerations": [], "affinity": {}, "topologySpreadConstraints": [],
+            }
+        },
+    }
+}  # fmt: skip
+IN_REDIS: dict[str, Any] = {**ONE_WORKER, "ray": {"gcs": {"redisAddress": f"{GCS}:6379"}}}
+
+
+def measure(cluster: Cluster, rounds: int, heads: int) -> list[Row]:
+    """Both installations."""
+    with made_releases(cluster, 2) as releases:
+        return [
+            *_installed(cluster, releases, ONE_WORKER, "state in the head", rounds, heads),
+            *_installed(cluster, releases, IN_REDIS, "state in a Redis", 0, heads),
+        ]
+
+
+def _installed(
+    cluster: Cluster, releases: MadeReleases, values: dict[str, Any], what: str, rounds: int, heads: int
+) -> list[Row]:
+    with cluster.namespace(PLACE) as kubectl:
+        releases.deliver(kubectl)
+        installation = Installation(cluster, kubectl, releases, given=values)
+        with constant_load(kubectl, installation.url) as load:
+            flow = Flow(installation, load, releases, live=releases.ids[0])
+            began = load.now()
+            say(f"installing: {what}")
+            installation.install()
+            try:
+                if "ray" in values:
+                    apply_redis(kubectl, GCS, f"{NAME}-secrets")
+                first = load.until_answered_by(flow.live, since=began, within_s=600) - began
+                title = f"helm install -> first slate ({what}, a head and a worker)"
+                flow.note(title, first, "s", "under 180", first < 180)
+                installation.until_ready()
+                if rounds:
+                    by_webhook(flow, rounds)
+                for _ in range(heads):
+                    head_killed(flow, what)
+            finally:
+                installation.uninstall()
+            return flow.rows
+
+
+def by_webhook(flow: Flow, rounds: int) -> None:
+    """A rollout, an alert, and everybody back; again and again. The release stays warm from round to round."""
+    release, installation, load = flow.releases.ids[1], flow.installation, flow.load
+    token = installation.webhook_token
+    taken_s = []
+    with unnoticed(flow, f"{rounds} rollbacks by webhook"), progress() as bar:
+        task = bar.add_task("webhook -> stable", total=rounds)
+        for number in range(rounds):
+            began, name = load.now(), f"round-{number}"
+            begin(flow.kubectl, name, release, HELD, force=True)
+            load.until_answered_by(release, since=began, within_s=180, count=5)
+            alerted = load.alert(installation.webhook, token, release)
+            until_phase(flow.kubectl, name, "RolledBack")
+            load.settled(since=alerted, before=load.now())
+            sent = load.answers(release, since=alerted)["sent"]
+            taken_s.append(float(sent.max() - alerted) if len(sent) else 0.0)
+            bar.advance(task)
+    p50, p99, worst = np.percentile(taken_s, [50, 99, 100])
+    title = f"webhook received -> all new requests on stable, KubeRay mode, {rounds} rounds at {load.rate:g} a second"
+    flow.note(f"{title}, p99", float(p99), "s", f"under {BACK_S:g}", bool(p99 < BACK_S))
+    flow.note(f"{title}, p50", float(p50), "s")
+    flow.note(f"{title}, worst", float(worst), "s")
+
+
+def head_killed(flow: Flow, what: str) -> None:
+    """Without notice. How long until slates come, and what was lost until everything is as before."""
+    installation, load = flow.installation, flow.load
+    before = installation.pods("serving")
+    killed = load.now()
+    flow.kubectl.run("delete", "pod", installation.head(), "--grace-period=0", "--force", "--wait=true")
+    installation.until_other_head(before)
+    installation.until_ready()
+    load.until_answered_by(flow.live, since=load.now(), within_s=240, count=20)
+    rows = load.settled(since=killed, before=load.now())
+    lost = rows[rows["status"] != 200]
+    back = float(lost["sent"].max() - killed) if len(lost) else 0.0
+    replaced = [name for name, seen in before.items() if installation.pods("serving").get(name) != seen]
+    title = f"head pod killed, {what}"
+    flow.note(f"{title}: slates for good again after", back, "s", f"under {SLATES_S:g}", back < SLATES_S)
+    flow.note(f"{title}: requests lost of {len(rows)}, at {load.rate:g} a second", float(len(lost)), "requests")
+    flow.note(f"{title}: pods replaced or restarted, the head among them", float(len(replaced)), "pods")
+
+
+def _from_the_flow() -> list[Row]:
+    """What the last `make e2e` noted, so that one file has every bar."""
+    path = Path(FOLDER) / "e2e.json"
+    return [Row(**row) for row in json.loads(path.read_text())] if path.exists() else []
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rounds", type=int, default=50)
+    parser.add_argument("--heads", type=int, default=1, help="how often the head is killed, in each installation")
+    options = parser.parse_args()
+    cluster = chosen()
+    if cluster is None:
+        print("no cluster: bring one up with `make cluster`, or set KUBECONFIG and REELWAY_CLUSTER_TESTS=1")
+        return 1
+    rows = measure(cluster, options.rounds, options.heads)
+    write_report("cluster", [*rows, *_from_the_flow()])
+    return int(any(row.holds is False for row in rows))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
