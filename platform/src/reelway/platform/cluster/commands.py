@@ -37,6 +37,9 @@ def operator(
     trust_host: list[str] = typer.Option(
         [], help="Host that Ray's token may be sent to, besides the namespace's Services; may be given several times."
     ),
+    releases: str | None = typer.Option(
+        None, help="Path or URL of the release store: what is in it is recorded as Release resources."
+    ),
     parity: str | None = typer.Option(
         None, help="Path or URL (s3://...) where `reelway features parity --report` leaves its findings."
     ),
@@ -51,7 +54,7 @@ def operator(
     """Look after the ReleaseRollouts of a namespace until SIGTERM. One process is active; others wait for its Lease.
 
     Needs, in its namespace: releaserollouts get, list, watch, patch; releaserollouts/status update; rayservices get,
-    patch; leases get, create, update; events create; configmaps get.
+    patch; leases get, create, update; events create; configmaps get; releases list, create; releases/status update.
 
     Examples:
 
@@ -79,7 +82,7 @@ def operator(
     made_up = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(3)}"
     settings = OperatorSettings(
         webhook_token_file=webhook_token_file, identity=identity or made_up, host=host, port=port, lease=lease,
-        lease_duration_s=lease_duration, lanes=lanes,
+        lease_duration_s=lease_duration, lanes=lanes, releases=releases,
     )  # fmt: skip
     run_operator(KubeApi(namespace, context=context), settings)
 

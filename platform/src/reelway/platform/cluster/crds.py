@@ -129,9 +129,12 @@ def release_crd() -> dict[str, Any]:
     status = schema_of(resources.ReleaseStatus)
     status["properties"]["conditions"] |= _keyed_by("type")
     columns: list[dict[str, Any]] = [
-        {"name": "Store", "type": "string", "jsonPath": ".spec.store"},
+        {"name": "Called", "type": "string", "jsonPath": ".status.name"},
+        {"name": "Gates", "type": "string", "jsonPath": ".status.gates"},
+        {"name": "Made", "type": "date", "jsonPath": ".status.madeAt"},
+        {"name": "In store", "type": "string", "jsonPath": '.status.conditions[?(@.type=="InStore")].status'},
         {"name": "Parent", "type": "string", "jsonPath": ".spec.parent", "priority": 1},
-        {"name": "Age", "type": "date", "jsonPath": ".metadata.creationTimestamp"},
+        {"name": "Store", "type": "string", "jsonPath": ".spec.store", "priority": 1},
         {"name": "Note", "type": "string", "jsonPath": ".spec.note"},
     ]
     schema = {

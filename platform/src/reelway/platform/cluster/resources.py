@@ -175,8 +175,13 @@ class ReleaseSpec(_Model):
 
 
 class ReleaseStatus(_Model):
-    """What became of it."""
+    """What its manifest says, and whether the store still has it: written by the operator, judged by nobody here."""
 
+    name: str = Field(default="", description="what people call it: the run that it came from")
+    made_at: str = ""
+    gates: str = Field(default="", description="hold, waived (by a named person) or failed")
+    failed_gates: tuple[str, ...] = ()
+    metrics: dict[str, str] = Field(default_factory=dict, description="of the evaluation, as text")
     conditions: tuple[Condition, ...] = ()
 
 

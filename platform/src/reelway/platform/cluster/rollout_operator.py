@@ -21,6 +21,7 @@ from reelway.platform.cluster.health import operator_application
 from reelway.platform.cluster.kube_api import KubeApi
 from reelway.platform.cluster.lanes import Lane, LaneSettings
 from reelway.platform.cluster.lease import Lease
+from reelway.platform.cluster.release_records import ReleaseRecords
 from reelway.platform.cluster.resources import Backend, PolicyReference, Resource
 from reelway.platform.cluster.rollout_store import KubeRolloutStore
 from reelway.platform.cluster.shelf import PATH, ToldShelf
@@ -61,6 +62,8 @@ class OperatorSettings:
     lease_duration_s: float = 10.0
     """A silent holder is gone after so long."""
     lanes: LaneSettings = field(default_factory=LaneSettings)
+    releases: str | None = None
+    """Path or URL of the store whose releases are recorded as resources; None records none."""
 
 
 def run_operator(api: KubeApi, settings: OperatorSettings, stop: threading.Event | None = None) -> None:
@@ -113,6 +116,9 @@ class Operator:
             threading.Thread(target=lease.hold, args=(renewing, lambda: self._fail("the lease was lost", stop))),
             threading.Thread(target=self._watch, args=(stop,), name="watch", daemon=True),
         ]
+        if self._settings.releases:
+            records = ReleaseRecords(self._api, self._settings.releases)
+            threads.append(threading.Thread(target=records.run, args=(stop,), name="releases", daemon=True))
         try:
             self._active = True
             self._announcer = Announcer(self._api, self._settings.identity)

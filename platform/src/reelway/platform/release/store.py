@@ -109,6 +109,14 @@ class ReleaseStore:
         """
         return self._read_all()[0]
 
+    def ids(self) -> Sequence[ReleaseId]:
+        """Of all releases; no manifest is read.
+
+        Raises:
+            StorageError: the store cannot be reached.
+        """
+        return self._ids()
+
     def resolve(self, prefix: str) -> ReleaseId:
         """The one release whose id begins with ``prefix``; ``latest`` is the one made last, rehearsals left out.
 

@@ -1,0 +1,140 @@
+"""Why: whoever may look at a namespace sees which releases there are, from which parent and with which gates.
+
+The store is what counts; a ``Release`` only says of it what a manifest says. Whoever put a release there, a job or a
+laptop, it is recorded. Refuses to judge: signatures and gates are looked at by who serves it.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Mapping
+from typing import Any, Final
+
+from reelway.platform.cluster.kube_api import ConflictError, KubeApi
+from reelway.platform.cluster.resources import (
+    GROUP,
+    RELEASE_KIND,
+    RELEASES,
+    VERSION,
+    Condition,
+    ReleaseSpec,
+    ReleaseStatus,
+)
+from reelway.platform.cluster.status import stamp
+from reelway.platform.contracts.manifest import Manifest
+from reelway.platform.errors import ReelwayError
+from reelway.platform.release.store import ReleaseStore
+
+log = logging.getLogger(__name__)
+
+PATH: Final = f"{GROUP}/{VERSION}/{RELEASES}"
+IN_STORE: Final = "InStore"
+EVERY_S: Final = 10.0
+_SHOWN: Final = 12
+"""Characters of an id: a Release's name."""
+
+
+class ReleaseRecords:
+    """The releases of a store as resources of a namespace.
+
+    Args:
+        url: of the store, as this process reaches it.
+    """
+
+    def __init__(self, api: KubeApi, url: str) -> None:
+        self._api, self._store = api, ReleaseStore(url)
+        self._trouble = ""
+
+    def run(self, stop: threading.Event, every_s: float = EVERY_S) -> None:
+        """Look again and again. What cannot be read or written is logged, once, and tried again."""
+        while not stop.is_set():
+            trouble = ""
+            try:
+                self.look()
+            except ReelwayError as error:
+                trouble = str(error)
+            if trouble != self._trouble:
+                log.warning("releases: %s", trouble) if trouble else log.info("releases: well again")
+            self._trouble = trouble
+            stop.wait(every_s)
+
+    def look(self) -> None:
+        """Record what is new, and say of each whether the store still has it.
+
+        Raises:
+            StorageError: the store cannot be read; its KubernetesError: the API server refuses.
+            DigestMismatchError: a manifest is damaged; the others are recorded all the same.
+        """
+        recorded = {one["spec"]["id"]: one for one in self._api.list(PATH)}
+        present = set(self._store.ids())
+        damaged: ReelwayError | None = None
+        for release_id in sorted(present):
+            document = recorded.get(release_id)
+            if document is not None and _said_present(document) is True:
+                continue
+            try:
+                self._write(document, self._store.manifest(release_id))
+            except ReelwayError as error:
+                damaged = error
+        for release_id in recorded.keys() - present:
+            if recorded[release_id]["spec"]["store"] == self._store.url and _said_present(recorded[release_id]):
+                self._gone(recorded[release_id])
+        if damaged is not None:
+            raise damaged
+
+    def _write(self, document: Mapping[str, Any] | None, manifest: Manifest) -> None:
+        if document is None:
+            spec = ReleaseSpec(id=manifest.release_id, store=self._store.url, parent=manifest.parent)
+            head = {"apiVersion": f"{GROUP}/{VERSION}", "kind": RELEASE_KIND}
+            named = {"metadata": {"name": manifest.release_id[:_SHOWN]}, "spec": spec.document()}
+            try:
+                document = self._api.create(PATH, {**head, **named})
+            except ConflictError:
+                return  # another one came first; the next look sees it
+            log.info("release %s is in the store: %s", manifest.release_id[:_SHOWN], manifest.name)
+        self._replace_status(document, _status(manifest))
+
+    def _gone(self, document: Mapping[str, Any]) -> None:
+        before = ReleaseStatus.model_validate(document.get("status") or {})
+        missing = _condition("False", "Removed", f"{self._store.url} has it no longer")
+        self._replace_status(document, before.model_copy(update={"conditions": (missing,)}))
+        log.info("release %s is no longer in the store", document["metadata"]["name"])
+
+    def _replace_status(self, document: Mapping[str, Any], status: ReleaseStatus) -> None:
+        try:
+            self._api.replace(
+                f"{PATH}/{document['metadata']['name']}/status", {**document, "status": status.document()}
+            )
+        except ConflictError:
+            return  # it was changed meanwhile; the next look sees how
+
+
+def _status(manifest: Manifest) -> ReleaseStatus:
+    failed = [gate.name for gate in manifest.gates if not gate.passed]
+    waived = {waiver.gate for waiver in manifest.waivers}
+    gates = "hold" if not failed else "waived" if set(failed) <= waived else "failed"
+    return ReleaseStatus(
+        name=manifest.name,
+        made_at=manifest.created_at.strftime("%Y-%m-%dT%H:%M:%SZ"),
+        gates=gates,
+        failed_gates=tuple(failed),
+        metrics={name: f"{value:.4g}" for name, value in sorted(manifest.metrics.items())},
+        conditions=(_condition("True", "Found", ""),),
+    )
+
+
+def _condition(status: str, reason: str, message: str) -> Condition:
+    return Condition.model_validate(
+        {"type": IN_STORE, "status": status, "reason": reason, "message": message,
+         "lastTransitionTime": stamp(time.time())}
+    )  # fmt: skip
+
+
+def _said_present(document: Mapping[str, Any]) -> bool | None:
+    """What was said of it last; None when nothing was."""
+    for condition in (document.get("status") or {}).get("conditions") or ():
+        if condition["type"] == IN_STORE:
+            return bool(condition["status"] == "True")
+    return None
