@@ -126,7 +126,7 @@ def _state(spec: Mapping[str, Any], status: Mapping[str, Any], labels: Mapping[s
         return JobState.FAILED
     if deployment == "Retrying":
         return JobState.RETRYING
-    if deployment == "Running" and job != "PENDING":
+    if deployment == "Running" and job not in ("", "PENDING"):
         return JobState.RUNNING
     return JobState.QUEUED if spec.get("suspend") else JobState.STARTING
 

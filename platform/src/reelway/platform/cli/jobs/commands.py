@@ -13,10 +13,13 @@ from enum import StrEnum
 from typing import TYPE_CHECKING
 
 import typer
+from rich.console import Console
+from rich.measure import Measurement
 from rich.table import Column, Table
 
 from reelway.platform.cli.jobs.follow import INTERRUPTED, follow_or_ask, raise_if_bad
-from reelway.platform.cli.terminal import out, say
+from reelway.platform.cli.rollout.place import tell
+from reelway.platform.cli.terminal import out
 from reelway.platform.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -30,6 +33,7 @@ EXIT_CODES = (
 )
 NAMESPACE = typer.Option(None, "--namespace", "-n", help="Where Reelway is installed; the context's when absent.")
 CONTEXT = typer.Option(None, "--context", help="Of the kubeconfig.")
+_ANSWERED_S = 20.0
 NAME = typer.Argument(..., help="A job, as `reelway jobs` lists it.")
 
 
@@ -102,7 +106,7 @@ def submit(
         arguments=tuple(arguments or ()),
     )  # fmt: skip
     job = jobs.submit(request, installation)
-    say(f"job {job.name} in namespace {jobs.namespace}: {job.command}")
+    tell(f"job {job.name} in namespace {jobs.namespace}: {job.command}")
     if detach:
         typer.echo(job.name)
         return
@@ -151,10 +155,10 @@ def stop(name: str = NAME, namespace: str | None = NAMESPACE, context: str | Non
     jobs = _jobs(namespace, context)
     job = jobs.get(name)
     if job.state.ended:
-        say(f"job {name} has ended already: {job.state.value}")
+        tell(f"job {name} has ended already: {job.state.value}")
         return
     jobs.stop(name)
-    say(f"job {name} is {'deleted' if job.queue else 'being stopped'}")
+    tell(f"job {name} is {'deleted' if job.queue else 'being stopped'}")
 
 
 def delete(
@@ -179,7 +183,7 @@ def delete(
         raise ConfigError("which jobs? expected names, or --ended")
     for name in wanted:
         jobs.delete(name)
-        say(f"job {name} is deleted")
+        tell(f"job {name} is deleted")
 
 
 def _follow(jobs: RayJobs, name: str) -> None:
@@ -192,13 +196,14 @@ def _follow(jobs: RayJobs, name: str) -> None:
 
 
 def _print(jobs: Sequence[Job], now: datetime) -> None:
-    name = Column("job", no_wrap=True, min_width=max((len(job.name) for job in jobs), default=0))  # to be copied
-    table = Table(name, "kind", "run", "state", "age", "took", "release")
+    headers = ("job", "kind", "run", "state", "age", "took", "release")
+    table = Table(*(Column(header, no_wrap=True) for header in headers))
     for job in jobs:
         took = _span((job.ended_at or now) - job.started_at) if job.started_at else "-"
         state = job.state.value + (f" ({job.exit_code})" if job.exit_code else "")
         table.add_row(job.name, job.kind, job.run, state, _span(now - job.created_at), took, job.release[:12] or "-")
-    out.print(table)
+    wide = Console(width=max(out.width, Measurement.get(out, out.options.update(max_width=500), table).maximum))
+    wide.print(table)  # never folded: names are copied from here
 
 
 def _span(length: object) -> str:
@@ -220,4 +225,4 @@ def _jobs(namespace: str | None, context: str | None) -> RayJobs:
         raise ConfigError(
             f"{error.name} is not installed; commands on a cluster need `pip install reelway-platform[cluster]`"
         ) from error
-    return RayJobs(KubeApi(namespace, context=context))
+    return RayJobs(KubeApi(namespace, context=context, timeout_s=_ANSWERED_S))

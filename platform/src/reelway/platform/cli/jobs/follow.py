@@ -27,7 +27,8 @@ from typing import TYPE_CHECKING, Final
 
 from rich.markup import escape
 
-from reelway.platform.cli.terminal import console, say
+from reelway.platform.cli.rollout.place import tell
+from reelway.platform.cli.terminal import console
 from reelway.platform.errors import CommandFailedError, JobError, KubernetesError
 
 if TYPE_CHECKING:
@@ -37,10 +38,11 @@ if TYPE_CHECKING:
 POLL_S: Final = 1.0
 LATE_S: Final = 20.0
 """A log may end so long after its job's state says that it did."""
-SILENT_S: Final = 60.0
-"""An API server that is away for longer is told of as an error."""
+SILENT_S: Final = 300.0
+"""An API server that is away for longer is told of as an error; the job does not mind."""
 LAST_LINES: Final = 20
-_OF_RAYS_CLIENT: Final = re.compile(r"\d{4}-\d\d-\d\d [\d:,]+\t(INFO|SUCC|WARN|ERR) (cli|sdk)\.py:\d+ -- ")
+_SHOWN: Final = 500
+_OF_RAYS_CLIENT: Final = re.compile(r"\d{4}-\d\d-\d\d [\d:,]+\t(INFO|SUCC|WARN|ERR) (cli|sdk|job_manager)\.py:\d+ -- ")
 INTERRUPTED: Final = 130
 
 
@@ -49,7 +51,7 @@ def follow(jobs: RayJobs, name: str, *, poll_s: float = POLL_S) -> Job:
 
     Raises:
         ConfigError: there is no such job any more.
-        KubernetesError: the server was away for a minute.
+        KubernetesError: the server was away for minutes.
         JobError: the job cannot start before somebody changes something.
     """
     watched = _Watched(jobs, name)
@@ -76,7 +78,8 @@ def raise_if_bad(job: Job) -> None:
         raise CommandFailedError([job.command], job.exit_code)
     if job.state is JobState.STOPPED:
         raise JobError(f"job {job.name} was stopped")
-    why = ": ".join(part for part in (job.reason, job.message.strip()) if part) or "KubeRay does not say why"
+    said = job.message.partition("last available logs")[0].strip(" ,\n")[:_SHOWN]  # which the log has shown
+    why = ": ".join(part for part in (job.reason, said) if part) or "KubeRay does not say why"
     raise JobError(f"job {job.name} {'never began' if job.never_began else 'was ended'}: {why}")
 
 
@@ -88,7 +91,7 @@ def follow_or_ask(jobs: RayJobs, name: str) -> Job | None:
         try:
             _ask_to_stop(jobs, name)
         except KeyboardInterrupt:
-            say("")
+            tell("")
             _say_it_goes_on(jobs, name)
         return None
 
@@ -139,7 +142,7 @@ class _Watched:
 
         lines, place = self._jobs.new_lines(self.job, self._place)
         if self._place.pod and place.pod != self._place.pod:
-            say(f"the log goes on in {place.pod}")
+            tell(f"the log goes on in {place.pod}")
         self._place = place
         shown = [line for line in lines if not _OF_RAYS_CLIENT.match(line)]
         for line in shown:
@@ -151,7 +154,7 @@ class _Watched:
     def _say_state(self) -> None:
         job = self.job
         tried = f" (try {job.tries + 1})" if job.tries and not job.state.ended else ""
-        say(f"job {job.name}: [bold]{job.state.value}[/]{tried}")
+        tell(f"job {job.name}: [bold]{job.state.value}[/]{tried}")
 
     def _say_troubles(self, troubles: Sequence[Trouble]) -> None:
         for trouble in troubles:
@@ -162,7 +165,7 @@ class _Watched:
                 )
             if trouble.what not in self._said:
                 self._said.add(trouble.what)
-                say(f"[yellow]waiting:[/] {escape(trouble.what)}")
+                tell(f"[yellow]waiting:[/] {escape(trouble.what)}")
 
     def _patiently(self, ask: Callable[[], object]) -> None:
         """An API server that is away for a moment is no reason to end."""
@@ -172,7 +175,7 @@ class _Watched:
             now = time.monotonic()
             if self._away_since is None:
                 self._away_since = now
-                say(f"[yellow]waiting:[/] {escape(str(error))}")
+                tell(f"[yellow]waiting:[/] {escape(str(error))}")
             if now - self._away_since > SILENT_S:
                 raise
             return
@@ -186,10 +189,10 @@ def _ask_to_stop(jobs: RayJobs, name: str) -> None:
     answer = input(f"\nStop job {name}? Its files stay. [y/N, Ctrl-C: no] ")
     if answer.strip().lower() in ("y", "yes"):
         jobs.stop(name)
-        say(f"job {name} is being stopped")
+        tell(f"job {name} is being stopped")
     else:
         _say_it_goes_on(jobs, name)
 
 
 def _say_it_goes_on(jobs: RayJobs, name: str) -> None:
-    say(f"job {name} goes on; come back with `reelway jobs follow {name} -n {jobs.namespace}`")
+    tell(f"job {name} goes on; come back with `reelway jobs follow {name} -n {jobs.namespace}`")
