@@ -19,6 +19,7 @@ modules make installations of their own.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -31,6 +32,7 @@ from tests.e2e.diagnosis import account
 from tests.e2e.installation import Installation
 from tests.e2e.load_pod import Load, constant_load
 from tests.e2e.made_releases import MadeReleases, made_releases
+from tests.e2e.pods import image
 
 _CLUSTER = pytest.StashKey[Cluster]()
 _BROKEN = pytest.StashKey[str]()
@@ -64,8 +66,18 @@ def cluster(request: pytest.FixtureRequest) -> Cluster:
     if found is None:
         pytest.skip("no cluster: bring one up with `make cluster`, or set KUBECONFIG and REELWAY_CLUSTER_TESTS=1")
     found.kubectl("default").run("get", "--raw", "/readyz", "--request-timeout=10s")
+    if found.own:
+        _has_images(found)
     request.session.stash[_CLUSTER] = found
     return found
+
+
+def _has_images(cluster: Cluster) -> None:
+    """On the node of `make cluster` nothing is pulled."""
+    nodes = json.loads(cluster.kubectl("default").run("get", "nodes", "-o", "json"))["items"]
+    known = {name for node in nodes for one in node["status"]["images"] for name in one["names"] or ()}
+    wanted = {image("controller"), image("serving")}
+    assert wanted <= known, f"the node lacks {sorted(wanted - known)}: build and load them (infra/images/README.md)"
 
 
 @pytest.fixture(scope="session")

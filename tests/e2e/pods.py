@@ -31,11 +31,13 @@ def values_files() -> list[Path]:
 
 def image(of: str = "controller") -> str:
     """As the installations' values name it."""
-    merged: dict[str, Any] = {}
+    named: dict[str, Any] = {"tag": yaml.safe_load((CHART / "Chart.yaml").read_text())["appVersion"]}
+    registry = ""
     for path in values_files():
-        merged |= yaml.safe_load(path.read_text()).get("image", {})
-    chosen = {"tag": yaml.safe_load((CHART / "Chart.yaml").read_text())["appVersion"], **merged[of]}
-    return f"{merged['registry']}/{chosen['repository']}:{chosen['tag']}"
+        values = yaml.safe_load(path.read_text()).get("image", {})
+        registry = values.get("registry", registry)
+        named |= values.get(of, {})
+    return f"{registry}/{named['repository']}:{named['tag']}"
 
 
 def pod_document(

@@ -1,4 +1,4 @@
-"""Why: what Ray keeps outside of its head it keeps in a Redis; here is one to measure with, with the chart's password."""
+"""Why: what Ray keeps outside of its head it keeps in a Redis; here is one to measure with, in a pod."""
 
 from __future__ import annotations
 

@@ -25,8 +25,8 @@ HELD: Final[dict[str, Any]] = {**STEPPED, "steps": [{"weight_percent": 50, "hold
 STEP_S: Final = 120.0
 
 
-def begin(kubectl: Kubectl, name: str, release: str, policy: dict[str, Any] = STEPPED, **spec: Any) -> None:
-    """Make a ReleaseRollout over the RayService, or over ``backend``."""
+def begin(kubectl: Kubectl, name: str, release: str, policy: dict[str, Any] | None = STEPPED, **spec: Any) -> None:
+    """Make a ReleaseRollout over the RayService, or over ``backend``; with ``policyRef`` there is no policy."""
     kubectl.apply(rollout(name, release, policy=policy, **spec))
 
 

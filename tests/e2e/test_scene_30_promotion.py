@@ -1,10 +1,14 @@
-"""A good release is promoted under load: nobody fails, no pod is touched, everybody is on it afterwards."""
+"""A good release is promoted under load: nobody fails, no pod is touched, everybody is on it afterwards.
+
+Its policy lies in a ConfigMap, as a team would keep it.
+"""
 
 from __future__ import annotations
 
 import pytest
+import yaml
 from tests.e2e.conftest import Flow
-from tests.e2e.rollouts import begin, until_phase
+from tests.e2e.rollouts import STEPPED, begin, until_phase
 from tests.e2e.watched import unnoticed
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
@@ -12,8 +16,12 @@ pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
 
 def test_a_good_release_is_promoted_and_nobody_notices(flow: Flow) -> None:
     before, good = flow.live, flow.releases.ids[1]
+    flow.kubectl.apply({
+        "apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "team-policy"},
+        "data": {"policy.yaml": yaml.safe_dump(STEPPED)},
+    })  # fmt: skip
     with unnoticed(flow, "promotion"):
-        begin(flow.kubectl, "good", good)
+        begin(flow.kubectl, "good", good, None, policyRef={"name": "team-policy"})
         until_phase(flow.kubectl, "good", "Promoted")
     flow.live = good
     moment = flow.load.now()

@@ -11,7 +11,13 @@ from tests.e2e.waiting import until
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
 SAID = ("lease.coordination.k8s.io/reelway-controller", "releaserollout.reelway.dev/", "release.reelway.dev/")
 """The operator's Lease, and what people made."""
-OURS = ("persistentvolumeclaim/releases", "configmap/reelway-public-keys", "pod/load", "configmap/load-files")
+OURS = (
+    "persistentvolumeclaim/releases",
+    "configmap/reelway-public-keys",
+    "pod/load",
+    "configmap/load-files",
+    "configmap/team-policy",
+)
 """The harness's own."""
 CLUSTERS = ("configmap/kube-root-ca.crt", "serviceaccount/default")
 NOISE = ("events", "events.events.k8s.io", "pods.metrics.k8s.io")
