@@ -52,7 +52,7 @@ COMPONENTS: Final[dict[str, Document]] = {
         "jobs": {
             "workClaim": "work", "signingSecret": "signing", "queue": "reelway", "materialisation": {"enabled": True},
             "training": {"enabled": True, "gpus": 1, "workers": 2}, "evaluation": {"enabled": True},
-            "dataset": {"enabled": True}, "release": {"enabled": True},
+            "dataset": {"enabled": True}, "release": {"enabled": True}, "parity": {"enabled": True},
             "submitters": [{"kind": "Group", "name": "ml", "apiGroup": "rbac.authorization.k8s.io"}],
         }
     },

@@ -132,6 +132,23 @@ def test_feast_is_given_a_store_whose_password_is_not_in_it() -> None:
     assert "ssl=true" in options
 
 
+def test_parity_is_written_where_the_operator_reads_it_from_what_the_routers_wrote() -> None:
+    found = rendered("dev", "jobs")
+    [cron] = [one for one in found if one["kind"] == "CronJob" and one["metadata"]["name"].endswith("-parity")]
+    [replay] = cron["spec"]["jobTemplate"]["spec"]["template"]["spec"]["containers"]
+    told = dict(word.removeprefix("--").split("=", 1) for word in replay["command"] if word.startswith("--"))
+    [deployment] = [one for one in found if one["kind"] == "Deployment"]
+    [controller] = deployment["spec"]["template"]["spec"]["containers"]
+    assert f"--parity={told['report']}" in controller["args"]
+    assert told["report"].startswith(next(m["mountPath"] for m in controller["volumeMounts"] if m["name"] == "store"))
+    [router] = [one for one in document("dev", "jobs")["applications"] if one["name"] == "router"]
+    assert router["args"]["vector_log"] == told["log"]
+    group: Any = typer.main.get_command(build_app())
+    for word in replay["command"][1:3]:
+        group = group.get_command(click.Context(group), word)
+    assert group.make_context("parity", replay["command"][3:]).params["report_to"] == told["report"]
+
+
 def test_the_charts_canary_rules_are_the_packages() -> None:
     assert (CHART / "files" / "rules" / "canary.rules.yaml").read_text() == canary_rules()
 

@@ -185,6 +185,12 @@
 {{- include "reelway.checkResources" (dict "of" $job.resources "path" (printf "jobs.%s.resources" $kind)) }}
 {{- end }}
 {{- end }}
+{{- with $v.jobs.parity }}
+{{- if and .enabled (ne (include "reelway.storeOnVolume" $) "true") }}
+{{- include "reelway.refuse" (dict "path" "releases.store.type" "saw" $v.releases.store.type "expected" "pvc or hostPath, because jobs.parity.enabled is true and served vectors are read from the volume") }}
+{{- end }}
+{{- include "reelway.checkResources" (dict "of" .resources "path" "jobs.parity.resources") }}
+{{- end }}
 {{- end -}}
 
 {{- define "reelway.checkMonitoring" -}}

@@ -46,6 +46,15 @@ reelway.dev/component: {{ .component }}
 {{- else }}/var/lib/reelway/volume/{{ $store.path }}{{ end -}}
 {{- end -}}
 
+{{/* Where served vectors are written for the parity replay: on the volume, a file per pod; else in the pod itself. */}}
+{{- define "reelway.vectorLog" -}}
+{{- if eq (include "reelway.storeOnVolume" .) "true" }}/var/lib/reelway/volume/parity
+{{- else }}/var/cache/reelway/vectors.jsonl{{ end -}}
+{{- end -}}
+
+{{/* Where the replay leaves its findings, and the rollout operator looks for them. */}}
+{{- define "reelway.parityReport" -}}{{ include "reelway.storeUrl" . }}/parity.json{{- end -}}
+
 {{/* (dict "context" . "of" .Values.image.serving) */}}
 {{- define "reelway.image" -}}
 {{- $reference := .of.repository -}}

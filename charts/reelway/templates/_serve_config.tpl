@@ -77,7 +77,7 @@ args:
   {{- include "reelway.releaseShelf" .context | nindent 2 }}
   token_secrets: null
   features_dir: {{ include "reelway.featuresFolder" .context | default "null" }}
-  vector_log: {{ if $s.parity.ratio }}/var/cache/reelway/vectors.jsonl{{ else }}null{{ end }}
+  vector_log: {{ if $s.parity.ratio }}{{ include "reelway.vectorLog" .context }}{{ else }}null{{ end }}
   parity_ratio: {{ $s.parity.ratio }}
   budgets:
     viewer_row: {{ $s.budgetsMs.viewerRow }}

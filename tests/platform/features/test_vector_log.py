@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from reelway.platform.errors import ConfigError, MalformedFileError, StorageError
-from reelway.platform.features.vector_log import ServedVector, VectorLog, read_vectors
+from reelway.platform.features.vector_log import ServedVector, VectorLog, log_of_this_host, read_vectors
 
 
 def vector(request_id: int, **changes: object) -> ServedVector:
@@ -90,6 +90,19 @@ def test_a_damaged_line_is_refused_with_its_row(tmp_path: Path) -> None:
     (tmp_path / "log").write_text('{"request_id": 1}\n')
     with pytest.raises(MalformedFileError, match="row 1"):
         list(read_vectors(tmp_path / "log"))
+
+
+def test_a_folder_that_machines_share_has_a_log_of_each_and_all_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shared = tmp_path / "parity"
+    for number, host in enumerate(("worker-b", "worker-a", "worker-b")):
+        monkeypatch.setattr("socket.gethostname", lambda host=host: host)
+        VectorLog(log_of_this_host(shared), ratio=1.0, max_bytes=600).append(vector(number))
+    assert {file.name for file in shared.glob("*.jsonl")} == {"worker-a.jsonl", "worker-b.jsonl"}
+    assert (shared / "worker-b.jsonl.1").exists(), "the older half counts too"
+    assert [one.request_id for one in read_vectors(shared)] == [1, 0, 2]
+    assert log_of_this_host(tmp_path / "own.jsonl") == tmp_path / "own.jsonl"
 
 
 def test_a_ratio_outside_zero_to_one_is_refused(tmp_path: Path) -> None:

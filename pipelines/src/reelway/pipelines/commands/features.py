@@ -98,7 +98,12 @@ def materialise(
 
 def parity(
     run: Run = DEFAULT_RUN,
-    log: Annotated[Path | None, typer.Option("--log", help=f"Vector log; by default <run>/{LOG_FILE}.")] = None,
+    log: Annotated[
+        Path | None, typer.Option("--log", help=f"Vector log, or a folder of them; by default <run>/{LOG_FILE}.")
+    ] = None,
+    report_to: Annotated[
+        str | None, typer.Option("--report", help="Path or URL for the findings too: what `reelway operator` judges.")
+    ] = None,
     tolerance: Annotated[float, typer.Option("--tolerance", min=0.0, help="Relative difference allowed.")] = 1e-6,
     show: Annotated[int, typer.Option("--show", min=1, help="Mismatches to print.")] = 20,
     every: Annotated[
@@ -118,6 +123,7 @@ def parity(
     from reelway.pipelines.features.parity import replay
     from reelway.platform.durable import write_json
     from reelway.platform.rollout.sources.parity_report import parity_path
+    from reelway.platform.rollout.sources.parity_store import write_parity
 
     directory = RunDirectory(run)
     if every is not None:
@@ -125,7 +131,10 @@ def parity(
         os.nice(19)  # what is watched goes before the watching
     while True:
         report = replay(directory.features, log or directory.path / LOG_FILE, tolerance)
-        write_json(parity_path(directory), report.by_release(time.time()))
+        found = report.by_release(time.time())
+        write_json(parity_path(directory), found)
+        if report_to is not None:
+            write_parity(report_to, found)
         _show_parity(report, show)
         if every is None:
             report.raise_if_bad()

@@ -11,6 +11,7 @@ import fcntl
 import json
 import math
 import os
+import socket
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -115,6 +116,11 @@ class VectorLog:
             os.close(guard)
 
 
+def log_of_this_host(path: Path) -> Path:
+    """The log to append to: a file is one machine's; in a folder that many share, each has its own by its name."""
+    return path if path.suffix == ".jsonl" else path / f"{socket.gethostname()}.jsonl"
+
+
 def _ends_a_line(handle: BinaryIO) -> bool:
     handle.seek(-1, os.SEEK_END)
     return handle.read(1) == b"\n"
@@ -131,9 +137,18 @@ def _previous(path: Path) -> Path:
 def read_vectors(path: Path) -> Iterator[ServedVector]:
     """All vectors of the log, oldest first. A last line cut off by a crash was never acknowledged and is left out.
 
+    Of a folder, those of all its logs, one machine after another.
+
     Raises:
         MalformedFileError: another line is not a served vector.
     """
+    if path.is_dir():
+        names = {
+            file.with_name(file.name.removesuffix(".1")) for file in path.glob("*.jsonl*") if ".lock" not in file.name
+        }
+        for log in sorted(names):
+            yield from read_vectors(log)
+        return
     for file in (_previous(path), path):
         if not file.exists():
             continue

@@ -18,7 +18,7 @@ from ray.serve.handle import DeploymentHandle
 
 from reelway.platform.eventlog import open_event_log
 from reelway.platform.features.store import ViewerRows, open_feature_store
-from reelway.platform.features.vector_log import VectorLog
+from reelway.platform.features.vector_log import VectorLog, log_of_this_host
 from reelway.platform.tokens import TokenSigner
 from reelway.serving.deployments.stages import (
     HELD,
@@ -80,7 +80,7 @@ class RouterDeployment(Router):
         rows = ViewerRows(open_feature_store(args.features_dir)) if args.features_dir else None
         sample = None
         if args.vector_log:
-            vectors = VectorLog(args.vector_log, ratio=args.parity_ratio)
+            vectors = VectorLog(log_of_this_host(args.vector_log), ratio=args.parity_ratio)
             sample = ParitySample(vectors, ThreadPoolExecutor(1, thread_name_prefix="parity-sample"))
         parts = RouterParts(
             signer=TokenSigner(*read_token_secrets(args.token_secrets)),
