@@ -33,7 +33,7 @@ from reelway.serving.metrics import IngressMetrics
 from reelway.serving.popular import open_popular_lists
 from reelway.serving.serve_config import ReleaseSource
 from reelway.serving.sessions import Graph
-from reelway.serving.stages.ranking import RankerHere, Ranking
+from reelway.serving.stages.ranking import Ranker, RankerHere, Ranking
 from reelway.serving.stages.reranking import Reranking
 from reelway.serving.stages.retrieval import Retrieval
 from reelway.serving.stages.sources import AnnSource, FreshSource, ListSource, NeighbourSource
@@ -103,10 +103,10 @@ class ReleaseLoader:
             settings,
         )
 
-    def ranking(self) -> Ranking:
-        """Ranker, video table, calibration."""
-        ranker = RankerHere(Graph(self.folder / RANKER_FILE, inputs=RANKER_INPUTS, threads=self.threads))
-        return Ranking(ranker, self.table(), read_calibration(self.folder), read_blend(self.folder).ranking)
+    def ranking(self, ranker: Ranker | None = None) -> Ranking:
+        """Ranker, video table, calibration. A ranker that is given runs elsewhere, and none is loaded here."""
+        here = ranker or RankerHere(Graph(self.folder / RANKER_FILE, inputs=RANKER_INPUTS, threads=self.threads))
+        return Ranking(here, self.table(), read_calibration(self.folder), read_blend(self.folder).ranking)
 
     def reranking(self) -> Reranking:
         """Video table only."""

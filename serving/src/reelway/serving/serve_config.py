@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from reelway.platform.rollout.traffic.routing import Routing
 
@@ -63,6 +63,19 @@ class ReleaseSource(ReleaseShelf):
 
     release: str = Field(min_length=1, description="full id; also the application's name")
     composition: Composition = "staged"
+    ranker_address: str | None = Field(
+        default=None,
+        description="host:port of the gRPC server that ranks, with {release} for the first characters of the id; the "
+        "graph ranks where there is none",
+    )
+
+    @model_validator(mode="after")
+    def _waits_only_where_stages_are_deployments(self) -> ReleaseSource:
+        if self.ranker_address and self.composition == "fused":
+            raise ValueError(
+                "ranker_address is set with composition fused, whose threads compute and never wait; use staged"
+            )
+        return self
 
 
 class BudgetsMs(_Args):
@@ -144,6 +157,7 @@ class ServiceOptions:
     budgets: BudgetsMs = field(default_factory=BudgetsMs)
     composition: Composition = "staged"
     at_once: int = 64
+    ranker_address: str | None = None
     environment: dict[str, str] = field(default_factory=lambda: {"OMP_NUM_THREADS": "1"})
     num_cpus: float = 0.1
     """Of each replica. Small, so that all deployments of several releases fit on a laptop; a cluster sets its own."""
@@ -171,10 +185,15 @@ def _release_application(release: str, options: ServiceOptions) -> dict[str, Any
         "name": release,
         "route_prefix": None,  # reached through the router only
         "import_path": RELEASE_BUILDER,
-        "args": options.shelf.source_of(release, options.composition).model_dump(mode="json"),
+        "args": _source(release, options).model_dump(mode="json"),
         "deployments": [_deployment(name, count, options) for name, count in counts.items()],
         **_everywhere(options),
     }
+
+
+def _source(release: str, options: ServiceOptions) -> ReleaseSource:
+    source = options.shelf.source_of(release, options.composition)
+    return ReleaseSource(**source.model_dump(exclude={"ranker_address"}), ranker_address=options.ranker_address)
 
 
 def _router_application(routing: Routing, options: ServiceOptions) -> dict[str, Any]:

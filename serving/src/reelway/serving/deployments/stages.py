@@ -13,6 +13,7 @@ from ray.serve.handle import DeploymentHandle
 from reelway.serving import metrics
 from reelway.serving.fused import load_warm
 from reelway.serving.graph import run_to_end
+from reelway.serving.open_inference.client import RankerThere, address_of
 from reelway.serving.release_loader import open_trusted
 from reelway.serving.serve_config import BudgetsMs, ReleaseSource
 from reelway.serving.stages.arrays import F32, Candidates, Codes, Rows, Slate, ViewerQuery
@@ -42,12 +43,18 @@ class RetrievalStage:
 
 
 class RankingStage:
-    """Ranker and video table of one release."""
+    """Ranker and video table of one release. A ranker that runs elsewhere is asked, and never waited for to start."""
 
     def __init__(self, source: ReleaseSource) -> None:
         loader = open_trusted(source)
+        registry = CollectorRegistry()
+        self._metrics = metrics.RankingMetrics(registry, loader.release_id())
+        if source.ranker_address:
+            address = address_of(source.ranker_address, source.release)
+            counts = metrics.RemoteRankerMetrics(registry, source.release)
+            self._stage = loader.ranking(RankerThere(address, source.release, counts))
+            return
         self._stage = loader.ranking()
-        self._metrics = metrics.RankingMetrics(CollectorRegistry(), loader.release_id())
         table = loader.table()
         run_to_end(self._stage.rank(*first_ranking(nobody(table), table)))
 

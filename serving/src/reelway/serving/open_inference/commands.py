@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import logging
+import signal
 from pathlib import Path
 
 import typer
@@ -58,4 +60,12 @@ def rank_server(
     def ready() -> None:
         out.print(f"ranking by release {release[:12]}", highlight=False)
 
-    asyncio.run(run_rank_server(options, listening, ready))
+    async def until_told() -> None:
+        stop, loop = asyncio.Event(), asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, stop.set)
+        await run_rank_server(options, listening, ready, stop)
+
+    for chatty in ("faiss", "uvicorn"):
+        logging.getLogger(chatty).setLevel(logging.WARNING)
+    asyncio.run(until_told())

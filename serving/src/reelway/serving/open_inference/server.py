@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import signal
 import socket
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
@@ -68,9 +67,9 @@ async def run_rank_server(
     options: RankServerOptions,
     listening: Callable[[Listening], None],
     ready: Callable[[], None],
-    stop: asyncio.Event | None = None,
+    stop: asyncio.Event,
 ) -> None:
-    """Serve until SIGTERM, Ctrl-C or ``stop``.
+    """Serve until ``stop``, which is what SIGTERM means here.
 
     Args:
         listening: called when both ports are open, before there is a release.
@@ -81,10 +80,6 @@ async def run_rank_server(
         ServingError: an address cannot be listened at.
         StorageError: the release cannot be fetched.
     """
-    stop = stop or asyncio.Event()
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stop.set)
     served = ServedRanker(options.source.release, CollectorRegistry(), threads=options.threads, waiting=options.waiting)
     try:
         async with _grpc_server(served, options) as grpc_port, _http_server(served, options) as http_port:
@@ -102,8 +97,6 @@ async def run_rank_server(
             stopping.cancel()
     finally:
         served.close()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.remove_signal_handler(number)
 
 
 def load_verified(options: RankServerOptions) -> LoadedRanker:

@@ -44,6 +44,7 @@ _OF_ONNX: Final = dict(
 )
 _KINDS: Final = {"b": "b", "i": "iu", "f": "iuf"}
 """What a list of values may be made of, by what it is to become: a whole number is a number, nothing else is cast."""
+_NUMBERS_OR_NULL: Final = frozenset({int, float, type(None)})
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,12 +79,14 @@ class TensorSpec:
         return np.frombuffer(data, dtype=self.datatype.dtype).reshape(shape)
 
     def from_values(self, shape: Sequence[int], values: Any) -> Array:
-        """The tensor from a list of values, flat or nested."""
+        """The tensor from a list of values, flat or nested; null is NaN, which JSON has no other word for."""
         wanted = self.datatype.dtype
         try:
             found = np.asarray(values)
-        except ValueError:
-            found = np.asarray(values, dtype=object)
+            if wanted.kind == "f" and found.dtype == object and {type(v) for v in found.flat} <= _NUMBERS_OR_NULL:
+                found = found.astype(np.float64)
+        except (ValueError, OverflowError):
+            found = np.asarray(None)
         if found.size and found.dtype.kind not in _KINDS[wanted.kind]:
             raise RefusedRequestError(f"input {self.name!r} has values that are not {self.datatype.name} in its data")
         if found.size != math.prod(shape) or (found.ndim > 1 and found.shape != tuple(shape)):
