@@ -41,13 +41,14 @@ class ParitySample:
         """Log the request if it is in the sample.
 
         Args:
-            videos_as_of_s: the moment that the release's video features speak of, where it says so.
+            videos_as_of_s: the moment that the release's video features speak of, where it says so. An overlay's
+                own goes before it.
             viewer_row: as it was read, before anything of the request was filled in.
             rows: of the slate.
         """
         if not self._vectors.wants(request_id):
             return
-        dense = table.gather(rows, now_s).video_dense.tolist()
+        dense, live_as_of_s = self._gathered(table, rows, now_s)
         facts = zip(
             table.video_id[rows].tolist(), table.creator_id[rows].tolist(), table.topic[rows].tolist(),
             table.uploaded_at_s[rows].tolist(), dense, strict=True,
@@ -67,9 +68,17 @@ class ParitySample:
             release=release,
             viewer=dict(viewer_row),
             videos=videos,
-            videos_as_of_s=videos_as_of_s,
+            videos_as_of_s=videos_as_of_s if live_as_of_s is None else live_as_of_s,
         )
         self._thread.submit(self._write, vector)
+
+    def _gathered(self, table: VideoTable, rows: Rows, now_s: float) -> tuple[list[list[float]], float | None]:
+        """The videos' numbers and the moment of the overlay that they are from, one version's."""
+        while True:
+            live = table.live
+            dense = table.gather(rows, now_s).video_dense.tolist()
+            if table.live is live:  # no overlay came in between
+                return dense, live.as_of_s
 
     def _write(self, vector: ServedVector) -> None:
         try:

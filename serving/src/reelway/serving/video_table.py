@@ -63,6 +63,7 @@ class LiveValues:
     fresh: F32  # [F, L]
     place_of: Rows | None = None  # [N] row of ``fresh``, ABSENT where the snapshot holds; None: it holds everywhere
     version: int = 0
+    as_of_s: float | None = None  # the moment that all of it is true as of; None: the release's own
 
     def at(self, rows: NDArray[np.integer[Any]]) -> F32:
         """The live numbers of some videos. Shapes: ``[C] -> [C, L]``."""
@@ -73,7 +74,7 @@ class LiveValues:
             values[changed] = self.fresh[place[changed]]
         return values
 
-    def with_fresher(self, rows: NDArray[np.integer[Any]], dense: F32) -> LiveValues:
+    def with_fresher(self, rows: NDArray[np.integer[Any]], dense: F32, as_of_s: float | None = None) -> LiveValues:
         """The next version: ``dense`` ``[C, L]`` at ``rows`` ``[C]``, the last one where a row is named twice."""
         place_of = np.full(len(self.snapshot), ABSENT, np.int32) if self.place_of is None else self.place_of.copy()
         new = np.unique(rows[place_of[rows] == ABSENT])
@@ -82,7 +83,7 @@ class LiveValues:
         fresh[place_of[rows]] = dense
         for published in (place_of, fresh):
             published.flags.writeable = False
-        return LiveValues(self.snapshot, fresh, place_of, self.version + 1)
+        return LiveValues(self.snapshot, fresh, place_of, self.version + 1, as_of_s)
 
 
 class VideoTable:
@@ -161,7 +162,7 @@ class VideoTable:
         """Titles of a slate's videos, ``None`` for ``ABSENT``; for people, never for all candidates."""
         return [None if row == ABSENT else self._titles[row].as_py() for row in rows.tolist()]
 
-    def overlay(self, rows: NDArray[np.integer[Any]], live_dense: F32) -> int:
+    def overlay(self, rows: NDArray[np.integer[Any]], live_dense: F32, as_of_s: float | None = None) -> int:
         """Lay fresher live numbers over the snapshot and return the new version.
 
         Costs a copy of all that was changed before and 4 bytes a video, so give it batches, not single events.
@@ -169,13 +170,14 @@ class VideoTable:
         Args:
             rows: rows to change, ``[C]``; where one is named twice, the last wins.
             live_dense: their new values in the order of ``VIDEO_LIVE_DENSE``, ``[C, L]``.
+            as_of_s: the moment, Unix seconds, that the whole table is then true as of.
         """
         width = len(names.VIDEO_LIVE_DENSE)
         if live_dense.shape != (len(rows), width):
             raise ValueError(f"live_dense has shape {live_dense.shape}, expected {(len(rows), width)}")
         if len(rows) and (rows.min() < 0 or rows.max() >= len(self)):
             raise ValueError(f"rows span {rows.min()}..{rows.max()}, expected 0..{len(self) - 1}")
-        self._live = self._live.with_fresher(rows, live_dense)
+        self._live = self._live.with_fresher(rows, live_dense, as_of_s)
         return self._live.version
 
 

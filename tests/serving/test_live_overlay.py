@@ -1,0 +1,129 @@
+"""A video table that follows the changelog: newest rows, of videos and of creators, each version of one moment."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from tests.release_files import make_release_folder
+
+from reelway.platform.contracts.features import VIDEO_LIVE_DENSE
+from reelway.platform.contracts.manifest import VIDEOS_FILE
+from reelway.platform.errors import DataError
+from reelway.platform.eventlog.changelog import CHANGES, CREATORS, ENGAGEMENT, FIELDS, Change, Changelog
+from reelway.serving.live_overlay import LiveOverlay
+from reelway.serving.video_table import VideoTable, open_video_table
+
+LIKES = VIDEO_LIVE_DENSE.index("video_like_rate_1h")
+FOLLOWERS = VIDEO_LIVE_DENSE.index("creator_followers")
+
+
+@pytest.fixture
+def table(tmp_path: Path) -> VideoTable:
+    make_release_folder(tmp_path / "release", videos=60)
+    return open_video_table(tmp_path / "release" / VIDEOS_FILE)
+
+
+def rows_of(view: str, values: dict[int, float | None]) -> pa.Table:
+    """Rows whose fields are all one value."""
+    own = FIELDS[view]
+    return pa.table(
+        [
+            [view] * len(values) if name == "view"
+            else list(values) if name == "entity_id"
+            else [0] * len(values) if name == "event_timestamp"
+            else list(values.values()) if name in own
+            else [None] * len(values)
+            for name in CHANGES.names
+        ],
+        names=CHANGES.names,
+    ).cast(CHANGES)  # fmt: skip
+
+
+def change(sequence: int, *tables: pa.Table) -> Change:
+    return Change(sequence, sequence * 1_000_000, pa.concat_tables(tables))
+
+
+def test_a_change_of_a_video_or_its_creator_is_laid_over_and_the_rest_stays(table: VideoTable, tmp_path: Path) -> None:
+    log, before = Changelog(tmp_path / "overlay"), table.live.at(np.arange(len(table)))
+    creator = int(table.creator_id[7])
+    theirs = np.flatnonzero(table.creator_id == creator)
+    video = int(table.video_id[3])
+    log.append(change(1, rows_of(ENGAGEMENT, {video: 0.25, 999_999: 1.0}), rows_of(CREATORS, {creator: 77.0})))
+    overlay = LiveOverlay(table, log)
+    assert overlay.poll() == len({3, *theirs.tolist()})
+    after = table.live.at(np.arange(len(table)))
+    assert after[3, LIKES] == 0.25
+    assert (after[theirs, FOLLOWERS] == 77.0).all()
+    engagement, statistics = ([VIDEO_LIVE_DENSE.index(n) for n in FIELDS[view]] for view in (ENGAGEMENT, CREATORS))
+    expected = before.copy()
+    expected[3, engagement] = 0.25
+    expected[np.ix_(theirs, statistics)] = 77.0
+    np.testing.assert_array_equal(after, expected)
+    assert table.live.as_of_s == 1.0
+    assert overlay.poll() == 0
+
+
+def test_several_changes_become_one_version_with_the_newest_rows(table: VideoTable, tmp_path: Path) -> None:
+    log = Changelog(tmp_path / "overlay")
+    ids = table.video_id.tolist()
+    for sequence in (1, 2, 3):
+        log.append(change(sequence, rows_of(ENGAGEMENT, {ids[sequence]: sequence / 8, ids[0]: sequence / 4})))
+    overlay = LiveOverlay(table, log)
+    overlay.poll()
+    assert table.live.version == 1
+    assert table.live.at(np.arange(4))[:, LIKES].tolist() == [0.75, 0.125, 0.25, 0.375]
+    assert (overlay.sequence, table.live.as_of_s) == (3, 3.0)
+
+
+def test_a_row_that_expired_is_unknown_again(table: VideoTable, tmp_path: Path) -> None:
+    log = Changelog(tmp_path / "overlay")
+    log.append(change(1, rows_of(ENGAGEMENT, {int(table.video_id[3]): None})))
+    LiveOverlay(table, log).poll()
+    assert np.isnan(table.live.at(np.array([3]))[0, LIKES])
+
+
+def test_a_snapshot_takes_the_place_of_its_changes_for_readers_old_and_new(table: VideoTable, tmp_path: Path) -> None:
+    log = Changelog(tmp_path / "overlay")
+    ids = table.video_id.tolist()
+    log.append(change(1, rows_of(ENGAGEMENT, {ids[1]: 0.5})))
+    old = LiveOverlay(table, log)
+    old.poll()
+    for sequence in range(2, 6):
+        log.append(change(sequence, rows_of(ENGAGEMENT, {ids[sequence % 2]: sequence / 16})))
+    assert log.compact(at_least=5)
+    assert not log.compact(at_least=1)
+    assert [path.name for path in (tmp_path / "overlay").iterdir()] == ["snapshot-00000000000000000005.arrow"]
+    log.append(change(6, rows_of(ENGAGEMENT, {ids[2]: 0.0625})))
+    make_release_folder(tmp_path / "other", videos=60)
+    other = open_video_table(tmp_path / "other" / VIDEOS_FILE)
+    new = LiveOverlay(other, log)
+    for reader, its in ((old, table), (new, other)):
+        reader.poll()
+        assert its.live.at(np.arange(3))[:, LIKES].tolist() == [0.25, 0.3125, 0.0625]
+        assert reader.sequence == 6
+
+
+def test_a_file_that_is_no_change_is_refused_and_an_empty_place_is_nothing_new(
+    table: VideoTable, tmp_path: Path
+) -> None:
+    overlay = LiveOverlay(table, Changelog(tmp_path / "overlay"))
+    assert overlay.poll() == 0
+    (tmp_path / "overlay").mkdir()
+    (tmp_path / "overlay" / "00000000000000000001.arrow").write_bytes(b"nonsense")
+    with pytest.raises(DataError, match="no Arrow file"):
+        overlay.poll()
+    assert table.live.version == 0
+
+
+def test_a_changelog_behind_a_url_reads_like_one_in_a_folder(table: VideoTable) -> None:
+    log = Changelog("memory://overlay-test/changes")
+    for sequence in (1, 2):
+        log.append(change(sequence, rows_of(ENGAGEMENT, {int(table.video_id[3]): sequence / 4})))
+    overlay = LiveOverlay(table, log)
+    overlay.poll()
+    assert table.live.at(np.array([3]))[0, LIKES] == 0.5
+    assert log.compact(at_least=2)
+    assert [one.whole for one in log.after(0)] == [True]
