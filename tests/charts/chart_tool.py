@@ -68,6 +68,7 @@ COMPONENTS: Final[dict[str, Document]] = {
     },
     "priorities": {"priorityClasses": {"create": True}},
     "open-network": {"networkPolicies": {"enabled": False}},
+    "no-service": {"serving": {"enabled": False}, "releases": {"initial": ""}},
     "no-test": {"tests": {"enabled": False}},
     "secrets": {"secrets": {"generate": True, "name": ""}},
     "ray-autoscaling": {

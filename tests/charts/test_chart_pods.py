@@ -129,6 +129,25 @@ def test_the_pods_that_serve_and_train_have_no_kubernetes_token() -> None:
             assert pod["automountServiceAccountToken"] is False, where
 
 
+def test_without_a_service_there_are_jobs_and_the_operator_and_no_pod_that_serves() -> None:
+    for environment in ("dev", "production-cpu"):
+        objects = rendered(environment, "no-service")
+        kinds = {one["kind"] for one in objects}
+        assert {"RayJob", "Deployment"} <= kinds
+        assert not kinds & {"RayService", "StatefulSet", "Ingress", "HTTPRoute"}
+        assert {one["reelway.dev/component"] for document in objects for one in pod_labels(document)} <= {
+            "jobs", "job-creator", "controller", "redis",
+        }  # fmt: skip
+
+
+def test_the_operator_reads_the_store_and_cannot_write_it() -> None:
+    (pod,) = [pod for _, pod in pods(named(rendered("dev", "as-is"), "Deployment", "-controller"))]
+    (store,) = [one for one in pod["volumes"] if one["name"] == "store"]
+    (mount,) = [one for one in pod["containers"][0]["volumeMounts"] if one["name"] == "store"]
+    assert store["persistentVolumeClaim"]["readOnly"] is True
+    assert mount["readOnly"] is True
+
+
 def test_the_controller_may_write_one_ray_service_and_its_own_lease() -> None:
     rules = named(rendered("dev", "as-is"), "Role", "-controller")["rules"]
     granted = {

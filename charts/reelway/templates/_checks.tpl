@@ -5,8 +5,8 @@
 
 {{- define "reelway.check" -}}
 {{- $v := .Values -}}
-{{- if not $v.releases.initial }}
-{{- include "reelway.refuse" (dict "path" "releases.initial" "saw" "" "expected" "the whole id of a release in the store: 64 hexadecimal digits") }}
+{{- if and $v.serving.enabled (not $v.releases.initial) }}
+{{- include "reelway.refuse" (dict "path" "releases.initial" "saw" "" "expected" "the whole id of a release in the store: 64 hexadecimal digits; or serving.enabled: false until `reelway submit release` has made one") }}
 {{- end }}
 {{- if and (not $v.secrets.generate) (not $v.secrets.name) }}
 {{- include "reelway.refuse" (dict "path" "secrets.name" "saw" "" "expected" "the name of a Secret with the keys auth_token, impression-tokens and webhook-token, or secrets.generate: true for development") }}
@@ -17,6 +17,7 @@
 {{- include "reelway.checkFeatures" . }}
 {{- include "reelway.checkJobs" . }}
 {{- include "reelway.checkMonitoring" . }}
+{{- include "reelway.checkRanker" . }}
 {{- end -}}
 
 {{- define "reelway.checkStore" -}}
