@@ -17,7 +17,6 @@
 {{- include "reelway.checkFeatures" . }}
 {{- include "reelway.checkJobs" . }}
 {{- include "reelway.checkMonitoring" . }}
-{{- include "reelway.checkRanker" . }}
 {{- end -}}
 
 {{- define "reelway.checkStore" -}}
