@@ -45,6 +45,9 @@ import_path: reelway.serving.deployments.applications:release
 args:
   {{- include "reelway.releaseShelf" .context | nindent 2 }}
   release: {{ .release | quote }}
+  {{- if include "reelway.rankedByKServe" .context }}
+  ranker_address: {{ include "reelway.rankerAddress" .context | trim | quote }}
+  {{- end }}
 deployments:
   - {{- include "reelway.deployment" (dict "name" "Retrieval" "of" $d.retrieval) | nindent 4 }}
   - {{- include "reelway.deployment" (dict "name" "Ranking" "of" $d.ranking) | nindent 4 }}

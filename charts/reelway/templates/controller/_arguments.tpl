@@ -12,6 +12,9 @@
 - --parity={{ include "reelway.parityReport" . }}
 - --head-url=http://{name}-head-svc.{namespace}.svc:{{ $v.ray.ports.dashboard }}
 - --router-url=http://{name}-router.{namespace}.svc:{{ $v.serving.port }}
+{{- if include "reelway.rankedByKServe" . }}
+- --ranker-template=/etc/reelway/ranker/inference-service.yaml
+{{- end }}
 {{- with $v.controller.prometheusUrl }}
 - --prometheus={{ . }}
 {{- end }}

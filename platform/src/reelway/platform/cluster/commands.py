@@ -43,6 +43,9 @@ def operator(
     parity: str | None = typer.Option(
         None, help="Path or URL (s3://...) where `reelway features parity --report` leaves its findings."
     ),
+    ranker_template: Path | None = typer.Option(
+        None, help="InferenceService of a release's ranker, with {release} and {release_id}, where KServe runs rankers."
+    ),
     lease: str = typer.Option("reelway-operator", help="Name of the Lease that makes one process the active one."),
     lease_duration: float = typer.Option(
         10.0, min=1, help="A silent holder of the Lease is gone after so many seconds."
@@ -54,7 +57,8 @@ def operator(
     """Look after the ReleaseRollouts of a namespace until SIGTERM. One process is active; others wait for its Lease.
 
     Needs, in its namespace: releaserollouts get, list, watch, patch; releaserollouts/status update; rayservices get,
-    patch; leases get, create, update; events create; configmaps get; releases list, create; releases/status update.
+    patch; leases get, create, update; events create; configmaps get; releases list, create; releases/status update;
+    with --ranker-template also inferenceservices list, create, delete.
 
     Examples:
 
@@ -66,18 +70,21 @@ def operator(
     import secrets
     import socket
 
+    from reelway.platform.cluster.inference_service import read_template
     from reelway.platform.cluster.kube_api import KubeApi
     from reelway.platform.cluster.lanes import HEAD_URL, ROUTER_URL, LaneSettings
     from reelway.platform.cluster.rollout_operator import OperatorSettings, run_operator
     from reelway.platform.rollout.sources import Access
 
     _quietly()
+    if ranker_template is not None:
+        read_template(ranker_template)  # a wrong one is said now, and not when a rollout begins
     lanes = LaneSettings(
         interval_s=interval, prometheus_url=prometheus, alertmanager_url=alertmanager, ray_token_file=ray_token_file,
         prometheus_access=Access(prometheus_token_file, prometheus_ca_file, _labels(prometheus_label)),
         alertmanager_access=Access(alertmanager_token_file, alertmanager_ca_file), parity=parity,
         head_url=head_url or HEAD_URL, router_url=router_url or ROUTER_URL,
-        trusted_hosts=tuple(trust_host),
+        ranker_template=ranker_template, trusted_hosts=tuple(trust_host),
     )  # fmt: skip
     made_up = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(3)}"
     settings = OperatorSettings(

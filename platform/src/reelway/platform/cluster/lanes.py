@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Final
 from urllib.parse import urlsplit
 
+from reelway.platform.cluster.inference_service import InferenceServices, RankedApart, read_template
 from reelway.platform.cluster.kube_api import KubeApi
 from reelway.platform.cluster.ray_service import RayServiceBackend
 from reelway.platform.cluster.resources import Backend, Resource
@@ -30,6 +31,7 @@ from reelway.platform.rollout.sources.parity_report import ParityReport
 from reelway.platform.rollout.sources.parity_store import ParityInStore
 from reelway.platform.rollout.sources.prometheus_reader import PrometheusReader
 from reelway.platform.rollout.traffic.serve_rest import ServeAddress, ServeRestBackend
+from reelway.platform.rollout.traffic.target import TrafficBackend
 
 log = logging.getLogger(__name__)
 
@@ -62,6 +64,8 @@ class LaneSettings:
     """Of a RayService's dashboard; {name} and {namespace} are filled in."""
     router_url: str = ROUTER_URL
     """Of its routers."""
+    ranker_template: Path | None = None
+    """InferenceService of a release's ranker, where KServe runs it; None leaves ranking to the graph."""
     trusted_hosts: tuple[str, ...] = ()
     """Hosts outside the namespace that Ray's token may be sent to."""
 
@@ -104,7 +108,7 @@ class Lane:
         alerts = settings.alertmanager_url
         controller = Controller(
             self.store,
-            self.backend,
+            _with_rankers(self.backend, api, settings),
             self._source,
             self.book,
             alert_source=alert_source(alerts, _within(api.namespace, settings.alertmanager_access)) if alerts else None,
@@ -148,6 +152,12 @@ def _no_parity() -> ParityReport:
 def _within(namespace: str, access: Access) -> Access:
     """One Prometheus serves many namespaces, and the same release may be a canary in two of them."""
     return replace(access, labels={**access.labels, "namespace": namespace})
+
+
+def _with_rankers(backend: TrafficBackend, api: KubeApi, settings: LaneSettings) -> TrafficBackend:
+    if settings.ranker_template is None:
+        return backend
+    return RankedApart(backend, InferenceServices(api, read_template(settings.ranker_template)))
 
 
 def address_of(backend: Backend, namespace: str, settings: LaneSettings) -> ServeAddress:

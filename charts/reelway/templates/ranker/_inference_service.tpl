@@ -1,0 +1,121 @@
+{{- define "reelway.rankedByKServe" -}}{{- if eq .Values.ranker.backend "kserve" }}true{{ end -}}{{- end -}}
+
+{{/* KServe puts `-predictor` behind it and names a Service so: 63 characters in all. */}}
+{{- define "reelway.rankerName" -}}
+{{- include "reelway.fullname" .context | trunc 36 | trimSuffix "-" -}}-{{ .release }}
+{{- end -}}
+
+{{/* Where a release's graph asks; {release} is the graph's to fill in. */}}
+{{- define "reelway.rankerAddress" -}}
+dns:///{{ include "reelway.rankerName" (dict "context" . "release" "{release}") }}-predictor.{{ .Release.Namespace }}.svc:{{ .Values.ranker.ports.grpc }}
+{{- end -}}
+
+{{/*
+A release's ranker. (dict "context" . "release" "3f9c..." "releaseId" "3f9c... in full"); the operator fills in
+{release} and {release_id} itself.
+*/}}
+{{- define "reelway.inferenceService" -}}
+{{- $v := .context.Values -}}
+{{- $r := $v.ranker -}}
+apiVersion: serving.kserve.io/v1beta1
+kind: InferenceService
+metadata:
+  name: {{ include "reelway.rankerName" . | quote }}
+  labels:
+    {{- include "reelway.podLabels" (dict "context" .context "component" "ranker") | nindent 4 }}
+    app.kubernetes.io/managed-by: Helm
+    reelway.dev/release: {{ .release | quote }}
+  annotations:
+    serving.kserve.io/deploymentMode: Standard
+    {{- if $r.autoscaling.enabled }}
+    serving.kserve.io/autoscalerClass: hpa
+    {{- else }}
+    serving.kserve.io/autoscalerClass: none
+    {{- end }}
+spec:
+  predictor:
+    minReplicas: {{ $r.replicas }}
+    {{- if $r.autoscaling.enabled }}
+    maxReplicas: {{ $r.autoscaling.maxReplicas }}
+    scaleMetric: cpu
+    scaleTarget: {{ $r.autoscaling.cpuPercent }}
+    {{- else }}
+    maxReplicas: {{ $r.replicas }}
+    {{- end }}
+    # A replica more before one less: no request finds nobody.
+    deploymentStrategy:
+      type: RollingUpdate
+      rollingUpdate: {maxSurge: 1, maxUnavailable: 0}
+    serviceAccountName: {{ include "reelway.fullname" .context }}-serving
+    automountServiceAccountToken: false
+    enableServiceLinks: false
+    terminationGracePeriodSeconds: {{ $r.terminationGracePeriodSeconds }}
+    securityContext: {{- include "reelway.podSecurity" .context | nindent 6 }}
+    {{- include "reelway.pullSecrets" .context | nindent 4 }}
+    {{- with include "reelway.servingPriority" .context }}
+    priorityClassName: {{ . }}
+    {{- end }}
+    {{- include "reelway.placement" (dict "of" $r) | nindent 4 }}
+    volumes:
+      - {name: tmp, emptyDir: {sizeLimit: 256Mi}}
+      - {name: cache, emptyDir: {sizeLimit: {{ $v.serving.releaseCache.size }}}}
+      {{- include "reelway.publicKeysVolume" .context | nindent 6 }}
+      {{- if eq (include "reelway.storeOnVolume" .context) "true" }}
+      - {name: releases, persistentVolumeClaim: {claimName: {{ include "reelway.storeClaim" .context }}, readOnly: true}}
+      {{- end }}
+    containers:
+      - name: kserve-container
+        image: {{ include "reelway.image" (dict "context" .context "of" $v.image.serving) }}
+        imagePullPolicy: {{ $v.image.pullPolicy }}
+        command: [reelway, rank-server]
+        args:
+          - --release={{ .releaseId }}
+          - --release-store={{ include "reelway.storeUrl" .context }}
+          - --release-cache=/var/cache/reelway/releases
+          - --public-keys=/etc/reelway/public-keys
+          - --http-port={{ $r.ports.http }}
+          - --grpc-port={{ $r.ports.grpc }}
+          - --threads={{ $r.threads }}
+          - --waiting={{ $r.waiting }}
+          - --max-candidates={{ $r.maxCandidates }}
+          - --drain-seconds={{ $r.drainSeconds }}
+          - --grace-seconds={{ sub (int $r.terminationGracePeriodSeconds) (add (int $r.drainSeconds) 2) }}
+        securityContext: {{- include "reelway.containerSecurity" .context | nindent 10 }}
+        env:
+          - {name: OMP_NUM_THREADS, value: "1"}
+          {{- include "reelway.storeEnv" .context | nindent 10 }}
+        ports:
+          # KServe's Service leads its port 80 to the first one, and to the others by their number.
+          - {name: http1, containerPort: {{ $r.ports.http }}, protocol: TCP}
+          - {name: h2c, containerPort: {{ $r.ports.grpc }}, protocol: TCP}
+        # Ready: fetched, verified, one call went through. A refused release ends the process with the reason.
+        readinessProbe:
+          httpGet: {path: /v2/health/ready, port: {{ $r.ports.http }}}
+          periodSeconds: 2
+          timeoutSeconds: 2
+          failureThreshold: 2
+        livenessProbe:
+          httpGet: {path: /v2/health/live, port: {{ $r.ports.http }}}
+          initialDelaySeconds: 30
+          periodSeconds: 10
+          timeoutSeconds: 5
+          failureThreshold: 3
+        resources:
+          requests:
+            {{- toYaml $r.resources.requests | nindent 12 }}
+            {{- if $r.gpus }}
+            {{ $r.gpuResource }}: {{ $r.gpus }}
+            {{- end }}
+          limits:
+            {{- toYaml $r.resources.limits | nindent 12 }}
+            {{- if $r.gpus }}
+            {{ $r.gpuResource }}: {{ $r.gpus }}
+            {{- end }}
+        volumeMounts:
+          - {name: tmp, mountPath: /tmp}
+          - {name: cache, mountPath: /var/cache/reelway}
+          - {name: public-keys, mountPath: /etc/reelway/public-keys, readOnly: true}
+          {{- if eq (include "reelway.storeOnVolume" .context) "true" }}
+          - {name: releases, mountPath: /var/lib/reelway/volume, readOnly: true}
+          {{- end }}
+{{- end -}}

@@ -1,0 +1,217 @@
+"""A release's ranker behind KServe: there before its traffic, ready before its traffic, gone after its last request."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from tests.cluster.conftest import Kubectl
+
+from reelway.platform.cluster.inference_service import (
+    PATH,
+    InferenceServices,
+    RankedApart,
+    RankerState,
+    read_template,
+    state_of,
+)
+from reelway.platform.cluster.kube_api import KubeApi
+from reelway.platform.errors import ConfigError, KubernetesError, RolloutError
+from reelway.platform.rollout.traffic.routing import Routing
+from reelway.platform.rollout.traffic.target import TrafficObservation, TrafficTarget
+
+OLD, NEW = "a" * 64, "b" * 64
+READY = RankerState(True)
+TEMPLATE: dict[str, Any] = {
+    "apiVersion": "serving.kserve.io/v1beta1",
+    "kind": "InferenceService",
+    "metadata": {
+        "name": "test-{release}",
+        "labels": {
+            "app.kubernetes.io/managed-by": "Helm",
+            "app.kubernetes.io/instance": "test",
+            "reelway.dev/component": "ranker",
+            "reelway.dev/release": "{release}",
+        },
+        "annotations": {"serving.kserve.io/deploymentMode": "Standard"},
+    },
+    "spec": {
+        "predictor": {
+            "containers": [{"name": "kserve-container", "image": "reelway/serving", "args": ["--release={release_id}"]}]
+        }
+    },
+}
+
+
+@dataclass
+class MadeTraffic:
+    """A backend that remembers what it was told."""
+
+    seen: TrafficObservation
+    told: list[TrafficTarget] = field(default_factory=list)
+    refuses: bool = False
+
+    def observe(self) -> TrafficObservation:
+        return self.seen
+
+    def apply(self, target: TrafficTarget) -> None:
+        if self.refuses:
+            raise RolloutError("not now")
+        self.told.append(target)
+
+
+@dataclass
+class MadeRankers:
+    """Rankers in memory."""
+
+    known: dict[str, RankerState] = field(default_factory=dict)
+    refuses: str = ""
+
+    def prepare(self, release: str) -> None:
+        if self.refuses == "prepare":
+            raise KubernetesError("no more room")
+        self.known.setdefault(release[:12], RankerState(False, "KServe is preparing it"))
+
+    def states(self) -> Mapping[str, RankerState]:
+        if self.refuses == "states":
+            raise KubernetesError("nobody answers")
+        return dict(self.known)
+
+    def retire(self, release: str) -> None:
+        self.known.pop(release[:12], None)
+
+
+def seen(**changes: Any) -> TrafficObservation:
+    both = TrafficObservation(Routing.whole(OLD), (OLD, NEW), frozenset({OLD, NEW}))
+    return replace(both, **changes)
+
+
+def target(*releases: str) -> TrafficTarget:
+    return TrafficTarget(Routing.whole(OLD), releases)
+
+
+def test_a_release_is_ready_only_when_its_ranker_is() -> None:
+    rankers = MadeRankers({OLD[:12]: READY, NEW[:12]: RankerState(False, "0 of 1 pods")})
+    observed = RankedApart(MadeTraffic(seen()), rankers).observe()
+    assert observed.ready == {OLD}
+    assert observed.releases == (OLD, NEW)
+    assert observed.routing == Routing.whole(OLD)
+    assert "ranker of bbbbbbbbbbbb: 0 of 1 pods" in observed.detail
+    assert observed.failed == {}
+    rankers.known[NEW[:12]] = READY
+    assert RankedApart(MadeTraffic(seen()), rankers).observe() == seen()
+
+
+def test_a_ranker_that_cannot_start_is_said_and_its_release_does_not_run_without_one() -> None:
+    rankers = MadeRankers({NEW[:12]: RankerState(False, "image is not there", failed=True)})
+    observed = RankedApart(MadeTraffic(seen()), rankers).observe()
+    assert observed.failed == {NEW: "its ranker: image is not there"}
+    assert observed.releases == (NEW,)
+    assert "ranker of aaaaaaaaaaaa: there is none" in observed.detail
+
+
+def test_nobody_is_ready_while_kubernetes_cannot_say() -> None:
+    observed = RankedApart(MadeTraffic(seen()), MadeRankers(refuses="states")).observe()
+    assert observed.ready == frozenset()
+    assert observed.routing == Routing.whole(OLD)
+    assert "nobody answers" in observed.detail
+
+
+def test_rankers_come_before_the_traffic_and_go_after_it() -> None:
+    traffic, rankers = MadeTraffic(seen()), MadeRankers({"c" * 12: READY})
+    backend = RankedApart(traffic, rankers)
+    backend.apply(target(OLD, NEW))
+    assert rankers.known.keys() == {OLD[:12], NEW[:12]}
+    backend.apply(target(NEW))
+    assert rankers.known.keys() == {NEW[:12]}
+    assert traffic.told == [target(OLD, NEW), target(NEW)]
+
+
+def test_a_refused_ranker_never_holds_back_the_traffic() -> None:
+    traffic = MadeTraffic(seen())
+    with pytest.raises(RolloutError, match="the traffic is written, the rankers are not: no more room"):
+        RankedApart(traffic, MadeRankers(refuses="prepare")).apply(target(OLD))
+    with pytest.raises(RolloutError, match="nobody answers"):
+        RankedApart(traffic, MadeRankers(refuses="states")).apply(target(OLD))
+    assert traffic.told == [target(OLD), target(OLD)]
+
+
+def test_no_ranker_goes_while_its_traffic_could_not_be_taken_away() -> None:
+    rankers = MadeRankers({OLD[:12]: READY, NEW[:12]: READY})
+    with pytest.raises(RolloutError, match="not now"):
+        RankedApart(MadeTraffic(seen(), refuses=True), rankers).apply(target(NEW))
+    assert rankers.known.keys() == {OLD[:12], NEW[:12]}
+
+
+@pytest.mark.parametrize(
+    ("status", "expected"),
+    [
+        ({}, RankerState(False, "KServe is preparing it")),
+        ({"conditions": [{"type": "Ready", "status": "True"}]}, RankerState(True)),
+        (
+            {"conditions": [{"type": "Ready", "status": "True"}], "observedGeneration": 1},
+            RankerState(False, "KServe has not looked at it yet"),
+        ),
+        (
+            {"conditions": [{"type": "PredictorReady", "status": "False", "message": "0 of 1\n updated"},
+                            {"type": "Ready", "status": "False", "message": "0 of 1\n updated"}]},
+            RankerState(False, "0 of 1 updated"),
+        ),
+        (
+            {"modelStatus": {"transitionStatus": "BlockedByFailedLoad", "lastFailureInfo": {"message": "exit 6"}}},
+            RankerState(False, "exit 6", failed=True),
+        ),
+    ],
+)  # fmt: skip
+def test_a_status_is_read_as_kserve_means_it(status: dict[str, Any], expected: RankerState) -> None:
+    assert state_of({"metadata": {"name": "x", "generation": 2}, "status": status}) == expected
+
+
+def test_one_that_is_being_deleted_is_not_ready() -> None:
+    status = {"conditions": [{"type": "Ready", "status": "True"}]}
+    assert not state_of({"metadata": {"name": "x", "deletionTimestamp": "now"}, "status": status}).ready
+
+
+@pytest.mark.parametrize(
+    "text", ["", "kind: [", "kind: Service", "kind: InferenceService\nmetadata: {name: x, labels: {}}"]
+)
+def test_a_template_that_tells_no_release_is_refused(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "template.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match="no template of a ranker"):
+        read_template(path)
+    path.write_text(yaml.safe_dump(TEMPLATE))
+    assert read_template(path) == TEMPLATE
+
+
+@pytest.fixture
+def services(kubectl: Kubectl, api: KubeApi) -> Iterator[InferenceServices]:
+    if "inferenceservices" not in kubectl.run("api-resources", "--api-group=serving.kserve.io", "-o", "name"):
+        pytest.skip("the cluster has no KServe: `python infra/cluster kserve` brings it up")
+    yield InferenceServices(api, TEMPLATE)
+    kubectl.run("delete", "inferenceservice", "--all")
+
+
+@pytest.mark.cluster
+def test_an_inference_service_is_made_once_per_release_and_removed_alone(
+    kubectl: Kubectl, api: KubeApi, services: InferenceServices
+) -> None:
+    other = json.loads(json.dumps(TEMPLATE).replace("test", "other").replace("{release}", OLD[:12]))
+    kubectl.apply(other)
+    for release in (OLD, NEW, OLD):
+        services.prepare(release)
+    assert services.states().keys() == {OLD[:12], NEW[:12]}
+    made = api.get(f"{PATH}/test-{NEW[:12]}")
+    assert made is not None
+    assert made["spec"]["predictor"]["containers"][0]["args"] == [f"--release={NEW}"]
+    assert made["metadata"]["labels"]["app.kubernetes.io/managed-by"] == "reelway-operator"
+    services.retire(NEW)
+    services.retire(NEW)
+    assert not services.states().get(NEW[:12], RankerState(False)).ready
+    assert OLD[:12] in services.states()
+    assert api.get(f"{PATH}/other-{OLD[:12]}") is not None
