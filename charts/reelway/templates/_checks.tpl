@@ -17,6 +17,7 @@
 {{- include "reelway.checkFeatures" . }}
 {{- include "reelway.checkJobs" . }}
 {{- include "reelway.checkMonitoring" . }}
+{{- include "reelway.checkRanker" . }}
 {{- end -}}
 
 {{- define "reelway.checkStore" -}}
