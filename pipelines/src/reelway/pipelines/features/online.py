@@ -8,7 +8,7 @@ where nothing is known, so doing it again (or after a correction) leaves exactly
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -51,7 +51,8 @@ def materialise(features_dir: Path, at_s: float, report: Report = _silent) -> in
     total, done = snapshot.num_rows * len(VIEWER_VIEWS), 0
     for view in VIEWER_VIEWS:
         for start in range(0, snapshot.num_rows, CHUNK):
-            done += _write_rows(store, view, snapshot.slice(start, CHUNK), at_s)
+            part = snapshot.slice(start, CHUNK)
+            done += write_rows(store, view, part, [datetime.fromtimestamp(at_s, UTC)] * part.num_rows)
             report(done, total)
     write_json(features_dir / STATE_FILE, {"at_s": at_s, "viewers": snapshot.num_rows})
     return int(snapshot.num_rows)
@@ -65,20 +66,24 @@ def materialised_at_s(features_dir: Path) -> float | None:
         return None
 
 
-def _write_rows(store: FeatureStore, view: str, rows: pa.Table, at_s: float) -> int:
+def write_rows(store: FeatureStore, view: str, rows: pa.Table, at: Sequence[datetime]) -> int:
+    """Write rows of a viewer view, each as of its moment. Returns how many.
+
+    Raises:
+        FeatureError: the online store cannot be written.
+    """
     from feast.protos.feast.types.EntityKey_pb2 import EntityKey
     from feast.protos.feast.types.Value_pb2 import Value
 
     registered = store.get_feature_view(view)
     types = {field.name: field.dtype.to_value_type() for field in registered.features}
     columns = {name: _protos(rows[name], types[name]) for name in VIEWS[view]}
-    at = datetime.fromtimestamp(at_s, UTC)
     batch = [
         (
             EntityKey(join_keys=["viewer_id"], entity_values=[Value(int64_val=viewer)]),
             {name: values[i] for name, values in columns.items()},
-            at,
-            at,
+            at[i],
+            at[i],
         )
         for i, viewer in enumerate(rows["viewer_id"].to_pylist())
     ]

@@ -21,7 +21,7 @@ from reelway.pipelines.features.training_rows import CATALOGUE_FILE, VIDEO_VIEWS
 from reelway.platform.contracts.features import VIEWER_VIEWS, VIEWS
 from reelway.platform.errors import ParityError
 from reelway.platform.features.on_demand import hours_since_upload
-from reelway.platform.features.store import open_feature_store
+from reelway.platform.features.store import AS_OF, open_feature_store
 from reelway.platform.features.vector_log import ServedVector, read_vectors
 
 TOLERANCE: Final = 1e-6
@@ -96,9 +96,9 @@ def replay(
 ) -> ParityReport:
     """Compare every logged value with the offline join.
 
-    A vector that says when its rows were true is held to that. Otherwise viewer rows are held to ``viewer_as_of_s``,
-    the online store's moment, or the request's, and video rows to ``videos_as_of_s`` or the request's time, in that
-    order.
+    A vector that says when its rows were true is held to that, as a whole or view by view. Otherwise viewer rows are held
+    to ``viewer_as_of_s``, the online store's moment, or the request's, and video rows to ``videos_as_of_s`` or the
+    request's time, in that order.
 
     Raises:
         FeatureError: the run's views are not built.
@@ -128,7 +128,9 @@ def _compare_viewers(
     store = open_feature_store(features_dir)
     viewer = np.array([vector.viewer_id for vector in vectors], dtype=np.int64)
     for view in VIEWER_VIEWS:
-        rows = join_view(store, view, viewer, at_us).to_pylist()
+        own_s = [v.viewer.get(AS_OF, {}).get(view) if v.viewer_as_of_s is None else None for v in vectors]
+        moments = np.array([u if s is None else round(s * 1e6) for s, u in zip(own_s, at_us, strict=True)], np.int64)
+        rows = join_view(store, view, viewer, moments).to_pylist()
         for vector, offline in zip(vectors, rows, strict=True):
             entity = f"viewer {vector.viewer_id}"
             for name in VIEWS[view]:

@@ -268,13 +268,14 @@ def viewer_topic_affinity(events: Events, settings: ViewSettings, until_us: int)
     return viewer_topic_affinity_at(events, viewer_topic_affinity_points(events, settings, until_us))
 
 
-def _of_a_topic(events: Events) -> I64:
+def of_a_topic(events: Events) -> I64:
+    """Rows that say something about the taste for a topic."""
     return np.flatnonzero((events.taste_milli != 0) & (events.topic >= 0) & (events.topic < TOPICS))
 
 
 def viewer_topic_affinity_points(events: Events, settings: ViewSettings, until_us: int) -> Points:
     """When taste enters or leaves the month, and heartbeats."""
-    use = _of_a_topic(events)
+    use = of_a_topic(events)
     return snapshot_points(
         events.viewer_id[use],
         events.known_us[use],
@@ -288,7 +289,7 @@ def viewer_topic_affinity_points(events: Events, settings: ViewSettings, until_u
 def viewer_topic_affinity_at(events: Events, at: Points) -> pa.Table:
     """``viewer_topic_affinity`` at these moments of these viewers."""
     window_us = names.VIEWER_WINDOWS[-1].length_s * SECOND_US
-    use = _of_a_topic(events)
+    use = of_a_topic(events)
     viewer, known_us = events.viewer_id[use], events.known_us[use]
     values_NK = np.zeros((len(use), TOPICS + 1), dtype=np.int64)
     values_NK[np.arange(len(use)), events.topic[use]] = events.weight_milli[use]

@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import threading
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -22,6 +23,9 @@ from reelway.platform.errors import ConfigError, FeatureError
 
 if TYPE_CHECKING:
     from feast import FeatureStore
+
+AS_OF: Final = "as_of_s"
+"""Of a viewer's row: not a feature, but when its features are from."""
 
 PROJECT: Final = "reelway"
 CONFIG_FILE: Final = "feature_store.yaml"
@@ -176,6 +180,8 @@ class ViewerRows:
     def read(self, viewer_id: int) -> dict[str, Any]:
         """Field name -> value (number, string or list), ``None`` where missing.
 
+        Of a viewer with rows, ``AS_OF`` says for each view what moment its row is from (Unix seconds).
+
         Raises:
             FeatureError: the online store cannot be read.
         """
@@ -188,18 +194,30 @@ class ViewerRows:
         try:
             with self._lock:
                 answers = [
-                    provider.online_read(self._store.config, view, [key], list(fields))[0][1]
+                    provider.online_read(self._store.config, view, [key], list(fields))[0]
                     for view, fields in self._views
                 ]
         except Exception as error:  # Feast passes on whatever its online store's client raises
             raise FeatureError(
                 f"online store: cannot read viewer {viewer_id}: {type(error).__name__}: {error}"
             ) from error
-        for (_, fields), values in zip(self._views, answers, strict=True):
+        as_of_s: dict[str, float] = {}
+        for (view, fields), (moment, values) in zip(self._views, answers, strict=True):
+            if not values:
+                continue
+            if moment is not None:
+                as_of_s[view.name] = _seconds(moment)
             for name in fields:
-                if values and (value := values.get(name)) is not None:
+                if (value := values.get(name)) is not None:
                     row[name] = _decoded(value)
+        if as_of_s:
+            row[AS_OF] = as_of_s
         return row
+
+
+def _seconds(moment: datetime) -> float:
+    """Feast's SQLite store gives moments without a zone, which are UTC."""
+    return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
 
 
 def _decoded(value: Any) -> Any:

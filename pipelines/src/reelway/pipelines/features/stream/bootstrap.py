@@ -1,0 +1,80 @@
+"""The stream's state as of the data set's last moment: what the batch job knows, from its labels.
+
+From there on the stream goes by the log alone. An outcome in the log of an impression that is in the data set counts
+as one of an impression of its own: let no impression be in both.
+"""
+
+# Shapes: N labelled impressions, E entities
+
+from __future__ import annotations
+
+import numpy as np
+import pyarrow as pa
+
+from reelway.pipelines.features.stream.cells import (
+    CREATORS,
+    STREAMED,
+    added_up,
+    events_of,
+    pruned,
+    rows_of,
+    values_at,
+)
+from reelway.pipelines.features.stream.engine import Emitted, Engine
+from reelway.pipelines.features.stream.labels import HORIZON_US
+from reelway.pipelines.features.stream.points import NEVER_US, expiry_us
+from reelway.pipelines.features.stream.state import Entities
+from reelway.pipelines.features.views import Events
+from reelway.pipelines.features.windows import I64
+from reelway.platform.errors import EmptyDatasetError
+
+
+def last_known_us(labels: pa.Table, fine_us: int) -> int:
+    """The first point of the finest grid at which everything in the labels is known.
+
+    Raises:
+        EmptyDatasetError: there are none.
+    """
+    if not labels.num_rows:
+        raise EmptyDatasetError("the data set has no impressions, expected at least one")
+    known_us = int(Events.from_labels(labels).known_us.max())
+    return -(-known_us // fine_us) * fine_us
+
+
+def bootstrap(engine: Engine, labels: pa.Table, at_us: int) -> list[Emitted]:
+    """Fill an empty state; returns every entity's row as of ``at_us``, nulls where it has none (any more).
+
+    Must be called within a transaction of the state.
+    """
+    events = Events.from_labels(labels)
+    return [rows for view in STREAMED for rows in _fill(engine, view, events, at_us)]
+
+
+def _fill(engine: Engine, view: str, events: Events, at_us: int) -> list[Emitted]:
+    rhythm = engine.rhythms[view]
+    entity, rows = added_up(view, *rows_of(view, events, rhythm.cell_us))
+    ids = np.unique(np.concatenate([entity, _without_events(engine, view)]))
+    owner: I64 = np.searchsorted(ids, entity)
+    never = np.full(len(ids), NEVER_US, dtype=np.int64)
+    _, next_us, last_us = engine.timing(view, rhythm, Entities(ids, owner, rows, -never, never), at_us)
+    expires = expiry_us(last_us, engine.ttl_us[view], rhythm.grid_us)
+    alive = (last_us > -NEVER_US) & (expires > at_us)
+    emitted = [Emitted(view, engine.nulls(view, ids[~alive], at_us))] if (~alive).any() else []
+    if alive.any():
+        points = (ids[alive], last_us[alive])
+        creators = engine.creators_of(view, ids)
+        emitted.append(
+            Emitted(view, values_at(view, events_of(view, ids[owner], rows), engine.settings, points, creators))
+        )
+    owner, rows = pruned(view, rhythm, owner, rows, at_us, at_us + engine.behind_us - HORIZON_US)
+    last_us = np.where(alive, last_us, -NEVER_US)
+    due_us = np.minimum(next_us, np.where(alive, expires, NEVER_US))
+    engine.state.save(view, Entities(ids, owner, rows, last_us, due_us))
+    return emitted
+
+
+def _without_events(engine: Engine, view: str) -> I64:
+    """Creators have rows by their uploads alone, and from the moment that they are there."""
+    if view != CREATORS:
+        return np.zeros(0, dtype=np.int64)
+    return np.asarray(engine.catalogue.creators["creator_id"].to_numpy(), dtype=np.int64)

@@ -1,0 +1,184 @@
+"""What is kept of an entity so that its windows can be summed again later: exact integers per cell of time.
+
+A cell is the part of time that no window's edge and no snapshot can fall into: the common divisor of a view's grid,
+windows and heartbeat. So sums over cells are sums over events, and a busy video needs no more room than its longest
+window has cells. Cells add up, and an event that is revised is taken away again by adding its negative.
+"""
+
+# Shapes: N rows of several entities, E entities, K columns
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from reelway.pipelines.features import views
+from reelway.pipelines.features.views import SECOND_US, Events, Points, ViewSettings
+from reelway.pipelines.features.windows import I64
+from reelway.platform.contracts import features as names
+from reelway.platform.errors import ConfigError
+
+FLOOR_US: Final = -(1 << 58)
+"""Before any event: where what only counts for all time is kept."""
+ACTIVITY: Final = "viewer_activity"
+HISTORY: Final = "viewer_history"
+AFFINITY: Final = "viewer_topic_affinity"
+ENGAGEMENT: Final = "video_engagement"
+CREATORS: Final = "creator_statistics"
+STREAMED: Final = (ACTIVITY, AFFINITY, HISTORY, ENGAGEMENT, CREATORS)
+"""The views that the stream writes; the others change by uploads and accounts, which are the batch job's."""
+ENTITY_KEYS: Final = {
+    ACTIVITY: "viewer_id", AFFINITY: "viewer_id", HISTORY: "viewer_id", ENGAGEMENT: "video_id", CREATORS: "creator_key",
+}  # fmt: skip
+
+_COUNTS: Final = ("count", "long_watch", "like", "skip", "follow", "watch_ms")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Columns of a view's rows; the first ``keys`` of them say which rows are one."""
+
+    columns: tuple[str, ...]
+    keys: int
+
+
+LAYOUTS: Final = {
+    ACTIVITY: Layout(("known_us", *_COUNTS), 1),
+    AFFINITY: Layout(("known_us", "topic", "weight_milli", "taste_milli"), 2),
+    HISTORY: Layout(("known_us", "impression_id", "video_id", "weight_milli", "event_us", "count"), 5),
+    ENGAGEMENT: Layout(("known_us", *_COUNTS), 1),
+    CREATORS: Layout(("known_us", *_COUNTS), 1),
+}
+
+
+@dataclass(frozen=True)
+class Rhythm:
+    """When a view's rows are due, microseconds. No windows: only when something becomes known."""
+
+    grid_us: int
+    windows_us: tuple[int, ...] = ()
+    heartbeat_us: int = 0
+
+    @property
+    def cell_us(self) -> int:
+        return math.gcd(self.grid_us, *self.windows_us, *((self.heartbeat_us,) if self.heartbeat_us else ()))
+
+
+def rhythms(settings: ViewSettings) -> dict[str, Rhythm]:
+    """Each streamed view's rhythm.
+
+    Raises:
+        ConfigError: a heartbeat that is no multiple of a grid, or a longest window that is no multiple of the
+            heartbeat; cells then could not say on which day an event was.
+    """
+    viewer = tuple(window.length_s * SECOND_US for window in names.VIEWER_WINDOWS)
+    video = tuple(window.length_s * SECOND_US for window in names.VIDEO_WINDOWS)
+    beat = settings.heartbeat_s * SECOND_US
+    found = {
+        ACTIVITY: Rhythm(settings.activity_grid_s * SECOND_US, viewer, beat),
+        AFFINITY: Rhythm(settings.affinity_grid_s * SECOND_US, viewer[-1:], beat),
+        HISTORY: Rhythm(settings.history_grid_s * SECOND_US),
+        ENGAGEMENT: Rhythm(settings.engagement_grid_s * SECOND_US, video, beat),
+        CREATORS: Rhythm(settings.creator_grid_s * SECOND_US, (names.CREATOR_WINDOW.length_s * SECOND_US,)),
+    }
+    for view, rhythm in found.items():
+        beats = rhythm.heartbeat_us
+        if beats and (beats % rhythm.grid_us or max(rhythm.windows_us) % beats):
+            raise ConfigError(
+                f"{view}: a heartbeat of {beats // SECOND_US} s, expected a multiple of its grid "
+                f"({rhythm.grid_us // SECOND_US} s) and a divisor of its longest window"
+            )
+    return found
+
+
+def rows_of(view: str, events: Events, cell_us: int) -> tuple[I64, I64]:
+    """The events as a view's rows: entities ``[N]`` and rows ``[N, K]``, not yet added up."""
+    keep: I64 = np.arange(len(events.known_us))
+    if view == HISTORY:
+        keep = np.flatnonzero(events.weight_milli)
+    elif view == AFFINITY:
+        keep = views.of_a_topic(events)
+    entity = {"viewer_id": events.viewer_id, "video_id": events.video_id, "creator_key": events.creator_id}
+    columns = [
+        # The cell's first microsecond: in every window, on every day and under every grid point that its events are.
+        (events.known_us - 1) // cell_us * cell_us + 1
+        if name == "known_us" and view != HISTORY
+        else getattr(events, name)
+        for name in LAYOUTS[view].columns
+    ]
+    return entity[ENTITY_KEYS[view]][keep], np.stack(columns, axis=1)[keep]
+
+
+def events_of(view: str, entity: I64, rows: I64) -> Events:
+    """Rows as events again; what a view does not look at is zero."""
+    zero = np.zeros(len(rows), dtype=np.int64)
+    columns = {name: rows[:, i] for i, name in enumerate(LAYOUTS[view].columns)}
+    key = {"creator_key": "creator_id"}.get(ENTITY_KEYS[view], ENTITY_KEYS[view])
+    return Events(**dict.fromkeys(Events.__dataclass_fields__, zero) | columns | {key: entity})
+
+
+def added_up(view: str, entity: I64, rows: I64) -> tuple[I64, I64]:
+    """One row per entity and key, sorted by both; what has come to nothing is left out."""
+    keys = LAYOUTS[view].keys
+    order = np.lexsort((*(rows[:, k] for k in reversed(range(keys))), entity))
+    entity, rows = entity[order], rows[order]
+    if not len(rows):
+        return entity, rows
+    first = np.ones(len(rows), dtype=np.bool_)
+    first[1:] = (entity[1:] != entity[:-1]) | (rows[1:, :keys] != rows[:-1, :keys]).any(axis=1)
+    starts = np.flatnonzero(first)
+    sums = rows[starts].copy()
+    sums[:, keys:] = np.add.reduceat(rows[:, keys:], starts, axis=0)
+    left = (sums[:, keys:] != 0).any(axis=1)
+    return entity[starts][left], sums[left]
+
+
+def pruned(view: str, rhythm: Rhythm, entity: I64, rows: I64, at_us: int, open_from_us: int) -> tuple[I64, I64]:
+    """Without what can never matter again after ``at_us``; sorted as ``added_up`` sorts.
+
+    Args:
+        open_from_us: impressions shown from here on may still be revised.
+    """
+    if view == HISTORY:
+        # The newest HISTORY_LENGTH that are settled, and all that are not: any of these may still go.
+        settled = rows[:, LAYOUTS[view].columns.index("event_us")] < open_from_us
+        rank = _rank_from_the_end(entity, settled)
+        keep = ~settled | (rank < names.HISTORY_LENGTH)
+        return entity[keep], rows[keep]
+    gone = -(-(rows[:, 0] + max(rhythm.windows_us)) // rhythm.grid_us) * rhythm.grid_us <= at_us
+    if view != CREATORS:
+        return entity[~gone], rows[~gone]
+    folded = rows.copy()
+    follow = LAYOUTS[view].columns.index("follow")
+    kept = rows[gone][:, follow]
+    folded[gone] = 0
+    folded[gone, 0], folded[gone, follow] = FLOOR_US, kept
+    return added_up(view, entity, folded)
+
+
+def _rank_from_the_end(entity: I64, counted: NDArray[np.bool_]) -> I64:
+    """For each row, how many counted rows of its entity come after it."""
+    total = np.cumsum(counted)
+    last = np.searchsorted(entity, entity, side="right") - 1
+    return np.asarray(total[last] - total)
+
+
+def values_at(
+    view: str, events: Events, settings: ViewSettings, at: Points, creators: tuple[pa.Table, pa.Table]
+) -> pa.Table:
+    """The view's own arithmetic at these points."""
+    if view == ACTIVITY:
+        return views.viewer_activity_at(events, settings, at)
+    if view == AFFINITY:
+        return views.viewer_topic_affinity_at(events, at)
+    if view == HISTORY:
+        return views.viewer_history_at(events, at)
+    if view == ENGAGEMENT:
+        return views.video_engagement_at(events, settings, at)
+    creator_table, uploads = creators
+    return views.creator_statistics_at(events, uploads, creator_table, settings, at)

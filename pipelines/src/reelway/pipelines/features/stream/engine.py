@@ -1,0 +1,253 @@
+"""One step of the stream: outcomes up to a moment in, rows that are due at that moment out. No log, no clock, no store.
+
+A step ends at a grid point and never crosses one of a coarser grid, so that a row is made from exactly what was known
+at its moment.
+"""
+
+# Shapes: N outcomes, E entities
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from reelway.pipelines.features.labels import times_us
+from reelway.pipelines.features.stream.cells import (
+    CREATORS,
+    ENTITY_KEYS,
+    HISTORY,
+    LAYOUTS,
+    STREAMED,
+    Rhythm,
+    added_up,
+    events_of,
+    pruned,
+    rhythms,
+    rows_of,
+    values_at,
+)
+from reelway.pipelines.features.stream.labels import (
+    HORIZON_US,
+    Outcomes,
+    in_time,
+    labelled,
+    merged,
+)
+from reelway.pipelines.features.stream.points import NEVER_US, due_and_next, expiry_us
+from reelway.pipelines.features.stream.state import Entities, StreamState
+from reelway.pipelines.features.views import AFTER_US, Events, ViewSettings
+from reelway.pipelines.features.windows import I64
+from reelway.platform.contracts.events import TIME
+
+APPLIED: Final = "applied"
+REPEATED: Final = "repeated"
+TOO_LATE: Final = "too_late"
+UNKNOWN_VIDEO: Final = "unknown_video"
+CHUNK: Final = 20_000
+"""Entities whose rows are in memory at once."""
+FATES: Final = (APPLIED, REPEATED, TOO_LATE, UNKNOWN_VIDEO)
+"""What becomes of an outcome: repeated is a type that its impression has already, too late is after the horizon."""
+
+
+@dataclass(frozen=True)
+class Catalogue:
+    """What the stream knows of videos and creators; read once, when it starts."""
+
+    videos: pa.Table  # by ascending video_id: video_id, creator_id, topic, duration_ms, uploaded_at
+    creators: pa.Table
+
+    @classmethod
+    def of(cls, videos: pa.Table, creators: pa.Table) -> Catalogue:
+        wanted = ["video_id", "creator_id", "topic", "duration_ms", "uploaded_at"]
+        return cls(videos.select(wanted).sort_by("video_id").combine_chunks(), creators)
+
+    def rows_of(self, video_ids: I64) -> I64:
+        """Rows of the videos, -1 for one that is not there."""
+        ids = self.videos["video_id"].to_numpy()
+        if not len(ids):
+            return np.full(len(video_ids), -1, dtype=np.int64)
+        at = np.minimum(np.searchsorted(ids, video_ids), len(ids) - 1)
+        return np.where(ids[at] == video_ids, at, -1)
+
+
+@dataclass(frozen=True)
+class Emitted:
+    """Rows of one view: entity, ``event_timestamp``, ``created_timestamp`` and the fields; nulls for what expired."""
+
+    view: str
+    rows: pa.Table
+
+
+class Engine:
+    """Applies outcomes to the state and makes rows of it.
+
+    Args:
+        ttl_us: of each view, as registered with Feast.
+        behind_us: how far the stream's time is behind the clock's; 0 but for data that ended long ago.
+    """
+
+    def __init__(
+        self,
+        state: StreamState,
+        catalogue: Catalogue,
+        settings: ViewSettings,
+        ttl_us: Mapping[str, int],
+        behind_us: int = 0,
+    ) -> None:
+        self.state = state
+        self.catalogue = catalogue
+        self.settings = settings
+        self.ttl_us = ttl_us
+        self.behind_us = behind_us
+        self.rhythms = rhythms(settings)
+        self.fine_us = math.gcd(*(rhythm.grid_us for rhythm in self.rhythms.values()))
+        self.coarse_us = sorted({self.rhythms[view].grid_us for view in STREAMED if view != HISTORY})
+        self.fates = dict.fromkeys(FATES, 0)
+
+    def steps(self, after_us: int, until_us: int, times_us: I64) -> Iterator[int]:
+        """Moments to step to, in ``(after_us, until_us]``: where a row may be due, and the end.
+
+        Args:
+            times_us: of the outcomes that wait; each counts from ``AFTER_US`` later.
+        """
+        grid = self.rhythms[HISTORY].grid_us
+        ends = set((-(-(times_us + AFTER_US) // grid) * grid).tolist())
+        for coarse in self.coarse_us:
+            ends.update(range((after_us // coarse + 1) * coarse, until_us + 1, coarse))
+        last = until_us // self.fine_us * self.fine_us
+        ends.add(last)
+        yield from sorted(end for end in ends if after_us < end <= last)
+
+    def step(self, until_us: int, outcomes: Outcomes) -> list[Emitted]:
+        """Apply outcomes that count from ``(the last step, until_us]`` on and make what is due at ``until_us``.
+
+        Must be called within a transaction of the state.
+        """
+        touched = self._apply(outcomes) if len(outcomes) else {}
+        emitted = []
+        for view in STREAMED:
+            rhythm = self.rhythms[view]
+            if until_us % rhythm.grid_us == 0:
+                emitted += self._emit(view, rhythm, until_us)
+        if touched:
+            self.state.settle_impressions(until_us + self.behind_us - HORIZON_US)
+        return emitted
+
+    def _apply(self, outcomes: Outcomes) -> dict[str, I64]:
+        known = self.catalogue.rows_of(outcomes.video_id) >= 0
+        timely = in_time(outcomes, self.behind_us)
+        self.fates[UNKNOWN_VIDEO] += int((~known).sum())
+        self.fates[TOO_LATE] += int((known & ~timely).sum())
+        outcomes = outcomes.take(known & timely)
+        before = self.state.impressions(np.unique(outcomes.impression_id))
+        old, new, repeats = merged(before, outcomes, self.behind_us)
+        self.fates[REPEATED] += repeats
+        self.fates[APPLIED] += len(outcomes) - repeats
+        if not len(new):
+            return {}
+        self.state.save_impressions(new)
+        rows = np.unique(self.catalogue.rows_of(np.concatenate([old.video_id, new.video_id])))
+        videos = self.catalogue.videos.take(pa.array(rows))
+        gone, come = labelled(old, videos, self.behind_us), labelled(new, videos, self.behind_us)
+        return {view: self._add(view, gone, come) for view in STREAMED}
+
+    def _add(self, view: str, gone: Events, come: Events) -> I64:
+        rhythm = self.rhythms[view]
+        minus_entity, minus = rows_of(view, gone, rhythm.cell_us)
+        plus_entity, plus = rows_of(view, come, rhythm.cell_us)
+        keys = LAYOUTS[view].keys
+        minus = minus.copy()
+        minus[:, keys:] *= -1
+        entity = np.concatenate([minus_entity, plus_entity])
+        ids, owner = np.unique(entity, return_inverse=True)
+        if not len(ids):
+            return ids
+        kept = self.state.entities(view, ids)
+        owner, rows = added_up(view, np.concatenate([kept.owner, owner]), np.concatenate([kept.rows, minus, plus]))
+        due = np.full(len(ids), NEVER_US, dtype=np.int64)
+        plus_owner = np.searchsorted(ids, plus_entity)
+        np.minimum.at(due, plus_owner, -(-plus[:, 0] // rhythm.grid_us) * rhythm.grid_us)
+        self.state.save(view, Entities(ids, owner, rows, kept.last_us, np.minimum(kept.due_us, due)))
+        return ids
+
+    def _emit(self, view: str, rhythm: Rhythm, at_us: int) -> list[Emitted]:
+        ids = self.state.due(view, at_us)
+        return [
+            rows
+            for start in range(0, len(ids), CHUNK)
+            for rows in self._emit_some(view, rhythm, at_us, ids[start : start + CHUNK])
+        ]
+
+    def _emit_some(self, view: str, rhythm: Rhythm, at_us: int, ids: I64) -> list[Emitted]:
+        kept = self.state.entities(view, ids)
+        now, next_us, _ = self.timing(view, rhythm, kept, at_us)
+        events = events_of(view, kept.of(kept.owner), kept.rows)
+        emitted = []
+        if now.any():
+            at = (ids[now], np.full(int(now.sum()), at_us, dtype=np.int64))
+            emitted.append(Emitted(view, values_at(view, events, self.settings, at, self.creators_of(view, ids))))
+        last_us = np.where(now, at_us, kept.last_us)
+        expires = expiry_us(last_us, self.ttl_us[view], rhythm.grid_us)
+        over = ~now & (expires <= at_us)
+        if over.any():
+            emitted.append(Emitted(view, self.nulls(view, ids[over], at_us)))
+        open_from = at_us + self.behind_us - HORIZON_US
+        owner, rows = pruned(view, rhythm, kept.owner, kept.rows, at_us, open_from)
+        gone = over & (next_us == NEVER_US) & ~np.isin(np.arange(len(ids)), owner)
+        self.state.drop(view, ids[gone])
+        last_us = np.where(over, -NEVER_US, last_us)
+        expires = np.where(over, NEVER_US, expires)
+        stay = np.flatnonzero(~gone)
+        row_stays = ~gone[owner]
+        self.state.save(
+            view,
+            Entities(
+                ids[stay],
+                np.searchsorted(stay, owner[row_stays]),
+                rows[row_stays],
+                last_us[stay],
+                np.minimum(next_us, expires)[stay],
+            ),
+        )
+        return emitted
+
+    def timing(self, view: str, rhythm: Rhythm, kept: Entities, at_us: int) -> tuple[NDArray[np.bool_], I64, I64]:
+        """Which entities have a row due now, when the next one is, and when the last one was."""
+        now, next_us, last_us = due_and_next(kept.owner, kept.rows[:, 0], len(kept.ids), rhythm, at_us)
+        if view == CREATORS:
+            uploads = self.creators_of(view, kept.ids)[1]
+            owner = np.searchsorted(kept.ids, uploads["creator_id"].to_numpy())
+            upload = Rhythm(rhythm.grid_us)
+            also, later, before = due_and_next(owner, times_us(uploads["uploaded_at"]), len(kept.ids), upload, at_us)
+            creators = self.creators_of(view, kept.ids)[0]
+            made = np.searchsorted(kept.ids, creators["creator_id"].to_numpy())
+            _, _, first = due_and_next(made, times_us(creators["created_at"]), len(kept.ids), Rhythm(1), at_us)
+            now, next_us = now | also, np.minimum(next_us, later)
+            last_us = np.maximum(last_us, np.maximum(before, first))
+        return now, next_us, last_us
+
+    def creators_of(self, view: str, ids: I64) -> tuple[pa.Table, pa.Table]:
+        """Creators and uploads of these creators; for the other views nothing is needed."""
+        creators, videos = self.catalogue.creators, self.catalogue.videos
+        if view != CREATORS:
+            return creators.slice(0, 0), videos.slice(0, 0)
+        return (
+            creators.filter(pa.array(np.isin(creators["creator_id"].to_numpy(), ids))),
+            videos.filter(pa.array(np.isin(videos["creator_id"].to_numpy(), ids))),
+        )
+
+    def nulls(self, view: str, ids: I64, at_us: int) -> pa.Table:
+        """Rows that say that nothing is known of these entities (any more)."""
+        empty = values_at(
+            view, events_of(view, ids[:0], np.zeros((0, len(LAYOUTS[view].columns)), np.int64)), self.settings,
+            (ids[:0], ids[:0]), self.creators_of(view, ids[:0]),
+        )  # fmt: skip
+        when = pa.array(np.full(len(ids), at_us), pa.int64()).cast(TIME)
+        fixed = {ENTITY_KEYS[view]: pa.array(ids), "event_timestamp": when, "created_timestamp": when}
+        return pa.table([fixed.get(f.name, pa.nulls(len(ids), f.type)) for f in empty.schema], schema=empty.schema)

@@ -1,0 +1,161 @@
+"""Outcomes to impressions: what each impression said before, and what it says now.
+
+An impression stays open while an outcome may still count for it. The labels are ``features.labels``' own, so an
+impression says here what it would say in the batch job with the outcomes known so far.
+"""
+
+# Shapes: N outcomes, I impressions
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, Final
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from reelway.pipelines.features.labels import label_impressions
+from reelway.pipelines.features.views import Events
+from reelway.pipelines.features.windows import I64
+from reelway.platform.contracts.events import IMPRESSIONS, OUTCOME_HORIZON_S, OUTCOMES, TIME, OutcomeType
+from reelway.platform.eventlog.outcome_events import KINDS
+
+HORIZON_US: Final = OUTCOME_HORIZON_S * 1_000_000
+_WATCH: Final = KINDS.index(OutcomeType.WATCH)
+
+
+@dataclass(frozen=True)
+class Outcomes:
+    """Outcomes to apply, ``[N]``, in the log's order."""
+
+    impression_id: I64
+    viewer_id: I64
+    video_id: I64
+    shown_us: I64
+    kind: I64  # index into KINDS
+    value: NDArray[np.float32]
+    time_us: I64  # in the stream's time; it counts from AFTER_US later
+
+    def __len__(self) -> int:
+        return len(self.impression_id)
+
+    def take(self, rows: NDArray[Any]) -> Outcomes:
+        return Outcomes(**{name: getattr(self, name)[rows] for name in self.__dataclass_fields__})
+
+    @classmethod
+    def joined(cls, parts: list[Outcomes]) -> Outcomes:
+        return cls(**{name: np.concatenate([getattr(p, name) for p in parts]) for name in cls.__dataclass_fields__})
+
+    @classmethod
+    def none(cls) -> Outcomes:
+        empty = np.zeros(0, dtype=np.int64)
+        return cls(empty, empty, empty, empty, empty, np.zeros(0, np.float32), empty)
+
+
+@dataclass(frozen=True)
+class OpenImpressions:
+    """Impressions with the outcomes known of them, ``[I]``, by ascending id."""
+
+    impression_id: I64
+    viewer_id: I64
+    video_id: I64
+    shown_us: I64  # by the service's clock
+    kinds: I64  # bits
+    watch_ms: NDArray[np.float64]
+    known_us: I64  # in the stream's time
+
+    def __len__(self) -> int:
+        return len(self.impression_id)
+
+    def take(self, rows: NDArray[Any]) -> OpenImpressions:
+        return OpenImpressions(**{name: getattr(self, name)[rows] for name in self.__dataclass_fields__})
+
+
+def in_time(outcomes: Outcomes, behind_us: int) -> NDArray[np.bool_]:
+    """Whether each still counts for its impression."""
+    return np.asarray(outcomes.time_us <= outcomes.shown_us - behind_us + HORIZON_US)
+
+
+def first_of_each(outcomes: Outcomes) -> Outcomes:
+    """The earliest outcome of each type per impression; of the same time, the first in the log."""
+    order = np.lexsort((np.arange(len(outcomes)), outcomes.time_us))
+    code = outcomes.impression_id[order] * len(KINDS) + outcomes.kind[order]
+    _, first = np.unique(code, return_index=True)
+    return outcomes.take(order[first])
+
+
+def merged(before: OpenImpressions, outcomes: Outcomes, behind_us: int) -> tuple[OpenImpressions, OpenImpressions, int]:
+    """The impressions that these outcomes change: as they were (where they were), as they are, and repeats left out.
+
+    Args:
+        before: what is known of any of them, ascending.
+    """
+    offered = len(outcomes)
+    outcomes = first_of_each(outcomes)
+    ids, at = np.unique(outcomes.impression_id, return_inverse=True)
+    where, there = _rows_of(before.impression_id, ids)
+    kinds = np.where(there, before.kinds[where] if len(before) else 0, 0).astype(np.int64)
+    bit = np.left_shift(1, outcomes.kind)
+    fresh = (kinds[at] & bit) == 0
+    repeats = offered - int(fresh.sum())
+    outcomes, at, bit = outcomes.take(fresh), at[fresh], bit[fresh]
+    watch = np.where(there, before.watch_ms[where] if len(before) else 0.0, 0.0)
+    known = np.where(there, before.known_us[where] if len(before) else 0, 0).astype(np.int64)
+    np.bitwise_or.at(kinds, at, bit)
+    is_watch = outcomes.kind == _WATCH
+    watch[at[is_watch]] = outcomes.value[is_watch]
+    np.maximum.at(known, at, np.maximum(outcomes.time_us, outcomes.shown_us - behind_us))
+    changed, one = np.unique(at, return_index=True)
+    old = before.take(where[changed][there[changed]]) if len(before) else before
+    facts = {name: _kept(name, before, outcomes, where[changed], there[changed], one) for name in _FACTS}
+    new = OpenImpressions(ids[changed], **facts, kinds=kinds[changed], watch_ms=watch[changed], known_us=known[changed])
+    return old, new, repeats
+
+
+_FACTS: Final = ("viewer_id", "video_id", "shown_us")
+
+
+def _kept(
+    name: str, before: OpenImpressions, outcomes: Outcomes, where: I64, there: NDArray[np.bool_], one: I64
+) -> I64:
+    """A fact of the impression, as it was first told."""
+    fresh: I64 = getattr(outcomes, name)[one]
+    return np.where(there, getattr(before, name)[where], fresh) if len(before) else fresh
+
+
+def labelled(impressions: OpenImpressions, videos: pa.Table, behind_us: int) -> Events:
+    """The impressions' labels. ``videos`` has all of theirs."""
+    n = len(impressions)
+    shown = pa.array(impressions.shown_us - behind_us, pa.int64()).cast(TIME)
+    nothing = pa.array([""] * n).dictionary_encode()
+    facts = {
+        "impression_id": impressions.impression_id, "request_id": impressions.impression_id,
+        "viewer_id": impressions.viewer_id, "video_id": impressions.video_id, "position": np.zeros(n, np.int16),
+        "event_time": shown, "release": nothing, "arm": nothing, "source": nothing,
+        "propensity": np.ones(n, np.float32), "device": nothing,
+    }  # fmt: skip
+    table = pa.table([facts[name] for name in IMPRESSIONS.names], names=IMPRESSIONS.names).cast(IMPRESSIONS)
+    events = Events.from_labels(label_impressions(table, _outcome_rows(impressions), videos))
+    return replace(events, event_us=impressions.shown_us)
+
+
+def _outcome_rows(impressions: OpenImpressions) -> pa.Table:
+    row, kind = np.nonzero((impressions.kinds[:, None] >> np.arange(len(KINDS))) & 1)
+    ids = impressions.impression_id[row]
+    value = np.where(kind == _WATCH, impressions.watch_ms[row], 1.0).astype(np.float32)
+    words = pa.DictionaryArray.from_arrays(pa.array(kind.astype(np.int32)), pa.array([str(one) for one in KINDS]))
+    facts = {
+        "outcome_id": np.arange(len(row)), "impression_id": ids, "viewer_id": impressions.viewer_id[row],
+        "video_id": impressions.video_id[row], "type": words, "value": value,
+        "event_time": pa.array(impressions.known_us[row], pa.int64()).cast(TIME),
+    }  # fmt: skip
+    return pa.table([facts[name] for name in OUTCOMES.names], schema=OUTCOMES)
+
+
+def _rows_of(ids: I64, wanted: I64) -> tuple[I64, NDArray[np.bool_]]:
+    """Row of each wanted id in ascending ``ids``, and whether it is there."""
+    if not len(ids):
+        return np.zeros(len(wanted), np.int64), np.zeros(len(wanted), np.bool_)
+    where = np.minimum(np.searchsorted(ids, wanted), len(ids) - 1)
+    return where, ids[where] == wanted

@@ -1,0 +1,222 @@
+"""From the log to the stores, step by step: read, step, record, deliver. The only part that looks at a clock.
+
+A round reads what is new, steps as far as the log is known to be complete, and writes state, position and rows in one
+transaction; then it delivers. Killed anywhere, it goes on as if nothing had happened: what was recorded is delivered
+(again), what was not is read again.
+"""
+
+# Shapes: N outcomes
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Final
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from reelway.pipelines.features.labels import times_us
+from reelway.pipelines.features.stream.bootstrap import bootstrap, last_known_us
+from reelway.pipelines.features.stream.cells import STREAMED
+from reelway.pipelines.features.stream.engine import Catalogue, Emitted, Engine
+from reelway.pipelines.features.stream.labels import Outcomes
+from reelway.pipelines.features.stream.outputs import VIDEO_VIEWS, Outputs, latest_of_each, parcel
+from reelway.pipelines.features.stream.state import StreamState
+from reelway.pipelines.features.views import AFTER_US, DAY_US, ViewSettings
+from reelway.platform.contracts.events import OutcomeType
+from reelway.platform.eventlog import EventLog, Position, StoredRecord
+from reelway.platform.eventlog.outcome_events import KINDS, outcomes_of
+
+CONSUMER: Final = "features"
+SECOND_US: Final = 1_000_000
+RESTED_US: Final = DAY_US
+"""A data set that ended longer ago than this goes on from its own end."""
+
+
+@dataclass(frozen=True)
+class StreamSettings:
+    """How the stream reads. ``lateness_s`` is how long an outcome may take from being heard to being in the log: rows
+    wait that long. ``most_records``: of one round."""
+
+    lateness_s: float = 1.0
+    wait_s: float = 0.5
+    most_records: int = 500
+    consumer: str = CONSUMER
+
+
+@dataclass
+class Round:
+    """What one round did."""
+
+    outcomes: int = 0
+    late: int = 0  # outcomes that came after their time was settled, and count from now
+    settled_us: int = 0
+    steps: int = 0
+    rows: dict[str, int] = field(default_factory=dict)
+    emitted: list[Emitted] = field(default_factory=list)
+
+
+class Processor:
+    """The stream of one run. Single-threaded; call ``start``, then ``round`` for ever, and ``close``.
+
+    Args:
+        ttl_us: of each streamed view.
+        outputs: None for a replay, whose rounds keep every row they made.
+    """
+
+    def __init__(
+        self,
+        log: EventLog,
+        state: StreamState,
+        outputs: Outputs | None,
+        views: ViewSettings,
+        ttl_us: dict[str, int],
+        settings: StreamSettings | None = None,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._log, self._state, self._outputs = log, state, outputs
+        self._views, self._ttl_us = views, ttl_us
+        self._settings = settings or StreamSettings()
+        self._clock = clock
+        self.settled_us = 0
+        self.behind_us = 0
+
+    def start(self, catalogue: Catalogue, labels: pa.Table, behind_us: int | None = None) -> None:
+        """Go on from the state, or begin from the data set where there is none.
+
+        Args:
+            behind_us: of a replay; by the clock and the log otherwise.
+        """
+        state = self._state
+        fresh = state.get("settled_us") is None
+        if fresh:
+            fine_us = Engine(state, catalogue, self._views, self._ttl_us).fine_us
+            self.settled_us = last_known_us(labels, fine_us)
+            self.behind_us = self._rest_us() if behind_us is None else behind_us
+        else:
+            self.settled_us, self.behind_us = int(state.get("settled_us")), int(state.get("behind_us"))
+        self.engine = Engine(state, catalogue, self._views, self._ttl_us, self.behind_us)
+        self._pending = Outcomes.none()
+        self._position: Position = {}
+        if fresh:
+            with state.transaction():
+                self._record(bootstrap(self.engine, labels, self.settled_us))
+        self.resume()
+        self._deliver()
+
+    def resume(self) -> None:
+        """Go back to what is recorded: where a process begins, and after a round that raised."""
+        state = self._state
+        self.settled_us = int(state.get("settled_us"))
+        self._pending = _unpacked(state.pending())
+        self._position = {int(partition): offset for partition, offset in state.get("position").items()}
+
+    def round(self, *, wait_s: float | None = None) -> Round:
+        """Read, step, record, deliver."""
+        settings = self._settings
+        waited = settings.wait_s if wait_s is None else wait_s
+        batch = self._log.read(self._position, limit=settings.most_records, wait_s=waited)
+        done = Round(settled_us=self.settled_us)
+        self._take(batch.records, done)
+        complete_us = batch.complete_until_us - int(settings.lateness_s * SECOND_US) - self.behind_us
+        steps = list(self.engine.steps(self.settled_us, complete_us, self._pending.time_us))
+        if not steps and not batch.records:
+            done.rows = self._deliver()
+            return done
+        with self._state.transaction():
+            for until_us in steps:
+                now = self._pending.time_us + AFTER_US <= until_us
+                done.emitted += self.engine.step(until_us, self._pending.take(now))
+                if now.any():
+                    self._pending = self._pending.take(~now)
+                self.settled_us = until_us
+            self._position = dict(batch.position)
+            self._record(done.emitted)
+        done.settled_us, done.steps = self.settled_us, len(steps)
+        if self._outputs is not None:
+            done.rows = self._deliver()
+            done.emitted = []
+            if batch.records:
+                self._log.commit(settings.consumer, self._position)
+        return done
+
+    def _rest_us(self) -> int:
+        """How long the data set has rested when the stream begins, 0 where it is of today."""
+        now_us = int(self._clock() * 1e6)
+        first = self._log.read({}, limit=1).records
+        from_us = min([now_us, *(record.time_us for record in first)])
+        rested_us = from_us - self.settled_us
+        return rested_us if rested_us > RESTED_US else 0
+
+    def _take(self, records: Sequence[StoredRecord], done: Round) -> None:
+        if not records:
+            return
+        fresh = Outcomes.joined([_outcomes(record.payload) for record in records])
+        time_us = np.maximum(fresh.time_us, fresh.shown_us) - self.behind_us
+        late = time_us < self.settled_us
+        done.outcomes, done.late = len(fresh), int(late.sum())
+        time_us = np.where(late, self.settled_us, time_us)
+        fresh = Outcomes(**{**vars(fresh), "time_us": time_us})
+        self._pending = Outcomes.joined([self._pending, fresh])
+
+    def _record(self, emitted: Sequence[Emitted]) -> None:
+        """Position, pending and rows into the state; within a transaction."""
+        state = self._state
+        if emitted and self._outputs is not None:
+            latest = latest_of_each(emitted)
+            sequence = int(state.get("change") or 0)
+            if any(view in VIDEO_VIEWS for view in latest):
+                sequence += 1
+                state.put(change=sequence)
+            state.post(parcel(latest, self.settled_us, sequence))
+        state.put_pending(_packed(self._pending))
+        position = {str(partition): offset for partition, offset in self._position.items()}
+        state.put(settled_us=self.settled_us, behind_us=self.behind_us, position=position)
+
+    def _deliver(self) -> dict[str, int]:
+        rows = dict.fromkeys(STREAMED, 0)
+        if self._outputs is None:
+            return rows
+        for place, content in self._state.outbox():
+            for view, count in self._outputs.deliver(content).items():
+                rows[view] += count
+            self._state.delivered(place)
+        return rows
+
+
+def _outcomes(payload: bytes) -> Outcomes:
+    """A record's outcomes."""
+    table = outcomes_of(payload)
+    words = table["type"].combine_chunks()
+    if isinstance(words, pa.ChunkedArray):
+        words = words.chunk(0) if words.num_chunks else pa.array([], table.schema.field("type").type)
+    code = np.array([KINDS.index(OutcomeType(word)) for word in words.dictionary.to_pylist()], np.int64)
+    return Outcomes(
+        impression_id=table["impression_id"].to_numpy(),
+        viewer_id=table["viewer_id"].to_numpy(),
+        video_id=table["video_id"].to_numpy(),
+        shown_us=times_us(table["shown_at"]),
+        kind=code[words.indices.to_numpy()] if len(words) else np.zeros(0, np.int64),
+        value=table["value"].to_numpy().astype(np.float32),
+        time_us=times_us(table["event_time"]),
+    )
+
+
+_PACKED: Final = np.dtype(
+    [*((name, "<i8") for name in Outcomes.__dataclass_fields__ if name != "value"), ("value", "<f4")]
+)
+
+
+def _packed(outcomes: Outcomes) -> bytes:
+    packed: NDArray[np.void] = np.empty(len(outcomes), dtype=_PACKED)
+    for name in _PACKED.names or ():
+        packed[name] = getattr(outcomes, name)
+    return packed.tobytes()
+
+
+def _unpacked(content: bytes | None) -> Outcomes:
+    packed = np.frombuffer(content or b"", dtype=_PACKED)
+    return Outcomes(**{name: np.ascontiguousarray(packed[name]) for name in Outcomes.__dataclass_fields__})

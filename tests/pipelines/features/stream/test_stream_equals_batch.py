@@ -1,0 +1,174 @@
+"""The stream against the batch job: the same rows at the same moments, in any order, through any crash."""
+
+from __future__ import annotations
+
+import tempfile
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from tests.pipelines.features.stream.made_stream import (
+    START_US,
+    TTL_US,
+    Done,
+    batch_events,
+    batch_table,
+    catalogue,
+    dataset_labels,
+    record_of,
+)
+
+from reelway.pipelines.features import views
+from reelway.pipelines.features.labels import times_us
+from reelway.pipelines.features.stream.cells import ENTITY_KEYS, STREAMED, rhythms
+from reelway.pipelines.features.stream.engine import Emitted
+from reelway.pipelines.features.stream.points import due_and_next
+from reelway.pipelines.features.stream.processor import Processor, StreamSettings
+from reelway.pipelines.features.stream.state import StreamState
+from reelway.pipelines.features.views import ViewSettings
+from reelway.platform.contracts.events import OutcomeType
+from reelway.platform.eventlog.sqlite_log import SqliteLog
+
+SECOND_US = 1_000_000
+LATENESS_S = 120.0
+VIEWS = ViewSettings()
+LABELS = dataset_labels()
+SPANS_S = (1, 7, 600, 4_000, 50_000, 100_000)
+
+
+@st.composite
+def histories(draw: st.DrawFn) -> list[Done]:
+    """Outcomes of a few impressions by the time that they were heard; some repeated, some after the horizon."""
+    done = []
+    shown_us = START_US
+    for impression in range(draw(st.integers(1, 7))):
+        shown_us += draw(st.sampled_from(SPANS_S)) * SECOND_US + draw(st.integers(0, 3)) * 250_000
+        viewer, video = draw(st.sampled_from([100, 101, 200])), draw(st.sampled_from([1, 2, 3, 4, 5, 6]))
+        time_us = shown_us
+        for kind in draw(st.lists(st.sampled_from(list(OutcomeType)), min_size=1, max_size=4)):
+            time_us += draw(st.sampled_from([0, 250_000, 3 * SECOND_US, 3_700 * SECOND_US, 90_000 * SECOND_US]))
+            value = draw(st.sampled_from([0.0, 3_000.0, 25_000.25])) if kind is OutcomeType.WATCH else 1.0
+            done.append(Done(impression + 1, viewer, video, kind, value, shown_us, time_us))
+    return sorted(done, key=lambda one: one.time_us)
+
+
+class Clock:
+    now_us = START_US
+
+    def __call__(self) -> float:
+        return self.now_us / 1e6
+
+
+def stream(folder: Path, batches: list[list[Done]], ends_us: list[int], *, crashes: bool = False) -> list[Emitted]:
+    """Rows that the stream made; a processor that ``crashes`` is opened anew for every round."""
+    clock, emitted = Clock(), []
+    log, state = SqliteLog(folder / "log.db", clock=clock), StreamState(folder / "state.db")
+    processor: Processor | None = None
+    for number, (batch, end_us) in enumerate(zip(batches, ends_us, strict=True)):
+        append_one(log, batch, number)
+        clock.now_us = end_us
+        if processor is None or crashes:
+            state.close()
+            state = StreamState(folder / "state.db")
+            processor = Processor(log, state, None, VIEWS, TTL_US, StreamSettings(LATENESS_S, most_records=3), clock)
+            processor.start(catalogue(), LABELS, behind_us=0)
+        emitted += processor.round(wait_s=0).emitted
+    assert processor is not None
+    while (done := processor.round(wait_s=0)).steps or done.outcomes:
+        emitted += done.emitted
+    state.close()
+    log.close()
+    return emitted
+
+
+def append_one(log: SqliteLog, batch: list[Done], number: int) -> None:
+    if batch:
+        log.append([record_of(batch, number)])
+
+
+def by_moment(emitted: list[Emitted]) -> dict[tuple[str, int, int], dict[str, Any]]:
+    rows = {}
+    for one in emitted:
+        for row in one.rows.to_pylist():
+            key = (one.view, row[ENTITY_KEYS[one.view]], int(row["event_timestamp"].timestamp() * 1e6))
+            assert key not in rows, f"{key} was written twice"
+            rows[key] = row
+    return rows
+
+
+def expected_rows(done: list[Done], first_us: int, last_us: int) -> dict[tuple[str, int, int], dict[str, Any]]:
+    """Every row that the batch job would have at each of its grid points, over what was known by then.
+
+    What is known changes with an outcome only, so one run of the batch job says it until the next one.
+    """
+    rows: dict[tuple[str, int, int], dict[str, Any]] = {}
+    moments = [first_us, *sorted({one.time_us for one in done if first_us <= one.time_us < last_us}), last_us]
+    for from_us, to_us in pairwise(moments):
+        events = batch_events(done, from_us + 1, LABELS)
+        for view in STREAMED:
+            table = batch_table(view, events, to_us, VIEWS)
+            at_us = times_us(table["event_timestamp"])
+            for row in table.filter(pa.array((at_us > from_us) & (at_us <= to_us))).to_pylist():
+                rows[view, row[ENTITY_KEYS[view]], int(row["event_timestamp"].timestamp() * 1e6)] = row
+    return rows
+
+
+def without_expiries(rows: dict[tuple[str, int, int], dict[str, Any]]) -> dict[tuple[str, int, int], dict[str, Any]]:
+    key = {"viewer_id", "video_id", "creator_key", "event_timestamp", "created_timestamp"}
+    return {at: row for at, row in rows.items() if any(v is not None for n, v in row.items() if n not in key)}
+
+
+@settings(max_examples=12, deadline=None, suppress_health_check=list(HealthCheck))
+@given(done=histories(), data=st.data())
+def test_any_sequence_in_any_order_with_crashes_gives_the_batch_jobs_rows(
+    done: list[Done], data: st.DataObject
+) -> None:
+    """In any order within the lateness, read in any parts, killed between any two of them."""
+    jitter = [data.draw(st.integers(0, int(LATENESS_S) - 1)) for _ in done]
+    arrivals = sorted(range(len(done)), key=lambda i: (done[i].time_us + jitter[i] * SECOND_US, i))
+    batches: list[list[Done]] = []
+    ends: list[int] = []
+    for i in arrivals:
+        came_us = done[i].time_us + jitter[i] * SECOND_US
+        if batches and data.draw(st.booleans()):
+            batches[-1].append(done[i])
+            ends[-1] = max(ends[-1], came_us)
+        else:
+            batches.append([done[i]])
+            ends.append(came_us)
+    tail_us = ends[-1] + data.draw(st.sampled_from([200, 4_000, 200_000])) * SECOND_US
+    batches.append([])
+    ends.append(tail_us)
+    first_us = -(-int(max(times_us(LABELS["outcome_time"])) + 1) // SECOND_US) * SECOND_US
+    with tempfile.TemporaryDirectory() as folder:
+        emitted = stream(Path(folder), batches, ends, crashes=data.draw(st.booleans()))
+    last_us = (tail_us - int(LATENESS_S * SECOND_US)) // SECOND_US * SECOND_US
+    seen, expected = without_expiries(by_moment(emitted)), expected_rows(done, first_us, last_us)
+    assert sorted(seen) == sorted(expected)
+    for key, row in expected.items():
+        assert seen[key] == row, key
+
+
+@pytest.mark.parametrize("view", STREAMED)
+def test_the_next_point_is_the_one_that_the_batch_jobs_list_of_points_has(view: str) -> None:
+    rng = np.random.default_rng(5)
+    rhythm = rhythms(VIEWS)[view]
+    known = START_US + rng.integers(0, 3 * views.DAY_US, 60) // 900_000_000 * 900_000_000 + rng.integers(0, 2, 60)
+    owner = np.sort(rng.integers(0, 9, 60))
+    entities, at = views.snapshot_points(
+        owner, known, rhythm.windows_us, grid_us=rhythm.grid_us, until_us=START_US + 99 * views.DAY_US,
+        heartbeat_us=rhythm.heartbeat_us,
+    )  # fmt: skip
+    cells = (known - 1) // rhythm.cell_us * rhythm.cell_us + 1
+    for moment in [START_US, *rng.choice(at, 40).tolist(), START_US + 40 * views.DAY_US + 1]:
+        now, next_us, last_us = due_and_next(owner, cells, 9, rhythm, moment)
+        for entity in range(9):
+            mine = at[entities == entity]
+            assert now[entity] == (moment in mine)
+            assert next_us[entity] == min(mine[mine > moment], default=1 << 62)
+            assert last_us[entity] == max(mine[mine <= moment], default=-(1 << 62))
