@@ -124,6 +124,17 @@ e2e: cluster ## The whole platform on a real node: install, roll out, kill, upgr
 bench-cluster: cluster ## On the node: webhook to stable over 50 rollouts, a killed head with and without a GCS store.
 	$(BIN)/python -m tests.benchmarks.bench_cluster
 
+.PHONY: cluster-monitoring
+cluster-monitoring: cluster ## Prometheus and Alertmanager on the node, which take every namespace's monitors, rules and routes.
+	@$(BIN)/python infra/cluster build prometheus-operator prometheus
+	@test -s .cluster/images/monitoring.tar || $(BIN)/python infra/images node monitoring
+	@$(BIN)/python infra/cluster load .cluster/images/monitoring.tar
+	@$(BIN)/python infra/cluster monitoring
+
+.PHONY: bench-alerts
+bench-alerts: cluster-monitoring ## On the node: fault to stable through Prometheus and Alertmanager, 10 runs, the share of each hop.
+	$(BIN)/python -m tests.benchmarks.bench_alerts
+
 .PHONY: constraints
 constraints: install ## Resolve requirements.in into constraints.txt again.
 	$(BIN)/uv pip compile requirements.in --output-file constraints.txt --universal --python-version 3.11 \

@@ -1,0 +1,111 @@
+"""Why: "under a minute" is made of hops that different people answer for; each is told by the clock of who made it.
+
+All programs run on one node, so their clocks are one. A rollback has one of two causes, and the history's own words say
+which: evidence (the controller asked Prometheus) or an alert (a rule, Alertmanager, the webhook).
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any, Final
+
+import numpy as np
+from tests.cluster.conftest import Kubectl
+from tests.e2e.installation import NAME
+from tests.e2e.load_pod import Load
+from tests.e2e.monitoring import Monitoring
+from tests.e2e.rollouts import status
+from tests.e2e.waiting import until
+
+ERRORS: Final = "ReelwayCanaryErrors"
+SLOW: Final = "ReelwayCanarySlow"
+_REQUESTS: Final = "reelway_ingress_requests_total"
+_DELIVERED: Final = re.compile(r"^(\S+) .*alerts delivered: ", re.MULTILINE)
+QUIET_S: Final = 5.0
+"""So long nobody has been answered by the release before its last answer is called the last."""
+
+
+@dataclass(frozen=True)
+class Rollback:
+    """From the first request that met the fault to the last one. Unix seconds; hops in seconds, in their order."""
+
+    fault: float
+    ended: float
+    by_alert: bool
+    reason: str
+    hops: dict[str, float]
+
+    @property
+    def total_s(self) -> float:
+        """Fault injected -> all new requests on stable."""
+        return self.ended - self.fault
+
+
+def rollback_of(
+    kubectl: Kubectl, load: Load, monitoring: Monitoring, name: str, release: str, *, since: float, alert: str = ERRORS
+) -> Rollback:
+    """Read everybody's account of a rollback that has just ended."""
+    entry = next(one for one in status(kubectl, name)["history"] if one["action"] == "roll_back")
+    decided, reason = float(entry["time"]), str(entry["reason"])
+    until("nobody is sent there any more", lambda: load.now() > decided + QUIET_S, 4 * QUIET_S)
+    rows = load.answers(release, since=since)
+    fault, ended = float(rows["sent"].min()), max(float(rows["sent"].max()), decided)
+    by_alert = alert in reason
+    if not by_alert:
+        scraped = _scraped(monitoring, kubectl.namespace, release, decided)
+        hops = {"requests and scrape": scraped - fault, "decision": decided - scraped, "traffic": ended - decided}
+        return Rollback(fault, ended, by_alert, reason, hops)
+    fired = _activated(monitoring, kubectl.namespace, release, alert)
+    scraped = _scraped(monitoring, kubectl.namespace, release, fired)
+    told = _told(monitoring, kubectl.namespace, release, alert)
+    delivered = _delivered(kubectl, after=told)
+    enough = float(np.sort(rows["done"])[min(len(rows), 50) - 1])
+    exposed = min(enough, scraped)
+    hops = {
+        "requests": exposed - fault,
+        "scrape": scraped - exposed,
+        "rule": fired - scraped,
+        "to Alertmanager": told - fired,
+        "group wait": delivered - told,
+        "decision": decided - delivered,
+        "traffic": ended - decided,
+    }
+    return Rollback(fault, ended, by_alert, reason, hops)
+
+
+def moment(text: str) -> float:
+    """Unix seconds of a time as Kubernetes, Prometheus and Alertmanager write it."""
+    seconds, dot, rest = text.partition(".")
+    fraction = re.match(r"\d+", rest).group() if dot else ""  # type: ignore[union-attr]
+    return datetime.fromisoformat(seconds.removesuffix("Z") + "+00:00").timestamp() + float(f"0.{fraction or 0}")
+
+
+def _activated(monitoring: Monitoring, namespace: str, release: str, alert: str) -> float:
+    """The evaluation at which the rule first held."""
+    [found] = [one for one in monitoring.alerts(namespace) if _is(one["labels"], release, alert)]
+    return moment(found["activeAt"])
+
+
+def _scraped(monitoring: Monitoring, namespace: str, release: str, at: float) -> float:
+    """The newest sample of the release's requests that an evaluation at that moment stood on."""
+    selector = f'{_REQUESTS}{{namespace="{namespace}",release="{release[:12]}"}}'
+    [found] = monitoring.query(f"max(timestamp({selector}))", at)
+    return float(found["value"][1])
+
+
+def _told(monitoring: Monitoring, namespace: str, release: str, alert: str) -> float:
+    """When Alertmanager took the alert."""
+    [found] = [one for one in monitoring.told(namespace) if _is(one["labels"], release, alert)]
+    return moment(found["updatedAt"])
+
+
+def _delivered(kubectl: Kubectl, *, after: float) -> float:
+    """When the webhook had stored what Alertmanager delivered, by the clock that stamped the log's line."""
+    log = kubectl.run("logs", f"deployment/{NAME}-controller", "--timestamps", "--since=10m")
+    return min(at for at in map(moment, _DELIVERED.findall(log)) if at > after)
+
+
+def _is(labels: dict[str, Any], release: str, alert: str) -> bool:
+    return bool(labels.get("alertname") == alert and labels.get("release") == release[:12])

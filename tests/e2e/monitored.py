@@ -1,0 +1,61 @@
+"""Why: scenes and the benchmark of alerts look at the same: an installation under load that Prometheus scrapes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Final
+
+from tests.cluster.conftest import Kubectl
+from tests.e2e.clusters import Cluster
+from tests.e2e.faulty_releases import FEATURES, KNOWN, FaultyReleases, faulty_releases
+from tests.e2e.installation import Installation
+from tests.e2e.load_pod import Load, constant_load
+from tests.e2e.monitoring import Monitoring, monitoring_of
+from tests.e2e.rollouts import HELD
+
+NAMESPACE: Final = "reelway-mon"
+RATE: Final = 20.0
+SHARE_PERCENT: Final = 50
+BAR_S: Final = 60.0
+_BLIND: Final = {"error_ratio": None, "empty_slate_ratio": None, "p99_ms": None, "parity_mismatches": None}
+ONLY_ALERTS: Final[dict[str, Any]] = {
+    **HELD, "steps": [{"weight_percent": SHARE_PERCENT, "hold_s": 3600}], "guardrails": _BLIND, "retention_s": 1,
+}  # fmt: skip
+"""The controller itself judges nothing of the requests: whatever takes the release back came through Alertmanager."""
+BY_EVIDENCE: Final[dict[str, Any]] = {**ONLY_ALERTS, "guardrails": {"p99_ms": None, "parity_mismatches": None}}
+"""Errors and empty slates as the default policy judges them, and alerts."""
+
+
+@dataclass
+class Monitored:
+    """One installation and who watches it."""
+
+    installation: Installation
+    load: Load
+    releases: FaultyReleases
+    monitoring: Monitoring
+
+    @property
+    def kubectl(self) -> Kubectl:
+        """kubectl in the installation's namespace."""
+        return self.installation.kubectl
+
+
+@contextmanager
+def monitored(cluster: Cluster, *, errors: int, slow: int) -> Iterator[Monitored]:
+    """Installed with the chart's own monitors, rules and route; everybody is on the first sound release."""
+    monitoring = monitoring_of(cluster)
+    with faulty_releases(cluster, errors=errors, slow=slow) as releases, cluster.namespace(NAMESPACE) as kubectl:
+        releases.deliver(kubectl)
+        features = {"features": {"type": "directory", "directory": FEATURES}}
+        installation = Installation(cluster, kubectl, releases.made, given={**monitoring.values(), **features})
+        try:
+            installation.install()
+            installation.until_ready()
+            with constant_load(kubectl, installation.url, rate=RATE, viewers=KNOWN) as load:
+                load.until_answered_by(releases.sound[0], since=0.0, within_s=60, count=20)
+                yield Monitored(installation, load, releases, monitoring)
+        finally:
+            installation.uninstall()
