@@ -2,7 +2,7 @@
 
 Scenes are modules ``test_scene_<number>_<what>.py``, run in the order of their numbers. Those that take ``flow`` share
 one installation in KubeRay mode, under constant load from its first second; when one fails, the rest are skipped. Other
-modules make installations of their own.
+modules make installations of their own, before the flow or after it.
 
 =====================  =============================================================================================
 ``cluster``            fixture: ``clusters.Cluster``: kubectl, helm, ``namespace(prefix)`` (restricted, removed after)
@@ -22,6 +22,7 @@ from __future__ import annotations
 import json
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -99,6 +100,19 @@ def flow(_shared: Flow, request: pytest.FixtureRequest) -> Flow:
     if broken := request.session.stash.get(_BROKEN, ""):
         pytest.skip(f"{broken} failed, and this goes on where it ended")
     return _shared
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Scenes with an installation of their own do not come between those that share one: two would share the node."""
+    of_flow = {item.path for item in items if "flow" in getattr(item, "fixturenames", ())}
+    first = min((path.name for path in of_flow), default="")
+
+    def place(item: pytest.Item) -> int:
+        return 1 if item.path in of_flow else 0 if item.path.name < first else 2
+
+    here = [item for item in items if item.path.parent == Path(__file__).parent]
+    kept = iter(sorted(here, key=place))
+    items[:] = [next(kept) if item.path.parent == Path(__file__).parent else item for item in items]
 
 
 @pytest.hookimpl(wrapper=True)

@@ -107,6 +107,10 @@ class Load:
         text = json.dumps(body).replace("@", started)
         return float(self.kubectl.run("exec", self.name, "--", "python", "-c", _ALERT, url, token, text))
 
+    def stop(self) -> None:
+        """No more requests; what is on record and was read stays."""
+        self.kubectl.run("delete", "pod", self.name, "--wait=true", "--timeout=60s")
+
     def last_words(self) -> str:
         """What it complained of last."""
         return "the load said: " + self.kubectl.run("logs", self.name, "--tail=5").strip()

@@ -38,6 +38,7 @@ def test_no_rollout_is_held_by_a_finalizer_that_nobody_takes_off(flow: Flow) -> 
     said = flow.kubectl.run("get", "releaserollouts", "-o", held)
     assert said.strip()
     flow.kubectl.run("delete", "releaserollouts", "--all", "--timeout=30s")
+    flow.load.stop()
 
 
 def _left(flow: Flow) -> list[str]:
