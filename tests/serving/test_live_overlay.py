@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import time
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +15,7 @@ from reelway.platform.contracts.features import VIDEO_LIVE_DENSE
 from reelway.platform.contracts.manifest import VIDEOS_FILE
 from reelway.platform.errors import DataError
 from reelway.platform.eventlog.changelog import CHANGES, CREATORS, ENGAGEMENT, FIELDS, Change, Changelog
-from reelway.serving.live_overlay import LiveOverlay
+from reelway.serving.live_overlay import LiveOverlay, follow
 from reelway.serving.video_table import VideoTable, open_video_table
 
 LIKES = VIDEO_LIVE_DENSE.index("video_like_rate_1h")
@@ -127,3 +129,18 @@ def test_a_changelog_behind_a_url_reads_like_one_in_a_folder(table: VideoTable) 
     assert table.live.at(np.array([3]))[0, LIKES] == 0.5
     assert log.compact(at_least=2)
     assert [one.whole for one in log.after(0)] == [True]
+
+
+def test_a_follower_keeps_its_table_fresh_and_ends_with_it(table: VideoTable, tmp_path: Path) -> None:
+    other = open_video_table(tmp_path / "release" / VIDEOS_FILE)
+    thread = follow(other, str(tmp_path / "overlay"), every_s=0.01)
+    Changelog(tmp_path / "overlay").append(change(1, rows_of(ENGAGEMENT, {int(table.video_id[3]): 0.5})))
+    deadline = time.monotonic() + 20
+    while other.live.version == 0:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    assert other.live.at(np.array([3]))[0, LIKES] == 0.5
+    del other
+    gc.collect()
+    thread.join(20)
+    assert not thread.is_alive()

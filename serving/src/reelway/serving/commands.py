@@ -93,6 +93,7 @@ def serve(
                 release_store=str(directory.release_store),
                 release_cache=place / "releases",
                 public_keys=directory.keys,
+                overlay=str(directory.overlay),
             ),
             metrics_dir=_emptied(place / "metrics"),
             token_secrets=_token_secrets(directory),

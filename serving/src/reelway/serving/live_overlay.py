@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
+import weakref
 from typing import Final
 
 import numpy as np
@@ -30,7 +32,7 @@ class LiveOverlay:
     """One table's view of the changelog. ``poll`` is for one thread; readers of the table need not know."""
 
     def __init__(self, table: VideoTable, changelog: Changelog) -> None:
-        self._table = table
+        self._table = weakref.ref(table)  # a release that is closed takes its follower with it
         self._changelog = changelog
         self._sequence = 0
         order = np.argsort(table.creator_id, kind="stable")
@@ -42,6 +44,11 @@ class LiveOverlay:
         """The last change that the table has."""
         return self._sequence
 
+    @property
+    def over(self) -> bool:
+        """Whether nobody has the table any more."""
+        return self._table() is None
+
     def poll(self) -> int:
         """Apply what is new; returns how many rows of the table changed.
 
@@ -49,20 +56,23 @@ class LiveOverlay:
             StorageError: the changelog cannot be reached.
             DataError: a change is not one.
         """
+        table = self._table()
+        if table is None:
+            return 0
         changes = self._changelog.after(self._sequence)
         if not changes:
             return 0
         rows = latest_rows([change.rows for change in changes])
         videos = _of(rows, ENGAGEMENT)
         creators = _of(rows, CREATORS)
-        at_video, video_values = self._table.rows_of(videos[0]).astype(np.int64), videos[1]
+        at_video, video_values = table.rows_of(videos[0]).astype(np.int64), videos[1]
         at_video, video_values = at_video[at_video != ABSENT], video_values[at_video != ABSENT]
         at_creator, creator_values = self._spread(*creators)
         changed = np.union1d(at_video, at_creator)
-        dense = self._table.live.at(changed)
+        dense = table.live.at(changed)
         dense[np.ix_(np.searchsorted(changed, at_video), _columns(ENGAGEMENT))] = video_values
         dense[np.ix_(np.searchsorted(changed, at_creator), _columns(CREATORS))] = creator_values
-        self._table.overlay(changed.astype(np.int32), dense, as_of_s=changes[-1].as_of_us / 1e6)
+        table.overlay(changed.astype(np.int32), dense, as_of_s=changes[-1].as_of_us / 1e6)
         self._sequence = changes[-1].sequence
         return len(changed)
 
@@ -85,23 +95,22 @@ def _of(rows: pa.Table, view: str) -> tuple[I64, F32]:
     return mine["entity_id"].to_numpy(), np.stack(values, axis=1) if values else np.zeros((0, 0), np.float32)
 
 
-def follow(table: VideoTable, place: str, *, every_s: float = LOOK_EVERY_S) -> threading.Event:
-    """Keep the table fresh from a thread, which ends with the process or when the returned event is set."""
-    stop = threading.Event()
+def follow(table: VideoTable, place: str, *, every_s: float = LOOK_EVERY_S) -> threading.Thread:
+    """Keep the table fresh from a thread, which ends with the table or the process."""
     overlay = LiveOverlay(table, Changelog(place))
+    thread = threading.Thread(target=_look, args=(overlay, every_s), name="live-overlay", daemon=True)
+    thread.start()
+    return thread
 
-    def look() -> None:
-        failed = False
-        while True:
-            try:
-                overlay.poll()
-                failed = False
-            except (StorageError, DataError) as error:
-                if not failed:
-                    log.error("video features stay as they are: %s", error)
-                failed = True
-            if stop.wait(every_s):
-                return
 
-    threading.Thread(target=look, name="live-overlay", daemon=True).start()
-    return stop
+def _look(overlay: LiveOverlay, every_s: float) -> None:
+    failed = False
+    while not overlay.over:
+        try:
+            overlay.poll()
+            failed = False
+        except (StorageError, DataError) as error:
+            if not failed:
+                log.error("video features stay as they are: %s", error)
+            failed = True
+        time.sleep(every_s)

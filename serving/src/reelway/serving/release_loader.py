@@ -7,6 +7,7 @@ all is ``verify``'s to say, before.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import faiss
@@ -29,6 +30,7 @@ from reelway.platform.release.store import ReleaseStore
 from reelway.platform.release.verify import read_blend, read_calibration
 from reelway.platform.tokens import TokenSigner
 from reelway.serving.graph import LocalStages, RecommendationGraph, ReleaseEdge
+from reelway.serving.live_overlay import follow
 from reelway.serving.metrics import IngressMetrics
 from reelway.serving.popular import open_popular_lists
 from reelway.serving.serve_config import ReleaseSource
@@ -51,7 +53,7 @@ def open_trusted(source: ReleaseSource) -> ReleaseLoader:
     """
     folder = ReleaseStore(source.release_store).fetch(ReleaseId(source.release), source.release_cache)
     check_signature(read_manifest(folder), load_public_keys(source.public_keys))
-    return ReleaseLoader(folder)
+    return ReleaseLoader(folder, overlay=source.overlay)
 
 
 @dataclass(frozen=True)
@@ -61,20 +63,29 @@ class ReleaseLoader:
     Args:
         folder: as ``ReleaseStore.fetch`` returned and ``verify`` accepted it.
         threads: of one model call, and of one index search.
+        overlay: changelog that the table's live numbers follow, where there is one.
 
     Every method raises ``IncompatibleReleaseError`` when a file is not what its format says.
     """
 
     folder: Path
     threads: int = 1
+    overlay: str | None = None
 
     def release_id(self) -> str:
         """The full id."""
         return read_manifest(self.folder).release_id
 
     def table(self) -> VideoTable:
-        """``videos.arrow``, memory-mapped."""
-        return open_video_table(self.folder / VIDEOS_FILE)
+        """``videos.arrow``, memory-mapped; one for all parts that are loaded here."""
+        return self._table
+
+    @cached_property
+    def _table(self) -> VideoTable:
+        table = open_video_table(self.folder / VIDEOS_FILE)
+        if self.overlay:
+            follow(table, self.overlay)
+        return table
 
     def edge(self) -> ReleaseEdge:
         """What a router holds."""

@@ -50,6 +50,11 @@ class ReleaseShelf(_Args):
     release_store: str = Field(description="URL or path of the release store")
     release_cache: Path = Field(description="local folder; a release that it lacks is fetched from the store")
     public_keys: Path = Field(description="folder with *.public.pem, or one PEM file")
+    overlay: str | None = Field(
+        default=None,
+        description="changelog that keeps releases' video features fresh: a path or fsspec URL; they stay as they were "
+        "made where there is none",
+    )
 
     def source_of(self, release: str, composition: Composition = "staged") -> ReleaseSource:
         """One release of this shelf."""

@@ -96,8 +96,8 @@ def replay(
 ) -> ParityReport:
     """Compare every logged value with the offline join.
 
-    A vector that says when its rows were true is held to that, as a whole or view by view. Otherwise viewer rows are held
-    to ``viewer_as_of_s``, the online store's moment, or the request's, and video rows to ``videos_as_of_s`` or the
+    A vector that says when its rows were true is held to that, as a whole or view by view. Otherwise viewer rows are
+    held to ``viewer_as_of_s``, the online store's moment, or the request's, and video rows to ``videos_as_of_s`` or the
     request's time, in that order.
 
     Raises:
