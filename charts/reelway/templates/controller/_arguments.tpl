@@ -9,6 +9,7 @@
 - --webhook-token-file=/etc/reelway/tokens/webhook
 - --ray-token-file=/etc/reelway/tokens/ray
 - --interval={{ $v.controller.intervalSeconds }}
+- --releases={{ include "reelway.storeUrl" . }}
 - --parity={{ include "reelway.parityReport" . }}
 - --head-url=http://{name}-head-svc.{namespace}.svc:{{ $v.ray.ports.dashboard }}
 - --router-url=http://{name}-router.{namespace}.svc:{{ $v.serving.port }}
