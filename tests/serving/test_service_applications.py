@@ -62,6 +62,18 @@ def test_every_application_has_its_replicas_and_only_router_and_outcomes_are_rea
     assert prefixes == {"a": None, "b": None, "r": "/", "o": "/v1/outcomes"}
 
 
+def test_fused_a_release_is_one_deployment_that_checks_it_and_the_routers_are_told() -> None:
+    document = serve_config(ROUTING, options(composition="fused", at_once=8, replicas=Replicas(router=2)))
+    entries = {one["name"]: one for one in document["applications"]}
+    assert [one["name"] for one in entries["a" * 64]["deployments"]] == ["Release"]
+    assert entries["a" * 64]["args"]["composition"] == "fused"
+    made = copy.deepcopy(entries["a" * 64])
+    made["name"] = made["args"]["release"] = "b" * 64
+    assert made == entries["b" * 64]
+    assert entries["router"]["args"]["composition"] == "fused"
+    assert entries["router"]["args"]["at_once"] == 8
+
+
 def test_the_document_is_json_and_its_arguments_are_what_the_builders_take() -> None:
     document = json.loads(json.dumps(serve_config(ROUTING, options(features_dir=Path("/features")))))
     models = {"release": ReleaseSource, "router": RouterArgs, "outcomes": OutcomesArgs}
