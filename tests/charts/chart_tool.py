@@ -56,6 +56,13 @@ COMPONENTS: Final[dict[str, Document]] = {
             "submitters": [{"kind": "Group", "name": "ml", "apiGroup": "rbac.authorization.k8s.io"}],
         }
     },
+    "stream": {
+        "jobs": {"workClaim": "work"}, "monitoring": _MONITORS,
+        "stream": {
+            "enabled": True, "events": "kafka://kafka.test:9092/outcomes", "kafkaSettingsSecret": "kafka",
+            "overlay": "s3://features/overlay",
+        },
+    },
     "slow-bound": {"monitoring": {**_MONITORS, "rules": {"enabled": True, "latencyMs": 1000}}},
     "monitoring": {"monitoring": {**_RULES, "alertmanagerConfig": {"enabled": True}, "dashboards": {"enabled": True}}},
     "ingress": {"serving": {"ingress": {"enabled": True, "host": "a.test", "tlsSecret": "tls", "className": "nginx"}}},

@@ -16,6 +16,7 @@
 {{- include "reelway.checkServing" . }}
 {{- include "reelway.checkFeatures" . }}
 {{- include "reelway.checkJobs" . }}
+{{- include "reelway.checkStream" . }}
 {{- include "reelway.checkMonitoring" . }}
 {{- include "reelway.checkRanker" . }}
 {{- end -}}
@@ -204,5 +205,24 @@
 {{- end }}
 {{- if and $v.controller.podDisruptionBudget.enabled (lt (int $v.controller.replicas) 2) }}
 {{- include "reelway.refuse" (dict "path" "controller.podDisruptionBudget.enabled" "saw" true "expected" "false, because controller.replicas is below 2") }}
+{{- end }}
+{{- end -}}
+
+{{- define "reelway.checkStream" -}}
+{{- $v := .Values -}}
+{{- if $v.stream.enabled }}
+{{- if not $v.stream.events }}
+{{- include "reelway.refuse" (dict "path" "stream.events" "saw" "" "expected" "an event log as kafka://host:port/topic, because stream.enabled is true") }}
+{{- end }}
+{{- if not $v.serving.outcomes.enabled }}
+{{- include "reelway.refuse" (dict "path" "serving.outcomes.enabled" "saw" false "expected" "true, because stream.enabled is true and there would be nothing in the event log") }}
+{{- end }}
+{{- if ne (include "reelway.jobsPossible" .) "true" }}
+{{- include "reelway.refuse" (dict "path" "jobs.workClaim" "saw" "" "expected" "a claim for the files of a run, because stream.enabled is true and releases.store.type is no volume") }}
+{{- end }}
+{{- if and (not $v.stream.overlay) (ne (include "reelway.storeOnVolume" .) "true") }}
+{{- include "reelway.refuse" (dict "path" "stream.overlay" "saw" "" "expected" "a URL that serving pods reach, because releases.store.type is no volume") }}
+{{- end }}
+{{- include "reelway.checkResources" (dict "of" $v.stream.resources "path" "stream.resources") }}
 {{- end }}
 {{- end -}}

@@ -12,6 +12,7 @@ logging_config: {log_level: WARNING, enable_access_log: false}
 release_store: {{ include "reelway.storeUrl" . | quote }}
 release_cache: /var/cache/reelway/releases
 public_keys: /etc/reelway/public-keys
+overlay: {{ if .Values.stream.enabled }}{{ include "reelway.overlayPlace" . | quote }}{{ else }}null{{ end }}
 {{- end -}}
 
 {{/* (dict "name" "Ranking" "of" .Values.serving.deployments.ranking) */}}
@@ -61,6 +62,7 @@ route_prefix: /v1/outcomes
 import_path: reelway.serving.deployments.applications:outcomes
 args:
   state: /var/lib/reelway/state/outcomes.db
+  events: {{ if .Values.stream.enabled }}{{ .Values.stream.events | quote }}{{ else }}null{{ end }}
   token_secrets: null
 deployments:
   - name: Outcomes
