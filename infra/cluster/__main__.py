@@ -6,7 +6,8 @@ import argparse
 import sys
 import time
 
-from build import MONITORING, TOOLS, BuildError, build_tools
+from build import KSERVE, MONITORING, TOOLS, BuildError, build_tools
+from kserve import install_kserve, remove_kserve
 from layout import default_layout
 from monitoring import install_monitoring, remove_monitoring
 from node import Node, NodeError
@@ -28,9 +29,11 @@ def main() -> int:
     load = commands.add_parser("load", help="give containerd images from OCI or Docker archives")
     load.add_argument("archives", nargs="+")
     build = commands.add_parser("build", help="build programs and nothing else")
-    build.add_argument("tools", nargs="+", choices=[*TOOLS, *MONITORING])
+    build.add_argument("tools", nargs="+", choices=[*TOOLS, *MONITORING, *KSERVE])
     monitoring = commands.add_parser("monitoring", help="bring up Prometheus and Alertmanager on a node that is up")
     monitoring.add_argument("--remove", action="store_true", help="take them away again, with all monitors and rules")
+    kserve = commands.add_parser("kserve", help="bring up KServe's controller on a node that is up")
+    kserve.add_argument("--remove", action="store_true", help="take it away again, with every InferenceService")
     options = parser.parse_args()
     layout = default_layout()
     node = Node(layout, say)
@@ -48,6 +51,8 @@ def main() -> int:
             build_tools(layout, say, options.tools)
         elif options.command == "monitoring":
             remove_monitoring(node, layout) if options.remove else install_monitoring(node, layout, say)
+        elif options.command == "kserve":
+            remove_kserve(node, layout) if options.remove else install_kserve(node, layout, say)
         else:
             for name, runs in node.status().items():
                 print(f"{name:20} {'running' if runs else 'ended'}")

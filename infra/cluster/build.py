@@ -21,6 +21,8 @@ from layout import HERE, Layout
 TOOLS: Final = ("helm", "coredns", "kuberay", "kubernetes")  # quick ones first: a broken set-up shows early
 MONITORING: Final = ("prometheus-operator", "prometheus")
 """For alerts that go all the way round; `up` does without."""
+KSERVE: Final = ("kserve",)
+"""For rankers behind KServe; `up` does without."""
 _FLAGS: Final[dict[str, list[str]]] = {
     # without a version helm cannot parse what the API server says of itself
     "kubernetes": ["-ldflags", "-s -w -X k8s.io/component-base/version.gitVersion=v1.36.3"],
@@ -32,9 +34,10 @@ _PROGRAMS: Final[dict[str, tuple[str, ...]]] = {
     "helm": ("helm", "helm-docs", "kubeconform"),
     "prometheus-operator": ("prometheus-operator", "prometheus-config-reloader"),
     "prometheus": ("prometheus",),
+    "kserve": ("kserve-manager",),
 }
-_CALLED: Final = {"operator": "prometheus-operator"}
-"""By its module -> here, where a bare name would not say whose operator it is."""
+_CALLED: Final = {"operator": "prometheus-operator", "manager": "kserve-manager"}
+"""By its module -> here, where a bare name would not say whose it is."""
 
 
 class BuildError(Exception):

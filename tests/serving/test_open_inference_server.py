@@ -1,0 +1,316 @@
+"""`reelway rank-server` as others see it: their clients, wrong requests, and the ends of its life."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import grpc
+import httpx
+import numpy as np
+import pytest
+from tests.serving.open_inference_clients import fields_of
+from tests.serving.rank_server import MadeRelease, RankServer, make_release, options_of, running_rank_server
+
+from reelway.platform.cli.processes import child, reelway_command
+from reelway.platform.errors import DigestMismatchError, ReleaseNotFoundError, SignatureError
+from reelway.platform.release.signing import create_keys
+from reelway.serving.open_inference import messages
+from reelway.serving.open_inference.json_tensors import HEADER
+from reelway.serving.open_inference.server import load_verified
+
+INFER = "/v2/models/ranker/infer"
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> MadeRelease:
+    return make_release(tmp_path_factory.mktemp("release"))
+
+
+@pytest.fixture(scope="module")
+def server(made: MadeRelease) -> Iterator[RankServer]:
+    with running_rank_server(made, candidates=2000, drain_s=0.0) as running:
+        yield running
+
+
+def binary_request(inputs: dict[str, Any]) -> tuple[bytes, bytes]:
+    """JSON and the bytes after it."""
+    described = [
+        {
+            "name": name, "datatype": {"f": "FP32", "i": "INT64"}[value.dtype.kind], "shape": list(value.shape),
+            "parameters": {"binary_data_size": value.nbytes},
+        }
+        for name, value in inputs.items()
+    ]  # fmt: skip
+    return json.dumps({"inputs": described}).encode(), b"".join(value.tobytes() for value in inputs.values())
+
+
+def post(server: RankServer, text: bytes, binary: bytes = b"", path: str = INFER, **headers: str) -> httpx.Response:
+    return server.client.post(path, content=text + binary, headers={HEADER: str(len(text)), **headers})
+
+
+def rpc(server: RankServer, request: Any, method: str = "ModelInfer") -> bytes:
+    body = request if isinstance(request, bytes) else request.SerializeToString()
+    with grpc.insecure_channel(server.address) as channel:
+        answer: bytes = channel.unary_unary(f"/{messages.SERVICE}/{method}")(body, timeout=10)
+        return answer
+
+
+def rpc_request(inputs: dict[str, Any], **changes: Any) -> Any:
+    fields = {
+        "model_name": "ranker",
+        "inputs": [
+            {"name": name, "datatype": {"f": "FP32", "i": "INT64"}[value.dtype.kind], "shape": value.shape}
+            for name, value in inputs.items()
+        ],
+        "raw_input_contents": [value.tobytes() for value in inputs.values()],
+    }
+    return messages.ModelInferRequest(**{**fields, **changes})
+
+
+def still_answers(server: RankServer) -> None:
+    inputs = server.made.inputs(3)
+    answer = post(server, *binary_request(inputs))
+    assert answer.status_code == 200, answer.text
+    assert answer.json()["outputs"][0]["data"] == pytest.approx(server.made.outputs(inputs).ravel().tolist(), abs=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("client", ["kserve", "triton"])
+def test_a_client_that_others_wrote_gets_an_answer_to_all_it_can_ask(
+    server: RankServer, client: str, tmp_path: Path
+) -> None:
+    inputs = server.made.inputs(40)
+    np.savez(tmp_path / "inputs.npz", **inputs)
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.serving.open_inference_clients", client, str(server.http_port),
+         str(server.grpc_port), str(tmp_path / "inputs.npz")],
+        capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    seen = json.loads(done.stdout.splitlines()[-1])
+    expected = server.made.outputs(inputs)
+    asked = {name: answer for name, answer in seen.items() if "infer" in name}
+    assert len(asked) == 4 if client == "kserve" else 5
+    for name, answer in asked.items():
+        assert (answer["id"], answer["model"], answer["shape"]) == ("asked", "ranker", [40, 8]), name
+        assert np.abs(np.array(answer["values"]) - expected).max() < 1e-6, name
+    assert all(
+        answer is True for name, answer in seen.items() if name.endswith(("live", "ready")) and "other" not in name
+    )
+    if client == "kserve":
+        assert seen["rest other model ready"] is False
+        for message, fields in fields_of(messages.FILE).items():
+            assert fields == seen["messages"][message], message
+    else:
+        for way in ("rest", "rpc"):
+            metadata = seen[f"{way} model metadata"]
+            assert metadata["versions"] == [server.made.release]
+            assert [one["name"] for one in metadata["inputs"]] == list(inputs)
+            assert [int(size) for size in metadata["inputs"][3]["shape"]] == [-1, inputs["video_dense"].shape[1]]
+            assert metadata["outputs"][0]["datatype"] == "FP32"
+            assert "has no version '0' here" in seen[f"{way} other version"]
+
+
+@pytest.mark.parametrize("path", ["/v2/models/other", "/v2/models/ranker/versions/0", "/v2/models/other/ready"])
+def test_another_model_or_release_is_not_found(server: RankServer, path: str) -> None:
+    for answer in (server.client.get(path), server.client.post(f"{path.removesuffix('/ready')}/infer", content=b"{}")):
+        assert answer.status_code == 404
+        assert "expected" in answer.json()["error"]
+
+
+def test_wrong_requests_are_4xx_with_the_reason_and_change_nothing(server: RankServer) -> None:
+    inputs = server.made.inputs(5)
+    text, binary = binary_request(inputs)
+    beyond, infinite = inputs["creator_codes"] + 10**9, inputs["video_embedding"] * np.inf
+    refused = {
+        "is not JSON": post(server, b"{", b""),
+        "is cut off": post(server, text, binary[:-1]),
+        "bytes follow the last input": post(server, text, binary + b"\0"),
+        "is said to be 'FP64'": post(server, text.replace(b"FP32", b"FP64", 1), binary),
+        "there is no input 'viewer_dens'": post(server, text.replace(b"viewer_dense", b"viewer_dens"), binary),
+        "expected at most the body's": post(server, text, binary, **{HEADER: "999999999"}),
+        "the graph refuses these values": post(server, *binary_request({**inputs, "creator_codes": beyond})),
+        "no finite answer": post(server, *binary_request({**inputs, "video_embedding": infinite})),
+    }
+    for reason, answer in refused.items():
+        assert answer.status_code == 400, (reason, answer.text)
+        assert reason in answer.json()["error"]
+    assert post(server, text, binary, **{"content-encoding": "gzip"}).status_code == 415
+    assert server.client.get(INFER).status_code == 405
+    assert server.client.get("/v2/repository/index").status_code == 404
+    still_answers(server)
+
+
+def test_what_is_too_large_is_413_before_it_is_kept(server: RankServer) -> None:
+    answer = post(server, *binary_request(server.made.inputs(2001)))
+    assert answer.status_code == 413
+    assert "2001 rows, expected at most 2000" in answer.json()["error"]
+    assert post(server, b"{" + b" " * (17 << 20)).status_code == 413
+    still_answers(server)
+
+
+def test_wrong_messages_over_rpc_are_the_callers_fault_with_the_reason(server: RankServer) -> None:
+    inputs = server.made.inputs(5)
+    right = rpc_request(inputs)
+    cut = [*right.raw_input_contents[:-1], right.raw_input_contents[-1][:-1]]
+    both, other_type = rpc_request(inputs), rpc_request(inputs)
+    both.inputs[0].contents.fp32_contents.append(1.0)
+    other_type.inputs[0].datatype = "FP64"
+    wrong = [
+        (grpc.StatusCode.INVALID_ARGUMENT, "cannot be read", right.SerializeToString()[:-5]),
+        (grpc.StatusCode.INVALID_ARGUMENT, "bytes, expected", rpc_request(inputs, raw_input_contents=cut)),
+        (grpc.StatusCode.INVALID_ARGUMENT, "contents, expected 7", rpc_request(inputs, raw_input_contents=cut[:-1])),
+        (grpc.StatusCode.INVALID_ARGUMENT, "inputs viewer_dense have contents beside raw ones", both),
+        (grpc.StatusCode.INVALID_ARGUMENT, "is said to be 'FP64', expected FP32", other_type),
+        (grpc.StatusCode.INVALID_ARGUMENT, "missing inputs", rpc_request({})),
+        (grpc.StatusCode.NOT_FOUND, "no model 'other'", rpc_request(inputs, model_name="other")),
+        (grpc.StatusCode.NOT_FOUND, "no version '0'", rpc_request(inputs, model_version="0")),
+        (grpc.StatusCode.INVALID_ARGUMENT, "2001 rows", rpc_request(server.made.inputs(2001))),
+        (grpc.StatusCode.RESOURCE_EXHAUSTED, "larger than max", b"\0" * (17 << 20)),
+    ]
+    for code, reason, request in wrong:
+        with pytest.raises(grpc.RpcError) as refusal:
+            rpc(server, request)
+        assert refusal.value.code() is code, (reason, refusal.value.details())
+        assert reason in refusal.value.details()
+    with pytest.raises(grpc.RpcError) as refusal:
+        rpc(server, b"", "RepositoryModelLoad")
+    assert refusal.value.code() is grpc.StatusCode.UNIMPLEMENTED
+    still_answers(server)
+
+
+def test_bytes_changed_at_random_are_answered_or_refused_and_never_a_fault(server: RankServer) -> None:
+    chance = random.Random(0)
+    text, binary = binary_request(server.made.inputs(4))
+    whole = rpc_request(server.made.inputs(4)).SerializeToString()
+    before = server.metric("reelway_ranking_server_requests_total", outcome="failed")
+    statuses, codes = set[int](), set[grpc.StatusCode]()
+    with grpc.insecure_channel(server.address) as channel:
+        infer = channel.unary_unary(f"/{messages.SERVICE}/ModelInfer")
+        for _ in range(200):
+            answer = post(server, mutated(text, chance), mutated(binary, chance))
+            statuses.add(answer.status_code)
+            assert answer.status_code in (200, 400, 413), answer.text
+            codes.add(infer.future(mutated(whole, chance), timeout=30).code())
+    assert {200, 400} <= statuses
+    assert codes <= {grpc.StatusCode.OK, grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.NOT_FOUND}
+    assert server.metric("reelway_ranking_server_requests_total", outcome="failed") == before
+    still_answers(server)
+
+
+def mutated(body: bytes, chance: random.Random) -> bytes:
+    """A few bytes changed, and sometimes the end cut off or something put in."""
+    changed = bytearray(body)
+    for _ in range(chance.choice([0, 1, 1, 3, 10])):
+        changed[chance.randrange(len(changed))] = chance.randrange(256)
+    if chance.random() < 0.2:
+        del changed[chance.randrange(len(changed)) :]
+    if chance.random() < 0.2:
+        at = chance.randrange(len(changed) + 1)
+        changed[at:at] = chance.randbytes(chance.randrange(1, 9))
+    return bytes(changed)
+
+
+def test_it_counts_in_our_names(server: RankServer) -> None:
+    names = {"release": server.made.release[:12]}
+    before = server.metric("reelway_ranking_server_candidates_total", **names)
+    assert post(server, *binary_request(server.made.inputs(7))).status_code == 200
+    assert server.metric("reelway_ranking_server_candidates_total", **names) == before + 7
+    assert server.metric("reelway_ranking_server_requests_total", outcome="ok", **names) >= 1
+    assert server.metric("reelway_ranking_server_latency_seconds_count", **names) >= 1
+    assert server.metric("reelway_ranking_server_ready_ratio", **names) == 1
+
+
+@pytest.mark.parametrize(
+    ("spoil", "refusal"),
+    [("signature", SignatureError), ("digest", DigestMismatchError), ("absent", ReleaseNotFoundError)],
+)
+def test_a_release_that_is_not_what_was_signed_is_never_loaded(
+    tmp_path: Path, made: MadeRelease, spoil: str, refusal: type[Exception]
+) -> None:
+    with pytest.raises(refusal):
+        load_verified(options_of(spoiled(made, tmp_path, spoil)))
+
+
+def spoiled(made: MadeRelease, place: Path, spoil: str) -> MadeRelease:
+    """The release somewhere else, not as it was signed."""
+    shutil.copytree(made.place / "releases", place / "releases")
+    shutil.copytree(made.place / "keys", place / "keys")
+    stored = place / "releases" / made.release
+    if spoil == "signature":
+        shutil.rmtree(place / "keys")
+        create_keys(place / "keys")
+    elif spoil == "digest":
+        graph = stored / "ranker.onnx"
+        graph.chmod(0o644)
+        graph.write_bytes(graph.read_bytes() + b"\0")
+    else:
+        shutil.rmtree(stored)
+    return MadeRelease(place, made.release)
+
+
+def command_of(made: MadeRelease, *words: str) -> list[str]:
+    return reelway_command(
+        "rank-server", "--release", made.release, "--release-store", str(made.place / "releases"),
+        "--release-cache", str(made.place / "cache"), "--public-keys", str(made.place / "keys"),
+        "--host", "127.0.0.1", "--http-port", "0", "--grpc-port", "0", *words,
+    )  # fmt: skip
+
+
+@pytest.mark.slow
+def test_the_command_ends_with_the_reason_where_the_release_is_refused(tmp_path: Path, made: MadeRelease) -> None:
+    mine = spoiled(made, tmp_path, "signature")
+    done = subprocess.run(command_of(mine), capture_output=True, text=True, timeout=150, check=False)
+    assert done.returncode == 6, done.stderr
+    assert "sign" in done.stderr
+    assert "ranking by release" not in done.stdout
+
+
+def test_stopping_ends_readiness_first_then_what_is_under_way(made: MadeRelease) -> None:
+    with running_rank_server(made, drain_s=2.0) as server:
+        request = binary_request(made.inputs(500))
+        server.stop()
+        deadline = time.monotonic() + 20
+        while server.client.get("/v2/health/ready").status_code != 503:
+            assert time.monotonic() < deadline
+        assert server.client.get("/v2/health/live").status_code == 200
+        assert server.client.get("/v2/models/ranker/ready").status_code == 503
+        assert post(server, *request).status_code == 200
+        assert messages.ServerReadyResponse.FromString(rpc(server, b"", "ServerReady")).ready is False
+
+
+@pytest.mark.slow
+def test_sigterm_ends_the_process_well_with_every_request_answered(made: MadeRelease) -> None:
+    log = made.place / "server.log"
+    with child(command_of(made, "--drain-seconds", "1"), log=log) as process:
+        deadline = time.monotonic() + 170
+        while "ranking by release" not in log.read_text():
+            assert process.poll() is None, log.read_text()
+            assert time.monotonic() < deadline, log.read_text()
+            time.sleep(0.1)
+        found = re.search(r"http://127\.0\.0\.1:(\d+)", log.read_text())
+        assert found, log.read_text()
+        text, binary = binary_request(made.inputs(200))
+        statuses = []
+        with httpx.Client(base_url=found[0], timeout=30) as client:
+            while process.poll() is None:
+                if len(statuses) == 5:
+                    process.send_signal(signal.SIGTERM)
+                try:
+                    answer = client.post(INFER, content=text + binary, headers={HEADER: str(len(text))})
+                except httpx.ConnectError:  # it listens no longer
+                    break
+                statuses.append(answer.status_code)
+        assert process.wait(timeout=60) == 0
+    assert len(statuses) > 5
+    assert set(statuses) == {200}
