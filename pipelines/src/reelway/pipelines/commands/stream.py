@@ -49,8 +49,8 @@ def stream(
     def said(done: Round) -> None:
         totals["outcomes"] += done.outcomes
         totals["rows"] += sum(done.rows.values())
-        if done.outcomes:
-            say(f"stream: {done.outcomes} outcomes, {sum(done.rows.values())} rows written")
+        if done.outcomes or any(done.rows.values()):
+            say(f"stream: {done.outcomes} outcomes read, {sum(done.rows.values())} rows written")
 
     options = StreamOptions(events, overlay, metrics_port, StreamSettings(lateness_s=lateness_s))
     say(f"stream: keeping {run} fresh; Ctrl-C ends it")
