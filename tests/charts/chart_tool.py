@@ -43,7 +43,7 @@ COMPONENTS: Final[dict[str, Document]] = {
     "kuberay": {"ray": {"mode": "kuberay"}, "serving": {"horizontalPodAutoscaler": {"enabled": False}}},
     "s3": {"releases": {"store": {"type": "s3", "s3": _S3}}},
     "gs": {"releases": {"store": {"type": "gs", "gs": {"bucket": "releases"}}}},
-    "pvc": {"releases": {"store": {"type": "pvc"}}},
+    "pvc": {"releases": {"store": {"type": "pvc"}}, "jobs": {"parity": {"enabled": True}}},
     "host-path": {"releases": {"store": {"type": "hostPath", **_GIVEN_CLAIM}}},
     "redis-bundled": {"features": {**_REDIS, "redis": {"mode": "bundled", "host": "", "tls": False}}},
     "redis-external": {"features": {**_REDIS, "redis": {"mode": "external", "host": "redis.test", "tls": True}}},
@@ -52,7 +52,7 @@ COMPONENTS: Final[dict[str, Document]] = {
         "jobs": {
             "workClaim": "work", "signingSecret": "signing", "queue": "reelway", "materialisation": {"enabled": True},
             "training": {"enabled": True, "gpus": 1, "workers": 2}, "evaluation": {"enabled": True},
-            "dataset": {"enabled": True}, "release": {"enabled": True}, "parity": {"enabled": True},
+            "dataset": {"enabled": True}, "release": {"enabled": True},
             "submitters": [{"kind": "Group", "name": "ml", "apiGroup": "rbac.authorization.k8s.io"}],
         }
     },

@@ -133,7 +133,7 @@ def test_feast_is_given_a_store_whose_password_is_not_in_it() -> None:
 
 
 def test_parity_is_written_where_the_operator_reads_it_from_what_the_routers_wrote() -> None:
-    found = rendered("dev", "jobs")
+    found = rendered("dev", "pvc")
     [cron] = [one for one in found if one["kind"] == "CronJob" and one["metadata"]["name"].endswith("-parity")]
     [replay] = cron["spec"]["jobTemplate"]["spec"]["template"]["spec"]["containers"]
     told = dict(word.removeprefix("--").split("=", 1) for word in replay["command"] if word.startswith("--"))

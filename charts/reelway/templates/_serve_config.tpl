@@ -46,8 +46,11 @@ import_path: reelway.serving.deployments.applications:release
 args:
   {{- include "reelway.releaseShelf" .context | nindent 2 }}
   release: {{ .release | quote }}
+  composition: staged
   {{- if include "reelway.rankedByKServe" .context }}
   ranker_address: {{ include "reelway.rankerAddress" .context | trim | quote }}
+  {{- else }}
+  ranker_address: null
   {{- end }}
 deployments:
   - {{- include "reelway.deployment" (dict "name" "Retrieval" "of" $d.retrieval) | nindent 4 }}
@@ -84,6 +87,8 @@ args:
   features_dir: {{ include "reelway.featuresFolder" .context | default "null" }}
   vector_log: {{ if $s.parity.ratio }}{{ include "reelway.vectorLog" .context }}{{ else }}null{{ end }}
   parity_ratio: {{ $s.parity.ratio }}
+  composition: staged
+  at_once: 64
   budgets:
     viewer_row: {{ $s.budgetsMs.viewerRow }}
     retrieval: {{ $s.budgetsMs.retrieval }}
