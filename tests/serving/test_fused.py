@@ -84,6 +84,7 @@ def test_a_late_path_is_answered_from_the_lists_and_what_has_not_begun_never_beg
         first, second = Gated(), Gated()
         busy = asyncio.create_task(release.place(first.work))
         waiting = asyncio.create_task(release.place(second.work))
+        assert await asyncio.to_thread(first.began.wait, 5)
         answered = await a_path(release, registry).answer(REQUEST, {}, NOW_S)
         assert await asyncio.gather(busy, waiting, return_exceptions=True) != ["done", "done"]
         first.may_end.set()

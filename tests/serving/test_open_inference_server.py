@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +90,9 @@ def still_answers(server: RankServer) -> None:
 def test_a_client_that_others_wrote_gets_an_answer_to_all_it_can_ask(
     server: RankServer, client: str, tmp_path: Path
 ) -> None:
+    package = {"kserve": "kserve", "triton": "tritonclient"}[client]
+    if find_spec(package) is None:
+        pytest.skip(f"{package} is not installed; its pins and ours exclude each other, so it is put in by hand")
     inputs = server.made.inputs(40)
     np.savez(tmp_path / "inputs.npz", **inputs)
     done = subprocess.run(
