@@ -21,7 +21,7 @@ NODE = Path(os.environ.get("REELWAY_CLUSTER_DIR", ROOT / ".cluster"))
 
 
 class Kubectl:
-    """The real one. ``run`` gives its output, and its complaints too where it was to fail; another end raises with both."""
+    """The real one. ``run`` gives its output, with its complaints where it was to fail; another end raises."""
 
     def __init__(self, program: str, kubeconfig: Path, namespace: str) -> None:
         self.program, self.kubeconfig, self.namespace = program, kubeconfig, namespace
