@@ -20,6 +20,8 @@ from reelway.serving.video_table import VideoTable, open_video_table
 from reelway.serving.viewers import viewer_query
 
 EMBEDDING = 64
+TOWER = TwoTowerConfig(dim=EMBEDDING, layers=2)
+RANKER = RankerConfig(kind="mmoe", expert_hidden=128, expert_out=64)
 
 
 def make_realistic_release(folder: Path, videos: int, *, seed: int = 0) -> Manifest:
@@ -29,9 +31,9 @@ def make_realistic_release(folder: Path, videos: int, *, seed: int = 0) -> Manif
     manifest = make_release_folder(folder, videos=videos, embedding=EMBEDDING, seed=seed)
     table = open_video_table(folder / "videos.arrow")
     viewer = viewer_query(viewer_row(table, np.random.default_rng(seed)), RequestContext(), NOW_S, table, seed=0)
-    tower = TwoTower(TwoTowerConfig(dim=EMBEDDING, layers=2))
+    tower = TwoTower(TOWER)
     export_viewer_tower(tower, folder / VIEWER_TOWER_FILE, viewer.arrays)
-    ranker = Ranker(RankerConfig(kind="mmoe", expert_hidden=128, expert_out=64), EMBEDDING)
+    ranker = Ranker(RANKER, EMBEDDING)
     rows = np.arange(500, dtype=np.int32) % len(table)
     sample = {
         "viewer_dense": viewer.arrays.viewer_dense,

@@ -1,0 +1,237 @@
+"""A release whose ranker runs behind the Open Inference Protocol, beside the same release that ranks in its graph.
+
+Usage: python -m tests.benchmarks.bench_open_inference [--run runs/demo] [--requests 1000]
+
+One service holds both: two releases with the same files, each for half of the viewers, which are asked in turns by one
+client. So whatever else the machine does it does to both, and the difference at the median is the hop. ``--run`` takes
+the rows that are compared from a run that was really trained; without it they are of the made release.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import re
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+from numpy.typing import NDArray
+from prometheus_client import CollectorRegistry
+from tests.benchmarks.report import Row, write_report
+from tests.benchmarks.serving_release import make_realistic_release, viewer_row
+from tests.release_files import NOW_S
+from tests.serving.viewer_store import make_viewer_store
+
+from reelway.platform.cli.processes import child, reelway_command
+from reelway.platform.cli.terminal import say
+from reelway.platform.contracts.api import RequestContext
+from reelway.platform.contracts.events import Arm
+from reelway.platform.contracts.manifest import RANKER_FILE
+from reelway.platform.features.store import ViewerRows, open_feature_store
+from reelway.platform.release.signing import create_keys, load_private_key, sign
+from reelway.platform.release.store import ReleaseStore
+from reelway.platform.rollout.traffic.routing import ArmRoute, Routing
+from reelway.platform.runs import RunDirectory
+from reelway.serving.free_ports import free_port
+from reelway.serving.metrics import RemoteRankerMetrics
+from reelway.serving.open_inference.client import RankerThere
+from reelway.serving.open_inference.model import LoadedRanker
+from reelway.serving.release_loader import ReleaseLoader
+from reelway.serving.serve_config import ReleaseShelf, ServiceOptions
+from reelway.serving.viewers import viewer_query
+
+ADDED_BAR_MS = 4.0
+DIFFERENCE_BAR = 1e-6
+ROWS = 10_000
+CANDIDATES = 500
+COUNT = 20
+READY_S = 300.0
+SECRET = b"the benchmark's secret of tokens"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--run", type=Path, help="a run with a trained release: its rows are compared")
+    parser.add_argument("--videos", type=int, default=50_000)
+    parser.add_argument("--requests", type=int, default=1000, help="of each side")
+    options = parser.parse_args()
+    rows = []
+    with tempfile.TemporaryDirectory(prefix="bench-open-inference-") as name:
+        if options.run:
+            rows += compare_run(RunDirectory(options.run), Path(name))
+        rows += measure_added(Path(name), options.videos, options.requests, compare=not options.run)
+    write_report("open_inference", rows)
+
+
+def measure_added(place: Path, videos: int, requests: int, *, compare: bool = False) -> list[Row]:
+    """What ranking elsewhere adds to the whole graph, both sides in one service; for ``bench_serving`` too."""
+    from reelway.serving.deployments.service import running_service
+
+    say(f"making two releases of {videos} videos")
+    here, there = make_two(place, videos)
+    shelf = ReleaseShelf(
+        release_store=str(place / "releases"), release_cache=place / "cache", public_keys=place / "keys"
+    )
+    (place / "token.secret").write_bytes(SECRET)
+    port = free_port("127.0.0.1")
+    options = ServiceOptions(
+        shelf, place / "metrics", token_secrets=place / "token.secret", features_dir=place / "features",
+        outcomes=place / "outcomes.db", port=free_port("127.0.0.1"),
+    )  # fmt: skip
+    routing = Routing(
+        salt="bench", rollout="bench",
+        arms=(ArmRoute(arm=Arm.STABLE, release=here, weight_bp=5000),
+              ArmRoute(arm=Arm.CANARY, release=there, weight_bp=5000)),
+    )  # fmt: skip
+    rows = []
+    say("starting the rank server and Ray Serve")
+    with rank_server(shelf, there, port, place), running_service(Routing.whole(here), options, place / "token") as at:
+        if compare:
+            loader = ReleaseLoader(place / "made")
+            row = viewer_row(loader.table(), np.random.default_rng(0))
+            rows += compare_rows(loader, there, port, [row] * (ROWS // CANDIDATES), "made")
+        deploy_both(at, options, routing, there, port)
+        with httpx.Client(base_url=at.url, timeout=30) as client:
+            arms = {arm: viewers_of(routing, arm, requests) for arm in (Arm.STABLE, Arm.CANARY)}
+            taken = ask_in_turns(client, arms, warm_up=100)
+    return rows + report(taken)
+
+
+def deploy_both(at: Any, options: ServiceOptions, routing: Routing, there: str, port: int) -> None:
+    """Run both releases; one of them asks the server."""
+    from reelway.serving.deployments.service import deploy
+    from reelway.serving.serve_config import serve_config
+
+    document = serve_config(routing, options)
+    for application in document["applications"]:
+        if application["name"] == there:
+            application["args"]["ranker_address"] = f"127.0.0.1:{port}"
+    deploy(at, document)
+
+
+def make_two(place: Path, videos: int) -> tuple[str, str]:
+    """Two signed releases whose files are the same, in a store, and an online store that knows their viewers."""
+    made = make_realistic_release(place / "made", videos)
+    key = load_private_key(create_keys(place / "keys").private)
+    store, ids = ReleaseStore(str(place / "releases")), []
+    for second in range(2):
+        manifest = made.model_copy(update={"created_at": made.created_at + timedelta(seconds=second)})
+        ids.append(str(store.write(place / "made", sign(manifest, key))))
+    table, chance = ReleaseLoader(place / "made").table(), np.random.default_rng(1)
+    make_viewer_store(place / "features", {viewer: viewer_row(table, chance) for viewer in range(200)}, NOW_S)
+    return ids[0], ids[1]
+
+
+@contextmanager
+def rank_server(shelf: ReleaseShelf, release: str, port: int, place: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """A server in a process of its own, ready."""
+    command = reelway_command(
+        "rank-server", "--release", release, "--release-store", shelf.release_store, "--release-cache",
+        str(place / "rank-cache"), "--public-keys", str(shelf.public_keys), "--host", "127.0.0.1", "--http-port", "0",
+        "--grpc-port", str(port), "--drain-seconds", "0",
+    )  # fmt: skip
+    log = place / f"rank-server-{port}.log"
+    with child(command, log=log) as process:
+        deadline = time.monotonic() + READY_S
+        while not re.search("ranking by release", log.read_text()):
+            if process.poll() is not None or time.monotonic() > deadline:
+                raise SystemExit(f"the rank server is not ready:\n{log.read_text()}")
+            time.sleep(0.1)
+        yield process
+
+
+def viewers_of(routing: Routing, arm: Arm, count: int) -> list[int]:
+    """Known viewers of the arm, again and again."""
+    mine = [viewer for viewer in range(200) if routing.route_of(viewer).arm is arm]
+    return [mine[i % len(mine)] for i in range(count)]
+
+
+def ask_in_turns(
+    client: httpx.Client, arms: Mapping[Arm, list[int]], *, warm_up: int
+) -> dict[Arm, NDArray[np.float64]]:
+    """Milliseconds of each request. An answer that is not whole, or of the other arm, ends the benchmark."""
+    taken: dict[Arm, list[float]] = {arm: [] for arm in arms}
+    for i in range(-warm_up, len(arms[Arm.STABLE])):
+        for arm, viewers in arms.items():
+            body = {"viewer_id": viewers[i], "count": COUNT, "context": {"time": "2024-06-10T06:13:20Z"}}
+            begun = time.perf_counter()
+            answer = client.post("/v1/recommend", json=body)
+            passed = 1000 * (time.perf_counter() - begun)
+            whole = answer.is_success and f'"arm":"{arm.value}"' in answer.text and '"degraded":[]' in answer.text
+            if i >= 0 and not whole:
+                raise SystemExit(f"an answer was not whole; the timings would mean nothing: {answer.text[:300]}")
+            if i >= 0:
+                taken[arm].append(passed)
+    return {arm: np.array(values) for arm, values in taken.items()}
+
+
+def report(taken: Mapping[Arm, NDArray[np.float64]]) -> list[Row]:
+    """Both sides, and the difference."""
+    rows = [
+        Row(f"whole graph, ranker {where}, p{q}", float(np.percentile(taken[arm], q)), "ms")
+        for arm, where in ((Arm.STABLE, "in the graph"), (Arm.CANARY, "behind gRPC"))
+        for q in (50, 95, 99)
+    ]
+    added = float(np.median(taken[Arm.CANARY]) - np.median(taken[Arm.STABLE]))
+    bar = f"< {ADDED_BAR_MS:g} ms"
+    return [*rows, Row(f"added at p50, {CANDIDATES} candidates", added, "ms", bar, added < ADDED_BAR_MS)]
+
+
+def compare_run(run: RunDirectory, place: Path) -> list[Row]:
+    """Real rows: viewers of the run's online store, videos of its release, its trained ranker."""
+    release = str(ReleaseStore(str(run.release_store)).resolve("latest"))
+    loader = ReleaseLoader(run.release_store / release)
+    store = ViewerRows(open_feature_store(run.features))
+    rows = [store.read(viewer) for viewer in range(1, 1 + ROWS // CANDIDATES)]
+    shelf = ReleaseShelf(release_store=str(run.release_store), release_cache=place / "run", public_keys=run.keys)
+    port = free_port("127.0.0.1")
+    with rank_server(shelf, release, port, place):
+        return compare_rows(loader, release, port, rows, "trained")
+
+
+def compare_rows(loader: ReleaseLoader, release: str, port: int, viewers: list[dict[str, Any]], what: str) -> list[Row]:
+    """The largest difference between the two rankers' outputs, and the milliseconds of each."""
+    table, chance = loader.table(), np.random.default_rng(0)
+    here = LoadedRanker(loader.folder, candidates=ROWS)
+    now_s = float(table.uploaded_at_s.max())
+    asked = []
+    for row in viewers:
+        viewer = viewer_query(row, RequestContext(), now_s, table, seed=0).arrays
+        rows = chance.choice(len(table), CANDIDATES, replace=len(table) < CANDIDATES).astype(np.int32)
+        embedding = table.embedding[chance.integers(len(table), size=1)]
+        asked.append(
+            {"viewer_dense": viewer.viewer_dense, "viewer_categories": viewer.viewer_categories,
+             "viewer_embedding": embedding, **table.gather(rows, now_s).as_inputs()}
+        )  # fmt: skip
+
+    async def differences() -> tuple[float, list[float]]:
+        there = RankerThere(f"127.0.0.1:{port}", release, RemoteRankerMetrics(CollectorRegistry(), release))
+        largest, passed = 0.0, []
+        await there.score(asked[0])
+        for inputs in asked:
+            begun = time.perf_counter()
+            outputs = await there.score(inputs)
+            passed.append(1000 * (time.perf_counter() - begun))
+            largest = max(largest, float(np.abs(outputs - here.run(inputs)["outputs"]).max()))
+        await there.close()
+        return largest, passed
+
+    largest, passed = asyncio.run(differences())
+    bar = f"<= {DIFFERENCE_BAR:g}"
+    return [
+        Row(f"largest difference, {len(asked) * CANDIDATES} rows of a {what} release ({RANKER_FILE})", largest, "",
+            bar, largest <= DIFFERENCE_BAR),
+        Row(f"one call of {CANDIDATES} candidates, p50", float(np.median(passed)), "ms"),
+    ]  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
