@@ -88,8 +88,8 @@ def measure_added(place: Path, videos: int, requests: int, *, compare: bool = Fa
     )  # fmt: skip
     routing = Routing(
         salt="bench", rollout="bench",
-        arms=(ArmRoute(arm=Arm.STABLE, release=here, weight_bp=5000),
-              ArmRoute(arm=Arm.CANARY, release=there, weight_bp=5000)),
+        arms=(ArmRoute(arm=Arm.CANARY, release=there, weight_bp=5000),
+              ArmRoute(arm=Arm.STABLE, release=here, weight_bp=5000)),
     )  # fmt: skip
     rows = []
     say("starting the rank server and Ray Serve")
