@@ -10,9 +10,8 @@ the rows that are compared from a run that was really trained; without it they a
 from __future__ import annotations
 
 import argparse
-import asyncio
+import itertools
 import re
-import subprocess
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
@@ -24,7 +23,7 @@ from typing import Any
 import httpx
 import numpy as np
 from numpy.typing import NDArray
-from prometheus_client import CollectorRegistry
+from tests.benchmarks.open_inference_rows import ServerAddress, compare_rows
 from tests.benchmarks.report import Row, write_report
 from tests.benchmarks.serving_release import make_realistic_release, viewer_row
 from tests.release_files import NOW_S
@@ -32,25 +31,18 @@ from tests.serving.viewer_store import make_viewer_store
 
 from reelway.platform.cli.processes import child, reelway_command
 from reelway.platform.cli.terminal import say
-from reelway.platform.contracts.api import RequestContext
 from reelway.platform.contracts.events import Arm
-from reelway.platform.contracts.manifest import RANKER_FILE
 from reelway.platform.features.store import ViewerRows, open_feature_store
 from reelway.platform.release.signing import create_keys, load_private_key, sign
 from reelway.platform.release.store import ReleaseStore
 from reelway.platform.rollout.traffic.routing import ArmRoute, Routing
 from reelway.platform.runs import RunDirectory
 from reelway.serving.free_ports import free_port
-from reelway.serving.metrics import RemoteRankerMetrics
-from reelway.serving.open_inference.client import RankerThere
-from reelway.serving.open_inference.model import LoadedRanker
+from reelway.serving.metrics import SHORT
 from reelway.serving.release_loader import ReleaseLoader
 from reelway.serving.serve_config import ReleaseShelf, ServiceOptions
-from reelway.serving.viewers import viewer_query
 
 ADDED_BAR_MS = 4.0
-DIFFERENCE_BAR = 1e-6
-ROWS = 10_000
 CANDIDATES = 500
 COUNT = 20
 READY_S = 300.0
@@ -75,13 +67,13 @@ def measure_added(place: Path, videos: int, requests: int, *, compare: bool = Fa
     """What ranking elsewhere adds to the whole graph, both sides in one service; for ``bench_serving`` too."""
     from reelway.serving.deployments.service import running_service
 
+    place.mkdir(exist_ok=True)
     say(f"making two releases of {videos} videos")
     here, there = make_two(place, videos)
     shelf = ReleaseShelf(
         release_store=str(place / "releases"), release_cache=place / "cache", public_keys=place / "keys"
     )
     (place / "token.secret").write_bytes(SECRET)
-    port = free_port("127.0.0.1")
     options = ServiceOptions(
         shelf, place / "metrics", token_secrets=place / "token.secret", features_dir=place / "features",
         outcomes=place / "outcomes.db", port=free_port("127.0.0.1"),
@@ -93,12 +85,15 @@ def measure_added(place: Path, videos: int, requests: int, *, compare: bool = Fa
     )  # fmt: skip
     rows = []
     say("starting the rank server and Ray Serve")
-    with rank_server(shelf, there, port, place), running_service(Routing.whole(here), options, place / "token") as at:
+    with (
+        rank_server(shelf, there, place) as server,
+        running_service(Routing.whole(here), options, place / "token") as at,
+    ):
         if compare:
-            loader = ReleaseLoader(place / "made")
-            row = viewer_row(loader.table(), np.random.default_rng(0))
-            rows += compare_rows(loader, there, port, [row] * (ROWS // CANDIDATES), "made")
-        deploy_both(at, options, routing, there, port)
+            loader, chance = ReleaseLoader(place / "releases" / there), np.random.default_rng(0)
+            viewers = (viewer_row(loader.table(), chance) for _ in itertools.count())
+            rows += compare_rows(loader, server, viewers, "made, not trained")
+        deploy_both(at, options, routing, there, server.grpc_port)
         with httpx.Client(base_url=at.url, timeout=30) as client:
             arms = {arm: viewers_of(routing, arm, requests) for arm in (Arm.STABLE, Arm.CANARY)}
             taken = ask_in_turns(client, arms, warm_up=100)
@@ -131,21 +126,23 @@ def make_two(place: Path, videos: int) -> tuple[str, str]:
 
 
 @contextmanager
-def rank_server(shelf: ReleaseShelf, release: str, port: int, place: Path) -> Iterator[subprocess.Popen[bytes]]:
+def rank_server(shelf: ReleaseShelf, release: str, place: Path) -> Iterator[ServerAddress]:
     """A server in a process of its own, ready."""
     command = reelway_command(
         "rank-server", "--release", release, "--release-store", shelf.release_store, "--release-cache",
         str(place / "rank-cache"), "--public-keys", str(shelf.public_keys), "--host", "127.0.0.1", "--http-port", "0",
-        "--grpc-port", str(port), "--drain-seconds", "0",
+        "--grpc-port", "0", "--drain-seconds", "0",
     )  # fmt: skip
-    log = place / f"rank-server-{port}.log"
+    log = place / f"rank-server-{release[:SHORT]}.log"
     with child(command, log=log) as process:
         deadline = time.monotonic() + READY_S
-        while not re.search("ranking by release", log.read_text()):
+        while "ranking by release" not in log.read_text():
             if process.poll() is not None or time.monotonic() > deadline:
                 raise SystemExit(f"the rank server is not ready:\n{log.read_text()}")
             time.sleep(0.1)
-        yield process
+        found = re.search(r"REST at \S+:(\d+), gRPC at \S+:(\d+)", log.read_text())
+        assert found, log.read_text()
+        yield ServerAddress(int(found[1]), int(found[2]))
 
 
 def viewers_of(routing: Routing, arm: Arm, count: int) -> list[int]:
@@ -186,51 +183,13 @@ def report(taken: Mapping[Arm, NDArray[np.float64]]) -> list[Row]:
 
 
 def compare_run(run: RunDirectory, place: Path) -> list[Row]:
-    """Real rows: viewers of the run's online store, videos of its release, its trained ranker."""
+    """Real rows: viewers of the run's online store, candidates and ranker of its release."""
     release = str(ReleaseStore(str(run.release_store)).resolve("latest"))
     loader = ReleaseLoader(run.release_store / release)
     store = ViewerRows(open_feature_store(run.features))
-    rows = [store.read(viewer) for viewer in range(1, 1 + ROWS // CANDIDATES)]
     shelf = ReleaseShelf(release_store=str(run.release_store), release_cache=place / "run", public_keys=run.keys)
-    port = free_port("127.0.0.1")
-    with rank_server(shelf, release, port, place):
-        return compare_rows(loader, release, port, rows, "trained")
-
-
-def compare_rows(loader: ReleaseLoader, release: str, port: int, viewers: list[dict[str, Any]], what: str) -> list[Row]:
-    """The largest difference between the two rankers' outputs, and the milliseconds of each."""
-    table, chance = loader.table(), np.random.default_rng(0)
-    here = LoadedRanker(loader.folder, candidates=ROWS)
-    now_s = float(table.uploaded_at_s.max())
-    asked = []
-    for row in viewers:
-        viewer = viewer_query(row, RequestContext(), now_s, table, seed=0).arrays
-        rows = chance.choice(len(table), CANDIDATES, replace=len(table) < CANDIDATES).astype(np.int32)
-        embedding = table.embedding[chance.integers(len(table), size=1)]
-        asked.append(
-            {"viewer_dense": viewer.viewer_dense, "viewer_categories": viewer.viewer_categories,
-             "viewer_embedding": embedding, **table.gather(rows, now_s).as_inputs()}
-        )  # fmt: skip
-
-    async def differences() -> tuple[float, list[float]]:
-        there = RankerThere(f"127.0.0.1:{port}", release, RemoteRankerMetrics(CollectorRegistry(), release))
-        largest, passed = 0.0, []
-        await there.score(asked[0])
-        for inputs in asked:
-            begun = time.perf_counter()
-            outputs = await there.score(inputs)
-            passed.append(1000 * (time.perf_counter() - begun))
-            largest = max(largest, float(np.abs(outputs - here.run(inputs)["outputs"]).max()))
-        await there.close()
-        return largest, passed
-
-    largest, passed = asyncio.run(differences())
-    bar = f"<= {DIFFERENCE_BAR:g}"
-    return [
-        Row(f"largest difference, {len(asked) * CANDIDATES} rows of a {what} release ({RANKER_FILE})", largest, "",
-            bar, largest <= DIFFERENCE_BAR),
-        Row(f"one call of {CANDIDATES} candidates, p50", float(np.median(passed)), "ms"),
-    ]  # fmt: skip
+    with rank_server(shelf, release, place) as at:
+        return compare_rows(loader, at, (store.read(viewer) for viewer in itertools.count(1)), "trained")
 
 
 if __name__ == "__main__":

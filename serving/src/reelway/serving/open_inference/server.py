@@ -146,6 +146,8 @@ async def _http_server(served: ServedRanker, options: RankServerOptions) -> Asyn
         listener = socket.create_server(address, family=socket.AF_INET6 if ":" in options.host else socket.AF_INET)
     except OSError as error:
         raise ServingError(f"cannot listen at {address[0]}:{address[1]}: {error}; is the port taken?") from error
+    # An answer is two writes, and the second must not wait for the first one's acknowledgement: that is 40 ms.
+    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     server = _Uvicorn(
         uvicorn.Config(
             build_rest_api(served, max_bytes=options.max_bytes), log_config=None, access_log=False, lifespan="off",
