@@ -5,7 +5,7 @@ lists of dictionaries, their features are read from the online store by ``get_on
 trained torch modules in inference mode. Same catalogue, same index, same model classes and sizes, same store.
 """
 
-from __future__ import annotations
+# No postponed annotations: Serve and FastAPI look at them in a process of their own.
 
 import json
 import sys
