@@ -1,6 +1,6 @@
 """The sides that are compared, each in a process of its own: CPU and memory of one are not mixed with another's.
 
-Usage: python -m tests.benchmarks.serving_sides staged|fused|naive|floor|cold PLACE [SECONDS or SETTINGS]
+Usage: python -m tests.benchmarks.serving_sides staged|fused|naive|floor PLACE [SECONDS or SETTINGS]
 
 A service prints its address as one line of JSON and runs until its input ends. ``floor`` answers requests one after
 another for so many seconds and prints how many: the same arithmetic, with nothing around it.
@@ -8,7 +8,6 @@ another for so many seconds and prints how many: the same arithmetic, with nothi
 
 from __future__ import annotations
 
-import asyncio
 import json
 import subprocess
 import sys
@@ -27,8 +26,6 @@ from reelway.platform.contracts.api import RecommendRequest
 from reelway.platform.features.store import ViewerRows, open_feature_store
 from reelway.platform.rollout.traffic.routing import Routing
 from reelway.platform.tokens import TokenSigner
-from reelway.serving.fused import open_fused
-from reelway.serving.release_loader import open_trusted
 from reelway.serving.serve_config import ReleaseShelf
 
 COUNT = 20
@@ -140,24 +137,10 @@ def _ours(kind: str, place: Place, settings: dict[str, Any]) -> None:
         sys.stdin.read()
 
 
-def _cold(place: Place) -> None:
-    """A replica of nothing but itself: from the start of its process to its first slate, every digest checked."""
-    shelf = ReleaseShelf(
-        release_store=str(place.path / "releases"), release_cache=place.path / "cache", public_keys=place.path / "keys"
-    )
-    release = open_fused(open_trusted(shelf.source_of(place.release, "fused")), budget_ms=10_000)
-    took_s = time.time() - psutil.Process().create_time()
-    print(json.dumps({"seconds": took_s}), flush=True)
-    sys.stdin.read()
-    asyncio.run(release.close_when_idle())
-
-
 def main() -> None:
     kind, place = sys.argv[1], Place(Path(sys.argv[2]))
     if kind == "floor":
         _floor(place, float(sys.argv[3]))
-    elif kind == "cold":
-        _cold(place)
     elif kind == "naive":
         from tests.benchmarks.serving_naive import serve_naively
 

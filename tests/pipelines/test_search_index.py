@@ -36,7 +36,8 @@ def large(catalogue: F32) -> faiss.Index:
 
 def test_the_index_is_exact_when_small_and_compressed_when_large() -> None:
     assert search_index.index_factory(19_999, 64) == "Flat"
-    assert search_index.index_factory(20_000, 64) == "IVF566,PQ64x4fsr"
+    assert search_index.index_factory(20_000, 64) == "IVF512,PQ64x4fsr"
+    assert search_index.index_factory(1_000_000, 64) == "IVF4000,PQ64x4fsr"
     assert search_index.index_factory(50_000, 64, "HNSW32") == "HNSW32"
 
 
