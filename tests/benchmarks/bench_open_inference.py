@@ -11,11 +11,10 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import re
+import os
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -23,13 +22,13 @@ from typing import Any
 import httpx
 import numpy as np
 from numpy.typing import NDArray
-from tests.benchmarks.open_inference_rows import ServerAddress, compare_rows
+from tests.benchmarks.open_inference_rows import compare_rows
 from tests.benchmarks.report import Row, write_report
 from tests.benchmarks.serving_release import make_realistic_release, viewer_row
 from tests.release_files import NOW_S
+from tests.serving.rank_server import rank_server_process
 from tests.serving.viewer_store import make_viewer_store
 
-from reelway.platform.cli.processes import child, reelway_command
 from reelway.platform.cli.terminal import say
 from reelway.platform.contracts.events import Arm
 from reelway.platform.features.store import ViewerRows, open_feature_store
@@ -38,18 +37,17 @@ from reelway.platform.release.store import ReleaseStore
 from reelway.platform.rollout.traffic.routing import ArmRoute, Routing
 from reelway.platform.runs import RunDirectory
 from reelway.serving.free_ports import free_port
-from reelway.serving.metrics import SHORT
 from reelway.serving.release_loader import ReleaseLoader
 from reelway.serving.serve_config import ReleaseShelf, ServiceOptions
 
 ADDED_BAR_MS = 4.0
 CANDIDATES = 500
 COUNT = 20
-READY_S = 300.0
 SECRET = b"the benchmark's secret of tokens"
 
 
 def main() -> None:
+    os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "60")  # a busy machine starts it in more than 5 s
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", type=Path, help="a run with a trained release: its rows are compared")
     parser.add_argument("--videos", type=int, default=50_000)
@@ -86,7 +84,7 @@ def measure_added(place: Path, videos: int, requests: int, *, compare: bool = Fa
     rows = []
     say("starting the rank server and Ray Serve")
     with (
-        rank_server(shelf, there, place) as server,
+        rank_server_process(shelf, there, place) as server,
         running_service(Routing.whole(here), options, place / "token") as at,
     ):
         if compare:
@@ -123,26 +121,6 @@ def make_two(place: Path, videos: int) -> tuple[str, str]:
     table, chance = ReleaseLoader(place / "made").table(), np.random.default_rng(1)
     make_viewer_store(place / "features", {viewer: viewer_row(table, chance) for viewer in range(200)}, NOW_S)
     return ids[0], ids[1]
-
-
-@contextmanager
-def rank_server(shelf: ReleaseShelf, release: str, place: Path) -> Iterator[ServerAddress]:
-    """A server in a process of its own, ready."""
-    command = reelway_command(
-        "rank-server", "--release", release, "--release-store", shelf.release_store, "--release-cache",
-        str(place / "rank-cache"), "--public-keys", str(shelf.public_keys), "--host", "127.0.0.1", "--http-port", "0",
-        "--grpc-port", "0", "--drain-seconds", "0",
-    )  # fmt: skip
-    log = place / f"rank-server-{release[:SHORT]}.log"
-    with child(command, log=log) as process:
-        deadline = time.monotonic() + READY_S
-        while "ranking by release" not in log.read_text():
-            if process.poll() is not None or time.monotonic() > deadline:
-                raise SystemExit(f"the rank server is not ready:\n{log.read_text()}")
-            time.sleep(0.1)
-        found = re.search(r"REST at \S+:(\d+), gRPC at \S+:(\d+)", log.read_text())
-        assert found, log.read_text()
-        yield ServerAddress(int(found[1]), int(found[2]))
 
 
 def viewers_of(routing: Routing, arm: Arm, count: int) -> list[int]:
@@ -188,7 +166,7 @@ def compare_run(run: RunDirectory, place: Path) -> list[Row]:
     loader = ReleaseLoader(run.release_store / release)
     store = ViewerRows(open_feature_store(run.features))
     shelf = ReleaseShelf(release_store=str(run.release_store), release_cache=place / "run", public_keys=run.keys)
-    with rank_server(shelf, release, place) as at:
+    with rank_server_process(shelf, release, place) as at:
         return compare_rows(loader, at, (store.read(viewer) for viewer in itertools.count(1)), "trained")
 
 

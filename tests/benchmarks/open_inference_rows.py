@@ -10,7 +10,6 @@ import asyncio
 import json
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any, Final
 
 import httpx
@@ -18,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from prometheus_client import CollectorRegistry
 from tests.benchmarks.report import Row
+from tests.serving.rank_server import RankServerProcess
 
 from reelway.platform.contracts.api import RequestContext
 from reelway.platform.contracts.features import RANKER_INPUTS
@@ -36,16 +36,8 @@ _DATATYPES: Final = {"f": "FP32", "i": "INT64"}
 Inputs = Mapping[str, NDArray[Any]]
 
 
-@dataclass(frozen=True)
-class ServerAddress:
-    """Where a rank server listens on this machine."""
-
-    http_port: int
-    grpc_port: int
-
-
 def compare_rows(
-    loader: ReleaseLoader, at: ServerAddress, viewers: Iterable[Mapping[str, Any]], what: str
+    loader: ReleaseLoader, at: RankServerProcess, viewers: Iterable[Mapping[str, Any]], what: str
 ) -> list[Row]:
     """The largest difference of each way, over at least ``ROWS`` rows, and how long a call took."""
     asked = list(_until_enough(ranked_in_requests(loader, viewers)))
@@ -93,7 +85,7 @@ def _until_enough(asked: Iterator[Inputs]) -> Iterator[Inputs]:
     raise SystemExit(f"the viewers have {count} rows, expected {ROWS}; give more viewers")
 
 
-async def _by_grpc(release: str, at: ServerAddress, asked: list[Inputs]) -> tuple[list[NDArray[Any]], list[float]]:
+async def _by_grpc(release: str, at: RankServerProcess, asked: list[Inputs]) -> tuple[list[NDArray[Any]], list[float]]:
     there = RankerThere(f"127.0.0.1:{at.grpc_port}", release, RemoteRankerMetrics(CollectorRegistry(), release))
     outputs, took_ms = [], []
     await there.score(asked[0])
@@ -105,7 +97,7 @@ async def _by_grpc(release: str, at: ServerAddress, asked: list[Inputs]) -> tupl
     return outputs, took_ms
 
 
-def _by_rest(at: ServerAddress, asked: list[Inputs], *, binary: bool) -> tuple[list[NDArray[Any]], list[float]]:
+def _by_rest(at: RankServerProcess, asked: list[Inputs], *, binary: bool) -> tuple[list[NDArray[Any]], list[float]]:
     outputs, took_ms = [], []
     with httpx.Client(base_url=f"http://127.0.0.1:{at.http_port}", timeout=60, trust_env=False) as client:
         for inputs in asked:
