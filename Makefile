@@ -127,8 +127,19 @@ cluster: install ## A real one-node Kubernetes with KubeRay, without Docker (Deb
 cluster-down: install ## Remove the node: every process, mount, interface and chain of it.
 	@$(BIN)/python infra/cluster down
 
+.PHONY: cluster-kserve
+cluster-kserve: cluster ## KServe's own controller on the node, with its webhooks.
+	@$(BIN)/python infra/cluster kserve
+
+# Where no registry is reached: IMAGE_BASE=reelway.local/base:bookworm, made by `python infra/images base`.
+IMAGE_BASE ?=
+TORCH ?= cuda
+.PHONY: images
+images: install ## Controller, serving and training images by docker, podman or buildah, as archives (TORCH=cpu for a small one).
+	$(BIN)/python infra/images build all --torch $(TORCH) $(if $(IMAGE_BASE),--base $(IMAGE_BASE))
+
 .PHONY: e2e
-e2e: cluster ## The whole platform on a real node: install, roll out, kill, upgrade, uninstall (images: infra/images/README.md).
+e2e: cluster-monitoring cluster-kserve ## The whole platform on a real node: install, roll out, kill, upgrade, uninstall (images: infra/images/README.md).
 	$(BIN)/python -m pytest -m e2e tests/e2e
 
 .PHONY: bench-cluster

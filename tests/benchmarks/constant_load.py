@@ -2,6 +2,7 @@
 
 Open loop: requests leave at their times whether or not earlier ones have been answered, so that a service that stops
 for a second is seen to have stopped. The record is a file of fixed-size rows that anybody may read while it grows.
+Where viewers are to watch (``WATCHED``), every slate is followed by what became of its videos, the same on every arm.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import httpx
@@ -29,6 +30,10 @@ RECORD = np.dtype(
 )  # fmt: skip
 """Unix seconds; status 0 where no answer came; ``degraded`` where a stage of the release was left out."""
 TIMEOUT_S = 10.0
+WATCHED = "watched"
+"""Sixth word of the command where outcomes are to be sent."""
+LONG_MS, SHORT_MS, LONG_SHARE = 60_000, 900, 0.7
+"""What is watched of a video: long by any duration, or short by any; and how often the former."""
 
 
 @contextmanager
@@ -56,7 +61,7 @@ def read_record(record: Path) -> NDArray[np.void]:
     return np.frombuffer(raw[: len(raw) // RECORD.itemsize * RECORD.itemsize], dtype=RECORD)
 
 
-async def _run(url: str, record: Path, rate: float, viewers: int) -> None:
+async def _run(url: str, record: Path, rate: float, viewers: int, *, watched: bool) -> None:
     chance = random.Random(1)
     limits = httpx.Limits(max_connections=200, max_keepalive_connections=50)
     under_way: set[asyncio.Task[None]] = set()
@@ -66,12 +71,12 @@ async def _run(url: str, record: Path, rate: float, viewers: int) -> None:
             while True:
                 count += 1
                 await asyncio.sleep(max(0.0, began + count / rate - time.monotonic()))
-                task = asyncio.create_task(_ask(client, chance.randrange(viewers), sink))
+                task = asyncio.create_task(_ask(client, chance.randrange(viewers), sink, chance if watched else None))
                 under_way.add(task)
                 task.add_done_callback(under_way.discard)
 
 
-async def _ask(client: httpx.AsyncClient, viewer: int, sink: object) -> None:
+async def _ask(client: httpx.AsyncClient, viewer: int, sink: object, chance: random.Random | None) -> None:
     row = np.zeros(1, dtype=RECORD)
     row["sent"], row["viewer"] = time.time(), viewer
     try:
@@ -85,10 +90,23 @@ async def _ask(client: httpx.AsyncClient, viewer: int, sink: object) -> None:
         row["status"] = 0
     row["done"] = time.time()
     sink.write(row.tobytes())  # type: ignore[attr-defined]
+    if chance is not None and row["status"][0] == httpx.codes.OK and body["videos"]:
+        await _report(client, [video["token"] for video in body["videos"]], chance)
+
+
+async def _report(client: httpx.AsyncClient, tokens: list[str], chance: random.Random) -> None:
+    """A watch of each video. What is lost is lost: the record is of slates."""
+    watches = [
+        {"token": token, "type": "watch", "value": LONG_MS if chance.random() < LONG_SHARE else SHORT_MS}
+        for token in tokens
+    ]
+    with suppress(httpx.HTTPError):
+        await client.post("/v1/outcomes", json={"outcomes": watches})
 
 
 if __name__ == "__main__":
     try:
-        asyncio.run(_run(sys.argv[1], Path(sys.argv[2]), float(sys.argv[3]), int(sys.argv[4])))
+        url, record, rate, viewers, *more = sys.argv[1:]
+        asyncio.run(_run(url, Path(record), float(rate), int(viewers), watched=more == [WATCHED]))
     except KeyboardInterrupt:
         sys.exit(0)

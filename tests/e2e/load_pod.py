@@ -17,7 +17,7 @@ from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
-from tests.benchmarks.constant_load import RECORD, TIMEOUT_S
+from tests.benchmarks.constant_load import RECORD, TIMEOUT_S, WATCHED
 from tests.cluster.conftest import ROOT, Kubectl
 from tests.e2e.pods import pod
 from tests.e2e.waiting import until
@@ -120,8 +120,11 @@ class Load:
 def constant_load(
     kubectl: Kubectl, url: str, *, rate: float = RATE, viewers: int = VIEWERS, name: str = "load"
 ) -> Iterator[Load]:
-    """``rate`` requests a second, from now until the block is left, whether or not anybody answers."""
-    command = ["python", "/files/constant_load.py", url, _RECORD, str(rate), str(viewers)]
+    """``rate`` requests a second, from now until the block is left, whether or not anybody answers.
+
+    What viewers did with each slate is sent after it, the same on every arm.
+    """
+    command = ["python", "/files/constant_load.py", url, _RECORD, str(rate), str(viewers), WATCHED]
     with pod(kubectl, name, command, {"constant_load.py": _PROGRAM}):
         yield Load(kubectl, name, rate)
 

@@ -152,8 +152,20 @@ def test_the_rollout_that_was_shown_longest_ago_ends_when_a_newer_one_needs_its_
 def test_a_token_of_a_forgotten_rollout_does_not_push_out_one_that_is_shown(bench: Bench) -> None:
     for name in ("r-1", "r-2"):
         bench.expose(replace(SHOWN, rollout=name))
-    assert bench.report(Done(replace(SHOWN, rollout="r-0"), OutcomeType.LIKE)) == ["retired"]
+    long_ago = replace(SHOWN, rollout="r-0", at=SHOWN.at - 60)
+    assert bench.report(Done(long_ago, OutcomeType.LIKE)) == ["retired"]
     assert {arm.rollout for arm in bench.ledger.snapshot.sums} == {"r-1", "r-2"}
+
+
+def test_an_outcome_that_is_here_before_its_exposure_begins_its_rollout_among_the_newest(bench: Bench) -> None:
+    for name in ("r-1", "r-2"):
+        bench.now += 1
+        bench.expose(replace(SHOWN, rollout=name))
+    newest = replace(SHOWN, rollout="r-3", at=bench.now)
+    bench.now += 1
+    assert bench.report(Done(newest, OutcomeType.LIKE)) == ["counted"]
+    bench.expose(newest)
+    assert {arm.rollout for arm in bench.ledger.snapshot.sums} == {"r-2", "r-3"}
 
 
 def test_a_batch_of_exposures_counts_once_and_another_router_has_numbers_of_its_own(bench: Bench) -> None:

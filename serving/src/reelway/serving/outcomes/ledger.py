@@ -144,9 +144,12 @@ class Ledger:
         last_N = columns.issued_at + OUTCOME_HORIZON_S
         late_N = (now > last_N) | (columns.done_at > last_N)
         outside_N = np.array([not arm.rollout for arm in columns.arms], bool)[columns.arm]
-        in_time = {columns.arms[code].rollout for code in np.unique(columns.arm[~late_N & ~outside_N]).tolist()}
-        for rollout in in_time - set(self._rollouts):  # shown, and the router's batch is still on its way
-            self._admit(rollout, 0.0)
+        in_time_N = ~late_N & ~outside_N
+        for code in np.unique(columns.arm[in_time_N]).tolist():
+            rollout = columns.arms[code].rollout
+            if rollout not in self._rollouts:  # shown, and the router's batch is still on its way
+                shown_at = float(columns.issued_at[in_time_N & (columns.arm == code)].max())
+                self._admit(rollout, min(shown_at, now))
         arm_N, live_N = self._arm_numbers(columns.arms, columns.arm)
         fate_N = np.where(outside_N, OUTSIDE, np.where(late_N, LATE, np.where(live_N, COUNTED, RETIRED)))
         candidates = np.flatnonzero(fate_N == COUNTED)
