@@ -32,6 +32,7 @@ from tests.serving.viewer_store import make_viewer_store
 from reelway.platform.cli.terminal import say
 from reelway.platform.contracts.events import Arm
 from reelway.platform.features.store import ViewerRows, open_feature_store
+from reelway.platform.release.folder import read_manifest
 from reelway.platform.release.signing import create_keys, load_private_key, sign
 from reelway.platform.release.store import ReleaseStore
 from reelway.platform.rollout.traffic.routing import ArmRoute, Routing
@@ -57,17 +58,24 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="bench-open-inference-") as name:
         if options.run:
             rows += compare_run(RunDirectory(options.run), Path(name))
-        rows += measure_added(Path(name), options.videos, options.requests, compare=not options.run)
+        say(f"making a release of {options.videos:,} videos")
+        make_realistic_release(Path(name) / "made", options.videos)
+        rows += measure_added(Path(name), Path(name) / "made", options.requests, compare=not options.run)
     write_report("open_inference", rows)
 
 
-def measure_added(place: Path, videos: int, requests: int, *, compare: bool = False) -> list[Row]:
-    """What ranking elsewhere adds to the whole graph, both sides in one service; for ``bench_serving`` too."""
+def measure_added(place: Path, made: Path, requests: int, *, compare: bool = False) -> list[Row]:
+    """What ranking elsewhere adds to the whole graph, both sides in one service; for ``bench_serving`` too.
+
+    Args:
+        made: folder of a release, which is there twice: ranked in the graph, and elsewhere.
+        requests: of each side.
+        compare: the two rankers' outputs too.
+    """
     from reelway.serving.deployments.service import running_service
 
     place.mkdir(exist_ok=True)
-    say(f"making two releases of {videos} videos")
-    here, there = make_two(place, videos)
+    here, there = make_two(place, made)
     shelf = ReleaseShelf(
         release_store=str(place / "releases"), release_cache=place / "cache", public_keys=place / "keys"
     )
@@ -110,15 +118,15 @@ def deploy_both(at: Any, options: ServiceOptions, routing: Routing, there: str, 
     deploy(at, document)
 
 
-def make_two(place: Path, videos: int) -> tuple[str, str]:
+def make_two(place: Path, made: Path) -> tuple[str, str]:
     """Two signed releases whose files are the same, in a store, and an online store that knows their viewers."""
-    made = make_realistic_release(place / "made", videos)
+    manifest = read_manifest(made)
     key = load_private_key(create_keys(place / "keys").private)
     store, ids = ReleaseStore(str(place / "releases")), []
     for second in range(2):
-        manifest = made.model_copy(update={"created_at": made.created_at + timedelta(seconds=second)})
-        ids.append(str(store.write(place / "made", sign(manifest, key))))
-    table, chance = ReleaseLoader(place / "made").table(), np.random.default_rng(1)
+        later = manifest.model_copy(update={"created_at": manifest.created_at + timedelta(seconds=second)})
+        ids.append(str(store.write(made, sign(later, key))))
+    table, chance = ReleaseLoader(made).table(), np.random.default_rng(1)
     make_viewer_store(place / "features", {viewer: viewer_row(table, chance) for viewer in range(200)}, NOW_S)
     return ids[0], ids[1]
 

@@ -20,13 +20,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
+from tests.benchmarks.bench_open_inference import measure_added
 from tests.benchmarks.report import Row, write_report
 from tests.benchmarks.serving_path import SIDES, measure_overload, measure_path
 from tests.benchmarks.serving_place import Place, make_place, online_store
 
 from reelway.platform.cli.terminal import say
 
-SECTIONS: Final = ("features", "ranking", "retrieval", "growth", "cold", "path", "overload")
+SECTIONS: Final = ("features", "ranking", "retrieval", "growth", "cold", "path", "overload", "kserve")
 LARGE: Final = ("retrieval", "growth", "cold")
 
 
@@ -99,6 +100,9 @@ def _of_service(options: argparse.Namespace, place: Place) -> list[Row]:
     if "overload" in options.only:
         with _timed("overload"):
             rows += measure_overload(place, options.seconds, options.overload_s)
+    if "kserve" in options.only:
+        with _timed("the ranker behind KServe's protocol"):
+            rows += measure_added(place.path / "kserve", place.made, requests=300)
     return rows
 
 
