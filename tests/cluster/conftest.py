@@ -21,7 +21,7 @@ NODE = Path(os.environ.get("REELWAY_CLUSTER_DIR", ROOT / ".cluster"))
 
 
 class Kubectl:
-    """The real one. ``run`` gives what it said; a failure raises with its words."""
+    """The real one. ``run`` gives its output, with its complaints where it was to fail; another end raises."""
 
     def __init__(self, program: str, kubeconfig: Path, namespace: str) -> None:
         self.program, self.kubeconfig, self.namespace = program, kubeconfig, namespace
@@ -30,7 +30,7 @@ class Kubectl:
         command = [self.program, "--kubeconfig", str(self.kubeconfig), "--namespace", self.namespace, *words]
         done = subprocess.run(command, input=stdin, capture_output=True, text=True, timeout=90, check=False)
         assert done.returncode == code, f"{words}: {done.returncode}: {done.stdout}{done.stderr}"
-        return done.stdout + done.stderr
+        return done.stdout if code == 0 else done.stdout + done.stderr
 
     def apply(self, document: Mapping[str, Any], *, code: int = 0) -> str:
         return self.run("apply", "--server-side", "--validate=strict", "-f", "-", stdin=json.dumps(document), code=code)
