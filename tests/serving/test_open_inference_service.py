@@ -88,7 +88,7 @@ def scene(run: Path, stable: str, canary: str, addresses: dict[str, str]) -> Ite
     os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "60")
     from reelway.serving.deployments.service import deploy, running_service
 
-    (run / "token.secret").write_bytes(b"the secret of the tests' tokens, long")
+    (run / "token.secret").write_bytes(b"the secret of the tests' tokens")
     options = ServiceOptions(
         shelf_of(run), run / "metrics", token_secrets=run / "token.secret", features_dir=run / "features",
         port=free_port("127.0.0.1"),
