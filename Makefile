@@ -13,6 +13,7 @@ WORKERS ?= 2
 GPUS ?= 0
 KEEP ?=
 ROLLOUTS ?= 1
+TRITONCLIENT ?= 2.73.0
 SEED ?= 0
 
 export RAY_USAGE_STATS_ENABLED := 0
@@ -59,6 +60,16 @@ test: install ## All tests but the long ones, real servers included (under 10 mi
 .PHONY: test-long
 test-long: install ## Whole services on Ray Serve under load, killed training workers (about 5 minutes).
 	$(BIN)/python -m pytest -m long
+
+CLIENTS := build/clients
+$(CLIENTS)/.installed: $(STAMP) Makefile
+	$(BIN)/uv venv --quiet --clear --python $(BIN)/python $(CLIENTS)
+	$(BIN)/uv pip install --quiet --python $(CLIENTS)/bin/python 'tritonclient[grpc,http]==$(TRITONCLIENT)'
+	@touch $@
+
+.PHONY: test-clients
+test-clients: $(CLIENTS)/.installed ## KServe's own client and Triton's, in an environment of its own, against the rank server.
+	REELWAY_TRITON_PYTHON=$(CURDIR)/$(CLIENTS)/bin/python $(BIN)/python -m pytest tests/serving/test_open_inference_server.py -k that_others_wrote
 
 .PHONY: test-cluster
 test-cluster: cluster ## Resources, store and operator against a real API server; the node is taken down afterwards.

@@ -1,184 +1,116 @@
-"""The request path over HTTP and Ray Serve, against its floor: the same arithmetic in one process with nothing around.
+"""The request path against its floor and against the naive composition, and its parts against their bars.
 
-Usage: python -m tests.benchmarks.bench_serving --videos 50000
+Usage: python -m tests.benchmarks.bench_serving [--only features,ranking,...] [--sides naive,staged,fused] [--videos N]
 
-Both sides read the viewer's row from the same online store and answer the same viewers. Floor and service are measured
-in turns within one run, so that a machine that is busy for a while is busy for both.
+- the floor: the same arithmetic in one process, nothing around it (one process for each core for its throughput);
+- the naive composition: what the guides of Serve, Feast and torch lead to (``serving_naive``);
+- ours, ``staged`` (three deployments behind the router) and ``fused`` (the stages in the routers).
+
+All answer the same viewers from the same release and read the viewers' rows from the same online store. The load comes
+from a process of its own on the same cores, so every side pays for it. What is compared comes from one run.
 """
 
 from __future__ import annotations
 
 import argparse
-import re
 import tempfile
 import time
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Final
 
-import httpx
-import numpy as np
-from numpy.typing import NDArray
+from tests.benchmarks.bench_open_inference import measure_added
 from tests.benchmarks.report import Row, write_report
-from tests.benchmarks.serving_release import make_realistic_release, viewer_row
-from tests.release_files import NOW_S
-from tests.serving.viewer_store import make_viewer_store
+from tests.benchmarks.serving_path import SIDES, measure_overload, measure_path
+from tests.benchmarks.serving_place import Place, make_place, online_store
 
 from reelway.platform.cli.terminal import say
-from reelway.platform.contracts.api import RecommendRequest
-from reelway.platform.features.store import ViewerRows, open_feature_store
-from reelway.platform.release.signing import create_keys, load_private_key, sign
-from reelway.platform.release.store import ReleaseStore
-from reelway.platform.rollout.traffic.routing import Routing
-from reelway.platform.tokens import TokenSigner
-from reelway.serving.free_ports import free_port
-from reelway.serving.release_loader import ReleaseLoader
 
-BAR_MS = 25.0
-VIEWERS = 200
-COUNT = 20
-ROUNDS = 4
-SECRET = b"the benchmark's secret of tokens"
-STAGES = ("retrieval", "ranking", "reranking")
+SECTIONS: Final = ("features", "ranking", "retrieval", "growth", "cold", "path", "overload", "kserve")
+LARGE: Final = ("retrieval", "growth", "cold")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--videos", type=int, default=50_000)
-    parser.add_argument("--requests", type=int, default=1000, help="on each side")
-    parser.add_argument("--concurrency", type=int, default=8, help="of the throughput measurement")
-    options = parser.parse_args()
+    options = _options()
+    rows: list[Row] = []
     with tempfile.TemporaryDirectory(prefix="bench-serving-") as name:
-        write_report("serving", measure(Path(name), options.videos, options.requests, options.concurrency))
+        path = Path(name)
+        if set(options.only) & set(LARGE):
+            with _timed(f"a release of {options.large:,} videos"):
+                large = make_place(path / "large", options.large)
+            rows += _of_large(options, path, large)
+        if set(options.only) - set(LARGE):
+            with _timed(f"a release of {options.videos:,} videos"):
+                place = make_place(path / "place", options.videos)
+            with online_store(place) as address:
+                say(f"the online store is {address.partition(':')[0]}")
+                rows += _of_service(options, place)
+    write_report("serving", rows)
 
 
-def measure(place: Path, videos: int, requests: int, concurrency: int) -> list[Row]:
-    """Build everything, run both sides, and say what was seen."""
-    from reelway.serving.deployments.service import running_service
-    from reelway.serving.serve_config import ReleaseShelf, ServiceOptions
-
-    say(f"making a release of {videos} videos")
-    manifest = sign(
-        make_realistic_release(place / "made", videos), load_private_key(create_keys(place / "keys").private)
-    )
-    release = ReleaseStore(str(place / "releases")).write(place / "made", manifest)
-    loader = ReleaseLoader(place / "made")
-    table, rng = loader.table(), np.random.default_rng(1)
-    make_viewer_store(place / "features", {viewer: viewer_row(table, rng) for viewer in range(VIEWERS)}, NOW_S)
-
-    rows = ViewerRows(open_feature_store(place / "features"))
-    graph = loader.graph(TokenSigner(SECRET))
-    (place / "token.secret").write_bytes(SECRET)
-    options = ServiceOptions(
-        ReleaseShelf(release_store=str(place / "releases"), release_cache=place / "cache", public_keys=place / "keys"),
-        metrics_dir=place / "metrics",
-        token_secrets=place / "token.secret",
-        features_dir=place / "features",
-        outcomes=place / "outcomes.db",
-        port=free_port("127.0.0.1"),
-    )
-    say("starting Ray Serve")
-    with (
-        running_service(Routing.whole(release), options, place / "ray.token") as service_at,
-        httpx.Client(base_url=service_at.url, timeout=30) as client,
-    ):
-
-        def floor(i: int) -> int:
-            request = RecommendRequest(viewer_id=i % VIEWERS, count=COUNT)
-            answer = graph.recommend(request, rows.read(request.viewer_id), NOW_S)
-            return len(answer.model_dump_json()) if not answer.degraded and len(answer.videos) == COUNT else 0
-
-        def service(i: int) -> int:
-            body = {"viewer_id": i % VIEWERS, "count": COUNT, "context": {"time": "2024-06-10T06:13:20Z"}}
-            answer = client.post("/v1/recommend", json=body)
-            return len(answer.content) if '"degraded":[]' in answer.text else 0
-
-        say(f"{requests} requests on each side, in turns")
-        in_turns(floor, service, 100, rounds=1)
-        before = scraped(client)
-        floor_ms, service_ms = in_turns(floor, service, requests, rounds=ROUNDS)
-        parts = breakdown(before, scraped(client))
-        say(f"{requests} requests, {concurrency} at a time")
-        per_s = throughput(service_at.url, requests, concurrency)
-    return report(floor_ms, service_ms, parts, per_s, concurrency)
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", type=_words, default=list(SECTIONS), help=f"some of {', '.join(SECTIONS)}")
+    parser.add_argument("--sides", type=_words, default=list(SIDES), help=f"some of {', '.join(SIDES)}")
+    parser.add_argument("--videos", type=int, default=200_000)
+    parser.add_argument("--large", type=int, default=1_000_000, help="videos of the largest catalogue")
+    parser.add_argument("--seconds", type=float, default=8.0, help="of each measurement under load")
+    parser.add_argument("--overload-s", type=float, default=60.0)
+    options = parser.parse_args()
+    for name, known in (("only", SECTIONS), ("sides", SIDES)):
+        if unknown := sorted(set(getattr(options, name)) - set(known)):
+            parser.error(f"--{name} names {unknown}, expected among {list(known)}")
+    return options
 
 
-def in_turns(
-    floor: Callable[[int], int], service: Callable[[int], int], requests: int, *, rounds: int
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Milliseconds of each call on both sides. A wrong answer ends the benchmark."""
-    taken: tuple[list[float], list[float]] = ([], [])
-    for round_number in range(rounds):
-        for call, into in zip((floor, service), taken, strict=True):
-            for i in range(requests // rounds):
-                start = time.perf_counter()
-                size = call(round_number * requests + i)
-                into.append(1000 * (time.perf_counter() - start))
-                if not size:
-                    raise SystemExit("an answer was degraded or not whole; the timings would mean nothing")
-    return np.array(taken[0]), np.array(taken[1])
+def _words(given: str) -> list[str]:
+    return given.split(",")
 
 
-def throughput(url: str, requests: int, concurrency: int) -> float:
-    """Requests per second with so many at a time, each on a connection of its own."""
+def _of_large(options: argparse.Namespace, path: Path, large: Place) -> list[Row]:
+    from tests.benchmarks import serving_parts as parts
 
-    def some(first: int) -> None:
-        with httpx.Client(base_url=url, timeout=30) as client:
-            for i in range(first, requests, concurrency):
-                client.post("/v1/recommend", json={"viewer_id": i % VIEWERS, "count": COUNT}).raise_for_status()
-
-    start = time.perf_counter()
-    with ThreadPoolExecutor(concurrency) as threads:
-        list(threads.map(some, range(concurrency)))
-    return requests / (time.perf_counter() - start)
-
-
-def scraped(client: httpx.Client) -> dict[str, float]:
-    """Every sum and count of latency that the service reports, by its series."""
-    found = re.findall(r"^(reelway_\w+_latency_seconds_(?:sum|count)\S*) (\S+)$", client.get("/metrics").text, re.M)
-    return {series: float(value) for series, value in found}
-
-
-def breakdown(before: dict[str, float], after: dict[str, float]) -> dict[str, float]:
-    """Mean milliseconds between two scrapes: of each stage's own work, and as the router sees it."""
-
-    def mean_ms(name: str, label: str = "") -> float:
-        sums = [0.0, 0.0]
-        for series, value in after.items():
-            for k, kind in enumerate(("_sum", "_count")):
-                if series.startswith(f"{name}{kind}") and label in series:
-                    sums[k] += value - before.get(series, 0.0)
-        return 1000 * sums[0] / sums[1] if sums[1] else float("nan")
-
-    parts = {"viewer row, online store": mean_ms("reelway_ingress_stage_latency_seconds", 'stage="viewer_row"')}
-    for stage in STAGES:
-        own = mean_ms(f"reelway_{stage}_latency_seconds")
-        seen = mean_ms("reelway_ingress_stage_latency_seconds", f'stage="{stage}"')
-        parts[f"{stage}, own work"] = own
-        parts[f"{stage}, hop"] = seen - own
-    parts["router, from valid request to answer"] = mean_ms("reelway_ingress_latency_seconds")
-    return parts
-
-
-def report(
-    floor_ms: NDArray[np.float64],
-    service_ms: NDArray[np.float64],
-    parts: dict[str, float],
-    per_s: float,
-    concurrency: int,
-) -> list[Row]:
-    """The rows of the table."""
-    rows = []
-    for name, taken in (("floor, one process", floor_ms), ("over HTTP and Ray Serve", service_ms)):
-        for q in (50, 95, 99):
-            value = float(np.percentile(taken, q))
-            held = q == 50 and taken is service_ms
-            bar = f"< {BAR_MS:g} ms" if held else ""
-            rows.append(Row(f"{name}, p{q}", value, "ms", bar, value < BAR_MS if held else None))
-    rows.append(Row("ratio to the floor at p50", float(np.median(service_ms) / np.median(floor_ms)), "x"))
-    rows.extend(Row(f"mean of {name}", value, "ms") for name, value in parts.items())
-    rows.append(Row(f"throughput at concurrency {concurrency}", per_s, "requests/s"))
+    rows: list[Row] = []
+    if "retrieval" in options.only:
+        with _timed("retrieval"):
+            rows += parts.measure_retrieval(large)
+    if "growth" in options.only:
+        with _timed("growth"):
+            rows += parts.measure_growth(path, large, (options.large // 100, options.large // 10))
+    if "cold" in options.only:
+        with _timed("cold start"):
+            rows += parts.measure_cold_start(large)
     return rows
+
+
+def _of_service(options: argparse.Namespace, place: Place) -> list[Row]:
+    from tests.benchmarks import serving_parts as parts
+
+    rows: list[Row] = []
+    if "features" in options.only:
+        with _timed("features"):
+            rows += parts.measure_features(place)
+    if "ranking" in options.only:
+        with _timed("ranking"):
+            rows += parts.measure_ranking(place)
+    if "path" in options.only:
+        with _timed("the path"):
+            rows += measure_path(place, options.seconds, options.sides)
+    if "overload" in options.only:
+        with _timed("overload"):
+            rows += measure_overload(place, options.seconds, options.overload_s)
+    if "kserve" in options.only:
+        with _timed("the ranker behind KServe's protocol"):
+            rows += measure_added(place.path / "kserve", place.made, requests=300)
+    return rows
+
+
+@contextmanager
+def _timed(what: str) -> Iterator[None]:
+    start = time.monotonic()
+    yield
+    say(f"{what}: {time.monotonic() - start:.0f} s")
 
 
 if __name__ == "__main__":

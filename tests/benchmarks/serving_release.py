@@ -8,18 +8,26 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import torch
-from tests.release_files import NOW_S, describe_files, make_release_folder, write_manifest
+from tests.benchmarks.catalogue import make_catalogue
+from tests.release_files import NOW_S, describe_files, make_release_folder, write_arrow, write_manifest
 
+from reelway.pipelines import search_index
 from reelway.pipelines.models.ranker import Ranker, RankerConfig
 from reelway.pipelines.models.two_tower import TwoTower, TwoTowerConfig
 from reelway.pipelines.training.export import export_ranker, export_viewer_tower
 from reelway.platform.contracts.api import RequestContext
-from reelway.platform.contracts.manifest import RANKER_FILE, VIEWER_TOWER_FILE, Manifest
-from reelway.serving.video_table import VideoTable, open_video_table
+from reelway.platform.contracts.blend import Blend
+from reelway.platform.contracts.manifest import INDEX_FILE, RANKER_FILE, VIDEOS_FILE, VIEWER_TOWER_FILE, Manifest
+from reelway.serving.video_table import VideoTable, open_one_batch, open_video_table
 from reelway.serving.viewers import viewer_query
 
 EMBEDDING = 64
+TRIED = 64
+"""Viewers that the index is tuned with."""
+TOWER = TwoTowerConfig(dim=EMBEDDING, layers=2)
+RANKER = RankerConfig(kind="mmoe", expert_hidden=128, expert_out=64)
 
 
 def make_realistic_release(folder: Path, videos: int, *, seed: int = 0) -> Manifest:
@@ -27,11 +35,12 @@ def make_realistic_release(folder: Path, videos: int, *, seed: int = 0) -> Manif
     torch.manual_seed(seed)
     torch.set_num_threads(1)
     manifest = make_release_folder(folder, videos=videos, embedding=EMBEDDING, seed=seed)
+    _search_like_a_build(folder, videos, seed)
     table = open_video_table(folder / "videos.arrow")
     viewer = viewer_query(viewer_row(table, np.random.default_rng(seed)), RequestContext(), NOW_S, table, seed=0)
-    tower = TwoTower(TwoTowerConfig(dim=EMBEDDING, layers=2))
+    tower = TwoTower(TOWER)
     export_viewer_tower(tower, folder / VIEWER_TOWER_FILE, viewer.arrays)
-    ranker = Ranker(RankerConfig(kind="mmoe", expert_hidden=128, expert_out=64), EMBEDDING)
+    ranker = Ranker(RANKER, EMBEDDING)
     rows = np.arange(500, dtype=np.int32) % len(table)
     sample = {
         "viewer_dense": viewer.arrays.viewer_dense,
@@ -43,6 +52,21 @@ def make_realistic_release(folder: Path, videos: int, *, seed: int = 0) -> Manif
     manifest = manifest.model_copy(update={"files": describe_files(folder)})
     write_manifest(folder, manifest)
     return manifest
+
+
+def _search_like_a_build(folder: Path, videos: int, seed: int) -> None:
+    """Embeddings as training leaves them, and the index that a build makes of them, tuned as a build tunes it."""
+    catalogue = make_catalogue(videos, TRIED, EMBEDDING, seed)
+    batch = open_one_batch(folder / VIDEOS_FILE)
+    column = pa.FixedSizeListArray.from_arrays(pa.array(catalogue.videos.reshape(-1)), EMBEDDING)
+    at = batch.schema.get_field_index("embedding")
+    table = pa.Table.from_batches([batch]).set_column(at, batch.schema.field(at), column)
+    aside = folder / "videos.aside"
+    write_arrow(aside, table)
+    aside.replace(folder / VIDEOS_FILE)
+    index = search_index.make_index(catalogue.videos)
+    search_index.tune_probes(index, catalogue.videos, catalogue.viewers, Blend().retrieval.candidates)
+    search_index.write_index(folder / INDEX_FILE, index)
 
 
 def viewer_row(table: VideoTable, rng: np.random.Generator) -> dict[str, object]:

@@ -1,10 +1,9 @@
-"""Video table, index, popularity lists and neighbours: what serving will map and follow blindly."""
+"""Video table, popularity lists and neighbours: what serving will map and follow blindly."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-import faiss
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -12,10 +11,11 @@ from numpy.typing import NDArray
 
 from reelway.pipelines import release_parts as parts
 from reelway.pipelines.release_parts import Watches
+from reelway.pipelines.search_index import make_index
 from reelway.platform.contracts import features as names
 from reelway.platform.contracts.events import TIME
 from reelway.platform.contracts.release_files import NEIGHBOURS, NEIGHBOURS_SCHEMA, POPULAR, videos_schema
-from reelway.platform.errors import ConfigError, EmptyDatasetError, ReleaseError
+from reelway.platform.errors import EmptyDatasetError, ReleaseError
 from reelway.platform.features.assembly import assemble_videos, columns_from_table
 from reelway.platform.release.tables import open_table
 
@@ -87,30 +87,6 @@ def test_videos_out_of_order_or_with_a_bad_embedding_are_not_written(tmp_path: P
     assert not (tmp_path / "videos.arrow").exists()
 
 
-def test_the_index_is_exact_when_small_and_inverted_lists_when_large() -> None:
-    assert parts.index_factory(19_999) == "Flat"
-    assert parts.index_factory(20_000) == "IVF566,Flat"
-    assert parts.index_factory(50_000, "HNSW32") == "HNSW32"
-
-
-@pytest.mark.parametrize("factory", ["Flat", "IVF16,Flat"])
-def test_the_index_finds_each_video_by_its_own_vector_and_is_the_same_every_time(tmp_path: Path, factory: str) -> None:
-    vectors = unit(2_000, 8)
-    parts.write_index(tmp_path / "a.faiss", parts.make_index(vectors, factory))
-    parts.write_index(tmp_path / "b.faiss", parts.make_index(vectors, factory))
-    assert (tmp_path / "a.faiss").read_bytes() == (tmp_path / "b.faiss").read_bytes()
-    index = faiss.read_index(str(tmp_path / "a.faiss"))
-    similarity, rows = index.search(vectors, 1)
-    np.testing.assert_array_equal(rows[:, 0], np.arange(2_000))
-    np.testing.assert_allclose(similarity[:, 0], 1.0, rtol=1e-5)
-
-
-@pytest.mark.parametrize("factory", ["Cube", "IVF500,Flat"])
-def test_an_index_that_cannot_be_made_is_a_configuration_error(factory: str) -> None:
-    with pytest.raises(ConfigError, match=f"cannot make index '{factory}' of 100 videos"):
-        parts.make_index(unit(100, 8), factory)
-
-
 def test_popular_counts_long_watches_of_all_time_best_first() -> None:
     seen = watches([(1, 4, 0.5), (2, 4, 0.6), (3, 4, 9.5), (1, 2, 0.7), (2, 2, 9.6), (1, 0, 9.7)])
     popular = parts.popular_lists(seen, videos=6)["popular"]
@@ -153,7 +129,7 @@ def test_the_popular_table_ranks_each_list_from_zero(tmp_path: Path) -> None:
 def test_videos_watched_by_the_same_viewers_are_neighbours_before_similar_ones() -> None:
     vectors = unit(40, 8)
     together = [(viewer, row, 1.0) for viewer in range(6) for row in (3, 30)]
-    rows = parts.neighbours(vectors, parts.make_index(vectors), watches(together))
+    rows = parts.neighbours(vectors, make_index(vectors), watches(together))
     assert rows.shape == (40, NEIGHBOURS)
     assert rows[3, 0] == 30
     assert rows[30, 0] == 3
@@ -166,7 +142,7 @@ def test_no_video_is_its_own_neighbour_and_none_comes_twice() -> None:
     random = np.random.default_rng(1)
     vectors = unit(60, 8)
     seen = watches([(viewer, row, 1.0) for viewer, row in random.integers(0, [9, 60], (500, 2)).tolist()])
-    rows = parts.neighbours(vectors, parts.make_index(vectors), seen)
+    rows = parts.neighbours(vectors, make_index(vectors), seen)
     assert not (rows == np.arange(60)[:, None]).any()
     assert all(len(set(row.tolist())) == NEIGHBOURS for row in rows)
 
@@ -175,13 +151,13 @@ def test_one_shared_viewer_is_no_pattern() -> None:
     vectors = unit(40, 8)
     nearest_of_3 = int(np.argsort(-(vectors[3] @ vectors.T))[1])
     far = int(np.argmin(vectors[3] @ vectors.T))
-    rows = parts.neighbours(vectors, parts.make_index(vectors), watches([(1, 3, 1.0), (1, far, 1.0)]))
+    rows = parts.neighbours(vectors, make_index(vectors), watches([(1, 3, 1.0), (1, far, 1.0)]))
     assert rows[3, 0] == nearest_of_3
 
 
 def test_a_catalogue_smaller_than_the_list_leaves_places_empty(tmp_path: Path) -> None:
     vectors = unit(3, 8)
-    rows = parts.neighbours(vectors, parts.make_index(vectors), watches([(1, 0, 1.0)]))
+    rows = parts.neighbours(vectors, make_index(vectors), watches([(1, 0, 1.0)]))
     assert (rows[:, :2] >= 0).all()
     assert (rows[:, 2:] == -1).all()
     parts.write_neighbours(tmp_path / "neighbours.arrow", np.array([1, 2, 3]), rows)

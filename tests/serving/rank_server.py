@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import re
+import subprocess
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
@@ -18,13 +20,15 @@ import numpy as np
 from numpy.typing import NDArray
 from tests.release_files import NOW_S, make_release_folder
 
+from reelway.platform.cli.processes import child, reelway_command
 from reelway.platform.contracts.api import RequestContext
 from reelway.platform.release.signing import create_keys, load_private_key
 from reelway.platform.release.store import ReleaseStore
+from reelway.serving.metrics import SHORT
 from reelway.serving.open_inference.model import LoadedRanker
 from reelway.serving.open_inference.server import Listening, RankServerOptions, run_rank_server
 from reelway.serving.release_loader import ReleaseLoader
-from reelway.serving.serve_config import ReleaseSource
+from reelway.serving.serve_config import ReleaseShelf, ReleaseSource
 from reelway.serving.video_table import VideoTable
 from reelway.serving.viewers import viewer_query
 
@@ -147,3 +151,39 @@ def running_rank_server(made: MadeRelease, **changes: Any) -> Iterator[RankServe
         end()
         thread.join()
         ended.result(READY_S)
+
+
+@dataclass(frozen=True)
+class RankServerProcess:
+    """`reelway rank-server` in a process of its own, on this machine."""
+
+    http_port: int
+    grpc_port: int
+    process: subprocess.Popen[bytes]
+
+
+@contextmanager
+def rank_server_process(
+    shelf: ReleaseShelf, release: str, place: Path, *, grpc_port: int = 0
+) -> Iterator[RankServerProcess]:
+    """A server that is ready.
+
+    Args:
+        place: folder for its log and its cache.
+        grpc_port: 0 chooses a free one.
+    """
+    command = reelway_command(
+        "rank-server", "--release", release, "--release-store", shelf.release_store, "--release-cache",
+        str(place / "rank-cache"), "--public-keys", str(shelf.public_keys), "--host", "127.0.0.1", "--http-port", "0",
+        "--grpc-port", str(grpc_port), "--drain-seconds", "0",
+    )  # fmt: skip
+    log = place / f"rank-server-{release[:SHORT]}.log"
+    with child(command, log=log) as process:
+        deadline = time.monotonic() + READY_S
+        while "ranking by release" not in (said := log.read_text()):
+            if process.poll() is not None or time.monotonic() > deadline:
+                raise RuntimeError(f"the rank server is not ready:\n{said}")
+            time.sleep(0.05)
+        found = re.search(r"REST at \S+:(\d+), gRPC at \S+:(\d+)", said)
+        assert found, said
+        yield RankServerProcess(int(found[1]), int(found[2]), process)

@@ -7,6 +7,7 @@ import socket
 import time
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import grpc
@@ -21,6 +22,7 @@ from reelway.platform.errors import ServingError
 from reelway.platform.tokens import TokenSigner
 from reelway.serving.graph import Answered, LocalStages, RequestPath
 from reelway.serving.metrics import SHORT, IngressMetrics, RemoteRankerMetrics
+from reelway.serving.open_inference import messages
 from reelway.serving.open_inference.client import RankerThere, address_of
 from reelway.serving.open_inference.model import LoadedRanker, ServedRanker
 from reelway.serving.open_inference.refusals import BusyError, LateError, NotReadyError
@@ -62,12 +64,14 @@ class Here:
         self.server = await started(self.made, self.port)
 
 
-async def started(made: MadeRelease, port: int, release: str | None = None) -> Any:
+async def started(
+    made: MadeRelease, port: int, release: str | None = None, methods: type[RpcMethods] = RpcMethods
+) -> Any:
     """A server of the release's ranker that says it is another release when told to."""
     served = ServedRanker(release or made.release, CollectorRegistry())
     await served.begin(made.ranker)
     server = grpc.aio.server(options=[("grpc.so_reuseport", 0)])
-    server.add_generic_rpc_handlers((RpcMethods(served).handler(),))
+    server.add_generic_rpc_handlers((methods(served).handler(),))
     deadline = time.monotonic() + 10
     while True:
         try:
@@ -163,6 +167,51 @@ def test_a_server_that_takes_the_connection_and_says_nothing_is_late_and_not_wai
 
     with socket.create_server(("127.0.0.1", 0)) as silent:
         asyncio.run(ask(silent.getsockname()[1]))
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"raw_output_contents": []}, "not enough values"),
+        ({"raw_output_contents": [b"x" * 95]}, "buffer size"),
+        ({"raw_output_contents": [np.full((3, 8), np.nan, "<f4").tobytes()]}, "not finite"),
+        ({"outputs": [{"name": "outputs", "datatype": "FP32", "shape": [2, 12]}]}, "expected FP32 of 3 rows"),
+        ({"outputs": [{"name": "outputs", "datatype": "INT32", "shape": [3, 8]}]}, "expected FP32 of 3 rows"),
+        (None, "Error parsing message"),
+    ],
+)
+def test_an_answer_that_is_none_is_counted_and_nothing_is_ordered_by_it(
+    made: MadeRelease, free_port: int, change: dict[str, Any] | None, reason: str
+) -> None:
+    right = {
+        "outputs": [{"name": "outputs", "datatype": "FP32", "shape": [3, 8]}],
+        "raw_output_contents": [np.zeros((3, 8), "<f4").tobytes()],
+    }
+    body = b"\xff" if change is None else messages.ModelInferResponse(**{**right, **change}).SerializeToString()
+
+    class Liar(RpcMethods):
+        async def _infer(self, _request: bytes, _within_s: float | None) -> Any:
+            return SimpleNamespace(SerializeToString=lambda: body)
+
+    async def ask(here: Here) -> None:
+        with pytest.raises(ServingError, match=reason):
+            await here.ranker.score(made.inputs(3))
+        assert here.faults("wrong") == 1
+
+    within(made, free_port, ask, methods=Liar)
+
+
+def test_a_server_that_has_no_room_is_counted_as_busy(made: MadeRelease, free_port: int) -> None:
+    class Full(RpcMethods):
+        async def _infer(self, _request: bytes, _within_s: float | None) -> Any:
+            raise BusyError("33 requests are under way")
+
+    async def ask(here: Here) -> None:
+        with pytest.raises(ServingError, match="RESOURCE_EXHAUSTED: 33 requests"):
+            await here.ranker.score(made.inputs(3))
+        assert (here.faults("busy"), here.faults("refused")) == (1, 0)
+
+    within(made, free_port, ask, methods=Full)
 
 
 def test_the_graph_answers_whole_slates_without_its_ranker_and_counts_them(made: MadeRelease, free_port: int) -> None:

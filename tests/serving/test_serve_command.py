@@ -72,6 +72,12 @@ def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
     assert "not a run directory" in done.stderr
 
 
+def test_a_composition_that_there_is_not_is_refused_with_those_that_there_are(run: Path) -> None:
+    done = reelway("serve", "--run", str(run), "--composition", "both")
+    assert done.returncode == 2
+    assert all(word in done.stderr for word in ("'both' is not one of", "'staged'", "'fused'"))
+
+
 def test_a_release_by_an_unknown_key_is_not_served(tmp_path: Path) -> None:
     make_run(tmp_path, key=Ed25519PrivateKey.generate())
     done = reelway("serve", "--run", str(tmp_path), "--port", "0")

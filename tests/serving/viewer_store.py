@@ -7,28 +7,41 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from feast import FeatureStore
 from feast.protos.feast.types.EntityKey_pb2 import EntityKey
 from feast.protos.feast.types.Value_pb2 import Value
 from feast.type_map import python_values_to_proto_values
 
 from reelway.pipelines.features.registry import register_features
 from reelway.platform.contracts.features import VIEWER_VIEWS, VIEWS
+from reelway.platform.features.store import CONFIG_FILE, open_feature_store
 
 
 def make_viewer_store(features_dir: Path, viewers: Mapping[int, Mapping[str, Any]], at_s: float) -> None:
     """Register all views and write the viewers' rows (field name -> value) to the online store as of ``at_s``."""
-    store = register_features(features_dir)
-    at = datetime.fromtimestamp(at_s, UTC)
+    store = make_store(features_dir)
     for name in VIEWER_VIEWS:
-        view = store.get_feature_view(name)
-        types = {field.name: field.dtype.to_value_type() for field in view.features}
-        rows = []
-        for viewer, row in viewers.items():
-            values = {
-                field: python_values_to_proto_values([row[field]], types[field])[0]
-                for field in VIEWS[name]
-                if row.get(field) is not None
-            }
-            key = EntityKey(join_keys=["viewer_id"], entity_values=[Value(int64_val=viewer)])
-            rows.append((key, values, at, at))
-        store._get_provider().online_write_batch(store.config, view, rows, None)
+        write_rows(store, name, "viewer_id", viewers, at_s)
+
+
+def make_store(features_dir: Path, online_store: str | None = None) -> FeatureStore:
+    """All views registered; the folder's own online store where it has one already and none is named."""
+    if online_store is None and (features_dir / CONFIG_FILE).exists():
+        return open_feature_store(features_dir)
+    return register_features(features_dir, online_store)
+
+
+def write_rows(store: FeatureStore, name: str, key: str, rows: Mapping[int, Mapping[str, Any]], at_s: float) -> None:
+    """Write what a view has of each entity (id -> field name -> value) to the online store as of ``at_s``."""
+    at = datetime.fromtimestamp(at_s, UTC)
+    view = store.get_feature_view(name)
+    types = {field.name: field.dtype.to_value_type() for field in view.features}
+    batch = []
+    for entity, row in rows.items():
+        values = {
+            field: python_values_to_proto_values([row[field]], types[field])[0]
+            for field in VIEWS[name]
+            if row.get(field) is not None
+        }
+        batch.append((EntityKey(join_keys=[key], entity_values=[Value(int64_val=entity)]), values, at, at))
+    store._get_provider().online_write_batch(store.config, view, batch, None)

@@ -27,6 +27,7 @@ from numpy.typing import NDArray
 from pydantic import ValidationError
 
 from reelway.pipelines import release_parts as parts
+from reelway.pipelines import search_index
 from reelway.pipelines.features.training_rows import LABELS_FILE, video_snapshot, viewer_snapshot
 from reelway.platform.contracts import manifest as names
 from reelway.platform.contracts.blend import Blend
@@ -87,7 +88,7 @@ def build_release(
     store: ReleaseStore | None = None,
     parent: str | None = None,
     blend: Blend | None = None,
-    index: str = parts.AUTO_INDEX,
+    index: str = search_index.AUTO_INDEX,
     waivers: Sequence[Waiver] = (),
     report: Report = _silent,
 ) -> ReleaseId:
@@ -137,6 +138,7 @@ def build_release(
                 "training": models.info.config,
                 "notes": models.info.notes,
                 "index": facts.index,
+                "index_recall": facts.index_recall,
                 "video_features_as_of_s": facts.until_s,
                 "undefined_metrics": evaluation.undefined,
             },
@@ -216,13 +218,14 @@ class _Facts:
 
     dimensions: Dimensions
     index: str
+    index_recall: float | None  # of the exact search; None where the index is exact
     until_s: float
 
 
 def _write_parts(
     folder: Path, run: RunDirectory, models: TrainedModels, blend: Blend, index: str, report: Report
 ) -> _Facts:
-    from reelway.pipelines.training.inference import embed_videos
+    from reelway.pipelines.training.inference import embed_videos, embed_viewers
 
     report("reading the videos")
     labels = _read_columns(
@@ -241,8 +244,7 @@ def _write_parts(
     parts.write_videos(folder / names.VIDEOS_FILE, snapshot, videos, embedding_ND)
 
     report("building the index")
-    searchable = parts.make_index(embedding_ND, index)
-    parts.write_index(folder / names.INDEX_FILE, searchable)
+    searchable = search_index.make_index(embedding_ND, index)
 
     report("ranking what is popular and what goes together")
     watches = parts.Watches.from_labels(labels, viewers, video_id)
@@ -250,8 +252,13 @@ def _write_parts(
     together_NK = parts.neighbours(embedding_ND, searchable, watches)
     parts.write_neighbours(folder / names.NEIGHBOURS_FILE, video_id, together_NK)
 
-    report("exporting the models")
     sample = _sample_viewers(run, labels, until_s)
+    recall = search_index.tune_probes(
+        searchable, embedding_ND, embed_viewers(models.two_tower, sample), blend.retrieval.candidates
+    )
+    search_index.write_index(folder / names.INDEX_FILE, searchable)
+
+    report("exporting the models")
     _export(folder, models, sample, columns_from_table(snapshot.slice(0, SAMPLE_VIDEOS)), embedding_ND, until_s)
     (folder / names.BLEND_FILE).write_text(yaml.safe_dump(blend.model_dump(mode="json"), sort_keys=False))
     (folder / names.CALIBRATION_FILE).write_text(models.calibration.model_dump_json(indent=2) + "\n")
@@ -262,7 +269,7 @@ def _write_parts(
         videos=len(video_id),
         tasks=RANKER_TASKS,
     )
-    return _Facts(dimensions, parts.index_factory(len(video_id), index), until_s)
+    return _Facts(dimensions, search_index.index_factory(len(video_id), embedding_ND.shape[1], index), recall, until_s)
 
 
 def _export(

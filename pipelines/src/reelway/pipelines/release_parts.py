@@ -1,7 +1,8 @@
-"""The data files of a release: video table, index, popularity lists, item-to-item neighbours.
+"""The tables of a release: videos, popularity lists, item-to-item neighbours.
 
 Pure functions from arrays to tables, and their writers. What is written here is what serving maps into memory, so
-each writer refuses rows that serving could not follow. Models, signatures and stores are ``build.py``'s.
+each writer refuses rows that serving could not follow. The index is ``search_index``'s; models, signatures and stores
+are ``build.py``'s.
 """
 
 # Shapes: N videos, D embedding, E labelled impressions, K neighbours
@@ -22,15 +23,13 @@ from scipy import sparse
 
 from reelway.platform.contracts.features import VIDEO_STATIC_DENSE
 from reelway.platform.contracts.release_files import NEIGHBOURS, NEIGHBOURS_SCHEMA, POPULAR, videos_schema
-from reelway.platform.errors import ConfigError, EmptyDatasetError, ReleaseError
+from reelway.platform.errors import EmptyDatasetError, ReleaseError
 from reelway.platform.features.assembly import VideoArrays
 
 F32 = NDArray[np.float32]
 F64 = NDArray[np.float64]
 I64 = NDArray[np.int64]
 
-AUTO_INDEX: Final = "auto"
-FLAT_BELOW: Final = 20_000
 LIST_LENGTH: Final = 500
 RECENT_S: Final = 86_400.0
 RECENT_RATIO: Final = 0.1
@@ -136,37 +135,6 @@ def write_videos(path: Path, snapshot: pa.Table, videos: VideoArrays, embedding_
         ],
         videos_schema(embedding_ND.shape[1]),
     )
-
-
-def index_factory(rows: int, factory: str = AUTO_INDEX) -> str:
-    """FAISS's name of the index: exact below ``FLAT_BELOW`` videos, else inverted lists, about 4 sqrt(N) of them."""
-    if factory != AUTO_INDEX:
-        return factory
-    return "Flat" if rows < FLAT_BELOW else f"IVF{round(4 * rows**0.5)},Flat"
-
-
-def make_index(embedding_ND: F32, factory: str = AUTO_INDEX) -> faiss.Index:
-    """A trained inner-product index whose ids are the rows of ``embedding_ND``; the same input, the same index.
-
-    Raises:
-        ConfigError: FAISS does not know the factory string, or it needs more videos.
-    """
-    rows, width = embedding_ND.shape
-    name = index_factory(rows, factory)
-    vectors = np.ascontiguousarray(embedding_ND, dtype=np.float32)
-    try:
-        index = faiss.index_factory(width, name, faiss.METRIC_INNER_PRODUCT)
-        index.train(vectors)
-        index.add(vectors)
-    except RuntimeError as error:
-        reason = str(error).strip().splitlines()[-1]
-        raise ConfigError(f"FAISS cannot make index {name!r} of {rows} videos with {width} values: {reason}") from error
-    return index
-
-
-def write_index(path: Path, index: faiss.Index) -> None:
-    """``index.faiss``; through bytes, so that a full disk is an ``OSError`` and not FAISS's own."""
-    path.write_bytes(faiss.serialize_index(index).tobytes())
 
 
 def popular_lists(watches: Watches, videos: int) -> dict[str, RankedVideos]:

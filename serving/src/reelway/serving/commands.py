@@ -28,6 +28,7 @@ from reelway.platform.cli.terminal import console, out, say
 from reelway.platform.durable import write_json
 from reelway.platform.errors import ConfigError, FeatureError, ServingError
 from reelway.platform.runs import RunDirectory
+from reelway.serving.composition import Composition
 from reelway.serving.free_ports import free_port, refuse_taken_port
 
 if TYPE_CHECKING:
@@ -60,6 +61,11 @@ def serve(
     ),
     host: str = typer.Option("127.0.0.1", help="Address to listen on; 0.0.0.0 for all."),
     port: int = typer.Option(8000, min=0, max=65535, help="Port to listen on; 0 chooses a free one."),
+    composition: Composition = typer.Option(
+        "staged",
+        help="Where the stages run: 'staged' each in processes of its own, 'fused' in the routers', without hops; give "
+        "it a router for each core.",
+    ),
     router_replicas: int = typer.Option(1, min=1, help="Processes that take HTTP."),
     retrieval_replicas: int = typer.Option(1, min=1, help="Processes of the retrieval stage."),
     ranking_replicas: int = typer.Option(1, min=1, help="Processes of the ranking stage."),
@@ -77,6 +83,8 @@ def serve(
       reelway serve --run runs/demo
 
       reelway serve --run runs/demo --release 3f9c --port 0 --ranking-replicas 2 --no-controller
+
+      reelway serve --run runs/demo --composition fused --router-replicas 2
     """
     directory = RunDirectory(run)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell that starts this in the background ignores it
@@ -105,6 +113,7 @@ def serve(
             host=host,
             port=port,
             replicas=Replicas(router_replicas, retrieval_replicas, ranking_replicas, reranking_replicas),
+            composition=composition,
         )
         release_id = verified.manifest.release_id
         with ExitStack() as stack:

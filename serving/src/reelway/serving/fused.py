@@ -1,7 +1,7 @@
 """Why: a hop costs more than a stage's arithmetic, so a service of one size may want all stages where requests come in.
 
 The same stages and the same metrics, in the router's own process. What is given up is said where it is chosen
-(``serve_config.Composition``). It knows no Ray.
+(``composition.Composition``). It knows no Ray.
 """
 
 from __future__ import annotations

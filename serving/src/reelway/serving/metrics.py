@@ -106,7 +106,7 @@ class RemoteRankerMetrics:
         )  # fmt: skip
 
     def count_fault(self, kind: str) -> None:
-        """Add one: ``late``, ``gone`` or ``refused``."""
+        """Add one: ``late``, ``gone``, ``busy``, ``refused`` or ``wrong`` (an answer that cannot be used)."""
         self._faults.labels(self._release, kind).inc()
 
 

@@ -13,11 +13,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Final
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from reelway.platform.rollout.traffic.routing import Routing
+from reelway.serving.composition import Composition
 
 ROUTER: Final = "router"
 OUTCOMES: Final = "outcomes"
@@ -27,17 +28,6 @@ ROUTER_BUILDER: Final = "reelway.serving.deployments.applications:router"
 OUTCOMES_BUILDER: Final = "reelway.serving.deployments.applications:outcomes"
 _QUIET: Final = {"log_level": "WARNING", "enable_access_log": False}
 """One log line per request and hop costs more than the hop's arithmetic; the metrics count them all."""
-
-
-Composition = Literal["staged", "fused"]
-"""Where the three stages of a release run.
-
-``staged``: each is a deployment of its own, scaled on its own, and a fault of a release's native code ends a process
-of that release. Three hops, each of which costs about 2 ms of CPU on either side.
-``fused``: in the routers' processes, each release on a thread of its own. No hops: less than half the CPU and a third
-of the latency on two cores (``make bench-serving``). The stages are scaled together, by the routers' replicas; a
-canary shares the routers' cores with stable, and native code of a release that crashes takes a router with it.
-"""
 
 
 class _Args(BaseModel):

@@ -23,6 +23,11 @@ def signed_log1p(values: Tensor) -> Tensor:
     return torch.sign(values) * torch.log1p(torch.abs(values))
 
 
+def standardised(values: Tensor, mean: Tensor, scale: Tensor) -> Tensor:
+    """Signed logarithms by fitted statistics, cut where they are absurd; NaN stays NaN."""
+    return torch.clamp((signed_log1p(values) - mean) / scale, -_CLIP, _CLIP)
+
+
 class Standardiser(nn.Module):
     """Signed logarithm, standardisation by fitted statistics, and a missing indicator per column.
 
@@ -55,7 +60,7 @@ class Standardiser(nn.Module):
     def forward(self, values: Tensor) -> Tensor:
         missing = torch.isnan(values)
         known = torch.where(missing, torch.zeros_like(values), values)
-        scaled = torch.clamp((signed_log1p(known) - self.mean) / self.scale, -_CLIP, _CLIP)
+        scaled = standardised(known, self.mean, self.scale)
         return torch.cat([torch.where(missing, torch.zeros_like(scaled), scaled), missing.to(values.dtype)], dim=-1)
 
 

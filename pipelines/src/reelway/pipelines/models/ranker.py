@@ -29,10 +29,10 @@ from reelway.platform.contracts.features import (
 POSITIONS = 64
 """Positions at and beyond this share one bias; -1 (not shown anywhere) has none."""
 
-_AFFINITY = VIEWER_DENSE.index("topic_affinity_0")
-_VIEWER_LANGUAGE = VIEWER_CATEGORIES.index("language")
-_VIDEO_TOPIC = VIDEO_CATEGORIES.index("topic")
-_VIDEO_LANGUAGE = VIDEO_CATEGORIES.index("video_language")
+AFFINITY = VIEWER_DENSE.index("topic_affinity_0")
+VIEWER_LANGUAGE = VIEWER_CATEGORIES.index("language")
+VIDEO_TOPIC = VIDEO_CATEGORIES.index("topic")
+VIDEO_LANGUAGE = VIDEO_CATEGORIES.index("video_language")
 
 
 @dataclass(frozen=True)
@@ -217,17 +217,17 @@ class Ranker(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """What only viewer and video together say: topic affinity, same language and similarity; and, apart, the
         similarity's parts ``[C, D]``."""
-        affinity_VT = viewer_dense[:, _AFFINITY : _AFFINITY + TOPICS]
+        affinity_VT = viewer_dense[:, AFFINITY : AFFINITY + TOPICS]
         unknown_VT = torch.isnan(affinity_VT)
         affinity_VT = torch.where(unknown_VT, torch.zeros_like(affinity_VT), affinity_VT)
         affinity_VT = F.pad(affinity_VT, (1, 0))  # column 0: unknown topic
-        language_V = viewer_categories[:, _VIEWER_LANGUAGE]
+        language_V = viewer_categories[:, VIEWER_LANGUAGE]
         if viewer_index is not None:
             affinity_VT, language_V = affinity_VT[viewer_index], language_V[viewer_index]
             viewer_embedding = viewer_embedding[viewer_index]
-        topic_C1 = video_categories[:, _VIDEO_TOPIC : _VIDEO_TOPIC + 1]
+        topic_C1 = video_categories[:, VIDEO_TOPIC : VIDEO_TOPIC + 1]
         affinity_C1 = affinity_VT.expand(topic_C1.shape[0], -1).gather(1, topic_C1)
-        language_C = video_categories[:, _VIDEO_LANGUAGE]
+        language_C = video_categories[:, VIDEO_LANGUAGE]
         spoken_C = (language_C > 0) & (language_V > 0)
         same_C2 = torch.stack([spoken_C & (language_C == language_V), spoken_C & (language_C != language_V)], dim=-1)
         product_CD = viewer_embedding * video_embedding

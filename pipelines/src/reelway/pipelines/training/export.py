@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from reelway.pipelines.models.ranker import Ranker
+from reelway.pipelines.models.served_ranker import ServedRanker
 from reelway.pipelines.models.two_tower import TwoTower
 from reelway.pipelines.training.batches import as_tensor
 from reelway.platform.contracts.features import HISTORY_LENGTH, RANKER_INPUTS, VIEWER_TOWER_INPUTS
@@ -58,6 +59,8 @@ def export_viewer_tower(model: TwoTower, path: Path, sample: ViewerArrays) -> fl
 def export_ranker(model: Ranker, path: Path, sample: Arrays) -> float:
     """Write ``ranker.onnx``: ``RANKER_INPUTS -> outputs [C, K]``, viewer inputs ``[1, ...]``, any C.
 
+    What is written is the model's served form (``models.served_ranker``), and it is the model that it is held against.
+
     Args:
         sample: one real viewer and its candidates, as ``inference.ranker_inputs`` gives them.
 
@@ -67,13 +70,23 @@ def export_ranker(model: Ranker, path: Path, sample: Arrays) -> float:
     if viewers := {name for name in RANKER_INPUTS[:3] if len(inputs[name]) != 1}:
         raise ReleaseError(f"sample inputs {sorted(viewers)} must hold one viewer; a request has one")
     shapes = {name: {} if name in RANKER_INPUTS[:3] else {0: "C"} for name in RANKER_INPUTS}
-    return _export(model, path, inputs, shapes, RANKER_OUTPUT)
+    return _export(ServedRanker(model), path, inputs, shapes, RANKER_OUTPUT, model)
 
 
-def _export(module: nn.Module, path: Path, inputs: Arrays, dynamic: dict[str, dict[int, str]], output: str) -> float:
+def _export(
+    module: nn.Module,
+    path: Path,
+    inputs: Arrays,
+    dynamic: dict[str, dict[int, str]],
+    output: str,
+    trained: nn.Module | None = None,
+) -> float:
+    """Write ``module`` and compare the file with ``trained``, which is the module itself unless it is another form."""
     rows = max(len(values) for values in inputs.values())
     if not rows:
         raise ReleaseError(f"no rows to compare {path.name} with torch on; expected at least one")
+    trained = trained or module
+    trained.eval()
     module.eval()
     # Exported from two rows or more: a dimension of one would be taken for a constant.
     example = tuple(
@@ -82,7 +95,7 @@ def _export(module: nn.Module, path: Path, inputs: Arrays, dynamic: dict[str, di
     )
     with whole_file(path) as aside:
         _write(module, example, aside, list(inputs), dynamic, output)
-        difference = _largest_difference(module, aside, inputs, output)
+        difference = _largest_difference(trained, aside, inputs, output)
         if not difference <= MAX_DIFFERENCE:
             raise ReleaseError(
                 f"{path.name}: ONNX Runtime differs from torch by {difference:.3g} over {rows} rows, expected at most "

@@ -1,7 +1,8 @@
 """What lies inside a release's Arrow files. All are Arrow IPC files, one record batch, uncompressed: made to be
 memory-mapped and shared between the replicas of a node.
 
-``index.faiss`` is an inner-product index whose ids are row numbers of ``videos.arrow``.
+``index.faiss`` is an inner-product index whose ids are row numbers of ``videos.arrow``. It may compress the vectors:
+``INDEX_OVERFETCH`` times as many videos as wanted are then taken from it and scored with those of ``videos.arrow``.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from reelway.platform.contracts.features import (
 )
 
 NEIGHBOURS: Final = 20
+INDEX_OVERFETCH: Final = 3
 
 
 def videos_schema(embedding_dim: int) -> pa.Schema:

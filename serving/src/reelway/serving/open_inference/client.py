@@ -16,8 +16,10 @@ from typing import Any, Final
 
 import grpc
 import numpy as np
+from google.protobuf.message import DecodeError
 from numpy.typing import NDArray
 
+from reelway.platform.contracts.features import RANKER_INPUTS
 from reelway.platform.errors import ServingError
 from reelway.serving.metrics import SHORT, RemoteRankerMetrics
 from reelway.serving.open_inference import messages
@@ -93,10 +95,8 @@ class RankerThere:
             ],
             raw_input_contents=[value.tobytes() for _, value in chosen],
         )
-        answer = messages.ModelInferResponse()
-        answer.ParseFromString(await self._call("ModelInfer", request.SerializeToString(), deadline))
-        output: F32 = np.frombuffer(answer.raw_output_contents[0], dtype="<f4").reshape(answer.outputs[0].shape)
-        return output
+        answer = await self._call("ModelInfer", request.SerializeToString(), deadline)
+        return self._read(answer, len(inputs["video_dense"]))
 
     async def close(self) -> None:
         """Give up the connection."""
@@ -107,9 +107,32 @@ class RankerThere:
     async def _inputs_of_graph(self, deadline: float) -> tuple[str, ...]:
         """An export leaves out what its graph does not use, so the server is asked, once."""
         request = messages.ModelMetadataRequest(name=MODEL, version=self._release)
-        answer = messages.ModelMetadataResponse()
-        answer.ParseFromString(await self._call("ModelMetadata", request.SerializeToString(), deadline))
-        return tuple(tensor.name for tensor in answer.inputs)
+        body = await self._call("ModelMetadata", request.SerializeToString(), deadline)
+        try:
+            names = tuple(tensor.name for tensor in messages.ModelMetadataResponse.FromString(body).inputs)
+        except DecodeError as error:
+            raise self._wrong(str(error)) from error
+        if not names or not set(names) <= set(RANKER_INPUTS):
+            raise self._wrong(f"that it takes {list(names)}, expected some of {list(RANKER_INPUTS)}")
+        return names
+
+    def _read(self, body: bytes, candidates: int) -> F32:
+        """Raises ServingError: it is not one row of numbers for each candidate, so nothing may be ordered by it."""
+        try:
+            answer = messages.ModelInferResponse.FromString(body)
+            (tensor,), (data,) = answer.outputs, answer.raw_output_contents
+            output: F32 = np.frombuffer(data, dtype="<f4").reshape(tensor.shape)
+        except (DecodeError, ValueError) as error:
+            raise self._wrong(str(error)) from error
+        if tensor.datatype != "FP32" or output.ndim != 2 or len(output) != candidates:
+            raise self._wrong(f"{tensor.datatype} of shape {list(output.shape)}, expected FP32 of {candidates} rows")
+        if not np.isfinite(output).all():
+            raise self._wrong("values that are not finite")
+        return output
+
+    def _wrong(self, seen: str) -> ServingError:
+        self._metrics.count_fault("wrong")
+        return ServingError(f"the ranker of release {self._release[:SHORT]} at {self._address} answered {seen}")
 
     async def _call(self, method: str, request: bytes, deadline: float) -> bytes:
         if self._channel is None:
@@ -133,5 +156,5 @@ class RankerThere:
         if code is grpc.StatusCode.UNAVAILABLE:
             self._metrics.count_fault("gone")
             return ServingError(f"{what} is gone: {fault.details()}")
-        self._metrics.count_fault("refused")
+        self._metrics.count_fault("busy" if code is grpc.StatusCode.RESOURCE_EXHAUSTED else "refused")
         return ServingError(f"{what} answered {code.name}: {fault.details()}")

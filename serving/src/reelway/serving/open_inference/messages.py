@@ -7,7 +7,6 @@ with the definition that KServe ships. Fields are numbered from 1 in the order i
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, Final
 
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
@@ -95,9 +94,8 @@ _POOL: Final = descriptor_pool.DescriptorPool()
 _POOL.Add(FILE)
 
 
-def _message(name: str) -> Callable[..., Any]:
-    made: Callable[..., Any] = message_factory.GetMessageClass(_POOL.FindMessageTypeByName(f"{PACKAGE}.{name}"))
-    return made
+def _message(name: str) -> Any:
+    return message_factory.GetMessageClass(_POOL.FindMessageTypeByName(f"{PACKAGE}.{name}"))
 
 
 ServerLiveResponse: Final = _message("ServerLiveResponse")

@@ -118,6 +118,10 @@ class ServedRanker:
                 f"model {MODEL!r} has no version {version[:80]!r} here; expected {self.release[:SHORT]}"
             )
 
+    def count_refused(self, refusal: RefusedRequestError) -> None:
+        """Add a request that ``answer`` never saw."""
+        self._metrics.count(refusal.outcome, 0.0)
+
     @property
     def loaded(self) -> LoadedRanker:
         """Raises NotReadyError: it is being fetched, verified or warmed up."""

@@ -31,6 +31,14 @@ class TooLargeError(RefusedRequestError):
     http = HTTPStatus.REQUEST_ENTITY_TOO_LARGE
 
 
+class SlowError(RefusedRequestError):
+    """A body that does not arrive. Whoever sends it holds a connection, and nothing else."""
+
+    http = HTTPStatus.REQUEST_TIMEOUT
+    rpc = grpc.StatusCode.DEADLINE_EXCEEDED
+    outcome = "late"
+
+
 class EncodingError(RefusedRequestError):
     """A body that is compressed."""
 

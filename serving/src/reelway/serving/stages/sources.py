@@ -15,12 +15,11 @@ import faiss
 import numpy as np
 from numpy.typing import NDArray
 
+from reelway.platform.contracts.release_files import INDEX_OVERFETCH
 from reelway.serving.stages.arrays import F32, Rows, ViewerQuery
 from reelway.serving.video_table import ABSENT, VideoTable
 
 NONE: Final = np.empty(0, dtype=np.int32)
-OVERFETCH: Final = 3
-"""Times as many candidates as wanted are taken from a compressed index before they are scored exactly."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,8 +51,8 @@ class Source(Protocol):
 class AnnSource:
     """The videos nearest to the viewer by inner product of the two towers.
 
-    An index that keeps the vectors whole answers by itself. One that compresses them proposes ``OVERFETCH`` times as
-    many, which are scored again with the embeddings of the video table: these are mapped anyway, so the index needs
+    An index that keeps the vectors whole answers by itself. One that compresses them proposes ``INDEX_OVERFETCH`` times
+    as many, which are scored again with the embeddings of the video table: these are mapped anyway, so the index needs
     no copy of them.
 
     Args:
@@ -72,7 +71,7 @@ class AnnSource:
             inverted.nprobe = min(probes, inverted.nlist)
 
     def propose(self, ask: Ask) -> Proposal:
-        wanted = ask.wanted if self._is_exact else OVERFETCH * ask.wanted
+        wanted = ask.wanted if self._is_exact else INDEX_OVERFETCH * ask.wanted
         similarity, rows = self._index.search(ask.viewer_embedding, min(wanted, self._index.ntotal))
         found = rows[0][rows[0] >= 0].astype(np.int32)
         if self._is_exact:

@@ -1,0 +1,212 @@
+"""The ranker as it is exported: the same function of the same inputs, arranged for one viewer and many candidates.
+
+Training wants many viewers in a batch and plain layers. Serving has one viewer a request, and then most of the first
+layer's work on the two embeddings is the viewer's alone: coordinates, their products and the similarity are three
+linear maps of the video's embedding whose weights the viewer decides, so they are one map, made once a request. What
+the viewer makes of a topic and of a language are columns beside these words' own, one row for each word and not for
+each candidate. The mixture of experts is linear in the experts up to the heads' first layer, so the heads come before
+the mixture, and nothing is transposed for a candidate. Export refuses it where it does not give the ranker's own
+answers.
+"""
+
+# Shapes: C candidates, D embedding, W width of the first layer, X experts, E expert width, K tasks, H head width
+
+from __future__ import annotations
+
+import itertools
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from reelway.pipelines.models.inputs import HashedIds, Standardiser, standardised
+from reelway.pipelines.models.ranker import (
+    AFFINITY,
+    VIDEO_LANGUAGE,
+    VIDEO_TOPIC,
+    VIEWER_LANGUAGE,
+    Ranker,
+)
+from reelway.platform.contracts.events import TOPICS
+
+_SIMILARITY_SCALE = 4.0
+_AFFINITY_SCALE = 4.0
+
+
+class ServedRanker(nn.Module):
+    """``RANKER_INPUTS``, one viewer -> ``outputs_CK``, as ``Ranker.forward`` gives them without ``viewer_index``."""
+
+    plain_weight: Tensor
+    similarity_weight: Tensor
+    coordinates_weight: Tensor
+    products_weight: Tensor
+    viewer_weight: Tensor
+    viewer_bias: Tensor
+    heads_weight: Tensor
+    heads_bias: Tensor
+    spread: Tensor
+    last_weight: Tensor
+    last_bias: Tensor
+
+    def __init__(self, ranker: Ranker) -> None:
+        super().__init__()
+        self.ranker = ranker
+        trunk = ranker.trunk
+        self.experts, self.tasks, self.hidden = trunk.experts, trunk.tasks, trunk.expert_hidden
+        order_W = _gates_by_expert(self.experts, self.tasks, self.experts * self.hidden)
+        weight_IW = trunk.from_candidate.weight.detach().T[:, order_W]
+        width = ranker.embedding_dim
+        coordinates = 0 if ranker.config.similarity_only else width
+        plain = len(weight_IW) - 2 * coordinates - 1
+        parts = _parts(weight_IW.T, [plain, 1, coordinates, coordinates])
+        self._keep("plain_weight", parts[0].T[_words_with_crosses(ranker, plain)])
+        self._keep("similarity_weight", _SIMILARITY_SCALE * parts[1].T)
+        self._keep("coordinates_weight", parts[2].T)
+        self._keep("products_weight", width**0.5 * parts[3].T)
+        self._keep("viewer_weight", trunk.from_viewer.weight.detach().T[:, order_W])
+        self._keep("viewer_bias", trunk.from_viewer.bias.detach()[order_W])
+        self._keep_heads(ranker)
+
+    def _keep(self, name: str, values: Tensor) -> None:
+        self.register_buffer(name, values.detach().clone().contiguous())
+
+    def _keep_heads(self, ranker: Ranker) -> None:
+        """All heads side by side; the last layer as one matrix with zeros where one head would see another, and where
+        a head that is fixed would see anything."""
+        first, second = ranker.head_first, ranker.head_second
+        tasks, width, hidden = first.weight.shape
+        self._keep("heads_weight", first.weight.permute(1, 0, 2).reshape(width, tasks * hidden))
+        self._keep("heads_bias", first.bias.reshape(-1))
+        self._keep("spread", torch.eye(tasks).repeat_interleave(hidden, dim=1))
+        last = torch.zeros(tasks, hidden, tasks)
+        for k in range(tasks):
+            last[k, :, k] = second.weight[k, :, 0].detach() * ~ranker.fixed[k]
+        self._keep("last_weight", last.reshape(-1, tasks))
+        self._keep("last_bias", torch.where(ranker.fixed, ranker.fixed_output, second.bias[:, 0]))
+
+    def forward(
+        self,
+        viewer_dense: Tensor,
+        viewer_categories: Tensor,
+        viewer_embedding: Tensor,
+        video_dense: Tensor,
+        video_categories: Tensor,
+        creator_codes: Tensor,
+        video_embedding: Tensor,
+    ) -> Tensor:
+        """See the class; every argument as in ``Ranker.forward``, the viewer's with one row."""
+        ranker = self.ranker
+        viewer = [ranker.viewer_dense(viewer_dense), ranker.viewer_categories(viewer_categories)]
+        embedding_D1 = viewer_embedding.T
+        by_embedding_DW = embedding_D1 * self.similarity_weight
+        if not ranker.config.similarity_only:
+            viewer.append(viewer_embedding)
+            by_embedding_DW = by_embedding_DW + self.coordinates_weight + embedding_D1 * self.products_weight
+        first_1W = torch.addmm(self.viewer_bias, torch.cat(viewer, dim=-1), self.viewer_weight)
+        topics, languages = (table.get_parameter("weight") for table in ranker.video_categories.tables)
+        of_topic = torch.cat([topics, _affinities(viewer_dense)], dim=-1)
+        of_language = torch.cat([languages, _spoken(viewer_categories, len(languages))], dim=-1)
+        given_CI = torch.cat(
+            [
+                *_scaled(ranker.video_dense, video_dense),
+                of_topic[video_categories[:, VIDEO_TOPIC]],
+                of_language[video_categories[:, VIDEO_LANGUAGE]],
+                _vectors(ranker.creators, creator_codes),
+                video_embedding,
+            ],
+            dim=-1,
+        )
+        weight_IW = torch.cat([self.plain_weight, by_embedding_DW], dim=0)
+        mixed_CN = self._heads_of_experts(given_CI, weight_IW, first_1W)
+        return torch.addmm(self.last_bias, F.relu(mixed_CN), self.last_weight)
+
+    def _heads_of_experts(self, given_CI: Tensor, weight_IW: Tensor, first_1W: Tensor) -> Tensor:
+        """The heads' first layer over the mixture of experts, ``[C, K H]``."""
+        widths = [self.hidden] * self.experts + ([self.tasks * self.experts] if self.experts > 1 else [])
+        weights, biases = _parts(weight_IW, widths), _parts(first_1W, widths)
+        first = [torch.addmm(bias, given_CI, weight) for bias, weight in zip(biases, weights, strict=True)]
+        second = self.ranker.trunk.second
+        # Each with the heads' whole bias: the shares add up to one.
+        heads = [
+            torch.addmm(
+                self.heads_bias,
+                F.relu(torch.addmm(second.bias[x], F.relu(first[x]), second.weight[x])),
+                self.heads_weight,
+            )
+            for x in range(self.experts)
+        ]
+        if self.experts == 1:
+            return heads[0]
+        # A product with ones spreads a head's share over its columns: what is broadcast over [C, K, H] is slower.
+        shares = [share @ self.spread for share in _softmax(_parts(first[-1], [self.tasks] * self.experts))]
+        mixed_CN = heads[0] * shares[0]
+        for head, share in zip(heads[1:], shares[1:], strict=True):
+            mixed_CN = mixed_CN + head * share
+        return mixed_CN
+
+
+def _gates_by_expert(experts: int, tasks: int, start: int) -> Tensor:
+    """Columns of the first layer with the gates, which are in the order of the tasks, in the order of the experts."""
+    before = torch.arange(start)
+    if experts == 1:
+        return before
+    return torch.cat([before, start + torch.arange(tasks * experts).view(tasks, experts).T.reshape(-1)])
+
+
+def _words_with_crosses(ranker: Ranker, plain: int) -> Tensor:
+    """Rows of the first layer with the two crosses of topic and of language beside these words' own vectors.
+
+    The ranker has numbers, topic, language, creator, two crosses of the topic, two of the language.
+    """
+    word, creator = ranker.config.category_dim, ranker.config.creator_dim
+    widths = [plain - 2 * word - creator - 4, word, word, creator, 2, 2]
+    numbers, topic, language, creators, of_topic, of_language = torch.split(torch.arange(plain), widths)
+    return torch.cat([numbers, topic, of_topic, language, of_language, creators])
+
+
+def _parts(matrix: Tensor, widths: list[int]) -> list[Tensor]:
+    """The matrix's columns, so many to each part."""
+    ends = list(itertools.accumulate(widths))
+    return [matrix[:, end - width : end] for end, width in zip(ends, widths, strict=True)]
+
+
+def _softmax(gates: list[Tensor]) -> list[Tensor]:
+    """Over the list: four wide operations, where a softmax over an axis of four is thousands of small ones."""
+    highest = gates[0]
+    for gate in gates[1:]:
+        highest = torch.maximum(highest, gate)
+    raised = [torch.exp(gate - highest) for gate in gates]
+    total = raised[0]
+    for one in raised[1:]:
+        total = total + one
+    return [one / total for one in raised]
+
+
+def _scaled(numbers: Standardiser, values: Tensor) -> list[Tensor]:
+    """What ``Standardiser.forward`` puts side by side, and with less on the way."""
+    missing = torch.isnan(values)
+    return [torch.where(missing, 0.0, standardised(values, numbers.mean, numbers.scale)), missing.to(values.dtype)]
+
+
+def _vectors(ids: HashedIds, codes: Tensor) -> Tensor:
+    """What ``HashedIds.forward`` gives, one hash after another: a sum over an axis of two is slower."""
+    rows = [ids.row_of[codes[:, h]] for h in range(codes.shape[1])]
+    total, lowest = ids.table(rows[0]), rows[0]
+    for row in rows[1:]:
+        total, lowest = total + ids.table(row), torch.minimum(lowest, row)
+    return torch.where((lowest > 0).unsqueeze(-1), total, ids.unknown)
+
+
+def _affinities(viewer_dense: Tensor) -> Tensor:
+    """What the viewer makes of each topic, ``[1 + TOPICS, 2]``; row 0 is the unknown topic. See ``Ranker``."""
+    affinity_T = viewer_dense[0, AFFINITY : AFFINITY + TOPICS]
+    affinity_T = F.pad(torch.where(torch.isnan(affinity_T), 0.0, affinity_T), (1, 0))
+    return _AFFINITY_SCALE * torch.stack([affinity_T, F.relu(-affinity_T)], dim=-1)
+
+
+def _spoken(viewer_categories: Tensor, words: int) -> Tensor:
+    """Whether each language is the viewer's, and whether it is another, ``[words, 2]``; 0 is unknown."""
+    viewer_1, video_L = viewer_categories[:, VIEWER_LANGUAGE], torch.arange(words, device=viewer_categories.device)
+    known_L = (video_L > 0) & (viewer_1 > 0)
+    same_L = video_L == viewer_1
+    return torch.stack([known_L & same_L, known_L & ~same_L], dim=-1).to(torch.float32)

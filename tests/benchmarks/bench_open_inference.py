@@ -1,0 +1,182 @@
+"""A release whose ranker runs behind the Open Inference Protocol, beside the same release that ranks in its graph.
+
+Usage: python -m tests.benchmarks.bench_open_inference [--run runs/demo] [--requests 1000]
+
+One service holds both: two releases with the same files, each for half of the viewers, which are asked in turns by one
+client. So whatever else the machine does it does to both, and the difference at the median is the hop. ``--run`` takes
+the rows that are compared from a run that was really trained; without it they are of the made release.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import os
+import tempfile
+import time
+from collections.abc import Mapping
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+from numpy.typing import NDArray
+from tests.benchmarks.open_inference_rows import compare_rows
+from tests.benchmarks.report import Row, write_report
+from tests.benchmarks.serving_release import make_realistic_release, viewer_row
+from tests.release_files import NOW_S
+from tests.serving.rank_server import rank_server_process
+from tests.serving.viewer_store import make_viewer_store
+
+from reelway.platform.cli.terminal import say
+from reelway.platform.contracts.events import Arm
+from reelway.platform.features.store import ViewerRows, open_feature_store
+from reelway.platform.release.folder import read_manifest
+from reelway.platform.release.signing import create_keys, load_private_key, sign
+from reelway.platform.release.store import ReleaseStore
+from reelway.platform.rollout.traffic.routing import ArmRoute, Routing
+from reelway.platform.runs import RunDirectory
+from reelway.serving.free_ports import free_port
+from reelway.serving.release_loader import ReleaseLoader
+from reelway.serving.serve_config import ReleaseShelf, ServiceOptions
+
+ADDED_BAR_MS = 4.0
+CANDIDATES = 500
+COUNT = 20
+SECRET = b"the benchmark's secret of tokens"
+
+
+def main() -> None:
+    os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "60")  # a busy machine starts it in more than 5 s
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--run", type=Path, help="a run with a trained release: its rows are compared")
+    parser.add_argument("--videos", type=int, default=50_000)
+    parser.add_argument("--requests", type=int, default=1000, help="of each side")
+    options = parser.parse_args()
+    rows = []
+    with tempfile.TemporaryDirectory(prefix="bench-open-inference-") as name:
+        if options.run:
+            rows += compare_run(RunDirectory(options.run), Path(name))
+        say(f"making a release of {options.videos:,} videos")
+        make_realistic_release(Path(name) / "made", options.videos)
+        rows += measure_added(Path(name), Path(name) / "made", options.requests, compare=not options.run)
+    write_report("open_inference", rows)
+
+
+def measure_added(place: Path, made: Path, requests: int, *, compare: bool = False) -> list[Row]:
+    """What ranking elsewhere adds to the whole graph, both sides in one service; for ``bench_serving`` too.
+
+    Args:
+        made: folder of a release, which is there twice: ranked in the graph, and elsewhere.
+        requests: of each side.
+        compare: the two rankers' outputs too.
+    """
+    from reelway.serving.deployments.service import running_service
+
+    place.mkdir(exist_ok=True)
+    here, there = make_two(place, made)
+    shelf = ReleaseShelf(
+        release_store=str(place / "releases"), release_cache=place / "cache", public_keys=place / "keys"
+    )
+    (place / "token.secret").write_bytes(SECRET)
+    options = ServiceOptions(
+        shelf, place / "metrics", token_secrets=place / "token.secret", features_dir=place / "features",
+        outcomes=place / "outcomes.db", port=free_port("127.0.0.1"),
+    )  # fmt: skip
+    routing = Routing(
+        salt="bench", rollout="bench",
+        arms=(ArmRoute(arm=Arm.CANARY, release=there, weight_bp=5000),
+              ArmRoute(arm=Arm.STABLE, release=here, weight_bp=5000)),
+    )  # fmt: skip
+    rows = []
+    say("starting the rank server and Ray Serve")
+    with (
+        rank_server_process(shelf, there, place) as server,
+        running_service(Routing.whole(here), options, place / "token") as at,
+    ):
+        if compare:
+            loader, chance = ReleaseLoader(place / "releases" / there), np.random.default_rng(0)
+            viewers = (viewer_row(loader.table(), chance) for _ in itertools.count())
+            rows += compare_rows(loader, server, viewers, "made, not trained")
+        deploy_both(at, options, routing, there, server.grpc_port)
+        with httpx.Client(base_url=at.url, timeout=30) as client:
+            arms = {arm: viewers_of(routing, arm, requests) for arm in (Arm.STABLE, Arm.CANARY)}
+            taken = ask_in_turns(client, arms, warm_up=100)
+    return rows + report(taken)
+
+
+def deploy_both(at: Any, options: ServiceOptions, routing: Routing, there: str, port: int) -> None:
+    """Run both releases; one of them asks the server."""
+    from reelway.serving.deployments.service import deploy
+    from reelway.serving.serve_config import serve_config
+
+    document = serve_config(routing, options)
+    for application in document["applications"]:
+        if application["name"] == there:
+            application["args"]["ranker_address"] = f"127.0.0.1:{port}"
+    deploy(at, document)
+
+
+def make_two(place: Path, made: Path) -> tuple[str, str]:
+    """Two signed releases whose files are the same, in a store, and an online store that knows their viewers."""
+    manifest = read_manifest(made)
+    key = load_private_key(create_keys(place / "keys").private)
+    store, ids = ReleaseStore(str(place / "releases")), []
+    for second in range(2):
+        later = manifest.model_copy(update={"created_at": manifest.created_at + timedelta(seconds=second)})
+        ids.append(str(store.write(made, sign(later, key))))
+    table, chance = ReleaseLoader(made).table(), np.random.default_rng(1)
+    make_viewer_store(place / "features", {viewer: viewer_row(table, chance) for viewer in range(200)}, NOW_S)
+    return ids[0], ids[1]
+
+
+def viewers_of(routing: Routing, arm: Arm, count: int) -> list[int]:
+    """Known viewers of the arm, again and again."""
+    mine = [viewer for viewer in range(200) if routing.route_of(viewer).arm is arm]
+    return [mine[i % len(mine)] for i in range(count)]
+
+
+def ask_in_turns(
+    client: httpx.Client, arms: Mapping[Arm, list[int]], *, warm_up: int
+) -> dict[Arm, NDArray[np.float64]]:
+    """Milliseconds of each request. An answer that is not whole, or of the other arm, ends the benchmark."""
+    taken: dict[Arm, list[float]] = {arm: [] for arm in arms}
+    for i in range(-warm_up, len(arms[Arm.STABLE])):
+        for arm, viewers in arms.items():
+            body = {"viewer_id": viewers[i], "count": COUNT, "context": {"time": "2024-06-10T06:13:20Z"}}
+            begun = time.perf_counter()
+            answer = client.post("/v1/recommend", json=body)
+            passed = 1000 * (time.perf_counter() - begun)
+            whole = answer.is_success and f'"arm":"{arm.value}"' in answer.text and '"degraded":[]' in answer.text
+            if i >= 0 and not whole:
+                raise SystemExit(f"an answer was not whole; the timings would mean nothing: {answer.text[:300]}")
+            if i >= 0:
+                taken[arm].append(passed)
+    return {arm: np.array(values) for arm, values in taken.items()}
+
+
+def report(taken: Mapping[Arm, NDArray[np.float64]]) -> list[Row]:
+    """Both sides, and the difference."""
+    rows = [
+        Row(f"whole graph, ranker {where}, p{q}", float(np.percentile(taken[arm], q)), "ms")
+        for arm, where in ((Arm.STABLE, "in the graph"), (Arm.CANARY, "behind gRPC"))
+        for q in (50, 95, 99)
+    ]
+    added = float(np.median(taken[Arm.CANARY]) - np.median(taken[Arm.STABLE]))
+    bar = f"< {ADDED_BAR_MS:g} ms"
+    return [*rows, Row(f"added at p50, {CANDIDATES} candidates", added, "ms", bar, added < ADDED_BAR_MS)]
+
+
+def compare_run(run: RunDirectory, place: Path) -> list[Row]:
+    """Real rows: viewers of the run's online store, candidates and ranker of its release."""
+    release = str(ReleaseStore(str(run.release_store)).resolve("latest"))
+    loader = ReleaseLoader(run.release_store / release)
+    store = ViewerRows(open_feature_store(run.features))
+    shelf = ReleaseShelf(release_store=str(run.release_store), release_cache=place / "run", public_keys=run.keys)
+    with rank_server_process(shelf, release, place) as at:
+        return compare_rows(loader, at, (store.read(viewer) for viewer in itertools.count(1)), "trained")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,132 @@
+"""What requests really rank, through every way to a rank server, held against the ranker in the graph.
+
+Viewers come from the online store, candidates from the release's own retrieval, features from its own video table: the
+rows are those that a service would score.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, Final
+
+import httpx
+import numpy as np
+from numpy.typing import NDArray
+from prometheus_client import CollectorRegistry
+from tests.benchmarks.report import Row
+from tests.serving.rank_server import RankServerProcess
+
+from reelway.platform.contracts.api import RequestContext
+from reelway.platform.contracts.features import RANKER_INPUTS
+from reelway.platform.contracts.manifest import RANKER_FILE
+from reelway.serving.metrics import RemoteRankerMetrics
+from reelway.serving.open_inference.client import RankerThere
+from reelway.serving.open_inference.json_tensors import HEADER
+from reelway.serving.release_loader import ReleaseLoader
+from reelway.serving.sessions import Graph
+from reelway.serving.viewers import viewer_query
+
+DIFFERENCE_BAR: Final = 1e-6
+ROWS: Final = 10_000
+_DATATYPES: Final = {"f": "FP32", "i": "INT64"}
+
+Inputs = Mapping[str, NDArray[Any]]
+
+
+def compare_rows(
+    loader: ReleaseLoader, at: RankServerProcess, viewers: Iterable[Mapping[str, Any]], what: str
+) -> list[Row]:
+    """The largest difference of each way, over at least ``ROWS`` rows, and how long a call took."""
+    asked = list(_until_enough(ranked_in_requests(loader, viewers)))
+    count = sum(len(inputs["video_dense"]) for inputs in asked)
+    graph = Graph(loader.folder / RANKER_FILE, inputs=RANKER_INPUTS)
+    expected = [graph.run(inputs) for inputs in asked]
+    rows = []
+    answers = {
+        "gRPC": asyncio.run(_by_grpc(loader.release_id(), at, asked)),
+        "REST, bytes": _by_rest(at, asked, binary=True),
+        "REST, JSON": _by_rest(at, asked, binary=False),
+    }
+    for way, (outputs, took_ms) in answers.items():
+        largest = max(float(np.abs(there - here).max()) for there, here in zip(outputs, expected, strict=True))
+        metric = f"{way}: largest difference, {count} rows of {len(asked)} requests ({what})"
+        rows += [
+            Row(metric, largest, "", f"<= {DIFFERENCE_BAR:g}", largest <= DIFFERENCE_BAR),
+            Row(f"{way}: one call of {count // len(asked)} candidates, p50", float(np.median(took_ms)), "ms"),
+        ]
+    return rows
+
+
+def ranked_in_requests(loader: ReleaseLoader, viewers: Iterable[Mapping[str, Any]]) -> Iterator[Inputs]:
+    """The ranker's inputs in a request of each viewer."""
+    table, retrieval = loader.table(), loader.retrieval()
+    now_s = float(table.uploaded_at_s.max())
+    for row in viewers:
+        query = viewer_query(row, RequestContext(), now_s, table, seed=0)
+        candidates = retrieval.retrieve(query)
+        yield {
+            "viewer_dense": query.arrays.viewer_dense,
+            "viewer_categories": query.arrays.viewer_categories,
+            "viewer_embedding": candidates.viewer_embedding,
+            **table.gather(candidates.rows, now_s).as_inputs(),
+        }
+
+
+def _until_enough(asked: Iterator[Inputs]) -> Iterator[Inputs]:
+    count = 0
+    for inputs in asked:
+        yield inputs
+        count += len(inputs["video_dense"])
+        if count >= ROWS:
+            return
+    raise SystemExit(f"the viewers have {count} rows, expected {ROWS}; give more viewers")
+
+
+async def _by_grpc(release: str, at: RankServerProcess, asked: list[Inputs]) -> tuple[list[NDArray[Any]], list[float]]:
+    there = RankerThere(f"127.0.0.1:{at.grpc_port}", release, RemoteRankerMetrics(CollectorRegistry(), release))
+    outputs, took_ms = [], []
+    await there.score(asked[0])
+    for inputs in asked:
+        begun = time.perf_counter()
+        outputs.append(await there.score(inputs))
+        took_ms.append(1000 * (time.perf_counter() - begun))
+    await there.close()
+    return outputs, took_ms
+
+
+def _by_rest(at: RankServerProcess, asked: list[Inputs], *, binary: bool) -> tuple[list[NDArray[Any]], list[float]]:
+    outputs, took_ms = [], []
+    with httpx.Client(base_url=f"http://127.0.0.1:{at.http_port}", timeout=60, trust_env=False) as client:
+        for inputs in asked:
+            text, tensors = _rest_request(inputs, binary=binary)
+            headers = {HEADER: str(len(text))} if binary else {}
+            begun = time.perf_counter()
+            answer = client.post("/v2/models/ranker/infer", content=text + tensors, headers=headers)
+            took_ms.append(1000 * (time.perf_counter() - begun))
+            outputs.append(_rest_output(answer.raise_for_status(), binary=binary))
+    return outputs, took_ms
+
+
+def _rest_request(inputs: Inputs, *, binary: bool) -> tuple[bytes, bytes]:
+    described = []
+    for name, value in inputs.items():
+        if binary:
+            data: dict[str, Any] = {"parameters": {"binary_data_size": value.nbytes}}
+        else:  # JSON has no word for a missing number but null
+            data = {"data": np.where(np.isnan(value), None, value.astype(object)).ravel().tolist()}
+        described.append({"name": name, "datatype": _DATATYPES[value.dtype.kind], "shape": list(value.shape), **data})
+    document = {"inputs": described, "parameters": {"binary_data_output": binary}}
+    tensors = b"".join(value.tobytes() for value in inputs.values()) if binary else b""
+    return json.dumps(document).encode(), tensors
+
+
+def _rest_output(answer: httpx.Response, *, binary: bool) -> NDArray[Any]:
+    if not binary:
+        (output,) = answer.json()["outputs"]
+        return np.array(output["data"], dtype=np.float32).reshape(output["shape"])
+    length = int(answer.headers[HEADER])
+    (output,) = json.loads(answer.content[:length])["outputs"]
+    return np.frombuffer(answer.content[length:], dtype="<f4").reshape(output["shape"])

@@ -1,0 +1,247 @@
+"""The parts of the request path one by one, each on one core against what it is held to.
+
+Everything is measured in the process that calls: no Ray, no HTTP. Two things that are compared are measured in turns.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import faiss
+import numpy as np
+import onnxruntime
+import psutil
+import torch
+from numpy.typing import NDArray
+from tests.benchmarks.catalogue import make_catalogue
+from tests.benchmarks.report import Row
+from tests.benchmarks.serving_place import Place, store_candidates, video_rows
+from tests.benchmarks.serving_release import RANKER, TOWER, TRIED, make_realistic_release
+from tests.benchmarks.serving_sides import floor_of
+from tests.release_files import NOW_S
+
+from reelway.pipelines import search_index
+from reelway.pipelines.models.ranker import Ranker
+from reelway.pipelines.training.export import export_ranker
+from reelway.platform.cli.terminal import say
+from reelway.platform.contracts import features as names
+from reelway.platform.contracts.manifest import INDEX_FILE, RANKER_FILE
+from reelway.platform.features.store import open_feature_store
+from reelway.serving.stages.arrays import ViewerQuery
+from reelway.serving.stages.sources import AnnSource, Ask
+from reelway.serving.video_table import VideoTable
+
+CANDIDATES: Final = 500
+_EMPTY: Final[Any] = None
+
+
+def median_ms(*calls: Callable[[int], object], times: int = 200) -> list[float]:
+    """Median milliseconds of each call, in turns; each is called with the number of the turn."""
+    taken = np.empty((len(calls), times))
+    for i in range(-10, times):
+        for k, call in enumerate(calls):
+            start = time.perf_counter()
+            call(i)
+            taken[k, i] = time.perf_counter() - start
+    return [float(one) for one in 1000 * np.median(taken, axis=1)]
+
+
+def measure_retrieval(place: Place) -> list[Row]:
+    """Recall and time of the index that the release builder makes, on one core, for viewers it was not tuned with."""
+    say("retrieval: recall and time of the index")
+    faiss.omp_set_num_threads(1)
+    path = place.made / INDEX_FILE
+    embedding = place.loader().table().embedding
+    videos = len(embedding)
+    viewers = make_catalogue(videos, viewers=4 * TRIED).viewers  # the first of them are those it was tuned with
+    tune, judge = viewers[:TRIED], viewers[TRIED:]
+    exact = search_index.exact_rows(embedding, judge, CANDIDATES)
+    index = faiss.read_index(str(path), faiss.IO_FLAG_MMAP_IFC)
+    asks = [Ask(_nobody(), viewer[None], CANDIDATES) for viewer in judge]
+    rows = []
+    for least, bar_ms in ((0.99, 2.0), (0.95, None)):
+        if bar_ms is None:
+            search_index.tune_probes(index, embedding, tune, CANDIDATES, least)
+        source = AnnSource(index, embedding)
+        (p50,) = median_ms(lambda i, source=source: source.propose(asks[i % len(asks)]), times=300)
+        seen = search_index.recall_of(index, embedding, judge, exact)
+        inverted = faiss.try_extract_index_ivf(index)
+        of = f"{videos:,} videos, {inverted.nprobe if inverted else 'no'} lists, tuned to {least}"
+        rows += [
+            Row(f"retrieval, {of}: recall@{CANDIDATES}", seen, "", f">= {least}", seen >= least),
+            _bar(f"retrieval, {of}: p50, one core", p50, "ms", bar_ms),
+        ]
+    per_video = path.stat().st_size / videos
+    rows.append(Row("index: bytes a video", per_video, "B", "< 80", per_video < 80))
+    return rows
+
+
+def _nobody() -> ViewerQuery:
+    none = np.empty(0, np.int32)
+    return ViewerQuery(_EMPTY, none, np.empty(0, np.float32), None, NOW_S, 0)
+
+
+def measure_features(place: Place) -> list[Row]:
+    """The gather of 500 videos, some of them fresher than the release, beside reading them from the online store."""
+    say("features: the gather beside the online store")
+    table = place.loader().table()
+    rng = np.random.default_rng(5)
+    fresh = np.sort(rng.choice(len(table), min(20_000, len(table)), replace=False)).astype(np.int32)
+    live = rng.gamma(1.0, 2.0, (len(fresh), len(names.VIDEO_LIVE_DENSE))).astype(np.float32)
+    table.overlay(fresh, live)
+    sets = [rng.choice(len(table), CANDIDATES, replace=False).astype(np.int32) for _ in range(50)]
+    (gather_ms,) = median_ms(lambda i: table.gather(sets[i % len(sets)], NOW_S), times=500)
+    asked = sets[0]
+    store_candidates(place, asked, time.time(), table)
+    from tests.benchmarks.serving_naive import VIDEO_FIELDS, read_videos
+
+    store = open_feature_store(place.features)
+    ids = table.video_id[asked].tolist()
+    (store_ms,) = median_ms(lambda _: read_videos(store, ids), times=20)
+    same = _same(read_videos(store, ids).to_pydict(), video_rows(table, asked), VIDEO_FIELDS)
+    width = len(names.VIDEO_DENSE) + len(names.VIDEO_CATEGORIES) + names.ID_HASHES + table.embedding.shape[1]
+    ratio = store_ms / gather_ms
+    return [
+        _bar(f"features: gather of {CANDIDATES} x {width}, with live overlay, p50", gather_ms, "ms", 0.2),
+        Row("features: the same videos from the online store, p50", store_ms, "ms"),
+        Row("features: online store over gather", ratio, "x", ">= 100", ratio >= 100),
+        Row("features: values that are the same on both ways", 100 * same, "%", "100", same == 1.0),
+    ]
+
+
+def _same(read: dict[str, list[Any]], expected: Sequence[dict[str, Any]], fields: Sequence[str]) -> float:
+    same = total = 0
+    for name in fields:
+        for seen, row in zip(read[name], expected, strict=True):
+            total += 1
+            wanted = row.get(name)
+            if seen is None or wanted is None:
+                same += seen is None and wanted is None
+            else:
+                same += seen == wanted if isinstance(wanted, str) else np.float32(seen) == np.float32(wanted)
+    return same / total
+
+
+def measure_ranking(place: Place) -> list[Row]:
+    """The ranker of the release on 500 candidates beside torch, eager, and beside torch's own form of the graph."""
+    say("ranking: 500 candidates beside torch")
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    table = place.loader().table()
+    ranker = Ranker(RANKER, TOWER.dim).eval()
+    with torch.no_grad():  # away from where it starts, as training leaves it
+        for parameter in ranker.parameters():
+            parameter += 0.05 * torch.randn_like(parameter)
+    inputs = _ranker_inputs(place, table)
+    export_ranker(ranker, place.path / RANKER_FILE, inputs)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = options.inter_op_num_threads = 1
+    session = onnxruntime.InferenceSession(str(place.path / RANKER_FILE), options, providers=["CPUExecutionProvider"])
+    given = [torch.from_numpy(np.array(inputs[name])) for name in names.RANKER_INPUTS]
+
+    def eager(_: int) -> NDArray[np.float32]:
+        with torch.inference_mode():
+            outputs: NDArray[np.float32] = ranker(*given).numpy()
+        return outputs
+
+    ours_ms, torch_ms = median_ms(lambda _: session.run(None, inputs), eager, times=300)
+    ours, theirs = session.run(None, inputs)[0], eager(0)
+    difference = float(np.abs(ours - theirs).max())
+    lost = 100 * max(1 - _ndcg(ours[:, k], theirs[:, k]) for k in range(theirs.shape[1]))
+    share = ours_ms / torch_ms
+    return [
+        Row("ranking: torch, eager, one core, p50", torch_ms, "ms"),
+        Row("ranking: the release's graph, one core, p50", ours_ms, "ms"),
+        Row("ranking: graph over torch", share, "x", "<= 0.5", share <= 0.5),
+        Row("ranking: largest difference, nothing is quantised", difference, "", "<= 1e-5", difference <= 1e-5),
+        Row("ranking: NDCG lost to torch's order, the worst head", lost, "%", "< 0.1", lost < 0.1),
+    ]
+
+
+def _ndcg(scores_C: NDArray[np.float32], gains_C: NDArray[np.float32]) -> float:
+    """Of the order that ``scores_C`` gives, where torch's own ranks are what is to be gained."""
+    gain = np.argsort(np.argsort(gains_C)) / len(gains_C)
+    discount = 1 / np.log2(2 + np.arange(len(gain)))
+    return float((gain[np.argsort(-scores_C)] * discount).sum() / (np.sort(gain)[::-1] * discount).sum())
+
+
+def _ranker_inputs(place: Place, table: VideoTable) -> dict[str, NDArray[Any]]:
+    from reelway.platform.contracts.api import RequestContext
+    from reelway.serving.viewers import viewer_query
+
+    viewer = viewer_query(place.viewer_rows()[0], RequestContext(), NOW_S, table, seed=0).arrays
+    rows = np.arange(CANDIDATES, dtype=np.int32)
+    return {
+        "viewer_dense": viewer.viewer_dense,
+        "viewer_categories": viewer.viewer_categories,
+        "viewer_embedding": table.embedding[:1],
+        **table.gather(rows, NOW_S).as_inputs(),
+    }
+
+
+def measure_growth(path: Path, large: Place, sizes: Sequence[int]) -> list[Row]:
+    """One slate in one process as the catalogue grows to ``large``, and what a video takes of the disk."""
+    places = {}
+    for videos in sizes:
+        say(f"growth: a release of {videos:,} videos")
+        places[videos] = Place(path / f"catalogue-{videos}")
+        make_realistic_release(places[videos].made, videos)
+    places[len(large.loader().table())] = large
+    calls = [floor_of(place, from_store=False) for place in places.values()]
+    rows = []
+    for videos, place in places.items():
+        mapped = sum(file.stat().st_size for file in place.made.iterdir() if file.suffix in (".arrow", ".faiss"))
+        rows.append(Row(f"catalogue of {videos:,}: mapped bytes a video", mapped / videos, "B"))
+    p50 = dict(zip(places, median_ms(*calls, times=200), strict=True))
+    rows += [Row(f"catalogue of {videos:,}: slate in one process, p50", ms, "ms") for videos, ms in p50.items()]
+    smallest, largest = min(p50), max(p50)
+    growth = max(p50.values()) / p50[smallest]
+    name = f"catalogue: slowest p50 over that of {smallest:,}, up to {largest:,}"
+    return [*rows, Row(name, growth, "x", "< 1.5", growth < 1.5)]
+
+
+def measure_cold_start(place: Place) -> list[Row]:
+    """Two replicas, one after the other, of a release that the node has; and what they share."""
+    videos = len(place.loader().table())
+    say(f"cold start with {videos:,} videos")
+    command = [sys.executable, "-m", "tests.benchmarks.serving_replica", str(place.path), place.release]
+    subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, check=True)  # the node fetches it
+    replicas: list[subprocess.Popen[str]] = []
+    started = []
+    try:
+        for _ in range(2):
+            replicas.append(subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True))
+            started.append(json.loads(replicas[-1].stdout.readline()))  # type: ignore[union-attr]
+        own_mb = max(psutil.Process(one.pid).memory_full_info().uss for one in replicas) / 1e6
+        maps = [_release_maps(one.pid, place.path / "cache") for one in replicas]
+    finally:
+        for one in replicas:
+            one.communicate()
+    if not all(one["whole"] for one in started):
+        raise SystemExit("a replica's first slate was not whole; its start would mean nothing")
+    slowest = max(started, key=lambda one: float(one["seconds"]))
+    once = sum(pss for _, pss in maps) / max(sum(rss for rss, _ in maps), 1)
+    return [
+        Row(f"cold start, {videos:,} videos: process to first slate", slowest["seconds"], "s", "< 10 s",
+            slowest["seconds"] < 10),
+        Row("cold start: of that, imports", slowest["imports_s"], "s"),
+        Row("cold start: memory that is a replica's own", own_mb, "MB"),
+        Row("cold start: pages of the release in a replica", maps[0][0] / 1e6, "MB"),
+        Row("cold start: pages in memory over pages in two replicas", 100 * once, "%", "< 55: shared", once < 0.55),
+    ]  # fmt: skip
+
+
+def _release_maps(pid: int, folder: Path) -> tuple[int, int]:
+    """Bytes of the release's files that a process has mapped in, and its share of them (PSS)."""
+    maps = [one for one in psutil.Process(pid).memory_maps() if one.path.startswith(str(folder))]
+    return sum(one.rss for one in maps), sum(one.pss for one in maps)
+
+
+def _bar(metric: str, value: float, unit: str, bar: float | None) -> Row:
+    return Row(metric, value, unit) if bar is None else Row(metric, value, unit, f"< {bar:g} {unit}", value < bar)

@@ -1,0 +1,153 @@
+"""The sides that are compared, each in a process of its own: CPU and memory of one are not mixed with another's.
+
+Usage: python -m tests.benchmarks.serving_sides staged|fused|naive|floor PLACE [SECONDS or SETTINGS]
+
+A service prints its address as one line of JSON and runs until its input ends. ``floor`` answers requests one after
+another for so many seconds and prints how many: the same arithmetic, with nothing around it.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+from tests.benchmarks.serving_place import SECRET, VIEWERS, Place
+from tests.release_files import NOW_S
+
+from reelway.platform.contracts.api import RecommendRequest
+from reelway.platform.features.store import ViewerRows, open_feature_store
+from reelway.platform.rollout.traffic.routing import Routing
+from reelway.platform.tokens import TokenSigner
+from reelway.serving.serve_config import ReleaseShelf
+
+COUNT = 20
+REPLICA = "ray::ServeReplica"
+
+
+@dataclass(frozen=True)
+class Side:
+    """A running service."""
+
+    url: str
+    process: psutil.Process
+
+    def cpu_s(self) -> float:
+        """CPU seconds that all of its processes have taken, Ray's own included."""
+        return sum(times.user + times.system for _, times in self._each("cpu_times"))
+
+    def replica_mb(self) -> dict[str, float]:
+        """Deployment -> its replica's share of the memory (PSS: pages that several map count in parts)."""
+        found: dict[str, float] = {}
+        for process, memory in self._each("memory_full_info"):
+            line = " ".join(process.cmdline())
+            if line.startswith(REPLICA):
+                found[line.split()[0].rpartition(":")[2]] = memory.pss / 1e6
+        return found
+
+    def _each(self, what: str) -> Iterator[tuple[psutil.Process, Any]]:
+        for process in [self.process, *self.process.children(recursive=True)]:
+            try:
+                yield process, getattr(process, what)()
+            except psutil.NoSuchProcess:
+                continue
+
+
+@contextmanager
+def running(kind: str, place: Path, **settings: Any) -> Iterator[Side]:
+    """A service of this kind, from answering until the block is left."""
+    command = [sys.executable, "-m", "tests.benchmarks.serving_sides", kind, str(place), json.dumps(settings)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        try:
+            line = process.stdout.readline()
+            if not line:
+                raise SystemExit(f"the service {kind!r} did not start; see its message above")
+            yield Side(json.loads(line)["url"], psutil.Process(process.pid))
+        finally:
+            process.stdin.close()
+
+
+def floor_of(place: Place, *, from_store: bool = True) -> Callable[[int], int]:
+    """One request by number: the viewer's row, the slate, its JSON. Gives its length, 0 if it is not whole.
+
+    Args:
+        from_store: read the row from the online store, as a service does.
+    """
+    graph = place.loader().graph(TokenSigner(SECRET))
+    read: Callable[[int], Mapping[str, Any]] = place.viewer_rows().__getitem__
+    if from_store:
+        read = ViewerRows(open_feature_store(place.features)).read
+
+    def answer(i: int) -> int:
+        request = RecommendRequest(viewer_id=i % VIEWERS, count=COUNT)
+        response = graph.recommend(request, read(request.viewer_id), NOW_S)
+        return len(response.model_dump_json()) if not response.degraded and len(response.videos) == COUNT else 0
+
+    return answer
+
+
+def floor_per_s(place: Place, seconds: float, processes: int) -> float:
+    """Requests a second of so many processes, each with a core of its own where there are as many."""
+    command = [sys.executable, "-m", "tests.benchmarks.serving_sides", "floor", str(place.path), str(seconds)]
+    started = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(processes)]
+    counts = [json.loads(process.communicate()[0]) for process in started]
+    return float(sum(one["requests"] / one["seconds"] for one in counts))
+
+
+def _floor(place: Place, seconds: float) -> None:
+    answer = floor_of(place)
+    for i in range(20):
+        answer(i)
+    count, start = 0, time.monotonic()
+    while (taken := time.monotonic() - start) < seconds:
+        count += bool(answer(count))
+    print(json.dumps({"requests": count, "seconds": taken}))
+
+
+def _ours(kind: str, place: Place, settings: dict[str, Any]) -> None:
+    from reelway.serving.deployments.service import running_service
+    from reelway.serving.free_ports import free_port
+    from reelway.serving.serve_config import Replicas, ServiceOptions
+
+    path = place.path
+    shelf = ReleaseShelf(release_store=str(path / "releases"), release_cache=path / "cache", public_keys=path / "keys")
+    replicas = Replicas(**settings.pop("replicas", {}))
+    options = ServiceOptions(
+        shelf,
+        metrics_dir=path / f"metrics-{kind}-{time.time_ns()}",
+        token_secrets=path / "token.secret",
+        features_dir=place.features,
+        outcomes=path / f"outcomes-{kind}.db",
+        port=free_port("127.0.0.1"),
+        composition=kind,  # type: ignore[arg-type]
+        replicas=replicas,
+        **settings,
+    )
+    with running_service(Routing.whole(place.release), options, path / "ray.token") as service:
+        print(json.dumps({"url": service.url}), flush=True)
+        sys.stdin.read()
+
+
+def main() -> None:
+    kind, place = sys.argv[1], Place(Path(sys.argv[2]))
+    if kind == "floor":
+        _floor(place, float(sys.argv[3]))
+    elif kind == "naive":
+        from tests.benchmarks.serving_naive import serve_naively
+
+        serve_naively(place)
+    else:
+        _ours(kind, place, json.loads(sys.argv[3]))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,79 @@
+"""The served form of the ranker gives the ranker's own answers, whatever kind of ranker it is made of."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from reelway.pipelines.models.ranker import Ranker, RankerConfig
+from reelway.pipelines.models.served_ranker import ServedRanker
+from reelway.platform.contracts import features as names
+from reelway.platform.contracts.events import TOPICS
+
+WIDTH = 12
+
+
+def a_request(candidates: int) -> list[torch.Tensor]:
+    """One viewer with gaps in what is known of it, and candidates of which some are unknown in every way."""
+    chance = torch.Generator().manual_seed(candidates)
+    viewer_dense = torch.rand(1, len(names.VIEWER_DENSE), generator=chance) - 0.3
+    viewer_dense[0, ::7] = float("nan")
+    video_dense = 50 * torch.rand(candidates, len(names.VIDEO_DENSE), generator=chance)
+    video_dense[::3, ::4] = float("nan")
+    categories = torch.stack(
+        [torch.randint(0, TOPICS + 1, (candidates,), generator=chance), torch.randint(0, 3, (candidates,))], dim=-1
+    )
+    return [
+        viewer_dense,
+        torch.tensor([[3, 2, 0, 5]]),
+        torch.randn(1, WIDTH, generator=chance) / WIDTH**0.5,
+        video_dense,
+        categories,
+        torch.randint(0, 50, (candidates, names.ID_HASHES), generator=chance),
+        torch.randn(candidates, WIDTH, generator=chance) / WIDTH**0.5,
+    ]
+
+
+def a_ranker(config: RankerConfig) -> Ranker:
+    """With every parameter away from where it starts, as training leaves it."""
+    torch.manual_seed(1)
+    ranker = Ranker(config, WIDTH)
+    ranker.creators.mark_known(torch.arange(1, 40))
+    ranker.video_dense.fit(50 * torch.rand(100, len(names.VIDEO_DENSE)))
+    with torch.no_grad():
+        for parameter in ranker.parameters():
+            parameter += 0.1 * torch.randn_like(parameter)
+    ranker.fix_head("share", -4.0)
+    return ranker.eval()
+
+
+@pytest.mark.parametrize("candidates", [1, 2, 300])
+@pytest.mark.parametrize(
+    "config",
+    [
+        RankerConfig(),
+        RankerConfig(kind="mmoe", experts=3, expert_hidden=16, expert_out=8, head_hidden=4),
+        RankerConfig(kind="shared_bottom"),
+        RankerConfig(similarity_only=True),
+    ],
+    ids=["default", "mmoe", "shared_bottom", "similarity_only"],
+)
+def test_the_served_form_answers_as_the_ranker_does(config: RankerConfig, candidates: int) -> None:
+    ranker = a_ranker(config)
+    given = a_request(candidates)
+    with torch.inference_mode():
+        expected, seen = ranker(*given), ServedRanker(ranker).eval()(*given)
+    torch.testing.assert_close(seen, expected, rtol=1e-5, atol=1e-5)
+    if candidates > 2:  # but for the fixed head, something is told apart
+        assert expected.std(dim=0).gt(1e-3).sum() == len(names.RANKER_TASKS) - 1
+
+
+def test_a_gate_that_is_very_sure_is_not_infinite() -> None:
+    ranker = a_ranker(RankerConfig())
+    with torch.no_grad():
+        ranker.trunk.from_viewer.bias += 500 * torch.randn_like(ranker.trunk.from_viewer.bias)
+    given = a_request(5)
+    with torch.inference_mode():
+        expected, seen = ranker(*given), ServedRanker(ranker).eval()(*given)
+    assert torch.isfinite(seen).all()
+    torch.testing.assert_close(seen, expected, rtol=1e-4, atol=1e-3)
