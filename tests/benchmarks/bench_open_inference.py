@@ -22,7 +22,7 @@ from typing import Any
 import httpx
 import numpy as np
 from numpy.typing import NDArray
-from tests.benchmarks.open_inference_rows import compare_rows
+from tests.benchmarks.open_inference_rows import added_in_one_process, compare_rows
 from tests.benchmarks.report import Row, write_report
 from tests.benchmarks.serving_release import make_realistic_release, viewer_row
 from tests.release_files import NOW_S
@@ -191,7 +191,8 @@ def compare_run(run: RunDirectory, place: Path) -> list[Row]:
     store = ViewerRows(open_feature_store(run.features))
     shelf = ReleaseShelf(release_store=str(run.release_store), release_cache=place / "run", public_keys=run.keys)
     with rank_server_process(shelf, release, place) as at:
-        return compare_rows(loader, at, (store.read(viewer) for viewer in itertools.count(1)), "trained")
+        rows = compare_rows(loader, at, (store.read(viewer) for viewer in itertools.count(1)), "trained")
+        return rows + added_in_one_process(loader, at, [store.read(viewer) for viewer in range(1, 101)])
 
 
 if __name__ == "__main__":
