@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -11,8 +12,10 @@ from typing import Any
 import pytest
 import yaml
 from tests.cluster.conftest import Kubectl
+from tests.e2e.waiting import until
 
 from reelway.platform.cluster.inference_service import (
+    OWNER,
     PATH,
     InferenceServices,
     RankedApart,
@@ -215,3 +218,24 @@ def test_an_inference_service_is_made_once_per_release_and_removed_alone(
     assert not services.states().get(NEW[:12], RankerState(False)).ready
     assert OLD[:12] in services.states()
     assert api.get(f"{PATH}/other-{OLD[:12]}") is not None
+
+
+@pytest.mark.cluster
+def test_what_was_made_goes_with_the_config_map_that_it_belongs_to(
+    kubectl: Kubectl, api: KubeApi, services: InferenceServices
+) -> None:
+    owned = copy.deepcopy(TEMPLATE)
+    owned["metadata"]["annotations"][OWNER] = "test-ranker"
+    rankers = InferenceServices(api, owned)
+    with pytest.raises(KubernetesError, match="ConfigMap test-ranker, which rankers belong to, is gone"):
+        rankers.prepare(NEW)
+    kubectl.apply({"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "test-ranker"}})
+    rankers.prepare(NEW)
+    services.prepare(OLD)
+    made = api.get(f"{PATH}/test-{NEW[:12]}")
+    assert made is not None
+    assert OWNER not in made["metadata"]["annotations"]
+    kubectl.run("delete", "configmap", "test-ranker")
+    listed = ("get", "inferenceservice", "-o", "name")
+    until("it is collected", lambda: f"test-{NEW[:12]}" not in kubectl.run(*listed), 30, lambda: kubectl.run(*listed))
+    assert f"test-{OLD[:12]}" in kubectl.run(*listed)

@@ -50,7 +50,7 @@ def test_what_is_in_the_store_is_a_resource_with_what_its_manifest_says(
     records.look()
     for release in made:
         document, manifest = read(kubectl, release), store.manifest(release)  # type: ignore[arg-type]
-        assert document["spec"] == {"id": release, "store": store.url}
+        assert document["spec"] == {"id": release, "store": store.url, "note": ""}
         status = document["status"]
         assert isinstance(status, dict)
         assert (status["name"], status["gates"]) == (manifest.name, "hold")

@@ -26,6 +26,10 @@ metadata:
     app.kubernetes.io/managed-by: Helm
     reelway.dev/release: {{ .release | quote }}
   annotations:
+    {{- with .owner }}
+    # The operator makes the ConfigMap of this name the owner: what it made goes with the installation.
+    reelway.dev/owner: {{ . }}
+    {{- end }}
     serving.kserve.io/deploymentMode: Standard
     {{- if $r.autoscaling.enabled }}
     serving.kserve.io/autoscalerClass: hpa

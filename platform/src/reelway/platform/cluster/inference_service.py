@@ -22,6 +22,8 @@ from reelway.platform.rollout.traffic.target import TrafficBackend, TrafficObser
 PATH: Final = "serving.kserve.io/v1beta1/inferenceservices"
 RELEASE_LABEL: Final = "reelway.dev/release"
 """The first characters of the id; a label may not hold the whole."""
+OWNER: Final = "reelway.dev/owner"
+"""Annotation of the template: the ConfigMap of the installation with which every InferenceService goes away."""
 _WHO: Final = "app.kubernetes.io/managed-by"
 _OPERATOR: Final = "reelway-operator"
 
@@ -56,7 +58,8 @@ class InferenceServices:
 
     Args:
         template: an InferenceService in which ``{release}`` stands for the first characters of a release's id, and
-            ``{release_id}`` for the whole. Its labels say which InferenceServices are this installation's.
+            ``{release_id}`` for the whole. Its labels say which InferenceServices are this installation's, its
+            annotation ``OWNER`` with what they are collected when the installation is removed.
     """
 
     def __init__(self, api: KubeApi, template: Document) -> None:
@@ -68,7 +71,10 @@ class InferenceServices:
     def prepare(self, release: str) -> None:
         """Create it; one that is there already, the chart's perhaps, stays as it is."""
         document = _named(self._template, release)
-        document["metadata"]["labels"][_WHO] = _OPERATOR
+        metadata = document["metadata"]
+        metadata["labels"][_WHO] = _OPERATOR
+        if owner := metadata.get("annotations", {}).pop(OWNER, ""):
+            metadata["ownerReferences"] = [self._reference(owner)]
         try:
             self._api.create(PATH, document)
         except ConflictError:
@@ -82,6 +88,14 @@ class InferenceServices:
             if self._own.items() <= found["metadata"].get("labels", {}).items()
             and RELEASE_LABEL in found["metadata"]["labels"]
         }
+
+    def _reference(self, owner: str) -> Document:
+        found = self._api.get(f"v1/configmaps/{owner}")
+        if found is None:
+            raise KubernetesError(
+                f"ConfigMap {owner}, which rankers belong to, is gone: is the chart being uninstalled?"
+            )
+        return {"apiVersion": "v1", "kind": "ConfigMap", "name": owner, "uid": found["metadata"]["uid"]}
 
     def retire(self, release: str) -> None:
         """Delete it, whoever made it."""

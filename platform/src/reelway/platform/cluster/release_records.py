@@ -79,7 +79,10 @@ class ReleaseRecords:
             except ReelwayError as error:
                 damaged = error
         for release_id in recorded.keys() - present:
-            if recorded[release_id]["spec"]["store"] == self._store.url and _said_present(recorded[release_id]):
+            if (
+                recorded[release_id]["spec"]["store"] == self._store.url
+                and _said_present(recorded[release_id]) is not False
+            ):
                 self._gone(recorded[release_id])
         if damaged is not None:
             raise damaged
@@ -94,11 +97,12 @@ class ReleaseRecords:
             except ConflictError:
                 return  # another one came first; the next look sees it
             log.info("release %s is in the store: %s", manifest.release_id[:_SHOWN], manifest.name)
-        self._replace_status(document, _status(manifest))
+        self._replace_status(document, _status(manifest, document["metadata"]["generation"]))
 
     def _gone(self, document: Mapping[str, Any]) -> None:
         before = ReleaseStatus.model_validate(document.get("status") or {})
-        missing = _condition("False", "Removed", f"{self._store.url} has it no longer")
+        generation = document["metadata"]["generation"]
+        missing = _condition("False", "Removed", f"{self._store.url} has it no longer", generation)
         self._replace_status(document, before.model_copy(update={"conditions": (missing,)}))
         log.info("release %s is no longer in the store", document["metadata"]["name"])
 
@@ -111,7 +115,7 @@ class ReleaseRecords:
             return  # it was changed meanwhile; the next look sees how
 
 
-def _status(manifest: Manifest) -> ReleaseStatus:
+def _status(manifest: Manifest, generation: int) -> ReleaseStatus:
     failed = [gate.name for gate in manifest.gates if not gate.passed]
     waived = {waiver.gate for waiver in manifest.waivers}
     gates = "hold" if not failed else "waived" if set(failed) <= waived else "failed"
@@ -121,20 +125,20 @@ def _status(manifest: Manifest) -> ReleaseStatus:
         gates=gates,
         failed_gates=tuple(failed),
         metrics={name: f"{value:.4g}" for name, value in sorted(manifest.metrics.items())},
-        conditions=(_condition("True", "Found", ""),),
+        conditions=(_condition("True", "Found", "", generation),),
     )
 
 
-def _condition(status: str, reason: str, message: str) -> Condition:
+def _condition(status: str, reason: str, message: str, generation: int) -> Condition:
     return Condition.model_validate(
-        {"type": IN_STORE, "status": status, "reason": reason, "message": message,
+        {"type": IN_STORE, "status": status, "reason": reason, "message": message, "observedGeneration": generation,
          "lastTransitionTime": stamp(time.time())}
     )  # fmt: skip
 
 
 def _said_present(document: Mapping[str, Any]) -> bool | None:
-    """What was said of it last; None when nothing was."""
+    """What was said of it as it is now; None when nothing was."""
     for condition in (document.get("status") or {}).get("conditions") or ():
-        if condition["type"] == IN_STORE:
+        if condition["type"] == IN_STORE and condition["observedGeneration"] == document["metadata"]["generation"]:
             return bool(condition["status"] == "True")
     return None
