@@ -34,19 +34,25 @@ LARGE: Final = ("retrieval", "growth", "cold")
 def main() -> None:
     options = _options()
     rows: list[Row] = []
-    with tempfile.TemporaryDirectory(prefix="bench-serving-") as name:
-        path = Path(name)
-        if set(options.only) & set(LARGE):
-            with _timed(f"a release of {options.large:,} videos"):
-                large = make_place(path / "large", options.large)
-            rows += _of_large(options, path, large)
-        if set(options.only) - set(LARGE):
-            with _timed(f"a release of {options.videos:,} videos"):
-                place = make_place(path / "place", options.videos)
-            with online_store(place) as address:
-                say(f"the online store is {address.partition(':')[0]}")
-                rows += _of_service(options, place)
-    write_report("serving", rows)
+    try:
+        with tempfile.TemporaryDirectory(prefix="bench-serving-") as name:
+            for row in _measured(options, Path(name)):
+                rows.append(row)
+    finally:  # what was measured before a side did not start is worth having
+        write_report("serving", rows)
+
+
+def _measured(options: argparse.Namespace, path: Path) -> Iterator[Row]:
+    if set(options.only) & set(LARGE):
+        with _timed(f"a release of {options.large:,} videos"):
+            large = make_place(path / "large", options.large)
+        yield from _of_large(options, path, large)
+    if set(options.only) - set(LARGE):
+        with _timed(f"a release of {options.videos:,} videos"):
+            place = make_place(path / "place", options.videos)
+        with online_store(place) as address:
+            say(f"the online store is {address.partition(':')[0]}")
+            yield from _of_service(options, place)
 
 
 def _options() -> argparse.Namespace:
@@ -68,42 +74,38 @@ def _words(given: str) -> list[str]:
     return given.split(",")
 
 
-def _of_large(options: argparse.Namespace, path: Path, large: Place) -> list[Row]:
+def _of_large(options: argparse.Namespace, path: Path, large: Place) -> Iterator[Row]:
     from tests.benchmarks import serving_parts as parts
 
-    rows: list[Row] = []
     if "retrieval" in options.only:
         with _timed("retrieval"):
-            rows += parts.measure_retrieval(large)
+            yield from parts.measure_retrieval(large)
     if "growth" in options.only:
         with _timed("growth"):
-            rows += parts.measure_growth(path, large, (options.large // 100, options.large // 10))
+            yield from parts.measure_growth(path, large, (options.large // 100, options.large // 10))
     if "cold" in options.only:
         with _timed("cold start"):
-            rows += parts.measure_cold_start(large)
-    return rows
+            yield from parts.measure_cold_start(large)
 
 
-def _of_service(options: argparse.Namespace, place: Place) -> list[Row]:
+def _of_service(options: argparse.Namespace, place: Place) -> Iterator[Row]:
     from tests.benchmarks import serving_parts as parts
 
-    rows: list[Row] = []
     if "features" in options.only:
         with _timed("features"):
-            rows += parts.measure_features(place)
+            yield from parts.measure_features(place)
     if "ranking" in options.only:
         with _timed("ranking"):
-            rows += parts.measure_ranking(place)
+            yield from parts.measure_ranking(place)
     if "path" in options.only:
         with _timed("the path"):
-            rows += measure_path(place, options.seconds, options.sides)
+            yield from measure_path(place, options.seconds, options.sides)
     if "overload" in options.only:
         with _timed("overload"):
-            rows += measure_overload(place, options.seconds, options.overload_s)
+            yield from measure_overload(place, options.seconds, options.overload_s)
     if "kserve" in options.only:
         with _timed("the ranker behind KServe's protocol"):
-            rows += measure_added(place.path / "kserve", place.made, requests=300)
-    return rows
+            yield from measure_added(place.path / "kserve", place.made, requests=300)
 
 
 @contextmanager

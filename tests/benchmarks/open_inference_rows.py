@@ -19,10 +19,12 @@ from prometheus_client import CollectorRegistry
 from tests.benchmarks.report import Row
 from tests.serving.rank_server import RankServerProcess
 
-from reelway.platform.contracts.api import RequestContext
+from reelway.platform.contracts.api import RecommendRequest, RequestContext
 from reelway.platform.contracts.features import RANKER_INPUTS
 from reelway.platform.contracts.manifest import RANKER_FILE
-from reelway.serving.metrics import RemoteRankerMetrics
+from reelway.platform.tokens import TokenSigner
+from reelway.serving.graph import LocalStages, RequestPath
+from reelway.serving.metrics import IngressMetrics, RemoteRankerMetrics
 from reelway.serving.open_inference.client import RankerThere
 from reelway.serving.open_inference.json_tensors import HEADER
 from reelway.serving.release_loader import ReleaseLoader
@@ -31,6 +33,8 @@ from reelway.serving.viewers import viewer_query
 
 DIFFERENCE_BAR: Final = 1e-6
 ROWS: Final = 10_000
+TURNS: Final = 300
+WARM_UP: Final = 20
 _DATATYPES: Final = {"f": "FP32", "i": "INT64"}
 
 Inputs = Mapping[str, NDArray[Any]]
@@ -73,6 +77,40 @@ def ranked_in_requests(loader: ReleaseLoader, viewers: Iterable[Mapping[str, Any
             "viewer_embedding": candidates.viewer_embedding,
             **table.gather(candidates.rows, now_s).as_inputs(),
         }
+
+
+def added_in_one_process(loader: ReleaseLoader, at: RankServerProcess, viewers: list[Mapping[str, Any]]) -> list[Row]:
+    """What the hop adds to the graph without Ray around it, in turns: a machine that is busy is busy for both."""
+    release, now_s = loader.release_id(), float(loader.table().uploaded_at_s.max())
+    stages, signer = loader.stages(), TokenSigner(b"the benchmark's secret of tokens")
+
+    async def ask() -> NDArray[np.float64]:
+        ranker = RankerThere(f"127.0.0.1:{at.grpc_port}", release, RemoteRankerMetrics(CollectorRegistry(), release))
+        there = LocalStages(stages.retrieval, loader.ranking(ranker), stages.reranking)
+        paths = [
+            RequestPath(loader.edge(), side, signer, IngressMetrics(CollectorRegistry())) for side in (stages, there)
+        ]
+        took_ms = []
+        for i in range(-WARM_UP, TURNS):
+            turn = []
+            for path in paths:
+                request = RecommendRequest(viewer_id=i % len(viewers), count=20)
+                begun = time.perf_counter()
+                answered = await path.answer(request, viewers[request.viewer_id], now_s)
+                turn.append(1000 * (time.perf_counter() - begun))
+                if answered.response.degraded:
+                    raise SystemExit(f"an answer was not whole: {answered.response.degraded}")
+            took_ms.append(turn)
+        await ranker.close()
+        return np.array(took_ms[WARM_UP:])
+
+    here_ms, there_ms = asyncio.run(ask()).T
+    added = float(np.median(there_ms) - np.median(here_ms))
+    return [
+        Row("graph in one process, ranker in the graph, p50", float(np.median(here_ms)), "ms"),
+        Row("graph in one process, ranker behind gRPC, p50", float(np.median(there_ms)), "ms"),
+        Row(f"graph in one process: added at p50, {TURNS} turns", added, "ms"),
+    ]
 
 
 def _until_enough(asked: Iterator[Inputs]) -> Iterator[Inputs]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -41,33 +41,35 @@ class Seen:
     cpu_ms: float  # of the service, a request
 
 
-def measure_path(place: Place, seconds: float, sides: Sequence[str] = tuple(SIDES)) -> list[Row]:
-    """Floor, naive and ours: latency in turns at concurrency 1, throughput at 1, 8, 32, CPU, memory, hops."""
+def measure_path(place: Place, seconds: float, sides: Sequence[str] = tuple(SIDES)) -> Iterator[Row]:
+    """Floor, naive and ours: latency in turns at concurrency 1, throughput at 1, 8, 32, CPU, memory, hops.
+
+    Each row comes as it is measured, so that what was measured is kept where a later side does not start.
+    """
     if "naive" in sides:
         from tests.benchmarks.serving_naive import naive_candidates
 
         say("writing the candidates' features for the naive side")
         store_candidates(place, naive_candidates(place), time.time(), place.loader().table())
     floor = floor_of(place)
-    floor_rate = floor_per_s(place, seconds, CORES)
-    rows = [Row(f"floor, {CORES} processes: throughput", floor_rate, "requests/s")]
-    at_eight: dict[str, float] = {"the floor": floor_rate}
+    at_eight = {"the floor": floor_per_s(place, seconds, CORES)}
+    yield Row(f"floor, {CORES} processes: throughput", at_eight["the floor"], "requests/s")
     for kind in sides:
         say(f"measuring {kind}")
         with running(kind, place.path, **SIDES[kind]) as side:
             settle(side, place)
-            rows += measure_in_turns(kind, side, place, floor, seconds)
+            yield from measure_in_turns(kind, side, place, floor, seconds)
             for connections in (1, 8, 32):
                 seen = measured(side, place, seconds, connections=connections)
-                rows += load_rows(f"{kind}, concurrency {connections}", seen)
+                yield from load_rows(f"{kind}, concurrency {connections}", seen)
                 if connections == 8:
                     at_eight[kind] = seen.per_s
-            rows += [Row(f"{kind}: memory of {name}", mb, "MB") for name, mb in sorted(side.replica_mb().items())]
+            yield from (Row(f"{kind}: memory of {name}", mb, "MB") for name, mb in sorted(side.replica_mb().items()))
             if kind != "naive":
-                rows += breakdown_rows(kind, side, place, seconds)
+                yield from breakdown_rows(kind, side, place, seconds)
             if kind == "fused":
-                rows += open_loop_rows(side, place, 2 * seconds, 0.7 * at_eight[kind])
-    return rows + ratio_rows(at_eight)
+                yield from open_loop_rows(side, place, 2 * seconds, 0.7 * at_eight[kind])
+    yield from ratio_rows(at_eight)
 
 
 def ratio_rows(at_eight: dict[str, float]) -> list[Row]:
