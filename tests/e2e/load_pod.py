@@ -26,6 +26,8 @@ RATE: Final = float(os.environ.get("REELWAY_E2E_RATE", "10"))
 """Requests per second; fewer where a machine does much else."""
 VIEWERS: Final = 5_000
 _RECORD: Final = "/tmp/record"
+_TAIL: Final = 'test ! -e "$0" || tail -c "$1" "$0"'
+"""Nothing where the program has not begun."""
 _PROGRAM: Final = ROOT / "tests" / "benchmarks" / "constant_load.py"
 _ALERT: Final = """
 import sys, time, urllib.request
@@ -54,7 +56,7 @@ class Load:
     def rows(self, *, since: float = 0.0, before: float = np.inf) -> NDArray[np.void]:
         """Requests sent between two moments, as far as it is known what became of them."""
         command = [self.kubectl.program, "--kubeconfig", str(self.kubectl.kubeconfig), "-n", self.kubectl.namespace,
-                   "exec", self.name, "--", "tail", "-c", f"+{len(self._read) + 1}", _RECORD]  # fmt: skip
+                   "exec", self.name, "--", "sh", "-c", _TAIL, _RECORD, f"+{len(self._read) + 1}"]  # fmt: skip
         self._read += subprocess.run(command, capture_output=True, timeout=60, check=True).stdout
         whole = len(self._read) // RECORD.itemsize * RECORD.itemsize
         rows = np.frombuffer(bytes(self._read[:whole]), dtype=RECORD)
