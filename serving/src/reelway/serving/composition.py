@@ -11,8 +11,8 @@ Composition = Literal["staged", "fused"]
 """Where the three stages of a release run.
 
 ``staged``: each is a deployment of its own, scaled on its own, and a fault of a release's native code ends a process
-of that release. Three hops, each of which costs about 2 ms of CPU on either side.
-``fused``: in the routers' processes, each release on a thread of its own. No hops: less than half the CPU and a third
-of the latency on two cores (``make bench-serving``). The stages are scaled together, by the routers' replicas; a
-canary shares the routers' cores with stable, and native code of a release that crashes takes a router with it.
+of that release. Three hops.
+``fused``: in the routers' processes, each release on a thread of its own. No hops; what they cost is printed by ``make
+bench-serving``. The stages are scaled together, by the routers' replicas; a canary shares the routers' cores with
+stable, and native code of a release that crashes takes a router with it.
 """
