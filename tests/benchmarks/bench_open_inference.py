@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import os
 import tempfile
 import time
 from collections.abc import Mapping
@@ -48,7 +47,6 @@ SECRET = b"the benchmark's secret of tokens"
 
 
 def main() -> None:
-    os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "60")  # a busy machine starts it in more than 5 s
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", type=Path, help="a run with a trained release: its rows are compared")
     parser.add_argument("--videos", type=int, default=50_000)

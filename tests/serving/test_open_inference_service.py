@@ -6,7 +6,6 @@ The servers are processes, and their end is SIGKILL: nothing is drained, said or
 from __future__ import annotations
 
 import json
-import os
 import re
 import time
 from collections.abc import Callable, Iterator
@@ -85,7 +84,6 @@ class Scene:
 @contextmanager
 def scene(run: Path, stable: str, canary: str, addresses: dict[str, str]) -> Iterator[Scene]:
     """The service with both releases warm and everybody on stable, under load."""
-    os.environ.setdefault("RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S", "60")
     from reelway.serving.deployments.service import deploy, running_service
 
     (run / "token.secret").write_bytes(b"the secret of the tests' tokens")

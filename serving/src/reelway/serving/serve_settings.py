@@ -30,6 +30,8 @@ SERVE_SETTINGS: Final = {
     # A replica that takes a new configuration is not "running" for a turn of Serve's control loop (0.1 s, and more on
     # a busy machine), and HAProxy would be told to go without it. So it hears of both changes at once, as nothing.
     "RAY_SERVE_HAPROXY_BROADCAST_COALESCE_S": "1",
+    # A busy machine may need more than Serve's 5 s to start HAProxy, which would end the service's start with it.
+    "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
     # HAProxy hears of a leaving replica within that second; 30 s are for load balancers that poll.
     "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "3",
     # Ray runs its workers at niceness 15. A service must not lose to what else a machine does: on two cores with twice
