@@ -165,7 +165,7 @@ def test_an_export_that_differs_from_torch_is_refused_and_leaves_no_file(
     def write_then_train_on(module: torch.nn.Module, *rest: Any) -> None:
         write(module, *rest)
         with torch.no_grad():
-            module.head_second.bias.add_(1e-3)  # type: ignore[union-attr, operator]
+            module.ranker.head_second.bias.add_(1e-3)  # type: ignore[union-attr, operator]
 
     monkeypatch.setattr(export, "_write", write_then_train_on)
     ranker = load_models(trained[0].models).ranker
