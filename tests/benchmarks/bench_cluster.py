@@ -76,6 +76,7 @@ def _installed(
                 installation.until_ready()
                 if rounds:
                     by_webhook(flow, rounds)
+                    write_report("cluster", flow.rows)  # what follows takes minutes, and may be stopped
                 for _ in range(heads):
                     head_killed(flow, what)
             finally:
