@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import sqlite3
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,6 +22,25 @@ def sync_folder(folder: Path) -> None:
         os.fsync(fd)
     finally:
         os.close(fd)
+
+
+@contextmanager
+def whole_transaction(db: sqlite3.Connection) -> Iterator[None]:
+    """All of the block's writes are in the file when it is left, or none of them; nobody else writes meanwhile.
+
+    The connection must begin no transactions by itself (``isolation_level=None``).
+
+    Raises:
+        sqlite3.Error: SQLite's own; nothing was written. The caller knows what the file is.
+    """
+    db.execute("BEGIN IMMEDIATE")
+    try:
+        yield
+        db.execute("COMMIT")
+    except BaseException:
+        if db.in_transaction:
+            db.execute("ROLLBACK")
+        raise
 
 
 @contextmanager

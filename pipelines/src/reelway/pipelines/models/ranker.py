@@ -29,6 +29,8 @@ from reelway.platform.contracts.features import (
 POSITIONS = 64
 """Positions at and beyond this share one bias; -1 (not shown anywhere) has none."""
 
+CROSS_SCALE = 4.0
+"""Of the affinity and the similarity, beside inputs that are standardised."""
 AFFINITY = VIEWER_DENSE.index("topic_affinity_0")
 VIEWER_LANGUAGE = VIEWER_CATEGORIES.index("language")
 VIDEO_TOPIC = VIDEO_CATEGORIES.index("topic")
@@ -234,5 +236,8 @@ class Ranker(nn.Module):
         dot_C1 = product_CD.sum(dim=-1, keepdim=True)
         # unit vectors: times sqrt(D), the product's parts are of the order of the dot itself
         scale = video_embedding.shape[-1] ** 0.5
-        crosses = [affinity_C1 * 4.0, F.relu(-affinity_C1) * 4.0, same_C2.to(product_CD.dtype), dot_C1 * 4.0]
+        crosses = [
+            affinity_C1 * CROSS_SCALE, F.relu(-affinity_C1) * CROSS_SCALE, same_C2.to(product_CD.dtype),
+            dot_C1 * CROSS_SCALE,
+        ]  # fmt: skip
         return torch.cat(crosses, dim=-1), product_CD * scale

@@ -22,15 +22,13 @@ from torch import Tensor, nn
 from reelway.pipelines.models.inputs import HashedIds, Standardiser, standardised
 from reelway.pipelines.models.ranker import (
     AFFINITY,
+    CROSS_SCALE,
     VIDEO_LANGUAGE,
     VIDEO_TOPIC,
     VIEWER_LANGUAGE,
     Ranker,
 )
 from reelway.platform.contracts.events import TOPICS
-
-_SIMILARITY_SCALE = 4.0
-_AFFINITY_SCALE = 4.0
 
 
 class ServedRanker(nn.Module):
@@ -60,7 +58,7 @@ class ServedRanker(nn.Module):
         plain = len(weight_IW) - 2 * coordinates - 1
         parts = _parts(weight_IW.T, [plain, 1, coordinates, coordinates])
         self._keep("plain_weight", parts[0].T[_words_with_crosses(ranker, plain)])
-        self._keep("similarity_weight", _SIMILARITY_SCALE * parts[1].T)
+        self._keep("similarity_weight", CROSS_SCALE * parts[1].T)
         self._keep("coordinates_weight", parts[2].T)
         self._keep("products_weight", width**0.5 * parts[3].T)
         self._keep("viewer_weight", trunk.from_viewer.weight.detach().T[:, order_W])
@@ -201,7 +199,7 @@ def _affinities(viewer_dense: Tensor) -> Tensor:
     """What the viewer makes of each topic, ``[1 + TOPICS, 2]``; row 0 is the unknown topic. See ``Ranker``."""
     affinity_T = viewer_dense[0, AFFINITY : AFFINITY + TOPICS]
     affinity_T = F.pad(torch.where(torch.isnan(affinity_T), 0.0, affinity_T), (1, 0))
-    return _AFFINITY_SCALE * torch.stack([affinity_T, F.relu(-affinity_T)], dim=-1)
+    return CROSS_SCALE * torch.stack([affinity_T, F.relu(-affinity_T)], dim=-1)
 
 
 def _spoken(viewer_categories: Tensor, words: int) -> Tensor:

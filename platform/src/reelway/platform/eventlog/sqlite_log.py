@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
+from reelway.platform.durable import whole_transaction
 from reelway.platform.errors import StorageError
 from reelway.platform.eventlog.log import LogRecord, Position, ReadBatch, StoredRecord
 
@@ -173,13 +174,7 @@ class SqliteLog:
         """One transaction: all of the block is on disk when it is left, or nothing of it."""
         with self._lock:
             try:
-                self._db.execute("BEGIN IMMEDIATE")
-                try:
+                with whole_transaction(self._db):
                     yield
-                    self._db.execute("COMMIT")
-                except BaseException:
-                    if self._db.in_transaction:
-                        self._db.execute("ROLLBACK")
-                    raise
             except sqlite3.Error as error:
                 raise StorageError(f"{self._path}: cannot write the event log: {error}; nothing was written") from error

@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from reelway.platform.contracts.events import Arm
+from reelway.platform.durable import whole_transaction
 from reelway.platform.errors import StorageError
 from reelway.serving.outcomes.exposures import ExposedArm
 from reelway.serving.outcomes.viewer_sums import COLUMNS, SLICES, SUMS, ViewerTotals
@@ -116,14 +117,8 @@ class OutcomeStore:
             StorageError: SQLite's own word, e.g. that the disk is full.
         """
         try:
-            self._db.execute("BEGIN IMMEDIATE")
-            try:
+            with whole_transaction(self._db):
                 yield
-                self._db.execute("COMMIT")
-            except BaseException:
-                if self._db.in_transaction:
-                    self._db.execute("ROLLBACK")
-                raise
         except sqlite3.Error as error:
             raise StorageError(f"{self._path}: outcomes cannot be written: {error}; nothing was counted") from error
 

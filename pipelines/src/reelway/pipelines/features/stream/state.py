@@ -21,6 +21,7 @@ from reelway.pipelines.features.stream.cells import LAYOUTS, STREAMED
 from reelway.pipelines.features.stream.labels import OpenImpressions
 from reelway.pipelines.features.stream.points import NEVER_US
 from reelway.pipelines.features.windows import I64
+from reelway.platform.durable import whole_transaction
 from reelway.platform.errors import StorageError
 
 SCHEMA_VERSION: Final = 1
@@ -99,14 +100,8 @@ class StreamState:
     def transaction(self) -> Iterator[None]:
         """All of the block is on disk when it is left, or nothing of it."""
         try:
-            self._db.execute("BEGIN IMMEDIATE")
-            try:
+            with whole_transaction(self._db):
                 yield
-                self._db.execute("COMMIT")
-            except BaseException:
-                if self._db.in_transaction:
-                    self._db.execute("ROLLBACK")
-                raise
         except sqlite3.Error as error:
             raise StorageError(f"{self._path}: cannot write the stream's state: {error}") from error
 
