@@ -1,6 +1,6 @@
 """A release whose ranker runs behind the Open Inference Protocol, beside the same release that ranks in its graph.
 
-Usage: python -m tests.benchmarks.bench_open_inference [--run runs/demo] [--requests 1000]
+Usage: python -m tests.benchmarks.bench_open_inference [--run runs/demo] [--requests 1000] [--made FOLDER --into FILE]
 
 One service holds both: two releases with the same files, each for half of the viewers, which are asked in turns by one
 client. So whatever else the machine does it does to both, and the difference at the median is the hop. ``--run`` takes
@@ -11,9 +11,13 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import json
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Mapping
+from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -30,6 +34,7 @@ from tests.serving.viewer_store import make_viewer_store
 
 from reelway.platform.cli.terminal import say
 from reelway.platform.contracts.events import Arm
+from reelway.platform.durable import write_json
 from reelway.platform.features.store import ViewerRows, open_feature_store
 from reelway.platform.release.folder import read_manifest
 from reelway.platform.release.signing import create_keys, load_private_key, sign
@@ -51,9 +56,15 @@ def main() -> None:
     parser.add_argument("--run", type=Path, help="a run with a trained release: its rows are compared")
     parser.add_argument("--videos", type=int, default=50_000)
     parser.add_argument("--requests", type=int, default=1000, help="of each side")
+    parser.add_argument("--made", type=Path, help="folder of a release: what it adds to that one's graph, nothing else")
+    parser.add_argument("--into", type=Path, help="with --made: JSON of the rows, instead of a report")
     options = parser.parse_args()
     rows = []
     with tempfile.TemporaryDirectory(prefix="bench-open-inference-") as name:
+        if options.made:
+            rows = measure_added(Path(name), options.made, options.requests)
+            write_json(options.into, [asdict(row) for row in rows])
+            return
         if options.run:
             rows += compare_run(RunDirectory(options.run), Path(name))
         say(f"making a release of {options.videos:,} videos")
@@ -63,7 +74,7 @@ def main() -> None:
 
 
 def measure_added(place: Path, made: Path, requests: int, *, compare: bool = False) -> list[Row]:
-    """What ranking elsewhere adds to the whole graph, both sides in one service; for ``bench_serving`` too.
+    """What ranking elsewhere adds to the whole graph, both sides in one service.
 
     Args:
         made: folder of a release, which is there twice: ranked in the graph, and elsewhere.
@@ -102,6 +113,15 @@ def measure_added(place: Path, made: Path, requests: int, *, compare: bool = Fal
             arms = {arm: viewers_of(routing, arm, requests) for arm in (Arm.STABLE, Arm.CANARY)}
             taken = ask_in_turns(client, arms, warm_up=50)
     return rows + report(taken, requests)
+
+
+def added_by(made: Path, requests: int) -> list[Row]:
+    """``measure_added`` in a process of its own: Ray reads how it is to authenticate once in a process."""
+    with tempfile.TemporaryDirectory(prefix="bench-added-") as name:
+        rows = Path(name) / "rows.json"
+        options = ["--made", str(made), "--requests", str(requests), "--into", str(rows)]
+        subprocess.run([sys.executable, "-m", "tests.benchmarks.bench_open_inference", *options], check=True)
+        return [Row(**row) for row in json.loads(rows.read_text())]
 
 
 def deploy_both(at: Any, options: ServiceOptions, routing: Routing, there: str, port: int) -> None:

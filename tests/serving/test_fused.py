@@ -143,9 +143,12 @@ def test_who_is_sent_away_is_told_when_to_come_back(loader: ReleaseLoader) -> No
     client = TestClient(build_http_api(router))
     with release.in_use():
         answer = client.post("/v1/recommend", json={"viewer_id": 1, "count": 5})
-    assert answer.status_code == 429
-    assert answer.headers["Retry-After"] == "1"
-    assert "try again" in answer.json()["error"]
+        assert answer.status_code == 429
+        assert answer.headers["Retry-After"] == "1"
+        assert "try again" in answer.json()["error"]
+        # Not even read: there is no time for what is wrong with it.
+        assert client.post("/v1/recommend", content=b"{").status_code == 429
+        assert client.get("/healthz").status_code == 200
     assert "429" in client.get("/openapi.json").json()["paths"]["/v1/recommend"]["post"]["responses"]
     assert client.post("/v1/recommend", json={"viewer_id": 1, "count": 5}).status_code == 200
 

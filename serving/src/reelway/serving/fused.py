@@ -7,9 +7,10 @@ The same stages and the same metrics, in the router's own process. What is given
 from __future__ import annotations
 
 import asyncio
+import sys
 from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar
 
 from prometheus_client import CollectorRegistry
 
@@ -22,6 +23,18 @@ from reelway.serving.time_budget import TimeBudget
 from reelway.serving.viewers import first_ranking, nobody
 
 T = TypeVar("T")
+
+GIL_TURN_S: Final = 0.0005
+"""How long a path may hold the interpreter while the event loop wants it.
+
+At Python's 5 ms the loop, which needs it for moments, waits for a path several times a request. On 2 cores at 8
+connections, one run after the other: throughput 163 -> 173 requests/s, p99 in the open loop 96 -> 81 ms.
+"""
+
+
+def share_the_interpreter() -> None:
+    """Let the event loop have it soon. For the whole process, so it is for whoever owns the process to call."""
+    sys.setswitchinterval(GIL_TURN_S)
 
 
 class OwnThread:

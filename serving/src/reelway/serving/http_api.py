@@ -15,6 +15,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from prometheus_client import CONTENT_TYPE_LATEST
 from pydantic import BaseModel
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from reelway.platform.contracts.api import ErrorResponse, FieldError, RecommendRequest, RecommendResponse
 from reelway.platform.contracts.events import Arm
@@ -73,7 +74,16 @@ class Service(Protocol):
 
     def count_refused(self) -> None: ...
 
+    def refuse_unread(self) -> None:
+        """Send a request away whoever it is from.
 
+        Raises:
+            OverloadedError: nobody can be answered now.
+        """
+        ...
+
+
+RECOMMEND: Final = "/v1/recommend"
 RESPONSES: Final[dict[int | str, dict[str, Any]]] = {
     200: {"model": RecommendResponse},
     422: {"model": ErrorResponse},
@@ -90,7 +100,7 @@ def build_http_api(service: Service) -> FastAPI:
     )
 
     # The answer is already valid, so it is written as it is; the models below are what /openapi.json says of it.
-    @api.post("/v1/recommend", responses=RESPONSES)
+    @api.post(RECOMMEND, responses=RESPONSES)
     async def recommend(request: RecommendRequest) -> Response:
         """An ordered slate for one viewer, known or unknown."""
         answer = await service.recommend(request)
@@ -121,9 +131,8 @@ def build_http_api(service: Service) -> FastAPI:
         return JSONResponse(body.model_dump(mode="json"), status_code=422)
 
     @api.exception_handler(OverloadedError)
-    async def come_back(_: Request, error: OverloadedError) -> Response:
-        body = ErrorResponse(error=str(error))
-        return JSONResponse(body.model_dump(mode="json"), status_code=429, headers={"Retry-After": "1"})
+    async def turned_away(_: Request, error: OverloadedError) -> Response:
+        return come_back(error)
 
     @api.exception_handler(Exception)
     async def unavailable(_: Request, error: Exception) -> Response:
@@ -131,7 +140,34 @@ def build_http_api(service: Service) -> FastAPI:
         body = ErrorResponse(error="no answer is possible now; try again")
         return JSONResponse(body.model_dump(mode="json"), status_code=503, headers={"Retry-After": "1"})
 
+    api.add_middleware(TurnAwayUnread, service=service)
     return api
+
+
+def come_back(error: OverloadedError) -> Response:
+    """429, and when to ask again."""
+    body = ErrorResponse(error=str(error))
+    return JSONResponse(body.model_dump(mode="json"), status_code=429, headers={"Retry-After": "1"})
+
+
+class TurnAwayUnread:
+    """Before a request is read: what is sent away must cost little, since there is most of it when there is least time.
+
+    An ASGI middleware.
+    """
+
+    def __init__(self, app: ASGIApp, service: Service) -> None:
+        self._app = app
+        self._service = service
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        app = self._app
+        if scope["type"] == "http" and scope["method"] == "POST" and scope["path"] == RECOMMEND:
+            try:
+                self._service.refuse_unread()
+            except OverloadedError as error:
+                app = come_back(error)
+        await app(scope, receive, send)
 
 
 def field_error(error: dict[str, Any]) -> FieldError:

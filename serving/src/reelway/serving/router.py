@@ -114,10 +114,7 @@ class Router:
         if routing is None:
             raise ServingError("the router has no releases yet; it was asked before its configuration came")
         way = ways[routing.route_of(request.viewer_id).arm]
-        if way.release.requests >= self._parts.at_once:
-            release = way.release.edge.release_id
-            self._metrics.shed.labels(release[: metrics.SHORT], way.side.arm.value).inc()
-            raise OverloadedError(f"release {release[:12]} answers {way.release.requests} requests now; try again")
+        self._refuse_if_full(way)
         given, clock_s = request.context.time, time.time()
         now_s = clock_s if given is None else given.timestamp()
         with way.release.in_use():
@@ -167,6 +164,19 @@ class Router:
     def count_refused(self) -> None:
         """Add an invalid request."""
         self._metrics.refused.inc()
+
+    def refuse_unread(self) -> None:
+        """Send a request away before it is read, where one release answers everybody. Raises ``OverloadedError``."""
+        if len(self._ways) == 1:
+            (way,) = self._ways.values()
+            self._refuse_if_full(way)
+
+    def _refuse_if_full(self, way: _Way) -> None:
+        if way.release.requests < self._parts.at_once:
+            return
+        release = way.release.edge.release_id
+        self._metrics.shed.labels(release[: metrics.SHORT], way.side.arm.value).inc()
+        raise OverloadedError(f"release {release[:12]} answers {way.release.requests} requests now; try again")
 
     async def _start_with(self, routing: Routing) -> None:
         stable = _fallback(routing).release

@@ -4,9 +4,8 @@ Training wants many viewers in a batch and plain layers. Serving has one viewer 
 layer's work on the two embeddings is the viewer's alone: coordinates, their products and the similarity are three
 linear maps of the video's embedding whose weights the viewer decides, so they are one map, made once a request. What
 the viewer makes of a topic and of a language are columns beside these words' own, one row for each word and not for
-each candidate. The mixture of experts is linear in the experts up to the heads' first layer, so the heads come before
-the mixture, and nothing is transposed for a candidate. Export refuses it where it does not give the ranker's own
-answers.
+each candidate. The mixture of experts is one small product for each candidate, and the heads follow as one product for
+each task. Export refuses it where it does not give the ranker's own answers.
 """
 
 # Shapes: C candidates, D embedding, W width of the first layer, X experts, E expert width, K tasks, H head width
@@ -35,14 +34,12 @@ class ServedRanker(nn.Module):
     """``RANKER_INPUTS``, one viewer -> ``outputs_CK``, as ``Ranker.forward`` gives them without ``viewer_index``."""
 
     plain_weight: Tensor
-    similarity_weight: Tensor
     coordinates_weight: Tensor
     products_weight: Tensor
     viewer_weight: Tensor
     viewer_bias: Tensor
     heads_weight: Tensor
     heads_bias: Tensor
-    spread: Tensor
     last_weight: Tensor
     last_bias: Tensor
 
@@ -58,9 +55,10 @@ class ServedRanker(nn.Module):
         plain = len(weight_IW) - 2 * coordinates - 1
         parts = _parts(weight_IW.T, [plain, 1, coordinates, coordinates])
         self._keep("plain_weight", parts[0].T[_words_with_crosses(ranker, plain)])
-        self._keep("similarity_weight", CROSS_SCALE * parts[1].T)
-        self._keep("coordinates_weight", parts[2].T)
-        self._keep("products_weight", width**0.5 * parts[3].T)
+        # What the viewer's embedding multiplies: its products with the video's, and their sum, the similarity.
+        products = width**0.5 * parts[3].T if coordinates else torch.zeros(width, 1)
+        self._keep("products_weight", CROSS_SCALE * parts[1].T + products)
+        self._keep("coordinates_weight", parts[2].T if coordinates else torch.zeros_like(self.products_weight))
         self._keep("viewer_weight", trunk.from_viewer.weight.detach().T[:, order_W])
         self._keep("viewer_bias", trunk.from_viewer.bias.detach()[order_W])
         self._keep_heads(ranker)
@@ -69,17 +67,11 @@ class ServedRanker(nn.Module):
         self.register_buffer(name, values.detach().clone().contiguous())
 
     def _keep_heads(self, ranker: Ranker) -> None:
-        """All heads side by side; the last layer as one matrix with zeros where one head would see another, and where
-        a head that is fixed would see anything."""
+        """All heads, side by side; one that is fixed sees nothing and says what it is fixed to."""
         first, second = ranker.head_first, ranker.head_second
-        tasks, width, hidden = first.weight.shape
-        self._keep("heads_weight", first.weight.permute(1, 0, 2).reshape(width, tasks * hidden))
-        self._keep("heads_bias", first.bias.reshape(-1))
-        self._keep("spread", torch.eye(tasks).repeat_interleave(hidden, dim=1))
-        last = torch.zeros(tasks, hidden, tasks)
-        for k in range(tasks):
-            last[k, :, k] = second.weight[k, :, 0].detach() * ~ranker.fixed[k]
-        self._keep("last_weight", last.reshape(-1, tasks))
+        self._keep("heads_weight", first.weight)
+        self._keep("heads_bias", first.bias.unsqueeze(1))
+        self._keep("last_weight", second.weight * ~ranker.fixed[:, None, None])
         self._keep("last_bias", torch.where(ranker.fixed, ranker.fixed_output, second.bias[:, 0]))
 
     def forward(
@@ -95,11 +87,9 @@ class ServedRanker(nn.Module):
         """See the class; every argument as in ``Ranker.forward``, the viewer's with one row."""
         ranker = self.ranker
         viewer = [ranker.viewer_dense(viewer_dense), ranker.viewer_categories(viewer_categories)]
-        embedding_D1 = viewer_embedding.T
-        by_embedding_DW = embedding_D1 * self.similarity_weight
         if not ranker.config.similarity_only:
             viewer.append(viewer_embedding)
-            by_embedding_DW = by_embedding_DW + self.coordinates_weight + embedding_D1 * self.products_weight
+        by_embedding_DW = self.coordinates_weight + viewer_embedding.T * self.products_weight
         first_1W = torch.addmm(self.viewer_bias, torch.cat(viewer, dim=-1), self.viewer_weight)
         topics, languages = (table.get_parameter("weight") for table in ranker.video_categories.tables)
         of_topic = torch.cat([topics, _affinities(viewer_dense)], dim=-1)
@@ -107,40 +97,31 @@ class ServedRanker(nn.Module):
         given_CI = torch.cat(
             [
                 *_scaled(ranker.video_dense, video_dense),
-                of_topic[video_categories[:, VIDEO_TOPIC]],
-                of_language[video_categories[:, VIDEO_LANGUAGE]],
+                F.embedding(video_categories[:, VIDEO_TOPIC], of_topic),
+                F.embedding(video_categories[:, VIDEO_LANGUAGE], of_language),
                 _vectors(ranker.creators, creator_codes),
                 video_embedding,
             ],
             dim=-1,
         )
         weight_IW = torch.cat([self.plain_weight, by_embedding_DW], dim=0)
-        mixed_CN = self._heads_of_experts(given_CI, weight_IW, first_1W)
-        return torch.addmm(self.last_bias, F.relu(mixed_CN), self.last_weight)
+        mixed_KCE = self._mixed(given_CI, weight_IW, first_1W)
+        heads_KCH = F.relu(mixed_KCE @ self.heads_weight + self.heads_bias)
+        return (heads_KCH @ self.last_weight).squeeze(-1).T + self.last_bias
 
-    def _heads_of_experts(self, given_CI: Tensor, weight_IW: Tensor, first_1W: Tensor) -> Tensor:
-        """The heads' first layer over the mixture of experts, ``[C, K H]``."""
+    def _mixed(self, given_CI: Tensor, weight_IW: Tensor, first_1W: Tensor) -> Tensor:
+        """The mixture of the experts for each task, ``[K, C, E]``; ``[1, C, E]`` where there is one for all."""
         widths = [self.hidden] * self.experts + ([self.tasks * self.experts] if self.experts > 1 else [])
         weights, biases = _parts(weight_IW, widths), _parts(first_1W, widths)
         first = [torch.addmm(bias, given_CI, weight) for bias, weight in zip(biases, weights, strict=True)]
         second = self.ranker.trunk.second
-        # Each with the heads' whole bias: the shares add up to one.
-        heads = [
-            torch.addmm(
-                self.heads_bias,
-                F.relu(torch.addmm(second.bias[x], F.relu(first[x]), second.weight[x])),
-                self.heads_weight,
-            )
-            for x in range(self.experts)
-        ]
+        experts = [F.relu(torch.addmm(second.bias[x], F.relu(first[x]), second.weight[x])) for x in range(self.experts)]
         if self.experts == 1:
-            return heads[0]
-        # A product with ones spreads a head's share over its columns: what is broadcast over [C, K, H] is slower.
-        shares = [share @ self.spread for share in _softmax(_parts(first[-1], [self.tasks] * self.experts))]
-        mixed_CN = heads[0] * shares[0]
-        for head, share in zip(heads[1:], shares[1:], strict=True):
-            mixed_CN = mixed_CN + head * share
-        return mixed_CN
+            return experts[0].unsqueeze(0)
+        expert_CXE = torch.cat(experts, dim=-1).reshape(-1, self.experts, second.bias.shape[1])
+        shares = _softmax(_parts(first[-1], [self.tasks] * self.experts))
+        share_CXK = torch.cat(shares, dim=-1).reshape(-1, self.experts, self.tasks)
+        return (share_CXK.transpose(1, 2) @ expert_CXE).transpose(0, 1)
 
 
 def _gates_by_expert(experts: int, tasks: int, start: int) -> Tensor:
@@ -188,7 +169,7 @@ def _scaled(numbers: Standardiser, values: Tensor) -> list[Tensor]:
 
 def _vectors(ids: HashedIds, codes: Tensor) -> Tensor:
     """What ``HashedIds.forward`` gives, one hash after another: a sum over an axis of two is slower."""
-    rows = [ids.row_of[codes[:, h]] for h in range(codes.shape[1])]
+    rows = [torch.index_select(ids.row_of, 0, codes[:, h]) for h in range(codes.shape[1])]
     total, lowest = ids.table(rows[0]), rows[0]
     for row in rows[1:]:
         total, lowest = total + ids.table(row), torch.minimum(lowest, row)

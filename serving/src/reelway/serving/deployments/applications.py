@@ -31,7 +31,7 @@ from reelway.serving.deployments.stages import (
     RerankingStage,
     RetrievalStage,
 )
-from reelway.serving.fused import open_fused
+from reelway.serving.fused import open_fused, share_the_interpreter
 from reelway.serving.http_api import build_http_api
 from reelway.serving.open_releases import OpenRelease
 from reelway.serving.outcomes import (
@@ -92,6 +92,8 @@ class RouterDeployment(Router):
             at_once=args.at_once,
         )
         super().__init__(self._open, parts)
+        if args.composition == "fused":
+            share_the_interpreter()
         self._args = args
         self._forwarding: asyncio.Task[None] | None = None
 
