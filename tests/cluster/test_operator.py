@@ -85,6 +85,8 @@ def test_a_good_release_is_promoted_and_everybody_can_see_why(
         status = kubectl.read("one")["status"]
         table = kubectl.run("get", "releaserollouts").splitlines()
         events = kubectl.run("get", "events", "-o", "custom-columns=R:.reason,M:.message")
+        until(lambda: "finalizers" not in kubectl.read("one")["metadata"])
+    kubectl.run("delete", "releaserollout", "one", "--timeout=10s")  # needs no operator
     assert serve.routing.arms[0].release == GOOD
     assert table[0].split() == ["NAME", "PHASE", "STEP", "WEIGHT", "RELEASE", "VERDICT", "AGE", "REASON"]
     assert table[1].split()[:8] == ["one", "Promoted", "2", "of", "2", "100", "%", GOOD[:12]]

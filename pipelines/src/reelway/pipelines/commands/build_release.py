@@ -8,12 +8,13 @@ from typing import Any
 
 import typer
 
+from reelway.pipelines.commands.own_key import own_key
 from reelway.pipelines.commands.rehearse import rehearse
 from reelway.platform.cli.release import RUN, release_group
 from reelway.platform.cli.terminal import console, say
 from reelway.platform.contracts.manifest import Waiver
 from reelway.platform.errors import ConfigError, ReleaseNotFoundError
-from reelway.platform.release.signing import PRIVATE_NAME, create_keys, fingerprint, load_private_key
+from reelway.platform.release.signing import fingerprint, load_private_key
 from reelway.platform.release.store import ReleaseStore
 from reelway.platform.runs import RunDirectory
 
@@ -111,14 +112,6 @@ def waiver_from(text: str, by: str | None) -> Waiver:
     if not gate or not reason:
         raise ConfigError(f"--waive {text!r}, expected GATE=REASON, such as 'coverage=first week'")
     return Waiver(gate=gate, reason=reason, by=by or getpass.getuser())
-
-
-def own_key(directory: RunDirectory) -> Path:
-    path = directory.keys / PRIVATE_NAME
-    if not path.exists():
-        pair = create_keys(directory.keys)
-        say(f"release: made a key of this run's own, {pair.private}; for production sign with --key")
-    return path
 
 
 def _built(directory: RunDirectory, store: ReleaseStore) -> bool:

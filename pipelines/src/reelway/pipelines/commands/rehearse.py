@@ -8,6 +8,7 @@ from pathlib import Path
 
 import typer
 
+from reelway.pipelines.commands.own_key import own_key
 from reelway.platform.cli.release import RUN
 from reelway.platform.cli.terminal import console, say
 from reelway.platform.release.signing import fingerprint, load_private_key
@@ -49,8 +50,6 @@ def rehearse(
       reelway release rehearse errors --run runs/demo
       reelway rollout start $(reelway release rehearse worse --run runs/demo) --run runs/demo --wait
     """
-    from reelway.pipelines.commands.build_release import own_key
-
     directory = RunDirectory(run)
     good = ReleaseStore(str(directory.release_store.absolute())).resolve(of)
     signer = load_private_key(key or own_key(directory))

@@ -7,7 +7,7 @@ that they are delivered again, to the other.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from starlette.applications import Starlette
 from starlette.requests import Request
@@ -15,13 +15,27 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Mount, Route
 
 from reelway.platform.rollout.control.controller_metrics import ControllerMetrics
-from reelway.platform.rollout.control.webhook import webhook_application
-
-if TYPE_CHECKING:
-    from reelway.platform.cluster.rollout_operator import Operator
+from reelway.platform.rollout.control.webhook import TakesAlerts, webhook_application
 
 
-def operator_application(operator: Operator, token: str, metrics: ControllerMetrics) -> Starlette:
+class Watched(TakesAlerts, Protocol):
+    """What stands behind the door."""
+
+    @property
+    def active(self) -> bool:
+        """Whether this process holds the lease."""
+        ...
+
+    def problem(self) -> str:
+        """Why only a restart can help; empty while nothing is wrong."""
+        ...
+
+    def wake(self) -> None:
+        """Look again now."""
+        ...
+
+
+def operator_application(operator: Watched, token: str, metrics: ControllerMetrics) -> Starlette:
     """``POST /api/v1/alerts`` (bearer ``token``), ``GET /healthz``, ``/readyz`` and ``/metrics``."""
 
     async def healthz(_: Request) -> Response:

@@ -70,6 +70,17 @@ def phase_word(phase: Phase) -> str:
     return phase.value.title().replace("_", "")
 
 
+_AT_REST: Final = frozenset({phase_word(Phase.PROMOTED), phase_word(Phase.ROLLED_BACK), REFUSED})
+
+
+def may_move_traffic(status: Mapping[str, Any]) -> bool:
+    """Whether a rollout may move anybody, by its status as the API server has it.
+
+    One that is promoted may again, when its old release is still warm and it is taken back: its phase then is another.
+    """
+    return not status.get("supersededBy") and status.get("phase") not in _AT_REST
+
+
 def _conditions(state: RolloutState, sighting: Sighting | None) -> tuple[tuple[str, str, str, str], ...]:
     word = phase_word(state.phase)
     moves = state.active and state.phase is not Phase.PAUSED

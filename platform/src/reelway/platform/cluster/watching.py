@@ -17,6 +17,7 @@ import kopf
 from reelway.platform.cluster.kube_api import KubeApi
 from reelway.platform.cluster.resources import FINALIZER, GROUP, ROLLOUTS, VERSION
 from reelway.platform.cluster.shelf import ToldShelf
+from reelway.platform.cluster.status import may_move_traffic
 
 log = logging.getLogger(__name__)
 
@@ -55,7 +56,8 @@ def _register(
     async def told(event: kopf.RawEvent, **_: Any) -> None:
         shelf.tell(event["object"], gone=event["type"] == "DELETED")
 
-    @kopf.daemon(GROUP, VERSION, ROLLOUTS, registry=registry)
+    # One at rest has no finalizer: whoever deletes it needs no operator, and an uninstall leaves nothing that is held.
+    @kopf.daemon(GROUP, VERSION, ROLLOUTS, registry=registry, when=lambda status, **_: may_move_traffic(status))
     async def hold(uid: str, name: str, stopped: kopf.DaemonStopped, **_: Any) -> None:
         while not stopped:
             await stopped.wait(60)

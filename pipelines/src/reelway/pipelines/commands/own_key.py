@@ -1,0 +1,18 @@
+"""Why: whoever brings no key signs with one of the run's own, which is made once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from reelway.platform.cli.terminal import say
+from reelway.platform.release.signing import PRIVATE_NAME, create_keys
+from reelway.platform.runs import RunDirectory
+
+
+def own_key(directory: RunDirectory) -> Path:
+    """The run's private key."""
+    path = directory.keys / PRIVATE_NAME
+    if not path.exists():
+        pair = create_keys(directory.keys)
+        say(f"release: made a key of this run's own, {pair.private}; for production sign with --key")
+    return path
