@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 from tests.benchmarks.report import FOLDER, Row, write_report
+from tests.cluster.conftest import Kubectl
 from tests.e2e.clusters import Cluster, chosen
 from tests.e2e.conftest import Flow
 from tests.e2e.installation import NAME, Installation
@@ -21,12 +22,15 @@ from tests.e2e.load_pod import constant_load
 from tests.e2e.made_releases import MadeReleases, made_releases
 from tests.e2e.redis_pod import apply_redis
 from tests.e2e.rollouts import HELD, begin, until_phase
+from tests.e2e.waiting import until
 from tests.e2e.watched import unnoticed
 
 from reelway.platform.cli.terminal import progress, say
 
 BACK_S = 2.0
 SLATES_S = 60.0
+WATCHED_S = 120.0
+"""After a head was killed: a worker whose head knows it no longer serves on for a while before it ends."""
 PLACE = "reelway-e2e-bench"
 GCS = "gcs-store"
 """Name of the Redis."""
@@ -47,23 +51,27 @@ ONE_WORKER: dict[str, Any] = {
 IN_REDIS: dict[str, Any] = {**ONE_WORKER, "ray": {"gcs": {"redisAddress": f"{GCS}:6379"}}}
 
 
-def measure(cluster: Cluster, rounds: int, heads: int) -> list[Row]:
-    """Both installations."""
+def measure(cluster: Cluster, rounds: int, heads: int, rows: list[Row]) -> None:
+    """Both installations. ``rows`` has what was measured, also where something fails after it."""
     with made_releases(cluster, 2) as releases:
-        return [
-            *_installed(cluster, releases, ONE_WORKER, "state in the head", rounds, heads),
-            *_installed(cluster, releases, IN_REDIS, "state in a Redis", 0, heads),
-        ]
+        _installed(cluster, releases, ONE_WORKER, "state in the head", rounds, heads, rows)
+        _installed(cluster, releases, IN_REDIS, "state in a Redis", 0, heads, rows)
 
 
 def _installed(
-    cluster: Cluster, releases: MadeReleases, values: dict[str, Any], what: str, rounds: int, heads: int
-) -> list[Row]:
+    cluster: Cluster,
+    releases: MadeReleases,
+    values: dict[str, Any],
+    what: str,
+    rounds: int,
+    heads: int,
+    rows: list[Row],
+) -> None:
     with cluster.namespace(PLACE) as kubectl:
         releases.deliver(kubectl)
         installation = Installation(cluster, kubectl, releases, given=values)
         with constant_load(kubectl, installation.url) as load:
-            flow = Flow(installation, load, releases, live=releases.ids[0])
+            flow = Flow(installation, load, releases, rows, live=releases.ids[0])
             began = load.now()
             say(f"installing: {what}")
             installation.install()
@@ -81,7 +89,13 @@ def _installed(
                     head_killed(flow, what)
             finally:
                 installation.uninstall()
-            return flow.rows
+                _let_go(kubectl)
+
+
+def _let_go(kubectl: Kubectl) -> None:
+    """KubeRay would clean the Redis by a Job first, which cannot be made in a namespace that goes, like the Redis."""
+    for name in kubectl.run("get", "rayclusters", "-o", "name").split():
+        kubectl.run("patch", name, "--type=merge", "-p", '{"metadata":{"finalizers":null}}')
 
 
 def by_webhook(flow: Flow, rounds: int) -> None:
@@ -115,6 +129,7 @@ def head_killed(flow: Flow, what: str) -> None:
     killed = load.now()
     flow.kubectl.run("delete", "pod", installation.head(), "--grace-period=0", "--force", "--wait=true")
     installation.until_other_head(before)
+    until("it was watched for a while", lambda: load.now() > killed + WATCHED_S, WATCHED_S + 60)
     installation.until_ready()
     load.until_answered_by(flow.live, since=load.now(), within_s=240, count=20)
     rows = load.settled(since=killed, before=load.now())
@@ -142,8 +157,11 @@ def main() -> int:
     if cluster is None:
         print("no cluster: bring one up with `make cluster`, or set KUBECONFIG and REELWAY_CLUSTER_TESTS=1")
         return 1
-    rows = measure(cluster, options.rounds, options.heads)
-    write_report("cluster", [*rows, *_from_the_flow()])
+    rows: list[Row] = []
+    try:
+        measure(cluster, options.rounds, options.heads, rows)
+    finally:
+        write_report("cluster", [*rows, *_from_the_flow()])
     return int(any(row.holds is False for row in rows))
 
 
