@@ -59,6 +59,8 @@ def main() -> None:
     parser.add_argument("--made", type=Path, help="folder of a release: what it adds to that one's graph, nothing else")
     parser.add_argument("--into", type=Path, help="with --made: JSON of the rows, instead of a report")
     options = parser.parse_args()
+    if bool(options.made) != bool(options.into):
+        parser.error("--made and --into are given together or not at all")
     rows = []
     with tempfile.TemporaryDirectory(prefix="bench-open-inference-") as name:
         if options.made:

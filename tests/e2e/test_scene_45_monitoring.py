@@ -21,6 +21,7 @@ from tests.e2e.waiting import until
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 BLIND = "telemetry down"
+UNANSWERED = {"Mirrored slates: overlap and score drift, median"}
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +72,7 @@ def test_a_slow_release_is_taken_back_through_alertmanager(watched: Monitored) -
 
 
 def test_every_panel_of_the_dashboards_is_answered(watched: Monitored) -> None:
-    """Those about mirrored traffic, refusals and the like are answered with nothing: none has happened."""
+    """Those about mirrored traffic have nothing to say: there is none."""
     empty = []
     for path in sorted((ROOT / "charts/reelway/files/dashboards").glob("*.json")):
         for panel in json.loads(path.read_text())["panels"]:
@@ -81,8 +82,7 @@ def test_every_panel_of_the_dashboards_is_answered(watched: Monitored) -> None:
                 if not found:
                     empty.append(panel["title"])
     print(f"answered with nothing: {empty}")
-    nothing_happened = re.compile("mirror|drift|overlap|refus|lost|cold|fault|degrad|empty", re.IGNORECASE)
-    assert not [title for title in empty if not nothing_happened.search(title)]
+    assert set(empty) <= UNANSWERED
 
 
 def test_a_prometheus_that_is_gone_holds_the_canary_and_neither_promotes_nor_condemns_it(watched: Monitored) -> None:

@@ -141,8 +141,8 @@ cli.main()
 def test_ctrl_c_exits_with_130_and_leaves_neither_half_a_folder_nor_a_record(tmp_path: Path) -> None:
     run = tmp_path / "run"
     with subprocess.Popen(
-        [sys.executable, "-c", WORKING, str(run)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    ) as child:  # fmt: skip
+        [sys.executable, "-c", WORKING, str(run)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as child:
         assert child.stdout is not None
         assert child.stderr is not None
         assert child.stdout.readline() == "ready\n"

@@ -10,7 +10,7 @@ from reelway.platform.runs import RunDirectory
 
 
 def own_key(directory: RunDirectory) -> Path:
-    """The run's private key."""
+    """Path of the run's private key, which is made where there is none."""
     path = directory.keys / PRIVATE_NAME
     if not path.exists():
         pair = create_keys(directory.keys)

@@ -38,8 +38,6 @@ class ServedRanker(nn.Module):
     products_weight: Tensor
     viewer_weight: Tensor
     viewer_bias: Tensor
-    heads_weight: Tensor
-    heads_bias: Tensor
     last_weight: Tensor
     last_bias: Tensor
 
@@ -61,18 +59,12 @@ class ServedRanker(nn.Module):
         self._keep("coordinates_weight", parts[2].T if coordinates else torch.zeros_like(self.products_weight))
         self._keep("viewer_weight", trunk.from_viewer.weight.detach().T[:, order_W])
         self._keep("viewer_bias", trunk.from_viewer.bias.detach()[order_W])
-        self._keep_heads(ranker)
+        second = ranker.head_second  # a head that is fixed sees nothing and says what it is fixed to
+        self._keep("last_weight", second.weight * ~ranker.fixed[:, None, None])
+        self._keep("last_bias", torch.where(ranker.fixed, ranker.fixed_output, second.bias[:, 0]))
 
     def _keep(self, name: str, values: Tensor) -> None:
         self.register_buffer(name, values.detach().clone().contiguous())
-
-    def _keep_heads(self, ranker: Ranker) -> None:
-        """All heads, side by side; one that is fixed sees nothing and says what it is fixed to."""
-        first, second = ranker.head_first, ranker.head_second
-        self._keep("heads_weight", first.weight)
-        self._keep("heads_bias", first.bias.unsqueeze(1))
-        self._keep("last_weight", second.weight * ~ranker.fixed[:, None, None])
-        self._keep("last_bias", torch.where(ranker.fixed, ranker.fixed_output, second.bias[:, 0]))
 
     def forward(
         self,
@@ -106,7 +98,8 @@ class ServedRanker(nn.Module):
         )
         weight_IW = torch.cat([self.plain_weight, by_embedding_DW], dim=0)
         mixed_KCE = self._mixed(given_CI, weight_IW, first_1W)
-        heads_KCH = F.relu(mixed_KCE @ self.heads_weight + self.heads_bias)
+        heads = self.ranker.head_first
+        heads_KCH = F.relu(mixed_KCE @ heads.weight + heads.bias.unsqueeze(1))
         return (heads_KCH @ self.last_weight).squeeze(-1).T + self.last_bias
 
     def _mixed(self, given_CI: Tensor, weight_IW: Tensor, first_1W: Tensor) -> Tensor:
