@@ -18,8 +18,10 @@ def a_request(candidates: int) -> list[torch.Tensor]:
     chance = torch.Generator().manual_seed(candidates)
     viewer_dense = torch.rand(1, len(names.VIEWER_DENSE), generator=chance) - 0.3
     viewer_dense[0, ::7] = float("nan")
-    video_dense = 50 * torch.rand(candidates, len(names.VIDEO_DENSE), generator=chance)
+    video_dense = 100 * torch.rand(candidates, len(names.VIDEO_DENSE), generator=chance) - 40
     video_dense[::3, ::4] = float("nan")
+    video_dense[::2, 1] = 0.0
+    video_dense[1::2, 2] = -1e9
     categories = torch.stack(
         [torch.randint(0, TOPICS + 1, (candidates,), generator=chance), torch.randint(0, 3, (candidates,))], dim=-1
     )
@@ -66,6 +68,15 @@ def test_the_served_form_answers_as_the_ranker_does(config: RankerConfig, candid
     torch.testing.assert_close(seen, expected, rtol=1e-5, atol=1e-5)
     if candidates > 2:  # but for the fixed head, something is told apart
         assert expected.std(dim=0).gt(1e-3).sum() == len(names.RANKER_TASKS) - 1
+
+
+@pytest.mark.parametrize("language", [0, 1, 2, 63])
+def test_a_video_is_told_whether_it_speaks_the_viewers_language(language: int) -> None:
+    ranker, given = a_ranker(RankerConfig()), a_request(300)
+    given[1][0, names.VIEWER_CATEGORIES.index("language")] = language
+    with torch.inference_mode():
+        expected, seen = ranker(*given), ServedRanker(ranker).eval()(*given)
+    torch.testing.assert_close(seen, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_a_gate_that_is_very_sure_is_not_infinite() -> None:

@@ -15,17 +15,13 @@ from torch import Tensor, nn
 
 from reelway.platform.contracts.features import CATEGORY_BUCKETS, ID_BUCKETS
 
-_CLIP = 8.0  # standard deviations: one absurd value must not drown the others
+CLIP = 8.0
+"""Standard deviations: one absurd value must not drown the others."""
 
 
 def signed_log1p(values: Tensor) -> Tensor:
     """``sign(x) * log(1 + |x|)``: near the identity for ratios, logarithmic for counts and seconds."""
     return torch.sign(values) * torch.log1p(torch.abs(values))
-
-
-def standardised(values: Tensor, mean: Tensor, scale: Tensor) -> Tensor:
-    """Signed logarithms by fitted statistics, cut where they are absurd; NaN stays NaN."""
-    return torch.clamp((signed_log1p(values) - mean) / scale, -_CLIP, _CLIP)
 
 
 class Standardiser(nn.Module):
@@ -60,7 +56,7 @@ class Standardiser(nn.Module):
     def forward(self, values: Tensor) -> Tensor:
         missing = torch.isnan(values)
         known = torch.where(missing, torch.zeros_like(values), values)
-        scaled = standardised(known, self.mean, self.scale)
+        scaled = torch.clamp((signed_log1p(known) - self.mean) / self.scale, -CLIP, CLIP)
         return torch.cat([torch.where(missing, torch.zeros_like(scaled), scaled), missing.to(values.dtype)], dim=-1)
 
 

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from reelway.pipelines.models.inputs import HashedIds, Standardiser, standardised
+from reelway.pipelines.models.inputs import CLIP, Standardiser
 from reelway.pipelines.models.ranker import (
     AFFINITY,
     CROSS_SCALE,
@@ -28,6 +28,11 @@ from reelway.pipelines.models.ranker import (
     Ranker,
 )
 from reelway.platform.contracts.events import TOPICS
+from reelway.platform.contracts.features import ID_HASHES
+
+HUGE = 1e30
+"""So many times a number, cut at 1, is its sign: two operations that ONNX Runtime does many numbers at a time, where it
+asks for the sign of one after another. Below 1e-30 the logarithm is 0 anyway."""
 
 
 class ServedRanker(nn.Module):
@@ -40,6 +45,10 @@ class ServedRanker(nn.Module):
     viewer_bias: Tensor
     last_weight: Tensor
     last_bias: Tensor
+    viewer_words: Tensor
+    first_word: Tensor
+    spoken: Tensor
+    creator_rows: Tensor
 
     def __init__(self, ranker: Ranker) -> None:
         super().__init__()
@@ -59,6 +68,15 @@ class ServedRanker(nn.Module):
         self._keep("coordinates_weight", parts[2].T if coordinates else torch.zeros_like(self.products_weight))
         self._keep("viewer_weight", trunk.from_viewer.weight.detach().T[:, order_W])
         self._keep("viewer_bias", trunk.from_viewer.bias.detach()[order_W])
+        # The viewer's words in one table, each column's behind the last one's; the viewer's language decides of a
+        # video's what is beside its word.
+        tables = tuple(table.get_parameter("weight") for table in ranker.viewer_categories.tables)
+        self._keep("viewer_words", torch.cat(tables))
+        self._keep("first_word", torch.tensor([0, *itertools.accumulate(len(table) for table in tables[:-1])]))
+        self._keep("spoken", _spoken(len(ranker.video_categories.tables[1].get_parameter("weight"))))
+        # Row 0, which no creator that training met has, is a share of the vector of those that it did not meet.
+        unknown, creators = ranker.creators.unknown, ranker.creators.table.weight
+        self._keep("creator_rows", torch.cat([unknown.unsqueeze(0) / ID_HASHES, creators[1:]]))
         second = ranker.head_second  # a head that is fixed sees nothing and says what it is fixed to
         self._keep("last_weight", second.weight * ~ranker.fixed[:, None, None])
         self._keep("last_bias", torch.where(ranker.fixed, ranker.fixed_output, second.bias[:, 0]))
@@ -78,20 +96,22 @@ class ServedRanker(nn.Module):
     ) -> Tensor:
         """See the class; every argument as in ``Ranker.forward``, the viewer's with one row."""
         ranker = self.ranker
-        viewer = [ranker.viewer_dense(viewer_dense), ranker.viewer_categories(viewer_categories)]
+        words = F.embedding(viewer_categories + self.first_word, self.viewer_words)
+        viewer = [*_scaled(ranker.viewer_dense, viewer_dense), words.flatten(1)]
         if not ranker.config.similarity_only:
             viewer.append(viewer_embedding)
-        by_embedding_DW = self.coordinates_weight + viewer_embedding.T * self.products_weight
+        by_embedding_DW = self.coordinates_weight + viewer_embedding.reshape(-1, 1) * self.products_weight
         first_1W = torch.addmm(self.viewer_bias, torch.cat(viewer, dim=-1), self.viewer_weight)
         topics, languages = (table.get_parameter("weight") for table in ranker.video_categories.tables)
         of_topic = torch.cat([topics, _affinities(viewer_dense)], dim=-1)
-        of_language = torch.cat([languages, _spoken(viewer_categories, len(languages))], dim=-1)
+        spoken = F.embedding(viewer_categories[:, VIEWER_LANGUAGE], self.spoken)
+        of_language = torch.cat([languages, spoken.reshape(-1, 2)], dim=-1)
         given_CI = torch.cat(
             [
                 *_scaled(ranker.video_dense, video_dense),
                 F.embedding(video_categories[:, VIDEO_TOPIC], of_topic),
                 F.embedding(video_categories[:, VIDEO_LANGUAGE], of_language),
-                _vectors(ranker.creators, creator_codes),
+                _vectors(self.creator_rows, ranker.creators.row_of, creator_codes),
                 video_embedding,
             ],
             dim=-1,
@@ -99,7 +119,9 @@ class ServedRanker(nn.Module):
         weight_IW = torch.cat([self.plain_weight, by_embedding_DW], dim=0)
         mixed_KCE = self._mixed(given_CI, weight_IW, first_1W)
         heads = self.ranker.head_first
-        heads_KCH = F.relu(mixed_KCE @ heads.weight + heads.bias.unsqueeze(1))
+        # Spread to all candidates first: a sum of rows of 24 with one row is twice as slow as of two wholes.
+        bias_KCH = heads.bias.unsqueeze(1).expand(-1, given_CI.shape[0], -1)
+        heads_KCH = F.relu(mixed_KCE @ heads.weight + bias_KCH)
         return (heads_KCH @ self.last_weight).squeeze(-1).T + self.last_bias
 
     def _mixed(self, given_CI: Tensor, weight_IW: Tensor, first_1W: Tensor) -> Tensor:
@@ -157,16 +179,24 @@ def _softmax(gates: list[Tensor]) -> list[Tensor]:
 def _scaled(numbers: Standardiser, values: Tensor) -> list[Tensor]:
     """What ``Standardiser.forward`` puts side by side, and with less on the way."""
     missing = torch.isnan(values)
-    return [torch.where(missing, 0.0, standardised(values, numbers.mean, numbers.scale)), missing.to(values.dtype)]
+    logs = torch.log1p(torch.abs(values)) * torch.clamp(values * HUGE, -1.0, 1.0)
+    scaled = torch.clamp((logs - numbers.mean) / numbers.scale, -CLIP, CLIP)
+    return [torch.where(missing, 0.0, scaled), missing.to(values.dtype)]
 
 
-def _vectors(ids: HashedIds, codes: Tensor) -> Tensor:
-    """What ``HashedIds.forward`` gives, one hash after another: a sum over an axis of two is slower."""
-    rows = [torch.index_select(ids.row_of, 0, codes[:, h]) for h in range(codes.shape[1])]
-    total, lowest = ids.table(rows[0]), rows[0]
-    for row in rows[1:]:
-        total, lowest = total + ids.table(row), torch.minimum(lowest, row)
-    return torch.where((lowest > 0).unsqueeze(-1), total, ids.unknown)
+def _vectors(rows: Tensor, row_of: Tensor, codes: Tensor) -> Tensor:
+    """What ``HashedIds.forward`` gives: the sum of a row for each hash, one hash after another, which is faster than a
+    sum over an axis of two. An id with a hash that training did not meet takes row 0 for each.
+    """
+    found = [torch.index_select(row_of, 0, codes[:, h]) for h in range(codes.shape[1])]
+    lowest = found[0]
+    for one in found[1:]:
+        lowest = torch.minimum(lowest, one)
+    vectors = [F.embedding(torch.where(lowest > 0, one, 0), rows) for one in found]
+    total = vectors[0]
+    for vector in vectors[1:]:
+        total = total + vector
+    return total
 
 
 def _affinities(viewer_dense: Tensor) -> Tensor:
@@ -176,9 +206,12 @@ def _affinities(viewer_dense: Tensor) -> Tensor:
     return CROSS_SCALE * torch.stack([affinity_T, F.relu(-affinity_T)], dim=-1)
 
 
-def _spoken(viewer_categories: Tensor, words: int) -> Tensor:
-    """Whether each language is the viewer's, and whether it is another, ``[words, 2]``; 0 is unknown."""
-    viewer_1, video_L = viewer_categories[:, VIEWER_LANGUAGE], torch.arange(words, device=viewer_categories.device)
-    known_L = (video_L > 0) & (viewer_1 > 0)
-    same_L = video_L == viewer_1
-    return torch.stack([known_L & same_L, known_L & ~same_L], dim=-1).to(torch.float32)
+def _spoken(words: int) -> Tensor:
+    """Whether a video's language is the viewer's, and whether it is another: ``[viewer's, video's * 2]``; 0 is unknown.
+
+    A table of all pairs, of which a request takes one row.
+    """
+    word_L = torch.arange(words)
+    known_LL = (word_L > 0) & (word_L > 0).unsqueeze(1)
+    same_LL = word_L == word_L.unsqueeze(1)
+    return torch.stack([known_LL & same_LL, known_LL & ~same_LL], dim=-1).flatten(1).to(torch.float32)
