@@ -41,6 +41,10 @@ COMPONENTS: Final[dict[str, Document]] = {
         "serving": {"horizontalPodAutoscaler": {"enabled": False}},
     },
     "kuberay": {"ray": {"mode": "kuberay"}, "serving": {"horizontalPodAutoscaler": {"enabled": False}}},
+    "gcs-store": {
+        "ray": {"mode": "kuberay", "gcs": {"redisAddress": "redis.test:6379"}},
+        "serving": {"horizontalPodAutoscaler": {"enabled": False}},
+    },
     "s3": {"releases": {"store": {"type": "s3", "s3": _S3}}},
     "gs": {"releases": {"store": {"type": "gs", "gs": {"bucket": "releases"}}}},
     "pvc": {"releases": {"store": {"type": "pvc"}}, "jobs": {"parity": {"enabled": True}}},

@@ -40,6 +40,14 @@ def document(environment: str, component: str) -> Document:
     return dict(yaml.safe_load(named(objects, "RayService")["spec"]["serveConfigV2"]))
 
 
+def ray_environment(component: str) -> dict[str, str | None]:
+    """Of the first container of Ray's head."""
+    kind = "StatefulSet" if component == "static" else "RayService"
+    spec = next(one for one in rendered("dev", component) if one["kind"] == kind)["spec"]
+    template = spec["template"] if component == "static" else spec["rayClusterConfig"]["headGroupSpec"]["template"]
+    return {one["name"]: one.get("value") for one in template["spec"]["containers"][0]["env"]}
+
+
 @pytest.mark.parametrize("component", ["kuberay", "static"])
 @pytest.mark.parametrize("environment", ["dev", "production-cpu"])
 def test_the_document_has_what_the_builders_take(environment: str, component: str) -> None:
@@ -96,15 +104,17 @@ def test_outcomes_are_where_their_file_is() -> None:
 
 @pytest.mark.parametrize("component", ["kuberay", "static"])
 def test_ray_is_set_as_it_was_measured(component: str) -> None:
-    kind = "RayService" if component == "kuberay" else "StatefulSet"
-    found = next(one for one in rendered("dev", component) if one["kind"] == kind)
-    template = (
-        found["spec"]["rayClusterConfig"]["headGroupSpec"]["template"]
-        if component == "kuberay"
-        else found["spec"]["template"]
-    )
-    environment = {one["name"]: one.get("value") for one in template["spec"]["containers"][0]["env"]}
+    environment = ray_environment(component)
     assert {name: environment.get(name) for name in SERVE_SETTINGS} == SERVE_SETTINGS
+
+
+def test_workers_wait_long_for_a_head_only_where_it_will_know_them() -> None:
+    waits = "RAY_gcs_rpc_server_reconnect_timeout_s"
+    assert {component: ray_environment(component).get(waits) for component in ("kuberay", "static", "gcs-store")} == {
+        "kuberay": "10",
+        "static": "10",
+        "gcs-store": None,
+    }
 
 
 @pytest.mark.parametrize(
