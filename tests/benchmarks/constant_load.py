@@ -30,6 +30,11 @@ RECORD = np.dtype(
 )  # fmt: skip
 """Unix seconds; status 0 where no answer came; ``degraded`` where a stage of the release was left out."""
 TIMEOUT_S = 10.0
+ONE_REQUEST, MORE_REQUESTS = {"Connection": "close"}, {"Connection": "keep-alive"}
+"""Of a connection. HAProxy answers one more request on an idle connection by the configuration that it was opened under,
+so one that was opened before there was a service would be told later, once, that there is none (README, "What is not
+there yet"). Connections are kept from the first slate on.
+"""
 WATCHED = "watched"
 """Sixth word of the command where outcomes are to be sent."""
 LONG_MS, SHORT_MS, LONG_SHARE = 60_000, 900, 0.7
@@ -66,7 +71,7 @@ async def _run(url: str, record: Path, rate: float, viewers: int, *, watched: bo
     limits = httpx.Limits(max_connections=200, max_keepalive_connections=50)
     under_way: set[asyncio.Task[None]] = set()
     with record.open("ab", buffering=0) as sink:
-        async with httpx.AsyncClient(base_url=url, timeout=TIMEOUT_S, limits=limits) as client:
+        async with httpx.AsyncClient(base_url=url, timeout=TIMEOUT_S, limits=limits, headers=ONE_REQUEST) as client:
             began, count = time.monotonic(), 0
             while True:
                 count += 1
@@ -82,6 +87,7 @@ async def _ask(client: httpx.AsyncClient, viewer: int, sink: object, chance: ran
     try:
         answer = await client.post("/v1/recommend", json={"viewer_id": viewer, "count": 5})
         row["status"] = answer.status_code
+        client.headers.update(MORE_REQUESTS if answer.is_success else ONE_REQUEST)
         if answer.is_success:
             body = answer.json()
             row["degraded"] = bool(set(body["degraded"]) - {"no_viewer_row"})
