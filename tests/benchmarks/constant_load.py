@@ -31,9 +31,8 @@ RECORD = np.dtype(
 """Unix seconds; status 0 where no answer came; ``degraded`` where a stage of the release was left out."""
 TIMEOUT_S = 10.0
 ONE_REQUEST, MORE_REQUESTS = {"Connection": "close"}, {"Connection": "keep-alive"}
-"""Of a connection. HAProxy answers one more request on an idle connection by the configuration that it was opened under,
-so one that was opened before there was a service would be told later, once, that there is none (README, "What is not
-there yet"). Connections are kept from the first slate on.
+"""Of a connection, which is kept from the first slate on. HAProxy answers one more request on an idle connection by the
+configuration that it was opened under: one from before there was a service would be told so later, once.
 """
 WATCHED = "watched"
 """Sixth word of the command where outcomes are to be sent."""
