@@ -30,6 +30,8 @@ AT_ONCE: Final = 5
 STAGES: Final = ("retrieval", "ranking", "reranking")
 ROUNDS: Final = 3
 SETTLED_S: Final = 60.0
+OPEN_LOOPS: Final = 5
+"""Each of other arrivals. One of them alone says what else the machine did meanwhile."""
 CAPACITY: Final = 8
 """Connections at which what the service can do is measured."""
 
@@ -146,12 +148,15 @@ def load_rows(name: str, seen: Seen) -> list[Row]:
 
 
 def open_loop_rows(side: Side, place: Place, seconds: float, rate: float) -> list[Row]:
-    """Poisson arrivals; a latency counts from when the request was due."""
-    taken = latency_ms(load(side, place, seconds, rate=rate))
-    name, p99 = f"fused, open loop at {rate:.0f}/s (70 %)", float(np.percentile(taken, 99))
+    """Poisson arrivals, several times; a latency counts from when the request was due."""
+    taken = [latency_ms(load(side, place, seconds, rate=rate, seed=seed)) for seed in range(OPEN_LOOPS)]
+    p50, p99 = (np.array([np.percentile(one, q) for one in taken]) for q in (50, 99))
+    name, usual = f"fused, open loop at {rate:.0f}/s (70 %), {OPEN_LOOPS} times", float(np.median(p99))
     return [
-        Row(f"{name}, p50", float(np.median(taken)), "ms"),
-        Row(f"{name}, p99", p99, "ms", "< 100 ms", p99 < 100),
+        Row(f"{name}, p50, median", float(np.median(p50)), "ms"),
+        Row(f"{name}, p99, median", usual, "ms", "< 100 ms", usual < 100),
+        Row(f"{name}, p99, lowest", float(p99.min()), "ms"),
+        Row(f"{name}, p99, highest", float(p99.max()), "ms"),
     ]
 
 
