@@ -34,7 +34,7 @@ from reelway.platform.tokens import TokenSigner
 from reelway.serving.metrics import SHORT, IngressMetrics, timed
 from reelway.serving.parity_sample import ParitySample
 from reelway.serving.popular import PopularLists
-from reelway.serving.slates import EVERYBODY, RolloutSide, Showing, new_id, shown_videos, slices_of
+from reelway.serving.slates import EVERYBODY, RolloutSide, Showing, new_ids, shown_videos, slices_of
 from reelway.serving.stages.arrays import F32, SOURCES, Candidates, Slate, ViewerQuery
 from reelway.serving.stages.ranking import Ranking
 from reelway.serving.stages.reranking import Reranking
@@ -149,7 +149,7 @@ class RequestPath:
             now_s: Unix seconds of the request.
             shown_at_s: Unix seconds by the clock, where the request says what time it is.
         """
-        edge, request_id = self._edge, new_id()
+        edge, (request_id,) = self._edge, new_ids(1)
 
         async def make(stages: Stages | None) -> _Made:
             return await self._made(stages, request, viewer_row, now_s, shown_at_s, request_id)

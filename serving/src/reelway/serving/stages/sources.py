@@ -77,7 +77,7 @@ class AnnSource:
         if self._is_exact:
             return Proposal(found, similarity[0][: len(found)])
         exact = self._embedding.take(found, axis=0) @ ask.viewer_embedding[0]
-        best = np.argsort(-exact, kind="stable")[: ask.wanted]
+        best = np.argsort(-exact)[: ask.wanted]
         return Proposal(found[best], exact[best])
 
 
