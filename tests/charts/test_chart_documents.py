@@ -108,15 +108,6 @@ def test_ray_is_set_as_it_was_measured(component: str) -> None:
     assert {name: environment.get(name) for name in SERVE_SETTINGS} == SERVE_SETTINGS
 
 
-def test_workers_wait_long_for_a_head_only_where_it_will_know_them() -> None:
-    waits = "RAY_gcs_rpc_server_reconnect_timeout_s"
-    assert {component: ray_environment(component).get(waits) for component in ("kuberay", "static", "gcs-store")} == {
-        "kuberay": "10",
-        "static": "10",
-        "gcs-store": None,
-    }
-
-
 @pytest.mark.parametrize(
     ("environment", "component"), [("dev", "as-is"), ("production-cpu", "as-is"), ("air-gapped", "static")]
 )

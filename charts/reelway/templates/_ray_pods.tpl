@@ -45,10 +45,7 @@ RAY_worker_niceness: "0"
 {{- $own := dict "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT" $p.ingressMin "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT" $p.ingressMax -}}
 {{- $grpc := dict "RAY_SERVE_DIRECT_INGRESS_MIN_GRPC_PORT" $p.ingressGrpcMin "RAY_SERVE_DIRECT_INGRESS_MAX_GRPC_PORT" $p.ingressGrpcMax -}}
 {{- $quiet := dict "RAY_USAGE_STATS_ENABLED" "0" "FEAST_USAGE" "False" "OMP_NUM_THREADS" "1" "RAY_AUTH_MODE" "token" -}}
-{{- /* Without a store outside of it a head that comes back knows nobody: workers that wait a minute for the one before,
-as Ray has them do, only begin anew a minute later. */ -}}
-{{- $alone := ternary dict (dict "RAY_gcs_rpc_server_reconnect_timeout_s" "10") (not (empty .Values.ray.gcs.redisAddress)) -}}
-{{- range $name, $value := mergeOverwrite $env $own $grpc $quiet $alone .Values.serving.env }}
+{{- range $name, $value := mergeOverwrite $env $own $grpc $quiet .Values.serving.env }}
 - {name: {{ $name }}, value: {{ $value | toString | quote }}}
 {{- end }}
 - name: RAY_AUTH_TOKEN
