@@ -17,6 +17,7 @@ from pathlib import Path
 import grpc
 import uvicorn
 from prometheus_client import CollectorRegistry
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from reelway.platform.contracts.ids import ReleaseId
 from reelway.platform.errors import ServingError
@@ -141,6 +142,23 @@ class _Uvicorn(uvicorn.Server):
         yield
 
 
+def last_of_its_connection(api: ASGIApp, served: ServedRanker) -> ASGIApp:
+    """While the server is not ready, and so while it drains, every answer is the last of its connection and says so.
+
+    Nobody is left with an idle connection that is closed in the moment in which the next request is sent on it.
+    """
+
+    async def answer(scope: Scope, receive: Receive, send: Send) -> None:
+        async def send_last(message: Message) -> None:
+            if message["type"] == "http.response.start" and not served.ready:
+                message["headers"] = [*message["headers"], (b"connection", b"close")]
+            await send(message)
+
+        await api(scope, receive, send_last)
+
+    return answer
+
+
 @asynccontextmanager
 async def _http_server(served: ServedRanker, options: RankServerOptions) -> AsyncIterator[int]:
     address = (options.host, options.http_port)
@@ -154,7 +172,11 @@ async def _http_server(served: ServedRanker, options: RankServerOptions) -> Asyn
     api = build_rest_api(served, max_bytes=options.max_bytes, body_s=options.body_s)
     server = _Uvicorn(
         uvicorn.Config(
-            api, log_config=None, access_log=False, lifespan="off", timeout_graceful_shutdown=int(options.grace_s)
+            last_of_its_connection(api, served),
+            log_config=None,
+            access_log=False,
+            lifespan="off",
+            timeout_graceful_shutdown=int(options.grace_s),
         )
     )
     running = asyncio.create_task(server.serve(sockets=[listener]))
