@@ -86,8 +86,8 @@ async def _ask(client: httpx.AsyncClient, viewer: int, sink: object, chance: ran
     try:
         answer = await client.post("/v1/recommend", json={"viewer_id": viewer, "count": 5})
         row["status"] = answer.status_code
-        client.headers.update(MORE_REQUESTS if answer.is_success else ONE_REQUEST)
         if answer.is_success:
+            client.headers.update(MORE_REQUESTS)
             body = answer.json()
             row["degraded"] = bool(set(body["degraded"]) - {"no_viewer_row"})
             row["arm"], row["release"] = body["arm"].encode(), body["release"][:12].encode()

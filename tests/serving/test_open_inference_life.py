@@ -141,18 +141,14 @@ def test_sigterm_ends_the_process_well_with_every_request_answered(made: MadeRel
         found = re.search(r"http://127\.0\.0\.1:(\d+)", log.read_text())
         assert found, log.read_text()
         text, binary = binary_request(made.inputs(200))
-        statuses, told = [], 0.0
+        statuses = []
         with httpx.Client(base_url=found[0], timeout=30) as client:
             while process.poll() is None:
                 if len(statuses) == 5:
-                    told = time.monotonic()
                     process.send_signal(signal.SIGTERM)
                 try:
                     answer = client.post(INFER, content=text + binary, headers={HEADER: str(len(text))})
                 except httpx.ConnectError:  # it listens no longer
-                    break
-                except httpx.ReadError:  # nor does it accept who came as it stopped to
-                    assert time.monotonic() - told > 1, "it was to drain for a second"
                     break
                 statuses.append(answer.status_code)
         assert answer.headers["connection"] == "close"
