@@ -20,7 +20,8 @@ from reelway.pipelines.features.batch import BatchSettings, build_views
 from reelway.pipelines.features.online import materialise
 from reelway.pipelines.features.registry import register_features
 from reelway.pipelines.features.training_rows import build_training_rows
-from reelway.platform.features.store import ViewerRows, open_feature_store
+from reelway.platform.features.store import open_feature_store
+from reelway.platform.features.viewer_rows import ViewerRows
 from reelway.platform.runs import RunDirectory
 
 SLATE = 10

@@ -35,7 +35,8 @@ from tests.serving.viewer_store import make_viewer_store
 from reelway.platform.cli.terminal import say
 from reelway.platform.contracts.events import Arm
 from reelway.platform.durable import write_json
-from reelway.platform.features.store import ViewerRows, open_feature_store
+from reelway.platform.features.store import open_feature_store
+from reelway.platform.features.viewer_rows import ViewerRows
 from reelway.platform.release.folder import read_manifest
 from reelway.platform.release.signing import create_keys, load_private_key, sign
 from reelway.platform.release.store import ReleaseStore

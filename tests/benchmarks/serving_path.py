@@ -26,8 +26,9 @@ from reelway.platform.cli.terminal import say
 
 CORES: Final = os.cpu_count() or 1
 SIDES: Final[dict[str, dict[str, Any]]] = {"naive": {}, "staged": {}, "fused": {"replicas": {"router": CORES}}}
-AT_ONCE: Final = 5
-"""Requests that one router takes at once in the overload: what its queue may hold is what an accepted one may wait."""
+QUEUE: Final = {"at_once": 16, "standing": 3}
+"""Of one router in the overload. What may stand in its queue is what an accepted request may wait; what comes at once
+at half of what it can do is a burst, which may be longer."""
 STAGES: Final = ("retrieval", "ranking", "reranking")
 ROUNDS: Final = 3
 SETTLED_S: Final = 60.0
@@ -204,9 +205,11 @@ def breakdown(before: dict[str, float], after: dict[str, float]) -> dict[str, fl
 def measure_overload(place: Place, seconds: float, overload_s: float) -> list[Row]:
     """Three times what the service can do: nobody fails, who is accepted does not wait, and it is over when it is."""
     say(f"overload for {overload_s:g} s")
-    with running("fused", place.path, **SIDES["fused"], at_once=AT_ONCE) as side:
+    with running("fused", place.path, **SIDES["fused"]) as side:
         settle(side, place)
         calm = measured(side, place, seconds, connections=CAPACITY)
+    with running("fused", place.path, **SIDES["fused"], **QUEUE) as side:
+        settle(side, place)
         answers = run_load(plan(side, place, overload_s, rate=3 * calm.per_s))
         after = run_load(plan(side, place, 5 + seconds, rate=0.5 * calm.per_s))
     return overload_rows(calm, answers, after)

@@ -23,7 +23,8 @@ from tests.benchmarks.serving_place import SECRET, VIEWERS, Place
 from tests.release_files import NOW_S
 
 from reelway.platform.contracts.api import RecommendRequest
-from reelway.platform.features.store import ViewerRows, open_feature_store
+from reelway.platform.features.store import open_feature_store
+from reelway.platform.features.viewer_rows import ViewerRows
 from reelway.platform.rollout.traffic.routing import Routing
 from reelway.platform.tokens import TokenSigner
 from reelway.serving.serve_config import ReleaseShelf

@@ -20,7 +20,7 @@ from reelway.serving.fused import OwnThread, open_fused
 from reelway.serving.graph import RequestPath
 from reelway.serving.http_api import build_http_api
 from reelway.serving.metrics import IngressMetrics
-from reelway.serving.open_releases import OpenRelease
+from reelway.serving.open_releases import CALM_S, STANDS_S, OpenRelease
 from reelway.serving.release_loader import ReleaseLoader
 from reelway.serving.router import Router, RouterParts
 
@@ -113,13 +113,14 @@ def test_a_release_that_is_stuck_does_not_hold_up_the_one_beside_it(loader: Rele
     assert asyncio.run(main()).degraded == []
 
 
-def a_router(loader: ReleaseLoader, at_once: int) -> tuple[Router, OpenRelease]:
-    release = OpenRelease(loader.edge(), loader.stages())
+def a_router(loader: ReleaseLoader, at_once: int, **options: Any) -> tuple[Router, OpenRelease]:
+    clock = {"clock": options.pop("clock")} if "clock" in options else {}
+    release = OpenRelease(loader.edge(), loader.stages(), **clock)
 
     async def open_release(_: str) -> OpenRelease:
         return release
 
-    return Router(open_release, RouterParts(SIGNER, CollectorRegistry(), at_once=at_once)), release
+    return Router(open_release, RouterParts(SIGNER, CollectorRegistry(), at_once=at_once, **options)), release
 
 
 def test_more_than_a_release_takes_at_once_is_sent_away_and_the_next_one_is_welcome(loader: ReleaseLoader) -> None:
@@ -135,6 +136,37 @@ def test_more_than_a_release_takes_at_once_is_sent_away_and_the_next_one_is_welc
     text = generate_latest(router._parts.registry).decode()
     assert 'reelway_ingress_shed_total{arm="stable"' in text
     assert 'outcome="failed"' not in text  # nobody's release is to blame
+
+
+def test_a_burst_is_answered_and_a_queue_that_stands_is_kept_short(loader: ReleaseLoader) -> None:
+    now_s = [100.0]
+    router, release = a_router(loader, at_once=4, standing=2, clock=lambda: now_s[0])
+
+    async def welcome() -> bool:
+        try:
+            await router.recommend(REQUEST)
+        except OverloadedError:
+            return False
+        return True
+
+    async def main() -> None:
+        await router.reconfigure(Routing.whole(release.edge.release_id).model_dump(mode="json"))
+        with release.in_use():
+            with release.in_use(), release.in_use():
+                now_s[0] += 0.9 * STANDS_S
+                assert await welcome()  # three are under way, and a moment ago there was nobody
+                now_s[0] += 0.2 * STANDS_S
+                assert not await welcome()  # three have stood here for too long
+            assert await welcome()  # the queue stands still, but it is short
+        with release.in_use(), release.in_use(), release.in_use():
+            assert not await welcome()  # it was empty a moment ago, and somebody was sent away a moment ago, too
+        now_s[0] += 1.1 * CALM_S
+        with release.in_use(), release.in_use(), release.in_use():
+            assert await welcome()  # nobody was for a while: a burst again
+            with release.in_use():
+                assert not await welcome()  # four are too many at any moment
+
+    asyncio.run(main())
 
 
 def test_who_is_sent_away_is_told_when_to_come_back(loader: ReleaseLoader) -> None:

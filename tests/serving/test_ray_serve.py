@@ -29,8 +29,9 @@ from tests.serving.served_run import KNOWN_VIEWER, READY_S, Running, make_run
 from reelway.platform.cli.processes import end_group, reelway_command
 from reelway.platform.contracts.api import RecommendRequest, RecommendResponse
 from reelway.platform.contracts.events import Arm
-from reelway.platform.features.store import ViewerRows, open_feature_store
+from reelway.platform.features.store import open_feature_store
 from reelway.platform.features.vector_log import read_vectors
+from reelway.platform.features.viewer_rows import ViewerRows
 from reelway.platform.rollout import series
 from reelway.platform.rollout.traffic.bucketing import bucket_of
 from reelway.platform.rollout.traffic.routing import ArmRoute, Routing, ShadowRoute

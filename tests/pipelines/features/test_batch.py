@@ -18,7 +18,8 @@ from reelway.pipelines.features.batch import BatchSettings, bucket_of, build_vie
 from reelway.pipelines.features.online import materialised_at_s
 from reelway.platform.contracts.features import VIEWS
 from reelway.platform.errors import EmptyDatasetError, ParityError
-from reelway.platform.features.store import ViewerRows, open_feature_store
+from reelway.platform.features.store import open_feature_store
+from reelway.platform.features.viewer_rows import ViewerRows
 from reelway.platform.runs import RunDirectory
 
 pytestmark = pytest.mark.ray

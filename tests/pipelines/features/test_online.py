@@ -10,17 +10,26 @@ from collections.abc import Iterator
 
 import numpy as np
 import pytest
+from feast import FeatureStore
+from feast.protos.feast.types.EntityKey_pb2 import EntityKey
+from feast.protos.feast.types.Value_pb2 import Value
 
 from reelway.pipelines.features.online import materialise, materialised_at_s
 from reelway.pipelines.features.parity import same_value
 from reelway.pipelines.features.registry import register_features
 from reelway.pipelines.features.training_rows import viewer_snapshot
-from reelway.platform.contracts.features import VIEWER_VIEWS, VIEWS
+from reelway.platform.contracts.features import VIEWER_SERVICE, VIEWER_VIEWS, VIEWS
 from reelway.platform.errors import FeatureError
-from reelway.platform.features.store import AS_OF, ViewerRows, open_feature_store
+from reelway.platform.features.store import open_feature_store
+from reelway.platform.features.viewer_rows import AS_OF, ViewerRows, Views, _decoded, _EachView
 from reelway.platform.runs import RunDirectory
 
 FIELDS = [name for view in VIEWER_VIEWS for name in VIEWS[view]]
+
+
+def viewer_views(store: FeatureStore) -> Views:
+    projections = store.get_feature_service(VIEWER_SERVICE).feature_view_projections
+    return [(store.get_feature_view(one.name), [field.name for field in one.features]) for one in projections]
 
 
 def assert_same_rows(run: RunDirectory, at_s: float) -> None:
@@ -94,6 +103,27 @@ def test_redis_by_configuration_holds_the_same_rows_and_takes_corrections(built,
     for at_s in (built.until_s, built.until_s - 9 * 86_400, built.until_s):
         materialise(run.features, at_s)
         assert_same_rows(run, at_s)
+
+
+@pytest.mark.redis
+def test_one_question_to_redis_says_what_feast_says_view_by_view(built, tmp_path, redis_server) -> None:
+    run = RunDirectory(tmp_path / "run")
+    shutil.copytree(built.run.path, run.path)
+    store = register_features(run.features, f"redis://{redis_server}/1")
+    materialise(run.features, built.until_s)
+    in_one, one_by_one = ViewerRows(store), _EachView(store, views := viewer_views(store))
+    names_of = {view.name for view, _ in views}
+    for viewer in (*range(500, 540), 123_456):
+        key = EntityKey(join_keys=["viewer_id"], entity_values=[Value(int64_val=viewer)])
+        expected, moments_s = dict[str, object](), {}
+        for view, moment_s, values in one_by_one(key):
+            expected |= {name: _decoded(value) for name, value in values.items()}
+            if moment_s:  # where it has nothing, Feast says 1970
+                moments_s[view] = moment_s
+        row = in_one.read(viewer)
+        assert row.pop(AS_OF, {}) == moments_s
+        assert row == {name: expected.get(name) for name in FIELDS}
+        assert set(moments_s) == (names_of if viewer != 123_456 else set())
 
 
 @pytest.mark.redis

@@ -21,8 +21,9 @@ from reelway.platform.contracts.features import VIDEO_DENSE
 from reelway.platform.durable import write_json
 from reelway.platform.errors import ParityError
 from reelway.platform.features.assembly import assemble_videos, columns_from_table
-from reelway.platform.features.store import ViewerRows, open_feature_store
+from reelway.platform.features.store import open_feature_store
 from reelway.platform.features.vector_log import ServedVector, VectorLog
+from reelway.platform.features.viewer_rows import ViewerRows
 from reelway.platform.rollout.evidence import EvidenceState
 from reelway.platform.rollout.sources.parity_report import parity_path, read_parity
 from reelway.platform.runs import RunDirectory

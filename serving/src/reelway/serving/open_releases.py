@@ -7,12 +7,20 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
+import time
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Final
 
 from reelway.serving.graph import Place, ReleaseEdge, Stages, here
 
 log = logging.getLogger(__name__)
+
+STANDS_S: Final = 0.5
+"""A release that has had something to do for so long without a pause has a queue that stands."""
+CALM_S: Final = 0.2
+"""Nobody was sent away for so long: what was too much is over. In an overload somebody is every few milliseconds."""
 
 
 class OpenRelease:
@@ -21,6 +29,7 @@ class OpenRelease:
     Args:
         close: gives up what the stages hold; called once, after the release was dropped and its last request ended.
         place: where its path is worked on.
+        clock: seconds that only grow.
     """
 
     def __init__(
@@ -29,12 +38,15 @@ class OpenRelease:
         stages: Stages,
         close: Callable[[], Awaitable[None]] | None = None,
         place: Place = here,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.edge = edge
         self.stages = stages
         self.place = place
         self._close = close
+        self._clock = clock
         self._requests = 0
+        self._busy_since = self._sent_away_at = -math.inf
         self._idle = asyncio.Event()
         self._idle.set()
 
@@ -43,9 +55,32 @@ class OpenRelease:
         """Under way now."""
         return self._requests
 
+    def takes(self, standing: int, at_once: int) -> bool:
+        """Whether one more request is welcome; one that is not is to be sent away.
+
+        A queue that empties is a burst, and costs who came with it a moment; one that stands costs everybody who comes
+        after. So a burst may be longer than a queue that has not been empty for ``STANDS_S``: the rule of CoDel
+        (Nichols and Jacobson, "Controlling Queue Delay", 2012), as "Fail at Scale" (Maurer, 2015) has it for servers.
+        Where somebody was sent away within ``CALM_S`` it is no burst, even if the queue was empty for an instant.
+
+        Args:
+            standing: how many may be under way while the queue stands.
+            at_once: how many may be under way at all.
+        """
+        if self._requests < standing:
+            return True
+        now = self._clock()
+        a_burst = now - self._busy_since < STANDS_S and now - self._sent_away_at > CALM_S
+        if a_burst and self._requests < at_once:
+            return True
+        self._sent_away_at = now
+        return False
+
     @contextmanager
     def in_use(self) -> Iterator[None]:
         """One request."""
+        if not self._requests:
+            self._busy_since = self._clock()
         self._requests += 1
         self._idle.clear()
         try:

@@ -46,7 +46,8 @@ class RouterParts:
     """What a router works with.
 
     ``read_viewer`` blocks and raises ``FeatureError``; None serves everybody as unknown. ``exposures`` takes what is
-    shown; somebody else sends it on. ``at_once`` requests may be under way at one release; more are sent away.
+    shown; somebody else sends it on. ``at_once`` requests may be under way at one release, ``standing`` of them where
+    its queue has not been empty for a while; more are sent away.
     """
 
     signer: TokenSigner = field(repr=False)
@@ -56,6 +57,7 @@ class RouterParts:
     sample: ParitySample | None = None
     exposures: ExposureBuffer | None = None
     at_once: int = 64
+    standing: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,7 +174,8 @@ class Router:
             self._refuse_if_full(way)
 
     def _refuse_if_full(self, way: _Way) -> None:
-        if way.release.requests < self._parts.at_once:
+        parts = self._parts
+        if way.release.takes(parts.at_once if parts.standing is None else parts.standing, parts.at_once):
             return
         release = way.release.edge.release_id
         self._metrics.shed.labels(release[: metrics.SHORT], way.side.arm.value).inc()

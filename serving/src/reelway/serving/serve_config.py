@@ -101,6 +101,9 @@ class RouterArgs(ReleaseShelf):
     at_once: int = Field(
         default=64, ge=1, description="requests that one router has under way at a release; more are answered 429"
     )
+    standing: int | None = Field(
+        default=None, ge=1, description="the same where its queue has not been empty for 0.5 s; None: as many as ever"
+    )
     outcomes: str | None = Field(
         default=None, description="application that is told what was shown, where there is one"
     )
@@ -152,6 +155,7 @@ class ServiceOptions:
     budgets: BudgetsMs = field(default_factory=BudgetsMs)
     composition: Composition = "staged"
     at_once: int = 64
+    standing: int | None = None
     ranker_address: str | None = None
     environment: dict[str, str] = field(default_factory=lambda: {"OMP_NUM_THREADS": "1"})
     num_cpus: float = 0.1
@@ -201,6 +205,7 @@ def _router_application(routing: Routing, options: ServiceOptions) -> dict[str, 
         budgets=options.budgets,
         composition=options.composition,
         at_once=options.at_once,
+        standing=options.standing,
         outcomes=OUTCOMES if options.outcomes else None,
     )
     router = _deployment("Router", options.replicas.router, options)

@@ -31,8 +31,9 @@ from reelway.platform.durable import write_json
 from reelway.platform.eventlog.changelog import Changelog
 from reelway.platform.eventlog.sqlite_log import SqliteLog
 from reelway.platform.features.assembly import assemble_videos, columns_from_table
-from reelway.platform.features.store import ViewerRows, open_feature_store
+from reelway.platform.features.store import open_feature_store
 from reelway.platform.features.vector_log import VectorLog
+from reelway.platform.features.viewer_rows import ViewerRows
 from reelway.platform.runs import RunDirectory
 from reelway.serving.live_overlay import LiveOverlay
 from reelway.serving.parity_sample import ParitySample

@@ -21,8 +21,9 @@ from reelway.pipelines.features.training_rows import CATALOGUE_FILE, VIDEO_VIEWS
 from reelway.platform.contracts.features import VIEWER_VIEWS, VIEWS
 from reelway.platform.errors import ParityError
 from reelway.platform.features.on_demand import hours_since_upload
-from reelway.platform.features.store import AS_OF, open_feature_store
+from reelway.platform.features.store import open_feature_store
 from reelway.platform.features.vector_log import ServedVector, read_vectors
+from reelway.platform.features.viewer_rows import AS_OF
 
 TOLERANCE: Final = 1e-6
 """Relative, and absolute below 1: float32 values that went through JSON come back exactly; this is for arithmetic."""

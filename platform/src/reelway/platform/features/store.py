@@ -1,8 +1,7 @@
-"""How the rest of Reelway opens a run's feature store and reads one viewer's row from it.
+"""How the rest of Reelway opens a run's feature store.
 
-Feast's exceptions, protos and provider stay in here. It refuses to call a store that cannot be reached an unknown
-viewer: missing values are ``None``, a store that fails is a ``FeatureError``. Feast is imported inside functions,
-because it takes a second that a command without features should not pay.
+Feast's exceptions stay in here. Feast is imported inside functions, because it takes a second that a command without
+features should not pay.
 """
 
 from __future__ import annotations
@@ -10,22 +9,16 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import threading
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import yaml
 
-from reelway.platform.contracts.features import VIEWER_SERVICE
 from reelway.platform.durable import whole_file
 from reelway.platform.errors import ConfigError, FeatureError
 
 if TYPE_CHECKING:
     from feast import FeatureStore
-
-AS_OF: Final = "as_of_s"
-"""Of a viewer's row: not a feature, but when its features are from."""
 
 PROJECT: Final = "reelway"
 CONFIG_FILE: Final = "feature_store.yaml"
@@ -117,7 +110,12 @@ def open_feature_store(features_dir: Path) -> FeatureStore:
         raise FeatureError(f"{features_dir / CONFIG_FILE}: cannot open the feature store: {error}") from error
 
 
-def _service(store: FeatureStore, name: str) -> Any:
+def feature_service(store: FeatureStore, name: str) -> Any:
+    """A registered feature service.
+
+    Raises:
+        FeatureError: the store does not have it.
+    """
     from feast.errors import FeatureServiceNotFoundException
 
     try:
@@ -137,7 +135,7 @@ def feature_service_digest(store: FeatureStore, name: str) -> str:
     """
     on_demand = {view.name for view in store.list_on_demand_feature_views()}
     views = []
-    for projection in _service(store, name).feature_view_projections:
+    for projection in feature_service(store, name).feature_view_projections:
         view = None if projection.name in on_demand else store.get_feature_view(projection.name)
         views.append(
             {
@@ -149,80 +147,3 @@ def feature_service_digest(store: FeatureStore, name: str) -> str:
         )
     canonical = json.dumps({"service": name, "views": views}, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(canonical.encode()).hexdigest()
-
-
-class ViewerRows:
-    """Reads one viewer's row: the fields of a service's views, ``None`` where the store has nothing.
-
-    ``get_online_features`` spends most of its time on request checks and a response table made for many rows; for one
-    known entity this asks the same online store through the provider and decodes the values. Threads may share it.
-    """
-
-    def __init__(self, store: FeatureStore, service: str = VIEWER_SERVICE) -> None:
-        """Look the views up once.
-
-        Raises:
-            FeatureError: the store does not have the service.
-        """
-        self._store = store
-        self._views = [
-            (store.get_feature_view(projection.name), [field.name for field in projection.features])
-            for projection in _service(store, service).feature_view_projections
-        ]
-        self._empty = {name: None for _, fields in self._views for name in fields}
-        self._lock = threading.Lock()  # Feast's SQLite store shares one connection between threads
-
-    @property
-    def fields(self) -> tuple[str, ...]:
-        """Names of the values that ``read`` returns."""
-        return tuple(self._empty)
-
-    def read(self, viewer_id: int) -> dict[str, Any]:
-        """Field name -> value (number, string or list), ``None`` where missing.
-
-        Of a viewer with rows, ``AS_OF`` says for each view what moment its row is from (Unix seconds).
-
-        Raises:
-            FeatureError: the online store cannot be read.
-        """
-        from feast.protos.feast.types.EntityKey_pb2 import EntityKey
-        from feast.protos.feast.types.Value_pb2 import Value
-
-        key = EntityKey(join_keys=["viewer_id"], entity_values=[Value(int64_val=viewer_id)])
-        row: dict[str, Any] = dict(self._empty)
-        provider = self._store._get_provider()
-        try:
-            with self._lock:
-                answers = [
-                    provider.online_read(self._store.config, view, [key], list(fields))[0]
-                    for view, fields in self._views
-                ]
-        except Exception as error:  # Feast passes on whatever its online store's client raises
-            raise FeatureError(
-                f"online store: cannot read viewer {viewer_id}: {type(error).__name__}: {error}"
-            ) from error
-        as_of_s: dict[str, float] = {}
-        for (view, fields), (moment, values) in zip(self._views, answers, strict=True):
-            if not values:
-                continue
-            if moment is not None:
-                as_of_s[view.name] = _seconds(moment)
-            for name in fields:
-                if (value := values.get(name)) is not None:
-                    row[name] = _decoded(value)
-        if as_of_s:
-            row[AS_OF] = as_of_s
-        return row
-
-
-def _seconds(moment: datetime) -> float:
-    """Feast's SQLite store gives moments without a zone, which are UTC."""
-    return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
-
-
-def _decoded(value: Any) -> Any:
-    kind = value.WhichOneof("val")
-    if kind is None or kind == "null_val":
-        return None
-    content = getattr(value, kind)
-    return list(content.val) if kind.endswith("_list_val") else content

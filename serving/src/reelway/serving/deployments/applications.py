@@ -17,8 +17,9 @@ from ray import serve
 from ray.serve.handle import DeploymentHandle
 
 from reelway.platform.eventlog import open_event_log
-from reelway.platform.features.store import ViewerRows, open_feature_store
+from reelway.platform.features.store import open_feature_store
 from reelway.platform.features.vector_log import VectorLog, log_of_this_host
+from reelway.platform.features.viewer_rows import ViewerRows
 from reelway.platform.tokens import TokenSigner
 from reelway.serving.deployments.stages import (
     HELD,
@@ -90,6 +91,7 @@ class RouterDeployment(Router):
             sample=sample,
             exposures=ExposureBuffer() if args.outcomes else None,
             at_once=args.at_once,
+            standing=args.standing,
         )
         super().__init__(self._open, parts)
         if args.composition == "fused":
