@@ -36,6 +36,8 @@ WRONG: Final[list[tuple[str, Any, str, dict[str, Any]]]] = [
     ("serving.deployments.scorer", {}, "additional properties", {}),
     ("serving.parity.ratio", 2, "maximum", {}),
     ("serving.budgetsMs.ranking", -5, "minimum", {}),
+    ("serving.queue.atOnce", 0, "minimum", {}),
+    ("serving.queue.standing", 65, "at most serving.queue.atOnce, which is 64", {}),
     ("serving.head.resources.limits", {"cpu": "1", "memory": None}, "missing property 'memory'", {}),
     ("serving.head.resources.requests.memory", "lots", "[kMGT]", {}),
     ("serving.env.BAD NAME", "x", "additional properties", {}),

@@ -72,6 +72,9 @@ def test_fused_a_release_is_one_deployment_that_checks_it_and_the_routers_are_to
     assert made == entries["b" * 64]
     assert entries["router"]["args"]["composition"] == "fused"
     assert entries["router"]["args"]["at_once"] == 8
+    assert entries["router"]["args"]["standing"] is None
+    with pytest.raises(ValidationError, match="standing is 9, expected at most at_once, which is 8"):
+        serve_config(ROUTING, options(at_once=8, standing=9))
 
 
 def test_the_document_is_json_and_its_arguments_are_what_the_builders_take() -> None:

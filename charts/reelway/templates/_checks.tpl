@@ -98,6 +98,9 @@
 {{- if and (eq $pods 0) (eq (float64 $v.serving.head.cpus) 0.0) }}
 {{- include "reelway.refuse" (dict "path" "serving.head.cpus" "saw" $v.serving.head.cpus "expected" "more than 0, because there is no worker in serving.workers for the replicas") }}
 {{- end }}
+{{- if gt (int $v.serving.queue.standing) (int $v.serving.queue.atOnce) }}
+{{- include "reelway.refuse" (dict "path" "serving.queue.standing" "saw" $v.serving.queue.standing "expected" (printf "at most serving.queue.atOnce, which is %v" $v.serving.queue.atOnce)) }}
+{{- end }}
 {{- range $name, $one := $v.serving.deployments }}
 {{- $path := printf "serving.deployments.%s" $name }}
 {{- if and (gt (float64 $one.gpus) 0.0) (eq $gpus 0) }}

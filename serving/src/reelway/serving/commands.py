@@ -70,6 +70,15 @@ def serve(
     retrieval_replicas: int = typer.Option(1, min=1, help="Processes of the retrieval stage."),
     ranking_replicas: int = typer.Option(1, min=1, help="Processes of the ranking stage."),
     reranking_replicas: int = typer.Option(1, min=1, help="Processes of the re-ranking stage."),
+    at_once: int = typer.Option(
+        64, min=1, help="Requests that one router has under way at a release; more are answered 429."
+    ),
+    standing: int | None = typer.Option(
+        None,
+        min=1,
+        help="The same where its queue has not been empty for half a second: what stands there is what everybody "
+        "waits. As many as --at-once when absent.",
+    ),
     parity_ratio: float = typer.Option(0.01, min=0.0, max=1.0, help="Share of requests logged for the parity replay."),
     controller: bool = typer.Option(True, help="Also start the rollout controller; its log is rollout/controller.log."),
 ) -> None:
@@ -90,6 +99,8 @@ def serve(
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell that starts this in the background ignores it
     with only_server_of(directory):
         verified = _verified(directory, release)
+        if standing and standing > at_once:
+            raise ConfigError(f"--standing {standing}: expected at most --at-once, which is {at_once}")
         port = free_port(host) if port == 0 else refuse_taken_port(host, port)
         from reelway.platform.rollout.traffic.routing import Routing
         from reelway.serving.deployments.service import running_service
@@ -114,6 +125,8 @@ def serve(
             port=port,
             replicas=Replicas(router_replicas, retrieval_replicas, ranking_replicas, reranking_replicas),
             composition=composition,
+            at_once=at_once,
+            standing=standing,
         )
         release_id = verified.manifest.release_id
         with ExitStack() as stack:

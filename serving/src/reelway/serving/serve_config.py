@@ -108,6 +108,12 @@ class RouterArgs(ReleaseShelf):
         default=None, description="application that is told what was shown, where there is one"
     )
 
+    @model_validator(mode="after")
+    def _a_queue_that_stands_is_not_longer(self) -> RouterArgs:
+        if self.standing and self.standing > self.at_once:
+            raise ValueError(f"standing is {self.standing}, expected at most at_once, which is {self.at_once}")
+        return self
+
 
 class OutcomesArgs(_Args):
     """Arguments of the application that counts outcomes."""
