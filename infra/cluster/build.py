@@ -7,6 +7,7 @@ outside of the state folder; Go's own module and build caches are Go's.
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import shutil
 import subprocess
@@ -62,9 +63,9 @@ def build_tools(layout: Layout, say: Callable[[str], None], tools: Sequence[str]
 
 
 def module_folder(tool: str, module: str) -> Path:
-    """Where Go keeps a module of a tool: CRDs and charts lie there."""
-    done = _go(tool, "list", "-m", "-f", "{{.Dir}}", module)
-    return Path(done.stdout.strip())
+    """Where Go keeps a module of a tool: CRDs and charts lie there. Fetched again where Go's cache was emptied."""
+    done = _go(tool, "mod", "download", "-json", module)
+    return Path(json.loads(done.stdout)["Dir"])
 
 
 def _pins_of(tool: str) -> str:
