@@ -59,20 +59,25 @@ def rollback_of(
         return Rollback(fault, ended, by_alert, reason, hops)
     fired = _activated(monitoring, kubectl.namespace, release, alert)
     scraped = _scraped(monitoring, kubectl.namespace, release, fired)
-    told = _told(monitoring, kubectl.namespace, release, alert)
-    delivered = _delivered(kubectl, after=told)
+    delivered = _delivered(kubectl, after=fired)
     enough = float(np.sort(rows["done"])[min(len(rows), 50) - 1])
     exposed = min(enough, scraped)
     hops = {
         "requests": exposed - fault,
         "scrape": scraped - exposed,
         "rule": fired - scraped,
-        "to Alertmanager": told - fired,
-        "group wait": delivered - told,
+        **_until_delivered(fired, _told(monitoring, kubectl.namespace, release, alert), delivered),
         "decision": decided - delivered,
         "traffic": ended - decided,
     }
     return Rollback(fault, ended, by_alert, reason, hops)
+
+
+def _until_delivered(fired: float, told: float, delivered: float) -> dict[str, float]:
+    """Alertmanager says when it was told last. Where that was after it had delivered, both hops are one."""
+    if told > delivered:
+        return {"to Alertmanager and group wait": delivered - fired}
+    return {"to Alertmanager": told - fired, "group wait": delivered - told}
 
 
 def moment(text: str) -> float:
@@ -96,7 +101,7 @@ def _scraped(monitoring: Monitoring, namespace: str, release: str, at: float) ->
 
 
 def _told(monitoring: Monitoring, namespace: str, release: str, alert: str) -> float:
-    """When Alertmanager took the alert."""
+    """When Alertmanager took the alert last: Prometheus tells it again, and when it is over."""
     [found] = [one for one in monitoring.told(namespace) if _is(one["labels"], release, alert)]
     return moment(found["updatedAt"])
 

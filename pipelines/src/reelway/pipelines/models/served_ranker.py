@@ -38,7 +38,6 @@ asks for the sign of one after another. Below 1e-30 the logarithm is 0 anyway.""
 class ServedRanker(nn.Module):
     """``RANKER_INPUTS``, one viewer -> ``outputs_CK``, as ``Ranker.forward`` gives them without ``viewer_index``."""
 
-    plain_weight: Tensor
     coordinates_weight: Tensor
     products_weight: Tensor
     viewer_weight: Tensor
@@ -61,7 +60,10 @@ class ServedRanker(nn.Module):
         coordinates = 0 if ranker.config.similarity_only else width
         plain = len(weight_IW) - 2 * coordinates - 1
         parts = _parts(weight_IW.T, [plain, 1, coordinates, coordinates])
-        self._keep("plain_weight", parts[0].T[_words_with_crosses(ranker, plain)])
+        self.widths = [self.hidden] * self.experts + ([self.tasks * self.experts] if self.experts > 1 else [])
+        # Apart for each expert and the gates: ONNX Runtime lays a constant out for its products once, when it loads it.
+        for x, weight in enumerate(_parts(parts[0].T[_words_with_crosses(ranker, plain)], self.widths)):
+            self._keep(f"plain_weight_{x}", weight)
         # What the viewer's embedding multiplies: its products with the video's, and their sum, the similarity.
         products = width**0.5 * parts[3].T if coordinates else torch.zeros(width, 1)
         self._keep("products_weight", CROSS_SCALE * parts[1].T + products)
@@ -112,23 +114,26 @@ class ServedRanker(nn.Module):
                 F.embedding(video_categories[:, VIDEO_TOPIC], of_topic),
                 F.embedding(video_categories[:, VIDEO_LANGUAGE], of_language),
                 _vectors(self.creator_rows, ranker.creators.row_of, creator_codes),
-                video_embedding,
             ],
             dim=-1,
         )
-        weight_IW = torch.cat([self.plain_weight, by_embedding_DW], dim=0)
-        mixed_KCE = self._mixed(given_CI, weight_IW, first_1W)
+        biases, weights = _parts(first_1W, self.widths), _parts(by_embedding_DW, self.widths)
+        plain = [torch.addmm(bias, given_CI, self.get_buffer(f"plain_weight_{x}")) for x, bias in enumerate(biases)]
+        mixed_KCE = self._mixed(
+            [torch.addmm(one, video_embedding, weight) for one, weight in zip(plain, weights, strict=True)]
+        )
         heads = self.ranker.head_first
         # Spread to all candidates first: a sum of rows of 24 with one row is twice as slow as of two wholes.
         bias_KCH = heads.bias.unsqueeze(1).expand(-1, given_CI.shape[0], -1)
         heads_KCH = F.relu(mixed_KCE @ heads.weight + bias_KCH)
         return (heads_KCH @ self.last_weight).squeeze(-1).T + self.last_bias
 
-    def _mixed(self, given_CI: Tensor, weight_IW: Tensor, first_1W: Tensor) -> Tensor:
-        """The mixture of the experts for each task, ``[K, C, E]``; ``[1, C, E]`` where there is one for all."""
-        widths = [self.hidden] * self.experts + ([self.tasks * self.experts] if self.experts > 1 else [])
-        weights, biases = _parts(weight_IW, widths), _parts(first_1W, widths)
-        first = [torch.addmm(bias, given_CI, weight) for bias, weight in zip(biases, weights, strict=True)]
+    def _mixed(self, first: list[Tensor]) -> Tensor:
+        """The mixture of the experts for each task, ``[K, C, E]``; ``[1, C, E]`` where there is one for all.
+
+        Args:
+            first: what the first layer says of each expert and, where there are many, of the gates.
+        """
         second = self.ranker.trunk.second
         experts = [F.relu(torch.addmm(second.bias[x], F.relu(first[x]), second.weight[x])) for x in range(self.experts)]
         if self.experts == 1:
