@@ -2,10 +2,11 @@
 
 Training wants many viewers in a batch and plain layers. Serving has one viewer a request, and then most of the first
 layer's work on the two embeddings is the viewer's alone: coordinates, their products and the similarity are three
-linear maps of the video's embedding whose weights the viewer decides, so they are one map, made once a request. What
-the viewer makes of a topic and of a language are columns beside these words' own, one row for each word and not for
-each candidate. The mixture of experts is one small product for each candidate, and the heads follow as one product for
-each task. Export refuses it where it does not give the ranker's own answers.
+linear maps of the video's embedding whose weights the viewer decides, so they are one map, made once a request; what
+the viewer gives every candidate alike is one row more of it. What the viewer makes of a topic and of a language are
+columns beside these words' own, one row for each word and not for each candidate. The mixture of experts is one small
+product for each candidate, and the heads follow as one product for each task. Export refuses it where it does not give
+the ranker's own answers.
 """
 
 # Shapes: C candidates, D embedding, W width of the first layer, X experts, E expert width, K tasks, H head width
@@ -38,13 +39,13 @@ asks for the sign of one after another. Below 1e-30 the logarithm is 0 anyway.""
 class ServedRanker(nn.Module):
     """``RANKER_INPUTS``, one viewer -> ``outputs_CK``, as ``Ranker.forward`` gives them without ``viewer_index``."""
 
-    coordinates_weight: Tensor
-    products_weight: Tensor
     viewer_weight: Tensor
     viewer_bias: Tensor
     last_weight: Tensor
     last_bias: Tensor
+    tasks_by_expert: Tensor
     viewer_words: Tensor
+    topics: Tensor
     first_word: Tensor
     spoken: Tensor
     creator_rows: Tensor
@@ -60,16 +61,18 @@ class ServedRanker(nn.Module):
         coordinates = 0 if ranker.config.similarity_only else width
         plain = len(weight_IW) - 2 * coordinates - 1
         parts = _parts(weight_IW.T, [plain, 1, coordinates, coordinates])
-        self.widths = [self.hidden] * self.experts + ([self.tasks * self.experts] if self.experts > 1 else [])
-        # Apart for each expert and the gates: ONNX Runtime lays a constant out for its products once, when it loads it.
-        for x, weight in enumerate(_parts(parts[0].T[_words_with_crosses(ranker, plain)], self.widths)):
-            self._keep(f"plain_weight_{x}", weight)
         # What the viewer's embedding multiplies: its products with the video's, and their sum, the similarity.
-        products = width**0.5 * parts[3].T if coordinates else torch.zeros(width, 1)
-        self._keep("products_weight", CROSS_SCALE * parts[1].T + products)
-        self._keep("coordinates_weight", parts[2].T if coordinates else torch.zeros_like(self.products_weight))
+        products = CROSS_SCALE * parts[1].T + (width**0.5 * parts[3].T if coordinates else torch.zeros(width, 1))
+        self.widths = [self.hidden] * self.experts + ([self.tasks * self.experts] if self.experts > 1 else [])
+        # Apart for each expert and for the gates: to take one matrix of all apart afterwards is to copy it.
+        self._keep_parts("video_weight", parts[0].T[_in_order(ranker, plain)])
+        self._keep_parts("products_weight", products)
+        self._keep_parts("coordinates_weight", parts[2].T if coordinates else torch.zeros_like(products))
         self._keep("viewer_weight", trunk.from_viewer.weight.detach().T[:, order_W])
         self._keep("viewer_bias", trunk.from_viewer.bias.detach()[order_W])
+        self._keep("tasks_by_expert", torch.eye(self.tasks).repeat(1, self.experts))
+        # Every topic ends with a one, which takes the viewer's row of the weights to every candidate.
+        self._keep("topics", F.pad(ranker.video_categories.tables[0].get_parameter("weight"), (0, 1), value=1.0))
         # The viewer's words in one table, each column's behind the last one's; the viewer's language decides of a
         # video's what is beside its word.
         tables = tuple(table.get_parameter("weight") for table in ranker.viewer_categories.tables)
@@ -85,6 +88,10 @@ class ServedRanker(nn.Module):
 
     def _keep(self, name: str, values: Tensor) -> None:
         self.register_buffer(name, values.detach().clone().contiguous())
+
+    def _keep_parts(self, name: str, matrix: Tensor) -> None:
+        for x, part in enumerate(_parts(matrix, self.widths)):
+            self._keep(f"{name}_{x}", part)
 
     def forward(
         self,
@@ -102,31 +109,43 @@ class ServedRanker(nn.Module):
         viewer = [*_scaled(ranker.viewer_dense, viewer_dense), words.flatten(1)]
         if not ranker.config.similarity_only:
             viewer.append(viewer_embedding)
-        by_embedding_DW = self.coordinates_weight + viewer_embedding.reshape(-1, 1) * self.products_weight
         first_1W = torch.addmm(self.viewer_bias, torch.cat(viewer, dim=-1), self.viewer_weight)
-        topics, languages = (table.get_parameter("weight") for table in ranker.video_categories.tables)
-        of_topic = torch.cat([topics, _affinities(viewer_dense)], dim=-1)
         spoken = F.embedding(viewer_categories[:, VIEWER_LANGUAGE], self.spoken)
-        of_language = torch.cat([languages, spoken.reshape(-1, 2)], dim=-1)
+        of_language = torch.cat(
+            [ranker.video_categories.tables[1].get_parameter("weight"), spoken.reshape(-1, 2)], dim=-1
+        )
+        of_topic = torch.cat([_affinities(viewer_dense), self.topics], dim=-1)
         given_CI = torch.cat(
             [
                 *_scaled(ranker.video_dense, video_dense),
-                F.embedding(video_categories[:, VIDEO_TOPIC], of_topic),
                 F.embedding(video_categories[:, VIDEO_LANGUAGE], of_language),
                 _vectors(self.creator_rows, ranker.creators.row_of, creator_codes),
+                F.embedding(video_categories[:, VIDEO_TOPIC], of_topic),
+                video_embedding,
             ],
             dim=-1,
         )
-        biases, weights = _parts(first_1W, self.widths), _parts(by_embedding_DW, self.widths)
-        plain = [torch.addmm(bias, given_CI, self.get_buffer(f"plain_weight_{x}")) for x, bias in enumerate(biases)]
+        viewer_D1 = viewer_embedding.reshape(-1, 1)
         mixed_KCE = self._mixed(
-            [torch.addmm(one, video_embedding, weight) for one, weight in zip(plain, weights, strict=True)]
+            [self._first(x, given_CI, row, viewer_D1) for x, row in enumerate(_parts(first_1W, self.widths))]
         )
         heads = self.ranker.head_first
         # Spread to all candidates first: a sum of rows of 24 with one row is twice as slow as of two wholes.
         bias_KCH = heads.bias.unsqueeze(1).expand(-1, given_CI.shape[0], -1)
         heads_KCH = F.relu(mixed_KCE @ heads.weight + bias_KCH)
-        return (heads_KCH @ self.last_weight).squeeze(-1).T + self.last_bias
+        return ((heads_KCH @ self.last_weight).squeeze(-1) + self.last_bias.unsqueeze(1)).T
+
+    def _first(self, part: int, given_CI: Tensor, viewer_1W: Tensor, viewer_D1: Tensor) -> Tensor:
+        """One expert's part of the first layer, or the gates'.
+
+        One product with all that is given: to add up two, or a bias, is to write and read the whole result once more.
+        It is ``addmm`` of nothing because ONNX Runtime joins that, and no plain product, to the ``relu`` behind it.
+        """
+        video, coordinates, products = (
+            self.get_buffer(f"{name}_{part}") for name in ("video_weight", "coordinates_weight", "products_weight")
+        )
+        weight_IW = torch.cat([video, viewer_1W, coordinates + viewer_D1 * products])
+        return torch.addmm(viewer_1W, given_CI, weight_IW, beta=0)
 
     def _mixed(self, first: list[Tensor]) -> Tensor:
         """The mixture of the experts for each task, ``[K, C, E]``; ``[1, C, E]`` where there is one for all.
@@ -139,8 +158,12 @@ class ServedRanker(nn.Module):
         if self.experts == 1:
             return experts[0].unsqueeze(0)
         expert_CXE = torch.cat(experts, dim=-1).reshape(-1, self.experts, second.bias.shape[1])
-        shares = _softmax(_parts(first[-1], [self.tasks] * self.experts))
-        share_CXK = torch.cat(shares, dim=-1).reshape(-1, self.experts, self.tasks)
+        # A softmax over an axis of four is thousands of small ones. To sum over the experts, and to give each of them
+        # what is its task's, are products with ones.
+        gates, by_expert = first[-1], self.tasks_by_expert
+        highest_CK = gates.reshape(-1, self.experts, self.tasks).amax(dim=1)
+        raised = torch.exp(gates - highest_CK @ by_expert)
+        share_CXK = (raised / (raised @ (by_expert.T @ by_expert))).reshape(-1, self.experts, self.tasks)
         return (share_CXK.transpose(1, 2) @ expert_CXE).transpose(0, 1)
 
 
@@ -152,33 +175,22 @@ def _gates_by_expert(experts: int, tasks: int, start: int) -> Tensor:
     return torch.cat([before, start + torch.arange(tasks * experts).view(tasks, experts).T.reshape(-1)])
 
 
-def _words_with_crosses(ranker: Ranker, plain: int) -> Tensor:
-    """Rows of the first layer with the two crosses of topic and of language beside these words' own vectors.
+def _in_order(ranker: Ranker, plain: int) -> Tensor:
+    """Rows of the first layer in the order in which ``forward`` puts the candidates' columns side by side.
 
-    The ranker has numbers, topic, language, creator, two crosses of the topic, two of the language.
+    The ranker has numbers, topic, language, creator, two crosses of the topic, two of the language. Here a word's
+    crosses are beside its own vector, and the topic's is the last.
     """
     word, creator = ranker.config.category_dim, ranker.config.creator_dim
     widths = [plain - 2 * word - creator - 4, word, word, creator, 2, 2]
     numbers, topic, language, creators, of_topic, of_language = torch.split(torch.arange(plain), widths)
-    return torch.cat([numbers, topic, of_topic, language, of_language, creators])
+    return torch.cat([numbers, language, of_language, creators, of_topic, topic])
 
 
 def _parts(matrix: Tensor, widths: list[int]) -> list[Tensor]:
     """The matrix's columns, so many to each part."""
     ends = list(itertools.accumulate(widths))
     return [matrix[:, end - width : end] for end, width in zip(ends, widths, strict=True)]
-
-
-def _softmax(gates: list[Tensor]) -> list[Tensor]:
-    """Over the list: four wide operations, where a softmax over an axis of four is thousands of small ones."""
-    highest = gates[0]
-    for gate in gates[1:]:
-        highest = torch.maximum(highest, gate)
-    raised = [torch.exp(gate - highest) for gate in gates]
-    total = raised[0]
-    for one in raised[1:]:
-        total = total + one
-    return [one / total for one in raised]
 
 
 def _scaled(numbers: Standardiser, values: Tensor) -> list[Tensor]:
