@@ -34,7 +34,6 @@ from reelway.platform.rollout.control.controller_metrics import ControllerMetric
 from reelway.platform.rollout.control.controller_service import stopped_by_signals
 from reelway.platform.rollout.control.webhook import serving
 from reelway.platform.rollout.policy import RolloutPolicy, default_policy, parse_policy
-from reelway.platform.rollout.state import Phase
 
 log = logging.getLogger(__name__)
 
@@ -42,7 +41,6 @@ _NOTICED_S: Final = 0.1
 _LOOK_S: Final = 2.0
 _WATCH_ENDS_S: Final = 3.0
 _COMPARED_S: Final = 20.0
-_ENDED: Final = frozenset({Phase.PROMOTED, Phase.ROLLED_BACK})
 
 
 @dataclass(frozen=True)
@@ -178,7 +176,7 @@ class Operator:
         resource = self._shelf.by_uid(uid)
         if resource is None or resource.status.state is None or resource.status.superseded_by:
             return True
-        if resource.status.state.phase in _ENDED:
+        if not resource.status.state.active:
             return True
         lane = self._lanes.get(resource.spec.backend.key)
         return lane is not None and lane.gone()
