@@ -28,7 +28,7 @@ help: ## List the targets.
 $(STAMP): constraints.txt pyproject.toml platform/pyproject.toml pipelines/pyproject.toml serving/pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Reelway needs Python 3.11 or newer, this is " + sys.version.split()[0] + "; set PYTHON=")'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt uv
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --constraint constraints.txt --group dev \
 		-e 'platform[cluster]' -e pipelines -e serving
 	@touch $@
@@ -71,9 +71,12 @@ $(CLIENTS)/.installed: $(STAMP) Makefile
 test-clients: $(CLIENTS)/.installed ## KServe's own client and Triton's, in an environment of its own, against the rank server.
 	REELWAY_TRITON_PYTHON=$(CURDIR)/$(CLIENTS)/bin/python $(BIN)/python -m pytest tests/serving/test_open_inference_server.py -k that_others_wrote
 
+# Whoever has a cluster names it by KUBECONFIG and REELWAY_CLUSTER_TESTS=1; no node is brought up then.
+OWN_NODE := $(if $(and $(KUBECONFIG),$(REELWAY_CLUSTER_TESTS)),,1)
+
 .PHONY: test-cluster
-test-cluster: cluster ## Resources, store and operator against a real API server; the node is taken down afterwards.
-	trap '$(BIN)/python infra/cluster down' EXIT; $(BIN)/python -m pytest -m cluster
+test-cluster: $(if $(OWN_NODE),cluster,install) ## Resources, store and operator against a real API server; the node is taken down afterwards.
+	$(if $(OWN_NODE),trap '$(BIN)/python infra/cluster down' EXIT;) $(BIN)/python -m pytest -m cluster
 
 .PHONY: test-quick
 test-quick: install ## Only what needs neither Ray nor a server: about a minute.
@@ -138,9 +141,28 @@ TORCH ?= cuda
 images: install ## Controller, serving and training images by docker, podman or buildah, as archives (TORCH=cpu for a small one).
 	$(BIN)/python infra/images build all --torch $(TORCH) $(if $(IMAGE_BASE),--base $(IMAGE_BASE))
 
+# What the node runs where nothing is pulled, each from what lies here and in the index: no registry, no CUDA.
+NODE_BASE := reelway.local/base:bookworm
+NODE_IMAGES := controller serving training monitoring redis
+.PHONY: cluster-images
+cluster-images: install ## The node's images as archives by buildah: a Debian base, Reelway's three, Prometheus and Redis.
+	@.ci/system-packages images
+	@$(BIN)/python infra/cluster build prometheus-operator prometheus
+	@$(BIN)/python infra/images base
+	$(BIN)/python infra/images build all --torch cpu --base $(NODE_BASE)
+	@$(BIN)/python infra/images node monitoring redis
+
+.PHONY: cluster-parts
+cluster-parts: cluster-tools cluster-images ## All programs and images of `make e2e`, and nothing started: the minutes before it, once.
+	@$(BIN)/python infra/cluster build kserve
+
+.PHONY: cluster-load
+cluster-load: cluster-images cluster ## Give the node its images, built from the code as it is.
+	@$(BIN)/python infra/cluster load $(NODE_IMAGES:%=.cluster/images/%.tar)
+
 .PHONY: e2e
-e2e: cluster-monitoring cluster-kserve ## The whole platform on a real node: install, roll out, kill, upgrade, uninstall (images: infra/images/README.md).
-	$(BIN)/python -m pytest -m e2e tests/e2e
+e2e: $(if $(OWN_NODE),cluster-load cluster-monitoring cluster-kserve,install) ## The whole platform on a real node: install, roll out, kill, upgrade, uninstall (25 minutes).
+	$(BIN)/python -m pytest -m e2e --durations=25 tests/e2e
 
 .PHONY: bench-cluster
 bench-cluster: cluster ## On the node: webhook to stable over 50 rollouts, a killed head with and without a GCS store.

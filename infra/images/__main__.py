@@ -30,6 +30,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python infra/images", description=__doc__.partition("\n\n")[0])
     commands = parser.add_subparsers(dest="command", required=True)
     base = commands.add_parser("base", help="Debian 12 with Python from debootstrap, for machines without a registry")
+    base.add_argument("--again", action="store_true", help="where there is one, too: for Debian's newest packages")
     build = commands.add_parser("build", help="build images and write an archive of each")
     build.add_argument("names", nargs="+", choices=[*IMAGES, "all"], metavar="NAME", help=", ".join([*IMAGES, "all"]))
     build.add_argument("--base", help=f"base image instead of the Dockerfile's; `{BASE_IMAGE}` is what `base` makes")
@@ -44,7 +45,9 @@ def main() -> int:
     options = parser.parse_args()
     try:
         if options.command == "base":
-            make_base(find_builder(), options.out, os.environ.get("REELWAY_DEBIAN_MIRROR"), say)
+            builder = find_builder()
+            if options.again or not builder.has(BASE_IMAGE):
+                make_base(builder, options.out, os.environ.get("REELWAY_DEBIAN_MIRROR"), say)
         elif options.command == "node":
             for name in options.names:
                 archive = build_node_image(find_builder(), name, options.out, say)

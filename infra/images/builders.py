@@ -34,6 +34,11 @@ class Builder:
             command += ["--secret", f"id={name},src={path}"]
         _run([*command, str(context)])
 
+    def has(self, image: str) -> bool:
+        """Whether this machine has an image of that name."""
+        command = [self.program, *(("image", "inspect") if self.program == "docker" else ("inspect", "--type=image"))]
+        return subprocess.run([*command, image], capture_output=True, check=False).returncode == 0
+
     def save(self, image: str, archive: Path) -> None:
         """Write an archive that ``ctr images import`` and ``docker load`` take.
 
@@ -42,7 +47,7 @@ class Builder:
         """
         archive.unlink(missing_ok=True)
         if self.program == "buildah":
-            _run(["buildah", "push", "--quiet", image, f"oci-archive:{archive}:{image}"])
+            _run(["buildah", "push", "--quiet", *_COMPRESSED, image, f"oci-archive:{archive}:{image}"])
         elif self.program == "podman":
             _run(["podman", "save", "--quiet", "--format", "oci-archive", "--output", str(archive), image])
         else:
@@ -72,6 +77,8 @@ def find_builder() -> Builder:
     raise BuilderError("no docker with a running daemon, no podman and no buildah here; install one of them")
 
 
+_COMPRESSED: Final = ("--compression-format", "zstd", "--compression-level", "3")
+"""Of buildah's archives: gzip, its default, takes minutes of a training image."""
 _PROBES: Final = {
     "docker": ["docker", "info"],
     "podman": ["podman", "info"],

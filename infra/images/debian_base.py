@@ -20,7 +20,7 @@ _NOT_NEEDED: Final = (
 
 
 def make_base(builder: Builder, out: Path, mirror: str | None, say: Callable[[str], None]) -> None:
-    """Build ``BASE_IMAGE``. ``mirror`` is a Debian mirror's address, None for debootstrap's own choice.
+    """Build ``BASE_IMAGE``, new in any case. ``mirror``: a Debian mirror's address, None for debootstrap's own choice.
 
     Raises:
         BuilderError: debootstrap is not here or failed.

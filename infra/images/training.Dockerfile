@@ -2,26 +2,23 @@
 # The default base is an official image; `python infra/images base` makes one where no registry is reached.
 ARG BASE=docker.io/library/python:3.11-slim-bookworm@sha256:a36c24f9cbdf4fd0f52d67f0823eeac19c2028c637cecc392d97f980d4fec56b
 
-# Changes with constraints.txt and the members' requirements only; pip's cache is shared by all images.
+# Changes with constraints.txt and the members' requirements only; the caches are shared by all images.
 FROM ${BASE} AS dependencies
 WORKDIR /build
 RUN python3 -m venv /build/pip && python3 -m venv --without-pip /opt/reelway \
     && echo /opt/members > "$(echo /opt/reelway/lib/python3.*/site-packages)/members.pth"
-COPY constraints.txt infra/images/dependencies.py infra/images/without_cuda.py ./
+COPY constraints.txt infra/images/dependencies.py infra/images/install_dependencies.sh infra/images/without_cuda.py ./
 COPY platform/pyproject.toml platform/
 COPY pipelines/pyproject.toml pipelines/
 ARG MEMBERS="pipelines platform[s3]"
 # `cpu` leaves out what only a GPU would call.
 ARG TORCH=cuda
-ENV PIP_CACHE_DIR=/var/cache/pip PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore
+ENV PIP_CACHE_DIR=/var/cache/pip PIP_DISABLE_PIP_VERSION_CHECK=1 UV_CACHE_DIR=/var/cache/uv
 RUN --mount=type=cache,id=reelway-pip,target=/var/cache/pip \
+    --mount=type=cache,id=reelway-uv,target=/var/cache/uv \
     --mount=type=secret,id=ca,required=false \
     --mount=type=secret,id=pip,required=false \
-    if [ -s /run/secrets/ca ]; then export PIP_CERT=/run/secrets/ca; fi \
-    && if [ -s /run/secrets/pip ]; then export PIP_CONFIG_FILE=/run/secrets/pip; fi \
-    && python3 dependencies.py ${MEMBERS} > requirements.txt \
-    && pip/bin/pip install -q -c constraints.txt hatchling \
-    && pip/bin/pip --python /opt/reelway/bin/python install -q -c constraints.txt -r requirements.txt \
+    sh install_dependencies.sh ${MEMBERS} \
     && if [ "${TORCH}" = cpu ]; then \
         python3 without_cuda.py "$(echo /opt/reelway/lib/python3.*/site-packages)" \
         && /opt/reelway/bin/python -c 'import torch; torch.nn.Linear(2, 2)(torch.ones(2)).sum().backward()'; \
