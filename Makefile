@@ -143,22 +143,23 @@ images: install ## Controller, serving and training images by docker, podman or 
 
 # What the node runs where nothing is pulled, each from what lies here and in the index: no registry, no CUDA.
 NODE_BASE := reelway.local/base:bookworm
-NODE_IMAGES := controller serving training monitoring redis
 .PHONY: cluster-images
-cluster-images: install ## The node's images as archives by buildah: a Debian base, Reelway's three, Prometheus and Redis.
+cluster-images: install ## Reelway's three images for the node, as archives by buildah on a Debian base: no registry, no CUDA.
 	@.ci/system-packages images
-	@$(BIN)/python infra/cluster build prometheus-operator prometheus
 	@$(BIN)/python infra/images base
 	$(BIN)/python infra/images build all --torch cpu --base $(NODE_BASE)
-	@$(BIN)/python infra/images node monitoring redis
+
+.PHONY: cluster-programs
+cluster-programs: install ## Every program of the node from pinned Go modules (12 minutes once).
+	@$(BIN)/python infra/cluster build helm coredns kuberay kubernetes prometheus-operator prometheus kserve
 
 .PHONY: cluster-parts
-cluster-parts: cluster-tools cluster-images ## All programs and images of `make e2e`, and nothing started: the minutes before it, once.
-	@$(BIN)/python infra/cluster build kserve
+cluster-parts: cluster-programs cluster-images ## All that `make e2e` needs, and nothing started: the minutes before it, once (-j2: at once).
+	@$(BIN)/python infra/images node monitoring redis
 
 .PHONY: cluster-load
-cluster-load: cluster-images cluster ## Give the node its images, built from the code as it is.
-	@$(BIN)/python infra/cluster load $(NODE_IMAGES:%=.cluster/images/%.tar)
+cluster-load: cluster-images cluster ## Give the node Reelway's images, built from the code as it is.
+	@$(BIN)/python infra/cluster load .cluster/images/controller.tar .cluster/images/serving.tar .cluster/images/training.tar
 
 .PHONY: e2e
 e2e: $(if $(OWN_NODE),cluster-load cluster-monitoring cluster-kserve,install) ## The whole platform on a real node: install, roll out, kill, upgrade, uninstall (25 minutes).

@@ -2,23 +2,23 @@
 # The default base is an official image; `python infra/images base` makes one where no registry is reached.
 ARG BASE=docker.io/library/python:3.11-slim-bookworm@sha256:a36c24f9cbdf4fd0f52d67f0823eeac19c2028c637cecc392d97f980d4fec56b
 
-# Changes with constraints.txt and the members' requirements only; the caches are shared by all images.
-FROM ${BASE} AS dependencies
+# What installs, and the list of what is to be installed. The caches are shared by all images.
+FROM ${BASE} AS installer
 WORKDIR /build
 RUN python3 -m venv /build/pip && python3 -m venv --without-pip /opt/reelway \
     && echo /opt/members > "$(echo /opt/reelway/lib/python3.*/site-packages)/members.pth"
 COPY constraints.txt infra/images/dependencies.py infra/images/install_dependencies.sh ./
+ENV PIP_CACHE_DIR=/var/cache/pip PIP_DISABLE_PIP_VERSION_CHECK=1
+RUN --mount=type=cache,id=reelway-pip,target=/var/cache/pip \
+    --mount=type=secret,id=ca,required=false \
+    --mount=type=secret,id=pip,required=false \
+    sh install_dependencies.sh tools
 COPY platform/pyproject.toml platform/
 COPY serving/pyproject.toml serving/
 ARG MEMBERS="serving platform[s3]"
-ENV PIP_CACHE_DIR=/var/cache/pip PIP_DISABLE_PIP_VERSION_CHECK=1 UV_CACHE_DIR=/var/cache/uv
-RUN --mount=type=cache,id=reelway-pip,target=/var/cache/pip \
-    --mount=type=cache,id=reelway-uv,target=/var/cache/uv \
-    --mount=type=secret,id=ca,required=false \
-    --mount=type=secret,id=pip,required=false \
-    sh install_dependencies.sh ${MEMBERS}
+RUN python3 dependencies.py ${MEMBERS} > requirements.txt && cp requirements.txt constraints.txt /opt/reelway/
 
-FROM dependencies AS members
+FROM installer AS members
 COPY platform/ platform/
 COPY serving/ serving/
 RUN pip/bin/pip wheel -q --no-deps --no-build-isolation --no-index --wheel-dir wheels ./platform ./serving \
@@ -26,7 +26,13 @@ RUN pip/bin/pip wheel -q --no-deps --no-build-isolation --no-index --wheel-dir w
 
 FROM ${BASE}
 RUN echo 'reelway:x:10001:10001::/tmp:/usr/sbin/nologin' >> /etc/passwd && echo 'reelway:x:10001:' >> /etc/group
-COPY --from=dependencies /opt/reelway /opt/reelway
+# The one large layer, written once: it changes with constraints.txt and the members' requirements only.
+COPY --from=installer /opt/reelway /opt/reelway
+RUN --mount=type=bind,from=installer,source=/build,target=/build \
+    --mount=type=cache,id=reelway-uv,target=/var/cache/uv \
+    --mount=type=secret,id=ca,required=false \
+    --mount=type=secret,id=pip,required=false \
+    sh /build/install_dependencies.sh requirements
 COPY --from=members /opt/members /opt/members
 ENV PATH=/opt/members/bin:/opt/reelway/bin:/usr/local/bin:/usr/bin:/bin \
     PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 HOME=/tmp \

@@ -40,12 +40,18 @@ def document(environment: str, component: str) -> Document:
     return dict(yaml.safe_load(named(objects, "RayService")["spec"]["serveConfigV2"]))
 
 
-def ray_environment(component: str) -> dict[str, str | None]:
-    """Of the first container of Ray's head."""
+def head_of(environment: str, component: str) -> dict[str, Any]:
+    """The specification of the pod that is Ray's head."""
     kind = "StatefulSet" if component == "static" else "RayService"
-    spec = next(one for one in rendered("dev", component) if one["kind"] == kind)["spec"]
+    spec = next(one for one in rendered(environment, component) if one["kind"] == kind)["spec"]
     template = spec["template"] if component == "static" else spec["rayClusterConfig"]["headGroupSpec"]["template"]
-    return {one["name"]: one.get("value") for one in template["spec"]["containers"][0]["env"]}
+    found: dict[str, Any] = template["spec"]
+    return found
+
+
+def ray_environment(component: str, environment: str = "dev") -> dict[str, str | None]:
+    """Of the first container of Ray's head."""
+    return {one["name"]: one.get("value") for one in head_of(environment, component)["containers"][0]["env"]}
 
 
 @pytest.mark.parametrize("component", ["kuberay", "static"])
@@ -108,6 +114,16 @@ def test_ray_is_set_as_it_was_measured(component: str) -> None:
     assert {name: environment.get(name) for name in SERVE_SETTINGS} == SERVE_SETTINGS
     # At Ray's own minute a worker serves on for up to that long after a head that has lost its state came back.
     assert environment["RAY_raylet_liveness_self_check_interval_ms"] == "2000"
+
+
+@pytest.mark.parametrize(("environment", "drain_s"), [("dev", 5), ("production-cpu", 30)])
+@pytest.mark.parametrize("component", ["kuberay", "static"])
+def test_ray_has_moved_its_replicas_away_before_the_pod_is_killed(
+    environment: str, component: str, drain_s: int
+) -> None:
+    grace_s = head_of(environment, component)["terminationGracePeriodSeconds"]
+    assert ray_environment(component, environment)["RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"] == str(drain_s)
+    assert drain_s + 10 <= grace_s  # 5 s of preStop, and what its processes need to end
 
 
 @pytest.mark.parametrize(

@@ -46,8 +46,10 @@ RAY_worker_niceness: "0"
 {{- $grpc := dict "RAY_SERVE_DIRECT_INGRESS_MIN_GRPC_PORT" $p.ingressGrpcMin "RAY_SERVE_DIRECT_INGRESS_MAX_GRPC_PORT" $p.ingressGrpcMax -}}
 {{- /* A worker asks every minute whether the head still knows it; one that a new head does not know serves nobody. */ -}}
 {{- $node := dict "RAY_raylet_liveness_self_check_interval_ms" "2000" -}}
+{{- /* Ray's own half minute, or what the pod's grace leaves between its preStop and the end of its processes. */ -}}
+{{- $drain := dict "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S" (min 30 (sub (int .Values.serving.terminationGracePeriodSeconds) 10)) -}}
 {{- $quiet := dict "RAY_USAGE_STATS_ENABLED" "0" "FEAST_USAGE" "False" "OMP_NUM_THREADS" "1" "RAY_AUTH_MODE" "token" -}}
-{{- range $name, $value := mergeOverwrite $env $own $grpc $node $quiet .Values.serving.env }}
+{{- range $name, $value := mergeOverwrite $env $own $grpc $node $drain $quiet .Values.serving.env }}
 - {name: {{ $name }}, value: {{ $value | toString | quote }}}
 {{- end }}
 - name: RAY_AUTH_TOKEN
