@@ -46,7 +46,7 @@ def main() -> int:
     try:
         if options.command == "base":
             builder = find_builder()
-            if options.again or not builder.has(BASE_IMAGE):
+            if options.again or not builder.digest_of(BASE_IMAGE):
                 make_base(builder, options.out, os.environ.get("REELWAY_DEBIAN_MIRROR"), say)
         elif options.command == "node":
             for name in options.names:

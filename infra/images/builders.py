@@ -34,18 +34,31 @@ class Builder:
             command += ["--secret", f"id={name},src={path}"]
         _run([*command, str(context)])
 
-    def has(self, image: str) -> bool:
-        """Whether this machine has an image of that name."""
-        command = [self.program, *(("image", "inspect") if self.program == "docker" else ("inspect", "--type=image"))]
-        return subprocess.run([*command, image], capture_output=True, check=False).returncode == 0
+    def digest_of(self, image: str) -> str:
+        """What tells this image from others of its name; empty where there is none."""
+        if self.program == "docker":
+            command = ["docker", "image", "inspect", "--format", "{{.Id}}", image]
+        else:
+            named = ".FromImageID" if self.program == "buildah" else ".Id"
+            command = [self.program, "inspect", "--type=image", "--format", f"{{{{{named}}}}}", image]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        return done.stdout.strip() if done.returncode == 0 else ""
 
     def save(self, image: str, archive: Path) -> None:
-        """Write an archive that ``ctr images import`` and ``docker load`` take.
+        """Write an archive that ``ctr images import`` and ``docker load`` take. One of the same image is kept.
 
         Raises:
             BuilderError: it could not be written.
         """
+        digest, packed = self.digest_of(image), archive.with_name(f"{archive.name}.of")
+        if digest and archive.exists() and packed.exists() and packed.read_text() == digest:
+            return
+        packed.unlink(missing_ok=True)
         archive.unlink(missing_ok=True)
+        self._pack(image, archive)
+        packed.write_text(digest)
+
+    def _pack(self, image: str, archive: Path) -> None:
         if self.program == "buildah":
             _run(["buildah", "push", "--quiet", *_COMPRESSED, image, f"oci-archive:{archive}:{image}"])
         elif self.program == "podman":
