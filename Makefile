@@ -118,7 +118,7 @@ bench-rollout: install ## Webhook to stable, failed requests, sticky arms: on th
 	$(BIN)/python -m tests.benchmarks.bench_rollout
 
 .PHONY: cluster-tools
-cluster-tools: install ## Build helm, kubectl, kubeconform and the node's programs from pinned Go modules (12 minutes once).
+cluster-tools: install ## Build helm, kubectl, kubeconform and the node's programs from pinned Go modules (9 minutes once).
 	@$(BIN)/python infra/cluster build helm coredns kuberay kubernetes
 
 .PHONY: cluster
@@ -150,7 +150,7 @@ cluster-images: install ## Reelway's three images for the node, as archives by b
 	$(BIN)/python infra/images build all --torch cpu --base $(NODE_BASE)
 
 .PHONY: cluster-programs
-cluster-programs: install ## Every program of the node from pinned Go modules (12 minutes once).
+cluster-programs: install ## Every program of the node from pinned Go modules (14 minutes once).
 	@$(BIN)/python infra/cluster build helm coredns kuberay kubernetes prometheus-operator prometheus kserve
 
 .PHONY: cluster-parts
