@@ -166,7 +166,7 @@ e2e: $(if $(OWN_NODE),cluster-load cluster-monitoring cluster-kserve,install) ##
 	$(BIN)/python -m pytest -m e2e --durations=25 tests/e2e
 
 .PHONY: bench-cluster
-bench-cluster: cluster ## On the node: webhook to stable over 50 rollouts, a killed head with and without a GCS store.
+bench-cluster: $(if $(OWN_NODE),cluster,install) ## On the node: webhook to stable over 50 rollouts, a killed head with and without a GCS store.
 	$(BIN)/python -m tests.benchmarks.bench_cluster
 
 .PHONY: cluster-monitoring
@@ -177,7 +177,7 @@ cluster-monitoring: cluster ## Prometheus and Alertmanager on the node, which ta
 	@$(BIN)/python infra/cluster monitoring
 
 .PHONY: bench-alerts
-bench-alerts: cluster-monitoring ## On the node: fault to stable through Prometheus and Alertmanager, 10 runs, the share of each hop.
+bench-alerts: $(if $(OWN_NODE),cluster-monitoring,install) ## On the node: fault to stable through Prometheus and Alertmanager, 10 runs, the share of each hop.
 	$(BIN)/python -m tests.benchmarks.bench_alerts
 
 .PHONY: constraints
