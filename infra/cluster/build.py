@@ -1,8 +1,8 @@
 """Programs of the node from pinned Go modules. A tool is built again only when its pins have changed.
 
-Each folder under ``tools/`` is a module of its own whose ``tool`` lines name what is built. Helm, CoreDNS and
-Prometheus have what they share at the same versions, so that Go compiles it once. Nothing is installed outside of the
-state folder; Go's own module and build caches are Go's.
+Each folder under ``tools/`` is a module of its own whose ``tool`` lines name what is built. What they share is at the
+same versions (README.md), so that Go compiles it once. Nothing is installed outside of the state folder; Go's own
+module and build caches are Go's.
 """
 
 from __future__ import annotations

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
-import sys
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+from tests.infra.scripts import load_script
 
-BUILDERS = Path(__file__).parents[2] / "infra" / "images" / "builders.py"
 IMAGE = "reelway.local/serving:1"
 BUILDAH = """#!/bin/sh
 case "$1" in
@@ -38,13 +36,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture(scope="module")
 def builders() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("image_builders", BUILDERS)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
+    return load_script("images/builders.py")
 
 
 def test_an_archive_of_the_same_image_is_kept(builders: ModuleType, place: Path) -> None:

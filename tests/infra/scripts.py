@@ -1,0 +1,21 @@
+"""Why: what builds the node and the images are scripts beside a Dockerfile, in no package; tests take them by path."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+
+_INFRA = Path(__file__).parents[2] / "infra"
+
+
+def load_script(path: str) -> ModuleType:
+    """The script at ``path`` below infra/, as a module."""
+    spec = importlib.util.spec_from_file_location(f"infra_{Path(path).stem}", _INFRA / path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
