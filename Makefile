@@ -14,6 +14,8 @@ GPUS ?= 0
 KEEP ?=
 ROLLOUTS ?= 1
 TRITONCLIENT ?= 2.73.0
+# cpu: torch without CUDA's four gigabytes, in .venv and in the training image.
+TORCH ?= cuda
 SEED ?= 0
 
 export RAY_USAGE_STATS_ENABLED := 0
@@ -29,12 +31,14 @@ $(STAMP): constraints.txt pyproject.toml platform/pyproject.toml pipelines/pypro
 	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Reelway needs Python 3.11 or newer, this is " + sys.version.split()[0] + "; set PYTHON=")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt uv
+	$(if $(filter cpu,$(TORCH)),$(BIN)/python infra/images/without_cuda.py excluded constraints.txt >$(VENV)/excluded.txt)
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --constraint constraints.txt --group dev \
-		-e 'platform[cluster]' -e pipelines -e serving
+		$(if $(filter cpu,$(TORCH)),--excludes $(VENV)/excluded.txt) -e 'platform[cluster]' -e pipelines -e serving
+	$(if $(filter cpu,$(TORCH)),$(BIN)/python infra/images/without_cuda.py link $(VENV)/lib/python3.*/site-packages)
 	@touch $@
 
 .PHONY: install
-install: $(STAMP) ## Make .venv and install the three members from constraints.txt.
+install: $(STAMP) ## Make .venv and install the three members from constraints.txt (TORCH=cpu: without CUDA).
 
 .PHONY: system-packages
 system-packages: ## Install the servers that integration tests use (Debian or Ubuntu, as root); says so where it cannot.
@@ -136,7 +140,6 @@ cluster-kserve: cluster ## KServe's own controller on the node, with its webhook
 
 # Where no registry is reached: IMAGE_BASE=reelway.local/base:bookworm, made by `python infra/images base`.
 IMAGE_BASE ?=
-TORCH ?= cuda
 .PHONY: images
 images: install ## Controller, serving and training images by docker, podman or buildah, as archives (TORCH=cpu for a small one).
 	$(BIN)/python infra/images build all --torch $(TORCH) $(if $(IMAGE_BASE),--base $(IMAGE_BASE))

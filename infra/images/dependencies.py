@@ -1,18 +1,19 @@
-"""Prints what members need from outside, so that an image's dependency layer changes only when that does.
+"""Prints what members need from outside, so that an image's dependency layers change only when that does.
 
 ``python dependencies.py platform[cluster,s3] serving``: reads each folder's ``pyproject.toml``, follows members that
-name each other, and prints one requirement a line. Runs in the build with nothing but the standard library.
+name each other, and prints one requirement a line. With ``--shared-with MEMBER...`` only what those need too: a layer
+that two images have in common is built, stored and pulled once. Runs in the build with the standard library alone.
 """
 
 from __future__ import annotations
 
+import argparse
 import re
-import sys
 import tomllib
 from collections.abc import Iterable
 from pathlib import Path
 
-_REQUIREMENT = re.compile(r"^(?P<name>[A-Za-z0-9._-]+)(?:\[(?P<extras>[^\]]*)\])?")
+_REQUIREMENT = re.compile(r"^(?P<name>[A-Za-z0-9._-]+)(?:\[(?P<extras>[^\]]*)\])?(?P<versions>.*)$")
 _MEMBER = "reelway-"
 
 
@@ -42,6 +43,22 @@ def requirements(members: Iterable[str], root: Path) -> list[str]:
     return sorted(found)
 
 
+def shared(some: Iterable[str], others: Iterable[str]) -> list[str]:
+    """Requirements of both lists, with the extras and the bounds that both name, sorted."""
+    known: dict[str, list[tuple[set[str], str]]] = {}
+    for requirement in others:
+        name, extras = _split(requirement)
+        known.setdefault(name, []).append((extras, _versions(requirement)))
+    found = set()
+    for requirement in some:
+        name, extras = _split(requirement)
+        for their_extras, their_versions in known.get(name, ()):
+            common = ",".join(sorted(extras & their_extras))
+            versions = _versions(requirement) if _versions(requirement) == their_versions else ""
+            found.add(name + (f"[{common}]" if common else "") + versions)
+    return sorted(found)
+
+
 def _split(member: str) -> tuple[str, set[str]]:
     match = _REQUIREMENT.match(member)
     if not match:
@@ -50,5 +67,21 @@ def _split(member: str) -> tuple[str, set[str]]:
     return match["name"], {extra.strip() for extra in extras.split(",") if extra.strip()}
 
 
+def _versions(requirement: str) -> str:
+    match = _REQUIREMENT.match(requirement)
+    return match["versions"].strip() if match else ""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0] if __doc__ else None)
+    parser.add_argument("members", nargs="+", metavar="MEMBER", help="folder of a member, with extras in brackets")
+    parser.add_argument("--shared-with", nargs="+", metavar="MEMBER", help="print only what these need, too")
+    options = parser.parse_args()
+    found = requirements(options.members, Path.cwd())
+    if options.shared_with:
+        found = shared(found, requirements(options.shared_with, Path.cwd()))
+    print("\n".join(found))
+
+
 if __name__ == "__main__":
-    print("\n".join(requirements(sys.argv[1:], Path.cwd())))
+    main()

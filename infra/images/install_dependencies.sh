@@ -1,6 +1,7 @@
 #!/bin/sh
-# `tools`: pip and uv into /build/pip. `requirements`: /opt/reelway/requirements.txt into /opt/reelway, at the versions of
-# constraints.txt. Secrets of a build: `ca`, certificates of the index; `pip`, a pip.conf whose indexes uv is told, too.
+# `tools`: pip and uv into /build/pip. Any other word is a list, /opt/reelway/WORD.txt, that goes into /opt/reelway at the
+# versions of constraints.txt, without the packages of /build/excluded.txt where there is such a file. Secrets of a build:
+# `ca`, certificates of the index; `pip`, a pip.conf whose indexes uv is told, too.
 set -eu
 pip=/build/pip/bin/pip
 if [ -s /run/secrets/ca ]; then
@@ -11,18 +12,15 @@ if [ -s /run/secrets/pip ]; then
     if index=$($pip config get global.index-url 2>/dev/null); then export UV_DEFAULT_INDEX="$index"; fi
     if more=$($pip config get global.extra-index-url 2>/dev/null); then export UV_INDEX="$more"; fi
 fi
-case "$1" in
-tools)
-    $pip install -q -c constraints.txt hatchling uv
-    ;;
-requirements)
-    # Compiled here, since a pod cannot write beside the sources: its root file system is read-only.
-    cd /opt/reelway
-    UV_CACHE_DIR=/var/cache/uv UV_LINK_MODE=copy /build/pip/bin/uv pip install -q --compile-bytecode \
-        --python bin/python -c constraints.txt -r requirements.txt
-    ;;
-*)
-    echo "install_dependencies.sh $1: expected tools or requirements" >&2
+if [ "$1" = tools ]; then
+    exec $pip install -q -c constraints.txt hatchling uv
+fi
+if [ ! -s "/opt/reelway/$1.txt" ]; then
+    echo "install_dependencies.sh $1: expected tools, or the name of a list in /opt/reelway" >&2
     exit 2
-    ;;
-esac
+fi
+if [ -s /build/excluded.txt ]; then export UV_EXCLUDE=/build/excluded.txt; fi
+# Compiled here, since a pod cannot write beside the sources: its root file system is read-only.
+cd /opt/reelway
+UV_CACHE_DIR=/var/cache/uv UV_LINK_MODE=copy /build/pip/bin/uv pip install -q --compile-bytecode \
+    --python bin/python -c constraints.txt -r "$1.txt"

@@ -2,12 +2,12 @@
 # The default base is an official image; `python infra/images base` makes one where no registry is reached.
 ARG BASE=docker.io/library/python:3.11-slim-bookworm@sha256:a36c24f9cbdf4fd0f52d67f0823eeac19c2028c637cecc392d97f980d4fec56b
 
-# What installs, and the list of what is to be installed. The caches are shared by all images.
+# What installs, and the lists of what is to be installed. The caches are shared by all images.
 FROM ${BASE} AS installer
 WORKDIR /build
 RUN python3 -m venv /build/pip && python3 -m venv --without-pip /opt/reelway \
     && echo /opt/members > "$(echo /opt/reelway/lib/python3.*/site-packages)/members.pth"
-COPY constraints.txt infra/images/dependencies.py infra/images/install_dependencies.sh ./
+COPY constraints.txt infra/images/dependencies.py infra/images/install_dependencies.sh infra/images/without_cuda.py ./
 ENV PIP_CACHE_DIR=/var/cache/pip PIP_DISABLE_PIP_VERSION_CHECK=1
 RUN --mount=type=cache,id=reelway-pip,target=/var/cache/pip \
     --mount=type=secret,id=ca,required=false \
@@ -15,8 +15,13 @@ RUN --mount=type=cache,id=reelway-pip,target=/var/cache/pip \
     sh install_dependencies.sh tools
 COPY platform/pyproject.toml platform/
 COPY serving/pyproject.toml serving/
+COPY pipelines/pyproject.toml pipelines/
+# As far as here, and so for the layer of `shared`, serving and training are built by the same lines: what both need is
+# built, stored and pulled once.
+RUN python3 dependencies.py serving platform[s3] --shared-with pipelines platform[s3] > shared.txt \
+    && cp shared.txt constraints.txt /opt/reelway/
 ARG MEMBERS="serving platform[s3]"
-RUN python3 dependencies.py ${MEMBERS} > requirements.txt && cp requirements.txt constraints.txt /opt/reelway/
+RUN python3 dependencies.py ${MEMBERS} > requirements.txt
 
 FROM installer AS members
 COPY platform/ platform/
@@ -26,8 +31,14 @@ RUN pip/bin/pip wheel -q --no-deps --no-build-isolation --no-index --wheel-dir w
 
 FROM ${BASE}
 RUN echo 'reelway:x:10001:10001::/tmp:/usr/sbin/nologin' >> /etc/passwd && echo 'reelway:x:10001:' >> /etc/group
-# The one large layer, written once: it changes with constraints.txt and the members' requirements only.
+# Large layers, each written once: they change with constraints.txt and the members' requirements only.
 COPY --from=installer /opt/reelway /opt/reelway
+RUN --mount=type=bind,from=installer,source=/build,target=/build \
+    --mount=type=cache,id=reelway-uv,target=/var/cache/uv \
+    --mount=type=secret,id=ca,required=false \
+    --mount=type=secret,id=pip,required=false \
+    sh /build/install_dependencies.sh shared
+COPY --from=installer /build/requirements.txt /opt/reelway/
 RUN --mount=type=bind,from=installer,source=/build,target=/build \
     --mount=type=cache,id=reelway-uv,target=/var/cache/uv \
     --mount=type=secret,id=ca,required=false \
