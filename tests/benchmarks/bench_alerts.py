@@ -36,6 +36,7 @@ def main() -> None:
         service.monitoring.until_scraped(service.kubectl.namespace)
         alone = [_run(service, number, by_alert=True) for number in range(options.runs)]
         both = [_run(service, options.runs + number, by_alert=False) for number in range(options.with_evidence)]
+    cluster.until_left()
     write_report("alerts", [*_rows("alert alone", alone), *_rows("alert and evidence", both)])
 
 

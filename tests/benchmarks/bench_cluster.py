@@ -162,6 +162,7 @@ def main() -> int:
         measure(cluster, options.rounds, options.heads, rows)
     finally:
         write_report("cluster", [*rows, *_from_the_flow()])
+        cluster.until_left()
     return int(any(row.holds is False for row in rows))
 
 

@@ -126,6 +126,31 @@ def test_ray_has_moved_its_replicas_away_before_the_pod_is_killed(
     assert drain_s + 10 <= grace_s  # 5 s of preStop, and what its processes need to end
 
 
+@pytest.mark.parametrize("component", ["kuberay", "static"])
+def test_a_head_is_looked_at_from_its_first_second_on_where_its_agent_answers(component: str) -> None:
+    head = head_of("dev", component)["containers"][0]
+    assert head["startupProbe"]["periodSeconds"] <= 2
+    assert head["startupProbe"].get("initialDelaySeconds", 0) == 0
+    asked = head["readinessProbe"]["httpGet"]
+    environment = rendered("dev", component)
+    if component == "kuberay":
+        start = named(environment, "RayService")["spec"]["rayClusterConfig"]["headGroupSpec"]["rayStartParams"]
+        assert str(asked["port"]) == start["dashboard-agent-listen-port"]
+    assert asked["path"] == "/api/healthz"  # with no readinessProbe of ours KubeRay gives one that waits for 10 s
+
+
+def test_a_jobs_pods_are_looked_at_from_their_first_second_on() -> None:
+    templates = named(rendered("dev", "kuberay"), "ConfigMap", "-jobs")["data"]
+    jobs = [text for name, text in templates.items() if name.endswith(".yaml")]
+    assert jobs
+    for text in jobs:
+        cluster = yaml.safe_load(text)["spec"]["rayClusterSpec"]
+        for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
+            container = group["template"]["spec"]["containers"][0]
+            assert container["startupProbe"]["periodSeconds"] == 1
+            assert "initialDelaySeconds" not in container["readinessProbe"]
+
+
 @pytest.mark.parametrize(
     ("environment", "component"), [("dev", "as-is"), ("production-cpu", "as-is"), ("air-gapped", "static")]
 )

@@ -5,7 +5,7 @@ one installation in KubeRay mode, under constant load from its first second; whe
 modules make installations of their own, before the flow or after it.
 
 =====================  =============================================================================================
-``cluster``            fixture: ``clusters.Cluster``: kubectl, helm, ``namespace(prefix)`` (restricted, removed after)
+``cluster``            fixture: ``clusters.Cluster``: kubectl, helm, ``namespace(prefix)`` (restricted, deleted after)
 ``flow``               fixture: ``Flow``: the shared ``installation``, ``load``, ``releases``; ``note(...)`` a number
 ``Installation``       installation.py: install, upgrade, roll_back, uninstall, test; pods, head, until_ready; webhook
 ``made_releases``      made_releases.py: signed releases; ``deliver(kubectl)`` puts them into the claim ``releases``
@@ -62,7 +62,7 @@ class Flow:
 
 
 @pytest.fixture(scope="session")
-def cluster(request: pytest.FixtureRequest) -> Cluster:
+def cluster(request: pytest.FixtureRequest) -> Iterator[Cluster]:
     found = chosen()
     if found is None:
         pytest.skip("no cluster: bring one up with `make cluster`, or set KUBECONFIG and REELWAY_CLUSTER_TESTS=1")
@@ -70,7 +70,8 @@ def cluster(request: pytest.FixtureRequest) -> Cluster:
     if found.own:
         _has_images(found)
     request.session.stash[_CLUSTER] = found
-    return found
+    yield found
+    found.until_left()
 
 
 def _has_images(cluster: Cluster) -> None:

@@ -109,6 +109,21 @@ RAY_worker_niceness: "0"
 {{- .Values.serving.outcomes.persistence.existingClaim | default (printf "%s-outcomes" (include "reelway.fullname" .)) -}}
 {{- end -}}
 
+{{/* Whether a node of Ray is there, by its agent's port. KubeRay's own probe looks after 10 s for the first time, and then
+     every 5: whoever waits for a head, a job or a service whose head was lost, waits for that. */}}
+{{- define "reelway.rayNodeProbes" -}}
+startupProbe:
+  httpGet: {path: /api/healthz, port: {{ . }}}
+  periodSeconds: 1
+  timeoutSeconds: 5
+  failureThreshold: 300
+readinessProbe:
+  httpGet: {path: /api/healthz, port: {{ . }}}
+  periodSeconds: 5
+  timeoutSeconds: 5
+  failureThreshold: 10
+{{- end -}}
+
 {{/* Ray's container without its command. (dict "context" . "role" "head" "group" dict) */}}
 {{- define "reelway.rayContainer" -}}
 {{- $v := .context.Values -}}
@@ -135,6 +150,8 @@ readinessProbe:
   periodSeconds: 2
   timeoutSeconds: 2
   failureThreshold: 3
+{{- else if eq $v.ray.mode "kuberay" }}
+{{ include "reelway.rayNodeProbes" $v.ray.ports.agentHttp }}
 {{- end }}
 lifecycle:
   # Whoever leads requests here hears that this pod is leaving before it leaves.

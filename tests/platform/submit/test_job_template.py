@@ -45,6 +45,7 @@ def comparable(job: Document) -> Document:
     """Without what means the same in another spelling."""
     copied: Document = json.loads(json.dumps(job))
     spec = copied["spec"]
+    assert spec["submitterPodTemplate"]["spec"]["containers"][0].pop("args") == [spec["entrypoint"]]
     spec["entrypoint"] = sorted(shlex.split(spec["entrypoint"]))
     groups = [spec["rayClusterSpec"]["headGroupSpec"], *spec["rayClusterSpec"]["workerGroupSpecs"]]
     for pod in (spec["submitterPodTemplate"], *(group["template"] for group in groups)):
@@ -58,6 +59,13 @@ def test_a_run_lies_beside_the_installations_and_is_a_label(small: Document) -> 
     job = job_document(small, JobRequest(JobKind.TRAIN, run="try-2"))
     assert "--run /var/lib/reelway/work/runs/try-2" in job["spec"]["entrypoint"]
     assert job["metadata"]["labels"]["reelway.dev/run"] == "try-2"
+
+
+def test_what_is_submitted_is_the_command_line_even_where_kubernetes_would_read_it_otherwise(small: Document) -> None:
+    job = job_document(small, JobRequest(JobKind.TRAIN, run="try-2", arguments=("--note", "$(HOME)")))
+    (given,) = job["spec"]["submitterPodTemplate"]["spec"]["containers"][0]["args"]
+    assert given.replace("$$", "$") == job["spec"]["entrypoint"]
+    assert "$$(HOME)" in given
 
 
 @pytest.mark.parametrize("name", ["../production", "a/b", "-x", "", "x" * 64, "try "])

@@ -98,12 +98,7 @@ spec:
           valueFrom: {{- include "reelway.secretKey" (dict "context" .context "key" "redis-password") | nindent 12 }}
         {{- end }}
         {{- include "reelway.storeEnv" .context | nindent 8 }}
-      {{- if eq .role "worker" }}
-      readinessProbe:
-        httpGet: {path: /api/healthz, port: 52365}
-        periodSeconds: 5
-        timeoutSeconds: 5
-      {{- end }}
+      {{- include "reelway.rayNodeProbes" 52365 | nindent 6 }}
       resources:
         requests:
           {{- toYaml .job.resources.requests | nindent 10 }}
@@ -126,7 +121,8 @@ spec:
         {{- end }}
 {{- end -}}
 
-{{/* Runs `ray job submit` and follows the log; KubeRay fills the command and Ray's token in. */}}
+{{/* Submits and follows the log; KubeRay fills Ray's address, the job's id and Ray's token in. Its own command would do the
+     same, and start Ray's command line three times for it. */}}
 {{- define "reelway.submitterPod" -}}
 {{- $v := .context.Values -}}
 metadata:
@@ -143,6 +139,9 @@ spec:
     - name: submitter
       image: {{ include "reelway.image" (dict "context" .context "of" $v.image.training) }}
       imagePullPolicy: {{ $v.image.pullPolicy }}
+      command: [python, -m, reelway.pipelines.job_submitter]
+      # Kubernetes reads $$ as $.
+      args: [{{ include "reelway.jobEntrypoint" . | replace "$" "$$" | quote }}]
       securityContext: {{- include "reelway.containerSecurity" .context | nindent 8 }}
       env:
         - {name: RAY_USAGE_STATS_ENABLED, value: "0"}

@@ -133,6 +133,9 @@ def job_document(template: Mapping[str, Any], request: JobRequest) -> Document:
         spec["backoffLimit"] = request.backoff
     workers, gpus = _arrange(spec["rayClusterSpec"], request)
     spec["entrypoint"] = _entrypoint(spec["entrypoint"], request, workers, gpus)
+    submitter = spec["submitterPodTemplate"]["spec"]["containers"][0]
+    if "args" in submitter:  # its own command, which takes the job's; Kubernetes reads $$ as $
+        submitter["args"] = [spec["entrypoint"].replace("$", "$$")]
     for pod in _pods(spec):
         pod["spec"].setdefault("tolerations", []).extend(toleration(text) for text in request.tolerations)
         if request.image is not None:

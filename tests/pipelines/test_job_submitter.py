@@ -1,0 +1,118 @@
+"""What a submitter's pod runs, against Ray's own job server: submitted once, however many pods come, its log whole."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from reelway.platform.rollout.control.bearer_token import bearer_token
+
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
+_RAY = """
+import sys, ray
+ray.init(address="local", num_cpus=1, include_dashboard=True, dashboard_port=int(sys.argv[1]), log_to_driver=False,
+         logging_level="warning")
+print("up", flush=True)
+sys.stdin.read()
+ray.shutdown()
+"""
+
+
+@dataclass(frozen=True)
+class Said:
+    code: int
+    out: str
+    err: str
+
+
+@dataclass(frozen=True)
+class Server:
+    """A Ray with a job server."""
+
+    address: str
+    token: Path
+
+    def submitter(self, submission_id: str, entrypoint: str) -> Said:
+        """What a pod of this job says."""
+        given = {"RAY_DASHBOARD_ADDRESS": self.address, "RAY_JOB_SUBMISSION_ID": submission_id}
+        done = subprocess.run(
+            [sys.executable, "-m", "reelway.pipelines.job_submitter", entrypoint], text=True, capture_output=True,
+            env=with_token(self.token) | given, timeout=120, check=False,
+        )  # fmt: skip
+        return Said(done.returncode, done.stdout, done.stderr)
+
+
+def with_token(token: Path) -> dict[str, str]:
+    return {**os.environ, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)}
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    token = tmp_path_factory.mktemp("ray") / "token"
+    bearer_token(token)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    process = subprocess.Popen(
+        [sys.executable, "-c", _RAY, str(port)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        start_new_session=True, env=with_token(token),
+    )  # fmt: skip
+    assert process.stdin is not None
+    assert process.stdout is not None
+    try:
+        assert process.stdout.readline() == "up\n"
+        yield Server(f"127.0.0.1:{port}", token)
+    finally:
+        process.communicate("", timeout=60)
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+def test_the_log_is_printed_whole_and_a_second_pod_submits_nothing(server: Server, tmp_path: Path) -> None:
+    job, ran = uuid.uuid4().hex, tmp_path / "ran"
+    entrypoint = f"sh -c 'echo once >> {ran}; seq 3; sleep 2; echo the end'"
+    first = server.submitter(job, entrypoint)
+    assert first.code == 0, first.err
+    assert [line for line in first.out.splitlines() if line in ("1", "2", "3", "the end")] == ["1", "2", "3", "the end"]
+    second = server.submitter(job, entrypoint)
+    assert second.code == 0, second.err
+    assert "was submitted before" in second.err
+    assert second.out.splitlines()[-1] == "the end"
+    assert ran.read_text() == "once\n"
+
+
+def test_how_a_job_ended_is_not_the_submitters_to_say(server: Server) -> None:
+    """Kubernetes would start another pod for one that failed, which would print the same log again."""
+    said = server.submitter(uuid.uuid4().hex, "sh -c 'echo last words; exit 3'")
+    assert said.code == 0, said.err
+    assert "last words" in said.out
+
+
+def test_without_the_right_token_it_is_refused_and_submits_nothing(server: Server, tmp_path: Path) -> None:
+    bearer_token(tmp_path / "other")
+    said = Server(server.address, tmp_path / "other").submitter("job-2", f"touch {tmp_path}/ran")
+    assert said.code == 1
+    assert f"error: job job-2 at {server.address}: " in said.err
+    assert not (tmp_path / "ran").exists()
+
+
+def test_where_nobody_listens_it_fails_and_says_where(tmp_path: Path) -> None:
+    said = Server("127.0.0.1:1", tmp_path / "none").submitter("job-1", "true")
+    assert said.code == 1
+    assert "job job-1 at 127.0.0.1:1" in said.err
+
+
+def test_without_what_kuberay_sets_it_says_what_is_missing(tmp_path: Path) -> None:
+    said = Server("", tmp_path / "none").submitter("", "true")
+    assert said.code == 2
+    assert "RAY_DASHBOARD_ADDRESS='' and RAY_JOB_SUBMISSION_ID=''" in said.err
