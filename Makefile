@@ -153,7 +153,7 @@ cluster-images: install ## Reelway's three images for the node, as archives by b
 	$(BIN)/python infra/images build all --torch cpu --base $(NODE_BASE)
 
 .PHONY: cluster-programs
-cluster-programs: install ## Every program of the node from pinned Go modules (14 minutes once).
+cluster-programs: install ## Every program of the node from pinned Go modules (10 minutes once).
 	@$(BIN)/python infra/cluster build helm coredns kuberay kubernetes prometheus-operator prometheus kserve
 
 .PHONY: cluster-parts
