@@ -69,7 +69,7 @@ def test_a_module_has_a_name_and_a_docstring_of_its_own(path: Path) -> None:
     assert is_member or name not in sys.stdlib_module_names, f"{name} is also a module of the standard library"
     tree = ast.parse(path.read_text())
     docstring = ast.get_docstring(tree) if tree.body else "an empty __init__.py explains nothing and does nothing"
-    assert docstring, "the first line says why the module exists and what it refuses to do"
+    assert docstring, "the first line says what the module is or does"
     assert "laceholder" not in docstring
 
 
