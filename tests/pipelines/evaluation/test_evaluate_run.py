@@ -1,4 +1,4 @@
-"""The evaluation of a whole run: the file it leaves, the gates, the table, and what the trained models answer."""
+"""Evaluation of a complete run: evaluation.json, gates, printed table and recommendations of trained models."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
     return made
 
 
-def test_the_file_says_what_a_release_needs(run):
+def test_evaluation_file_has_all_fields_that_a_release_needs(run):
     result = evaluate_run(run, EvaluationSettings(min_events=1))
     body = json.loads((run.evaluation / "evaluation.json").read_text())
     assert set(body) >= {"metrics", "intervals", "gates", "baselines"}
@@ -70,7 +70,7 @@ def test_the_command_prints_every_recommender_and_is_skipped_the_second_time(run
         assert shown in first.output
 
 
-def test_ranking_answers_with_unseen_videos_in_the_order_of_their_value(run):
+def test_ranking_returns_unseen_videos_by_descending_value(run):
     models = load_models(run.models)
     labels = pq.read_table(run.features / LABELS_FILE)
     question = make_question(labels, models.info.window_end_s, min_events=1)
@@ -84,7 +84,7 @@ def test_ranking_answers_with_unseen_videos_in_the_order_of_their_value(run):
     assert (np.diff(values_BK, axis=1) <= 1e-6).all()
 
 
-def test_popular_sources_put_their_share_among_the_candidates(run):
+def test_popularity_sources_fill_their_quota_of_candidates(run):
     models = load_models(run.models)
     question = make_question(pq.read_table(run.features / LABELS_FILE), models.info.window_end_s, min_events=1)
     blend = Blend.model_validate({"retrieval": {"candidates": 10, "quotas": {"ann": 0.6, "popular": 0.4}}})
@@ -101,7 +101,7 @@ def test_popular_sources_put_their_share_among_the_candidates(run):
         assert allowed[b][rows[b]].all()
 
 
-def test_an_allowed_video_is_a_pad_when_there_are_too_few(run):
+def test_candidates_are_padded_when_too_few_videos_are_allowed(run):
     models = load_models(run.models)
     question = make_question(pq.read_table(run.features / LABELS_FILE), models.info.window_end_s, min_events=1)
     ours, _, catalogue = recommenders_at_cut(models, run.features, question)
@@ -111,7 +111,7 @@ def test_an_allowed_video_is_a_pad_when_there_are_too_few(run):
     assert rows[rows != PAD].tolist() == [3]
 
 
-def test_models_trained_on_everything_have_nothing_to_be_judged_by(tmp_path):
+def test_evaluation_rejects_models_trained_on_all_events(tmp_path):
     other = make_trained_run(tmp_path / "run", requests=60)
     models = load_models(other.models)
     save_models(replace(models, info=replace(models.info, window_end_s=float("inf"))), other.models)
@@ -166,11 +166,11 @@ def test_a_head_with_too_few_positives_is_not_gated():
     assert failed(POPULAR, [head(0.3, 0.5, positives=20)]) == []
 
 
-def test_the_same_few_videos_for_everybody_fail():
+def test_coverage_gate_fails_when_all_viewers_get_the_same_videos():
     assert failed(POPULAR, coverage=0.001) == ["coverage"]
 
 
-def test_undefined_numbers_fail_rather_than_pass():
+def test_undefined_metric_fails_its_gate():
     assert failed(np.full(200, np.nan)) == ["recall_at_50_against_popularity", "ndcg_at_10_against_popularity"]
 
 

@@ -1,4 +1,4 @@
-"""The closed loop's features are the feature store's: same values at the cut, and later events move them."""
+"""Features of the closed loop equal the feature store at the cut and follow later events."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def assert_same(live: pa.Table, stored: pa.Table, fields: list[str]) -> None:
             assert close, (field, ours, theirs)
 
 
-def test_viewers_at_the_cut_are_as_the_feature_store_knows_them(run):
+def test_viewer_features_at_the_cut_equal_the_feature_store(run):
     at_s = cut_of(run)
     viewers = np.unique(read_dataset(run.dataset).viewers["viewer_id"].to_numpy())[::3]
     live = LiveFeatures(run, at_s).viewers(viewers, at_s)
@@ -41,7 +41,7 @@ def test_viewers_at_the_cut_are_as_the_feature_store_knows_them(run):
     assert_same(live, viewer_snapshot(run.features, viewers, at_s), fields)
 
 
-def test_videos_at_the_cut_are_as_the_feature_store_knows_them(run):
+def test_video_features_at_the_cut_equal_the_feature_store(run):
     at_s = cut_of(run)
     stored = video_snapshot(run.features, at_s)
     live = LiveFeatures(run, at_s).videos(at_s)
@@ -50,7 +50,7 @@ def test_videos_at_the_cut_are_as_the_feature_store_knows_them(run):
     assert_same(live, stored, [*VIEWS["video_engagement"], *VIEWS["creator_statistics"], *VIEWS["video_content"]])
 
 
-def test_what_happens_in_the_loop_moves_the_history(run):
+def test_event_in_the_closed_loop_changes_the_viewer_history(run):
     at_s = cut_of(run)
     dataset = read_dataset(run.dataset)
     after = dataset.impressions.filter(pa.array(times_us(dataset.impressions["event_time"]) >= at_s * 1e6))

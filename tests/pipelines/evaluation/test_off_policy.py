@@ -1,4 +1,4 @@
-"""Off-policy estimates against a small world whose truth is known by enumeration."""
+"""Off-policy estimators on a small simulation whose true values are enumerated."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_every_estimator_covers_the_known_truth():
     assert abs(naive - world.truth) > 5 * abs(found.snips.value - world.truth)
 
 
-def test_intervals_cover_the_truth_about_as_often_as_they_say():
+def test_intervals_have_their_nominal_coverage():
     world = SmallWorld(seed=3)
     covered = [
         found.snips.low <= world.truth <= found.snips.high
@@ -56,7 +56,7 @@ def test_intervals_cover_the_truth_about_as_often_as_they_say():
     assert sum(covered) >= 51  # 95 % of 60 is 57; below 51 has a chance under 1 in 500
 
 
-def test_a_reward_model_makes_doubly_robust_sharper_and_a_wrong_one_keeps_it_right():
+def test_doubly_robust_is_consistent_with_right_and_wrong_reward_models():
     world = SmallWorld()
     log, (context, video) = world.log(8_000, seed=2)
     plain = estimate_off_policy(**log, clip=1e9)
@@ -72,7 +72,7 @@ def test_a_reward_model_makes_doubly_robust_sharper_and_a_wrong_one_keeps_it_rig
     assert wrong.low <= world.truth <= wrong.high
 
 
-def test_the_logs_own_policy_is_worth_its_mean_reward_and_every_impression():
+def test_logging_policy_has_its_mean_reward_and_full_sample_size():
     log, _ = SmallWorld().log(2_000, seed=5)
     found = estimate_off_policy(**(log | {"target_propensity_N": log["logged_propensity_N"]}))
     assert found.ips.value == pytest.approx(log["reward_N"].mean())
@@ -90,7 +90,7 @@ def test_clipping_is_reported_and_lowers_the_estimate_of_positive_rewards():
 
 
 @pytest.mark.parametrize("bad", [0.0, -0.1, 1.5, np.nan])
-def test_an_impossible_propensity_is_refused_by_row(bad):
+def test_impossible_propensity_is_rejected_with_its_row(bad):
     log, _ = SmallWorld().log(10, seed=7)
     log["logged_propensity_N"][3] = bad
     with pytest.raises(DataError, match="row 3"):

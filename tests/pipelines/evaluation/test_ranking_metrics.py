@@ -1,4 +1,4 @@
-"""Metrics against the definitions written out slowly, and the bootstrap against a known answer."""
+"""Metrics against direct implementations of their definitions, and the bootstrap against a known result."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_ndcg_is_gain_over_the_ideal_orders_gain(made, k):
 
 @settings(max_examples=150, deadline=None)
 @given(answers())
-def test_reciprocal_rank_looks_at_the_first_hit_only(made):
+def test_reciprocal_rank_depends_on_the_first_hit_only(made):
     slates, relevant, _ = made
     found = metrics.reciprocal_rank(hits_of(slates, relevant), counts_of(relevant))
     for b, wanted in enumerate(relevant):
@@ -121,7 +121,7 @@ def test_calibration_error_of_a_constant_gap_is_that_gap():
     assert metrics.calibration_error(rate + 0.2, label) == pytest.approx(0.2, abs=0.006)
 
 
-def test_a_head_with_one_class_has_no_auc_rather_than_a_perfect_one():
+def test_head_with_one_class_has_an_undefined_auc():
     estimate = metrics.auc_estimate(np.array([0.1, 0.9]), np.ones(2), np.array([1, 2]))
     assert math.isnan(estimate.value)
     assert estimate.to_dict()["value"] is None

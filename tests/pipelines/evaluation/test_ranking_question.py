@@ -1,4 +1,4 @@
-"""The question asked at the cut: who, what counts, what is left out; and the baselines' answers."""
+"""The temporal split (evaluated viewers, relevant and seen videos) and the baseline recommenders."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ EVENTS = [
 ]  # fmt: skip
 
 
-def test_relevant_is_a_new_long_watch_of_a_video_known_before_the_cut():
+def test_relevant_video_was_shown_before_and_first_watched_after_the_cut():
     question = make_question(labels_of(EVENTS), 50.0)
     assert question.viewer_ids.tolist() == [1]  # viewer 2 has two impressions only
     assert question.videos.tolist() == [10, 11, 12, 13, 14, 15, 16]  # 99 came later
@@ -87,7 +87,7 @@ def test_an_event_at_the_cut_is_after_it():
     assert question.videos[question.relevant.rows_of(1)].tolist() == [12]
 
 
-def test_what_happens_after_until_is_not_asked_about():
+def test_events_after_until_are_ignored():
     with pytest.raises(EmptyDatasetError, match="expected at least one"):
         make_question(labels_of(EVENTS), 50.0, until_s=100.0)
 
@@ -107,7 +107,7 @@ def test_too_many_viewers_are_sampled_by_the_seed_and_stay_in_order():
     st.lists(st.integers(0, 5), min_size=1, max_size=6, unique=True),
     st.sets(st.integers(0, 8), min_size=1),
 )
-def test_pairs_answer_like_a_set(pairs, viewers, videos):
+def test_pairs_behave_like_a_set(pairs, viewers, videos):
     catalogue = np.array(sorted(videos))
     viewer_id, video_id = np.array(sorted(pairs), dtype=np.int64).reshape(-1, 2).T
     found = Pairs.of(viewer_id, video_id, catalogue)
@@ -122,16 +122,16 @@ def test_pairs_answer_like_a_set(pairs, viewers, videos):
     )
 
 
-def test_seen_videos_are_never_answered_and_short_lists_are_padded():
+def test_top_unseen_leaves_out_seen_videos_with_padding():
     videos = np.array([5, 6, 7])
     seen = Pairs.of(np.array([1, 1]), np.array([5, 6]), videos)
     ranked = best_unseen(np.array([[9.0, 8.0, 1.0], [1.0, 1.0, 2.0]]), np.array([1, 2]), seen, 5)
     assert ranked.tolist() == [[7, PAD, PAD, PAD, PAD], [7, 5, 6, PAD, PAD]]
 
 
-def test_a_recommender_that_answers_with_seen_videos_is_refused():
+def test_recommender_that_returns_seen_videos_is_rejected():
     question = make_question(labels_of(EVENTS), 50.0)
-    with pytest.raises(ValueError, match="had seen"):
+    with pytest.raises(ValueError, match="already seen"):
         evaluate_ranking(Fixed(np.array([[10, 12]])), question)
 
 
@@ -161,7 +161,7 @@ def test_als_finds_the_group_that_popularity_cannot():
     assert als.estimates["ndcg_at_10"].low > popular.estimates["ndcg_at_10"].high
 
 
-def test_als_is_tuned_on_a_cut_before_the_cut_and_never_sees_the_answers():
+def test_als_tuning_reads_no_event_after_the_cut():
     labels = grouped_labels()
     question = make_question(labels, 1800.0)
     inner = inner_question(question)
@@ -172,7 +172,7 @@ def test_als_is_tuned_on_a_cut_before_the_cut_and_never_sees_the_answers():
     assert times_us(inner.before["event_time"]).max() < inner.cut_s * 1e6
 
 
-def test_nothing_that_a_recommender_is_given_depends_on_what_comes_after_the_cut():
+def test_recommender_inputs_do_not_depend_on_later_events():
     labels = grouped_labels()
     after = np.arange(labels.num_rows) >= 1800
     video = np.where(after, labels["video_id"].to_numpy()[::-1], labels["video_id"].to_numpy())
@@ -184,7 +184,7 @@ def test_nothing_that_a_recommender_is_given_depends_on_what_comes_after_the_cut
     assert one.relevant.keys.tolist() != other.relevant.keys.tolist()
 
 
-def test_als_gives_an_unknown_viewer_the_mean_taste():
+def test_als_gives_an_unknown_viewer_the_mean_vector():
     question = make_question(grouped_labels(), 1800.0)
     ranked = Als(question, AlsSettings(8, 0.1, 5.0)).rank(np.array([999_999]), 5)
     assert (catalogue_rows(question.videos, ranked) != PAD).all()

@@ -1,1 +1,1 @@
-"""Judging recommenders: metrics over viewers, baselines, one question asked of all, off-policy estimates, gates."""
+"""Offline evaluation of recommenders: metrics per viewer, baselines, off-policy estimates and release gates."""

@@ -1,6 +1,6 @@
-"""What any recommender must beat: what everybody watches, lately or ever, and matrix factorisation tuned in good faith.
+"""Baseline recommenders: recent popularity, all-time popularity and tuned matrix factorisation (ALS).
 
-They see labelled impressions before the cut and nothing else; ALS is tuned on a cut within those.
+Baselines read only labelled impressions before the cut. ALS is tuned on an earlier cut within those impressions.
 """
 
 # Shapes: B viewers, M videos, N impressions, U known viewers, F factors
@@ -39,7 +39,7 @@ VALIDATION_SHARE: Final = 0.1
 
 
 class Popularity:
-    """Videos by their number of long watches among the last ``share`` of the impressions before the cut."""
+    """Ranks videos by their number of long watches in the last ``share`` of the impressions before the cut."""
 
     def __init__(self, question: Question, share: float = 1.0) -> None:
         self.seen = question.seen
@@ -52,7 +52,7 @@ class Popularity:
 
 
 def popularity_counts(question: Question, share: float) -> F64:
-    """Long watches per video of the catalogue among the last ``share`` of the impressions before the cut, ``[M]``."""
+    """Returns long watches per catalogue video, ``[M]``, in the last ``share`` of the impressions before the cut."""
     order = np.argsort(times_us(question.before["event_time"]), kind="stable")
     late = order[len(order) - max(1, round(len(order) * share)) :]
     row = catalogue_rows(question.videos, question.before["video_id"].to_numpy()[late])
@@ -62,7 +62,7 @@ def popularity_counts(question: Question, share: float) -> F64:
 
 @dataclass(frozen=True)
 class AlsSettings:
-    """Hu, Koren and Volinsky 2008: confidence ``1 + alpha`` per positive."""
+    """Hyperparameters of ALS (Hu, Koren and Volinsky 2008). A positive has confidence ``1 + alpha``."""
 
     factors: int
     regularization: float
@@ -95,11 +95,11 @@ class Als:
         with _one_blas_thread():
             model.fit(matrix, show_progress=False)
         self.viewer_UF, self.video_MF = model.user_factors, model.item_factors
-        # Where nobody is known better than by popularity: the mean viewer.
+        # An unknown viewer gets the mean viewer vector.
         self.mean_F = self.viewer_UF.mean(axis=0)
 
     def scores(self, viewer_ids: I64) -> NDArray[np.floating[Any]]:
-        """``[B, M]`` over the question's catalogue."""
+        """Returns scores over the catalogue of the split, ``[B, M]``."""
         row = catalogue_rows(self.known, viewer_ids)
         vectors_BF = np.where((row >= 0)[:, None], self.viewer_UF[row], self.mean_F)
         return np.asarray(vectors_BF @ self.video_MF.T)
@@ -109,9 +109,10 @@ class Als:
 
 
 def tuned_als(question: Question, *, grid: Sequence[AlsSettings] = ALS_GRID, seed: int = 0) -> Als:
-    """ALS with the settings that were best on the last tenth of what lies before the cut, fitted on all of it.
+    """Returns ALS fitted before the cut, with the settings that were best on the last tenth of that period.
 
-    Judged by recall plus NDCG. Where the inner cut leaves nobody to ask, the grid's middle is taken.
+    The score of a setting is recall plus NDCG. If the validation split has no viewer to evaluate, the setting in the
+    middle of the grid is used.
     """
     try:
         inner = inner_question(question, seed=seed)
@@ -122,7 +123,7 @@ def tuned_als(question: Question, *, grid: Sequence[AlsSettings] = ALS_GRID, see
 
 
 def inner_question(question: Question, *, share: float = VALIDATION_SHARE, seed: int = 0) -> Question:
-    """The same question one step earlier: the last ``share`` before the cut plays the future."""
+    """Returns an earlier split for tuning: the last ``share`` of the period before the cut is its evaluation period."""
     time_s = np.sort(times_us(question.before["event_time"])) / 1e6
     cut_s = float(time_s[min(len(time_s) - 1, round(len(time_s) * (1 - share)))])
     return make_question(question.before, cut_s, seed=seed)
@@ -136,7 +137,7 @@ def _quality(recommender: Als, question: Question) -> float:
 
 
 def _matrix(question: Question) -> tuple[I64, Any]:
-    """Viewers with a long watch before the cut, and the binary viewer-video matrix."""
+    """Returns the viewers with a long watch before the cut and the binary viewer-video matrix."""
     before = question.before.filter(pa.array(question.before["long_watch"].to_numpy() > 0))
     pairs = Pairs.of(before["viewer_id"].to_numpy(), before["video_id"].to_numpy(), question.videos)
     viewer, row = np.divmod(pairs.keys, len(question.videos))
@@ -147,7 +148,7 @@ def _matrix(question: Question) -> tuple[I64, Any]:
 
 @contextmanager
 def _one_blas_thread() -> Iterator[None]:
-    """ALS parallelises by itself; BLAS threads inside it only get in each other's way."""
+    """Limits BLAS to one thread, because ALS runs its own threads."""
     from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
     with threadpool_limits(1, "blas"):

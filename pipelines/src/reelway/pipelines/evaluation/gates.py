@@ -1,8 +1,8 @@
-"""The bounds a model must keep to become a release. Pure: numbers in, verdicts out.
+"""Release gates: bounds on evaluation metrics that a model must meet to become a release. Pure functions.
 
-A gate fails on evidence of harm, not on a lack of evidence: a comparison is judged by the favourable end of its 95 %
-interval over viewers, so that a demo with a handful of viewers isn't refused for noise, while with many viewers the
-same gate is sharp. A number that must exist and doesn't fails.
+A gate fails on evidence of harm, not on a lack of evidence. A comparison is judged by the favourable end of its 95 %
+interval over viewers: noise does not fail a demo with few viewers, and the same gate is strict with many viewers. A
+required metric that could not be computed fails its gate.
 """
 
 from __future__ import annotations
@@ -18,23 +18,23 @@ from reelway.pipelines.evaluation.metrics import Estimate, paired_difference
 from reelway.platform.contracts.manifest import GateResult
 
 _UNDEFINED = -1.0
-"""Stands for a number that could not be computed; outside the range of every gated metric but a difference's."""
+"""Value of a metric that could not be computed. It is outside the range of every gated metric except differences."""
 
 
 @dataclass(frozen=True)
 class GateSettings:
-    """What each gate asks; None switches it off."""
+    """Bounds of the gates. ``None`` disables a gate."""
 
     against_popularity: float | None = 0.0
-    """Least tolerated mean difference of recall and NDCG to all-time popularity."""
+    """Minimum mean difference of recall and NDCG to all-time popularity."""
     calibration_error: float | None = 0.1
-    """Largest tolerated calibration error of a head, after calibration."""
+    """Maximum calibration error of a head, after calibration."""
     auc: float | None = 0.5
-    """Least tolerated AUC of a head."""
+    """Minimum AUC of a head."""
     coverage: float | None = 0.01
-    """Least share of the videos that could be in a slate which must be in one."""
+    """Minimum ratio of the achieved to the largest possible catalogue coverage."""
     min_positives: int = 200
-    """Heads with fewer positives (or negatives) after the cut are not gated: their curves cannot be judged."""
+    """Heads with fewer positives or negatives after the cut are not gated, because their metrics are too noisy."""
 
 
 def assess_evaluation(
@@ -46,10 +46,10 @@ def assess_evaluation(
     settings: GateSettings | None = None,
     seed: int = 0,
 ) -> list[GateResult]:
-    """All gates that are switched on.
+    """Returns the results of all enabled gates.
 
     Args:
-        reachable: the largest coverage that this many viewers' slates can have.
+        max_coverage: largest catalogue coverage that the slates of this number of viewers can have.
     """
     settings = settings or GateSettings()
     gates: list[GateResult] = []
@@ -63,7 +63,7 @@ def assess_evaluation(
     gates += _head_gates(heads, settings)
     if settings.coverage is not None:
         share = ours.coverage / reachable if reachable > 0 else _UNDEFINED
-        detail = f"{ours.coverage:.2%} of the catalogue is in a slate; {reachable:.2%} could be"
+        detail = f"{ours.coverage:.2%} of the catalogue is in a slate; at most {reachable:.2%} is possible"
         gates.append(_at_least("coverage", share, settings.coverage, detail))
     return gates
 
@@ -93,7 +93,7 @@ def _head_gates(heads: Sequence[HeadQuality], settings: GateSettings) -> list[Ga
 
 
 def _not_below(name: str, difference: Estimate, margin: float) -> GateResult:
-    detail = f"mean difference {_interval(difference)} over {difference.viewers:,} viewers; judged by the upper end"
+    detail = f"mean difference {_interval(difference)} over {difference.viewers:,} viewers; the upper end is compared"
     return _at_least(name, _judged(difference.high), margin, detail)
 
 

@@ -1,10 +1,10 @@
-"""The ranking question, asked of every recommender alike: at the cut, which videos did these viewers go on to enjoy?
+"""Ranking evaluation on a temporal split: which videos do viewers enjoy after the cut?
 
-It fixes who is asked, what counts as an answer, what may be answered and what is left out; a recommender only orders.
-Nothing after the cut is handed to a recommender.
+The split fixes the evaluated viewers, the catalogue, the relevant videos and the seen videos, so that all recommenders
+are compared on the same task. A recommender never receives data from after the cut.
 """
 
-# Shapes: B viewers, M videos of the catalogue, K places, N events
+# Shapes: B viewers, M videos of the catalogue, K positions, N events
 
 from __future__ import annotations
 
@@ -27,34 +27,34 @@ I64 = NDArray[np.int64]
 RECALL_AT: Final = 50
 NDCG_AT: Final = 10
 DEPTH: Final = 50
-"""Places that are looked at."""
+"""Number of ranked positions that are evaluated."""
 MIN_EVENTS: Final = 5
 MAX_VIEWERS: Final = 2000
 
 
 class Recommender(Protocol):
-    """Orders videos for viewers as of the cut."""
+    """Ranks videos for viewers with the data before the cut."""
 
     def rank(self, viewer_ids: I64, k: int) -> I64:
-        """The best ``k`` unseen videos of the catalogue per viewer, best first, ``[B, k]``; ``PAD`` where fewer."""
+        """Returns the ids of the best ``k`` unseen videos per viewer, best first, ``[B, k]``, padded with ``PAD``."""
         ...
 
 
 @dataclass(frozen=True)
 class Pairs:
-    """Distinct (viewer, video) pairs as one sorted key each, for asking about whole matrices at once."""
+    """A set of (viewer, video) pairs as sorted integer keys, for vectorised membership tests."""
 
     videos: I64  # [M] ascending: the catalogue
     keys: I64
 
     @classmethod
     def of(cls, viewer_id: I64, video_id: I64, videos: I64) -> Pairs:
-        """Pairs whose video is in the catalogue."""
+        """Returns the pairs whose video is in the catalogue."""
         row = catalogue_rows(videos, video_id)
         return cls(videos, np.unique(viewer_id[row != PAD] * len(videos) + row[row != PAD]))
 
     def has(self, viewer_ids_B: I64, rows_BK: I64) -> NDArray[np.bool_]:
-        """Whether each viewer has each video (a row of the catalogue, or ``PAD``), ``[B, K]``."""
+        """Returns which videos (catalogue rows or ``PAD``) form a pair with their viewer, ``[B, K]``."""
         if not len(self.keys):
             return np.zeros(rows_BK.shape, dtype=np.bool_)
         wanted = viewer_ids_B[:, None] * len(self.videos) + rows_BK
@@ -62,12 +62,12 @@ class Pairs:
         return np.asarray(found & (rows_BK != PAD))
 
     def rows_of(self, viewer_id: int) -> I64:
-        """Catalogue rows of one viewer."""
+        """Returns the catalogue rows of one viewer."""
         first, last = np.searchsorted(self.keys, [viewer_id * len(self.videos), (viewer_id + 1) * len(self.videos)])
         return np.asarray(self.keys[first:last] - viewer_id * len(self.videos))
 
     def counts(self, viewer_ids_B: I64) -> I64:
-        """How many videos each viewer has, ``[B]``."""
+        """Returns the number of videos per viewer, ``[B]``."""
         edges = np.stack([viewer_ids_B, viewer_ids_B + 1]) * len(self.videos)
         first, last = np.searchsorted(self.keys, edges)
         return np.asarray(last - first)
@@ -75,13 +75,13 @@ class Pairs:
 
 @dataclass(frozen=True)
 class Question:
-    """A cut through the events: what recommenders may know, and what they are judged by."""
+    """A temporal split of the events: data before the cut for recommenders, later data as ground truth."""
 
     cut_s: float
-    viewer_ids: I64  # [B] who is asked
-    videos: I64  # [M] what may be answered: every video that was shown before the cut
-    seen: Pairs  # before the cut; never a right answer
-    relevant: Pairs  # after it
+    viewer_ids: I64  # [B] evaluated viewers
+    videos: I64  # [M] catalogue: every video that was shown before the cut
+    seen: Pairs  # before the cut; never relevant
+    relevant: Pairs  # after the cut
     before: pa.Table  # labelled impressions before the cut
 
     @property
@@ -90,7 +90,7 @@ class Question:
 
 
 def catalogue_rows(videos: I64, video_id: NDArray[Any]) -> I64:
-    """Row of each id in ascending ``videos``, ``PAD`` where it isn't there."""
+    """Returns the row of each id in ascending ``videos``, or ``PAD`` for an unknown id."""
     if not len(videos):
         return np.full(np.shape(video_id), PAD, dtype=np.int64)
     row = np.minimum(np.searchsorted(videos, video_id), len(videos) - 1)
@@ -106,16 +106,16 @@ def make_question(
     max_viewers: int = MAX_VIEWERS,
     seed: int = 0,
 ) -> Question:
-    """Split labelled impressions (``features.labels.LABELLED``) at ``cut_s``.
+    """Splits labelled impressions (``features.labels.LABELLED``) at ``cut_s``.
 
-    Relevant is what a viewer watched long for the first time in ``[cut_s, until_s)``, of the videos shown to anybody
-    before. Asked are viewers with at least ``min_events`` impressions before the cut and a relevant video.
+    A video is relevant if the viewer watched it long for the first time in ``[cut_s, until_s)`` and any viewer had seen
+    it before the cut. Evaluated viewers have at least ``min_events`` impressions before the cut and a relevant video.
 
     Args:
-        max_viewers: a seeded sample of them where there are more.
+        max_viewers: size of the seeded sample that is evaluated if there are more viewers.
 
     Raises:
-        EmptyDatasetError: nobody can be asked.
+        EmptyDatasetError: if no viewer can be evaluated.
     """
     time_s = times_us(labels["event_time"]) / 1e6
     viewer, video = labels["viewer_id"].to_numpy(), labels["video_id"].to_numpy()
@@ -129,8 +129,8 @@ def make_question(
     asked = ids[(events >= min_events) & (relevant.counts(ids) > 0)]
     if not len(asked):
         raise EmptyDatasetError(
-            f"of {len(ids)} viewers before the cut none has {min_events} impressions and a new long watch after it; "
-            "expected at least one; use more data, or cut earlier (train_fraction)"
+            f"evaluation split: none of {len(ids)} viewers has {min_events} impressions before the cut and a new long "
+            "watch after it, expected at least one; use more data or a smaller train_fraction"
         )
     if len(asked) > max_viewers:
         asked = np.sort(np.random.default_rng([seed, 4]).choice(asked, max_viewers, replace=False))
@@ -138,7 +138,7 @@ def make_question(
 
 
 def best_unseen(scores_BM: NDArray[np.floating[Any]], viewer_ids: I64, seen: Pairs, k: int) -> I64:
-    """The ``k`` best-scored videos that each viewer hasn't seen, as ids ``[B, k]``; equal scores by id."""
+    """Returns the ids of the ``k`` best-scored unseen videos per viewer, ``[B, k]``; ties are ordered by id."""
     videos = len(seen.videos)
     allowed_BM = np.array(scores_BM, dtype=np.float64)
     allowed_BM[seen.has(viewer_ids, np.broadcast_to(np.arange(videos), allowed_BM.shape))] = -np.inf
@@ -150,7 +150,7 @@ def best_unseen(scores_BM: NDArray[np.floating[Any]], viewer_ids: I64, seen: Pai
 
 @dataclass(frozen=True)
 class RankingResult:
-    """One recommender's answer: metrics per viewer (for paired comparisons) and over all of them."""
+    """Metrics of one recommender: per viewer, for paired comparisons, and over all viewers."""
 
     recall: F64  # [B] at RECALL_AT
     ndcg: F64  # [B] at NDCG_AT
@@ -161,10 +161,10 @@ class RankingResult:
 def evaluate_ranking(
     recommender: Recommender, question: Question, *, content_MD: NDArray[np.floating[Any]] | None = None, seed: int = 0
 ) -> RankingResult:
-    """Ask, and compare with what happened.
+    """Ranks the catalogue for every viewer of the split and compares the ranking with later long watches.
 
     Args:
-        content_MD: a vector per video of the catalogue, for the diversity of the slates.
+        content_MD: content vector of each catalogue video, for slate diversity; the metric is left out without them.
     """
     ranked_BK = recommender.rank(question.viewer_ids, DEPTH)
     rows_BK = catalogue_rows(question.videos, ranked_BK)
@@ -192,7 +192,7 @@ def evaluate_all(
     content_MD: NDArray[np.floating[Any]] | None = None,
     seed: int = 0,
 ) -> dict[str, RankingResult]:
-    """The same question to each."""
+    """Evaluates several recommenders on the same split."""
     return {
         name: evaluate_ranking(recommender, question, content_MD=content_MD, seed=seed)
         for name, recommender in recommenders.items()
@@ -201,4 +201,4 @@ def evaluate_all(
 
 def _refuse_seen(question: Question, rows_BK: I64) -> None:
     if question.seen.has(question.viewer_ids, rows_BK).any():
-        raise ValueError("a recommender answered with videos its viewer had seen; expected unseen ones only")
+        raise ValueError("recommender: it returned videos that the viewer has already seen; rank unseen videos only")

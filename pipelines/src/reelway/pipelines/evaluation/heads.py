@@ -1,7 +1,7 @@
-"""How well the ranker's heads tell and how honest their probabilities are, on impressions after the cut.
+"""AUC, log loss and calibration of the ranker's heads on impressions after the cut.
 
-Features are those of each impression's own request, as training saw them; the position is left out, as in serving. A
-head whose label takes one value only has no AUC: it is reported as undefined, not as perfect.
+Features are those of the request that made the impression, as in training. The position is left out, as in serving. A
+head whose labels have only one value has no AUC; it is reported as undefined.
 """
 
 # Shapes: N rows, K tasks
@@ -28,7 +28,7 @@ MAX_ROWS: Final = 50_000
 
 @dataclass(frozen=True)
 class HeadQuality:
-    """One binary head after the cut."""
+    """Quality of one binary head after the cut."""
 
     task: str
     rows: int
@@ -36,17 +36,17 @@ class HeadQuality:
     auc: Estimate
     log_loss: Estimate
     error_before: Estimate
-    """Expected calibration error of the model's own probabilities."""
+    """Expected calibration error before calibration."""
     error_after: Estimate
-    """The same through the calibration curve."""
+    """Expected calibration error after calibration."""
 
     @property
     def defined(self) -> bool:
-        """Whether both classes occur."""
+        """Whether both classes occur in the labels."""
         return 0 < self.positives < self.rows
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values."""
+        """Returns JSON-compatible values."""
         estimates = ("auc", "log_loss", "error_before", "error_after")
         return {
             "task": self.task,
@@ -59,7 +59,7 @@ class HeadQuality:
 def evaluate_heads(
     models: TrainedModels, rows: TrainingRows, cut_s: float, *, max_rows: int = MAX_ROWS, seed: int = 0
 ) -> list[HeadQuality]:
-    """Every binary head on the impressions from ``cut_s`` on (a seeded sample where there are more)."""
+    """Evaluates every binary head on impressions from ``cut_s`` on, or on a seeded sample of ``max_rows`` of them."""
     index = rows.between(cut_s, np.inf)
     if len(index) > max_rows:
         index = np.sort(np.random.default_rng([seed, 5]).choice(index, max_rows, replace=False))

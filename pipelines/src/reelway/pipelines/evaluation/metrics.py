@@ -1,11 +1,11 @@
-"""How good an order or a probability is, one value per viewer, and how sure one can be of their mean.
+"""Ranking metrics per viewer, probability metrics per row, and confidence intervals over viewers.
 
-Nothing here averages over rows as if they were independent: a viewer's impressions resemble one another, so every
-interval resamples viewers (clustered bootstrap; Field and Welsh 2007). An undefined metric is NaN, never 0: a viewer
-without a relevant video has no recall, and a head with one class has no AUC.
+Impressions of one viewer are correlated, so every interval resamples viewers instead of rows (clustered bootstrap;
+Field and Welsh 2007). An undefined metric is NaN, never 0: a viewer without a relevant video has no recall, and a head
+with one class has no AUC.
 """
 
-# Shapes: B viewers, K places of a slate, M videos, N rows, G resamples, T tie groups
+# Shapes: B viewers, K positions of a slate, M videos, N rows, G resamples, T tie groups
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ Bools = NDArray[np.bool_]
 
 RESAMPLES: Final = 1000
 ROW_RESAMPLES: Final = 200
-"""For metrics over rows, each of whose resamples costs a pass over all of them."""
+"""Resamples for metrics over rows, where each resample is a pass over all rows."""
 PAD: Final = -1
-"""No video at this place."""
+"""Marks a position without a video."""
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A value with its 95 % interval; all NaN where the metric is undefined."""
+    """A metric with its 95 % bootstrap interval; all values are NaN if the metric is undefined."""
 
     value: float
     low: float
@@ -37,7 +37,7 @@ class Estimate:
     viewers: int
 
     def to_dict(self) -> dict[str, float | int | None]:
-        """Plain values; NaN becomes None, which JSON can say."""
+        """Returns JSON-compatible values; NaN becomes ``None``."""
         plain: dict[str, float | int | None] = {"viewers": self.viewers}
         for name in ("value", "low", "high"):
             number = float(getattr(self, name))
@@ -45,18 +45,20 @@ class Estimate:
         return plain
 
 
-# What an order is worth, per viewer.
+# Ranking metrics, one value per viewer.
 
 
 def recall(hits_BK: Bools, relevant_B: I64, k: int) -> F64:
-    """Share of a viewer's relevant videos among the first ``k``; NaN without any. ``[B]``."""
+    """Returns the share of each viewer's relevant videos in the first ``k`` positions, ``[B]``; NaN without any."""
     found_B = hits_BK[:, :k].sum(axis=1).astype(np.float64)
     return _ratio(found_B, relevant_B.astype(np.float64))
 
 
 def ndcg(hits_BK: Bools, relevant_B: I64, k: int) -> F64:
-    """Binary normalised discounted cumulative gain (Järvelin and Kekäläinen 2002): the ideal order has
-    ``min(k, relevant)`` hits on top. NaN without a relevant video. ``[B]``."""
+    """Returns binary normalised discounted cumulative gain (Järvelin and Kekäläinen 2002), ``[B]``.
+
+    The ideal ranking has ``min(k, relevant)`` hits on top. NaN without a relevant video.
+    """
     discount_K = 1.0 / np.log2(np.arange(2, k + 2))
     gain_B = hits_BK[:, :k] @ discount_K[: hits_BK[:, :k].shape[1]]
     ideal_K = np.concatenate([[0.0], np.cumsum(discount_K)])
@@ -64,23 +66,23 @@ def ndcg(hits_BK: Bools, relevant_B: I64, k: int) -> F64:
 
 
 def reciprocal_rank(hits_BK: Bools, relevant_B: I64) -> F64:
-    """1 / place of the first hit, 0 if there is none; NaN without a relevant video. ``[B]``."""
+    """Returns 1 / position of the first hit, ``[B]``; 0 without a hit, NaN without a relevant video."""
     first_B = np.argmax(hits_BK, axis=1) if hits_BK.shape[1] else np.zeros(len(hits_BK), dtype=np.int64)
     any_B = hits_BK.any(axis=1)
     return np.where(relevant_B > 0, any_B / (first_B + 1.0), np.nan)
 
 
 def intra_list_diversity(ranked_BK: I64, vectors_MD: NDArray[np.floating[Any]]) -> F64:
-    """One minus the mean cosine over the pairs of each slate (Ziegler et al. 2005); NaN under two videos. ``[B]``.
+    """Returns one minus the mean pairwise cosine of each slate (Ziegler et al. 2005), ``[B]``; NaN below two videos.
 
     Args:
-        ranked_BK: rows of ``vectors_MD``, ``PAD`` where a slate is shorter.
+        ranked_BK: rows of ``vectors_MD``; shorter slates are padded with ``PAD``.
     """
     norm_M1 = np.linalg.norm(vectors_MD, axis=1, keepdims=True)
     unit_MD = vectors_MD / np.where(norm_M1 > 0, norm_M1, 1.0)
     there_BK = ranked_BK != PAD
     slate_BKD = unit_MD[np.where(there_BK, ranked_BK, 0)] * there_BK[..., None]
-    # the sum over ordered pairs is the square of the sum, less each vector with itself
+    # The sum over ordered pairs is the squared sum minus the product of each vector with itself.
     whole_B = (slate_BKD.sum(axis=1) ** 2).sum(axis=-1)
     alone_B = (slate_BKD**2).sum(axis=(1, 2))
     count_B = there_BK.sum(axis=1).astype(np.float64)
@@ -88,28 +90,28 @@ def intra_list_diversity(ranked_BK: I64, vectors_MD: NDArray[np.floating[Any]]) 
 
 
 def coverage(ranked_BK: I64, catalogue: int) -> float:
-    """Share of the catalogue that is in at least one slate."""
+    """Returns the share of the catalogue that is in at least one slate."""
     shown = np.unique(ranked_BK[ranked_BK != PAD])
     return len(shown) / catalogue if catalogue else float("nan")
 
 
-# What a probability is worth, over rows.
+# Probability metrics over rows.
 
 
 def area_under_curve(scores_N: F64, labels_N: F64, weights_N: F64 | None = None) -> float:
-    """Chance that a positive is scored above a negative, ties counting half; NaN with one class only."""
+    """Returns the probability that a positive scores above a negative; ties count half, NaN with only one class."""
     return float(_Sorted(scores_N, labels_N).auc(np.ones(len(labels_N)) if weights_N is None else weights_N))
 
 
 def log_loss(probability_N: F64, labels_N: F64, weights_N: F64 | None = None) -> float:
-    """Mean negative log-likelihood in nats; NaN without rows."""
+    """Returns the mean negative log-likelihood in nats; NaN without rows."""
     clipped_N = np.clip(probability_N, 1e-7, 1 - 1e-7)
     loss_N = -(labels_N * np.log(clipped_N) + (1 - labels_N) * np.log(1 - clipped_N))
     return _weighted_mean(loss_N, weights_N)
 
 
 def calibration_error(probability_N: F64, labels_N: F64, weights_N: F64 | None = None, *, bins: int = 15) -> float:
-    """Mean gap between predicted and observed rate over equally filled bins (Nixon et al. 2019), by weight."""
+    """Returns the weighted mean gap between predicted and observed rates over equal-count bins (Nixon et al. 2019)."""
     if not len(labels_N):
         return float("nan")
     weights_N = np.ones(len(labels_N)) if weights_N is None else weights_N
@@ -122,7 +124,7 @@ def calibration_error(probability_N: F64, labels_N: F64, weights_N: F64 | None =
 
 
 class _Sorted:
-    """Scores sorted once, so that every resample's AUC is one pass over weights."""
+    """Scores sorted once, so that the AUC of each resample needs one pass over the weights."""
 
     def __init__(self, scores_N: F64, labels_N: F64) -> None:
         order = np.argsort(scores_N, kind="stable")
@@ -141,11 +143,11 @@ class _Sorted:
         return float((positive_T * below_T).sum() / pairs) if pairs > 0 else float("nan")
 
 
-# How sure one can be.
+# Confidence intervals.
 
 
 def mean_estimate(values_B: F64, *, seed: int = 0, resamples: int = RESAMPLES) -> Estimate:
-    """Mean over the viewers that have a value, with the percentile bootstrap interval over them."""
+    """Returns the mean over viewers with a finite value and its percentile bootstrap interval."""
     known_B = values_B[np.isfinite(values_B)]
     if not len(known_B):
         return Estimate(float("nan"), float("nan"), float("nan"), 0)
@@ -155,17 +157,17 @@ def mean_estimate(values_B: F64, *, seed: int = 0, resamples: int = RESAMPLES) -
 
 
 def paired_difference(values_B: F64, against_B: F64, *, seed: int = 0) -> Estimate:
-    """Mean difference on the same viewers: much tighter than two intervals side by side."""
+    """Returns the mean difference over the same viewers, with a narrower interval than an unpaired comparison."""
     return mean_estimate(values_B - against_B, seed=seed)
 
 
 def rows_estimate(
     statistic: Callable[[F64], float], viewer_ids_N: I64, *, seed: int = 0, resamples: int = ROW_RESAMPLES
 ) -> Estimate:
-    """A metric over rows with its interval over viewers.
+    """Returns a metric over rows with a bootstrap interval over viewers.
 
     Args:
-        statistic: row weights ``[N]`` -> value; a resample gives each row its viewer's multiplicity.
+        statistic: function from row weights ``[N]`` to the metric; a resample weights rows by their viewer's count.
     """
     viewers, viewer_N = np.unique(viewer_ids_N, return_inverse=True)
     value = statistic(np.ones(len(viewer_N)))
@@ -178,12 +180,12 @@ def rows_estimate(
 
 
 def auc_estimate(scores_N: F64, labels_N: F64, viewer_ids_N: I64, *, seed: int = 0) -> Estimate:
-    """``area_under_curve`` with its interval over viewers; scores are sorted once for all resamples."""
+    """Returns ``area_under_curve`` with a bootstrap interval over viewers."""
     return rows_estimate(_Sorted(scores_N, labels_N).auc, viewer_ids_N, seed=seed)
 
 
 def _resampled_counts(size: int, resamples: int, seed: int) -> F64:
-    """How often each of ``size`` is drawn in each of ``resamples`` draws with replacement, ``[G, size]``."""
+    """Returns how often each of ``size`` elements is drawn in each bootstrap resample, ``[G, size]``."""
     rng = np.random.default_rng([seed, size])
     counts_GB = rng.multinomial(size, np.full(size, 1.0 / size), size=resamples)
     return np.asarray(counts_GB, dtype=np.float64)

@@ -1,7 +1,7 @@
-"""What another policy would have earned on the logged traffic, from the log's own propensities; no traffic needed.
+"""Off-policy estimates of a policy's reward from logged impressions and their propensities.
 
-It refuses to be surer than the log allows: weights are clipped, the effective sample size is always reported, and the
-interval resamples requests' viewers. An action that the log never took cannot be judged, whatever the estimate says.
+Importance weights are clipped, the effective sample size is always reported, and intervals resample viewers. An action
+that the logging policy never took cannot be evaluated.
 """
 
 # Shapes: N logged impressions
@@ -28,18 +28,19 @@ class OffPolicyEstimate:
     """Mean reward per impression under the target policy, by three estimators."""
 
     ips: Estimate
-    """Inverse propensity scores (Horvitz and Thompson 1952): unbiased until clipped, noisy."""
+    """Inverse propensity score (Horvitz and Thompson 1952): unbiased without clipping, high variance."""
     snips: Estimate
-    """Self-normalised (Swaminathan and Joachims 2015): divides by the sum of weights; less noise, small bias."""
+    """Self-normalised estimator (Swaminathan and Joachims 2015): lower variance, small bias."""
     doubly_robust: Estimate
-    """A reward model corrected by weighted residuals (Dudik, Langford and Li 2011): right if either is."""
+    """Reward model corrected by weighted residuals (Dudik, Langford and Li 2011): consistent if the model or the
+    propensities are."""
     effective_sample_size: float
-    """``(sum w)^2 / sum w^2`` (Kish 1965): how many unweighted impressions these are worth."""
+    """``(sum w)^2 / sum w^2`` (Kish 1965): the equivalent number of unweighted impressions."""
     clipped_share: float
-    """Share of impressions whose weight was cut (Ionides 2008); each cut is bias downwards in ``ips``."""
+    """Share of impressions with a clipped weight (Ionides 2008); clipping biases ``ips`` downwards."""
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values."""
+        """Returns JSON-compatible values."""
         return {
             **{name: getattr(self, name).to_dict() for name in ("ips", "snips", "doubly_robust")},
             "effective_sample_size": self.effective_sample_size,
@@ -58,19 +59,19 @@ def estimate_off_policy(
     clip: float = DEFAULT_CLIP,
     seed: int = 0,
 ) -> OffPolicyEstimate:
-    """Judge a target policy by impressions that another policy made.
+    """Estimates the reward of a target policy from impressions of the logging policy.
 
     Args:
-        reward_N: what each impression earned, such as watched seconds.
-        logged_propensity_N: probability with which the log's policy showed this video here, in (0, 1].
-        target_propensity_N: probability with which the target would have, in [0, 1].
-        viewer_ids_N: impressions of one viewer are resampled together.
-        modelled_logged_N: a model's reward for the logged video; without a model, zeros (doubly robust is then IPS).
-        modelled_target_N: the model's expected reward under the target policy in the same context.
+        reward_N: reward of each impression, such as watch time in seconds.
+        logged_propensity_N: probability of this video in this position under the logging policy, in (0, 1].
+        target_propensity_N: probability of the same choice under the target policy, in [0, 1].
+        viewer_ids_N: viewer of each impression; impressions of one viewer are resampled together.
+        modelled_logged_N: predicted reward of the logged video; zeros by default (doubly robust then equals IPS).
+        modelled_target_N: predicted reward under the target policy in the same context.
         clip: largest importance weight.
 
     Raises:
-        DataError: a propensity outside its range; the message says which row.
+        DataError: if a propensity is outside its range.
     """
     _refuse_odd("logged propensity", logged_propensity_N, open_below=True)
     _refuse_odd("target propensity", target_propensity_N, open_below=False)
@@ -102,7 +103,7 @@ def estimate_off_policy(
 
 def _refuse_odd(name: str, propensity_N: F64, *, open_below: bool) -> None:
     if not len(propensity_N):
-        raise DataError(f"{name}: no impressions, expected at least one")
+        raise DataError(f"{name}: there are no impressions; pass at least one")
     odd_N = ~np.isfinite(propensity_N) | (propensity_N > 1) | (propensity_N < 0)
     if open_below:
         odd_N |= propensity_N == 0
@@ -111,5 +112,5 @@ def _refuse_odd(name: str, propensity_N: F64, *, open_below: bool) -> None:
         bounds = "(0, 1]" if open_below else "[0, 1]"
         raise DataError(
             f"{name} of row {row} is {propensity_N[row]}, expected within {bounds}; "
-            "was the event logged by a policy that records its propensities?"
+            "use events of a policy that records its propensities"
         )

@@ -1,7 +1,7 @@
-"""The trained models as a recommender that evaluation can ask: retrieval, then ranking.
+"""Recommenders for evaluation that use the trained models: retrieval followed by ranking.
 
-Features are as of the moment asked, from the run's feature store; the arithmetic of the value is the one that serving
-uses. It refuses to look at anything later than that moment.
+Features come from the feature store of the run as of the cut; later data is never read. The value of a candidate is
+computed by the same code as in serving.
 """
 
 # Shapes: B viewers, M videos of the catalogue, C candidates, D embedding, K tasks
@@ -44,12 +44,12 @@ _VIEWERS_AT_ONCE: Final = 64
 
 @dataclass(frozen=True)
 class Catalogue:
-    """The videos that may be answered, as of a moment."""
+    """Videos that can be recommended at a given time, with their features and embeddings."""
 
     video_ids: I64  # [M] ascending
     arrays: VideoArrays
     embedding: F32  # [M, D]
-    content: F32  # [M, visual + audio + text]: for the diversity of slates
+    content: F32  # [M, visual + audio + text]: for slate diversity
     creator_ids: I64  # [M]
 
     def __len__(self) -> int:
@@ -57,7 +57,7 @@ class Catalogue:
 
 
 def make_catalogue(models: TrainedModels, snapshot: pa.Table, at_s: float) -> Catalogue:
-    """A snapshot of video features (``features.training_rows.video_snapshot``) with its embeddings."""
+    """Builds the catalogue from a snapshot of video features (``features.training_rows.video_snapshot``)."""
     from reelway.pipelines.training.inference import embed_videos
 
     columns = columns_from_table(snapshot)
@@ -74,14 +74,14 @@ def make_catalogue(models: TrainedModels, snapshot: pa.Table, at_s: float) -> Ca
 
 
 def make_viewers(snapshot: pa.Table, at_s: float | F64, device: Sequence[str | None] | None = None) -> ViewerArrays:
-    """A snapshot of viewer features as model inputs."""
+    """Converts a snapshot of viewer features to model inputs."""
     moment_s = np.broadcast_to(np.asarray(at_s, dtype=np.float64), snapshot.num_rows)
     devices = [UNKNOWN_DEVICE] * snapshot.num_rows if device is None else device
     return assemble_viewers(columns_from_table(snapshot), moment_s, devices)
 
 
 def usual_devices(before: pa.Table, viewer_ids: I64) -> list[str | None]:
-    """The device of each viewer's latest impression; unknown without any."""
+    """Returns the device of each viewer's latest impression, or ``unknown`` without one."""
     viewer = before["viewer_id"].to_numpy()
     device = before["device"].cast(pa.string()).combine_chunks()
     last = dict(zip(viewer.tolist(), range(len(viewer)), strict=True))
@@ -89,22 +89,22 @@ def usual_devices(before: pa.Table, viewer_ids: I64) -> list[str | None]:
 
 
 class TwoStage:
-    """Candidates from the two-tower and from what is popular, ordered by the ranker's value."""
+    """Candidates of the two-tower model and of popularity, ordered by the value that the ranker predicts."""
 
     def __init__(self, models: TrainedModels, catalogue: Catalogue, blend: Blend | None = None) -> None:
         self.models, self.catalogue = models, catalogue
         self.blend = blend or Blend()
 
     def embed(self, viewers: ViewerArrays) -> F32:
-        """``[B, D]``."""
+        """Returns viewer embeddings, ``[B, D]``."""
         from reelway.pipelines.training.inference import embed_viewers
 
         return embed_viewers(self.models.two_tower, viewers)
 
     def candidates(self, similarity_BM: F32, allowed_BM: NDArray[np.bool_], popularity_M: F64) -> I64:
-        """Rows of the catalogue ``[B, C]``, ``PAD`` where fewer are allowed.
+        """Returns catalogue rows ``[B, C]``, padded with ``PAD``.
 
-        The popular sources' share of the places goes to the most popular, the rest to the most similar.
+        The quota of the popularity sources is filled with the most popular videos, the rest with the most similar.
         """
         places = min(self.blend.retrieval.candidates, similarity_BM.shape[1])
         quotas = self.blend.retrieval.quotas
@@ -120,7 +120,7 @@ class TwoStage:
         return np.where(np.take_along_axis(allowed_BM, rows_BC, axis=1), rows_BC, PAD)
 
     def values(self, viewers: ViewerArrays, embedding_BD: F32, rows_BC: I64) -> F32:
-        """The value of each candidate as serving computes it, ``[B, C]``; ``-inf`` at pads."""
+        """Returns the value of each candidate as in serving, ``[B, C]``; ``-inf`` for padding."""
         from reelway.pipelines.training.inference import ranker_inputs, score
 
         there_BC = rows_BC != PAD
@@ -134,7 +134,7 @@ class TwoStage:
         return values_BC
 
     def order(self, viewers: ViewerArrays, allowed_BM: NDArray[np.bool_], popularity_M: F64, k: int) -> tuple[I64, F32]:
-        """The best ``k`` rows of the catalogue and their values, ``[B, k]``; ``PAD`` and ``-inf`` where fewer."""
+        """Returns the best ``k`` catalogue rows and their values, ``[B, k]``, padded with ``PAD`` and ``-inf``."""
         rows_BK = np.full((len(viewers.viewer_dense), k), PAD, dtype=np.int64)
         values_BK = np.full(rows_BK.shape, -np.inf, dtype=np.float32)
         for start in range(0, len(rows_BK), _VIEWERS_AT_ONCE):
@@ -150,7 +150,7 @@ class TwoStage:
 
 
 class Ranked:
-    """``TwoStage`` behind the harness: retrieval and ranking over the question's catalogue."""
+    """Retrieval and ranking over the catalogue of a split, as a ``Recommender``."""
 
     def __init__(self, stages: TwoStage, viewers: ViewerArrays, question: Question) -> None:
         self.stages, self.viewers, self.question = stages, viewers, question
@@ -165,7 +165,7 @@ class Ranked:
 
 
 class RetrievedOnly:
-    """The two-tower's similarity alone."""
+    """Two-tower similarity without ranking, as a ``Recommender``."""
 
     def __init__(self, stages: TwoStage, viewers: ViewerArrays, question: Question) -> None:
         self.stages, self.viewers, self.question = stages, viewers, question
@@ -179,12 +179,12 @@ class RetrievedOnly:
 def recommenders_at_cut(
     models: TrainedModels, features_dir: Path, question: Question, blend: Blend | None = None
 ) -> tuple[Ranked, RetrievedOnly, Catalogue]:
-    """Both, with features as of the question's cut, over the question's catalogue."""
+    """Returns both recommenders and their catalogue, with features as of the cut."""
     from reelway.pipelines.features.training_rows import video_snapshot, viewer_snapshot
 
     videos = video_snapshot(features_dir, question.cut_s)
     videos = videos.filter(pa.array(np.isin(videos["video_id"].to_numpy(), question.videos)))
-    # a video that was shown before its upload time (clocks disagree) has no row: it cannot be answered by us
+    # A video whose first impression precedes its upload time (clock skew) has no feature row and cannot be recommended.
     catalogue = make_catalogue(models, videos, question.cut_s)
     if len(catalogue) != len(question.videos):
         question = _narrowed(question, catalogue.video_ids)
@@ -204,7 +204,7 @@ def _narrowed(question: Question, videos: I64) -> Question:
 
 def _refuse_others(viewer_ids: I64, question: Question) -> None:
     if not np.array_equal(viewer_ids, question.viewer_ids):
-        raise ValueError("asked about other viewers than the question's; their features were not read")
+        raise ValueError("viewer_ids: they differ from the viewers of the split; pass its viewer_ids")
 
 
 def _taken(arrays: Any, index: I64 | slice) -> Any:

@@ -1,4 +1,4 @@
-"""The whole evaluation of a run, and ``evaluation.json``, which a release is built from. It prints nothing."""
+"""Evaluates the models of a run and writes ``evaluation.json``, which the release builder reads."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ Report = Callable[[str], None]
 
 @dataclass(frozen=True)
 class EvaluationSettings:
-    """What is asked of whom."""
+    """Settings of an evaluation."""
 
     min_events: int = MIN_EVENTS
     max_viewers: int = MAX_VIEWERS
@@ -52,10 +52,10 @@ class EvaluationSettings:
 
 @dataclass(frozen=True)
 class EvaluationResult:
-    """Everything that was found."""
+    """Metrics, baselines and gate results of an evaluation."""
 
     question: Question
-    ranking: dict[str, RankingResult]  # by the names above, ours first
+    ranking: dict[str, RankingResult]  # keyed by the names above; the release candidate comes first
     heads: list[HeadQuality]
     gates: list[GateResult]
     als: dict[str, float]
@@ -76,11 +76,11 @@ def evaluate_run(
     blend: Blend | None = None,
     report: Report = _silent,
 ) -> EvaluationResult:
-    """Judge ``run.models`` on the events after their training window and write ``evaluation.json``.
+    """Evaluates ``run.models`` on the events after their training window and writes ``evaluation.json``.
 
     Raises:
-        EmptyDatasetError: nothing lies after the window, or nobody can be asked.
-        TrainingError: nothing was trained.
+        EmptyDatasetError: if there are no events after the training window or no viewer can be evaluated.
+        TrainingError: if the run has no trained models.
     """
     from reelway.pipelines.training.artifacts import load_models
     from reelway.pipelines.training.rows import load_rows
@@ -90,8 +90,8 @@ def evaluate_run(
     cut_s = models.info.window_end_s
     if not np.isfinite(cut_s):
         raise EmptyDatasetError(
-            "the models were trained on all events (train_fraction 1), expected some to be left for evaluation; "
-            "train with --set train_fraction=0.8"
+            "models: they were trained on all events (train_fraction 1), so none are left for evaluation; "
+            "train again with `--set train_fraction=0.8`"
         )
     labels = pq.read_table(run.features / LABELS_FILE)
     question = make_question(
@@ -126,7 +126,7 @@ def evaluate_run(
 
 
 def to_json(result: EvaluationResult) -> dict[str, Any]:
-    """``metrics`` (numbers of ours; None where undefined), ``intervals``, ``gates``, ``baselines``, and the setting."""
+    """Returns the content of ``evaluation.json``: metrics (``None`` if undefined), intervals, gates and baselines."""
     ours = result.ranking[OURS]
     metrics: dict[str, float | None] = {"coverage_at_50": ours.coverage}
     intervals: dict[str, Any] = {}
