@@ -14,11 +14,11 @@ import statistics
 from collections.abc import Sequence
 from contextlib import ExitStack
 
-from tests.benchmarks.report import Row, write_report
 from tests.e2e.alert_hops import Rollback, rollback_of
 from tests.e2e.clusters import chosen
 from tests.e2e.monitored import BAR_S, BY_EVIDENCE, ONLY_ALERTS, RATE, SHARE_PERCENT, Monitored, monitored
 from tests.e2e.rollouts import begin, until_phase
+from tests.support.bench_results import Row, write_report
 
 from reelway.platform.cli.terminal import say
 

@@ -29,7 +29,7 @@ from tests.benchmarks.canary_simulation import (
     Simulation,
     looks,
 )
-from tests.benchmarks.report import Row, write_report
+from tests.support.bench_results import Row, write_report
 
 from reelway.platform.cli.terminal import say
 from reelway.platform.rollout.policy import RolloutPolicy, Slice, default_policy

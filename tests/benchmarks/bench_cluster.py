@@ -7,13 +7,10 @@ and a head that does not. Every moment is of the clock of one pod, which sends t
 from __future__ import annotations
 
 import argparse
-import json
 import sys
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tests.benchmarks.report import FOLDER, Row, write_report
 from tests.cluster.conftest import Kubectl
 from tests.e2e.clusters import Cluster, chosen
 from tests.e2e.conftest import Flow
@@ -24,6 +21,7 @@ from tests.e2e.redis_pod import apply_redis
 from tests.e2e.rollouts import HELD, begin, until_phase
 from tests.e2e.waiting import until
 from tests.e2e.watched import unnoticed
+from tests.support.bench_results import Row, write_report
 
 from reelway.platform.cli.terminal import progress, say
 
@@ -142,12 +140,6 @@ def head_killed(flow: Flow, what: str) -> None:
     flow.note(f"{title}: pods replaced or restarted, the head among them", float(len(replaced)), "pods")
 
 
-def _from_the_flow() -> list[Row]:
-    """What the last `make e2e` noted, so that one file has every bar."""
-    path = Path(FOLDER) / "e2e.json"
-    return [Row(**row) for row in json.loads(path.read_text())] if path.exists() else []
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=50)
@@ -161,7 +153,7 @@ def main() -> int:
     try:
         measure(cluster, options.rounds, options.heads, rows)
     finally:
-        write_report("cluster", [*rows, *_from_the_flow()])
+        write_report("cluster", rows)
         cluster.until_left()
     return int(any(row.holds is False for row in rows))
 

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import numpy as np
 import ray
-from tests.benchmarks.report import Row, write_report
 from tests.pipelines.features.event_tables import random_dataset, write_dataset
+from tests.support.bench_results import Row, write_report
 
 from reelway.pipelines.features.batch import BatchSettings, build_views
 from reelway.pipelines.features.online import materialise

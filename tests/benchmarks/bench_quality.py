@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from tests.benchmarks.report import Row, write_report
+from tests.support.bench_results import Row, write_report
 
 from reelway.pipelines.evaluation.harness import RankingResult
 from reelway.pipelines.evaluation.metrics import mean_estimate, paired_difference

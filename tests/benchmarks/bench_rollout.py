@@ -24,8 +24,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import chisquare
 from tests.benchmarks.constant_load import constant_load, read_record
-from tests.benchmarks.report import Row, write_report
 from tests.release_files import make_release_folder
+from tests.support.bench_results import Row, write_report
 
 from reelway.platform.cli.processes import child, reelway_command
 from reelway.platform.cli.terminal import progress, say

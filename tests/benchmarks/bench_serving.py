@@ -27,9 +27,9 @@ from pathlib import Path
 from typing import Final
 
 from tests.benchmarks.bench_open_inference import added_by
-from tests.benchmarks.report import Row, write_report
 from tests.benchmarks.serving_path import SIDES, measure_overload, measure_path
 from tests.benchmarks.serving_place import Place, make_place, online_store
+from tests.support.bench_results import Row, write_report
 
 from reelway.platform.cli.terminal import say
 

@@ -13,7 +13,7 @@ import statistics
 import time
 
 import pyarrow as pa
-from tests.benchmarks.report import Row, write_report
+from tests.support.bench_results import Row, write_report
 
 from reelway.pipelines.simulation.config import SimulationConfig
 from reelway.pipelines.simulation.log import log_traffic
