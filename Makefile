@@ -1,4 +1,4 @@
-# Everything a newcomer needs: `make demo`, `make test`. Each target sets up what it stands on.
+# Start with `make demo` and `make test`. Each target first installs or builds what it needs.
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
 .DEFAULT_GOAL := help
@@ -14,7 +14,7 @@ GPUS ?= 0
 KEEP ?=
 ROLLOUTS ?= 1
 TRITONCLIENT ?= 2.73.0
-# cpu: torch without CUDA's four gigabytes, in .venv and in the training image.
+# TORCH=cpu installs torch without CUDA (4 GB) in .venv and in the training image.
 TORCH ?= cuda
 SEED ?= 0
 
@@ -38,31 +38,31 @@ $(STAMP): constraints.txt pyproject.toml platform/pyproject.toml pipelines/pypro
 	@touch $@
 
 .PHONY: install
-install: $(STAMP) ## Make .venv and install the three members from constraints.txt (TORCH=cpu: without CUDA).
+install: $(STAMP) ## Create .venv and install the three members from constraints.txt (TORCH=cpu: without CUDA).
 
 .PHONY: system-packages
-system-packages: ## Install the servers that integration tests use (Debian or Ubuntu, as root); says so where it cannot.
+system-packages: ## Install the servers that integration tests use (Debian or Ubuntu, as root); otherwise list the tests that will be skipped.
 	@.ci/system-packages
 
 .PHONY: demo
-demo: install ## Events -> features -> training -> release -> rollouts -> recommendations. ROLLOUTS=0, DATA=ml-100k DATA_DIR=..., KEEP=1.
+demo: install ## Run events -> features -> training -> release -> rollouts -> recommendations. Options: ROLLOUTS=0, KEEP=1, DATA=ml-100k DATA_DIR=...
 	@$(BIN)/reelway demo --run $(RUN) --data $(DATA) $(if $(DATA_DIR),--data-dir $(DATA_DIR)) \
 		--workers $(WORKERS) --gpus $(GPUS) --seed $(SEED) $(if $(KEEP),--keep) \
 		$(if $(filter 0,$(ROLLOUTS)),--no-rollouts)
 
 .PHONY: check
-check: install ## Lint, format check, strict types, import rules.
+check: install ## Run linter, format check, strict type check and import rules.
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
 .PHONY: test
-test: install ## All tests but the long ones, real servers included (under 10 minutes on 2 cores).
+test: install ## Run all tests except the long ones, with real servers (under 10 minutes on 2 cores).
 	$(BIN)/python -m pytest -m "not long and not e2e"
 
 .PHONY: test-long
-test-long: install ## Whole services on Ray Serve under load, killed training workers (about 5 minutes).
+test-long: install ## Run the long tests: services on Ray Serve under load, killed training workers (about 5 minutes).
 	$(BIN)/python -m pytest -m long
 
 CLIENTS := build/clients
@@ -72,122 +72,131 @@ $(CLIENTS)/.installed: $(STAMP) Makefile
 	@touch $@
 
 .PHONY: test-clients
-test-clients: $(CLIENTS)/.installed ## KServe's own client and Triton's, in an environment of its own, against the rank server.
+test-clients: $(CLIENTS)/.installed ## Test the rank server with the clients of KServe and Triton, in a separate environment.
 	REELWAY_TRITON_PYTHON=$(CURDIR)/$(CLIENTS)/bin/python $(BIN)/python -m pytest tests/serving/test_open_inference_server.py -k that_others_wrote
 
-# Whoever has a cluster names it by KUBECONFIG and REELWAY_CLUSTER_TESTS=1; no node is brought up then.
+# Set KUBECONFIG and REELWAY_CLUSTER_TESTS=1 to use an existing cluster; no node is started then.
 OWN_NODE := $(if $(and $(KUBECONFIG),$(REELWAY_CLUSTER_TESTS)),,1)
 
 .PHONY: test-cluster
-test-cluster: $(if $(OWN_NODE),cluster,install) ## Resources, store and operator against a real API server; the node is taken down afterwards.
+test-cluster: $(if $(OWN_NODE),cluster,install) ## Test resources, store and operator against a real API server; the node is removed afterwards.
 	$(if $(OWN_NODE),trap '$(BIN)/python infra/cluster down' EXIT;) $(BIN)/python -m pytest -m cluster
 
 .PHONY: test-quick
-test-quick: install ## Only what needs neither Ray nor a server: about a minute.
+test-quick: install ## Run only the tests that need neither Ray nor a server (about a minute).
 	$(BIN)/python -m pytest -m "not slow and not ray and not redis and not cluster and not e2e"
 
 .PHONY: bench
-bench: bench-simulator bench-features bench-ray-train bench-serving bench-quality bench-closed-loop bench-canary bench-rollout ## Every number in the README, one after another.
+bench: bench-simulator bench-features bench-ray-train bench-serving bench-quality bench-closed-loop bench-canary bench-rollout bench-stream ## Run the benchmarks that need no cluster, one after another (hours), then write BENCHMARKS.md.
+	$(MAKE) bench-report
 
 .PHONY: bench-simulator
-bench-simulator: install ## Simulated impressions per second on one core.
+bench-simulator: install ## Measure simulated impressions per second on one core.
 	$(BIN)/python -m tests.benchmarks.bench_simulator
 
 .PHONY: bench-features
-bench-features: install ## Feature rows per second at 1 and 2 CPUs.
+bench-features: install ## Measure feature rows per second on 1 and 2 CPUs.
 	$(BIN)/python -m tests.benchmarks.bench_features
 
 .PHONY: bench-ray-train
-bench-ray-train: install ## Ray Train against the same loop without Ray.
+bench-ray-train: install ## Compare an epoch under Ray Train with the same loop without Ray.
 	$(BIN)/python -m tests.benchmarks.bench_ray_train
 
 .PHONY: bench-serving
-bench-serving: install ## The graph over HTTP against the same arithmetic in one process.
+bench-serving: install ## Compare the request path over HTTP with the same arithmetic in one process (17 minutes).
 	$(BIN)/python -m tests.benchmarks.bench_serving
 
 .PHONY: bench-quality
-bench-quality: install ## MovieLens-100K against popularity and ALS, 3 seeds (REELWAY_ML100K_DIR).
+bench-quality: install ## Compare the models with popularity and ALS on MovieLens-100K, 3 seeds (REELWAY_ML100K_DIR).
 	$(BIN)/python -m tests.benchmarks.bench_quality
 
 .PHONY: bench-closed-loop
-bench-closed-loop: install ## Watch time per impression against popularity in the simulator, 3 seeds.
+bench-closed-loop: install ## Compare watch time per impression with popularity in the simulator, 3 seeds.
 	$(BIN)/python -m tests.benchmarks.bench_closed_loop
 
 .PHONY: bench-canary
-bench-canary: install ## Error rates and power of the rollout decision, simulated, beside other tools' rules.
+bench-canary: install ## Simulate error rates and power of the rollout decision, next to the rules of other tools.
 	$(BIN)/python -m tests.benchmarks.bench_canary
 
 .PHONY: bench-rollout
-bench-rollout: install ## Webhook to stable, failed requests, sticky arms: on the running service under load (20 minutes).
+bench-rollout: install ## Measure webhook to rollback, failed requests and arm stickiness on a service under load (20 minutes).
 	$(BIN)/python -m tests.benchmarks.bench_rollout
 
+.PHONY: bench-stream
+bench-stream: install ## Measure outcomes per second and core of the feature stream.
+	$(BIN)/python -m tests.benchmarks.bench_stream
+
+.PHONY: bench-report
+bench-report: install ## Write BENCHMARKS.md from build/bench/*.json.
+	$(BIN)/python -m tests.benchmarks.bench_report
+
 .PHONY: cluster-tools
-cluster-tools: install ## Build helm, kubectl, kubeconform and the node's programs from pinned Go modules (9 minutes once).
+cluster-tools: install ## Build Helm, kubectl, kubeconform and the node's programs from pinned Go modules (9 minutes once).
 	@$(BIN)/python infra/cluster build helm coredns kuberay kubernetes
 
 .PHONY: cluster
-cluster: install ## A real one-node Kubernetes with KubeRay, without Docker (Debian packages and Go; see infra/cluster).
+cluster: install ## Start a one-node Kubernetes with KubeRay, without Docker (needs Debian packages and Go; see infra/cluster).
 	@.ci/system-packages cluster
 	@$(BIN)/python infra/cluster up
 
 .PHONY: cluster-down
-cluster-down: install ## Remove the node: every process, mount, interface and chain of it.
+cluster-down: install ## Remove the node with all its processes, mounts, interfaces and iptables chains.
 	@$(BIN)/python infra/cluster down
 
 .PHONY: cluster-kserve
-cluster-kserve: cluster ## KServe's own controller on the node, with its webhooks.
+cluster-kserve: cluster ## Install KServe's controller and webhooks on the node.
 	@$(BIN)/python infra/cluster kserve
 
-# Where no registry is reached: IMAGE_BASE=reelway.local/base:bookworm, made by `python infra/images base`.
+# Without access to a registry, use IMAGE_BASE=reelway.local/base:bookworm, which `python infra/images base` creates.
 IMAGE_BASE ?=
 .PHONY: images
-images: install ## Controller, serving and training images by docker, podman or buildah, as archives (TORCH=cpu for a small one).
+images: install ## Build operator, serving and training images as archives with docker, podman or buildah (TORCH=cpu: small).
 	$(BIN)/python infra/images build all --torch $(TORCH) $(if $(IMAGE_BASE),--base $(IMAGE_BASE))
 
-# What the node runs where nothing is pulled, each from what lies here and in the index: no registry, no CUDA.
+# The node pulls no image: its images are built from this checkout on a Debian base, without CUDA.
 NODE_BASE := reelway.local/base:bookworm
 .PHONY: cluster-images
-cluster-images: install ## Reelway's three images for the node, as archives by buildah on a Debian base: no registry, no CUDA.
+cluster-images: install ## Build Reelway's three images for the node with buildah (no registry, no CUDA).
 	@.ci/system-packages images
 	@$(BIN)/python infra/images base
 	$(BIN)/python infra/images build all --torch cpu --base $(NODE_BASE)
 
 .PHONY: cluster-programs
-cluster-programs: install ## Every program of the node from pinned Go modules (10 minutes once).
+cluster-programs: install ## Build every program of the node from pinned Go modules (10 minutes once).
 	@$(BIN)/python infra/cluster build helm coredns kuberay kubernetes prometheus-operator prometheus kserve
 
-.PHONY: cluster-parts
-cluster-parts: cluster-programs cluster-images ## All that `make e2e` needs, and nothing started: the minutes before it, once (-j2: at once).
+.PHONY: cluster-artifacts
+cluster-artifacts: cluster-programs cluster-images ## Build everything that `make e2e` needs without starting anything (-j2: in parallel).
 	@$(BIN)/python infra/images node monitoring redis
 
-.PHONY: cluster-load
-cluster-load: cluster-images cluster ## Give the node Reelway's images, built from the code as it is.
+.PHONY: cluster-load-images
+cluster-load-images: cluster-images cluster ## Build Reelway's images from this checkout and load them into the node.
 	@$(BIN)/python infra/cluster load .cluster/images/controller.tar .cluster/images/serving.tar .cluster/images/training.tar
 
 .PHONY: e2e
-e2e: $(if $(OWN_NODE),cluster-load cluster-monitoring cluster-kserve,install) ## The whole platform on a real node: install, roll out, kill, upgrade, uninstall (25 minutes).
+e2e: $(if $(OWN_NODE),cluster-load-images cluster-monitoring cluster-kserve,install) ## Test the platform end to end on a real node: install, roll out, kill, upgrade, uninstall (25 minutes).
 	$(BIN)/python -m pytest -m e2e --durations=25 tests/e2e
 
 .PHONY: bench-cluster
-bench-cluster: $(if $(OWN_NODE),cluster,install) ## On the node: webhook to stable over 50 rollouts, a killed head with and without a GCS store.
+bench-cluster: $(if $(OWN_NODE),cluster,install) ## Measure webhook to rollback over 50 rollouts and recovery from a killed head, on the node.
 	$(BIN)/python -m tests.benchmarks.bench_cluster
 
 .PHONY: cluster-monitoring
-cluster-monitoring: cluster ## Prometheus and Alertmanager on the node, which take every namespace's monitors, rules and routes.
+cluster-monitoring: cluster ## Install Prometheus and Alertmanager on the node, for the monitors and rules of all namespaces.
 	@$(BIN)/python infra/cluster build prometheus-operator prometheus
 	@test -s .cluster/images/monitoring.tar || $(BIN)/python infra/images node monitoring
 	@$(BIN)/python infra/cluster load .cluster/images/monitoring.tar
 	@$(BIN)/python infra/cluster monitoring
 
 .PHONY: bench-alerts
-bench-alerts: $(if $(OWN_NODE),cluster-monitoring,install) ## On the node: fault to stable through Prometheus and Alertmanager, 10 runs, the share of each hop.
+bench-alerts: $(if $(OWN_NODE),cluster-monitoring,install) ## Measure the time from fault to rollback through Prometheus and Alertmanager, on the node, 10 runs.
 	$(BIN)/python -m tests.benchmarks.bench_alerts
 
 .PHONY: constraints
-constraints: install ## Resolve requirements.in into constraints.txt again.
+constraints: install ## Resolve requirements.in into constraints.txt.
 	$(BIN)/uv pip compile requirements.in --output-file constraints.txt --universal --python-version 3.11 \
 		--no-annotate --no-header --no-emit-index-url --quiet --upgrade
 
 .PHONY: clean
-clean: ## Remove build output and caches; runs/ and .venv stay.
+clean: ## Remove build output and caches; keep runs/ and .venv.
 	rm -rf build .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

@@ -1,4 +1,4 @@
-"""The house keeps its shape: import rules, namespace packages, names, docstrings, links that lead somewhere."""
+"""Checks the structure of the repository: import rules, packages, names, docstrings, sizes and links."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_import_rules_hold() -> None:
     assert re.search(r"Contracts: [5-9] kept, 0 broken", checked.stdout), checked.stdout
 
 
-def test_the_namespace_and_the_top_level_folders_are_no_packages() -> None:
+def test_namespace_and_top_level_folders_are_no_packages() -> None:
     """``reelway/__init__.py`` in one member hides the others; ``platform/__init__.py`` hides Python's ``platform``."""
     forbidden = [ROOT / member / "src" / "reelway" / "__init__.py" for member in MEMBERS]
     forbidden += [folder / "__init__.py" for folder in ROOT.iterdir() if folder.is_dir() and folder.name[0] != "."]
@@ -48,61 +48,65 @@ def test_the_namespace_and_the_top_level_folders_are_no_packages() -> None:
     assert Path(platform.__file__ or "").is_relative_to(sys.base_prefix)
 
 
-def test_tests_are_no_packages_and_no_two_have_the_same_name() -> None:
+def test_test_modules_have_unique_names_outside_packages() -> None:
     tests = tracked("tests/**/*.py", "tests/*.py")
     assert [path for path in tests if path.name == "__init__.py"] == []
     names = [path.name for path in tests if path.name.startswith("test_")]
     assert sorted({name for name in names if names.count(name) > 1}) == []
 
 
-def test_every_member_has_its_modules_where_they_are_looked_for() -> None:
+def test_members_have_their_modules_under_src_reelway() -> None:
     for member in MEMBERS:
         assert (ROOT / member / "src" / "reelway" / member / "__init__.py").exists()
     assert len(modules()) > 30
 
 
 @pytest.mark.parametrize("path", modules(), ids=lambda path: str(path.relative_to(ROOT)))
-def test_a_module_has_a_name_and_a_docstring_of_its_own(path: Path) -> None:
+def test_module_has_an_allowed_name_with_a_docstring(path: Path) -> None:
     name = path.parent.name if path.name == "__init__.py" else path.stem
     assert name not in FORBIDDEN_NAMES
     is_member = path.name == "__init__.py" and path.parent.parent.name == "reelway"  # reelway.platform, a full name
     assert is_member or name not in sys.stdlib_module_names, f"{name} is also a module of the standard library"
     tree = ast.parse(path.read_text())
-    docstring = ast.get_docstring(tree) if tree.body else "an empty __init__.py explains nothing and does nothing"
+    docstring = ast.get_docstring(tree) if tree.body else "an empty __init__.py needs no docstring"
     assert docstring, "the first line says what the module is or does"
     assert "laceholder" not in docstring
 
 
-def test_no_module_outgrows_five_hundred_lines() -> None:
-    """400 is the aim; beyond 500 a module is split by concept."""
+def test_modules_have_at_most_five_hundred_lines() -> None:
+    """The aim is 400. A longer module is split by concept."""
     lengths = {str(path.relative_to(ROOT)): len(path.read_text().splitlines()) for path in modules()}
     assert {name: length for name, length in lengths.items() if length > 500} == {}
+
+
+def test_readme_has_at_most_160_lines() -> None:
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 160
 
 
 LINK = re.compile(r"(?<!!)\[[^\]]*\]\(([^)\s]+)(?:\s+\"[^\"]*\")?\)")
 
 
 def anchors(page: Path) -> set[str]:
-    """GitHub's: lower case, punctuation dropped, blanks to hyphens."""
+    """Anchors that GitHub gives a page's headings: lower case, punctuation dropped, blanks replaced by hyphens."""
     headings = re.findall(r"^#+\s+(.*)$", page.read_text(), flags=re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}
 
 
 @pytest.mark.parametrize("page", tracked("*.md"), ids=lambda page: str(page.relative_to(ROOT)))
-def test_every_link_of_a_page_leads_somewhere(page: Path) -> None:
+def test_page_has_no_broken_links(page: Path) -> None:
     broken = []
     for target in LINK.findall(page.read_text()):
         if re.match(r"[a-z]+:", target):
             continue  # another site
         path, _, anchor = target.partition("#")
-        place = (page.parent / path).resolve() if path else page
-        reached = place.exists() and (not anchor or place.suffix != ".md" or anchor in anchors(place))
-        if not reached or not place.is_relative_to(ROOT):
+        linked = (page.parent / path).resolve() if path else page
+        reached = linked.exists() and (not anchor or linked.suffix != ".md" or anchor in anchors(linked))
+        if not reached or not linked.is_relative_to(ROOT):
             broken.append(target)
     assert broken == []
 
 
-def test_commands_are_registered_by_functions_that_exist() -> None:
+def test_command_entry_points_are_callable() -> None:
     from importlib.metadata import entry_points
 
     entries = list(entry_points(group="reelway.commands"))

@@ -1,9 +1,11 @@
-"""How often a rollout is wrong, and how soon it is right: ``python -m tests.benchmarks.bench_canary``.
+"""Measures error rates and power of the rollout decision: ``python -m tests.benchmarks.bench_canary``.
 
-Simulated rollouts under the default policy, one core, a few minutes. Viewers differ and come back, all ten tests of the
-policy run at every look, and every rollout is played to its end. Looks are a minute apart for the first 90 minutes and
-20 minutes apart after that. Prints the error rates with exact 95 % intervals, the viewers needed to catch a drop beside
-an oracle and beside the rules of other tools, what an outage of the telemetry does, and random event histories.
+Simulates rollouts under the default policy on one core in a few minutes. Viewers differ and return. All ten tests of
+the policy run on every reconcile, and every rollout runs to its end. Reconciles are one minute apart for the first 90
+minutes and 20 minutes apart after that.
+
+The report has error rates with exact 95 % intervals, the number of viewers needed to detect a drop (compared with an
+oracle and with the rules of other tools), the effect of a telemetry outage, and random event histories.
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ from tests.benchmarks.canary_simulation import (
     Simulation,
     looks,
 )
-from tests.benchmarks.report import Row, write_report
+from tests.support.bench_results import Row, write_report
 
 from reelway.platform.cli.terminal import say
 from reelway.platform.rollout.policy import RolloutPolicy, Slice, default_policy
@@ -37,7 +39,7 @@ from reelway.platform.rollout.policy import RolloutPolicy, Slice, default_policy
 F64 = NDArray[np.float64]
 
 TRAFFIC = {"low": 300, "medium": 3_000, "high": 30_000}
-"""Viewers that arrive per minute, all arms together."""
+"""Arriving viewers per minute, over all arms."""
 LONG_WATCH = TESTS.index(("long_watch_rate", Slice.OVERALL))
 DROP = 0.10
 BATCH = 2_500
@@ -45,7 +47,7 @@ BATCH = 2_500
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--scale", type=float, default=1.0, help="share of the full numbers of simulations")
+    parser.add_argument("--scale", type=float, default=1.0, help="fraction of the full number of simulations")
     scale = parser.parse_args(argv).scale
     began = time.perf_counter()
     policy = default_policy().model_copy(update={"longest_tick_s": 1200.0})
@@ -56,30 +58,30 @@ def main(argv: Sequence[str] | None = None) -> None:
         *detection(policy, same, max(100, int(2_000 * scale))),
         *outages(policy, same, max(40, int(1_000 * scale))),
         *histories(max(200, int(100_000 * scale))),
-        Row("variance that pre-period data would remove (not built)", 100 * cuped_saving(same), "%"),
+        Row("variance that pre-period data would remove (not implemented)", 100 * cuped_saving(same), "%"),
     ]
-    rows.append(Row("the whole benchmark, one core", time.perf_counter() - began, "s", "under 300", None))
+    rows.append(Row("duration of this benchmark on one core", time.perf_counter() - began, "s", "under 300", None))
     write_report("canary", rows)
 
 
 def false_rollbacks(policy: RolloutPolicy, same: Population, rollouts: int) -> list[Row]:
-    """A/A: both arms are the same release, so every rollback is false. Each traffic level gets all the rollouts."""
+    """Counts false rollbacks in A/A rollouts, in which both arms have the same release."""
     rows = []
     for name, per_minute in TRAFFIC.items():
         outcome = _outcomes(policy, same, same, per_minute, rollouts)
         wrong = int((outcome == ROLLED_BACK).sum())
         low, high = clopper_pearson(wrong, rollouts)
         say(f"A/A {name}: {wrong} of {rollouts} rolled back, {(outcome == PROMOTED).mean():.1%} promoted")
-        bar = f"at most 1 % (stated {policy.alpha.rollback:.1%}); 95 % interval {low:.3%}..{high:.3%}"
-        rows.append(Row(f"false rollbacks, A/A, {name} traffic ({per_minute}/min, {rollouts:,} rollouts)",
+        bar = f"at most 1 % (nominal {policy.alpha.rollback:.1%}); 95 % interval {low:.3%}..{high:.3%}"
+        rows.append(Row(f"false rollbacks, A/A, {name} traffic ({per_minute} viewers/min, {rollouts:,} rollouts)",
                         100 * wrong / rollouts, "%", bar, high <= 0.01))  # fmt: skip
-        rows.append(Row(f"promoted, A/A, {name} traffic", 100 * float((outcome == PROMOTED).mean()), "%"))
-        rows.append(Row(f"paused for a person, A/A, {name} traffic", 100 * float((outcome == PAUSED).mean()), "%"))
+        rows.append(Row(f"promotions, A/A, {name} traffic", 100 * float((outcome == PROMOTED).mean()), "%"))
+        rows.append(Row(f"pauses for a user, A/A, {name} traffic", 100 * float((outcome == PAUSED).mean()), "%"))
     return rows
 
 
 def false_promotions(policy: RolloutPolicy, same: Population, rollouts: int) -> list[Row]:
-    """Harm of twice the margin, in each metric that promotion requires, at all traffic levels."""
+    """Rollouts with harm of twice the margin in each metric that promotion requires, at all traffic levels."""
     rows, wrong, total = [], 0, 0
     required = [m for m in policy.outcomes if m.promotion_requires == "excluded"]
     each = rollouts // (len(required) * len(TRAFFIC)) + 1
@@ -93,10 +95,10 @@ def false_promotions(policy: RolloutPolicy, same: Population, rollouts: int) -> 
             rolled_back += int((outcome == ROLLED_BACK).sum())
         played = each * len(TRAFFIC)
         say(f"{metric.name} worse by {2 * metric.margin:.0%}: {promoted} of {played} promoted")
-        rows.append(Row(f"rolled back, {metric.name} {2 * metric.margin:.0%} worse", 100 * rolled_back / played, "%"))
+        rows.append(Row(f"rollbacks, {metric.name} {2 * metric.margin:.0%} worse", 100 * rolled_back / played, "%"))
         wrong, total = wrong + promoted, total + played
     low, high = clopper_pearson(wrong, total)
-    bar = f"at most 1 % (stated {policy.alpha.promotion:.1%}); 95 % interval {low:.3%}..{high:.3%}"
+    bar = f"at most 1 % (nominal {policy.alpha.promotion:.1%}); 95 % interval {low:.3%}..{high:.3%}"
     return [Row(f"false promotions, harm of twice the margin ({total:,} rollouts)", 100 * wrong / total, "%", bar,
                 high <= 0.01), *rows]  # fmt: skip
 
@@ -104,7 +106,7 @@ def false_promotions(policy: RolloutPolicy, same: Population, rollouts: int) -> 
 def _outcomes(
     policy: RolloutPolicy, stable: Population, canary: Population, per_minute: float, rollouts: int
 ) -> NDArray[np.int64]:
-    """How rollouts end. Those that reach the end of the looks undecided are for the deadline: paused."""
+    """Returns how rollouts end. Undecided rollouts reach the deadline and count as paused."""
     grid = looks(60, 5_400, 1_200, 26 * 3_600)
     found = []
     for begin in range(0, rollouts, BATCH):
@@ -116,7 +118,7 @@ def _outcomes(
 
 @dataclass
 class _Watch:
-    """Per-look sums of the long-watch rate and the running Z, recorded while a simulation plays without an end."""
+    """Sums of the long-watch rate and the running Z per reconcile, recorded in a simulation without an end."""
 
     sums: list[list[F64]]
     z: list[F64]
@@ -132,14 +134,14 @@ class _Watch:
         self.viewers.append(simulation.canary.viewers[:, 0].astype(float))
 
     def per_look(self) -> tuple[F64, F64, F64, F64]:
-        """Increments of the four cumulative sums: [rollouts, looks] each."""
+        """Returns the increments of the four cumulative sums, each of shape [rollouts, reconciles]."""
         cumulative = np.array(self.sums).transpose(1, 2, 0)
         steps = np.diff(cumulative, axis=-1, prepend=0.0)
         return steps[0], steps[1], steps[2], steps[3]
 
 
 def detection(policy: RolloutPolicy, same: Population, rollouts: int) -> list[Row]:
-    """Canary viewers until a drop of 10 % in the long-watch rate is caught with 80 % power, at a constant 1 %."""
+    """Counts canary viewers until a 10 % drop in the long-watch rate is detected with 80 % power (weight 1 %)."""
     first = policy.steps[0].model_copy(update={"hold_s": 1e9})
     still = policy.model_copy(update={"steps": (first,)})
     worse = Population(3, {"long_watch_rate": 1 - DROP})
@@ -162,20 +164,20 @@ def detection(policy: RolloutPolicy, same: Population, rollouts: int) -> list[Ro
     say(f"10 % drop: caught after {caught:.0f} viewers, by its own test {alone:.0f}, oracle {oracle:.0f}")
     false_ours = float((runs["A/A"][0].first_harm != NEVER).mean())
     rows += [
-        Row("viewers to catch a 10 % drop in long-watch rate, 80 % power", caught, "canary viewers"),
-        Row("the same by the long-watch test alone", alone, "canary viewers"),
-        Row("oracle: fixed horizon, same hypothesis, same alpha", oracle, "canary viewers"),
-        Row("ratio to the oracle", alone / oracle, "x", "at most 1.5", alone / oracle <= 1.5),
-        Row("ratio to an oracle with no margin and the whole alpha", alone / bold, "x"),
-        Row("false rollbacks on the A/A of the same runs", 100 * false_ours, "%", "at most 1", false_ours <= 0.01),
+        Row("viewers to detect a 10 % drop in long-watch rate, 80 % power", caught, "canary viewers"),
+        Row("viewers to detect the drop by the long-watch test alone", alone, "canary viewers"),
+        Row("viewers of an oracle: fixed horizon, same hypothesis, same alpha", oracle, "canary viewers"),
+        Row("long-watch test over the oracle", alone / oracle, "x", "at most 1.5", alone / oracle <= 1.5),
+        Row("long-watch test over an oracle without margin and with the whole alpha", alone / bold, "x"),
+        Row("false rollbacks in A/A rollouts of the same runs", 100 * false_ours, "%", "at most 1", false_ours <= 0.01),
     ]
-    peers = {"Argo Rollouts' manner": ArgoRollouts(), "Flagger's manner": Flagger(), "Kayenta's manner": Kayenta()}
+    peers = {"rule of Argo Rollouts": ArgoRollouts(), "rule of Flagger": Flagger(), "rule of Kayenta": Kayenta()}
     for name, rule in peers.items():
         wrong = rule.rolled_back_at(*runs["A/A"][1].per_look())
         right = rule.rolled_back_at(*watch.per_look())
         needed = _viewers_at_power(right, viewers)
-        rows.append(Row(f"{name}: viewers to catch it, 80 % power", needed, "canary viewers"))
-        rows.append(Row(f"{name}: false rollbacks on the A/A", 100 * float((wrong != NEVER).mean()), "%"))
+        rows.append(Row(f"{name}: viewers to detect the drop, 80 % power", needed, "canary viewers"))
+        rows.append(Row(f"{name}: false rollbacks in A/A rollouts", 100 * float((wrong != NEVER).mean()), "%"))
     return rows
 
 
@@ -185,7 +187,7 @@ class _Firsts(Simulation):
 
 
 def _play_on(simulation: Simulation) -> _Firsts:
-    """Play all looks whatever is found, and note when a test first established harm: any, and the long-watch test."""
+    """Runs all reconciles and records when any test, and the long-watch test, first established harm."""
     inner = simulation.scenario.on_look
     any_at, own_at = (np.full(simulation.rollouts, NEVER) for _ in range(2))
 
@@ -205,13 +207,13 @@ def _play_on(simulation: Simulation) -> _Firsts:
 
 
 def _viewers_at_power(at: NDArray[np.int64], viewers: F64, power: float = 0.8) -> float:
-    """Canary viewers by which ``power`` of the rollouts were caught; infinite when they were not."""
+    """Returns the canary viewers by which ``power`` of the rollouts were detected; infinite if they were not."""
     seen = np.where(at == NEVER, math.inf, viewers[np.maximum(at, 0), np.arange(len(at))])
     return float(np.sort(seen)[math.ceil(power * len(seen)) - 1])
 
 
 def _oracle(z: F64, viewers: F64, alpha: float, power: float = 0.8) -> float:
-    """Viewers at the single best look for a one-sided test of level ``alpha``; interpolated between looks."""
+    """Returns the viewers that a single one-sided test of level ``alpha`` needs; interpolated between reconciles."""
     critical = norm.isf(alpha)
     reached = (z > critical).mean(1)
     mean = viewers.mean(1)
@@ -225,9 +227,9 @@ def _oracle(z: F64, viewers: F64, alpha: float, power: float = 0.8) -> float:
 
 
 def outages(policy: RolloutPolicy, same: Population, rollouts: int) -> list[Row]:
-    """Telemetry is down for five minutes in the middle of a rollout: what changed while it was?
+    """Counts changes while telemetry is down for five minutes in mid-rollout.
 
-    The first looks and the ones after the outage run in the array code, the outage itself through ``decide``; see
+    Reconciles before and after the outage run in the array code, those of the outage in ``decide``; see
     ``tests.benchmarks.canary_outage``.
     """
     from tests.benchmarks.canary_outage import play_outages
@@ -238,26 +240,32 @@ def outages(policy: RolloutPolicy, same: Population, rollouts: int) -> list[Row]
         Row(f"promotions while telemetry was down 5 min ({rollouts:,} rollouts)", promoted, "", "0", promoted == 0),
         Row("rollbacks while telemetry was down", rolled_back, "", "0", rolled_back == 0),
         Row("weight changes while telemetry was down", moved, "", "0", moved == 0),
-        Row("rollouts that held and said so", held, "", f"all {rollouts:,}", held == rollouts),
+        Row("rollouts that held and recorded it", held, "", f"all {rollouts:,}", held == rollouts),
     ]
 
 
 def histories(count: int) -> list[Row]:
-    """Random event histories; ``check`` raises at the first broken invariant."""
+    """Plays random event histories; ``check`` raises at the first broken invariant."""
     runner = Histories(0)
     for _ in range(count):
         runner.play(40)
     unseen = [action.value for action, times in runner.counts.items() if not times]
     say(f"{count} histories, {runner.events} events; ends: { {p.value: n for p, n in runner.ends.items() if n} }")
     return [
-        Row("random event histories with all invariants", count, "histories", "at least 100,000", count >= 100_000),
-        Row("events in them", runner.events, "events"),
-        Row("actions that never occurred in them", len(unseen), "actions", "0", not unseen),
+        Row(
+            "random event histories in which all invariants held",
+            count,
+            "histories",
+            "at least 100,000",
+            count >= 100_000,
+        ),
+        Row("events in these histories", runner.events, "events"),
+        Row("actions that occurred in none of these histories", len(unseen), "actions", "0", not unseen),
     ]
 
 
 def cuped_saving(population: Population) -> float:
-    """Squared correlation of a viewer's long-watch residuals in two sessions; who has no other session adds none."""
+    """Returns the squared correlation of viewers' long-watch residuals in two sessions (CUPED)."""
     x1, y1 = population.rows[:, 1], population.rows[:, 1 + N_X + LONG_WATCH]
     x2, y2 = (population.rows[:, 1 + LINEAR + row] for row in (0, N_X + LONG_WATCH))
     now, past = (y - y.sum() / x.sum() * x for x, y in ((x1, y1), (x2, y2)))
@@ -265,7 +273,7 @@ def cuped_saving(population: Population) -> float:
 
 
 def clopper_pearson(k: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
-    """Exact binomial interval."""
+    """Returns the exact binomial interval."""
     interval = binomtest(k, n).proportion_ci(confidence, "exact")
     return float(interval.low), float(interval.high)
 

@@ -21,7 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from tests.benchmarks.live_features import LiveFeatures
-from tests.benchmarks.report import Row, write_report
+from tests.support.bench_results import Row, write_report
 
 from reelway.pipelines.evaluation.baselines import tuned_als
 from reelway.pipelines.evaluation.harness import make_question

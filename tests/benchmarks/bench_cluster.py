@@ -1,19 +1,17 @@
-"""On a cluster with KubeRay, under load: an alert to everybody on stable; a killed head with and without a GCS store.
+"""Measures rollbacks by webhook and recovery from a killed Ray head on a cluster with KubeRay, under load.
 
-``python -m tests.benchmarks.bench_cluster``. Two installations, one after the other, each with one worker that serves
-and a head that does not. Every moment is of the clock of one pod, which sends the requests and the alerts.
+``python -m tests.benchmarks.bench_cluster``. Two installations run sequentially: Ray's state in the head, and in a
+Redis. Each has one worker that serves and a head that does not. All times are of one pod's clock, which sends the
+requests and the alerts.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tests.benchmarks.report import FOLDER, Row, write_report
 from tests.cluster.conftest import Kubectl
 from tests.e2e.clusters import Cluster, chosen
 from tests.e2e.conftest import Flow
@@ -24,13 +22,14 @@ from tests.e2e.redis_pod import apply_redis
 from tests.e2e.rollouts import HELD, begin, until_phase
 from tests.e2e.waiting import until
 from tests.e2e.watched import unnoticed
+from tests.support.bench_results import Row, write_report
 
 from reelway.platform.cli.terminal import progress, say
 
 BACK_S = 2.0
 SLATES_S = 60.0
 WATCHED_S = 120.0
-"""After a head was killed: a worker whose head knows it no longer serves on for a while before it ends."""
+"""Observation time after a head is killed. A worker that the new head does not know serves for a while, then ends."""
 PLACE = "reelway-e2e-bench"
 GCS = "gcs-store"
 """Name of the Redis."""
@@ -52,7 +51,7 @@ IN_REDIS: dict[str, Any] = {**ONE_WORKER, "ray": {"gcs": {"redisAddress": f"{GCS
 
 
 def measure(cluster: Cluster, rounds: int, heads: int, rows: list[Row]) -> None:
-    """Both installations. ``rows`` has what was measured, also where something fails after it."""
+    """Measures both installations. ``rows`` keeps what was measured if a later step fails."""
     with made_releases(cluster, 2) as releases:
         _installed(cluster, releases, ONE_WORKER, "state in the head", rounds, heads, rows)
         _installed(cluster, releases, IN_REDIS, "state in a Redis", 0, heads, rows)
@@ -79,12 +78,12 @@ def _installed(
                 if "ray" in values:
                     apply_redis(kubectl, GCS, f"{NAME}-secrets")
                 first = load.until_answered_by(flow.live, since=began, within_s=600) - began
-                title = f"helm install -> first slate ({what}, a head and a worker)"
+                title = f"helm install to first slate ({what}, one head and one worker)"
                 flow.note(title, first, "s", "under 180", first < 180)
                 installation.until_ready()
                 if rounds:
                     by_webhook(flow, rounds)
-                    write_report("cluster", flow.rows)  # what follows takes minutes, and may be stopped
+                    write_report("cluster", flow.rows)  # keeps these rows if the next minutes are interrupted
                 for _ in range(heads):
                     head_killed(flow, what)
             finally:
@@ -93,18 +92,18 @@ def _installed(
 
 
 def _let_go(kubectl: Kubectl) -> None:
-    """KubeRay would clean the Redis by a Job first, which cannot be made in a namespace that goes, like the Redis."""
+    """Removes finalizers, because KubeRay cannot create its clean-up Job in a namespace that is being deleted."""
     for name in kubectl.run("get", "rayclusters", "-o", "name").split():
         kubectl.run("patch", name, "--type=merge", "-p", '{"metadata":{"finalizers":null}}')
 
 
 def by_webhook(flow: Flow, rounds: int) -> None:
-    """A rollout, an alert, and everybody back; again and again. The release stays warm from round to round."""
+    """Repeats a rollout that an alert rolls back. The release stays warm between rounds."""
     release, installation, load = flow.releases.ids[1], flow.installation, flow.load
     token = installation.webhook_token
     taken_s = []
     with unnoticed(flow, f"{rounds} rollbacks by webhook"), progress() as bar:
-        task = bar.add_task("webhook -> stable", total=rounds)
+        task = bar.add_task("webhook to stable", total=rounds)
         for number in range(rounds):
             began, name = load.now(), f"round-{number}"
             begin(flow.kubectl, name, release, HELD, force=True)
@@ -116,14 +115,14 @@ def by_webhook(flow: Flow, rounds: int) -> None:
             taken_s.append(float(sent.max() - alerted) if len(sent) else 0.0)
             bar.advance(task)
     p50, p99, worst = np.percentile(taken_s, [50, 99, 100])
-    title = f"webhook received -> all new requests on stable, KubeRay mode, {rounds} rounds at {load.rate:g} a second"
+    title = f"webhook to all new requests on stable, {rounds} rounds at {load.rate:g} requests/s"
     flow.note(f"{title}, p99", float(p99), "s", f"under {BACK_S:g}", bool(p99 < BACK_S))
     flow.note(f"{title}, p50", float(p50), "s")
     flow.note(f"{title}, worst", float(worst), "s")
 
 
 def head_killed(flow: Flow, what: str) -> None:
-    """Without notice. How long until slates come, and what was lost until everything is as before."""
+    """Kills the head without notice. Measures the time until slates return and the requests lost until recovery."""
     installation, load = flow.installation, flow.load
     before = installation.pods("serving")
     killed = load.now()
@@ -137,31 +136,25 @@ def head_killed(flow: Flow, what: str) -> None:
     back = float(lost["sent"].max() - killed) if len(lost) else 0.0
     replaced = [name for name, seen in before.items() if installation.pods("serving").get(name) != seen]
     title = f"head pod killed, {what}"
-    flow.note(f"{title}: slates for good again after", back, "s", f"under {SLATES_S:g}", back < SLATES_S)
-    flow.note(f"{title}: requests lost of {len(rows)}, at {load.rate:g} a second", float(len(lost)), "requests")
-    flow.note(f"{title}: pods replaced or restarted, the head among them", float(len(replaced)), "pods")
-
-
-def _from_the_flow() -> list[Row]:
-    """What the last `make e2e` noted, so that one file has every bar."""
-    path = Path(FOLDER) / "e2e.json"
-    return [Row(**row) for row in json.loads(path.read_text())] if path.exists() else []
+    flow.note(f"{title}: time until slates return", back, "s", f"under {SLATES_S:g}", back < SLATES_S)
+    flow.note(f"{title}: failed requests of {len(rows)}, at {load.rate:g} requests/s", float(len(lost)), "requests")
+    flow.note(f"{title}: replaced or restarted pods, including the head", float(len(replaced)), "pods")
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=50)
-    parser.add_argument("--heads", type=int, default=1, help="how often the head is killed, in each installation")
+    parser.add_argument("--rounds", type=int, default=50, help="rollbacks by webhook (%(default)s)")
+    parser.add_argument("--heads", type=int, default=1, help="head kills per installation (%(default)s)")
     options = parser.parse_args()
     cluster = chosen()
     if cluster is None:
-        print("no cluster: bring one up with `make cluster`, or set KUBECONFIG and REELWAY_CLUSTER_TESTS=1")
+        print("no cluster: start one with `make cluster`, or set KUBECONFIG and REELWAY_CLUSTER_TESTS=1")
         return 1
     rows: list[Row] = []
     try:
         measure(cluster, options.rounds, options.heads, rows)
     finally:
-        write_report("cluster", [*rows, *_from_the_flow()])
+        write_report("cluster", rows)
         cluster.until_left()
     return int(any(row.holds is False for row in rows))
 

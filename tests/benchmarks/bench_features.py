@@ -1,7 +1,7 @@
-"""Rows per second of the feature batch job at one and at two CPUs, and of the point-in-time join.
+"""Measures the feature batch job on one and two CPUs, the point-in-time join and the online store.
 
-``python -m tests.benchmarks.bench_features [impressions]``. Both runs do the same work on the same data; the time of
-starting Ray is given apart, because it does not grow with the data.
+``python -m tests.benchmarks.bench_features [impressions]``. Both runs do the same work on the same data. The start-up
+time of Ray is a separate row, because it does not grow with the data.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from pathlib import Path
 
 import numpy as np
 import ray
-from tests.benchmarks.report import Row, write_report
 from tests.pipelines.features.event_tables import random_dataset, write_dataset
+from tests.support.bench_results import Row, write_report
 
 from reelway.pipelines.features.batch import BatchSettings, build_views
 from reelway.pipelines.features.online import materialise
@@ -28,11 +28,11 @@ SLATE = 10
 
 
 def _batch_s(run: RunDirectory, cpus: int) -> tuple[float, float, int]:
-    """Seconds to start Ray (workers warm), seconds of the batch job, and view rows written."""
+    """Returns the seconds of Ray's start with warm workers, the seconds of the batch job, and its view rows."""
     clock = time.perf_counter()
     ray.init(address="local", num_cpus=cpus, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     try:
-        build_views(run, BatchSettings(cpus=cpus, buckets=cpus))  # imports in the workers, caches of the disk
+        build_views(run, BatchSettings(cpus=cpus, buckets=cpus))  # warms the workers' imports and the disk cache
         start_s = time.perf_counter() - clock
         clock = time.perf_counter()
         report = build_views(run, BatchSettings(cpus=cpus))
@@ -52,7 +52,6 @@ def _read_ms(run: RunDirectory, viewers: int) -> float:
 
 
 def main(impressions: int) -> None:
-    """Measure and print."""
     viewers = max(impressions // 60, 10)
     with tempfile.TemporaryDirectory() as name:
         run = RunDirectory(Path(name) / "run")
@@ -71,9 +70,9 @@ def main(impressions: int) -> None:
             rows += [
                 Row(f"batch views, {cpus} CPU", rates[-1], "impressions/s"),
                 Row(f"batch views, {cpus} CPU", view_rows / batch_s, "view rows/s"),
-                Row(f"start of Ray with {cpus} CPU, first run included", start_s, "s"),
+                Row(f"start of Ray with {cpus} CPU, including a warm-up run", start_s, "s"),
             ]
-        rows.append(Row("two CPUs against one", rates[1] / rates[0], "x"))
+        rows.append(Row("speed-up of two CPUs over one", rates[1] / rates[0], "x"))
         register_features(run.features, "sqlite")
         clock = time.perf_counter()
         build_training_rows(run)
@@ -86,7 +85,7 @@ def main(impressions: int) -> None:
         materialise(run.features, end_s)
         rows.append(Row("online store filled", viewers / (time.perf_counter() - clock), "viewers/s"))
         read_ms = _read_ms(run, viewers)
-        rows.append(Row("one viewer's row from SQLite, median", read_ms, "ms", "under 3 ms", read_ms < 3.0))
+        rows.append(Row("read of one viewer's row from SQLite, median", read_ms, "ms", "under 3 ms", read_ms < 3.0))
         write_report("features", rows)
 
 

@@ -1,8 +1,8 @@
-"""Quality on MovieLens-100K, by the full path: import, features, training, evaluation; three training seeds.
+"""Measures quality on MovieLens-100K by the full pipeline: import, features, training, evaluation; three seeds.
 
-``python -m tests.benchmarks.bench_quality [seeds]`` with ``REELWAY_ML100K_DIR`` naming the folder of MovieLens-100K
-(``../shared/data/ml-100k`` when unset). Trained on the first 80 % of the events by time. Asked are the viewers with at
-least 5 training events who then watched a new video that training had; seen videos are left out, all others ranked.
+``python -m tests.benchmarks.bench_quality [seeds]``. ``REELWAY_ML100K_DIR`` must name the folder of MovieLens-100K.
+Models are trained on the first 80 % of the events by time. Evaluated are viewers with at least 5 training events who
+later watched a video that is new to them and known to training. Videos that a viewer has seen are excluded.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from tests.benchmarks.report import Row, write_report
+from tests.support.bench_results import Row, write_report
 
 from reelway.pipelines.evaluation.harness import RankingResult
 from reelway.pipelines.evaluation.metrics import mean_estimate, paired_difference
@@ -37,30 +37,30 @@ VARIABLE = "REELWAY_ML100K_DIR"
 METRICS = ("recall", "ndcg")
 NAMES = {"recall": "Recall@50", "ndcg": "NDCG@10"}
 REFERENCE = {POPULAR_LATELY: {"recall": 0.355, "ndcg": 0.222}, ALS: {"recall": 0.255, "ndcg": 0.188}}
-"""The baselines as measured apart from this code, where equal counts fall in another order. The bar is the higher."""
+"""Baselines measured independently of this code, which breaks ties differently. The bar is the higher value."""
 
 
 def data_folder() -> Path:
-    """Where MovieLens-100K lies.
+    """Returns the folder of MovieLens-100K.
 
     Raises:
-        ConfigError: nowhere.
+        ConfigError: if the environment variable does not name a folder.
     """
-    folder = Path(os.environ.get(VARIABLE, "../shared/data/ml-100k"))
-    if not folder.is_dir():
-        raise ConfigError(f"{folder} is not a folder, expected MovieLens-100K there; set {VARIABLE} to where it is")
-    return folder
+    folder = os.environ.get(VARIABLE, "")
+    if not folder or not Path(folder).is_dir():
+        raise ConfigError(f"{VARIABLE}: {folder!r} is not a folder; set it to the folder of MovieLens-100K")
+    return Path(folder)
 
 
 def measure(run: RunDirectory, seed: int) -> dict[str, RankingResult]:
-    """Train with one seed and ask every recommender."""
+    """Trains with one seed and evaluates every recommender."""
     say(f"seed {seed}: training")
     train_run(run, load_config("ml-100k", seed=seed), Resources(ray=False))
     return evaluate_run(run).ranking
 
 
 def rows_of(found: Sequence[dict[str, RankingResult]]) -> list[Row]:
-    """Every recommender per seed, the mean over seeds, and the bars."""
+    """Returns every recommender per seed, the mean over seeds, and the bars."""
     rows: list[Row] = []
     for metric in METRICS:
         for seed, ranking in enumerate(found):
@@ -91,7 +91,6 @@ def _row(name: str, values_B: np.ndarray) -> Row:
 
 
 def main(seeds: int) -> None:
-    """Measure and print."""
     folder = data_folder()
     with tempfile.TemporaryDirectory() as name:
         run = RunDirectory(Path(name) / "run")

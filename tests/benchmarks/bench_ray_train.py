@@ -16,8 +16,8 @@ from pathlib import Path
 
 import ray
 import torch
-from tests.benchmarks.report import Row, write_report
 from tests.pipelines.training.made_rows import made_table, write_rows
+from tests.support.bench_results import Row, write_report
 
 from reelway.pipelines.training.checkpoint_files import CheckpointFiles
 from reelway.pipelines.training.config import load_config

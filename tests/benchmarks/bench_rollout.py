@@ -1,9 +1,14 @@
-"""A rollout's promises on the running service, under constant load: ``python -m tests.benchmarks.bench_rollout``.
+"""Measures rollouts on a running service under constant load: ``python -m tests.benchmarks.bench_rollout``.
 
-Real Ray Serve, the real controller, its real webhook. Measured: how long after an alert the last new request reaches
-the bad release; how many requests fail while releases are added, promoted, rolled back and removed; whether a viewer
-ever meets an arm that its bucket does not give; how evenly a million viewers are spread. Each round is a whole rollout,
-with the release's replicas started and stopped, so a hundred of them take a quarter of an hour.
+Uses Ray Serve, the local controller and its webhook. Measures
+
+- the time from an alert to the last new request on the faulty release;
+- failed requests while releases are added, promoted, rolled back and removed;
+- answers by an arm that does not match the viewer's bucket;
+- how evenly a million viewers are distributed over buckets.
+
+Each round is a complete rollout that starts and stops the release's replicas. A hundred rounds take a quarter of an
+hour.
 """
 
 from __future__ import annotations
@@ -24,8 +29,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import chisquare
 from tests.benchmarks.constant_load import constant_load, read_record
-from tests.benchmarks.report import Row, write_report
 from tests.release_files import make_release_folder
+from tests.support.bench_results import Row, write_report
 
 from reelway.platform.cli.processes import child, reelway_command
 from reelway.platform.cli.terminal import progress, say
@@ -54,7 +59,7 @@ RETIRED = parse_policy(POLICY % 3, source="retired at once")
 
 @dataclass
 class Bench:
-    """The service under load, and what was asked of it."""
+    """The service under load, and the rollouts started on it."""
 
     run: Path
     record: Path
@@ -62,7 +67,7 @@ class Bench:
     rollouts: list[RolloutState] = field(default_factory=list)
 
     def begin(self, release: str, policy: RolloutPolicy) -> RolloutState:
-        """Start a rollout and wait until viewers meet the release."""
+        """Starts a rollout and waits until viewers get the release."""
         previous = self.store.latest()
         stable = previous.state.live_release if previous else json.loads(_text(self.run / "serving.json"))["release"]
         number = len(self.rollouts)
@@ -77,39 +82,38 @@ class Bench:
         return state
 
     def answers(self, release: str, *, since: float) -> NDArray[np.void]:
-        """Answers of a release to requests that were sent after a moment."""
+        """Returns the answers of a release to requests sent after a time."""
         rows = read_record(self.record)
         return rows[(rows["release"] == release[:12].encode()) & (rows["sent"] > since)]
 
     def until(self, holds: Callable[[], bool], what: str) -> None:
-        """Wait for something to be so."""
         deadline = time.monotonic() + PHASE_S
         while not holds():
             if time.monotonic() > deadline:
                 latest = self.store.latest()
-                raise RuntimeError(f"{what}: not so within {PHASE_S:g} s; the rollout is {latest and latest.state}")
+                raise RuntimeError(f"{what}: timeout after {PHASE_S:g} s; the rollout is {latest and latest.state}")
             time.sleep(0.02)
 
     def until_phase(self, phase: Phase) -> None:
-        """Wait for the newest rollout to be in a phase."""
+        """Waits until the latest rollout is in a phase."""
         self.until(lambda: (r := self.store.latest()) is not None and r.state.phase is phase, phase.value)
 
     def ask(self, verb: str) -> float:
-        """Give a command as a person would. Returns the moment."""
+        """Submits a command as a user does. Returns the time."""
         moment = time.time()
         command = Command(id=f"{verb}-{moment}", verb=verb, actor="bench", force=True)  # type: ignore[arg-type]
         self.store.ask(self.rollouts[-1].id, command)
         return moment
 
     def last_answer_s(self, release: str, moment: float) -> float:
-        """How long after the moment the last request left that this release still answered."""
-        time.sleep(0.7)  # answers that are on their way
+        """Returns the seconds from a time to the last sent request that the release answered."""
+        time.sleep(0.7)  # lets answers in flight arrive
         sent = self.answers(release, since=moment)["sent"]
         return float(sent.max() - moment) if len(sent) else 0.0
 
 
 def alert(bench: Bench, release: str) -> float:
-    """Alertmanager's delivery for a release. Returns the moment before it was sent."""
+    """Sends an alert about a release as Alertmanager does. Returns the time before it was sent."""
     controller = json.loads(_text(bench.run / "rollout" / "controller.json"))
     token = _text(bench.run / "keys" / "webhook.token").strip()
     labels = {"alertname": "CanaryErrors", "release": release[:12], "severity": "page"}
@@ -127,10 +131,10 @@ def alert(bench: Bench, release: str) -> float:
 
 
 def by_webhook(bench: Bench, release: str, rounds: int) -> list[Row]:
-    """A rollout, an alert, and everybody back; again and again."""
+    """Repeats a rollout that an alert rolls back."""
     taken_s = []
     with progress() as bar:
-        task = bar.add_task("webhook -> stable", total=rounds)
+        task = bar.add_task("webhook to stable", total=rounds)
         for _ in range(rounds):
             bench.begin(release, KEPT)
             moment = alert(bench, release)
@@ -138,7 +142,7 @@ def by_webhook(bench: Bench, release: str, rounds: int) -> list[Row]:
             taken_s.append(bench.last_answer_s(release, moment))
             bar.advance(task)
     p50, p99, worst = np.percentile(taken_s, [50, 99, 100])
-    title = f"webhook -> last new request on the bad release, {rounds} rounds under load"
+    title = f"webhook to last new request on the faulty release, {rounds} rounds under load"
     return [
         Row(f"{title}, p99", float(p99), "s", f"under {BAR_S:g}", bool(p99 < BAR_S)),
         Row(f"{title}, p50", float(p50), "s"),
@@ -147,7 +151,7 @@ def by_webhook(bench: Bench, release: str, rounds: int) -> list[Row]:
 
 
 def by_hand(bench: Bench, first: str, second: str) -> list[Row]:
-    """Promotion, a rollback after it, promotion with removal of the release before."""
+    """Promotes, rolls back, then promotes and removes the previous release."""
     bench.begin(second, KEPT)
     asked = bench.ask("promote")
     bench.until_phase(Phase.PROMOTED)
@@ -158,16 +162,16 @@ def by_hand(bench: Bench, first: str, second: str) -> list[Row]:
     bench.begin(second, RETIRED)
     bench.ask("promote")
     bench.until(lambda: (r := bench.store.latest()) is not None and r.state.retired, "retired")
-    time.sleep(5)  # the release before is being taken down
+    time.sleep(5)  # the previous release is being removed
     return [
-        Row("promotion asked -> last new request on the release before", promoted_s, "s"),
-        Row("rollback after promotion asked -> last new request on it", back_s, "s", f"under {BAR_S:g}",
+        Row("promote command to last new request on the previous release", promoted_s, "s"),
+        Row("rollback command after a promotion to last new request on the release", back_s, "s", f"under {BAR_S:g}",
             back_s < BAR_S),
     ]  # fmt: skip
 
 
 def seen_by_viewers(bench: Bench) -> list[Row]:
-    """Failures, and answers by another arm than the viewer's bucket may have."""
+    """Returns failed requests, and answers by an arm that does not match the viewer's bucket."""
     rows = read_record(bench.record)
     failed = rows[rows["status"] != 200]
     for one in failed[:5]:
@@ -183,17 +187,18 @@ def seen_by_viewers(bench: Bench) -> list[Row]:
         wrong += before_promotion and bucket_of(int(one["viewer"]), rollout.id) >= ramped
     p = float(chisquare(np.bincount(buckets_of(np.arange(1_000_000), "bench"), minlength=BUCKETS)).pvalue)
     return [
-        Row(f"requests failed, of {len(rows):,}, over {len(bench.rollouts)} rollouts: start, promotion, rollback, "
-            "removal", float(len(failed)), "requests", "0", not len(failed)),
-        Row("answers that a stage was left out of, for being late", 100 * float(rows["degraded"].mean()), "%"),
-        Row(f"answers by an arm that the viewer's bucket does not have, of {len(canary):,} by canaries", float(wrong),
+        Row(f"failed requests of {len(rows):,} over {len(bench.rollouts)} rollouts", float(len(failed)), "requests",
+            "0", not len(failed)),
+        Row("answers without a stage that was late", 100 * float(rows["degraded"].mean()), "%"),
+        Row(f"answers by an arm that does not match the viewer's bucket, of {len(canary):,} by canaries", float(wrong),
             "answers", "0", not wrong),
-        Row("a million viewers over 10,000 buckets: chi-square p", p, "", "1e-4 .. 1 - 1e-4", 1e-4 < p < 1 - 1e-4),
+        Row("p of the chi-square test, a million viewers over 10,000 buckets", p, "", "1e-4 .. 1 - 1e-4",
+            1e-4 < p < 1 - 1e-4),
     ]  # fmt: skip
 
 
 def _promotions(bench: Bench) -> dict[str, float]:
-    """When each rollout was given everybody."""
+    """Returns when each rollout was promoted."""
     return {entry.rollout_id: entry.time for entry in bench.store.history() if entry.phase == Phase.PROMOTING.value}
 
 
@@ -216,13 +221,13 @@ def main() -> None:
     try:
         write_report("rollout", measure(run, options.rounds, options.rate, options.videos))
     except BaseException:
-        say(f"everything stays in {run}: load (the record), rollout/state.db, rollout/controller.log")
+        say(f"files are kept in {run}: load (requests), rollout/state.db, rollout/controller.log")
         raise
     shutil.rmtree(run)
 
 
 def measure(run: Path, rounds: int, rate: float, videos: int) -> list[Row]:
-    """Start everything, run the rounds, and say what was seen."""
+    """Starts service and load, runs all rounds and returns the measurements."""
     with ExitStack() as stack:
         key = load_private_key(create_keys(run / "keys").private)
         store = ReleaseStore(str(run / "releases"))

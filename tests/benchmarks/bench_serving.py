@@ -1,21 +1,22 @@
-"""The request path against its floor and against the naive composition, and its parts against their bars.
+"""Compares the request path with its floor and with the naive composition, and its parts with their bars.
 
 Usage: python -m tests.benchmarks.bench_serving [--only features,ranking,...] [--sides naive,staged,fused] [--videos N]
 
-- the floor: the same arithmetic in one process, nothing around it (one process for each core for its throughput);
-- the naive composition: what the guides of Serve, Feast and torch lead to (``serving_naive``);
-- ours, ``staged`` (three deployments behind the router) and ``fused`` (the stages in the routers).
+- floor: the same arithmetic in one process without Ray Serve (for throughput, one process per core);
+- naive: the composition that the guides of Ray Serve, Feast and torch lead to (``serving_naive``);
+- ``staged``: three deployments behind the router;
+- ``fused``: the stages in the routers.
 
-All answer the same viewers from the same release and read the viewers' rows from the same online store. The load comes
-from a process of its own on the same cores, so every side pays for it. What is compared comes from one run.
+All variants answer the same viewers from the same release and read viewer rows from the same online store. The load
+generator is a separate process on the same cores, so it costs every variant the same. Compared values are of one run.
 """
 
 from __future__ import annotations
 
 import os
 
-# One core for each process, as a service's replicas have it: two processes whose libraries start a thread for each core
-# lose two thirds of their throughput to each other.
+# One thread per process, as in a service's replicas: two processes whose libraries start a thread per core lose two
+# thirds of their throughput.
 os.environ |= dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
 
 import argparse
@@ -27,9 +28,9 @@ from pathlib import Path
 from typing import Final
 
 from tests.benchmarks.bench_open_inference import added_by
-from tests.benchmarks.report import Row, write_report
 from tests.benchmarks.serving_path import SIDES, measure_overload, measure_path
 from tests.benchmarks.serving_place import Place, make_place, online_store
+from tests.support.bench_results import Row, write_report
 
 from reelway.platform.cli.terminal import say
 
@@ -44,7 +45,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory(prefix="bench-serving-") as name:
             for row in _measured(options, Path(name)):
                 rows.append(row)
-    finally:  # what was measured before a side did not start is worth having
+    finally:  # keeps the rows measured before a failure
         write_report("serving", rows)
 
 

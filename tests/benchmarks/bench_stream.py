@@ -12,8 +12,8 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-from tests.benchmarks.report import Row, write_report
 from tests.pipelines.features import event_tables
+from tests.support.bench_results import Row, write_report
 
 from reelway.pipelines.features.labels import label_impressions
 from reelway.pipelines.features.stream.cells import STREAMED

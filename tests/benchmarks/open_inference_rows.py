@@ -16,8 +16,8 @@ import httpx
 import numpy as np
 from numpy.typing import NDArray
 from prometheus_client import CollectorRegistry
-from tests.benchmarks.report import Row
 from tests.serving.rank_server import RankServerProcess
+from tests.support.bench_results import Row
 
 from reelway.platform.contracts.api import RecommendRequest, RequestContext
 from reelway.platform.contracts.features import RANKER_INPUTS

@@ -20,11 +20,11 @@ import psutil
 import torch
 from numpy.typing import NDArray
 from tests.benchmarks.catalogue import make_catalogue
-from tests.benchmarks.report import Row
 from tests.benchmarks.serving_place import Place, store_candidates, video_rows
 from tests.benchmarks.serving_release import RANKER, TOWER, TRIED, make_realistic_release
 from tests.benchmarks.serving_sides import floor_of
 from tests.release_files import NOW_S
+from tests.support.bench_results import Row
 
 from reelway.pipelines import search_index
 from reelway.pipelines.models.ranker import Ranker

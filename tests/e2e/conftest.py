@@ -26,7 +26,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.benchmarks.report import Row, write_report
 from tests.cluster.conftest import Kubectl
 from tests.e2e.clusters import Cluster, chosen
 from tests.e2e.diagnosis import account
@@ -34,6 +33,7 @@ from tests.e2e.installation import Installation
 from tests.e2e.load_pod import Load, constant_load
 from tests.e2e.made_releases import MadeReleases, made_releases
 from tests.e2e.pods import image
+from tests.support.bench_results import Row, write_report
 
 _CLUSTER = pytest.StashKey[Cluster]()
 _BROKEN = pytest.StashKey[str]()

@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from typing import Any, Final
 
 import pytest
-from tests.benchmarks.report import write_report
 from tests.cluster.conftest import Kubectl
 from tests.e2e.clusters import Cluster
 from tests.e2e.conftest import Flow
@@ -21,6 +20,7 @@ from tests.e2e.made_releases import made_releases
 from tests.e2e.rollouts import HELD, STEPPED, begin, until_phase
 from tests.e2e.waiting import until
 from tests.e2e.watched import unnoticed
+from tests.support.bench_results import write_report
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(420)]
 RANKERS: Final = "inferenceservices.serving.kserve.io"
