@@ -36,7 +36,9 @@ def load_settings(model: type[ModelT], path: Path | None, overrides: Mapping[str
         lines = [explain_problem(model, problem, source) for problem in error.errors(include_url=False)]
         raise ConfigError("\n".join(lines)) from error
     except SettingsError as error:
-        raise ConfigError(f"{source}: {error}; expected JSON in that environment variable") from error
+        prefix = str(model.model_config.get("env_prefix", ""))
+        names = sorted(name for name in os.environ if name.upper().startswith(prefix))
+        raise ConfigError(f"{', '.join(names)}: {error}; write lists and mappings as JSON") from error
 
 
 def merged(document: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:

@@ -30,7 +30,6 @@ from reelway.platform.rollout.sources.parity_report import ParityReport
 from reelway.platform.rollout.sources.parity_store import ParityInStore
 from reelway.platform.rollout.sources.prometheus_reader import PrometheusReader
 from reelway.platform.rollout.traffic.serve_rest import ServeAddress, ServeRestBackend
-from reelway.platform.rollout.traffic.target import TrafficBackend
 
 log = logging.getLogger(__name__)
 
@@ -61,6 +60,7 @@ class Lane:
         serve = ServeRestBackend(address)
         name = backend.ray_service.name if backend.ray_service else ""
         self.backend: RayServiceBackend | ServeRestBackend = RayServiceBackend(api, name, serve) if name else serve
+        rankers = _rankers(api, settings)
         url = address.url.rstrip("/")
         reader: SeriesReader
         if settings.prometheus.url:
@@ -74,7 +74,7 @@ class Lane:
         self._stop = threading.Event()
         controller = Controller(
             self.store,
-            _with_rankers(self.backend, api, settings),
+            RankedApart(self.backend, rankers) if rankers else self.backend,
             self._source,
             self.book,
             alert_source=settings.alertmanager.source(api.namespace),
@@ -119,10 +119,8 @@ def _no_parity() -> ParityReport:
     return ParityReport(problem="the operator has no parity findings; set parity_findings in its settings")
 
 
-def _with_rankers(backend: TrafficBackend, api: KubeApi, settings: OperatorSettings) -> TrafficBackend:
-    if settings.ranker_template is None:
-        return backend
-    return RankedApart(backend, InferenceServices(api, read_template(settings.ranker_template)))
+def _rankers(api: KubeApi, settings: OperatorSettings) -> InferenceServices | None:
+    return InferenceServices(api, read_template(settings.ranker_template)) if settings.ranker_template else None
 
 
 def address_of(backend: Backend, namespace: str, settings: RaySettings) -> ServeAddress:
