@@ -151,21 +151,6 @@ def test_a_jobs_pods_are_looked_at_from_their_first_second_on() -> None:
             assert "initialDelaySeconds" not in container["readinessProbe"]
 
 
-@pytest.mark.parametrize(
-    ("environment", "component"), [("dev", "as-is"), ("production-cpu", "as-is"), ("air-gapped", "static")]
-)
-def test_the_operator_understands_its_arguments(environment: str, component: str) -> None:
-    deployment = named(rendered(environment, component), "Deployment", "-controller")
-    name, *arguments = deployment["spec"]["template"]["spec"]["containers"][0]["args"]
-    command = typer.main.get_command(build_app())
-    assert isinstance(command, click.Group) or hasattr(command, "get_command")
-    operator = command.get_command(click.Context(command), name)  # type: ignore[attr-defined]
-    assert operator is not None
-    context = operator.make_context(name, list(arguments))
-    assert context.params["port"] == 9094
-    assert context.params["namespace"] == "reelway"
-
-
 def test_feast_is_given_a_store_whose_password_is_not_in_it() -> None:
     config = yaml.safe_load(
         named(rendered("dev", "redis-external"), "ConfigMap", "-features")["data"]["feature_store.yaml"]
@@ -183,7 +168,8 @@ def test_parity_is_written_where_the_operator_reads_it_from_what_the_routers_wro
     told = dict(word.removeprefix("--").split("=", 1) for word in replay["command"] if word.startswith("--"))
     [deployment] = [one for one in found if one["kind"] == "Deployment"]
     [controller] = deployment["spec"]["template"]["spec"]["containers"]
-    assert f"--parity={told['report']}" in controller["args"]
+    settings = yaml.safe_load(named(found, "ConfigMap", "-controller")["data"]["settings.yaml"])
+    assert settings["parity_findings"] == told["report"]
     assert told["report"].startswith(next(m["mountPath"] for m in controller["volumeMounts"] if m["name"] == "store"))
     [router] = [one for one in document("dev", "jobs")["applications"] if one["name"] == "router"]
     assert router["args"]["vector_log"] == told["log"]

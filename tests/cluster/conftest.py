@@ -1,4 +1,4 @@
-"""A real API server: that of `make cluster`, or KUBECONFIG's where REELWAY_CLUSTER_TESTS says so."""
+"""Fixtures for a real API server: that of `make cluster`, or that of KUBECONFIG if REELWAY_CLUSTER_TESTS is set."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ NODE = Path(os.environ.get("REELWAY_CLUSTER_DIR", ROOT / ".cluster"))
 
 
 class Kubectl:
-    """The real one. ``run`` gives its output, with its complaints where it was to fail; another end raises."""
+    """Runs kubectl. ``run`` returns stdout, and stderr as well if another exit code than 0 is expected."""
 
     def __init__(self, program: str, kubeconfig: Path, namespace: str) -> None:
         self.program, self.kubeconfig, self.namespace = program, kubeconfig, namespace
@@ -53,7 +53,7 @@ def kubeconfig() -> Path:
 
 @pytest.fixture(scope="session")
 def installed(kubeconfig: Path) -> Path:
-    """The CRDs are there, as the chart has them."""
+    """Installs the chart's CRDs."""
     admin = Kubectl(_kubectl(), kubeconfig, "default")
     try:
         admin.run("get", "--raw", "/readyz", "--request-timeout=5s")
@@ -69,7 +69,7 @@ def installed(kubeconfig: Path) -> Path:
 
 @pytest.fixture
 def kubectl(installed: Path) -> Iterator[Kubectl]:
-    """In a namespace of its own."""
+    """Kubectl for a new namespace."""
     name = f"reelway-test-{uuid.uuid4().hex[:8]}"
     admin = Kubectl(_kubectl(), installed, name)
     admin.run("create", "namespace", name)
@@ -94,7 +94,7 @@ def serve() -> Iterator[FakeServe]:
 
 
 def release_all(kubectl: Kubectl) -> None:
-    """Nobody looks after the namespace any more: nothing may wait for its finalizer."""
+    """Removes all finalizers, so that the namespace can be deleted without an operator."""
     for name in kubectl.run("get", "releaserollouts", "-o", "name").split():
         if name.startswith("releaserollout"):
             kubectl.run("patch", name, "--type=merge", "-p", '{"metadata":{"finalizers":null}}')

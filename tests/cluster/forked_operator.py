@@ -1,6 +1,6 @@
-"""Operators that begin in milliseconds: everything is imported once, and each line on standard input forks one.
+"""Forks operators that start within milliseconds: all modules are imported once, and each line on stdin forks one.
 
-``python -m tests.cluster.forked_operator NAMESPACE TOKEN_FILE URL``; a line answered with the new process's id.
+``python -m tests.cluster.forked_operator NAMESPACE TOKEN_FILE URL``; each line is answered with the new process's id.
 """
 
 from __future__ import annotations
@@ -10,22 +10,24 @@ import sys
 from pathlib import Path
 
 from reelway.platform.cluster.kube_api import KubeApi
-from reelway.platform.cluster.lanes import LaneSettings
-from reelway.platform.cluster.rollout_operator import OperatorSettings, run_operator
+from reelway.platform.cluster.operator_settings import OperatorSettings
+from reelway.platform.cluster.rollout_operator import run_operator
+from reelway.platform.settings import load_settings
 from reelway.platform.telemetry import configure_logging
 
 
 def main(namespace: str, token: Path, url: str) -> None:
-    import kopf  # noqa: F401  (what an operator would import when it begins)
-
     for _ in sys.stdin:
         child = os.fork()
         if child == 0:
             configure_logging()
-            lanes = LaneSettings(interval_s=0.1, trusted_hosts=("127.0.0.1",), head_url=url, router_url=url)
-            settings = OperatorSettings(
-                webhook_token_file=token, identity="operator-0", host="127.0.0.1", port=0, lanes=lanes
-            )
+            document = {
+                "identity": "operator-0",
+                "interval_s": 0.1,
+                "webhook": {"host": "127.0.0.1", "port": 0, "token_file": token},
+                "ray": {"trusted_hosts": ["127.0.0.1"], "dashboard_url": url, "router_url": url},
+            }
+            settings = load_settings(OperatorSettings, None, document)
             try:
                 run_operator(KubeApi(namespace), settings)
             except BaseException as error:

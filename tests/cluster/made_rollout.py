@@ -1,4 +1,4 @@
-"""Documents that tests apply."""
+"""ReleaseRollout objects for tests."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ QUICK: dict[str, Any] = {
 
 
 def rollout(name: str = "one", release: str = GOOD, **spec: Any) -> dict[str, Any]:
-    """A ReleaseRollout; a field that is None is left out."""
+    """Returns a ReleaseRollout. Fields of ``spec`` that are None are left out."""
     whole = {"release": release, "policy": QUICK, "backend": {"rayService": {"name": "reelway"}}, **spec}
     return {
         "apiVersion": "reelway.dev/v1alpha1",

@@ -1,4 +1,4 @@
-"""The resources as the API server has them: what it refuses and in which words, and what it gives back unchanged."""
+"""The CRDs: generated from the types, validated by a real API server, and round-tripped by it."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from reelway.platform.rollout.state import REMEMBERED_COMMANDS, Command, Phase, 
 on_a_cluster = pytest.mark.cluster
 
 
-def test_the_charts_crds_are_those_of_the_types() -> None:
+def test_chart_crds_equal_the_generated_ones() -> None:
     lie = {path.name: path.read_text() for path in (ROOT / "charts/reelway/crds").iterdir()}
     assert lie == crds.files(), "run `python -m reelway.platform.cluster.crds charts/reelway/crds`"
 
 
-def test_every_field_of_a_policy_is_in_the_schema() -> None:
+def test_schema_has_every_field_of_a_policy() -> None:
     def names(schema: dict[str, Any]) -> set[str]:
         found = set(schema.get("properties", {}))
         for field in schema.get("properties", {}).values():
@@ -42,7 +42,7 @@ def test_every_field_of_a_policy_is_in_the_schema() -> None:
     assert keys(default_policy().model_dump(mode="json")) <= names(whole)
 
 
-def test_a_union_of_types_has_no_structural_schema() -> None:
+def test_union_has_no_structural_schema() -> None:
     class Either(resources._Model):
         value: int | str
 
@@ -60,21 +60,21 @@ WRONG: list[tuple[str, dict[str, Any], str]] = [
         "exactly one of rayService and serve",
     ),
     ("an address that is none", {"backend": {"serve": {"api": "a", "url": "http://b"}}}, "spec.backend.serve.api"),
-    ("a release over itself", {"stableRelease": GOOD}, "stableRelease is the release itself"),
+    ("a release over itself", {"stableRelease": GOOD}, "stableRelease equals release"),
     (
         "steps that fall",
         {"policy": {**QUICK, "steps": [{"weight_percent": 20}, {"weight_percent": 10}]}},
-        "expected each to be more than the one before",
+        "expected increasing weights",
     ),
     (
         "the same step twice",
         {"policy": {**QUICK, "steps": [{"weight_percent": 20}, {"weight_percent": 20}]}},
-        "expected each to be more than the one before",
+        "expected increasing weights",
     ),
     (
         "no room for stable",
         {"policy": {**QUICK, "holdout_percent": 50}},
-        "leaves stable nothing to be compared with",
+        "leaves no traffic for stable",
     ),
     ("an outcome twice", {"policy": {**QUICK, "outcomes": QUICK["outcomes"] * 2}}, "duplicate entries"),
     ("no step", {"policy": {**QUICK, "steps": []}}, "spec.policy.steps"),
@@ -88,23 +88,23 @@ WRONG: list[tuple[str, dict[str, Any], str]] = [
 
 
 @on_a_cluster
-def test_a_wrong_rollout_is_refused_in_words_that_say_where(kubectl: Kubectl) -> None:
+def test_invalid_rollout_is_rejected_with_the_path(kubectl: Kubectl) -> None:
     for what, spec, words in WRONG:
         assert words in kubectl.apply(rollout(**spec), code=1), what
-    kubectl.apply(rollout())  # the right one is taken
+    kubectl.apply(rollout())  # the valid rollout is accepted
 
 
 @on_a_cluster
-def test_what_was_asked_for_is_fixed_and_commands_are_only_added(kubectl: Kubectl) -> None:
+def test_spec_is_immutable_except_for_new_commands(kubectl: Kubectl) -> None:
     kubectl.apply(rollout(commands=[{"id": "1", "verb": "pause"}]))
     given_one = [{"id": "1", "verb": "pause"}]
     for change, words in (
-        ({"release": STABLE}, "release is fixed"),
-        ({"backend": {"rayService": {"name": "other"}}}, "backend is fixed"),
-        ({"policy": {**QUICK, "name": "other"}}, "policy is fixed"),
-        ({"force": True}, "force is fixed"),
-        ({"stableRelease": STABLE}, "stableRelease is fixed"),
-        ({"commands": [{"id": "1", "verb": "promote"}]}, "a command that was given is not changed"),
+        ({"release": STABLE}, "release is immutable"),
+        ({"backend": {"rayService": {"name": "other"}}}, "backend is immutable"),
+        ({"policy": {**QUICK, "name": "other"}}, "policy is immutable"),
+        ({"force": True}, "force is immutable"),
+        ({"stableRelease": STABLE}, "stableRelease is immutable"),
+        ({"commands": [{"id": "1", "verb": "promote"}]}, "a command is immutable"),
     ):
         assert words in kubectl.apply(rollout(**{"commands": given_one, **change}), code=1)
     kubectl.apply(rollout(commands=[*given_one, {"id": "2", "verb": "resume"}]))
@@ -112,7 +112,7 @@ def test_what_was_asked_for_is_fixed_and_commands_are_only_added(kubectl: Kubect
 
 
 @on_a_cluster
-def test_a_release_is_named_by_its_id_and_never_changes(kubectl: Kubectl) -> None:
+def test_release_resource_is_named_by_its_id(kubectl: Kubectl) -> None:
     release = {
         "apiVersion": "reelway.dev/v1alpha1", "kind": "Release", "metadata": {"name": GOOD[:12]},
         "spec": {"id": GOOD, "store": "s3://releases"},
@@ -121,7 +121,7 @@ def test_a_release_is_named_by_its_id_and_never_changes(kubectl: Kubectl) -> Non
     assert "the first 12 characters of spec.id" in kubectl.apply(named, code=1)
     kubectl.apply(release)
     moved = {**release, "spec": {"id": GOOD, "store": "s3://elsewhere"}}
-    assert "a release never changes" in kubectl.apply(moved, code=1)
+    assert "spec is immutable" in kubectl.apply(moved, code=1)
     assert GOOD[:12] in kubectl.run("get", "releases")
 
 
@@ -156,9 +156,7 @@ _states = st.builds(
 @on_a_cluster
 @given(states=st.lists(_states, min_size=1, max_size=3))
 @settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_any_state_comes_back_from_the_api_server_as_it_was_written(
-    api: KubeApi, kubectl: Kubectl, states: list[RolloutState]
-) -> None:
+def test_any_state_survives_the_api_server(api: KubeApi, kubectl: Kubectl, states: list[RolloutState]) -> None:
     for own in states:
         document = api.get("reelway.dev/v1alpha1/releaserollouts/one")
         if document is None:
@@ -175,7 +173,7 @@ def test_any_state_comes_back_from_the_api_server_as_it_was_written(
         assert read.status.policy == default_policy()
 
 
-def test_a_policy_that_no_schema_can_refuse_is_explained_by_its_path() -> None:
+def test_invalid_policy_is_explained_by_its_path() -> None:
     wrong = {**QUICK, "outcomes": [{"name": "long_watch_rate", "margin": 0.1, "tuned_for": 0.05}]}
     document = rollout(policy=wrong)
     document["metadata"] |= {

@@ -1,4 +1,4 @@
-"""A release's ranker behind KServe: there before its traffic, ready before its traffic, gone after its last request."""
+"""The ranker of a release behind KServe: created and ready before its traffic, removed after it."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ TEMPLATE: dict[str, Any] = {
 
 @dataclass
 class MadeTraffic:
-    """A backend that remembers what it was told."""
+    """Records the applied targets."""
 
     seen: TrafficObservation
     told: list[TrafficTarget] = field(default_factory=list)
@@ -70,19 +70,19 @@ class MadeTraffic:
 
 @dataclass
 class MadeRankers:
-    """Rankers in memory."""
+    """Rankers in memory, without Kubernetes."""
 
     known: dict[str, RankerState] = field(default_factory=dict)
     refuses: str = ""
 
     def prepare(self, release: str) -> None:
         if self.refuses == "prepare":
-            raise KubernetesError("no more room")
+            raise KubernetesError("quota exceeded")
         self.known.setdefault(release[:12], RankerState(False, "KServe is preparing it"))
 
     def states(self) -> Mapping[str, RankerState]:
         if self.refuses == "states":
-            raise KubernetesError("nobody answers")
+            raise KubernetesError("no answer")
         return dict(self.known)
 
     def retire(self, release: str) -> None:
@@ -98,7 +98,7 @@ def target(*releases: str) -> TrafficTarget:
     return TrafficTarget(Routing.whole(OLD), releases)
 
 
-def test_a_release_is_ready_only_when_its_ranker_is() -> None:
+def test_release_is_ready_only_with_its_ranker() -> None:
     rankers = MadeRankers({OLD[:12]: READY, NEW[:12]: RankerState(False, "0 of 1 pods")})
     observed = RankedApart(MadeTraffic(seen()), rankers).observe()
     assert observed.ready == {OLD}
@@ -110,22 +110,22 @@ def test_a_release_is_ready_only_when_its_ranker_is() -> None:
     assert RankedApart(MadeTraffic(seen()), rankers).observe() == seen()
 
 
-def test_a_ranker_that_cannot_start_is_said_and_its_release_does_not_run_without_one() -> None:
+def test_release_without_a_ranker_is_not_running() -> None:
     rankers = MadeRankers({NEW[:12]: RankerState(False, "image is not there", failed=True)})
     observed = RankedApart(MadeTraffic(seen()), rankers).observe()
-    assert observed.failed == {NEW: "its ranker: image is not there"}
+    assert observed.failed == {NEW: "ranker: image is not there"}
     assert observed.releases == (NEW,)
-    assert "ranker of aaaaaaaaaaaa: there is none" in observed.detail
+    assert "ranker of aaaaaaaaaaaa: it does not exist" in observed.detail
 
 
-def test_nobody_is_ready_while_kubernetes_cannot_say() -> None:
+def test_no_release_is_ready_while_kubernetes_is_down() -> None:
     observed = RankedApart(MadeTraffic(seen()), MadeRankers(refuses="states")).observe()
     assert observed.ready == frozenset()
     assert observed.routing == Routing.whole(OLD)
-    assert "nobody answers" in observed.detail
+    assert "no answer" in observed.detail
 
 
-def test_rankers_come_before_the_traffic_and_go_after_it() -> None:
+def test_rankers_exist_as_long_as_their_traffic() -> None:
     traffic, rankers = MadeTraffic(seen()), MadeRankers({"c" * 12: READY})
     backend = RankedApart(traffic, rankers)
     backend.apply(target(OLD, NEW))
@@ -135,16 +135,16 @@ def test_rankers_come_before_the_traffic_and_go_after_it() -> None:
     assert traffic.told == [target(OLD, NEW), target(NEW)]
 
 
-def test_a_refused_ranker_never_holds_back_the_traffic() -> None:
+def test_rejected_ranker_never_blocks_the_traffic() -> None:
     traffic = MadeTraffic(seen())
-    with pytest.raises(RolloutError, match="the traffic is written, the rankers are not: no more room"):
+    with pytest.raises(RolloutError, match="traffic written, but not all rankers: quota exceeded"):
         RankedApart(traffic, MadeRankers(refuses="prepare")).apply(target(OLD))
-    with pytest.raises(RolloutError, match="nobody answers"):
+    with pytest.raises(RolloutError, match="no answer"):
         RankedApart(traffic, MadeRankers(refuses="states")).apply(target(OLD))
     assert traffic.told == [target(OLD), target(OLD)]
 
 
-def test_no_ranker_goes_while_its_traffic_could_not_be_taken_away() -> None:
+def test_ranker_stays_while_its_traffic_cannot_be_moved() -> None:
     rankers = MadeRankers({OLD[:12]: READY, NEW[:12]: READY})
     with pytest.raises(RolloutError, match="not now"):
         RankedApart(MadeTraffic(seen(), refuses=True), rankers).apply(target(NEW))
@@ -158,7 +158,7 @@ def test_no_ranker_goes_while_its_traffic_could_not_be_taken_away() -> None:
         ({"conditions": [{"type": "Ready", "status": "True"}]}, RankerState(True)),
         (
             {"conditions": [{"type": "Ready", "status": "True"}], "observedGeneration": 1},
-            RankerState(False, "KServe has not looked at it yet"),
+            RankerState(False, "KServe has not observed it yet"),
         ),
         (
             {"conditions": [{"type": "PredictorReady", "status": "False", "message": "0 of 1\n updated"},
@@ -171,11 +171,11 @@ def test_no_ranker_goes_while_its_traffic_could_not_be_taken_away() -> None:
         ),
     ],
 )  # fmt: skip
-def test_a_status_is_read_as_kserve_means_it(status: dict[str, Any], expected: RankerState) -> None:
+def test_inference_service_status_maps_to_ranker_state(status: dict[str, Any], expected: RankerState) -> None:
     assert state_of({"metadata": {"name": "x", "generation": 2}, "status": status}) == expected
 
 
-def test_one_that_is_being_deleted_is_not_ready() -> None:
+def test_deleted_inference_service_is_not_ready() -> None:
     status = {"conditions": [{"type": "Ready", "status": "True"}]}
     assert not state_of({"metadata": {"name": "x", "deletionTimestamp": "now"}, "status": status}).ready
 
@@ -183,10 +183,10 @@ def test_one_that_is_being_deleted_is_not_ready() -> None:
 @pytest.mark.parametrize(
     "text", ["", "kind: [", "kind: Service", "kind: InferenceService\nmetadata: {name: x, labels: {}}"]
 )
-def test_a_template_that_tells_no_release_is_refused(tmp_path: Path, text: str) -> None:
+def test_template_without_release_fields_is_rejected(tmp_path: Path, text: str) -> None:
     path = tmp_path / "template.yaml"
     path.write_text(text)
-    with pytest.raises(ConfigError, match="no template of a ranker"):
+    with pytest.raises(ConfigError, match="not a template of a ranker"):
         read_template(path)
     path.write_text(yaml.safe_dump(TEMPLATE))
     assert read_template(path) == TEMPLATE
@@ -195,15 +195,13 @@ def test_a_template_that_tells_no_release_is_refused(tmp_path: Path, text: str) 
 @pytest.fixture
 def services(kubectl: Kubectl, api: KubeApi) -> Iterator[InferenceServices]:
     if "inferenceservices" not in kubectl.run("api-resources", "--api-group=serving.kserve.io", "-o", "name"):
-        pytest.skip("the cluster has no KServe: `python infra/cluster kserve` brings it up")
+        pytest.skip("the cluster has no KServe; install it with `python infra/cluster kserve`")
     yield InferenceServices(api, TEMPLATE)
     kubectl.run("delete", "inferenceservice", "--all")
 
 
 @pytest.mark.cluster
-def test_an_inference_service_is_made_once_per_release_and_removed_alone(
-    kubectl: Kubectl, api: KubeApi, services: InferenceServices
-) -> None:
+def test_each_release_has_one_inference_service(kubectl: Kubectl, api: KubeApi, services: InferenceServices) -> None:
     other = json.loads(json.dumps(TEMPLATE).replace("test", "other").replace("{release}", OLD[:12]))
     kubectl.apply(other)
     for release in (OLD, NEW, OLD):
@@ -221,13 +219,13 @@ def test_an_inference_service_is_made_once_per_release_and_removed_alone(
 
 
 @pytest.mark.cluster
-def test_what_was_made_goes_with_the_config_map_that_it_belongs_to(
+def test_inference_service_is_deleted_with_its_owner(
     kubectl: Kubectl, api: KubeApi, services: InferenceServices
 ) -> None:
     owned = copy.deepcopy(TEMPLATE)
     owned["metadata"]["annotations"][OWNER] = "test-ranker"
     rankers = InferenceServices(api, owned)
-    with pytest.raises(KubernetesError, match="ConfigMap test-ranker, which rankers belong to, is gone"):
+    with pytest.raises(KubernetesError, match="ConfigMap test-ranker, the owner of all rankers, does not exist"):
         rankers.prepare(NEW)
     kubectl.apply({"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "test-ranker"}})
     rankers.prepare(NEW)
@@ -237,5 +235,10 @@ def test_what_was_made_goes_with_the_config_map_that_it_belongs_to(
     assert OWNER not in made["metadata"]["annotations"]
     kubectl.run("delete", "configmap", "test-ranker")
     listed = ("get", "inferenceservice", "-o", "name")
-    until("it is collected", lambda: f"test-{NEW[:12]}" not in kubectl.run(*listed), 30, lambda: kubectl.run(*listed))
+    until(
+        "the InferenceService is garbage-collected",
+        lambda: f"test-{NEW[:12]}" not in kubectl.run(*listed),
+        30,
+        lambda: kubectl.run(*listed),
+    )
     assert f"test-{OLD[:12]}" in kubectl.run(*listed)

@@ -1,4 +1,4 @@
-"""The memory of rollouts on a real API server: nothing is lost, nothing is written over, whoever writes meanwhile."""
+"""``KubeRolloutStore`` on a real API server: concurrent writes, commands, history, alerts."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def entry(rollout_id: str, reason: str = "because", action: str = "step") -> His
 
 
 def begun(api: KubeApi, kubectl: Kubectl, name: str = "one") -> tuple[KubeRolloutStore, Rollout]:
-    """A controller's store, with a rollout that has begun."""
+    """A controller's store with a started rollout."""
     kubectl.apply(rollout(name))
     shelf = ToldShelf()
     for document in api.list(PATH):
@@ -55,7 +55,7 @@ def moved(before: Rollout, phase: Phase) -> RolloutState:
     return before.state.model_copy(update={"phase": phase})
 
 
-def test_what_is_recorded_is_read_back_by_everybody(api: KubeApi, kubectl: Kubectl) -> None:
+def test_recorded_state_is_read_back(api: KubeApi, kubectl: Kubectl) -> None:
     store, before = begun(api, kubectl)
     written = store.record(before, moved(before, Phase.PREPARING), entry(before.state.id))
     other = people(api)
@@ -67,18 +67,16 @@ def test_what_is_recorded_is_read_back_by_everybody(api: KubeApi, kubectl: Kubec
     assert (status["phase"], status["step"], status["weight"]) == ("Preparing", "0 of 2", "0 %")
 
 
-def test_a_rollout_that_has_not_begun_is_pending_for_people_and_nothing_for_a_controller(
-    api: KubeApi, kubectl: Kubectl
-) -> None:
+def test_waiting_rollout_is_visible_to_commands_only(api: KubeApi, kubectl: Kubectl) -> None:
     kubectl.apply(rollout())
     latest = people(api).latest()
     assert latest is not None
     assert (latest.state.phase, latest.state.stable_release) == (Phase.PENDING, LIVE)
-    assert latest.state.reason == "the operator has not seen it yet"
+    assert latest.state.reason == "the operator has not observed the rollout yet"
     assert KubeRolloutStore(api, AskingShelf(api), backend=BACKEND.key).latest() is None
 
 
-def test_what_is_made_by_a_command_is_what_was_asked_for(api: KubeApi, kubectl: Kubectl) -> None:
+def test_created_rollout_has_the_requested_spec(api: KubeApi, kubectl: Kubectl) -> None:
     state = RolloutState(
         id="r-1", stable_release=LIVE, canary_release=GOOD, started_at=1, changed_at=1, tick_at=1, forced=True,
         reason="try it",
@@ -88,13 +86,13 @@ def test_what_is_made_by_a_command_is_what_was_asked_for(api: KubeApi, kubectl: 
     spec = kubectl.read("r-1")["spec"]
     assert (spec["note"], spec["backend"]) == ("try it", {"rayService": {"name": "reelway"}})
     assert spec["policy"]["guardrails"]["parity_mismatches"] is None
-    with pytest.raises(RolloutError, match="there is a rollout r-1 already"):
+    with pytest.raises(RolloutError, match="cannot create rollout r-1: it exists"):
         people(api).create(state, POLICY)
     with pytest.raises(RolloutError, match=r"spec.release"):
         people(api).create(state.model_copy(update={"id": "r-2", "canary_release": "new"}), POLICY)
 
 
-def test_a_writer_that_read_an_older_version_is_refused_and_writes_nothing(api: KubeApi, kubectl: Kubectl) -> None:
+def test_outdated_writer_is_rejected(api: KubeApi, kubectl: Kubectl) -> None:
     store, before = begun(api, kubectl)
     late = KubeRolloutStore(api, AskingShelf(api), backend=BACKEND.key)
     store.record(before, moved(before, Phase.PREPARING), entry(before.state.id, "first"))
@@ -103,8 +101,8 @@ def test_a_writer_that_read_an_older_version_is_refused_and_writes_nothing(api: 
     assert [known.reason for known in late.history()] == ["first"]
 
 
-def test_an_old_copy_costs_a_refused_write_and_loses_nothing(api: KubeApi, kubectl: Kubectl) -> None:
-    """The shelf has not heard that the object was touched: the write is done again on top of what is there."""
+def test_outdated_cache_loses_no_write(api: KubeApi, kubectl: Kubectl) -> None:
+    """The cache lacks a change of the object, so the write is rejected and repeated on the latest version."""
     store, before = begun(api, kubectl)
     kubectl.run("annotate", "releaserollout", "one", "who=me")
     written = store.record(before, moved(before, Phase.PREPARING), None)
@@ -112,7 +110,7 @@ def test_an_old_copy_costs_a_refused_write_and_loses_nothing(api: KubeApi, kubec
     assert kubectl.read("one")["metadata"]["annotations"]["who"] == "me"
 
 
-def test_a_command_asked_while_the_controller_decided_is_kept(api: KubeApi, kubectl: Kubectl) -> None:
+def test_command_during_a_decision_is_kept(api: KubeApi, kubectl: Kubectl) -> None:
     store, before = begun(api, kubectl)
     people(api).ask("one", Command(id="c1", verb="rollback", actor="ada", note="why"))
     written = store.record(before, moved(before, Phase.PREPARING), None)
@@ -124,7 +122,7 @@ def test_a_command_asked_while_the_controller_decided_is_kept(api: KubeApi, kube
     assert people(api).ask("one", Command(id="c1", verb="rollback")).state.command is None
 
 
-def test_commands_of_many_people_at_once_are_all_seen(api: KubeApi, kubectl: Kubectl) -> None:
+def test_concurrent_commands_are_all_recorded(api: KubeApi, kubectl: Kubectl) -> None:
     begun(api, kubectl)
     threads = [
         threading.Thread(target=people(api).ask, args=("one", Command(id=f"c{i}", verb="pause"))) for i in range(4)
@@ -136,13 +134,13 @@ def test_commands_of_many_people_at_once_are_all_seen(api: KubeApi, kubectl: Kub
     assert set(people(api).get("one").state.commands_seen) == {f"c{i}" for i in range(4)}
 
 
-def test_the_list_of_commands_is_cut_but_never_one_that_waits(api: KubeApi, kubectl: Kubectl) -> None:
+def test_pending_commands_are_never_dropped(api: KubeApi, kubectl: Kubectl) -> None:
     store, _ = begun(api, kubectl)
     asking = people(api)
     asking.ask("one", Command(id="first", verb="rollback"))
     for i in range(COMMANDS_LIMIT - 1):
         asking.ask("one", Command(id=f"c{i}", verb="pause"))
-    with pytest.raises(RolloutError, match="16 commands of one wait already"):
+    with pytest.raises(RolloutError, match="16 of at most 16 commands wait"):
         asking.ask("one", Command(id="more", verb="pause"))
     newest = asking.get("one")
     assert newest.state.command == Command(id="first", verb="rollback")
@@ -152,7 +150,7 @@ def test_the_list_of_commands_is_cut_but_never_one_that_waits(api: KubeApi, kube
     assert len(kubectl.read("one")["spec"]["commands"]) == COMMANDS_LIMIT
 
 
-def test_a_rollout_that_is_deleted_midway_is_asked_to_roll_back(api: KubeApi, kubectl: Kubectl) -> None:
+def test_deleted_active_rollout_gets_a_rollback_command(api: KubeApi, kubectl: Kubectl) -> None:
     store, before = begun(api, kubectl)
     kubectl.run("patch", "releaserollout", "one", "--type=merge", "-p", '{"metadata":{"finalizers":["a.b/c"]}}')
     kubectl.run("delete", "releaserollout", "one", "--wait=false")
@@ -161,14 +159,14 @@ def test_a_rollout_that_is_deleted_midway_is_asked_to_roll_back(api: KubeApi, ku
     assert (written.state.command.verb, written.version > before.version) == ("rollback", True)
 
 
-def test_a_rollout_that_is_gone_is_said_to_be(api: KubeApi, kubectl: Kubectl) -> None:
+def test_write_to_a_deleted_rollout_fails(api: KubeApi, kubectl: Kubectl) -> None:
     store, before = begun(api, kubectl)
     kubectl.run("delete", "releaserollout", "one")
-    with pytest.raises(RolloutError, match="was deleted meanwhile"):
+    with pytest.raises(RolloutError, match="cannot write rollout one: it was deleted"):
         store.record(before, moved(before, Phase.PREPARING), None)
 
 
-def test_history_is_bounded_and_the_deciding_evidence_stays(api: KubeApi, kubectl: Kubectl) -> None:
+def test_bounded_history_keeps_the_deciding_evidence(api: KubeApi, kubectl: Kubectl) -> None:
     store, before = begun(api, kubectl)
     resource = next(iter(store._shelf.all()))
     filled = tuple(
@@ -183,7 +181,7 @@ def test_history_is_bounded_and_the_deciding_evidence_stays(api: KubeApi, kubect
     assert {known.action for known in with_evidence[:-EVIDENCE_LIMIT]} == {"roll_back"}
 
 
-def test_alerts_about_the_rollout_survive_and_others_are_not_kept(api: KubeApi, kubectl: Kubectl) -> None:
+def test_only_alerts_about_the_rollout_are_stored(api: KubeApi, kubectl: Kubectl) -> None:
     store, _ = begun(api, kubectl)
 
     def alert(release: str, starts_at: float) -> KnownAlert:
@@ -199,7 +197,7 @@ def test_alerts_about_the_rollout_survive_and_others_are_not_kept(api: KubeApi, 
     assert kubectl.read("one")["metadata"]["resourceVersion"] == before
 
 
-def test_a_look_is_written_when_it_is_news_and_else_with_the_next_record(api: KubeApi, kubectl: Kubectl) -> None:
+def test_reconcile_is_written_only_if_its_outcome_changed(api: KubeApi, kubectl: Kubectl) -> None:
     store, before = begun(api, kubectl)
 
     def sighting(at: float, *, reached: bool = True) -> Sighting:
@@ -222,14 +220,14 @@ def test_a_look_is_written_when_it_is_news_and_else_with_the_next_record(api: Ku
     assert seen.time == 4
 
 
-def test_changes_of_others_are_told_from_ones_own(api: KubeApi, kubectl: Kubectl) -> None:
+def test_revision_distinguishes_foreign_changes(api: KubeApi, kubectl: Kubectl) -> None:
     store, before = begun(api, kubectl)
     shelf = store._shelf
     assert isinstance(shelf, ToldShelf)
     quiet, mine = store.changes(own=False), store.changes()
     store.record(before, moved(before, Phase.PREPARING), None)
     for document in api.list(PATH):
-        shelf.tell(document)  # the watch's echo
+        shelf.tell(document)  # the watch event of the own write
     assert (store.changes(own=False), store.changes() > mine) == (quiet, True)
     asking = people(api)
     seen = asking.changes(own=False)
@@ -241,11 +239,11 @@ def test_changes_of_others_are_told_from_ones_own(api: KubeApi, kubectl: Kubectl
     assert store.changes(own=False) > quiet
 
 
-def test_an_api_server_that_cannot_be_reached_is_an_error_of_ours(api: KubeApi) -> None:
+def test_unreachable_api_server_is_a_kubernetes_error(api: KubeApi) -> None:
     api.server = "https://127.0.0.1:1"
     began = time.monotonic()
-    with pytest.raises(KubernetesError, match=r"cannot ask https://127.0.0.1:1"):
+    with pytest.raises(KubernetesError, match=r"cannot reach https://127.0.0.1:1"):
         people(api).latest()
     assert time.monotonic() - began < 5
-    with pytest.raises(ConfigError, match="no way to context 'nowhere'"):
+    with pytest.raises(ConfigError, match="cannot connect to context 'nowhere'"):
         KubeApi(context="nowhere")

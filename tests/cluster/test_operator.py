@@ -1,4 +1,4 @@
-"""The operator on a real API server, over a small Serve: what an engineer sees of it, and what it never does."""
+"""The operator on a real API server with a fake Serve: progress, refusals, deletion, alerts, leader election, kills."""
 
 from __future__ import annotations
 
@@ -22,13 +22,15 @@ from tests.cluster.made_rollout import QUICK, rollout
 from tests.platform.rollout.control.test_webhook import payload
 
 from reelway.platform.cluster.kube_api import KubeApi
-from reelway.platform.cluster.lanes import LaneSettings, address_of
+from reelway.platform.cluster.lanes import address_of
 from reelway.platform.cluster.lease import Lease
+from reelway.platform.cluster.operator_settings import OperatorSettings, RaySettings
 from reelway.platform.cluster.resources import Backend
-from reelway.platform.cluster.rollout_operator import Operator, OperatorSettings
+from reelway.platform.cluster.rollout_operator import Operator
 from reelway.platform.cluster.status import stamp
 from reelway.platform.errors import KubernetesError, RolloutError
 from reelway.platform.rollout.control.webhook import ALERTS_PATH, serving
+from reelway.platform.settings import load_settings
 
 pytestmark = pytest.mark.cluster
 TOKEN = "a-token-of-this-test"
@@ -37,13 +39,18 @@ TOKEN = "a-token-of-this-test"
 def settings_of(serve: FakeServe, tmp_path: Path, **more: Any) -> OperatorSettings:
     token = tmp_path / "token"
     token.write_text(TOKEN)
-    lanes = LaneSettings(interval_s=0.1, trusted_hosts=("127.0.0.1",), head_url=serve.url, router_url=serve.url)
-    return OperatorSettings(webhook_token_file=token, identity="operator-0", lanes=lanes, **more)
+    document = {
+        "identity": "operator-0",
+        "interval_s": 0.1,
+        "webhook": {"token_file": token},
+        "ray": {"trusted_hosts": ["127.0.0.1"], "dashboard_url": serve.url, "router_url": serve.url},
+    }
+    return load_settings(OperatorSettings, None, {**document, **more})
 
 
 @contextmanager
 def operating(api: KubeApi, settings: OperatorSettings) -> Iterator[Operator]:
-    """An operator in this process, ended as SIGTERM ends it."""
+    """Runs an operator in this process and stops it as SIGTERM does."""
     operator, stop = Operator(api, settings), threading.Event()
     thread = threading.Thread(target=operator.run, args=(stop,))
     thread.start()
@@ -60,14 +67,14 @@ def over(serve: FakeServe, name: str = "one", release: str = GOOD, **spec: Any) 
 
 
 def held(weight: int = 10) -> dict[str, Any]:
-    """A policy that stays at its first step."""
+    """A policy that stays at its first step for an hour."""
     return {**QUICK, "steps": [{"weight_percent": weight, "hold_s": 3600}]}
 
 
 def until(condition: Callable[[], bool], within_s: float = 30.0) -> None:
     deadline = time.monotonic() + within_s
     while not condition():
-        assert time.monotonic() < deadline, "too late"
+        assert time.monotonic() < deadline, "the condition did not become true in time"
         time.sleep(0.02)
 
 
@@ -75,7 +82,7 @@ def phase(kubectl: Kubectl, name: str = "one") -> str:
     return str(kubectl.read(name).get("status", {}).get("phase", ""))
 
 
-def test_a_good_release_is_promoted_and_everybody_can_see_why(
+def test_good_release_is_promoted_with_its_reasons_visible(
     api: KubeApi, kubectl: Kubectl, serve: FakeServe, tmp_path: Path
 ) -> None:
     kubectl.apply(over(serve, note="try it"))
@@ -86,7 +93,7 @@ def test_a_good_release_is_promoted_and_everybody_can_see_why(
         table = kubectl.run("get", "releaserollouts").splitlines()
         events = kubectl.run("get", "events", "-o", "custom-columns=R:.reason,M:.message")
         until(lambda: "finalizers" not in kubectl.read("one")["metadata"])
-    kubectl.run("delete", "releaserollout", "one", "--timeout=10s")  # needs no operator
+    kubectl.run("delete", "releaserollout", "one", "--timeout=10s")  # the operator has stopped
     assert serve.routing.arms[0].release == GOOD
     assert table[0].split() == ["NAME", "PHASE", "STEP", "WEIGHT", "RELEASE", "VERDICT", "AGE", "REASON"]
     assert table[1].split()[:8] == ["one", "Promoted", "2", "of", "2", "100", "%", GOOD[:12]]
@@ -98,7 +105,7 @@ def test_a_good_release_is_promoted_and_everybody_can_see_why(
     assert status["policy"]["guardrails"]["firing_alerts"] == {"maximum": 0}
 
 
-def test_a_bad_release_is_rolled_back_and_not_tried_again_unless_forced(
+def test_bad_release_is_rolled_back_until_a_forced_retry(
     api: KubeApi, kubectl: Kubectl, serve: FakeServe, tmp_path: Path
 ) -> None:
     kubectl.apply(over(serve, release=BAD))
@@ -111,7 +118,7 @@ def test_a_bad_release_is_rolled_back_and_not_tried_again_unless_forced(
         kubectl.apply(over(serve, "three", BAD, force=True))
         kubectl.run("wait", "--for=condition=RolledBack", "releaserollout/three", "--timeout=60s")
         until(lambda: serve.releases == {STABLE})
-        # An old record that goes moves no traffic, and neither does the newest.
+        # Deleting rollouts at rest moves no traffic.
         written = len(serve.written)
         kubectl.run("delete", "releaserollout", "one", "two", "three", "--timeout=30s")
         time.sleep(0.5)
@@ -120,7 +127,7 @@ def test_a_bad_release_is_rolled_back_and_not_tried_again_unless_forced(
     assert {"RollBack", "Refused"} <= set(warned.split())
 
 
-def test_a_record_that_is_deleted_never_brings_an_older_one_back(
+def test_deleted_rollout_never_reactivates_an_older_one(
     api: KubeApi, kubectl: Kubectl, serve: FakeServe, tmp_path: Path
 ) -> None:
     kubectl.apply(over(serve, "one", GOOD))
@@ -135,15 +142,13 @@ def test_a_record_that_is_deleted_never_brings_an_older_one_back(
         assert serve.routing.arms[0].release == STABLE
 
 
-def test_a_second_rollout_waits_its_turn_with_the_reason(
-    api: KubeApi, kubectl: Kubectl, serve: FakeServe, tmp_path: Path
-) -> None:
+def test_second_rollout_waits_with_the_reason(api: KubeApi, kubectl: Kubectl, serve: FakeServe, tmp_path: Path) -> None:
     kubectl.apply(over(serve, policy=held()))
     with operating(api, settings_of(serve, tmp_path)):
         until(lambda: serve.routing.rollout != "")
         kubectl.apply(over(serve, "two", BAD))
         until(lambda: phase(kubectl, "two") == "Waiting")
-        assert "is under way; this one begins after its end" in kubectl.read("two")["status"]["reason"]
+        assert "is in progress; this one starts after its end" in kubectl.read("two")["status"]["reason"]
         command = [{"id": "1", "verb": "rollback", "actor": "ada", "note": "not today"}]
         kubectl.apply(over(serve, policy=held(), commands=command))
         kubectl.run("wait", "--for=condition=RolledBack", "releaserollout/one", "--timeout=30s")
@@ -152,7 +157,7 @@ def test_a_second_rollout_waits_its_turn_with_the_reason(
         assert kubectl.read("one")["status"]["supersededBy"].startswith("two-")
 
 
-def test_a_rollout_deleted_midway_goes_when_its_traffic_is_on_stable(
+def test_rollout_deleted_midway_is_removed_once_on_stable(
     api: KubeApi, kubectl: Kubectl, serve: FakeServe, tmp_path: Path
 ) -> None:
     kubectl.apply(over(serve, policy=held()))
@@ -163,7 +168,9 @@ def test_a_rollout_deleted_midway_goes_when_its_traffic_is_on_stable(
     assert [route.release for route in serve.routing.arms] == [STABLE]
 
 
-def test_what_may_not_begin_says_so(api: KubeApi, kubectl: Kubectl, serve: FakeServe, tmp_path: Path) -> None:
+def test_status_says_why_a_rollout_does_not_start(
+    api: KubeApi, kubectl: Kubectl, serve: FakeServe, tmp_path: Path
+) -> None:
     wrong = {**QUICK, "outcomes": [{"name": "long_watch_rate", "margin": 0.1, "tuned_for": 0.05}]}
     kubectl.apply(over(serve, "live", STABLE))
     kubectl.apply(over(serve, "over", GOOD, stableRelease=BAD))
@@ -176,18 +183,18 @@ def test_what_may_not_begin_says_so(api: KubeApi, kubectl: Kubectl, serve: FakeS
             name: (phase(kubectl, name), kubectl.read(name)["status"]["reason"])
             for name in ("live", "over", "wrong", "later", "elsewhere")
         }
-        assert "is the one that is live" in said["live"][1]
+        assert "is live already" in said["live"][1]
         assert "spec.stableRelease is cccccccccccc, but aaaaaaaaaaaa is live" in said["over"][1]
         assert "tuned_for 0.05 is not beyond the margin" in said["wrong"][1]
-        assert "there is no ConfigMap mine with a key policy.yaml" in said["later"][1]
-        assert "names host 'evil.example', expected a Service of namespace" in said["elsewhere"][1]
+        assert "has no ConfigMap mine with the key policy.yaml" in said["later"][1]
+        assert "host 'evil.example' is neither a Service of namespace" in said["elsewhere"][1]
         assert [said[name][0] for name in said] == ["Refused", "Refused", "Refused", "Waiting", "Refused"]
         assert not serve.written
         kubectl.run("create", "configmap", "mine", "--from-literal=policy.yaml=" + str(held()).replace("None", "null"))
         until(lambda: phase(kubectl, "later") == "Stepping")
 
 
-def test_an_alert_takes_everybody_back_and_a_wrong_token_nobody(
+def test_alert_rolls_back_only_with_the_right_token(
     api: KubeApi, kubectl: Kubectl, serve: FakeServe, tmp_path: Path
 ) -> None:
     from reelway.platform.cluster.health import operator_application
@@ -210,12 +217,12 @@ def test_an_alert_takes_everybody_back_and_a_wrong_token_nobody(
         kubectl.run("wait", "--for=condition=RolledBack", "releaserollout/one", "--timeout=30s")
 
 
-def test_one_that_is_not_active_takes_no_alert(api: KubeApi, serve: FakeServe, tmp_path: Path) -> None:
+def test_standby_operator_rejects_alerts(api: KubeApi, serve: FakeServe, tmp_path: Path) -> None:
     with pytest.raises(KubernetesError, match="waits for its lease"):
         Operator(api, settings_of(serve, tmp_path)).deliver([])
 
 
-def test_a_lease_has_one_holder_and_passes_on(api: KubeApi) -> None:
+def test_lease_has_one_holder_at_a_time(api: KubeApi) -> None:
     now = [0.0]
     first = Lease(api, "it", "a", clock=lambda: now[0])
     second = Lease(api, "it", "b", clock=lambda: now[0])
@@ -224,7 +231,7 @@ def test_a_lease_has_one_holder_and_passes_on(api: KubeApi) -> None:
     now[0] += 9
     assert first.try_once()
     now[0] += 9
-    assert not second.try_once()  # its record changed 9 s ago by our clock
+    assert not second.try_once()  # its record changed 9 s ago by the local clock
     now[0] += 11
     assert second.try_once()
     assert not first.try_once()
@@ -235,8 +242,8 @@ def test_a_lease_has_one_holder_and_passes_on(api: KubeApi) -> None:
     assert document["spec"]["leaseTransitions"] == 3
 
 
-def test_who_lost_its_lease_ends(api: KubeApi, serve: FakeServe, tmp_path: Path) -> None:
-    operator, stop = Operator(api, settings_of(serve, tmp_path, lease_duration_s=1.0)), threading.Event()
+def test_operator_exits_when_it_loses_the_lease(api: KubeApi, serve: FakeServe, tmp_path: Path) -> None:
+    operator, stop = Operator(api, settings_of(serve, tmp_path, lease={"duration_s": 1.0})), threading.Event()
     failures: list[Exception] = []
 
     def run() -> None:
@@ -256,17 +263,17 @@ def test_who_lost_its_lease_ends(api: KubeApi, serve: FakeServe, tmp_path: Path)
 
 
 @pytest.mark.parametrize("host", ["reelway-head-svc", "head.mine.svc", "head.mine", "10.0.0.9"])
-def test_a_token_goes_to_hosts_of_the_namespace_and_trusted_ones_only(host: str) -> None:
+def test_ray_token_is_sent_to_local_or_trusted_hosts_only(host: str) -> None:
     backend = Backend.model_validate({"serve": {"api": f"http://{host}:8265", "url": "http://router:8000"}})
-    lanes = LaneSettings(trusted_hosts=("10.0.0.9",))
-    assert address_of(backend, "mine", lanes).serve_api == f"http://{host}:8265"
+    settings = RaySettings(trusted_hosts=("10.0.0.9",))
+    assert address_of(backend, "mine", settings).serve_api == f"http://{host}:8265"
     if "." in host:
-        with pytest.raises(RolloutError, match="expected a Service of namespace other"):
-            address_of(backend, "other", LaneSettings())
+        with pytest.raises(RolloutError, match="neither a Service of namespace other"):
+            address_of(backend, "other", RaySettings())
 
 
 class Forked:
-    """A process that forks operators."""
+    """A process that forks operators on request."""
 
     def __init__(self, api: KubeApi, serve: FakeServe, tmp_path: Path) -> None:
         (tmp_path / "token").write_text(TOKEN)
@@ -300,7 +307,7 @@ class Forked:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("release", "condition"), [(GOOD, "Promoted"), (BAD, "RolledBack")])
-def test_an_operator_killed_at_ten_random_points_converges(
+def test_operator_killed_at_ten_random_points_converges(
     api: KubeApi, kubectl: Kubectl, serve: FakeServe, tmp_path: Path, release: str, condition: str
 ) -> None:
     forked, chance = Forked(api, serve, tmp_path), random.Random(release)

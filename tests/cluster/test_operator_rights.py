@@ -1,4 +1,4 @@
-"""The operator gets by with the rights that its command lists, and with none of them for anything but its namespace."""
+"""The operator needs only the rights that its command lists, and only in its namespace."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ RULES = [
 
 @pytest.fixture
 def own(kube: Kubectl, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> KubeApi:  # noqa: F811
-    """The API server as the operator's ServiceAccount meets it."""
+    """A client with the token of the operator's ServiceAccount."""
     kube.run("create", "serviceaccount", "operator")
     kube.apply(
         {"apiVersion": "rbac.authorization.k8s.io/v1", "kind": "Role", "metadata": {"name": "operator"}, "rules": RULES}
@@ -47,7 +47,7 @@ def own(kube: Kubectl, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> KubeA
     return KubeApi(kube.namespace)
 
 
-def test_a_whole_rollout_needs_no_right_that_is_not_listed(
+def test_complete_rollout_needs_the_listed_rights_only(
     own: KubeApi,
     kube: Kubectl,  # noqa: F811
     serve: FakeServe,
@@ -69,4 +69,4 @@ def test_a_whole_rollout_needs_no_right_that_is_not_listed(
     assert "403" not in caplog.text
     assert "orbidden" not in caplog.text
     holder = json.loads(kube.run("get", "lease", "reelway-operator", "-o", "json"))["spec"]["holderIdentity"]
-    assert holder == ""  # let go of at the end
+    assert holder == ""  # released at the end

@@ -1,4 +1,4 @@
-"""Releases of a store as resources, on a real API server."""
+"""Release resources for the releases of a store, on a real API server."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def store(tmp_path: Path) -> ReleaseStore:
 
 @pytest.fixture
 def made(store: ReleaseStore, tmp_path: Path) -> tuple[str, str]:
-    """Two releases in the store."""
+    """Ids of two releases in the store."""
     key = load_private_key(create_keys(tmp_path / "keys").private)
     first, second = (
         store.write(tmp_path / name, make_release_folder(tmp_path / name, seed=seed, key=key))
@@ -43,7 +43,7 @@ def read(kubectl: Kubectl, release: str) -> dict[str, object]:
     return found
 
 
-def test_what_is_in_the_store_is_a_resource_with_what_its_manifest_says(
+def test_stored_release_becomes_a_resource_with_its_metrics(
     kubectl: Kubectl, api: KubeApi, store: ReleaseStore, made: tuple[str, str]
 ) -> None:
     records = ReleaseRecords(api, store.url)
@@ -61,7 +61,7 @@ def test_what_is_in_the_store_is_a_resource_with_what_its_manifest_says(
     assert "hold" in listed
 
 
-def test_looking_again_writes_nothing(
+def test_second_reconcile_writes_nothing(
     kubectl: Kubectl, api: KubeApi, store: ReleaseStore, made: tuple[str, str]
 ) -> None:
     records = ReleaseRecords(api, store.url)
@@ -71,7 +71,7 @@ def test_looking_again_writes_nothing(
     assert read(kubectl, made[0])["metadata"] == before
 
 
-def test_one_that_is_gone_from_the_store_says_so_and_is_found_again(
+def test_condition_in_store_follows_the_store(
     kubectl: Kubectl, api: KubeApi, store: ReleaseStore, made: tuple[str, str], tmp_path: Path
 ) -> None:
     records = ReleaseRecords(api, store.url)
@@ -84,7 +84,7 @@ def test_one_that_is_gone_from_the_store_says_so_and_is_found_again(
     kubectl.run("wait", "--for=condition=InStore", f"release.reelway.dev/{made[0][:12]}", "--timeout=5s")
 
 
-def test_a_damaged_manifest_is_told_of_and_keeps_no_other_release_back(
+def test_damaged_manifest_does_not_block_other_releases(
     kubectl: Kubectl, api: KubeApi, store: ReleaseStore, made: tuple[str, str], tmp_path: Path
 ) -> None:
     damaged, sound = sorted(made)
@@ -96,7 +96,7 @@ def test_a_damaged_manifest_is_told_of_and_keeps_no_other_release_back(
     assert damaged[:12] not in kubectl.run("get", "releases.reelway.dev")
 
 
-def test_a_release_that_comes_while_it_looks_is_recorded(
+def test_new_release_is_recorded_while_running(
     kubectl: Kubectl, api: KubeApi, store: ReleaseStore, tmp_path: Path
 ) -> None:
     key = load_private_key(create_keys(tmp_path / "keys").private)
@@ -105,7 +105,7 @@ def test_a_release_that_comes_while_it_looks_is_recorded(
     looking.start()
     try:
         release = store.write(tmp_path / "new", make_release_folder(tmp_path / "new", key=key))
-        until("it is recorded", lambda: release[:12] in kubectl.run("get", "releases.reelway.dev"), 10)
+        until("the release is recorded", lambda: release[:12] in kubectl.run("get", "releases.reelway.dev"), 10)
     finally:
         stop.set()
         looking.join()

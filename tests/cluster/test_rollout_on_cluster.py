@@ -1,4 +1,4 @@
-"""``reelway rollout`` on a cluster: the same words, exit codes and effects as on a laptop."""
+"""``reelway rollout`` on a cluster: the same output, exit codes and effects as in local mode."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.cluster
 
 
 class Person:
-    """Types commands in the namespace."""
+    """Runs commands in the namespace."""
 
     def __init__(self, api: KubeApi, serve: FakeServe, folder: Path) -> None:
         self._namespace, self._serve = api.namespace, serve
@@ -43,7 +43,7 @@ def person(api: KubeApi, serve: FakeServe, tmp_path: Path) -> Person:
     return Person(api, serve, tmp_path)
 
 
-def test_a_rollout_is_started_followed_and_promoted(
+def test_started_rollout_is_followed_until_promoted(
     api: KubeApi, kubectl: Kubectl, person: Person, serve: FakeServe, tmp_path: Path
 ) -> None:
     with operating(api, settings_of(serve, tmp_path)):
@@ -58,10 +58,10 @@ def test_a_rollout_is_started_followed_and_promoted(
         assert "long_watch_rate" in person.says("explain").output
         again = person.starts(GOOD, "quick")
         assert isinstance(again.exception, RolloutError)
-        assert "is the one that is live" in str(again.exception)
+        assert "is live already" in str(again.exception)
 
 
-def test_commands_reach_the_operator_and_say_what_came_of_them(
+def test_commands_report_their_effect(
     api: KubeApi, kubectl: Kubectl, person: Person, serve: FakeServe, tmp_path: Path
 ) -> None:
     with operating(api, settings_of(serve, tmp_path)):
@@ -80,14 +80,14 @@ def test_commands_reach_the_operator_and_say_what_came_of_them(
         assert isinstance(refused.exception, RolloutError)
 
 
-def test_without_an_operator_it_is_said_that_nothing_moves(person: Person, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_status_says_that_no_operator_runs(person: Person, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rollout_cluster, "ANSWERED_WITHIN_S", 0.2)
     begun = person.starts(GOOD, "quick")
     assert begun.exit_code == 0, begun.output
-    assert "the operator has not seen it yet" in person.says("status").output
+    assert "the operator has not observed the rollout yet" in person.says("status").output
 
 
-def test_a_backend_or_release_that_cannot_be_told_is_asked_for(person: Person) -> None:
+def test_ambiguous_backend_or_release_is_rejected(person: Person) -> None:
     nowhere = person.says("start", GOOD)
     assert isinstance(nowhere.exception, ConfigError)
     assert "name it with --ray-service" in str(nowhere.exception)
@@ -99,7 +99,7 @@ def test_a_backend_or_release_that_cannot_be_told_is_asked_for(person: Person) -
     assert "there has been no rollout here" in str(nothing.exception)
 
 
-def test_a_release_is_named_by_its_beginning(kubectl: Kubectl, person: Person, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_release_is_found_by_its_prefix(kubectl: Kubectl, person: Person, monkeypatch: pytest.MonkeyPatch) -> None:
     kubectl.apply({
         "apiVersion": "reelway.dev/v1alpha1", "kind": "Release", "metadata": {"name": GOOD[:12]},
         "spec": {"id": GOOD, "store": "s3://releases"},

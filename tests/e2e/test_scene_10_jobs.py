@@ -82,7 +82,7 @@ def test_an_image_that_is_not_there_is_said_at_once(shop: Workshop) -> None:
         "submit", "evaluate", "-n", shop.engineer.namespace, "--run", "other", "--image", "reelway.local/training:none"
     )
     assert said.code == 13, said.err
-    assert "image reelway.local/training:none is not there (ErrImageNeverPull)" in said.err
+    assert "cannot pull image reelway.local/training:none (ErrImageNeverPull)" in said.err
 
 
 def test_a_pod_that_finds_no_node_says_what_is_missing_and_ctrl_c_leaves_the_job_to_be_stopped(shop: Workshop) -> None:
@@ -91,7 +91,7 @@ def test_a_pod_that_finds_no_node_says_what_is_missing_and_ctrl_c_leaves_the_job
     name = engineer.reelway("submit", "train", *here, "--run", "big", "--gpus", "8", "--detach").out.strip()
     said = engineer.interrupted_when("Insufficient nvidia.com/gpu", "jobs", "follow", name, *here)
     assert said.code == 130, said.err
-    assert f"job {name} goes on; come back with `reelway jobs follow {name}" in said.err
+    assert f"job {name} continues; follow it again with `reelway jobs follow {name}" in said.err
     assert engineer.reelway("jobs", "stop", name, *here).code == 0
     until("the job is stopped", lambda: engineer.job(name)["state"] == "stopped", 60)
     assert engineer.reelway("jobs", "delete", name, *here).code == 0

@@ -26,7 +26,7 @@ def test_serving_and_training_share_what_is_large_and_neither_torch_nor_an_extra
 
 
 def test_requirements_follow_members_and_name_an_extra_that_is_not_there() -> None:
-    assert "kopf" in dependencies.requirements(["platform[cluster]"], ROOT)
+    assert "kubernetes" in dependencies.requirements(["platform[cluster]"], ROOT)
     with pytest.raises(SystemExit, match="platform has no extra 'gpu'; it has"):
         dependencies.requirements(["platform[gpu]"], ROOT)
 

@@ -45,7 +45,7 @@ class ToldEvidence:
 def main() -> None:
     run = Path(sys.argv[1])
     controller_service.ServeRestBackend = RunBackend  # type: ignore[assignment,misc]
-    controller_service.evidence_source = lambda run, _: ToldEvidence(run.path / EVIDENCE)  # type: ignore[assignment]
+    controller_service.evidence_source = lambda run, *_, **__: ToldEvidence(run.path / EVIDENCE)  # type: ignore[assignment]
     controller_service.run_controller(controller_service.ControllerSettings(run=run, interval_s=0.1))
 
 

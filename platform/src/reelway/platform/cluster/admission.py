@@ -1,8 +1,8 @@
-"""Why: rollouts of one backend take turns, and whether one may begin is settled in one place, with a reason.
+"""Decides whether a rollout may start: one rollout per backend at a time.
 
-Pure. What can change by itself or be mended (a rollout under way, a cooldown, a policy that is not there yet) waits;
-what would be a surprise if it began later (the release is live, was rolled back, or another one is live than was said)
-is refused for good.
+Pure. ``Waiting`` is the answer to conditions that can change: an active rollout, a cooldown, a missing policy.
+``Refused`` is final, because a later start would surprise the user: the release is live, was rolled back, or another
+release is live than the spec names.
 """
 
 from __future__ import annotations
@@ -20,21 +20,17 @@ from reelway.platform.rollout.transition import start
 
 @dataclass(frozen=True, slots=True)
 class Wait:
-    """Not yet."""
-
     reason: str
 
 
 @dataclass(frozen=True, slots=True)
 class Refuse:
-    """Never."""
-
     reason: str
 
 
 @dataclass(frozen=True, slots=True)
 class Begin:
-    """Now, in this state."""
+    """The rollout starts in ``state``."""
 
     state: RolloutState
     policy: RolloutPolicy
@@ -43,27 +39,29 @@ class Begin:
 def admit(
     resource: Resource, policy: RolloutPolicy, *, previous: Resource | None, live: str | None, unseen: str, now: float
 ) -> Wait | Refuse | Begin:
-    """Whether a rollout may begin.
+    """Decides whether a rollout may start.
 
     Args:
-        previous: the newest rollout of the backend that has begun.
-        live: the release that everybody is on where there is no such rollout; None when it cannot be seen.
-        unseen: why it cannot.
+        previous: the latest started rollout of the backend.
+        live: the release that has all traffic if there is no previous rollout; None if it is unknown.
+        unknown_reason: why the live release is unknown.
     """
     spec, before = resource.spec, rollout_of(previous).state if previous else None
     if spec.commands and spec.commands[-1].verb == "rollback":
-        return Refuse(f"withdrawn by {spec.commands[-1].actor} before it began")
+        return Refuse(f"withdrawn by {spec.commands[-1].actor} before it started")
     if before is not None and before.active:
-        return Wait(f"rollout {before.id} of {before.canary_release[:12]} is under way; this one begins after its end")
+        return Wait(
+            f"rollout {before.id} of {before.canary_release[:12]} is in progress; this one starts after it ends"
+        )
     stable = before.live_release if before else live
     if stable is None:
-        return Wait(f"it cannot be seen which release is live: {unseen}")
+        return Wait(f"the live release is unknown: {unseen}")
     if stable == spec.release:
-        return Refuse(f"release {spec.release[:12]} is the one that is live; give another one to roll out")
+        return Refuse(f"release {spec.release[:12]} is live already; choose another release")
     if spec.stable_release not in (None, stable):
         return Refuse(
             f"spec.stableRelease is {str(spec.stable_release)[:12]}, but {stable[:12]} is live; "
-            "make another rollout, over that one"
+            "create a rollout that replaces the live release"
         )
     again = before is not None and before.phase is Phase.ROLLED_BACK and before.canary_release == spec.release
     if again and before is not None and not spec.force:

@@ -1,7 +1,7 @@
-"""Why: an on-call engineer asks Kubernetes first, so every decision is an Event of its rollout, in its own words.
+"""Records each decision as a Kubernetes Event of its rollout, with the decision's reason verbatim.
 
-Announced after it was recorded and from a thread of its own, so that a slow API server never holds a rollback up. An
-Event that could not be written is a line in the log: the history in the status has it anyway.
+Events are written after the decision is recorded and from a thread of their own, so that a slow API server never delays
+a rollback. A failed write is logged; the history in the status has the decision in any case.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Announcer:
     """Writes Events about rollouts.
 
     Args:
-        instance: this process, as events name it.
+        instance: name of this process in the Events.
     """
 
     def __init__(self, api: KubeApi, instance: str) -> None:
@@ -39,11 +39,10 @@ class Announcer:
         self._thread.start()
 
     def told(self, resource: Resource, entry: HistoryEntry) -> None:
-        """A decision was recorded."""
         self.say(resource, entry.action, entry.reason, entry.time)
 
     def say(self, resource: Resource, action: str, message: str, at: float) -> None:
-        """Something about a rollout is worth knowing. Never waits."""
+        """Queues an Event about a rollout without blocking."""
         when, name = stamp(at), f"{resource.name[:200]}.{uuid.uuid4().hex[:16]}"
         event = {
             "apiVersion": "v1",
@@ -66,10 +65,10 @@ class Announcer:
         try:
             self._waiting.put_nowait(event)
         except queue.Full:
-            log.warning("event %s of %s is not announced: too many wait", event["reason"], resource.name)
+            log.warning("event %s of %s dropped: the queue is full", event["reason"], resource.name)
 
     def close(self, within_s: float = 5.0) -> None:
-        """Write what waits, and end."""
+        """Writes the queued Events and ends the thread."""
         self._waiting.put(None)
         self._thread.join(within_s)
 
@@ -78,4 +77,4 @@ class Announcer:
             try:
                 self._api.create("v1/events", event)
             except KubernetesError as error:
-                log.warning("event %s of %s: %s", event["reason"], event["involvedObject"]["name"], error)
+                log.warning("event %s of %s not written: %s", event["reason"], event["involvedObject"]["name"], error)

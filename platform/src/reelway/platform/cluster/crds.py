@@ -1,7 +1,7 @@
-"""Why: a CRD and the types that read it are two lists of the same things, so one is made from the other.
+"""Generates the CRDs of the chart from the types in ``resources``.
 
-``python -m reelway.platform.cluster.crds FOLDER`` writes the chart's files; a test compares them with this. Defaults
-are left out (pydantic knows them; ``status.policy`` shows them), but for those that a person's patch needs.
+``python -m reelway.platform.cluster.crds FOLDER`` writes the files; a test compares them with the chart's. Defaults are
+left to pydantic (``status.policy`` shows them), except those that a user's patch relies on.
 """
 
 from __future__ import annotations
@@ -20,18 +20,16 @@ _COPIED: Final = (
     "type", "format", "enum", "pattern", "minimum", "maximum", "minLength", "maxLength", "minItems", "maxItems",
     "description",
 )  # fmt: skip
-_TRANSITION: Final = (
-    "is fixed once it is written; delete the rollout (its traffic goes back to stable) and make another"
-)
+_TRANSITION: Final = "is immutable; delete the rollout (its traffic returns to stable) and create another one"
 
 _SPEC_RULES: Final = (
     {
         "rule": "!(has(self.policy) && has(self.policyRef))",
-        "message": "saw policy and policyRef, expected one of them, or neither for the default policy",
+        "message": "saw policy and policyRef, expected at most one of them",
     },
     {
         "rule": "!has(self.stableRelease) || self.stableRelease != self.release",
-        "message": "stableRelease is the release itself, expected the one that it is to replace",
+        "message": "stableRelease equals release, expected the release that is live",
         "fieldPath": ".stableRelease",
     },
     {"rule": "self.release == oldSelf.release", "message": f"release {_TRANSITION}", "fieldPath": ".release"},
@@ -48,13 +46,13 @@ _POLICY_RULES: Final = (
     {
         "rule": "self.steps.map(s, double(s.weight_percent)).isSorted() && "
         "self.steps.all(a, self.steps.exists_one(b, b.weight_percent == a.weight_percent))",
-        "message": "weight_percent of the steps, expected each to be more than the one before",
+        "message": "saw a weight_percent that is not above the previous step's, expected increasing weights",
         "fieldPath": ".steps",
     },
     {
         "rule": "self.steps.all(s, double(s.weight_percent) + (has(self.holdout_percent) ? "
         "double(self.holdout_percent) : 0.0) < 100.0)",
-        "message": "weight_percent + holdout_percent leaves stable nothing to be compared with, expected less than 100",
+        "message": "weight_percent + holdout_percent leaves no traffic for stable, expected a sum below 100",
         "fieldPath": ".steps",
     },
 )
@@ -67,7 +65,7 @@ _BACKEND_RULES: Final = (
 _COMMANDS_RULES: Final = (
     {
         "rule": "oldSelf.all(o, self.all(c, c.id != o.id || (c.verb == o.verb && c.force == o.force)))",
-        "message": "a command that was given is not changed, expected another one with an id of its own",
+        "message": "a command is immutable; add another command with its own id",
     },
 )
 _RELEASE_RULES: Final = (
@@ -77,20 +75,19 @@ _RELEASE_RULES: Final = (
     },
     {
         "rule": "self.spec == oldSelf.spec",
-        "message": "a release never changes, expected another one",
+        "message": "spec is immutable; create another Release",
         "fieldPath": ".spec",
     },
 )
 
 
 def schema_of(model: type[BaseModel]) -> dict[str, Any]:
-    """A structural schema (Kubernetes' OpenAPI v3) of a model."""
+    """Returns the structural OpenAPI v3 schema of a model."""
     whole = model.model_json_schema(by_alias=True, mode="validation")
     return _structural(whole, whole.get("$defs", {}))
 
 
 def release_rollout_crd() -> dict[str, Any]:
-    """The CustomResourceDefinition of ``ReleaseRollout``."""
     spec, status = schema_of(resources.ReleaseRolloutSpec), schema_of(resources.ReleaseRolloutStatus)
     fields = spec["properties"]
     spec["x-kubernetes-validations"] = list(_SPEC_RULES)
@@ -113,10 +110,10 @@ def release_rollout_crd() -> dict[str, Any]:
         {"name": "Age", "type": "date", "jsonPath": ".metadata.creationTimestamp"},
         {"name": "Reason", "type": "string", "jsonPath": ".status.reason"},
         {"name": "Policy", "type": "string", "jsonPath": ".status.policy.name", "priority": 1},
-        {"name": "Waits for", "type": "string", "jsonPath": ".status.waitsFor", "priority": 1},
+        {"name": "Waiting for", "type": "string", "jsonPath": ".status.waitsFor", "priority": 1},
     ]
     schema = {
-        "description": "Rolls a release out as a canary and takes it back when the evidence says so.",
+        "description": "Rolls out a release as a canary and rolls it back when the evidence is bad.",
         "type": "object",
         "required": ["spec"],
         "properties": {"spec": spec, "status": status},
@@ -125,20 +122,19 @@ def release_rollout_crd() -> dict[str, Any]:
 
 
 def release_crd() -> dict[str, Any]:
-    """The CustomResourceDefinition of ``Release``."""
     status = schema_of(resources.ReleaseStatus)
     status["properties"]["conditions"] |= _keyed_by("type")
     columns: list[dict[str, Any]] = [
-        {"name": "Called", "type": "string", "jsonPath": ".status.name"},
+        {"name": "Run", "type": "string", "jsonPath": ".status.name"},
         {"name": "Gates", "type": "string", "jsonPath": ".status.gates"},
-        {"name": "Made", "type": "date", "jsonPath": ".status.madeAt"},
+        {"name": "Created", "type": "date", "jsonPath": ".status.createdAt"},
         {"name": "In store", "type": "string", "jsonPath": '.status.conditions[?(@.type=="InStore")].status'},
         {"name": "Parent", "type": "string", "jsonPath": ".spec.parent", "priority": 1},
         {"name": "Store", "type": "string", "jsonPath": ".spec.store", "priority": 1},
         {"name": "Note", "type": "string", "jsonPath": ".spec.note"},
     ]
     schema = {
-        "description": "A release that lies in a store: immutable, named by the first 12 characters of its id.",
+        "description": "A release in a store: immutable, named by the first 12 characters of its id.",
         "type": "object",
         "required": ["spec"],
         "properties": {"spec": schema_of(resources.ReleaseSpec), "status": status},
@@ -148,7 +144,7 @@ def release_crd() -> dict[str, Any]:
 
 
 def files() -> dict[str, str]:
-    """Name of a file in the chart's ``crds`` -> its text."""
+    """Returns the name and text of each file in the chart's ``crds`` folder."""
     made = {"releaserollouts.yaml": release_rollout_crd(), "releases.yaml": release_crd()}
     head = (
         "# Generated by `python -m reelway.platform.cluster.crds charts/reelway/crds` from the types in resources.py.\n"
@@ -157,7 +153,7 @@ def files() -> dict[str, str]:
 
 
 def _keyed_by(field: str) -> dict[str, Any]:
-    """A list in which no two items have the same ``field``."""
+    """Marks a list whose items are identified by ``field``."""
     return {"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": [field]}
 
 
@@ -189,14 +185,14 @@ def _definition(
 
 
 def _structural(node: Mapping[str, Any], known: Mapping[str, Any]) -> dict[str, Any]:
-    """JSON Schema as pydantic writes it -> what Kubernetes calls structural: no references, no unions, nullable."""
+    """Converts pydantic's JSON Schema to a structural schema: no references, no unions, nullable fields."""
     if "$ref" in node:
         target = known[node["$ref"].removeprefix("#/$defs/")]
         return _structural({**target, **{k: v for k, v in node.items() if k != "$ref"}}, known)
     if "anyOf" in node:
         some = [branch for branch in node["anyOf"] if branch.get("type") != "null"]
         if len(some) != 1:
-            raise ValueError(f"{node}: a union has no structural schema; give the field one type")
+            raise ValueError(f"{node}: a union has no structural schema; use one type for the field")
         rest = {key: value for key, value in node.items() if key not in ("anyOf", "default")}
         return {**_structural({**some[0], **rest}, known), "nullable": True}
     made: dict[str, Any] = {key: node[key] for key in _COPIED if key in node}
@@ -228,13 +224,12 @@ def _object(node: Mapping[str, Any], known: Mapping[str, Any], made: dict[str, A
 
 
 def _items(node: Mapping[str, Any], known: Mapping[str, Any]) -> dict[str, Any]:
-    if "prefixItems" in node:  # a tuple: items of one type, and as many as there are
+    if "prefixItems" in node:  # a tuple: all items have the same type
         return _structural(node["prefixItems"][0], known)
     return _structural(node["items"], known)
 
 
 def main(folder: Path) -> None:
-    """Write the files."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, text in files().items():
         (folder / name).write_text(text)

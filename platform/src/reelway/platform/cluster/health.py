@@ -1,8 +1,8 @@
-"""Why: a kubelet asks whether the operator lives, Prometheus for its numbers, Alertmanager delivers: one door for all.
+"""The operator's HTTP endpoints: alert webhook, /metrics, /healthz and /readyz.
 
-``/healthz`` answers 503 when only a restart can help. ``/readyz`` answers 200 also while another process is the active
-one: a rolling update would wait for ever otherwise. Alerts that come to one that is not active are answered 503, so
-that they are delivered again, to the other.
+``/healthz`` answers 503 if only a restart can help. ``/readyz`` answers 200 on a standby replica as well; otherwise a
+rolling update would never finish. A standby answers alerts with 503, so that Alertmanager sends them again, to the
+active replica.
 """
 
 from __future__ import annotations
@@ -19,24 +19,24 @@ from reelway.platform.rollout.control.webhook import TakesAlerts, webhook_applic
 
 
 class Watched(TakesAlerts, Protocol):
-    """What stands behind the door."""
+    """What the HTTP application needs of the operator."""
 
     @property
     def active(self) -> bool:
-        """Whether this process holds the lease."""
+        """Whether this process holds the Lease."""
         ...
 
     def problem(self) -> str:
-        """Why only a restart can help; empty while nothing is wrong."""
+        """Returns why only a restart can help; empty if the operator is healthy."""
         ...
 
     def wake(self) -> None:
-        """Look again now."""
+        """Starts a reconcile now."""
         ...
 
 
 def operator_application(operator: Watched, token: str, metrics: ControllerMetrics) -> Starlette:
-    """``POST /api/v1/alerts`` (bearer ``token``), ``GET /healthz``, ``/readyz`` and ``/metrics``."""
+    """Serves ``POST /api/v1/alerts`` (bearer ``token``), ``GET /healthz``, ``/readyz`` and ``/metrics``."""
 
     async def healthz(_: Request) -> Response:
         problem = operator.problem()

@@ -1,8 +1,8 @@
-"""Why: a release whose ranker KServe runs needs an InferenceService before it has traffic, and none after it is gone.
+"""Creates and removes the InferenceService of each release whose ranker is served by KServe.
 
-The chart writes the InferenceService once, as a template; a release's own differs in its name and in what names the
-release. Nothing of it is patched later: a release is served as it was prepared, from its first request to its last, and
-traffic never moves here. Every write may be repeated, so that a controller that died may simply do it again.
+The chart provides one template. The InferenceService of a release differs from it in its name and in the fields that
+name the release. It exists before the release has traffic and is removed after the release is retired. It is never
+patched: a release is served as it was prepared. All writes are idempotent, so a restarted controller repeats them.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from reelway.platform.rollout.traffic.target import TrafficBackend, TrafficObser
 
 PATH: Final = "serving.kserve.io/v1beta1/inferenceservices"
 RELEASE_LABEL: Final = "reelway.dev/release"
-"""The first characters of the id; a label may not hold the whole."""
+"""Label with the first characters of the release id; the full id is too long for a label."""
 OWNER: Final = "reelway.dev/owner"
-"""Annotation of the template: the ConfigMap of the installation with which every InferenceService goes away."""
+"""Annotation of the template: name of the ConfigMap that owns all InferenceServices of the installation."""
 _WHO: Final = "app.kubernetes.io/managed-by"
 _OPERATOR: Final = "reelway-operator"
 
 
 @dataclass(frozen=True, slots=True)
 class RankerState:
-    """One release's ranker: ready, or why not. ``failed`` where KServe says that it cannot start as it is."""
+    """State of one release's ranker. ``failed``: KServe reports that the ranker cannot start without a change."""
 
     ready: bool
     detail: str = ""
@@ -38,28 +38,31 @@ class RankerState:
 
 
 class Rankers(Protocol):
-    """The rankers of one installation."""
+    """Manages the rankers of one installation."""
 
     def prepare(self, release: str) -> None:
-        """Have one made, unless there is one."""
+        """Creates the ranker of a release unless it exists."""
         ...
 
     def states(self) -> Mapping[str, RankerState]:
-        """Those that are there, by the first characters of their release's id."""
+        """Returns the state of all rankers by the first characters of the release id."""
         ...
 
     def retire(self, release: str) -> None:
-        """Have it removed; nothing where there is none."""
+        """Removes the ranker of a release if it exists."""
         ...
 
 
 class InferenceServices:
-    """Rankers as InferenceServices. Every method raises KubernetesError: nobody could say, or it was refused.
+    """Rankers as InferenceServices.
 
     Args:
-        template: an InferenceService in which ``{release}`` stands for the first characters of a release's id, and
-            ``{release_id}`` for the whole. Its labels say which InferenceServices are this installation's, its
-            annotation ``OWNER`` with what they are collected when the installation is removed.
+        template: InferenceService in which ``{release}`` stands for the first characters of a release id and
+            ``{release_id}`` for the full id. Its labels select the InferenceServices of this installation. Its
+            annotation ``OWNER_ANNOTATION`` names the ConfigMap that owns them.
+
+    Raises:
+        KubernetesError: from every method, if the API server cannot be reached or rejects the request.
     """
 
     def __init__(self, api: KubeApi, template: Document) -> None:
@@ -69,7 +72,7 @@ class InferenceServices:
         self._own = {key: value for key, value in labels.items() if key != _WHO and "{" not in value}
 
     def prepare(self, release: str) -> None:
-        """Create it; one that is there already, the chart's perhaps, stays as it is."""
+        """Creates the InferenceService. An existing one, such as the chart's, stays unchanged."""
         document = _named(self._template, release)
         metadata = document["metadata"]
         metadata["labels"][_WHO] = _OPERATOR
@@ -81,7 +84,6 @@ class InferenceServices:
             return
 
     def states(self) -> dict[str, RankerState]:
-        """As KServe last said."""
         return {
             found["metadata"]["labels"][RELEASE_LABEL]: state_of(found)
             for found in self._api.list(PATH)
@@ -93,21 +95,20 @@ class InferenceServices:
         found = self._api.get(f"v1/configmaps/{owner}")
         if found is None:
             raise KubernetesError(
-                f"ConfigMap {owner}, which rankers belong to, is gone: is the chart being uninstalled?"
+                f"ConfigMap {owner}, the owner of all rankers, does not exist; check that the chart is installed"
             )
         return {"apiVersion": "v1", "kind": "ConfigMap", "name": owner, "uid": found["metadata"]["uid"]}
 
     def retire(self, release: str) -> None:
-        """Delete it, whoever made it."""
         name = _named(self._template, release)["metadata"]["name"]
         self._api.delete(f"{PATH}/{name}")
 
 
 class RankedApart:
-    """A traffic backend whose releases need a ranker of their own besides.
+    """A traffic backend whose releases each need a remote ranker.
 
-    A release that has none is not among those that run, so it is prepared again at the next write, and it is ready only
-    when its ranker is. Weights are the other backend's alone: a way back to stable asks nothing here first.
+    A release without a ranker counts as not running, so the next write prepares it again. A release is ready only if
+    its ranker is. Weights belong to the wrapped backend alone, so a rollback never depends on rankers.
     """
 
     def __init__(self, backend: TrafficBackend, rankers: Rankers) -> None:
@@ -115,7 +116,7 @@ class RankedApart:
         self._rankers = rankers
 
     def observe(self) -> TrafficObservation:
-        """Look at both; see ``TrafficBackend.observe``."""
+        """Observes the traffic and the rankers; see ``TrafficBackend.observe``."""
         seen = self._backend.observe()
         try:
             rankers = self._rankers.states()
@@ -123,11 +124,9 @@ class RankedApart:
             return replace(seen, ready=frozenset(), detail=_joined(seen.detail, f"rankers: {error}"))
         states = {release: rankers.get(_short(release)) for release in {*seen.releases, *seen.ready}}
         waiting = {release: state for release, state in states.items() if state is None or not state.ready}
-        said = [f"ranker of {_short(release)}: {state.detail if state else 'there is none'}"
+        said = [f"ranker of {_short(release)}: {state.detail if state else 'it does not exist'}"
                 for release, state in sorted(waiting.items())]  # fmt: skip
-        failed = {
-            release: f"its ranker: {state.detail}" for release, state in waiting.items() if state and state.failed
-        }
+        failed = {release: f"ranker: {state.detail}" for release, state in waiting.items() if state and state.failed}
         return replace(
             seen,
             releases=tuple(release for release in seen.releases if states[release] is not None),
@@ -137,12 +136,12 @@ class RankedApart:
         )
 
     def apply(self, target: TrafficTarget) -> None:
-        """Rankers that are wanted, then the traffic, then without the rankers that nobody asks any more.
+        """Creates the rankers needed, writes the traffic, then removes the rankers that are no longer needed.
 
-        Where a ranker is refused the traffic is written all the same, so that a rollback never waits for KServe.
+        If a ranker is rejected the traffic is still written, so that a rollback never waits for KServe.
 
         Raises:
-            RolloutError: the traffic was not accepted, or a ranker was not.
+            RolloutError: if the traffic or a ranker was rejected.
         """
         trouble = self._each(self._rankers.prepare, target.releases)
         self._backend.apply(target)
@@ -152,7 +151,7 @@ class RankedApart:
             gone, trouble = set(), [*trouble, str(error)]
         trouble += self._each(self._rankers.retire, sorted(gone))
         if trouble:
-            raise RolloutError(f"the traffic is written, the rankers are not: {'; '.join(trouble)}")
+            raise RolloutError(f"traffic written, but not all rankers: {'; '.join(trouble)}")
 
     @staticmethod
     def _each(call: Any, releases: Iterable[str]) -> list[str]:
@@ -166,7 +165,11 @@ class RankedApart:
 
 
 def read_template(path: Path) -> Document:
-    """The chart's template. Raises ConfigError: it is no InferenceService, or a release could not be told by it."""
+    """Reads the chart's template.
+
+    Raises:
+        ConfigError: if it is not an InferenceService or does not name the release.
+    """
     try:
         document = yaml.safe_load(path.read_text())
         metadata = document["metadata"]
@@ -174,18 +177,20 @@ def read_template(path: Path) -> Document:
         if document["kind"] != "InferenceService" or not told:
             raise KeyError(f"kind InferenceService, a name with {{release}} and the label {RELEASE_LABEL}")
     except (OSError, yaml.YAMLError, KeyError, TypeError) as error:
-        raise ConfigError(f"{path} is no template of a ranker: {error}; see templates/ranker of the chart") from error
+        raise ConfigError(
+            f"{path}: not a template of a ranker: expected {error}; see templates/ranker of the chart"
+        ) from error
     checked: Document = document
     return checked
 
 
 def state_of(document: Mapping[str, Any]) -> RankerState:
-    """What an InferenceService's status says; one that KServe has not looked at since its last change is not ready."""
+    """Returns the state of an InferenceService. Until KServe observed its latest generation it is not ready."""
     metadata, status = document["metadata"], document.get("status") or {}
     if "deletionTimestamp" in metadata:
-        return RankerState(False, "it is being removed")
+        return RankerState(False, "the InferenceService is being deleted")
     if status.get("observedGeneration", metadata.get("generation")) != metadata.get("generation"):
-        return RankerState(False, "KServe has not looked at it yet")
+        return RankerState(False, "KServe has not observed it yet")
     conditions = {one["type"]: one for one in status.get("conditions") or ()}
     ready = conditions.get("Ready", {})
     if ready.get("status") == "True":

@@ -1,26 +1,31 @@
-"""Why: every word with the API server goes through here, so that its client's exceptions and habits end here.
+"""A small client of the Kubernetes API for one namespace.
 
-Objects go in and out as plain documents. Every request has a time limit. Refuses to retry: who asks knows what a late
-answer is worth. What the server says of an object that it refuses is repeated word for word.
+Objects are plain dictionaries, and every error is a ``KubernetesError``: exceptions of the ``kubernetes`` package never
+leave this module. Every request has a timeout. Nothing is retried, because only the caller knows whether a late answer
+is still useful. An error repeats the server's message verbatim.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Literal
+from urllib.parse import urlencode
 
 from kubernetes import client
 from kubernetes import config as kubernetes_config
 from kubernetes.client.exceptions import ApiException
 from kubernetes.config.config_exception import ConfigException
+from kubernetes.watch.watch import iter_resp_lines
 from urllib3.exceptions import HTTPError
 
 from reelway.platform.errors import ConfigError, KubernetesError
 
 Document = dict[str, Any]
+Method = Literal["GET", "POST", "PUT", "PATCH", "DELETE"]
 TIMEOUT_S: Final = 5.0
 _SERVICE_ACCOUNT: Final = Path("/var/run/secrets/kubernetes.io/serviceaccount")
 _JSON: Final = "application/json"
@@ -29,25 +34,43 @@ _SHOWN: Final = 1000
 
 
 class AbsentError(KubernetesError):
-    """There is no such object, or no such kind."""
+    """The object or its kind does not exist."""
 
 
 class ConflictError(KubernetesError):
-    """The object is not the one that was read any more, or is there already."""
+    """The object changed since it was read, or an object of that name exists."""
+
+
+class ExpiredError(KubernetesError):
+    """The server no longer has the changes since the given resource version (410); list the objects again."""
+
+
+@dataclass(frozen=True, slots=True)
+class WatchEvent:
+    """One change of a watched object."""
+
+    type: str
+    """ADDED, MODIFIED, DELETED or BOOKMARK; a bookmark carries a resource version and no object."""
+    document: Document
+
+    @property
+    def resource_version(self) -> str:
+        return str(self.document["metadata"]["resourceVersion"])
 
 
 class KubeApi:
-    """A namespace of a cluster. Safe between threads.
+    """The objects of one namespace. Thread-safe.
 
-    A path follows the namespace: ``apps/v1/deployments/name``, ``v1/configmaps``.
+    A path consists of group, version, kind and name: ``apps/v1/deployments/name``, ``v1/configmaps``.
 
     Args:
-        namespace: None takes the pod's or the context's.
-        context: of the kubeconfig; None takes a pod's service account where there is one, else the current context.
+        namespace: None selects the namespace of the pod or of the kubeconfig context.
+        context: kubeconfig context. None selects the pod's service account, or the current context outside a pod.
+        timeout_s: timeout of one request in seconds.
 
     Raises:
-        ConfigError: there is neither a service account nor a kubeconfig with that context.
-        KubernetesError: of every method: the server could not be reached, or refused.
+        ConfigError: if there is no service account and the kubeconfig has no such context.
+        KubernetesError: from every method, if the server cannot be reached or rejects the request.
     """
 
     def __init__(
@@ -63,58 +86,83 @@ class KubeApi:
         self._client = client.ApiClient(configuration)
 
     def get(self, path: str) -> Document | None:
-        """An object; None when there is none."""
+        """Returns an object, or None if it does not exist."""
         try:
             return self._ask("GET", path)
         except AbsentError:
             return None
 
     def list(self, path: str) -> list[Document]:
-        """The namespace's objects of a kind. Raises AbsentError: the kind is not known to the cluster."""
-        return list(self._ask("GET", path).get("items") or ())
+        """Returns all objects of a kind. Raises AbsentError if the cluster does not know the kind."""
+        return list(self.list_at(path)[0])
+
+    def list_at(self, path: str) -> tuple[Sequence[Document], str]:
+        """Returns all objects of a kind and the resource version of the list, from which ``watch`` continues."""
+        answer = self._ask("GET", path)
+        return list(answer.get("items") or ()), str(answer["metadata"]["resourceVersion"])
+
+    def watch(self, path: str, resource_version: str, *, timeout_s: float) -> Iterator[WatchEvent]:
+        """Yields the changes after ``resource_version`` until the server ends the request.
+
+        Args:
+            timeout_s: how long the server keeps the request open. A connection that is silent for ``TIMEOUT_S`` longer
+                counts as lost.
+
+        Raises:
+            ExpiredError: if the server no longer has all changes since ``resource_version``.
+            KubernetesError: if the connection is lost. Events that were yielded before are valid.
+        """
+        query = {"watch": "1", "allowWatchBookmarks": "true", "resourceVersion": resource_version}
+        target = f"{path}?{urlencode({**query, 'timeoutSeconds': max(1, round(timeout_s))})}"
+        what = f"watch of {path} in namespace {self.namespace}"
+        answer = self._open("GET", target, what, timeout_s=(self._timeout_s, timeout_s + self._timeout_s))
+        try:
+            for line in iter_resp_lines(answer.response):
+                event = json.loads(line)
+                if event["type"] == "ERROR":
+                    raise _refusal(what, int(event["object"].get("code", 500)), json.dumps(event["object"]))
+                yield WatchEvent(event["type"], event["object"])
+        except (HTTPError, OSError, ValueError) as error:
+            raise KubernetesError(f"{what}: connection to {self.server} lost: {_short(str(error))}") from error
+        finally:
+            answer.response.close()
 
     def list_versions(self, path: str) -> dict[str, str]:
-        """Uid -> resource version of every object, without their contents."""
+        """Returns UID -> resource version of every object of a kind, without fetching the objects."""
         accept = f"{_JSON};as=PartialObjectMetadataList;g=meta.k8s.io;v=v1"
         items = self._ask("GET", path, accept=accept).get("items") or ()
         return {item["metadata"]["uid"]: item["metadata"]["resourceVersion"] for item in items}
 
     def create(self, path: str, document: Mapping[str, Any]) -> Document:
-        """Raises ConflictError: there is one of that name."""
+        """Creates an object. Raises ConflictError if an object of that name exists."""
         return self._ask("POST", path, document)
 
     def replace(self, path: str, document: Mapping[str, Any]) -> Document:
-        """Write the whole object. Raises ConflictError: its ``resourceVersion`` is not the newest."""
+        """Replaces an object. Raises ConflictError if its ``resourceVersion`` is not the latest."""
         return self._ask("PUT", path, document)
 
     def patch(self, path: str, change: Mapping[str, Any]) -> Document:
-        """A JSON merge patch; a ``metadata.resourceVersion`` in it must be the newest, else ConflictError."""
+        """Applies a JSON merge patch.
+
+        Raises:
+            ConflictError: if the patch has a ``metadata.resourceVersion`` that is not the latest.
+        """
         return self._ask("PATCH", path, change, content=_MERGE)
 
     def delete(self, path: str) -> None:
-        """Ask for its removal; nothing when there is none."""
+        """Requests the deletion of an object; does nothing if it does not exist."""
         try:
             self._ask("DELETE", path)
         except AbsentError:
             return
 
     def read_text(self, path: str) -> str:
-        """What is no document: a log. Raises AbsentError: there is none."""
+        """Returns a plain-text resource such as a pod's log. Raises AbsentError if it does not exist."""
         return self._answer("GET", path, accept="*/*")
-
-    def connection(self) -> Mapping[str, Any]:
-        """How to reach the server, for a client of another kind: host, ca, certificate, key, token."""
-        settings = self._configuration
-        token = self._headers("", "").get("authorization", "")
-        return {
-            "server": self.server, "ca_path": settings.ssl_ca_cert, "insecure": not settings.verify_ssl,
-            "certificate_path": settings.cert_file, "private_key_path": settings.key_file,
-            "scheme": token.partition(" ")[0] or None, "token": token.partition(" ")[2] or None,
-        }  # fmt: skip
 
     def _ask(
         self,
-        method: Literal["GET", "POST", "PUT", "PATCH", "DELETE"],
+        method: Method,
         path: str,
         body: Mapping[str, Any] | None = None,
         *,
@@ -126,7 +174,7 @@ class KubeApi:
 
     def _answer(
         self,
-        method: Literal["GET", "POST", "PUT", "PATCH", "DELETE"],
+        method: Method,
         path: str,
         body: Mapping[str, Any] | None = None,
         *,
@@ -134,41 +182,61 @@ class KubeApi:
         content: str = _JSON,
     ) -> str:
         what = f"{method} {path} in namespace {self.namespace}"
+        answer = self._open(method, path, what, body, accept=accept, content=content, timeout_s=self._timeout_s)
+        try:
+            return _text(answer.read())
+        except (HTTPError, OSError) as error:
+            raise self._unreachable(what, error) from error
+
+    def _open(
+        self,
+        method: Method,
+        path: str,
+        what: str,
+        body: Mapping[str, Any] | None = None,
+        *,
+        accept: str = _JSON,
+        content: str = _JSON,
+        timeout_s: float | tuple[float, float],
+    ) -> Any:
+        """Sends a request and returns the response with its body unread."""
         try:
             answer = self._client.call_api(
                 method, self.server + _url(path, self.namespace), header_params=self._headers(accept, content),
-                body=body, _request_timeout=self._timeout_s,
+                body=body, _request_timeout=timeout_s,
             )  # fmt: skip
-            text = answer.read()
+            if not 200 <= answer.status < 300:
+                raise _refusal(what, answer.status, _text(answer.read()))
         except (HTTPError, OSError, ApiException) as error:
-            raise KubernetesError(
-                f"{what}: cannot ask {self.server}: {_short(str(error))}; is it reachable?"
-            ) from error
-        if not 200 <= answer.status < 300:
-            raise _refusal(what, answer.status, text)
-        return text.decode(errors="replace") if isinstance(text, bytes) else str(text)
+            raise self._unreachable(what, error) from error
+        return answer
+
+    def _unreachable(self, what: str, error: Exception) -> KubernetesError:
+        return KubernetesError(
+            f"{what}: cannot reach {self.server}: {_short(str(error))}; check that the API server is running"
+        )
 
     def _headers(self, accept: str, content: str) -> dict[str, str]:
         headers = {"Accept": accept, "Content-Type": content, "User-Agent": "reelway"}
-        for auth in self._configuration.auth_settings().values():  # asks for a new token when the old one is old
+        for auth in self._configuration.auth_settings().values():  # reloads an expired token
             headers[auth["key"]] = auth["value"]
         return headers
 
 
 def _load(configuration: Any, context: str | None) -> str:
-    """Fill the client's configuration; the namespace that it comes with."""
+    """Fills the client's configuration in and returns the namespace of the pod or context."""
     try:
         if context is None and (_SERVICE_ACCOUNT / "token").exists():
             kubernetes_config.load_incluster_config(client_configuration=configuration)
             return (_SERVICE_ACCOUNT / "namespace").read_text().strip()
-        where = os.environ.get("KUBECONFIG") or None  # the client looks at it once, when it is imported
+        where = os.environ.get("KUBECONFIG") or None  # the client reads KUBECONFIG only at import
         kubernetes_config.load_kube_config(where, context=context, client_configuration=configuration)
         contexts, active = kubernetes_config.list_kube_config_contexts(where)
         chosen = next((c for c in contexts if c["name"] == context), active)
         return str(chosen["context"].get("namespace", "default"))
     except (ConfigException, OSError) as error:
         wanted = f"context {context!r}" if context else "a cluster"
-        raise ConfigError(f"no way to {wanted}: {error}; set KUBECONFIG, or name a context with --context") from error
+        raise ConfigError(f"cannot connect to {wanted}: {error}; set KUBECONFIG or pass --context") from error
 
 
 def _url(path: str, namespace: str) -> str:
@@ -179,14 +247,18 @@ def _url(path: str, namespace: str) -> str:
     return f"/apis/{first}/{version}/namespaces/{namespace}/{rest}"
 
 
-def _refusal(what: str, status: int, text: bytes | str) -> KubernetesError:
+def _refusal(what: str, status: int, text: str) -> KubernetesError:
     try:
-        said = str(json.loads(text)["message"])
+        message = str(json.loads(text)["message"])
     except (ValueError, KeyError, TypeError):
-        said = str(text)
-    kind = {404: AbsentError, 409: ConflictError}.get(status, KubernetesError)
-    hint = {401: "; log in again", 403: "; ask for that right"}.get(status, "")
-    return kind(f"{what} answered {status}: {_short(said)}{hint}")
+        message = text
+    kind = {404: AbsentError, 409: ConflictError, 410: ExpiredError}.get(status, KubernetesError)
+    hint = {401: "; log in again", 403: "; request this right from the cluster's administrator"}.get(status, "")
+    return kind(f"{what} answered {status}: {_short(message)}{hint}")
+
+
+def _text(body: bytes | str) -> str:
+    return body.decode(errors="replace") if isinstance(body, bytes) else str(body)
 
 
 def _short(text: str) -> str:

@@ -1,6 +1,7 @@
-"""Why: every backend has a controller of its own, the same one as on a laptop; here it is put together.
+"""One traffic backend of a namespace and the rollout controller that manages it.
 
-A lane is one backend: its store, its evidence, its alerts, its controller in a thread. It decides nothing.
+``BackendController`` builds the parts for its backend (store, evidence, alerts, traffic) and runs the ``Controller`` in
+a thread. It is the same ``Controller`` that runs in local mode.
 """
 
 from __future__ import annotations
@@ -8,13 +9,11 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import Final
 from urllib.parse import urlsplit
 
 from reelway.platform.cluster.inference_service import InferenceServices, RankedApart, read_template
 from reelway.platform.cluster.kube_api import KubeApi
+from reelway.platform.cluster.operator_settings import OperatorSettings, RaySettings
 from reelway.platform.cluster.ray_service import RayServiceBackend
 from reelway.platform.cluster.resources import Backend, Resource
 from reelway.platform.cluster.rollout_store import KubeRolloutStore
@@ -24,58 +23,26 @@ from reelway.platform.rollout.control.alert_book import AlertBook
 from reelway.platform.rollout.control.controller import Controller
 from reelway.platform.rollout.control.controller_metrics import ControllerMetrics
 from reelway.platform.rollout.records import HistoryEntry
-from reelway.platform.rollout.sources import Access, ReadEvidence, alert_source
+from reelway.platform.rollout.sources import ReadEvidence
 from reelway.platform.rollout.sources.direct_scrape import DirectScrape
 from reelway.platform.rollout.sources.heard_series import SeriesReader
 from reelway.platform.rollout.sources.parity_report import ParityReport
 from reelway.platform.rollout.sources.parity_store import ParityInStore
 from reelway.platform.rollout.sources.prometheus_reader import PrometheusReader
 from reelway.platform.rollout.traffic.serve_rest import ServeAddress, ServeRestBackend
-from reelway.platform.rollout.traffic.target import TrafficBackend
 
 log = logging.getLogger(__name__)
 
-HEAD_URL: Final = "http://{name}-head-svc.{namespace}.svc:8265"
-ROUTER_URL: Final = "http://{name}-serve-svc.{namespace}.svc:8000"
-"""Services that KubeRay makes for a RayService."""
-
-
-@dataclass(frozen=True)
-class LaneSettings:
-    """What all lanes of an operator have in common."""
-
-    interval_s: float = 2.0
-    """Seconds between two looks; commands and alerts do not wait for them."""
-    prometheus_url: str | None = None
-    """Asked for evidence; None scrapes the router directly, which is right for one router only."""
-    alertmanager_url: str | None = None
-    """Polled for alerts besides the webhook; None polls nothing."""
-    prometheus_access: Access = field(default_factory=Access)
-    """How it is asked, and labels of its series besides their namespace, which is always this one."""
-    alertmanager_access: Access = field(default_factory=Access)
-    """The same of Alertmanager. An alert of another namespace is not ours."""
-    poll_s: float = 5.0
-    """Seconds between two polls."""
-    ray_token_file: Path | None = None
-    """Ray's token, from a Secret; None for a Ray without authentication."""
-    parity: str | None = None
-    """Path or URL of the feature replay's findings; None leaves parity unknown, and who asks for it holds."""
-    head_url: str = HEAD_URL
-    """Of a RayService's dashboard; {name} and {namespace} are filled in."""
-    router_url: str = ROUTER_URL
-    """Of its routers."""
-    ranker_template: Path | None = None
-    """InferenceService of a release's ranker, where KServe runs it; None leaves ranking to the graph."""
-    trusted_hosts: tuple[str, ...] = ()
-    """Hosts outside the namespace that Ray's token may be sent to."""
-
 
 class Lane:
-    """One backend and its controller.
+    """The controller of one backend.
+
+    Args:
+        on_decision: called with each decision after it is recorded.
 
     Raises:
-        RolloutError: the backend is one that may not be talked to.
-        KubernetesError: what is known of its alerts could not be read.
+        RolloutError: if the backend is on a host that the operator may not send Ray's token to.
+        KubernetesError: if the recorded alerts cannot be read.
     """
 
     def __init__(
@@ -83,58 +50,61 @@ class Lane:
         api: KubeApi,
         shelf: Shelf,
         backend: Backend,
-        settings: LaneSettings,
+        settings: OperatorSettings,
         metrics: ControllerMetrics,
         told: Callable[[Resource, HistoryEntry], None],
     ) -> None:
-        address = address_of(backend, api.namespace, settings)
+        address = address_of(backend, api.namespace, settings.ray)
         self.key = backend.key
         self.store = KubeRolloutStore(api, shelf, backend=backend.key, made_for=backend, told=told)
         serve = ServeRestBackend(address)
         name = backend.ray_service.name if backend.ray_service else ""
         self.backend: RayServiceBackend | ServeRestBackend = RayServiceBackend(api, name, serve) if name else serve
+        rankers = _rankers(api, settings)
         url = address.url.rstrip("/")
         reader: SeriesReader
-        if settings.prometheus_url:
-            access = _within(api.namespace, settings.prometheus_access)
-            reader = PrometheusReader(settings.prometheus_url, access=access)
+        if settings.prometheus.url:
+            reader = PrometheusReader(settings.prometheus.url, access=settings.prometheus.access(api.namespace))
         else:
             reader = DirectScrape(lambda: url)
-        self._parity = ParityInStore(settings.parity) if settings.parity else None
+        self._parity = ParityInStore(settings.parity_findings) if settings.parity_findings else None
         self._source = ReadEvidence(reader, self._parity.report if self._parity else _no_parity)
         self.book = AlertBook(self.store)
         self.wake = threading.Event()
         self._stop = threading.Event()
-        alerts = settings.alertmanager_url
         controller = Controller(
             self.store,
-            _with_rankers(self.backend, api, settings),
+            RankedApart(self.backend, rankers) if rankers else self.backend,
             self._source,
             self.book,
-            alert_source=alert_source(alerts, _within(api.namespace, settings.alertmanager_access)) if alerts else None,
-            poll_s=settings.poll_s,
+            alert_source=settings.alertmanager.source(api.namespace),
+            poll_s=settings.alertmanager.poll_interval_s,
             metrics=metrics,
         )
         self._thread = threading.Thread(
-            target=controller.run, args=(self._stop, self.wake, settings.interval_s), name=f"lane {self.key}"
+            target=controller.run, args=(self._stop, self.wake, settings.interval_s), name=f"controller {self.key}"
         )
 
     def start(self) -> None:
-        """Begin to look."""
-        log.info("looking after %s", self.key)
+        """Starts the controller's thread."""
+        log.info("controller of %s: started", self.key)
         self._thread.start()
 
     @property
     def lives(self) -> bool:
-        """Whether its controller still runs."""
+        """Whether the controller's thread is running."""
         return self._thread.is_alive()
 
     def gone(self) -> bool:
-        """Whether there is nothing left whose traffic could be moved. Raises KubernetesError: nobody could say."""
+        """Returns whether the RayService no longer exists, so that no traffic can be moved.
+
+        Raises:
+            KubernetesError: if the API server cannot be reached.
+        """
         return isinstance(self.backend, RayServiceBackend) and not self.backend.exists()
 
     def stop(self) -> None:
-        """Finish what is under way, and end."""
+        """Finishes the current reconcile and ends the thread."""
         self._stop.set()
         self.wake.set()
         if self._thread.ident is not None:
@@ -146,40 +116,34 @@ class Lane:
 
 
 def _no_parity() -> ParityReport:
-    return ParityReport(problem="nobody said where the feature replay leaves its findings; start with --parity URL")
+    return ParityReport(problem="the operator has no parity findings; set parity_findings in its settings")
 
 
-def _within(namespace: str, access: Access) -> Access:
-    """One Prometheus serves many namespaces, and the same release may be a canary in two of them."""
-    return replace(access, labels={**access.labels, "namespace": namespace})
+def _rankers(api: KubeApi, settings: OperatorSettings) -> InferenceServices | None:
+    return InferenceServices(api, read_template(settings.ranker_template)) if settings.ranker_template else None
 
 
-def _with_rankers(backend: TrafficBackend, api: KubeApi, settings: LaneSettings) -> TrafficBackend:
-    if settings.ranker_template is None:
-        return backend
-    return RankedApart(backend, InferenceServices(api, read_template(settings.ranker_template)))
-
-
-def address_of(backend: Backend, namespace: str, settings: LaneSettings) -> ServeAddress:
-    """Where a backend's Serve is.
+def address_of(backend: Backend, namespace: str, settings: RaySettings) -> ServeAddress:
+    """Returns the address of a backend's Serve.
 
     Raises:
-        RolloutError: its host is neither of this namespace nor trusted, so that Ray's token would leave it.
+        RolloutError: if its host is neither in this namespace nor trusted: Ray's token would be sent outside.
     """
     if backend.ray_service is not None:
         names = {"name": backend.ray_service.name, "namespace": namespace}
         return ServeAddress(
-            settings.router_url.format(**names), settings.head_url.format(**names), settings.ray_token_file
+            settings.router_url.format(**names), settings.dashboard_url.format(**names), settings.token_file
         )
-    assert backend.serve is not None, "a backend is one of them"
+    assert backend.serve is not None, "a backend is a RayService or a Serve endpoint"
     for url in (backend.serve.api, backend.serve.url):
         host = urlsplit(url).hostname or ""
-        own = "." not in host or host.endswith(
+        local = "." not in host or host.endswith(
             (f".{namespace}", f".{namespace}.svc", f".{namespace}.svc.cluster.local")
         )
-        if not (own or host in settings.trusted_hosts):
+        if not (local or host in settings.trusted_hosts):
             raise RolloutError(
-                f"spec.backend.serve names host {host!r}, expected a Service of namespace {namespace}, or a host that "
-                f"the operator was told to trust ({', '.join(settings.trusted_hosts) or 'none'})"
+                f"spec.backend.serve: host {host!r} is neither a Service of namespace {namespace} nor one of the "
+                f"operator's trusted hosts ({', '.join(settings.trusted_hosts) or 'none'}); add it to "
+                "ray.trusted_hosts in the operator's settings"
             )
-    return ServeAddress(backend.serve.url, backend.serve.api, settings.ray_token_file)
+    return ServeAddress(backend.serve.url, backend.serve.api, settings.token_file)

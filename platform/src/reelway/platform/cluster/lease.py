@@ -1,10 +1,10 @@
-"""Why: two operators that both move traffic would undo each other, so only the holder of a Lease looks at anything.
+"""Leader election with a Lease: only its holder manages rollouts.
 
-A Lease of our own and not Kopf's peering: it needs no further CRD and no right but ``get``, ``create`` and ``update``
-of leases, one object of the namespace; and it excludes, where peering only asks the others to be quiet. Times of other
-machines are never compared with ours: a holder is taken for gone when its record has not changed for the lease's
-duration by our own clock. Whoever cannot renew in time stops before another may begin. Should both be wrong (a process
-frozen for longer than that), statuses are still written by version, so that one of them is refused.
+Two operators that both move traffic would undo each other's changes. The Lease needs the rights ``get``, ``create`` and
+``update`` on one object. Clocks of different machines are never compared: a holder counts as lost if its record has not
+changed for the lease duration by the local clock. A holder that cannot renew stops before another replica can take
+over. If a process was frozen for longer than that, statuses are still written by resource version, so one of the two
+writes is rejected.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ _PATH: Final = "coordination.k8s.io/v1/leases"
 
 
 class Lease:
-    """One Lease object.
+    """One candidate for a Lease.
 
     Args:
-        identity: of this process; a container that is started again in its pod keeps it, and so goes on at once.
-        duration_s: after which a silent holder is gone.
+        identity: name of this process. A restarted container keeps its pod's name and so continues at once.
+        duration_s: another replica can take over this many seconds after the last renewal.
     """
 
     def __init__(
@@ -48,41 +48,43 @@ class Lease:
         self.holder = ""
 
     def acquire(self, stop: threading.Event) -> bool:
-        """Wait until it is ours; False when stopped before."""
+        """Waits until this process holds the Lease. Returns False if stopped before."""
         told = ""
         while not stop.is_set():
             try:
                 if self.try_once():
-                    log.info("lease %s is ours (%s)", self._name, self._identity)
+                    log.info("lease %s: acquired by %s", self._name, self._identity)
                     return True
             except KubernetesError as error:
                 log.warning("lease %s: %s", self._name, error)
             if self.holder and self.holder != told:
                 told = self.holder
-                log.info("lease %s is held by %s; waiting", self._name, told)
+                log.info("lease %s: waiting, held by %s", self._name, told)
             stop.wait(self._duration_s / 5)
         return False
 
     def hold(self, stop: threading.Event, lost: Callable[[], None]) -> None:
-        """Renew until stopped. ``lost`` is called once when it is ours no longer, or may not be in a moment."""
+        """Renews until stopped. Calls ``on_lost`` once if the Lease is lost or could not be renewed for 70 % of its
+        duration.
+        """
         while not stop.wait(self._duration_s / 5):
             try:
                 if not self.try_once():
-                    log.error("lease %s was taken by %s", self._name, self.holder)
+                    log.error("lease %s: lost to %s", self._name, self.holder)
                     lost()
                     return
             except KubernetesError as error:
                 silent_s = self._clock() - self._renewed_at
-                log.warning("lease %s was not renewed for %.1f s: %s", self._name, silent_s, error)
+                log.warning("lease %s: not renewed for %.1f s: %s", self._name, silent_s, error)
                 if silent_s > 0.7 * self._duration_s:
                     lost()
                     return
 
     def try_once(self) -> bool:
-        """Take or renew it. Whether it is ours.
+        """Acquires or renews the Lease. Returns whether this process holds it.
 
         Raises:
-            KubernetesError: nobody could say.
+            KubernetesError: if the API server cannot be reached.
         """
         began = self._clock()
         document = self._api.get(f"{_PATH}/{self._name}")
@@ -94,12 +96,12 @@ class Lease:
             else:
                 return False
         except ConflictError:
-            return False  # somebody was faster; who, the next look says
+            return False  # another replica was faster; the next attempt reads its name
         self._renewed_at, self.holder = began, self._identity
         return True
 
     def release(self) -> None:
-        """Let the next one begin at once."""
+        """Clears the holder, so that another replica can take over at once."""
         try:
             document = self._api.get(f"{_PATH}/{self._name}")
             if document is not None and document["spec"].get("holderIdentity") == self._identity:
@@ -107,7 +109,7 @@ class Lease:
                 empty["spec"]["holderIdentity"] = ""
                 self._api.replace(f"{_PATH}/{self._name}", empty)
         except KubernetesError as error:
-            log.warning("lease %s was not let go of, it runs out by itself: %s", self._name, error)
+            log.warning("lease %s: not released, it expires on its own: %s", self._name, error)
 
     def _free(self, document: Document) -> bool:
         spec, now = document.get("spec", {}), self._clock()

@@ -1,6 +1,7 @@
-"""Why: what `reelway submit` and `reelway jobs` ask of a cluster, under the rights of the chart's `submitters` Role.
+"""Submits, lists, follows and stops RayJobs with the rights of the chart's ``submitters`` Role.
 
-The log is that of the submitter's pod: it takes no way to Ray, no token of Ray's, and outlives the Ray cluster.
+Logs are read from the submitter's pod. This needs no connection to Ray and no Ray token, and the log outlives the Ray
+cluster.
 """
 
 from __future__ import annotations
@@ -18,12 +19,14 @@ from reelway.platform.errors import ConfigError, KubernetesError
 Document = dict[str, Any]
 PATH: Final = "ray.io/v1/rayjobs"
 _OURS: Final = "app.kubernetes.io/part-of=reelway,reelway.dev/component=jobs"
-_NO_KUBERAY: Final = "the cluster knows no RayJob; install KubeRay's operator and its CRDs (v1.6 or newer)"
+_NO_KUBERAY: Final = (
+    "the cluster does not know the kind RayJob; install KubeRay's operator and its CRDs (v1.6 or newer)"
+)
 
 
 @dataclass(frozen=True)
 class LogPlace:
-    """How far a log was read: a pod and the time of its last line."""
+    """How far a log was read: the pod and the timestamp of the last line."""
 
     pod: str = ""
     after: str = ""
@@ -33,7 +36,7 @@ class RayJobs:
     """Reelway's jobs in a namespace.
 
     Raises:
-        KubernetesError: of every method: the server cannot be reached, or refuses.
+        KubernetesError: from every method, if the API server cannot be reached or rejects the request.
     """
 
     def __init__(self, api: KubeApi) -> None:
@@ -41,10 +44,11 @@ class RayJobs:
         self.namespace = api.namespace
 
     def submit(self, request: JobRequest, installation: str | None = None) -> Job:
-        """Create a job.
+        """Creates a job.
 
         Raises:
-            ConfigError: a flag is wrong, Reelway or KubeRay is not installed here, or the same job is under way.
+            ConfigError: if an option is invalid, Reelway or KubeRay is not installed in the namespace, or a job of the
+                same kind and run has not ended.
         """
         templates = self._api.list(f"v1/configmaps?{urlencode({'labelSelector': _OURS})}")
         document = job_document(template_of(templates, request.kind, installation), request)
@@ -52,16 +56,16 @@ class RayJobs:
         for other in self.all():
             if (other.kind, other.run) == (asked.kind, asked.run) and not other.state.ended:
                 raise ConfigError(
-                    f"job {other.name} is {other.state}: {asked.kind} of run {asked.run}, whose files a second one "
-                    f"would write too; `reelway jobs follow {other.name}`, or stop it first"
+                    f"cannot submit {asked.kind} of run {asked.run}: job {other.name} is {other.state} and writes the "
+                    f"same files; `reelway jobs follow {other.name}`, or stop it first"
                 )
         return read_job(self._api.create(PATH, document))
 
     def all(self) -> Sequence[Job]:
-        """All, the newest first.
+        """Returns all jobs, newest first.
 
         Raises:
-            ConfigError: KubeRay is not installed.
+            ConfigError: if KubeRay is not installed.
         """
         try:
             found = self._api.list(f"{PATH}?{urlencode({'labelSelector': _OURS})}")
@@ -70,14 +74,16 @@ class RayJobs:
         return sorted((read_job(one) for one in found), key=lambda job: job.created_at, reverse=True)
 
     def get(self, name: str) -> Job:
-        """One job. Raises ConfigError: there is none of that name."""
+        """Returns one job. Raises ConfigError if it does not exist."""
         document = self._api.get(f"{PATH}/{name}")
         if document is None:
-            raise ConfigError(f"namespace {self.namespace} has no job {name!r}; `reelway jobs` lists those it has")
+            raise ConfigError(
+                f"job {name!r} does not exist in namespace {self.namespace}; `reelway jobs` lists all jobs"
+            )
         return read_job(document)
 
     def stop(self, name: str) -> None:
-        """End its pods. It stays, and says that it was stopped; one of Kueue's goes, for Kueue would start it again."""
+        """Stops a job's pods and keeps the job. A job of a Kueue queue is deleted, because Kueue would restart it."""
         job = self.get(name)
         if job.queue:
             self.delete(name)
@@ -85,11 +91,11 @@ class RayJobs:
             self._api.patch(f"{PATH}/{name}", {"spec": {"suspend": True}})
 
     def delete(self, name: str) -> None:
-        """Remove it with its pods and its log. What it wrote to its run stays."""
+        """Deletes a job with its pods and log. The files of its run stay."""
         self._api.delete(f"{PATH}/{name}")
 
     def troubles(self, job: Job) -> Sequence[Trouble]:
-        """What keeps it from starting."""
+        """Returns why a job does not start."""
         pods = self._pods(f"batch.kubernetes.io/job-name={job.name}")
         if job.cluster:
             pods += self._pods(f"ray.io/cluster={job.cluster}")
@@ -97,7 +103,7 @@ class RayJobs:
         return find_troubles(pods, events)
 
     def new_lines(self, job: Job, place: LogPlace) -> tuple[Sequence[str], LogPlace]:
-        """What the log has beyond ``place``, and where it ends now."""
+        """Returns the log lines after the cursor, and the new cursor."""
         pods = sorted(self._pods(f"batch.kubernetes.io/job-name={job.name}"), key=_created)
         if not pods:
             return (), place
@@ -110,18 +116,18 @@ class RayJobs:
         lines = []
         for stamped in self._log(newest, question):
             at, _, line = stamped.partition(" ")
-            if at > place.after:  # sinceTime counts whole seconds
+            if at > place.after:  # sinceTime has a resolution of one second
                 lines.append(line)
         last = stamped.partition(" ")[0] if lines else place.after
         return lines, LogPlace(newest, last)
 
     def log_is_whole(self, job: Job) -> bool:
-        """Whether nothing more will be written to the log."""
+        """Returns whether the log is complete."""
         pods = self._pods(f"batch.kubernetes.io/job-name={job.name}")
         return all(pod["status"].get("phase") in ("Succeeded", "Failed") for pod in pods)
 
     def with_release(self, job: Job) -> Job:
-        """The job with the release that it built, which its log ends with."""
+        """Returns the job with the id of the release that it built, which is the last line of its log."""
         if job.kind != JobKind.RELEASE or job.state is not JobState.SUCCEEDED:
             return job
         pods = sorted(self._pods(f"batch.kubernetes.io/job-name={job.name}"), key=_created)

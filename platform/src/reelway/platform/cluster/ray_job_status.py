@@ -1,6 +1,6 @@
-"""Why: KubeRay has a dozen words for how a job stands, and pods say why it does not start; people want one word.
+"""Translates the status of a RayJob and its pods into one state and a list of startup problems.
 
-Reads documents; no I/O.
+Reads API objects; no I/O.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from datetime import datetime
 from enum import StrEnum
 from typing import Any, Final
 
-from reelway.platform.cluster.ray_job_template import KIND_LABEL, QUEUE_LABEL, RUN_LABEL, kind_of
+from reelway.platform.cluster.ray_job_template import KIND_LABEL, QUEUE_LABEL, RUN_LABEL
 
 RELEASE_ID: Final = re.compile(r"[0-9a-f]{64}")
 _EXIT_CODE: Final = re.compile(r"exit code (-?\d+)")
@@ -23,8 +23,6 @@ _CONTAINER_TROUBLES: Final = frozenset({"CreateContainerConfigError", "CreateCon
 
 
 class JobState(StrEnum):
-    """How a job stands."""
-
     QUEUED = "queued"
     STARTING = "starting"
     RUNNING = "running"
@@ -40,7 +38,7 @@ class JobState(StrEnum):
 
 @dataclass(frozen=True)
 class Job:
-    """A RayJob, as people see it."""
+    """State of a RayJob for display."""
 
     name: str
     kind: str
@@ -51,25 +49,25 @@ class Job:
     started_at: datetime | None = None
     ended_at: datetime | None = None
     tries: int = 0
-    """That have failed."""
+    """Number of failed attempts."""
     cluster: str = ""
-    """Name of the RayCluster of this try; empty before there is one."""
+    """Name of the RayCluster of the current attempt; empty before it exists."""
     queue: str = ""
     reason: str = ""
     message: str = ""
     exit_code: int | None = None
-    """Of the command; None where it did not end by itself."""
+    """Exit code of the command; None if the command did not end on its own."""
     release: str = ""
-    """That it built: read from the log by who has it."""
+    """Id of the release that the job built, read from its log."""
 
     @property
     def never_began(self) -> bool:
-        """Whether it failed before its command ran."""
+        """Whether the job failed before its command ran."""
         return self.reason in _NEVER_BEGAN
 
 
 def read_job(document: Mapping[str, Any]) -> Job:
-    """A RayJob as the API server gave it."""
+    """Parses a RayJob from the API server."""
     metadata, spec, status = document["metadata"], document["spec"], document.get("status") or {}
     labels, message = metadata.get("labels") or {}, str(status.get("message") or "")
     state = _state(spec, status, labels)
@@ -78,7 +76,7 @@ def read_job(document: Mapping[str, Any]) -> Job:
     assert created_at is not None
     return Job(
         name=metadata["name"],
-        kind=kind_of(labels.get(KIND_LABEL, "")),
+        kind=labels.get(KIND_LABEL, ""),
         run=labels.get(RUN_LABEL, ""),
         state=state,
         created_at=created_at,
@@ -96,22 +94,26 @@ def read_job(document: Mapping[str, Any]) -> Job:
 
 @dataclass(frozen=True)
 class Trouble:
-    """Why a job does not start."""
+    """A reason why a job does not start."""
 
     what: str
     hopeless: bool
-    """Waiting will not help: somebody has to change something."""
+    """Waiting does not help: the installation or the job has to be changed."""
 
 
 def find_troubles(pods: Iterable[Mapping[str, Any]], events: Iterable[Mapping[str, Any]] = ()) -> Sequence[Trouble]:
-    """What keeps a job's pods from starting, each once; ``events`` are warnings about its RayJob and RayCluster."""
+    """Returns why a job's pods do not start, without duplicates.
+
+    Args:
+        events: warnings about the RayJob and its RayCluster.
+    """
     found = [trouble for pod in pods for trouble in _pod_troubles(pod)]
     found += [Trouble(f"{one.get('reason', '')}: {one.get('message', '')}", hopeless=False) for one in events]
     return tuple(dict.fromkeys(found))
 
 
 def release_id_in(lines: Iterable[str]) -> str:
-    """The last line that is a release's whole id; empty when there is none."""
+    """Returns the last line that is a complete release id, or an empty string."""
     ids = [line.strip() for line in lines if RELEASE_ID.fullmatch(line.strip())]
     return ids[-1] if ids else ""
 
@@ -135,21 +137,19 @@ def _pod_troubles(pod: Mapping[str, Any]) -> Iterable[Trouble]:
     name, status = pod["metadata"]["name"], pod.get("status") or {}
     for condition in status.get("conditions") or ():
         if condition["type"] == "PodScheduled" and condition["status"] == "False":
-            yield Trouble(f"pod {name} finds no node: {condition.get('message', '')}", hopeless=False)
+            yield Trouble(f"pod {name} cannot be scheduled: {condition.get('message', '')}", hopeless=False)
     containers = [*(status.get("initContainerStatuses") or ()), *(status.get("containerStatuses") or ())]
     for container in containers:
         waiting = (container.get("state") or {}).get("waiting") or {}
         reason, said = waiting.get("reason", ""), waiting.get("message", "")
         if reason in _IMAGE_TROUBLES:
-            yield Trouble(
-                f"pod {name}: image {container['image']} is not there ({reason}): {said}", reason in _HOPELESS
-            )
+            yield Trouble(f"pod {name}: cannot pull image {container['image']} ({reason}): {said}", reason in _HOPELESS)
         elif reason in _CONTAINER_TROUBLES:
-            yield Trouble(f"pod {name} cannot be made ({reason}): {said}", hopeless=False)
+            yield Trouble(f"pod {name}: cannot create its container ({reason}): {said}", hopeless=False)
 
 
 def _as_shells_do(code: int) -> int:
-    """128 + the signal for a command that a signal ended."""
+    """Returns the shell's exit code: 128 + the signal number for a command that a signal ended."""
     return code if code > 0 else 128 - code
 
 

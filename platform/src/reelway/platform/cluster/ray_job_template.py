@@ -1,7 +1,7 @@
-"""Why: the chart says once what a job's pods are; here a person's flags are laid over that, and nothing is made up.
+"""Builds the RayJob of a submitted job: the chart's template with the user's options applied.
 
-A template is a RayJob in the ConfigMap of an installation, the same that its CronJobs create. No I/O. Refuses what
-would only fail minutes later in a pod: a run's name that is no label, a toleration that is none.
+The template is a RayJob in a ConfigMap of the installation; the CronJobs create the same one. No I/O. Values that would
+fail minutes later in a pod are rejected here: a run name that is not a label value, an invalid toleration.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _TOLERATION: Final = re.compile(
 
 
 class JobKind(StrEnum):
-    """What a job does: a command of `reelway`."""
+    """A kind of job: its name in `reelway submit`, among the chart's ``jobs`` and in labels."""
 
     DATASET = "dataset"
     FEATURES = "features"
@@ -39,60 +39,41 @@ class JobKind(StrEnum):
     EVALUATE = "evaluate"
     RELEASE = "release"
 
-    @property
-    def key(self) -> str:
-        """Its name among the chart's ``jobs``, and in labels."""
-        return _KEYS[self]
-
-
-_KEYS: Final = {
-    JobKind.DATASET: "dataset",
-    JobKind.FEATURES: "materialisation",
-    JobKind.TRAIN: "training",
-    JobKind.EVALUATE: "evaluation",
-    JobKind.RELEASE: "release",
-}
-
-
-def kind_of(label: str) -> str:
-    """The kind as people type it, of what is in a label; the label itself where it is none of ours."""
-    return next((kind.value for kind, key in _KEYS.items() if key == label), label)
-
 
 @dataclass(frozen=True)
 class JobRequest:
-    """What a person asks for. None is what the installation says."""
+    """Options of one job. None keeps the value of the installation."""
 
     kind: JobKind
     run: str | None = None
-    """Name of a run beside the installation's."""
+    """Name of the run; its directory is next to the installation's run."""
     workers: int | None = None
-    """Pods beside the head; 0 does all on the head."""
+    """Worker pods; 0 runs everything on the head."""
     gpus: int | None = None
-    """Of each worker, or of the head where there is none."""
+    """GPUs of each worker, or of the head without workers."""
     gpu_resource: str = "nvidia.com/gpu"
     cpus: str | None = None
-    """Quantity, of each pod that computes; so is ``memory``."""
+    """CPU quantity of each pod that computes; ``memory`` likewise."""
     memory: str | None = None
     queue: str | None = None
     tolerations: tuple[str, ...] = ()
     """``KEY[=VALUE][:EFFECT]``."""
     ttl_s: int | None = None
-    backoff: int | None = None
+    backoff_limit: int | None = None
     image: str | None = None
     arguments: tuple[str, ...] = ()
-    """Appended to the command line."""
+    """Arguments appended to the command line."""
 
 
 def template_of(config_maps: Iterable[Mapping[str, Any]], kind: JobKind, installation: str | None) -> Document:
-    """The RayJob that the chart wrote for this kind.
+    """Returns the chart's RayJob for a kind of job.
 
     Args:
-        config_maps: of the namespace, those of Reelway's jobs.
-        installation: name of the Helm release; None where there is only one.
+        config_maps: the ConfigMaps of Reelway's jobs in the namespace.
+        installation: name of the Helm release; None if there is only one.
 
     Raises:
-        ConfigError: there is none, or more than one.
+        ConfigError: if no installation or several installations match.
     """
     found = {str(one["metadata"]["labels"].get(INSTALLATION_LABEL)): one for one in config_maps}
     if installation is not None:
@@ -100,26 +81,26 @@ def template_of(config_maps: Iterable[Mapping[str, Any]], kind: JobKind, install
     if len(found) != 1:
         raise ConfigError(
             f"Reelway's job templates: found installations {sorted(found)}, expected one; "
-            + ("name it with --installation" if found else _NOT_INSTALLED)
+            + ("select it with --installation" if found else _NOT_INSTALLED)
         )
-    text = next(iter(found.values()))["data"].get(f"{kind.key}.yaml")
+    text = next(iter(found.values()))["data"].get(f"{kind}.yaml")
     if text is None:
-        raise ConfigError(f"the installation has no template {kind.key}.yaml; upgrade its chart")
+        raise ConfigError(f"the installation has no template {kind}.yaml; upgrade its chart")
     loaded: Document = yaml.safe_load(text)
     return loaded
 
 
 _NOT_INSTALLED: Final = (
-    "is Reelway installed in this namespace (-n)? A store that is no volume needs jobs.workClaim, "
-    "where jobs keep their files"
+    "check that Reelway is installed in this namespace (-n). If the release store is not a volume, set jobs.runsClaim, "
+    "the volume of the run directories"
 )
 
 
 def job_document(template: Mapping[str, Any], request: JobRequest) -> Document:
-    """The RayJob to create.
+    """Returns the RayJob to create.
 
     Raises:
-        ConfigError: a flag is not what it should be.
+        ConfigError: if an option is invalid.
     """
     job = copy.deepcopy(dict(template))
     spec, labels = job["spec"], job["metadata"]["labels"]
@@ -129,12 +110,12 @@ def job_document(template: Mapping[str, Any], request: JobRequest) -> Document:
         labels[QUEUE_LABEL] = request.queue
     if request.ttl_s is not None:
         spec["ttlSecondsAfterFinished"] = request.ttl_s
-    if request.backoff is not None:
-        spec["backoffLimit"] = request.backoff
+    if request.backoff_limit is not None:
+        spec["backoffLimit"] = request.backoff_limit
     workers, gpus = _arrange(spec["rayClusterSpec"], request)
     spec["entrypoint"] = _entrypoint(spec["entrypoint"], request, workers, gpus)
     submitter = spec["submitterPodTemplate"]["spec"]["containers"][0]
-    if "args" in submitter:  # its own command, which takes the job's; Kubernetes reads $$ as $
+    if "args" in submitter:  # the submitter takes the job's command; Kubernetes reads $$ as $
         submitter["args"] = [spec["entrypoint"].replace("$", "$$")]
     for pod in _pods(spec):
         pod["spec"].setdefault("tolerations", []).extend(toleration(text) for text in request.tolerations)
@@ -144,16 +125,16 @@ def job_document(template: Mapping[str, Any], request: JobRequest) -> Document:
 
 
 def toleration(text: str) -> Document:
-    """``KEY[=VALUE][:EFFECT]`` as Kubernetes takes it.
+    """Parses ``KEY[=VALUE][:EFFECT]`` into a Kubernetes toleration.
 
     Raises:
-        ConfigError: it is not of that form.
+        ConfigError: if the text does not have that form.
     """
     match = _TOLERATION.fullmatch(text)
     if match is None:
         raise ConfigError(
-            f"--toleration {text!r}, expected KEY[=VALUE][:EFFECT], such as nvidia.com/gpu:NoSchedule; effects are "
-            "NoSchedule, PreferNoSchedule, NoExecute"
+            f"--toleration: saw {text!r}, expected KEY[=VALUE][:EFFECT], such as nvidia.com/gpu:NoSchedule; the "
+            "effects are NoSchedule, PreferNoSchedule and NoExecute"
         )
     made: Document = {"key": match["key"], "operator": "Exists" if match["value"] is None else "Equal"}
     if match["value"] is not None:
@@ -164,7 +145,7 @@ def toleration(text: str) -> Document:
 
 
 def _arrange(cluster: Document, request: JobRequest) -> tuple[int, int]:
-    """Workers and GPUs where they belong; how many there are, the latter of each pod that computes."""
+    """Sets workers and GPUs. Returns the number of workers and the GPUs of each pod that computes."""
     group = cluster["workerGroupSpecs"][0]
     head, worker = (_resources(part) for part in (cluster["headGroupSpec"], group))
     resource = next((name for one in (head, worker) for name in one["limits"] if "/" in name), request.gpu_resource)
@@ -181,7 +162,7 @@ def _arrange(cluster: Document, request: JobRequest) -> tuple[int, int]:
     parameters = cluster["headGroupSpec"]["rayStartParams"]
     parameters.pop("num-cpus", None)
     if workers:
-        parameters["num-cpus"] = "0"  # what is to be computed is computed by the workers
+        parameters["num-cpus"] = "0"  # Ray schedules tasks on the workers only
     return workers, gpus
 
 
@@ -197,7 +178,7 @@ def _entrypoint(given: str, request: JobRequest, workers: int, gpus: int) -> str
 
 
 def _with(words: Sequence[str], name: str, value: str | None) -> list[str]:
-    """The words with an option set, or taken out."""
+    """Returns the command line with one option set, or removed if the value is None."""
     kept = list(words)
     if name in kept:
         at = kept.index(name)
@@ -219,7 +200,7 @@ def _resources(group: Document) -> dict[str, dict[str, Any]]:
 def _checked_run(run: str) -> str:
     if _LABEL_VALUE.fullmatch(run) is None:
         raise ConfigError(
-            f"--run {run!r}, expected a name of at most 63 letters, digits, '.', '_' and '-' that begins and ends with "
-            "a letter or digit; on a cluster runs are named, and lie beside the installation's"
+            f"--run: saw {run!r}, expected a name of at most 63 letters, digits, '.', '_' and '-' that begins and ends "
+            "with a letter or digit, not a path"
         )
     return run

@@ -1,7 +1,7 @@
-"""Why: whoever may look at a namespace sees which releases there are, from which parent and with which gates.
+"""Reconciles Release resources with the release store, so that users see the releases with ``kubectl``.
 
-The store is what counts; a ``Release`` only says of it what a manifest says. Whoever put a release there, a job or a
-laptop, it is recorded. Refuses to judge: signatures and gates are looked at by who serves it.
+The store is authoritative; a ``Release`` repeats parts of the manifest. Every release in the store is recorded,
+whichever job or machine wrote it. Signatures and gates are verified where a release is served, not here.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ PATH: Final = f"{GROUP}/{VERSION}/{RELEASES}"
 IN_STORE: Final = "InStore"
 EVERY_S: Final = 10.0
 _SHOWN: Final = 12
-"""Characters of an id: a Release's name."""
+"""Characters of a release id that form the resource's name."""
 
 
 class ReleaseRecords:
-    """The releases of a store as resources of a namespace.
+    """Writes the releases of a store as resources of a namespace.
 
     Args:
-        url: of the store, as this process reaches it.
+        url: path or URL of the store from this process.
     """
 
     def __init__(self, api: KubeApi, url: str) -> None:
@@ -48,7 +48,7 @@ class ReleaseRecords:
         self._trouble = ""
 
     def run(self, stop: threading.Event, every_s: float = EVERY_S) -> None:
-        """Look again and again. What cannot be read or written is logged, once, and tried again."""
+        """Reconciles every ``every_s`` seconds until stopped. An error is logged once and retried."""
         while not stop.is_set():
             trouble = ""
             try:
@@ -56,16 +56,16 @@ class ReleaseRecords:
             except ReelwayError as error:
                 trouble = str(error)
             if trouble != self._trouble:
-                log.warning("releases: %s", trouble) if trouble else log.info("releases: well again")
+                log.warning("releases: %s", trouble) if trouble else log.info("releases: recovered")
             self._trouble = trouble
             stop.wait(every_s)
 
     def look(self) -> None:
-        """Record what is new, and say of each whether the store still has it.
+        """Records new releases and updates the condition InStore of all releases.
 
         Raises:
-            StorageError: the store cannot be read; its KubernetesError: the API server refuses.
-            DigestMismatchError: a manifest is damaged; the others are recorded all the same.
+            StorageError: if the store cannot be read, or the API server rejects a request (KubernetesError).
+            DigestMismatchError: if a manifest is damaged; the other releases are recorded first.
         """
         recorded = {one["spec"]["id"]: one for one in self._api.list(PATH)}
         present = set(self._store.ids())
@@ -95,16 +95,16 @@ class ReleaseRecords:
             try:
                 document = self._api.create(PATH, {**head, **named})
             except ConflictError:
-                return  # another one came first; the next look sees it
-            log.info("release %s is in the store: %s", manifest.release_id[:_SHOWN], manifest.name)
+                return  # another writer was faster; the next reconcile reads its object
+            log.info("release %s: found in the store, name %s", manifest.release_id[:_SHOWN], manifest.name)
         self._replace_status(document, _status(manifest, document["metadata"]["generation"]))
 
     def _gone(self, document: Mapping[str, Any]) -> None:
         before = ReleaseStatus.model_validate(document.get("status") or {})
         generation = document["metadata"]["generation"]
-        missing = _condition("False", "Removed", f"{self._store.url} has it no longer", generation)
+        missing = _condition("False", "Removed", f"{self._store.url} no longer has this release", generation)
         self._replace_status(document, before.model_copy(update={"conditions": (missing,)}))
-        log.info("release %s is no longer in the store", document["metadata"]["name"])
+        log.info("release %s: removed from the store", document["metadata"]["name"])
 
     def _replace_status(self, document: Mapping[str, Any], status: ReleaseStatus) -> None:
         try:
@@ -112,7 +112,7 @@ class ReleaseRecords:
                 f"{PATH}/{document['metadata']['name']}/status", {**document, "status": status.document()}
             )
         except ConflictError:
-            return  # it was changed meanwhile; the next look sees how
+            return  # it changed meanwhile; the next reconcile reads it
 
 
 def _status(manifest: Manifest, generation: int) -> ReleaseStatus:
@@ -121,7 +121,7 @@ def _status(manifest: Manifest, generation: int) -> ReleaseStatus:
     gates = "hold" if not failed else "waived" if set(failed) <= waived else "failed"
     return ReleaseStatus(
         name=manifest.name,
-        made_at=manifest.created_at.strftime("%Y-%m-%dT%H:%M:%SZ"),
+        created_at=manifest.created_at.strftime("%Y-%m-%dT%H:%M:%SZ"),
         gates=gates,
         failed_gates=tuple(failed),
         metrics={name: f"{value:.4g}" for name, value in sorted(manifest.metrics.items())},
@@ -137,7 +137,7 @@ def _condition(status: str, reason: str, message: str, generation: int) -> Condi
 
 
 def _said_present(document: Mapping[str, Any]) -> bool | None:
-    """What was said of it as it is now; None when nothing was."""
+    """Returns the recorded condition InStore of the current generation; None if there is none."""
     for condition in (document.get("status") or {}).get("conditions") or ():
         if condition["type"] == IN_STORE and condition["observedGeneration"] == document["metadata"]["generation"]:
             return bool(condition["status"] == "True")

@@ -1,12 +1,13 @@
-"""Why: what people write and read of a rollout on Kubernetes, as types; the CRDs are generated from them (``crds``).
+"""The ReleaseRollout and Release resources as types. ``crds`` generates the CRDs from them.
 
-No I/O. Names at the top of ``spec`` and ``status`` are Kubernetes' camelCase; what is a policy, a state, a history
-entry or a sighting keeps the names it has everywhere else, so that one file, one JSON and one document say the same.
+No I/O. Fields at the top of ``spec`` and ``status`` are camelCase, as everywhere in Kubernetes. Policies, states,
+history entries and reconciles keep their snake_case fields, so that a policy file, the JSON output and the resource
+agree.
 
-``spec`` is a person's and ``status`` the operator's. Commands are part of ``spec`` (``spec.commands``, each with an
-id), not annotations and not the status: the right to pause is then the right to patch rollouts, never the right to
-write what was judged; the schema checks them; and a command that was written twice has one id. A state is read as the
-recorded one with every command in it that it has not seen, so that asking needs one write and none is lost.
+Users write ``spec``; the operator writes ``status``. Commands are part of ``spec`` (``spec.commands``, each with an
+id), because then the right to pause is the right to patch rollouts and not the right to write verdicts. The schema
+checks them, and a command that is written twice has one id. The state of a rollout is the recorded one plus all
+commands that it does not contain yet, so a command needs one write and is never lost.
 """
 
 from __future__ import annotations
@@ -33,26 +34,26 @@ RELEASES: Final = "releases"
 FINALIZER: Final = "reelway.dev/traffic-on-stable"
 
 COMMANDS_LIMIT: Final = REMEMBERED_COMMANDS // 2
-"""In a spec. Less than a state remembers, so that none that is still there is ever taken for a new one."""
+"""Commands in a spec. Fewer than a state remembers, so that a processed command is never taken for a new one."""
 HISTORY_LIMIT: Final = 100
-"""Entries in a status, newest kept; an object of etcd must stay well under a mebibyte."""
+"""History entries in a status; the newest are kept. An object in etcd must stay well under 1 MiB."""
 EVIDENCE_LIMIT: Final = 10
-"""Of them, how many keep the evidence that was judged: the newest, and those that ended the ramp."""
+"""How many of the newest entries keep their evidence; entries that ended the ramp always keep it."""
 ALERTS_LIMIT: Final = 100
 
-ReleaseId = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$", description="digest of a release's manifest")]
+ReleaseId = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$", description="SHA-256 of the release's manifest")]
 
 
 class _Model(BaseModel):
     model_config = ConfigDict(extra="ignore", frozen=True, populate_by_name=True, alias_generator=to_camel)
 
     def document(self) -> dict[str, Any]:
-        """As the API server takes it."""
+        """Returns the JSON object for the API server."""
         return self.model_dump(mode="json", by_alias=True, exclude_none=True)
 
 
 class PolicyReference(_Model):
-    """A policy file in a ConfigMap of the same namespace. Read once, when the rollout begins."""
+    """A policy file in a ConfigMap of the same namespace, read once when the rollout starts."""
 
     name: Annotated[str, Field(min_length=1, max_length=253)]
     key: Annotated[str, Field(min_length=1, max_length=253)] = "policy.yaml"
@@ -65,32 +66,34 @@ class RayServiceReference(_Model):
 
 
 class ServeEndpoint(_Model):
-    """A Ray Serve that no operator looks after. It is told Ray's token only if its host is of this namespace."""
+    """A Ray Serve without KubeRay. Ray's token is sent to hosts of this namespace and to trusted hosts only."""
 
     api: Annotated[str, Field(pattern=r"^https?://", max_length=512, description="base URL of the Ray dashboard")]
     url: Annotated[str, Field(pattern=r"^https?://", max_length=512, description="base URL of the router")]
 
 
 class Backend(_Model):
-    """Where the traffic is; one of them. Rollouts of one backend take turns."""
+    """Where the traffic is: a RayService or a Serve endpoint. One rollout of a backend runs at a time."""
 
     ray_service: RayServiceReference | None = None
     serve: ServeEndpoint | None = None
 
     @property
     def key(self) -> str:
-        """What makes two backends the same."""
+        """Identifies the backend."""
         return f"rayservice/{self.ray_service.name}" if self.ray_service else f"serve/{self.serve and self.serve.api}"
 
 
 class AskedCommand(_Model):
-    """A person's command. ``actor`` is what they say of themselves; the API server's audit log knows better."""
+    """A user's command. ``actor`` is not verified; the API server's audit log has the authenticated user."""
 
-    id: Annotated[str, Field(min_length=1, max_length=64, description="asking twice with one id is asking once")]
+    id: Annotated[
+        str, Field(min_length=1, max_length=64, description="a second command with the same id has no effect")
+    ]
     verb: Literal["pause", "resume", "promote", "rollback"]
     actor: Annotated[str, Field(max_length=128)] = "unknown"
-    force: bool = Field(default=False, description="promote although evidence is missing")
-    note: Annotated[str, Field(max_length=1024, description="why, for those who read the history")] = ""
+    force: bool = Field(default=False, description="promote without sufficient evidence")
+    note: Annotated[str, Field(max_length=1024, description="reason, shown in the history")] = ""
 
     @property
     def command(self) -> Command:
@@ -98,28 +101,27 @@ class AskedCommand(_Model):
 
 
 class ReleaseRolloutSpec(_Model):
-    """All but ``commands`` is fixed once it is written."""
+    """Immutable except for ``commands``."""
 
     release: ReleaseId
     stable_release: ReleaseId | None = Field(
         default=None,
-        description="the release that it is meant to replace: refused where another one is live; the live one when "
-        "absent",
+        description="release to replace; the rollout is refused if another one is live. Default: the live release",
     )
     policy: RolloutPolicy | None = Field(
         default=None,
-        description="the default policy when this and policyRef are absent; a null in it is dropped by `kubectl apply` "
-        "without --server-side, and the field then has its default: use --server-side, create, or policyRef",
+        description="default policy if neither this nor policyRef is set. `kubectl apply` without --server-side drops "
+        "a null in it, and the field then has its default: use --server-side, `kubectl create` or policyRef",
     )
     policy_ref: PolicyReference | None = None
     backend: Backend
-    force: bool = Field(default=False, description="past a cooldown, and past the release's own rollback")
+    force: bool = Field(default=False, description="start despite a cooldown or an earlier rollback of the release")
     note: Annotated[str, Field(max_length=1024)] = ""
     commands: Annotated[tuple[AskedCommand, ...], Field(max_length=COMMANDS_LIMIT)] = ()
 
 
 class Condition(_Model):
-    """As ``kubectl wait --for=condition=...`` reads it."""
+    """A condition for ``kubectl wait --for=condition=...``."""
 
     type: str
     status: Literal["True", "False", "Unknown"]
@@ -130,7 +132,7 @@ class Condition(_Model):
 
 
 class EvidenceSummary(_Model):
-    """What was judged last, in sentences; the numbers are in ``sighting`` and ``history``."""
+    """The latest evidence in sentences; the numbers are in ``lastReconcile`` and ``history``."""
 
     viewers: int = 0
     impressions: int = 0
@@ -140,33 +142,35 @@ class EvidenceSummary(_Model):
 
 
 class ReleaseRolloutStatus(_Model):
-    """All that is known of a rollout. ``state`` and ``policy`` are what is decided on; the rest is drawn from them."""
+    """Decisions are based on ``state`` and ``policy``; the other fields are derived or recorded for people."""
 
     observed_generation: int = 0
-    version: int = Field(default=0, ge=0, description="writes of the state")
-    phase: str = Field(default="", description="Waiting and Refused before it began; then the state's")
-    release: str = Field(default="", description="first characters of the release's id")
-    step: str = Field(default="", description="2 of 5")
-    weight: str = Field(default="", description="the release's share of the viewers")
-    weights: dict[str, int] = Field(default_factory=dict, description="basis points by arm")
-    verdict: str = Field(default="", description="ok, bad, insufficient, telemetry_down: the worst of the last look")
-    reason: str = Field(default="", description="of the last decision, word for word")
-    waits_for: str = Field(default="", description="what the last look found to be missing")
+    version: int = Field(default=0, ge=0, description="number of writes of the state")
+    phase: str = Field(default="", description="Waiting or Refused before the start, then the phase of the state")
+    release: str = Field(default="", description="first characters of the release id")
+    step: str = Field(default="", description="current step, such as 2 of 5")
+    weight: str = Field(default="", description="share of viewers that the release serves")
+    weights: dict[str, int] = Field(default_factory=dict, description="traffic weight of each arm in basis points")
+    verdict: str = Field(
+        default="", description="worst verdict of the last reconcile: bad, telemetry_down, insufficient or ok"
+    )
+    reason: str = Field(default="", description="reason of the last decision, verbatim")
+    waits_for: str = Field(default="", description="what the next step waits for")
     evidence: EvidenceSummary | None = None
     conditions: tuple[Condition, ...] = ()
-    state: RolloutState | None = Field(default=None, description="absent before it began")
-    policy: RolloutPolicy | None = Field(default=None, description="as it is judged, every default filled in")
+    state: RolloutState | None = Field(default=None, description="absent before the rollout starts")
+    policy: RolloutPolicy | None = Field(default=None, description="policy in effect, with all defaults")
     history: tuple[HistoryEntry, ...] = ()
-    sighting: Sighting | None = None
+    last_reconcile: Sighting | None = None
     alerts: tuple[KnownAlert, ...] = ()
     superseded_by: str = Field(
         default="",
-        description="the rollout that began after it: this one is followed no longer, even if that one is deleted",
+        description="id of the rollout that started after this one; this one is no longer reconciled",
     )
 
 
 class ReleaseSpec(_Model):
-    """Where a release lies. What is in it is said by its manifest, and nowhere twice."""
+    """Where a release is stored. Its content is described by its manifest only."""
 
     id: ReleaseId
     store: Annotated[str, Field(min_length=1, max_length=1024, description="URL of the release store")]
@@ -175,18 +179,18 @@ class ReleaseSpec(_Model):
 
 
 class ReleaseStatus(_Model):
-    """What its manifest says, and whether the store still has it: written by the operator, judged by nobody here."""
+    """A summary of the manifest, and whether the store has the release. Written by the operator."""
 
-    name: str = Field(default="", description="what people call it: the run that it came from")
-    made_at: str = ""
-    gates: str = Field(default="", description="hold, waived (by a named person) or failed")
+    name: str = Field(default="", description="name of the run that built the release")
+    created_at: str = ""
+    gates: str = Field(default="", description="hold (all passed), waived (by a named person) or failed")
     failed_gates: tuple[str, ...] = ()
-    metrics: dict[str, str] = Field(default_factory=dict, description="of the evaluation, as text")
+    metrics: dict[str, str] = Field(default_factory=dict, description="metrics of the evaluation, as text")
     conditions: tuple[Condition, ...] = ()
 
 
 class Resource(BaseModel):
-    """A ReleaseRollout as the API server gave it."""
+    """A ReleaseRollout from the API server."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -200,12 +204,12 @@ class Resource(BaseModel):
     finalizers: tuple[str, ...]
     spec: ReleaseRolloutSpec
     policy_problem: str = ""
-    """Why ``spec.policy`` is none, in words for a person: a schema cannot say all that a policy must be."""
+    """Why ``spec.policy`` is invalid. The CRD's schema cannot express all rules of a policy."""
     status: ReleaseRolloutStatus
 
     @classmethod
     def of(cls, document: Mapping[str, Any]) -> Resource:
-        """Read one. Raises pydantic's ValidationError: it is of another version of the CRD."""
+        """Parses an object. Raises pydantic's ValidationError if it is of another version of the CRD."""
         metadata, spec, problem = document["metadata"], dict(document["spec"]), ""
         if spec.get("policy") is not None:
             try:
@@ -229,10 +233,10 @@ class Resource(BaseModel):
 
     @property
     def rollout_id(self) -> str:
-        """Never used twice, unlike a name: it salts the buckets and labels what is counted."""
+        """A unique id, unlike the name: it salts the buckets and labels the metrics."""
         return f"{self.name}-{self.uid[:8]}"
 
     @property
     def version(self) -> int:
-        """Grows with every write of the state and of the spec."""
+        """A number that grows with every write of the state and of the spec."""
         return self.status.version + self.generation

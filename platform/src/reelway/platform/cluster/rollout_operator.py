@@ -1,7 +1,9 @@
-"""Why: ``reelway operator`` is the laptop's controller with another memory, and all that a cluster asks of a program.
+"""Runs the rollouts of one namespace on Kubernetes: ``reelway operator``.
 
-One namespace, one active process (``lease``). Everything that is known lies in the resources: it may be killed at any
-instruction, and the next one goes on. It decides nothing: who may begin says ``admission``, all else ``decision``.
+The operator starts one ``BackendController`` per traffic backend, with the controller of local mode and a store in the
+rollouts' status. One replica is active (``leader_election``). All state is in the resources, so the process may be
+killed at any instruction and another replica continues. ``admission`` decides whether a rollout may start;
+``decision`` decides everything after that.
 """
 
 from __future__ import annotations
@@ -11,22 +13,22 @@ import threading
 import time
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
-from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Final
 
 from reelway.platform.cluster.admission import Begin, Refuse, Wait, admit
 from reelway.platform.cluster.announcements import Announcer
+from reelway.platform.cluster.finalizer import set_finalizer
 from reelway.platform.cluster.health import operator_application
 from reelway.platform.cluster.kube_api import KubeApi
-from reelway.platform.cluster.lanes import Lane, LaneSettings
+from reelway.platform.cluster.lanes import Lane
 from reelway.platform.cluster.lease import Lease
+from reelway.platform.cluster.operator_settings import OperatorSettings
 from reelway.platform.cluster.release_records import ReleaseRecords
-from reelway.platform.cluster.resources import Backend, PolicyReference, Resource
+from reelway.platform.cluster.resources import FINALIZER, Backend, PolicyReference, Resource
 from reelway.platform.cluster.rollout_store import KubeRolloutStore
-from reelway.platform.cluster.shelf import PATH, ToldShelf
-from reelway.platform.cluster.status import REFUSED, WAITING
-from reelway.platform.cluster.watching import watch
+from reelway.platform.cluster.rollout_watch import RolloutWatch
+from reelway.platform.cluster.shelf import ToldShelf
+from reelway.platform.cluster.status import REFUSED, WAITING, may_move_traffic
 from reelway.platform.errors import ConfigError, KubernetesError, ReelwayError, RolloutError
 from reelway.platform.rollout.alerts import KnownAlert
 from reelway.platform.rollout.control.bearer_token import bearer_token
@@ -39,52 +41,29 @@ log = logging.getLogger(__name__)
 
 _NOTICED_S: Final = 0.1
 _LOOK_S: Final = 2.0
-_WATCH_ENDS_S: Final = 3.0
-_COMPARED_S: Final = 20.0
-
-
-@dataclass(frozen=True)
-class OperatorSettings:
-    """What ``reelway operator`` is started with."""
-
-    webhook_token_file: Path
-    """The bearer token that Alertmanager sends; made there when there is none and the folder can be written."""
-    identity: str
-    """Of this process, in the Lease and in Events: the pod's name."""
-    host: str = "0.0.0.0"
-    """Address of the webhook, the metrics and the health pages."""
-    port: int = 8080
-    """Their port; 0 chooses a free one."""
-    lease: str = "reelway-operator"
-    """Name of the Lease."""
-    lease_duration_s: float = 10.0
-    """A silent holder is gone after so long."""
-    lanes: LaneSettings = field(default_factory=LaneSettings)
-    releases: str | None = None
-    """Path or URL of the store whose releases are recorded as resources; None records none."""
 
 
 def run_operator(api: KubeApi, settings: OperatorSettings, stop: threading.Event | None = None) -> None:
-    """Look after the namespace's rollouts until SIGTERM, Ctrl-C or ``stop``. What is under way is finished first.
+    """Manages the namespace's rollouts until SIGTERM, Ctrl-C or ``stop``, and finishes the current reconcile first.
 
     Raises:
-        ConfigError: the address cannot be listened at.
-        StorageError: the token cannot be read.
-        KubernetesError: the Lease was lost, or the CRDs are not there.
+        ConfigError: if the webhook's address cannot be bound.
+        StorageError: if the webhook's token cannot be read.
+        KubernetesError: if the Lease was lost or the CRDs are not installed.
     """
     stop = stop or threading.Event()
     with ExitStack() as stack:
         stack.enter_context(stopped_by_signals(stop.set))
         operator = Operator(api, settings)
-        application = operator_application(operator, bearer_token(settings.webhook_token_file), operator.metrics)
-        url = stack.enter_context(serving(application, settings.host, settings.port))
-        log.info("operator of namespace %s: alerts at %s", api.namespace, url)
+        application = operator_application(operator, bearer_token(settings.webhook.token_file), operator.metrics)
+        url = stack.enter_context(serving(application, settings.webhook.host, settings.webhook.port))
+        log.info("operator of namespace %s: started, webhook at %s", api.namespace, url)
         operator.run(stop)
-    log.info("operator of namespace %s: ended", api.namespace)
+    log.info("operator of namespace %s: stopped", api.namespace)
 
 
 class Operator:
-    """All lanes of a namespace. ``run`` is its life; the rest may be called from any thread."""
+    """All backend controllers of a namespace. ``run`` blocks; the other methods may be called from any thread."""
 
     def __init__(self, api: KubeApi, settings: OperatorSettings) -> None:
         self.metrics = ControllerMetrics()
@@ -93,35 +72,36 @@ class Operator:
         self._announcer: Announcer | None = None
         self._lanes: dict[str, Lane] = {}
         self._store = KubeRolloutStore(api, self._shelf)
-        self._compared_at = 0.0
+        self._watch = RolloutWatch(api, self._shelf)
         self._active = False
         self._troubles: dict[str, str] = {}
         self._failure = ""
 
     def run(self, stop: threading.Event) -> None:
-        """Wait for the Lease, then look until stopped.
+        """Waits for the Lease, then manages rollouts until stopped.
 
         Raises:
             KubernetesError: as ``run_operator``.
         """
-        lease = Lease(
-            self._api, self._settings.lease, self._settings.identity, duration_s=self._settings.lease_duration_s
-        )
+        settings = self._settings
+        lease = Lease(self._api, settings.lease.name, settings.identity, duration_s=settings.lease.duration_s)
         if not lease.acquire(stop):
             return
-        renewing = threading.Event()
-        threads = [
-            threading.Thread(target=lease.hold, args=(renewing, lambda: self._fail("the lease was lost", stop))),
-            threading.Thread(target=self._watch, args=(stop,), name="watch", daemon=True),
-        ]
-        if self._settings.releases:
-            records = ReleaseRecords(self._api, self._settings.releases)
-            threads.append(threading.Thread(target=records.run, args=(stop,), name="releases", daemon=True))
+        renewal_stop = threading.Event()
+        renewal = threading.Thread(
+            target=lease.hold, args=(renewal_stop, lambda: self._fail("the lease was lost", stop)), name="lease"
+        )
+        # Both only read rollouts or write Releases, so nothing waits for a request of theirs at the end.
+        readers = [threading.Thread(target=self._run_watch, args=(stop,), name="watch", daemon=True)]
+        if settings.release_store:
+            records = ReleaseRecords(self._api, settings.release_store)
+            readers.append(threading.Thread(target=records.run, args=(stop,), name="releases", daemon=True))
         try:
             self._active = True
-            self._announcer = Announcer(self._api, self._settings.identity)
-            self._compare()
-            for thread in threads:
+            renewal.start()
+            self._announcer = Announcer(self._api, settings.identity)
+            self._watch.sync()
+            for thread in readers:
                 thread.start()
             self._loop(stop)
         finally:
@@ -129,50 +109,48 @@ class Operator:
             self._active = False
             for lane in self._lanes.values():
                 lane.stop()
-            if threads[1].ident is not None:
-                threads[1].join(_WATCH_ENDS_S)  # it only reads: while it retries what was cut off, nobody waits for it
-            renewing.set()
             if self._announcer is not None:
                 self._announcer.close()
-            if threads[0].ident is not None:
-                threads[0].join()
+            renewal_stop.set()
+            if renewal.ident is not None:
+                renewal.join()
             if not self._failure:
                 lease.release()
         if self._failure:
-            raise KubernetesError(f"{self._failure}; this process ends, so that another one can go on")
+            raise KubernetesError(f"{self._failure}; this process exits so that another replica can take over")
 
     def deliver(self, news: Iterable[KnownAlert], /) -> bool:
-        """Alerts for every lane; see ``AlertBook.deliver``.
+        """Passes alerts to every backend controller; see ``AlertRegistry.deliver``.
 
-        One that says that it is of another namespace is not ours: the same release may be a canary there too.
+        Alerts with the label of another namespace are ignored: the same release may be a canary there as well.
 
         Raises:
-            KubernetesError: another process is the active one, or they could not be stored: deliver them again.
+            KubernetesError: if another replica is active or the alerts cannot be stored; deliver them again.
         """
         if not self._active:
-            raise KubernetesError("this operator waits for its lease, another one is active; try again")
+            raise KubernetesError("this operator waits for its lease; another replica is active, send the alerts again")
         own = self._api.namespace
         told = [alert for alert in news if dict(alert.labels).get("namespace", own) == own]
         changed = [lane.book.deliver(told) for lane in list(self._lanes.values())]
         return any(changed)
 
     def wake(self) -> None:
-        """Alerts came: look at them now."""
+        """Starts a reconcile of every backend controller now, because alerts arrived."""
         for lane in list(self._lanes.values()):
             lane.wake.set()
 
     def problem(self) -> str:
-        """What keeps it from its work for good; empty when nothing does."""
+        """Returns why only a restart can help; empty if the operator is healthy."""
         ended = [lane.key for lane in list(self._lanes.values()) if self._active and not lane.lives]
-        return f"the controller of {', '.join(ended)} has ended" if ended else ""
+        return f"the controller of {', '.join(ended)} has ended; restart the operator" if ended else ""
 
     @property
     def active(self) -> bool:
-        """Whether it holds the Lease."""
+        """Whether this process holds the Lease."""
         return self._active
 
     def may_go(self, uid: str) -> bool:
-        """Whether a deleted rollout may go: its traffic is on stable, or there is nothing left that has traffic."""
+        """Returns whether a deleted rollout may be removed: its traffic is on stable, or its backend is deleted."""
         resource = self._shelf.by_uid(uid)
         if resource is None or resource.status.state is None or resource.status.superseded_by:
             return True
@@ -185,14 +163,13 @@ class Operator:
         while not stop.is_set():
             seen = self._shelf.changes(own=True)
             self._guarded("admission", self._look)
-            if time.monotonic() - self._compared_at > _COMPARED_S:
-                self._guarded("list", self._compare)
+            self._guarded("finalizers", self._reconcile_finalizers)
             deadline = time.monotonic() + _LOOK_S
             while not stop.is_set() and time.monotonic() < deadline and self._shelf.changes(own=True) == seen:
                 stop.wait(_NOTICED_S)
 
     def _look(self) -> None:
-        """Let rollouts begin whose turn it is; say of the others why it is not."""
+        """Starts the rollouts that may start, and writes to the others' status why they may not."""
         followed = [one for one in self._shelf.all() if not one.status.superseded_by and one.status.phase != REFUSED]
         for key in sorted({one.spec.backend.key for one in followed}):
             mine = sorted(
@@ -210,10 +187,18 @@ class Operator:
                 continue
             for resource in waiting:
                 if self._admit(lane, resource):
-                    break  # the next one waits for this one
+                    break  # the next rollout waits for this one
+
+    def _reconcile_finalizers(self) -> None:
+        """Keeps the finalizer on rollouts that may move traffic, and on no other ones."""
+        for resource in self._shelf.all():
+            present = FINALIZER in resource.finalizers
+            needed = present and not self.may_go(resource.uid) if resource.deleting else may_move_traffic(resource)
+            if needed != present:
+                set_finalizer(self._api, self._shelf, resource, present=needed)
 
     def _admit(self, lane: Lane, resource: Resource) -> bool:
-        """Whether it began."""
+        """Starts a rollout if it may start. Returns whether the rollouts after it have to wait for it."""
         before = self._begun_before(lane.key)
         try:
             policy = self._policy_of(resource)
@@ -226,11 +211,14 @@ class Operator:
         if not isinstance(verdict, Begin):
             self._set_aside(resource, verdict)
             return False
+        protected = set_finalizer(self._api, self._shelf, resource, present=True)
+        if protected is None:
+            return True  # the rollout changed or was deleted; the next pass sees its new state
         for one in self._shelf.all():
             if one.spec.backend.key == lane.key and one.status.state and not one.status.superseded_by:
                 self._store.supersede(one, resource)
-        lane.store.begin(resource, verdict.state, verdict.policy)
-        log.info("%s begins: %s", verdict.state.id, verdict.state.reason)
+        lane.store.begin(protected, verdict.state, verdict.policy)
+        log.info("%s: started: %s", verdict.state.id, verdict.state.reason)
         self._say(resource, "begin", verdict.state.reason)
         return True
 
@@ -246,7 +234,7 @@ class Operator:
         return max(begun, key=lambda pair: pair[0])[1] if begun else None
 
     def _policy_of(self, resource: Resource) -> RolloutPolicy:
-        """Raises ConfigError: there is none, or it is not one."""
+        """Returns a rollout's policy. Raises ConfigError if it does not exist or is invalid."""
         if resource.policy_problem:
             raise ConfigError(resource.policy_problem)
         reference = resource.spec.policy_ref
@@ -259,8 +247,8 @@ class Operator:
         text = (found or {}).get("data", {}).get(reference.key)
         if text is None:
             raise ConfigError(
-                f"spec.policyRef: there is no ConfigMap {reference.name} with a key {reference.key} in namespace "
-                f"{self._api.namespace}; create it"
+                f"spec.policyRef: namespace {self._api.namespace} has no ConfigMap {reference.name} with the key "
+                f"{reference.key}; create it"
             )
         return parse_policy(text, source=f"ConfigMap {reference.name}, {reference.key}")
 
@@ -268,29 +256,18 @@ class Operator:
         lane = self._lanes.get(backend.key)
         if lane is None:
             told = self._announcer.told if self._announcer else lambda *_: None
-            lane = Lane(self._api, self._shelf, backend, self._settings.lanes, self.metrics, told)
+            lane = Lane(self._api, self._shelf, backend, self._settings, self.metrics, told)
             self._lanes[backend.key] = lane
             lane.start()
         return lane
 
-    def _compare(self) -> None:
-        """What the watch may have missed: a list of versions, and what differs is read again."""
-        self._compared_at = time.monotonic()
-        versions = self._api.list_versions(PATH)
-        known = {one.uid: one.resource_version for one in self._shelf.all()}
-        for uid in known.keys() - versions.keys():
-            self._shelf.forget(uid)
-        if any(known.get(uid) != version for uid, version in versions.items()):
-            for document in self._api.list(PATH):
-                self._shelf.tell(document)
-
-    def _watch(self, stop: threading.Event) -> None:
+    def _run_watch(self, stop: threading.Event) -> None:
         try:
-            watch(self._api, self._shelf, self.may_go, stop)
+            self._watch.run(stop)
         except Exception:
-            log.exception("the watch ended")
+            log.exception("watch of rollouts failed, which is a bug")
         if not stop.is_set():
-            self._fail("the watch ended", stop)
+            self._fail("the watch of rollouts ended", stop)
 
     def _fail(self, why: str, stop: threading.Event) -> None:
         self._failure = why
@@ -309,17 +286,17 @@ class Operator:
             self.metrics.failures.labels(kind).inc()
         except Exception:
             self.metrics.failures.labels(kind).inc()
-            log.exception("%s failed, a bug; going on", kind)
+            log.exception("%s failed, which is a bug; continuing", kind)
             return
         if text != self._troubles.get(kind, ""):
-            log.warning("%s: %s", kind, text) if text else log.info("%s: well again", kind)
+            log.warning("%s: %s", kind, text) if text else log.info("%s: recovered", kind)
         self._troubles[kind] = text
 
 
 def _live(lane: Lane) -> tuple[str | None, str]:
-    """The release that everybody is on, or why it cannot be seen."""
-    seen = lane.backend.observe()
-    if seen.routing is None:
-        return None, seen.detail
-    stable = [route.release for route in seen.routing.arms if route.arm.value == "stable" and route.weight_bp]
-    return (stable[0], "") if stable else (None, "nobody is on a stable release")
+    """Returns the stable release that has traffic, or None and the reason why it is unknown."""
+    observation = lane.backend.observe()
+    if observation.routing is None:
+        return None, observation.detail
+    stable = [route.release for route in observation.routing.arms if route.arm.value == "stable" and route.weight_bp]
+    return (stable[0], "") if stable else (None, "no traffic is on a stable release")

@@ -1,8 +1,8 @@
-"""Why: on a cluster the memory of a rollout is its resource's status, so that whoever looks sees what is acted upon.
+"""``RolloutStore`` over ReleaseRollout resources: the state of a rollout is stored in its status.
 
-``records.RolloutStore`` over ReleaseRollouts: the resource version is the lock, a lost update is refused like SQLite's.
-A rollout that has not begun is read as pending; the operator begins it (``admission``), never who made it. Alerts lie
-in the status of the newest rollout, as far as they can concern it. It decides nothing.
+The resource version is the lock, so a lost update is rejected as it is by SQLite. A rollout that has not started is
+read as pending; the operator starts it (``admission``), not the command that creates it. Alerts are stored in the
+status of the latest rollout if they can concern it.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ from reelway.platform.rollout.records import HistoryEntry, Rollout, Sighting, wi
 from reelway.platform.rollout.state import Command, Phase, RolloutState, ask
 
 LIVE: Final = "live"
-"""Stands for the stable release of a rollout that has not begun: whatever is live then."""
-NOT_SEEN: Final = "the operator has not seen it yet"
-DELETED: Final = "whoever deleted it"
+"""Placeholder for the stable release of a rollout that has not started: the release that is live at its start."""
+NOT_SEEN: Final = "the operator has not observed the rollout yet"
+DELETED: Final = "the user who deleted it"
 _ATTEMPTS: Final = 6
 _SHOWN_OF_A_LOOK: Final = ("reached", "trouble", "detail", "failed", "ready", "releases", "routing")
 
@@ -47,15 +47,15 @@ Change = Callable[[Resource], ReleaseRolloutStatus | None]
 
 
 class KubeRolloutStore:
-    """The rollouts of one namespace, or those of one backend of it that have begun (for its controller).
+    """The rollouts of one namespace, or the started rollouts of one backend (for its controller).
 
     Args:
-        backend: key of the backend; None for all, begun or not (for people).
-        made_for: the backend of rollouts that ``create`` makes.
-        told: called with each new history entry once it is written.
+        backend: key of the backend. None selects all rollouts, started or not (for commands).
+        create_backend: backend of the rollouts that ``create`` creates.
+        on_decision: called with each new history entry after it is written.
 
     Raises:
-        KubernetesError: the API server could not be reached or refused. Every method may raise this.
+        KubernetesError: from every method, if the API server cannot be reached or rejects the request.
     """
 
     def __init__(
@@ -75,13 +75,13 @@ class KubeRolloutStore:
         self._seen: dict[str, Sighting] = {}
 
     def create(self, state: RolloutState, policy: RolloutPolicy) -> Rollout:
-        """Make the resource; the operator begins it when it is its turn. Unlike a file it takes one beside another.
+        """Creates the resource; the operator starts the rollout. Several rollouts of one backend may wait.
 
         Raises:
-            RolloutError: there is one of that name, or the API server refuses it.
+            RolloutError: if a rollout of that name exists or the API server rejects the resource.
         """
         if self._made_for is None:
-            raise RolloutError("a rollout needs a backend; name a RayService with --ray-service")
+            raise RolloutError("cannot create a rollout without a backend; name a RayService with --ray-service")
         stable = None if state.stable_release == LIVE else state.stable_release
         asked = {"release": state.canary_release, "stable_release": stable, "force": state.forced}
         try:
@@ -94,9 +94,9 @@ class KubeRolloutStore:
         try:
             made = self._api.create(PATH, {**_head(state.id), "spec": _spec_document(spec)})
         except ConflictError:
-            raise RolloutError(f"there is a rollout {state.id} already; give another name") from None
+            raise RolloutError(f"cannot create rollout {state.id}: it exists; choose another name") from None
         except AbsentError as error:
-            raise RolloutError(f"{error}; are Reelway's CRDs installed?") from error
+            raise RolloutError(f"{error}; check that Reelway's CRDs are installed") from error
         except KubernetesError as error:
             raise RolloutError(str(error)) from error
         resource = read(made)
@@ -111,7 +111,7 @@ class KubeRolloutStore:
         return rollout_of(resource) if resource else None
 
     def phase(self, rollout_id: str) -> str:
-        """As ``status.phase`` says it: also Waiting and Refused, which no state knows."""
+        """Returns ``status.phase``, which has two values that a ``RolloutState`` has not: Waiting and Refused."""
         return self._find(rollout_id).status.phase
 
     def all(self) -> Sequence[Rollout]:
@@ -124,12 +124,12 @@ class KubeRolloutStore:
             newest, status = rollout_of(resource), resource.status
             merged = with_commands_since(before, newest, state) if newest.version != before.version else state
             history = (*status.history, numbered) if numbered else status.history
-            sighting = self._seen.get(state.id, status.sighting)
+            sighting = self._seen.get(state.id, status.last_reconcile)
             return drawn(
                 resource,
                 status.model_copy(
                     update={"state": merged, "policy": before.policy, "version": status.version + 1,
-                            "history": history, "sighting": sighting}
+                            "history": history, "last_reconcile": sighting}
                 ),
                 self._clock(),
             )  # fmt: skip
@@ -140,11 +140,11 @@ class KubeRolloutStore:
         return rollout_of(written)
 
     def begin(self, resource: Resource, state: RolloutState, policy: RolloutPolicy) -> Rollout:
-        """Write the first state of a rollout. Raises RolloutError: it has begun already."""
+        """Writes the first state of a rollout. Raises RolloutError if it has started."""
 
         def change(newest: Resource) -> ReleaseRolloutStatus:
             if newest.status.state is not None:
-                raise RolloutError(f"rollout {newest.name} has begun already; is there a second operator?")
+                raise RolloutError(f"rollout {newest.name} has started; check that no second operator runs")
             made = ReleaseRolloutStatus(
                 state=state, policy=policy, version=newest.status.version + 1, conditions=newest.status.conditions
             )
@@ -153,7 +153,7 @@ class KubeRolloutStore:
         return rollout_of(self._write(resource, change))
 
     def set_aside(self, resource: Resource, phase: str, reason: str) -> bool:
-        """Write that a rollout has not begun, and why. Whether that is news."""
+        """Writes why a rollout has not started. Returns False if the status said so before."""
         if (resource.status.phase, resource.status.reason) == (phase, reason):
             return False
         self._write(
@@ -162,11 +162,11 @@ class KubeRolloutStore:
         return True
 
     def supersede(self, resource: Resource, by: Resource) -> None:
-        """It is followed no longer; another one begins."""
+        """Writes that another rollout started after this one, so that this one is no longer reconciled."""
         self._write(resource, lambda newest: newest.status.model_copy(update={"superseded_by": by.rollout_id}))
 
     def ask(self, rollout_id: str, command: Command) -> Rollout:
-        """Add the command to ``spec.commands``: one patch, and nobody but the operator writes a status."""
+        """Adds the command to ``spec.commands`` in one patch. Only the operator writes the status."""
         resource = self._find(rollout_id)
         asked = AskedCommand.model_validate(command.model_dump())
         for _ in range(_ATTEMPTS):
@@ -176,8 +176,8 @@ class KubeRolloutStore:
             kept = (*_not_seen(resource), asked)
             if len(kept) > COMMANDS_LIMIT:
                 raise RolloutError(
-                    f"{len(kept) - 1} commands of {resource.name} wait already, at most {COMMANDS_LIMIT} may; "
-                    "does the operator run?"
+                    f"cannot add a command to {resource.name}: {len(kept) - 1} of at most {COMMANDS_LIMIT} commands "
+                    "wait; check that the operator runs"
                 )
             change = {
                 "metadata": {"resourceVersion": resource.resource_version},
@@ -190,7 +190,7 @@ class KubeRolloutStore:
                 continue
             self._shelf.put(resource)
             return rollout_of(resource)
-        raise RolloutError(f"rollout {resource.name} changed {_ATTEMPTS} times while it was written; try again")
+        raise RolloutError(f"cannot write rollout {resource.name}: it changed {_ATTEMPTS} times meanwhile; try again")
 
     def history(self, rollout_id: str | None = None) -> Sequence[HistoryEntry]:
         some = [self._find(rollout_id)] if rollout_id is not None else self._mine()
@@ -202,7 +202,7 @@ class KubeRolloutStore:
         return {alert.key: alert for alert in resource.status.alerts} if resource else {}
 
     def replace_alerts(self, book: Mapping[AlertKey, KnownAlert]) -> None:
-        """Keeps what can concern the newest rollout: alerts that name its release and began after it did."""
+        """Stores the alerts that name the latest rollout's release and began after the rollout did."""
         resource = self._latest()
         if resource is None or resource.status.state is None:
             return
@@ -214,25 +214,25 @@ class KubeRolloutStore:
         self._write(resource, change)
 
     def see(self, sighting: Sighting) -> None:
-        """Written at once when something else is seen than before; otherwise with the next record."""
+        """Writes a reconcile at once if its outcome differs from the last one, otherwise with the next record."""
         self._seen[sighting.rollout_id] = sighting
 
         def change(resource: Resource) -> ReleaseRolloutStatus | None:
-            if _alike(sighting, resource.status.sighting):
+            if _alike(sighting, resource.status.last_reconcile):
                 return None
-            return drawn(resource, resource.status.model_copy(update={"sighting": sighting}), self._clock())
+            return drawn(resource, resource.status.model_copy(update={"last_reconcile": sighting}), self._clock())
 
         self._write(self._find(sighting.rollout_id, exact=True), change)
 
     def sighting(self, rollout_id: str) -> Sighting | None:
         resource = self._find(rollout_id)
-        return self._seen.get(resource.rollout_id, resource.status.sighting)
+        return self._seen.get(resource.rollout_id, resource.status.last_reconcile)
 
     def changes(self, *, own: bool = True) -> int:
         return self._shelf.changes(own=own)
 
     def _mine(self) -> list[Resource]:
-        """Oldest first. A controller's are those that have begun."""
+        """Returns the rollouts in scope, oldest first; a controller's scope is the started rollouts of its backend."""
         mine = [
             resource
             for resource in self._shelf.all()
@@ -241,7 +241,7 @@ class KubeRolloutStore:
         return sorted(mine, key=_order)
 
     def _latest(self) -> Resource | None:
-        """For a controller the one that it follows; for people that one too, or the one that comes after it."""
+        """Returns the rollout that the controller reconciles; for commands, the next one if that one has ended."""
         mine = self._mine()
         begun = [resource for resource in mine if resource.status.state]
         if self._backend is not None:
@@ -255,10 +255,12 @@ class KubeRolloutStore:
         whole = [one for one in mine if rollout_id in (one.rollout_id, one.name)]
         found = whole or [one for one in mine if not exact and rollout_id and one.rollout_id.startswith(rollout_id)]
         if not found:
-            raise RolloutError(f"there is no rollout {rollout_id!r}; `reelway rollout history --all` names them")
+            raise RolloutError(
+                f"rollout {rollout_id!r} does not exist; `reelway rollout history --all` lists all rollouts"
+            )
         if len(found) > 1:
             some = ", ".join(one.name for one in found[:3])
-            raise RolloutError(f"{rollout_id!r} begins several rollouts ({some} ...); give more of the id")
+            raise RolloutError(f"rollout id {rollout_id!r} is ambiguous ({some} ...); type more of it")
         return found[0]
 
     def _next_number(self) -> int:
@@ -266,7 +268,7 @@ class KubeRolloutStore:
         return max(numbers, default=0) + 1
 
     def _write(self, resource: Resource, change: Change) -> Resource:
-        """Write a status on top of the newest one. ``change`` gives None when there is nothing to write."""
+        """Writes the status that ``change`` returns for the latest resource; None writes nothing."""
         with self._writing:
             for _ in range(_ATTEMPTS):
                 status = change(resource)
@@ -281,25 +283,25 @@ class KubeRolloutStore:
                 except ConflictError:
                     resource = self._ask_again(resource)
                 except AbsentError:
-                    raise RolloutError(f"rollout {resource.name} was deleted meanwhile") from None
+                    raise RolloutError(f"cannot write rollout {resource.name}: it was deleted") from None
                 else:
                     self._shelf.put(written)
                     return written
-        raise RolloutError(f"rollout {resource.name} changed {_ATTEMPTS} times while it was written; try again")
+        raise RolloutError(f"cannot write rollout {resource.name}: it changed {_ATTEMPTS} times meanwhile; try again")
 
     def _ask_again(self, resource: Resource) -> Resource:
         document = self._api.get(f"{PATH}/{resource.name}")
         if document is None or document["metadata"]["uid"] != resource.uid:
-            raise RolloutError(f"rollout {resource.name} was deleted meanwhile")
+            raise RolloutError(f"cannot write rollout {resource.name}: it was deleted")
         newest = read(document)
         self._shelf.put(newest)
         return newest
 
 
 def rollout_of(resource: Resource) -> Rollout:
-    """A resource as the rollout that it is: the recorded state with the commands in it that it has not seen.
+    """Converts a resource: the recorded state plus the commands of its spec that the state does not contain.
 
-    Deleting a rollout that is under way is asking for its rollback.
+    The deletion of an active rollout counts as a rollback command.
     """
     status, spec = resource.status, resource.spec
     policy = status.policy or spec.policy or default_policy()
@@ -338,7 +340,7 @@ def _commands_seen(resource: Resource) -> Sequence[str]:
 
 
 def _not_seen(resource: Resource) -> list[AskedCommand]:
-    """The newest commands, without those dealt with that must make room for others."""
+    """Returns the commands of the spec; the oldest ones that were processed make room for new ones."""
     seen, given = set(_commands_seen(resource)), list(resource.spec.commands)
     while len(given) >= COMMANDS_LIMIT and given[0].id in seen:
         given.pop(0)
@@ -369,17 +371,15 @@ def _head(name: str) -> dict[str, Any]:
 
 def _spec_document(spec: ReleaseRolloutSpec) -> dict[str, Any]:
     document = spec.document()
-    if spec.policy is not None:  # null switches a guardrail off, so it has to be said
+    if spec.policy is not None:  # null disables a guardrail, so nulls are kept
         document["policy"] = spec.policy.model_dump(mode="json")
     return document
 
 
 def _status_document(resource: Resource, status: ReleaseRolloutStatus) -> dict[str, Any]:
     document = status.document()
-    for name in ("state", "policy", "sighting"):
-        value = getattr(status, name)
-        if value is not None:
-            document[name] = value.model_dump(mode="json")
+    parts = {"state": status.state, "policy": status.policy, "lastReconcile": status.last_reconcile}
+    document |= {name: part.model_dump(mode="json") for name, part in parts.items() if part is not None}
     document["history"] = [entry.model_dump(mode="json") for entry in status.history]
     head = _head(resource.name)
     head["metadata"] |= {"namespace": resource.namespace, "resourceVersion": resource.resource_version}

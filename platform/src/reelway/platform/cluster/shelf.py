@@ -1,15 +1,16 @@
-"""Why: whoever reads rollouts on a cluster either asks each time (a person's command) or is told (the operator).
+"""Two ways to read the ReleaseRollouts of a namespace: from the API server, or from a cache that a watch fills.
 
-Both are a *shelf*: the namespace's ReleaseRollouts as they are known now. A shelf decides nothing and writes nothing;
-who wrote an object puts the server's answer there, so that one's own write is never waited for. A copy may be old;
-every write names the version that it is based on, so that an old copy costs a refused write and never a lost one.
+Commands read from the server (``UncachedRollouts``); the operator reads from memory (``InformerCache``). After a write
+of its own a store puts the server's answer into the cache, so that the write is visible at once. A cached copy may be
+outdated. Every write names the resource version that it is based on, so an outdated copy causes a rejected write and
+never a lost one.
 """
 
 from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Final, Protocol
 
 from pydantic import ValidationError
@@ -24,23 +25,23 @@ PATH: Final = f"{GROUP}/{VERSION}/{ROLLOUTS}"
 
 
 class Shelf(Protocol):
-    """Rollouts as they are known."""
+    """The rollouts of a namespace as currently known."""
 
     def all(self) -> Sequence[Resource]:
-        """In no order."""
+        """Returns all rollouts in no particular order."""
         ...
 
     def put(self, resource: Resource) -> None:
-        """The server's answer to a write of one's own."""
+        """Stores the server's answer to a write of this process."""
         ...
 
     def changes(self, *, own: bool) -> int:
-        """See ``RolloutStore.changes``."""
+        """See ``RolloutStore.revision``."""
         ...
 
 
 class AskingShelf:
-    """Asks the API server at every use. For commands."""
+    """Reads from the API server on every call. Used by commands."""
 
     def __init__(self, api: KubeApi) -> None:
         self._api = api
@@ -63,7 +64,7 @@ class AskingShelf:
 
 
 class ToldShelf:
-    """What a watch tells, in memory. For the operator. Safe between threads."""
+    """Rollouts in memory, fed by ``rollout_watch``. Used by the operator. Thread-safe."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -76,23 +77,37 @@ class ToldShelf:
             return list(self._known.values())
 
     def by_uid(self, uid: str) -> Resource | None:
-        """One of them; None when there is none (any more)."""
+        """Returns one rollout; None if it does not exist or was deleted."""
         with self._lock:
             return self._known.get(uid)
 
     def expect(self, uid: str, version: int) -> None:
-        """``version`` of this one's state is about to be written here: its echo is no news."""
+        """Announces an own write of state version ``version``, so that its watch event is not a foreign change."""
         with self._lock:
             self._own_versions[uid] = max(version, self._own_versions.get(uid, 0))
 
     def put(self, resource: Resource) -> None:
+        """Stores the server's answer to a write of this process.
+
+        A rollout that is not in the cache is ignored: its deletion was observed before the answer arrived.
+        """
         with self._lock:
             self._own += 1
-            if _newer(resource, self._known.get(resource.uid)):
+            known = self._known.get(resource.uid)
+            if known is not None and _newer(resource, known):
                 self._known[resource.uid] = resource
 
+    def replace(self, documents: Iterable[Mapping[str, Any]]) -> None:
+        """Replaces the content with a complete list from the server. A copy that is newer than the list's stays."""
+        listed = {str(document["metadata"]["uid"]): document for document in documents}
+        for resource in self.all():
+            if resource.uid not in listed:
+                self.forget(resource.uid)
+        for document in listed.values():
+            self.tell(document)
+
     def tell(self, document: Mapping[str, Any], *, gone: bool = False) -> None:
-        """What a watch brought. What cannot be read is left out, and said."""
+        """Applies a watch event. An object that cannot be parsed is logged and ignored."""
         uid = document["metadata"]["uid"]
         if gone:
             self.forget(uid)
@@ -100,18 +115,20 @@ class ToldShelf:
         try:
             resource = Resource.of(document)
         except ValidationError as error:
-            log.error("%s is not read: %s", document["metadata"].get("name"), error.errors()[:3])
+            log.error(
+                "rollout %s ignored, it cannot be parsed: %s", document["metadata"].get("name"), error.errors()[:3]
+            )
             return
         with self._lock:
             before = self._known.get(uid)
-            if not _newer(resource, before):
+            if before is not None and not _newer(resource, before):
                 return
             self._known[uid] = resource
             if before is None or self._news(before, resource):
                 self._others += 1
 
     def forget(self, uid: str) -> None:
-        """It was deleted."""
+        """Removes a deleted rollout."""
         with self._lock:
             if self._known.pop(uid, None) is not None:
                 self._others += 1
@@ -127,15 +144,15 @@ class ToldShelf:
 
 
 def read(document: Mapping[str, Any]) -> Resource:
-    """Raises KubernetesError: it is not what this version writes."""
+    """Parses a ReleaseRollout. Raises KubernetesError if it is not of this version of the CRD."""
     try:
         return Resource.of(document)
     except ValidationError as error:
         raise KubernetesError(
-            f"ReleaseRollout {document['metadata'].get('name')} cannot be read: {error.errors()[0]['loc']}: "
-            f"{error.errors()[0]['msg']}; are the CRDs this version's?"
+            f"cannot parse ReleaseRollout {document['metadata'].get('name')}: {error.errors()[0]['loc']}: "
+            f"{error.errors()[0]['msg']}; check that the installed CRDs are of this version"
         ) from error
 
 
-def _newer(resource: Resource, known: Resource | None) -> bool:
-    return known is None or int(resource.resource_version) >= int(known.resource_version)
+def _newer(resource: Resource, known: Resource) -> bool:
+    return int(resource.resource_version) >= int(known.resource_version)

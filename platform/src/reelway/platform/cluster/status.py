@@ -1,6 +1,6 @@
-"""Why: a status has to be read at a glance and waited for by ``kubectl``; all of that is drawn from what is recorded.
+"""Derives the readable fields of a ReleaseRollout's status from the recorded state: phase, weight, verdict, conditions.
 
-Pure. Draws phase, weight, verdict, sentences and conditions; refuses to judge.
+Pure functions. ``kubectl get`` prints these fields, and ``kubectl wait`` waits for the conditions.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ _DECISIVE: Final = frozenset({"promote", "roll_back"})
 
 
 def drawn(resource: Resource, status: ReleaseRolloutStatus, now: float) -> ReleaseRolloutStatus:
-    """``status`` with everything that follows from its state, policy, history and sighting drawn anew."""
-    state, policy, sighting = status.state, status.policy, status.sighting
-    assert state is not None, "a rollout that has begun"
-    assert policy is not None, "it is judged by one"
+    """Returns ``status`` with all fields that follow from its state, policy, history and last reconcile."""
+    state, policy, last_reconcile = status.state, status.policy, status.last_reconcile
+    assert state is not None, "a started rollout has a state"
+    assert policy is not None, "a started rollout has a policy"
     evidence = _evidence(status)
     return status.model_copy(
         update={
@@ -43,16 +43,16 @@ def drawn(resource: Resource, status: ReleaseRolloutStatus, now: float) -> Relea
             "weights": {arm.value: points for arm, points in state.weights.items()},
             "verdict": _verdict(evidence),
             "reason": state.reason,
-            "waits_for": sighting.reason if sighting and state.active and sighting.action in ("wait", "hold") else "",
+            "waits_for": _waits_for(state, last_reconcile),
             "evidence": _summary(evidence),
-            "conditions": _since(status.conditions, _conditions(state, sighting), resource.generation, now),
+            "conditions": _since(status.conditions, _conditions(state, last_reconcile), resource.generation, now),
             "history": _bounded(status.history),
         }
     )
 
 
 def not_begun(resource: Resource, phase: str, reason: str, now: float) -> ReleaseRolloutStatus:
-    """The status of a rollout that waits for its turn or was refused."""
+    """Returns the status of a rollout that waits or was refused."""
     progressing = ("Progressing", "False", phase, reason)
     conditions = _since(resource.status.conditions, (progressing,), resource.generation, now)
     return ReleaseRolloutStatus(
@@ -66,31 +66,37 @@ def not_begun(resource: Resource, phase: str, reason: str, now: float) -> Releas
 
 
 def phase_word(phase: Phase) -> str:
-    """``rolled_back`` -> ``RolledBack``."""
+    """Returns the phase in Kubernetes' spelling: ``rolled_back`` -> ``RolledBack``."""
     return phase.value.title().replace("_", "")
 
 
 _AT_REST: Final = frozenset({phase_word(Phase.PROMOTED), phase_word(Phase.ROLLED_BACK), REFUSED})
 
 
-def may_move_traffic(status: Mapping[str, Any]) -> bool:
-    """Whether a rollout may move anybody, by its status as the API server has it.
+def may_move_traffic(resource: Resource) -> bool:
+    """Returns whether a rollout has started and is not at rest.
 
-    One that is promoted may again, when its old release is still warm and it is taken back: its phase then is another.
+    A promoted rollout leaves rest again if a person rolls it back while its previous release is still running.
     """
-    return not status.get("supersededBy") and status.get("phase") not in _AT_REST
+    status = resource.status
+    return status.state is not None and not status.superseded_by and status.phase not in _AT_REST
 
 
-def _conditions(state: RolloutState, sighting: Sighting | None) -> tuple[tuple[str, str, str, str], ...]:
+def _waits_for(state: RolloutState, last_reconcile: Sighting | None) -> str:
+    waits = last_reconcile is not None and state.active and last_reconcile.action in ("wait", "hold")
+    return last_reconcile.reason if last_reconcile is not None and waits else ""
+
+
+def _conditions(state: RolloutState, last_reconcile: Sighting | None) -> tuple[tuple[str, str, str, str], ...]:
     word = phase_word(state.phase)
     moves = state.active and state.phase is not Phase.PAUSED
-    ready, why, detail = "Unknown", "NotLooked", "nobody has looked at the traffic yet"
-    if sighting is not None:
-        reached = bool(sighting.traffic.get("reached"))
-        ready, why = ("True", "TrafficAsRecorded") if reached else ("False", "TrafficNotYetAsRecorded")
-        detail = str(sighting.traffic.get("trouble") or sighting.traffic.get("detail") or "")
+    ready, reason, detail = "Unknown", "NotReconciled", "the traffic has not been observed yet"
+    if last_reconcile is not None:
+        reached = bool(last_reconcile.traffic.get("reached"))
+        ready, reason = ("True", "TrafficAsRecorded") if reached else ("False", "TrafficNotYetAsRecorded")
+        detail = str(last_reconcile.traffic.get("trouble") or last_reconcile.traffic.get("detail") or "")
     return (
-        ("Ready", ready, why, detail),
+        ("Ready", ready, reason, detail),
         ("Progressing", _truth(moves), word, state.reason),
         ("Promoted", _truth(state.phase is Phase.PROMOTED), word, state.reason),
         ("RolledBack", _truth(state.phase is Phase.ROLLED_BACK), word, state.reason),
@@ -100,7 +106,7 @@ def _conditions(state: RolloutState, sighting: Sighting | None) -> tuple[tuple[s
 def _since(
     before: Sequence[Condition], wanted: Sequence[tuple[str, str, str, str]], generation: int, now: float
 ) -> tuple[Condition, ...]:
-    """Conditions that remember when they last changed."""
+    """Returns the conditions; a condition whose status did not change keeps its transition time."""
     known = {condition.type: condition for condition in before}
     made = []
     for kind, status, reason, message in wanted:
@@ -114,18 +120,18 @@ def _since(
 
 
 def stamp(now: float) -> str:
-    """Unix seconds as Kubernetes writes a time."""
+    """Formats Unix seconds as Kubernetes does (RFC 3339, UTC)."""
     return datetime.fromtimestamp(now, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
 def _evidence(status: ReleaseRolloutStatus) -> Mapping[str, Any]:
-    """What the end was decided on; before the end, what the last look found."""
+    """Returns the evidence of the final decision; before it, that of the last reconcile."""
     state = status.state
     if state is not None and (not state.active or state.phase in (Phase.PROMOTING, Phase.ROLLING_BACK)):
         for entry in reversed(status.history):
             if entry.action in _DECISIVE and entry.evidence:
                 return entry.evidence
-    return status.sighting.evidence if status.sighting else {}
+    return status.last_reconcile.evidence if status.last_reconcile else {}
 
 
 def _verdict(evidence: Mapping[str, Any]) -> str:
@@ -148,7 +154,7 @@ def _summary(evidence: Mapping[str, Any]) -> EvidenceSummary | None:
 
 
 def _bounded(history: Sequence[HistoryEntry]) -> tuple[HistoryEntry, ...]:
-    """The newest entries; older ones without the evidence, but for those that ended the ramp."""
+    """Returns the newest entries. Older ones lose their evidence, except those that ended the ramp."""
     kept = list(history[-HISTORY_LIMIT:])
     older = kept[:-EVIDENCE_LIMIT]
     return tuple(

@@ -1,1 +1,1 @@
-"""`reelway submit` and `reelway jobs`: work on a cluster, from a laptop."""
+"""``reelway submit`` and ``reelway jobs``: jobs on a cluster."""

@@ -1,6 +1,6 @@
-"""``reelway submit`` and ``reelway jobs``: RayJobs of an installation, from a laptop or from CI.
+"""``reelway submit`` and ``reelway jobs``: RayJobs of an installation, submitted from any machine or from CI.
 
-What a job's pods are says the chart; the table of exit codes is in ``follow``.
+The chart defines a job's pods. ``follow`` has the table of exit codes.
 """
 
 from __future__ import annotations
@@ -27,18 +27,20 @@ if TYPE_CHECKING:
     from reelway.platform.cluster.ray_job_status import Job
 
 EXIT_CODES = (
-    "Exit codes: 0 succeeded, 1 to 12 the command's own (as on a laptop: 2 usage, 3 data, 4 features, 5 training, "
-    "6 release refused), 2 also no cluster or no installation, 7 the API server refuses, 13 never began or was ended "
-    "from outside, 130 Ctrl-C, 137 killed, most often for its memory."
+    "Exit codes: 0 succeeded; 1 to 12 the command's own (2 usage, 3 data, 4 features, 5 training, 6 release refused); "
+    "2 also if the cluster or the installation was not found; 7 API server error; 13 the job never started or was "
+    "ended from outside; 130 Ctrl-C; 137 killed, usually for exceeding its memory limit."
 )
-NAMESPACE = typer.Option(None, "--namespace", "-n", help="Where Reelway is installed; the context's when absent.")
-CONTEXT = typer.Option(None, "--context", help="Of the kubeconfig.")
+NAMESPACE = typer.Option(
+    None, "--namespace", "-n", help="Namespace of the installation; by default the kubeconfig context's."
+)
+CONTEXT = typer.Option(None, "--context", help="Kubeconfig context; by default the current one.")
 _ANSWERED_S = 20.0
-NAME = typer.Argument(..., help="A job, as `reelway jobs` lists it.")
+NAME = typer.Argument(..., help="Name of a job, as `reelway jobs` prints it.")
 
 
 class Kind(StrEnum):
-    """What can be submitted."""
+    """The kinds of ``cluster.ray_job_template.JobKind``, without importing the cluster package."""
 
     DATASET = "dataset"
     FEATURES = "features"
@@ -48,16 +50,13 @@ class Kind(StrEnum):
 
 
 class Output(StrEnum):
-    """How a result is printed."""
-
     TABLE = "table"
     JSON = "json"
 
 
 def register(app: typer.Typer) -> None:
-    """Add ``reelway submit`` and ``reelway jobs``."""
     app.command(epilog=EXIT_CODES)(submit)
-    group = typer.Typer(invoke_without_command=True, help="Jobs on a cluster: list, follow, stop, delete.")
+    group = typer.Typer(invoke_without_command=True, help="List, follow, stop and delete jobs on a cluster.")
     group.callback()(list_jobs)
     group.command("follow", epilog=EXIT_CODES)(follow_job)
     group.command("stop")(stop)
@@ -66,30 +65,30 @@ def register(app: typer.Typer) -> None:
 
 
 def submit(
-    kind: Kind = typer.Argument(..., help="What to do; each is the command of that name, run in a job's pods."),
-    arguments: list[str] = typer.Argument(None, metavar="[-- ARGUMENTS]", help="Further ones of the command."),
+    kind: Kind = typer.Argument(..., help="Step of the pipeline; runs the command of the same name."),
+    arguments: list[str] = typer.Argument(None, metavar="[-- ARGUMENTS]", help="Additional arguments of the command."),
     namespace: str | None = NAMESPACE,
     context: str | None = CONTEXT,
-    installation: str | None = typer.Option(None, help="Helm release, where a namespace has several."),
-    run: str | None = typer.Option(None, help="Name of the run; the installation's (jobs.workPath) when absent."),
-    workers: int | None = typer.Option(None, min=0, help="Worker pods; 0 does all on the head."),
+    installation: str | None = typer.Option(None, help="Helm release; required if the namespace has several."),
+    run: str | None = typer.Option(None, help="Name of the run; by default the installation's (jobs.runsPath)."),
+    workers: int | None = typer.Option(None, min=0, help="Number of worker pods; 0 runs everything on the head."),
     gpus: int | None = typer.Option(None, min=0, help="GPUs of each worker, or of the head without workers."),
-    gpu_resource: str = typer.Option("nvidia.com/gpu", help="The cluster's name for GPUs."),
-    cpus: str | None = typer.Option(None, help="Of each pod that computes: 4, 500m."),
-    memory: str | None = typer.Option(None, help="Of each pod that computes: 16Gi."),
-    queue: str | None = typer.Option(None, help="Kueue's queue to wait in."),
-    toleration: list[str] = typer.Option([], help="KEY[=VALUE][:EFFECT] of nodes that it may run on. Repeatable."),
-    ttl: int | None = typer.Option(None, min=0, help="Keep the job's Ray cluster so many seconds after its end."),
-    backoff: int = typer.Option(0, min=0, help="Tries after the first one."),
-    image: str | None = typer.Option(None, help="Instead of the installation's training image."),
-    detach: bool = typer.Option(False, "--detach", help="Print the job's name and do not follow it."),
+    gpu_resource: str = typer.Option("nvidia.com/gpu", help="Resource name of GPUs in the cluster."),
+    cpus: str | None = typer.Option(None, help="CPUs of each pod that computes, such as 4 or 500m."),
+    memory: str | None = typer.Option(None, help="Memory of each pod that computes, such as 16Gi."),
+    queue: str | None = typer.Option(None, help="Kueue queue of the job."),
+    toleration: list[str] = typer.Option([], help="Node taint to tolerate, KEY[=VALUE][:EFFECT]. Repeatable."),
+    ttl: int | None = typer.Option(None, min=0, help="Seconds to keep the job's Ray cluster after the job ended."),
+    backoff_limit: int = typer.Option(0, min=0, help="Number of retries after a failed attempt."),
+    image: str | None = typer.Option(None, help="Image of the pods; by default the installation's training image."),
+    detach: bool = typer.Option(False, "--detach", help="Print the job's name and exit without following it."),
 ) -> None:
-    """Do a step of a run on the cluster, follow its log, and end with its exit code.
+    """Run one step of the pipeline on the cluster, follow its log and exit with its exit code.
 
-    Pods, image, volumes and secrets are those of the installation; flags are laid over that. The log and what is being
-    waited for go to standard error. `release` prints the id of the release, which lies in the installation's store.
+    The installation defines pods, image, volumes and secrets; options override its values. The log and the progress
+    are printed to standard error. `release` prints the id of the release, which is in the installation's store.
 
-    Ctrl-C asks whether to stop the job; a second one leaves it running, as it is without a terminal.
+    Ctrl-C asks whether to stop the job. A second Ctrl-C leaves it running; so does Ctrl-C without a terminal.
 
     \b
     Examples:
@@ -102,7 +101,7 @@ def submit(
     jobs = _jobs(namespace, context)
     request = JobRequest(
         kind=JobKind(kind), run=run, workers=workers, gpus=gpus, gpu_resource=gpu_resource, cpus=cpus, memory=memory,
-        queue=queue, tolerations=tuple(toleration), ttl_s=ttl, backoff=backoff, image=image,
+        queue=queue, tolerations=tuple(toleration), ttl_s=ttl, backoff_limit=backoff_limit, image=image,
         arguments=tuple(arguments or ()),
     )  # fmt: skip
     job = jobs.submit(request, installation)
@@ -117,9 +116,9 @@ def list_jobs(
     asked: typer.Context,
     namespace: str | None = NAMESPACE,
     context: str | None = CONTEXT,
-    output: Output = typer.Option(Output.TABLE, "-o", "--output", help="For people, or for programs."),
+    output: Output = typer.Option(Output.TABLE, "-o", "--output", help="Output format."),
 ) -> None:
-    """List jobs, the newest first.
+    """List jobs, newest first.
 
     Examples:
 
@@ -138,40 +137,40 @@ def list_jobs(
 
 
 def follow_job(name: str = NAME, namespace: str | None = NAMESPACE, context: str | None = CONTEXT) -> None:
-    """Show a job's log from its beginning, go on until it ends, and end with its exit code.
+    """Print a job's log from the start until the job ends, and exit with its exit code.
 
-    Example: reelway jobs follow reelway-training-x2k4p -n reelway
+    Example: reelway jobs follow reelway-train-x2k4p -n reelway
     """
     _follow(_jobs(namespace, context), name)
 
 
 def stop(name: str = NAME, namespace: str | None = NAMESPACE, context: str | None = CONTEXT) -> None:
-    """End a job's pods. What it wrote stays, and the next job of the run goes on from its checkpoint.
+    """Stop a job's pods. The run's files stay, and the next job of the run continues from its checkpoint.
 
-    A job of a Kueue queue is deleted: Kueue would start it again.
+    A job of a Kueue queue is deleted, because Kueue would restart it.
 
-    Example: reelway jobs stop reelway-training-x2k4p -n reelway
+    Example: reelway jobs stop reelway-train-x2k4p -n reelway
     """
     jobs = _jobs(namespace, context)
     job = jobs.get(name)
     if job.state.ended:
-        tell(f"job {name} has ended already: {job.state.value}")
+        tell(f"job {name}: not stopped, it has ended ({job.state.value})")
         return
     jobs.stop(name)
-    tell(f"job {name} is {'deleted' if job.queue else 'being stopped'}")
+    tell(f"job {name}: {'deleted' if job.queue else 'stopping'}")
 
 
 def delete(
-    names: list[str] = typer.Argument(None, metavar="[NAME]...", help="Jobs, as `reelway jobs` lists them."),
-    ended: bool = typer.Option(False, "--ended", help="All that have ended."),
+    names: list[str] = typer.Argument(None, metavar="[NAME]...", help="Names of jobs, as `reelway jobs` prints them."),
+    ended: bool = typer.Option(False, "--ended", help="Delete all jobs that have ended."),
     namespace: str | None = NAMESPACE,
     context: str | None = CONTEXT,
 ) -> None:
-    """Delete jobs with their pods and logs. What they wrote stays.
+    """Delete jobs with their pods and logs. The files of their runs stay.
 
     Examples:
 
-      reelway jobs delete reelway-training-x2k4p -n reelway
+      reelway jobs delete reelway-train-x2k4p -n reelway
 
       reelway jobs delete --ended -n reelway
     """
@@ -180,10 +179,10 @@ def delete(
     if ended:
         wanted += [job.name for job in jobs.all() if job.state.ended and job.name not in wanted]
     if not names and not ended:
-        raise ConfigError("which jobs? expected names, or --ended")
+        raise ConfigError("no jobs selected; pass their names or --ended")
     for name in wanted:
         jobs.delete(name)
-        tell(f"job {name} is deleted")
+        tell(f"job {name}: deleted")
 
 
 def _follow(jobs: RayJobs, name: str) -> None:
@@ -203,7 +202,7 @@ def _print(jobs: Sequence[Job], now: datetime) -> None:
         state = job.state.value + (f" ({job.exit_code})" if job.exit_code else "")
         table.add_row(job.name, job.kind, job.run, state, _span(now - job.created_at), took, job.release[:12] or "-")
     wide = Console(width=max(out.width, Measurement.get(out, out.options.update(max_width=500), table).maximum))
-    wide.print(table)  # never folded: names are copied from here
+    wide.print(table)  # never wrapped, because users copy the names
 
 
 def _span(length: object) -> str:
@@ -223,6 +222,6 @@ def _jobs(namespace: str | None, context: str | None) -> RayJobs:
         from reelway.platform.cluster.ray_job import RayJobs
     except ModuleNotFoundError as error:
         raise ConfigError(
-            f"{error.name} is not installed; commands on a cluster need `pip install reelway-platform[cluster]`"
+            f"package {error.name} is not installed; run `pip install reelway-platform[cluster]`"
         ) from error
     return RayJobs(KubeApi(namespace, context=context, timeout_s=_ANSWERED_S))

@@ -1,19 +1,18 @@
-"""Why: whoever submits a job wants to see what it says, why it does not start, and an exit code that a script can use.
+"""Follows a job: prints its log, why it does not start, and ends with an exit code for scripts.
 
 ======  ========================================================================================================
 code    meaning
 ======  ========================================================================================================
 0       the job succeeded (or was submitted, with ``--detach``)
-1 - 12  the command's own, as on a laptop: 2 usage, 3 data, 4 features, 5 training, 6 release refused, ...
-2       also: no kubeconfig, no Reelway or KubeRay in the namespace, a wrong flag
-7       also: the API server cannot be reached, or refuses
-13      the command did not end by itself: it never began, its time was over, its pods were lost, or it was stopped
-130     Ctrl-C; whether the job goes on is said
-other   a signal ended the command: 128 and its number (137: killed, most often for its memory)
+1 - 12  the command's own exit code: 2 usage, 3 data, 4 features, 5 training, 6 release refused, ...
+2       also: no kubeconfig, no Reelway or KubeRay in the namespace, an invalid option
+7       also: the API server cannot be reached or rejects the request
+13      the command did not end on its own: it never started, timed out, lost its pods or was stopped
+130     Ctrl-C; the message says whether the job continues
+other   a signal ended the command: 128 + its number (137: killed, usually for exceeding its memory limit)
 ======  ========================================================================================================
 
-Refuses to decide for anybody: the first Ctrl-C asks whether to stop the job, the second one leaves it running, and
-where nobody can be asked it runs on.
+The first Ctrl-C asks whether to stop the job, and a second one leaves it running. Without a terminal the job continues.
 """
 
 from __future__ import annotations
@@ -37,9 +36,9 @@ if TYPE_CHECKING:
 
 POLL_S: Final = 1.0
 LATE_S: Final = 20.0
-"""A log may end so long after its job's state says that it did."""
+"""How long to wait for the rest of the log after the job has ended."""
 SILENT_S: Final = 300.0
-"""An API server that is away for longer is told of as an error; the job does not mind."""
+"""A longer outage of the API server is an error of the command; the job continues."""
 LAST_LINES: Final = 20
 _SHOWN: Final = 500
 _OF_RAYS_CLIENT: Final = re.compile(r"\d{4}-\d\d-\d\d [\d:,]+\t(INFO|SUCC|WARN|ERR) (cli|sdk|job_manager)\.py:\d+ -- ")
@@ -47,12 +46,12 @@ INTERRUPTED: Final = 130
 
 
 def follow(jobs: RayJobs, name: str, *, poll_s: float = POLL_S) -> Job:
-    """Show what a job says until it has ended, and give it as it is then, with the release that it built.
+    """Prints a job's log until the job has ended. Returns the job with the id of the release that it built.
 
     Raises:
-        ConfigError: there is no such job any more.
-        KubernetesError: the server was away for minutes.
-        JobError: the job cannot start before somebody changes something.
+        ConfigError: if the job does not exist (any more).
+        KubernetesError: if the API server cannot be reached for ``API_OUTAGE_TIMEOUT_S``.
+        JobError: if the job cannot start without a change.
     """
     watched = _Watched(jobs, name)
     while not watched.look():
@@ -64,11 +63,11 @@ def follow(jobs: RayJobs, name: str, *, poll_s: float = POLL_S) -> Job:
 
 
 def raise_if_bad(job: Job) -> None:
-    """Nothing for a job that succeeded.
+    """Returns if the job succeeded.
 
     Raises:
-        CommandFailedError: with the command's own exit code.
-        JobError: the command did not end by itself.
+        CommandFailedError: if the command failed; carries the command's exit code.
+        JobError: if the command did not end on its own.
     """
     from reelway.platform.cluster.ray_job_status import JobState
 
@@ -78,13 +77,13 @@ def raise_if_bad(job: Job) -> None:
         raise CommandFailedError([job.command], job.exit_code)
     if job.state is JobState.STOPPED:
         raise JobError(f"job {job.name} was stopped")
-    said = job.message.partition("last available logs")[0].strip(" ,\n")[:_SHOWN]  # which the log has shown
-    why = ": ".join(part for part in (job.reason, said) if part) or "KubeRay does not say why"
-    raise JobError(f"job {job.name} {'never began' if job.never_began else 'was ended'}: {why}")
+    said = job.message.partition("last available logs")[0].strip(" ,\n")[:_SHOWN]  # the log was printed already
+    why = ": ".join(part for part in (job.reason, said) if part) or "KubeRay gives no reason"
+    raise JobError(f"job {job.name} {'never started' if job.never_began else 'was ended from outside'}: {why}")
 
 
 def follow_or_ask(jobs: RayJobs, name: str) -> Job | None:
-    """``follow``; at Ctrl-C ask whether to stop the job, and give None: what becomes of it was said."""
+    """Follows a job. On Ctrl-C asks whether to stop it, prints the outcome and returns None."""
     try:
         return follow(jobs, name)
     except KeyboardInterrupt:
@@ -97,7 +96,7 @@ def follow_or_ask(jobs: RayJobs, name: str) -> Job | None:
 
 
 class _Watched:
-    """What was seen of a job, so that only news are shown."""
+    """What was printed of a job, so that nothing is printed twice."""
 
     def __init__(self, jobs: RayJobs, name: str) -> None:
         from reelway.platform.cluster.ray_job import LogPlace
@@ -112,12 +111,12 @@ class _Watched:
         self._say_state()
 
     def look(self) -> bool:
-        """Whether it has ended."""
+        """Polls once. Returns whether the job has ended."""
         self._patiently(self._look)
         return self.job.state.ended
 
     def rest(self) -> bool:
-        """Read what the log has left; whether that was all."""
+        """Reads the rest of the log. Returns whether it is complete."""
         self._whole = False
         self._patiently(self._rest)
         return self._whole
@@ -142,7 +141,7 @@ class _Watched:
 
         lines, place = self._jobs.new_lines(self.job, self._place)
         if self._place.pod and place.pod != self._place.pod:
-            tell(f"the log goes on in {place.pod}")
+            tell(f"the log continues in pod {place.pod}")
         self._place = place
         shown = [line for line in lines if not _OF_RAYS_CLIENT.match(line)]
         for line in shown:
@@ -153,24 +152,24 @@ class _Watched:
 
     def _say_state(self) -> None:
         job = self.job
-        tried = f" (try {job.tries + 1})" if job.tries and not job.state.ended else ""
+        tried = f" (attempt {job.tries + 1})" if job.tries and not job.state.ended else ""
         tell(f"job {job.name}: [bold]{job.state.value}[/]{tried}")
 
     def _say_troubles(self, troubles: Sequence[Trouble]) -> None:
         for trouble in troubles:
             if trouble.hopeless:
                 raise JobError(
-                    f"job {self.job.name} cannot start: {trouble.what}; mend that, or "
+                    f"job {self.job.name} cannot start: {trouble.what}; fix this, or "
                     f"`reelway jobs delete {self.job.name}`"
                 )
             if trouble.what not in self._said:
                 self._said.add(trouble.what)
                 tell(f"[yellow]waiting:[/] {escape(trouble.what)}")
 
-    def _patiently(self, ask: Callable[[], object]) -> None:
-        """An API server that is away for a moment is no reason to end."""
+    def _patiently(self, poll: Callable[[], object]) -> None:
+        """Calls ``poll`` and tolerates an outage of the API server of up to ``API_OUTAGE_TIMEOUT_S``."""
         try:
-            ask()
+            poll()
         except KubernetesError as error:
             now = time.monotonic()
             if self._away_since is None:
@@ -189,10 +188,10 @@ def _ask_to_stop(jobs: RayJobs, name: str) -> None:
     answer = input(f"\nStop job {name}? Its files stay. [y/N, Ctrl-C: no] ")
     if answer.strip().lower() in ("y", "yes"):
         jobs.stop(name)
-        tell(f"job {name} is being stopped")
+        tell(f"job {name}: stopping")
     else:
         _say_it_goes_on(jobs, name)
 
 
 def _say_it_goes_on(jobs: RayJobs, name: str) -> None:
-    tell(f"job {name} goes on; come back with `reelway jobs follow {name} -n {jobs.namespace}`")
+    tell(f"job {name} continues; follow it again with `reelway jobs follow {name} -n {jobs.namespace}`")

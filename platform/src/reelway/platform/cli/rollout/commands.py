@@ -271,35 +271,52 @@ def explain(
 
 def controller(
     run: Path = RUN,
-    host: str = typer.Option("127.0.0.1", help="Address of the alert webhook; 0.0.0.0 for all."),
-    port: int = typer.Option(0, min=0, max=65535, help="Port of the alert webhook; 0 chooses a free one."),
-    interval: float = typer.Option(1.0, min=0.1, help="Seconds between two looks; commands are noticed sooner."),
-    prometheus: str | None = typer.Option(None, help="Prometheus' URL; the service is scraped directly without it."),
-    alertmanager: str | None = typer.Option(None, help="Alertmanager's URL, to be polled besides its webhook."),
+    config: Path | None = typer.Option(
+        None,
+        help="Settings file (YAML) with the keys interval_s, webhook, prometheus, alertmanager. Options override it.",
+    ),
+    host: str | None = typer.Option(None, help="Address of the alert webhook; 127.0.0.1 by default, 0.0.0.0 for all."),
+    port: int | None = typer.Option(
+        None, min=0, max=65535, help="Port of the alert webhook; by default a free one is chosen."
+    ),
+    interval: float | None = typer.Option(
+        None, min=0.1, help="Seconds between two reconciles, 1 by default; commands and alerts are handled at once."
+    ),
+    prometheus_url: str | None = typer.Option(
+        None, help="URL of Prometheus; by default the service's metrics are scraped directly."
+    ),
+    alertmanager_url: str | None = typer.Option(
+        None, help="URL of Alertmanager, polled in addition to its webhook; by default nothing is polled."
+    ),
 ) -> None:
-    """Look after the run's rollouts until Ctrl-C: evidence, decision, record, traffic, over and over.
+    """Manage the run's rollouts until Ctrl-C.
 
-    Killed at any moment and started again, it goes on from what was recorded. `reelway serve` starts one by itself.
+    The controller may be killed at any time; when it is started again it continues from the recorded state.
+    `reelway serve` starts a controller automatically.
 
     Examples:
 
       reelway rollout controller --run runs/demo
 
-      reelway rollout controller --run runs/demo --prometheus http://localhost:9090 --port 9095
+      reelway rollout controller --run runs/demo --prometheus-url http://localhost:9090 --port 9095
     """
     directory = open_run(run)
     import logging
 
     from reelway.platform.rollout.control.controller_service import ControllerSettings, run_controller
+    from reelway.platform.settings import load_settings
     from reelway.platform.telemetry import configure_logging
 
     configure_logging()
     logging.getLogger("httpx").setLevel(logging.WARNING)  # a line per scrape would bury the decisions
-    settings = ControllerSettings(
-        run=directory.path, host=host, port=port, interval_s=interval, prometheus_url=prometheus,
-        alertmanager_url=alertmanager,
-    )  # fmt: skip
-    run_controller(settings)
+    options = {
+        "run": directory.path,
+        "interval_s": interval,
+        "webhook": {"host": host, "port": port},
+        "prometheus": {"url": prometheus_url},
+        "alertmanager": {"url": alertmanager_url},
+    }
+    run_controller(load_settings(ControllerSettings, config, options))
 
 
 def _ask(

@@ -1,6 +1,6 @@
-"""Why: the controller of one run directory as a process: its parts put together, one per run, ended cleanly.
+"""The local controller: runs the ``Controller`` of one run directory as a process.
 
-It decides nothing and knows the parts by their factories only.
+A lock allows one controller per run directory.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
@@ -23,9 +22,16 @@ from reelway.platform.rollout.control.alert_book import AlertBook
 from reelway.platform.rollout.control.bearer_token import bearer_token
 from reelway.platform.rollout.control.controller import Controller
 from reelway.platform.rollout.control.controller_metrics import ControllerMetrics
+from reelway.platform.rollout.control.controller_settings import (
+    AlertmanagerSettings,
+    PrometheusSettings,
+    Seconds,
+    SettingsGroup,
+    WebhookSettings,
+)
 from reelway.platform.rollout.control.sqlite_store import SqliteRolloutStore
 from reelway.platform.rollout.control.webhook import serving, webhook_application
-from reelway.platform.rollout.sources import alert_source, evidence_source
+from reelway.platform.rollout.sources import evidence_source
 from reelway.platform.rollout.traffic.serve_rest import ServeRestBackend
 from reelway.platform.runs import RunDirectory
 
@@ -34,37 +40,29 @@ log = logging.getLogger(__name__)
 WEBHOOK_TOKEN: Final = "webhook.token"
 
 
-@dataclass(frozen=True)
-class ControllerSettings:
-    """What ``reelway rollout controller`` is started with."""
+class ControllerSettings(SettingsGroup):
+    """Settings of ``reelway rollout controller``. The groups have the same keys as those of the operator."""
 
     run: Path
     """Run directory."""
-    host: str = "127.0.0.1"
-    """Address of the alert webhook."""
-    port: int = 0
-    """Its port; 0 chooses a free one, which ``rollout/controller.json`` then says."""
-    interval_s: float = 1.0
-    """Seconds between two looks; commands and alerts do not wait for them."""
-    prometheus_url: str | None = None
-    """Asked for evidence; None scrapes the service directly."""
-    alertmanager_url: str | None = None
-    """Polled for alerts besides the webhook; None polls nothing."""
-    poll_s: float = 5.0
-    """Seconds between two polls."""
+    interval_s: Seconds = 1.0
+    """Pause between two reconciles; commands and alerts are handled at once."""
+    webhook: WebhookSettings = WebhookSettings()
+    prometheus: PrometheusSettings = PrometheusSettings()
+    alertmanager: AlertmanagerSettings = AlertmanagerSettings()
 
 
 def run_controller(settings: ControllerSettings, stop: threading.Event | None = None) -> None:
-    """Look after a run's rollouts until SIGTERM, Ctrl-C or ``stop``. What is under way is finished first.
+    """Manages a run's rollouts until SIGTERM, Ctrl-C or ``stop``, and finishes the current reconcile first.
 
-    Writes ``rollout/controller.json`` ({url, pid}) once it listens, and removes it at the end. The webhook's token is
-    in ``keys/webhook.token``, made when there is none.
+    Writes ``rollout/controller.json`` ({url, pid}) when the webhook listens, and removes it at the end. The webhook's
+    token is in ``keys/webhook.token``; the file is created if it does not exist.
 
     Raises:
-        RolloutError: the run has a controller already.
-        ConfigError: the address cannot be listened at.
-        StorageError: the run directory cannot be written.
-        MalformedFileError: ``rollout/state.db`` is not a store of rollouts.
+        RolloutError: if another controller manages the run.
+        ConfigError: if the webhook's address cannot be bound or ``ca_file`` cannot be read.
+        StorageError: if the run directory cannot be written.
+        MalformedFileError: if ``rollout/state.db`` is not a rollout store.
     """
     run = RunDirectory(settings.run)
     record = run.path / "rollout" / "controller.json"
@@ -79,24 +77,24 @@ def run_controller(settings: ControllerSettings, stop: threading.Event | None = 
         controller = Controller(
             store,
             backend,
-            evidence_source(run, settings.prometheus_url),
+            evidence_source(run, settings.prometheus.url, access=settings.prometheus.access()),
             book,
-            alert_source=alert_source(settings.alertmanager_url) if settings.alertmanager_url else None,
-            poll_s=settings.poll_s,
+            alert_source=settings.alertmanager.source(),
+            poll_s=settings.alertmanager.poll_interval_s,
             metrics=metrics,
         )
         application = webhook_application(book, wake.set, token, metrics)
-        url = stack.enter_context(serving(application, settings.host, settings.port))
+        url = stack.enter_context(serving(application, settings.webhook.host, settings.webhook.port))
         write_json(record, {"url": url, "pid": os.getpid()})
         stack.callback(record.unlink, missing_ok=True)
-        log.info("controller of %s: alerts at %s", run.path, url)
+        log.info("controller of %s: started, webhook at %s", run.path, url)
         controller.run(stop, wake, settings.interval_s)
-    log.info("controller of %s: ended", run.path)
+    log.info("controller of %s: stopped", run.path)
 
 
 @contextmanager
 def _only_one(run: RunDirectory, record: Path) -> Iterator[None]:
-    """A lock that the system lets go of when the process ends, however it ends."""
+    """Holds a lock that the operating system releases when the process ends."""
     path = run.path / "rollout" / "controller.lock"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -108,7 +106,7 @@ def _only_one(run: RunDirectory, record: Path) -> Iterator[None]:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise RolloutError(
-                f"run {run.path} has a controller already{_who(record)}; stop that one first, or leave it to its work"
+                f"run {run.path} has a controller already{_who(record)}; stop that controller first"
             ) from None
         yield
 
@@ -118,12 +116,12 @@ def _who(record: Path) -> str:
         known = json.loads(record.read_text())
         return f" (process {known['pid']} at {known['url']})"
     except (OSError, ValueError, KeyError, TypeError):
-        return ""  # it is just starting
+        return ""  # the other controller is still starting
 
 
 @contextmanager
 def stopped_by_signals(stop: Callable[[], None]) -> Iterator[None]:
-    """SIGTERM and Ctrl-C end the loop between two looks instead of unwinding it."""
+    """Calls ``stop`` on SIGTERM and SIGINT, so that the loop ends between two reconciles."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

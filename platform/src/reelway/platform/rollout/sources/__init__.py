@@ -41,13 +41,18 @@ class ReadEvidence:
         self._reader.close()
 
 
-def evidence_source(run: RunDirectory, prometheus: str | None = None, *, window_s: float = WINDOW_S) -> ReadEvidence:
+def evidence_source(
+    run: RunDirectory, prometheus: str | None = None, *, access: Access | None = None, window_s: float = WINDOW_S
+) -> ReadEvidence:
     """Evidence from Prometheus at this URL; scraped from the run's service itself when there is none.
 
     Args:
+        access: credentials and label selectors for Prometheus; none by default.
         window_s: seconds that the guardrails look back.
     """
-    reader: SeriesReader = PrometheusReader(prometheus) if prometheus else DirectScrape(lambda: served_at(run))
+    reader: SeriesReader = (
+        PrometheusReader(prometheus, access=access) if prometheus else DirectScrape(lambda: served_at(run))
+    )
     return ReadEvidence(reader, lambda: read_parity(run), window_s)
 
 
