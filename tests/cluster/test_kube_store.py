@@ -98,7 +98,7 @@ def test_a_writer_that_read_an_older_version_is_refused_and_writes_nothing(api: 
     store, before = begun(api, kubectl)
     late = KubeRolloutStore(api, AskingShelf(api), backend=BACKEND.key)
     store.record(before, moved(before, Phase.PREPARING), entry(before.state.id, "first"))
-    with pytest.raises(RolloutError, match="somebody else moved it"):
+    with pytest.raises(RolloutError, match="somebody else changed it"):
         late.record(before, moved(before, Phase.SHADOW), entry(before.state.id, "second"))
     assert [known.reason for known in late.history()] == ["first"]
 
