@@ -120,9 +120,7 @@ def test_demo_steps_receive_the_demo_options(tmp_path: Path) -> None:
     assert [command[0] for command in commands] == ["import", "features", "train", "evaluate", "release", "release"]
 
 
-def test_run_directory_is_independent_of_the_working_directory(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_run_directory_is_independent_of_the_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     run = RunDirectory(Path("runs/demo"))
     monkeypatch.chdir("/")

@@ -155,9 +155,7 @@ def test_drill_ends_on_stable_whether_or_not_detected(
         assert words in text.out
 
 
-def test_drill_requires_traffic(
-    service: Service, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_drill_requires_traffic(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(drill, "PROBE_S", 0.6)
     monkeypatch.setattr(service.server, "rate", 0)
     rollouts = len(service.world.store.all())
@@ -186,9 +184,7 @@ def test_ctrl_c_rolls_back_a_drill_but_not_a_watched_rollout(service: Service) -
     assert "the drill rolls its release back" in (service.run / "drill.log").read_text()
 
 
-def test_drill_requires_a_service_and_a_controller(
-    run_with_releases: Path, releases: tuple[str, str]
-) -> None:
+def test_drill_requires_a_service_and_a_controller(run_with_releases: Path, releases: tuple[str, str]) -> None:
     world = RunWorld(run_with_releases)
     assert "is not being served" in reelway("drill", "--run", world.run, "--release", releases[1]).err
     world.served(releases[0])

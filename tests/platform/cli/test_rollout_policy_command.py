@@ -47,9 +47,7 @@ def test_policy_text_shows_steps_margins_and_guardrails() -> None:
         ("long_watch_rate", "watch_rate", "outcomes[0].name: saw 'watch_rate'; the service counts long_watch_rate, "),
     ],
 )
-def test_policy_check_reports_the_path_of_each_error(
-    tmp_path: Path, before: str, after: str, said: str
-) -> None:
+def test_policy_check_reports_the_path_of_each_error(tmp_path: Path, before: str, after: str, said: str) -> None:
     path = written(tmp_path, SWIFT_TEXT.replace(before, after))
     ended = reelway("rollout", "policy", "check", path)
     assert ended.code == 2

@@ -32,9 +32,7 @@ def start(world: RunWorld, release: str, *more: object) -> Ended:
     return reelway("rollout", "start", release, "--run", world.run, "--policy", world.run / "swift.yaml", *more)
 
 
-def test_start_verifies_and_stores_a_release_by_id_prefix(
-    served: RunWorld, releases: tuple[str, str]
-) -> None:
+def test_start_verifies_and_stores_a_release_by_id_prefix(served: RunWorld, releases: tuple[str, str]) -> None:
     ended = reelway("rollout", "start", releases[1][:8], "--run", served.run, "--note", "new ranker")
     assert ended.code == 0
     rollout_id = ended.out.strip()
@@ -55,9 +53,7 @@ def test_start_fails_if_the_run_is_not_served(run_with_releases: Path) -> None:
     assert f"reelway serve --run {run_with_releases}" in ended.err
 
 
-def test_start_ignores_the_record_of_an_exited_service(
-    served: RunWorld, releases: tuple[str, str]
-) -> None:
+def test_start_ignores_the_record_of_an_exited_service(served: RunWorld, releases: tuple[str, str]) -> None:
     served.served(releases[0], pid=2**22 + 1)
     assert reelway("rollout", "start", releases[1], "--run", served.run).code == 9
 
@@ -69,9 +65,7 @@ def test_start_rejects_the_live_release(served: RunWorld, releases: tuple[str, s
     assert served.store.latest() is None
 
 
-def test_start_rejects_a_tampered_release_without_a_write(
-    served: RunWorld, releases: tuple[str, str]
-) -> None:
+def test_start_rejects_a_tampered_release_without_a_write(served: RunWorld, releases: tuple[str, str]) -> None:
     with (served.run / "releases" / releases[1] / "blend.yaml").open("a") as file:
         file.write("# changed\n")
     ended = reelway("rollout", "start", releases[1], "--run", served.run)
@@ -86,9 +80,7 @@ def test_start_rejects_a_second_active_rollout(served: RunWorld, releases: tuple
     assert "is pending" in ended.err
 
 
-def test_start_warns_if_no_controller_is_running(
-    served: RunWorld, releases: tuple[str, str]
-) -> None:
+def test_start_warns_if_no_controller_is_running(served: RunWorld, releases: tuple[str, str]) -> None:
     (served.run / "rollout" / "controller.json").unlink()
     ended = reelway("rollout", "start", releases[1], "--run", served.run)
     assert ended.code == 0
@@ -96,9 +88,7 @@ def test_start_warns_if_no_controller_is_running(
     assert f"reelway rollout controller --run {served.run}" in ended.err
 
 
-def test_start_wait_exits_with_0_if_promoted_or_10_if_rolled_back(
-    served: RunWorld, releases: tuple[str, str]
-) -> None:
+def test_start_wait_exits_with_0_if_promoted_or_10_if_rolled_back(served: RunWorld, releases: tuple[str, str]) -> None:
     with controlling(served):
         good = start(served, releases[1], "--wait", "--timeout", 20)
         assert good.code == 0
@@ -113,9 +103,7 @@ def test_start_wait_exits_with_0_if_promoted_or_10_if_rolled_back(
         assert "to roll it out again, use --force" in again.err
 
 
-def test_start_wait_exits_with_11_at_the_timeout(
-    served: RunWorld, releases: tuple[str, str]
-) -> None:
+def test_start_wait_exits_with_11_at_the_timeout(served: RunWorld, releases: tuple[str, str]) -> None:
     served.source.viewers = 60  # type: ignore[attr-defined]
     with controlling(served):
         began = time.monotonic()
@@ -125,18 +113,14 @@ def test_start_wait_exits_with_11_at_the_timeout(
         assert served.state.active
 
 
-def test_last_promoted_release_is_the_next_stable_release(
-    served: RunWorld, releases: tuple[str, str]
-) -> None:
+def test_last_promoted_release_is_the_next_stable_release(served: RunWorld, releases: tuple[str, str]) -> None:
     with controlling(served):
         start(served, releases[1], "--wait", "--timeout", 20)
     start(served, releases[0])
     assert served.state.stable_release == releases[1]
 
 
-def test_ended_drill_restricts_only_its_own_release(
-    served: RunWorld, releases: tuple[str, str]
-) -> None:
+def test_ended_drill_restricts_only_its_own_release(served: RunWorld, releases: tuple[str, str]) -> None:
     served.policy = SWIFT
     state = begin_rollout(
         SWIFT, rollout_id="d-20260131-3fa91c", canary_release="c" * 64, stable_release=releases[0], now=served.clock()
@@ -151,9 +135,7 @@ def test_ended_drill_restricts_only_its_own_release(
     assert start(served, releases[1]).code == 0
 
 
-def test_start_wait_exits_with_12_if_the_rollout_is_paused(
-    served: RunWorld, releases: tuple[str, str]
-) -> None:
+def test_start_wait_exits_with_12_if_the_rollout_is_paused(served: RunWorld, releases: tuple[str, str]) -> None:
     policy = served.run / "asks.yaml"
     policy.write_text(SWIFT_TEXT + "deadlines: {insufficient: {after_s: 0.3, action: pause}}\n")
     served.source.viewers = 60  # type: ignore[attr-defined]

@@ -66,9 +66,7 @@ def test_status_view_shows_ramp_traffic_evidence_and_guardrails(world: RunWorld,
 
 
 @pytest.mark.parametrize("width", WIDTHS)
-def test_rolled_back_status_shows_the_evidence_of_the_rollback(
-    world: RunWorld, width: int
-) -> None:
+def test_rolled_back_status_shows_the_evidence_of_the_rollback(world: RunWorld, width: int) -> None:
     evidence(world, drop=0.15)
     world.tick(3, after_s=5)
     text = drawn(world, width)
