@@ -126,4 +126,4 @@ def test_drill_releases_match_the_scenarios(tmp_path: Path) -> None:
     commands = demo_rollouts.rehearsal_commands(run, seed=3)
     made = {f"rehearse-{command[2]}" for command in commands}
     assert made == {scene.step for scene in SCENES if scene is not TRAINED} | {"rehearse-popular"}
-    assert all(command[command.index("--of") + 1] == CANARY[:12] for command in commands)
+    assert all(command[command.index("--base") + 1] == CANARY[:12] for command in commands)

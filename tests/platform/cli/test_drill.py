@@ -1,4 +1,4 @@
-"""``reelway drill`` against a real controller process: all traffic ends on stable, whether or not it detects the fault."""
+"""``reelway drill`` against a real controller process: all traffic ends on stable, detected or not."""
 
 from __future__ import annotations
 

@@ -58,7 +58,10 @@ def nothing(*_: object) -> None:
 
 @dataclass
 class ToldBackend:
-    """Wraps a backend and calls ``before`` and ``after`` around every write. With ``blind``, ``observe`` returns nothing."""
+    """Wraps a backend and calls ``before`` and ``after`` around every write.
+
+    With ``blind``, ``observe`` returns nothing.
+    """
 
     inner: FileBackend
     before: Callable[[TrafficTarget], None] = nothing

@@ -328,7 +328,7 @@ def test_random_histories_keep_every_invariant(seed: int) -> None:
 def test_any_history_keeps_the_invariants_across_reloads(
     events: list[tuple[str, str, float, bool]],
 ) -> None:
-    """Hypothesis searches for the shortest history that breaks an invariant; states are reloaded from JSON per event."""
+    """Hypothesis searches for the shortest history that breaks an invariant; each event reloads the state from JSON."""
     rollout = Rollout()
     was_rolled_back = False
     for kind, verb, seconds, force in events:

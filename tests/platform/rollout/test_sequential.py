@@ -86,7 +86,7 @@ def test_few_requests_that_all_fail_are_significant() -> None:
 
 
 def test_overlap_weights_balance_the_hours_of_both_arms() -> None:
-    """Weight 1 % in the morning and 50 % in the evening, evening rates twice as high, no difference between the arms."""
+    """1 % in the morning, 50 % in the evening; evening rates are twice as high, without a difference between arms."""
     hours = ((100, 9_900, 0.2), (5_000, 5_000, 0.4))
     weighted, pooled = [], []
     for canary in (True, False):

@@ -85,7 +85,7 @@ class Ending:
 def rehearsal_commands(run: RunDirectory, seed: int) -> list[list[str]]:
     """Returns the commands that build the initial release and the bad releases."""
     good = str(run.record("release")["summary"]["release_id"])
-    where = ["--run", str(run.path), "--of", good[:12], "--seed", str(seed)]
+    where = ["--run", str(run.path), "--base", good[:12], "--seed", str(seed)]
     return [["release", "rehearse", kind, *where] for kind in REHEARSALS]
 
 
@@ -115,7 +115,7 @@ def play(run: RunDirectory, walk: DemoWalk) -> tuple[list[Ending], dict[str, Any
     report = run.path / "traffic.json"
     where = ["--run", str(run.path)]
     traffic = ["traffic", *where, "--rate", str(RATE), "--report", str(report)]
-    parity = ["features", "parity", *where, "--every", str(PARITY_EVERY_S)]
+    parity = ["features", "parity", *where, "--interval", str(PARITY_EVERY_S)]
     walk.step("Simulate viewers and replay served features", traffic, parity)
     with ExitStack() as stack:
         stack.enter_context(child(reelway_command(*parity), log=run.path / "parity.log"))

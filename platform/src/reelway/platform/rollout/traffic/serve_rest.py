@@ -209,7 +209,7 @@ class ServeRestBackend:
 
 
 def _difference(told: Any, current: _Current) -> str:
-    """Returns how the routing in effect differs from the configured one; empty if all viewers are routed as configured."""
+    """Returns how the router's routing differs from the configured one; empty if they agree."""
     try:
         wanted = Routing.model_validate(told)
     except ValidationError as error:
