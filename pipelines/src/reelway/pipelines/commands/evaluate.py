@@ -33,7 +33,7 @@ but is not an error of this command; it prevents the release later.
 
 
 def register(app: typer.Typer) -> None:
-    """Add ``evaluate``."""
+    """Adds ``evaluate``."""
 
     @app.command(help=_EXAMPLES)
     def evaluate(

@@ -42,7 +42,7 @@ LOG_FILE = "serving/vectors.jsonl"
 
 
 def register(app: typer.Typer) -> None:
-    """Add ``features`` and its sub-commands."""
+    """Adds ``features`` and its sub-commands."""
     features = typer.Typer(
         invoke_without_command=True,
         help="Compute features, register them with Feast, join training rows, fill the online store.\n\n"

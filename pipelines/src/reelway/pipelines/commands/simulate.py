@@ -11,7 +11,7 @@ import typer
 
 
 def register(app: typer.Typer) -> None:
-    """Add ``reelway simulate``."""
+    """Adds ``reelway simulate``."""
     app.command()(simulate)
 
 

@@ -8,7 +8,7 @@ import typer
 
 
 def register(app: typer.Typer) -> None:
-    """Add ``reelway stream``."""
+    """Adds ``reelway stream``."""
     app.command()(stream)
 
 

@@ -11,7 +11,7 @@ from reelway.platform.cli.terminal import console, say
 
 
 def register(app: typer.Typer) -> None:
-    """Add ``reelway traffic``."""
+    """Adds ``reelway traffic``."""
     app.command()(traffic)
 
 

@@ -53,7 +53,7 @@ class DemoOptions:
 
 
 def register(app: typer.Typer) -> None:
-    """Add ``reelway demo``."""
+    """Adds ``reelway demo``."""
 
     @app.command()
     def demo(

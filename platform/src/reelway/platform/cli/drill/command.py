@@ -87,7 +87,7 @@ class Drill:
 
 
 def register(app: typer.Typer) -> None:
-    """Add ``reelway drill``."""
+    """Adds ``reelway drill``."""
     app.command(epilog=EXIT_CODES)(drill)
 
 

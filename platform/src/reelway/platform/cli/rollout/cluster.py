@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from reelway.platform.rollout.records import Rollout, Sighting
 
 ANSWERED_WITHIN_S: Final = 10.0
-"""A running operator admits or refuses a new rollout in well under a second."""
+"""A running operator admits or rejects a new rollout in well under a second."""
 
 
 def cluster_store(place: ClusterPlace, backend: Backend | None = None) -> KubeRolloutStore:

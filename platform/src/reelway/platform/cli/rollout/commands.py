@@ -50,7 +50,7 @@ ENDLESS = typer.Option(
 
 
 def register(app: typer.Typer) -> None:
-    """Add ``reelway rollout ...``."""
+    """Adds ``reelway rollout ...``."""
     group = typer.Typer(no_args_is_help=True, epilog=EXIT_CODES)
     app.add_typer(group, name="rollout", help="Roll out a release as a canary, watch it, and roll it back.")
     group.command("start", epilog=EXIT_CODES)(start)
