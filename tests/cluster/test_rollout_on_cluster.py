@@ -49,7 +49,7 @@ def test_started_rollout_is_followed_until_promoted(
     with operating(api, settings_of(serve, tmp_path)):
         done = person.starts(GOOD, "quick", "--wait", "--timeout", "60", "--note", "try it")
         assert done.exit_code == 0, done.output
-        assert f"rolling {GOOD[:12]} out over {STABLE[:12]}, policy quick" in done.output
+        assert f"rolling out {GOOD[:12]} over {STABLE[:12]}, policy quick" in done.output
         status = json.loads(person.says("status", "-o", "json").output)
         assert status["rollout"]["phase"] == "promoted"
         assert status["rollout"]["exit_code"] == 0
@@ -90,13 +90,13 @@ def test_status_says_that_no_operator_runs(person: Person, monkeypatch: pytest.M
 def test_ambiguous_backend_or_release_is_rejected(person: Person) -> None:
     nowhere = person.says("start", GOOD)
     assert isinstance(nowhere.exception, ConfigError)
-    assert "name it with --ray-service" in str(nowhere.exception)
+    assert "select one with --ray-service" in str(nowhere.exception)
     short = person.says("start", "b" * 12, "--ray-service", "reelway")
     assert isinstance(short.exception, ConfigError)
     assert "0 Releases of namespace" in str(short.exception)
     nothing = person.says("history")
     assert isinstance(nothing.exception, RolloutError)
-    assert "there has been no rollout here" in str(nothing.exception)
+    assert "no rollout exists" in str(nothing.exception)
 
 
 def test_release_is_found_by_its_prefix(kubectl: Kubectl, person: Person, monkeypatch: pytest.MonkeyPatch) -> None:

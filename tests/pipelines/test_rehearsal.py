@@ -1,4 +1,4 @@
-"""A rehearsal release is a release in every way, and wrong in the one way that it says."""
+"""Drill releases are complete, signed releases with exactly the stated fault."""
 
 from __future__ import annotations
 
@@ -44,13 +44,13 @@ def good(run: RunDirectory) -> Path:
 
 
 def rehearsed(run: RunDirectory, kind: str) -> Path:
-    made = CliRunner().invoke(build_app(), ["release", "rehearse", kind, "--run", str(run.path), "--by", "ines"])
+    made = CliRunner().invoke(build_app(), ["release", "rehearse", kind, "--run", str(run.path), "--waived-by", "ines"])
     assert made.exit_code == 0, made.exception
     return run.release_store / made.stdout.strip()
 
 
 def request_of(seen: float, candidates: int = 7) -> dict[str, NDArray[Any]]:
-    """Ranker inputs of a viewer with so many recent impressions; NaN is a viewer whom nobody knows."""
+    """Returns ranker inputs of a viewer with ``seen`` recent impressions; NaN means an unknown viewer."""
     rng = np.random.default_rng(1)
     viewer = rng.normal(size=(1, len(VIEWER_DENSE))).astype(np.float32)
     viewer[0, VIEWER_DENSE.index("impressions_30d")] = seen
@@ -70,7 +70,7 @@ def ranker_of(folder: Path) -> Graph:
 
 
 @pytest.mark.parametrize("kind", ["errors", "slow", "popular"])
-def test_it_verifies_says_what_it_is_and_is_never_the_latest(run: RunDirectory, good: Path, kind: str) -> None:
+def test_drill_release_verifies_but_is_never_latest(run: RunDirectory, good: Path, kind: str) -> None:
     folder = rehearsed(run, kind)
     keys = load_public_keys(run.keys)
     verified = verify(folder, public_keys=keys, feature_services=None, expected_id=folder.name)
@@ -84,10 +84,10 @@ def test_it_verifies_says_what_it_is_and_is_never_the_latest(run: RunDirectory, 
     with pytest.raises(GateFailedError, match="evaluated is 0"):
         assess_gates(manifest.gates)
     assert ReleaseStore(str(run.release_store)).resolve("latest") == good.name
-    assert rehearsed(run, kind) == folder  # made once
+    assert rehearsed(run, kind) == folder  # built only once
 
 
-def test_errors_fails_for_viewers_with_a_history_and_nobody_else(run: RunDirectory, good: Path) -> None:
+def test_errors_release_fails_only_for_viewers_with_a_history(run: RunDirectory, good: Path) -> None:
     broken, sound = ranker_of(rehearsed(run, "errors")), ranker_of(good)
     for stranger in (np.nan, 0.0):
         np.testing.assert_array_equal(broken.run(request_of(stranger)), sound.run(request_of(stranger)))
@@ -96,7 +96,7 @@ def test_errors_fails_for_viewers_with_a_history_and_nobody_else(run: RunDirecto
             broken.run(request_of(known))
 
 
-def test_slow_answers_the_same_and_takes_long_for_busy_viewers_only(good: Path, tmp_path: Path) -> None:
+def test_slow_release_is_slow_only_for_busy_viewers(good: Path, tmp_path: Path) -> None:
     path = tmp_path / files.RANKER_FILE
     path.write_bytes((good / files.RANKER_FILE).read_bytes())
     slow_down_busy_viewers(path, above=40.0, slow_ms=150.0)
@@ -112,20 +112,20 @@ def test_slow_answers_the_same_and_takes_long_for_busy_viewers_only(good: Path, 
     assert max(took_ms[np.nan], took_ms[40.0]) < 30
 
 
-def test_the_busy_viewers_have_their_share_of_the_impressions() -> None:
+def test_busy_viewers_have_the_configured_share_of_impressions() -> None:
     impressions = np.random.default_rng(0).lognormal(4, 0.7, 5_000).astype(np.int64)
     theirs = impressions[impressions > busy_above(impressions)].sum() / impressions.sum()
     assert theirs == pytest.approx(0.12, abs=0.02)
 
 
-def test_popular_orders_by_nothing_but_popularity(run: RunDirectory) -> None:
+def test_popular_release_ranks_only_by_popularity(run: RunDirectory) -> None:
     blend = read_blend(rehearsed(run, "popular"))
     assert blend.retrieval.quotas == {"popular": 1.0}
     assert blend.ranking.value_weights == {}
     assert blend.ranking.retrieval_weight == 0.0
 
 
-def test_worse_is_a_whole_ranker_that_learned_other_videos_labels(run: RunDirectory, good: Path) -> None:
+def test_worse_release_has_a_ranker_trained_on_shuffled_labels(run: RunDirectory, good: Path) -> None:
     build_training_rows(run)
     folder = rehearsed(run, "worse")
     verify(folder, public_keys=load_public_keys(run.keys), feature_services=None)
@@ -135,5 +135,5 @@ def test_worse_is_a_whole_ranker_that_learned_other_videos_labels(run: RunDirect
     assert np.isfinite(ranker_of(folder).run(request_of(3.0))).all()
 
 
-def test_the_command_offers_what_there_is() -> None:
+def test_command_offers_every_drill_release_kind() -> None:
     assert [kind.value for kind in Kind] == [kind.value for kind in Rehearsal]

@@ -1,4 +1,4 @@
-"""The real ``reelway`` executable: exit codes, messages without tracebacks, Ctrl-C."""
+"""The ``reelway`` executable: exit codes, messages without tracebacks, Ctrl-C."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def reelway(*arguments: object, cwd: Path | None = None) -> subprocess.Completed
     )  # fmt: skip
 
 
-def test_the_version_is_printed_and_both_members_commands_are_in_one_group() -> None:
+def test_members_share_the_release_command_group() -> None:
     from importlib.metadata import version
 
     assert reelway("--version").stdout.strip() == version("reelway-platform")
@@ -34,7 +34,7 @@ def test_the_version_is_printed_and_both_members_commands_are_in_one_group() -> 
         assert f" {command} " in shown
 
 
-def test_a_wrong_flag_is_a_usage_error_with_exit_code_2() -> None:
+def test_unknown_option_exits_with_code_2() -> None:
     ended = reelway("release", "list", "--no-such-flag")
     assert ended.returncode == 2
     assert "no-such-flag" in ended.stderr
@@ -49,7 +49,7 @@ def test_a_wrong_flag_is_a_usage_error_with_exit_code_2() -> None:
         (("release", "build", "--run", "nothing"), 2, "step 'evaluate' was not done here"),
     ],
 )
-def test_an_error_is_one_message_without_traceback_and_its_own_exit_code(
+def test_error_prints_one_line_and_exits_with_its_code(
     tmp_path: Path, arguments: tuple[str, ...], code: int, said: str
 ) -> None:
     ended = reelway(*arguments, cwd=tmp_path)
@@ -62,7 +62,7 @@ def test_an_error_is_one_message_without_traceback_and_its_own_exit_code(
 
 
 class Member:
-    """An installed member whose one command fails as told."""
+    """An installed member with a command that raises the given error."""
 
     name = "act"
 
@@ -77,7 +77,7 @@ class Member:
 
             @app.command("other")
             def other() -> None:
-                """So that ``act`` is a command and not the whole."""
+                """A second command, because Typer gives an application with one command no subcommands."""
 
         return register
 
@@ -89,13 +89,13 @@ def run_main(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def branches(kind: type[ReelwayError] = ReelwayError) -> list[type[ReelwayError]]:
-    """Every error of the tree that takes a message alone."""
+    """Returns every error class whose only argument is a message."""
     below = [one for child in kind.__subclasses__() for one in branches(child)]
     return [*([] if kind in (MalformedFileError, CommandFailedError) else [kind]), *below]
 
 
 @pytest.mark.parametrize("kind", branches(), ids=lambda kind: kind.__name__)
-def test_each_error_exits_with_its_code_and_its_message_word_for_word(
+def test_each_error_class_exits_with_its_code_and_message(
     kind: type[ReelwayError], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as ended:
@@ -104,7 +104,7 @@ def test_each_error_exits_with_its_code_and_its_message_word_for_word(
     assert capsys.readouterr().err == "error: weight [bold]130[/] is outside 0..100\n"
 
 
-def test_an_error_that_is_a_bug_is_not_turned_into_a_message(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unexpected_exception_is_not_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ZeroDivisionError):
         run_main(ZeroDivisionError("a bug"), monkeypatch)
 
@@ -138,7 +138,7 @@ cli.main()
 """
 
 
-def test_ctrl_c_exits_with_130_and_leaves_neither_half_a_folder_nor_a_record(tmp_path: Path) -> None:
+def test_ctrl_c_exits_with_130_and_leaves_no_partial_output(tmp_path: Path) -> None:
     run = tmp_path / "run"
     with subprocess.Popen(
         [sys.executable, "-c", WORKING, str(run)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -154,7 +154,7 @@ def test_ctrl_c_exits_with_130_and_leaves_neither_half_a_folder_nor_a_record(tmp
     assert list(run.rglob("*")) == []
 
 
-def test_two_members_share_one_group_in_either_order() -> None:
+def test_release_group_is_created_once() -> None:
     app = typer.Typer()
     first = release_group(app)
     assert release_group(app) is first

@@ -1,4 +1,4 @@
-"""What a command starts never outlives it: children are ended by group, and a demo holds its run directory alone."""
+"""Child processes are terminated by group, and the demo locks its run directory."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def is_gone(pid: int) -> bool:
     return not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
 
 
-def test_a_grandchild_that_ignores_every_polite_signal_is_gone_with_its_group(
+def test_grandchild_that_ignores_signals_is_killed_with_its_group(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("reelway.platform.cli.processes.POLITE_S", 0.5)
@@ -54,28 +54,28 @@ def test_a_grandchild_that_ignores_every_polite_signal_is_gone_with_its_group(
     assert is_gone(grandchild)
 
 
-def test_the_output_of_a_child_goes_to_its_log(tmp_path: Path) -> None:
+def test_child_output_is_written_to_its_log(tmp_path: Path) -> None:
     with child([sys.executable, "-c", "print('hello')"], log=tmp_path / "log") as process:
         process.wait(DEADLINE_S)
     assert (tmp_path / "log").read_text() == "hello\n"
 
 
 @pytest.mark.parametrize(("code", "expected"), [(6, 6), (255, 1)])
-def test_a_step_that_fails_stops_the_row_with_its_own_exit_code(code: int, expected: int) -> None:
+def test_failed_command_raises_with_its_exit_code(code: int, expected: int) -> None:
     with pytest.raises(CommandFailedError, match=f"exit code {code}") as failed:
         run_to_end([sys.executable, "-c", f"raise SystemExit({code})"])
     assert failed.value.exit_code == expected
 
 
-def test_a_second_demo_in_the_same_folder_is_refused_and_the_folder_is_free_afterwards(tmp_path: Path) -> None:
+def test_run_directory_lock_excludes_a_second_demo(tmp_path: Path) -> None:
     run = RunDirectory(tmp_path / "run")
-    with only_one(run), pytest.raises(ConfigError, match=r"another demo is working in .*run.*--run"), only_one(run):
-        raise AssertionError("two at once")
+    with only_one(run), pytest.raises(ConfigError, match=r"run: another demo is running.*--run"), only_one(run):
+        raise AssertionError("two demos hold the lock")
     with only_one(run):
         pass
 
 
-def test_a_signal_while_a_child_is_being_started_still_ends_that_child(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_signal_during_child_start_terminates_the_child(monkeypatch: pytest.MonkeyPatch) -> None:
     started: list[subprocess.Popen[bytes]] = []
 
     class Interrupted(subprocess.Popen):  # type: ignore[type-arg]
@@ -92,7 +92,7 @@ def test_a_signal_while_a_child_is_being_started_still_ends_that_child(monkeypat
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_to_the_demo_ends_the_step_it_is_in(tmp_path: Path, number: signal.Signals) -> None:
+def test_signal_to_the_demo_terminates_the_current_step(tmp_path: Path, number: signal.Signals) -> None:
     command = [sys.executable, "-m", "reelway.platform.cli", "demo", "--run", str(tmp_path / "run")]
     demo = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
     try:
@@ -109,7 +109,7 @@ def test_a_signal_to_the_demo_ends_the_step_it_is_in(tmp_path: Path, number: sig
             os.killpg(demo.pid, signal.SIGKILL)
 
 
-def test_the_steps_of_the_demo_pass_on_what_was_asked(tmp_path: Path) -> None:
+def test_demo_steps_receive_the_demo_options(tmp_path: Path) -> None:
     run = RunDirectory(tmp_path)
     films = DemoOptions(run, DataChoice.ML_100K, Path("films"), workers=3, gpus=1, seed=7, keep=False)
     commands = [command for _, command in offline_steps(films)]
@@ -120,9 +120,7 @@ def test_the_steps_of_the_demo_pass_on_what_was_asked(tmp_path: Path) -> None:
     assert [command[0] for command in commands] == ["import", "features", "train", "evaluate", "release", "release"]
 
 
-def test_a_run_directory_means_the_same_folder_from_every_working_directory(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_run_directory_is_independent_of_the_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     run = RunDirectory(Path("runs/demo"))
     monkeypatch.chdir("/")

@@ -1,4 +1,4 @@
-"""What the demo says of its rollouts is what was recorded, and a demo that did not show it fails."""
+"""The demo's results come from records, and the demo fails if they differ from the expected ones."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def traffic(requests: int, failed: int, viewers: int = 0, **more: Any) -> dict[s
     return whole | more
 
 
-def test_a_rollback_is_told_with_its_evidence_weight_viewers_and_seconds() -> None:
+def test_scenario_result_contains_evidence_weight_and_duration() -> None:
     history = [
         entry(1, "prepare", 100, 0),
         entry(2, "step", 110, 2_000),
@@ -63,7 +63,7 @@ def test_a_rollback_is_told_with_its_evidence_weight_viewers_and_seconds() -> No
     assert found.as_expected
 
 
-def test_harm_and_its_exclusion_are_named() -> None:
+def test_deciding_evidence_names_harm_or_its_exclusion() -> None:
     def outcome(finding: str) -> dict[str, Any]:
         return {"label": "skip_rate on new_videos", "name": "skip_rate", "finding": finding, "required": True}
 
@@ -79,7 +79,7 @@ def ended(scene: demo_rollouts.Scene, end: str, failed: int = 0) -> Ending:
     return Ending(scene, CANARY, end, "error_ratio", 2_000, 37, 15, 300, failed)
 
 
-def test_a_demo_that_showed_what_it_should_passes(capsys: pytest.CaptureFixture[str]) -> None:
+def test_expected_results_pass_and_are_printed(capsys: pytest.CaptureFixture[str]) -> None:
     endings = [ended(TRAINED, "promoted"), *(ended(scene, "rolled_back") for scene in (WORSE, ERRORS, SLOW))]
     assess(endings, traffic(900, 0))
     demo_rollouts.show(endings, traffic(900, 0))
@@ -100,12 +100,12 @@ def test_a_demo_that_showed_what_it_should_passes(capsys: pytest.CaptureFixture[
         (ended(SLOW, "rolled_back"), traffic(9, 0, outcomes={"sent": 1, "posts_failed": 1}), "traffic:"),
     ],
 )
-def test_a_demo_that_did_not_fails_and_says_what(ending: Ending, whole: dict[str, Any], said: str) -> None:
+def test_unexpected_result_fails_the_demo(ending: Ending, whole: dict[str, Any], said: str) -> None:
     with pytest.raises(RolloutError, match=said):
         assess([ending], whole)
 
 
-def test_rollouts_of_an_earlier_demo_are_kept_aside_and_never_those_of_a_running_service(tmp_path: Path) -> None:
+def test_rollouts_of_an_earlier_demo_are_archived(tmp_path: Path) -> None:
     run = RunDirectory(tmp_path)
     lay_aside_earlier_rollouts(run)
     (tmp_path / "rollout").mkdir()
@@ -119,11 +119,11 @@ def test_rollouts_of_an_earlier_demo_are_kept_aside_and_never_those_of_a_running
     assert [path.read_text() for path in (tmp_path / "earlier-rollouts").glob("*/state.db")] == ["history"]
 
 
-def test_the_releases_of_the_scenes_are_the_rehearsals_and_the_trained_one(tmp_path: Path) -> None:
+def test_drill_releases_match_the_scenarios(tmp_path: Path) -> None:
     run = RunDirectory(tmp_path)
     with run.step("release", config={}) as step:
         step.summary["release_id"] = CANARY
     commands = demo_rollouts.rehearsal_commands(run, seed=3)
     made = {f"rehearse-{command[2]}" for command in commands}
     assert made == {scene.step for scene in SCENES if scene is not TRAINED} | {"rehearse-popular"}
-    assert all(command[command.index("--of") + 1] == CANARY[:12] for command in commands)
+    assert all(command[command.index("--base") + 1] == CANARY[:12] for command in commands)

@@ -1,6 +1,6 @@
-"""A service as small as can be, over real HTTP: slates by routing, and a count of everything that it was asked.
+"""A minimal HTTP service for live traffic: routes viewers, returns slates and records all requests.
 
-Its slates are chance, or with ``oracle`` what the viewers like; its faults are on request.
+Slates are random or given in ``best``. Tests can inject failures and delays.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from reelway.platform.rollout.traffic.routing import Routing
 
 @dataclass
 class MadeService:
-    """What it does, and what it saw."""
+    """Behaviour of the service, and the requests that it received."""
 
     routing: Routing
     videos: int
@@ -47,7 +47,7 @@ class MadeService:
         body = await request.json()
         viewer, count = body["viewer_id"], body["count"]
         if viewer in self.fail_viewers:
-            return JSONResponse({"error": "no slate for you"}, 503)
+            return JSONResponse({"error": "injected failure"}, 503)
         if self.delay_s:
             import asyncio
 
@@ -69,7 +69,7 @@ class MadeService:
         body = await request.json()
         if self.fail_next_outcomes:
             self.fail_next_outcomes -= 1
-            return JSONResponse({"error": "later"}, 503)
+            return JSONResponse({"error": "retry later"}, 503)
         self.posts.append(len(body["outcomes"]))
         self.outcomes += body["outcomes"]
         return JSONResponse({"counted": len(body["outcomes"])})
@@ -83,7 +83,7 @@ class MadeService:
 
 
 def with_canary(stable: str, canary: str, weight_bp: int) -> Routing:
-    """Two releases under one salt."""
+    """Returns a routing of two releases with one salt."""
     arms = [
         {"arm": Arm.CANARY, "release": canary, "weight_bp": weight_bp},
         {"arm": Arm.STABLE, "release": stable, "weight_bp": 10_000 - weight_bp},
@@ -92,7 +92,7 @@ def with_canary(stable: str, canary: str, weight_bp: int) -> Routing:
 
 
 def liked_slates(world: World, time_s: float, count: int) -> dict[int, list[int]]:
-    """The best slate for everybody."""
+    """Returns the oracle's slate for every viewer."""
     viewers = world.available_viewers(time_s)
     slates = OraclePolicy(world).slates(viewers, time_s, count, np.random.default_rng(0))
     return dict(zip(viewers.tolist(), slates.tolist(), strict=True))
@@ -100,7 +100,7 @@ def liked_slates(world: World, time_s: float, count: int) -> dict[int, list[int]
 
 @contextmanager
 def running(service: MadeService) -> Iterator[MadeService]:
-    """Serve it on a free port until the block is left."""
+    """Runs the service on a free port until the block is left."""
     app = Starlette(
         routes=[
             Route("/v1/recommend", service.recommend, methods=["POST"]),

@@ -27,7 +27,7 @@ def logged() -> Dataset:
     return log_traffic(world())
 
 
-def test_the_same_seed_gives_the_same_log_and_another_seed_another() -> None:
+def test_log_depends_only_on_configuration_and_seed() -> None:
     small = SimulationConfig(viewers=200, videos=300, creators=40, days=3, impressions=5_000)
     first, again, other = simulate(small, 3), simulate(small, 3), simulate(small, 4)
     for name, table in first.tables.items():
@@ -35,12 +35,12 @@ def test_the_same_seed_gives_the_same_log_and_another_seed_another() -> None:
     assert not first.impressions.equals(other.impressions)
 
 
-def test_the_log_passes_the_data_checks_whole() -> None:
+def test_log_passes_all_data_checks() -> None:
     assert check_dataset(logged()).rejected_rows == 0
     assert logged().impressions.num_rows == CONFIG.impressions
 
 
-def test_every_kind_of_outcome_occurs_and_comes_after_its_impression() -> None:
+def test_every_outcome_follows_its_impression() -> None:
     outcomes, shown = logged().outcomes, logged().impressions
     assert len(set(outcomes["type"].to_pylist())) == 9
     order = np.argsort(shown["impression_id"].to_numpy())
@@ -48,7 +48,7 @@ def test_every_kind_of_outcome_occurs_and_comes_after_its_impression() -> None:
     assert (outcomes["event_time"].cast(pa.int64()).to_numpy() > shown_us).all()
 
 
-def test_traffic_has_a_daily_cycle_sessions_and_newcomers() -> None:
+def test_traffic_has_a_daily_cycle_sessions_and_new_viewers() -> None:
     requests = draw_requests(world(), 20_000, np.random.default_rng(0))
     assert len(requests.time_s) == 20_000
     assert (np.diff(requests.time_s) >= 0).all()
@@ -64,7 +64,7 @@ def test_traffic_has_a_daily_cycle_sessions_and_newcomers() -> None:
     assert cold.mean() > 0.1
 
 
-def test_no_video_is_shown_before_its_upload_or_twice_in_a_slate() -> None:
+def test_slate_has_no_future_or_duplicate_videos() -> None:
     shown = logged().impressions
     video = shown["video_id"].to_numpy()
     assert (shown["event_time"].cast(pa.int64()).to_numpy() / 1e6 >= world().videos.uploaded_s[video - 1]).all()
@@ -72,7 +72,7 @@ def test_no_video_is_shown_before_its_upload_or_twice_in_a_slate() -> None:
     assert len(np.unique(pairs)) == len(pairs)
 
 
-def test_recorded_propensities_are_the_true_probabilities() -> None:
+def test_recorded_propensities_match_the_drawn_frequencies() -> None:
     small = World(SimulationConfig(viewers=50, videos=70, creators=10, slate=4, impressions=100), 2)
     policy = LoggingPolicy(small)
     policy.begin_period(small.config.end_s)
@@ -82,13 +82,13 @@ def test_recorded_propensities_are_the_true_probabilities() -> None:
     expected = propensity[first, 0] * len(viewers)
     assert expected.sum() == pytest.approx(len(viewers), rel=1e-3)
     assert (np.abs(counts - expected) < 5 * np.sqrt(expected)).all()
-    # Given the first place, the second is drawn from the rest: inverse propensities count the rest.
-    for place in (1, 3):
-        assert (1 / propensity[:, place]).mean() == pytest.approx(70 - place, rel=0.03)
-        top = np.bincount(slates[:, place]).argmax()
-        hit = slates[:, place] == top
-        free = ~(slates[:, :place] == top).any(axis=1)
-        assert hit.sum() == pytest.approx(propensity[hit, place].mean() * free.sum(), rel=0.1)
+    # Each position is drawn from the videos that are not above it: the mean inverse propensity is their number.
+    for position in (1, 3):
+        assert (1 / propensity[:, position]).mean() == pytest.approx(70 - position, rel=0.03)
+        top = np.bincount(slates[:, position]).argmax()
+        hit = slates[:, position] == top
+        free = ~(slates[:, :position] == top).any(axis=1)
+        assert hit.sum() == pytest.approx(propensity[hit, position].mean() * free.sum(), rel=0.1)
 
 
 def watch_s(policy: Policy, seed: int = 5) -> float:
@@ -99,7 +99,7 @@ def watch_s(policy: Policy, seed: int = 5) -> float:
 
 
 class TopicAffinity:
-    """What little can be learnt by counting: a viewer's long-watch rate per topic times the video's own."""
+    """A recommender by counts: the viewer's long-watch rate per topic times the video's long-watch rate."""
 
     def __init__(self, dataset: Dataset) -> None:
         labels = label_impressions(dataset.impressions, dataset.outcomes, dataset.videos)
@@ -119,7 +119,7 @@ class TopicAffinity:
         return np.argsort(-score, axis=1)[:, :count] + 1
 
 
-def test_a_better_recommender_gets_more_watch_time_and_a_broken_one_less() -> None:
+def test_watch_time_ranks_recommenders_by_quality() -> None:
     popular = watch_s(RecentPopularity(world(), logged().outcomes, CONFIG.end_s))
     random, oracle = watch_s(RandomPolicy(world())), watch_s(OraclePolicy(world()))
     learned = watch_s(TopicAffinity(logged()))
@@ -129,7 +129,7 @@ def test_a_better_recommender_gets_more_watch_time_and_a_broken_one_less() -> No
     assert learned > 1.3 * popular
 
 
-def test_policies_show_only_what_is_there_and_not_yet_seen() -> None:
+def test_policies_recommend_only_available_unseen_videos() -> None:
     rng = np.random.default_rng(0)
     viewers = np.arange(1, 51)
     early_s = CONFIG.start_s + 3600
@@ -143,7 +143,7 @@ def test_policies_show_only_what_is_there_and_not_yet_seen() -> None:
         seen[:] = False
 
 
-def test_propensities_leave_room_for_chance() -> None:
+def test_propensities_include_random_exploration() -> None:
     propensity = logged().impressions["propensity"].to_numpy()
     assert propensity.min() >= 0.5 * CONFIG.explore_share / CONFIG.videos
     assert np.median(propensity) < 0.05

@@ -33,20 +33,20 @@ def slates(count: int, size: int, seed: int = 1) -> tuple[np.ndarray, np.ndarray
 
 
 @pytest.mark.parametrize("name", ["viewers", "creators", "videos"])
-def test_entities_come_in_the_event_schema(name: str) -> None:
+def test_entity_tables_have_the_event_schema(name: str) -> None:
     table = getattr(world(), f"{name}_table")()
     assert table.schema.equals(DATASET_TABLES[name])
     assert conform(name, table, name).num_rows == getattr(CONFIG, name)  # type: ignore[arg-type]
 
 
-def test_the_same_seed_makes_the_same_world_and_another_seed_another() -> None:
+def test_world_depends_only_on_its_seed() -> None:
     again, other = World(CONFIG, 0), World(CONFIG, 1)
     assert again.videos_table().equals(world().videos_table())
     assert again.viewers_table().equals(world().viewers_table())
     assert not other.videos_table().equals(world().videos_table())
 
 
-def test_cold_viewers_and_cold_videos_keep_arriving() -> None:
+def test_new_viewers_and_videos_arrive_during_the_log() -> None:
     for created in (world().viewers.created_s, world().videos.uploaded_s):
         per_day = np.histogram(created, bins=CONFIG.start_s + DAY_S * np.arange(CONFIG.days + 1))[0]
         assert (per_day > 10).all()
@@ -56,7 +56,7 @@ def test_cold_viewers_and_cold_videos_keep_arriving() -> None:
     assert (world().videos.uploaded_s[early - 1] <= CONFIG.start_s).all()
 
 
-def test_some_embeddings_are_missing_and_some_are_poor() -> None:
+def test_embeddings_are_partly_missing_or_poor() -> None:
     table = world().videos_table()
     for name, expected in (("visual", 0.03), ("audio", 0.25), ("text", 0.12)):
         assert table[name].null_count / table.num_rows == pytest.approx(expected, abs=0.04)
@@ -67,7 +67,7 @@ def test_some_embeddings_are_missing_and_some_are_poor() -> None:
 
 
 @pytest.mark.parametrize("name", ["visual", "text"])
-def test_near_embeddings_mean_the_same_topic(name: str) -> None:
+def test_similar_embeddings_share_a_topic(name: str) -> None:
     values = getattr(world().videos, name)
     near = values @ values.T - 2 * np.eye(len(values))
     same = world().videos.topic[near.argmax(axis=1)] == world().videos.topic
@@ -75,7 +75,7 @@ def test_near_embeddings_mean_the_same_topic(name: str) -> None:
     assert same.mean() > 8 * chance
 
 
-def test_tastes_drift() -> None:
+def test_viewer_tastes_drift() -> None:
     viewers = np.arange(1, CONFIG.viewers + 1)
     first, last = (
         world().viewer_vectors(viewers, np.full(len(viewers), t))[:, :32] for t in (CONFIG.start_s, CONFIG.end_s)
@@ -106,7 +106,7 @@ def test_responses_follow_taste() -> None:
     assert answers.not_interested[liked].sum() < answers.not_interested[~liked].sum()
 
 
-def test_a_foreign_language_is_enjoyed_less() -> None:
+def test_video_in_a_foreign_language_is_enjoyed_less() -> None:
     viewers, shown = slates(4000, 1)
     enjoy = world().enjoyment(viewers, shown, np.full(len(viewers), CONFIG.end_s))[:, 0]
     language, own = world().videos.language[shown[:, 0] - 1], world().viewers.language[viewers - 1]
@@ -115,7 +115,7 @@ def test_a_foreign_language_is_enjoyed_less() -> None:
     assert enjoy[foreign].mean() < 0.5 * enjoy[~foreign].mean()
 
 
-def test_what_stands_lower_is_seen_less_often() -> None:
+def test_lower_positions_are_examined_less_often() -> None:
     viewers, shown = slates(4000, 10)
     seen = world().respond(viewers, shown, CONFIG.end_s, rng()).examined.mean(axis=0)
     assert seen[0] == 1.0
@@ -123,7 +123,7 @@ def test_what_stands_lower_is_seen_less_often() -> None:
     assert seen[-1] < 0.75
 
 
-def test_nothing_happens_where_nobody_looked() -> None:
+def test_unexamined_positions_have_no_response() -> None:
     viewers, shown = slates(2000, 10)
     answers = world().respond(viewers, shown, CONFIG.end_s, rng())
     for field in fields(Responses):
@@ -132,7 +132,7 @@ def test_nothing_happens_where_nobody_looked() -> None:
     assert (answers.watch_ms[answers.examined] > 0).all()
 
 
-def test_more_enjoyment_means_more_watch_time_and_expected_watch_is_its_mean() -> None:
+def test_expected_watch_time_is_the_mean_of_drawn_watch_time() -> None:
     shape, duration = (20_000, 1), np.float32(20_000)
     means = []
     for p in (0.0, 0.3, 0.9):
@@ -146,7 +146,7 @@ def test_more_enjoyment_means_more_watch_time_and_expected_watch_is_its_mean() -
     assert means == sorted(means)
 
 
-def test_pads_repeats_and_videos_of_the_future_are_never_enjoyed() -> None:
+def test_pads_duplicates_or_future_videos_are_never_enjoyed() -> None:
     last = CONFIG.videos
     early_s = world().videos.uploaded_s[last - 1] - 60
     slate = np.array([[1, 1, last, PAD]])
@@ -158,7 +158,7 @@ def test_pads_repeats_and_videos_of_the_future_are_never_enjoyed() -> None:
     assert not answers.examined[0, 3]
 
 
-def test_a_slate_of_one_topic_bores() -> None:
+def test_slate_with_a_single_topic_is_enjoyed_less() -> None:
     topic = np.bincount(world().videos.topic).argmax()
     same = np.flatnonzero(world().videos.topic == topic)[:6] + 1
     moment = np.array([CONFIG.end_s])
@@ -169,7 +169,7 @@ def test_a_slate_of_one_topic_bores() -> None:
 @pytest.mark.parametrize(
     ("viewer", "video", "message"), [(0, 1, "viewer id 0"), (10**6, 1, "viewer id"), (1, 1001, "video id 1001")]
 )
-def test_unknown_ids_are_refused(viewer: int, video: int, message: str) -> None:
+def test_unknown_ids_are_rejected(viewer: int, video: int, message: str) -> None:
     with pytest.raises(DataError, match=message):
         world().respond(np.array([viewer]), np.array([[video]]), CONFIG.end_s, rng())
 
@@ -202,6 +202,6 @@ def test_responses_become_events_in_the_schema() -> None:
     ("bad", "message"),
     [({"videos": 20}, "20 videos"), ({"days": 0}, "days is 0"), ({"explore_share": 0.9}, "sum to")],
 )
-def test_a_configuration_that_cannot_work_is_refused(bad: dict[str, float], message: str) -> None:
+def test_invalid_configuration_is_rejected(bad: dict[str, float], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         replace(CONFIG, **bad)  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""A run directory with two real releases, made once; every test has its own copy."""
+"""A run directory with two real releases, built once; each test gets a copy."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from reelway.platform.release.store import ReleaseStore
 
 @pytest.fixture(scope="session")
 def released(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, tuple[str, str]]:
-    """A run directory with keys and two signed releases, and their ids."""
+    """A run directory with keys and two signed releases, and the release ids."""
     run = tmp_path_factory.mktemp("released")
     key = load_private_key(create_keys(run / "keys").private)
     store = ReleaseStore(str(run / "releases"))
@@ -29,7 +29,7 @@ def released(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, tuple[str,
 
 @pytest.fixture
 def run_with_releases(tmp_path: Path, released: tuple[Path, tuple[str, str]]) -> Path:
-    """A copy to be changed."""
+    """A copy of the run directory that a test may change."""
     run = tmp_path / "run"
     shutil.copytree(released[0], run)
     return run
@@ -37,13 +37,12 @@ def run_with_releases(tmp_path: Path, released: tuple[Path, tuple[str, str]]) ->
 
 @pytest.fixture
 def releases(released: tuple[Path, tuple[str, str]]) -> tuple[str, str]:
-    """Ids of the two releases."""
     return released[1]
 
 
 @pytest.fixture
 def world(tmp_path: Path) -> RunWorld:
-    """A served run with a controller that looks when a test says so."""
+    """A served run with a controller that reconciles when a test calls it."""
     made = RunWorld(tmp_path)
     made.served()
     made.controlled()

@@ -1,4 +1,4 @@
-"""The real controller in a process of its own, webhook and all; the traffic is a file, the evidence is told by one.
+"""The real local controller with its webhook, as a process; traffic and evidence are files.
 
 ``python -m tests.platform.cli.controller_process RUN``; ``RUN/evidence.json`` holds the arguments of ``SeenEvidence``.
 """
@@ -23,18 +23,18 @@ EVIDENCE = "evidence.json"
 
 
 class RunBackend(FileBackend):
-    """Traffic in the run directory."""
+    """Traffic in a file of the run directory."""
 
     def __init__(self, run: RunDirectory) -> None:
         super().__init__(run.path / "rollout" / "traffic.json")
 
     def close(self) -> None:
-        """Nothing is held."""
+        """Does nothing: there is no connection."""
 
 
 @dataclass
 class ToldEvidence:
-    """What the file says now."""
+    """Evidence from a file that is read on every fetch."""
 
     path: Path
 

@@ -1,4 +1,4 @@
-"""Rollouts in a run directory, moved by the real controller over the real store; only the traffic is a file."""
+"""Rollouts in a run directory with the real controller and store; the traffic is a file."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ cooldown_s: 600
 retention_s: 3600
 """
 SWIFT = parse_policy(SWIFT_TEXT, source="swift")
-"""Through its steps in a second, when the evidence is good."""
+"""A policy whose ramp takes about one second with good evidence."""
 RATES = {
     "long_watch_rate": 0.4, "watch_s_per_impression": 0.6, "like_rate": 0.15, "skip_rate": 0.3,
     "not_interested_rate": 0.05, "report_rate": 0.03,
@@ -54,7 +54,7 @@ RATES = {
 
 @lru_cache(maxsize=256)
 def arm(viewers: int, rate: float, seed: int) -> ArmStatistics:
-    """Sums over viewers with a dozen impressions each."""
+    """Returns the statistics of viewers with about a dozen impressions each."""
     rng = np.random.default_rng(seed)
     x = 1.0 + rng.poisson(10, viewers)
     y = rng.binomial(x.astype(int), rng.beta(20 * rate, 20 * (1 - rate), viewers)).astype(float)
@@ -63,7 +63,7 @@ def arm(viewers: int, rate: float, seed: int) -> ArmStatistics:
 
 @dataclass
 class SeenEvidence:
-    """Evidence of every metric of the default policy. ``drop`` is the relative loss of long watches."""
+    """Evidence for every metric of the default policy. ``drop`` is the relative loss of long watches."""
 
     viewers: int = 4_000
     drop: float = 0.0
@@ -96,7 +96,7 @@ class SeenEvidence:
 
 
 class RunWorld(World):
-    """A world whose store is where the commands look for it. Its clock begins five minutes ago."""
+    """A world whose store is in a run directory, where the commands read it. Its clock starts five minutes ago."""
 
     def __init__(self, run: Path, policy: RolloutPolicy = QUICK) -> None:
         self.run = run
@@ -104,19 +104,19 @@ class RunWorld(World):
         super().__init__(run / "rollout", policy, Clock(time.time() - 300))
 
     def see_all(self, **evidence: object) -> SeenEvidence:
-        """From now on there is evidence of every metric of the default policy."""
+        """Provides evidence for every metric of the default policy from now on."""
         self.policy = default_policy()
         self.source = SeenEvidence(**evidence)  # type: ignore[arg-type,assignment]
         self.restart()
         return self.source  # type: ignore[return-value]
 
     def served(self, release: str = STABLE, *, pid: int | None = None, url: str = "http://127.0.0.1:1") -> None:
-        """``reelway serve`` runs: this very process says so."""
+        """Writes the record of a running ``reelway serve`` with this process's id."""
         record = {"url": url, "pid": pid or os.getpid(), "release": release, "serve_api": "http://127.0.0.1:2"}
         (self.run / "serving.json").write_text(json.dumps(record))
 
     def controlled(self, pid: int | None = None) -> None:
-        """A controller runs: this very process says so."""
+        """Writes the record of a running controller with this process's id."""
         record = {"url": "http://127.0.0.1:3", "pid": pid or os.getpid()}
         (self.run / "rollout" / "controller.json").write_text(json.dumps(record))
 
@@ -129,19 +129,19 @@ class RunWorld(World):
         return self.store.create(state, self.policy)
 
     def catch_up(self) -> None:
-        """Look once more, now."""
+        """Reconciles once at the current time."""
         self.clock.now = time.time()
         self.controller.tick()
 
 
 def weights_of(world: World) -> dict[Arm, int]:
-    """Basis points by arm, in the traffic file."""
+    """Returns the basis points by arm from the traffic file."""
     routing = world.traffic.routing
     return {one: routing.weight_of(one) for one in (Arm.CANARY, Arm.STABLE, Arm.HOLDOUT)}
 
 
 def dead_pid() -> int:
-    """A process id that nobody has."""
+    """Returns the id of an exited process."""
     pid = os.fork()
     if pid == 0:
         os._exit(0)
@@ -151,7 +151,7 @@ def dead_pid() -> int:
 
 @contextmanager
 def controlling(world: RunWorld, *, after_s: float = 0.0) -> Iterator[None]:
-    """The real loop, in a thread, by the real clock; it begins ``after_s`` from now."""
+    """Runs the controller loop in a thread with the real clock, starting ``after_s`` from now."""
     stop, wake = threading.Event(), threading.Event()
     world.clock = time.time  # type: ignore[assignment]
     world.restart()
@@ -172,7 +172,7 @@ def controlling(world: RunWorld, *, after_s: float = 0.0) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Ended:
-    """How a command ended."""
+    """Result of a command."""
 
     code: int
     out: str
@@ -180,7 +180,7 @@ class Ended:
 
 
 def reelway(*words: object) -> Ended:
-    """The command in this process; an error of Reelway's is its message and its code, as ``main`` makes it."""
+    """Runs a command in this process and maps errors to messages and exit codes as ``main`` does."""
     app = typer.Typer()
     rollout.register(app)
     drill.register(app)

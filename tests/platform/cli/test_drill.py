@@ -1,4 +1,4 @@
-"""``reelway drill`` against the real controller, in a process of its own: caught or not, it ends on stable."""
+"""``reelway drill`` against a real controller process: all traffic ends on stable, detected or not."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ cooldown_s: 0
 
 
 class Metrics(BaseHTTPRequestHandler):
-    """The router's /metrics, with requests that come in while it is read, unless it is idle."""
+    """The router's /metrics. Each read adds ``server.rate`` requests."""
 
     def do_GET(self) -> None:
         server = self.server
@@ -48,12 +48,12 @@ class Metrics(BaseHTTPRequestHandler):
         self.wfile.write(body.encode())
 
     def log_message(self, *_: object) -> None:
-        """Nothing."""
+        """Suppresses the access log."""
 
 
 @dataclass
 class Service:
-    """A run that is served, watched by a controller process."""
+    """A served run with a controller process."""
 
     world: RunWorld
     run: Path
@@ -62,7 +62,7 @@ class Service:
     server: ThreadingHTTPServer
 
     def evidence(self, **seen: object) -> None:
-        """What the controller sees from now on."""
+        """Sets the evidence that the controller reads from now on."""
         aside = self.run / "evidence.new"
         aside.write_text(json.dumps(seen))
         aside.replace(self.run / EVIDENCE)
@@ -79,7 +79,7 @@ class Service:
 
 @pytest.fixture(scope="module")
 def service(tmp_path_factory: pytest.TempPathFactory, released: tuple[Path, tuple[str, str]]) -> Iterator[Service]:
-    """One for all drills: each ends on stable, which is what the next begins with."""
+    """One service for all drills: each drill ends on stable, where the next one starts."""
     run, (stable, bad) = tmp_path_factory.mktemp("drilled") / "run", released[1]
     shutil.copytree(released[0], run)
     world = RunWorld(run)
@@ -116,20 +116,23 @@ def on_stable(service: Service) -> bool:
     return service.world.state.phase is Phase.ROLLED_BACK and weights[Arm.CANARY] == 0
 
 
-def test_a_bad_release_is_caught_by_evidence_or_by_the_alert_and_else_taken_back_by_the_drill(
+def test_drill_ends_on_stable_whether_or_not_detected(
     service: Service,
 ) -> None:
     service.evidence(viewers=2_400, errors=2_000)
     (service.run / "traffic.json").write_text(json.dumps({"requests": 100, "failed": 3}))
-    code, report = service.drill("--traffic-report", service.run / "traffic.json", "--within", 20)
+    code, report = service.drill("--traffic-report", service.run / "traffic.json", "--deadline", 20)
     assert (code, report.passed, report.caught_by) == (0, True, ("error_ratio",))
     assert (report.weight_percent, report.viewers, report.requests, report.failed_requests) == (10, 2_400, 0, 0)
     assert report.decision_to_stable_ms is not None
     assert 0 <= report.decision_to_stable_ms < 5_000
+    assert report.first_exposure_at is not None
+    assert report.detected_at is not None
+    assert 0 < report.detected_at - report.first_exposure_at < report.total_s
     assert on_stable(service)
 
     service.evidence(viewers=2_400)
-    code, report = service.drill("--by", "alert", "--within", 5)
+    code, report = service.drill("--detected-by", "alert", "--deadline", 5)
     assert (code, report.caught_by) == (0, ("firing_alerts",))
     assert report.alerted_at is not None
     assert report.detected_after_s is not None
@@ -139,7 +142,7 @@ def test_a_bad_release_is_caught_by_evidence_or_by_the_alert_and_else_taken_back
     assert [alert.resolved for alert in book.values()] == [True]
     assert on_stable(service)
 
-    code, report = service.drill("--within", 1)
+    code, report = service.drill("--deadline", 1)
     assert (code, report.passed, report.caught_by, report.on_stable) == (11, False, (), True)
     assert report.rollout.startswith("d-")
     assert "the drill is over" in report.reason
@@ -148,13 +151,11 @@ def test_a_bad_release_is_caught_by_evidence_or_by_the_alert_and_else_taken_back
     service.evidence(viewers=2_400, drop=0.4)
     text = reelway("drill", "--run", service.run, "--release", service.bad, "--policy", service.run / "brief.yaml")
     assert text.code == 0
-    for words in ("PASSED", "long_watch_rate", f"everybody is on {service.stable[:12]}", "10 % of the viewers"):
+    for words in ("PASSED", "long_watch_rate", f"all traffic on {service.stable[:12]}", "10 % of the viewers"):
         assert words in text.out
 
 
-def test_without_traffic_there_is_nothing_to_rehearse_and_it_says_so(
-    service: Service, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_drill_requires_traffic(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(drill, "PROBE_S", 0.6)
     monkeypatch.setattr(service.server, "rate", 0)
     rollouts = len(service.world.store.all())
@@ -164,10 +165,10 @@ def test_without_traffic_there_is_nothing_to_rehearse_and_it_says_so(
     assert len(service.world.store.all()) == rollouts
 
 
-def test_ctrl_c_in_a_drill_takes_the_release_back_and_ctrl_c_in_a_watch_does_not(service: Service) -> None:
+def test_ctrl_c_rolls_back_a_drill_but_not_a_watched_rollout(service: Service) -> None:
     service.evidence(viewers=2_400)
     before, brief = len(service.world.store.all()), str(service.run / "brief.yaml")
-    command = ("drill", "--run", str(service.run), "--release", service.bad, "--policy", brief, "--within", "60")
+    command = ("drill", "--run", str(service.run), "--release", service.bad, "--policy", brief, "--deadline", "60")
     with child(reelway_command(*command), log=service.run / "drill.log") as process:
         until(lambda: len(service.world.store.all()) > before and service.world.state.step == 1, "the last step")
         watch = reelway_command("rollout", "watch", "--run", str(service.run))
@@ -175,20 +176,18 @@ def test_ctrl_c_in_a_drill_takes_the_release_back_and_ctrl_c_in_a_watch_does_not
             until(lambda: "stepping" in (service.run / "watch.log").read_text(), "the watch shows it")
             os.killpg(watching.pid, signal.SIGINT)
             assert watching.wait(60) == 130
-        assert "the rollout goes on" in (service.run / "watch.log").read_text()
+        assert "the rollout continues" in (service.run / "watch.log").read_text()
         assert service.world.state.active
         os.killpg(process.pid, signal.SIGINT)
         assert process.wait(60) == 130
     assert on_stable(service)
-    assert "the drill takes its release back" in (service.run / "drill.log").read_text()
+    assert "the drill rolls its release back" in (service.run / "drill.log").read_text()
 
 
-def test_a_run_that_is_not_served_or_not_controlled_is_refused(
-    run_with_releases: Path, releases: tuple[str, str]
-) -> None:
+def test_drill_requires_a_service_and_a_controller(run_with_releases: Path, releases: tuple[str, str]) -> None:
     world = RunWorld(run_with_releases)
     assert "is not being served" in reelway("drill", "--run", world.run, "--release", releases[1]).err
     world.served(releases[0])
-    assert "no controller runs" in reelway("drill", "--run", world.run, "--release", releases[1]).err
+    assert "no controller is running" in reelway("drill", "--run", world.run, "--release", releases[1]).err
     world.controlled(dead_pid())
     assert reelway("drill", "--run", world.run, "--release", releases[1]).code == 9

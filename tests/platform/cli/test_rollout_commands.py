@@ -1,4 +1,4 @@
-"""``pause``, ``resume``, ``promote``, ``rollback``: asked once, done once, and the exit code says what came of it."""
+"""``pause``, ``resume``, ``promote`` and ``rollback``: their effects, messages and exit codes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ VERBS = ("pause", "resume", "promote", "rollback")
 
 @pytest.fixture
 def stepping(world: RunWorld) -> RunWorld:
-    """At the first step of a policy that holds it for a minute."""
+    """A rollout at the first step of a policy that holds it for a minute."""
     world.source = SeenEvidence(viewers=2_400)  # type: ignore[assignment]
     world.restart()
     world.begin()
@@ -37,21 +37,21 @@ def test_pause_and_resume_wait_for_their_effect(stepping: RunWorld) -> None:
         assert (code, stepping.state.phase) == (0, Phase.STEPPING)
 
 
-def test_asking_for_what_is_so_already_changes_nothing_and_succeeds(stepping: RunWorld) -> None:
+def test_repeated_command_succeeds_without_a_change(stepping: RunWorld) -> None:
     with controlling(stepping):
         assert ask(stepping, "resume")[0] == 0
         assert ask(stepping, "pause", "--wait")[0] == 0
         entries = len(stepping.store.history())
         code, said = ask(stepping, "pause", "--wait")
         assert (code, len(stepping.store.history())) == (0, entries)
-        assert "is paused already" in said
+        assert "is already paused" in said
         assert ask(stepping, "rollback", "--wait")[0] == 0
         entries = len(stepping.store.history())
         assert ask(stepping, "rollback", "--wait")[0] == 0
         assert len(stepping.store.history()) == entries
 
 
-def test_promotion_and_then_a_rollback_while_the_old_release_is_warm(stepping: RunWorld) -> None:
+def test_promotion_can_be_rolled_back_while_the_old_release_is_warm(stepping: RunWorld) -> None:
     with controlling(stepping):
         assert ask(stepping, "promote", "--wait", "--force")[0] == 0
         assert weights_of(stepping)[Arm.STABLE] == 0
@@ -61,7 +61,7 @@ def test_promotion_and_then_a_rollback_while_the_old_release_is_warm(stepping: R
         assert "complaints" in said
 
 
-def test_what_the_controller_refuses_comes_back_word_for_word_with_9_also_without_wait(stepping: RunWorld) -> None:
+def test_controller_rejection_is_printed_verbatim_with_exit_code_9(stepping: RunWorld) -> None:
     stepping.source.viewers = 60  # type: ignore[attr-defined]
     with controlling(stepping):
         for more in ((), ("--wait",)):
@@ -71,7 +71,7 @@ def test_what_the_controller_refuses_comes_back_word_for_word_with_9_also_withou
             assert "--force promotes anyway" in said
 
 
-def test_a_rollback_that_comes_before_the_promotion_asked_for_is_10(stepping: RunWorld) -> None:
+def test_promote_exits_with_10_if_a_rollback_comes_first(stepping: RunWorld) -> None:
     stepping.source.drop = 0.5  # type: ignore[attr-defined]
     with controlling(stepping, after_s=0.5):
         code, said = ask(stepping, "promote", "--wait")
@@ -79,31 +79,31 @@ def test_a_rollback_that_comes_before_the_promotion_asked_for_is_10(stepping: Ru
     assert "came too late" in said
 
 
-def test_without_a_controller_the_command_is_accepted_and_the_person_is_told_so(stepping: RunWorld) -> None:
+def test_command_without_a_controller_is_stored_with_a_warning(stepping: RunWorld) -> None:
     stepping.controlled(dead_pid())
     code, said = ask(stepping, "rollback")
     assert code == 0
-    assert "is gone" in said
-    assert f"nothing moves until `reelway rollout controller --run {stepping.run}` runs" in said
+    assert "has exited" in said
+    assert f"rollouts do not advance until `reelway rollout controller --run {stepping.run}` runs" in said
     waiting = stepping.state.command
     assert waiting is not None
     assert (waiting.verb, waiting.actor != "") == ("rollback", True)
     code, said = ask(stepping, "rollback", "--wait", "--timeout", 0.3)
     assert code == 11
-    assert "not yet" in said
+    assert "is still stepping after 0.3 s" in said
     with controlling(stepping):
         assert ask(stepping, "rollback", "--wait")[0] == 0
 
 
-def test_a_waiting_rollback_is_not_replaced_by_anything_milder(stepping: RunWorld) -> None:
+def test_pending_rollback_is_not_replaced_by_a_pause(stepping: RunWorld) -> None:
     stepping.store.ask(stepping.state.id, Command(id="1", verb="rollback"))
     code, said = ask(stepping, "pause")
     assert code == 9
-    assert "a rollback is waiting already" in said
+    assert "a rollback is pending" in said
 
 
 @pytest.mark.parametrize("verb", ["pause", "resume", "promote"])
-def test_a_rollout_that_was_rolled_back_is_final(stepping: RunWorld, verb: str) -> None:
+def test_rolled_back_rollout_accepts_no_command(stepping: RunWorld, verb: str) -> None:
     with controlling(stepping):
         ask(stepping, "rollback", "--wait")
     code, said = ask(stepping, verb)
@@ -111,7 +111,7 @@ def test_a_rollout_that_was_rolled_back_is_final(stepping: RunWorld, verb: str) 
     assert "start cccccccccccc --force" in said
 
 
-def test_after_its_retention_a_promotion_is_not_taken_back_and_the_way_back_is_named(world: RunWorld) -> None:
+def test_retired_rollout_cannot_be_rolled_back(world: RunWorld) -> None:
     world.begin()
     world.tick(40)
     assert world.state.retired
@@ -121,21 +121,21 @@ def test_after_its_retention_a_promotion_is_not_taken_back_and_the_way_back_is_n
 
 
 @pytest.mark.parametrize("verb", VERBS)
-def test_only_the_newest_rollout_can_be_changed(stepping: RunWorld, verb: str) -> None:
+def test_only_the_latest_rollout_accepts_commands(stepping: RunWorld, verb: str) -> None:
     with controlling(stepping):
         ask(stepping, "rollback", "--wait")
     first = stepping.state.id
     stepping.begin("r-second")
     ended = reelway("rollout", verb, first, "--run", stepping.run)
     assert ended.code == (0 if verb == "rollback" else 9)
-    assert verb == "rollback" or "is not the newest one, r-second is" in ended.err
+    assert verb == "rollback" or "only r-second accepts commands" in ended.err
     assert stepping.state.command is None
 
 
 @pytest.mark.parametrize("verb", VERBS)
-def test_no_rollout_an_unknown_id_and_a_wrong_run_are_refused(world: RunWorld, verb: str) -> None:
+def test_command_fails_without_a_matching_rollout_or_run(world: RunWorld, verb: str) -> None:
     none = reelway("rollout", verb, "--run", world.run)
-    assert (none.code, "there has been no rollout" in none.err) == (9, True)
+    assert (none.code, "no rollout exists" in none.err) == (9, True)
     unknown = reelway("rollout", verb, "r-nothing", "--run", world.run)
     assert (unknown.code, "r-nothing" in unknown.err) == (9, True)
     wrong = reelway("rollout", verb, "--run", world.run / "nowhere")
@@ -143,22 +143,22 @@ def test_no_rollout_an_unknown_id_and_a_wrong_run_are_refused(world: RunWorld, v
     assert not (world.run / "nowhere").exists()
 
 
-def test_a_swift_rollout_is_followed_line_by_line_where_there_is_no_terminal(world: RunWorld) -> None:
+def test_watch_prints_plain_lines_without_a_terminal(world: RunWorld) -> None:
     world.source, world.policy = SeenEvidence(viewers=2_400), SWIFT  # type: ignore[assignment]
     with controlling(world):
         world.begin()
         ended = reelway("rollout", "watch", "--run", world.run, "--timeout", 20)
     assert ended.code == 0
     lines = ended.out.splitlines()
-    decided = [line.split(": ")[1] for line in lines if not line.split(" ", 1)[1].startswith("waits")]
+    decided = [line.split(": ")[1] for line in lines if not line.split(" ", 1)[1].startswith("waiting")]
     assert decided == ["prepare", "step", "step", "promote", "complete promotion"]
     reasons = [entry.reason for entry in world.store.history()]
     assert all(any(line.endswith(reason) for line in lines) for reason in reasons)
 
 
-def test_watching_without_a_controller_says_so_loudly_and_gives_up_with_11(world: RunWorld) -> None:
+def test_watch_warns_without_a_controller_and_exits_with_11(world: RunWorld) -> None:
     world.begin()
     (world.run / "rollout" / "controller.json").unlink()
     ended = reelway("rollout", "watch", "--run", world.run, "--timeout", 0.5)
     assert ended.code == 11
-    assert ended.out.count("SILENT: no controller runs") == 1
+    assert ended.out.count("WARNING: no controller is running") == 1

@@ -1,4 +1,4 @@
-"""``history`` and ``explain``: the decision's reason word for word, its numbers, and what would have changed it."""
+"""``history`` and ``explain``: the reason of a decision, its evidence, and what would have changed the decision."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from reelway.platform.rollout.state import Command
 
 
 def explained(world: RunWorld, *more: object) -> Explanation:
-    """``explain -o json``, checked against its schema."""
+    """Runs ``explain -o json`` and validates the output against its schema."""
     ended = reelway("rollout", "explain", "--run", world.run, "-o", "json", *more)
     assert ended.code == 0, ended.err
     jsonschema.validate(json.loads(ended.out), Explanation.model_json_schema(mode="serialization"))
@@ -24,7 +24,7 @@ def explained(world: RunWorld, *more: object) -> Explanation:
 
 @pytest.fixture
 def second_step(world: RunWorld) -> RunWorld:
-    """At the second step of the default policy."""
+    """A rollout at the second step of the default policy."""
     world.see_all(viewers=2_400)
     world.begin()
     world.tick(2)
@@ -40,20 +40,20 @@ def decided(world: RunWorld, action: str) -> HistoryEntry:
     return next(entry for entry in reversed(world.store.history()) if entry.action == action)
 
 
-def test_harm_is_explained_by_its_bound_its_margin_and_the_policys_lines(second_step: RunWorld) -> None:
+def test_harm_is_explained_by_its_bound_and_the_policy(second_step: RunWorld) -> None:
     source(second_step).drop = 0.15
     assert second_step.tick(2, after_s=1) == ["roll_back", "complete_rollback"]
     entry, seen = decided(second_step, "roll_back"), explained(second_step)
     assert (seen.entry, seen.action, seen.reason) == (entry.number, "roll_back", entry.reason)
     assert seen.numbers[1].startswith("long_watch_rate: canary 0.34")
-    assert "accepted is 2.0% worse" in seen.numbers[1]
+    assert "margin 2.0% worse" in seen.numbers[1]
     low = next(o for o in entry.evidence["outcomes"] if o["label"] == "long_watch_rate")["low"]
     assert f"a margin of {low:.3f} or more would not have rolled back" in seen.otherwise[0]
     assert any(line.startswith("outcomes[0]: name long_watch_rate") and "margin 0.02" in line for line in seen.policy)
     assert seen.policy[-1] == "alpha.rollback: 0.005 over all 10 tests"
 
 
-def test_a_breach_is_explained_by_the_guardrail_and_its_limit(second_step: RunWorld) -> None:
+def test_breach_is_explained_by_the_guardrail_and_its_limit(second_step: RunWorld) -> None:
     source(second_step).errors = 2_000
     second_step.tick(1, after_s=1)
     seen = explained(second_step, "--entry", decided(second_step, "roll_back").number)
@@ -64,7 +64,7 @@ def test_a_breach_is_explained_by_the_guardrail_and_its_limit(second_step: RunWo
     )  # fmt: skip
 
 
-def test_an_alert_is_explained_by_the_alert_alone(second_step: RunWorld) -> None:
+def test_alert_rollback_is_explained_by_the_alert_alone(second_step: RunWorld) -> None:
     labels = (("alertname", "CanaryErrors"), ("release", "c" * 64))
     second_step.book.deliver(
         [KnownAlert(group_key="g", labels=labels, starts_at=second_step.clock.now, resolved=False)]
@@ -75,7 +75,7 @@ def test_an_alert_is_explained_by_the_alert_alone(second_step: RunWorld) -> None
     assert "no alert with the release's label" in seen.otherwise[0]
 
 
-def test_a_rollout_under_way_is_explained_by_what_it_waits_for(second_step: RunWorld) -> None:
+def test_active_rollout_is_explained_by_the_missing_evidence(second_step: RunWorld) -> None:
     seen = explained(second_step)
     assert (seen.entry, seen.action) == (None, "wait")
     assert seen.policy[0] == "steps[1]: weight_percent 5, hold_s 900, minimum_viewers 500, minimum_impressions 5000"
@@ -86,39 +86,42 @@ def test_a_rollout_under_way_is_explained_by_what_it_waits_for(second_step: RunW
     assert seen.otherwise[1].endswith("more impressions on the canary")
 
 
-def test_at_the_last_step_the_open_metrics_say_how_many_more_viewers_they_need(second_step: RunWorld) -> None:
+def test_last_step_explanation_estimates_the_viewers_still_needed(second_step: RunWorld) -> None:
     second_step.tick(40, after_s=120)
     assert second_step.state.step == 3
     seen = explained(second_step)
     need = [line for line in seen.otherwise if "times the viewers" in line]
-    assert any(line.startswith("long_watch_rate: at most") and "has to fall below 2.0%" in line for line in need)
+    assert any(
+        line.startswith("long_watch_rate: the upper bound of the harm") and "must fall below 2.0%" in line
+        for line in need
+    )
     source(second_step).drop = 0.03
     second_step.tick(1, after_s=1)
-    assert any("will not at this difference" in line for line in explained(second_step).otherwise)
+    assert any("impossible at the observed difference" in line for line in explained(second_step).otherwise)
 
 
-def test_silence_is_explained_as_silence_with_its_deadline(second_step: RunWorld) -> None:
+def test_missing_telemetry_is_explained_with_its_deadline(second_step: RunWorld) -> None:
     source(second_step).silent = True
     second_step.tick(1, after_s=1)
     seen = explained(second_step)
-    assert seen.otherwise[0].startswith("it goes on when these are heard again: empty_slate_ratio, error_ratio")
+    assert seen.otherwise[0].startswith("the rollout continues when these have data again: empty_slate_ratio, error_")
     assert "deadlines.telemetry_down: after_s 1800, action pause" in seen.policy
     second_step.tick(20, after_s=120)
     paused = explained(second_step, "--entry", decided(second_step, "pause").number)
-    assert "silence is no harm" in paused.otherwise[0]
+    assert "missing data proves neither harm nor its absence" in paused.otherwise[0]
     assert paused.policy == ("deadlines.telemetry_down: after_s 1800, action pause",)
 
 
-def test_what_a_person_asked_for_is_not_explained_by_evidence(second_step: RunWorld) -> None:
+def test_user_command_is_not_explained_by_evidence(second_step: RunWorld) -> None:
     for number, verb in enumerate(("pause", "rollback")):
         second_step.store.ask(second_step.state.id, Command(id=str(number), verb=verb, actor="ana", note="late"))  # type: ignore[arg-type]
         second_step.tick(1, after_s=1)
         seen = explained(second_step, "--entry", second_step.store.history()[-1].number)
         assert seen.reason.endswith("by ana: late")
-        assert seen.otherwise[0].startswith("nothing in the evidence: a person asked for it")
+        assert seen.otherwise[0].startswith("nothing in the evidence: a user requested the ")
 
 
-def test_every_entry_of_a_whole_rollout_can_be_explained_and_is_printed_with_its_reason(second_step: RunWorld) -> None:
+def test_every_history_entry_can_be_explained(second_step: RunWorld) -> None:
     source(second_step).viewers = 60_000
     second_step.tick(40, after_s=120)
     entries = second_step.store.history()
@@ -133,7 +136,7 @@ def test_every_entry_of_a_whole_rollout_can_be_explained_and_is_printed_with_its
     assert all(word in printed for word in ("\nwhy        ", "\nnumbers    ", "\notherwise  ", "\npolicy     "))
 
 
-def test_history_has_every_decision_for_people_and_for_programs(second_step: RunWorld) -> None:
+def test_history_lists_every_decision_as_text_or_json(second_step: RunWorld) -> None:
     entries = list(second_step.store.history())
     listed = json.loads(reelway("rollout", "history", "--run", second_step.run, "-o", "json").out)
     assert [HistoryEntry.model_validate(one) for one in listed] == entries
@@ -142,17 +145,17 @@ def test_history_has_every_decision_for_people_and_for_programs(second_step: Run
     assert " ".join(text.split()).count(entries[-1].reason) == 1
     every = json.loads(reelway("rollout", "history", "--all", "--run", second_step.run, "-o", "json").out)
     assert [(one["rollout"]["id"], one["result"], len(one["history"])) for one in every] == [
-        ("r-20260131-3fa91c", "under way", len(entries))
+        ("r-20260131-3fa91c", "in progress", len(entries))
     ]
-    assert "under way" in reelway("rollout", "history", "--all", "--run", second_step.run).out
+    assert "in progress" in reelway("rollout", "history", "--all", "--run", second_step.run).out
 
 
-def test_an_entry_that_is_not_the_rollouts_is_refused_with_those_that_are(second_step: RunWorld) -> None:
+def test_unknown_entry_is_rejected_with_the_existing_entries(second_step: RunWorld) -> None:
     ended = reelway("rollout", "explain", "--run", second_step.run, "--entry", 99)
-    assert (ended.code, "its entries are 1..3" in ended.err) == (9, True)
+    assert (ended.code, "existing entries: 1..3" in ended.err) == (9, True)
 
 
-def test_before_any_decision_it_asks_whether_a_controller_runs(world: RunWorld) -> None:
+def test_explain_without_a_decision_names_the_controller_command(world: RunWorld) -> None:
     world.begin()
     ended = reelway("rollout", "explain", "--run", world.run)
-    assert (ended.code, "does `reelway rollout controller` run?" in ended.err) == (9, True)
+    assert (ended.code, "check that `reelway rollout controller` is running" in ended.err) == (9, True)

@@ -1,4 +1,4 @@
-"""``reelway rollout policy``: what ships is well-formed, and a wrong file is refused by path and allowed values."""
+"""``reelway rollout policy``: built-in policies are valid; errors name the path and the allowed values."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def written(folder: Path, text: str) -> Path:
     return path
 
 
-def test_every_policy_that_ships_is_well_formed_and_goes_through_yaml_and_json_unchanged(tmp_path: Path) -> None:
+def test_builtin_policies_survive_yaml_and_json_round_trips(tmp_path: Path) -> None:
     assert {"default", "drill"} <= set(shipped_policies())
     for name in shipped_policies():
         assert reelway("rollout", "policy", "check", name).code == 0
@@ -32,7 +32,7 @@ def test_every_policy_that_ships_is_well_formed_and_goes_through_yaml_and_json_u
         jsonschema.validate(as_json, schema_with_metrics())
 
 
-def test_the_policy_for_people_has_steps_margins_and_guardrails() -> None:
+def test_policy_text_shows_steps_margins_and_guardrails() -> None:
     text = reelway("rollout", "policy", "show").out
     for words in ("5 %", "900 s", "harm excluded", "guardrails.p99_ms: maximum 250", "deadlines.telemetry_down"):
         assert words in text
@@ -47,21 +47,19 @@ def test_the_policy_for_people_has_steps_margins_and_guardrails() -> None:
         ("long_watch_rate", "watch_rate", "outcomes[0].name: saw 'watch_rate'; the service counts long_watch_rate, "),
     ],
 )
-def test_a_wrong_key_value_or_metric_is_refused_by_its_path_with_2(
-    tmp_path: Path, before: str, after: str, said: str
-) -> None:
+def test_policy_check_reports_the_path_of_each_error(tmp_path: Path, before: str, after: str, said: str) -> None:
     path = written(tmp_path, SWIFT_TEXT.replace(before, after))
     ended = reelway("rollout", "policy", "check", path)
     assert ended.code == 2
     assert f"{path}: {said}" in ended.err
 
 
-def test_a_name_that_is_neither_shipped_nor_a_file_is_refused_with_those_that_ship() -> None:
+def test_unknown_policy_is_rejected_with_the_builtin_names() -> None:
     ended = reelway("rollout", "policy", "check", "nonsense")
     assert (ended.code, "default" in ended.err) == (2, True)
 
 
-def test_the_schema_allows_the_metrics_that_are_counted_and_no_other() -> None:
+def test_policy_schema_allows_only_counted_metrics() -> None:
     schema = json.loads(reelway("rollout", "policy", "schema").out)
     jsonschema.Draft202012Validator.check_schema(schema)
     policy = yaml.safe_load(SWIFT_TEXT)

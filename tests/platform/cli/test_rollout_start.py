@@ -1,4 +1,4 @@
-"""``reelway rollout start``: what is refused, what is written down, and how waiting ends."""
+"""``reelway rollout start``: rejected rollouts, the stored rollout, and the exit codes of ``--wait``."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from reelway.platform.rollout.transition import start as begin_rollout
 
 @pytest.fixture
 def served(run_with_releases: Path, releases: tuple[str, str]) -> RunWorld:
-    """A run that serves the first of its two releases, with plain evidence."""
+    """A run that serves the first of its two releases."""
     world = RunWorld(run_with_releases)
     world.served(releases[0])
     world.controlled()
@@ -32,9 +32,7 @@ def start(world: RunWorld, release: str, *more: object) -> Ended:
     return reelway("rollout", "start", release, "--run", world.run, "--policy", world.run / "swift.yaml", *more)
 
 
-def test_a_release_by_the_beginning_of_its_id_is_verified_and_written_down(
-    served: RunWorld, releases: tuple[str, str]
-) -> None:
+def test_start_verifies_and_stores_a_release_by_id_prefix(served: RunWorld, releases: tuple[str, str]) -> None:
     ended = reelway("rollout", "start", releases[1][:8], "--run", served.run, "--note", "new ranker")
     assert ended.code == 0
     rollout_id = ended.out.strip()
@@ -48,30 +46,26 @@ def test_a_release_by_the_beginning_of_its_id_is_verified_and_written_down(
     assert served.store.latest().policy.name == "default"  # type: ignore[union-attr]
 
 
-def test_a_run_that_nobody_serves_is_refused_with_what_to_do(run_with_releases: Path) -> None:
+def test_start_fails_if_the_run_is_not_served(run_with_releases: Path) -> None:
     ended = reelway("rollout", "start", "latest", "--run", run_with_releases)
     assert ended.code == 9
     assert "is not being served" in ended.err
     assert f"reelway serve --run {run_with_releases}" in ended.err
 
 
-def test_a_record_of_a_service_that_is_gone_does_not_count_as_served(
-    served: RunWorld, releases: tuple[str, str]
-) -> None:
+def test_start_ignores_the_record_of_an_exited_service(served: RunWorld, releases: tuple[str, str]) -> None:
     served.served(releases[0], pid=2**22 + 1)
     assert reelway("rollout", "start", releases[1], "--run", served.run).code == 9
 
 
-def test_the_live_release_itself_is_refused(served: RunWorld, releases: tuple[str, str]) -> None:
+def test_start_rejects_the_live_release(served: RunWorld, releases: tuple[str, str]) -> None:
     ended = reelway("rollout", "start", releases[0], "--run", served.run)
     assert ended.code == 9
-    assert "is the one that is live" in ended.err
+    assert "is already live" in ended.err
     assert served.store.latest() is None
 
 
-def test_a_release_with_a_changed_file_is_refused_before_anything_is_written(
-    served: RunWorld, releases: tuple[str, str]
-) -> None:
+def test_start_rejects_a_tampered_release_without_a_write(served: RunWorld, releases: tuple[str, str]) -> None:
     with (served.run / "releases" / releases[1] / "blend.yaml").open("a") as file:
         file.write("# changed\n")
     ended = reelway("rollout", "start", releases[1], "--run", served.run)
@@ -79,26 +73,22 @@ def test_a_release_with_a_changed_file_is_refused_before_anything_is_written(
     assert served.store.latest() is None
 
 
-def test_a_second_rollout_is_refused_while_one_is_under_way(served: RunWorld, releases: tuple[str, str]) -> None:
+def test_start_rejects_a_second_active_rollout(served: RunWorld, releases: tuple[str, str]) -> None:
     assert reelway("rollout", "start", releases[1], "--run", served.run).code == 0
     ended = reelway("rollout", "start", releases[1], "--run", served.run, "--force")
     assert ended.code == 9
     assert "is pending" in ended.err
 
 
-def test_without_a_controller_it_is_accepted_and_the_person_is_told_that_nothing_moves(
-    served: RunWorld, releases: tuple[str, str]
-) -> None:
+def test_start_warns_if_no_controller_is_running(served: RunWorld, releases: tuple[str, str]) -> None:
     (served.run / "rollout" / "controller.json").unlink()
     ended = reelway("rollout", "start", releases[1], "--run", served.run)
     assert ended.code == 0
-    assert "no controller runs" in ended.err
+    assert "no controller is running" in ended.err
     assert f"reelway rollout controller --run {served.run}" in ended.err
 
 
-def test_waiting_for_a_good_release_ends_with_0_and_for_a_harmful_one_with_10(
-    served: RunWorld, releases: tuple[str, str]
-) -> None:
+def test_start_wait_exits_with_0_if_promoted_or_10_if_rolled_back(served: RunWorld, releases: tuple[str, str]) -> None:
     with controlling(served):
         good = start(served, releases[1], "--wait", "--timeout", 20)
         assert good.code == 0
@@ -107,15 +97,13 @@ def test_waiting_for_a_good_release_ends_with_0_and_for_a_harmful_one_with_10(
         back = start(served, releases[0], "--wait", "--timeout", 20)
         assert back.code == 10
         assert "long_watch_rate: harm beyond the margin" in back.err
-        assert "is kept warm no longer" in back.err
+        assert "is no longer kept warm" in back.err
         again = start(served, releases[0])
         assert again.code == 9
-        assert "roll it out again with --force" in again.err
+        assert "to roll it out again, use --force" in again.err
 
 
-def test_waiting_gives_up_at_its_timeout_with_11_and_leaves_the_rollout_alone(
-    served: RunWorld, releases: tuple[str, str]
-) -> None:
+def test_start_wait_exits_with_11_at_the_timeout(served: RunWorld, releases: tuple[str, str]) -> None:
     served.source.viewers = 60  # type: ignore[attr-defined]
     with controlling(served):
         began = time.monotonic()
@@ -125,18 +113,14 @@ def test_waiting_gives_up_at_its_timeout_with_11_and_leaves_the_rollout_alone(
         assert served.state.active
 
 
-def test_the_release_that_was_promoted_last_is_the_next_ones_stable(
-    served: RunWorld, releases: tuple[str, str]
-) -> None:
+def test_last_promoted_release_is_the_next_stable_release(served: RunWorld, releases: tuple[str, str]) -> None:
     with controlling(served):
         start(served, releases[1], "--wait", "--timeout", 20)
     start(served, releases[0])
     assert served.state.stable_release == releases[1]
 
 
-def test_a_drill_holds_no_real_rollout_back_but_its_own_release_stays_refused(
-    served: RunWorld, releases: tuple[str, str]
-) -> None:
+def test_ended_drill_restricts_only_its_own_release(served: RunWorld, releases: tuple[str, str]) -> None:
     served.policy = SWIFT
     state = begin_rollout(
         SWIFT, rollout_id="d-20260131-3fa91c", canary_release="c" * 64, stable_release=releases[0], now=served.clock()
@@ -151,9 +135,7 @@ def test_a_drill_holds_no_real_rollout_back_but_its_own_release_stays_refused(
     assert start(served, releases[1]).code == 0
 
 
-def test_waiting_ends_with_12_when_the_rollout_is_paused_for_a_person(
-    served: RunWorld, releases: tuple[str, str]
-) -> None:
+def test_start_wait_exits_with_12_if_the_rollout_is_paused(served: RunWorld, releases: tuple[str, str]) -> None:
     policy = served.run / "asks.yaml"
     policy.write_text(SWIFT_TEXT + "deadlines: {insufficient: {after_s: 0.3, action: pause}}\n")
     served.source.viewers = 60  # type: ignore[attr-defined]

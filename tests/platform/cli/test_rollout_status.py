@@ -1,4 +1,4 @@
-"""What a person sees of a rollout and what a program reads of it: the same, at 80 and at 120 columns."""
+"""``reelway rollout status``: the text view at 80 and 120 columns, and the JSON report."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ WIDTHS = (80, 120)
 
 
 def drawn(world: RunWorld, width: int, height: int | None = None) -> str:
-    """The picture as plain text."""
+    """Returns the status view as plain text."""
     console = Console(width=width, file=StringIO(), color_system=None)
     report = look(RunDirectory(world.run), world.store, None)
     console.print(status_view(report, width=width, height=height))
@@ -33,7 +33,7 @@ def drawn(world: RunWorld, width: int, height: int | None = None) -> str:
 
 
 def evidence(world: RunWorld, **seen: object) -> SeenEvidence:
-    """At the second step of the default policy, with this evidence seen just now."""
+    """Brings a rollout to the second step of the default policy, with this evidence in the last reconcile."""
     source = world.see_all(viewers=2_400)
     world.begin()
     world.tick(2)
@@ -45,14 +45,14 @@ def evidence(world: RunWorld, **seen: object) -> SeenEvidence:
 
 
 @pytest.mark.parametrize("width", WIDTHS)
-def test_one_look_has_phase_ramp_weights_metrics_guardrails_and_what_it_waits_for(world: RunWorld, width: int) -> None:
+def test_status_view_shows_ramp_traffic_evidence_and_guardrails(world: RunWorld, width: int) -> None:
     evidence(world)
     text = drawn(world, width)
     assert max(len(line) for line in text.splitlines()) <= width
     for words in (
         "r-20260131-3fa91c   STEPPING   step 2 of 4", "canary cccccccccccc", "over aaaaaaaaaaaa", "policy default",
         "✔ prepare ─ ✔ 1 % ─ ▶ 5 % ─ · 20 % ─ · 50 % ─ · promoted", "stable 95 %   canary 5 %",
-        "2,400 of 500 viewers ✔", "waits for  step 2 at 5 %: held", "controller looked 0 s ago",
+        "2,400 of 500 viewers ✔", "waits for  step 2 at 5 %: held", "last reconcile 0 s ago",
         "ok         p99 61 ms over 4800 requests is within the limit: 250 ms",
     ):  # fmt: skip
         assert words in text
@@ -66,9 +66,7 @@ def test_one_look_has_phase_ramp_weights_metrics_guardrails_and_what_it_waits_fo
 
 
 @pytest.mark.parametrize("width", WIDTHS)
-def test_a_rollback_shows_the_evidence_that_brought_it_about_though_later_looks_saw_nothing(
-    world: RunWorld, width: int
-) -> None:
+def test_rolled_back_status_shows_the_evidence_of_the_rollback(world: RunWorld, width: int) -> None:
     evidence(world, drop=0.15)
     world.tick(3, after_s=5)
     text = drawn(world, width)
@@ -78,32 +76,32 @@ def test_a_rollback_shows_the_evidence_that_brought_it_about_though_later_looks_
     long_watches = next(line for line in text.splitlines() if line.startswith("long_watch_rate*"))
     assert long_watches.rstrip().endswith("HARM")
     assert "which ended the ramp" in text
-    assert "NOT HEARD" not in text
-    assert "SILENT" not in text
+    assert "NO DATA" not in text
+    assert "WARNING" not in text
 
 
-def test_an_alerts_rollback_names_the_alert_and_calls_nothing_else_unheard(world: RunWorld) -> None:
+def test_alert_rollback_status_shows_only_the_alert(world: RunWorld) -> None:
     evidence(world)
     labels = (("alertname", "CanaryErrors"), ("release", "c" * 12))
     world.book.deliver([KnownAlert(group_key="g", labels=labels, starts_at=world.clock.now, resolved=False)])
     world.catch_up()
     text = drawn(world, 80)
     assert "BREACH     alerts firing for the release: CanaryErrors" in text
-    assert "NOT HEARD" not in text
+    assert "NO DATA" not in text
 
 
-def test_silent_telemetry_is_said_of_every_metric_and_holds(world: RunWorld) -> None:
+def test_missing_telemetry_is_shown_for_every_metric(world: RunWorld) -> None:
     evidence(world, silent=True)
     text = drawn(world, 80)
     assert "HOLDING" in text
     assert "‖ 5 %" in text
-    assert text.count("NOT HEARD") == 14
+    assert text.count("NO DATA") == 14
 
 
 @pytest.mark.parametrize("silence", ["no controller", "dead controller", "stuck controller"])
-def test_a_controller_that_does_not_look_is_the_first_line(world: RunWorld, silence: str) -> None:
+def test_unresponsive_controller_warning_is_the_first_line(world: RunWorld, silence: str) -> None:
     evidence(world)
-    assert "SILENT" not in drawn(world, 80)
+    assert "WARNING" not in drawn(world, 80)
     if silence == "no controller":
         (world.run / "rollout" / "controller.json").unlink()
     elif silence == "dead controller":
@@ -112,17 +110,17 @@ def test_a_controller_that_does_not_look_is_the_first_line(world: RunWorld, sile
         world.clock.now = time.time() - SILENT_AFTER_S - 5
         world.controller.tick()
     first = drawn(world, 80).splitlines()[0]
-    assert first.startswith("SILENT")
-    assert reelway("rollout", "status", "--run", world.run).out.startswith("SILENT")
+    assert first.startswith("WARNING")
+    assert reelway("rollout", "status", "--run", world.run).out.startswith("WARNING")
 
 
-def test_a_command_that_nobody_has_taken_yet_is_shown(world: RunWorld) -> None:
+def test_pending_command_is_shown(world: RunWorld) -> None:
     evidence(world)
     world.store.ask(world.state.id, Command(id="1", verb="pause", actor="ana"))
-    assert "asked      pause by ana, not yet taken" in drawn(world, 80)
+    assert "command    pause by ana, not yet accepted" in drawn(world, 80)
 
 
-def test_a_short_terminal_gets_the_compact_form_and_keeps_what_is_wrong(world: RunWorld) -> None:
+def test_compact_view_fits_a_short_terminal_and_keeps_harm(world: RunWorld) -> None:
     source = evidence(world)
     compact = drawn(world, 80, height=24)
     assert len(compact.splitlines()) <= 24
@@ -133,7 +131,7 @@ def test_a_short_terminal_gets_the_compact_form_and_keeps_what_is_wrong(world: R
     assert "HARM" in drawn(world, 80, height=24)
 
 
-def test_before_the_first_rollout_it_says_what_is_live_and_how_to_begin(world: RunWorld) -> None:
+def test_status_before_the_first_rollout_shows_the_live_release(world: RunWorld) -> None:
     text = drawn(world, 80)
     assert "live       release aaaaaaaaaaaa at http://127.0.0.1:1" in text
     assert "reelway rollout start RELEASE" in text
@@ -142,23 +140,25 @@ def test_before_the_first_rollout_it_says_what_is_live_and_how_to_begin(world: R
     assert reelway("rollout", "status", "--run", world.run, "--exit-code").code == 9
 
 
-def test_the_json_is_the_picture_in_numbers_and_holds_to_its_schema(world: RunWorld) -> None:
+def test_status_json_matches_its_schema(world: RunWorld) -> None:
     evidence(world)
     ended = reelway("rollout", "status", "--run", world.run, "-o", "json")
     assert ended.code == 0
     seen = json.loads(ended.out)
     jsonschema.validate(seen, StatusReport.model_json_schema(mode="serialization"))
     rollout = seen["rollout"]
-    assert (rollout["phase"], rollout["result"], rollout["step"]) == ("stepping", "under way", 2)
+    assert (rollout["phase"], rollout["result"], rollout["step"]) == ("stepping", "in progress", 2)
     assert rollout["weights"] == {"stable": 9500, "canary": 500, "holdout": 0}
     assert sum(rollout["weights"].values()) == 10_000
     assert rollout["evidence"]["exposure"]["viewers"] == 2_400
     assert rollout["waits_for"].startswith("step 2 at 5 %")
     assert seen["controller"]["running"]
+    assert 0 <= seen["controller"]["seconds_since_reconcile"] < SILENT_AFTER_S
+    assert seen["controller"]["last_reconcile_at"] == pytest.approx(seen["time"], abs=SILENT_AFTER_S)
     assert seen["serving"]["release"] == "a" * 64
 
 
-def test_the_exit_code_says_how_it_stands_only_when_asked_for(world: RunWorld) -> None:
+def test_status_exits_with_the_rollout_state_only_with_exit_code(world: RunWorld) -> None:
     evidence(world)
 
     def code(*more: str) -> int:
@@ -171,7 +171,7 @@ def test_the_exit_code_says_how_it_stands_only_when_asked_for(world: RunWorld) -
     world.store.ask(world.state.id, Command(id="2", verb="promote", force=True))
     world.tick(2, after_s=1)
     assert code("--exit-code") == 0
-    assert "rollback in one command for 1 d 0 h" in drawn(world, 120)
+    assert "rollback possible for 1 d 0 h" in drawn(world, 120)
     world.store.ask(world.state.id, Command(id="3", verb="rollback"))
     world.tick(2, after_s=1)
     assert (code(), code("--exit-code")) == (0, 10)
@@ -186,7 +186,7 @@ def outcome(low: float | None, harm: float | None, high: float | None, finding: 
 
 
 @pytest.mark.parametrize("width", [12, 19, 40])
-def test_an_interval_stands_on_the_side_of_zero_and_margin_that_it_is_on(width: int) -> None:
+def test_interval_ends_are_on_the_correct_side_of_zero_and_margin(width: int) -> None:
     empty = interval_bar(outcome(None, None, None), width).plain
     zero, margin = empty.index("┊"), empty.index("┃")
     assert len(empty) == width
@@ -199,7 +199,7 @@ def test_an_interval_stands_on_the_side_of_zero_and_margin_that_it_is_on(width: 
         assert (ends[0] > zero) == (low >= 0)
 
 
-def test_a_rare_outcomes_rate_fits_its_column() -> None:
+def test_small_rate_fits_its_column() -> None:
     table = outcomes_table(report_of(0.00819712), width=80)
     console = Console(width=80, file=StringIO(), color_system=None)
     console.print(table)
@@ -215,7 +215,7 @@ def report_of(rate: float) -> EvidenceReport:
     )  # fmt: skip
 
 
-def test_an_interval_beyond_the_axis_ends_in_arrows() -> None:
+def test_interval_beyond_the_axis_ends_in_arrows() -> None:
     bar = interval_bar(outcome(-3.0, 0.0, None), 19).plain
     assert (bar[0], bar[-1]) == ("◀", "▶")
 
@@ -224,5 +224,5 @@ def test_an_interval_beyond_the_axis_ends_in_arrows() -> None:
     ("seconds", "words"),
     [(0.4, "0 s"), (59.6, "1 m 00 s"), (751, "12 m 31 s"), (11_100, "3 h 05 m"), (187_200, "2 d 4 h")],
 )
-def test_durations_are_said_as_people_say_them(seconds: float, words: str) -> None:
+def test_durations_are_formatted_with_two_units(seconds: float, words: str) -> None:
     assert span(seconds) == words

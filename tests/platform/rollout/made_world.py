@@ -1,4 +1,4 @@
-"""A small world for a controller: evidence by name, traffic in a file, a clock that only moves when told."""
+"""A controller with a real store, named evidence, traffic in a file and a manual clock."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ KINDS = Histories(0).kinds
 
 
 class FileBackend:
-    """Traffic as a file says it is: what a process that is killed leaves behind stays."""
+    """Traffic in a file, which survives a killed process."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -35,7 +35,7 @@ class FileBackend:
             self.write(TrafficTarget(Routing.whole(STABLE), (STABLE,)))
 
     def write(self, target: TrafficTarget) -> None:
-        """What ``apply`` does, and what somebody's hand may do."""
+        """Writes the traffic, as ``apply`` or a manual change does."""
         aside = self.path.with_suffix(".new")
         aside.write_text(json.dumps({"routing": target.routing.model_dump(mode="json"), "releases": target.releases}))
         aside.replace(self.path)
@@ -53,12 +53,15 @@ class FileBackend:
 
 
 def nothing(*_: object) -> None:
-    """Around a write, when a test wants nothing there."""
+    """Default of the hooks around a write."""
 
 
 @dataclass
 class ToldBackend:
-    """Wraps a backend: ``before`` and ``after`` are called around every write; ``blind`` sees nothing."""
+    """Wraps a backend and calls ``before`` and ``after`` around every write.
+
+    With ``blind``, ``observe`` returns nothing.
+    """
 
     inner: FileBackend
     before: Callable[[TrafficTarget], None] = nothing
@@ -76,7 +79,7 @@ class ToldBackend:
 
 @dataclass
 class NamedEvidence:
-    """Answers with one of the kinds of ``canary_events``; an error when it has none of that name."""
+    """Returns evidence of a kind of ``canary_events``; raises for any other name."""
 
     kind: str = "good"
     asked: int = 0
@@ -90,7 +93,7 @@ class NamedEvidence:
 
 
 class ToldStore(SqliteRolloutStore):
-    """Calls ``before`` and ``after`` around every record."""
+    """A SQLite store that calls ``before`` and ``after`` around every record."""
 
     before: Callable[[], None] = staticmethod(nothing)
     after: Callable[[], None] = staticmethod(nothing)
@@ -112,7 +115,7 @@ class Clock:
 
 @dataclass
 class World:
-    """A controller and all it stands on, in one folder."""
+    """A controller with its store, traffic and clock in one folder."""
 
     folder: Path
     policy: RolloutPolicy = QUICK
@@ -125,7 +128,7 @@ class World:
         self.restart()
 
     def restart(self) -> None:
-        """A new controller over the same store and traffic."""
+        """Creates a new controller over the same store and traffic."""
         self.book = AlertBook(self.store)
         self.controller = Controller(self.store, self.backend, self.source, self.book, clock=self.clock)
 
@@ -136,7 +139,7 @@ class World:
         return self.store.create(state, self.policy)
 
     def tick(self, times: int = 1, *, after_s: float = 30.0) -> list[str]:
-        """Ticks, and the action of each."""
+        """Reconciles ``times`` times, ``after_s`` apart, and returns the actions."""
         actions = []
         for _ in range(times):
             self.clock.now += after_s
@@ -153,7 +156,7 @@ class World:
         return self.backend.inner.read()
 
     def alert(self, *, release: str = RELEASE, resolved: bool = False, starts_at: float | None = None) -> None:
-        """An alert is delivered, as the webhook does."""
+        """Delivers an alert as the webhook does."""
         self.book.deliver([firing(release, self.clock.now if starts_at is None else starts_at, resolved=resolved)])
 
 

@@ -35,21 +35,21 @@ def _news(*args: Any, **kwargs: Any) -> list[KnownAlert]:
     return known_alerts(parse_webhook(json.dumps(_payload(*args, **kwargs))))
 
 
-def test_a_firing_alert_that_carries_the_release_is_found() -> None:
+def test_firing_alert_with_the_release_label_is_found() -> None:
     found = firing_for(merge_alerts({}, _news()), RELEASE)
     assert [(a.name, a.release, a.detail) for a in found] == [("ReelwayErrorBudgetBurn", RELEASE, "burning")]
 
 
 @pytest.mark.parametrize("label", [None, "f" * 64, "0123", ""])
-def test_a_foreign_alert_changes_nothing(label: str | None) -> None:
+def test_alert_of_another_release_is_ignored(label: str | None) -> None:
     assert firing_for(merge_alerts({}, _news(release=label)), RELEASE) == ()
 
 
-def test_the_first_twelve_characters_name_a_release() -> None:
+def test_release_label_may_be_a_prefix_of_12_characters() -> None:
     assert len(firing_for(merge_alerts({}, _news(release=RELEASE[:12])), RELEASE)) == 1
 
 
-def test_a_resolved_alert_does_not_fire_whichever_way_round_it_came() -> None:
+def test_resolved_alert_does_not_fire_in_any_order() -> None:
     for order in itertools.permutations([_news("firing"), _news("resolved"), _news("firing")]):
         book: dict[Any, KnownAlert] = {}
         for news in order:
@@ -57,19 +57,19 @@ def test_a_resolved_alert_does_not_fire_whichever_way_round_it_came() -> None:
         assert firing_for(book, RELEASE) == ()
 
 
-def test_an_alert_that_fires_again_later_is_another_alert() -> None:
+def test_alert_that_fires_again_is_a_new_alert() -> None:
     book = merge_alerts({}, _news("resolved"))
     book = merge_alerts(book, _news("firing", starts="2026-01-02T04:00:00Z"))
     assert len(firing_for(book, RELEASE)) == 1
 
 
-def test_an_alert_from_before_the_rollout_is_about_an_earlier_life() -> None:
+def test_alert_from_before_the_rollout_is_ignored() -> None:
     book = merge_alerts({}, _news())
     assert firing_for(book, RELEASE, since=2e9) == ()
 
 
 @given(st.lists(st.sampled_from(["firing", "resolved"]), max_size=8), st.randoms())
-def test_the_book_does_not_depend_on_order_or_repetition(statuses: list[str], rng: Any) -> None:
+def test_merged_alerts_do_not_depend_on_order_or_repetition(statuses: list[str], rng: Any) -> None:
     news = [_news(s, starts=f"2026-01-02T0{i % 3}:00:00Z") for i, s in enumerate(statuses)]
     books = []
     for _ in range(2):
@@ -96,13 +96,13 @@ def test_the_book_does_not_depend_on_order_or_repetition(statuses: list[str], rn
         (json.dumps(_payload() | {"alerts": _payload()["alerts"] * 1001}), "alerts"),
     ],
 )
-def test_what_is_not_a_version_4_payload_is_refused_by_field(body: str | bytes, said: str) -> None:
+def test_invalid_webhook_payload_is_rejected_by_field(body: str | bytes, said: str) -> None:
     with pytest.raises(DataError) as refused:
         parse_webhook(body)
     assert said in str(refused.value)
 
 
-def test_what_a_poll_does_not_show_any_more_has_ended() -> None:
+def test_alert_missing_from_a_poll_has_ended() -> None:
     item = {"labels": {"alertname": "Burn", "release": RELEASE}, "startsAt": "2026-01-02T03:04:05Z",
             "status": {"state": "active"}}  # fmt: skip
     book = replace_polled({}, from_poll([item]))
@@ -116,7 +116,7 @@ def test_what_a_poll_does_not_show_any_more_has_ended() -> None:
         from_poll({"status": "error"})
 
 
-def test_the_book_stays_small() -> None:
+def test_merged_alerts_are_limited_in_number() -> None:
     news = [KnownAlert(group_key="g", labels=(("release", RELEASE),), starts_at=i, resolved=True) for i in range(6_000)]
     book = merge_alerts({}, news)
     assert len(book) == 4_096

@@ -19,7 +19,7 @@ KINDS = Histories(0).kinds
 
 
 class Rollout:
-    """A rollout with a clock, played event by event."""
+    """A rollout with a clock, driven event by event."""
 
     def __init__(self, policy: RolloutPolicy = POLICY_, phase: Phase | None = None, step: int = 0) -> None:
         self.policy, self.now = policy, 10_000.0
@@ -42,7 +42,7 @@ class Rollout:
         self.state = ask(self.state, command)
 
 
-def test_a_good_release_goes_all_the_way_and_the_old_one_stays_warm() -> None:
+def test_good_release_is_promoted_while_the_old_one_stays_warm() -> None:
     rollout, seen = Rollout(), []
     for _ in range(40):
         seen.append(rollout.see("good").action)
@@ -55,7 +55,7 @@ def test_a_good_release_goes_all_the_way_and_the_old_one_stays_warm() -> None:
     assert "excluded" in rollout.state.model_copy().reason or "all traffic" in rollout.state.reason
 
 
-def test_a_step_waits_for_its_hold_when_harm_is_not_yet_excluded() -> None:
+def test_step_waits_for_its_hold_until_harm_is_excluded() -> None:
     rollout = Rollout(phase=Phase.STEPPING)
     assert rollout.see("few").action is Action.WAIT
     decision = rollout.see("few")
@@ -63,12 +63,12 @@ def test_a_step_waits_for_its_hold_when_harm_is_not_yet_excluded() -> None:
     assert "300 viewers" in decision.reason
 
 
-def test_excluded_harm_does_not_wait_for_the_hold_but_for_the_last_one() -> None:
+def test_excluded_harm_skips_every_hold_except_the_last() -> None:
     assert Rollout(phase=Phase.STEPPING).see("good", 1.0).action is Action.STEP
     assert Rollout(phase=Phase.STEPPING, step=2).see("good", 1.0).action is Action.WAIT
 
 
-def test_a_release_that_will_never_start_is_not_waited_for() -> None:
+def test_permanently_failed_release_is_rolled_back_at_once() -> None:
     rollout = Rollout(phase=Phase.PREPARING)
     decision = rollout.see("good", canary_ready=False, canary_gave_up="DEPLOY_FAILED: no such file")
     assert decision.action is Action.ROLL_BACK
@@ -76,7 +76,7 @@ def test_a_release_that_will_never_start_is_not_waited_for() -> None:
     assert Rollout(phase=Phase.PREPARING).see("good", canary_ready=False).action is Action.WAIT
 
 
-def test_exposure_is_needed_however_long_it_takes() -> None:
+def test_insufficient_exposure_holds_the_step() -> None:
     rollout = Rollout(phase=Phase.STEPPING)
     rollout.see("tiny", 120)
     decision = rollout.see("tiny", 120)
@@ -87,7 +87,7 @@ def test_exposure_is_needed_however_long_it_takes() -> None:
 
 @pytest.mark.parametrize("phase", [Phase.STEPPING, Phase.HOLDING, Phase.PAUSED])
 @pytest.mark.parametrize("kind", ["harm", "errors", "alert"])
-def test_harm_and_guardrails_roll_back_at_once_paused_or_not(phase: Phase, kind: str) -> None:
+def test_harm_or_breach_rolls_back_in_every_ramping_phase(phase: Phase, kind: str) -> None:
     rollout = Rollout(phase=phase)
     decision = rollout.see(kind, 0.0)
     assert decision.action is Action.ROLL_BACK
@@ -96,17 +96,17 @@ def test_harm_and_guardrails_roll_back_at_once_paused_or_not(phase: Phase, kind:
 
 
 @pytest.mark.parametrize("phase", [Phase.PREPARING, Phase.SHADOW, Phase.PROMOTING, Phase.PROMOTED])
-def test_a_guardrail_acts_before_and_after_the_ramp_too(phase: Phase) -> None:
+def test_guardrail_breach_rolls_back_outside_of_the_ramp(phase: Phase) -> None:
     assert Rollout(phase=phase).see("errors").action is Action.ROLL_BACK
 
 
-def test_a_breach_counts_even_in_a_snapshot_that_came_late() -> None:
+def test_breach_in_a_stale_snapshot_rolls_back() -> None:
     rollout = Rollout(phase=Phase.STEPPING)
     rollout.see("few")
     assert rollout.see("errors", time=rollout.now - 500).action is Action.ROLL_BACK
 
 
-def test_prometheus_outage_holds_rather_than_rolls_back() -> None:
+def test_prometheus_outage_holds_the_rollout() -> None:
     rollout = Rollout(phase=Phase.STEPPING, step=1)
     weights = rollout.state.weights
     for _ in range(9):
@@ -118,12 +118,12 @@ def test_prometheus_outage_holds_rather_than_rolls_back() -> None:
     assert rollout.state.weights == weights
 
 
-def test_no_evidence_at_all_is_telemetry_down() -> None:
+def test_missing_evidence_is_telemetry_down() -> None:
     rollout = Rollout(phase=Phase.STEPPING)
     assert decide(POLICY_, rollout.state, None, rollout.now).action is Action.HOLD
 
 
-def test_time_without_telemetry_does_not_count_towards_the_hold() -> None:
+def test_time_without_telemetry_does_not_count_towards_a_hold() -> None:
     rollout = Rollout(phase=Phase.STEPPING)
     rollout.see("nothing", 100)
     assert rollout.see("few", 30).action is Action.CARRY_ON
@@ -131,7 +131,7 @@ def test_time_without_telemetry_does_not_count_towards_the_hold() -> None:
 
 
 @pytest.mark.parametrize("action", ["hold", "pause", "rollback"])
-def test_the_policy_says_what_happens_at_a_deadline(action: str) -> None:
+def test_deadline_triggers_the_action_of_the_policy(action: str) -> None:
     policy = parse_policy(POLICY.replace("telemetry_down: {after_s: 300, action: pause}",
                                          f"telemetry_down: {{after_s: 60, action: {action}}}"), source="t")  # fmt: skip
     rollout = Rollout(policy, Phase.STEPPING)
@@ -140,14 +140,14 @@ def test_the_policy_says_what_happens_at_a_deadline(action: str) -> None:
     assert rollout.see("silent", 60).action is expected
 
 
-def test_undecided_evidence_at_the_last_step_ends_with_a_person_not_a_promotion() -> None:
+def test_undecided_evidence_at_the_last_step_pauses() -> None:
     rollout = Rollout(phase=Phase.STEPPING, step=2)
     seen = [rollout.see("few", 100).action for _ in range(12)]
     assert Action.PROMOTE not in seen
     assert rollout.state.phase is Phase.PAUSED
 
 
-def test_a_release_that_never_gets_ready_is_given_up() -> None:
+def test_release_that_is_never_ready_is_rolled_back() -> None:
     rollout = Rollout()
     rollout.see("not_ready")
     seen = [rollout.see("not_ready", 100).action for _ in range(4)]
@@ -155,7 +155,7 @@ def test_a_release_that_never_gets_ready_is_given_up() -> None:
     assert "not ready" in rollout.state.reason
 
 
-def test_the_shadow_waits_for_its_time_and_its_requests() -> None:
+def test_shadow_phase_waits_for_its_duration_and_requests() -> None:
     rollout = Rollout(parse_policy(POLICY + SHADOW, source="t"))
     rollout.see("good")
     assert rollout.see("good").action is Action.SHADOW
@@ -166,7 +166,7 @@ def test_the_shadow_waits_for_its_time_and_its_requests() -> None:
     assert rollout.state.shadow_bp == 0
 
 
-def test_a_clock_that_jumps_ahead_ends_neither_a_hold_nor_a_deadline() -> None:
+def test_forward_clock_jump_ends_neither_hold_nor_deadline() -> None:
     rollout = Rollout(phase=Phase.STEPPING)
     patient = parse_policy(POLICY.replace("hold_s: 60", "hold_s: 3600"), source="t")
     rollout.policy = patient
@@ -177,7 +177,7 @@ def test_a_clock_that_jumps_ahead_ends_neither_a_hold_nor_a_deadline() -> None:
     assert silent.see("nothing", 10).action is Action.WAIT
 
 
-def test_a_clock_that_goes_back_does_not_blind_the_rollout() -> None:
+def test_backward_clock_jump_does_not_invalidate_evidence() -> None:
     rollout = Rollout(phase=Phase.STEPPING)
     rollout.see("few")
     rollout.see("few", -7_200)
@@ -185,12 +185,12 @@ def test_a_clock_that_goes_back_does_not_blind_the_rollout() -> None:
 
 
 @pytest.mark.parametrize("changes", [{"time": 9_000.0}, {"time": 99_999.0}, {"release": "f" * 64}])
-def test_stale_future_or_foreign_evidence_earns_nothing(changes: dict[str, object]) -> None:
+def test_stale_future_or_foreign_evidence_holds(changes: dict[str, object]) -> None:
     rollout = Rollout(phase=Phase.STEPPING)
     assert rollout.see("good", **changes).action is Action.HOLD
 
 
-def test_evidence_older_than_what_was_judged_earns_nothing() -> None:
+def test_out_of_order_evidence_does_not_promote() -> None:
     rollout = Rollout(phase=Phase.STEPPING, step=2)
     rollout.see("few", 100)
     decision = rollout.see("good", 1, time=rollout.now - 50)
@@ -198,7 +198,7 @@ def test_evidence_older_than_what_was_judged_earns_nothing() -> None:
     assert "newer evidence" in decision.reason
 
 
-def test_a_person_can_pause_resume_and_roll_back() -> None:
+def test_commands_pause_resume_or_roll_back() -> None:
     rollout = Rollout(phase=Phase.STEPPING)
     rollout.ask("pause")
     assert rollout.see("good").reason == "paused by ada"
@@ -209,7 +209,7 @@ def test_a_person_can_pause_resume_and_roll_back() -> None:
     assert rollout.see("good").action is Action.ROLL_BACK
 
 
-def test_a_person_may_skip_steps_but_not_missing_evidence_without_force() -> None:
+def test_promote_without_evidence_requires_force() -> None:
     for kind, force, action in (
         ("good", False, Action.PROMOTE), ("nothing", False, Action.REFUSE), ("nothing", True, Action.PROMOTE),
         ("few", False, Action.REFUSE), ("harm", True, Action.ROLL_BACK), ("errors", True, Action.ROLL_BACK),
@@ -219,10 +219,10 @@ def test_a_person_may_skip_steps_but_not_missing_evidence_without_force() -> Non
         decision = rollout.see(kind)
         assert decision.action is action, kind
         if force and action is Action.PROMOTE:
-            assert "although telemetry down" in decision.reason
+            assert "forced despite telemetry down" in decision.reason
 
 
-def test_a_command_asked_twice_is_one_command_and_nothing_softens_a_rollback() -> None:
+def test_repeated_command_id_has_no_effect() -> None:
     rollout = Rollout(phase=Phase.STEPPING)
     rollout.ask("pause", id_="x")
     rollout.see("few")
@@ -235,10 +235,10 @@ def test_a_command_asked_twice_is_one_command_and_nothing_softens_a_rollback() -
     assert rollout.see("good").action is Action.ROLL_BACK
 
 
-def test_a_command_that_makes_no_sense_is_refused_and_forgotten() -> None:
+def test_inapplicable_command_is_rejected_once() -> None:
     rollout = Rollout(phase=Phase.STEPPING)
     rollout.ask("resume")
-    assert rollout.see("few").reason == "resume by ada refused: the rollout is stepping"
+    assert rollout.see("few").reason == "resume by ada rejected: the rollout is stepping"
     assert rollout.state.command is None
 
 
@@ -253,7 +253,7 @@ def test_rollback_is_final() -> None:
     assert "error_ratio" in rollout.state.reason
 
 
-def test_a_promoted_release_can_be_rolled_back_while_the_old_one_is_warm() -> None:
+def test_promoted_release_can_be_rolled_back_until_retired() -> None:
     rollout = Rollout(phase=Phase.PROMOTED)
     rollout.ask("rollback")
     assert rollout.see("good").action is Action.ROLL_BACK
@@ -265,7 +265,7 @@ def test_a_promoted_release_can_be_rolled_back_while_the_old_one_is_warm() -> No
     assert kept.state.warm_releases == {RELEASE}
 
 
-def test_after_a_rollback_force_and_a_cooldown_apply() -> None:
+def test_start_after_a_rollback_requires_force_or_the_cooldown() -> None:
     rollout = Rollout(phase=Phase.STEPPING)
     rollout.see("errors")
     rollout.see("good", weights={Arm.CANARY: 0})
@@ -285,16 +285,16 @@ def test_after_a_rollback_force_and_a_cooldown_apply() -> None:
     assert again(RELEASE, rollout.now, force=True).forced
 
 
-def test_only_one_rollout_at_a_time_and_never_over_itself() -> None:
+def test_start_rejects_an_active_rollout_or_the_live_release() -> None:
     rollout = Rollout(phase=Phase.STEPPING)
     with pytest.raises(RolloutError, match="is stepping"):
         start(POLICY_, rollout_id="n", canary_release="d" * 64, stable_release=STABLE, now=0, previous=rollout.state,
               force=True)  # fmt: skip
-    with pytest.raises(RolloutError, match="is the one that is live"):
+    with pytest.raises(RolloutError, match="is already live"):
         start(POLICY_, rollout_id="n", canary_release=STABLE, stable_release=STABLE, now=0)
 
 
-def test_a_policy_edited_on_the_way_neither_breaks_nor_lowers_the_ramp() -> None:
+def test_edited_policy_does_not_lower_the_ramp() -> None:
     rollout = Rollout(phase=Phase.STEPPING, step=2)
     rollout.policy = parse_policy(
         POLICY.replace("  - {weight_percent: 50, hold_s: 60, minimum_viewers: 200, minimum_impressions: 1000}\n", ""),
@@ -325,10 +325,10 @@ def test_random_histories_keep_every_invariant(seed: int) -> None:
         max_size=40,
     )
 )
-def test_any_history_serialises_decides_alike_and_keeps_its_weights(
+def test_any_history_keeps_the_invariants_across_reloads(
     events: list[tuple[str, str, float, bool]],
 ) -> None:
-    """Hypothesis looks for the shortest history that breaks one; states are reloaded from JSON at every event."""
+    """Hypothesis searches for the shortest history that breaks an invariant; each event reloads the state from JSON."""
     rollout = Rollout()
     was_rolled_back = False
     for kind, verb, seconds, force in events:

@@ -45,8 +45,8 @@ def _guardrail(name: str, reading: GuardrailReading | None, policy: RolloutPolic
 
 
 @given(st.lists(st.lists(st.integers(0, 1_000), min_size=1, max_size=6), min_size=1, max_size=6), st.randoms())
-def test_resets_lose_nothing_that_was_scraped_and_order_does_not_matter(lives: list[list[int]], rng) -> None:  # type: ignore[no-untyped-def]
-    """Each life of the process counts up from 0; the increase is what all lives counted, if each restart is a fall."""
+def test_counter_increase_survives_resets_in_any_order(lives: list[list[int]], rng) -> None:  # type: ignore[no-untyped-def]
+    """Each process counts from 0; the increase is the sum over all processes if each restart lowers the counter."""
     samples, time, total, previous = [], 0.0, 0.0, 0.0
     for steps in lives:
         value = 0.0
@@ -65,7 +65,7 @@ def test_resets_lose_nothing_that_was_scraped_and_order_does_not_matter(lives: l
 
 
 @given(st.lists(st.floats(0, 1e9), min_size=2, max_size=20))
-def test_an_increase_is_never_negative_and_nan_in_between_changes_nothing(values: list[float]) -> None:
+def test_counter_increase_is_not_negative_with_nan_samples(values: list[float]) -> None:
     samples = [Sample(10.0 * i, v) for i, v in enumerate(values)]
     holes = [Sample(10.0 * i + 5, math.nan) for i in range(len(values) - 1)]
     now = samples[-1].time
@@ -87,13 +87,13 @@ def test_an_increase_is_never_negative_and_nan_in_between_changes_nothing(values
         ([Sample(0, 1), Sample(10, 3)], OK, ""),
     ],
 )
-def test_what_a_series_looks_like_decides_its_state(samples: list[Sample], state: EvidenceState, said: str) -> None:
+def test_counter_state_depends_on_its_samples(samples: list[Sample], state: EvidenceState, said: str) -> None:
     reading = counter_increase(samples, now=20, max_age_s=60)
     assert reading.state is state
     assert said in reading.detail
 
 
-def test_a_replica_nobody_hears_makes_the_sum_unknown_not_small() -> None:
+def test_sum_with_an_unresponsive_replica_is_unknown() -> None:
     heard, silent = CounterReading(OK, 5.0, 1), CounterReading(DOWN, detail="the series is absent")
     assert sum_counters([heard, heard]) == CounterReading(OK, 10.0, 2)
     assert sum_counters([heard, silent]).state is DOWN
@@ -104,7 +104,7 @@ def test_a_replica_nobody_hears_makes_the_sum_unknown_not_small() -> None:
 # Outcome metrics
 
 
-def test_absent_or_impossible_sums_are_telemetrys_fault_and_small_ones_nobodys() -> None:
+def test_missing_or_inconsistent_sums_are_telemetry_down() -> None:
     good = KINDS["good"].metrics["long_watch_rate", Slice.OVERALL].canary
     assert metric_evidence(good, good, minimum_viewers=200).state is OK
     assert metric_evidence(good, None, minimum_viewers=200).state is DOWN
@@ -122,24 +122,24 @@ def test_absent_or_impossible_sums_are_telemetrys_fault_and_small_ones_nobodys()
         ("nan", "telemetry_down"), ("nothing", "telemetry_down"),
     ],
 )  # fmt: skip
-def test_an_outcome_gets_the_finding_its_numbers_deserve(kind: str, finding: str) -> None:
+def test_outcome_metric_gets_the_expected_finding(kind: str, finding: str) -> None:
     verdict = assess(_policy(), KINDS[kind]).outcomes[0]
     assert verdict.finding == finding
     assert verdict.sentence.startswith("long_watch_rate: ")
     if finding == "harm_established":
         assert verdict.state is BAD
         assert "beyond the margin of 5.0% is established" in verdict.sentence
-        assert "-24.8%" in verdict.sentence, "the change itself is in the sentence"
+        assert "-24.8%" in verdict.sentence, "the sentence contains the relative change"
 
 
-def test_a_source_that_says_down_is_believed_even_with_numbers() -> None:
+def test_telemetry_down_of_the_source_overrides_its_numbers() -> None:
     key = ("long_watch_rate", Slice.OVERALL)
     seen = KINDS["harm"].metrics[key]
     snapshot = replace(KINDS["harm"], metrics={key: MetricEvidence(DOWN, seen.stable, seen.canary, "scrape failed")})
     assert assess(_policy(), snapshot).outcomes[0].finding == "telemetry_down"
 
 
-def test_a_metric_that_should_be_low_is_harmed_by_rising() -> None:
+def test_lower_is_better_metric_is_harmed_by_an_increase() -> None:
     key, seen = ("skip_rate", Slice.OVERALL), KINDS["harm"].metrics["long_watch_rate", Slice.OVERALL]
     rising = MetricEvidence(OK, stable=seen.canary, canary=seen.stable)
     falling = MetricEvidence(OK, stable=seen.stable, canary=seen.canary)
@@ -150,7 +150,7 @@ def test_a_metric_that_should_be_low_is_harmed_by_rising() -> None:
 # Guardrails: one test per limit
 
 
-def test_error_ratio_just_within_and_far_beyond_its_limit() -> None:
+def test_error_ratio_is_assessed_against_its_limit() -> None:
     assert _guardrail("error_ratio", GuardrailReading(OK, 10, 500)) is OK
     assert _guardrail("error_ratio", GuardrailReading(OK, 40, 500)) is BAD
     assert _guardrail("error_ratio", GuardrailReading(OK, 4, 4)) is BAD
@@ -177,20 +177,20 @@ def test_p99_is_bounded_in_milliseconds_and_by_stable() -> None:
     assert _guardrail("p99_ms", GuardrailReading(OK, trials=500, value=151.0), relative) is DOWN
 
 
-def test_one_parity_mismatch_is_one_too_many_and_no_replayed_row_is_no_proof() -> None:
+def test_parity_guardrail_breaches_at_one_mismatch() -> None:
     assert _guardrail("parity_mismatches", GuardrailReading(OK, 0, 10)) is OK
     assert _guardrail("parity_mismatches", GuardrailReading(OK, 1, 10, detail="video_like_rate_1h")) is BAD
     assert _guardrail("parity_mismatches", GuardrailReading(OK, 0, 0)) is INSUFFICIENT
     assert _guardrail("parity_mismatches", GuardrailReading(INSUFFICIENT)) is INSUFFICIENT
 
 
-def test_only_an_alert_that_carries_the_release_counts() -> None:
+def test_only_alerts_with_the_release_label_count() -> None:
     own, foreign = (FiringAlert("Burn", release, 0.0) for release in (RELEASE, "f" * 64))
     for alerts, state in (((own,), BAD), ((foreign,), OK), ((), OK)):
         found = assess(_policy(), replace(KINDS["good"], alerts=alerts)).guardrails[-1]
         assert (found.name, found.state) == ("firing_alerts", state)
 
 
-def test_a_guardrail_that_is_null_is_off() -> None:
+def test_null_guardrail_is_disabled() -> None:
     off = _policy("guardrails: {error_ratio: null, empty_slate_ratio: null, p99_ms: null, parity_mismatches: null}")
     assert [g.name for g in assess(off, EvidenceSnapshot(0.0, RELEASE)).guardrails] == ["firing_alerts"]

@@ -31,41 +31,47 @@ SMALL = "steps: [{weight_percent: 1}]\noutcomes: [{name: long_watch_rate, margin
         (SMALL.replace("0.02}", "0.02, slices: [all]}"), "outcomes[0].slices[0]: saw 'all', allowed: 'overall'"),
         (SMALL + "deadlines: {insufficient: {after_s: 1, action: promote}}", "saw 'promote', allowed: 'hold', 'pause'"),
         (SMALL.replace("1}", "1.005}"), "expected a multiple of 0.01"),
-        (SMALL.replace("1}", "5}, {weight_percent: 5}"), "steps[1].weight_percent is 5, expected more than the step"),
-        (SMALL.replace("1}", "60}") + "holdout_percent: 40", "leaves stable nothing"),
+        (
+            SMALL.replace("1}", "5}, {weight_percent: 5}"),
+            "steps[1].weight_percent is 5, expected more than the previous",
+        ),
+        (SMALL.replace("1}", "60}") + "holdout_percent: 40", "leaves no traffic for stable"),
         (SMALL.replace("0.02}", "0.02, tuned_for: 0.02}"), "not beyond the margin"),
         (SMALL.replace("0.02}", "0.02, slices: [new_videos]}"), "expected overall"),
-        (SMALL.replace("0.02}", "0.02}, {name: long_watch_rate, margin: 0.1}"), "named twice: ['long_watch_rate']"),
+        (
+            SMALL.replace("0.02}", "0.02}, {name: long_watch_rate, margin: 0.1}"),
+            "duplicate outcomes: ['long_watch_rate']",
+        ),
         (SMALL + "guardrails: {p99_ms: {minimum_requests: 5}}", "expected at least one"),
         (SMALL + "cooldown_s: .nan", "cooldown_s: saw nan, expected"),
         ("[1, 2]", "saw list, expected a mapping with the keys alpha"),
         ("a: [", "not YAML"),
     ],
 )
-def test_a_wrong_key_or_value_is_refused_with_its_path_and_what_is_allowed(text: str, said: str) -> None:
+def test_invalid_policy_is_rejected_with_path_and_allowed_values(text: str, said: str) -> None:
     with pytest.raises(ConfigError) as refused:
         parse_policy(text, source="mine.yaml")
     assert said in str(refused.value)
     assert str(refused.value).startswith("mine.yaml: ")
 
 
-def test_a_refused_item_is_not_reported_again_as_a_list_too_short() -> None:
+def test_invalid_item_is_reported_only_once() -> None:
     with pytest.raises(ConfigError) as refused:
         parse_policy(SMALL.replace("1}", "130}"), source="mine.yaml")
     assert str(refused.value).count("\n") == 0
 
 
-def test_an_absent_file_is_a_config_error(tmp_path) -> None:  # type: ignore[no-untyped-def]
+def test_missing_policy_file_is_a_config_error(tmp_path) -> None:  # type: ignore[no-untyped-def]
     with pytest.raises(ConfigError, match="cannot read the rollout policy"):
         load_policy(tmp_path / "none.yaml")
 
 
-def test_weights_are_percent_outside_and_whole_basis_points_inside() -> None:
+def test_percent_weights_become_whole_basis_points() -> None:
     policy = parse_policy(SMALL.replace("1}", "0.29}, {weight_percent: 57.57}"), source="p")
     assert [step.weight_bp for step in policy.steps] == [29, 5757]
 
 
-def test_alpha_is_divided_over_metrics_and_slices_and_spent_whole() -> None:
+def test_alpha_is_divided_completely_over_the_tests() -> None:
     policy = default_policy()
     assert sum(policy.rollback_alphas) == pytest.approx(policy.alpha.rollback)
     assert len(policy.rollback_alphas) == sum(len(metric.slices) for metric in policy.outcomes)
@@ -74,7 +80,7 @@ def test_alpha_is_divided_over_metrics_and_slices_and_spent_whole() -> None:
     assert heavy == pytest.approx(3 * light)
 
 
-def test_the_default_policy_survives_a_round_trip_and_fits_its_own_schema() -> None:
+def test_default_policy_survives_a_round_trip() -> None:
     policy = default_policy()
     body = policy.model_dump(mode="json")
     assert parse_policy(yaml.safe_dump(body), source="again") == policy
@@ -83,7 +89,7 @@ def test_the_default_policy_survives_a_round_trip_and_fits_its_own_schema() -> N
         jsonschema.validate({**body, "stepz": 1}, policy_schema())
 
 
-def test_no_deadline_can_end_in_a_promotion() -> None:
+def test_deadline_action_cannot_be_a_promotion() -> None:
     schema = policy_schema()["$defs"]["Deadline"]["properties"]["action"]
     assert schema["enum"] == ["hold", "pause", "rollback"]
     assert RolloutPolicy.model_config["extra"] == "forbid"

@@ -1,4 +1,4 @@
-"""The claims of ``sequential``: formulas against scipy, and error rates by simulation with viewers who come back."""
+"""Formulas of ``sequential`` compared with scipy, and error rates in simulations with returning viewers."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ from reelway.platform.rollout.sequential import (
 F64 = NDArray[np.float64]
 
 
-def test_the_normal_tail_is_scipys_in_both_directions() -> None:
+def test_log_normal_cdf_matches_scipy() -> None:
     z = np.linspace(-30, 12, 400)
     np.testing.assert_allclose(log_normal_cdf(z), stats.norm.logcdf(z), atol=3e-7)
 
 
 @pytest.mark.parametrize("alpha", [0.2, 0.05, 1e-3, 1e-6])
-def test_the_boundary_is_where_the_evidence_reaches_one_over_alpha(alpha: float) -> None:
+def test_e_value_at_the_boundary_is_one_over_alpha(alpha: float) -> None:
     variance = np.geomspace(1e-7, 1.0, 60)
     z = boundary(variance, 0.08, alpha)
     np.testing.assert_allclose(log_evidence(z * np.sqrt(variance), variance, 0.08), -math.log(alpha), atol=1e-5)
 
 
-def test_evidence_has_mean_at_most_one_when_there_is_no_effect() -> None:
+def test_e_value_has_mean_one_without_an_effect() -> None:
     variance, scale = 0.01, 0.1
     z = np.linspace(-12, 12, 200_001)
     weight = stats.norm.pdf(z) * (z[1] - z[0])
@@ -43,7 +43,7 @@ def test_evidence_has_mean_at_most_one_when_there_is_no_effect() -> None:
     assert mean == pytest.approx(1.0, abs=1e-4)
 
 
-def test_the_ratio_variance_matches_resampled_viewers() -> None:
+def test_ratio_variance_matches_resampled_viewers() -> None:
     rng = np.random.default_rng(0)
     x = 1.0 + rng.poisson(8, 4_000)
     y = rng.binomial(x.astype(int), rng.beta(2, 3, 4_000)).astype(float)
@@ -56,7 +56,7 @@ def test_the_ratio_variance_matches_resampled_viewers() -> None:
     assert float(estimate.variance) > 2 * treated_as_rows
 
 
-def test_a_canary_that_collapsed_to_nothing_can_still_be_judged() -> None:
+def test_collapsed_canary_has_a_variance() -> None:
     x, rng = np.ones(500), np.random.default_rng(0)
     stable = _of(np.ones(5_000), rng.binomial(1, 0.4, 5_000).astype(float))
     difference = relative_difference(_of(x, np.zeros(500)), stable)
@@ -64,14 +64,14 @@ def test_a_canary_that_collapsed_to_nothing_can_still_be_judged() -> None:
     assert float(difference.variance) > 0
 
 
-def test_nothing_to_estimate_from_is_nan_and_not_a_number() -> None:
+def test_estimate_without_data_is_nan() -> None:
     assert np.isnan(ratio_estimate(1, 5, 2, 25, 4, 10).value)
     assert np.isnan(ratio_estimate(0, 0, 0, 0, 0, 0).variance)
     nobody = Estimate(np.array(0.0), np.array(0.0), np.array(100.0))
     assert np.isnan(relative_difference(_of(np.ones(9), np.arange(9.0)), nobody).value)
 
 
-def test_the_tail_bound_is_never_below_the_exact_tail() -> None:
+def test_tail_bound_is_never_below_the_exact_tail() -> None:
     for n in (1, 4, 30, 500):
         for limit in (0.01, 0.02, 0.3):
             events = np.arange(n + 1)
@@ -80,13 +80,13 @@ def test_the_tail_bound_is_never_below_the_exact_tail() -> None:
             assert np.all((bound >= np.log(np.maximum(exact, 1e-280)) - 1e-9) | (exact < 1e-280))
 
 
-def test_a_handful_of_requests_that_all_fail_is_enough() -> None:
+def test_few_requests_that_all_fail_are_significant() -> None:
     assert float(ratio_tail_log_bound(4, 4, 0.02)) < math.log(1e-6)
     assert float(ratio_tail_log_bound(0, 10_000, 0.02)) == 0.0
 
 
-def test_overlap_weights_make_both_arms_see_the_same_hours() -> None:
-    """Morning at 1 %, evening at 50 %, evening rates twice the morning's, no difference between the arms."""
+def test_overlap_weights_balance_the_hours_of_both_arms() -> None:
+    """1 % in the morning, 50 % in the evening; evening rates are twice as high, without a difference between arms."""
     hours = ((100, 9_900, 0.2), (5_000, 5_000, 0.4))
     weighted, pooled = [], []
     for canary in (True, False):
@@ -99,30 +99,30 @@ def test_overlap_weights_make_both_arms_see_the_same_hours() -> None:
     assert pooled[0] > 1.3 * pooled[1]
 
 
-def test_overlap_weights_refuse_what_is_no_weight() -> None:
+def test_overlap_weight_rejects_weights_out_of_range() -> None:
     with pytest.raises(ValueError, match=r"expected 0\.\.10000"):
         overlap_weight(10_001, 0, canary=True)
     assert overlap_weight(0, 0, canary=True) == 0.0
 
 
 @pytest.mark.parametrize("panel", ["newcomers", "returning", "same_people", "heavy_latecomers"])
-def test_looking_at_every_moment_keeps_the_level_though_viewers_come_back(panel: str) -> None:
-    """No difference between the arms, viewers who differ a lot, 60 looks, alpha 5 %.
+def test_sequential_test_keeps_its_level_with_returning_viewers(panel: str) -> None:
+    """No difference between the arms, heterogeneous viewers, 60 evaluations, alpha 5 %.
 
-    ``heavy_latecomers`` breaks the condition that the docstring asks for; its bound shows what that may cost.
+    ``heavy_latecomers`` violates the condition in the docstring of ``sequential``; its bound shows the cost.
     """
     crossed = _crossings(panel, np.random.default_rng(5), experiments=500, alpha=0.05)
     allowed = 0.05 + 3 * math.sqrt(0.05 * 0.95 / 500)
     assert crossed <= (0.08 if panel == "heavy_latecomers" else allowed)
 
 
-def test_a_fixed_horizon_test_at_every_look_does_not_keep_it() -> None:
+def test_fixed_horizon_test_at_every_reconcile_exceeds_its_level() -> None:
     crossed = _crossings("newcomers", np.random.default_rng(5), experiments=300, alpha=0.05, fixed=True)
     assert crossed > 0.15
 
 
 def _crossings(panel: str, rng: np.random.Generator, *, experiments: int, alpha: float, fixed: bool = False) -> float:
-    """Share of A/A experiments in which the one-sided test ever rejects, at any of 60 looks."""
+    """Returns the share of A/A experiments in which the one-sided test rejects at any of 60 evaluations."""
     looks, per_look = 60, 10
     viewers = looks * per_look
     arrival = np.repeat(np.arange(looks), per_look) if panel != "same_people" else np.zeros(viewers, dtype=int)

@@ -1,4 +1,4 @@
-"""The benchmark plays rollouts as arrays; here the array code and ``decide`` judge the same sums and must agree."""
+"""The array code of the canary benchmark and ``decide`` must agree on the same sums."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def populations() -> dict[str, Population]:
 
 
 @pytest.mark.parametrize(("arm", "end"), [("same", PROMOTED), ("worse", ROLLED_BACK)])
-def test_the_array_code_decides_as_decide_does(populations: dict[str, Population], arm: str, end: int) -> None:
+def test_simulation_decides_as_the_decision_rules_do(populations: dict[str, Population], arm: str, end: int) -> None:
     policy = default_policy().model_copy(update={"longest_tick_s": 1e4, "evidence_max_age_s": 1e4})
     scenario = Scenario(policy, populations["same"], populations[arm], 3_000, looks(60, 5_400, 1_200, 36_000))
     simulation = Simulation(scenario, 30, np.random.default_rng(4))
@@ -27,7 +27,7 @@ def test_the_array_code_decides_as_decide_does(populations: dict[str, Population
     assert (simulation.outcome[:6] == end).all()
 
 
-def test_cohorts_of_every_size_have_the_pools_moments(populations: dict[str, Population]) -> None:
+def test_cohorts_of_every_size_have_the_moments_of_the_pool(populations: dict[str, Population]) -> None:
     rng, population = np.random.default_rng(0), populations["same"]
     for size in (1, 20, 300, 5_000):
         cohorts = population.cohorts(rng, np.full(3_000, size))
@@ -42,13 +42,13 @@ def _rates(rng: np.random.Generator, factor: float) -> tuple[np.ndarray, ...]:
 
 
 @pytest.mark.parametrize("rule", [ArgoRollouts(), Flagger(), Kayenta()])
-def test_the_peers_catch_a_collapse_and_spare_what_is_clearly_better(rule: ArgoRollouts | Flagger | Kayenta) -> None:
+def test_peer_rules_detect_a_collapse_but_not_an_improvement(rule: ArgoRollouts | Flagger | Kayenta) -> None:
     rng = np.random.default_rng(0)
     assert (rule.rolled_back_at(*_rates(rng, 0.5)) >= 0).all()
     assert (rule.rolled_back_at(*_rates(rng, 1.3)) == -1).all()
 
 
-def test_argo_needs_more_failures_than_its_limit_and_counts_errors_in_a_row() -> None:
+def test_argo_rule_counts_failures_or_consecutive_errors() -> None:
     rule, one = ArgoRollouts(interval_looks=1), np.ones((1, 12))
     failing = np.where(np.arange(12) < 3, 0.0, 1.0)[None]
     assert rule.rolled_back_at(failing, one, one, one)[0] == -1
@@ -58,12 +58,12 @@ def test_argo_needs_more_failures_than_its_limit_and_counts_errors_in_a_row() ->
     assert rule.rolled_back_at(one, np.where(np.arange(12) < 5, 0.0, 1.0)[None], one, one)[0] == 4
 
 
-def test_flagger_counts_failed_checks_and_promotes_past_the_maximal_weight() -> None:
+def test_flagger_rule_counts_failed_checks() -> None:
     rule, one = Flagger(), np.ones((1, 20))
     assert rule.rolled_back_at(np.zeros((1, 20)), one, one, one)[0] == 4
-    assert rule.rolled_back_at(one, np.zeros((1, 20)), one, one)[0] == 4, "no value counts as a failed check"
+    assert rule.rolled_back_at(one, np.zeros((1, 20)), one, one)[0] == 4, "a missing value counts as a failed check"
     assert rule.promoted_at(one, one, one, one)[0] == 10
 
 
-def test_no_error_in_ten_thousand_still_has_an_interval() -> None:
+def test_clopper_pearson_interval_of_zero_errors() -> None:
     assert clopper_pearson(0, 10_000) == pytest.approx((0.0, 1 - 0.025 ** (1 / 10_000)), rel=1e-6)

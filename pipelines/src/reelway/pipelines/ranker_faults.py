@@ -1,8 +1,7 @@
-"""Why: a rollback is believed when it was seen, and to be seen there must be rankers that are really broken.
+"""Injects faults into the ranker's ONNX graph, for releases that drills roll out.
 
-ONNX graph surgery: the ranker stays what it was and gets a fault inside, which only some requests meet, as faults of
-real models do. It loads, it has the right inputs and outputs, and the requests of viewers whom nobody knows (which is
-what start-up is tried with) are answered well. Nothing outside the graph takes part in it.
+The graph loads, keeps its inputs and outputs, and answers requests of unknown viewers, so it passes the warm-up. Only
+some requests hit the fault, as with real model bugs. Nothing outside the graph is changed.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from reelway.platform.contracts.features import VIEWER_DENSE
 from reelway.platform.errors import ReleaseError
 
 SEEN_LATELY: Final = "impressions_30d"
-"""The viewer's feature that decides who meets the fault; missing (NaN) for a viewer whom nobody knows."""
+"""The viewer feature that triggers the fault; missing (NaN) for unknown viewers."""
 _SOUND: Final = "before_the_fault"
 _SIDE: Final = 192
 """Width of the square matrix that the slow graph multiplies with itself."""
@@ -28,10 +27,10 @@ _PROBE_ROUNDS: Final = 64
 
 
 def fail_known_viewers(path: Path) -> None:
-    """Make the graph fail for every viewer with a history: it looks up a row that its table does not have.
+    """Makes the graph fail for every viewer with a history, by a lookup of a row that does not exist.
 
     Raises:
-        ReleaseError: not a graph with one output.
+        ReleaseError: if the graph does not have exactly one output.
     """
     model = _opened(path)
     table = numpy_helper.from_array(np.zeros(1, dtype=np.float32), "fault_table")
@@ -43,12 +42,12 @@ def fail_known_viewers(path: Path) -> None:
 
 
 def slow_down_busy_viewers(path: Path, *, above: float, slow_ms: float) -> None:
-    """Make the graph do about ``slow_ms`` of needless work for viewers with more than ``above`` recent impressions.
+    """Adds about ``slow_ms`` of useless work for viewers with more than ``above`` recent impressions.
 
-    The work is measured on this machine, now, on one thread.
+    The amount of work is calibrated on this machine with one thread.
 
     Raises:
-        ReleaseError: as ``fail_known_viewers``.
+        ReleaseError: if the graph does not have exactly one output.
     """
     model = _opened(path)
     rounds = max(1, round(slow_ms / _ms_per_round()))
@@ -64,12 +63,12 @@ def slow_down_busy_viewers(path: Path, *, above: float, slow_ms: float) -> None:
 def _opened(path: Path) -> onnx.ModelProto:
     model = onnx.load(str(path))
     if len(model.graph.output) != 1:
-        raise ReleaseError(f"{path}: {len(model.graph.output)} outputs, expected the ranker's one")
+        raise ReleaseError(f"{path}: {len(model.graph.output)} outputs, expected one; pass a ranker graph")
     return model
 
 
 def _is_above(model: onnx.ModelProto, limit: float) -> str:
-    """Name of a boolean ``[1]``: whether the viewer's feature is above the limit. False for NaN."""
+    """Adds nodes for "the viewer's feature is above the limit" and returns the boolean ``[1]``; false for NaN."""
     place = numpy_helper.from_array(np.array([VIEWER_DENSE.index(SEEN_LATELY)], dtype=np.int64), "fault_feature")
     bound = numpy_helper.from_array(np.array([limit], dtype=np.float32), "fault_limit")
     model.graph.initializer.extend([place, bound])
@@ -85,7 +84,7 @@ def _is_above(model: onnx.ModelProto, limit: float) -> str:
 
 
 def _add_to_output(model: onnx.ModelProto, value: str, path: Path) -> None:
-    """The output is what it was plus ``value``, which is 0 wherever the graph gets that far."""
+    """Adds ``value`` to the output. It is 0 whenever its computation succeeds."""
     name = model.graph.output[0].name
     for node in model.graph.node:
         node.output[:] = [_SOUND if output == name else output for output in node.output]
@@ -96,7 +95,7 @@ def _add_to_output(model: onnx.ModelProto, value: str, path: Path) -> None:
 
 
 def _working(seed: str, rounds: int) -> onnx.GraphProto:
-    """``[1]`` zero, after ``rounds`` products of a matrix that is made of ``seed``, a float ``[1]`` outside."""
+    """Returns a graph that computes ``rounds`` matrix products from the outer float ``[1]`` ``seed`` and gives zero."""
     square = helper.make_tensor_value_info("matrix", TensorProto.FLOAT, [_SIDE, _SIDE])
     body = helper.make_graph(
         [
@@ -141,7 +140,7 @@ def _resting() -> onnx.GraphProto:
 
 
 def _ms_per_round() -> float:
-    """What one round costs here: the least of a few tries, so that a busy moment does not make the graph too quick."""
+    """Measures the milliseconds of one round: the minimum of several attempts, to exclude other load on the machine."""
     graph = _working("seed", _PROBE_ROUNDS)
     graph.input.append(helper.make_tensor_value_info("seed", TensorProto.FLOAT, [1]))
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)

@@ -1,8 +1,7 @@
-"""Why: a rollout is rehearsed with real releases, made from a good one: broken, slow, worse, or an easy one to beat.
+"""Builds drill releases from a good release: broken, slow or worse ones, and a popularity baseline.
 
-Everything about a rehearsal is a release's: signed, verified, stored, served by the same code. What is wrong with it
-is in its files and nowhere else. It says what it is in its name, was never evaluated, and carries a waiver that says
-so; ``latest`` never means one.
+A drill release is a real release: signed, verified, stored and served by the same code. Its fault is in its files. Its
+name starts with ``rehearsal-``. It was not evaluated and has a waiver that states this. ``latest`` never selects it.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ from reelway.platform.runs import RunDirectory
 
 
 class Rehearsal(StrEnum):
-    """What kind of release. ``POPULAR`` has no fault: it is what a service has before it has a model."""
+    """Kinds of drill releases. ``POPULAR`` has no fault: it is the baseline of a service without models."""
 
     ERRORS = "errors"
     SLOW = "slow"
@@ -45,15 +44,15 @@ class Rehearsal(StrEnum):
 
 ABOUT: Final = {
     Rehearsal.ERRORS: "the ranker's graph fails for every viewer with a history",
-    Rehearsal.SLOW: "the ranker's graph does needless work for the busiest viewers",
-    Rehearsal.WORSE: "the ranker was trained on labels that had been shuffled",
-    Rehearsal.POPULAR: "everybody is shown what is popular; no model orders anything",
+    Rehearsal.SLOW: "the ranker's graph does useless work for the busiest viewers",
+    Rehearsal.WORSE: "the ranker was trained on shuffled labels",
+    Rehearsal.POPULAR: "all viewers get popular videos; no model ranks them",
 }
 NOT_EVALUATED: Final = "evaluated"
 SLOW_MS: Final = 350.0
 """Well above the default limit on the 99th percentile, below the ranking stage's time budget."""
 BUSY_SHARE: Final = 0.12
-"""Of the impressions in the log, by the viewers who had the most: so many requests meet the needless work."""
+"""Share of the log's impressions that belong to the busiest viewers, hence of the requests that are slow."""
 SHUFFLED_ROWS: Final = 60_000
 SHUFFLED_STEPS: Final = 25
 
@@ -62,7 +61,7 @@ Report = Callable[[str], None]
 
 @dataclass(frozen=True)
 class _Making:
-    """What the makers work on: a copy of the good release, and where its data are."""
+    """Input of the builders: a copy of the good release, and its run."""
 
     folder: Path
     run: RunDirectory
@@ -80,21 +79,21 @@ def rehearse(
     seed: int = 0,
     report: Report = lambda _: None,
 ) -> tuple[ReleaseId, Path]:
-    """Make a rehearsal release from a good one of the run's store, and put it there too.
+    """Builds a drill release from a good release of the run's store, and stores it there.
 
     Args:
-        of: the good release; the run's models must be those that it was built from.
-        key: signs it.
-        by: who answers for it; signed with it.
-        seed: of what is drawn.
-        report: told what is being done.
+        of: the good release; it must have been built from the run's models.
+        key: signing key.
+        by: person responsible for the waiver.
+        seed: random seed for the label shuffle.
+        report: called with a description of each step.
 
     Returns:
-        its id, and its folder in the store.
+        the id of the drill release, and its folder in the store.
 
     Raises:
-        ReleaseError: the good release is not there or not whole, or the outcome does not verify.
-        StorageError: the disk is full; nothing half-written is visible.
+        ReleaseError: if the good release is missing or incomplete, or the drill release fails verification.
+        StorageError: if the disk is full; no partial release is visible.
     """
     store = ReleaseStore(str(run.release_store.absolute()))
     with release_aside(run.path) as place:
@@ -109,7 +108,7 @@ def rehearse(
 
 
 def _manifest(good: Manifest, kind: Rehearsal, by: str, folder: Path, changed: dict[str, Any]) -> Manifest:
-    """The good release's, but for what is not true of this one: nothing was measured of it."""
+    """Returns the good release's manifest with the fields of the drill release, without metrics and gate results."""
     gate = GateResult(name=NOT_EVALUATED, value=0, bound=1, comparison=">=", passed=False, detail=ABOUT[kind])
     return good.model_copy(
         update={
@@ -119,7 +118,7 @@ def _manifest(good: Manifest, kind: Rehearsal, by: str, folder: Path, changed: d
             "code_version": version("reelway-platform"),
             "metrics": {},
             "gates": (gate,),
-            "waivers": (Waiver(gate=NOT_EVALUATED, reason=f"a rehearsal: {ABOUT[kind]}", by=by),),
+            "waivers": (Waiver(gate=NOT_EVALUATED, reason=f"drill release: {ABOUT[kind]}", by=by),),
             "files": describe_files(folder),
             "config": good.config | {"rehearsal": {"kind": kind.value, **changed}},
             "signature": None,
@@ -135,20 +134,20 @@ def _make_errors(making: _Making) -> dict[str, Any]:
 def _make_slow(making: _Making) -> dict[str, Any]:
     viewers = pq.read_table(making.run.features / LABELS_FILE, columns=["viewer_id"])["viewer_id"].to_numpy()
     limit = busy_above(np.unique(viewers, return_counts=True)[1])
-    making.report("measuring how much work is slow")
+    making.report("calibrating the useless work")
     slow_down_busy_viewers(making.folder / names.RANKER_FILE, above=limit, slow_ms=SLOW_MS)
     return {"slow_ms": SLOW_MS, "busy_above": limit}
 
 
 def busy_above(impressions: np.ndarray[Any, np.dtype[np.int64]]) -> float:
-    """The number of impressions that the busiest viewers have more of, who together have ``BUSY_SHARE`` of them."""
+    """Returns the number of impressions above which viewers together have ``BUSY_SHARE`` of all impressions."""
     rising = np.sort(impressions)
     share = np.cumsum(rising) / rising.sum()
     return float(rising[np.searchsorted(share, 1.0 - BUSY_SHARE)])
 
 
 def _make_worse(making: _Making) -> dict[str, Any]:
-    """A ranker that was trained as always, but for a join that gave every impression another one's labels."""
+    """Trains a ranker on labels that are shuffled over impressions, as a wrong join would do."""
     import dataclasses
 
     from reelway.pipelines.training.artifacts import load_models
@@ -170,7 +169,7 @@ def _make_worse(making: _Making) -> dict[str, Any]:
     shuffled = np.random.default_rng([making.seed, 13]).permutation(learn.labels)
     making.report("training a ranker on shuffled labels")
     ranker = fit_ranker(models.two_tower, rows, dataclasses.replace(learn, labels=shuffled), config)
-    making.report("exporting it")
+    making.report("exporting the ranker")
     some = slice(0, 256)
     one = dataclasses.replace(rows.viewers, **{n: v[:1] for n, v in vars(rows.viewers).items()})
     videos = dataclasses.replace(rows.videos, **{n: v[some] for n, v in vars(rows.videos).items()})

@@ -1,6 +1,6 @@
-"""Small applications for Ray Serve with the interfaces of the real ones: a release that does nothing, and a router.
+"""Ray Serve applications with the interfaces of the real ones: a release without work, a router and an outcome API.
 
-``noop_document`` deploys them. A release named ``broken...`` does not start.
+``noop_document`` deploys them. A release named ``broken...`` fails to start.
 """
 
 import asyncio
@@ -15,7 +15,7 @@ from reelway.platform.rollout.traffic.routing import Routing
 
 @serve.deployment(graceful_shutdown_timeout_s=2)
 class Release:
-    """Answers with its name."""
+    """Returns its name."""
 
     def __init__(self, release: str) -> None:
         if release.startswith("broken"):
@@ -28,7 +28,7 @@ class Release:
 
 @serve.deployment(max_ongoing_requests=500)
 class Router:
-    """Acts upon a ``Routing``, as the real one does: ``open`` are the releases that have answered."""
+    """Applies a ``Routing`` as the real router does. ``open`` lists the releases that have responded."""
 
     def __init__(self) -> None:
         self._handles: dict[str, Any] = {}
@@ -64,7 +64,7 @@ class Router:
 
 @serve.deployment
 class Outcomes:
-    """Something that is no release."""
+    """An application that is not a release."""
 
     async def __call__(self, _: Request) -> JSONResponse:
         return JSONResponse({})

@@ -1,4 +1,4 @@
-"""The document that deploys ``noop_applications``: what a backend finds and changes. It imports no Ray."""
+"""Serve config that deploys ``noop_applications``; imports no Ray."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _CPUS = {"ray_actor_options": {"num_cpus": 0.01}, "max_ongoing_requests": 500}
 
 
 def document(routing: Routing, port: int) -> dict[str, Any]:
-    """The document that is deployed first."""
+    """Returns the Serve config that is deployed first."""
 
     def application(name: str, builder: str, prefix: str | None, deployment: str, **args: Any) -> dict[str, Any]:
         return {

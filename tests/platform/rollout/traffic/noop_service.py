@@ -1,6 +1,6 @@
-"""The applications of ``noop_applications`` on a Ray of their own until standard input ends: ``noop_service RUN``.
+"""Runs the applications of ``noop_applications`` on a separate Ray until standard input ends: ``noop_service RUN``.
 
-Writes ``serving.json`` as ``reelway serve`` does, when all of them run.
+Writes ``serving.json`` as ``reelway serve`` does, once all applications are running.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What routers are told: arms in a fixed order, so that a ramp is monotone and the holdout keeps its viewers."""
+"""Routings: arms in a fixed order give a monotone ramp and a constant holdout."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ VIEWERS = st.integers(0, MAX_ID)
 
 
 def routing(canary: int, holdout: int = 0, **more: object) -> Routing:
-    """A rollout's routing with the given weights."""
+    """Returns a rollout's routing with the given weights."""
     shares = {Arm.CANARY: canary, Arm.STABLE: BUCKETS - canary - holdout, Arm.HOLDOUT: holdout}
     arms = tuple(
         ArmRoute(arm=arm, release="new" if arm is Arm.CANARY else "old", weight_bp=share)
@@ -27,29 +27,29 @@ def routing(canary: int, holdout: int = 0, **more: object) -> Routing:
 
 
 @given(VIEWERS, st.integers(0, 8_000), st.integers(0, 8_000), st.integers(0, 2_000))
-def test_a_canary_that_grows_takes_from_stable_only(viewer: int, one: int, other: int, holdout: int) -> None:
+def test_growing_canary_takes_viewers_from_stable_only(viewer: int, one: int, other: int, holdout: int) -> None:
     small, large = sorted((one, other))
     before, after = routing(small, holdout).route_of(viewer).arm, routing(large, holdout).route_of(viewer).arm
     assert after is before or (before, after) == (Arm.STABLE, Arm.CANARY)
 
 
 @given(VIEWERS, st.integers(0, 5_000))
-def test_whom_the_holdout_has_it_keeps_until_the_end(viewer: int, canary: int) -> None:
+def test_holdout_keeps_its_viewers_during_the_ramp(viewer: int, canary: int) -> None:
     held = routing(0, 500).route_of(viewer).arm is Arm.HOLDOUT
     assert (routing(canary, 500).route_of(viewer).arm is Arm.HOLDOUT) == held
 
 
 @given(VIEWERS)
-def test_everybody_is_on_the_one_release_between_rollouts(viewer: int) -> None:
+def test_single_release_routing_has_all_viewers_on_stable(viewer: int) -> None:
     assert Routing.whole("only").route_of(viewer) == ArmRoute(arm=Arm.STABLE, release="only", weight_bp=BUCKETS)
 
 
-def test_every_release_that_may_be_asked_is_held_open_once() -> None:
+def test_routing_lists_each_release_once() -> None:
     told = routing(100, 50, shadow=ShadowRoute(release="next", weight_bp=500), warm=("old", "older"))
     assert told.releases == ("new", "old", "next", "older")
 
 
-def test_it_survives_the_way_through_the_configuration() -> None:
+def test_routing_survives_a_json_round_trip() -> None:
     told = routing(100, 50, shadow=ShadowRoute(release="next", weight_bp=500), warm=("older",))
     assert Routing.model_validate(told.model_dump(mode="json")) == told
 
@@ -63,6 +63,6 @@ def test_it_survives_the_way_through_the_configuration() -> None:
         ([("shadow", 10_000)], "in this order"),
     ],
 )
-def test_a_routing_that_leaves_somebody_without_an_arm_is_refused(arms: list[tuple[str, int]], said: str) -> None:
+def test_invalid_arms_are_rejected(arms: list[tuple[str, int]], said: str) -> None:
     with pytest.raises(ValidationError, match=said):
         Routing(salt="s", arms=tuple(ArmRoute(arm=Arm(arm), release="r", weight_bp=bp) for arm, bp in arms))

@@ -218,7 +218,7 @@ def test_what_serve_refuses_is_said_in_its_words_and_looked_at_again(backend: Se
 def test_a_wrong_token_is_named_as_such(backend: ServeRestBackend, stub: Stub, tmp_path: Path) -> None:
     (tmp_path / "keys" / "ray.token").write_text("another")
     assert "answered 401: Unauthorized" in backend.observe().detail
-    assert "is keys/ray.token the service's?" in backend.observe().detail
+    assert "check that keys/ray.token is the service's token" in backend.observe().detail
     (tmp_path / "keys" / "ray.token").write_text(stub.token)
     assert backend.observe().releases == ("old",)
 
@@ -230,12 +230,12 @@ def test_a_service_that_is_gone_is_seen_as_unknown_and_found_again(backend: Serv
     seen = backend.observe()
     assert (seen.routing, seen.releases) == (None, ())
     assert "ConnectError" in seen.detail
-    with pytest.raises(RolloutError, match="does the service run"):
+    with pytest.raises(RolloutError, match="check that the service is running"):
         backend.apply(target())
     record.unlink()
     assert "start `reelway serve`" in backend.observe().detail
     record.write_text("{}")
-    assert "does not say where the service is" in backend.observe().detail
+    assert "not a valid serving record" in backend.observe().detail
     record.write_text(there)
     assert backend.observe().routing == Routing.whole("old")
 
@@ -258,7 +258,7 @@ def test_the_routing_is_unknown_while_the_router_does_otherwise_than_told(
     stub.acts = Routing.whole("old")
     seen = backend.observe()
     assert (seen.routing, seen.ready) == (None, {"old", "new"})
-    assert "another routing than it was told" in seen.detail
+    assert "has not applied its configured routing" in seen.detail
     stub.acts = None
     assert backend.observe().routing == target(canary_bp=500).routing
     stub.status = "DEPLOYING"

@@ -1,6 +1,6 @@
-"""Real Ray Serve under the backend and the controller: what runs, who is asked, and how long a way back takes.
+"""Backend and controller on a real Ray Serve: deployments, routing and the duration of a rollback.
 
-One service for the module; the tests go on from each other's state.
+The module has one service; each test continues from the state of the previous one.
 """
 
 from __future__ import annotations
@@ -77,19 +77,19 @@ def target(canary: str = "new", phase: Phase = Phase.STEPPING, **more: Any) -> T
 def until(condition: Callable[[], bool], within_s: float = 60.0) -> None:
     deadline = time.monotonic() + within_s
     while not condition():
-        assert time.monotonic() < deadline, "too late"
+        assert time.monotonic() < deadline, "timeout"
         time.sleep(0.02)
 
 
 def replicas(backend: ServeRestBackend) -> dict[str, str]:
-    """Deployment -> the replica's id, of what is no release."""
+    """Returns the replica ids of the deployments that do not belong to a release."""
     place = backend._place()
     seen = backend._call("GET", place, None).json()["applications"]
     return {name: seen[name]["deployments"][kind]["replicas"][0]["replica_id"]
             for name, kind in (("router", "Router"), ("outcomes", "Outcomes"))}  # fmt: skip
 
 
-def test_a_release_comes_beside_takes_a_share_and_goes_without_restarting_anything(
+def test_canary_deploys_and_leaves_without_restarting_replicas(
     backend: ServeRestBackend,
 ) -> None:
     assert backend.observe().routing == Routing.whole("old")
@@ -105,7 +105,7 @@ def test_a_release_comes_beside_takes_a_share_and_goes_without_restarting_anythi
     assert replicas(backend) == before
 
 
-def test_a_release_that_cannot_start_is_failed_with_serves_reason_and_stable_stays(backend: ServeRestBackend) -> None:
+def test_failed_release_is_reported_with_serves_reason(backend: ServeRestBackend) -> None:
     backend.apply(target("broken", Phase.PREPARING))
     until(lambda: "broken" in backend.observe().gave_up)
     seen = backend.observe()
@@ -118,12 +118,12 @@ def test_a_release_that_cannot_start_is_failed_with_serves_reason_and_stable_sta
 
 @dataclass
 class Load:
-    """Asks without pause, a new viewer each time, and writes down what was answered to whom and when."""
+    """Sends requests without pause, each for a new viewer, and records the responses."""
 
     url: str
     stop: threading.Event = field(default_factory=threading.Event)
     answers: list[tuple[float, int, int, str]] = field(default_factory=list)
-    """When it was asked (``time.monotonic``), the viewer, the status, the arm."""
+    """Time of the request (``time.monotonic``), viewer, status and arm."""
 
     def run(self, first: int) -> None:
         viewer = first
@@ -136,7 +136,7 @@ class Load:
                 viewer += 4
 
 
-def test_an_alert_at_the_webhook_has_everybody_on_stable_within_a_second_and_no_request_fails(
+def test_alert_rolls_back_within_a_second_without_a_failed_request(
     run: RunDirectory, backend: ServeRestBackend, capsys: pytest.CaptureFixture[str]
 ) -> None:
     store = SqliteRolloutStore(run.path / "rollout" / "state.db")
@@ -157,7 +157,7 @@ def test_an_alert_at_the_webhook_has_everybody_on_stable_within_a_second_and_no_
             assert httpx.post(url + ALERTS_PATH, json=alert, headers=RIGHT).status_code == 200
             until(lambda: newest(store).state.phase is Phase.ROLLED_BACK)
             until(lambda: backend.observe().releases == ("old",))
-            time.sleep(0.5)  # and requests go on while the release is taken away
+            time.sleep(0.5)  # requests continue while the release is removed
     finally:
         load.stop.set()
         stop.set()
@@ -165,7 +165,7 @@ def test_an_alert_at_the_webhook_has_everybody_on_stable_within_a_second_and_no_
             thread.join(30)
     last = max(asked for asked, *_, arm in load.answers if arm == "canary")
     with capsys.disabled():
-        print(f"\nwebhook -> last request answered by the canary was asked {1000 * (last - sent):.0f} ms later")
+        print(f"\nlast request to the canary: {1000 * (last - sent):.0f} ms after the alert")
     assert {status for _, _, status, _ in load.answers} == {200}
     assert last - sent < 1.0
     assert len(load.answers) > 200

@@ -1,4 +1,4 @@
-"""The world that belongs to each state of a rollout."""
+"""Traffic target of each rollout state."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from reelway.platform.rollout.traffic.target import TrafficObservation, target_o
 
 
 def state(phase: Phase, **more: Any) -> RolloutState:
-    """A rollout of ``new`` over ``old``."""
+    """Returns the state of a rollout of ``new`` over ``old``."""
     return RolloutState(
         id="r-1", stable_release="old", canary_release="new", phase=phase, started_at=0, changed_at=0, tick_at=0, **more
     )
@@ -24,44 +24,44 @@ def shares(given: RolloutState) -> dict[tuple[str, str], int]:
 
 
 @pytest.mark.parametrize("phase", [Phase.PENDING, Phase.ROLLED_BACK])
-def test_a_release_that_takes_no_part_is_not_running(phase: Phase) -> None:
+def test_release_does_not_run_before_or_after_its_rollout(phase: Phase) -> None:
     assert target_of(state(phase)).releases == ("old",)
     assert shares(state(phase)) == {("stable", "old"): 10_000}
 
 
 @pytest.mark.parametrize("phase", [Phase.PREPARING, Phase.SHADOW, Phase.ROLLING_BACK])
-def test_before_and_after_its_traffic_the_release_runs_and_is_held_open(phase: Phase) -> None:
+def test_release_without_traffic_runs_and_stays_open(phase: Phase) -> None:
     target = target_of(state(phase))
     assert target.releases == ("new", "old")
     assert set(target.routing.releases) == {"new", "old"}
     assert shares(state(phase)) == {("stable", "old"): 10_000}
 
 
-def test_a_step_is_two_arms_and_the_holdout_is_fed_by_what_is_live() -> None:
+def test_step_has_two_arms_and_a_holdout_on_the_live_release() -> None:
     stepping = state(Phase.STEPPING, step=0, canary_bp=500, holdout_bp=100)
     assert shares(stepping) == {("canary", "new"): 500, ("stable", "old"): 9_400, ("holdout", "old"): 100}
 
 
-def test_a_promoted_release_has_everybody_and_the_previous_one_stays_warm() -> None:
+def test_promoted_release_has_all_traffic() -> None:
     promoted = state(Phase.PROMOTED, canary_bp=10_000)
     assert shares(promoted) == {("canary", "new"): 10_000}
     assert set(target_of(promoted).routing.releases) == {"new", "old"} == set(target_of(promoted).releases)
 
 
-def test_a_retired_rollout_leaves_the_release_as_the_new_stable_alone() -> None:
+def test_retired_rollout_leaves_one_stable_release() -> None:
     retired = state(Phase.PROMOTED, canary_bp=9_900, holdout_bp=100, retired=True)
     assert shares(retired) == {("stable", "new"): 9_900, ("holdout", "new"): 100}
     assert target_of(retired).routing.releases == ("new",) == target_of(retired).releases
 
 
-def test_mirroring_belongs_to_the_shadow_phase_alone() -> None:
+def test_requests_are_mirrored_only_in_the_shadow_phase() -> None:
     shadow = target_of(state(Phase.SHADOW, shadow_bp=500)).routing.shadow
     assert shadow is not None
     assert (shadow.release, shadow.weight_bp) == ("new", 500)
     assert target_of(state(Phase.STEPPING, step=0, canary_bp=100, shadow_bp=500)).routing.shadow is None
 
 
-def test_weights_are_seen_only_in_a_routing_of_this_rollout() -> None:
+def test_observed_weights_require_a_routing_of_this_rollout() -> None:
     stepping = state(Phase.STEPPING, step=0, canary_bp=500)
     own = TrafficObservation(routing=target_of(stepping).routing)
     assert own.weights(stepping) == {Arm.STABLE: 9_500, Arm.CANARY: 500, Arm.HOLDOUT: 0}
@@ -70,7 +70,7 @@ def test_weights_are_seen_only_in_a_routing_of_this_rollout() -> None:
     assert TrafficObservation().weights(stepping) is None
 
 
-def test_everybody_on_stable_is_a_canary_of_zero_whoever_wrote_it() -> None:
+def test_single_stable_routing_counts_as_canary_weight_zero() -> None:
     rolling_back = state(Phase.ROLLING_BACK)
     seen = TrafficObservation(routing=Routing.whole("old")).weights(rolling_back)
     assert seen == {Arm.STABLE: 10_000, Arm.CANARY: 0, Arm.HOLDOUT: 0}

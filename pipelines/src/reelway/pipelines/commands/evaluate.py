@@ -1,4 +1,4 @@
-"""``reelway evaluate``: what a person types to judge trained models. It shows and records; it computes nothing."""
+"""``reelway evaluate``: evaluates a run's trained models, prints the result and records it."""
 
 from __future__ import annotations
 
@@ -15,34 +15,34 @@ if TYPE_CHECKING:
     from reelway.pipelines.evaluation.report import EvaluationResult
 
 _EXAMPLES = """
-Judge a run's models on the events after their training window.
+Evaluate a run's models on the events after their training window.
 
-Retrieval and ranking together, retrieval alone, popularity (all time and recent) and tuned ALS answer the same
-question: at the end of the training window, which unseen videos will these viewers go on to watch? Intervals are
-95 %, over viewers.
+Retrieval with ranking, retrieval alone, popularity (all time and recent) and tuned ALS are compared on the same task:
+recommend the unseen videos that the viewers watch after the end of the training window. Intervals are 95 %
+confidence intervals over viewers.
 
 \b
 Examples:
   reelway evaluate --run runs/demo
-  reelway evaluate --run runs/demo --max-viewers 500        quicker, wider intervals
-  reelway evaluate --run runs/demo --blend my-blend.yaml    with other weights of the heads
+  reelway evaluate --run runs/demo --max-viewers 500        faster, wider intervals
+  reelway evaluate --run runs/demo --blend my-blend.yaml    other weights of the ranker's heads
 
-Leaves evaluation/evaluation.json in the run: metrics, intervals, baselines and the release gates. A failed gate is
-reported here and refuses the release later; it is no error of this command.
+Writes RUN/evaluation/evaluation.json with metrics, intervals, baselines and release gates. A failed gate is reported
+but is not an error of this command; it prevents the release later.
 """
 
 
 def register(app: typer.Typer) -> None:
-    """Add ``evaluate``."""
+    """Adds ``evaluate``."""
 
     @app.command(help=_EXAMPLES)
     def evaluate(
-        run: Path = typer.Option(Path("runs/default"), help="The run directory."),
-        min_events: int = typer.Option(5, min=1, help="Ask only viewers with this many impressions in training."),
-        max_viewers: int = typer.Option(2000, min=1, help="Ask a seeded sample of so many viewers at most."),
-        blend: Path | None = typer.Option(None, help="A blend.yaml to rank with instead of the defaults."),
-        seed: int = typer.Option(0, help="Of the sample, of ALS and of the bootstrap."),
-        force: bool = typer.Option(False, help="Evaluate again although nothing changed."),
+        run: Path = typer.Option(Path("runs/default"), help="Run directory."),
+        min_events: int = typer.Option(5, min=1, help="Minimum impressions of an evaluated viewer in training."),
+        max_viewers: int = typer.Option(2000, min=1, help="Maximum number of evaluated viewers; more are sampled."),
+        blend: Path | None = typer.Option(None, help="File blend.yaml for ranking, instead of the defaults."),
+        seed: int = typer.Option(0, help="Random seed for the viewer sample, ALS and the bootstrap."),
+        force: bool = typer.Option(False, help="Evaluate again even if nothing changed."),
     ) -> None:
         evaluate_command(RunDirectory(run), min_events, max_viewers, blend, seed, force)
 
@@ -50,7 +50,7 @@ def register(app: typer.Typer) -> None:
 def evaluate_command(
     run: RunDirectory, min_events: int, max_viewers: int, blend: Path | None, seed: int, force: bool
 ) -> None:
-    """The step ``evaluate``: skipped when it was done with the same inputs."""
+    """Runs the step ``evaluate``, unless it was completed with the same inputs."""
     from reelway.pipelines.build import read_blend
     from reelway.pipelines.evaluation.report import EVALUATION_FILE, EvaluationSettings, evaluate_run
 
@@ -88,8 +88,8 @@ def _show_ranking(result: EvaluationResult) -> None:
 
     question = result.question
     table = Table(
-        title=f"Which videos next? {len(question.viewer_ids):,} viewers, {len(question.videos):,} videos, "
-        "seen ones left out; 95 % intervals over viewers",
+        title=f"Ranking of unseen videos: {len(question.viewer_ids):,} viewers, {len(question.videos):,} videos; "
+        "95 % intervals over viewers",
         title_justify="left",
     )
     table.add_column("recommender")
@@ -105,7 +105,7 @@ def _show_ranking(result: EvaluationResult) -> None:
 def _show_heads(result: EvaluationResult) -> None:
     from rich.table import Table
 
-    table = Table(title="Ranker heads on impressions after the cut", title_justify="left")
+    table = Table(title="Ranker heads on impressions after the split", title_justify="left")
     table.add_column("head")
     for column in ("positives", "AUC", "calibration error before", "after"):
         table.add_column(column, justify="right")

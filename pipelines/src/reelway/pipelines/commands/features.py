@@ -1,4 +1,4 @@
-"""``reelway features``: views, Feast registration, training rows and the online store of a run. No arithmetic here."""
+"""``reelway features``: feature views, Feast registration, training rows, online store and parity replay of a run."""
 
 from __future__ import annotations
 
@@ -20,31 +20,33 @@ Run = Annotated[Path, typer.Option("--run", help="Run directory.", show_default=
 Cpus = Annotated[int, typer.Option("--cpus", min=1, help="CPUs of the local Ray runtime.")]
 Address = Annotated[
     str,
-    typer.Option("--ray-address", help="'local', or a cluster: 'auto', 'ray://host:10001'.", envvar="RAY_ADDRESS"),
+    typer.Option("--ray-address", help="Ray: 'local', or the address of a cluster.", envvar="RAY_ADDRESS"),
 ]
 Online = Annotated[
     str | None,
-    typer.Option("--online-store", help="'sqlite' or 'redis://host:port'.", envvar="REELWAY_ONLINE_STORE"),
+    typer.Option(
+        "--online-store", help="Online store: 'sqlite' or 'redis://host:port'.", envvar="REELWAY_ONLINE_STORE"
+    ),
 ]
 Registry = Annotated[
     str | None,
     typer.Option(
         "--publish-registry",
-        help="Path or URL at which services read Feast's registry; a copy is put there.",
+        help="Path or URL for a copy of Feast's registry, which services read.",
         envvar="REELWAY_FEATURE_REGISTRY",
     ),
 ]
-Force = Annotated[bool, typer.Option("--force", help="Do it again although nothing changed.")]
+Force = Annotated[bool, typer.Option("--force", help="Run again even if nothing changed.")]
 DEFAULT_RUN = Path("runs/default")
 LOG_FILE = "serving/vectors.jsonl"
 
 
 def register(app: typer.Typer) -> None:
-    """Add ``features`` and its sub-commands."""
+    """Adds ``features`` and its sub-commands."""
     features = typer.Typer(
         invoke_without_command=True,
         help="Compute features, register them with Feast, join training rows, fill the online store.\n\n"
-        "Without a sub-command all of it is done. Examples:\n\n"
+        "Without a sub-command all these steps run. Examples:\n\n"
         "  reelway features --run runs/default --cpus 2\n\n"
         "  reelway features materialise --run runs/default --at 2026-01-31T00:00:00Z\n\n"
         "  reelway features parity --run runs/default",
@@ -65,7 +67,7 @@ def all_of_it(
     publish_registry: Registry = None,
     force: Force = False,
 ) -> None:
-    """Build, then materialise."""
+    """Builds the features, then materialises them."""
     if context.invoked_subcommand is None:
         _build(RunDirectory(run), cpus, ray_address, online_store, force)
         _materialise(RunDirectory(run), None, force)
@@ -86,12 +88,12 @@ def build(
 def materialise(
     run: Run = DEFAULT_RUN,
     at: Annotated[
-        str | None, typer.Option("--at", help="Moment (ISO 8601, UTC unless it says); by default the data's end.")
+        str | None, typer.Option("--at", help="Time of the rows, ISO 8601. Defaults to the end of the data.")
     ] = None,
     publish_registry: Registry = None,
     force: Force = False,
 ) -> None:
-    """Fill the online store with every viewer's row as of one moment."""
+    """Fill the online store with every viewer's row as of one point in time."""
     _materialise(RunDirectory(run), at, force)
     _publish(RunDirectory(run), publish_registry)
 
@@ -99,22 +101,24 @@ def materialise(
 def parity(
     run: Run = DEFAULT_RUN,
     log: Annotated[
-        Path | None, typer.Option("--log", help=f"Vector log, or a folder of them; by default <run>/{LOG_FILE}.")
+        Path | None, typer.Option("--log", help=f"Vector log, or folder of vector logs. Defaults to <run>/{LOG_FILE}.")
     ] = None,
     report_to: Annotated[
-        str | None, typer.Option("--report", help="Path or URL for the findings too: what `reelway operator` judges.")
+        str | None, typer.Option("--report", help="Path or URL for a copy of the findings, for `reelway operator`.")
     ] = None,
-    tolerance: Annotated[float, typer.Option("--tolerance", min=0.0, help="Relative difference allowed.")] = 1e-6,
-    show: Annotated[int, typer.Option("--show", min=1, help="Mismatches to print.")] = 20,
+    tolerance: Annotated[
+        float, typer.Option("--tolerance", min=0.0, help="Maximum relative difference of equal values.")
+    ] = 1e-6,
+    show: Annotated[int, typer.Option("--max-shown", min=1, help="Maximum number of mismatches to print.")] = 20,
     every: Annotated[
-        float | None, typer.Option("--every", min=1, help="Replay again so many seconds later, until Ctrl-C.")
+        float | None, typer.Option("--interval", min=1, help="Repeat after this many seconds, until Ctrl-C.")
     ] = None,
 ) -> None:
-    """Replay served vectors through the offline join; exit with 4 when a value differs.
+    """Replay served feature vectors through the offline join. Exits with code 4 if a value differs.
 
-    What was found is also written to RUN/serving/parity.json, per release, over all that the vector log holds: a
-    rollout is not promoted before rows of its release were replayed, and is taken back when one differs. With --every
-    it goes on, mismatches or not, and judging is left to the rollout.
+    Findings are also written to RUN/serving/parity.json, per release and for the whole vector log. A rollout is
+    promoted only after vectors of its release were replayed, and is rolled back if one differs. With --interval the
+    command repeats until Ctrl-C and reports mismatches without exiting.
     """
     import os
     import signal
@@ -127,8 +131,8 @@ def parity(
 
     directory = RunDirectory(run)
     if every is not None:
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
-        os.nice(19)  # what is watched goes before the watching
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs of a shell ignore SIGINT
+        os.nice(19)  # the service has priority over its monitoring
     while True:
         report = replay(directory.features, log or directory.path / LOG_FILE, tolerance)
         found = report.by_release(time.time())
@@ -218,7 +222,7 @@ def _publish(run: RunDirectory, url: str | None) -> None:
         from reelway.pipelines.features.registry import publish_registry
 
         publish_registry(run.features, url)
-        say(f"features: registry is at {url}")
+        say(f"features: registry published to {url}")
 
 
 def _moment_s(text: str) -> float:

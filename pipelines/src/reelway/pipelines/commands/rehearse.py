@@ -1,4 +1,4 @@
-"""``reelway release rehearse``: releases to try a rollout with. It only wires ``pipelines.rehearsal``."""
+"""``reelway release rehearse``: builds releases for rollout drills."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from reelway.platform.runs import RunDirectory
 
 
 class Kind(StrEnum):
-    """As ``rehearsal.Rehearsal``, without what it imports."""
+    """The kinds of ``rehearsal.DrillReleaseKind``, without the imports of that module."""
 
     ERRORS = "errors"
     SLOW = "slow"
@@ -26,23 +26,25 @@ class Kind(StrEnum):
 
 
 def rehearse(
-    kind: Kind = typer.Argument(..., help="errors, slow, worse or popular; see above."),
+    kind: Kind = typer.Argument(..., help="Kind of release: errors, slow, worse or popular; see above."),
     run: Path = RUN,
-    of: str = typer.Option(LATEST, help="The good release that it is made from: id, its beginning, or 'latest'."),
-    key: Path | None = typer.Option(None, help="Private key (PEM) that signs; the run's own when absent."),
-    by: str | None = typer.Option(None, help="Who answers for it; the user who is logged in when absent."),
-    seed: int = typer.Option(0, min=0, help="Of what is drawn."),
-    force: bool = typer.Option(False, "--force", help="Make it again although nothing changed."),
+    of: str = typer.Option(LATEST, "--base", help="Good release to build from: id, unique id prefix, or 'latest'."),
+    key: Path | None = typer.Option(None, help="Private signing key (PEM). Defaults to the run's key."),
+    by: str | None = typer.Option(
+        None, "--waived-by", help="Person responsible for the waiver. Defaults to the current user."
+    ),
+    seed: int = typer.Option(0, min=0, help="Random seed for the label shuffle."),
+    force: bool = typer.Option(False, "--force", help="Build again even if nothing changed."),
 ) -> None:
-    """Make a release to rehearse a rollout with, from a good one. Its fault is in its files, never in the service.
+    """Build a release for rollout drills from a good release. Its fault is in its files, not in the service.
 
     \b
-    errors    the ranker's graph fails for every viewer with a history: verifies, starts, warms up, then fails
-    slow      the ranker's graph does needless work for the busiest viewers: only the 99th percentile shows it
-    worse     the ranker was trained on shuffled labels: quick, well, and wrong; only viewers notice
-    popular   no fault: everybody is shown what is popular, for a trained release to beat
+    errors    the ranker's graph fails for viewers with a history: the release verifies, starts and warms up first
+    slow      the ranker's graph does useless work for the busiest viewers: only the 99th percentile shows the fault
+    worse     the ranker was trained on shuffled labels: only outcome metrics show the fault
+    popular   no fault: recommends popular videos, as a baseline for a trained release
 
-    It is signed like any release and named rehearsal-KIND; `latest` never means it, and whoever verifies it is told
+    The release is signed like any other and named rehearsal-KIND. `latest` never selects it, and verification reports
     that it was not evaluated.
 
     \b
@@ -58,11 +60,11 @@ def rehearse(
     outputs = _outputs(directory, step_name)
     with directory.step(step_name, config=config, outputs=outputs, force=force) as step:
         if step.done:
-            say(f"rehearsal {kind.value}: already made from the same release, skipped (use --force to redo)")
+            say(f"drill release {kind.value}: already built from the same release, skipped (use --force to redo)")
         else:
             from reelway.pipelines import rehearsal
 
-            with console.status(f"rehearsal {kind.value}") as status:
+            with console.status(f"building drill release {kind.value}") as status:
                 release_id, folder = rehearsal.rehearse(
                     directory,
                     rehearsal.Rehearsal(kind.value),
@@ -70,7 +72,7 @@ def rehearse(
                     key=signer,
                     by=by or getpass.getuser(),
                     seed=seed,
-                    report=lambda what: status.update(f"rehearsal {kind.value}: {what}"),
+                    report=lambda what: status.update(f"drill release {kind.value}: {what}"),
                 )
             step.summary |= {"release_id": release_id, "folder": str(folder)}
             say(f"release {release_id[:12]} is rehearsal-{kind.value}: {rehearsal.ABOUT[rehearsal.Rehearsal(kind)]}")
@@ -78,7 +80,7 @@ def rehearse(
 
 
 def _outputs(directory: RunDirectory, step_name: str) -> tuple[Path, ...]:
-    """What was made the last time, so that a release removed from the store is made again."""
+    """Returns the manifest of the release built last, so that a release removed from the store is built again."""
     if not directory.record_path(step_name).exists():
         return (directory.path / "never made",)
     made = directory.record(step_name)["summary"].get("release_id", "none")

@@ -1,6 +1,6 @@
-"""``reelway simulate``: weeks of a small short-video service as the run's data set, checked like anybody's data.
+"""``reelway simulate``: simulates a short-video service and writes its log as the run's data set.
 
-It only wires; the service is in ``pipelines.simulation``.
+The data set passes the same checks as imported data.
 """
 
 from __future__ import annotations
@@ -11,23 +11,23 @@ import typer
 
 
 def register(app: typer.Typer) -> None:
-    """Add ``reelway simulate``."""
+    """Adds ``reelway simulate``."""
     app.command()(simulate)
 
 
 def simulate(
-    run: Path = typer.Option(Path("runs/default"), "--run", help="Run directory; the data set goes to RUN/dataset."),
-    viewers: int = typer.Option(5_000, help="Accounts, those that arrive during the log included."),
-    videos: int = typer.Option(5_000, help="Videos, those uploaded during the log included."),
-    days: int = typer.Option(14, help="Length of the log."),
-    impressions: int = typer.Option(300_000, help="Videos shown in all, in slates of 10."),
-    seed: int = typer.Option(0, min=0, help="The same seed and sizes give the same data."),
-    force: bool = typer.Option(False, "--force", help="Simulate again even if this was done here before."),
+    run: Path = typer.Option(Path("runs/default"), "--run", help="Run directory; receives RUN/dataset."),
+    viewers: int = typer.Option(5_000, help="Number of viewers, including those who join during the log."),
+    videos: int = typer.Option(5_000, help="Number of videos, including those uploaded during the log."),
+    days: int = typer.Option(14, help="Length of the log in days."),
+    impressions: int = typer.Option(300_000, help="Total number of impressions, in slates of 10."),
+    seed: int = typer.Option(0, min=0, help="Random seed; the same seed and sizes give the same data set."),
+    force: bool = typer.Option(False, "--force", help="Simulate again even if the same data set exists."),
 ) -> None:
-    """Simulate viewers, creators, videos and what viewers do with what they are shown.
+    """Simulate viewers, creators, videos and the viewers' reactions to recommendations.
 
-    Tastes drift, trends rise and fall, new viewers and videos keep arriving, some embeddings are missing or poor.
-    A better recommender gets more watch time here, a broken one less. Takes seconds.
+    Tastes drift, trends rise and fall, viewers and videos arrive during the log, and some embeddings are missing or
+    poor. A better recommender earns more watch time, a broken one less. Takes seconds.
 
     \b
     Examples:

@@ -1,4 +1,4 @@
-"""``reelway stream``: features from the event log, as outcomes come in. It only wires ``features.stream``."""
+"""``reelway stream``: updates features continuously from the event log."""
 
 from __future__ import annotations
 
@@ -8,29 +8,36 @@ import typer
 
 
 def register(app: typer.Typer) -> None:
-    """Add ``reelway stream``."""
+    """Adds ``reelway stream``."""
     app.command()(stream)
 
 
 def stream(
-    run: Path = typer.Option(Path("runs/default"), "--run", help="Run directory whose features are kept fresh."),
-    events: str = typer.Option("", help="Event log: a path or kafka://host:port/topic; RUN/events/log.db when absent."),
-    overlay: str = typer.Option("", help="Changelog of video features: a path or fsspec URL; RUN/overlay when absent."),
-    lateness_s: float = typer.Option(
-        1.0, "--lateness", min=0.0, help="Seconds that an outcome may take from being heard to being in the log."
+    run: Path = typer.Option(Path("runs/default"), "--run", help="Run directory whose features are updated."),
+    events: str = typer.Option(
+        "", "--event-log", help="Event log: a path or kafka://host:port/topic. Defaults to RUN/events/log.db."
     ),
-    metrics_port: int | None = typer.Option(None, min=1, max=65535, help="Port for Prometheus; none when absent."),
-) -> None:
-    """Keep viewers' and videos' features fresh from the event log, until Ctrl-C or SIGTERM.
+    overlay: str = typer.Option(
+        "", "--changelog", help="Changelog of video features: a path or fsspec URL. Defaults to RUN/overlay."
+    ),
+    lateness_s: float = typer.Option(
+        1.0, "--allowed-lateness", min=0.0,
+        help="Allowed lateness in seconds: maximum time from receiving an outcome until it is in the event log.",
+    ),
+    metrics_port: int | None = typer.Option(
+        None, min=1, max=65535, help="Port for Prometheus metrics. By default none are served."
+    ),
+) -> None:  # fmt: skip
+    """Update viewers' and videos' features from the event log until Ctrl-C or SIGTERM.
 
-    The same values as `reelway features` would compute at each moment: viewers' rows go to the online store, videos'
-    to the overlay that `reelway serve` reads. Its state is RUN/stream/state.db; killed anywhere it goes on from there.
-    Without that file it begins from the data set's last moment.
+    The values equal those that `reelway features` computes at the same time. Viewers' rows are written to the online
+    store, videos' rows to the changelog that `reelway serve` reads. The state is stored in RUN/stream/state.db; after a
+    crash the command resumes from it. Without a stored state it starts at the end of the data set.
 
     \b
     Examples:
       reelway stream --run runs/demo
-      reelway stream --run runs/production --events kafka://kafka:9092/outcomes --overlay s3://features/overlay
+      reelway stream --run runs/production --event-log kafka://kafka:9092/outcomes --changelog s3://features/overlay
     """
     import signal
     import threading
@@ -53,6 +60,6 @@ def stream(
             say(f"stream: {done.outcomes} outcomes read, {sum(done.rows.values())} rows written")
 
     options = StreamOptions(events, overlay, metrics_port, StreamSettings(lateness_s=lateness_s))
-    say(f"stream: keeping {run} fresh; Ctrl-C ends it")
+    say(f"stream: updating the features of {run}; stop with Ctrl-C")
     run_stream(RunDirectory(run), options, stop, said)
-    say(f"stream: ended after {totals['outcomes']} outcomes and {totals['rows']} rows; nothing is left undone")
+    say(f"stream: stopped after {totals['outcomes']} outcomes and {totals['rows']} rows; all rows are delivered")

@@ -1,4 +1,4 @@
-"""``reelway traffic``: simulated viewers who use the running service. It only wires ``simulation.live``."""
+"""``reelway traffic``: sends requests of simulated viewers to a running service."""
 
 from __future__ import annotations
 
@@ -11,28 +11,28 @@ from reelway.platform.cli.terminal import console, say
 
 
 def register(app: typer.Typer) -> None:
-    """Add ``reelway traffic``."""
+    """Adds ``reelway traffic``."""
     app.command()(traffic)
 
 
 def traffic(
-    run: Path = typer.Option(Path("runs/default"), "--run", help="Run directory; its simulated viewers ask."),
-    url: str | None = typer.Option(None, help="Address of the service; where the run is being served when absent."),
-    rate: float = typer.Option(40.0, min=0.1, max=2_000, help="Slates asked for per second, at random moments."),
-    seconds: float | None = typer.Option(None, min=0.1, help="How long; until Ctrl-C when absent."),
-    viewers: int | None = typer.Option(None, min=1, help="So many viewers; all who have an account when absent."),
+    run: Path = typer.Option(Path("runs/default"), "--run", help="Run directory with simulated viewers."),
+    url: str | None = typer.Option(None, help="URL of the service. Defaults to the service of --run."),
+    rate: float = typer.Option(40.0, min=0.1, max=2_000, help="Mean requests per second; arrival times are random."),
+    seconds: float | None = typer.Option(None, min=0.1, help="Duration in seconds. By default until Ctrl-C."),
+    viewers: int | None = typer.Option(None, min=1, help="Number of viewers. Defaults to all who have an account."),
     count: int = typer.Option(10, min=1, max=100, help="Videos per slate."),
-    timeout_s: float = typer.Option(10.0, "--timeout", min=0.1, help="Seconds after which a request has failed."),
-    report: Path | None = typer.Option(None, help="JSON file, kept up to date every second."),
-    seed: int = typer.Option(0, min=0, help="Of who asks when and what they do."),
+    timeout_s: float = typer.Option(10.0, "--timeout", min=0.1, help="Request timeout in seconds."),
+    report: Path | None = typer.Option(None, help="JSON file for the report, updated every second."),
+    seed: int = typer.Option(0, min=0, help="Random seed for arrival times and viewer behaviour."),
 ) -> None:
-    """Send live traffic: the run's simulated viewers ask for slates, watch, and send back what they did.
+    """Send live traffic: the run's simulated viewers request slates, watch videos and report outcomes.
 
-    The world of the data set goes on: same viewers, same tastes. A better release earns more watch time here, a
-    broken one less. Requests leave when they are due, however slow the service is. Ctrl-C ends it in good order.
+    Viewers and tastes are those of the simulated data set. A better release earns more watch time, a broken one less.
+    Requests are sent on schedule, even if the service is slow. Ctrl-C finishes the requests in flight and exits.
 
-    The report has what failed, latency per arm, requests and viewers per release and arm, what was watched, outcomes,
-    and how often a viewer was seen to change arm other than by a ramp or the end of a rollout (expected: never).
+    The report contains failures, latency per arm, requests and viewers per release and arm, watch time, outcomes and
+    the number of arm changes that no ramp and no end of a rollout explains (expected: 0).
 
     \b
     Examples:
@@ -48,9 +48,9 @@ def traffic(
     info_path = directory.dataset / "dataset.json"
     record = directory.path / "serving.json"
     if not info_path.exists():
-        raise ConfigError(f"{directory.path} has no data set; make one with `reelway simulate --run {run}`")
+        raise ConfigError(f"{directory.path} has no data set; create one with `reelway simulate --run {run}`")
     if url is None and not record.exists():
-        raise ConfigError(f"{run} is not being served; start `reelway serve --run {run}`, or give --url")
+        raise ConfigError(f"{run} is not being served; run `reelway serve --run {run}`, or pass --url")
     address = url or str(json.loads(record.read_text())["url"])
     found = _send(json.loads(info_path.read_text()), address, rate, seconds, viewers, count, timeout_s, report, seed)
     _show(found)
@@ -78,7 +78,7 @@ def _send(
 
     options = TrafficOptions(url, rate, seconds, count, timeout_s, seed=seed, report=report)
     crowd = LiveViewers(world_of(info), seed=seed, now_s=time.time(), count=viewers)
-    say(f"{crowd.count} viewers, {rate:g} slates per second from {url}" + ("" if seconds else "; Ctrl-C ends it"))
+    say(f"{crowd.count} viewers, {rate:g} requests per second to {url}" + ("" if seconds else "; stop with Ctrl-C"))
 
     async def send() -> dict[str, Any]:
         with console.status("traffic") as status:
@@ -105,8 +105,8 @@ def _show(seen: dict[str, Any]) -> None:
 
     from reelway.platform.cli.terminal import out
 
-    table = Table(title="what viewers saw", title_justify="left", box=None, padding=(0, 1, 0, 0))
-    for column in ("release", "arm", "asked", "viewers", "p50 ms", "p95", "p99", "degraded", "long", "watch s"):
+    table = Table(title="traffic per release and arm", title_justify="left", box=None, padding=(0, 1, 0, 0))
+    for column in ("release", "arm", "requests", "viewers", "p50 ms", "p95", "p99", "degraded", "long", "watch s"):
         table.add_column(column, justify="left" if column in ("release", "arm") else "right", no_wrap=True)
     for one in seen["releases"]:
         latency = [_number(one["latency_ms"][name], ".1f") for name in ("p50", "p95", "p99")]
@@ -118,8 +118,8 @@ def _show(seen: dict[str, Any]) -> None:
     out.print(table)
     out.print(
         f"{seen['requests']} requests in {seen['elapsed_s']:.1f} s, {seen['failed']} failed; "
-        f"{seen['outcomes']['sent']} outcomes; {seen['arm_changes']} changes of arm out of order; "
-        f"{seen['cpu_ms_per_request']:.2f} ms of CPU per request here",
+        f"{seen['outcomes']['sent']} outcomes; {seen['arm_changes']} unexpected arm changes; "
+        f"{seen['cpu_ms_per_request']:.2f} ms of client CPU per request",
         highlight=False,
     )
     for example in [*seen["failures"], *seen["arm_change_examples"]]:

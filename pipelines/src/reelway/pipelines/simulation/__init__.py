@@ -1,1 +1,1 @@
-"""A small short-video service: viewers, creators, videos, trends, and what viewers do with what they are shown."""
+"""Simulation of a short-video service: viewers, creators, videos, trends and viewer behaviour."""

@@ -1,4 +1,4 @@
-"""How large and how lively the simulated service is. Refuses sizes that could not fill a slate."""
+"""Configuration of the simulated service: its size, missing data and logging policy."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ DAY_S: Final = 86_400.0
 
 @dataclass(frozen=True)
 class SimulationConfig:
-    """Everything that, with a seed, decides the simulated service."""
+    """Configuration that together with a seed determines the simulated service."""
 
     viewers: int = 5_000
     videos: int = 5_000
@@ -21,26 +21,26 @@ class SimulationConfig:
     impressions: int = 300_000
     slate: int = 10
     start_s: float = 1_736_121_600.0
-    """Unix time at which the log begins: Monday 2025-01-06, 00:00 UTC."""
+    """Unix time at which the log starts: Monday 2025-01-06, 00:00 UTC."""
 
-    # Who is there when the log begins; the others arrive evenly while it runs.
+    # Shares that exist when the log starts; the others arrive uniformly during the log.
     viewers_at_start_ratio: float = 0.65
     videos_at_start_ratio: float = 0.45
 
-    # What is known of a video.
+    # Quality of the video embeddings.
     missing_visual_ratio: float = 0.03
     missing_audio_ratio: float = 0.25
     missing_text_ratio: float = 0.12
     poor_embedding_ratio: float = 0.15
     """Share of embeddings that are mostly noise."""
 
-    # How the log was made: shares of the logging policy's sources. They sum to 1.
+    # Shares of the logging policy's sources; they sum to 1.
     popular_share: float = 0.35
     topic_share: float = 0.35
     explore_share: float = 0.2
     fresh_share: float = 0.1
     policy_period_s: float = 3 * 3600.0
-    """How often the logging policy sees new uploads and new counts."""
+    """Interval at which the logging policy reads new uploads and counts."""
     fresh_s: float = 2 * DAY_S
 
     def __post_init__(self) -> None:
@@ -49,8 +49,8 @@ class SimulationConfig:
                 raise ConfigError(f"simulation: {name} is {getattr(self, name)}, expected at least {least}")
         if self.videos * self.videos_at_start_ratio < 3 * self.slate:
             raise ConfigError(
-                f"simulation: {self.videos} videos of which {self.videos_at_start_ratio:.0%} are there at the start "
-                f"cannot fill slates of {self.slate} with a choice; expected at least "
+                f"simulation: {self.videos} videos, {self.videos_at_start_ratio:.0%} of them at the start, are too few "
+                f"for slates of {self.slate}; expected at least "
                 f"{int(3 * self.slate / self.videos_at_start_ratio) + 1} videos"
             )
         total = self.popular_share + self.topic_share + self.explore_share + self.fresh_share

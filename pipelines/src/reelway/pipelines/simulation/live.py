@@ -1,8 +1,8 @@
-"""Why: a rollout is judged on traffic, so there must be some: viewers who ask the running service and react to it.
+"""Live traffic: simulated viewers request slates from a running service over HTTP and report outcomes.
 
-Open loop: requests leave when they are due, whatever the service does, so a slow release is seen as slow. It is one
-process with one thread, made to share two cores with the service: about a millisecond of CPU for a slate and its
-outcomes. It knows the public HTTP API and nothing else of the service; who the viewers are is ``live_viewers``.
+The load is open-loop: requests are sent on schedule, whatever the service does, so a slow release shows as slow. One
+process with one thread needs about 1 ms of CPU per slate and its outcomes, so that it can share two cores with the
+service. ``live_viewers`` chooses the viewers and their reactions.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from reelway.pipelines.simulation.live_viewers import LiveViewers, SeenSlate
 from reelway.platform.durable import write_json
 
 MAX_OUTCOMES: Final = 1_000
-"""That one ``POST /v1/outcomes`` may carry."""
+"""Maximum outcomes per ``POST /v1/outcomes``."""
 REACT_EVERY_S: Final = 0.25
 LOOK_EVERY_S: Final = 0.5
 REPORT_EVERY_S: Final = 1.0
 IDLE_S: Final = 2.0
-"""A connection that was idle for longer is not used again: the service may be closing it just then."""
+"""Connections that were idle for longer are not reused, because the service may be closing them."""
 OUTCOME_TRIES: Final = 4
 _JSON: Final = {"Content-Type": "application/json"}
 
@@ -40,7 +40,10 @@ Said = Callable[[dict[str, Any]], None]
 
 @dataclass(frozen=True)
 class TrafficOptions:
-    """What to send where. ``places`` bounds the requests under way; one that finds none waits, and is counted."""
+    """Target, rate and duration of the traffic.
+
+    ``max_in_flight`` bounds the requests in flight; further requests wait and are counted as ``held_back``.
+    """
 
     url: str
     rate: float = 40.0
@@ -53,7 +56,7 @@ class TrafficOptions:
 
 
 class LiveTraffic:
-    """One run of traffic. ``stop`` ends it early; what is under way is waited for.
+    """Sends traffic until a deadline or ``stop``, then waits for the requests in flight.
 
     Args:
         said: called with the report about once a second.
@@ -71,12 +74,12 @@ class LiveTraffic:
         self._arriving: asyncio.Task[None] | None = None
 
     def stop(self) -> None:
-        """Ask for no more slates."""
+        """Stops requesting slates."""
         if self._arriving is not None:
             self._arriving.cancel()
 
     async def run(self) -> dict[str, Any]:
-        """Send until ``seconds`` are over or ``stop`` is called. Returns the report, which is written too."""
+        """Sends until ``seconds`` have passed or ``stop`` is called. Writes and returns the report."""
         options = self._options
         connections = aiohttp.TCPConnector(limit=options.places + 8, keepalive_timeout=IDLE_S)
         timeout = aiohttp.ClientTimeout(total=options.timeout_s)
@@ -85,7 +88,7 @@ class LiveTraffic:
             every = ((REACT_EVERY_S, self._react), (LOOK_EVERY_S, self._look), (REPORT_EVERY_S, self._tell))
             repeated = [asyncio.create_task(_repeat(period_s, work, client)) for period_s, work in every]
             try:
-                # one that repeats ends by a fault only
+                # the periodic tasks end only with an exception
                 await asyncio.wait([self._arriving, *repeated], return_when=asyncio.FIRST_COMPLETED)
             finally:
                 for task in (self._arriving, *repeated):
@@ -101,7 +104,7 @@ class LiveTraffic:
         return await self._write(running=False)
 
     async def _arrive(self, client: aiohttp.ClientSession) -> None:
-        """Requests at random moments, ``rate`` a second on average."""
+        """Starts requests at random times (a Poisson process), ``rate`` per second on average."""
         due = time.monotonic()
         until = math.inf if self._options.seconds is None else due + self._options.seconds
         while True:
@@ -121,7 +124,7 @@ class LiveTraffic:
         task.add_done_callback(self._under_way.discard)
 
     async def _ask(self, client: aiohttp.ClientSession, viewer_id: int, device: str, due: float) -> None:
-        """One slate. Its time counts from the moment that it was due, so that waiting for a place is not hidden."""
+        """Requests one slate. Latency counts from the scheduled time and includes the wait for ``max_in_flight``."""
         sent_s = time.time()
         body = {"viewer_id": viewer_id, "count": self._options.count, "context": {"device": device}}
         try:
@@ -142,7 +145,7 @@ class LiveTraffic:
         self._shown.append((seen, tally))
 
     async def _react(self, client: aiohttp.ClientSession) -> None:
-        """Everybody who was shown something since the last time looks at it; the outcomes go out together."""
+        """Draws reactions to all slates since the last call and sends their outcomes in batches."""
         shown, self._shown = self._shown, []
         reactions = self._viewers.react([slate for slate, _ in shown], self._viewers.moment_s())
         outcomes: list[dict[str, Any]] = []
@@ -153,7 +156,7 @@ class LiveTraffic:
             self._start(self._send(client, outcomes[first : first + MAX_OUTCOMES]))
 
     async def _send(self, client: aiohttp.ClientSession, outcomes: list[dict[str, Any]]) -> None:
-        """Outcomes are sent again until they are acknowledged: twice is the same as once."""
+        """Sends outcomes with retries until they are acknowledged; the service ignores duplicates."""
         problem = ""
         for attempt in range(OUTCOME_TRIES):
             if attempt:
@@ -175,13 +178,13 @@ class LiveTraffic:
         self._tally.example(f"{len(outcomes)} outcomes: {problem}")
 
     async def _look(self, client: aiohttp.ClientSession) -> None:
-        """Which canaries have traffic just now, as the service says."""
+        """Reads from the service which canaries have traffic."""
         asked_s = time.time()
         try:
             async with client.get("/v1/releases/current") as answer:
                 status, body = answer.status, await answer.read()
         except (aiohttp.ClientError, TimeoutError):
-            return  # the next look is soon, and a service that does not answer is counted where a viewer asks it
+            return  # polled again soon; failures of the service are counted on viewers' requests
         if status == HTTPStatus.OK:
             routes = json.loads(body)["releases"]
             canaries = {r["release"] for r in routes if r["arm"] == CANARY and r["weight_basis_points"] > 0}
@@ -210,5 +213,5 @@ async def _repeat(period_s: float, work: Callable[[Any], Awaitable[None]], clien
 
 
 def _counts(answer: dict[str, Any]) -> dict[str, int]:
-    """The numbers of an answer to ``POST /v1/outcomes``, by their names."""
+    """Returns the numbers in a response to ``POST /v1/outcomes`` by name."""
     return {name: value for name, value in answer.items() if isinstance(value, int) and not isinstance(value, bool)}

@@ -1,6 +1,6 @@
-"""Why: the client's own account of live traffic, whole at any moment, to be held against the service's.
+"""Statistics of live traffic from the client's side, and the report of ``reelway traffic``.
 
-It counts and summarises; it sends nothing and judges nothing.
+The report is complete at any time and can be compared with the service's metrics.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ PERCENTILES: Final = (50, 95, 99)
 
 @dataclass
 class ArmTally:
-    """One release under one arm."""
+    """Statistics of one release on one arm."""
 
     requests: int = 0
     viewers: set[int] = field(default_factory=set)
@@ -33,7 +33,7 @@ class ArmTally:
     watch_s: float = 0.0
 
     def summary(self) -> dict[str, Any]:
-        """As the report has it. Watching is per video that was looked at; None before any was."""
+        """Returns the report entry. Watch statistics are per examined video; None before the first one."""
         seen = self.looked_at or None
         return {
             "requests": self.requests,
@@ -48,7 +48,7 @@ class ArmTally:
 
 @dataclass
 class TrafficTally:
-    """Everything that one run of live traffic saw."""
+    """Statistics of one run of live traffic."""
 
     url: str
     rate: float
@@ -67,13 +67,13 @@ class TrafficTally:
 
     @property
     def requests(self) -> int:
-        """Slates that were asked for and either came or failed."""
+        """Completed and failed requests."""
         return self.failed + sum(arm.requests for arm in self.by_release.values())
 
     def answered(
         self, release: str, arm: str, viewer_id: int, degraded: list[str], sent_s: float, took_ms: float
     ) -> ArmTally:
-        """A slate came."""
+        """Records a slate."""
         tally = self.by_release.setdefault((release, arm), ArmTally())
         tally.requests += 1
         tally.viewers.add(viewer_id)
@@ -83,23 +83,23 @@ class TrafficTally:
         return tally
 
     def reacted(self, tally: ArmTally, reaction: Reaction) -> None:
-        """A viewer looked at it."""
+        """Records a viewer's reaction to a slate."""
         tally.looked_at += reaction.looked_at
         tally.long_watches += reaction.long_watches
         tally.watch_s += reaction.watch_s
 
     def fault(self, what: str) -> None:
-        """No slate came."""
+        """Records a failed request."""
         self.failed += 1
         self.example(what)
 
     def example(self, what: str) -> None:
-        """Remember one of the first things that went wrong."""
+        """Keeps the message if it is one of the first ``EXAMPLES`` failures."""
         if len(self.failures) < EXAMPLES:
             self.failures.append(f"{time.time() - self.started_at:.1f} s: {what}"[:500])
 
     def report(self, *, running: bool) -> dict[str, Any]:
-        """The report, JSON-able."""
+        """Returns the report as JSON-serialisable values."""
         by_arm: dict[str, array[float]] = {}
         for (_, arm), tally in self.by_release.items():
             by_arm.setdefault(arm, array("d")).extend(tally.latency_ms)
@@ -134,7 +134,7 @@ class TrafficTally:
 
 
 def percentiles(values_ms: array[float]) -> dict[str, float | None]:
-    """``{"p50": ..., "p95": ..., "p99": ...}`` in milliseconds; None where there is nothing."""
+    """Returns ``{"p50": ..., "p95": ..., "p99": ...}`` in milliseconds; None without values."""
     if not values_ms:
         return {f"p{p}": None for p in PERCENTILES}
     found = np.percentile(np.frombuffer(values_ms), PERCENTILES)

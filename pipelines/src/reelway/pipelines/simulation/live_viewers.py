@@ -1,16 +1,17 @@
-"""Why: a rollout can only be shown with viewers who like what is good and leave what is not, on a service that runs.
+"""Simulated viewers for live traffic: who requests a slate next, and how the viewer reacts to it.
 
-The run's own world goes on where its log ended: who opens the app now, and what they do with the slate that the
-service showed. It knows tastes and no release, and speaks no HTTP.
+The viewers continue the run's simulated world from the end of its log. This module models viewer tastes only; it knows
+nothing about releases or HTTP.
 
-**Which time it is.** The service uses its own clock and so do these viewers: where the log ended lately (within the
-days that the world's trends reach on), the world's time is the clock's, and video ages are what the models learned
-from. An older log goes on from its own end, second by second: tastes then are those of the log's last day, and only
-the service sees old videos. **How long watching takes.** No time: outcomes are known as soon as the slate is there, so
-that a rollout has its evidence in seconds; the values are those of viewers who took their time.
+**Simulated time.** If the log ended recently (within the days for which the world has trends), simulated time is the
+current time, and video ages are those that the models were trained on. An older log continues from its end, second by
+second: tastes are those of its last day, and only the service sees old videos.
+
+**Watch time.** Watching takes no simulated time. Outcomes are known as soon as the slate arrives, so that a rollout has
+evidence within seconds; their values are those of real watch times.
 """
 
-# Shapes: B slates, S places
+# Shapes: B slates, S positions
 
 from __future__ import annotations
 
@@ -37,7 +38,7 @@ _DEVICE_SHARES: Final = (0.85, 0.1, 0.05)
 
 @dataclass(frozen=True, slots=True)
 class SeenSlate:
-    """What one request was answered with: videos and their tokens, top first."""
+    """Videos and impression tokens of one slate, top first."""
 
     viewer_id: int
     video_ids: Sequence[int]
@@ -46,7 +47,7 @@ class SeenSlate:
 
 @dataclass(frozen=True, slots=True)
 class Reaction:
-    """What one viewer did with one slate; ``outcomes`` as ``POST /v1/outcomes`` takes them."""
+    """A viewer's reaction to a slate; ``outcomes`` in the format of ``POST /v1/outcomes``."""
 
     outcomes: list[dict[str, Any]]
     looked_at: int
@@ -55,28 +56,28 @@ class Reaction:
 
 
 def world_of(dataset_info: dict[str, Any]) -> World:
-    """The world that a run's data set was logged in, from its ``dataset.json``.
+    """Returns the world of a run's simulated data set, from its ``dataset.json``.
 
     Raises:
-        ConfigError: the data were imported; nobody knows the tastes behind them.
+        ConfigError: if the data set was imported, because the viewers' tastes are then unknown.
     """
     try:
         return World(SimulationConfig(**dataset_info["config"]), int(dataset_info["seed"]))
     except (KeyError, TypeError) as error:
         raise ConfigError(
-            f"the data set is {dataset_info.get('name', 'unnamed')!r}, expected one of `reelway simulate`: only a "
-            "simulated service has viewers who can be asked; make one with `reelway simulate --run DIR`"
+            f"data set {dataset_info.get('name', 'unnamed')!r} has no simulated viewers; create a simulated one with "
+            "`reelway simulate --run DIR`"
         ) from error
 
 
 class LiveViewers:
-    """Who asks next, and what they do with the answer.
+    """Draws the next viewer and viewers' reactions to slates.
 
     Args:
-        world: as it was logged.
-        count: so many of its viewers, chosen once; all who have an account when absent.
-        seed: of everything that is drawn here; the world has its own.
-        now_s: the clock when traffic begins, Unix seconds.
+        world: the world of the data set.
+        count: number of viewers, sampled once. Defaults to all viewers who have an account.
+        seed: random seed of this object, independent of the world's seed.
+        now_s: start of the traffic in Unix seconds.
     """
 
     def __init__(self, world: World, *, seed: int, now_s: float, count: int | None = None) -> None:
@@ -87,7 +88,7 @@ class LiveViewers:
         there = world.available_viewers(self.moment_s(now_s))
         if count is not None:
             if not 1 <= count <= len(there):
-                raise ConfigError(f"--viewers {count}, expected 1..{len(there)}: so many have an account")
+                raise ConfigError(f"--viewers {count} is outside 1..{len(there)}: viewers with an account")
             there = np.sort(self._rng.choice(there, count, replace=False))
         self._ids = there
         activity = world.viewers.activity[there - 1]
@@ -96,15 +97,15 @@ class LiveViewers:
 
     @property
     def count(self) -> int:
-        """How many viewers there are."""
+        """Number of viewers."""
         return len(self._ids)
 
     def moment_s(self, now_s: float | None = None) -> float:
-        """The world's time at a moment of the clock; see the module's docstring."""
+        """Returns the simulated time at ``now_s``, by default now; see the module's docstring."""
         return (time.time() if now_s is None else now_s) - self._behind_s
 
     def next_viewer(self) -> tuple[int, str]:
-        """A viewer and their device, as often as they are active."""
+        """Draws a viewer in proportion to the viewers' activity, and a device."""
         if not self._next:
             place = np.searchsorted(self._until, self._rng.random(_BLOCK), side="right").clip(max=len(self._ids) - 1)
             device = self._rng.choice(len(DEVICES), _BLOCK, p=_DEVICE_SHARES)
@@ -112,10 +113,10 @@ class LiveViewers:
         return self._next.pop()
 
     def react(self, slates: Sequence[SeenSlate], moment_s: float) -> list[Reaction]:
-        """What happens to slates that were shown around ``moment_s`` of the world, one reaction each.
+        """Draws one reaction per slate, shown at the simulated time ``moment_s``.
 
         Raises:
-            DataError: the service showed a video that this world doesn't have, or another viewer's slate.
+            DataError: if a viewer or video does not exist in this world.
         """
         if not slates:
             return []
@@ -129,7 +130,7 @@ class LiveViewers:
         try:
             responses = self._world.respond(viewer_B, video_BS, moment_s, self._rng)
         except DataError as error:
-            raise DataError(f"{error}; is the service serving a release of another run?") from error
+            raise DataError(f"{error}; check that the service serves a release of this run") from error
         return _reactions(slates, responses, self._world.videos.duration_ms[np.maximum(video_BS - 1, 0)])
 
 

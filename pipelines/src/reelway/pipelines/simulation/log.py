@@ -1,6 +1,6 @@
-"""Weeks of traffic under the logging policy, as a data set. The same configuration and seed give the same bytes.
+"""Simulates weeks of traffic under the logging policy and returns them as a data set.
 
-It refuses to peek: within a period the policy knows only what had happened before it.
+The same configuration and seed give the same bytes. Within a period the policy uses only events from before the period.
 """
 
 # Shapes: B requests, S slate
@@ -25,7 +25,7 @@ F32 = NDArray[np.float32]
 I64 = NDArray[np.int64]
 
 Progress = Callable[[int, int], None]
-"""Called with requests done and requests in all."""
+"""Called with the number of completed requests and the total."""
 
 
 def _quiet(_done: int, _all: int) -> None:
@@ -33,12 +33,12 @@ def _quiet(_done: int, _all: int) -> None:
 
 
 def simulate(config: SimulationConfig, seed: int, *, progress: Progress = _quiet) -> Dataset:
-    """Log about ``config.impressions`` impressions (whole slates) and their outcomes."""
+    """Simulates about ``config.impressions`` impressions (complete slates) and their outcomes."""
     return log_traffic(World(config, seed), progress=progress)
 
 
 def log_traffic(world: World, *, progress: Progress = _quiet) -> Dataset:
-    """The same, in a world that is there already."""
+    """Simulates traffic in an existing world."""
     config = world.config
     rng = np.random.default_rng(np.random.SeedSequence([world.seed, 1]))
     requests = draw_requests(world, max(config.impressions // config.slate, 1), rng)

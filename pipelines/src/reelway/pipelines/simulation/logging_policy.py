@@ -1,8 +1,8 @@
-"""The policy that made the log: popular, fresh, a crude guess of taste, and chance, with its propensities on record.
+"""Logging policy: a mixture of popular, topic, random and fresh videos with recorded propensities.
 
-Places are filled from the top, each from the same mixture without the videos already placed. The propensity of a
-place is the probability of its video given the places above: ``q(v) / (1 - sum of q over those above)``. It refuses
-to know tastes: only counts of past outcomes and a profile that is partly wrong.
+Positions are filled from the top, each from the same mixture without the videos above. The propensity of a position is
+the probability of its video given the positions above: ``q(v) / (1 - sum of q over those above)``. The policy does not
+use the viewers' tastes, only counts of past outcomes and a profile that is partly wrong.
 """
 
 # Shapes: B requests, S slate, D draws, M videos, P profile topics
@@ -32,7 +32,7 @@ _POWER: Final = 0.9
 
 @dataclass(frozen=True)
 class _Period:
-    """What the policy knows during one period: distributions over the ``n`` videos that are there."""
+    """State of the policy during one period: distributions over the ``n`` available videos."""
 
     available: int
     popular: F64  # [n] sums to 1
@@ -45,7 +45,7 @@ class _Period:
 
 
 class LoggingPolicy:
-    """Chooses slates and learns what is popular."""
+    """Chooses slates and counts popularity."""
 
     def __init__(self, world: World) -> None:
         config = world.config
@@ -54,7 +54,7 @@ class LoggingPolicy:
         self._shares = np.array([config.popular_share, config.topic_share, config.explore_share, config.fresh_share])
 
     def begin_period(self, time_s: float) -> None:
-        """Look at uploads and counts."""
+        """Updates the available videos and their popularity."""
         world = self._world
         self._counts *= 0.5 ** (world.config.policy_period_s / _HALF_LIFE_S)
         n = len(world.available_videos(time_s))
@@ -69,7 +69,7 @@ class LoggingPolicy:
         )  # fmt: skip
 
     def choose(self, viewer_ids: I64, rng: np.random.Generator) -> tuple[I64, F32, NDArray[np.int8]]:
-        """Slates (video ids), propensities and codes into ``SOURCES``, ``[B, S]`` each."""
+        """Returns slates (video ids), propensities and codes into ``SOURCES``, ``[B, S]`` each."""
         slate = self._world.config.slate
         shares_BC, profile_BP = self._shares_of(viewer_ids)
         video_BD, source_BD = self._draw(viewer_ids, shares_BC, profile_BP, rng)
@@ -78,7 +78,7 @@ class LoggingPolicy:
             short = np.flatnonzero(new_BD.sum(axis=1) < slate)
             if not len(short):
                 break
-            more, more_source = self._draw(viewer_ids, shares_BC, profile_BP, rng)  # the same for every row: simple
+            more, more_source = self._draw(viewer_ids, shares_BC, profile_BP, rng)  # for all rows, for simplicity
             video_BD = np.concatenate([video_BD, more], axis=1)
             source_BD = np.concatenate([source_BD, more_source], axis=1)
         place = np.argsort(~new_BD, axis=1, kind="stable")[:, :slate]
@@ -89,12 +89,12 @@ class LoggingPolicy:
         return video_BS + 1, propensity, np.take_along_axis(source_BD, place, axis=1)
 
     def learn(self, slates: I64, responses: Responses) -> None:
-        """Count what was enjoyed; a like counts once more."""
+        """Counts enjoyed videos; a like counts once more."""
         weight = responses.enjoyed.astype(np.float64) + responses.like
         self._counts += np.bincount(slates.ravel() - 1, weights=weight.ravel(), minlength=len(self._counts))
 
     def _shares_of(self, viewer_ids: I64) -> tuple[F64, F64]:
-        """Share of each source ``[B, 4]`` and of each profile topic ``[B, P]``; what is empty goes to popular."""
+        """Returns shares of sources ``[B, 4]`` and profile topics ``[B, P]``; popular gets empty shares."""
         period, viewers = self._period, self._world.viewers
         topics_BP = viewers.profile_topics[viewer_ids - 1]
         profile_BP = viewers.profile_weights[viewer_ids - 1] * (period.topic_mass[topics_BP] > 0)
@@ -110,7 +110,7 @@ class LoggingPolicy:
     def _draw(
         self, viewer_ids: I64, shares_BC: F64, profile_BP: F64, rng: np.random.Generator
     ) -> tuple[I64, NDArray[np.int8]]:
-        """Independent draws from the mixture: video rows and sources ``[B, D]``."""
+        """Draws independently from the mixture; returns video rows and sources ``[B, D]``."""
         period, shape = self._period, (len(viewer_ids), self._world.config.slate + _SPARE_DRAWS)
         which = rng.random(shape)
         until_BC = np.cumsum(shares_BC, axis=1)
@@ -128,7 +128,7 @@ class LoggingPolicy:
 
         row, column = np.nonzero(source == 1)
         slot = (rng.random(len(row))[:, None] >= np.cumsum(profile_BP, axis=1)[row, :-1]).sum(axis=1)
-        # Rounding may pick a profile topic of weight 0; then it is the first one that has weight.
+        # Rounding can select a profile topic of weight 0; use the first topic with a positive weight instead.
         slot = np.where(profile_BP[row, slot] > 0, slot, np.argmax(profile_BP[row] > 0, axis=1))
         topic = self._world.viewers.profile_topics[viewer_ids[row] - 1, slot]
         target = period.topic_end[topic] - period.topic_mass[topic] * (1.0 - u[row, column])
@@ -137,7 +137,7 @@ class LoggingPolicy:
         return video, source
 
     def _probability(self, viewer_ids: I64, video_BS: I64, shares_BC: F64, profile_BP: F64) -> F64:
-        """The mixture's probability of each video, ``[B, S]``."""
+        """Returns the mixture's probability of each video, ``[B, S]``."""
         period = self._period
         popular_BS = period.popular[video_BS]
         topic_BS = self._world.videos.topic[video_BS]
@@ -159,7 +159,7 @@ class LoggingPolicy:
 
 
 def _first_occurrences(values_BD: I64) -> NDArray[np.bool_]:
-    """Whether each value has not been seen to its left."""
+    """Returns whether each value does not occur to its left."""
     order = np.argsort(values_BD, axis=1, kind="stable")
     ranked = np.take_along_axis(values_BD, order, axis=1)
     first = np.ones(values_BD.shape, dtype=np.bool_)

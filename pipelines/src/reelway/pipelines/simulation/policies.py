@@ -1,6 +1,6 @@
-"""Policies to compare with: chance, what was popular lately, and an oracle that knows every taste.
+"""Reference policies for tests and closed-loop evaluation: random, recent popularity, and an oracle with true tastes.
 
-For tests and closed-loop evaluation. None of them learns; what ``RecentPopularity`` knows is handed to it.
+None of the policies learns; ``RecentPopularity`` receives its events as an argument.
 """
 
 # Shapes: B requests, S slate, M videos
@@ -25,17 +25,17 @@ Bools = NDArray[np.bool_]
 
 
 class Policy(Protocol):
-    """Chooses slates."""
+    """A policy that chooses slates."""
 
     def slates(
         self, viewer_ids: I64, time_s: float, count: int, rng: np.random.Generator, /, *, seen: Bools | None = None
     ) -> I64:
-        """Video ids ``[B, count]``, best first. ``seen`` ``[B, M]`` (column = video id - 1) are not shown again."""
+        """Returns video ids ``[B, count]``, best first; ``seen`` ``[B, M]`` (column = video id - 1) are excluded."""
         ...
 
 
 class RandomPolicy:
-    """Every available video alike."""
+    """Recommends available videos at random."""
 
     def __init__(self, world: World) -> None:
         self._world = world
@@ -48,7 +48,7 @@ class RandomPolicy:
 
 
 class RecentPopularity:
-    """The videos with the most long watches in the ``window_s`` before ``until_s`` of the given events."""
+    """Recommends the videos with the most long watches in the ``window_s`` before ``until_s`` of the given events."""
 
     def __init__(self, world: World, outcomes: pa.Table, until_s: float, *, window_s: float = DAY_S) -> None:
         self._world = world
@@ -70,7 +70,7 @@ class RecentPopularity:
 
 
 class OraclePolicy:
-    """The videos with the highest expected watch time: the most that any recommender could know."""
+    """Recommends the videos with the highest expected watch time: an upper bound for any recommender."""
 
     def __init__(self, world: World) -> None:
         self._world = world
@@ -87,7 +87,7 @@ def _best(world: World, score_BM: NDArray[np.floating], time_s: float, count: in
     score_BM = score_BM.astype(np.float64)
     score_BM[:, len(world.available_videos(time_s)) :] = -np.inf
     if seen is not None:
-        score_BM[seen] -= 1e12  # after everything unseen, before what isn't there
+        score_BM[seen] -= 1e12  # below all unseen videos, above unavailable ones
     top = np.argpartition(-score_BM, count - 1, axis=1)[:, :count]
     order = np.argsort(-np.take_along_axis(score_BM, top, axis=1), axis=1, kind="stable")
     chosen: I64 = np.take_along_axis(top, order, axis=1) + 1

@@ -1,4 +1,4 @@
-"""Draws the viewers, creators and videos of a world. Nothing here changes with time and nothing is shown to anybody."""
+"""Draws the viewers, creators and videos of a world: their constant properties."""
 
 # Shapes: V viewers, C creators, M videos, T topics, S style, K = T + S
 
@@ -42,26 +42,26 @@ assert len(TOPIC_NAMES) == TOPICS
 
 @dataclass(frozen=True)
 class Viewers:
-    """Who watches. Row i is viewer id i + 1."""
+    """Properties of the viewers. Row i is viewer id i + 1."""
 
     created_s: F64  # [V]
     language: I32  # [V]
-    second_language: I32  # [V] NO_LANGUAGE where there is none
+    second_language: I32  # [V] NO_LANGUAGE if none
     region: I32  # [V]
     segment: I32  # [V]
     activity: F64  # [V] relative number of sessions per day
     early_taste: F32  # [V, T] about 1 for a loved topic, negative for a disliked one
     late_taste: F32  # [V, T]
-    drift_at_s: F64  # [V] when late taste weighs as much as early taste
+    drift_at_s: F64  # [V] time at which late taste weighs as much as early taste
     style: F32  # [V, S] unit norm
-    reactivity: F32  # [V] multiplies the rates of likes, shares and the like
-    profile_topics: I32  # [V, P] what the logging system believes; partly wrong
+    reactivity: F32  # [V] factor of the rates of likes, shares and similar outcomes
+    profile_topics: I32  # [V, P] topics in the logging policy's profile; partly wrong
     profile_weights: F32  # [V, P]
 
 
 @dataclass(frozen=True)
 class Creators:
-    """Who uploads. Row i is creator id i + 1."""
+    """Properties of the creators. Row i is creator id i + 1."""
 
     created_s: F64  # [C]
     followers: NDArray[np.int64]  # [C]
@@ -74,7 +74,7 @@ class Creators:
 
 @dataclass(frozen=True)
 class Videos:
-    """What is watched. Row i is video id i + 1; rows ascend in upload time."""
+    """Properties of the videos. Row i is video id i + 1; rows are sorted by upload time."""
 
     uploaded_s: F64  # [M]
     creator: I32  # [M] row of creators
@@ -119,7 +119,7 @@ def draw_topic_shares(rng: Generator) -> F64:
 
 
 def _taste(rng: Generator, size: int, shares: F64) -> F32:
-    """Some loved topics of falling weight and some disliked ones."""
+    """Draws a few liked topics with decreasing weights and a few disliked topics."""
     order = np.argsort(-(np.log(shares) + rng.gumbel(size=(size, TOPICS))), axis=1)
     taste = np.zeros((size, TOPICS), dtype=np.float32)
     loved = np.sort(rng.uniform(0.25, 1.0, (size, _OWN_TOPICS)), axis=1)[:, ::-1]
@@ -131,7 +131,7 @@ def _taste(rng: Generator, size: int, shares: F64) -> F32:
 
 
 def draw_viewers(rng: Generator, config: SimulationConfig, shares: F64) -> Viewers:
-    """``config.viewers`` of them."""
+    """Draws ``config.viewers`` viewers."""
     size = config.viewers
     language = _choice(rng, _LANGUAGE_SHARES, size)
     region_at = np.cumsum(_REGION_BY_LANGUAGE[language], axis=1)
@@ -160,7 +160,7 @@ def draw_viewers(rng: Generator, config: SimulationConfig, shares: F64) -> Viewe
 
 
 def draw_creators(rng: Generator, config: SimulationConfig, shares: F64) -> Creators:
-    """``config.creators`` of them."""
+    """Draws ``config.creators`` creators."""
     size = config.creators
     quality = rng.normal(0, 0.7, size)
     return Creators(
@@ -175,7 +175,7 @@ def draw_creators(rng: Generator, config: SimulationConfig, shares: F64) -> Crea
 
 
 def draw_videos(rng: Generator, config: SimulationConfig, creators: Creators, shares: F64) -> Videos:
-    """``config.videos`` of them, the last uploaded before the log ends."""
+    """Draws ``config.videos`` videos, all uploaded before the end of the log."""
     size = config.videos
     creator = _choice(rng, creators.productivity, size)
     own = creators.topics[creator, (rng.random(size) < 0.3).astype(np.int64)]
@@ -204,7 +204,7 @@ def draw_videos(rng: Generator, config: SimulationConfig, creators: Creators, sh
 
 
 def _embeddings(rng: Generator, config: SimulationConfig, topics: F32, style: F32) -> dict[str, Any]:
-    """Random linear views of topic mix and style, with noise; some are poor, some are missing."""
+    """Draws embeddings: random linear maps of topics and style with noise. Some are poor, some are missing."""
     size = len(topics)
     found: dict[str, Any] = {}
     for name, width, topic_weight, style_weight, missing in (

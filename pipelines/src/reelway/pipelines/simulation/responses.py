@@ -1,7 +1,7 @@
-"""From the probability of enjoyment to what a viewer does, and from that to events. No tastes here, only reactions.
+"""Draws viewers' responses from the probability of enjoyment, and converts them to events.
 
-A viewer goes down the slate and leaves at some place, sooner when it disappoints: what stands lower is seen less
-often (position bias), and what was not seen has no outcome at all.
+A viewer examines a slate from the top and leaves at some position, earlier if the videos disappoint. Lower positions
+are therefore examined less often (position bias). A video that was not examined has no outcome.
 """
 
 # Shapes: B requests, S slate; N = B * S impressions, E outcomes
@@ -26,15 +26,15 @@ Bools = NDArray[np.bool_]
 
 SCROLL_MS: Final = 400.0
 _STAY_BORED, _STAY_HAPPY = 0.93, 0.995
-"""Probability of going on to the next video after one that was not or was enjoyed."""
+"""Probability of continuing after a video that was not enjoyed or was enjoyed."""
 _SKIPPED_MS: Final = 1_900.0
-"""Mean watch of a video that was not enjoyed."""
+"""Mean watch time of a video that was not enjoyed."""
 FLAGS: Final = ("like", "share", "save", "follow", "comment", "skip", "not_interested", "report")
 
 
 @dataclass(frozen=True)
 class Responses:
-    """What happened to each place of each slate, ``[B, S]``. Nothing happened where ``examined`` is false."""
+    """Responses to each position of each slate, ``[B, S]``. Without ``examined`` there is no response."""
 
     present: Bools  # not a pad
     examined: Bools
@@ -52,12 +52,12 @@ class Responses:
 
     @property
     def watch_s_per_impression(self) -> float:
-        """Mean watched seconds over all places that hold a video, seen or not."""
+        """Mean watched seconds over all positions with a video, examined or not."""
         return float(self.watch_ms.sum(dtype=np.float64) / 1000.0 / max(int(self.present.sum()), 1))
 
 
 def expected_watch_ms(enjoy: F32, duration_ms: F32) -> F32:
-    """Mean of ``watch_ms`` given that the video is looked at; the two parts of ``react``."""
+    """Returns the mean of ``watch_ms`` if the video is examined, consistent with ``draw_responses``."""
     bored: F32 = np.minimum(np.float32(_SKIPPED_MS), 0.5 * duration_ms)
     mean: F32 = enjoy * 0.95 * duration_ms + (1 - enjoy) * bored
     return mean
@@ -66,7 +66,7 @@ def expected_watch_ms(enjoy: F32, duration_ms: F32) -> F32:
 def react(
     rng: np.random.Generator, *, present: Bools, enjoy: F32, duration_ms: F32, quality: F32, reactivity: F32
 ) -> Responses:
-    """Draw reactions. Shapes ``[B, S]``, ``reactivity`` ``[B]``."""
+    """Draws responses. Shapes ``[B, S]``, ``reactivity`` ``[B]``."""
 
     def chance() -> F32:
         return rng.random(enjoy.shape, dtype=np.float32)
@@ -107,7 +107,7 @@ def react(
 
 @dataclass(frozen=True)
 class Shown:
-    """What was asked and answered, for the event tables. ``[B]`` or ``[B, S]``."""
+    """Requests and their slates, for the event tables. ``[B]`` or ``[B, S]``."""
 
     request_id: I64  # [B]
     viewer_ids: I64  # [B]
@@ -125,7 +125,7 @@ class Shown:
 def responses_to_events(
     shown: Shown, responses: Responses, *, first_impression_id: int = 0, first_outcome_id: int = 0
 ) -> tuple[pa.Table, pa.Table]:
-    """The impressions and outcomes tables, each sorted by time, then id. Pads leave no row."""
+    """Returns the impressions and outcomes tables, each sorted by time, then id. Pads have no row."""
     row, place = np.nonzero(responses.present)
     request_us = np.rint(shown.time_s * 1e6).astype(np.int64)
     shown_us = request_us[row] + (responses.shown_ms[row, place].astype(np.float64) * 1000).astype(np.int64)
@@ -164,7 +164,7 @@ def _outcomes(
     flags: Sequence[Bools],
     first_id: int,
 ) -> pa.Table:
-    """A watch for every video that was looked at, when it ends, and a row per flag a moment after it, all ``[N]``."""
+    """Returns a watch outcome per examined video at its end, and a row per flag shortly after; inputs ``[N]``."""
     hits = [np.flatnonzero(examined), *(np.flatnonzero(flag) for flag in flags)]
     kind = np.repeat(np.arange(len(hits), dtype=np.int32), [len(hit) for hit in hits])
     row = np.concatenate(hits)

@@ -1,4 +1,4 @@
-"""When who opens the app: sessions over the day and week, viewers who arrive while the log runs. No videos here."""
+"""Arrival times of requests: sessions with daily and weekly cycles, and viewers who join during the log."""
 
 # Shapes: N sessions, B requests
 
@@ -25,7 +25,7 @@ _GAP_S: Final = 90.0
 
 @dataclass(frozen=True)
 class Requests:
-    """Ascending in time, ``[B]`` each."""
+    """Requests sorted by time, ``[B]`` each."""
 
     viewer_ids: I64
     time_s: F64
@@ -33,12 +33,12 @@ class Requests:
 
 
 def daily_cycle(local_hour: F64) -> F64:
-    """How likely somebody awake opens the app at a local hour, in 0..1: low at 4, high at 20."""
+    """Returns the relative activity at a local hour, in 0..1: lowest at 4, highest at 20."""
     return 0.15 + 0.85 * (0.5 - 0.5 * np.cos((local_hour - 4.0) / 24.0 * 2 * np.pi)) ** 1.3
 
 
 def draw_requests(world: World, count: int, rng: np.random.Generator) -> Requests:
-    """Exactly ``count`` requests within the log's time, grouped into sessions."""
+    """Draws exactly ``count`` requests within the log, grouped into sessions."""
     viewer, start_s = _sessions(world, int(count / _REQUESTS_PER_SESSION * 1.15) + 8, rng)
     parts: list[tuple[I64, F64, I64]] = []
     have = 0
@@ -55,7 +55,7 @@ def draw_requests(world: World, count: int, rng: np.random.Generator) -> Request
 
 
 def _sessions(world: World, count: int, rng: np.random.Generator) -> tuple[I64, F64]:
-    """Viewer ids and start times; a viewer's time is spread over the part of the log that they are there."""
+    """Draws viewer ids and session start times, uniform over the part of the log in which the viewer has an account."""
     config, viewers = world.config, world.viewers
     from_s = np.maximum(viewers.created_s, config.start_s)
     weight = np.cumsum(viewers.activity * (config.end_s - from_s))

@@ -1,7 +1,7 @@
-"""The simulated service: who likes what, when. One number, the probability of enjoying a video, decides the rest.
+"""Simulated world: the probability that a viewer enjoys a video at a given time. All reactions derive from it.
 
-A world is fixed by its configuration and seed; it holds no state that a response changes, so that live traffic, the
-log and closed-loop evaluation can share one. It refuses ids that it doesn't have.
+Configuration and seed determine a world. Responses do not change its state, so live traffic, the log and closed-loop
+evaluation can share a world.
 
 ``logit P(enjoy) = topic match + style match + quality + trend + freshness - foreign language - length - boredom``
 """
@@ -41,18 +41,15 @@ PAD: Final = -1
 _BIAS, _TOPIC, _STYLE, _QUALITY = -2.2, 5.0, 2.0, 0.6
 _FOREIGN, _LENGTH, _AGE = -2.2, -0.3, -0.25
 _BOREDOM: Final = -0.25
-"""Per earlier video of the same main topic in the slate."""
+"""Per earlier video with the same main topic in the slate."""
 _DRIFT_S: Final = 1.5 * DAY_S
 _TREND_STEP_S: Final = 3600.0
 TREND_MARGIN_D: Final = 14
-"""Days after the log for which there are trends: a live service goes on that long."""
+"""Days after the end of the log for which trends are drawn, for live traffic."""
 
 
 class World:
-    """Viewers, creators, videos and trends under one seed.
-
-    Viewer, creator and video ids are 1..count.
-    """
+    """Viewers, creators, videos and trends of one seed. Viewer, creator and video ids are 1..count."""
 
     def __init__(self, config: SimulationConfig, seed: int) -> None:
         self.config, self.seed = config, seed
@@ -66,34 +63,34 @@ class World:
         length = np.log(self.videos.duration_ms / 15_000.0)
         self._video_base_M = (_BIAS + _QUALITY * self.videos.quality + _LENGTH * length).astype(np.float32)
 
-    # What there is.
+    # Availability.
 
     def available_videos(self, time_s: float) -> I64:
-        """Ids of the videos uploaded by ``time_s``, ascending."""
+        """Returns the ids of the videos uploaded by ``time_s``, ascending."""
         return np.arange(1, np.searchsorted(self.videos.uploaded_s, time_s, side="right") + 1, dtype=np.int64)
 
     def available_viewers(self, time_s: float) -> I64:
-        """Ids of the viewers who have an account by ``time_s``, ascending."""
+        """Returns the ids of the viewers who have an account by ``time_s``, ascending."""
         return np.flatnonzero(self.viewers.created_s <= time_s) + 1
 
     @cached_property
     def end_s(self) -> float:
-        """When the log ends; a live service goes on from here."""
+        """End of the log and start of live traffic."""
         return self.config.end_s
 
-    # What they think of it.
+    # Responses.
 
     def respond(self, viewer_ids: I64, slates: I64, time_s: F64 | float, rng: np.random.Generator) -> Responses:
-        """What viewers do with slates.
+        """Draws the responses of viewers to slates.
 
         Args:
             viewer_ids: ``[B]``.
-            slates: video ids ``[B, S]``, top first, ``PAD`` where a slate is shorter.
-            time_s: Unix seconds of the requests, ``[B]`` or one for all.
-            rng: the only source of chance.
+            slates: video ids ``[B, S]``, top first, shorter slates filled with ``PAD``.
+            time_s: Unix seconds of the requests, ``[B]`` or one value for all.
+            rng: the only source of randomness.
 
         Raises:
-            DataError: an id that this world doesn't have.
+            DataError: if an id does not exist in this world.
         """
         viewer_ids, slates = np.asarray(viewer_ids, dtype=np.int64), np.asarray(slates, dtype=np.int64)
         moment_s = np.broadcast_to(np.asarray(time_s, dtype=np.float64), viewer_ids.shape)
@@ -109,9 +106,9 @@ class World:
         )
 
     def enjoyment(self, viewer_ids: I64, slates: I64, time_s: F64) -> F32:
-        """Probability that each viewer enjoys each video if it is looked at, ``[B, S]``; 0 for pads.
+        """Returns the probability that each viewer enjoys each video if it is examined, ``[B, S]``; 0 for pads.
 
-        A video that is not there yet, or that the slate has shown before, is never enjoyed.
+        The probability is 0 for a video that is not uploaded yet or occurs earlier in the slate.
         """
         self._refuse_unknown(viewer_ids, slates)
         video = np.maximum(slates - 1, 0)
@@ -130,7 +127,7 @@ class World:
         return enjoy_BS
 
     def enjoyment_of_all(self, viewer_ids: I64, time_s: float) -> F32:
-        """The same for every video of the world as the first of a slate, ``[B, M]``: what an oracle knows."""
+        """Returns the probability for every video in the first position, ``[B, M]``, for the oracle policy."""
         self._refuse_unknown(viewer_ids, np.zeros((0, 1), dtype=np.int64))
         moment_s = np.full(len(viewer_ids), time_s)
         logit_BM = self.viewer_vectors(viewer_ids, moment_s) @ self._video_MK.T + self._video_base_M
@@ -142,7 +139,7 @@ class World:
         return enjoy_BM
 
     def viewer_vectors(self, viewer_ids: I64, time_s: F64) -> F32:
-        """Taste and style at a time, ``[B, K]``: what a video's topics and style are multiplied with."""
+        """Returns the viewers' topic taste and style at a time, ``[B, K]``, to be multiplied with those of videos."""
         viewer = viewer_ids - 1
         past = (self.viewers.drift_at_s[viewer] - time_s) / _DRIFT_S
         late_B1 = (1.0 / (1.0 + np.exp(np.clip(past, -30, 30))))[:, None].astype(np.float32)
@@ -167,10 +164,10 @@ class World:
                 odd = ids[(ids < least) | (ids > count)][0]
                 raise DataError(f"simulation: {name} id {odd} is not in this world, expected 1..{count}")
 
-    # As the event schema has it.
+    # Tables in the event schema.
 
     def viewers_table(self) -> pa.Table:
-        """All viewers, in the schema ``VIEWERS``."""
+        """Returns all viewers in the schema ``VIEWERS``."""
         return pa.table(
             {
                 "viewer_id": np.arange(1, self.config.viewers + 1),
@@ -183,7 +180,7 @@ class World:
         )
 
     def creators_table(self) -> pa.Table:
-        """All creators, in the schema ``CREATORS``."""
+        """Returns all creators in the schema ``CREATORS``."""
         return pa.table(
             {
                 "creator_id": np.arange(1, self.config.creators + 1),
@@ -194,7 +191,7 @@ class World:
         )
 
     def videos_table(self) -> pa.Table:
-        """All videos, uploads still to come included, in the schema ``VIDEOS``."""
+        """Returns all videos, including later uploads, in the schema ``VIDEOS``."""
         videos = self.videos
         return pa.table(
             {
@@ -214,7 +211,7 @@ class World:
 
 
 def _trends(rng: np.random.Generator, config: SimulationConfig) -> F32:
-    """Appeal added to each topic at each hour, ``[H, T]``: bumps that rise within a day or two and fall again."""
+    """Returns the trend bonus of each topic at each hour, ``[H, T]``: bumps that rise and fall within a day or two."""
     hours = int((config.days + TREND_MARGIN_D) * DAY_S / _TREND_STEP_S)
     bumps = 2 * (config.days + TREND_MARGIN_D)
     at_h, width_h = rng.uniform(0, hours, bumps), rng.uniform(10, 36, bumps)

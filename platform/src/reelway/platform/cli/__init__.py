@@ -1,1 +1,1 @@
-"""The ``reelway`` command. Members add their own commands through the entry-point group ``reelway.commands``."""
+"""The ``reelway`` command. Members add commands through the entry-point group ``reelway.commands``."""

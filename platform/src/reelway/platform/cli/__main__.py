@@ -1,4 +1,4 @@
-"""``python -m reelway.platform.cli``: the same program as the ``reelway`` script."""
+"""``python -m reelway.platform.cli``: runs the ``reelway`` command."""
 
 from reelway.platform.cli.main import main
 

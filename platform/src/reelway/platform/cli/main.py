@@ -1,6 +1,7 @@
-"""The ``reelway`` command: finds every member's commands, turns Reelway's errors into messages and exit codes.
+"""The ``reelway`` command: collects the commands of all installed members and maps errors to exit codes.
 
-A member that is not installed simply has no commands here; one that is installed and broken fails loudly.
+Members register commands by entry points. A member that is not installed adds no commands; a member that is installed
+but cannot be imported raises its import error.
 """
 
 from __future__ import annotations
@@ -21,10 +22,10 @@ GROUP = "reelway.commands"
 
 
 def build_app() -> typer.Typer:
-    """The application with all installed members' commands."""
+    """Returns the application with the commands of all installed members."""
     app = typer.Typer(
         name="reelway",
-        help="Short-video recommendations: from events to a signed release to live slates.",
+        help="Train, release, serve and roll out a short-video recommender.",
         no_args_is_help=True,
         pretty_exceptions_enable=False,
         context_settings={"help_option_names": ["-h", "--help"]},
@@ -44,12 +45,15 @@ def build_app() -> typer.Typer:
 
 
 def _stop(number: int, _frame: FrameType | None) -> NoReturn:
-    """A request to end unwinds the stack like Ctrl-C does, so that every child and file is cleaned up."""
+    """Unwinds the stack on SIGTERM as Ctrl-C does, so that child processes and files are cleaned up."""
     raise SystemExit(128 + number)
 
 
 def main() -> None:
-    """Run the command line. Exit codes: 0 well, 1 a bug, 2 usage, 3.. see ``reelway.platform.errors``, 130 Ctrl-C."""
+    """Runs the command line.
+
+    Exit codes: 0 success, 1 unexpected error (a bug), 2 usage, 3 and above see ``reelway.platform.errors``, 130 Ctrl-C.
+    """
     signal.signal(signal.SIGTERM, _stop)
     try:
         build_app()()

@@ -1,6 +1,7 @@
-"""Child processes that never outlive their parent: each in its own group, ended by group, politely and then not.
+"""Child processes that are terminated with their parent.
 
-Refuses to find processes by name: only what was started here is ever signalled.
+Each child gets its own process group, which receives SIGINT, then SIGTERM, then SIGKILL. Only processes that were
+started by this module are signalled.
 """
 
 from __future__ import annotations
@@ -23,12 +24,12 @@ _HELD_BACK = (signal.SIGINT, signal.SIGTERM)
 
 
 def reelway_command(*words: str) -> list[str]:
-    """The command line of this very installation's ``reelway``."""
+    """Returns the command line that runs ``reelway`` from this installation."""
     return [sys.executable, "-m", "reelway.platform.cli", *words]
 
 
 def end_group(process: subprocess.Popen[bytes]) -> None:
-    """Interrupt the process's whole group, wait ``POLITE_S``, then kill what is left of it."""
+    """Interrupts the process group, waits up to ``TERMINATION_GRACE_S``, then terminates and kills the rest."""
     for number, wait_s in ((signal.SIGINT, POLITE_S), (signal.SIGTERM, 5.0), (signal.SIGKILL, 5.0)):
         try:
             os.killpg(process.pid, number)
@@ -43,7 +44,7 @@ def end_group(process: subprocess.Popen[bytes]) -> None:
 
 
 def _group_lives(process: subprocess.Popen[bytes]) -> bool:
-    process.poll()  # reap, so that a zombie leader doesn't count as alive
+    process.poll()  # reap the leader: a zombie would count as alive
     try:
         os.killpg(process.pid, 0)
     except (ProcessLookupError, PermissionError):
@@ -53,15 +54,15 @@ def _group_lives(process: subprocess.Popen[bytes]) -> bool:
 
 @contextmanager
 def child(command: Sequence[str], *, log: Path | None = None) -> Iterator[subprocess.Popen[bytes]]:
-    """A child in its own process group, ended when the block is left, however it is left.
+    """Runs a child in its own process group and terminates the group when the block is left for any reason.
 
     Args:
-        log: where its output goes; this process's own output when absent.
+        log: file for the child's output; by default the child inherits this process's output.
     """
     sink: IO[bytes] | None = log.open("wb") if log else None
     process: subprocess.Popen[bytes] | None = None
     try:
-        with _signals_later():  # between a child's start and its name being known, a signal would leave it behind
+        with _signals_later():  # a signal between fork and assignment would orphan the child
             process = subprocess.Popen(
                 command, stdout=sink, stderr=sink, stdin=subprocess.DEVNULL, start_new_session=True
             )
@@ -75,8 +76,8 @@ def child(command: Sequence[str], *, log: Path | None = None) -> Iterator[subpro
 
 @contextmanager
 def _signals_later() -> Iterator[None]:
-    """Hold back SIGINT and SIGTERM until the block has ended, then let the first of them act as it would have."""
-    if threading.current_thread() is not threading.main_thread():  # signals are handled in the main thread only
+    """Defers SIGINT and SIGTERM until the block has ended, then raises the first one that arrived."""
+    if threading.current_thread() is not threading.main_thread():  # only the main thread handles signals
         yield
         return
     came: list[int] = []
@@ -91,10 +92,10 @@ def _signals_later() -> Iterator[None]:
 
 
 def run_to_end(command: Sequence[str]) -> None:
-    """Run a command to its end, on this terminal.
+    """Runs a command on this terminal and waits for it.
 
     Raises:
-        CommandFailedError: it ended with another code than 0.
+        CommandFailedError: if the exit code is not 0.
     """
     with child(command) as process:
         code = process.wait()

@@ -1,4 +1,4 @@
-"""How commands speak to people: progress and notes on standard error, results on standard output."""
+"""Terminal output of the commands: progress and notes on standard error, results on standard output."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from rich.progress import (
 )
 
 console = Console(stderr=True)
-"""Progress, notes, errors."""
+"""Standard error: progress, notes and errors."""
 out = Console()
-"""Results: what a script may want to read."""
+"""Standard output: results, which scripts can read."""
 
 
 @contextmanager
 def progress() -> Iterator[Progress]:
-    """A progress display for long work; plain lines where there is no terminal."""
+    """Shows a progress display for long work; plain lines without a terminal."""
     with Progress(
         SpinnerColumn(),
         TextColumn("[progress.description]{task.description}"),
@@ -37,5 +37,5 @@ def progress() -> Iterator[Progress]:
 
 
 def say(message: str) -> None:
-    """One line to the person watching."""
+    """Prints one line on standard error."""
     console.print(message, highlight=False)

@@ -1,1 +1,1 @@
-"""How a release takes over from another: who is on which arm, and later what decides it."""
+"""Canary rollouts: policy, evidence, decisions, traffic and the controller."""

@@ -1,8 +1,7 @@
-"""Why: an alert that names a release is reason enough to take it back, whichever way and however often it arrives.
+"""Alerts about releases: parses Alertmanager's webhook payload (version 4) and its API, and merges alerts.
 
-Pure handling of Alertmanager's webhook payload, version 4. A webhook is a hint: it may come twice, late, out of order
-or not at all, so the book of alerts is a merge that does not depend on the order of its inputs. Refuses payloads that
-are not what version 4 says, and never acts by itself.
+A webhook delivery can arrive twice, late, out of order or never. The merge of alerts therefore does not depend on the
+order of its inputs.
 """
 
 from __future__ import annotations
@@ -23,11 +22,11 @@ MAX_ALERTS: Final = 1_000
 MIN_RELEASE_CHARACTERS: Final = 12
 REMEMBERED_ALERTS: Final = 4_096
 POLLED: Final = "polled"
-"""Group key of what ``GET /api/v2/alerts`` gave, which knows no groups."""
+"""Group key of polled alerts: ``GET /api/v2/alerts`` returns no groups."""
 
 
 class Alert(BaseModel):
-    """One alert of a payload. Unknown fields are Alertmanager's business and are let through."""
+    """One alert of a payload. Unknown fields are ignored."""
 
     model_config = ConfigDict(extra="ignore", frozen=True)
 
@@ -40,7 +39,7 @@ class Alert(BaseModel):
 
 
 class WebhookPayload(BaseModel):
-    """``POST`` body of Alertmanager's webhook receiver."""
+    """``POST`` body that Alertmanager sends to a webhook receiver."""
 
     model_config = ConfigDict(extra="ignore", frozen=True)
 
@@ -52,11 +51,11 @@ class WebhookPayload(BaseModel):
 
 
 AlertKey = tuple[str, tuple[tuple[str, str], ...], float]
-"""Group key, sorted labels, starts-at: what makes two deliveries the same alert."""
+"""Identity of an alert across deliveries: group key, sorted labels, start time."""
 
 
 class KnownAlert(BaseModel):
-    """What the book remembers of one alert."""
+    """An alert in the alert registry."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -72,10 +71,10 @@ class KnownAlert(BaseModel):
 
 
 def parse_webhook(body: bytes | str) -> WebhookPayload:
-    """Check one webhook body.
+    """Parses a webhook body.
 
     Raises:
-        DataError: not JSON, or not an Alertmanager version 4 payload; the message has the field's path.
+        DataError: if the body is not an Alertmanager version 4 payload; the message has the field's path.
     """
     try:
         return WebhookPayload.model_validate(json.loads(body))
@@ -87,7 +86,7 @@ def parse_webhook(body: bytes | str) -> WebhookPayload:
 
 
 def known_alerts(payload: WebhookPayload) -> list[KnownAlert]:
-    """The payload's alerts as the book keeps them. Those without a release label are foreign and are left out."""
+    """Returns the payload's alerts that have a release label."""
     return [
         KnownAlert(
             group_key=payload.group_key,
@@ -102,10 +101,10 @@ def known_alerts(payload: WebhookPayload) -> list[KnownAlert]:
 
 
 def merge_alerts(book: Mapping[AlertKey, KnownAlert], news: Iterable[KnownAlert]) -> dict[AlertKey, KnownAlert]:
-    """The book with ``news`` in it: resolved wins over firing for one key, so order and repetition change nothing.
+    """Merges alerts. For the same key, resolved replaces firing, so order and repetition have no effect.
 
-    An alert that fires again has another starts-at and is another alert. The book keeps the newest
-    ``REMEMBERED_ALERTS``.
+    An alert that fires again has another start time and is therefore another alert. Keeps the newest
+    ``REMEMBERED_ALERTS`` alerts.
     """
     merged = dict(book)
     for alert in news:
@@ -121,10 +120,10 @@ def merge_alerts(book: Mapping[AlertKey, KnownAlert], news: Iterable[KnownAlert]
 def firing_for(
     book: Mapping[AlertKey, KnownAlert], release: str, *, since: float = float("-inf")
 ) -> tuple[FiringAlert, ...]:
-    """Alerts that fire and carry ``release``, oldest first; each label set once, however many groups it came in.
+    """Returns the firing alerts of a release, oldest first; each label set once, even if it arrived in several groups.
 
-    The label may hold the whole id or its first 12 characters or more, as people and dashboards write it. Alerts that
-    started before ``since`` (the rollout's start) are about an earlier life of the release.
+    The release label can contain the full id or a prefix of at least 12 characters. Alerts that started before
+    ``since``, the start of the rollout, belong to an earlier rollout of the release and are left out.
     """
     over = {(alert.labels, alert.starts_at) for alert in book.values() if alert.resolved}
     found: dict[tuple[tuple[str, str], ...], FiringAlert] = {}
@@ -142,20 +141,20 @@ def firing_for(
 
 
 def names_release(label: str, release: str) -> bool:
-    """Whether a label's value means this release."""
+    """Returns whether the value of a release label refers to this release."""
     return label == release or (len(label) >= MIN_RELEASE_CHARACTERS and release.startswith(label))
 
 
 def replace_polled(book: Mapping[AlertKey, KnownAlert], polled: Iterable[KnownAlert]) -> dict[AlertKey, KnownAlert]:
-    """The book after a successful poll: what was polled before and is not there any more has ended."""
+    """Merges a successful poll. Alerts of an earlier poll that are missing now have ended and are removed."""
     return merge_alerts({key: alert for key, alert in book.items() if alert.group_key != POLLED}, polled)
 
 
 def from_poll(answer: Any) -> list[KnownAlert]:
-    """Alerts from Alertmanager's ``GET /api/v2/alerts``, which has no groups.
+    """Parses the alerts of Alertmanager's ``GET /api/v2/alerts``, which have no groups.
 
     Raises:
-        DataError: not a list of alerts.
+        DataError: if the response is not a list of alerts.
     """
     if not isinstance(answer, list):
         raise DataError(f"alerts: saw {type(answer).__name__}, expected a list (GET /api/v2/alerts)")

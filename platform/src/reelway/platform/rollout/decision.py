@@ -1,8 +1,10 @@
-"""Why: the one place that says what happens next to a rollout, and why, word for word.
+"""Decides the next action of a rollout and states the reason.
 
-Pure: same policy, state, evidence and clock, same decision. It refuses to fetch, write or sleep, and to promote on
-anything but evidence: missing, stale, reordered or insufficient evidence holds, and a hold ends in a pause or a
-rollback, never in a promotion. The order of the rules is the order of ``_RULES``.
+Pure functions: the same policy, state, evidence and clock give the same decision. ``_RULES`` lists the rules in order
+of precedence; the first one that applies decides.
+
+Apart from a forced ``promote`` command, only evidence promotes a release. Missing, stale, out-of-order or insufficient
+evidence holds the rollout. A hold ends in a pause or a rollback, never in a promotion.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ __all__ = ["Action", "Decision", "advance", "decide", "decide_on", "start"]
 
 @dataclass(frozen=True, slots=True)
 class _Case:
-    """Everything a rule may look at."""
+    """Input of the decision rules."""
 
     policy: RolloutPolicy
     state: RolloutState
@@ -33,11 +35,11 @@ class _Case:
     now: float
     tick_s: float
     distrust: str
-    """Why this snapshot may not carry a step or a promotion; empty when it may."""
+    """Reason why this snapshot cannot justify a step or a promotion; empty if it can."""
 
 
 def decide(policy: RolloutPolicy, state: RolloutState, evidence: EvidenceSnapshot | None, now: float) -> Decision:
-    """What to do now. ``evidence`` None means that none could be fetched: everything is ``telemetry_down``."""
+    """Returns the next action. Without ``evidence`` everything is ``telemetry_down``."""
     evidence = evidence or nothing_heard(state.canary_release, now)
     return decide_on(policy, state, evidence, assess(policy, evidence), now)
 
@@ -45,7 +47,7 @@ def decide(policy: RolloutPolicy, state: RolloutState, evidence: EvidenceSnapsho
 def decide_on(
     policy: RolloutPolicy, state: RolloutState, evidence: EvidenceSnapshot, verdicts: Assessment, now: float
 ) -> Decision:
-    """``decide`` with the assessment of ``evidence`` already made."""
+    """Returns the next action for evidence that is already assessed."""
     tick_s = tick_of(policy, state, now)
     case = _Case(policy, state, evidence, verdicts, now, tick_s, _distrust(policy, state, evidence, now))
     for rule in _RULES:
@@ -62,9 +64,9 @@ def decide_on(
 
 def _distrust(policy: RolloutPolicy, state: RolloutState, evidence: EvidenceSnapshot, now: float) -> str:
     if evidence.release != state.canary_release:
-        return f"the evidence is about release {evidence.release[:12]}, not {state.canary_release[:12]}"
+        return f"the evidence belongs to release {evidence.release[:12]}, not {state.canary_release[:12]}"
     if not math.isfinite(evidence.time):
-        return "the evidence has no time"
+        return "the evidence has no valid time"
     if (age := now - evidence.time) > policy.evidence_max_age_s:
         return f"the evidence is {age:.0f} s old, allowed {policy.evidence_max_age_s:.0f} s"
     if age < -policy.evidence_max_age_s:
@@ -75,7 +77,7 @@ def _distrust(policy: RolloutPolicy, state: RolloutState, evidence: EvidenceSnap
         and not clock_went_back
         and state.evidence_at <= now + policy.evidence_max_age_s
     ):
-        return f"newer evidence was judged before ({state.evidence_at - evidence.time:.0f} s newer)"
+        return f"newer evidence was already assessed ({state.evidence_at - evidence.time:.0f} s newer)"
     return ""
 
 
@@ -84,7 +86,7 @@ def _own(case: _Case) -> bool:
 
 
 def _finished(case: _Case) -> Decision | None:
-    """Final is final: neither evidence nor a command moves a rollout that was rolled back or retired."""
+    """Rolled-back and retired rollouts are final: neither evidence nor commands change them."""
     state = case.state
     if state.phase is not Phase.ROLLED_BACK and not state.retired:
         return None
@@ -93,20 +95,20 @@ def _finished(case: _Case) -> Decision | None:
     what = "the previous release is no longer warm" if state.retired else "it was rolled back"
     return Decision(
         Action.REFUSE,
-        f"{state.command.verb} by {state.command.actor} refused: {what}; start a new rollout",
+        f"{state.command.verb} by {state.command.actor} rejected: {what}; start a new rollout",
         command_done=True,
     )
 
 
 def _rolling_back(case: _Case) -> Decision | None:
-    """The only way out of a rollback is its end."""
+    """A rollback cannot be interrupted."""
     state = case.state
     if state.phase is not Phase.ROLLING_BACK:
         return None
     done = state.command is not None
     if case.evidence.weights is not None and case.evidence.weights.get(Arm.CANARY, 0) == 0:
         return Decision(Action.COMPLETE_ROLLBACK, f"all traffic is on stable: {state.reason}", command_done=done)
-    return Decision(Action.WAIT, "rolling back: traffic is not yet seen on stable", command_done=done)
+    return Decision(Action.WAIT, "rolling back: not all traffic is observed on stable yet", command_done=done)
 
 
 def _asked_to_roll_back(case: _Case) -> Decision | None:
@@ -118,14 +120,17 @@ def _asked_to_roll_back(case: _Case) -> Decision | None:
 
 
 def _guardrail(case: _Case) -> Decision | None:
-    """At once, in every phase, on any snapshot of this release however late it arrives."""
+    """Rolls back immediately in every phase after pending, also on a stale snapshot of this release."""
     if case.state.phase is Phase.PENDING or not _own(case) or not (breaches := case.verdicts.breaches):
         return None
     return Decision(Action.ROLL_BACK, "guardrail: " + "; ".join(breach.sentence for breach in breaches))
 
 
 def _harm(case: _Case) -> Decision | None:
-    """Paused or not: a pause stops progress, never protection. After promotion there is no stable arm to compare."""
+    """Rolls back also while paused: a pause stops the ramp, not the protection.
+
+    After a promotion there is no stable arm to compare with.
+    """
     if case.state.phase not in RAMPING or not _own(case) or not (harms := case.verdicts.harms):
         return None
     return Decision(Action.ROLL_BACK, "; ".join(harm.sentence for harm in harms))
@@ -142,24 +147,24 @@ def _asked_else(case: _Case) -> Decision | None:
         return Decision(Action.RESUME, f"resumed {who}", command_done=True)
     if command.verb == "promote" and state.phase in RAMPING:
         return _asked_to_promote(case, who)
-    return Decision(Action.REFUSE, f"{command.verb} {who} refused: the rollout is {state.phase}", command_done=True)
+    return Decision(Action.REFUSE, f"{command.verb} {who} rejected: the rollout is {state.phase}", command_done=True)
 
 
 def _asked_to_promote(case: _Case, who: str) -> Decision:
-    """A person may skip steps and holds; going past missing evidence takes ``--force`` and is written down as such."""
+    """A command may skip steps and holds. Without evidence it requires ``--force``, which the reason records."""
     lacking = _lacking(case)
     if lacking and not (case.state.command and case.state.command.force):
         return Decision(
-            Action.REFUSE, f"promotion {who} refused: {lacking}; --force promotes anyway", command_done=True
+            Action.REFUSE, f"promotion {who} rejected: {lacking}; --force promotes anyway", command_done=True
         )
-    suffix = f", although {lacking}" if lacking else f"; {_grounds(case)}"
+    suffix = f", forced despite {lacking}" if lacking else f"; {_grounds(case)}"
     return Decision(Action.PROMOTE, f"promoted {who}{suffix}", command_done=True)
 
 
 def _before_traffic(case: _Case) -> Decision | None:
     state, policy, evidence = case.state, case.policy, case.evidence
     if state.phase is Phase.PENDING:
-        return Decision(Action.PREPARE, f"bring up {state.canary_release[:12]} beside {state.stable_release[:12]}")
+        return Decision(Action.PREPARE, f"start {state.canary_release[:12]} in addition to {state.stable_release[:12]}")
     if state.phase is Phase.PREPARING:
         if not case.distrust and evidence.canary_gave_up:
             return Decision(Action.ROLL_BACK, f"the release cannot start: {evidence.canary_gave_up}")
@@ -177,7 +182,7 @@ def _leave_shadow(case: _Case) -> Decision:
     state, shadow = case.state, case.policy.shadow
     assert shadow is not None
     if case.distrust or not case.evidence.canary_ready:
-        why = case.distrust or "the release is not seen ready"
+        why = case.distrust or "the release is not observed as ready"
         deadline = case.policy.deadlines.telemetry_down
         return _deadline(case, deadline, state.held_telemetry_s, why, holds="telemetry_down")
     seen, waited_s = case.evidence.shadow_requests, state.phase_s + case.tick_s
@@ -194,7 +199,7 @@ def _after_traffic(case: _Case) -> Decision | None:
     if state.phase is Phase.PROMOTING:
         if case.evidence.weights is not None and case.evidence.weights.get(Arm.CANARY, 0) == state.canary_bp:
             return Decision(Action.COMPLETE_PROMOTION, f"all traffic is on {state.canary_release[:12]}")
-        return Decision(Action.WAIT, "promoting: traffic is not yet seen on the release")
+        return Decision(Action.WAIT, "promoting: not all traffic is observed on the release yet")
     if state.phase is Phase.PROMOTED:
         kept_s = state.phase_s + case.tick_s
         if kept_s >= case.policy.retention_s:
@@ -208,7 +213,7 @@ def _paused(case: _Case) -> Decision | None:
 
 
 def _ramp(case: _Case) -> Decision | None:
-    """Telemetry first: what cannot be seen is neither good nor bad, and does not count towards the hold."""
+    """Missing telemetry takes precedence: it is neither good nor bad, and its time does not count towards the hold."""
     state, deadlines = case.state, case.policy.deadlines
     if unseen := _unseen(case):
         return _deadline(case, deadlines.telemetry_down, state.held_telemetry_s, unseen, holds="telemetry_down")
@@ -233,12 +238,16 @@ def _unseen(case: _Case) -> str:
 
 
 def _lacking(case: _Case, *, this_step: bool = False) -> str:
-    """What is missing for the next step (``this_step``, not at the last) or for promotion; empty when nothing is."""
+    """Returns what is missing for a promotion; empty if nothing is.
+
+    Args:
+        this_step: check the requirements of the next step instead, unless this is the last step.
+    """
     if unseen := _unseen(case):
         return unseen
     verdicts = case.verdicts
     if verdicts.breaches or verdicts.harms:
-        return "there is a breach or established harm"
+        return "a guardrail breach or established harm"
     if not verdicts.guardrails_ok:
         return next(g.sentence for g in verdicts.guardrails if g.state.value != "ok")
     last = case.state.step + 1 >= len(case.policy.steps)
@@ -263,7 +272,7 @@ def _lacking(case: _Case, *, this_step: bool = False) -> str:
 
 
 def _grounds(case: _Case) -> str:
-    """Why a step or the promotion is earned, with its numbers."""
+    """Returns the justification of a step or a promotion, with its numbers."""
     verdicts = case.verdicts
     seen = f"{verdicts.canary_viewers} viewers and {verdicts.canary_impressions} impressions on the canary"
     if not verdicts.not_excluded and (proved := [o.sentence for o in verdicts.outcomes if o.required]):
@@ -277,14 +286,14 @@ def _step_of(case: _Case) -> Step:
 
 
 def _step_to(case: _Case, index: int, why: str) -> Decision:
-    """A step never lowers the weight, even if the policy was edited meanwhile."""
+    """Decides a step. A step never lowers the weight, even if the policy was edited meanwhile."""
     points = max(case.policy.steps[index].weight_bp, case.state.canary_bp)
     points = min(points, BASIS_POINTS - case.state.holdout_bp)
     return Decision(Action.STEP, f"to step {index + 1}, {points / 100:g} %: {why}", index, points)
 
 
 def _deadline(case: _Case, deadline: Deadline, held_s: float, why: str, *, holds: str) -> Decision:
-    """Hold for ``why`` until the deadline, then what the policy says; it cannot say promote."""
+    """Holds until the deadline, then takes the policy's deadline action, which is never a promotion."""
     state, held_s = case.state, held_s + case.tick_s
     if held_s >= deadline.after_s and deadline.action != "hold":
         reason = f"{why}; for {held_s:.0f} s, deadline {deadline.after_s:.0f} s"

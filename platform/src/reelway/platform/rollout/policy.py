@@ -1,14 +1,14 @@
-"""Why: what a team accepts of a release is written down before the rollout, in one YAML file that is checked whole.
+"""Rollout policies: the steps, guardrails, outcome metrics and deadlines of a rollout, read from a YAML file.
 
-Refuses an unknown key or a value out of range, with its path in the file and what was allowed. It judges nothing:
-``assessment`` and ``decision`` do. Weights are percent here, at the edge, and basis points everywhere inside.
+Unknown keys and invalid values are reported with their path and the allowed values. Weights are percent in the file and
+basis points everywhere else.
 
-**How alpha is shared.** ``alpha.rollback`` bounds the probability that a release which harms nothing beyond its margins
-is ever rolled back by an outcome metric: it is divided over all (metric, slice) tests in proportion to ``alpha_weight``
-(Bonferroni). ``alpha.promotion`` bounds the probability that a release which harms a metric beyond its margin is
-promoted: promotion needs *every* required metric to exclude such harm, an intersection-union test (Berger 1982), so
-each is tested at the whole of it. Harm and exclusion are two one-sided tests with budgets of their own, so directions
-share nothing. Tests are always valid and never restart, so looks and steps spend nothing.
+**Division of alpha.** ``alpha.rollback`` bounds the probability that a release without harm beyond its margins is ever
+rolled back by an outcome metric. It is divided over all (metric, slice) tests in proportion to ``alpha_weight``
+(Bonferroni). ``alpha.promotion`` bounds the probability that a release with harm beyond a margin is promoted. Promotion
+requires that *every* required metric excludes such harm, an intersection-union test (Berger 1982), so each metric is
+tested at the full ``alpha.promotion``. Harm and its exclusion are two one-sided tests with separate budgets. The tests
+are valid at any time and never restart, so reconciles and steps spend no alpha.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ DeadlineAction = Literal["hold", "pause", "rollback"]
 
 
 class Slice(StrEnum):
-    """The part of the traffic a metric is looked at on; cold ones are where a recommender breaks first."""
+    """Part of the traffic that a metric is computed on. Recommenders usually degrade first on the cold slices."""
 
     OVERALL = "overall"
     NEW_VIEWERS = "new_viewers"
@@ -54,10 +54,10 @@ def _basis_points(percent: float, path: str) -> int:
 
 
 class Step(_Strict):
-    """One weight of the ramp and what must be seen at it. Exposure counts the canary's, since the rollout began."""
+    """A weight of the ramp and the exposure that it requires. Exposure is the canary's since the rollout started."""
 
     weight_percent: Annotated[float, Field(gt=0, le=100, allow_inf_nan=False)]
-    hold_s: Seconds = Field(default=600, description="seconds of observed traffic at this weight before the next")
+    hold_s: Seconds = Field(default=600, description="seconds of observed traffic at this weight before the next step")
     minimum_viewers: Annotated[int, Field(ge=0)] = 200
     minimum_impressions: Annotated[int, Field(ge=0)] = 2_000
 
@@ -72,14 +72,14 @@ class Step(_Strict):
 
 
 class RatioLimit(_Strict):
-    """A share of requests that must not be exceeded. Judged exactly, so a handful of requests can be enough."""
+    """Maximum share of requests. The test is exact, so that a handful of requests can establish a breach."""
 
     maximum: Ratio
     minimum_requests: Annotated[int, Field(ge=1)] = 20
 
 
 class LatencyLimit(_Strict):
-    """Bound on the canary's 99th percentile: in milliseconds, as a multiple of stable's, or both (the stricter)."""
+    """Limit of the canary's 99th percentile: in milliseconds, as a multiple of stable's, or the stricter of both."""
 
     maximum: Annotated[float | None, Field(gt=0)] = None
     maximum_ratio_to_stable: Annotated[float | None, Field(gt=1)] = None
@@ -88,23 +88,23 @@ class LatencyLimit(_Strict):
     @model_validator(mode="after")
     def _one_of_them(self) -> LatencyLimit:
         if self.maximum is None and self.maximum_ratio_to_stable is None:
-            raise ValueError("saw neither maximum nor maximum_ratio_to_stable, expected at least one")
+            raise ValueError("neither maximum nor maximum_ratio_to_stable is set, expected at least one")
         return self
 
 
 class CountLimit(_Strict):
-    """A number that must not be exceeded."""
+    """Maximum of a count."""
 
     maximum: Annotated[int, Field(ge=0)] = 0
 
 
 class Guardrails(_Strict):
-    """What rolls back at once. Each may be null, which switches it off."""
+    """Limits whose breach rolls back immediately. Null disables a guardrail."""
 
     significance: Ratio = Field(
         default=1e-6,
-        description="a ratio is a breach when this many events at the limit would be rarer than this; at one reading "
-        "every 30 s for a day and the true ratio right at the limit, 1e-6 adds 0.3 % to the false rollback rate",
+        description="a ratio is a breach if the observed number of events is less probable than this at the limit; "
+        "with a reading every 30 s for a day and a true ratio at the limit, 1e-6 adds 0.3 % to the false rollback rate",
     )
     error_ratio: RatioLimit | None = RatioLimit(maximum=0.02)
     empty_slate_ratio: RatioLimit | None = RatioLimit(maximum=0.01)
@@ -114,66 +114,67 @@ class Guardrails(_Strict):
 
 
 class OutcomeMetric(_Strict):
-    """One thing viewers do, and how much worse the release may make it."""
+    """A metric of viewer outcomes, and the harm to it that is accepted."""
 
     name: Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")]
     kind: Literal["ratio", "mean"] = Field(default="ratio", description="per impression, or per viewer")
-    direction: Literal["higher", "lower"] = Field(default="higher", description="which way is better for viewers")
+    direction: Literal["higher", "lower"] = Field(default="higher", description="direction that is better for viewers")
     role: Literal["outcome", "safeguard"] = "outcome"
-    margin: Ratio = Field(description="largest harm accepted, relative to stable")
+    margin: Ratio = Field(description="largest accepted harm, relative to stable")
     tuned_for: Ratio | None = Field(
-        default=None, description="relative harm to be caught with the fewest viewers; 2 x margin when null"
+        default=None, description="relative harm that is detected with the fewest viewers; defaults to 2 x margin"
     )
     promotion_requires: Literal["excluded", "not_established"] = Field(
-        default="excluded", description="harm beyond the margin overall must be excluded, or only not established"
+        default="excluded",
+        description="whether promotion requires that overall harm beyond the margin is excluded, or not established",
     )
     slices: tuple[Slice, ...] = (Slice.OVERALL,)
-    slice_margin: Ratio | None = Field(default=None, description="margin on the other slices; margin when null")
+    slice_margin: Ratio | None = Field(default=None, description="margin on the other slices; defaults to margin")
     alpha_weight: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
     slice_alpha_weight: Annotated[float | None, Field(gt=0, allow_inf_nan=False)] = None
     minimum_viewers: Annotated[int, Field(ge=50)] = Field(
-        default=200, description="in each arm before this metric is judged: the burn-in of an asymptotic test"
+        default=200, description="viewers in each arm before the metric is assessed: burn-in of the asymptotic test"
     )
 
     @model_validator(mode="after")
     def _consistent(self) -> OutcomeMetric:
         if len(set(self.slices)) != len(self.slices) or Slice.OVERALL not in self.slices:
-            raise ValueError(f"slices {[s.value for s in self.slices]}, expected overall and no slice twice")
+            raise ValueError(f"slices {[s.value for s in self.slices]}, expected overall and no duplicates")
         for margin in {self.margin, self.slice_margin or self.margin}:
             if self.tuned_for is not None and self.tuned_for <= margin:
-                raise ValueError(f"tuned_for {self.tuned_for:g} is not beyond the margin {margin:g}; raise it")
+                raise ValueError(f"tuned_for {self.tuned_for:g} is not beyond the margin {margin:g}; raise tuned_for")
         return self
 
     def margin_on(self, part: Slice) -> float:
-        """The margin that holds on a slice."""
+        """Returns the margin on a slice."""
         return self.margin if part is Slice.OVERALL or self.slice_margin is None else self.slice_margin
 
     def beyond_margin(self, part: Slice) -> float:
-        """Harm in excess of the margin that the rollback test is tuned to."""
+        """Returns the harm beyond the margin that the rollback test is tuned for."""
         margin = self.margin_on(part)
         return margin if self.tuned_for is None else self.tuned_for - margin
 
     def weight_on(self, part: Slice) -> float:
-        """The slice's weight in the division of ``alpha.rollback``."""
+        """Returns the weight of a slice in the division of ``alpha.rollback``."""
         return self.alpha_weight if part is Slice.OVERALL else (self.slice_alpha_weight or self.alpha_weight)
 
 
 class Alpha(_Strict):
-    """Error rates of a whole rollout; see the module's docstring."""
+    """Error rates per rollout; see the module's docstring."""
 
     rollback: Ratio = 0.005
     promotion: Ratio = 0.005
 
 
 class Deadline(_Strict):
-    """How long to hold for want of evidence, and what then."""
+    """How long a rollout holds without evidence, and the action after that."""
 
     after_s: Seconds
     action: DeadlineAction = "pause"
 
 
 class Deadlines(_Strict):
-    """``hold`` holds for ever, ``pause`` asks a person, ``rollback`` gives up. There is no ``promote``."""
+    """Deadlines of holds. ``hold`` never ends, ``pause`` waits for a command, ``rollback`` gives up."""
 
     preparing: Deadline = Deadline(after_s=900, action="rollback")
     insufficient: Deadline = Deadline(after_s=24 * 3600, action="pause")
@@ -181,7 +182,7 @@ class Deadlines(_Strict):
 
 
 class Shadow(_Strict):
-    """Mirror requests to the release and discard the answers, before it gets a weight."""
+    """Mirroring of requests to the release before it takes traffic; the responses are discarded."""
 
     duration_s: Seconds = 600
     mirror_percent: Percent = 5
@@ -194,22 +195,22 @@ class Shadow(_Strict):
 
 
 class RolloutPolicy(_Strict):
-    """A rollout policy. ``load_policy`` reads one from YAML; the default ships with the package."""
+    """A rollout policy. ``load_policy`` reads a policy from YAML; ``default_policy`` returns the built-in one."""
 
     version: Literal[1] = 1
     name: Annotated[str, Field(min_length=1, max_length=64)] = "default"
     steps: Annotated[tuple[Step, ...], Field(min_length=1, max_length=20)]
-    holdout_percent: Percent = Field(default=0, description="always on the popularity ranking, never ramped")
+    holdout_percent: Percent = Field(default=0, description="viewers that always get the popularity ranking")
     shadow: Shadow | None = None
     guardrails: Guardrails = Guardrails()
     outcomes: Annotated[tuple[OutcomeMetric, ...], Field(min_length=1)]
     alpha: Alpha = Alpha()
     deadlines: Deadlines = Deadlines()
-    cooldown_s: Seconds = Field(default=3600, description="after a rollback, before anything else is rolled out")
-    retention_s: Seconds = Field(default=24 * 3600, description="the previous release stays warm after promotion")
+    cooldown_s: Seconds = Field(default=3600, description="delay after a rollback before the next rollout")
+    retention_s: Seconds = Field(default=24 * 3600, description="how long the previous release stays warm")
     evidence_max_age_s: Seconds = Field(default=120, description="older evidence counts as telemetry_down")
     longest_tick_s: Annotated[float, Field(gt=0)] = Field(
-        default=120, description="most that one decision adds to any timer, whatever the clock says"
+        default=120, description="maximum that one decision adds to a timer, so that a clock jump ends no hold"
     )
 
     @model_validator(mode="after")
@@ -219,17 +220,17 @@ class RolloutPolicy(_Strict):
         for i, step in enumerate(self.steps):
             if step.weight_bp <= previous:
                 raise ValueError(
-                    f"steps[{i}].weight_percent is {step.weight_percent:g}, expected more than the step before"
+                    f"steps[{i}].weight_percent is {step.weight_percent:g}, expected more than the previous step"
                 )
             if step.weight_bp + holdout_bp >= BASIS_POINTS:
                 raise ValueError(
                     f"steps[{i}].weight_percent {step.weight_percent:g} + holdout_percent {self.holdout_percent:g} "
-                    "leaves stable nothing to be compared with, expected less than 100 together"
+                    "leaves no traffic for stable, expected a sum below 100"
                 )
             previous = step.weight_bp
         names = [metric.name for metric in self.outcomes]
         if twice := sorted({name for name in names if names.count(name) > 1}):
-            raise ValueError(f"outcomes named twice: {twice}")
+            raise ValueError(f"duplicate outcomes: {twice}")
         return self
 
     @property
@@ -238,21 +239,21 @@ class RolloutPolicy(_Strict):
 
     @cached_property
     def tests(self) -> tuple[tuple[OutcomeMetric, Slice], ...]:
-        """Every (metric, slice) that is judged, in the policy's order."""
+        """All assessed pairs of metric and slice, in the policy's order."""
         return tuple((metric, part) for metric in self.outcomes for part in metric.slices)
 
     @cached_property
     def rollback_alphas(self) -> tuple[float, ...]:
-        """``alpha.rollback`` divided over ``tests``; they sum to it."""
+        """``alpha.rollback`` divided over ``tests``."""
         weights = [metric.weight_on(part) for metric, part in self.tests]
         return tuple(self.alpha.rollback * weight / sum(weights) for weight in weights)
 
 
 def load_policy(path: Path) -> RolloutPolicy:
-    """Read and check a policy file.
+    """Reads and validates a policy file.
 
     Raises:
-        ConfigError: unreadable, not YAML, or a key or value that is not allowed; the message has its path.
+        ConfigError: if the file cannot be read or is invalid; the message has the path of each invalid key or value.
     """
     try:
         text = path.read_text()
@@ -262,16 +263,19 @@ def load_policy(path: Path) -> RolloutPolicy:
 
 
 def default_policy() -> RolloutPolicy:
-    """The policy that ships with the package."""
+    """Returns the built-in default policy."""
     text = (files("reelway.platform.rollout") / "default_policy.yaml").read_text()
     return parse_policy(text, source="default_policy.yaml")
 
 
 def parse_policy(text: str, *, source: str) -> RolloutPolicy:
-    """Check the text of a policy file. ``source`` names it in messages.
+    """Parses and validates the text of a policy file.
+
+    Args:
+        source: name of the file in error messages.
 
     Raises:
-        ConfigError: as ``load_policy``.
+        ConfigError: if the text is invalid, as in ``load_policy``.
     """
     try:
         loaded = yaml.safe_load(text)
@@ -289,14 +293,14 @@ def parse_policy(text: str, *, source: str) -> RolloutPolicy:
 
 
 def policy_schema() -> dict[str, Any]:
-    """The JSON Schema of a policy file, for editors and for the chart."""
+    """Returns the JSON Schema of policy files, for editors and the chart."""
     return RolloutPolicy.model_json_schema()
 
 
 def _echoes(problem: Mapping[str, Any], others: Sequence[Mapping[str, Any]]) -> bool:
-    """A list found too short only because its items were refused."""
-    place = problem["loc"]
-    return problem["type"] == "too_short" and any(o["loc"][: len(place)] == place != o["loc"] for o in others)
+    """Returns whether a list is too short only because its items are invalid."""
+    location = problem["loc"]
+    return problem["type"] == "too_short" and any(o["loc"][: len(location)] == location != o["loc"] for o in others)
 
 
 def _explain(problem: Mapping[str, Any]) -> str:
@@ -306,7 +310,7 @@ def _explain(problem: Mapping[str, Any]) -> str:
         model = _model_at(location[:-1])
         return f"{path}: unknown key, allowed: {_keys(model) if model else '(none)'}"
     if kind == "missing":
-        return f"{path}: missing, and it has no default"
+        return f"{path}: missing, required"
     context = problem.get("ctx", {})
     if kind == "value_error":
         return f"{path or '(policy)'}: {context['error']}"

@@ -1,7 +1,6 @@
-"""Why: what is written down of a rollout, apart from where. One shape for SQLite here and a resource's status there.
+"""Stored records of rollouts, and the interface of a rollout store.
 
-Types and the interface of a store; no I/O. The rule of the controller stands on it: a state is recorded before the
-world is changed for it.
+SQLite stores them in local mode, the status of a ReleaseRollout on a cluster.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ class _Record(BaseModel):
 
 
 class Rollout(_Record):
-    """A rollout as it is stored. ``version`` grows with every change; a writer names the one that it read."""
+    """A stored rollout. ``version`` increases with every change; a writer passes the version that it read."""
 
     state: RolloutState
     policy: RolloutPolicy
@@ -30,9 +29,9 @@ class Rollout(_Record):
 
 
 class HistoryEntry(_Record):
-    """One decision that changed something, or was refused. ``reason`` is the decision's, word for word."""
+    """A decision that changed the rollout or rejected a command. ``reason`` is the decision's, verbatim."""
 
-    number: int = Field(default=0, description="given by the store, ascending over all rollouts")
+    number: int = Field(default=0, description="assigned by the store, ascending over all rollouts")
     rollout_id: str
     time: float
     action: str
@@ -42,12 +41,14 @@ class HistoryEntry(_Record):
     step: int
     canary_bp: int
     evidence: dict[str, Any] = Field(
-        default_factory=dict, description="`summary_of` the assessment that the decision was made on"
+        default_factory=dict, description="`summarise_evidence` of the assessment behind the decision"
     )
 
 
 class Sighting(_Record):
-    """What the controller saw at its last look, for people: overwritten at every look, never decided upon."""
+    """What the controller observed in its last reconcile. For display only: it is overwritten each time and is no input
+    to a decision.
+    """
 
     rollout_id: str
     time: float
@@ -58,37 +59,38 @@ class Sighting(_Record):
 
 
 class RolloutStore(Protocol):
-    """Where rollouts are kept. Every method is one transaction, and safe between processes."""
+    """Stores rollouts. Every method is one transaction and safe across processes."""
 
     def create(self, state: RolloutState, policy: RolloutPolicy) -> Rollout:
-        """Raises RolloutError: one is under way already."""
+        """Stores a new rollout. Raises RolloutError if a rollout is in progress."""
         ...
 
     def get(self, rollout_id: str) -> Rollout:
-        """By id or its unique beginning. Raises RolloutError: there is none, or several."""
+        """Returns the rollout with this id or unique prefix. Raises RolloutError if none or several match."""
         ...
 
     def latest(self) -> Rollout | None:
-        """The newest one, whatever its phase."""
+        """Returns the latest rollout, in any phase."""
         ...
 
     def all(self) -> Sequence[Rollout]:
-        """Oldest first."""
+        """Returns all rollouts, oldest first."""
         ...
 
     def record(self, before: Rollout, state: RolloutState, entry: HistoryEntry | None) -> Rollout:
-        """Write the new state and its history entry, durably, before anything is done for it.
+        """Writes the new state and its history entry durably.
 
-        Commands asked for since ``before`` was read are kept. Raises RolloutError: somebody else wrote it meanwhile.
+        Keeps commands that were submitted after ``before`` was read. Raises RolloutError if another writer changed the
+        rollout meanwhile.
         """
         ...
 
     def ask(self, rollout_id: str, command: Command) -> Rollout:
-        """Put a person's command into the newest state (``state.ask``)."""
+        """Adds a user's command to the newest state (``state.add_command``)."""
         ...
 
     def history(self, rollout_id: str | None = None) -> Sequence[HistoryEntry]:
-        """Oldest first; of all rollouts when no id is given."""
+        """Returns the history entries of one rollout, or of all rollouts, oldest first."""
         ...
 
     def alerts(self) -> dict[AlertKey, KnownAlert]: ...
@@ -100,25 +102,26 @@ class RolloutStore(Protocol):
     def sighting(self, rollout_id: str) -> Sighting | None: ...
 
     def changes(self, *, own: bool = True) -> int:
-        """A number that differs after any write by anybody: cheap enough to ask ten times a second.
+        """Returns a number that changes with every write. Cheap enough to poll ten times a second.
 
-        ``own`` False leaves out what was written through this object.
+        Args:
+            own: whether writes through this object count.
         """
         ...
 
 
 def with_commands_since(before: Rollout, newest: Rollout, state: RolloutState) -> RolloutState:
-    """``state``, decided upon ``before``, with the commands that ``newest`` has beyond it.
+    """Returns ``state``, which was decided from ``before``, with the commands that ``newest`` has in addition.
 
     Raises:
-        RolloutError: more than commands differs: somebody else moved the rollout.
+        RolloutError: if more than commands differs, because another writer changed the rollout.
     """
     command = {"command": None, "commands_seen": ()}
     if newest.state.model_copy(update=command) != before.state.model_copy(update=command):
         raise RolloutError(
             f"rollout {state.id} is at version {newest.version} ({newest.state.phase}), was read at {before.version} "
-            f"({before.state.phase}); somebody else moved it, nothing was written; is there a second controller?"
+            f"({before.state.phase}); somebody else changed it, nothing was written; stop any second controller"
         )
-    # The command that was read was dealt with by ``state``; only one that came after it is still to be done.
+    # ``state`` has handled the command that was read; only a later command is still pending.
     asked = newest.state.command if newest.state.command != before.state.command else state.command
     return state.model_copy(update={"command": asked, "commands_seen": newest.state.commands_seen})

@@ -1,12 +1,12 @@
-"""Why: a canary is looked at every few seconds, so its verdict must hold at whatever moment somebody stops.
+"""Sequential tests of canary against stable that are valid at any time.
 
-Pure arithmetic on sufficient statistics; it refuses to know what a metric means, what a policy is, or what time it
-is. Everything broadcasts, so one call judges a dozen metrics or ten thousand simulated rollouts.
+A canary is evaluated every few seconds, so a test at a fixed horizon would reject too often. The functions compute on
+sufficient statistics and broadcast: one call tests a dozen metrics or ten thousand simulated rollouts.
 
-**Estimand.** Per arm, over viewers i with totals (x_i, y_i): ``theta = E[y] / E[x]`` (a plain mean is x_i = 1). What is
-judged is the relative difference ``theta_canary / theta_stable - 1``. The viewer is the randomised unit and therefore
-the cluster; the delta method gives the variance (Deng, Lu, Litz 2017; Lindon, Ham, Tingley, Bojinov, "Rapid regression
-detection in software deployments", arXiv 2205.14762, judge releases at Netflix the same way: at any time).
+**Estimand.** Per arm, over viewers i with totals (x_i, y_i): ``theta = E[y] / E[x]`` (a plain mean is x_i = 1). The
+tested effect is the relative difference ``theta_canary / theta_stable - 1``. The viewer is the randomised unit and
+therefore the cluster. The delta method gives the variance (Deng, Lu, Litz 2017). Lindon, Ham, Tingley, Bojinov, "Rapid
+regression detection in software deployments", arXiv 2205.14762, test releases at Netflix at any time, too.
 
 **Boundary.** One-sided normal mixture: with score S and variance clock V,
 ``e(S, V) = 2 sqrt(r/(V+r)) exp(S^2 / (2(V+r))) Phi(S / sqrt(V+r))``
@@ -14,35 +14,37 @@ is a non-negative supermartingale of mean at most 1 under "no drift upwards" (Ho
 "Time-uniform, nonparametric, nonasymptotic confidence sequences", Prop. 6), so ``P(ever e >= 1/alpha) <= alpha``
 (Ville). It is the mixture SPRT of Robbins 1970 and Johari, Koomen, Pekelis, Walsh 2022 ("Always valid inference"). Here
 ``V = 1/se^2`` (information), ``S = effect/se^2`` and ``r = 1/scale^2``: a half-normal prior on the size of the effect.
-Plugging in estimated variances makes it asymptotic: Waudby-Smith, Arbour, Sinha, Kennedy, Ramdas 2024 ("Time-uniform
-central limit theory and asymptotic confidence sequences", arXiv 2103.06476) and, with a burn-in as the minimum exposure
-here, Bibaut, Kallus, Lindon 2022 (arXiv 2212.14411). Bounded outcomes with few viewers could use betting (Waudby-Smith,
-Ramdas 2023) instead; that needs rows, not counters.
+Estimated variances make the test asymptotic: Waudby-Smith, Arbour, Sinha, Kennedy, Ramdas 2024 ("Time-uniform central
+limit theory and asymptotic confidence sequences", arXiv 2103.06476) and, with a burn-in like the minimum exposure used
+here, Bibaut, Kallus, Lindon 2022 (arXiv 2212.14411). Betting (Waudby-Smith, Ramdas 2023) would be an alternative for
+bounded outcomes of few viewers, but it requires rows instead of counters.
 
-**A viewer's totals grow while we look.** Then the score does not have independent increments: a viewer who liked more
-than average so far will go on doing so, and a martingale argument fails. What is true instead: the estimates at
-different times are jointly Gaussian in the limit, and whenever ``Cov(D_s, D_t) >= Var(D_t)`` for s < t their
-correlation is at least ``sqrt(V_s / V_t)``, that of the Brownian motion for which the boundary was made. By Slepian's
-lemma (1962) higher correlations at equal variances make a one-sided crossing *less* likely. So the level holds.
+**Viewers return during the test.** The totals of a viewer grow over time, so the score does not have independent
+increments: a viewer with many likes so far will probably like more. A martingale argument therefore does not apply.
+Instead, the estimates at different times are jointly Gaussian in the limit. If ``Cov(D_s, D_t) >= Var(D_t)`` for s < t,
+their correlation is at least ``sqrt(V_s / V_t)``, that of the Brownian motion that the boundary assumes. By Slepian's
+lemma (1962) higher correlations at equal variances make a one-sided crossing *less* likely, so the level holds.
+
 - Equality: a viewer counts once (its window closes), or its increments are independent.
-- Strictly greater: viewers differ from each other (random effects) and those seen earlier are, by t, at least as heavy
-  as the rest, which is what inspection bias brings about: frequent viewers show up first.
-- Can fail: late cohorts much heavier than everyone before. A test simulates one six times as heavy.
-The price is power, not validity: nothing is gained from the dependence.
+- Strictly greater: viewers differ from each other (random effects), and viewers who arrived earlier have at time t at
+  least as much activity as the others. Inspection bias has this effect, because frequent viewers arrive first.
+- Can fail: late cohorts with much more activity than all earlier ones. A test simulates six times as much.
+
+The dependence costs power, not validity.
 
 **The ramp.** Weights change in steps and rates change over the day, so pooling arms over steps would compare the
 canary's evening with stable's morning (Simpson; Crook, Frasca, Kohavi, Longbotham 2009). Impressions therefore enter
 x and y times ``overlap_weight``: both arms then have the same distribution over time (overlap weights: Li, Morgan,
-Zaslavsky 2018) and a viewer stays one cluster through the whole rollout. Nothing restarts with a step, so no alpha is
-spent per step, and none per look.
+Zaslavsky 2018) and a viewer stays one cluster through the whole rollout. No test restarts at a step, so neither steps
+nor reconciles spend alpha.
 
-**Finite samples, honestly.** The guarantee is asymptotic in viewers and needs a finite third moment or so; it leans on
-``minimum_viewers`` and is checked by simulation down to that number. ``ratio_tail_log_bound`` below, for guardrails, is
-exact for independent requests at any size (Chernoff 1952; Hoeffding 1963).
+**Finite samples.** The guarantee is asymptotic in the number of viewers and requires about a finite third moment. It
+depends on ``minimum_viewers`` and is checked by simulation down to that number. ``log_tail_bound``, for guardrails, is
+exact for independent requests at any sample size (Chernoff 1952; Hoeffding 1963).
 
-**Left out: variance reduction with pre-period data** (CUPED; Deng, Xu, Kohavi, Walker 2013). It would need three more
-counters per metric and a past of each viewer at counting time. ``bench_canary`` prints what it would save in the
-simulated population, where half of the viewers have a past; new viewers, the first to suffer, never have one.
+**Not used: variance reduction with pre-period data** (CUPED; Deng, Xu, Kohavi, Walker 2013). It would require three
+more counters per metric and the history of each viewer at counting time. ``bench_canary`` prints its potential saving
+in the simulated population, where half of the viewers have a history. New viewers, who are affected first, have none.
 """
 
 from __future__ import annotations
@@ -61,7 +63,7 @@ BASIS_POINTS = 10_000
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """A value and its variance, clustered by viewer. Both NaN where there is nothing to estimate from."""
+    """A value and its variance, clustered by viewer. Both are NaN without data."""
 
     value: F64
     variance: F64
@@ -69,14 +71,14 @@ class Estimate:
 
 
 def overlap_weight(canary_bp: int, stable_bp: int, *, canary: bool) -> float:
-    """What one impression adds to x (and, times the outcome, to y) under the weights it was served with.
+    """Returns the weight of an impression in x and, times the outcome, in y, at the traffic weights it was served with.
 
-    The other arm's share of the two: a canary impression at 1 % counts 0.99, a stable one 0.01; at 50 % both 0.5.
-    Under constant weights this is a constant and changes nothing. 0 when one of the arms has no traffic, for there is
-    nothing to compare with.
+    It is the other arm's share of the two: at 1 % a canary impression counts 0.99 and a stable one 0.01; at 50 % both
+    count 0.5. Constant traffic weights give a constant factor without effect. 0 if one of the arms has no traffic,
+    because there is nothing to compare with.
 
     Raises:
-        ValueError: a weight outside 0..10000.
+        ValueError: if a weight is outside 0..10000.
     """
     if not (0 <= canary_bp <= BASIS_POINTS and 0 <= stable_bp <= BASIS_POINTS):
         raise ValueError(f"weights {canary_bp} and {stable_bp} basis points, expected 0..{BASIS_POINTS} each")
@@ -87,9 +89,9 @@ def overlap_weight(canary_bp: int, stable_bp: int, *, canary: bool) -> float:
 def ratio_estimate(
     viewers: ArrayLike, sum_x: ArrayLike, sum_y: ArrayLike, sum_xx: ArrayLike, sum_yy: ArrayLike, sum_xy: ArrayLike
 ) -> Estimate:
-    """``sum y / sum x`` with its delta-method variance; each viewer is one cluster.
+    """Returns ``sum y / sum x`` with its delta-method variance; each viewer is one cluster.
 
-    ``Var = n/(n-1) * sum (y_i - theta x_i)^2 / (sum x_i)^2``. Fewer than 2 viewers or no x: NaN.
+    ``Var = n/(n-1) * sum (y_i - theta x_i)^2 / (sum x_i)^2``. NaN for fewer than 2 viewers or no x.
     """
     n, x, y = np.asarray(viewers, float), np.asarray(sum_x, float), np.asarray(sum_y, float)
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -101,10 +103,10 @@ def ratio_estimate(
 
 
 def relative_difference(canary: Estimate, stable: Estimate) -> Estimate:
-    """``canary / stable - 1`` with its delta-method variance (independent arms). NaN where stable is not positive.
+    """Returns ``canary / stable - 1`` with its delta-method variance (independent arms). NaN if stable is not positive.
 
-    A canary without any variation (every viewer at 0: a collapse) borrows stable's variance per viewer, so that the
-    worst release of all is not the one that cannot be judged.
+    A canary without variation (all viewers at 0) uses stable's variance per viewer, so that a complete collapse can be
+    tested.
     """
     with np.errstate(divide="ignore", invalid="ignore"):
         ratio = canary.value / stable.value
@@ -120,7 +122,10 @@ def relative_difference(canary: Estimate, stable: Estimate) -> Estimate:
 
 
 def log_normal_cdf(z: ArrayLike) -> F64:
-    """``log Phi(z)``, relative error of Phi below 1.2e-7 in both tails (Press et al., Numerical Recipes, erfcc)."""
+    """Returns ``log Phi(z)``, with a relative error of Phi below 1.2e-7 in both tails.
+
+    Source: Press et al., Numerical Recipes, ``erfcc``.
+    """
     u = -np.asarray(z, float) / math.sqrt(2.0)
     t = 1.0 / (1.0 + 0.5 * np.abs(u))
     series = np.zeros_like(t)
@@ -132,12 +137,12 @@ def log_normal_cdf(z: ArrayLike) -> F64:
 
 
 def log_evidence(effect: ArrayLike, variance: ArrayLike, scale: ArrayLike) -> F64:
-    """Log of the e-process against "the effect is not positive"; at least ``log(1/alpha)`` rejects, at any time.
+    """Returns the log of the e-process against "the effect is not positive"; ``log(1/alpha)`` rejects at any time.
 
     Args:
         effect: estimate of the effect minus the bound under test.
-        variance: its variance at this moment.
-        scale: effects of about this size are found with the fewest viewers; any positive value is valid.
+        variance: current variance of the estimate.
+        scale: effect size that is detected with the fewest viewers; any positive value is valid.
     """
     variance = np.asarray(variance, float)
     prior = np.asarray(scale, float) ** 2 / variance
@@ -146,9 +151,9 @@ def log_evidence(effect: ArrayLike, variance: ArrayLike, scale: ArrayLike) -> F6
 
 
 def boundary(variance: ArrayLike, scale: ArrayLike, alpha: ArrayLike) -> F64:
-    """How many standard errors the estimate must exceed a bound by for ``log_evidence`` to reach ``log(1/alpha)``.
+    """Returns the standard errors beyond a bound at which ``log_e_value`` reaches ``log(1/alpha)``.
 
-    Newton's method from above on an increasing convex-enough function; a test holds it to ``log_evidence``.
+    Uses Newton's method, starting above the root; a test compares the result with ``log_e_value``.
     """
     prior = np.asarray(scale, float) ** 2 / np.asarray(variance, float)
     target = -np.log(np.asarray(alpha, float)) - LOG2 + 0.5 * np.log1p(prior)
@@ -161,19 +166,19 @@ def boundary(variance: ArrayLike, scale: ArrayLike, alpha: ArrayLike) -> F64:
 
 
 def lower_sequence(estimate: Estimate, scale: ArrayLike, alpha: ArrayLike) -> F64:
-    """One-sided confidence sequence: the truth is, at all times together, above this with probability 1 - alpha."""
+    """Returns a one-sided confidence sequence: with probability 1 - alpha the true value is above it at all times."""
     return estimate.value - boundary(estimate.variance, scale, alpha) * np.sqrt(estimate.variance)
 
 
 def upper_sequence(estimate: Estimate, scale: ArrayLike, alpha: ArrayLike) -> F64:
-    """The mirror image of ``lower_sequence``."""
+    """Returns a one-sided confidence sequence: with probability 1 - alpha the true value is below it at all times."""
     return estimate.value + boundary(estimate.variance, scale, alpha) * np.sqrt(estimate.variance)
 
 
 def ratio_tail_log_bound(events: ArrayLike, trials: ArrayLike, limit: ArrayLike) -> F64:
-    """Log of an upper bound on ``P(at least this many events)`` when the true ratio is ``limit``: exact Chernoff.
+    """Returns the log of an upper bound on ``P(at least this many events)`` if the true ratio is ``limit`` (Chernoff).
 
-    ``-n KL(k/n || p)`` where k/n exceeds p, else 0 (no evidence of a breach).
+    ``-n KL(k/n || p)`` if k/n exceeds p, else 0 (no evidence of a breach).
     """
     k, n, p = np.asarray(events, float), np.asarray(trials, float), np.asarray(limit, float)
     with np.errstate(divide="ignore", invalid="ignore"):

@@ -1,6 +1,6 @@
-"""Why: the names under which serving counts and the rollout reads, in one place, so that neither can drift.
+"""Names and labels of the metrics that serving exports and rollouts read.
 
-Names and labels only. ``release`` labels hold the first ``SHORT_RELEASE`` characters of an id.
+``release`` labels contain the first ``SHORT_RELEASE`` characters of a release id.
 """
 
 from __future__ import annotations
@@ -9,30 +9,30 @@ from typing import Final
 
 SHORT_RELEASE: Final = 12
 
-# What Prometheus' scrape jobs are called, so that its ``up`` tells whether the one or the other was heard.
+# Names of Prometheus' scrape jobs, whose ``up`` series shows which targets were scraped.
 ROUTER_JOB: Final = "reelway-router"
 """GET {url}/metrics of every router."""
 OUTCOMES_JOB: Final = "reelway-outcomes"
 """GET {url}/v1/outcomes/metrics."""
 
-# Counted by the router, in its /metrics. Labels release, arm; arm ``shadow`` for mirrored requests.
+# Exported by the router in /metrics. Labels release and arm; mirrored requests have the arm ``shadow``.
 REQUESTS: Final = "reelway_ingress_requests_total"
-"""One per request, label ``outcome``: one of ``REQUEST_OUTCOMES``."""
+"""Counts requests; label ``outcome`` is one of ``REQUEST_OUTCOMES``."""
 REQUEST_OUTCOMES: Final = ("ok", "context_only", "degraded", "failed")
-"""``context_only``: nothing but the viewer's row was missing, which is no release's fault. ``degraded``: a stage of
-the release failed or was late. ``failed``: no slate at all."""
+"""``context_only``: only the viewer's row was missing, which is not the release's fault. ``degraded``: a stage of the
+release failed or timed out. ``failed``: no slate."""
 FAULTY_OUTCOMES: Final = ("degraded", "failed")
 EMPTY_SLATES: Final = "reelway_ingress_empty_slates_total"
 LATENCY: Final = "reelway_ingress_latency_seconds"
 """Histogram: ``_bucket`` with ``le``, ``_count``, ``_sum``."""
 SHADOW_REQUESTS: Final = "reelway_shadow_requests_total"
-"""Labels release, ``outcome``: ``compared``, ``failed`` or ``dropped`` (too many were under way)."""
+"""Labels release and ``outcome``: ``compared``, ``failed`` or ``dropped`` (too many requests in flight)."""
 SHADOW_OVERLAP: Final = "reelway_shadow_overlap_ratio"
-"""Histogram, labels release: share of the shown slate that the mirrored one has too."""
+"""Histogram, label release: share of the shown slate that the mirrored slate contains, too."""
 SHADOW_DRIFT: Final = "reelway_shadow_score_drift_ratio"
-"""Histogram, labels release: |mean score / the shown slate's mean score - 1|."""
+"""Histogram, label release: |mean score / mean score of the shown slate - 1|."""
 
-# Counted where outcomes are joined, in GET /v1/outcomes/metrics. Floats that only grow, kept through a restart.
+# Exported by the outcome collector in GET /v1/outcomes/metrics. Monotone float counters that survive a restart.
 EXPOSURE: Final = "reelway_outcomes_exposure_total"
 """Labels rollout, release, arm, slice, ``statistic``: ``viewers``, ``impressions``, ``sum_x``, ``sum_xx``."""
 STATISTIC: Final = "reelway_outcomes_statistic_total"
@@ -40,13 +40,13 @@ STATISTIC: Final = "reelway_outcomes_statistic_total"
 RECEIVED: Final = "reelway_outcomes_received_total"
 """Labels release, arm, ``kind`` (an OutcomeType), ``outcome``: one of ``RECEIVED_OUTCOMES``."""
 RECEIVED_OUTCOMES: Final = ("counted", "duplicate", "late", "retired", "outside")
-"""``late``: after the horizon. ``retired``: its rollout has ended. ``outside``: shown outside of any rollout."""
+"""``late``: after the horizon. ``retired``: its rollout has ended. ``outside``: shown outside any rollout."""
 
 REFUSED: Final = "reelway_outcomes_refused_total"
-"""No labels: a refused token names nothing that could be believed. Counts from each start of the process."""
+"""No labels, because the content of a rejected token is not trusted. Reset when the process starts."""
 
 OUTCOME_METRICS: Final = (
     "long_watch_rate", "watch_s_per_impression", "like_rate", "share_rate", "save_rate", "follow_rate",
     "comment_rate", "skip_rate", "not_interested_rate", "report_rate",
 )  # fmt: skip
-"""What a policy's ``outcomes[].name`` may be: sums over a viewer's impressions, divided by the impressions."""
+"""Allowed values of a policy's ``outcomes[].name``: sums over a viewer's impressions, divided by the impressions."""

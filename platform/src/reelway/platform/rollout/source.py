@@ -1,6 +1,6 @@
-"""Why: what the controller asks for evidence and alerts, whatever answers: Prometheus, a direct scrape, Alertmanager.
+"""Interfaces of evidence and alert sources; ``sources`` implements them.
 
-The interface only; ``sources`` implements it.
+The implementations read Prometheus, the services' metrics directly, or Alertmanager.
 """
 
 from __future__ import annotations
@@ -15,19 +15,19 @@ from reelway.platform.rollout.state import RolloutState
 
 
 class EvidenceSource(Protocol):
-    """Where outcome statistics and guardrails come from."""
+    """Source of outcome statistics and guardrail readings."""
 
     def fetch(self, policy: RolloutPolicy, state: RolloutState, now: float) -> EvidenceSnapshot:
-        """Metrics, guardrails and mirrored requests of one rollout; alerts, weights and readiness are not its part.
+        """Returns metrics, guardrails and mirrored requests of one rollout, without alerts, weights and readiness.
 
-        Raises nothing: what cannot be heard is ``telemetry_down``, by name and reason.
+        Never raises: unavailable data is ``telemetry_down`` with a reason.
         """
         ...
 
 
 class AlertSource(Protocol):
-    """Where firing alerts can be looked up, besides being delivered."""
+    """Source of alerts that can be polled, in addition to the webhook."""
 
     def poll(self) -> Sequence[KnownAlert]:
-        """All alerts with a release label. Raises RolloutError: it could not be asked."""
+        """Returns all alerts with a release label. Raises RolloutError if the source is not reachable."""
         ...

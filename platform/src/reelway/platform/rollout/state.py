@@ -1,7 +1,8 @@
-"""Why: a rollout's whole memory, small enough to be written before every act and read back after a crash.
+"""State of a rollout, and the commands of its users.
 
-Immutable; refuses to hold evidence (it can be fetched again) and to know what happens next (``decision`` does). Timers
-are sums of observed ticks, not differences of clock readings: a clock that jumps cannot end a hold or a deadline.
+The state is immutable and small enough to be recorded before every change of traffic. It contains no evidence, which
+can be fetched again. Timers are sums of observed ticks instead of differences of clock readings, so a clock that jumps
+ends neither a hold nor a deadline.
 """
 
 from __future__ import annotations
@@ -16,7 +17,10 @@ from reelway.platform.rollout.sequential import BASIS_POINTS
 
 
 class Phase(StrEnum):
-    """Where a rollout is. ``promoted`` and ``rolled_back`` are final, but for a rollback while the old one is warm."""
+    """Phase of a rollout.
+
+    ``rolled_back`` is final. ``promoted`` can still be rolled back while the previous release is warm.
+    """
 
     PENDING = "pending"
     PREPARING = "preparing"
@@ -38,7 +42,7 @@ REMEMBERED_COMMANDS = 32
 
 
 class Command(BaseModel):
-    """What a person asked for. ``id`` makes asking twice the same as asking once."""
+    """A user's command. A command with a repeated ``id`` has no effect."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -50,7 +54,7 @@ class Command(BaseModel):
 
 
 class RolloutState(BaseModel):
-    """One rollout from start to end. All times are seconds since the epoch."""
+    """State of one rollout. Times are Unix seconds."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -61,18 +65,20 @@ class RolloutState(BaseModel):
     step: int = Field(default=-1, ge=-1, description="index into the policy's steps; -1 before the first")
     canary_bp: int = Field(default=0, ge=0, le=BASIS_POINTS)
     holdout_bp: int = Field(default=0, ge=0, lt=BASIS_POINTS)
-    shadow_bp: int = Field(default=0, ge=0, le=BASIS_POINTS, description="mirrored on top, not a part of the weights")
+    shadow_bp: int = Field(
+        default=0, ge=0, le=BASIS_POINTS, description="share of requests that are mirrored, in addition to the weights"
+    )
     started_at: float
-    changed_at: float = Field(description="clock at the last change of phase or step; for people, never for timers")
-    tick_at: float = Field(description="clock at the last decision")
-    evidence_at: float = Field(default=0.0, description="time of the newest evidence judged; 0 before the first")
-    phase_s: float = Field(default=0, ge=0, description="observed in this phase or step; holding does not restart it")
+    changed_at: float = Field(description="time of the last change of phase or step; for display, not for timers")
+    tick_at: float = Field(description="time of the last decision")
+    evidence_at: float = Field(default=0.0, description="time of the newest assessed evidence; 0 before the first")
+    phase_s: float = Field(default=0, ge=0, description="seconds in this phase or step; a hold does not restart it")
     held_insufficient_s: float = Field(default=0, ge=0)
     held_telemetry_s: float = Field(default=0, ge=0)
     command: Command | None = None
     commands_seen: tuple[str, ...] = ()
-    retired: bool = Field(default=False, description="promoted, and the previous release need not be kept any more")
-    forced: bool = Field(default=False, description="started with --force, past a rollback or a cooldown")
+    retired: bool = Field(default=False, description="promoted, and the previous release is no longer kept warm")
+    forced: bool = Field(default=False, description="started with --force despite a rollback or a cooldown")
     reason: str = ""
 
     @model_validator(mode="after")
@@ -85,7 +91,7 @@ class RolloutState(BaseModel):
 
     @property
     def weights(self) -> dict[Arm, int]:
-        """Basis points by arm; they sum to 10,000 whatever the phase."""
+        """Basis points by arm; the sum is always 10,000."""
         return {
             Arm.STABLE: BASIS_POINTS - self.canary_bp - self.holdout_bp,
             Arm.CANARY: self.canary_bp,
@@ -94,12 +100,12 @@ class RolloutState(BaseModel):
 
     @property
     def warm_releases(self) -> frozenset[str]:
-        """Releases that must be up at the capacity for *all* traffic: a rollback is a weight write, never a start."""
+        """Releases that must run with capacity for *all* traffic, so that a rollback only changes weights."""
         return frozenset({self.canary_release}) if self.retired else frozenset({self.stable_release})
 
     @property
     def deployed_releases(self) -> frozenset[str]:
-        """Releases that must be running at all."""
+        """Releases that must be running."""
         if self.phase is Phase.PENDING or self.phase is Phase.ROLLED_BACK:
             return frozenset({self.stable_release})
         if self.retired:
@@ -108,19 +114,19 @@ class RolloutState(BaseModel):
 
     @property
     def live_release(self) -> str:
-        """The release that a new rollout would be compared with."""
+        """The release that a new rollout is compared with."""
         return self.canary_release if self.phase in (Phase.PROMOTING, Phase.PROMOTED) else self.stable_release
 
     @property
     def active(self) -> bool:
-        """Whether it still moves by itself; a new rollout has to wait for it."""
+        """Whether the rollout is in progress; another one cannot start meanwhile."""
         return self.phase not in (Phase.PROMOTED, Phase.ROLLED_BACK)
 
 
 def ask(state: RolloutState, command: Command) -> RolloutState:
-    """Put a person's command into the state; the same id twice changes nothing, and a later one replaces an earlier.
+    """Adds a command to the state. A repeated id has no effect; a later command replaces a pending one.
 
-    A rollback that waits is never replaced by anything milder.
+    A pending rollback is never replaced by another command.
     """
     if command.id in state.commands_seen:
         return state

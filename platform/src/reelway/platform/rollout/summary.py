@@ -1,23 +1,20 @@
-"""Why: what a decision was made on has to be readable later, by people and programs that were not there.
+"""JSON summary of the evidence behind a decision, for ``HistoryEntry.evidence`` and ``LastReconcile.evidence``.
 
-One shape for ``HistoryEntry.evidence`` and ``Sighting.evidence``; whatever draws evidence draws it from this and not
-from the assessment. Refuses to judge: every word and number in it was judged before. Everything is JSON as it stands;
-what has no number (NaN, infinite) is null.
+All views of evidence are drawn from this summary. Numbers that are NaN or infinite are null. The keys are a stable
+contract:
 
-Keys, which stay:
-
-- ``release``: the canary's id; ``time``: of the evidence, Unix seconds; ``age_s``: how old it was, null when not asked;
-- ``exposure``: ``{"viewers", "impressions"}`` of the canary since the rollout began;
+- ``release``: the canary's id; ``time``: Unix seconds of the evidence; ``age_s``: its age, null if not given;
+- ``exposure``: ``{"viewers", "impressions"}`` of the canary since the start of the rollout;
 - ``outcomes``: one per (metric, slice) in the policy's order, each with
   ``name``, ``slice``, ``label``, ``finding`` (harm_established, harm_excluded, undecided, insufficient,
   telemetry_down), ``state`` (ok, bad, insufficient, telemetry_down), ``canary`` and ``stable`` (the metric itself),
-  ``harm`` (relative to stable, positive is worse), ``low`` and ``high`` (bounds of the harm that hold at any time),
-  ``margin``, ``viewers`` (``{"canary", "stable"}``), ``required`` (its harm must be excluded before promotion),
+  ``harm`` (relative to stable, positive is worse), ``low`` and ``high`` (confidence sequence of the harm), ``margin``,
+  ``viewers`` (``{"canary", "stable"}``), ``required`` (promotion requires that its harm is excluded),
   ``lower_is_better``, ``sentence``;
-- ``guardrails``: one per guardrail that is on, each with ``name``, ``state``, ``sentence``;
+- ``guardrails``: one per enabled guardrail, each with ``name``, ``state``, ``sentence``;
 - ``shadow_requests``: mirrored requests that were compared;
-- ``weights``: basis points by arm as the routers report them, null when they could not be asked;
-- ``ready``: whether the canary's stages all run, null when nobody knows.
+- ``weights``: basis points by arm as reported by the routers, null if unknown;
+- ``ready``: whether all stages of the canary run, null if unknown.
 """
 
 from __future__ import annotations
@@ -30,10 +27,10 @@ from reelway.platform.rollout.evidence import EvidenceSnapshot
 
 
 def summary_of(assessment: Assessment, snapshot: EvidenceSnapshot, now: float | None = None) -> dict[str, Any]:
-    """The evidence of one look as JSON; the keys are in the module's docstring.
+    """Returns the evidence of one reconcile as JSON, with the keys of the module's docstring.
 
     Args:
-        now: Unix seconds; gives ``age_s``.
+        now: Unix seconds; required for ``age_s``.
     """
     return {
         "release": snapshot.release,

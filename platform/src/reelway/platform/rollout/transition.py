@@ -1,7 +1,7 @@
-"""Why: what a decision does to a rollout's memory, apart from how it was reached. Also how a rollout begins.
+"""State transitions of a rollout: the first state, and the state after each decision.
 
-Pure; refuses to judge anything and to start what must not be started (another rollout under way, a release that was
-rolled back, a cooldown), unless forced where force is allowed.
+Pure functions. ``start_state`` checks that a rollout may start: no rollout is in progress, the release was not rolled
+back before, and no cooldown is running. ``force`` skips the last two checks.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from reelway.platform.rollout.state import Phase, RolloutState
 
 
 class Action(StrEnum):
-    """What to do. ``wait`` and ``hold`` change no weight."""
+    """Actions of a decision. ``wait`` and ``hold`` change no weight."""
 
     WAIT = "wait"
     PREPARE = "prepare"
@@ -36,7 +36,7 @@ class Action(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """What to do and why. The fields after ``reason`` are what ``advance`` needs to make it so."""
+    """An action and its reason. The fields after ``reason`` are the input of ``advance``."""
 
     action: Action
     reason: str
@@ -57,31 +57,31 @@ def start(
     previous: RolloutState | None = None,
     force: bool = False,
 ) -> RolloutState:
-    """The state of a new rollout.
+    """Returns the first state of a new rollout.
 
     Args:
-        previous: the last rollout of this service, if there was one.
-        force: past the cooldown, and past the rollback of the same release.
+        previous: state of the service's previous rollout.
+        force: ignores the cooldown and an earlier rollback of the same release.
 
     Raises:
-        RolloutError: another rollout is under way, the release was rolled back, or the cooldown lasts.
+        RolloutError: if a rollout is in progress, the release was rolled back, or the cooldown has not ended.
     """
     if canary_release == stable_release:
-        raise RolloutError(f"release {canary_release[:12]} is the one that is live; give another one to roll out")
+        raise RolloutError(f"release {canary_release[:12]} is already live; roll out another release")
     if previous is not None and previous.active:
         raise RolloutError(
-            f"rollout {previous.id} of {previous.canary_release[:12]} is {previous.phase}; wait, or end it with "
-            "`reelway rollout rollback`"
+            f"rollout {previous.id} of {previous.canary_release[:12]} is {previous.phase}; wait until it has ended, or "
+            "end it with `reelway rollout rollback`"
         )
     if previous is not None and previous.phase is Phase.ROLLED_BACK and not force:
         if previous.canary_release == canary_release:
             raise RolloutError(
-                f"release {canary_release[:12]} was rolled back ({previous.reason}); roll it out again with --force"
+                f"release {canary_release[:12]} was rolled back ({previous.reason}); to roll it out again, use --force"
             )
         left_s = policy.cooldown_s - max(0.0, now - previous.changed_at)
         if left_s > 0:
             raise RolloutError(
-                f"{left_s:.0f} s of the cooldown of {policy.cooldown_s:.0f} s after rollout {previous.id} are left; "
+                f"cooldown after rollout {previous.id}: {left_s:.0f} of {policy.cooldown_s:.0f} s remain; "
                 "wait, or use --force"
             )
     return RolloutState(
@@ -93,17 +93,18 @@ def start(
         changed_at=now,
         tick_at=now,
         forced=force,
-        reason=f"asked to roll out {canary_release[:12]} over {stable_release[:12]}" + (" (forced)" if force else ""),
+        reason=f"rollout of {canary_release[:12]} over {stable_release[:12]} requested"
+        + (" (forced)" if force else ""),
     )
 
 
 def tick_of(policy: RolloutPolicy, state: RolloutState, now: float) -> float:
-    """Seconds this decision adds to the timers: never negative, never more than the policy's longest tick."""
+    """Returns the seconds that a decision adds to the timers: at least 0, at most the policy's ``longest_tick_s``."""
     return min(max(now - state.tick_at, 0.0), policy.longest_tick_s)
 
 
 def advance(state: RolloutState, decision: Decision, policy: RolloutPolicy, now: float) -> RolloutState:
-    """The state after ``decision``. Record it before touching the world; it can be read back at any point."""
+    """Returns the state after a decision. It must be recorded before any traffic is changed for it."""
     tick_s = tick_of(policy, state, now)
     change: dict[str, object] = {"tick_at": now, "evidence_at": decision.evidence_at}
     if decision.action not in (Action.WAIT, Action.REFUSE) or decision.holds_for:

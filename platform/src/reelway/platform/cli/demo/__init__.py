@@ -1,1 +1,1 @@
-"""``reelway demo``: the whole path on one machine, and its report."""
+"""``reelway demo``: all steps from events to rollouts on one machine."""

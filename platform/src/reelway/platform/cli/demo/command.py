@@ -1,7 +1,6 @@
-"""``reelway demo``: the whole path, each step the very command an ML engineer would type.
+"""``reelway demo``: runs all steps from events to rollouts on one machine, and prints the result.
 
-Nothing is done here that the other commands don't do; this one only puts them in a row, shows the result and
-cleans up.
+Each step is a ``reelway`` command in a child process. All child processes are terminated at the end.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ SERVE_DEADLINE_S = 180.0
 
 
 class DataChoice(StrEnum):
-    """What the demo learns from."""
+    """Data set of the demo."""
 
     SIMULATED = "simulated"
     ML_100K = "ml-100k"
@@ -38,8 +37,6 @@ class DataChoice(StrEnum):
 
 @dataclass(frozen=True)
 class DemoOptions:
-    """What the person asked for."""
-
     run: RunDirectory
     data: DataChoice
     data_dir: Path | None
@@ -51,47 +48,50 @@ class DemoOptions:
 
     @property
     def with_rollouts(self) -> bool:
-        """Whether there are viewers who can be asked: those of a simulated service."""
+        """Whether the demo rolls out releases, which requires simulated viewers."""
         return self.rollouts and self.data is DataChoice.SIMULATED
 
 
 def register(app: typer.Typer) -> None:
-    """Add ``reelway demo``."""
+    """Adds ``reelway demo``."""
 
     @app.command()
     def demo(
-        run: Path = typer.Option(Path("runs/demo"), help="Where everything the demo makes is kept."),
-        data: DataChoice = typer.Option(DataChoice.SIMULATED, help="Simulated short videos, or MovieLens-100K."),
-        data_dir: Path | None = typer.Option(None, help="Folder of MovieLens-100K, for --data ml-100k."),
-        workers: int = typer.Option(2, min=1, help="Ray Train workers."),
+        run: Path = typer.Option(Path("runs/demo"), help="Run directory for all data of the demo."),
+        data: DataChoice = typer.Option(
+            DataChoice.SIMULATED, help="Data set: simulated short videos, or MovieLens-100K."
+        ),
+        data_dir: Path | None = typer.Option(None, help="Folder with MovieLens-100K; required by --data ml-100k."),
+        workers: int = typer.Option(2, min=1, help="Number of Ray Train workers."),
         gpus: int = typer.Option(0, min=0, help="GPUs for training; 0 trains on CPU."),
-        seed: int = typer.Option(0, help="Seed of the simulation and of training."),
+        seed: int = typer.Option(0, help="Random seed for the simulation and the training."),
         keep: bool = typer.Option(False, help="Leave the service running at the end."),
-        rollouts: bool = typer.Option(True, help="Also roll releases out under traffic; needs simulated viewers."),
+        rollouts: bool = typer.Option(True, help="Also roll out releases under traffic; requires --data simulated."),
     ) -> None:
-        """Events -> features -> training -> release -> rollouts -> recommendations, for real, on this machine.
+        """Run all steps on this machine: events, features, training, release, rollouts, recommendations.
 
-        The service begins with popular videos. The trained release is rolled out over it and promoted; then one that
-        viewers like less, one that fails and one that is slow are rolled out, and each is taken back by its evidence,
-        without a failed request. --no-rollouts ends with the trained release being served.
+        The service starts with a release that recommends popular videos. The trained release is rolled out over it and
+        promoted. Then three bad releases are rolled out: viewers like the first less, the second fails, the third is
+        slow. Each is rolled back on evidence without a failed request. With --no-rollouts the trained release is
+        served directly.
 
-        Steps that were done before with the same inputs are skipped. Ctrl-C stops everything that was started.
+        Steps that were completed with the same inputs are skipped. Ctrl-C stops all processes that the demo started.
 
         Example: reelway demo --run runs/demo --keep
         """
         options = DemoOptions(RunDirectory(run), data, data_dir, workers, gpus, seed, keep, rollouts)
         if data is DataChoice.ML_100K and data_dir is None:
-            raise ConfigError("--data ml-100k needs the folder that holds it: --data-dir DIR (make demo DATA_DIR=DIR)")
+            raise ConfigError("--data ml-100k requires its folder; pass --data-dir DIR (make demo DATA_DIR=DIR)")
         with only_one(options.run):
             run_demo(options)
 
 
 @contextmanager
 def only_one(run: RunDirectory) -> Iterator[None]:
-    """Hold the run directory for one demo at a time.
+    """Locks the run directory for one demo at a time.
 
     Raises:
-        ConfigError: another one holds it.
+        ConfigError: if another demo holds the lock.
     """
     run.path.mkdir(parents=True, exist_ok=True)
     with (run.path / "demo.lock").open("w") as handle:
@@ -99,18 +99,17 @@ def only_one(run: RunDirectory) -> Iterator[None]:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise ConfigError(
-                f"another demo is working in {run.path}; wait for it, "
-                "or use another folder with --run (make demo RUN=DIR)"
+                f"{run.path}: another demo is running; wait until it has ended, "
+                "or use another directory with --run (make demo RUN=DIR)"
             ) from None
         yield
 
 
 def run_demo(options: DemoOptions) -> None:
-    """All steps."""
     run, offline = options.run, offline_steps(options)
     walk = DemoWalk(len(offline) + 2 + (2 + len(rollouts.SCENES) if options.with_rollouts else 0))
     if options.rollouts and not options.with_rollouts:
-        say(f"no rollouts: {options.data.value} has no viewers who could be asked; --data simulated has")
+        say(f"no rollouts: {options.data.value} has no simulated viewers; use --data simulated")
     rollouts.lay_aside_earlier_rollouts(run)
     for title, command in offline:
         walk.step(title, command)
@@ -118,7 +117,7 @@ def run_demo(options: DemoOptions) -> None:
     serve = ["serve", "--run", str(run.path), "--port", "0"]
     if options.with_rollouts:
         commands = rollouts.rehearsal_commands(run, options.seed)
-        walk.step("Releases to begin with and to take back", *commands)
+        walk.step("Build the initial release and the bad releases", *commands)
         rollouts.make_rehearsals(commands)
         first, share = rollouts.first_release(run)[:12], str(rollouts.PARITY_RATIO)
         serve += ["--release", first, "--parity-ratio", share]
@@ -133,17 +132,17 @@ def run_demo(options: DemoOptions) -> None:
         if played:
             rollouts.show(*played)
         walk.show_times()
-        say(f"\nThe whole demo took {walk.elapsed_s:.0f} s.")
+        say(f"\nThe demo took {walk.elapsed_s:.0f} s.")
         if played:
             rollouts.assess(*played)
         if options.keep:
             stack.pop_all()
             pid = _serving_record(run)["pid"]
-            say(f"The service stays up at {url}. Stop it with: kill {pid}")
+            say(f"The service keeps running at {url}. Stop it with: kill {pid}")
 
 
 def offline_steps(options: DemoOptions) -> list[tuple[str, list[str]]]:
-    """Titles and commands of everything before serving."""
+    """Returns titles and commands of all steps before serving."""
     run, seed = ["--run", str(options.run.path)], ["--seed", str(options.seed)]
     if options.data is DataChoice.SIMULATED:
         events = ("Simulate a short-video service", ["simulate", *run, *seed])
@@ -158,16 +157,16 @@ def offline_steps(options: DemoOptions) -> list[tuple[str, list[str]]]:
         ("Train retrieval and ranking with Ray Train", ["train", *run, *seed, *workers, "--preset", preset]),
         ("Evaluate on the later time slice", ["evaluate", *run]),
         ("Build and sign a release", ["release", "build", *run]),
-        ("Verify it", ["release", "verify", *run]),
+        ("Verify the release", ["release", "verify", *run]),
     ]
 
 
 @contextmanager
 def serving(options: DemoOptions, command: list[str]) -> Iterator[str]:
-    """The service as a child process, from answering until the block is left. Yields its URL.
+    """Runs the service as a child process and yields its URL once it responds.
 
     Raises:
-        ServingError: it ended, or didn't answer in time; the message names its log.
+        ServingError: if the service exits or does not respond in time; the message names its log.
     """
     log = options.run.path / "serving.log"
     (options.run.path / "serving.json").unlink(missing_ok=True)
@@ -181,14 +180,14 @@ def _wait_until_answering(run: RunDirectory, process: subprocess.Popen[bytes], l
         while time.monotonic() < deadline:
             if (code := process.poll()) is not None:
                 tail = "\n".join(log.read_text(errors="replace").splitlines()[-15:])
-                raise ServingError(f"`reelway serve` ended with exit code {code} before it answered:\n{tail}")
+                raise ServingError(f"`reelway serve` exited with code {code} before it responded:\n{tail}")
             if (run.path / "serving.json").exists():
                 url = str(_serving_record(run)["url"])
                 if httpx.get(f"{url}/healthz", timeout=10).is_success:
                     say(f"serving release {_serving_record(run)['release'][:12]} at {url}")
                     return url
             time.sleep(0.1)
-    raise ServingError(f"`reelway serve` did not answer within {SERVE_DEADLINE_S:g} s; its log is {log}")
+    raise ServingError(f"`reelway serve` did not respond within {SERVE_DEADLINE_S:g} s; see its log {log}")
 
 
 def _serving_record(run: RunDirectory) -> dict[str, str]:

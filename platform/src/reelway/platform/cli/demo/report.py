@@ -1,6 +1,6 @@
-"""What the demo shows at the end: a few viewers' slates in readable form, latency, and where to look next.
+"""Final output of the demo: slates of a few viewers, request latency, and files to look at next.
 
-Reads the data set and asks the running service; it computes nothing that the service should have computed.
+Titles and likes come from the data set, slates from the running service.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def _likes(dataset: Path) -> pa.Table:
     outcomes = pq.read_table(dataset / "outcomes.parquet", columns=["viewer_id", "video_id", "type", "event_time"])
     liked = outcomes.filter(pc.equal(outcomes["type"].cast(pa.string()), OutcomeType.LIKE.value))
     if liked.num_rows == 0:
-        raise DataError(f"{dataset / 'outcomes.parquet'}: saw no 'like' outcome, expected some; make the data larger")
+        raise DataError(f"{dataset / 'outcomes.parquet'}: no 'like' outcomes; use a larger data set")
     return liked.sort_by("event_time")
 
 
@@ -53,7 +53,7 @@ def _titles(dataset: Path) -> dict[int, str]:
 
 
 def _typical_viewers(likes: pa.Table) -> list[int]:
-    """Viewers by falling number of likes, without the heaviest tenth, who are nobody's example."""
+    """Returns viewers by descending number of likes, without the top tenth, who are not typical."""
     counts = (
         likes.group_by("viewer_id")
         .aggregate([("video_id", "count")])
@@ -78,17 +78,17 @@ def _recommend(url: str, viewer: int, count: int) -> dict[str, Any]:
 def _print_slate(viewer: int, likes: pa.Table, titles: dict[int, str], answer: dict[str, Any]) -> None:
     own = likes.filter(pc.equal(likes["viewer_id"], viewer))
     liked = [titles.get(video) or f"video {video}" for video in own["video_id"].to_pylist()[-4:][::-1]]
-    past = f"lately liked: {'; '.join(liked)}" if liked else "never seen before"
+    past = f"recently liked: {'; '.join(liked)}" if liked else "new viewer"
     table = Table(title=f"viewer {viewer} ({past})", title_justify="left", expand=False)
-    for column in ("#", "video", "source", "why", "value"):
+    for column in ("#", "video", "source", "reason", "value"):
         table.add_column(column, justify="right" if column in "#value" else "left")
-    for place in answer["videos"]:
+    for video in answer["videos"]:
         table.add_row(
-            str(place["position"] + 1),
-            place["title"] or f"video {place['video_id']}",
-            place["source"],
-            place["reason"],
-            f"{place['score']:.3f}",
+            str(video["position"] + 1),
+            video["title"] or f"video {video['video_id']}",
+            video["source"],
+            video["reason"],
+            f"{video['score']:.3f}",
         )
     out.print(table)
     if answer["degraded"]:
@@ -107,19 +107,19 @@ def _print_latency(url: str, viewers: list[int]) -> None:
             bar.advance(task)
     p50, p95, p99 = np.percentile(seen_ms, [50, 95, 99])
     out.print(
-        f"latency of {REQUESTS} requests, one at a time, 20 videos each: "
+        f"latency of {REQUESTS} sequential requests for 20 videos each: "
         f"p50 {p50:.1f} ms, p95 {p95:.1f} ms, p99 {p99:.1f} ms"
     )
 
 
 def _print_next(run: RunDirectory, url: str) -> None:
     out.print(
-        "\nwhere to look next\n"
-        f"  {run.path}/steps/*.json        what was done, with which configuration and seed\n"
-        f"  {run.path}/evaluation/         quality against the baselines\n"
-        f"  {run.path}/releases/           the signed release\n"
-        f"  {url}/metrics                  what Prometheus scrapes (while it runs: make demo KEEP=1)\n"
+        "\nnext\n"
+        f"  {run.path}/steps/*.json        record of each step: configuration, seed, result\n"
+        f"  {run.path}/evaluation/         ranking quality compared with baselines\n"
+        f"  {run.path}/releases/           the signed releases\n"
+        f"  {url}/metrics                  Prometheus metrics (while the service runs: make demo KEEP=1)\n"
         f"  {url}/openapi.json             the HTTP API\n"
-        "  reelway --help                 every step as its own command",
+        "  reelway --help                 all commands",
         highlight=False,
     )

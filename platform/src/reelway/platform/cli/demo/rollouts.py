@@ -1,8 +1,7 @@
-"""Why: that a bad release takes itself back is believed when it was watched, on traffic, without a failed request.
+"""Rollouts of ``reelway demo``: one good and three bad releases under simulated traffic.
 
-The second half of ``reelway demo``: real releases, real rollouts, each step a command that anybody can type. What is
-shown at the end is read from what others recorded: decisions from the run's rollouts, failures from the traffic's
-own report. Nothing is decided here.
+Each step runs a ``reelway`` command. The results come from records: decisions from the rollout store, failed requests
+from the traffic report.
 """
 
 from __future__ import annotations
@@ -31,13 +30,13 @@ if TYPE_CHECKING:
     from reelway.platform.rollout.records import HistoryEntry, Rollout
 
 RATE: Final = 20
-"""Requests per second: about a third of what two cores do, so that a release can start beside them."""
+"""About a third of the capacity of two cores, so that a release can start meanwhile."""
 PARITY_RATIO: Final = 0.05
 PARITY_EVERY_S: Final = 5
 ROLLOUT_S: Final = 240
-"""Longest that one rollout may take."""
+"""Maximum duration of one rollout."""
 SETTLE_S: Final = 2.0
-"""The traffic's report is a second old at most, and the policy's cooldown is a second long."""
+"""The traffic report is at most 1 s old, and the policy's cooldown is 1 s."""
 TRAFFIC_STARTS_S: Final = 60.0
 _ENDED: Final = (0, 10)
 """Exit codes of ``reelway rollout start --wait``: promoted, rolled back."""
@@ -49,23 +48,23 @@ class Scene:
 
     title: str
     step: str
-    """The step of the run whose record names the release."""
+    """Step of the run whose record contains the release id."""
     wrong: str
     expected: str
 
 
 SCENES: Final = (
-    Scene("Roll out the trained release over the popular videos", "release", "nothing", "promoted"),
-    Scene("Roll out one that viewers like less", "rehearse-worse", "shuffled labels", "rolled_back"),
-    Scene("Roll out one that fails", "rehearse-errors", "ranker fails", "rolled_back"),
-    Scene("Roll out one that is slow", "rehearse-slow", "ranker is slow", "rolled_back"),
+    Scene("Roll out the trained release over popular videos", "release", "none", "promoted"),
+    Scene("Roll out a release that viewers like less", "rehearse-worse", "shuffled labels", "rolled_back"),
+    Scene("Roll out a release that fails", "rehearse-errors", "ranker fails", "rolled_back"),
+    Scene("Roll out a release that is slow", "rehearse-slow", "ranker is slow", "rolled_back"),
 )
 REHEARSALS: Final = ("popular", "worse", "errors", "slow")
 
 
 @dataclass(frozen=True)
 class Ending:
-    """How a rollout of the demo ended, as others recorded it."""
+    """Result of one rollout of the demo."""
 
     scene: Scene
     release: str
@@ -79,45 +78,45 @@ class Ending:
 
     @property
     def as_expected(self) -> bool:
-        """It ended as it should, and no request failed meanwhile."""
+        """Whether the rollout ended in the expected phase without a failed request."""
         return self.end == self.scene.expected and self.failed == 0
 
 
 def rehearsal_commands(run: RunDirectory, seed: int) -> list[list[str]]:
-    """What makes the releases of the scenes, the one to begin with included."""
+    """Returns the commands that build the initial release and the bad releases."""
     good = str(run.record("release")["summary"]["release_id"])
-    where = ["--run", str(run.path), "--of", good[:12], "--seed", str(seed)]
+    where = ["--run", str(run.path), "--base", good[:12], "--seed", str(seed)]
     return [["release", "rehearse", kind, *where] for kind in REHEARSALS]
 
 
 def first_release(run: RunDirectory) -> str:
-    """What is served before anything is rolled out."""
+    """Returns the release that is served before the first rollout."""
     return _release_of(run, "rehearse-popular")
 
 
 def lay_aside_earlier_rollouts(run: RunDirectory) -> None:
-    """A demo begins without a past: what was rolled out in an earlier one is kept beside it.
+    """Moves the rollouts of an earlier demo aside, so that this demo starts without history.
 
     Raises:
-        ConfigError: the run is being served; its rollouts are in use.
+        ConfigError: if the run is being served and its rollouts are in use.
     """
     if (serving := serving_record(run)) is not None:
-        raise ConfigError(f"{run.path} is being served by process {serving.pid}; end it first (kill {serving.pid})")
-    place = run.path / "rollout"
-    if place.exists():
-        kept = run.path / "earlier-rollouts" / f"{datetime.now(UTC):%Y%m%d-%H%M%S}"
-        kept.parent.mkdir(exist_ok=True)
-        place.rename(kept)
-        say(f"the rollouts of an earlier demo are kept in {kept}")
+        raise ConfigError(f"{run.path} is being served by process {serving.pid}; stop it first (kill {serving.pid})")
+    folder = run.path / "rollout"
+    if folder.exists():
+        archive = run.path / "earlier-rollouts" / f"{datetime.now(UTC):%Y%m%d-%H%M%S}"
+        archive.parent.mkdir(exist_ok=True)
+        folder.rename(archive)
+        say(f"rollouts of an earlier demo were moved to {archive}")
 
 
 def play(run: RunDirectory, walk: DemoWalk) -> tuple[list[Ending], dict[str, Any]]:
-    """All scenes on a service that runs, under traffic. Returns their endings and the traffic's report."""
+    """Runs all scenarios on the running service under traffic. Returns their results and the traffic report."""
     report = run.path / "traffic.json"
     where = ["--run", str(run.path)]
     traffic = ["traffic", *where, "--rate", str(RATE), "--report", str(report)]
-    parity = ["features", "parity", *where, "--every", str(PARITY_EVERY_S)]
-    walk.step("Viewers, and the replay of what is served to them", traffic, parity)
+    parity = ["features", "parity", *where, "--interval", str(PARITY_EVERY_S)]
+    walk.step("Simulate viewers and replay served features", traffic, parity)
     with ExitStack() as stack:
         stack.enter_context(child(reelway_command(*parity), log=run.path / "parity.log"))
         stack.enter_context(_traffic(traffic, run.path / "traffic.log", report))
@@ -126,15 +125,13 @@ def play(run: RunDirectory, walk: DemoWalk) -> tuple[list[Ending], dict[str, Any
 
 
 def show(endings: Sequence[Ending], traffic: dict[str, Any]) -> None:
-    """The table of what was rolled out and what became of it.
+    """Prints a table of the rollouts and their results.
 
-    ``at`` is the canary's weight when it was decided, ``viewers`` those whom it had, ``s`` the seconds that it had any.
+    ``at`` is the canary's weight at the decision, ``viewers`` its number of viewers, ``s`` the seconds with traffic.
     """
-    table = Table(
-        title="what was rolled out, and what became of it", title_justify="left", box=None, padding=(0, 1, 0, 0)
-    )
+    table = Table(title="rollouts and their results", title_justify="left", box=None, padding=(0, 1, 0, 0))
     right = ("at", "viewers", "s", "failed")
-    for column in ("release", "wrong", "end", "evidence", *right):
+    for column in ("release", "fault", "result", "evidence", *right):
         justify: Literal["left", "right"] = "right" if column in right else "left"
         table.add_column(column, justify=justify, no_wrap=column != "evidence", overflow="fold")
     for one in endings:
@@ -146,18 +143,17 @@ def show(endings: Sequence[Ending], traffic: dict[str, Any]) -> None:
         )  # fmt: skip
     out.print(table)
     out.print(
-        f"traffic: {traffic['requests']} requests, {traffic['failed']} failed, {traffic['arm_changes']} viewers moved "
-        f"out of order; {traffic['outcomes']['sent']} outcomes sent, {traffic['outcomes']['posts_failed']} times in "
-        "vain",
+        f"traffic: {traffic['requests']} requests, {traffic['failed']} failed, {traffic['arm_changes']} unexpected arm "
+        f"changes; {traffic['outcomes']['sent']} outcomes sent, {traffic['outcomes']['posts_failed']} posts failed",
         highlight=False,
     )
 
 
 def assess(endings: Sequence[Ending], traffic: dict[str, Any]) -> None:
-    """Refuse a demo that did not show what it should.
+    """Checks that all scenarios ended as expected.
 
     Raises:
-        RolloutError: naming what was not as it should be.
+        RolloutError: if one did not; names each deviation.
     """
     wrong = [
         f"{one.scene.step} ended {one.end} with {one.failed} failed requests, expected {one.scene.expected} with none"
@@ -166,9 +162,9 @@ def assess(endings: Sequence[Ending], traffic: dict[str, Any]) -> None:
     ]
     if traffic["failed"] or traffic["outcomes"]["posts_failed"] or traffic["arm_changes"]:
         seen = [*traffic["failures"], *traffic["arm_change_examples"]]
-        wrong.append(f"traffic: {'; '.join(seen[:3]) or 'see its report'}")
+        wrong.append(f"traffic: {'; '.join(seen[:3]) or 'see the traffic report'}")
     if wrong:
-        raise RolloutError("the demo did not end as it should: " + "; ".join(wrong))
+        raise RolloutError("the demo did not end as expected: " + "; ".join(wrong))
 
 
 def _play(run: RunDirectory, scene: Scene, walk: DemoWalk, report: Path) -> Ending:
@@ -195,7 +191,7 @@ def ending_of(
     before: dict[str, Any],
     after: dict[str, Any],
 ) -> Ending:
-    """How a rollout ended, from its history and the traffic's reports before and after it."""
+    """Derives the result of a rollout from its history and the traffic reports before and after it."""
     release = rollout.state.canary_release
     decided = next((e for e in reversed(entries) if e.action in ("promote", "roll_back")), entries[-1])
     began = next((e.time for e in entries if e.action == "step"), decided.time)
@@ -214,7 +210,7 @@ def ending_of(
 
 
 def evidence_of(decision: HistoryEntry) -> str:
-    """What a promotion or rollback stood on: the guardrails that were breached, or the metrics with harm."""
+    """Returns the breached guardrails and harmed metrics behind a rollback, or the grounds of a promotion."""
     evidence = decision.evidence
     bad = [g["name"] for g in evidence.get("guardrails", ()) if g["state"] == "bad"]
     harms = [o["label"] for o in evidence.get("outcomes", ()) if o["finding"] == "harm_established"]
@@ -248,6 +244,6 @@ def _read(report: Path) -> dict[str, Any]:
 
 
 def make_rehearsals(commands: Sequence[Sequence[str]]) -> None:
-    """Make the releases, one command after the other."""
+    """Builds the releases sequentially."""
     for command in commands:
         run_to_end(reelway_command(*command))

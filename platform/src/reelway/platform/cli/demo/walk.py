@@ -1,7 +1,4 @@
-"""Why: whoever watches a demo wants to know where it is, which command is being shown, and where the time went.
-
-Headings and a clock; it runs nothing.
-"""
+"""Progress output of the demo: numbered headings, the commands of each step, and a table of durations."""
 
 from __future__ import annotations
 
@@ -15,7 +12,7 @@ from reelway.platform.cli.terminal import console, out
 
 
 class DemoWalk:
-    """Numbers the steps of a demo and remembers how long each took."""
+    """Numbers the steps of a demo and measures their durations."""
 
     def __init__(self, total: int) -> None:
         self._total = total
@@ -23,7 +20,7 @@ class DemoWalk:
         self._steps: list[tuple[str, float]] = []
 
     def step(self, title: str, *commands: Sequence[str]) -> None:
-        """Begin the next step; the one before has ended."""
+        """Ends the current step and starts the next one."""
         self._steps.append((title, time.monotonic()))
         console.print(Rule(f"[bold]{len(self._steps)}/{self._total} {title}", align="left"))
         for command in commands:
@@ -31,16 +28,16 @@ class DemoWalk:
 
     @property
     def elapsed_s(self) -> float:
-        """Since the beginning."""
+        """Seconds since the start of the demo."""
         return time.monotonic() - self._began
 
     def show_times(self) -> None:
-        """Seconds per step, in order."""
+        """Prints the seconds per step."""
         ends = [*(began for _, began in self._steps[1:]), time.monotonic()]
-        table = Table(title="where the time went", title_justify="left", box=None, pad_edge=False)
+        table = Table(title="durations", title_justify="left", box=None, pad_edge=False)
         table.add_column("step")
         table.add_column("s", justify="right")
         for (title, began), end in zip(self._steps, ends, strict=True):
             table.add_row(title, f"{end - began:.0f}")
-        table.add_row("all", f"{self.elapsed_s:.0f}", style="bold")
+        table.add_row("total", f"{self.elapsed_s:.0f}", style="bold")
         out.print(table)

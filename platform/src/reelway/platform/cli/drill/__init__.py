@@ -1,1 +1,1 @@
-"""``reelway drill``: a rollback on purpose, on the running service."""
+"""``reelway drill``: tests a rollback on the running service."""

@@ -1,7 +1,7 @@
-"""``reelway drill``: a rollback that was never rehearsed is a hope, so rehearse it on the running system.
+"""``reelway drill``: rolls out a known-bad release on the running service to test detection and rollback.
 
-A release that is known to be bad is rolled out for real, and the very path that would save a real rollout has to find
-it. Whatever happens, Ctrl-C included, the drill ends with everybody on stable, or says loudly that it could not.
+The drill uses the same evidence, alerts and controller as a real rollout. However it ends, also after Ctrl-C, all
+traffic is back on stable; if that fails, the command prints an error and exits with code 9.
 """
 
 from __future__ import annotations
@@ -37,20 +37,20 @@ if TYPE_CHECKING:
     from reelway.platform.rollout.records import Rollout, RolloutStore
 
 READY_S: Final = 300.0
-"""Longest that the bad release may take to come up."""
+"""Maximum time for the bad release to start."""
 BACK_S: Final = 60.0
-"""Longest that the drill waits at its end for everybody to be on stable."""
+"""Maximum time at the end of the drill until all traffic is on stable."""
 PROBE_S: Final = 3.0
 ALERT_AFTER_S: Final = 3.0
-"""Viewers meet the release for so long before the test alert is sent."""
+"""Exposure of viewers to the release before the test alert is sent."""
 EXIT_CODES = (
-    "Exit codes: 0 caught and rolled back in time, 9 cannot be rehearsed, or not back on stable, 11 not caught in time "
-    "and taken back by the drill, 130 Ctrl-C (and taken back)."
+    "Exit codes: 0 detected and rolled back in time, 9 preconditions not met or traffic not back on stable, 11 not "
+    "detected in time and rolled back by the drill, 130 Ctrl-C (rolled back)."
 )
 
 
 class Fault(StrEnum):
-    """What is wrong with the release that is made."""
+    """The fault in the bad release."""
 
     ERRORS = "errors"
     SLOW = "slow"
@@ -58,14 +58,14 @@ class Fault(StrEnum):
 
 
 class By(StrEnum):
-    """What has to bring the rollback about."""
+    """What must trigger the rollback."""
 
     EVIDENCE = "evidence"
     ALERT = "alert"
 
 
 class Output(StrEnum):
-    """How the result is printed."""
+    """Output format of the command."""
 
     TEXT = "text"
     JSON = "json"
@@ -73,7 +73,7 @@ class Output(StrEnum):
 
 @dataclass
 class Drill:
-    """One drill under way."""
+    """A drill in progress."""
 
     run: RunDirectory
     store: RolloutStore
@@ -87,32 +87,37 @@ class Drill:
 
 
 def register(app: typer.Typer) -> None:
-    """Add ``reelway drill``."""
+    """Adds ``reelway drill``."""
     app.command(epilog=EXIT_CODES)(drill)
 
 
 def drill(
-    run: Path = typer.Option(Path("runs/default"), "--run", help="Run directory; it is being served and has traffic."),
-    release: str | None = typer.Option(None, help="A release known to be bad; one is made when absent."),
-    fault: Fault = typer.Option(Fault.ERRORS, help="What is wrong with the release that is made."),
-    policy: str = typer.Option("drill", help="A policy file, or the name of a policy that ships."),
-    by: By = typer.Option(By.EVIDENCE, help="Caught by evidence, or by a test alert sent to the controller."),
-    within: float = typer.Option(120.0, min=0, help="Seconds from the first viewer (or the alert) to all on stable."),
-    traffic_report: Path | None = typer.Option(None, help="The file that `reelway traffic --report` keeps up to date."),
-    output: Output = typer.Option(Output.TEXT, "-o", "--output", help="For people, or for programs."),
-) -> None:
-    """Rehearse a rollback on the running system with a release that is known to be bad; report how long it took.
+    run: Path = typer.Option(Path("runs/default"), "--run", help="Run directory that is being served and has traffic."),
+    release: str | None = typer.Option(None, help="Known-bad release. By default one is built with --fault."),
+    fault: Fault = typer.Option(Fault.ERRORS, help="Fault of the bad release that is built."),
+    policy: str = typer.Option("drill", help="Policy file, or name of a built-in policy: default, demo, drill."),
+    by: By = typer.Option(
+        By.EVIDENCE, "--detected-by", help="Trigger of the rollback: evidence, or a test alert sent to the controller."
+    ),
+    within: float = typer.Option(
+        120.0, "--deadline", min=0,
+        help="Maximum seconds from the first exposure (or the alert) until all traffic is on stable.",
+    ),
+    traffic_report: Path | None = typer.Option(None, help="File written by `reelway traffic --report`."),
+    output: Output = typer.Option(Output.TEXT, "-o", "--output", help="Output format: text or json."),
+) -> None:  # fmt: skip
+    """Test a rollback on the running service with a known-bad release and report how long it took.
 
-    Needs live traffic (`reelway traffic --run RUN`), since without viewers there is no evidence. A few viewers really
-    meet the bad release until it is caught. Always ends with everybody on stable.
+    Requires live traffic (`reelway traffic --run RUN`): without viewers there is no evidence. A few viewers get the bad
+    release until it is detected. All traffic is on stable afterwards.
 
     Examples:
 
       reelway drill --run runs/demo
 
-      reelway drill --run runs/demo --fault worse --within 300 -o json
+      reelway drill --run runs/demo --fault worse --deadline 300 -o json
 
-      reelway drill --run runs/demo --release 3f9c --by alert --within 5
+      reelway drill --run runs/demo --release 3f9c --detected-by alert --deadline 5
     """
     from reelway.platform.cli.drill.report import drill_table
     from reelway.platform.cli.rollout.policy import policy_named
@@ -129,36 +134,37 @@ def drill(
     else:
         out.print(drill_table(report))
     if not report.on_stable:
-        raise RolloutError(f"{report.rollout} is not seen rolled back; look at `reelway rollout status --run {run}`")
-    raise typer.Exit(0 if report.passed else int(RolloutExit.UNDER_WAY))
+        raise RolloutError(f"{report.rollout}: traffic is not back on stable; see `reelway rollout status --run {run}`")
+    raise typer.Exit(0 if report.passed else int(RolloutExit.IN_PROGRESS))
 
 
 def refuse_in_vain(run: RunDirectory, store: RolloutStore, by: By) -> None:
-    """Refuse what could not end well before anything is moved.
+    """Checks the preconditions of a drill before any traffic changes.
 
     Raises:
-        RolloutError: the run is not served, has no controller, a rollout under way, or no traffic.
+        RolloutError: if the run is not being served, no controller reconciles it, a rollout is in progress, or there is
+            no traffic.
     """
     serving, latest = serving_record(run), store.latest()
     if serving is None:
-        raise RolloutError(f"{run.path} is not being served; start it with `reelway serve --run {run.path}`")
+        raise RolloutError(f"{run.path} is not being served; run `reelway serve --run {run.path}`")
     sighting = store.sighting(latest.state.id) if latest else None
     if silent := controller_sight(run, latest, sighting, time.time()).problem:
         raise RolloutError(f"{silent}: {start_the_controller(run)}")
     if latest is not None and latest.state.active:
-        raise RolloutError(f"rollout {latest.state.id} is {latest.state.phase.value}; a drill waits until it has ended")
+        raise RolloutError(f"rollout {latest.state.id} is {latest.state.phase.value}; retry when it has ended")
     if by is By.EVIDENCE and not has_traffic(serving.url):
         raise RolloutError(
-            f"{serving.url} had no request within {PROBE_S:g} s, and without viewers there is no evidence; start "
-            f"`reelway traffic --run {run.path}` in another terminal, or rehearse an alert with --by alert"
+            f"{serving.url} received no request within {PROBE_S:g} s, and without viewers there is no evidence; start "
+            f"`reelway traffic --run {run.path}` in another terminal, or test an alert with --detected-by alert"
         )
 
 
 def has_traffic(url: str) -> bool:
-    """Whether the service's count of requests grows.
+    """Returns whether the service receives requests within ``TRAFFIC_PROBE_S``.
 
     Raises:
-        RolloutError: the service doesn't answer.
+        RolloutError: if the service does not respond.
     """
     before, deadline = requests_of(url), time.monotonic() + PROBE_S
     while time.monotonic() < deadline:
@@ -169,10 +175,10 @@ def has_traffic(url: str) -> bool:
 
 
 def requests_of(url: str) -> float:
-    """Requests that the service has counted.
+    """Returns the number of requests that the service has counted.
 
     Raises:
-        RolloutError: it doesn't answer.
+        RolloutError: if the service does not respond.
     """
     from prometheus_client.parser import text_string_to_metric_families
 
@@ -181,23 +187,23 @@ def requests_of(url: str) -> float:
     try:
         answer = httpx.get(f"{url}/metrics", timeout=10).raise_for_status()
     except httpx.HTTPError as error:
-        raise RolloutError(f"no metrics from {url}/metrics: {error}; is it being served?") from error
+        raise RolloutError(f"{url}/metrics: no metrics: {error}; check that the run is being served") from error
     families = text_string_to_metric_families(answer.text)
     return sum(sample.value for family in families for sample in family.samples if sample.name == REQUESTS)
 
 
 def make_bad_release(run: RunDirectory, fault: Fault) -> str:
-    """The id of a new release with that fault, made by ``reelway release rehearse``.
+    """Builds a release with a fault by ``reelway release rehearse`` and returns its id.
 
     Raises:
-        CommandFailedError: it could not be made.
-        ConfigError: the command printed no id.
+        CommandFailedError: if the command fails.
+        ConfigError: if the command printed no release id.
     """
     log = run.path / "rollout" / "rehearse.log"
     command = ["release", "rehearse", fault.value, "--run", str(run.path)]
     tell(f"$ reelway {escape(' '.join(command))}")
     with (
-        console.status("making a release that is bad on purpose"),
+        console.status("building a bad release"),
         child(reelway_command(*command), log=log) as process,
     ):
         code = process.wait()
@@ -207,17 +213,17 @@ def make_bad_release(run: RunDirectory, fault: Fault) -> str:
         raise CommandFailedError(["reelway", *command], code)
     found = re.findall(r"\b[0-9a-f]{64}\b", text)
     if not found:
-        raise ConfigError(f"{log}: saw no release id, expected one of 64 hex digits; give one with --release")
+        raise ConfigError(f"{log}: no release id found, expected 64 hex digits; give a release with --release")
     return str(found[-1])
 
 
 def rehearse(drill: Drill, release: str, policy: RolloutPolicy) -> DrillReport:
-    """Roll the release out, wait for the rollback, end on stable however it went, and report."""
+    """Rolls out the release, waits for the rollback, makes sure that all traffic is on stable, and reports."""
     from reelway.platform.cli.drill.report import drill_report
     from reelway.platform.cli.rollout.start import DRILL_PREFIX, start_rollout
 
     store, before = drill.store, read_traffic(drill.traffic_report)
-    note = f"drill, to be caught by {drill.by.value} within {drill.within_s:g} s"
+    note = f"drill, detection by {drill.by.value} within {drill.within_s:g} s"
     rollout = start_rollout(drill.run, store, release, policy, force=True, note=note, prefix=DRILL_PREFIX)
     try:
         with back_to_stable(drill, rollout.state.id):
@@ -238,7 +244,7 @@ def rehearse(drill: Drill, release: str, policy: RolloutPolicy) -> DrillReport:
 
 
 def follow(drill: Drill, rollout_id: str) -> None:
-    """Wait for the rollback, printing what is decided; send the test alert when it is its time."""
+    """Waits for the rollback, prints the decisions, and sends the test alert after ``ALERT_DELAY_S``."""
     from reelway.platform.cli.rollout.follow import PlainLines
 
     lines, store = PlainLines(console.print), drill.store
@@ -266,14 +272,14 @@ def follow(drill: Drill, rollout_id: str) -> None:
 
 @contextmanager
 def back_to_stable(drill: Drill, rollout_id: str) -> Iterator[None]:
-    """However the block is left, take the rollout back and wait until everybody is on stable."""
+    """Rolls back when the block is left for any reason, and waits until all traffic is on stable."""
     store = drill.store
     try:
         yield
     finally:
         state = store.get(rollout_id).state
         if state.phase not in (Phase.ROLLED_BACK, Phase.ROLLING_BACK):
-            tell("[bold yellow]the drill takes its release back[/]")
+            tell("[bold yellow]the drill rolls its release back[/]")
             command = Command(id=uuid.uuid4().hex, verb="rollback", actor=actor(), note="the drill is over")
             store.ask(rollout_id, command)
         rolled_back = wait_until(
@@ -286,10 +292,10 @@ def back_to_stable(drill: Drill, rollout_id: str) -> Iterator[None]:
 
 
 def send_alert(run: RunDirectory, rollout: Rollout) -> float:
-    """Send a firing test alert for the release; the moment that it started at.
+    """Sends a firing test alert for the release and returns its start time.
 
     Raises:
-        RolloutError: the controller did not take it.
+        RolloutError: if the controller did not accept the alert.
     """
     moment = time.time()
     tell("sending the test alert")
@@ -298,17 +304,17 @@ def send_alert(run: RunDirectory, rollout: Rollout) -> float:
 
 
 def deliver(run: RunDirectory, rollout: Rollout, starts_at: float, status: str) -> None:
-    """Alertmanager's delivery, as its webhook makes it, with the run's own token.
+    """Posts an alert to the controller's webhook as Alertmanager does, with the run's token.
 
     Raises:
-        RolloutError: the controller did not take it.
+        RolloutError: if the controller did not accept the alert.
     """
     from reelway.platform.rollout.control.controller_service import WEBHOOK_TOKEN
     from reelway.platform.rollout.control.webhook import ALERTS_PATH
 
     record = controller_record(run)
     if record is None:
-        raise RolloutError(f"no controller runs for this run: {start_the_controller(run)}")
+        raise RolloutError(f"no controller is running for this run: {start_the_controller(run)}")
     labels = {"alertname": "ReelwayDrill", "release": rollout.state.canary_release[:12], "rollout": rollout.state.id}
     alert = {
         "status": status,
@@ -323,16 +329,18 @@ def deliver(run: RunDirectory, rollout: Rollout, starts_at: float, status: str) 
             f"{record.url}{ALERTS_PATH}", json=body, headers={"Authorization": f"Bearer {token}"}, timeout=10
         )
     except httpx.HTTPError as error:
-        raise RolloutError(f"the controller at {record.url} did not take the test alert: {error}") from error
+        raise RolloutError(f"cannot send the test alert to the controller at {record.url}: {error}") from error
     if not answer.is_success:
-        raise RolloutError(f"the controller at {record.url} refused the test alert: {answer.status_code} {answer.text}")
+        raise RolloutError(
+            f"the controller at {record.url} rejected the test alert: {answer.status_code} {answer.text}"
+        )
 
 
 def read_traffic(path: Path | None) -> tuple[int, int] | None:
-    """Requests and failed ones so far, of a traffic report; None when none was asked for.
+    """Returns the requests and failed requests of a traffic report; None without a path.
 
     Raises:
-        ConfigError: it is not one.
+        ConfigError: if the file is not a traffic report.
     """
     if path is None:
         return None
@@ -341,5 +349,5 @@ def read_traffic(path: Path | None) -> tuple[int, int] | None:
         return int(seen["requests"]), int(seen["failed"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(
-            f"{path}: {error!r}, expected the file that `reelway traffic --report {path}` keeps up to date"
+            f"{path}: not a traffic report: {error!r}; expected the file that `reelway traffic --report {path}` writes"
         ) from error

@@ -1,6 +1,6 @@
-"""Why: what a rehearsed rollback proves is a few numbers, and they are read off the history, not off a stopwatch here.
+"""Report of a drill, derived from the rollout's recorded decisions.
 
-Pure: from the rollout's recorded decisions. Refuses to call a rollback by hand a detection.
+A rollback by command does not count as detected.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class DrillReport(BaseModel):
-    """``reelway drill -o json``. Times are Unix seconds, by the controller's clock."""
+    """``reelway drill -o json``. Times are Unix seconds of the controller's clock."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -30,20 +30,22 @@ class DrillReport(BaseModel):
     fault: str | None
     by: str
     within_s: float
-    passed: bool = Field(description="rolled back by itself, in time, and everybody is on stable")
+    passed: bool = Field(description="whether it was detected and rolled back in time, with all traffic on stable")
     on_stable: bool
-    caught_by: tuple[str, ...] = Field(description="guardrails and outcomes that found it; empty: nothing did")
+    caught_by: tuple[str, ...] = Field(description="guardrails and outcome metrics that detected it; may be empty")
     reason: str
-    weight_percent: float | None = Field(description="the release's share of the viewers when it was caught")
-    viewers: int | None = Field(description="that the release had had")
+    weight_percent: float | None = Field(description="traffic weight of the release at detection")
+    viewers: int | None = Field(description="viewers exposed to the release")
     impressions: int | None
-    met_at: float | None = Field(description="when viewers first met the release")
-    alerted_at: float | None = Field(description="when the test alert was sent")
+    first_exposure_at: float | None = Field(description="time at which the release first had traffic")
+    alerted_at: float | None = Field(description="time at which the test alert was sent")
     detected_at: float | None
-    detected_after_s: float | None = Field(description="since viewers met it, or since the alert; 0: before")
-    decision_to_stable_ms: float | None = Field(description="decision -> all routers seen on stable")
-    whole_s: float = Field(description="from start to end of the rollout")
-    requests: int | None = Field(description="of the traffic report, during the drill")
+    detected_after_s: float | None = Field(
+        description="seconds from the first exposure, or from the alert; 0 if detected before any exposure"
+    )
+    decision_to_stable_ms: float | None = Field(description="time from the decision until all routers are on stable")
+    total_s: float = Field(description="seconds from start to end of the rollout")
+    requests: int | None = Field(description="requests during the drill, from the traffic report")
     failed_requests: int | None
 
 
@@ -58,12 +60,12 @@ def drill_report(
     alerted_at: float | None,
     traffic: tuple[int, int] | None,
 ) -> DrillReport:
-    """What the history says.
+    """Derives the report from the rollout's history.
 
     Args:
-        exposure: viewers and impressions of the release at the last look before it was rolled back; an alert's own
-            reaction does not look.
-        traffic: requests and failed ones during the drill.
+        exposure: viewers and impressions of the release at the last reconcile before the rollback, because a rollback
+            by an alert reads no evidence.
+        traffic: requests and failed requests during the drill.
     """
     state = rollout.state
     met = next((entry for entry in history if entry.canary_bp > 0), None)
@@ -88,19 +90,19 @@ def drill_report(
         weight_percent=_weight_before(history, caught) if caught is not None else None,
         viewers=seen.get("viewers"),
         impressions=seen.get("impressions"),
-        met_at=met.time if met is not None else None,
+        first_exposure_at=met.time if met is not None else None,
         alerted_at=alerted_at,
         detected_at=caught.time if caught is not None else None,
         detected_after_s=after_s,
         decision_to_stable_ms=1000 * (ended.time - caught.time) if ended and caught else None,
-        whole_s=(ended.time if ended else state.tick_at) - state.started_at,
+        total_s=(ended.time if ended else state.tick_at) - state.started_at,
         requests=traffic[0] if traffic else None,
         failed_requests=traffic[1] if traffic else None,
     )
 
 
 def caught_by(entry: HistoryEntry) -> tuple[str, ...]:
-    """Names of what was bad in the evidence that rolled back; nothing when a person or a deadline did."""
+    """Returns the breached guardrails or harmed outcome metrics; empty after a command or a deadline."""
     by_evidence = not entry.reason.startswith("rolled back by ") and bool(entry.evidence)
     if not by_evidence:
         return ()
@@ -111,26 +113,25 @@ def caught_by(entry: HistoryEntry) -> tuple[str, ...]:
 
 
 def drill_table(report: DrillReport) -> Table:
-    """For people."""
     table = Table(show_header=False, box=None, pad_edge=False)
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
     verdict = "[bold green]PASSED[/]" if report.passed else "[bold red]FAILED[/]"
     table.add_row("drill", f"{verdict}   {report.rollout}, release {report.release[:12]} ({report.fault or 'given'})")
-    table.add_row("caught by", ", ".join(report.caught_by) or "[bold red]nothing[/]")
+    table.add_row("detected by", ", ".join(report.caught_by) or "[bold red]nothing[/]")
     if report.detected_after_s is not None:
-        since = "the alert" if report.alerted_at is not None else "viewers first met it"
-        table.add_row("after", f"{report.detected_after_s:.1f} s since {since} (allowed {report.within_s:g} s)")
+        since = "the alert" if report.alerted_at is not None else "the first exposure"
+        table.add_row("after", f"{report.detected_after_s:.1f} s from {since} (deadline {report.within_s:g} s)")
     if report.weight_percent is not None:
         table.add_row("at", f"{report.weight_percent:g} % of the viewers")
     if report.viewers is not None:
         table.add_row("exposed", f"{report.viewers:,} viewers, {report.impressions or 0:,} impressions")
     if report.decision_to_stable_ms is not None:
-        table.add_row("back", f"all traffic on stable {report.decision_to_stable_ms:.0f} ms after the decision")
+        table.add_row("rolled back", f"all traffic on stable {report.decision_to_stable_ms:.0f} ms after the decision")
     if report.failed_requests is not None:
         table.add_row("failed", f"{report.failed_requests:,} of {report.requests or 0:,} requests")
-    where = f"everybody is on {report.stable_release[:12]}" if report.on_stable else "[bold red]NOT on stable[/]"
-    table.add_row("now", f"{where}; the whole took {span(report.whole_s)}")
+    where = f"all traffic on {report.stable_release[:12]}" if report.on_stable else "[bold red]NOT on stable[/]"
+    table.add_row("now", f"{where}; total time {span(report.total_s)}")
     return table
 
 

@@ -1,1 +1,1 @@
-"""``reelway rollout``: commands, what they ask of a run or a cluster, and how it is shown."""
+"""``reelway rollout``: commands for the rollouts of a run directory or a cluster, and their output."""

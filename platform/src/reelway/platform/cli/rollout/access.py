@@ -1,4 +1,4 @@
-"""Why: what every command asks of a place: its rollouts, and whether somebody looks after them, for both kinds."""
+"""Access to the rollout store and the controller's status, for run directories and for clusters."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ if TYPE_CHECKING:
 
 
 def open_store(run: Place) -> RolloutStore:
-    """The rollouts of a place.
+    """Opens the rollout store of a run directory or a namespace.
 
     Raises:
-        ConfigError: there is no way to the cluster.
+        ConfigError: if the cluster is not reachable.
     """
     if isinstance(run, ClusterPlace):
         from reelway.platform.cli.rollout.cluster import cluster_store
@@ -34,48 +34,48 @@ def open_store(run: Place) -> RolloutStore:
 
 
 def rollout_of(store: RolloutStore, rollout_id: str | None) -> Rollout:
-    """The rollout by id or its unique beginning, the newest one when no id is given.
+    """Returns the rollout with this id or unique id prefix; without an id, the latest one.
 
     Raises:
-        RolloutError: there is none, or several begin so.
+        RolloutError: if there is no such rollout or the prefix is ambiguous.
     """
     if rollout_id is not None:
         return store.get(rollout_id)
     latest = store.latest()
     if latest is None:
-        raise RolloutError("there has been no rollout here; begin one with `reelway rollout start RELEASE`")
+        raise RolloutError("no rollout exists; start one with `reelway rollout start RELEASE`")
     return latest
 
 
 def controller_sight(run: Place, rollout: Rollout | None, sighting: Sighting | None, now: float) -> ControllerSight:
-    """Whether somebody looks after the rollout. ``problem`` says why not, in words for a person."""
+    """Returns whether a controller reconciles the rollout. ``problem`` is the reason if none does."""
     if isinstance(run, ClusterPlace):
         from reelway.platform.cli.rollout.cluster import operator_sight
 
         return operator_sight(rollout, sighting, now)
     record = controller_record(run)
-    looked_at = sighting.time if sighting else None
-    began_at = rollout.state.started_at if rollout else now
-    silent_s = max(0.0, now - (looked_at if looked_at is not None else began_at)) if rollout else None
+    reconciled_at = sighting.time if sighting else None
+    started_at = rollout.state.started_at if rollout else now
+    silent_s = max(0.0, now - (reconciled_at if reconciled_at is not None else started_at)) if rollout else None
     problem = ""
     if record is None:
-        problem = "no controller runs for this run"
+        problem = "no controller is running for this run"
     elif not lives(record.pid):
-        problem = f"the controller (process {record.pid}) is gone"
+        problem = f"the controller (process {record.pid}) has exited"
     elif rollout is not None and rollout.state.active and silent_s is not None and silent_s > SILENT_AFTER_S:
-        problem = f"the controller (process {record.pid}) has not looked for {silent_s:.0f} s"
+        problem = f"the controller (process {record.pid}) has not reconciled for {silent_s:.0f} s"
     return ControllerSight(
         running=record is not None and lives(record.pid),
         url=record.url if record else None,
         pid=record.pid if record else None,
-        last_look_at=looked_at,
-        silent_s=silent_s,
+        last_reconcile_at=reconciled_at,
+        seconds_since_reconcile=silent_s,
         problem=problem,
     )
 
 
 def start_the_controller(run: Place) -> str:
-    """What to do about a silent controller."""
+    """Returns how to get an unresponsive controller running."""
     if isinstance(run, ClusterPlace):
-        return "nothing moves until `reelway operator` runs there; look at its pod"
-    return f"nothing moves until `reelway rollout controller --run {run.path}` runs"
+        return "rollouts do not advance until `reelway operator` runs in the namespace; check its pod"
+    return f"rollouts do not advance until `reelway rollout controller --run {run.path}` runs"

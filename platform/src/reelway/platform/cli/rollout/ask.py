@@ -1,7 +1,7 @@
-"""``reelway rollout pause|resume|promote|rollback``: what a person wants is written down once, and its effect reported.
+"""``reelway rollout pause|resume|promote|rollback``: stores a command and reports its effect.
 
-Asking for what is so already changes nothing and succeeds. Refuses what no look at the evidence could allow; all else
-is the controller's to refuse, and its reason comes back word for word.
+A command whose target state is already reached succeeds without a change. Commands that the rollout can never accept
+are rejected here; the controller accepts or rejects all others, and its reason is printed verbatim.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from reelway.platform.rollout.records import Rollout, RolloutStore
 
 TAKEN_WITHIN_S: Final = 5.0
-"""A living controller takes a command in a fraction of a second; an answer that late is not waited for."""
+"""Without ``--wait``: how long to wait for the controller to accept a command, which normally takes less than 1 s."""
 EFFECT: Final[dict[Verb, frozenset[Phase]]] = {
     "pause": frozenset({Phase.PAUSED}),
     "resume": frozenset({Phase.STEPPING, Phase.HOLDING}),
@@ -46,14 +46,16 @@ def ask_rollout(
     wait: bool,
     timeout_s: float,
 ) -> RolloutExit:
-    """Ask, and say what came of it. 0 when it is so, or accepted and not waited for.
+    """Submits a command and prints its effect.
+
+    Returns exit code 0 if the command took effect, or without ``wait`` if it was submitted.
 
     Raises:
-        RolloutError: refused, with the reason.
+        RolloutError: if the command is rejected; the message is the reason.
     """
     state = rollout.state
     if state.phase in EFFECT[verb] and not _withdrawn(state, verb):
-        tell(f"{state.id} is {_phase(state)} already: {escape(state.reason)}")
+        tell(f"{state.id} is already {_phase(state)}: {escape(state.reason)}")
         return RolloutExit.PROMOTED
     refuse_in_vain(store, state, verb)
     number = _last_number(store, state.id)
@@ -63,8 +65,10 @@ def ask_rollout(
         asked = store.ask(state.id, command)
         if asked.state.command != command:
             waiting = asked.state.command
-            raise RolloutError(f"a {waiting and waiting.verb} is waiting already, and {verb} does not replace it")
-        tell(f"{verb} of {state.id} asked for")
+            raise RolloutError(
+                f"cannot {verb} {state.id}: a {waiting and waiting.verb} is pending, and {verb} does not replace it"
+            )
+        tell(f"{verb} of {state.id} requested")
     silent = controller_sight(run, rollout, store.sighting(state.id), time.time()).problem
     if silent:
         tell(f"[bold red]{escape(silent)}:[/] {escape(start_the_controller(run))}")
@@ -80,32 +84,32 @@ def ask_rollout(
 
 
 def refuse_in_vain(store: RolloutStore, state: RolloutState, verb: Verb) -> None:
-    """Refuse at once what cannot be, so that a person learns it also without a controller.
+    """Checks that the rollout can accept the command, also if no controller is running.
 
     Raises:
-        RolloutError: another rollout came after this one, or it has ended.
+        RolloutError: if a newer rollout exists or the rollout has ended.
     """
     latest = store.latest()
     if latest is not None and latest.state.id != state.id:
         raise RolloutError(
-            f"rollout {state.id} is not the newest one, {latest.state.id} is; only the newest can be changed"
+            f"cannot {verb} {state.id}: it is not the latest rollout; only {latest.state.id} accepts commands"
         )
     if state.retired:
         raise RolloutError(
-            f"{state.id} was promoted and {state.stable_release[:12]} is no longer kept warm; "
-            f"to go back, `reelway rollout start {state.stable_release[:12]}`"
+            f"cannot {verb} {state.id}: it was promoted and {state.stable_release[:12]} is no longer kept warm; "
+            f"to return to it, run `reelway rollout start {state.stable_release[:12]}`"
         )
     if state.phase is Phase.ROLLED_BACK:
         raise RolloutError(
-            f"{state.id} was rolled back ({state.reason}), {verb} changes nothing any more; "
-            f"try the release again with `reelway rollout start {state.canary_release[:12]} --force`"
+            f"cannot {verb} {state.id}: it was rolled back ({state.reason}); "
+            f"to retry the release, run `reelway rollout start {state.canary_release[:12]} --force`"
         )
     if state.phase is Phase.PROMOTED and verb != "rollback":
-        raise RolloutError(f"{state.id} was promoted; of all commands only rollback is left, expected that, saw {verb}")
+        raise RolloutError(f"cannot {verb} {state.id}: it was promoted, and a promoted rollout accepts only `rollback`")
 
 
 def _effect(store: RolloutStore, rollout_id: str, verb: Verb, number: int, timeout_s: float) -> RolloutExit:
-    """Wait until it is so, or can no longer come to be so."""
+    """Waits until the command has taken effect or can no longer take effect."""
     ended = EFFECT[verb] | {Phase.ROLLED_BACK, Phase.PROMOTED}
     if verb == "rollback":
         ended = EFFECT[verb]
@@ -115,21 +119,21 @@ def _effect(store: RolloutStore, rollout_id: str, verb: Verb, number: int, timeo
         tell(f"{rollout_id} is {_phase(seen.state)}: {escape(seen.state.reason)}")
         return RolloutExit.PROMOTED
     if seen.state.phase not in ended:
-        tell(f"[bold yellow]not yet:[/] after {timeout_s:g} s {rollout_id} is {_phase(seen.state)}")
-        return RolloutExit.UNDER_WAY
+        tell(f"[bold yellow]timeout:[/] {rollout_id} is still {_phase(seen.state)} after {timeout_s:g} s")
+        return RolloutExit.IN_PROGRESS
     tell(f"[bold red]{verb} came too late:[/] {rollout_id} is {_phase(seen.state)}: {escape(seen.state.reason)}")
     return exit_of(seen.state)
 
 
 def _say_taken(seen: Rollout, command: Command) -> None:
     if seen.state.command == command:
-        tell(f"not taken within {TAKEN_WITHIN_S:g} s; it stays asked for. See `reelway rollout status`")
+        tell(f"not accepted within {TAKEN_WITHIN_S:g} s; the command stays pending, see `reelway rollout status`")
     else:
-        tell(f"taken; {seen.state.id} is {_phase(seen.state)}: {escape(seen.state.reason)}")
+        tell(f"accepted; {seen.state.id} is {_phase(seen.state)}: {escape(seen.state.reason)}")
 
 
 def _refused(store: RolloutStore, seen: Rollout, verb: Verb, number: int) -> None:
-    """Raise what the controller refused since the entry ``number``, unless what was asked for is so."""
+    """Raises the controller's rejection recorded after entry ``number``, unless the command has taken effect."""
     if seen.state.phase in EFFECT[verb]:
         return
     for entry in store.history(seen.state.id):
@@ -142,7 +146,7 @@ def _noun(verb: Verb) -> str:
 
 
 def _withdrawn(state: RolloutState, verb: Verb) -> bool:
-    """Whether a waiting command will undo what is so now."""
+    """Returns whether a pending command will change the current phase."""
     return state.command is not None and state.command.verb != verb
 
 

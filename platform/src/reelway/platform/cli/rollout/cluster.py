@@ -1,7 +1,7 @@
-"""``reelway rollout ... --namespace NS``: what a person's commands need of a cluster: the right to patch rollouts.
+"""``reelway rollout ... --namespace NS``: rollouts of a cluster's namespace.
 
-A rollout is made as a resource and begun by the operator, whose answer is waited for; so what may begin is settled
-there and nowhere twice.
+The commands need only the right to read and patch ReleaseRollouts. ``start`` creates a ReleaseRollout and waits for the
+operator, which alone decides whether the rollout may start.
 """
 
 from __future__ import annotations
@@ -22,14 +22,17 @@ if TYPE_CHECKING:
     from reelway.platform.rollout.records import Rollout, Sighting
 
 ANSWERED_WITHIN_S: Final = 10.0
-"""An operator that runs sees a new rollout in well under a second."""
+"""A running operator admits or rejects a new rollout in well under a second."""
 
 
 def cluster_store(place: ClusterPlace, backend: Backend | None = None) -> KubeRolloutStore:
-    """The namespace's rollouts; ``backend`` is that of rollouts to be made.
+    """Opens the namespace's rollout store.
+
+    Args:
+        backend: traffic backend of the rollouts that this store creates.
 
     Raises:
-        ConfigError: there is no way to the cluster, or the package for it is not installed.
+        ConfigError: if the cluster is not reachable or the ``cluster`` extra is not installed.
     """
     from reelway.platform.cluster.rollout_store import KubeRolloutStore
     from reelway.platform.cluster.shelf import AskingShelf
@@ -48,15 +51,17 @@ def start_on_cluster(
     ray_service: str | None,
     serve: tuple[str, str] | None,
 ) -> Rollout:
-    """Make a ReleaseRollout, and give it as the operator answered: begun, waiting, or untouched when it is silent.
+    """Creates a ReleaseRollout and waits for the operator's admission.
+
+    Returns the rollout as started or waiting; unchanged if no operator responds within ``ADMISSION_TIMEOUT_S``.
 
     Args:
-        release: the whole id, or the unique beginning of a Release resource's.
-        serve: base URLs of the Ray dashboard and of the router, without KubeRay.
+        release: full release id, or unique prefix of the id of a Release resource.
+        serve: base URLs of the Ray dashboard and of the router, if KubeRay is not used.
 
     Raises:
-        RolloutError: the API server or the operator refused it.
-        ConfigError: there is no such release, or no telling which backend is meant.
+        RolloutError: if the API server or the operator rejects the rollout.
+        ConfigError: if there is no such release or the backend is ambiguous.
     """
     from reelway.platform.cli.rollout.start import new_rollout_id
     from reelway.platform.cluster.rollout_store import LIVE, NOT_SEEN
@@ -64,7 +69,7 @@ def start_on_cluster(
 
     api, now = _api(place), time.time()
     store = cluster_store(place, _backend(api, ray_service, serve))
-    said = f"asked by {actor()}" + (f": {note}" if note else "")
+    said = f"requested by {actor()}" + (f": {note}" if note else "")
     state = RolloutState(
         id=new_rollout_id(now), stable_release=LIVE, canary_release=_release(api, release), started_at=now,
         changed_at=now, tick_at=now, forced=force, reason=said,
@@ -77,19 +82,21 @@ def start_on_cluster(
 
 
 def operator_sight(rollout: Rollout | None, sighting: Sighting | None, now: float) -> ControllerSight:
-    """Whether an operator looks after the rollout, as far as its status tells."""
+    """Returns whether an operator reconciles the rollout, derived from the rollout's status."""
     from reelway.platform.cluster.rollout_store import NOT_SEEN
 
     if rollout is None:
         return ControllerSight(running=True)
     state = rollout.state
-    looked_at = sighting.time if sighting else None
-    silent_s = max(0.0, now - (looked_at or state.started_at))
+    reconciled_at = sighting.time if sighting else None
+    silent_s = max(0.0, now - (reconciled_at or state.started_at))
     waits = sighting is None and state.reason != NOT_SEEN
     problem = ""
     if state.active and silent_s > SILENT_AFTER_S and not waits:
-        problem = f"the operator has not looked for {silent_s:.0f} s"
-    return ControllerSight(running=not problem, last_look_at=looked_at, silent_s=silent_s, problem=problem)
+        problem = f"the operator has not reconciled for {silent_s:.0f} s"
+    return ControllerSight(
+        running=not problem, last_reconcile_at=reconciled_at, seconds_since_reconcile=silent_s, problem=problem
+    )
 
 
 def _api(place: ClusterPlace) -> KubeApi:
@@ -97,13 +104,13 @@ def _api(place: ClusterPlace) -> KubeApi:
         from reelway.platform.cluster.kube_api import KubeApi
     except ModuleNotFoundError as error:
         raise ConfigError(
-            f"{error.name} is not installed; commands on a cluster need `pip install reelway-platform[cluster]`"
+            f"{error.name} is not installed; cluster commands require `pip install reelway-platform[cluster]`"
         ) from error
     return KubeApi(place.namespace, context=place.context)
 
 
 def _backend(api: KubeApi, ray_service: str | None, serve: tuple[str, str] | None) -> Backend:
-    """The one that is named, that of the newest rollout, or the namespace's only RayService."""
+    """Returns the backend given by options, else that of the latest rollout, else the namespace's only RayService."""
     from reelway.platform.cluster.kube_api import AbsentError
     from reelway.platform.cluster.resources import Backend
     from reelway.platform.cluster.shelf import PATH, read
@@ -121,8 +128,8 @@ def _backend(api: KubeApi, ray_service: str | None, serve: tuple[str, str] | Non
         names = []
     if len(names) != 1:
         raise ConfigError(
-            f"namespace {api.namespace} has the RayServices {names}, expected one; name it with --ray-service, or a "
-            "Serve without KubeRay with --serve-api and --serve-url"
+            f"namespace {api.namespace}: found RayServices {names}, expected one; select one with --ray-service, or "
+            "give a Ray Serve without KubeRay with --serve-api and --serve-url"
         )
     return Backend.model_validate({"rayService": {"name": names[0]}})
 
@@ -137,7 +144,7 @@ def _release(api: KubeApi, release: str) -> str:
     if len(found) != 1:
         some = ", ".join(one[:12] for one in (found or known)[:5]) or "none"
         raise ConfigError(
-            f"release {release!r}: {len(found)} Releases of namespace {api.namespace} begin so ({some}), expected one; "
-            "give the whole id of 64 characters"
+            f"release {release!r}: {len(found)} Releases of namespace {api.namespace} match ({some}), expected one; "
+            "give the full id of 64 characters"
         )
     return found[0]

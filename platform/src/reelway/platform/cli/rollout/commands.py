@@ -1,8 +1,7 @@
-"""``reelway rollout``: for an on-call engineer at three in the morning, and for scripts.
+"""``reelway rollout``: the commands that start, watch and control rollouts, for people and scripts.
 
-Commands write to the store of rollouts, of a run or of a cluster's namespace, and the controller moves the traffic;
-nothing here touches the service.
-The table of exit codes is in ``rollout_wait``.
+Commands write to the rollout store of a run directory or a namespace; the controller changes the traffic. The table of
+exit codes is in ``reelway.platform.cli.rollout.wait``.
 """
 
 from __future__ import annotations
@@ -25,33 +24,35 @@ if TYPE_CHECKING:
     from reelway.platform.rollout.state import Verb
 
 EXIT_CODES = (
-    "Exit codes: 0 promoted or done as asked, 2 usage, 6 release refused, 9 refused, 10 rolled back, "
-    "11 still under way (at --timeout), 12 paused, 130 Ctrl-C."
+    "Exit codes: 0 promoted or command completed, 2 usage, 6 release failed verification, 9 command rejected, "
+    "10 rolled back, 11 still in progress (at --timeout), 12 paused, 130 Ctrl-C."
 )
 
 
 class Output(StrEnum):
-    """How a result is printed."""
+    """Output format of a command."""
 
     TEXT = "text"
     JSON = "json"
 
 
 RUN = typer.Option(Path("runs/default"), "--run", help="Run directory.")
-NAMESPACE = typer.Option(None, "--namespace", "-n", help="Rollouts of this namespace of a cluster, not of a run.")
-CONTEXT = typer.Option(None, "--context", help="Of the kubeconfig; its namespace, unless one is given.")
-ID = typer.Argument(None, metavar="[ID]", help="Rollout, or the unique beginning of its id; the newest when absent.")
-OUTPUT = typer.Option(Output.TEXT, "-o", "--output", help="For people, or for programs.")
-NOTE = typer.Option("", help="Why, for those who read the history.")
-WAIT = typer.Option(False, "--wait", help="Wait for the effect, and let the exit code say what came of it.")
-TIMEOUT = typer.Option(120.0, min=0, help="Longest that --wait waits, in seconds; then exit code 11.")
-ENDLESS = typer.Option(None, min=0, help="Give up after so many seconds, with exit code 11 (12 while paused).")
+NAMESPACE = typer.Option(None, "--namespace", "-n", help="Use the rollouts of this Kubernetes namespace, not of --run.")
+CONTEXT = typer.Option(None, "--context", help="kubeconfig context; its namespace is used unless --namespace is given.")
+ID = typer.Argument(None, metavar="[ID]", help="Rollout id or unique id prefix. Defaults to the latest rollout.")
+OUTPUT = typer.Option(Output.TEXT, "-o", "--output", help="Output format: text or json.")
+NOTE = typer.Option("", help="Reason for the command; recorded in the history.")
+WAIT = typer.Option(False, "--wait", help="Wait until the command has taken effect; the exit code is the result.")
+TIMEOUT = typer.Option(120.0, min=0, help="Maximum seconds to wait with --wait; then exit with code 11.")
+ENDLESS = typer.Option(
+    None, min=0, help="Stop waiting after this many seconds and exit with code 11, or 12 if the rollout is paused."
+)
 
 
 def register(app: typer.Typer) -> None:
-    """Add ``reelway rollout ...``."""
+    """Adds ``reelway rollout ...``."""
     group = typer.Typer(no_args_is_help=True, epilog=EXIT_CODES)
-    app.add_typer(group, name="rollout", help="Roll a release out as a canary, watch it, and take it back.")
+    app.add_typer(group, name="rollout", help="Roll out a release as a canary, watch it, and roll it back.")
     group.command("start", epilog=EXIT_CODES)(start)
     group.command("status", epilog=EXIT_CODES)(status)
     group.command("watch", epilog=EXIT_CODES)(watch)
@@ -60,26 +61,28 @@ def register(app: typer.Typer) -> None:
     group.command("history")(history)
     group.command("explain")(explain)
     group.command("controller")(controller)
-    group.add_typer(policy_group(), name="policy", help="Look at policies and check them.")
+    group.add_typer(policy_group(), name="policy", help="Show and check rollout policies.")
 
 
 def start(
-    release: str = typer.Argument(..., help="Id of a release in the run's store, the unique beginning, or 'latest'."),
+    release: str = typer.Argument(..., help="Release id, unique id prefix, or 'latest'."),
     run: Path = RUN,
     namespace: str | None = NAMESPACE,
     context: str | None = CONTEXT,
-    policy: str = typer.Option("default", help="A policy file, or the name of a policy that ships: default, demo."),
-    force: bool = typer.Option(False, "--force", help="Past a cooldown, and past this release's own rollback."),
-    wait: bool = typer.Option(False, "--wait", help="Follow it to its end, or until it is paused."),
+    policy: str = typer.Option("default", help="Policy file, or name of a built-in policy: default, demo, drill."),
+    force: bool = typer.Option(False, "--force", help="Ignore a cooldown and an earlier rollback of this release."),
+    wait: bool = typer.Option(False, "--wait", help="Wait until the rollout has ended or is paused."),
     timeout: float | None = ENDLESS,
     note: str = NOTE,
-    ray_service: str | None = typer.Option(None, help="On a cluster: the RayService; the one of the last rollout."),
-    serve_api: str | None = typer.Option(None, help="On a cluster without KubeRay: URL of the Ray dashboard."),
-    serve_url: str | None = typer.Option(None, help="On a cluster without KubeRay: URL of the router."),
+    ray_service: str | None = typer.Option(
+        None, help="RayService to roll out on, with --namespace. Defaults to that of the latest rollout."
+    ),
+    serve_api: str | None = typer.Option(None, help="URL of the Ray dashboard, on a cluster without KubeRay."),
+    serve_url: str | None = typer.Option(None, help="URL of the router, on a cluster without KubeRay."),
 ) -> None:
-    """Roll a release out: verify it, write the rollout down, and let the controller take it from there.
+    """Roll out a release: verify it and store the rollout; the controller then shifts the traffic.
 
-    On a cluster it becomes a ReleaseRollout, and serving verifies the release before it opens it.
+    With --namespace the command creates a ReleaseRollout, and the serving pods verify the release before opening it.
 
     Examples:
 
@@ -109,16 +112,16 @@ def start(
         begun = start_rollout(directory, store, release, rules, force=force, note=note)
     state = begun.state
     out.print(state.id, highlight=False)
-    tell(f"rolling {state.canary_release[:12]} out over {state.stable_release[:12]}, policy {escape(rules.name)}")
+    tell(f"rolling out {state.canary_release[:12]} over {state.stable_release[:12]}, policy {escape(rules.name)}")
     if before is not None and before.state.phase is Phase.PROMOTED and not before.state.retired:
         gone = before.state.stable_release[:12]
-        tell(f"{gone} is kept warm no longer: {before.state.id} cannot be rolled back any more")
+        tell(f"{gone} is no longer kept warm: {before.state.id} can no longer be rolled back")
     controller = look(directory, store, state.id).controller
     if controller.silent:
         tell(f"[bold red]{escape(controller.problem)}:[/] {escape(start_the_controller(directory))}")
     if not wait:
         flags = flags_of(directory)
-        tell(f"next: reelway rollout watch {flags}   (take it back: reelway rollout rollback {flags})")
+        tell(f"next: reelway rollout watch {flags}   (roll back: reelway rollout rollback {flags})")
         return
     until = FINAL | {Phase.PAUSED}
     _leave_on_interrupt(lambda: follow_lines(directory, store, state.id, console.print, timeout_s=timeout, until=until))
@@ -130,9 +133,9 @@ def status(
     namespace: str | None = NAMESPACE,
     context: str | None = CONTEXT,
     output: Output = OUTPUT,
-    exit_code: bool = typer.Option(False, "--exit-code", help="Let the exit code say how the rollout stands."),
+    exit_code: bool = typer.Option(False, "--exit-code", help="Exit with the code of the rollout's state."),
 ) -> None:
-    """Show where the rollout stands, why, and what it waits for.
+    """Show the state of the rollout, the reason for it, and what the rollout waits for.
 
     Example: reelway rollout status -o json --exit-code
     """
@@ -157,9 +160,9 @@ def watch(
     context: str | None = CONTEXT,
     timeout: float | None = ENDLESS,
 ) -> None:
-    """Watch the rollout live until it has ended; the exit code is the rollout's. Ctrl-C leaves it running.
+    """Watch the rollout until it has ended and exit with its exit code. Ctrl-C stops watching, not the rollout.
 
-    Where there is no terminal every decision is one line.
+    Without a terminal each decision is printed as one line.
 
     Example: reelway rollout watch --run runs/demo
     """
@@ -174,9 +177,9 @@ def pause(
     rollout_id: str | None = ID, run: Path = RUN, namespace: str | None = NAMESPACE, context: str | None = CONTEXT,
     note: str = NOTE, wait: bool = WAIT, timeout: float = TIMEOUT,
 ) -> None:  # fmt: skip
-    """Stop the ramp where it is. Guardrails and established harm still roll back.
+    """Pause the ramp at its current step. Guardrail breaches and established harm still roll back.
 
-    Example: reelway rollout pause --note "looking at the like rate"
+    Example: reelway rollout pause --note "checking the like rate"
     """
     _ask("pause", rollout_id, open_place(run, namespace, context), note=note, wait=wait, timeout=timeout)
 
@@ -185,7 +188,7 @@ def resume(
     rollout_id: str | None = ID, run: Path = RUN, namespace: str | None = NAMESPACE, context: str | None = CONTEXT,
     note: str = NOTE, wait: bool = WAIT, timeout: float = TIMEOUT,
 ) -> None:  # fmt: skip
-    """Let a paused ramp go on.
+    """Resume a paused ramp.
 
     Example: reelway rollout resume --wait
     """
@@ -198,13 +201,14 @@ def promote(
     namespace: str | None = NAMESPACE,
     context: str | None = CONTEXT,
     note: str = NOTE,
-    force: bool = typer.Option(False, "--force", help="Although evidence is missing; it is written down as such."),
+    force: bool = typer.Option(False, "--force", help="Promote even if evidence is missing; the history records this."),
     wait: bool = WAIT,
     timeout: float = TIMEOUT,
 ) -> None:
-    """Give the release everybody now, past the steps and holds that are left.
+    """Send all traffic to the release now, skipping the remaining steps and holds.
 
-    Refused where evidence is missing, unless forced; never past a breach or established harm.
+    Rejected if evidence is missing, unless --force is given. Always rejected after a guardrail breach or established
+    harm.
 
     Example: reelway rollout promote --wait
     """
@@ -215,7 +219,7 @@ def rollback(
     rollout_id: str | None = ID, run: Path = RUN, namespace: str | None = NAMESPACE, context: str | None = CONTEXT,
     note: str = NOTE, wait: bool = WAIT, timeout: float = TIMEOUT,
 ) -> None:  # fmt: skip
-    """Take everybody back to the release before, now. Also after a promotion, while that one is kept warm.
+    """Send all traffic back to the stable release now. Also works after a promotion while that release is kept warm.
 
     Example: reelway rollout rollback --note "complaints" --wait
     """
@@ -227,10 +231,10 @@ def history(
     run: Path = RUN,
     namespace: str | None = NAMESPACE,
     context: str | None = CONTEXT,
-    every: bool = typer.Option(False, "--all", help="All rollouts of the run, a line each."),
+    every: bool = typer.Option(False, "--all", help="List all rollouts instead of one."),
     output: Output = OUTPUT,
 ) -> None:
-    """Show every decision with its reason, word for word.
+    """Show every decision of a rollout with its reason.
 
     Examples:
 
@@ -252,10 +256,10 @@ def explain(
     run: Path = RUN,
     namespace: str | None = NAMESPACE,
     context: str | None = CONTEXT,
-    entry: int | None = typer.Option(None, help="Number of a history entry; where the rollout stands when absent."),
+    entry: int | None = typer.Option(None, help="Number of a history entry. Defaults to the current state."),
     output: Output = OUTPUT,
 ) -> None:
-    """Say why the rollout moved or stopped: the numbers, what would have changed it, and the policy that applied.
+    """Explain a decision: its evidence, what would have changed the decision, and the policy that applied.
 
     Example: reelway rollout explain r-2026 --entry 7
     """
@@ -289,10 +293,9 @@ def controller(
         None, help="URL of Alertmanager, polled in addition to its webhook; by default nothing is polled."
     ),
 ) -> None:
-    """Manage the run's rollouts until Ctrl-C.
+    """Run the controller of the run's rollouts until Ctrl-C.
 
-    The controller may be killed at any time; when it is started again it continues from the recorded state.
-    `reelway serve` starts a controller automatically.
+    After a crash the controller resumes from the stored rollouts. `reelway serve` starts a controller automatically.
 
     Examples:
 
@@ -332,10 +335,10 @@ def _ask(
 
 
 def _leave_on_interrupt(follow: Callable[[], RolloutExit]) -> NoReturn:
-    """End with the rollout's exit code; Ctrl-C ends the looking, never the rollout."""
+    """Exits with the rollout's exit code. Ctrl-C stops waiting and leaves the rollout running."""
     try:
         code = int(follow())
     except KeyboardInterrupt:
-        tell("the rollout goes on; take it back with `reelway rollout rollback`")
+        tell("the rollout continues; roll it back with `reelway rollout rollback`")
         code = 130
     raise typer.Exit(code)

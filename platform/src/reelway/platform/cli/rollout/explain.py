@@ -1,7 +1,7 @@
-"""Why: who is woken by a rollback wants to know what moved the rollout, by which numbers, and what would have kept it.
+"""Explains a rollout decision: its evidence, what would have changed it, and the policy lines that applied.
 
-Pure: from a decision as it was recorded, the evidence summary beside it and the policy that applied. The decision's
-reason is repeated word for word; nothing is judged again.
+Derived from the recorded decision, its evidence summary and the rollout's policy. The recorded reason is repeated
+verbatim; no evidence is assessed again.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class Explanation(BaseModel):
-    """``reelway rollout explain -o json``. ``entry`` null: the last look, not a decision of the history."""
+    """``reelway rollout explain -o json``. A null ``entry`` means the last reconcile instead of a history entry."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -34,7 +34,7 @@ class Explanation(BaseModel):
 
 
 class Moment(BaseModel):
-    """A decision of the history or the last look: what both have."""
+    """The fields that a history entry and the last reconcile have in common."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -49,7 +49,12 @@ class Moment(BaseModel):
 
 
 def moment_of(seen: HistoryEntry | Sighting, *, step: int, phase: str) -> Moment:
-    """The moment of an entry or a look. ``step`` and ``phase`` are the rollout's, for a look, which has none itself."""
+    """Returns the decision point of a history entry or of the last reconcile.
+
+    Args:
+        step: current step of the rollout; used for the last reconcile, which records none.
+        phase: current phase of the rollout; used likewise.
+    """
     number = getattr(seen, "number", None)
     return Moment(
         rollout=seen.rollout_id,
@@ -64,7 +69,7 @@ def moment_of(seen: HistoryEntry | Sighting, *, step: int, phase: str) -> Moment
 
 
 def explain(moment: Moment, policy: RolloutPolicy) -> Explanation:
-    """Numbers, what would have changed it, and the policy's lines that applied."""
+    """Returns the evidence of a decision, what would have changed the decision, and the policy lines that applied."""
     otherwise, lines = _grounds(moment, policy)
     return Explanation(
         rollout=moment.rollout,
@@ -79,9 +84,9 @@ def explain(moment: Moment, policy: RolloutPolicy) -> Explanation:
 
 
 def _numbers(evidence: EvidenceReport, policy: RolloutPolicy) -> list[str]:
-    """Every number, what decided first: breaches, harms, then the rest."""
+    """Returns one line per number, in order of precedence: breaches, harms, then the rest."""
     seen = evidence.exposure
-    said = [f"{seen['viewers']:,} viewers and {seen['impressions']:,} impressions on the canary since the beginning"]
+    said = [f"{seen['viewers']:,} viewers and {seen['impressions']:,} impressions on the canary since the start"]
     guardrails = sorted(evidence.guardrails, key=lambda g: g.state != "bad")
     outcomes = sorted(evidence.outcomes, key=lambda o: o.finding != "harm_established")
     if evidence.breached and not evidence.heard_outcomes:
@@ -103,12 +108,12 @@ def _outcome_words(outcome: OutcomeReport, policy: RolloutPolicy) -> str:
     alpha = alphas.get((outcome.name, outcome.slice))
     low = "unknown" if outcome.low is None else _harm(outcome.low)
     high = "unknown" if outcome.high is None else _harm(outcome.high)
-    odds = "" if alpha is None else f" (wrong once in {1 / alpha:,.0f} rollouts)"
+    odds = "" if alpha is None else f" (wrong in one of {1 / alpha:,.0f} rollouts)"
     return (
         f"{outcome.label}: canary {outcome.canary:.4g}, stable {outcome.stable:.4g}: {abs(outcome.harm):.1%} {side}; "
-        f"whenever one looks, truly between {low}{odds} and {high} (wrong once in {1 / policy.alpha.promotion:,.0f}); "
-        f"accepted is {outcome.margin:.1%} worse; {outcome.viewers['canary']:,} and {outcome.viewers['stable']:,} "
-        "viewers"
+        f"confidence sequence from {low}{odds} to {high} (wrong in one of {1 / policy.alpha.promotion:,.0f}); "
+        f"margin {outcome.margin:.1%} worse; {outcome.viewers['canary']:,} canary and {outcome.viewers['stable']:,} "
+        "stable viewers"
     )
 
 
@@ -117,7 +122,7 @@ def _harm(value: float) -> str:
 
 
 def _grounds(moment: Moment, policy: RolloutPolicy) -> tuple[list[str], list[str]]:
-    """What would have changed the decision, and the policy's lines."""
+    """Returns what would have changed the decision, and the policy lines that applied."""
     evidence = moment.evidence
     match moment.action:
         case "roll_back":
@@ -127,13 +132,13 @@ def _grounds(moment: Moment, policy: RolloutPolicy) -> tuple[list[str], list[str
         case "pause":
             return _of_pause(moment, policy)
         case "refuse":
-            return ["the command may be given again once this holds no more"], []
+            return ["repeat the command once the reason no longer applies"], []
         case "wait" | "hold" | "carry_on" | "resume" if evidence is not None and moment.phase_before in _RAMPING:
             return _of_waiting(moment, evidence, policy)
         case "retire" | "complete_promotion":
             return [], [f"retention_s: {policy.retention_s:g}"]
         case "complete_rollback":
-            return ["nothing: the only way out of a rollback is its end"], [f"cooldown_s: {policy.cooldown_s:g}"]
+            return ["nothing: a rollback cannot be interrupted"], [f"cooldown_s: {policy.cooldown_s:g}"]
         case "shadow" if policy.shadow is not None:
             return [], [f"shadow: {_dump(policy.shadow)}"]
         case _:
@@ -146,7 +151,7 @@ _RAMPING = ("stepping", "holding", "paused")
 def _of_rollback(moment: Moment, policy: RolloutPolicy) -> tuple[list[str], list[str]]:
     evidence = moment.evidence
     if moment.reason.startswith("rolled back by "):
-        return ["nothing in the evidence: a person asked for it"], []
+        return ["nothing in the evidence: a user requested the rollback"], []
     if evidence is not None and evidence.breached and moment.reason.startswith("guardrail: "):
         breaches = [g for g in evidence.guardrails if g.state == "bad"]
         lines = [f"guardrails.{g.name}: {_limit(policy, g)}" for g in breaches]
@@ -158,9 +163,8 @@ def _of_rollback(moment: Moment, policy: RolloutPolicy) -> tuple[list[str], list
     harms = [o for o in evidence.outcomes if o.finding == "harm_established"] if evidence is not None else []
     if harms:
         said = [
-            f"{o.label}: it would have gone on had harm of {o.margin:.1%} or less still been possible; the least "
-            f"that the evidence allows is {_harm(o.low or 0.0)}, so a margin of {o.low or 0.0:.3f} or more would not "
-            "have rolled back"
+            f"{o.label}: no rollback if a harm of {o.margin:.1%} or less had still been possible; the lower bound of "
+            f"the harm is {_harm(o.low or 0.0)}, so a margin of {o.low or 0.0:.3f} or more would not have rolled back"
             for o in harms
         ]
         lines = [line for o in harms for line in _metric_lines(policy, o)]
@@ -170,7 +174,7 @@ def _of_rollback(moment: Moment, policy: RolloutPolicy) -> tuple[list[str], list
 
 def _of_pause(moment: Moment, policy: RolloutPolicy) -> tuple[list[str], list[str]]:
     if moment.reason.startswith("paused by "):
-        return ["nothing in the evidence: a person asked for it; `reelway rollout resume` goes on"], []
+        return ["nothing in the evidence: a user requested the pause; `reelway rollout resume` continues"], []
     return _of_deadline(moment, policy)
 
 
@@ -181,42 +185,43 @@ def _of_deadline(moment: Moment, policy: RolloutPolicy) -> tuple[list[str], list
     elif moment.phase_before in ("pending", "preparing"):
         name = "preparing"
     what = {
-        "insufficient": "had enough been seen before the deadline, or none been set",
-        "telemetry_down": "had what was not heard been heard before the deadline",
-        "preparing": "had the release's stages been ready before the deadline",
+        "insufficient": "enough data had arrived before the deadline",
+        "telemetry_down": "the missing telemetry had returned before the deadline",
+        "preparing": "the release's stages had been ready before the deadline",
     }[name]
-    return [f"it would have gone on {what}; silence is no harm, and no proof of none"], _deadline_line(policy, name)
+    line = f"the rollout would have continued if {what}; missing data proves neither harm nor its absence"
+    return [line], _deadline_line(policy, name)
 
 
 def _of_progress(moment: Moment, policy: RolloutPolicy) -> tuple[list[str], list[str]]:
     if moment.action == "step" and moment.step == 0:
-        return ["it would have waited had the release not been ready"], [_step_line(policy, 0)]
+        return ["the rollout would have waited if the release had not been ready"], [_step_line(policy, 0)]
     index = moment.step - 1 if moment.action == "step" else moment.step
     index = min(max(index, 0), len(policy.steps) - 1)
     step, lines = policy.steps[index], [_step_line(policy, index)]
     said = [
-        f"it would have stayed with fewer than {step.minimum_viewers:,} viewers or {step.minimum_impressions:,} "
-        "impressions on the canary, a guardrail not heard, or a metric not heard"
+        f"the step would have been held with fewer than {step.minimum_viewers:,} viewers or "
+        f"{step.minimum_impressions:,} impressions on the canary, or without data for a guardrail or an outcome metric"
     ]
     if moment.action == "promote":
-        said.append("it would have stayed with harm beyond the margin possible in any outcome marked as required")
+        said.append("no promotion while harm beyond the margin is possible in a required outcome metric")
         if moment.evidence is not None:
             lines += [line for o in moment.evidence.outcomes if o.required for line in _metric_lines(policy, o)]
         lines.append(f"alpha.promotion: {policy.alpha.promotion:g}")
     else:
-        said.append(f"it would have stayed before {step.hold_s:g} s, unless harm was excluded in all required outcomes")
+        said.append(f"no next step before {step.hold_s:g} s, unless harm is excluded in all required outcome metrics")
     return said, lines
 
 
 def _of_waiting(moment: Moment, evidence: EvidenceReport, policy: RolloutPolicy) -> tuple[list[str], list[str]]:
-    """What is missing, as far as numbers say it."""
+    """Returns what the rollout waits for, with the missing numbers."""
     index = min(max(moment.step, 0), len(policy.steps) - 1)
     step = policy.steps[index]
     said, lines = _missing_exposure(evidence, step), [_step_line(policy, index)]
     verdicts: tuple[GuardrailReport | OutcomeReport, ...] = (*evidence.guardrails, *evidence.outcomes)
     silent = [one for one in verdicts if one.state == "telemetry_down"]
     if silent:
-        said = [f"it goes on when these are heard again: {', '.join(sorted({one.name for one in silent}))}"]
+        said = [f"the rollout continues when these have data again: {', '.join(sorted({one.name for one in silent}))}"]
         lines += _deadline_line(policy, "telemetry_down")
         return said, lines
     few = [g for g in evidence.guardrails if g.state == "insufficient"]
@@ -238,22 +243,25 @@ def _missing_exposure(evidence: EvidenceReport, step: Step) -> list[str]:
 
 
 def _until_excluded(outcome: OutcomeReport) -> str:
-    """An interval shrinks about with the square root of the viewers: how many more are needed if nothing changes."""
+    """Estimates how many more viewers exclude harm if the observed difference stays the same.
+
+    The width of an interval shrinks roughly with the square root of the number of viewers.
+    """
     if outcome.harm is None or outcome.high is None:
         return f"{outcome.label}: {outcome.sentence}"
-    need = f"{outcome.label}: at most {_harm(outcome.high)} has to fall below {outcome.margin:.1%}"
+    need = f"{outcome.label}: the upper bound of the harm ({_harm(outcome.high)}) must fall below {outcome.margin:.1%}"
     if outcome.harm >= outcome.margin:
-        return f"{need}; what is seen now ({_harm(outcome.harm)}) is beyond it, so it will not at this difference"
+        return f"{need}; impossible at the observed difference ({_harm(outcome.harm)}), which is beyond the margin"
     times = ((outcome.high - outcome.harm) / (outcome.margin - outcome.harm)) ** 2
-    return f"{need}; about {max(times, 1.0):.1f} times the viewers, if the difference stays as it is"
+    return f"{need}; needs about {max(times, 1.0):.1f} times the viewers at the observed difference"
 
 
 def _without(guardrail: GuardrailReport, policy: RolloutPolicy) -> str:
     if guardrail.name == "firing_alerts":
-        return "it would have gone on had no alert with the release's label been firing"
+        return "no rollback if no alert with the release's label had been firing"
     if guardrail.name.endswith("_ratio"):
-        return f"{guardrail.name}: it would have gone on within {_limit(policy, guardrail)}, beyond what chance gives"
-    return f"{guardrail.name}: it would have gone on within {_limit(policy, guardrail)}"
+        return f"{guardrail.name}: no rollback within {_limit(policy, guardrail)}, apart from random variation"
+    return f"{guardrail.name}: no rollback within {_limit(policy, guardrail)}"
 
 
 def _limit(policy: RolloutPolicy, guardrail: GuardrailReport) -> str:
@@ -288,6 +296,6 @@ def _pairs(values: dict[str, object]) -> str:
 
 
 def newest_deciding(history: Sequence[HistoryEntry]) -> HistoryEntry | None:
-    """The entry that most wants explaining: the newest that moved, stopped or ended the ramp."""
+    """Returns the latest entry that moved, stopped or ended the ramp."""
     telling = ("step", "promote", "roll_back", "pause", "resume", "hold", "carry_on", "shadow", "prepare")
     return next((entry for entry in reversed(history) if entry.action in telling), None)

@@ -1,6 +1,6 @@
-"""``reelway rollout status`` and ``watch``: looks at what is recorded, again and again, never at the service.
+"""``reelway rollout status`` and ``watch``: shows the stored state of a rollout.
 
-On a terminal the picture is redrawn in place; anywhere else every change is one plain line.
+``watch`` polls the store. On a terminal it redraws the view in place; otherwise it prints one plain line per change.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ if TYPE_CHECKING:
 
 REDRAW_S: Final = 0.25
 REMIND_S: Final = 15.0
-"""Between two plain lines about what is waited for, whose numbers change at every look."""
+"""Minimum interval between two plain lines about what the rollout waits for: its numbers change on every reconcile."""
 FINAL: Final = frozenset({Phase.PROMOTED, Phase.ROLLED_BACK})
 
 
 def look(run: Place, store: RolloutStore, rollout_id: str | None) -> StatusReport:
-    """The status at this moment.
+    """Returns the current status.
 
     Raises:
-        RolloutError: an id was given and there is no such rollout.
+        RolloutError: if an id is given and there is no such rollout.
     """
     now = time.time()
     rollout = store.get(rollout_id) if rollout_id else store.latest()
@@ -51,10 +51,10 @@ def look(run: Place, store: RolloutStore, rollout_id: str | None) -> StatusRepor
 def watch_rollout(
     run: Place, store: RolloutStore, rollout_id: str | None, console: Console, *, timeout_s: float | None
 ) -> RolloutExit:
-    """Show the rollout until it has ended, or the timeout.
+    """Shows the rollout until it has ended or the timeout has passed.
 
     Raises:
-        RolloutError: there is no such rollout.
+        RolloutError: if there is no such rollout.
     """
     whole_id = rollout_of(store, rollout_id).state.id
     if not console.is_terminal:
@@ -77,7 +77,10 @@ def follow_lines(
     timeout_s: float | None,
     until: frozenset[Phase],
 ) -> RolloutExit:
-    """One line per decision, and now and then what is waited for, until a phase of ``until`` or the timeout."""
+    """Prints one line per decision, and occasionally what the rollout waits for.
+
+    Returns at a phase of ``until`` or at the timeout.
+    """
     printer = PlainLines(write)
     for _ in moments(timeout_s, every_s=REDRAW_S):
         now, rollout, sighting = time.time(), store.get(rollout_id), store.sighting(rollout_id)
@@ -92,7 +95,7 @@ def follow_lines(
 
 
 class PlainLines:
-    """What was printed already, so that nothing is printed twice."""
+    """Prints status changes as plain lines and omits what was printed before."""
 
     def __init__(self, write: Callable[..., None]) -> None:
         self._write = write
@@ -110,12 +113,12 @@ class PlainLines:
     def waiting(self, reason: str, now: float) -> None:
         if now - self._reminded_at >= REMIND_S and reason != self._waiting:
             self._waiting, self._reminded_at = reason, now
-            self._line(now, f"waits: {reason}")
+            self._line(now, f"waiting: {reason}")
 
     def silence(self, problem: str, now: float) -> None:
-        """The first word of it and the last; its age is no news."""
+        """Prints when the controller becomes unresponsive and when it recovers."""
         if bool(problem) != bool(self._silence):
-            self._line(now, f"SILENT: {problem}" if problem else "the controller looks again")
+            self._line(now, f"WARNING: {problem}" if problem else "the controller is reconciling again")
         self._silence = problem
 
     def _line(self, at: float, text: str) -> None:
@@ -124,7 +127,7 @@ class PlainLines:
 
 
 def entry_line(entry: HistoryEntry, steps: int) -> str:
-    """A decision as one line: phase, step, weight, action, reason."""
+    """Returns a decision as one line: phase, step, weight, action, reason."""
     phase = entry.phase.replace("_", " ")
     step = f" step {entry.step + 1} of {steps}" if entry.step >= 0 else ""
     return f"{phase}{step}, canary {entry.canary_bp / 100:g} %: {entry.action.replace('_', ' ')}: {entry.reason}"

@@ -1,4 +1,4 @@
-"""``reelway rollout history`` and ``explain``: what was decided, word for word, and what each decision stood on."""
+"""``reelway rollout history`` and ``explain``: prints decisions with their verbatim reasons and their evidence."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ RESULT_STYLES: Final = {
     RolloutExit.PROMOTED: "bold green",
     RolloutExit.ROLLED_BACK: "bold red",
     RolloutExit.PAUSED: "bold yellow",
-    RolloutExit.UNDER_WAY: "bold blue",
+    RolloutExit.IN_PROGRESS: "bold blue",
 }
 
 
 def print_history(store: RolloutStore, rollout: Rollout, *, as_json: bool) -> None:
-    """The decisions of one rollout, oldest first."""
+    """Prints the decisions of one rollout, oldest first."""
     entries = store.history(rollout.state.id)
     if as_json:
         typer.echo(json.dumps([entry.model_dump(mode="json") for entry in entries], indent=2))
@@ -46,11 +46,11 @@ def print_history(store: RolloutStore, rollout: Rollout, *, as_json: bool) -> No
         head = f"[bold]{entry.number:>4}[/]  {clock_of(entry.time)} UTC  {phase}, canary {entry.canary_bp / 100:g} %"
         out.print(f"{head}  [bold]{action}[/]", highlight=False)
         out.print(_indented(entry.reason), highlight=False)
-    tell("what a decision stood on: reelway rollout explain --entry NUMBER")
+    tell("evidence of a decision: reelway rollout explain --entry NUMBER")
 
 
 def print_all(store: RolloutStore, *, as_json: bool) -> None:
-    """All rollouts, oldest first; as JSON with their decisions."""
+    """Prints all rollouts, oldest first; as JSON with their decisions."""
     rollouts = store.all()
     if as_json:
         typer.echo(json.dumps([_whole(store, rollout) for rollout in rollouts], indent=2))
@@ -76,10 +76,12 @@ def _whole(store: RolloutStore, rollout: Rollout) -> dict[str, Any]:
 
 
 def explanation_of(store: RolloutStore, rollout: Rollout, number: int | None) -> Explanation:
-    """Of the entry ``number``; else, of a rollout under way the last look, and of another what ended it.
+    """Returns the explanation of a history entry.
+
+    Without ``number``: the last reconcile of an active rollout, or the decision that ended the rollout.
 
     Raises:
-        RolloutError: no such entry, or nothing was decided yet.
+        RolloutError: if there is no such entry, or no decision yet.
     """
     state, entries = rollout.state, store.history(rollout.state.id)
     seen: Any = _entry(entries, number, state.id) if number is not None else None
@@ -88,13 +90,12 @@ def explanation_of(store: RolloutStore, rollout: Rollout, number: int | None) ->
     if seen is None:
         seen = newest_deciding(entries)
     if seen is None:
-        raise RolloutError(f"nothing was decided about {state.id} yet; does `reelway rollout controller` run?")
+        raise RolloutError(f"{state.id}: no decision yet; check that `reelway rollout controller` is running")
     return explain(moment_of(seen, step=state.step, phase=state.phase.value), rollout.policy)
 
 
 def print_explanation(explanation: Explanation) -> None:
-    """In readable words."""
-    which = f"decision {explanation.entry}" if explanation.entry is not None else "the last look"
+    which = f"decision {explanation.entry}" if explanation.entry is not None else "last reconcile"
     action = explanation.action.replace("_", " ")
     out.print(f"[bold]{explanation.rollout}[/], {which} at {clock_of(explanation.time)} UTC: [bold]{action}[/]",
               highlight=False)  # fmt: skip
@@ -114,4 +115,6 @@ def _entry(entries: Sequence[HistoryEntry], number: int, rollout_id: str) -> His
         if entry.number == number:
             return entry
     known = f"{entries[0].number}..{entries[-1].number}" if entries else "none"
-    raise RolloutError(f"{rollout_id} has no entry {number}; its entries are {known}, see `reelway rollout history`")
+    raise RolloutError(
+        f"{rollout_id}: no history entry {number}; existing entries: {known} (`reelway rollout history`)"
+    )

@@ -1,8 +1,7 @@
-"""Why: whether a metric's interval lies on this side of its margin or beyond it is seen faster than read.
+"""Draws the confidence intervals of outcome metrics and the guardrails as text.
 
-Draws evidence that was judged elsewhere. The axis of an interval is harm: zero and the margin stand in the same columns
-on every line, and distances far from them are compressed (asinh), so that early, wide intervals still show where they
-lie. Every colour comes with a word.
+The axis of an interval is harm. Zero and the margin are in the same columns on every line. Distances beyond them are
+compressed (asinh), so that early, wide intervals stay visible. Each colour is accompanied by a label.
 """
 
 from __future__ import annotations
@@ -21,25 +20,25 @@ FINDING_WORDS: Final = {
     "harm_established": ("HARM", "bold red"),
     "harm_excluded": ("no harm", "green"),
     "undecided": ("undecided", "yellow"),
-    "insufficient": ("too little", "cyan"),
-    "telemetry_down": ("NOT HEARD", "bold magenta"),
+    "insufficient": ("not enough", "cyan"),
+    "telemetry_down": ("NO DATA", "bold magenta"),
 }
 STATE_WORDS: Final = {
     "ok": ("ok", "green"),
     "bad": ("BREACH", "bold red"),
-    "insufficient": ("too little", "cyan"),
-    "telemetry_down": ("NOT HEARD", "bold magenta"),
+    "insufficient": ("not enough", "cyan"),
+    "telemetry_down": ("NO DATA", "bold magenta"),
 }
 _BETTER_MARGINS: Final = 6.0
 _WORSE_MARGINS: Final = 12.0
 _BEYOND: Final = 100.0
-"""Of margins: where there is no number the bar ends at the edge."""
+"""In margins. An unknown bound is drawn this far out, which is the edge of the axis."""
 WIDE: Final = 100
 NUMBER: Final = 7
 
 
 def outcomes_table(evidence: EvidenceReport, *, width: int, compact: bool = False) -> Table:
-    """All outcomes, one line each. ``compact`` shows slices only where they are judged worse than fine."""
+    """Returns a table of all outcomes, one line each. ``compact`` omits slices without harm and undecided slices."""
     wide = width >= WIDE
     bar = max(12, width - (78 if wide else 61))
     table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="dim", width=width)
@@ -70,7 +69,7 @@ def outcomes_table(evidence: EvidenceReport, *, width: int, compact: bool = Fals
 
 
 def axis_header(width: int) -> Text:
-    """Names of the two marks, above their columns."""
+    """Returns the axis header, with ``0`` and ``M`` above the columns of zero and margin."""
     zero, margin = _column(0.0, width), _column(1.0, width)
     line = [" "] * width
     for word, at in (("better", 0), ("worse", width - len("worse"))):
@@ -81,7 +80,7 @@ def axis_header(width: int) -> Text:
 
 
 def interval_bar(outcome: OutcomeReport, width: int) -> Text:
-    """The interval of a metric's harm against zero and its margin, ``width`` characters."""
+    """Returns the interval of a metric's harm relative to zero and its margin, ``width`` characters wide."""
     _, style = FINDING_WORDS[outcome.finding]
     zero, limit = _column(0.0, width), _column(1.0, width)
     marks: list[tuple[str, str]] = [(" ", "")] * width
@@ -101,14 +100,14 @@ def interval_bar(outcome: OutcomeReport, width: int) -> Text:
 
 
 def change_of(outcome: OutcomeReport) -> str:
-    """Canary against stable as the metric itself counts, signed."""
+    """Returns the signed relative change of the metric from stable to canary."""
     if outcome.harm is None:
         return "-"
     return f"{(1 if outcome.lower_is_better else -1) * outcome.harm:+.1%}"
 
 
 def guardrail_lines(evidence: EvidenceReport, *, width: int, compact: bool = False) -> Sequence[Text]:
-    """Word and sentence of every guardrail; ``compact`` puts those that are fine on one line."""
+    """Returns the label and sentence of every guardrail; ``compact`` puts all guardrails that are ok on one line."""
     lines, fine = [], []
     for guardrail in evidence.guardrails:
         word, style = STATE_WORDS[guardrail.state]
@@ -122,7 +121,7 @@ def guardrail_lines(evidence: EvidenceReport, *, width: int, compact: bool = Fal
 
 
 def worded(word: str, style: str, sentence: str, width: int) -> Text:
-    """A word in a column of its own, the sentence folded beside it."""
+    """Returns a label column followed by the folded sentence."""
     indent = 11
     folded = textwrap.wrap(sentence, max(20, width - indent))
     line = Text(f"{word:<{indent}}", style=style)
@@ -131,14 +130,14 @@ def worded(word: str, style: str, sentence: str, width: int) -> Text:
 
 
 def _column(margins: float, width: int) -> int:
-    """Column of a harm, given in margins."""
+    """Returns the column of a harm, given in margins."""
     low, high = math.asinh(-_BETTER_MARGINS), math.asinh(_WORSE_MARGINS)
-    place = (math.asinh(margins) - low) / (high - low)
-    return round(min(max(place, 0.0), 1.0) * (width - 1))
+    fraction = (math.asinh(margins) - low) / (high - low)
+    return round(min(max(fraction, 0.0), 1.0) * (width - 1))
 
 
 def _beside(margins: float, width: int) -> int:
-    """Column of an interval's end: never on the marks, always on the side of them that it is on."""
+    """Returns the column of an interval's end: never on the marks for zero and margin, always on the correct side."""
     at, zero, limit = _column(margins, width), _column(0.0, width), _column(1.0, width)
     for mark, value in ((zero, 0.0), (limit, 1.0)):
         if margins >= value and at <= mark:
@@ -149,7 +148,7 @@ def _beside(margins: float, width: int) -> int:
 
 
 def _number(value: float | None) -> str:
-    """As many digits as the column holds."""
+    """Formats a number with as many significant digits as fit the column."""
     if value is None:
         return "-"
     return next(text for digits in (4, 3, 2, 1) if len(text := f"{value:.{digits}g}") <= NUMBER or digits == 1)

@@ -1,6 +1,6 @@
-"""Why: before anything is asked of a rollout, where it is: a run directory or a namespace of a cluster.
+"""Location of rollouts for the command line: a run directory or a namespace of a cluster.
 
-Reads records that others write (``serving.json``, ``rollout/controller.json``); starts nothing.
+Also reads ``serving.json`` and ``rollout/controller.json``, the records of the service and the local controller.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from reelway.platform.errors import ConfigError, MalformedFileError
 from reelway.platform.runs import RunDirectory
 
 SILENT_AFTER_S: Final = 15.0
-"""A controller that has not looked for so long is called silent; it looks every few seconds."""
+"""A controller that has not reconciled for this long is unresponsive. It normally reconciles every few seconds."""
 _Record = TypeVar("_Record", bound=BaseModel)
 
 
 @dataclass(frozen=True)
 class ClusterPlace:
-    """A namespace in which rollouts are resources and `reelway operator` moves them."""
+    """A namespace whose ReleaseRollouts ``reelway operator`` reconciles."""
 
     namespace: str | None
     context: str | None
@@ -37,7 +37,7 @@ Place = RunDirectory | ClusterPlace
 
 
 class ServingRecord(BaseModel):
-    """``serving.json``, as far as it is needed here."""
+    """``serving.json``: the fields that commands use."""
 
     model_config = ConfigDict(extra="ignore", frozen=True)
 
@@ -47,7 +47,7 @@ class ServingRecord(BaseModel):
 
 
 class ControllerRecord(BaseModel):
-    """``rollout/controller.json``, as far as it is needed here."""
+    """``rollout/controller.json``: the fields that commands use."""
 
     model_config = ConfigDict(extra="ignore", frozen=True)
 
@@ -56,50 +56,50 @@ class ControllerRecord(BaseModel):
 
 
 class ControllerSight(BaseModel):
-    """What can be told of the controller without asking it: whether its process lives and when it last looked."""
+    """Status of the controller from its record file and its last reconcile; the controller itself is not queried."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     running: bool
     url: str | None = None
     pid: int | None = None
-    last_look_at: float | None = None
-    silent_s: float | None = None
+    last_reconcile_at: float | None = None
+    seconds_since_reconcile: float | None = None
     problem: str = ""
 
     @property
     def silent(self) -> bool:
-        """Nothing will move."""
+        """Whether rollouts do not advance because the controller is not running or not reconciling."""
         return bool(self.problem)
 
 
 def open_run(run: Path) -> RunDirectory:
-    """The run directory.
+    """Returns the run directory.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: if it does not exist.
     """
     if not run.is_dir():
-        raise ConfigError(f"{run} is not a run directory; name one with --run, or make one with `reelway demo`")
+        raise ConfigError(f"{run} is not a run directory; give one with --run, or create one with `reelway demo`")
     return RunDirectory(run)
 
 
 def open_place(run: Path, namespace: str | None, context: str | None) -> Place:
-    """Where the rollouts are: on a cluster if anything says so, else in a run directory.
+    """Returns the location of the rollouts: a cluster's namespace if an option gives one, else the run directory.
 
     Raises:
-        ConfigError: there is no such run directory.
+        ConfigError: if the run directory does not exist.
     """
     return ClusterPlace(namespace, context) if namespace or context else open_run(run)
 
 
 def flags_of(place: Place) -> str:
-    """The same place, for a command that is shown to be copied."""
+    """Returns the options that select this location, for commands that are printed to be copied."""
     return str(place) if isinstance(place, ClusterPlace) else f"--run {place.path}"
 
 
 def serving_record(run: Place) -> ServingRecord | None:
-    """Where the run is being served; None when it is not, when the process that said so is gone, or on a cluster."""
+    """Returns the run's serving record; None if no process serves the run, and on a cluster."""
     if isinstance(run, ClusterPlace):
         return None
     record = _read(run.path / "serving.json", ServingRecord)
@@ -107,12 +107,12 @@ def serving_record(run: Place) -> ServingRecord | None:
 
 
 def controller_record(run: RunDirectory) -> ControllerRecord | None:
-    """Where the controller listens, or did."""
+    """Returns the record of the local controller, which may have exited since."""
     return _read(run.path / "rollout" / "controller.json", ControllerRecord)
 
 
 def lives(pid: int) -> bool:
-    """Whether a process of this machine is there."""
+    """Returns whether a process of this machine is alive."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
@@ -123,12 +123,11 @@ def lives(pid: int) -> bool:
 
 
 def actor() -> str:
-    """Who is asking."""
     return os.environ.get("USER") or getpass.getuser()
 
 
 def tell(message: str) -> None:
-    """A line to the person, never folded here: commands and paths in it can be copied whole."""
+    """Prints a line on standard error without folding it, so that commands and paths can be copied."""
     console.print(message, highlight=False, soft_wrap=True)
 
 
@@ -138,5 +137,5 @@ def _read(path: Path, model: type[_Record]) -> _Record | None:
     except FileNotFoundError:
         return None
     except ValidationError as error:
-        expected = f"a record with {', '.join(model.model_fields)}; restart the process that writes it"
+        expected = f"a record with {', '.join(model.model_fields)}; restart the process that wrote it"
         raise MalformedFileError(path, expected, seen=str(error.errors()[0]["msg"])) from error

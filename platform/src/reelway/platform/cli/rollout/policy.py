@@ -1,7 +1,7 @@
-"""``reelway rollout policy``: what a team accepts of a release, looked at and checked before it is used.
+"""``reelway rollout policy``: shows and checks rollout policies.
 
-Names of outcomes are checked against what the service counts: a policy that asks for another metric would hold for
-ever, because no evidence of it can come.
+Outcome metrics are checked against those that the service counts. A rollout with any other metric would hold forever,
+because there is never evidence for it.
 """
 
 from __future__ import annotations
@@ -23,11 +23,13 @@ from reelway.platform.rollout.series import OUTCOME_METRICS
 
 PACKAGE: Final = "reelway.platform.rollout"
 SUFFIX: Final = "_policy.yaml"
-POLICY = typer.Argument("default", metavar="POLICY", help="A file, or the name of a policy that ships: default, demo.")
+POLICY = typer.Argument(
+    "default", metavar="POLICY", help="Policy file, or name of a built-in policy: default, demo, drill."
+)
 
 
 class PolicyOutput(StrEnum):
-    """How a policy is printed."""
+    """Output format of a policy."""
 
     TEXT = "text"
     YAML = "yaml"
@@ -45,9 +47,9 @@ def policy_group() -> typer.Typer:
 
 def show(
     policy: str = POLICY,
-    output: PolicyOutput = typer.Option(PolicyOutput.TEXT, "-o", "--output", help="For people, or for programs."),
+    output: PolicyOutput = typer.Option(PolicyOutput.TEXT, "-o", "--output", help="Output format: text, yaml or json."),
 ) -> None:
-    """Show a policy in full, defaults filled in.
+    """Show a policy with all defaults filled in.
 
     Examples:
 
@@ -64,13 +66,13 @@ def show(
 
 
 def check(policy: str = POLICY) -> None:
-    """Check a policy; exits with 2, the path of what is wrong and what was allowed when it is refused.
+    """Check a policy. If it is invalid, print the path of each error and the allowed values and exit with code 2.
 
     Example: reelway rollout policy check mine.yaml
     """
     found = policy_named(policy)
     out.print(
-        f"{policy}: policy {found.name!r} is well-formed: {len(found.steps)} steps, {len(found.tests)} tests of "
+        f"{policy}: policy {found.name!r} is valid: {len(found.steps)} steps, {len(found.tests)} tests of "
         f"{len(found.outcomes)} outcome metrics",
         highlight=False, markup=False, soft_wrap=True,
     )  # fmt: skip
@@ -85,17 +87,17 @@ def schema() -> None:
 
 
 def schema_with_metrics() -> dict[str, Any]:
-    """The policy's JSON Schema, with the outcome metrics that the service counts as the only names."""
+    """Returns the policy's JSON Schema, in which outcome names are limited to metrics that the service counts."""
     whole = policy_schema()
     whole["$defs"]["OutcomeMetric"]["properties"]["name"]["enum"] = list(OUTCOME_METRICS)
     return whole
 
 
 def policy_named(name: str) -> RolloutPolicy:
-    """A policy that ships with the package, by name, or a policy file.
+    """Loads a built-in policy by name, or a policy file.
 
     Raises:
-        ConfigError: neither; a wrong key or value, by its path; an outcome that nobody counts.
+        ConfigError: if there is no such policy or file, or the policy has an invalid key, value or outcome metric.
     """
     shipped = shipped_policies()
     if name in shipped:
@@ -103,22 +105,22 @@ def policy_named(name: str) -> RolloutPolicy:
     elif Path(name).exists():
         policy = load_policy(Path(name))
     else:
-        raise ConfigError(f"policy {name!r} is neither a file nor one that ships: {', '.join(shipped)}")
+        raise ConfigError(f"policy {name!r} is neither a file nor a built-in policy ({', '.join(shipped)})")
     check_metrics(policy, source=name)
     return policy
 
 
 def shipped_policies() -> tuple[str, ...]:
-    """Names of the policies in the package."""
+    """Returns the names of the built-in policies."""
     names = (item.name for item in files(PACKAGE).iterdir())
     return tuple(sorted(name.removesuffix(SUFFIX) for name in names if name.endswith(SUFFIX)))
 
 
 def check_metrics(policy: RolloutPolicy, *, source: str) -> None:
-    """Refuse outcomes that the service doesn't count.
+    """Checks that the service counts the policy's outcome metrics.
 
     Raises:
-        ConfigError: with the path of each and the allowed names.
+        ConfigError: if it does not count one; names the path of each and the allowed metrics.
     """
     unknown = [(i, one.name) for i, one in enumerate(policy.outcomes) if one.name not in OUTCOME_METRICS]
     if unknown:
@@ -136,10 +138,10 @@ def _print_policy(policy: RolloutPolicy) -> None:
     for (metric, part), alpha in zip(policy.tests, policy.rollback_alphas, strict=True):
         alphas[metric.name] = alphas.get(metric.name, 0.0) + alpha
         del part
-    outcomes = Table("outcome", "better", "margin", "on slices", "promotion needs", "alpha", title="judged outcomes")
+    outcomes = Table("outcome", "better", "margin", "on slices", "promotion needs", "alpha", title="outcome metrics")
     for metric in policy.outcomes:
         slices = ", ".join(part.value for part in metric.slices)
-        needs = "harm excluded" if metric.promotion_requires == "excluded" else "no harm seen"
+        needs = "harm excluded" if metric.promotion_requires == "excluded" else "no established harm"
         outcomes.add_row(
             metric.name, metric.direction, f"{metric.margin:.1%}", slices, needs, f"{alphas[metric.name]:.2g}"
         )
@@ -149,7 +151,7 @@ def _print_policy(policy: RolloutPolicy) -> None:
 
 
 def guardrail_lines(policy: RolloutPolicy) -> list[str]:
-    """Guardrails, deadlines and times, one readable line each, by their paths in the file."""
+    """Returns one line per guardrail, deadline and duration, with its path in the policy file."""
     lines = []
     for name in ("error_ratio", "empty_slate_ratio", "p99_ms", "parity_mismatches", "firing_alerts"):
         limit = getattr(policy.guardrails, name)

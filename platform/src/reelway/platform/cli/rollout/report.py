@@ -1,7 +1,7 @@
-"""Why: one shape of a rollout's status, which programs read as JSON and every view is drawn from, so that both agree.
+"""Status report of a rollout: the JSON output of ``status`` and the input of every view.
 
-Pure: made from what was recorded and seen. Refuses to judge and to look at the service. Percent and words are the
-views' part; here are basis points, seconds and Unix times.
+Built from the stored rollout, its history and its last reconcile; the service is not queried. Weights are basis
+points, durations are seconds and times are Unix times. The views convert them for display.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from reelway.platform.rollout.records import HistoryEntry, Rollout, Sighting
 
 ENDING: Final = frozenset({Phase.PROMOTING, Phase.PROMOTED, Phase.ROLLING_BACK, Phase.ROLLED_BACK})
-"""Phases in which the evidence that matters is that of the decision, not of the last look."""
+"""Phases in which the report shows the evidence of the decision instead of the last reconcile."""
 
 
 class _Report(BaseModel):
@@ -28,7 +28,7 @@ class _Report(BaseModel):
 
 
 class OutcomeReport(_Report):
-    """One metric on one slice; keys as in ``rollout.summary``."""
+    """One metric on one slice, with the keys of ``rollout.summary``."""
 
     name: str
     slice: str
@@ -48,7 +48,7 @@ class OutcomeReport(_Report):
 
 
 class GuardrailReport(_Report):
-    """One guardrail; keys as in ``rollout.summary``."""
+    """One guardrail, with the keys of ``rollout.summary``."""
 
     name: str
     state: str
@@ -56,7 +56,7 @@ class GuardrailReport(_Report):
 
 
 class EvidenceReport(_Report):
-    """What was seen; keys as in ``rollout.summary``."""
+    """Evidence of one decision or reconcile, with the keys of ``rollout.summary``."""
 
     release: str
     time: float | None
@@ -74,12 +74,12 @@ class EvidenceReport(_Report):
 
     @property
     def heard_outcomes(self) -> bool:
-        """Whether anything was heard of the outcomes; not so when an alert went before the looking."""
+        """Whether any outcome metric has data. False if an alert rolled back before the evidence was read."""
         return any(outcome.finding != "telemetry_down" for outcome in self.outcomes)
 
 
 class RolloutReport(_Report):
-    """One rollout. ``result`` and ``exit_code`` say the same; ``step`` counts from 1, 0 is before the first."""
+    """One rollout. ``result`` names ``exit_code``. ``step`` counts from 1; 0 is before the first step."""
 
     id: str
     phase: str
@@ -92,20 +92,24 @@ class RolloutReport(_Report):
     policy: str
     step: int
     steps: tuple[Step, ...]
-    shadowed: bool = Field(description="the policy mirrors requests before the first step")
+    shadowed: bool = Field(description="whether the policy mirrors requests before the first step")
     weights: dict[str, int]
     shadow_bp: int
     started_at: float
     changed_at: float
     phase_s: float
-    warm_for_s: float | None = Field(description="after a promotion: how long a rollback stays one command away")
+    warm_for_s: float | None = Field(
+        description="after a promotion: seconds in which a rollback to the previous release is still possible"
+    )
     forced: bool
     retired: bool
     reason: str
     waits_for: str
-    command: Command | None = Field(description="asked for and not yet taken")
+    command: Command | None = Field(description="pending command, not yet accepted by the controller")
     evidence: EvidenceReport | None
-    evidence_entry: int | None = Field(description="history entry that the evidence is of; null: the last look")
+    evidence_entry: int | None = Field(
+        description="number of the history entry with this evidence; null if the evidence is of the last reconcile"
+    )
     evidence_age_s: float | None
     traffic: dict[str, Any]
 
@@ -123,7 +127,7 @@ class StatusReport(_Report):
 def report_rollout(
     rollout: Rollout, sighting: Sighting | None, history: Sequence[HistoryEntry], now: float
 ) -> RolloutReport:
-    """The report of one rollout at a moment."""
+    """Returns the report of one rollout at the time ``now``."""
     state, policy = rollout.state, rollout.policy
     deciding = _deciding(history) if state.phase in ENDING else None
     seen = deciding or sighting
@@ -163,10 +167,10 @@ def report_rollout(
 
 
 def _deciding(history: Sequence[HistoryEntry]) -> HistoryEntry | None:
-    """The newest entry that ended the ramp."""
+    """Returns the latest entry that ended the ramp."""
     return next((entry for entry in reversed(history) if entry.action in ("promote", "roll_back")), None)
 
 
 def exit_code_of(report: StatusReport) -> int:
-    """For ``--exit-code``; no rollout at all is refused."""
+    """Returns the exit code for ``--exit-code``; 9 if there is no rollout."""
     return report.rollout.exit_code if report.rollout else int(RolloutExit.REFUSED)

@@ -1,7 +1,7 @@
-"""``reelway rollout start``: everything that can be refused is refused before anybody meets the release.
+"""``reelway rollout start`` for a run directory: checks a rollout and stores it.
 
-The release is verified as ``reelway serve`` verifies it, the policy is checked, and what is live is asked of the store.
-Nothing is moved here: the controller does that, from what is written down.
+The release is verified as ``reelway serve`` verifies it, and the policy is checked, before any viewer gets the release.
+The controller reads the stored rollout and changes the traffic.
 """
 
 from __future__ import annotations
@@ -34,16 +34,16 @@ def start_rollout(
     note: str,
     prefix: str = ROLLOUT_PREFIX,
 ) -> Rollout:
-    """Write a new rollout down.
+    """Stores a new rollout.
 
     Args:
-        release: id, unique beginning of one, or ``latest``, in the run's release store.
-        force: past a cooldown and past the same release's rollback; never past a rollout under way.
-        prefix: of the rollout's id; a drill has its own, since nobody's cooldown should come of it.
+        release: id, unique id prefix, or ``latest``, in the run's release store.
+        force: ignores a cooldown and an earlier rollback of this release, but not a rollout in progress.
+        prefix: prefix of the rollout id. Drills have their own, because a drill causes no cooldown.
 
     Raises:
-        ReleaseError: the release is not there, or is refused.
-        RolloutError: the run is not being served, or the rollout may not start.
+        ReleaseError: if the release does not exist or fails verification.
+        RolloutError: if the run is not being served or the rollout may not start.
     """
     from reelway.platform.rollout.transition import start
 
@@ -64,25 +64,25 @@ def start_rollout(
 
 
 def live_release(run: RunDirectory, previous: Rollout | None) -> str:
-    """The release that everybody is on, which the new one is compared with.
+    """Returns the live release, which the canary is compared with.
 
     Raises:
-        RolloutError: nobody serves the run.
+        RolloutError: if the run is not being served.
     """
     serving = serving_record(run)
     if serving is None:
         raise RolloutError(
-            f"{run.path} is not being served, so there is nothing to compare a release with; "
-            f"start it with `reelway serve --run {run.path}`"
+            f"{run.path} is not being served, so there is no live release to compare with; "
+            f"run `reelway serve --run {run.path}`"
         )
     return previous.state.live_release if previous else serving.release
 
 
 def verified_release(run: RunDirectory, release: str) -> str:
-    """The whole id of a release that may take traffic; it then lies where the stages read it.
+    """Fetches and verifies a release, and returns its full id.
 
     Raises:
-        ReleaseError: it is not there, or it is refused.
+        ReleaseError: if the release does not exist or fails verification.
     """
     from reelway.platform.cli.release import fetch_verified
 
@@ -91,7 +91,7 @@ def verified_release(run: RunDirectory, release: str) -> str:
 
 
 def previous_of(store: RolloutStore, canary: str) -> Rollout | None:
-    """The rollout that a new one has to reckon with: the newest, but for other releases' drills."""
+    """Returns the latest rollout that restricts a new one. Ended drills of other releases are skipped."""
     for rollout in reversed(store.all()):
         drilled = rollout.state.id.startswith(DRILL_PREFIX)
         if not drilled or rollout.state.active or rollout.state.canary_release == canary:
@@ -100,5 +100,5 @@ def previous_of(store: RolloutStore, canary: str) -> Rollout | None:
 
 
 def new_rollout_id(now: float, prefix: str = ROLLOUT_PREFIX) -> str:
-    """Short enough to be read out: ``r-20260131-3fa91c``."""
+    """Returns a short id such as ``r-20260131-3fa91c``."""
     return f"{prefix}{datetime.fromtimestamp(now, UTC):%Y%m%d}-{secrets.token_hex(3)}"

@@ -1,7 +1,7 @@
-"""Why: at three in the morning one look must say where a rollout stands, why, what it waits for and who minds it.
+"""Terminal view of a ``StatusReport``: state, reason, traffic, evidence and controller warnings.
 
-Draws a ``StatusReport`` and nothing else; computes no verdict. Every colour comes with a word, so that a plain log and
-a colour-blind reader lose nothing. Fits 80 columns; a short terminal gets the compact form.
+Fits into 80 columns; short terminals get a compact form. Each colour is accompanied by a label, for plain logs and
+colour-blind readers.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _MARKS: Final = {"done": ("✔", "green"), "now": ("▶", "bold blue"), "next": 
 
 
 def status_view(report: StatusReport, *, width: int, height: int | None = None) -> RenderableType:
-    """The whole picture. ``height`` None shows everything; otherwise the compact form is taken when it is too tall."""
+    """Returns the full view, or the compact one if the full view has more than ``height`` lines."""
     if report.rollout is None:
         return Group(*_nothing_yet(report, width))
     full = _lines(report, report.rollout, width, compact=False)
@@ -57,7 +57,7 @@ def _lines(report: StatusReport, rollout: RolloutReport, width: int, *, compact:
 
 
 def _shortened(reason: str, width: int) -> str:
-    """Three lines of it, and where the rest is."""
+    """Returns the first three lines of the reason and names the command that prints all of it."""
     room = 3 * (width - _LABEL) - 40
     return reason if len(reason) <= room + 40 else f"{reason[:room]}... (reelway rollout explain)"
 
@@ -65,20 +65,23 @@ def _shortened(reason: str, width: int) -> str:
 def _nothing_yet(report: StatusReport, width: int) -> Sequence[RenderableType]:
     serving = report.serving
     if serving is None:
-        first = [worded("not served", "bold yellow", f"start it with `reelway serve --run {report.run}`", width)]
+        first = [worded("not served", "bold yellow", f"run `reelway serve --run {report.run}`", width)]
     else:
         first = [worded("live", "bold green", f"release {serving.release[:12]} at {serving.url}", width)]
-    begin = f"no rollout yet; begin one with `reelway rollout start RELEASE --run {report.run}`"
+    begin = f"no rollout yet; start one with `reelway rollout start RELEASE --run {report.run}`"
     return [*first, worded("rollout", "bold", begin, width)]
 
 
 def _alarm(report: StatusReport, rollout: RolloutReport, width: int) -> list[RenderableType]:
-    """Loud, above everything else: nobody looks after a rollout that still moves."""
+    """Returns a warning, shown above everything else, if no controller reconciles an unfinished rollout."""
     kept_warm = rollout.warm_for_s is not None
     if not report.controller.silent or not (rollout.active or kept_warm or rollout.command is not None):
         return []
-    said = f"{report.controller.problem}: nothing moves until `reelway rollout controller --run {report.run}` runs"
-    loud = worded("SILENT", "", said, width)
+    said = (
+        f"{report.controller.problem}: rollouts do not advance until "
+        f"`reelway rollout controller --run {report.run}` runs"
+    )
+    loud = worded("WARNING", "", said, width)
     loud.stylize("bold white on red")
     return [loud]
 
@@ -92,7 +95,7 @@ def _head(report: StatusReport, rollout: RolloutReport, width: int) -> list[Rend
         first.append(f", {rollout.phase_s:.0f} of {rollout.steps[rollout.step - 1].hold_s:g} s")
     if rollout.forced:
         first.append("   forced", style="yellow")
-    moment = ("began", rollout.started_at) if rollout.active else ("ended", rollout.changed_at)
+    moment = ("started", rollout.started_at) if rollout.active else ("ended", rollout.changed_at)
     clock = f"{moment[0]} {span(report.time - moment[1])} ago"
     first.append(" " * max(2, width - first.cell_len - len(clock)) + clock)
     releases = Text.assemble(
@@ -103,19 +106,19 @@ def _head(report: StatusReport, rollout: RolloutReport, width: int) -> list[Rend
 
 
 def _ramp(rollout: RolloutReport, width: int) -> list[RenderableType]:
-    """The way that a rollout goes, and where on it this one is."""
-    places = ["prepare", *(["shadow"] if rollout.shadowed else [])]
-    before = len(places)
-    places += [f"{step.weight_percent:g} %" for step in rollout.steps] + ["promoted"]
-    at = {"pending": 0, "preparing": 0, "shadow": 1, "promoting": len(places) - 1, "promoted": len(places)}
-    here = at.get(rollout.phase, before + rollout.step - 1 if rollout.step else before - 1)
+    """Returns the stages of the ramp with the current one marked."""
+    stages = ["prepare", *(["shadow"] if rollout.shadowed else [])]
+    before = len(stages)
+    stages += [f"{step.weight_percent:g} %" for step in rollout.steps] + ["promoted"]
+    at = {"pending": 0, "preparing": 0, "shadow": 1, "promoting": len(stages) - 1, "promoted": len(stages)}
+    current = at.get(rollout.phase, before + rollout.step - 1 if rollout.step else before - 1)
     line = Text(f"{'ramp':<{_LABEL}}", style="bold")
-    for i, place in enumerate(places):
-        mark, style = _MARKS["done" if i < here else "next" if i > here else _here(rollout.phase)]
-        if i == here and rollout.phase in ("rolling_back", "rolled_back"):
+    for i, stage in enumerate(stages):
+        mark, style = _MARKS["done" if i < current else "next" if i > current else _here(rollout.phase)]
+        if i == current and rollout.phase in ("rolling_back", "rolled_back"):
             mark, style = "✘", "bold red"
-        line.append(f"{mark} {place}", style=f"not bold {style}")
-        if i + 1 < len(places):
+        line.append(f"{mark} {stage}", style=f"not bold {style}")
+        if i + 1 < len(stages):
             line.append(" ─ ", style="dim")
     if line.cell_len <= width:
         return [line]
@@ -128,7 +131,7 @@ def _here(phase: str) -> str:
 
 
 def _traffic(rollout: RolloutReport, width: int) -> list[RenderableType]:
-    """Who gets which release, as recorded, and a line when the routers do otherwise."""
+    """Returns the recorded traffic weights, and a line if the routers differ from them."""
     shares = [(arm, weight) for arm in ("stable", "canary", "holdout") if (weight := rollout.weights.get(arm, 0))]
     bar = Text(f"{'traffic':<{_LABEL}}", style="bold")
     room = width - _LABEL
@@ -152,9 +155,9 @@ def _disagreement(rollout: RolloutReport, width: int) -> list[RenderableType]:
     if failed := traffic.get("failed"):
         said += [f"{release[:12]} failed: {why}" for release, why in failed.items()]
     if trouble := traffic.get("trouble"):
-        said.append(f"the last write was refused: {trouble}")
+        said.append(f"the last traffic write failed: {trouble}")
     elif traffic and not traffic.get("reached") and (detail := traffic.get("detail")):
-        said.append(f"routers not yet as recorded: {detail}")
+        said.append(f"routers differ from the recorded traffic: {detail}")
     return [worded("ROUTERS", "bold magenta", one, width) for one in said]
 
 
@@ -168,7 +171,7 @@ def _evidence(rollout: RolloutReport, evidence: EvidenceReport, width: int, *, c
         parts.append(Text(f"{'':<{_LABEL}}evidence of decision {rollout.evidence_entry}, which ended the ramp", "dim"))
     guardrails = guardrail_lines(evidence, width=width, compact=compact)
     before_looking = evidence.breached and not evidence.heard_outcomes
-    if before_looking:  # an alert goes before the looking: what was not asked is not silence
+    if before_looking:  # an alert rolls back before evidence is read: the other guardrails are not without data
         only_breaches = evidence.model_copy(
             update={"guardrails": tuple(one for one in evidence.guardrails if one.state == "bad")}
         )
@@ -177,7 +180,7 @@ def _evidence(rollout: RolloutReport, evidence: EvidenceReport, width: int, *, c
         parts.append(Rule("outcomes", style="dim", align="left"))
         parts.append(outcomes_table(evidence, width=width, compact=compact))
         if not compact:
-            note = "0 no change, M margin; * harm must be excluded before promotion"
+            note = "0: no change, M: margin; *: promotion requires that harm is excluded"
             parts.append(Text(note, style="dim"))
     parts.append(Rule("guardrails", style="dim", align="left"))
     parts += guardrails
@@ -200,20 +203,20 @@ def _ages(report: StatusReport, rollout: RolloutReport, width: int) -> list[Rend
     said = []
     if rollout.evidence_age_s is not None:
         said.append(f"evidence {span(rollout.evidence_age_s)} old")
-    looked = report.controller.last_look_at
-    if looked is not None:
-        said.append(f"controller looked {span(report.time - looked)} ago")
+    reconciled_at = report.controller.last_reconcile_at
+    if reconciled_at is not None:
+        said.append(f"last reconcile {span(report.time - reconciled_at)} ago")
     if rollout.warm_for_s is not None:
-        said.append(f"rollback in one command for {span(rollout.warm_for_s)}")
-    lines: list[RenderableType] = [worded("seen", "bold", " · ".join(said), width)] if said else []
+        said.append(f"rollback possible for {span(rollout.warm_for_s)}")
+    lines: list[RenderableType] = [worded("updated", "bold", " · ".join(said), width)] if said else []
     if rollout.command is not None:
-        asked = f"{rollout.command.verb} by {rollout.command.actor}, not yet taken"
-        lines.append(worded("asked", "bold yellow", asked, width))
+        pending = f"{rollout.command.verb} by {rollout.command.actor}, not yet accepted"
+        lines.append(worded("command", "bold yellow", pending, width))
     return lines
 
 
 def span(seconds: float) -> str:
-    """A duration as people say it: ``4 s``, ``12 m 31 s``, ``3 h 05 m``, ``2 d 4 h``."""
+    """Formats a duration as ``4 s``, ``12 m 31 s``, ``3 h 05 m`` or ``2 d 4 h``."""
     whole = round(max(0.0, seconds))
     if whole < 60:
         return f"{whole} s"
@@ -225,12 +228,12 @@ def span(seconds: float) -> str:
 
 
 def clock_of(time_s: float) -> str:
-    """A moment, in UTC, for tables."""
+    """Formats a Unix time in UTC, for tables."""
     return f"{datetime.fromtimestamp(time_s, UTC):%Y-%m-%d %H:%M:%S}"
 
 
 def _height(parts: Sequence[RenderableType]) -> int:
-    """Lines that the parts take; tables and rules hold no folded text."""
+    """Returns the number of lines of the parts. Tables and rules contain no folded text."""
     lines = 0
     for part in parts:
         if isinstance(part, Text):

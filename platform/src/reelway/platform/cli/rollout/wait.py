@@ -1,21 +1,19 @@
-"""Why: a script that waits for a rollout needs an exit code for each way it can end, and one for giving up waiting.
+"""Waiting for rollouts, and the exit codes of ``reelway rollout``.
 
-The table of ``reelway rollout``'s exit codes, for ``--wait``, ``watch`` and ``status --exit-code``:
+The exit codes apply to ``--wait``, ``watch`` and ``status --exit-code``:
 
 ====  ==========================================================================================================
 code  meaning
 ====  ==========================================================================================================
-0     promoted, or done as asked (``rollback --wait``: everybody is on stable; ``pause --wait``: paused)
-2     usage: a wrong flag, policy or run directory
-6     the release is refused (``start``)
-9     refused: the rollout cannot start or be changed as asked
-10    rolled back, and that was not what was asked for
-11    still under way: at ``--timeout``, or when ``status --exit-code`` looked
-12    paused: a person has to say ``resume``, ``promote`` or ``rollback``
-130   interrupted with Ctrl-C; the rollout goes on
+0     promoted, or the command took effect (``rollback --wait``: all traffic on stable; ``pause --wait``: paused)
+2     usage error: invalid option, policy or run directory
+6     the release failed verification (``start``)
+9     rejected: the rollout cannot start, or does not accept the command
+10    rolled back, although another command was given
+11    still in progress: at ``--timeout``, or at the time of ``status --exit-code``
+12    paused: waits for ``resume``, ``promote`` or ``rollback``
+130   interrupted with Ctrl-C; the rollout continues
 ====  ==========================================================================================================
-
-Refuses to decide anything: the controller moves the rollout, this only looks.
 """
 
 from __future__ import annotations
@@ -34,12 +32,12 @@ POLL_S: Final = 0.1
 
 
 class RolloutExit(IntEnum):
-    """Exit codes that say how a rollout stands; see the module's docstring."""
+    """Exit codes for the state of a rollout; see the module's docstring."""
 
     PROMOTED = 0
     REFUSED = 9
     ROLLED_BACK = 10
-    UNDER_WAY = 11
+    IN_PROGRESS = 11
     PAUSED = 12
 
     @property
@@ -48,7 +46,7 @@ class RolloutExit(IntEnum):
 
 
 def exit_of(state: RolloutState) -> RolloutExit:
-    """How a rollout stands, as an exit code."""
+    """Returns the exit code for the state of a rollout."""
     match state.phase:
         case Phase.PROMOTED:
             return RolloutExit.PROMOTED
@@ -57,14 +55,14 @@ def exit_of(state: RolloutState) -> RolloutExit:
         case Phase.PAUSED:
             return RolloutExit.PAUSED
         case _:
-            return RolloutExit.UNDER_WAY
+            return RolloutExit.IN_PROGRESS
 
 
 def moments(timeout_s: float | None, *, every_s: float = POLL_S) -> Iterator[float]:
-    """Seconds since the first one, again and again, until the timeout has passed; the last is at or past it."""
-    began = time.monotonic()
+    """Sleeps between iterations and yields the elapsed seconds; the last value is at or after the timeout."""
+    started_s = time.monotonic()
     while True:
-        passed_s = time.monotonic() - began
+        passed_s = time.monotonic() - started_s
         yield passed_s
         if timeout_s is not None and passed_s >= timeout_s:
             return
@@ -80,10 +78,11 @@ def wait_until(
     timeout_s: float | None,
     each: Callable[[Rollout], None] = lambda _: None,
 ) -> Rollout:
-    """The rollout when ``holds`` is true of it, or as it is at the timeout.
+    """Waits for a condition and returns the rollout, also at the timeout.
 
     Args:
-        each: called with the rollout whenever something was written, for progress.
+        holds: the condition.
+        each: called with the rollout after every write to the store.
     """
     changes, rollout = None, store.get(rollout_id)
     for _ in moments(timeout_s):

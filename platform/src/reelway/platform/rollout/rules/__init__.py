@@ -1,7 +1,4 @@
-"""Why: a rollout's alerts belong to its release of Reelway, so they ship with it; Prometheus and the chart load them.
-
-Text only; refuses to evaluate anything.
-"""
+"""Prometheus alerting rules for canaries and an example scrape configuration, loaded by Prometheus and the chart."""
 
 from __future__ import annotations
 
@@ -9,10 +6,10 @@ from importlib.resources import files
 
 
 def canary_rules() -> str:
-    """Prometheus' alerting rules about a canary, as YAML."""
+    """Returns the Prometheus alerting rules for canaries as YAML."""
     return (files(__name__) / "canary.rules.yaml").read_text()
 
 
 def scrape_example() -> str:
-    """A Prometheus configuration with the scrape jobs that rules and evidence rely on, as YAML."""
+    """Returns a Prometheus configuration with the scrape jobs that rules and evidence require, as YAML."""
     return (files(__name__) / "scrape.example.yaml").read_text()

@@ -1,1 +1,1 @@
-"""Which release gets which viewers: the target, and the backends that make it so."""
+"""Traffic between releases: buckets, routing, target and the backends that apply it."""

@@ -1,7 +1,7 @@
-"""Which arm a viewer is on: a pure function of salt, viewer and weights, so that every router says the same.
+"""Assignment of viewers to arms: a pure function of salt, viewer and weights, the same on every router.
 
-Sticky and monotone: a viewer's bucket never changes under one salt, and an arm that grows keeps everybody it had.
-Nothing is remembered and nothing is drawn.
+Sticky and monotone: a viewer's bucket never changes under one salt, and a growing arm keeps its viewers. There is no
+state and no randomness.
 """
 
 from __future__ import annotations
@@ -18,32 +18,35 @@ from reelway.platform.errors import ConfigError
 from reelway.platform.features.hashing import mix64
 
 BUCKETS: Final = 10_000
-"""Weights are basis points, so a bucket is the smallest share that can be given."""
+"""One bucket per basis point, the smallest possible weight."""
 _GOLDEN: Final = 0x9E3779B97F4A7C15
 _WHOLE: Final = 0xFFFFFFFFFFFFFFFF
 
 
 def bucket_of(viewer_id: int, salt: str) -> int:
-    """The viewer's bucket, 0..9999. Another salt shuffles anew, so two rollouts don't share their early viewers."""
+    """Returns the viewer's bucket, 0..9999.
+
+    Another salt gives an independent assignment, so that two rollouts do not start with the same viewers.
+    """
     return _mix(_mix((viewer_id + _GOLDEN) & _WHOLE) ^ _salt_bits(salt)) % BUCKETS
 
 
 def buckets_of(viewer_ids: NDArray[np.int64], salt: str) -> NDArray[np.int64]:
-    """``bucket_of`` for many. Shapes: ``[N] -> [N]``."""
+    """Vectorised ``bucket_of``. Shapes: ``[N] -> [N]``."""
     with np.errstate(over="ignore"):
         spread = mix64(viewer_ids.astype(np.uint64) + np.uint64(_GOLDEN))
     return (mix64(spread ^ np.uint64(_salt_bits(salt))) % np.uint64(BUCKETS)).astype(np.int64)
 
 
 def arm_of(viewer_id: int, salt: str, weights: Mapping[str, int]) -> str:
-    """The arm that the viewer is on.
+    """Returns the arm of a viewer.
 
     Args:
-        weights: arm -> basis points, summing to 10000. Arms take buckets in the order given and the last one has what
-            is left: put the arm that ramps first and the one that it takes from last.
+        weights: arm -> basis points with a sum of 10000. Arms occupy buckets in the given order. For a monotone ramp
+            the growing arm comes first and the arm that it takes viewers from comes last.
 
     Raises:
-        ConfigError: no arm, a weight outside 0..10000, or another sum.
+        ConfigError: if there is no arm, a weight is outside 0..10000, or the sum is not 10000.
     """
     check_weights(weights)
     bucket = bucket_of(viewer_id, salt)
@@ -52,28 +55,28 @@ def arm_of(viewer_id: int, salt: str, weights: Mapping[str, int]) -> str:
         end += weight
         if bucket < end:
             return arm
-    raise AssertionError("weights that sum to all buckets leave none over")
+    raise AssertionError("the weights cover all buckets")
 
 
 def arms_of(viewer_ids: NDArray[np.int64], salt: str, weights: Mapping[str, int]) -> NDArray[np.int64]:
-    """Positions in ``weights`` of many viewers' arms. Shapes: ``[N] -> [N]``. Raises like ``arm_of``."""
+    """Vectorised ``arm_of``; returns indices into ``weights``. Shapes: ``[N] -> [N]``."""
     check_weights(weights)
     ends = np.cumsum(list(weights.values()))
     return np.searchsorted(ends, buckets_of(viewer_ids, salt), side="right").astype(np.int64)
 
 
 def check_weights(weights: Mapping[str, int]) -> None:
-    """Refuse weights that do not share out all buckets.
+    """Checks that the weights cover all buckets.
 
     Raises:
-        ConfigError: see ``arm_of``.
+        ConfigError: if they do not, as in ``arm_of``.
     """
     for arm, weight in weights.items():
         if not 0 <= weight <= BUCKETS:
-            raise ConfigError(f"weight {weight} of {arm} is outside 0..{BUCKETS} basis points; change its weight")
+            raise ConfigError(f"weight {weight} of arm {arm} is outside 0..{BUCKETS} basis points; change the weight")
     if (total := sum(weights.values())) != BUCKETS:
         raise ConfigError(
-            f"weights {dict(weights)} sum to {total} basis points, expected {BUCKETS}; give the rest to the last arm"
+            f"weights {dict(weights)} sum to {total} basis points, expected {BUCKETS}; adjust the last arm"
         )
 
 

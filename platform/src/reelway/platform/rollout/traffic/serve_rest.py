@@ -1,7 +1,7 @@
-"""Why: the local profile's traffic is Ray Serve's, seen and changed through its REST API and nothing else.
+"""Traffic backend over Ray Serve's REST API, used in local mode.
 
-It converges to a target and says what it sees; it knows no phases and imports no Ray. Where the service is and its
-token are read at each use, so that a restarted service is found again. Every request has a time limit.
+Imports no Ray. The address and the token of the service are read on every request, so that a restarted service is found
+again. Every request has a timeout.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ _APPLICATIONS: Final = "/api/serve/applications/"
 _CURRENT: Final = "/v1/releases/current"
 _FAILED: Final = frozenset({"DEPLOY_FAILED", "UNHEALTHY"})
 _SHOWN: Final = 500
-"""Characters of an answer or a failure that are repeated in a message."""
+"""Maximum characters of a response or failure in a message."""
 
 
 class _Place(BaseModel):
-    """``serving.json``, as far as it is needed here."""
+    """``serving.json``: the fields that the backend uses."""
 
     model_config = ConfigDict(extra="ignore", frozen=True)
 
@@ -45,7 +45,7 @@ class _Place(BaseModel):
 
 
 class _Current(BaseModel):
-    """The router's ``GET /v1/releases/current``, as far as it is needed here."""
+    """The router's ``GET /v1/releases/current``: the fields that the backend uses."""
 
     model_config = ConfigDict(extra="ignore", frozen=True)
 
@@ -56,30 +56,30 @@ class _Current(BaseModel):
 
 @dataclass(frozen=True, slots=True)
 class ServeAddress:
-    """Where a service is that no run directory tells of."""
+    """Address of a service without a run directory."""
 
     url: str
-    """Of the router."""
+    """URL of the router."""
     serve_api: str
-    """Of the Ray dashboard."""
+    """URL of the Ray dashboard."""
     token_file: Path | None = None
-    """Ray's token, read at each use."""
+    """File with Ray's token, read on every request."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Seen:
-    """The document as it was last seen or written, and where."""
+    """The Serve config that was last read or written, and the service it belongs to."""
 
     place: _Place
     config: Mapping[str, Any]
 
 
 class ServeRestBackend:
-    """``traffic.TrafficBackend`` over one Serve's REST API. Safe between threads.
+    """``TrafficBackend`` over the REST API of one Ray Serve. Thread-safe.
 
     Args:
         where: a run directory that `reelway serve` serves, or an address.
-        timeout_s: of one request to the dashboard, which answers in tens of milliseconds when it is well.
+        timeout_s: timeout of a request to the dashboard, which normally responds within tens of milliseconds.
     """
 
     def __init__(self, where: RunDirectory | ServeAddress, *, timeout_s: float = 5.0) -> None:
@@ -90,11 +90,10 @@ class ServeRestBackend:
         self._writes = 0
 
     def close(self) -> None:
-        """Close the connections."""
         self._http.close()
 
     def observe(self) -> TrafficObservation:
-        """Look at Serve and at the router; see ``TrafficBackend.observe``."""
+        """Reads the state of Serve and of the router; see ``TrafficBackend.observe``."""
         writes = self._writes
         try:
             place = self._place()
@@ -105,17 +104,17 @@ class ServeRestBackend:
                 self._seen = None
             return TrafficObservation(detail=str(error))
         with self._lock:
-            if writes == self._writes:  # else it may be older than what was written meanwhile
+            if writes == self._writes:  # else it may be older than a config written meanwhile
                 self._seen = _Seen(place, config)
         return self._observation(place, details["applications"], config)
 
     def apply(self, target: TrafficTarget) -> None:
-        """Write the document with ``target`` in it, made from the last one seen; see ``TrafficBackend.apply``.
+        """Applies a target to the cached Serve config and writes it; see ``TrafficBackend.apply``.
 
-        One request, so that a way back to stable is as short as it can be. What is so already is not written.
+        Sends a single request, so that a rollback is as fast as possible, and none if the config does not change.
 
         Raises:
-            RolloutError: Serve could not be reached or refused it; its answer is in the message.
+            RolloutError: if Serve is not reachable or rejects the config; the message contains its response.
         """
         place = self._place()
         with self._lock:
@@ -127,23 +126,23 @@ class ServeRestBackend:
             self._write(place, wanted)
 
     def write(self, document: Mapping[str, Any]) -> None:
-        """Write a whole document, whatever runs: for a backend in which it is kept elsewhere too.
+        """Writes a complete Serve config, for backends that also store the config elsewhere.
 
         Raises:
-            RolloutError: as ``apply``.
+            RolloutError: if the write fails, as in ``apply``.
         """
         self._write(self._place(), document)
 
     @property
     def config(self) -> Mapping[str, Any] | None:
-        """The document as it was last seen or written; None before, and while that is unknown."""
+        """The Serve config that was last read or written; None if it is unknown."""
         with self._lock:
             return self._seen.config if self._seen else None
 
     def _write(self, place: _Place, document: Mapping[str, Any]) -> None:
         with self._lock:
             self._writes += 1
-            self._seen = None  # until it is known to have been taken
+            self._seen = None  # unknown until Serve has accepted the config
         self._call("PUT", place, document)
         with self._lock:
             self._writes += 1
@@ -176,9 +175,9 @@ class ServeRestBackend:
         try:
             return _Place.model_validate_json(path.read_text())
         except FileNotFoundError:
-            raise RolloutError(f"{path} is not there: the service does not run; start `reelway serve`") from None
+            raise RolloutError(f"{path} is not there: the service is not running; start `reelway serve`") from None
         except (OSError, ValidationError) as error:
-            raise RolloutError(f"{path} does not say where the service is: {error}; restart `reelway serve`") from error
+            raise RolloutError(f"{path}: not a valid serving record: {error}; restart `reelway serve`") from error
 
     def _call(self, method: str, place: _Place, document: Mapping[str, Any] | None) -> httpx.Response:
         url = place.serve_api.rstrip("/") + _APPLICATIONS
@@ -192,7 +191,7 @@ class ServeRestBackend:
         try:
             return _Current.model_validate_json(answer.content)
         except ValidationError as error:
-            raise RolloutError(f"{answer.url}: not what a router says: {error.errors()[0]['msg']}") from error
+            raise RolloutError(f"{answer.url}: not a router's response: {error.errors()[0]['msg']}") from error
 
     def _asked(
         self, method: str, url: str, headers: Mapping[str, str], document: Mapping[str, Any] | None
@@ -200,28 +199,30 @@ class ServeRestBackend:
         try:
             answer = self._http.request(method, url, headers=dict(headers), json=document)
         except httpx.HTTPError as error:
-            raise RolloutError(f"{method} {url}: {type(error).__name__}: {error}; does the service run?") from error
+            raise RolloutError(
+                f"{method} {url}: {type(error).__name__}: {error}; check that the service is running"
+            ) from error
         if answer.status_code != 200:
-            hint = "; is keys/ray.token the service's?" if answer.status_code in (401, 403) else ""
+            hint = "; check that keys/ray.token is the service's token" if answer.status_code in (401, 403) else ""
             raise RolloutError(f"{method} {url} answered {answer.status_code}: {_short(answer.text)}{hint}")
         return answer
 
 
 def _difference(told: Any, current: _Current) -> str:
-    """What the router does otherwise than it was told; empty when every viewer goes where it was told."""
+    """Returns how the router's routing differs from the configured one; empty if they agree."""
     try:
         wanted = Routing.model_validate(told)
     except ValidationError as error:
-        return f"the router's user_config is no routing: {error.errors()[0]['msg']}"
+        return f"the router's user_config is not a routing: {error.errors()[0]['msg']}"
     acted = current.routing
     if (acted.salt, acted.rollout, acted.arms) == (wanted.salt, wanted.rollout, wanted.arms):
         return ""
     closed = sorted(name[:12] for name in set(wanted.releases) - set(current.open))
-    return "the router acts upon another routing than it was told" + (f"; not open there: {closed}" if closed else "")
+    return "the router has not applied its configured routing" + (f"; releases not open: {closed}" if closed else "")
 
 
 def _account(application: Mapping[str, Any]) -> str:
-    """Serve's own words on an application that does not run."""
+    """Returns Serve's messages about an application that is not running."""
     words = [str(application.get("message", ""))]
     for name, deployment in application.get("deployments", {}).items():
         if deployment.get("status") != "HEALTHY":
@@ -231,7 +232,7 @@ def _account(application: Mapping[str, Any]) -> str:
 
 
 def _same(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
-    """Whether two documents are the same, whatever the order of their applications."""
+    """Returns whether two Serve configs are equal, regardless of the order of applications."""
 
     def ordered(config: Mapping[str, Any]) -> str:
         applications = sorted(config["applications"], key=lambda app: str(app["name"]))
@@ -244,7 +245,7 @@ def _token(path: Path) -> str:
     try:
         return path.read_text().strip()
     except FileNotFoundError:
-        return ""  # a Ray without authentication; with it, the answer is 401 and says so
+        return ""  # Ray without authentication; with authentication Ray responds with 401
     except OSError as error:
         raise RolloutError(f"{path}: cannot read Ray's token: {error.strerror or error}") from error
 

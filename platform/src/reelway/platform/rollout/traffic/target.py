@@ -1,7 +1,7 @@
-"""Why: what the world should look like for a rollout's state, and the two things a backend must be able to do.
+"""Traffic target of a rollout state, and the interface of traffic backends.
 
-``target_of`` is pure; a backend converges to a target and says what it sees, and knows nothing of phases, policies or
-evidence. Applying the same target twice changes nothing, so a controller that died may simply do it again.
+``traffic_target`` is a pure function. A backend applies a target and reports the observed traffic. Applying a target is
+idempotent, so a restarted controller can repeat it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from reelway.platform.rollout.traffic.routing import ArmRoute, Routing, ShadowRo
 
 @dataclass(frozen=True, slots=True)
 class TrafficTarget:
-    """Which releases run, each as an application of its own, and how routers share out the viewers."""
+    """The releases that run, each as its own Serve application, and the routing of viewers."""
 
     routing: Routing
     releases: tuple[str, ...]
@@ -25,10 +25,10 @@ class TrafficTarget:
 
 @dataclass(frozen=True, slots=True)
 class TrafficObservation:
-    """What a backend saw.
+    """Traffic observed by a backend.
 
-    ``routing`` is what *all* routers act on, None while they differ or could not be asked. ``ready`` are the releases
-    whose stages all run and that the routers hold open; ``failed`` those that will not, with the reason.
+    ``routing`` is the routing in effect on *all* routers; None while they differ or do not respond. ``ready`` contains
+    the releases whose stages all run and that the routers have open, ``failed`` those that do not start, with a reason.
     """
 
     routing: Routing | None = None
@@ -36,13 +36,13 @@ class TrafficObservation:
     ready: frozenset[str] = frozenset()
     failed: Mapping[str, str] = field(default_factory=dict)
     gave_up: frozenset[str] = frozenset()
-    """Those of ``failed`` that the backend does not try to start any more."""
+    """The releases of ``failed`` that the backend no longer tries to start."""
     detail: str = ""
 
     def weights(self, state: RolloutState) -> dict[Arm, int] | None:
-        """Basis points by arm as ``decide`` wants them: None when unknown or of another rollout.
+        """Returns basis points by arm; None if the routing is unknown or belongs to another rollout.
 
-        Routing between rollouts with everybody on this one's stable release counts as canary 0.
+        A routing with all traffic on this rollout's stable release counts as canary weight 0, whatever its rollout id.
         """
         if self.routing is None:
             return None
@@ -55,23 +55,23 @@ class TrafficObservation:
 
 
 class TrafficBackend(Protocol):
-    """Where traffic is really routed: Serve's REST API here, a RayService or an InferenceService on Kubernetes."""
+    """Applies traffic: Ray Serve's REST API in local mode, a RayService on Kubernetes."""
 
     def observe(self) -> TrafficObservation:
-        """Look. Raises nothing: what cannot be seen is None, with the reason in ``detail``."""
+        """Returns the observed traffic. Never raises: unknown fields are None, with the reason in ``detail``."""
         ...
 
     def apply(self, target: TrafficTarget) -> None:
-        """Write the target. Idempotent; returns when it is accepted, not when it is reached.
+        """Writes the target. Idempotent; returns when the target is accepted, before it is in effect.
 
         Raises:
-            RolloutError: it was not accepted; nothing was changed.
+            RolloutError: if the target was not accepted; nothing was changed.
         """
         ...
 
 
 def target_of(state: RolloutState) -> TrafficTarget:
-    """What the world should be for a rollout in this state."""
+    """Returns the traffic target for a rollout state."""
     routes = (
         ArmRoute(arm=Arm.CANARY, release=state.canary_release, weight_bp=state.canary_bp),
         ArmRoute(arm=Arm.STABLE, release=state.stable_release, weight_bp=state.weights[Arm.STABLE]),
