@@ -1,4 +1,4 @@
-"""A built feature store of a small data set, made once per session without Ray."""
+"""A built feature store of a small data set, built once per session without Ray."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from reelway.platform.runs import RunDirectory
 
 @dataclass(frozen=True)
 class Built:
-    """A run whose features are built, registered and materialised as of ``until_s``."""
+    """A run with built, registered features, materialised as of ``until_s``."""
 
     run: RunDirectory
     tables: dict[str, pa.Table]
@@ -32,7 +32,7 @@ class Built:
 
 
 def write_views(run: RunDirectory, tables: dict[str, pa.Table], settings: views.ViewSettings) -> tuple[pa.Table, int]:
-    """What the batch job writes, in one process."""
+    """Writes in one process the files that the batch job writes."""
     write_dataset(run.dataset, tables)
     labels = label_impressions(tables["impressions"], tables["outcomes"], tables["videos"])
     until_us = last_moment_us(labels)
@@ -65,7 +65,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
 
 @pytest.fixture
 def changed(built: Built, tmp_path: Path) -> Callable[[str, Callable[[pa.Table], pa.Table]], RunDirectory]:
-    """A copy of the built run with one view's offline rows changed."""
+    """Returns a copy of the built run in which one view's offline rows are changed."""
 
     def change(view: str, edit: Callable[[pa.Table], pa.Table]) -> RunDirectory:
         run = RunDirectory(tmp_path / "changed")

@@ -1,4 +1,4 @@
-"""Small event tables in the contract's schemas, made from a seed; and one-line builders for hand-written events."""
+"""Small event tables in the contract's schemas, generated from a seed, and builders for hand-written events."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ import pyarrow.parquet as pq
 from reelway.platform.contracts import events as contract
 
 DAY_US = 86_400_000_000
-START_US = 1_700_006_400_000_000  # a midnight
+START_US = 1_700_006_400_000_000  # midnight, UTC
 
 
 def table(schema: pa.Schema, **columns: object) -> pa.Table:
-    """A table of ``schema``; absent nullable columns are null."""
+    """Returns a table of ``schema``; nullable columns that are not given are null."""
     rows = len(next(iter(columns.values())))  # type: ignore[arg-type]
     arrays = []
     for field in schema:
@@ -26,7 +26,7 @@ def table(schema: pa.Schema, **columns: object) -> pa.Table:
 
 
 def impressions(rows: list[tuple[int, int, int, int]], *, request: list[int] | None = None) -> pa.Table:
-    """From (impression_id, viewer_id, video_id, time_us)."""
+    """Builds impressions from (impression_id, viewer_id, video_id, time_us)."""
     ids, viewers, videos, times = (list(column) for column in zip(*rows, strict=True)) if rows else ([], [], [], [])
     n = len(rows)
     return table(
@@ -37,7 +37,7 @@ def impressions(rows: list[tuple[int, int, int, int]], *, request: list[int] | N
 
 
 def outcomes(rows: list[tuple[int, str, float, int]]) -> pa.Table:
-    """From (impression_id, type, value, time_us)."""
+    """Builds outcomes from (impression_id, type, value, time_us)."""
     ids, kinds, values, times = (list(column) for column in zip(*rows, strict=True)) if rows else ([], [], [], [])
     n = len(rows)
     return table(
@@ -59,7 +59,7 @@ def random_dataset(
     *, viewers: int = 40, creators: int = 8, video_count: int = 60, requests: int = 400, slate: int = 5,
     days: int = 12, seed: int = 0,
 ) -> dict[str, pa.Table]:  # fmt: skip
-    """A consistent data set of ``requests * slate`` impressions over ``days``; not a simulation of anyone."""
+    """Returns a consistent random data set of ``requests * slate`` impressions over ``days``."""
     rng = np.random.default_rng(seed)
     n = requests * slate
     embeddings = {

@@ -1,4 +1,4 @@
-"""The Ray Data batch job and the `reelway features` command, end to end on a small data set."""
+"""The Ray Data batch job and the ``reelway features`` command, end to end on a small data set."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def rows_of(table: pa.Table) -> pa.Table:
     return table.sort_by([(table.column_names[0], "ascending"), ("event_timestamp", "ascending")])
 
 
-def test_ray_in_three_buckets_writes_exactly_what_one_process_does(built, run) -> None:
+def test_ray_batch_job_writes_the_same_rows_as_one_process(built, run) -> None:
     seen: list[tuple[int, int]] = []
     report = build_views(run, BatchSettings(buckets=3), lambda done, total: seen.append((done, total)))
     assert seen[-1] == (9, 9)
@@ -58,7 +58,7 @@ def test_ray_in_three_buckets_writes_exactly_what_one_process_does(built, run) -
     assert not list(run.features.glob(".*")), "partitions and half-written folders are gone"
 
 
-def test_the_command_does_every_step_once_and_skips_what_is_done(run) -> None:
+def test_features_command_skips_finished_steps(run) -> None:
     app = typer.Typer()
     command.register(app)
     cli = CliRunner()
@@ -82,17 +82,17 @@ def test_the_command_does_every_step_once_and_skips_what_is_done(run) -> None:
     assert caught.value.exit_code == 4
 
 
-def test_a_data_set_without_impressions_is_refused_before_ray_does_anything(run) -> None:
+def test_data_set_without_impressions_is_rejected_before_ray_starts(run) -> None:
     path = run.dataset / "impressions.parquet"
     pq.write_table(pq.read_table(path).slice(0, 0), path)
-    with pytest.raises(EmptyDatasetError, match="no impressions, expected at least one"):
+    with pytest.raises(EmptyDatasetError, match="no impressions; simulate or import a data set"):
         build_views(run, BatchSettings())
     path.unlink()
     with pytest.raises(EmptyDatasetError, match="run `reelway simulate`"):
         build_views(run, BatchSettings())
 
 
-def test_buckets_are_stable_and_even_enough() -> None:
+def test_partitions_are_stable_per_id_with_similar_sizes() -> None:
     buckets = bucket_of(pa.chunked_array([pa.array(range(8000), pa.int64())]), 8).to_pylist()
     counts = [buckets.count(b) for b in range(8)]
     assert min(counts) > 800

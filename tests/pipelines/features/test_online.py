@@ -1,4 +1,4 @@
-"""The online store holds what the offline join says, in SQLite and in a real Redis."""
+"""The online store holds the rows of the offline join, in SQLite and in a real Redis."""
 
 from __future__ import annotations
 
@@ -42,12 +42,12 @@ def assert_same_rows(run: RunDirectory, at_s: float) -> None:
             assert same_value(online[name], offline[name], 0.0), (offline["viewer_id"], name)
 
 
-def test_every_online_value_equals_the_offline_join(built) -> None:
+def test_online_values_equal_the_offline_join(built) -> None:
     assert materialised_at_s(built.run.features) == built.until_s
     assert_same_rows(built.run, built.until_s)
 
 
-def test_an_earlier_moment_replaces_every_value_and_the_same_moment_changes_nothing(built, tmp_path) -> None:
+def test_materialising_an_earlier_time_replaces_every_value(built, tmp_path) -> None:
     run = RunDirectory(tmp_path / "run")
     shutil.copytree(built.run.path, run.path)
     register_features(run.features, "sqlite")
@@ -57,7 +57,7 @@ def test_an_earlier_moment_replaces_every_value_and_the_same_moment_changes_noth
         assert_same_rows(run, early_s)
 
 
-def test_progress_reaches_the_whole(built, tmp_path) -> None:
+def test_progress_reaches_the_total(built, tmp_path) -> None:
     run = RunDirectory(tmp_path / "run")
     shutil.copytree(built.run.path, run.path)
     seen: list[tuple[int, int]] = []
@@ -65,7 +65,7 @@ def test_progress_reaches_the_whole(built, tmp_path) -> None:
     assert seen[-1] == (40 * len(VIEWER_VIEWS), 40 * len(VIEWER_VIEWS))
 
 
-def test_an_unknown_viewer_has_no_values(built) -> None:
+def test_unknown_viewer_has_no_values(built) -> None:
     assert set(ViewerRows(open_feature_store(built.run.features)).read(123_456).values()) == {None}
 
 
@@ -96,7 +96,7 @@ def redis_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 
 @pytest.mark.redis
-def test_redis_by_configuration_holds_the_same_rows_and_takes_corrections(built, tmp_path, redis_server) -> None:
+def test_redis_store_holds_the_same_rows_after_corrections(built, tmp_path, redis_server) -> None:
     run = RunDirectory(tmp_path / "run")
     shutil.copytree(built.run.path, run.path)
     register_features(run.features, f"redis://{redis_server}")
@@ -106,7 +106,7 @@ def test_redis_by_configuration_holds_the_same_rows_and_takes_corrections(built,
 
 
 @pytest.mark.redis
-def test_one_question_to_redis_says_what_feast_says_view_by_view(built, tmp_path, redis_server) -> None:
+def test_single_redis_query_equals_feasts_reads_view_by_view(built, tmp_path, redis_server) -> None:
     run = RunDirectory(tmp_path / "run")
     shutil.copytree(built.run.path, run.path)
     store = register_features(run.features, f"redis://{redis_server}/1")
@@ -118,7 +118,7 @@ def test_one_question_to_redis_says_what_feast_says_view_by_view(built, tmp_path
         expected, moments_s = dict[str, object](), {}
         for view, moment_s, values in one_by_one(key):
             expected |= {name: _decoded(value) for name, value in values.items()}
-            if moment_s:  # where it has nothing, Feast says 1970
+            if moment_s:  # Feast returns 1970 for a view without a row
                 moments_s[view] = moment_s
         row = in_one.read(viewer)
         assert row.pop(AS_OF, {}) == moments_s
@@ -127,7 +127,7 @@ def test_one_question_to_redis_says_what_feast_says_view_by_view(built, tmp_path
 
 
 @pytest.mark.redis
-def test_a_redis_that_is_gone_is_a_feature_error_and_not_an_unknown_viewer(built, tmp_path) -> None:
+def test_unreachable_redis_raises_a_feature_error(built, tmp_path) -> None:
     run = RunDirectory(tmp_path / "run")
     shutil.copytree(built.run.path, run.path)
     with socket.socket() as free:

@@ -1,4 +1,4 @@
-"""The parity replay passes what was served right and finds every kind of planted skew, by name."""
+"""The parity replay accepts correctly served values and reports every kind of injected skew by name."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from reelway.platform.runs import RunDirectory
 
 
 def served_vectors(built: Any) -> list[ServedVector]:
-    """As a server makes them: the viewer row from the online store, the videos from a release's table."""
+    """Builds vectors as a server does: the viewer row from the online store, the videos from a release's table."""
     rows = ViewerRows(open_feature_store(built.run.features))
     snapshot = video_snapshot(built.run.features, built.until_s)
     vectors = []
@@ -57,7 +57,7 @@ def replayed(features_dir: Path, path: Path, vectors: list[ServedVector]) -> Par
     return replay(features_dir, path)
 
 
-def test_what_was_served_from_the_same_rows_has_no_mismatch(built, tmp_path) -> None:
+def test_values_served_from_the_same_rows_have_no_mismatch(built, tmp_path) -> None:
     report = replayed(built.run.features, tmp_path / "log", served_vectors(built))
     assert report.mismatches == []
     assert report.vectors == 12
@@ -65,7 +65,7 @@ def test_what_was_served_from_the_same_rows_has_no_mismatch(built, tmp_path) -> 
     report.raise_if_bad()
 
 
-def test_a_changed_window_is_found_and_names_the_feature(built, tmp_path, monkeypatch) -> None:
+def test_changed_window_is_reported_with_the_feature_name(built, tmp_path, monkeypatch) -> None:
     run = RunDirectory(tmp_path / "run")
     shorter = tuple(
         dataclasses.replace(w, length_s=w.length_s // 2) if w.name == "7d" else w for w in views.names.VIDEO_WINDOWS
@@ -83,7 +83,7 @@ def test_a_changed_window_is_found_and_names_the_feature(built, tmp_path, monkey
         report.raise_if_bad()
 
 
-def test_a_stale_viewer_row_is_found(built, tmp_path) -> None:
+def test_stale_viewer_row_is_reported(built, tmp_path) -> None:
     vectors = served_vectors(built)
     path = tmp_path / "log"
     late = [replace(v, viewer_as_of_s=built.until_s - 8 * 86_400) for v in vectors]
@@ -98,7 +98,7 @@ def test_a_stale_viewer_row_is_found(built, tmp_path) -> None:
     [("created_at_s", str), ("region", lambda _: 7), ("history_videos", lambda _: "500"),
      ("impressions_30d", lambda value: value is not None)],
 )  # fmt: skip
-def test_a_type_change_is_found(built, tmp_path, feature, change) -> None:
+def test_type_change_is_reported(built, tmp_path, feature, change) -> None:
     vector = served_vectors(built)[3]
     assert vector.viewer[feature] is not None
     skewed = replace(vector, viewer={**vector.viewer, feature: change(vector.viewer[feature])})
@@ -106,8 +106,8 @@ def test_a_type_change_is_found(built, tmp_path, feature, change) -> None:
     assert [(m.feature, m.entity) for m in report.mismatches] == [(feature, "viewer 503")]
 
 
-def test_a_future_row_is_found(built, tmp_path, changed) -> None:
-    """Offline, the last day's rows turn out to be written a day later than the server used them."""
+def test_future_row_is_reported(built, tmp_path, changed) -> None:
+    """In the offline store, the last day's rows were written one day later than the server used them."""
     day = pa.scalar(86_400_000_000, pa.duration("us"))
 
     def written_late(table: pa.Table) -> pa.Table:
@@ -120,14 +120,14 @@ def test_a_future_row_is_found(built, tmp_path, changed) -> None:
     assert "impressions_1d" in {m.feature for m in report.mismatches}
 
 
-def test_a_field_that_was_not_served_is_found(built, tmp_path) -> None:
+def test_unserved_field_is_reported(built, tmp_path) -> None:
     vector = served_vectors(built)[0]
     viewer = {name: value for name, value in vector.viewer.items() if name != "topic_affinity"}
     report = replayed(built.run.features, tmp_path / "log", [replace(vector, viewer=viewer)])
     assert [(m.feature, m.served) for m in report.mismatches] == [("topic_affinity", "<absent>")]
 
 
-def test_a_mismatch_shows_view_feature_entity_and_both_values(built, tmp_path) -> None:
+def test_mismatch_message_has_view_feature_entity_and_both_values(built, tmp_path) -> None:
     vector = served_vectors(built)[0]
     videos = [dict(vector.videos[0]) | {"duration_s": 1.5}, *vector.videos[1:]]
     report = replayed(built.run.features, tmp_path / "log", [replace(vector, videos=videos)])
@@ -137,7 +137,7 @@ def test_a_mismatch_shows_view_feature_entity_and_both_values(built, tmp_path) -
     )
 
 
-def test_every_release_has_its_own_findings_as_the_rollout_reads_them(built, tmp_path) -> None:
+def test_findings_are_separate_per_release(built, tmp_path) -> None:
     first, second, third = served_vectors(built)[:3]
     videos = [dict(second.videos[0]) | {"duration_s": 1.5}, *second.videos[1:]]
     log = [first, replace(second, videos=videos, release="r2"), replace(third, release="r2")]
@@ -151,12 +151,12 @@ def test_every_release_has_its_own_findings_as_the_rollout_reads_them(built, tmp
     assert unknown.state is EvidenceState.INSUFFICIENT
 
 
-def test_an_empty_log_is_not_a_pass(built, tmp_path) -> None:
+def test_empty_log_fails_the_parity_check(built, tmp_path) -> None:
     with pytest.raises(ParityError, match="no served vectors"):
         replay(built.run.features, tmp_path / "none").raise_if_bad()
 
 
-def test_values_are_the_same_only_if_their_kinds_are() -> None:
+def test_values_of_different_types_are_unequal() -> None:
     assert same_value(1, 1.0)
     assert same_value(None, float("nan"))
     assert same_value([1.0, None], [1.0, None])

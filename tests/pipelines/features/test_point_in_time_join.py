@@ -1,4 +1,4 @@
-"""Feast's point-in-time join as Reelway asks for it: future, late and expired rows stay out."""
+"""Feast's point-in-time join as configured by Reelway: future, late and expired rows are excluded."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def times(values: list[int]) -> pa.Array:
 
 
 def engagement_rows(table: pa.Table, event_us: list[int], created_us: list[int]) -> pa.Table:
-    """Rows of one new video, told apart by video_impressions_1h = 0, 1, 2..."""
+    """Returns rows of one new video, numbered by video_impressions_1h = 0, 1, 2..."""
     rows = table.slice(0, 1).take(pa.array([0] * len(event_us)))
     for name, values in (
         ("video_id", pa.array([1] * len(event_us), pa.int64())),
@@ -44,34 +44,34 @@ def asked(run: RunDirectory, at_us: list[int]) -> list[float | None]:
     return answers["video_impressions_1h"].to_pylist()
 
 
-def test_a_row_from_the_future_is_not_seen_and_a_row_at_the_moment_is(changed) -> None:
+def test_join_excludes_future_rows_but_includes_a_row_at_the_exact_time(changed) -> None:
     run = changed("video_engagement", lambda t: engagement_rows(t, [NOW_US - 10, NOW_US], [NOW_US - 10, NOW_US]))
     assert asked(run, [NOW_US - 1, NOW_US]) == [0.0, 1.0]
 
 
-def test_a_row_written_late_is_not_seen_before_it_was_written(changed) -> None:
+def test_row_written_late_is_excluded_before_its_writing_time(changed) -> None:
     run = changed(
         "video_engagement", lambda t: engagement_rows(t, [NOW_US - 20, NOW_US - 10], [NOW_US - 20, NOW_US + 50])
     )
     assert asked(run, [NOW_US, NOW_US + 50]) == [0.0, 1.0]
 
 
-def test_of_two_rows_of_one_time_the_one_written_last_counts(changed) -> None:
+def test_row_written_last_wins_between_rows_of_one_time(changed) -> None:
     run = changed("video_engagement", lambda t: engagement_rows(t, [NOW_US, NOW_US], [NOW_US + 9, NOW_US]))
     assert asked(run, [NOW_US + 5, NOW_US + 9]) == [1.0, 0.0]
 
 
-def test_a_row_older_than_the_ttl_is_as_good_as_none(changed) -> None:
+def test_row_older_than_the_ttl_is_excluded(changed) -> None:
     run = changed("video_engagement", lambda t: engagement_rows(t, [NOW_US], [NOW_US]))
     assert asked(run, [NOW_US + 2 * DAY_US, NOW_US + 2 * DAY_US + 1_000_000]) == [0.0, None]
 
 
-def test_answers_come_in_the_order_asked_with_repetition(changed) -> None:
+def test_results_keep_the_given_order_with_duplicates(changed) -> None:
     run = changed("video_engagement", lambda t: engagement_rows(t, [NOW_US, NOW_US + 5], [NOW_US, NOW_US + 5]))
     assert asked(run, [NOW_US + 5, NOW_US, NOW_US + 5, NOW_US - 1]) == [1.0, 0.0, 1.0, None]
 
 
-def test_distinct_moments_point_back_at_every_row() -> None:
+def test_distinct_entity_rows_map_back_to_every_row() -> None:
     entities, at = np.array([3, 1, 3, 3]), np.array([7, 7, 7, 8])
     asked_entities, asked_at, pair = distinct_moments(entities, at)
     assert len(asked_entities) == 3
@@ -79,7 +79,7 @@ def test_distinct_moments_point_back_at_every_row() -> None:
     assert np.array_equal(asked_at[pair], at)
 
 
-def test_training_rows_hold_every_impression_once_with_every_feature(built) -> None:
+def test_training_rows_contain_every_impression_once_with_all_features(built) -> None:
     seen: list[str] = []
     rows = pq.read_table(build_training_rows(built.run, seen.append))
     assert rows["impression_id"].to_pylist() == built.labels["impression_id"].to_pylist()
@@ -91,7 +91,7 @@ def test_training_rows_hold_every_impression_once_with_every_feature(built) -> N
     assert 0 < rows["impressions_1d"].null_count < rows.num_rows
 
 
-def test_no_training_row_knows_its_own_outcome_or_a_later_one(built) -> None:
+def test_training_row_excludes_its_own_and_later_outcomes(built) -> None:
     rows = pq.read_table(build_training_rows(built.run))
     viewer, video = rows["viewer_id"].to_numpy(), rows["video_id"].to_numpy()
     now = times_us(built.labels["request_time"])
@@ -104,14 +104,14 @@ def test_no_training_row_knows_its_own_outcome_or_a_later_one(built) -> None:
         assert (rows["video_impressions_7d"][i].as_py() or 0) <= day.sum()
 
 
-def test_the_on_demand_view_runs_the_platforms_own_function(built) -> None:
+def test_on_demand_view_runs_the_platform_function(built) -> None:
     rows = pq.read_table(build_training_rows(built.run))
     columns = (rows[name].to_numpy() for name in ("request_time_s", "created_at_s", "uploaded_at_s"))
     for name, values in on_demand.request_context(*columns).items():
         np.testing.assert_array_equal(rows[name].to_numpy(), values)
 
 
-def test_a_video_snapshot_has_the_videos_uploaded_by_then_and_agrees_with_training_rows(built) -> None:
+def test_video_snapshot_agrees_with_training_rows(built) -> None:
     rows = pq.read_table(build_training_rows(built.run))
     i = rows.num_rows // 2
     at_s = rows["request_time_s"][i].as_py()
@@ -127,7 +127,7 @@ def test_a_video_snapshot_has_the_videos_uploaded_by_then_and_agrees_with_traini
     assert early["title"].null_count == 0
 
 
-def test_a_viewer_snapshot_keeps_the_order_asked_and_leaves_unknown_viewers_empty(built) -> None:
+def test_viewer_snapshot_keeps_the_given_order_with_unknown_viewers_null(built) -> None:
     snapshot = viewer_snapshot(built.run.features, [510, 9_999_999, 500], built.until_s)
     assert snapshot["viewer_id"].to_pylist() == [510, 9_999_999, 500]
     unknown = snapshot.to_pylist()[1]
@@ -135,12 +135,12 @@ def test_a_viewer_snapshot_keeps_the_order_asked_and_leaves_unknown_viewers_empt
     assert snapshot["region"][0].as_py() is not None
 
 
-def test_a_run_without_features_says_which_command_makes_them(tmp_path) -> None:
+def test_run_without_features_raises_an_error_with_the_command(tmp_path) -> None:
     with pytest.raises(FeatureError, match="run `reelway features"):
         build_training_rows(RunDirectory(tmp_path))
 
 
-def test_a_run_without_impressions_is_refused(built, tmp_path) -> None:
+def test_run_without_impressions_is_rejected(built, tmp_path) -> None:
     run = RunDirectory(tmp_path / "run")
     run.features.mkdir(parents=True)
     pq.write_table(built.labels.slice(0, 0), run.features / "labels.parquet")

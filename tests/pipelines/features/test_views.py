@@ -1,4 +1,4 @@
-"""Snapshots: when they are taken, and what is in them."""
+"""When snapshots are taken, and which values they contain."""
 
 from __future__ import annotations
 
@@ -23,24 +23,24 @@ def events_of(shown: list, done: list) -> views.Events:
 
 
 def at(table: pa.Table, time_us: int) -> dict:
-    """The row of the latest snapshot at or before ``time_us``: what a point-in-time join gives."""
+    """Returns the row of the latest snapshot at or before ``time_us``, as a point-in-time join does."""
     rows = [row for row in table.to_pylist() if row["event_timestamp"].timestamp() * 1e6 <= time_us]
     return max(rows, key=lambda row: row["event_timestamp"])
 
 
-def test_an_event_exactly_on_the_grid_is_not_in_that_snapshot_but_in_the_next() -> None:
+def test_event_exactly_on_the_grid_is_in_the_next_snapshot_only() -> None:
     events = events_of([(1, 5, 9, START_US)], [(1, "like", 1.0, START_US)])
     table = views.viewer_activity(events, SETTINGS, START_US + DAY_US)
     assert times_us(table["event_timestamp"]).min() == START_US + HOUR_US
 
 
-def test_an_event_is_in_no_snapshot_before_its_last_outcome_is_known() -> None:
+def test_event_is_in_no_snapshot_before_its_last_outcome_is_known() -> None:
     events = events_of([(1, 5, 9, START_US)], [(1, "like", 1.0, START_US + 5 * HOUR_US)])
     table = views.video_engagement(events, SETTINGS, START_US + DAY_US)
     assert times_us(table["event_timestamp"]).min() == START_US + 6 * HOUR_US
 
 
-def test_a_rate_decays_although_nothing_happens() -> None:
+def test_rate_decays_without_new_events() -> None:
     events = events_of([(1, 5, 9, START_US + 1)], [(1, "like", 1.0, START_US + 1)])
     table = views.video_engagement(events, SETTINGS, START_US + 60 * DAY_US)
     for hours in (1, 3, 12, 30, 9 * 24, 40 * 24):
@@ -49,7 +49,7 @@ def test_a_rate_decays_although_nothing_happens() -> None:
         assert [row[f"video_impressions_{w.name}"] for w in VIDEO_WINDOWS] == expected, hours
 
 
-def test_there_is_a_row_a_day_while_a_window_holds_anything_and_none_after() -> None:
+def test_heartbeat_rows_are_daily_while_a_window_contains_an_event() -> None:
     events = events_of([(1, 5, 9, START_US + 1)], [(1, "like", 1.0, START_US + 1)])
     table = views.video_engagement(events, SETTINGS, START_US + 60 * DAY_US)
     moments = np.sort(times_us(table["event_timestamp"]))
@@ -58,14 +58,14 @@ def test_there_is_a_row_a_day_while_a_window_holds_anything_and_none_after() -> 
     assert START_US + longest_us < moments[-1] <= START_US + longest_us + HOUR_US
 
 
-def test_nothing_is_claimed_beyond_the_end_of_the_data() -> None:
+def test_no_row_is_later_than_the_end_of_the_data() -> None:
     events = events_of([(1, 5, 9, START_US)], [(1, "like", 1.0, START_US)])
     until_us = START_US + 2 * DAY_US
     for make in (views.viewer_activity, views.viewer_topic_affinity, views.video_engagement):
         assert times_us(make(events, SETTINGS, until_us)["event_timestamp"]).max() <= until_us
 
 
-def test_rates_are_pulled_towards_the_prior_by_its_strength() -> None:
+def test_prior_strength_pulls_rates_towards_the_prior() -> None:
     events = events_of([(1, 5, 9, START_US + 1)], [(1, "like", 1.0, START_US + 1)])
     row = at(views.video_engagement(events, SETTINGS, START_US + DAY_US), START_US + HOUR_US)
     prior = SETTINGS.like
@@ -73,7 +73,7 @@ def test_rates_are_pulled_towards_the_prior_by_its_strength() -> None:
     assert row["video_skip_rate_1h"] == pytest.approx(0.3 * 20 / 21)
 
 
-def test_the_history_holds_the_latest_telling_impressions_oldest_first() -> None:
+def test_history_holds_the_latest_weighted_impressions_oldest_first() -> None:
     n = HISTORY_LENGTH + 10
     shown = [(i, 5, 100 + i, START_US + i * 10_000_000) for i in range(n)]
     done = [(i, "like" if i % 2 else "skip", 1.0, START_US + i * 10_000_000) for i in range(n) if i != 30]
@@ -86,7 +86,7 @@ def test_the_history_holds_the_latest_telling_impressions_oldest_first() -> None
     assert row["history_times_s"][-1] == (START_US + (n - 1) * 10_000_000) / 1e6
 
 
-def test_an_early_history_is_as_short_as_the_past_and_never_another_viewers() -> None:
+def test_early_history_holds_only_the_viewers_own_past() -> None:
     shown = [(1, 5, 101, START_US), (2, 5, 102, START_US + 60_000_000), (3, 6, 103, START_US)]
     done = [(i, "like", 1.0, START_US + (60_000_000 if i == 2 else 0)) for i in (1, 2, 3)]
     table = views.viewer_history(events_of(shown, done), SETTINGS, START_US + DAY_US)
@@ -94,7 +94,7 @@ def test_an_early_history_is_as_short_as_the_past_and_never_another_viewers() ->
     assert rows == {(5, (101,)), (5, (101, 102)), (6, (103,))}
 
 
-def test_topic_affinity_is_signed_and_its_absolute_values_sum_to_at_most_one() -> None:
+def test_topic_affinity_is_signed_with_an_absolute_sum_of_at_most_one() -> None:
     tables = random_dataset(seed=3)
     labels = label_impressions(tables["impressions"], tables["outcomes"], tables["videos"])
     table = views.viewer_topic_affinity(views.Events.from_labels(labels), SETTINGS, last_moment_us(labels))
@@ -104,7 +104,7 @@ def test_topic_affinity_is_signed_and_its_absolute_values_sum_to_at_most_one() -
     assert affinity.min() < 0 < affinity.max()
 
 
-def test_followers_grow_from_the_creators_own_start_and_uploads_are_counted() -> None:
+def test_creator_statistics_count_uploads_with_followers() -> None:
     tables = random_dataset(seed=1)
     labels = label_impressions(tables["impressions"], tables["outcomes"], tables["videos"])
     until_us = last_moment_us(labels)
@@ -117,7 +117,7 @@ def test_followers_grow_from_the_creators_own_start_and_uploads_are_counted() ->
         assert mine[-1]["creator_uploads"] == (tables["videos"]["creator_id"].to_numpy() == creator).sum()
 
 
-def test_every_view_has_the_contracts_fields_and_one_row_per_entity_and_time() -> None:
+def test_views_have_the_contract_fields_with_unique_entity_times() -> None:
     tables = random_dataset(seed=2)
     labels = label_impressions(tables["impressions"], tables["outcomes"], tables["videos"])
     made = {
@@ -133,7 +133,7 @@ def test_every_view_has_the_contracts_fields_and_one_row_per_entity_and_time() -
         assert table.group_by([key, "event_timestamp"]).aggregate([]).num_rows == table.num_rows > 0
 
 
-def test_a_snapshot_equals_a_count_over_the_raw_events() -> None:
+def test_snapshot_equals_a_count_over_the_raw_events() -> None:
     tables = random_dataset(seed=4)
     labels = label_impressions(tables["impressions"], tables["outcomes"], tables["videos"])
     table = views.video_engagement(views.Events.from_labels(labels), SETTINGS, last_moment_us(labels))

@@ -1,4 +1,4 @@
-"""Window sums against a brute-force count, and the edges of a window."""
+"""Window sums compared with a brute-force count, and the edges of a window."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_sums_equal_a_brute_force_count(events, questions, windows) -> None:
 
 @settings(max_examples=50, deadline=None)
 @given(EVENTS, QUESTIONS, st.randoms())
-def test_the_order_of_events_changes_nothing(events, questions, random) -> None:
+def test_sums_do_not_depend_on_the_order_of_events(events, questions, random) -> None:
     def sums(rows):
         return window_sums(
             ints([e for e, _, _ in rows]), ints([t for _, t, _ in rows]), ints([v for _, _, v in rows]).reshape(-1, 2),
@@ -47,22 +47,22 @@ def test_the_order_of_events_changes_nothing(events, questions, random) -> None:
     assert np.array_equal(sums(events), sums(shuffled))
 
 
-def test_an_event_at_the_moment_counts_and_one_a_window_older_does_not() -> None:
+def test_window_includes_its_end_but_excludes_its_start() -> None:
     ones = np.ones((3, 1), dtype=np.int64)
     sums = window_sums(ints([1, 1, 1]), ints([90, 91, 100]), ones, ints([1]), ints([100]), [10])
     assert sums[0, 0, 0] == 2
 
 
-def test_large_fixed_point_amounts_stay_exact_next_to_small_ones() -> None:
+def test_large_fixed_point_values_stay_exact_beside_small_ones() -> None:
     values = ints([2**52, 1]).reshape(-1, 1)
     assert window_sums(ints([1, 2]), ints([5, 6]), values, ints([2]), ints([6]), [ALL_TIME_US])[0, 0, 0] == 1
 
 
-def test_float_values_are_refused_with_what_to_do() -> None:
+def test_float_values_are_rejected() -> None:
     with pytest.raises(TypeError, match="values has type float64, expected integers"):
         window_sums(ints([1]), ints([1]), np.ones((1, 1)), ints([1]), ints([1]), [1])
 
 
-def test_an_empty_window_is_refused() -> None:
+def test_empty_window_is_rejected() -> None:
     with pytest.raises(ValueError, match="window of 0 us"):
         window_sums(ints([1]), ints([1]), ints([[1]]), ints([1]), ints([1]), [0])

@@ -1,4 +1,4 @@
-"""Model inputs from feature values: one row as served and a whole table as trained give the same numbers."""
+"""Model inputs from feature values: a single served row and a whole training table give the same numbers."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def as_table(rows: list[dict[str, object]]) -> pa.Table:
     return pa.Table.from_pylist(rows)
 
 
-def test_a_row_as_served_and_a_table_as_trained_give_the_same_inputs() -> None:
+def test_served_row_equals_the_trained_table() -> None:
     rows = [viewer(), viewer(region=None, history_videos=[4] * 60, history_weights=[1.0] * 60,
                              history_times_s=[NOW_S - 60.0] * 60)]  # fmt: skip
     trained = assemble_viewers(columns_from_table(as_table(rows)), np.full(2, NOW_S), ["tv", "phone"])
@@ -56,7 +56,7 @@ def test_a_row_as_served_and_a_table_as_trained_give_the_same_inputs() -> None:
             np.testing.assert_array_equal(served[name][0], values[i], err_msg=name)
 
 
-def test_dense_values_stand_where_the_contract_puts_them() -> None:
+def test_dense_values_have_the_positions_of_the_contract() -> None:
     dense = assemble_viewers(columns_from_row(viewer()), np.array([NOW_S]), ["tv"]).viewer_dense[0]
     assert len(dense) == len(names.VIEWER_DENSE)
     assert dense_of(dense, names.VIEWER_DENSE, "like_ratio_7d") == names.VIEWER_ACTIVITY.index("like_ratio_7d")
@@ -65,7 +65,7 @@ def test_dense_values_stand_where_the_contract_puts_them() -> None:
     assert dense_of(dense, names.VIEWER_DENSE, "hours_since_last_activity") == pytest.approx(0.5)
 
 
-def test_the_history_is_padded_in_front_with_the_latest_last() -> None:
+def test_history_is_padded_in_front_with_the_latest_last() -> None:
     arrays = assemble_viewers(columns_from_row(viewer()), np.array([NOW_S]), ["tv"], history_length=5)
     assert arrays.history_codes[0, :2].sum() == 0
     np.testing.assert_array_equal(arrays.history_codes[0, 2:], id_codes(np.array([11, 12, 13])))
@@ -73,12 +73,12 @@ def test_the_history_is_padded_in_front_with_the_latest_last() -> None:
     assert arrays.history_age_h[0].tolist() == [0.0, 0.0, 2.0, 1.0, 0.5]
 
 
-def test_a_longer_history_keeps_its_latest_part() -> None:
+def test_longer_history_keeps_its_latest_part() -> None:
     arrays = assemble_viewers(columns_from_row(viewer()), np.array([NOW_S]), ["tv"], history_length=2)
     np.testing.assert_array_equal(arrays.history_codes[0], id_codes(np.array([12, 13])))
 
 
-def test_an_unknown_viewer_is_missing_everywhere_but_in_the_clock_and_the_device() -> None:
+def test_unknown_viewer_has_only_clock_features_with_the_device() -> None:
     nothing = {name: None for view in names.VIEWER_VIEWS for name in names.VIEWS[view]}
     arrays = assemble_viewers(columns_from_row(nothing), np.array([NOW_S]), ["tv"])
     clock = {"hour_sin", "hour_cos", "weekday_sin", "weekday_cos"}
@@ -88,7 +88,7 @@ def test_an_unknown_viewer_is_missing_everywhere_but_in_the_clock_and_the_device
     assert not arrays.history_codes.any()
 
 
-def test_videos_carry_codes_flags_and_age() -> None:
+def test_videos_have_codes_with_flags_and_age() -> None:
     arrays = assemble_videos(columns_from_table(as_table([video(), video(topic=-1, visual=None)])), np.full(2, NOW_S))
     assert arrays.video_categories[:, 0].tolist() == [1, 0]
     assert arrays.video_static_dense[0].tolist() == [12.5, 1.0, 1.0, 0.0]
@@ -101,26 +101,26 @@ def test_videos_carry_codes_flags_and_age() -> None:
     assert arrays.text.shape == (2, TEXT_DIM)
 
 
-def test_an_embedding_of_another_width_or_with_a_nan_counts_as_missing() -> None:
+def test_embedding_of_another_width_or_with_nan_counts_as_missing() -> None:
     rows = [video(visual=[1.0] * (VISUAL_DIM - 1)), video(visual=[float("nan")] * VISUAL_DIM)]
     arrays = assemble_videos(columns_from_table(as_table(rows)), np.full(2, NOW_S))
     assert arrays.video_static_dense[:, 1].tolist() == [0.0, 0.0]
     assert np.isfinite(arrays.visual).all()
 
 
-def test_a_list_where_a_number_belongs_is_refused_by_name() -> None:
+def test_list_in_place_of_a_number_is_rejected_with_its_name() -> None:
     with pytest.raises(TypeError, match="'duration_s' is a list"):
         assemble_videos(columns_from_row(video(duration_s=[1.0])), np.array([NOW_S]))
 
 
-def test_a_video_without_any_features_is_zeros_and_missing_values() -> None:
+def test_video_without_features_has_zeros_with_missing_values() -> None:
     arrays = assemble_videos({"video_id": [5]}, np.array([NOW_S]))
     assert arrays.video_codes.all()
     assert not arrays.creator_codes.any()
     assert np.isnan(arrays.video_dense[0][len(names.VIDEO_STATIC_DENSE) :]).all()
 
 
-def test_integer_columns_with_nulls_do_not_lose_the_ids_that_are_there() -> None:
+def test_integer_columns_with_nulls_keep_the_other_ids() -> None:
     table = as_table([video(), video(creator_id=None)])
     arrays = assemble_videos(columns_from_table(table), np.full(2, NOW_S))
     np.testing.assert_array_equal(arrays.creator_codes[0], id_codes(np.array([9]))[0])

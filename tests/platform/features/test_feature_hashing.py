@@ -1,4 +1,4 @@
-"""Codes of ids and words are stable across processes and spread evenly."""
+"""Codes of ids and category values are stable across processes and evenly distributed."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from reelway.platform.contracts.features import CATEGORY_BUCKETS, ID_BUCKETS, ID
 from reelway.platform.features.hashing import id_codes, mix64, word_code, word_codes
 
 
-def test_missing_ids_and_words_have_code_zero_and_no_others_do() -> None:
+def test_only_missing_values_have_code_zero() -> None:
     assert id_codes(np.array([-1, -9])).tolist() == [[0] * ID_HASHES] * 2
     codes = id_codes(np.arange(100_000))
     assert codes.min() >= 1
@@ -20,7 +20,7 @@ def test_missing_ids_and_words_have_code_zero_and_no_others_do() -> None:
     assert all(0 < word_code(f"word {i}") < CATEGORY_BUCKETS for i in range(1000))
 
 
-def test_codes_are_the_same_in_another_process() -> None:
+def test_codes_are_equal_in_another_process() -> None:
     script = (
         "import numpy as np; from reelway.platform.features.hashing import id_codes, word_code;"
         "print(id_codes(np.array([7, 2**53 - 1])).tolist(), word_code('eu'))"
@@ -34,7 +34,7 @@ def test_two_ids_rarely_share_both_codes() -> None:
     assert len(np.unique(pairs, axis=0)) > 49_990
 
 
-def test_shapes_are_kept_and_non_contiguous_input_is_the_same() -> None:
+def test_id_codes_keep_the_shape_of_non_contiguous_input() -> None:
     ids = np.arange(24).reshape(4, 6)
     assert id_codes(ids).shape == (4, 6, ID_HASHES)
     assert np.array_equal(id_codes(ids[:, ::2]), id_codes(ids)[:, ::2])
@@ -45,5 +45,5 @@ def test_mixing_is_one_to_one() -> None:
     assert len(np.unique(mix64(values))) == len(values)
 
 
-def test_words_are_coded_one_by_one() -> None:
+def test_category_codes_equal_single_codes() -> None:
     assert word_codes(["eu", None, "us"]).tolist() == [word_code("eu"), 0, word_code("us")]

@@ -1,4 +1,4 @@
-"""The log of served vectors: what goes in comes out, once, whole and bounded."""
+"""The log of served vectors: vectors are read back unchanged and once, and the log is bounded."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ def vector(request_id: int, **changes: object) -> ServedVector:
     return ServedVector(**values)  # type: ignore[arg-type]
 
 
-def test_a_vector_comes_back_as_it_was_served(tmp_path: Path) -> None:
+def test_vector_is_read_back_as_served(tmp_path: Path) -> None:
     log = VectorLog(tmp_path / "log", ratio=1.0)
     assert log.append(vector(1, viewer_as_of_s=9.25))
     assert list(read_vectors(tmp_path / "log")) == [vector(1, viewer_as_of_s=9.25)]
 
 
-def test_float32_values_come_back_exactly_and_nan_as_missing(tmp_path: Path) -> None:
+def test_float32_values_are_exact_with_nan_as_missing(tmp_path: Path) -> None:
     values = np.array([0.1, np.nan], dtype=np.float32)
     log = VectorLog(tmp_path / "log", ratio=1.0)
     log.append(vector(1, videos=[{"video_id": np.int64(4), "duration_s": values[0], "embedding": values}]))
@@ -35,7 +35,7 @@ def test_float32_values_come_back_exactly_and_nan_as_missing(tmp_path: Path) -> 
     assert row == {"video_id": 4, "duration_s": float(values[0]), "embedding": [float(values[0]), None]}
 
 
-def test_the_sample_is_a_property_of_the_request_not_of_the_server(tmp_path: Path) -> None:
+def test_sample_depends_only_on_the_request(tmp_path: Path) -> None:
     one, other = VectorLog(tmp_path / "a", ratio=0.1), VectorLog(tmp_path / "b", ratio=0.1)
     wanted = [one.wants(request) for request in range(20_000)]
     assert wanted == [other.wants(request) for request in range(20_000)]
@@ -44,13 +44,13 @@ def test_the_sample_is_a_property_of_the_request_not_of_the_server(tmp_path: Pat
     assert all(more.wants(request) for request, yes in enumerate(wanted) if yes)
 
 
-def test_a_request_outside_the_sample_writes_nothing(tmp_path: Path) -> None:
+def test_request_outside_the_sample_writes_nothing(tmp_path: Path) -> None:
     assert not VectorLog(tmp_path / "log", ratio=0.0).append(vector(1))
     assert not (tmp_path / "log").exists()
     assert list(read_vectors(tmp_path / "log")) == []
 
 
-def test_threads_do_not_tear_each_others_lines(tmp_path: Path) -> None:
+def test_concurrent_threads_write_complete_lines(tmp_path: Path) -> None:
     log = VectorLog(tmp_path / "log", ratio=1.0)
 
     def write(start: int) -> None:
@@ -66,7 +66,7 @@ def test_threads_do_not_tear_each_others_lines(tmp_path: Path) -> None:
     assert seen == sorted(100 * i + j for i in range(4) for j in range(25))
 
 
-def test_a_full_log_drops_the_older_half_and_keeps_the_newest(tmp_path: Path) -> None:
+def test_full_log_drops_its_older_half(tmp_path: Path) -> None:
     log = VectorLog(tmp_path / "log", ratio=1.0, max_bytes=4000)
     for request in range(200):
         log.append(vector(request))
@@ -76,7 +76,7 @@ def test_a_full_log_drops_the_older_half_and_keeps_the_newest(tmp_path: Path) ->
     assert sum(file.stat().st_size for file in tmp_path.iterdir()) <= 4000
 
 
-def test_a_line_cut_off_by_a_crash_is_left_out_and_the_next_append_is_not_lost(tmp_path: Path) -> None:
+def test_truncated_last_line_is_skipped_without_losing_the_next_append(tmp_path: Path) -> None:
     log = VectorLog(tmp_path / "log", ratio=1.0)
     log.append(vector(1))
     with (tmp_path / "log").open("ab") as handle:
@@ -86,31 +86,29 @@ def test_a_line_cut_off_by_a_crash_is_left_out_and_the_next_append_is_not_lost(t
     assert [v.request_id for v in read_vectors(tmp_path / "log")] == [1, 3]
 
 
-def test_a_damaged_line_is_refused_with_its_row(tmp_path: Path) -> None:
+def test_damaged_line_is_reported_with_its_row(tmp_path: Path) -> None:
     (tmp_path / "log").write_text('{"request_id": 1}\n')
     with pytest.raises(MalformedFileError, match="row 1"):
         list(read_vectors(tmp_path / "log"))
 
 
-def test_a_folder_that_machines_share_has_a_log_of_each_and_all_are_read(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_shared_folder_has_one_log_per_host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shared = tmp_path / "parity"
     for number, host in enumerate(("worker-b", "worker-a", "worker-b")):
         monkeypatch.setattr("socket.gethostname", lambda host=host: host)
         VectorLog(log_of_this_host(shared), ratio=1.0, max_bytes=600).append(vector(number))
     assert {file.name for file in shared.glob("*.jsonl")} == {"worker-a.jsonl", "worker-b.jsonl"}
-    assert (shared / "worker-b.jsonl.1").exists(), "the older half counts too"
+    assert (shared / "worker-b.jsonl.1").exists(), "the older half is a file of the same host"
     assert [one.request_id for one in read_vectors(shared)] == [1, 0, 2]
     assert log_of_this_host(tmp_path / "own.jsonl") == tmp_path / "own.jsonl"
 
 
-def test_a_ratio_outside_zero_to_one_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"ratio 1\.5, expected 0\.\.1"):
+def test_ratio_outside_zero_to_one_is_rejected(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"vector log: sample ratio 1\.5 is outside 0\.\.1"):
         VectorLog(tmp_path / "log", ratio=1.5)
 
 
-def test_a_disk_that_cannot_be_written_is_a_storage_error(tmp_path: Path) -> None:
+def test_unwritable_disk_raises_a_storage_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("not a folder")
     with pytest.raises(StorageError, match="cannot write the vector log"):
         VectorLog(tmp_path / "file" / "log", ratio=1.0).append(vector(1))

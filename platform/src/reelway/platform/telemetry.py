@@ -15,8 +15,11 @@ from typing import Final
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 ALLOWED_LABELS: Final = frozenset(
-    {"release", "arm", "stage", "source", "outcome", "rung", "kind", "view", "rollout", "slice", "metric", "statistic"}
-)
+    {
+        "release", "arm", "stage", "source", "outcome", "result", "rung", "kind", "view", "rollout", "slice", "metric",
+        "statistic",
+    }
+)  # fmt: skip
 _NAME = re.compile(r"^reelway_[a-z]+(_[a-z0-9]+)+$")
 
 LATENCY_BUCKETS_S: Final = (

@@ -1,4 +1,4 @@
-"""Made-up outcomes in a log, and what the batch job says of the same outcomes, as of any moment."""
+"""Generated outcomes in a log, and the batch job's rows for the same outcomes at any time."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ TTL_US = {
 
 @dataclass(frozen=True)
 class Done:
-    """One outcome: of which impression, what, and when the service heard of it."""
+    """One outcome: its impression, type and value, and when the outcomes service received it."""
 
     impression: int
     viewer: int
@@ -41,7 +41,7 @@ class Done:
 
 
 def record_of(done: Sequence[Done], number: int) -> LogRecord:
-    """One record of the log."""
+    """Encodes the outcomes as one record of the log."""
     kind = np.array([KINDS.index(one.kind) for one in done], np.int64)
     impression = np.array([one.impression for one in done], np.int64)
     n = len(done)
@@ -68,7 +68,7 @@ def append(log: EventLog, batches: Sequence[Sequence[Done]]) -> None:
 
 @cache
 def catalogue() -> Catalogue:
-    """Six videos by three creators; one video is without a topic, and one goes up while the stream runs."""
+    """Returns six videos by three creators; one has no topic, and one is uploaded while the stream runs."""
     ids = [1, 2, 3, 4, 5, 6]
     videos = event_tables.table(
         event_tables.contract.VIDEOS, video_id=ids, creator_id=[7, 7, 8, 8, 9, 9], topic=[3, 3, 5, 0, -1, 31],
@@ -83,7 +83,7 @@ def catalogue() -> Catalogue:
 
 
 def dataset_labels() -> pa.Table:
-    """A few impressions before ``START_US``."""
+    """Returns a few labelled impressions before ``START_US``."""
     shown = [(9_000 + i, 100 + i % 3, 1 + i % 5, START_US - (12 - i) * 1_700 * SECOND_US) for i in range(12)]
     done = [(9_000 + i, "watch", 4_000.0 * i, shown[i][3] + 9 * SECOND_US) for i in range(12)]
     done += [(9_003, "like", 1, shown[3][3] + 30 * SECOND_US), (9_007, "follow", 1, shown[7][3] + 8 * SECOND_US)]
@@ -91,10 +91,10 @@ def dataset_labels() -> pa.Table:
 
 
 def batch_events(done: Sequence[Done], until_us: int, labels: pa.Table) -> Events:
-    """Everything known by a moment, labelled by the batch job's own function: the obvious, slow way."""
+    """Returns everything known before ``until_us``, labelled by the batch job's own function (slow but simple)."""
     first: dict[tuple[int, OutcomeType], Done] = {}
     for one in sorted(done, key=lambda one: one.time_us):
-        if one.time_us < until_us:  # it counts from a microsecond later
+        if one.time_us < until_us:  # an outcome counts from one microsecond later
             first.setdefault((one.impression, one.kind), one)
     counted = [one for one in first.values() if one.time_us <= one.shown_us + views.DAY_US]
     shown = {one.impression: (one.impression, one.viewer, one.video, one.shown_us) for one in counted}
@@ -108,7 +108,7 @@ def batch_events(done: Sequence[Done], until_us: int, labels: pa.Table) -> Event
 
 
 def batch_table(view: str, events: Events, until_us: int, settings: ViewSettings) -> pa.Table:
-    """The batch job's whole view."""
+    """Returns the complete view of the batch job."""
     if view == "creator_statistics":
         known = catalogue()
         return views.creator_statistics(events, known.videos, known.creators, settings, until_us)

@@ -1,4 +1,4 @@
-"""The stream against the batch job: the same rows at the same moments, in any order, through any crash."""
+"""The stream and the batch job produce the same rows at the same times, for any order of outcomes and any crash."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import pyarrow as pa
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from prometheus_client import CollectorRegistry
 from tests.pipelines.features.stream.made_stream import (
     START_US,
     TTL_US,
@@ -29,6 +30,7 @@ from reelway.pipelines.features.stream.cells import ENTITY_KEYS, STREAMED, rhyth
 from reelway.pipelines.features.stream.engine import Emitted
 from reelway.pipelines.features.stream.points import due_and_next
 from reelway.pipelines.features.stream.processor import Processor, StreamSettings
+from reelway.pipelines.features.stream.service import StreamMetrics
 from reelway.pipelines.features.stream.state import StreamState
 from reelway.pipelines.features.views import ViewSettings
 from reelway.platform.contracts.events import OutcomeType
@@ -43,7 +45,7 @@ SPANS_S = (1, 7, 600, 4_000, 50_000, 100_000)
 
 @st.composite
 def histories(draw: st.DrawFn) -> list[Done]:
-    """Outcomes of a few impressions by the time that they were heard; some repeated, some after the horizon."""
+    """Draws outcomes of a few impressions, sorted by time; some are repeated, some are after the horizon."""
     done = []
     shown_us = START_US
     for impression in range(draw(st.integers(1, 7))):
@@ -65,7 +67,7 @@ class Clock:
 
 
 def stream(folder: Path, batches: list[list[Done]], ends_us: list[int], *, crashes: bool = False) -> list[Emitted]:
-    """Rows that the stream made; a processor that ``crashes`` is opened anew for every round."""
+    """Returns the rows that the stream emitted. With ``crashes``, a new processor runs every micro-batch."""
     clock, emitted = Clock(), []
     log, state = SqliteLog(folder / "log.db", clock=clock), StreamState(folder / "state.db")
     processor: Processor | None = None
@@ -102,9 +104,9 @@ def by_moment(emitted: list[Emitted]) -> dict[tuple[str, int, int], dict[str, An
 
 
 def expected_rows(done: list[Done], first_us: int, last_us: int) -> dict[tuple[str, int, int], dict[str, Any]]:
-    """Every row that the batch job would have at each of its grid points, over what was known by then.
+    """Returns every row of the batch job at each of its grid points, computed from the outcomes known by then.
 
-    What is known changes with an outcome only, so one run of the batch job says it until the next one.
+    The known outcomes change only when an outcome arrives. So one run of the batch job is valid until the next one.
     """
     rows: dict[tuple[str, int, int], dict[str, Any]] = {}
     moments = [first_us, *sorted({one.time_us for one in done if first_us <= one.time_us < last_us}), last_us]
@@ -125,10 +127,8 @@ def without_expiries(rows: dict[tuple[str, int, int], dict[str, Any]]) -> dict[t
 
 @settings(max_examples=12, deadline=None, suppress_health_check=list(HealthCheck))
 @given(done=histories(), data=st.data())
-def test_any_sequence_in_any_order_with_crashes_gives_the_batch_jobs_rows(
-    done: list[Done], data: st.DataObject
-) -> None:
-    """In any order within the lateness, read in any parts, killed between any two of them."""
+def test_stream_rows_equal_batch_rows_for_any_order_with_crashes(done: list[Done], data: st.DataObject) -> None:
+    """Outcomes arrive in any order within the allowed lateness, in batches of any size, with crashes between them."""
     jitter = [data.draw(st.integers(0, int(LATENESS_S) - 1)) for _ in done]
     arrivals = sorted(range(len(done)), key=lambda i: (done[i].time_us + jitter[i] * SECOND_US, i))
     batches: list[list[Done]] = []
@@ -155,7 +155,7 @@ def test_any_sequence_in_any_order_with_crashes_gives_the_batch_jobs_rows(
 
 
 @pytest.mark.parametrize("view", STREAMED)
-def test_the_next_point_is_the_one_that_the_batch_jobs_list_of_points_has(view: str) -> None:
+def test_next_due_time_equals_the_batch_jobs_next_point(view: str) -> None:
     rng = np.random.default_rng(5)
     rhythm = rhythms(VIEWS)[view]
     known = START_US + rng.integers(0, 3 * views.DAY_US, 60) // 900_000_000 * 900_000_000 + rng.integers(0, 2, 60)
@@ -172,3 +172,28 @@ def test_the_next_point_is_the_one_that_the_batch_jobs_list_of_points_has(view: 
             assert now[entity] == (moment in mine)
             assert next_us[entity] == min(mine[mine > moment], default=1 << 62)
             assert last_us[entity] == max(mine[mine <= moment], default=-(1 << 62))
+
+
+def test_metrics_count_outcomes_by_result(tmp_path: Path) -> None:
+    clock = Clock()
+    log, state = SqliteLog(tmp_path / "log.db", clock=clock), StreamState(tmp_path / "state.db")
+    like = Done(1, 100, 1, OutcomeType.LIKE, 1.0, START_US, START_US + SECOND_US)
+    for number in range(2):
+        append_one(log, [like], number)
+    append_one(log, [Done(2, 101, 99, OutcomeType.LIKE, 1.0, START_US, START_US + 2 * SECOND_US)], 2)
+    processor = Processor(log, state, None, VIEWS, TTL_US, StreamSettings(LATENESS_S), clock)
+    processor.start(catalogue(), LABELS, behind_us=0)
+    clock.now_us = START_US + 600 * SECOND_US
+    registry = CollectorRegistry()
+    metrics = StreamMetrics(registry)
+    while (done := processor.round(wait_s=0)).steps or done.outcomes:
+        metrics.ended(done, processor, clock(), {"viewer_history": SECOND_US})
+    state.close()
+    log.close()
+
+    def outcomes(result: str) -> float | None:
+        return registry.get_sample_value("reelway_stream_outcomes_total", {"result": result})
+
+    assert [outcomes(result) for result in ("applied", "repeated", "too_late", "unknown_video")] == [1, 1, 0, 1]
+    assert registry.get_sample_value("reelway_stream_late_outcomes_total") == 0
+    assert registry.get_sample_value("reelway_stream_lag_seconds") == LATENESS_S

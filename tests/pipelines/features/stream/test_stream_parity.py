@@ -1,4 +1,4 @@
-"""What a server reads after the stream has written equals the offline join over the log, through the real stores."""
+"""Rows that a server reads from the stream's real stores equal the offline join over the log."""
 
 from __future__ import annotations
 
@@ -41,12 +41,12 @@ from reelway.serving.video_table import open_video_table
 
 SECOND_US = 1_000_000
 RESTED_S = 400 * 86_400
-"""Since the data set ended: the stream goes on from its own end."""
+"""Time since the end of the data set. The stream's time continues from the end of the data set."""
 SETTINGS = StreamSettings(lateness_s=1.0)
 
 
 class AtOnce:
-    """A thread that is none."""
+    """Runs the work inline instead of in a thread."""
 
     def submit(self, work, *arguments):  # type: ignore[no-untyped-def]
         work(*arguments)
@@ -54,7 +54,7 @@ class AtOnce:
 
 @dataclass
 class Streamed:
-    """A run with its stream, and a server's parts beside it."""
+    """A run with its stream, as a server sees it."""
 
     run: RunDirectory
     log: SqliteLog
@@ -96,7 +96,7 @@ def done(number: int, viewer: int, video: int, kind: OutcomeType, at_us: int, va
 
 
 def serve(streamed: Streamed, path: Path) -> int:
-    """Live hours with a server that samples everything it answers with; returns how many answers there were."""
+    """Serves for some hours and samples every answer. Returns the number of answers."""
     run, rng = streamed.run, np.random.default_rng(3)
     snapshot = video_snapshot(run.features, streamed.processor.settled_us / 1e6)
     place = run.path / "videos.arrow"
@@ -134,7 +134,7 @@ def parity(streamed: Streamed, folder: Path, path: Path) -> ParityReport:
 
 
 @pytest.mark.slow
-def test_served_values_equal_the_offline_join_over_the_logs_events(streamed: Streamed, tmp_path: Path) -> None:
+def test_served_values_equal_the_offline_join_over_the_log(streamed: Streamed, tmp_path: Path) -> None:
     answers = serve(streamed, tmp_path / "vectors")
     assert streamed.processor.behind_us > 399 * 86_400 * SECOND_US
     report = parity(streamed, tmp_path / "offline", tmp_path / "vectors")
@@ -142,7 +142,7 @@ def test_served_values_equal_the_offline_join_over_the_logs_events(streamed: Str
     assert report.vectors == answers
     assert report.values > 9_000
 
-    # and it would have been seen: a history that the stream never wrote
+    # the replay detects a wrong row: a history that the stream never wrote
     store, rows = open_feature_store(streamed.run.features), ViewerRows(open_feature_store(streamed.run.features))
     before = rows.read(501)
     other = viewer_snapshot(streamed.run.features, [502], streamed.processor.settled_us / 1e6)
@@ -158,7 +158,7 @@ def test_served_values_equal_the_offline_join_over_the_logs_events(streamed: Str
 
 
 @pytest.mark.slow
-def test_a_like_is_in_the_viewers_row_as_soon_as_its_second_is_over(streamed: Streamed) -> None:
+def test_like_is_in_the_viewers_row_once_its_second_is_complete(streamed: Streamed) -> None:
     now_us = streamed.clock_us + 100 * SECOND_US
     streamed.heard(10_001, done(10**6, 533, 1042, OutcomeType.LIKE, now_us))
     streamed.go_on_to(now_us + int((SETTINGS.lateness_s + 1) * SECOND_US))

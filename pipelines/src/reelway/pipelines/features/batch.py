@@ -1,10 +1,11 @@
-"""The batch job: labels, then every view, in a Ray Data pipeline over partitions by entity.
+"""The batch job: computes labels and all feature views in a Ray Data pipeline.
 
-Events are written once per entity kind, split by a hash of the entity, and each partition is a task of its own. (Ray
-Data's own shuffle gives the same partitions, at the price of set-up that a small data set never earns back.) So all
-events of one viewer (video, creator) are in one task, and integer window sums make the result independent of how many
-buckets and machines there are. Nothing here defines a feature; ``views.py`` does. The views replace the earlier ones
-as a whole or not at all.
+Events are written once per entity kind, partitioned by a hash of the entity. Each partition is one task, so all
+events of a viewer (video, creator) are in one task. Window sums are integers, so the result does not depend on the
+number of partitions and machines. Ray Data's own shuffle gives the same partitions, but its set-up costs more than it
+saves on a small data set.
+
+``views.py`` defines the features. New views replace the previous ones atomically.
 """
 
 from __future__ import annotations
@@ -42,16 +43,16 @@ _EVENT_COLUMNS: Final = [
 FAMILIES: Final = {"viewer": "viewer_id", "video": "video_id", "creator": "creator_id"}
 
 Report = Callable[[int, int], None]
-"""Called with buckets done and buckets in all."""
+"""Called with the number of finished partitions and the total."""
 
 
 @dataclass(frozen=True)
 class BatchSettings:
-    """How the batch job is spread out; none of it changes a value of any feature.
+    """Resources and partitioning of the batch job. They do not change the value of any feature.
 
-    ``cpus``: of the local Ray runtime; ignored when joining a cluster. ``ray_address``: ``local`` starts a runtime
-    of its own, ``auto`` or ``ray://...`` joins one. ``buckets``: per entity kind; more than CPUs, so that a busy one
-    does not hold up the end.
+    ``cpus``: CPUs of the local Ray runtime; ignored when joining a cluster. ``ray_address``: ``local`` starts a
+    runtime, ``auto`` or ``ray://...`` joins one. ``buckets``: partitions per entity kind. More partitions than CPUs
+    spread the load when one partition is larger than the others.
     """
 
     cpus: int = 2
@@ -62,10 +63,10 @@ class BatchSettings:
 
 @dataclass(frozen=True)
 class BatchReport:
-    """What the batch job wrote."""
+    """Summary of what the batch job wrote."""
 
     impressions: int
-    until_s: float  # nothing later is in the views
+    until_s: float  # no row of the views is later
     rows: dict[str, int]  # per view
 
 
@@ -74,16 +75,16 @@ def _silent(_done: int, _total: int) -> None:
 
 
 def build_views(run: RunDirectory, settings: BatchSettings, report: Report = _silent) -> BatchReport:
-    """Read the run's data set; write ``labels.parquet``, ``catalogue.parquet`` and ``views/<view>/*.parquet``.
+    """Reads the run's data set and writes ``labels.parquet``, ``catalogue.parquet`` and ``views/<view>/*.parquet``.
 
     Raises:
-        EmptyDatasetError: no impressions.
-        FeatureError: a task failed for good.
-        StorageError: the disk is full; earlier views are untouched.
+        EmptyDatasetError: if there are no impressions.
+        FeatureError: if a task failed and its retries are used up.
+        StorageError: if the disk is full; the previous views are unchanged.
     """
     tables = {name: _read_table(run.dataset / f"{name}.parquet") for name in DATASET_TABLES}
     if not tables["impressions"].num_rows:
-        raise EmptyDatasetError(f"{run.dataset}: no impressions, expected at least one; simulate or import a data set")
+        raise EmptyDatasetError(f"{run.dataset}: no impressions; simulate or import a data set")
     labels = label_impressions(tables["impressions"], tables["outcomes"], tables["videos"])
     until_us = last_moment_us(labels)
     _write(labels, run.features / LABELS_FILE)
@@ -102,7 +103,7 @@ def build_views(run: RunDirectory, settings: BatchSettings, report: Report = _si
 
 
 def last_moment_us(labels: pa.Table) -> int:
-    """The first day boundary at which everything in the data is known."""
+    """Returns the first day boundary at which all data is known."""
     known_us = int(times_us(labels["outcome_time"]).max()) + views.AFTER_US
     return -(-known_us // views.DAY_US) * views.DAY_US
 
@@ -110,7 +111,7 @@ def last_moment_us(labels: pa.Table) -> int:
 def family_views(
     family: str, labels: pa.Table, creators: tuple[pa.Table, pa.Table], settings: ViewSettings, until_us: int
 ) -> dict[str, pa.Table]:
-    """Every view of one entity kind, from the labelled impressions of some of its entities."""
+    """Returns the views of one entity kind, computed from all events of a subset of its entities."""
     events = Events.from_labels(labels)
     if family == "viewer":
         return {
@@ -125,7 +126,7 @@ def family_views(
 
 
 def bucket_of(ids: pa.ChunkedArray, buckets: int) -> pa.Array:
-    """A stable bucket per id."""
+    """Returns a stable partition number per id."""
     return pa.array((mix64(ids.to_numpy().astype(np.uint64)) % np.uint64(buckets)).astype(np.int32))
 
 
@@ -134,7 +135,7 @@ def _in_bucket(table: pa.Table, column: str, bucket: int, buckets: int) -> pa.Ta
 
 
 def _write_partitions(labels: pa.Table, folder: Path, buckets: int) -> None:
-    """The event columns once per entity kind, one file per bucket: what a task reads is what it needs."""
+    """Writes the event columns once per entity kind, one file per partition. Each task reads only its own file."""
     for family, key in FAMILIES.items():
         bucket = bucket_of(labels[key], buckets)
         order = np.argsort(bucket.to_numpy(), kind="stable")
@@ -154,7 +155,7 @@ def _write_bucket(
     folder: Path,
     buckets: int,
 ) -> dict[str, Any]:
-    """One bucket's views, each as one file named by the bucket: doing it twice changes nothing."""
+    """Computes one partition's views and writes one file per view, named after the partition. Idempotent."""
     family, bucket = str(task["family"]), int(task["bucket"])
     events = pq.read_table(partitions / family / f"{bucket:04d}.parquet")
     mine = tuple(_in_bucket(table, "creator_id", bucket, buckets) for table in creators)
@@ -187,13 +188,13 @@ def _run_families(
                 rows[view] = rows.get(view, 0) + count
             report(done, len(tasks))
     except RayError as error:
-        raise FeatureError(f"batch features failed in Ray: {error}") from error
+        raise FeatureError(f"Ray: batch features failed: {error}") from error
     return rows
 
 
 @contextmanager
 def _partitions(labels: pa.Table, folder: Path, buckets: int) -> Iterator[Path]:
-    """The partitioned events, on the storage that the tasks share, until the work is done."""
+    """Writes the partitioned events to storage that all tasks share, and deletes them on exit."""
     with tempfile.TemporaryDirectory(prefix=".partitions.", dir=folder) as name:
         _write_partitions(labels, Path(name), buckets)
         yield Path(name)
@@ -201,7 +202,7 @@ def _partitions(labels: pa.Table, folder: Path, buckets: int) -> Iterator[Path]:
 
 @contextmanager
 def _ray(settings: BatchSettings) -> Iterator[None]:
-    """A Ray runtime for the work: the one already there, a cluster's, or one of our own that ends with the work."""
+    """Connects to a running Ray runtime or a cluster, or starts a local runtime and stops it on exit."""
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     import ray
 
@@ -212,7 +213,7 @@ def _ray(settings: BatchSettings) -> Iterator[None]:
             address=settings.ray_address, include_dashboard=False, logging_level="ERROR", log_to_driver=False, **local
         )  # fmt: skip
     quiet = logging.root.manager.disable
-    logging.disable(logging.WARNING)  # Ray Data sets its own levels when a pipeline starts; our progress speaks for it
+    logging.disable(logging.WARNING)  # Ray Data resets its log levels when a pipeline starts
     context = ray.data.DataContext.get_current()
     before = context.enable_progress_bars
     context.enable_progress_bars = False
@@ -240,4 +241,4 @@ def _read_table(path: Path) -> pa.Table:
     try:
         return pq.read_table(path)
     except FileNotFoundError:
-        raise EmptyDatasetError(f"{path}: not there; run `reelway simulate` or `reelway import` first") from None
+        raise EmptyDatasetError(f"{path}: not found; run `reelway simulate` or `reelway import` first") from None

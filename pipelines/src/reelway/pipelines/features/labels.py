@@ -1,7 +1,7 @@
-"""What each impression led to: one row per impression, with the ranker's labels and a weight for the history.
+"""Labels of impressions: one row per impression, with the ranker's labels and a weight for the viewer's history.
 
-It refuses to guess: an impression without outcomes is a row of zeros, and an outcome later than
-``OUTCOME_HORIZON_S`` after its impression counts for nothing.
+An impression without outcomes is a row of zeros. An outcome later than ``OUTCOME_HORIZON_S`` after its impression is
+ignored.
 """
 
 # Shapes: N impressions, E outcomes
@@ -48,19 +48,19 @@ LABELLED: Final = pa.schema(
         pa.field("device", pa.string(), nullable=False),
         *(pa.field(name, pa.float32(), nullable=False) for name in LABELS),
         pa.field("weight", pa.float32(), nullable=False),
-        pa.field("outcome_time", TIME, nullable=False),  # when the last outcome that counts became known
+        pa.field("outcome_time", TIME, nullable=False),  # when the last counted outcome became known
     ]
 )
 
 
 def times_us(column: pa.ChunkedArray) -> I64:
-    """A time column as microseconds since 1970."""
+    """Returns a time column as microseconds since 1970."""
     values: I64 = column.cast(TIME).cast(pa.int64()).to_numpy()
     return values
 
 
 def _rows_of(ids: I64, wanted: I64) -> tuple[I64, NDArray[np.bool_]]:
-    """Row of each wanted id and whether it is there at all."""
+    """Returns the row of each wanted id, and whether the id exists."""
     if not len(ids):
         return np.zeros(len(wanted), dtype=np.int64), np.zeros(len(wanted), dtype=np.bool_)
     order = np.argsort(ids, kind="stable")
@@ -74,13 +74,13 @@ def _words(column: pa.ChunkedArray) -> pa.Array:
 
 
 def label_impressions(impressions: pa.Table, outcomes: pa.Table, videos: pa.Table) -> pa.Table:
-    """One row per impression in the schema ``LABELLED``, in the order of the impressions.
+    """Returns one row per impression in the schema ``LABELLED_SCHEMA``, in the order of the impressions.
 
-    Binary labels are 0 or 1; ``watch_s`` is the longest watch reported. Applying an outcome twice changes nothing.
-    ``request_time`` is the time of the request's first impression: what the ingress could have known.
+    Binary labels are 0 or 1; ``watch_s`` is the longest reported watch. Applying an outcome twice changes nothing.
+    ``request_time`` is the time of the request's first impression. The router knew no later features.
 
     Raises:
-        DataError: an impression of a video that ``videos`` lacks.
+        DataError: if an impression shows a video that ``videos`` does not contain.
     """
     rows = impressions.num_rows
     impression_us = times_us(impressions["event_time"])
@@ -88,8 +88,8 @@ def label_impressions(impressions: pa.Table, outcomes: pa.Table, videos: pa.Tabl
     if not known.all():
         missing = impressions["video_id"].to_numpy()[~known]
         raise DataError(
-            f"impressions: {len(missing)} rows show videos that the videos table lacks (first: {missing[0]}); "
-            "expected every video to be listed; run the data checks again"
+            f"impressions: {len(missing)} rows show videos that are not in the videos table (first: {missing[0]}); "
+            "add these videos and run the data checks again"
         )
     row, matched = _rows_of(impressions["impression_id"].to_numpy(), outcomes["impression_id"].to_numpy())
     outcome_us = times_us(outcomes["event_time"])

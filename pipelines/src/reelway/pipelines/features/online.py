@@ -1,8 +1,8 @@
-"""Fills the online store with every viewer's row as of one moment.
+"""Fills the online store with every viewer's row as of a given time.
 
-The rows come from the same point-in-time join as training rows, so TTL and creation time are honoured online too;
-Feast's own ``materialize`` takes the newest row whenever it was written. Every field of every viewer is written, null
-where nothing is known, so doing it again (or after a correction) leaves exactly the rows of that moment.
+The rows come from the same point-in-time join as training rows, so TTL and creation time also apply online. Feast's own
+``materialize`` takes the newest row, whenever it was written. All fields of all viewers are written, with null for
+unknown values. So materialising again (also after a correction) leaves exactly the rows of that time.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ STATE_FILE: Final = "online.json"
 CHUNK: Final = 500
 
 Report = Callable[[int, int], None]
-"""Called with rows written and rows in all."""
+"""Called with the number of written rows and the total."""
 
 
 def _silent(_done: int, _total: int) -> None:
@@ -37,15 +37,15 @@ def _silent(_done: int, _total: int) -> None:
 
 
 def materialise(features_dir: Path, at_s: float, report: Report = _silent) -> int:
-    """Write every known viewer's row as of ``at_s`` (Unix seconds) to the online store. Returns the viewers written.
+    """Writes every known viewer's row as of ``at_s`` (Unix seconds) to the online store. Returns the number of viewers.
 
     Raises:
-        FeatureError: the views are not built, or the online store cannot be written.
+        FeatureError: if the views are not built, or the online store cannot be written.
     """
     store = open_feature_store(features_dir)
     profiles = features_dir / "views" / "viewer_profile"
     if not profiles.exists():
-        raise FeatureError(f"{profiles}: not there; run `reelway features --run {features_dir.parent}` first")
+        raise FeatureError(f"{profiles}: not found; run `reelway features --run {features_dir.parent}` first")
     viewers = pq.read_table(profiles, columns=["viewer_id"])["viewer_id"].unique().sort()
     snapshot = viewer_snapshot(features_dir, viewers.to_numpy(), at_s)
     total, done = snapshot.num_rows * len(VIEWER_VIEWS), 0
@@ -59,7 +59,7 @@ def materialise(features_dir: Path, at_s: float, report: Report = _silent) -> in
 
 
 def materialised_at_s(features_dir: Path) -> float | None:
-    """The moment the online store speaks of, or None where it was never filled."""
+    """Returns the time of the online store's rows, or None if the store was never filled."""
     try:
         return float(json.loads((features_dir / STATE_FILE).read_text())["at_s"])
     except FileNotFoundError:
@@ -67,10 +67,10 @@ def materialised_at_s(features_dir: Path) -> float | None:
 
 
 def write_rows(store: FeatureStore, view: str, rows: pa.Table, at: Sequence[datetime]) -> int:
-    """Write rows of a viewer view, each as of its moment. Returns how many.
+    """Writes rows of a viewer view, each with its own time. Returns the number of rows.
 
     Raises:
-        FeatureError: the online store cannot be written.
+        FeatureError: if the online store cannot be written.
     """
     from feast.protos.feast.types.EntityKey_pb2 import EntityKey
     from feast.protos.feast.types.Value_pb2 import Value
@@ -89,7 +89,7 @@ def write_rows(store: FeatureStore, view: str, rows: pa.Table, at: Sequence[date
     ]
     try:
         store._get_provider().online_write_batch(store.config, registered, batch, None)
-    except Exception as error:  # Feast passes on whatever its online store's client raises
+    except Exception as error:  # Feast does not wrap the errors of its online store's client
         raise FeatureError(f"online store: cannot write {view}: {type(error).__name__}: {error}") from error
     return len(batch)
 

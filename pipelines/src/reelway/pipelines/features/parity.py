@@ -1,7 +1,7 @@
-"""Row-level feature parity: served vectors replayed through the offline point-in-time join, value by value.
+"""Row-level feature parity: compares served feature vectors with the offline point-in-time join, value by value.
 
-The offline join is the reference; the replay recomputes nothing and forgives nothing beyond a stated tolerance. A
-value of another kind, a value where there should be none, and a missing field are mismatches like any other.
+The offline join is the reference. A difference above the tolerance, a value of another type, an unexpected value and a
+missing field all count as mismatches.
 """
 
 from __future__ import annotations
@@ -26,13 +26,15 @@ from reelway.platform.features.vector_log import ServedVector, read_vectors
 from reelway.platform.features.viewer_rows import AS_OF
 
 TOLERANCE: Final = 1e-6
-"""Relative, and absolute below 1: float32 values that went through JSON come back exactly; this is for arithmetic."""
+"""Maximum difference, relative, and absolute for values below 1. Float32 values survive JSON exactly; the tolerance
+is for arithmetic.
+"""
 ABSENT: Final = "<absent>"
 
 
 @dataclass(frozen=True)
 class Mismatch:
-    """One value that was served other than the offline join gives it."""
+    """One served value that differs from the offline join."""
 
     view: str
     feature: str
@@ -51,13 +53,13 @@ class Mismatch:
 
 @dataclass
 class ParityReport:
-    """What was compared and what differed."""
+    """Result of a parity replay: compared values and mismatches."""
 
     vectors: int = 0
     values: int = 0
     mismatches: list[Mismatch] = field(default_factory=list)
     rows: Counter[str] = field(default_factory=Counter)
-    """Per release: viewer rows and video rows that were replayed."""
+    """Replayed viewer rows and video rows per release."""
 
     @property
     def by_feature(self) -> Counter[str]:
@@ -65,7 +67,7 @@ class ParityReport:
         return Counter(f"{m.view}.{m.feature}" for m in self.mismatches)
 
     def by_release(self, checked_at: float) -> dict[str, dict[str, Any]]:
-        """What the rollout's parity guardrail reads of each release that served something in the log."""
+        """Returns the findings of each release in the log, as the rollout's parity guardrail reads them."""
         found = {}
         for release, rows in self.rows.items():
             own = [miss for miss in self.mismatches if miss.release == release]
@@ -74,11 +76,13 @@ class ParityReport:
         return found
 
     def raise_if_bad(self) -> None:
-        """Raises:
-        ParityError: a value differed, or there was nothing to compare.
+        """Raises an error if parity does not hold.
+
+        Raises:
+            ParityError: if a value differs, or no values were compared.
         """
         if not self.values:
-            raise ParityError("no served vectors to compare; serve some requests with the vector log on first")
+            raise ParityError("vector log: no served vectors to compare; send requests with the vector log on")
         if self.mismatches:
             worst = ", ".join(f"{name} ({count}x)" for name, count in self.by_feature.most_common(5))
             raise ParityError(
@@ -95,15 +99,17 @@ def replay(
     viewer_as_of_s: float | None = None,
     videos_as_of_s: float | None = None,
 ) -> ParityReport:
-    """Compare every logged value with the offline join.
+    """Compares every logged value with the offline join.
 
-    A vector that says when its rows were true is held to that, as a whole or view by view. Otherwise viewer rows are
-    held to ``viewer_as_of_s``, the online store's moment, or the request's, and video rows to ``videos_as_of_s`` or the
-    request's time, in that order.
+    The time of the join depends on the vector. If the vector states the time of its rows (in total or per view), that
+    time is used. Otherwise the first known value is used:
+
+    - viewer rows: ``viewer_as_of_s``, the online store's time, the request's time;
+    - video rows: ``videos_as_of_s``, the request's time.
 
     Raises:
-        FeatureError: the run's views are not built.
-        MalformedFileError: the log is damaged.
+        FeatureError: if the run's views are not built.
+        MalformedFileError: if the log is damaged.
     """
     vectors = list(read_vectors(log_path))
     report = ParityReport(vectors=len(vectors))
@@ -191,7 +197,7 @@ def _compare(
 
 
 def same_value(served: Any, offline: Any, tolerance: float = TOLERANCE) -> bool:
-    """Whether two values are of one kind and equal within ``tolerance``; NaN and None are both "missing"."""
+    """Returns whether two values have the same type and are equal within ``tolerance``. NaN equals None."""
     if _missing(served) or _missing(offline):
         return _missing(served) and _missing(offline)
     if isinstance(offline, list):

@@ -1,12 +1,12 @@
-"""Feast's point-in-time join, one view at a time: what was known of each entity at each asked moment.
+"""Feast's point-in-time join, one view per call: the features of each entity known at a given time.
 
-It adds nothing to the join and relaxes nothing: Feast picks the newest row at or before the moment, no older than
-the view's TTL, and (``filter_by_created_timestamp``) none that was written later than the moment. Only the shape of
-the question is chosen here, for speed: each view is asked once per distinct (entity, moment), so a viewer's row is
-joined once per request and not once per impression, and the answers are spread back over the rows by position.
+Feast picks the newest row at or before the time, no older than the view's TTL. With ``filter_by_created_timestamp`` it
+also skips rows written after the time. This module changes only how entity rows are passed, for speed: each call
+contains distinct (entity, time) pairs. So a viewer's row is joined once per request, not once per impression, and the
+results are copied back to all rows.
 """
 
-# Shapes: N asked rows, Q distinct questions
+# Shapes: N requested rows, Q distinct entity rows
 
 from __future__ import annotations
 
@@ -34,12 +34,13 @@ KEYS: Final = {
 ROW: Final = "asked_row"
 QUESTIONS: Final = 100_000
 QUESTIONS_OF_LISTS: Final = 10_000
-"""Questions per call. Feast's join carries the values of every earlier row until it has picked one; for a history of
-fifty videos that is some megabytes per question of a busy viewer, so those calls are cut smaller."""
+"""Maximum entity rows per call. Feast's join carries the values of all earlier rows until it has picked one. For a
+history of fifty videos these are some megabytes per entity row of an active viewer, so such calls are smaller.
+"""
 
 
 def distinct_moments(entities: I64, at_us: I64) -> tuple[I64, I64, NDArray[np.int64]]:
-    """The distinct (entity, moment) pairs, sorted, and for each row the position of its pair."""
+    """Returns the distinct (entity, time) pairs, sorted, and for each row the index of its pair."""
     order = np.lexsort((at_us, entities))
     first = np.ones(len(order), dtype=np.bool_)
     first[1:] = (np.diff(entities[order]) != 0) | (np.diff(at_us[order]) != 0)
@@ -49,10 +50,10 @@ def distinct_moments(entities: I64, at_us: I64) -> tuple[I64, I64, NDArray[np.in
 
 
 def join_view(store: FeatureStore, view: str, entities: I64, at_us: I64) -> pa.Table:
-    """The fields of one view for each (entity, moment), in the order asked; null where nothing was known.
+    """Returns the fields of one view for each (entity, time), in the given order; null if no row was known.
 
     Raises:
-        FeatureError: Feast cannot answer (view not registered, files missing).
+        FeatureError: if Feast fails, for example because the view is not registered or files are missing.
     """
     asked, moments, pair_of = distinct_moments(entities, at_us)
     size = QUESTIONS_OF_LISTS if view == "viewer_history" else QUESTIONS
@@ -65,10 +66,10 @@ def join_view(store: FeatureStore, view: str, entities: I64, at_us: I64) -> pa.T
 
 
 def join_request_context(store: FeatureStore, viewers: I64, videos: I64, at_us: I64) -> pa.Table:
-    """The on-demand features of each (viewer, video, moment), computed by Feast's on-demand view.
+    """Returns the on-demand features of each (viewer, video, time), computed by Feast's on-demand view.
 
     Raises:
-        FeatureError: Feast cannot answer.
+        FeatureError: if Feast fails.
     """
     keys = {"viewer_id": viewers, "video_id": videos, "request_time_s": at_us / 1e6}
     refs = [f"request_context:{name}" for name in REQUEST_CONTEXT]
@@ -76,7 +77,7 @@ def join_request_context(store: FeatureStore, viewers: I64, videos: I64, at_us: 
 
 
 def _ask(store: FeatureStore, refs: Sequence[str], keys: dict[str, NDArray[Any]], at_us: I64) -> pa.Table:
-    """One ``get_historical_features``; rows come back in the order asked, whatever order Feast chose."""
+    """Calls ``get_historical_features`` and restores the given row order, which Feast does not keep."""
     import pandas as pd
     from feast.errors import FeastError
 
@@ -86,7 +87,7 @@ def _ask(store: FeatureStore, refs: Sequence[str], keys: dict[str, NDArray[Any]]
     asked[ROW] = np.arange(len(asked))
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)  # raised inside ibis and Feast, not by this call
+            warnings.simplefilter("ignore", DeprecationWarning)  # ibis and Feast raise them internally
             job = store.get_historical_features(asked, features=list(refs), filter_by_created_timestamp=True)
             answers = job.to_arrow()
     except (FeastError, OSError, ValueError) as error:
@@ -98,14 +99,14 @@ def _ask(store: FeatureStore, refs: Sequence[str], keys: dict[str, NDArray[Any]]
     rows = answers[ROW].to_numpy()
     if not np.array_equal(np.sort(rows), np.arange(len(asked))):
         raise FeatureError(
-            f"point-in-time join of {refs[0]}...: {len(rows)} answers to {len(asked)} questions, expected one each; "
-            "two rows of the view have the same entity, event_timestamp and created_timestamp"
+            f"point-in-time join of {refs[0]}...: {len(rows)} rows for {len(asked)} entity rows; "
+            "remove rows of the view with equal entity, event_timestamp and created_timestamp"
         )
     return answers.take(pa.array(np.argsort(rows)))
 
 
 def _close_offline_engine() -> None:
-    """Close ibis's shared DuckDB connection; left to the interpreter's end, it prints a page of warnings there."""
+    """Closes ibis's shared DuckDB connection. Otherwise it prints many warnings when the interpreter exits."""
     import ibis
 
     if (engine := ibis.options.default_backend) is not None:
@@ -114,7 +115,7 @@ def _close_offline_engine() -> None:
 
 
 def _plain_lists(table: pa.Table) -> pa.Table:
-    """DuckDB names the items of its lists ``l``; Arrow's own name keeps schemas comparable."""
+    """Renames the list items, which DuckDB calls ``l``, to Arrow's default name, so that schemas are comparable."""
     for i, field in enumerate(table.schema):
         if pa.types.is_list(field.type):
             table = table.set_column(i, field.name, table.column(i).cast(pa.list_(field.type.value_type)))

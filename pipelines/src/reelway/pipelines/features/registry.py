@@ -1,4 +1,4 @@
-"""Registers ``feature_repo/`` with a run's feature store. It defines no feature itself."""
+"""Registers the Feast definitions of ``feature_repo/`` with a run's feature store."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ _MODULE: Final = "reelway_feature_definitions"
 
 
 def feature_repo_path() -> Path:
-    """The folder with ``definitions.py``: ``REELWAY_FEATURE_REPO``, or ``feature_repo`` of the checkout.
+    """Returns the folder with ``definitions.py``: ``REELWAY_FEATURE_REPO``, or ``feature_repo`` of the checkout.
 
     Raises:
-        ConfigError: neither is there.
+        ConfigError: if neither exists.
     """
     if given := os.environ.get(REPO_VARIABLE):
         candidates = [Path(given)]
@@ -37,23 +37,21 @@ def feature_repo_path() -> Path:
     for candidate in candidates:
         if (candidate / "definitions.py").is_file():
             return candidate
-    raise ConfigError(
-        f"no feature_repo/definitions.py in {candidates[0]}; set {REPO_VARIABLE} to the folder that has it"
-    )
+    raise ConfigError(f"feature definitions: no definitions.py in {candidates[0]}; set {REPO_VARIABLE} to its folder")
 
 
 def publish_registry(features_dir: Path, url: str) -> None:
-    """Copy a run's registry to where services read it: a path or an fsspec URL. Readers see the old one or the new one.
+    """Copies a run's registry atomically to the path or fsspec URL from which services read it.
 
     Raises:
-        StorageError: it cannot be written there.
+        StorageError: if the registry cannot be written there.
     """
     import fsspec
 
     target = Path(url.removeprefix("file://"))
     try:
         if "://" in url and not url.startswith("file://"):
-            with fsspec.open(url, "wb") as handle:  # object stores show nothing before it is whole
+            with fsspec.open(url, "wb") as handle:  # an object store shows an object only after the upload is complete
                 handle.write((features_dir / REGISTRY_FILE).read_bytes())
             return
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -61,18 +59,18 @@ def publish_registry(features_dir: Path, url: str) -> None:
             shutil.copyfile(features_dir / REGISTRY_FILE, aside)
     except (OSError, ImportError) as error:
         raise StorageError(
-            f"Feast's registry cannot be written to {url}: {error}; set {PUBLISHED_VARIABLE} to a place that can be"
+            f"Feast registry: cannot write to {url}: {error}; set {PUBLISHED_VARIABLE} to a writable path or URL"
         ) from error
 
 
 def load_definitions(features_dir: Path) -> list[Any]:
-    """The Feast objects of ``feature_repo/definitions.py``, with sources in ``features_dir``."""
+    """Returns the Feast objects of ``feature_repo/definitions.py``, with sources in ``features_dir``."""
     from feast import Entity, FeatureService, FeatureView, FileSource, OnDemandFeatureView
 
     path = feature_repo_path() / "definitions.py"
     spec = importlib.util.spec_from_file_location(_MODULE, path)
     if spec is None or spec.loader is None:
-        raise ConfigError(f"{path}: not a Python module")
+        raise ConfigError(f"{path}: not a Python module; replace it with Feast definitions")
     module = importlib.util.module_from_spec(spec)
     before = os.environ.get(DIR_VARIABLE)
     os.environ[DIR_VARIABLE] = str(features_dir.absolute())

@@ -1,8 +1,8 @@
-"""Training rows: every labelled impression with all features as they were known at its request.
+"""Training rows: every labelled impression with all features known at its request.
 
-The moment asked is the request's time, not the impression's: what the ingress knew when it made the slate. It
-refuses to leave a row out; a feature that was not known is null. Also the same join for one moment and many videos
-or viewers: what a release's video table and the online store are filled with.
+The join uses the request's time, not the impression's: the router read the features at that time. No impression is
+left out; an unknown feature is null. The same join, for one time and many videos or viewers, fills a release's video
+table and the online store.
 """
 
 from __future__ import annotations
@@ -45,21 +45,21 @@ def _silent(_: str) -> None:
 
 
 def build_training_rows(run: RunDirectory, report: Report = _silent) -> Path:
-    """Join every labelled impression with every feature view; write ``training_rows.parquet``.
+    """Joins every labelled impression with all feature views and writes ``training_rows.parquet``.
 
-    Columns: ``IDENTITY``, ``request_time_s``, ``LABELS``, ``weight``, and each feature by its contract name
-    (``creator_id`` is one of them). Rows are in the order of impressions: by time.
+    Columns: ``KEY_COLUMNS``, ``request_time_s``, ``LABELS``, ``weight``, and each feature under its contract name
+    (including ``creator_id``). Rows are in the order of impressions, by time.
 
     Args:
         report: called with the name of each view before it is joined.
 
     Raises:
-        FeatureError: the views are not built or not registered.
-        EmptyDatasetError: there are no impressions.
+        FeatureError: if the views are not built or not registered.
+        EmptyDatasetError: if there are no impressions.
     """
     labels = read_artifact(run.features / LABELS_FILE)
     if not labels.num_rows:
-        raise EmptyDatasetError(f"{run.features / LABELS_FILE}: no impressions, expected at least one")
+        raise EmptyDatasetError(f"{run.features / LABELS_FILE}: no impressions; simulate or import a data set")
     store = open_feature_store(run.features)
     moment_us = times_us(labels["request_time"])
     columns: dict[str, pa.ChunkedArray | pa.Array] = {name: labels[name] for name in IDENTITY}
@@ -70,7 +70,7 @@ def build_training_rows(run: RunDirectory, report: Report = _silent) -> Path:
         report(view)
         columns |= _columns(join_view(store, view, viewer, moment_us))
     columns |= _video_columns(store, video, labels["creator_id"].to_numpy(), moment_us, report)
-    if columns["creator_id"].null_count:  # a video shown before its upload: clocks disagree, the labels know better
+    if columns["creator_id"].null_count:  # a video shown before its upload (clock skew): use the creator of the labels
         columns["creator_id"] = labels["creator_id"]
     report("request_context")
     columns |= _columns(join_request_context(store, viewer, video, moment_us))
@@ -81,9 +81,9 @@ def build_training_rows(run: RunDirectory, report: Report = _silent) -> Path:
 
 
 def video_snapshot(features_dir: Path, at_s: float) -> pa.Table:
-    """Every video uploaded by ``at_s``, as known then: ``video_id``, ``title`` and all fields of the video views.
+    """Returns every video uploaded by ``at_s`` with its features at that time.
 
-    One row per video, ascending ``video_id``.
+    Columns: ``video_id``, ``title`` and all fields of the video views. One row per video, by ascending ``video_id``.
     """
     catalogue = read_artifact(features_dir / CATALOGUE_FILE).sort_by("video_id")
     at_us = round(at_s * 1e6)
@@ -97,7 +97,10 @@ def video_snapshot(features_dir: Path, at_s: float) -> pa.Table:
 
 
 def viewer_snapshot(features_dir: Path, viewer_ids: Sequence[int] | NDArray[np.int64], at_s: float) -> pa.Table:
-    """The named viewers as known at ``at_s``: ``viewer_id`` and all fields of the viewer views, in the order given."""
+    """Returns the given viewers' features at ``at_s``, in the given order.
+
+    Columns: ``viewer_id`` and all fields of the viewer views.
+    """
     store = open_feature_store(features_dir)
     viewer = np.asarray(viewer_ids, dtype=np.int64)
     moment_us = np.full(len(viewer), round(at_s * 1e6), dtype=np.int64)
@@ -123,12 +126,12 @@ def _columns(table: pa.Table) -> dict[str, pa.ChunkedArray]:
 
 
 def read_artifact(path: Path) -> pa.Table:
-    """A Parquet file of the features folder.
+    """Reads a Parquet file of the features folder.
 
     Raises:
-        FeatureError: it was not built yet.
+        FeatureError: if the file does not exist.
     """
     try:
         return pq.read_table(path)
     except FileNotFoundError:
-        raise FeatureError(f"{path}: not there; run `reelway features --run {path.parent.parent}` first") from None
+        raise FeatureError(f"{path}: not found; run `reelway features --run {path.parent.parent}` first") from None

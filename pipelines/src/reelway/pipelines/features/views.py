@@ -1,13 +1,17 @@
-"""Events to feature views: pure functions from labelled impressions to the rows Feast stores.
+"""Feature views: pure functions from labelled impressions to the rows that Feast stores.
 
-A view is a table of snapshots: what was known of an entity at ``event_timestamp``. They are taken on a time grid, at
-the first point at or after an event became known and at the first point where an event has left a window, so that a
-rate decays although nothing happens; while any window still holds an event, a heartbeat row is written as well,
-which lets a short TTL tell an idle entity from a pipeline that stopped. Nothing here reads files or looks at a
-clock, and nothing later than ``until_us`` is claimed.
+A view is a table of snapshots. A snapshot holds the features of an entity that are known at ``event_timestamp``.
+Snapshots are taken on a time grid, at the first grid point at or after:
 
-An event counts from one microsecond after its last outcome became known. Without that microsecond an event at
-exactly a grid point would be part of the snapshot that a request at the same instant reads: a label leak.
+- an event becomes known;
+- an event leaves a window, so that a rate decays without new events.
+
+While any window still contains an event, a heartbeat row is written as well. With heartbeats, a short TTL
+distinguishes an idle entity from a pipeline that stopped. The functions read no files and no clock, and they return no
+row later than ``until_us``.
+
+An event counts from one microsecond after its last outcome became known. Without this microsecond, an event exactly at
+a grid point would be part of the snapshot that a request at the same time reads: a label leak.
 """
 
 # Shapes: N events, M snapshots, W windows, K measures, T topics
@@ -34,18 +38,18 @@ AFTER_US: Final = 1
 
 Floats = NDArray[np.float64]
 Points = tuple[I64, I64]
-"""Entities and moments ``[M]``, sorted by entity, then time, without repetition."""
+"""Entities and times ``[M]``, sorted by entity, then time, without duplicates."""
 
 
 @dataclass(frozen=True)
 class Prior:
-    """What a rate is before anything was seen, and how many impressions that belief is worth."""
+    """The prior mean of a rate, and its strength as a number of impressions."""
 
     rate: float
     strength: float = 20.0
 
     def smooth(self, total: Floats, count: Floats) -> Floats:
-        """``(total + rate * strength) / (count + strength)``: the posterior mean of a beta (or gamma) prior."""
+        """Returns ``(total + rate * strength) / (count + strength)``, the posterior mean of a beta (or gamma) prior."""
         return (total + self.rate * self.strength) / (count + self.strength)
 
 
@@ -68,10 +72,10 @@ class ViewSettings:
 
 @dataclass(frozen=True)
 class Events:
-    """Labelled impressions as integer columns ``[N]``; or sums over ``count`` impressions of one entity each.
+    """Labelled impressions as integer columns ``[N]``, or sums over ``count`` impressions of one entity.
 
-    Each view is the pair of its ``*_points`` (when a snapshot is due) and ``*_at`` (what it says at given moments): the
-    batch job asks for all of them, the stream processor for those of now.
+    Each view has a ``*_points`` function (when a snapshot is due) and an ``*_at`` function (its values at given times).
+    The batch job uses all points, the stream processor only the current ones.
     """
 
     impression_id: I64
@@ -80,7 +84,7 @@ class Events:
     creator_id: I64
     topic: I64
     event_us: I64
-    known_us: I64  # counts from here
+    known_us: I64  # time from which the impression counts
     long_watch: I64
     like: I64
     skip: I64
@@ -92,7 +96,7 @@ class Events:
 
     @classmethod
     def from_labels(cls, labels: pa.Table) -> Events:
-        """From a table with the columns of ``labels.LABELLED``."""
+        """Builds events from a table with the columns of ``labels.LABELLED_SCHEMA``."""
 
         def ints(name: str, scale: float = 1.0) -> I64:
             values: I64 = np.rint(labels[name].to_numpy() * scale).astype(np.int64)
@@ -132,9 +136,9 @@ def _unique_pairs(entities: I64, at_us: I64) -> tuple[I64, I64]:
 def snapshot_points(
     entities: I64, known_us: I64, windows_us: Sequence[int], *, grid_us: int, until_us: int, heartbeat_us: int = 0
 ) -> tuple[I64, I64]:
-    """When to take snapshots: grid points where an event enters or leaves a window, and heartbeats between.
+    """Returns the snapshot points: grid points at which an event enters or leaves a window, and heartbeats in between.
 
-    Returns entities and times ``[M]``, sorted by entity then time, without repetition, none after ``until_us``.
+    Returns entities and times ``[M]``, sorted by entity, then time, without duplicates, none after ``until_us``.
     """
     moments = [known_us, *(known_us + window for window in windows_us)]
     if heartbeat_us and windows_us:
@@ -164,7 +168,7 @@ def _table(key: str, entities: I64, at_us: I64, fields: dict[str, pa.Array | Flo
 def _rates(
     events: Events, key: I64, at: tuple[I64, I64], windows: Sequence[names.Window], settings: ViewSettings
 ) -> dict[str, dict[str, Floats]]:
-    """Per window name: impressions and smoothed long-watch, like, skip and follow rates and mean watch seconds."""
+    """Returns per window: impressions, smoothed long-watch, like, skip and follow rates, and mean watch seconds."""
     values_NK = np.column_stack(
         [events.count, events.long_watch, events.like, events.skip, events.follow, events.watch_ms]
     )
@@ -184,7 +188,7 @@ def _rates(
 
 
 def viewer_profile(viewers: pa.Table) -> pa.Table:
-    """One row per viewer, from the moment the account was made."""
+    """Returns one row per viewer, at the creation time of the account."""
     created_us = times_us(viewers["created_at"])
     return _table(
         "viewer_id",
@@ -198,12 +202,12 @@ def viewer_profile(viewers: pa.Table) -> pa.Table:
 
 
 def viewer_activity(events: Events, settings: ViewSettings, until_us: int) -> pa.Table:
-    """What the viewer did in the last day, week and month."""
+    """Returns the viewer's activity in the last day, week and month."""
     return viewer_activity_at(events, settings, viewer_activity_points(events, settings, until_us))
 
 
 def viewer_activity_points(events: Events, settings: ViewSettings, until_us: int) -> Points:
-    """When an impression enters or leaves a window, and heartbeats."""
+    """Returns the points at which an impression enters or leaves a window, and heartbeats."""
     return snapshot_points(
         events.viewer_id,
         events.known_us,
@@ -215,7 +219,7 @@ def viewer_activity_points(events: Events, settings: ViewSettings, until_us: int
 
 
 def viewer_activity_at(events: Events, settings: ViewSettings, at: Points) -> pa.Table:
-    """``viewer_activity`` at these moments of these viewers."""
+    """Returns ``viewer_activity`` at the given points."""
     rates = _rates(events, events.viewer_id, at, names.VIEWER_WINDOWS, settings)
     fields: dict[str, pa.Array | Floats] = {}
     for window, values in rates.items():
@@ -235,7 +239,7 @@ def viewer_history(events: Events, settings: ViewSettings, until_us: int) -> pa.
 
 
 def viewer_history_at(events: Events, at: Points) -> pa.Table:
-    """``viewer_history`` at these moments of these viewers."""
+    """Returns ``viewer_history`` at the given points."""
     telling = np.flatnonzero(events.weight_milli)
     order = telling[np.lexsort((events.impression_id[telling], events.known_us[telling], events.viewer_id[telling]))]
     viewer, known_us = events.viewer_id[order], events.known_us[order]
@@ -264,17 +268,17 @@ def viewer_history_at(events: Events, at: Points) -> pa.Table:
 
 
 def viewer_topic_affinity(events: Events, settings: ViewSettings, until_us: int) -> pa.Table:
-    """Share of the viewer's month of taste (outcome weights) that went to each topic, dislikes negative."""
+    """Returns each topic's share of the viewer's outcome weights in the last month. Disliked topics are negative."""
     return viewer_topic_affinity_at(events, viewer_topic_affinity_points(events, settings, until_us))
 
 
 def of_a_topic(events: Events) -> I64:
-    """Rows that say something about the taste for a topic."""
+    """Returns the rows with a known topic and a non-zero outcome weight."""
     return np.flatnonzero((events.taste_milli != 0) & (events.topic >= 0) & (events.topic < TOPICS))
 
 
 def viewer_topic_affinity_points(events: Events, settings: ViewSettings, until_us: int) -> Points:
-    """When taste enters or leaves the month, and heartbeats."""
+    """Returns the points at which an outcome weight enters or leaves the month's window, and heartbeats."""
     use = of_a_topic(events)
     return snapshot_points(
         events.viewer_id[use],
@@ -302,7 +306,7 @@ def viewer_topic_affinity_at(events: Events, at: Points) -> pa.Table:
 
 
 def video_content(videos: pa.Table) -> pa.Table:
-    """One row per video, from its upload."""
+    """Returns one row per video, at its upload time."""
     uploaded_us = times_us(videos["uploaded_at"])
     return _table(
         "video_id",
@@ -320,12 +324,12 @@ def video_content(videos: pa.Table) -> pa.Table:
 
 
 def video_engagement(events: Events, settings: ViewSettings, until_us: int) -> pa.Table:
-    """How the video did in the last hour, quarter of a day, day and week, smoothed towards the priors."""
+    """Returns the video's engagement in the last hour, six hours, day and week, smoothed towards the priors."""
     return video_engagement_at(events, settings, video_engagement_points(events, settings, until_us))
 
 
 def video_engagement_points(events: Events, settings: ViewSettings, until_us: int) -> Points:
-    """When an impression enters or leaves a window, and heartbeats."""
+    """Returns the points at which an impression enters or leaves a window, and heartbeats."""
     return snapshot_points(
         events.video_id,
         events.known_us,
@@ -337,7 +341,7 @@ def video_engagement_points(events: Events, settings: ViewSettings, until_us: in
 
 
 def video_engagement_at(events: Events, settings: ViewSettings, at: Points) -> pa.Table:
-    """``video_engagement`` at these moments of these videos."""
+    """Returns ``video_engagement`` at the given points."""
     fields: dict[str, pa.Array | Floats] = {}
     for window, values in _rates(events, events.video_id, at, names.VIDEO_WINDOWS, settings).items():
         fields[f"video_impressions_{window}"] = values["impressions"]
@@ -350,7 +354,10 @@ def video_engagement_at(events: Events, settings: ViewSettings, at: Points) -> p
 def creator_statistics(
     events: Events, videos: pa.Table, creators: pa.Table, settings: ViewSettings, until_us: int
 ) -> pa.Table:
-    """Followers and uploads so far, and the last week's reach. The key is ``creator_key``, see feature_repo."""
+    """Returns followers and uploads so far, and the reach of the last week.
+
+    The key is ``creator_key``; ``feature_repo/definitions.py`` explains why.
+    """
     points = [
         creator_statistics_points(events, videos, settings, until_us),
         (creators["creator_id"].to_numpy(), times_us(creators["created_at"])),
@@ -360,7 +367,7 @@ def creator_statistics(
 
 
 def creator_statistics_points(events: Events, videos: pa.Table, settings: ViewSettings, until_us: int) -> Points:
-    """When an impression enters or leaves the week, and after an upload."""
+    """Returns the points at which an impression enters or leaves the week's window, and those after an upload."""
     grid_us = settings.creator_grid_s * SECOND_US
     week_us = names.CREATOR_WINDOW.length_s * SECOND_US
     uploader, uploaded_us = videos["creator_id"].to_numpy(), times_us(videos["uploaded_at"])
@@ -374,11 +381,11 @@ def creator_statistics_points(events: Events, videos: pa.Table, settings: ViewSe
 def creator_statistics_at(
     events: Events, videos: pa.Table, creators: pa.Table, settings: ViewSettings, at: Points
 ) -> pa.Table:
-    """``creator_statistics`` at these moments of these creators."""
+    """Returns ``creator_statistics`` at the given points."""
     creator, base = creators["creator_id"].to_numpy(), creators["followers"].to_numpy()
     uploader, uploaded_us = videos["creator_id"].to_numpy(), times_us(videos["uploaded_at"])
     follows = window_sums(events.creator_id, events.known_us, events.follow[:, None], *at, [ALL_TIME_US])[:, 0, 0]
-    # A creator counts from the start of time: rows before created_at (a clock that ran ahead) keep the base.
+    # A creator counts from the start of time: rows before created_at (clock skew) have the initial followers.
     start = np.full(len(creator), -ALL_TIME_US // 4, dtype=np.int64)
     followers = window_sums(creator, start, base[:, None], *at, [ALL_TIME_US])[:, 0, 0] + follows
     uploads = window_sums(uploader, uploaded_us, np.ones((len(uploader), 1), np.int64), *at, [ALL_TIME_US])[:, 0, 0]

@@ -1,12 +1,11 @@
-"""Trailing-window sums over events: the one function that batch views and the stream processor both run.
+"""Trailing-window sums over events, used by both the batch views and the stream processor.
 
-It knows nothing of viewers, videos or features, and refuses floating-point times and values. A window sum is the
-difference of two prefix sums; over floats that difference would depend on how the events were partitioned, so the
-same feature could differ between one core and a cluster. Over integers it is exact. Callers pass fixed point:
-microseconds, milliseconds, thousandths.
+A window sum is the difference of two prefix sums. Over floats the difference would depend on how events were
+partitioned, and the same feature could differ between one core and a cluster. Over integers it is exact. So times and
+values must be integers; callers pass fixed point (microseconds, milliseconds, thousandths).
 """
 
-# Shapes: N events, M questions, W windows, K values per event
+# Shapes: N events, M entity rows, W windows, K values per event
 
 from __future__ import annotations
 
@@ -18,7 +17,7 @@ from numpy.typing import NDArray
 I64 = NDArray[np.int64]
 
 ALL_TIME_US = 1 << 61
-"""A window longer than any clock: a cumulative sum."""
+"""A window longer than any clock value; it gives a cumulative sum."""
 
 
 def _integers(name: str, values: NDArray[np.generic]) -> I64:
@@ -30,25 +29,25 @@ def _integers(name: str, values: NDArray[np.generic]) -> I64:
 def window_sums(
     entities: I64, times_us: I64, values: I64, at_entities: I64, at_times_us: I64, windows_us: Sequence[int]
 ) -> I64:
-    """Sum the values of each asked entity's events over half-open windows ``(at - window, at]``.
+    """Sums the values of each entity's events over half-open windows ``(at - window, at]``.
 
-    An event exactly at ``at`` counts; one exactly a window older does not. So windows that follow one another
-    neither share nor lose an event. An entity without events sums to 0. Events may come in any order.
+    An event exactly at ``at`` counts; an event exactly one window older does not. So consecutive windows neither
+    share nor lose an event. An entity without events sums to 0. Events may come in any order.
 
     Args:
-        entities: ``[N]`` any integer ids.
-        times_us: ``[N]`` when each event counts from.
-        values: ``[N, K]`` integers; counts, flags or fixed-point amounts.
-        at_entities: ``[M]``.
-        at_times_us: ``[M]``.
+        entities: ``[N]`` integer ids.
+        times_us: ``[N]`` times from which the events count.
+        values: ``[N, K]`` integers: counts, flags or fixed-point amounts.
+        at_entities: ``[M]`` entity of each requested row.
+        at_times_us: ``[M]`` time of each requested row.
         windows_us: W lengths, each above 0.
 
     Returns:
         ``[M, W, K]`` exact sums.
 
     Raises:
-        TypeError: times or values are not integers.
-        ValueError: a window is not longer than 0.
+        TypeError: if times or values are not integers.
+        ValueError: if a window is not longer than 0.
     """
     times_us, values = _integers("times_us", times_us), _integers("values", values)
     at_times_us = _integers("at_times_us", at_times_us)

@@ -1,1 +1,1 @@
-"""The types every part agrees on. No logic beyond validation, no I/O, no frameworks."""
+"""Data types shared by all members: validation only, no I/O and no frameworks."""

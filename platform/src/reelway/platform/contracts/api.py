@@ -11,15 +11,15 @@ from reelway.platform.contracts.ids import MAX_ID
 
 MAX_COUNT = 100
 MAX_OUTCOMES = 1_000
-"""In one request."""
+"""Maximum number of outcomes in one request."""
 MAX_WATCH_MS = OUTCOME_HORIZON_S * 1_000
 
 Rung = Literal["no_viewer_row", "no_retrieval", "no_ranker", "no_reranker"]
-"""A rung of the degradation ladder that a request had to step down to."""
+"""Degradation level: the stage for which the request used a fallback."""
 
 
 class RequestContext(BaseModel):
-    """What the client knows about the moment of the request."""
+    """The client's context at the time of the request."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -30,7 +30,7 @@ class RequestContext(BaseModel):
 
 
 class RecommendRequest(BaseModel):
-    """``POST /v1/recommend``."""
+    """Request body of ``POST /v1/recommend``."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -40,7 +40,7 @@ class RecommendRequest(BaseModel):
 
 
 class RecommendedVideo(BaseModel):
-    """One place of the slate."""
+    """One position of the slate."""
 
     video_id: int
     creator_id: int
@@ -53,7 +53,7 @@ class RecommendedVideo(BaseModel):
 
 
 class RecommendResponse(BaseModel):
-    """The ordered answer. ``degraded`` is empty when every stage answered."""
+    """The ordered slate. ``degraded`` is empty if every stage answered."""
 
     request_id: int
     viewer_id: int
@@ -64,7 +64,7 @@ class RecommendResponse(BaseModel):
 
 
 class ReportedOutcome(BaseModel):
-    """What a viewer did with one video of a slate."""
+    """One action of a viewer on one video of a slate."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -79,7 +79,7 @@ class ReportedOutcome(BaseModel):
 
 
 class OutcomesRequest(BaseModel):
-    """``POST /v1/outcomes``. May be sent again as it is: what was counted is not counted twice."""
+    """Request body of ``POST /v1/outcomes``. Sending it again is safe: an outcome is counted once."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -87,16 +87,16 @@ class OutcomesRequest(BaseModel):
 
 
 class RefusedOutcome(BaseModel):
-    """One outcome that cannot be counted however often it is sent."""
+    """One invalid outcome. Sending it again cannot succeed."""
 
     index: int = Field(description="its place in the request, from 0")
     message: str
 
 
 class OutcomesResponse(BaseModel):
-    """What became of the outcomes of one request; it is on disk when this is sent.
+    """Results of the outcomes of one request. They are on disk when this answer is sent.
 
-    ``accepted`` is the sum of the five after it, and with ``refused`` makes up the whole request.
+    ``accepted`` is the sum of the five fields after it. ``accepted`` and ``refused`` add up to the whole request.
     """
 
     accepted: int
@@ -109,7 +109,7 @@ class OutcomesResponse(BaseModel):
 
 
 class FieldError(BaseModel):
-    """One invalid field: where it is, what was wrong, and the value seen."""
+    """One invalid field: its location, the problem and the received value."""
 
     field: str
     message: str

@@ -1,4 +1,4 @@
-"""``blend.yaml``: how candidates are gathered, weighed and arranged. Part of the release, so it rolls back with it."""
+"""``blend.yaml``: retrieval quotas, value weights and re-ranking settings. It is part of the release."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from reelway.platform.contracts.features import RANKER_TASKS
 
 SourceName = Literal["ann", "popular", "trending", "fresh", "neighbours"]
-"""Retrieval sources: two-tower ANN, all-time popular, rising now, new uploads, item-to-item from the history."""
+"""Retrieval sources: two-tower ANN, all-time popular, trending, new uploads, item-to-item from the history."""
 
 Share = Annotated[float, Field(ge=0, le=1)]
 
@@ -19,7 +19,7 @@ class _Strict(BaseModel):
 
 
 class RetrievalBlend(_Strict):
-    """How many candidates go on to ranking, and from where."""
+    """Number of candidates that go on to ranking, and the share of each source."""
 
     candidates: Annotated[int, Field(ge=1, le=10_000)] = 500
     quotas: dict[SourceName, Share] = Field(
@@ -58,7 +58,7 @@ class RankingBlend(_Strict):
 
 
 class RerankingBlend(_Strict):
-    """How the slate is arranged from the ranked candidates."""
+    """How the slate is composed from the ranked candidates."""
 
     diversity: Share = Field(default=0.15, description="MMR: 0 orders by value alone, 1 by novelty alone")
     max_per_creator: Annotated[int, Field(ge=1)] = 2
@@ -67,7 +67,7 @@ class RerankingBlend(_Strict):
 
 
 class Blend(_Strict):
-    """The whole of ``blend.yaml``."""
+    """Content of ``blend.yaml``."""
 
     retrieval: RetrievalBlend = Field(default_factory=RetrievalBlend)
     ranking: RankingBlend = Field(default_factory=RankingBlend)

@@ -10,7 +10,7 @@ from reelway.platform.contracts.features import BINARY_TASKS
 
 
 class Curve(BaseModel):
-    """Piecewise linear and non-decreasing; isotonic and Platt fits are both written as points."""
+    """A piecewise linear, non-decreasing curve. Isotonic and Platt fits are both stored as points."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -22,19 +22,19 @@ class Curve(BaseModel):
     def _monotone(self) -> Curve:
         if len(self.probability) != len(self.rate) or len(self.probability) < 2:
             raise ValueError(
-                f"a curve needs equally many probabilities and rates, at least 2; saw {len(self.probability)} "
+                f"a curve needs equally many probabilities and rates, at least 2; got {len(self.probability)} "
                 f"and {len(self.rate)}"
             )
         for name, values in (("probability", self.probability), ("rate", self.rate)):
             if any(b < a for a, b in itertools.pairwise(values)):
                 raise ValueError(f"{name} decreases; expected a non-decreasing curve")
             if values[0] < 0 or values[-1] > 1:
-                raise ValueError(f"{name} leaves 0..1: {values[0]:g}..{values[-1]:g}")
+                raise ValueError(f"{name} is outside 0..1: {values[0]:g}..{values[-1]:g}")
         return self
 
 
 class Calibration(BaseModel):
-    """One curve per binary head; a head without one is used as it is."""
+    """One curve per binary head. A head without a curve is not calibrated."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 

@@ -1,7 +1,7 @@
-"""The event schema: what was shown (impressions), what the viewer did (outcomes), and who and what they are.
+"""The event schema: impressions, viewers' outcomes, and the tables of viewers, creators and videos.
 
 Every data set, simulated or imported, is a folder with these tables (see ``DATASET_TABLES``). Times are UTC
-microseconds. Nothing here reads or writes; importers and the simulator do.
+microseconds.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ WORD: Final = pa.dictionary(pa.int32(), pa.string())
 
 
 class OutcomeType(StrEnum):
-    """What a viewer can do with an impression. ``watch`` carries watched milliseconds; the others carry 1."""
+    """A viewer's action on an impression. The value of ``watch`` is the watched milliseconds; the others have 1."""
 
     WATCH = "watch"
     LIKE = "like"
@@ -36,7 +36,7 @@ class OutcomeType(StrEnum):
 
 
 class Arm(StrEnum):
-    """Which side of a rollout a request is on; decided once, at the ingress."""
+    """Arm of a rollout that serves a request. The router assigns it once per request."""
 
     STABLE = "stable"
     CANARY = "canary"
@@ -49,7 +49,7 @@ LONG_WATCH_CAP_MS: Final = 30_000.0
 """A long watch is ``watch_ms >= min(LONG_WATCH_RATIO * duration_ms, LONG_WATCH_CAP_MS)``."""
 
 OUTCOME_HORIZON_S: Final = 24 * 3600
-"""An outcome later than this after its impression no longer counts for it."""
+"""An outcome later than this after its impression is not counted."""
 
 OUTCOME_WEIGHTS: Final[dict[str, float]] = {
     "long_watch": 1.0,
@@ -62,7 +62,7 @@ OUTCOME_WEIGHTS: Final[dict[str, float]] = {
     "not_interested": -2.0,
     "report": -3.0,
 }
-"""How much one outcome says about taste; an impression's weight is the sum, kept within ``WEIGHT_BOUNDS``."""
+"""Weight of one outcome as a signal of taste. An impression's weight is the sum, clipped to ``WEIGHT_BOUNDS``."""
 WEIGHT_BOUNDS: Final = (-3.0, 5.0)
 
 VIEWERS: Final = pa.schema(
@@ -71,7 +71,7 @@ VIEWERS: Final = pa.schema(
         pa.field("created_at", TIME, nullable=False),
         pa.field("region", pa.string()),
         pa.field("language", pa.string()),
-        pa.field("segment", pa.string()),  # age band, occupation or any coarse group the source has
+        pa.field("segment", pa.string()),  # age band, occupation or any coarse group of the data source
     ]
 )
 
@@ -79,7 +79,7 @@ CREATORS: Final = pa.schema(
     [
         pa.field("creator_id", pa.int64(), nullable=False),
         pa.field("created_at", TIME, nullable=False),
-        pa.field("followers", pa.int64(), nullable=False),  # at created_at; growth comes from follow outcomes
+        pa.field("followers", pa.int64(), nullable=False),  # at created_at; later growth comes from follow outcomes
     ]
 )
 
@@ -109,7 +109,7 @@ IMPRESSIONS: Final = pa.schema(
         pa.field("release", WORD, nullable=False),
         pa.field("arm", WORD, nullable=False),
         pa.field("source", WORD, nullable=False),
-        pa.field("propensity", pa.float32(), nullable=False),  # probability of this video at this position, (0, 1]
+        pa.field("propensity", pa.float32(), nullable=False),  # probability of this video at this position, in (0, 1]
         pa.field("device", WORD, nullable=False),
     ]
 )
@@ -122,7 +122,7 @@ OUTCOMES: Final = pa.schema(
         pa.field("video_id", pa.int64(), nullable=False),
         pa.field("type", WORD, nullable=False),  # an OutcomeType
         pa.field("value", pa.float32(), nullable=False),  # watched milliseconds for watch, else 1
-        pa.field("event_time", TIME, nullable=False),  # never before its impression's
+        pa.field("event_time", TIME, nullable=False),  # never before the impression's event_time
     ]
 )
 
@@ -133,4 +133,4 @@ DATASET_TABLES: Final[dict[str, pa.Schema]] = {
     "impressions": IMPRESSIONS,
     "outcomes": OUTCOMES,
 }
-"""Table name -> schema. On disk: ``<data set>/<table>.parquet``, events sorted by ``event_time``, then id."""
+"""Table name -> schema. Files: ``<data set>/<table>.parquet``, with events sorted by ``event_time``, then id."""

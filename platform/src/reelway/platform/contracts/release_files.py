@@ -43,7 +43,7 @@ def videos_schema(embedding_dim: int) -> pa.Schema:
 POPULAR: Final = pa.schema(
     [
         pa.field("list", pa.string(), nullable=False),  # "popular", "trending", or "trending:<region>"
-        pa.field("rank", pa.int32(), nullable=False),  # 0 is the top
+        pa.field("rank", pa.int32(), nullable=False),  # 0 is the most popular
         pa.field("video_id", pa.int64(), nullable=False),
         pa.field("score", pa.float32(), nullable=False),
     ]
@@ -51,7 +51,7 @@ POPULAR: Final = pa.schema(
 
 NEIGHBOURS_SCHEMA: Final = pa.schema(
     [
-        pa.field("video_id", pa.int64(), nullable=False),  # same order as videos.arrow
-        pa.field("rows", pa.list_(pa.int32(), NEIGHBOURS), nullable=False),  # rows of videos.arrow, -1 where none
+        pa.field("video_id", pa.int64(), nullable=False),  # in the order of videos.arrow
+        pa.field("rows", pa.list_(pa.int32(), NEIGHBOURS), nullable=False),  # rows of videos.arrow, -1 for none
     ]
 )

@@ -1,1 +1,1 @@
-"""How feature values become model inputs: the code that training, export and serving all run, in numpy."""
+"""Conversion of feature values to model inputs, in numpy; training, export and serving run the same code."""

@@ -1,6 +1,6 @@
-"""Request-time features: one function that Feast's on-demand view, training and serving all run.
+"""Request-time features, computed by the same functions in Feast's on-demand view, training and serving.
 
-Refuses nothing and invents nothing: an unknown time comes in as NaN and leaves as NaN.
+An unknown time is NaN, and so is every value computed from it.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ Floats = NDArray[np.float64]
 
 _DAY_S = 86_400.0
 _WEEK_S = 7 * _DAY_S
-_EPOCH_WEEKDAY_S = 3 * _DAY_S  # 1970-01-01 was a Thursday; Monday starts the week
+_EPOCH_WEEKDAY_S = 3 * _DAY_S  # 1970-01-01 was a Thursday; the week starts on Monday
 
 
 def cyclic_time(request_time_s: Floats) -> dict[str, Floats]:
-    """Hour of day and day of week (UTC) on the unit circle. Input: Unix seconds ``[B]``."""
+    """Returns hour of day and day of week (UTC) as points on the unit circle. Input: Unix seconds ``[B]``."""
     hour = 2 * np.pi * np.mod(request_time_s, _DAY_S) / _DAY_S
     weekday = 2 * np.pi * np.mod(request_time_s + _EPOCH_WEEKDAY_S, _WEEK_S) / _WEEK_S
     return {
@@ -28,17 +28,17 @@ def cyclic_time(request_time_s: Floats) -> dict[str, Floats]:
 
 
 def account_age_d(request_time_s: Floats, created_at_s: Floats) -> Floats:
-    """Days since the viewer's account was made, never negative."""
+    """Returns days since the viewer's account was created, never negative."""
     return np.maximum(request_time_s - created_at_s, 0.0) / _DAY_S
 
 
 def hours_since_upload(request_time_s: Floats, uploaded_at_s: Floats) -> Floats:
-    """Hours since the video went up, never negative."""
+    """Returns hours since the video's upload, never negative."""
     return np.maximum(request_time_s - uploaded_at_s, 0.0) / 3600.0
 
 
 def request_context(request_time_s: Floats, created_at_s: Floats, uploaded_at_s: Floats) -> dict[str, Floats]:
-    """All of ``contracts.features.REQUEST_CONTEXT``. Shapes: three ``[B]`` in Unix seconds -> ``[B]`` each."""
+    """Returns all of ``REQUEST_CONTEXT``. Shapes: three ``[B]`` in Unix seconds -> ``[B]`` each."""
     return {
         **cyclic_time(request_time_s),
         "account_age_d": account_age_d(request_time_s, created_at_s),

@@ -1,4 +1,4 @@
-"""From the ranker's outputs to one value per video: the same lines in evaluation and in serving."""
+"""Converts the ranker's outputs to one value per video. Evaluation and serving run the same code."""
 
 # Shapes: C candidates, K tasks
 
@@ -15,7 +15,7 @@ F32 = NDArray[np.float32]
 
 
 def head_predictions(outputs_CK: F32, calibration: Calibration) -> F32:
-    """Ranker outputs as calibrated probabilities, with ``watch_s`` left as log1p(seconds).
+    """Returns the ranker's outputs as calibrated probabilities; ``watch_s`` remains log1p(seconds).
 
     Shapes: ``[..., C, K] -> [..., C, K]`` in the order of ``RANKER_TASKS``.
     """
@@ -33,11 +33,11 @@ def head_predictions(outputs_CK: F32, calibration: Calibration) -> F32:
 
 
 def video_value(predictions_CK: F32, similarity_C: F32, blend: RankingBlend) -> F32:
-    """Weighted value of each candidate: what the slate is ordered by before diversity.
+    """Returns the weighted value of each candidate, which orders the slate before diversification.
 
     Args:
-        predictions_CK: from ``head_predictions``.
-        similarity_C: retrieval inner product, 0 where a source has none.
+        predictions_CK: result of ``head_predictions``.
+        similarity_C: inner product from retrieval, 0 if the source has none.
     """
     weights = np.array([blend.value_weights.get(task, 0.0) for task in RANKER_TASKS], dtype=np.float32)
     return np.asarray(predictions_CK @ weights + np.float32(blend.retrieval_weight) * similarity_C, dtype=np.float32)

@@ -1,7 +1,6 @@
-"""How the rest of Reelway opens a run's feature store.
+"""Opens a run's Feast feature store and hides Feast's exceptions.
 
-Feast's exceptions stay in here. Feast is imported inside functions, because it takes a second that a command without
-features should not pay.
+Feast is imported inside functions. The import takes about a second, and commands without features do not need it.
 """
 
 from __future__ import annotations
@@ -25,27 +24,27 @@ CONFIG_FILE: Final = "feature_store.yaml"
 ONLINE_STORE_VARIABLE: Final = "REELWAY_ONLINE_STORE"
 """``sqlite`` (default) or ``redis[s]://host:port[/db]``, read when a run's ``feature_store.yaml`` is written."""
 PASSWORD_VARIABLE: Final = "REDIS_PASSWORD"
-"""Of the online store. Feast fills it in when it opens the store: no file has the password itself."""
+"""Password of the online store. Feast reads it when it opens the store, so no file contains the password."""
 
 
 def online_store_config(address: str) -> dict[str, Any]:
-    """Feast's ``online_store`` section for ``sqlite``, or a ``redis://`` or (with TLS) ``rediss://`` address.
+    """Returns Feast's ``online_store`` section for ``sqlite``, ``redis://...`` or (with TLS) ``rediss://...``.
 
     Raises:
-        ConfigError: another scheme.
+        ConfigError: if the address has another scheme.
     """
     if address == "sqlite":
         return {"type": "sqlite", "path": "online.db"}
     scheme, _, place = address.partition("://")
     if scheme in ("redis", "rediss") and (place := place.rstrip("/")):
         host, _, database = place.partition("/")
-        # A viewer's row is worth half a second at most: the next rung of the ladder answers without it. redis-py's own
-        # three retries with growing pauses would hold a request for eight seconds.
+        # Reading a viewer's row may take at most half a second. After that the request falls back to an answer without
+        # the row. redis-py's default, three retries with increasing delays, could delay a request by eight seconds.
         connection = f"{host},db={database or 0},socket_timeout=0.5,socket_connect_timeout=0.5,retry=null"
         connection += ",ssl=true" * (scheme == "rediss")
         connection += f",password=${{{PASSWORD_VARIABLE}}}" * (PASSWORD_VARIABLE in os.environ)
-        # skip_dedup: a materialisation writes whole rows as of one time, so the last one written is right; with
-        # Feast's check a corrected row of the same time would be dropped.
+        # skip_dedup: a materialisation writes complete rows of one time, so the last write is correct. Feast's
+        # check would drop a corrected row of the same time.
         return {"type": "redis", "connection_string": connection, "skip_dedup": True}
     raise ConfigError(
         f"online store {address!r}: expected 'sqlite', 'redis://host:port' or 'rediss://host:port'; set "
@@ -54,10 +53,10 @@ def online_store_config(address: str) -> dict[str, Any]:
 
 
 def write_store_config(features_dir: Path, online_store: str | None = None) -> Path:
-    """Write ``feature_store.yaml`` for a run. Relative paths in it mean ``features_dir``.
+    """Writes ``feature_store.yaml`` for a run. Relative paths in the file refer to ``features_dir``.
 
     Args:
-        online_store: see ``online_store_config``; by default the environment's ``REELWAY_ONLINE_STORE``.
+        online_store: see ``online_store_config``; defaults to the environment variable ``REELWAY_ONLINE_STORE``.
     """
     address = online_store or os.environ.get(ONLINE_STORE_VARIABLE, "sqlite")
     config = {
@@ -75,10 +74,10 @@ def write_store_config(features_dir: Path, online_store: str | None = None) -> P
 
 
 def import_feast() -> None:
-    """Import Feast without letting it decide how this process keeps its metrics.
+    """Imports Feast without changing how this process stores its metrics.
 
-    On import Feast sets ``PROMETHEUS_MULTIPROC_DIR``, which turns every metric made later, here and in every child
-    process, into a file in a temporary folder that nobody scrapes.
+    On import Feast sets ``PROMETHEUS_MULTIPROC_DIR``. Then every metric created later, in this process and its
+    children, would be a file in a temporary folder that is never scraped.
     """
     import prometheus_client  # noqa: F401  (settles how values are kept, before Feast can)
 
@@ -93,13 +92,13 @@ def import_feast() -> None:
 
 
 def open_feature_store(features_dir: Path) -> FeatureStore:
-    """The Feast store of a run.
+    """Opens the Feast store of a run.
 
     Raises:
-        FeatureError: the run has no feature store, or its configuration is not one.
+        FeatureError: if the run has no feature store, or its configuration is invalid.
     """
     if not (features_dir / CONFIG_FILE).exists():
-        raise FeatureError(f"{features_dir}: no {CONFIG_FILE} here; run `reelway features --run {features_dir.parent}`")
+        raise FeatureError(f"{features_dir}: no {CONFIG_FILE}; run `reelway features --run {features_dir.parent}`")
     import_feast()
     from feast import FeatureStore
     from feast.errors import FeastError
@@ -111,10 +110,10 @@ def open_feature_store(features_dir: Path) -> FeatureStore:
 
 
 def feature_service(store: FeatureStore, name: str) -> Any:
-    """A registered feature service.
+    """Returns a registered feature service.
 
     Raises:
-        FeatureError: the store does not have it.
+        FeatureError: if the store does not contain the service.
     """
     from feast.errors import FeatureServiceNotFoundException
 

@@ -1,8 +1,8 @@
-"""A log of sampled feature vectors exactly as they were served, for the parity replay.
+"""A bounded log of sampled feature vectors exactly as they were served, for the parity replay.
 
-One JSON line per request, appended whole and synced; the choice of requests is a hash of the request id, so every
-replica and every retry makes the same choice. The log is bounded: when it is full the older half goes. It judges
-nothing; ``pipelines.features.parity`` compares.
+Each request is one JSON line, appended atomically and synced. A hash of the request id selects requests, so every
+replica and every retry selects the same ones. When the log is full, its older half is deleted.
+``pipelines.features.parity`` compares the vectors.
 """
 
 from __future__ import annotations
@@ -26,11 +26,12 @@ from reelway.platform.features.hashing import mix64
 
 @dataclass(frozen=True)
 class ServedVector:
-    """What one request was answered with.
+    """The features that one answer used.
 
-    ``viewer`` has the fields of the viewer views; each of ``videos`` has ``video_id`` and whatever was used of
-    ``VIDEO_DENSE``, ``VIDEO_CATEGORIES``, ``creator_id`` and ``uploaded_at_s``. The two as-of times say when the rows
-    were true, where the server knows (the release's snapshot time, the online store's); None leaves it to the replay.
+    ``viewer`` has the fields of the viewer views. Each element of ``videos`` has ``video_id`` and the fields used of
+    ``VIDEO_DENSE``, ``VIDEO_CATEGORIES``, ``creator_id`` and ``uploaded_at_s``. The two as-of times are the times
+    of the rows, if the server knows them (the release's snapshot time, the online store's time). If None, the replay
+    chooses the time.
     """
 
     request_id: int
@@ -45,7 +46,7 @@ class ServedVector:
 
 
 def _plain(value: Any) -> Any:
-    """As JSON can hold it: numpy unwrapped, NaN as null."""
+    """Converts to JSON types: numpy values to Python values, NaN to null."""
     if isinstance(value, np.ndarray):
         return [_plain(item) for item in value.tolist()]
     if isinstance(value, np.generic):
@@ -60,34 +61,34 @@ def _plain(value: Any) -> Any:
 
 
 class VectorLog:
-    """Appends served vectors to a file that threads and processes of one machine may share."""
+    """Appends served vectors to a file. Threads and processes of one machine may share the file."""
 
     def __init__(self, path: Path, *, ratio: float = 0.01, max_bytes: int = 256 << 20) -> None:
-        """Open nothing yet.
+        """Stores the settings; the file is opened at the first append.
 
         Args:
-            ratio: share of requests logged, 0..1; 0 switches the log off.
-            max_bytes: size of the current and the previous file together.
+            ratio: share of requests logged, 0..1; 0 turns the log off.
+            max_bytes: total size of the current and the previous file.
 
         Raises:
-            ConfigError: ratio outside 0..1.
+            ConfigError: if ``ratio`` is outside 0..1.
         """
         if not 0.0 <= ratio <= 1.0:
-            raise ConfigError(f"vector log ratio {ratio:g}, expected 0..1")
+            raise ConfigError(f"vector log: sample ratio {ratio:g} is outside 0..1; use a share such as 0.01")
         self.path = path
         self._limit = int(ratio * 2**64)
         self._half_bytes = max_bytes // 2
         self._lock = threading.Lock()
 
     def wants(self, request_id: int) -> bool:
-        """Whether the request is in the sample; ask before gathering the rows."""
+        """Returns whether the request is in the sample; call it before collecting the rows."""
         return int(mix64(np.array([request_id], dtype=np.uint64))[0]) < self._limit
 
     def append(self, vector: ServedVector) -> bool:
-        """Write the vector if its request is in the sample. Returns whether it was; then it is on the disk.
+        """Writes the vector to disk if its request is in the sample. Returns whether it was written.
 
         Raises:
-            StorageError: the disk is full or not writable.
+            StorageError: if the disk is full or not writable.
         """
         if not self.wants(vector.request_id):
             return False
@@ -96,7 +97,7 @@ class VectorLog:
             with self._lock:
                 self._append(line)
         except OSError as error:
-            raise StorageError(f"cannot write the vector log {self.path}: {error.strerror or error}") from error
+            raise StorageError(f"{self.path}: cannot write the vector log: {error.strerror or error}") from error
         return True
 
     def _append(self, line: bytes) -> None:
@@ -108,7 +109,7 @@ class VectorLog:
                 self.path.replace(_previous(self.path))
             with self.path.open("ab+") as handle:
                 if handle.seek(0, os.SEEK_END) and not _ends_a_line(handle):
-                    handle.truncate(_last_line_end(self.path))  # cut off by a crash, never acknowledged
+                    handle.truncate(_last_line_end(self.path))  # a crash cut the line off; it was never acknowledged
                 handle.write(line)
                 handle.flush()
                 os.fsync(handle.fileno())
@@ -117,7 +118,7 @@ class VectorLog:
 
 
 def log_of_this_host(path: Path) -> Path:
-    """The log to append to: a file is one machine's; in a folder that many share, each has its own by its name."""
+    """Returns the file to append to: the path itself, or this host's file in a folder that hosts share."""
     return path if path.suffix == ".jsonl" else path / f"{socket.gethostname()}.jsonl"
 
 
@@ -135,12 +136,12 @@ def _previous(path: Path) -> Path:
 
 
 def read_vectors(path: Path) -> Iterator[ServedVector]:
-    """All vectors of the log, oldest first. A last line cut off by a crash was never acknowledged and is left out.
+    """Returns all vectors of the log, oldest first; for a folder, those of all its logs, host by host.
 
-    Of a folder, those of all its logs, one machine after another.
+    A last line that a crash cut off was never acknowledged and is skipped.
 
     Raises:
-        MalformedFileError: another line is not a served vector.
+        MalformedFileError: if any other line is not a served vector.
     """
     if path.is_dir():
         names = {

@@ -1,8 +1,8 @@
-"""One viewer's row from the online store of a run.
+"""Reads one viewer's row from the online store of a run and hides Feast's protos and provider.
 
-Feast's protos and provider stay in here. It refuses to call a store that cannot be reached an unknown viewer: missing
-values are ``None``, a store that fails is a ``FeatureError``. Feast is imported inside functions, because it takes a
-second that a command without features should not pay.
+Missing values are ``None``; a store that fails raises ``FeatureError``. So an unreachable store is not mistaken for an
+unknown viewer. Feast is imported inside functions. The import takes about a second, and commands without features do
+not need it.
 """
 
 from __future__ import annotations
@@ -22,26 +22,26 @@ if TYPE_CHECKING:
     from feast.protos.feast.types.EntityKey_pb2 import EntityKey
 
 AS_OF: Final = "as_of_s"
-"""Of a viewer's row: not a feature, but when its features are from."""
+"""Key of a viewer's row for the times of its features; not a feature."""
 
 Views = list[tuple["FeatureView", list[str]]]
-"""Each view with the names of the fields that are wanted of it."""
+"""Each view with its requested field names."""
 Stored = Iterator[tuple[str, float | None, dict[str, Any]]]
-"""Of each view that has the entity: its name, the moment its row is from (Unix seconds), field name -> Feast value."""
+"""For each view with the entity: the view's name, the row's time (Unix seconds), and field name -> Feast value."""
 
 
 class ViewerRows:
-    """Reads one viewer's row: the fields of a service's views, ``None`` where the store has nothing.
+    """Reads one viewer's row: the fields of a service's views, ``None`` if the store has no value.
 
-    ``get_online_features`` spends most of its time on request checks and a response table made for many rows; for one
-    known entity this asks the same online store and decodes the values. Threads may share it.
+    ``get_online_features`` spends most of its time on request checks and on a response table for many rows. This class
+    queries the same online store for one known entity and decodes the values. Threads may share an instance.
     """
 
     def __init__(self, store: FeatureStore, service: str = VIEWER_SERVICE) -> None:
-        """Look the views up once.
+        """Reads the service's views from the registry once.
 
         Raises:
-            FeatureError: the store does not have the service.
+            FeatureError: if the store does not contain the service.
         """
         from feast.infra.online_stores.redis import RedisOnlineStore
 
@@ -60,12 +60,12 @@ class ViewerRows:
         return tuple(self._empty)
 
     def read(self, viewer_id: int) -> dict[str, Any]:
-        """Field name -> value (number, string or list), ``None`` where missing.
+        """Returns field name -> value (number, string or list), ``None`` if missing.
 
-        Of a viewer with rows, ``AS_OF`` says for each view what moment its row is from (Unix seconds).
+        If the viewer has rows, the value under ``AS_OF`` holds the time of each view's row (Unix seconds).
 
         Raises:
-            FeatureError: the online store cannot be read.
+            FeatureError: if the online store cannot be read.
         """
         from feast.protos.feast.types.EntityKey_pb2 import EntityKey
         from feast.protos.feast.types.Value_pb2 import Value
@@ -79,7 +79,7 @@ class ViewerRows:
                     as_of_s[view] = moment_s
                 for name, value in values.items():
                     row[name] = _decoded(value)
-        except Exception as error:  # Feast passes on whatever its online store's client raises
+        except Exception as error:  # Feast does not wrap the errors of its online store's client
             raise FeatureError(
                 f"online store: cannot read viewer {viewer_id}: {type(error).__name__}: {error}"
             ) from error
@@ -89,7 +89,7 @@ class ViewerRows:
 
 
 class _EachView:
-    """Any store of Feast's, one question a view."""
+    """Reads from any Feast online store, with one query per view."""
 
     def __init__(self, store: FeatureStore, views: Views) -> None:
         self._store = store
@@ -107,11 +107,11 @@ class _EachView:
 
 
 class _RedisHash:
-    """Feast's Redis store, one question in all: an entity's fields of every view lie in one hash.
+    """Reads from Feast's Redis store with one query for all views: the fields of an entity's views are in one hash.
 
-    Where a field lies and how it is asked for is Feast's own code, of the version that the constraints pin; a test
-    holds the answers against those of ``online_read``, view by view. Every question is a turn of the network and, in a
-    process with other threads, of the interpreter's lock.
+    Feast's own code, in the version pinned by the constraints, computes the keys and decodes the values. A test
+    compares the results with those of ``online_read``, view by view. Each query costs a network round trip and, in a
+    process with other threads, a wait for the interpreter lock.
     """
 
     def __init__(self, store: FeatureStore, online: RedisOnlineStore, views: Views) -> None:
@@ -127,7 +127,7 @@ class _RedisHash:
             stored_as = _versioned_fv_name(view, store.config)
             _, keys = online._generate_hset_keys_for_features(view, list(fields), fv_name_override=stored_as)
             self._views.append((view.name, fields))
-            self._keys += keys  # the fields', and the moment's after them
+            self._keys += keys  # the fields, followed by the view's time
 
     def __call__(self, key: EntityKey) -> Stored:
         (place,) = self._online._generate_redis_keys_for_entities(self._config, [key])
@@ -142,7 +142,7 @@ class _RedisHash:
 
 
 def _seconds(moment: datetime) -> float:
-    """Feast's SQLite store gives moments without a zone, which are UTC."""
+    """Converts to Unix seconds. Feast's SQLite store returns times without a zone, which are UTC."""
     return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
 
 

@@ -1,20 +1,21 @@
-"""Features from the event log as it grows: what the batch job computes, moment by moment.
+"""Streaming features: computes the batch job's features from the event log as it grows.
 
 ::
 
-    event log ─► processor ─► engine ─► state (SQLite: cells per entity, position, outbox; one transaction)
+    event log ─► processor ─► engine ─► state (SQLite: buckets per entity, position, outbox; one transaction)
                                  │
                                  └─► rows: viewer views ─► Feast's online store
                                            video views  ─► changelog ─► the video table's overlay
 
-**What a row says.** The row of an entity at a moment is the one that the batch job would write over everything known
-by that moment: same labels, same points of the same grids, same arithmetic (``features.views``). It is written once
-and never taken back; an outcome that comes later counts from when it came. Rows older than a view's TTL become nulls,
-as in the point-in-time join.
+**Values.** The row of an entity at a given time equals the row that the batch job would write from everything known by
+that time. Labels, grid points and arithmetic (``features.views``) are the same. A row is written once and never
+revised; a later outcome counts from its arrival. Rows older than a view's TTL become nulls, as in the point-in-time
+join.
 
-**Time** is the log's: an outcome counts from when the service heard of it, late by at most the allowed lateness;
-later ones count from when they are read, and are counted. A data set that ended long ago goes on from its own end:
-the days in between did not happen (``behind``).
+**Time** is the log's time. An outcome counts from when the outcomes service received it, if it reaches the log within
+the allowed lateness. A later outcome counts from when it is read, and a metric counts it. If the data set ended long
+ago, the stream's time continues from the end of the data set (``StreamProcessor.behind_us``).
 
-**An impression is known by its outcomes.** One that nobody answered is not in the log and counts nowhere here.
+**Impressions are known only by their outcomes.** An impression without outcomes is not in the log and counts nowhere
+here.
 """

@@ -1,7 +1,7 @@
-"""The stream's state as of the data set's last moment: what the batch job knows, from its labels.
+"""Fills the stream's initial state from the labels of the data set.
 
-From there on the stream goes by the log alone. An outcome in the log of an impression that is in the data set counts
-as one of an impression of its own: let no impression be in both.
+After that, the stream reads only the log. If the log contains an outcome of an impression of the data set, the outcome
+counts as a separate impression. So an impression must not be in both.
 """
 
 # Shapes: N labelled impressions, E entities
@@ -30,19 +30,19 @@ from reelway.platform.errors import EmptyDatasetError
 
 
 def last_known_us(labels: pa.Table, fine_us: int) -> int:
-    """The first point of the finest grid at which everything in the labels is known.
+    """Returns the first point of the finest grid at which all labels are known.
 
     Raises:
-        EmptyDatasetError: there are none.
+        EmptyDatasetError: if there are no labels.
     """
     if not labels.num_rows:
-        raise EmptyDatasetError("the data set has no impressions, expected at least one")
+        raise EmptyDatasetError("data set: no impressions; simulate or import a data set")
     known_us = int(Events.from_labels(labels).known_us.max())
     return -(-known_us // fine_us) * fine_us
 
 
 def bootstrap(engine: Engine, labels: pa.Table, at_us: int) -> list[Emitted]:
-    """Fill an empty state; returns every entity's row as of ``at_us``, nulls where it has none (any more).
+    """Fills an empty state. Returns the row of every entity as of ``at_us``, with nulls if the entity has no valid row.
 
     Must be called within a transaction of the state.
     """
@@ -74,7 +74,7 @@ def _fill(engine: Engine, view: str, events: Events, at_us: int) -> list[Emitted
 
 
 def _without_events(engine: Engine, view: str) -> I64:
-    """Creators have rows by their uploads alone, and from the moment that they are there."""
+    """Returns creators whose rows come from their uploads alone; such rows exist from the creator's creation time."""
     if view != CREATORS:
         return np.zeros(0, dtype=np.int64)
     return np.asarray(engine.catalogue.creators["creator_id"].to_numpy(), dtype=np.int64)

@@ -1,8 +1,8 @@
-"""What is kept of an entity so that its windows can be summed again later: exact integers per cell of time.
+"""Time buckets: the integer sums that are retained per entity so that its windows can be summed again later.
 
-A cell is the part of time that no window's edge and no snapshot can fall into: the common divisor of a view's grid,
-windows and heartbeat. So sums over cells are sums over events, and a busy video needs no more room than its longest
-window has cells. Cells add up, and an event that is revised is taken away again by adding its negative.
+A bucket is a time span that no window edge and no snapshot time can split. Its length is the greatest common divisor
+of a view's grid, windows and heartbeat. So sums over buckets equal sums over events, and a busy video needs no more
+rows than its longest window has buckets. A revised event is removed by adding its negative.
 """
 
 # Shapes: N rows of several entities, E entities, K columns
@@ -24,14 +24,14 @@ from reelway.platform.contracts import features as names
 from reelway.platform.errors import ConfigError
 
 FLOOR_US: Final = -(1 << 58)
-"""Before any event: where what only counts for all time is kept."""
+"""A time before any event. Rows that count only in all-time sums are stored under it."""
 ACTIVITY: Final = "viewer_activity"
 HISTORY: Final = "viewer_history"
 AFFINITY: Final = "viewer_topic_affinity"
 ENGAGEMENT: Final = "video_engagement"
 CREATORS: Final = "creator_statistics"
 STREAMED: Final = (ACTIVITY, AFFINITY, HISTORY, ENGAGEMENT, CREATORS)
-"""The views that the stream writes; the others change by uploads and accounts, which are the batch job's."""
+"""Views that the stream writes. The other views depend only on uploads and accounts; the batch job writes them."""
 ENTITY_KEYS: Final = {
     ACTIVITY: "viewer_id", AFFINITY: "viewer_id", HISTORY: "viewer_id", ENGAGEMENT: "video_id", CREATORS: "creator_key",
 }  # fmt: skip
@@ -41,7 +41,7 @@ _COUNTS: Final = ("count", "long_watch", "like", "skip", "follow", "watch_ms")
 
 @dataclass(frozen=True)
 class Layout:
-    """Columns of a view's rows; the first ``keys`` of them say which rows are one."""
+    """Columns of a view's rows. Rows with equal values in the first ``keys`` columns are summed into one row."""
 
     columns: tuple[str, ...]
     keys: int
@@ -58,7 +58,7 @@ LAYOUTS: Final = {
 
 @dataclass(frozen=True)
 class Rhythm:
-    """When a view's rows are due, microseconds. No windows: only when something becomes known."""
+    """When rows of a view are due, in microseconds. Without windows, rows are due only when an event becomes known."""
 
     grid_us: int
     windows_us: tuple[int, ...] = ()
@@ -70,11 +70,11 @@ class Rhythm:
 
 
 def rhythms(settings: ViewSettings) -> dict[str, Rhythm]:
-    """Each streamed view's rhythm.
+    """Returns the emission schedule of each streamed view.
 
     Raises:
-        ConfigError: a heartbeat that is no multiple of a grid, or a longest window that is no multiple of the
-            heartbeat; cells then could not say on which day an event was.
+        ConfigError: if a heartbeat is not a multiple of the grid, or the longest window is not a multiple of the
+            heartbeat. Buckets could then not tell on which day an event happened.
     """
     viewer = tuple(window.length_s * SECOND_US for window in names.VIEWER_WINDOWS)
     video = tuple(window.length_s * SECOND_US for window in names.VIDEO_WINDOWS)
@@ -90,14 +90,14 @@ def rhythms(settings: ViewSettings) -> dict[str, Rhythm]:
         beats = rhythm.heartbeat_us
         if beats and (beats % rhythm.grid_us or max(rhythm.windows_us) % beats):
             raise ConfigError(
-                f"{view}: a heartbeat of {beats // SECOND_US} s, expected a multiple of its grid "
-                f"({rhythm.grid_us // SECOND_US} s) and a divisor of its longest window"
+                f"{view}: heartbeat of {beats // SECOND_US} s is not possible; choose a multiple of the grid "
+                f"({rhythm.grid_us // SECOND_US} s) and a divisor of the longest window"
             )
     return found
 
 
 def rows_of(view: str, events: Events, cell_us: int) -> tuple[I64, I64]:
-    """The events as a view's rows: entities ``[N]`` and rows ``[N, K]``, not yet added up."""
+    """Returns the events as a view's rows: entities ``[N]`` and rows ``[N, K]``, not yet summed."""
     keep: I64 = np.arange(len(events.known_us))
     if view == HISTORY:
         keep = np.flatnonzero(events.weight_milli)
@@ -105,7 +105,7 @@ def rows_of(view: str, events: Events, cell_us: int) -> tuple[I64, I64]:
         keep = views.of_a_topic(events)
     entity = {"viewer_id": events.viewer_id, "video_id": events.video_id, "creator_key": events.creator_id}
     columns = [
-        # The cell's first microsecond: in every window, on every day and under every grid point that its events are.
+        # The bucket's first microsecond is in the same windows, days and grid steps as the bucket's events.
         (events.known_us - 1) // cell_us * cell_us + 1
         if name == "known_us" and view != HISTORY
         else getattr(events, name)
@@ -115,7 +115,7 @@ def rows_of(view: str, events: Events, cell_us: int) -> tuple[I64, I64]:
 
 
 def events_of(view: str, entity: I64, rows: I64) -> Events:
-    """Rows as events again; what a view does not look at is zero."""
+    """Converts rows back to events. Columns that the view does not use are zero."""
     zero = np.zeros(len(rows), dtype=np.int64)
     columns = {name: rows[:, i] for i, name in enumerate(LAYOUTS[view].columns)}
     key = {"creator_key": "creator_id"}.get(ENTITY_KEYS[view], ENTITY_KEYS[view])
@@ -123,7 +123,7 @@ def events_of(view: str, entity: I64, rows: I64) -> Events:
 
 
 def added_up(view: str, entity: I64, rows: I64) -> tuple[I64, I64]:
-    """One row per entity and key, sorted by both; what has come to nothing is left out."""
+    """Sums to one row per entity and key, sorted by both. Rows that sum to zero are dropped."""
     keys = LAYOUTS[view].keys
     order = np.lexsort((*(rows[:, k] for k in reversed(range(keys))), entity))
     entity, rows = entity[order], rows[order]
@@ -139,10 +139,10 @@ def added_up(view: str, entity: I64, rows: I64) -> tuple[I64, I64]:
 
 
 def pruned(view: str, rhythm: Rhythm, entity: I64, rows: I64, at_us: int, open_from_us: int) -> tuple[I64, I64]:
-    """Without what can never matter again after ``at_us``; sorted as ``added_up`` sorts.
+    """Drops rows that cannot affect any value after ``at_us``. The result is sorted as by ``sum_rows``.
 
     Args:
-        open_from_us: impressions shown from here on may still be revised.
+        open_from_us: impressions shown at or after this time may still be revised.
     """
     if view == HISTORY:
         # The newest HISTORY_LENGTH that are settled, and all that are not: any of these may still go.
@@ -162,7 +162,7 @@ def pruned(view: str, rhythm: Rhythm, entity: I64, rows: I64, at_us: int, open_f
 
 
 def _rank_from_the_end(entity: I64, counted: NDArray[np.bool_]) -> I64:
-    """For each row, how many counted rows of its entity come after it."""
+    """Returns for each row the number of counted rows of its entity that follow it."""
     total = np.cumsum(counted)
     last = np.searchsorted(entity, entity, side="right") - 1
     return np.asarray(total[last] - total)
@@ -171,7 +171,7 @@ def _rank_from_the_end(entity: I64, counted: NDArray[np.bool_]) -> I64:
 def values_at(
     view: str, events: Events, settings: ViewSettings, at: Points, creators: tuple[pa.Table, pa.Table]
 ) -> pa.Table:
-    """The view's own arithmetic at these points."""
+    """Returns the view's values at the given points, computed by the functions of ``features.views``."""
     if view == ACTIVITY:
         return views.viewer_activity_at(events, settings, at)
     if view == AFFINITY:

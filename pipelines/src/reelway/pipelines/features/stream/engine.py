@@ -1,7 +1,7 @@
-"""One step of the stream: outcomes up to a moment in, rows that are due at that moment out. No log, no clock, no store.
+"""One step of the stream: applies outcomes up to a given time and returns the rows that are due at that time.
 
-A step ends at a grid point and never crosses one of a coarser grid, so that a row is made from exactly what was known
-at its moment.
+The engine does not access the log, the clock or the stores. A step ends at a grid point and never crosses a point of a
+coarser grid. So each row is computed from exactly the outcomes known at its time.
 """
 
 # Shapes: N outcomes, E entities
@@ -50,16 +50,19 @@ REPEATED: Final = "repeated"
 TOO_LATE: Final = "too_late"
 UNKNOWN_VIDEO: Final = "unknown_video"
 CHUNK: Final = 20_000
-"""Entities whose rows are in memory at once."""
+"""Maximum number of entities whose rows are in memory at once."""
 FATES: Final = (APPLIED, REPEATED, TOO_LATE, UNKNOWN_VIDEO)
-"""What becomes of an outcome: repeated is a type that its impression has already, too late is after the horizon."""
+"""Results of applying an outcome.
+
+Repeated: the impression already has an outcome of this type. Too late: the outcome is later than the horizon.
+"""
 
 
 @dataclass(frozen=True)
 class Catalogue:
-    """What the stream knows of videos and creators; read once, when it starts."""
+    """The data set's videos and creators, read once at start."""
 
-    videos: pa.Table  # by ascending video_id: video_id, creator_id, topic, duration_ms, uploaded_at
+    videos: pa.Table  # ascending video_id; columns video_id, creator_id, topic, duration_ms, uploaded_at
     creators: pa.Table
 
     @classmethod
@@ -68,7 +71,7 @@ class Catalogue:
         return cls(videos.select(wanted).sort_by("video_id").combine_chunks(), creators)
 
     def rows_of(self, video_ids: I64) -> I64:
-        """Rows of the videos, -1 for one that is not there."""
+        """Returns the rows of the videos, -1 for an unknown video."""
         ids = self.videos["video_id"].to_numpy()
         if not len(ids):
             return np.full(len(video_ids), -1, dtype=np.int64)
@@ -78,18 +81,18 @@ class Catalogue:
 
 @dataclass(frozen=True)
 class Emitted:
-    """Rows of one view: entity, ``event_timestamp``, ``created_timestamp`` and the fields; nulls for what expired."""
+    """Rows of one view: entity, ``event_timestamp``, ``created_timestamp`` and the fields; nulls for expired rows."""
 
     view: str
     rows: pa.Table
 
 
 class Engine:
-    """Applies outcomes to the state and makes rows of it.
+    """Applies outcomes to the state and computes rows from the state.
 
     Args:
-        ttl_us: of each view, as registered with Feast.
-        behind_us: how far the stream's time is behind the clock's; 0 but for data that ended long ago.
+        ttl_us: TTL of each view, as registered with Feast.
+        clock_offset_us: offset of the stream's time to the clock; 0 unless the data set ended long ago.
     """
 
     def __init__(
@@ -111,10 +114,10 @@ class Engine:
         self.fates = dict.fromkeys(FATES, 0)
 
     def steps(self, after_us: int, until_us: int, times_us: I64) -> Iterator[int]:
-        """Moments to step to, in ``(after_us, until_us]``: where a row may be due, and the end.
+        """Returns the times in ``(after_us, until_us]`` at which a row may be due, and ``until_us``.
 
         Args:
-            times_us: of the outcomes that wait; each counts from ``AFTER_US`` later.
+            times_us: times of the waiting outcomes; each counts from ``AFTER_US`` later.
         """
         grid = self.rhythms[HISTORY].grid_us
         ends = set((-(-(times_us + AFTER_US) // grid) * grid).tolist())
@@ -125,7 +128,7 @@ class Engine:
         yield from sorted(end for end in ends if after_us < end <= last)
 
     def step(self, until_us: int, outcomes: Outcomes) -> list[Emitted]:
-        """Apply outcomes that count from ``(the last step, until_us]`` on and make what is due at ``until_us``.
+        """Applies the outcomes that count from ``(the last step, until_us]`` and returns the rows due at ``until_us``.
 
         Must be called within a transaction of the state.
         """
@@ -218,7 +221,7 @@ class Engine:
         return emitted
 
     def timing(self, view: str, rhythm: Rhythm, kept: Entities, at_us: int) -> tuple[NDArray[np.bool_], I64, I64]:
-        """Which entities have a row due now, when the next one is, and when the last one was."""
+        """Returns which entities have a row due now, and the times of each entity's next and previous row."""
         now, next_us, last_us = due_and_next(kept.owner, kept.rows[:, 0], len(kept.ids), rhythm, at_us)
         if view == CREATORS:
             uploads = self.creators_of(view, kept.ids)[1]
@@ -233,7 +236,7 @@ class Engine:
         return now, next_us, last_us
 
     def creators_of(self, view: str, ids: I64) -> tuple[pa.Table, pa.Table]:
-        """Creators and uploads of these creators; for the other views nothing is needed."""
+        """Returns the given creators and their uploads; empty tables for the other views."""
         creators, videos = self.catalogue.creators, self.catalogue.videos
         if view != CREATORS:
             return creators.slice(0, 0), videos.slice(0, 0)
@@ -243,7 +246,7 @@ class Engine:
         )
 
     def nulls(self, view: str, ids: I64, at_us: int) -> pa.Table:
-        """Rows that say that nothing is known of these entities (any more)."""
+        """Returns rows of nulls for entities whose rows have expired."""
         empty = values_at(
             view, events_of(view, ids[:0], np.zeros((0, len(LAYOUTS[view].columns)), np.int64)), self.settings,
             (ids[:0], ids[:0]), self.creators_of(view, ids[:0]),

@@ -1,7 +1,7 @@
-"""Outcomes to impressions: what each impression said before, and what it says now.
+"""Open impressions: converts outcomes to impressions, before and after each change.
 
-An impression stays open while an outcome may still count for it. The labels are ``features.labels``' own, so an
-impression says here what it would say in the batch job with the outcomes known so far.
+An impression stays open while an outcome may still count for it. ``features.labels`` computes the labels. So an
+impression has the same labels as in the batch job, given the outcomes known so far.
 """
 
 # Shapes: N outcomes, I impressions
@@ -35,7 +35,7 @@ class Outcomes:
     shown_us: I64
     kind: I64  # index into KINDS
     value: NDArray[np.float32]
-    time_us: I64  # in the stream's time; it counts from AFTER_US later
+    time_us: I64  # in the stream's time; the outcome counts from AFTER_US later
 
     def __len__(self) -> int:
         return len(self.impression_id)
@@ -55,13 +55,13 @@ class Outcomes:
 
 @dataclass(frozen=True)
 class OpenImpressions:
-    """Impressions with the outcomes known of them, ``[I]``, by ascending id."""
+    """Impressions with their known outcomes, ``[I]``, by ascending id."""
 
     impression_id: I64
     viewer_id: I64
     video_id: I64
-    shown_us: I64  # by the service's clock
-    kinds: I64  # bits
+    shown_us: I64  # by the outcomes service's clock
+    kinds: I64  # one bit per outcome type
     watch_ms: NDArray[np.float64]
     known_us: I64  # in the stream's time
 
@@ -73,12 +73,12 @@ class OpenImpressions:
 
 
 def in_time(outcomes: Outcomes, behind_us: int) -> NDArray[np.bool_]:
-    """Whether each still counts for its impression."""
+    """Returns whether each outcome is within the outcome horizon of its impression."""
     return np.asarray(outcomes.time_us <= outcomes.shown_us - behind_us + HORIZON_US)
 
 
 def first_of_each(outcomes: Outcomes) -> Outcomes:
-    """The earliest outcome of each type per impression; of the same time, the first in the log."""
+    """Returns the earliest outcome of each type per impression; at equal times, the first in the log."""
     order = np.lexsort((np.arange(len(outcomes)), outcomes.time_us))
     code = outcomes.impression_id[order] * len(KINDS) + outcomes.kind[order]
     _, first = np.unique(code, return_index=True)
@@ -86,10 +86,10 @@ def first_of_each(outcomes: Outcomes) -> Outcomes:
 
 
 def merged(before: OpenImpressions, outcomes: Outcomes, behind_us: int) -> tuple[OpenImpressions, OpenImpressions, int]:
-    """The impressions that these outcomes change: as they were (where they were), as they are, and repeats left out.
+    """Returns the changed impressions: previous state (if they existed), new state, and the outcomes not repeated.
 
     Args:
-        before: what is known of any of them, ascending.
+        before: known state of any of these impressions, by ascending id.
     """
     offered = len(outcomes)
     outcomes = first_of_each(outcomes)
@@ -119,13 +119,13 @@ _FACTS: Final = ("viewer_id", "video_id", "shown_us")
 def _kept(
     name: str, before: OpenImpressions, outcomes: Outcomes, where: I64, there: NDArray[np.bool_], one: I64
 ) -> I64:
-    """A fact of the impression, as it was first told."""
+    """Returns a property of each impression as its first record reported it."""
     fresh: I64 = getattr(outcomes, name)[one]
     return np.where(there, getattr(before, name)[where], fresh) if len(before) else fresh
 
 
 def labelled(impressions: OpenImpressions, videos: pa.Table, behind_us: int) -> Events:
-    """The impressions' labels. ``videos`` has all of theirs."""
+    """Returns the labels of the impressions. ``videos`` must contain all of their videos."""
     n = len(impressions)
     shown = pa.array(impressions.shown_us - behind_us, pa.int64()).cast(TIME)
     nothing = pa.array([""] * n).dictionary_encode()
@@ -154,7 +154,7 @@ def _outcome_rows(impressions: OpenImpressions) -> pa.Table:
 
 
 def _rows_of(ids: I64, wanted: I64) -> tuple[I64, NDArray[np.bool_]]:
-    """Row of each wanted id in ascending ``ids``, and whether it is there."""
+    """Returns the row of each wanted id in ascending ``ids``, and whether the id exists."""
     if not len(ids):
         return np.zeros(len(wanted), np.int64), np.zeros(len(wanted), np.bool_)
     where = np.minimum(np.searchsorted(ids, wanted), len(ids) - 1)

@@ -1,6 +1,6 @@
-"""Rows on their way out: to Feast's online store, and to the changelog of the video table's overlay.
+"""Sinks of streamed rows: Feast's online store, and the changelog of the video table's overlay.
 
-What is delivered twice changes nothing: rows are whole, and a change has its number before it is written.
+Delivery is idempotent. Rows are complete, and a change gets its number before it is written.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ VIDEO_VIEWS: Final = (ENGAGEMENT, CREATORS)
 
 
 def latest_of_each(emitted: Iterable[Emitted]) -> dict[str, pa.Table]:
-    """Per view, the last row of each entity."""
+    """Returns per view the last row of each entity."""
     by_view: dict[str, list[pa.Table]] = {}
     for one in emitted:
         by_view.setdefault(one.view, []).append(one.rows)
@@ -43,10 +43,10 @@ def latest_of_each(emitted: Iterable[Emitted]) -> dict[str, pa.Table]:
 
 
 def parcel(latest: Mapping[str, pa.Table], as_of_us: int, sequence: int) -> bytes:
-    """The rows of a step as one piece for the outbox.
+    """Encodes the rows of one step as one outbox entry.
 
     Args:
-        sequence: number of the change, where video views are among the rows.
+        sequence: number of the change if the rows contain video views.
     """
     sink = pa.BufferOutputStream()
     head = json.dumps({"as_of_us": as_of_us, "sequence": sequence, "views": list(latest)}).encode()
@@ -59,23 +59,18 @@ def parcel(latest: Mapping[str, pa.Table], as_of_us: int, sequence: int) -> byte
 
 
 class Outputs:
-    """Where rows go.
-
-    Args:
-        store: of the viewer views.
-        changelog: of the video views.
-    """
+    """Writes rows to the online store (viewer views) and the changelog (video views)."""
 
     def __init__(self, store: FeatureStore, changelog: Changelog) -> None:
         self._store = store
         self._changelog = changelog
 
     def deliver(self, content: bytes) -> dict[str, int]:
-        """Write a parcel's rows; returns how many of each view.
+        """Writes the rows of an outbox entry. Returns the number of rows per view.
 
         Raises:
-            FeatureError: the online store cannot be written.
-            StorageError: the changelog cannot be written.
+            FeatureError: if the online store cannot be written.
+            StorageError: if the changelog cannot be written.
         """
         size = int.from_bytes(content[:4], "little")
         head = json.loads(content[4 : 4 + size])

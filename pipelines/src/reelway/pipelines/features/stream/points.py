@@ -1,4 +1,7 @@
-"""When an entity's next row is due. The same points as ``views.snapshot_points``, without listing all of them."""
+"""When the next row of an entity is due.
+
+The points are those of ``views.snapshot_points``, computed without listing all of them.
+"""
 
 # Shapes: N rows of E entities, in the entities' order
 
@@ -18,14 +21,14 @@ NEVER_US: Final = 1 << 62
 def due_and_next(
     owner: I64, known_us: I64, entities: int, rhythm: Rhythm, at_us: int
 ) -> tuple[NDArray[np.bool_], I64, I64]:
-    """Whether a row is due exactly at ``at_us``, the first point after it, and the last up to it.
+    """Returns whether a row is due at ``at_us``, the first point after ``at_us``, and the last point up to ``at_us``.
 
     Args:
         owner: ``[N]``, 0..E-1.
-        known_us: ``[N]``, first microseconds of cells, or events' own times.
+        known_us: ``[N]``, first microseconds of buckets, or the events' own times.
 
     Returns:
-        ``[E]`` each; ``NEVER_US`` and ``-NEVER_US`` where there is none.
+        ``[E]`` each; ``NEVER_US`` and ``-NEVER_US`` if there is no such point.
     """
     next_us = np.full(entities, NEVER_US, dtype=np.int64)
     last_us = np.full(entities, -NEVER_US, dtype=np.int64)
@@ -48,6 +51,6 @@ def due_and_next(
 
 
 def expiry_us(last_us: I64, ttl_us: int, grid_us: int) -> I64:
-    """The first grid point at which the point-in-time join no longer takes a row of ``last_us``."""
+    """Returns the first grid point at which the point-in-time join no longer uses a row of ``last_us``."""
     expires: I64 = np.where(last_us == -NEVER_US, NEVER_US, (last_us + ttl_us) // grid_us * grid_us + grid_us)
     return expires

@@ -1,7 +1,7 @@
-"""What the stream wrote, made again from the log alone: offline rows for the point-in-time join and the parity replay.
+"""Recomputes the stream's rows from the log: offline rows for the point-in-time join and the parity replay.
 
-A features folder of its own: the batch job's rows up to the data set's last moment, and from there on every row that
-the log's outcomes make. It writes nothing online and leaves the run as it is.
+The result is a separate features folder. It contains the batch job's rows up to the end of the data set, and then
+every row that the log's outcomes produce. The replay writes nothing online and does not change the run.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ STREAM_FILE: Final = "stream.parquet"
 
 
 def replay_log(run: RunDirectory, events: EventLog, target: Path, behind_us: int, settings: StreamSettings) -> int:
-    """Write a features folder with the log's rows in it; returns how many there are.
+    """Writes a features folder that contains the log's rows. Returns their number.
 
     Args:
-        target: made anew; its parent too.
-        behind_us: of the stream that is replayed (``Processor.behind_us``).
-        settings: the lateness of that stream.
+        target: folder, replaced if it exists; its parent is created too.
+        behind_us: clock offset of the replayed stream (``StreamProcessor.behind_us``).
+        settings: settings of the replayed stream; the allowed lateness must be equal.
     """
     shutil.rmtree(target, ignore_errors=True)
     target.mkdir(parents=True)
@@ -67,7 +67,7 @@ def replay_log(run: RunDirectory, events: EventLog, target: Path, behind_us: int
 
 
 def _batch_rows(run: RunDirectory, target: Path, until_us: int) -> None:
-    """The batch job's rows up to the moment that the stream began at; profiles and contents as they are."""
+    """Copies the batch job's rows up to the initial watermark of the stream. Other views are copied unchanged."""
     moment = pa.scalar(until_us, pa.int64()).cast(TIME)
     for folder in sorted((run.features / "views").iterdir()):
         table = pa.concat_tables(pq.read_table(part) for part in sorted(folder.glob("*.parquet")))

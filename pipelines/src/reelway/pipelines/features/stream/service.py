@@ -1,7 +1,7 @@
-"""A run's stream from start to end: opens what it needs, goes on until it is told to stop, says how it does.
+"""The stream of a run: opens its inputs and sinks, processes micro-batches until it is stopped, and exports metrics.
 
-It refuses a run without features. An online store or changelog that cannot be written stops nothing for good: what was
-made waits in the state and is delivered later, and the lag grows for everybody to see.
+A run without features is an error. If an online store or changelog cannot be written, computed rows wait in the state
+and are delivered later. Meanwhile the lag metric grows.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any, Final
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from prometheus_client import CollectorRegistry, Counter, Gauge, start_http_server
+from prometheus_client import CollectorRegistry, start_http_server
 
 from reelway.pipelines.features.stream.cells import STREAMED, rhythms
 from reelway.pipelines.features.stream.engine import FATES, Catalogue
@@ -30,16 +30,17 @@ from reelway.platform.eventlog import EventLog, open_event_log
 from reelway.platform.eventlog.changelog import Changelog
 from reelway.platform.features.store import open_feature_store
 from reelway.platform.runs import RunDirectory
+from reelway.platform.telemetry import counter, gauge
 
 log = logging.getLogger(__name__)
 
 PATIENCE_S: Final = 2.0
-"""Between two tries where a store cannot be reached."""
+"""Delay between two attempts when a store cannot be reached."""
 
 
 @dataclass(frozen=True)
 class StreamOptions:
-    """Where a run's stream reads and writes; the run's own places when empty."""
+    """Inputs and outputs of a run's stream; empty values mean the run's own files."""
 
     events: str = ""
     overlay: str = ""
@@ -48,23 +49,22 @@ class StreamOptions:
 
 
 class StreamMetrics:
-    """``reelway_stream_*``."""
+    """Exports the metrics ``reelway_stream_*``."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
-        self._lag = Gauge("reelway_stream_lag_seconds", "Age of what is settled", registry=registry)
-        self._outcomes = Counter("reelway_stream_outcomes", "Outcomes by fate", ["fate"], registry=registry)
-        self._late = Counter("reelway_stream_late", "Outcomes that came after their time", registry=registry)
-        self._rows = Counter("reelway_stream_rows", "Rows written", ["view"], registry=registry)
-        self._faults = Counter("reelway_stream_faults", "Rounds that could not be ended", registry=registry)
-        self._freshness = Gauge(
-            "reelway_stream_freshness_seconds", "Age of what a view's rows say", ["view"], registry=registry
+        self._lag = gauge("reelway_stream_lag_seconds", "Age of the watermark.", [], registry)
+        self._outcomes = counter("reelway_stream_outcomes_total", "Outcomes by result.", ["result"], registry)
+        self._late = counter(
+            "reelway_stream_late_outcomes_total", "Outcomes that arrived behind the watermark.", [], registry
         )
-        for fate in FATES:
-            self._outcomes.labels(fate)
+        self._rows = counter("reelway_stream_rows_total", "Rows written.", ["view"], registry)
+        self._faults = counter("reelway_stream_faults_total", "Micro-batches that failed.", [], registry)
+        self._freshness = gauge("reelway_stream_freshness_seconds", "Age of a view's rows.", ["view"], registry)
+        for result in FATES:
+            self._outcomes.labels(result)
         self._before = dict.fromkeys(FATES, 0)
 
     def ended(self, done: Round, processor: Processor, now_s: float, grids_us: Mapping[str, int]) -> None:
-        """Add one round."""
         now_us = now_s * SECOND_US - processor.behind_us
         self._lag.set((now_us - processor.settled_us) / SECOND_US)
         for view, grid_us in grids_us.items():
@@ -72,17 +72,16 @@ class StreamMetrics:
         for view, count in done.rows.items():
             self._rows.labels(view).inc(count)
         self._late.inc(done.late)
-        for fate, count in processor.engine.fates.items():
-            self._outcomes.labels(fate).inc(count - self._before[fate])
-            self._before[fate] = count
+        for result, count in processor.engine.fates.items():
+            self._outcomes.labels(result).inc(count - self._before[result])
+            self._before[result] = count
 
     def failed(self) -> None:
-        """Add a round that raised."""
         self._faults.inc()
 
 
 def view_settings(run: RunDirectory) -> ViewSettings:
-    """Grids and priors that the run's features were built with: the stream's are the same."""
+    """Returns the grids and priors of the run's features. The stream uses the same values."""
     config: dict[str, Any] = dict(run.record("features")["config"]["views"])
     priors = {name: Prior(**value) for name, value in config.items() if isinstance(value, dict)}
     return ViewSettings(**{**config, **priors})
@@ -91,11 +90,11 @@ def view_settings(run: RunDirectory) -> ViewSettings:
 def stream(
     run: RunDirectory, options: StreamOptions, stop: threading.Event, said: Callable[[Round], None] | None = None
 ) -> None:
-    """Go on until ``stop`` is set; what was read is then recorded and delivered.
+    """Processes micro-batches until ``stop`` is set. Everything read by then is recorded and delivered.
 
     Raises:
-        FeatureError: the run has no features.
-        StorageError: the log or the state cannot be opened.
+        FeatureError: if the run has no features.
+        StorageError: if the log or the state cannot be opened.
     """
     registry = CollectorRegistry()
     metrics = StreamMetrics(registry)
@@ -106,7 +105,7 @@ def stream(
                 done = processor.round()
             except (FeatureError, StorageError) as error:
                 metrics.failed()
-                log.error("the stream waits %g s: %s", PATIENCE_S, error)
+                log.error("micro-batch failed, retrying in %g s: %s", PATIENCE_S, error)
                 stop.wait(PATIENCE_S)
                 processor.resume()
                 continue
@@ -117,7 +116,7 @@ def stream(
 
 @contextmanager
 def opened(run: RunDirectory, options: StreamOptions) -> Iterator[Processor]:
-    """The run's processor, started."""
+    """Opens and starts the run's processor."""
     store = open_feature_store(run.features)
     ttl_us = {view: int(store.get_feature_view(view).ttl.total_seconds() * SECOND_US) for view in STREAMED}
     outputs = Outputs(store, Changelog(options.overlay or run.overlay))
@@ -135,13 +134,15 @@ def opened(run: RunDirectory, options: StreamOptions) -> Iterator[Processor]:
 
 
 def catalogue_of(run: RunDirectory) -> Catalogue:
-    """The data set's videos and creators."""
+    """Reads the data set's videos and creators."""
     tables: dict[str, pa.Table] = {}
     for name in ("videos", "creators"):
         try:
             tables[name] = pq.read_table(run.dataset / f"{name}.parquet")
         except FileNotFoundError as error:
-            raise FeatureError(f"{run.dataset}: no {name}.parquet; simulate or import a data set first") from error
+            raise FeatureError(
+                f"{run.dataset}: {name}.parquet not found; simulate or import a data set first"
+            ) from error
     return Catalogue.of(tables["videos"], tables["creators"])
 
 
