@@ -51,11 +51,12 @@ demo: install ## Events -> features -> training -> release -> rollouts -> recomm
 		$(if $(filter 0,$(ROLLOUTS)),--no-rollouts)
 
 .PHONY: check
-check: install ## Lint, format check, strict types, import rules.
+check: install ## Lint, format check, strict types, import rules, duplicated blocks.
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/pylint platform/src pipelines/src serving/src feature_repo infra
 
 .PHONY: test
 test: install ## All tests but the long ones, real servers included (under 10 minutes on 2 cores).

@@ -122,7 +122,7 @@ def test_a_disk_that_takes_no_more_is_a_storage_error_and_the_old_content_stays(
         [sys.executable, "-c", LIMITED, str(tmp_path)],
         preexec_fn=limit, capture_output=True, text=True, check=True, timeout=60,
     ).stdout  # fmt: skip
-    assert said.count("File too large; nothing was changed there") == 2
+    assert said.count("File too large; it is unchanged") == 2
     assert names(tmp_path) == ["file", "folder"]
     assert (tmp_path / "file").read_text() == "old"
     assert names(tmp_path / "folder") == ["old"]

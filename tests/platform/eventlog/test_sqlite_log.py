@@ -82,9 +82,10 @@ def test_old_records_go_when_every_consumer_has_read_them_and_not_before(tmp_pat
 
 
 def test_a_file_of_another_schema_is_refused(tmp_path: Path) -> None:
+    SqliteLog(tmp_path / "log.db").close()
     with sqlite3.connect(tmp_path / "log.db") as db:
         db.execute("PRAGMA user_version = 9")
-    with pytest.raises(StorageError, match="schema 9, expected 1"):
+    with pytest.raises(StorageError, match="schema version 9, expected 1"):
         SqliteLog(tmp_path / "log.db")
 
 

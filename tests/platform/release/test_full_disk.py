@@ -49,7 +49,7 @@ def read_back(folder: Path) -> Manifest:
 
 def test_a_full_disk_while_writing_a_release_leaves_nothing_visible(one_megabyte: Path, folder: Path) -> None:
     store = ReleaseStore(f"file://{one_megabyte}/releases")
-    with pytest.raises(StorageError, match="No space left on device; nothing was changed there"):
+    with pytest.raises(StorageError, match="No space left on device; it is unchanged"):
         store.write(folder, read_back(folder))
     assert store.list() == []
     assert list((one_megabyte / "releases").iterdir()) == []
@@ -97,6 +97,6 @@ def test_a_file_that_may_not_grow_is_a_storage_error_and_nothing_is_visible(tmp_
         preexec_fn=limit, capture_output=True, text=True, check=False, timeout=60,
     )  # fmt: skip
     assert ended.returncode == 1
-    assert "File too large; nothing was changed there" in ended.stderr
+    assert "File too large; it is unchanged" in ended.stderr
     assert ReleaseStore(url).list() == []
     assert list((tmp_path / "releases").iterdir()) == []

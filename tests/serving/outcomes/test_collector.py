@@ -28,7 +28,6 @@ from reelway.platform.rollout import series
 from reelway.platform.rollout.policy import Slice
 from reelway.platform.telemetry import ALLOWED_LABELS
 from reelway.serving.outcomes import OutcomeCollector
-from reelway.serving.outcomes import collector as collector_module
 
 SHOWN = [Shown(i, i % 5, Arm.CANARY if i % 2 else Arm.STABLE, 0.5, i % 8) for i in range(40)]
 DONE = [Done(one, OutcomeType.WATCH, 20_000.0) for one in SHOWN]
@@ -116,7 +115,7 @@ def test_a_disk_that_fails_is_told_to_everybody_and_the_next_batch_is_counted(
             with pytest.raises(StorageError, match="no space"):
                 future.result(10)
     assert collector.record(columns_of(DONE)).result(10)["counted"] == len(DONE)
-    assert "were not counted" in caplog.text
+    assert "outcome collector: a batch of" in caplog.text
 
 
 def _no_space(*_: object) -> None:
@@ -132,7 +131,7 @@ def test_a_caller_that_goes_away_harms_nobody(collector: OutcomeCollector) -> No
 def test_more_than_the_queue_holds_is_refused_and_taken_again_later(
     collector: OutcomeCollector, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(collector_module, "MAX_WAITING", 30)
+    monkeypatch.setattr(collector._worker, "_max_queued_rows", 30)
     futures = [collector.record(columns_of(DONE))]  # alone it may be larger
     refusals = []
     for _ in range(20):
@@ -140,7 +139,7 @@ def test_more_than_the_queue_holds_is_refused_and_taken_again_later(
             futures.append(collector.record(columns_of(DONE)))
         except ServingError as error:
             refusals.append(str(error))
-    assert "40 rows wait to be counted, at most 30 may; send it again" in refusals
+    assert "outcome collector: 40 rows are queued, at most 30 may be; send the request again" in refusals
     for future in futures:
         future.result(10)
     assert collector.record(columns_of(DONE)).result(10)["duplicate"] == len(DONE)
@@ -215,7 +214,7 @@ def test_a_file_of_another_version_is_refused(tmp_path: Path, collector: Outcome
     collector.expose(exposures_of(SHOWN, 1)).result(10)
     collector._store._db.execute("PRAGMA user_version = 9")
     collector.close()
-    with pytest.raises(StorageError, match="schema 9, expected 1"):
+    with pytest.raises(StorageError, match="schema version 9, expected 1"):
         OutcomeCollector(tmp_path / "outcomes.db")
 
 

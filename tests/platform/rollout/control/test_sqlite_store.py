@@ -65,17 +65,17 @@ def test_what_is_recorded_is_read_back_by_another_process(store: SqliteRolloutSt
 
 
 def test_every_commit_is_synced_to_the_disk(store: SqliteRolloutStore) -> None:
-    mode = store._db.execute("PRAGMA synchronous").fetchone()[0]
-    assert (mode, store._db.execute("PRAGMA journal_mode").fetchone()[0]) == (2, "wal")
+    mode = store._file.connection.execute("PRAGMA synchronous").fetchone()[0]
+    assert (mode, store._file.connection.execute("PRAGMA journal_mode").fetchone()[0]) == (2, "wal")
 
 
 def test_a_second_rollout_waits_for_the_first_to_end(store: SqliteRolloutStore) -> None:
     first = store.create(state(), POLICY)
-    with pytest.raises(RolloutError, match="r-1 is under way"):
+    with pytest.raises(RolloutError, match="r-1 is in progress"):
         store.create(state("r-2"), POLICY)
     store.record(first, state(phase=Phase.ROLLED_BACK), None)
     store.create(state("r-2"), POLICY)
-    with pytest.raises(RolloutError, match="r-2 is under way"):
+    with pytest.raises(RolloutError, match="r-2 is in progress"):
         store.create(state("r-3"), POLICY)
     latest = store.latest()
     assert latest is not None
@@ -85,7 +85,7 @@ def test_a_second_rollout_waits_for_the_first_to_end(store: SqliteRolloutStore) 
 
 def test_an_id_is_used_once(store: SqliteRolloutStore) -> None:
     store.create(state(phase=Phase.ROLLED_BACK), POLICY)
-    with pytest.raises(RolloutError, match="has been a rollout r-1"):
+    with pytest.raises(RolloutError, match="rollout r-1 exists"):
         store.create(state(), POLICY)
 
 
@@ -94,10 +94,10 @@ def test_a_rollout_is_found_by_the_unique_beginning_of_its_id(store: SqliteRollo
         store.create(state(name, Phase.ROLLED_BACK), POLICY)
     assert store.get("x").state.id == "xy"
     assert store.get("ab").state.id == "ab"  # whole, though it begins another
-    with pytest.raises(RolloutError, match="begins several"):
+    with pytest.raises(RolloutError, match="several ids begin with it"):
         store.get("a")
     for wrong in ("z", "", "%", "x_"):
-        with pytest.raises(RolloutError, match="there is no rollout"):
+        with pytest.raises(RolloutError, match="does not exist"):
             store.get(wrong)
 
 
@@ -226,7 +226,7 @@ def test_processes_that_open_a_new_file_at_once_agree(tmp_path: Path) -> None:
 def test_a_file_that_is_no_database_is_refused_by_name(tmp_path: Path) -> None:
     path = tmp_path / "state.db"
     path.write_text("not a database, but long enough to be looked at" * 40)
-    with pytest.raises(MalformedFileError, match=r"state\.db: saw 'file is not a database', expected a store"):
+    with pytest.raises(MalformedFileError, match=r"state\.db: saw 'file is not a database', expected a rollout store"):
         SqliteRolloutStore(path)
 
 
@@ -241,7 +241,7 @@ def test_a_database_of_another_application_is_refused_and_left_as_it_is(tmp_path
 
 
 def test_a_newer_schema_is_refused_by_version(store: SqliteRolloutStore) -> None:
-    store._db.execute("PRAGMA user_version = 9")
+    store._file.connection.execute("PRAGMA user_version = 9")
     with pytest.raises(StorageError, match=r"state\.db: .* schema version 9, expected 1"):
         SqliteRolloutStore(store.path)
 
@@ -249,7 +249,7 @@ def test_a_newer_schema_is_refused_by_version(store: SqliteRolloutStore) -> None
 def test_a_row_that_was_tampered_with_is_named(store: SqliteRolloutStore) -> None:
     made = store.create(state(), POLICY)
     wrong = json.loads(made.state.model_dump_json()) | {"canary_bp": 20_000}
-    store._db.execute("UPDATE rollouts SET state = ?", (json.dumps(wrong),))
+    store._file.connection.execute("UPDATE rollouts SET state = ?", (json.dumps(wrong),))
     with pytest.raises(MalformedFileError, match="less than or equal to 10000"):
         store.latest()
 
@@ -259,7 +259,7 @@ def test_a_full_or_read_only_disk_is_an_error_of_storage(tmp_path: Path) -> None
     with pytest.raises(StorageError, match="cannot write"):
         SqliteRolloutStore(tmp_path / "file" / "state.db")
     store = SqliteRolloutStore(tmp_path / "state.db")
-    store._db.execute("PRAGMA query_only = 1")
+    store._file.connection.execute("PRAGMA query_only = 1")
     with pytest.raises(StorageError, match="readonly"):
         store.create(state(), POLICY)
 

@@ -141,11 +141,11 @@ def test_a_body_of_unsaid_length_is_read_up_to_the_limit(door: Door) -> None:
 
 
 def test_what_cannot_be_stored_is_asked_for_again(door: Door) -> None:
-    door.store._db.execute("PRAGMA query_only = 1")
+    door.store._file.connection.execute("PRAGMA query_only = 1")
     answer = door.post(payload())
     assert answer.status_code == 503
     assert not door.woken.is_set()
-    door.store._db.execute("PRAGMA query_only = 0")
+    door.store._file.connection.execute("PRAGMA query_only = 0")
     assert door.post(payload()).json()["changed"] is True
 
 
@@ -198,5 +198,5 @@ def test_a_token_is_made_once_and_is_the_owners_alone(tmp_path: Path) -> None:
 def test_a_token_that_is_no_secret_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "webhook.token"
     path.write_text("\n")
-    with pytest.raises(StorageError, match="has 0 characters, expected 16"):
+    with pytest.raises(StorageError, match="0 characters, expected at least 16"):
         bearer_token(path)

@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 
 from reelway.platform.contracts.events import Arm
 from reelway.platform.rollout import series as names
-from reelway.platform.rollout.evidence import EvidenceSnapshot, Sample
+from reelway.platform.rollout.counters import Sample
+from reelway.platform.rollout.evidence import EvidenceSnapshot
 from reelway.platform.rollout.policy import RolloutPolicy, Slice, parse_policy
 from reelway.platform.rollout.sources.heard_series import BUCKET, UP, Heard, SeriesKey
 from reelway.platform.rollout.sources.parity_report import ParityReport

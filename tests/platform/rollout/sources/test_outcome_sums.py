@@ -114,7 +114,7 @@ def test_a_collector_that_was_never_heard_is_down_whatever_the_routers_say() -> 
         (math.nan, "canary's sum_xx of long_watch_rate on overall is nan"),
         (math.inf, "is inf"),
         (-1.0, "is -1, expected a number of 0 or more"),
-        (0.0, "belong to no set of viewers"),
+        (0.0, "impossible for any set of viewers"),
     ],
 )
 def test_sums_that_cannot_be_are_telemetrys_fault(value: float | None, said: str) -> None:

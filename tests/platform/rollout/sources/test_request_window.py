@@ -9,10 +9,10 @@ from tests.platform.rollout.sources.made_series import CANARY, POLICY, MadeSerie
 
 from reelway.platform.contracts.events import Arm
 from reelway.platform.rollout import series as names
+from reelway.platform.rollout.counters import histogram_quantile
 from reelway.platform.rollout.evidence import EvidenceState, GuardrailReading
 from reelway.platform.rollout.policy import LatencyLimit
 from reelway.platform.rollout.sources.heard_series import SeriesKey
-from reelway.platform.rollout.sources.request_window import quantile_of
 from reelway.platform.rollout.state import Phase
 
 OK, INSUFFICIENT, DOWN = EvidenceState.OK, EvidenceState.INSUFFICIENT, EvidenceState.TELEMETRY_DOWN
@@ -194,7 +194,7 @@ def test_a_quantile_lies_in_the_bucket_that_has_it(counts: list[int], q: float) 
     bounds = [*(0.001 * 2**i for i in range(len(counts) - 1)), math.inf]
     total = sum(counts)
     rises = {bound: float(sum(counts[: i + 1])) for i, bound in enumerate(bounds)}
-    value = quantile_of(rises, q)
+    value = histogram_quantile(rises, q)
     if total == 0 or len(bounds) < 2:
         assert math.isnan(value)
         return
@@ -204,10 +204,10 @@ def test_a_quantile_lies_in_the_bucket_that_has_it(counts: list[int], q: float) 
 
 
 def test_a_quantile_is_linear_within_its_bucket_and_bounded_by_the_last_finite_one() -> None:
-    assert quantile_of({0.1: 50.0, 0.2: 100.0, math.inf: 100.0}, 0.75) == pytest.approx(0.15)
-    assert quantile_of({0.1: 100.0, math.inf: 100.0}, 0.5) == pytest.approx(0.05)
-    assert quantile_of({0.1: 1.0, 0.2: 1.0, math.inf: 100.0}, 0.99) == 0.2
-    assert quantile_of({0.1: 51.0, 0.2: 50.0, math.inf: 100.0}, 0.5) <= 0.1  # torn: not monotone
+    assert histogram_quantile({0.1: 50.0, 0.2: 100.0, math.inf: 100.0}, 0.75) == pytest.approx(0.15)
+    assert histogram_quantile({0.1: 100.0, math.inf: 100.0}, 0.5) == pytest.approx(0.05)
+    assert histogram_quantile({0.1: 1.0, 0.2: 1.0, math.inf: 100.0}, 0.99) == 0.2
+    assert histogram_quantile({0.1: 51.0, 0.2: 50.0, math.inf: 100.0}, 0.5) <= 0.1  # torn: not monotone
 
 
 # Mirrored requests

@@ -9,8 +9,6 @@ from __future__ import annotations
 import base64
 import binascii
 import hashlib
-import os
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,8 +19,8 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
 from reelway.platform.contracts.manifest import Manifest
-from reelway.platform.durable import sync_folder, whole_file
-from reelway.platform.errors import ConfigError, SignatureError, StorageError
+from reelway.platform.durable import create_private_file, whole_file
+from reelway.platform.errors import ConfigError, SignatureError
 
 PRIVATE_NAME: Final = "release.private.pem"
 PUBLIC_NAME: Final = "release.public.pem"
@@ -50,14 +48,9 @@ def create_keys(folder: Path) -> KeyPair:
         serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
     )
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        _write_private(pair.private, private)
-    except OSError as error:
-        if pair.private.exists():
-            raise ConfigError(
-                f"{pair.private} exists already and is never overwritten; use it, or name another folder"
-            ) from error
-        raise StorageError(f"cannot write keys to {folder}: {error.strerror or error}") from error
+        create_private_file(pair.private, private)
+    except FileExistsError as error:
+        raise ConfigError(f"{pair.private} exists and is never overwritten; use it, or name another folder") from error
     public = key.public_key().public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
     with whole_file(pair.public) as aside:
         aside.write_bytes(public)
@@ -129,20 +122,6 @@ def check_signature(manifest: Manifest, keys: Sequence[Ed25519PublicKey]) -> Ed2
         f"{release} is signed by none of the trusted keys ({trusted}); its manifest was changed, or its key is not "
         "trusted here: add the builder's public key if it should be"
     )
-
-
-def _write_private(path: Path, content: bytes) -> None:
-    """Whole or absent, mode 0600 from its first byte, and never in place of another (``link`` refuses that)."""
-    fd, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    try:
-        with os.fdopen(fd, "wb") as handle:
-            handle.write(content)
-            handle.flush()
-            os.fsync(handle.fileno())
-        os.link(name, path)
-        sync_folder(path.parent)
-    finally:
-        Path(name).unlink(missing_ok=True)
 
 
 def _read(path: Path) -> bytes:

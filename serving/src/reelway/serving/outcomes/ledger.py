@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from reelway.platform.contracts.events import OUTCOME_HORIZON_S
+from reelway.platform.eventlog.outcome_events import KINDS
 from reelway.platform.rollout.series import RECEIVED_OUTCOMES
 from reelway.serving.outcomes.exposures import ExposedArm, ExposureBatch
 from reelway.serving.outcomes.outcome_store import (
@@ -29,7 +30,7 @@ from reelway.serving.outcomes.outcome_store import (
     arm_ids_of,
     viewer_keys,
 )
-from reelway.serving.outcomes.reported import KINDS, LONG_WATCH, METRIC_OF_KIND, OutcomeColumns
+from reelway.serving.outcomes.reported import LONG_WATCH, METRIC_OF_KIND, OutcomeColumns
 from reelway.serving.outcomes.viewer_sums import Additions, fold
 
 I64 = NDArray[np.int64]

@@ -18,11 +18,11 @@ from numpy.typing import NDArray
 from reelway.platform.contracts.api import RefusedOutcome, ReportedOutcome
 from reelway.platform.contracts.events import LONG_WATCH_CAP_MS, LONG_WATCH_RATIO, OutcomeType
 from reelway.platform.errors import TokenError
+from reelway.platform.eventlog.outcome_events import KINDS
 from reelway.platform.tokens import TokenSigner
 from reelway.serving.outcomes.exposures import ExposedArm
 from reelway.serving.outcomes.viewer_sums import METRICS
 
-KINDS: Final = tuple(OutcomeType)
 _KIND_CODES: Final = {kind: code for code, kind in enumerate(KINDS)}
 _WATCH: Final = _KIND_CODES[OutcomeType.WATCH]
 METRIC_OF_KIND: Final = np.array(

@@ -17,7 +17,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from reelway.platform.errors import ServingError
 from reelway.platform.rollout import series as names
-from reelway.platform.rollout.evidence import Sample
+from reelway.platform.rollout.counters import Sample
 from reelway.platform.rollout.sources.heard_series import (
     COUNTED_OVER_A_WINDOW,
     KEPT_SINCE_THE_START,

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Final, NamedTuple, Protocol
 
 from reelway.platform.rollout import series as names
-from reelway.platform.rollout.evidence import Sample
+from reelway.platform.rollout.counters import Sample
 from reelway.platform.rollout.state import Phase, RolloutState
 
 UP: Final = "up"

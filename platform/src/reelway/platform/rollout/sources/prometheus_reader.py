@@ -22,7 +22,7 @@ import httpx
 
 from reelway.platform.errors import RolloutError
 from reelway.platform.rollout import series as names
-from reelway.platform.rollout.evidence import Sample
+from reelway.platform.rollout.counters import Sample
 from reelway.platform.rollout.sources.access import Access
 from reelway.platform.rollout.sources.heard_series import (
     COUNTED_OVER_A_WINDOW,

@@ -6,7 +6,6 @@ count: its release, shown (arm ``canary``) or mirrored (arm ``shadow``), summed 
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping
@@ -15,15 +14,14 @@ from typing import Final
 
 from reelway.platform.contracts.events import Arm
 from reelway.platform.rollout import series as names
-from reelway.platform.rollout.evidence import (
+from reelway.platform.rollout.counters import (
     CounterReading,
-    EvidenceState,
-    GuardrailName,
-    GuardrailReading,
     Sample,
     counter_increase,
+    histogram_quantile,
     sum_counters,
 )
+from reelway.platform.rollout.evidence import EvidenceState, GuardrailName, GuardrailReading
 from reelway.platform.rollout.policy import RolloutPolicy
 from reelway.platform.rollout.sources.heard_series import (
     BUCKET,
@@ -71,7 +69,7 @@ class Window:
         earlier = sum(sample.time <= self.started_at for sample in samples)
         began = samples[0].time > instance.first_heard and not earlier
         samples = samples[max(earlier - 1, 0) :]
-        return counter_increase(samples, now=samples[-1].time, max_age_s=math.inf, origin=began)
+        return counter_increase(samples, origin=began)
 
 
 def request_guardrails(
@@ -93,29 +91,6 @@ def request_guardrails(
         "empty_slate_ratio": _ratio(empty, requests, scope),
         "p99_ms": _p99(window, scope, compared=compared),
     }
-
-
-def quantile_of(rises: Mapping[float, float], q: float) -> float:
-    """The quantile of a histogram, in the buckets' unit; NaN where nothing was observed or no bucket is infinite.
-
-    Linear within a bucket, the lowest one from 0; a quantile beyond the last finite bound is that bound: what
-    Prometheus' ``histogram_quantile`` says (https://prometheus.io/docs/prometheus/latest/querying/functions/).
-
-    Args:
-        rises: upper bound -> observations at or below it in the window.
-    """
-    bounds = sorted(rises)
-    counts = list(itertools.accumulate((rises[bound] for bound in bounds), max))  # a torn scrape is not monotone
-    if len(bounds) < 2 or not math.isinf(bounds[-1]) or not counts[-1] > 0:
-        return math.nan
-    rank = q * counts[-1]
-    i = next(i for i, count in enumerate(counts) if count >= rank)
-    if math.isinf(bounds[i]):
-        return bounds[i - 1]
-    below, start = (counts[i - 1], bounds[i - 1]) if i else (0.0, 0.0)
-    if (i == 0 and bounds[0] <= 0) or counts[i] == below:
-        return bounds[i]
-    return start + (bounds[i] - start) * (rank - below) / (counts[i] - below)
 
 
 def _canarys(scope: Scope) -> Callable[[SeriesKey], bool]:
@@ -157,11 +132,11 @@ def _p99(window: Window, scope: Scope, *, compared: bool) -> GuardrailReading:
         return GuardrailReading(EvidenceState.INSUFFICIENT, detail=_no_requests("the canary", scope))
     if compared and not stable:
         return GuardrailReading(EvidenceState.INSUFFICIENT, detail=_no_requests("stable", scope))
-    value = quantile_of(canary, QUANTILE) * 1000
+    value = histogram_quantile(canary, QUANTILE) * 1000
     if math.isnan(value):
         what = f"{BUCKET} has the bounds {sorted(canary)}, expected several and +Inf"
         return GuardrailReading(EvidenceState.TELEMETRY_DOWN, detail=what)
-    against = quantile_of(stable, QUANTILE) * 1000 if isinstance(stable, dict) else math.nan
+    against = histogram_quantile(stable, QUANTILE) * 1000 if isinstance(stable, dict) else math.nan
     if compared and isinstance(stable, GuardrailReading):
         return stable
     return GuardrailReading(

@@ -6,10 +6,9 @@ add.
 
 from __future__ import annotations
 
-import math
-
 from reelway.platform.rollout import series as names
-from reelway.platform.rollout.evidence import EvidenceSnapshot, EvidenceState, counter_increase
+from reelway.platform.rollout.counters import counter_increase
+from reelway.platform.rollout.evidence import EvidenceSnapshot, EvidenceState
 from reelway.platform.rollout.policy import RolloutPolicy
 from reelway.platform.rollout.sources.heard_series import LONGEST_SHADOW_S, WINDOW_S, Heard, Job, Scope, job_of, within
 from reelway.platform.rollout.sources.outcome_sums import outcome_metrics
@@ -57,6 +56,6 @@ def _mirrored(scope: Scope, heard: Heard, routers: Job, now: float) -> int:
     for key, _, samples in within(heard, routers, names.SHADOW_REQUESTS, since=since):
         if key.get("release") != scope.releases[0] or key.get("outcome") not in ("compared", "failed") or not samples:
             continue
-        rise = counter_increase(samples, now=samples[-1].time, max_age_s=math.inf)
+        rise = counter_increase(samples)
         total += rise.increase if rise.state is EvidenceState.OK else 0.0
     return int(total)
