@@ -101,7 +101,7 @@ def test_failed_step_is_not_recorded(run: RunDirectory) -> None:
 
 
 def test_missing_predecessor_error_names_the_command(run: RunDirectory) -> None:
-    with pytest.raises(ConfigError, match="step 'features' was not done here; run `reelway features --run"):
+    with pytest.raises(ConfigError, match="step 'features' has not finished in this run; run `reelway features --run"):
         do(run, "train", after=("features",))
 
 

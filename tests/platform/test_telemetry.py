@@ -24,7 +24,7 @@ def test_metrics_are_exposed_with_their_name_and_labels() -> None:
 @pytest.mark.parametrize("name", ["ranking_candidates_total", "reelway_Ranking_total", "reelway", "reelway_total"])
 @pytest.mark.parametrize("make", [counter, gauge, histogram])
 def test_name_outside_the_scheme_is_rejected(make: object, name: str) -> None:
-    with pytest.raises(ValueError, match="is not of the form reelway_<stage>_<thing>_<unit>"):
+    with pytest.raises(ValueError, match="does not have the form reelway_<stage>_<thing>_<unit>"):
         make(name, "x", [], CollectorRegistry())  # type: ignore[operator]
 
 

@@ -70,7 +70,7 @@ def test_show_accepts_the_beginning_of_an_id(run: RunDirectory) -> None:
 def test_unknown_release_error_lists_existing_releases(run: RunDirectory) -> None:
     ended = reelway("show", "zzz", "--run", run.path)
     assert isinstance(ended.exception, ReleaseNotFoundError)
-    assert "there is" in str(ended.exception)
+    assert "(releases: " in str(ended.exception)
 
 
 def test_verify_prints_a_table_of_checks(run: RunDirectory) -> None:

@@ -83,7 +83,7 @@ def test_every_start_of_a_router_has_its_own_origin() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"arm": [5]}, "an arm outside of the 1"),
+        ({"arm": [5]}, "an arm index outside of the 1"),
         ({"weight": [1.5]}, r"a weight outside 0\.\.1"),
         ({"weight": [float("nan")]}, r"a weight outside 0\.\.1"),
         ({"slices": [8]}, "unknown slices"),
@@ -124,8 +124,8 @@ def test_forwarding_repeats_a_batch_until_it_is_acknowledged(caplog: pytest.LogC
         asyncio.run(_forward_two_batches(collector))
     assert collector.counted == {1: 1, 2: 1}
     assert [record.message.split(",")[0] for record in caplog.records] == [
-        "exposures are not taken",
-        "exposures are taken again",
+        "exposures not acknowledged",
+        "exposures acknowledged again",
     ]
 
 

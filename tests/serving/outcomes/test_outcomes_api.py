@@ -83,8 +83,8 @@ def test_answer_counts_outcomes_by_status(running: Running, path: str) -> None:
     assert {one.index: one.message.split(";")[0] for one in told.refused} == {
         1: "impression token '?'... is not URL-safe base64: Only base64 data is allowed",
         3: f"impression token {forged[:12]!r}... is signed by none of the 1 accepted secrets",
-        4: "a watch without a value",
-        5: "a share with the value 3, expected 1",
+        4: "watch: it has no value",
+        5: "share: value 3, expected 1",
     }
     text = httpx.get(f"{running.url}/metrics").text
     assert "reelway_outcomes_refused_total 4.0" in text

@@ -142,7 +142,7 @@ def test_poll_returns_active_alerts_with_a_release_only(manager: Server) -> None
     ("status", "body", "said"),
     [
         (500, b"[]", "500"),
-        (200, b"<html>", "not an answer of API v2"),
+        (200, b"<html>", "expected an answer of API v2"),
         (200, b"{}", "saw dict, expected a list"),
         (200, b'[{"labels": {}}]', "is not an alert of API v2"),
     ],

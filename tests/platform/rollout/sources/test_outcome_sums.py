@@ -106,7 +106,7 @@ def test_silent_collector_is_telemetry_down() -> None:
     made.routers((5, []), (10, []))
     found = metrics_of(made)
     assert {e.state for e in found.values()} == {DOWN}
-    assert "no reelway-outcomes was heard" in found[METRIC].detail
+    assert "no reelway-outcomes answered" in found[METRIC].detail
 
 
 @pytest.mark.parametrize(
@@ -139,7 +139,7 @@ def test_unknown_metric_detail_lists_known_metrics() -> None:
     made = MadeSeries()
     made.collector(10, *everybody(100, 100))
     [detail] = {e.detail for e in made.snapshot(10, policy=wrong).metrics.values()}
-    assert "nobody counts dwell; known are long_watch_rate" in detail
+    assert "no series counts dwell; known metrics: long_watch_rate" in detail
 
 
 @settings(deadline=None)

@@ -46,4 +46,4 @@ def test_release_without_replayed_rows_is_insufficient(tmp_path: Path, report: d
 def test_invalid_file_is_telemetry_down(tmp_path: Path, text: str) -> None:
     found = reading(tmp_path, text)
     assert found.state is EvidenceState.TELEMETRY_DOWN
-    assert "is not a parity report" in found.detail
+    assert "does not contain parity findings" in found.detail

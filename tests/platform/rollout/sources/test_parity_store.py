@@ -43,7 +43,7 @@ def test_missing_file_is_telemetry_down_with_a_command(url: str) -> None:
     with closing(ParityInStore(url, every_s=0.05)) as parity:
         found = parity.report().reading(RELEASE)
         assert found.state is EvidenceState.TELEMETRY_DOWN
-        assert f"no parity report at {url}; run `reelway features parity --report {url}`" in found.detail
+        assert f"no parity findings at {url}; run `reelway features parity --report {url}`" in found.detail
         write_parity(url, SOUND)
         eventually(lambda: parity.report().reading(RELEASE).state is EvidenceState.OK)
 
@@ -52,7 +52,7 @@ def test_invalid_file_is_telemetry_down_until_it_is_replaced(url: str) -> None:
     with fsspec.open(url, "wb", auto_mkdir=True) as file:
         file.write(b'{"half": ')
     with closing(ParityInStore(url, every_s=0.05)) as parity:
-        assert f"{url} is not a parity report" in parity.report().reading(RELEASE).detail
+        assert f"{url} does not contain parity findings" in parity.report().reading(RELEASE).detail
         write_parity(url, SOUND)
         eventually(lambda: parity.report().reading(RELEASE).state is EvidenceState.OK)
 
@@ -116,5 +116,5 @@ def test_client_library_error_is_telemetry_down(hanging: type[Hanging]) -> None:
 
 
 def test_unknown_protocol_is_rejected_at_startup() -> None:
-    with pytest.raises(ConfigError, match="parity report 'ftpx://a/b' is not a URL that can be opened"):
+    with pytest.raises(ConfigError, match="parity findings 'ftpx://a/b': cannot open the URL"):
         ParityInStore("ftpx://a/b")

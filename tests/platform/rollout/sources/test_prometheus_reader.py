@@ -128,7 +128,7 @@ def test_prometheus_without_targets_is_telemetry_down(tmp_path: Path) -> None:
             assert {reading.state for reading in snapshot.guardrails.values()} == {DOWN}
             told.append(snapshot.guardrails["p99_ms"].detail)
             server.stop()
-    assert told[0] == "no reelway-router was heard in the last 20 s"
+    assert told[0] == "no reelway-router answered in the last 20 s"
     assert f"no answer from Prometheus at {server.url}" in told[1]
 
 
@@ -169,9 +169,9 @@ def success(result: object, kind: str = "matrix", **more: object) -> bytes:
     [
         (503, b'{"status":"error","errorType":"timeout","error":"query timed out"}', "503: timeout: query timed out"),
         (200, b'{"status":"error","errorType":"execution","error":"too many samples"}', "too many samples"),
-        (200, success([], warnings=["store 3 did not answer"]), "answered in part: store 3 did not answer"),
-        (502, b"<html>bad gateway</html>", "not an answer of API v1 (502, '<html>bad gateway"),
-        (200, b'{"status":"succ', "not an answer of API v1"),
+        (200, success([], warnings=["store 3 did not answer"]), "gave a partial answer: store 3 did not answer"),
+        (502, b"<html>bad gateway</html>", "no answer of API v1 (502, '<html>bad gateway"),
+        (200, b'{"status":"succ', "no answer of API v1"),
         (200, b"[]", "answered 200: []"),
         (200, success([], kind="scalar"), "answered scalar, expected matrix"),
         (200, success([{"metric": {}, "values": [[1, "many"]]}]), "could not convert string to float"),

@@ -208,7 +208,7 @@ def test_invalid_certificate_file_is_rejected_at_startup(tmp_path: Path, text: s
     path = tmp_path / "ca.crt"
     if text is not None:
         path.write_text(text)
-    with pytest.raises(ConfigError, match=f"{path}: not certificates to check a server with"):
+    with pytest.raises(ConfigError, match=f"{path}: cannot load CA certificates"):
         Access(ca_file=path)
 
 

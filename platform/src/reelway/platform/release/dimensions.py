@@ -82,13 +82,13 @@ def assess_dimensions(declared: Dimensions, seen: FileDimensions) -> list[str]:
         f"{what} is {actual}, the manifest says {wanted}" for what, actual, wanted in expected if actual != wanted
     ]
     if not seen.index_is_inner_product:
-        problems.append(f"{INDEX_FILE} uses another metric than the inner product")
+        problems.append(f"{INDEX_FILE} measures another distance than the inner product")
     return problems
 
 
 def _input_problems(name: str, graph: GraphShape, expected: tuple[str, ...]) -> list[str]:
     missing, extra = sorted(set(expected) - set(graph.inputs)), sorted(set(graph.inputs) - set(expected))
-    problems = [f"{name} lacks the inputs {', '.join(missing)}"] if missing else []
+    problems = [f"{name} does not take {', '.join(missing)}"] if missing else []
     return [*problems, *([f"{name} has unknown inputs {', '.join(extra)}"] if extra else [])]
 
 
@@ -104,7 +104,7 @@ def _read_graph(path: Path) -> GraphShape:
         session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime's exceptions have no common base but Exception
         raise IncompatibleReleaseError(
-            f"{path}: ONNX Runtime cannot open it: {error}; build the release again"
+            f"{path} is not a graph that ONNX Runtime can open: {error}; build the release again"
         ) from error
     return GraphShape(
         inputs={input_.name: _width(input_.shape) for input_ in session.get_inputs()},
@@ -124,5 +124,7 @@ def _read_index(path: Path) -> tuple[int, int, bool]:
     try:
         index = faiss.read_index(str(path), faiss.IO_FLAG_MMAP)
     except RuntimeError as error:
-        raise IncompatibleReleaseError(f"{path}: FAISS cannot open it: {error}; build the release again") from error
+        raise IncompatibleReleaseError(
+            f"{path} is not an index that FAISS can open: {error}; build the release again"
+        ) from error
     return index.d, index.ntotal, index.metric_type == faiss.METRIC_INNER_PRODUCT

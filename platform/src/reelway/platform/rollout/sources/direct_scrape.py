@@ -140,6 +140,6 @@ def served_at(run: RunDirectory) -> str:
     try:
         return str(json.loads(path.read_text())["url"]).rstrip("/")
     except FileNotFoundError:
-        raise ServingError(f"{run.path} is not served; start `reelway serve --run {run.path}`") from None
+        raise ServingError(f"{run.path} is not being served; start `reelway serve --run {run.path}`") from None
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ServingError(f"{path} has no service URL ({error!r}); start `reelway serve` again") from error
