@@ -19,6 +19,6 @@ MAX_ID = 2**53 - 1
 SHORT_RELEASE_CHARACTERS: Final = 12
 
 
-def short_release_id(release: str) -> str:
+def short_id(release: str) -> str:
     """The beginning of a release id: what people read and type, and the value of ``release`` labels."""
     return release[:SHORT_RELEASE_CHARACTERS]

@@ -18,7 +18,7 @@ from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
-from reelway.platform.contracts.ids import short_release_id
+from reelway.platform.contracts.ids import short_id
 from reelway.platform.contracts.manifest import Manifest
 from reelway.platform.durable import create_private_file, whole_file
 from reelway.platform.errors import ConfigError, SignatureError
@@ -102,7 +102,7 @@ def check_signature(manifest: Manifest, keys: Sequence[Ed25519PublicKey]) -> Ed2
     Raises:
         SignatureError: if there is no signature, an unreadable one, or one by none of ``keys``.
     """
-    release = f"release {short_release_id(manifest.release_id)}"
+    release = f"release {short_id(manifest.release_id)}"
     if not keys:
         raise SignatureError(f"{release} cannot be trusted: no public key was given; name one with --public-keys")
     if manifest.signature is None:

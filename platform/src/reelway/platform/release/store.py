@@ -20,7 +20,7 @@ from typing import Any, Final
 from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 
-from reelway.platform.contracts.ids import ReleaseId, short_release_id
+from reelway.platform.contracts.ids import ReleaseId, short_id
 from reelway.platform.contracts.manifest import MANIFEST_FILE, REHEARSAL_PREFIX, Manifest
 from reelway.platform.durable import whole_folder
 from reelway.platform.errors import (
@@ -138,7 +138,7 @@ class ReleaseStore:
         if len(matches) == 1:
             return matches[0]
         what = "no release begins with" if not matches else f"{len(matches)} releases begin with"
-        known = ", ".join(short_release_id(release_id) for release_id in (matches or ids)[:10]) or "none"
+        known = ", ".join(short_id(release_id) for release_id in (matches or ids)[:10]) or "none"
         raise ReleaseNotFoundError(
             f"{what} {prefix!r} in {self.url} (releases: {known}); give more of the id, or 'latest'"
         )
@@ -155,12 +155,11 @@ class ReleaseStore:
             try:
                 raw = self._fs.cat_file(path)
             except FileNotFoundError:
-                raise ReleaseNotFoundError(f"release {short_release_id(release_id)} is not in {self.url}") from None
+                raise ReleaseNotFoundError(f"release {short_id(release_id)} is not in {self.url}") from None
         manifest = parse_manifest(raw, where=path)
         if manifest.release_id != release_id:
             raise DigestMismatchError(
-                f"{path} has id {short_release_id(manifest.release_id)}..., expected "
-                f"{short_release_id(release_id)}...; it was changed"
+                f"{path} has id {short_id(manifest.release_id)}..., expected {short_id(release_id)}...; it was changed"
             )
         return manifest
 
@@ -182,7 +181,7 @@ class ReleaseStore:
             manifest = self.manifest(release_id)
             with whole_folder(target) as aside:
                 for name in manifest.files:
-                    with self._translated(f"read {name} of release {short_release_id(release_id)}"):
+                    with self._translated(f"read {name} of release {short_id(release_id)}"):
                         self._fs.get_file(f"{self._place(release_id)}/{name}", str(aside / name))
                 check_files(aside, manifest)
                 write_manifest(aside, manifest)
@@ -195,8 +194,8 @@ class ReleaseStore:
             ReleaseNotFoundError: if the store does not have the release.
         """
         if not self._has_manifest(release_id):
-            raise ReleaseNotFoundError(f"release {short_release_id(release_id)} is not in {self.url}")
-        with self._translated(f"remove release {short_release_id(release_id)}"):
+            raise ReleaseNotFoundError(f"release {short_id(release_id)} is not in {self.url}")
+        with self._translated(f"remove release {short_id(release_id)}"):
             self._fs.rm_file(f"{self._place(release_id)}/{MANIFEST_FILE}")
             self._fs.rm(self._place(release_id), recursive=True)
 
@@ -204,7 +203,7 @@ class ReleaseStore:
         """Uploads the files, then the manifest that makes them visible: object stores have no atomic rename."""
         place = self._place(release_id)
         try:
-            with self._translated(f"write release {short_release_id(release_id)}"):
+            with self._translated(f"write release {short_id(release_id)}"):
                 self._fs.makedirs(place, exist_ok=True)
                 for name, path in names.items():
                     self._fs.put_file(str(path), f"{place}/{name}")
@@ -228,7 +227,7 @@ class ReleaseStore:
                 return False
         except (ReleaseNotFoundError, DigestMismatchError):
             return False
-        with self._translated(f"list release {short_release_id(release_id)}"):
+        with self._translated(f"list release {short_id(release_id)}"):
             sizes = {
                 Path(info["name"]).name: info["size"] for info in self._fs.ls(self._place(release_id), detail=True)
             }
@@ -241,7 +240,7 @@ class ReleaseStore:
             try:
                 summaries.append(_summary(release_id, self.manifest(release_id)))
             except ReleaseError as error:
-                log.warning("release %s in %s is not listed: %s", short_release_id(release_id), self.url, error)
+                log.warning("release %s in %s is not listed: %s", short_id(release_id), self.url, error)
                 if isinstance(error, DigestMismatchError):
                     damaged.append(error)
         summaries.sort(key=lambda summary: (summary.created_at, summary.release_id), reverse=True)
@@ -256,7 +255,7 @@ class ReleaseStore:
         return [ReleaseId(name) for name in sorted(names) if _ID.fullmatch(name) and self._has_manifest(name)]
 
     def _has_manifest(self, release_id: str) -> bool:
-        with self._translated(f"find release {short_release_id(release_id)}"):
+        with self._translated(f"find release {short_id(release_id)}"):
             return bool(self._fs.exists(f"{self._place(release_id)}/{MANIFEST_FILE}"))
 
     def _place(self, release_id: str) -> str:
@@ -294,7 +293,7 @@ def _is_intact(folder: Path, release_id: ReleaseId) -> bool:
         manifest = read_manifest(folder)
         check_files(folder, manifest)
     except ReelwayError as error:
-        log.warning("cached release %s is damaged, fetching it again: %s", short_release_id(release_id), error)
+        log.warning("cached release %s is damaged, fetching it again: %s", short_id(release_id), error)
         return False
     return manifest.release_id == release_id
 

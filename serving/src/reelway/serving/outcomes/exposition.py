@@ -9,7 +9,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily
 from prometheus_client.registry import Collector
 
-from reelway.platform.contracts.ids import short_release_id
+from reelway.platform.contracts.ids import short_id
 from reelway.platform.rollout import series
 from reelway.serving.outcomes.ledger import Snapshot
 from reelway.serving.outcomes.outcome_store import ReceivedKey
@@ -37,7 +37,7 @@ class _Reading(Collector):
         )
         for arm, sums_SK in self._snapshot.sums.items():
             for slice_, row in zip(SLICES, sums_SK.tolist(), strict=True):
-                labels = [arm.rollout, short_release_id(arm.release), arm.arm.value, slice_.value]
+                labels = [arm.rollout, short_id(arm.release), arm.arm.value, slice_.value]
                 values = iter(row)
                 for name in series.EXPOSURE_STATISTICS:
                     exposure.add_metric([*labels, name], next(values))
@@ -57,7 +57,7 @@ class _Reading(Collector):
         )
         short: Counter[ReceivedKey] = Counter()
         for (release, arm, kind, outcome), count in self._snapshot.received.items():
-            short[short_release_id(release), arm, kind, outcome] += count
+            short[short_id(release), arm, kind, outcome] += count
         for key, count in short.items():
             family.add_metric(list(key), count)
         return family

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
-from reelway.platform.contracts.ids import short_release_id
+from reelway.platform.contracts.ids import short_id
 from reelway.platform.errors import ReelwayError, RolloutError
 from reelway.platform.rollout.assessment import Assessment, assess
 from reelway.platform.rollout.control.alert_book import AlertBook
@@ -185,9 +185,7 @@ class Controller:
         verdicts = assess(policy, evidence)
         decision = decide_on(policy, state, evidence, verdicts, now)
         if state.phase is Phase.PREPARING and failed not in decision.reason:
-            decision = replace(
-                decision, reason=f"{decision.reason}; {short_release_id(state.canary_release)} failed: {failed}"
-            )
+            decision = replace(decision, reason=f"{decision.reason}; {short_id(state.canary_release)} failed: {failed}")
         return _Look.of(rollout, observation, evidence, verdicts, decision, now)
 
     def _act(self, look: _Look) -> bool:

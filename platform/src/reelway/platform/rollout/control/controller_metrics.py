@@ -5,7 +5,7 @@ from __future__ import annotations
 from prometheus_client import CollectorRegistry, generate_latest
 
 from reelway.platform.contracts.events import Arm
-from reelway.platform.contracts.ids import short_release_id
+from reelway.platform.contracts.ids import short_id
 from reelway.platform.rollout.state import Phase, RolloutState
 from reelway.platform.telemetry import counter, gauge, histogram
 
@@ -51,7 +51,7 @@ class ControllerMetrics:
         self.weight.clear()
         releases = {Arm.STABLE: state.stable_release, Arm.CANARY: state.canary_release, Arm.HOLDOUT: state.live_release}
         for arm, points in state.weights.items():
-            self.weight.labels(arm.value, short_release_id(releases[arm])).set(points)
+            self.weight.labels(arm.value, short_id(releases[arm])).set(points)
 
     def text(self) -> bytes:
         """Returns all metrics in Prometheus' text format."""

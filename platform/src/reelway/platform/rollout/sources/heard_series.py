@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final, NamedTuple, Protocol
 
-from reelway.platform.contracts.ids import short_release_id
+from reelway.platform.contracts.ids import short_id
 from reelway.platform.rollout import series as names
 from reelway.platform.rollout.counters import Sample
 from reelway.platform.rollout.state import Phase, RolloutState
@@ -59,7 +59,7 @@ class Scope:
     @classmethod
     def of(cls, state: RolloutState, window_s: float = WINDOW_S) -> Scope:
         """The scope of a rollout in this state. ``releases`` are label values, the canary's first."""
-        releases = (short_release_id(state.canary_release), short_release_id(state.stable_release))
+        releases = (short_id(state.canary_release), short_id(state.stable_release))
         shadow_since = state.changed_at if state.phase is Phase.SHADOW else None
         return cls(state.id, releases, state.started_at, shadow_since, window_s)
 

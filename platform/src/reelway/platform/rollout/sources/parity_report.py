@@ -14,7 +14,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
-from reelway.platform.contracts.ids import short_release_id
+from reelway.platform.contracts.ids import short_id
 from reelway.platform.rollout.evidence import EvidenceState, GuardrailReading
 from reelway.platform.runs import RunDirectory
 
@@ -46,7 +46,7 @@ class ParityReport:
             return GuardrailReading(EvidenceState.TELEMETRY_DOWN, detail=self.problem)
         parity = self.releases.get(release)
         if parity is None or not parity.rows:
-            detail = f"0 rows of {short_release_id(release)} were replayed"
+            detail = f"0 rows of {short_id(release)} were replayed"
             return GuardrailReading(EvidenceState.INSUFFICIENT, detail=detail)
         when = datetime.fromtimestamp(parity.checked_at, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
         detail = ", ".join(part for part in (parity.detail, f"replayed at {when}" if parity.checked_at else "") if part)
