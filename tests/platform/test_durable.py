@@ -14,7 +14,13 @@ from pathlib import Path
 
 import pytest
 
-from reelway.platform.durable import whole_file, whole_folder, write_json
+from reelway.platform.durable import (
+    create_private_file,
+    ensure_private_token,
+    whole_file,
+    whole_folder,
+    write_json,
+)
 from reelway.platform.errors import StorageError
 
 
@@ -81,6 +87,29 @@ def test_json_has_sorted_keys(tmp_path: Path) -> None:
         write_json(tmp_path / "a.json", {(1, 2): "a tuple is no key"})
     assert json.loads((tmp_path / "a.json").read_text()) == {"a": "x", "b": 1}
     assert names(tmp_path) == ["a.json"]
+
+
+def test_private_file_is_never_replaced(tmp_path: Path) -> None:
+    create_private_file(tmp_path / "sub" / "key", b"first")
+    with pytest.raises(FileExistsError):
+        create_private_file(tmp_path / "sub" / "key", b"second")
+    assert (tmp_path / "sub" / "key").read_bytes() == b"first"
+    assert stat.S_IMODE((tmp_path / "sub" / "key").stat().st_mode) == 0o600
+    assert names(tmp_path / "sub") == ["key"]
+
+
+def test_existing_token_is_kept(tmp_path: Path) -> None:
+    ensure_private_token(tmp_path / "token")
+    token = (tmp_path / "token").read_text()
+    assert len(bytes.fromhex(token)) == 32
+    ensure_private_token(tmp_path / "token")
+    assert (tmp_path / "token").read_text() == token
+
+
+def test_private_file_below_a_file_raises_a_storage_error(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StorageError, match="cannot write"):
+        create_private_file(tmp_path / "file" / "key", b"content")
 
 
 def test_unwritable_path_raises_a_storage_error(tmp_path: Path) -> None:

@@ -121,6 +121,8 @@ class SqliteFile:
         with self._lock:
             try:
                 yield
+            except (sqlite3.ProgrammingError, sqlite3.IntegrityError):  # errors of the caller, not of the file
+                raise
             except sqlite3.OperationalError as error:
                 shared = "one process at a time may open it" if self._format.exclusive else "see which process uses it"
                 raise StorageError(

@@ -207,5 +207,5 @@ def test_read_takes_less_than_100_ms(scraped: Scraped) -> None:
 @pytest.mark.parametrize("text", ["", "{}", "[]"])
 def test_error_names_an_invalid_serving_record(tmp_path: Path, text: str) -> None:
     (tmp_path / "serving.json").write_text(text)
-    with pytest.raises(ServingError, match=r"serving\.json does not say where the service is"):
+    with pytest.raises(ServingError, match=r"serving\.json has no service URL"):
         served_at(RunDirectory(tmp_path))
