@@ -51,11 +51,12 @@ demo: install ## Run events -> features -> training -> release -> rollouts -> re
 		$(if $(filter 0,$(ROLLOUTS)),--no-rollouts)
 
 .PHONY: check
-check: install ## Run linter, format check, strict type check and import rules.
+check: install ## Run linter, format check, strict type check, import rules and the search for duplicated code.
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/pylint platform/src pipelines/src serving/src feature_repo infra
 
 .PHONY: test
 test: install ## Run all tests except the long ones, with real servers (under 10 minutes on 2 cores).

@@ -74,7 +74,7 @@ def test_the_release_is_a_resource_that_anybody_may_look_at(shop: Workshop) -> N
 def test_a_job_that_fails_gives_its_own_exit_code_and_its_last_words(shop: Workshop) -> None:
     said = shop.engineer.reelway("submit", "train", "-n", shop.engineer.namespace, "--run", "never-made")
     assert said.code == 2, said.err
-    assert "step 'features' was not done here" in said.err
+    assert "step 'features' has not finished in this run" in said.err
 
 
 def test_an_image_that_is_not_there_is_said_at_once(shop: Workshop) -> None:

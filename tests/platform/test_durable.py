@@ -1,4 +1,4 @@
-"""Writes that are whole or absent, whatever ends them: an exception, a full disk, a kill."""
+"""Atomic files and folders: exceptions, full disks and killed processes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,13 @@ from pathlib import Path
 
 import pytest
 
-from reelway.platform.durable import whole_file, whole_folder, write_json
+from reelway.platform.durable import (
+    create_private_file,
+    ensure_private_token,
+    whole_file,
+    whole_folder,
+    write_json,
+)
 from reelway.platform.errors import StorageError
 
 
@@ -26,7 +32,7 @@ def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
-def test_a_file_appears_only_when_it_is_whole(tmp_path: Path) -> None:
+def test_file_appears_only_when_complete(tmp_path: Path) -> None:
     with whole_file(tmp_path / "sub" / "file") as aside:
         aside.write_text("new")
         assert not (tmp_path / "sub" / "file").exists()
@@ -35,7 +41,7 @@ def test_a_file_appears_only_when_it_is_whole(tmp_path: Path) -> None:
     assert stat.S_IMODE((tmp_path / "sub" / "file").stat().st_mode) == 0o644
 
 
-def test_a_failure_in_the_middle_keeps_the_old_file_and_leaves_nothing_else(tmp_path: Path) -> None:
+def test_failure_keeps_the_previous_file(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("old")
     with pytest.raises(_StopError), whole_file(tmp_path / "file") as aside:  # noqa: PT012
         aside.write_text("half")
@@ -44,7 +50,7 @@ def test_a_failure_in_the_middle_keeps_the_old_file_and_leaves_nothing_else(tmp_
     assert names(tmp_path) == ["file"]
 
 
-def test_a_folder_appears_only_when_it_is_whole(tmp_path: Path) -> None:
+def test_folder_appears_only_when_complete(tmp_path: Path) -> None:
     with whole_folder(tmp_path / "folder") as aside:
         (aside / "one").write_text("1")
         (aside / "deep").mkdir()
@@ -54,7 +60,7 @@ def test_a_folder_appears_only_when_it_is_whole(tmp_path: Path) -> None:
     assert (tmp_path / "folder" / "deep" / "two").read_text() == "2"
 
 
-def test_a_folder_replaces_the_old_one_as_a_whole(tmp_path: Path) -> None:
+def test_folder_replaces_the_previous_one_completely(tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "old").write_text("old")
     with whole_folder(tmp_path / "folder") as aside:
@@ -64,7 +70,7 @@ def test_a_folder_replaces_the_old_one_as_a_whole(tmp_path: Path) -> None:
     assert names(tmp_path) == ["folder"]
 
 
-def test_a_failure_in_the_middle_keeps_the_old_folder(tmp_path: Path) -> None:
+def test_failure_keeps_the_previous_folder(tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "old").write_text("old")
     with pytest.raises(_StopError), whole_folder(tmp_path / "folder") as aside:  # noqa: PT012
@@ -74,7 +80,7 @@ def test_a_failure_in_the_middle_keeps_the_old_folder(tmp_path: Path) -> None:
     assert names(tmp_path) == ["folder"]
 
 
-def test_json_is_written_with_sorted_keys_and_a_value_that_cannot_be_written_changes_nothing(tmp_path: Path) -> None:
+def test_json_has_sorted_keys(tmp_path: Path) -> None:
     write_json(tmp_path / "a.json", {"b": 1, "a": Path("x")})
     assert (tmp_path / "a.json").read_text() == '{\n  "a": "x",\n  "b": 1\n}\n'
     with pytest.raises(TypeError):
@@ -83,7 +89,30 @@ def test_json_is_written_with_sorted_keys_and_a_value_that_cannot_be_written_cha
     assert names(tmp_path) == ["a.json"]
 
 
-def test_a_place_that_cannot_be_written_is_a_storage_error(tmp_path: Path) -> None:
+def test_private_file_is_never_replaced(tmp_path: Path) -> None:
+    create_private_file(tmp_path / "sub" / "key", b"first")
+    with pytest.raises(FileExistsError):
+        create_private_file(tmp_path / "sub" / "key", b"second")
+    assert (tmp_path / "sub" / "key").read_bytes() == b"first"
+    assert stat.S_IMODE((tmp_path / "sub" / "key").stat().st_mode) == 0o600
+    assert names(tmp_path / "sub") == ["key"]
+
+
+def test_existing_token_is_kept(tmp_path: Path) -> None:
+    ensure_private_token(tmp_path / "token")
+    token = (tmp_path / "token").read_text()
+    assert len(bytes.fromhex(token)) == 32
+    ensure_private_token(tmp_path / "token")
+    assert (tmp_path / "token").read_text() == token
+
+
+def test_private_file_below_a_file_raises_a_storage_error(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StorageError, match="cannot write"):
+        create_private_file(tmp_path / "file" / "key", b"content")
+
+
+def test_unwritable_path_raises_a_storage_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     for open_ in (whole_file, whole_folder):
         with pytest.raises(StorageError, match="cannot write"), open_(tmp_path / "file" / "below"):
@@ -109,7 +138,7 @@ for act in (
 """
 
 
-def test_a_disk_that_takes_no_more_is_a_storage_error_and_the_old_content_stays(tmp_path: Path) -> None:
+def test_full_disk_keeps_the_previous_content(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("old")
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "old").write_text("old")
@@ -122,7 +151,7 @@ def test_a_disk_that_takes_no_more_is_a_storage_error_and_the_old_content_stays(
         [sys.executable, "-c", LIMITED, str(tmp_path)],
         preexec_fn=limit, capture_output=True, text=True, check=True, timeout=60,
     ).stdout  # fmt: skip
-    assert said.count("File too large; nothing was changed there") == 2
+    assert said.count("File too large; it is unchanged") == 2
     assert names(tmp_path) == ["file", "folder"]
     assert (tmp_path / "file").read_text() == "old"
     assert names(tmp_path / "folder") == ["old"]
@@ -141,7 +170,7 @@ with whole_folder(Path(sys.argv[1]) / "folder") as aside:
 
 
 @pytest.mark.parametrize(("sent", "litter"), [(signal.SIGINT, 0), (signal.SIGKILL, 1)])
-def test_a_process_stopped_in_the_middle_leaves_nothing_visible(tmp_path: Path, sent: int, litter: int) -> None:
+def test_killed_process_leaves_only_hidden_files(tmp_path: Path, sent: int, litter: int) -> None:
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "old").write_text("old")
     with subprocess.Popen(
@@ -155,5 +184,5 @@ def test_a_process_stopped_in_the_middle_leaves_nothing_visible(tmp_path: Path, 
     assert time.monotonic() - started < 30
     assert names(tmp_path / "folder") == ["old"]
     hidden = [name for name in names(tmp_path) if name.startswith(".")]
-    assert len(hidden) == litter  # nothing can clean up after SIGKILL, but what it left is hidden
+    assert len(hidden) == litter  # nothing can clean up after SIGKILL, but the leftovers are hidden
     assert [name for name in names(tmp_path) if not name.startswith(".")] == ["folder"]

@@ -1,4 +1,4 @@
-"""Every error has its exit code, and the tree drawn in the docstring is the tree."""
+"""The error tree and its exit codes."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ def tree() -> dict[str, type[ReelwayError]]:
     return {name: one for name, one in vars(errors).items() if isinstance(one, type) and issubclass(one, ReelwayError)}
 
 
-def test_the_drawing_names_every_error_and_no_other() -> None:
+def test_docstring_tree_lists_every_error() -> None:
     assert sorted(name for _, name, _ in DRAWN) == sorted(tree())
 
 
-def test_the_drawing_shows_each_error_below_its_base() -> None:
+def test_docstring_tree_shows_each_error_below_its_base() -> None:
     path: list[tuple[int, str]] = []
     for indent, name, _ in DRAWN:
         path = [step for step in path if step[0] < len(indent)]
@@ -32,17 +32,17 @@ def test_the_drawing_shows_each_error_below_its_base() -> None:
 
 
 @pytest.mark.parametrize("name", sorted(tree()))
-def test_an_error_exits_with_the_code_of_its_branch(name: str) -> None:
+def test_error_has_the_exit_code_of_its_branch(name: str) -> None:
     branch = next(base for base in tree()[name].__mro__ if base.__name__ in EXIT_CODES)
     assert tree()[name].exit_code == EXIT_CODES[branch.__name__]
 
 
-def test_no_two_branches_share_a_code_and_none_takes_that_of_success_or_ctrl_c() -> None:
+def test_exit_codes_of_branches_are_distinct() -> None:
     assert len(set(EXIT_CODES.values())) == len(EXIT_CODES)
     assert not {0, 130} & set(EXIT_CODES.values())
 
 
-def test_a_malformed_file_is_named_with_row_column_value_and_what_was_expected() -> None:
+def test_malformed_file_error_names_row_column_value() -> None:
     error = MalformedFileError("u.data", "a rating of 1..5", seen="x", row=3, column="rating")
     assert str(error) == "u.data, row 3, column 'rating': saw 'x', expected a rating of 1..5"
     assert (error.row, error.column, error.seen) == (3, "rating", "x")

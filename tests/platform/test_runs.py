@@ -1,4 +1,4 @@
-"""A step is skipped only when nothing that it stands on has changed."""
+"""Steps of a run directory are skipped only if nothing that they depend on has changed."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ def do(run: RunDirectory, name: str, **options: Any) -> bool:
     return not step.done
 
 
-def test_a_step_is_done_once_and_skipped_the_second_time_with_its_summary(run: RunDirectory) -> None:
+def test_repeated_step_is_skipped_with_its_summary(run: RunDirectory) -> None:
     assert do(run, "simulate", config={"seed": 0})
     assert not do(run, "simulate", config={"seed": 0})
     with run.step("simulate", config={"seed": 0}) as step:
         assert step.summary == {"value": 42}
 
 
-def test_the_record_says_what_was_done_with_which_configuration(run: RunDirectory) -> None:
+def test_record_contains_the_configuration(run: RunDirectory) -> None:
     do(run, "simulate", config={"seed": 7})
     record = json.loads((run.path / "steps" / "simulate.json").read_text())
     assert record["config"] == {"seed": 7}
@@ -43,18 +43,18 @@ def test_the_record_says_what_was_done_with_which_configuration(run: RunDirector
     assert record["version"]
 
 
-def test_a_changed_configuration_does_the_step_again(run: RunDirectory) -> None:
+def test_changed_configuration_reruns_the_step(run: RunDirectory) -> None:
     do(run, "simulate", config={"seed": 0})
     assert do(run, "simulate", config={"seed": 1})
     assert do(run, "simulate", config={"seed": 0})
 
 
-def test_the_order_of_the_configuration_does_not_matter(run: RunDirectory) -> None:
+def test_key_order_of_the_configuration_does_not_matter(run: RunDirectory) -> None:
     do(run, "simulate", config={"a": 1, "b": 2})
     assert not do(run, "simulate", config={"b": 2, "a": 1})
 
 
-def test_a_changed_step_is_followed_by_all_that_stand_on_it_and_by_no_other(run: RunDirectory) -> None:
+def test_changed_step_reruns_only_dependent_steps(run: RunDirectory) -> None:
     def everything(seed: int) -> list[str]:
         steps = {"simulate": (), "features": ("simulate",), "train": ("features",), "other": ()}
         return [
@@ -68,7 +68,7 @@ def test_a_changed_step_is_followed_by_all_that_stand_on_it_and_by_no_other(run:
     assert everything(1) == ["simulate", "features", "train"]
 
 
-def test_an_input_file_counts_by_its_content_and_not_by_its_time(run: RunDirectory, tmp_path: Path) -> None:
+def test_input_file_is_compared_by_content(run: RunDirectory, tmp_path: Path) -> None:
     path = tmp_path / "blend.yaml"
     path.write_text("a")
     do(run, "release", inputs=[path])
@@ -78,7 +78,7 @@ def test_an_input_file_counts_by_its_content_and_not_by_its_time(run: RunDirecto
     assert do(run, "release", inputs=[path])
 
 
-def test_a_missing_output_does_the_step_again(run: RunDirectory, tmp_path: Path) -> None:
+def test_missing_output_reruns_the_step(run: RunDirectory, tmp_path: Path) -> None:
     output = tmp_path / "out"
     output.touch()
     do(run, "train", outputs=[output])
@@ -87,12 +87,12 @@ def test_a_missing_output_does_the_step_again(run: RunDirectory, tmp_path: Path)
     assert do(run, "train", outputs=[output])
 
 
-def test_force_does_the_step_again(run: RunDirectory) -> None:
+def test_force_reruns_the_step(run: RunDirectory) -> None:
     do(run, "train")
     assert do(run, "train", force=True)
 
 
-def test_a_step_that_fails_is_not_recorded_and_done_again(run: RunDirectory) -> None:
+def test_failed_step_is_not_recorded(run: RunDirectory) -> None:
     do(run, "train", config={"lr": 1})
     with pytest.raises(KeyboardInterrupt), run.step("train", config={"lr": 2}):
         raise KeyboardInterrupt
@@ -100,12 +100,12 @@ def test_a_step_that_fails_is_not_recorded_and_done_again(run: RunDirectory) -> 
     assert do(run, "train", config={"lr": 1})
 
 
-def test_a_step_whose_predecessor_was_not_done_is_refused_with_the_command_to_run(run: RunDirectory) -> None:
-    with pytest.raises(ConfigError, match="step 'features' was not done here; run `reelway features --run"):
+def test_missing_predecessor_error_names_the_command(run: RunDirectory) -> None:
+    with pytest.raises(ConfigError, match="step 'features' has not finished in this run; run `reelway features --run"):
         do(run, "train", after=("features",))
 
 
-def test_digests_of_files_depend_on_content_and_order(tmp_path: Path) -> None:
+def test_digest_of_files_depends_on_content_and_order(tmp_path: Path) -> None:
     a, b = tmp_path / "a", tmp_path / "b"
     a.write_text("a")
     b.write_text("b")
@@ -121,6 +121,6 @@ JSON = st.recursive(
 
 
 @given(st.dictionaries(st.text(max_size=4), JSON, max_size=4))
-def test_the_digest_of_a_value_survives_json_and_does_not_depend_on_key_order(value: dict[str, Any]) -> None:
+def test_digest_of_a_value_does_not_depend_on_key_order(value: dict[str, Any]) -> None:
     assert digest_of(json.loads(json.dumps(value))) == digest_of(value)
     assert digest_of(dict(reversed(value.items()))) == digest_of(value)

@@ -1,4 +1,4 @@
-"""A metric with a name or label outside the scheme is refused when it is made."""
+"""Metric names and labels outside the naming scheme are rejected."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 from reelway.platform.telemetry import counter, gauge, histogram
 
 
-def test_metrics_appear_under_the_name_and_labels_they_were_made_with() -> None:
+def test_metrics_are_exposed_with_their_name_and_labels() -> None:
     registry = CollectorRegistry()
     candidates = counter("reelway_ranking_candidates_total", "Candidates.", ["release", "arm"], registry)
     candidates.labels("r", "stable").inc(3)
@@ -23,13 +23,13 @@ def test_metrics_appear_under_the_name_and_labels_they_were_made_with() -> None:
 
 @pytest.mark.parametrize("name", ["ranking_candidates_total", "reelway_Ranking_total", "reelway", "reelway_total"])
 @pytest.mark.parametrize("make", [counter, gauge, histogram])
-def test_a_name_outside_the_scheme_is_refused(make: object, name: str) -> None:
-    with pytest.raises(ValueError, match="is not of the form reelway_<stage>_<thing>_<unit>"):
+def test_name_outside_the_scheme_is_rejected(make: object, name: str) -> None:
+    with pytest.raises(ValueError, match="does not have the form reelway_<stage>_<thing>_<unit>"):
         make(name, "x", [], CollectorRegistry())  # type: ignore[operator]
 
 
 @pytest.mark.parametrize("label", ["viewer", "viewer_id", "video_id", "request"])
 @pytest.mark.parametrize("make", [counter, gauge, histogram])
-def test_a_label_without_bound_is_refused(make: object, label: str) -> None:
+def test_unbounded_label_is_rejected(make: object, label: str) -> None:
     with pytest.raises(ValueError, match=label):
         make("reelway_ranking_candidates_total", "x", ["release", label], CollectorRegistry())  # type: ignore[operator]

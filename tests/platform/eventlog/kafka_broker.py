@@ -1,4 +1,4 @@
-"""A real Kafka broker for tests: the one that ``REELWAY_KAFKA`` names, or Apache Kafka's own, started from its jars."""
+"""A real Kafka broker for tests: the one in ``REELWAY_KAFKA``, or Apache Kafka started from its jars."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ READY_S = 60.0
 
 @dataclass(frozen=True)
 class Broker:
-    """Where it listens, and its process where it is ours."""
+    """Its address, and its process if the tests started it."""
 
     servers: str
     process: subprocess.Popen[bytes] | None = None
 
     def topic(self, partitions: int) -> str:
-        """A new topic's name, when it is there."""
+        """Creates a topic and returns its name."""
         name = f"reelway-test-{uuid4().hex[:12]}"
         admin = AdminClient({"bootstrap.servers": self.servers})
         for future in admin.create_topics([NewTopic(name, partitions, 1)]).values():
@@ -41,7 +41,7 @@ class Broker:
 
 @contextmanager
 def kafka_broker(folder: Path) -> Iterator[Broker]:
-    """A broker until the block is left; skips the test where there can be none."""
+    """Runs a broker for the block; skips the test if no broker can be started."""
     if named := os.environ.get("REELWAY_KAFKA"):
         yield Broker(named)
         return

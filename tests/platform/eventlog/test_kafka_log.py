@@ -1,4 +1,4 @@
-"""The log on Kafka, against a real broker: order, positions, and what a broker that is gone means."""
+"""The event log on a real Kafka broker: order, committed offsets, and a broker that fails."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def read_all(log: EventLog, position: Position, count: int) -> tuple[list[Stored
     return found, position
 
 
-def test_records_come_back_in_each_partitions_order_with_their_time(log: EventLog) -> None:
+def test_records_keep_their_time_and_their_partitions_order(log: EventLog) -> None:
     assert log.partitions == 3
     assert log.append(records(30)) == [i // 3 for i in range(30)]
     found, _ = read_all(log, {}, 30)
@@ -56,7 +56,7 @@ def test_records_come_back_in_each_partitions_order_with_their_time(log: EventLo
     assert {one.time_us - int(one.payload) for one in found} == {1_700_000_000_000_123}
 
 
-def test_a_consumer_goes_on_where_it_committed_whoever_reads_in_between(log: EventLog) -> None:
+def test_consumer_resumes_at_its_committed_offsets(log: EventLog) -> None:
     log.append(records(12))
     assert log.position("mine") == {}
     first, position = read_all(log, log.position("mine"), 12)
@@ -70,7 +70,7 @@ def test_a_consumer_goes_on_where_it_committed_whoever_reads_in_between(log: Eve
     assert len(again) == 16
 
 
-def test_a_read_that_is_behind_speaks_only_for_what_it_has_read(log: EventLog) -> None:
+def test_watermark_of_a_partial_read_is_its_last_record(log: EventLog) -> None:
     log.append(records(30))
     behind = log.read({}, limit=3, wait_s=5.0)
     assert behind.complete_until_us <= max(one.time_us for one in behind.records)
@@ -78,9 +78,7 @@ def test_a_read_that_is_behind_speaks_only_for_what_it_has_read(log: EventLog) -
     assert log.read(position, limit=3).complete_until_us > 1_750_000_000_000_000, "the clock's time"
 
 
-def test_an_append_is_refused_and_not_acknowledged_when_the_broker_is_gone(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_append_raises_when_the_broker_is_down(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "ANSWER_S", 2.0)
     with kafka_broker(tmp_path) as broker:
         if broker.process is None:
@@ -94,7 +92,7 @@ def test_an_append_is_refused_and_not_acknowledged_when_the_broker_is_gone(
         log.close()
 
 
-def test_a_missing_topic_or_setting_is_named(broker: Broker, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_error_names_a_missing_topic_or_unknown_setting(broker: Broker, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(StorageError, match="no-such-topic"):
         open_event_log(f"kafka://{broker.servers}/no-such-topic")
     monkeypatch.setenv("REELWAY_KAFKA_SETTINGS", "no.such.setting=1")

@@ -1,4 +1,4 @@
-"""Outcomes on their way through the log: the same ones come out, and a viewer's stay in one partition."""
+"""Outcomes as event log records: round trips, partitions and ids."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def batch() -> pa.RecordBatch:
 
 
 @pytest.mark.parametrize("partitions", [1, 4])
-def test_every_outcome_comes_out_once_and_a_viewers_in_one_partition(partitions: int) -> None:
+def test_outcomes_round_trip_with_one_partition_per_viewer(partitions: int) -> None:
     records = list(records_of(batch(), partitions, 5))
     tables = {record.partition: outcomes_of(record.payload) for record in records}
     assert len(tables) == len(records) == partitions
@@ -44,7 +44,7 @@ def test_every_outcome_comes_out_once_and_a_viewers_in_one_partition(partitions:
     assert sum(map(len, viewers)) == len(set().union(*viewers))
 
 
-def test_ids_follow_from_impression_and_type_alone_and_differ_between_types() -> None:
+def test_outcome_id_depends_on_impression_and_type_only() -> None:
     impression = np.repeat(np.arange(1000), len(KINDS))
     kind = np.tile(np.arange(len(KINDS)), 1000)
     ids = outcome_ids(impression, kind)
@@ -53,7 +53,7 @@ def test_ids_follow_from_impression_and_type_alone_and_differ_between_types() ->
     assert (ids == outcome_ids(impression, kind)).all()
 
 
-def test_a_record_of_something_else_is_refused() -> None:
+def test_decoding_rejects_a_record_of_another_schema() -> None:
     with pytest.raises(DataError, match="no batch of outcomes"):
         outcomes_of(b"not arrow")
     sink = pa.BufferOutputStream()

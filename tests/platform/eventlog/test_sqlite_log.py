@@ -1,4 +1,4 @@
-"""The log in a file: what is acknowledged is there, in order, for every consumer, whoever dies."""
+"""The event log in a SQLite file: order, consumers, retention, and killed processes."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def everything(log: SqliteLog) -> list[bytes]:
     return [one.payload for one in log.read({}, limit=1_000_000).records]
 
 
-def test_records_are_read_in_the_order_of_their_acknowledgement(tmp_path: Path) -> None:
+def test_records_are_read_in_the_order_of_acknowledgement(tmp_path: Path) -> None:
     log = SqliteLog(tmp_path / "log.db")
     assert log.append([record("a"), record("b")]) + log.append([record("c")]) == [1, 2, 3]
     first = log.read({}, limit=2)
@@ -49,7 +49,7 @@ def test_records_are_read_in_the_order_of_their_acknowledgement(tmp_path: Path) 
     assert log.end() == {0: 4}
 
 
-def test_a_record_that_is_appended_again_keeps_its_first_place(tmp_path: Path) -> None:
+def test_record_appended_twice_keeps_its_first_offset(tmp_path: Path) -> None:
     log = SqliteLog(tmp_path / "log.db")
     log.append([record("a"), record("b")])
     again, new = log.append([record("b"), record("c")])
@@ -58,7 +58,7 @@ def test_a_record_that_is_appended_again_keeps_its_first_place(tmp_path: Path) -
     assert everything(log) == [b"a", b"b", b"c"]
 
 
-def test_a_read_that_finds_nothing_speaks_for_its_own_moment_and_a_full_one_for_its_last_record(tmp_path: Path) -> None:
+def test_watermark_is_the_last_record_of_a_full_read_or_the_clock(tmp_path: Path) -> None:
     log = SqliteLog(tmp_path / "log.db", clock=lambda: 50.0)
     log.append([record("a", 7_000_000), record("b", 8_000_000)])
     assert log.read({}, limit=1).complete_until_us == 7_000_000
@@ -66,7 +66,7 @@ def test_a_read_that_finds_nothing_speaks_for_its_own_moment_and_a_full_one_for_
     assert log.read({0: 3}, limit=5).complete_until_us == 50_000_000
 
 
-def test_old_records_go_when_every_consumer_has_read_them_and_not_before(tmp_path: Path) -> None:
+def test_retention_deletes_old_records_that_all_consumers_have_read(tmp_path: Path) -> None:
     log = SqliteLog(tmp_path / "log.db", retain_s=100.0, clock=lambda: 1_000.0)
     log.append([record("old", 0), record("old too", 0), record("new", 950_000_000)])
     log.commit("fast", {0: 4})
@@ -81,21 +81,22 @@ def test_old_records_go_when_every_consumer_has_read_them_and_not_before(tmp_pat
     assert log.append([record("next")]) == [4], "an offset is never given twice"
 
 
-def test_a_file_of_another_schema_is_refused(tmp_path: Path) -> None:
+def test_file_of_another_schema_version_is_rejected(tmp_path: Path) -> None:
+    SqliteLog(tmp_path / "log.db").close()
     with sqlite3.connect(tmp_path / "log.db") as db:
         db.execute("PRAGMA user_version = 9")
-    with pytest.raises(StorageError, match="schema 9, expected 1"):
+    with pytest.raises(StorageError, match="schema version 9, expected 1"):
         SqliteLog(tmp_path / "log.db")
 
 
 @pytest.mark.parametrize("address", ["http://a/b", "kafka://host:1", "kafka:///topic", "kafka://h:1/a/b"])
-def test_what_is_no_address_is_refused(address: str) -> None:
+def test_invalid_address_is_rejected(address: str) -> None:
     with pytest.raises(ConfigError, match="expected"):
         open_event_log(address)
 
 
-def test_what_killed_processes_had_acknowledged_is_there(tmp_path: Path) -> None:
-    """Two at once, killed in the middle of their work, three times over."""
+def test_acknowledged_records_survive_killed_processes(tmp_path: Path) -> None:
+    """Two processes append concurrently and are killed, three times."""
     path = tmp_path / "log.db"
     acknowledged: dict[str, list[int]] = {}
     for round_ in range(3):
@@ -111,7 +112,7 @@ def test_what_killed_processes_had_acknowledged_is_there(tmp_path: Path) -> None
                 name, *offsets = child.stdout.readline().split()
                 acknowledged[name] = [int(offset) for offset in offsets]
             os.kill(child.pid, signal.SIGKILL)
-            for line in child.stdout:  # what it still said before it died
+            for line in child.stdout:  # the rest of its output
                 if line.endswith("\n"):
                     name, *offsets = line.split()
                     acknowledged[name] = [int(offset) for offset in offsets]
@@ -123,7 +124,7 @@ def test_what_killed_processes_had_acknowledged_is_there(tmp_path: Path) -> None
 
 
 class ModelledLog(RuleBasedStateMachine):
-    """The log, reopened at any moment, beside a list and a dict."""
+    """The log, reopened at any time, against a list and a dict as its model."""
 
     @initialize(folder=st.just(None))
     def open(self, folder: Any) -> None:  # noqa: ARG002

@@ -1,4 +1,4 @@
-"""A disk that fills up while a release is written: a clear error, and nothing half-written in sight."""
+"""A disk that is full while a release is written: a clear error, and no partial release."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from reelway.platform.release.store import ReleaseStore
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("built") / "release"
-    make_release_folder(path, videos=40, embedding=16)  # its viewer tower alone has 2 MB
+    make_release_folder(path, videos=40, embedding=16)  # its viewer tower has 2 MB
     return path
 
 
@@ -47,17 +47,15 @@ def read_back(folder: Path) -> Manifest:
     return Manifest.model_validate_json((folder / MANIFEST_FILE).read_text())
 
 
-def test_a_full_disk_while_writing_a_release_leaves_nothing_visible(one_megabyte: Path, folder: Path) -> None:
+def test_full_disk_during_a_write_leaves_no_release_visible(one_megabyte: Path, folder: Path) -> None:
     store = ReleaseStore(f"file://{one_megabyte}/releases")
-    with pytest.raises(StorageError, match="No space left on device; nothing was changed there"):
+    with pytest.raises(StorageError, match="No space left on device; it is unchanged"):
         store.write(folder, read_back(folder))
     assert store.list() == []
     assert list((one_megabyte / "releases").iterdir()) == []
 
 
-def test_a_full_disk_while_fetching_a_release_leaves_nothing_in_the_cache(
-    one_megabyte: Path, folder: Path, tmp_path: Path
-) -> None:
+def test_full_disk_during_a_fetch_leaves_the_cache_empty(one_megabyte: Path, folder: Path, tmp_path: Path) -> None:
     store = ReleaseStore(f"file://{tmp_path}/store")
     release_id = store.write(folder, read_back(folder))
     with pytest.raises(StorageError, match="No space left on device"):
@@ -65,7 +63,7 @@ def test_a_full_disk_while_fetching_a_release_leaves_nothing_in_the_cache(
     assert [path.name for path in (one_megabyte / "cache").iterdir()] == [f".{release_id}.lock"]
 
 
-def test_a_disk_too_full_even_for_a_folder_is_a_storage_error(one_megabyte: Path, folder: Path) -> None:
+def test_disk_without_space_for_a_folder_raises_a_storage_error(one_megabyte: Path, folder: Path) -> None:
     (one_megabyte / "ballast").write_bytes(bytes(1 << 20))
     with pytest.raises(StorageError, match="No space left"):
         ReleaseStore(f"file://{one_megabyte}/releases").write(folder, read_back(folder))
@@ -86,7 +84,7 @@ except StorageError as error:
 """
 
 
-def test_a_file_that_may_not_grow_is_a_storage_error_and_nothing_is_visible(tmp_path: Path, folder: Path) -> None:
+def test_file_size_limit_raises_a_storage_error(tmp_path: Path, folder: Path) -> None:
     def limit() -> None:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # so that the write fails with EFBIG, as other writes do
         resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))
@@ -97,6 +95,6 @@ def test_a_file_that_may_not_grow_is_a_storage_error_and_nothing_is_visible(tmp_
         preexec_fn=limit, capture_output=True, text=True, check=False, timeout=60,
     )  # fmt: skip
     assert ended.returncode == 1
-    assert "File too large; nothing was changed there" in ended.stderr
+    assert "File too large; it is unchanged" in ended.stderr
     assert ReleaseStore(url).list() == []
     assert list((tmp_path / "releases").iterdir()) == []

@@ -1,4 +1,4 @@
-"""Key files that leak nothing, overwrite nothing, and say what is wrong with them."""
+"""Release keys and signatures."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from reelway.platform.release.signing import (
 )
 
 
-def test_a_new_pair_signs_and_verifies_and_the_id_stays_as_it_was(tmp_path: Path) -> None:
+def test_signature_verifies_with_an_unchanged_release_id(tmp_path: Path) -> None:
     pair = create_keys(tmp_path / "keys")
     manifest = make_release_folder(tmp_path / "release", videos=40, embedding=8)
     signed = sign(manifest, load_private_key(pair.private))
@@ -29,28 +29,28 @@ def test_a_new_pair_signs_and_verifies_and_the_id_stays_as_it_was(tmp_path: Path
     assert signed.release_id == manifest.release_id
 
 
-def test_the_private_key_can_be_read_by_its_owner_alone(tmp_path: Path) -> None:
+def test_private_key_is_readable_by_its_owner_only(tmp_path: Path) -> None:
     pair = create_keys(tmp_path)
     assert stat.S_IMODE(pair.private.stat().st_mode) == 0o600
     assert sorted(path.name for path in tmp_path.iterdir()) == ["release.private.pem", "release.public.pem"]
 
 
-def test_an_existing_private_key_is_never_overwritten(tmp_path: Path) -> None:
+def test_existing_private_key_is_never_overwritten(tmp_path: Path) -> None:
     before = create_keys(tmp_path).private.read_bytes()
-    with pytest.raises(ConfigError, match="exists already and is never overwritten"):
+    with pytest.raises(ConfigError, match="exists and is never overwritten"):
         create_keys(tmp_path)
     assert (tmp_path / "release.private.pem").read_bytes() == before
     assert len(list(tmp_path.iterdir())) == 2
 
 
-def test_a_folder_that_cannot_be_made_is_a_storage_error(tmp_path: Path) -> None:
+def test_unwritable_folder_raises_a_storage_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     for folder in (tmp_path / "file", tmp_path / "file" / "keys"):
-        with pytest.raises(StorageError, match=r"cannot write keys to .*file"):
+        with pytest.raises(StorageError, match=r"cannot write .*file"):
             create_keys(folder)
 
 
-def test_all_public_keys_of_a_folder_are_trusted_and_private_ones_are_left_alone(tmp_path: Path) -> None:
+def test_only_public_keys_of_a_folder_are_loaded(tmp_path: Path) -> None:
     for name in ("a", "b"):
         create_keys(tmp_path / name).public.rename(tmp_path / f"{name}.public.pem")
     (tmp_path / "a" / "release.private.pem").rename(tmp_path / "release.private.pem")
@@ -60,7 +60,7 @@ def test_all_public_keys_of_a_folder_are_trusted_and_private_ones_are_left_alone
 @pytest.mark.parametrize(
     "content", [b"", b"not a key", b"-----BEGIN PUBLIC KEY-----\nAAAA\n-----END PUBLIC KEY-----\n"]
 )
-def test_a_file_that_is_no_key_is_refused_by_name(tmp_path: Path, content: bytes) -> None:
+def test_error_names_a_file_that_is_not_a_key(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "x.public.pem"
     path.write_bytes(content)
     with pytest.raises(SignatureError, match=r"x\.public\.pem"):
@@ -69,7 +69,7 @@ def test_a_file_that_is_no_key_is_refused_by_name(tmp_path: Path, content: bytes
         load_private_key(path)
 
 
-def test_a_key_of_another_kind_is_refused(tmp_path: Path) -> None:
+def test_key_of_another_algorithm_is_rejected(tmp_path: Path) -> None:
     rsa = generate_private_key(public_exponent=65537, key_size=2048)
     path = tmp_path / "rsa.pem"
     path.write_bytes(
@@ -79,7 +79,7 @@ def test_a_key_of_another_kind_is_refused(tmp_path: Path) -> None:
         load_private_key(path)
 
 
-def test_missing_keys_are_named_with_the_command_that_makes_them(tmp_path: Path) -> None:
+def test_missing_key_error_names_the_command_that_creates_keys(tmp_path: Path) -> None:
     for load in (load_private_key, load_public_keys):
         with pytest.raises(SignatureError, match="reelway release keys"):
             load(tmp_path / "nothing.pem")  # type: ignore[operator]

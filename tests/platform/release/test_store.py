@@ -1,4 +1,4 @@
-"""A release is in the store whole or not at all, and what comes out is what went in."""
+"""The release store: complete or absent releases, and equal content after a fetch."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def later(manifest: Manifest, day: int, **changes: Any) -> Manifest:
     return sign(manifest.model_copy(update={"created_at": datetime(2026, 1, day, tzinfo=UTC)} | changes), KEY)
 
 
-def test_what_is_written_is_fetched_byte_for_byte(url: str, folder: Path, manifest: Manifest, tmp_path: Path) -> None:
+def test_fetched_release_equals_the_written_one(url: str, folder: Path, manifest: Manifest, tmp_path: Path) -> None:
     release_id = ReleaseStore(url).write(folder, manifest)
     assert release_id == manifest.release_id
     fetched = ReleaseStore(url).fetch(release_id, tmp_path / "cache")
@@ -67,7 +67,7 @@ def test_what_is_written_is_fetched_byte_for_byte(url: str, folder: Path, manife
     assert pa.ipc.open_file(pa.memory_map(str(fetched / VIDEOS_FILE))).get_batch(0).num_rows == 40
 
 
-def test_writing_the_same_release_twice_changes_nothing(tmp_path: Path, folder: Path, manifest: Manifest) -> None:
+def test_second_write_of_a_release_changes_nothing(tmp_path: Path, folder: Path, manifest: Manifest) -> None:
     store = ReleaseStore(f"file://{tmp_path}/store")
     place = tmp_path / "store" / store.write(folder, manifest)
     before = place.stat().st_ino
@@ -76,7 +76,7 @@ def test_writing_the_same_release_twice_changes_nothing(tmp_path: Path, folder: 
     assert [path.name for path in (tmp_path / "store").iterdir()] == [manifest.release_id]
 
 
-def test_writing_again_mends_a_release_that_lost_a_file(url: str, folder: Path, manifest: Manifest) -> None:
+def test_second_write_restores_a_lost_file(url: str, folder: Path, manifest: Manifest) -> None:
     store = ReleaseStore(url)
     release_id = store.write(folder, manifest)
     fs, root = fsspec.url_to_fs(url)
@@ -85,7 +85,7 @@ def test_writing_again_mends_a_release_that_lost_a_file(url: str, folder: Path, 
     assert fs.exists(f"{root}/{release_id}/{VIDEOS_FILE}")
 
 
-def test_a_folder_that_is_not_what_the_manifest_says_is_not_written(
+def test_folder_that_differs_from_its_manifest_is_not_written(
     url: str, folder: Path, manifest: Manifest, tmp_path: Path
 ) -> None:
     damaged = Path(shutil.copytree(folder, tmp_path / "damaged"))
@@ -95,7 +95,7 @@ def test_a_folder_that_is_not_what_the_manifest_says_is_not_written(
     assert ReleaseStore(url).list() == []
 
 
-def test_releases_are_listed_newest_first_with_what_people_look_for(url: str, folder: Path, manifest: Manifest) -> None:
+def test_list_returns_summaries_newest_first(url: str, folder: Path, manifest: Manifest) -> None:
     store = ReleaseStore(url)
     assert store.list() == []
     for day in (2, 3, 1):
@@ -107,7 +107,7 @@ def test_releases_are_listed_newest_first_with_what_people_look_for(url: str, fo
     assert listed[0].size_bytes == sum(entry.size_bytes for entry in manifest.files.values())
 
 
-def test_latest_is_the_one_made_last_and_a_unique_prefix_is_enough(url: str, folder: Path, manifest: Manifest) -> None:
+def test_resolve_accepts_latest_or_a_unique_prefix(url: str, folder: Path, manifest: Manifest) -> None:
     store = ReleaseStore(url)
     ids = [store.write(folder, later(manifest, day)) for day in (5, 7, 6)]
     assert store.resolve("latest") == ids[1]
@@ -116,11 +116,9 @@ def test_latest_is_the_one_made_last_and_a_unique_prefix_is_enough(url: str, fol
         assert store.resolve(release_id) == release_id
 
 
-def test_a_prefix_of_none_or_of_several_is_refused_and_what_there_is_is_named(
-    url: str, folder: Path, manifest: Manifest
-) -> None:
+def test_resolve_rejects_an_unknown_or_ambiguous_prefix(url: str, folder: Path, manifest: Manifest) -> None:
     store = ReleaseStore(url)
-    with pytest.raises(ReleaseNotFoundError, match="has no release yet"):
+    with pytest.raises(ReleaseNotFoundError, match="has no release; build one"):
         store.resolve("latest")
     ids = [store.write(folder, later(manifest, day)) for day in range(1, 18)]  # 17 ids, 16 first digits
     with pytest.raises(ReleaseNotFoundError, match="no release begins with 'zz'") as refused:
@@ -133,7 +131,7 @@ def test_a_prefix_of_none_or_of_several_is_refused_and_what_there_is_is_named(
         store.resolve("")
 
 
-def test_a_removed_release_is_gone(url: str, folder: Path, manifest: Manifest) -> None:
+def test_removed_release_is_not_found(url: str, folder: Path, manifest: Manifest) -> None:
     store = ReleaseStore(url)
     release_id = store.write(folder, manifest)
     store.remove(release_id)
@@ -143,9 +141,7 @@ def test_a_removed_release_is_gone(url: str, folder: Path, manifest: Manifest) -
             act(release_id)
 
 
-def test_a_file_damaged_in_the_store_is_refused_when_fetched_and_leaves_no_folder(
-    url: str, folder: Path, manifest: Manifest, tmp_path: Path
-) -> None:
+def test_fetch_rejects_a_damaged_file(url: str, folder: Path, manifest: Manifest, tmp_path: Path) -> None:
     store = ReleaseStore(url)
     release_id = store.write(folder, manifest)
     fs, root = fsspec.url_to_fs(url)
@@ -155,9 +151,7 @@ def test_a_file_damaged_in_the_store_is_refused_when_fetched_and_leaves_no_folde
     assert [path.name for path in (tmp_path / "cache").iterdir()] == [f".{release_id}.lock"]
 
 
-def test_a_manifest_changed_in_the_store_is_refused_and_leaves_latest_undecided(
-    url: str, folder: Path, manifest: Manifest
-) -> None:
+def test_changed_manifest_makes_latest_unknown(url: str, folder: Path, manifest: Manifest) -> None:
     store = ReleaseStore(url)
     store.write(folder, later(manifest, 1))
     release_id = store.write(folder, later(manifest, 2))
@@ -166,11 +160,11 @@ def test_a_manifest_changed_in_the_store_is_refused_and_leaves_latest_undecided(
     with pytest.raises(DigestMismatchError, match="it was changed"):
         store.manifest(release_id)
     assert len(store.list()) == 1
-    with pytest.raises(DigestMismatchError, match="which release is the latest cannot be told"):
+    with pytest.raises(DigestMismatchError, match="cannot determine the latest release"):
         store.resolve("latest")
 
 
-def test_a_damaged_copy_in_the_cache_is_fetched_again(folder: Path, manifest: Manifest, tmp_path: Path) -> None:
+def test_damaged_copy_in_the_cache_is_fetched_again(folder: Path, manifest: Manifest, tmp_path: Path) -> None:
     store = ReleaseStore(f"file://{tmp_path}/store")
     release_id = store.write(folder, manifest)
     fetched = store.fetch(release_id, tmp_path / "cache")
@@ -181,7 +175,7 @@ def test_a_damaged_copy_in_the_cache_is_fetched_again(folder: Path, manifest: Ma
     assert (again / VIDEOS_FILE).read_bytes() == (folder / VIDEOS_FILE).read_bytes()
 
 
-def test_many_fetch_at_once_and_all_get_the_whole_folder(folder: Path, manifest: Manifest, tmp_path: Path) -> None:
+def test_concurrent_fetches_all_return_the_complete_folder(folder: Path, manifest: Manifest, tmp_path: Path) -> None:
     store = ReleaseStore(f"file://{tmp_path}/store")
     release_id = store.write(folder, manifest)
     seen: list[int] = []
@@ -198,13 +192,13 @@ def test_many_fetch_at_once_and_all_get_the_whole_folder(folder: Path, manifest:
     assert seen == [len(RELEASE_FILES) + 1] * 8
 
 
-def test_a_url_that_cannot_be_opened_is_a_configuration_error() -> None:
+def test_invalid_url_raises_a_config_error() -> None:
     with pytest.raises(ConfigError, match="nosuch"):
         ReleaseStore("nosuch://releases")
 
 
 class _SmallBucket(MemoryFileSystem):
-    """An object store that fills up: puts succeed until ``room`` files are in, then fail as a full disk does."""
+    """An object store that accepts ``room`` files and then fails like a full disk."""
 
     protocol = "smallbucket"
     cachable = False
@@ -219,7 +213,7 @@ class _SmallBucket(MemoryFileSystem):
         super().put_file(lpath, rpath, **options)
 
 
-def test_an_upload_that_fails_in_the_middle_is_taken_back(folder: Path, manifest: Manifest) -> None:
+def test_failed_upload_is_deleted(folder: Path, manifest: Manifest) -> None:
     fsspec.register_implementation("smallbucket", _SmallBucket, clobber=True)
     store = ReleaseStore("smallbucket://releases")
     with pytest.raises(StorageError, match="No space left on device"):
@@ -229,7 +223,7 @@ def test_an_upload_that_fails_in_the_middle_is_taken_back(folder: Path, manifest
 
 
 class _Interrupted(MemoryFileSystem):
-    """An object store whose client is stopped before the manifest is put."""
+    """An object store whose client is interrupted before it writes the manifest."""
 
     protocol = "interrupted"
     cachable = False
@@ -248,9 +242,7 @@ class _Interrupted(MemoryFileSystem):
         super().rm(path, recursive=recursive, maxdepth=maxdepth)
 
 
-def test_files_without_a_manifest_are_no_release_and_the_next_write_completes_them(
-    folder: Path, manifest: Manifest, tmp_path: Path
-) -> None:
+def test_write_completes_files_without_a_manifest(folder: Path, manifest: Manifest, tmp_path: Path) -> None:
     fsspec.register_implementation("interrupted", _Interrupted, clobber=True)
     store = ReleaseStore("interrupted://releases")
     with pytest.raises(SystemExit):
@@ -264,7 +256,7 @@ def test_files_without_a_manifest_are_no_release_and_the_next_write_completes_th
     assert store.fetch(ReleaseId(manifest.release_id), tmp_path / "cache").is_dir()
 
 
-def test_a_signature_by_a_new_key_replaces_the_old_one(url: str, folder: Path, manifest: Manifest) -> None:
+def test_write_replaces_the_signature_of_another_key(url: str, folder: Path, manifest: Manifest) -> None:
     store = ReleaseStore(url)
     release_id = store.write(folder, manifest)
     resigned = sign(manifest, Ed25519PrivateKey.generate())

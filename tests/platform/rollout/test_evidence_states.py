@@ -9,18 +9,15 @@ from hypothesis import strategies as st
 from tests.benchmarks.canary_events import POLICY, RELEASE, Histories
 
 from reelway.platform.rollout.assessment import assess
+from reelway.platform.rollout.counters import CounterReading, Sample, counter_increase, sum_counters
 from reelway.platform.rollout.evidence import (
     ArmStatistics,
-    CounterReading,
     EvidenceSnapshot,
     EvidenceState,
     FiringAlert,
     GuardrailReading,
     MetricEvidence,
-    Sample,
-    counter_increase,
     metric_evidence,
-    sum_counters,
 )
 from reelway.platform.rollout.policy import RolloutPolicy, Slice, parse_policy
 

@@ -1,4 +1,4 @@
-"""A collector in a process of its own, to be killed: takes pickled work on stdin, says on stdout what is on disk."""
+"""A collector in a child process to be killed: reads pickled requests from stdin, prints committed ones."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How many impressions and outcomes one core takes: from a router's note and a client's JSON to the disk."""
+"""Measures the CPU time per impression and outcome, from a router's buffer and a client's JSON to the disk."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ PER_REQUEST = 100
 
 @dataclass(frozen=True)
 class Ingest:
-    """CPU seconds of the whole process, both threads together; the wall clock says what the disk adds."""
+    """CPU seconds of the process with both threads, and wall seconds, which include the disk."""
 
     impressions: int
     outcomes: int
@@ -45,7 +45,7 @@ class Ingest:
 
     @property
     def core_share(self) -> float:
-        """Of one core, at 20,000 impressions and 10,000 outcomes a second."""
+        """Share of one core at 20,000 impressions and 10,000 outcomes per second."""
         return 20_000 / self.impressions_per_core_s + 10_000 / self.outcomes_per_core_s
 
     def __str__(self) -> str:
@@ -59,7 +59,7 @@ class Ingest:
 def measure_ingest(
     folder: Path, *, requests: int = 20_000, viewers: int = 30_000, seed: int = 0, logged: bool = False
 ) -> Ingest:
-    """Slates of 20 by that many requests, then an outcome for every second video, 100 to a request.
+    """Counts this many slates of 20 videos, then an outcome for every second video, 100 per request.
 
     Args:
         logged: every outcome goes to an event log as well.

@@ -1,4 +1,4 @@
-"""What was shown and done, event by event, and the sums over viewers worked out from it the slow and obvious way."""
+"""Impressions and outcomes one by one, and the sums over viewers computed directly from them."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def columns_of(done: Sequence[Done]) -> OutcomeColumns:
 
 
 def statistics(ledger: Ledger) -> Statistics:
-    """What is on disk, of a ledger with one rollout whose arms have one release each."""
+    """Committed statistics of a ledger with one rollout and one release per arm."""
     return {
         (arm.arm, part): metrics
         for arm, sums in ledger.snapshot.sums.items()
@@ -96,7 +96,7 @@ def statistics(ledger: Ledger) -> Statistics:
 
 
 def recomputed(shown: Iterable[Shown], done: Iterable[Done], rollout: str = "r-1") -> Statistics:
-    """Each impression once, the first outcome of each type for an impression; viewer by viewer."""
+    """The expected statistics: each impression once, the first outcome of each type per impression."""
     x: dict[tuple[Arm, Slice], dict[int, float]] = defaultdict(lambda: defaultdict(float))
     y: dict[tuple[Arm, Slice], dict[tuple[int, str], float]] = defaultdict(lambda: defaultdict(float))
     impressions: dict[tuple[Arm, Slice], int] = defaultdict(int)
@@ -142,7 +142,7 @@ def _amounts(outcome: Done) -> list[tuple[str, float]]:
 
 
 def assert_same(seen: Statistics, expected: Statistics) -> None:
-    """Equal but for rounding; arms and slices that nobody was in may be absent or zero."""
+    """Asserts equality up to rounding. Arms and slices without viewers may be absent or zero."""
     for key in set(seen) | set(expected):
         for metric in OUTCOME_METRICS:
             one = seen.get(key, {}).get(metric, ArmStatistics())

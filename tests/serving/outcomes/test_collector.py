@@ -1,4 +1,4 @@
-"""The collector's queue: one transaction for many, an answer for everybody, an orderly end, and its price."""
+"""The outcome collector: shared transactions, futures, shutdown, metrics and throughput."""
 
 from __future__ import annotations
 
@@ -28,7 +28,6 @@ from reelway.platform.rollout import series
 from reelway.platform.rollout.policy import Slice
 from reelway.platform.telemetry import ALLOWED_LABELS
 from reelway.serving.outcomes import OutcomeCollector
-from reelway.serving.outcomes import collector as collector_module
 
 SHOWN = [Shown(i, i % 5, Arm.CANARY if i % 2 else Arm.STABLE, 0.5, i % 8) for i in range(40)]
 DONE = [Done(one, OutcomeType.WATCH, 20_000.0) for one in SHOWN]
@@ -41,7 +40,7 @@ def collector(tmp_path: Path) -> Iterator[OutcomeCollector]:
     collector.close()
 
 
-def test_what_many_threads_hand_in_at_once_is_counted_once_each(collector: OutcomeCollector) -> None:
+def test_concurrent_requests_are_counted_once_each(collector: OutcomeCollector) -> None:
     answers: list[dict[str, int]] = []
 
     def report(one: Done) -> None:
@@ -57,7 +56,7 @@ def test_what_many_threads_hand_in_at_once_is_counted_once_each(collector: Outco
     assert_same(collector.statistics("r-1"), recomputed(SHOWN, DONE))
 
 
-def test_requests_that_come_while_one_is_written_share_the_next_transaction(
+def test_requests_during_a_commit_share_the_next_transaction(
     collector: OutcomeCollector, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     applied: list[int] = []
@@ -74,9 +73,7 @@ def test_requests_that_come_while_one_is_written_share_the_next_transaction(
     assert len(applied) < len(DONE) / 4
 
 
-def test_commits_keep_their_distance_so_that_what_comes_apart_shares_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_commit_interval_collects_requests(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     collector = OutcomeCollector(tmp_path / "paced.db", clock=lambda: NOW, commit_every_s=1.0)
     groups: list[int] = []
     apply = collector._ledger.apply
@@ -89,7 +86,7 @@ def test_commits_keep_their_distance_so_that_what_comes_apart_shares_one(
     collector.record(columns_of(DONE[:1])).result(10)
     futures = []
     for one in DONE[1:5]:
-        time.sleep(0.02)  # apart, so that only waiting can bring them together
+        time.sleep(0.02)  # so far apart that only the commit interval can combine them
         futures.append(collector.record(columns_of([one])))
     for future in futures:
         future.result(10)
@@ -97,7 +94,7 @@ def test_commits_keep_their_distance_so_that_what_comes_apart_shares_one(
     assert groups == [1, 4]
 
 
-def test_close_finishes_what_was_taken_and_refuses_the_rest(collector: OutcomeCollector) -> None:
+def test_close_counts_accepted_requests(collector: OutcomeCollector) -> None:
     futures = [collector.record(columns_of([one])) for one in DONE]
     collector.close()
     assert sum(future.result(0)["counted"] for future in futures) == len(DONE)
@@ -106,7 +103,7 @@ def test_close_finishes_what_was_taken_and_refuses_the_rest(collector: OutcomeCo
     collector.close()
 
 
-def test_a_disk_that_fails_is_told_to_everybody_and_the_next_batch_is_counted(
+def test_failed_transaction_fails_all_of_its_futures(
     collector: OutcomeCollector, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     with monkeypatch.context() as broken:
@@ -116,37 +113,37 @@ def test_a_disk_that_fails_is_told_to_everybody_and_the_next_batch_is_counted(
             with pytest.raises(StorageError, match="no space"):
                 future.result(10)
     assert collector.record(columns_of(DONE)).result(10)["counted"] == len(DONE)
-    assert "were not counted" in caplog.text
+    assert "outcome collector: a batch of" in caplog.text
 
 
 def _no_space(*_: object) -> None:
     raise StorageError("no space left on device")
 
 
-def test_a_caller_that_goes_away_harms_nobody(collector: OutcomeCollector) -> None:
+def test_future_of_a_request_cannot_be_cancelled(collector: OutcomeCollector) -> None:
     gone = collector.record(columns_of(DONE[:1]))
     assert not gone.cancel()
     assert collector.record(columns_of(DONE[1:2])).result(10)["counted"] == 1
 
 
-def test_more_than_the_queue_holds_is_refused_and_taken_again_later(
+def test_full_queue_rejects_requests_until_it_drains(
     collector: OutcomeCollector, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(collector_module, "MAX_WAITING", 30)
-    futures = [collector.record(columns_of(DONE))]  # alone it may be larger
+    monkeypatch.setattr(collector._worker, "_max_queued_rows", 30)
+    futures = [collector.record(columns_of(DONE))]  # an empty queue accepts any size
     refusals = []
     for _ in range(20):
         try:
             futures.append(collector.record(columns_of(DONE)))
         except ServingError as error:
             refusals.append(str(error))
-    assert "40 rows wait to be counted, at most 30 may; send it again" in refusals
+    assert "outcome collector: 40 rows are queued, at most 30 may be; send the request again" in refusals
     for future in futures:
         future.result(10)
     assert collector.record(columns_of(DONE)).result(10)["duplicate"] == len(DONE)
 
 
-def test_metrics_carry_the_names_and_labels_that_the_rollout_reads(collector: OutcomeCollector) -> None:
+def test_metrics_have_the_names_and_labels_of_the_rollout(collector: OutcomeCollector) -> None:
     collector.expose(exposures_of(SHOWN, 1)).result(10)
     collector.record(columns_of([*DONE, *DONE[:3]])).result(10)
     collector.record(columns_of([Done(Shown(99, 1, Arm.STABLE, 0, 0, rollout=""), OutcomeType.SKIP)])).result(10)
@@ -180,7 +177,7 @@ def test_metrics_carry_the_names_and_labels_that_the_rollout_reads(collector: Ou
     assert samples[series.REFUSED, ()] == 2
 
 
-def test_counters_are_those_of_before_after_a_restart(tmp_path: Path) -> None:
+def test_counters_survive_a_restart(tmp_path: Path) -> None:
     path = tmp_path / "outcomes.db"
     texts = []
     collector = OutcomeCollector(path, clock=lambda: NOW)
@@ -195,7 +192,7 @@ def test_counters_are_those_of_before_after_a_restart(tmp_path: Path) -> None:
     assert b'slice="overall",statistic="impressions"} 20.0' in texts[1]
 
 
-def test_a_rollout_is_retired_by_word_and_its_statistics_can_still_be_read(collector: OutcomeCollector) -> None:
+def test_statistics_of_a_retired_rollout_remain_readable(collector: OutcomeCollector) -> None:
     collector.expose(exposures_of(SHOWN, 1))
     collector.retire("r-1").result(10)
     assert collector.record(columns_of(DONE)).result(10)["retired"] == len(DONE)
@@ -203,7 +200,7 @@ def test_a_rollout_is_retired_by_word_and_its_statistics_can_still_be_read(colle
     assert collector.statistics("r-2") == {}
 
 
-def test_a_retirement_comes_after_what_was_handed_in_before_it_and_before_the_rest(collector: OutcomeCollector) -> None:
+def test_retirement_keeps_its_order_among_requests(collector: OutcomeCollector) -> None:
     before = collector.record(columns_of(DONE[:10]))
     collector.retire("r-1")
     after = collector.record(columns_of(DONE[10:]))
@@ -211,17 +208,15 @@ def test_a_retirement_comes_after_what_was_handed_in_before_it_and_before_the_re
     assert after.result(10)["retired"] == len(DONE) - 10
 
 
-def test_a_file_of_another_version_is_refused(tmp_path: Path, collector: OutcomeCollector) -> None:
+def test_file_of_another_schema_version_is_rejected(tmp_path: Path, collector: OutcomeCollector) -> None:
     collector.expose(exposures_of(SHOWN, 1)).result(10)
     collector._store._db.execute("PRAGMA user_version = 9")
     collector.close()
-    with pytest.raises(StorageError, match="schema 9, expected 1"):
+    with pytest.raises(StorageError, match="schema version 9, expected 1"):
         OutcomeCollector(tmp_path / "outcomes.db")
 
 
-def test_one_core_takes_20000_impressions_and_10000_outcomes_a_second(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_one_core_counts_20000_impressions_per_second(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     ingest = measure_ingest(tmp_path, requests=4_000, viewers=10_000)
     with capsys.disabled():
         print(f"\n{ingest}")

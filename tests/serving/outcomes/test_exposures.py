@@ -1,4 +1,4 @@
-"""What a router has shown reaches the collector once, through a collector that fails, is away or answers too late."""
+"""Forwarding of exposures to a collector that fails, hangs or answers too late."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def rows_of(batch: ExposureBatch | None) -> list[tuple[ExposedArm, int, float, i
     ]  # fmt: skip
 
 
-def test_a_slate_is_one_row_per_mask_of_slices() -> None:
+def test_slate_is_one_row_per_mask_of_slices() -> None:
     buffer = ExposureBuffer()
     buffer.add(CANARY, 7, 0.75, [0, 2, 2, 6, 0])
     buffer.add(STABLE, 8, 0.25, [0] * 20)
@@ -36,7 +36,7 @@ def test_a_slate_is_one_row_per_mask_of_slices() -> None:
     ]  # fmt: skip
 
 
-def test_a_batch_is_the_same_until_it_is_acknowledged_and_then_a_new_one() -> None:
+def test_batch_is_repeated_until_it_is_acknowledged() -> None:
     buffer = ExposureBuffer()
     buffer.add(CANARY, 7, 0.75, [0])
     first = buffer.take()
@@ -48,11 +48,11 @@ def test_a_batch_is_the_same_until_it_is_acknowledged_and_then_a_new_one() -> No
     assert rows_of(second) == [(STABLE, 8, 0.25, 0, 1)]
     assert second is not None
     assert (second.origin, second.number) == (first.origin, first.number + 1)
-    buffer.acknowledge(first)  # an answer that comes twice
+    buffer.acknowledge(first)  # a repeated answer
     assert buffer.take() is second
 
 
-def test_an_arm_is_announced_once_and_nothing_is_sent_without_news() -> None:
+def test_arm_is_announced_once() -> None:
     buffer = ExposureBuffer()
     buffer.announce([CANARY, STABLE, ExposedArm("", Arm.STABLE, "ab" * 32)])
     batch = buffer.take()
@@ -63,14 +63,14 @@ def test_an_arm_is_announced_once_and_nothing_is_sent_without_news() -> None:
     assert buffer.take() is None
 
 
-def test_a_full_buffer_drops_and_says_how_many_impressions() -> None:
+def test_full_buffer_counts_dropped_impressions() -> None:
     buffer = ExposureBuffer(max_rows=2)
     for viewer in range(4):
         buffer.add(CANARY, viewer, 0.5, [0, 0, 0])
     assert (len(rows_of(buffer.take())), buffer.dropped) == (2, 6)
 
 
-def test_two_starts_of_a_router_are_two_origins() -> None:
+def test_every_start_of_a_router_has_its_own_origin() -> None:
     buffers = ExposureBuffer(), ExposureBuffer()
     for buffer in buffers:
         buffer.announce([CANARY])
@@ -83,7 +83,7 @@ def test_two_starts_of_a_router_are_two_origins() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"arm": [5]}, "an arm outside of the 1"),
+        ({"arm": [5]}, "an arm index outside of the 1"),
         ({"weight": [1.5]}, r"a weight outside 0\.\.1"),
         ({"weight": [float("nan")]}, r"a weight outside 0\.\.1"),
         ({"slices": [8]}, "unknown slices"),
@@ -91,7 +91,7 @@ def test_two_starts_of_a_router_are_two_origins() -> None:
         ({"viewer_id": [1, 2]}, r"columns of \[1, 2\] rows"),
     ],
 )
-def test_a_batch_that_could_spoil_the_sums_cannot_be_made(change: dict[str, list[float]], message: str) -> None:
+def test_invalid_batch_is_rejected(change: dict[str, list[float]], message: str) -> None:
     columns = {"arm": [0], "viewer_id": [1], "weight": [0.5], "slices": [0], "count": [1], **change}
     types = {"arm": np.int32, "viewer_id": np.int64, "weight": np.float32, "slices": np.uint8, "count": np.int32}
     with pytest.raises(ServingError, match=message):
@@ -99,7 +99,7 @@ def test_a_batch_that_could_spoil_the_sums_cannot_be_made(change: dict[str, list
 
 
 class Unreliable:
-    """A collector at the other end that fails, hangs, or counts and then loses its answer."""
+    """A collector that fails, hangs, or counts a batch and loses its answer."""
 
     def __init__(self, *moods: str) -> None:
         self._moods = list(moods)
@@ -118,14 +118,14 @@ class Unreliable:
             raise TimeoutError
 
 
-def test_what_is_not_acknowledged_is_sent_again_until_it_is(caplog: pytest.LogCaptureFixture) -> None:
+def test_forwarding_repeats_a_batch_until_it_is_acknowledged(caplog: pytest.LogCaptureFixture) -> None:
     collector = Unreliable("away", "hangs", "forgets to answer", "well")
     with caplog.at_level(logging.WARNING):
         asyncio.run(_forward_two_batches(collector))
     assert collector.counted == {1: 1, 2: 1}
     assert [record.message.split(",")[0] for record in caplog.records] == [
-        "exposures are not taken",
-        "exposures are taken again",
+        "exposures not acknowledged",
+        "exposures acknowledged again",
     ]
 
 

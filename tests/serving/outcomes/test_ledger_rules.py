@@ -1,4 +1,4 @@
-"""What becomes of an outcome: counted, duplicate, late, retired, outside; and of a batch of exposures sent twice."""
+"""The status of outcomes: counted, duplicate, late, retired, outside; and repeated exposure batches."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ LIKE = Done(SHOWN, OutcomeType.LIKE)
 
 @dataclass
 class Bench:
-    """A ledger whose clock a test can set, and that can be started again."""
+    """A ledger with a settable clock that can be restarted."""
 
     path: Path
     now: float = NOW
@@ -71,7 +71,7 @@ def bench(tmp_path: Path) -> Iterator[Bench]:
     bench.store.close()
 
 
-def test_the_second_outcome_of_a_type_is_a_duplicate_within_a_request_and_after_a_restart(bench: Bench) -> None:
+def test_second_outcome_of_a_type_is_a_duplicate(bench: Bench) -> None:
     share = Done(SHOWN, OutcomeType.SHARE)
     assert bench.report(LIKE, LIKE, share) == ["counted", "duplicate", "counted"]
     assert bench.report(LIKE) == ["duplicate"]
@@ -80,20 +80,20 @@ def test_the_second_outcome_of_a_type_is_a_duplicate_within_a_request_and_after_
     assert bench.ledger.snapshot.received[RELEASES[Arm.CANARY], "canary", "like", "duplicate"] == 2
 
 
-def test_a_second_watch_of_an_impression_changes_nothing_whatever_its_value(bench: Bench) -> None:
+def test_second_watch_of_an_impression_changes_nothing(bench: Bench) -> None:
     watch = Done(SHOWN, OutcomeType.WATCH, 3_000.0)
     assert bench.report(watch, replace(watch, value=20_000.0)) == ["counted", "duplicate"]
     assert_same(statistics(bench.ledger), recomputed([], [watch]))
 
 
-def test_an_outcome_is_late_a_second_after_the_horizon_by_arrival(bench: Bench) -> None:
+def test_outcome_is_late_by_its_arrival(bench: Bench) -> None:
     bench.now = NOW + OUTCOME_HORIZON_S
     assert bench.report(LIKE) == ["counted"]
     bench.now += 1
     assert bench.report(LIKE, Done(SHOWN, OutcomeType.SHARE)) == ["late", "late"]
 
 
-def test_an_outcome_is_late_by_its_own_time_however_early_it_arrives(bench: Bench) -> None:
+def test_outcome_is_late_by_its_event_time(bench: Bench) -> None:
     def at(seconds: float) -> str:
         time = datetime.fromtimestamp(NOW + seconds, UTC)
         columns, _ = read_outcomes([LIKE.reported.model_copy(update={"event_time": time})], SIGNER)
@@ -104,14 +104,14 @@ def test_an_outcome_is_late_by_its_own_time_however_early_it_arrives(bench: Benc
     assert at(OUTCOME_HORIZON_S) == "counted"
 
 
-def test_an_outcome_of_an_impression_outside_of_any_rollout_is_outside_however_old(bench: Bench) -> None:
+def test_outcome_without_a_rollout_is_outside(bench: Bench) -> None:
     nowhere = replace(SHOWN, rollout="", at=NOW - 10 * OUTCOME_HORIZON_S)
     assert bench.report(Done(nowhere, OutcomeType.LIKE), LIKE) == ["outside", "counted"]
     bench.expose(nowhere)
     assert [arm.rollout for arm in bench.ledger.snapshot.sums] == ["r-1"]
 
 
-def test_a_rollout_that_was_retired_keeps_its_sums_and_counts_nothing_more(bench: Bench) -> None:
+def test_retired_rollout_keeps_its_sums(bench: Bench) -> None:
     bench.expose(SHOWN)
     bench.ledger.apply([], [], "r-1")
     bench.restart()
@@ -120,7 +120,7 @@ def test_a_rollout_that_was_retired_keeps_its_sums_and_counts_nothing_more(bench
     assert_same(statistics(bench.ledger), recomputed([SHOWN], []))
 
 
-def test_a_retired_rollout_that_a_router_goes_on_showing_is_never_begun_anew(bench: Bench) -> None:
+def test_exposures_do_not_restart_a_retired_rollout(bench: Bench) -> None:
     bench.ledger.apply([], [], "r-1")
     for _ in range(3):
         bench.now += OUTCOME_HORIZON_S
@@ -129,18 +129,18 @@ def test_a_retired_rollout_that_a_router_goes_on_showing_is_never_begun_anew(ben
     assert bench.ledger.snapshot.sums == {}
 
 
-def test_a_rollout_nobody_knows_that_was_retired_before_its_first_outcome_stays_retired(bench: Bench) -> None:
+def test_rollout_retired_before_its_first_outcome_stays_retired(bench: Bench) -> None:
     bench.ledger.apply([], [], "r-1")
     assert bench.report(LIKE) == ["retired"]
     assert bench.ledger.snapshot.sums == {}
 
 
-def test_the_rollout_that_was_shown_longest_ago_ends_when_a_newer_one_needs_its_place(bench: Bench) -> None:
+def test_new_rollout_ends_the_one_with_the_oldest_exposure(bench: Bench) -> None:
     for name in ("r-1", "r-2"):
         bench.now += 1
         bench.expose(replace(SHOWN, rollout=name))
     bench.now += 1
-    bench.expose(SHOWN)  # r-1 again, so r-2 is the oldest now
+    bench.expose(SHOWN)  # r-1 again, so that r-2 has the oldest exposure
     bench.now += 1
     bench.expose(replace(SHOWN, rollout="r-3"))
     assert {arm.rollout for arm in bench.ledger.snapshot.sums} == {"r-1", "r-3"}
@@ -149,7 +149,7 @@ def test_the_rollout_that_was_shown_longest_ago_ends_when_a_newer_one_needs_its_
     assert bench.report(Done(replace(SHOWN, rollout="r-2"), OutcomeType.LIKE)) == ["retired"]
 
 
-def test_a_token_of_a_forgotten_rollout_does_not_push_out_one_that_is_shown(bench: Bench) -> None:
+def test_token_of_a_dropped_rollout_drops_no_active_one(bench: Bench) -> None:
     for name in ("r-1", "r-2"):
         bench.expose(replace(SHOWN, rollout=name))
     long_ago = replace(SHOWN, rollout="r-0", at=SHOWN.at - 60)
@@ -157,7 +157,7 @@ def test_a_token_of_a_forgotten_rollout_does_not_push_out_one_that_is_shown(benc
     assert {arm.rollout for arm in bench.ledger.snapshot.sums} == {"r-1", "r-2"}
 
 
-def test_an_outcome_that_is_here_before_its_exposure_begins_its_rollout_among_the_newest(bench: Bench) -> None:
+def test_early_outcome_registers_its_rollout(bench: Bench) -> None:
     for name in ("r-1", "r-2"):
         bench.now += 1
         bench.expose(replace(SHOWN, rollout=name))
@@ -168,20 +168,20 @@ def test_an_outcome_that_is_here_before_its_exposure_begins_its_rollout_among_th
     assert {arm.rollout for arm in bench.ledger.snapshot.sums} == {"r-2", "r-3"}
 
 
-def test_a_batch_of_exposures_counts_once_and_another_router_has_numbers_of_its_own(bench: Bench) -> None:
+def test_exposure_batch_is_counted_once_per_origin(bench: Bench) -> None:
     bench.ledger.apply([exposures_of([SHOWN], 1), exposures_of([SHOWN], 1, origin="other")], [])
     bench.restart()
     bench.ledger.apply([exposures_of([SHOWN], 1), exposures_of([SHOWN], 2)], [])
     assert_same(statistics(bench.ledger), recomputed([SHOWN] * 3, []))
 
 
-def test_an_arm_that_was_announced_is_there_with_zeros_before_its_first_impression(bench: Bench) -> None:
+def test_announced_arm_has_zero_sums(bench: Bench) -> None:
     arm = ExposedArm("r-1", Arm.CANARY, RELEASES[Arm.CANARY])
     bench.ledger.apply([replace(exposures_of([], 1), arms=(arm,))], [])
     assert (bench.ledger.snapshot.sums[arm] == 0).all()
 
 
-def test_an_arm_that_gets_another_release_does_not_add_to_the_old_ones_sums(bench: Bench) -> None:
+def test_arm_with_another_release_has_separate_sums(bench: Bench) -> None:
     bench.expose(SHOWN)
     promoted = ExposedArm("r-1", Arm.CANARY, "ef" * 32)
     bench.ledger.apply([replace(exposures_of([SHOWN], 9), arms=(promoted,))], [])
@@ -189,7 +189,7 @@ def test_an_arm_that_gets_another_release_does_not_add_to_the_old_ones_sums(benc
     assert sums[promoted][0, 0] == sums[SHOWN.exposed_arm][0, 0] == 1
 
 
-def test_an_outcome_may_come_before_its_impression(bench: Bench) -> None:
+def test_outcome_may_arrive_before_its_impression(bench: Bench) -> None:
     assert bench.report(LIKE) == ["counted"]
     bench.expose(SHOWN)
     assert_same(statistics(bench.ledger), recomputed([SHOWN], [LIKE]))
@@ -202,14 +202,14 @@ def test_an_outcome_may_come_before_its_impression(bench: Bench) -> None:
         (29_999, 0, 0), (30_000, 0, 1), (0, 20_000, 0),
     ],
 )  # fmt: skip
-def test_a_watch_is_long_by_its_share_or_by_the_cap(bench: Bench, watched_ms: int, duration_ms: int, long: int) -> None:
+def test_long_watch_is_defined_by_ratio_or_cap(bench: Bench, watched_ms: int, duration_ms: int, long: int) -> None:
     bench.report(Done(replace(SHOWN, duration_ms=duration_ms), OutcomeType.WATCH, watched_ms))
     overall = statistics(bench.ledger)[Arm.CANARY, Slice.OVERALL]
     assert overall["long_watch_rate"].sum_y == 0.5 * long
     assert overall["watch_s_per_impression"].sum_y == pytest.approx(0.5 * watched_ms / 1000)
 
 
-def test_what_is_past_the_horizon_is_taken_out_of_the_file_and_nothing_else(bench: Bench) -> None:
+def test_cleanup_deletes_only_expired_rows(bench: Bench) -> None:
     bench.expose(SHOWN)
     bench.report(LIKE)
     bench.now += OUTCOME_HORIZON_S
@@ -222,7 +222,7 @@ def test_what_is_past_the_horizon_is_taken_out_of_the_file_and_nothing_else(benc
     assert bench.report(LIKE, Done(fresh, OutcomeType.LIKE)) == ["late", "duplicate"]
 
 
-def test_a_rollout_that_was_pushed_out_leaves_the_file_bit_by_bit(bench: Bench) -> None:
+def test_dropped_rollout_is_deleted_in_batches(bench: Bench) -> None:
     for rollout in ("r-1", "r-2", "r-3"):
         bench.now += 1
         bench.expose(*(Shown(i, i, Arm.STABLE, 0.5, 0, rollout=rollout) for i in range(30)))
@@ -236,9 +236,7 @@ def test_a_rollout_that_was_pushed_out_leaves_the_file_bit_by_bit(bench: Bench) 
     assert bench.rows("rollouts") == 2
 
 
-def test_a_batch_that_fails_half_way_counts_nothing_and_the_next_one_goes_well(
-    bench: Bench, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_failed_batch_counts_nothing(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     bench.expose(SHOWN)
     before = bench.ledger.snapshot
     sums = before.sums[SHOWN.exposed_arm].copy()
@@ -256,7 +254,7 @@ def test_a_batch_that_fails_half_way_counts_nothing_and_the_next_one_goes_well(
     assert_same(statistics(bench.ledger), recomputed([SHOWN], [LIKE]))
 
 
-def test_rows_of_one_viewer_in_one_batch_are_one_viewer(bench: Bench) -> None:
+def test_rows_of_one_viewer_in_a_batch_are_one_viewer(bench: Bench) -> None:
     many: Callable[[int], Shown] = lambda i: replace(SHOWN, id=i, slices=i % 8)
     shown = [many(i) for i in range(16)]
     bench.expose(*shown)

@@ -1,4 +1,4 @@
-"""Accepted outcomes in the event log: all of them, with what their tokens say, before the client has its answer."""
+"""Accepted outcomes are in the event log before the client gets its answer."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SHOWN = [Shown(i, i % 5, Arm.CANARY if i % 2 else Arm.STABLE, 0.5, 0) for i in r
 
 
 class FailingLog(SqliteLog):
-    """A log whose disk is full for a while."""
+    """A log whose disk can be full."""
 
     full = False
 
@@ -56,9 +56,7 @@ def body_of(done: Done) -> dict[str, Any]:
     return done.reported.model_dump(mode="json", exclude_none=True)
 
 
-def test_what_is_answered_is_in_the_log_with_what_the_token_says_of_its_impression(
-    client: TestClient, tmp_path: Path
-) -> None:
+def test_answered_outcomes_are_in_the_log_with_their_tokens_data(client: TestClient, tmp_path: Path) -> None:
     outcomes = [
         body_of(Done(SHOWN[1], OutcomeType.WATCH, 1234.0)) | {"event_time": "2027-01-15T08:00:00+00:00"},
         body_of(Done(SHOWN[2], OutcomeType.LIKE)),
@@ -79,16 +77,14 @@ def test_what_is_answered_is_in_the_log_with_what_the_token_says_of_its_impressi
     assert (like["type"], like["arm"], like["done_at"]) == ("like", "stable", None)
 
 
-def test_an_outcome_that_is_sent_again_is_logged_under_the_same_id(client: TestClient, tmp_path: Path) -> None:
+def test_repeated_outcome_is_logged_with_the_same_id(client: TestClient, tmp_path: Path) -> None:
     for _ in range(2):
         client.post("/", json={"outcomes": [body_of(Done(SHOWN[1], OutcomeType.LIKE))]})
     first, second = logged(tmp_path / "log.db")
     assert first["outcome_id"] == second["outcome_id"]
 
 
-def test_without_the_log_the_client_is_told_to_send_again_and_then_nothing_is_missing(
-    client: TestClient, log: FailingLog, tmp_path: Path
-) -> None:
+def test_failed_append_is_answered_with_503(client: TestClient, log: FailingLog, tmp_path: Path) -> None:
     body = {"outcomes": [body_of(Done(SHOWN[1], OutcomeType.LIKE))]}
     log.full = True
     assert client.post("/", json=body).status_code == 503
@@ -99,7 +95,7 @@ def test_without_the_log_the_client_is_told_to_send_again_and_then_nothing_is_mi
     assert len(logged(tmp_path / "log.db")) == 1
 
 
-def test_what_was_taken_is_in_the_log_when_it_is_closed_and_nothing_is_taken_after(tmp_path: Path) -> None:
+def test_close_appends_accepted_outcomes(tmp_path: Path) -> None:
     appender = OutcomeAppender(SqliteLog(tmp_path / "log.db"), append_every_s=0.5)
     futures = [appender.append(columns_of([Done(shown, OutcomeType.LIKE)])) for shown in SHOWN]
     appender.close()

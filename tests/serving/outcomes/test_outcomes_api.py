@@ -1,4 +1,4 @@
-"""``/v1/outcomes`` as a client meets it: over a socket, under its prefix, with a disk that is slow or full."""
+"""``/v1/outcomes`` over a socket, under its prefix, with slow and full disks."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ SHOWN = [Shown(i, i % 5, Arm.CANARY if i % 2 else Arm.STABLE, 0.5, i % 8) for i 
 
 
 class Running:
-    """The API behind a real server that, like Ray Serve, hands it a prefix as the root path."""
+    """The API behind a real server that passes a prefix as the root path, like Ray Serve."""
 
     def __init__(self, collector: OutcomeCollector) -> None:
         self.collector = collector
@@ -61,9 +61,7 @@ def body_of(done: Done) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("path", ["", "/"])
-def test_outcomes_are_answered_by_what_became_of_them_and_a_bad_one_refuses_itself_only(
-    running: Running, path: str
-) -> None:
+def test_answer_counts_outcomes_by_status(running: Running, path: str) -> None:
     running.collector.expose(exposures_of(SHOWN, 1)).result(10)
     like = body_of(Done(SHOWN[1], OutcomeType.LIKE))
     forged = TokenSigner(b"somebody else's secret, long enough").sign(SIGNER.read(SHOWN[2].token))
@@ -85,14 +83,14 @@ def test_outcomes_are_answered_by_what_became_of_them_and_a_bad_one_refuses_itse
     assert {one.index: one.message.split(";")[0] for one in told.refused} == {
         1: "impression token '?'... is not URL-safe base64: Only base64 data is allowed",
         3: f"impression token {forged[:12]!r}... is signed by none of the 1 accepted secrets",
-        4: "a watch without a value",
-        5: "a share with the value 3, expected 1",
+        4: "watch: it has no value",
+        5: "share: value 3, expected 1",
     }
     text = httpx.get(f"{running.url}/metrics").text
     assert "reelway_outcomes_refused_total 4.0" in text
 
 
-def test_many_requests_at_once_end_in_the_same_sums_as_all_events(running: Running) -> None:
+def test_concurrent_requests_give_the_sums_of_all_events(running: Running) -> None:
     done = [Done(one, OutcomeType.WATCH, 1_000.0 * one.id) for one in SHOWN]
 
     async def all_at_once() -> list[httpx.Response]:
@@ -120,7 +118,7 @@ def test_many_requests_at_once_end_in_the_same_sums_as_all_events(running: Runni
         (b'{"outcomes": [', "body", "not JSON"),
     ],
 )  # fmt: skip
-def test_a_wrong_request_is_answered_with_every_field_that_is_wrong(
+def test_invalid_request_is_answered_with_every_invalid_field(
     running: Running, content: bytes, field: str, words: str
 ) -> None:
     answer = httpx.post(running.url, content=content, headers={"content-type": "application/json"})
@@ -131,7 +129,7 @@ def test_a_wrong_request_is_answered_with_every_field_that_is_wrong(
     assert field in told.error
 
 
-def test_a_body_that_is_too_long_is_refused_before_it_is_read_whole(running: Running) -> None:
+def test_too_long_body_is_rejected_before_it_is_read(running: Running) -> None:
     def endless() -> Iterator[bytes]:
         for _ in range(2 * MAX_BODY_BYTES // 65_536):
             yield b" " * 65_536
@@ -141,9 +139,7 @@ def test_a_body_that_is_too_long_is_refused_before_it_is_read_whole(running: Run
     assert "1048576 bytes" in ErrorResponse.model_validate(answer.json()).error
 
 
-def test_a_disk_that_fails_is_a_503_and_a_path_that_is_not_there_a_404_in_the_same_shape(
-    running: Running, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_every_error_has_the_same_shape(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
     like = body_of(Done(SHOWN[1], OutcomeType.LIKE))
 
     def full(*_: object) -> None:
@@ -159,7 +155,7 @@ def test_a_disk_that_fails_is_a_503_and_a_path_that_is_not_there_a_404_in_the_sa
     assert (missing.status_code, ErrorResponse.model_validate(missing.json()).error) == (404, "Not Found")
 
 
-def test_a_slow_disk_does_not_stop_the_loop(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_slow_disk_does_not_block_the_event_loop(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
     writing, go_on = threading.Event(), threading.Event()
     write = running.collector._store.write_sums
 
@@ -173,7 +169,7 @@ def test_a_slow_disk_does_not_stop_the_loop(running: Running, monkeypatch: pytes
     posting = threading.Thread(target=lambda: answers.append(running.post(body_of(Done(SHOWN[1], OutcomeType.LIKE)))))
     posting.start()
     assert writing.wait(10)
-    scrape = httpx.get(f"{running.url}/metrics")  # answered while the transaction is open, with what is on disk
+    scrape = httpx.get(f"{running.url}/metrics")  # answered during the transaction, with committed counts
     assert scrape.status_code == 200
     assert "like" not in scrape.text
     assert not answers
@@ -182,7 +178,7 @@ def test_a_slow_disk_does_not_stop_the_loop(running: Running, monkeypatch: pytes
     assert answers[0].json()["counted"] == 1
 
 
-def test_the_end_of_the_server_closes_the_file_with_everything_in_it(tmp_path: Path) -> None:
+def test_server_shutdown_counts_all_accepted_outcomes(tmp_path: Path) -> None:
     path = tmp_path / "outcomes.db"
     running = Running(OutcomeCollector(path, clock=lambda: NOW))
     assert running.post(body_of(Done(SHOWN[1], OutcomeType.LIKE))).json()["counted"] == 1
@@ -192,7 +188,7 @@ def test_the_end_of_the_server_closes_the_file_with_everything_in_it(tmp_path: P
     again.close()
 
 
-def test_the_schema_says_what_is_accepted_and_answered(running: Running) -> None:
+def test_openapi_schema_describes_requests_and_answers(running: Running) -> None:
     schema = httpx.get(f"{running.url}/openapi.json").json()
     post = schema["paths"]["/"]["post"]
     assert post["requestBody"]["content"]["application/json"]["schema"]["$ref"].endswith("OutcomesRequest")

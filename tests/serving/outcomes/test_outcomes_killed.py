@@ -1,4 +1,4 @@
-"""A collector that is killed at any moment and started again goes on with exactly what it had acknowledged."""
+"""A killed and restarted collector resumes with exactly what it acknowledged."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class Child:
         self.process.stdin.flush()
 
     def acknowledged(self) -> set[int]:
-        """What was said so far; all of it once the process has ended."""
+        """The output so far; all of it once the process has ended."""
         said = set()
         while not self.lines.empty():
             said.add(int(self.lines.get()))
@@ -65,12 +65,12 @@ class Child:
         self._reader.join(10)
         for pipe in (self.process.stdin, self.process.stdout):
             assert pipe is not None
-            with suppress(BrokenPipeError):  # what was left in it goes with the process
+            with suppress(BrokenPipeError):  # unsent input is lost with the process
                 pipe.close()
         return self.acknowledged()
 
 
-def test_killed_at_any_moment_it_goes_on_with_exactly_what_it_acknowledged(tmp_path: Path) -> None:
+def test_killed_collector_resumes_with_what_it_acknowledged(tmp_path: Path) -> None:
     rng = random.Random(4)
     shown = [
         Shown(i, i % 40, rng.choice([Arm.STABLE, Arm.CANARY]), 0.5, rng.randrange(8)) for i in range(1_200)
@@ -109,7 +109,7 @@ def test_killed_at_any_moment_it_goes_on_with_exactly_what_it_acknowledged(tmp_p
 
 
 def _counted(path: Path) -> tuple[float, int]:
-    """Impressions and outcomes on disk."""
+    """Numbers of committed impressions and outcomes."""
     collector = OutcomeCollector(path, clock=lambda: NOW)
     try:
         overall = [metrics for (_, part), metrics in collector.statistics("r-1").items() if part == "overall"]

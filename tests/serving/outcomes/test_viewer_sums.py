@@ -1,4 +1,4 @@
-"""Sums that grow batch by batch are those of all events at once: in any order, sent twice, through any restart."""
+"""Incremental sums equal those of all events at once: in any order, repeated, across restarts."""
 
 from __future__ import annotations
 
@@ -48,9 +48,7 @@ def _done(shown: Shown, kind: OutcomeType, watched_ms: float) -> Done:
 
 @settings(max_examples=60, deadline=None)
 @given(SHOWN, st.data())
-def test_sums_are_those_of_all_events_at_once_in_any_order_twice_and_through_restarts(
-    shown: list[Shown], data: st.DataObject
-) -> None:
+def test_incremental_sums_equal_the_sums_of_all_events(shown: list[Shown], data: st.DataObject) -> None:
     done = data.draw(
         st.lists(
             st.builds(_done, st.sampled_from(shown), st.sampled_from(list(OutcomeType)), st.sampled_from(WATCHED_MS)),
@@ -82,7 +80,7 @@ def test_sums_are_those_of_all_events_at_once_in_any_order_twice_and_through_res
 
 @settings(max_examples=25, deadline=None)
 @given(SHOWN, st.data())
-def test_no_counter_ever_falls_not_even_by_rounding_or_a_restart(shown: list[Shown], data: st.DataObject) -> None:
+def test_counters_never_decrease(shown: list[Shown], data: st.DataObject) -> None:
     with tempfile.TemporaryDirectory() as folder:
         path, before = Path(folder) / "outcomes.db", {}
         for number, one in enumerate(shown, start=1):

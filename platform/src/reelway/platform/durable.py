@@ -1,14 +1,17 @@
-"""Writes that are whole or absent: aside, synced, renamed. A crash or a full disk leaves no half-written file."""
+"""Files and folders written atomically: complete or absent, even after a crash or on a full disk.
+
+The content is written beside the target, synced and renamed. What SIGKILL leaves behind is a hidden temporary file.
+"""
 
 from __future__ import annotations
 
 import json
 import os
+import secrets
 import shutil
-import sqlite3
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +19,7 @@ from reelway.platform.errors import StorageError
 
 
 def sync_folder(folder: Path) -> None:
-    """Make a rename within ``folder`` survive power loss."""
+    """Makes a rename within ``folder`` survive a power failure."""
     fd = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(fd)
@@ -25,30 +28,11 @@ def sync_folder(folder: Path) -> None:
 
 
 @contextmanager
-def whole_transaction(db: sqlite3.Connection) -> Iterator[None]:
-    """All of the block's writes are in the file when it is left, or none of them; nobody else writes meanwhile.
-
-    The connection must begin no transactions by itself (``isolation_level=None``).
-
-    Raises:
-        sqlite3.Error: SQLite's own; nothing was written. The caller knows what the file is.
-    """
-    db.execute("BEGIN IMMEDIATE")
-    try:
-        yield
-        db.execute("COMMIT")
-    except BaseException:
-        if db.in_transaction:
-            db.execute("ROLLBACK")
-        raise
-
-
-@contextmanager
 def whole_file(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside ``path``; on success sync and rename it, on any failure remove it.
+    """Yields a temporary path beside ``path`` that replaces ``path`` when the block ends, and is deleted if it raises.
 
     Raises:
-        StorageError: the disk is full or not writable; ``path`` is as it was before.
+        StorageError: if the disk is full or not writable; ``path`` is unchanged.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -66,7 +50,7 @@ def whole_file(path: Path) -> Iterator[Path]:
         sync_folder(path.parent)
     except OSError as error:
         aside.unlink(missing_ok=True)
-        raise StorageError(f"cannot write {path}: {error.strerror or error}; nothing was changed there") from error
+        raise StorageError(f"cannot write {path}: {error.strerror or error}; it is unchanged") from error
     except BaseException:
         aside.unlink(missing_ok=True)
         raise
@@ -74,12 +58,10 @@ def whole_file(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def whole_folder(path: Path) -> Iterator[Path]:
-    """Yield a temporary folder beside ``path``; on success sync its files and rename it into place.
-
-    An existing ``path`` is replaced only at the end.
+    """Yields a temporary folder beside ``path`` that replaces ``path`` at the end, and is deleted if the block raises.
 
     Raises:
-        StorageError: the disk is full or not writable; ``path`` is as it was before.
+        StorageError: if the disk is full or not writable; ``path`` is unchanged.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -103,13 +85,54 @@ def whole_folder(path: Path) -> Iterator[Path]:
         sync_folder(path.parent)
     except OSError as error:
         shutil.rmtree(aside, ignore_errors=True)
-        raise StorageError(f"cannot write {path}: {error.strerror or error}; nothing was changed there") from error
+        raise StorageError(f"cannot write {path}: {error.strerror or error}; it is unchanged") from error
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
         raise
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write ``value`` as indented JSON, whole or not at all."""
+    """Writes ``value`` atomically as indented JSON with sorted keys."""
     with whole_file(path) as aside:
         aside.write_text(json.dumps(value, indent=2, sort_keys=True, default=str) + "\n")
+
+
+def create_private_file(path: Path, content: bytes) -> None:
+    """Creates a file that only its owner can read (mode 0600), atomically, and never replaces an existing one.
+
+    A hard link, unlike a rename, fails if another process has created ``path`` in the meantime.
+
+    Raises:
+        FileExistsError: if ``path`` exists.
+        StorageError: if the disk is full or not writable; ``path`` does not exist.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        fd, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)  # mode 0600
+    except OSError as error:
+        raise StorageError(f"cannot write {path}: {error.strerror or error}") from error
+    try:
+        with os.fdopen(fd, "wb") as handle:
+            handle.write(content)
+            handle.flush()
+            os.fsync(handle.fileno())
+        path.hardlink_to(name)
+        sync_folder(path.parent)
+    except FileExistsError:
+        raise
+    except OSError as error:
+        raise StorageError(f"cannot write {path}: {error.strerror or error}") from error
+    finally:
+        Path(name).unlink(missing_ok=True)
+
+
+def ensure_private_token(path: Path) -> None:
+    """Writes 64 random hex digits to ``path`` (mode 0600) unless it exists. Safe between processes.
+
+    Raises:
+        StorageError: if the file cannot be written.
+    """
+    if path.exists():
+        return
+    with suppress(FileExistsError):  # another process was faster
+        create_private_file(path, secrets.token_hex(32).encode())

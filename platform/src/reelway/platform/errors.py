@@ -1,33 +1,33 @@
-"""Every error Reelway raises on purpose, in one tree.
+"""The tree of all errors that Reelway raises on purpose.
 
 ::
 
     ReelwayError                     exit 1
-    ├── CommandFailedError           its code a command that this one stands on ended badly
+    ├── CommandFailedError           its code a command that this command ran failed
     ├── ConfigError                  exit 2   a setting, flag or policy is wrong
     ├── DataError                    exit 3   input data
-    │   ├── MalformedFileError                a file is not what its format says (file, row, column, value)
-    │   ├── EmptyDatasetError                 nothing to work on
-    │   └── TooManyBadRowsError               the checks set aside more than the limit
+    │   ├── MalformedFileError                a file does not match its format (file, row, column, value)
+    │   ├── EmptyDatasetError                 no rows to work on
+    │   └── TooManyBadRowsError               more rows failed the checks than the limit allows
     ├── FeatureError                 exit 4   feature store and feature computation
     │   └── ParityError                       a served value differs from the offline join
-    ├── TrainingError                exit 5   training cannot start or go on
-    ├── ReleaseError                 exit 6   a release is refused
+    ├── TrainingError                exit 5   training cannot start or continue
+    ├── ReleaseError                 exit 6   a release is rejected
     │   ├── ReleaseNotFoundError
-    │   ├── DigestMismatchError               a file or the manifest is not what was signed
-    │   ├── SignatureError                    no signature, or not by a trusted key
-    │   ├── IncompatibleReleaseError          dimensions, feature service or schema disagree
-    │   └── GateFailedError                   a quality gate does not hold
+    │   ├── DigestMismatchError               a file or the manifest differs from what was signed
+    │   ├── SignatureError                    no signature, or none by a trusted key
+    │   ├── IncompatibleReleaseError          dimensions, feature service or schema differ
+    │   └── GateFailedError                   a quality gate fails
     ├── StorageError                 exit 7   disk full, no permission, store unreachable
-    │   └── KubernetesError                   the API server cannot be reached, or refuses
-    ├── ServingError                 exit 8   the graph cannot start or answer
-    │   ├── OverloadedError                   more requests at once than can be answered in time
+    │   └── KubernetesError                   the API server is unreachable or rejects a request
+    ├── ServingError                 exit 8   the service cannot start or answer
+    │   ├── OverloadedError                   more concurrent requests than can be answered in time
     │   └── TokenError                        an impression token that this service did not sign
-    ├── RolloutError                 exit 9   a rollout cannot start or be changed as asked
-    └── JobError                     exit 13  a job on a cluster never began, or did not end by itself
+    ├── RolloutError                 exit 9   a rollout cannot start or be changed as requested
+    └── JobError                     exit 13  a job on a cluster did not start, or did not finish
 
-A message says what, the value seen, what was expected and what to do. The CLI prints the message without a
-traceback and exits with the code; anything not in this tree is a bug and keeps its traceback.
+A message names the object, the problem and the fix. The CLI prints the message without a traceback and exits with the
+code. Any other exception is a bug and keeps its traceback.
 """
 
 from __future__ import annotations
@@ -36,13 +36,11 @@ from collections.abc import Sequence
 
 
 class ReelwayError(Exception):
-    """Base of all of them."""
-
     exit_code = 1
 
 
 class CommandFailedError(ReelwayError):
-    """A command that this one stands on ended badly; its own message is already on the screen."""
+    """A command that this command ran failed. Its own message has already been printed."""
 
     def __init__(self, command: Sequence[str], code: int) -> None:
         super().__init__(f"`{' '.join(command)}` ended with exit code {code}; see its message above")
@@ -58,7 +56,7 @@ class DataError(ReelwayError):
 
 
 class MalformedFileError(DataError):
-    """A file is not what its format says."""
+    """A file does not match its format."""
 
     def __init__(
         self, path: object, expected: str, *, seen: object, row: int | None = None, column: str | None = None
@@ -129,7 +127,7 @@ class ServingError(ReelwayError):
 
 
 class OverloadedError(ServingError):
-    """More requests at once than can be answered in time; the one that got this was not begun."""
+    """More concurrent requests than can be answered in time. The rejected request was not started."""
 
 
 class TokenError(ServingError):

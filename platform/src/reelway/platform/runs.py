@@ -1,8 +1,8 @@
-"""A run directory: what was done, with which configuration and seed, and what need not be done again.
+"""A run directory: the results of each pipeline step, and which steps need not run again.
 
-Each step writes ``steps/<step>.json`` when it has ended well. A later call with the same configuration, inputs and
-code version is skipped and says so; a changed input reruns the step and everything after it, because each step's
-record holds the digest of the records it stands on. Nothing here knows what the steps do.
+Each finished step writes ``steps/<step>.json``. A later call with the same configuration, inputs and code version is
+skipped. Because a record contains the digests of the records it depends on, a changed input reruns the step and every
+step after it.
 """
 
 from __future__ import annotations
@@ -23,22 +23,22 @@ from reelway.platform.errors import ConfigError
 
 
 def digest_of(value: Any) -> str:
-    """Hex SHA-256 of a JSON-able value, independent of key order."""
+    """Hex SHA-256 of a value that JSON can encode, independent of key order."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def digest_of_files(paths: Sequence[Path]) -> str:
     """Hex SHA-256 over the content of ``paths``, in the given order."""
-    whole = hashlib.sha256()
+    combined = hashlib.sha256()
     for path in paths:
         with path.open("rb") as handle:
-            whole.update(hashlib.file_digest(handle, "sha256").digest())
-    return whole.hexdigest()
+            combined.update(hashlib.file_digest(handle, "sha256").digest())
+    return combined.hexdigest()
 
 
 @dataclass
 class Step:
-    """A step under way. ``done`` is true when the same step was done before: skip the work."""
+    """One execution of a step. ``cached``: an earlier result is still valid, so the work can be skipped."""
 
     name: str
     config: Mapping[str, Any]
@@ -48,12 +48,12 @@ class Step:
 
 @dataclass(frozen=True)
 class RunDirectory:
-    """One run of the path from events to a release, on local disk."""
+    """One run of the pipeline from events to a release, on local disk."""
 
     path: Path
 
     def __post_init__(self) -> None:
-        # worker processes have a working directory of their own
+        # worker processes have another working directory
         object.__setattr__(self, "path", self.path.absolute())
 
     @property
@@ -95,13 +95,13 @@ class RunDirectory:
         """The record of a finished step.
 
         Raises:
-            ConfigError: the step was not done in this run directory.
+            ConfigError: if the step has not finished in this run directory.
         """
         try:
             loaded: dict[str, Any] = json.loads(self.record_path(step).read_text())
         except FileNotFoundError:
             raise ConfigError(
-                f"{self.path}: step {step!r} was not done here; run `reelway {step} --run {self.path}` first"
+                f"{self.path}: step {step!r} has not finished in this run; run `reelway {step} --run {self.path}` first"
             ) from None
         return loaded
 
@@ -116,17 +116,17 @@ class RunDirectory:
         outputs: Sequence[Path] = (),
         force: bool = False,
     ) -> Iterator[Step]:
-        """Do a step unless it was done with the same configuration, files and preceding steps.
+        """Runs a step, or skips it if it finished before with the same configuration, inputs and preceding steps.
 
         Args:
-            config: everything that changes the result, JSON-able, the seed included.
-            after: names of steps in this run that it stands on; each must have been done.
-            inputs: files from outside the run that it reads; their content counts, not their time.
-            outputs: paths that must still exist for the step to count as done.
-            force: do it again regardless.
+            config: everything that changes the result, as JSON, including the seed.
+            after: names of the steps of this run that it depends on; each must have finished.
+            inputs: files from outside the run that it reads; compared by content, not by time.
+            outputs: paths that must still exist for the step to be skipped.
+            force: run the step in any case.
 
         Raises:
-            ConfigError: a step named in ``after`` was not done.
+            ConfigError: if a step named in ``after`` has not finished.
         """
         identity = digest_of(
             {

@@ -1,7 +1,7 @@
-"""Metrics and logs, named one way: ``reelway_<stage>_<thing>_<unit>``.
+"""Prometheus metrics and logging with one naming scheme: ``reelway_<stage>_<thing>_<unit>``.
 
-Labels are those of ``ALLOWED_LABELS``; never a viewer or a video, whose number has no bound. A metric with another
-name or label is refused when it is made, not found in production.
+Labels come from ``ALLOWED_LABELS``. Viewer and video ids are no labels, because their number has no bound. A metric
+with another name or label raises when it is created.
 """
 
 from __future__ import annotations
@@ -29,19 +29,19 @@ LATENCY_BUCKETS_S: Final = (
 
 def _checked(name: str, labels: Sequence[str]) -> tuple[str, ...]:
     if not _NAME.match(name):
-        raise ValueError(f"metric {name!r} is not of the form reelway_<stage>_<thing>_<unit>")
+        raise ValueError(f"metric {name!r} does not have the form reelway_<stage>_<thing>_<unit>; rename it")
     if unknown := set(labels) - ALLOWED_LABELS:
         raise ValueError(f"metric {name}: labels {sorted(unknown)} are not among {sorted(ALLOWED_LABELS)}")
     return tuple(labels)
 
 
 def counter(name: str, help_text: str, labels: Sequence[str], registry: CollectorRegistry) -> Counter:
-    """A monotone count; its name ends in ``_total``."""
+    """A counter; its name ends in ``_total``."""
     return Counter(name, help_text, _checked(name, labels), registry=registry)
 
 
 def gauge(name: str, help_text: str, labels: Sequence[str], registry: CollectorRegistry) -> Gauge:
-    """A value that goes up and down; summed over a node's live processes."""
+    """A gauge, summed over the live processes of a node."""
     return Gauge(name, help_text, _checked(name, labels), registry=registry, multiprocess_mode="livesum")
 
 
@@ -52,12 +52,12 @@ def histogram(
     registry: CollectorRegistry,
     buckets: Sequence[float] = LATENCY_BUCKETS_S,
 ) -> Histogram:
-    """A distribution; seconds unless the name says otherwise."""
+    """A histogram, in seconds unless the name has another unit."""
     return Histogram(name, help_text, _checked(name, labels), registry=registry, buckets=tuple(buckets))
 
 
 def configure_logging(level: str = "INFO") -> None:
-    """One line per record on standard error; called once, by the program and never by a library."""
+    """Logs to standard error, one line per record. Programs call it once; libraries never do."""
     logging.basicConfig(
         level=level, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s", force=True
     )

@@ -1,8 +1,8 @@
-"""Signed impression tokens: what an outcome needs to be counted for the right release, carried by the client.
+"""Signed impression tokens, which tell the service what an outcome is about.
 
-A token goes out with every video of a slate and comes back with every outcome, so the service keeps no state between
-the two and nobody can invent an impression or move one to another arm. A token is signed, not encrypted, and it is
-no proof of freshness: how old an outcome may be is the reader's rule (``issued_at_s``).
+Every video of a slate carries a token, and every outcome returns it. The service therefore keeps no state between the
+two, and a client can neither invent an impression nor move one to another arm. A token is signed, not encrypted. It
+does not expire: the reader decides by ``issued_at_s`` whether an outcome is too late.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ MAC_BYTES: Final = 16
 SECRET_MIN_BYTES: Final = 16
 ROLLOUT_MAX_BYTES: Final = 63
 SLICE_BITS: Final = MappingProxyType({Slice.NEW_VIEWERS: 1, Slice.NEW_VIDEOS: 2, Slice.SMALL_CREATORS: 4})
-"""What an impression belongs to besides ``overall``, as the bits of ``ImpressionToken.slices``."""
+"""Bits of ``ImpressionToken.slices``: the slices of an impression besides ``overall``."""
 ALL_SLICES: Final = sum(SLICE_BITS.values())
-_VERSION: Final = 2
-_PERSON: Final = b"reelway-token-1"  # names the key, which all versions share
-_HEAD_1: Final = struct.Struct("<BQQQQHBddBB")
-"""version, impression, request, viewer, video, position, arm, propensity, issued at, length of release, of source."""
-_HEAD: Final = struct.Struct(_HEAD_1.format + "BfBI")
-"""The same, then length of rollout, weight, slices, duration."""
+_VERSION: Final = 1
+_PERSON: Final = b"reelway-token-1"  # separates the key from other uses of the same secret
+_HEAD: Final = struct.Struct("<BQQQQHBddBBBfBI")
+"""version, impression, request, viewer, video, position, arm, propensity, issued at; lengths of release, source and
+rollout; weight, slices, duration."""
 _IS_RELEASE_ID: Final = re.compile(r"[0-9a-f]{64}").fullmatch
-"""A release id (64 hex digits) travels as its 32 bytes; any other release name as text, marked by the top bit."""
+"""A release id (64 hex digits) is encoded as its 32 bytes. Another release name is encoded as text."""
 _TEXT: Final = 0x80
+"""Bit of the release's length that marks text."""
 _ARMS: Final = tuple(Arm)
 _ARM_CODES: Final = {arm: code for code, arm in enumerate(_ARMS)}
 _TO_URL: Final = bytes.maketrans(b"+/", b"-_")
@@ -42,10 +42,7 @@ _FROM_URL: Final = bytes.maketrans(b"-_", b"+/")
 
 
 class ImpressionToken(NamedTuple):
-    """One video as it was shown.
-
-    ``weight`` travels as a float32, so give it one. A token of version 1 reads with the last four at their defaults.
-    """
+    """One video as it was shown. ``weight`` is encoded as a float32 and should be one already."""
 
     impression_id: int
     request_id: int
@@ -56,46 +53,46 @@ class ImpressionToken(NamedTuple):
     arm: Arm
     source: str
     propensity: float
-    issued_at_s: float  # Unix seconds by the signer's clock, whatever time the request gave for its context
-    rollout: str = ""  # its id, at most ROLLOUT_MAX_BYTES; empty outside of any
-    weight: float = 0.0  # sequential.overlap_weight of the arms when it was shown
-    slices: int = 0  # SLICE_BITS, added up
-    duration_ms: int = 0  # of the video; 0 where nobody knows
+    issued_at_s: float  # Unix seconds by the signer's clock, whatever the request's context says
+    rollout: str = ""  # rollout id of at most ROLLOUT_MAX_BYTES; empty outside of a rollout
+    weight: float = 0.0  # sequential.overlap_weight of the arms when the video was shown
+    slices: int = 0  # sum of SLICE_BITS
+    duration_ms: int = 0  # of the video; 0 if unknown
 
 
 class TokenSigner:
     """Signs and reads tokens with a keyed BLAKE2b (RFC 7693) of 128 bits.
 
     Args:
-        *secrets: the first one signs, all of them are accepted; so a new secret is put in front and the old one
-            kept until its last token has come back.
+        *secrets: the first signs, all are accepted. To rotate, put the new secret first and remove the old one when
+            no outcome with its tokens can arrive any more.
 
     Raises:
-        ConfigError: no secret, or one shorter than ``SECRET_MIN_BYTES``.
+        ConfigError: if there is no secret, or one is shorter than ``SECRET_MIN_BYTES``.
     """
 
     def __init__(self, *secrets: bytes) -> None:
         if not secrets:
-            raise ConfigError("no token secret was given; set at least one, the first of which signs")
-        for place, secret in enumerate(secrets):
+            raise ConfigError("impression tokens: no token secret was given; set at least one, the first one signs")
+        for index, secret in enumerate(secrets):
             if len(secret) < SECRET_MIN_BYTES:
                 raise ConfigError(
-                    f"token secret {place} has {len(secret)} bytes, expected at least {SECRET_MIN_BYTES}; "
+                    f"token secret {index} has {len(secret)} bytes, expected at least {SECRET_MIN_BYTES}; "
                     "make one with `openssl rand -hex 32`"
                 )
-        # A key of BLAKE2b has at most 64 bytes; hashing lets a secret have any length.
+        # A key of BLAKE2b has at most 64 bytes; hashing allows secrets of any length.
         self._keys = tuple(hashlib.blake2b(secret, digest_size=32, person=_PERSON).digest() for secret in secrets)
 
     def sign(self, token: ImpressionToken) -> str:
-        """The token as URL-safe text without padding, about 155 characters, and 20 more within a rollout.
+        """Returns URL-safe text without padding: about 155 characters, and 20 more in a rollout.
 
         Raises:
-            TokenError: a value that a token cannot carry.
+            TokenError: if a token cannot encode one of the values.
         """
         return self.sign_many((token,))[0]
 
     def sign_many(self, tokens: Iterable[ImpressionToken]) -> list[str]:
-        """``sign`` for a whole slate."""
+        """``sign`` for all videos of a slate."""
         key = self._keys[0]
         signed = []
         for token in tokens:
@@ -105,15 +102,15 @@ class TokenSigner:
         return signed
 
     def read(self, text: str) -> ImpressionToken:
-        """The token that ``sign`` was given.
+        """Returns the token that was signed.
 
         Raises:
-            TokenError: not a token, or not signed by one of the secrets; the message says which.
+            TokenError: if the text is not a token, or none of the secrets signed it.
         """
         raw = _decode(text)
-        if len(raw) < _HEAD_1.size + MAC_BYTES:
+        if len(raw) < _HEAD.size + MAC_BYTES:
             raise TokenError(
-                f"impression token has {len(raw)} bytes, expected at least {_HEAD_1.size + MAC_BYTES}; it was cut off"
+                f"impression token has {len(raw)} bytes, expected at least {_HEAD.size + MAC_BYTES}; it was cut off"
             )
         body, mac = raw[:-MAC_BYTES], raw[-MAC_BYTES:]
         expected = [hashlib.blake2b(body, digest_size=MAC_BYTES, key=key).digest() for key in self._keys]
@@ -133,10 +130,10 @@ def _body(token: ImpressionToken) -> bytes:
     try:
         if _IS_RELEASE_ID(release):
             name = bytes.fromhex(release)
-            marked = 0
+            text_bit = 0
         else:
             name = release.encode()
-            marked = _TEXT
+            text_bit = _TEXT
         origin, trial = source.encode(), rollout.encode()
         if len(name) >= _TEXT:
             raise ValueError(f"release {release!r} is longer than {_TEXT - 1} bytes")
@@ -148,7 +145,7 @@ def _body(token: ImpressionToken) -> bytes:
             raise ValueError(f"slices {slices} are outside 0..{ALL_SLICES}")
         head = _HEAD.pack(
             _VERSION, impression, request, viewer, video, position, _ARM_CODES[arm],
-            propensity, issued_at_s, len(name) | marked, len(origin), len(trial), weight, slices, duration_ms,
+            propensity, issued_at_s, len(name) | text_bit, len(origin), len(trial), weight, slices, duration_ms,
         )  # fmt: skip
     except (ValueError, TypeError, KeyError, AttributeError, struct.error) as error:
         raise TokenError(f"cannot sign {token}: {error}") from error
@@ -156,21 +153,16 @@ def _body(token: ImpressionToken) -> bytes:
 
 
 def _token(body: bytes) -> ImpressionToken:
-    """The inverse of ``_body``, for bytes whose signature held."""
-    trial, weight, slices, duration_ms = 0, 0.0, 0, 0
-    if body[0] == _VERSION:
-        (
-            _, impression, request, viewer, video, position, arm, propensity, issued_at_s, name, origin,
-            trial, weight, slices, duration_ms,
-        ) = _HEAD.unpack_from(body)  # fmt: skip
-        start = _HEAD.size
-    elif body[0] == 1:
-        _, impression, request, viewer, video, position, arm, propensity, issued_at_s, name, origin = (
-            _HEAD_1.unpack_from(body)
+    """The inverse of ``_body``, for bytes whose signature is valid."""
+    if body[0] != _VERSION:
+        raise TokenError(
+            f"impression token has version {body[0]}, expected {_VERSION}; another version of Reelway signed it"
         )
-        start = _HEAD_1.size
-    else:
-        raise TokenError(f"impression token has version {body[0]}, expected 1 or {_VERSION}; it is by another release")
+    (
+        _, impression, request, viewer, video, position, arm, propensity, issued_at_s, name, origin,
+        trial, weight, slices, duration_ms,
+    ) = _HEAD.unpack_from(body)  # fmt: skip
+    start = _HEAD.size
     end = start + (name & ~_TEXT)
     release = body[start:end].decode() if name & _TEXT else body[start:end].hex()
     source = body[end : end + origin].decode()
@@ -186,12 +178,12 @@ def _encode(raw: bytes) -> str:
 
 
 def _decode(text: str) -> bytes:
-    """Strict: one text for one token, so that a token cannot be written in two ways."""
+    """Strict base64: exactly one text encodes a token."""
     try:
         padded = text.encode("ascii").translate(_FROM_URL) + b"=" * (-len(text) % 4)
         raw = binascii.a2b_base64(padded, strict_mode=True)
     except ValueError as error:  # binascii.Error and UnicodeEncodeError are ValueErrors
         raise TokenError(f"impression token {text[:12]!r}... is not URL-safe base64: {error}") from error
     if _encode(raw) != text:
-        raise TokenError(f"impression token {text[:12]!r}... is not as it was written: its spelling differs")
+        raise TokenError(f"impression token {text[:12]!r}... is not in canonical base64; send it as it was received")
     return raw

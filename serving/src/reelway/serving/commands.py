@@ -9,7 +9,6 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-import secrets
 import shutil
 import signal
 import time
@@ -25,7 +24,7 @@ from rich.table import Table
 
 from reelway.platform.cli.processes import child, reelway_command
 from reelway.platform.cli.terminal import console, out, say
-from reelway.platform.durable import write_json
+from reelway.platform.durable import ensure_private_token, write_json
 from reelway.platform.errors import ConfigError, FeatureError, ServingError
 from reelway.platform.runs import RunDirectory
 from reelway.serving.composition import Composition
@@ -228,10 +227,7 @@ def _live(run: RunDirectory) -> str | None:
 def _token_secrets(run: RunDirectory) -> Path:
     """The file of the run's own secret, made once and readable by its owner only; the environment goes before it."""
     path = run.keys / "token.secret"
-    if not path.exists():
-        path.parent.mkdir(exist_ok=True)
-        with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as handle:
-            handle.write(secrets.token_hex(32))
+    ensure_private_token(path)
     return path
 
 

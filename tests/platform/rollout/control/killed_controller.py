@@ -1,4 +1,4 @@
-"""A controller that kills its own process at the n-th point of a script, for ``test_controller_killed``.
+"""A controller that kills its own process at the n-th point of a scenario, for ``test_controller_killed``.
 
 Points lie before and after every record and every write of traffic, and between the two writes of a reaction.
 """
@@ -20,24 +20,24 @@ Story = Callable[[World], None]
 
 
 def promotion(world: World) -> None:
-    """A good release, to its very end."""
+    """A good release is promoted and retired."""
     world.source.kind = "good"
 
 
 def harm(world: World) -> None:
-    """A release that harms, seen at its second step."""
+    """A release is harmful at its second step."""
     world.source.kind = "harm" if world.state.step >= 1 else "good"
 
 
 def alert(world: World) -> None:
-    """An alert at the second step, which goes past the looking."""
+    """An alert fires at the second step and rolls back without a reconcile."""
     world.source.kind = "good"
     if world.state.step >= 1:
         world.alert(starts_at=20_000)
 
 
 def command(world: World) -> None:
-    """A person takes a promoted release back."""
+    """A person rolls back a promoted release."""
     world.source.kind = "good"
     if world.state.phase is Phase.PROMOTED:
         world.store.ask(world.state.id, Command(id="back", verb="rollback", actor="ada"))
@@ -47,7 +47,7 @@ STORIES: dict[str, Story] = {story.__name__: story for story in (promotion, harm
 
 
 class Points:
-    """Counts, and kills at the one that was asked for. What was passed is written down for the parent."""
+    """Counts points, kills the process at the requested one, and reports passed points to the parent."""
 
     def __init__(self, path: Path, die_at: int) -> None:
         self.path, self.die_at, self.passed = path, die_at, 0
@@ -60,7 +60,7 @@ class Points:
 
 
 def play(folder: Path, story: str, die_at: int) -> None:
-    """Begin the story, or go on with it, until it is over or the process is killed. ``die_at`` 0: to the end."""
+    """Starts or resumes the scenario until it ends or the process is killed. ``die_at`` 0: no kill."""
     world = World(folder, POLICY)
     if world.store.latest() is None:
         world.begin()

@@ -1,4 +1,4 @@
-"""One look after the other: what is recorded, what is written to the world, in which order, and what a fault costs."""
+"""The controller: what it records and writes, in which order, and how it handles faults."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ def world(tmp_path: Path) -> World:
 
 
 def stepping(world: World) -> World:
-    """At its first step."""
+    """A rollout at its first step."""
     world.begin()
     assert world.tick(2) == ["prepare", "step"]
     return world
 
 
-def test_a_good_release_is_promoted_retired_and_the_old_one_removed(world: World) -> None:
+def test_good_release_is_promoted_until_the_old_one_is_removed(world: World) -> None:
     world.begin()
     actions = [action for action in world.tick(40) if action != "wait"]
     assert actions == ["prepare", "step", "step", "step", "promote", "complete_promotion", "retire"]
@@ -45,7 +45,7 @@ def test_a_good_release_is_promoted_retired_and_the_old_one_removed(world: World
     assert world.traffic.releases == (RELEASE,)
 
 
-def test_a_harmful_release_is_rolled_back_and_removed(world: World) -> None:
+def test_harmful_release_is_rolled_back(world: World) -> None:
     stepping(world).source.kind = "harm"
     assert world.tick(3) == ["roll_back", "complete_rollback", "wait"]
     assert world.state.phase is Phase.ROLLED_BACK
@@ -54,7 +54,7 @@ def test_a_harmful_release_is_rolled_back_and_removed(world: World) -> None:
     assert world.store.history()[-2].evidence["outcomes"][0]["finding"] == "harm_established"
 
 
-def test_every_write_is_of_a_state_that_was_recorded_before(world: World) -> None:
+def test_every_write_follows_its_record(world: World) -> None:
     written: list[TrafficTarget] = []
 
     def check(target: TrafficTarget) -> None:
@@ -64,10 +64,10 @@ def test_every_write_is_of_a_state_that_was_recorded_before(world: World) -> Non
     world.backend.before = check
     world.begin()
     world.tick(40)
-    assert len(written) == 6  # preparing, three steps, everybody, the old one removed
+    assert len(written) == 6  # preparing, three steps, all traffic, the old release removed
 
 
-def test_nothing_is_written_when_the_record_fails(world: World) -> None:
+def test_failed_record_prevents_the_write(world: World) -> None:
     stepping(world).source.kind = "harm"
 
     def full() -> None:
@@ -83,7 +83,7 @@ def test_nothing_is_written_when_the_record_fails(world: World) -> None:
     assert world.traffic.routing.weight_of(Arm.CANARY) == 0
 
 
-def test_a_write_that_failed_is_done_at_the_next_look(world: World) -> None:
+def test_failed_write_is_repeated_on_the_next_reconcile(world: World) -> None:
     def refuse(*_: object) -> None:
         raise RolloutError("PUT answered 500")
 
@@ -103,7 +103,7 @@ def test_a_write_that_failed_is_done_at_the_next_look(world: World) -> None:
 
 
 @pytest.mark.parametrize("ended", [False, True])
-def test_a_hand_edit_is_undone_even_after_the_end(world: World, ended: bool) -> None:
+def test_manual_change_is_reverted_even_after_the_rollout(world: World, ended: bool) -> None:
     stepping(world)
     if ended:
         world.source.kind = "errors"
@@ -113,13 +113,13 @@ def test_a_hand_edit_is_undone_even_after_the_end(world: World, ended: bool) -> 
     assert world.traffic == target_of(world.state)
 
 
-def test_nothing_is_written_when_the_world_is_as_it_should_be(world: World) -> None:
+def test_traffic_at_its_target_is_not_written(world: World) -> None:
     stepping(world).source.kind = "few"
     world.backend.before = _never
     assert world.tick(3, after_s=5) == ["wait"] * 3
 
 
-def test_traffic_that_cannot_be_seen_and_evidence_that_cannot_be_had_hold(world: World) -> None:
+def test_missing_observation_or_evidence_holds_the_rollout(world: World) -> None:
     stepping(world).source.kind = "refused"
     world.backend.blind = True
     assert world.tick(2) == ["hold", "wait"]
@@ -128,7 +128,7 @@ def test_traffic_that_cannot_be_seen_and_evidence_that_cannot_be_had_hold(world:
     assert moves(world.store.history()) == ["prepare", "step", "hold"]
 
 
-def test_a_release_that_fails_to_start_says_why(world: World) -> None:
+def test_reason_says_why_a_release_fails_to_start(world: World) -> None:
     world.begin()
     world.tick()
     seen = world.backend.observe
@@ -143,7 +143,7 @@ def test_a_release_that_fails_to_start_says_why(world: World) -> None:
     assert "no such file videos.arrow" in world.store.history()[1].reason
 
 
-def test_a_release_that_the_backend_gave_up_is_taken_back_at_once(world: World) -> None:
+def test_release_that_the_backend_gave_up_is_rolled_back(world: World) -> None:
     world.begin()
     world.tick()
     seen = world.backend.observe
@@ -154,27 +154,27 @@ def test_a_release_that_the_backend_gave_up_is_taken_back_at_once(world: World) 
     assert world.store.history()[1].reason == "the release cannot start: no such file"
 
 
-def test_waits_are_remembered_but_make_no_history(world: World) -> None:
+def test_waits_are_recorded_without_a_history_entry(world: World) -> None:
     stepping(world).source.kind = "few"
     world.tick(2, after_s=5)
     assert moves(world.store.history()) == ["prepare", "step"]
     assert world.state.phase_s == 10.0
 
 
-def test_a_refused_command_is_written_down_once(world: World) -> None:
+def test_rejected_command_is_recorded_once(world: World) -> None:
     stepping(world).store.ask("r-1", Command(id="c", verb="resume", actor="ada"))
     world.source.kind = "few"
     world.tick(3, after_s=5)
     assert moves(world.store.history()) == ["prepare", "step", "refuse"]
 
 
-def test_without_a_rollout_nothing_is_touched(world: World) -> None:
+def test_reconcile_without_a_rollout_does_nothing(world: World) -> None:
     before = world.backend.inner.path.stat().st_mtime_ns
     assert world.tick(2) == ["-", "-"]
     assert (world.source.asked, world.backend.inner.path.stat().st_mtime_ns) == (0, before)
 
 
-def test_a_retired_or_rolled_back_rollout_asks_for_no_evidence(world: World) -> None:
+def test_final_rollout_fetches_no_evidence(world: World) -> None:
     stepping(world).source.kind = "errors"
     world.tick(2)
     asked, version = world.source.asked, newest(world.store).version
@@ -182,7 +182,7 @@ def test_a_retired_or_rolled_back_rollout_asks_for_no_evidence(world: World) -> 
     assert (world.source.asked, newest(world.store).version) == (asked, version)
 
 
-def test_the_newest_rollout_is_the_one_that_counts(world: World) -> None:
+def test_controller_moves_the_newest_rollout_only(world: World) -> None:
     stepping(world).source.kind = "errors"
     world.tick(2)
     world.store.create(
@@ -197,7 +197,7 @@ def test_the_newest_rollout_is_the_one_that_counts(world: World) -> None:
 # Alerts
 
 
-def test_a_firing_alert_rolls_back_without_looking_at_anything(world: World) -> None:
+def test_firing_alert_rolls_back_without_an_observation(world: World) -> None:
     stepping(world)
     asked = world.source.asked
     world.backend.observe = _never  # type: ignore[method-assign]
@@ -208,11 +208,11 @@ def test_a_firing_alert_rolls_back_without_looking_at_anything(world: World) -> 
     assert world.traffic.routing.weight_of(Arm.CANARY) == 0
     assert "CanaryErrors" in world.store.history()[-1].reason
     assert world.source.asked == asked
-    assert world.controller.react() is None  # once
+    assert world.controller.react() is None  # rolled back once
 
 
 @pytest.mark.parametrize("kind", ["foreign", "resolved", "older than the rollout", "no alert"])
-def test_no_other_alert_does_anything(world: World, kind: str) -> None:
+def test_unrelated_alert_has_no_effect(world: World, kind: str) -> None:
     stepping(world)
     if kind == "foreign":
         world.alert(release="f" * 64)
@@ -226,8 +226,8 @@ def test_no_other_alert_does_anything(world: World, kind: str) -> None:
     assert world.tick() == ["wait"]
 
 
-def test_an_alert_alone_never_ends_a_rollout_for_want_of_evidence(world: World) -> None:
-    """With the guardrail off, a deadline that is over is no reason for the fast path, which looks at no evidence."""
+def test_allowed_alert_does_not_trigger_an_evidence_deadline(world: World) -> None:
+    """With the guardrail off, an expired deadline does not roll back in ``react``, which fetches no evidence."""
     guardrails = world.policy.guardrails.model_copy(update={"firing_alerts": None})
     world.policy = world.policy.model_copy(update={"guardrails": guardrails})
     world.begin()
@@ -236,13 +236,13 @@ def test_an_alert_alone_never_ends_a_rollout_for_want_of_evidence(world: World) 
     world.backend.observe = lambda: replace(seen(), ready=frozenset({STABLE}))  # type: ignore[method-assign]
     assert world.tick(9) == ["wait"] * 9
     world.backend.observe = seen  # type: ignore[method-assign]
-    world.clock.now += 60  # past the deadline of 300 s, and the release is ready by now
+    world.clock.now += 60  # after the deadline of 300 s, with the release ready
     world.alert()
     assert world.controller.react() is None
     assert world.tick(after_s=0) == ["step"]
 
 
-def test_a_promoted_release_is_taken_back_while_the_old_one_is_warm(world: World) -> None:
+def test_promoted_release_is_rolled_back_while_the_old_one_is_warm(world: World) -> None:
     world.begin()
     while world.state.phase is not Phase.PROMOTED:
         world.tick()
@@ -251,8 +251,8 @@ def test_a_promoted_release_is_taken_back_while_the_old_one_is_warm(world: World
     assert world.traffic.releases == (STABLE,)
 
 
-def test_a_slow_look_does_not_write_over_a_reaction(world: World) -> None:
-    """An alert comes while evidence for a step is being fetched: the step is given up, not applied afterwards."""
+def test_slow_reconcile_does_not_overwrite_a_rollback(world: World) -> None:
+    """An alert arrives while evidence is fetched: the step of this reconcile is dropped."""
     stepping(world)
     fetch = world.source.fetch
 
@@ -267,15 +267,15 @@ def test_a_slow_look_does_not_write_over_a_reaction(world: World) -> None:
     assert world.traffic.routing.weight_of(Arm.CANARY) == 0
 
 
-def test_what_was_delivered_is_known_after_a_restart(world: World) -> None:
+def test_delivered_alerts_survive_a_restart(world: World) -> None:
     stepping(world).alert()
     world.restart()
-    assert world.tick() == ["complete_rollback"]  # reacted, looked, and saw it done
+    assert world.tick() == ["complete_rollback"]  # rolled back, reconciled, and observed the target
     assert moves(world.store.history()) == ["prepare", "step", "roll_back", "complete_rollback"]
 
 
 class Polled:
-    """An alert source that a test fills."""
+    """An alert source with the test's alerts."""
 
     def __init__(self) -> None:
         self.answer: list[KnownAlert] | None = []
@@ -286,7 +286,7 @@ class Polled:
         return self.answer
 
 
-def test_a_poll_that_fails_is_a_warning_that_is_said_once(world: World, caplog: pytest.LogCaptureFixture) -> None:
+def test_failed_poll_is_logged_once(world: World, caplog: pytest.LogCaptureFixture) -> None:
     polled = Polled()
     polled.answer = None
     controller = Controller(world.store, world.backend, world.source, world.book, alert_source=polled)
@@ -297,7 +297,7 @@ def test_a_poll_that_fails_is_a_warning_that_is_said_once(world: World, caplog: 
         controller.poll_alerts()
     assert [record.message for record in caplog.records] == [
         "poll: Alertmanager: connection refused",
-        "poll: well again",
+        "poll: recovered",
     ]
 
 
@@ -305,7 +305,7 @@ def test_a_poll_that_fails_is_a_warning_that_is_said_once(world: World, caplog: 
 
 
 class Running:
-    """The loop in a thread, on the real clock."""
+    """The controller's loop in a thread, on the real clock."""
 
     def __init__(self, world: World, *, interval_s: float, alert_source: Polled | None = None) -> None:
         self.stop, self.wake = threading.Event(), threading.Event()
@@ -326,7 +326,7 @@ class Running:
 
 
 def until(condition: Callable[[], bool], within_s: float = 5.0) -> float:
-    """How long it took."""
+    """Seconds until the condition held."""
     began = time.monotonic()
     while not condition():
         assert time.monotonic() - began < within_s, "too late"
@@ -334,7 +334,7 @@ def until(condition: Callable[[], bool], within_s: float = 5.0) -> float:
     return time.monotonic() - began
 
 
-def test_a_command_of_another_process_is_noticed_long_before_the_next_look(world: World) -> None:
+def test_command_of_another_process_triggers_a_reconcile(world: World) -> None:
     world.begin()
     world.source.kind = "few"
     with Running(world, interval_s=60):
@@ -343,7 +343,7 @@ def test_a_command_of_another_process_is_noticed_long_before_the_next_look(world
         assert until(lambda: newest(world.store).state.phase is Phase.ROLLING_BACK) < 1.0
 
 
-def test_a_delivered_alert_is_acted_upon_while_a_look_hangs(world: World) -> None:
+def test_delivered_alert_rolls_back_while_a_reconcile_hangs(world: World) -> None:
     world.clock.now = time.time()
     stepping(world)
     hangs, goes_on = threading.Event(), threading.Event()
@@ -364,7 +364,7 @@ def test_a_delivered_alert_is_acted_upon_while_a_look_hangs(world: World) -> Non
     assert took_s < 0.3
 
 
-def test_a_polled_alert_is_acted_upon_too(world: World) -> None:
+def test_polled_alert_rolls_back(world: World) -> None:
     world.clock.now = time.time()
     stepping(world).source.kind = "few"
     polled = Polled()
@@ -373,9 +373,7 @@ def test_a_polled_alert_is_acted_upon_too(world: World) -> None:
         until(lambda: newest(world.store).state.phase is Phase.ROLLED_BACK)
 
 
-def test_a_bug_in_a_look_is_written_down_and_does_not_end_the_loop(
-    world: World, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_unexpected_error_does_not_end_the_loop(world: World, caplog: pytest.LogCaptureFixture) -> None:
     world.begin()
     fetch, faults = world.source.fetch, [ValueError("a bug")]
 
@@ -387,7 +385,7 @@ def test_a_bug_in_a_look_is_written_down_and_does_not_end_the_loop(
     world.source.fetch = fetch_with_a_bug  # type: ignore[method-assign, assignment]
     with Running(world, interval_s=0.01):
         until(lambda: newest(world.store).state.phase is Phase.STEPPING)
-    assert "tick failed, a bug; going on" in caplog.text
+    assert "tick failed with an unexpected error; continuing" in caplog.text
 
 
 def _alert_of(starts_at: float) -> KnownAlert:

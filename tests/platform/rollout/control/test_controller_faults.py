@@ -1,4 +1,4 @@
-"""Whatever fails and whenever it dies: what is written was recorded, and the world ends up as it is recorded."""
+"""After any fault at any time, every write was recorded before, and traffic matches the record."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from reelway.platform.rollout.traffic.target import TrafficTarget, target_of
 
 
 class Killed(BaseException):
-    """The process ends here, as far as the code is concerned."""
+    """Simulates the end of the process."""
 
 
 FAULTS: dict[str, BaseException] = {
@@ -43,7 +43,7 @@ _event = st.one_of(
 
 
 class Trial:
-    """A world in which every write is held to what was recorded."""
+    """A world that compares every write with the recorded state."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.number = folder, 0
@@ -121,14 +121,14 @@ class Trial:
 
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(events=st.lists(_event, min_size=4, max_size=20))
-def test_whatever_fails_the_world_ends_up_as_recorded(
+def test_traffic_matches_the_record_after_any_fault(
     tmp_path_factory: pytest.TempPathFactory, events: list[Event]
 ) -> None:
     trial = Trial(tmp_path_factory.mktemp("trial"))
     for happens in events:
         trial.play(happens)
     trial.world.source.kind = "few"
-    trial.world.tick(5, after_s=1)  # too short for a step to be the last thing that happened
+    trial.world.tick(5, after_s=1)  # so short that no new step starts
     state = trial.world.state
     assert trial.world.traffic == target_of(state)
     sighting = trial.world.store.sighting(state.id)

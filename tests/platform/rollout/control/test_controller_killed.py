@@ -1,4 +1,4 @@
-"""A controller killed at any point and started again comes to the same end as one that was never killed."""
+"""A controller that is killed and restarted reaches the same end as one that was never killed."""
 
 from __future__ import annotations
 
@@ -19,28 +19,28 @@ from reelway.platform.rollout.control.sqlite_store import SqliteRolloutStore
 
 _FORKS = multiprocessing.get_context("forkserver")
 CLOCKS = {"changed_at", "tick_at", "evidence_at", "phase_s", "held_insufficient_s", "held_telemetry_s"}
-"""A kill costs time, and so does a promotion that has to be seen again; nothing else may differ."""
+"""Fields that a kill may change, because it costs time. Nothing else may differ."""
 
 
 @pytest.fixture(scope="module", autouse=True)
 def _imported_once() -> None:
-    """Children are forked from a process that has imported everything: a kill costs milliseconds then."""
+    """Forks children from a process that has imported everything, so that a kill costs milliseconds."""
     _FORKS.set_forkserver_preload(["tests.platform.rollout.control.killed_controller"])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", str(Path.cwd()))  # Python 3.11's server does not take its parent's path over
+        patch.setenv("PYTHONPATH", str(Path.cwd()))  # Python 3.11's fork server does not inherit its parent's path
         forkserver.ensure_running()
 
 
 @pytest.fixture
 def in_memory() -> Iterator[Path]:
-    """A folder that is synced at once: a killed process loses nothing that the system has, whatever the disk does."""
+    """A folder in memory: a killed process loses nothing that it wrote, and syncs are fast."""
     memory = Path("/dev/shm")
     with tempfile.TemporaryDirectory(dir=memory if os.access(memory, os.W_OK) else None) as folder:
         yield Path(folder)
 
 
 def killed(folder: Path, story: str, die_at: int) -> bool:
-    """Plays the story in a process of its own. Whether it was killed by itself."""
+    """Runs the scenario in a child process. Returns whether the child killed itself."""
     child = _FORKS.Process(target=play, args=(folder, story, die_at))
     child.start()
     child.join(60)
@@ -56,7 +56,7 @@ def end_of(folder: Path) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("story", sorted(STORIES))
-def test_a_controller_killed_at_every_point_comes_to_the_same_end(
+def test_controller_killed_at_any_point_reaches_the_same_end(
     in_memory: Path, story: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     whole = in_memory / "whole"

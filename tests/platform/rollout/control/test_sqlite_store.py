@@ -1,4 +1,4 @@
-"""The memory of rollouts: whole, shared between processes, and never overwritten by somebody who read it earlier."""
+"""The SQLite rollout store: concurrent processes, commands, history, and invalid files."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def store(tmp_path: Path) -> SqliteRolloutStore:
     return SqliteRolloutStore(tmp_path / "rollout" / "state.db")
 
 
-def test_what_is_recorded_is_read_back_by_another_process(store: SqliteRolloutStore) -> None:
+def test_recorded_state_is_read_by_another_process(store: SqliteRolloutStore) -> None:
     made = store.create(state(), POLICY)
     moved = store.record(made, made.state.model_copy(update={"phase": Phase.PREPARING}), entry())
     store.see(Sighting(rollout_id="r-1", time=3, action="wait", reason="so"))
@@ -64,18 +64,18 @@ def test_what_is_recorded_is_read_back_by_another_process(store: SqliteRolloutSt
     assert moved.version == 2
 
 
-def test_every_commit_is_synced_to_the_disk(store: SqliteRolloutStore) -> None:
-    mode = store._db.execute("PRAGMA synchronous").fetchone()[0]
-    assert (mode, store._db.execute("PRAGMA journal_mode").fetchone()[0]) == (2, "wal")
+def test_every_commit_is_synced_to_disk(store: SqliteRolloutStore) -> None:
+    mode = store._file.connection.execute("PRAGMA synchronous").fetchone()[0]
+    assert (mode, store._file.connection.execute("PRAGMA journal_mode").fetchone()[0]) == (2, "wal")
 
 
-def test_a_second_rollout_waits_for_the_first_to_end(store: SqliteRolloutStore) -> None:
+def test_second_active_rollout_is_rejected(store: SqliteRolloutStore) -> None:
     first = store.create(state(), POLICY)
-    with pytest.raises(RolloutError, match="r-1 is under way"):
+    with pytest.raises(RolloutError, match="r-1 is in progress"):
         store.create(state("r-2"), POLICY)
     store.record(first, state(phase=Phase.ROLLED_BACK), None)
     store.create(state("r-2"), POLICY)
-    with pytest.raises(RolloutError, match="r-2 is under way"):
+    with pytest.raises(RolloutError, match="r-2 is in progress"):
         store.create(state("r-3"), POLICY)
     latest = store.latest()
     assert latest is not None
@@ -83,25 +83,25 @@ def test_a_second_rollout_waits_for_the_first_to_end(store: SqliteRolloutStore) 
     assert [rollout.state.id for rollout in store.all()] == ["r-1", "r-2"]
 
 
-def test_an_id_is_used_once(store: SqliteRolloutStore) -> None:
+def test_used_id_is_rejected(store: SqliteRolloutStore) -> None:
     store.create(state(phase=Phase.ROLLED_BACK), POLICY)
-    with pytest.raises(RolloutError, match="has been a rollout r-1"):
+    with pytest.raises(RolloutError, match="rollout r-1 exists"):
         store.create(state(), POLICY)
 
 
-def test_a_rollout_is_found_by_the_unique_beginning_of_its_id(store: SqliteRolloutStore) -> None:
+def test_get_accepts_the_unique_beginning_of_an_id(store: SqliteRolloutStore) -> None:
     for name in ("ab", "abc", "xy"):
         store.create(state(name, Phase.ROLLED_BACK), POLICY)
     assert store.get("x").state.id == "xy"
-    assert store.get("ab").state.id == "ab"  # whole, though it begins another
-    with pytest.raises(RolloutError, match="begins several"):
+    assert store.get("ab").state.id == "ab"  # an exact match, although another id begins with it
+    with pytest.raises(RolloutError, match="several ids begin with it"):
         store.get("a")
     for wrong in ("z", "", "%", "x_"):
-        with pytest.raises(RolloutError, match="there is no rollout"):
+        with pytest.raises(RolloutError, match="does not exist"):
             store.get(wrong)
 
 
-def test_a_writer_that_read_an_older_version_is_refused_and_writes_nothing(store: SqliteRolloutStore) -> None:
+def test_write_based_on_an_outdated_version_is_rejected(store: SqliteRolloutStore) -> None:
     made = store.create(state(), POLICY)
     store.record(made, state(phase=Phase.PREPARING), entry(reason="first"))
     with pytest.raises(RolloutError, match=r"at version 2 .preparing., was read at 1 .pending."):
@@ -110,7 +110,7 @@ def test_a_writer_that_read_an_older_version_is_refused_and_writes_nothing(store
     assert [known.reason for known in store.history()] == ["first"]
 
 
-def test_a_command_asked_while_the_controller_decided_is_kept(store: SqliteRolloutStore) -> None:
+def test_command_submitted_during_a_decision_is_kept(store: SqliteRolloutStore) -> None:
     made = store.create(state(), POLICY)
     store.ask("r-1", Command(id="c1", verb="rollback"))
     written = store.record(made, state(phase=Phase.PREPARING), None)
@@ -120,17 +120,17 @@ def test_a_command_asked_while_the_controller_decided_is_kept(store: SqliteRollo
     assert written.version == 3
 
 
-def test_a_command_that_was_dealt_with_does_not_come_back(store: SqliteRolloutStore) -> None:
+def test_handled_command_does_not_return(store: SqliteRolloutStore) -> None:
     store.create(state(), POLICY)
     read = store.ask("r-1", Command(id="c1", verb="rollback"))
-    store.ask("r-1", Command(id="c2", verb="pause"))  # waits behind nothing: a rollback is never replaced
+    store.ask("r-1", Command(id="c2", verb="pause"))  # ignored: a rollback is never replaced
     done = read.state.model_copy(update={"command": None, "phase": Phase.ROLLING_BACK})
     assert store.record(read, done, None).state.command is None
     read = store.get("r-1")
     assert store.ask("r-1", Command(id="c1", verb="rollback")) == read
 
 
-def test_a_later_command_waits_when_the_earlier_one_was_dealt_with(store: SqliteRolloutStore) -> None:
+def test_later_command_remains_after_the_earlier_one_is_handled(store: SqliteRolloutStore) -> None:
     store.create(state(), POLICY)
     read = store.ask("r-1", Command(id="c1", verb="pause"))
     store.ask("r-1", Command(id="c2", verb="resume"))
@@ -138,15 +138,13 @@ def test_a_later_command_waits_when_the_earlier_one_was_dealt_with(store: Sqlite
     assert written.state.command == Command(id="c2", verb="resume")
 
 
-def test_the_same_command_twice_changes_nothing(store: SqliteRolloutStore) -> None:
+def test_repeated_command_changes_nothing(store: SqliteRolloutStore) -> None:
     store.create(state(), POLICY)
     once = store.ask("r-", Command(id="c1", verb="pause"))
     assert store.ask("r-1", Command(id="c1", verb="pause")) == once
 
 
-def test_history_is_numbered_over_all_rollouts_and_keeps_the_newest(
-    store: SqliteRolloutStore, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_history_is_numbered_over_all_rollouts(store: SqliteRolloutStore, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sqlite_store, "HISTORY_LIMIT", 3)
     first = store.create(state(), POLICY)
     first = store.record(first, first.state, entry(reason="1"))
@@ -158,7 +156,7 @@ def test_history_is_numbered_over_all_rollouts_and_keeps_the_newest(
     assert [known.reason for known in store.history("r-2")] == ["3", "4"]
 
 
-def test_the_book_of_alerts_is_replaced_as_a_whole(store: SqliteRolloutStore) -> None:
+def test_replace_alerts_replaces_all_alerts(store: SqliteRolloutStore) -> None:
     first = {known.key: known for known in (alert("a"), alert("b"))}
     store.replace_alerts(first)
     assert store.alerts() == first
@@ -167,7 +165,7 @@ def test_the_book_of_alerts_is_replaced_as_a_whole(store: SqliteRolloutStore) ->
     assert store.alerts() == second
 
 
-def test_changes_tell_writes_of_others_from_ones_own(store: SqliteRolloutStore) -> None:
+def test_revision_separates_own_writes_from_others(store: SqliteRolloutStore) -> None:
     other = SqliteRolloutStore(store.path)
     both, others = store.changes(), store.changes(own=False)
     assert (store.changes(), store.changes(own=False)) == (both, others)
@@ -179,12 +177,12 @@ def test_changes_tell_writes_of_others_from_ones_own(store: SqliteRolloutStore) 
     assert store.changes() != both
     assert store.changes(own=False) != others
     seen = store.changes()
-    other.ask("r-1", Command(id="c1", verb="pause"))  # changed nothing
+    other.ask("r-1", Command(id="c1", verb="pause"))  # changes nothing
     other.get("r-1")
     assert store.changes() == seen
 
 
-def test_writers_in_many_threads_and_objects_lose_nothing(store: SqliteRolloutStore) -> None:
+def test_concurrent_writers_lose_nothing(store: SqliteRolloutStore) -> None:
     store.create(state(), POLICY)
     shared = (store, SqliteRolloutStore(store.path))
 
@@ -208,7 +206,7 @@ def test_writers_in_many_threads_and_objects_lose_nothing(store: SqliteRolloutSt
     assert len(store.history()) == 40
 
 
-def test_processes_that_open_a_new_file_at_once_agree(tmp_path: Path) -> None:
+def test_processes_create_one_file_concurrently(tmp_path: Path) -> None:
     code = (
         "import sys, pathlib\n"
         "from reelway.platform.rollout.control.sqlite_store import SqliteRolloutStore\n"
@@ -223,14 +221,14 @@ def test_processes_that_open_a_new_file_at_once_agree(tmp_path: Path) -> None:
     assert {process.communicate("go\n", timeout=60)[0] for process in started} == {"None\n"}
 
 
-def test_a_file_that_is_no_database_is_refused_by_name(tmp_path: Path) -> None:
+def test_error_names_a_file_that_is_not_a_database(tmp_path: Path) -> None:
     path = tmp_path / "state.db"
     path.write_text("not a database, but long enough to be looked at" * 40)
-    with pytest.raises(MalformedFileError, match=r"state\.db: saw 'file is not a database', expected a store"):
+    with pytest.raises(MalformedFileError, match=r"state\.db: saw 'file is not a database', expected a rollout store"):
         SqliteRolloutStore(path)
 
 
-def test_a_database_of_another_application_is_refused_and_left_as_it_is(tmp_path: Path) -> None:
+def test_database_of_another_application_is_left_unchanged(tmp_path: Path) -> None:
     path = tmp_path / "other.db"
     with sqlite3.connect(path) as other:
         other.execute("CREATE TABLE t (x)")
@@ -240,26 +238,26 @@ def test_a_database_of_another_application_is_refused_and_left_as_it_is(tmp_path
     assert path.read_bytes() == before
 
 
-def test_a_newer_schema_is_refused_by_version(store: SqliteRolloutStore) -> None:
-    store._db.execute("PRAGMA user_version = 9")
+def test_another_schema_version_is_rejected(store: SqliteRolloutStore) -> None:
+    store._file.connection.execute("PRAGMA user_version = 9")
     with pytest.raises(StorageError, match=r"state\.db: .* schema version 9, expected 1"):
         SqliteRolloutStore(store.path)
 
 
-def test_a_row_that_was_tampered_with_is_named(store: SqliteRolloutStore) -> None:
+def test_invalid_row_is_rejected(store: SqliteRolloutStore) -> None:
     made = store.create(state(), POLICY)
     wrong = json.loads(made.state.model_dump_json()) | {"canary_bp": 20_000}
-    store._db.execute("UPDATE rollouts SET state = ?", (json.dumps(wrong),))
+    store._file.connection.execute("UPDATE rollouts SET state = ?", (json.dumps(wrong),))
     with pytest.raises(MalformedFileError, match="less than or equal to 10000"):
         store.latest()
 
 
-def test_a_full_or_read_only_disk_is_an_error_of_storage(tmp_path: Path) -> None:
+def test_read_only_disk_raises_a_storage_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(StorageError, match="cannot write"):
         SqliteRolloutStore(tmp_path / "file" / "state.db")
     store = SqliteRolloutStore(tmp_path / "state.db")
-    store._db.execute("PRAGMA query_only = 1")
+    store._file.connection.execute("PRAGMA query_only = 1")
     with pytest.raises(StorageError, match="readonly"):
         store.create(state(), POLICY)
 
@@ -269,7 +267,7 @@ _moments = st.floats(0, 2e9)
 
 @settings(max_examples=50, deadline=None)
 @given(tick_at=_moments, phase_s=_moments, reason=st.text(max_size=20))
-def test_a_state_comes_back_bit_for_bit(
+def test_state_round_trips(
     tmp_path_factory: pytest.TempPathFactory, tick_at: float, phase_s: float, reason: str
 ) -> None:
     store = SqliteRolloutStore(tmp_path_factory.mktemp("store") / "state.db")

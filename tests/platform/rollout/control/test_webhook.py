@@ -1,4 +1,4 @@
-"""What Alertmanager sends, and what anybody else might, over a real socket."""
+"""The webhook over a real socket: valid deliveries and invalid requests."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def door(tmp_path: Path) -> Iterator[Door]:
         yield Door(url, store, book, woken, metrics)
 
 
-def test_a_delivery_is_stored_before_it_is_answered_and_wakes_the_loop(door: Door) -> None:
+def test_delivery_is_stored_before_its_answer(door: Door) -> None:
     answer = door.post(payload())
     assert (answer.status_code, answer.json()) == (200, {"alerts": 1, "with_release": 1, "changed": True})
     other = AlertBook(SqliteRolloutStore(door.store.path))
@@ -71,7 +71,7 @@ def test_a_delivery_is_stored_before_it_is_answered_and_wakes_the_loop(door: Doo
     assert door.woken.is_set()
 
 
-def test_a_delivery_that_comes_twice_changes_nothing(door: Door) -> None:
+def test_repeated_delivery_changes_nothing(door: Door) -> None:
     door.post(payload())
     door.woken.clear()
     before = door.store.changes()
@@ -79,18 +79,18 @@ def test_a_delivery_that_comes_twice_changes_nothing(door: Door) -> None:
     assert (door.store.changes(), door.woken.is_set(), door.counted("known")) == (before, False, 1)
 
 
-def test_resolved_wins_in_whichever_order_it_comes(door: Door) -> None:
+def test_resolved_alert_wins_in_either_order(door: Door) -> None:
     door.post(payload(status="resolved"))
     door.post(payload())
     assert door.book.firing_for(RELEASE, since=0) == ()
 
 
-def test_an_alert_without_a_release_is_taken_and_forgotten(door: Door) -> None:
+def test_alert_without_a_release_is_accepted_but_not_stored(door: Door) -> None:
     assert door.post(payload(release=None)).json() == {"alerts": 1, "with_release": 0, "changed": False}
 
 
 @pytest.mark.parametrize("given", ["", "Bearer", "Bearer wrong", f"Basic {TOKEN}", f"Bearer {TOKEN}x", TOKEN])
-def test_without_the_token_nothing_gets_in(door: Door, given: str) -> None:
+def test_request_without_the_token_is_rejected(door: Door, given: str) -> None:
     answer = door.post(payload(), Authorization=given)
     assert (answer.status_code, answer.headers["www-authenticate"]) == (401, "Bearer")
     assert door.book.firing_for(RELEASE, since=0) == ()
@@ -107,14 +107,14 @@ def test_without_the_token_nothing_gets_in(door: Door, given: str) -> None:
         ({**payload(), "alerts": [{**payload()["alerts"][0], "startsAt": "yesterday"}]}, "alerts.0.startsAt: "),
     ],
 )
-def test_a_body_that_is_not_alertmanagers_is_refused_with_the_place(door: Door, content: Any, said: str) -> None:
+def test_malformed_body_error_names_the_field(door: Door, content: Any, said: str) -> None:
     answer = door.post(content)
     assert answer.status_code == 400
     assert said in answer.json()["error"]
     assert not door.woken.is_set()
 
 
-def test_a_body_that_says_it_is_too_long_is_not_read(door: Door) -> None:
+def test_body_with_too_large_a_content_length_is_not_read(door: Door) -> None:
     host, port = door.url.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port)), timeout=10) as connection:
         head = f"POST {ALERTS_PATH} HTTP/1.1\r\nHost: h\r\nAuthorization: Bearer {TOKEN}\r\n"
@@ -122,7 +122,7 @@ def test_a_body_that_says_it_is_too_long_is_not_read(door: Door) -> None:
         assert connection.recv(4096).startswith(b"HTTP/1.1 413 ")
 
 
-def test_a_body_of_unsaid_length_is_read_up_to_the_limit(door: Door) -> None:
+def test_body_without_a_content_length_is_read_up_to_the_limit(door: Door) -> None:
     sent = 0
 
     def chunks() -> Iterator[bytes]:
@@ -135,21 +135,21 @@ def test_a_body_of_unsaid_length_is_read_up_to_the_limit(door: Door) -> None:
         answer = httpx.post(door.url + ALERTS_PATH, content=chunks(), headers=RIGHT, timeout=10)
         assert answer.status_code == 413
     except httpx.NetworkError:
-        pass  # the door was closed while we were still talking
+        pass  # the server closed the connection during the request
     assert door.counted("too_long") == 1
     assert sent < 32 * BODY_LIMIT_BYTES
 
 
-def test_what_cannot_be_stored_is_asked_for_again(door: Door) -> None:
-    door.store._db.execute("PRAGMA query_only = 1")
+def test_failed_storage_is_answered_with_503(door: Door) -> None:
+    door.store._file.connection.execute("PRAGMA query_only = 1")
     answer = door.post(payload())
     assert answer.status_code == 503
     assert not door.woken.is_set()
-    door.store._db.execute("PRAGMA query_only = 0")
+    door.store._file.connection.execute("PRAGMA query_only = 0")
     assert door.post(payload()).json()["changed"] is True
 
 
-def test_other_methods_and_paths_are_not_there(door: Door) -> None:
+def test_other_methods_and_paths_are_not_found(door: Door) -> None:
     assert httpx.get(door.url + ALERTS_PATH).status_code == 405
     assert httpx.get(door.url + "/").status_code == 404
 
@@ -161,14 +161,14 @@ def test_health_and_metrics_need_no_token(door: Door) -> None:
     assert 'reelway_rollout_webhooks_total{outcome="stored"} 1.0' in text
 
 
-def test_a_port_that_is_taken_is_named(door: Door) -> None:
+def test_error_names_a_port_in_use(door: Door) -> None:
     port = int(door.url.rsplit(":", 1)[1])
     with pytest.raises(ConfigError, match=f"cannot listen at 127.0.0.1 port {port}"):  # noqa: SIM117
         with serving(webhook_application(door.book, print, TOKEN, door.metrics), "127.0.0.1", port):
             pass
 
 
-def test_a_poll_ends_what_it_no_longer_shows_but_not_what_was_delivered(door: Door) -> None:
+def test_poll_ends_polled_alerts_but_not_delivered_ones(door: Door) -> None:
     def polled(name: str) -> KnownAlert:
         return KnownAlert(
             group_key="polled", labels=(("alertname", name), ("release", RELEASE)), starts_at=5, resolved=False
@@ -181,7 +181,7 @@ def test_a_poll_ends_what_it_no_longer_shows_but_not_what_was_delivered(door: Do
     assert {alert.name for alert in door.book.firing_for(RELEASE, since=0)} == {"b", "CanaryErrors"}
 
 
-def test_a_token_is_made_once_and_is_the_owners_alone(tmp_path: Path) -> None:
+def test_token_is_created_once_for_its_owner_only(tmp_path: Path) -> None:
     path = tmp_path / "keys" / "webhook.token"
     made: list[str] = []
     threads = [threading.Thread(target=lambda: made.append(bearer_token(path))) for _ in range(8)]
@@ -195,8 +195,8 @@ def test_a_token_is_made_once_and_is_the_owners_alone(tmp_path: Path) -> None:
     assert [file.name for file in path.parent.iterdir()] == ["webhook.token"]
 
 
-def test_a_token_that_is_no_secret_is_refused(tmp_path: Path) -> None:
+def test_empty_token_is_rejected(tmp_path: Path) -> None:
     path = tmp_path / "webhook.token"
     path.write_text("\n")
-    with pytest.raises(StorageError, match="has 0 characters, expected 16"):
+    with pytest.raises(StorageError, match="0 characters, expected at least 16"):
         bearer_token(path)

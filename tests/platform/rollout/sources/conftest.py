@@ -1,4 +1,4 @@
-"""One Prometheus for all tests that need one: it takes five seconds before it looks at a new target."""
+"""One Prometheus for all tests that need one, because it takes five seconds to pick up a new target."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _NUMBERS = itertools.count(1)
 
 @dataclass
 class Monitoring:
-    """A Prometheus that scrapes two exporters and would tell an Alertmanager at ``alertmanager``."""
+    """A Prometheus that scrapes two exporters and notifies an Alertmanager at ``alertmanager``."""
 
     prometheus: Server
     exporters: tuple[Exporter, Exporter]
@@ -37,7 +37,7 @@ class Monitoring:
 
 @dataclass
 class Watched:
-    """A rollout of releases of its own on the exporters, and evidence of it. It began just now."""
+    """A rollout that has just begun, with its own releases on the exporters, and evidence about it."""
 
     monitoring: Monitoring
     run: RunDirectory
@@ -68,15 +68,15 @@ class Watched:
         )  # fmt: skip
 
     def seen(self) -> EvidenceSnapshot:
-        """Through Prometheus, now."""
+        """Evidence from Prometheus at the current time."""
         return self.through.fetch(QUICK, self.state, time.time())
 
     def seen_when(self, holds: Callable[[EvidenceSnapshot], object]) -> EvidenceSnapshot:
-        """The first snapshot of which it holds."""
+        """Waits for the first snapshot that meets the condition."""
         return eventually(lambda: seen if holds(seen := self.seen()) else None)
 
     def after_a_scrape(self) -> EvidenceSnapshot:
-        """A snapshot that stands on scrapes of both pages after this moment."""
+        """Waits for a snapshot from scrapes of both endpoints after this call."""
         now = time.time()
         return self.seen_when(
             lambda s: (
@@ -88,7 +88,7 @@ class Watched:
         )
 
     def add_sums(self, canary: int, stable: int) -> None:
-        """So many viewers in the collector's sums."""
+        """Sets the number of viewers in the collector's sums."""
         for arm, viewers, release in ((Arm.CANARY, canary, self.canary), (Arm.STABLE, stable, self.stable)):
             for key, value in sums(arm, viewers, rollout=self.state.id).items():
                 labels = {**dict(key.labels), "release": release[:12]}

@@ -1,4 +1,4 @@
-"""A service's two pages without the service: counters that a test moves, over real HTTP, at an address that stays."""
+"""A service's two metrics endpoints over real HTTP, with counters that a test sets."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class _AtOnce(ThreadingHTTPServer):
 
 
 class Exporter:
-    """Router and collector of one service, for releases whose labels are given.
+    """Router and collector of one service, for releases with these labels.
 
     ``answer`` replaces a page (path -> status, body), as a broken one would; ``delay_s`` makes every page late.
     """
@@ -55,11 +55,11 @@ class Exporter:
         self._start(0)
 
     def name(self, canary: str, stable: str) -> None:
-        """The releases' labels."""
+        """Sets the labels of the releases."""
         self._releases = {Arm.CANARY: canary, Arm.SHADOW: canary, Arm.STABLE: stable, Arm.HOLDOUT: stable}
 
     def forget(self) -> None:
-        """What a restart does to a router; a collector keeps its sums."""
+        """Resets the router's counters; a collector keeps its sums across a restart."""
         router = CollectorRegistry()
         both = ["release", "arm"]
         self._requests = counter(names.REQUESTS, "Requests.", [*both, "outcome"], router)
@@ -71,7 +71,7 @@ class Exporter:
         self.pages = {"/metrics": router, "/v1/outcomes/metrics": collector}
 
     def count(self, arm: Arm, outcome: str = "ok", times: int = 1, *, latency_s: float = 0.02, empty: int = 0) -> None:
-        """Requests that ended like this."""
+        """Adds requests with this outcome."""
         labels = (self._releases[arm], arm.value)
         self._requests.labels(*labels, outcome).inc(times)
         for _ in range(times):
@@ -80,7 +80,7 @@ class Exporter:
             self._empty.labels(*labels).inc(empty)
 
     def mirror(self, outcome: str, times: int) -> None:
-        """Mirrored requests that ended like this."""
+        """Adds mirrored requests with this outcome."""
         self._mirrored.labels(self._releases[Arm.SHADOW], outcome).inc(times)
 
     @property
@@ -88,19 +88,19 @@ class Exporter:
         return f"127.0.0.1:{self.port}"
 
     def stop(self) -> None:
-        """Nobody listens any more."""
+        """Stops listening."""
         self._server.shutdown()
         self._server.server_close()
         self._thread.join()
 
     def restart(self) -> None:
-        """Another process at the same address."""
+        """Restarts at the same address with reset router counters."""
         self.stop()
         self.forget()
         self.start_again()
 
     def start_again(self) -> None:
-        """The same address, and the counters as they are."""
+        """Listens again at the same address with unchanged counters."""
         self._start(self.port)
 
     def _start(self, port: int) -> None:
@@ -113,7 +113,7 @@ class Exporter:
                 status, body = (200, generate_latest(page)) if page else (404, b"")
                 status, body = exporter.answer.get(path, (status, body))
                 time.sleep(exporter.delay_s)
-                with contextlib.suppress(ConnectionError):  # whoever asked has not waited
+                with contextlib.suppress(ConnectionError):  # the client gave up
                     self.send_response(status)
                     self.send_header("Content-Type", "text/plain; version=0.0.4; charset=utf-8")
                     self.send_header("Content-Length", str(len(body)))
@@ -121,7 +121,7 @@ class Exporter:
                     self.wfile.write(body)
 
             def log_message(self, *_: object) -> None:
-                """Silent."""
+                """Logs nothing."""
 
         self._server = _AtOnce(("127.0.0.1", port), Handler)
         self.port = self._server.server_address[1]

@@ -1,4 +1,4 @@
-"""Series as readers give them, scrape by scrape, with the values that a service with these requests would show."""
+"""Series as readers return them, scrape by scrape, with the values that a real service would expose."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 
 from reelway.platform.contracts.events import Arm
 from reelway.platform.rollout import series as names
-from reelway.platform.rollout.evidence import EvidenceSnapshot, Sample
+from reelway.platform.rollout.counters import Sample
+from reelway.platform.rollout.evidence import EvidenceSnapshot
 from reelway.platform.rollout.policy import RolloutPolicy, Slice, parse_policy
 from reelway.platform.rollout.sources.heard_series import BUCKET, UP, Heard, SeriesKey
 from reelway.platform.rollout.sources.parity_report import ParityReport
@@ -31,7 +32,7 @@ Values = dict[SeriesKey, float]
 
 
 def state_of(**changes: object) -> RolloutState:
-    """A rollout at its first step, begun at 0."""
+    """A rollout at its first step that began at time 0."""
     plain = RolloutState(
         id=ROLLOUT, stable_release=STABLE, canary_release=CANARY, phase=Phase.STEPPING, step=0, canary_bp=500,
         started_at=0, changed_at=0, tick_at=0,
@@ -40,7 +41,7 @@ def state_of(**changes: object) -> RolloutState:
 
 
 def requests(arm: Arm, *, latency: Mapping[str, float] | None = None, empty: float = 0, **outcomes: float) -> Values:
-    """What a router shows of one arm."""
+    """A router's series of one arm."""
     release = (STABLE if arm is Arm.STABLE else CANARY)[: names.SHORT_RELEASE]
     both = {"release": release, "arm": arm.value}
     values = {SeriesKey.of(names.REQUESTS, {**both, "outcome": name}): n for name, n in outcomes.items()}
@@ -51,7 +52,7 @@ def requests(arm: Arm, *, latency: Mapping[str, float] | None = None, empty: flo
 
 
 def sums(arm: Arm, viewers: int, *, part: Slice = Slice.OVERALL, rate: float = 0.5, rollout: str = ROLLOUT) -> Values:
-    """What the collector shows of an arm whose viewers had 1, 2, 3, 1, 2, 3 ... impressions and so many outcomes."""
+    """The collector's series of an arm whose viewers had 1, 2, 3, 1, 2, 3 ... impressions and these outcomes."""
     x = [1.0 + i % 3 for i in range(viewers)]
     y = [rate * xi + (0.1 if i % 2 else -0.1) for i, xi in enumerate(x)]
     release = (STABLE if arm is Arm.STABLE else CANARY)[: names.SHORT_RELEASE]
@@ -71,12 +72,12 @@ def sums(arm: Arm, viewers: int, *, part: Slice = Slice.OVERALL, rate: float = 0
 
 @dataclass
 class MadeSeries:
-    """Scrapes one after another."""
+    """Consecutive scrapes."""
 
     rows: defaultdict[SeriesKey, list[Sample]] = field(default_factory=lambda: defaultdict(list))
 
     def scrape(self, job: str, at: float, *values: Values, instance: str = "one") -> None:
-        """A scrape that succeeded."""
+        """Adds a successful scrape."""
         origin = {"job": job, "instance": instance}
         self.rows[SeriesKey.of(UP, origin)].append(Sample(at, 1.0))
         for key, value in (item for part in values for item in part.items()):
@@ -90,11 +91,11 @@ class MadeSeries:
         self.scrape(names.OUTCOMES_JOB, at, *values, instance=instance)
 
     def failed(self, job: str, at: float, instance: str = "one") -> None:
-        """A target that did not answer."""
+        """Adds a failed scrape."""
         self.rows[SeriesKey.of(UP, {"job": job, "instance": instance})].append(Sample(at, 0.0))
 
     def gone(self, job: str, at: float, instance: str = "one") -> None:
-        """A target that was taken away."""
+        """Removes a target."""
         self.rows[SeriesKey.of(UP, {"job": job, "instance": instance})].append(Sample(at, math.nan))
 
     def snapshot(

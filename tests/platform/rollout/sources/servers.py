@@ -1,4 +1,4 @@
-"""Debian's Prometheus and Alertmanager on free ports, in folders of their own."""
+"""Debian's Prometheus and Alertmanager on free ports, each in a temporary folder."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SCRAPE_S = 0.5
 
 
 def eventually(call: Callable[[], T], *, within_s: float = 15.0, every_s: float = 0.05) -> T:
-    """The first true value of ``call``; fails with the last one."""
+    """Waits for the first true value of ``call``; fails with the last value."""
     deadline = time.monotonic() + within_s
     while not (last := call()):
         assert time.monotonic() < deadline, f"not within {within_s:g} s; the last answer was {last!r}"
@@ -35,7 +35,7 @@ def eventually(call: Callable[[], T], *, within_s: float = 15.0, every_s: float 
 
 @dataclass
 class Server:
-    """A server that runs."""
+    """A running server."""
 
     url: str
     process: subprocess.Popen[bytes]
@@ -47,7 +47,7 @@ class Server:
 
     @contextmanager
     def hung(self) -> Iterator[None]:
-        """It neither answers nor closes its connections."""
+        """Suspends the server: it neither answers nor closes connections."""
         self.process.send_signal(signal.SIGSTOP)
         try:
             yield
@@ -55,7 +55,7 @@ class Server:
             self.process.send_signal(signal.SIGCONT)
 
     def scrape(self, *addresses: str) -> None:
-        """Prometheus' targets from now on, for both jobs; it looks every five seconds."""
+        """Sets the targets of both jobs; Prometheus reads them every five seconds."""
         aside = self.folder / "targets.new"
         aside.write_text(_targets(addresses))
         aside.replace(self.folder / "targets.json")
@@ -63,7 +63,7 @@ class Server:
 
 @contextmanager
 def prometheus(folder: Path, *targets: str, alertmanager: str) -> Iterator[Server]:
-    """The shipped example of a configuration, with the shipped rules, a short interval and targets from a file.
+    """Prometheus with the shipped example configuration and rules, a short interval and targets from a file.
 
     Args:
         targets: addresses, ``NAMESPACE/ADDRESS`` where the series are to say of which namespace they are.
@@ -85,7 +85,7 @@ def prometheus(folder: Path, *targets: str, alertmanager: str) -> Iterator[Serve
 
 @contextmanager
 def alertmanager(folder: Path, address: str, webhook: str, token: str) -> Iterator[Server]:
-    """One that delivers at once to a webhook with a bearer token."""
+    """Alertmanager that delivers immediately to a webhook with a bearer token."""
     authorization = {"type": "Bearer", "credentials": token}
     config = {
         "route": {"receiver": "rollout", "group_by": ["release"], "group_wait": "0s", "group_interval": "1s"},
@@ -108,7 +108,7 @@ def _targets(addresses: Iterable[str]) -> str:
 
 
 def free_address() -> str:
-    """Where nobody listens just now."""
+    """A free port."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return f"127.0.0.1:{probe.getsockname()[1]}"

@@ -1,4 +1,4 @@
-"""Rule -> Prometheus -> Alertmanager -> webhook -> rollback, all of it real but the traffic; and the poll beside it."""
+"""Alert rule, Prometheus, Alertmanager, webhook and rollback with real servers and simulated traffic."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ ONLY_ALERTS = QUICK.model_copy(
 
 @contextmanager
 def failing(exporter: Exporter) -> Iterator[None]:
-    """A canary of which half of the requests fail, beside a stable release with a few faults."""
+    """A canary with 50 % failed requests next to a stable release with a few."""
     over = threading.Event()
 
     def requests() -> None:
@@ -69,9 +69,7 @@ def running(controller: Controller, wake: threading.Event) -> Iterator[None]:
         thread.join()
 
 
-def test_a_canary_whose_errors_fire_the_rule_is_taken_back_by_alertmanagers_webhook(
-    watched: Watched, tmp_path: Path
-) -> None:
+def test_alertmanager_webhook_rolls_back_a_faulty_canary(watched: Watched, tmp_path: Path) -> None:
     state = watched.state.model_copy(update={"phase": Phase.STEPPING, "step": 0, "canary_bp": 500})
     backend = FileBackend(tmp_path / "traffic.json")
     backend.apply(target_of(state))
@@ -116,7 +114,7 @@ def manager(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         yield started
 
 
-def test_a_poll_tells_what_fires_for_a_release_and_nothing_that_was_silenced_or_is_over(manager: Server) -> None:
+def test_poll_returns_active_alerts_with_a_release_only(manager: Server) -> None:
     now = datetime.now(UTC)
 
     def alert(name: str, ends_after_s: float = 600, **labels: str) -> dict[str, object]:
@@ -144,12 +142,12 @@ def test_a_poll_tells_what_fires_for_a_release_and_nothing_that_was_silenced_or_
     ("status", "body", "said"),
     [
         (500, b"[]", "500"),
-        (200, b"<html>", "not an answer of API v2"),
+        (200, b"<html>", "expected an answer of API v2"),
         (200, b"{}", "saw dict, expected a list"),
         (200, b'[{"labels": {}}]', "is not an alert of API v2"),
     ],
 )
-def test_an_alertmanager_that_answers_wrongly_could_not_be_asked(status: int, body: bytes, said: str) -> None:
+def test_poll_raises_on_an_invalid_answer(status: int, body: bytes, said: str) -> None:
     page = Exporter("", "")
     page.answer = {"/api/v2/alerts": (status, body)}
     try:
@@ -159,7 +157,7 @@ def test_an_alertmanager_that_answers_wrongly_could_not_be_asked(status: int, bo
         page.stop()
 
 
-def test_an_alertmanager_that_is_not_there_could_not_be_asked() -> None:
+def test_poll_raises_when_alertmanager_is_down() -> None:
     with (
         closing(alert_source(f"http://{free_address()}")) as source,
         pytest.raises(RolloutError, match="no alerts from Alertmanager at"),

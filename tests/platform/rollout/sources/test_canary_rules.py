@@ -1,3 +1,5 @@
+"""The shipped alert rules and scrape example, checked with promtool."""
+
 from __future__ import annotations
 
 import shutil
@@ -15,7 +17,7 @@ HERE = Path(__file__).parent
 
 
 def promtool(*arguments: str) -> str:
-    """What promtool says, which must end well."""
+    """Runs promtool, which must succeed, and returns its output."""
     binary = shutil.which("promtool")
     if binary is None:
         pytest.skip("no promtool on the PATH; `make system-packages` installs it with prometheus")
@@ -24,24 +26,24 @@ def promtool(*arguments: str) -> str:
     return done.stdout
 
 
-def test_the_rules_are_prometheus_rules(tmp_path: Path) -> None:
+def test_promtool_accepts_the_rules(tmp_path: Path) -> None:
     (tmp_path / "rules.yaml").write_text(canary_rules())
     assert "5 rules found" in promtool("check", "rules", str(tmp_path / "rules.yaml"))
 
 
-def test_each_alert_fires_on_its_fault_and_is_silent_on_its_neighbours() -> None:
+def test_each_alert_fires_on_its_own_fault_only() -> None:
     assert "SUCCESS" in promtool("test", "rules", str(HERE / "canary.rules.test.yaml"))
 
 
-def test_an_alert_about_telemetry_carries_no_release_and_every_other_one_does() -> None:
-    """An alert with a release takes it back, and a telemetry fault is no release's fault."""
+def test_every_alert_except_telemetry_alerts_has_a_release() -> None:
+    """An alert with a release label rolls it back, and a telemetry fault must not."""
     groups = {group["name"]: group["rules"] for group in yaml.safe_load(canary_rules())["groups"]}
     assert all("release" in rule["expr"] for rule in groups["reelway-canary"])
     assert not any("release" in rule["expr"] for rule in groups["reelway-rollout-telemetry"])
     assert not any("release" in rule["labels"] for rules in groups.values() for rule in rules)
 
 
-def test_the_rules_know_only_series_that_serving_counts() -> None:
+def test_rules_use_only_series_that_serving_exposes() -> None:
     text = canary_rules()
     for name in (series.REQUESTS, series.EMPTY_SLATES, f"{series.LATENCY}_bucket"):
         text = text.replace(name, "")
@@ -49,7 +51,7 @@ def test_the_rules_know_only_series_that_serving_counts() -> None:
     assert "|".join(series.FAULTY_OUTCOMES) in text
 
 
-def test_the_example_scrapes_the_pages_that_evidence_is_made_of_under_the_names_it_asks_for(tmp_path: Path) -> None:
+def test_example_scrapes_both_endpoints_under_the_expected_jobs(tmp_path: Path) -> None:
     (tmp_path / "prometheus.yaml").write_text(scrape_example())
     promtool("check", "config", "--syntax-only", str(tmp_path / "prometheus.yaml"))
     jobs = {job["job_name"]: job["metrics_path"] for job in yaml.safe_load(scrape_example())["scrape_configs"]}

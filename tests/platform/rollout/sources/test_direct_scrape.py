@@ -1,3 +1,5 @@
+"""Evidence from direct scrapes of a service."""
+
 from __future__ import annotations
 
 import json
@@ -28,12 +30,12 @@ METRIC = ("long_watch_rate", Slice.OVERALL)
 
 
 class Scraped:
-    """A run whose service is an exporter, and its evidence at moments that a test chooses."""
+    """A run whose service is an exporter, and its evidence at chosen times."""
 
     def __init__(self, folder: Path) -> None:
         self.run = RunDirectory(folder)
         self.exporter = Exporter(CANARY[: names.SHORT_RELEASE], STABLE[: names.SHORT_RELEASE])
-        patient = DirectScrape(lambda: served_at(self.run), timeout_s=20.0)  # a busy machine is not what is tested
+        patient = DirectScrape(lambda: served_at(self.run), timeout_s=20.0)  # for a busy machine
         self.source = ReadEvidence(patient, lambda: read_parity(self.run))
         self.record()
 
@@ -69,10 +71,10 @@ def test_two_scrapes_make_a_window(scraped: Scraped) -> None:
     assert (found.metrics[METRIC].state, found.metrics[METRIC].stable.viewers) == (OK, 300)
     assert found.guardrails["p99_ms"].value == pytest.approx(16 + 9 * 0.99)
     assert found.time == 101
-    assert errors(scraped.at(162))[0] is INSUFFICIENT  # the window has left them behind
+    assert errors(scraped.at(162))[0] is INSUFFICIENT  # outside of the window
 
 
-def test_it_asks_no_more_often_than_twice_a_second(scraped: Scraped) -> None:
+def test_reader_scrapes_at_most_twice_per_second(scraped: Scraped) -> None:
     scraped.at(100)
     scraped.at(101)
     scraped.exporter.count(Arm.CANARY, times=5)
@@ -80,7 +82,7 @@ def test_it_asks_no_more_often_than_twice_a_second(scraped: Scraped) -> None:
     assert errors(scraped.at(101.6)) == (OK, 0, 5)
 
 
-def test_a_failed_scrape_leaves_a_gap_and_only_age_turns_it_into_down(scraped: Scraped) -> None:
+def test_failed_scrapes_become_telemetry_down_only_with_age(scraped: Scraped) -> None:
     scraped.exporter.count(Arm.CANARY, times=1)
     scraped.at(100)
     scraped.exporter.count(Arm.CANARY, times=9)
@@ -98,7 +100,7 @@ def test_a_failed_scrape_leaves_a_gap_and_only_age_turns_it_into_down(scraped: S
     assert errors(scraped.at(123)) == (OK, 0, 11)
 
 
-def test_one_page_that_is_down_does_not_take_the_other_with_it(scraped: Scraped) -> None:
+def test_failed_endpoint_does_not_affect_the_other(scraped: Scraped) -> None:
     scraped.exporter.count(Arm.CANARY, times=1)
     scraped.exporter.answer = {"/v1/outcomes/metrics": (503, b"")}
     scraped.at(100)
@@ -111,12 +113,12 @@ def test_one_page_that_is_down_does_not_take_the_other_with_it(scraped: Scraped)
 @pytest.mark.parametrize(
     "body", [b"reelway_ingress_requests_total{release=", b'reelway_ingress_requests_total{a="b"} x']
 )
-def test_a_page_that_is_not_prometheus_text_is_a_failed_scrape(scraped: Scraped, body: bytes) -> None:
+def test_answer_in_another_format_is_a_failed_scrape(scraped: Scraped, body: bytes) -> None:
     scraped.exporter.answer = {"/metrics": (200, body)}
     assert errors(scraped.at(100))[0] is DOWN
 
 
-def test_a_service_that_restarts_elsewhere_is_followed_and_loses_nothing(scraped: Scraped) -> None:
+def test_service_with_a_new_address_loses_no_counts(scraped: Scraped) -> None:
     scraped.exporter.sums.values = {**sums(Arm.CANARY, 100), **sums(Arm.STABLE, 300)}
     scraped.exporter.count(Arm.CANARY, times=5)
     scraped.at(100)
@@ -138,33 +140,33 @@ def test_a_service_that_restarts_elsewhere_is_followed_and_loses_nothing(scraped
     assert (back.metrics[METRIC].state, back.metrics[METRIC].canary.viewers) == (OK, 100)
 
 
-def test_a_collector_that_forgot_is_found_out_long_after_the_window(scraped: Scraped) -> None:
+def test_collector_data_loss_is_detected_after_the_window(scraped: Scraped) -> None:
     scraped.exporter.sums.values = {**sums(Arm.CANARY, 100), **sums(Arm.STABLE, 300)}
     scraped.at(100)
     scraped.exporter.sums.values = {**sums(Arm.CANARY, 60), **sums(Arm.STABLE, 200)}
     scraped.at(101)
     late = scraped.at(1_000)
     assert late.metrics[METRIC].state is DOWN
-    assert "the collector lost memory" in late.metrics[METRIC].detail
+    assert "collector data lost" in late.metrics[METRIC].detail
     other = state_of(id="r-8")
     assert scraped.at(1_001, other).metrics[METRIC].state is INSUFFICIENT
 
 
-def test_a_sum_that_was_not_a_number_once_does_not_hide_a_later_fall(scraped: Scraped) -> None:
+def test_nan_sum_does_not_hide_a_later_decrease(scraped: Scraped) -> None:
     whole = {**sums(Arm.CANARY, 100), **sums(Arm.STABLE, 300)}
     for now, values in enumerate((dict.fromkeys(whole, math.nan), whole, {k: v / 2 for k, v in whole.items()})):
         scraped.exporter.sums.values = values
         found = scraped.at(100.0 + now).metrics[METRIC]
         assert found.state is (OK if now == 1 else DOWN), found
-    assert "the collector lost memory" in found.detail
+    assert "collector data lost" in found.detail
 
 
-def test_a_run_without_a_prometheus_is_scraped_directly(scraped: Scraped) -> None:
+def test_run_without_prometheus_is_scraped_directly(scraped: Scraped) -> None:
     with closing(evidence_source(scraped.run)) as source:
         assert source.fetch(POLICY, state_of(), 100).time == 100
 
 
-def test_a_clock_that_was_set_back_begins_a_new_window(scraped: Scraped) -> None:
+def test_clock_set_back_starts_a_new_window(scraped: Scraped) -> None:
     scraped.exporter.count(Arm.CANARY, times=5)
     scraped.at(1_000)
     scraped.at(1_001)
@@ -173,7 +175,7 @@ def test_a_clock_that_was_set_back_begins_a_new_window(scraped: Scraped) -> None
     assert errors(scraped.at(501)) == (OK, 0, 5)
 
 
-def test_only_what_a_rollout_needs_is_remembered(scraped: Scraped) -> None:
+def test_reader_stores_only_needed_series(scraped: Scraped) -> None:
     reader = DirectScrape(lambda: served_at(scraped.run))
     scraped.exporter.count(Arm.CANARY, times=5)
     scraped.exporter.sums.values = {**sums(Arm.CANARY, 60), **sums(Arm.CANARY, 60, rollout="r-6")}
@@ -185,7 +187,7 @@ def test_only_what_a_rollout_needs_is_remembered(scraped: Scraped) -> None:
     assert not any(key.name.endswith(("_sum", "_created", "_count")) for key in heard.series)
 
 
-def test_a_read_takes_less_than_a_tenth_of_a_second(scraped: Scraped) -> None:
+def test_read_takes_less_than_100_ms(scraped: Scraped) -> None:
     for arm in (Arm.CANARY, Arm.STABLE, Arm.SHADOW):
         scraped.exporter.count(arm, times=5)
     scraped.exporter.sums.values = {
@@ -203,7 +205,7 @@ def test_a_read_takes_less_than_a_tenth_of_a_second(scraped: Scraped) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "{}", "[]"])
-def test_a_record_that_says_nothing_is_said(tmp_path: Path, text: str) -> None:
+def test_error_names_an_invalid_serving_record(tmp_path: Path, text: str) -> None:
     (tmp_path / "serving.json").write_text(text)
-    with pytest.raises(ServingError, match=r"serving\.json does not say where the service is"):
+    with pytest.raises(ServingError, match=r"serving\.json has no service URL"):
         served_at(RunDirectory(tmp_path))

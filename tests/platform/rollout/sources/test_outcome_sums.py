@@ -1,3 +1,5 @@
+"""Outcome metrics from the collector's sums."""
+
 from __future__ import annotations
 
 import math
@@ -28,7 +30,7 @@ def everybody(canary: int, stable: int, **more: float) -> list[dict[SeriesKey, f
 
 
 def changed(values: list[dict[SeriesKey, float]], value: float | None, **labels: str) -> list[dict[SeriesKey, float]]:
-    """With another value, or none, where the labels are these."""
+    """The series with another value, or without one, for these labels."""
     wanted = set(labels.items())
     assert any(wanted <= set(key.labels) for part in values for key in part)
     return [
@@ -49,7 +51,7 @@ def only(*values: dict[SeriesKey, float], now: float = 10) -> dict[tuple[str, Sl
     return metrics_of(made, now)
 
 
-def test_the_newest_sums_are_the_statistics_and_not_their_increase() -> None:
+def test_statistics_are_the_newest_sums() -> None:
     made = MadeSeries()
     made.collector(5, *everybody(100, 900))
     made.collector(10, *everybody(120, 1000))
@@ -61,13 +63,13 @@ def test_the_newest_sums_are_the_statistics_and_not_their_increase() -> None:
     assert set(metrics_of(made)) == {(metric.name, part) for metric, part in POLICY.tests}
 
 
-def test_a_mean_has_one_for_every_viewers_x() -> None:
+def test_mean_metric_counts_every_viewer_once() -> None:
     arm = only(*everybody(120, 1000))["like_rate", Slice.OVERALL].canary
     assert (arm.sum_x, arm.sum_xx, arm.sum_xy) == (120, 120, arm.sum_y)
     assert arm.impressions > 120
 
 
-def test_what_is_read_is_judged_as_what_was_counted() -> None:
+def test_scraped_sums_lead_to_the_same_verdict() -> None:
     made = MadeSeries()
     made.collector(10, *everybody(3_000, 3_000, rate=0.5))
     verdict = assess(POLICY, made.snapshot(10)).outcomes[0]
@@ -75,23 +77,23 @@ def test_what_is_read_is_judged_as_what_was_counted() -> None:
     assert verdict.canary_viewers == 3_000
 
 
-def test_before_anybody_was_shown_anything_there_is_too_little_and_not_nothing_to_hear() -> None:
+def test_arm_without_impressions_is_insufficient() -> None:
     for values in ([], [sums(Arm.STABLE, 1000, part=part) for part in PARTS]):
         found = only(*values)
         assert {e.state for e in found.values()} == {INSUFFICIENT}
 
 
-def test_a_slice_without_viewers_is_insufficient_beside_one_that_has_them() -> None:
+def test_slice_without_viewers_is_insufficient() -> None:
     found = only(*(sums(arm, 500) for arm in (Arm.CANARY, Arm.STABLE)))
     assert found[METRIC].state is OK
     assert found["long_watch_rate", Slice.NEW_VIEWERS].state is INSUFFICIENT
 
 
-def test_another_rollouts_sums_are_not_this_ones() -> None:
+def test_sums_of_another_rollout_are_ignored() -> None:
     assert only(*everybody(500, 500, rollout="r-6"))[METRIC].state is INSUFFICIENT  # type: ignore[arg-type]
 
 
-def test_an_arm_that_got_another_release_is_another_arm() -> None:
+def test_sums_of_an_arms_other_release_are_ignored() -> None:
     late = [
         {SeriesKey.of(key.name, {**dict(key.labels), "release": "c" * 12}): v for key, v in part.items()}
         for part in (sums(Arm.STABLE, 300),)
@@ -99,12 +101,12 @@ def test_an_arm_that_got_another_release_is_another_arm() -> None:
     assert only(*everybody(500, 500), *late)[METRIC].stable.viewers == 500
 
 
-def test_a_collector_that_was_never_heard_is_down_whatever_the_routers_say() -> None:
+def test_silent_collector_is_telemetry_down() -> None:
     made = MadeSeries()
     made.routers((5, []), (10, []))
     found = metrics_of(made)
     assert {e.state for e in found.values()} == {DOWN}
-    assert "no reelway-outcomes was heard" in found[METRIC].detail
+    assert "no reelway-outcomes answered" in found[METRIC].detail
 
 
 @pytest.mark.parametrize(
@@ -114,10 +116,10 @@ def test_a_collector_that_was_never_heard_is_down_whatever_the_routers_say() -> 
         (math.nan, "canary's sum_xx of long_watch_rate on overall is nan"),
         (math.inf, "is inf"),
         (-1.0, "is -1, expected a number of 0 or more"),
-        (0.0, "belong to no set of viewers"),
+        (0.0, "impossible for any set of viewers"),
     ],
 )
-def test_sums_that_cannot_be_are_telemetrys_fault(value: float | None, said: str) -> None:
+def test_impossible_sums_are_telemetry_down(value: float | None, said: str) -> None:
     labels = {"arm": "canary", "slice": "overall", "statistic": "sum_xx"}
     found = only(*changed(everybody(100, 100), value, **labels))
     assert found[METRIC].state is DOWN
@@ -125,26 +127,24 @@ def test_sums_that_cannot_be_are_telemetrys_fault(value: float | None, said: str
     assert found["long_watch_rate", Slice.NEW_VIEWERS].state is OK
 
 
-def test_an_outcome_that_nobody_counts_is_down_and_the_others_are_not() -> None:
+def test_uncounted_outcome_is_telemetry_down_alone() -> None:
     found = only(*changed(everybody(100, 100), None, metric="like_rate"))
     assert found["like_rate", Slice.OVERALL].state is DOWN
     assert "absent although the arm has had viewers" in found["like_rate", Slice.OVERALL].detail
     assert found[METRIC].state is OK
 
 
-def test_a_metric_of_the_policy_that_does_not_exist_says_which_do() -> None:
+def test_unknown_metric_detail_lists_known_metrics() -> None:
     wrong = parse_policy("steps: [{weight_percent: 5}]\noutcomes: [{name: dwell, margin: 0.05}]", source="test")
     made = MadeSeries()
     made.collector(10, *everybody(100, 100))
     [detail] = {e.detail for e in made.snapshot(10, policy=wrong).metrics.values()}
-    assert "nobody counts dwell; known are long_watch_rate" in detail
+    assert "no series counts dwell; known metrics: long_watch_rate" in detail
 
 
 @settings(deadline=None)
 @given(st.sampled_from(["viewers", "sum_x", "sum_yy"]), st.floats(0, 0.999_999), st.sampled_from([*Arm][:2]))
-def test_sums_that_fell_within_the_rollout_are_not_judged_and_those_that_grew_are(
-    statistic: str, kept: float, arm: Arm
-) -> None:
+def test_decreased_sums_are_telemetry_down(statistic: str, kept: float, arm: Arm) -> None:
     whole = everybody(100, 400)
     key = next(k for part in whole for k in part if k.get("statistic") == statistic and k.get("arm") == arm)
     less = [{k: v * kept if k == key else v for k, v in part.items()} for part in whole]
@@ -152,20 +152,20 @@ def test_sums_that_fell_within_the_rollout_are_not_judged_and_those_that_grew_ar
     fell.collector(-500, *whole)
     fell.collector(10, *less)
     assert {e.state for e in metrics_of(fell).values()} == {DOWN}
-    assert "the collector lost memory" in metrics_of(fell)[METRIC].detail
+    assert "collector data lost" in metrics_of(fell)[METRIC].detail
     grew.collector(-500, *less)
     grew.collector(10, *whole)
     assert metrics_of(grew)[METRIC].state is OK
 
 
-def test_sums_that_vanished_from_a_collector_that_answers_are_lost_too() -> None:
+def test_vanished_sums_are_telemetry_down() -> None:
     made = MadeSeries()
     made.collector(5, *everybody(100, 100))
     made.collector(10)
     assert "fell from" in metrics_of(made)[METRIC].detail
 
 
-def test_a_scrape_that_failed_keeps_the_last_sums_until_they_are_too_old() -> None:
+def test_last_sums_are_used_until_they_are_too_old() -> None:
     made = MadeSeries()
     made.collector(5, *everybody(100, 100))
     made.failed(names.OUTCOMES_JOB, 10)
@@ -174,7 +174,7 @@ def test_a_scrape_that_failed_keeps_the_last_sums_until_they_are_too_old() -> No
     assert "has not answered for 21 s, allowed 20 s" in metrics_of(made, 26)[METRIC].detail
 
 
-def test_a_collectors_successor_has_its_memory_and_is_not_added_to_it() -> None:
+def test_successor_of_a_collector_replaces_its_sums() -> None:
     made = MadeSeries()
     made.collector(2, *everybody(100, 200), instance="old")
     made.gone(names.OUTCOMES_JOB, 8, instance="old")
@@ -183,14 +183,14 @@ def test_a_collectors_successor_has_its_memory_and_is_not_added_to_it() -> None:
     assert (found.state, found.canary.viewers) == (OK, 110)
 
 
-def test_a_successor_without_memory_is_found_out() -> None:
+def test_successor_without_data_is_detected() -> None:
     made = MadeSeries()
-    made.collector(-300, *everybody(100, 200), instance="old")  # long out of the window
+    made.collector(-300, *everybody(100, 200), instance="old")  # outside of the window
     made.collector(9, *everybody(60, 120), instance="new")
     assert "fell from 100 to 60" in metrics_of(made)[METRIC].detail
 
 
-def test_two_collectors_that_share_the_viewers_are_added() -> None:
+def test_sums_of_two_running_collectors_are_added() -> None:
     made = MadeSeries()
     for instance in ("a", "b"):
         made.collector(10, *everybody(60, 90), instance=instance)
@@ -198,7 +198,7 @@ def test_two_collectors_that_share_the_viewers_are_added() -> None:
     assert (found.state, found.canary.viewers, found.stable.viewers) == (OK, 120, 180)
 
 
-def test_the_snapshot_is_as_old_as_the_oldest_scrape_it_stands_on() -> None:
+def test_snapshot_time_is_that_of_the_oldest_scrape() -> None:
     made = MadeSeries()
     made.routers((4, []), (9, []))
     made.collector(7, *everybody(100, 100))

@@ -1,4 +1,4 @@
-"""The replay's findings by way of the release store: written by a job, read by another pod that must not wait."""
+"""Parity findings in the release store, written by a job and read without blocking."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     return f"{tmp_path}/store/parity.json" if request.param == "folder" else f"memory://{uuid.uuid4().hex}/parity.json"
 
 
-def test_what_a_job_wrote_is_what_the_operator_judges(url: str) -> None:
+def test_reader_returns_the_written_findings(url: str) -> None:
     write_parity(url, SOUND)
     with closing(ParityInStore(url, every_s=0.05)) as parity:
         first = parity.report().reading(RELEASE)
@@ -39,26 +39,26 @@ def test_what_a_job_wrote_is_what_the_operator_judges(url: str) -> None:
         assert parity.report().reading("d" * 64).state is EvidenceState.INSUFFICIENT
 
 
-def test_nobody_looked_is_down_and_says_what_to_run(url: str) -> None:
+def test_missing_file_is_telemetry_down_with_a_command(url: str) -> None:
     with closing(ParityInStore(url, every_s=0.05)) as parity:
         found = parity.report().reading(RELEASE)
         assert found.state is EvidenceState.TELEMETRY_DOWN
-        assert f"no parity report at {url}; run `reelway features parity --report {url}`" in found.detail
+        assert f"no parity findings at {url}; run `reelway features parity --report {url}`" in found.detail
         write_parity(url, SOUND)
         eventually(lambda: parity.report().reading(RELEASE).state is EvidenceState.OK)
 
 
-def test_a_broken_report_is_down_and_a_whole_one_mends_it(url: str) -> None:
+def test_invalid_file_is_telemetry_down_until_it_is_replaced(url: str) -> None:
     with fsspec.open(url, "wb", auto_mkdir=True) as file:
         file.write(b'{"half": ')
     with closing(ParityInStore(url, every_s=0.05)) as parity:
-        assert f"{url} is not a parity report" in parity.report().reading(RELEASE).detail
+        assert f"{url} does not contain parity findings" in parity.report().reading(RELEASE).detail
         write_parity(url, SOUND)
         eventually(lambda: parity.report().reading(RELEASE).state is EvidenceState.OK)
 
 
 class Hanging(MemoryFileSystem):
-    """A store that stops to answer, or answers with an error of its own library."""
+    """A store that hangs, or raises an error of its client library."""
 
     protocol = "hanging"
     cachable = False
@@ -87,7 +87,7 @@ def hanging() -> Iterator[type[Hanging]]:
     Hanging.fails = None
 
 
-def test_a_store_that_hangs_keeps_nobody_waiting_and_soon_nothing_is_known(hanging: type[Hanging]) -> None:
+def test_hanging_store_does_not_block_the_reader(hanging: type[Hanging]) -> None:
     write_parity("hanging://parity.json", SOUND)
     with closing(ParityInStore("hanging://parity.json", every_s=0.05, patience_s=0.5)) as parity:
         assert parity.report().reading(RELEASE).state is EvidenceState.OK
@@ -107,7 +107,7 @@ def test_a_store_that_hangs_keeps_nobody_waiting_and_soon_nothing_is_known(hangi
         eventually(lambda: parity.report().reading(RELEASE).state is EvidenceState.OK)
 
 
-def test_an_error_of_the_stores_own_library_is_down_and_a_failed_write_is_said(hanging: type[Hanging]) -> None:
+def test_client_library_error_is_telemetry_down(hanging: type[Hanging]) -> None:
     hanging.fails = RuntimeError("SlowDown: reduce your request rate")
     with closing(ParityInStore("hanging://parity.json", every_s=0.05)) as parity:
         assert parity.report().problem == "cannot read hanging://parity.json: SlowDown: reduce your request rate"
@@ -115,6 +115,6 @@ def test_an_error_of_the_stores_own_library_is_down_and_a_failed_write_is_said(h
         write_parity("hanging://parity.json", SOUND)
 
 
-def test_a_store_that_nobody_knows_is_refused_at_the_start() -> None:
-    with pytest.raises(ConfigError, match="parity report 'ftpx://a/b' is not a URL that can be opened"):
+def test_unknown_protocol_is_rejected_at_startup() -> None:
+    with pytest.raises(ConfigError, match="parity findings 'ftpx://a/b': cannot open the URL"):
         ParityInStore("ftpx://a/b")

@@ -1,4 +1,4 @@
-"""A real Prometheus between the exporter and the reader; what it cannot be brought to answer comes from a page."""
+"""Evidence from a real Prometheus, and from invalid answers of a fake one."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ def errors(snapshot: EvidenceSnapshot) -> tuple[EvidenceState, float, float]:
     return reading.state, reading.events, reading.trials
 
 
-def test_prometheus_and_a_direct_scrape_are_the_same_evidence(watched: Watched) -> None:
+def test_prometheus_gives_the_same_evidence_as_a_direct_scrape(watched: Watched) -> None:
     exporter = watched.exporter
     with closing(evidence_source(watched.run)) as direct:
         exporter.mirror("compared", 4)
         direct.fetch(QUICK, watched.state, time.time())
-        assert watched.after_a_scrape().metrics[METRIC].state is INSUFFICIENT  # heard, and nobody was shown anything
+        assert watched.after_a_scrape().metrics[METRIC].state is INSUFFICIENT  # answers without impressions
         exporter.count(Arm.CANARY, times=40)
         exporter.count(Arm.CANARY, "failed", 2, latency_s=0.3)
         exporter.count(Arm.SHADOW, "degraded", 5, latency_s=0.07, empty=3)
@@ -48,7 +48,7 @@ def test_prometheus_and_a_direct_scrape_are_the_same_evidence(watched: Watched) 
         exporter.mirror("dropped", 7)
         exporter.mirror("failed", 2)
         watched.add_sums(100, 400)
-        time.sleep(INTERVAL_S)  # it asks no more often
+        time.sleep(INTERVAL_S)  # the reader scrapes no more often
         scraped = direct.fetch(QUICK, watched.state, time.time())
     through = watched.after_a_scrape()
     assert errors(through) == (OK, 7, 47)
@@ -56,10 +56,10 @@ def test_prometheus_and_a_direct_scrape_are_the_same_evidence(watched: Watched) 
     assert through.metrics == scraped.metrics
     assert through.metrics[METRIC].state is OK
     assert through.guardrails["p99_ms"].stable_value == pytest.approx(25 + 25 * 0.99)
-    assert through.shadow_requests == scraped.shadow_requests == 30  # a series' first sample is where it starts
+    assert through.shadow_requests == scraped.shadow_requests == 30  # an increase starts at the series' first sample
 
 
-def test_a_restarted_exporter_has_the_right_increase_and_a_dead_one_is_down(watched: Watched) -> None:
+def test_increase_is_correct_across_a_restart(watched: Watched) -> None:
     watched.exporter.count(Arm.CANARY, times=50)
     watched.add_sums(100, 400)
     assert errors(watched.after_a_scrape()) == (OK, 0, 50)
@@ -79,14 +79,14 @@ def test_a_restarted_exporter_has_the_right_increase_and_a_dead_one_is_down(watc
     assert errors(watched.after_a_scrape()) == (OK, 1, 55)
 
 
-def test_a_collector_that_forgot_is_found_out_by_the_highest_that_prometheus_saw(watched: Watched) -> None:
+def test_collector_data_loss_is_detected_by_the_maximum(watched: Watched) -> None:
     watched.add_sums(100, 400)
     watched.seen_when(lambda s: s.metrics[METRIC].state is OK)
     watched.add_sums(60, 200)
     lost = watched.seen_when(lambda s: s.metrics[METRIC].state is DOWN)
-    assert "the collector lost memory" in lost.metrics[METRIC].detail
+    assert "collector data lost" in lost.metrics[METRIC].detail
     time_of_the_fall = lost.time
-    watched.seen_when(lambda s: s.time > time_of_the_fall + 1.5)  # a window of a second has left it behind
+    watched.seen_when(lambda s: s.time > time_of_the_fall + 1.5)  # outside of the window of one second
     with closing(PrometheusReader(watched.monitoring.prometheus.url)) as reader:
         heard = reader.read(Scope.of(watched.state, window_s=1.0), time.time())
     viewers = [rows for key, rows in heard.series.items() if key.get("statistic") == "viewers"]
@@ -94,7 +94,7 @@ def test_a_collector_that_forgot_is_found_out_by_the_highest_that_prometheus_saw
     assert {rows[-1].value for rows in viewers} == {60, 200}
 
 
-def test_a_read_takes_less_than_a_tenth_of_a_second(watched: Watched) -> None:
+def test_read_takes_less_than_100_ms(watched: Watched) -> None:
     watched.add_sums(100, 400)
     watched.after_a_scrape()
     took = []
@@ -105,7 +105,7 @@ def test_a_read_takes_less_than_a_tenth_of_a_second(watched: Watched) -> None:
     assert min(took) < 0.1
 
 
-def test_a_prometheus_that_hangs_is_down_within_its_timeout_and_up_again_when_it_answers(watched: Watched) -> None:
+def test_hanging_prometheus_is_telemetry_down_until_it_answers(watched: Watched) -> None:
     with watched.monitoring.prometheus.hung():
         began = time.perf_counter()
         down = watched.seen()
@@ -116,7 +116,7 @@ def test_a_prometheus_that_hangs_is_down_within_its_timeout_and_up_again_when_it
     watched.after_a_scrape()
 
 
-def test_a_stopped_prometheus_is_down_by_name_and_one_without_targets_is_too(tmp_path: Path) -> None:
+def test_prometheus_without_targets_is_telemetry_down(tmp_path: Path) -> None:
     told = []
     with (
         prometheus(tmp_path, alertmanager=free_address()) as server,
@@ -128,17 +128,17 @@ def test_a_stopped_prometheus_is_down_by_name_and_one_without_targets_is_too(tmp
             assert {reading.state for reading in snapshot.guardrails.values()} == {DOWN}
             told.append(snapshot.guardrails["p99_ms"].detail)
             server.stop()
-    assert told[0] == "no reelway-router was heard in the last 20 s"
+    assert told[0] == "no reelway-router answered in the last 20 s"
     assert f"no answer from Prometheus at {server.url}" in told[1]
 
 
-def test_a_replica_taken_away_is_not_waited_for_and_what_it_counted_counts(watched: Watched) -> None:
+def test_counts_of_a_removed_replica_are_used(watched: Watched) -> None:
     watched.other.count(Arm.CANARY, times=5)
     watched.exporter.count(Arm.CANARY, times=7)
     watched.seen_when(lambda s: errors(s) == (OK, 0, 12))
     watched.other.stop()
     try:
-        silent = watched.seen_when(lambda s: errors(s)[0] is DOWN)  # it stopped answering, and still is a target
+        silent = watched.seen_when(lambda s: errors(s)[0] is DOWN)  # it does not answer, and is still a target
         assert f"{watched.other.address} has not answered" in silent.guardrails["error_ratio"].detail
         watched.monitoring.prometheus.scrape(watched.exporter.address)
         assert errors(watched.seen_when(lambda s: errors(s)[0] is OK)) == (OK, 0, 12)
@@ -169,9 +169,9 @@ def success(result: object, kind: str = "matrix", **more: object) -> bytes:
     [
         (503, b'{"status":"error","errorType":"timeout","error":"query timed out"}', "503: timeout: query timed out"),
         (200, b'{"status":"error","errorType":"execution","error":"too many samples"}', "too many samples"),
-        (200, success([], warnings=["store 3 did not answer"]), "answered in part: store 3 did not answer"),
-        (502, b"<html>bad gateway</html>", "not an answer of API v1 (502, '<html>bad gateway"),
-        (200, b'{"status":"succ', "not an answer of API v1"),
+        (200, success([], warnings=["store 3 did not answer"]), "gave a partial answer: store 3 did not answer"),
+        (502, b"<html>bad gateway</html>", "expected an answer of API v1 (502, '<html>bad gateway"),
+        (200, b'{"status":"succ', "expected an answer of API v1"),
         (200, b"[]", "answered 200: []"),
         (200, success([], kind="scalar"), "answered scalar, expected matrix"),
         (200, success([{"metric": {}, "values": [[1, "many"]]}]), "could not convert string to float"),
@@ -179,7 +179,7 @@ def success(result: object, kind: str = "matrix", **more: object) -> bytes:
         (200, b'{"status":"success"}', "KeyError('data')"),
     ],
 )
-def test_an_answer_that_is_wrong_or_partial_is_no_evidence(
+def test_invalid_or_partial_answer_is_telemetry_down(
     page: Exporter, tmp_path: Path, status: int, body: bytes, said: str
 ) -> None:
     page.answer = {PAGE: (status, body)}
@@ -190,7 +190,7 @@ def test_an_answer_that_is_wrong_or_partial_is_no_evidence(
     assert said in snapshot.guardrails["error_ratio"].detail
 
 
-def test_a_prometheus_that_is_slow_is_no_evidence_and_is_not_waited_for(page: Exporter) -> None:
+def test_slow_prometheus_is_telemetry_down_after_the_timeout(page: Exporter) -> None:
     page.delay_s = 3.0
     began = time.perf_counter()
     with closing(PrometheusReader(f"http://{page.address}", timeout_s=0.1)) as reader:
@@ -199,14 +199,14 @@ def test_a_prometheus_that_is_slow_is_no_evidence_and_is_not_waited_for(page: Ex
     assert "timed out" in heard.problem
 
 
-def test_a_label_with_signs_of_a_regular_expression_is_taken_literally(monitoring: Monitoring) -> None:
+def test_regular_expression_in_a_label_is_escaped(monitoring: Monitoring) -> None:
     scope = Scope('r"1\\.*', ("c|.*", "5(?"), 0.0, 0.0)
     with closing(PrometheusReader(monitoring.prometheus.url)) as reader:
         heard = reader.read(scope, time.time())
     assert (heard.problem, {key.name for key in heard.series} - {"up"}) == ("", set())
 
 
-def test_nan_of_a_counter_stays_nan(page: Exporter) -> None:
+def test_nan_sample_stays_nan(page: Exporter) -> None:
     series = {"__name__": names.REQUESTS, "job": names.ROUTER_JOB, "release": CANARY[:12]}
     page.answer = {PAGE: (200, success([{"metric": series, "values": [[1.5, "NaN"], [2.5, "+Inf"]]}]))}
     with closing(PrometheusReader(f"http://{page.address}")) as reader:

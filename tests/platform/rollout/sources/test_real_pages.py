@@ -1,4 +1,4 @@
-"""What serving really counts and exposes, read as evidence: names and labels cannot drift apart."""
+"""Evidence from the real endpoints of router and collector."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from reelway.serving.metrics import SHORT, IngressMetrics, ShadowMetrics
 from reelway.serving.outcomes.collector import OutcomeCollector
 
 
-def test_the_router_and_the_collector_are_read_as_they_counted(tmp_path: Path) -> None:
+def test_evidence_matches_the_counts_of_router_and_collector(tmp_path: Path) -> None:
     registry = CollectorRegistry()
     ingress, shadow, service = IngressMetrics(registry), ShadowMetrics(registry), Exporter("", "")
     canary = RELEASES[Arm.CANARY][:SHORT]

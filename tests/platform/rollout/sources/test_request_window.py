@@ -1,3 +1,5 @@
+"""Request guardrails from the router's counters."""
+
 from __future__ import annotations
 
 import math
@@ -9,10 +11,10 @@ from tests.platform.rollout.sources.made_series import CANARY, POLICY, MadeSerie
 
 from reelway.platform.contracts.events import Arm
 from reelway.platform.rollout import series as names
+from reelway.platform.rollout.counters import histogram_quantile
 from reelway.platform.rollout.evidence import EvidenceState, GuardrailReading
 from reelway.platform.rollout.policy import LatencyLimit
 from reelway.platform.rollout.sources.heard_series import SeriesKey
-from reelway.platform.rollout.sources.request_window import quantile_of
 from reelway.platform.rollout.state import Phase
 
 OK, INSUFFICIENT, DOWN = EvidenceState.OK, EvidenceState.INSUFFICIENT, EvidenceState.TELEMETRY_DOWN
@@ -26,7 +28,7 @@ def canary(**outcomes: float) -> dict[SeriesKey, float]:
     return requests(Arm.CANARY, **outcomes)  # type: ignore[arg-type]
 
 
-def test_errors_are_what_the_canarys_own_requests_had_in_the_window() -> None:
+def test_error_ratio_counts_the_canarys_requests_in_the_window() -> None:
     made = MadeSeries()
     for at, n in ((-100.0, 0.0), (1.0, 100.0), (9.0, 200.0)):
         made.scrape(
@@ -42,7 +44,7 @@ def test_errors_are_what_the_canarys_own_requests_had_in_the_window() -> None:
     assert found.trials == pytest.approx(100 + 10 + 5 + 1 + 50 + 2)
 
 
-def test_another_release_on_the_same_arm_does_not_count() -> None:
+def test_requests_of_another_release_are_ignored() -> None:
     made, other = MadeSeries(), {"release": "f" * 12, "arm": "canary", "outcome": "failed"}
     for at in (1.0, 9.0):
         made.scrape(names.ROUTER_JOB, at, canary(ok=10 * at), {SeriesKey.of(names.REQUESTS, other): 10 * at})
@@ -50,7 +52,7 @@ def test_another_release_on_the_same_arm_does_not_count() -> None:
     assert reading(made, "error_ratio").trials == 80
 
 
-def test_what_the_release_did_in_an_earlier_rollout_is_not_held_against_it_again() -> None:
+def test_errors_of_an_earlier_rollout_are_ignored() -> None:
     made = MadeSeries()  # this rollout began at 0
     made.routers((-20, []), (-15, [canary(ok=4)]), (-5, [canary(ok=39, failed=36)]), (1, [canary(ok=39, failed=36)]),
                  (9, [canary(ok=89, failed=36)]))  # fmt: skip
@@ -58,26 +60,26 @@ def test_what_the_release_did_in_an_earlier_rollout_is_not_held_against_it_again
     assert reading(made, "error_ratio").trials == 50
 
 
-def test_a_fault_that_was_never_counted_before_counts_in_full() -> None:
+def test_new_error_series_counts_in_full() -> None:
     made = MadeSeries()
     made.routers((1, [canary(ok=50)]), (5, [canary(ok=60, failed=7)]), (9, [canary(ok=70, failed=9)]))
     assert reading(made, "error_ratio").events == 9
     assert reading(made, "error_ratio").trials == 29
 
 
-def test_a_router_that_restarted_lost_nothing_that_was_scraped() -> None:
+def test_router_restart_loses_no_scraped_counts() -> None:
     made = MadeSeries()
     made.routers((1, [canary(ok=50)]), (4, [canary(ok=80)]), (7, []), (9, [canary(ok=5, failed=1)]))
     assert reading(made, "error_ratio").trials == 30 + 5 + 1
 
 
-def test_a_router_that_restarted_and_has_not_been_asked_for_the_canary_yet_is_heard() -> None:
+def test_restarted_router_without_canary_requests_is_ok() -> None:
     made = MadeSeries()
     made.routers((1, [canary(ok=50)]), (4, [canary(ok=80)]), (9, []))
     assert reading(made, "error_ratio").trials == 30
 
 
-def test_no_request_of_the_canary_is_too_little_where_the_router_answers() -> None:
+def test_canary_without_requests_is_insufficient() -> None:
     made = MadeSeries()
     made.routers((1, [requests(Arm.STABLE, ok=1)]), (9, [requests(Arm.STABLE, ok=50)]))
     for name in ("error_ratio", "empty_slate_ratio", "p99_ms"):
@@ -85,13 +87,13 @@ def test_no_request_of_the_canary_is_too_little_where_the_router_answers() -> No
         assert "no request of the canary in the last 60 s" in reading(made, name).detail
 
 
-def test_one_scrape_is_no_window_yet() -> None:
+def test_single_scrape_is_insufficient() -> None:
     made = MadeSeries()
     made.routers((9, [canary(ok=50, failed=50)]))
     assert reading(made, "error_ratio").state is INSUFFICIENT
 
 
-def test_a_router_that_stopped_answering_makes_all_of_them_unknown() -> None:
+def test_silent_router_is_telemetry_down() -> None:
     made = MadeSeries()
     for instance in ("a", "b"):
         made.routers((1, [canary(ok=10)]), (5, [canary(ok=20)]), instance=instance)
@@ -104,7 +106,7 @@ def test_a_router_that_stopped_answering_makes_all_of_them_unknown() -> None:
     assert "reelway-router at b has not answered for 23 s, allowed 20 s" in silent.detail
 
 
-def test_a_router_whose_pod_was_taken_away_is_not_waited_for_and_what_it_counted_counts() -> None:
+def test_counts_of_a_removed_router_are_used() -> None:
     made = MadeSeries()
     for instance in ("a", "b"):
         made.routers((1, [canary(ok=10)]), (5, [canary(ok=20)]), instance=instance)
@@ -114,14 +116,14 @@ def test_a_router_whose_pod_was_taken_away_is_not_waited_for_and_what_it_counted
     assert (found.state, found.trials) == (OK, 40 + 10)
 
 
-def test_all_routers_gone_is_nobody_heard() -> None:
+def test_service_without_routers_is_telemetry_down() -> None:
     made = MadeSeries()
     made.routers((1, [canary(ok=10)]), (5, [canary(ok=20)]))
     made.gone(names.ROUTER_JOB, 8)
     assert reading(made, "error_ratio").state is DOWN
 
 
-def test_a_router_that_has_just_come_does_not_hide_the_others() -> None:
+def test_new_router_does_not_hide_the_others() -> None:
     made = MadeSeries()
     made.routers((1, [canary(ok=10)]), (9, [canary(ok=20, failed=5)]), instance="a")
     made.routers((9, [canary(ok=1)]), instance="new")
@@ -129,21 +131,21 @@ def test_a_router_that_has_just_come_does_not_hide_the_others() -> None:
 
 
 @pytest.mark.parametrize(("value", "said"), [(math.nan, "went stale"), (-5.0, "a counter of -5")])
-def test_a_counter_that_cannot_be_is_telemetrys_fault(value: float, said: str) -> None:
+def test_impossible_counter_is_telemetry_down(value: float, said: str) -> None:
     made = MadeSeries()
     made.routers((1, [canary(ok=10)]), (5, [canary(ok=20)]), (9, [canary(ok=value)]))
     assert reading(made, "error_ratio").state is DOWN
     assert said in reading(made, "error_ratio").detail
 
 
-def test_why_nothing_was_heard_is_said() -> None:
+def test_detail_includes_the_readers_problem() -> None:
     for name in ("error_ratio", "empty_slate_ratio", "p99_ms"):
         found = MadeSeries().snapshot(10, problem="GET http://x/metrics: timed out").guardrails[name]  # type: ignore[index]
         assert found.state is DOWN
         assert "GET http://x/metrics: timed out" in found.detail
 
 
-def test_empty_slates_are_of_all_requests_and_a_torn_scrape_is_not_more_than_all() -> None:
+def test_empty_slate_ratio_is_at_most_1_for_a_torn_scrape() -> None:
     made = MadeSeries()
     made.routers((1, [canary(ok=10, empty=2)]), (9, [canary(ok=30, empty=7)]))
     assert (reading(made, "empty_slate_ratio").events, reading(made, "empty_slate_ratio").trials) == (5, 20)
@@ -159,7 +161,7 @@ def latency(arm: Arm, n: float, slow: float) -> dict[SeriesKey, float]:
     return requests(arm, ok=n, latency={"0.1": n - slow, "0.25": n - slow, "0.5": n, "+Inf": n})
 
 
-def test_p99_is_of_both_arms_rises_over_the_window() -> None:
+def test_p99_uses_the_increases_of_both_arms() -> None:
     made = MadeSeries()
     made.routers(
         (1, [latency(Arm.CANARY, 1000, 900), latency(Arm.STABLE, 1000, 0)]),
@@ -171,7 +173,7 @@ def test_p99_is_of_both_arms_rises_over_the_window() -> None:
     assert found.stable_value == pytest.approx(1000 * 0.1 * 0.99)
 
 
-def test_a_comparison_with_stable_waits_for_stables_requests() -> None:
+def test_comparison_without_stable_requests_is_insufficient() -> None:
     made = MadeSeries()
     made.routers((1, [latency(Arm.CANARY, 100, 0)]), (9, [latency(Arm.CANARY, 400, 0)]))
     limits = POLICY.guardrails.model_copy(update={"p99_ms": LatencyLimit(maximum_ratio_to_stable=1.5)})
@@ -181,7 +183,7 @@ def test_a_comparison_with_stable_waits_for_stables_requests() -> None:
     assert (compared.state, compared.detail) == (INSUFFICIENT, "no request of stable in the last 60 s")
 
 
-def test_buckets_without_an_infinite_one_are_no_histogram() -> None:
+def test_histogram_without_an_infinite_bucket_is_telemetry_down() -> None:
     made = MadeSeries()
     for at in (1.0, 9.0):
         made.scrape(names.ROUTER_JOB, at, requests(Arm.CANARY, ok=at, latency={"0.1": at, "0.25": at}))
@@ -190,11 +192,11 @@ def test_buckets_without_an_infinite_one_are_no_histogram() -> None:
 
 @settings(deadline=None)
 @given(st.lists(st.integers(0, 1000), min_size=1, max_size=12), st.floats(0.01, 0.999))
-def test_a_quantile_lies_in_the_bucket_that_has_it(counts: list[int], q: float) -> None:
+def test_quantile_lies_in_its_bucket(counts: list[int], q: float) -> None:
     bounds = [*(0.001 * 2**i for i in range(len(counts) - 1)), math.inf]
     total = sum(counts)
     rises = {bound: float(sum(counts[: i + 1])) for i, bound in enumerate(bounds)}
-    value = quantile_of(rises, q)
+    value = histogram_quantile(rises, q)
     if total == 0 or len(bounds) < 2:
         assert math.isnan(value)
         return
@@ -203,11 +205,11 @@ def test_a_quantile_lies_in_the_bucket_that_has_it(counts: list[int], q: float) 
     assert value == lower if math.isinf(at_most) else lower <= value <= at_most + 1e-12
 
 
-def test_a_quantile_is_linear_within_its_bucket_and_bounded_by_the_last_finite_one() -> None:
-    assert quantile_of({0.1: 50.0, 0.2: 100.0, math.inf: 100.0}, 0.75) == pytest.approx(0.15)
-    assert quantile_of({0.1: 100.0, math.inf: 100.0}, 0.5) == pytest.approx(0.05)
-    assert quantile_of({0.1: 1.0, 0.2: 1.0, math.inf: 100.0}, 0.99) == 0.2
-    assert quantile_of({0.1: 51.0, 0.2: 50.0, math.inf: 100.0}, 0.5) <= 0.1  # torn: not monotone
+def test_quantile_is_linear_within_its_bucket() -> None:
+    assert histogram_quantile({0.1: 50.0, 0.2: 100.0, math.inf: 100.0}, 0.75) == pytest.approx(0.15)
+    assert histogram_quantile({0.1: 100.0, math.inf: 100.0}, 0.5) == pytest.approx(0.05)
+    assert histogram_quantile({0.1: 1.0, 0.2: 1.0, math.inf: 100.0}, 0.99) == 0.2
+    assert histogram_quantile({0.1: 51.0, 0.2: 50.0, math.inf: 100.0}, 0.5) <= 0.1  # a torn scrape, not monotone
 
 
 # Mirrored requests
@@ -219,7 +221,7 @@ def mirrored(compared: float, failed: float, dropped: float) -> dict[SeriesKey, 
     return {SeriesKey.of(names.SHADOW_REQUESTS, {"release": release, "outcome": k}): v for k, v in counts.items()}
 
 
-def test_mirrored_requests_are_those_of_this_shadow_phase_however_long_ago_it_began() -> None:
+def test_mirrored_requests_count_since_the_shadow_phase_began() -> None:
     made = MadeSeries()
     for at, n in ((-400.0, 90.0), (-300.0, 100.0), (-100.0, 300.0), (9.0, 500.0)):
         made.routers((at, [mirrored(n, n / 10, n)]))

@@ -1,4 +1,4 @@
-"""One Prometheus and one Alertmanager for many: behind a token and a certificate, with other namespaces' canaries."""
+"""A shared Prometheus and Alertmanager: tokens, certificates, and canaries of other namespaces."""
 
 from __future__ import annotations
 
@@ -53,9 +53,7 @@ def staging() -> Iterator[Exporter]:
     exporter.stop()
 
 
-def test_two_installations_with_the_same_canary_in_one_prometheus_do_not_mix(
-    prod: Exporter, staging: Exporter, tmp_path: Path
-) -> None:
+def test_installations_in_one_prometheus_do_not_mix(prod: Exporter, staging: Exporter, tmp_path: Path) -> None:
     begun = time.time()
     state = state_of(started_at=begun, changed_at=begun)
 
@@ -90,7 +88,7 @@ def test_two_installations_with_the_same_canary_in_one_prometheus_do_not_mix(
             staging.start_again()
 
 
-def test_alerts_of_another_namespace_are_not_polled_and_those_of_none_are(tmp_path: Path) -> None:
+def test_poll_leaves_out_alerts_of_another_namespace(tmp_path: Path) -> None:
     address = free_address()
     ends = (datetime.now(UTC) + timedelta(hours=1)).isoformat()
     with (
@@ -108,12 +106,12 @@ def test_alerts_of_another_namespace_are_not_polled_and_those_of_none_are(tmp_pa
         assert {dict(alert.labels)["alertname"] for alert in ours.poll()} == {"A0", "A3"}
 
 
-# Behind a door: TLS with a certificate of the platform's own, and a bearer token.
+# TLS with a certificate of a private CA, and a bearer token
 
 
 @dataclass
 class Door:
-    """Answers an empty result over TLS to whoever sends the token."""
+    """Answers requests that carry the token with an empty result, over TLS."""
 
     certificate: Path
     token: str = TOKEN
@@ -147,7 +145,7 @@ def door(tmp_path: Path) -> Iterator[Door]:
             self.wfile.write(body.encode())
 
         def log_message(self, *_: object) -> None:
-            """Silent."""
+            """Logs nothing."""
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
@@ -162,7 +160,7 @@ def door(tmp_path: Path) -> Iterator[Door]:
     thread.join()
 
 
-def test_a_token_is_read_at_each_use_and_the_certificate_is_checked(door: Door, tmp_path: Path) -> None:
+def test_token_is_read_on_every_request(door: Door, tmp_path: Path) -> None:
     token = tmp_path / "token"
     token.write_text(TOKEN + "\n")
     access = Access(token, door.certificate)
@@ -182,7 +180,7 @@ def test_a_token_is_read_at_each_use_and_the_certificate_is_checked(door: Door, 
         assert "CERTIFICATE_VERIFY_FAILED" in unknowing.read(scope, 1.0).problem
 
 
-def test_alertmanager_is_asked_with_the_token_too(door: Door, tmp_path: Path) -> None:
+def test_alertmanager_requests_carry_the_token(door: Door, tmp_path: Path) -> None:
     token = tmp_path / "token"
     token.write_text(TOKEN)
     with closing(AlertmanagerPoll(door.url, access=Access(token, door.certificate))) as poll:
@@ -197,7 +195,7 @@ def test_alertmanager_is_asked_with_the_token_too(door: Door, tmp_path: Path) ->
         bare.poll()
 
 
-def test_a_token_follows_no_redirect(door: Door, tmp_path: Path) -> None:
+def test_token_does_not_follow_a_redirect(door: Door, tmp_path: Path) -> None:
     (tmp_path / "token").write_text(TOKEN)
     door.redirect = f"{door.url}/elsewhere"
     with closing(PrometheusReader(door.url, access=Access(tmp_path / "token", door.certificate))) as reader:
@@ -206,11 +204,11 @@ def test_a_token_follows_no_redirect(door: Door, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("text", [None, "", "not a certificate"])
-def test_a_file_that_is_no_certificate_is_said_at_the_start(tmp_path: Path, text: str | None) -> None:
+def test_invalid_certificate_file_is_rejected_at_startup(tmp_path: Path, text: str | None) -> None:
     path = tmp_path / "ca.crt"
     if text is not None:
         path.write_text(text)
-    with pytest.raises(ConfigError, match=f"{path}: not certificates to check a server with"):
+    with pytest.raises(ConfigError, match=f"{path}: cannot load CA certificates"):
         Access(ca_file=path)
 
 

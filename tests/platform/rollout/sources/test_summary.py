@@ -1,3 +1,5 @@
+"""The recorded summary of evidence."""
+
 from __future__ import annotations
 
 import json
@@ -17,7 +19,7 @@ RULES = parse_policy(POLICY, source="test")
 
 
 @pytest.mark.parametrize("kind", [*KINDS, "nothing heard"])
-def test_a_summary_is_json_word_for_word_and_has_every_verdict(kind: str) -> None:
+def test_summary_is_json_with_every_verdict(kind: str) -> None:
     snapshot: EvidenceSnapshot = nothing_heard("canary", 5.0) if kind == "nothing heard" else KINDS[kind]
     verdicts = assess(RULES, snapshot)
     summary = summary_of(verdicts, snapshot, now=snapshot.time + 3)
@@ -32,7 +34,7 @@ def test_a_summary_is_json_word_for_word_and_has_every_verdict(kind: str) -> Non
     assert summary["weights"] == ({arm.value: bp for arm, bp in snapshot.weights.items()} if snapshot.weights else None)
 
 
-def test_a_summary_has_the_numbers_that_were_judged() -> None:
+def test_summary_has_the_assessed_numbers() -> None:
     snapshot = replace(KINDS["good"], weights={Arm.STABLE: 9_500, Arm.CANARY: 500}, canary_ready=True)
     verdicts = assess(RULES, snapshot)
     summary = summary_of(verdicts, snapshot)
@@ -47,7 +49,7 @@ def test_a_summary_has_the_numbers_that_were_judged() -> None:
     assert (summary["age_s"], summary["ready"]) == (None, True)
 
 
-def test_what_has_no_number_is_null() -> None:
+def test_missing_number_is_null() -> None:
     snapshot = nothing_heard("canary", float("nan"))
     summary = summary_of(assess(RULES, snapshot), snapshot)
     assert summary["time"] is None

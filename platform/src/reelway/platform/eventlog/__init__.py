@@ -1,12 +1,12 @@
-"""What happened, kept in order until everybody who needs it has read it: append, read, commit.
+"""The event log: append, read, commit. It keeps events in order until every consumer has read them.
 
 ::
 
     outcomes (serving) ─ append ─► event log ─ read, commit ─► stream processor (pipelines)
 
-An append that returned is on disk and is never lost; one that raised may be there or not, so it is sent again. A
-reader is handed records at least once, knows by the ids in them what it had before, and keeps its position where it
-keeps its results. Here the log is a SQLite file, on a cluster Kafka; nothing else differs.
+An append that returned is durable. An append that raised may or may not be in the log, so it is sent again. Delivery is
+at least once: a consumer recognises repeated records by the ids in them, and stores its offsets with its results. In
+local mode the log is a SQLite file, on a cluster a Kafka topic.
 """
 
 from reelway.platform.eventlog.addresses import open_event_log

@@ -1,4 +1,4 @@
-"""One text that says which event log: a path, or ``kafka://host:port[,host:port]/topic``. Nothing secret is in it."""
+"""Event log addresses: a path, or ``kafka://host:port[,host:port]/topic``. An address contains no secret."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from reelway.platform.eventlog.log import EventLog
 
 KAFKA: Final = "kafka://"
 SETTINGS_VARIABLE: Final = "REELWAY_KAFKA_SETTINGS"
-"""Environment variable with further settings of librdkafka, ``name=value`` lines: security, credentials."""
+"""Environment variable with more settings of librdkafka, such as credentials: lines of ``name=value``."""
 
 
 def open_event_log(address: str | Path) -> EventLog:
-    """The log at the address; a SQLite file is made when absent, a topic is not.
+    """Opens the log at an address. A missing SQLite file is created; a missing topic is not.
 
     Raises:
-        ConfigError: not an address, or a setting that is not one.
-        StorageError: it cannot be opened.
+        ConfigError: if the address or a setting is invalid.
+        StorageError: if the log cannot be opened.
     """
     text = str(address)
     if not text.startswith(KAFKA):

@@ -1,13 +1,13 @@
-"""Changes of video features on their way from the stream processor to every replica's video table: numbered files.
+"""A changelog of streamed features, from the stream processor to the video table of every replica: numbered files.
 
 ::
 
     overlay/snapshot-{sequence:020d}.arrow    every row as of that change
     overlay/{sequence:020d}.arrow             one change after it
 
-A change holds whole rows of views by entity; the newest row of an entity is what holds, and nulls mean that its row has
-expired. A file is there whole or not at all and is never changed; a snapshot takes the place of the changes up to it.
-One writer; any number of readers, who may come at any time and miss nothing.
+A change holds complete rows of views by entity. The newest row of an entity is current; a row of nulls means that the
+entity's row has expired. Files are written atomically and never changed; a snapshot replaces the changes up to it.
+There is one writer and any number of readers, which may start at any time and miss nothing.
 """
 
 # Shapes: N rows
@@ -38,32 +38,32 @@ CHANGES: Final = pa.schema(
         *(pa.field(name, pa.float32()) for fields in FIELDS.values() for name in fields),
     ]
 )
-"""Rows of both views; the other view's fields are null."""
+"""Rows of both views; the fields of the other view are null."""
 _AS_OF: Final = b"as_of_us"
 _CHANGE: Final = re.compile(r"(\d{20})\.arrow").fullmatch
 _SNAPSHOT: Final = re.compile(r"snapshot-(\d{20})\.arrow").fullmatch
 COMPACT_AFTER: Final = 64
-"""Changes between two snapshots."""
+"""Number of changes after which a snapshot is made."""
 
 
 @dataclass(frozen=True)
 class Change:
-    """What a reader is handed: rows, and the moment as of which all of them together are true."""
+    """Rows of changed entities, and the time as of which all rows so far are current."""
 
     sequence: int
     as_of_us: int
-    rows: pa.Table  # in the schema CHANGES
-    whole: bool = False  # a snapshot
+    rows: pa.Table  # of the schema CHANGES
+    whole: bool = False
 
 
 def change_rows(view: str, entity_ids: pa.Array, times: pa.Array, fields: pa.Table) -> pa.Table:
     """Rows of one view in the schema ``CHANGES``."""
-    own = FIELDS[view]
+    fields_of_view = FIELDS[view]
     columns = {
         "view": pa.array([view] * len(entity_ids), pa.string()),
         "entity_id": entity_ids,
         "event_timestamp": times,
-        **{name: fields[name] for name in own},
+        **{name: fields[name] for name in fields_of_view},
     }
     return pa.table([columns.get(f.name, pa.nulls(len(entity_ids), f.type)) for f in CHANGES], schema=CHANGES)
 
@@ -77,7 +77,7 @@ def latest_rows(tables: list[pa.Table]) -> pa.Table:
 
 
 class Changelog:
-    """The files at a path or fsspec URL. Blocks; raises ``StorageError`` where they cannot be reached."""
+    """The files at a path or fsspec URL. All methods block, and raise ``StorageError`` if the files are unreachable."""
 
     def __init__(self, place: str | Path) -> None:
         self._place = str(place)
@@ -88,11 +88,11 @@ class Changelog:
         self._local = self._files.protocol in ("file", ("file", "local"))
 
     def append(self, change: Change) -> None:
-        """Write a change. Writing the same one again changes nothing."""
+        """Writes a change. Writing the same change again has no effect."""
         self._write(f"{change.sequence:020d}.arrow", change)
 
     def compact(self, *, at_least: int = COMPACT_AFTER) -> bool:
-        """Make a snapshot of what is there, when so many changes lie after the last one, and remove them."""
+        """Replaces the changes by a snapshot if there are ``at_least`` of them. Returns whether it did."""
         names = self._names()
         base, changes = _newest(names)
         if len(changes) < at_least:
@@ -101,28 +101,28 @@ class Changelog:
         read += [self._read(names[sequence], sequence) for sequence in changes]
         rows = latest_rows([change.rows for change in read])
         self._write(f"snapshot-{changes[-1]:020d}.arrow", Change(changes[-1], read[-1].as_of_us, rows, whole=True))
-        for name in names.values():  # readers who are just at them look again
+        for name in names.values():  # a reader that is reading them lists the files again
             self._remove(name)
         return True
 
     def after(self, sequence: int) -> list[Change]:
-        """What a reader who has come to ``sequence`` (0: nothing) still has to apply, oldest first.
+        """The changes after ``sequence`` (0: all), oldest first.
 
-        A reader whose next change is gone is handed the snapshot that took its place.
+        If the next change has been deleted, the list starts with the snapshot that replaced it.
         """
         for _ in range(10):
             names = self._names()
             base, changes = _newest(names)
-            wanted = [one for one in changes if one > sequence]
+            wanted = [change for change in changes if change > sequence]
             try:
-                found = [self._read(names[base], base, whole=True)] if -base > sequence else []
-                return found + [self._read(names[one], one) for one in wanted]
+                snapshot = [self._read(names[base], base, whole=True)] if -base > sequence else []
+                return snapshot + [self._read(names[change], change) for change in wanted]
             except FileNotFoundError:
-                continue  # a snapshot was made meanwhile
-        raise StorageError(f"changelog {self._place}: files vanish faster than they can be read")
+                continue  # a snapshot replaced them in the meantime
+        raise StorageError(f"changelog {self._place}: files are deleted faster than they can be read; read again")
 
     def _names(self) -> dict[int, str]:
-        """Sequence -> file; a snapshot's is negative."""
+        """Sequence -> file. The sequence of a snapshot is negative."""
         try:
             found = self._files.ls(self._root, detail=False, refresh=True) if self._exists() else []
         except FileNotFoundError:
@@ -151,7 +151,7 @@ class Changelog:
         try:
             table = pa.ipc.open_file(pa.py_buffer(content)).read_all()
         except (pa.ArrowInvalid, OSError) as error:
-            raise DataError(f"changelog {path}: no Arrow file: {error}") from error
+            raise DataError(f"changelog {path}: not an Arrow file: {error}") from error
         metadata = table.schema.metadata or {}
         rows = table.replace_schema_metadata(None)
         if not rows.schema.equals(CHANGES) or _AS_OF not in metadata:
@@ -184,6 +184,6 @@ class Changelog:
 
 
 def _newest(names: dict[int, str]) -> tuple[int, list[int]]:
-    """The newest snapshot as a key of ``names`` (0 where there is none), and the changes after it."""
+    """The newest snapshot as a key of ``names`` (0 if there is none), and the changes after it."""
     base = min((key for key in names if key < 0), default=0)
     return base, sorted(key for key in names if key > -base)

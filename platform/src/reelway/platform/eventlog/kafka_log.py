@@ -1,7 +1,8 @@
-"""The event log as a Kafka topic: for a cluster. The topic is made by whoever runs Kafka, or with one of Kafka's tools.
+"""The event log as a Kafka topic, for clusters. The operator of the Kafka cluster creates the topic.
 
-Refuses to acknowledge what the in-sync replicas do not have (``acks=all``; how many those are is the topic's
-``min.insync.replicas``). Retention is the topic's. The client library is imported when a log is opened.
+An append returns once all in-sync replicas have the records (``acks=all``). The topic's ``min.insync.replicas`` sets
+how many those are, and the topic's configuration sets the retention. The client library is imported when a log is
+opened.
 """
 
 from __future__ import annotations
@@ -18,28 +19,30 @@ if TYPE_CHECKING:
     from confluent_kafka import Consumer, Message, Producer, TopicPartition
 
 ANSWER_S: Final = 20.0
-"""For one question to the brokers, and for one append."""
-_GROUP: Final = "reelway-reader"  # of reads, which do not use a group's position
+"""Timeout of one request to the brokers, and of one append."""
+_GROUP: Final = "reelway-reader"  # of reads, which do not use committed offsets
 
 
 class KafkaLog:
-    """See the module's docstring.
+    """An ``EventLog`` on a Kafka topic.
 
     Args:
-        servers: ``host:port``, several with commas between.
+        servers: ``host:port``, several separated by commas.
         topic: must exist.
-        settings: of librdkafka, over the ones here: ``security.protocol``, ``sasl.username``, ...
+        settings: librdkafka settings that override the ones here: ``security.protocol``, ``sasl.username``, ...
 
     Raises:
-        ConfigError: a setting that librdkafka does not know, or the client library is not installed.
-        StorageError: no broker answers, or it lacks the topic.
+        ConfigError: if librdkafka rejects a setting, or the client library is not installed.
+        StorageError: if no broker answers, or the topic does not exist.
     """
 
     def __init__(self, servers: str, topic: str, settings: Mapping[str, Any] | None = None) -> None:
         try:
             import confluent_kafka
         except ImportError as error:
-            raise ConfigError("an event log on Kafka needs confluent-kafka; install reelway-platform[kafka]") from error
+            raise ConfigError(
+                "an event log on Kafka requires confluent-kafka; install reelway-platform[kafka]"
+            ) from error
         self._kafka = confluent_kafka
         self._topic = topic
         self._given = {"bootstrap.servers": servers, **(settings or {})}
@@ -57,12 +60,12 @@ class KafkaLog:
     def append(self, records: Sequence[LogRecord]) -> list[int]:
         """See ``EventLog.append``."""
         offsets: dict[int, int] = {}
-        faults: list[str] = []
+        errors: list[str] = []
 
         def on_delivery(place: int) -> Callable[[Any, Message], None]:
             def delivered(error: Any, message: Message) -> None:
                 if error is not None:
-                    faults.append(str(error))
+                    errors.append(str(error))
                 else:
                     offsets[place] = int(message.offset() or 0)
 
@@ -80,11 +83,14 @@ class KafkaLog:
                 left = producer.flush(ANSWER_S)
             except (self._kafka.KafkaException, BufferError) as error:
                 raise StorageError(f"{self._where}: cannot append: {error}; append it again") from error
-            if left or faults:
+            if left or errors:
                 producer.purge()
                 self._producer = None
-                what = faults[0] if faults else f"no answer within {ANSWER_S:g} s"
-                raise StorageError(f"{self._where}: {len(records) - len(offsets)} records are not acknowledged: {what}")
+                what = errors[0] if errors else f"no answer within {ANSWER_S:g} s"
+                raise StorageError(
+                    f"{self._where}: {len(records) - len(offsets)} records are not acknowledged: {what}; "
+                    "append them again"
+                )
         return [offsets[place] for place in range(len(records))]
 
     def read(self, position: Position, *, limit: int, wait_s: float = 0.0) -> ReadBatch:
@@ -102,18 +108,18 @@ class KafkaLog:
             for record in records:
                 self._read_to[record.partition] = record.offset + 1
                 self._last_us[record.partition] = record.time_us
-            behind = [
+            unread_us = [
                 self._last_us.get(partition, 0)
                 for partition, end in ends.items()
                 if self._read_to.get(partition, 0) < end
             ]
-            return ReadBatch(records, dict(self._read_to), min([asked_us, *behind]))
+            return ReadBatch(records, dict(self._read_to), min([asked_us, *unread_us]))
 
     def position(self, consumer: str) -> Position:
         """See ``EventLog.position``."""
         with self._group(consumer) as group:
-            found = self._ask("committed offsets", lambda: group.committed(self._places(), timeout=ANSWER_S))
-        return {place.partition: place.offset for place in found if place.offset >= 0}
+            committed = self._ask("committed offsets", lambda: group.committed(self._places(), timeout=ANSWER_S))
+        return {place.partition: place.offset for place in committed if place.offset >= 0}
 
     def commit(self, consumer: str, position: Position) -> None:
         """See ``EventLog.commit``."""
@@ -134,7 +140,7 @@ class KafkaLog:
             }
 
     def close(self) -> None:
-        """Hang up. What was not acknowledged may or may not arrive."""
+        """Closes the connections. Records without an acknowledgement may or may not be appended."""
         with self._lock:
             for consumer in (self._reader, self._asker):
                 if consumer is not None:
@@ -149,7 +155,7 @@ class KafkaLog:
         metadata = self._ask("topics", lambda: self._asker.list_topics(self._topic, timeout=ANSWER_S))
         topic = metadata.topics[self._topic]
         if topic.error is not None or not topic.partitions:
-            raise StorageError(f"{self._where}: {topic.error or 'no partitions'}; make the topic first")
+            raise StorageError(f"{self._where}: {topic.error or 'no partitions'}; create the topic first")
         return len(topic.partitions)
 
     def _ask(self, what: str, question: Any) -> Any:
@@ -165,7 +171,7 @@ class KafkaLog:
         if self._producer is None:
             own = {
                 "acks": "all",
-                "enable.idempotence": True,  # the client's own retries keep order and add nothing twice
+                "enable.idempotence": True,  # the client's own retries keep the order and append nothing twice
                 "delivery.timeout.ms": int(ANSWER_S * 1000),
                 "linger.ms": 0,
                 "message.max.bytes": 16 << 20,
@@ -190,7 +196,11 @@ class KafkaLog:
         return self._reader
 
     def _fault(self, message: Message) -> bool:
-        """Whether it is no record; raises when it is more than the end of a partition."""
+        """Whether the message is no record but the end of a partition.
+
+        Raises:
+            StorageError: if it is any other error.
+        """
         error = message.error()
         if error is None:
             return False
@@ -204,7 +214,7 @@ class KafkaLog:
 
 
 class _Closing:
-    """A consumer for one question."""
+    """A consumer that is closed at the end of the block."""
 
     def __init__(self, consumer: Consumer) -> None:
         self._consumer = consumer

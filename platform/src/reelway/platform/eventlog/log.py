@@ -1,4 +1,4 @@
-"""What an event log promises, whatever keeps it. Types only; it refuses to know what the records say."""
+"""The interface of an event log. Types only; the log does not interpret its payloads."""
 
 from __future__ import annotations
 
@@ -7,20 +7,20 @@ from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 Position = Mapping[int, int]
-"""Partition -> offset of the next record to read. A partition that is not named is read from its beginning."""
+"""Partition -> offset of the next record to read. An absent partition is read from its beginning."""
 
 
 class LogRecord(NamedTuple):
-    """Something to append. The log keeps records of one partition in the order in which it acknowledged them."""
+    """A record to append. A partition keeps its records in the order in which they were acknowledged."""
 
-    id: str  # the appender's; SQLite keeps one record of an id, Kafka may keep one that was sent again twice
-    partition: int  # 0..partitions-1; records whose order matters to each other go into one
-    time_us: int  # when it was handed in, by the appender's clock
+    id: str  # SQLite keeps one record per id; Kafka may keep a record that was sent twice
+    partition: int  # 0..partitions-1; records whose relative order matters share a partition
+    time_us: int  # when it was appended, by the appender's clock
     payload: bytes
 
 
 class StoredRecord(NamedTuple):
-    """A record with its place."""
+    """A record with its partition and offset."""
 
     partition: int
     offset: int
@@ -30,44 +30,44 @@ class StoredRecord(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class ReadBatch:
-    """What one read found, in the order of each partition.
+    """The result of one read, in the order of each partition.
 
-    ``complete_until_us``: no record that is still unread was handed in before this moment, but for what takes longer
-    from its appender's clock to the log than the reader allows for.
+    ``watermark_us``: no unread record was appended before this time, except records that took longer from the
+    appender's clock to the log than the reader's allowed lateness.
     """
 
     records: Sequence[StoredRecord]
-    position: Position  # to read on from
+    position: Position  # where the next read starts
     complete_until_us: int
 
 
 class EventLog(Protocol):
-    """One log. Its methods may be called by several threads, one at a time, and by several processes.
+    """One log. Several processes may use it; several threads may call one object.
 
-    All of them raise ``StorageError`` when the log cannot be reached or written.
+    Every method raises ``StorageError`` if the log cannot be reached or written.
     """
 
     @property
     def partitions(self) -> int: ...
 
     def append(self, records: Sequence[LogRecord]) -> list[int]:
-        """Append all of them; returns their offsets when they are durable. After an error: some, all or none are."""
+        """Appends all records and returns their offsets once they are durable. After an error, any of them may be."""
         ...
 
     def read(self, position: Position, *, limit: int, wait_s: float = 0.0) -> ReadBatch:
-        """At most ``limit`` records from ``position`` on; waits up to ``wait_s`` for the first."""
+        """Reads at most ``limit`` records from the offsets on; waits up to ``wait_s`` seconds for the first."""
         ...
 
     def position(self, consumer: str) -> Position:
-        """Where the consumer has come to; empty for one that never committed."""
+        """The consumer's committed offsets; empty if it never committed."""
         ...
 
     def commit(self, consumer: str, position: Position) -> None:
-        """Note that the consumer needs nothing before ``position`` again."""
+        """Records that the consumer needs nothing before these offsets again."""
         ...
 
     def end(self) -> Position:
-        """The offsets that the next records will get."""
+        """The offsets of the next records to be appended."""
         ...
 
     def close(self) -> None: ...

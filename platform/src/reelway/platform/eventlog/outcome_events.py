@@ -1,8 +1,8 @@
-"""What viewers did, as the log holds it: batches of outcomes, each with what its token says of its impression.
+"""Outcomes as records of the event log: Arrow batches that include what each outcome's token contains.
 
-One record is one batch in Arrow's stream format, so a reader needs nothing but the record. An outcome's id follows from
-its impression and type, so it is the same however often it is sent. ``event_time`` is when it became known to the
-service, which is the time that features go by; what the client says of its own clock is ``done_at``.
+One record is one batch in Arrow's stream format and can be decoded alone. An outcome's id is derived from its
+impression and type, so it does not change when the outcome is sent again. Features use ``event_time``, when the service
+received the outcome; ``done_at`` is the client's own time.
 """
 
 # Shapes: N outcomes
@@ -24,7 +24,7 @@ from reelway.platform.eventlog.log import LogRecord
 from reelway.platform.features.hashing import mix64
 
 KINDS: Final = tuple(OutcomeType)
-"""Order of the ids' type codes; append only."""
+"""Outcome types in the order of their codes, which ids depend on. Append only."""
 
 LOGGED_OUTCOMES: Final = pa.schema(
     [
@@ -41,35 +41,35 @@ LOGGED_OUTCOMES: Final = pa.schema(
         pa.field("propensity", pa.float32(), nullable=False),
         pa.field("type", WORD, nullable=False),  # an OutcomeType
         pa.field("value", pa.float32(), nullable=False),  # watched milliseconds for watch, else 1
-        pa.field("event_time", TIME, nullable=False),  # when the service heard of it
-        pa.field("done_at", TIME),  # the client's word, where it gave one
+        pa.field("event_time", TIME, nullable=False),  # when the service received it
+        pa.field("done_at", TIME),  # the client's time, if it gave one
     ]
 )
 
 
 def outcome_ids(impression_id: NDArray[np.int64], kind: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Ids that follow from impression and type (index into ``KINDS``). Shapes: ``[N], [N] -> [N]``."""
+    """Ids derived from impression and type (index into ``OUTCOME_TYPES``). Shapes: ``[N], [N] -> [N]``."""
     mixed = mix64(impression_id.astype(np.uint64) * np.uint64(len(KINDS) + 7) + kind.astype(np.uint64))
     return np.asarray(mixed & np.uint64(MAX_ID)).astype(np.int64)
 
 
 def records_of(outcomes: pa.RecordBatch, partitions: int, time_us: int) -> Iterator[LogRecord]:
-    """A batch in the schema ``LOGGED_OUTCOMES`` as records, a viewer's outcomes all in one partition."""
+    """Encodes a batch of ``OUTCOME_EVENT_SCHEMA`` as records. All outcomes of a viewer share a partition."""
     if partitions == 1:
         yield LogRecord(uuid4().hex, 0, time_us, _encoded(outcomes))
         return
     viewer = outcomes.column("viewer_id").to_numpy().astype(np.uint64)
-    of_N = (mix64(viewer) % np.uint64(partitions)).astype(np.int64)
-    for partition in np.unique(of_N).tolist():
-        mine = outcomes.take(pa.array(np.flatnonzero(of_N == partition)))
-        yield LogRecord(uuid4().hex, partition, time_us, _encoded(mine))
+    partition_N = (mix64(viewer) % np.uint64(partitions)).astype(np.int64)
+    for partition in np.unique(partition_N).tolist():
+        selected = outcomes.take(pa.array(np.flatnonzero(partition_N == partition)))
+        yield LogRecord(uuid4().hex, partition, time_us, _encoded(selected))
 
 
 def outcomes_of(payload: bytes) -> pa.Table:
-    """The outcomes of one record.
+    """Decodes the outcomes of one record.
 
     Raises:
-        DataError: the record is not one of these.
+        DataError: if the record is not a batch of outcomes.
     """
     try:
         table = pa.ipc.open_stream(payload).read_all()

@@ -1,1 +1,1 @@
-"""Releases: signing, storing and verifying what must go live, or back, as one. Nothing here trains or serves."""
+"""Releases: signing, storing and verifying the files that go live, and are rolled back, as one."""

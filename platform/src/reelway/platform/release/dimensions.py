@@ -1,7 +1,7 @@
-"""Shapes inside a release's graphs and index, read from the files themselves.
+"""Dimensions of a release's ONNX graphs and index, read from the files.
 
-ONNX Runtime and FAISS are imported only when a file is read: what merely stores or signs releases needs neither, and
-a process without them passes a reader of its own to ``verify`` (for instance one that asks a serving replica).
+ONNX Runtime and FAISS are imported only when a file is read, because storing and signing releases need neither. A
+process without them passes another reader to ``verify``, for example one that asks a serving replica.
 """
 
 from __future__ import annotations
@@ -15,12 +15,14 @@ from reelway.platform.contracts.features import RANKER_INPUTS, VIEWER_TOWER_INPU
 from reelway.platform.contracts.manifest import INDEX_FILE, RANKER_FILE, VIEWER_TOWER_FILE, Dimensions
 from reelway.platform.errors import IncompatibleReleaseError, ReleaseError
 
-_INSTALL = "install it with `pip install 'reelway-platform[verify]'`, or verify where serving is installed"
+_INSTALL = (
+    "install it with `pip install 'reelway-platform[verify]'`, or run `verify` in an environment with reelway-serving"
+)
 
 
 @dataclass(frozen=True)
 class GraphShape:
-    """Width (last axis) of every input and of the first output; ``None`` where the graph leaves it open."""
+    """Width (last axis) of every input and of the first output; ``None`` for a dynamic axis."""
 
     inputs: Mapping[str, int | None]
     output: int | None
@@ -28,7 +30,7 @@ class GraphShape:
 
 @dataclass(frozen=True)
 class FileDimensions:
-    """What the graphs and the index say about themselves."""
+    """Dimensions read from the graphs and the index."""
 
     viewer_tower: GraphShape
     ranker: GraphShape
@@ -38,15 +40,15 @@ class FileDimensions:
 
 
 DimensionReader = Callable[[Path], FileDimensions]
-"""Reads a release folder; ``read_dimensions`` is the one that opens the files here."""
+"""Reads the dimensions of a release folder; ``read_dimensions`` opens the files in this process."""
 
 
 def read_dimensions(folder: Path) -> FileDimensions:
-    """Open both graphs and the index of a release folder.
+    """Opens both graphs and the index of a release folder.
 
     Raises:
-        ReleaseError: ONNX Runtime or FAISS is not installed here.
-        IncompatibleReleaseError: a file cannot be opened as what it is.
+        ReleaseError: if ONNX Runtime or FAISS is not installed.
+        IncompatibleReleaseError: if a file does not have the expected format.
     """
     width, rows, inner_product = _read_index(folder / INDEX_FILE)
     return FileDimensions(
@@ -59,7 +61,7 @@ def read_dimensions(folder: Path) -> FileDimensions:
 
 
 def assess_dimensions(declared: Dimensions, seen: FileDimensions) -> list[str]:
-    """Every disagreement between the manifest and the files, in words; empty when all agree."""
+    """One sentence for every difference between the manifest and the files; empty if there is none."""
     tower, ranker = seen.viewer_tower, seen.ranker
     problems = [
         *_input_problems(VIEWER_TOWER_FILE, tower, VIEWER_TOWER_INPUTS),
@@ -77,7 +79,7 @@ def assess_dimensions(declared: Dimensions, seen: FileDimensions) -> list[str]:
         (f"{INDEX_FILE}: number of vectors", seen.index_rows, declared.videos),
     ]
     problems += [
-        f"{what} is {found}, the manifest says {wanted}" for what, found, wanted in expected if found != wanted
+        f"{what} is {actual}, the manifest says {wanted}" for what, actual, wanted in expected if actual != wanted
     ]
     if not seen.index_is_inner_product:
         problems.append(f"{INDEX_FILE} measures another distance than the inner product")
@@ -87,23 +89,25 @@ def assess_dimensions(declared: Dimensions, seen: FileDimensions) -> list[str]:
 def _input_problems(name: str, graph: GraphShape, expected: tuple[str, ...]) -> list[str]:
     missing, extra = sorted(set(expected) - set(graph.inputs)), sorted(set(graph.inputs) - set(expected))
     problems = [f"{name} does not take {', '.join(missing)}"] if missing else []
-    return [*problems, *([f"{name} wants {', '.join(extra)}, which nobody gives it"] if extra else [])]
+    return [*problems, *([f"{name} has unknown inputs {', '.join(extra)}"] if extra else [])]
 
 
 def _read_graph(path: Path) -> GraphShape:
     try:
         import onnxruntime
     except ImportError as error:
-        raise ReleaseError(f"cannot look into {path.name}: onnxruntime is not installed; {_INSTALL}") from error
+        raise ReleaseError(f"cannot read {path.name}: onnxruntime is not installed; {_INSTALL}") from error
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     try:
         session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime's exceptions have no common base but Exception
-        raise IncompatibleReleaseError(f"{path} is not a graph that ONNX Runtime can open: {error}") from error
+        raise IncompatibleReleaseError(
+            f"{path} is not a graph that ONNX Runtime can open: {error}; build the release again"
+        ) from error
     return GraphShape(
-        inputs={one.name: _width(one.shape) for one in session.get_inputs()},
+        inputs={input_.name: _width(input_.shape) for input_ in session.get_inputs()},
         output=_width(session.get_outputs()[0].shape),
     )
 
@@ -116,9 +120,11 @@ def _read_index(path: Path) -> tuple[int, int, bool]:
     try:
         import faiss
     except ImportError as error:
-        raise ReleaseError(f"cannot look into {path.name}: faiss is not installed; {_INSTALL}") from error
+        raise ReleaseError(f"cannot read {path.name}: faiss is not installed; {_INSTALL}") from error
     try:
         index = faiss.read_index(str(path), faiss.IO_FLAG_MMAP)
     except RuntimeError as error:
-        raise IncompatibleReleaseError(f"{path} is not an index that FAISS can open: {error}") from error
+        raise IncompatibleReleaseError(
+            f"{path} is not an index that FAISS can open: {error}; build the release again"
+        ) from error
     return index.d, index.ntotal, index.metric_type == faiss.METRIC_INNER_PRODUCT

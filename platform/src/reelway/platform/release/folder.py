@@ -1,7 +1,7 @@
-"""A release as a folder: its manifest in and out, and whether its files are the ones the manifest names.
+"""A release as a folder: reads and writes its manifest, and checks its files against it.
 
-Refuses a manifest it cannot read in full, and any file that is missing, additional, cut short or changed. Whether
-the release is *wanted* (signature, gates, compatibility) is for ``verify``.
+A manifest that cannot be read completely is rejected, and so is a file that is missing, additional, truncated or
+changed. ``verify`` checks everything else: signature, gates and compatibility.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from reelway.platform.errors import DigestMismatchError, IncompatibleReleaseErro
 
 
 def describe_files(folder: Path) -> dict[str, FileEntry]:
-    """Size and digest of every release file in ``folder``, as they are now.
+    """Computes size and digest of every release file in ``folder``.
 
     Raises:
-        ReleaseNotFoundError: one of them is not there.
+        ReleaseNotFoundError: if a file is missing.
     """
     if missing := [name for name in RELEASE_FILES if not (folder / name).is_file()]:
         raise ReleaseNotFoundError(f"{folder} lacks {', '.join(missing)}; a release has {', '.join(RELEASE_FILES)}")
@@ -30,11 +30,11 @@ def describe_files(folder: Path) -> dict[str, FileEntry]:
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """The manifest of a release folder.
+    """Reads the manifest of a release folder.
 
     Raises:
-        ReleaseNotFoundError: there is none.
-        IncompatibleReleaseError: it is not one that this version reads.
+        ReleaseNotFoundError: if there is no manifest.
+        IncompatibleReleaseError: if this version cannot read it.
     """
     path = folder / MANIFEST_FILE
     try:
@@ -45,15 +45,15 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def parse_manifest(raw: bytes, where: str) -> Manifest:
-    """A manifest from its JSON.
+    """Parses a manifest.
 
     Args:
         raw: the bytes of ``manifest.json``.
-        where: its place, for messages.
+        where: its path or URL, for messages.
 
     Raises:
-        DigestMismatchError: not JSON, or its list of files is not a release's.
-        IncompatibleReleaseError: another schema version, or a field that is wrong.
+        DigestMismatchError: if it is not JSON, or does not list exactly the files of a release.
+        IncompatibleReleaseError: if it has another schema version, or an invalid field.
     """
     try:
         body = json.loads(raw)
@@ -74,22 +74,22 @@ def parse_manifest(raw: bytes, where: str) -> Manifest:
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Write ``manifest.json``, whole or not at all."""
+    """Writes ``manifest.json`` atomically."""
     write_json(folder / MANIFEST_FILE, manifest.model_dump(mode="json"))
 
 
 def first_problem(error: ValidationError) -> str:
-    """The first thing that pydantic found, on one line: field, value seen, what was expected."""
+    """Pydantic's first error on one line: field, expectation, value."""
     problem = error.errors(include_url=False)[0]
-    field = ".".join(str(part) for part in problem["loc"]) or "the whole"
+    field = ".".join(str(part) for part in problem["loc"]) or "manifest"
     return f"{field}: {problem['msg']}, saw {str(problem['input'])[:80]!r}"
 
 
 def assess_names(names: Collection[str], where: str) -> None:
-    """Refuse a set of file names that is not exactly a release's; so no name can lead out of the folder.
+    """Checks that these are exactly the file names of a release, so that no name can point outside the folder.
 
     Raises:
-        DigestMismatchError: files are missing or additional.
+        DigestMismatchError: if a file is missing or additional.
     """
     missing, extra = sorted(set(RELEASE_FILES) - set(names)), sorted(set(names) - set(RELEASE_FILES))
     if missing:
@@ -99,31 +99,31 @@ def assess_names(names: Collection[str], where: str) -> None:
 
 
 def assess_files(declared: Mapping[str, FileEntry], seen: Mapping[str, FileEntry], where: str) -> None:
-    """Compare what a manifest declares with what is there.
+    """Compares the files with those that the manifest declares.
 
     Raises:
-        DigestMismatchError: a file is missing, additional, of another size, or of another content.
+        DigestMismatchError: if a file is missing, additional, or has another size or content.
     """
     assess_names(seen, where)
     for name, expected in declared.items():
-        found = seen[name]
-        if found.size_bytes != expected.size_bytes:
+        actual = seen[name]
+        if actual.size_bytes != expected.size_bytes:
             raise DigestMismatchError(
-                f"{where}/{name} has {found.size_bytes} bytes, the manifest says {expected.size_bytes}; "
-                "it was cut short or changed, fetch the release again"
+                f"{where}/{name} has {actual.size_bytes} bytes, the manifest says {expected.size_bytes}; "
+                "it was truncated or changed, fetch the release again"
             )
-        if found.sha256 != expected.sha256:
+        if actual.sha256 != expected.sha256:
             raise DigestMismatchError(
-                f"{where}/{name} has SHA-256 {found.sha256[:12]}..., the manifest says {expected.sha256[:12]}...; "
+                f"{where}/{name} has SHA-256 {actual.sha256[:12]}..., the manifest says {expected.sha256[:12]}...; "
                 "its content was changed, fetch the release again"
             )
 
 
 def check_files(folder: Path, manifest: Manifest) -> None:
-    """Read every file of the folder and hold it against the manifest.
+    """Reads every file of the folder and compares it with the manifest.
 
     Raises:
-        DigestMismatchError: as ``assess_files``.
+        DigestMismatchError: see ``check_file_entries``.
     """
     names = {path.name for path in folder.iterdir()} - {MANIFEST_FILE}
     assess_names(names, str(folder))

@@ -1,7 +1,7 @@
-"""Ed25519 signatures of release manifests, so that only what a trusted key holder built can take traffic.
+"""Ed25519 signatures of release manifests: only a release built by the holder of a trusted key can take traffic.
 
-The signature covers the canonical manifest, which covers every file by digest. Keys are PEM files; this module never
-prints a private key, never overwrites one, and never writes one that others can read.
+The signature covers the canonical manifest, which contains the digest of every file. Keys are PEM files. A private key
+is never printed, never overwritten, and readable by its owner only.
 """
 
 from __future__ import annotations
@@ -9,8 +9,6 @@ from __future__ import annotations
 import base64
 import binascii
 import hashlib
-import os
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,9 +18,10 @@ from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
+from reelway.platform.contracts.ids import short_id
 from reelway.platform.contracts.manifest import Manifest
-from reelway.platform.durable import sync_folder, whole_file
-from reelway.platform.errors import ConfigError, SignatureError, StorageError
+from reelway.platform.durable import create_private_file, whole_file
+from reelway.platform.errors import ConfigError, SignatureError
 
 PRIVATE_NAME: Final = "release.private.pem"
 PUBLIC_NAME: Final = "release.public.pem"
@@ -31,18 +30,18 @@ PUBLIC_PATTERN: Final = "*.public.pem"
 
 @dataclass(frozen=True)
 class KeyPair:
-    """Where a pair was written: the private half signs, the public half is given to whoever verifies."""
+    """Paths of a key pair. The private key signs; the public key is given to every verifier."""
 
     private: Path
     public: Path
 
 
 def create_keys(folder: Path) -> KeyPair:
-    """Make a new pair in ``folder``: ``release.private.pem`` (mode 0600) and ``release.public.pem``.
+    """Creates a pair in ``folder``: ``release.private.pem`` (mode 0600) and ``release.public.pem``.
 
     Raises:
-        ConfigError: there is a private key already.
-        StorageError: the folder cannot be written.
+        ConfigError: if a private key exists.
+        StorageError: if the folder cannot be written.
     """
     pair = KeyPair(folder / PRIVATE_NAME, folder / PUBLIC_NAME)
     key = Ed25519PrivateKey.generate()
@@ -50,14 +49,9 @@ def create_keys(folder: Path) -> KeyPair:
         serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
     )
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        _write_private(pair.private, private)
-    except OSError as error:
-        if pair.private.exists():
-            raise ConfigError(
-                f"{pair.private} exists already and is never overwritten; use it, or name another folder"
-            ) from error
-        raise StorageError(f"cannot write keys to {folder}: {error.strerror or error}") from error
+        create_private_file(pair.private, private)
+    except FileExistsError as error:
+        raise ConfigError(f"{pair.private} exists and is never overwritten; use it, or name another folder") from error
     public = key.public_key().public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
     with whole_file(pair.public) as aside:
         aside.write_bytes(public)
@@ -65,10 +59,10 @@ def create_keys(folder: Path) -> KeyPair:
 
 
 def load_private_key(path: Path) -> Ed25519PrivateKey:
-    """The signing key.
+    """Loads the signing key.
 
     Raises:
-        SignatureError: no file there, or not an unencrypted Ed25519 private key in PEM.
+        SignatureError: if the file cannot be read, or is not an unencrypted Ed25519 private key in PEM.
     """
     try:
         key = serialization.load_pem_private_key(_read(path), password=None)
@@ -80,35 +74,35 @@ def load_private_key(path: Path) -> Ed25519PrivateKey:
 
 
 def load_public_keys(path: Path) -> tuple[Ed25519PublicKey, ...]:
-    """Trusted keys: one PEM file, or every ``*.public.pem`` of a folder.
+    """Loads trusted keys: one PEM file, or every ``*.public.pem`` of a folder.
 
     Raises:
-        SignatureError: none there, or one that is not an Ed25519 public key.
+        SignatureError: if there is no key, or one is not an Ed25519 public key.
     """
     paths = sorted(path.glob(PUBLIC_PATTERN)) if path.is_dir() else [path]
     if not paths:
-        raise SignatureError(f"{path} has no {PUBLIC_PATTERN}; make a pair with `reelway release keys`")
-    return tuple(_load_public_key(one) for one in paths)
+        raise SignatureError(f"{path} has no {PUBLIC_PATTERN}; create a pair with `reelway release keys`")
+    return tuple(_load_public_key(key) for key in paths)
 
 
 def fingerprint(key: Ed25519PublicKey) -> str:
-    """The first 12 hex digits of SHA-256 over the raw public key: what people compare."""
+    """The first 12 hex digits of SHA-256 over the raw public key, for comparison by people."""
     return hashlib.sha256(key.public_bytes_raw()).hexdigest()[:12]
 
 
 def sign(manifest: Manifest, key: Ed25519PrivateKey) -> Manifest:
-    """The same manifest with this key's signature; the release id stays as it is."""
+    """Returns the manifest with this key's signature. The release id does not change."""
     signature = base64.b64encode(key.sign(manifest.canonical_bytes())).decode("ascii")
     return manifest.model_copy(update={"signature": signature})
 
 
 def check_signature(manifest: Manifest, keys: Sequence[Ed25519PublicKey]) -> Ed25519PublicKey:
-    """The trusted key that signed the manifest.
+    """Returns the trusted key that signed the manifest.
 
     Raises:
-        SignatureError: no signature, an unreadable one, or one by none of ``keys``.
+        SignatureError: if there is no signature, an unreadable one, or one by none of ``keys``.
     """
-    release = f"release {manifest.release_id[:12]}"
+    release = f"release {short_id(manifest.release_id)}"
     if not keys:
         raise SignatureError(f"{release} cannot be trusted: no public key was given; name one with --public-keys")
     if manifest.signature is None:
@@ -126,23 +120,9 @@ def check_signature(manifest: Manifest, keys: Sequence[Ed25519PublicKey]) -> Ed2
         return key
     trusted = ", ".join(fingerprint(key) for key in keys)
     raise SignatureError(
-        f"{release} is signed by none of the trusted keys ({trusted}); its manifest was changed, or its key is not "
-        "trusted here: add the builder's public key if it should be"
+        f"{release} is signed by none of the trusted keys ({trusted}); its manifest was changed, or "
+        "the builder's public key is missing from the trusted keys"
     )
-
-
-def _write_private(path: Path, content: bytes) -> None:
-    """Whole or absent, mode 0600 from its first byte, and never in place of another (``link`` refuses that)."""
-    fd, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    try:
-        with os.fdopen(fd, "wb") as handle:
-            handle.write(content)
-            handle.flush()
-            os.fsync(handle.fileno())
-        os.link(name, path)
-        sync_folder(path.parent)
-    finally:
-        Path(name).unlink(missing_ok=True)
 
 
 def _read(path: Path) -> bytes:
@@ -150,7 +130,7 @@ def _read(path: Path) -> bytes:
         return path.read_bytes()
     except OSError as error:
         raise SignatureError(
-            f"cannot read key {path}: {error.strerror or error}; make a pair with `reelway release keys`"
+            f"cannot read key {path}: {error.strerror or error}; create a pair with `reelway release keys`"
         ) from error
 
 

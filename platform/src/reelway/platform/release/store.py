@@ -1,8 +1,7 @@
-"""Where releases are kept: any fsspec file system, one folder per release, named by its id.
+"""A release store: one folder per release, named by its id, on any fsspec file system.
 
-A release is there when its manifest is. The manifest is written last and atomically, so that whatever interrupts a
-write, nobody ever sees half a release. Nothing is trusted because it lies here: ``fetch`` checks every digest, and
-``verify`` the rest.
+A release exists once its manifest does. The manifest is written last and atomically, so an interrupted write is never
+visible. Stored files are not trusted: ``fetch`` checks every digest, and ``verify`` everything else.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from typing import Any, Final
 from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 
-from reelway.platform.contracts.ids import ReleaseId
+from reelway.platform.contracts.ids import ReleaseId, short_id
 from reelway.platform.contracts.manifest import MANIFEST_FILE, REHEARSAL_PREFIX, Manifest
 from reelway.platform.durable import whole_folder
 from reelway.platform.errors import (
@@ -60,32 +59,32 @@ class ReleaseStore:
 
     Args:
         url: ``file:///path``, a plain path, ``memory://...``, ``s3://bucket/prefix``, ``gs://bucket/prefix``.
-        **options: passed to the fsspec file system (end point, credentials' profile, ...).
+        **options: passed to the fsspec file system (endpoint, credentials profile, ...).
 
     Raises:
-        ConfigError: the URL's protocol is unknown or its package is not installed.
+        ConfigError: if the URL's protocol is unknown or its package is not installed.
     """
 
     def __init__(self, url: str, **options: Any) -> None:
         try:
             self._fs, root = url_to_fs(url, **options)
         except ImportError as error:
-            raise ConfigError(f"release store {url} needs a package that is not installed: {error}") from error
+            raise ConfigError(f"release store {url} requires a package that is not installed: {error}") from error
         except ValueError as error:
             raise ConfigError(f"release store {url!r} is not a URL that can be opened: {error}") from error
         self.url = url
         self._root = root.rstrip("/")
 
     def write(self, folder: Path, manifest: Manifest) -> ReleaseId:
-        """Put a release in; when it is there already, nothing happens.
+        """Writes a release; does nothing if the store has it already.
 
         Args:
-            folder: holds the files that the manifest names.
-            manifest: written as given, so sign it before.
+            folder: contains the files that the manifest names.
+            manifest: written unchanged, so sign it before.
 
         Raises:
-            DigestMismatchError: the folder is not what the manifest says.
-            StorageError: it could not be written; nothing of it is visible.
+            DigestMismatchError: if the folder does not match the manifest.
+            StorageError: if the release cannot be written; nothing of it is visible.
         """
         names = {name: folder / name for name in manifest.files}
         check_files(folder, manifest)
@@ -102,78 +101,78 @@ class ReleaseStore:
         return release_id
 
     def list(self) -> Sequence[ReleaseSummary]:
-        """All releases, the newest first. One whose manifest cannot be read is left out, and the log says so.
+        """All releases, newest first. Releases with an unreadable manifest are left out and logged.
 
         Raises:
-            StorageError: the store cannot be reached.
+            StorageError: if the store cannot be reached.
         """
         return self._read_all()[0]
 
     def ids(self) -> Sequence[ReleaseId]:
-        """Of all releases; no manifest is read.
+        """Ids of all releases, without reading a manifest.
 
         Raises:
-            StorageError: the store cannot be reached.
+            StorageError: if the store cannot be reached.
         """
         return self._ids()
 
     def resolve(self, prefix: str) -> ReleaseId:
-        """The one release whose id begins with ``prefix``; ``latest`` is the one made last, rehearsals left out.
+        """The release whose id begins with ``prefix``, or the newest one for ``latest``, drill releases left out.
 
         Raises:
-            ReleaseNotFoundError: none does, or several do; the message names what there is.
-            DigestMismatchError: ``latest`` was asked for and a damaged manifest may be it.
+            ReleaseNotFoundError: if no id or several ids match; the message lists ids.
+            DigestMismatchError: if ``latest`` is unknown because a manifest is damaged.
         """
         if prefix == LATEST:
             releases, damaged = self._read_all()
             if damaged:
-                raise DigestMismatchError(f"which release is the latest cannot be told: {damaged[0]}") from damaged[0]
-            meant = [release.release_id for release in releases if not release.name.startswith(REHEARSAL_PREFIX)]
-            if not meant:
-                raise ReleaseNotFoundError(f"{self.url} has no release yet; make one with `reelway release build`")
-            return meant[0]
+                raise DigestMismatchError(f"cannot determine the latest release: {damaged[0]}") from damaged[0]
+            candidates = [release.release_id for release in releases if not release.name.startswith(REHEARSAL_PREFIX)]
+            if not candidates:
+                raise ReleaseNotFoundError(f"{self.url} has no release; build one with `reelway release build`")
+            return candidates[0]
         if _ID.fullmatch(prefix) and self._has_manifest(prefix):
             return ReleaseId(prefix)
         ids = self._ids()
-        found = [release_id for release_id in ids if prefix and release_id.startswith(prefix)]
-        if len(found) == 1:
-            return found[0]
-        what = "no release begins with" if not found else f"{len(found)} releases begin with"
-        known = ", ".join(release_id[:12] for release_id in (found or ids)[:10]) or "nothing"
+        matches = [release_id for release_id in ids if prefix and release_id.startswith(prefix)]
+        if len(matches) == 1:
+            return matches[0]
+        what = "no release begins with" if not matches else f"{len(matches)} releases begin with"
+        known = ", ".join(short_id(release_id) for release_id in (matches or ids)[:10]) or "none"
         raise ReleaseNotFoundError(
-            f"{what} {prefix!r} in {self.url}; there is {known}; give more of the id, or 'latest'"
+            f"{what} {prefix!r} in {self.url} (releases: {known}); give more of the id, or 'latest'"
         )
 
     def manifest(self, release_id: ReleaseId) -> Manifest:
-        """The manifest of a release in the store.
+        """Reads the manifest of a release.
 
         Raises:
-            ReleaseNotFoundError: it is not there.
-            DigestMismatchError: its content is not that of this id.
+            ReleaseNotFoundError: if the store does not have the release.
+            DigestMismatchError: if the content does not match the id.
         """
         path = f"{self._place(release_id)}/{MANIFEST_FILE}"
         with self._translated(f"read {path}"):
             try:
                 raw = self._fs.cat_file(path)
             except FileNotFoundError:
-                raise ReleaseNotFoundError(f"release {release_id[:12]} is not in {self.url}") from None
+                raise ReleaseNotFoundError(f"release {short_id(release_id)} is not in {self.url}") from None
         manifest = parse_manifest(raw, where=path)
         if manifest.release_id != release_id:
             raise DigestMismatchError(
-                f"{path} has id {manifest.release_id[:12]}..., expected {release_id[:12]}...; it was changed"
+                f"{path} has id {short_id(manifest.release_id)}..., expected {short_id(release_id)}...; it was changed"
             )
         return manifest
 
     def fetch(self, release_id: ReleaseId, cache: Path) -> Path:
-        """A local folder with the whole release, every digest checked; kept in ``cache`` for the next time.
+        """Returns a local folder with the complete release, downloaded to ``cache`` unless it is there; checks digests.
 
-        The folder is complete or absent, also when several processes of one machine fetch at once, and its files can
-        be memory-mapped.
+        The folder is complete or absent, even if several processes of one machine fetch at once. Its files can be
+        memory-mapped.
 
         Raises:
-            ReleaseNotFoundError: it is not in the store.
-            DigestMismatchError: what arrived is not what the manifest names.
-            StorageError: it cannot be read, or the cache is full.
+            ReleaseNotFoundError: if the store does not have the release.
+            DigestMismatchError: if a file does not match the manifest.
+            StorageError: if the store cannot be read, or the cache is full.
         """
         target = cache / release_id
         with _alone(cache / f".{release_id}.lock"):
@@ -182,29 +181,29 @@ class ReleaseStore:
             manifest = self.manifest(release_id)
             with whole_folder(target) as aside:
                 for name in manifest.files:
-                    with self._translated(f"read {name} of release {release_id[:12]}"):
+                    with self._translated(f"read {name} of release {short_id(release_id)}"):
                         self._fs.get_file(f"{self._place(release_id)}/{name}", str(aside / name))
                 check_files(aside, manifest)
                 write_manifest(aside, manifest)
         return target
 
     def remove(self, release_id: ReleaseId) -> None:
-        """Take a release out: the manifest first, so that it is gone at once.
+        """Deletes a release, the manifest first, so that the release disappears at once.
 
         Raises:
-            ReleaseNotFoundError: it is not there.
+            ReleaseNotFoundError: if the store does not have the release.
         """
         if not self._has_manifest(release_id):
-            raise ReleaseNotFoundError(f"release {release_id[:12]} is not in {self.url}")
-        with self._translated(f"remove release {release_id[:12]}"):
+            raise ReleaseNotFoundError(f"release {short_id(release_id)} is not in {self.url}")
+        with self._translated(f"remove release {short_id(release_id)}"):
             self._fs.rm_file(f"{self._place(release_id)}/{MANIFEST_FILE}")
             self._fs.rm(self._place(release_id), recursive=True)
 
     def _upload(self, release_id: ReleaseId, names: Mapping[str, Path], manifest: Manifest) -> None:
-        """Object stores have no rename, but a put is atomic: files first, then the manifest that makes them visible."""
+        """Uploads the files, then the manifest that makes them visible: object stores have no atomic rename."""
         place = self._place(release_id)
         try:
-            with self._translated(f"write release {release_id[:12]}"):
+            with self._translated(f"write release {short_id(release_id)}"):
                 self._fs.makedirs(place, exist_ok=True)
                 for name, path in names.items():
                     self._fs.put_file(str(path), f"{place}/{name}")
@@ -214,34 +213,34 @@ class ReleaseStore:
             raise
 
     def _discard(self, place: str) -> None:
-        """Take back an unfinished upload. Without its manifest it is invisible, so a failure here is only noted."""
+        """Deletes an unfinished upload. It is invisible without its manifest, so a failure here is only logged."""
         try:
             if self._fs.exists(place):
                 self._fs.rm(place, recursive=True)
-        except Exception as error:  # any client library's own; the first error is the one to report
-            log.warning("an unfinished upload is left at %s: %s", place, error)
+        except Exception as error:  # of any client library; the upload's own error is reported instead
+            log.warning("unfinished upload remains at %s: %s", place, error)
 
     def _is_whole(self, release_id: ReleaseId, manifest: Manifest) -> bool:
-        """Whether the very same release, signature included, is there with files of the right size."""
+        """Whether the store has this release with the same signature and with files of the right size."""
         try:
             if self.manifest(release_id) != manifest:
                 return False
         except (ReleaseNotFoundError, DigestMismatchError):
             return False
-        with self._translated(f"list release {release_id[:12]}"):
+        with self._translated(f"list release {short_id(release_id)}"):
             sizes = {
                 Path(info["name"]).name: info["size"] for info in self._fs.ls(self._place(release_id), detail=True)
             }
         return all(sizes.get(name) == entry.size_bytes for name, entry in manifest.files.items())
 
     def _read_all(self) -> tuple[Sequence[ReleaseSummary], Sequence[DigestMismatchError]]:
-        """What can be read, newest first, and the errors of what is damaged."""
+        """Readable releases, newest first, and the errors of damaged ones."""
         summaries, damaged = [], []
         for release_id in self._ids():
             try:
                 summaries.append(_summary(release_id, self.manifest(release_id)))
             except ReleaseError as error:
-                log.warning("release %s in %s is left out of the list: %s", release_id[:12], self.url, error)
+                log.warning("release %s in %s is not listed: %s", short_id(release_id), self.url, error)
                 if isinstance(error, DigestMismatchError):
                     damaged.append(error)
         summaries.sort(key=lambda summary: (summary.created_at, summary.release_id), reverse=True)
@@ -256,7 +255,7 @@ class ReleaseStore:
         return [ReleaseId(name) for name in sorted(names) if _ID.fullmatch(name) and self._has_manifest(name)]
 
     def _has_manifest(self, release_id: str) -> bool:
-        with self._translated(f"look for release {release_id[:12]}"):
+        with self._translated(f"find release {short_id(release_id)}"):
             return bool(self._fs.exists(f"{self._place(release_id)}/{MANIFEST_FILE}"))
 
     def _place(self, release_id: str) -> str:
@@ -264,14 +263,14 @@ class ReleaseStore:
 
     @contextmanager
     def _translated(self, what: str) -> Iterator[None]:
-        """Client libraries have errors of their own (botocore, aiohttp, gcsfs); none of them leaves this class."""
+        """Raises errors of client libraries (botocore, aiohttp, gcsfs) as ``StorageError``."""
         try:
             yield
         except ReelwayError:
             raise
         except Exception as error:
             reason = (error.strerror if isinstance(error, OSError) else None) or str(error) or type(error).__name__
-            raise StorageError(f"cannot {what} in {self.url}: {reason}; nothing half-written is visible") from error
+            raise StorageError(f"cannot {what} in {self.url}: {reason}; no partial release is visible") from error
 
 
 def _summary(release_id: ReleaseId, manifest: Manifest) -> ReleaseSummary:
@@ -289,19 +288,19 @@ def _summary(release_id: ReleaseId, manifest: Manifest) -> ReleaseSummary:
 
 
 def _is_intact(folder: Path, release_id: ReleaseId) -> bool:
-    """A cached folder is used again only if it is still what it was; otherwise it is fetched anew."""
+    """Whether a cached folder still matches its manifest and can be used again."""
     try:
         manifest = read_manifest(folder)
         check_files(folder, manifest)
     except ReelwayError as error:
-        log.warning("cached release %s is damaged and fetched again: %s", release_id[:12], error)
+        log.warning("cached release %s is damaged, fetching it again: %s", short_id(release_id), error)
         return False
     return manifest.release_id == release_id
 
 
 @contextmanager
 def _alone(lock: Path) -> Iterator[None]:
-    """One process of this machine at a time."""
+    """Holds a lock between the processes of this machine."""
     try:
         lock.parent.mkdir(parents=True, exist_ok=True)
         handle = lock.open("w")

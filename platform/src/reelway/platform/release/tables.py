@@ -1,7 +1,8 @@
-"""The Arrow tables of a release: opened without copying, and held against their schemas and against each other.
+"""The Arrow tables of a release: memory-mapped, and checked against their schemas and against each other.
 
-Serving maps these files and indexes them by row without looking again, so every row number and video id that one
-table says about another is checked here. Refuses another schema, several record batches, compression it cannot map.
+Serving maps these files and indexes them by row without further checks. Every row number and video id by which one
+table refers to another is therefore checked here. Tables with several record batches or with compression cannot be
+mapped and are rejected.
 """
 
 from __future__ import annotations
@@ -17,10 +18,10 @@ from reelway.platform.errors import IncompatibleReleaseError
 
 
 def open_table(path: Path, schema: pa.Schema) -> pa.RecordBatch:
-    """The one record batch of an Arrow IPC file, memory-mapped.
+    """Memory-maps the single record batch of an Arrow IPC file.
 
     Raises:
-        IncompatibleReleaseError: not such a file, another schema, or more than one batch.
+        IncompatibleReleaseError: if it is not an Arrow IPC file, has another schema, or not exactly one batch.
     """
     try:
         reader = pa.ipc.open_file(pa.memory_map(str(path)))
@@ -36,10 +37,10 @@ def open_table(path: Path, schema: pa.Schema) -> pa.RecordBatch:
 
 
 def check_tables(folder: Path, dimensions: Dimensions) -> None:
-    """Open all three tables; rows, order and references must hold.
+    """Checks rows, order and references of all three tables.
 
     Raises:
-        IncompatibleReleaseError: they don't; the message names the file and what was seen.
+        IncompatibleReleaseError: if a check fails; the message names the file and the value.
     """
     videos = open_table(folder / VIDEOS_FILE, videos_schema(dimensions.embedding))
     popular = open_table(folder / POPULAR_FILE, POPULAR)
@@ -62,20 +63,20 @@ def check_tables(folder: Path, dimensions: Dimensions) -> None:
         raise IncompatibleReleaseError(f"{POPULAR_FILE} lists video {unknown[0]}, which {VIDEOS_FILE} does not have")
     if not np.array_equal(neighbours.column("video_id").to_numpy(), video_id):
         raise IncompatibleReleaseError(f"{NEIGHBOURS_FILE} does not list the videos of {VIDEOS_FILE} in its order")
-    places = neighbours.column("rows").flatten().to_numpy()
-    if rows and (places.min() < -1 or places.max() >= rows):
+    indices = neighbours.column("rows").flatten().to_numpy()
+    if rows and (indices.min() < -1 or indices.max() >= rows):
         raise IncompatibleReleaseError(
-            f"{NEIGHBOURS_FILE} points to rows {places.min()}..{places.max()}, expected -1..{rows - 1}"
+            f"{NEIGHBOURS_FILE} points to rows {indices.min()}..{indices.max()}, expected -1..{rows - 1}"
         )
 
 
 def _first_difference(seen: pa.Schema, expected: pa.Schema) -> str:
     for field in expected:
-        place = seen.get_field_index(field.name)
-        if place < 0:
+        index = seen.get_field_index(field.name)
+        if index < 0:
             return f"column {field.name!r} is missing"
-        if not seen.field(place).equals(field):
-            found = seen.field(place)
-            return f"column {field.name!r} is {found.type} (nullable {found.nullable}), expected {field.type}"
+        if not seen.field(index).equals(field):
+            actual = seen.field(index)
+            return f"column {field.name!r} is {actual.type} (nullable {actual.nullable}), expected {field.type}"
     extra = sorted(set(seen.names) - set(expected.names))
-    return f"columns {extra} are not part of it" if extra else "its columns are in another order"
+    return f"columns {extra} are unexpected" if extra else "its columns are in another order"

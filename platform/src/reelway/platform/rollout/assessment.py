@@ -1,6 +1,6 @@
-"""Why: to turn evidence into verdicts that an on-call engineer can read: numbers and a sentence for each.
+"""Assesses evidence: a verdict with numbers and a sentence for every outcome metric and guardrail.
 
-Refuses to decide: what follows from a verdict is ``decision``'s. Every number it compares with comes from the policy.
+``decision`` decides what follows from a verdict. Every threshold comes from the policy.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ Finding = Literal["harm_established", "harm_excluded", "undecided", "insufficien
 
 @dataclass(frozen=True, slots=True)
 class OutcomeVerdict:
-    """One metric on one slice. ``harm`` is relative to stable, positive is worse; NaN where nothing can be said.
+    """One metric on one slice. ``harm`` is relative to stable, positive is worse; NaN without an estimate.
 
-    ``harm_low`` and ``harm_high`` are one-sided confidence sequences: at ``alpha_rollback`` and ``alpha_promotion``.
+    ``harm_low`` and ``harm_high`` are one-sided confidence sequences, at ``alpha_rollback`` and ``alpha_promotion``.
     """
 
     name: str
@@ -70,7 +70,7 @@ class OutcomeVerdict:
 
     @property
     def sentence(self) -> str:
-        """What was found, with the numbers."""
+        """The finding and its numbers as one sentence."""
         if self.state in (EvidenceState.INSUFFICIENT, EvidenceState.TELEMETRY_DOWN):
             return f"{self.label}: {self.finding.replace('_', ' ')} ({self.detail})"
         sign = 1.0 if self.lower_is_better else -1.0
@@ -115,13 +115,13 @@ class Assessment:
 
     @property
     def silent(self) -> tuple[OutcomeVerdict | GuardrailVerdict, ...]:
-        """What telemetry says nothing about."""
+        """Verdicts without telemetry."""
         verdicts: tuple[OutcomeVerdict | GuardrailVerdict, ...] = (*self.guardrails, *self.outcomes)
         return tuple(v for v in verdicts if v.state is EvidenceState.TELEMETRY_DOWN)
 
     @property
     def not_excluded(self) -> tuple[OutcomeVerdict, ...]:
-        """Required outcomes that do not yet exclude harm beyond their margin. Empty: promotion is earned."""
+        """Required outcomes that do not exclude harm beyond their margin yet. Empty: promotion is allowed."""
         return tuple(o for o in self.outcomes if o.required and o.finding != "harm_excluded")
 
     @property
@@ -130,7 +130,7 @@ class Assessment:
 
 
 def assess(policy: RolloutPolicy, snapshot: EvidenceSnapshot) -> Assessment:
-    """Judge every outcome and every guardrail of the policy. Pure; what is absent is ``telemetry_down``."""
+    """Assesses every outcome metric and guardrail of the policy. Absent evidence is ``telemetry_down``. Pure."""
     outcomes = _assess_outcomes(policy, snapshot)
     first = snapshot.metrics.get((policy.outcomes[0].name, Slice.OVERALL))
     exposure = first.canary if first is not None and first.canary.possible else None
@@ -143,7 +143,7 @@ def assess(policy: RolloutPolicy, snapshot: EvidenceSnapshot) -> Assessment:
 
 
 def harm_of(canary: Estimate, stable: Estimate, lower_is_better: ArrayLike) -> Estimate:
-    """Relative harm: positive is worse for viewers whichever way the metric points. Broadcasts."""
+    """Relative harm: positive is worse for viewers, whether lower or higher values are better. Broadcasts."""
     difference = relative_difference(canary, stable)
     return Estimate(np.where(lower_is_better, 1.0, -1.0) * difference.value, difference.variance, difference.viewers)
 
@@ -185,16 +185,16 @@ def _assess_outcomes(policy: RolloutPolicy, snapshot: EvidenceSnapshot) -> tuple
 
 
 def _usable(metric: OutcomeMetric, given: MetricEvidence | None) -> MetricEvidence:
-    """The evidence with its state checked against the policy's own burn-in, whatever its source thought of it."""
+    """The evidence with its state checked against the policy's minimum number of viewers."""
     if given is None:
-        return MetricEvidence(EvidenceState.TELEMETRY_DOWN, detail="no evidence of it")
+        return MetricEvidence(EvidenceState.TELEMETRY_DOWN, detail="no evidence")
     if given.state is EvidenceState.TELEMETRY_DOWN:
-        return MetricEvidence(given.state, detail=given.detail or "its source could not be heard")
+        return MetricEvidence(given.state, detail=given.detail or "its source did not answer")
     checked = metric_evidence(given.stable, given.canary, minimum_viewers=metric.minimum_viewers)
     if checked.state is EvidenceState.TELEMETRY_DOWN:
         return MetricEvidence(checked.state, detail=checked.detail)
     if checked.state is EvidenceState.OK and given.state is EvidenceState.INSUFFICIENT:
-        detail = given.detail or "its source calls it insufficient"
+        detail = given.detail or "its source reports it as insufficient"
         return MetricEvidence(given.state, given.stable, given.canary, detail)
     return checked
 
@@ -232,7 +232,7 @@ def _assess_guardrails(policy: RolloutPolicy, snapshot: EvidenceSnapshot) -> tup
 
 
 def _down(name: str, reading: GuardrailReading | None) -> GuardrailVerdict | None:
-    """A verdict for a reading that cannot be judged, None when it can."""
+    """A verdict for a reading that cannot be judged; None if it can."""
     if reading is None:
         return GuardrailVerdict(name, EvidenceState.TELEMETRY_DOWN, f"{name}: telemetry down (no reading)")
     if reading.state in (EvidenceState.TELEMETRY_DOWN, EvidenceState.INSUFFICIENT):
@@ -247,10 +247,10 @@ def _down(name: str, reading: GuardrailReading | None) -> GuardrailVerdict | Non
 def _assess_ratio(
     name: str, limit: RatioLimit, reading: GuardrailReading | None, significance: float
 ) -> GuardrailVerdict:
-    """Breached when so many events of so few requests would be rarer than ``significance`` at the limit.
+    """A breach if this many events of this few requests are less likely than ``significance`` at the limit.
 
-    Ten errors in ten requests are a breach long before ``minimum_requests``; that number only says when a *clean*
-    reading is enough to be called ok.
+    Ten errors in ten requests are a breach long before ``minimum_requests``. That number only decides when a reading
+    without a breach is ``ok``.
     """
     if (down := _down(name, reading)) is not None:
         return down
@@ -312,9 +312,9 @@ def _assess_parity(limit: CountLimit, reading: GuardrailReading | None) -> Guard
 
 
 def _assess_alerts(limit: CountLimit, snapshot: EvidenceSnapshot) -> GuardrailVerdict:
-    """Only alerts that carry this rollout's release count; the others are somebody else's."""
-    own = [alert for alert in snapshot.alerts if alert.release == snapshot.release]
-    if len(own) > limit.maximum:
-        names = ", ".join(sorted({alert.name for alert in own}))
+    """Only alerts with this rollout's release count."""
+    alerts = [alert for alert in snapshot.alerts if alert.release == snapshot.release]
+    if len(alerts) > limit.maximum:
+        names = ", ".join(sorted({alert.name for alert in alerts}))
         return GuardrailVerdict("firing_alerts", EvidenceState.BAD, f"alerts firing for the release: {names}")
-    return GuardrailVerdict("firing_alerts", EvidenceState.OK, f"{len(own)} alerts fire for the release")
+    return GuardrailVerdict("firing_alerts", EvidenceState.OK, f"{len(alerts)} alerts fire for the release")

@@ -34,9 +34,11 @@ SHADOW_DRIFT: Final = "reelway_shadow_score_drift_ratio"
 
 # Exported by the outcome collector in GET /v1/outcomes/metrics. Monotone float counters that survive a restart.
 EXPOSURE: Final = "reelway_outcomes_exposure_total"
-"""Labels rollout, release, arm, slice, ``statistic``: ``viewers``, ``impressions``, ``sum_x``, ``sum_xx``."""
+"""Labels rollout, release, arm, slice, ``statistic``: one of ``EXPOSURE_STATISTICS``."""
 STATISTIC: Final = "reelway_outcomes_statistic_total"
-"""Labels as ``EXPOSURE`` plus ``metric``; ``statistic``: ``sum_y``, ``sum_yy``, ``sum_xy``."""
+"""Labels as ``EXPOSURE`` plus ``metric``; ``statistic``: one of ``METRIC_STATISTICS``."""
+EXPOSURE_STATISTICS: Final = ("viewers", "impressions", "sum_x", "sum_xx")
+METRIC_STATISTICS: Final = ("sum_y", "sum_yy", "sum_xy")
 RECEIVED: Final = "reelway_outcomes_received_total"
 """Labels release, arm, ``kind`` (an OutcomeType), ``outcome``: one of ``RECEIVED_OUTCOMES``."""
 RECEIVED_OUTCOMES: Final = ("counted", "duplicate", "late", "retired", "outside")

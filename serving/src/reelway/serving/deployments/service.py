@@ -7,7 +7,6 @@ whoever may write there may run code.
 from __future__ import annotations
 
 import os
-import secrets
 import signal
 import tempfile
 import threading
@@ -20,6 +19,7 @@ from typing import Any, Final
 
 import httpx
 
+from reelway.platform.durable import ensure_private_token
 from reelway.platform.errors import ServingError
 from reelway.platform.rollout.traffic.routing import Routing
 from reelway.serving.free_ports import free_port
@@ -51,24 +51,13 @@ def running_service(routing: Routing, options: ServiceOptions, token: Path) -> I
         ServingError: an application did not become healthy; Serve's own account is in the message.
     """
     options.metrics_dir.mkdir(parents=True, exist_ok=True)
-    make_token(token)
+    ensure_private_token(token)
     with tempfile.TemporaryDirectory(prefix="reelway-") as place:  # a socket's path must be short
         authentication = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)}
         with _environment({**own_haproxy_places(Path(place)), **authentication}), _local_ray() as serve_api:
             addresses = ServiceAddresses(f"http://{options.host}:{options.port}", serve_api, token)
             deploy(addresses, serve_config(routing, options))
             yield addresses
-
-
-def make_token(path: Path) -> None:
-    """Write a new token, unless there is one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    except FileExistsError:
-        return
-    with os.fdopen(descriptor, "w") as handle:
-        handle.write(secrets.token_hex(32))
 
 
 def deploy(addresses: ServiceAddresses, document: Mapping[str, Any]) -> None:

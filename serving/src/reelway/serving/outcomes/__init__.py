@@ -1,32 +1,32 @@
-"""Outcomes joined to their impressions and summed per viewer, so that a rollout can be judged from counters.
+"""Joins outcomes to impressions and sums them per viewer, so that a rollout can be assessed from counters.
 
-Impressions come from the routers in batches (``exposures``), outcomes from clients over HTTP (``outcomes_api``). Both
-end in ``OutcomeCollector``: per (rollout, arm, release, slice) the sufficient statistics that ``rollout.evidence``
-wants, with the viewer as the cluster, cumulative from the rollout's beginning.
+Impressions come from the routers in batches (``exposures``), outcomes from clients over HTTP (``outcomes_api``).
+``OutcomeCollector`` counts both: per (rollout, arm, release, slice) the sufficient statistics of ``rollout.evidence``,
+clustered by viewer, cumulative since the rollout began.
 
-What becomes of an outcome is looked at in this order; each is counted in ``reelway_outcomes_received_total`` and
-answered by name:
+Every outcome gets one status. Statuses are checked in this order, counted in ``reelway_outcomes_received_total`` and
+returned to the client:
 
-- refused: its token is not ours, or its value makes no sense for its type. The other outcomes of the request go on.
-- ``outside``: the video was shown outside of any rollout. There is nothing to compare; it is counted, as often as it
-  is sent, and that is all.
-- ``late``: it arrived, or by its ``event_time`` was done, more than 24 h (``OUTCOME_HORIZON_S``) after the video was
-  shown. The other arm's late ones are not counted either, so leaving them out favours nobody.
-- ``retired``: its rollout has ended: the collector was told so (``retire``), or four others were shown more recently.
-  Outcomes of a release that was rolled back go on counting for its rollout until then; they change no decision.
-- ``duplicate``: the same type for the same impression was counted before. The first one stands, so a second ``watch``
-  changes nothing, whatever its value. Remembered on disk until it would be late anyway.
-- ``counted``: it entered the sums of its rollout, arm and slices, at the weight that its token carries.
+- refused: the token is invalid, or the value does not fit the type. The other outcomes of the request are handled.
+- ``outside``: the video was shown outside of any rollout. Such an outcome is counted on every delivery and has no other
+  effect.
+- ``late``: it arrived, or happened by its ``event_time``, more than 24 h (``OUTCOME_HORIZON_S``) after the impression.
+  Both arms lose their late outcomes, so no arm gains.
+- ``retired``: its rollout has ended. A rollout ends when ``retire`` is called, or when four others were shown more
+  recently. Until then, outcomes of a release that was rolled back are counted and change no decision.
+- ``duplicate``: an outcome of the same type was counted for the same impression. The first one stands, so a second
+  ``watch`` changes nothing. The file remembers counted types until the outcome would be late anyway.
+- ``counted``: it was added to the sums of its rollout, arm and slices, with the weight in its token.
 
-An outcome joins by its token alone, so it may arrive before its impression is counted, at any replica's restart, or
-twenty hours later. An answer is sent when its outcomes are on disk. A client that got none sends the same request
-again and nothing is counted twice. The same holds for the routers' batches, which are numbered.
+The token alone identifies an outcome's impression, so an outcome may arrive before its impression is counted, after a
+restart, or twenty hours later. The answer is sent when the outcomes are on disk. A client without an answer sends the
+request again, and nothing is counted twice. The same holds for the routers' numbered batches.
 
-Where there is an event log, every outcome that is not refused is appended to it as well, whatever becomes of it here,
-and the answer waits for both: the stream processor makes features of all of them, of rollouts or not.
+If there is an event log, every outcome that is not refused is appended to it too, whatever its status. The answer waits
+for both, and the stream processor computes features from all outcomes, in a rollout or not.
 
-Viewers' totals and what was counted before are on disk, so memory does not grow with viewers. The file belongs to one
-process at a time: one replica. Nothing here knows Ray.
+Viewer totals and counted types are on disk, so memory does not grow with the number of viewers. One process, and
+therefore one replica, holds the file.
 """
 
 from reelway.serving.outcomes.appender import OutcomeAppender

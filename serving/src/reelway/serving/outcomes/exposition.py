@@ -1,4 +1,4 @@
-"""What is counted, as Prometheus reads it: names and labels of ``rollout.series``, nothing of its own but refusals."""
+"""The collector's counts in Prometheus' text format, with the names and labels of ``rollout.series``."""
 
 from __future__ import annotations
 
@@ -9,14 +9,15 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily
 from prometheus_client.registry import Collector
 
+from reelway.platform.contracts.ids import short_id
 from reelway.platform.rollout import series
 from reelway.serving.outcomes.ledger import Snapshot
 from reelway.serving.outcomes.outcome_store import ReceivedKey
-from reelway.serving.outcomes.viewer_sums import EXPOSURE_STATISTICS, METRIC_STATISTICS, METRICS, SLICES
+from reelway.serving.outcomes.viewer_sums import METRICS, SLICES
 
 
 def prometheus_text(snapshot: Snapshot, refused: int) -> bytes:
-    """All series of all arms, zeros included: an arm that is known and has nobody is not an arm nobody knows."""
+    """All series of all arms, zeros included, so that an arm without viewers differs from an unknown arm."""
     registry = CollectorRegistry(auto_describe=False)
     registry.register(_Reading(snapshot, refused))
     return generate_latest(registry)
@@ -32,31 +33,31 @@ class _Reading(Collector):
             series.EXPOSURE, "Viewers and impressions of a rollout's arm.", labels=[*arm_labels, "statistic"]
         )
         statistic = CounterMetricFamily(
-            series.STATISTIC, "Sums over viewers of an outcome.", labels=[*arm_labels, "metric", "statistic"]
+            series.STATISTIC, "Sums over viewers of an outcome metric.", labels=[*arm_labels, "metric", "statistic"]
         )
         for arm, sums_SK in self._snapshot.sums.items():
-            for part, row in zip(SLICES, sums_SK.tolist(), strict=True):
-                labels = [arm.rollout, arm.release[: series.SHORT_RELEASE], arm.arm.value, part.value]
+            for slice_, row in zip(SLICES, sums_SK.tolist(), strict=True):
+                labels = [arm.rollout, short_id(arm.release), arm.arm.value, slice_.value]
                 values = iter(row)
-                for name in EXPOSURE_STATISTICS:
+                for name in series.EXPOSURE_STATISTICS:
                     exposure.add_metric([*labels, name], next(values))
                 for metric in METRICS:
-                    for name in METRIC_STATISTICS:
+                    for name in series.METRIC_STATISTICS:
                         statistic.add_metric([*labels, metric, name], next(values))
         yield exposure
         yield statistic
         yield self._received_family()
         yield CounterMetricFamily(
-            series.REFUSED, "Reported outcomes whose token or value was not accepted.", value=self._refused
+            series.REFUSED, "Reported outcomes with an invalid token or value.", value=self._refused
         )
 
     def _received_family(self) -> CounterMetricFamily:
         family = CounterMetricFamily(
-            series.RECEIVED, "Reported outcomes by what became of them.", labels=["release", "arm", "kind", "outcome"]
+            series.RECEIVED, "Reported outcomes by status.", labels=["release", "arm", "kind", "outcome"]
         )
         short: Counter[ReceivedKey] = Counter()
         for (release, arm, kind, outcome), count in self._snapshot.received.items():
-            short[release[: series.SHORT_RELEASE], arm, kind, outcome] += count
+            short[short_id(release), arm, kind, outcome] += count
         for key, count in short.items():
             family.add_metric(list(key), count)
         return family

@@ -1,8 +1,8 @@
-"""Impressions on their way from a router to the collector: a few columns per tenth of a second, counted once.
+"""Sends impressions from a router to the collector in batches, ten times per second, each counted once.
 
-A router never waits for the collector: it notes what it shows in an ``ExposureBuffer`` and a task sends what has
-gathered. A batch that was not acknowledged is sent again, with its number, so a collector that restarts loses nothing
-and counts nothing twice. Only a buffer that is full drops, and it says how much.
+A router never waits for the collector. It adds exposures to an ``ExposureBuffer``, and a task sends them. A batch
+without an acknowledgement is sent again with the same number, so a collector that restarts loses nothing and counts
+nothing twice. Only a full buffer drops exposures, and it counts them.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from reelway.platform.tokens import ALL_SLICES
 log = logging.getLogger(__name__)
 
 MAX_ROWS: Final = 200_000
-"""What a buffer holds while nobody takes it: over a minute at 1,000 requests a second."""
+"""Rows that a buffer holds while the collector is away: over a minute at 1,000 requests per second."""
 
 
 class ExposedArm(NamedTuple):
-    """One side of a rollout. An arm that gets another release is another one."""
+    """Key of one arm of a rollout. An arm with another release has another key."""
 
     rollout: str
     arm: Arm
@@ -38,11 +38,11 @@ class ExposedArm(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class ExposureBatch:
-    """Shapes: N rows, one per (request, mask of slices). About 20 bytes a row.
+    """N rows, one per request and mask of slices. About 20 bytes per row.
 
-    ``origin`` names one start of one router, which sends one batch at a time; ``number`` ascends, and one that is not
-    above the last is a batch that was counted. ``arms`` may name arms without a row: these are published with zeros,
-    so that "nobody yet" differs from "nobody knows".
+    ``origin`` identifies one start of one router, which sends one batch at a time. ``number`` ascends; a batch whose
+    number is not above the last one has been counted before. ``arms`` may contain arms without a row, whose series are
+    published with zeros.
     """
 
     origin: str
@@ -61,7 +61,7 @@ class ExposureBatch:
         if not len(self.arm):
             return
         if not (self.arm.min() >= 0 and self.arm.max() < len(self.arms)):
-            raise ServingError(f"exposures of {self.origin}: an arm outside of the {len(self.arms)} that are named")
+            raise ServingError(f"exposures of {self.origin}: an arm index outside of the {len(self.arms)} arms")
         if not (np.all(self.weight >= 0) and np.all(self.weight <= 1)):
             raise ServingError(f"exposures of {self.origin}: a weight outside 0..1; use sequential.overlap_weight")
         if self.slices.max() > ALL_SLICES or self.count.min() < 0:
@@ -69,7 +69,7 @@ class ExposureBatch:
 
 
 class ExposureBuffer:
-    """What a router has shown and the collector has not acknowledged. For one thread (the event loop)."""
+    """Exposures that the collector has not acknowledged yet. Used by one thread, the event loop."""
 
     def __init__(self, max_rows: int = MAX_ROWS) -> None:
         self._origin = secrets.token_hex(8)
@@ -79,16 +79,16 @@ class ExposureBuffer:
         self._rows: list[tuple[int, int, float, int, int]] = []
         self._sent: ExposureBatch | None = None
         self.dropped = 0
-        """Impressions that found the buffer full."""
+        """Number of impressions dropped because the buffer was full."""
 
     def announce(self, arms: Iterable[ExposedArm]) -> None:
-        """Name the arms of a new routing, so that each is published before its first impression."""
+        """Adds the arms of a new routing, so that their series exist before the first impression."""
         for arm in arms:
             if arm.rollout:
                 self._code(arm)
 
     def add(self, arm: ExposedArm, viewer_id: int, weight: float, slices: Sequence[int]) -> None:
-        """Note one slate: one mask of slices per video shown. Outside of a rollout nothing is noted."""
+        """Adds one slate, with one mask of slices per video. Slates outside of a rollout are ignored."""
         if not arm.rollout:
             return
         if len(self._rows) >= self._max_rows:
@@ -102,7 +102,7 @@ class ExposureBuffer:
             self._rows.append((code, viewer_id, weight, mask, count))
 
     def take(self) -> ExposureBatch | None:
-        """The batch to send now: the last one again until it is acknowledged, then what has gathered since."""
+        """The batch to send: the previous one until it is acknowledged, then the exposures added since."""
         if self._sent is None and (self._rows or self._arms):
             self._number += 1
             columns = tuple(zip(*self._rows, strict=True)) or ((),) * 5
@@ -115,7 +115,7 @@ class ExposureBuffer:
         return self._sent
 
     def acknowledge(self, batch: ExposureBatch) -> None:
-        """The collector has it on disk."""
+        """Marks a batch as on the collector's disk."""
         if self._sent is not None and batch.number == self._sent.number:
             self._sent = None
 
@@ -130,11 +130,11 @@ async def forward_exposures(
     every_s: float = 0.1,
     patience_s: float = 10.0,
 ) -> None:
-    """Send what the buffer holds, for ever. Cancel it to stop; what was not acknowledged is then lost with the router.
+    """Sends the buffer's batches until it is cancelled. Exposures without an acknowledgement are then lost.
 
     Args:
-        send: returns when the collector has the batch on disk, raises when it has not or nobody knows.
-        patience_s: for one answer, before it is sent again.
+        send: returns once the collector has the batch on disk; raises if that failed or is unknown.
+        patience_s: seconds to wait for an acknowledgement before the batch is sent again.
     """
     failed = False
     while True:
@@ -144,15 +144,13 @@ async def forward_exposures(
             continue
         try:
             await asyncio.wait_for(send(batch), patience_s)
-        except Exception as error:  # whatever carries it may raise anything; nothing is lost, it is sent again
+        except Exception as error:  # the transport may raise anything; the batch is sent again
             if not failed:
-                log.warning(
-                    "exposures are not taken, they are kept and sent again: %s: %s", type(error).__name__, error
-                )
+                log.warning("exposures not acknowledged, sending them again: %s: %s", type(error).__name__, error)
             failed = True
             await asyncio.sleep(min(10 * every_s, 1.0))
             continue
         if failed:
-            log.warning("exposures are taken again")
+            log.warning("exposures acknowledged again")
         failed = False
         buffer.acknowledge(batch)

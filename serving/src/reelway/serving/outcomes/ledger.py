@@ -1,8 +1,8 @@
-"""The rules by which impressions and outcomes are counted: one batch of both, one transaction, then nothing or all.
+"""The rules by which impressions and outcomes are counted, one transaction per batch.
 
-What is held in memory is a copy of a few rows: the sums of the newest rollouts' arms. Viewers' totals and what was
-counted before stay on disk and are read for each batch, so memory does not grow with viewers and a process that is
-killed has lost nothing that was committed.
+Only a few rows are in memory: the sums of the newest rollouts' arms. Viewer totals and counted types stay on disk and
+are read for each batch. Memory therefore does not grow with the number of viewers, and a killed process loses nothing
+that was committed.
 """
 
 # Shapes: N outcomes, R rows of exposures, U viewers (of one arm each), S slices, K sums
@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from reelway.platform.contracts.events import OUTCOME_HORIZON_S
+from reelway.platform.eventlog.outcome_events import KINDS
 from reelway.platform.rollout.series import RECEIVED_OUTCOMES
 from reelway.serving.outcomes.exposures import ExposedArm, ExposureBatch
 from reelway.serving.outcomes.outcome_store import (
@@ -29,7 +30,7 @@ from reelway.serving.outcomes.outcome_store import (
     arm_ids_of,
     viewer_keys,
 )
-from reelway.serving.outcomes.reported import KINDS, LONG_WATCH, METRIC_OF_KIND, OutcomeColumns
+from reelway.serving.outcomes.reported import LONG_WATCH, METRIC_OF_KIND, OutcomeColumns
 from reelway.serving.outcomes.viewer_sums import Additions, fold
 
 I64 = NDArray[np.int64]
@@ -38,24 +39,24 @@ Bools = NDArray[np.bool_]
 COUNTED, DUPLICATE, LATE, RETIRED, OUTSIDE = range(len(RECEIVED_OUTCOMES))
 HOUR_S: Final = 3600
 SLACK_S: Final = 3600
-"""Kept longer than needed by this, for a clock that is set back."""
+"""Extra retention in seconds, for a clock that is set back."""
 RECEIVED_KEPT_S: Final = 14 * 24 * 3600
-"""A release that nobody has sent an outcome for in this time leaves the metrics."""
+"""A release without an outcome for this many seconds leaves the metrics."""
 
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """What is on disk, for readers in other threads. Sums of the arms ``[S, K]``."""
+    """Committed counts, for readers in other threads. Sums of each arm: ``[S, K]``."""
 
     sums: Mapping[ExposedArm, NDArray[np.float64]]
     received: Mapping[ReceivedKey, int]
 
 
 class Ledger:
-    """The counting itself, for one thread; only ``snapshot`` is for all.
+    """Counts exposures and outcomes. One thread calls it; any thread may read ``snapshot``.
 
     Args:
-        keep_rollouts: when one more is seen, the one that was shown longest ago ends.
+        keep_rollouts: with one more rollout, the rollout with the oldest last exposure ends.
     """
 
     def __init__(self, store: OutcomeStore, *, clock: Callable[[], float], keep_rollouts: int) -> None:
@@ -68,7 +69,7 @@ class Ledger:
 
     @contextmanager
     def _changing(self) -> Iterator[None]:
-        """A transaction. When it fails, what is in memory is half changed and is taken from the file the next time."""
+        """A transaction. If it fails, memory is reloaded from the file in the next transaction."""
         with self._store.transaction():
             if self._stale:
                 self._rollouts = self._store.rollouts()
@@ -83,13 +84,13 @@ class Ledger:
     def apply(
         self, batches: Sequence[ExposureBatch], outcomes: Sequence[OutcomeColumns], retire: str = ""
     ) -> list[I64]:
-        """Count all of it in one transaction. Returns what became of each outcome, as ``RECEIVED_OUTCOMES`` codes.
+        """Counts everything in one transaction. Returns the status of each outcome as ``RECEIVED_OUTCOMES`` codes.
 
         Args:
-            retire: a rollout that ends after this: its sums stay as they are until newer rollouts need its place.
+            retire: id of a rollout that ends after this. Its sums remain until ``keep_rollouts`` newer rollouts exist.
 
         Raises:
-            StorageError: nothing was counted.
+            StorageError: if the transaction fails; nothing was counted.
         """
         with self._changing():
             now = self._clock()
@@ -107,7 +108,7 @@ class Ledger:
         return fates
 
     def clean(self, limit: int) -> int:
-        """Take away what is past the horizon or dropped; returns the number of rows, 0 when there is nothing left."""
+        """Deletes expired and dropped rows, at most ``limit`` of each kind; returns the number of deleted rows."""
         now = self._clock()
         old = now - OUTCOME_HORIZON_S - SLACK_S
         with self._changing():
@@ -147,7 +148,7 @@ class Ledger:
         in_time_N = ~late_N & ~outside_N
         for code in np.unique(columns.arm[in_time_N]).tolist():
             rollout = columns.arms[code].rollout
-            if rollout not in self._rollouts:  # shown, and the router's batch is still on its way
+            if rollout not in self._rollouts:  # shown, but the router's batch has not arrived yet
                 shown_at = float(columns.issued_at[in_time_N & (columns.arm == code)].max())
                 self._admit(rollout, min(shown_at, now))
         arm_N, live_N = self._arm_numbers(columns.arms, columns.arm)
@@ -161,25 +162,25 @@ class Ledger:
         return fate_N, _outcome_part(columns, viewer_keys(arm_N, columns.viewer_id), counted)
 
     def _first(self, columns: OutcomeColumns, rows: I64) -> Bools:
-        """Which of the rows are the first of their type for their impression, now and before; they are noted."""
+        """Which rows are the first of their type for their impression. Records their types as counted."""
         impression, bit = columns.impression_id[rows], 1 << columns.kind[rows]
         hour = (columns.issued_at[rows] // HOUR_S).astype(np.int64)
         first = np.zeros(len(rows), bool)
-        for one_hour in np.unique(hour).tolist():
-            at = np.flatnonzero(hour == one_hour)
+        for hour_ in np.unique(hour).tolist():
+            at = np.flatnonzero(hour == hour_)
             ids, owner = np.unique(impression[at], return_inverse=True)
             _, earliest = np.unique(owner * len(KINDS) + columns.kind[rows[at]], return_index=True)
-            before = self._store.read_seen(one_hour, ids)
+            before = self._store.read_seen(hour_, ids)
             fresh = earliest[(before[owner[earliest]] & bit[at[earliest]]) == 0]
             first[at[fresh]] = True
             after = before.copy()
             np.bitwise_or.at(after, owner[fresh], bit[at[fresh]])
             changed = np.flatnonzero(after != before)
-            self._store.write_seen(one_hour, ids[changed], after[changed])
+            self._store.write_seen(hour_, ids[changed], after[changed])
         return first
 
     def _add(self, parts: Sequence[Additions]) -> None:
-        """Fold all rows of a transaction into their viewers' totals and their arms' sums."""
+        """Adds all rows of a transaction to viewer totals and arm sums."""
         additions = Additions.joined(parts)
         key_U = np.unique(additions.key)
         arm_ids, arm_U = np.unique(arm_ids_of(key_U), return_inverse=True)
@@ -188,17 +189,17 @@ class Ledger:
         by_id = {arm.id: arm for arm in self._arms.values()}
         for arm_id, grown in zip(arm_ids.tolist(), growth, strict=True):
             arm = by_id[arm_id]
-            arm.sums = arm.sums + grown  # a new array: the old one is in the snapshot
+            arm.sums = arm.sums + grown  # a new array, because the snapshot holds the previous one
             self._store.write_sums(arm)
 
     def _admit(self, rollout: str, exposed_at: float) -> None:
-        """Note that a rollout is there, and end the one shown longest ago when there are too many."""
+        """Registers a rollout; with too many rollouts, drops those with the oldest last exposure."""
         known = self._rollouts.get(rollout)
         if known is None:
             known = self._rollouts[rollout] = KnownRollout(exposed_at)
         known.exposed_at = max(known.exposed_at, exposed_at)
         self._store.write_rollout(rollout, known)
-        kept = [name for name, one in self._rollouts.items() if not one.retired or self._arms_of(name)]
+        kept = [name for name, row in self._rollouts.items() if not row.retired or self._arms_of(name)]
         while len(kept) > self._keep:
             oldest = min(kept, key=lambda name: (not self._rollouts[name].retired, self._rollouts[name].exposed_at))
             kept.remove(oldest)
@@ -217,14 +218,14 @@ class Ledger:
         return [arm for arm in self._arms if arm.rollout == rollout]
 
     def _arm_numbers(self, arms: Iterable[ExposedArm], index_N: I64) -> tuple[I64, Bools]:
-        """The arms' numbers in the file by row, and whether their rollout goes on; arms that are new are made."""
+        """Each row's arm number in the file, and whether its rollout is active. Adds new arms."""
         numbers, live = [], []
         for arm in arms:
             rollout = self._rollouts.get(arm.rollout)
-            goes_on = rollout is not None and not rollout.retired
-            number = self._known_arm(arm).id if goes_on else -1
+            active = rollout is not None and not rollout.retired
+            number = self._known_arm(arm).id if active else -1
             numbers.append(number)
-            live.append(goes_on)
+            live.append(active)
         return np.array(numbers, np.int64)[index_N], np.array(live, bool)[index_N]
 
     def _known_arm(self, arm: ExposedArm) -> KnownArm:
@@ -246,7 +247,7 @@ class Ledger:
 
 
 def _outcome_part(columns: OutcomeColumns, key_N: I64, counted: I64) -> Additions:
-    """Counted outcomes as additions; a long watch is a second row beside its watch."""
+    """Counted outcomes as additions. A long watch is a second row next to its watch."""
     long = counted[columns.long_watch[counted]]
     rows = np.concatenate([counted, long])
     amount = np.concatenate([columns.amount[counted], np.ones(len(long))])

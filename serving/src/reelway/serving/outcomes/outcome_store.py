@@ -1,13 +1,11 @@
-"""Where the collector keeps what it was told: one SQLite file, one process, one transaction per batch.
+"""The outcome collector's SQLite file: rows and transactions, no arithmetic and no counting rules.
 
-Knows rows and transactions, no arithmetic and no rules. The file is locked while it is open: two processes that both
-add to the same totals would lose outcomes without a word.
+One process holds the file while it is open. Two processes that add to the same totals would lose outcomes silently.
 """
 
 from __future__ import annotations
 
 import json
-import sqlite3
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,39 +16,44 @@ import numpy as np
 from numpy.typing import NDArray
 
 from reelway.platform.contracts.events import Arm
-from reelway.platform.durable import whole_transaction
 from reelway.platform.errors import StorageError
+from reelway.platform.sqlite_file import SqliteFile, SqliteFormat
 from reelway.serving.outcomes.exposures import ExposedArm
 from reelway.serving.outcomes.viewer_sums import COLUMNS, SLICES, SUMS, ViewerTotals
 
-SCHEMA_VERSION: Final = 1
 _ARM_SHIFT: Final = 53
-"""A viewer's row id is the arm's number above the 53 bits of the viewer's id: one B-tree, one arm side by side."""
+"""A viewer's row id is the arm's number above the 53 bits of the viewer id, so one arm's viewers are contiguous."""
 MAX_ARMS: Final = 1 << (63 - _ARM_SHIFT)
-_SCHEMA: Final = """
-CREATE TABLE rollouts (rollout TEXT PRIMARY KEY, exposed_at REAL NOT NULL, retired INTEGER NOT NULL) WITHOUT ROWID;
-CREATE TABLE arms (
-    id INTEGER PRIMARY KEY, rollout TEXT NOT NULL, arm TEXT NOT NULL, release TEXT NOT NULL, sums BLOB NOT NULL,
-    dropped INTEGER NOT NULL DEFAULT 0
-);
-CREATE TABLE viewers (id INTEGER PRIMARY KEY, present INTEGER NOT NULL, totals BLOB NOT NULL);
--- By hour of the impression: new ones are written side by side, and old ones end side by side.
-CREATE TABLE seen (
-    hour INTEGER, impression_id INTEGER, types INTEGER NOT NULL, PRIMARY KEY (hour, impression_id)
-) WITHOUT ROWID;
-CREATE TABLE received (
-    release TEXT, arm TEXT, kind TEXT, outcome TEXT, count INTEGER NOT NULL, at REAL NOT NULL,
-    PRIMARY KEY (release, arm, kind, outcome)
-) WITHOUT ROWID;
-CREATE TABLE origins (origin TEXT PRIMARY KEY, number INTEGER NOT NULL, heard_at REAL NOT NULL) WITHOUT ROWID;
-"""
+_FORMAT: Final = SqliteFormat(
+    description="an outcome store",
+    application_id=0x7265656F,
+    version=1,
+    schema=(
+        """CREATE TABLE rollouts (
+               rollout TEXT PRIMARY KEY, exposed_at REAL NOT NULL, retired INTEGER NOT NULL) WITHOUT ROWID""",
+        """CREATE TABLE arms (
+               id INTEGER PRIMARY KEY, rollout TEXT NOT NULL, arm TEXT NOT NULL, release TEXT NOT NULL,
+               sums BLOB NOT NULL, dropped INTEGER NOT NULL DEFAULT 0)""",
+        "CREATE TABLE viewers (id INTEGER PRIMARY KEY, present INTEGER NOT NULL, totals BLOB NOT NULL)",
+        # Keyed by the hour of the impression: new rows are written next to each other, and so are expired ones.
+        """CREATE TABLE seen (
+               hour INTEGER, impression_id INTEGER, types INTEGER NOT NULL, PRIMARY KEY (hour, impression_id)
+           ) WITHOUT ROWID""",
+        """CREATE TABLE received (
+               release TEXT, arm TEXT, kind TEXT, outcome TEXT, count INTEGER NOT NULL, at REAL NOT NULL,
+               PRIMARY KEY (release, arm, kind, outcome)) WITHOUT ROWID""",
+        "CREATE TABLE origins (origin TEXT PRIMARY KEY, number INTEGER NOT NULL, heard_at REAL NOT NULL) WITHOUT ROWID",
+    ),
+    pragmas=("cache_size = -32768", "wal_autocheckpoint = 8192"),
+    exclusive=True,
+)
 
 ReceivedKey = tuple[str, str, str, str]  # release, arm, kind, outcome
 
 
 @dataclass(slots=True)
 class KnownRollout:
-    """``exposed_at``: when it was last shown to somebody, 0 for one known from tokens only."""
+    """``exposed_at``: Unix time of its last exposure."""
 
     exposed_at: float
     retired: bool = False
@@ -58,69 +61,37 @@ class KnownRollout:
 
 @dataclass(slots=True)
 class KnownArm:
-    """An arm's number in the file and its sums, ``[S, SUMS]``."""
+    """An arm's number in the file and its sums, ``[S, SUMS_PER_ARM]``."""
 
     id: int
     sums: NDArray[np.float64]
 
 
 class OutcomeStore:
-    """The file. All methods but the constructor are called by one thread.
+    """Rollouts, arms, viewers and counted outcomes. One thread calls all methods but the constructor.
 
     Args:
-        path: made when absent.
-        wait_s: for another process to let go of it.
+        path: created when it does not exist.
+        wait_s: how long to wait for another process to release the file.
 
     Raises:
-        StorageError: it cannot be opened, is held by another process, or was written by another version.
+        MalformedFileError: if the file is not an outcome store.
+        StorageError: if it is held by another process, has another schema version, or cannot be opened.
     """
 
     def __init__(self, path: Path, *, wait_s: float = 30.0) -> None:
         self._path = path
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self._db = sqlite3.connect(path, timeout=wait_s, isolation_level=None, check_same_thread=False)
-            try:
-                self._prepare()
-            except BaseException:
-                self._db.close()
-                raise
-        except (sqlite3.Error, OSError) as error:
-            raise StorageError(f"{path}: cannot open the outcomes' file: {error}; one process at a time may") from error
-
-    def _prepare(self) -> None:
-        self._db.execute("PRAGMA locking_mode = EXCLUSIVE")
-        self._db.execute("PRAGMA journal_mode = WAL")
-        self._db.execute("PRAGMA synchronous = FULL")  # an answer is sent after the commit and must outlive the power
-        self._db.execute("PRAGMA cache_size = -32768")
-        self._db.execute("PRAGMA wal_autocheckpoint = 8192")
-        self._db.execute("BEGIN IMMEDIATE")
-        version = self._db.execute("PRAGMA user_version").fetchone()[0]
-        if version == 0:
-            for statement in _SCHEMA.split(";\n"):
-                self._db.execute(statement)
-            self._db.execute(f"PRAGMA user_version = {SCHEMA_VERSION}")
-        self._db.execute("COMMIT")
-        if version not in (0, SCHEMA_VERSION):
-            raise StorageError(
-                f"{self._path}: outcomes of schema {version}, expected {SCHEMA_VERSION}; move the file away"
-            )
+        self._file = SqliteFile(path, _FORMAT, busy_timeout_s=wait_s)
+        self._db = self._file.connection
 
     def close(self) -> None:
-        self._db.close()
+        self._file.close()
 
     @contextmanager
     def transaction(self) -> Iterator[None]:
-        """All of the block is on disk when it is left, or nothing of it.
-
-        Raises:
-            StorageError: SQLite's own word, e.g. that the disk is full.
-        """
-        try:
-            with whole_transaction(self._db):
-                yield
-        except sqlite3.Error as error:
-            raise StorageError(f"{self._path}: outcomes cannot be written: {error}; nothing was counted") from error
+        """All changes of the block are on disk when it ends; none are if it raises."""
+        with self._file.writing():
+            yield
 
     def rollouts(self) -> dict[str, KnownRollout]:
         rows = self._db.execute("SELECT rollout, exposed_at, retired FROM rollouts")
@@ -140,7 +111,7 @@ class OutcomeStore:
         return {(release, arm, kind, outcome): count for release, arm, kind, outcome, count in rows}
 
     def last_number(self, origin: str) -> int:
-        """Of the batches of exposures that an origin has sent; 0 before the first."""
+        """The number of the last exposure batch of an origin; 0 before the first."""
         row = self._db.execute("SELECT number FROM origins WHERE origin = ?", (origin,)).fetchone()
         return int(row[0]) if row else 0
 
@@ -156,15 +127,15 @@ class OutcomeStore:
         self._db.execute("DELETE FROM rollouts WHERE rollout = ?", (rollout,))
 
     def add_arm(self, arm: ExposedArm) -> KnownArm:
-        """A new arm with nothing in it.
+        """Adds an arm whose sums are 0.
 
         Raises:
-            StorageError: there are too many that have not been cleaned up yet.
+            StorageError: if ``MAX_ARMS`` arms exist, dropped ones that still have viewers included.
         """
         taken = {row[0] for row in self._db.execute("SELECT id FROM arms")}
         free = next((number for number in range(MAX_ARMS) if number not in taken), None)
         if free is None:
-            raise StorageError(f"{self._path}: {MAX_ARMS} arms at once, expected a few; move the file away")
+            raise StorageError(f"{self._path}: has {MAX_ARMS} arms, expected a few; move the file away")
         sums = np.zeros((len(SLICES), SUMS))
         self._db.execute(
             "INSERT INTO arms (id, rollout, arm, release, sums) VALUES (?, ?, ?, ?, ?)",
@@ -176,7 +147,7 @@ class OutcomeStore:
         self._db.execute("UPDATE arms SET sums = ? WHERE id = ?", (arm.sums.tobytes(), arm.id))
 
     def drop_arm(self, arm: KnownArm) -> None:
-        """Forget it; ``clean`` takes its viewers away bit by bit."""
+        """Marks the arm as dropped; ``delete_expired`` deletes its viewers in batches."""
         self._db.execute("UPDATE arms SET dropped = 1 WHERE id = ?", (arm.id,))
 
     def add_received(self, counts: Iterable[tuple[ReceivedKey, int]], now: float) -> None:
@@ -187,7 +158,7 @@ class OutcomeStore:
         )
 
     def read_viewers(self, keys: NDArray[np.int64]) -> ViewerTotals:
-        """Totals of the viewers with these ascending keys (``viewer_keys``); zeros for those that nobody knows."""
+        """Totals of the viewers with these ascending keys (``viewer_keys``); zeros for viewers without a row."""
         found = self._db.execute(
             "SELECT v.id, v.present, v.totals FROM json_each(?) AS k CROSS JOIN viewers AS v ON v.id = k.value",
             (json.dumps(keys.tolist()),),
@@ -208,7 +179,7 @@ class OutcomeStore:
         self._db.executemany("INSERT OR REPLACE INTO viewers VALUES (?, ?, ?)", rows)
 
     def read_seen(self, hour: int, impression_ids: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Bits of the types that were counted for these ascending impressions of one hour."""
+        """Bits of the outcome types already counted for these ascending impressions of one hour."""
         found = self._db.execute(
             "SELECT s.impression_id, s.types FROM json_each(?) AS k CROSS JOIN seen AS s "
             "ON s.hour = ? AND s.impression_id = k.value",
@@ -227,7 +198,7 @@ class OutcomeStore:
         self._db.executemany("INSERT OR REPLACE INTO seen VALUES (?, ?, ?)", rows)
 
     def clean(self, *, seen_before_hour: int, forget_before: float, received_before: float, limit: int) -> int:
-        """Take away what nobody asks for any more, at most ``limit`` rows of each kind. Returns how many went."""
+        """Deletes expired rows and dropped arms, at most ``limit`` rows of each kind. Returns the number deleted."""
         gone = self._db.execute(
             "DELETE FROM seen WHERE (hour, impression_id) IN "
             "(SELECT hour, impression_id FROM seen WHERE hour < ? ORDER BY hour LIMIT ?)",
@@ -248,10 +219,10 @@ class OutcomeStore:
 
 
 def viewer_keys(arm_ids: NDArray[np.int64], viewer_ids: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Row ids of viewers on arms."""
+    """Row ids of viewers, each on an arm. Shapes: ``[N], [N] -> [N]``."""
     return np.asarray((arm_ids << _ARM_SHIFT) | viewer_ids)
 
 
 def arm_ids_of(keys: NDArray[np.int64]) -> NDArray[np.int64]:
-    """The arms' numbers in ``viewer_keys``."""
+    """The arms' numbers in ``viewer_keys``. Shapes: ``[N] -> [N]``."""
     return np.asarray(keys >> _ARM_SHIFT)

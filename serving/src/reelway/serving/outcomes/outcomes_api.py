@@ -1,9 +1,9 @@
-"""``/v1/outcomes`` over HTTP: what clients report, and the counters for whoever judges. Knows neither Ray nor SQLite.
+"""``/v1/outcomes`` over HTTP: clients report outcomes, and Prometheus reads the counters.
 
 Routes are relative: ``POST ""`` (or ``"/"``) and ``GET /metrics``. Behind Ray Serve's ``route_prefix="/v1/outcomes"``
-a request carries the prefix as its ``root_path`` (ASGI), and the routing takes it off. In a deployment::
+a request has the prefix as its ``root_path`` (ASGI), which the routing removes. In a deployment::
 
-    @serve.ingress(...)  # one replica: the file belongs to one process
+    @serve.ingress(...)  # one replica: one process holds the file
     class Outcomes:
         def __init__(self, path, secrets):
             self._collector = OutcomeCollector(path)
@@ -12,8 +12,8 @@ a request carries the prefix as its ``root_path`` (ASGI), and the routing takes 
         def __serve_build_asgi_app__(self):
             return build_outcomes_api(self._collector, self._signer)
 
-        async def expose(self, batch):  # by the routers' `forward_exposures(buffer, handle.expose.remote)`
-            await asyncio.wrap_future(self._collector.expose(batch))
+        async def expose(self, batch):  # called by the routers' `forward_exposures(buffer, handle.expose.remote)`
+            await asyncio.wrap_future(self._collector.record_exposures(batch))
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from reelway.platform.contracts.api import ErrorResponse, OutcomesRequest, OutcomesResponse
-from reelway.platform.errors import ServingError, StorageError
+from reelway.platform.errors import MalformedFileError, ServingError, StorageError
 from reelway.platform.tokens import TokenSigner
 from reelway.serving.http_api import field_error
 from reelway.serving.outcomes.appender import OutcomeAppender
@@ -42,13 +42,13 @@ from reelway.serving.outcomes.reported import read_outcomes
 log = logging.getLogger(__name__)
 
 MAX_BODY_BYTES: Final = 1 << 20
-"""A thousand outcomes are a quarter of this."""
+"""Four times the size of a request with 1,000 outcomes."""
 
 
 def build_outcomes_api(
     collector: OutcomeCollector, signer: TokenSigner, appender: OutcomeAppender | None = None
 ) -> FastAPI:
-    """The ASGI application. It closes the collector, and the appender to the event log, when it is shut down."""
+    """Builds the ASGI application. At shutdown it closes the collector and the event log writer."""
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -74,7 +74,7 @@ def build_outcomes_api(
 
     @api.post("/", response_model=OutcomesResponse, responses=answers)
     async def report(request: OutcomesRequest) -> Response:
-        """Count up to 1,000 outcomes. The answer is sent when they are on disk; without one, send them again."""
+        """Counts up to 1,000 outcomes. The answer is sent once they are on disk; without an answer, send them again."""
         columns, refused = read_outcomes(request.outcomes, signer)
         if refused:
             collector.count_refused(len(refused))
@@ -93,15 +93,15 @@ def build_outcomes_api(
 
 
 async def _nothing() -> None:
-    """There is no event log to wait for."""
+    """Awaited in place of an append if there is no event log."""
 
 
 def _answer_faults(api: FastAPI) -> None:
-    """Every answer but 200 has the shape of ``ErrorResponse``."""
+    """Answers every error with an ``ErrorResponse``."""
 
     @api.exception_handler(RequestValidationError)
     async def refuse(_: Request, error: RequestValidationError) -> Response:
-        fields = [field_error(one) for one in error.errors()]
+        fields = [field_error(detail) for detail in error.errors()]
         named = ", ".join(dict.fromkeys(field.field for field in fields))
         body = ErrorResponse(error=f"the request is invalid; correct {named}", fields=fields)
         return JSONResponse(body.model_dump(mode="json"), status_code=422)
@@ -111,16 +111,17 @@ def _answer_faults(api: FastAPI) -> None:
         body = ErrorResponse(error=str(error.detail))
         return JSONResponse(body.model_dump(mode="json"), status_code=error.status_code)
 
+    @api.exception_handler(MalformedFileError)  # a damaged file
     @api.exception_handler(StorageError)
     @api.exception_handler(ServingError)
     async def unavailable(_: Request, error: Exception) -> Response:
-        log.error("outcomes were not counted: %s", error)
+        log.error("outcomes not counted: %s", error)
         body = ErrorResponse(error="the outcomes cannot be counted now; send them again")
         return JSONResponse(body.model_dump(mode="json"), status_code=503, headers={"Retry-After": "1"})
 
 
 class _RootIsSlash:
-    """``/v1/outcomes`` itself is ``POST ""``: without this it would be redirected to a path with a slash."""
+    """Routes ``POST /v1/outcomes`` to ``"/"``. FastAPI would redirect it to the path with a slash."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -132,7 +133,7 @@ class _RootIsSlash:
 
 
 class _ShortBody:
-    """Refuses a body that is longer than any request can be, before it is in memory."""
+    """Rejects a body above ``MAX_BODY_BYTES`` before all of it is in memory."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -145,7 +146,7 @@ class _ShortBody:
             message = await receive()
             read += len(message.get("body", b""))
             if read > MAX_BODY_BYTES:
-                raise HTTPException(413, f"the body has more than {MAX_BODY_BYTES} bytes; send fewer outcomes at once")
+                raise HTTPException(413, f"the body has over {MAX_BODY_BYTES} bytes; send fewer outcomes per request")
             return message
 
         await self._app(scope, receive_some, send)

@@ -1,7 +1,6 @@
-"""Reported outcomes as columns: the last place where one of them is an object of its own.
+"""Reads reported outcomes into columns: checks tokens, and the value of each outcome type.
 
-Reads tokens and checks what a schema cannot. It knows neither clocks nor rollouts: whether an outcome counts is the
-collector's.
+Whether an outcome counts depends on clocks and rollouts, and is decided by ``ledger``.
 """
 
 # Shapes: N outcomes
@@ -18,23 +17,23 @@ from numpy.typing import NDArray
 from reelway.platform.contracts.api import RefusedOutcome, ReportedOutcome
 from reelway.platform.contracts.events import LONG_WATCH_CAP_MS, LONG_WATCH_RATIO, OutcomeType
 from reelway.platform.errors import TokenError
+from reelway.platform.eventlog.outcome_events import KINDS
 from reelway.platform.tokens import TokenSigner
 from reelway.serving.outcomes.exposures import ExposedArm
 from reelway.serving.outcomes.viewer_sums import METRICS
 
-KINDS: Final = tuple(OutcomeType)
 _KIND_CODES: Final = {kind: code for code, kind in enumerate(KINDS)}
 _WATCH: Final = _KIND_CODES[OutcomeType.WATCH]
 METRIC_OF_KIND: Final = np.array(
     [METRICS.index("watch_s_per_impression" if kind is OutcomeType.WATCH else f"{kind}_rate") for kind in KINDS]
 )
-"""The metric that an outcome of a type adds to; a watch adds to ``LONG_WATCH`` as well."""
+"""The metric that an outcome of each type adds to; a watch may add to ``LONG_WATCH`` as well."""
 LONG_WATCH: Final = METRICS.index("long_watch_rate")
 
 
 @dataclass(frozen=True, slots=True)
 class OutcomeColumns:
-    """Outcomes whose tokens held, in the order in which they were reported."""
+    """Outcomes with valid tokens, in the order of the report."""
 
     arms: tuple[ExposedArm, ...]
     arm: NDArray[np.int64]  # index into arms
@@ -47,11 +46,11 @@ class OutcomeColumns:
     position: NDArray[np.int64]
     propensity: NDArray[np.float64]
     issued_at: NDArray[np.float64]  # Unix seconds
-    done_at: NDArray[np.float64]  # the client's event_time; -inf where it gave none
+    done_at: NDArray[np.float64]  # the client's event_time; -inf if it gave none
     weight: NDArray[np.float64]
     slices: NDArray[np.uint8]
     duration_ms: NDArray[np.float64]
-    kind: NDArray[np.int64]  # index into KINDS
+    kind: NDArray[np.int64]  # index into OUTCOME_TYPES
     value: NDArray[np.float64]
 
     def __len__(self) -> int:
@@ -63,45 +62,45 @@ class OutcomeColumns:
 
     @property
     def long_watch(self) -> NDArray[np.bool_]:
-        """As everywhere (``contracts.events``); of a video of unknown length only ``LONG_WATCH_CAP_MS`` is long."""
+        """The rule of ``contracts.events``. For a video of unknown length, ``LONG_WATCH_CAP_MS`` is the threshold."""
         share = np.where(self.duration_ms > 0, LONG_WATCH_RATIO * self.duration_ms, LONG_WATCH_CAP_MS)
         return np.asarray(self.watch & (self.value >= np.minimum(share, LONG_WATCH_CAP_MS)))
 
     @property
     def amount(self) -> NDArray[np.float64]:
-        """What each adds to its metric at weight 1: seconds of a watch, else 1."""
+        """What each outcome adds to its metric at weight 1: seconds of a watch, else 1."""
         return np.where(self.watch, self.value / 1_000.0, 1.0)
 
 
 def read_outcomes(
     reported: Sequence[ReportedOutcome], signer: TokenSigner
 ) -> tuple[OutcomeColumns, list[RefusedOutcome]]:
-    """The outcomes that can be counted, and why the others cannot."""
+    """Returns the outcomes that can be counted, and why the others cannot."""
     arms: dict[ExposedArm, int] = {}
     sources: dict[str, int] = {}
     rows: list[tuple[float, ...]] = []
     refused: list[RefusedOutcome] = []
-    for index, one in enumerate(reported):
+    for index, report in enumerate(reported):
         try:
             (
                 impression, request, viewer, video, position, release, arm, source, propensity, issued_at_s,
                 rollout, weight, slices, duration_ms,
-            ) = signer.read(one.token)  # fmt: skip
+            ) = signer.read(report.token)  # fmt: skip
         except TokenError as error:
             refused.append(RefusedOutcome(index=index, message=str(error)))
             continue
-        kind, value = _KIND_CODES[one.type], one.value
+        kind, value = _KIND_CODES[report.type], report.value
         if kind == _WATCH:
             if value is None:
-                message = "a watch without a value; give the watched milliseconds"
+                message = "watch: it has no value; send the watched milliseconds"
                 refused.append(RefusedOutcome(index=index, message=message))
                 continue
         elif value is not None and value != 1:
-            message = f"a {one.type} with the value {value:g}, expected 1; leave the value out"
+            message = f"{report.type}: value {value:g}, expected 1; leave the value out"
             refused.append(RefusedOutcome(index=index, message=message))
             continue
         code = arms.setdefault(ExposedArm(rollout, arm, release), len(arms))
-        done_at = one.event_time.timestamp() if one.event_time else -np.inf
+        done_at = report.event_time.timestamp() if report.event_time else -np.inf
         rows.append(
             (
                 code, sources.setdefault(source, len(sources)), impression, request, viewer, video, position,

@@ -1,8 +1,8 @@
-"""The arithmetic of viewer-clustered sums: what a batch of impressions and outcomes adds to what is known.
+"""The arithmetic of sums clustered by viewer: what a batch of impressions and outcomes adds. Pure functions on arrays.
 
-Pure functions over arrays. A viewer's totals change by (dx, dy); the sums over viewers then grow by
-``sum_xx += dx (2x + dx)``, ``sum_yy += dy (2y + dy)``, ``sum_xy += dx y + x dy + dx dy``. Every term is at least 0, so
-the counters only grow and nothing cancels; the result is what summing all events at once would give, up to rounding.
+If a viewer's totals change by (dx, dy), the sums over viewers grow by ``sum_xx += dx (2x + dx)``,
+``sum_yy += dy (2y + dy)``, ``sum_xy += dx y + x dy + dx dy``. Every term is at least 0, so the counters never decrease
+and nothing cancels. Up to rounding, the result equals the sums over all events at once.
 """
 
 # Shapes: R rows, U viewers (of one arm each), S slices, M metrics, C = 1 + M columns: x, then y of each metric
@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from reelway.platform.rollout.evidence import ArmStatistics
 from reelway.platform.rollout.policy import Slice
-from reelway.platform.rollout.series import OUTCOME_METRICS
+from reelway.platform.rollout.series import EXPOSURE_STATISTICS, METRIC_STATISTICS, OUTCOME_METRICS
 from reelway.platform.tokens import ALL_SLICES, SLICE_BITS
 
 F64 = NDArray[np.float64]
@@ -28,8 +28,6 @@ U8 = NDArray[np.uint8]
 SLICES: Final = (Slice.OVERALL, *SLICE_BITS)
 METRICS: Final = OUTCOME_METRICS
 COLUMNS: Final = 1 + len(METRICS)
-EXPOSURE_STATISTICS: Final = ("viewers", "impressions", "sum_x", "sum_xx")
-METRIC_STATISTICS: Final = ("sum_y", "sum_yy", "sum_xy")
 _EXPOSURES: Final = len(EXPOSURE_STATISTICS)
 SUMS: Final = _EXPOSURES + len(METRIC_STATISTICS) * len(METRICS)
 """Numbers per slice of an arm: the exposure statistics, then sum_y, sum_yy, sum_xy of every metric."""
@@ -42,13 +40,13 @@ _PRESENCE_BITS: Final = 1 << np.arange(len(SLICES), dtype=np.uint8)
 
 @dataclass(frozen=True, slots=True)
 class Additions:
-    """R rows to be added to viewers' totals. Impressions add to column 0, an outcome to its metric's."""
+    """R rows to add to viewer totals. An impression adds to column 0, an outcome to its metric's column."""
 
-    key: I64  # names the viewer on its arm
+    key: I64  # identifies the viewer and its arm
     slices: U8  # tokens.SLICE_BITS
     column: I64
     amount: F64  # times the overlap weight
-    impressions: I64  # impressions that the row stands for; 0 for outcomes
+    impressions: I64  # number of impressions in the row; 0 for outcomes
 
     @classmethod
     def joined(cls, parts: Sequence[Additions]) -> Additions:
@@ -57,7 +55,7 @@ class Additions:
 
 @dataclass(frozen=True, slots=True)
 class ViewerTotals:
-    """What is known of U viewers. ``present`` has a bit per slice in which the viewer was ever seen."""
+    """Totals of U viewers. ``present`` has a bit per slice in which the viewer had an impression or outcome."""
 
     totals: F64  # [U, S, C]
     present: U8
@@ -68,14 +66,14 @@ class ViewerTotals:
 
 
 def fold(before: ViewerTotals, additions: Additions, key_U: I64, arm_U: I64, arms: int) -> tuple[ViewerTotals, F64]:
-    """Add rows to the totals of the viewers that they belong to.
+    """Adds rows to the totals of their viewers.
 
     Args:
-        key_U: ascending; all keys that the additions name.
-        arm_U: each viewer's arm, 0..arms-1.
+        key_U: all keys of the additions, ascending.
+        arm_U: the arm of each viewer, 0..arms-1.
 
     Returns:
-        The totals afterwards, and by how much each arm's sums grow, ``[arms, S, SUMS]``.
+        The new totals, and the growth of each arm's sums, ``[arms, S, SUMS_PER_ARM]``.
     """
     viewers, viewer_R = len(key_U), np.searchsorted(key_U, additions.key)
     delta_USC = np.empty_like(before.totals)
@@ -111,14 +109,14 @@ def _growth(totals_USC: F64, delta_USC: F64, new_US: NDArray[np.bool_], shown_US
 
 
 def statistics_of(sums_SK: F64) -> dict[Slice, dict[str, ArmStatistics]]:
-    """One arm's sums as the rollout's judges take them, by slice and metric."""
-    found: dict[Slice, dict[str, ArmStatistics]] = {}
-    for part, row in zip(SLICES, sums_SK.tolist(), strict=True):
+    """One arm's sums as ``ArmStatistics``, by slice and metric."""
+    statistics: dict[Slice, dict[str, ArmStatistics]] = {}
+    for slice_, row in zip(SLICES, sums_SK.tolist(), strict=True):
         viewers, impressions, sum_x, sum_xx = row[:_EXPOSURES]
-        found[part] = {
+        statistics[slice_] = {
             metric: ArmStatistics(viewers, impressions, sum_x, sum_y, sum_xx, sum_yy, sum_xy)
             for metric, sum_y, sum_yy, sum_xy in zip(
                 METRICS, row[_EXPOSURES::3], row[_EXPOSURES + 1 :: 3], row[_EXPOSURES + 2 :: 3], strict=True
             )
         }
-    return found
+    return statistics

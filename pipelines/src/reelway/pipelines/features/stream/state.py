@@ -21,8 +21,8 @@ from reelway.pipelines.features.stream.cells import LAYOUTS, STREAMED
 from reelway.pipelines.features.stream.labels import OpenImpressions
 from reelway.pipelines.features.stream.points import NEVER_US
 from reelway.pipelines.features.windows import I64
-from reelway.platform.durable import whole_transaction
 from reelway.platform.errors import StorageError
+from reelway.platform.sqlite_file import immediate_transaction
 
 SCHEMA_VERSION: Final = 1
 _OPEN: Final = ("impression_id", "viewer_id", "video_id", "shown_us", "kinds", "watch_ms", "known_us")
@@ -100,7 +100,7 @@ class StreamState:
     def transaction(self) -> Iterator[None]:
         """All of the block is on disk when it is left, or nothing of it."""
         try:
-            with whole_transaction(self._db):
+            with immediate_transaction(self._db):
                 yield
         except sqlite3.Error as error:
             raise StorageError(f"{self._path}: cannot write the stream's state: {error}") from error

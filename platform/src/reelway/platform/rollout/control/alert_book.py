@@ -1,7 +1,6 @@
-"""Why: alerts come from two sides (delivered and polled) and have to survive a restart; this is where both are merged.
+"""All known alerts, merged from webhook deliveries and polls.
 
-Keeps what ``alerts`` computes, in the store first and in memory after, so that what was acknowledged to a sender is
-there after a crash. One book per controller; safe between its threads. It acts on nothing.
+Alerts are stored first and kept in memory second, so that what was acknowledged to Alertmanager survives a crash.
 """
 
 from __future__ import annotations
@@ -17,10 +16,10 @@ _Book = Mapping[AlertKey, KnownAlert]
 
 
 class AlertBook:
-    """All alerts that are known.
+    """All known alerts of one controller. Its threads may share the object.
 
     Raises:
-        StorageError: of every method that changes it: it could not be written, and is as it was.
+        StorageError: by every method that changes alerts, if they cannot be stored; then nothing changes.
     """
 
     def __init__(self, store: RolloutStore) -> None:
@@ -29,11 +28,11 @@ class AlertBook:
         self._book: _Book = store.alerts()
 
     def deliver(self, news: Iterable[KnownAlert]) -> bool:
-        """Merge what a webhook brought; stored when this returns. Whether it changed anything."""
+        """Merges and stores a webhook's alerts. Returns whether anything changed."""
         return self._change(lambda book: merge_alerts(book, news))
 
     def poll(self, polled: Iterable[KnownAlert]) -> bool:
-        """Replace what was polled before. Whether it changed anything."""
+        """Replaces the alerts of the previous poll. Returns whether anything changed."""
         return self._change(lambda book: replace_polled(book, polled))
 
     def firing_for(self, release: str, *, since: float) -> tuple[FiringAlert, ...]:

@@ -1,9 +1,9 @@
-"""Why: the one loop that moves a rollout: look, decide, record, apply, and again until what is seen is the target.
+"""The loop that moves a rollout: observe, assess, decide, record, apply, until the observed traffic is the target.
 
-A state is recorded before the world is changed for it, and the world is compared with the recorded state at every look,
-so the controller may be killed at any instruction, and a lost write, a restarted service or somebody's hand edit is
-mended a look later. A firing alert goes past the looking (``react``). It refuses to judge: ``decision`` does. What
-cannot be seen or written is a hold with a reason, never the end of the loop.
+A new state is recorded before traffic is changed, and traffic is compared with the recorded state on every reconcile.
+The controller may therefore be killed at any instruction, and a lost write, a restarted service or a manual change is
+corrected on the next reconcile. A firing alert rolls back without waiting for a reconcile (``Controller.react``).
+Missing evidence and failed writes hold the rollout with a reason and never end the loop.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
+from reelway.platform.contracts.ids import short_id
 from reelway.platform.errors import ReelwayError, RolloutError
 from reelway.platform.rollout.assessment import Assessment, assess
 from reelway.platform.rollout.control.alert_book import AlertBook
@@ -36,27 +37,37 @@ _T = TypeVar("_T")
 
 @dataclass(frozen=True, slots=True)
 class _Look:
-    """One look at a rollout and what was decided upon it."""
+    """One reconcile: what was observed, the decision, and what follows from the two."""
 
     rollout: Rollout
     observation: TrafficObservation | None
-    """None when nobody looked at the traffic: a reaction to an alert."""
-    evidence: EvidenceSnapshot
-    verdicts: Assessment
+    """None in a reaction to an alert, which does not observe the traffic."""
     decision: Decision
+    after: RolloutState
+    evidence: dict[str, Any]
+    """The assessed evidence as it is recorded (``summary.py``)."""
     now: float
 
-    @property
-    def after(self) -> RolloutState:
-        return advance(self.rollout.state, self.decision, self.rollout.policy, self.now)
+    @classmethod
+    def of(
+        cls,
+        rollout: Rollout,
+        observation: TrafficObservation | None,
+        evidence: EvidenceSnapshot,
+        verdicts: Assessment,
+        decision: Decision,
+        now: float,
+    ) -> _Look:
+        after = advance(rollout.state, decision, rollout.policy, now)
+        return cls(rollout, observation, decision, after, summary_of(verdicts, evidence, now), now)
 
 
 class Controller:
     """Moves the newest rollout of a store.
 
     Args:
-        book: alerts, as webhooks and polls bring them.
-        alert_source: polled every ``poll_s`` by ``run``; None when there is nothing to poll.
+        book: all alerts that webhooks and polls have delivered.
+        alert_source: polled every ``poll_s`` seconds by ``run``; None if alerts arrive by webhook only.
         clock: Unix seconds.
     """
 
@@ -81,11 +92,14 @@ class Controller:
         self._clock = clock
         self._metrics = metrics or ControllerMetrics()
         self._acting = threading.Lock()
-        """Held from a state's record to its write, so that a slow look never writes after a reaction."""
+        """Held from the record of a state until traffic is written: a slow reconcile cannot overwrite a rollback."""
         self._troubles: dict[str, str] = {}
 
     def run(self, stop: threading.Event, wake: threading.Event, interval_s: float = 1.0) -> None:
-        """Look every ``interval_s``, at once after a person's command, and react at once when woken. Until ``stop``."""
+        """Reconciles every ``interval_s`` seconds and after every command, until ``stop`` is set.
+
+        ``alert_arrived`` triggers ``react`` immediately.
+        """
         again = threading.Event()
         threads = [threading.Thread(target=self._react_when_woken, args=(stop, wake, again), name="reactions")]
         if self._alert_source is not None:
@@ -109,10 +123,10 @@ class Controller:
                 thread.join()
 
     def tick(self) -> Decision | None:
-        """One look, and what follows from it. None: there is no rollout, or it moved while it was looked at.
+        """One reconcile. Returns None if there is no rollout, or another process changed it meanwhile.
 
         Raises:
-            ReelwayError: the store could not be read or written; nothing was done that is not recorded.
+            ReelwayError: if the store cannot be read or written; no traffic was changed without a record.
         """
         with self._metrics.tick.time():
             self.react()
@@ -124,10 +138,10 @@ class Controller:
             return look.decision if self._act(look) else None
 
     def react(self) -> Decision | None:
-        """Roll back at once if an alert fires for the release: no scrape, no observation, and nothing but a rollback.
+        """Rolls back if an alert fires for the release, without a scrape or an observation; does nothing else.
 
         Raises:
-            ReelwayError: as ``tick``.
+            ReelwayError: see ``reconcile``.
         """
         began = time.perf_counter()
         rollout = self._store.latest()
@@ -137,16 +151,16 @@ class Controller:
         evidence = EvidenceSnapshot(time=now, release=rollout.state.canary_release, alerts=firing)
         verdicts = assess(rollout.policy, evidence)
         decision = decide_on(rollout.policy, rollout.state, evidence, verdicts, now)
-        # Deadlines may also say rollback, for want of evidence; here nobody has looked for any.
+        # A deadline may also demand a rollback for lack of evidence, but no evidence was fetched here.
         if decision.action is not Action.ROLL_BACK or not verdicts.breaches:
             return None
-        if not self._act(_Look(rollout, None, evidence, verdicts, decision, now)):
+        if not self._act(_Look.of(rollout, None, evidence, verdicts, decision, now)):
             return None
         self._metrics.reaction.observe(time.perf_counter() - began)
         return decision
 
     def poll_alerts(self) -> bool:
-        """Ask the alert source once. Whether the book changed."""
+        """Polls the alert source once. Returns whether the known alerts changed."""
         assert self._alert_source is not None
         try:
             changed = self._book.poll(self._alert_source.poll())
@@ -171,11 +185,11 @@ class Controller:
         verdicts = assess(policy, evidence)
         decision = decide_on(policy, state, evidence, verdicts, now)
         if state.phase is Phase.PREPARING and failed not in decision.reason:
-            decision = replace(decision, reason=f"{decision.reason}; {state.canary_release[:12]} failed: {failed}")
-        return _Look(rollout, observation, evidence, verdicts, decision, now)
+            decision = replace(decision, reason=f"{decision.reason}; {short_id(state.canary_release)} failed: {failed}")
+        return _Look.of(rollout, observation, evidence, verdicts, decision, now)
 
     def _act(self, look: _Look) -> bool:
-        """Record, then apply what is not yet so. False: the rollout moved meanwhile, and nothing was done."""
+        """Records the new state, then applies it. Returns False, and does neither, if the rollout changed meanwhile."""
         before, decision = look.rollout, look.decision
         with self._acting:
             newest = self._store.latest()
@@ -184,12 +198,12 @@ class Controller:
             if _finished(before.state) and decision.action is Action.WAIT:
                 if newest.version != before.version:
                     return False
-                written = newest  # its timers mean nothing any more
+                written = newest  # only timers would change, and a final rollout does not use them
             else:
                 try:
                     written = self._store.record(before, look.after, _entry(look))
                 except RolloutError as error:
-                    log.info("a look was given up: %s", error)
+                    log.info("reconcile skipped: %s", error)
                     return False
             self._tell(look, written.state)
             target = target_of(written.state)
@@ -233,11 +247,11 @@ class Controller:
         return self._book.firing_for(state.canary_release, since=state.started_at)
 
     def _trouble(self, kind: str, text: str) -> None:
-        """Count every failure; one line when it begins, changes or ends."""
+        """Counts every failure; logs when a failure begins, changes or ends."""
         if text:
             self._metrics.failures.labels(kind).inc()
         if text != self._troubles.get(kind, ""):
-            log.warning("%s: %s", kind, text) if text else log.info("%s: well again", kind)
+            log.warning("%s: %s", kind, text) if text else log.info("%s: recovered", kind)
         self._troubles[kind] = text
 
     def _others_changes(self) -> int:
@@ -259,19 +273,19 @@ class Controller:
             stop.wait(self._poll_s)
 
     def _guarded(self, kind: str, call: Callable[[], _T]) -> _T | None:
-        """The loop's last line: a fault here would leave a canary with nobody watching it."""
+        """Calls ``call`` and logs every exception: if the loop ended, no one would watch the canary."""
         try:
             return call()
         except ReelwayError as error:
             self._trouble(kind, str(error))
         except Exception:
             self._metrics.failures.labels(kind).inc()
-            log.exception("%s failed, a bug; going on", kind)
+            log.exception("%s failed with an unexpected error; continuing", kind)
         return None
 
 
 def _finished(state: RolloutState) -> bool:
-    """Nothing moves it any more; its traffic is still kept as it should be."""
+    """Whether the rollout is final. Its recorded traffic is still maintained."""
     return state.phase is Phase.ROLLED_BACK or state.retired
 
 
@@ -286,7 +300,7 @@ def _shows(observation: TrafficObservation, target: TrafficTarget) -> bool:
 
 
 def _worth_telling(look: _Look) -> bool:
-    """Changes of phase, step, weights or retention, refusals, and the beginning of a hold."""
+    """Whether it is logged and recorded: a new phase, step, weight or retention, a rejection, the start of a hold."""
     before, after, decision = look.rollout.state, look.after, look.decision
     moved = any(
         getattr(before, name) != getattr(after, name)
@@ -309,12 +323,12 @@ def _entry(look: _Look) -> HistoryEntry | None:
         phase=after.phase.value,
         step=after.step,
         canary_bp=after.canary_bp,
-        evidence=summary_of(look.verdicts, look.evidence, look.now),
+        evidence=look.evidence,
     )
 
 
 def _sighting(look: _Look, target: TrafficTarget, reached: bool, trouble: str) -> Sighting:
-    seen = look.observation or TrafficObservation(detail="not looked at: an alert went before")
+    seen = look.observation or TrafficObservation(detail="not observed: rolled back on an alert")
     traffic: dict[str, Any] = {
         "reached": reached,
         "target": target.routing.model_dump(mode="json"),
@@ -330,6 +344,6 @@ def _sighting(look: _Look, target: TrafficTarget, reached: bool, trouble: str) -
         time=look.now,
         action=look.decision.action.value,
         reason=look.decision.reason,
-        evidence=summary_of(look.verdicts, look.evidence, look.now),
+        evidence=look.evidence,
         traffic=traffic,
     )

@@ -1,11 +1,11 @@
-"""Why: who watches the controller: its own numbers, under the names that alerts and dashboards use."""
+"""The controller's own metrics."""
 
 from __future__ import annotations
 
 from prometheus_client import CollectorRegistry, generate_latest
 
 from reelway.platform.contracts.events import Arm
-from reelway.platform.rollout.series import SHORT_RELEASE
+from reelway.platform.contracts.ids import short_id
 from reelway.platform.rollout.state import Phase, RolloutState
 from reelway.platform.telemetry import counter, gauge, histogram
 
@@ -13,40 +13,46 @@ _TICK_BUCKETS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0
 
 
 class ControllerMetrics:
-    """All of them, in a registry of their own."""
+    """The controller's metrics, in a registry of their own."""
 
     def __init__(self) -> None:
         registry = self._registry = CollectorRegistry()
         self.phase = gauge("reelway_rollout_phase", "1 for the newest rollout's phase.", ["kind"], registry)
         self.weight = gauge(
             "reelway_rollout_weight_basis_points",
-            "Recorded weights, newest rollout.",
+            "Recorded traffic weights of the newest rollout.",
             ["arm", "release"],
             registry,
         )
         self.decisions = counter("reelway_rollout_decisions_total", "Decisions by action.", ["kind"], registry)
-        self.writes = counter("reelway_rollout_traffic_writes_total", "Targets applied.", ["outcome"], registry)
+        self.writes = counter(
+            "reelway_rollout_traffic_writes_total", "Traffic targets written, by outcome.", ["outcome"], registry
+        )
         self.failures = counter(
-            "reelway_rollout_failures_total", "What could not be done: observe, evidence, apply, poll, react, tick.",
+            "reelway_rollout_failures_total", "Failures by kind: observe, evidence, apply, poll, react, tick.",
             ["kind"], registry,
         )  # fmt: skip
         self.webhooks = counter("reelway_rollout_webhooks_total", "Webhook deliveries.", ["outcome"], registry)
-        self.tick = histogram("reelway_rollout_tick_seconds", "One look.", [], registry, _TICK_BUCKETS_S)
+        self.tick = histogram(
+            "reelway_rollout_tick_seconds", "Duration of one reconcile.", [], registry, _TICK_BUCKETS_S
+        )
         self.reaction = histogram(
-            "reelway_rollout_reaction_seconds", "From a firing alert in the book to the accepted write.", [], registry,
+            "reelway_rollout_reaction_seconds", "From a known firing alert to the accepted rollback.", [], registry,
             _TICK_BUCKETS_S,
         )  # fmt: skip
-        self.last_tick = gauge("reelway_rollout_last_tick_timestamp_seconds", "When it last looked.", [], registry)
+        self.last_tick = gauge(
+            "reelway_rollout_last_tick_timestamp_seconds", "Unix time of the last reconcile.", [], registry
+        )
 
     def show(self, state: RolloutState) -> None:
-        """Set the gauges to a state."""
+        """Sets the gauges to a rollout's state."""
         for phase in Phase:
             self.phase.labels(phase.value).set(phase is state.phase)
         self.weight.clear()
         releases = {Arm.STABLE: state.stable_release, Arm.CANARY: state.canary_release, Arm.HOLDOUT: state.live_release}
         for arm, points in state.weights.items():
-            self.weight.labels(arm.value, releases[arm][:SHORT_RELEASE]).set(points)
+            self.weight.labels(arm.value, short_id(releases[arm])).set(points)
 
     def text(self) -> bytes:
-        """In Prometheus' text format."""
+        """Returns all metrics in Prometheus' text format."""
         return generate_latest(self._registry)

@@ -1,8 +1,7 @@
-"""Why: Alertmanager tells us rather than being asked, since a second counts; this is the door it knocks at.
+"""The HTTP endpoint for Alertmanager's webhook (version 4), which delivers a firing alert faster than a poll.
 
-Takes Alertmanager's webhook (version 4) from whoever has the token, answers 200 only when the alerts are stored, and
-wakes the controller. It never acts by itself, and reads no more of a request than it has to: who has no token, or sends
-too much, is turned away before the body is read.
+A request needs the bearer token. It gets 200 only once its alerts are stored, and then wakes the controller. A request
+without the token or with too long a body is rejected before its body is read.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ _STARTED_S: Final = 10.0
 
 
 class _RefusedError(Exception):
-    """An answer other than 200. ``outcome`` is the metric's label."""
+    """An HTTP error response. ``outcome`` is the value of the metric's label."""
 
     def __init__(self, status: int, outcome: str, text: str) -> None:
         super().__init__(text)
@@ -42,10 +41,10 @@ class _RefusedError(Exception):
 
 
 class TakesAlerts(Protocol):
-    """Who is told: an ``AlertBook``, or several behind one door."""
+    """Receives alerts: an ``AlertRegistry``, or several behind one webhook."""
 
     def deliver(self, news: Iterable[KnownAlert], /) -> bool:
-        """Whether it changed anything; stored when this returns. Raises ReelwayError: it is not."""
+        """Stores alerts and returns whether any of them changed. Raises ReelwayError if they cannot be stored."""
         ...
 
 
@@ -55,7 +54,7 @@ def webhook_application(
     """``POST /api/v1/alerts`` (bearer ``token``), ``GET /healthz`` and ``GET /metrics``.
 
     Args:
-        wake: called after every delivery that changed the book.
+        wake: called after every delivery that changed the known alerts.
     """
 
     async def alerts(request: Request) -> Response:
@@ -68,18 +67,18 @@ def webhook_application(
             return _answer(refused.status, refused.outcome, refused.text)
         except DataError as error:
             return _answer(400, "malformed", str(error))
-        except ReelwayError as error:  # the sender tries again after a 5xx
-            log.error("alerts could not be stored: %s", error)
-            return _answer(503, "not_stored", f"the alerts could not be stored: {error}")
+        except ReelwayError as error:  # Alertmanager retries after a 5xx
+            log.error("alerts not stored: %s", error)
+            return _answer(503, "not_stored", f"cannot store the alerts: {error}")
         if changed:
             wake()
-            log.info("alerts delivered: %d, %d name a release", len(payload.alerts), len(news))
+            log.info("alerts delivered: %d, with a release label: %d", len(payload.alerts), len(news))
         metrics.webhooks.labels("stored" if changed else "known").inc()
         return JSONResponse({"alerts": len(payload.alerts), "with_release": len(news), "changed": changed})
 
     def _answer(status: int, outcome: str, text: str) -> Response:
         metrics.webhooks.labels(outcome).inc()
-        headers = {"Connection": "close"}  # what is left of the body is not waited for
+        headers = {"Connection": "close"}  # the rest of the body is not read
         if status == 401:
             headers["WWW-Authenticate"] = "Bearer"
         return JSONResponse({"error": text}, status, headers)
@@ -101,10 +100,10 @@ def webhook_application(
 
 @contextmanager
 def serving(application: Starlette, host: str, port: int) -> Iterator[str]:
-    """Serve an application in a thread of this process. Yields its URL; ``port`` 0 chooses a free one.
+    """Serves an application in a thread of this process. Yields its URL; ``port`` 0 chooses a free one.
 
     Raises:
-        ConfigError: the address cannot be listened at.
+        ConfigError: if the process cannot listen at the address.
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as listening:
@@ -113,7 +112,7 @@ def serving(application: Starlette, host: str, port: int) -> Iterator[str]:
             listening.bind((host, port))
         except OSError as error:
             raise ConfigError(
-                f"cannot listen at {host} port {port}: {error.strerror or error}; give another"
+                f"cannot listen at {host} port {port}: {error.strerror or error}; choose another"
             ) from error
         config = uvicorn.Config(
             application, log_config=None, log_level="warning", access_log=False, lifespan="off", timeout_keep_alive=30,
@@ -135,14 +134,18 @@ def _check_token(request: Request, token: str) -> None:
     kind, _, given = request.headers.get("authorization", "").partition(" ")
     right = hmac.compare_digest(given.strip().encode(), token.encode())
     if kind.lower() != "bearer" or not right:
-        raise _RefusedError(401, "unauthorized", "no or a wrong bearer token; it is in keys/webhook.token of the run")
+        raise _RefusedError(
+            401, "unauthorized", "missing or wrong bearer token; send the one in keys/webhook.token of the run"
+        )
 
 
 async def _body(request: Request) -> bytes:
-    """The body, as far as it is within the limit: one that says that it is longer is not read at all."""
-    too_long = _RefusedError(413, "too_long", f"the body is longer than {BODY_LIMIT_BYTES} bytes; group alerts in less")
-    said = request.headers.get("content-length", "")
-    if said.isdigit() and int(said) > BODY_LIMIT_BYTES:
+    """Reads the body up to the limit. If its Content-Length is above the limit, nothing is read."""
+    too_long = _RefusedError(
+        413, "too_long", f"the body has over {BODY_LIMIT_BYTES} bytes; send fewer alerts per group"
+    )
+    declared = request.headers.get("content-length", "")
+    if declared.isdigit() and int(declared) > BODY_LIMIT_BYTES:
         raise too_long
     body = bytearray()
     try:

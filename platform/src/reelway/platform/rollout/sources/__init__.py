@@ -1,4 +1,4 @@
-"""Where evidence and alerts really come from: the service's own pages, Prometheus, Alertmanager."""
+"""Sources of evidence and alerts: direct scrapes of the service, Prometheus, Alertmanager and parity findings."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ __all__ = ["Access", "ReadEvidence", "alert_source", "evidence_source"]
 
 
 class ReadEvidence:
-    """An ``EvidenceSource``: series from whichever reader, and what the feature replay found.
+    """An ``EvidenceSource`` from a series reader and the parity findings.
 
     Args:
-        parity: what is known of it now; raises nothing and does not keep anybody waiting.
+        parity: returns the current findings without blocking; raises nothing.
     """
 
     def __init__(self, reader: SeriesReader, parity: Callable[[], ParityReport], window_s: float = WINDOW_S) -> None:
@@ -32,12 +32,12 @@ class ReadEvidence:
         self._window_s = window_s
 
     def fetch(self, policy: RolloutPolicy, state: RolloutState, now: float) -> EvidenceSnapshot:
-        """See ``EvidenceSource.fetch``: what cannot be heard is ``telemetry_down`` and never an exception."""
+        """See ``EvidenceSource.fetch``. What cannot be read is ``telemetry_down``; no exception is raised."""
         heard = self._reader.read(Scope.of(state, self._window_s), now)
         return snapshot_of(policy, state, heard, self._parity(), now, window_s=self._window_s)
 
     def close(self) -> None:
-        """Let go of the connections."""
+        """Closes the connections."""
         self._reader.close()
 
 

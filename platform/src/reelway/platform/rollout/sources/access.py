@@ -1,7 +1,7 @@
-"""Why: a platform's Prometheus and Alertmanager are behind a token and a certificate of its own, and serve others too.
+"""Access to a Prometheus and an Alertmanager that need a token or their own CA, and that other namespaces share.
 
-How both are asked, and which of what they hold is ours. The token is read at each use, since a mounted one is renewed;
-it is sent to the URL that was given and never follows a redirect. The certificate is read once.
+The token is read on every request, because a mounted token is renewed. It is sent to the given URL only and does not
+follow a redirect. The CA certificates are read once.
 """
 
 from __future__ import annotations
@@ -18,24 +18,23 @@ from reelway.platform.errors import ConfigError, RolloutError
 
 @dataclass(frozen=True)
 class Access:
-    """How one of the two is asked. The default is one on this machine, which is ours alone.
+    """How to access one of the two. By default: no token, the system's certificates, no label filter.
 
     Raises:
-        ConfigError: ``ca_file`` cannot be read, or holds no certificates.
+        ConfigError: if ``ca_file`` cannot be read, or contains no certificates.
     """
 
     token_file: Path | None = None
-    """Bearer token; None sends none."""
+    """File of the bearer token; None sends no token."""
     ca_file: Path | None = None
-    """Certificates that its own is checked with; None takes the system's."""
+    """CA certificates in PEM format; None uses the system's."""
     labels: Mapping[str, str] = field(default_factory=dict)
-    """What tells our series and alerts from others' in the same place, ``{"namespace": "prod"}``; empty: all are."""
+    """Labels that select this installation's series and alerts, for example ``{"namespace": "prod"}``."""
 
     def __post_init__(self) -> None:
-        self._verify()  # said at the start, not when the first rollout begins
+        self._verify()  # fail at startup, not when the first rollout begins
 
     def client(self, timeout_s: float) -> httpx.Client:
-        """A client for it."""
         auth = _TokenInFile(self.token_file) if self.token_file else None
         return httpx.Client(timeout=timeout_s, trust_env=False, auth=auth, verify=self._verify())
 
@@ -46,12 +45,12 @@ class Access:
             return ssl.create_default_context(cafile=str(self.ca_file))
         except (OSError, ssl.SSLError) as error:
             raise ConfigError(
-                f"{self.ca_file}: not certificates to check a server with ({error}); expected a file in PEM format"
+                f"{self.ca_file}: cannot load CA certificates ({error}); expected a file in PEM format"
             ) from error
 
 
 class _TokenInFile(httpx.Auth):
-    """Raises RolloutError at the request: the token cannot be read."""
+    """Sends a bearer token. Raises RolloutError at the request if the file cannot be read."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -62,6 +61,6 @@ class _TokenInFile(httpx.Auth):
         except (OSError, UnicodeDecodeError) as error:
             raise RolloutError(f"{self._path}: cannot read the token for {request.url.host}: {error}") from error
         if not token or not token.isascii() or not token.isprintable():
-            raise RolloutError(f"{self._path}: no token for {request.url.host}, expected a line of printable ASCII")
+            raise RolloutError(f"{self._path}: no token for {request.url.host}, expected one line of printable ASCII")
         request.headers["Authorization"] = f"Bearer {token}"
         yield request

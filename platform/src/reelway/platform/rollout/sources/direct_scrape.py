@@ -1,7 +1,7 @@
-"""Why: on one machine the service can be asked itself, so that evidence needs no Prometheus.
+"""Evidence without Prometheus, for local mode: scrapes the service directly and stores samples for one window.
 
-Remembers what it scraped for as long as a window; refuses to fill a gap: a scrape that failed leaves none of its
-samples, and what is not heard again grows old. Its memory is the process's: after a restart the first window is short.
+A failed scrape leaves a gap that is not filled, and its last samples age. Samples are in memory, so the first window
+after a restart is short.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from reelway.platform.errors import ServingError
 from reelway.platform.rollout import series as names
-from reelway.platform.rollout.evidence import Sample
+from reelway.platform.rollout.counters import Sample
 from reelway.platform.rollout.sources.heard_series import (
     COUNTED_OVER_A_WINDOW,
     KEPT_SINCE_THE_START,
@@ -31,16 +31,16 @@ from reelway.platform.runs import RunDirectory
 
 PATHS: Final = {names.ROUTER_JOB: "/metrics", names.OUTCOMES_JOB: "/v1/outcomes/metrics"}
 INTERVAL_S: Final = 0.5
-"""Asked more often than this, the memory answers: a scrape costs the router a few milliseconds."""
+"""Minimum seconds between scrapes: one costs the router a few milliseconds. Reads in between return stored samples."""
 TIMEOUT_S: Final = 1.0
 _KEPT: Final = (*COUNTED_OVER_A_WINDOW, *KEPT_SINCE_THE_START, names.SHADOW_REQUESTS)
 
 
 class DirectScrape:
-    """Scrapes one service's two pages when it is read.
+    """Scrapes the two metrics endpoints of one service on ``read``.
 
     Args:
-        address: where the service is now; raises ServingError when it is nowhere.
+        address: returns the service's current URL; raises ServingError if it does not run.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class DirectScrape:
         self._problem = ""
 
     def read(self, scope: Scope, now: float) -> Heard:
-        """Scrape, unless that was done less than the interval ago, and give what is remembered."""
+        """Scrapes, unless the last scrape is younger than the interval, and returns all stored samples."""
         self._forget(scope, now)
         if now - self._read_at >= self._interval_s:
             self._read_at, self._problem = now, self._scrape(scope, now)
@@ -64,11 +64,11 @@ class DirectScrape:
         return Heard({**{key: list(samples) for key, samples in self._recent.items()}, **sums}, self._problem)
 
     def close(self) -> None:
-        """Let go of the connections."""
+        """Closes the connections."""
         self._client.close()
 
     def _scrape(self, scope: Scope, now: float) -> str:
-        """Ask both pages; why one did not answer, empty when both did."""
+        """Scrapes both endpoints. Returns why one failed; empty if none did."""
         try:
             instance = self._address()
         except ServingError as error:
@@ -79,17 +79,17 @@ class DirectScrape:
         for job, path in PATHS.items():
             origin = {"instance": instance, "job": job}
             try:
-                found = list(self._samples(instance + path, origin))
+                page = list(self._samples(instance + path, origin))
             except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:
                 problems.append(f"GET {instance}{path}: {error or type(error).__name__}")
-                found = None
-            self._keep(SeriesKey.of(UP, origin), Sample(now, float(found is not None)))
-            for key, value in found or ():
+                page = None
+            self._keep(SeriesKey.of(UP, origin), Sample(now, float(page is not None)))
+            for key, value in page or ():
                 self._remember(scope, key, Sample(now, value))
         return "; ".join(problems)
 
     def _samples(self, url: str, origin: dict[str, str]) -> Iterator[tuple[SeriesKey, float]]:
-        """The kept families of one page. Raises ValueError: it is not what Prometheus' text format says."""
+        """The needed series of one endpoint. Raises ValueError if it is not in Prometheus' text format."""
         answer = self._client.get(url)
         answer.raise_for_status()
         lines = (line for line in answer.text.splitlines() if line.startswith(_KEPT))
@@ -110,14 +110,14 @@ class DirectScrape:
         self._recent.setdefault(key, deque()).append(sample)
 
     def _move(self, instance: str | None, now: float) -> None:
-        """The service has another address than before: the old one is gone, not silent."""
+        """Marks the previous address as removed, so that it does not count as silent."""
         if self._instance and self._instance != instance:
             for job in PATHS:
                 self._keep(SeriesKey.of(UP, {"instance": self._instance, "job": job}), Sample(now, math.nan))
         self._instance = instance or ""
 
     def _forget(self, scope: Scope, now: float) -> None:
-        """Drop what is older than its window, sums of other rollouts, and a future that a clock set back undid."""
+        """Deletes samples before their window, sums of other rollouts, and everything if the clock was set back."""
         if now < self._read_at:
             self._recent.clear()
             self._read_at = -math.inf
@@ -131,10 +131,10 @@ class DirectScrape:
 
 
 def served_at(run: RunDirectory) -> str:
-    """The address of a run's service, read anew at each use since a restart may change it.
+    """The URL of a run's service, read on every use because a restart may change it.
 
     Raises:
-        ServingError: the run is not being served.
+        ServingError: if the run is not served.
     """
     path = run.path / "serving.json"
     try:
@@ -142,6 +142,4 @@ def served_at(run: RunDirectory) -> str:
     except FileNotFoundError:
         raise ServingError(f"{run.path} is not being served; start `reelway serve --run {run.path}`") from None
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ServingError(
-            f"{path} does not say where the service is ({error!r}); start `reelway serve` again"
-        ) from error
+        raise ServingError(f"{path} has no service URL ({error!r}); start `reelway serve` again") from error

@@ -1,9 +1,8 @@
-"""Why: what a direct scrape and Prometheus have in common, so that one function makes evidence of either.
+"""Scraped series as a direct scrape and Prometheus both return them, so that one function turns either into evidence.
 
-Names, samples and who was asked; refuses to judge. A series is known by its name and its labels; ``job`` and
-``instance`` are among them, as Prometheus writes them. Whether somebody was heard is told by ``up``, as there: a sample
-of 1 for every scrape that succeeded and 0 for one that did not, at the time that the scrape's other samples carry. An
-``up`` that ends in NaN is of a target that is gone: nobody expects it to answer any more.
+A series has a name and labels; ``job`` and ``instance`` are labels, as in Prometheus. ``up`` tells whether an exporter
+answered: 1 for a successful scrape and 0 for a failed one, at the time of the scrape's other samples. An ``up`` that
+ends in NaN belongs to a removed target, which is not expected to answer.
 """
 
 from __future__ import annotations
@@ -13,22 +12,23 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final, NamedTuple, Protocol
 
+from reelway.platform.contracts.ids import short_id
 from reelway.platform.rollout import series as names
-from reelway.platform.rollout.evidence import Sample
+from reelway.platform.rollout.counters import Sample
 from reelway.platform.rollout.state import Phase, RolloutState
 
 UP: Final = "up"
 WINDOW_S: Final = 60.0
-"""What "the last window" of a guardrail is."""
+"""Length of a guardrail's window in seconds."""
 LONGEST_SHADOW_S: Final = 3600.0
-"""Mirrored requests are counted over the shadow phase, at most over this long."""
+"""Mirrored requests are counted over the shadow phase, at most over this many seconds."""
 BUCKET: Final = f"{names.LATENCY}_bucket"
 COUNTED_OVER_A_WINDOW: Final = (names.REQUESTS, names.EMPTY_SLATES, BUCKET)
 KEPT_SINCE_THE_START: Final = (names.EXPOSURE, names.STATISTIC)
 
 
 class SeriesKey(NamedTuple):
-    """Which series. ``labels`` are sorted pairs."""
+    """Name and labels of a series; ``labels`` are sorted pairs."""
 
     name: str
     labels: tuple[tuple[str, str], ...]
@@ -38,7 +38,7 @@ class SeriesKey(NamedTuple):
         return cls(name, tuple(sorted(labels.items())))
 
     def get(self, label: str) -> str:
-        """The label's value; empty where there is none, as in PromQL."""
+        """The label's value; empty if absent, as in PromQL."""
         return dict(self.labels).get(label, "")
 
 
@@ -48,7 +48,7 @@ Series = Mapping[SeriesKey, Sequence[Sample]]
 
 @dataclass(frozen=True, slots=True)
 class Scope:
-    """Which part of all series is about one rollout, and how far back it has to reach."""
+    """The series of one rollout, and how far back to read them."""
 
     rollout: str
     releases: tuple[str, str]
@@ -58,40 +58,40 @@ class Scope:
 
     @classmethod
     def of(cls, state: RolloutState, window_s: float = WINDOW_S) -> Scope:
-        """The scope of a rollout in this state; ``releases`` are label values, canary's first."""
-        releases = (state.canary_release[: names.SHORT_RELEASE], state.stable_release[: names.SHORT_RELEASE])
+        """The scope of a rollout in this state. ``releases`` are label values, the canary's first."""
+        releases = (short_id(state.canary_release), short_id(state.stable_release))
         shadow_since = state.changed_at if state.phase is Phase.SHADOW else None
         return cls(state.id, releases, state.started_at, shadow_since, window_s)
 
 
 @dataclass(frozen=True, slots=True)
 class Heard:
-    """What a reader has. ``problem`` says why nothing newer was heard; empty when everybody answered."""
+    """A reader's samples. ``problem`` says why there are no newer ones; empty if every exporter answered."""
 
     series: Series = field(default_factory=dict)
     problem: str = ""
 
 
 class SeriesReader(Protocol):
-    """Where series come from."""
+    """Reads series from one kind of source."""
 
     def read(self, scope: Scope, now: float) -> Heard:
-        """The samples of the window before ``now``; raises nothing.
+        """Returns the samples of the window before ``now``; raises nothing.
 
-        ``EXPOSURE`` of ``viewers`` begins with the highest sample since the rollout started, however old, so that a
-        fall is seen long after it happened; of other sums the newest sample is enough. ``SHADOW_REQUESTS`` reach back
-        to ``scope.shadow_since``.
+        ``EXPOSURE`` of ``viewers`` starts with the highest sample since the rollout began, however old, so that a
+        decrease is noticed long after it happened. For other sums the newest sample is enough. ``SHADOW_REQUESTS``
+        start at ``scope.shadow_since``.
         """
         ...
 
     def close(self) -> None:
-        """Let go of the connections."""
+        """Closes the connections."""
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class Instance:
-    """One exporter within the window. ``gone``: its pod was taken away; it is not expected to answer."""
+    """One exporter in the window. ``removed``: its pod was deleted, and no answer is expected."""
 
     name: str
     first_heard: float
@@ -101,7 +101,7 @@ class Instance:
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """All exporters of one kind. With a ``problem`` nothing of them can be believed."""
+    """All exporters of one kind. If ``problem`` is set, none of their samples can be trusted."""
 
     name: str
     instances: Mapping[str, Instance]
@@ -109,16 +109,16 @@ class Job:
 
     @property
     def heard_at(self) -> float:
-        """The moment that everything heard of it is at least as new as."""
+        """Time of the oldest last sample among the exporters that still run."""
         return min((i.last_heard for i in self.instances.values() if not i.gone), default=-math.inf)
 
 
 def job_of(name: str, heard: Heard, *, now: float, max_age_s: float, window_s: float = WINDOW_S) -> Job:
-    """Who of a job was heard.
+    """The exporters of a job that answered in the window.
 
-    A replica that vanished is not one that fell silent. Vanished: its target is gone (``up`` ends in NaN); what it
-    counted in the window counts, and nobody waits for it. Silent: it is still a target and has not answered for
-    ``max_age_s``; then the job as a whole is unknown, since what it does not say may be what is wrong.
+    A removed replica differs from a silent one. Removed: it is no longer a target (``up`` ends in NaN). Its counts in
+    the window are used, and no answer is awaited. Silent: it is a target and has not answered for ``max_age_s``
+    seconds. Then the whole job is unknown, because the fault may be in the missing samples.
     """
     instances, problem = dict[str, Instance](), ""
     for key, samples in heard.series.items():
@@ -128,21 +128,21 @@ def job_of(name: str, heard: Heard, *, now: float, max_age_s: float, window_s: f
         if not recent:
             continue
         times = [s.time for s in recent if s.value == 1.0]
-        gone, instance = math.isnan(recent[-1].value), key.get("instance")
-        if not gone and (not times or now - times[-1] > max_age_s):
+        removed, instance = math.isnan(recent[-1].value), key.get("instance")
+        if not removed and (not times or now - times[-1] > max_age_s):
             since = f"for {now - times[-1]:.0f} s" if times else f"in {now - recent[0].time:.0f} s"
             problem = f"{name} at {instance} has not answered {since}, allowed {max_age_s:.0f} s"
         if times:
-            instances[instance] = Instance(instance, times[0], times[-1], gone)
+            instances[instance] = Instance(instance, times[0], times[-1], removed)
     if not problem and not any(not i.gone for i in instances.values()):
-        problem = f"no {name} was heard in the last {min(window_s, max_age_s):.0f} s"
+        problem = f"no {name} answered in the last {min(window_s, max_age_s):.0f} s"
     if problem and heard.problem:
         problem += f" ({heard.problem})"
     return Job(name, instances, problem)
 
 
 def within(heard: Heard, job: Job, *wanted: str, since: float) -> Iterator[tuple[SeriesKey, Instance, list[Sample]]]:
-    """The named series of a job's instances, with their samples from ``since`` on."""
+    """The named series of a job's exporters, with their samples from ``since`` on."""
     for key, samples in heard.series.items():
         if key.name in wanted and (instance := job.instances.get(key.get("instance"))) is not None:
             yield key, instance, [s for s in samples if s.time >= since]

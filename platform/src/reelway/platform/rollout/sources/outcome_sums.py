@@ -1,7 +1,7 @@
-"""Why: outcome metrics are judged on sums over a whole rollout, so one lost memory of the collector spoils them all.
+"""Outcome metrics from the collector's cumulative sums over a whole rollout.
 
-From the newest cumulative samples to ``MetricEvidence``; refuses increases (a statistic is a state, not a rate) and
-refuses sums that fell: what was forgotten would make every later comparison a different experiment.
+The newest sample of a statistic is its value; increases are not used. Sums that decreased are rejected: after the
+collector lost data, every later comparison would be a different experiment.
 """
 
 from __future__ import annotations
@@ -17,21 +17,19 @@ from reelway.platform.rollout.policy import OutcomeMetric, RolloutPolicy, Slice
 from reelway.platform.rollout.sources.heard_series import KEPT_SINCE_THE_START, Heard, Job, Scope
 from reelway.platform.rollout.state import RolloutState
 
-EXPOSURE_STATISTICS: Final = ("viewers", "impressions", "sum_x", "sum_xx")
-METRIC_STATISTICS: Final = ("sum_y", "sum_yy", "sum_xy")
 _SLACK: Final = 1e-9
-"""Relative; sums of floats may differ in the last digits between two writings."""
+"""Relative tolerance: float sums may differ in their last digits between two scrapes."""
 
 
 class _Key(NamedTuple):
     arm: str
-    part: str
+    slice_: str
     metric: str  # empty for exposure
     statistic: str
 
 
 class _Sums(NamedTuple):
-    """``lost`` says how it is known that the collector forgot; empty when it didn't."""
+    """``reset_reason`` says how the collector's data loss was detected; empty if it lost nothing."""
 
     newest: dict[_Key, float]
     lost: str
@@ -40,10 +38,10 @@ class _Sums(NamedTuple):
 def outcome_metrics(
     policy: RolloutPolicy, state: RolloutState, heard: Heard, collector: Job
 ) -> dict[tuple[str, Slice], MetricEvidence]:
-    """Every (metric, slice) of the policy.
+    """Evidence for every (metric, slice) of the policy.
 
-    The collector was heard and has no series of an arm yet: nobody was shown anything, which is ``insufficient``. It
-    was not heard, or its sums are not finite, negative, incomplete or less than they were: ``telemetry_down``.
+    ``insufficient`` if the collector answers but has no series of an arm yet: the arm has no impressions.
+    ``telemetry_down`` if the collector does not answer, or its sums are not finite, negative, incomplete or decreasing.
     """
     if collector.problem:
         down = MetricEvidence(EvidenceState.TELEMETRY_DOWN, detail=collector.problem)
@@ -56,10 +54,10 @@ def outcome_metrics(
 
 
 def _sums(state: RolloutState, heard: Heard, collector: Job) -> _Sums:
-    """Newest values, added over the collector's live instances.
+    """Newest values, summed over the collector's running instances.
 
-    An instance that is gone does not count: its successor has its memory. What is newest may not be below what any
-    one instance said before.
+    A removed instance does not count, because its successor has its data. The newest value must not be below an
+    earlier value of any instance.
     """
     newest, highest = defaultdict[_Key, float](float), dict[_Key, float]()
     canary, stable = Scope.of(state).releases
@@ -68,17 +66,17 @@ def _sums(state: RolloutState, heard: Heard, collector: Job) -> _Sums:
         if key.name not in KEPT_SINCE_THE_START or key.get("rollout") != state.id or not samples:
             continue
         if release_of.get(key.get("arm")) != key.get("release"):
-            continue  # the holdout, or what became stable at the rollout's end
-        place = _Key(key.get("arm"), key.get("slice"), key.get("metric"), key.get("statistic"))
+            continue  # the holdout, or the arm that became stable when the rollout ended
+        sum_key = _Key(key.get("arm"), key.get("slice"), key.get("metric"), key.get("statistic"))
         peak = max((s.value for s in samples if math.isfinite(s.value)), default=0.0)
-        highest[place] = max(peak, highest.get(place, 0.0))
+        highest[sum_key] = max(peak, highest.get(sum_key, 0.0))
         instance = collector.instances.get(key.get("instance"))
         if instance is not None and not instance.gone and samples[-1].time >= instance.last_heard:
-            newest[place] += samples[-1].value
-    for place, peak in highest.items():
-        if 0 <= (now := newest.get(place, 0.0)) < peak * (1 - _SLACK):
-            what = " ".join(word for word in (place.arm, place.metric, place.statistic) if word)
-            lost = f"{what} on {place.part} fell from {peak:g} to {now:g} within the rollout: the collector lost memory"
+            newest[sum_key] += samples[-1].value
+    for sum_key, peak in highest.items():
+        if 0 <= (now := newest.get(sum_key, 0.0)) < peak * (1 - _SLACK):
+            what = " ".join(word for word in (sum_key.arm, sum_key.metric, sum_key.statistic) if word)
+            lost = f"{what} on {sum_key.slice_} fell from {peak:g} to {now:g} during the rollout: collector data lost"
             return _Sums({}, lost)
     return _Sums(dict(newest), "")
 
@@ -86,7 +84,9 @@ def _sums(state: RolloutState, heard: Heard, collector: Job) -> _Sums:
 def _evidence(metric: OutcomeMetric, part: Slice, newest: dict[_Key, float]) -> MetricEvidence:
     if metric.name not in names.OUTCOME_METRICS:
         known = ", ".join(names.OUTCOME_METRICS)
-        return MetricEvidence(EvidenceState.TELEMETRY_DOWN, detail=f"nobody counts {metric.name}; known are {known}")
+        return MetricEvidence(
+            EvidenceState.TELEMETRY_DOWN, detail=f"no series counts {metric.name}; known metrics: {known}"
+        )
     arms = dict[Arm, ArmStatistics]()
     for arm in (Arm.STABLE, Arm.CANARY):
         found = _arm(metric, part, arm, newest)
@@ -97,11 +97,11 @@ def _evidence(metric: OutcomeMetric, part: Slice, newest: dict[_Key, float]) -> 
 
 
 def _arm(metric: OutcomeMetric, part: Slice, arm: Arm, newest: dict[_Key, float]) -> ArmStatistics | str:
-    """One arm's sums, or what is wrong with them. ``kind: mean``: each viewer is one, x_i = 1."""
-    exposure = {name: newest.get(_Key(arm, part, "", name)) for name in EXPOSURE_STATISTICS}
+    """One arm's sums, or an error message. With ``kind: mean`` every viewer has x_i = 1."""
+    exposure = {name: newest.get(_Key(arm, part, "", name)) for name in names.EXPOSURE_STATISTICS}
     if all(value is None for value in exposure.values()):
-        return ArmStatistics()  # the collector is alive and nobody on this arm was shown anything
-    outcome = {name: newest.get(_Key(arm, part, metric.name, name)) for name in METRIC_STATISTICS}
+        return ArmStatistics()  # the collector answers, and this arm has no impressions
+    outcome = {name: newest.get(_Key(arm, part, metric.name, name)) for name in names.METRIC_STATISTICS}
     values = dict[str, float]()
     for name, value in (exposure | outcome).items():
         if value is None:

@@ -1,8 +1,7 @@
-"""Why: what the feature replay found is a guardrail too, and it lies in a file that may be absent, old or broken.
+"""Parity findings of the feature replay as a guardrail, read from ``serving/parity.json`` of a run.
 
-Reads ``serving/parity.json`` of a run (``parity_store`` reads a cluster's); refuses to replay anything. No file: nobody
-has looked, which is telemetry's fault; a file without the release: somebody has looked, and there was nothing of it to
-replay yet.
+``parity_store`` reads a cluster's findings. A missing file means that no replay has run: ``telemetry_down``. A file
+without the release means that there was nothing of the release to replay yet: ``insufficient``.
 """
 
 from __future__ import annotations
@@ -15,12 +14,13 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
+from reelway.platform.contracts.ids import short_id
 from reelway.platform.rollout.evidence import EvidenceState, GuardrailReading
 from reelway.platform.runs import RunDirectory
 
 
 class ReplayedRelease(BaseModel):
-    """What was found of one release."""
+    """Findings about one release."""
 
     model_config = ConfigDict(extra="ignore", frozen=True)
 
@@ -35,47 +35,47 @@ _REPORT = TypeAdapter(dict[str, ReplayedRelease])
 
 @dataclass(frozen=True, slots=True)
 class ParityReport:
-    """By release id. With a ``problem`` there is none."""
+    """Findings by release id; empty if ``problem`` is set."""
 
     releases: Mapping[str, ReplayedRelease] = field(default_factory=dict)
     problem: str = ""
 
     def reading(self, release: str) -> GuardrailReading:
-        """The guardrail ``parity_mismatches``: mismatches of replayed rows."""
+        """The reading of the guardrail ``parity_mismatches``: mismatches of replayed rows."""
         if self.problem:
             return GuardrailReading(EvidenceState.TELEMETRY_DOWN, detail=self.problem)
-        found = self.releases.get(release)
-        if found is None or not found.rows:
-            detail = f"0 rows of {release[:12]} were replayed"
+        parity = self.releases.get(release)
+        if parity is None or not parity.rows:
+            detail = f"0 rows of {short_id(release)} were replayed"
             return GuardrailReading(EvidenceState.INSUFFICIENT, detail=detail)
-        when = datetime.fromtimestamp(found.checked_at, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
-        detail = ", ".join(part for part in (found.detail, f"replayed at {when}" if found.checked_at else "") if part)
-        return GuardrailReading(EvidenceState.OK, found.mismatches, found.rows, detail=detail)
+        when = datetime.fromtimestamp(parity.checked_at, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
+        detail = ", ".join(part for part in (parity.detail, f"replayed at {when}" if parity.checked_at else "") if part)
+        return GuardrailReading(EvidenceState.OK, parity.mismatches, parity.rows, detail=detail)
 
 
 def parity_path(run: RunDirectory) -> Path:
-    """Where the replay leaves its findings."""
+    """The file to which the replay writes its findings."""
     return run.path / "serving" / "parity.json"
 
 
 def read_parity(run: RunDirectory) -> ParityReport:
-    """The report of a run, or why there is none; raises nothing."""
+    """Reads a run's findings, or why there are none; raises nothing."""
     path = parity_path(run)
     again = f"run `reelway features parity --run {run.path}`"
     try:
         return parse_parity(path.read_text(), str(path), again)
     except FileNotFoundError:
-        return ParityReport(problem=f"no parity report at {path}; {again}")
+        return ParityReport(problem=f"no parity findings at {path}; {again}")
     except UnicodeDecodeError as error:
-        return ParityReport(problem=f"{path} is not a parity report: {error}; {again}")
+        return ParityReport(problem=f"{path} does not contain parity findings: {error}; {again}")
     except OSError as error:
         return ParityReport(problem=f"cannot read {path}: {error.strerror or error}")
 
 
 def parse_parity(text: str, where: str, again: str) -> ParityReport:
-    """The report in a text; ``where`` it came from and what to do ``again`` are said if it is none."""
+    """Parses findings. The message of an invalid text names ``where`` it came from and the ``remedy``."""
     try:
         return ParityReport(_REPORT.validate_python(json.loads(text)))
     except (ValidationError, ValueError) as error:
         first = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error)
-        return ParityReport(problem=f"{where} is not a parity report: {first}; {again}")
+        return ParityReport(problem=f"{where} does not contain parity findings: {first}; {again}")

@@ -1,8 +1,8 @@
-"""Why: on a cluster the replay runs in a job and is judged in another pod; the release store is what both can reach.
+"""Parity findings in the release store: a replay job writes them, and the operator's pod reads them.
 
-One file beside the releases, whole or absent. Who judges looks every few seconds and must not wait for object storage,
-so the file is read aside, and what was read last is what is known; refuses to pass that off as news when the store has
-stopped to answer.
+The file lies beside the releases and is written atomically. The operator reconciles every few seconds and must not wait
+for object storage. A thread therefore reads the file, and the operator uses the last result until the store has not
+answered for ``MAX_STALENESS_S``.
 """
 
 from __future__ import annotations
@@ -22,35 +22,35 @@ from reelway.platform.errors import ConfigError, StorageError
 from reelway.platform.rollout.sources.parity_report import ParityReport, parse_parity
 
 EVERY_S: Final = 15.0
-"""Between two reads."""
+"""Seconds between two reads."""
 PATIENCE_S: Final = 60.0
-"""A read that takes longer, or a store that fails for longer, and nothing is known any more."""
+"""After this many seconds without an answer of the store, the findings are unknown."""
 _FIRST_S: Final = 2.0
 _AGAIN: Final = "run `reelway features parity --report {url}`, or let the chart's `jobs.parity` do it"
 
 
-def write_parity(url: str, found: Mapping[str, Mapping[str, Any]]) -> None:
-    """Put a replay's findings where ``ParityInStore`` reads them.
+def write_parity(url: str, findings: Mapping[str, Mapping[str, Any]]) -> None:
+    """Writes a replay's findings to a URL that ``ParityFindingsReader`` reads.
 
     Raises:
-        ConfigError: the URL cannot be opened.
-        StorageError: it could not be written; what was there is as it was.
+        ConfigError: if the URL cannot be opened.
+        StorageError: if the file cannot be written; it is unchanged.
     """
     fs, path = _opened(url)
     if isinstance(fs, LocalFileSystem):
-        write_json(Path(path), found)
+        write_json(Path(path), findings)
         return
     try:
-        fs.pipe_file(path, json.dumps(found).encode())
-    except Exception as error:  # client libraries have errors of their own
+        fs.pipe_file(path, json.dumps(findings).encode())
+    except Exception as error:  # every client library has its own errors
         raise StorageError(f"cannot write {url}: {error or type(error).__name__}") from error
 
 
 class ParityInStore:
-    """What a replay has left at a URL; read by a thread of its own from the first ``report`` on.
+    """Reads a replay's findings from a URL, on a thread that the first call of ``findings`` starts.
 
     Raises:
-        ConfigError: the URL cannot be opened.
+        ConfigError: if the URL cannot be opened.
     """
 
     def __init__(
@@ -65,7 +65,7 @@ class ParityInStore:
         self._thread = threading.Thread(target=self._read_until, name="parity", daemon=True)
 
     def report(self) -> ParityReport:
-        """What was read last, or why nothing is known; waits a moment for the first time only. Raises nothing."""
+        """The findings read last, or why there are none. Only the first call waits. Raises nothing."""
         if self._thread.ident is None:
             self._read_at = time.monotonic()
             self._thread.start()
@@ -76,7 +76,7 @@ class ParityInStore:
         return known
 
     def close(self) -> None:
-        """Read no more. A read under way is not waited for."""
+        """Stops reading. Does not wait for a read in progress."""
         self._stop.set()
 
     def _read_until(self) -> None:
@@ -91,8 +91,8 @@ class ParityInStore:
         try:
             text = self._fs.cat_file(self._path).decode()
         except FileNotFoundError:
-            return ParityReport(problem=f"no parity report at {self._url}; {again}")
-        except Exception as error:  # client libraries have errors of their own
+            return ParityReport(problem=f"no parity findings at {self._url}; {again}")
+        except Exception as error:  # every client library has its own errors
             return ParityReport(problem=f"cannot read {self._url}: {error or type(error).__name__}")
         return parse_parity(text, self._url, again)
 
@@ -101,7 +101,7 @@ def _opened(url: str) -> tuple[Any, str]:
     try:
         fs, path = url_to_fs(url)
     except ImportError as error:
-        raise ConfigError(f"parity report {url} needs a package that is not installed: {error}") from error
+        raise ConfigError(f"parity findings {url}: a package for it is not installed: {error}") from error
     except ValueError as error:
-        raise ConfigError(f"parity report {url!r} is not a URL that can be opened: {error}") from error
+        raise ConfigError(f"parity findings {url!r}: cannot open the URL: {error}") from error
     return fs, path

@@ -1,12 +1,11 @@
-"""Why: what harms viewers at once (errors, empty slates, slow answers) is judged on the last minute, not on a history.
+"""Request guardrails over the last window: error ratio, empty slates and p99 latency, from the routers' counters.
 
-From the increases of the router's counters to guardrail readings; refuses to judge them. Only the canary's own requests
-count: its release, shown (arm ``canary``) or mirrored (arm ``shadow``), summed over the routers.
+Only the canary's own requests count: those of its release, shown (arm ``canary``) or mirrored (arm ``shadow``), summed
+over the routers. ``assessment`` judges the readings.
 """
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections import defaultdict
 from collections.abc import Callable, Mapping
@@ -15,15 +14,14 @@ from typing import Final
 
 from reelway.platform.contracts.events import Arm
 from reelway.platform.rollout import series as names
-from reelway.platform.rollout.evidence import (
+from reelway.platform.rollout.counters import (
     CounterReading,
-    EvidenceState,
-    GuardrailName,
-    GuardrailReading,
     Sample,
     counter_increase,
+    histogram_quantile,
     sum_counters,
 )
+from reelway.platform.rollout.evidence import EvidenceState, GuardrailName, GuardrailReading
 from reelway.platform.rollout.policy import RolloutPolicy
 from reelway.platform.rollout.sources.heard_series import (
     BUCKET,
@@ -38,12 +36,12 @@ from reelway.platform.rollout.sources.heard_series import (
 CANARYS_ARMS: Final = (Arm.CANARY, Arm.SHADOW)
 QUANTILE: Final = 0.99
 _TORN: Final = 2
-"""Requests by which two counters of one scrape may disagree: they are not read at the same instant."""
+"""Requests by which two counters of one scrape may differ, because they are not read at the same instant."""
 
 
 @dataclass(frozen=True, slots=True)
 class Window:
-    """The router's increases before ``now``, within this rollout: what a release did in an earlier one is its past."""
+    """The routers' counter increases in the window, without those before the rollout began."""
 
     heard: Heard
     routers: Job
@@ -55,9 +53,9 @@ class Window:
         return cls(heard, routers, now - scope.window_s, scope.started_at)
 
     def rises(self, name: str, label: str, wanted: Callable[[SeriesKey], bool]) -> Mapping[str, CounterReading]:
-        """Value of ``label`` -> the rise of all wanted series with it, over all routers.
+        """Value of ``label`` -> increase of all wanted series with that value, over all routers.
 
-        A router that was heard once says nothing yet, and does not hide what the others say.
+        A router with one sample has no increase yet and does not make the others' unknown.
         """
         parts = defaultdict[str, list[CounterReading]](list)
         known = [i for i in self.routers.instances.values() if i.last_heard > i.first_heard]
@@ -67,17 +65,17 @@ class Window:
         return {value: sum_counters(readings) for value, readings in parts.items()}
 
     def _rise(self, instance: Instance, samples: list[Sample]) -> CounterReading:
-        """A series that began after its exporter was heard began at 0. How old it may be is its exporter's matter."""
+        """The increase of one series, from 0 if the series appeared after its exporter's first sample."""
         earlier = sum(sample.time <= self.started_at for sample in samples)
         began = samples[0].time > instance.first_heard and not earlier
         samples = samples[max(earlier - 1, 0) :]
-        return counter_increase(samples, now=samples[-1].time, max_age_s=math.inf, origin=began)
+        return counter_increase(samples, origin=began)
 
 
 def request_guardrails(
     policy: RolloutPolicy, scope: Scope, heard: Heard, routers: Job, now: float
 ) -> dict[GuardrailName, GuardrailReading]:
-    """error_ratio, empty_slate_ratio and p99_ms over the scope's window."""
+    """Readings of error_ratio, empty_slate_ratio and p99_ms over the scope's window."""
     if routers.problem:
         down = GuardrailReading(EvidenceState.TELEMETRY_DOWN, detail=routers.problem)
         return {"error_ratio": down, "empty_slate_ratio": down, "p99_ms": down}
@@ -95,29 +93,6 @@ def request_guardrails(
     }
 
 
-def quantile_of(rises: Mapping[float, float], q: float) -> float:
-    """The quantile of a histogram, in the buckets' unit; NaN where nothing was observed or no bucket is infinite.
-
-    Linear within a bucket, the lowest one from 0; a quantile beyond the last finite bound is that bound: what
-    Prometheus' ``histogram_quantile`` says (https://prometheus.io/docs/prometheus/latest/querying/functions/).
-
-    Args:
-        rises: upper bound -> observations at or below it in the window.
-    """
-    bounds = sorted(rises)
-    counts = list(itertools.accumulate((rises[bound] for bound in bounds), max))  # a torn scrape is not monotone
-    if len(bounds) < 2 or not math.isinf(bounds[-1]) or not counts[-1] > 0:
-        return math.nan
-    rank = q * counts[-1]
-    i = next(i for i, count in enumerate(counts) if count >= rank)
-    if math.isinf(bounds[i]):
-        return bounds[i - 1]
-    below, start = (counts[i - 1], bounds[i - 1]) if i else (0.0, 0.0)
-    if (i == 0 and bounds[0] <= 0) or counts[i] == below:
-        return bounds[i]
-    return start + (bounds[i] - start) * (rank - below) / (counts[i] - below)
-
-
 def _canarys(scope: Scope) -> Callable[[SeriesKey], bool]:
     return lambda key: key.get("release") == scope.releases[0] and key.get("arm") in CANARYS_ARMS
 
@@ -127,9 +102,9 @@ def _stables(scope: Scope) -> Callable[[SeriesKey], bool]:
 
 
 def _total(rises: Mapping[str, CounterReading], wanted: tuple[str, ...]) -> CounterReading:
-    """The sum of what was counted. What a live router never counted is 0."""
-    found = [rises[name] for name in wanted if name in rises]
-    return sum_counters(found) if found else CounterReading(EvidenceState.OK)
+    """The sum of the wanted counters. A counter that a running router does not expose is 0."""
+    readings = [rises[name] for name in wanted if name in rises]
+    return sum_counters(readings) if readings else CounterReading(EvidenceState.OK)
 
 
 def _ratio(events: CounterReading, requests: CounterReading, scope: Scope) -> GuardrailReading:
@@ -157,11 +132,11 @@ def _p99(window: Window, scope: Scope, *, compared: bool) -> GuardrailReading:
         return GuardrailReading(EvidenceState.INSUFFICIENT, detail=_no_requests("the canary", scope))
     if compared and not stable:
         return GuardrailReading(EvidenceState.INSUFFICIENT, detail=_no_requests("stable", scope))
-    value = quantile_of(canary, QUANTILE) * 1000
+    value = histogram_quantile(canary, QUANTILE) * 1000
     if math.isnan(value):
         what = f"{BUCKET} has the bounds {sorted(canary)}, expected several and +Inf"
         return GuardrailReading(EvidenceState.TELEMETRY_DOWN, detail=what)
-    against = quantile_of(stable, QUANTILE) * 1000 if isinstance(stable, dict) else math.nan
+    against = histogram_quantile(stable, QUANTILE) * 1000 if isinstance(stable, dict) else math.nan
     if compared and isinstance(stable, GuardrailReading):
         return stable
     return GuardrailReading(
@@ -173,12 +148,12 @@ def _p99(window: Window, scope: Scope, *, compared: bool) -> GuardrailReading:
 
 
 def _latencies(window: Window, wanted: Callable[[SeriesKey], bool]) -> dict[float, float] | GuardrailReading:
-    """Upper bound -> observations, empty when there was none; a reading when they are not to be had."""
+    """Upper bound -> observations, empty without any; a reading if they are unknown."""
     rises = window.rises(BUCKET, "le", wanted)
     if not rises:
         return {}
-    if (whole := sum_counters(rises.values())).state is not EvidenceState.OK:
-        return GuardrailReading(whole.state, detail=whole.detail)
+    if (total := sum_counters(rises.values())).state is not EvidenceState.OK:
+        return GuardrailReading(total.state, detail=total.detail)
     if not any(rise.increase for rise in rises.values()):
         return {}
     return {float(bound): rise.increase for bound, rise in rises.items()}

@@ -1,15 +1,13 @@
-"""Why: whoever answered, Prometheus or the service itself, the same samples have to become the same evidence.
+"""Evidence from series: the same for a direct scrape and for Prometheus. Pure functions.
 
-Pure, from series to ``EvidenceSnapshot``; refuses to fetch and to judge. Alerts, weights and readiness are others' to
-add.
+The controller adds alerts, weights and readiness.
 """
 
 from __future__ import annotations
 
-import math
-
 from reelway.platform.rollout import series as names
-from reelway.platform.rollout.evidence import EvidenceSnapshot, EvidenceState, counter_increase
+from reelway.platform.rollout.counters import counter_increase
+from reelway.platform.rollout.evidence import EvidenceSnapshot, EvidenceState
 from reelway.platform.rollout.policy import RolloutPolicy
 from reelway.platform.rollout.sources.heard_series import LONGEST_SHADOW_S, WINDOW_S, Heard, Job, Scope, job_of, within
 from reelway.platform.rollout.sources.outcome_sums import outcome_metrics
@@ -27,10 +25,10 @@ def snapshot_of(
     *,
     window_s: float = WINDOW_S,
 ) -> EvidenceSnapshot:
-    """The evidence of one rollout.
+    """The evidence about one rollout.
 
-    Its time is that of the oldest scrape it stands on, so that evidence which stops coming grows old; where nobody was
-    heard it is now, and everything is ``telemetry_down``.
+    Its time is that of the oldest scrape it uses, so that evidence ages when scrapes stop. If no exporter answered, its
+    time is ``now`` and everything is ``telemetry_down``.
     """
     scope = Scope.of(state, window_s)
     max_age_s = policy.evidence_max_age_s
@@ -50,13 +48,13 @@ def snapshot_of(
 
 
 def _mirrored(scope: Scope, heard: Heard, routers: Job, now: float) -> int:
-    """Requests that were mirrored and answered or failed in this shadow phase; 0 outside of one."""
+    """Mirrored requests that succeeded or failed in this shadow phase; 0 outside of a shadow phase."""
     if scope.shadow_since is None or routers.problem:
         return 0
     since, total = max(scope.shadow_since, now - LONGEST_SHADOW_S), 0.0
     for key, _, samples in within(heard, routers, names.SHADOW_REQUESTS, since=since):
         if key.get("release") != scope.releases[0] or key.get("outcome") not in ("compared", "failed") or not samples:
             continue
-        rise = counter_increase(samples, now=samples[-1].time, max_age_s=math.inf)
+        rise = counter_increase(samples)
         total += rise.increase if rise.state is EvidenceState.OK else 0.0
     return int(total)
