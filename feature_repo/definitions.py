@@ -18,6 +18,7 @@ from feast.types import Array, Float32, Float64, Int64, String
 from reelway.platform.contracts import features as names
 
 FEATURES_DIR = Path(os.environ["REELWAY_FEATURES_DIR"]).absolute()
+DIMENSIONS = names.FeatureDimensions.from_json((FEATURES_DIR / names.SCHEMA_FILE).read_bytes())
 
 viewer = Entity(name="viewer", join_keys=["viewer_id"], value_type=ValueType.INT64)
 video = Entity(name="video", join_keys=["video_id"], value_type=ValueType.INT64)
@@ -63,6 +64,12 @@ ENTITIES = {
 }
 
 
+def _field(name: str) -> Field:
+    # The width of a list is part of the feature service's digest: a model fits lists of one width only.
+    width = DIMENSIONS.list_width(name)
+    return Field(name=name, dtype=TYPES.get(name, Float32), tags={"width": str(width)} if width else {})
+
+
 def _view(name: str) -> FeatureView:
     entity = ENTITIES[name]
     return FeatureView(
@@ -71,7 +78,7 @@ def _view(name: str) -> FeatureView:
         ttl=TTLS[name],
         schema=[
             Field(name=entity.join_key, dtype=Int64),
-            *(Field(name=field, dtype=TYPES.get(field, Float32)) for field in names.VIEWS[name]),
+            *(_field(field) for field in names.VIEWS[name]),
         ],
         source=FileSource(
             name=f"{name}_rows",

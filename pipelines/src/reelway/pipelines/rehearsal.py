@@ -165,7 +165,7 @@ def _make_worse(making: _Making) -> dict[str, Any]:
     config = TrainingConfig(ranker=models.ranker.config, two_tower=models.two_tower.config, seed=making.seed)
     loop = dataclasses.replace(config.ranker_loop, epochs=1, max_steps_per_epoch=SHUFFLED_STEPS)
     config = dataclasses.replace(config, ranker_loop=loop)
-    rows = load_rows(making.run.features / ROWS_FILE)
+    rows = load_rows(making.run.features / ROWS_FILE, models.dimensions)
     learn = shown_rows(rows, window_of(rows, config).training(rows)[-SHUFFLED_ROWS:])
     shuffled = np.random.default_rng([making.seed, 13]).permutation(learn.labels)
     making.report("training a ranker on shuffled labels")

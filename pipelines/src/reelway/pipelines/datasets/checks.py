@@ -20,15 +20,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from reelway.pipelines.datasets.store import Dataset
-from reelway.platform.contracts.events import (
-    AUDIO_DIM,
-    DATASET_TABLES,
-    TEXT_DIM,
-    TOPICS,
-    VISUAL_DIM,
-    Arm,
-    OutcomeType,
-)
+from reelway.platform.contracts.events import DATASET_TABLES, Arm, OutcomeType
 from reelway.platform.contracts.ids import MAX_ID
 from reelway.platform.errors import EmptyDatasetError, TooManyBadRowsError
 
@@ -106,7 +98,7 @@ def check_dataset(dataset: Dataset, limits: CheckLimits = CheckLimits()) -> Chec
     if not clean["impressions"].num_rows:
         raise EmptyDatasetError(f"data set {dataset.info.get('name', '?')!r}: no impression passed; {counts}")
     info = {**dataset.info, "rejected": counts}
-    return CheckedDataset(Dataset(**clean, info=info), pa.concat_tables(rejected), counts)
+    return CheckedDataset(Dataset(**clean, info=info, dimensions=dataset.dimensions), pa.concat_tables(rejected), counts)
 
 
 def _first_reasons(rows: int, findings: Iterator[Finding]) -> NDArray[np.str_]:
@@ -152,13 +144,13 @@ def _creators(table: pa.Table, _: Dataset, __: Mapping[str, pa.Table], limits: C
     yield "followers_out_of_range", table["followers"].to_numpy() < 0
 
 
-def _videos(table: pa.Table, _: Dataset, clean: Mapping[str, pa.Table], limits: CheckLimits) -> Iterator[Finding]:
+def _videos(table: pa.Table, dataset: Dataset, clean: Mapping[str, pa.Table], limits: CheckLimits) -> Iterator[Finding]:
     yield from _ids(table, "video_id")
     yield from _clock(table, "uploaded_at", limits)
     duration, topic = table["duration_ms"].to_numpy(), table["topic"].to_numpy()
     yield "duration_out_of_range", (duration <= 0) | (duration > limits.max_duration_ms)
-    yield "topic_out_of_range", (topic < -1) | (topic >= TOPICS)
-    for name, width in (("visual", VISUAL_DIM), ("audio", AUDIO_DIM), ("text", TEXT_DIM)):
+    yield "topic_out_of_range", (topic < -1) | (topic >= dataset.dimensions.topics)
+    for name, width in dataset.dimensions.content.items():
         yield f"bad_{name}_embedding", _bad_vectors(table[name], width)
     yield "video_without_creator", ~_find(clean["creators"], "creator_id", table["creator_id"].to_numpy())[1]
 

@@ -15,6 +15,7 @@ from reelway.pipelines.datasets.checks import CheckLimits, check_dataset
 from reelway.pipelines.datasets.store import Dataset, conform, write_dataset
 from reelway.pipelines.datasets.summary import summarise, summary_tables
 from reelway.platform.cli.terminal import out
+from reelway.platform.contracts.features import FeatureDimensions
 
 
 def write_checked(
@@ -23,6 +24,7 @@ def write_checked(
     info: Mapping[str, Any],
     limits: CheckLimits,
     *,
+    dimensions: FeatureDimensions,
     extras: Mapping[str, pa.Table] | None = None,
 ) -> dict[str, Any]:
     """Check ``tables``, write the clean ones and ``rejected.parquet`` to ``path``, print and return a summary.
@@ -31,9 +33,13 @@ def write_checked(
         DataError: as ``checks.check_dataset`` and ``store.write_dataset``.
     """
     conformed = {name: conform(path / f"{name}.parquet", table, name) for name, table in tables.items()}
-    checked = check_dataset(Dataset(**conformed, info=info), limits)
+    checked = check_dataset(Dataset(**conformed, info=info, dimensions=dimensions), limits)
     write_dataset(
-        path, checked.dataset.tables, checked.dataset.info, extras={**(extras or {}), "rejected": checked.rejected}
+        path,
+        checked.dataset.tables,
+        checked.dataset.info,
+        dimensions,
+        extras={**(extras or {}), "rejected": checked.rejected},
     )
     summary = summarise(checked)
     for table in summary_tables(summary):

@@ -21,8 +21,6 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from reelway.platform.contracts.events import TEXT_DIM
-
 GENRES: Final = (
     "Action", "Adventure", "Animation", "Children", "Comedy", "Crime", "Documentary", "Drama", "Fantasy", "Film-Noir",
     "Horror", "IMAX", "Musical", "Mystery", "Romance", "Sci-Fi", "Thriller", "War", "Western", "Short",
@@ -32,6 +30,7 @@ GENRES: Final = (
 _GENRE_INDEX: Final = {genre: i for i, genre in enumerate(GENRES)} | {"Children's": GENRES.index("Children")}
 _YEAR: Final = re.compile(r"\s*\((\d{4})\)\s*$")
 _WORD: Final = re.compile(r"[a-z0-9]+")
+TEXT_DIM: Final = 32
 _DECADE_AT, _WORDS_AT = len(GENRES), len(GENRES) + 2
 _WORD_DIM: Final = TEXT_DIM - _WORDS_AT
 _DECADE_LENGTH, _WORDS_LENGTH = 0.7, 0.5

@@ -23,7 +23,6 @@ from reelway.platform.contracts.events import (
     CREATORS,
     IMPRESSIONS,
     OUTCOMES,
-    TOPICS,
     VIDEOS,
     VIEWERS,
     Arm,
@@ -145,19 +144,29 @@ def _videos(path: Path, basic: pa.Table, log: pa.Table) -> pa.Table:
     logged_ms = logged["duration_ms_max"].to_numpy()[np.searchsorted(logged["video_id"].to_numpy(), video)]
     duration = np.where(duration > 0, duration, np.where(logged_ms > 0, logged_ms, _DEFAULT_DURATION_MS))
     tag = pc.struct_field(pc.extract_regex(_column(basic, "tag", _TEXT), r"^\s*(?P<first>\d+)"), "first")
-    first_tag = pc.fill_null(tag.cast(_INT), -1).to_numpy(zero_copy_only=False)
+    topic = _topics(path, pc.fill_null(tag.cast(_INT), -1).to_numpy(zero_copy_only=False), line)
     rows = len(video)
     columns = {
         "video_id": video,
         "creator_id": pc.fill_null(_column(basic, "author_id", _INT), -1).to_numpy(zero_copy_only=False) + 1,
         "uploaded_at": times(uploaded_us),
         "duration_ms": duration.clip(1, np.iinfo(np.int32).max).astype(np.int32),
-        "topic": np.where(first_tag >= 0, first_tag % TOPICS, -1).astype(np.int32),
+        "topic": topic,
         "language": pa.nulls(rows, _TEXT),
         "title": pa.nulls(rows, _TEXT),
         **{name: pa.nulls(rows, pa.list_(pa.float32())) for name in ("visual", "audio", "text")},
     }
     return pa.table(columns, schema=VIDEOS)
+
+
+def _topics(path: Path, tag: I64, line: I64) -> NDArray[np.int32]:
+    limit = np.iinfo(np.int32).max
+    if len(above := np.flatnonzero(tag > limit)):
+        row = int(above[0])
+        raise MalformedFileError(
+            path, f"a tag of at most {limit}", seen=int(tag[row]), row=int(line[row]) + 2, column="tag"
+        )
+    return tag.astype(np.int32)
 
 
 def _dates_us(path: Path, text: pa.Array, line: I64, missing_us: I64) -> I64:

@@ -18,8 +18,10 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from reelway.platform.contracts.events import DATASET_TABLES
+from reelway.platform.contracts.features import FeatureDimensions
 from reelway.platform.durable import whole_folder
 from reelway.platform.errors import MalformedFileError
+from reelway.platform.features.dimensions import read_dimensions, write_dimensions
 
 INFO_FILE: Final = "dataset.json"
 _KEYS: Final = {
@@ -41,6 +43,7 @@ class Dataset:
     impressions: pa.Table
     outcomes: pa.Table
     info: Mapping[str, Any]
+    dimensions: FeatureDimensions
 
     @property
     def tables(self) -> dict[str, pa.Table]:
@@ -52,6 +55,7 @@ def write_dataset(
     path: Path,
     tables: Mapping[str, pa.Table],
     info: Mapping[str, Any],
+    dimensions: FeatureDimensions,
     *,
     extras: Mapping[str, pa.Table] | None = None,
 ) -> None:
@@ -77,6 +81,7 @@ def write_dataset(
     with whole_folder(path) as aside:
         for name, table in {**ready, **(extras or {})}.items():
             pq.write_table(table, aside / f"{name}.parquet", compression="zstd")
+        write_dimensions(aside, dimensions)
         (aside / INFO_FILE).write_text(json.dumps(whole_info, indent=2, sort_keys=True, default=str) + "\n")
 
 
@@ -104,7 +109,7 @@ def read_dataset(path: Path) -> Dataset:
         raise MalformedFileError(path / INFO_FILE, "a JSON object", seen=str(error)) from error
     if not isinstance(info, dict):
         raise MalformedFileError(path / INFO_FILE, "a JSON object", seen=info)
-    return Dataset(**tables, info=info)
+    return Dataset(**tables, info=info, dimensions=read_dimensions(path))
 
 
 def conform(where: Path, table: pa.Table, name: str) -> pa.Table:

@@ -15,7 +15,7 @@ import os
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Final
@@ -54,10 +54,10 @@ class BatchSettings:
     does not hold up the end.
     """
 
+    views: ViewSettings
     cpus: int = 2
     buckets: int = 8
     ray_address: str = "local"
-    views: ViewSettings = field(default_factory=ViewSettings)
 
 
 @dataclass(frozen=True)

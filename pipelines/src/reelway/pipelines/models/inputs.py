@@ -13,8 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from reelway.platform.contracts.features import CATEGORY_BUCKETS, ID_BUCKETS
-
 CLIP = 8.0
 """Standard deviations: one absurd value must not drown the others."""
 
@@ -75,9 +73,6 @@ class Categories(nn.Module):
         return torch.cat([table(codes[..., i]) for i, table in enumerate(self.tables)], dim=-1)
 
 
-WORD_BUCKETS = CATEGORY_BUCKETS
-
-
 class HashedIds(nn.Module):
     """Sum of one embedding per hash code, all from one table: ``[..., H] -> [..., D]``.
 
@@ -89,7 +84,7 @@ class HashedIds(nn.Module):
 
     row_of: Tensor
 
-    def __init__(self, dim: int, *, dropout: float = 0.0, buckets: int = ID_BUCKETS) -> None:
+    def __init__(self, dim: int, buckets: int, *, dropout: float = 0.0) -> None:
         super().__init__()
         self.dim = dim
         self.unknown = nn.Parameter(torch.zeros(dim))

@@ -16,14 +16,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from reelway.pipelines.models.inputs import WORD_BUCKETS, Categories, HashedIds, Standardiser
-from reelway.platform.contracts.events import TOPICS
+from reelway.pipelines.models.inputs import Categories, HashedIds, Standardiser
 from reelway.platform.contracts.features import (
     RANKER_TASKS,
     VIDEO_CATEGORIES,
     VIDEO_DENSE,
+    VIEWER_ACTIVITY,
     VIEWER_CATEGORIES,
-    VIEWER_DENSE,
+    FeatureDimensions,
 )
 
 POSITIONS = 64
@@ -31,7 +31,8 @@ POSITIONS = 64
 
 CROSS_SCALE = 4.0
 """Of the affinity and the similarity, beside inputs that are standardised."""
-AFFINITY = VIEWER_DENSE.index("topic_affinity_0")
+AFFINITY = len(VIEWER_ACTIVITY)
+"""First column of the topic affinities in ``viewer_dense``."""
 VIEWER_LANGUAGE = VIEWER_CATEGORIES.index("language")
 VIDEO_TOPIC = VIDEO_CATEGORIES.index("topic")
 VIDEO_LANGUAGE = VIDEO_CATEGORIES.index("video_language")
@@ -138,17 +139,19 @@ class Ranker(nn.Module):
     fixed: Tensor
     fixed_output: Tensor
 
-    def __init__(self, config: RankerConfig, embedding_dim: int) -> None:
+    def __init__(self, config: RankerConfig, embedding_dim: int, dimensions: FeatureDimensions) -> None:
         super().__init__()
         self.config = config
         self.embedding_dim = embedding_dim
-        self.viewer_dense = Standardiser(len(VIEWER_DENSE))
-        self.viewer_categories = Categories([WORD_BUCKETS] * len(VIEWER_CATEGORIES), config.category_dim)
+        self.dimensions = dimensions
+        viewer_dense, words = len(dimensions.viewer_dense), dimensions.category_buckets
+        self.viewer_dense = Standardiser(viewer_dense)
+        self.viewer_categories = Categories([words] * len(VIEWER_CATEGORIES), config.category_dim)
         self.video_dense = Standardiser(len(VIDEO_DENSE))
-        self.video_categories = Categories([TOPICS + 1, WORD_BUCKETS], config.category_dim)
-        self.creators = HashedIds(config.creator_dim, dropout=config.creator_dropout)
+        self.video_categories = Categories([dimensions.topics + 1, words], config.category_dim)
+        self.creators = HashedIds(config.creator_dim, dimensions.id_buckets, dropout=config.creator_dropout)
         coordinates = 0 if config.similarity_only else embedding_dim
-        viewer_width = 2 * len(VIEWER_DENSE) + self.viewer_categories.out_width + coordinates
+        viewer_width = 2 * viewer_dense + self.viewer_categories.out_width + coordinates
         crosses = 5 + coordinates
         candidate_width = (
             2 * len(VIDEO_DENSE) + self.video_categories.out_width + config.creator_dim + coordinates + crosses
@@ -208,8 +211,8 @@ class Ranker(nn.Module):
         outputs_CK = self.head_second(F.relu(self.head_first(mixed_CKE))).squeeze(-1)
         return torch.where(self.fixed, self.fixed_output, outputs_CK)
 
-    @staticmethod
     def _crosses(
+        self,
         viewer_dense: Tensor,
         viewer_categories: Tensor,
         viewer_embedding: Tensor,
@@ -219,7 +222,7 @@ class Ranker(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """What only viewer and video together say: topic affinity, same language and similarity; and, apart, the
         similarity's parts ``[C, D]``."""
-        affinity_VT = viewer_dense[:, AFFINITY : AFFINITY + TOPICS]
+        affinity_VT = viewer_dense[:, AFFINITY : AFFINITY + self.dimensions.topics]
         unknown_VT = torch.isnan(affinity_VT)
         affinity_VT = torch.where(unknown_VT, torch.zeros_like(affinity_VT), affinity_VT)
         affinity_VT = F.pad(affinity_VT, (1, 0))  # column 0: unknown topic

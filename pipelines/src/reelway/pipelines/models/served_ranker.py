@@ -28,7 +28,6 @@ from reelway.pipelines.models.ranker import (
     VIEWER_LANGUAGE,
     Ranker,
 )
-from reelway.platform.contracts.events import TOPICS
 from reelway.platform.contracts.features import ID_HASHES
 
 HUGE = 1e30
@@ -114,7 +113,7 @@ class ServedRanker(nn.Module):
         of_language = torch.cat(
             [ranker.video_categories.tables[1].get_parameter("weight"), spoken.reshape(-1, 2)], dim=-1
         )
-        of_topic = torch.cat([_affinities(viewer_dense), self.topics], dim=-1)
+        of_topic = torch.cat([_affinities(viewer_dense, self.ranker.dimensions.topics), self.topics], dim=-1)
         given_CI = torch.cat(
             [
                 *_scaled(ranker.video_dense, video_dense),
@@ -216,9 +215,9 @@ def _vectors(rows: Tensor, row_of: Tensor, codes: Tensor) -> Tensor:
     return total
 
 
-def _affinities(viewer_dense: Tensor) -> Tensor:
+def _affinities(viewer_dense: Tensor, topics: int) -> Tensor:
     """What the viewer makes of each topic, ``[1 + TOPICS, 2]``; row 0 is the unknown topic. See ``Ranker``."""
-    affinity_T = viewer_dense[0, AFFINITY : AFFINITY + TOPICS]
+    affinity_T = viewer_dense[0, AFFINITY : AFFINITY + topics]
     affinity_T = F.pad(torch.where(torch.isnan(affinity_T), 0.0, affinity_T), (1, 0))
     return CROSS_SCALE * torch.stack([affinity_T, F.relu(-affinity_T)], dim=-1)
 

@@ -13,16 +13,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from reelway.pipelines.models.inputs import WORD_BUCKETS, Categories, HashedIds, Standardiser
-from reelway.platform.contracts.events import AUDIO_DIM, TEXT_DIM, TOPICS, VISUAL_DIM
+from reelway.pipelines.models.inputs import Categories, HashedIds, Standardiser
 from reelway.platform.contracts.features import (
-    HISTORY_LENGTH,
+    CONTENT_VECTORS,
     VIDEO_STATIC_DENSE,
     VIEWER_CATEGORIES,
-    VIEWER_DENSE,
+    FeatureDimensions,
 )
-
-_MODALITIES = {"visual": VISUAL_DIM, "audio": AUDIO_DIM, "text": TEXT_DIM}
 
 
 @dataclass(frozen=True)

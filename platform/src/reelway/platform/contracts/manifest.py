@@ -13,6 +13,8 @@ from typing import Annotated, Any, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from reelway.platform.contracts.features import FeatureDimensions
+
 SCHEMA_VERSION: Final = 1
 
 VIEWER_TOWER_FILE: Final = "viewer_tower.onnx"
@@ -67,6 +69,9 @@ class Dimensions(BaseModel):
     """Shapes that must agree between the files; ``verify`` reads them from the files and compares."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+    features: FeatureDimensions
+    """Copied from the schema of the data set that the models were trained on."""
 
     embedding: Annotated[int, Field(gt=0)]
     viewer_dense: Annotated[int, Field(gt=0)]

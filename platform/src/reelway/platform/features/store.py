@@ -128,7 +128,7 @@ def feature_service(store: FeatureStore, name: str) -> Any:
 
 
 def feature_service_digest(store: FeatureStore, name: str) -> str:
-    """SHA-256 hex over the service's views, join keys, fields, types and TTLs as registered; not over any path.
+    """SHA-256 hex over the service's views, join keys, fields, types, widths and TTLs as registered; not over any path.
 
     Raises:
         FeatureError: the store does not have the service.
@@ -141,7 +141,7 @@ def feature_service_digest(store: FeatureStore, name: str) -> str:
             {
                 "view": projection.name,
                 "keys": [[column.name, str(column.dtype)] for column in view.entity_columns] if view else None,
-                "fields": sorted([field.name, str(field.dtype)] for field in projection.features),
+                "fields": sorted([field.name, str(field.dtype), field.tags] for field in projection.features),
                 "ttl_s": view.ttl.total_seconds() if view and view.ttl else None,
             }
         )

@@ -18,7 +18,7 @@ from pydantic import BaseModel, ValidationError
 
 from reelway.platform.contracts.blend import Blend
 from reelway.platform.contracts.calibration import Calibration
-from reelway.platform.contracts.features import RANKER_TASKS, VIDEO_DENSE, VIEWER_DENSE
+from reelway.platform.contracts.features import RANKER_TASKS, VIDEO_DENSE
 from reelway.platform.contracts.manifest import (
     BLEND_FILE,
     CALIBRATION_FILE,
@@ -196,7 +196,7 @@ def assess_contract(declared: Dimensions) -> None:
         IncompatibleReleaseError: the number of features, or the tasks, differ.
     """
     for name, seen, expected in (
-        ("viewer_dense", declared.viewer_dense, len(VIEWER_DENSE)),
+        ("viewer_dense", declared.viewer_dense, len(declared.features.viewer_dense)),
         ("video_dense", declared.video_dense, len(VIDEO_DENSE)),
         ("tasks", declared.tasks, RANKER_TASKS),
     ):
