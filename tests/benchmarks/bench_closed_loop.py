@@ -138,7 +138,8 @@ class Ours:
     def look(self, at_s: float) -> None:
         """Read the live numbers of all videos; their embeddings stay."""
         snapshot = self._live.videos(at_s)
-        arrays = assemble_videos(columns_from_table(snapshot), np.full(snapshot.num_rows, at_s), self._models.dimensions)
+        moment_s = np.full(snapshot.num_rows, at_s)
+        arrays = assemble_videos(columns_from_table(snapshot), moment_s, self._models.dimensions)
         self._stages.catalogue = replace(self._stages.catalogue, arrays=arrays)
         recent = RecentPopularity(self._world, self._live.outcomes, at_s)
         self._popularity_M = recent.counts

@@ -8,6 +8,7 @@ import os
 import pyarrow as pa
 import pytest
 from feast.type_map import feast_value_type_to_pa
+from tests.dimensions import DIMENSIONS
 
 from reelway.pipelines.features.registry import feature_repo_path, load_definitions, register_features
 from reelway.platform.contracts.features import (
@@ -18,12 +19,13 @@ from reelway.platform.contracts.features import (
     VIEWS,
 )
 from reelway.platform.errors import ConfigError, FeatureError
+from reelway.platform.features.dimensions import write_dimensions
 from reelway.platform.features.store import feature_service_digest, open_feature_store
 
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory):
-    return register_features(tmp_path_factory.mktemp("registered") / "features", "sqlite")
+    return register_features(tmp_path_factory.mktemp("registered") / "features", DIMENSIONS, "sqlite")
 
 
 def test_every_view_of_the_contract_is_registered_with_its_fields_and_a_ttl(store) -> None:
@@ -58,10 +60,9 @@ def test_registered_types_are_the_types_of_the_rows(store) -> None:
         "viewer_profile": views.viewer_profile(tables["viewers"]),
         "video_content": views.video_content(tables["videos"]),
     }
+    settings = views.ViewSettings(DIMENSIONS)
     for family in FAMILIES:
-        made |= family_views(
-            family, labels, (tables["creators"], tables["videos"]), views.ViewSettings(), last_moment_us(labels)
-        )
+        made |= family_views(family, labels, (tables["creators"], tables["videos"]), settings, last_moment_us(labels))
     for view in store.list_feature_views():
         for field in view.features:
             declared = feast_value_type_to_pa(field.dtype.to_value_type())
@@ -73,9 +74,9 @@ def test_registered_types_are_the_types_of_the_rows(store) -> None:
 
 def test_the_digest_is_the_same_in_another_folder_and_after_registering_again(store, tmp_path) -> None:
     digest = feature_service_digest(store, TRAINING_SERVICE)
-    other = register_features(tmp_path / "features", "sqlite")
+    other = register_features(tmp_path / "features", DIMENSIONS, "sqlite")
     assert feature_service_digest(other, TRAINING_SERVICE) == digest
-    other = register_features(tmp_path / "features", "sqlite")
+    other = register_features(tmp_path / "features", DIMENSIONS, "sqlite")
     assert feature_service_digest(other, TRAINING_SERVICE) == digest
     assert feature_service_digest(open_feature_store(tmp_path / "features"), TRAINING_SERVICE) == digest
     assert feature_service_digest(other, VIEWER_SERVICE) != digest
@@ -96,7 +97,7 @@ def test_the_digest_changes_with_a_ttl_a_type_a_view_or_a_key(store, tmp_path, m
     (tmp_path / "repo").mkdir()
     (tmp_path / "repo" / "definitions.py").write_text(text.replace(before, after))
     monkeypatch.setenv("REELWAY_FEATURE_REPO", str(tmp_path / "repo"))
-    changed = register_features(tmp_path / "features", "sqlite")
+    changed = register_features(tmp_path / "features", DIMENSIONS, "sqlite")
     assert feature_service_digest(changed, VIEWER_SERVICE) != feature_service_digest(store, VIEWER_SERVICE)
 
 
@@ -117,6 +118,7 @@ def test_definitions_import_only_contracts_and_features_of_the_platform() -> Non
 
 
 def test_loading_leaves_the_environment_as_it_was(tmp_path) -> None:
+    write_dimensions(tmp_path, DIMENSIONS)
     before = dict(os.environ)
     load_definitions(tmp_path)
     assert dict(os.environ) == before

@@ -14,6 +14,7 @@ import pytest
 import torch
 import yaml
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from tests.dimensions import DIMENSIONS
 from tests.pipelines.trained_run import DIM, make_trained_run, write_evaluation
 from typer.testing import CliRunner, Result
 
@@ -88,7 +89,7 @@ def test_the_exported_tower_answers_like_the_trained_one_and_finds_videos_in_the
 ) -> None:
     at_s = manifest_of(built).config["video_features_as_of_s"]
     table = viewer_snapshot(original.features, list(range(500, 520)), at_s)
-    viewers = assemble_viewers(columns_from_table(table), np.full(20, at_s), ["phone"] * 20)
+    viewers = assemble_viewers(columns_from_table(table), np.full(20, at_s), ["phone"] * 20, DIMENSIONS)
     (embedding,) = onnxruntime.InferenceSession(built / files.VIEWER_TOWER_FILE).run(None, viewers.as_inputs())
     tower = load_models(original.models).two_tower.viewer_tower
     with torch.inference_mode():

@@ -8,6 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 from numpy.typing import NDArray
+from tests.dimensions import DIMENSIONS
 
 from reelway.pipelines import release_parts as parts
 from reelway.pipelines.release_parts import Watches
@@ -53,7 +54,7 @@ def snapshot(video_id: list[int]) -> pa.Table:
 
 def test_the_video_table_holds_the_models_inputs_column_by_column(tmp_path: Path) -> None:
     table = snapshot([3, 5, 9])
-    videos = assemble_videos(columns_from_table(table), np.full(3, 6 * DAY_S))
+    videos = assemble_videos(columns_from_table(table), np.full(3, 6 * DAY_S), DIMENSIONS)
     parts.write_videos(tmp_path / "videos.arrow", table, videos, unit(3, 8))
     batch = open_table(tmp_path / "videos.arrow", videos_schema(8))
     static = batch["static_dense"].flatten().to_numpy().reshape(3, -1)
@@ -66,7 +67,7 @@ def test_the_video_table_holds_the_models_inputs_column_by_column(tmp_path: Path
 
 def test_a_video_without_features_is_kept_with_missing_values(tmp_path: Path) -> None:
     table = snapshot([3, 5])
-    videos = assemble_videos(columns_from_table(table), np.full(2, 6 * DAY_S))
+    videos = assemble_videos(columns_from_table(table), np.full(2, 6 * DAY_S), DIMENSIONS)
     parts.write_videos(tmp_path / "videos.arrow", table, videos, unit(2, 8))
     first = open_table(tmp_path / "videos.arrow", videos_schema(8)).slice(0, 1).to_pylist()[0]
     assert (first["creator_id"], first["topic"], first["title"]) == (-1, -1, None)
@@ -77,7 +78,7 @@ def test_a_video_without_features_is_kept_with_missing_values(tmp_path: Path) ->
 
 def test_videos_out_of_order_or_with_a_bad_embedding_are_not_written(tmp_path: Path) -> None:
     table = snapshot([5, 3])
-    videos = assemble_videos(columns_from_table(table), np.full(2, 6 * DAY_S))
+    videos = assemble_videos(columns_from_table(table), np.full(2, 6 * DAY_S), DIMENSIONS)
     with pytest.raises(ReleaseError, match="ascending order"):
         parts.write_videos(tmp_path / "videos.arrow", table, videos, unit(2, 8))
     embedding = unit(2, 8)

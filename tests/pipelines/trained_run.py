@@ -11,6 +11,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+from tests.dimensions import DIMENSIONS
 from tests.pipelines.features.event_tables import START_US, random_dataset, write_dataset
 
 from reelway.pipelines.features.batch import VIEWS_FOLDER, family_views, last_moment_us
@@ -58,17 +59,20 @@ def _write_features(run: RunDirectory, tables: dict[str, pa.Table]) -> None:
     creators = (tables["creators"], tables["videos"].select(["creator_id", "uploaded_at"]))
     views = {"viewer_profile": viewer_profile(tables["viewers"]), "video_content": video_content(tables["videos"])}
     for family in ("viewer", "video", "creator"):
-        views |= family_views(family, labels, creators, ViewSettings(), last_moment_us(labels))
+        views |= family_views(family, labels, creators, ViewSettings(DIMENSIONS), last_moment_us(labels))
     for name, view in views.items():
         folder = run.features / VIEWS_FOLDER / name
         folder.mkdir(parents=True)
         pq.write_table(view, folder / "part.parquet")
-    register_features(run.features)
+    register_features(run.features, DIMENSIONS)
 
 
 def _write_models(folder: Path) -> None:
     torch.manual_seed(0)
-    two_tower, ranker = TwoTower(TwoTowerConfig(dim=DIM)), Ranker(RankerConfig(kind="shared_bottom"), DIM)
+    two_tower, ranker = (
+        TwoTower(TwoTowerConfig(dim=DIM), DIMENSIONS),
+        Ranker(RankerConfig(kind="shared_bottom"), DIM, DIMENSIONS),
+    )
     curve = Curve(method="platt", probability=(0.0, 0.5, 1.0), rate=(0.0, 0.4, 1.0))
     info = TrainingInfo(
         seed=3, window_start_s=START_US / 1e6, window_end_s=START_US / 1e6 + 10 * 86_400,

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
+from tests.dimensions import DIMENSIONS
 from tests.pipelines.features.event_tables import random_dataset
 
 from reelway.pipelines.datasets.checks import CheckLimits, check_dataset
@@ -25,7 +26,7 @@ def dataset() -> Dataset:
     )
     tables["viewers"] = viewers.set_column(1, viewers.schema.field("created_at"), first)
     # The random data lets one slate hold a video twice; here every impression is its own.
-    return check_dataset(Dataset(**tables, info={"name": "random"}), LENIENT).dataset
+    return check_dataset(Dataset(**tables, info={"name": "random"}, dimensions=DIMENSIONS), LENIENT).dataset
 
 
 def changed(dataset: Dataset, table: str, column: str, row: int, value: Any) -> Dataset:

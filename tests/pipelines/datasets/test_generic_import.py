@@ -6,9 +6,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from reelway.pipelines.datasets.checks import check_dataset
+from reelway.pipelines.datasets.content_dimensions import infer_dimensions
 from reelway.pipelines.datasets.generic import import_events
 from reelway.pipelines.datasets.store import Dataset, conform
-from reelway.platform.contracts.events import AUDIO_DIM, DATASET_TABLES
+from reelway.platform.contracts.events import DATASET_TABLES
 from reelway.platform.errors import EmptyDatasetError, MalformedFileError
 
 CSV = """viewer_id,video_id,event_time,watch_ms,like,position
@@ -25,7 +26,7 @@ def write(path: Path, text: str) -> Path:
 
 def checked(tables: dict[str, pa.Table]) -> int:
     ready = {name: conform(Path(name), tables[name], name) for name in DATASET_TABLES}
-    return check_dataset(Dataset(**ready, info={})).rejected_rows
+    return check_dataset(Dataset(**ready, info={}, dimensions=infer_dimensions(ready))).rejected_rows
 
 
 def test_words_as_ids_are_numbered_and_the_numbers_are_kept(tmp_path: Path) -> None:
@@ -67,13 +68,13 @@ def test_parquet_with_embeddings_and_dictionary_words(tmp_path: Path) -> None:
         "event_time": pa.array([1_700_000_000_000, 1_700_000_001_000], pa.timestamp("ms", "UTC")),
         "device": pa.array(["tv", None]).dictionary_encode(), "like": [True, False],
     })  # fmt: skip
-    videos = pa.table({"video_id": [5, 6], "audio": pa.array([[0.5] * AUDIO_DIM, None], pa.list_(pa.float64())),
+    videos = pa.table({"video_id": [5, 6], "audio": pa.array([[0.5] * 16, None], pa.list_(pa.float64())),
                        "uploaded_at": pa.array([1_600_000_000, None], pa.int64())})  # fmt: skip
     pq.write_table(events, tmp_path / "e.parquet")
     pq.write_table(videos, tmp_path / "v.parquet")
     tables, _, _ = import_events(tmp_path / "e.parquet", tmp_path / "v.parquet")
     assert tables["impressions"]["device"].to_pylist() == ["tv", "unknown"]
-    assert tables["videos"]["audio"].to_pylist() == [[0.5] * AUDIO_DIM, None]
+    assert tables["videos"]["audio"].to_pylist() == [[0.5] * 16, None]
     assert tables["videos"]["uploaded_at"].cast(pa.int64()).to_pylist() == [
         1_600_000_000_000_000,
         1_700_000_001_000_000,

@@ -10,10 +10,11 @@ import pytest
 from tests.pipelines.datasets import published_formats as formats
 
 from reelway.pipelines.datasets.checks import RATING_LIMITS, check_dataset
-from reelway.pipelines.datasets.film_content import GENRES, text_embeddings
+from reelway.pipelines.datasets.content_dimensions import infer_dimensions
+from reelway.pipelines.datasets.film_content import GENRES, TEXT_DIM, text_embeddings
 from reelway.pipelines.datasets.movielens import files_of, import_movielens
 from reelway.pipelines.datasets.store import Dataset, conform
-from reelway.platform.contracts.events import DATASET_TABLES, TEXT_DIM
+from reelway.platform.contracts.events import DATASET_TABLES
 from reelway.platform.errors import MalformedFileError
 
 LAYOUTS: dict[str, Callable[[Path], Path]] = {
@@ -41,7 +42,7 @@ def test_every_layout_gives_the_same_impressions(imported: dict[str, pa.Table]) 
 
 def test_every_layout_satisfies_the_schema_and_the_checks(imported: dict[str, pa.Table]) -> None:
     tables = {name: conform(Path(name), imported[name], name) for name in DATASET_TABLES}
-    checked = check_dataset(Dataset(**tables, info={}), RATING_LIMITS)
+    checked = check_dataset(Dataset(**tables, info={}, dimensions=infer_dimensions(tables)), RATING_LIMITS)
     assert checked.rejected_rows == 0
 
 
@@ -151,4 +152,7 @@ def test_the_real_ml_100k_is_read_whole() -> None:
     }  # fmt: skip
     counts = Counter(tables["outcomes"]["type"].to_pylist())
     assert counts == {"watch": 100_000, "like": 55_375, "not_interested": 6_110}
-    assert check_dataset(Dataset(**tables, info=info), RATING_LIMITS).rejected_rows == 0
+    assert (
+        check_dataset(Dataset(**tables, info=info, dimensions=infer_dimensions(tables)), RATING_LIMITS).rejected_rows
+        == 0
+    )

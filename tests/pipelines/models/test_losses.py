@@ -7,6 +7,7 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
+from tests.dimensions import DIMENSIONS
 from tests.pipelines.models.made_inputs import video_inputs, viewer_inputs
 from torch import Tensor
 
@@ -106,7 +107,7 @@ def ranking_batch(rows: int = 8) -> dict[str, Tensor]:
 
 def test_a_fixed_head_adds_nothing_to_the_loss_and_gets_no_gradient() -> None:
     torch.manual_seed(0)
-    ranker = Ranker(RankerConfig(position_dropout=0.0), 4)
+    ranker = Ranker(RankerConfig(position_dropout=0.0), 4, DIMENSIONS)
     batch = ranking_batch()
     objective = RankingObjective(ranker)
     before = objective(batch)
@@ -121,7 +122,9 @@ def test_a_fixed_head_adds_nothing_to_the_loss_and_gets_no_gradient() -> None:
 def test_learned_uncertainty_follows_kendalls_formula() -> None:
     torch.manual_seed(0)
     weights = dict.fromkeys(RANKER_TASKS, 1.0)
-    objective = RankingObjective(Ranker(RankerConfig(uncertainty=True, task_weights=weights, position_dropout=0.0), 4))
+    objective = RankingObjective(
+        Ranker(RankerConfig(uncertainty=True, task_weights=weights, position_dropout=0.0), 4, DIMENSIONS)
+    )
     with torch.no_grad():
         objective.log_variance.copy_(torch.linspace(-1, 1, len(RANKER_TASKS)))
     result = objective(ranking_batch())
@@ -134,7 +137,7 @@ def test_learned_uncertainty_follows_kendalls_formula() -> None:
 
 def test_positions_explain_clicks_in_training_but_never_reach_the_scores() -> None:
     torch.manual_seed(0)
-    ranker = Ranker(RankerConfig(position_dropout=0.0), 4)
+    ranker = Ranker(RankerConfig(position_dropout=0.0), 4, DIMENSIONS)
     batch = ranking_batch()
     objective = RankingObjective(ranker)
     moved = batch | {"position": batch["position"] + 3}

@@ -7,11 +7,12 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from tests.dimensions import DIMENSIONS
 from tests.pipelines.models.made_inputs import video_inputs, viewer_inputs
 from torch import Tensor
 
 from reelway.pipelines.models.ranker import GroupedLinear, PositionBias, Ranker, RankerConfig
-from reelway.platform.contracts.features import RANKER_INPUTS, RANKER_TASKS, VIEWER_DENSE
+from reelway.platform.contracts.features import RANKER_INPUTS, RANKER_TASKS
 
 D = 8
 
@@ -25,7 +26,7 @@ def ranker_inputs(viewers: int, candidates: int) -> dict[str, Tensor]:
 
 def made_ranker(**config: Any) -> Ranker:
     torch.manual_seed(0)
-    ranker = Ranker(RankerConfig(**config), D)
+    ranker = Ranker(RankerConfig(**config), D, DIMENSIONS)
     ranker.creators.mark_known(torch.arange(1, 1 << 15))
     return ranker.eval()
 
@@ -62,7 +63,7 @@ def test_scores_are_finite_when_every_number_of_a_viewer_and_a_video_is_missing(
 def test_the_crosses_hold_affinity_for_the_videos_topic_language_and_similarity() -> None:
     inputs = ranker_inputs(1, 3)
     inputs["viewer_dense"][0] = float("nan")
-    inputs["viewer_dense"][0, VIEWER_DENSE.index("topic_affinity_4")] = 0.25
+    inputs["viewer_dense"][0, DIMENSIONS.viewer_dense.index("topic_affinity_4")] = 0.25
     inputs["viewer_categories"][0, 1] = 9
     inputs["video_categories"] = torch.tensor([[5, 9], [0, 8], [7, 0]])  # topic 4; unknown; topic 6 (affinity missing)
     crosses, products = made_ranker()._crosses(
@@ -124,7 +125,7 @@ def test_every_expert_is_used_by_some_gate() -> None:
 
 
 def test_an_unknown_kind_or_task_is_refused_by_name() -> None:
-    with pytest.raises(ValueError, match=r"ranker\.kind is 'ple'"):
+    with pytest.raises(ValueError, match=r"kind\n.*'shared_bottom' or 'mmoe'"):
         RankerConfig(kind="ple")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="watch_ms"):
         RankerConfig(task_weights={"watch_ms": 1.0})

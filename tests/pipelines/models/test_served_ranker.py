@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tests.dimensions import DIMENSIONS
 
 from reelway.pipelines.models.ranker import Ranker, RankerConfig
 from reelway.pipelines.models.served_ranker import ServedRanker
 from reelway.platform.contracts import features as names
-from reelway.platform.contracts.events import TOPICS
 
 WIDTH = 12
 
@@ -16,14 +16,15 @@ WIDTH = 12
 def a_request(candidates: int) -> list[torch.Tensor]:
     """One viewer with gaps in what is known of it, and candidates of which some are unknown in every way."""
     chance = torch.Generator().manual_seed(candidates)
-    viewer_dense = torch.rand(1, len(names.VIEWER_DENSE), generator=chance) - 0.3
+    viewer_dense = torch.rand(1, len(DIMENSIONS.viewer_dense), generator=chance) - 0.3
     viewer_dense[0, ::7] = float("nan")
     video_dense = 100 * torch.rand(candidates, len(names.VIDEO_DENSE), generator=chance) - 40
     video_dense[::3, ::4] = float("nan")
     video_dense[::2, 1] = 0.0
     video_dense[1::2, 2] = -1e9
     categories = torch.stack(
-        [torch.randint(0, TOPICS + 1, (candidates,), generator=chance), torch.randint(0, 3, (candidates,))], dim=-1
+        [torch.randint(0, DIMENSIONS.topics + 1, (candidates,), generator=chance), torch.randint(0, 3, (candidates,))],
+        dim=-1,
     )
     return [
         viewer_dense,
@@ -39,7 +40,7 @@ def a_request(candidates: int) -> list[torch.Tensor]:
 def a_ranker(config: RankerConfig) -> Ranker:
     """With every parameter away from where it starts, as training leaves it."""
     torch.manual_seed(1)
-    ranker = Ranker(config, WIDTH)
+    ranker = Ranker(config, WIDTH, DIMENSIONS)
     ranker.creators.mark_known(torch.arange(1, 40))
     ranker.video_dense.fit(50 * torch.rand(100, len(names.VIDEO_DENSE)))
     with torch.no_grad():

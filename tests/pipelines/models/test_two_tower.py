@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tests.dimensions import DIMENSIONS
 from tests.pipelines.models.made_inputs import video_inputs, viewer_inputs
 from torch import Tensor
 
@@ -15,7 +16,7 @@ from reelway.platform.contracts.features import VIDEO_TOWER_INPUTS, VIEWER_TOWER
 @pytest.fixture
 def model() -> TwoTower:
     torch.manual_seed(0)
-    model = TwoTower(TwoTowerConfig(dim=16, layers=2, heads=2))
+    model = TwoTower(TwoTowerConfig(dim=16, layers=2, heads=2), DIMENSIONS)
     model.ids.mark_known(torch.arange(1, 1 << 15))
     model.video_tower.creators.mark_known(torch.arange(1, 1 << 15))
     return model.eval()
@@ -88,7 +89,7 @@ def test_answering_for_the_last_slot_alone_gives_the_same_as_answering_for_all(m
 
 def test_only_the_latest_videos_within_the_configured_length_are_looked_at() -> None:
     torch.manual_seed(0)
-    model = TwoTower(TwoTowerConfig(dim=16, history_length=5)).eval()
+    model = TwoTower(TwoTowerConfig(dim=16, history_length=5), DIMENSIONS).eval()
     model.ids.mark_known(torch.arange(1, 1 << 15))
     inputs = viewer_inputs(1)
     before = embed_viewers(model, inputs)
@@ -100,7 +101,7 @@ def test_only_the_latest_videos_within_the_configured_length_are_looked_at() -> 
 
 def test_cold_videos_are_placed_by_content_and_not_by_the_noise_of_untrained_codes() -> None:
     torch.manual_seed(0)
-    model = TwoTower(TwoTowerConfig(dim=16)).eval()
+    model = TwoTower(TwoTowerConfig(dim=16), DIMENSIONS).eval()
     model.ids.mark_known(torch.tensor([11, 12, 21, 22]))
     videos = {name: values[:1].repeat(4, *[1] * (values.ndim - 1)) for name, values in video_inputs(1).items()}
     videos["video_codes"] = torch.tensor([[11, 12], [21, 22], [900, 901], [11, 902]])
@@ -123,7 +124,7 @@ def test_a_missing_modality_takes_the_learned_vector_whatever_the_array_holds(mo
 
 def test_modality_and_id_dropout_act_in_training_only() -> None:
     torch.manual_seed(0)
-    model = TwoTower(TwoTowerConfig(dim=16, dropout=0.0, id_dropout=0.5, modality_dropout=0.5))
+    model = TwoTower(TwoTowerConfig(dim=16, dropout=0.0, id_dropout=0.5, modality_dropout=0.5), DIMENSIONS)
     model.ids.mark_known(torch.arange(1, 1 << 15))
     videos = video_inputs(20)
     assert (embed_videos(model, videos) - embed_videos(model, videos)).abs().max() > 1e-3
@@ -133,7 +134,7 @@ def test_modality_and_id_dropout_act_in_training_only() -> None:
 
 def test_id_dropout_hides_the_stated_share_of_ids() -> None:
     torch.manual_seed(0)
-    ids = HashedIds(4, dropout=0.3)
+    ids = HashedIds(4, DIMENSIONS.id_buckets, dropout=0.3)
     ids.mark_known(torch.arange(1, 100))
     hidden = (ids(torch.full((4000, 2), 7)) == ids.unknown).all(dim=1).float().mean()
     assert 0.26 < hidden < 0.34
@@ -151,15 +152,15 @@ def test_the_standardiser_centres_what_is_there_and_marks_what_is_not() -> None:
     assert torch.isfinite(standardiser(torch.tensor([[1e30, -1e30, float("inf")]]))).all()
 
 
-@pytest.mark.parametrize(("field", "value"), [("history_length", 0), ("history_length", 51), ("heads", 5)])
+@pytest.mark.parametrize(("field", "value"), [("history_length", 0), ("dim", 0), ("heads", 5)])
 def test_an_impossible_size_is_refused_by_name(field: str, value: int) -> None:
     with pytest.raises(ValueError, match=field):
-        TwoTowerConfig(dim=16, **{field: value})
+        TwoTowerConfig(**{"dim": 16, field: value})
 
 
 def test_the_table_of_ids_has_rows_for_met_codes_only_and_is_loaded_at_its_own_size() -> None:
     torch.manual_seed(0)
-    ids, fresh = HashedIds(4), HashedIds(4)
+    ids, fresh = HashedIds(4, DIMENSIONS.id_buckets), HashedIds(4, DIMENSIONS.id_buckets)
     ids.mark_known(torch.tensor([[5, 0], [9, 5]]))
     assert ids.table.num_embeddings == 3  # unknown, 5, 9
     fresh.load_state_dict(ids.state_dict())

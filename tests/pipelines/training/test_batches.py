@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from tests.dimensions import DIMENSIONS
 from tests.pipelines.training.made_rows import made_table, write_rows
 
 from reelway.pipelines.models.losses import log_inclusion
@@ -17,7 +18,7 @@ from reelway.platform.errors import TrainingError
 
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory: pytest.TempPathFactory) -> TrainingRows:
-    return load_rows(write_rows(tmp_path_factory.mktemp("rows") / "r.parquet", made_table(requests=100)))
+    return load_rows(write_rows(tmp_path_factory.mktemp("rows") / "r.parquet", made_table(requests=100)), DIMENSIONS)
 
 
 def everything(rows: TrainingRows) -> np.ndarray:

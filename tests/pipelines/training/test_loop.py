@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tests.dimensions import DIMENSIONS
 from tests.pipelines.training.made_rows import made_table, write_rows
 from torch import Tensor
 
@@ -21,12 +22,13 @@ from reelway.pipelines.training.loop import EpochReport, train
 from reelway.pipelines.training.rows import TrainingRows, load_rows
 from reelway.platform.errors import TrainingError
 
+SHORT = dataclasses.replace(DIMENSIONS, history_length=10)
 LOOP = LoopConfig(epochs=3, batch_size=64, lr=3e-3, checkpoint_steps=2)
 
 
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory: pytest.TempPathFactory) -> TrainingRows:
-    return load_rows(write_rows(tmp_path_factory.mktemp("rows") / "r.parquet", made_table()), history_length=10)
+    return load_rows(write_rows(tmp_path_factory.mktemp("rows") / "r.parquet", made_table()), SHORT)
 
 
 @pytest.fixture(autouse=True)
@@ -39,7 +41,7 @@ def one_thread() -> Any:
 
 def made_objective(rows: TrainingRows) -> RetrievalObjective:
     torch.manual_seed(0)
-    model = TwoTower(TwoTowerConfig(dim=16, history_length=10))
+    model = TwoTower(TwoTowerConfig(dim=16, history_length=10), SHORT)
     model.ids.mark_known(torch.from_numpy(rows.videos.video_codes.astype(np.int64)))
     return RetrievalObjective(model)
 
@@ -92,7 +94,7 @@ def test_a_run_that_stopped_and_went_on_ends_with_the_bits_of_one_that_never_sto
 
 
 def test_another_seed_gives_another_model(rows: TrainingRows) -> None:
-    loop = dataclasses.replace(LOOP, epochs=1)
+    loop = LOOP.model_copy(update={"epochs": 1})
     one, other = made_objective(rows), made_objective(rows)
     train(one, made_batches(rows), loop, seed=7, stage="two_tower")
     train(other, made_batches(rows), loop, seed=8, stage="two_tower")
@@ -121,9 +123,9 @@ def test_a_loss_that_is_no_number_stops_with_the_stage_and_the_epoch(rows: Train
 
 def test_a_checkpoint_of_another_model_is_refused(rows: TrainingRows, tmp_path: Path) -> None:
     checkpoints = CheckpointFiles(tmp_path)
-    loop = dataclasses.replace(LOOP, epochs=1)
+    loop = LOOP.model_copy(update={"epochs": 1})
     train(made_objective(rows), made_batches(rows), loop, seed=0, stage="two_tower", checkpoints=checkpoints)
-    other = RetrievalObjective(TwoTower(TwoTowerConfig(dim=32)))
+    other = RetrievalObjective(TwoTower(TwoTowerConfig(dim=32), SHORT))
     with pytest.raises(TrainingError, match="doesn't fit the model"):
         train(other, made_batches(rows), loop, seed=0, stage="two_tower", checkpoints=checkpoints)
     with pytest.raises(TrainingError, match="of stage 'two_tower'"):
@@ -135,7 +137,7 @@ def test_the_callers_random_numbers_are_left_alone(rows: TrainingRows) -> None:
     expected = torch.rand(3)
     objective = made_objective(rows)
     torch.manual_seed(5)
-    train(objective, made_batches(rows), dataclasses.replace(LOOP, epochs=1), seed=0, stage="two_tower")
+    train(objective, made_batches(rows), LOOP.model_copy(update={"epochs": 1}), seed=0, stage="two_tower")
     assert torch.equal(torch.rand(3), expected)
 
 

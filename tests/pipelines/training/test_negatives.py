@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
+from tests.dimensions import DIMENSIONS
 from tests.pipelines.training.made_rows import made_table, write_rows
 
 from reelway.pipelines.training.negatives import draw_negatives, negative_rows, shown_rows
@@ -17,7 +18,7 @@ from reelway.platform.contracts.features import VIDEO_DENSE, VIEWS
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory: pytest.TempPathFactory) -> TrainingRows:
     path: Path = tmp_path_factory.mktemp("rows") / "r.parquet"
-    return load_rows(write_rows(path, made_table(requests=150, videos=80, viewers=40)))
+    return load_rows(write_rows(path, made_table(requests=150, videos=80, viewers=40)), DIMENSIONS)
 
 
 def numbers_that_tell_when_they_were_asked(view: str, entities: np.ndarray, at_us: np.ndarray) -> pa.Table:

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tests.dimensions import DIMENSIONS
 from tests.pipelines.training.made_rows import made_table, write_rows
 from tests.pipelines.training.test_negatives import numbers_that_tell_when_they_were_asked as as_of
 
@@ -26,7 +27,7 @@ HELD_OUT = (
 
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory: pytest.TempPathFactory) -> TrainingRows:
-    return load_rows(write_rows(tmp_path_factory.mktemp("rows") / "rows.parquet", made_table(requests=200)))
+    return load_rows(write_rows(tmp_path_factory.mktemp("rows") / "rows.parquet", made_table(requests=200)), DIMENSIONS)
 
 
 @pytest.fixture(scope="module")
@@ -122,6 +123,6 @@ def test_a_holdout_that_cannot_work_is_refused_by_name(overrides, message):
 
 
 def test_too_few_rows_to_hold_any_out_are_refused(tmp_path: Path, config):
-    few = load_rows(write_rows(tmp_path / "rows.parquet", made_table(requests=1, slate=2)))
+    few = load_rows(write_rows(tmp_path / "rows.parquet", made_table(requests=1, slate=2)), DIMENSIONS)
     with pytest.raises(EmptyDatasetError, match="ranker_holdout"):
         window_of(few, dataclasses.replace(config, train_fraction=1.0))

@@ -11,6 +11,7 @@ import psutil
 import pytest
 import ray
 import torch
+from tests.dimensions import DIMENSIONS
 from tests.pipelines.training.made_rows import made_table, write_rows
 from tests.pipelines.training.two_processes import fit_in_two_processes
 
@@ -43,7 +44,7 @@ def test_a_killed_worker_is_replaced_and_the_result_is_that_of_an_undisturbed_ru
     config = load_config("demo", overrides=SETTINGS)
     straight = fit_in_two_processes(rows_file, config, tmp_path)
 
-    rows = load_rows(rows_file)
+    rows = load_rows(rows_file, DIMENSIONS)
     window = window_of(rows, config)
     learn = shown_rows(rows, window.training(rows))
     seen: set[tuple[str, int]] = set()

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pytest
+from tests.dimensions import DIMENSIONS
 from tests.pipelines.training.made_rows import made_table, write_rows
 
 from reelway.pipelines.training import rows as rows_module
@@ -24,17 +26,17 @@ def table() -> pa.Table:
 
 @pytest.fixture(scope="module")
 def rows(table: pa.Table, tmp_path_factory: pytest.TempPathFactory) -> TrainingRows:
-    return load_rows(write_rows(tmp_path_factory.mktemp("rows") / "training_rows.parquet", table))
+    return load_rows(write_rows(tmp_path_factory.mktemp("rows") / "training_rows.parquet", table), DIMENSIONS)
 
 
 def test_every_row_has_the_inputs_that_the_assembly_gives_it(table: pa.Table, rows: TrainingRows) -> None:
     by_id = np.argsort(rows.impression_id)  # the table is in this order
     columns, time_s = columns_from_table(table), table["request_time_s"].to_numpy()
-    viewers = assemble_viewers(columns, time_s, table["device"].to_pylist())
+    viewers = assemble_viewers(columns, time_s, table["device"].to_pylist(), DIMENSIONS)
     for field in dataclasses.fields(viewers):
         ours = getattr(rows.viewers, field.name)[rows.viewer_row[by_id]]
         np.testing.assert_array_equal(ours, getattr(viewers, field.name), err_msg=field.name)
-    videos = assemble_videos(columns, time_s)
+    videos = assemble_videos(columns, time_s, DIMENSIONS)
     np.testing.assert_array_equal(rows.video_dense[by_id], videos.video_dense)
     for name in ("video_codes", "creator_codes", "video_categories", "visual", "audio", "text"):
         ours = getattr(rows.videos, name)[rows.video_row[by_id]]
@@ -53,7 +55,7 @@ def test_rows_of_one_request_that_differ_anywhere_are_not_shared(table: pa.Table
     ages = table["impressions_1d"].to_numpy().copy()
     ages[5] += 1e-3
     changed = table.set_column(table.schema.get_field_index("impressions_1d"), "impressions_1d", pa.array(ages))
-    rows = load_rows(write_rows(tmp_path / "r.parquet", changed))
+    rows = load_rows(write_rows(tmp_path / "r.parquet", changed), DIMENSIONS)
     assert len(rows.viewers.viewer_dense) > 120
 
 
@@ -61,7 +63,7 @@ def test_reading_in_small_chunks_changes_no_row(
     table: pa.Table, rows: TrainingRows, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(rows_module, "_CHUNK_ROWS", 37)
-    chunked = load_rows(write_rows(tmp_path / "r.parquet", table))
+    chunked = load_rows(write_rows(tmp_path / "r.parquet", table), DIMENSIONS)
     np.testing.assert_array_equal(chunked.impression_id, rows.impression_id)
     np.testing.assert_array_equal(chunked.video_dense, rows.video_dense)
     np.testing.assert_array_equal(
@@ -92,7 +94,7 @@ def test_a_viewer_without_history_and_a_video_without_features_are_rows_like_oth
 
 
 def test_a_shorter_history_keeps_the_latest_videos(table: pa.Table, rows: TrainingRows, tmp_path: Path) -> None:
-    short = load_rows(write_rows(tmp_path / "r.parquet", table), history_length=3)
+    short = load_rows(write_rows(tmp_path / "r.parquet", table), replace(DIMENSIONS, history_length=3))
     np.testing.assert_array_equal(short.viewers.history_codes, rows.viewers.history_codes[:, -3:])
 
 
@@ -108,18 +110,18 @@ def test_mapped_arrays_are_the_saved_ones(rows: TrainingRows, tmp_path: Path) ->
 
 def test_an_empty_file_is_refused_as_an_empty_data_set(table: pa.Table, tmp_path: Path) -> None:
     with pytest.raises(EmptyDatasetError, match="0 training rows"):
-        load_rows(write_rows(tmp_path / "r.parquet", table.slice(0, 0)))
+        load_rows(write_rows(tmp_path / "r.parquet", table.slice(0, 0)), DIMENSIONS)
 
 
 def test_a_missing_file_or_column_is_refused_by_name(table: pa.Table, tmp_path: Path) -> None:
     with pytest.raises(MalformedFileError, match="reelway features"):
-        load_rows(tmp_path / "absent.parquet")
+        load_rows(tmp_path / "absent.parquet", DIMENSIONS)
     with pytest.raises(MalformedFileError, match="'save'"):
-        load_rows(write_rows(tmp_path / "r.parquet", table.drop_columns(["save"])))
+        load_rows(write_rows(tmp_path / "r.parquet", table.drop_columns(["save"])), DIMENSIONS)
 
 
 def test_a_label_that_is_null_is_refused_with_its_column(table: pa.Table, tmp_path: Path) -> None:
     label = pa.array([None, *table["like"].to_pylist()[1:]], pa.float32())
     changed = table.set_column(table.schema.get_field_index("like"), "like", label)
     with pytest.raises(MalformedFileError, match="column 'like': saw '1 without'"):
-        load_rows(write_rows(tmp_path / "r.parquet", changed))
+        load_rows(write_rows(tmp_path / "r.parquet", changed), DIMENSIONS)

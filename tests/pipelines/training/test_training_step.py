@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import onnxruntime
 import pyarrow as pa
 import pytest
 import torch
+from tests.dimensions import DIMENSIONS
 from tests.pipelines.training.made_rows import made_table, write_rows
 from typer.testing import CliRunner
 
@@ -23,7 +25,7 @@ from reelway.pipelines.training.inference import embed_videos, embed_viewers, ra
 from reelway.pipelines.training.rows import TrainingRows, load_rows
 from reelway.pipelines.training.step import ROWS_FILE, Resources, train_run
 from reelway.platform.cli.main import build_app
-from reelway.platform.contracts.features import HISTORY_LENGTH, RANKER_INPUTS, RANKER_TASKS, VIEWER_TOWER_INPUTS, VIEWS
+from reelway.platform.contracts.features import RANKER_INPUTS, RANKER_TASKS, VIEWER_TOWER_INPUTS, VIEWS
 from reelway.platform.errors import EmptyDatasetError, MalformedFileError, ReleaseError, TrainingError
 from reelway.platform.features.assembly import VideoArrays
 from reelway.platform.runs import RunDirectory
@@ -51,7 +53,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
     table = table.set_column(table.schema.get_field_index("share"), "share", no_shares)
     run = made_run(tmp_path_factory.mktemp("run"), table)
     models = train_run(run, load_config("demo", overrides=SMALL), ALONE)
-    return run, models, load_rows(run.features / ROWS_FILE)
+    return run, models, load_rows(run.features / ROWS_FILE, DIMENSIONS)
 
 
 def a_request(models: TrainedModels, rows: TrainingRows, viewer: int) -> dict[str, Any]:
@@ -132,7 +134,7 @@ def test_the_viewer_graph_takes_any_number_of_viewers_by_the_contracts_names(
     _, models, rows = trained
     session = graphs[0]
     assert [given.name for given in session.get_inputs()] == list(VIEWER_TOWER_INPUTS)
-    assert session.get_inputs()[2].shape[1:] == [HISTORY_LENGTH, 2]
+    assert session.get_inputs()[2].shape[1:] == [DIMENSIONS.history_length, 2]
     for count in (1, 5):
         viewers = viewers_at(rows, np.arange(250, 250 + count))
         feed = {name: getattr(viewers, name) for name in VIEWER_TOWER_INPUTS}
@@ -176,7 +178,7 @@ def test_an_export_that_differs_from_torch_is_refused_and_leaves_no_file(
 
 def test_an_export_needs_samples_shaped_as_serving_sends_them(trained: Trained, tmp_path: Path) -> None:
     run, models, rows = trained
-    short = load_rows(run.features / ROWS_FILE, history_length=5)
+    short = load_rows(run.features / ROWS_FILE, replace(DIMENSIONS, history_length=5))
     with pytest.raises(ReleaseError, match="hold 5 videos, expected 50"):
         export_viewer_tower(models.two_tower, tmp_path / "t.onnx", viewers_at(short, np.arange(3)))
     inputs = a_request(models, rows, 3)

@@ -35,8 +35,8 @@ from reelway.platform.contracts.features import (
     RANKER_TASKS,
     TRAINING_SERVICE,
     VIDEO_DENSE,
-    VIEWER_DENSE,
     VIEWER_SERVICE,
+    FeatureDimensions,
 )
 from reelway.platform.contracts.ids import ReleaseId
 from reelway.platform.contracts.manifest import (
@@ -239,9 +239,9 @@ def _write_parts(
     if not snapshot.num_rows:
         raise EmptyDatasetError(f"{run.features} knows no video that was uploaded before the last event; import some")
     video_id = snapshot["video_id"].to_numpy()
-    videos = assemble_videos(columns_from_table(snapshot), np.full(len(video_id), until_s))
+    videos = assemble_videos(columns_from_table(snapshot), np.full(len(video_id), until_s), models.dimensions)
     embedding_ND = embed_videos(models.two_tower, videos)
-    parts.write_videos(folder / names.VIDEOS_FILE, snapshot, videos, embedding_ND)
+    parts.write_videos(folder / names.VIDEOS_FILE, snapshot, videos, embedding_ND, models.dimensions)
 
     report("building the index")
     searchable = search_index.make_index(embedding_ND, index)
@@ -252,7 +252,7 @@ def _write_parts(
     together_NK = parts.neighbours(embedding_ND, searchable, watches)
     parts.write_neighbours(folder / names.NEIGHBOURS_FILE, video_id, together_NK)
 
-    sample = _sample_viewers(run, labels, until_s)
+    sample = _sample_viewers(run, labels, until_s, models.dimensions)
     recall = search_index.tune_probes(
         searchable, embedding_ND, embed_viewers(models.two_tower, sample), blend.retrieval.candidates
     )
@@ -263,8 +263,9 @@ def _write_parts(
     (folder / names.BLEND_FILE).write_text(yaml.safe_dump(blend.model_dump(mode="json"), sort_keys=False))
     (folder / names.CALIBRATION_FILE).write_text(models.calibration.model_dump_json(indent=2) + "\n")
     dimensions = Dimensions(
+        features=models.dimensions,
         embedding=embedding_ND.shape[1],
-        viewer_dense=len(VIEWER_DENSE),
+        viewer_dense=len(models.dimensions.viewer_dense),
         video_dense=len(VIDEO_DENSE),
         videos=len(video_id),
         tasks=RANKER_TASKS,
@@ -287,17 +288,18 @@ def _export(
     export_viewer_tower(models.two_tower, folder / names.VIEWER_TOWER_FILE, viewers)
     one = ViewerArrays(**{name: values[:1] for name, values in vars(viewers).items()})
     rows = min(SAMPLE_VIDEOS, len(embedding_ND))
-    videos = assemble_videos(video_columns, np.full(rows, until_s))
+    videos = assemble_videos(video_columns, np.full(rows, until_s), models.dimensions)
     inputs = ranker_inputs(one, embed_viewers(models.two_tower, one), videos, embedding_ND[:rows])
     export_ranker(models.ranker, folder / names.RANKER_FILE, inputs)
 
 
-def _sample_viewers(run: RunDirectory, labels: pa.Table, until_s: float) -> ViewerArrays:
+def _sample_viewers(run: RunDirectory, labels: pa.Table, until_s: float, dimensions: FeatureDimensions) -> ViewerArrays:
     """The viewers seen last, as a request right after would see them."""
     latest = labels["viewer_id"].to_numpy()[::-1][: 100 * SAMPLE_VIEWERS]
     chosen = np.unique(latest)[:SAMPLE_VIEWERS]
     table = viewer_snapshot(run.features, chosen, until_s)
-    return assemble_viewers(columns_from_table(table), np.full(len(chosen), until_s), ["unknown"] * len(chosen))
+    devices = ["unknown"] * len(chosen)
+    return assemble_viewers(columns_from_table(table), np.full(len(chosen), until_s), devices, dimensions)
 
 
 def _as_of_s(labels: pa.Table) -> float:

@@ -21,8 +21,14 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 from scipy import sparse
 
-from reelway.platform.contracts.features import VIDEO_STATIC_DENSE
-from reelway.platform.contracts.release_files import NEIGHBOURS, NEIGHBOURS_SCHEMA, POPULAR, videos_schema
+from reelway.platform.contracts.features import VIDEO_STATIC_DENSE, FeatureDimensions
+from reelway.platform.contracts.release_files import (
+    NEIGHBOURS,
+    NEIGHBOURS_SCHEMA,
+    POPULAR,
+    videos_schema,
+    with_dimensions,
+)
 from reelway.platform.errors import EmptyDatasetError, ReleaseError
 from reelway.platform.features.assembly import VideoArrays
 
@@ -98,7 +104,9 @@ def write_arrow(path: Path, columns: list[pa.Array], schema: pa.Schema) -> None:
         writer.write_batch(batch)
 
 
-def write_videos(path: Path, snapshot: pa.Table, videos: VideoArrays, embedding_ND: F32) -> None:
+def write_videos(
+    path: Path, snapshot: pa.Table, videos: VideoArrays, embedding_ND: F32, dimensions: FeatureDimensions
+) -> None:
     """``videos.arrow``.
 
     Args:
@@ -133,7 +141,7 @@ def write_videos(path: Path, snapshot: pa.Table, videos: VideoArrays, embedding_
             _lists(videos.video_dense[:, static:-1], pa.float32()),  # between the static ones and hours_since_upload
             _lists(embedding_ND, pa.float32()),
         ],
-        videos_schema(embedding_ND.shape[1]),
+        with_dimensions(videos_schema(embedding_ND.shape[1]), dimensions),
     )
 
 

@@ -12,6 +12,7 @@ import pyarrow as pa
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tests.dimensions import DIMENSIONS
 from tests.pipelines.features.stream.made_stream import (
     START_US,
     TTL_US,
@@ -36,7 +37,7 @@ from reelway.platform.eventlog.sqlite_log import SqliteLog
 
 SECOND_US = 1_000_000
 LATENESS_S = 120.0
-VIEWS = ViewSettings()
+VIEWS = ViewSettings(DIMENSIONS)
 LABELS = dataset_labels()
 SPANS_S = (1, 7, 600, 4_000, 50_000, 100_000)
 

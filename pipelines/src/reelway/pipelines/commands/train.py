@@ -70,7 +70,7 @@ def train_command(
         override = [*override, f"two_tower_loop.epochs={epochs}", f"ranker_loop.epochs={epochs}"]
     wanted = load_config(preset, config, override, seed=seed)
     resources = Resources(workers=workers, gpus=gpus, ray=ray)
-    identity = {**wanted.to_dict(), "workers": (gpus or workers) if ray else 1, "gpus": gpus}
+    identity = {**wanted.model_dump(), "workers": (gpus or workers) if ray else 1, "gpus": gpus}
     outputs = [run.models / name for name in ("training.json", "two_tower.npz", "ranker.npz", "calibration.json")]
     with run.step("train", config=identity, after=("features",), outputs=outputs, force=force) as step:
         if step.done:

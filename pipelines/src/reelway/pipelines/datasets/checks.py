@@ -98,7 +98,9 @@ def check_dataset(dataset: Dataset, limits: CheckLimits = CheckLimits()) -> Chec
     if not clean["impressions"].num_rows:
         raise EmptyDatasetError(f"data set {dataset.info.get('name', '?')!r}: no impression passed; {counts}")
     info = {**dataset.info, "rejected": counts}
-    return CheckedDataset(Dataset(**clean, info=info, dimensions=dataset.dimensions), pa.concat_tables(rejected), counts)
+    return CheckedDataset(
+        Dataset(**clean, info=info, dimensions=dataset.dimensions), pa.concat_tables(rejected), counts
+    )
 
 
 def _first_reasons(rows: int, findings: Iterator[Finding]) -> NDArray[np.str_]:

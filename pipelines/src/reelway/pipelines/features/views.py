@@ -301,7 +301,7 @@ def viewer_topic_affinity_at(events: Events, settings: ViewSettings, at: Points)
     use = of_a_topic(events)
     if (above := events.topic[use] >= topics).any():
         raise FeatureError(
-            f"topic {events.topic[use][above][0]} of an event is above the limit {topics - 1} of the data set's schema; "
+            f"topic {events.topic[use][above][0]} of an event is above {topics - 1}, the limit of the schema; "
             "import the data set again"
         )
     viewer, known_us = events.viewer_id[use], events.known_us[use]

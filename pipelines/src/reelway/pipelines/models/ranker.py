@@ -9,11 +9,11 @@ training (many rows per viewer) as in serving (one viewer, many candidates).
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
 from reelway.pipelines.models.inputs import Categories, HashedIds, Standardiser
@@ -38,36 +38,42 @@ VIDEO_TOPIC = VIDEO_CATEGORIES.index("topic")
 VIDEO_LANGUAGE = VIDEO_CATEGORIES.index("video_language")
 
 
-@dataclass(frozen=True)
-class RankerConfig:
-    """Sizes and regularisation; every field can be set in YAML or by ``--set ranker.<field>=...``."""
+def _check_task(name: str) -> str:
+    if name not in RANKER_TASKS:
+        raise ValueError(f"expected one of {', '.join(RANKER_TASKS)}")
+    return name
+
+
+TaskName = Annotated[str, AfterValidator(_check_task)]
+
+
+class RankerConfig(BaseModel):
+    """Sizes and regularisation. YAML or ``--set ranker.<field>=...`` sets any field."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
     kind: Literal["shared_bottom", "mmoe"] = "mmoe"
-    """One trunk for all heads, or experts mixed per head by a gate (Ma et al. 2018)."""
-    experts: int = 4
+    """One trunk for all heads, or experts that a gate mixes for each head (MMoE, Ma et al. 2018, section 4)."""
+    experts: Annotated[int, Field(ge=1)] = 4
     """Number of experts under ``mmoe``."""
-    expert_hidden: int = 64
-    expert_out: int = 48
-    head_hidden: int = 24
-    category_dim: int = 8
-    creator_dim: int = 16
+    expert_hidden: Annotated[int, Field(ge=1)] = 64
+    expert_out: Annotated[int, Field(ge=1)] = 48
+    head_hidden: Annotated[int, Field(ge=1)] = 24
+    category_dim: Annotated[int, Field(ge=1)] = 8
+    creator_dim: Annotated[int, Field(ge=1)] = 16
     similarity_only: bool = False
-    """Of the two embeddings use the inner product alone, not their coordinates: less to overfit, and the ranker stays
-    right when the two-tower is trained again."""
-    dropout: float = 0.0
-    creator_dropout: float = 0.1
-    position_dropout: float = 0.1
-    """Share of training rows whose position is hidden, so that "no position" (serving) is a case the model knows."""
-    uncertainty: bool = False
-    """Learn the task weights (Kendall et al. 2018) instead of using ``task_weights``."""
-    task_weights: dict[str, float] = field(default_factory=lambda: {"watch_s": 0.5})
-    """Weight of a head's loss; 1 where not named."""
+    """Use the inner product of the two embeddings alone, not their coordinates.
 
-    def __post_init__(self) -> None:
-        if self.kind not in ("shared_bottom", "mmoe"):
-            raise ValueError(f"ranker.kind is {self.kind!r}, expected shared_bottom or mmoe")
-        if unknown := set(self.task_weights) - set(RANKER_TASKS):
-            raise ValueError(f"ranker.task_weights names {sorted(unknown)}, expected among {list(RANKER_TASKS)}")
+    The ranker then overfits less and stays valid when the two-tower is trained again.
+    """
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    creator_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    position_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    """Share of training rows whose position is hidden, so that the model learns the case "no position" of serving."""
+    uncertainty: bool = False
+    """Learn the task weights (Kendall et al. 2018, equation 10) instead of using ``task_weights``."""
+    task_weights: dict[TaskName, float] = {"watch_s": 0.5}
+    """Weight of a head's loss; 1 for a head that is not named."""
 
 
 class GroupedLinear(nn.Module):

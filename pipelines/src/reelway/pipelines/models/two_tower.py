@@ -7,10 +7,11 @@ Only the viewer tower is exported; videos are embedded when a release is built. 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import Annotated, Self
 
 import torch
 import torch.nn.functional as F
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 
 from reelway.pipelines.models.inputs import Categories, HashedIds, Standardiser
@@ -21,35 +22,39 @@ from reelway.platform.contracts.features import (
     FeatureDimensions,
 )
 
+_PRESENT = {name: VIDEO_STATIC_DENSE.index(f"has_{name}") for name in CONTENT_VECTORS}
+"""Column of ``video_static_dense`` that says whether a video has the content vector."""
 
-@dataclass(frozen=True)
-class TwoTowerConfig:
-    """Sizes and regularisation; every field can be set in YAML or by ``--set two_tower.<field>=...``."""
 
-    dim: int = 48
+class TwoTowerConfig(BaseModel):
+    """Sizes and regularisation. YAML or ``--set two_tower.<field>=...`` sets any field."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    dim: Annotated[int, Field(ge=2)] = 48
     """D, of both towers and of the history's tokens."""
-    layers: int = 1
-    heads: int = 2
-    history_length: int = HISTORY_LENGTH
-    """The latest videos that are looked at; 1..HISTORY_LENGTH."""
-    feedforward: int = 2
+    layers: Annotated[int, Field(ge=1)] = 1
+    heads: Annotated[int, Field(ge=1)] = 2
+    history_length: Annotated[int, Field(ge=1)] = 50
+    """Latest videos of the history that the tower reads; a data set with shorter histories gives all it has."""
+    feedforward: Annotated[int, Field(ge=1)] = 2
     """Width of a transformer layer's inner part, as a multiple of ``dim``."""
-    context_hidden: int = 64
-    content_hidden: int = 64
-    category_dim: int = 8
-    dropout: float = 0.1
-    id_dropout: float = 0.1
-    """Share of videos whose id is hidden in training, so that content alone must place them."""
-    modality_dropout: float = 0.1
-    """Share of videos whose visual (audio, text) vector is hidden in training, each drawn on its own."""
-    temperature: float = 0.07
+    context_hidden: Annotated[int, Field(ge=1)] = 64
+    content_hidden: Annotated[int, Field(ge=1)] = 64
+    category_dim: Annotated[int, Field(ge=1)] = 8
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    id_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    """Share of videos whose id is hidden in training, so that the content alone must place them."""
+    modality_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    """Share of videos whose visual (audio, text) vector is hidden in training; drawn separately for each modality."""
+    temperature: Annotated[float, Field(gt=0)] = 0.07
     learn_temperature: bool = True
 
-    def __post_init__(self) -> None:
+    @model_validator(mode="after")
+    def _check_heads(self) -> Self:
         if self.dim % self.heads:
-            raise ValueError(f"two_tower.dim {self.dim} is no multiple of two_tower.heads {self.heads}")
-        if not 1 <= self.history_length <= HISTORY_LENGTH:
-            raise ValueError(f"two_tower.history_length {self.history_length} is outside 1..{HISTORY_LENGTH}")
+            raise ValueError(f"dim {self.dim} is not a multiple of heads {self.heads}")
+        return self
 
 
 class CausalLayer(nn.Module):
@@ -93,12 +98,12 @@ class HistoryEncoder(nn.Module):
     videos ago. The request slot starts from the context and the latest token, so an empty history leaves the context.
     """
 
-    def __init__(self, config: TwoTowerConfig, ids: HashedIds) -> None:
+    def __init__(self, config: TwoTowerConfig, dimensions: FeatureDimensions, ids: HashedIds) -> None:
         super().__init__()
         self.ids = ids
-        self.length = config.history_length
+        self.length = min(config.history_length, dimensions.history_length)
         self.outcome = nn.Sequential(nn.Linear(7, config.dim), nn.GELU(), nn.Linear(config.dim, config.dim))
-        self.recency = nn.Parameter(torch.randn(config.history_length, config.dim) * 0.02)  # last row is the latest
+        self.recency = nn.Parameter(torch.randn(self.length, config.dim) * 0.02)  # last row is the latest
         self.latest = nn.Linear(config.dim, config.dim)
         self.dropout = nn.Dropout(config.dropout)
         self.layers = nn.ModuleList(
@@ -146,18 +151,18 @@ class HistoryEncoder(nn.Module):
 class ViewerTower(nn.Module):
     """``VIEWER_TOWER_INPUTS`` -> unit vector ``viewer_embedding_BD``."""
 
-    def __init__(self, config: TwoTowerConfig, ids: HashedIds) -> None:
+    def __init__(self, config: TwoTowerConfig, dimensions: FeatureDimensions, ids: HashedIds) -> None:
         super().__init__()
-        self.dense = Standardiser(len(VIEWER_DENSE))
-        self.categories = Categories([WORD_BUCKETS] * len(VIEWER_CATEGORIES), config.category_dim)
-        width = 2 * len(VIEWER_DENSE) + self.categories.out_width
+        self.dense = Standardiser(len(dimensions.viewer_dense))
+        self.categories = Categories([dimensions.category_buckets] * len(VIEWER_CATEGORIES), config.category_dim)
+        width = 2 * self.dense.width + self.categories.out_width
         self.context = nn.Sequential(
             nn.Linear(width, config.context_hidden),
             nn.GELU(),
             nn.Dropout(config.dropout),
             nn.Linear(config.context_hidden, config.dim),
         )
-        self.history = HistoryEncoder(config, ids)
+        self.history = HistoryEncoder(config, dimensions, ids)
         self.out = nn.Linear(config.dim, config.dim)
 
     def forward(
@@ -191,18 +196,24 @@ class Modality(nn.Module):
 class VideoTower(nn.Module):
     """``VIDEO_TOWER_INPUTS`` -> unit vector ``video_embedding_CD``."""
 
-    def __init__(self, config: TwoTowerConfig, ids: HashedIds) -> None:
+    def __init__(self, config: TwoTowerConfig, dimensions: FeatureDimensions, ids: HashedIds) -> None:
         super().__init__()
         self.ids = ids
         creator_dim = config.dim // 2
-        self.creators = HashedIds(creator_dim, dropout=config.id_dropout)
-        self.categories = Categories([TOPICS + 1, WORD_BUCKETS], config.category_dim)
+        self.creators = HashedIds(creator_dim, dimensions.id_buckets, dropout=config.id_dropout)
+        self.categories = Categories([dimensions.topics + 1, dimensions.category_buckets], config.category_dim)
         self.static = Standardiser(len(VIDEO_STATIC_DENSE))
         modality_dim = config.dim // 2
         self.modalities = nn.ModuleDict(
-            {name: Modality(width, modality_dim, config.modality_dropout) for name, width in _MODALITIES.items()}
+            {
+                name: Modality(width, modality_dim, config.modality_dropout)
+                for name, width in dimensions.content.items()
+                if width
+            }
         )
-        width = creator_dim + self.categories.out_width + 2 * len(VIDEO_STATIC_DENSE) + len(_MODALITIES) * modality_dim
+        width = (
+            creator_dim + self.categories.out_width + 2 * len(VIDEO_STATIC_DENSE) + len(self.modalities) * modality_dim
+        )
         self.content = nn.Sequential(
             nn.Linear(width, config.content_hidden), nn.GELU(), nn.Linear(config.content_hidden, config.dim)
         )
@@ -217,15 +228,14 @@ class VideoTower(nn.Module):
         audio: Tensor,
         text: Tensor,
     ) -> Tensor:
-        # has_visual, has_audio, has_text are columns 1..3 of VIDEO_STATIC_DENSE
-        present_CM = video_static_dense[:, 1:] > 0.5
+        content = {"visual": visual, "audio": audio, "text": text}
         parts = [
             self.creators(creator_codes),
             self.categories(video_categories),
             self.static(video_static_dense),
             *(
-                self.modalities[name](content, present_CM[:, i : i + 1])
-                for i, (name, content) in enumerate((("visual", visual), ("audio", audio), ("text", text)))
+                modality(content[name], video_static_dense[:, _PRESENT[name]].unsqueeze(1) > 0.5)
+                for name, modality in self.modalities.items()
             ),
         ]
         content_CD = self.content(torch.cat(parts, dim=-1))
@@ -235,12 +245,13 @@ class VideoTower(nn.Module):
 class TwoTower(nn.Module):
     """Both towers over one table of video ids, and the temperature of their inner product."""
 
-    def __init__(self, config: TwoTowerConfig) -> None:
+    def __init__(self, config: TwoTowerConfig, dimensions: FeatureDimensions) -> None:
         super().__init__()
         self.config = config
-        ids = HashedIds(config.dim, dropout=config.id_dropout)
-        self.viewer_tower = ViewerTower(config, ids)
-        self.video_tower = VideoTower(config, ids)
+        self.dimensions = dimensions
+        ids = HashedIds(config.dim, dimensions.id_buckets, dropout=config.id_dropout)
+        self.viewer_tower = ViewerTower(config, dimensions, ids)
+        self.video_tower = VideoTower(config, dimensions, ids)
         self.log_temperature = nn.Parameter(
             torch.tensor(config.temperature).log(), requires_grad=config.learn_temperature
         )

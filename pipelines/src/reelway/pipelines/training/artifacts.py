@@ -13,6 +13,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -24,6 +26,7 @@ from torch import nn
 from reelway.pipelines.models.ranker import Ranker, RankerConfig
 from reelway.pipelines.models.two_tower import TwoTower, TwoTowerConfig
 from reelway.platform.contracts.calibration import Calibration
+from reelway.platform.contracts.features import FeatureDimensions
 from reelway.platform.durable import whole_file, write_json
 from reelway.platform.errors import MalformedFileError, TrainingError
 
@@ -78,13 +81,24 @@ class TrainedModels:
     calibration: Calibration
     info: TrainingInfo
 
+    @property
+    def dimensions(self) -> FeatureDimensions:
+        """Widths of the features that both models were trained on."""
+        return self.two_tower.dimensions
+
 
 def save_models(models: TrainedModels, folder: Path) -> None:
     """Write everything; each file is whole or absent, and ``training.json`` is last."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / INFO).unlink(missing_ok=True)
-    _save(models.two_tower, {"config": dataclasses.asdict(models.two_tower.config)}, folder, "two_tower")
-    ranker_config = {"config": dataclasses.asdict(models.ranker.config), "embedding_dim": models.ranker.embedding_dim}
+    dimensions = dataclasses.asdict(models.dimensions)
+    tower = {"config": models.two_tower.config.model_dump(), "dimensions": dimensions}
+    _save(models.two_tower, tower, folder, "two_tower")
+    ranker_config = {
+        "config": models.ranker.config.model_dump(),
+        "dimensions": dimensions,
+        "embedding_dim": models.ranker.embedding_dim,
+    }
     _save(models.ranker, ranker_config, folder, "ranker")
     write_json(folder / CALIBRATION, models.calibration.model_dump(mode="json"))
     write_json(folder / INFO, models.info.to_dict())
@@ -99,11 +113,12 @@ def load_models(models_dir: Path) -> TrainedModels:
     """
     if not (models_dir / INFO).exists():
         raise TrainingError(f"{models_dir}: no {INFO}, so no finished training; run `reelway train` first")
-    about = _read_json(models_dir / "two_tower.json")
-    two_tower = TwoTower(TwoTowerConfig(**about["config"]))
+    with _described_by(models_dir / "two_tower.json") as about:
+        two_tower = TwoTower(TwoTowerConfig(**about["config"]), FeatureDimensions(**about["dimensions"]))
     _load(two_tower, models_dir / "two_tower.npz")
-    about = _read_json(models_dir / "ranker.json")
-    ranker = Ranker(RankerConfig(**about["config"]), about["embedding_dim"])
+    with _described_by(models_dir / "ranker.json") as about:
+        dimensions = FeatureDimensions(**about["dimensions"])
+        ranker = Ranker(RankerConfig(**about["config"]), about["embedding_dim"], dimensions)
     _load(ranker, models_dir / "ranker.npz")
     calibration = Calibration.model_validate(_read_json(models_dir / CALIBRATION))
     info = TrainingInfo.from_dict(_read_json(models_dir / INFO))
@@ -127,6 +142,16 @@ def _load(model: nn.Module, path: Path) -> None:
             path, "the weights of the configuration beside it; train again", seen=str(error)
         ) from error
     model.eval()
+
+
+@contextmanager
+def _described_by(path: Path) -> Iterator[dict[str, Any]]:
+    """The JSON beside a model's weights; what cannot be built from it is a ``MalformedFileError``."""
+    about = _read_json(path)
+    try:
+        yield about
+    except (KeyError, TypeError, ValueError) as error:
+        raise MalformedFileError(path, "a model's configuration; train again", seen=str(error)) from error
 
 
 def _read_json(path: Path) -> dict[str, Any]:

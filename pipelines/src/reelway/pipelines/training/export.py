@@ -23,7 +23,7 @@ from reelway.pipelines.models.ranker import Ranker
 from reelway.pipelines.models.served_ranker import ServedRanker
 from reelway.pipelines.models.two_tower import TwoTower
 from reelway.pipelines.training.batches import as_tensor
-from reelway.platform.contracts.features import HISTORY_LENGTH, RANKER_INPUTS, VIEWER_TOWER_INPUTS
+from reelway.platform.contracts.features import RANKER_INPUTS, VIEWER_TOWER_INPUTS
 from reelway.platform.durable import whole_file
 from reelway.platform.errors import ReleaseError
 from reelway.platform.features.assembly import ViewerArrays
@@ -40,7 +40,7 @@ def export_viewer_tower(model: TwoTower, path: Path, sample: ViewerArrays) -> fl
     """Write ``viewer_tower.onnx``: ``VIEWER_TOWER_INPUTS [B, ...] -> viewer_embedding [B, D]``, any B.
 
     Args:
-        sample: real rows, with histories of ``HISTORY_LENGTH``.
+        sample: real rows, with histories of the data set's ``history_length``.
 
     Returns:
         the largest absolute difference from torch over the sample.
@@ -49,8 +49,8 @@ def export_viewer_tower(model: TwoTower, path: Path, sample: ViewerArrays) -> fl
         ReleaseError: the difference exceeds ``MAX_DIFFERENCE``, or the sample is empty or of another length.
     """
     length = sample.history_codes.shape[1]
-    if length != HISTORY_LENGTH:
-        raise ReleaseError(f"sample histories hold {length} videos, expected {HISTORY_LENGTH}, as serving sends them")
+    if length != (expected := model.dimensions.history_length):
+        raise ReleaseError(f"sample histories hold {length} videos, expected {expected}, as serving sends them")
     inputs = {name: getattr(sample, name) for name in VIEWER_TOWER_INPUTS}
     shapes = {name: {0: "B"} for name in VIEWER_TOWER_INPUTS}
     return _export(model.viewer_tower, path, inputs, shapes, VIEWER_OUTPUT)

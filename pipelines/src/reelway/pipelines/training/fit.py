@@ -27,7 +27,7 @@ from reelway.pipelines.training.inference import embed_videos, embed_viewers
 from reelway.pipelines.training.loop import Checkpoints, NoCheckpoints, OnEpoch, State, current_worker, train
 from reelway.pipelines.training.negatives import RankerRows
 from reelway.pipelines.training.rows import F32, I64, TrainingRows
-from reelway.platform.contracts.features import BINARY_TASKS, RANKER_TASKS
+from reelway.platform.contracts.features import BINARY_TASKS, RANKER_TASKS, FeatureDimensions
 from reelway.platform.errors import EmptyDatasetError, TrainingError
 from reelway.platform.features.assembly import ViewerArrays
 
@@ -156,7 +156,7 @@ def _ranker_and_batches(
     return ranker, batches
 
 
-def fitted_from(state: State, config: TrainingConfig) -> Fitted:
+def fitted_from(state: State, config: TrainingConfig, dimensions: FeatureDimensions) -> Fitted:
     """The models of a checkpoint that ``fit`` made when it had ended.
 
     Raises:
@@ -168,10 +168,10 @@ def fitted_from(state: State, config: TrainingConfig) -> Fitted:
         raise TrainingError(f"checkpoint lacks {sorted(missing)}: the run had not ended; train again to go on from it")
     loaded = {}
     for stage in towers:
-        loaded[stage] = TwoTower(config.two_tower)
+        loaded[stage] = TwoTower(config.two_tower, dimensions)
         RetrievalObjective(loaded[stage]).load_state_dict(finished[stage]["objective"])
         loaded[stage].eval()
-    ranker = Ranker(config.ranker, config.two_tower.dim)
+    ranker = Ranker(config.ranker, config.two_tower.dim, dimensions)
     RankingObjective(ranker).load_state_dict(finished[RANKER]["objective"])
     curves = {stage: kept["curve"] for stage, kept in finished.items()}
     return Fitted(loaded[TWO_TOWER], ranker.eval(), curves, loaded[towers[-1]])
@@ -180,7 +180,7 @@ def fitted_from(state: State, config: TrainingConfig) -> Fitted:
 def prepared_two_tower(rows: TrainingRows, window: Window, config: TrainingConfig) -> TwoTower:
     """A fresh model that knows the window's statistics and ids."""
     torch.manual_seed(config.seed)
-    model = TwoTower(config.two_tower)
+    model = TwoTower(config.two_tower, rows.dimensions)
     index = window.training(rows)
     viewer_row, video_row = np.unique(rows.viewer_row[index]), np.unique(rows.video_row[index])
     model.viewer_tower.dense.fit(as_tensor(rows.viewers.viewer_dense[viewer_row]))
@@ -193,7 +193,7 @@ def prepared_two_tower(rows: TrainingRows, window: Window, config: TrainingConfi
 def prepared_ranker(rows: TrainingRows, ranker_rows: RankerRows, config: TrainingConfig) -> Ranker:
     """A fresh model that knows the statistics, starts at the base rates, and answers them where there is one class."""
     torch.manual_seed(config.seed + 1)
-    ranker = Ranker(config.ranker, config.two_tower.dim)
+    ranker = Ranker(config.ranker, config.two_tower.dim, rows.dimensions)
     ranker.viewer_dense.fit(as_tensor(rows.viewers.viewer_dense[np.unique(ranker_rows.viewer_row)]))
     ranker.video_dense.fit(as_tensor(ranker_rows.video_dense))
     videos = np.unique(ranker_rows.video_row)

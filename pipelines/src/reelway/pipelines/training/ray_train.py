@@ -77,7 +77,8 @@ def fit_on_ray(
         TrainingError: training failed more than ``MAX_FAILURES`` times; the message carries the cause.
     """
     workers = resources.gpus or resources.workers
-    name = f"fit-{digest_of([config.to_dict(), asdict(window), len(rows), len(ranker_rows), workers])[:12]}"
+    identity = [config.model_dump(), asdict(rows.dimensions), asdict(window), len(rows), len(ranker_rows), workers]
+    name = f"fit-{digest_of(identity)[:12]}"
     given = storage / f"{name}.input"
     _write_input(given, rows, ranker_rows)
     with (
@@ -91,7 +92,7 @@ def fit_on_ray(
             train_loop_config={
                 "input": str(given),
                 "window": asdict(window),
-                "config": config.to_dict(),
+                "config": config.model_dump(),
                 "threads": resources.threads or max(1, (os.cpu_count() or 1) // workers),
             },
             torch_config=TorchConfig(backend="nccl" if resources.gpus else "gloo"),
@@ -103,7 +104,7 @@ def fit_on_ray(
                 checkpoint_config=CheckpointConfig(num_to_keep=2),
             ),
         )
-        fitted = fitted_from(_finished_state(trainer), config)
+        fitted = fitted_from(_finished_state(trainer), config, rows.dimensions)
     shutil.rmtree(given)
     shutil.rmtree(storage / name)
     return fitted
@@ -146,7 +147,7 @@ def _train_worker(settings: dict[str, Any]) -> None:
         map_arrays(given / "rows"),
         RankerRows(**{name: np.load(given / f"{name}.npy", mmap_mode="r") for name in FIELDS}),
         Window(**settings["window"]),
-        TrainingConfig.from_dict(settings["config"]),
+        TrainingConfig(**settings["config"]),
         device=ray.train.torch.get_device(),
         checkpoints=RayCheckpoints(),
         on_epoch=tell,

@@ -30,6 +30,7 @@ from reelway.pipelines.training.negatives import AsOf, RankerRows, negative_rows
 from reelway.pipelines.training.rows import I64, TrainingRows, load_rows
 from reelway.platform.contracts.calibration import Calibration
 from reelway.platform.contracts.features import BINARY_TASKS, RANKER_INPUTS
+from reelway.platform.features.dimensions import read_dimensions
 from reelway.platform.runs import RunDirectory
 
 Note = Callable[[str], None]
@@ -62,7 +63,7 @@ def train_run(
         as_of: point-in-time look-up for sampled negatives; None reads the run's feature store.
     """
     clock = _Clock()
-    rows = load_rows(run.features / ROWS_FILE)
+    rows = load_rows(run.features / ROWS_FILE, read_dimensions(run.features))
     window = window_of(rows, config)
     note(f"{len(rows):,} rows, {len(rows.viewers.viewer_dense):,} requests, {len(rows.video_ids):,} videos")
     candidates = ranker_rows_of(rows, window, config, as_of or partial(_store_as_of, run))
@@ -85,7 +86,7 @@ def train_run(
         window_start_s=float(rows.event_time_s[0]),
         window_end_s=window.cut_s,
         calibration_start_s=window.calibration_s,
-        config=config.to_dict(),
+        config=config.model_dump(),
         curves=fitted.curves,
         base_rates=base_rates(learn.labels),
         calibration=[report.to_dict() for report in reports],

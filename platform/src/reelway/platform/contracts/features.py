@@ -22,7 +22,7 @@ class Window:
     length_s: int
 
 
-@validated_dataclass(frozen=True, config=ConfigDict(extra="forbid", strict=True))
+@validated_dataclass(frozen=True, config=ConfigDict(extra="forbid"))
 class FeatureDimensions:
     """Widths, vocabulary sizes and lengths of one data set's features.
 
@@ -30,17 +30,17 @@ class FeatureDimensions:
     manifest and the video table of the release. ``verify`` compares the copies with the files.
     """
 
-    visual: Annotated[int, Field(ge=0)]
+    visual: Annotated[int, Field(strict=True, ge=0)]
     """Values in a video's visual vector; 0 if the data set has no visual vectors."""
-    audio: Annotated[int, Field(ge=0)]
-    text: Annotated[int, Field(ge=0)]
-    topics: Annotated[int, Field(ge=1, le=4096)]
+    audio: Annotated[int, Field(strict=True, ge=0)]
+    text: Annotated[int, Field(strict=True, ge=0)]
+    topics: Annotated[int, Field(strict=True, ge=1, le=4096)]
     """Topics are 0..topics-1; -1 is an unknown topic."""
-    history_length: Annotated[int, Field(ge=1, le=1000)] = 50
+    history_length: Annotated[int, Field(strict=True, ge=1, le=1000)] = 50
     """Latest impressions of a viewer that the history view keeps."""
-    category_buckets: Annotated[int, Field(ge=2)] = 64
+    category_buckets: Annotated[int, Field(strict=True, ge=2)] = 64
     """Words (region, language, segment, device) are hashed to 1..category_buckets-1; 0 is missing."""
-    id_buckets: Annotated[int, Field(ge=2, le=2**31)] = 1 << 15
+    id_buckets: Annotated[int, Field(strict=True, ge=2, le=2**31)] = 1 << 15
     """Ids are hashed ``ID_HASHES`` times to 1..id_buckets-1; 0 is padding."""
 
     @property

@@ -21,10 +21,10 @@ from reelway.pipelines.features.stream.processor import SECOND_US, Processor, St
 from reelway.pipelines.features.stream.service import catalogue_of, view_settings
 from reelway.pipelines.features.stream.state import StreamState
 from reelway.pipelines.features.training_rows import CATALOGUE_FILE, LABELS_FILE, read_artifact
-from reelway.platform.features.dimensions import read_dimensions
 from reelway.platform.contracts.events import TIME
 from reelway.platform.durable import write_json
 from reelway.platform.eventlog import EventLog
+from reelway.platform.features.dimensions import read_dimensions
 from reelway.platform.features.store import open_feature_store
 from reelway.platform.runs import RunDirectory
 
