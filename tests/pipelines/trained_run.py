@@ -23,6 +23,7 @@ from reelway.pipelines.models.ranker import Ranker, RankerConfig
 from reelway.pipelines.models.two_tower import TwoTower, TwoTowerConfig
 from reelway.pipelines.training.artifacts import TrainedModels, TrainingInfo, save_models
 from reelway.platform.contracts.calibration import Calibration, Curve
+from reelway.platform.contracts.features import FeatureDimensions
 from reelway.platform.durable import write_json
 from reelway.platform.runs import RunDirectory
 
@@ -34,7 +35,7 @@ def make_trained_run(path: Path, *, requests: int = 300, gates: list[dict[str, A
     run = RunDirectory(path)
     tables = random_dataset(requests=requests)
     write_dataset(run.dataset, tables)
-    _write_features(run, tables)
+    write_features(run, tables, DIMENSIONS)
     _write_models(run.models)
     write_evaluation(run, gates=gates)
     for step in ("features", "train", "evaluate"):
@@ -50,7 +51,8 @@ def write_evaluation(run: RunDirectory, gates: list[dict[str, Any]] | None = Non
     write_json(run.evaluation / "evaluation.json", {"metrics": found, "gates": holds if gates is None else gates})
 
 
-def _write_features(run: RunDirectory, tables: dict[str, pa.Table]) -> None:
+def write_features(run: RunDirectory, tables: dict[str, pa.Table], dimensions: FeatureDimensions) -> None:
+    """Labels, catalogue and views, registered with Feast: the output of `reelway features` without Ray."""
     labels = label_impressions(tables["impressions"], tables["outcomes"], tables["videos"])
     run.features.mkdir(parents=True)
     pq.write_table(labels, run.features / LABELS_FILE)
@@ -59,12 +61,12 @@ def _write_features(run: RunDirectory, tables: dict[str, pa.Table]) -> None:
     creators = (tables["creators"], tables["videos"].select(["creator_id", "uploaded_at"]))
     views = {"viewer_profile": viewer_profile(tables["viewers"]), "video_content": video_content(tables["videos"])}
     for family in ("viewer", "video", "creator"):
-        views |= family_views(family, labels, creators, ViewSettings(DIMENSIONS), last_moment_us(labels))
+        views |= family_views(family, labels, creators, ViewSettings(dimensions), last_moment_us(labels))
     for name, view in views.items():
         folder = run.features / VIEWS_FOLDER / name
         folder.mkdir(parents=True)
         pq.write_table(view, folder / "part.parquet")
-    register_features(run.features, DIMENSIONS)
+    register_features(run.features, dimensions)
 
 
 def _write_models(folder: Path) -> None:
