@@ -16,9 +16,10 @@ from feast.on_demand_feature_view import on_demand_feature_view
 from feast.types import Array, Float32, Float64, Int64, String
 
 from reelway.platform.contracts import features as names
+from reelway.platform.contracts.feature_dimensions import SCHEMA_FILE, FeatureDimensions
 
 FEATURES_DIR = Path(os.environ["REELWAY_FEATURES_DIR"]).absolute()
-DIMENSIONS = names.FeatureDimensions.from_json((FEATURES_DIR / names.SCHEMA_FILE).read_bytes())
+DIMENSIONS = FeatureDimensions.from_json((FEATURES_DIR / SCHEMA_FILE).read_bytes())
 
 viewer = Entity(name="viewer", join_keys=["viewer_id"], value_type=ValueType.INT64)
 video = Entity(name="video", join_keys=["video_id"], value_type=ValueType.INT64)

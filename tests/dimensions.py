@@ -4,6 +4,6 @@ from __future__ import annotations
 
 from typing import Final
 
-from reelway.platform.contracts.features import FeatureDimensions
+from reelway.platform.contracts.feature_dimensions import FeatureDimensions
 
 DIMENSIONS: Final = FeatureDimensions(visual=32, audio=16, text=32, topics=32)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import os
+from dataclasses import replace
 
 import pyarrow as pa
 import pytest
@@ -114,7 +115,19 @@ def test_definitions_import_only_contracts_and_features_of_the_platform() -> Non
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("reelway")
         for alias in node.names
     }
-    assert ours == {"reelway.platform.contracts.features", "reelway.platform.features.on_demand"}
+    dimensions = "reelway.platform.contracts.feature_dimensions"
+    assert ours == {
+        "reelway.platform.contracts.features",
+        f"{dimensions}.SCHEMA_FILE",
+        f"{dimensions}.FeatureDimensions",
+        "reelway.platform.features.on_demand",
+    }
+
+
+def test_digest_changes_with_the_width_of_a_list(store, tmp_path) -> None:
+    wide = register_features(tmp_path / "features", replace(DIMENSIONS, text=512), "sqlite")
+    assert feature_service_digest(wide, TRAINING_SERVICE) != feature_service_digest(store, TRAINING_SERVICE)
+    assert feature_service_digest(wide, VIEWER_SERVICE) == feature_service_digest(store, VIEWER_SERVICE)
 
 
 def test_loading_leaves_the_environment_as_it_was(tmp_path) -> None:

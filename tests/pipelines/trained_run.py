@@ -23,7 +23,7 @@ from reelway.pipelines.models.ranker import Ranker, RankerConfig
 from reelway.pipelines.models.two_tower import TwoTower, TwoTowerConfig
 from reelway.pipelines.training.artifacts import TrainedModels, TrainingInfo, save_models
 from reelway.platform.contracts.calibration import Calibration, Curve
-from reelway.platform.contracts.features import FeatureDimensions
+from reelway.platform.contracts.feature_dimensions import FeatureDimensions
 from reelway.platform.durable import write_json
 from reelway.platform.runs import RunDirectory
 

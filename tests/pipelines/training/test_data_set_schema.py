@@ -21,7 +21,7 @@ from reelway.pipelines.training.rows import load_rows
 from reelway.pipelines.training.step import ROWS_FILE, Resources, train_run
 from reelway.platform.contracts.api import RecommendRequest
 from reelway.platform.contracts.events import OutcomeType
-from reelway.platform.contracts.features import FeatureDimensions
+from reelway.platform.contracts.feature_dimensions import FeatureDimensions
 from reelway.platform.errors import MalformedFileError
 from reelway.platform.features.dimensions import read_dimensions, write_dimensions
 from reelway.platform.release.folder import read_manifest

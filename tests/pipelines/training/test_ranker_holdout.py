@@ -94,13 +94,13 @@ def test_a_finished_checkpoint_gives_all_three_models_back(rows, config):
     kept = Kept()
     found = fitted(rows, config, kept)
     assert kept.state is not None
-    again = fitted_from(kept.state, config)
+    again = fitted_from(kept.state, config, DIMENSIONS)
     for name in ("two_tower", "ranker", "ranker_tower"):
         assert same(getattr(found, name), getattr(again, name)), name
 
 
 def test_negatives_of_the_held_out_rows_are_those_that_the_whole_window_would_have(rows, config):
-    asking = dataclasses.replace(config, sampled_negatives=3)
+    asking = config.model_copy(update={"sampled_negatives": 3})
     window = window_of(rows, asking)
     late = ranker_rows_of(rows, window, asking, as_of)
     whole = ranker_rows_of(rows, Window(window.cut_s, window.calibration_s), asking, as_of)
@@ -114,7 +114,7 @@ def test_negatives_of_the_held_out_rows_are_those_that_the_whole_window_would_ha
     [
         (["ranker_holdout=0.3"], "similarity_only"),
         (["ranker_holdout=0.05", "ranker.similarity_only=true", "calibration_fraction=0.1"], "calibration_fraction"),
-        (["ranker_holdout=1.2", "ranker.similarity_only=true"], "below 1"),
+        (["ranker_holdout=1.2", "ranker.similarity_only=true"], "ranker_holdout is 1.2, expected less than 1"),
     ],
 )
 def test_a_holdout_that_cannot_work_is_refused_by_name(overrides, message):
@@ -125,4 +125,4 @@ def test_a_holdout_that_cannot_work_is_refused_by_name(overrides, message):
 def test_too_few_rows_to_hold_any_out_are_refused(tmp_path: Path, config):
     few = load_rows(write_rows(tmp_path / "rows.parquet", made_table(requests=1, slate=2)), DIMENSIONS)
     with pytest.raises(EmptyDatasetError, match="ranker_holdout"):
-        window_of(few, dataclasses.replace(config, train_fraction=1.0))
+        window_of(few, config.model_copy(update={"train_fraction": 1.0}))

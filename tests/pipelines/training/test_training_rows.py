@@ -15,7 +15,7 @@ from tests.pipelines.training.made_rows import made_table, write_rows
 from reelway.pipelines.training import rows as rows_module
 from reelway.pipelines.training.rows import TrainingRows, load_rows, map_arrays, save_arrays
 from reelway.platform.contracts.features import RANKER_TASKS
-from reelway.platform.errors import EmptyDatasetError, MalformedFileError
+from reelway.platform.errors import EmptyDatasetError, FeatureError, MalformedFileError
 from reelway.platform.features.assembly import assemble_videos, assemble_viewers, columns_from_table
 
 
@@ -124,4 +124,26 @@ def test_a_label_that_is_null_is_refused_with_its_column(table: pa.Table, tmp_pa
     label = pa.array([None, *table["like"].to_pylist()[1:]], pa.float32())
     changed = table.set_column(table.schema.get_field_index("like"), "like", label)
     with pytest.raises(MalformedFileError, match="column 'like': saw '1 without'"):
+        load_rows(write_rows(tmp_path / "r.parquet", changed), DIMENSIONS)
+
+
+@pytest.mark.parametrize(("column", "value"), [("position", 40_000), ("position", -40_000)])
+def test_an_integer_above_its_type_is_refused_by_column(
+    table: pa.Table, tmp_path: Path, column: str, value: int
+) -> None:
+    values = pa.array([value, *table[column].to_pylist()[1:]], pa.int64())
+    changed = table.set_column(table.schema.get_field_index(column), column, values)
+    with pytest.raises(MalformedFileError, match=rf"'{column}': saw {value}, expected an integer in -32768..32767"):
+        load_rows(write_rows(tmp_path / "r.parquet", changed), DIMENSIONS)
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "limit"), [("topic", 32, 31), ("video_id", 2**53, 2**53 - 1), ("creator_id", 2**60, 2**53 - 1)]
+)
+def test_an_id_above_its_limit_is_refused_by_column(
+    table: pa.Table, tmp_path: Path, column: str, value: int, limit: int
+) -> None:
+    values = pa.array([value, *table[column].to_pylist()[1:]], pa.int64())
+    changed = table.set_column(table.schema.get_field_index(column), column, values)
+    with pytest.raises(FeatureError, match=rf"feature '{column}': value {value} is above the limit {limit}"):
         load_rows(write_rows(tmp_path / "r.parquet", changed), DIMENSIONS)

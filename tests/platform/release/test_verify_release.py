@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,14 @@ import numpy as np
 import pyarrow as pa
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from tests.dimensions import DIMENSIONS
 from tests.release_files import FEATURE_SERVICES, describe_files, make_release_folder, write_arrow, write_ranker
 
 from reelway.platform.contracts import manifest as files
+from reelway.platform.contracts.feature_dimensions import FeatureDimensions
 from reelway.platform.contracts.features import VIDEO_DENSE
 from reelway.platform.contracts.manifest import Manifest, Waiver
-from reelway.platform.contracts.release_files import NEIGHBOURS_SCHEMA, POPULAR, videos_schema
+from reelway.platform.contracts.release_files import NEIGHBOURS_SCHEMA, POPULAR, videos_schema, with_dimensions
 from reelway.platform.errors import (
     DigestMismatchError,
     GateFailedError,
@@ -309,6 +312,7 @@ def test_graphs_and_index_that_disagree_with_the_manifest_are_refused(
     [
         ({"embedding": 16}, "'embedding' is fixed_size_list.*8"),
         ({"videos": 65}, "videos.arrow has 64 rows, the manifest says 65"),
+        ({"features": replace(DIMENSIONS, text=512)}, "was written with .*text=32.*the manifest says .*text=512"),
         ({"viewer_dense": 3}, "has viewer_dense 3, this version of Reelway expects"),
         ({"video_dense": len(VIDEO_DENSE) + 1}, "has video_dense"),
         ({"tasks": ("long_watch",)}, "has tasks"),
@@ -320,6 +324,38 @@ def test_declared_dimensions_that_the_files_do_not_have_are_refused(
     rebuilt(release, dimensions=dimensions(release, **change))
     with pytest.raises(IncompatibleReleaseError, match=said):
         look(release)
+
+
+def test_a_history_length_that_the_viewer_tower_lacks_is_refused(release: Path) -> None:
+    with_features(release, replace(DIMENSIONS, history_length=20))
+    with pytest.raises(IncompatibleReleaseError, match="width of history_weights is 50, the manifest says 20"):
+        look(release)
+
+
+def test_topics_that_the_viewer_inputs_lack_are_refused(release: Path) -> None:
+    with_features(release, replace(DIMENSIONS, topics=40))
+    with pytest.raises(IncompatibleReleaseError, match="has viewer_dense 53, this version of Reelway expects 61"):
+        look(release)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "said"),
+    [
+        ("id_buckets", 100, r"column creator_codes: value \d+ is outside 0\.\.99"),
+        ("category_buckets", 3, r"column video_categories \(language\): value \d+ is outside 0\.\.2"),
+    ],
+)
+def test_a_code_outside_its_vocabulary_is_refused(release: Path, field: str, value: int, said: str) -> None:
+    with_features(release, replace(DIMENSIONS, **{field: value}))
+    with pytest.raises(IncompatibleReleaseError, match=said):
+        look(release)
+
+
+def with_features(folder: Path, features: FeatureDimensions) -> None:
+    """Record other feature dimensions in the video table and in the manifest; all other files stay."""
+    table = _table(folder, files.VIDEOS_FILE)
+    write_arrow(folder / files.VIDEOS_FILE, table.cast(with_dimensions(videos_schema(EMBEDDING), features)))
+    rebuilt(folder, dimensions=dimensions(folder, features=features))
 
 
 def _table(folder: Path, name: str) -> pa.Table:

@@ -31,13 +31,8 @@ from reelway.pipelines import search_index
 from reelway.pipelines.features.training_rows import LABELS_FILE, video_snapshot, viewer_snapshot
 from reelway.platform.contracts import manifest as names
 from reelway.platform.contracts.blend import Blend
-from reelway.platform.contracts.features import (
-    RANKER_TASKS,
-    TRAINING_SERVICE,
-    VIDEO_DENSE,
-    VIEWER_SERVICE,
-    FeatureDimensions,
-)
+from reelway.platform.contracts.feature_dimensions import FeatureDimensions
+from reelway.platform.contracts.features import RANKER_TASKS, TRAINING_SERVICE, VIDEO_DENSE, VIEWER_SERVICE
 from reelway.platform.contracts.ids import ReleaseId
 from reelway.platform.contracts.manifest import (
     Dimensions,

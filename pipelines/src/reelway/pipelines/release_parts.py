@@ -21,7 +21,8 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 from scipy import sparse
 
-from reelway.platform.contracts.features import VIDEO_STATIC_DENSE, FeatureDimensions
+from reelway.platform.contracts.feature_dimensions import FeatureDimensions
+from reelway.platform.contracts.features import VIDEO_STATIC_DENSE
 from reelway.platform.contracts.release_files import (
     NEIGHBOURS,
     NEIGHBOURS_SCHEMA,

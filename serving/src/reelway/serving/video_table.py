@@ -18,6 +18,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from reelway.platform.contracts import features as names
+from reelway.platform.contracts.feature_dimensions import FeatureDimensions
 from reelway.platform.contracts.manifest import VIDEOS_FILE
 from reelway.platform.contracts.release_files import dimensions_of, videos_schema
 from reelway.platform.errors import IncompatibleReleaseError
@@ -208,7 +209,7 @@ def open_one_batch(path: Path) -> pa.RecordBatch:
     return reader.get_batch(0)
 
 
-def _dimensions(batch: pa.RecordBatch) -> names.FeatureDimensions:
+def _dimensions(batch: pa.RecordBatch) -> FeatureDimensions:
     try:
         dimensions = dimensions_of(batch.schema)
     except ValueError as error:

@@ -13,7 +13,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pydantic import ValidationError
 
-from reelway.platform.contracts.features import CONTENT_VECTORS, FeatureDimensions
+from reelway.platform.contracts.feature_dimensions import FeatureDimensions
+from reelway.platform.contracts.features import CONTENT_VECTORS
 from reelway.platform.errors import ConfigError
 
 MAX_INFERRED_TOPICS: Final = 1024

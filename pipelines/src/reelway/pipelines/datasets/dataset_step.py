@@ -15,7 +15,7 @@ from reelway.pipelines.datasets.checks import CheckLimits, check_dataset
 from reelway.pipelines.datasets.store import Dataset, conform, write_dataset
 from reelway.pipelines.datasets.summary import summarise, summary_tables
 from reelway.platform.cli.terminal import out
-from reelway.platform.contracts.features import FeatureDimensions
+from reelway.platform.contracts.feature_dimensions import FeatureDimensions
 
 
 def write_checked(

@@ -18,7 +18,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from reelway.platform.contracts.events import DATASET_TABLES
-from reelway.platform.contracts.features import FeatureDimensions
+from reelway.platform.contracts.feature_dimensions import FeatureDimensions
 from reelway.platform.durable import whole_folder
 from reelway.platform.errors import MalformedFileError
 from reelway.platform.features.dimensions import read_dimensions, write_dimensions

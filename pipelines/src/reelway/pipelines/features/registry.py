@@ -10,7 +10,7 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from reelway.platform.contracts.features import FeatureDimensions
+from reelway.platform.contracts.feature_dimensions import FeatureDimensions
 from reelway.platform.durable import whole_file
 from reelway.platform.errors import ConfigError, StorageError
 from reelway.platform.features.dimensions import write_dimensions

@@ -26,7 +26,7 @@ from reelway.pipelines.features.labels import times_us
 from reelway.pipelines.features.windows import ALL_TIME_US, I64, window_sums
 from reelway.platform.contracts import features as names
 from reelway.platform.contracts.events import TIME
-from reelway.platform.contracts.features import FeatureDimensions
+from reelway.platform.contracts.feature_dimensions import FeatureDimensions
 from reelway.platform.errors import FeatureError
 
 SECOND_US: Final = 1_000_000

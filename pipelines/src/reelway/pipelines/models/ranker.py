@@ -17,13 +17,13 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
 from reelway.pipelines.models.inputs import Categories, HashedIds, Standardiser
+from reelway.platform.contracts.feature_dimensions import FeatureDimensions
 from reelway.platform.contracts.features import (
     RANKER_TASKS,
     VIDEO_CATEGORIES,
     VIDEO_DENSE,
     VIEWER_ACTIVITY,
     VIEWER_CATEGORIES,
-    FeatureDimensions,
 )
 
 POSITIONS = 64

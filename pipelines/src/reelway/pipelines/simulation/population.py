@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from reelway.pipelines.simulation.config import DAY_S, SimulationConfig
-from reelway.platform.contracts.features import FeatureDimensions
+from reelway.platform.contracts.feature_dimensions import FeatureDimensions
 
 F32 = NDArray[np.float32]
 F64 = NDArray[np.float64]

@@ -26,7 +26,7 @@ from torch import nn
 from reelway.pipelines.models.ranker import Ranker, RankerConfig
 from reelway.pipelines.models.two_tower import TwoTower, TwoTowerConfig
 from reelway.platform.contracts.calibration import Calibration
-from reelway.platform.contracts.features import FeatureDimensions
+from reelway.platform.contracts.feature_dimensions import FeatureDimensions
 from reelway.platform.durable import whole_file, write_json
 from reelway.platform.errors import MalformedFileError, TrainingError
 

@@ -27,7 +27,8 @@ from reelway.pipelines.training.inference import embed_videos, embed_viewers
 from reelway.pipelines.training.loop import Checkpoints, NoCheckpoints, OnEpoch, State, current_worker, train
 from reelway.pipelines.training.negatives import RankerRows
 from reelway.pipelines.training.rows import F32, I64, TrainingRows
-from reelway.platform.contracts.features import BINARY_TASKS, RANKER_TASKS, FeatureDimensions
+from reelway.platform.contracts.feature_dimensions import FeatureDimensions
+from reelway.platform.contracts.features import BINARY_TASKS, RANKER_TASKS
 from reelway.platform.errors import EmptyDatasetError, TrainingError
 from reelway.platform.features.assembly import ViewerArrays
 

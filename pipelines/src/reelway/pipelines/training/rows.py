@@ -21,7 +21,8 @@ import pyarrow.compute as pc
 import pyarrow.dataset as pads
 from numpy.typing import NDArray
 
-from reelway.platform.contracts.features import RANKER_TASKS, FeatureDimensions
+from reelway.platform.contracts.feature_dimensions import FeatureDimensions
+from reelway.platform.contracts.features import RANKER_TASKS
 from reelway.platform.errors import EmptyDatasetError, MalformedFileError
 from reelway.platform.features.assembly import (
     VideoArrays,
@@ -142,9 +143,9 @@ def _read_chunk(table: pa.Table, path: Path, dimensions: FeatureDimensions) -> _
     time_s = rows["request_time_s"].astype(np.float64)
     device = table.column("device").cast(pa.string()).to_pylist()
     viewers, viewer_row = _shared(
-        _narrow(assemble_viewers(columns, time_s, device, dimensions), dimensions, path), rows["request_id"]
+        _narrow_codes(assemble_viewers(columns, time_s, device, dimensions), dimensions, path), rows["request_id"]
     )
-    videos = _narrow(assemble_videos(columns, time_s, dimensions), dimensions, path)
+    videos = _narrow_codes(assemble_videos(columns, time_s, dimensions), dimensions, path)
     rows["viewer_row"] = viewer_row
     rows["video_dense"] = videos.video_dense
     order = np.lexsort((time_s, rows["video_id"]))
@@ -206,7 +207,7 @@ def fit_integers(values: NDArray[Any], kind: type[np.signedinteger[Any]], path: 
     return values.astype(kind)
 
 
-def _narrow(arrays: Arrays, dimensions: FeatureDimensions, path: Path) -> Arrays:
+def _narrow_codes(arrays: Arrays, dimensions: FeatureDimensions, path: Path) -> Arrays:
     """Codes as 16-bit integers if the largest possible code fits, else as 32-bit integers."""
     largest = max(dimensions.id_buckets, dimensions.category_buckets, dimensions.topics + 1) - 1
     kind = np.int16 if largest <= np.iinfo(np.int16).max else np.int32

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from reelway.platform.contracts.features import FeatureDimensions
+from reelway.platform.contracts.feature_dimensions import FeatureDimensions
 
 SCHEMA_VERSION: Final = 1
 

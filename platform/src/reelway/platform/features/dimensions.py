@@ -6,7 +6,7 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
-from reelway.platform.contracts.features import SCHEMA_FILE, FeatureDimensions
+from reelway.platform.contracts.feature_dimensions import SCHEMA_FILE, FeatureDimensions
 from reelway.platform.durable import whole_file
 from reelway.platform.errors import MalformedFileError
 

@@ -25,7 +25,7 @@ from reelway.pipelines.features.stream.processor import SECOND_US, Processor, Ro
 from reelway.pipelines.features.stream.state import StreamState
 from reelway.pipelines.features.training_rows import LABELS_FILE, read_artifact
 from reelway.pipelines.features.views import Prior, ViewSettings
-from reelway.platform.contracts.features import FeatureDimensions
+from reelway.platform.contracts.feature_dimensions import FeatureDimensions
 from reelway.platform.errors import FeatureError, StorageError
 from reelway.platform.eventlog import EventLog, open_event_log
 from reelway.platform.eventlog.changelog import Changelog
