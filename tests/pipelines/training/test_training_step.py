@@ -28,6 +28,7 @@ from reelway.platform.cli.main import build_app
 from reelway.platform.contracts.features import RANKER_INPUTS, RANKER_TASKS, VIEWER_TOWER_INPUTS, VIEWS
 from reelway.platform.errors import EmptyDatasetError, MalformedFileError, ReleaseError, TrainingError
 from reelway.platform.features.assembly import VideoArrays
+from reelway.platform.features.dimensions import write_dimensions
 from reelway.platform.runs import RunDirectory
 
 SMALL = (
@@ -41,6 +42,7 @@ Trained = tuple[RunDirectory, TrainedModels, TrainingRows]
 def made_run(folder: Path, table: pa.Table) -> RunDirectory:
     run = RunDirectory(folder)
     write_rows(run.features / ROWS_FILE, table)
+    write_dimensions(run.features, DIMENSIONS)
     run.record_path("features").parent.mkdir(parents=True)
     run.record_path("features").write_text(json.dumps({"identity": "made", "summary": {}}))
     return run
@@ -193,7 +195,7 @@ def test_damaged_or_absent_weights_are_refused_by_path(trained: Trained, tmp_pat
     (tmp_path / "ranker.npz").write_bytes((tmp_path / "ranker.npz").read_bytes()[:5000])
     with pytest.raises(MalformedFileError, match=r"ranker\.npz"):
         load_models(tmp_path)
-    with pytest.raises(TrainingError, match="run `reelway train` first"):
+    with pytest.raises(TrainingError, match="no finished training; run `reelway train`"):
         load_models(tmp_path / "nothing")
 
 

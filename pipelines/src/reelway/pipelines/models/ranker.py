@@ -1,8 +1,8 @@
-"""Multi-task ranker: every candidate scored on all of ``RANKER_TASKS`` in one pass.
+"""Multi-task ranker: scores every candidate on all of ``RANKER_TASKS`` in one pass.
 
-Returns logits (and log1p seconds). Calibration belongs to what follows; a sigmoid here would be applied twice.
-What depends on the viewer alone is computed once per viewer and meets the candidates after the first layer, in
-training (many rows per viewer) as in serving (one viewer, many candidates).
+Outputs are logits, and log1p(seconds) for ``watch_s``. Calibration follows elsewhere; a sigmoid here would be applied
+twice. The viewer's part of the first layer is computed once per viewer and added to the candidates' part. This holds in
+training (many rows per viewer) and in serving (one viewer, many candidates).
 """
 
 # Shapes: V viewers, C candidates (rows), D embedding, T topics, X experts, E expert width, K tasks, H head width
@@ -27,10 +27,10 @@ from reelway.platform.contracts.features import (
 )
 
 POSITIONS = 64
-"""Positions at and beyond this share one bias; -1 (not shown anywhere) has none."""
+"""Positions at or beyond this share one bias; position -1 (not shown) has none."""
 
 CROSS_SCALE = 4.0
-"""Of the affinity and the similarity, beside inputs that are standardised."""
+"""Factor of the affinity and the similarity, which brings them to the scale of the standardised inputs."""
 AFFINITY = len(VIEWER_ACTIVITY)
 """First column of the topic affinities in ``viewer_dense``."""
 VIEWER_LANGUAGE = VIEWER_CATEGORIES.index("language")
@@ -53,7 +53,7 @@ class RankerConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
     kind: Literal["shared_bottom", "mmoe"] = "mmoe"
-    """One trunk for all heads, or experts that a gate mixes for each head (MMoE, Ma et al. 2018, section 4)."""
+    """One trunk for all heads, or experts that a gate mixes for each head (MMoE, Ma et al. 2018)."""
     experts: Annotated[int, Field(ge=1)] = 4
     """Number of experts under ``mmoe``."""
     expert_hidden: Annotated[int, Field(ge=1)] = 64
@@ -71,13 +71,13 @@ class RankerConfig(BaseModel):
     position_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
     """Share of training rows whose position is hidden, so that the model learns the case "no position" of serving."""
     uncertainty: bool = False
-    """Learn the task weights (Kendall et al. 2018, equation 10) instead of using ``task_weights``."""
+    """Learn the task weights (Kendall et al. 2018) instead of using ``task_weights``."""
     task_weights: dict[TaskName, float] = {"watch_s": 0.5}
     """Weight of a head's loss; 1 for a head that is not named."""
 
 
 class GroupedLinear(nn.Module):
-    """G linear layers side by side: ``[C, G, in] -> [C, G, out]`` as one batched product."""
+    """G linear layers as one batched product. Shapes: ``[C, G, in] -> [C, G, out]``."""
 
     def __init__(self, groups: int, width_in: int, width_out: int) -> None:
         super().__init__()
@@ -90,7 +90,10 @@ class GroupedLinear(nn.Module):
 
 
 class Trunk(nn.Module):
-    """Experts and their gates; a shared bottom is one expert without gates. ``-> [C, K, E]``."""
+    """Experts mixed by one gate per task (MMoE, Ma et al. 2018). Output: ``[C, K, E]``.
+
+    A shared bottom is one expert without gates.
+    """
 
     def __init__(self, config: RankerConfig, viewer_width: int, candidate_width: int) -> None:
         super().__init__()
@@ -119,9 +122,9 @@ class Trunk(nn.Module):
 
 
 class PositionBias(nn.Module):
-    """The shallow tower that absorbs what the position alone explains (Zhao et al. 2019). ``[C] -> [C, K]``.
+    """Shallow tower that absorbs the effect of the position (Zhao et al. 2019). Shapes: ``[C] -> [C, K]``.
 
-    Position -1 is "not shown" and adds nothing, which is what serving does by leaving the tower out.
+    Position -1 means "not shown" and adds nothing. Serving leaves the tower out, which is equivalent.
     """
 
     def __init__(self, dropout: float) -> None:
@@ -171,12 +174,12 @@ class Ranker(nn.Module):
 
     @torch.no_grad()
     def start_from(self, base_output_K: Tensor) -> None:
-        """Let every head begin at its base rate (logit) or mean, instead of spending steps on getting there."""
+        """Sets each head's output bias to its base rate (logit) or mean, which saves training steps."""
         self.head_second.bias.copy_(base_output_K.unsqueeze(-1))
 
     @torch.no_grad()
     def fix_head(self, task: str, logit: float) -> None:
-        """Answer ``logit`` for this head always: there was one class only, so nothing to learn from."""
+        """Makes a head output ``logit`` always, for labels that have one class only."""
         k = RANKER_TASKS.index(task)
         self.fixed[k] = True
         self.fixed_output[k] = logit
@@ -192,12 +195,12 @@ class Ranker(nn.Module):
         video_embedding: Tensor,
         viewer_index: Tensor | None = None,
     ) -> Tensor:
-        """Logits ``[C, K]``.
+        """Returns logits ``[C, K]``.
 
         Args:
-            viewer_dense: and the other viewer inputs, ``[V, ...]``; V is 1 unless ``viewer_index`` is given.
-            video_dense: and the other video inputs, ``[C, ...]``.
-            viewer_index: the viewer of each candidate, ``[C]``; without it all candidates are viewer 0's.
+            viewer_dense: ``[V, ...]``, as all viewer inputs; V is 1 without ``viewer_index``.
+            video_dense: ``[C, ...]``, as all video inputs.
+            viewer_index: the viewer of each candidate, ``[C]``; by default all candidates belong to viewer 0.
         """
         crosses_CW, products_CD = self._crosses(
             viewer_dense, viewer_categories, viewer_embedding, video_categories, video_embedding, viewer_index
@@ -226,8 +229,10 @@ class Ranker(nn.Module):
         video_embedding: Tensor,
         viewer_index: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        """What only viewer and video together say: topic affinity, same language and similarity; and, apart, the
-        similarity's parts ``[C, D]``."""
+        """Returns the features of viewer and video together: ``[C, 5]``, and the products of the embeddings ``[C, D]``.
+
+        The five columns are topic affinity, its negative part, same language, other language, and similarity.
+        """
         affinity_VT = viewer_dense[:, AFFINITY : AFFINITY + self.dimensions.topics]
         unknown_VT = torch.isnan(affinity_VT)
         affinity_VT = torch.where(unknown_VT, torch.zeros_like(affinity_VT), affinity_VT)
@@ -243,7 +248,7 @@ class Ranker(nn.Module):
         same_C2 = torch.stack([spoken_C & (language_C == language_V), spoken_C & (language_C != language_V)], dim=-1)
         product_CD = viewer_embedding * video_embedding
         dot_C1 = product_CD.sum(dim=-1, keepdim=True)
-        # unit vectors: times sqrt(D), the product's parts are of the order of the dot itself
+        # the embeddings are unit vectors: times sqrt(D), each product has the magnitude of the inner product
         scale = video_embedding.shape[-1] ** 0.5
         crosses = [
             affinity_C1 * CROSS_SCALE, F.relu(-affinity_C1) * CROSS_SCALE, same_C2.to(product_CD.dtype),

@@ -1,6 +1,6 @@
-"""Two-tower retrieval: one vector per viewer and request, one per video, compared by inner product.
+"""Two-tower retrieval: one unit vector per viewer and request, one per video, compared by inner product.
 
-Only the viewer tower is exported; videos are embedded when a release is built. Losses live in ``losses``.
+Only the viewer tower is exported; the release build embeds the videos. Losses are in ``losses``.
 """
 
 # Shapes: B viewers, C videos, L history, S = L + 1 slots, H hashes, D embedding, A attention heads, F head width
@@ -54,7 +54,7 @@ class TwoTowerConfig(BaseModel):
 
 
 class CausalLayer(nn.Module):
-    """A pre-norm transformer layer that can answer for the last slot alone, at 1/S of the cost."""
+    """Pre-norm transformer layer (Xiong et al. 2020) that can compute the last slot alone, at 1/S of the cost."""
 
     def __init__(self, dim: int, heads: int, feedforward: int, dropout: float) -> None:
         super().__init__()
@@ -88,10 +88,10 @@ class CausalLayer(nn.Module):
 
 
 class HistoryEncoder(nn.Module):
-    """The watch history, oldest first, and a request slot at its end that asks "and now?".
+    """Causal transformer over the watch history, oldest first, with a request slot at the end.
 
-    A token is the video's id vector plus what the viewer made of it (outcome weight), how long ago, and how many
-    videos ago. The request slot starts from the context and the latest token, so an empty history leaves the context.
+    A token is the sum of the video's id vector, the outcome weight and age of the impression, and its rank from the
+    end. The request slot starts from the context and the latest token, so an empty history leaves the context alone.
     """
 
     def __init__(self, config: TwoTowerConfig, dimensions: FeatureDimensions, ids: HashedIds) -> None:
@@ -128,14 +128,14 @@ class HistoryEncoder(nn.Module):
             (weights_BL > 0).to(weights_BL.dtype),
             (weights_BL < 0).to(weights_BL.dtype),
             age_BL * 0.2,
-            *(torch.exp(-((age_BL - centre) ** 2) / 4.0) for centre in (0.0, 3.0, 6.0)),  # minutes, a day, a fortnight
+            *(torch.exp(-((age_BL - centre) ** 2) / 4.0) for centre in (0.0, 3.0, 6.0)),  # centres: minutes, a day, two weeks
         ]
         manner_BLD: Tensor = self.outcome(torch.stack(parts, dim=-1))
         return manner_BLD
 
     @staticmethod
     def _blocked(padded_BL: Tensor) -> Tensor:
-        """True where a slot must not look: the future, and padding. Every slot sees itself, so no row is empty."""
+        """Returns the attention mask: true for later slots and padding, never for the slot itself (no empty row)."""
         slots = padded_BL.shape[1] + 1
         index = torch.arange(slots, device=padded_BL.device)
         future_SS = index.unsqueeze(0) > index.unsqueeze(1)
@@ -175,7 +175,7 @@ class ViewerTower(nn.Module):
 
 
 class Modality(nn.Module):
-    """One content vector, or a learned stand-in where it is missing or, in training, hidden by chance."""
+    """Projects one content vector; a learned vector replaces it if it is missing or, in training, dropped out."""
 
     def __init__(self, width: int, dim: int, dropout: float) -> None:
         super().__init__()
@@ -239,7 +239,7 @@ class VideoTower(nn.Module):
 
 
 class TwoTower(nn.Module):
-    """Both towers over one table of video ids, and the temperature of their inner product."""
+    """Both towers, which share one table of video ids, and the temperature of their inner product."""
 
     def __init__(self, config: TwoTowerConfig, dimensions: FeatureDimensions) -> None:
         super().__init__()
@@ -254,9 +254,9 @@ class TwoTower(nn.Module):
 
     @property
     def ids(self) -> HashedIds:
-        """The video ids' table, shared by the towers."""
+        """The id table that both towers share."""
         return self.video_tower.ids
 
     def temperature(self) -> Tensor:
-        """Never below 0.01, where the softmax would be numerically one-hot."""
+        """The softmax temperature, at least 0.01; below, the softmax would be numerically one-hot."""
         return self.log_temperature.exp().clamp(0.01, 1.0)

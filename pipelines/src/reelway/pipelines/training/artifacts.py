@@ -1,8 +1,8 @@
-"""What ``reelway train`` leaves behind, and how the next steps read it: arrays and JSON, no pickle.
+"""Files of a finished training in ``<run>/models``: arrays and JSON, no pickle.
 
 ::
 
-    models/two_tower.npz + two_tower.json     weights, and the configuration that rebuilds the model
+    models/two_tower.npz + two_tower.json     weights; configuration and feature dimensions
     models/ranker.npz    + ranker.json
     models/calibration.json
     models/training.json                      TrainingInfo: window, seed, config, loss curves, base rates, notes
@@ -36,29 +36,29 @@ INFO: Final = "training.json"
 
 @dataclass(frozen=True)
 class TrainingInfo:
-    """What was trained on what, and how it went."""
+    """Record of a training: data, configuration, loss curves and calibration."""
 
     seed: int
     window_start_s: float
     """Events of the training window: [start, end), Unix seconds."""
     window_end_s: float
-    """The cut: evaluation starts here. Infinity (null in JSON) when all events were trained on."""
+    """End of training, start of evaluation. Infinity (null in JSON) if all events were trained on."""
     calibration_start_s: float
-    """The ranker saw events before this only; the rest of the window fitted the calibration."""
+    """The ranker learned from events before this; the rest of the window is for calibration."""
     config: dict[str, Any]
     curves: dict[str, list[dict[str, float]]]
     """Stage -> one mapping of metrics per epoch."""
     base_rates: dict[str, float]
-    """Mean of each head's label in the window; seconds for ``watch_s``."""
+    """Mean label of each head in the window; seconds for ``watch_s``."""
     calibration: list[dict[str, Any]]
     """One ``HeadReport`` per binary head."""
     notes: list[str]
-    """What a person should know, such as a head that had one class only."""
+    """Remarks for the ML engineer, such as a head whose labels have one class only."""
     rows: dict[str, int]
     elapsed_s: dict[str, float]
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values; infinity becomes None, which JSON can say."""
+        """Returns plain values; infinity becomes None, because JSON has no infinity."""
         plain = dataclasses.asdict(self)
         for name in ("window_end_s", "calibration_start_s"):
             if not np.isfinite(plain[name]):
@@ -67,14 +67,13 @@ class TrainingInfo:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> TrainingInfo:
-        """The inverse of ``to_dict``."""
         ends = {name: np.inf for name in ("window_end_s", "calibration_start_s") if values[name] is None}
         return cls(**{**values, **ends})
 
 
 @dataclass(frozen=True)
 class TrainedModels:
-    """The models in evaluation mode, on the CPU."""
+    """Both models in evaluation mode on the CPU, with calibration and training record."""
 
     two_tower: TwoTower
     ranker: Ranker
@@ -88,7 +87,7 @@ class TrainedModels:
 
 
 def save_models(models: TrainedModels, folder: Path) -> None:
-    """Write everything; each file is whole or absent, and ``training.json`` is last."""
+    """Writes all files, each atomically and ``training.json`` last."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / INFO).unlink(missing_ok=True)
     dimensions = dataclasses.asdict(models.dimensions)
@@ -105,14 +104,14 @@ def save_models(models: TrainedModels, folder: Path) -> None:
 
 
 def load_models(models_dir: Path) -> TrainedModels:
-    """What ``save_models`` wrote.
+    """Reads the files of ``save_models``.
 
     Raises:
-        TrainingError: nothing was trained here.
-        MalformedFileError: a file is damaged or of another configuration.
+        TrainingError: if the folder holds no finished training.
+        MalformedFileError: if a file is damaged or does not fit its configuration.
     """
     if not (models_dir / INFO).exists():
-        raise TrainingError(f"{models_dir}: no {INFO}, so no finished training; run `reelway train` first")
+        raise TrainingError(f"{models_dir}: no {INFO}, so no finished training; run `reelway train`")
     with _described_by(models_dir / "two_tower.json") as about:
         two_tower = TwoTower(TwoTowerConfig(**about["config"]), FeatureDimensions(**about["dimensions"]))
     _load(two_tower, models_dir / "two_tower.npz")
