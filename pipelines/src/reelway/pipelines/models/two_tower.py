@@ -128,7 +128,8 @@ class HistoryEncoder(nn.Module):
             (weights_BL > 0).to(weights_BL.dtype),
             (weights_BL < 0).to(weights_BL.dtype),
             age_BL * 0.2,
-            *(torch.exp(-((age_BL - centre) ** 2) / 4.0) for centre in (0.0, 3.0, 6.0)),  # centres: minutes, a day, two weeks
+            # bumps around minutes, a day, two weeks
+            *(torch.exp(-((age_BL - centre) ** 2) / 4.0) for centre in (0.0, 3.0, 6.0)),
         ]
         manner_BLD: Tensor = self.outcome(torch.stack(parts, dim=-1))
         return manner_BLD

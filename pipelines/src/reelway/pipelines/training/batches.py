@@ -1,8 +1,8 @@
 """Selects the rows of each training step.
 
 The selection is a pure function of seed, epoch, step and worker, so a restart needs no saved state. A batch consists of
-viewer rows (requests) with all their training rows. The viewer tower therefore runs once per request instead of once per
-row, with the same result.
+viewer rows (requests) with all their training rows. The viewer tower therefore runs once per request instead of once
+per row, with the same result.
 """
 
 # Shapes: R rows of a batch, V viewer rows of a batch, P pool of videos, M all videos

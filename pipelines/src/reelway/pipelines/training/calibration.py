@@ -53,8 +53,8 @@ def calibrate(
 ) -> tuple[Calibration, list[HeadReport]]:
     """Fits a curve per binary head on held-out rows.
 
-    The error after calibration is cross-fitted: the curve for each fold is fitted on the other folds, so that overfitting
-    does not lower the error. The returned curve is fitted on all rows.
+    The error after calibration is cross-fitted: the curve for each fold is fitted on the other folds, so that
+    overfitting does not lower the error. The returned curve is fitted on all rows.
 
     Args:
         outputs_NK: the ranker's raw outputs (logits), heads in the order of ``BINARY_TASKS``.
@@ -72,7 +72,7 @@ def calibrate(
 
 
 def expected_calibration_error(probability_N: F64, label_N: F64, *, bins: int = 15) -> float:
-    """Returns the mean gap between predicted and observed rate over equally filled bins (Nixon et al. 2019), by rows."""
+    """Returns the mean gap between predicted and observed rate over equally filled bins (Nixon et al. 2019)."""
     if not len(probability_N):
         return 0.0
     order = np.argsort(probability_N, kind="stable")

@@ -1,8 +1,8 @@
-"""Training rows in memory: read once from Parquet, assembled by the code that serving runs, and shared where equal.
+"""Training rows in memory: read once from Parquet and assembled by the code that serving runs.
 
-Two exact savings make 300,000 rows fit in a few hundred megabytes and train quickly: rows of one request share one
-viewer row (compared value by value), and a video's content is held once. Codes stay 16 bits wide until they are in
-a batch. Nothing here shuffles or samples; nothing is dropped.
+Two exact savings let 300,000 rows fit in a few hundred megabytes: rows of one request share one viewer row (compared
+value by value), and a video's content is stored once. Codes stay 16 or 32 bits wide until they are in a batch; a value
+that does not fit its type is an error.
 """
 
 # Shapes: N rows, V distinct viewer rows, M distinct videos, L history, H hashes, K tasks
@@ -51,7 +51,7 @@ _CODES: Final = ("viewer_categories", "history_codes", "video_codes", "creator_c
 
 @dataclass(frozen=True)
 class TrainingRows:
-    """All rows of a run, ascending in ``event_time_s``. Code arrays are int16 here; batches widen them."""
+    """All rows of a run, ascending in ``event_time_s``. Code arrays are int16 or int32; batches widen them."""
 
     impression_id: I64  # [N]
     request_id: I64
@@ -59,7 +59,7 @@ class TrainingRows:
     video_id: I64
     event_time_s: F64
     request_time_s: F64
-    position: NDArray[np.int16]  # -1: not shown anywhere
+    position: NDArray[np.int16]  # -1: not shown
     weight: F32  # outcome weight
     labels: F32  # [N, K]; watch_s in seconds
     viewer_row: NDArray[np.int32]  # [N] -> row of viewers
@@ -76,22 +76,24 @@ class TrainingRows:
         return len(self.event_time_s)
 
     def cut_time_s(self, fraction: float) -> float:
-        """The time before which ``fraction`` of the rows lie; rows at that very instant are after it."""
+        """Returns the time before which ``fraction`` of the rows lie; rows at exactly this time are after the cut."""
         position = round(len(self) * fraction)
         return float(np.inf) if position >= len(self) else float(self.event_time_s[position])
 
     def between(self, start_s: float, end_s: float) -> I64:
-        """Indices of the rows in ``[start_s, end_s)``."""
+        """Returns the indices of the rows in ``[start_s, end_s)``."""
         first, last = np.searchsorted(self.event_time_s, [start_s, end_s], side="left")
         return np.arange(first, last, dtype=np.int64)
 
 
 def load_rows(path: Path, dimensions: FeatureDimensions) -> TrainingRows:
-    """Read ``training_rows.parquet`` (a file, or a folder of them).
+    """Reads ``training_rows.parquet`` (a file, or a folder of files).
 
     Raises:
-        EmptyDatasetError: no rows.
-        MalformedFileError: no such file, a column is missing, or a label or time is null or not finite.
+        EmptyDatasetError: if there are no rows.
+        MalformedFileError: if the file or a column is missing, a label or time is null or not finite, a list has
+            another width than ``dimensions`` say, or an integer does not fit its type.
+        FeatureError: if an id or a topic is above its limit.
     """
     if not path.exists():
         raise MalformedFileError(path, "training rows; run `reelway features` first", seen="no such file")
@@ -130,7 +132,7 @@ def _chunks(source: pads.Dataset) -> Iterator[pa.Table]:
 
 
 def _read_chunk(table: pa.Table, path: Path, dimensions: FeatureDimensions) -> _Part:
-    # rows of one request side by side, so that equal viewer rows are neighbours
+    # sorted by request, so that equal viewer rows are neighbours
     table = table.sort_by([("request_id", "ascending"), ("viewer_id", "ascending"), ("request_time_s", "ascending")])
     _check_widths(table, path, dimensions)
     columns = columns_from_table(table)
@@ -227,7 +229,7 @@ def _concatenated(parts: list[Arrays]) -> Arrays:
 
 
 def _shared(viewers: ViewerArrays, request_id: I64) -> tuple[ViewerArrays, NDArray[np.int32]]:
-    """Neighbouring rows of one request whose inputs are equal to the last bit become one."""
+    """Merges neighbouring rows of one request whose inputs are bitwise equal."""
     differs = np.ones(len(request_id), dtype=np.bool_)
     differs[1:] = request_id[1:] != request_id[:-1]
     for name in _VIEWER_FIELDS:
@@ -271,14 +273,14 @@ def _joined(parts: list[_Part], path: Path, dimensions: FeatureDimensions) -> Tr
 
 
 def save_arrays(rows: TrainingRows, folder: Path) -> None:
-    """One ``.npy`` per array, for worker processes to map and share instead of each reading the Parquet."""
+    """Writes one ``.npy`` file per array, which worker processes map and share instead of reading Parquet."""
     write_dimensions(folder, rows.dimensions)
     for name, values in _flat(rows).items():
         np.save(folder / f"{name}.npy", values, allow_pickle=False)
 
 
 def map_arrays(folder: Path) -> TrainingRows:
-    """What ``save_arrays`` wrote, memory-mapped and read-only."""
+    """Maps the files of ``save_arrays`` read-only into memory."""
 
     def read(name: str) -> Any:
         return np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False)
