@@ -21,7 +21,7 @@ def shuffled(table: pa.Table) -> pa.Table:
     return table.take(pa.array(range(table.num_rows - 1, -1, -1)))
 
 
-def test_what_is_written_is_read_back_sorted_by_time_then_id(tmp_path: Path, tables: dict[str, pa.Table]) -> None:
+def test_written_data_set_is_read_back_sorted(tmp_path: Path, tables: dict[str, pa.Table]) -> None:
     write_dataset(
         tmp_path / "d", {name: shuffled(table) for name, table in tables.items()}, {"name": "x", "seed": 3}, DIMENSIONS
     )
@@ -39,19 +39,19 @@ def test_what_is_written_is_read_back_sorted_by_time_then_id(tmp_path: Path, tab
     assert dataset.info["first_time"] == min(tables["impressions"]["event_time"].to_pylist()).isoformat()
 
 
-def test_a_missing_column_is_refused_by_name(tmp_path: Path, tables: dict[str, pa.Table]) -> None:
+def test_missing_column_is_named(tmp_path: Path, tables: dict[str, pa.Table]) -> None:
     broken = {**tables, "videos": tables["videos"].drop_columns(["duration_ms"])}
     with pytest.raises(MalformedFileError, match="'duration_ms'"):
         write_dataset(tmp_path / "d", broken, {}, DIMENSIONS)
     assert not (tmp_path / "d").exists()
 
 
-def test_a_missing_table_is_refused(tmp_path: Path, tables: dict[str, pa.Table]) -> None:
+def test_missing_table_is_rejected(tmp_path: Path, tables: dict[str, pa.Table]) -> None:
     with pytest.raises(MalformedFileError, match="creators"):
         write_dataset(tmp_path / "d", {k: v for k, v in tables.items() if k != "creators"}, {}, DIMENSIONS)
 
 
-def test_a_null_where_none_may_be_is_refused_with_its_row(tmp_path: Path, tables: dict[str, pa.Table]) -> None:
+def test_null_in_a_required_column_is_rejected_with_its_row(tmp_path: Path, tables: dict[str, pa.Table]) -> None:
     ids = tables["viewers"]["viewer_id"].to_pylist()
     ids[2] = None
     broken = tables["viewers"].set_column(0, "viewer_id", pa.array(ids, pa.int64()))
@@ -59,7 +59,7 @@ def test_a_null_where_none_may_be_is_refused_with_its_row(tmp_path: Path, tables
         write_dataset(tmp_path / "d", {**tables, "viewers": broken}, {}, DIMENSIONS)
 
 
-def test_a_file_of_another_type_is_refused_when_read(tmp_path: Path, tables: dict[str, pa.Table]) -> None:
+def test_file_of_another_type_is_rejected(tmp_path: Path, tables: dict[str, pa.Table]) -> None:
     write_dataset(tmp_path / "d", tables, {}, DIMENSIONS)
     pq.write_table(
         tables["creators"].set_column(0, "creator_id", pa.array(["a"] * tables["creators"].num_rows)),
@@ -70,7 +70,7 @@ def test_a_file_of_another_type_is_refused_when_read(tmp_path: Path, tables: dic
 
 
 @pytest.mark.parametrize("damage", ["truncate", "remove"])
-def test_a_damaged_file_is_named(tmp_path: Path, tables: dict[str, pa.Table], damage: str) -> None:
+def test_damaged_file_is_named(tmp_path: Path, tables: dict[str, pa.Table], damage: str) -> None:
     write_dataset(tmp_path / "d", tables, {}, DIMENSIONS)
     file = tmp_path / "d" / "outcomes.parquet"
     if damage == "truncate":
@@ -81,20 +81,20 @@ def test_a_damaged_file_is_named(tmp_path: Path, tables: dict[str, pa.Table], da
         read_dataset(tmp_path / "d")
 
 
-def test_info_that_is_not_an_object_is_refused(tmp_path: Path, tables: dict[str, pa.Table]) -> None:
+def test_info_must_be_a_json_object(tmp_path: Path, tables: dict[str, pa.Table]) -> None:
     write_dataset(tmp_path / "d", tables, {}, DIMENSIONS)
     (tmp_path / "d" / "dataset.json").write_text(json.dumps([1]))
     with pytest.raises(MalformedFileError, match="JSON object"):
         read_dataset(tmp_path / "d")
 
 
-def test_a_folder_that_cannot_be_written_is_a_storage_error(tmp_path: Path, tables: dict[str, pa.Table]) -> None:
+def test_unwritable_folder_is_a_storage_error(tmp_path: Path, tables: dict[str, pa.Table]) -> None:
     (tmp_path / "blocked").write_text("a file, not a folder")
     with pytest.raises(StorageError, match="blocked"):
         write_dataset(tmp_path / "blocked" / "d", tables, {}, DIMENSIONS)
 
 
-def test_writing_again_replaces_the_whole_folder(tmp_path: Path, tables: dict[str, pa.Table]) -> None:
+def test_write_replaces_the_whole_folder(tmp_path: Path, tables: dict[str, pa.Table]) -> None:
     write_dataset(tmp_path / "d", tables, {"name": "first"}, DIMENSIONS, extras={"rejected": pa.table({"a": [1]})})
     write_dataset(tmp_path / "d", tables, {"name": "second"}, DIMENSIONS)
     assert read_dataset(tmp_path / "d").info["name"] == "second"

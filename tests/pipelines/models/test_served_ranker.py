@@ -61,7 +61,7 @@ def a_ranker(config: RankerConfig) -> Ranker:
     ],
     ids=["default", "mmoe", "shared_bottom", "similarity_only"],
 )
-def test_the_served_form_answers_as_the_ranker_does(config: RankerConfig, candidates: int) -> None:
+def test_inference_ranker_equals_the_ranker(config: RankerConfig, candidates: int) -> None:
     ranker = a_ranker(config)
     given = a_request(candidates)
     with torch.inference_mode():
@@ -72,7 +72,7 @@ def test_the_served_form_answers_as_the_ranker_does(config: RankerConfig, candid
 
 
 @pytest.mark.parametrize("language", [0, 1, 2, 63])
-def test_a_video_is_told_whether_it_speaks_the_viewers_language(language: int) -> None:
+def test_language_match_depends_on_the_viewers_language(language: int) -> None:
     ranker, given = a_ranker(RankerConfig()), a_request(300)
     given[1][0, names.VIEWER_CATEGORIES.index("language")] = language
     with torch.inference_mode():
@@ -80,7 +80,7 @@ def test_a_video_is_told_whether_it_speaks_the_viewers_language(language: int) -
     torch.testing.assert_close(seen, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_a_gate_that_is_very_sure_is_not_infinite() -> None:
+def test_extreme_gate_stays_finite() -> None:
     ranker = a_ranker(RankerConfig())
     with torch.no_grad():
         ranker.trunk.from_viewer.bias += 500 * torch.randn_like(ranker.trunk.from_viewer.bias)

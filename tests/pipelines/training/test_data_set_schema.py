@@ -83,7 +83,7 @@ def test_import_records_the_widths_of_the_data_set(run: RunDirectory) -> None:
     assert run.record("dataset")["summary"]["dimensions"]["text"] == 512
 
 
-def test_codes_above_16_bits_are_kept(run: RunDirectory) -> None:
+def test_rows_keep_codes_above_16_bits(run: RunDirectory) -> None:
     rows = load_rows(run.features / ROWS_FILE, WIDE)
     assert rows.videos.video_codes.dtype == np.int32
     assert rows.videos.video_codes.max() > 1 << 15
@@ -92,7 +92,7 @@ def test_codes_above_16_bits_are_kept(run: RunDirectory) -> None:
     assert rows.viewers.history_codes.shape[1:] == (7, 2)
 
 
-def test_lists_of_another_width_are_refused_by_column(run: RunDirectory, tmp_path: Path) -> None:
+def test_rows_reject_lists_of_another_width(run: RunDirectory, tmp_path: Path) -> None:
     narrow = FeatureDimensions(visual=24, audio=0, text=32, topics=5)
     with pytest.raises(MalformedFileError, match=r"column 'text': saw 'a list of 512', expected 32 values"):
         load_rows(run.features / ROWS_FILE, narrow)
@@ -100,7 +100,7 @@ def test_lists_of_another_width_are_refused_by_column(run: RunDirectory, tmp_pat
     assert read_dimensions(tmp_path) == narrow
 
 
-def test_a_trained_release_answers_a_slate(run: RunDirectory) -> None:
+def test_trained_release_serves_a_slate(run: RunDirectory) -> None:
     models = train_run(run, load_config("demo", overrides=SMALL), Resources(ray=False))
     assert models.dimensions == WIDE
     assert set(models.two_tower.video_tower.modalities) == {"visual", "text"}

@@ -71,9 +71,7 @@ def same_state(one: torch.nn.Module, other: torch.nn.Module) -> bool:
 
 
 @pytest.mark.parametrize("cut", [(0, 0), (1, 0), (1, 3), (2, 5)])
-def test_a_run_that_stopped_and_went_on_ends_with_the_bits_of_one_that_never_stopped(
-    rows: TrainingRows, tmp_path: Path, cut: tuple[int, int]
-) -> None:
+def test_resumed_run_equals_an_uninterrupted_run(rows: TrainingRows, tmp_path: Path, cut: tuple[int, int]) -> None:
     straight = made_objective(rows)
     straight_curve = train(straight, made_batches(rows), LOOP, seed=7, stage="two_tower")
 
@@ -101,7 +99,7 @@ def test_another_seed_gives_another_model(rows: TrainingRows) -> None:
     assert not same_state(one, other)
 
 
-def test_it_learns_which_video_follows_which(rows: TrainingRows) -> None:
+def test_loop_learns_which_video_follows_which(rows: TrainingRows) -> None:
     loop = LoopConfig(epochs=30, batch_size=64, lr=5e-3)
     reports: list[EpochReport] = []
     curve = train(
@@ -113,7 +111,7 @@ def test_it_learns_which_video_follows_which(rows: TrainingRows) -> None:
     assert reports[-1].metrics == curve[-1]
 
 
-def test_a_loss_that_is_no_number_stops_with_the_stage_and_the_epoch(rows: TrainingRows) -> None:
+def test_loop_stops_at_a_loss_that_is_not_finite(rows: TrainingRows) -> None:
     objective = made_objective(rows)
     with torch.no_grad():
         objective.model.viewer_tower.out.weight.fill_(float("inf"))
@@ -121,7 +119,7 @@ def test_a_loss_that_is_no_number_stops_with_the_stage_and_the_epoch(rows: Train
         train(objective, made_batches(rows), LOOP, seed=0, stage="two_tower")
 
 
-def test_a_checkpoint_of_another_model_is_refused(rows: TrainingRows, tmp_path: Path) -> None:
+def test_loop_rejects_a_checkpoint_of_another_model(rows: TrainingRows, tmp_path: Path) -> None:
     checkpoints = CheckpointFiles(tmp_path)
     loop = LOOP.model_copy(update={"epochs": 1})
     train(made_objective(rows), made_batches(rows), loop, seed=0, stage="two_tower", checkpoints=checkpoints)
@@ -132,7 +130,7 @@ def test_a_checkpoint_of_another_model_is_refused(rows: TrainingRows, tmp_path: 
         train(made_objective(rows), made_batches(rows), loop, seed=0, stage="ranker", checkpoints=checkpoints)
 
 
-def test_the_callers_random_numbers_are_left_alone(rows: TrainingRows) -> None:
+def test_loop_preserves_the_callers_random_state(rows: TrainingRows) -> None:
     torch.manual_seed(5)
     expected = torch.rand(3)
     objective = made_objective(rows)
@@ -141,7 +139,7 @@ def test_the_callers_random_numbers_are_left_alone(rows: TrainingRows) -> None:
     assert torch.equal(torch.rand(3), expected)
 
 
-def test_a_damaged_checkpoint_is_refused_with_its_path(tmp_path: Path) -> None:
+def test_damaged_checkpoint_is_rejected_with_its_path(tmp_path: Path) -> None:
     checkpoints = CheckpointFiles(tmp_path)
     for number in range(4):
         checkpoints.save({"epoch": number}, {})

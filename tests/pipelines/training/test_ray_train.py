@@ -39,7 +39,7 @@ def ray_runtime() -> Iterator[None]:
 
 @pytest.mark.long
 @pytest.mark.usefixtures("ray_runtime")
-def test_a_killed_worker_is_replaced_and_the_result_is_that_of_an_undisturbed_run_without_ray(tmp_path: Path) -> None:
+def test_run_with_a_killed_worker_equals_an_undisturbed_run(tmp_path: Path) -> None:
     rows_file = write_rows(tmp_path / "rows.parquet", made_table(requests=200))
     config = load_config("demo", overrides=SETTINGS)
     straight = fit_in_two_processes(rows_file, config, tmp_path)

@@ -64,7 +64,7 @@ def a_request(models: TrainedModels, rows: TrainingRows, viewer: int) -> dict[st
     return ranker_inputs(one, embed_viewers(models.two_tower, one), videos, embed_videos(models.two_tower, videos))
 
 
-def test_loaded_models_answer_as_the_trained_ones(trained: Trained) -> None:
+def test_loaded_models_equal_the_trained_models(trained: Trained) -> None:
     run, models, rows = trained
     loaded = load_models(run.models)
     np.testing.assert_array_equal(
@@ -76,7 +76,7 @@ def test_loaded_models_answer_as_the_trained_ones(trained: Trained) -> None:
     assert loaded.calibration == models.calibration
 
 
-def test_what_is_left_behind_holds_no_pickle(trained: Trained) -> None:
+def test_model_files_hold_no_pickle(trained: Trained) -> None:
     run = trained[0]
     assert sorted(path.name for path in run.models.iterdir()) == [
         "calibration.json", "ranker.json", "ranker.npz", "training.json", "two_tower.json", "two_tower.npz",
@@ -86,7 +86,7 @@ def test_what_is_left_behind_holds_no_pickle(trained: Trained) -> None:
             assert all(arrays[name].dtype.kind in "fbi" for name in arrays.files)
 
 
-def test_the_record_says_what_was_trained_on_what(trained: Trained) -> None:
+def test_training_record_describes_the_run(trained: Trained) -> None:
     run, models, rows = trained
     info = json.loads((run.models / "training.json").read_text())
     assert info["window_end_s"] == rows.cut_time_s(0.8)
@@ -98,7 +98,7 @@ def test_the_record_says_what_was_trained_on_what(trained: Trained) -> None:
     assert info["rows"] == {"training": len(rows.between(-np.inf, info["window_end_s"])), "ranker": before, "all": 1600}
 
 
-def test_a_head_with_one_class_answers_its_base_rate_and_is_reported(
+def test_head_with_one_class_outputs_its_base_rate(
     trained: Trained,
 ) -> None:
     _, models, rows = trained
@@ -109,7 +109,7 @@ def test_a_head_with_one_class_answers_its_base_rate_and_is_reported(
     assert models.calibration.curves["share"].method == "identity"
 
 
-def test_the_ranker_learned_taste_and_what_precedes_it(
+def test_ranker_learns_taste(
     trained: Trained,
 ) -> None:
     info = trained[1].info
@@ -130,9 +130,7 @@ def graphs(
     return onnxruntime.InferenceSession(str(tower)), onnxruntime.InferenceSession(str(ranker))
 
 
-def test_the_viewer_graph_takes_any_number_of_viewers_by_the_contracts_names(
-    trained: Trained, graphs: tuple[Any, Any]
-) -> None:
+def test_viewer_graph_takes_any_number_of_viewers(trained: Trained, graphs: tuple[Any, Any]) -> None:
     _, models, rows = trained
     session = graphs[0]
     assert [given.name for given in session.get_inputs()] == list(VIEWER_TOWER_INPUTS)
@@ -145,7 +143,7 @@ def test_the_viewer_graph_takes_any_number_of_viewers_by_the_contracts_names(
         np.testing.assert_allclose(ours, embed_viewers(models.two_tower, viewers), atol=1e-5)
 
 
-def test_the_ranker_graph_scores_one_viewers_candidates_however_many(trained: Trained, graphs: tuple[Any, Any]) -> None:
+def test_ranker_graph_takes_any_number_of_candidates(trained: Trained, graphs: tuple[Any, Any]) -> None:
     _, models, rows = trained
     session = graphs[1]
     assert [given.name for given in session.get_inputs()] == list(RANKER_INPUTS)
@@ -158,7 +156,7 @@ def test_the_ranker_graph_scores_one_viewers_candidates_however_many(trained: Tr
         np.testing.assert_allclose(ours, score(models.ranker, inputs), atol=1e-5)
 
 
-def test_an_export_that_differs_from_torch_is_refused_and_leaves_no_file(
+def test_export_that_differs_from_torch_leaves_no_file(
     trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _, models, rows = trained
@@ -178,7 +176,7 @@ def test_an_export_that_differs_from_torch_is_refused_and_leaves_no_file(
     assert not list(tmp_path.iterdir())
 
 
-def test_an_export_needs_samples_shaped_as_serving_sends_them(trained: Trained, tmp_path: Path) -> None:
+def test_export_rejects_samples_of_another_shape(trained: Trained, tmp_path: Path) -> None:
     run, models, rows = trained
     short = load_rows(run.features / ROWS_FILE, replace(DIMENSIONS, history_length=5))
     with pytest.raises(ReleaseError, match="hold 5 videos, expected 50"):
@@ -189,7 +187,7 @@ def test_an_export_needs_samples_shaped_as_serving_sends_them(trained: Trained, 
         export_ranker(models.ranker, tmp_path / "r.onnx", two)
 
 
-def test_damaged_or_absent_weights_are_refused_by_path(trained: Trained, tmp_path: Path) -> None:
+def test_damaged_weights_are_rejected_with_their_path(trained: Trained, tmp_path: Path) -> None:
     for path in trained[0].models.iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
     (tmp_path / "ranker.npz").write_bytes((tmp_path / "ranker.npz").read_bytes()[:5000])
@@ -199,7 +197,7 @@ def test_damaged_or_absent_weights_are_refused_by_path(trained: Trained, tmp_pat
         load_models(tmp_path / "nothing")
 
 
-def test_positives_only_data_trains_on_sampled_negatives_of_its_own_time(tmp_path: Path) -> None:
+def test_positives_only_data_trains_on_sampled_negatives(tmp_path: Path) -> None:
     table = made_table(requests=200)
     loved = table.filter(pa.array(table["long_watch"].to_numpy() > 0))
     asked: list[tuple[str, float]] = []
@@ -216,7 +214,7 @@ def test_positives_only_data_trains_on_sampled_negatives_of_its_own_time(tmp_pat
     assert not any("'long_watch' has one class" in note for note in models.info.notes)
 
 
-def test_all_rows_at_one_instant_cannot_be_split_by_time(tmp_path: Path) -> None:
+def test_rows_at_one_instant_cannot_be_split(tmp_path: Path) -> None:
     table = made_table(requests=5)
     same = pa.array([table["event_time"][0]] * len(table))
     run = made_run(tmp_path, table.set_column(table.schema.get_field_index("event_time"), "event_time", same))
@@ -224,7 +222,7 @@ def test_all_rows_at_one_instant_cannot_be_split_by_time(tmp_path: Path) -> None
         train_run(run, load_config("demo", overrides=SMALL), ALONE)
 
 
-def test_the_command_trains_once_and_then_says_that_it_is_done(tmp_path: Path) -> None:
+def test_command_skips_a_finished_training(tmp_path: Path) -> None:
     run = made_run(tmp_path, made_table(requests=150))
     args = ["train", "--run", str(run.path), "--no-ray", "--epochs", "1", "--seed", "3"]
     args += [part for value in SMALL for part in ("--set", value)]
@@ -240,7 +238,7 @@ def test_the_command_trains_once_and_then_says_that_it_is_done(tmp_path: Path) -
     assert load_models(run.models).info.config["two_tower"]["dropout"] == 0.3
 
 
-def test_embedding_in_chunks_is_embedding_at_once(trained: Trained) -> None:
+def test_embedding_does_not_depend_on_the_chunk_size(trained: Trained) -> None:
     _, models, rows = trained
     videos: VideoArrays = rows.videos
     np.testing.assert_allclose(
