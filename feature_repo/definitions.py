@@ -2,8 +2,8 @@
 
 Declarations only; the arithmetic is in ``reelway.pipelines.features`` and ``reelway.platform.features``. Names come
 from ``contracts.feature_names`` and widths from ``schema.json`` of the run's features. ``REELWAY_FEATURES_DIR`` is
-the folder with the schema and the Parquet files that the sources read. ``reelway features`` sets it; set it yourself to call
-``feast apply``.
+the folder with the schema and the Parquet files that the sources read. ``reelway features`` sets it; set it
+yourself to call ``feast apply``.
 """
 
 import os

@@ -1,4 +1,4 @@
-"""The feature dimensions of tests that do not care about them: those of simulated data sets."""
+"""Feature dimensions for tests that do not depend on their values: those of simulated data sets."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A real, small release on disk for tests and benchmarks: ONNX graphs that run, a FAISS index, Arrow tables.
+"""A small, real release on disk for tests and benchmarks: ONNX graphs that run, a FAISS index, Arrow tables.
 
 The graphs are not trained, yet they do meaningful arithmetic: a viewer's embedding is the weighted mean of what was
 watched, so that retrieval finds videos of the same topics, and the ranker's outputs depend on every input. Nothing
@@ -43,7 +43,7 @@ from reelway.platform.features.hashing import id_codes, word_codes
 F32 = NDArray[np.float32]
 
 NOW_S = 1_718_000_000.0
-"""The moment at which the release was made, unless the caller names another: 2024-06-10 06:13:20 UTC."""
+"""Default creation time of the release: 2024-06-10 06:13:20 UTC."""
 FEATURE_SERVICES = {names.TRAINING_SERVICE: "a" * 64, names.VIEWER_SERVICE: "b" * 64}
 LANGUAGES = ("en", "de", "hi", "pt")
 REGIONS = ("eu", "us")
@@ -79,7 +79,7 @@ class _Graph:
         return self.op("ReduceMean", rows, axes=[-2], keepdims=0)
 
     def total(self, *terms: str, output: str) -> str:
-        """The sum of any number of values that broadcast together."""
+        """Adds values that broadcast together."""
         return self.op("Sum", *terms, output=output)
 
     def save(self, path: Path, inputs: dict[str, list[Any]], outputs: dict[str, list[Any]]) -> None:
@@ -175,7 +175,7 @@ def _fixed(matrix: NDArray[Any], kind: pa.DataType) -> pa.Array:
 
 
 def write_arrow(path: Path, table: pa.Table) -> None:
-    """One uncompressed record batch in the IPC file format."""
+    """Writes one uncompressed record batch in the IPC file format."""
     with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
         writer.write_batch(table.combine_chunks().to_batches()[0])
 
@@ -210,7 +210,7 @@ def _videos(videos: int, embedding: int, now_s: float, rng: np.random.Generator)
 
 
 def _popular(video_id: NDArray[np.int64], rng: np.random.Generator) -> pa.Table:
-    """Each list is an order of its own over up to 200 videos."""
+    """Lists in random orders over up to 200 videos."""
     lists = ["popular", "trending", *(f"trending:{region}" for region in REGIONS)]
     length = min(200, len(video_id))
     chosen = np.concatenate([rng.permutation(video_id)[:length] for _ in lists])
@@ -227,7 +227,7 @@ def _popular(video_id: NDArray[np.int64], rng: np.random.Generator) -> pa.Table:
 
 
 def _neighbours(video_id: NDArray[np.int64], topic: NDArray[np.int32]) -> pa.Table:
-    """The next videos of the same topic; -1 where a topic has too few."""
+    """The next videos of the same topic, padded with -1."""
     order = np.argsort(topic, kind="stable")
     padded = np.concatenate([order, np.full(NEIGHBOURS, -1)])
     rows = np.empty((len(order), NEIGHBOURS), dtype=np.int32)
@@ -245,7 +245,7 @@ def _index(embedding_ND: F32) -> faiss.Index:
 
 
 def describe_files(folder: Path) -> dict[str, files.FileEntry]:
-    """Size and digest of every file of a release folder, as they are now."""
+    """Returns size and digest of every file of a release folder."""
     return {
         name: files.FileEntry(
             sha256=hashlib.sha256((folder / name).read_bytes()).hexdigest(),
@@ -266,7 +266,7 @@ def make_release_folder(
     key: Ed25519PrivateKey | None = None,
     **overrides: Any,
 ) -> Manifest:
-    """Write a whole release into ``path`` (made if absent), ``manifest.json`` included, and return its manifest.
+    """Writes a complete release into ``path``, ``manifest.json`` included, and returns its manifest.
 
     The same arguments give the same bytes.
 
@@ -326,10 +326,10 @@ def make_release_folder(
 
 
 def sign_manifest(manifest: Manifest, key: Ed25519PrivateKey) -> Manifest:
-    """The manifest with the key's signature over its canonical bytes."""
+    """Returns the manifest with the key's signature over its canonical bytes."""
     return manifest.model_copy(update={"signature": base64.b64encode(key.sign(manifest.canonical_bytes())).decode()})
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Put ``manifest.json`` into a release folder."""
+    """Writes ``manifest.json`` into a release folder."""
     (folder / files.MANIFEST_FILE).write_text(json.dumps(manifest.model_dump(mode="json"), indent=2, sort_keys=True))

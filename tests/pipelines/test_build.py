@@ -1,4 +1,4 @@
-"""A trained run becomes a release that verifies and answers like its models; anything less becomes nothing."""
+"""Building a release from a trained run: contents, verification, waivers and failures."""
 
 from __future__ import annotations
 

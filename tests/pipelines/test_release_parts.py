@@ -1,4 +1,4 @@
-"""Video table, popularity lists and neighbours: what serving will map and follow blindly."""
+"""The tables of a release: videos, popularity lists and neighbours."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A run directory as it is before ``reelway release build``: data set, registered features, models, an evaluation.
+"""A run directory that is ready for ``reelway release build``: data set, features, models, evaluation.
 
 The models have random weights, which costs no training and changes nothing about building; all else is real.
 """
@@ -31,7 +31,7 @@ DIM = 16
 
 
 def make_trained_run(path: Path, *, requests: int = 300, gates: list[dict[str, Any]] | None = None) -> RunDirectory:
-    """Everything that ``build_release`` reads, and the step records that the command asks for."""
+    """Writes all inputs of ``build_release``, and the step records that the command requires."""
     run = RunDirectory(path)
     tables = random_dataset(requests=requests)
     write_dataset(run.dataset, tables)
@@ -45,14 +45,14 @@ def make_trained_run(path: Path, *, requests: int = 300, gates: list[dict[str, A
 
 
 def write_evaluation(run: RunDirectory, gates: list[dict[str, Any]] | None = None, **metrics: Any) -> None:
-    """``evaluation.json``; one gate that holds, unless the caller names others."""
+    """Writes ``evaluation.json``, by default with one passed gate."""
     holds = [{"name": "recall_at_50", "value": 0.4, "bound": 0.3, "comparison": ">=", "passed": True, "detail": ""}]
     found = {"recall_at_50": 0.4, "auc_share": None} | metrics
     write_json(run.evaluation / "evaluation.json", {"metrics": found, "gates": holds if gates is None else gates})
 
 
 def write_features(run: RunDirectory, tables: dict[str, pa.Table], dimensions: FeatureDimensions) -> None:
-    """Labels, catalogue and views, registered with Feast: the output of `reelway features` without Ray."""
+    """Writes labels, catalogue and views and registers them with Feast, as `reelway features` does with Ray."""
     labels = label_impressions(tables["impressions"], tables["outcomes"], tables["videos"])
     run.features.mkdir(parents=True)
     pq.write_table(labels, run.features / LABELS_FILE)

@@ -25,7 +25,7 @@ def dataset() -> Dataset:
         [min(tables["impressions"]["event_time"].to_pylist())] * viewers.num_rows, viewers["created_at"].type
     )
     tables["viewers"] = viewers.set_column(1, viewers.schema.field("created_at"), first)
-    # The random data lets one slate hold a video twice; here every impression is its own.
+    # The random data may hold a video twice in one slate; the checks remove the repeated impressions.
     return check_dataset(Dataset(**tables, info={"name": "random"}, dimensions=DIMENSIONS), LENIENT).dataset
 
 

@@ -58,7 +58,7 @@ def test_flags_become_outcomes(tmp_path: Path) -> None:
     rows = tables["outcomes"].to_pylist()
     by_time = tables["impressions"].sort_by("event_time")["impression_id"].to_pylist()
     assert [(r["type"], r["value"]) for r in rows] == [("watch", 12000.0), ("like", 1.0), ("watch", 500.0)]
-    assert by_time == [0, 1, 2]  # 12:00:20+01:00 is the earliest moment, so it has the first id
+    assert by_time == [0, 1, 2]  # 12:00:20+01:00 is the earliest time, so it has the first id
     assert {r["impression_id"] for r in rows} == {1, 2}
 
 

@@ -1,4 +1,4 @@
-"""Which ratings are one request."""
+"""Grouping of ratings into requests."""
 
 from __future__ import annotations
 

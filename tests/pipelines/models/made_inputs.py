@@ -1,4 +1,4 @@
-"""Random model inputs in the contract's names and shapes."""
+"""Random model inputs with the names and shapes of the contract."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from reelway.platform.contracts import features as names
 
 
 def viewer_inputs(rows: int, *, length: int = DIMENSIONS.history_length, seed: int = 0) -> dict[str, Tensor]:
-    """Full histories, some missing numbers."""
+    """Viewer inputs with full histories and some missing numbers."""
     random = torch.Generator().manual_seed(seed)
     dense = torch.rand(rows, len(DIMENSIONS.viewer_dense), generator=random) * 20 - 2
     dense[torch.rand(dense.shape, generator=random) < 0.1] = float("nan")
@@ -24,7 +24,7 @@ def viewer_inputs(rows: int, *, length: int = DIMENSIONS.history_length, seed: i
 
 
 def video_inputs(rows: int, *, seed: int = 1) -> dict[str, Tensor]:
-    """Every modality there, some missing numbers."""
+    """Video inputs with all modalities and some missing numbers."""
     random = torch.Generator().manual_seed(seed)
     static = torch.rand(rows, len(names.VIDEO_STATIC_DENSE), generator=random) * 60
     static[:, 1:] = 1.0

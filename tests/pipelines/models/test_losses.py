@@ -1,4 +1,4 @@
-"""The losses against brute force, torch's own, and a simulation of the sampling they correct for."""
+"""The losses, compared with enumeration, torch and a simulation of the sampling."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The ranker: the same scores however viewers and candidates are laid out, crosses, fixed heads, position bias."""
+"""The ranker: batched viewers, cross features, constant heads, position bias."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The served form of the ranker gives the ranker's own answers, whatever kind of ranker it is made of."""
+"""The inference form of the ranker gives the ranker's outputs for every configuration."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ WIDTH = 12
 
 
 def a_request(candidates: int) -> list[torch.Tensor]:
-    """One viewer with gaps in what is known of it, and candidates of which some are unknown in every way."""
+    """One viewer with missing features, and candidates of which some have no known feature."""
     chance = torch.Generator().manual_seed(candidates)
     viewer_dense = torch.rand(1, len(DIMENSIONS.viewer_dense), generator=chance) - 0.3
     viewer_dense[0, ::7] = float("nan")
@@ -38,7 +38,7 @@ def a_request(candidates: int) -> list[torch.Tensor]:
 
 
 def a_ranker(config: RankerConfig) -> Ranker:
-    """With every parameter away from where it starts, as training leaves it."""
+    """Returns a ranker whose parameters all differ from their initial values."""
     torch.manual_seed(1)
     ranker = Ranker(config, WIDTH, DIMENSIONS)
     ranker.creators.mark_known(torch.arange(1, 40))
@@ -67,7 +67,7 @@ def test_inference_ranker_equals_the_ranker(config: RankerConfig, candidates: in
     with torch.inference_mode():
         expected, seen = ranker(*given), ServedRanker(ranker).eval()(*given)
     torch.testing.assert_close(seen, expected, rtol=1e-5, atol=1e-5)
-    if candidates > 2:  # but for the fixed head, something is told apart
+    if candidates > 2:  # all heads but the constant one distinguish candidates
         assert expected.std(dim=0).gt(1e-3).sum() == len(names.RANKER_TASKS) - 1
 
 

@@ -1,4 +1,4 @@
-"""The two-tower's shape rules: what may change an embedding, and what must not."""
+"""The two-tower: inputs that change an embedding, and inputs that must not."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_viewer_without_history_depends_on_context_alone(model: TwoTower) -> Non
     first, second = embed_viewers(model, inputs)
     assert torch.isfinite(first).all()
     assert (first - second).abs().max() > 1e-3
-    inputs["history_weights"] += 5.0  # whatever lies in padded slots
+    inputs["history_weights"] += 5.0  # values in padded slots
     torch.testing.assert_close(embed_viewers(model, inputs)[0], first)
 
 
@@ -107,7 +107,7 @@ def test_unknown_ids_share_one_vector() -> None:
     videos["video_codes"] = torch.tensor([[11, 12], [21, 22], [900, 901], [11, 902]])
     known, other, cold, half_known = embed_videos(model, videos)
     assert (known - other).abs().max() > 1e-3
-    torch.testing.assert_close(cold, half_known)  # one untrained code is enough to distrust the sum
+    torch.testing.assert_close(cold, half_known)  # one unknown code makes the id unknown
     videos["text"] = torch.randn(4, videos["text"].shape[1])
     assert (embed_videos(model, videos)[2] - cold).abs().max() > 1e-4
 

@@ -1,4 +1,4 @@
-"""Training rows in the contract's format, made from a tiny world with a known next-video rule and known taste."""
+"""Training rows of a tiny world with a known next-video rule and known taste."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def _video_columns(random, video, topic_of, videos):  # type: ignore[no-untyped-
 
 
 def write_rows(path: Path, table: pa.Table) -> Path:
-    """The table as ``training_rows.parquet``."""
+    """Writes the table as ``training_rows.parquet``."""
     path.parent.mkdir(parents=True, exist_ok=True)
     pq.write_table(table, path)
     return path

@@ -1,4 +1,4 @@
-"""Batches: every row once per epoch over all workers, the same again after a restart, honest pools."""
+"""Batches: every row once per epoch over all workers, reproducible steps, correct pools."""
 
 from __future__ import annotations
 

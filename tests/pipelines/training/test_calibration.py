@@ -1,4 +1,4 @@
-"""Calibration: it repairs what is bent, leaves alone what it cannot judge, and says how well."""
+"""Calibration: fitted curves, heads that keep their probabilities, and the reported errors."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from reelway.platform.features.scoring import head_predictions, video_value
 
 
 def bent(rows: int = 20_000, *, shift: float = 1.0, slope: float = 2.0) -> tuple[np.ndarray, np.ndarray]:
-    """Logits that are over-confident and too high, with the labels of the true ones."""
+    """Over-confident logits that are too high, with labels drawn from the true probabilities."""
     random = np.random.default_rng(0)
     true_NK = random.normal(-1.5, 1.0, (rows, len(BINARY_TASKS)))
     labels_NK = (random.random(true_NK.shape) < 1 / (1 + np.exp(-true_NK))).astype(np.float32)

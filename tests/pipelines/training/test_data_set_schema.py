@@ -1,4 +1,4 @@
-"""A data set with its own widths goes from import to a served slate: 512-wide text, no audio, five topics."""
+"""A data set with 512-wide text, no audio and five topics is imported, trained, released and served."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ DAY_S = 86_400
 
 
 def write_sources(folder: Path) -> tuple[Path, Path]:
-    """Events and videos of a random data set, as ``reelway import events`` reads them."""
+    """Events and videos of a random data set, in the format of ``reelway import events``."""
     tables = random_dataset(requests=150)
     shown, outcomes = tables["impressions"], tables["outcomes"]
     rows = {impression: row for row, impression in enumerate(shown["impression_id"].to_pylist())}
@@ -67,7 +67,6 @@ def write_sources(folder: Path) -> tuple[Path, Path]:
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
-    """Imported, with features and training rows."""
     folder = tmp_path_factory.mktemp("wide")
     events, videos = write_sources(folder / "sources")
     run = RunDirectory(folder / "run")

@@ -1,4 +1,4 @@
-"""The loop: it learns, it stops where numbers stop, and stopping it in the middle leaves no trace in the result."""
+"""The training loop: learning, resuming, and its errors."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ class PowerCutError(Exception):
 
 
 class CutAt:
-    """Batches that fail once, at one step."""
+    """Batches that raise once, at one step."""
 
     def __init__(self, batches: RetrievalBatches, epoch: int, step: int) -> None:
         self.inner, self.at, self.steps = batches, (epoch, step), batches.steps
@@ -83,8 +83,8 @@ def test_resumed_run_equals_an_uninterrupted_run(rows: TrainingRows, tmp_path: P
         )  # fmt: skip
     resumed = made_objective(rows)
     with torch.no_grad():
-        resumed.model.ids.table.weight.zero_()  # what it starts from must not matter
-    if cut == (0, 0):  # nothing was kept yet: it starts over
+        resumed.model.ids.table.weight.zero_()  # the initial weights must not matter
+    if cut == (0, 0):  # no checkpoint yet: the run starts again
         resumed = made_objective(rows)
     curve = train(resumed, made_batches(rows), LOOP, seed=7, stage="two_tower", checkpoints=checkpoints)
     assert curve == straight_curve

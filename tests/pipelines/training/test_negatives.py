@@ -1,4 +1,4 @@
-"""Sampled negatives: available then, never met by their viewer, and with the numbers of their own instant."""
+"""Sampled negatives: available at the request, not shown to their viewer, with features as of the request."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A ranker fitted on rows that its two-tower has not seen: what each of the models may know."""
+"""The ranker holdout: the ranker learns from rows that its two-tower has not seen."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Training on Ray: two workers on two CPUs, one of them killed, come to what two undisturbed processes come to."""
+"""Ray Train with two workers, one of them killed, gives the result of two undisturbed processes."""
 
 from __future__ import annotations
 

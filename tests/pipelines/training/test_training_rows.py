@@ -1,4 +1,4 @@
-"""Rows in memory: equal to the assembly row by row, whatever is shared, chunked or missing."""
+"""Training rows in memory equal the assembly row by row; malformed files are errors."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def rows(table: pa.Table, tmp_path_factory: pytest.TempPathFactory) -> TrainingR
 
 
 def test_rows_have_the_inputs_of_the_assembly(table: pa.Table, rows: TrainingRows) -> None:
-    by_id = np.argsort(rows.impression_id)  # the table is in this order
+    by_id = np.argsort(rows.impression_id)  # order of the table
     columns, time_s = columns_from_table(table), table["request_time_s"].to_numpy()
     viewers = assemble_viewers(columns, time_s, table["device"].to_pylist(), DIMENSIONS)
     for field in dataclasses.fields(viewers):

@@ -1,4 +1,4 @@
-"""``reelway train`` without Ray, end to end: artifacts, exports that answer as torch does, and clear refusals."""
+"""``reelway train`` without Ray, end to end: model files, exports and errors."""
 
 from __future__ import annotations
 

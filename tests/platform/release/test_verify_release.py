@@ -1,4 +1,4 @@
-"""``verify`` accepts a whole release and refuses every kind of damage, each by name."""
+"""``verify`` accepts a valid release and rejects every kind of damage with its own message."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def look(folder: Path, **changes: Any) -> VerifiedRelease:
 
 
 def rebuilt(folder: Path, *, key: Ed25519PrivateKey | None = KEY, **changes: Any) -> Manifest:
-    """Describe and sign the folder anew, as a builder would who made it wrong in good faith."""
+    """Describes and signs the folder again, as a faulty builder would."""
     body = read_manifest(folder).model_dump() | {"files": describe_files(folder), "signature": None} | changes
     manifest = Manifest.model_validate(body)
     manifest = sign(manifest, key) if key else manifest
@@ -350,7 +350,7 @@ def test_code_outside_its_vocabulary_is_rejected(release: Path, field: str, valu
 
 
 def with_features(folder: Path, features: FeatureDimensions) -> None:
-    """Record other feature dimensions in the video table and in the manifest; all other files stay."""
+    """Records other feature dimensions in the video table and the manifest; all other files are unchanged."""
     table = _table(folder, files.VIDEOS_FILE)
     write_arrow(folder / files.VIDEOS_FILE, table.cast(with_dimensions(videos_schema(EMBEDDING), features)))
     rebuilt(folder, dimensions=dimensions(folder, features=features))

@@ -184,8 +184,8 @@ def assess_feature_services(wanted: Sequence[FeatureServiceRef], present: Mappin
         if present[service.name] != service.digest:
             raise IncompatibleReleaseError(
                 f"feature service {service.name!r} has digest {present[service.name][:12]}... in the store, the "
-                f"release was trained with {service.digest[:12]}...; its views, fields, types or widths changed, so train "
-                "again"
+                f"release was trained with {service.digest[:12]}...; its views, fields, types or widths "
+                "changed: train again"
             )
 
 
