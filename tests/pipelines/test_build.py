@@ -159,7 +159,7 @@ def test_interrupted_build_leaves_no_files(run: RunDirectory) -> None:
 
 def test_missing_models_error_names_the_command(run: RunDirectory) -> None:
     shutil.rmtree(run.models)
-    with pytest.raises(TrainingError, match="run `reelway train` first"):
+    with pytest.raises(TrainingError, match="no finished training; run `reelway train`"):
         build_release(run, name="x", key=KEY)
 
 

@@ -55,7 +55,7 @@ def snapshot(video_id: list[int]) -> pa.Table:
 def test_video_table_holds_the_models_inputs(tmp_path: Path) -> None:
     table = snapshot([3, 5, 9])
     videos = assemble_videos(columns_from_table(table), np.full(3, 6 * DAY_S), DIMENSIONS)
-    parts.write_videos(tmp_path / "videos.arrow", table, videos, unit(3, 8))
+    parts.write_videos(tmp_path / "videos.arrow", table, videos, unit(3, 8), DIMENSIONS)
     batch = open_table(tmp_path / "videos.arrow", videos_schema(8))
     static = batch["static_dense"].flatten().to_numpy().reshape(3, -1)
     live = batch["live_dense"].flatten().to_numpy().reshape(3, -1)
@@ -68,7 +68,7 @@ def test_video_table_holds_the_models_inputs(tmp_path: Path) -> None:
 def test_video_without_features_has_missing_values(tmp_path: Path) -> None:
     table = snapshot([3, 5])
     videos = assemble_videos(columns_from_table(table), np.full(2, 6 * DAY_S), DIMENSIONS)
-    parts.write_videos(tmp_path / "videos.arrow", table, videos, unit(2, 8))
+    parts.write_videos(tmp_path / "videos.arrow", table, videos, unit(2, 8), DIMENSIONS)
     first = open_table(tmp_path / "videos.arrow", videos_schema(8)).slice(0, 1).to_pylist()[0]
     assert (first["creator_id"], first["topic"], first["title"]) == (-1, -1, None)
     assert np.isnan(first["uploaded_at_s"])
@@ -79,12 +79,12 @@ def test_video_without_features_has_missing_values(tmp_path: Path) -> None:
 def test_writer_rejects_videos_that_serving_cannot_use(tmp_path: Path) -> None:
     table = snapshot([5, 3])
     videos = assemble_videos(columns_from_table(table), np.full(2, 6 * DAY_S), DIMENSIONS)
-    with pytest.raises(ReleaseError, match="ascending order"):
-        parts.write_videos(tmp_path / "videos.arrow", table, videos, unit(2, 8))
+    with pytest.raises(ReleaseError, match="does not ascend in video_id"):
+        parts.write_videos(tmp_path / "videos.arrow", table, videos, unit(2, 8), DIMENSIONS)
     embedding = unit(2, 8)
     embedding[1] = np.nan
     with pytest.raises(ReleaseError, match="video 5 has an embedding of length nan"):
-        parts.write_videos(tmp_path / "videos.arrow", snapshot([3, 5]), videos, embedding)
+        parts.write_videos(tmp_path / "videos.arrow", snapshot([3, 5]), videos, embedding, DIMENSIONS)
     assert not (tmp_path / "videos.arrow").exists()
 
 

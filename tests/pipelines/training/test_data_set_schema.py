@@ -99,6 +99,7 @@ def test_rows_reject_lists_of_another_width(run: RunDirectory, tmp_path: Path) -
     assert read_dimensions(tmp_path) == narrow
 
 
+@pytest.mark.timeout(600)
 def test_trained_release_serves_a_slate(run: RunDirectory) -> None:
     models = train_run(run, load_config("demo", overrides=SMALL), Resources(ray=False))
     assert models.dimensions == WIDE

@@ -124,7 +124,7 @@ def test_loop_rejects_a_checkpoint_of_another_model(rows: TrainingRows, tmp_path
     loop = LOOP.model_copy(update={"epochs": 1})
     train(made_objective(rows), made_batches(rows), loop, seed=0, stage="two_tower", checkpoints=checkpoints)
     other = RetrievalObjective(TwoTower(TwoTowerConfig(dim=32), SHORT))
-    with pytest.raises(TrainingError, match="doesn't fit the model"):
+    with pytest.raises(TrainingError, match="does not fit the model"):
         train(other, made_batches(rows), loop, seed=0, stage="two_tower", checkpoints=checkpoints)
     with pytest.raises(TrainingError, match="of stage 'two_tower'"):
         train(made_objective(rows), made_batches(rows), loop, seed=0, stage="ranker", checkpoints=checkpoints)

@@ -102,7 +102,7 @@ def serve(streamed: Streamed, path: Path) -> int:
     snapshot = video_snapshot(run.features, streamed.processor.settled_us / 1e6)
     place = run.path / "videos.arrow"
     arrays = assemble_videos(columns_from_table(snapshot), np.zeros(snapshot.num_rows), DIMENSIONS)
-    write_videos(place, snapshot, arrays, np.eye(1, 4, dtype=np.float32).repeat(snapshot.num_rows, axis=0))
+    write_videos(place, snapshot, arrays, np.eye(1, 4, dtype=np.float32).repeat(snapshot.num_rows, axis=0), DIMENSIONS)
     table = open_video_table(place)
     overlay, rows = LiveOverlay(table, Changelog(run.overlay)), ViewerRows(open_feature_store(run.features))
     sample = ParitySample(VectorLog(path, ratio=1.0), AtOnce())  # type: ignore[arg-type]
