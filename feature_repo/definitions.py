@@ -1,8 +1,9 @@
-"""What Feast knows of Reelway's features: entities, sources, views, the on-demand view and the two services.
+"""Feast definitions: entities, sources, feature views, the on-demand view and the two feature services.
 
 Declarations only; the arithmetic is in ``reelway.pipelines.features`` and ``reelway.platform.features``. Names come
-from ``contracts.features``, so a field cannot be spelled in two ways. ``REELWAY_FEATURES_DIR`` says which run's
-Parquet files the sources read; ``reelway features`` sets it, and so must who calls ``feast apply`` by hand.
+from ``contracts.feature_names`` and widths from ``schema.json`` of the run's features. ``REELWAY_FEATURES_DIR`` is
+the folder with the schema and the Parquet files that the sources read. ``reelway features`` sets it; set it
+yourself to call ``feast apply``.
 """
 
 import os
@@ -16,15 +17,17 @@ from feast.on_demand_feature_view import on_demand_feature_view
 from feast.types import Array, Float32, Float64, Int64, String
 
 from reelway.platform.contracts import features as names
+from reelway.platform.contracts.feature_dimensions import SCHEMA_FILE, FeatureDimensions
 
 FEATURES_DIR = Path(os.environ["REELWAY_FEATURES_DIR"]).absolute()
+DIMENSIONS = FeatureDimensions.from_json((FEATURES_DIR / SCHEMA_FILE).read_bytes())
 
 viewer = Entity(name="viewer", join_keys=["viewer_id"], value_type=ValueType.INT64)
 video = Entity(name="video", join_keys=["video_id"], value_type=ValueType.INT64)
-# Not "creator_id": video_content has a field of that name, and the training service joins both in one call.
+# Not "creator_id": video_content has a field with this name, and the training service joins both in one call.
 creator = Entity(name="creator", join_keys=["creator_key"], value_type=ValueType.INT64)
 
-# A field not named here is a Float32: counts, ratios, rates and means.
+# Other fields are Float32: counts, ratios, rates and means.
 TYPES = {
     "region": String,
     "language": String,
@@ -43,8 +46,8 @@ TYPES = {
     "text": Array(Float32),
 }
 
-# How old a row may be and still speak for its entity. Views with a heartbeat (a row a day while a window holds
-# anything) expire after two days: then either nothing happened for a whole window, or the batch job has stopped.
+# Age after which a row no longer counts. A view with a heartbeat (a row per day while a window holds an event) expires
+# after two days: by then either a whole window has no events, or the batch job has stopped.
 FOREVER = timedelta(days=3650)
 TTLS = {
     "viewer_profile": FOREVER,
@@ -63,6 +66,12 @@ ENTITIES = {
 }
 
 
+def _field(name: str) -> Field:
+    # The width of a list is part of the feature service's digest: a model fits lists of one width only.
+    width = DIMENSIONS.list_width(name)
+    return Field(name=name, dtype=TYPES.get(name, Float32), tags={"width": str(width)} if width else {})
+
+
 def _view(name: str) -> FeatureView:
     entity = ENTITIES[name]
     return FeatureView(
@@ -71,7 +80,7 @@ def _view(name: str) -> FeatureView:
         ttl=TTLS[name],
         schema=[
             Field(name=entity.join_key, dtype=Int64),
-            *(Field(name=field, dtype=TYPES.get(field, Float32)) for field in names.VIEWS[name]),
+            *(_field(field) for field in names.VIEWS[name]),
         ],
         source=FileSource(
             name=f"{name}_rows",
@@ -80,7 +89,7 @@ def _view(name: str) -> FeatureView:
             timestamp_field="event_timestamp",
             created_timestamp_column="created_timestamp",
         ),
-        # Video features are served from the release's video table, never per candidate from the online store.
+        # Video features are served from the release's video table, not from the online store.
         online=name in names.VIEWER_VIEWS,
     )
 
@@ -102,8 +111,8 @@ request = RequestSource(name="request", schema=[Field(name="request_time_s", dty
     mode="pandas",
 )
 def request_context(inputs: pd.DataFrame) -> pd.DataFrame:
-    """The one function of ``platform.features.on_demand``, on Feast's columns."""
-    # Feast keeps the source of this function in its registry and runs it alone: it must import what it uses.
+    """Applies ``platform.features.on_demand`` to Feast's columns."""
+    # Feast stores this function's source in the registry and runs it alone, so it must import what it uses.
     import numpy as np
     import pandas as pd
 
@@ -116,7 +125,7 @@ def request_context(inputs: pd.DataFrame) -> pd.DataFrame:
 viewer_row = FeatureService(
     name=names.VIEWER_SERVICE,
     features=[viewer_profile, viewer_activity, viewer_history, viewer_topic_affinity],
-    description="What the ingress reads online for one viewer.",
+    description="Row of one viewer that the router reads online.",
 )
 training_row = FeatureService(
     name=names.TRAINING_SERVICE,
@@ -130,5 +139,5 @@ training_row = FeatureService(
         creator_statistics,
         request_context,
     ],
-    description="Everything about one impression, as of its request.",
+    description="All features of one impression as of its request.",
 )

@@ -1,4 +1,4 @@
-"""A real, small release on disk for tests and benchmarks: ONNX graphs that run, a FAISS index, Arrow tables.
+"""A small, real release on disk for tests and benchmarks: ONNX graphs that run, a FAISS index, Arrow tables.
 
 The graphs are not trained, yet they do meaningful arithmetic: a viewer's embedding is the weighted mean of what was
 watched, so that retrieval finds videos of the same topics, and the ranker's outputs depend on every input. Nothing
@@ -24,20 +24,26 @@ import yaml
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
+from tests.dimensions import DIMENSIONS
 
 from reelway.platform.contracts import features as names
 from reelway.platform.contracts import manifest as files
 from reelway.platform.contracts.blend import Blend
 from reelway.platform.contracts.calibration import Calibration, Curve
-from reelway.platform.contracts.events import TOPICS
 from reelway.platform.contracts.manifest import Manifest
-from reelway.platform.contracts.release_files import NEIGHBOURS, NEIGHBOURS_SCHEMA, POPULAR, videos_schema
+from reelway.platform.contracts.release_files import (
+    NEIGHBOURS,
+    NEIGHBOURS_SCHEMA,
+    POPULAR,
+    videos_schema,
+    with_dimensions,
+)
 from reelway.platform.features.hashing import id_codes, word_codes
 
 F32 = NDArray[np.float32]
 
 NOW_S = 1_718_000_000.0
-"""The moment at which the release was made, unless the caller names another: 2024-06-10 06:13:20 UTC."""
+"""Default creation time of the release: 2024-06-10 06:13:20 UTC."""
 FEATURE_SERVICES = {names.TRAINING_SERVICE: "a" * 64, names.VIEWER_SERVICE: "b" * 64}
 LANGUAGES = ("en", "de", "hi", "pt")
 REGIONS = ("eu", "us")
@@ -73,7 +79,7 @@ class _Graph:
         return self.op("ReduceMean", rows, axes=[-2], keepdims=0)
 
     def total(self, *terms: str, output: str) -> str:
-        """The sum of any number of values that broadcast together."""
+        """Adds values that broadcast together."""
         return self.op("Sum", *terms, output=output)
 
     def save(self, path: Path, inputs: dict[str, list[Any]], outputs: dict[str, list[Any]]) -> None:
@@ -96,18 +102,18 @@ class _Graph:
 def viewer_tower_inputs(batch: int | str = "viewers") -> dict[str, list[Any]]:
     """Input name -> shape of ``viewer_tower.onnx``."""
     return {
-        "viewer_dense": [batch, len(names.VIEWER_DENSE)],
+        "viewer_dense": [batch, len(DIMENSIONS.viewer_dense)],
         "viewer_categories": [batch, len(names.VIEWER_CATEGORIES)],
-        "history_codes": [batch, names.HISTORY_LENGTH, names.ID_HASHES],
-        "history_weights": [batch, names.HISTORY_LENGTH],
-        "history_age_h": [batch, names.HISTORY_LENGTH],
+        "history_codes": [batch, DIMENSIONS.history_length, names.ID_HASHES],
+        "history_weights": [batch, DIMENSIONS.history_length],
+        "history_age_h": [batch, DIMENSIONS.history_length],
     }
 
 
 def ranker_inputs(embedding: int, candidates: int | str = "candidates") -> dict[str, list[Any]]:
     """Input name -> shape of ``ranker.onnx``: the viewer's rows once per request, a row for each candidate."""
     return {
-        "viewer_dense": [1, len(names.VIEWER_DENSE)],
+        "viewer_dense": [1, len(DIMENSIONS.viewer_dense)],
         "viewer_categories": [1, len(names.VIEWER_CATEGORIES)],
         "viewer_embedding": [1, embedding],
         "video_dense": [candidates, len(names.VIDEO_DENSE)],
@@ -120,7 +126,7 @@ def ranker_inputs(embedding: int, candidates: int | str = "candidates") -> dict[
 def write_viewer_tower(path: Path, codes_NH: NDArray[np.int64], embedding_ND: F32, rng: np.random.Generator) -> None:
     """A tower whose output is the recency- and outcome-weighted mean of the embeddings of the videos watched."""
     width = embedding_ND.shape[1]
-    table = np.zeros((names.ID_BUCKETS, width), dtype=np.float32)
+    table = np.zeros((DIMENSIONS.id_buckets, width), dtype=np.float32)
     for hashed in range(names.ID_HASHES):
         np.add.at(table, codes_NH[:, hashed], embedding_ND)
     table /= np.maximum(np.linalg.norm(table, axis=1, keepdims=True), 1e-6)
@@ -130,8 +136,8 @@ def write_viewer_tower(path: Path, codes_NH: NDArray[np.int64], embedding_ND: F3
     weight_BL1 = graph.op("Unsqueeze", weight_BL, graph.constant([2], np.int64))
     watched_BLD = graph.op("Mul", graph.codes("history_codes", table), weight_BL1)
     watched_BD = graph.op("ReduceSum", watched_BLD, graph.constant([1], np.int64), keepdims=0)
-    profile_BD = graph.dense("viewer_dense", _normal(rng, len(names.VIEWER_DENSE), width, scale=0.02))
-    words_BD = graph.codes("viewer_categories", _normal(rng, names.CATEGORY_BUCKETS, width, scale=0.1))
+    profile_BD = graph.dense("viewer_dense", _normal(rng, len(DIMENSIONS.viewer_dense), width, scale=0.02))
+    words_BD = graph.codes("viewer_categories", _normal(rng, DIMENSIONS.category_buckets, width, scale=0.1))
     sum_BD = graph.total(watched_BD, profile_BD, words_BD, output="before_norm")
     graph.op("LpNormalization", sum_BD, output="viewer_embedding", axis=-1, p=2)
     graph.save(path, viewer_tower_inputs(), {"viewer_embedding": ["viewers", width]})
@@ -148,12 +154,12 @@ def write_ranker(path: Path, width: int, rng: np.random.Generator) -> None:
     similarity_C1 = graph.op("ReduceSum", product_CD, graph.constant([-1], np.int64), keepdims=1)
     scores_CK = [
         graph.op("Mul", similarity_C1, graph.constant(2.0 * direction[None])),
-        graph.dense("viewer_dense", _normal(rng, len(names.VIEWER_DENSE), tasks, scale=0.02)),
-        graph.codes("viewer_categories", _normal(rng, names.CATEGORY_BUCKETS, tasks, scale=0.1)),
+        graph.dense("viewer_dense", _normal(rng, len(DIMENSIONS.viewer_dense), tasks, scale=0.02)),
+        graph.codes("viewer_categories", _normal(rng, DIMENSIONS.category_buckets, tasks, scale=0.1)),
         graph.op("MatMul", "viewer_embedding", graph.constant(_normal(rng, width, tasks, scale=0.1))),
         graph.dense("video_dense", _normal(rng, len(names.VIDEO_DENSE), tasks, scale=0.05)),
-        graph.codes("video_categories", _normal(rng, names.CATEGORY_BUCKETS, tasks, scale=0.1)),
-        graph.codes("creator_codes", _normal(rng, names.ID_BUCKETS, tasks, scale=0.3)),
+        graph.codes("video_categories", _normal(rng, DIMENSIONS.category_buckets, tasks, scale=0.1)),
+        graph.codes("creator_codes", _normal(rng, DIMENSIONS.id_buckets, tasks, scale=0.3)),
         graph.op("MatMul", "video_embedding", graph.constant(_normal(rng, width, tasks, scale=0.1))),
     ]
     graph.total(graph.constant(base[None]), *scores_CK, output="outputs")
@@ -169,7 +175,7 @@ def _fixed(matrix: NDArray[Any], kind: pa.DataType) -> pa.Array:
 
 
 def write_arrow(path: Path, table: pa.Table) -> None:
-    """One uncompressed record batch in the IPC file format."""
+    """Writes one uncompressed record batch in the IPC file format."""
     with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
         writer.write_batch(table.combine_chunks().to_batches()[0])
 
@@ -177,16 +183,16 @@ def write_arrow(path: Path, table: pa.Table) -> None:
 def _videos(videos: int, embedding: int, now_s: float, rng: np.random.Generator) -> pa.Table:
     video_id = 1_000 + np.cumsum(rng.integers(1, 4, videos))
     creator_id = rng.integers(0, max(videos // 8, 1), videos)
-    topic = rng.integers(0, TOPICS, videos)
+    topic = rng.integers(0, DIMENSIONS.topics, videos)
     uploaded_at_s = now_s - rng.uniform(0, 30 * 86_400, videos)
-    topics_TD = _normal(rng, TOPICS, embedding, scale=1.0)
+    topics_TD = _normal(rng, DIMENSIONS.topics, embedding, scale=1.0)
     embedding_ND = topics_TD[topic] + _normal(rng, videos, embedding, scale=0.7)
     embedding_ND /= np.linalg.norm(embedding_ND, axis=1, keepdims=True)
     static = np.column_stack([rng.uniform(5, 60, videos), (rng.random((videos, 3)) < 0.9).astype(np.float32)])
     live = rng.gamma(1.0, 2.0, (videos, len(names.VIDEO_LIVE_DENSE))).astype(np.float32)
     live[rng.random(live.shape) < 0.05] = np.nan
     language = np.asarray(LANGUAGES)[rng.integers(0, len(LANGUAGES), videos)]
-    categories = np.column_stack([topic + 1, word_codes(language.tolist())])
+    categories = np.column_stack([topic + 1, word_codes(language.tolist(), DIMENSIONS.category_buckets)])
     titles = np.char.add("Video ", video_id.astype(str))
     columns = [
         pa.array(video_id, pa.int64()),
@@ -194,17 +200,17 @@ def _videos(videos: int, embedding: int, now_s: float, rng: np.random.Generator)
         pa.array(topic, pa.int32()),
         pa.array(uploaded_at_s, pa.float64()),
         pa.array(titles.tolist(), pa.string()),
-        _fixed(id_codes(creator_id), pa.int64()),
+        _fixed(id_codes(creator_id, DIMENSIONS.id_buckets), pa.int64()),
         _fixed(categories, pa.int64()),
         _fixed(static.astype(np.float32), pa.float32()),
         _fixed(live, pa.float32()),
         _fixed(embedding_ND.astype(np.float32), pa.float32()),
     ]
-    return pa.Table.from_arrays(columns, schema=videos_schema(embedding))
+    return pa.Table.from_arrays(columns, schema=with_dimensions(videos_schema(embedding), DIMENSIONS))
 
 
 def _popular(video_id: NDArray[np.int64], rng: np.random.Generator) -> pa.Table:
-    """Each list is an order of its own over up to 200 videos."""
+    """Lists in random orders over up to 200 videos."""
     lists = ["popular", "trending", *(f"trending:{region}" for region in REGIONS)]
     length = min(200, len(video_id))
     chosen = np.concatenate([rng.permutation(video_id)[:length] for _ in lists])
@@ -221,7 +227,7 @@ def _popular(video_id: NDArray[np.int64], rng: np.random.Generator) -> pa.Table:
 
 
 def _neighbours(video_id: NDArray[np.int64], topic: NDArray[np.int32]) -> pa.Table:
-    """The next videos of the same topic; -1 where a topic has too few."""
+    """The next videos of the same topic, padded with -1."""
     order = np.argsort(topic, kind="stable")
     padded = np.concatenate([order, np.full(NEIGHBOURS, -1)])
     rows = np.empty((len(order), NEIGHBOURS), dtype=np.int32)
@@ -239,7 +245,7 @@ def _index(embedding_ND: F32) -> faiss.Index:
 
 
 def describe_files(folder: Path) -> dict[str, files.FileEntry]:
-    """Size and digest of every file of a release folder, as they are now."""
+    """Returns size and digest of every file of a release folder."""
     return {
         name: files.FileEntry(
             sha256=hashlib.sha256((folder / name).read_bytes()).hexdigest(),
@@ -260,7 +266,7 @@ def make_release_folder(
     key: Ed25519PrivateKey | None = None,
     **overrides: Any,
 ) -> Manifest:
-    """Write a whole release into ``path`` (made if absent), ``manifest.json`` included, and return its manifest.
+    """Writes a complete release into ``path``, ``manifest.json`` included, and returns its manifest.
 
     The same arguments give the same bytes.
 
@@ -279,7 +285,7 @@ def make_release_folder(
     table = _videos(videos, embedding, now_s, rng)
     video_id = table.column("video_id").to_numpy()
     embedding_ND = table.column("embedding").combine_chunks().flatten().to_numpy().reshape(videos, embedding)
-    write_viewer_tower(path / files.VIEWER_TOWER_FILE, id_codes(video_id), embedding_ND, rng)
+    write_viewer_tower(path / files.VIEWER_TOWER_FILE, id_codes(video_id, DIMENSIONS.id_buckets), embedding_ND, rng)
     write_ranker(path / files.RANKER_FILE, embedding, rng)
     faiss.write_index(_index(embedding_ND), str(path / files.INDEX_FILE))
     write_arrow(path / files.VIDEOS_FILE, table)
@@ -301,8 +307,9 @@ def make_release_folder(
         },
         "feature_services": [{"name": name, "digest": digest} for name, digest in FEATURE_SERVICES.items()],
         "dimensions": {
+            "features": DIMENSIONS,
             "embedding": embedding,
-            "viewer_dense": len(names.VIEWER_DENSE),
+            "viewer_dense": len(DIMENSIONS.viewer_dense),
             "video_dense": len(names.VIDEO_DENSE),
             "videos": videos,
             "tasks": names.RANKER_TASKS,
@@ -319,10 +326,10 @@ def make_release_folder(
 
 
 def sign_manifest(manifest: Manifest, key: Ed25519PrivateKey) -> Manifest:
-    """The manifest with the key's signature over its canonical bytes."""
+    """Returns the manifest with the key's signature over its canonical bytes."""
     return manifest.model_copy(update={"signature": base64.b64encode(key.sign(manifest.canonical_bytes())).decode()})
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Put ``manifest.json`` into a release folder."""
+    """Writes ``manifest.json`` into a release folder."""
     (folder / files.MANIFEST_FILE).write_text(json.dumps(manifest.model_dump(mode="json"), indent=2, sort_keys=True))

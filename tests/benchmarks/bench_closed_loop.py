@@ -132,20 +132,21 @@ class Ours:
         self._stages = TwoStage(models, catalogue, blend)
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "videos.arrow"
-            write_videos(path, snapshot, catalogue.arrays, catalogue.embedding)
+            write_videos(path, snapshot, catalogue.arrays, catalogue.embedding, models.dimensions)
             self._reranking = Reranking(VideoTable(pa.ipc.open_file(path).get_batch(0)), blend.reranking)
 
     def look(self, at_s: float) -> None:
         """Read the live numbers of all videos; their embeddings stay."""
         snapshot = self._live.videos(at_s)
-        arrays = assemble_videos(columns_from_table(snapshot), np.full(snapshot.num_rows, at_s))
+        moment_s = np.full(snapshot.num_rows, at_s)
+        arrays = assemble_videos(columns_from_table(snapshot), moment_s, self._models.dimensions)
         self._stages.catalogue = replace(self._stages.catalogue, arrays=arrays)
         recent = RecentPopularity(self._world, self._live.outcomes, at_s)
         self._popularity_M = recent.counts
 
     def slates(self, viewer_ids: I64, devices: I64, at_s: float, seen: Bools) -> I64:
         words = [DEVICES[code] for code in devices]
-        viewers = make_viewers(self._live.viewers(viewer_ids, at_s), at_s, words)
+        viewers = make_viewers(self._models, self._live.viewers(viewer_ids, at_s), at_s, words)
         there_M = np.zeros(seen.shape[1], dtype=np.bool_)
         there_M[: len(self._world.available_videos(at_s))] = True
         head, slate = self._blend.reranking.head, self._world.config.slate

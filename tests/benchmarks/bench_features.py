@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import ray
+from tests.dimensions import DIMENSIONS
 from tests.pipelines.features.event_tables import random_dataset, write_dataset
 from tests.support.bench_results import Row, write_report
 
@@ -20,6 +21,7 @@ from reelway.pipelines.features.batch import BatchSettings, build_views
 from reelway.pipelines.features.online import materialise
 from reelway.pipelines.features.registry import register_features
 from reelway.pipelines.features.training_rows import build_training_rows
+from reelway.pipelines.features.views import ViewSettings
 from reelway.platform.features.store import open_feature_store
 from reelway.platform.features.viewer_rows import ViewerRows
 from reelway.platform.runs import RunDirectory
@@ -32,10 +34,11 @@ def _batch_s(run: RunDirectory, cpus: int) -> tuple[float, float, int]:
     clock = time.perf_counter()
     ray.init(address="local", num_cpus=cpus, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     try:
-        build_views(run, BatchSettings(cpus=cpus, buckets=cpus))  # warms the workers' imports and the disk cache
+        warm_up = BatchSettings(ViewSettings(DIMENSIONS), cpus=cpus, buckets=cpus)
+        build_views(run, warm_up)  # warms the workers' imports and the disk cache
         start_s = time.perf_counter() - clock
         clock = time.perf_counter()
-        report = build_views(run, BatchSettings(cpus=cpus))
+        report = build_views(run, BatchSettings(ViewSettings(DIMENSIONS), cpus=cpus))
         return start_s, time.perf_counter() - clock, sum(report.rows.values())
     finally:
         ray.shutdown()
@@ -73,7 +76,7 @@ def main(impressions: int) -> None:
                 Row(f"start of Ray with {cpus} CPU, including a warm-up run", start_s, "s"),
             ]
         rows.append(Row("speed-up of two CPUs over one", rates[1] / rates[0], "x"))
-        register_features(run.features, "sqlite")
+        register_features(run.features, DIMENSIONS, "sqlite")
         clock = time.perf_counter()
         build_training_rows(run)
         join_s = time.perf_counter() - clock

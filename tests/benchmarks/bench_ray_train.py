@@ -16,6 +16,7 @@ from pathlib import Path
 
 import ray
 import torch
+from tests.dimensions import DIMENSIONS
 from tests.pipelines.training.made_rows import made_table, write_rows
 from tests.support.bench_results import Row, write_report
 
@@ -58,7 +59,7 @@ def main() -> None:
     config = load_config("demo", overrides=epochs)
     with tempfile.TemporaryDirectory() as folder:
         table = made_table(requests=options.requests, videos=5000, viewers=2000)
-        rows = load_rows(write_rows(Path(folder) / "rows.parquet", table))
+        rows = load_rows(write_rows(Path(folder) / "rows.parquet", table), DIMENSIONS)
         window = window_of(rows, config)
         given = (rows, shown_rows(rows, window.training(rows)), window, config)
         plain: dict[str, list[float]] = {TWO_TOWER: [], RANKER: []}

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+from tests.dimensions import DIMENSIONS
 from tests.pipelines.features import event_tables
 from tests.support.bench_results import Row, write_report
 
@@ -80,7 +81,7 @@ def main() -> None:
         for second in range(SECONDS):
             log.append(list(records_of(batch(rng, second), 1, START_US + second * 1_000_000)))
         state = StreamState(Path(folder) / "state.db")
-        processor = Processor(log, state, None, ViewSettings(), TTL_US, StreamSettings(most_records=20))
+        processor = Processor(log, state, None, ViewSettings(DIMENSIONS), TTL_US, StreamSettings(most_records=20))
         processor.start(known, labels, behind_us=0)
         cpu, wall, outcomes, rows = time.process_time(), time.perf_counter(), 0, 0
         while (done := processor.round(wait_s=0)).outcomes or done.steps:

@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
+from tests.dimensions import DIMENSIONS
 
 from reelway.pipelines.datasets.store import read_dataset
 from reelway.pipelines.features.batch import family_views
@@ -31,7 +32,7 @@ class LiveFeatures:
         dataset = read_dataset(run.dataset)
         store = open_feature_store(run.features)
         self._ttl_us = {name: round(store.get_feature_view(name).ttl.total_seconds() * 1e6) for name in VIEWS}
-        self._settings = ViewSettings()
+        self._settings = ViewSettings(DIMENSIONS)
         self._videos = dataset.videos.sort_by("video_id")
         self._creators = (dataset.creators, dataset.videos.select(["creator_id", "uploaded_at"]))
         self._static = {"viewer_profile": viewer_profile(dataset.viewers), "video_content": video_content(self._videos)}

@@ -22,6 +22,7 @@ from ray import serve
 from ray.serve.handle import DeploymentHandle
 from tests.benchmarks.serving_place import VIEWERS, Place
 from tests.benchmarks.serving_release import RANKER, TOWER
+from tests.dimensions import DIMENSIONS
 from tests.release_files import NOW_S
 
 from reelway.pipelines.models.ranker import Ranker
@@ -77,12 +78,12 @@ class Retrieval:
         self._index = faiss.read_index(str(place.made / INDEX_FILE))
         table = place.loader().table()
         self._ids, self._embedding = table.video_id, np.array(table.embedding)
-        self._tower = TwoTower(TOWER).eval()
+        self._tower = TwoTower(TOWER, DIMENSIONS).eval()
 
     def retrieve(self, viewer_id: int) -> dict[str, Any]:
         answer = self._store.get_online_features(features=VIEWER_FEATURES, entity_rows=[{"viewer_id": viewer_id}])
         row = {name: values[0] for name, values in answer.to_dict().items() if values[0] is not None}
-        viewer = assemble_viewers(columns_from_row(row), np.array([NOW_S]), ["unknown"])
+        viewer = assemble_viewers(columns_from_row(row), np.array([NOW_S]), ["unknown"], DIMENSIONS)
         with torch.inference_mode():
             embedding = self._tower.viewer_tower(
                 *(torch.from_numpy(one) for one in viewer.as_inputs().values())
@@ -101,11 +102,11 @@ class Retrieval:
 class Ranking:
     def __init__(self, place: Place) -> None:
         self._store = open_feature_store(place.features)
-        self._ranker = Ranker(RANKER, TOWER.dim).eval()
+        self._ranker = Ranker(RANKER, TOWER.dim, DIMENSIONS).eval()
 
     def rank(self, viewer: dict[str, Any], candidates: list[dict[str, Any]]) -> list[dict[str, Any]]:
         table = read_videos(self._store, [one["video_id"] for one in candidates])
-        videos = assemble_videos(columns_from_table(table), np.full(table.num_rows, NOW_S))
+        videos = assemble_videos(columns_from_table(table), np.full(table.num_rows, NOW_S), DIMENSIONS)
         embedding = np.stack([one["embedding"] for one in candidates])
         given = [
             viewer["dense"], viewer["categories"], viewer["embedding"], videos.video_dense, videos.video_categories,

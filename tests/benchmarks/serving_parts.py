@@ -23,6 +23,7 @@ from tests.benchmarks.catalogue import make_catalogue
 from tests.benchmarks.serving_place import Place, store_candidates, video_rows
 from tests.benchmarks.serving_release import RANKER, TOWER, TRIED, make_realistic_release
 from tests.benchmarks.serving_sides import floor_of
+from tests.dimensions import DIMENSIONS
 from tests.release_files import NOW_S
 from tests.support.bench_results import Row
 
@@ -146,7 +147,7 @@ def measure_ranking(place: Place) -> list[Row]:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     table = place.loader().table()
-    ranker = Ranker(RANKER, TOWER.dim).eval()
+    ranker = Ranker(RANKER, TOWER.dim, DIMENSIONS).eval()
     with torch.no_grad():  # away from where it starts, as training leaves it
         for parameter in ranker.parameters():
             parameter += 0.05 * torch.randn_like(parameter)

@@ -19,6 +19,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 from tests.benchmarks.serving_release import make_realistic_release, viewer_row
+from tests.dimensions import DIMENSIONS
 from tests.release_files import LANGUAGES, NOW_S
 from tests.serving.viewer_store import make_store, write_rows
 
@@ -97,7 +98,7 @@ def video_rows(table: VideoTable, rows: NDArray[np.int32]) -> list[dict[str, Any
     """Feature values of videos by field name, as a store returns them."""
     dense = table.gather(rows, NOW_S).video_dense.astype(np.float64)
     dense_names = names.VIDEO_DENSE
-    word_of = dict(zip(word_codes(list(LANGUAGES)).tolist(), LANGUAGES, strict=True))
+    word_of = dict(zip(word_codes(list(LANGUAGES), DIMENSIONS.category_buckets).tolist(), LANGUAGES, strict=True))
     languages = [word_of[code] for code in table.gather(rows, NOW_S).video_categories[:, 1].tolist()]
     facts = zip(
         table.creator_id[rows].tolist(), table.topic[rows].tolist(), table.uploaded_at_s[rows].tolist(), languages,

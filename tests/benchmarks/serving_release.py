@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 from tests.benchmarks.catalogue import make_catalogue
+from tests.dimensions import DIMENSIONS
 from tests.release_files import NOW_S, describe_files, make_release_folder, write_arrow, write_manifest
 
 from reelway.pipelines import search_index
@@ -38,9 +39,9 @@ def make_realistic_release(folder: Path, videos: int, *, seed: int = 0) -> Manif
     _search_like_a_build(folder, videos, seed)
     table = open_video_table(folder / "videos.arrow")
     viewer = viewer_query(viewer_row(table, np.random.default_rng(seed)), RequestContext(), NOW_S, table, seed=0)
-    tower = TwoTower(TOWER)
+    tower = TwoTower(TOWER, DIMENSIONS)
     export_viewer_tower(tower, folder / VIEWER_TOWER_FILE, viewer.arrays)
-    ranker = Ranker(RANKER, EMBEDDING)
+    ranker = Ranker(RANKER, EMBEDDING, DIMENSIONS)
     rows = np.arange(500, dtype=np.int32) % len(table)
     sample = {
         "viewer_dense": viewer.arrays.viewer_dense,

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import ast
 import os
+from dataclasses import replace
 
 import pyarrow as pa
 import pytest
 from feast.type_map import feast_value_type_to_pa
+from tests.dimensions import DIMENSIONS
 
 from reelway.pipelines.features.registry import feature_repo_path, load_definitions, register_features
 from reelway.platform.contracts.features import (
@@ -18,15 +20,16 @@ from reelway.platform.contracts.features import (
     VIEWS,
 )
 from reelway.platform.errors import ConfigError, FeatureError
+from reelway.platform.features.dimensions import write_dimensions
 from reelway.platform.features.store import feature_service_digest, open_feature_store
 
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory):
-    return register_features(tmp_path_factory.mktemp("registered") / "features", "sqlite")
+    return register_features(tmp_path_factory.mktemp("registered") / "features", DIMENSIONS, "sqlite")
 
 
-def test_every_view_of_the_contract_is_registered_with_its_fields_and_a_ttl(store) -> None:
+def test_all_views_are_registered_with_a_ttl(store) -> None:
     registered = {view.name: view for view in store.list_feature_views()}
     assert set(registered) == set(VIEWS)
     for name, view in registered.items():
@@ -37,7 +40,7 @@ def test_every_view_of_the_contract_is_registered_with_its_fields_and_a_ttl(stor
         assert view.online == (name in VIEWER_VIEWS)
 
 
-def test_the_services_hold_what_the_contract_says(store) -> None:
+def test_services_hold_the_views_of_the_contract(store) -> None:
     viewer = store.get_feature_service(VIEWER_SERVICE)
     assert tuple(view.name for view in viewer.feature_view_projections) == VIEWER_VIEWS
     training = {view.name: view for view in store.get_feature_service(TRAINING_SERVICE).feature_view_projections}
@@ -45,7 +48,7 @@ def test_the_services_hold_what_the_contract_says(store) -> None:
     assert tuple(field.name for field in training["request_context"].features) == REQUEST_CONTEXT
 
 
-def test_registered_types_are_the_types_of_the_rows(store) -> None:
+def test_registered_types_equal_the_types_of_the_rows(store) -> None:
     from tests.pipelines.features.event_tables import random_dataset
 
     from reelway.pipelines.features import views
@@ -58,10 +61,9 @@ def test_registered_types_are_the_types_of_the_rows(store) -> None:
         "viewer_profile": views.viewer_profile(tables["viewers"]),
         "video_content": views.video_content(tables["videos"]),
     }
+    settings = views.ViewSettings(DIMENSIONS)
     for family in FAMILIES:
-        made |= family_views(
-            family, labels, (tables["creators"], tables["videos"]), views.ViewSettings(), last_moment_us(labels)
-        )
+        made |= family_views(family, labels, (tables["creators"], tables["videos"]), settings, last_moment_us(labels))
     for view in store.list_feature_views():
         for field in view.features:
             declared = feast_value_type_to_pa(field.dtype.to_value_type())
@@ -71,11 +73,11 @@ def test_registered_types_are_the_types_of_the_rows(store) -> None:
             )
 
 
-def test_the_digest_is_the_same_in_another_folder_and_after_registering_again(store, tmp_path) -> None:
+def test_digest_does_not_depend_on_the_folder(store, tmp_path) -> None:
     digest = feature_service_digest(store, TRAINING_SERVICE)
-    other = register_features(tmp_path / "features", "sqlite")
+    other = register_features(tmp_path / "features", DIMENSIONS, "sqlite")
     assert feature_service_digest(other, TRAINING_SERVICE) == digest
-    other = register_features(tmp_path / "features", "sqlite")
+    other = register_features(tmp_path / "features", DIMENSIONS, "sqlite")
     assert feature_service_digest(other, TRAINING_SERVICE) == digest
     assert feature_service_digest(open_feature_store(tmp_path / "features"), TRAINING_SERVICE) == digest
     assert feature_service_digest(other, VIEWER_SERVICE) != digest
@@ -90,22 +92,22 @@ def test_the_digest_is_the_same_in_another_folder_and_after_registering_again(st
         ('join_keys=["viewer_id"]', 'join_keys=["viewer"]'),
     ],
 )
-def test_the_digest_changes_with_a_ttl_a_type_a_view_or_a_key(store, tmp_path, monkeypatch, before, after) -> None:
+def test_digest_changes_with_the_definitions(store, tmp_path, monkeypatch, before, after) -> None:
     text = (feature_repo_path() / "definitions.py").read_text()
     assert before in text
     (tmp_path / "repo").mkdir()
     (tmp_path / "repo" / "definitions.py").write_text(text.replace(before, after))
     monkeypatch.setenv("REELWAY_FEATURE_REPO", str(tmp_path / "repo"))
-    changed = register_features(tmp_path / "features", "sqlite")
+    changed = register_features(tmp_path / "features", DIMENSIONS, "sqlite")
     assert feature_service_digest(changed, VIEWER_SERVICE) != feature_service_digest(store, VIEWER_SERVICE)
 
 
-def test_a_service_that_is_not_registered_is_named_with_those_that_are(store) -> None:
+def test_unknown_service_error_lists_the_registered_services(store) -> None:
     with pytest.raises(FeatureError, match=r"'viewer_row_v9' is not registered, expected one of \['training_row_v1'"):
         feature_service_digest(store, "viewer_row_v9")
 
 
-def test_definitions_import_only_contracts_and_features_of_the_platform() -> None:
+def test_definitions_import_only_contracts_or_features() -> None:
     tree = ast.parse((feature_repo_path() / "definitions.py").read_text())
     ours = {
         f"{node.module}.{alias.name}"
@@ -113,16 +115,29 @@ def test_definitions_import_only_contracts_and_features_of_the_platform() -> Non
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("reelway")
         for alias in node.names
     }
-    assert ours == {"reelway.platform.contracts.features", "reelway.platform.features.on_demand"}
+    dimensions = "reelway.platform.contracts.feature_dimensions"
+    assert ours == {
+        "reelway.platform.contracts.features",
+        f"{dimensions}.SCHEMA_FILE",
+        f"{dimensions}.FeatureDimensions",
+        "reelway.platform.features.on_demand",
+    }
 
 
-def test_loading_leaves_the_environment_as_it_was(tmp_path) -> None:
+def test_digest_changes_with_the_width_of_a_list(store, tmp_path) -> None:
+    wide = register_features(tmp_path / "features", replace(DIMENSIONS, text=512), "sqlite")
+    assert feature_service_digest(wide, TRAINING_SERVICE) != feature_service_digest(store, TRAINING_SERVICE)
+    assert feature_service_digest(wide, VIEWER_SERVICE) == feature_service_digest(store, VIEWER_SERVICE)
+
+
+def test_loading_preserves_the_environment(tmp_path) -> None:
+    write_dimensions(tmp_path, DIMENSIONS)
     before = dict(os.environ)
     load_definitions(tmp_path)
     assert dict(os.environ) == before
 
 
-def test_a_missing_definitions_folder_says_which_variable_to_set(tmp_path, monkeypatch) -> None:
+def test_missing_definitions_error_names_the_variable(tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("REELWAY_FEATURE_REPO", str(tmp_path / "nowhere"))
     with pytest.raises(ConfigError, match="set REELWAY_FEATURE_REPO"):
         feature_repo_path()

@@ -1,4 +1,4 @@
-"""A trained run becomes a release that verifies and answers like its models; anything less becomes nothing."""
+"""Building a release from a trained run: contents, verification, waivers and failures."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import pytest
 import torch
 import yaml
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from tests.dimensions import DIMENSIONS
 from tests.pipelines.trained_run import DIM, make_trained_run, write_evaluation
 from typer.testing import CliRunner, Result
 
@@ -65,7 +66,7 @@ def manifest_of(folder: Path) -> Manifest:
     return Manifest.model_validate_json((folder / files.MANIFEST_FILE).read_text())
 
 
-def test_a_built_release_verifies_against_the_feature_store_it_came_from(built: Path, original: RunDirectory) -> None:
+def test_built_release_verifies_against_its_feature_store(built: Path, original: RunDirectory) -> None:
     services = {service.name: service.digest for service in feature_services(original.features)}
     verified = verify(built, public_keys=[KEY.public_key()], feature_services=services, expected_id=built.name)
     assert verified.manifest.name == "first"
@@ -75,7 +76,7 @@ def test_a_built_release_verifies_against_the_feature_store_it_came_from(built: 
     assert ReleaseStore(str(original.release_store)).resolve("latest") == built.name
 
 
-def test_the_manifest_says_what_was_measured_and_what_could_not_be(built: Path) -> None:
+def test_manifest_records_metrics(built: Path) -> None:
     manifest = manifest_of(built)
     assert manifest.metrics == {"recall_at_50": 0.4}
     assert manifest.config["undefined_metrics"] == ["auc_share"]
@@ -83,12 +84,10 @@ def test_the_manifest_says_what_was_measured_and_what_could_not_be(built: Path) 
     assert [gate.name for gate in manifest.gates] == ["recall_at_50"]
 
 
-def test_the_exported_tower_answers_like_the_trained_one_and_finds_videos_in_the_index(
-    built: Path, original: RunDirectory
-) -> None:
+def test_exported_tower_equals_the_trained_tower(built: Path, original: RunDirectory) -> None:
     at_s = manifest_of(built).config["video_features_as_of_s"]
     table = viewer_snapshot(original.features, list(range(500, 520)), at_s)
-    viewers = assemble_viewers(columns_from_table(table), np.full(20, at_s), ["phone"] * 20)
+    viewers = assemble_viewers(columns_from_table(table), np.full(20, at_s), ["phone"] * 20, DIMENSIONS)
     (embedding,) = onnxruntime.InferenceSession(built / files.VIEWER_TOWER_FILE).run(None, viewers.as_inputs())
     tower = load_models(original.models).two_tower.viewer_tower
     with torch.inference_mode():
@@ -100,12 +99,12 @@ def test_the_exported_tower_answers_like_the_trained_one_and_finds_videos_in_the
     np.testing.assert_array_equal(rows, np.argsort(-(embedding @ vectors.T), axis=1, kind="stable")[:, :5])
 
 
-def test_the_release_carries_the_blend_and_the_calibration_it_was_given(built: Path) -> None:
+def test_release_contains_the_given_blend(built: Path) -> None:
     assert yaml.safe_load((built / files.BLEND_FILE).read_text())["reranking"]["diversity"] == 0.3
     assert list(read_calibration(built).curves) == ["like"]
 
 
-def test_the_most_watched_video_leads_the_popular_list(built: Path, original: RunDirectory) -> None:
+def test_most_watched_video_leads_the_popular_list(built: Path, original: RunDirectory) -> None:
     labels = pq.read_table(original.features / "labels.parquet", columns=["video_id", "long_watch"])
     totals = labels.group_by("video_id").aggregate([("long_watch", "sum")])
     leader = totals.sort_by([("long_watch_sum", "descending"), ("video_id", "ascending")])["video_id"][0].as_py()
@@ -113,7 +112,7 @@ def test_the_most_watched_video_leads_the_popular_list(built: Path, original: Ru
     assert (first["list"], first["rank"], first["video_id"]) == ("popular", 0, leader)
 
 
-def test_a_failed_gate_builds_nothing_and_names_every_failed_gate(run: RunDirectory) -> None:
+def test_failed_gates_are_named_without_a_build(run: RunDirectory) -> None:
     def gate(name: str, value: float, passed: bool) -> dict[str, Any]:
         return {"name": name, "value": value, "bound": 0.3, "comparison": ">=", "passed": passed}
 
@@ -124,7 +123,7 @@ def test_a_failed_gate_builds_nothing_and_names_every_failed_gate(run: RunDirect
     assert sorted(path.name for path in run.path.iterdir()) == before
 
 
-def test_a_failed_gate_that_is_waived_is_built_with_the_reason_and_the_name_signed(run: RunDirectory) -> None:
+def test_waiver_is_part_of_the_signed_manifest(run: RunDirectory) -> None:
     gate = {"name": "recall", "value": 0.1, "bound": 0.3, "comparison": ">=", "passed": False}
     write_evaluation(run, gates=[gate])
     refused = reelway("build", "--run", run.path, "--waive", "recall")
@@ -137,7 +136,7 @@ def test_a_failed_gate_that_is_waived_is_built_with_the_reason_and_the_name_sign
     assert "1 WAIVED" in reelway("list", "--run", run.path).stdout
 
 
-def test_a_release_that_cannot_be_stored_leaves_nothing_behind(run: RunDirectory) -> None:
+def test_failed_store_write_leaves_no_files(run: RunDirectory) -> None:
     run.release_store.write_text("a file where the store should be")
     before = sorted(path.name for path in run.path.iterdir())
     with pytest.raises(StorageError):
@@ -145,7 +144,7 @@ def test_a_release_that_cannot_be_stored_leaves_nothing_behind(run: RunDirectory
     assert sorted(path.name for path in run.path.iterdir()) == before
 
 
-def test_an_interrupt_in_the_middle_of_building_leaves_nothing_behind(run: RunDirectory) -> None:
+def test_interrupted_build_leaves_no_files(run: RunDirectory) -> None:
     before = sorted(path.name for path in run.path.iterdir())
 
     def interrupt(what: str) -> None:
@@ -158,13 +157,13 @@ def test_an_interrupt_in_the_middle_of_building_leaves_nothing_behind(run: RunDi
     assert sorted(path.name for path in run.path.iterdir()) == before
 
 
-def test_models_that_were_not_trained_are_named_with_the_command_that_trains_them(run: RunDirectory) -> None:
+def test_missing_models_error_names_the_command(run: RunDirectory) -> None:
     shutil.rmtree(run.models)
-    with pytest.raises(TrainingError, match="run `reelway train` first"):
+    with pytest.raises(TrainingError, match="no finished training; run `reelway train`"):
         build_release(run, name="x", key=KEY)
 
 
-def test_a_run_without_evaluation_is_refused(run: RunDirectory) -> None:
+def test_run_without_evaluation_is_rejected(run: RunDirectory) -> None:
     (run.evaluation / "evaluation.json").unlink()
     with pytest.raises(ReleaseError, match="reelway evaluate"):
         build_release(run, name="x", key=KEY)
@@ -174,13 +173,13 @@ def test_a_run_without_evaluation_is_refused(run: RunDirectory) -> None:
     "content",
     ["", "[]", '{"metrics": {}}', '{"metrics": {"a": "b"}, "gates": []}', '{"metrics": {}, "gates": [{"name": 1}]}'],
 )
-def test_an_evaluation_that_is_not_one_is_refused_by_name(tmp_path: Path, content: str) -> None:
+def test_invalid_evaluation_file_is_named(tmp_path: Path, content: str) -> None:
     (tmp_path / "evaluation.json").write_text(content)
     with pytest.raises(MalformedFileError, match=r"evaluation\.json"):
         read_evaluation(tmp_path / "evaluation.json")
 
 
-def test_a_blend_file_is_read_and_a_wrong_one_is_refused_with_its_field(tmp_path: Path) -> None:
+def test_invalid_blend_file_is_rejected_with_its_field(tmp_path: Path) -> None:
     path = tmp_path / "blend.yaml"
     path.write_text("reranking: {max_per_creator: 1}")
     assert read_blend(path).reranking.max_per_creator == 1
@@ -195,7 +194,7 @@ def reelway(*arguments: object) -> Result:
     return CliRunner().invoke(build_app(), ["release", *(str(one) for one in arguments)])
 
 
-def test_the_commands_build_once_skip_what_is_done_verify_against_the_features_and_build_what_was_removed(
+def test_build_command_skips_an_existing_release(
     run: RunDirectory,
 ) -> None:
     first = reelway("build", "--run", run.path, "--name", "by-hand")
@@ -216,9 +215,7 @@ def test_the_commands_build_once_skip_what_is_done_verify_against_the_features_a
     assert (run.release_store / rebuilt.stdout.strip() / files.MANIFEST_FILE).exists()
 
 
-def test_a_release_goes_into_the_store_that_is_named_and_again_when_it_is_no_longer_there(
-    run: RunDirectory, tmp_path: Path
-) -> None:
+def test_build_command_writes_to_the_named_store(run: RunDirectory, tmp_path: Path) -> None:
     store = tmp_path / "shared" / "releases"
     first = reelway("build", "--run", run.path, "--store", f"file://{store}")
     assert first.exit_code == 0, first.exception
@@ -229,7 +226,7 @@ def test_a_release_goes_into_the_store_that_is_named_and_again_when_it_is_no_lon
     assert "skipped" not in reelway("build", "--run", run.path, "--store", f"file://{store}").stderr
 
 
-def test_a_parent_that_is_not_in_the_store_is_refused_before_anything_is_built(run: RunDirectory) -> None:
+def test_unknown_parent_is_rejected_before_the_build(run: RunDirectory) -> None:
     ended = reelway("build", "--run", run.path, "--parent", "abc")
     assert isinstance(ended.exception, ReleaseNotFoundError)
     assert not run.release_store.exists()

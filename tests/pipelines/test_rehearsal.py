@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from tests.dimensions import DIMENSIONS
 from tests.pipelines.trained_run import DIM, make_trained_run
 from tests.release_files import make_release_folder
 from typer.testing import CliRunner
@@ -19,7 +20,7 @@ from reelway.pipelines.ranker_faults import slow_down_busy_viewers
 from reelway.pipelines.rehearsal import Rehearsal, busy_above
 from reelway.platform.cli.main import build_app
 from reelway.platform.contracts import manifest as files
-from reelway.platform.contracts.features import RANKER_INPUTS, VIDEO_DENSE, VIEWER_DENSE
+from reelway.platform.contracts.features import RANKER_INPUTS, VIDEO_DENSE
 from reelway.platform.errors import GateFailedError
 from reelway.platform.release.folder import read_manifest
 from reelway.platform.release.signing import create_keys, load_private_key, load_public_keys
@@ -52,8 +53,8 @@ def rehearsed(run: RunDirectory, kind: str) -> Path:
 def request_of(seen: float, candidates: int = 7) -> dict[str, NDArray[Any]]:
     """Returns ranker inputs of a viewer with ``seen`` recent impressions; NaN means an unknown viewer."""
     rng = np.random.default_rng(1)
-    viewer = rng.normal(size=(1, len(VIEWER_DENSE))).astype(np.float32)
-    viewer[0, VIEWER_DENSE.index("impressions_30d")] = seen
+    viewer = rng.normal(size=(1, len(DIMENSIONS.viewer_dense))).astype(np.float32)
+    viewer[0, DIMENSIONS.viewer_dense.index("impressions_30d")] = seen
     return {
         "viewer_dense": viewer,
         "viewer_categories": np.ones((1, 4), dtype=np.int64),

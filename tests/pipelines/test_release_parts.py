@@ -1,4 +1,4 @@
-"""Video table, popularity lists and neighbours: what serving will map and follow blindly."""
+"""The tables of a release: videos, popularity lists and neighbours."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 from numpy.typing import NDArray
+from tests.dimensions import DIMENSIONS
 
 from reelway.pipelines import release_parts as parts
 from reelway.pipelines.release_parts import Watches
@@ -51,10 +52,10 @@ def snapshot(video_id: list[int]) -> pa.Table:
     return pa.table(columns | live)
 
 
-def test_the_video_table_holds_the_models_inputs_column_by_column(tmp_path: Path) -> None:
+def test_video_table_holds_the_models_inputs(tmp_path: Path) -> None:
     table = snapshot([3, 5, 9])
-    videos = assemble_videos(columns_from_table(table), np.full(3, 6 * DAY_S))
-    parts.write_videos(tmp_path / "videos.arrow", table, videos, unit(3, 8))
+    videos = assemble_videos(columns_from_table(table), np.full(3, 6 * DAY_S), DIMENSIONS)
+    parts.write_videos(tmp_path / "videos.arrow", table, videos, unit(3, 8), DIMENSIONS)
     batch = open_table(tmp_path / "videos.arrow", videos_schema(8))
     static = batch["static_dense"].flatten().to_numpy().reshape(3, -1)
     live = batch["live_dense"].flatten().to_numpy().reshape(3, -1)
@@ -64,10 +65,10 @@ def test_the_video_table_holds_the_models_inputs_column_by_column(tmp_path: Path
     np.testing.assert_array_equal(batch["creator_codes"].flatten().to_numpy().reshape(3, -1), videos.creator_codes)
 
 
-def test_a_video_without_features_is_kept_with_missing_values(tmp_path: Path) -> None:
+def test_video_without_features_has_missing_values(tmp_path: Path) -> None:
     table = snapshot([3, 5])
-    videos = assemble_videos(columns_from_table(table), np.full(2, 6 * DAY_S))
-    parts.write_videos(tmp_path / "videos.arrow", table, videos, unit(2, 8))
+    videos = assemble_videos(columns_from_table(table), np.full(2, 6 * DAY_S), DIMENSIONS)
+    parts.write_videos(tmp_path / "videos.arrow", table, videos, unit(2, 8), DIMENSIONS)
     first = open_table(tmp_path / "videos.arrow", videos_schema(8)).slice(0, 1).to_pylist()[0]
     assert (first["creator_id"], first["topic"], first["title"]) == (-1, -1, None)
     assert np.isnan(first["uploaded_at_s"])
@@ -75,26 +76,26 @@ def test_a_video_without_features_is_kept_with_missing_values(tmp_path: Path) ->
     assert first["creator_codes"] == [0, 0]
 
 
-def test_videos_out_of_order_or_with_a_bad_embedding_are_not_written(tmp_path: Path) -> None:
+def test_writer_rejects_videos_that_serving_cannot_use(tmp_path: Path) -> None:
     table = snapshot([5, 3])
-    videos = assemble_videos(columns_from_table(table), np.full(2, 6 * DAY_S))
-    with pytest.raises(ReleaseError, match="ascending order"):
-        parts.write_videos(tmp_path / "videos.arrow", table, videos, unit(2, 8))
+    videos = assemble_videos(columns_from_table(table), np.full(2, 6 * DAY_S), DIMENSIONS)
+    with pytest.raises(ReleaseError, match="does not ascend in video_id"):
+        parts.write_videos(tmp_path / "videos.arrow", table, videos, unit(2, 8), DIMENSIONS)
     embedding = unit(2, 8)
     embedding[1] = np.nan
     with pytest.raises(ReleaseError, match="video 5 has an embedding of length nan"):
-        parts.write_videos(tmp_path / "videos.arrow", snapshot([3, 5]), videos, embedding)
+        parts.write_videos(tmp_path / "videos.arrow", snapshot([3, 5]), videos, embedding, DIMENSIONS)
     assert not (tmp_path / "videos.arrow").exists()
 
 
-def test_popular_counts_long_watches_of_all_time_best_first() -> None:
+def test_popular_list_counts_all_long_watches() -> None:
     seen = watches([(1, 4, 0.5), (2, 4, 0.6), (3, 4, 9.5), (1, 2, 0.7), (2, 2, 9.6), (1, 0, 9.7)])
     popular = parts.popular_lists(seen, videos=6)["popular"]
     assert popular.rows.tolist() == [4, 2, 0]
     assert popular.scores.tolist() == [3, 2, 1]
 
 
-def test_a_rising_video_leads_the_trend_over_an_old_favourite_with_as_many_recent_watches() -> None:
+def test_rising_video_trends_above_an_old_favourite() -> None:
     old = [(viewer, 0, 1.0 + viewer / 100) for viewer in range(200)]
     recent = [(viewer, row, 9.5) for viewer in range(20) for row in (0, 1)]
     lists = parts.popular_lists(watches([*old, *recent]), videos=3)
@@ -102,12 +103,12 @@ def test_a_rising_video_leads_the_trend_over_an_old_favourite_with_as_many_recen
     assert lists["trending"].rows.tolist() == [1, 0]
 
 
-def test_a_video_nobody_watched_lately_does_not_trend() -> None:
+def test_video_without_recent_watches_does_not_trend() -> None:
     lists = parts.popular_lists(watches([(1, 0, 2.0), (2, 1, 9.9)]), videos=2)
     assert lists["trending"].rows.tolist() == [1]
 
 
-def test_a_region_with_enough_watches_has_a_trend_of_its_own() -> None:
+def test_region_with_enough_watches_has_its_own_trend() -> None:
     count = parts.REGION_MIN_WATCHES
     rows = [(viewer, 0, 9.5) for viewer in range(count)] + [(1_000, 1, 9.6)]
     regions = dict.fromkeys(range(count), "eu") | {1_000: "us"}
@@ -117,7 +118,7 @@ def test_a_region_with_enough_watches_has_a_trend_of_its_own() -> None:
     assert lists["trending"].rows.tolist() == [0, 1]
 
 
-def test_the_popular_table_ranks_each_list_from_zero(tmp_path: Path) -> None:
+def test_popular_table_ranks_each_list_from_zero(tmp_path: Path) -> None:
     lists = parts.popular_lists(watches([(1, 2, 0.5), (2, 2, 9.5), (3, 1, 9.5)]), videos=3)
     parts.write_popular(tmp_path / "popular.arrow", np.array([10, 20, 30]), lists)
     rows = open_table(tmp_path / "popular.arrow", POPULAR).to_pylist()
@@ -126,7 +127,7 @@ def test_the_popular_table_ranks_each_list_from_zero(tmp_path: Path) -> None:
     ]  # fmt: skip
 
 
-def test_videos_watched_by_the_same_viewers_are_neighbours_before_similar_ones() -> None:
+def test_co_watched_videos_precede_similar_videos() -> None:
     vectors = unit(40, 8)
     together = [(viewer, row, 1.0) for viewer in range(6) for row in (3, 30)]
     rows = parts.neighbours(vectors, make_index(vectors), watches(together))
@@ -138,7 +139,7 @@ def test_videos_watched_by_the_same_viewers_are_neighbours_before_similar_ones()
     assert rows[3, 1:].tolist() == rest[: NEIGHBOURS - 1]
 
 
-def test_no_video_is_its_own_neighbour_and_none_comes_twice() -> None:
+def test_neighbours_are_distinct_other_videos() -> None:
     random = np.random.default_rng(1)
     vectors = unit(60, 8)
     seen = watches([(viewer, row, 1.0) for viewer, row in random.integers(0, [9, 60], (500, 2)).tolist()])
@@ -147,7 +148,7 @@ def test_no_video_is_its_own_neighbour_and_none_comes_twice() -> None:
     assert all(len(set(row.tolist())) == NEIGHBOURS for row in rows)
 
 
-def test_one_shared_viewer_is_no_pattern() -> None:
+def test_one_shared_viewer_makes_no_neighbours() -> None:
     vectors = unit(40, 8)
     nearest_of_3 = int(np.argsort(-(vectors[3] @ vectors.T))[1])
     far = int(np.argmin(vectors[3] @ vectors.T))
@@ -155,7 +156,7 @@ def test_one_shared_viewer_is_no_pattern() -> None:
     assert rows[3, 0] == nearest_of_3
 
 
-def test_a_catalogue_smaller_than_the_list_leaves_places_empty(tmp_path: Path) -> None:
+def test_small_catalogue_pads_the_neighbours(tmp_path: Path) -> None:
     vectors = unit(3, 8)
     rows = parts.neighbours(vectors, make_index(vectors), watches([(1, 0, 1.0)]))
     assert (rows[:, :2] >= 0).all()
@@ -180,7 +181,7 @@ def labels(rows: list[tuple[int, int, int, float]]) -> pa.Table:
 VIEWERS = pa.table({"viewer_id": pa.array([1, 2], pa.int64()), "region": pa.array(["eu", None], pa.string())})
 
 
-def test_only_long_watches_of_servable_videos_count_and_viewers_bring_their_region() -> None:
+def test_watches_are_long_watches_of_servable_videos() -> None:
     table = labels([(1, 10, 100, 1.0), (2, 20, 200, 1.0), (3, 10, 300, 1.0), (1, 99, 400, 1.0), (1, 10, 500, 0.0)])
     seen = Watches.from_labels(table, VIEWERS, np.array([10, 20]))
     assert seen.row.tolist() == [0, 1, 0]
@@ -189,7 +190,7 @@ def test_only_long_watches_of_servable_videos_count_and_viewers_bring_their_regi
     assert seen.now_s == 500.0
 
 
-def test_the_recent_past_is_a_day_or_the_last_tenth_whichever_is_longer() -> None:
+def test_recent_period_is_a_day_or_the_last_tenth() -> None:
     dense = labels([(1, 10, second, 1.0) for second in range(0, 5 * 86_400, 3_600)])
     seen = Watches.from_labels(dense, VIEWERS, np.array([10]))
     assert seen.recent_from_s == seen.now_s - parts.RECENT_S
@@ -197,6 +198,6 @@ def test_the_recent_past_is_a_day_or_the_last_tenth_whichever_is_longer() -> Non
     assert Watches.from_labels(sparse, VIEWERS, np.array([10])).recent_from_s == pytest.approx(90 * DAY_S)
 
 
-def test_no_impressions_at_all_is_an_empty_data_set() -> None:
+def test_labels_without_impressions_are_an_empty_data_set() -> None:
     with pytest.raises(EmptyDatasetError, match="no impressions to rank"):
         Watches.from_labels(labels([]), VIEWERS, np.array([10]))

@@ -1,4 +1,4 @@
-"""A run directory as it is before ``reelway release build``: data set, registered features, models, an evaluation.
+"""A run directory that is ready for ``reelway release build``: data set, features, models, evaluation.
 
 The models have random weights, which costs no training and changes nothing about building; all else is real.
 """
@@ -11,6 +11,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+from tests.dimensions import DIMENSIONS
 from tests.pipelines.features.event_tables import START_US, random_dataset, write_dataset
 
 from reelway.pipelines.features.batch import VIEWS_FOLDER, family_views, last_moment_us
@@ -22,6 +23,7 @@ from reelway.pipelines.models.ranker import Ranker, RankerConfig
 from reelway.pipelines.models.two_tower import TwoTower, TwoTowerConfig
 from reelway.pipelines.training.artifacts import TrainedModels, TrainingInfo, save_models
 from reelway.platform.contracts.calibration import Calibration, Curve
+from reelway.platform.contracts.feature_dimensions import FeatureDimensions
 from reelway.platform.durable import write_json
 from reelway.platform.runs import RunDirectory
 
@@ -29,11 +31,11 @@ DIM = 16
 
 
 def make_trained_run(path: Path, *, requests: int = 300, gates: list[dict[str, Any]] | None = None) -> RunDirectory:
-    """Everything that ``build_release`` reads, and the step records that the command asks for."""
+    """Writes all inputs of ``build_release``, and the step records that the command requires."""
     run = RunDirectory(path)
     tables = random_dataset(requests=requests)
     write_dataset(run.dataset, tables)
-    _write_features(run, tables)
+    write_features(run, tables, DIMENSIONS)
     _write_models(run.models)
     write_evaluation(run, gates=gates)
     for step in ("features", "train", "evaluate"):
@@ -43,13 +45,14 @@ def make_trained_run(path: Path, *, requests: int = 300, gates: list[dict[str, A
 
 
 def write_evaluation(run: RunDirectory, gates: list[dict[str, Any]] | None = None, **metrics: Any) -> None:
-    """``evaluation.json``; one gate that holds, unless the caller names others."""
+    """Writes ``evaluation.json``, by default with one passed gate."""
     holds = [{"name": "recall_at_50", "value": 0.4, "bound": 0.3, "comparison": ">=", "passed": True, "detail": ""}]
     found = {"recall_at_50": 0.4, "auc_share": None} | metrics
     write_json(run.evaluation / "evaluation.json", {"metrics": found, "gates": holds if gates is None else gates})
 
 
-def _write_features(run: RunDirectory, tables: dict[str, pa.Table]) -> None:
+def write_features(run: RunDirectory, tables: dict[str, pa.Table], dimensions: FeatureDimensions) -> None:
+    """Writes labels, catalogue and views and registers them with Feast, as `reelway features` does with Ray."""
     labels = label_impressions(tables["impressions"], tables["outcomes"], tables["videos"])
     run.features.mkdir(parents=True)
     pq.write_table(labels, run.features / LABELS_FILE)
@@ -58,17 +61,20 @@ def _write_features(run: RunDirectory, tables: dict[str, pa.Table]) -> None:
     creators = (tables["creators"], tables["videos"].select(["creator_id", "uploaded_at"]))
     views = {"viewer_profile": viewer_profile(tables["viewers"]), "video_content": video_content(tables["videos"])}
     for family in ("viewer", "video", "creator"):
-        views |= family_views(family, labels, creators, ViewSettings(), last_moment_us(labels))
+        views |= family_views(family, labels, creators, ViewSettings(dimensions), last_moment_us(labels))
     for name, view in views.items():
         folder = run.features / VIEWS_FOLDER / name
         folder.mkdir(parents=True)
         pq.write_table(view, folder / "part.parquet")
-    register_features(run.features)
+    register_features(run.features, dimensions)
 
 
 def _write_models(folder: Path) -> None:
     torch.manual_seed(0)
-    two_tower, ranker = TwoTower(TwoTowerConfig(dim=DIM)), Ranker(RankerConfig(kind="shared_bottom"), DIM)
+    two_tower, ranker = (
+        TwoTower(TwoTowerConfig(dim=DIM), DIMENSIONS),
+        Ranker(RankerConfig(kind="shared_bottom"), DIM, DIMENSIONS),
+    )
     curve = Curve(method="platt", probability=(0.0, 0.5, 1.0), rate=(0.0, 0.4, 1.0))
     info = TrainingInfo(
         seed=3, window_start_s=START_US / 1e6, window_end_s=START_US / 1e6 + 10 * 86_400,

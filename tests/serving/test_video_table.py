@@ -9,6 +9,7 @@ import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.dimensions import DIMENSIONS
 from tests.release_files import NOW_S, make_release_folder, write_arrow
 
 from reelway.platform.contracts import features as names
@@ -50,7 +51,7 @@ def test_a_gather_is_what_the_assembly_code_makes_of_the_same_videos(table: Vide
         "duration_s": static[:, 0],
         **{name: live[:, i] for i, name in enumerate(names.VIDEO_LIVE_DENSE)},
     }
-    expected = assemble_videos(columns, np.full(len(rows), NOW_S))
+    expected = assemble_videos(columns, np.full(len(rows), NOW_S), DIMENSIONS)
     gathered = table.gather(rows, NOW_S)
 
     has = [names.VIDEO_DENSE.index(name) for name in names.VIDEO_STATIC_DENSE[1:]]

@@ -11,6 +11,7 @@ from feast import FeatureStore
 from feast.protos.feast.types.EntityKey_pb2 import EntityKey
 from feast.protos.feast.types.Value_pb2 import Value
 from feast.type_map import python_values_to_proto_values
+from tests.dimensions import DIMENSIONS
 
 from reelway.pipelines.features.registry import register_features
 from reelway.platform.contracts.features import VIEWER_VIEWS, VIEWS
@@ -28,7 +29,7 @@ def make_store(features_dir: Path, online_store: str | None = None) -> FeatureSt
     """All views registered; the folder's own online store where it has one already and none is named."""
     if online_store is None and (features_dir / CONFIG_FILE).exists():
         return open_feature_store(features_dir)
-    return register_features(features_dir, online_store)
+    return register_features(features_dir, DIMENSIONS, online_store)
 
 
 def write_rows(store: FeatureStore, name: str, key: str, rows: Mapping[int, Mapping[str, Any]], at_s: float) -> None:

@@ -1,10 +1,10 @@
-"""Tiny files in the layouts that others publish, for tests. Four viewers, three films, eight ratings."""
+"""Tiny files in published layouts: four users, three movies, eight ratings."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-RATINGS = [  # viewer, film, stars, seconds
+RATINGS = [  # user, movie, stars, seconds
     (1, 10, 5, 880000000),
     (1, 20, 1, 880000000),
     (2, 10, 4, 880000005),

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
+from tests.dimensions import DIMENSIONS
 from tests.pipelines.features.event_tables import random_dataset
 
 from reelway.pipelines.datasets.checks import CheckLimits, check_dataset
@@ -24,8 +25,8 @@ def dataset() -> Dataset:
         [min(tables["impressions"]["event_time"].to_pylist())] * viewers.num_rows, viewers["created_at"].type
     )
     tables["viewers"] = viewers.set_column(1, viewers.schema.field("created_at"), first)
-    # The random data lets one slate hold a video twice; here every impression is its own.
-    return check_dataset(Dataset(**tables, info={"name": "random"}), LENIENT).dataset
+    # The random data may hold a video twice in one slate; the checks remove the repeated impressions.
+    return check_dataset(Dataset(**tables, info={"name": "random"}, dimensions=DIMENSIONS), LENIENT).dataset
 
 
 def changed(dataset: Dataset, table: str, column: str, row: int, value: Any) -> Dataset:
@@ -43,7 +44,7 @@ def appended(dataset: Dataset, table: str, row: int, **new: Any) -> Dataset:
     return replace(dataset, **{table: pa.concat_tables([old, pa.Table.from_pylist([copy], schema=old.schema)])})
 
 
-def test_clean_data_passes_untouched(dataset: Dataset) -> None:
+def test_clean_data_passes_unchanged(dataset: Dataset) -> None:
     checked = check_dataset(dataset)
     assert checked.rejected_rows == 0
     for name in DATASET_TABLES:
@@ -74,7 +75,7 @@ BAD_VALUES: list[tuple[str, str, Any, str]] = [
 
 
 @pytest.mark.parametrize(("table", "column", "value", "reason"), BAD_VALUES)
-def test_one_bad_value_sets_its_row_aside_with_the_reason(
+def test_bad_value_rejects_its_row_with_a_reason(
     dataset: Dataset, table: str, column: str, value: Any, reason: str
 ) -> None:
     broken = changed(dataset, table, column, 3, value)
@@ -99,20 +100,20 @@ def test_every_row_is_either_clean_or_rejected(dataset: Dataset) -> None:
 
 
 @pytest.mark.parametrize("table", list(DATASET_TABLES))
-def test_the_second_row_with_an_id_is_a_duplicate(dataset: Dataset, table: str) -> None:
+def test_second_row_with_an_id_is_a_duplicate(dataset: Dataset, table: str) -> None:
     checked = check_dataset(appended(dataset, table, 4), LENIENT)
     assert checked.counts[table] == {"duplicate_id": 1}
     assert getattr(checked.dataset, table).equals(getattr(dataset, table))
 
 
-def test_the_same_event_under_another_id_is_repeated(dataset: Dataset) -> None:
+def test_same_event_with_another_id_is_repeated(dataset: Dataset) -> None:
     checked = check_dataset(appended(dataset, "impressions", 4, impression_id=888_888), LENIENT)
     assert checked.counts["impressions"] == {"repeated_impression": 1}
     checked = check_dataset(appended(dataset, "outcomes", 4, outcome_id=888_888), LENIENT)
     assert checked.counts["outcomes"] == {"repeated_outcome": 1}
 
 
-def test_events_out_of_clock_order_are_set_aside(dataset: Dataset) -> None:
+def test_events_before_their_cause_are_rejected(dataset: Dataset) -> None:
     shown = dataset.impressions.slice(5, 1).to_pylist()[0]
     video_row = dataset.videos["video_id"].to_pylist().index(shown["video_id"])
     late = changed(dataset, "videos", "uploaded_at", video_row, max(dataset.impressions["event_time"].to_pylist()))
@@ -129,7 +130,7 @@ def test_events_out_of_clock_order_are_set_aside(dataset: Dataset) -> None:
     }
 
 
-def test_a_viewer_faster_than_any_person_is_a_bot_and_loses_everything(dataset: Dataset) -> None:
+def test_bot_loses_all_events(dataset: Dataset) -> None:
     limits = replace(LENIENT, max_impressions_per_minute=20)
     assert check_dataset(dataset, limits).rejected_rows == 0
     viewer = dataset.impressions["viewer_id"][0].as_py()
@@ -156,12 +157,12 @@ def many_bad(dataset: Dataset) -> Dataset:
     return replace(dataset, impressions=dataset.impressions.set_column(at, field, pa.array(values)))
 
 
-def test_too_many_bad_rows_stop_the_run_and_the_top_reason_is_named(dataset: Dataset) -> None:
+def test_too_many_bad_rows_fail_with_the_top_reason(dataset: Dataset) -> None:
     with pytest.raises(TooManyBadRowsError, match=r"table impressions: .* rows are bad \(25.*propensity_out_of_range"):
         check_dataset(many_bad(dataset))
 
 
-def test_a_higher_limit_lets_them_be_set_aside(dataset: Dataset) -> None:
+def test_higher_limit_accepts_more_bad_rows(dataset: Dataset) -> None:
     checked = check_dataset(many_bad(dataset), LENIENT)
     assert checked.counts["impressions"]["propensity_out_of_range"] == dataset.impressions.num_rows // 4
 
@@ -174,6 +175,6 @@ def all_bad(dataset: Dataset) -> Dataset:
 
 
 @pytest.mark.parametrize("empty", [lambda d: replace(d, impressions=d.impressions.slice(0, 0)), all_bad])
-def test_nothing_to_learn_from_is_an_empty_data_set(dataset: Dataset, empty: Callable[[Dataset], Dataset]) -> None:
+def test_data_set_without_impressions_is_empty(dataset: Dataset, empty: Callable[[Dataset], Dataset]) -> None:
     with pytest.raises(EmptyDatasetError, match="random"):
         check_dataset(empty(dataset), LENIENT)

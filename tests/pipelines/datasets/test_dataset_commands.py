@@ -23,7 +23,7 @@ def reelway(*words: object) -> Result:
     return CliRunner().invoke(app, [str(word) for word in words])
 
 
-def test_simulate_writes_a_checked_data_set_and_says_what_is_in_it(tmp_path: Path) -> None:
+def test_simulate_writes_a_checked_data_set(tmp_path: Path) -> None:
     result = reelway("simulate", "--run", tmp_path, *SMALL, "--seed", 5)
     assert result.exit_code == 0, result.output
     assert "3,000" in result.output
@@ -36,7 +36,7 @@ def test_simulate_writes_a_checked_data_set_and_says_what_is_in_it(tmp_path: Pat
     assert pq.read_table(tmp_path / "dataset" / "rejected.parquet").num_rows == 0
 
 
-def test_simulate_again_is_not_done_unless_forced_or_changed(tmp_path: Path) -> None:
+def test_simulate_is_skipped_unless_forced_or_changed(tmp_path: Path) -> None:
     reelway("simulate", "--run", tmp_path, *SMALL)
     written = (tmp_path / "dataset" / "dataset.json").stat().st_mtime_ns
     assert "already" in reelway("simulate", "--run", tmp_path, *SMALL).output
@@ -58,7 +58,7 @@ def test_import_reads_published_data(tmp_path: Path, command: str, make) -> None
     assert "already" in reelway("import", command, source, "--run", run).output
 
 
-def test_import_again_after_the_file_changed_reads_it_again(tmp_path: Path) -> None:
+def test_import_reads_a_changed_file_again(tmp_path: Path) -> None:
     source = formats.ml_25m(tmp_path / "source")
     reelway("import", "movielens", source, "--run", tmp_path / "run")
     with (source / "ratings.csv").open("a") as file:
@@ -67,7 +67,7 @@ def test_import_again_after_the_file_changed_reads_it_again(tmp_path: Path) -> N
     assert read_dataset(tmp_path / "run" / "dataset").impressions.num_rows == 9
 
 
-def test_import_events_keeps_the_id_map_and_sets_bad_rows_aside(tmp_path: Path) -> None:
+def test_import_events_writes_id_map(tmp_path: Path) -> None:
     rows = [f"viewer{i},video{i % 3},2025-01-31T12:00:{i:02d}Z,1.0" for i in range(40)]
     rows[7] = rows[7].replace("1.0", "3.0")
     (tmp_path / "e.csv").write_text("\n".join(["viewer_id,video_id,event_time,propensity", *rows, ""]))
@@ -82,7 +82,7 @@ def test_import_events_keeps_the_id_map_and_sets_bad_rows_aside(tmp_path: Path) 
     assert read_dataset(folder).impressions.num_rows == 39
 
 
-def test_too_many_bad_rows_leave_no_data_set_and_no_record(tmp_path: Path) -> None:
+def test_too_many_bad_rows_leave_no_data_set(tmp_path: Path) -> None:
     rows = [f"{i},1,2025-01-31T12:00:{i:02d}Z,{3.0 if i < 10 else 1.0}" for i in range(40)]
     (tmp_path / "e.csv").write_text("\n".join(["viewer_id,video_id,event_time,propensity", *rows, ""]))
     result = reelway("import", "events", tmp_path / "e.csv", "--run", tmp_path / "run")
@@ -93,6 +93,6 @@ def test_too_many_bad_rows_leave_no_data_set_and_no_record(tmp_path: Path) -> No
     assert again.exit_code == 0, again.output
 
 
-def test_a_source_that_is_not_there_is_refused(tmp_path: Path) -> None:
+def test_import_rejects_a_missing_source(tmp_path: Path) -> None:
     for words in (("movielens", tmp_path / "none"), ("kuairand", tmp_path / "none"), ("events", tmp_path / "none.csv")):
         assert isinstance(reelway("import", *words, "--run", tmp_path / "run").exception, MalformedFileError)

@@ -6,9 +6,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from reelway.pipelines.datasets.checks import check_dataset
+from reelway.pipelines.datasets.content_dimensions import infer_dimensions
 from reelway.pipelines.datasets.generic import import_events
 from reelway.pipelines.datasets.store import Dataset, conform
-from reelway.platform.contracts.events import AUDIO_DIM, DATASET_TABLES
+from reelway.platform.contracts.events import DATASET_TABLES
 from reelway.platform.errors import EmptyDatasetError, MalformedFileError
 
 CSV = """viewer_id,video_id,event_time,watch_ms,like,position
@@ -25,10 +26,10 @@ def write(path: Path, text: str) -> Path:
 
 def checked(tables: dict[str, pa.Table]) -> int:
     ready = {name: conform(Path(name), tables[name], name) for name in DATASET_TABLES}
-    return check_dataset(Dataset(**ready, info={})).rejected_rows
+    return check_dataset(Dataset(**ready, info={}, dimensions=infer_dimensions(ready))).rejected_rows
 
 
-def test_words_as_ids_are_numbered_and_the_numbers_are_kept(tmp_path: Path) -> None:
+def test_string_ids_are_numbered_in_the_id_map(tmp_path: Path) -> None:
     tables, _, extras = import_events(write(tmp_path / "e.csv", CSV))
     names = {(r["kind"], r["original"]): r["id"] for r in extras["id_map"].to_pylist()}
     assert tables["impressions"]["viewer_id"].to_pylist() == [names["viewer_id", v] for v in ("anna", "anna", "ben")]
@@ -36,14 +37,14 @@ def test_words_as_ids_are_numbered_and_the_numbers_are_kept(tmp_path: Path) -> N
     assert checked(tables) == 0
 
 
-def test_integer_ids_stay_as_they_are(tmp_path: Path) -> None:
+def test_integer_ids_are_kept(tmp_path: Path) -> None:
     tables, _, extras = import_events(write(tmp_path / "e.csv", "viewer_id,video_id,event_time\n70,8,1738324800\n"))
     assert tables["impressions"]["viewer_id"].to_pylist() == [70]
     assert tables["impressions"]["event_time"].to_pylist()[0].isoformat() == "2025-01-31T12:00:00+00:00"
     assert extras["id_map"].num_rows == 0
 
 
-def test_a_video_has_one_id_in_both_files_even_when_only_one_file_has_words(tmp_path: Path) -> None:
+def test_video_has_one_id_in_both_files(tmp_path: Path) -> None:
     events = write(tmp_path / "e.csv", "viewer_id,video_id,event_time\n1,8,1738324800\n1,9,1738324801\n")
     videos = write(tmp_path / "v.csv", "video_id,title,creator_id\nother,x,1\n9,nine,2\n8,eight,\n")
     tables, _, _ = import_events(events, videos)
@@ -52,28 +53,28 @@ def test_a_video_has_one_id_in_both_files_even_when_only_one_file_has_words(tmp_
     assert checked(tables) == 0
 
 
-def test_watches_and_flags_become_outcomes(tmp_path: Path) -> None:
+def test_flags_become_outcomes(tmp_path: Path) -> None:
     tables, _, _ = import_events(write(tmp_path / "e.csv", CSV))
     rows = tables["outcomes"].to_pylist()
     by_time = tables["impressions"].sort_by("event_time")["impression_id"].to_pylist()
     assert [(r["type"], r["value"]) for r in rows] == [("watch", 12000.0), ("like", 1.0), ("watch", 500.0)]
-    assert by_time == [0, 1, 2]  # 12:00:20+01:00 is the earliest moment, so it has the first id
+    assert by_time == [0, 1, 2]  # 12:00:20+01:00 is the earliest time, so it has the first id
     assert {r["impression_id"] for r in rows} == {1, 2}
 
 
-def test_parquet_with_embeddings_and_dictionary_words(tmp_path: Path) -> None:
+def test_import_reads_parquet_with_embeddings(tmp_path: Path) -> None:
     events = pa.table({
         "viewer_id": [1, 2], "video_id": [5, 6],
         "event_time": pa.array([1_700_000_000_000, 1_700_000_001_000], pa.timestamp("ms", "UTC")),
         "device": pa.array(["tv", None]).dictionary_encode(), "like": [True, False],
     })  # fmt: skip
-    videos = pa.table({"video_id": [5, 6], "audio": pa.array([[0.5] * AUDIO_DIM, None], pa.list_(pa.float64())),
+    videos = pa.table({"video_id": [5, 6], "audio": pa.array([[0.5] * 16, None], pa.list_(pa.float64())),
                        "uploaded_at": pa.array([1_600_000_000, None], pa.int64())})  # fmt: skip
     pq.write_table(events, tmp_path / "e.parquet")
     pq.write_table(videos, tmp_path / "v.parquet")
     tables, _, _ = import_events(tmp_path / "e.parquet", tmp_path / "v.parquet")
     assert tables["impressions"]["device"].to_pylist() == ["tv", "unknown"]
-    assert tables["videos"]["audio"].to_pylist() == [[0.5] * AUDIO_DIM, None]
+    assert tables["videos"]["audio"].to_pylist() == [[0.5] * 16, None]
     assert tables["videos"]["uploaded_at"].cast(pa.int64()).to_pylist() == [
         1_600_000_000_000_000,
         1_700_000_001_000_000,
@@ -94,20 +95,20 @@ def test_parquet_with_embeddings_and_dictionary_words(tmp_path: Path) -> None:
         ("500,0,0", "500,0", r"readable \.csv"),
     ],
 )
-def test_a_wrong_file_is_refused(tmp_path: Path, old: str, new: str, message: str) -> None:
+def test_malformed_file_is_rejected(tmp_path: Path, old: str, new: str, message: str) -> None:
     assert old in CSV
     with pytest.raises(MalformedFileError, match=message):
         import_events(write(tmp_path / "e.csv", CSV.replace(old, new)))
 
 
 @pytest.mark.parametrize(("name", "error"), [("e.json", MalformedFileError), ("missing.csv", MalformedFileError)])
-def test_a_file_that_cannot_be_read_is_refused(tmp_path: Path, name: str, error: type[Exception]) -> None:
+def test_unreadable_file_is_rejected(tmp_path: Path, name: str, error: type[Exception]) -> None:
     write(tmp_path / "e.json", "{}")
     with pytest.raises(error, match=name):
         import_events(tmp_path / name)
 
 
-def test_no_rows_is_an_empty_data_set(tmp_path: Path) -> None:
+def test_file_without_events_is_an_empty_data_set(tmp_path: Path) -> None:
     with pytest.raises(EmptyDatasetError, match="0 rows"):
         import_events(write(tmp_path / "e.csv", "viewer_id,video_id,event_time\n"))
 

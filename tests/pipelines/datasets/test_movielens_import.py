@@ -10,10 +10,11 @@ import pytest
 from tests.pipelines.datasets import published_formats as formats
 
 from reelway.pipelines.datasets.checks import RATING_LIMITS, check_dataset
-from reelway.pipelines.datasets.film_content import GENRES, text_embeddings
+from reelway.pipelines.datasets.content_dimensions import infer_dimensions
+from reelway.pipelines.datasets.film_content import GENRES, TEXT_DIM, text_embeddings
 from reelway.pipelines.datasets.movielens import files_of, import_movielens
 from reelway.pipelines.datasets.store import Dataset, conform
-from reelway.platform.contracts.events import DATASET_TABLES, TEXT_DIM
+from reelway.platform.contracts.events import DATASET_TABLES
 from reelway.platform.errors import MalformedFileError
 
 LAYOUTS: dict[str, Callable[[Path], Path]] = {
@@ -39,13 +40,13 @@ def test_every_layout_gives_the_same_impressions(imported: dict[str, pa.Table]) 
     assert set(shown["source"].to_pylist()) == {"import"}
 
 
-def test_every_layout_satisfies_the_schema_and_the_checks(imported: dict[str, pa.Table]) -> None:
+def test_every_layout_passes_the_checks(imported: dict[str, pa.Table]) -> None:
     tables = {name: conform(Path(name), imported[name], name) for name in DATASET_TABLES}
-    checked = check_dataset(Dataset(**tables, info={}), RATING_LIMITS)
+    checked = check_dataset(Dataset(**tables, info={}, dimensions=infer_dimensions(tables)), RATING_LIMITS)
     assert checked.rejected_rows == 0
 
 
-def test_stars_become_outcomes_strictly_after_the_impression(imported: dict[str, pa.Table]) -> None:
+def test_stars_become_outcomes_after_the_impression(imported: dict[str, pa.Table]) -> None:
     outcomes, shown = imported["outcomes"], imported["impressions"]
     assert Counter(outcomes["type"].to_pylist()) == {"watch": 8, "like": 4, "not_interested": 1}
     shown_at = shown["event_time"].cast(pa.int64()).to_numpy()[outcomes["impression_id"].to_numpy()]
@@ -54,7 +55,7 @@ def test_stars_become_outcomes_strictly_after_the_impression(imported: dict[str,
     assert (refused["viewer_id"].to_pylist(), refused["video_id"].to_pylist()) == ([1], [20])
 
 
-def test_films_have_topic_title_first_rating_and_unit_text(imported: dict[str, pa.Table]) -> None:
+def test_movies_have_topic_title_upload_time_text(imported: dict[str, pa.Table]) -> None:
     films = {row["video_id"]: row for row in imported["videos"].to_pylist()}
     assert films[10]["title"] == "Toy Story (1995)"
     assert GENRES[films[10]["topic"]] == "Animation"
@@ -73,19 +74,19 @@ def test_viewers_begin_with_their_first_rating(imported: dict[str, pa.Table]) ->
     assert created == [880000000, 880000005, 880000060, 880086400]
 
 
-def test_age_gender_and_postal_code_become_segment_and_region(tmp_path: Path) -> None:
+def test_user_columns_become_segment_or_region(tmp_path: Path) -> None:
     tables, _ = import_movielens(formats.ml_100k(tmp_path))
     assert tables["viewers"]["segment"].to_pylist() == ["18-24/M", "50-55/F", "under 18/M", "56+/F"]
     assert tables["viewers"]["region"].to_pylist() == ["us-8", "us-9", None, "us-0"]
 
 
-def test_a_film_nobody_rated_is_counted_not_kept(tmp_path: Path) -> None:
+def test_movie_without_ratings_is_counted(tmp_path: Path) -> None:
     tables, info = import_movielens(formats.ml_25m(tmp_path))
     assert tables["videos"].num_rows == 3
     assert info["videos_without_events"] == 1
 
 
-def test_the_text_embedding_is_fixed_and_knows_genre_decade_and_words() -> None:
+def test_text_embedding_encodes_genre_decade_words() -> None:
     titles, years, genres = (
         ["Alien", "Aliens", "Alien", ""],
         [1979, 1986, 1979, None],
@@ -113,7 +114,7 @@ def test_the_text_embedding_is_fixed_and_knows_genre_decade_and_words() -> None:
         (formats.recbole, "ml.item", "item_id:token", "id", r"ml\.item, row 1, column 'item_id:token'"),
     ],
 )  # fmt: skip
-def test_a_wrong_file_is_refused_with_file_row_column_value_and_expectation(
+def test_malformed_file_error_names_the_value(
     tmp_path: Path, make: Callable[[Path], Path], file: str, old: str, new: str, message: str
 ) -> None:
     path = make(tmp_path) / file
@@ -124,23 +125,23 @@ def test_a_wrong_file_is_refused_with_file_row_column_value_and_expectation(
         import_movielens(tmp_path)
 
 
-def test_a_folder_without_any_layout_is_refused(tmp_path: Path) -> None:
+def test_folder_without_a_known_layout_is_rejected(tmp_path: Path) -> None:
     (tmp_path / "readme.txt").write_text("hello")
     with pytest.raises(MalformedFileError, match=r"readme\.txt.*u\.data"):
         import_movielens(tmp_path)
 
 
-def test_an_empty_file_is_refused(tmp_path: Path) -> None:
+def test_empty_file_is_rejected(tmp_path: Path) -> None:
     (formats.ml_100k(tmp_path) / "u.data").write_text("\n")
     with pytest.raises(MalformedFileError, match="an empty file"):
         import_movielens(tmp_path)
 
 
-def test_the_files_that_count_as_inputs_are_the_ones_that_are_read(tmp_path: Path) -> None:
+def test_input_files_are_the_files_that_are_read(tmp_path: Path) -> None:
     assert [p.name for p in files_of(formats.recbole(tmp_path))] == ["ml.inter", "ml.item", "ml.user"]
 
 
-def test_the_real_ml_100k_is_read_whole() -> None:
+def test_real_ml_100k_is_imported_completely() -> None:
     beside = Path(__file__).resolve().parents[3].parent / "shared" / "data" / "ml-100k"
     folder = Path(os.environ.get("REELWAY_ML100K_DIR", beside))
     if not folder.is_dir():
@@ -151,4 +152,7 @@ def test_the_real_ml_100k_is_read_whole() -> None:
     }  # fmt: skip
     counts = Counter(tables["outcomes"]["type"].to_pylist())
     assert counts == {"watch": 100_000, "like": 55_375, "not_interested": 6_110}
-    assert check_dataset(Dataset(**tables, info=info), RATING_LIMITS).rejected_rows == 0
+    assert (
+        check_dataset(Dataset(**tables, info=info, dimensions=infer_dimensions(tables)), RATING_LIMITS).rejected_rows
+        == 0
+    )

@@ -1,4 +1,4 @@
-"""Which ratings are one request."""
+"""Grouping of ratings into requests."""
 
 from __future__ import annotations
 
@@ -11,27 +11,27 @@ from reelway.pipelines.datasets.ratings import SITTING, SITTING_GAP_US, sittings
 HOUR_US = 3_600_000_000
 
 
-def test_a_pause_of_more_than_an_hour_begins_another_request():
+def test_pause_of_more_than_an_hour_starts_a_request():
     time_us = np.array([0, HOUR_US, 2 * HOUR_US + 1])
     assert sittings(np.zeros(3, dtype=np.int64), time_us).tolist() == [0, 0, 2]
 
 
-def test_viewers_never_share_a_request():
+def test_viewers_share_no_request():
     assert sittings(np.array([7, 8, 7, 8]), np.arange(4)).tolist() == [0, 1, 0, 1]
 
 
-def test_a_long_sitting_is_cut_into_pages():
+def test_long_session_is_split_into_pages():
     request = sittings(np.zeros(2 * SITTING + 1, dtype=np.int64), np.arange(2 * SITTING + 1))
     assert request.tolist() == [0] * SITTING + [SITTING] * SITTING + [2 * SITTING]
 
 
-def test_no_ratings_are_no_requests():
+def test_empty_ratings_have_no_requests():
     assert sittings(np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64)).tolist() == []
 
 
 @settings(max_examples=100, deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 4 * HOUR_US)), max_size=120))
-def test_requests_are_as_a_person_would_draw_them(events):
+def test_requests_equal_a_simple_reference(events):
     events.sort(key=lambda event: event[1])
     viewer = np.array([v for v, _ in events], dtype=np.int64)
     time_us = np.array([t for _, t in events], dtype=np.int64)

@@ -10,6 +10,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from tests.dimensions import DIMENSIONS
 from tests.pipelines.features.event_tables import random_dataset, write_dataset
 
 from reelway.pipelines.features import views
@@ -57,8 +58,8 @@ def write_views(run: RunDirectory, tables: dict[str, pa.Table], settings: views.
 def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
     run = RunDirectory(tmp_path_factory.mktemp("features") / "run")
     tables = random_dataset()
-    labels, until_us = write_views(run, tables, views.ViewSettings())
-    register_features(run.features, "sqlite")
+    labels, until_us = write_views(run, tables, views.ViewSettings(DIMENSIONS))
+    register_features(run.features, DIMENSIONS, "sqlite")
     materialise(run.features, until_us / 1e6)
     return Built(run, tables, labels, until_us / 1e6)
 
@@ -72,7 +73,7 @@ def changed(built: Built, tmp_path: Path) -> Callable[[str, Callable[[pa.Table],
         shutil.copytree(built.run.path, run.path)
         path = run.features / "views" / view / "bucket-0000.parquet"
         pq.write_table(edit(pq.read_table(path)), path)
-        register_features(run.features, "sqlite")
+        register_features(run.features, DIMENSIONS, "sqlite")
         return run
 
     return change

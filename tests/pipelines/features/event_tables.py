@@ -7,8 +7,10 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from tests.dimensions import DIMENSIONS
 
 from reelway.platform.contracts import events as contract
+from reelway.platform.features.dimensions import write_dimensions
 
 DAY_US = 86_400_000_000
 START_US = 1_700_006_400_000_000  # midnight, UTC
@@ -63,15 +65,15 @@ def random_dataset(
     rng = np.random.default_rng(seed)
     n = requests * slate
     embeddings = {
-        "visual": contract.VISUAL_DIM,
-        "audio": contract.AUDIO_DIM,
-        "text": contract.TEXT_DIM,
+        "visual": DIMENSIONS.visual,
+        "audio": DIMENSIONS.audio,
+        "text": DIMENSIONS.text,
     }
     uploaded = START_US - rng.integers(0, 5 * DAY_US, video_count)
     video_table = table(
         contract.VIDEOS, video_id=np.arange(video_count) + 1000, creator_id=rng.integers(0, creators, video_count),
         uploaded_at=uploaded, duration_ms=rng.integers(5_000, 60_000, video_count),
-        topic=rng.integers(-1, contract.TOPICS, video_count), language=rng.choice(["en", "de"], video_count).tolist(),
+        topic=rng.integers(-1, DIMENSIONS.topics, video_count), language=rng.choice(["en", "de"], video_count).tolist(),
         title=[f"video {i}" for i in range(video_count)],
         **{name: [None if rng.random() < 0.2 else rng.normal(size=d).astype(np.float32) for _ in range(video_count)]
            for name, d in embeddings.items()},
@@ -117,8 +119,8 @@ def random_dataset(
 
 
 def write_dataset(folder: Path, tables: dict[str, pa.Table]) -> Path:
-    """As ``<folder>/<table>.parquet``."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """As ``<folder>/<table>.parquet``, with ``schema.json``."""
+    write_dimensions(folder, DIMENSIONS)
     for name, content in tables.items():
         pq.write_table(content, folder / f"{name}.parquet")
     return folder

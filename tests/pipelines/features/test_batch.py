@@ -10,17 +10,21 @@ import pyarrow.parquet as pq
 import pytest
 import ray
 import typer
+from tests.dimensions import DIMENSIONS
 from tests.pipelines.features.event_tables import random_dataset, write_dataset
 from typer.testing import CliRunner
 
 from reelway.pipelines.commands import features as command
 from reelway.pipelines.features.batch import BatchSettings, bucket_of, build_views
 from reelway.pipelines.features.online import materialised_at_s
+from reelway.pipelines.features.views import ViewSettings
 from reelway.platform.contracts.features import VIEWS
 from reelway.platform.errors import EmptyDatasetError, ParityError
 from reelway.platform.features.store import open_feature_store
 from reelway.platform.features.viewer_rows import ViewerRows
 from reelway.platform.runs import RunDirectory
+
+SETTINGS = ViewSettings(DIMENSIONS)
 
 pytestmark = pytest.mark.ray
 
@@ -47,7 +51,7 @@ def rows_of(table: pa.Table) -> pa.Table:
 
 def test_ray_batch_job_writes_the_same_rows_as_one_process(built, run) -> None:
     seen: list[tuple[int, int]] = []
-    report = build_views(run, BatchSettings(buckets=3), lambda done, total: seen.append((done, total)))
+    report = build_views(run, BatchSettings(SETTINGS, buckets=3), lambda done, total: seen.append((done, total)))
     assert seen[-1] == (9, 9)
     assert set(report.rows) == set(VIEWS)
     for view in VIEWS:
@@ -86,10 +90,10 @@ def test_data_set_without_impressions_is_rejected_before_ray_starts(run) -> None
     path = run.dataset / "impressions.parquet"
     pq.write_table(pq.read_table(path).slice(0, 0), path)
     with pytest.raises(EmptyDatasetError, match="no impressions; simulate or import a data set"):
-        build_views(run, BatchSettings())
+        build_views(run, BatchSettings(SETTINGS))
     path.unlink()
     with pytest.raises(EmptyDatasetError, match="run `reelway simulate`"):
-        build_views(run, BatchSettings())
+        build_views(run, BatchSettings(SETTINGS))
 
 
 def test_partitions_are_stable_per_id_with_similar_sizes() -> None:

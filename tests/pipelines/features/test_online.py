@@ -13,6 +13,7 @@ import pytest
 from feast import FeatureStore
 from feast.protos.feast.types.EntityKey_pb2 import EntityKey
 from feast.protos.feast.types.Value_pb2 import Value
+from tests.dimensions import DIMENSIONS
 
 from reelway.pipelines.features.online import materialise, materialised_at_s
 from reelway.pipelines.features.parity import same_value
@@ -50,7 +51,7 @@ def test_online_values_equal_the_offline_join(built) -> None:
 def test_materialising_an_earlier_time_replaces_every_value(built, tmp_path) -> None:
     run = RunDirectory(tmp_path / "run")
     shutil.copytree(built.run.path, run.path)
-    register_features(run.features, "sqlite")
+    register_features(run.features, DIMENSIONS, "sqlite")
     early_s = built.until_s - 9 * 86_400
     for _ in range(2):
         assert materialise(run.features, early_s) == 40
@@ -99,7 +100,7 @@ def redis_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 def test_redis_store_holds_the_same_rows_after_corrections(built, tmp_path, redis_server) -> None:
     run = RunDirectory(tmp_path / "run")
     shutil.copytree(built.run.path, run.path)
-    register_features(run.features, f"redis://{redis_server}")
+    register_features(run.features, DIMENSIONS, f"redis://{redis_server}")
     for at_s in (built.until_s, built.until_s - 9 * 86_400, built.until_s):
         materialise(run.features, at_s)
         assert_same_rows(run, at_s)
@@ -109,7 +110,7 @@ def test_redis_store_holds_the_same_rows_after_corrections(built, tmp_path, redi
 def test_single_redis_query_equals_feasts_reads_view_by_view(built, tmp_path, redis_server) -> None:
     run = RunDirectory(tmp_path / "run")
     shutil.copytree(built.run.path, run.path)
-    store = register_features(run.features, f"redis://{redis_server}/1")
+    store = register_features(run.features, DIMENSIONS, f"redis://{redis_server}/1")
     materialise(run.features, built.until_s)
     in_one, one_by_one = ViewerRows(store), _EachView(store, views := viewer_views(store))
     names_of = {view.name for view, _ in views}
@@ -132,6 +133,6 @@ def test_unreachable_redis_raises_a_feature_error(built, tmp_path) -> None:
     shutil.copytree(built.run.path, run.path)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        store = register_features(run.features, f"redis://127.0.0.1:{free.getsockname()[1]}")
+        store = register_features(run.features, DIMENSIONS, f"redis://127.0.0.1:{free.getsockname()[1]}")
         with pytest.raises(FeatureError, match="cannot read viewer 500"):
             ViewerRows(store).read(500)

@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
+from tests.dimensions import DIMENSIONS
 from tests.pipelines.features.conftest import write_views
 
 from reelway.pipelines.features import views
@@ -37,7 +38,7 @@ def served_vectors(built: Any) -> list[ServedVector]:
     for request_id, viewer_id in enumerate(range(500, 512)):
         request_s = built.until_s + 60.0 * (request_id + 1)
         table = snapshot.slice(request_id, 8)
-        dense = assemble_videos(columns_from_table(table), np.full(table.num_rows, request_s)).video_dense
+        dense = assemble_videos(columns_from_table(table), np.full(table.num_rows, request_s), DIMENSIONS).video_dense
         videos = [
             {**dict(zip(VIDEO_DENSE, values.tolist(), strict=True)), "video_id": row["video_id"], "topic": row["topic"],
              "creator_id": row["creator_id"], "video_language": row["video_language"]}
@@ -71,8 +72,8 @@ def test_changed_window_is_reported_with_the_feature_name(built, tmp_path, monke
         dataclasses.replace(w, length_s=w.length_s // 2) if w.name == "7d" else w for w in views.names.VIDEO_WINDOWS
     )
     monkeypatch.setattr(views.names, "VIDEO_WINDOWS", shorter)
-    write_views(run, built.tables, views.ViewSettings())
-    register_features(run.features, "sqlite")
+    write_views(run, built.tables, views.ViewSettings(DIMENSIONS))
+    register_features(run.features, DIMENSIONS, "sqlite")
     report = replayed(
         run.features, tmp_path / "log", [replace(v, viewer_as_of_s=built.until_s) for v in served_vectors(built)]
     )

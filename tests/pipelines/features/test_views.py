@@ -5,16 +5,16 @@ from __future__ import annotations
 import numpy as np
 import pyarrow as pa
 import pytest
+from tests.dimensions import DIMENSIONS
 from tests.pipelines.features.event_tables import DAY_US, START_US, impressions, outcomes, random_dataset, videos
 
 from reelway.pipelines.features import views
 from reelway.pipelines.features.batch import FAMILIES, family_views, last_moment_us
 from reelway.pipelines.features.labels import label_impressions, times_us
-from reelway.platform.contracts.events import TOPICS
-from reelway.platform.contracts.features import HISTORY_LENGTH, VIDEO_WINDOWS, VIEWS
+from reelway.platform.contracts.features import VIDEO_WINDOWS, VIEWS
 
 HOUR_US = views.HOUR_US
-SETTINGS = views.ViewSettings()
+SETTINGS = views.ViewSettings(DIMENSIONS)
 
 
 def events_of(shown: list, done: list) -> views.Events:
@@ -74,11 +74,11 @@ def test_prior_strength_pulls_rates_towards_the_prior() -> None:
 
 
 def test_history_holds_the_latest_weighted_impressions_oldest_first() -> None:
-    n = HISTORY_LENGTH + 10
+    n = DIMENSIONS.history_length + 10
     shown = [(i, 5, 100 + i, START_US + i * 10_000_000) for i in range(n)]
     done = [(i, "like" if i % 2 else "skip", 1.0, START_US + i * 10_000_000) for i in range(n) if i != 30]
     row = at(views.viewer_history(events_of(shown, done), SETTINGS, START_US + DAY_US), START_US + DAY_US)
-    expected = [100 + i for i in range(n) if i != 30][-HISTORY_LENGTH:]
+    expected = [100 + i for i in range(n) if i != 30][-DIMENSIONS.history_length :]
     assert row["history_videos"] == expected
     assert row["history_weights"][-1] == pytest.approx(1.0)
     assert row["history_weights"][-2] == pytest.approx(-0.5)
@@ -99,7 +99,7 @@ def test_topic_affinity_is_signed_with_an_absolute_sum_of_at_most_one() -> None:
     labels = label_impressions(tables["impressions"], tables["outcomes"], tables["videos"])
     table = views.viewer_topic_affinity(views.Events.from_labels(labels), SETTINGS, last_moment_us(labels))
     affinity = np.array(table["topic_affinity"].to_pylist())
-    assert affinity.shape[1] == TOPICS
+    assert affinity.shape[1] == DIMENSIONS.topics
     assert np.abs(affinity).sum(axis=1).max() <= 1 + 1e-6
     assert affinity.min() < 0 < affinity.max()
 

@@ -1,4 +1,4 @@
-"""The losses against brute force, torch's own, and a simulation of the sampling they correct for."""
+"""The losses, compared with enumeration, torch and a simulation of the sampling."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
+from tests.dimensions import DIMENSIONS
 from tests.pipelines.models.made_inputs import video_inputs, viewer_inputs
 from torch import Tensor
 
@@ -25,7 +26,7 @@ def no_pairs(scores: Tensor) -> Tensor:
     return torch.zeros(scores.shape, dtype=torch.bool)
 
 
-def test_the_chance_of_being_in_the_pool_is_that_of_all_ways_to_fill_it() -> None:
+def test_pool_probability_equals_the_enumerated_probability() -> None:
     share = torch.tensor([0.5, 0.3, 0.2])
     expected = torch.zeros(3, dtype=torch.float64)
     for draws in itertools.product(range(3), repeat=2):  # two positives
@@ -36,14 +37,14 @@ def test_the_chance_of_being_in_the_pool_is_that_of_all_ways_to_fill_it() -> Non
     torch.testing.assert_close(log_inclusion(share, 2, 1 / 3, 1).exp().double(), expected, rtol=1e-5, atol=1e-6)
 
 
-def test_a_rare_video_has_a_tiny_but_finite_chance() -> None:
+def test_rare_video_has_a_finite_log_probability() -> None:
     log_q = log_inclusion(torch.tensor([0.0, 1e-12, 1.0]), 1000, 0.0, 0)
     assert torch.isfinite(log_q).all()
     assert log_q[0] <= log_q[1] < -10
     assert log_q[2] == pytest.approx(0.0, abs=1e-6)
 
 
-def test_the_correction_makes_the_pools_sum_an_unbiased_estimate_of_the_whole_sum() -> None:
+def test_log_q_makes_the_pool_sum_unbiased() -> None:
     torch.manual_seed(0)
     share = F.softmax(torch.randn(40) * 1.5, dim=0)
     scores = torch.randn(40)
@@ -58,7 +59,7 @@ def test_the_correction_makes_the_pools_sum_an_unbiased_estimate_of_the_whole_su
     assert plain < 0.5 * whole
 
 
-def test_over_all_videos_and_without_correction_it_is_plain_cross_entropy() -> None:
+def test_softmax_over_all_videos_is_cross_entropy() -> None:
     scores, target = torch.randn(6, 9), torch.randint(0, 9, (6,))
     for smoothing in (0.0, 0.2):
         ours = sampled_softmax(
@@ -74,7 +75,7 @@ def test_rows_count_by_their_weight() -> None:
     torch.testing.assert_close(ours, (2 * each[0] + each[2]) / 3)
 
 
-def test_another_positive_of_the_same_viewer_is_no_negative() -> None:
+def test_other_positive_of_the_viewer_is_no_negative() -> None:
     viewer, target = torch.tensor([7, 7, 8]), torch.tensor([0, 2, 2])
     blocked = blocked_pairs(viewer, target, 4)
     expected = torch.tensor([[0, 0, 1, 0], [1, 0, 0, 0], [0, 0, 0, 0]], dtype=torch.bool)
@@ -88,7 +89,7 @@ def test_another_positive_of_the_same_viewer_is_no_negative() -> None:
     assert losses == pytest.approx([torch.tensor(3.0).log().item(), torch.tensor(4.0).log().item()])
 
 
-def test_head_losses_are_binary_cross_entropy_and_huber_on_log_seconds() -> None:
+def test_head_losses_are_cross_entropy_or_huber() -> None:
     outputs, labels = torch.randn(10, 8), torch.randint(0, 2, (10, 8)).float()
     labels[:, 7] = torch.rand(10) * 300
     losses = head_losses(outputs, labels)
@@ -104,9 +105,9 @@ def ranking_batch(rows: int = 8) -> dict[str, Tensor]:
     return batch | {"row_viewer": torch.arange(rows) % 2, "position": torch.arange(rows), "labels": labels}
 
 
-def test_a_fixed_head_adds_nothing_to_the_loss_and_gets_no_gradient() -> None:
+def test_constant_head_gets_no_gradient() -> None:
     torch.manual_seed(0)
-    ranker = Ranker(RankerConfig(position_dropout=0.0), 4)
+    ranker = Ranker(RankerConfig(position_dropout=0.0), 4, DIMENSIONS)
     batch = ranking_batch()
     objective = RankingObjective(ranker)
     before = objective(batch)
@@ -121,7 +122,9 @@ def test_a_fixed_head_adds_nothing_to_the_loss_and_gets_no_gradient() -> None:
 def test_learned_uncertainty_follows_kendalls_formula() -> None:
     torch.manual_seed(0)
     weights = dict.fromkeys(RANKER_TASKS, 1.0)
-    objective = RankingObjective(Ranker(RankerConfig(uncertainty=True, task_weights=weights, position_dropout=0.0), 4))
+    objective = RankingObjective(
+        Ranker(RankerConfig(uncertainty=True, task_weights=weights, position_dropout=0.0), 4, DIMENSIONS)
+    )
     with torch.no_grad():
         objective.log_variance.copy_(torch.linspace(-1, 1, len(RANKER_TASKS)))
     result = objective(ranking_batch())
@@ -132,9 +135,9 @@ def test_learned_uncertainty_follows_kendalls_formula() -> None:
     assert objective.log_variance.grad is not None
 
 
-def test_positions_explain_clicks_in_training_but_never_reach_the_scores() -> None:
+def test_position_bias_is_not_part_of_the_scores() -> None:
     torch.manual_seed(0)
-    ranker = Ranker(RankerConfig(position_dropout=0.0), 4)
+    ranker = Ranker(RankerConfig(position_dropout=0.0), 4, DIMENSIONS)
     batch = ranking_batch()
     objective = RankingObjective(ranker)
     moved = batch | {"position": batch["position"] + 3}

@@ -1,4 +1,4 @@
-"""The ranker: the same scores however viewers and candidates are laid out, crosses, fixed heads, position bias."""
+"""The ranker: batched viewers, cross features, constant heads, position bias."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from tests.dimensions import DIMENSIONS
 from tests.pipelines.models.made_inputs import video_inputs, viewer_inputs
 from torch import Tensor
 
 from reelway.pipelines.models.ranker import GroupedLinear, PositionBias, Ranker, RankerConfig
-from reelway.platform.contracts.features import RANKER_INPUTS, RANKER_TASKS, VIEWER_DENSE
+from reelway.platform.contracts.features import RANKER_INPUTS, RANKER_TASKS
 
 D = 8
 
@@ -25,7 +26,7 @@ def ranker_inputs(viewers: int, candidates: int) -> dict[str, Tensor]:
 
 def made_ranker(**config: Any) -> Ranker:
     torch.manual_seed(0)
-    ranker = Ranker(RankerConfig(**config), D)
+    ranker = Ranker(RankerConfig(**config), D, DIMENSIONS)
     ranker.creators.mark_known(torch.arange(1, 1 << 15))
     return ranker.eval()
 
@@ -36,7 +37,7 @@ def outputs(ranker: Ranker, inputs: dict[str, Tensor], viewer_index: Tensor | No
 
 
 @pytest.mark.parametrize("kind", ["mmoe", "shared_bottom"])
-def test_many_viewers_in_one_batch_score_as_each_alone(kind: str) -> None:
+def test_batched_viewers_score_like_single_viewers(kind: str) -> None:
     ranker = made_ranker(kind=kind)
     inputs = ranker_inputs(3, 12)
     index = torch.tensor([0, 0, 1, 1, 2, 2, 0, 1, 2, 0, 1, 2])
@@ -50,7 +51,7 @@ def test_many_viewers_in_one_batch_score_as_each_alone(kind: str) -> None:
         torch.testing.assert_close(outputs(ranker, alone), together[index == viewer])
 
 
-def test_scores_are_finite_when_every_number_of_a_viewer_and_a_video_is_missing() -> None:
+def test_scores_are_finite_when_all_numbers_are_missing() -> None:
     inputs = ranker_inputs(1, 2)
     inputs["viewer_dense"].fill_(float("nan"))
     inputs["video_dense"].fill_(float("nan"))
@@ -59,10 +60,10 @@ def test_scores_are_finite_when_every_number_of_a_viewer_and_a_video_is_missing(
     assert torch.isfinite(outputs(made_ranker(), inputs)).all()
 
 
-def test_the_crosses_hold_affinity_for_the_videos_topic_language_and_similarity() -> None:
+def test_cross_features_hold_affinity_language_similarity() -> None:
     inputs = ranker_inputs(1, 3)
     inputs["viewer_dense"][0] = float("nan")
-    inputs["viewer_dense"][0, VIEWER_DENSE.index("topic_affinity_4")] = 0.25
+    inputs["viewer_dense"][0, DIMENSIONS.viewer_dense.index("topic_affinity_4")] = 0.25
     inputs["viewer_categories"][0, 1] = 9
     inputs["video_categories"] = torch.tensor([[5, 9], [0, 8], [7, 0]])  # topic 4; unknown; topic 6 (affinity missing)
     crosses, products = made_ranker()._crosses(
@@ -79,7 +80,7 @@ def test_the_crosses_hold_affinity_for_the_videos_topic_language_and_similarity(
 
 
 @pytest.mark.parametrize("similarity_only", [True, False])
-def test_similarity_only_means_that_turning_both_embeddings_together_changes_nothing(similarity_only: bool) -> None:
+def test_similarity_only_ranker_is_invariant_to_rotation(similarity_only: bool) -> None:
     ranker, inputs = made_ranker(similarity_only=similarity_only), ranker_inputs(2, 6)
     turn, _ = torch.linalg.qr(torch.randn(D, D))
     turned = inputs | {name: inputs[name] @ turn for name in ("viewer_embedding", "video_embedding")}
@@ -89,7 +90,7 @@ def test_similarity_only_means_that_turning_both_embeddings_together_changes_not
     assert not torch.allclose(before, outputs(ranker, inputs | {"video_embedding": -inputs["video_embedding"]}, index))
 
 
-def test_a_fixed_head_answers_its_logit_and_leaves_the_others_alone() -> None:
+def test_constant_head_outputs_its_logit() -> None:
     ranker, inputs = made_ranker(), ranker_inputs(1, 4)
     before = outputs(ranker, inputs)
     ranker.fix_head("share", -3.5)
@@ -100,7 +101,7 @@ def test_a_fixed_head_answers_its_logit_and_leaves_the_others_alone() -> None:
     torch.testing.assert_close(after[:, others], before[:, others])
 
 
-def test_grouped_layers_are_separate_layers_side_by_side() -> None:
+def test_grouped_linear_equals_separate_layers() -> None:
     grouped = GroupedLinear(3, 5, 2)
     torch.nn.init.normal_(grouped.bias)
     x = torch.randn(7, 3, 5)
@@ -108,7 +109,7 @@ def test_grouped_layers_are_separate_layers_side_by_side() -> None:
     torch.testing.assert_close(grouped(x), expected)
 
 
-def test_a_video_shown_nowhere_has_no_position_bias_and_far_positions_share_one() -> None:
+def test_position_bias_is_zero_for_videos_not_shown() -> None:
     bias = PositionBias(dropout=0.0)
     torch.nn.init.normal_(bias.bias.weight)
     out = bias(torch.tensor([-1, 0, 1, 63, 5000]))
@@ -117,14 +118,14 @@ def test_a_video_shown_nowhere_has_no_position_bias_and_far_positions_share_one(
     torch.testing.assert_close(out[3], out[4])
 
 
-def test_every_expert_is_used_by_some_gate() -> None:
+def test_every_expert_gets_a_gradient() -> None:
     ranker, inputs = made_ranker(experts=3), ranker_inputs(1, 5)
     ranker(*(inputs[name] for name in RANKER_INPUTS)).sum().backward()
     assert (ranker.trunk.second.weight.grad.abs().sum(dim=(1, 2)) > 0).all()
 
 
-def test_an_unknown_kind_or_task_is_refused_by_name() -> None:
-    with pytest.raises(ValueError, match=r"ranker\.kind is 'ple'"):
+def test_config_rejects_an_unknown_kind_or_task() -> None:
+    with pytest.raises(ValueError, match=r"kind\n.*'shared_bottom' or 'mmoe'"):
         RankerConfig(kind="ple")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="watch_ms"):
         RankerConfig(task_weights={"watch_ms": 1.0})

@@ -1,29 +1,30 @@
-"""The served form of the ranker gives the ranker's own answers, whatever kind of ranker it is made of."""
+"""The inference form of the ranker gives the ranker's outputs for every configuration."""
 
 from __future__ import annotations
 
 import pytest
 import torch
+from tests.dimensions import DIMENSIONS
 
 from reelway.pipelines.models.ranker import Ranker, RankerConfig
 from reelway.pipelines.models.served_ranker import ServedRanker
 from reelway.platform.contracts import features as names
-from reelway.platform.contracts.events import TOPICS
 
 WIDTH = 12
 
 
 def a_request(candidates: int) -> list[torch.Tensor]:
-    """One viewer with gaps in what is known of it, and candidates of which some are unknown in every way."""
+    """One viewer with missing features, and candidates of which some have no known feature."""
     chance = torch.Generator().manual_seed(candidates)
-    viewer_dense = torch.rand(1, len(names.VIEWER_DENSE), generator=chance) - 0.3
+    viewer_dense = torch.rand(1, len(DIMENSIONS.viewer_dense), generator=chance) - 0.3
     viewer_dense[0, ::7] = float("nan")
     video_dense = 100 * torch.rand(candidates, len(names.VIDEO_DENSE), generator=chance) - 40
     video_dense[::3, ::4] = float("nan")
     video_dense[::2, 1] = 0.0
     video_dense[1::2, 2] = -1e9
     categories = torch.stack(
-        [torch.randint(0, TOPICS + 1, (candidates,), generator=chance), torch.randint(0, 3, (candidates,))], dim=-1
+        [torch.randint(0, DIMENSIONS.topics + 1, (candidates,), generator=chance), torch.randint(0, 3, (candidates,))],
+        dim=-1,
     )
     return [
         viewer_dense,
@@ -37,9 +38,9 @@ def a_request(candidates: int) -> list[torch.Tensor]:
 
 
 def a_ranker(config: RankerConfig) -> Ranker:
-    """With every parameter away from where it starts, as training leaves it."""
+    """Returns a ranker whose parameters all differ from their initial values."""
     torch.manual_seed(1)
-    ranker = Ranker(config, WIDTH)
+    ranker = Ranker(config, WIDTH, DIMENSIONS)
     ranker.creators.mark_known(torch.arange(1, 40))
     ranker.video_dense.fit(50 * torch.rand(100, len(names.VIDEO_DENSE)))
     with torch.no_grad():
@@ -60,18 +61,18 @@ def a_ranker(config: RankerConfig) -> Ranker:
     ],
     ids=["default", "mmoe", "shared_bottom", "similarity_only"],
 )
-def test_the_served_form_answers_as_the_ranker_does(config: RankerConfig, candidates: int) -> None:
+def test_inference_ranker_equals_the_ranker(config: RankerConfig, candidates: int) -> None:
     ranker = a_ranker(config)
     given = a_request(candidates)
     with torch.inference_mode():
         expected, seen = ranker(*given), ServedRanker(ranker).eval()(*given)
     torch.testing.assert_close(seen, expected, rtol=1e-5, atol=1e-5)
-    if candidates > 2:  # but for the fixed head, something is told apart
+    if candidates > 2:  # all heads but the constant one distinguish candidates
         assert expected.std(dim=0).gt(1e-3).sum() == len(names.RANKER_TASKS) - 1
 
 
 @pytest.mark.parametrize("language", [0, 1, 2, 63])
-def test_a_video_is_told_whether_it_speaks_the_viewers_language(language: int) -> None:
+def test_language_match_depends_on_the_viewers_language(language: int) -> None:
     ranker, given = a_ranker(RankerConfig()), a_request(300)
     given[1][0, names.VIEWER_CATEGORIES.index("language")] = language
     with torch.inference_mode():
@@ -79,7 +80,7 @@ def test_a_video_is_told_whether_it_speaks_the_viewers_language(language: int) -
     torch.testing.assert_close(seen, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_a_gate_that_is_very_sure_is_not_infinite() -> None:
+def test_extreme_gate_stays_finite() -> None:
     ranker = a_ranker(RankerConfig())
     with torch.no_grad():
         ranker.trunk.from_viewer.bias += 500 * torch.randn_like(ranker.trunk.from_viewer.bias)

@@ -1,9 +1,10 @@
-"""The two-tower's shape rules: what may change an embedding, and what must not."""
+"""The two-tower: inputs that change an embedding, and inputs that must not."""
 
 from __future__ import annotations
 
 import pytest
 import torch
+from tests.dimensions import DIMENSIONS
 from tests.pipelines.models.made_inputs import video_inputs, viewer_inputs
 from torch import Tensor
 
@@ -15,7 +16,7 @@ from reelway.platform.contracts.features import VIDEO_TOWER_INPUTS, VIEWER_TOWER
 @pytest.fixture
 def model() -> TwoTower:
     torch.manual_seed(0)
-    model = TwoTower(TwoTowerConfig(dim=16, layers=2, heads=2))
+    model = TwoTower(TwoTowerConfig(dim=16, layers=2, heads=2), DIMENSIONS)
     model.ids.mark_known(torch.arange(1, 1 << 15))
     model.video_tower.creators.mark_known(torch.arange(1, 1 << 15))
     return model.eval()
@@ -31,13 +32,13 @@ def embed_videos(model: TwoTower, inputs: dict[str, Tensor]) -> Tensor:
         return model.video_tower(*(inputs[name] for name in VIDEO_TOWER_INPUTS))
 
 
-def test_both_towers_give_unit_vectors_even_where_numbers_are_missing(model: TwoTower) -> None:
+def test_towers_give_unit_vectors_when_numbers_are_missing(model: TwoTower) -> None:
     for embedding in (embed_viewers(model, viewer_inputs(5)), embed_videos(model, video_inputs(7))):
         assert embedding.shape[1] == 16
         torch.testing.assert_close(embedding.norm(dim=1), torch.ones(len(embedding)))
 
 
-def test_padding_in_front_of_a_history_changes_nothing(model: TwoTower) -> None:
+def test_padding_does_not_change_the_embedding(model: TwoTower) -> None:
     short = viewer_inputs(3, length=7)
     padded = dict(short)
     padded["history_codes"] = torch.nn.functional.pad(short["history_codes"], (0, 0, 43, 0))
@@ -46,17 +47,17 @@ def test_padding_in_front_of_a_history_changes_nothing(model: TwoTower) -> None:
     torch.testing.assert_close(embed_viewers(model, padded), embed_viewers(model, short))
 
 
-def test_a_viewer_without_history_is_placed_by_context_alone(model: TwoTower) -> None:
+def test_viewer_without_history_depends_on_context_alone(model: TwoTower) -> None:
     inputs = viewer_inputs(2)
     inputs["history_codes"].zero_()
     first, second = embed_viewers(model, inputs)
     assert torch.isfinite(first).all()
     assert (first - second).abs().max() > 1e-3
-    inputs["history_weights"] += 5.0  # whatever lies in padded slots
+    inputs["history_weights"] += 5.0  # values in padded slots
     torch.testing.assert_close(embed_viewers(model, inputs)[0], first)
 
 
-def test_the_order_the_outcomes_and_the_ages_of_a_history_matter(model: TwoTower) -> None:
+def test_embedding_depends_on_order_outcomes_ages(model: TwoTower) -> None:
     inputs = viewer_inputs(1, length=6)
     before = embed_viewers(model, inputs)
     for name in ("history_codes", "history_weights", "history_age_h"):
@@ -64,7 +65,7 @@ def test_the_order_the_outcomes_and_the_ages_of_a_history_matter(model: TwoTower
         assert (embed_viewers(model, changed) - before).abs().max() > 1e-4, name
 
 
-def test_a_slot_never_sees_what_came_after_it(model: TwoTower) -> None:
+def test_slot_does_not_depend_on_later_slots(model: TwoTower) -> None:
     layer = model.viewer_tower.history.layers[0]
     x_BSD = torch.randn(1, 6, 16)
     blocked = model.viewer_tower.history._blocked(torch.zeros(1, 5, dtype=torch.bool))
@@ -76,7 +77,7 @@ def test_a_slot_never_sees_what_came_after_it(model: TwoTower) -> None:
     assert (before[:, 5] - after[:, 5]).abs().max() > 1e-4
 
 
-def test_answering_for_the_last_slot_alone_gives_the_same_as_answering_for_all(model: TwoTower) -> None:
+def test_last_slot_alone_equals_the_full_computation(model: TwoTower) -> None:
     layer = model.viewer_tower.history.layers[0]
     x_BSD = torch.randn(2, 6, 16)
     blocked = model.viewer_tower.history._blocked(torch.tensor([[True, True, False, False, False]] * 2))
@@ -86,9 +87,9 @@ def test_answering_for_the_last_slot_alone_gives_the_same_as_answering_for_all(m
         )
 
 
-def test_only_the_latest_videos_within_the_configured_length_are_looked_at() -> None:
+def test_tower_reads_the_configured_history_length() -> None:
     torch.manual_seed(0)
-    model = TwoTower(TwoTowerConfig(dim=16, history_length=5)).eval()
+    model = TwoTower(TwoTowerConfig(dim=16, history_length=5), DIMENSIONS).eval()
     model.ids.mark_known(torch.arange(1, 1 << 15))
     inputs = viewer_inputs(1)
     before = embed_viewers(model, inputs)
@@ -98,20 +99,20 @@ def test_only_the_latest_videos_within_the_configured_length_are_looked_at() -> 
     assert (embed_viewers(model, inputs) - before).abs().max() > 1e-4
 
 
-def test_cold_videos_are_placed_by_content_and_not_by_the_noise_of_untrained_codes() -> None:
+def test_unknown_ids_share_one_vector() -> None:
     torch.manual_seed(0)
-    model = TwoTower(TwoTowerConfig(dim=16)).eval()
+    model = TwoTower(TwoTowerConfig(dim=16), DIMENSIONS).eval()
     model.ids.mark_known(torch.tensor([11, 12, 21, 22]))
     videos = {name: values[:1].repeat(4, *[1] * (values.ndim - 1)) for name, values in video_inputs(1).items()}
     videos["video_codes"] = torch.tensor([[11, 12], [21, 22], [900, 901], [11, 902]])
     known, other, cold, half_known = embed_videos(model, videos)
     assert (known - other).abs().max() > 1e-3
-    torch.testing.assert_close(cold, half_known)  # one untrained code is enough to distrust the sum
+    torch.testing.assert_close(cold, half_known)  # one unknown code makes the id unknown
     videos["text"] = torch.randn(4, videos["text"].shape[1])
     assert (embed_videos(model, videos)[2] - cold).abs().max() > 1e-4
 
 
-def test_a_missing_modality_takes_the_learned_vector_whatever_the_array_holds(model: TwoTower) -> None:
+def test_missing_modality_uses_the_learned_vector(model: TwoTower) -> None:
     videos = video_inputs(1)
     videos["video_static_dense"][:, 1] = 0.0  # has_visual
     before = embed_videos(model, videos)
@@ -121,9 +122,9 @@ def test_a_missing_modality_takes_the_learned_vector_whatever_the_array_holds(mo
     assert (embed_videos(model, videos) - before).abs().max() > 1e-4
 
 
-def test_modality_and_id_dropout_act_in_training_only() -> None:
+def test_dropout_acts_in_training_only() -> None:
     torch.manual_seed(0)
-    model = TwoTower(TwoTowerConfig(dim=16, dropout=0.0, id_dropout=0.5, modality_dropout=0.5))
+    model = TwoTower(TwoTowerConfig(dim=16, dropout=0.0, id_dropout=0.5, modality_dropout=0.5), DIMENSIONS)
     model.ids.mark_known(torch.arange(1, 1 << 15))
     videos = video_inputs(20)
     assert (embed_videos(model, videos) - embed_videos(model, videos)).abs().max() > 1e-3
@@ -131,15 +132,15 @@ def test_modality_and_id_dropout_act_in_training_only() -> None:
     torch.testing.assert_close(embed_videos(model, videos), embed_videos(model, videos))
 
 
-def test_id_dropout_hides_the_stated_share_of_ids() -> None:
+def test_id_dropout_hides_the_configured_share_of_ids() -> None:
     torch.manual_seed(0)
-    ids = HashedIds(4, dropout=0.3)
+    ids = HashedIds(4, DIMENSIONS.id_buckets, dropout=0.3)
     ids.mark_known(torch.arange(1, 100))
     hidden = (ids(torch.full((4000, 2), 7)) == ids.unknown).all(dim=1).float().mean()
     assert 0.26 < hidden < 0.34
 
 
-def test_the_standardiser_centres_what_is_there_and_marks_what_is_not() -> None:
+def test_standardiser_centres_values_with_missing_indicators() -> None:
     standardiser = Standardiser(3)
     values = torch.tensor([[1.0, 5.0, float("nan")], [3.0, 5.0, float("nan")], [float("nan"), 5.0, float("nan")]])
     standardiser.fit(values)
@@ -151,15 +152,15 @@ def test_the_standardiser_centres_what_is_there_and_marks_what_is_not() -> None:
     assert torch.isfinite(standardiser(torch.tensor([[1e30, -1e30, float("inf")]]))).all()
 
 
-@pytest.mark.parametrize(("field", "value"), [("history_length", 0), ("history_length", 51), ("heads", 5)])
-def test_an_impossible_size_is_refused_by_name(field: str, value: int) -> None:
+@pytest.mark.parametrize(("field", "value"), [("history_length", 0), ("dim", 0), ("heads", 5)])
+def test_config_rejects_an_impossible_size(field: str, value: int) -> None:
     with pytest.raises(ValueError, match=field):
-        TwoTowerConfig(dim=16, **{field: value})
+        TwoTowerConfig(**{"dim": 16, field: value})
 
 
-def test_the_table_of_ids_has_rows_for_met_codes_only_and_is_loaded_at_its_own_size() -> None:
+def test_id_table_has_rows_for_known_codes_only() -> None:
     torch.manual_seed(0)
-    ids, fresh = HashedIds(4), HashedIds(4)
+    ids, fresh = HashedIds(4, DIMENSIONS.id_buckets), HashedIds(4, DIMENSIONS.id_buckets)
     ids.mark_known(torch.tensor([[5, 0], [9, 5]]))
     assert ids.table.num_embeddings == 3  # unknown, 5, 9
     fresh.load_state_dict(ids.state_dict())

@@ -1,4 +1,4 @@
-"""Training rows in the contract's format, made from a tiny world with a known next-video rule and known taste."""
+"""Training rows of a tiny world with a known next-video rule and known taste."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from tests.dimensions import DIMENSIONS
 
 from reelway.platform.contracts import features as names
-from reelway.platform.contracts.events import AUDIO_DIM, TEXT_DIM, TIME, TOPICS, VISUAL_DIM
+from reelway.platform.contracts.events import TIME
 
 START_S = 1_700_000_000
 
@@ -21,12 +22,12 @@ def made_table(*, requests: int = 300, slate: int = 4, videos: int = 60, viewers
     request = np.repeat(np.arange(requests), slate)
     viewer_of = random.integers(0, viewers, requests)
     request_time_s = (START_S + np.sort(random.integers(0, 30 * 86_400, requests))).astype(np.float64)
-    topic_of = np.arange(videos) % TOPICS
+    topic_of = np.arange(videos) % DIMENSIONS.topics
     latest = random.integers(0, videos, requests)
     video = random.integers(0, videos, rows)
     first = np.arange(rows) % slate == 0
     video[first] = (latest[request[first]] + 1) % videos
-    affinity_RT = random.dirichlet(np.full(TOPICS, 0.2), requests).astype(np.float32)
+    affinity_RT = random.dirichlet(np.full(DIMENSIONS.topics, 0.2), requests).astype(np.float32)
     chance = np.where(first, 0.9, 0.15 + 0.6 * affinity_RT[request, topic_of[video]])
     long_watch = (random.random(rows) < chance).astype(np.float32)
     lengths = random.integers(1, 8, requests)
@@ -77,7 +78,7 @@ def _viewer_columns(random, request, viewer_of, request_time_s, history, affinit
 def _video_columns(random, video, topic_of, videos):  # type: ignore[no-untyped-def]
     content = {
         name: random.normal(size=(videos, width)).astype(np.float32)
-        for name, width in (("visual", VISUAL_DIM), ("audio", AUDIO_DIM), ("text", TEXT_DIM))
+        for name, width in (("visual", DIMENSIONS.visual), ("audio", DIMENSIONS.audio), ("text", DIMENSIONS.text))
     }
     live = random.gamma(2.0, 2.0, (len(video), len(names.VIDEO_LIVE_DENSE))).astype(np.float32)
     live[video == 1] = np.nan  # video 1 has no engagement and no content
@@ -95,7 +96,7 @@ def _video_columns(random, video, topic_of, videos):  # type: ignore[no-untyped-
 
 
 def write_rows(path: Path, table: pa.Table) -> Path:
-    """The table as ``training_rows.parquet``."""
+    """Writes the table as ``training_rows.parquet``."""
     path.parent.mkdir(parents=True, exist_ok=True)
     pq.write_table(table, path)
     return path

@@ -1,10 +1,11 @@
-"""Batches: every row once per epoch over all workers, the same again after a restart, honest pools."""
+"""Batches: every row once per epoch over all workers, reproducible steps, correct pools."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
 import torch
+from tests.dimensions import DIMENSIONS
 from tests.pipelines.training.made_rows import made_table, write_rows
 
 from reelway.pipelines.models.losses import log_inclusion
@@ -17,7 +18,7 @@ from reelway.platform.errors import TrainingError
 
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory: pytest.TempPathFactory) -> TrainingRows:
-    return load_rows(write_rows(tmp_path_factory.mktemp("rows") / "r.parquet", made_table(requests=100)))
+    return load_rows(write_rows(tmp_path_factory.mktemp("rows") / "r.parquet", made_table(requests=100)), DIMENSIONS)
 
 
 def everything(rows: TrainingRows) -> np.ndarray:
@@ -25,7 +26,7 @@ def everything(rows: TrainingRows) -> np.ndarray:
 
 
 @pytest.mark.parametrize("world", [1, 2, 3])
-def test_an_epoch_is_every_row_once_over_all_workers(rows: TrainingRows, world: int) -> None:
+def test_epoch_covers_every_row_once_over_all_workers(rows: TrainingRows, world: int) -> None:
     orders = [GroupedOrder(rows.viewer_row, LoopConfig(batch_size=64), 5, Worker(r, world)) for r in range(world)]
     assert len({order.steps for order in orders}) == 1
     for epoch in (0, 1):
@@ -35,7 +36,7 @@ def test_an_epoch_is_every_row_once_over_all_workers(rows: TrainingRows, world: 
     assert not np.array_equal(first[:20], second[:20])
 
 
-def test_rows_that_share_a_viewer_row_are_in_one_batch(rows: TrainingRows) -> None:
+def test_rows_with_one_viewer_row_are_in_one_batch(rows: TrainingRows) -> None:
     order = GroupedOrder(rows.viewer_row, LoopConfig(batch_size=64), 5, Worker())
     home = np.empty(len(rows), dtype=int)
     for step in range(order.steps):
@@ -44,7 +45,7 @@ def test_rows_that_share_a_viewer_row_are_in_one_batch(rows: TrainingRows) -> No
         assert len(np.unique(home[rows.viewer_row == viewer_row])) == 1
 
 
-def test_a_step_can_be_made_again_without_the_steps_before_it(rows: TrainingRows) -> None:
+def test_step_is_reproducible_without_earlier_steps(rows: TrainingRows) -> None:
     def made() -> RetrievalBatches:
         return RetrievalBatches(
             rows, everything(rows), RetrievalData(uniform_negatives=8), LoopConfig(batch_size=64), seed=3
@@ -57,7 +58,7 @@ def test_a_step_can_be_made_again_without_the_steps_before_it(rows: TrainingRows
         assert torch.equal(values.nan_to_num(), jumped.batch(1, 1)[name].nan_to_num()), name
 
 
-def test_targets_point_at_the_rows_own_videos_in_the_pool(rows: TrainingRows) -> None:
+def test_targets_index_the_rows_videos_in_the_pool(rows: TrainingRows) -> None:
     data = RetrievalData(uniform_negatives=8)
     batches = RetrievalBatches(rows, everything(rows), data, LoopConfig(batch_size=64), seed=3)
     chosen = batches.index[batches.order.rows(0, 0)]
@@ -72,7 +73,7 @@ def test_targets_point_at_the_rows_own_videos_in_the_pool(rows: TrainingRows) ->
     assert (rows.weight[chosen] > 0).all()
 
 
-def test_log_q_comes_from_the_share_of_positives(rows: TrainingRows) -> None:
+def test_log_q_follows_the_share_of_positives(rows: TrainingRows) -> None:
     data = RetrievalData(uniform_negatives=8, log_q_power=0.5)
     batches = RetrievalBatches(rows, everything(rows), data, LoopConfig(batch_size=64), seed=3)
     batch = batches.batch(0, 0)
@@ -83,14 +84,14 @@ def test_log_q_comes_from_the_share_of_positives(rows: TrainingRows) -> None:
     torch.testing.assert_close(batch["log_q"][batch["target"][0]], expected[0])
 
 
-def test_a_small_catalogue_is_taken_whole_and_needs_no_correction(rows: TrainingRows) -> None:
+def test_small_catalogue_is_the_pool_without_correction(rows: TrainingRows) -> None:
     data = RetrievalData(uniform_negatives=1000)
     batch = RetrievalBatches(rows, everything(rows), data, LoopConfig(batch_size=64), seed=3).batch(0, 0)
     assert len(batch["video_codes"]) == len(rows.video_ids)
     assert (batch["log_q"] == 0).all()
 
 
-def test_videos_that_came_after_the_window_are_in_no_pool(rows: TrainingRows) -> None:
+def test_pool_excludes_videos_from_after_the_window(rows: TrainingRows) -> None:
     window = everything(rows)[:40]
     batches = RetrievalBatches(rows, window, RetrievalData(uniform_negatives=1000), LoopConfig(), seed=3)
     assert set(batches.catalogue) == set(rows.video_row[window])
@@ -105,7 +106,7 @@ def test_older_positives_weigh_less_by_their_half_life(rows: TrainingRows) -> No
     np.testing.assert_allclose(batches.weight, plain * 0.5 ** (age_d / 5.0), rtol=1e-5)
 
 
-def test_ranking_batches_carry_the_rows_own_numbers(rows: TrainingRows) -> None:
+def test_ranking_batch_carries_the_values_of_its_rows(rows: TrainingRows) -> None:
     viewer_VD = np.random.default_rng(0).random((len(rows.viewers.viewer_dense), 4), dtype=np.float32)
     video_MD = np.random.default_rng(1).random((len(rows.video_ids), 4), dtype=np.float32)
     batches = RankingBatches(
@@ -121,12 +122,12 @@ def test_ranking_batches_carry_the_rows_own_numbers(rows: TrainingRows) -> None:
     np.testing.assert_array_equal(batch["position"].numpy(), rows.position[chosen])
 
 
-def test_rows_without_a_single_positive_cannot_train_retrieval(rows: TrainingRows) -> None:
+def test_retrieval_batches_reject_rows_without_positives(rows: TrainingRows) -> None:
     unloved = np.flatnonzero(rows.weight <= 0)
     with pytest.raises(TrainingError, match="positive outcome weight"):
         RetrievalBatches(rows, unloved, RetrievalData(), LoopConfig(), seed=0)
 
 
-def test_more_workers_than_requests_are_refused() -> None:
+def test_batches_reject_more_workers_than_requests() -> None:
     with pytest.raises(TrainingError, match="1 distinct viewer rows for 2 workers"):
         GroupedOrder(np.zeros(9, dtype=np.int32), LoopConfig(), 0, Worker(0, 2))

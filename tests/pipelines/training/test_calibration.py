@@ -1,4 +1,4 @@
-"""Calibration: it repairs what is bent, leaves alone what it cannot judge, and says how well."""
+"""Calibration: fitted curves, heads that keep their probabilities, and the reported errors."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from reelway.platform.features.scoring import head_predictions, video_value
 
 
 def bent(rows: int = 20_000, *, shift: float = 1.0, slope: float = 2.0) -> tuple[np.ndarray, np.ndarray]:
-    """Logits that are over-confident and too high, with the labels of the true ones."""
+    """Over-confident logits that are too high, with labels drawn from the true probabilities."""
     random = np.random.default_rng(0)
     true_NK = random.normal(-1.5, 1.0, (rows, len(BINARY_TASKS)))
     labels_NK = (random.random(true_NK.shape) < 1 / (1 + np.exp(-true_NK))).astype(np.float32)
@@ -21,7 +21,7 @@ def bent(rows: int = 20_000, *, shift: float = 1.0, slope: float = 2.0) -> tuple
 
 
 @pytest.mark.parametrize("method", ["isotonic", "platt"])
-def test_bent_probabilities_are_straightened_and_both_errors_reported(method: str) -> None:
+def test_calibration_lowers_the_error_of_skewed_probabilities(method: str) -> None:
     outputs_NK, labels_NK = bent()
     calibration, reports = calibrate(outputs_NK, labels_NK, method=method)  # type: ignore[arg-type]
     for report in reports:
@@ -30,7 +30,7 @@ def test_bent_probabilities_are_straightened_and_both_errors_reported(method: st
         assert report.method == method == calibration.curves[report.task].method
 
 
-def test_what_serving_computes_from_the_curves_is_what_was_measured() -> None:
+def test_serving_reproduces_the_calibrated_probabilities() -> None:
     outputs_NK, labels_NK = bent()
     calibration, _ = calibrate(outputs_NK, labels_NK)
     served_NK = head_predictions(outputs_NK, calibration)
@@ -42,7 +42,7 @@ def test_what_serving_computes_from_the_curves_is_what_was_measured() -> None:
     assert served_NK.shape[1] == len(RANKER_TASKS)
 
 
-def test_candidates_keep_their_order_through_an_isotonic_curve() -> None:
+def test_isotonic_curve_keeps_the_order_of_candidates() -> None:
     outputs_NK, labels_NK = bent()
     calibration, _ = calibrate(outputs_NK, labels_NK)
     curve = calibration.curves["like"]
@@ -50,7 +50,7 @@ def test_candidates_keep_their_order_through_an_isotonic_curve() -> None:
     assert (np.diff(rates) > 0).all()
 
 
-def test_a_head_of_one_class_keeps_its_probabilities_and_says_why() -> None:
+def test_head_with_one_class_keeps_its_probabilities() -> None:
     outputs_NK, labels_NK = bent(2000)
     labels_NK[:, 2], labels_NK[:, 3] = 0.0, 1.0
     calibration, reports = calibrate(outputs_NK, labels_NK)
@@ -61,25 +61,25 @@ def test_a_head_of_one_class_keeps_its_probabilities_and_says_why() -> None:
         assert report.error_after == report.error_before
 
 
-def test_no_held_out_rows_at_all_leaves_every_head_as_it_is() -> None:
+def test_calibration_without_rows_changes_no_head() -> None:
     calibration, reports = calibrate(np.zeros((0, 8), np.float32), np.zeros((0, 7), np.float32))
     assert {curve.method for curve in calibration.curves.values()} == {"identity"}
     assert [report.rows for report in reports] == [0] * 7
 
 
-def test_a_head_that_is_right_already_is_not_made_worse() -> None:
+def test_calibrated_head_is_not_made_worse() -> None:
     outputs_NK, labels_NK = bent(3000, shift=0.0, slope=1.0)
     _, reports = calibrate(outputs_NK, labels_NK)
     assert all(report.error_after <= report.error_before for report in reports)
 
 
-def test_few_positives_get_platts_two_parameters_instead_of_steps() -> None:
+def test_head_with_few_positives_gets_a_platt_curve() -> None:
     outputs_NK, labels_NK = bent(1000)
     _, reports = calibrate(outputs_NK, labels_NK, method="isotonic")
     assert {report.method for report in reports} == {"platt"}
 
 
-def test_the_calibration_error_is_the_mean_gap_over_equally_filled_bins() -> None:
+def test_calibration_error_is_the_mean_gap_over_equal_bins() -> None:
     probability = np.array([0.1] * 10 + [0.9] * 10)
     label = np.array([0.0] * 10 + [1.0] * 5 + [0.0] * 5)
     assert expected_calibration_error(probability, label, bins=2) == pytest.approx((0.1 + 0.4) / 2)

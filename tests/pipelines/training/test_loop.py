@@ -1,4 +1,4 @@
-"""The loop: it learns, it stops where numbers stop, and stopping it in the middle leaves no trace in the result."""
+"""The training loop: learning, resuming, and its errors."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tests.dimensions import DIMENSIONS
 from tests.pipelines.training.made_rows import made_table, write_rows
 from torch import Tensor
 
@@ -21,12 +22,13 @@ from reelway.pipelines.training.loop import EpochReport, train
 from reelway.pipelines.training.rows import TrainingRows, load_rows
 from reelway.platform.errors import TrainingError
 
+SHORT = dataclasses.replace(DIMENSIONS, history_length=10)
 LOOP = LoopConfig(epochs=3, batch_size=64, lr=3e-3, checkpoint_steps=2)
 
 
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory: pytest.TempPathFactory) -> TrainingRows:
-    return load_rows(write_rows(tmp_path_factory.mktemp("rows") / "r.parquet", made_table()), history_length=10)
+    return load_rows(write_rows(tmp_path_factory.mktemp("rows") / "r.parquet", made_table()), SHORT)
 
 
 @pytest.fixture(autouse=True)
@@ -39,7 +41,7 @@ def one_thread() -> Any:
 
 def made_objective(rows: TrainingRows) -> RetrievalObjective:
     torch.manual_seed(0)
-    model = TwoTower(TwoTowerConfig(dim=16, history_length=10))
+    model = TwoTower(TwoTowerConfig(dim=16, history_length=10), SHORT)
     model.ids.mark_known(torch.from_numpy(rows.videos.video_codes.astype(np.int64)))
     return RetrievalObjective(model)
 
@@ -53,7 +55,7 @@ class PowerCutError(Exception):
 
 
 class CutAt:
-    """Batches that fail once, at one step."""
+    """Batches that raise once, at one step."""
 
     def __init__(self, batches: RetrievalBatches, epoch: int, step: int) -> None:
         self.inner, self.at, self.steps = batches, (epoch, step), batches.steps
@@ -69,9 +71,7 @@ def same_state(one: torch.nn.Module, other: torch.nn.Module) -> bool:
 
 
 @pytest.mark.parametrize("cut", [(0, 0), (1, 0), (1, 3), (2, 5)])
-def test_a_run_that_stopped_and_went_on_ends_with_the_bits_of_one_that_never_stopped(
-    rows: TrainingRows, tmp_path: Path, cut: tuple[int, int]
-) -> None:
+def test_resumed_run_equals_an_uninterrupted_run(rows: TrainingRows, tmp_path: Path, cut: tuple[int, int]) -> None:
     straight = made_objective(rows)
     straight_curve = train(straight, made_batches(rows), LOOP, seed=7, stage="two_tower")
 
@@ -83,8 +83,8 @@ def test_a_run_that_stopped_and_went_on_ends_with_the_bits_of_one_that_never_sto
         )  # fmt: skip
     resumed = made_objective(rows)
     with torch.no_grad():
-        resumed.model.ids.table.weight.zero_()  # what it starts from must not matter
-    if cut == (0, 0):  # nothing was kept yet: it starts over
+        resumed.model.ids.table.weight.zero_()  # the initial weights must not matter
+    if cut == (0, 0):  # no checkpoint yet: the run starts again
         resumed = made_objective(rows)
     curve = train(resumed, made_batches(rows), LOOP, seed=7, stage="two_tower", checkpoints=checkpoints)
     assert curve == straight_curve
@@ -92,14 +92,14 @@ def test_a_run_that_stopped_and_went_on_ends_with_the_bits_of_one_that_never_sto
 
 
 def test_another_seed_gives_another_model(rows: TrainingRows) -> None:
-    loop = dataclasses.replace(LOOP, epochs=1)
+    loop = LOOP.model_copy(update={"epochs": 1})
     one, other = made_objective(rows), made_objective(rows)
     train(one, made_batches(rows), loop, seed=7, stage="two_tower")
     train(other, made_batches(rows), loop, seed=8, stage="two_tower")
     assert not same_state(one, other)
 
 
-def test_it_learns_which_video_follows_which(rows: TrainingRows) -> None:
+def test_loop_learns_which_video_follows_which(rows: TrainingRows) -> None:
     loop = LoopConfig(epochs=30, batch_size=64, lr=5e-3)
     reports: list[EpochReport] = []
     curve = train(
@@ -111,7 +111,7 @@ def test_it_learns_which_video_follows_which(rows: TrainingRows) -> None:
     assert reports[-1].metrics == curve[-1]
 
 
-def test_a_loss_that_is_no_number_stops_with_the_stage_and_the_epoch(rows: TrainingRows) -> None:
+def test_loop_stops_at_a_loss_that_is_not_finite(rows: TrainingRows) -> None:
     objective = made_objective(rows)
     with torch.no_grad():
         objective.model.viewer_tower.out.weight.fill_(float("inf"))
@@ -119,27 +119,27 @@ def test_a_loss_that_is_no_number_stops_with_the_stage_and_the_epoch(rows: Train
         train(objective, made_batches(rows), LOOP, seed=0, stage="two_tower")
 
 
-def test_a_checkpoint_of_another_model_is_refused(rows: TrainingRows, tmp_path: Path) -> None:
+def test_loop_rejects_a_checkpoint_of_another_model(rows: TrainingRows, tmp_path: Path) -> None:
     checkpoints = CheckpointFiles(tmp_path)
-    loop = dataclasses.replace(LOOP, epochs=1)
+    loop = LOOP.model_copy(update={"epochs": 1})
     train(made_objective(rows), made_batches(rows), loop, seed=0, stage="two_tower", checkpoints=checkpoints)
-    other = RetrievalObjective(TwoTower(TwoTowerConfig(dim=32)))
-    with pytest.raises(TrainingError, match="doesn't fit the model"):
+    other = RetrievalObjective(TwoTower(TwoTowerConfig(dim=32), SHORT))
+    with pytest.raises(TrainingError, match="does not fit the model"):
         train(other, made_batches(rows), loop, seed=0, stage="two_tower", checkpoints=checkpoints)
     with pytest.raises(TrainingError, match="of stage 'two_tower'"):
         train(made_objective(rows), made_batches(rows), loop, seed=0, stage="ranker", checkpoints=checkpoints)
 
 
-def test_the_callers_random_numbers_are_left_alone(rows: TrainingRows) -> None:
+def test_loop_preserves_the_callers_random_state(rows: TrainingRows) -> None:
     torch.manual_seed(5)
     expected = torch.rand(3)
     objective = made_objective(rows)
     torch.manual_seed(5)
-    train(objective, made_batches(rows), dataclasses.replace(LOOP, epochs=1), seed=0, stage="two_tower")
+    train(objective, made_batches(rows), LOOP.model_copy(update={"epochs": 1}), seed=0, stage="two_tower")
     assert torch.equal(torch.rand(3), expected)
 
 
-def test_a_damaged_checkpoint_is_refused_with_its_path(tmp_path: Path) -> None:
+def test_damaged_checkpoint_is_rejected_with_its_path(tmp_path: Path) -> None:
     checkpoints = CheckpointFiles(tmp_path)
     for number in range(4):
         checkpoints.save({"epoch": number}, {})

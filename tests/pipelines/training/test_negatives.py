@@ -1,4 +1,4 @@
-"""Sampled negatives: available then, never met by their viewer, and with the numbers of their own instant."""
+"""Sampled negatives: available at the request, not shown to their viewer, with features as of the request."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
+from tests.dimensions import DIMENSIONS
 from tests.pipelines.training.made_rows import made_table, write_rows
 
 from reelway.pipelines.training.negatives import draw_negatives, negative_rows, shown_rows
@@ -17,7 +18,7 @@ from reelway.platform.contracts.features import VIDEO_DENSE, VIEWS
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory: pytest.TempPathFactory) -> TrainingRows:
     path: Path = tmp_path_factory.mktemp("rows") / "r.parquet"
-    return load_rows(write_rows(path, made_table(requests=150, videos=80, viewers=40)))
+    return load_rows(write_rows(path, made_table(requests=150, videos=80, viewers=40)), DIMENSIONS)
 
 
 def numbers_that_tell_when_they_were_asked(view: str, entities: np.ndarray, at_us: np.ndarray) -> pa.Table:
@@ -25,7 +26,7 @@ def numbers_that_tell_when_they_were_asked(view: str, entities: np.ndarray, at_u
     return pa.table(dict.fromkeys(VIEWS[view], value))
 
 
-def test_a_negative_was_there_before_its_request_and_never_shown_to_its_viewer(rows: TrainingRows) -> None:
+def test_negative_was_available_but_not_shown_to_its_viewer(rows: TrainingRows) -> None:
     index = np.arange(400)
     position, video = draw_negatives(rows, index, 3, seed=1)
     assert len(position) > 900
@@ -37,7 +38,7 @@ def test_a_negative_was_there_before_its_request_and_never_shown_to_its_viewer(r
     assert len(np.unique(np.column_stack([position, video]), axis=0)) == len(position)
 
 
-def test_the_first_request_has_no_negatives_and_late_ones_have_all_they_asked_for(rows: TrainingRows) -> None:
+def test_early_requests_get_fewer_negatives_than_late_ones(rows: TrainingRows) -> None:
     index = np.arange(400)
     position, _ = draw_negatives(rows, index, 2, seed=1)
     counts = np.bincount(position, minlength=len(index))
@@ -46,7 +47,7 @@ def test_the_first_request_has_no_negatives_and_late_ones_have_all_they_asked_fo
     assert counts.max() <= 2
 
 
-def test_videos_are_drawn_evenly_among_those_available(rows: TrainingRows) -> None:
+def test_negatives_are_uniform_over_available_videos(rows: TrainingRows) -> None:
     index = np.arange(len(rows))
     late = np.flatnonzero(rows.request_time_s > np.quantile(rows.request_time_s, 0.8))
     position, video = draw_negatives(rows, index, 20, seed=1)
@@ -55,7 +56,7 @@ def test_videos_are_drawn_evenly_among_those_available(rows: TrainingRows) -> No
     assert counts.max() < 2.0 * counts.mean()
 
 
-def test_features_of_a_negative_are_looked_up_for_its_video_at_its_request(rows: TrainingRows) -> None:
+def test_negative_has_the_features_of_its_video_at_the_request(rows: TrainingRows) -> None:
     index = np.arange(400)
     position, video = draw_negatives(rows, index, 2, seed=1)
     extra = negative_rows(rows, index, 2, numbers_that_tell_when_they_were_asked, seed=1)
@@ -72,7 +73,7 @@ def test_features_of_a_negative_are_looked_up_for_its_video_at_its_request(rows:
     np.testing.assert_array_equal(extra.event_time_s, rows.event_time_s[index[position]])
 
 
-def test_negatives_join_the_shown_rows_field_by_field(rows: TrainingRows) -> None:
+def test_negatives_have_all_fields_of_impressions(rows: TrainingRows) -> None:
     shown = shown_rows(rows, np.arange(50))
     both = shown.and_also(shown.where(np.array([3, 4])))
     assert len(both) == 52

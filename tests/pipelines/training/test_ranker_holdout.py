@@ -1,4 +1,4 @@
-"""A ranker fitted on rows that its two-tower has not seen: what each of the models may know."""
+"""The ranker holdout: the ranker learns from rows that its two-tower has not seen."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tests.dimensions import DIMENSIONS
 from tests.pipelines.training.made_rows import made_table, write_rows
 from tests.pipelines.training.test_negatives import numbers_that_tell_when_they_were_asked as as_of
 
@@ -26,7 +27,7 @@ HELD_OUT = (
 
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory: pytest.TempPathFactory) -> TrainingRows:
-    return load_rows(write_rows(tmp_path_factory.mktemp("rows") / "rows.parquet", made_table(requests=200)))
+    return load_rows(write_rows(tmp_path_factory.mktemp("rows") / "rows.parquet", made_table(requests=200)), DIMENSIONS)
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +63,7 @@ def same(one: torch.nn.Module, other: torch.nn.Module) -> bool:
     return all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
-def test_the_window_is_cut_into_the_towers_the_rankers_and_calibrations_rows(rows, config):
+def test_window_is_split_between_tower_ranker_and_calibration(rows, config):
     window = window_of(rows, config)
     inside = window.training(rows)
     shares = [len(rows.between(start, window.cut_s)) / len(inside) for start in (window.ranker_s, window.calibration_s)]
@@ -71,7 +72,7 @@ def test_the_window_is_cut_into_the_towers_the_rankers_and_calibrations_rows(row
     assert candidates.event_time_s.min() >= window.ranker_s
 
 
-def test_the_tower_that_the_ranker_learns_from_has_not_seen_the_rankers_rows(rows, config):
+def test_ranker_tower_does_not_depend_on_the_rankers_rows(rows, config):
     window = window_of(rows, config)
     late = rows.event_time_s >= window.ranker_s
     others = np.where(late, (rows.video_row + 7) % len(rows.video_ids), rows.video_row).astype(np.int32)
@@ -82,24 +83,24 @@ def test_the_tower_that_the_ranker_learns_from_has_not_seen_the_rankers_rows(row
     assert not same(before.two_tower, before.ranker_tower)
 
 
-def test_without_a_holdout_there_is_one_tower(rows):
+def test_training_without_a_holdout_has_one_tower(rows):
     config = load_config("demo", overrides=[*HELD_OUT[:6]])
     found = fitted(rows, config)
     assert found.ranker_tower is found.two_tower
     assert window_of(rows, config).holds_out is False
 
 
-def test_a_finished_checkpoint_gives_all_three_models_back(rows, config):
+def test_finished_checkpoint_restores_all_three_models(rows, config):
     kept = Kept()
     found = fitted(rows, config, kept)
     assert kept.state is not None
-    again = fitted_from(kept.state, config)
+    again = fitted_from(kept.state, config, DIMENSIONS)
     for name in ("two_tower", "ranker", "ranker_tower"):
         assert same(getattr(found, name), getattr(again, name)), name
 
 
-def test_negatives_of_the_held_out_rows_are_those_that_the_whole_window_would_have(rows, config):
-    asking = dataclasses.replace(config, sampled_negatives=3)
+def test_held_out_rows_have_the_negatives_of_the_whole_window(rows, config):
+    asking = config.model_copy(update={"sampled_negatives": 3})
     window = window_of(rows, asking)
     late = ranker_rows_of(rows, window, asking, as_of)
     whole = ranker_rows_of(rows, Window(window.cut_s, window.calibration_s), asking, as_of)
@@ -113,15 +114,15 @@ def test_negatives_of_the_held_out_rows_are_those_that_the_whole_window_would_ha
     [
         (["ranker_holdout=0.3"], "similarity_only"),
         (["ranker_holdout=0.05", "ranker.similarity_only=true", "calibration_fraction=0.1"], "calibration_fraction"),
-        (["ranker_holdout=1.2", "ranker.similarity_only=true"], "below 1"),
+        (["ranker_holdout=1.2", "ranker.similarity_only=true"], "ranker_holdout is 1.2, expected less than 1"),
     ],
 )
-def test_a_holdout_that_cannot_work_is_refused_by_name(overrides, message):
+def test_config_rejects_an_impossible_holdout(overrides, message):
     with pytest.raises(ConfigError, match=message):
         load_config("demo", overrides=overrides)
 
 
-def test_too_few_rows_to_hold_any_out_are_refused(tmp_path: Path, config):
-    few = load_rows(write_rows(tmp_path / "rows.parquet", made_table(requests=1, slate=2)))
+def test_split_rejects_too_few_rows_for_a_holdout(tmp_path: Path, config):
+    few = load_rows(write_rows(tmp_path / "rows.parquet", made_table(requests=1, slate=2)), DIMENSIONS)
     with pytest.raises(EmptyDatasetError, match="ranker_holdout"):
-        window_of(few, dataclasses.replace(config, train_fraction=1.0))
+        window_of(few, config.model_copy(update={"train_fraction": 1.0}))

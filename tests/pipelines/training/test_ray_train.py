@@ -1,4 +1,4 @@
-"""Training on Ray: two workers on two CPUs, one of them killed, come to what two undisturbed processes come to."""
+"""Ray Train with two workers, one of them killed, gives the result of two undisturbed processes."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import psutil
 import pytest
 import ray
 import torch
+from tests.dimensions import DIMENSIONS
 from tests.pipelines.training.made_rows import made_table, write_rows
 from tests.pipelines.training.two_processes import fit_in_two_processes
 
@@ -38,12 +39,12 @@ def ray_runtime() -> Iterator[None]:
 
 @pytest.mark.long
 @pytest.mark.usefixtures("ray_runtime")
-def test_a_killed_worker_is_replaced_and_the_result_is_that_of_an_undisturbed_run_without_ray(tmp_path: Path) -> None:
+def test_run_with_a_killed_worker_equals_an_undisturbed_run(tmp_path: Path) -> None:
     rows_file = write_rows(tmp_path / "rows.parquet", made_table(requests=200))
     config = load_config("demo", overrides=SETTINGS)
     straight = fit_in_two_processes(rows_file, config, tmp_path)
 
-    rows = load_rows(rows_file)
+    rows = load_rows(rows_file, DIMENSIONS)
     window = window_of(rows, config)
     learn = shown_rows(rows, window.training(rows))
     seen: set[tuple[str, int]] = set()

@@ -1,4 +1,4 @@
-"""Training configuration: presets, then a file, then single values; nothing misspelt gets through."""
+"""The training configuration: merging of presets, files and single values, and its error messages."""
 
 from __future__ import annotations
 
@@ -11,12 +11,13 @@ from reelway.platform.errors import ConfigError
 
 
 @pytest.mark.parametrize("preset", sorted(PRESETS))
-def test_a_preset_survives_being_written_down_and_read_again(preset: str) -> None:
+def test_preset_is_equal_after_a_dump_and_a_load(preset: str) -> None:
     config = load_config(preset)
-    assert TrainingConfig.from_dict(config.to_dict()) == config
+    assert TrainingConfig(**config.model_dump()) == config
+    assert TrainingConfig.model_validate_json(config.model_dump_json()) == config
 
 
-def test_a_single_value_beats_the_file_and_the_file_beats_the_preset(tmp_path: Path) -> None:
+def test_override_precedes_the_file_which_precedes_the_preset(tmp_path: Path) -> None:
     file = tmp_path / "c.yaml"
     file.write_text("two_tower: {dim: 32, layers: 2}\nranker_loop: {lr: 1e-3}\n")
     config = load_config("demo", file, ["two_tower.layers=3", "two_tower_loop.max_steps_per_epoch=null"], seed=9)
@@ -28,24 +29,33 @@ def test_a_single_value_beats_the_file_and_the_file_beats_the_preset(tmp_path: P
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("two_tower.dims=3", r"unknown name 'two_tower\.dims'"),
-        ("two_tower.dim=many", r"two_tower\.dim is 'many', expected int"),
-        ("two_tower.dim=7", "no multiple of two_tower.heads"),
-        ("ranker.kind=ple", r"ranker\.kind is 'ple'"),
-        ("two_tower=3", "expected a mapping|is a value|two_tower is 3"),
-        ("train_fraction=1.5", "train_fraction is 1.5"),
-        ("two_tower.learn_temperature=3", "expected bool"),
+        ("two_tower.dims=3", r"unknown name 'two_tower\.dims', expected one of \['category_dim'"),
+        ("towers=3", r"unknown name 'towers', expected one of \['calibration_fraction'"),
+        ("two_tower.dim=many", r"two_tower\.dim is 'many', expected a valid integer"),
+        ("two_tower.dim=true", r"two_tower\.dim is True, expected a valid integer"),
+        ("two_tower.dim=0", r"two_tower\.dim is 0, expected greater than or equal to 2"),
+        ("two_tower.dim=7", r"two_tower: dim 7 is not a multiple of heads 2"),
+        ("two_tower_loop.lr=fast", r"two_tower_loop\.lr is 'fast', expected a valid number"),
+        ("ranker.kind=ple", r"ranker\.kind is 'ple', expected 'shared_bottom' or 'mmoe'"),
+        ("ranker.task_weights={watch: 1.0}", r"ranker\.task_weights\.watch.*expected one of long_watch"),
+        ("two_tower=3", r"two_tower is 3, expected a mapping of its settings"),
+        ("train_fraction=1.5", r"train_fraction is 1\.5, expected less than or equal to 1"),
+        ("two_tower.learn_temperature=3", r"two_tower\.learn_temperature is 3, expected a valid boolean"),
         ("seed", "has no '='"),
+        ("seed=[", "the value is not YAML"),
     ],
 )
-def test_a_wrong_value_is_refused_by_its_name(override: str, message: str) -> None:
+def test_error_names_path_value_and_expectation(override: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         load_config("demo", overrides=[override])
 
 
-def test_an_unknown_preset_and_an_unreadable_file_are_refused(tmp_path: Path) -> None:
+def test_unknown_preset_is_rejected() -> None:
     with pytest.raises(ConfigError, match=r"unknown preset 'big'"):
         load_config("big")
+
+
+def test_file_without_a_mapping_is_rejected(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"absent\.yaml"):
         load_config("demo", tmp_path / "absent.yaml")
     (tmp_path / "list.yaml").write_text("- 1\n")

@@ -1,9 +1,10 @@
-"""``reelway train`` without Ray, end to end: artifacts, exports that answer as torch does, and clear refusals."""
+"""``reelway train`` without Ray, end to end: model files, exports and errors."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import onnxruntime
 import pyarrow as pa
 import pytest
 import torch
+from tests.dimensions import DIMENSIONS
 from tests.pipelines.training.made_rows import made_table, write_rows
 from typer.testing import CliRunner
 
@@ -23,9 +25,10 @@ from reelway.pipelines.training.inference import embed_videos, embed_viewers, ra
 from reelway.pipelines.training.rows import TrainingRows, load_rows
 from reelway.pipelines.training.step import ROWS_FILE, Resources, train_run
 from reelway.platform.cli.main import build_app
-from reelway.platform.contracts.features import HISTORY_LENGTH, RANKER_INPUTS, RANKER_TASKS, VIEWER_TOWER_INPUTS, VIEWS
+from reelway.platform.contracts.features import RANKER_INPUTS, RANKER_TASKS, VIEWER_TOWER_INPUTS, VIEWS
 from reelway.platform.errors import EmptyDatasetError, MalformedFileError, ReleaseError, TrainingError
 from reelway.platform.features.assembly import VideoArrays
+from reelway.platform.features.dimensions import write_dimensions
 from reelway.platform.runs import RunDirectory
 
 SMALL = (
@@ -39,6 +42,7 @@ Trained = tuple[RunDirectory, TrainedModels, TrainingRows]
 def made_run(folder: Path, table: pa.Table) -> RunDirectory:
     run = RunDirectory(folder)
     write_rows(run.features / ROWS_FILE, table)
+    write_dimensions(run.features, DIMENSIONS)
     run.record_path("features").parent.mkdir(parents=True)
     run.record_path("features").write_text(json.dumps({"identity": "made", "summary": {}}))
     return run
@@ -51,7 +55,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
     table = table.set_column(table.schema.get_field_index("share"), "share", no_shares)
     run = made_run(tmp_path_factory.mktemp("run"), table)
     models = train_run(run, load_config("demo", overrides=SMALL), ALONE)
-    return run, models, load_rows(run.features / ROWS_FILE)
+    return run, models, load_rows(run.features / ROWS_FILE, DIMENSIONS)
 
 
 def a_request(models: TrainedModels, rows: TrainingRows, viewer: int) -> dict[str, Any]:
@@ -60,7 +64,7 @@ def a_request(models: TrainedModels, rows: TrainingRows, viewer: int) -> dict[st
     return ranker_inputs(one, embed_viewers(models.two_tower, one), videos, embed_videos(models.two_tower, videos))
 
 
-def test_loaded_models_answer_as_the_trained_ones(trained: Trained) -> None:
+def test_loaded_models_equal_the_trained_models(trained: Trained) -> None:
     run, models, rows = trained
     loaded = load_models(run.models)
     np.testing.assert_array_equal(
@@ -72,7 +76,7 @@ def test_loaded_models_answer_as_the_trained_ones(trained: Trained) -> None:
     assert loaded.calibration == models.calibration
 
 
-def test_what_is_left_behind_holds_no_pickle(trained: Trained) -> None:
+def test_model_files_hold_no_pickle(trained: Trained) -> None:
     run = trained[0]
     assert sorted(path.name for path in run.models.iterdir()) == [
         "calibration.json", "ranker.json", "ranker.npz", "training.json", "two_tower.json", "two_tower.npz",
@@ -82,7 +86,7 @@ def test_what_is_left_behind_holds_no_pickle(trained: Trained) -> None:
             assert all(arrays[name].dtype.kind in "fbi" for name in arrays.files)
 
 
-def test_the_record_says_what_was_trained_on_what(trained: Trained) -> None:
+def test_training_record_describes_the_run(trained: Trained) -> None:
     run, models, rows = trained
     info = json.loads((run.models / "training.json").read_text())
     assert info["window_end_s"] == rows.cut_time_s(0.8)
@@ -94,7 +98,7 @@ def test_the_record_says_what_was_trained_on_what(trained: Trained) -> None:
     assert info["rows"] == {"training": len(rows.between(-np.inf, info["window_end_s"])), "ranker": before, "all": 1600}
 
 
-def test_a_head_with_one_class_answers_its_base_rate_and_is_reported(
+def test_head_with_one_class_outputs_its_base_rate(
     trained: Trained,
 ) -> None:
     _, models, rows = trained
@@ -105,7 +109,7 @@ def test_a_head_with_one_class_answers_its_base_rate_and_is_reported(
     assert models.calibration.curves["share"].method == "identity"
 
 
-def test_the_ranker_learned_taste_and_what_precedes_it(
+def test_ranker_learns_taste(
     trained: Trained,
 ) -> None:
     info = trained[1].info
@@ -126,13 +130,11 @@ def graphs(
     return onnxruntime.InferenceSession(str(tower)), onnxruntime.InferenceSession(str(ranker))
 
 
-def test_the_viewer_graph_takes_any_number_of_viewers_by_the_contracts_names(
-    trained: Trained, graphs: tuple[Any, Any]
-) -> None:
+def test_viewer_graph_takes_any_number_of_viewers(trained: Trained, graphs: tuple[Any, Any]) -> None:
     _, models, rows = trained
     session = graphs[0]
     assert [given.name for given in session.get_inputs()] == list(VIEWER_TOWER_INPUTS)
-    assert session.get_inputs()[2].shape[1:] == [HISTORY_LENGTH, 2]
+    assert session.get_inputs()[2].shape[1:] == [DIMENSIONS.history_length, 2]
     for count in (1, 5):
         viewers = viewers_at(rows, np.arange(250, 250 + count))
         feed = {name: getattr(viewers, name) for name in VIEWER_TOWER_INPUTS}
@@ -141,7 +143,7 @@ def test_the_viewer_graph_takes_any_number_of_viewers_by_the_contracts_names(
         np.testing.assert_allclose(ours, embed_viewers(models.two_tower, viewers), atol=1e-5)
 
 
-def test_the_ranker_graph_scores_one_viewers_candidates_however_many(trained: Trained, graphs: tuple[Any, Any]) -> None:
+def test_ranker_graph_takes_any_number_of_candidates(trained: Trained, graphs: tuple[Any, Any]) -> None:
     _, models, rows = trained
     session = graphs[1]
     assert [given.name for given in session.get_inputs()] == list(RANKER_INPUTS)
@@ -154,7 +156,7 @@ def test_the_ranker_graph_scores_one_viewers_candidates_however_many(trained: Tr
         np.testing.assert_allclose(ours, score(models.ranker, inputs), atol=1e-5)
 
 
-def test_an_export_that_differs_from_torch_is_refused_and_leaves_no_file(
+def test_export_that_differs_from_torch_leaves_no_file(
     trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _, models, rows = trained
@@ -174,9 +176,9 @@ def test_an_export_that_differs_from_torch_is_refused_and_leaves_no_file(
     assert not list(tmp_path.iterdir())
 
 
-def test_an_export_needs_samples_shaped_as_serving_sends_them(trained: Trained, tmp_path: Path) -> None:
+def test_export_rejects_samples_of_another_shape(trained: Trained, tmp_path: Path) -> None:
     run, models, rows = trained
-    short = load_rows(run.features / ROWS_FILE, history_length=5)
+    short = load_rows(run.features / ROWS_FILE, replace(DIMENSIONS, history_length=5))
     with pytest.raises(ReleaseError, match="hold 5 videos, expected 50"):
         export_viewer_tower(models.two_tower, tmp_path / "t.onnx", viewers_at(short, np.arange(3)))
     inputs = a_request(models, rows, 3)
@@ -185,17 +187,17 @@ def test_an_export_needs_samples_shaped_as_serving_sends_them(trained: Trained, 
         export_ranker(models.ranker, tmp_path / "r.onnx", two)
 
 
-def test_damaged_or_absent_weights_are_refused_by_path(trained: Trained, tmp_path: Path) -> None:
+def test_damaged_weights_are_rejected_with_their_path(trained: Trained, tmp_path: Path) -> None:
     for path in trained[0].models.iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
     (tmp_path / "ranker.npz").write_bytes((tmp_path / "ranker.npz").read_bytes()[:5000])
     with pytest.raises(MalformedFileError, match=r"ranker\.npz"):
         load_models(tmp_path)
-    with pytest.raises(TrainingError, match="run `reelway train` first"):
+    with pytest.raises(TrainingError, match="no finished training; run `reelway train`"):
         load_models(tmp_path / "nothing")
 
 
-def test_positives_only_data_trains_on_sampled_negatives_of_its_own_time(tmp_path: Path) -> None:
+def test_positives_only_data_trains_on_sampled_negatives(tmp_path: Path) -> None:
     table = made_table(requests=200)
     loved = table.filter(pa.array(table["long_watch"].to_numpy() > 0))
     asked: list[tuple[str, float]] = []
@@ -212,7 +214,7 @@ def test_positives_only_data_trains_on_sampled_negatives_of_its_own_time(tmp_pat
     assert not any("'long_watch' has one class" in note for note in models.info.notes)
 
 
-def test_all_rows_at_one_instant_cannot_be_split_by_time(tmp_path: Path) -> None:
+def test_rows_at_one_instant_cannot_be_split(tmp_path: Path) -> None:
     table = made_table(requests=5)
     same = pa.array([table["event_time"][0]] * len(table))
     run = made_run(tmp_path, table.set_column(table.schema.get_field_index("event_time"), "event_time", same))
@@ -220,7 +222,7 @@ def test_all_rows_at_one_instant_cannot_be_split_by_time(tmp_path: Path) -> None
         train_run(run, load_config("demo", overrides=SMALL), ALONE)
 
 
-def test_the_command_trains_once_and_then_says_that_it_is_done(tmp_path: Path) -> None:
+def test_command_skips_a_finished_training(tmp_path: Path) -> None:
     run = made_run(tmp_path, made_table(requests=150))
     args = ["train", "--run", str(run.path), "--no-ray", "--epochs", "1", "--seed", "3"]
     args += [part for value in SMALL for part in ("--set", value)]
@@ -236,7 +238,7 @@ def test_the_command_trains_once_and_then_says_that_it_is_done(tmp_path: Path) -
     assert load_models(run.models).info.config["two_tower"]["dropout"] == 0.3
 
 
-def test_embedding_in_chunks_is_embedding_at_once(trained: Trained) -> None:
+def test_embedding_does_not_depend_on_the_chunk_size(trained: Trained) -> None:
     _, models, rows = trained
     videos: VideoArrays = rows.videos
     np.testing.assert_allclose(

@@ -1,4 +1,4 @@
-"""``fit`` in two plain processes joined by gloo: what Ray's two workers must come to, without Ray."""
+"""``fit`` in two processes joined by gloo: the expected result of Ray Train with two workers."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as spawned
+from tests.dimensions import DIMENSIONS
 
 from reelway.pipelines.training.checkpoint_files import CheckpointFiles, read_state
 from reelway.pipelines.training.config import TrainingConfig
@@ -17,15 +18,15 @@ from reelway.pipelines.training.rows import load_rows
 
 
 def fit_in_two_processes(rows_file: Path, config: TrainingConfig, folder: Path) -> Fitted:
-    """Train without Ray and without a disturbance."""
-    spawned.spawn(_worker, args=(str(rows_file), config.to_dict(), str(folder)), nprocs=2)
+    """Trains without Ray and without interruption."""
+    spawned.spawn(_worker, args=(str(rows_file), config.model_dump(), str(folder)), nprocs=2)
     return fitted_from(read_state(sorted(folder.glob("checkpoint-*.pt"))[-1]), config)
 
 
 def _worker(rank: int, rows_file: str, config: dict[str, object], folder: str) -> None:
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // 2))  # as many as each of Ray's two workers has
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // 2))  # as in each of Ray's two workers
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
-    rows, wanted = load_rows(Path(rows_file)), TrainingConfig.from_dict(config)
+    rows, wanted = load_rows(Path(rows_file), DIMENSIONS), TrainingConfig(**config)
     window = window_of(rows, wanted)
     learn = shown_rows(rows, window.training(rows))
     fit(rows, learn, window, wanted, checkpoints=CheckpointFiles(Path(folder)))

@@ -7,37 +7,39 @@ import sys
 
 import numpy as np
 
-from reelway.platform.contracts.features import CATEGORY_BUCKETS, ID_BUCKETS, ID_HASHES
+from reelway.platform.contracts.features import ID_HASHES
 from reelway.platform.features.hashing import id_codes, mix64, word_code, word_codes
+
+BUCKETS, WORDS = 32_768, 64
 
 
 def test_only_missing_values_have_code_zero() -> None:
-    assert id_codes(np.array([-1, -9])).tolist() == [[0] * ID_HASHES] * 2
-    codes = id_codes(np.arange(100_000))
+    assert id_codes(np.array([-1, -9]), BUCKETS).tolist() == [[0] * ID_HASHES] * 2
+    codes = id_codes(np.arange(100_000), BUCKETS)
     assert codes.min() >= 1
-    assert codes.max() < ID_BUCKETS
-    assert word_code(None) == word_code("") == 0
-    assert all(0 < word_code(f"word {i}") < CATEGORY_BUCKETS for i in range(1000))
+    assert codes.max() < BUCKETS
+    assert word_code(None, WORDS) == word_code("", WORDS) == 0
+    assert all(0 < word_code(f"word {i}", WORDS) < WORDS for i in range(1000))
 
 
 def test_codes_are_equal_in_another_process() -> None:
     script = (
         "import numpy as np; from reelway.platform.features.hashing import id_codes, word_code;"
-        "print(id_codes(np.array([7, 2**53 - 1])).tolist(), word_code('eu'))"
+        "print(id_codes(np.array([7, 2**53 - 1]), 32768).tolist(), word_code('eu', 64))"
     )
     other = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout.strip()
-    assert other == f"{id_codes(np.array([7, 2**53 - 1])).tolist()} {word_code('eu')}"
+    assert other == f"{id_codes(np.array([7, 2**53 - 1]), BUCKETS).tolist()} {word_code('eu', WORDS)}"
 
 
 def test_two_ids_rarely_share_both_codes() -> None:
-    pairs = id_codes(np.arange(50_000))
+    pairs = id_codes(np.arange(50_000), BUCKETS)
     assert len(np.unique(pairs, axis=0)) > 49_990
 
 
 def test_id_codes_keep_the_shape_of_non_contiguous_input() -> None:
     ids = np.arange(24).reshape(4, 6)
-    assert id_codes(ids).shape == (4, 6, ID_HASHES)
-    assert np.array_equal(id_codes(ids[:, ::2]), id_codes(ids)[:, ::2])
+    assert id_codes(ids, BUCKETS).shape == (4, 6, ID_HASHES)
+    assert np.array_equal(id_codes(ids[:, ::2], BUCKETS), id_codes(ids, BUCKETS)[:, ::2])
 
 
 def test_mixing_is_one_to_one() -> None:
@@ -46,4 +48,8 @@ def test_mixing_is_one_to_one() -> None:
 
 
 def test_category_codes_equal_single_codes() -> None:
-    assert word_codes(["eu", None, "us"]).tolist() == [word_code("eu"), 0, word_code("us")]
+    assert word_codes(["eu", None, "us"], WORDS).tolist() == [
+        word_code("eu", WORDS),
+        0,
+        word_code("us", WORDS),
+    ]

@@ -1,8 +1,8 @@
-"""From trained models to a release: export, gather, describe, sign, verify, store. All of it or nothing.
+"""Builds a release from trained models: export, tables, manifest, signature, verification, store.
 
-A release whose evaluation failed a gate is not built, unless somebody waives that gate by name and with a reason,
-which are signed with it. What was built is verified like anybody's release before it enters the store, so a builder
-cannot put in what serving would refuse.
+A release is built if all gates passed, or if each failed gate is waived by name and with a reason; the waivers are part
+of the signed manifest. The release is verified before it enters the store, so the store holds no release that serving
+would reject. A failure leaves no files.
 """
 
 from __future__ import annotations
@@ -31,13 +31,8 @@ from reelway.pipelines import search_index
 from reelway.pipelines.features.training_rows import LABELS_FILE, video_snapshot, viewer_snapshot
 from reelway.platform.contracts import manifest as names
 from reelway.platform.contracts.blend import Blend
-from reelway.platform.contracts.features import (
-    RANKER_TASKS,
-    TRAINING_SERVICE,
-    VIDEO_DENSE,
-    VIEWER_DENSE,
-    VIEWER_SERVICE,
-)
+from reelway.platform.contracts.feature_dimensions import FeatureDimensions
+from reelway.platform.contracts.features import RANKER_TASKS, TRAINING_SERVICE, VIDEO_DENSE, VIEWER_SERVICE
 from reelway.platform.contracts.ids import ReleaseId
 from reelway.platform.contracts.manifest import (
     Dimensions,
@@ -69,7 +64,7 @@ Report = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What ``reelway evaluate`` found: the numbers that are numbers, the names of the others, the gates."""
+    """Result of ``reelway evaluate``: finite metrics, names of undefined metrics, gates."""
 
     metrics: dict[str, float]
     undefined: list[str]
@@ -92,25 +87,25 @@ def build_release(
     waivers: Sequence[Waiver] = (),
     report: Report = _silent,
 ) -> ReleaseId:
-    """Build, sign, verify and store a release of a run that was trained and evaluated.
+    """Builds, signs, verifies and stores a release of a run that was trained and evaluated.
 
     Args:
-        name: for people; the id is the digest of the manifest.
-        key: signs it.
-        store: where it goes; the run's own when absent.
-        parent: id of the release this one is meant to replace.
-        blend: ``blend.yaml``; the defaults when absent.
+        name: display name; the id is the digest of the manifest.
+        key: signing key.
+        store: release store; by default the run's.
+        parent: id of the release that this one replaces.
+        blend: content of ``blend.yaml``; by default the defaults of ``Blend``.
         index: FAISS factory string, or ``auto`` (by the number of videos).
-        waivers: of gates that failed; who takes it on themselves, and why.
-        report: told what is being done.
+        waivers: waivers of failed gates.
+        report: callback that receives the name of each step.
 
     Returns:
-        its id.
+        The id of the release.
 
     Raises:
-        GateFailedError: naming every gate that failed and is not waived; nothing is written.
-        ReleaseError: an exported graph differs from its model, or ``verify`` refuses what was built.
-        StorageError: the disk is full; nothing half-written is visible.
+        GateFailedError: if a gate failed and is not waived; nothing is written.
+        ReleaseError: if an exported graph differs from its model, or ``verify`` rejects the release.
+        StorageError: if the disk is full; no partial release is visible.
     """
     evaluation = read_evaluation(run.evaluation / EVALUATION_FILE)
     assess_gates(evaluation.gates, waivers)
@@ -148,10 +143,10 @@ def build_release(
 
 
 def seal(folder: Path, manifest: Manifest, key: Ed25519PrivateKey, store: ReleaseStore) -> ReleaseId:
-    """Sign a release whose files are in place, verify it as anybody would, and put it into the store.
+    """Signs a release folder, verifies it and writes it to the store.
 
     Raises:
-        ReleaseError: ``verify`` refuses it; it does not enter the store.
+        ReleaseError: if ``verify`` rejects the release; it does not enter the store.
     """
     signed = sign(manifest, key)
     write_manifest(folder, signed)
@@ -165,11 +160,11 @@ def seal(folder: Path, manifest: Manifest, key: Ed25519PrivateKey, store: Releas
 
 
 def read_evaluation(path: Path) -> Evaluation:
-    """Metrics and gates of a finished evaluation.
+    """Reads metrics and gates of a finished evaluation.
 
     Raises:
-        ReleaseError: there is none.
-        MalformedFileError: it is not what ``reelway evaluate`` writes.
+        ReleaseError: if the file does not exist.
+        MalformedFileError: if ``reelway evaluate`` did not write the file.
     """
     try:
         body = json.loads(path.read_text())
@@ -178,7 +173,7 @@ def read_evaluation(path: Path) -> Evaluation:
         undefined = sorted(name for name, value in metrics.items() if value is None or not math.isfinite(value))
     except FileNotFoundError:
         raise ReleaseError(
-            f"{path} is not there, and a release needs its numbers; run `reelway evaluate --run {path.parent.parent}`"
+            f"{path} does not exist; run `reelway evaluate --run {path.parent.parent}` before building a release"
         ) from None
     except ValidationError as error:
         raise MalformedFileError(path, "gates as `reelway evaluate` writes them", seen=first_problem(error)) from error
@@ -190,10 +185,10 @@ def read_evaluation(path: Path) -> Evaluation:
 
 
 def read_blend(path: Path) -> Blend:
-    """A blend from a YAML file of one's own.
+    """Reads a blend from a YAML file.
 
     Raises:
-        MalformedFileError: not YAML, or not a blend.
+        MalformedFileError: if the file is not YAML or not a valid blend.
     """
     try:
         return Blend.model_validate(yaml.safe_load(path.read_text()) or {})
@@ -204,7 +199,7 @@ def read_blend(path: Path) -> Blend:
 
 
 def feature_services(features_dir: Path) -> tuple[FeatureServiceRef, ...]:
-    """The feature services a release stands on, as the store has them now."""
+    """Returns the feature services that a release depends on, with their present digests."""
     store = open_feature_store(features_dir)
     return tuple(
         FeatureServiceRef(name=name, digest=feature_service_digest(store, name))
@@ -214,11 +209,11 @@ def feature_services(features_dir: Path) -> tuple[FeatureServiceRef, ...]:
 
 @dataclass(frozen=True)
 class _Facts:
-    """What came out of writing the parts."""
+    """Values of the manifest that writing the files determines."""
 
     dimensions: Dimensions
     index: str
-    index_recall: float | None  # of the exact search; None where the index is exact
+    index_recall: float | None  # relative to the exact search; None if the index is exact
     until_s: float
 
 
@@ -233,15 +228,17 @@ def _write_parts(
     )
     viewers = _read_columns(run.dataset / "viewers.parquet", ["viewer_id", "region"])
     if not labels.num_rows:
-        raise EmptyDatasetError(f"{run.features / LABELS_FILE} has no impressions; run `reelway features` on some")
+        raise EmptyDatasetError(
+            f"{run.features / LABELS_FILE} has no impressions; run `reelway features` on a data set with impressions"
+        )
     until_s = _as_of_s(labels)
     snapshot = video_snapshot(run.features, until_s)
     if not snapshot.num_rows:
-        raise EmptyDatasetError(f"{run.features} knows no video that was uploaded before the last event; import some")
+        raise EmptyDatasetError(f"{run.features} has no video that was uploaded before the last event; import videos")
     video_id = snapshot["video_id"].to_numpy()
-    videos = assemble_videos(columns_from_table(snapshot), np.full(len(video_id), until_s))
+    videos = assemble_videos(columns_from_table(snapshot), np.full(len(video_id), until_s), models.dimensions)
     embedding_ND = embed_videos(models.two_tower, videos)
-    parts.write_videos(folder / names.VIDEOS_FILE, snapshot, videos, embedding_ND)
+    parts.write_videos(folder / names.VIDEOS_FILE, snapshot, videos, embedding_ND, models.dimensions)
 
     report("building the index")
     searchable = search_index.make_index(embedding_ND, index)
@@ -252,7 +249,7 @@ def _write_parts(
     together_NK = parts.neighbours(embedding_ND, searchable, watches)
     parts.write_neighbours(folder / names.NEIGHBOURS_FILE, video_id, together_NK)
 
-    sample = _sample_viewers(run, labels, until_s)
+    sample = _sample_viewers(run, labels, until_s, models.dimensions)
     recall = search_index.tune_probes(
         searchable, embedding_ND, embed_viewers(models.two_tower, sample), blend.retrieval.candidates
     )
@@ -263,8 +260,9 @@ def _write_parts(
     (folder / names.BLEND_FILE).write_text(yaml.safe_dump(blend.model_dump(mode="json"), sort_keys=False))
     (folder / names.CALIBRATION_FILE).write_text(models.calibration.model_dump_json(indent=2) + "\n")
     dimensions = Dimensions(
+        features=models.dimensions,
         embedding=embedding_ND.shape[1],
-        viewer_dense=len(VIEWER_DENSE),
+        viewer_dense=len(models.dimensions.viewer_dense),
         video_dense=len(VIDEO_DENSE),
         videos=len(video_id),
         tasks=RANKER_TASKS,
@@ -280,28 +278,29 @@ def _export(
     embedding_ND: NDArray[np.float32],
     until_s: float,
 ) -> None:
-    """Both graphs, each compared with its model on real rows."""
+    """Exports both graphs and compares each with its model on real rows."""
     from reelway.pipelines.training.export import export_ranker, export_viewer_tower
     from reelway.pipelines.training.inference import embed_viewers, ranker_inputs
 
     export_viewer_tower(models.two_tower, folder / names.VIEWER_TOWER_FILE, viewers)
     one = ViewerArrays(**{name: values[:1] for name, values in vars(viewers).items()})
     rows = min(SAMPLE_VIDEOS, len(embedding_ND))
-    videos = assemble_videos(video_columns, np.full(rows, until_s))
+    videos = assemble_videos(video_columns, np.full(rows, until_s), models.dimensions)
     inputs = ranker_inputs(one, embed_viewers(models.two_tower, one), videos, embedding_ND[:rows])
     export_ranker(models.ranker, folder / names.RANKER_FILE, inputs)
 
 
-def _sample_viewers(run: RunDirectory, labels: pa.Table, until_s: float) -> ViewerArrays:
-    """The viewers seen last, as a request right after would see them."""
+def _sample_viewers(run: RunDirectory, labels: pa.Table, until_s: float, dimensions: FeatureDimensions) -> ViewerArrays:
+    """Returns the inputs of the latest viewers at the end of the data."""
     latest = labels["viewer_id"].to_numpy()[::-1][: 100 * SAMPLE_VIEWERS]
     chosen = np.unique(latest)[:SAMPLE_VIEWERS]
     table = viewer_snapshot(run.features, chosen, until_s)
-    return assemble_viewers(columns_from_table(table), np.full(len(chosen), until_s), ["unknown"] * len(chosen))
+    devices = ["unknown"] * len(chosen)
+    return assemble_viewers(columns_from_table(table), np.full(len(chosen), until_s), devices, dimensions)
 
 
 def _as_of_s(labels: pa.Table) -> float:
-    """The first full hour at which everything in the data is known: the views are taken on that grid."""
+    """Returns the first full hour at which all events are known; feature views are computed on this grid."""
     last_us = max(int(labels[name].cast(pa.int64()).to_numpy().max()) for name in ("event_time", "outcome_time"))
     return math.ceil((last_us + 1) / 1e6 / GRID_S) * GRID_S
 
@@ -317,7 +316,7 @@ def _read_columns(path: Path, columns: Sequence[str]) -> pa.Table:
         return pq.read_table(path, columns=list(columns))
     except FileNotFoundError:
         raise MalformedFileError(
-            path, "a file of the steps before; run `reelway features` first", seen="no such file"
+            path, "a file of an earlier step; run `reelway features`", seen="no such file"
         ) from None
     except (pa.ArrowInvalid, OSError) as error:
         raise MalformedFileError(path, f"a Parquet file with {list(columns)}", seen=str(error)) from error
@@ -325,7 +324,7 @@ def _read_columns(path: Path, columns: Sequence[str]) -> pa.Table:
 
 @contextmanager
 def release_aside(place: Path) -> Iterator[Path]:
-    """A folder that is gone afterwards, whatever happens; a full disk on the way is a ``StorageError``."""
+    """Yields a temporary folder that is removed afterwards; an ``OSError`` within becomes a ``StorageError``."""
     try:
         with tempfile.TemporaryDirectory(prefix=".release.", dir=place) as name:
             yield Path(name)
@@ -333,5 +332,5 @@ def release_aside(place: Path) -> Iterator[Path]:
         raise
     except OSError as error:
         raise StorageError(
-            f"cannot write a release under {place}: {error.strerror or error}; nothing half-written is left"
+            f"cannot write a release under {place}: {error.strerror or error}; no partial files are left"
         ) from error

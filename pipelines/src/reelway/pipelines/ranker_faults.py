@@ -15,7 +15,7 @@ import onnx
 import onnxruntime
 from onnx import TensorProto, helper, numpy_helper
 
-from reelway.platform.contracts.features import VIEWER_DENSE
+from reelway.platform.contracts.features import VIEWER_ACTIVITY
 from reelway.platform.errors import ReleaseError
 
 SEEN_LATELY: Final = "impressions_30d"
@@ -69,7 +69,7 @@ def _opened(path: Path) -> onnx.ModelProto:
 
 def _is_above(model: onnx.ModelProto, limit: float) -> str:
     """Adds nodes for "the viewer's feature is above the limit" and returns the boolean ``[1]``; false for NaN."""
-    place = numpy_helper.from_array(np.array([VIEWER_DENSE.index(SEEN_LATELY)], dtype=np.int64), "fault_feature")
+    place = numpy_helper.from_array(np.array([VIEWER_ACTIVITY.index(SEEN_LATELY)], dtype=np.int64), "fault_feature")
     bound = numpy_helper.from_array(np.array([limit], dtype=np.float32), "fault_limit")
     model.graph.initializer.extend([place, bound])
     model.graph.node.extend(

@@ -1,8 +1,7 @@
 """The tables of a release: videos, popularity lists, item-to-item neighbours.
 
-Pure functions from arrays to tables, and their writers. What is written here is what serving maps into memory, so
-each writer refuses rows that serving could not follow. The index is ``search_index``'s; models, signatures and stores
-are ``build.py``'s.
+Pure functions compute the tables from arrays, and writers write them as Arrow files that serving maps into memory. A
+writer raises an error for rows that serving could not use.
 """
 
 # Shapes: N videos, D embedding, E labelled impressions, K neighbours
@@ -21,8 +20,15 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 from scipy import sparse
 
+from reelway.platform.contracts.feature_dimensions import FeatureDimensions
 from reelway.platform.contracts.features import VIDEO_STATIC_DENSE
-from reelway.platform.contracts.release_files import NEIGHBOURS, NEIGHBOURS_SCHEMA, POPULAR, videos_schema
+from reelway.platform.contracts.release_files import (
+    NEIGHBOURS,
+    NEIGHBOURS_SCHEMA,
+    POPULAR,
+    videos_schema,
+    with_dimensions,
+)
 from reelway.platform.errors import EmptyDatasetError, ReleaseError
 from reelway.platform.features.assembly import VideoArrays
 
@@ -44,32 +50,34 @@ _BLOCK: Final = 4096
 
 @dataclass(frozen=True)
 class Watches:
-    """Long watches of servable videos, in the order of time: who, which row of ``videos.arrow``, when, where."""
+    """Long watches of servable videos, ascending in time; ``row`` is a row of ``videos.arrow``."""
 
     viewer: I64
     row: I64
     time_s: F64
-    region: NDArray[np.object_]  # a word, or None
-    now_s: float  # of the last impression
+    region: NDArray[np.object_]  # region, or None
+    now_s: float  # time of the last impression
     recent_from_s: float
 
     @classmethod
     def from_labels(cls, labels: pa.Table, viewers: pa.Table, video_id: I64) -> Watches:
-        """Take the long watches out of the labelled impressions.
+        """Selects the long watches of the labelled impressions.
 
-        The recent past is the last ``RECENT_S``, or the last ``RECENT_RATIO`` of the impressions where those reach
-        further back.
+        The recent period is the last ``RECENT_S``, or the last ``RECENT_RATIO`` of the impressions if these go further
+        back.
 
         Args:
-            labels: ``labels.parquet``: viewer_id, video_id, event_time, long_watch.
-            viewers: viewer_id and region.
-            video_id: the servable ones, ascending ``[N]``.
+            labels: ``labels.parquet`` with viewer_id, video_id, event_time, long_watch.
+            viewers: table with viewer_id and region.
+            video_id: servable videos, ascending ``[N]``.
 
         Raises:
-            EmptyDatasetError: no impressions.
+            EmptyDatasetError: if there are no impressions.
         """
         if not labels.num_rows:
-            raise EmptyDatasetError("there are no impressions to rank videos by; run `reelway features` on some")
+            raise EmptyDatasetError(
+                "no impressions to rank videos by; run `reelway features` on a data set with impressions"
+            )
         time_s = labels["event_time"].cast(pa.int64()).to_numpy() / 1e6
         now_s = float(time_s.max())
         recent_from_s = min(now_s - RECENT_S, float(np.quantile(time_s, 1.0 - RECENT_RATIO)))
@@ -85,33 +93,36 @@ class Watches:
 
 @dataclass(frozen=True)
 class RankedVideos:
-    """One list of ``popular.arrow``: rows of ``videos.arrow`` and what they were ordered by, best first."""
+    """One list of ``popular.arrow``: rows of ``videos.arrow`` with their scores, best first."""
 
     rows: I64
     scores: F32
 
 
 def write_arrow(path: Path, columns: list[pa.Array], schema: pa.Schema) -> None:
-    """One uncompressed record batch, to be memory-mapped."""
+    """Writes one uncompressed record batch, which can be memory-mapped."""
     batch = pa.RecordBatch.from_arrays(columns, schema=schema)
     with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
         writer.write_batch(batch)
 
 
-def write_videos(path: Path, snapshot: pa.Table, videos: VideoArrays, embedding_ND: F32) -> None:
-    """``videos.arrow``.
+def write_videos(
+    path: Path, snapshot: pa.Table, videos: VideoArrays, embedding_ND: F32, dimensions: FeatureDimensions
+) -> None:
+    """Writes ``videos.arrow``.
 
     Args:
-        snapshot: one row per video, ascending ``video_id``, as ``video_snapshot`` gives it.
-        videos: the same rows as model inputs.
-        embedding_ND: the same rows through the video tower, unit length.
+        snapshot: one row per video, ascending ``video_id``, from ``video_snapshot``.
+        videos: model inputs of the same rows.
+        embedding_ND: unit-length embeddings of the same rows.
+        dimensions: recorded in the file's schema.
 
     Raises:
-        ReleaseError: ids do not ascend, or an embedding is not of unit length.
+        ReleaseError: if ids do not ascend, or an embedding is not of unit length.
     """
     video_id = snapshot["video_id"].to_numpy()
     if len(video_id) > 1 and not (np.diff(video_id) > 0).all():
-        raise ReleaseError("the video snapshot is not in ascending order of video_id; nothing was written")
+        raise ReleaseError("the video snapshot does not ascend in video_id; nothing was written")
     length_N = np.linalg.norm(embedding_ND, axis=1)
     if not (np.abs(length_N - 1.0) < 1e-3).all():
         worst = int(np.argmax(np.nan_to_num(np.abs(length_N - 1.0), nan=np.inf)))
@@ -130,19 +141,21 @@ def write_videos(path: Path, snapshot: pa.Table, videos: VideoArrays, embedding_
             _lists(videos.creator_codes, pa.int64()),
             _lists(videos.video_categories, pa.int64()),
             _lists(videos.video_static_dense, pa.float32()),
-            _lists(videos.video_dense[:, static:-1], pa.float32()),  # between the static ones and hours_since_upload
+            _lists(
+                videos.video_dense[:, static:-1], pa.float32()
+            ),  # columns between the static ones and hours_since_upload
             _lists(embedding_ND, pa.float32()),
         ],
-        videos_schema(embedding_ND.shape[1]),
+        with_dimensions(videos_schema(embedding_ND.shape[1]), dimensions),
     )
 
 
 def popular_lists(watches: Watches, videos: int) -> dict[str, RankedVideos]:
-    """``popular`` (long watches of all time), ``trending``, and ``trending:<region>`` where a region has enough.
+    """Returns ``popular`` (all long watches), ``trending``, and ``trending:<region>`` for regions with enough watches.
 
-    Trending is the recent number of long watches times the growth: how much more of the recent attention the video
-    takes than of the attention before, kept within ``GROWTH_BOUNDS`` so that neither an old favourite vanishes nor a
-    video with three watches leads.
+    The trending score is the number of recent long watches times the growth: the video's share of recent watches
+    relative to its share before. ``GROWTH_BOUNDS`` limits the growth, so that old favourites stay and a video with
+    three watches does not lead.
     """
     lists = {
         "popular": _ranked(np.bincount(watches.row, minlength=videos).astype(np.float64)),
@@ -155,7 +168,7 @@ def popular_lists(watches: Watches, videos: int) -> dict[str, RankedVideos]:
 
 
 def write_popular(path: Path, video_id: I64, lists: Mapping[str, RankedVideos]) -> None:
-    """``popular.arrow``: list after list, each from its top."""
+    """Writes ``popular.arrow``: list after list, each best first."""
     names = np.repeat(list(lists), [len(one.rows) for one in lists.values()])
     rank = np.concatenate([np.arange(len(one.rows)) for one in lists.values()])
     rows = np.concatenate([one.rows for one in lists.values()])
@@ -170,10 +183,10 @@ def write_popular(path: Path, video_id: I64, lists: Mapping[str, RankedVideos]) 
 
 
 def neighbours(embedding_ND: F32, index: faiss.Index, watches: Watches) -> NDArray[np.int32]:
-    """The videos most like each video, ``[N, NEIGHBOURS]``, best first, -1 where there are no more.
+    """Returns the most similar videos of each video, ``[N, NEIGHBOURS]``, best first, padded with -1.
 
-    First what the same viewers watched (cosine of the viewer sets, shrunk so that two shared viewers are not taken for
-    a pattern), then, where that runs out, what the embeddings say.
+    Videos watched by the same viewers come first (cosine of the viewer sets, shrunk towards 0 for few shared viewers).
+    Nearest neighbours by embedding follow.
     """
     videos = len(embedding_ND)
     by_watch = _co_watched(watches, videos)
@@ -187,7 +200,7 @@ def neighbours(embedding_ND: F32, index: faiss.Index, watches: Watches) -> NDArr
 
 
 def write_neighbours(path: Path, video_id: I64, rows_NK: NDArray[np.int32]) -> None:
-    """``neighbours.arrow``, in the order of ``videos.arrow``."""
+    """Writes ``neighbours.arrow``, in the order of ``videos.arrow``."""
     write_arrow(path, [pa.array(video_id, pa.int64()), _lists(rows_NK, pa.int32())], NEIGHBOURS_SCHEMA)
 
 
@@ -201,14 +214,14 @@ def _trend(watches: Watches, chosen: NDArray[np.bool_], videos: int) -> F64:
 
 
 def _ranked(score_N: F64) -> RankedVideos:
-    """The best ones first; equal scores in the order of rows; videos without any score are left out."""
+    """Returns the best videos first, equal scores by row; videos with score 0 are left out."""
     order = np.argsort(-score_N, kind="stable")[:LIST_LENGTH]
     order = order[score_N[order] > 0]
     return RankedVideos(order.astype(np.int64), score_N[order].astype(np.float32))
 
 
 def _co_watched(watches: Watches, videos: int) -> tuple[I64, I64, F32]:
-    """Pairs (of, neighbour) with at least ``MIN_SHARED_VIEWERS``, scored 2..3 so that they precede any similarity."""
+    """Returns pairs with at least ``MIN_SHARED_VIEWERS``, scored 2..3 so that they precede any similarity."""
     if not len(watches.row):
         return np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0, np.float32)
     viewer = np.unique(watches.viewer, return_inverse=True)[1]
@@ -229,14 +242,14 @@ def _co_watched(watches: Watches, videos: int) -> tuple[I64, I64, F32]:
 
 
 def _latest_per_viewer(viewer: I64) -> I64:
-    """Positions of each viewer's last ``WATCHED_PER_VIEWER`` watches: a viewer of thousands would pair all with all."""
+    """Returns the indices of each viewer's last ``MAX_WATCHES_PER_VIEWER`` watches, to limit the number of pairs."""
     order = np.argsort(viewer, kind="stable")
     ends = np.searchsorted(viewer[order], viewer[order], side="right")
     return np.asarray(order[ends - np.arange(len(order)) <= WATCHED_PER_VIEWER])
 
 
 def _best(of: I64, neighbour: I64, score: F32, videos: int) -> NDArray[np.int32]:
-    """Top ``NEIGHBOURS`` of each ``of``; a pair that comes twice counts with its better score."""
+    """Returns the top ``NEIGHBOURS`` of each ``of``; a repeated pair counts with its better score."""
     order = np.lexsort((neighbour, -score, of))
     of, neighbour = of[order], neighbour[order]
     first = np.zeros(len(of), dtype=np.bool_)

@@ -18,8 +18,9 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from reelway.platform.contracts import features as names
+from reelway.platform.contracts.feature_dimensions import FeatureDimensions
 from reelway.platform.contracts.manifest import VIDEOS_FILE
-from reelway.platform.contracts.release_files import videos_schema
+from reelway.platform.contracts.release_files import dimensions_of, videos_schema
 from reelway.platform.errors import IncompatibleReleaseError
 from reelway.platform.features import on_demand
 
@@ -101,6 +102,7 @@ class VideoTable:
             raise IncompatibleReleaseError(
                 f"{VIDEOS_FILE} has schema\n{batch.schema}\nexpected\n{expected}\nrebuild the release"
             )
+        self.dimensions = _dimensions(batch)
         self.video_id: I64 = _vector(batch, "video_id")
         self.creator_id: I64 = _vector(batch, "creator_id")
         self.topic: NDArray[np.int32] = _vector(batch, "topic")
@@ -205,6 +207,18 @@ def open_one_batch(path: Path) -> pa.RecordBatch:
             f"{path}: saw {reader.num_record_batches} record batches, expected 1; rebuild the release"
         )
     return reader.get_batch(0)
+
+
+def _dimensions(batch: pa.RecordBatch) -> FeatureDimensions:
+    try:
+        dimensions = dimensions_of(batch.schema)
+    except ValueError as error:
+        raise IncompatibleReleaseError(f"{VIDEOS_FILE}: its feature dimensions are invalid: {error}") from error
+    if dimensions is None:
+        raise IncompatibleReleaseError(
+            f"{VIDEOS_FILE}: its schema has no feature dimensions, expected with them; rebuild the release"
+        )
+    return dimensions
 
 
 def _vector(batch: pa.RecordBatch, name: str) -> NDArray[Any]:

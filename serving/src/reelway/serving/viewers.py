@@ -39,7 +39,7 @@ def viewer_query(
     row = {name: value for name in _FIELDS if (value := viewer_row.get(name)) is not None}
     row.setdefault("region", context.region)
     row.setdefault("language", context.language)
-    arrays = assemble_viewers(columns_from_row(row), np.array([now_s]), [context.device])
+    arrays = assemble_viewers(columns_from_row(row), np.array([now_s]), [context.device], table.dimensions)
     history = table.rows_of(np.asarray(row.get("history_videos", ()), dtype=np.int64))
     weights = np.asarray(row.get("history_weights", ()), dtype=np.float32)
     known = history != ABSENT

@@ -13,6 +13,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry
+from tests.dimensions import DIMENSIONS
 from tests.pipelines.features.stream.made_stream import (
     START_US,
     TTL_US,
@@ -38,7 +39,7 @@ from reelway.platform.eventlog.sqlite_log import SqliteLog
 
 SECOND_US = 1_000_000
 LATENESS_S = 120.0
-VIEWS = ViewSettings()
+VIEWS = ViewSettings(DIMENSIONS)
 LABELS = dataset_labels()
 SPANS_S = (1, 7, 600, 4_000, 50_000, 100_000)
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
+from tests.dimensions import DIMENSIONS
 from tests.pipelines.features.conftest import write_views
 from tests.pipelines.features.event_tables import random_dataset
 from tests.pipelines.features.stream.made_stream import Done, record_of
@@ -73,10 +74,10 @@ class Streamed:
 @pytest.fixture(scope="module")
 def streamed(tmp_path_factory: pytest.TempPathFactory) -> Streamed:
     run = RunDirectory(tmp_path_factory.mktemp("stream") / "run")
-    labels, until_us = write_views(run, random_dataset(), ViewSettings())
-    register_features(run.features, "sqlite")
+    labels, until_us = write_views(run, random_dataset(), ViewSettings(DIMENSIONS))
+    register_features(run.features, DIMENSIONS, "sqlite")
     materialise(run.features, until_us / 1e6)
-    write_json(run.record_path("features"), {"config": {"views": asdict(ViewSettings())}})
+    write_json(run.record_path("features"), {"config": {"views": asdict(ViewSettings(DIMENSIONS))}})
     made = Streamed(run, None, None, until_us + RESTED_S * SECOND_US)  # type: ignore[arg-type]
     made.log = SqliteLog(run.event_log, clock=lambda: made.clock_us / 1e6)
     made.heard(0, done(0, 500, 1001, OutcomeType.LIKE, made.clock_us))
@@ -100,8 +101,8 @@ def serve(streamed: Streamed, path: Path) -> int:
     run, rng = streamed.run, np.random.default_rng(3)
     snapshot = video_snapshot(run.features, streamed.processor.settled_us / 1e6)
     place = run.path / "videos.arrow"
-    arrays = assemble_videos(columns_from_table(snapshot), np.zeros(snapshot.num_rows))
-    write_videos(place, snapshot, arrays, np.eye(1, 4, dtype=np.float32).repeat(snapshot.num_rows, axis=0))
+    arrays = assemble_videos(columns_from_table(snapshot), np.zeros(snapshot.num_rows), DIMENSIONS)
+    write_videos(place, snapshot, arrays, np.eye(1, 4, dtype=np.float32).repeat(snapshot.num_rows, axis=0), DIMENSIONS)
     table = open_video_table(place)
     overlay, rows = LiveOverlay(table, Changelog(run.overlay)), ViewerRows(open_feature_store(run.features))
     sample = ParitySample(VectorLog(path, ratio=1.0), AtOnce())  # type: ignore[arg-type]

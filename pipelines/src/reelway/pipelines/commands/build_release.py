@@ -1,4 +1,4 @@
-"""``reelway release build`` and ``rehearse``: they join the platform's group, because only here are the models."""
+"""``reelway release build`` and ``rehearse``, added to the platform's command group because they need the models."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ STEP = "release"
 
 
 def register(app: typer.Typer) -> None:
-    """Add ``reelway release build|rehearse``."""
+    """Adds ``reelway release build`` and ``reelway release rehearse``."""
     group = release_group(app)
     group.command("build")(build)
     group.command("rehearse")(rehearse)
@@ -30,28 +30,30 @@ def register(app: typer.Typer) -> None:
 
 def build(
     run: Path = RUN,
-    name: str | None = typer.Option(None, help="What people call it; the run's folder name when absent."),
+    name: str | None = typer.Option(None, help="Display name; by default the run's folder name."),
     key: Path | None = typer.Option(
-        None, help="Private key (PEM) that signs; the run's own, made when it has none, when absent."
+        None, help="Private signing key (PEM); by default the run's key, created if it does not exist."
     ),
     blend: Path | None = typer.Option(
-        None, help="YAML with quotas, value weights and slate rules; the defaults when absent."
+        None, help="YAML file with quotas, value weights and slate rules; by default built-in values."
     ),
-    index: str = typer.Option("auto", help="FAISS factory string, e.g. 'IVF1024,Flat' or 'HNSW32'; auto by size."),
+    index: str = typer.Option(
+        "auto", help="FAISS factory string such as 'IVF1024,Flat' or 'HNSW32'; auto chooses by size."
+    ),
     store: str | None = typer.Option(
-        None, help="Release store as a URL (file://, s3://, gs://) to put it into; the run's when absent."
+        None, help="Release store URL (file://, s3://, gs://); by default the run's store."
     ),
-    parent: str | None = typer.Option(None, help="The release this one is meant to replace (id or its beginning)."),
-    waive: list[str] = typer.Option([], help="GATE=REASON: build although this gate failed, on your name. Repeatable."),
-    waived_by: str | None = typer.Option(None, help="Who waives; the user who is logged in when absent."),
-    force: bool = typer.Option(False, "--force", help="Build again although nothing changed."),
+    parent: str | None = typer.Option(None, help="Release that this one replaces (id or its beginning)."),
+    waive: list[str] = typer.Option([], help="GATE=REASON: accept this failed gate under your name. Repeatable."),
+    waived_by: str | None = typer.Option(None, help="Name of the person who waives; by default the current user."),
+    force: bool = typer.Option(False, "--force", help="Build again even if nothing changed."),
 ) -> None:
     """Build a signed release from the run's trained and evaluated models.
 
-    Exports both models to ONNX and compares them with torch, gathers the video table, index, popularity lists and
-    neighbours, signs the manifest, verifies the whole and puts it into the release store. A run whose
-    evaluation failed a gate is refused, with exit code 6 and every failed gate by name. A gate that failed can be
-    waived: the reason and the name are signed with the release, and everybody who verifies it is told.
+    Exports both models to ONNX and compares them with torch, writes the video table, index, popularity lists and
+    neighbours, signs the manifest, verifies the release and writes it to the release store. If a gate failed, the
+    command lists all failed gates and exits with code 6. A failed gate can be waived: reason and name are part of the
+    signed manifest, and every verification reports them.
 
     Examples:
 
@@ -103,10 +105,10 @@ def build(
 
 
 def waiver_from(text: str, by: str | None) -> Waiver:
-    """A waiver as a person types it.
+    """Parses GATE=REASON.
 
     Raises:
-        ConfigError: not GATE=REASON.
+        ConfigError: if the text has another form.
     """
     gate, _, reason = (part.strip() for part in text.partition("="))
     if not gate or not reason:
@@ -115,7 +117,7 @@ def waiver_from(text: str, by: str | None) -> Waiver:
 
 
 def _built(directory: RunDirectory, store: ReleaseStore) -> bool:
-    """Whether the store still has the last build; a release removed from it is built again."""
+    """Whether the store still has the last build; a release that was removed is built again."""
     if not directory.record_path(STEP).exists():
         return False
     try:

@@ -166,8 +166,12 @@ def _build(run: RunDirectory, cpus: int, ray_address: str, online_store: str | N
     from reelway.pipelines.features.batch import BatchSettings, build_views
     from reelway.pipelines.features.registry import feature_repo_path, register_features
     from reelway.pipelines.features.training_rows import TRAINING_ROWS_FILE, build_training_rows
+    from reelway.pipelines.features.views import ViewSettings
+    from reelway.platform.features.dimensions import read_dimensions
 
-    settings = BatchSettings(cpus=cpus, ray_address=ray_address)
+    run.record("dataset")
+    dimensions = read_dimensions(run.dataset)
+    settings = BatchSettings(ViewSettings(dimensions), cpus=cpus, ray_address=ray_address)
     path = run.features / TRAINING_ROWS_FILE
     with run.step(
         "features",
@@ -184,7 +188,7 @@ def _build(run: RunDirectory, cpus: int, ray_address: str, online_store: str | N
             views_bar = bar.add_task("features: views", total=None)
             report = build_views(run, settings, lambda done, total: bar.update(views_bar, completed=done, total=total))
             say("features: registering with Feast")
-            register_features(run.features, online_store)
+            register_features(run.features, dimensions, online_store)
             rows_bar = bar.add_task("features: training rows", total=8)
 
             def joined(view: str) -> None:

@@ -1,14 +1,13 @@
-"""``reelway import``: somebody else's data into the event schema, checked, as the run's data set.
+"""``reelway import``: writes another source's data as the run's data set, in the event schema and checked.
 
-It only wires: parsing is in ``datasets.movielens``, ``datasets.kuairand`` and ``datasets.generic``, judging in
-``datasets.checks``.
+``datasets.movielens``, ``datasets.kuairand`` and ``datasets.generic`` parse. ``datasets.checks`` judges the rows.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -16,19 +15,39 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
     from reelway.pipelines.datasets.checks import CheckLimits
+    from reelway.pipelines.datasets.content_dimensions import DimensionSettings
 
 Imported = tuple["dict[str, pa.Table]", dict[str, Any], "Mapping[str, pa.Table]"]
 
-_RUN = typer.Option(Path("runs/default"), "--run", help="Run directory; the data set goes to RUN/dataset.")
-_FORCE = typer.Option(False, "--force", help="Import again even if the same files were imported here before.")
-_BAD = typer.Option(0.05, "--max-bad-ratio", min=0, max=1, help="Stop when a larger share of a table's rows is bad.")
+Run = Annotated[Path, typer.Option("--run", help="Run directory; the data set is written to RUN/dataset.")]
+Force = Annotated[bool, typer.Option("--force", help="Import again even if the same files were imported before.")]
+MaxBadRatio = Annotated[
+    float,
+    typer.Option("--max-bad-ratio", min=0, max=1, help="Largest accepted share of bad rows per table."),
+]
+HistoryLength = Annotated[
+    int | None,
+    typer.Option(min=1, help="Latest impressions of a viewer that the history keeps; by default 50."),
+]
+IdBuckets = Annotated[
+    int | None, typer.Option(min=2, help="Size of the hashed id vocabulary that models learn from; by default 32768.")
+]
+CategoryBuckets = Annotated[
+    int | None,
+    typer.Option(min=2, help="Size of the hashed vocabulary of words, such as regions; by default 64."),
+]
+Topics = Annotated[
+    int | None, typer.Option(min=1, help="Number of topics; by default the largest topic of a video plus one.")
+]
+DEFAULT_RUN = Path("runs/default")
 
 
 def register(app: typer.Typer) -> None:
-    """Add ``reelway import``."""
+    """Adds ``reelway import``."""
     group = typer.Typer(
-        help="Read MovieLens, KuaiRand or your own events into RUN/dataset. Bad rows are set aside in "
-        "RUN/dataset/rejected.parquet with the reason; a file that is not what it should be is refused.",
+        help="Import MovieLens, KuaiRand or your own events as RUN/dataset. Bad rows are set aside in "
+        "RUN/dataset/rejected.parquet with the reason. A malformed file fails the import. RUN/dataset/schema.json "
+        "records the widths and vocabulary sizes that features, models and releases use.",
         no_args_is_help=True,
     )
     group.command("ml-100k")(import_ml_100k)
@@ -40,29 +59,32 @@ def register(app: typer.Typer) -> None:
 
 def import_ml_100k(
     path: Path = typer.Argument(..., help="Folder with u.data and u.item, or with RecBole's ml-100k.inter and .item."),
-    run: Path = _RUN,
-    max_bad_ratio: float = _BAD,
-    force: bool = _FORCE,
+    run: Run = DEFAULT_RUN,
+    max_bad_ratio: MaxBadRatio = 0.05,
+    history_length: HistoryLength = None,
+    force: Force = False,
 ) -> None:
-    """MovieLens-100K, as GroupLens or RecBole publish it.
+    """Import MovieLens-100K, as GroupLens or RecBole publish it.
 
     Example: reelway import ml-100k ~/data/ml-100k --run runs/films
     """
-    import_movielens(path, run, max_bad_ratio, force)
+    import_movielens(path, run, max_bad_ratio, history_length, force)
 
 
 def import_movielens(
     path: Path = typer.Argument(..., help="Folder of MovieLens 100K, 1M, 10M, 20M or 25M, or in RecBole's layout."),
-    run: Path = _RUN,
-    max_bad_ratio: float = _BAD,
-    force: bool = _FORCE,
+    run: Run = DEFAULT_RUN,
+    max_bad_ratio: MaxBadRatio = 0.05,
+    history_length: HistoryLength = None,
+    force: Force = False,
 ) -> None:
-    """MovieLens of any size; the layout is told by the files.
+    """Import MovieLens of any size; the files in the folder tell the layout.
 
-    A rating becomes an impression that was fully watched; a like from 4 stars, not_interested at 1 star or less.
+    A rating becomes an impression that was fully watched: a like from 4 stars, not_interested at 1 star or less.
 
     Example: reelway import movielens ~/data/ml-25m --run runs/films
     """
+    from reelway.pipelines.datasets.content_dimensions import DimensionSettings
     from reelway.pipelines.datasets.movielens import files_of
     from reelway.pipelines.datasets.movielens import import_movielens as read
 
@@ -70,19 +92,22 @@ def import_movielens(
         tables, info = read(path)
         return tables, info, {}
 
-    _import("movielens", files_of(path), load, run, max_bad_ratio, force, ratings=True)
+    settings = DimensionSettings(history_length=history_length)
+    _import("movielens", files_of(path), load, run, max_bad_ratio, settings, force, ratings=True)
 
 
 def import_kuairand(
     path: Path = typer.Argument(..., help="Folder with the published CSV files (the data folder of KuaiRand-*)."),
-    run: Path = _RUN,
-    max_bad_ratio: float = _BAD,
-    force: bool = _FORCE,
+    run: Run = DEFAULT_RUN,
+    max_bad_ratio: MaxBadRatio = 0.05,
+    history_length: HistoryLength = None,
+    force: Force = False,
 ) -> None:
-    """KuaiRand (1K, 27K or Pure): log_*.csv, user_features_*.csv, video_features_basic_*.csv.
+    """Import KuaiRand (1K, 27K or Pure): log_*.csv, user_features_*.csv, video_features_basic_*.csv.
 
     Example: reelway import kuairand ~/data/KuaiRand-Pure/data --run runs/kuairand
     """
+    from reelway.pipelines.datasets.content_dimensions import DimensionSettings
     from reelway.pipelines.datasets.kuairand import files_of
     from reelway.pipelines.datasets.kuairand import import_kuairand as read
 
@@ -90,35 +115,39 @@ def import_kuairand(
         tables, info = read(path)
         return tables, info, {}
 
-    _import("kuairand", files_of(path), load, run, max_bad_ratio, force)
+    settings = DimensionSettings(history_length=history_length)
+    _import("kuairand", files_of(path), load, run, max_bad_ratio, settings, force)
 
 
 def import_events(
     path: Path = typer.Argument(..., help="A .parquet or .csv file, one row per impression shown."),
     videos: Path | None = typer.Option(None, "--videos", help="Optional .parquet or .csv file about the videos."),
-    run: Path = _RUN,
-    max_bad_ratio: float = _BAD,
-    force: bool = _FORCE,
+    run: Run = DEFAULT_RUN,
+    max_bad_ratio: MaxBadRatio = 0.05,
+    topics: Topics = None,
+    history_length: HistoryLength = None,
+    id_buckets: IdBuckets = None,
+    category_buckets: CategoryBuckets = None,
+    force: Force = False,
 ) -> None:
-    """Your own events, one row per impression.
+    """Import your own events, one row per impression.
 
     \b
     Required columns: viewer_id, video_id, event_time (RFC 3339, or Unix seconds; UTC where no zone is given).
     Optional columns: impression_id, request_id, position, release, arm, source, propensity, device,
       watch_ms, like, share, save, follow, comment, skip, not_interested, report (0 or 1).
     Optional in --videos, by video_id: creator_id, uploaded_at, duration_ms, topic, language, title,
-      visual, audio, text (lists, Parquet only).
-    Ids that are not integers are numbered; RUN/dataset/id_map.parquet says which is which.
+      visual, audio, text (lists of one width per column, Parquet only; an absent column has width 0).
+    Ids that are not integers are numbered; RUN/dataset/id_map.parquet maps them to the original ids.
 
     Example: reelway import events shown.parquet --videos videos.csv --run runs/mine
     """
+    from reelway.pipelines.datasets.content_dimensions import DimensionSettings
     from reelway.pipelines.datasets.generic import import_events as read
 
-    def load() -> Imported:
-        return read(path, videos)
-
     files = [path, *([videos] if videos else [])]
-    _import("events", files, load, run, max_bad_ratio, force)
+    settings = DimensionSettings(topics, history_length, category_buckets, id_buckets)
+    _import("events", files, lambda: read(path, videos), run, max_bad_ratio, settings, force)
 
 
 def _import(
@@ -127,6 +156,7 @@ def _import(
     load: Callable[[], Imported],
     run: Path,
     max_bad_ratio: float,
+    settings: DimensionSettings,
     force: bool,
     *,
     ratings: bool = False,
@@ -134,6 +164,7 @@ def _import(
     from dataclasses import asdict, replace
 
     from reelway.pipelines.datasets.checks import RATING_LIMITS, CheckLimits
+    from reelway.pipelines.datasets.content_dimensions import infer_dimensions
     from reelway.pipelines.datasets.dataset_step import write_checked
     from reelway.platform.cli.terminal import console, say
     from reelway.platform.errors import MalformedFileError
@@ -144,13 +175,15 @@ def _import(
             raise MalformedFileError(file, "a file", seen="no such file")
     limits: CheckLimits = replace(RATING_LIMITS if ratings else CheckLimits(), max_bad_ratio=max_bad_ratio)
     directory = RunDirectory(run)
-    config = {"kind": kind, "limits": asdict(limits)}
+    config = {"kind": kind, "limits": asdict(limits), "dimensions": settings.given()}
     outputs = [directory.dataset / "dataset.json"]
     with directory.step("dataset", config=config, inputs=files, outputs=outputs, force=force) as step:
         if step.done:
-            say("dataset: already imported from the same files, skipped (use --force to redo)")
+            say("dataset: already imported from the same files, skipped (use --force to import again)")
             return
         with console.status(f"reading {', '.join(file.name for file in files)}"):
             tables, info, extras = load()
-            step.summary |= write_checked(directory.dataset, tables, info, limits, extras=extras)
-    say(f"written to {directory.dataset}")
+            dimensions = infer_dimensions(tables, settings)
+            step.summary |= write_checked(directory.dataset, tables, info, limits, dimensions=dimensions, extras=extras)
+        step.summary["dimensions"] = asdict(dimensions)
+    say(f"dataset: written to {directory.dataset}")

@@ -57,5 +57,7 @@ def simulate(
             dataset = simulate_log(
                 config, seed, progress=lambda done, every: bar.update(task, completed=done, total=every)
             )
-        step.summary |= write_checked(directory.dataset, dataset.tables, dataset.info, limits)
+        step.summary |= write_checked(
+            directory.dataset, dataset.tables, dataset.info, limits, dimensions=dataset.dimensions
+        )
     say(f"written to {directory.dataset}")

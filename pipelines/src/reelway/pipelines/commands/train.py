@@ -1,4 +1,4 @@
-"""``reelway train``: what a person types to train both models. It parses, shows and records; it computes nothing."""
+"""``reelway train``: options, progress and the step record of training."""
 
 from __future__ import annotations
 
@@ -26,26 +26,28 @@ Examples:
   reelway train --run runs/big --gpus 4 --epochs 10          one worker per GPU, bf16
   reelway train --run runs/ml --preset ml-100k --set two_tower.dim=96 --set ranker.kind=shared_bottom
 
-Leaves models/ in the run: weights, calibration.json, and training.json (window, seed, configuration, loss curves).
-A worker that dies is replaced and goes on from the last checkpoint; so does the command when it is run again.
+Writes RUN/models: weights, calibration.json and training.json (window, seed, configuration, loss curves).
+Training resumes from the last checkpoint when a worker dies, or when the command is run again after an interruption.
 """
 
 
 def register(app: typer.Typer) -> None:
-    """Add ``train``."""
+    """Adds ``reelway train``."""
 
     @app.command(help=_EXAMPLES)
     def train(
-        run: Path = typer.Option(Path("runs/default"), help="The run directory."),
-        workers: int = typer.Option(2, min=1, help="Data-parallel CPU workers."),
-        gpus: int = typer.Option(0, min=0, help="GPUs, one worker each; 0 trains on CPU."),
-        epochs: int | None = typer.Option(None, min=1, help="Epochs of both models instead of the preset's."),
-        preset: str = typer.Option("demo", help="Sizes to start from: demo or ml-100k."),
-        config: Path | None = typer.Option(None, help="YAML file over the preset, such as 'two_tower: {dim: 64}'."),
-        override: list[str] = typer.Option([], "--set", help="One value over the rest: two_tower.dim=64. Repeatable."),
-        seed: int = typer.Option(0, help="Everything random follows from it."),
-        ray: bool = typer.Option(True, "--ray/--no-ray", help="Under Ray Train, or one worker in this process."),
-        force: bool = typer.Option(False, help="Train again although nothing changed."),
+        run: Path = typer.Option(Path("runs/default"), help="Run directory with training rows."),
+        workers: int = typer.Option(2, min=1, help="Number of data-parallel CPU workers."),
+        gpus: int = typer.Option(0, min=0, help="Number of GPUs, with one worker each; 0 trains on CPUs."),
+        epochs: int | None = typer.Option(None, min=1, help="Epochs of both models; by default the preset's."),
+        preset: str = typer.Option("demo", help="Preset of all settings: demo or ml-100k."),
+        config: Path | None = typer.Option(None, help="YAML file that overrides the preset."),
+        override: list[str] = typer.Option([], "--set", help="Override of one setting: two_tower.dim=64. Repeatable."),
+        seed: int = typer.Option(0, help="Random seed of initial weights, row order and dropout."),
+        ray: bool = typer.Option(
+            True, "--ray/--no-ray", help="Train under Ray Train, or with one worker in this process."
+        ),
+        force: bool = typer.Option(False, help="Train again even if nothing changed."),
     ) -> None:
         train_command(RunDirectory(run), workers, gpus, epochs, preset, config, override, seed, ray, force)
 
@@ -62,7 +64,7 @@ def train_command(
     ray: bool,
     force: bool,
 ) -> None:
-    """The step ``train``: skipped when it was done with the same inputs."""
+    """Runs the step ``train`` unless it is done with the same inputs."""
     from reelway.pipelines.training.config import load_config
     from reelway.pipelines.training.step import Resources, train_run
 
@@ -70,7 +72,7 @@ def train_command(
         override = [*override, f"two_tower_loop.epochs={epochs}", f"ranker_loop.epochs={epochs}"]
     wanted = load_config(preset, config, override, seed=seed)
     resources = Resources(workers=workers, gpus=gpus, ray=ray)
-    identity = {**wanted.to_dict(), "workers": (gpus or workers) if ray else 1, "gpus": gpus}
+    identity = {**wanted.model_dump(), "workers": (gpus or workers) if ray else 1, "gpus": gpus}
     outputs = [run.models / name for name in ("training.json", "two_tower.npz", "ranker.npz", "calibration.json")]
     with run.step("train", config=identity, after=("features",), outputs=outputs, force=force) as step:
         if step.done:
@@ -85,7 +87,7 @@ def train_command(
 
 
 class _EpochBars:
-    """A bar per model, and one line per epoch."""
+    """Progress on the terminal: a bar per model, a line per epoch."""
 
     def __init__(self, bar: Progress) -> None:
         self.bar = bar

@@ -1,1 +1,1 @@
-"""Other people's data and the simulator's, in the one event schema, checked before anything learns from it."""
+"""Imported and simulated data sets in the event schema, checked before training."""

@@ -1,7 +1,7 @@
-"""Data checks before anything learns: what can be trusted goes on, the rest is set aside with its reason.
+"""Data checks: split a data set into clean rows and rejected rows with a reason.
 
-Nothing is dropped silently: every row of the input is either in the clean data set or in ``rejected``, under the
-first reason that applies. Too many bad rows stop the run, because then the source is wrong and not a few of its rows.
+Every row of the input is either in the clean data set or in ``rejected``, under the first reason that applies. The run
+fails if a table has too many bad rows, because then the source itself is wrong.
 """
 
 # Shapes: N rows of the table at hand
@@ -20,22 +20,14 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from reelway.pipelines.datasets.store import Dataset
-from reelway.platform.contracts.events import (
-    AUDIO_DIM,
-    DATASET_TABLES,
-    TEXT_DIM,
-    TOPICS,
-    VISUAL_DIM,
-    Arm,
-    OutcomeType,
-)
+from reelway.platform.contracts.events import DATASET_TABLES, Arm, OutcomeType
 from reelway.platform.contracts.ids import MAX_ID
 from reelway.platform.errors import EmptyDatasetError, TooManyBadRowsError
 
 Mask = NDArray[np.bool_]
 I64 = NDArray[np.int64]
 Finding = tuple[str, Mask]
-"""A reason, and the rows it applies to."""
+"""A reason, and a mask of the rows it applies to."""
 
 REJECTED: Final = pa.schema(
     [
@@ -50,12 +42,12 @@ _MINUTE_US: Final = 60_000_000
 
 @dataclass(frozen=True)
 class CheckLimits:
-    """What counts as impossible, and how much of it is too much."""
+    """Limits of valid values, and the share of bad rows that fails the run."""
 
     max_bad_ratio: float = 0.05
-    """Share of a table's rows that may be set aside before the run stops; 1 never stops it."""
+    """Largest accepted share of bad rows in a table; 1 accepts all."""
     max_impressions_per_minute: int = 300
-    """A viewer who was shown more than this within any 60 s is a bot, and all of its events are set aside."""
+    """A viewer with more impressions within any 60 s is a bot, and all events of that viewer are rejected."""
     max_duration_ms: int = 12 * 3600 * 1000
     max_watch_ms: float = 24 * 3600 * 1000.0
     max_position: int = 1000
@@ -64,17 +56,17 @@ class CheckLimits:
 
 
 RATING_LIMITS: Final = CheckLimits(max_impressions_per_minute=2000)
-"""For rating data sets, whose people rate a whole page of films in one second."""
+"""Limits for rating data sets, whose users rate a page of movies in one second."""
 
 
 @dataclass(frozen=True)
 class CheckedDataset:
-    """What may be learned from, and what was set aside."""
+    """The clean data set and the rejected rows."""
 
     dataset: Dataset
     rejected: pa.Table
     counts: Mapping[str, Mapping[str, int]]
-    """Table -> reason -> rows set aside."""
+    """Table -> reason -> number of rejected rows."""
 
     @property
     def rejected_rows(self) -> int:
@@ -82,11 +74,11 @@ class CheckedDataset:
 
 
 def check_dataset(dataset: Dataset, limits: CheckLimits = CheckLimits()) -> CheckedDataset:
-    """Set bad rows aside.
+    """Separates bad rows from clean rows.
 
     Raises:
-        EmptyDatasetError: there are no impressions, before or after the checks.
-        TooManyBadRowsError: a table has more bad rows than ``limits.max_bad_ratio``; the top reasons are named.
+        EmptyDatasetError: if there are no impressions before or after the checks.
+        TooManyBadRowsError: if a table has a larger share of bad rows than ``limits.max_bad_ratio``.
     """
     if not dataset.impressions.num_rows:
         raise EmptyDatasetError(
@@ -95,7 +87,7 @@ def check_dataset(dataset: Dataset, limits: CheckLimits = CheckLimits()) -> Chec
     clean: dict[str, pa.Table] = {}
     rejected: list[pa.Table] = []
     counts: dict[str, dict[str, int]] = {}
-    for name in DATASET_TABLES:  # entities come before the events that name them
+    for name in DATASET_TABLES:  # entities precede the events that refer to them
         table = dataset.tables[name]
         reason = _first_reasons(table.num_rows, _FINDERS[name](table, dataset, clean, limits))
         counts[name] = dict(sorted(Counter(reason[reason != ""].tolist()).items(), key=lambda item: -item[1]))
@@ -106,7 +98,9 @@ def check_dataset(dataset: Dataset, limits: CheckLimits = CheckLimits()) -> Chec
     if not clean["impressions"].num_rows:
         raise EmptyDatasetError(f"data set {dataset.info.get('name', '?')!r}: no impression passed; {counts}")
     info = {**dataset.info, "rejected": counts}
-    return CheckedDataset(Dataset(**clean, info=info), pa.concat_tables(rejected), counts)
+    return CheckedDataset(
+        Dataset(**clean, info=info, dimensions=dataset.dimensions), pa.concat_tables(rejected), counts
+    )
 
 
 def _first_reasons(rows: int, findings: Iterator[Finding]) -> NDArray[np.str_]:
@@ -152,13 +146,13 @@ def _creators(table: pa.Table, _: Dataset, __: Mapping[str, pa.Table], limits: C
     yield "followers_out_of_range", table["followers"].to_numpy() < 0
 
 
-def _videos(table: pa.Table, _: Dataset, clean: Mapping[str, pa.Table], limits: CheckLimits) -> Iterator[Finding]:
+def _videos(table: pa.Table, dataset: Dataset, clean: Mapping[str, pa.Table], limits: CheckLimits) -> Iterator[Finding]:
     yield from _ids(table, "video_id")
     yield from _clock(table, "uploaded_at", limits)
     duration, topic = table["duration_ms"].to_numpy(), table["topic"].to_numpy()
     yield "duration_out_of_range", (duration <= 0) | (duration > limits.max_duration_ms)
-    yield "topic_out_of_range", (topic < -1) | (topic >= TOPICS)
-    for name, width in (("visual", VISUAL_DIM), ("audio", AUDIO_DIM), ("text", TEXT_DIM)):
+    yield "topic_out_of_range", (topic < -1) | (topic >= dataset.dimensions.topics)
+    for name, width in dataset.dimensions.content.items():
         yield f"bad_{name}_embedding", _bad_vectors(table[name], width)
     yield "video_without_creator", ~_find(clean["creators"], "creator_id", table["creator_id"].to_numpy())[1]
 
@@ -237,8 +231,8 @@ def _clock(table: pa.Table, column: str, limits: CheckLimits) -> Iterator[Findin
 
 
 def _repeated(keys: Sequence[I64]) -> Mask:
-    """Rows equal to an earlier row in all of ``keys``."""
-    order = np.lexsort(keys[::-1])  # stable: of equal rows the earliest comes first
+    """Returns a mask of the rows that equal an earlier row in all keys."""
+    order = np.lexsort(keys[::-1])  # stable: the earliest of equal rows comes first
     equal = np.ones(len(order), dtype=np.bool_)
     equal[:1] = False
     for key in keys:
@@ -250,7 +244,7 @@ def _repeated(keys: Sequence[I64]) -> Mask:
 
 
 def _find(table: pa.Table, key: str, wanted: I64) -> tuple[I64, Mask]:
-    """Row in ``table`` of each wanted id (any row where it is not there), and whether it is there."""
+    """Returns the row in ``table`` of each wanted id, and whether the id exists; a missing id gets any row."""
     ids = table[key].to_numpy()
     if not len(ids):
         return np.zeros(len(wanted), dtype=np.int64), np.zeros(len(wanted), dtype=np.bool_)
@@ -265,7 +259,7 @@ def _one_of(column: pa.ChunkedArray, words: Sequence[str]) -> Mask:
 
 
 def _bad_vectors(column: pa.ChunkedArray, width: int) -> Mask:
-    """Lists that are there and have another length, or a value that is not a finite number."""
+    """Returns a mask of the lists that have another length or a value that is not finite; null is no bad list."""
     array = column.combine_chunks()
     lengths = pc.fill_null(pc.list_value_length(array), 0).to_numpy(zero_copy_only=False)
     there = array.is_valid().to_numpy(zero_copy_only=False)
@@ -277,7 +271,7 @@ def _bad_vectors(column: pa.ChunkedArray, width: int) -> Mask:
 
 
 def _bots(viewer: I64, time_us: I64, per_minute: int) -> I64:
-    """Viewers with more than ``per_minute`` impressions within some 60 s."""
+    """Returns the viewers with more than ``per_minute`` impressions within any 60 s."""
     order = np.lexsort((time_us, viewer))
     viewer, time_us = viewer[order], time_us[order]
     same = viewer[per_minute:] == viewer[:-per_minute]
@@ -286,6 +280,6 @@ def _bots(viewer: I64, time_us: I64, per_minute: int) -> I64:
 
 
 def summary_counts(counts: Mapping[str, Mapping[str, int]]) -> list[tuple[str, str, int]]:
-    """(table, reason, rows) of everything set aside, most first: for people to read."""
+    """Returns (table, reason, rows) of all rejected rows, most frequent first."""
     flat: list[tuple[str, str, Any]] = [(t, r, n) for t, reasons in counts.items() for r, n in reasons.items()]
     return sorted(flat, key=lambda item: -item[2])

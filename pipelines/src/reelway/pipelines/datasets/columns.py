@@ -1,4 +1,4 @@
-"""Numpy arrays as columns of the event schema. Refuses nothing: ``store.conform`` and ``checks`` judge."""
+"""Converts numpy arrays to columns of the event schema; ``store.cast_to_schema`` and ``checks`` validate them."""
 
 # Shapes: N rows, D embedding
 
@@ -17,24 +17,23 @@ I64 = NDArray[np.int64]
 
 
 def times(time_us: I64) -> pa.Array:
-    """Microseconds since 1970 as a time column."""
+    """Returns microseconds since 1970 as a time column."""
     return pa.array(time_us.astype(np.int64, copy=False), pa.int64()).cast(TIME)
 
 
 def words(codes: NDArray[np.integer[Any]], vocabulary: Sequence[str]) -> pa.Array:
-    """Codes into ``vocabulary`` as a dictionary column."""
+    """Returns codes into ``vocabulary`` as a dictionary column."""
     return pa.DictionaryArray.from_arrays(
         pa.array(codes.astype(np.int32, copy=False)), pa.array(list(vocabulary), pa.string())
     ).cast(WORD)
 
 
 def same_word(word: str, rows: int) -> pa.Array:
-    """One word, ``rows`` times."""
     return words(np.zeros(rows, dtype=np.int32), [word])
 
 
 def vectors(values_ND: NDArray[np.float32], present: NDArray[np.bool_] | None = None) -> pa.Array:
-    """Rows of a matrix as a list column; null where ``present`` is false."""
+    """Returns the rows of a matrix as a list column; null where ``present`` is false."""
     rows, width = values_ND.shape
     if present is None:
         present = np.ones(rows, dtype=np.bool_)
@@ -44,7 +43,7 @@ def vectors(values_ND: NDArray[np.float32], present: NDArray[np.bool_] | None = 
 
 
 def first_by_key(keys: I64, time_us: I64) -> tuple[I64, I64]:
-    """Distinct keys, ascending, and the earliest time of each. Shapes: ``[N], [N] -> [K], [K]``."""
+    """Returns distinct keys, ascending, and the earliest time of each. Shapes: ``[N], [N] -> [K], [K]``."""
     order = np.lexsort((time_us, keys))
     keys, time_us = keys[order], time_us[order]
     first = np.ones(len(keys), dtype=np.bool_)

@@ -1,7 +1,4 @@
-"""The last part of every way to a data set: check, write whole, say what there is.
-
-It refuses to write what was not checked.
-"""
+"""Checks a data set, writes it atomically and prints a summary; the last part of every import and simulation."""
 
 from __future__ import annotations
 
@@ -15,6 +12,7 @@ from reelway.pipelines.datasets.checks import CheckLimits, check_dataset
 from reelway.pipelines.datasets.store import Dataset, conform, write_dataset
 from reelway.pipelines.datasets.summary import summarise, summary_tables
 from reelway.platform.cli.terminal import out
+from reelway.platform.contracts.feature_dimensions import FeatureDimensions
 
 
 def write_checked(
@@ -23,17 +21,22 @@ def write_checked(
     info: Mapping[str, Any],
     limits: CheckLimits,
     *,
+    dimensions: FeatureDimensions,
     extras: Mapping[str, pa.Table] | None = None,
 ) -> dict[str, Any]:
-    """Check ``tables``, write the clean ones and ``rejected.parquet`` to ``path``, print and return a summary.
+    """Checks ``tables``, writes the clean rows and ``rejected.parquet`` to ``path``, prints and returns a summary.
 
     Raises:
-        DataError: as ``checks.check_dataset`` and ``store.write_dataset``.
+        DataError: if ``checks.check_dataset`` or ``store.write_dataset`` raises one.
     """
     conformed = {name: conform(path / f"{name}.parquet", table, name) for name, table in tables.items()}
-    checked = check_dataset(Dataset(**conformed, info=info), limits)
+    checked = check_dataset(Dataset(**conformed, info=info, dimensions=dimensions), limits)
     write_dataset(
-        path, checked.dataset.tables, checked.dataset.info, extras={**(extras or {}), "rejected": checked.rejected}
+        path,
+        checked.dataset.tables,
+        checked.dataset.info,
+        dimensions,
+        extras={**(extras or {}), "rejected": checked.rejected},
     )
     summary = summarise(checked)
     for table in summary_tables(summary):

@@ -1,7 +1,7 @@
-"""Delimited text into typed Arrow columns, so that a wrong file is refused by file, line, column and value.
+"""Parses delimited text into typed Arrow columns; an error names file, line, column and value.
 
-The fast path is one typed parse. Only when it fails is the file read again as text, to find the first bad value.
-Rows in messages are line numbers of the file, from 1. It never skips a line.
+The fast path is one typed parse. If it fails, the file is parsed again as text to find the first bad value. Rows in
+messages are line numbers of the file, from 1. No line is skipped.
 """
 
 from __future__ import annotations
@@ -20,24 +20,24 @@ from reelway.platform.errors import MalformedFileError
 
 @dataclass(frozen=True)
 class Layout:
-    """How one kind of file is laid out."""
+    """Columns and syntax of one kind of file."""
 
     columns: Mapping[str, pa.DataType]
-    """Wanted columns, by their name in the header (or in order, where there is none), and their types."""
+    """Names and types of the columns to read; in file order if the file has no header."""
     delimiter: str = ","
     header: bool = True
     encoding: str = "utf8"
     optional: frozenset[str] = field(default_factory=frozenset)
-    """Columns that may be absent from the header, and null in any row."""
+    """Columns that may be missing from the header and null in any row."""
     quoted: bool = True
 
 
 def read_delimited(path: Path, layout: Layout) -> pa.Table:
-    """The wanted columns of ``path``. A delimiter of several characters (``::``) is allowed.
+    """Reads the columns of a file. A delimiter may have several characters (``::``).
 
     Raises:
-        MalformedFileError: the file is missing, a column is missing, a line has another number of fields, or a value
-            is empty or not of its type.
+        MalformedFileError: if the file or a column is missing, a line has another number of fields, or a value is empty
+            or not of its type.
     """
     content = _content(path, layout)
     names = _header(path, content, layout)
@@ -53,7 +53,7 @@ def read_delimited(path: Path, layout: Layout) -> pa.Table:
 
 
 def first_bad(column: pa.Array | pa.ChunkedArray, kind: pa.DataType) -> int:
-    """Row of the first value that does not cast to ``kind``, found by bisection; one must be there."""
+    """Returns the row of the first value that does not cast to ``kind``, by bisection; one such value must exist."""
     low, high = 0, len(column)
     while high - low > 1:
         middle = (low + high) // 2
@@ -127,7 +127,7 @@ def _parse(
             quoted_strings_can_be_null=True,
         ),
     )
-    if wrong and threads:  # line numbers are only known to a single-threaded parse
+    if wrong and threads:  # only a single-threaded parse knows line numbers
         return _parse(path, content, layout, names, types, threads=False)
     if wrong:
         first = wrong[0]
@@ -141,7 +141,7 @@ def _parse(
 def _convert_slowly(
     path: Path, content: pa.Buffer, layout: Layout, names: Sequence[str], wanted: Sequence[str]
 ) -> pa.Table:
-    """Read as text and cast column by column, so that the first value that cannot be cast is found."""
+    """Reads the file as text and casts column by column, to find the first value that does not cast."""
     try:
         text = _parse(path, content, layout, names, {name: pa.string() for name in wanted}, threads=False)
     except pa.ArrowInvalid as error:

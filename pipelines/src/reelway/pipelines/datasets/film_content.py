@@ -1,12 +1,12 @@
-"""What is known of a film's content (genres, year, title) as a topic and a text embedding, without any model.
+"""Computes a topic and a text embedding from a movie's genres, year and title, without any model.
 
-The text embedding is a fixed function of its inputs, ``TEXT_DIM`` = 32 numbers of unit norm:
+The text embedding is a fixed function of its inputs with ``TEXT_DIM`` = 32 values of unit norm:
 
-- 0..19: one place per MovieLens genre, ``1 / sqrt(number of genres)`` each;
-- 20, 21: the release decade on a quarter circle from 1900 to 2030, length 0.7 (zeros where the year is unknown);
-- 22..31: the title's words by signed feature hashing (Weinberger et al. 2009), length 0.5 together.
+- 0..19: one value per MovieLens genre, ``1 / sqrt(number of genres)`` each;
+- 20, 21: the release decade on a quarter circle from 1900 to 2030, length 0.7 (zeros if the year is unknown);
+- 22..31: the title's words by signed feature hashing (Weinberger et al. 2009), length 0.5 in total.
 
-It refuses to guess: an unknown genre gives topic -1 and no genre places; a film with nothing known has no embedding.
+A movie without a known genre has topic -1 and zeros at 0..19. A movie without any known property has no embedding.
 """
 
 # Shapes: N films, T title words of all films
@@ -21,17 +21,16 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from reelway.platform.contracts.events import TEXT_DIM
-
 GENRES: Final = (
     "Action", "Adventure", "Animation", "Children", "Comedy", "Crime", "Documentary", "Drama", "Fantasy", "Film-Noir",
     "Horror", "IMAX", "Musical", "Mystery", "Romance", "Sci-Fi", "Thriller", "War", "Western", "Short",
 )  # fmt: skip
-"""A topic is an index into this list. Spellings of older data sets (``Children's``) are mapped to these."""
+"""A topic is an index into this list. Spellings of older data sets (``Children's``) map to these."""
 
 _GENRE_INDEX: Final = {genre: i for i, genre in enumerate(GENRES)} | {"Children's": GENRES.index("Children")}
 _YEAR: Final = re.compile(r"\s*\((\d{4})\)\s*$")
 _WORD: Final = re.compile(r"[a-z0-9]+")
+TEXT_DIM: Final = 32
 _DECADE_AT, _WORDS_AT = len(GENRES), len(GENRES) + 2
 _WORD_DIM: Final = TEXT_DIM - _WORDS_AT
 _DECADE_LENGTH, _WORDS_LENGTH = 0.7, 0.5
@@ -39,13 +38,13 @@ _STOP_WORDS: Final = frozenset(["a", "an", "and", "for", "from", "in", "of", "on
 
 
 def split_title(title: str) -> tuple[str, int | None]:
-    """``"Toy Story (1995)"`` -> ``("Toy Story", 1995)``; the year is None where the title has none."""
+    """``"Toy Story (1995)"`` -> ``("Toy Story", 1995)``; the year is None if the title has none."""
     found = _YEAR.search(title)
     return (title[: found.start()], int(found.group(1))) if found else (title.strip(), None)
 
 
 def topics(genres: Sequence[Sequence[str]]) -> NDArray[np.int32]:
-    """Index of each film's first known genre, -1 where none is known."""
+    """Returns the index of each movie's first known genre, -1 if none is known."""
     known = ((_GENRE_INDEX[g] for g in film if g in _GENRE_INDEX) for film in genres)
     return np.fromiter((next(film, -1) for film in known), dtype=np.int32, count=len(genres))
 
@@ -53,7 +52,7 @@ def topics(genres: Sequence[Sequence[str]]) -> NDArray[np.int32]:
 def text_embeddings(
     titles: Sequence[str], years: Sequence[int | None], genres: Sequence[Sequence[str]]
 ) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
-    """Embeddings ``[N, TEXT_DIM]`` and whether anything was known ``[N]``."""
+    """Returns embeddings ``[N, TEXT_DIM]``, and ``[N]``: whether any property was known."""
     rows = len(titles)
     out = np.zeros((rows, TEXT_DIM))
     pairs = [(i, _GENRE_INDEX[g]) for i, film in enumerate(genres) for g in film if g in _GENRE_INDEX]

@@ -1,8 +1,8 @@
-"""Anybody's events, one row per impression, from Parquet or CSV into the event schema.
+"""Imports event files (Parquet or CSV, one row per impression) into the event schema.
 
-Columns are documented in ``reelway import events --help``. It refuses a file without viewer, video and time, a time
-that is not one, and flags other than 0 and 1. Ids that are not integers within the contract are numbered in order
-of first sight; the ``id_map`` table kept with the data set says which is which.
+``reelway import events --help`` documents the columns. Viewer, video and time are required; flags are 0 or 1. Ids that
+are not integers in 0..MAX_ID are numbered in order of appearance, and the table ``id_map`` of the data set maps the
+numbers to the original ids.
 """
 
 # Shapes: N impressions
@@ -50,7 +50,7 @@ _INT, _TEXT = pa.int64(), pa.string()
 
 
 class _Source:
-    """One file, its columns by name, and the row numbers of its messages."""
+    """One file: its columns by name, and the row numbers for error messages."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -87,7 +87,7 @@ class _Source:
             raise self._malformed(name, array, row, expected)
 
     def numbers(self, name: str, kind: pa.DataType, default: float) -> NDArray[Any]:
-        """A numeric column; ``default`` where it is absent or null."""
+        """Returns a numeric column; ``default`` where it is absent or null."""
         array = self.get(name)
         if array is None:
             return np.full(self.table.num_rows, default, dtype=kind.to_pandas_dtype())
@@ -103,7 +103,7 @@ class _Source:
         return filled
 
     def time_us(self, name: str, array: pa.Array) -> I64:
-        """RFC 3339 text, time columns, or Unix seconds, as microseconds."""
+        """Returns RFC 3339 text, time columns or Unix seconds as microseconds."""
         kind = array.type
         if pa.types.is_timestamp(kind):
             array = array if kind.tz else array.cast(pa.timestamp(kind.unit, "UTC"))
@@ -128,15 +128,15 @@ class _Source:
 
 
 class _Ids:
-    """Contract ids for whatever a source calls its things."""
+    """Maps the source's ids to contract ids."""
 
     def __init__(self) -> None:
         self._known: dict[str, pa.Array] = {}
 
     def of(self, kind: str, *columns: pa.Array) -> list[I64]:
-        """Ids of all the columns that name this kind of thing, one array each.
+        """Returns the contract ids of all columns with this kind of id, one array per column.
 
-        Integers within the contract stay as they are, if all of them are; else every value is numbered.
+        If all values are integers in 0..MAX_ID, they are kept. Otherwise every distinct value gets a number.
         """
         if all(_plain(column) for column in columns):
             return [column.cast(_INT).to_numpy(zero_copy_only=False) for column in columns]
@@ -145,7 +145,7 @@ class _Ids:
         return [pc.index_in(text, self._known[kind]).cast(_INT).to_numpy(zero_copy_only=False) for text in texts]
 
     def table(self) -> pa.Table:
-        """Everything that was numbered, in the schema ``ID_MAP``."""
+        """Returns all numbered ids in the schema ``ID_MAP``."""
         parts = [
             pa.table({"kind": pa.array([kind] * len(known), _TEXT), "original": known,
                       "id": pa.array(np.arange(len(known)))}, schema=ID_MAP)
@@ -164,11 +164,11 @@ def _plain(column: pa.Array) -> bool:
 def import_events(
     path: Path, videos_path: Path | None = None
 ) -> tuple[dict[str, pa.Table], dict[str, Any], dict[str, pa.Table]]:
-    """The five tables, what to remember, and the extra table ``id_map``.
+    """Returns the five tables, the data set's info, and the extra table ``id_map``.
 
     Raises:
-        MalformedFileError: a file is not what the documentation of ``reelway import events`` says.
-        EmptyDatasetError: there are no rows.
+        MalformedFileError: if a file does not match the documentation of ``reelway import events``.
+        EmptyDatasetError: if there are no rows.
     """
     source, ids = _Source(path), _Ids()
     rows = source.table.num_rows
@@ -209,7 +209,7 @@ def _ids_or_rank(source: _Source, ids: _Ids, name: str, at_us: I64) -> I64:
 
 
 def _videos(source: _Source | None, ids: _Ids, own: I64, uploaded_us: I64) -> pa.Table:
-    """Of the videos file where there is one, else the bare ids. ``uploaded_us`` stands where no upload is given."""
+    """Returns the table ``videos``, from the videos file if given; ``uploaded_us`` replaces missing upload times."""
     columns: dict[str, Any] = {
         "video_id": own,
         "creator_id": np.zeros(len(own), dtype=np.int64),
@@ -265,7 +265,7 @@ def _words(source: _Source, name: str, default: str) -> pa.Array:
 
 
 def _outcomes(source: _Source, impression: I64, viewer: I64, video: I64, at_us: I64) -> pa.Table:
-    """A watch where ``watch_ms`` is given, when it ends, and the flags a millisecond after it."""
+    """Returns a watch at its end for each ``watch_ms``, and each flag one millisecond later."""
     watch_ms = source.numbers("watch_ms", pa.float64(), np.nan)
     hits = [np.flatnonzero(~np.isnan(watch_ms))]
     for name in _FLAGS:

@@ -1,8 +1,7 @@
-"""KuaiRand (Gao et al. 2022; 1K, 27K and Pure) from its published CSV files into the event schema.
+"""Imports the published CSV files of KuaiRand (Gao et al. 2022; 1K, 27K and Pure) into the event schema.
 
-One log row is one impression and its outcomes. KuaiRand records no slates, positions or propensities: each row is a
-request of its own at position 0 with propensity 1, and the source says whether it came from random exposure
-(``random``) or from the service (``standard``). It refuses files whose published columns are not there.
+One log row is one impression with its outcomes. KuaiRand records no slates, positions or propensities. Each row becomes
+a request with position 0 and propensity 1; its source is ``random`` (random exposure) or ``standard`` (the service).
 """
 
 # Shapes: N log rows
@@ -23,7 +22,6 @@ from reelway.platform.contracts.events import (
     CREATORS,
     IMPRESSIONS,
     OUTCOMES,
-    TOPICS,
     VIDEOS,
     VIEWERS,
     Arm,
@@ -50,7 +48,7 @@ _FLAGS: Final = {
     "is_hate": OutcomeType.NOT_INTERESTED,
 }
 SKIP_BELOW_MS: Final = 3_000.0
-"""KuaiRand has no skip signal: a play shorter than this and than a quarter of the video counts as one."""
+"""KuaiRand has no skip signal: a play shorter than this and than a quarter of the video counts as a skip."""
 _DEFAULT_DURATION_MS: Final = 15_000.0
 _DAY_US: Final = 86_400_000_000
 _SOURCES: Final = ("standard", "random")
@@ -58,10 +56,10 @@ _CHINA_US: Final = 8 * 3600 * 1_000_000  # upload dates are in UTC+8
 
 
 def import_kuairand(folder: Path) -> tuple[dict[str, pa.Table], dict[str, Any]]:
-    """The five tables of the event schema, and what to remember about the source.
+    """Returns the five tables of the event schema and the data set's info.
 
     Raises:
-        MalformedFileError: a file is missing or not what its layout says.
+        MalformedFileError: if a file is missing or does not match its published format.
     """
     logs, users_path, basic_path = _paths(folder)
     log = pa.concat_tables([_read_log(path) for path in logs])
@@ -87,7 +85,7 @@ def import_kuairand(folder: Path) -> tuple[dict[str, pa.Table], dict[str, Any]]:
 
 
 def files_of(folder: Path) -> list[Path]:
-    """The files that ``import_kuairand`` reads, in a fixed order."""
+    """Returns the files that ``import_kuairand`` reads, in a fixed order."""
     logs, users, basic = _paths(folder)
     return [*logs, users, basic]
 
@@ -114,7 +112,7 @@ def _read_log(path: Path) -> pa.Table:
 
 
 def _viewers(users: pa.Table, log: pa.Table) -> pa.Table:
-    """Account age is known for most (``register_days``, counted back from the end of the log)."""
+    """Returns the table ``viewers``; account age is ``register_days`` before the end of the log, if given."""
     ids, first_us = first_by_key(log["user_id"].to_numpy(), log["time_ms"].to_numpy() * 1000)
     users = users.filter(pc.is_in(users["user_id"], pa.array(ids)))
     viewer = users["user_id"].to_numpy()
@@ -133,7 +131,7 @@ def _viewers(users: pa.Table, log: pa.Table) -> pa.Table:
 
 
 def _videos(path: Path, basic: pa.Table, log: pa.Table) -> pa.Table:
-    """Videos of the log. Uploaded at the start of their date, never later than their first impression."""
+    """Returns the videos of the log, uploaded at the start of their date, but not after their first impression."""
     ids, first_us = first_by_key(log["video_id"].to_numpy(), log["time_ms"].to_numpy() * 1000)
     line = np.flatnonzero(pc.is_in(basic["video_id"], pa.array(ids)).to_numpy(zero_copy_only=False))
     basic = basic.take(pa.array(line))
@@ -145,19 +143,29 @@ def _videos(path: Path, basic: pa.Table, log: pa.Table) -> pa.Table:
     logged_ms = logged["duration_ms_max"].to_numpy()[np.searchsorted(logged["video_id"].to_numpy(), video)]
     duration = np.where(duration > 0, duration, np.where(logged_ms > 0, logged_ms, _DEFAULT_DURATION_MS))
     tag = pc.struct_field(pc.extract_regex(_column(basic, "tag", _TEXT), r"^\s*(?P<first>\d+)"), "first")
-    first_tag = pc.fill_null(tag.cast(_INT), -1).to_numpy(zero_copy_only=False)
+    topic = _topics(path, pc.fill_null(tag.cast(_INT), -1).to_numpy(zero_copy_only=False), line)
     rows = len(video)
     columns = {
         "video_id": video,
         "creator_id": pc.fill_null(_column(basic, "author_id", _INT), -1).to_numpy(zero_copy_only=False) + 1,
         "uploaded_at": times(uploaded_us),
         "duration_ms": duration.clip(1, np.iinfo(np.int32).max).astype(np.int32),
-        "topic": np.where(first_tag >= 0, first_tag % TOPICS, -1).astype(np.int32),
+        "topic": topic,
         "language": pa.nulls(rows, _TEXT),
         "title": pa.nulls(rows, _TEXT),
         **{name: pa.nulls(rows, pa.list_(pa.float32())) for name in ("visual", "audio", "text")},
     }
     return pa.table(columns, schema=VIDEOS)
+
+
+def _topics(path: Path, tag: I64, line: I64) -> NDArray[np.int32]:
+    limit = np.iinfo(np.int32).max
+    if len(above := np.flatnonzero(tag > limit)):
+        row = int(above[0])
+        raise MalformedFileError(
+            path, f"a tag of at most {limit}", seen=int(tag[row]), row=int(line[row]) + 2, column="tag"
+        )
+    return tag.astype(np.int32)
 
 
 def _dates_us(path: Path, text: pa.Array, line: I64, missing_us: I64) -> I64:
@@ -174,7 +182,7 @@ def _dates_us(path: Path, text: pa.Array, line: I64, missing_us: I64) -> I64:
 
 
 def _creators(videos: pa.Table) -> pa.Table:
-    """Authors, numbered from 1; 0 is an unknown author. How many follow them is not published."""
+    """Returns the authors, numbered from 1; 0 is an unknown author. Follower counts are not published."""
     ids, first_us = first_by_key(videos["creator_id"].to_numpy(), videos["uploaded_at"].cast(_INT).to_numpy())
     columns = {"creator_id": ids, "created_at": times(first_us), "followers": np.zeros(len(ids), dtype=np.int64)}
     return pa.table(columns, schema=CREATORS)
@@ -200,7 +208,7 @@ def _impressions(log: pa.Table) -> pa.Table:
 
 
 def _outcomes(log: pa.Table) -> pa.Table:
-    """A watch for each row, when it ends; the other signals and the derived skip a millisecond after it."""
+    """Returns a watch at its end for each row; other signals and the derived skip follow one millisecond later."""
     play_ms, duration_ms = log["play_time_ms"].to_numpy(), log["duration_ms"].to_numpy()
     kinds = [OutcomeType.WATCH, *_FLAGS.values(), OutcomeType.SKIP]
     hits = [np.arange(log.num_rows), *(np.flatnonzero(log[name].to_numpy()) for name in _FLAGS)]

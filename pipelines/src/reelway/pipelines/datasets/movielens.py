@@ -1,7 +1,6 @@
-"""MovieLens in every published layout (100K, 1M and 10M, 20M and 25M, RecBole's) into the event schema.
+"""Imports MovieLens in every published layout (100K, 1M and 10M, 20M and 25M, RecBole) into the event schema.
 
-The layout is told by the files in the folder. It refuses a folder with none of them, and any file that is not what
-its layout says. What a rating becomes is decided in ``datasets.ratings``, not here.
+The files in the folder determine the layout. ``datasets.ratings`` defines how a rating becomes events.
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ _FIRST_TIME_S, _LAST_TIME_S = 0, 4_102_444_800  # 1970 to 2100
 
 @dataclass(frozen=True)
 class Source:
-    """One published layout: which files tell it, and how they are read."""
+    """One published layout: the pattern of its ratings file, and its reader."""
 
     name: str
     ratings: str
@@ -45,10 +44,10 @@ class Source:
 
 
 def import_movielens(folder: Path) -> tuple[dict[str, pa.Table], dict[str, Any]]:
-    """The five tables of the event schema, and what to remember about the source.
+    """Returns the five tables of the event schema and the data set's info.
 
     Raises:
-        MalformedFileError: no layout is recognised, or a file is not what its layout says.
+        MalformedFileError: if no layout is recognised, or a file does not match its layout.
     """
     source = detect(folder)
     ratings, people, films = source.read(folder)
@@ -57,7 +56,7 @@ def import_movielens(folder: Path) -> tuple[dict[str, pa.Table], dict[str, Any]]
 
 
 def files_of(folder: Path) -> list[Path]:
-    """The files that ``import_movielens`` reads, in a fixed order."""
+    """Returns the files that ``import_movielens`` reads, in a fixed order."""
     source = detect(folder)
     names = {
         "u.data": ("u.data", "u.item", "u.user"),
@@ -71,10 +70,10 @@ def files_of(folder: Path) -> list[Path]:
 
 
 def detect(folder: Path) -> Source:
-    """Which layout ``folder`` has.
+    """Returns the layout of a folder.
 
     Raises:
-        MalformedFileError: none of them.
+        MalformedFileError: if the folder has no known layout.
     """
     for source in SOURCES:
         if any(folder.glob(source.ratings)):
@@ -84,7 +83,7 @@ def detect(folder: Path) -> Source:
 
 
 def _ratings(path: Path, table: pa.Table, names: Sequence[str], *, first_line: int) -> Ratings:
-    """Range-checked ratings from the columns viewer, video, rating, seconds."""
+    """Returns range-checked ratings from the columns viewer, video, rating, seconds."""
     viewer, video, rating, time_s = (table[name].to_numpy() for name in names)
     for name, values, low, high in (
         (names[0], viewer, 0, MAX_ID),
@@ -133,7 +132,7 @@ def _films(
 
 
 def _people(ids: I64, age: pa.ChunkedArray, gender: pa.ChunkedArray, zip_code: pa.ChunkedArray) -> People:
-    """Segment: age band and gender. Region: the first digit of a US postal code, which is a group of states."""
+    """Returns segments (age band and gender) and regions (first digit of a US postal code, a group of states)."""
     years = age.to_numpy()
     band = np.select([years < limit for limit, _ in _AGES], [name for _, name in _AGES], default=_OLDEST)
     segment = pc.binary_join_element_wise(pa.array(band.tolist(), pa.string()), _one(gender), "/")

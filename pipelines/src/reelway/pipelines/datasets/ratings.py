@@ -1,11 +1,11 @@
-"""Ratings as events: one rating is one impression that was watched, liked when it is high, refused when it is lowest.
+"""Converts ratings to events: a rating is a watched impression, with a like or a not_interested.
 
-A rating says that the film was seen, so its watch is a full nominal one; how long films are is not what is modelled.
-Outcomes come ``OUTCOME_DELAY_US`` after their impression, so that no feature at the impression's own second can
-contain its outcome (MovieLens stamps many ratings of one viewer with the same second). Successive ratings of one
-sitting, up to ``SITTING``, are one request: whoever recommends knows what came before the sitting's page, not the
-rating just given, so that is what a model must learn from. What is not in the source (creator, device, position) is a
-constant that says so; nothing is invented.
+- A rating means that the user saw the movie, so its watch has the full nominal duration. Movie lengths are not used.
+- Outcomes follow their impression by ``OUTCOME_DELAY_US``, so that no feature at the impression's second contains its
+  outcome. MovieLens stamps many ratings of one user with the same second.
+- Up to ``MAX_SESSION_RATINGS`` successive ratings of one session are one request. A recommender knows the ratings
+  before a page, not those on it, so a model must not learn from the latter.
+- Properties that the source lacks (creator, device, position) are constants.
 """
 
 # Shapes: N ratings
@@ -29,7 +29,7 @@ NOMINAL_DURATION_MS: Final = 30_000
 OUTCOME_DELAY_US: Final = 1_000_000
 SITTING: Final = 20
 SITTING_GAP_US: Final = 3_600_000_000
-"""A longer pause between two ratings of a viewer begins another request."""
+"""A longer pause between two ratings of a viewer starts another request."""
 LIKE_FROM: Final = 4.0
 NOT_INTERESTED_TO: Final = 1.0
 UNKNOWN_CREATOR: Final = 0
@@ -39,7 +39,7 @@ _TYPES: Final = (OutcomeType.WATCH, OutcomeType.LIKE, OutcomeType.NOT_INTERESTED
 
 @dataclass(frozen=True)
 class Ratings:
-    """Who rated what, how, and when, ``[N]`` each."""
+    """Ratings by viewer and time, ``[N]`` each."""
 
     viewer_id: I64
     video_id: I64
@@ -49,7 +49,7 @@ class Ratings:
 
 @dataclass(frozen=True)
 class People:
-    """Known viewers. Columns are as long as ``viewer_id``."""
+    """Known viewers; all columns are as long as ``viewer_id``."""
 
     viewer_id: I64
     region: pa.Array
@@ -58,7 +58,7 @@ class People:
 
 @dataclass(frozen=True)
 class Films:
-    """Known videos. Columns are as long as ``video_id``."""
+    """Known videos; all columns are as long as ``video_id``."""
 
     video_id: I64
     topic: NDArray[np.int32]
@@ -69,9 +69,9 @@ class Films:
 def ratings_to_tables(
     ratings: Ratings, people: People | None, films: Films
 ) -> tuple[dict[str, pa.Table], dict[str, Any]]:
-    """The five tables, and counts of people and films without any rating, which have no time to be placed at.
+    """Returns the five tables, and counts of the users and movies without ratings, which are left out.
 
-    Impression ids are the rank of the rating by time, viewer and video: the same file gives the same ids.
+    Impression ids are the rank of the rating by time, viewer and video, so the same file gives the same ids.
     """
     order = np.lexsort((ratings.video_id, ratings.viewer_id, ratings.time_us))
     sorted_ratings = Ratings(
@@ -96,7 +96,7 @@ def ratings_to_tables(
 
 
 def _known(entity: I64, ratings_entity: I64, time_us: I64) -> tuple[NDArray[np.bool_], I64]:
-    """Which of ``entity`` have events, and the first time of those that do."""
+    """Returns a mask of the entities with events, and the first time of each of these."""
     ids, first_us = first_by_key(ratings_entity, time_us)
     slot = np.minimum(np.searchsorted(ids, entity), max(len(ids) - 1, 0))
     known = ids[slot] == entity if len(ids) else np.zeros(len(entity), dtype=np.bool_)
@@ -127,7 +127,7 @@ def _videos(ratings: Ratings, films: Films) -> tuple[pa.Table, int]:
     columns = {
         "video_id": films.video_id[known],
         "creator_id": np.full(rows, UNKNOWN_CREATOR, dtype=np.int64),
-        "uploaded_at": times(first_us),  # its first rating: the earliest moment it is known to have been there
+        "uploaded_at": times(first_us),  # first rating: the earliest time at which the movie is known to exist
         "duration_ms": np.full(rows, NOMINAL_DURATION_MS, dtype=np.int32),
         "topic": films.topic[known],
         "language": pa.nulls(rows, pa.string()),
@@ -140,9 +140,10 @@ def _videos(ratings: Ratings, films: Films) -> tuple[pa.Table, int]:
 
 
 def sittings(viewer_id: I64, time_us: I64) -> I64:
-    """The row that began each row's request: at most ``SITTING`` successive rows of a viewer without a long pause.
+    """Returns the first row of each row's request.
 
-    Rows ascend in time.
+    A request holds at most ``MAX_SESSION_RATINGS`` successive rows of one viewer without a pause of more than
+    ``SESSION_GAP_US``. Rows ascend in time.
     """
     rows = np.arange(len(viewer_id), dtype=np.int64)
     if not len(rows):
@@ -185,7 +186,7 @@ def _outcomes(ratings: Ratings) -> pa.Table:
     )
     row = np.concatenate(hits)
     kind = np.repeat(np.arange(len(hits), dtype=np.int32), [len(hit) for hit in hits])
-    order = np.lexsort((kind, row))  # ratings are in time order, and every outcome has the same delay
+    order = np.lexsort((kind, row))  # ratings ascend in time, and all outcomes have the same delay
     row, kind = row[order], kind[order]
     columns = {
         "outcome_id": np.arange(len(row), dtype=np.int64),

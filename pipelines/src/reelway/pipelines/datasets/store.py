@@ -1,7 +1,7 @@
-"""A data set on disk: one Parquet file per table of the event schema and ``dataset.json``, whole or not at all.
+"""Reads and writes a data set: one Parquet file per table of the event schema, ``dataset.json`` and ``schema.json``.
 
-It refuses to guess: a file that is missing, unreadable or of another schema is named with what was seen and what was
-expected. What the rows say is judged by ``datasets.checks``, not here.
+A data set is written atomically. A file that is missing, unreadable or of another schema is an error with the actual
+and the expected state. ``datasets.checks`` validates the rows.
 """
 
 from __future__ import annotations
@@ -18,8 +18,10 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from reelway.platform.contracts.events import DATASET_TABLES
+from reelway.platform.contracts.feature_dimensions import FeatureDimensions
 from reelway.platform.durable import whole_folder
 from reelway.platform.errors import MalformedFileError
+from reelway.platform.features.dimensions import read_dimensions, write_dimensions
 
 INFO_FILE: Final = "dataset.json"
 _KEYS: Final = {
@@ -33,7 +35,7 @@ _KEYS: Final = {
 
 @dataclass(frozen=True)
 class Dataset:
-    """The five tables of ``contracts.events.DATASET_TABLES`` and what is known about where they come from."""
+    """The five tables of ``contracts.events.DATASET_TABLES``, their origin and their feature dimensions."""
 
     viewers: pa.Table
     creators: pa.Table
@@ -41,10 +43,10 @@ class Dataset:
     impressions: pa.Table
     outcomes: pa.Table
     info: Mapping[str, Any]
+    dimensions: FeatureDimensions
 
     @property
     def tables(self) -> dict[str, pa.Table]:
-        """The tables by name."""
         return {name: getattr(self, name) for name in DATASET_TABLES}
 
 
@@ -52,19 +54,20 @@ def write_dataset(
     path: Path,
     tables: Mapping[str, pa.Table],
     info: Mapping[str, Any],
+    dimensions: FeatureDimensions,
     *,
     extras: Mapping[str, pa.Table] | None = None,
 ) -> None:
-    """Write the five tables (events sorted by time, then id; entities by id) and ``dataset.json`` into ``path``.
+    """Writes the five tables (events sorted by time, then id; entities by id), ``dataset.json`` and ``schema.json``.
 
     Args:
-        tables: name -> table, exactly the names of ``DATASET_TABLES``.
-        info: what to remember (name, source, seed ...); row counts and the first and last time are added.
-        extras: further tables kept beside them, such as ``rejected`` or ``id_map``.
+        tables: name -> table, with exactly the names of ``DATASET_TABLES``.
+        info: origin of the data (name, source, seed ...); row counts and the first and last time are added.
+        extras: further tables of the data set, such as ``rejected`` or ``id_map``.
 
     Raises:
-        MalformedFileError: a table is missing or not of its schema.
-        StorageError: the disk is full or not writable; ``path`` is as it was before.
+        MalformedFileError: if a table is missing or not of its schema.
+        StorageError: if the disk is full or not writable; ``path`` is unchanged.
     """
     if set(tables) != set(DATASET_TABLES):
         raise MalformedFileError(path, f"the tables {sorted(DATASET_TABLES)}", seen=sorted(tables))
@@ -77,14 +80,15 @@ def write_dataset(
     with whole_folder(path) as aside:
         for name, table in {**ready, **(extras or {})}.items():
             pq.write_table(table, aside / f"{name}.parquet", compression="zstd")
+        write_dimensions(aside, dimensions)
         (aside / INFO_FILE).write_text(json.dumps(whole_info, indent=2, sort_keys=True, default=str) + "\n")
 
 
 def read_dataset(path: Path) -> Dataset:
-    """Read a data set that ``write_dataset`` wrote.
+    """Reads a data set that ``write_dataset`` wrote.
 
     Raises:
-        MalformedFileError: a file is missing, unreadable or not of its schema.
+        MalformedFileError: if a file is missing, unreadable or not of its schema.
     """
     tables = {}
     for name in DATASET_TABLES:
@@ -93,7 +97,7 @@ def read_dataset(path: Path) -> Dataset:
             table = pq.read_table(file)
         except FileNotFoundError:
             raise MalformedFileError(
-                file, "a data set folder; make one with `reelway simulate` or `reelway import`", seen="no such file"
+                file, "a data set folder; create it with `reelway simulate` or `reelway import`", seen="no such file"
             ) from None
         except (pa.ArrowInvalid, OSError) as error:
             raise MalformedFileError(file, "a readable Parquet file", seen=str(error)) from error
@@ -104,16 +108,14 @@ def read_dataset(path: Path) -> Dataset:
         raise MalformedFileError(path / INFO_FILE, "a JSON object", seen=str(error)) from error
     if not isinstance(info, dict):
         raise MalformedFileError(path / INFO_FILE, "a JSON object", seen=info)
-    return Dataset(**tables, info=info)
+    return Dataset(**tables, info=info, dimensions=read_dimensions(path))
 
 
 def conform(where: Path, table: pa.Table, name: str) -> pa.Table:
-    """``table`` cast to the schema of ``DATASET_TABLES[name]``; absent nullable columns become null.
-
-    Only lossless casts are made.
+    """Casts a table to the schema ``DATASET_TABLES[name]`` without loss; absent nullable columns become null.
 
     Raises:
-        MalformedFileError: a column is missing, of another kind, or holds a null where none may be.
+        MalformedFileError: if a required column is missing or has nulls, or a value does not fit the column's type.
     """
     columns = []
     for field in DATASET_TABLES[name]:

@@ -1,4 +1,4 @@
-"""What a data set holds, for people: rows, rates and what was set aside. Refuses to judge; ``datasets.checks`` does."""
+"""Summarises a checked data set: rows, rates and rejected rows."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from reelway.platform.contracts.events import OutcomeType
 
 
 def summarise(checked: CheckedDataset) -> dict[str, Any]:
-    """Counts and rates, JSON-able: what the run directory remembers of the step."""
+    """Returns counts and rates as JSON values, for the step record."""
     dataset = checked.dataset
     shown = dataset.impressions.num_rows
     counted = pc.value_counts(dataset.outcomes["type"].combine_chunks().cast(pa.string())).to_pylist()
@@ -32,9 +32,9 @@ def summarise(checked: CheckedDataset) -> dict[str, Any]:
 
 
 def summary_tables(summary: dict[str, Any]) -> list[Table]:
-    """The same, as tables to print."""
+    """Returns the summary as tables for the terminal."""
     rows = Table(title="data set", title_justify="left")
-    rows.add_column("what")
+    rows.add_column("property")
     rows.add_column("value", justify="right")
     for name, count in summary["rows"].items():
         rows.add_row(name, f"{count:,}")
@@ -44,11 +44,11 @@ def summary_tables(summary: dict[str, Any]) -> list[Table]:
     for name, rate in summary["outcomes_per_impression"].items():
         rows.add_row(f"{name} per impression", f"{rate:.2%}")
     tables = [rows]
-    rejected = Table(title="set aside by the data checks (rejected.parquet)", title_justify="left")
+    rejected = Table(title="rejected by the data checks (rejected.parquet)", title_justify="left")
     for column in ("table", "reason", "rows"):
         rejected.add_column(column, justify="right" if column == "rows" else "left")
     for table, reason, count in summary_counts(summary["rejected"]):
         rejected.add_row(table, reason, f"{count:,}")
     if not rejected.row_count:
-        rejected.add_row("", "nothing", "0")
+        rejected.add_row("", "none", "0")
     return [*tables, rejected]

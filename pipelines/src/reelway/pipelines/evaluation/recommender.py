@@ -61,7 +61,7 @@ def make_catalogue(models: TrainedModels, snapshot: pa.Table, at_s: float) -> Ca
     from reelway.pipelines.training.inference import embed_videos
 
     columns = columns_from_table(snapshot)
-    arrays = assemble_videos(columns, np.full(snapshot.num_rows, at_s))
+    arrays = assemble_videos(columns, np.full(snapshot.num_rows, at_s), models.dimensions)
     content = np.concatenate([arrays.visual, arrays.audio, arrays.text], axis=1)
     creator = np.asarray(columns["creator_id"], dtype=np.float64)
     return Catalogue(
@@ -73,11 +73,13 @@ def make_catalogue(models: TrainedModels, snapshot: pa.Table, at_s: float) -> Ca
     )
 
 
-def make_viewers(snapshot: pa.Table, at_s: float | F64, device: Sequence[str | None] | None = None) -> ViewerArrays:
+def make_viewers(
+    models: TrainedModels, snapshot: pa.Table, at_s: float | F64, device: Sequence[str | None] | None = None
+) -> ViewerArrays:
     """Converts a snapshot of viewer features to model inputs."""
     moment_s = np.broadcast_to(np.asarray(at_s, dtype=np.float64), snapshot.num_rows)
     devices = [UNKNOWN_DEVICE] * snapshot.num_rows if device is None else device
-    return assemble_viewers(columns_from_table(snapshot), moment_s, devices)
+    return assemble_viewers(columns_from_table(snapshot), moment_s, devices, models.dimensions)
 
 
 def usual_devices(before: pa.Table, viewer_ids: I64) -> list[str | None]:
@@ -189,7 +191,7 @@ def recommenders_at_cut(
     if len(catalogue) != len(question.videos):
         question = _narrowed(question, catalogue.video_ids)
     snapshot = viewer_snapshot(features_dir, question.viewer_ids, question.cut_s)
-    viewers = make_viewers(snapshot, question.cut_s, usual_devices(question.before, question.viewer_ids))
+    viewers = make_viewers(models, snapshot, question.cut_s, usual_devices(question.before, question.viewer_ids))
     stages = TwoStage(models, catalogue, blend)
     return Ranked(stages, viewers, question), RetrievedOnly(stages, viewers, question), catalogue
 

@@ -115,7 +115,9 @@ def evaluate_run(
         report(name)
         ranking[name] = evaluate_ranking(recommender, question, content_MD=content_MD, seed=settings.seed)
     report("heads")
-    heads = evaluate_heads(models, load_rows(run.features / TRAINING_ROWS_FILE), cut_s, seed=settings.seed)
+    heads = evaluate_heads(
+        models, load_rows(run.features / TRAINING_ROWS_FILE, models.dimensions), cut_s, seed=settings.seed
+    )
     reachable = min(1.0, DEPTH * len(question.viewer_ids) / max(len(question.videos), 1))
     gates = assess_evaluation(
         ranking[OURS], ranking[POPULAR_EVER], heads, reachable=reachable, settings=settings.gates, seed=settings.seed

@@ -16,7 +16,7 @@ import os
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Final
@@ -55,10 +55,10 @@ class BatchSettings:
     spread the load when one partition is larger than the others.
     """
 
+    views: ViewSettings
     cpus: int = 2
     buckets: int = 8
     ray_address: str = "local"
-    views: ViewSettings = field(default_factory=ViewSettings)
 
 
 @dataclass(frozen=True)

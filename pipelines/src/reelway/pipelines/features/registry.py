@@ -10,8 +10,10 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from reelway.platform.contracts.feature_dimensions import FeatureDimensions
 from reelway.platform.durable import whole_file
 from reelway.platform.errors import ConfigError, StorageError
+from reelway.platform.features.dimensions import write_dimensions
 from reelway.platform.features.store import open_feature_store, write_store_config
 
 if TYPE_CHECKING:
@@ -86,9 +88,11 @@ def load_definitions(features_dir: Path) -> list[Any]:
     return [value for value in vars(module).values() if isinstance(value, kinds)]
 
 
-def register_features(features_dir: Path, online_store: str | None = None) -> FeatureStore:
-    """``feast apply``: write the run's store configuration and register every definition. Idempotent."""
-    features_dir.mkdir(parents=True, exist_ok=True)
+def register_features(
+    features_dir: Path, dimensions: FeatureDimensions, online_store: str | None = None
+) -> FeatureStore:
+    """Writes the run's store configuration and schema and registers every definition (``feast apply``). Idempotent."""
+    write_dimensions(features_dir, dimensions)
     write_store_config(features_dir, online_store)
     store = open_feature_store(features_dir)
     with warnings.catch_warnings():

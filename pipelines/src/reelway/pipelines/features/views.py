@@ -29,7 +29,9 @@ from numpy.typing import NDArray
 from reelway.pipelines.features.labels import times_us
 from reelway.pipelines.features.windows import ALL_TIME_US, I64, window_sums
 from reelway.platform.contracts import features as names
-from reelway.platform.contracts.events import TIME, TOPICS
+from reelway.platform.contracts.events import TIME
+from reelway.platform.contracts.feature_dimensions import FeatureDimensions
+from reelway.platform.errors import FeatureError
 
 SECOND_US: Final = 1_000_000
 HOUR_US: Final = 3600 * SECOND_US
@@ -57,6 +59,7 @@ class Prior:
 class ViewSettings:
     """Grids (seconds) and priors of the views. A finer grid is fresher and writes more rows."""
 
+    dimensions: FeatureDimensions
     history_grid_s: int = 1
     activity_grid_s: int = 3600
     affinity_grid_s: int = 3600
@@ -231,14 +234,15 @@ def viewer_activity_at(events: Events, settings: ViewSettings, at: Points) -> pa
 
 
 def viewer_history(events: Events, settings: ViewSettings, until_us: int) -> pa.Table:
-    """The last ``HISTORY_LENGTH`` impressions that said something about taste, in the order they became known."""
+    """Returns the last ``history_length`` impressions with a non-zero weight, in the order they became known."""
     telling = np.flatnonzero(events.weight_milli)
     viewer, known_us = events.viewer_id[telling], events.known_us[telling]
     grid_us = settings.history_grid_s * SECOND_US
-    return viewer_history_at(events, snapshot_points(viewer, known_us, [], grid_us=grid_us, until_us=until_us))
+    at = snapshot_points(viewer, known_us, [], grid_us=grid_us, until_us=until_us)
+    return viewer_history_at(events, settings, at)
 
 
-def viewer_history_at(events: Events, at: Points) -> pa.Table:
+def viewer_history_at(events: Events, settings: ViewSettings, at: Points) -> pa.Table:
     """Returns ``viewer_history`` at the given points."""
     telling = np.flatnonzero(events.weight_milli)
     order = telling[np.lexsort((events.impression_id[telling], events.known_us[telling], events.viewer_id[telling]))]
@@ -247,7 +251,7 @@ def viewer_history_at(events: Events, at: Points) -> pa.Table:
     ones = np.ones((len(viewer), 1), dtype=np.int64)
     seen = window_sums(viewer, known_us, ones, whose, at_us, [ALL_TIME_US])[:, 0, 0]
     ends = np.searchsorted(viewer, whose, side="left") + seen
-    lengths = np.minimum(seen, names.HISTORY_LENGTH)
+    lengths = np.minimum(seen, settings.dimensions.history_length)
     offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
     take = np.repeat(ends - lengths - offsets[:-1], lengths) + np.arange(offsets[-1])
     rows = order[take]
@@ -269,12 +273,12 @@ def viewer_history_at(events: Events, at: Points) -> pa.Table:
 
 def viewer_topic_affinity(events: Events, settings: ViewSettings, until_us: int) -> pa.Table:
     """Returns each topic's share of the viewer's outcome weights in the last month. Disliked topics are negative."""
-    return viewer_topic_affinity_at(events, viewer_topic_affinity_points(events, settings, until_us))
+    return viewer_topic_affinity_at(events, settings, viewer_topic_affinity_points(events, settings, until_us))
 
 
 def of_a_topic(events: Events) -> I64:
     """Returns the rows with a known topic and a non-zero outcome weight."""
-    return np.flatnonzero((events.taste_milli != 0) & (events.topic >= 0) & (events.topic < TOPICS))
+    return np.flatnonzero((events.taste_milli != 0) & (events.topic >= 0))
 
 
 def viewer_topic_affinity_points(events: Events, settings: ViewSettings, until_us: int) -> Points:
@@ -290,17 +294,27 @@ def viewer_topic_affinity_points(events: Events, settings: ViewSettings, until_u
     )
 
 
-def viewer_topic_affinity_at(events: Events, at: Points) -> pa.Table:
-    """``viewer_topic_affinity`` at these moments of these viewers."""
+def viewer_topic_affinity_at(events: Events, settings: ViewSettings, at: Points) -> pa.Table:
+    """Returns ``viewer_topic_affinity`` at the given points.
+
+    Raises:
+        FeatureError: if an event's topic is not among the topics of the settings' dimensions.
+    """
+    topics = settings.dimensions.topics
     window_us = names.VIEWER_WINDOWS[-1].length_s * SECOND_US
     use = of_a_topic(events)
+    if (above := events.topic[use] >= topics).any():
+        raise FeatureError(
+            f"topic {events.topic[use][above][0]} of an event is above {topics - 1}, the limit of the schema; "
+            "import the data set again"
+        )
     viewer, known_us = events.viewer_id[use], events.known_us[use]
-    values_NK = np.zeros((len(use), TOPICS + 1), dtype=np.int64)
+    values_NK = np.zeros((len(use), topics + 1), dtype=np.int64)
     values_NK[np.arange(len(use)), events.topic[use]] = events.weight_milli[use]
-    values_NK[:, TOPICS] = events.taste_milli[use]
+    values_NK[:, topics] = events.taste_milli[use]
     sums_MK = window_sums(viewer, known_us, values_NK, *at, [window_us])[:, 0]
-    affinity_MT = (sums_MK[:, :TOPICS] / np.maximum(sums_MK[:, TOPICS:], 1)).astype(np.float32)
-    offsets = np.arange(len(affinity_MT) + 1, dtype=np.int32) * TOPICS
+    affinity_MT = (sums_MK[:, :topics] / np.maximum(sums_MK[:, topics:], 1)).astype(np.float32)
+    offsets = np.arange(len(affinity_MT) + 1, dtype=np.int32) * topics
     lists = pa.ListArray.from_arrays(pa.array(offsets), pa.array(affinity_MT.ravel()))
     return _table("viewer_id", *at, {"topic_affinity": lists})
 

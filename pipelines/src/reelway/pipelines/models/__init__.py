@@ -1,1 +1,1 @@
-"""The two models and their losses: torch only, so that a unit test, Ray Train and an exporter run the same lines."""
+"""The two-tower, the ranker and their losses, in torch only: unit tests, Ray Train and the export run this code."""

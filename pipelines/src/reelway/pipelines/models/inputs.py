@@ -1,6 +1,7 @@
-"""Raw feature values to trainable vectors, inside the model, so that an exported graph carries every constant.
+"""Layers that turn raw feature values into vectors.
 
-Refuses to know where values come from: it sees numbers (NaN where missing) and codes (0 where missing) only.
+They are part of the models, so an exported graph carries their constants. Inputs are numbers (NaN if missing) and
+integer codes (0 if missing).
 """
 
 # Shapes: N rows of any kind, W width, H hashes, D embedding
@@ -13,22 +14,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from reelway.platform.contracts.features import CATEGORY_BUCKETS, ID_BUCKETS
-
 CLIP = 8.0
-"""Standard deviations: one absurd value must not drown the others."""
+"""Limit of a standardised value, in standard deviations, so that one extreme value cannot dominate."""
 
 
 def signed_log1p(values: Tensor) -> Tensor:
-    """``sign(x) * log(1 + |x|)``: near the identity for ratios, logarithmic for counts and seconds."""
+    """Returns ``sign(x) * log(1 + |x|)``: close to the identity for ratios, logarithmic for counts and seconds."""
     return torch.sign(values) * torch.log1p(torch.abs(values))
 
 
 class Standardiser(nn.Module):
     """Signed logarithm, standardisation by fitted statistics, and a missing indicator per column.
 
-    ``[..., W] -> [..., 2 W]``: values (0 where missing), then indicators (1 where missing). The statistics are
-    buffers: part of the state and of the exported graph, untouched by the optimiser.
+    Shapes: ``[..., W] -> [..., 2 W]``, values (0 if missing), then indicators (1 if missing). The statistics are
+    buffers: the state and the exported graph hold them, and the optimiser does not change them.
     """
 
     mean: Tensor
@@ -42,7 +41,7 @@ class Standardiser(nn.Module):
 
     @torch.no_grad()
     def fit(self, values_NW: Tensor) -> None:
-        """Take mean and deviation over the values that are there; a constant or absent column keeps scale 1."""
+        """Fits mean and deviation to the values that are not missing; a constant or empty column keeps scale 1."""
         logs_NW = signed_log1p(values_NW.double())
         present_NW = ~torch.isnan(logs_NW)
         counts_W = present_NW.sum(dim=0).clamp(min=1)
@@ -61,7 +60,7 @@ class Standardiser(nn.Module):
 
 
 class Categories(nn.Module):
-    """One small embedding per category column, concatenated: ``[..., columns] -> [..., columns * width]``."""
+    """One embedding table per category column, concatenated. Shapes: ``[..., columns] -> [..., columns * width]``."""
 
     def __init__(self, buckets: Sequence[int], width: int) -> None:
         super().__init__()
@@ -75,21 +74,18 @@ class Categories(nn.Module):
         return torch.cat([table(codes[..., i]) for i, table in enumerate(self.tables)], dim=-1)
 
 
-WORD_BUCKETS = CATEGORY_BUCKETS
-
-
 class HashedIds(nn.Module):
-    """Sum of one embedding per hash code, all from one table: ``[..., H] -> [..., D]``.
+    """Sum of one embedding per hash code, all from one table. Shapes: ``[..., H] -> [..., D]``.
 
-    A code that training never met would carry noise, so ids with such a code take the one learned "unknown" vector
-    instead, and the table has rows for the codes that were met only (``mark_known``): the optimiser, the checkpoints
-    and the exported graph carry no dead weight. Random whole-id dropout in training gives the unknown vector the
-    meaning "some video I know nothing about", and forces the content beside it to carry the rest.
+    An embedding of a code that training never met would be noise. An id with such a code takes the learned vector
+    ``unknown`` instead, and the table has rows only for codes that training met (``mark_known``). The optimiser, the
+    checkpoints and the exported graph therefore hold no unused rows. In training, dropout of whole ids teaches
+    ``unknown`` to stand for any video, and makes the model learn from the content as well.
     """
 
     row_of: Tensor
 
-    def __init__(self, dim: int, *, dropout: float = 0.0, buckets: int = ID_BUCKETS) -> None:
+    def __init__(self, dim: int, buckets: int, *, dropout: float = 0.0) -> None:
         super().__init__()
         self.dim = dim
         self.unknown = nn.Parameter(torch.zeros(dim))
@@ -104,7 +100,7 @@ class HashedIds(nn.Module):
 
     @torch.no_grad()
     def mark_known(self, codes: Tensor) -> None:
-        """Declare, before training, which codes it will meet; the table starts anew. Code 0 (missing) never is one."""
+        """Declares the codes that training will meet and resets the table. Code 0 (missing) is never among them."""
         met = torch.unique(codes)
         met = met[met > 0]
         self.row_of.zero_()
@@ -119,7 +115,7 @@ class HashedIds(nn.Module):
         return torch.where(known, self.table(rows).sum(dim=-2), self.unknown)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
-        """A saved table may have another number of rows than this one: how many depends on what was trained on."""
+        """Adopts the number of rows of a saved table, which depends on the training data."""
         saved = state_dict.get(prefix + "table.weight")
         if saved is not None and len(saved) != self.table.num_embeddings:
             self.table = self._fresh_table(len(saved))

@@ -1,6 +1,6 @@
-"""What the two models are trained to minimise; the batches' tensors in, one scalar and its parts out.
+"""Training objectives of the two models: a batch's tensors in, one scalar loss and its parts out.
 
-An objective owns its model, so that data-parallel training wraps one module and every parameter is in it.
+An objective contains its model, so that data-parallel training wraps one module with all parameters.
 """
 
 # Shapes: V distinct viewers, R rows (positives), P pool of videos, D embedding, K tasks
@@ -28,10 +28,10 @@ _BLOCKED = -1e9
 
 
 def log_inclusion(share: Tensor, draws: int, uniform_share: float, uniform_draws: int) -> Tensor:
-    """Log of the chance that a video is in a pool filled by ``draws`` positives and ``uniform_draws`` uniform ones.
+    """Returns the log probability that a video is in a pool of ``draws`` positives and ``uniform_draws`` uniform ones.
 
-    Subtracting it from the logits makes the pool's sum of exponentials an unbiased estimate of the sum over all
-    videos (Horvitz and Thompson 1952): the log-Q correction of Yi et al. 2019, for a pool without duplicates.
+    Subtracted from the logits, it makes the pool's sum of exponentials an unbiased estimate of the sum over all videos
+    (Horvitz and Thompson 1952). This is the log-Q correction of Yi et al. 2019, for a pool without duplicates.
 
     Args:
         share: each video's share of the positives, ``[P]``.
@@ -43,7 +43,7 @@ def log_inclusion(share: Tensor, draws: int, uniform_share: float, uniform_draws
 
 
 def blocked_pairs(viewer_R: Tensor, target_R: Tensor, pool: int) -> Tensor:
-    """True where a pool video is another positive of the row's own viewer: a negative that is none. ``[R, P]``."""
+    """Returns ``[R, P]``: true where a pool video is another positive of the row's viewer, so not a negative."""
     _, person_R = torch.unique(viewer_R, return_inverse=True)
     liked = torch.zeros(int(person_R.max()) + 1, pool, dtype=torch.bool, device=target_R.device)
     liked[person_R, target_R] = True
@@ -61,10 +61,10 @@ def sampled_softmax(
     *,
     label_smoothing: float = 0.0,
 ) -> Tensor:
-    """Weighted cross-entropy of each row's video against the pool, corrected for how the pool was drawn.
+    """Returns the weighted cross-entropy of each row's video against the pool, with the log-Q correction.
 
-    Blocked pairs are out of the sum. Rows of weight 0 count nothing. Smoothing spreads its mass over the pairs that
-    are not blocked.
+    The sum leaves out blocked pairs. A row of weight 0 has no effect. Label smoothing spreads its mass over the pairs
+    that are not blocked.
     """
     logits_RP = (scores_RP.float() - log_q_P).masked_fill(blocked_RP, _BLOCKED)
     log_p_RP = F.log_softmax(logits_RP, dim=-1)
@@ -85,7 +85,7 @@ class RetrievalObjective(nn.Module):
         self.label_smoothing = label_smoothing
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
-        """``loss``, and the share of rows whose own video is the pool's best (``top1``)."""
+        """Returns ``loss``, and ``top1``: the share of rows whose video scores highest in the pool."""
         viewer_VD = self.model.viewer_tower(*(batch[name] for name in VIEWER_TOWER_INPUTS))
         video_PD = self.model.video_tower(*(batch[name] for name in VIDEO_TOWER_INPUTS))
         scores_RP = (viewer_VD @ video_PD.T).index_select(0, batch["row_viewer"]) / self.model.temperature()
@@ -101,7 +101,7 @@ class RetrievalObjective(nn.Module):
 
 
 class RankingObjective(nn.Module):
-    """Binary cross-entropy per probability head, Huber on log1p(seconds) for ``watch_s``."""
+    """Binary cross-entropy for each probability head; Huber loss on log1p(seconds) for ``watch_s``."""
 
     def __init__(self, model: Ranker) -> None:
         super().__init__()
@@ -113,21 +113,21 @@ class RankingObjective(nn.Module):
     task_weight: Tensor
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
-        """``loss`` and one entry per head, unweighted. Labels are ``[R, K]`` with ``watch_s`` in seconds."""
+        """Returns ``loss`` and one unweighted entry per head. Labels are ``[R, K]`` with ``watch_s`` in seconds."""
         outputs_RK = self.model(*(batch[name] for name in RANKER_INPUTS), viewer_index=batch["row_viewer"]).float()
         learning_K = ~self.model.fixed
         outputs_RK = outputs_RK + self.model.position_bias(batch["position"]) * learning_K
         losses_K = head_losses(outputs_RK, batch["labels"])
         weighted_K = losses_K * self.task_weight
         if self.model.config.uncertainty:
-            # Kendall et al. 2018: exp(-s) L + s / 2 per task
+            # Kendall et al. 2018: exp(-s) L + s / 2 per task, s = log variance
             weighted_K = torch.exp(-self.log_variance) * weighted_K + 0.5 * self.log_variance
         loss = torch.where(learning_K, weighted_K, torch.zeros_like(weighted_K)).sum()
         return {"loss": loss, **named_losses(losses_K.detach(), RANKER_TASKS)}
 
 
 def head_losses(outputs_RK: Tensor, labels_RK: Tensor) -> Tensor:
-    """Mean loss per head, ``[K]``; the last head is watch time."""
+    """Returns the mean loss per head, ``[K]``; the last head is watch time."""
     binary = len(BINARY_TASKS)
     binary_RK = F.binary_cross_entropy_with_logits(outputs_RK[:, :binary], labels_RK[:, :binary], reduction="none")
     watch_R = F.huber_loss(outputs_RK[:, binary], torch.log1p(labels_RK[:, binary]), reduction="none")
@@ -135,5 +135,4 @@ def head_losses(outputs_RK: Tensor, labels_RK: Tensor) -> Tensor:
 
 
 def named_losses(losses_K: Tensor, tasks: Sequence[str]) -> dict[str, Tensor]:
-    """One entry per head."""
     return {task: losses_K[k] for k, task in enumerate(tasks)}

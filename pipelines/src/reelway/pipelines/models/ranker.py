@@ -1,76 +1,83 @@
-"""Multi-task ranker: every candidate scored on all of ``RANKER_TASKS`` in one pass.
+"""Multi-task ranker: scores every candidate on all of ``RANKER_TASKS`` in one pass.
 
-Returns logits (and log1p seconds). Calibration belongs to what follows; a sigmoid here would be applied twice.
-What depends on the viewer alone is computed once per viewer and meets the candidates after the first layer, in
-training (many rows per viewer) as in serving (one viewer, many candidates).
+Outputs are logits, and log1p(seconds) for ``watch_s``. Calibration follows elsewhere; a sigmoid here would be applied
+twice. The viewer's part of the first layer is computed once per viewer and added to the candidates' part. This holds in
+training (many rows per viewer) and in serving (one viewer, many candidates).
 """
 
 # Shapes: V viewers, C candidates (rows), D embedding, T topics, X experts, E expert width, K tasks, H head width
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
-from reelway.pipelines.models.inputs import WORD_BUCKETS, Categories, HashedIds, Standardiser
-from reelway.platform.contracts.events import TOPICS
+from reelway.pipelines.models.inputs import Categories, HashedIds, Standardiser
+from reelway.platform.contracts.feature_dimensions import FeatureDimensions
 from reelway.platform.contracts.features import (
     RANKER_TASKS,
     VIDEO_CATEGORIES,
     VIDEO_DENSE,
+    VIEWER_ACTIVITY,
     VIEWER_CATEGORIES,
-    VIEWER_DENSE,
 )
 
 POSITIONS = 64
-"""Positions at and beyond this share one bias; -1 (not shown anywhere) has none."""
+"""Positions at or beyond this share one bias; position -1 (not shown) has none."""
 
 CROSS_SCALE = 4.0
-"""Of the affinity and the similarity, beside inputs that are standardised."""
-AFFINITY = VIEWER_DENSE.index("topic_affinity_0")
+"""Factor of the affinity and the similarity, which brings them to the scale of the standardised inputs."""
+AFFINITY = len(VIEWER_ACTIVITY)
+"""First column of the topic affinities in ``viewer_dense``."""
 VIEWER_LANGUAGE = VIEWER_CATEGORIES.index("language")
 VIDEO_TOPIC = VIDEO_CATEGORIES.index("topic")
 VIDEO_LANGUAGE = VIDEO_CATEGORIES.index("video_language")
 
 
-@dataclass(frozen=True)
-class RankerConfig:
-    """Sizes and regularisation; every field can be set in YAML or by ``--set ranker.<field>=...``."""
+def _check_task(name: str) -> str:
+    if name not in RANKER_TASKS:
+        raise ValueError(f"expected one of {', '.join(RANKER_TASKS)}")
+    return name
+
+
+TaskName = Annotated[str, AfterValidator(_check_task)]
+
+
+class RankerConfig(BaseModel):
+    """Sizes and regularisation. YAML or ``--set ranker.<field>=...`` sets any field."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
     kind: Literal["shared_bottom", "mmoe"] = "mmoe"
-    """One trunk for all heads, or experts mixed per head by a gate (Ma et al. 2018)."""
-    experts: int = 4
+    """One trunk for all heads, or experts that a gate mixes for each head (MMoE, Ma et al. 2018)."""
+    experts: Annotated[int, Field(ge=1)] = 4
     """Number of experts under ``mmoe``."""
-    expert_hidden: int = 64
-    expert_out: int = 48
-    head_hidden: int = 24
-    category_dim: int = 8
-    creator_dim: int = 16
+    expert_hidden: Annotated[int, Field(ge=1)] = 64
+    expert_out: Annotated[int, Field(ge=1)] = 48
+    head_hidden: Annotated[int, Field(ge=1)] = 24
+    category_dim: Annotated[int, Field(ge=1)] = 8
+    creator_dim: Annotated[int, Field(ge=1)] = 16
     similarity_only: bool = False
-    """Of the two embeddings use the inner product alone, not their coordinates: less to overfit, and the ranker stays
-    right when the two-tower is trained again."""
-    dropout: float = 0.0
-    creator_dropout: float = 0.1
-    position_dropout: float = 0.1
-    """Share of training rows whose position is hidden, so that "no position" (serving) is a case the model knows."""
+    """Use the inner product of the two embeddings alone, not their coordinates.
+
+    The ranker then overfits less and stays valid when the two-tower is trained again.
+    """
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    creator_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    position_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    """Share of training rows whose position is hidden, so that the model learns the case "no position" of serving."""
     uncertainty: bool = False
     """Learn the task weights (Kendall et al. 2018) instead of using ``task_weights``."""
-    task_weights: dict[str, float] = field(default_factory=lambda: {"watch_s": 0.5})
-    """Weight of a head's loss; 1 where not named."""
-
-    def __post_init__(self) -> None:
-        if self.kind not in ("shared_bottom", "mmoe"):
-            raise ValueError(f"ranker.kind is {self.kind!r}, expected shared_bottom or mmoe")
-        if unknown := set(self.task_weights) - set(RANKER_TASKS):
-            raise ValueError(f"ranker.task_weights names {sorted(unknown)}, expected among {list(RANKER_TASKS)}")
+    task_weights: dict[TaskName, float] = {"watch_s": 0.5}
+    """Weight of a head's loss; 1 for a head that is not named."""
 
 
 class GroupedLinear(nn.Module):
-    """G linear layers side by side: ``[C, G, in] -> [C, G, out]`` as one batched product."""
+    """G linear layers as one batched product. Shapes: ``[C, G, in] -> [C, G, out]``."""
 
     def __init__(self, groups: int, width_in: int, width_out: int) -> None:
         super().__init__()
@@ -83,7 +90,10 @@ class GroupedLinear(nn.Module):
 
 
 class Trunk(nn.Module):
-    """Experts and their gates; a shared bottom is one expert without gates. ``-> [C, K, E]``."""
+    """Experts mixed by one gate per task (MMoE, Ma et al. 2018). Output: ``[C, K, E]``.
+
+    A shared bottom is one expert without gates.
+    """
 
     def __init__(self, config: RankerConfig, viewer_width: int, candidate_width: int) -> None:
         super().__init__()
@@ -112,9 +122,9 @@ class Trunk(nn.Module):
 
 
 class PositionBias(nn.Module):
-    """The shallow tower that absorbs what the position alone explains (Zhao et al. 2019). ``[C] -> [C, K]``.
+    """Shallow tower that absorbs the effect of the position (Zhao et al. 2019). Shapes: ``[C] -> [C, K]``.
 
-    Position -1 is "not shown" and adds nothing, which is what serving does by leaving the tower out.
+    Position -1 means "not shown" and adds nothing. Serving leaves the tower out, which is equivalent.
     """
 
     def __init__(self, dropout: float) -> None:
@@ -138,17 +148,19 @@ class Ranker(nn.Module):
     fixed: Tensor
     fixed_output: Tensor
 
-    def __init__(self, config: RankerConfig, embedding_dim: int) -> None:
+    def __init__(self, config: RankerConfig, embedding_dim: int, dimensions: FeatureDimensions) -> None:
         super().__init__()
         self.config = config
         self.embedding_dim = embedding_dim
-        self.viewer_dense = Standardiser(len(VIEWER_DENSE))
-        self.viewer_categories = Categories([WORD_BUCKETS] * len(VIEWER_CATEGORIES), config.category_dim)
+        self.dimensions = dimensions
+        viewer_dense, words = len(dimensions.viewer_dense), dimensions.category_buckets
+        self.viewer_dense = Standardiser(viewer_dense)
+        self.viewer_categories = Categories([words] * len(VIEWER_CATEGORIES), config.category_dim)
         self.video_dense = Standardiser(len(VIDEO_DENSE))
-        self.video_categories = Categories([TOPICS + 1, WORD_BUCKETS], config.category_dim)
-        self.creators = HashedIds(config.creator_dim, dropout=config.creator_dropout)
+        self.video_categories = Categories([dimensions.topics + 1, words], config.category_dim)
+        self.creators = HashedIds(config.creator_dim, dimensions.id_buckets, dropout=config.creator_dropout)
         coordinates = 0 if config.similarity_only else embedding_dim
-        viewer_width = 2 * len(VIEWER_DENSE) + self.viewer_categories.out_width + coordinates
+        viewer_width = 2 * viewer_dense + self.viewer_categories.out_width + coordinates
         crosses = 5 + coordinates
         candidate_width = (
             2 * len(VIDEO_DENSE) + self.video_categories.out_width + config.creator_dim + coordinates + crosses
@@ -162,12 +174,12 @@ class Ranker(nn.Module):
 
     @torch.no_grad()
     def start_from(self, base_output_K: Tensor) -> None:
-        """Let every head begin at its base rate (logit) or mean, instead of spending steps on getting there."""
+        """Sets each head's output bias to its base rate (logit) or mean, which saves training steps."""
         self.head_second.bias.copy_(base_output_K.unsqueeze(-1))
 
     @torch.no_grad()
     def fix_head(self, task: str, logit: float) -> None:
-        """Answer ``logit`` for this head always: there was one class only, so nothing to learn from."""
+        """Makes a head output ``logit`` always, for labels that have one class only."""
         k = RANKER_TASKS.index(task)
         self.fixed[k] = True
         self.fixed_output[k] = logit
@@ -183,12 +195,12 @@ class Ranker(nn.Module):
         video_embedding: Tensor,
         viewer_index: Tensor | None = None,
     ) -> Tensor:
-        """Logits ``[C, K]``.
+        """Returns logits ``[C, K]``.
 
         Args:
-            viewer_dense: and the other viewer inputs, ``[V, ...]``; V is 1 unless ``viewer_index`` is given.
-            video_dense: and the other video inputs, ``[C, ...]``.
-            viewer_index: the viewer of each candidate, ``[C]``; without it all candidates are viewer 0's.
+            viewer_dense: ``[V, ...]``, as all viewer inputs; V is 1 without ``viewer_index``.
+            video_dense: ``[C, ...]``, as all video inputs.
+            viewer_index: the viewer of each candidate, ``[C]``; by default all candidates belong to viewer 0.
         """
         crosses_CW, products_CD = self._crosses(
             viewer_dense, viewer_categories, viewer_embedding, video_categories, video_embedding, viewer_index
@@ -208,8 +220,8 @@ class Ranker(nn.Module):
         outputs_CK = self.head_second(F.relu(self.head_first(mixed_CKE))).squeeze(-1)
         return torch.where(self.fixed, self.fixed_output, outputs_CK)
 
-    @staticmethod
     def _crosses(
+        self,
         viewer_dense: Tensor,
         viewer_categories: Tensor,
         viewer_embedding: Tensor,
@@ -217,9 +229,11 @@ class Ranker(nn.Module):
         video_embedding: Tensor,
         viewer_index: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        """What only viewer and video together say: topic affinity, same language and similarity; and, apart, the
-        similarity's parts ``[C, D]``."""
-        affinity_VT = viewer_dense[:, AFFINITY : AFFINITY + TOPICS]
+        """Returns the features of viewer and video together: ``[C, 5]``, and the products of the embeddings ``[C, D]``.
+
+        The five columns are topic affinity, its negative part, same language, other language, and similarity.
+        """
+        affinity_VT = viewer_dense[:, AFFINITY : AFFINITY + self.dimensions.topics]
         unknown_VT = torch.isnan(affinity_VT)
         affinity_VT = torch.where(unknown_VT, torch.zeros_like(affinity_VT), affinity_VT)
         affinity_VT = F.pad(affinity_VT, (1, 0))  # column 0: unknown topic
@@ -234,7 +248,7 @@ class Ranker(nn.Module):
         same_C2 = torch.stack([spoken_C & (language_C == language_V), spoken_C & (language_C != language_V)], dim=-1)
         product_CD = viewer_embedding * video_embedding
         dot_C1 = product_CD.sum(dim=-1, keepdim=True)
-        # unit vectors: times sqrt(D), the product's parts are of the order of the dot itself
+        # the embeddings are unit vectors: times sqrt(D), each product has the magnitude of the inner product
         scale = video_embedding.shape[-1] ** 0.5
         crosses = [
             affinity_C1 * CROSS_SCALE, F.relu(-affinity_C1) * CROSS_SCALE, same_C2.to(product_CD.dtype),

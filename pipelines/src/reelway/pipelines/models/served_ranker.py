@@ -1,12 +1,16 @@
-"""The ranker as it is exported: the same function of the same inputs, arranged for one viewer and many candidates.
+"""The ranker rearranged for inference and export: one viewer, many candidates.
 
-Training wants many viewers in a batch and plain layers. Serving has one viewer a request, and then most of the first
-layer's work on the two embeddings is the viewer's alone: coordinates, their products and the similarity are three
-linear maps of the video's embedding whose weights the viewer decides, so they are one map, made once a request; what
-the viewer gives every candidate alike is one row more of it. What the viewer makes of a topic and of a language are
-columns beside these words' own, one row for each word and not for each candidate. The mixture of experts is one small
-product for each candidate, and the heads follow as one product for each task. Export refuses it where it does not give
-the ranker's own answers.
+Training needs many viewers in a batch and plain layers. Serving has one viewer per request, which allows three
+shortcuts:
+
+- Coordinates, products and similarity of the embeddings are three linear maps of the video's embedding, with weights
+  that depend on the viewer only. They become one map, computed once per request. The viewer's constant part is one more
+  row of that map.
+- The viewer's affinity to topics and languages is stored beside the embeddings of these words: one row per word instead
+  of one per candidate.
+- The mixture of experts is one small product per candidate, and the heads are one product per task.
+
+The export fails if the outputs differ from the ranker's.
 """
 
 # Shapes: C candidates, D embedding, W width of the first layer, X experts, E expert width, K tasks, H head width
@@ -28,16 +32,17 @@ from reelway.pipelines.models.ranker import (
     VIEWER_LANGUAGE,
     Ranker,
 )
-from reelway.platform.contracts.events import TOPICS
 from reelway.platform.contracts.features import ID_HASHES
 
 HUGE = 1e30
-"""So many times a number, cut at 1, is its sign: two operations that ONNX Runtime does many numbers at a time, where it
-asks for the sign of one after another. Below 1e-30 the logarithm is 0 anyway."""
+"""``clamp(x * 1e30, -1, 1)`` is the sign of x. ONNX Runtime vectorises these two operations but not its ``Sign``.
+
+Below 1e-30 the logarithm is 0 in any case.
+"""
 
 
 class ServedRanker(nn.Module):
-    """``RANKER_INPUTS``, one viewer -> ``outputs_CK``, as ``Ranker.forward`` gives them without ``viewer_index``."""
+    """``RANKER_INPUTS`` of one viewer -> ``outputs_CK``, equal to ``Ranker.forward`` without ``viewer_index``."""
 
     viewer_weight: Tensor
     viewer_bias: Tensor
@@ -61,28 +66,28 @@ class ServedRanker(nn.Module):
         coordinates = 0 if ranker.config.similarity_only else width
         plain = len(weight_IW) - 2 * coordinates - 1
         parts = _parts(weight_IW.T, [plain, 1, coordinates, coordinates])
-        # What the viewer's embedding multiplies: its products with the video's, and their sum, the similarity.
+        # Weights of the products of both embeddings, and of their sum, the similarity.
         products = CROSS_SCALE * parts[1].T + (width**0.5 * parts[3].T if coordinates else torch.zeros(width, 1))
         self.widths = [self.hidden] * self.experts + ([self.tasks * self.experts] if self.experts > 1 else [])
-        # Apart for each expert and for the gates: to take one matrix of all apart afterwards is to copy it.
+        # One matrix per expert and one for the gates: splitting a joint matrix at run time would copy it.
         self._keep_parts("video_weight", parts[0].T[_in_order(ranker, plain)])
         self._keep_parts("products_weight", products)
         self._keep_parts("coordinates_weight", parts[2].T if coordinates else torch.zeros_like(products))
         self._keep("viewer_weight", trunk.from_viewer.weight.detach().T[:, order_W])
         self._keep("viewer_bias", trunk.from_viewer.bias.detach()[order_W])
         self._keep("tasks_by_expert", torch.eye(self.tasks).repeat(1, self.experts))
-        # Every topic ends with a one, which takes the viewer's row of the weights to every candidate.
+        # The 1 at the end of every topic's row adds the viewer's row of the weights to every candidate.
         self._keep("topics", F.pad(ranker.video_categories.tables[0].get_parameter("weight"), (0, 1), value=1.0))
-        # The viewer's words in one table, each column's behind the last one's; the viewer's language decides of a
-        # video's what is beside its word.
+        # One table for all category columns of the viewer, column after column. The viewer's language selects the
+        # columns that are appended to the video's language.
         tables = tuple(table.get_parameter("weight") for table in ranker.viewer_categories.tables)
         self._keep("viewer_words", torch.cat(tables))
         self._keep("first_word", torch.tensor([0, *itertools.accumulate(len(table) for table in tables[:-1])]))
         self._keep("spoken", _spoken(len(ranker.video_categories.tables[1].get_parameter("weight"))))
-        # Row 0, which no creator that training met has, is a share of the vector of those that it did not meet.
+        # Row 0 belongs to no creator that training met. It holds 1/H of the unknown vector, because H rows are added.
         unknown, creators = ranker.creators.unknown, ranker.creators.table.weight
         self._keep("creator_rows", torch.cat([unknown.unsqueeze(0) / ID_HASHES, creators[1:]]))
-        second = ranker.head_second  # a head that is fixed sees nothing and says what it is fixed to
+        second = ranker.head_second  # a constant head ignores its inputs
         self._keep("last_weight", second.weight * ~ranker.fixed[:, None, None])
         self._keep("last_bias", torch.where(ranker.fixed, ranker.fixed_output, second.bias[:, 0]))
 
@@ -103,7 +108,7 @@ class ServedRanker(nn.Module):
         creator_codes: Tensor,
         video_embedding: Tensor,
     ) -> Tensor:
-        """See the class; every argument as in ``Ranker.forward``, the viewer's with one row."""
+        """Returns ``outputs_CK``. Arguments are those of ``Ranker.forward``; the viewer's have one row."""
         ranker = self.ranker
         words = F.embedding(viewer_categories + self.first_word, self.viewer_words)
         viewer = [*_scaled(ranker.viewer_dense, viewer_dense), words.flatten(1)]
@@ -114,7 +119,7 @@ class ServedRanker(nn.Module):
         of_language = torch.cat(
             [ranker.video_categories.tables[1].get_parameter("weight"), spoken.reshape(-1, 2)], dim=-1
         )
-        of_topic = torch.cat([_affinities(viewer_dense), self.topics], dim=-1)
+        of_topic = torch.cat([_affinities(viewer_dense, self.ranker.dimensions.topics), self.topics], dim=-1)
         given_CI = torch.cat(
             [
                 *_scaled(ranker.video_dense, video_dense),
@@ -130,16 +135,16 @@ class ServedRanker(nn.Module):
             [self._first(x, given_CI, row, viewer_D1) for x, row in enumerate(_parts(first_1W, self.widths))]
         )
         heads = self.ranker.head_first
-        # Spread to all candidates first: a sum of rows of 24 with one row is twice as slow as of two wholes.
+        # Expanded first: adding one row of 24 to all rows takes twice as long as adding two full matrices.
         bias_KCH = heads.bias.unsqueeze(1).expand(-1, given_CI.shape[0], -1)
         heads_KCH = F.relu(mixed_KCE @ heads.weight + bias_KCH)
         return ((heads_KCH @ self.last_weight).squeeze(-1) + self.last_bias.unsqueeze(1)).T
 
     def _first(self, part: int, given_CI: Tensor, viewer_1W: Tensor, viewer_D1: Tensor) -> Tensor:
-        """One expert's part of the first layer, or the gates'.
+        """Returns the first layer's output for one expert, or for the gates.
 
-        One product with all that is given: to add up two, or a bias, is to write and read the whole result once more.
-        It is ``addmm`` of nothing because ONNX Runtime joins that, and no plain product, to the ``relu`` behind it.
+        One product with all inputs: adding two products, or a bias, would write and read the whole result once more.
+        ``addmm`` with ``beta=0`` is a plain product that ONNX Runtime fuses with the following ``relu``.
         """
         video, coordinates, products = (
             self.get_buffer(f"{name}_{part}") for name in ("video_weight", "coordinates_weight", "products_weight")
@@ -148,10 +153,10 @@ class ServedRanker(nn.Module):
         return torch.addmm(viewer_1W, given_CI, weight_IW, beta=0)
 
     def _mixed(self, first: list[Tensor]) -> Tensor:
-        """The mixture of the experts for each task, ``[K, C, E]``; ``[1, C, E]`` where there is one for all.
+        """Returns the mixture of the experts for each task, ``[K, C, E]``; ``[1, C, E]`` for a shared bottom.
 
         Args:
-            first: what the first layer says of each expert and, where there are many, of the gates.
+            first: output of the first layer for each expert and, with more than one expert, for the gates.
         """
         second = self.ranker.trunk.second
         experts = [F.relu(torch.addmm(second.bias[x], F.relu(first[x]), second.weight[x])) for x in range(self.experts)]
@@ -168,7 +173,7 @@ class ServedRanker(nn.Module):
 
 
 def _gates_by_expert(experts: int, tasks: int, start: int) -> Tensor:
-    """Columns of the first layer with the gates, which are in the order of the tasks, in the order of the experts."""
+    """Returns the first layer's columns with the gates reordered from task-major to expert-major."""
     before = torch.arange(start)
     if experts == 1:
         return before
@@ -176,10 +181,10 @@ def _gates_by_expert(experts: int, tasks: int, start: int) -> Tensor:
 
 
 def _in_order(ranker: Ranker, plain: int) -> Tensor:
-    """Rows of the first layer in the order in which ``forward`` puts the candidates' columns side by side.
+    """Returns the first layer's rows in the order in which ``forward`` concatenates the candidates' columns.
 
-    The ranker has numbers, topic, language, creator, two crosses of the topic, two of the language. Here a word's
-    crosses are beside its own vector, and the topic's is the last.
+    The ranker's order is numbers, topic, language, creator, two topic crosses, two language crosses. Here the crosses
+    of a word follow the word's embedding, and the topic comes last.
     """
     word, creator = ranker.config.category_dim, ranker.config.creator_dim
     widths = [plain - 2 * word - creator - 4, word, word, creator, 2, 2]
@@ -188,13 +193,13 @@ def _in_order(ranker: Ranker, plain: int) -> Tensor:
 
 
 def _parts(matrix: Tensor, widths: list[int]) -> list[Tensor]:
-    """The matrix's columns, so many to each part."""
+    """Splits the matrix's columns into parts of these widths."""
     ends = list(itertools.accumulate(widths))
     return [matrix[:, end - width : end] for end, width in zip(ends, widths, strict=True)]
 
 
 def _scaled(numbers: Standardiser, values: Tensor) -> list[Tensor]:
-    """What ``Standardiser.forward`` puts side by side, and with less on the way."""
+    """Returns the two halves of ``Standardiser.forward``, computed with fewer operations."""
     missing = torch.isnan(values)
     logs = torch.log1p(torch.abs(values)) * torch.clamp(values * HUGE, -1.0, 1.0)
     scaled = torch.clamp((logs - numbers.mean) / numbers.scale, -CLIP, CLIP)
@@ -202,8 +207,10 @@ def _scaled(numbers: Standardiser, values: Tensor) -> list[Tensor]:
 
 
 def _vectors(rows: Tensor, row_of: Tensor, codes: Tensor) -> Tensor:
-    """What ``HashedIds.forward`` gives: the sum of a row for each hash, one hash after another, which is faster than a
-    sum over an axis of two. An id with a hash that training did not meet takes row 0 for each.
+    """Returns ``HashedIdEmbedding.forward``: the sum of one row per hash code.
+
+    The rows are added one after another, which is faster than a sum over an axis of two. An id with a code that
+    training did not meet takes row 0 for every hash.
     """
     found = [torch.index_select(row_of, 0, codes[:, h]) for h in range(codes.shape[1])]
     lowest = found[0]
@@ -216,17 +223,17 @@ def _vectors(rows: Tensor, row_of: Tensor, codes: Tensor) -> Tensor:
     return total
 
 
-def _affinities(viewer_dense: Tensor) -> Tensor:
-    """What the viewer makes of each topic, ``[1 + TOPICS, 2]``; row 0 is the unknown topic. See ``Ranker``."""
-    affinity_T = viewer_dense[0, AFFINITY : AFFINITY + TOPICS]
+def _affinities(viewer_dense: Tensor, topics: int) -> Tensor:
+    """Returns the topic crosses of ``Ranker`` for each topic, ``[1 + topics, 2]``; row 0 is the unknown topic."""
+    affinity_T = viewer_dense[0, AFFINITY : AFFINITY + topics]
     affinity_T = F.pad(torch.where(torch.isnan(affinity_T), 0.0, affinity_T), (1, 0))
     return CROSS_SCALE * torch.stack([affinity_T, F.relu(-affinity_T)], dim=-1)
 
 
 def _spoken(words: int) -> Tensor:
-    """Whether a video's language is the viewer's, and whether it is another: ``[viewer's, video's * 2]``; 0 is unknown.
+    """Returns, for all pairs of languages, "same" and "other": ``[viewer's language, video's language * 2]``.
 
-    A table of all pairs, of which a request takes one row.
+    Language 0 is unknown and gives neither. A request reads one row.
     """
     word_L = torch.arange(words)
     known_LL = (word_L > 0) & (word_L > 0).unsqueeze(1)

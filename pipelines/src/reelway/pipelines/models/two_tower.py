@@ -1,62 +1,60 @@
-"""Two-tower retrieval: one vector per viewer and request, one per video, compared by inner product.
+"""Two-tower retrieval: one unit vector per viewer and request, one per video, compared by inner product.
 
-Only the viewer tower is exported; videos are embedded when a release is built. Losses live in ``losses``.
+Only the viewer tower is exported; the release build embeds the videos. Losses are in ``losses``.
 """
 
 # Shapes: B viewers, C videos, L history, S = L + 1 slots, H hashes, D embedding, A attention heads, F head width
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import Annotated, Self
 
 import torch
 import torch.nn.functional as F
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 
-from reelway.pipelines.models.inputs import WORD_BUCKETS, Categories, HashedIds, Standardiser
-from reelway.platform.contracts.events import AUDIO_DIM, TEXT_DIM, TOPICS, VISUAL_DIM
-from reelway.platform.contracts.features import (
-    HISTORY_LENGTH,
-    VIDEO_STATIC_DENSE,
-    VIEWER_CATEGORIES,
-    VIEWER_DENSE,
-)
+from reelway.pipelines.models.inputs import Categories, HashedIds, Standardiser
+from reelway.platform.contracts.feature_dimensions import FeatureDimensions
+from reelway.platform.contracts.features import CONTENT_VECTORS, VIDEO_STATIC_DENSE, VIEWER_CATEGORIES
 
-_MODALITIES = {"visual": VISUAL_DIM, "audio": AUDIO_DIM, "text": TEXT_DIM}
+_PRESENT = {name: VIDEO_STATIC_DENSE.index(f"has_{name}") for name in CONTENT_VECTORS}
+"""Column of ``video_static_dense`` that says whether a video has the content vector."""
 
 
-@dataclass(frozen=True)
-class TwoTowerConfig:
-    """Sizes and regularisation; every field can be set in YAML or by ``--set two_tower.<field>=...``."""
+class TwoTowerConfig(BaseModel):
+    """Sizes and regularisation. YAML or ``--set two_tower.<field>=...`` sets any field."""
 
-    dim: int = 48
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    dim: Annotated[int, Field(ge=2)] = 48
     """D, of both towers and of the history's tokens."""
-    layers: int = 1
-    heads: int = 2
-    history_length: int = HISTORY_LENGTH
-    """The latest videos that are looked at; 1..HISTORY_LENGTH."""
-    feedforward: int = 2
+    layers: Annotated[int, Field(ge=1)] = 1
+    heads: Annotated[int, Field(ge=1)] = 2
+    history_length: Annotated[int, Field(ge=1)] = 50
+    """Latest videos of the history that the tower reads; a data set with shorter histories gives all it has."""
+    feedforward: Annotated[int, Field(ge=1)] = 2
     """Width of a transformer layer's inner part, as a multiple of ``dim``."""
-    context_hidden: int = 64
-    content_hidden: int = 64
-    category_dim: int = 8
-    dropout: float = 0.1
-    id_dropout: float = 0.1
-    """Share of videos whose id is hidden in training, so that content alone must place them."""
-    modality_dropout: float = 0.1
-    """Share of videos whose visual (audio, text) vector is hidden in training, each drawn on its own."""
-    temperature: float = 0.07
+    context_hidden: Annotated[int, Field(ge=1)] = 64
+    content_hidden: Annotated[int, Field(ge=1)] = 64
+    category_dim: Annotated[int, Field(ge=1)] = 8
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    id_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    """Share of videos whose id is hidden in training, so that the content alone must place them."""
+    modality_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    """Share of videos whose visual (audio, text) vector is hidden in training; drawn separately for each modality."""
+    temperature: Annotated[float, Field(gt=0)] = 0.07
     learn_temperature: bool = True
 
-    def __post_init__(self) -> None:
+    @model_validator(mode="after")
+    def _check_heads(self) -> Self:
         if self.dim % self.heads:
-            raise ValueError(f"two_tower.dim {self.dim} is no multiple of two_tower.heads {self.heads}")
-        if not 1 <= self.history_length <= HISTORY_LENGTH:
-            raise ValueError(f"two_tower.history_length {self.history_length} is outside 1..{HISTORY_LENGTH}")
+            raise ValueError(f"dim {self.dim} is not a multiple of heads {self.heads}")
+        return self
 
 
 class CausalLayer(nn.Module):
-    """A pre-norm transformer layer that can answer for the last slot alone, at 1/S of the cost."""
+    """Pre-norm transformer layer (Xiong et al. 2020) that can compute the last slot alone, at 1/S of the cost."""
 
     def __init__(self, dim: int, heads: int, feedforward: int, dropout: float) -> None:
         super().__init__()
@@ -90,18 +88,18 @@ class CausalLayer(nn.Module):
 
 
 class HistoryEncoder(nn.Module):
-    """The watch history, oldest first, and a request slot at its end that asks "and now?".
+    """Causal transformer over the watch history, oldest first, with a request slot at the end.
 
-    A token is the video's id vector plus what the viewer made of it (outcome weight), how long ago, and how many
-    videos ago. The request slot starts from the context and the latest token, so an empty history leaves the context.
+    A token is the sum of the video's id vector, the outcome weight and age of the impression, and its rank from the
+    end. The request slot starts from the context and the latest token, so an empty history leaves the context alone.
     """
 
-    def __init__(self, config: TwoTowerConfig, ids: HashedIds) -> None:
+    def __init__(self, config: TwoTowerConfig, dimensions: FeatureDimensions, ids: HashedIds) -> None:
         super().__init__()
         self.ids = ids
-        self.length = config.history_length
+        self.length = min(config.history_length, dimensions.history_length)
         self.outcome = nn.Sequential(nn.Linear(7, config.dim), nn.GELU(), nn.Linear(config.dim, config.dim))
-        self.recency = nn.Parameter(torch.randn(config.history_length, config.dim) * 0.02)  # last row is the latest
+        self.recency = nn.Parameter(torch.randn(self.length, config.dim) * 0.02)  # last row is the latest
         self.latest = nn.Linear(config.dim, config.dim)
         self.dropout = nn.Dropout(config.dropout)
         self.layers = nn.ModuleList(
@@ -130,14 +128,15 @@ class HistoryEncoder(nn.Module):
             (weights_BL > 0).to(weights_BL.dtype),
             (weights_BL < 0).to(weights_BL.dtype),
             age_BL * 0.2,
-            *(torch.exp(-((age_BL - centre) ** 2) / 4.0) for centre in (0.0, 3.0, 6.0)),  # minutes, a day, a fortnight
+            # bumps around minutes, a day, two weeks
+            *(torch.exp(-((age_BL - centre) ** 2) / 4.0) for centre in (0.0, 3.0, 6.0)),
         ]
         manner_BLD: Tensor = self.outcome(torch.stack(parts, dim=-1))
         return manner_BLD
 
     @staticmethod
     def _blocked(padded_BL: Tensor) -> Tensor:
-        """True where a slot must not look: the future, and padding. Every slot sees itself, so no row is empty."""
+        """Returns the attention mask: true for later slots and padding, never for the slot itself (no empty row)."""
         slots = padded_BL.shape[1] + 1
         index = torch.arange(slots, device=padded_BL.device)
         future_SS = index.unsqueeze(0) > index.unsqueeze(1)
@@ -149,18 +148,18 @@ class HistoryEncoder(nn.Module):
 class ViewerTower(nn.Module):
     """``VIEWER_TOWER_INPUTS`` -> unit vector ``viewer_embedding_BD``."""
 
-    def __init__(self, config: TwoTowerConfig, ids: HashedIds) -> None:
+    def __init__(self, config: TwoTowerConfig, dimensions: FeatureDimensions, ids: HashedIds) -> None:
         super().__init__()
-        self.dense = Standardiser(len(VIEWER_DENSE))
-        self.categories = Categories([WORD_BUCKETS] * len(VIEWER_CATEGORIES), config.category_dim)
-        width = 2 * len(VIEWER_DENSE) + self.categories.out_width
+        self.dense = Standardiser(len(dimensions.viewer_dense))
+        self.categories = Categories([dimensions.category_buckets] * len(VIEWER_CATEGORIES), config.category_dim)
+        width = 2 * self.dense.width + self.categories.out_width
         self.context = nn.Sequential(
             nn.Linear(width, config.context_hidden),
             nn.GELU(),
             nn.Dropout(config.dropout),
             nn.Linear(config.context_hidden, config.dim),
         )
-        self.history = HistoryEncoder(config, ids)
+        self.history = HistoryEncoder(config, dimensions, ids)
         self.out = nn.Linear(config.dim, config.dim)
 
     def forward(
@@ -177,7 +176,7 @@ class ViewerTower(nn.Module):
 
 
 class Modality(nn.Module):
-    """One content vector, or a learned stand-in where it is missing or, in training, hidden by chance."""
+    """Projects one content vector; a learned vector replaces it if it is missing or, in training, dropped out."""
 
     def __init__(self, width: int, dim: int, dropout: float) -> None:
         super().__init__()
@@ -194,18 +193,24 @@ class Modality(nn.Module):
 class VideoTower(nn.Module):
     """``VIDEO_TOWER_INPUTS`` -> unit vector ``video_embedding_CD``."""
 
-    def __init__(self, config: TwoTowerConfig, ids: HashedIds) -> None:
+    def __init__(self, config: TwoTowerConfig, dimensions: FeatureDimensions, ids: HashedIds) -> None:
         super().__init__()
         self.ids = ids
         creator_dim = config.dim // 2
-        self.creators = HashedIds(creator_dim, dropout=config.id_dropout)
-        self.categories = Categories([TOPICS + 1, WORD_BUCKETS], config.category_dim)
+        self.creators = HashedIds(creator_dim, dimensions.id_buckets, dropout=config.id_dropout)
+        self.categories = Categories([dimensions.topics + 1, dimensions.category_buckets], config.category_dim)
         self.static = Standardiser(len(VIDEO_STATIC_DENSE))
         modality_dim = config.dim // 2
         self.modalities = nn.ModuleDict(
-            {name: Modality(width, modality_dim, config.modality_dropout) for name, width in _MODALITIES.items()}
+            {
+                name: Modality(width, modality_dim, config.modality_dropout)
+                for name, width in dimensions.content.items()
+                if width
+            }
         )
-        width = creator_dim + self.categories.out_width + 2 * len(VIDEO_STATIC_DENSE) + len(_MODALITIES) * modality_dim
+        width = (
+            creator_dim + self.categories.out_width + 2 * len(VIDEO_STATIC_DENSE) + len(self.modalities) * modality_dim
+        )
         self.content = nn.Sequential(
             nn.Linear(width, config.content_hidden), nn.GELU(), nn.Linear(config.content_hidden, config.dim)
         )
@@ -220,15 +225,14 @@ class VideoTower(nn.Module):
         audio: Tensor,
         text: Tensor,
     ) -> Tensor:
-        # has_visual, has_audio, has_text are columns 1..3 of VIDEO_STATIC_DENSE
-        present_CM = video_static_dense[:, 1:] > 0.5
+        content = {"visual": visual, "audio": audio, "text": text}
         parts = [
             self.creators(creator_codes),
             self.categories(video_categories),
             self.static(video_static_dense),
             *(
-                self.modalities[name](content, present_CM[:, i : i + 1])
-                for i, (name, content) in enumerate((("visual", visual), ("audio", audio), ("text", text)))
+                modality(content[name], video_static_dense[:, _PRESENT[name]].unsqueeze(1) > 0.5)
+                for name, modality in self.modalities.items()
             ),
         ]
         content_CD = self.content(torch.cat(parts, dim=-1))
@@ -236,23 +240,24 @@ class VideoTower(nn.Module):
 
 
 class TwoTower(nn.Module):
-    """Both towers over one table of video ids, and the temperature of their inner product."""
+    """Both towers, which share one table of video ids, and the temperature of their inner product."""
 
-    def __init__(self, config: TwoTowerConfig) -> None:
+    def __init__(self, config: TwoTowerConfig, dimensions: FeatureDimensions) -> None:
         super().__init__()
         self.config = config
-        ids = HashedIds(config.dim, dropout=config.id_dropout)
-        self.viewer_tower = ViewerTower(config, ids)
-        self.video_tower = VideoTower(config, ids)
+        self.dimensions = dimensions
+        ids = HashedIds(config.dim, dimensions.id_buckets, dropout=config.id_dropout)
+        self.viewer_tower = ViewerTower(config, dimensions, ids)
+        self.video_tower = VideoTower(config, dimensions, ids)
         self.log_temperature = nn.Parameter(
             torch.tensor(config.temperature).log(), requires_grad=config.learn_temperature
         )
 
     @property
     def ids(self) -> HashedIds:
-        """The video ids' table, shared by the towers."""
+        """The id table that both towers share."""
         return self.video_tower.ids
 
     def temperature(self) -> Tensor:
-        """Never below 0.01, where the softmax would be numerically one-hot."""
+        """The softmax temperature, at least 0.01; below, the softmax would be numerically one-hot."""
         return self.log_temperature.exp().clamp(0.01, 1.0)

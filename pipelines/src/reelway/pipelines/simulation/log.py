@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from reelway.pipelines.datasets.store import Dataset
 from reelway.pipelines.simulation.config import SimulationConfig
 from reelway.pipelines.simulation.logging_policy import SOURCES, LoggingPolicy
+from reelway.pipelines.simulation.population import DIMENSIONS
 from reelway.pipelines.simulation.responses import Responses, Shown, responses_to_events
 from reelway.pipelines.simulation.traffic import DEVICES, draw_requests
 from reelway.pipelines.simulation.world import World
@@ -71,7 +72,7 @@ def log_traffic(world: World, *, progress: Progress = _quiet) -> Dataset:
     impressions, outcomes = responses_to_events(shown, _joined(responses))
     info = {"name": "simulated", "source": "reelway simulate", "seed": world.seed, "config": asdict(config)}
     return Dataset(
-        world.viewers_table(), world.creators_table(), world.videos_table(), impressions, outcomes, info
+        world.viewers_table(), world.creators_table(), world.videos_table(), impressions, outcomes, info, DIMENSIONS
     )  # fmt: skip
 
 

@@ -15,9 +15,9 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
+from reelway.pipelines.simulation.population import TOPICS
 from reelway.pipelines.simulation.responses import Responses
 from reelway.pipelines.simulation.world import World
-from reelway.platform.contracts.events import TOPICS
 
 F32 = NDArray[np.float32]
 F64 = NDArray[np.float64]

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from reelway.pipelines.simulation.config import DAY_S, SimulationConfig
-from reelway.platform.contracts.events import AUDIO_DIM, TEXT_DIM, TOPICS, VISUAL_DIM
+from reelway.platform.contracts.feature_dimensions import FeatureDimensions
 
 F32 = NDArray[np.float32]
 F64 = NDArray[np.float64]
@@ -19,6 +19,9 @@ I32 = NDArray[np.int32]
 Bools = NDArray[np.bool_]
 Generator = np.random.Generator
 
+VISUAL_DIM: Final = 32
+AUDIO_DIM: Final = 16
+TEXT_DIM: Final = 32
 STYLE_DIM: Final = 8
 LANGUAGES: Final = ("en", "es", "de", "hi")
 _LANGUAGE_SHARES: Final = np.array([0.5, 0.22, 0.14, 0.14])
@@ -37,7 +40,9 @@ _TITLE_WORDS: Final = ("easy", "wild", "tiny", "late-night", "perfect", "first",
 NO_LANGUAGE: Final = -1
 _OWN_TOPICS = 4
 _DISLIKES = 4
-assert len(TOPIC_NAMES) == TOPICS
+TOPICS: Final = len(TOPIC_NAMES)
+DIMENSIONS: Final = FeatureDimensions(visual=VISUAL_DIM, audio=AUDIO_DIM, text=TEXT_DIM, topics=TOPICS)
+"""The schema of simulated data sets."""
 
 
 @dataclass(frozen=True)

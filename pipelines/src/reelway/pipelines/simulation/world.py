@@ -24,13 +24,14 @@ from reelway.pipelines.simulation.population import (
     NO_LANGUAGE,
     REGIONS,
     SEGMENTS,
+    TOPICS,
     draw_creators,
     draw_topic_shares,
     draw_videos,
     draw_viewers,
 )
 from reelway.pipelines.simulation.responses import Responses, react
-from reelway.platform.contracts.events import CREATORS, TOPICS, VIDEOS, VIEWERS
+from reelway.platform.contracts.events import CREATORS, VIDEOS, VIEWERS
 from reelway.platform.errors import DataError
 
 F32 = NDArray[np.float32]

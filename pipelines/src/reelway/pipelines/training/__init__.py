@@ -1,1 +1,1 @@
-"""From feature rows to trained models: rows, the loop, calibration, export. Only ``ray_train`` knows Ray."""
+"""Training: rows, the loop, calibration and export. Only ``ray_train`` imports Ray."""

@@ -1,8 +1,8 @@
-"""What ``reelway train`` leaves behind, and how the next steps read it: arrays and JSON, no pickle.
+"""Files of a finished training in ``<run>/models``: arrays and JSON, no pickle.
 
 ::
 
-    models/two_tower.npz + two_tower.json     weights, and the configuration that rebuilds the model
+    models/two_tower.npz + two_tower.json     weights; configuration and feature dimensions
     models/ranker.npz    + ranker.json
     models/calibration.json
     models/training.json                      TrainingInfo: window, seed, config, loss curves, base rates, notes
@@ -13,6 +13,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -24,6 +26,7 @@ from torch import nn
 from reelway.pipelines.models.ranker import Ranker, RankerConfig
 from reelway.pipelines.models.two_tower import TwoTower, TwoTowerConfig
 from reelway.platform.contracts.calibration import Calibration
+from reelway.platform.contracts.feature_dimensions import FeatureDimensions
 from reelway.platform.durable import whole_file, write_json
 from reelway.platform.errors import MalformedFileError, TrainingError
 
@@ -33,29 +36,29 @@ INFO: Final = "training.json"
 
 @dataclass(frozen=True)
 class TrainingInfo:
-    """What was trained on what, and how it went."""
+    """Record of a training: data, configuration, loss curves and calibration."""
 
     seed: int
     window_start_s: float
     """Events of the training window: [start, end), Unix seconds."""
     window_end_s: float
-    """The cut: evaluation starts here. Infinity (null in JSON) when all events were trained on."""
+    """End of training, start of evaluation. Infinity (null in JSON) if all events were trained on."""
     calibration_start_s: float
-    """The ranker saw events before this only; the rest of the window fitted the calibration."""
+    """The ranker learned from events before this; the rest of the window is for calibration."""
     config: dict[str, Any]
     curves: dict[str, list[dict[str, float]]]
     """Stage -> one mapping of metrics per epoch."""
     base_rates: dict[str, float]
-    """Mean of each head's label in the window; seconds for ``watch_s``."""
+    """Mean label of each head in the window; seconds for ``watch_s``."""
     calibration: list[dict[str, Any]]
     """One ``HeadReport`` per binary head."""
     notes: list[str]
-    """What a person should know, such as a head that had one class only."""
+    """Remarks for the ML engineer, such as a head whose labels have one class only."""
     rows: dict[str, int]
     elapsed_s: dict[str, float]
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values; infinity becomes None, which JSON can say."""
+        """Returns plain values; infinity becomes None, because JSON has no infinity."""
         plain = dataclasses.asdict(self)
         for name in ("window_end_s", "calibration_start_s"):
             if not np.isfinite(plain[name]):
@@ -64,46 +67,57 @@ class TrainingInfo:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> TrainingInfo:
-        """The inverse of ``to_dict``."""
         ends = {name: np.inf for name in ("window_end_s", "calibration_start_s") if values[name] is None}
         return cls(**{**values, **ends})
 
 
 @dataclass(frozen=True)
 class TrainedModels:
-    """The models in evaluation mode, on the CPU."""
+    """Both models in evaluation mode on the CPU, with calibration and training record."""
 
     two_tower: TwoTower
     ranker: Ranker
     calibration: Calibration
     info: TrainingInfo
 
+    @property
+    def dimensions(self) -> FeatureDimensions:
+        """Widths of the features that both models were trained on."""
+        return self.two_tower.dimensions
+
 
 def save_models(models: TrainedModels, folder: Path) -> None:
-    """Write everything; each file is whole or absent, and ``training.json`` is last."""
+    """Writes all files, each atomically and ``training.json`` last."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / INFO).unlink(missing_ok=True)
-    _save(models.two_tower, {"config": dataclasses.asdict(models.two_tower.config)}, folder, "two_tower")
-    ranker_config = {"config": dataclasses.asdict(models.ranker.config), "embedding_dim": models.ranker.embedding_dim}
+    dimensions = dataclasses.asdict(models.dimensions)
+    tower = {"config": models.two_tower.config.model_dump(), "dimensions": dimensions}
+    _save(models.two_tower, tower, folder, "two_tower")
+    ranker_config = {
+        "config": models.ranker.config.model_dump(),
+        "dimensions": dimensions,
+        "embedding_dim": models.ranker.embedding_dim,
+    }
     _save(models.ranker, ranker_config, folder, "ranker")
     write_json(folder / CALIBRATION, models.calibration.model_dump(mode="json"))
     write_json(folder / INFO, models.info.to_dict())
 
 
 def load_models(models_dir: Path) -> TrainedModels:
-    """What ``save_models`` wrote.
+    """Reads the files of ``save_models``.
 
     Raises:
-        TrainingError: nothing was trained here.
-        MalformedFileError: a file is damaged or of another configuration.
+        TrainingError: if the folder holds no finished training.
+        MalformedFileError: if a file is damaged or does not fit its configuration.
     """
     if not (models_dir / INFO).exists():
-        raise TrainingError(f"{models_dir}: no {INFO}, so no finished training; run `reelway train` first")
-    about = _read_json(models_dir / "two_tower.json")
-    two_tower = TwoTower(TwoTowerConfig(**about["config"]))
+        raise TrainingError(f"{models_dir}: no {INFO}, so no finished training; run `reelway train`")
+    with _described_by(models_dir / "two_tower.json") as about:
+        two_tower = TwoTower(TwoTowerConfig(**about["config"]), FeatureDimensions(**about["dimensions"]))
     _load(two_tower, models_dir / "two_tower.npz")
-    about = _read_json(models_dir / "ranker.json")
-    ranker = Ranker(RankerConfig(**about["config"]), about["embedding_dim"])
+    with _described_by(models_dir / "ranker.json") as about:
+        dimensions = FeatureDimensions(**about["dimensions"])
+        ranker = Ranker(RankerConfig(**about["config"]), about["embedding_dim"], dimensions)
     _load(ranker, models_dir / "ranker.npz")
     calibration = Calibration.model_validate(_read_json(models_dir / CALIBRATION))
     info = TrainingInfo.from_dict(_read_json(models_dir / INFO))
@@ -127,6 +141,16 @@ def _load(model: nn.Module, path: Path) -> None:
             path, "the weights of the configuration beside it; train again", seen=str(error)
         ) from error
     model.eval()
+
+
+@contextmanager
+def _described_by(path: Path) -> Iterator[dict[str, Any]]:
+    """The JSON beside a model's weights; what cannot be built from it is a ``MalformedFileError``."""
+    about = _read_json(path)
+    try:
+        yield about
+    except (KeyError, TypeError, ValueError) as error:
+        raise MalformedFileError(path, "a model's configuration; train again", seen=str(error)) from error
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -1,7 +1,8 @@
-"""Which rows make up step s of epoch e: a pure function of seed, epoch, step and worker, so a restart needs no state.
+"""Selects the rows of each training step.
 
-A batch is drawn by viewer row (one request), with all rows that share it: the viewer's side of a model then runs once
-per request and not once per row, with the same result.
+The selection is a pure function of seed, epoch, step and worker, so a restart needs no saved state. A batch consists of
+viewer rows (requests) with all their training rows. The viewer tower therefore runs once per request instead of once
+per row, with the same result.
 """
 
 # Shapes: R rows of a batch, V viewer rows of a batch, P pool of videos, M all videos
@@ -30,17 +31,17 @@ _DAY_S = 86_400.0
 
 
 class Batches(Protocol):
-    """What the loop asks for. ``batch`` may be called in any order."""
+    """Batches of one worker. The loop may request them in any order."""
 
     steps: int
-    """Per epoch; the same on every worker."""
+    """Steps per epoch; equal on all workers."""
 
     def batch(self, epoch: int, step: int) -> dict[str, Tensor]: ...
 
 
 @dataclass(frozen=True)
 class Worker:
-    """Which of how many data-parallel workers this is."""
+    """Rank and number of the data-parallel workers."""
 
     rank: int = 0
     world: int = 1
@@ -50,13 +51,13 @@ ALONE: Final = Worker()
 
 
 def as_tensor(values: NDArray[Any]) -> Tensor:
-    """A tensor of its own: integers widened to 64 bits, as an embedding lookup wants them."""
+    """Returns a copy as a tensor, integers widened to the 64 bits that embedding lookups require."""
     kind = np.int64 if values.dtype.kind in "iu" else values.dtype
     return torch.from_numpy(np.array(values, dtype=kind))
 
 
 class GroupedOrder:
-    """Rows grouped by viewer row; every epoch all of them, in an order of its own, cut into equal steps."""
+    """Order of the rows, grouped by viewer row. Each epoch has its own order of all rows, cut into equal steps."""
 
     def __init__(self, viewer_row: NDArray[np.int32], loop: LoopConfig, seed: int, worker: Worker) -> None:
         self.members = np.argsort(viewer_row, kind="stable")
@@ -65,8 +66,8 @@ class GroupedOrder:
         groups = len(starts)
         if groups < worker.world:
             raise TrainingError(
-                f"{groups} distinct viewer rows for {worker.world} workers; expected at least one each; "
-                "use fewer workers (--workers) or more data"
+                f"training has {groups} distinct viewer rows for {worker.world} workers, expected at least one per "
+                "worker; use fewer workers (--workers) or more data"
             )
         wanted = max(1, round(len(viewer_row) / loop.batch_size))
         self.all_steps = min(wanted, groups // worker.world)
@@ -75,7 +76,7 @@ class GroupedOrder:
         self._epoch, self._order = -1, np.zeros(0, dtype=np.int64)
 
     def rows(self, epoch: int, step: int) -> I64:
-        """Positions (into the array given) of this worker's rows, group after group."""
+        """Returns the indices of this worker's rows, group after group."""
         if epoch != self._epoch:
             self._order = np.random.default_rng([self.seed, epoch]).permutation(len(self.starts) - 1)
             self._epoch = epoch
@@ -89,7 +90,7 @@ class GroupedOrder:
 
 
 class RetrievalBatches:
-    """Positives of the window against a pool of in-batch and uniformly drawn videos."""
+    """The window's positives and, per step, a pool of in-batch and uniformly drawn videos."""
 
     def __init__(
         self,
@@ -104,8 +105,8 @@ class RetrievalBatches:
         self.index = index[rows.weight[index] > 0]
         if not len(self.index):
             raise TrainingError(
-                f"none of {len(index)} training rows has a positive outcome weight; the two-tower needs watches or "
-                "likes to learn from; check the data set's outcomes and the training window"
+                f"none of {len(index)} training rows has a positive outcome weight, and the two-tower learns from "
+                "positives; check the data set's outcomes and the training window"
             )
         self.rows, self.data, self.seed, self.worker = rows, data, seed, worker
         self.order = GroupedOrder(rows.viewer_row[self.index], loop, seed, worker)
@@ -114,14 +115,14 @@ class RetrievalBatches:
         if data.recency_half_life_d is not None:
             age_d = (rows.event_time_s[self.index].max() - rows.event_time_s[self.index]) / _DAY_S
             self.weight *= np.exp2(-age_d / data.recency_half_life_d).astype(np.float32)
-        # the videos of the window: what came later is not known yet
+        # videos of the window; later videos are unknown at that time
         self.catalogue = np.unique(rows.video_row[index])
         share = np.bincount(rows.video_row[self.index], minlength=len(rows.video_ids)) / len(self.index)
         self.share = torch.from_numpy(share)
         self.video_tensors = {name: as_tensor(getattr(rows.videos, name)) for name in VIDEO_TOWER_INPUTS}
 
     def batch(self, epoch: int, step: int) -> dict[str, Tensor]:
-        """Tensors for ``RetrievalObjective``."""
+        """Returns the tensors of ``RetrievalObjective``."""
         chosen = self.order.rows(epoch, step)
         row = self.index[chosen]
         viewer, row_viewer = np.unique(self.rows.viewer_row[row], return_inverse=True)
@@ -139,7 +140,7 @@ class RetrievalBatches:
         }
 
     def _pool(self, video: NDArray[np.int32], epoch: int, step: int) -> tuple[I64, Tensor]:
-        """Ascending video rows without repetition, and each one's (scaled) log chance of being among them."""
+        """Returns ascending, distinct video rows and their log probabilities of being in the pool, scaled."""
         uniform = self.data.uniform_negatives
         if uniform >= len(self.catalogue):
             return self.catalogue.astype(np.int64), torch.zeros(len(self.catalogue))
@@ -151,7 +152,7 @@ class RetrievalBatches:
 
 
 class RankingBatches:
-    """Rows for the ranker, with the frozen two-tower's embeddings of both sides."""
+    """The ranker's rows, with the embeddings of the frozen two-tower."""
 
     def __init__(
         self,
@@ -170,7 +171,7 @@ class RankingBatches:
         self.steps = self.order.steps
 
     def batch(self, epoch: int, step: int) -> dict[str, Tensor]:
-        """Tensors for ``RankingObjective``."""
+        """Returns the tensors of ``RankingObjective``."""
         chosen = self.order.rows(epoch, step)
         return ranking_tensors(self.rows, self.ranker_rows, self.viewer_embedding, self.video_embedding, chosen)
 
@@ -182,7 +183,7 @@ def ranking_tensors(
     video_embedding: NDArray[np.float32],
     chosen: I64,
 ) -> dict[str, Tensor]:
-    """Inputs of the ranker for some rows, by name, with their positions and labels."""
+    """Returns the ranker's inputs for the chosen rows, with positions and labels."""
     viewer, row_viewer = np.unique(ranker_rows.viewer_row[chosen], return_inverse=True)
     video = ranker_rows.video_row[chosen]
     return {
@@ -200,10 +201,9 @@ def ranking_tensors(
 
 
 def viewer_tensors(rows: TrainingRows, viewer: NDArray[Any]) -> dict[str, Tensor]:
-    """Inputs of the viewer tower for some viewer rows."""
+    """Returns the viewer tower's inputs for these viewer rows."""
     return {name: as_tensor(getattr(rows.viewers, name)[viewer]) for name in VIEWER_TOWER_INPUTS}
 
 
 def on_device(batch: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
-    """The batch where the model is."""
     return {name: values.to(device, non_blocking=True) for name, values in batch.items()}

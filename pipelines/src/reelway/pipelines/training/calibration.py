@@ -1,7 +1,6 @@
-"""From the model's probabilities to observed rates, one monotone curve per head, with the error before and after.
+"""Fits one monotone calibration curve per head and measures the calibration error before and after.
 
-A head with one class only, or too few of either to fit anything, keeps its probabilities and says why. So does a head
-that its curve would make worse.
+A head keeps its probabilities, with a note, if a class has too few rows or if the curve would increase the error.
 """
 
 # Shapes: N rows, K tasks
@@ -24,9 +23,10 @@ F64 = NDArray[np.float64]
 Method = Literal["isotonic", "platt"]
 
 MIN_PER_CLASS = 20
-"""Fewer of either class among the held-out rows: no curve."""
+"""Fewest held-out rows of each class for which a curve is fitted."""
 MIN_ISOTONIC = 300
-"""Fewer: Platt's two parameters instead of isotonic steps, which would follow the noise."""
+"""Fewest held-out rows of each class for isotonic regression; with fewer, its steps follow noise, and Platt's two
+parameters are fitted instead (Platt 1999)."""
 _KNOTS = 64
 _FOLDS = 5
 _IDENTITY = Curve(method="identity", probability=(0.0, 1.0), rate=(0.0, 1.0))
@@ -34,7 +34,7 @@ _IDENTITY = Curve(method="identity", probability=(0.0, 1.0), rate=(0.0, 1.0))
 
 @dataclass(frozen=True)
 class HeadReport:
-    """Expected calibration error of one head, on rows its curve was not fitted on."""
+    """Expected calibration error of one head, measured on rows that its curve was not fitted on."""
 
     task: str
     method: str
@@ -45,17 +45,16 @@ class HeadReport:
     note: str = ""
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values."""
         return asdict(self)
 
 
 def calibrate(
     outputs_NK: F32, labels_NK: F32, *, method: Method = "isotonic", seed: int = 0
 ) -> tuple[Calibration, list[HeadReport]]:
-    """Fit a curve per binary head on held-out rows.
+    """Fits a curve per binary head on held-out rows.
 
-    The error after is cross-fitted: each fold of the rows is judged by a curve of the others, so that an isotonic
-    fit isn't praised for remembering. The curve returned is fitted on all rows.
+    The error after calibration is cross-fitted: the curve for each fold is fitted on the other folds, so that
+    overfitting does not lower the error. The returned curve is fitted on all rows.
 
     Args:
         outputs_NK: the ranker's raw outputs (logits), heads in the order of ``BINARY_TASKS``.
@@ -73,7 +72,7 @@ def calibrate(
 
 
 def expected_calibration_error(probability_N: F64, label_N: F64, *, bins: int = 15) -> float:
-    """Mean gap between predicted and observed rate over equally filled bins (Nixon et al. 2019), weighted by rows."""
+    """Returns the mean gap between predicted and observed rate over equally filled bins (Nixon et al. 2019)."""
     if not len(probability_N):
         return 0.0
     order = np.argsort(probability_N, kind="stable")
@@ -83,7 +82,7 @@ def expected_calibration_error(probability_N: F64, label_N: F64, *, bins: int = 
 
 
 def calibrated(curve: Curve, probability_N: F64) -> F64:
-    """The rates that a curve gives, as serving computes them."""
+    """Returns the rates of a curve, computed as serving does."""
     return np.interp(probability_N, curve.probability, curve.rate)
 
 
@@ -115,14 +114,14 @@ def _fit(probability_N: F64, label_N: F64, method: Method) -> Curve:
     knots = np.unique(np.quantile(probability_N, np.linspace(0, 1, _KNOTS)))
     if method == "platt":
         fitted = LogisticRegression(C=1e6).fit(_logit(probability_N)[:, None], label_N)
-        if fitted.coef_[0, 0] <= 0:  # predictions that rank backwards: no monotone curve helps
+        if fitted.coef_[0, 0] <= 0:  # the predictions rank in reverse: no monotone curve helps
             return _IDENTITY
         knots = np.unique(np.concatenate([[0.0], knots, np.linspace(0.01, 0.99, 50), [1.0]]))
         rate = fitted.predict_proba(_logit(knots)[:, None])[:, 1]
     else:
         fitted = IsotonicRegression(y_min=0.0, y_max=1.0, out_of_bounds="clip").fit(probability_N, label_N)
         knots = np.unique(np.concatenate([[0.0], knots, [1.0]]))
-        # isotonic steps are flat; a slight slope keeps the model's order among candidates of one step
+        # isotonic steps are flat; a small slope keeps the model's order among candidates of one step
         rate = 0.98 * fitted.predict(knots) + 0.02 * knots
     rate = np.clip(np.maximum.accumulate(rate), 0.0, 1.0)
     return Curve(method=method, probability=tuple(knots.tolist()), rate=tuple(rate.tolist()))

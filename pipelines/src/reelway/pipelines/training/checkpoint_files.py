@@ -1,4 +1,4 @@
-"""Checkpoints as files in one folder: whole or absent, the newest two kept. For training without Ray, and for tests."""
+"""Checkpoints as files in one folder, written atomically; the newest two are kept. Used without Ray and by tests."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ _log = logging.getLogger(__name__)
 
 
 def write_state(state: State, path: Path) -> None:
-    """Tensors and plain values only, so that reading needs no trust in what was written."""
+    """Writes tensors and plain values only, so that reading executes no code."""
     with whole_file(path) as aside:
         torch.save(state, aside)
 
 
 def read_state(path: Path) -> State:
-    """What ``write_state`` wrote.
+    """Reads a file of ``write_state``.
 
     Raises:
-        TrainingError: the file is damaged, or holds more than tensors and plain values.
+        TrainingError: if the file is damaged, or holds more than tensors and plain values.
     """
-    if not zipfile.is_zipfile(path):  # a torn file must not be tried as the older, plain pickle format
-        raise TrainingError(f"{path}: not a readable checkpoint (torn or absent); remove it and train again")
+    if not zipfile.is_zipfile(path):  # torch would try a truncated file as its older pickle format
+        raise TrainingError(f"{path}: not a readable checkpoint (truncated or missing); remove it and train again")
     try:
         state: State = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
@@ -38,7 +38,7 @@ def read_state(path: Path) -> State:
 
 
 class CheckpointFiles:
-    """``<folder>/checkpoint-<n>.pt``; worker 0 writes, every worker reads."""
+    """``<folder>/checkpoint-<n>.pt``; worker 0 writes, all workers read."""
 
     def __init__(self, folder: Path, *, keep: int = 2) -> None:
         self.folder, self.keep = folder, keep
@@ -47,7 +47,7 @@ class CheckpointFiles:
         return sorted(self.folder.glob("checkpoint-*.pt"))
 
     def save(self, state: State, metrics: dict[str, float]) -> None:
-        """Add one and drop all but the newest ``keep``."""
+        """Adds a checkpoint and removes all but the newest ``keep``."""
         del metrics
         if current_worker().rank != 0:
             return
@@ -58,9 +58,9 @@ class CheckpointFiles:
             old.unlink()
 
     def load(self) -> State | None:
-        """The newest, or None."""
+        """Returns the newest checkpoint, or None."""
         files = self._files()
         if not files:
             return None
-        _log.info("going on from %s", files[-1])
+        _log.info("resuming from checkpoint: %s", files[-1])
         return read_state(files[-1])

@@ -1,6 +1,6 @@
-"""Models as ONNX graphs, refused unless ONNX Runtime gives torch's answers on the caller's own rows.
+"""Exports the models as ONNX graphs and compares each graph with torch on the caller's rows.
 
-Weights and constants only: no pickle, no Python. The ranker's position tower is not part of the graph.
+A graph holds weights and constants, no pickle and no Python. The ranker's position tower is not part of it.
 """
 
 # Shapes: B viewers, C candidates, L history
@@ -23,7 +23,7 @@ from reelway.pipelines.models.ranker import Ranker
 from reelway.pipelines.models.served_ranker import ServedRanker
 from reelway.pipelines.models.two_tower import TwoTower
 from reelway.pipelines.training.batches import as_tensor
-from reelway.platform.contracts.features import HISTORY_LENGTH, RANKER_INPUTS, VIEWER_TOWER_INPUTS
+from reelway.platform.contracts.features import RANKER_INPUTS, VIEWER_TOWER_INPUTS
 from reelway.platform.durable import whole_file
 from reelway.platform.errors import ReleaseError
 from reelway.platform.features.assembly import ViewerArrays
@@ -37,38 +37,38 @@ Arrays = Mapping[str, NDArray[Any]]
 
 
 def export_viewer_tower(model: TwoTower, path: Path, sample: ViewerArrays) -> float:
-    """Write ``viewer_tower.onnx``: ``VIEWER_TOWER_INPUTS [B, ...] -> viewer_embedding [B, D]``, any B.
+    """Writes ``viewer_tower.onnx``: ``VIEWER_TOWER_INPUTS [B, ...] -> viewer_embedding [B, D]``, any B.
 
     Args:
-        sample: real rows, with histories of ``HISTORY_LENGTH``.
+        sample: real rows, with histories of the data set's ``history_length``.
 
     Returns:
-        the largest absolute difference from torch over the sample.
+        The largest absolute difference from torch over the sample.
 
     Raises:
-        ReleaseError: the difference exceeds ``MAX_DIFFERENCE``, or the sample is empty or of another length.
+        ReleaseError: if the difference exceeds ``MAX_OUTPUT_DIFFERENCE``, or the sample is empty or of another length.
     """
     length = sample.history_codes.shape[1]
-    if length != HISTORY_LENGTH:
-        raise ReleaseError(f"sample histories hold {length} videos, expected {HISTORY_LENGTH}, as serving sends them")
+    if length != (expected := model.dimensions.history_length):
+        raise ReleaseError(f"sample histories hold {length} videos, expected {expected}, as serving sends them")
     inputs = {name: getattr(sample, name) for name in VIEWER_TOWER_INPUTS}
     shapes = {name: {0: "B"} for name in VIEWER_TOWER_INPUTS}
     return _export(model.viewer_tower, path, inputs, shapes, VIEWER_OUTPUT)
 
 
 def export_ranker(model: Ranker, path: Path, sample: Arrays) -> float:
-    """Write ``ranker.onnx``: ``RANKER_INPUTS -> outputs [C, K]``, viewer inputs ``[1, ...]``, any C.
+    """Writes ``ranker.onnx``: ``RANKER_INPUTS -> outputs [C, K]``, viewer inputs ``[1, ...]``, any C.
 
-    What is written is the model's served form (``models.served_ranker``), and it is the model that it is held against.
+    The graph is the inference form (``models.inference_ranker``); it is compared with the trained model.
 
     Args:
-        sample: one real viewer and its candidates, as ``inference.ranker_inputs`` gives them.
+        sample: one real viewer and its candidates, from ``inference.ranker_inputs``.
 
-    Returns and raises like ``export_viewer_tower``.
+    Returns and raises the same as ``export_viewer_tower``.
     """
     inputs = {name: sample[name] for name in RANKER_INPUTS}
     if viewers := {name for name in RANKER_INPUTS[:3] if len(inputs[name]) != 1}:
-        raise ReleaseError(f"sample inputs {sorted(viewers)} must hold one viewer; a request has one")
+        raise ReleaseError(f"sample inputs {sorted(viewers)}: more than one viewer; pass one, as in a request")
     shapes = {name: {} if name in RANKER_INPUTS[:3] else {0: "C"} for name in RANKER_INPUTS}
     return _export(ServedRanker(model), path, inputs, shapes, RANKER_OUTPUT, model)
 
@@ -81,14 +81,14 @@ def _export(
     output: str,
     trained: nn.Module | None = None,
 ) -> float:
-    """Write ``module`` and compare the file with ``trained``, which is the module itself unless it is another form."""
+    """Writes ``module`` and compares the file with ``trained``, by default the module itself."""
     rows = max(len(values) for values in inputs.values())
     if not rows:
-        raise ReleaseError(f"no rows to compare {path.name} with torch on; expected at least one")
+        raise ReleaseError(f"{path.name}: no sample rows to compare with torch; pass at least one")
     trained = trained or module
     trained.eval()
     module.eval()
-    # Exported from two rows or more: a dimension of one would be taken for a constant.
+    # Exported from at least two rows: torch.export takes a dimension of one for a constant.
     example = tuple(
         as_tensor(values if not dynamic[name] or rows > 1 else np.repeat(values, 2, axis=0))
         for name, values in inputs.items()
@@ -99,7 +99,7 @@ def _export(
         if not difference <= MAX_DIFFERENCE:
             raise ReleaseError(
                 f"{path.name}: ONNX Runtime differs from torch by {difference:.3g} over {rows} rows, expected at most "
-                f"{MAX_DIFFERENCE:g}; the release would not rank as it was evaluated; nothing was written"
+                f"{MAX_DIFFERENCE:g}; the release would rank differently than evaluated, so nothing was written"
             )
     return difference
 

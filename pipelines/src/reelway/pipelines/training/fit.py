@@ -1,6 +1,6 @@
-"""Both models from rows, in the order they stand on each other: two-tower, embeddings, ranker. No Ray, no files.
+"""Fits both models: the two-tower, its embeddings, then the ranker. It uses no Ray and no files.
 
-One process or many: every worker runs this same function, and ends with the same models.
+Every data-parallel worker runs the same function and ends with the same models.
 """
 
 # Shapes: V viewer rows, M videos, D embedding, K tasks
@@ -27,6 +27,7 @@ from reelway.pipelines.training.inference import embed_videos, embed_viewers
 from reelway.pipelines.training.loop import Checkpoints, NoCheckpoints, OnEpoch, State, current_worker, train
 from reelway.pipelines.training.negatives import RankerRows
 from reelway.pipelines.training.rows import F32, I64, TrainingRows
+from reelway.platform.contracts.feature_dimensions import FeatureDimensions
 from reelway.platform.contracts.features import BINARY_TASKS, RANKER_TASKS
 from reelway.platform.errors import EmptyDatasetError, TrainingError
 from reelway.platform.features.assembly import ViewerArrays
@@ -38,35 +39,35 @@ RANKER = "ranker"
 
 @dataclass(frozen=True)
 class Window:
-    """The rows to learn from, by time: all before ``cut_s``; the ranker's in ``[ranker_s, calibration_s)``."""
+    """Split of the rows by time: training before ``cut_s``, the ranker's rows in ``[ranker_s, calibration_s)``."""
 
     cut_s: float
     calibration_s: float
     ranker_s: float = -np.inf
-    """Above the first row's time, the ranker learns from an earlier two-tower, which ends here."""
+    """If above the first row's time, the ranker learns from a two-tower trained on the rows before this time."""
 
     @property
     def holds_out(self) -> bool:
-        """Whether the ranker's rows are kept from the two-tower that it learns from."""
+        """Whether the ranker learns from a two-tower that has not seen the ranker's rows."""
         return self.ranker_s > -np.inf
 
     def training(self, rows: TrainingRows) -> I64:
-        """Rows of the training window."""
+        """Returns the indices of the training window's rows."""
         return rows.between(-np.inf, self.cut_s)
 
 
 def window_of(rows: TrainingRows, config: TrainingConfig) -> Window:
-    """The training window and its held-out end.
+    """Returns the split that the configuration asks for.
 
     Raises:
-        EmptyDatasetError: no row lies before the cut.
+        EmptyDatasetError: if no row lies before the cut, or the holdout leaves no rows for a model.
     """
     cut_s = rows.cut_time_s(config.train_fraction)
     inside = rows.between(-np.inf, cut_s)
     if not len(inside):
         raise EmptyDatasetError(
-            f"0 of {len(rows)} rows lie before the cut at {config.train_fraction:g} of the events; all happened at "
-            "one instant? expected rows to train on; check event_time"
+            f"0 of {len(rows)} rows lie before the cut at {config.train_fraction:g} of the events, so none can be "
+            "trained on; check event_time, which may be the same in all rows"
         )
     held_out = round(len(inside) * config.calibration_fraction)
     calibration_s = cut_s if not held_out else float(rows.event_time_s[inside[-held_out]])
@@ -77,21 +78,21 @@ def window_of(rows: TrainingRows, config: TrainingConfig) -> Window:
     ranker_s = float(rows.event_time_s[inside[-max(1, round(len(inside) * config.ranker_holdout))]])
     if not rows.event_time_s[inside[0]] < ranker_s < calibration_s:
         raise EmptyDatasetError(
-            f"ranker_holdout {config.ranker_holdout:g} of {len(inside)} rows leaves nothing for the earlier two-tower "
-            "or for the ranker; expected more rows, or set ranker_holdout to 0"
+            f"ranker_holdout {config.ranker_holdout:g} of {len(inside)} rows leaves none for the earlier two-tower or "
+            "for the ranker; use more rows, or set ranker_holdout to 0"
         )
     return Window(cut_s, calibration_s, ranker_s)
 
 
 @dataclass(frozen=True)
 class Fitted:
-    """The models and how their losses fell."""
+    """Both models and their loss curves."""
 
     two_tower: TwoTower
     ranker: Ranker
     curves: dict[str, list[dict[str, float]]]
     ranker_tower: TwoTower
-    """Whose similarities the ranker was fitted on, and is calibrated on: ``two_tower``, or the earlier one."""
+    """Two-tower whose similarities the ranker is fitted and calibrated on: ``two_tower``, or the holdout two-tower."""
 
 
 def fit(
@@ -104,11 +105,11 @@ def fit(
     checkpoints: Checkpoints | None = None,
     on_epoch: OnEpoch | None = None,
 ) -> Fitted:
-    """Train both models.
+    """Trains both models.
 
     Args:
-        ranker_rows: rows in ``[window.ranker_s, window.calibration_s)``, negatives included.
-        checkpoints: one for the whole; it holds what is finished while the next model trains.
+        ranker_rows: rows in ``[window.ranker_s, window.calibration_s)``, sampled negatives included.
+        checkpoints: storage of one checkpoint for all stages; it keeps finished models while the next one trains.
     """
     worker = current_worker()
     stages = _Stages(checkpoints or NoCheckpoints())
@@ -138,7 +139,7 @@ def fit(
 
 
 def fit_ranker(two_tower: TwoTower, rows: TrainingRows, ranker_rows: RankerRows, config: TrainingConfig) -> Ranker:
-    """A ranker of its own on a two-tower that is there already, in this process and without checkpoints."""
+    """Trains a ranker on an existing two-tower, in this process and without checkpoints."""
     ranker, ranking = _ranker_and_batches(two_tower, rows, ranker_rows, config, ALONE)
     train(RankingObjective(ranker), ranking, config.ranker_loop, seed=config.seed, stage=RANKER)
     return ranker.cpu().eval()
@@ -156,31 +157,31 @@ def _ranker_and_batches(
     return ranker, batches
 
 
-def fitted_from(state: State, config: TrainingConfig) -> Fitted:
-    """The models of a checkpoint that ``fit`` made when it had ended.
+def fitted_from(state: State, config: TrainingConfig, dimensions: FeatureDimensions) -> Fitted:
+    """Returns the models of the last checkpoint of ``fit``.
 
     Raises:
-        TrainingError: the checkpoint is of a run that had not.
+        TrainingError: if the checkpoint is of a run that has not finished.
     """
     finished = state["finished"]
     towers = [TWO_TOWER, EARLIER_TWO_TOWER] if config.ranker_holdout else [TWO_TOWER]
     if missing := {*towers, RANKER} - set(finished):
-        raise TrainingError(f"checkpoint lacks {sorted(missing)}: the run had not ended; train again to go on from it")
+        raise TrainingError(f"checkpoint lacks {sorted(missing)}: the run has not finished; train again to resume it")
     loaded = {}
     for stage in towers:
-        loaded[stage] = TwoTower(config.two_tower)
+        loaded[stage] = TwoTower(config.two_tower, dimensions)
         RetrievalObjective(loaded[stage]).load_state_dict(finished[stage]["objective"])
         loaded[stage].eval()
-    ranker = Ranker(config.ranker, config.two_tower.dim)
+    ranker = Ranker(config.ranker, config.two_tower.dim, dimensions)
     RankingObjective(ranker).load_state_dict(finished[RANKER]["objective"])
     curves = {stage: kept["curve"] for stage, kept in finished.items()}
     return Fitted(loaded[TWO_TOWER], ranker.eval(), curves, loaded[towers[-1]])
 
 
 def prepared_two_tower(rows: TrainingRows, window: Window, config: TrainingConfig) -> TwoTower:
-    """A fresh model that knows the window's statistics and ids."""
+    """Returns an untrained model with the window's statistics and known ids."""
     torch.manual_seed(config.seed)
-    model = TwoTower(config.two_tower)
+    model = TwoTower(config.two_tower, rows.dimensions)
     index = window.training(rows)
     viewer_row, video_row = np.unique(rows.viewer_row[index]), np.unique(rows.video_row[index])
     model.viewer_tower.dense.fit(as_tensor(rows.viewers.viewer_dense[viewer_row]))
@@ -191,9 +192,9 @@ def prepared_two_tower(rows: TrainingRows, window: Window, config: TrainingConfi
 
 
 def prepared_ranker(rows: TrainingRows, ranker_rows: RankerRows, config: TrainingConfig) -> Ranker:
-    """A fresh model that knows the statistics, starts at the base rates, and answers them where there is one class."""
+    """Returns an untrained ranker with fitted statistics and base rates, and constant heads for one-class labels."""
     torch.manual_seed(config.seed + 1)
-    ranker = Ranker(config.ranker, config.two_tower.dim)
+    ranker = Ranker(config.ranker, config.two_tower.dim, rows.dimensions)
     ranker.viewer_dense.fit(as_tensor(rows.viewers.viewer_dense[np.unique(ranker_rows.viewer_row)]))
     ranker.video_dense.fit(as_tensor(ranker_rows.video_dense))
     videos = np.unique(ranker_rows.video_row)
@@ -205,22 +206,22 @@ def prepared_ranker(rows: TrainingRows, ranker_rows: RankerRows, config: Trainin
 
 
 def base_outputs(labels_NK: F32) -> F32:
-    """What each head answers when it knows nothing: logit of the base rate, mean of log1p seconds. ``[K]``."""
+    """Returns each head's output without any input, ``[K]``: logit of the base rate, or mean of log1p(seconds)."""
     binary = labels_NK[:, : len(BINARY_TASKS)].astype(np.float64)
-    rate = (binary.sum(axis=0) + 0.5) / (len(binary) + 1)  # Jeffreys: finite when there is one class
+    rate = (binary.sum(axis=0) + 0.5) / (len(binary) + 1)  # Jeffreys prior: finite for one class
     watch = np.log1p(labels_NK[:, len(BINARY_TASKS)]).mean()
     return np.append(np.log(rate / (1 - rate)), watch).astype(np.float32)
 
 
 def one_class_heads(labels_NK: F32) -> dict[str, float]:
-    """Binary heads whose labels are all alike, with the logit they are fixed to."""
+    """Returns the binary heads whose labels have one class only, with the logit of their base rate."""
     outputs_K = base_outputs(labels_NK)
     means_K = labels_NK.mean(axis=0)
     return {task: float(outputs_K[k]) for k, task in enumerate(BINARY_TASKS) if means_K[k] in (0.0, 1.0)}
 
 
 def base_rates(labels_NK: F32) -> dict[str, float]:
-    """Mean label per head."""
+    """Returns the mean label per head."""
     means_K = labels_NK.astype(np.float64).mean(axis=0)
     return {task: float(means_K[k]) for k, task in enumerate(RANKER_TASKS)}
 
@@ -228,9 +229,9 @@ def base_rates(labels_NK: F32) -> dict[str, float]:
 def embed_needed_viewers(
     model: TwoTower, rows: TrainingRows, viewer_row: NDArray[np.int32], worker: Worker = ALONE
 ) -> F32:
-    """Embeddings of the named viewer rows at their place in ``[V, D]``; the other rows are zero.
+    """Returns ``[V, D]`` with the embeddings of these viewer rows; the other rows are zero.
 
-    Workers embed a share each and exchange them.
+    Each worker embeds a share, and the workers exchange their shares.
     """
     needed = np.unique(viewer_row)
     out_VD = np.zeros((len(rows.viewers.viewer_dense), model.config.dim), dtype=np.float32)
@@ -248,7 +249,6 @@ def embed_needed_viewers(
 
 
 def viewers_at(rows: TrainingRows, index: NDArray[Any]) -> ViewerArrays:
-    """Some of the distinct viewer rows."""
     viewers = rows.viewers
     return ViewerArrays(
         viewers.viewer_dense[index],
@@ -260,7 +260,7 @@ def viewers_at(rows: TrainingRows, index: NDArray[Any]) -> ViewerArrays:
 
 
 class _Stages:
-    """One checkpoint for a run of several stages: finished stages' weights, and the state of the one under way."""
+    """One checkpoint for several stages: weights of the finished stages, and the state of the stage in progress."""
 
     def __init__(self, checkpoints: Checkpoints) -> None:
         self.checkpoints = checkpoints
@@ -272,11 +272,11 @@ class _Stages:
         return {stage: kept["curve"] for stage, kept in self.finished.items()}
 
     def keep_all(self) -> None:
-        """The last checkpoint: everything is finished."""
+        """Saves the last checkpoint, in which all stages are finished."""
         self.checkpoints.save({"finished": self.finished, "under_way": None}, {})
 
     def run(self, stage: str, objective: nn.Module, train_stage: Callable[..., list[dict[str, float]]]) -> None:
-        """Train a stage, or load it if it was finished before."""
+        """Trains a stage, or loads it if an earlier run finished it."""
         if stage in self.finished:
             objective.load_state_dict(self.finished[stage]["objective"])
             objective.eval()

@@ -1,4 +1,4 @@
-"""The trained models on numpy arrays, in chunks, for embedding a catalogue and for evaluation. No files, no ONNX."""
+"""Runs the trained models on numpy arrays in chunks, to embed a catalogue and to evaluate."""
 
 # Shapes: B viewers, C videos, D embedding, K tasks
 
@@ -25,14 +25,14 @@ _CHUNK = 2048
 
 
 def embed_videos(model: TwoTower, videos: VideoArrays, *, chunk: int = _CHUNK) -> F32:
-    """Unit vectors, ``[C, D]``."""
+    """Returns unit vectors, ``[C, D]``."""
     return _chunked(
         model.video_tower, {name: getattr(videos, name) for name in VIDEO_TOWER_INPUTS}, chunk, model.config.dim
     )
 
 
 def embed_viewers(model: TwoTower, viewers: ViewerArrays, *, chunk: int = _CHUNK) -> F32:
-    """Unit vectors, ``[B, D]``."""
+    """Returns unit vectors, ``[B, D]``."""
     return _chunked(
         model.viewer_tower, {name: getattr(viewers, name) for name in VIEWER_TOWER_INPUTS}, chunk, model.config.dim
     )
@@ -41,7 +41,7 @@ def embed_viewers(model: TwoTower, viewers: ViewerArrays, *, chunk: int = _CHUNK
 def ranker_inputs(
     viewers: ViewerArrays, viewer_embedding: F32, videos: VideoArrays, video_embedding: F32
 ) -> dict[str, NDArray[Any]]:
-    """Arrays by the names and in the order of ``RANKER_INPUTS``."""
+    """Returns arrays by the names and in the order of ``RANKER_INPUTS``."""
     inputs = {
         **dataclasses.asdict(videos),
         "viewer_dense": viewers.viewer_dense,
@@ -53,11 +53,11 @@ def ranker_inputs(
 
 
 def score(model: Ranker, inputs: Mapping[str, NDArray[Any]], viewer_index: NDArray[np.int64] | None = None) -> F32:
-    """Ranker outputs ``[C, K]``: logits and log1p seconds, the position tower left out as in serving.
+    """Returns ranker outputs ``[C, K]``: logits and log1p(seconds), without the position tower, as in serving.
 
     Args:
         inputs: by the names of ``RANKER_INPUTS`` (see ``ranker_inputs``).
-        viewer_index: row of the viewer inputs that each candidate belongs to, ``[C]``; without it all belong to row 0.
+        viewer_index: row of each candidate's viewer in the viewer inputs, ``[C]``; by default row 0 for all.
     """
     rows = len(inputs["video_dense"])
     out = np.empty((rows, len(RANKER_TASKS)), dtype=np.float32)
@@ -73,7 +73,7 @@ def score(model: Ranker, inputs: Mapping[str, NDArray[Any]], viewer_index: NDArr
 
 @contextmanager
 def _answering(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients, and the mode as it was afterwards."""
+    """Evaluation mode without gradients; restores the previous mode."""
     before = model.training
     model.eval()
     try:

@@ -1,7 +1,7 @@
-"""The training loop: a plain torch function. It knows no Ray, no files and no model, and holds no state of its own.
+"""The training loop: a plain torch function without Ray, files or model code.
 
-Everything random in a step follows from (seed, epoch, step, worker), so a run that stops and goes on from a
-checkpoint ends with the same bits as one that never stopped. Data-parallel when ``torch.distributed`` is up.
+All randomness of a step follows from (seed, epoch, step, worker). A run that resumes from a checkpoint therefore ends
+with the same bits as an uninterrupted run. The loop is data-parallel if ``torch.distributed`` is initialised.
 """
 
 from __future__ import annotations
@@ -28,24 +28,24 @@ State = dict[str, Any]
 
 @dataclass(frozen=True)
 class EpochReport:
-    """What one epoch came to, averaged over its steps and over the workers."""
+    """Metrics of one epoch, averaged over its steps and the workers."""
 
     stage: str
     epoch: int  # from 0
     epochs: int
     metrics: dict[str, float]
     elapsed_s: float
-    """Of the steps alone."""
+    """Time of the steps alone."""
     steps: int
     ended_at_s: float
-    """Unix seconds; the gap between two epochs' ends includes checkpoint and report."""
+    """Unix seconds. The time between two epochs' ends includes checkpoint and report."""
 
 
 OnEpoch = Callable[[EpochReport], None]
 
 
 class Checkpoints(Protocol):
-    """Where a run's state survives the process. All workers call both methods; worker 0's state counts."""
+    """Storage of a run's state. All workers call both methods; the state of worker 0 is stored."""
 
     def save(self, state: State, metrics: dict[str, float]) -> None: ...
 
@@ -53,18 +53,18 @@ class Checkpoints(Protocol):
 
 
 class NoCheckpoints:
-    """For a run that is short enough to be started again."""
+    """Stores nothing, for runs that are short enough to start again."""
 
     def save(self, state: State, metrics: dict[str, float]) -> None:
-        """Keep nothing."""
+        """Does nothing."""
 
     def load(self) -> State | None:
-        """Nothing was kept."""
+        """Returns None."""
         return None
 
 
 def current_worker() -> Worker:
-    """This process's place among the data-parallel workers."""
+    """Returns this process's rank among the data-parallel workers."""
     if dist.is_available() and dist.is_initialized():
         return Worker(dist.get_rank(), dist.get_world_size())
     return Worker()
@@ -81,18 +81,18 @@ def train(
     checkpoints: Checkpoints | None = None,
     on_epoch: OnEpoch | None = None,
 ) -> list[dict[str, float]]:
-    """Fit ``objective`` in place and return each epoch's metrics.
+    """Fits ``objective`` in place and returns each epoch's metrics.
 
     Args:
-        objective: ``forward(batch)`` gives a mapping with ``loss`` and other scalars to report.
-        batches: this worker's batches; the same number of steps on every worker.
-        seed: with epoch, step and worker, all that randomness depends on.
-        stage: names the model in reports and messages.
-        checkpoints: asked for a state to go on from, and given one after every epoch (and every
-            ``config.checkpoint_steps`` steps).
+        objective: module whose ``forward(batch)`` returns a mapping with ``loss`` and other scalars to report.
+        batches: this worker's batches, with the same number of steps on every worker.
+        seed: seed of all randomness, together with epoch, step and worker.
+        stage: name of the model in reports and messages.
+        checkpoints: source of the state to resume from; receives a state after every epoch and every
+            ``config.checkpoint_steps`` steps.
 
     Raises:
-        TrainingError: the loss is no longer finite, or the checkpoint is of another model.
+        TrainingError: if the loss is no longer finite, or the checkpoint is of another model.
     """
     device = device or torch.device("cpu")
     checkpoints = checkpoints or NoCheckpoints()
@@ -130,12 +130,12 @@ def train(
 
 
 def _is_due(step: int, steps: int, config: LoopConfig) -> bool:
-    """Whether to checkpoint within the epoch; its end has a checkpoint of its own."""
+    """Whether a checkpoint within the epoch is due; the end of an epoch always saves one."""
     return bool(config.checkpoint_steps) and step < steps and step % (config.checkpoint_steps or 1) == 0
 
 
 class _Progress:
-    """Where the run is: the next step to do, sums over this epoch's steps so far, finished epochs' metrics."""
+    """Progress of a run: next step, metric sums of this epoch, metrics of finished epochs."""
 
     def __init__(self) -> None:
         self.epoch, self.step = 0, 0
@@ -201,13 +201,13 @@ def _step_seed(*parts: object) -> int:
 
 @contextmanager
 def _reproducible() -> Iterator[None]:
-    """Deterministic kernels where torch has them, and the caller's random state left as it was."""
+    """Uses deterministic kernels where torch has them, and preserves the caller's random state."""
     strict, warn = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     kernels: Any = torch.utils.deterministic
     fill = kernels.fill_uninitialized_memory
     with torch.random.fork_rng(enabled=True):
         torch.use_deterministic_algorithms(True, warn_only=True)
-        kernels.fill_uninitialized_memory = False  # a debugging aid that costs time in every step
+        kernels.fill_uninitialized_memory = False  # a debugging aid that slows every step
         try:
             yield
         finally:
@@ -225,7 +225,7 @@ def _averaged(progress: _Progress, stage: str, optimizer: torch.optim.Optimizer)
     if not all(math.isfinite(value) for value in metrics.values()):
         raise TrainingError(
             f"{stage}: epoch {progress.epoch + 1} ended with {metrics}, expected finite numbers; lower the learning "
-            f"rate (last was {optimizer.param_groups[0]['lr']:.2g}) or look for absurd feature values"
+            f"rate (last was {optimizer.param_groups[0]['lr']:.2g}) or check for extreme feature values"
         )
     return metrics
 
@@ -250,7 +250,7 @@ def _restore(state: State, objective: nn.Module, optimizer: torch.optim.Optimize
         optimizer.load_state_dict(state["optimizer"])
     except (RuntimeError, ValueError, KeyError) as error:
         raise TrainingError(
-            f"{stage}: the checkpoint doesn't fit the model ({error}); it was made with another configuration; "
+            f"{stage}: the checkpoint does not fit the model ({error}); another configuration wrote it; "
             "remove the checkpoints and train again"
         ) from error
     progress = _Progress()
@@ -260,7 +260,7 @@ def _restore(state: State, objective: nn.Module, optimizer: torch.optim.Optimize
 
 
 def _gathered(sums: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Every worker's sums, ``[workers]`` each: worker 0 writes the checkpoint for all."""
+    """Returns the sums of all workers, ``[workers]`` each, because worker 0 writes the checkpoint for all."""
     world = current_worker().world
     names = sorted(sums)
     if not names:
@@ -275,7 +275,7 @@ def _gathered(sums: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _own_share(sums: dict[str, Tensor]) -> dict[str, Tensor]:
-    """This worker's sums; the mean over the workers of then, where their number has changed since."""
+    """Returns this worker's sums, or the mean over workers if their number differs from the checkpoint's."""
     worker = current_worker()
     return {
         name: values[worker.rank] if len(values) == worker.world else values.mean() for name, values in sums.items()

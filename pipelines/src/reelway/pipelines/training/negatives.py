@@ -1,7 +1,7 @@
-"""The ranker's rows, and videos that were not shown as extra rows for data that holds positives only.
+"""The ranker's rows, and sampled negatives for data that holds positives only.
 
-An extra row is as of its request: the video had been shown to somebody before, and its numbers come from the same
-point-in-time join as the row's own. It refuses to call a video negative that the viewer met within the window.
+A sampled negative is a video that some viewer was shown before the request, and that the request's viewer was never
+shown within the window. Its features come from the same point-in-time join as those of the impressions.
 """
 
 # Shapes: N rows, G negatives, M videos, K tasks
@@ -21,14 +21,14 @@ from reelway.platform.contracts.features import CREATOR_STATISTICS, RANKER_TASKS
 from reelway.platform.features.on_demand import hours_since_upload
 
 AsOf = Callable[[str, I64, I64], pa.Table]
-"""(view, entities, moments in Unix microseconds) -> the view's fields as known then, null where nothing was."""
+"""(view, entities, times in Unix microseconds) -> the view's fields as known then; null if unknown."""
 
 _TRIES: Final = 5
 
 
 @dataclass(frozen=True)
 class RankerRows:
-    """What the ranker learns from; ``viewer_row`` and ``video_row`` point into ``TrainingRows``."""
+    """Rows that the ranker learns from; ``viewer_row`` and ``video_row`` are indices into ``TrainingRows``."""
 
     viewer_row: NDArray[np.int32]
     video_row: NDArray[np.int32]
@@ -41,11 +41,10 @@ class RankerRows:
         return len(self.viewer_row)
 
     def where(self, chosen: NDArray[Any]) -> RankerRows:
-        """Some of the rows."""
         return RankerRows(**{name: getattr(self, name)[chosen] for name in FIELDS})
 
     def and_also(self, other: RankerRows) -> RankerRows:
-        """These rows, then the other ones."""
+        """Returns these rows followed by the other rows."""
         return RankerRows(**{name: np.concatenate([getattr(self, name), getattr(other, name)]) for name in FIELDS})
 
 
@@ -53,16 +52,18 @@ FIELDS: Final = ("viewer_row", "video_row", "video_dense", "position", "labels",
 
 
 def shown_rows(rows: TrainingRows, index: I64) -> RankerRows:
-    """The impressions of a window as they are."""
+    """Returns a window's impressions."""
     return RankerRows(**{name: getattr(rows, name)[index] for name in FIELDS})
 
 
 def draw_negatives(rows: TrainingRows, index: I64, count: int, *, seed: int) -> tuple[I64, NDArray[np.int32]]:
-    """For each row up to ``count`` videos, uniform over those shown to anybody before its request and never, in the
-    window, to its viewer. Fewer where there are none.
+    """Draws up to ``count`` negatives per row.
+
+    The draw is uniform over the videos that any viewer was shown before the row's request, without those that its
+    viewer was shown within the window. A row gets fewer negatives if there are too few such videos.
 
     Returns:
-        positions into ``index`` and video rows, ``[G]`` each, without repetition of a pair.
+        Positions into ``index`` and video rows, ``[G]`` each, without repeated pairs.
     """
     random = np.random.default_rng([seed, 2])
     videos = len(rows.video_ids)
@@ -89,10 +90,10 @@ def draw_negatives(rows: TrainingRows, index: I64, count: int, *, seed: int) -> 
 def negative_rows(
     rows: TrainingRows, index: I64, count: int, as_of: AsOf, *, seed: int, from_s: float = -np.inf
 ) -> RankerRows:
-    """``draw_negatives`` with their features as of each row's request, zero labels and no position.
+    """Returns ``draw_negatives`` as rows: features as of each request, zero labels, no position.
 
     Args:
-        from_s: leave out the negatives of earlier rows; the others are the same whatever it is.
+        from_s: time before which rows get no negatives; the negatives of the other rows do not depend on it.
     """
     position, video = draw_negatives(rows, index, count, seed=seed)
     late = rows.event_time_s[index[position]] >= from_s

@@ -1,7 +1,7 @@
-"""Training on Ray: the one file here that knows Ray Train. It adds workers, shared checkpoints and restarts.
+"""Runs ``fit.fit`` under Ray Train, which adds workers, shared checkpoints and restarts.
 
-What is computed is ``fit.fit``, unchanged. Rows reach the workers as memory-mapped files on the shared storage, and
-every epoch's metrics come back through a file there, line by line.
+The rows reach the workers as memory-mapped files on the shared storage. Each epoch's metrics return through a file
+there, one line per epoch.
 """
 
 from __future__ import annotations
@@ -49,13 +49,13 @@ _CONTROLLER_SETTINGS = {"RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.05"}
 
 @dataclass(frozen=True)
 class RayResources:
-    """What to ask Ray for."""
+    """Resources requested from Ray."""
 
     workers: int = 2
     gpus: int = 0
-    """GPUs over all workers; 0 trains on CPUs. Otherwise one worker per GPU."""
+    """GPUs, with one worker each; 0 trains on CPUs."""
     threads: int | None = None
-    """Torch threads per worker; None shares the cores of this machine among the workers."""
+    """Torch threads per worker; None divides this machine's cores among the workers."""
 
 
 def fit_on_ray(
@@ -68,16 +68,17 @@ def fit_on_ray(
     storage: Path,
     on_epoch: OnEpoch | None = None,
 ) -> Fitted:
-    """``fit.fit`` over data-parallel workers. A worker that dies costs the steps since its last checkpoint.
+    """Runs ``fit.fit`` on data-parallel workers. After a worker's death, training resumes from the last checkpoint.
 
     Args:
-        storage: a folder that every node sees; rows, checkpoints and progress are kept there while training.
+        storage: folder that all nodes can read; it holds rows, checkpoints and progress during training.
 
     Raises:
-        TrainingError: training failed more than ``MAX_FAILURES`` times; the message carries the cause.
+        TrainingError: if training failed more than ``MAX_FAILURES`` times; the message contains the cause.
     """
     workers = resources.gpus or resources.workers
-    name = f"fit-{digest_of([config.to_dict(), asdict(window), len(rows), len(ranker_rows), workers])[:12]}"
+    identity = [config.model_dump(), asdict(rows.dimensions), asdict(window), len(rows), len(ranker_rows), workers]
+    name = f"fit-{digest_of(identity)[:12]}"
     given = storage / f"{name}.input"
     _write_input(given, rows, ranker_rows)
     with (
@@ -91,7 +92,7 @@ def fit_on_ray(
             train_loop_config={
                 "input": str(given),
                 "window": asdict(window),
-                "config": config.to_dict(),
+                "config": config.model_dump(),
                 "threads": resources.threads or max(1, (os.cpu_count() or 1) // workers),
             },
             torch_config=TorchConfig(backend="nccl" if resources.gpus else "gloo"),
@@ -103,7 +104,7 @@ def fit_on_ray(
                 checkpoint_config=CheckpointConfig(num_to_keep=2),
             ),
         )
-        fitted = fitted_from(_finished_state(trainer), config)
+        fitted = fitted_from(_finished_state(trainer), config, rows.dimensions)
     shutil.rmtree(given)
     shutil.rmtree(storage / name)
     return fitted
@@ -111,7 +112,7 @@ def fit_on_ray(
 
 @contextmanager
 def _own_interrupt() -> Iterator[None]:
-    """Ray Train leaves its handler of Ctrl-C behind, which would call upon a controller that has ended."""
+    """Restores the SIGINT handler: Ray Train leaves its own, which calls a controller that has ended."""
     before = signal.getsignal(signal.SIGINT)
     try:
         yield
@@ -124,15 +125,15 @@ def _finished_state(trainer: TorchTrainer) -> State:
     try:
         result = trainer.fit()
     except ray.train.TrainingFailedError as error:
-        raise TrainingError(f"Ray Train gave up after {MAX_FAILURES} restarts: {error}") from error
+        raise TrainingError(f"Ray Train failed after {MAX_FAILURES} restarts: {error}") from error
     if result.checkpoint is None:
-        raise TrainingError("Ray Train ended without a checkpoint; look at the workers' logs")
+        raise TrainingError("Ray Train ended without a checkpoint; see the workers' logs")
     with result.checkpoint.as_directory() as folder:
         return read_state(Path(folder) / STATE_FILE)
 
 
 def _train_worker(settings: dict[str, Any]) -> None:
-    """What every worker process runs."""
+    """Entry point of a worker process."""
     torch.set_num_threads(settings["threads"])
     given = Path(settings["input"])
     context = ray.train.get_context()
@@ -146,7 +147,7 @@ def _train_worker(settings: dict[str, Any]) -> None:
         map_arrays(given / "rows"),
         RankerRows(**{name: np.load(given / f"{name}.npy", mmap_mode="r") for name in FIELDS}),
         Window(**settings["window"]),
-        TrainingConfig.from_dict(settings["config"]),
+        TrainingConfig(**settings["config"]),
         device=ray.train.torch.get_device(),
         checkpoints=RayCheckpoints(),
         on_epoch=tell,
@@ -154,10 +155,10 @@ def _train_worker(settings: dict[str, Any]) -> None:
 
 
 class RayCheckpoints:
-    """Ray Train's own storage of checkpoints; worker 0's state counts, all workers report."""
+    """Checkpoints in Ray Train's storage. All workers report; worker 0 attaches the state."""
 
     def save(self, state: State, metrics: dict[str, float]) -> None:
-        """Report the metrics with the state to go on from."""
+        """Reports the metrics, with the state from worker 0."""
         if ray.train.get_context().get_world_rank() != 0:
             ray.train.report(metrics)
             return
@@ -171,7 +172,7 @@ class RayCheckpoints:
         )
 
     def load(self) -> State | None:
-        """The newest reported state, after a restart."""
+        """Returns the newest reported state after a restart, or None."""
         checkpoint = ray.train.get_checkpoint()
         if checkpoint is None:
             return None
@@ -188,7 +189,7 @@ def _write_input(folder: Path, rows: TrainingRows, ranker_rows: RankerRows) -> N
 
 @contextmanager
 def _ray_runtime(workers: int, gpus: int) -> Iterator[None]:
-    """The cluster of ``RAY_ADDRESS`` or the runtime already up in this process; else one of our own, ended after."""
+    """Uses this process's Ray runtime or the cluster of ``RAY_ADDRESS``; else starts a local one and ends it after."""
     if ray.is_initialized():
         yield
         return
@@ -201,7 +202,7 @@ def _ray_runtime(workers: int, gpus: int) -> Iterator[None]:
             num_gpus=gpus or None,
             include_dashboard=False,
             logging_level="ERROR",
-            log_to_driver=False,  # progress comes through the file; a failure's traceback through the exception
+            log_to_driver=False,  # progress arrives through the file, a failure's traceback through the exception
         )
     try:
         yield
@@ -211,8 +212,10 @@ def _ray_runtime(workers: int, gpus: int) -> Iterator[None]:
 
 @contextmanager
 def _prompt_controller() -> Iterator[None]:
-    """Ray Train's controller takes reports when it looks for dead workers, every 2 s by default, and a worker's next
-    report waits for that: more than an epoch costs here. A person's own setting is left alone.
+    """Shortens the health-check interval of Ray Train's controller, unless the environment sets it.
+
+    The controller accepts a worker's report at its next health check, 2 s apart by default, and the worker's next
+    report waits for that. An epoch can be shorter than 2 s.
     """
     set_here = [name for name in _CONTROLLER_SETTINGS if name not in os.environ]
     os.environ.update({name: _CONTROLLER_SETTINGS[name] for name in set_here})
@@ -225,7 +228,7 @@ def _prompt_controller() -> Iterator[None]:
 
 @contextmanager
 def _following(path: Path, on_epoch: OnEpoch | None) -> Iterator[None]:
-    """Hand each new line of the progress file to ``on_epoch`` as it appears."""
+    """Passes each new line of the progress file to ``on_epoch``."""
     if on_epoch is None:
         yield
         return

@@ -1,8 +1,8 @@
-"""Training rows in memory: read once from Parquet, assembled by the code that serving runs, and shared where equal.
+"""Training rows in memory: read once from Parquet and assembled by the code that serving runs.
 
-Two exact savings make 300,000 rows fit in a few hundred megabytes and train quickly: rows of one request share one
-viewer row (compared value by value), and a video's content is held once. Codes stay 16 bits wide until they are in
-a batch. Nothing here shuffles or samples; nothing is dropped.
+Two exact savings let 300,000 rows fit in a few hundred megabytes: rows of one request share one viewer row (compared
+value by value), and a video's content is stored once. Codes stay 16 or 32 bits wide until they are in a batch; a value
+that does not fit its type is an error.
 """
 
 # Shapes: N rows, V distinct viewer rows, M distinct videos, L history, H hashes, K tasks
@@ -17,10 +17,12 @@ from typing import Any, Final, TypeVar
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.dataset as pads
 from numpy.typing import NDArray
 
-from reelway.platform.contracts.features import HISTORY_LENGTH, RANKER_TASKS
+from reelway.platform.contracts.feature_dimensions import FeatureDimensions
+from reelway.platform.contracts.features import RANKER_TASKS
 from reelway.platform.errors import EmptyDatasetError, MalformedFileError
 from reelway.platform.features.assembly import (
     VideoArrays,
@@ -29,6 +31,7 @@ from reelway.platform.features.assembly import (
     assemble_viewers,
     columns_from_table,
 )
+from reelway.platform.features.dimensions import read_dimensions, write_dimensions
 
 Arrays = TypeVar("Arrays", ViewerArrays, VideoArrays)
 F32 = NDArray[np.float32]
@@ -42,12 +45,13 @@ REQUIRED: Final = (
 _CHUNK_ROWS = 32_768
 _VIEWER_FIELDS = tuple(f.name for f in dataclasses.fields(ViewerArrays))
 _VIDEO_FIELDS = tuple(f.name for f in dataclasses.fields(VideoArrays))
-_SIXTEEN_BIT = frozenset({"viewer_categories", "history_codes", "video_codes", "creator_codes", "video_categories"})
+_NOT_ARRAYS: Final = ("viewers", "videos", "dimensions")
+_CODES: Final = ("viewer_categories", "history_codes", "video_codes", "creator_codes", "video_categories")
 
 
 @dataclass(frozen=True)
 class TrainingRows:
-    """All rows of a run, ascending in ``event_time_s``. Code arrays are int16 here; batches widen them."""
+    """All rows of a run, ascending in ``event_time_s``. Code arrays are int16 or int32; batches widen them."""
 
     impression_id: I64  # [N]
     request_id: I64
@@ -55,7 +59,7 @@ class TrainingRows:
     video_id: I64
     event_time_s: F64
     request_time_s: F64
-    position: NDArray[np.int16]  # -1: not shown anywhere
+    position: NDArray[np.int16]  # -1: not shown
     weight: F32  # outcome weight
     labels: F32  # [N, K]; watch_s in seconds
     viewer_row: NDArray[np.int32]  # [N] -> row of viewers
@@ -66,39 +70,42 @@ class TrainingRows:
     video_ids: I64  # [M], ascending
     video_creator_id: I64  # [M]; -1 where unknown
     video_uploaded_at_s: F64  # [M]; NaN where unknown
+    dimensions: FeatureDimensions
 
     def __len__(self) -> int:
         return len(self.event_time_s)
 
     def cut_time_s(self, fraction: float) -> float:
-        """The time before which ``fraction`` of the rows lie; rows at that very instant are after it."""
+        """Returns the time before which ``fraction`` of the rows lie; rows at exactly this time are after the cut."""
         position = round(len(self) * fraction)
         return float(np.inf) if position >= len(self) else float(self.event_time_s[position])
 
     def between(self, start_s: float, end_s: float) -> I64:
-        """Indices of the rows in ``[start_s, end_s)``."""
+        """Returns the indices of the rows in ``[start_s, end_s)``."""
         first, last = np.searchsorted(self.event_time_s, [start_s, end_s], side="left")
         return np.arange(first, last, dtype=np.int64)
 
 
-def load_rows(path: Path, *, history_length: int = HISTORY_LENGTH) -> TrainingRows:
-    """Read ``training_rows.parquet`` (a file, or a folder of them).
+def load_rows(path: Path, dimensions: FeatureDimensions) -> TrainingRows:
+    """Reads ``training_rows.parquet`` (a file, or a folder of files).
 
     Raises:
-        EmptyDatasetError: no rows.
-        MalformedFileError: no such file, a column is missing, or a label or time is null or not finite.
+        EmptyDatasetError: if there are no rows.
+        MalformedFileError: if the file or a column is missing, a label or time is null or not finite, a list has
+            another width than ``dimensions`` say, or an integer does not fit its type.
+        FeatureError: if an id or a topic is above its limit.
     """
     if not path.exists():
         raise MalformedFileError(path, "training rows; run `reelway features` first", seen="no such file")
     source = pads.dataset(path, format="parquet")
     if absent := [name for name in REQUIRED if name not in source.schema.names]:
         raise MalformedFileError(path, f"the columns {list(REQUIRED)}", seen="no such column", column=absent[0])
-    parts = [_read_chunk(chunk, path, history_length) for chunk in _chunks(source)]
+    parts = [_read_chunk(chunk, path, dimensions) for chunk in _chunks(source)]
     if not parts:
         raise EmptyDatasetError(
             f"{path}: 0 training rows, expected at least one impression with features; check the data set's window"
         )
-    return _joined(parts)
+    return _joined(parts, path, dimensions)
 
 
 @dataclass(frozen=True)
@@ -124,9 +131,10 @@ def _chunks(source: pads.Dataset) -> Iterator[pa.Table]:
         yield pa.Table.from_batches(held)
 
 
-def _read_chunk(table: pa.Table, path: Path, history_length: int) -> _Part:
-    # rows of one request side by side, so that equal viewer rows are neighbours
+def _read_chunk(table: pa.Table, path: Path, dimensions: FeatureDimensions) -> _Part:
+    # sorted by request, so that equal viewer rows are neighbours
     table = table.sort_by([("request_id", "ascending"), ("viewer_id", "ascending"), ("request_time_s", "ascending")])
+    _check_widths(table, path, dimensions)
     columns = columns_from_table(table)
     plain = {name: columns[name] for name in REQUIRED if name != "device"}
     rows = {name: np.asarray(column) for name, column in plain.items()}
@@ -137,9 +145,9 @@ def _read_chunk(table: pa.Table, path: Path, history_length: int) -> _Part:
     time_s = rows["request_time_s"].astype(np.float64)
     device = table.column("device").cast(pa.string()).to_pylist()
     viewers, viewer_row = _shared(
-        _narrow(assemble_viewers(columns, time_s, device, history_length=history_length)), rows["request_id"]
+        _narrow_codes(assemble_viewers(columns, time_s, device, dimensions), dimensions, path), rows["request_id"]
     )
-    videos = _narrow(assemble_videos(columns, time_s))
+    videos = _narrow_codes(assemble_videos(columns, time_s, dimensions), dimensions, path)
     rows["viewer_row"] = viewer_row
     rows["video_dense"] = videos.video_dense
     order = np.lexsort((time_s, rows["video_id"]))
@@ -170,14 +178,44 @@ def _refuse_unknown(values: NDArray[Any], path: Path, column: str) -> None:
         raise MalformedFileError(path, "a finite number in every row", seen=f"{int(bad.sum())} without", column=column)
 
 
-def _narrow(arrays: Arrays) -> Arrays:
+def _check_widths(table: pa.Table, path: Path, dimensions: FeatureDimensions) -> None:
+    """Rejects a list feature of another width than the data set's schema says.
+
+    Raises:
+        MalformedFileError: if a list that is not null has another number of values.
+    """
+    widths = {**dimensions.content, "topic_affinity": dimensions.topics}
+    for name, width in widths.items():
+        if name not in table.column_names or not pa.types.is_list(table.schema.field(name).type):
+            continue
+        lengths = pc.list_value_length(table[name]).drop_null()
+        others = lengths.filter(pc.not_equal(lengths, width))
+        if len(others):
+            expected = f"{width} values as in the data set's schema; run `reelway features` again"
+            raise MalformedFileError(path, expected, seen=f"a list of {others[0].as_py()}", column=name)
+
+
+def fit_integers(values: NDArray[Any], kind: type[np.signedinteger[Any]], path: Path, column: str) -> NDArray[Any]:
+    """Returns integers as a narrower type.
+
+    Raises:
+        MalformedFileError: if a value is outside the type's range. It would wrap around.
+    """
+    limits = np.iinfo(kind)
+    outside = values[(values < limits.min) | (values > limits.max)]
+    if len(outside):
+        expected = f"an integer in {limits.min}..{limits.max} ({limits.dtype})"
+        raise MalformedFileError(path, expected, seen=outside.flat[0].item(), column=column)
+    return values.astype(kind)
+
+
+def _narrow_codes(arrays: Arrays, dimensions: FeatureDimensions, path: Path) -> Arrays:
+    """Codes as 16-bit integers if the largest possible code fits, else as 32-bit integers."""
+    largest = max(dimensions.id_buckets, dimensions.category_buckets, dimensions.topics + 1) - 1
+    kind = np.int16 if largest <= np.iinfo(np.int16).max else np.int32
+    present = (name for name in _CODES if hasattr(arrays, name))
     return dataclasses.replace(
-        arrays,
-        **{
-            name: getattr(arrays, name).astype(np.int16)
-            for name in (f.name for f in dataclasses.fields(arrays))
-            if name in _SIXTEEN_BIT
-        },
+        arrays, **{name: fit_integers(getattr(arrays, name), kind, path, name) for name in present}
     )
 
 
@@ -191,7 +229,7 @@ def _concatenated(parts: list[Arrays]) -> Arrays:
 
 
 def _shared(viewers: ViewerArrays, request_id: I64) -> tuple[ViewerArrays, NDArray[np.int32]]:
-    """Neighbouring rows of one request whose inputs are equal to the last bit become one."""
+    """Merges neighbouring rows of one request whose inputs are bitwise equal."""
     differs = np.ones(len(request_id), dtype=np.bool_)
     differs[1:] = request_id[1:] != request_id[:-1]
     for name in _VIEWER_FIELDS:
@@ -201,7 +239,7 @@ def _shared(viewers: ViewerArrays, request_id: I64) -> tuple[ViewerArrays, NDArr
     return _take(viewers, np.flatnonzero(differs)), (np.cumsum(differs) - 1).astype(np.int32)
 
 
-def _joined(parts: list[_Part]) -> TrainingRows:
+def _joined(parts: list[_Part], path: Path, dimensions: FeatureDimensions) -> TrainingRows:
     start = np.cumsum([0, *(len(part.viewers.viewer_dense) for part in parts)])
     for part, offset in zip(parts, start, strict=False):
         part.rows["viewer_row"] = part.rows["viewer_row"] + np.int32(offset)
@@ -219,7 +257,7 @@ def _joined(parts: list[_Part]) -> TrainingRows:
         video_id=rows["video_id"].astype(np.int64),
         event_time_s=rows["event_time_s"],
         request_time_s=rows["request_time_s"].astype(np.float64),
-        position=rows["position"].astype(np.int16),
+        position=fit_integers(rows["position"], np.int16, path, "position"),
         weight=rows["weight"].astype(np.float32),
         labels=np.column_stack([rows[task] for task in RANKER_TASKS]).astype(np.float32),
         viewer_row=rows["viewer_row"].astype(np.int32),
@@ -230,26 +268,27 @@ def _joined(parts: list[_Part]) -> TrainingRows:
         video_ids=video_ids,
         video_creator_id=np.concatenate([part.video_creator_id for part in parts])[latest],
         video_uploaded_at_s=np.concatenate([part.video_uploaded_at_s for part in parts])[latest],
+        dimensions=dimensions,
     )
 
 
 def save_arrays(rows: TrainingRows, folder: Path) -> None:
-    """One ``.npy`` per array, for worker processes to map and share instead of each reading the Parquet."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Writes one ``.npy`` file per array, which worker processes map and share instead of reading Parquet."""
+    write_dimensions(folder, rows.dimensions)
     for name, values in _flat(rows).items():
         np.save(folder / f"{name}.npy", values, allow_pickle=False)
 
 
 def map_arrays(folder: Path) -> TrainingRows:
-    """What ``save_arrays`` wrote, memory-mapped and read-only."""
+    """Maps the files of ``save_arrays`` read-only into memory."""
 
     def read(name: str) -> Any:
         return np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False)
 
     viewers = ViewerArrays(**{name: read(f"viewers.{name}") for name in _VIEWER_FIELDS})
     videos = VideoArrays(**{name: read(f"videos.{name}") for name in _VIDEO_FIELDS})
-    plain = {f.name: read(f.name) for f in dataclasses.fields(TrainingRows) if f.name not in ("viewers", "videos")}
-    return TrainingRows(viewers=viewers, videos=videos, **plain)
+    plain = {f.name: read(f.name) for f in dataclasses.fields(TrainingRows) if f.name not in _NOT_ARRAYS}
+    return TrainingRows(viewers=viewers, videos=videos, dimensions=read_dimensions(folder), **plain)
 
 
 def _flat(rows: TrainingRows) -> dict[str, NDArray[Any]]:
@@ -258,6 +297,6 @@ def _flat(rows: TrainingRows) -> dict[str, NDArray[Any]]:
         value = getattr(rows, f.name)
         if isinstance(value, np.ndarray):
             flat[f.name] = value
-        else:
+        elif f.name != "dimensions":
             flat |= {f"{f.name}.{inner.name}": getattr(value, inner.name) for inner in dataclasses.fields(value)}
     return flat

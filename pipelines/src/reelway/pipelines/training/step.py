@@ -1,4 +1,4 @@
-"""The training step of a run: rows in, ``models/`` out. With Ray Train or in this process, by the same arithmetic."""
+"""The training step of a run: reads the training rows and writes ``models/``, under Ray Train or in this process."""
 
 from __future__ import annotations
 
@@ -30,6 +30,7 @@ from reelway.pipelines.training.negatives import AsOf, RankerRows, negative_rows
 from reelway.pipelines.training.rows import I64, TrainingRows, load_rows
 from reelway.platform.contracts.calibration import Calibration
 from reelway.platform.contracts.features import BINARY_TASKS, RANKER_INPUTS
+from reelway.platform.features.dimensions import read_dimensions
 from reelway.platform.runs import RunDirectory
 
 Note = Callable[[str], None]
@@ -39,12 +40,12 @@ ROWS_FILE = "training_rows.parquet"
 
 @dataclass(frozen=True)
 class Resources:
-    """Where training runs."""
+    """Workers and GPUs of a training."""
 
     workers: int = 2
     gpus: int = 0
     ray: bool = True
-    """False: one worker in this process."""
+    """Whether to train under Ray Train; otherwise one worker in this process trains."""
 
 
 def train_run(
@@ -56,20 +57,20 @@ def train_run(
     note: Note = lambda _: None,
     as_of: AsOf | None = None,
 ) -> TrainedModels:
-    """Train on ``run.features / ROWS_FILE`` and write ``run.models``.
+    """Trains on ``run.features / ROWS_FILE`` and writes ``run.models``.
 
     Args:
-        as_of: point-in-time look-up for sampled negatives; None reads the run's feature store.
+        as_of: point-in-time lookup for sampled negatives; by default the run's feature store.
     """
     clock = _Clock()
-    rows = load_rows(run.features / ROWS_FILE)
+    rows = load_rows(run.features / ROWS_FILE, read_dimensions(run.features))
     window = window_of(rows, config)
     note(f"{len(rows):,} rows, {len(rows.viewers.viewer_dense):,} requests, {len(rows.video_ids):,} videos")
     candidates = ranker_rows_of(rows, window, config, as_of or partial(_store_as_of, run))
     learn = candidates.where(candidates.event_time_s < window.calibration_s)
     clock.mark("rows")
     notes = [
-        f"head {task!r} has one class only in the training window; it answers its base rate"
+        f"head {task!r} has one class only in the training window; it outputs its base rate"
         for task in one_class_heads(learn.labels)
     ]
     for line in notes:
@@ -85,13 +86,13 @@ def train_run(
         window_start_s=float(rows.event_time_s[0]),
         window_end_s=window.cut_s,
         calibration_start_s=window.calibration_s,
-        config=config.to_dict(),
+        config=config.model_dump(),
         curves=fitted.curves,
         base_rates=base_rates(learn.labels),
         calibration=[report.to_dict() for report in reports],
         notes=[
             *notes,
-            *(f"{report.task}: probabilities left as they are: {report.note}" for report in reports if report.note),
+            *(f"{report.task}: probabilities are not calibrated: {report.note}" for report in reports if report.note),
         ],
         rows={"training": len(window.training(rows)), "ranker": len(learn), "all": len(rows)},
         elapsed_s=clock.marks,
@@ -102,7 +103,7 @@ def train_run(
 
 
 def ranker_rows_of(rows: TrainingRows, window: Window, config: TrainingConfig, as_of: AsOf) -> RankerRows:
-    """The window's impressions from ``ranker_s`` on, and sampled negatives where the configuration asks for them."""
+    """Returns the window's impressions from ``ranker_s`` on, and sampled negatives if configured."""
     index = window.training(rows)
     shown = shown_rows(rows, index[rows.event_time_s[index] >= window.ranker_s])
     if not config.sampled_negatives:
@@ -115,7 +116,7 @@ def ranker_rows_of(rows: TrainingRows, window: Window, config: TrainingConfig, a
 def calibrate_on(
     rows: TrainingRows, held_out: RankerRows, fitted: Fitted, config: TrainingConfig
 ) -> tuple[Calibration, list[HeadReport]]:
-    """Curves from rows that the ranker has not seen, scored as serving scores them: without positions."""
+    """Fits calibration curves on held-out rows, scored without positions as in serving."""
     viewer_VD = embed_needed_viewers(fitted.ranker_tower, rows, held_out.viewer_row)
     video_MD = embed_videos(fitted.ranker_tower, rows.videos)
     batch = ranking_tensors(rows, held_out, viewer_VD, video_MD, np.arange(len(held_out)))

@@ -11,12 +11,6 @@ from typing import Final
 
 import pyarrow as pa
 
-VISUAL_DIM: Final = 32
-AUDIO_DIM: Final = 16
-TEXT_DIM: Final = 32
-TOPICS: Final = 32
-"""Topics are 0..TOPICS-1; -1 is an unknown topic."""
-
 TIME: Final = pa.timestamp("us", tz="UTC")
 WORD: Final = pa.dictionary(pa.int32(), pa.string())
 
@@ -92,9 +86,9 @@ VIDEOS: Final = pa.schema(
         pa.field("topic", pa.int32(), nullable=False),
         pa.field("language", pa.string()),
         pa.field("title", pa.string()),
-        pa.field("visual", pa.list_(pa.float32())),  # VISUAL_DIM values, or null where missing
-        pa.field("audio", pa.list_(pa.float32())),  # AUDIO_DIM values, or null
-        pa.field("text", pa.list_(pa.float32())),  # TEXT_DIM values, or null
+        pa.field("visual", pa.list_(pa.float32())),  # widths: FeatureDimensions; null where missing
+        pa.field("audio", pa.list_(pa.float32())),
+        pa.field("text", pa.list_(pa.float32())),
     ]
 )
 

@@ -1,7 +1,7 @@
-"""The release manifest: one immutable description of everything that must go live, or back, together.
+"""The release manifest: an immutable description of all files that are promoted and rolled back together.
 
-A release's id is the SHA-256 of its canonical manifest (sorted keys, no white space, without ``signature``), so
-two releases with the same content have the same id and a changed byte anywhere changes it.
+A release's id is the SHA-256 of its canonical manifest (sorted keys, no white space, without ``signature``). Releases
+with the same content have the same id, and any changed byte changes the id.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from datetime import datetime
 from typing import Annotated, Any, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
+
+from reelway.platform.contracts.feature_dimensions import FeatureDimensions
 
 SCHEMA_VERSION: Final = 1
 
@@ -26,7 +28,7 @@ CALIBRATION_FILE: Final = "calibration.json"
 MANIFEST_FILE: Final = "manifest.json"
 
 REHEARSAL_PREFIX: Final = "rehearsal-"
-"""Names of releases that are made to fail, or to be beaten, begin so; `latest` never means one of them."""
+"""Name prefix of drill releases, which `latest` never resolves to."""
 
 RELEASE_FILES: Final = (
     VIEWER_TOWER_FILE, RANKER_FILE, INDEX_FILE, VIDEOS_FILE, POPULAR_FILE, NEIGHBOURS_FILE, BLEND_FILE,
@@ -37,7 +39,7 @@ Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
 class FileEntry(BaseModel):
-    """One file of the release."""
+    """Digest and size of one file."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -46,7 +48,7 @@ class FileEntry(BaseModel):
 
 
 class TrainingWindow(BaseModel):
-    """The events the models were trained on, [start, end)."""
+    """Time range of the training events, [start, end)."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -55,7 +57,7 @@ class TrainingWindow(BaseModel):
 
 
 class FeatureServiceRef(BaseModel):
-    """A Feast feature service by name and by digest of its views, fields and types."""
+    """A Feast feature service: its name, and the digest of its views, fields, types and widths."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -68,6 +70,9 @@ class Dimensions(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
+    features: FeatureDimensions
+    """Copied from the schema of the data set that the models were trained on."""
+
     embedding: Annotated[int, Field(gt=0)]
     viewer_dense: Annotated[int, Field(gt=0)]
     video_dense: Annotated[int, Field(gt=0)]
@@ -76,7 +81,7 @@ class Dimensions(BaseModel):
 
 
 class GateResult(BaseModel):
-    """One quality gate: the metric seen, the bound, and whether it held."""
+    """One quality gate: the metric's value, its bound, and whether the gate passed."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -89,7 +94,7 @@ class GateResult(BaseModel):
 
 
 class Waiver(BaseModel):
-    """A named person's decision, signed with the release, that it may take traffic although a gate failed."""
+    """A person's decision, signed with the manifest, that a release may take traffic although a gate failed."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -99,7 +104,7 @@ class Waiver(BaseModel):
 
 
 class Manifest(BaseModel):
-    """See the module's docstring. ``signature`` is base64 Ed25519 over the canonical bytes."""
+    """The manifest. ``signature`` is base64 of an Ed25519 signature over the canonical bytes."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -120,14 +125,14 @@ class Manifest(BaseModel):
     signature: str | None = None
 
     def canonical_bytes(self) -> bytes:
-        """The signed bytes: JSON with sorted keys, no white space, without the signature.
+        """Returns the signed bytes: JSON with sorted keys, no white space, without the signature.
 
-        No waivers leave no trace, so a release without one has the id that it had before there were any.
+        An empty ``waivers`` is left out, so it does not change the id.
         """
         body = self.model_dump(mode="json", exclude={"signature"} if self.waivers else {"signature", "waivers"})
         return json.dumps(body, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
 
     @property
     def release_id(self) -> str:
-        """Hex SHA-256 of the canonical bytes; the first 12 characters are what people type."""
+        """Hex SHA-256 of the canonical bytes; the first 12 characters are the short id."""
         return hashlib.sha256(self.canonical_bytes()).hexdigest()

@@ -1,8 +1,11 @@
-"""What lies inside a release's Arrow files. All are Arrow IPC files, one record batch, uncompressed: made to be
-memory-mapped and shared between the replicas of a node.
+"""Schemas of a release's Arrow files.
 
-``index.faiss`` is an inner-product index whose ids are row numbers of ``videos.arrow``. It may compress the vectors:
-``INDEX_OVERFETCH`` times as many videos as wanted are then taken from it and scored with those of ``videos.arrow``.
+Each file is an Arrow IPC file with one uncompressed record batch, so that the replicas of a node can map it into memory
+and share the pages.
+
+``index.faiss`` is an inner-product index whose ids are row numbers of ``videos.arrow``. It may compress the vectors.
+Retrieval therefore takes ``INDEX_OVERFETCH`` times the wanted number of videos from it and scores them again with the
+vectors of ``videos.arrow``.
 """
 
 from __future__ import annotations
@@ -11,19 +14,36 @@ from typing import Final
 
 import pyarrow as pa
 
-from reelway.platform.contracts.features import (
-    ID_HASHES,
-    VIDEO_CATEGORIES,
-    VIDEO_LIVE_DENSE,
-    VIDEO_STATIC_DENSE,
-)
+from reelway.platform.contracts.feature_dimensions import FeatureDimensions
+from reelway.platform.contracts.features import ID_HASHES, VIDEO_CATEGORIES, VIDEO_LIVE_DENSE, VIDEO_STATIC_DENSE
 
 NEIGHBOURS: Final = 20
 INDEX_OVERFETCH: Final = 3
 
 
+_DIMENSIONS_KEY: Final = b"reelway.dimensions"
+
+
+def with_dimensions(schema: pa.Schema, dimensions: FeatureDimensions) -> pa.Schema:
+    """The schema with ``dimensions`` in its metadata: serving assembles a viewer's inputs by them."""
+    return schema.with_metadata({_DIMENSIONS_KEY: dimensions.to_json()})
+
+
+def dimensions_of(schema: pa.Schema) -> FeatureDimensions | None:
+    """What ``with_dimensions`` stored; None without it.
+
+    Raises:
+        ValidationError: if the metadata is not ``FeatureDimensions``.
+    """
+    stored = (schema.metadata or {}).get(_DIMENSIONS_KEY)
+    return None if stored is None else FeatureDimensions.from_json(stored)
+
+
 def videos_schema(embedding_dim: int) -> pa.Schema:
-    """``videos.arrow``: one row per servable video, ascending ``video_id``; fixed-width columns map to matrices."""
+    """Columns of ``videos.arrow``: one row per servable video, ascending ``video_id``.
+
+    Fixed-width columns map to matrices. The file's schema also carries the dimensions (``with_dimensions``).
+    """
     return pa.schema(
         [
             pa.field("video_id", pa.int64(), nullable=False),

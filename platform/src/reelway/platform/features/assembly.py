@@ -1,8 +1,8 @@
-"""Feature values in, model inputs out: the one place where the order of a vector is decided.
+"""Turns feature values into model inputs and decides the order of every vector.
 
-Training calls it on a whole Parquet table, serving on one viewer's row and a gather of the video table; both run
-these lines, so a vector cannot be put together in two ways. Values stay raw (see ``contracts.features``); a
-missing number is NaN, a missing id or word has code 0.
+Training calls it with a whole Parquet table. Serving calls it with one viewer's row. Values stay raw (see
+``contracts.features``): a missing number is NaN, and a missing id or word has code 0. Widths and vocabulary sizes are
+those of the given ``FeatureDimensions``.
 """
 
 # Shapes: B viewers (or rows), C videos, L history, H hashes, T topics
@@ -19,7 +19,9 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from reelway.platform.contracts import features as names
-from reelway.platform.contracts.events import AUDIO_DIM, TEXT_DIM, TOPICS, VISUAL_DIM
+from reelway.platform.contracts.feature_dimensions import FeatureDimensions
+from reelway.platform.contracts.ids import MAX_ID
+from reelway.platform.errors import FeatureError
 from reelway.platform.features import on_demand
 from reelway.platform.features.hashing import MISSING_ID, id_codes, word_codes
 
@@ -40,31 +42,30 @@ class Ragged:
 
 @dataclass(frozen=True)
 class ViewerArrays:
-    """Inputs of the viewer side, by the names of ``VIEWER_TOWER_INPUTS``."""
+    """Inputs of the viewer tower, by the names of ``VIEWER_TOWER_INPUTS``."""
 
-    viewer_dense: F32  # [B, len(VIEWER_DENSE)]
+    viewer_dense: F32  # [B, len(dimensions.viewer_dense)]
     viewer_categories: I64  # [B, len(VIEWER_CATEGORIES)]
-    history_codes: I64  # [B, L, H]; the latest video last, padded in front with 0
+    history_codes: I64  # [B, L, H]; latest video last, padded in front with 0
     history_weights: F32  # [B, L]
     history_age_h: F32  # [B, L] hours between the watch and the request; 0 where padded
 
     def as_inputs(self) -> dict[str, NDArray[Any]]:
-        """The arrays by input name."""
         return {name: getattr(self, name) for name in names.VIEWER_TOWER_INPUTS}
 
 
 @dataclass(frozen=True)
 class VideoArrays:
-    """Inputs of the video side, by the names of ``VIDEO_TOWER_INPUTS`` and ``RANKER_INPUTS``."""
+    """Inputs of the video tower and the ranker, by the names of ``VIDEO_TOWER_INPUTS`` and ``RANKER_INPUTS``."""
 
     video_codes: I64  # [C, H]
     creator_codes: I64  # [C, H]
     video_categories: I64  # [C, len(VIDEO_CATEGORIES)]; topic + 1, so that 0 is unknown
     video_static_dense: F32  # [C, len(VIDEO_STATIC_DENSE)]
     video_dense: F32  # [C, len(VIDEO_DENSE)]
-    visual: F32  # [C, VISUAL_DIM]; zeros where missing (has_visual says so)
-    audio: F32  # [C, AUDIO_DIM]
-    text: F32  # [C, TEXT_DIM]
+    visual: F32  # [C, dimensions.visual]; zeros where has_visual is 0
+    audio: F32  # [C, dimensions.audio]
+    text: F32  # [C, dimensions.text]
 
 
 Column = NDArray[Any] | Ragged | Sequence[Any]
@@ -72,7 +73,7 @@ Columns = Mapping[str, Column]
 
 
 def columns_from_table(table: pa.Table) -> dict[str, Column]:
-    """Arrow columns as numpy arrays and ``Ragged`` lists, without a Python object per row."""
+    """Returns Arrow columns as numpy arrays and ``Ragged`` lists; only words become Python objects."""
     columns: dict[str, Column] = {}
     for name in table.column_names:
         array = table.column(name).combine_chunks()
@@ -93,7 +94,7 @@ def columns_from_table(table: pa.Table) -> dict[str, Column]:
 
 
 def columns_from_row(row: Mapping[str, Any]) -> dict[str, Column]:
-    """One row (as an online store returns it) as columns of length one."""
+    """Returns one row of an online store as columns of length one."""
     columns: dict[str, Column] = {}
     for name, value in row.items():
         if isinstance(value, list | tuple | np.ndarray):
@@ -112,21 +113,41 @@ def _floats(columns: Columns, name: str, rows: int) -> NDArray[np.float64]:
     return np.asarray(column, dtype=np.float64)
 
 
-def _words(columns: Columns, name: str, rows: int) -> I64:
+def _words(columns: Columns, name: str, rows: int, buckets: int) -> I64:
     column = columns.get(name)
-    return word_codes(column) if column is not None else np.zeros(rows, dtype=np.int64)  # type: ignore[arg-type]
+    if column is None:
+        return np.zeros(rows, dtype=np.int64)
+    return word_codes(column, buckets)  # type: ignore[arg-type]
 
 
-def _ids(columns: Columns, name: str, rows: int) -> I64:
-    values = _floats(columns, name, rows)
-    return np.where(np.isnan(values), MISSING_ID, values).astype(np.int64)
+def _integers(columns: Columns, name: str, rows: int, largest: int) -> I64:
+    """An integer column; ``MISSING_ID`` where a value is missing.
+
+    Raises:
+        FeatureError: if a value is above ``largest``.
+    """
+    return _checked(_floats(columns, name, rows), name, largest)
+
+
+def _checked(values: NDArray[np.float64], name: str, largest: int) -> I64:
+    values = np.where(np.isnan(values), MISSING_ID, values)
+    if (above := values > largest).any():
+        raise FeatureError(
+            f"feature {name!r}: value {int(values[above][0])} is above the limit {largest}; correct the data set, or "
+            "import it again so that its schema fits"
+        )
+    return values.astype(np.int64)
 
 
 def _vectors(columns: Columns, name: str, rows: int, width: int) -> tuple[F32, NDArray[np.bool_]]:
-    """A list column as a matrix; a row that has no list (or one of another width) is zeros and ``False``."""
+    """A list column as a matrix ``[rows, width]``, and which rows have a value.
+
+    A row without a list, with a list of another width, or with a value that is not finite is zeros and ``False``: a
+    viewer's row that an older schema wrote must not fail the request. ``training.rows`` rejects such widths.
+    """
     out = np.zeros((rows, width), dtype=np.float32)
     column = columns.get(name)
-    if not isinstance(column, Ragged):
+    if not isinstance(column, Ragged) or not width:
         return out, np.zeros(rows, dtype=np.bool_)
     present = np.diff(column.offsets) == width
     if present.any():
@@ -138,7 +159,7 @@ def _vectors(columns: Columns, name: str, rows: int, width: int) -> tuple[F32, N
 
 
 def _latest(column: Column | None, rows: int, length: int, fill: float) -> NDArray[np.float64]:
-    """The last ``length`` values of each list, right-aligned, padded in front with ``fill``."""
+    """Returns the last ``length`` values of each list, right-aligned and padded in front with ``fill``."""
     out = np.full((rows, length), fill)
     if not isinstance(column, Ragged) or not len(column.values):
         return out
@@ -155,63 +176,70 @@ def assemble_viewers(
     columns: Columns,
     request_time_s: NDArray[np.float64],
     device: Sequence[str | None],
-    *,
-    history_length: int = names.HISTORY_LENGTH,
+    dimensions: FeatureDimensions,
 ) -> ViewerArrays:
-    """Viewer rows (the fields of ``VIEWER_VIEWS``) at their request times as model inputs.
+    """Returns viewer rows (the fields of ``VIEWER_VIEWS``) at their request times as model inputs.
 
     Args:
-        columns: field name -> one value per row; absent fields count as missing in every row.
+        columns: field name -> one value per row; an absent field is missing in every row.
         request_time_s: Unix seconds, ``[B]``.
         device: one word per row.
-        history_length: L.
+
+    Raises:
+        FeatureError: if a video id is above ``MAX_ID``.
     """
-    rows = len(request_time_s)
-    affinity_BT, has_affinity = _vectors(columns, "topic_affinity", rows, TOPICS)
+    rows, length = len(request_time_s), dimensions.history_length
+    affinity_BT, has_affinity = _vectors(columns, "topic_affinity", rows, dimensions.topics)
     affinity_BT[~has_affinity] = np.nan
     context = on_demand.cyclic_time(request_time_s)
     context["account_age_d"] = on_demand.account_age_d(request_time_s, _floats(columns, "created_at_s", rows))
-    times_BL = _latest(columns.get("history_times_s"), rows, history_length, np.nan)
+    times_BL = _latest(columns.get("history_times_s"), rows, length, np.nan)
     age_BL = np.maximum(request_time_s[:, None] - times_BL, 0.0) / 3600.0
     context["hours_since_last_activity"] = age_BL[:, -1]  # NaN without a history
     dense = np.column_stack(
         [
             *(_floats(columns, name, rows) for name in names.VIEWER_ACTIVITY),
             affinity_BT,
-            *(context[name] for name in names.VIEWER_DENSE[-len(context) :]),
+            *(context[name] for name in names.VIEWER_CONTEXT),
         ]
     ).astype(np.float32)
-    categories = np.column_stack(
-        [*(_words(columns, name, rows) for name in names.VIEWER_CATEGORIES[:-1]), word_codes(device)]
+    buckets = dimensions.category_buckets
+    words = [_words(columns, name, rows, buckets) for name in names.VIEWER_CATEGORIES[:-1]]
+    videos_BL = _checked(_latest(columns.get("history_videos"), rows, length, MISSING_ID), "history_videos", MAX_ID)
+    weights_BL = _latest(columns.get("history_weights"), rows, length, 0.0).astype(np.float32)
+    return ViewerArrays(
+        viewer_dense=dense,
+        viewer_categories=np.column_stack([*words, word_codes(device, buckets)]),
+        history_codes=id_codes(videos_BL, dimensions.id_buckets),
+        history_weights=weights_BL,
+        history_age_h=np.nan_to_num(age_BL, nan=0.0).astype(np.float32),
     )
-    videos_BL = _latest(columns.get("history_videos"), rows, history_length, MISSING_ID).astype(np.int64)
-    weights_BL = _latest(columns.get("history_weights"), rows, history_length, 0.0).astype(np.float32)
-    age_BL = np.nan_to_num(age_BL, nan=0.0)
-    return ViewerArrays(dense, categories, id_codes(videos_BL), weights_BL, age_BL.astype(np.float32))
 
 
-def assemble_videos(columns: Columns, request_time_s: NDArray[np.float64]) -> VideoArrays:
-    """Video rows (``video_id`` and the fields of the video and creator views) as model inputs.
+def assemble_videos(
+    columns: Columns, request_time_s: NDArray[np.float64], dimensions: FeatureDimensions
+) -> VideoArrays:
+    """Returns video rows (``video_id`` and the fields of the video and creator views) as model inputs.
 
     Args:
-        columns: field name -> one value per row; absent fields count as missing in every row.
+        columns: field name -> one value per row; an absent field is missing in every row.
         request_time_s: Unix seconds, ``[C]``; only ``hours_since_upload`` depends on it.
+
+    Raises:
+        FeatureError: if an id is above ``MAX_ID``, or a topic is not among the topics of ``dimensions``.
     """
     rows = len(request_time_s)
-    visual, has_visual = _vectors(columns, "visual", rows, VISUAL_DIM)
-    audio, has_audio = _vectors(columns, "audio", rows, AUDIO_DIM)
-    text, has_text = _vectors(columns, "text", rows, TEXT_DIM)
-    static = np.column_stack([_floats(columns, "duration_s", rows), has_visual, has_audio, has_text])
+    vectors = {name: _vectors(columns, name, rows, width) for name, width in dimensions.content.items()}
+    static = np.column_stack([_floats(columns, "duration_s", rows), *(present for _, present in vectors.values())])
     live = np.column_stack([_floats(columns, name, rows) for name in names.VIDEO_LIVE_DENSE])
     age_h = on_demand.hours_since_upload(request_time_s, _floats(columns, "uploaded_at_s", rows))
-    topic = np.clip(_ids(columns, "topic", rows) + 1, 0, TOPICS)
+    topic = np.maximum(_integers(columns, "topic", rows, dimensions.topics - 1) + 1, 0)
+    language = _words(columns, "video_language", rows, dimensions.category_buckets)
     return VideoArrays(
-        video_codes=id_codes(_ids(columns, "video_id", rows)),
-        creator_codes=id_codes(_ids(columns, "creator_id", rows)),
-        video_categories=np.column_stack([topic, _words(columns, "video_language", rows)]),
+        video_codes=id_codes(_integers(columns, "video_id", rows, MAX_ID), dimensions.id_buckets),
+        creator_codes=id_codes(_integers(columns, "creator_id", rows, MAX_ID), dimensions.id_buckets),
+        video_categories=np.column_stack([topic, language]),
         video_static_dense=static.astype(np.float32),
         video_dense=np.column_stack([static, live, age_h]).astype(np.float32),
-        visual=visual,
-        audio=audio,
-        text=text,
+        **{name: values for name, (values, _) in vectors.items()},
     )

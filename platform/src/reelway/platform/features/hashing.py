@@ -10,7 +10,7 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from reelway.platform.contracts.features import CATEGORY_BUCKETS, ID_BUCKETS, ID_HASHES
+from reelway.platform.contracts.features import ID_HASHES
 
 MISSING_ID: Final = -1
 _SALTS: Final = tuple(np.uint64(0x9E3779B97F4A7C15 * (i + 1) & 0xFFFFFFFFFFFFFFFF) for i in range(ID_HASHES))
@@ -24,8 +24,8 @@ def mix64(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
         return mixed ^ (mixed >> np.uint64(31))
 
 
-def id_codes(ids: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Codes in 1..ID_BUCKETS-1 for each of ID_HASHES hash functions; 0 for negative (missing) ids.
+def id_codes(ids: NDArray[np.int64], buckets: int) -> NDArray[np.int64]:
+    """Returns codes in 1..buckets-1 for each of ID_HASHES hash functions; 0 for negative (missing) ids.
 
     Shapes: ``[...] -> [..., ID_HASHES]``.
     """
@@ -34,19 +34,19 @@ def id_codes(ids: NDArray[np.int64]) -> NDArray[np.int64]:
     codes = np.empty((*raw.shape, ID_HASHES), dtype=np.int64)
     with np.errstate(over="ignore"):
         for i, salt in enumerate(_SALTS):
-            codes[..., i] = (mix64(unsigned + salt) % np.uint64(ID_BUCKETS - 1)).astype(np.int64) + 1
+            codes[..., i] = (mix64(unsigned + salt) % np.uint64(buckets - 1)).astype(np.int64) + 1
     codes[raw < 0] = 0
     return codes
 
 
 @lru_cache(maxsize=65_536)
-def word_code(word: str | None) -> int:
-    """Code in 1..CATEGORY_BUCKETS-1 for a word, 0 for a missing one."""
+def word_code(word: str | None, buckets: int) -> int:
+    """Returns the code of a category value in 1..buckets-1, 0 if it is missing."""
     if not word:
         return 0
-    return zlib.crc32(word.encode()) % (CATEGORY_BUCKETS - 1) + 1
+    return zlib.crc32(word.encode()) % (buckets - 1) + 1
 
 
-def word_codes(words: Iterable[str | None]) -> NDArray[np.int64]:
-    """``word_code`` over many. Shapes: ``[N] -> [N]``."""
-    return np.fromiter((word_code(word) for word in words), dtype=np.int64)
+def word_codes(words: Iterable[str | None], buckets: int) -> NDArray[np.int64]:
+    """Returns ``category_code`` of each value. Shapes: ``[N] -> [N]``."""
+    return np.fromiter((word_code(word, buckets) for word in words), dtype=np.int64)

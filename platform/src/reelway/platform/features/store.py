@@ -127,10 +127,12 @@ def feature_service(store: FeatureStore, name: str) -> Any:
 
 
 def feature_service_digest(store: FeatureStore, name: str) -> str:
-    """SHA-256 hex over the service's views, join keys, fields, types and TTLs as registered; not over any path.
+    """Returns the SHA-256 (hex) of the service's registered views, join keys, fields, types, widths and TTLs.
+
+    Paths are not part of the digest.
 
     Raises:
-        FeatureError: the store does not have the service.
+        FeatureError: if the store does not contain the service.
     """
     on_demand = {view.name for view in store.list_on_demand_feature_views()}
     views = []
@@ -140,7 +142,7 @@ def feature_service_digest(store: FeatureStore, name: str) -> str:
             {
                 "view": projection.name,
                 "keys": [[column.name, str(column.dtype)] for column in view.entity_columns] if view else None,
-                "fields": sorted([field.name, str(field.dtype)] for field in projection.features),
+                "fields": sorted([field.name, str(field.dtype), field.tags] for field in projection.features),
                 "ttl_s": view.ttl.total_seconds() if view and view.ttl else None,
             }
         )

@@ -70,6 +70,10 @@ def assess_dimensions(declared: Dimensions, seen: FileDimensions) -> list[str]:
     expected = [
         (f"{VIEWER_TOWER_FILE}: width of its output", tower.output, declared.embedding),
         (f"{VIEWER_TOWER_FILE}: width of viewer_dense", tower.inputs.get("viewer_dense"), declared.viewer_dense),
+        *(
+            (f"{VIEWER_TOWER_FILE}: width of {name}", tower.inputs.get(name), declared.features.history_length)
+            for name in ("history_weights", "history_age_h")
+        ),
         (f"{RANKER_FILE}: number of tasks", ranker.output, len(declared.tasks)),
         (f"{RANKER_FILE}: width of viewer_dense", ranker.inputs.get("viewer_dense"), declared.viewer_dense),
         (f"{RANKER_FILE}: width of video_dense", ranker.inputs.get("video_dense"), declared.video_dense),

@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 
 from reelway.platform.contracts.manifest import NEIGHBOURS_FILE, POPULAR_FILE, VIDEOS_FILE, Dimensions
-from reelway.platform.contracts.release_files import NEIGHBOURS_SCHEMA, POPULAR, videos_schema
+from reelway.platform.contracts.release_files import NEIGHBOURS_SCHEMA, POPULAR, dimensions_of, videos_schema
 from reelway.platform.errors import IncompatibleReleaseError
 
 
@@ -58,6 +58,7 @@ def check_tables(folder: Path, dimensions: Dimensions) -> None:
         raise IncompatibleReleaseError(
             f"{VIDEOS_FILE}, row {worst}: embedding has length {lengths[worst]:g}, expected 1"
         )
+    _check_codes(videos, dimensions)
     unknown = np.setdiff1d(popular.column("video_id").to_numpy(), video_id)
     if len(unknown):
         raise IncompatibleReleaseError(f"{POPULAR_FILE} lists video {unknown[0]}, which {VIDEOS_FILE} does not have")
@@ -68,6 +69,32 @@ def check_tables(folder: Path, dimensions: Dimensions) -> None:
         raise IncompatibleReleaseError(
             f"{NEIGHBOURS_FILE} points to rows {indices.min()}..{indices.max()}, expected -1..{rows - 1}"
         )
+
+
+def _check_codes(videos: pa.RecordBatch, dimensions: Dimensions) -> None:
+    """Checks the recorded feature dimensions, and that every code is within its vocabulary."""
+    features = dimensions.features
+    try:
+        recorded = dimensions_of(videos.schema)
+    except ValueError as error:
+        raise IncompatibleReleaseError(f"{VIDEOS_FILE}: its feature dimensions are invalid: {error}") from error
+    if recorded != features:
+        raise IncompatibleReleaseError(
+            f"{VIDEOS_FILE} was written with {recorded}, the manifest says {features}; build the release again"
+        )
+    categories = videos.column("video_categories").flatten().to_numpy().reshape(videos.num_rows, -1)
+    for name, values, low, high in (
+        ("topic", videos.column("topic").to_numpy(), -1, features.topics - 1),
+        ("creator_codes", videos.column("creator_codes").flatten().to_numpy(), 0, features.id_buckets - 1),
+        ("video_categories (topic)", categories[:, 0], 0, features.topics),
+        ("video_categories (language)", categories[:, 1], 0, features.category_buckets - 1),
+    ):
+        outside = values[(values < low) | (values > high)]
+        if len(outside):
+            raise IncompatibleReleaseError(
+                f"{VIDEOS_FILE}, column {name}: value {outside[0]} is outside {low}..{high}, the range that the "
+                "manifest's dimensions give; build the release again"
+            )
 
 
 def _first_difference(seen: pa.Schema, expected: pa.Schema) -> str:

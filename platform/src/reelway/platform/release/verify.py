@@ -1,7 +1,7 @@
-"""May this release take traffic here? The last look before it does, and the same look wherever it is taken.
+"""Decides whether a release may take traffic, by the same checks on a laptop and on a cluster.
 
-Refuses anything that was changed, that nobody trusted signed, that does not fit together, that the feature store
-cannot feed, or that failed a gate which nobody waived by name. It repairs nothing and gives no partial yes.
+A release is rejected if it was changed, no trusted key signed it, its files or dimensions disagree, the feature store
+lacks its feature services, or a gate failed and is not waived.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pydantic import BaseModel, ValidationError
 
 from reelway.platform.contracts.blend import Blend
 from reelway.platform.contracts.calibration import Calibration
-from reelway.platform.contracts.features import RANKER_TASKS, VIDEO_DENSE, VIEWER_DENSE
+from reelway.platform.contracts.features import RANKER_TASKS, VIDEO_DENSE
 from reelway.platform.contracts.manifest import (
     BLEND_FILE,
     CALIBRATION_FILE,
@@ -39,7 +39,7 @@ Model = TypeVar("Model", bound=BaseModel)
 
 @dataclass(frozen=True)
 class PassedCheck:
-    """One line of the report: what was looked at, and what was found."""
+    """One line of the report: name and result of a check."""
 
     name: str
     detail: str
@@ -47,7 +47,7 @@ class PassedCheck:
 
 @dataclass(frozen=True)
 class VerifiedRelease:
-    """A release that may be loaded."""
+    """A release that passed all checks."""
 
     manifest: Manifest
     folder: Path
@@ -62,15 +62,14 @@ def verify(
     expected_id: str | None = None,
     read_dimensions: DimensionReader = read_dimensions,
 ) -> VerifiedRelease:
-    """Check a release folder in full, cheapest and most damning checks first.
+    """Checks a release folder completely, cheap and decisive checks first.
 
     Args:
-        folder: a local folder, as ``ReleaseStore.fetch`` returns it.
-        public_keys: the trusted ones; one of them must have signed.
-        feature_services: name -> digest of what the feature store has; ``None`` where there is no store to ask, which
-            the report then says.
-        expected_id: the id that was asked for.
-        read_dimensions: looks into graphs and index; replaced where their libraries are not installed.
+        folder: local folder from ``ReleaseStore.fetch``.
+        public_keys: trusted keys; one of them must have signed the release.
+        feature_services: name -> digest in the feature store; None if there is no store, which the report then states.
+        expected_id: id of the requested release.
+        read_dimensions: reader of graphs and index; replaced where their libraries are not installed.
 
     Raises:
         DigestMismatchError: the id, a file, or the set of files is not what was signed.
@@ -114,50 +113,50 @@ def verify(
 
 
 def read_blend(folder: Path) -> Blend:
-    """``blend.yaml`` of a release folder.
+    """Reads ``blend.yaml`` of a release folder.
 
     Raises:
-        IncompatibleReleaseError: not YAML, or not a blend.
+        IncompatibleReleaseError: if the file is not YAML or not a valid blend.
     """
     return _read_model(folder / BLEND_FILE, Blend, yaml.safe_load)
 
 
 def read_calibration(folder: Path) -> Calibration:
-    """``calibration.json`` of a release folder.
+    """Reads ``calibration.json`` of a release folder.
 
     Raises:
-        IncompatibleReleaseError: not JSON, or not a calibration.
+        IncompatibleReleaseError: if the file is not JSON or not a valid calibration.
     """
     return _read_model(folder / CALIBRATION_FILE, Calibration, json.loads)
 
 
 def assess_id(manifest: Manifest, expected_id: str | None) -> None:
-    """Refuse another release than the one asked for.
+    """Checks the id of the manifest.
 
     Raises:
-        DigestMismatchError: the ids differ.
+        DigestMismatchError: if the ids differ.
     """
     if expected_id is not None and manifest.release_id != expected_id:
         raise DigestMismatchError(
             f"the manifest has id {manifest.release_id[:12]}..., expected {expected_id[:12]}...; it was changed, or "
-            "another release lies in its place"
+            "the folder holds another release"
         )
 
 
 def assess_gates(gates: Sequence[GateResult], waivers: Sequence[Waiver] = ()) -> tuple[Waiver, ...]:
-    """Refuse a release with a gate that failed and was not waived, or that passed against its own numbers.
+    """Checks that every gate passed or is waived, and that a passed gate's value is within its bound.
 
     Returns:
-        the waivers, each of a gate that failed.
+        The waivers, each of a failed gate.
 
     Raises:
-        GateFailedError: naming every such gate with its value and bound, or a waiver of what needs none.
+        GateFailedError: if a gate failed and is not waived, or a waiver names a gate that did not fail.
     """
     waived = {waiver.gate for waiver in waivers}
     failing = [gate for gate in gates if not gate.passed or not _holds(gate)]
     if idle := sorted(waived - {gate.name for gate in failing}):
         raise GateFailedError(
-            f"waived: {', '.join(idle)}, which did not fail; gates that failed: "
+            f"waivers of gates that did not fail: {', '.join(idle)}; failed gates: "
             f"{', '.join(gate.name for gate in failing) or 'none'}"
         )
     if failed := [gate for gate in failing if gate.name not in waived]:
@@ -171,10 +170,10 @@ def assess_gates(gates: Sequence[GateResult], waivers: Sequence[Waiver] = ()) ->
 
 
 def assess_feature_services(wanted: Sequence[FeatureServiceRef], present: Mapping[str, str]) -> None:
-    """Refuse a release that was trained on features which the store does not have in that form.
+    """Checks that the feature store has the feature services that the release was trained on.
 
     Raises:
-        IncompatibleReleaseError: a service is absent, or its views, fields or types differ.
+        IncompatibleReleaseError: if a service is missing, or its views, fields, types or widths differ.
     """
     for service in wanted:
         if service.name not in present:
@@ -185,18 +184,19 @@ def assess_feature_services(wanted: Sequence[FeatureServiceRef], present: Mappin
         if present[service.name] != service.digest:
             raise IncompatibleReleaseError(
                 f"feature service {service.name!r} has digest {present[service.name][:12]}... in the store, the "
-                f"release was trained with {service.digest[:12]}...; its views, fields or types changed: train again"
+                f"release was trained with {service.digest[:12]}...; its views, fields, types or widths "
+                "changed: train again"
             )
 
 
 def assess_contract(declared: Dimensions) -> None:
-    """Refuse a release whose inputs are not those that this version of Reelway assembles.
+    """Checks that this version of Reelway assembles the inputs that the release's graphs take.
 
     Raises:
-        IncompatibleReleaseError: the number of features, or the tasks, differ.
+        IncompatibleReleaseError: if the number of features or the tasks differ.
     """
     for name, seen, expected in (
-        ("viewer_dense", declared.viewer_dense, len(VIEWER_DENSE)),
+        ("viewer_dense", declared.viewer_dense, len(declared.features.viewer_dense)),
         ("video_dense", declared.video_dense, len(VIDEO_DENSE)),
         ("tasks", declared.tasks, RANKER_TASKS),
     ):

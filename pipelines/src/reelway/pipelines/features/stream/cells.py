@@ -63,6 +63,8 @@ class Rhythm:
     grid_us: int
     windows_us: tuple[int, ...] = ()
     heartbeat_us: int = 0
+    keep: int = 0
+    """Of a view without windows: latest rows of an entity that its values depend on."""
 
     @property
     def cell_us(self) -> int:
@@ -82,7 +84,7 @@ def rhythms(settings: ViewSettings) -> dict[str, Rhythm]:
     found = {
         ACTIVITY: Rhythm(settings.activity_grid_s * SECOND_US, viewer, beat),
         AFFINITY: Rhythm(settings.affinity_grid_s * SECOND_US, viewer[-1:], beat),
-        HISTORY: Rhythm(settings.history_grid_s * SECOND_US),
+        HISTORY: Rhythm(settings.history_grid_s * SECOND_US, keep=settings.dimensions.history_length),
         ENGAGEMENT: Rhythm(settings.engagement_grid_s * SECOND_US, video, beat),
         CREATORS: Rhythm(settings.creator_grid_s * SECOND_US, (names.CREATOR_WINDOW.length_s * SECOND_US,)),
     }
@@ -145,10 +147,10 @@ def pruned(view: str, rhythm: Rhythm, entity: I64, rows: I64, at_us: int, open_f
         open_from_us: impressions shown at or after this time may still be revised.
     """
     if view == HISTORY:
-        # The newest HISTORY_LENGTH that are settled, and all that are not: any of these may still go.
+        # Keeps the newest ``keep`` rows that are final, and all rows that may still be revised.
         settled = rows[:, LAYOUTS[view].columns.index("event_us")] < open_from_us
         rank = _rank_from_the_end(entity, settled)
-        keep = ~settled | (rank < names.HISTORY_LENGTH)
+        keep = ~settled | (rank < rhythm.keep)
         return entity[keep], rows[keep]
     gone = -(-(rows[:, 0] + max(rhythm.windows_us)) // rhythm.grid_us) * rhythm.grid_us <= at_us
     if view != CREATORS:
@@ -175,9 +177,9 @@ def values_at(
     if view == ACTIVITY:
         return views.viewer_activity_at(events, settings, at)
     if view == AFFINITY:
-        return views.viewer_topic_affinity_at(events, at)
+        return views.viewer_topic_affinity_at(events, settings, at)
     if view == HISTORY:
-        return views.viewer_history_at(events, at)
+        return views.viewer_history_at(events, settings, at)
     if view == ENGAGEMENT:
         return views.video_engagement_at(events, settings, at)
     creator_table, uploads = creators

@@ -24,6 +24,7 @@ from reelway.pipelines.features.training_rows import CATALOGUE_FILE, LABELS_FILE
 from reelway.platform.contracts.events import TIME
 from reelway.platform.durable import write_json
 from reelway.platform.eventlog import EventLog
+from reelway.platform.features.dimensions import read_dimensions
 from reelway.platform.features.store import open_feature_store
 from reelway.platform.runs import RunDirectory
 
@@ -61,7 +62,7 @@ def replay_log(run: RunDirectory, events: EventLog, target: Path, behind_us: int
             pq.write_table(table, target / "views" / view / STREAM_FILE)
             rows += table.num_rows
     shutil.copy(run.features / CATALOGUE_FILE, target / CATALOGUE_FILE)
-    register_features(target, "sqlite")
+    register_features(target, read_dimensions(run.features), "sqlite")
     write_json(target / STATE_FILE, {"at_s": began_us / SECOND_US, "viewers": 0})
     return rows
 

@@ -25,6 +25,7 @@ from reelway.pipelines.features.stream.processor import SECOND_US, Processor, Ro
 from reelway.pipelines.features.stream.state import StreamState
 from reelway.pipelines.features.training_rows import LABELS_FILE, read_artifact
 from reelway.pipelines.features.views import Prior, ViewSettings
+from reelway.platform.contracts.feature_dimensions import FeatureDimensions
 from reelway.platform.errors import FeatureError, StorageError
 from reelway.platform.eventlog import EventLog, open_event_log
 from reelway.platform.eventlog.changelog import Changelog
@@ -83,8 +84,9 @@ class StreamMetrics:
 def view_settings(run: RunDirectory) -> ViewSettings:
     """Returns the grids and priors of the run's features. The stream uses the same values."""
     config: dict[str, Any] = dict(run.record("features")["config"]["views"])
+    dimensions = FeatureDimensions(**config.pop("dimensions"))
     priors = {name: Prior(**value) for name, value in config.items() if isinstance(value, dict)}
-    return ViewSettings(**{**config, **priors})
+    return ViewSettings(dimensions, **{**config, **priors})
 
 
 def stream(
