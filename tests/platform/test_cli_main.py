@@ -30,7 +30,7 @@ def test_the_version_is_printed_and_both_members_commands_are_in_one_group() -> 
 
     assert reelway("--version").stdout.strip() == version("reelway-platform")
     shown = reelway("release", "--help").stdout
-    for command in ("build", "keys", "list", "show", "verify"):
+    for command in ("build", "fetch", "keys", "list", "show", "verify"):
         assert f" {command} " in shown
 
 

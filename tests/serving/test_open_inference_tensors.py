@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
-from reelway.platform.errors import IncompatibleReleaseError
 from reelway.serving.open_inference.json_tensors import parse_request, write_answer
 from reelway.serving.open_inference.refusals import RefusedRequestError, TooLargeError
+
+from reelway.platform.errors import IncompatibleReleaseError
 from reelway.serving.open_inference.tensors import Declared, Signature, TensorSpec
 
 SIGNATURE = Signature(

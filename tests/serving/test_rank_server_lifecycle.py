@@ -13,6 +13,7 @@ from pathlib import Path
 import grpc
 import httpx
 import pytest
+from reelway.serving.open_inference.json_tensors import HEADER
 from tests.serving.open_inference_asking import INFER, binary_request, post, rpc, rpc_request
 from tests.serving.rank_server import MadeRelease, RankServer, make_release, options_of, running_rank_server
 
@@ -20,7 +21,6 @@ from reelway.platform.cli.processes import child, reelway_command
 from reelway.platform.errors import DigestMismatchError, ReleaseNotFoundError, SignatureError
 from reelway.platform.release.signing import create_keys
 from reelway.serving.open_inference import messages
-from reelway.serving.open_inference.json_tensors import HEADER
 from reelway.serving.open_inference.server import load_verified
 
 
