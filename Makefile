@@ -72,8 +72,8 @@ $(CLIENTS)/.installed: $(STAMP) Makefile
 	@touch $@
 
 .PHONY: test-clients
-test-clients: $(CLIENTS)/.installed ## KServe's own client and Triton's, in an environment of its own, against the rank server.
-	REELWAY_TRITON_PYTHON=$(CURDIR)/$(CLIENTS)/bin/python $(BIN)/python -m pytest tests/serving/test_open_inference_server.py -k that_others_wrote
+test-clients: $(CLIENTS)/.installed ## Test the rank server with KServe's client and with Triton's, which has an environment of its own.
+	REELWAY_TRITON_PYTHON=$(CURDIR)/$(CLIENTS)/bin/python $(BIN)/python -m pytest tests/serving/test_open_inference_server.py -k foreign_client
 
 # Whoever has a cluster names it by KUBECONFIG and REELWAY_CLUSTER_TESTS=1; no node is brought up then.
 OWN_NODE := $(if $(and $(KUBECONFIG),$(REELWAY_CLUSTER_TESTS)),,1)

@@ -7,6 +7,7 @@ import socket
 import time
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import grpc
@@ -193,7 +194,7 @@ def test_unusable_response_raises(made: ReleaseFixture, change: dict[str, Any] |
     }
     body = b"\xff" if change is None else messages.ModelInferResponse(**{**right, **change}).SerializeToString()
 
-    async def respond(method: str, _body: bytes) -> bytes:
+    async def respond(method: str, _body: bytes, _context: Any) -> bytes:
         if method == "ModelInfer":
             return body
         inputs = [spec.metadata() for spec in made.ranker.signature.inputs]
@@ -203,7 +204,7 @@ def test_unusable_response_raises(made: ReleaseFixture, change: dict[str, Any] |
     async def ask() -> None:
         server = grpc.aio.server()
         handlers = {
-            method: grpc.unary_unary_rpc_method_handler(lambda request, _, method=method: respond(method, request))
+            method: grpc.unary_unary_rpc_method_handler(partial(respond, method))
             for method in ("ModelInfer", "ModelMetadata")
         }
         server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, handlers),))

@@ -1,157 +1,129 @@
-"""The life of `reelway rank-server`: what it refuses to load, when it is ready, how it ends."""
+"""The life cycle of ``reelway rank-server``: start, readiness, draining, exit."""
 
 from __future__ import annotations
 
-import fcntl
-import re
-import shutil
 import signal
 import subprocess
+import threading
 import time
 from pathlib import Path
 
-import grpc
 import httpx
 import pytest
-from reelway.serving.open_inference.json_tensors import HEADER
-from tests.serving.open_inference_asking import INFER, binary_request, post, rpc, rpc_request
-from tests.serving.rank_server import MadeRelease, RankServer, make_release, options_of, running_rank_server
+from tests.serving.open_inference_requests import HEADER, INFER, binary_request, messages, post, rpc
+from tests.serving.rank_server import (
+    ReleaseFixture,
+    make_release,
+    rank_server_command,
+    running_rank_server,
+    wait_until_listening,
+)
 
-from reelway.platform.cli.processes import child, reelway_command
-from reelway.platform.errors import DigestMismatchError, ReleaseNotFoundError, SignatureError
-from reelway.platform.release.signing import create_keys
-from reelway.serving.open_inference import messages
-from reelway.serving.open_inference.server import load_verified
+from reelway.platform.cli.processes import child
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> MadeRelease:
+def made(tmp_path_factory: pytest.TempPathFactory) -> ReleaseFixture:
     return make_release(tmp_path_factory.mktemp("release"))
 
 
-def test_it_is_live_before_it_is_ready_and_says_why_it_gives_no_answer(tmp_path: Path, made: MadeRelease) -> None:
-    mine, log = spoiled(made, tmp_path, "nothing"), tmp_path / "server.log"
-    (tmp_path / "cache").mkdir()
-    with (tmp_path / "cache" / f".{made.release}.lock").open("w") as held:
-        fcntl.flock(held, fcntl.LOCK_EX)  # as another process does that fetches the release
-        with child(command_of(mine, "--drain-seconds", "0"), log=log) as process:
-            http_url, address = addresses_in(log, process)
-            with httpx.Client(base_url=http_url, timeout=30) as client:
-                here = RankServer(mine, 0, int(address.rpartition(":")[2]), client, process.terminate)
-                assert client.get("/v2/health/live").status_code == 200
-                assert messages.ServerLiveResponse.FromString(rpc(here, b"", "ServerLive")).live is True
-                assert messages.ServerReadyResponse.FromString(rpc(here, b"", "ServerReady")).ready is False
-                text, binary = binary_request(made.inputs(3))
-                for answer in (
-                    client.get("/v2/health/ready"), client.get("/v2/models/ranker/ready"),
-                    client.get("/v2/models/ranker"), post(here, text, binary),
-                ):  # fmt: skip
-                    assert answer.status_code == 503
-                    assert "being loaded" in answer.json()["error"]
-                with pytest.raises(grpc.RpcError, match="being loaded"):
-                    rpc(here, rpc_request(made.inputs(3)))
-                assert here.metric("reelway_ranking_server_ready_ratio") == 0
-                fcntl.flock(held, fcntl.LOCK_UN)
-                deadline = time.monotonic() + 60
-                while client.get("/v2/health/ready").status_code != 200:
-                    assert time.monotonic() < deadline, log.read_text()
-                    time.sleep(0.05)
-                assert post(here, text, binary).status_code == 200
-
-
-def addresses_in(log: Path, process: subprocess.Popen[bytes]) -> tuple[str, str]:
-    """Where a server that was just started listens: REST's URL, gRPC's address."""
-    deadline = time.monotonic() + 170
-    while not (found := re.search(r"REST at (\S+), gRPC at (\S+)\n", log.read_text())):
-        assert process.poll() is None, log.read_text()
-        assert time.monotonic() < deadline, log.read_text()
-        time.sleep(0.05)
-    return found[1], found[2]
-
-
-@pytest.mark.parametrize(
-    ("spoil", "refusal"),
-    [("signature", SignatureError), ("digest", DigestMismatchError), ("absent", ReleaseNotFoundError)],
-)
-def test_a_release_that_is_not_what_was_signed_is_never_loaded(
-    tmp_path: Path, made: MadeRelease, spoil: str, refusal: type[Exception]
-) -> None:
-    with pytest.raises(refusal):
-        load_verified(options_of(spoiled(made, tmp_path, spoil)))
-
-
-def spoiled(made: MadeRelease, place: Path, spoil: str) -> MadeRelease:
-    """The release somewhere else, not as it was signed."""
-    shutil.copytree(made.place / "releases", place / "releases")
-    shutil.copytree(made.place / "keys", place / "keys")
-    stored = place / "releases" / made.release
-    if spoil == "signature":
-        shutil.rmtree(place / "keys")
-        create_keys(place / "keys")
-    elif spoil == "nothing":
-        pass
-    elif spoil == "digest":
-        graph = stored / "ranker.onnx"
-        graph.chmod(0o644)
-        graph.write_bytes(graph.read_bytes() + b"\0")
-    else:
-        shutil.rmtree(stored)
-    return MadeRelease(place, made.release)
-
-
-def command_of(made: MadeRelease, *words: str) -> list[str]:
-    return reelway_command(
-        "rank-server", "--release", made.release, "--release-store", str(made.place / "releases"),
-        "--release-cache", str(made.place / "cache"), "--public-keys", str(made.place / "keys"),
-        "--host", "127.0.0.1", "--http-port", "0", "--grpc-port", "0", *words,
-    )  # fmt: skip
+@pytest.mark.slow
+def test_server_of_a_changed_release_exits_with_6(made: ReleaseFixture, tmp_path: Path) -> None:
+    for file in made.folder.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    with (tmp_path / "ranker.onnx").open("ab") as handle:
+        handle.write(b"\0")
+    ended = subprocess.run(rank_server_command(tmp_path), capture_output=True, text=True, timeout=150, check=False)
+    assert ended.returncode == 6, ended.stderr
+    assert "ranker.onnx has SHA-256" in ended.stderr
+    assert "ranking with release" not in ended.stdout
 
 
 @pytest.mark.slow
-def test_the_command_ends_with_the_reason_where_the_release_is_refused(tmp_path: Path, made: MadeRelease) -> None:
-    mine = spoiled(made, tmp_path, "signature")
-    done = subprocess.run(command_of(mine), capture_output=True, text=True, timeout=150, check=False)
-    assert done.returncode == 6, done.stderr
-    assert "sign" in done.stderr
-    assert "ranking by release" not in done.stdout
+def test_server_exits_with_8_if_its_port_is_in_use(made: ReleaseFixture, tmp_path: Path) -> None:
+    with running_rank_server(made, tmp_path / "server.log") as server:
+        for option, port in (("--http-port", server.http_port), ("--grpc-port", server.grpc_port)):
+            command = rank_server_command(made.folder, option, str(port))
+            ended = subprocess.run(command, capture_output=True, text=True, timeout=150, check=False)
+            assert ended.returncode == 8, ended.stderr
+            assert f"cannot listen at 127.0.0.1:{port}" in ended.stderr
 
 
-def test_stopping_ends_readiness_first_then_what_is_under_way(made: MadeRelease) -> None:
-    with running_rank_server(made, drain_s=2.0) as server:
+@pytest.mark.slow
+def test_draining_server_answers_but_is_not_ready(made: ReleaseFixture, tmp_path: Path) -> None:
+    with running_rank_server(made, tmp_path / "server.log", "--drain-seconds", "4") as server:
         request = binary_request(made.inputs(500))
-        server.stop()
+        assert server.client.get("/v2/health/ready").status_code == 200
+        assert messages.ServerReadyResponse.FromString(rpc(server, b"", "ServerReady")).ready is True
+        server.process.send_signal(signal.SIGTERM)
         deadline = time.monotonic() + 20
         while server.client.get("/v2/health/ready").status_code != 503:
             assert time.monotonic() < deadline
         assert server.client.get("/v2/health/live").status_code == 200
         assert server.client.get("/v2/models/ranker/ready").status_code == 503
-        assert post(server, *request).status_code == 200
         assert messages.ServerReadyResponse.FromString(rpc(server, b"", "ServerReady")).ready is False
+        assert server.metric("reelway_ranking_server_ready_ratio") == 0
+        answer = post(server, *request)
+        assert (answer.status_code, answer.headers["connection"]) == (200, "close")
+        assert server.process.wait(timeout=60) == 0
 
 
 @pytest.mark.slow
-def test_sigterm_ends_the_process_well_with_every_request_answered(made: MadeRelease) -> None:
-    log = made.place / "server.log"
-    with child(command_of(made, "--drain-seconds", "1"), log=log) as process:
-        deadline = time.monotonic() + 170
-        while "ranking by release" not in log.read_text():
-            assert process.poll() is None, log.read_text()
-            assert time.monotonic() < deadline, log.read_text()
-            time.sleep(0.1)
-        found = re.search(r"http://127\.0\.0\.1:(\d+)", log.read_text())
-        assert found, log.read_text()
-        text, binary = binary_request(made.inputs(200))
-        statuses = []
-        with httpx.Client(base_url=found[0], timeout=30) as client:
-            while process.poll() is None:
-                if len(statuses) == 5:
-                    process.send_signal(signal.SIGTERM)
+def test_sigterm_ends_the_process_with_every_request_answered(made: ReleaseFixture, tmp_path: Path) -> None:
+    """Four clients send requests until the port is closed. No request may fail on the way."""
+    log = tmp_path / "server.log"
+    text, binary = binary_request(made.inputs(200))
+    statuses: list[int] = []
+    failures: list[Exception] = []
+
+    def send_until_closed(http_port: int) -> None:
+        with httpx.Client(base_url=f"http://127.0.0.1:{http_port}", timeout=30) as client:
+            while True:
                 try:
                     answer = client.post(INFER, content=text + binary, headers={HEADER: str(len(text))})
-                except httpx.ConnectError:  # it listens no longer
-                    break
+                except httpx.ConnectError:
+                    return
+                except Exception as error:
+                    failures.append(error)
+                    return
                 statuses.append(answer.status_code)
-        assert answer.headers["connection"] == "close"
+
+    with child(rank_server_command(made.folder, "--drain-seconds", "1"), log=log) as process:
+        http_port, _ = wait_until_listening(log, process)
+        clients = [threading.Thread(target=send_until_closed, args=(http_port,)) for _ in range(4)]
+        for client in clients:
+            client.start()
+        deadline = time.monotonic() + 60
+        while len(statuses) < 20 and time.monotonic() < deadline:
+            time.sleep(0.01)
+        process.send_signal(signal.SIGTERM)
+        for client in clients:
+            client.join(60)
         assert process.wait(timeout=60) == 0
-    assert len(statuses) > 5
+    assert failures == []
+    assert len(statuses) > 20
     assert set(statuses) == {200}
+
+
+@pytest.mark.slow
+def test_overloaded_server_rejects_requests_with_429(made: ReleaseFixture, tmp_path: Path) -> None:
+    """Requests beyond the queue are rejected at once, and the rejected clients get no 5xx."""
+    options = ("--max-queued-requests", "0", "--threads", "1")
+    with running_rank_server(made, tmp_path / "server.log", *options) as server:
+        text, binary = binary_request(made.inputs(4000))
+        statuses: list[int] = []
+
+        def send() -> None:
+            with httpx.Client(base_url=str(server.client.base_url), timeout=60) as client:
+                for _ in range(10):
+                    answer = client.post(INFER, content=text + binary, headers={HEADER: str(len(text))})
+                    statuses.append(answer.status_code)
+
+        clients = [threading.Thread(target=send) for _ in range(8)]
+        for client in clients:
+            client.start()
+        for client in clients:
+            client.join(120)
+        assert set(statuses) == {200, 429}
+        assert server.metric("reelway_ranking_server_requests_total", outcome="busy") == statuses.count(429)
+        assert server.metric("reelway_ranking_server_under_way_requests") == 0
