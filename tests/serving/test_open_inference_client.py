@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
@@ -99,12 +101,12 @@ def within(made: ReleaseFixture, port: int, work: Work, **settings: Any) -> Any:
     async def all_of_it() -> Any:
         registry = CollectorRegistry()
         ranker = RemoteRanker(f"127.0.0.1:{port}", made.release, RemoteRankerMetrics(registry, made.release))
-        here = InProcessServer(made, port, await started(made, port, **settings), ranker, registry)
+        under_test = InProcessServer(made, port, await started(made, port, **settings), ranker, registry)
         try:
-            return await work(here)
+            return await work(under_test)
         finally:
             await ranker.close()
-            await here.stop()
+            await under_test.stop()
 
     return asyncio.run(all_of_it())
 
@@ -114,49 +116,58 @@ def test_server_address_replaces_the_release() -> None:
     assert server_address("ranker:8081", "a" * 64) == "ranker:8081"
 
 
+def test_client_does_not_import_the_kserve_package() -> None:
+    """The import costs each Serve replica seconds and 124 MB."""
+    program = (
+        "import sys; from reelway.serving.open_inference import client;"
+        "client.load_messages().ModelInferRequest(); sys.exit('kserve' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", program], timeout=120, check=False).returncode == 0
+
+
 def test_remote_ranker_equals_the_local_one_on_ten_thousand_rows(made: ReleaseFixture, free_port: int) -> None:
-    async def difference(here: InProcessServer) -> float:
+    async def difference(under_test: InProcessServer) -> float:
         largest = 0.0
         for seed in range(20):
             inputs = made.inputs(500, seed)
-            there = await here.ranker.score(inputs)
-            assert there.shape == (500, 8)
-            largest = max(largest, float(np.abs(there - made.outputs(inputs)).max()))
+            remote = await under_test.ranker.score(inputs)
+            assert remote.shape == (500, 8)
+            largest = max(largest, float(np.abs(remote - made.outputs(inputs)).max()))
         return largest
 
     assert within(made, free_port, difference) <= 1e-6
 
 
 def test_server_of_another_release_raises(made: ReleaseFixture, free_port: int) -> None:
-    async def ask(here: InProcessServer) -> None:
+    async def ask(under_test: InProcessServer) -> None:
         with pytest.raises(ServingError, match="NOT_FOUND: model 'ranker' has no version"):
-            await here.ranker.score(made.inputs(3))
-        assert here.faults("refused") == 1
+            await under_test.ranker.score(made.inputs(3))
+        assert under_test.faults("refused") == 1
 
     within(made, free_port, ask, release="b" * 64)
 
 
 def test_stopped_server_raises_until_it_is_restarted(made: ReleaseFixture, free_port: int) -> None:
-    async def lose_and_find(here: InProcessServer) -> None:
+    async def stop_and_restart(under_test: InProcessServer) -> None:
         inputs = made.inputs(3)
-        await here.ranker.score(inputs)
-        await here.stop()
+        await under_test.ranker.score(inputs)
+        await under_test.stop()
         begun = time.monotonic()
         with pytest.raises(ServingError, match="is unreachable"):
-            await here.ranker.score(inputs, 30.0)
+            await under_test.ranker.score(inputs, 30.0)
         assert time.monotonic() - begun < 15
-        assert here.faults("gone") == 1
-        await here.restart()
+        assert under_test.faults("gone") == 1
+        await under_test.restart()
         deadline = time.monotonic() + 30
         while True:
             try:
-                await here.ranker.score(inputs)
+                await under_test.ranker.score(inputs)
                 return
             except ServingError:
                 assert time.monotonic() < deadline
                 await asyncio.sleep(0.05)
 
-    within(made, free_port, lose_and_find)
+    within(made, free_port, stop_and_restart)
 
 
 def test_silent_server_raises_at_the_deadline(made: ReleaseFixture) -> None:
@@ -227,10 +238,10 @@ def test_full_server_counts_as_busy(made: ReleaseFixture, free_port: int) -> Non
         async def submit(self, work: Any, within_s: float | None = None) -> Any:  # noqa: ARG002
             raise ServerBusyError("33 requests are in flight")
 
-    async def ask(here: InProcessServer) -> None:
+    async def ask(under_test: InProcessServer) -> None:
         with pytest.raises(ServingError, match="RESOURCE_EXHAUSTED: 33 requests"):
-            await here.ranker.score(made.inputs(3))
-        assert (here.faults("busy"), here.faults("refused")) == (1, 0)
+            await under_test.ranker.score(made.inputs(3))
+        assert (under_test.faults("busy"), under_test.faults("refused")) == (1, 0)
 
     within(made, free_port, ask, service_class=FullService)
 
@@ -238,12 +249,12 @@ def test_full_server_counts_as_busy(made: ReleaseFixture, free_port: int) -> Non
 def test_request_path_falls_back_while_its_ranker_is_down(made: ReleaseFixture, free_port: int) -> None:
     loader = ReleaseLoader(made.folder)
 
-    async def lose_and_find(here: InProcessServer) -> None:
+    async def stop_and_restart(under_test: InProcessServer) -> None:
         registry = CollectorRegistry()
         stages = loader.stages()
-        there = LocalStages(stages.retrieval, loader.ranking(here.ranker), stages.reranking)
+        remote = LocalStages(stages.retrieval, loader.ranking(under_test.ranker), stages.reranking)
         signer = TokenSigner(b"a secret of the tests, long enough")
-        path = RequestPath(loader.edge(), there, signer, IngressMetrics(registry))
+        path = RequestPath(loader.edge(), remote, signer, IngressMetrics(registry))
         local = RequestPath(loader.edge(), stages, signer, IngressMetrics(CollectorRegistry()))
         request = RecommendRequest(viewer_id=1, count=10)
 
@@ -255,16 +266,16 @@ def test_request_path_falls_back_while_its_ranker_is_down(made: ReleaseFixture, 
         assert [v.score for v in whole.response.videos] == pytest.approx(
             [v.score for v in (await answer(local)).response.videos], abs=1e-6
         )
-        await here.stop()
+        await under_test.stop()
         without = await answer()
         assert without.response.degraded == ["no_ranker"]
         assert len(without.video_ids) == 10
         labels = {"release": loader.release_id()[:SHORT], "arm": "stable", "rung": "no_ranker"}
         assert registry.get_sample_value("reelway_ingress_degraded_total", labels) == 1
-        await here.restart()
+        await under_test.restart()
         deadline = time.monotonic() + 30
         while (await answer()).response.degraded:
             assert time.monotonic() < deadline
             await asyncio.sleep(0.05)
 
-    within(made, free_port, lose_and_find)
+    within(made, free_port, stop_and_restart)

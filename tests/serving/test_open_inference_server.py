@@ -172,11 +172,14 @@ def test_invalid_message_gets_a_client_error_status(server: RankServer) -> None:
         (grpc.StatusCode.INVALID_ARGUMENT, "2001 rows", rpc_request(server.made.inputs(2001))),
         (grpc.StatusCode.RESOURCE_EXHAUSTED, "larger than max", b"\0" * (17 << 20)),
     ]
+    before = server.metric("reelway_ranking_server_requests_total", outcome="refused")
     for code, reason, request in wrong:
         with pytest.raises(grpc.RpcError) as refusal:
             rpc(server, request)
         assert refusal.value.code() is code, (reason, refusal.value.details())
         assert reason in refusal.value.details()
+    counted = server.metric("reelway_ranking_server_requests_total", outcome="refused") - before
+    assert counted == len(wrong) - 1  # gRPC itself rejects a message that is too large
     still_answers(server)
 
 

@@ -25,10 +25,9 @@ from numpy.typing import NDArray
 from reelway.platform.contracts.features import RANKER_INPUTS
 from reelway.platform.errors import ServingError
 from reelway.serving.metrics import SHORT, RemoteRankerMetrics
-from reelway.serving.open_inference.messages import SERVICE, load_messages
+from reelway.serving.open_inference.messages import MODEL, SERVICE, load_messages
 from reelway.serving.stages.arrays import F32
 
-MODEL: Final = "ranker"
 MAX_TIMEOUT_S: Final = 5.0
 """A call's deadline if the request has none."""
 _MESSAGE_BYTES: Final = 64 << 20

@@ -69,6 +69,9 @@ class RankerServicer(InferenceServicer):
 class StatusInterceptor(grpc.aio.ServerInterceptor):
     """Parses each message and converts each exception to the gRPC status of its class."""
 
+    def __init__(self, service: RankerService) -> None:
+        self._service = service
+
     async def intercept_service(
         self, continuation: Callable[[Any], Awaitable[Any]], handler_call_details: Any
     ) -> grpc.RpcMethodHandler:
@@ -80,6 +83,7 @@ class StatusInterceptor(grpc.aio.ServerInterceptor):
             try:
                 return await handler.unary_unary(handler.request_deserializer(body), context)
             except DecodeError as error:
+                self._service.record_refused(InferenceRequestError())
                 await context.abort(grpc.StatusCode.INVALID_ARGUMENT, f"the message cannot be parsed: {error}")
             except InferenceRequestError as error:
                 await context.abort(error.rpc, str(error))
@@ -111,6 +115,7 @@ class RankerGrpcServer(GRPCServer):
         self._address = f"{host}:{port}"
         self._max_bytes = max_bytes
         self._servicer = RankerServicer(data_plane, repository, service)
+        self._interceptor = StatusInterceptor(service)
 
     async def bind(self) -> int:
         """Starts the server and returns its port.
@@ -119,7 +124,7 @@ class RankerGrpcServer(GRPCServer):
             ServingError: if the address is in use or does not exist.
         """
         self._server = grpc.aio.server(
-            interceptors=(StatusInterceptor(),),
+            interceptors=(self._interceptor,),
             options=[
                 ("grpc.max_receive_message_length", self._max_bytes),
                 ("grpc.max_send_message_length", self._max_bytes),

@@ -11,7 +11,8 @@ from typing import Any, Final
 from kserve import InferOutput, InferRequest, InferResponse, Model
 
 from reelway.serving.open_inference.errors import InferenceRequestError
-from reelway.serving.open_inference.ranker_service import MODEL, LoadedRanker, RankerService
+from reelway.serving.open_inference.messages import MODEL
+from reelway.serving.open_inference.ranker_service import LoadedRanker, RankerService
 
 DEADLINE: Final[ContextVar[float | None]] = ContextVar("deadline", default=None)
 """Deadline of the current gRPC call on the monotonic clock. KServe's data plane has no argument for it."""

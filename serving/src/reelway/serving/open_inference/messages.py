@@ -16,6 +16,8 @@ from typing import Final
 from reelway.platform.errors import ConfigError
 
 SERVICE: Final = "inference.GRPCInferenceService"
+MODEL: Final = "ranker"
+"""Name of the model on every rank server. Its version is the release's id."""
 _GENERATED: Final = "kserve.protocol.grpc.grpc_predict_v2_pb2"
 
 

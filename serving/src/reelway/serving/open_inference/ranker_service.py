@@ -28,12 +28,12 @@ from reelway.serving.open_inference.errors import (
     ModelNotFoundError,
     ServerBusyError,
 )
+from reelway.serving.open_inference.messages import MODEL
 from reelway.serving.open_inference.tensors import Array, ModelSignature, TensorSpec
 from reelway.serving.sessions import Graph
 
 T = TypeVar("T")
 
-MODEL: Final = "ranker"
 WARM_UP_CANDIDATES: Final = 500
 
 
