@@ -33,7 +33,7 @@ $(STAMP): constraints.txt pyproject.toml platform/pyproject.toml pipelines/pypro
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt uv
 	$(if $(filter cpu,$(TORCH)),$(BIN)/python infra/images/without_cuda.py excluded constraints.txt >$(VENV)/excluded.txt)
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --constraint constraints.txt --group dev \
-		$(if $(filter cpu,$(TORCH)),--excludes $(VENV)/excluded.txt) -e 'platform[cluster]' -e pipelines -e serving
+		$(if $(filter cpu,$(TORCH)),--excludes $(VENV)/excluded.txt) -e 'platform[cluster]' -e pipelines -e 'serving[rank-server]'
 	$(if $(filter cpu,$(TORCH)),$(BIN)/python infra/images/without_cuda.py link $(VENV)/lib/python3.*/site-packages)
 	@touch $@
 
@@ -74,7 +74,7 @@ $(CLIENTS)/.installed: $(STAMP) Makefile
 
 .PHONY: test-clients
 test-clients: $(CLIENTS)/.installed ## Test the rank server with the clients of KServe and Triton, in a separate environment.
-	REELWAY_TRITON_PYTHON=$(CURDIR)/$(CLIENTS)/bin/python $(BIN)/python -m pytest tests/serving/test_open_inference_server.py -k that_others_wrote
+	REELWAY_TRITON_PYTHON=$(CURDIR)/$(CLIENTS)/bin/python $(BIN)/python -m pytest tests/serving/test_open_inference_server.py -k foreign_client
 
 # Set KUBECONFIG and REELWAY_CLUSTER_TESTS=1 to use an existing cluster; no node is started then.
 OWN_NODE := $(if $(and $(KUBECONFIG),$(REELWAY_CLUSTER_TESTS)),,1)

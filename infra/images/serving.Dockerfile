@@ -20,7 +20,7 @@ COPY pipelines/pyproject.toml pipelines/
 # built, stored and pulled once.
 RUN python3 dependencies.py serving platform[s3] --shared-with pipelines platform[s3] > shared.txt \
     && cp shared.txt constraints.txt /opt/reelway/
-ARG MEMBERS="serving platform[s3]"
+ARG MEMBERS="serving[rank-server] platform[s3]"
 RUN python3 dependencies.py ${MEMBERS} > requirements.txt
 
 FROM installer AS members

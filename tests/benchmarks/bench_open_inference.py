@@ -1,10 +1,10 @@
-"""A release whose ranker runs behind the Open Inference Protocol, beside the same release that ranks in its graph.
+"""Latency of a release with its ranker in a rank server, against the same release with a local ranker.
 
 Usage: python -m tests.benchmarks.bench_open_inference [--run runs/demo] [--requests 1000] [--made FOLDER --into FILE]
 
-One service holds both: two releases with the same files, each for half of the viewers, which are asked in turns by one
-client. So whatever else the machine does it does to both, and the difference at the median is the hop. ``--run`` takes
-the rows that are compared from a run that was really trained; without it they are of the made release.
+One service has both: two releases with the same files, each for half of the viewers. One client sends to both in turns,
+so other load on the machine affects both, and the difference of the medians is the cost of the call. With ``--run`` the
+compared rows come from a trained run, otherwise from a generated release.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from typing import Any
 
 import httpx
 import numpy as np
+import psutil
 from numpy.typing import NDArray
 from tests.benchmarks.open_inference_rows import added_in_one_process, compare_rows
 from tests.benchmarks.serving_release import make_realistic_release, viewer_row
@@ -54,14 +55,14 @@ SECRET = b"the benchmark's secret of tokens"
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--run", type=Path, help="a run with a trained release: its rows are compared")
+    parser.add_argument("--run", type=Path, help="run directory with a trained release, whose rows are compared")
     parser.add_argument("--videos", type=int, default=50_000)
-    parser.add_argument("--requests", type=int, default=1000, help="of each side")
-    parser.add_argument("--made", type=Path, help="folder of a release: what it adds to that one's graph, nothing else")
-    parser.add_argument("--into", type=Path, help="with --made: JSON of the rows, instead of a report")
+    parser.add_argument("--requests", type=int, default=1000, help="requests per variant")
+    parser.add_argument("--made", type=Path, help="release folder; measures only the added latency with this release")
+    parser.add_argument("--into", type=Path, help="file for the rows as JSON; required with --made")
     options = parser.parse_args()
     if bool(options.made) != bool(options.into):
-        parser.error("--made and --into are given together or not at all")
+        parser.error("--made and --into: one is missing; give both or neither")
     rows = []
     with tempfile.TemporaryDirectory(prefix="bench-open-inference-") as name:
         if options.made:
@@ -70,19 +71,19 @@ def main() -> None:
             return
         if options.run:
             rows += compare_run(RunDirectory(options.run), Path(name))
-        say(f"making a release of {options.videos:,} videos")
+        say(f"generating a release with {options.videos:,} videos")
         make_realistic_release(Path(name) / "made", options.videos)
         rows += measure_added(Path(name), Path(name) / "made", options.requests, compare=not options.run)
     write_report("open_inference", rows)
 
 
 def measure_added(place: Path, made: Path, requests: int, *, compare: bool = False) -> list[Row]:
-    """What ranking elsewhere adds to the whole graph, both sides in one service.
+    """Measures what a remote ranker adds to the whole request path.
 
     Args:
-        made: folder of a release, which is there twice: ranked in the graph, and elsewhere.
-        requests: of each side.
-        compare: the two rankers' outputs too.
+        made: folder of the release, which the service gets twice.
+        requests: requests per variant.
+        compare: whether to compare the outputs of the two rankers as well.
     """
     from reelway.serving.deployments.service import running_service
 
@@ -110,16 +111,22 @@ def measure_added(place: Path, made: Path, requests: int, *, compare: bool = Fal
         if compare:
             loader, chance = ReleaseLoader(place / "releases" / there), np.random.default_rng(0)
             viewers = (viewer_row(loader.table(), chance) for _ in itertools.count())
-            rows += compare_rows(loader, server, viewers, "made, not trained")
+            rows += compare_rows(loader, server, viewers, "generated release")
         deploy_both(at, options, routing, there, server.grpc_port)
         with httpx.Client(base_url=at.url, timeout=30) as client:
             arms = {arm: viewers_of(routing, arm, requests) for arm in (Arm.STABLE, Arm.CANARY)}
             taken = ask_in_turns(client, arms, warm_up=50)
+        rows += resident_memory(server.process.pid)
     return rows + report(taken, requests)
 
 
+def resident_memory(pid: int) -> list[Row]:
+    """Returns the server's resident memory after the requests."""
+    return [Row("rank server, resident memory", psutil.Process(pid).memory_info().rss / 1e6, "MB")]
+
+
 def added_by(made: Path, requests: int) -> list[Row]:
-    """``measure_added`` in a process of its own: Ray reads how it is to authenticate once in a process."""
+    """Runs ``measure_added`` in its own process, because Ray reads its authentication mode once per process."""
     with tempfile.TemporaryDirectory(prefix="bench-added-") as name:
         rows = Path(name) / "rows.json"
         options = ["--made", str(made), "--requests", str(requests), "--into", str(rows)]
@@ -128,7 +135,7 @@ def added_by(made: Path, requests: int) -> list[Row]:
 
 
 def deploy_both(at: Any, options: ServiceOptions, routing: Routing, there: str, port: int) -> None:
-    """Run both releases; one of them asks the server."""
+    """Deploys both releases. The release ``there`` calls the server."""
     from reelway.serving.deployments.service import deploy
     from reelway.serving.serve_config import serve_config
 
@@ -140,7 +147,7 @@ def deploy_both(at: Any, options: ServiceOptions, routing: Routing, there: str, 
 
 
 def make_two(place: Path, made: Path) -> tuple[str, str]:
-    """Two signed releases whose files are the same, in a store, and an online store that knows their viewers."""
+    """Creates two signed releases with the same files in a store, and an online store with their viewers."""
     manifest = read_manifest(made)
     key = load_private_key(create_keys(place / "keys").private)
     store, ids = ReleaseStore(str(place / "releases")), []
@@ -153,7 +160,7 @@ def make_two(place: Path, made: Path) -> tuple[str, str]:
 
 
 def viewers_of(routing: Routing, arm: Arm, count: int) -> list[int]:
-    """Known viewers of the arm, again and again."""
+    """Returns this many ids of known viewers of the arm, with repetitions."""
     mine = [viewer for viewer in range(200) if routing.route_of(viewer).arm is arm]
     return [mine[i % len(mine)] for i in range(count)]
 
@@ -161,9 +168,10 @@ def viewers_of(routing: Routing, arm: Arm, count: int) -> list[int]:
 def ask_in_turns(
     client: httpx.Client, arms: Mapping[Arm, list[int]], *, warm_up: int
 ) -> dict[Arm, NDArray[np.float64]]:
-    """Milliseconds of each request, of the turns in which both answers were whole and of their arm.
+    """Returns the latency in ms of each request, of the turns in which both responses were complete and of their arm.
 
-    Too few such turns end the benchmark: the others would be what it measures.
+    Raises:
+        SystemExit: if fewer than 90 % of the turns are such.
     """
     taken: dict[Arm, list[float]] = {arm: [] for arm in arms}
     seen = ""
@@ -184,15 +192,17 @@ def ask_in_turns(
             for arm, passed in turn.items():
                 taken[arm].append(passed)
     if len(taken[Arm.STABLE]) < 0.9 * requests:
-        raise SystemExit(f"{len(taken[Arm.STABLE])} of {requests} turns were whole, expected 90 %; for example {seen}")
+        raise SystemExit(
+            f"{len(taken[Arm.STABLE])} of {requests} turns were complete, expected 90 %; for example {seen}"
+        )
     return {arm: np.array(values) for arm, values in taken.items()}
 
 
 def report(taken: Mapping[Arm, NDArray[np.float64]], requests: int) -> list[Row]:
-    """Both sides, and the difference."""
+    """Returns the latencies of both variants and their difference."""
     rows = [
-        Row(f"whole graph, ranker {where}, p{q}", float(np.percentile(taken[arm], q)), "ms")
-        for arm, where in ((Arm.STABLE, "in the graph"), (Arm.CANARY, "behind gRPC"))
+        Row(f"whole request path, {where} ranker, p{q}", float(np.percentile(taken[arm], q)), "ms")
+        for arm, where in ((Arm.STABLE, "local"), (Arm.CANARY, "remote"))
         for q in (50, 95, 99)
     ]
     added = float(np.median(taken[Arm.CANARY]) - np.median(taken[Arm.STABLE]))
@@ -201,12 +211,12 @@ def report(taken: Mapping[Arm, NDArray[np.float64]], requests: int) -> list[Row]
     return [
         *rows,
         Row(f"added at p50, {CANDIDATES} candidates", added, "ms", bar, added < ADDED_BAR_MS),
-        Row(f"turns of {requests} left out, in which a slate was not whole", left_out, ""),
+        Row(f"turns of {requests} left out, in which a slate was degraded", left_out, ""),
     ]
 
 
 def compare_run(run: RunDirectory, place: Path) -> list[Row]:
-    """Real rows: viewers of the run's online store, candidates and ranker of its release."""
+    """Compares rows of a run: viewers of its online store, candidates and ranker of its release."""
     release = str(ReleaseStore(str(run.release_store)).resolve("latest"))
     loader = ReleaseLoader(run.release_store / release)
     store = ViewerRows(open_feature_store(run.features))

@@ -1,7 +1,7 @@
-"""What requests really rank, through every way to a rank server, held against the ranker in the graph.
+"""Compares the rank server's output over gRPC and REST with the ranker in this process.
 
-Viewers come from the online store, candidates from the release's own retrieval, features from its own video table: the
-rows are those that a service would score.
+Viewers come from the online store, candidates from the release's retrieval, features from its video table. The rows are
+therefore those that a service would score.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from reelway.platform.contracts.manifest import RANKER_FILE
 from reelway.platform.tokens import TokenSigner
 from reelway.serving.graph import LocalStages, RequestPath
 from reelway.serving.metrics import IngressMetrics, RemoteRankerMetrics
-from reelway.serving.open_inference.client import RankerThere
-from reelway.serving.open_inference.json_tensors import HEADER
+from reelway.serving.open_inference.client import RemoteRanker
 from reelway.serving.release_loader import ReleaseLoader
 from reelway.serving.sessions import Graph
 from reelway.serving.viewers import viewer_query
 
+HEADER: Final = "Inference-Header-Content-Length"
 DIFFERENCE_BAR: Final = 1e-6
 ROWS: Final = 10_000
 TURNS: Final = 300
@@ -43,7 +43,7 @@ Inputs = Mapping[str, NDArray[Any]]
 def compare_rows(
     loader: ReleaseLoader, at: RankServerProcess, viewers: Iterable[Mapping[str, Any]], what: str
 ) -> list[Row]:
-    """The largest difference of each way, over at least ``ROWS`` rows, and how long a call took."""
+    """Returns the largest difference over at least ``ROWS`` rows and the latency, per protocol."""
     asked = list(_until_enough(ranked_in_requests(loader, viewers)))
     count = sum(len(inputs["video_dense"]) for inputs in asked)
     graph = Graph(loader.folder / RANKER_FILE, inputs=RANKER_INPUTS)
@@ -65,7 +65,7 @@ def compare_rows(
 
 
 def ranked_in_requests(loader: ReleaseLoader, viewers: Iterable[Mapping[str, Any]]) -> Iterator[Inputs]:
-    """The ranker's inputs in a request of each viewer."""
+    """Yields the ranker's inputs for one request of each viewer."""
     table, retrieval = loader.table(), loader.retrieval()
     now_s = float(table.uploaded_at_s.max())
     for row in viewers:
@@ -80,12 +80,15 @@ def ranked_in_requests(loader: ReleaseLoader, viewers: Iterable[Mapping[str, Any
 
 
 def added_in_one_process(loader: ReleaseLoader, at: RankServerProcess, viewers: list[Mapping[str, Any]]) -> list[Row]:
-    """What the hop adds to the graph without Ray around it, in turns: a machine that is busy is busy for both."""
+    """Measures what the call adds to the request path without Ray.
+
+    The two variants take turns, so that other load on the machine affects both.
+    """
     release, now_s = loader.release_id(), float(loader.table().uploaded_at_s.max())
     stages, signer = loader.stages(), TokenSigner(b"the benchmark's secret of tokens")
 
     async def ask() -> NDArray[np.float64]:
-        ranker = RankerThere(f"127.0.0.1:{at.grpc_port}", release, RemoteRankerMetrics(CollectorRegistry(), release))
+        ranker = RemoteRanker(f"127.0.0.1:{at.grpc_port}", release, RemoteRankerMetrics(CollectorRegistry(), release))
         there = LocalStages(stages.retrieval, loader.ranking(ranker), stages.reranking)
         paths = [
             RequestPath(loader.edge(), side, signer, IngressMetrics(CollectorRegistry())) for side in (stages, there)
@@ -99,7 +102,7 @@ def added_in_one_process(loader: ReleaseLoader, at: RankServerProcess, viewers: 
                 answered = await path.answer(request, viewers[request.viewer_id], now_s)
                 turn.append(1000 * (time.perf_counter() - begun))
                 if answered.response.degraded:
-                    raise SystemExit(f"an answer was not whole: {answered.response.degraded}")
+                    raise SystemExit(f"a response was degraded: {answered.response.degraded}")
             took_ms.append(turn)
         await ranker.close()
         return np.array(took_ms[WARM_UP:])
@@ -107,9 +110,9 @@ def added_in_one_process(loader: ReleaseLoader, at: RankServerProcess, viewers: 
     here_ms, there_ms = asyncio.run(ask()).T
     added = float(np.median(there_ms) - np.median(here_ms))
     return [
-        Row("graph in one process, ranker in the graph, p50", float(np.median(here_ms)), "ms"),
-        Row("graph in one process, ranker behind gRPC, p50", float(np.median(there_ms)), "ms"),
-        Row(f"graph in one process: added at p50, {TURNS} turns", added, "ms"),
+        Row("request path in one process, local ranker, p50", float(np.median(here_ms)), "ms"),
+        Row("request path in one process, remote ranker, p50", float(np.median(there_ms)), "ms"),
+        Row(f"request path in one process: added at p50, {TURNS} turns", added, "ms"),
     ]
 
 
@@ -120,11 +123,11 @@ def _until_enough(asked: Iterator[Inputs]) -> Iterator[Inputs]:
         count += len(inputs["video_dense"])
         if count >= ROWS:
             return
-    raise SystemExit(f"the viewers have {count} rows, expected {ROWS}; give more viewers")
+    raise SystemExit(f"the viewers have {count} rows, expected {ROWS}; use a run with more viewers")
 
 
 async def _by_grpc(release: str, at: RankServerProcess, asked: list[Inputs]) -> tuple[list[NDArray[Any]], list[float]]:
-    there = RankerThere(f"127.0.0.1:{at.grpc_port}", release, RemoteRankerMetrics(CollectorRegistry(), release))
+    there = RemoteRanker(f"127.0.0.1:{at.grpc_port}", release, RemoteRankerMetrics(CollectorRegistry(), release))
     outputs, took_ms = [], []
     await there.score(asked[0])
     for inputs in asked:
@@ -153,7 +156,7 @@ def _rest_request(inputs: Inputs, *, binary: bool) -> tuple[bytes, bytes]:
     for name, value in inputs.items():
         if binary:
             data: dict[str, Any] = {"parameters": {"binary_data_size": value.nbytes}}
-        else:  # JSON has no word for a missing number but null
+        else:  # JSON has no literal but null for a missing number
             data = {"data": np.where(np.isnan(value), None, value.astype(object)).ravel().tolist()}
         described.append({"name": name, "datatype": _DATATYPES[value.dtype.kind], "shape": list(value.shape), **data})
     document = {"inputs": described, "parameters": {"binary_data_output": binary}}

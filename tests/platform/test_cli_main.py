@@ -30,7 +30,7 @@ def test_members_share_the_release_command_group() -> None:
 
     assert reelway("--version").stdout.strip() == version("reelway-platform")
     shown = reelway("release", "--help").stdout
-    for command in ("build", "keys", "list", "show", "verify"):
+    for command in ("build", "fetch", "keys", "list", "show", "verify"):
         assert f" {command} " in shown
 
 

@@ -1,7 +1,7 @@
-"""Two releases, each with a rank server of its own, in one service under load: no server's end fails a request.
+"""Kills the rank servers of two releases under load and asserts that no request fails.
 
-The servers are processes, and their end is SIGKILL: nothing is drained, said or closed. A program: Ray reads its token
-and the mode of its authentication once in a process, and pytest's may have had another Ray.
+The servers are processes that SIGKILL ends, so nothing is drained. This is a program and not a test module, because Ray
+reads its token and its authentication mode once per process.
 
 Usage: python -m tests.serving.killed_rank_servers FOLDER
 """
@@ -37,8 +37,8 @@ WITHIN_S = 90.0
 
 
 @dataclass
-class Scene:
-    """The service, its load's record, and the means of a rollout."""
+class ServingScenario:
+    """A running service with load, and the steps of a rollout."""
 
     stable: str
     canary: str
@@ -47,7 +47,7 @@ class Scene:
     record: Path
 
     def give_canary(self, weight_bp: int) -> float:
-        """One step of a rollout, and the moment at which all routers act on it."""
+        """Applies one step of a rollout. Returns the time at which all routers use it."""
         arms = [ArmRoute(arm=Arm.CANARY, release=self.canary, weight_bp=weight_bp)] if weight_bp else []
         if weight_bp < 10_000:
             arms.append(ArmRoute(arm=Arm.STABLE, release=self.stable, weight_bp=10_000 - weight_bp))
@@ -55,11 +55,11 @@ class Scene:
         routing = Routing(salt="ranked elsewhere", rollout="r1", arms=tuple(arms), warm=both)
         self.backend.observe()
         self.backend.apply(TrafficTarget(routing, both))
-        wait_for(lambda: self.backend.observe().routing == routing, "the step is not acted upon")
+        wait_for(lambda: self.backend.observe().routing == routing, "the routers do not use the step")
         return time.time()
 
     def answers(self, release: str, since: float = 0.0) -> NDArray[np.void]:
-        """Answers of a release to what was sent after a moment."""
+        """Returns the responses of a release to requests sent after ``since``."""
         rows = read_record(self.record)
         return rows[(rows["release"] == release[:12].encode()) & (rows["sent"] > since)]
 
@@ -68,7 +68,7 @@ class Scene:
         return sum(float(v) for words, v in found if all(f'{k}="{w}"' in words for k, w in labels.items()))
 
     def until_whole(self, release: str) -> None:
-        """Until ten answers of a release in a row were ranked."""
+        """Waits until ten consecutive responses of a release are ranked."""
 
         def whole() -> bool:
             last = self.answers(release)[-10:]
@@ -78,13 +78,13 @@ class Scene:
         wait_for(whole, f"{release[:12]} is not ranked")
 
     def until_degraded(self, release: str, since: float) -> None:
-        """Until ten answers went without the ranker."""
-        wait_for(lambda: self.answers(release, since)["degraded"].sum() >= 10, f"{release[:12]} misses no ranker")
+        """Waits until ten responses of a release are without its ranker."""
+        wait_for(lambda: self.answers(release, since)["degraded"].sum() >= 10, f"{release[:12]} is still ranked")
 
 
 @contextmanager
-def scene(run: Path, stable: str, canary: str, addresses: dict[str, str]) -> Iterator[Scene]:
-    """The service with both releases warm and everybody on stable, under load."""
+def serving_scenario(run: Path, stable: str, canary: str, addresses: dict[str, str]) -> Iterator[ServingScenario]:
+    """Runs the service under load, with both releases warm and all traffic on stable."""
     from reelway.serving.deployments.service import deploy, running_service
 
     (run / "token.secret").write_bytes(b"the secret of the tests' tokens")
@@ -104,7 +104,7 @@ def scene(run: Path, stable: str, canary: str, addresses: dict[str, str]) -> Ite
         backend = stack.enter_context(closing(ServeRestBackend(where)))
         client = stack.enter_context(httpx.Client(base_url=service.url, timeout=30))
         stack.enter_context(constant_load(service.url, run / "record", rate=RATE, viewers=VIEWERS))
-        yield Scene(stable, canary, backend, client, run / "record")
+        yield ServingScenario(stable, canary, backend, client, run / "record")
 
 
 def shelf_of(run: Path) -> ReleaseShelf:
@@ -126,7 +126,7 @@ def wait_for(condition: Callable[[], bool], otherwise: str) -> None:
 
 
 def main(place: Path) -> None:
-    """Servers are killed in a rollout, a rollback and a rollout. AssertionError: it cost more than it may."""
+    """Kills servers during a rollout, a rollback and another rollout."""
     stable, canary, _ = make_run(place)
     ports = {release: free_port("127.0.0.1") for release in (stable, canary)}
     addresses = {release: f"127.0.0.1:{port}" for release, port in ports.items()}
@@ -136,7 +136,7 @@ def main(place: Path) -> None:
 
     with ExitStack() as stack:
         servers = {release: server(release, port) for release, port in ports.items()}
-        seen = stack.enter_context(scene(place, stable, canary, addresses))
+        seen = stack.enter_context(serving_scenario(place, stable, canary, addresses))
         seen.until_whole(stable)
         seen.give_canary(5000)
         seen.until_whole(canary)
@@ -150,9 +150,9 @@ def main(place: Path) -> None:
 
         servers[canary] = server(canary, ports[canary])
         seen.give_canary(10_000)
-        seen.until_whole(canary)  # the graph found its ranker again, at the same address
+        seen.until_whole(canary)  # the client has found the restarted ranker at the same address
         kill(servers[stable])
-        seen.until_whole(canary)  # it is nobody's any more
+        seen.until_whole(canary)  # no traffic uses stable any more
         killed = kill(servers[canary])
         seen.until_degraded(canary, killed)
         server(canary, ports[canary])
@@ -171,7 +171,7 @@ def main(place: Path) -> None:
     assert without[stable] == 0
     assert counted[canary] >= without[canary] >= 20
     assert counted[stable] == 0
-    assert faults >= without[canary] / 2  # a stage that is late again and again rests, and asks nobody
+    assert faults >= without[canary] / 2  # a stage that is late repeatedly pauses and makes no calls
 
 
 if __name__ == "__main__":

@@ -1,14 +1,11 @@
-"""A rank server, with what a test needs to ask it."""
+"""A signed release for tests, and ``reelway rank-server`` as a process that serves it."""
 
 from __future__ import annotations
 
-import asyncio
 import re
 import subprocess
-import threading
 import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -25,39 +22,43 @@ from reelway.platform.contracts.api import RequestContext
 from reelway.platform.release.signing import create_keys, load_private_key
 from reelway.platform.release.store import ReleaseStore
 from reelway.serving.metrics import SHORT
-from reelway.serving.open_inference.model import LoadedRanker
-from reelway.serving.open_inference.server import Listening, RankServerOptions, run_rank_server
+from reelway.serving.open_inference.ranker_service import LoadedRanker
 from reelway.serving.release_loader import ReleaseLoader
-from reelway.serving.serve_config import ReleaseShelf, ReleaseSource
+from reelway.serving.serve_config import ReleaseShelf
 from reelway.serving.video_table import VideoTable
 from reelway.serving.viewers import viewer_query
 
-READY_S = 170.0
+STARTUP_TIMEOUT_S = 170.0
+LISTENING = re.compile(r"REST at http://\S+:(\d+), gRPC at \S+:(\d+)\s")
 
 
 @dataclass
-class MadeRelease:
-    """A signed release in a store."""
+class ReleaseFixture:
+    """A signed release in a store.
 
-    place: Path
+    Args:
+        path: has the store ``releases``, the release's own folder ``made`` and the key pair ``keys``.
+        release: its id.
+    """
+
+    path: Path
     release: str
 
     @property
     def folder(self) -> Path:
-        return self.place / "made"
+        return self.path / "made"
 
     @cached_property
     def ranker(self) -> LoadedRanker:
-        """The graph in this process."""
-        return LoadedRanker(self.folder, candidates=100_000)
+        """The release's ranker in this process."""
+        return LoadedRanker(self.folder, max_candidates=100_000)
 
     @cached_property
     def table(self) -> VideoTable:
-        """The release's videos."""
         return ReleaseLoader(self.folder).table()
 
     def inputs(self, candidates: int, seed: int = 0) -> dict[str, NDArray[Any]]:
-        """The ranker's inputs for one made viewer and so many videos of the release."""
+        """Returns the ranker's inputs for one viewer and this many videos of the release."""
         table = self.table
         rng = np.random.default_rng(seed)
         watched = rng.choice(table.video_id, 20).tolist()
@@ -75,115 +76,87 @@ class MadeRelease:
         }
 
     def outputs(self, inputs: dict[str, NDArray[Any]]) -> NDArray[np.float32]:
-        """What the graph in this process answers."""
+        """Returns the output of the ranker in this process."""
         return self.ranker.run(inputs)["outputs"]
 
 
-def make_release(place: Path, videos: int = 600) -> MadeRelease:
-    """A release, signed by a key in ``place / "keys"``."""
-    key = load_private_key(create_keys(place / "keys").private)
-    manifest = make_release_folder(place / "made", videos=videos, key=key)
-    return MadeRelease(place, ReleaseStore(str(place / "releases")).write(place / "made", manifest))
+def make_release(path: Path, videos: int = 600) -> ReleaseFixture:
+    key = load_private_key(create_keys(path / "keys").private)
+    manifest = make_release_folder(path / "made", videos=videos, key=key)
+    return ReleaseFixture(path, ReleaseStore(str(path / "releases")).write(path / "made", manifest))
 
 
 @dataclass
 class RankServer:
-    """A server under test; ``stop`` is what SIGTERM does."""
+    """A server under test, with a client for REST."""
 
-    made: MadeRelease
+    made: ReleaseFixture
     http_port: int
     grpc_port: int
     client: httpx.Client
-    stop: Callable[[], None]
+    process: subprocess.Popen[bytes]
 
     @property
     def address(self) -> str:
         return f"127.0.0.1:{self.grpc_port}"
 
     def metric(self, name: str, **labels: str) -> float:
-        """Sum of the series of this name that carry the labels."""
+        """Returns the sum of the series with this name and these labels."""
         found = re.findall(rf"^{name}(?:{{(.*)}})? (\S+)$", self.client.get("/metrics").text, re.M)
         return sum(float(v) for words, v in found if all(f'{k}="{w}"' in words for k, w in labels.items()))
 
 
-def options_of(made: MadeRelease, **changes: Any) -> RankServerOptions:
-    """At free ports of this machine."""
-    source = ReleaseSource(
-        release_store=str(made.place / "releases"), release_cache=made.place / "cache",
-        public_keys=made.place / "keys", release=made.release,
-    )  # fmt: skip
-    return RankServerOptions(source, host="127.0.0.1", http_port=0, grpc_port=0, **changes)
-
-
-@contextmanager
-def running_rank_server(made: MadeRelease, **changes: Any) -> Iterator[RankServer]:
-    """A server that is ready, on a thread of this process; ended with the block."""
-    began: Future[tuple[Listening, asyncio.AbstractEventLoop, asyncio.Event]] = Future()
-    ended: Future[None] = Future()
-
-    async def serve() -> None:
-        where: list[Listening] = []
-        stop, loop = asyncio.Event(), asyncio.get_running_loop()
-        await run_rank_server(
-            options_of(made, **changes), where.append, lambda: began.set_result((where[0], loop, stop)), stop
-        )
-
-    def run() -> None:
-        try:
-            asyncio.run(serve())
-        except BaseException as error:
-            (ended if began.done() else began).set_exception(error)
-            raise
-        ended.set_result(None)
-
-    thread = threading.Thread(target=run, name="rank server")
-    thread.start()
-    at, loop, stop = began.result(READY_S)
-
-    def end() -> None:
-        if not loop.is_closed():
-            loop.call_soon_threadsafe(stop.set)
-
-    try:
-        with httpx.Client(base_url=f"http://127.0.0.1:{at.http_port}", timeout=30) as client:
-            yield RankServer(made, at.http_port, at.grpc_port, client, end)
-    finally:
-        end()
-        thread.join()
-        ended.result(READY_S)
-
-
 @dataclass(frozen=True)
 class RankServerProcess:
-    """`reelway rank-server` in a process of its own, on this machine."""
+    """The ports and the process of a server."""
 
     http_port: int
     grpc_port: int
     process: subprocess.Popen[bytes]
 
 
+def rank_server_command(folder: Path, *options: str) -> list[str]:
+    """Returns the command line of a server on 127.0.0.1. Its ports are free ones unless ``options`` name them."""
+    ports = ("--http-port", "0", "--grpc-port", "0")
+    return reelway_command("rank-server", "--release-dir", str(folder), "--host", "127.0.0.1", *ports, *options)
+
+
+def wait_until_listening(log: Path, process: subprocess.Popen[bytes]) -> tuple[int, int]:
+    """Returns the ports of REST and gRPC that the server's log names."""
+    deadline = time.monotonic() + STARTUP_TIMEOUT_S
+    while not ((found := LISTENING.search(text := log.read_text())) and "ranking with release" in text):
+        if process.poll() is not None or time.monotonic() > deadline:
+            raise RuntimeError(f"the rank server does not listen:\n{text}")
+        time.sleep(0.05)
+    return int(found[1]), int(found[2])
+
+
+@contextmanager
+def running_rank_server(made: ReleaseFixture, log: Path, *options: str) -> Iterator[RankServer]:
+    """Runs a server of the release's folder with these options until the block ends."""
+    with child(rank_server_command(made.folder, *options), log=log) as process:
+        http_port, grpc_port = wait_until_listening(log, process)
+        with httpx.Client(base_url=f"http://127.0.0.1:{http_port}", timeout=30) as client:
+            yield RankServer(made, http_port, grpc_port, client, process)
+
+
 @contextmanager
 def rank_server_process(
     shelf: ReleaseShelf, release: str, place: Path, *, grpc_port: int = 0
 ) -> Iterator[RankServerProcess]:
-    """A server that is ready.
+    """Fetches and verifies a release, as the init container does, and runs a server of it until the block ends.
 
     Args:
-        place: folder for its log and its cache.
-        grpc_port: 0 chooses a free one.
+        place: folder for the server's log and the fetched release.
+        grpc_port: 0 selects a free port.
     """
-    command = reelway_command(
-        "rank-server", "--release", release, "--release-store", shelf.release_store, "--release-cache",
-        str(place / "rank-cache"), "--public-keys", str(shelf.public_keys), "--host", "127.0.0.1", "--http-port", "0",
-        "--grpc-port", str(grpc_port), "--drain-seconds", "0",
+    fetch = reelway_command(
+        "release", "fetch", release, "--release-store", shelf.release_store, "--to", str(place / "rank-cache"),
+        "--verify", "--public-keys", str(shelf.public_keys),
     )  # fmt: skip
+    subprocess.run(fetch, check=True, timeout=STARTUP_TIMEOUT_S, stdout=subprocess.DEVNULL)
+    command = rank_server_command(place / "rank-cache" / release, "--grpc-port", str(grpc_port), "--drain-seconds", "0")
     log = place / f"rank-server-{release[:SHORT]}.log"
     with child(command, log=log) as process:
-        deadline = time.monotonic() + READY_S
-        while "ranking by release" not in (said := log.read_text()):
-            if process.poll() is not None or time.monotonic() > deadline:
-                raise RuntimeError(f"the rank server is not ready:\n{said}")
-            time.sleep(0.05)
-        found = re.search(r"REST at \S+:(\d+), gRPC at \S+:(\d+)", said)
-        assert found, said
-        yield RankServerProcess(int(found[1]), int(found[2]), process)
+        http_port, bound_port = wait_until_listening(log, process)
+        yield RankServerProcess(http_port, bound_port, process)

@@ -1,45 +1,50 @@
-"""A release's graph with its ranker elsewhere: the same values, and a slate whatever becomes of that server."""
+"""The request path's client of a rank server, with a KServe gRPC server in the test's event loop."""
 
 from __future__ import annotations
 
 import asyncio
 import socket
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
-from types import SimpleNamespace
+from functools import partial
 from typing import Any
 
 import grpc
 import numpy as np
 import pytest
+from kserve import ModelRepository
 from prometheus_client import CollectorRegistry
 from tests.release_files import NOW_S
-from tests.serving.rank_server import MadeRelease, make_release
+from tests.serving.rank_server import ReleaseFixture, make_release
 
 from reelway.platform.contracts.api import RecommendRequest
 from reelway.platform.errors import ServingError
 from reelway.platform.tokens import TokenSigner
 from reelway.serving.graph import Answered, LocalStages, RequestPath
 from reelway.serving.metrics import SHORT, IngressMetrics, RemoteRankerMetrics
-from reelway.serving.open_inference import messages
-from reelway.serving.open_inference.client import RankerThere, address_of
-from reelway.serving.open_inference.model import LoadedRanker, ServedRanker
-from reelway.serving.open_inference.refusals import BusyError, LateError, NotReadyError
-from reelway.serving.open_inference.rpc import RpcMethods
+from reelway.serving.open_inference.client import RemoteRanker, server_address
+from reelway.serving.open_inference.data_plane import RankerDataPlane, ReadOnlyRepository
+from reelway.serving.open_inference.errors import ServerBusyError
+from reelway.serving.open_inference.grpc_server import RankerGrpcServer
+from reelway.serving.open_inference.kserve_model import RankerModel
+from reelway.serving.open_inference.messages import SERVICE, load_messages
+from reelway.serving.open_inference.ranker_service import RankerService
 from reelway.serving.release_loader import ReleaseLoader
 
-Work = Callable[["Here"], Coroutine[Any, Any, Any]]
+Work = Callable[["InProcessServer"], Coroutine[Any, Any, Any]]
+messages = load_messages()
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> MadeRelease:
+def made(tmp_path_factory: pytest.TempPathFactory) -> ReleaseFixture:
     return make_release(tmp_path_factory.mktemp("release"))
 
 
 @pytest.fixture
 def free_port() -> int:
-    """A port that nobody listens at."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
@@ -47,117 +52,130 @@ def free_port() -> int:
 
 
 @dataclass
-class Here:
-    """A gRPC server of this process's event loop, and a ranker that asks it."""
+class InProcessServer:
+    """A gRPC server in this process's event loop, and the client that calls it."""
 
-    made: MadeRelease
+    made: ReleaseFixture
     port: int
     server: Any
-    ranker: RankerThere
+    ranker: RemoteRanker
     registry: CollectorRegistry
 
     def faults(self, kind: str) -> float:
         labels = {"release": self.made.release[:SHORT], "kind": kind}
         return self.registry.get_sample_value("reelway_ranking_remote_faults_total", labels) or 0.0
 
+    async def stop(self) -> None:
+        await self.server.stop()
+
     async def restart(self) -> None:
         self.server = await started(self.made, self.port)
 
 
 async def started(
-    made: MadeRelease, port: int, release: str | None = None, methods: type[RpcMethods] = RpcMethods
-) -> Any:
-    """A server of the release's ranker that says it is another release when told to."""
-    served = ServedRanker(release or made.release, CollectorRegistry())
-    await served.begin(made.ranker)
-    server = grpc.aio.server(options=[("grpc.so_reuseport", 0)])
-    server.add_generic_rpc_handlers((methods(served).handler(),))
+    made: ReleaseFixture, port: int, *, release: str = "", service_class: type[RankerService] = RankerService
+) -> RankerGrpcServer:
+    """Starts KServe's gRPC server of the release's ranker. ``release`` is the id that the server states instead."""
+    service = service_class(made.ranker, CollectorRegistry())
+    service.release = release or made.release
+    service.warm_up()
+    models = ModelRepository()
+    models.update(RankerModel(service))
+    server = RankerGrpcServer(
+        port, RankerDataPlane(models, service), ReadOnlyRepository(models), service, host="127.0.0.1",
+        max_bytes=16 << 20, grace_period_s=0,
+    )  # fmt: skip
     deadline = time.monotonic() + 10
     while True:
         try:
-            assert server.add_insecure_port(f"127.0.0.1:{port}")
-            break
-        except RuntimeError:
+            assert await server.bind() == port
+            return server
+        except ServingError:
             assert time.monotonic() < deadline
             await asyncio.sleep(0.05)
-    await server.start()
-    return server
 
 
-def within(made: MadeRelease, port: int, work: Work, **settings: Any) -> Any:
-    """Run the work beside a server at the port."""
+def within(made: ReleaseFixture, port: int, work: Work, **settings: Any) -> Any:
+    """Runs the work while a server listens at the port."""
 
     async def all_of_it() -> Any:
         registry = CollectorRegistry()
-        ranker = RankerThere(f"127.0.0.1:{port}", made.release, RemoteRankerMetrics(registry, made.release))
-        here = Here(made, port, await started(made, port, **settings), ranker, registry)
+        ranker = RemoteRanker(f"127.0.0.1:{port}", made.release, RemoteRankerMetrics(registry, made.release))
+        under_test = InProcessServer(made, port, await started(made, port, **settings), ranker, registry)
         try:
-            return await work(here)
+            return await work(under_test)
         finally:
             await ranker.close()
-            await here.server.stop(0)
+            await under_test.stop()
 
     return asyncio.run(all_of_it())
 
 
-def test_an_address_names_the_release() -> None:
-    assert address_of("reelway-{release}-predictor:8081", "a" * 64) == f"reelway-{'a' * SHORT}-predictor:8081"
-    assert address_of("ranker:8081", "a" * 64) == "ranker:8081"
+def test_server_address_replaces_the_release() -> None:
+    assert server_address("reelway-{release}-predictor:8081", "a" * 64) == f"reelway-{'a' * SHORT}-predictor:8081"
+    assert server_address("ranker:8081", "a" * 64) == "ranker:8081"
 
 
-def test_ten_thousand_rows_have_the_values_of_the_ranker_in_the_graph(made: MadeRelease, free_port: int) -> None:
-    async def difference(here: Here) -> float:
+def test_client_does_not_import_the_kserve_package() -> None:
+    """The import costs each Serve replica seconds and 124 MB."""
+    program = (
+        "import sys; from reelway.serving.open_inference import client;"
+        "client.load_messages().ModelInferRequest(); sys.exit('kserve' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", program], timeout=120, check=False).returncode == 0
+
+
+def test_remote_ranker_equals_the_local_one_on_ten_thousand_rows(made: ReleaseFixture, free_port: int) -> None:
+    async def difference(under_test: InProcessServer) -> float:
         largest = 0.0
         for seed in range(20):
             inputs = made.inputs(500, seed)
-            there = await here.ranker.score(inputs)
-            assert there.shape == (500, 8)
-            largest = max(largest, float(np.abs(there - made.outputs(inputs)).max()))
+            remote = await under_test.ranker.score(inputs)
+            assert remote.shape == (500, 8)
+            largest = max(largest, float(np.abs(remote - made.outputs(inputs)).max()))
         return largest
 
     assert within(made, free_port, difference) <= 1e-6
 
 
-def test_a_server_of_another_release_gives_no_answer(made: MadeRelease, free_port: int) -> None:
-    async def ask(here: Here) -> None:
+def test_server_of_another_release_raises(made: ReleaseFixture, free_port: int) -> None:
+    async def ask(under_test: InProcessServer) -> None:
         with pytest.raises(ServingError, match="NOT_FOUND: model 'ranker' has no version"):
-            await here.ranker.score(made.inputs(3))
-        assert here.faults("refused") == 1
+            await under_test.ranker.score(made.inputs(3))
+        assert under_test.faults("refused") == 1
 
     within(made, free_port, ask, release="b" * 64)
 
 
-def test_a_server_that_is_gone_is_an_error_at_once_and_found_again_when_it_is_back(
-    made: MadeRelease, free_port: int
-) -> None:
-    async def lose_and_find(here: Here) -> None:
+def test_stopped_server_raises_until_it_is_restarted(made: ReleaseFixture, free_port: int) -> None:
+    async def stop_and_restart(under_test: InProcessServer) -> None:
         inputs = made.inputs(3)
-        await here.ranker.score(inputs)
-        await here.server.stop(0)
+        await under_test.ranker.score(inputs)
+        await under_test.stop()
         begun = time.monotonic()
-        with pytest.raises(ServingError, match="is gone"):
-            await here.ranker.score(inputs, 30.0)
+        with pytest.raises(ServingError, match="is unreachable"):
+            await under_test.ranker.score(inputs, 30.0)
         assert time.monotonic() - begun < 15
-        assert here.faults("gone") == 1
-        await here.restart()
+        assert under_test.faults("gone") == 1
+        await under_test.restart()
         deadline = time.monotonic() + 30
         while True:
             try:
-                await here.ranker.score(inputs)
+                await under_test.ranker.score(inputs)
                 return
             except ServingError:
                 assert time.monotonic() < deadline
                 await asyncio.sleep(0.05)
 
-    within(made, free_port, lose_and_find)
+    within(made, free_port, stop_and_restart)
 
 
-def test_a_server_that_takes_the_connection_and_says_nothing_is_late_and_not_waited_for(made: MadeRelease) -> None:
+def test_silent_server_raises_at_the_deadline(made: ReleaseFixture) -> None:
     async def ask(port: int) -> None:
         registry = CollectorRegistry()
-        ranker = RankerThere(f"127.0.0.1:{port}", made.release, RemoteRankerMetrics(registry, made.release))
+        ranker = RemoteRanker(f"127.0.0.1:{port}", made.release, RemoteRankerMetrics(registry, made.release))
         begun = time.monotonic()
-        with pytest.raises(TimeoutError, match="is late"):
+        with pytest.raises(TimeoutError, match="did not answer within the deadline"):
             await ranker.score(made.inputs(3), 0.3)
         assert 0.2 < time.monotonic() - begun < 10
         assert registry.get_sample_value(
@@ -180,49 +198,63 @@ def test_a_server_that_takes_the_connection_and_says_nothing_is_late_and_not_wai
         (None, "Error parsing message"),
     ],
 )
-def test_an_answer_that_is_none_is_counted_and_nothing_is_ordered_by_it(
-    made: MadeRelease, free_port: int, change: dict[str, Any] | None, reason: str
-) -> None:
+def test_unusable_response_raises(made: ReleaseFixture, change: dict[str, Any] | None, reason: str) -> None:
     right = {
         "outputs": [{"name": "outputs", "datatype": "FP32", "shape": [3, 8]}],
         "raw_output_contents": [np.zeros((3, 8), "<f4").tobytes()],
     }
     body = b"\xff" if change is None else messages.ModelInferResponse(**{**right, **change}).SerializeToString()
 
-    class Liar(RpcMethods):
-        async def _infer(self, _request: bytes, _within_s: float | None) -> Any:
-            return SimpleNamespace(SerializeToString=lambda: body)
+    async def respond(method: str, _body: bytes, _context: Any) -> bytes:
+        if method == "ModelInfer":
+            return body
+        inputs = [spec.metadata() for spec in made.ranker.signature.inputs]
+        metadata: bytes = messages.ModelMetadataResponse(name="ranker", inputs=inputs).SerializeToString()
+        return metadata
 
-    async def ask(here: Here) -> None:
+    async def ask() -> None:
+        server = grpc.aio.server()
+        handlers = {
+            method: grpc.unary_unary_rpc_method_handler(partial(respond, method))
+            for method in ("ModelInfer", "ModelMetadata")
+        }
+        server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, handlers),))
+        port = server.add_insecure_port("127.0.0.1:0")
+        await server.start()
+        registry = CollectorRegistry()
+        ranker = RemoteRanker(f"127.0.0.1:{port}", made.release, RemoteRankerMetrics(registry, made.release))
         with pytest.raises(ServingError, match=reason):
-            await here.ranker.score(made.inputs(3))
-        assert here.faults("wrong") == 1
+            await ranker.score(made.inputs(3))
+        labels = {"release": made.release[:SHORT], "kind": "wrong"}
+        assert registry.get_sample_value("reelway_ranking_remote_faults_total", labels) == 1
+        await ranker.close()
+        await server.stop(0)
 
-    within(made, free_port, ask, methods=Liar)
+    asyncio.run(ask())
 
 
-def test_a_server_that_has_no_room_is_counted_as_busy(made: MadeRelease, free_port: int) -> None:
-    class Full(RpcMethods):
-        async def _infer(self, _request: bytes, _within_s: float | None) -> Any:
-            raise BusyError("33 requests are under way")
+def test_full_server_counts_as_busy(made: ReleaseFixture, free_port: int) -> None:
+    class FullService(RankerService):
+        async def submit(self, work: Any, within_s: float | None = None) -> Any:  # noqa: ARG002
+            raise ServerBusyError("33 requests are in flight")
 
-    async def ask(here: Here) -> None:
+    async def ask(under_test: InProcessServer) -> None:
         with pytest.raises(ServingError, match="RESOURCE_EXHAUSTED: 33 requests"):
-            await here.ranker.score(made.inputs(3))
-        assert (here.faults("busy"), here.faults("refused")) == (1, 0)
+            await under_test.ranker.score(made.inputs(3))
+        assert (under_test.faults("busy"), under_test.faults("refused")) == (1, 0)
 
-    within(made, free_port, ask, methods=Full)
+    within(made, free_port, ask, service_class=FullService)
 
 
-def test_the_graph_answers_whole_slates_without_its_ranker_and_counts_them(made: MadeRelease, free_port: int) -> None:
+def test_request_path_falls_back_while_its_ranker_is_down(made: ReleaseFixture, free_port: int) -> None:
     loader = ReleaseLoader(made.folder)
 
-    async def lose_and_find(here: Here) -> None:
+    async def stop_and_restart(under_test: InProcessServer) -> None:
         registry = CollectorRegistry()
         stages = loader.stages()
-        there = LocalStages(stages.retrieval, loader.ranking(here.ranker), stages.reranking)
+        remote = LocalStages(stages.retrieval, loader.ranking(under_test.ranker), stages.reranking)
         signer = TokenSigner(b"a secret of the tests, long enough")
-        path = RequestPath(loader.edge(), there, signer, IngressMetrics(registry))
+        path = RequestPath(loader.edge(), remote, signer, IngressMetrics(registry))
         local = RequestPath(loader.edge(), stages, signer, IngressMetrics(CollectorRegistry()))
         request = RecommendRequest(viewer_id=1, count=10)
 
@@ -234,89 +266,16 @@ def test_the_graph_answers_whole_slates_without_its_ranker_and_counts_them(made:
         assert [v.score for v in whole.response.videos] == pytest.approx(
             [v.score for v in (await answer(local)).response.videos], abs=1e-6
         )
-        await here.server.stop(0)
+        await under_test.stop()
         without = await answer()
         assert without.response.degraded == ["no_ranker"]
         assert len(without.video_ids) == 10
         labels = {"release": loader.release_id()[:SHORT], "arm": "stable", "rung": "no_ranker"}
         assert registry.get_sample_value("reelway_ingress_degraded_total", labels) == 1
-        await here.restart()
+        await under_test.restart()
         deadline = time.monotonic() + 30
         while (await answer()).response.degraded:
             assert time.monotonic() < deadline
             await asyncio.sleep(0.05)
 
-    within(made, free_port, lose_and_find)
-
-
-def test_what_cannot_be_answered_soon_is_sent_away_and_what_is_late_is_not_begun(made: MadeRelease) -> None:
-    async def ask() -> list[Any]:
-        loop, begun, go_on = asyncio.get_running_loop(), asyncio.Event(), asyncio.Event()
-        served = ServedRanker(made.release, CollectorRegistry(), threads=1, waiting=1)
-        with pytest.raises(NotReadyError):
-            await served.answer(lambda _: (0, None))
-        await served.begin(LoadedRanker(made.folder, candidates=10))
-        worked: list[str] = []
-
-        def slow(_: LoadedRanker) -> tuple[int, str]:
-            loop.call_soon_threadsafe(begun.set)
-            asyncio.run_coroutine_threadsafe(go_on.wait(), loop).result(30)
-            return 1, "slow"
-
-        def quick(_: LoadedRanker) -> tuple[int, str]:
-            worked.append("quick")
-            return 1, "quick"
-
-        first = asyncio.create_task(served.answer(slow))
-        await begun.wait()
-        late = asyncio.create_task(served.answer(quick, within_s=0.01))
-        await asyncio.sleep(0)
-        with pytest.raises(BusyError, match="2 requests are under way, expected at most 2"):
-            await served.answer(quick)
-        await asyncio.sleep(0.02)
-        go_on.set()
-        assert await first == "slow"
-        with pytest.raises(LateError):
-            await late
-        assert worked == []
-        assert await served.answer(quick) == "quick"
-        counted = [
-            served.registry.get_sample_value(
-                "reelway_ranking_server_requests_total", {"release": made.release[:SHORT], "outcome": outcome}
-            )
-            for outcome in ("ok", "busy", "late", "not_ready")
-        ]
-        served.close()
-        return counted
-
-    assert asyncio.run(ask()) == [2, 1, 1, 1]
-
-
-def test_ready_is_said_only_between_the_first_call_and_the_end(made: MadeRelease) -> None:
-    async def live() -> list[bool]:
-        served = ServedRanker(made.release, CollectorRegistry())
-        seen = [served.ready]
-        await served.begin(LoadedRanker(made.folder, candidates=10))
-        seen.append(served.ready)
-        served.end()
-        seen.append(served.ready)
-        assert await served.answer(lambda _: (1, "still")) == "still"
-        served.close()
-        return seen
-
-    assert asyncio.run(live()) == [False, True, False]
-
-
-def test_a_ranker_whose_first_call_fails_is_never_ready(made: MadeRelease) -> None:
-    class Broken(LoadedRanker):
-        def run(self, inputs: Any) -> Any:
-            raise RuntimeError(f"broken for {len(inputs)} inputs")
-
-    async def begin() -> bool:
-        served = ServedRanker(made.release, CollectorRegistry())
-        with pytest.raises(RuntimeError):
-            await served.begin(Broken(made.folder, candidates=10))
-        served.close()
-        return served.ready
-
-    assert asyncio.run(begin()) is False
+    within(made, free_port, stop_and_restart)

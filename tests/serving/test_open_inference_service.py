@@ -1,4 +1,4 @@
-"""No end of a rank server fails a request; see killed_rank_servers.py, which is a process of its own."""
+"""Runs killed_rank_servers.py in its own process."""
 
 from __future__ import annotations
 
@@ -11,9 +11,7 @@ import pytest
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.long, pytest.mark.timeout(400)]
 
 
-def test_servers_killed_in_a_rollout_and_a_rollback_cost_no_request_and_every_degraded_one_is_counted(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_killed_rank_servers_fail_no_request(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command = [sys.executable, "-W", "ignore", "-m", "tests.serving.killed_rank_servers", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=390, check=False)
     with capsys.disabled():

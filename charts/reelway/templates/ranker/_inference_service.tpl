@@ -1,18 +1,18 @@
 {{- define "reelway.rankedByKServe" -}}{{- if eq .Values.ranker.backend "kserve" }}true{{ end -}}{{- end -}}
 
-{{/* KServe puts `-predictor` behind it and names a Service so: 63 characters in all. */}}
+{{/* KServe appends `-predictor` and uses the result as a Service's name, which has at most 63 characters. */}}
 {{- define "reelway.rankerName" -}}
 {{- include "reelway.fullname" .context | trunc 36 | trimSuffix "-" -}}-{{ .release }}
 {{- end -}}
 
-{{/* Where a release's graph asks; {release} is the graph's to fill in. */}}
+{{/* Address of a release's ranker. The ranking stage replaces {release}. */}}
 {{- define "reelway.rankerAddress" -}}
 dns:///{{ include "reelway.rankerName" (dict "context" . "release" "{release}") }}-predictor.{{ .Release.Namespace }}.svc:{{ .Values.ranker.ports.grpc }}
 {{- end -}}
 
 {{/*
-A release's ranker. (dict "context" . "release" "3f9c..." "releaseId" "3f9c... in full"); the operator fills in
-{release} and {release_id} itself.
+InferenceService of a release's ranker: (dict "context" . "release" <first 12 characters> "releaseId" <full id>).
+The operator replaces {release} and {release_id}.
 */}}
 {{- define "reelway.inferenceService" -}}
 {{- $v := .context.Values -}}
@@ -27,7 +27,7 @@ metadata:
     reelway.dev/release: {{ .release | quote }}
   annotations:
     {{- with .owner }}
-    # The operator makes the ConfigMap of this name the owner: what it made goes with the installation.
+    # The operator makes the ConfigMap of this name the owner, so that uninstalling removes the InferenceService.
     reelway.dev/owner: {{ . }}
     {{- end }}
     serving.kserve.io/deploymentMode: Standard
@@ -46,7 +46,7 @@ spec:
     {{- else }}
     maxReplicas: {{ $r.replicas }}
     {{- end }}
-    # A replica more before one less: no request finds nobody.
+    # A new replica starts before an old one ends, so that a ready replica always exists.
     deploymentStrategy:
       type: RollingUpdate
       rollingUpdate: {maxSurge: 1, maxUnavailable: 0}
@@ -67,32 +67,57 @@ spec:
       {{- if eq (include "reelway.storeOnVolume" .context) "true" }}
       - {name: releases, persistentVolumeClaim: {claimName: {{ include "reelway.storeClaim" .context }}, readOnly: true}}
       {{- end }}
+    initContainers:
+      # A release that is rejected ends this container with exit code 6 and the reason.
+      - name: fetch-release
+        image: {{ include "reelway.image" (dict "context" .context "of" $v.image.serving) }}
+        imagePullPolicy: {{ $v.image.pullPolicy }}
+        command: [reelway, release, fetch]
+        args:
+          - {{ .releaseId | quote }}
+          - --release-store={{ include "reelway.storeUrl" .context }}
+          - --to=/var/cache/reelway/releases
+          - --verify
+          - --public-keys=/etc/reelway/public-keys
+        securityContext: {{- include "reelway.containerSecurity" .context | nindent 10 }}
+        env:
+          - {name: OMP_NUM_THREADS, value: "1"}
+          {{- include "reelway.storeEnv" .context | nindent 10 }}
+        resources: {{- toYaml $r.resources | nindent 10 }}
+        volumeMounts:
+          - {name: tmp, mountPath: /tmp}
+          - {name: cache, mountPath: /var/cache/reelway}
+          - {name: public-keys, mountPath: /etc/reelway/public-keys, readOnly: true}
+          {{- if eq (include "reelway.storeOnVolume" .context) "true" }}
+          - {name: releases, mountPath: /var/lib/reelway/volume, readOnly: true}
+          {{- end }}
     containers:
       - name: kserve-container
         image: {{ include "reelway.image" (dict "context" .context "of" $v.image.serving) }}
         imagePullPolicy: {{ $v.image.pullPolicy }}
         command: [reelway, rank-server]
         args:
-          - --release={{ .releaseId }}
-          - --release-store={{ include "reelway.storeUrl" .context }}
-          - --release-cache=/var/cache/reelway/releases
-          - --public-keys=/etc/reelway/public-keys
+          - --release-dir=/var/cache/reelway/releases/{{ .releaseId }}
           - --http-port={{ $r.ports.http }}
           - --grpc-port={{ $r.ports.grpc }}
           - --threads={{ $r.threads }}
-          - --waiting={{ $r.waiting }}
+          - --max-queued-requests={{ $r.maxQueuedRequests }}
           - --max-candidates={{ $r.maxCandidates }}
           - --drain-seconds={{ $r.drainSeconds }}
           - --grace-seconds={{ sub (int $r.terminationGracePeriodSeconds) (add (int $r.drainSeconds) 2) }}
         securityContext: {{- include "reelway.containerSecurity" .context | nindent 10 }}
         env:
           - {name: OMP_NUM_THREADS, value: "1"}
-          {{- include "reelway.storeEnv" .context | nindent 10 }}
         ports:
-          # KServe's Service leads its port 80 to the first one, and to the others by their number.
+          # KServe's Service maps its port 80 to the first port, and every other port to itself.
           - {name: http1, containerPort: {{ $r.ports.http }}, protocol: TCP}
           - {name: h2c, containerPort: {{ $r.ports.grpc }}, protocol: TCP}
-        # Ready: fetched, verified, one call went through. A refused release ends the process with the reason.
+        # The server listens when the ranker is loaded and one request has passed through it.
+        startupProbe:
+          httpGet: {path: /v2/health/ready, port: {{ $r.ports.http }}}
+          periodSeconds: 2
+          timeoutSeconds: 2
+          failureThreshold: 60
         readinessProbe:
           httpGet: {path: /v2/health/ready, port: {{ $r.ports.http }}}
           periodSeconds: 2
@@ -100,7 +125,6 @@ spec:
           failureThreshold: 2
         livenessProbe:
           httpGet: {path: /v2/health/live, port: {{ $r.ports.http }}}
-          initialDelaySeconds: 30
           periodSeconds: 10
           timeoutSeconds: 5
           failureThreshold: 3
@@ -117,9 +141,5 @@ spec:
             {{- end }}
         volumeMounts:
           - {name: tmp, mountPath: /tmp}
-          - {name: cache, mountPath: /var/cache/reelway}
-          - {name: public-keys, mountPath: /etc/reelway/public-keys, readOnly: true}
-          {{- if eq (include "reelway.storeOnVolume" .context) "true" }}
-          - {name: releases, mountPath: /var/lib/reelway/volume, readOnly: true}
-          {{- end }}
+          - {name: cache, mountPath: /var/cache/reelway, readOnly: true}
 {{- end -}}

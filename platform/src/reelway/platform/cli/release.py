@@ -1,6 +1,7 @@
-"""``reelway release``: keys, what is in the store, and whether it may take traffic. Building is the pipelines' part.
+"""``reelway release keys|list|show|verify|fetch``: signing keys, and the releases of a store.
 
-Nothing here changes a release; ``verify`` says why one is refused and exits with 6.
+``reelway release build`` and ``rehearse`` are in pipelines, which has the models. ``verify`` and ``fetch --verify``
+exit with code 6 and the reason if a release is rejected.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from rich.table import Table
 
 from reelway.platform.cli.terminal import out, say
 from reelway.platform.contracts.manifest import MANIFEST_FILE, FeatureServiceRef, Manifest
-from reelway.platform.errors import FeatureError
+from reelway.platform.errors import ConfigError, FeatureError
 from reelway.platform.release.folder import read_manifest
 from reelway.platform.release.signing import create_keys, fingerprint, load_public_keys
 from reelway.platform.release.store import LATEST, ReleaseStore
@@ -27,44 +28,45 @@ from reelway.platform.runs import RunDirectory
 
 GROUP_NAME = "release"
 RUN = typer.Option(Path("runs/default"), "--run", help="Run directory.")
-STORE = typer.Option(None, "--store", help="Release store as a URL (file://, s3://, gs://); the run's when absent.")
-RELEASE = typer.Argument(LATEST, help="Id, unique beginning of an id, or 'latest'.")
+STORE = typer.Option(None, "--store", help="Release store as a URL (file://, s3://, gs://). Default: the run's.")
+RELEASE = typer.Argument(LATEST, help="Release id, unique prefix of an id, or 'latest'.")
 
 
 class Output(StrEnum):
-    """How a result is printed."""
+    """Output formats."""
 
     TABLE = "table"
     JSON = "json"
 
 
-OUTPUT = typer.Option(Output.TABLE, "-o", "--output", help="For people, or for programs.")
+OUTPUT = typer.Option(Output.TABLE, "-o", "--output", help="Output format.")
 
 
 def release_group(app: typer.Typer) -> typer.Typer:
-    """The ``release`` group of ``app``, made by whichever member asks first, so that loading order does not matter."""
+    """Returns the ``release`` group of ``app``. The first member that needs the group creates it."""
     for group in app.registered_groups:
         if group.name == GROUP_NAME and group.typer_instance is not None:
             return group.typer_instance
     made = typer.Typer(no_args_is_help=True)
-    app.add_typer(made, name=GROUP_NAME, help="Build, verify and look at releases.")
+    app.add_typer(made, name=GROUP_NAME, help="Build, verify, fetch and show releases.")
     return made
 
 
 def register(app: typer.Typer) -> None:
-    """Add ``reelway release keys|list|show|verify``."""
+    """Adds ``reelway release keys|list|show|verify|fetch``."""
     group = release_group(app)
     group.command("keys")(keys)
     group.command("list")(list_releases)
     group.command("show")(show)
     group.command("verify")(verify_release)
+    group.command("fetch")(fetch_release)
 
 
 def keys(
     run: Path = RUN,
-    folder: Path | None = typer.Option(None, help="Where to write the pair; the run's keys/ when absent."),
+    folder: Path | None = typer.Option(None, help="Folder for the key pair. Default: keys/ of the run."),
 ) -> None:
-    """Make an Ed25519 pair: the private half signs releases, the public half goes to whoever verifies them.
+    """Create an Ed25519 key pair. The private key signs releases; the public key verifies them.
 
     An existing private key is never overwritten.
 
@@ -76,7 +78,7 @@ def keys(
 
 
 def list_releases(run: Path = RUN, store: str | None = STORE, output: Output = OUTPUT) -> None:
-    """List the releases of a store, the newest first.
+    """List the releases of a store, newest first.
 
     Example: reelway release list --store s3://models/releases -o json
     """
@@ -99,7 +101,7 @@ def list_releases(run: Path = RUN, store: str | None = STORE, output: Output = O
 
 
 def show(release: str = RELEASE, run: Path = RUN, store: str | None = STORE, output: Output = OUTPUT) -> None:
-    """Show one release's manifest: from what it was made, its metrics, its gates and its files.
+    """Show a release's manifest: its origin, metrics, gates and files.
 
     Example: reelway release show 3f9c -o json
     """
@@ -113,19 +115,19 @@ def show(release: str = RELEASE, run: Path = RUN, store: str | None = STORE, out
 
 
 def verify_release(
-    release: str = typer.Argument(LATEST, help="Id, unique beginning of an id, 'latest', or a release folder."),
+    release: str = typer.Argument(LATEST, help="Release id, unique prefix of an id, 'latest', or a release folder."),
     run: Path = RUN,
     store: str | None = STORE,
     public_keys: Path | None = typer.Option(
-        None, help="Trusted public key (PEM), or a folder of *.public.pem; the run's keys/ when absent."
+        None, help="Trusted public key (PEM file) or folder with *.public.pem. Default: keys/ of the run."
     ),
     features: Path | None = typer.Option(
-        None, help="Folder of the feature store to check against; the run's features/ when absent."
+        None, help="Folder of the feature store to check against. Default: features/ of the run."
     ),
 ) -> None:
-    """Check that a release is whole, signed by a trusted key, fits together and passed its gates.
+    """Check that a release is complete, consistent, signed by a trusted key and passed its gates.
 
-    Exits with 6 and the reason when it is refused.
+    Exits with code 6 and the reason if the release is rejected.
 
     Examples:
 
@@ -155,11 +157,47 @@ def verify_release(
     out.print(table)
 
 
+def fetch_release(
+    release: str = RELEASE,
+    release_store: str = typer.Option(..., help="Path or URL of the release store (file://, s3://, gs://)."),
+    to: Path = typer.Option(..., help="Folder for fetched releases. The release becomes its subfolder `<id>`."),
+    verify_it: bool = typer.Option(
+        False, "--verify", help="Verify the release as `reelway release verify` does, without a feature store."
+    ),
+    public_keys: Path | None = typer.Option(
+        None, help="Trusted public key (PEM file) or folder with *.public.pem. Required by --verify."
+    ),
+) -> None:
+    """Fetch a release into a local folder and print the folder. The digest of each file is always checked.
+
+    A release that is already there and intact is not fetched again. Exits with code 6 and the reason if the release is
+    rejected.
+
+    Example:
+
+      reelway release fetch 3f9c --release-store s3://models/releases --to /var/cache/releases --verify
+      --public-keys trusted/
+    """
+    if verify_it != (public_keys is not None):
+        raise ConfigError("--verify and --public-keys: one is missing; give both or neither")
+    source = ReleaseStore(release_store)
+    release_id = source.resolve(release)
+    folder = source.fetch(release_id, to)
+    if public_keys is not None:
+        keys = load_public_keys(public_keys)
+        verified = verify(folder, public_keys=keys, feature_services=None, expected_id=release_id)
+        say(f"release {release_id[:12]} verified: {len(verified.checks)} checks passed")
+        _say_waivers(verified)
+    typer.echo(folder)
+
+
 def fetch_verified(run: RunDirectory, release: str) -> VerifiedRelease:
-    """A release of the run's store that may take traffic, where the stages read it. Waived gates are said.
+    """Fetches a release of the run's store to the folder from which the stages load it, and verifies it.
+
+    Waived gates are printed.
 
     Raises:
-        ReleaseError: it is not there, or it is refused.
+        ReleaseError: if the release does not exist or is rejected.
     """
     store = ReleaseStore(str(run.release_store))
     release_id = store.resolve(release)
@@ -180,13 +218,13 @@ def _say_waivers(verified: VerifiedRelease) -> None:
 def registered_services(
     features_dir: Path, wanted: tuple[FeatureServiceRef, ...], *, required: bool
 ) -> dict[str, str] | None:
-    """Name -> digest of those ``wanted`` feature services that the feature store has.
+    """Returns the digests of the ``wanted`` feature services that the feature store has, by name.
 
     Args:
-        required: a folder that is no feature store is an error; otherwise it is ``None``, "there is none to ask".
+        required: whether a folder without a feature store is an error. Otherwise the result is ``None`` then.
 
     Raises:
-        FeatureError: the store cannot be opened.
+        FeatureError: if the store cannot be opened.
     """
     from reelway.platform.features.store import CONFIG_FILE, feature_service_digest, open_feature_store
 
@@ -198,7 +236,7 @@ def registered_services(
         try:
             present[service.name] = feature_service_digest(feature_store, service.name)
         except FeatureError:
-            continue  # absent: the comparison refuses it by name
+            continue  # `verify` reports a service that is missing
     return present
 
 
@@ -207,7 +245,7 @@ def _store(run: Path, store: str | None) -> ReleaseStore:
 
 
 def _print_manifest(manifest: Manifest) -> None:
-    out.print(f"release {manifest.release_id}", soft_wrap=True)  # whole, to be copied
+    out.print(f"release {manifest.release_id}", soft_wrap=True)  # on one line, so that it can be copied
     facts = Table(show_header=False, box=None)
     window = manifest.training_window
     rows: dict[str, Any] = {

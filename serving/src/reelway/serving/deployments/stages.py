@@ -13,7 +13,7 @@ from ray.serve.handle import DeploymentHandle
 from reelway.serving import metrics
 from reelway.serving.fused import load_warm
 from reelway.serving.graph import run_to_end
-from reelway.serving.open_inference.client import RankerThere, address_of
+from reelway.serving.open_inference.client import RemoteRanker, server_address
 from reelway.serving.release_loader import open_trusted
 from reelway.serving.serve_config import BudgetsMs, ReleaseSource
 from reelway.serving.stages.arrays import F32, Candidates, Codes, Rows, Slate, ViewerQuery
@@ -43,16 +43,16 @@ class RetrievalStage:
 
 
 class RankingStage:
-    """Ranker and video table of one release. A ranker that runs elsewhere is asked, and never waited for to start."""
+    """Ranker and video table of one release. A remote ranker is called per request and need not run at the start."""
 
     def __init__(self, source: ReleaseSource) -> None:
         loader = open_trusted(source)
         registry = CollectorRegistry()
         self._metrics = metrics.RankingMetrics(registry, loader.release_id())
         if source.ranker_address:
-            address = address_of(source.ranker_address, source.release)
+            address = server_address(source.ranker_address, source.release)
             counts = metrics.RemoteRankerMetrics(registry, source.release)
-            self._stage = loader.ranking(RankerThere(address, source.release, counts))
+            self._stage = loader.ranking(RemoteRanker(address, source.release, counts))
             return
         self._stage = loader.ranking()
         table = loader.table()

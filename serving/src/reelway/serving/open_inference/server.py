@@ -1,187 +1,149 @@
-"""The life of a rank server: it listens at once, is ready when its release is verified and warm, and ends without loss.
+"""The rank server: ``kserve.ModelServer`` with one ``RankerModel``, and a shutdown that drains.
 
-On SIGTERM it stops to be ready, goes on answering for a moment (until nobody is sent here any more), lets what is under
-way finish, and ends. A release that ``verify`` refuses ends the process with the reason: nothing unverified is loaded.
+The release is on disk before the server starts: an init container fetches and verifies it with
+``reelway release fetch --verify``. A server that listens is therefore ready.
+
+``kserve.ModelServer`` is extended where it is unfit. At SIGTERM it unloads its models and closes its ports at once, so
+a request that is on its way fails. ``RankServer`` drains: it reports that it is not ready, answers requests for
+``drain_s``, then closes its ports and lets the requests in flight finish. The queue limit is in ``ranker_service``,
+the limits of REST in ``rest_server``, those of gRPC in ``grpc_server``, strict decoding in ``data_plane``.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-import socket
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager
+import signal
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import grpc
-import uvicorn
-from prometheus_client import CollectorRegistry
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from kserve import ModelServer
+from prometheus_client import REGISTRY
 
-from reelway.platform.contracts.ids import ReleaseId
-from reelway.platform.errors import ServingError
-from reelway.platform.release.signing import load_public_keys
-from reelway.platform.release.store import ReleaseStore
-from reelway.platform.release.verify import verify
-from reelway.serving.open_inference.model import LoadedRanker, ServedRanker
-from reelway.serving.open_inference.rest import build_rest_api
-from reelway.serving.open_inference.rpc import RpcMethods
-from reelway.serving.serve_config import ReleaseSource
+from reelway.serving.open_inference.data_plane import RankerDataPlane, ReadOnlyRepository
+from reelway.serving.open_inference.grpc_server import RankerGrpcServer
+from reelway.serving.open_inference.kserve_model import RankerModel
+from reelway.serving.open_inference.ranker_service import LoadedRanker, RankerService
+from reelway.serving.open_inference.rest_server import RankerRestServer, create_listener
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class RankServerOptions:
-    """What a rank server is started with; ``source.release`` is a whole id."""
+    """Options of a rank server."""
 
-    source: ReleaseSource
+    release_dir: Path
+    """Folder of one release, verified."""
     host: str = "0.0.0.0"
     http_port: int = 8080
-    """Of REST, health and metrics; 0 chooses a free one."""
+    """Port of REST, health checks and metrics; 0 selects a free port."""
     grpc_port: int = 8081
-    """Of gRPC; 0 chooses a free one."""
+    """Port of gRPC; 0 selects a free port."""
     threads: int = 1
-    """Requests that are worked out at the same time."""
-    waiting: int = 32
-    """Requests that may wait for that; more are sent away."""
-    candidates: int = 4096
-    """The most of one request."""
+    """Requests that run at the same time."""
+    max_queued: int = 32
+    """Requests that may wait for a thread; further requests are rejected."""
+    max_candidates: int = 4096
+    """Largest number of candidates of a request."""
     max_bytes: int = 16 << 20
-    """Of one request."""
-    body_s: float = 10.0
-    """In which a request's body must have arrived."""
+    """Largest size of a request."""
+    body_timeout_s: float = 10.0
+    """Time in which a request's body must arrive over REST."""
     drain_s: float = 5.0
-    """From SIGTERM, in which requests still come and are answered."""
-    grace_s: float = 20.0
-    """After that, for what is under way."""
+    """Time after SIGTERM in which new requests are still accepted."""
+    grace_period_s: float = 20.0
+    """Time after draining for the requests in flight."""
 
 
 @dataclass(frozen=True)
-class Listening:
-    """Where it really listens."""
+class BoundPorts:
+    """The ports on which the server listens."""
 
     http_port: int
     grpc_port: int
 
 
-async def run_rank_server(
-    options: RankServerOptions,
-    listening: Callable[[Listening], None],
-    ready: Callable[[], None],
-    stop: asyncio.Event,
-) -> None:
-    """Serve until ``stop``, which is what SIGTERM means here.
+class RankServer(ModelServer):
+    """See the module."""
+
+    def __init__(
+        self, service: RankerService, options: RankServerOptions, on_listening: Callable[[BoundPorts], None]
+    ) -> None:
+        super().__init__(
+            http_port=options.http_port, grpc_port=options.grpc_port, workers=1, enable_latency_logging=False
+        )
+        self.dataplane = RankerDataPlane(self.registered_models, service)
+        self.model_repository_extension = ReadOnlyRepository(self.registered_models)
+        self._service = service
+        self._options = options
+        self._on_listening = on_listening
+        self._stopping = asyncio.Event()
+
+    def start(self, models: list[RankerModel]) -> None:
+        """Serves until SIGTERM or SIGINT.
+
+        Raises:
+            ServingError: if an address cannot be listened at.
+        """
+        self._register_and_check_atleast_one_model_is_ready(models)
+        asyncio.run(self._serve())
+
+    def stop(self, sig: int) -> None:
+        """Starts draining. KServe's own method unloads the model and closes the ports."""
+        log.info("signal %d: draining for %g s", sig, self._options.drain_s)
+        self._service.start_draining()
+        self._stopping.set()
+
+    async def _serve(self) -> None:
+        loop, options = asyncio.get_running_loop(), self._options
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self.stop, number)
+        parts = (self.dataplane, self.model_repository_extension, self._service)
+        rest = RankerRestServer(
+            create_listener(options.host, options.http_port), *parts, max_bytes=options.max_bytes,
+            body_timeout_s=options.body_timeout_s, grace_period_s=options.grace_period_s,
+        )  # fmt: skip
+        grpc_server = RankerGrpcServer(
+            options.grpc_port, *parts, host=options.host, max_bytes=options.max_bytes,
+            grace_period_s=options.grace_period_s,
+        )  # fmt: skip
+        grpc_port = await grpc_server.bind()
+        serving, stopping = asyncio.create_task(rest.start()), asyncio.create_task(self._stopping.wait())
+        self._on_listening(BoundPorts(rest.config.port, grpc_port))
+        await asyncio.wait({serving, stopping}, return_when=asyncio.FIRST_COMPLETED)
+        if not serving.done():
+            await asyncio.sleep(options.drain_s)
+        rest.stop()
+        await asyncio.gather(serving, grpc_server.stop())
+
+
+def run_rank_server(options: RankServerOptions, on_listening: Callable[[BoundPorts, str], None]) -> None:
+    """Loads the ranker and serves it until SIGTERM. It must run in the main thread, once per process.
 
     Args:
-        listening: called when both ports are open, before there is a release.
-        ready: called when requests may come.
+        options: the server's options.
+        on_listening: called with the ports and the release's id when the server is ready.
 
     Raises:
-        ReleaseError: the release is not there, or it is refused.
-        ServingError: an address cannot be listened at.
-        StorageError: the release cannot be fetched.
+        ReleaseError: if the folder has no release, or another ranker than its manifest names.
+        ServingError: if an address cannot be listened at.
     """
-    served = ServedRanker(options.source.release, CollectorRegistry(), threads=options.threads, waiting=options.waiting)
+    _quieten_kserve()
+    ranker = LoadedRanker(options.release_dir, max_candidates=options.max_candidates)
+    service = RankerService(ranker, REGISTRY, threads=options.threads, max_queued=options.max_queued)
     try:
-        async with _grpc_server(served, options) as grpc_port, _http_server(served, options) as http_port:
-            listening(Listening(http_port, grpc_port))
-            loading = asyncio.create_task(asyncio.to_thread(load_verified, options))
-            stopping = asyncio.create_task(stop.wait())
-            await asyncio.wait({loading, stopping}, return_when=asyncio.FIRST_COMPLETED)
-            if loading.done():
-                await served.begin(loading.result())
-                ready()
-                await stopping
-                served.end()
-                log.info("asked to end: answering for %g s more", options.drain_s)
-                await asyncio.sleep(options.drain_s)
-            stopping.cancel()
+        service.warm_up()
+        server = RankServer(service, options, lambda ports: on_listening(ports, service.release))
+        server.start([RankerModel(service)])
     finally:
-        served.close()
+        service.close()
 
 
-def load_verified(options: RankServerOptions) -> LoadedRanker:
-    """Fetch the release, check all of it, and load its ranker. The feature store is the graph's to ask."""
-    source = options.source
-    folder: Path = ReleaseStore(source.release_store).fetch(ReleaseId(source.release), source.release_cache)
-    keys = load_public_keys(source.public_keys)
-    verified = verify(folder, public_keys=keys, feature_services=None, expected_id=source.release)
-    log.info("release %s verified: %d checks passed", source.release[:12], len(verified.checks))
-    return LoadedRanker(folder, candidates=options.candidates)
-
-
-@asynccontextmanager
-async def _grpc_server(served: ServedRanker, options: RankServerOptions) -> AsyncIterator[int]:
-    server = grpc.aio.server(
-        options=[
-            ("grpc.max_receive_message_length", options.max_bytes),
-            ("grpc.max_send_message_length", options.max_bytes),
-            ("grpc.so_reuseport", 0),
-        ]
-    )
-    server.add_generic_rpc_handlers((RpcMethods(served).handler(),))
-    address = f"{options.host}:{options.grpc_port}"
-    try:
-        port: int = server.add_insecure_port(address)
-    except RuntimeError as error:
-        raise ServingError(f"cannot listen at {address}: {error}; is the port taken?") from error
-    await server.start()
-    try:
-        yield port
-    finally:
-        await server.stop(options.grace_s)
-
-
-class _Uvicorn(uvicorn.Server):
-    """Signals are this program's own: uvicorn would stop at once, and gRPC after it."""
-
-    @contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        yield
-
-
-def last_of_its_connection(api: ASGIApp, served: ServedRanker) -> ASGIApp:
-    """While the server is not ready, and so while it drains, every answer is the last of its connection and says so.
-
-    Nobody is left with an idle connection that is closed in the moment in which the next request is sent on it.
-    """
-
-    async def answer(scope: Scope, receive: Receive, send: Send) -> None:
-        async def send_last(message: Message) -> None:
-            if message["type"] == "http.response.start" and not served.ready:
-                message["headers"] = [*message["headers"], (b"connection", b"close")]
-            await send(message)
-
-        await api(scope, receive, send_last)
-
-    return answer
-
-
-@asynccontextmanager
-async def _http_server(served: ServedRanker, options: RankServerOptions) -> AsyncIterator[int]:
-    address = (options.host, options.http_port)
-    try:
-        listener = socket.create_server(address, family=socket.AF_INET6 if ":" in options.host else socket.AF_INET)
-    except OSError as error:
-        raise ServingError(f"cannot listen at {address[0]}:{address[1]}: {error}; is the port taken?") from error
-    # An answer is two writes, and the second must not wait for the first one's acknowledgement: that is 40 ms.
-    # (asyncio does this itself, but not for a listener whose protocol is left open, as this one's is.)
-    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    api = build_rest_api(served, max_bytes=options.max_bytes, body_s=options.body_s)
-    server = _Uvicorn(
-        uvicorn.Config(
-            last_of_its_connection(api, served),
-            log_config=None,
-            access_log=False,
-            lifespan="off",
-            timeout_graceful_shutdown=int(options.grace_s),
-        )
-    )
-    running = asyncio.create_task(server.serve(sockets=[listener]))
-    try:
-        yield int(listener.getsockname()[1])
-    finally:
-        server.should_exit = True
-        await running
+def _quieten_kserve() -> None:
+    """KServe logs a traceback for each invalid request. Metrics count these, and Uvicorn logs unexpected errors."""
+    logger = logging.getLogger("kserve")
+    logger.addHandler(logging.NullHandler())  # ModelServer configures the logging of a process that has no handler
+    logger.setLevel(logging.CRITICAL)
+    logging.getLogger("uvicorn").setLevel(logging.WARNING)

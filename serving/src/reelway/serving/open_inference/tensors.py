@@ -1,7 +1,7 @@
-"""Why: what a ranker takes is said by its graph, and everything that does not fit is refused here, by name.
+"""Inputs and outputs of a ranker as its ONNX graph declares them, and the checks of a request against them.
 
-Checks come before data: names, datatypes and shapes are compared first, so that a wrong request costs no copy. Nothing
-is cast, padded or cut to fit.
+KServe decodes the tensors but compares them with nothing: ``InferInput.as_numpy`` casts 4.5 to an integer and parses
+strings as numbers. The checks here reject such values. Nothing is cast, padded or truncated to fit.
 """
 
 from __future__ import annotations
@@ -9,179 +9,189 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from reelway.platform.errors import IncompatibleReleaseError
-from reelway.serving.open_inference.refusals import RefusedRequestError, TooLargeError
+from reelway.serving.open_inference.errors import InferenceRequestError, RequestTooLargeError
 
 Array = NDArray[Any]
 
+_DTYPES: Final[dict[str, np.dtype[Any]]] = {
+    "BOOL": np.dtype("?"),
+    "INT32": np.dtype("<i4"),
+    "INT64": np.dtype("<i8"),
+    "FP32": np.dtype("<f4"),
+    "FP64": np.dtype("<f8"),
+}
+_ONNX_DATATYPES: Final = {
+    "tensor(bool)": "BOOL",
+    "tensor(int32)": "INT32",
+    "tensor(int64)": "INT64",
+    "tensor(float)": "FP32",
+    "tensor(double)": "FP64",
+}
+_SOURCE_KINDS: Final = {"b": "b", "i": "iu", "f": "iuf"}
+"""NumPy kind of an input -> kinds of the values it accepts. An integer is a valid float, and nothing else is cast."""
+_JSON_NUMBER_TYPES: Final = frozenset({int, float, type(None)})
 
-@dataclass(frozen=True, slots=True)
-class Datatype:
-    """One of the protocol's datatypes. ``contents`` is where gRPC puts values that are not raw."""
 
-    name: str
-    dtype: np.dtype[Any]
-    contents: str
+class InputTensor(Protocol):
+    """The parts of ``kserve.InferInput`` that are read here."""
 
-
-_DATATYPES: Final = tuple(
-    Datatype(name, np.dtype(dtype), contents)
-    for name, dtype, contents in (
-        ("BOOL", "?", "bool_contents"),
-        ("INT32", "<i4", "int_contents"),
-        ("INT64", "<i8", "int64_contents"),
-        ("FP32", "<f4", "fp32_contents"),
-        ("FP64", "<f8", "fp64_contents"),
-    )
-)
-_OF_ONNX: Final = dict(
-    zip(("tensor(bool)", "tensor(int32)", "tensor(int64)", "tensor(float)", "tensor(double)"), _DATATYPES, strict=True)
-)
-_KINDS: Final = {"b": "b", "i": "iu", "f": "iuf"}
-"""What a list of values may be made of, by what it is to become: a whole number is a number, nothing else is cast."""
-_NUMBERS_OR_NULL: Final = frozenset({int, float, type(None)})
+    @property
+    def name(self) -> Any: ...
+    @property
+    def datatype(self) -> Any: ...
+    @property
+    def shape(self) -> Any: ...
+    @property
+    def data(self) -> Any: ...
+    def as_numpy(self) -> Array: ...
 
 
 @dataclass(frozen=True, slots=True)
 class TensorSpec:
-    """A tensor as the graph declares it; a word in ``shape`` is an axis that the request chooses."""
+    """One tensor of the graph. A string in ``shape`` names an axis whose size the request chooses."""
 
     name: str
-    datatype: Datatype
+    datatype: str
     shape: tuple[int | str, ...]
 
     @classmethod
     def of_graph(cls, name: str, onnx_type: str, shape: Sequence[int | str | None]) -> TensorSpec:
-        """From what ONNX Runtime says. Raises IncompatibleReleaseError: a type that is not served here."""
-        if onnx_type not in _OF_ONNX:
-            raise IncompatibleReleaseError(f"{name} is {onnx_type}, expected one of {sorted(_OF_ONNX)}")
+        """Converts a declaration of ONNX Runtime.
+
+        Raises:
+            IncompatibleReleaseError: if the protocol has no datatype for the tensor's type.
+        """
+        if onnx_type not in _ONNX_DATATYPES:
+            raise IncompatibleReleaseError(f"{name} is {onnx_type}, expected one of {sorted(_ONNX_DATATYPES)}")
         named = (f"{name}.{axis}" if size is None else size for axis, size in enumerate(shape))
-        return cls(name, _OF_ONNX[onnx_type], tuple(named))
+        return cls(name, _ONNX_DATATYPES[onnx_type], tuple(named))
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        return _DTYPES[self.datatype]
 
     def metadata(self) -> dict[str, Any]:
-        """As the protocol's metadata has it: -1 is an axis that the request chooses."""
+        """Returns the protocol's metadata; -1 is an axis whose size the request chooses."""
         shape = [size if isinstance(size, int) else -1 for size in self.shape]
-        return {"name": self.name, "datatype": self.datatype.name, "shape": shape}
+        return {"name": self.name, "datatype": self.datatype, "shape": shape}
 
-    def from_bytes(self, shape: Sequence[int], data: bytes | memoryview) -> Array:
-        """The tensor from its raw bytes, little-endian, row by row; it stays where it is."""
-        expected = math.prod(shape) * self.datatype.dtype.itemsize
-        if len(data) != expected:
-            raise RefusedRequestError(
-                f"input {self.name!r} has {len(data)} bytes, expected {expected} for {self.datatype.name} of shape "
-                f"{list(shape)}"
+    def read(self, tensor: InputTensor) -> Array:
+        """Returns the tensor's data. JSON ``null`` is NaN, because JSON has no other literal for a missing number.
+
+        Raises:
+            InferenceRequestError: if the data do not have this datatype or the tensor's shape.
+        """
+        if tensor.data is not None and not isinstance(tensor.data, list):
+            raise InferenceRequestError(
+                f"input {self.name!r}: the data are of type {type(tensor.data).__name__}, expected a list"
             )
-        return np.frombuffer(data, dtype=self.datatype.dtype).reshape(shape)
-
-    def from_values(self, shape: Sequence[int], values: Any) -> Array:
-        """The tensor from a list of values, flat or nested; null is NaN, which JSON has no other word for."""
-        wanted = self.datatype.dtype
+        if tensor.data:
+            self._check_values(tensor.data, tensor.shape)
         try:
-            found = np.asarray(values)
-            if wanted.kind == "f" and found.dtype == object and {type(v) for v in found.flat} <= _NUMBERS_OR_NULL:
-                found = found.astype(np.float64)
+            return tensor.as_numpy()
+        except (ValueError, TypeError, OverflowError) as error:
+            raise InferenceRequestError(
+                f"input {self.name!r}: the data are not {self.datatype} of shape {list(tensor.shape)}: {error}"
+            ) from error
+
+    def _check_values(self, values: Any, shape: Sequence[int]) -> None:
+        wanted = self.dtype
+        try:
+            actual = np.asarray(values)
+            if wanted.kind == "f" and actual.dtype == object and {type(v) for v in actual.flat} <= _JSON_NUMBER_TYPES:
+                actual = actual.astype(np.float64)
         except (ValueError, OverflowError):
-            found = np.asarray(None)
-        if found.size and found.dtype.kind not in _KINDS[wanted.kind]:
-            raise RefusedRequestError(f"input {self.name!r} has values that are not {self.datatype.name} in its data")
-        if found.size != math.prod(shape) or (found.ndim > 1 and found.shape != tuple(shape)):
-            raise RefusedRequestError(
-                f"input {self.name!r} has data of shape {list(found.shape)}, expected {math.prod(shape)} values for "
-                f"shape {list(shape)}"
+            actual = np.asarray(None)
+        if actual.dtype.kind not in _SOURCE_KINDS[wanted.kind]:
+            raise InferenceRequestError(f"input {self.name!r}: the data have values that are not {self.datatype}")
+        if actual.size != math.prod(shape) or (actual.ndim > 1 and actual.shape != tuple(shape)):
+            raise InferenceRequestError(
+                f"input {self.name!r}: the data have shape {list(actual.shape)}, expected {math.prod(shape)} values "
+                f"for shape {list(shape)}"
             )
-        if wanted.kind == "i" and found.size:
-            limits = np.iinfo(wanted)
-            if int(found.min()) < limits.min or int(found.max()) > limits.max:
-                raise RefusedRequestError(f"input {self.name!r} has values outside of {self.datatype.name}")
-        return np.ascontiguousarray(found, dtype=wanted).reshape(shape)
-
-
-@dataclass(frozen=True, slots=True)
-class Declared:
-    """What a request says of one of its inputs, before its data is looked at."""
-
-    name: Any
-    datatype: Any
-    shape: Any
 
 
 @dataclass(frozen=True)
-class Signature:
-    """What a graph takes and gives.
+class ModelSignature:
+    """All inputs and outputs of a graph.
 
     Args:
-        candidates: the most that an axis may have which the request chooses.
+        max_candidates: largest size of an axis whose size the request chooses.
     """
 
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
-    candidates: int
+    max_candidates: int
 
-    def specs_of(self, declared: Sequence[Declared]) -> list[TensorSpec]:
-        """The spec of each declared input, in their order.
+    def read_inputs(self, tensors: Sequence[InputTensor]) -> dict[str, Array]:
+        """Returns the data of each input. All names, datatypes and shapes are checked before any data are read.
 
         Raises:
-            RefusedRequestError: names, datatypes or shapes are not those of the graph, each with what was expected.
+            InferenceRequestError: if an input does not fit the graph.
         """
         specs = {spec.name: spec for spec in self.inputs}
-        seen: set[str] = set()
+        names: set[str] = set()
         axes: dict[str, tuple[int, str]] = {}
-        for one in declared:
-            if not isinstance(one.name, str) or one.name not in specs:
-                raise RefusedRequestError(f"there is no input {_short(one.name)}; expected {', '.join(specs)}")
-            if one.name in seen:
-                raise RefusedRequestError(f"input {one.name!r} is given twice")
-            seen.add(one.name)
-            self._check(specs[one.name], one, axes)
-        if missing := [name for name in specs if name not in seen]:
-            raise RefusedRequestError(f"missing inputs: {', '.join(missing)}")
-        return [specs[one.name] for one in declared]
+        for tensor in tensors:
+            if not isinstance(tensor.name, str) or tensor.name not in specs:
+                raise InferenceRequestError(f"there is no input {_short(tensor.name)}; expected {', '.join(specs)}")
+            if tensor.name in names:
+                raise InferenceRequestError(f"input {tensor.name!r} is given twice")
+            names.add(tensor.name)
+            self._check_declaration(specs[tensor.name], tensor, axes)
+        if missing := [name for name in specs if name not in names]:
+            raise InferenceRequestError(f"missing inputs: {', '.join(missing)}")
+        return {tensor.name: specs[tensor.name].read(tensor) for tensor in tensors}
 
-    def requested(self, names: Iterable[Any]) -> list[TensorSpec]:
-        """The outputs that are asked for; all when none is named."""
+    def requested_outputs(self, names: Iterable[Any]) -> list[TensorSpec]:
+        """Returns the outputs with these names, or all outputs if there are no names."""
         specs = {spec.name: spec for spec in self.outputs}
         chosen = list(names)
         for name in chosen:
             if not isinstance(name, str) or name not in specs:
-                raise RefusedRequestError(f"there is no output {_short(name)}; expected {', '.join(specs)}")
+                raise InferenceRequestError(f"there is no output {_short(name)}; expected {', '.join(specs)}")
         return [specs[name] for name in dict.fromkeys(chosen)] or list(self.outputs)
 
-    def nothing(self, candidates: int) -> Mapping[str, Array]:
-        """Inputs of zeros, for a first call."""
+    def zero_inputs(self, candidates: int) -> Mapping[str, Array]:
         sizes = {
             spec.name: [size if isinstance(size, int) else candidates for size in spec.shape] for spec in self.inputs
         }
-        return {spec.name: np.zeros(sizes[spec.name], dtype=spec.datatype.dtype) for spec in self.inputs}
+        return {spec.name: np.zeros(sizes[spec.name], dtype=spec.dtype) for spec in self.inputs}
 
-    def _check(self, spec: TensorSpec, one: Declared, axes: dict[str, tuple[int, str]]) -> None:
-        if one.datatype != spec.datatype.name:
-            raise RefusedRequestError(
-                f"input {spec.name!r} is said to be {_short(one.datatype)}, expected {spec.datatype.name}"
+    def _check_declaration(self, spec: TensorSpec, tensor: InputTensor, axes: dict[str, tuple[int, str]]) -> None:
+        if tensor.datatype != spec.datatype:
+            raise InferenceRequestError(
+                f"input {spec.name!r} has datatype {_short(tensor.datatype)}, expected {spec.datatype}"
             )
-        shape = one.shape
-        if not isinstance(shape, Sequence) or not all(type(size) is int for size in shape):
-            raise RefusedRequestError(f"input {spec.name!r} has shape {_short(shape)}, expected whole numbers")
+        shape = tensor.shape
+        if not isinstance(shape, list) or not all(type(size) is int for size in shape):
+            raise InferenceRequestError(f"input {spec.name!r} has shape {_short(shape)}, expected a list of integers")
         expected = spec.metadata()["shape"]
         fits = len(shape) == len(expected) and all(e in (-1, s) for s, e in zip(shape, expected, strict=True))
         if not fits or min(shape, default=1) < 1:
-            raise RefusedRequestError(
-                f"input {spec.name!r} has shape {_short(list(shape))}, expected {expected} where -1 is at least 1"
+            raise InferenceRequestError(
+                f"input {spec.name!r} has shape {_short(shape)}, expected {expected} where -1 is at least 1"
             )
         for axis, size in zip(spec.shape, shape, strict=True):
             if isinstance(axis, int):
                 continue
-            if size > self.candidates:
-                raise TooLargeError(f"input {spec.name!r} has {size} rows, expected at most {self.candidates}")
-            before, name = axes.setdefault(axis, (size, spec.name))
-            if before != size:
-                raise RefusedRequestError(f"input {spec.name!r} has {size} {axis}, expected {before} as in {name!r}")
+            if size > self.max_candidates:
+                raise RequestTooLargeError(
+                    f"input {spec.name!r} has {size} rows, expected at most {self.max_candidates}"
+                )
+            first_size, first_name = axes.setdefault(axis, (size, spec.name))
+            if first_size != size:
+                raise InferenceRequestError(
+                    f"input {spec.name!r} has {size} {axis}, expected {first_size} as in {first_name!r}"
+                )
 
 
-def _short(seen: Any) -> str:
-    text = repr(seen)
+def _short(value: Any) -> str:
+    text = repr(value)
     return text if len(text) <= 80 else text[:77] + "..."

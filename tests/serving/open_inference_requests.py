@@ -1,4 +1,4 @@
-"""Requests by the Open Inference Protocol as bytes, so that they may be wrong in any way, and how a server is asked."""
+"""Requests of the Open Inference Protocol as bytes, so that a test can make any part of them invalid."""
 
 from __future__ import annotations
 
@@ -10,14 +10,15 @@ import httpx
 import pytest
 from tests.serving.rank_server import RankServer
 
-from reelway.serving.open_inference import messages
-from reelway.serving.open_inference.json_tensors import HEADER
+from reelway.serving.open_inference.messages import SERVICE, load_messages
 
 INFER = "/v2/models/ranker/infer"
+HEADER = "Inference-Header-Content-Length"
+messages = load_messages()
 
 
 def binary_request(inputs: dict[str, Any]) -> tuple[bytes, bytes]:
-    """JSON and the bytes after it."""
+    """Returns the request's JSON and the tensors' bytes that follow it."""
     described = [
         {
             "name": name, "datatype": {"f": "FP32", "i": "INT64"}[value.dtype.kind], "shape": list(value.shape),
@@ -35,7 +36,7 @@ def post(server: RankServer, text: bytes, binary: bytes = b"", path: str = INFER
 def rpc(server: RankServer, request: Any, method: str = "ModelInfer") -> bytes:
     body = request if isinstance(request, bytes) else request.SerializeToString()
     with grpc.insecure_channel(server.address) as channel:
-        answer: bytes = channel.unary_unary(f"/{messages.SERVICE}/{method}")(body, timeout=10)
+        answer: bytes = channel.unary_unary(f"/{SERVICE}/{method}")(body, timeout=10)
         return answer
 
 
@@ -52,6 +53,7 @@ def rpc_request(inputs: dict[str, Any], **changes: Any) -> Any:
 
 
 def still_answers(server: RankServer) -> None:
+    """Asserts that a valid request gets the ranker's output."""
     inputs = server.made.inputs(3)
     answer = post(server, *binary_request(inputs))
     assert answer.status_code == 200, answer.text

@@ -1,0 +1,210 @@
+"""KServe's REST server with limits on a request's body, the release as model version, and errors as JSON.
+
+``kserve.protocol.rest.server.RESTServer`` is extended in its own hooks, where it is unfit:
+
+- It reads bodies of any length for any time. ``RequestFilter`` limits both.
+- It answers 501 to every path with a version. ``RequestFilter`` checks the version and removes it from the path.
+- It answers invalid JSON with 422 and a list. The protocol's answer is 400 and ``{"error": ...}``.
+- Uvicorn stops at SIGTERM. Here ``RankServer`` decides when it stops, because draining comes first.
+- It creates the socket itself, so that neither the address nor a free port can be chosen.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Final
+
+import uvicorn
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from kserve.protocol.rest.server import RESTServer
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from reelway.platform.errors import ServingError
+from reelway.serving.open_inference.data_plane import LENGTH_HEADER, RankerDataPlane, ReadOnlyRepository
+from reelway.serving.open_inference.errors import (
+    InferenceRequestError,
+    RequestTimeoutError,
+    RequestTooLargeError,
+    UnsupportedEncodingError,
+)
+from reelway.serving.open_inference.ranker_service import RankerService
+
+_MODEL_PATH: Final = re.compile(r"(/v2/models/([^/]+))(?:/versions/([^/]+))?(/ready|/infer|)")
+
+
+class _ClientDisconnectedError(Exception):
+    """The client closed the connection before its request was complete."""
+
+
+class RequestFilter:
+    """ASGI middleware that rejects a request before KServe reads it, and closes connections while draining.
+
+    A response while draining is the last of its connection and says so. Otherwise a client could send its next request
+    on an idle connection at the moment in which the server closes it.
+
+    Args:
+        max_bytes: largest body.
+        body_timeout_s: time in which the whole body must arrive.
+    """
+
+    def __init__(self, app: ASGIApp, service: RankerService, max_bytes: int, body_timeout_s: float) -> None:
+        self._app = app
+        self._service = service
+        self._max_bytes = max_bytes
+        self._body_timeout_s = body_timeout_s
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+
+        async def send_last(message: Message) -> None:
+            if message["type"] == "http.response.start" and not self._service.ready:
+                message["headers"] = [*message["headers"], (b"connection", b"close")]
+            await send(message)
+
+        try:
+            if matched := _MODEL_PATH.fullmatch(scope["path"]):
+                self._service.check_model(matched[2], matched[3] or "")
+                scope = {**scope, "path": matched[1] + matched[4]}
+            if scope["method"] == "POST":
+                scope, receive = await self._with_body(scope, receive)
+        except InferenceRequestError as error:
+            self._service.record_refused(error)
+            await _error_response(error)(scope, receive, send_last)
+            return
+        except _ClientDisconnectedError:
+            return
+        await self._app(scope, receive, send_last)
+
+    async def _with_body(self, scope: Scope, receive: Receive) -> tuple[Scope, Receive]:
+        headers: dict[bytes, bytes] = dict(scope["headers"])
+        encoding = headers.get(b"content-encoding", b"identity").decode("latin-1")
+        if encoding != "identity":
+            raise UnsupportedEncodingError(f"the body is encoded as {encoding[:40]!r}, expected no encoding")
+        body = await self._read(receive)
+        # KServe tells JSON from binary by the content type, the protocol by the header with the JSON's length.
+        binary = LENGTH_HEADER.encode() in headers
+        headers[b"content-type"] = b"application/octet-stream" if binary else b"application/json"
+
+        async def receive_body() -> Message:
+            nonlocal body
+            if body is None:
+                return await receive()
+            message, body = {"type": "http.request", "body": body, "more_body": False}, None
+            return message
+
+        return {**scope, "headers": list(headers.items())}, receive_body
+
+    async def _read(self, receive: Receive) -> bytes | None:
+        chunks, size, more = list[bytes](), 0, True
+        try:
+            async with asyncio.timeout(self._body_timeout_s):
+                while more:
+                    message = await receive()
+                    if message["type"] != "http.request":
+                        raise _ClientDisconnectedError
+                    more = message.get("more_body", False)
+                    chunks.append(message.get("body", b""))
+                    size += len(chunks[-1])
+                    if size > self._max_bytes:
+                        raise RequestTooLargeError(
+                            f"the body has more than {self._max_bytes} bytes; send fewer candidates per request"
+                        )
+        except TimeoutError as error:
+            raise RequestTimeoutError(
+                f"{size} bytes of the body arrived in {self._body_timeout_s:g} s, expected all of it"
+            ) from error
+        return b"".join(chunks)
+
+
+class RankerRestServer(RESTServer):
+    """See the module. It serves one process's only FastAPI application, ``kserve.model_server.app``."""
+
+    def __init__(
+        self,
+        listener: socket.socket,
+        data_plane: RankerDataPlane,
+        repository: ReadOnlyRepository,
+        service: RankerService,
+        *,
+        max_bytes: int,
+        body_timeout_s: float,
+        grace_period_s: float,
+    ) -> None:
+        super().__init__(
+            "kserve.model_server:app", data_plane, repository, listener.getsockname()[1],
+            grace_period=int(grace_period_s), event_loop="asyncio",
+        )  # fmt: skip
+        self.config.access_log = False
+        self._server = _UvicornWithoutSignals(self.config)
+        self._listener = listener
+        self._service = service
+        self._limits = {"max_bytes": max_bytes, "body_timeout_s": body_timeout_s}
+
+    async def start(self) -> None:
+        self.create_application()
+        await self._server.serve(sockets=[self._listener])
+
+    def stop(self) -> None:
+        """Makes ``start`` return after the requests in flight."""
+        self._server.should_exit = True
+
+    def _add_middlewares(self, app: FastAPI) -> None:
+        super()._add_middlewares(app)
+        app.add_middleware(RequestFilter, service=self._service, **self._limits)  # type: ignore[arg-type]
+
+    def _add_exception_handlers(self, app: FastAPI) -> None:
+        super()._add_exception_handlers(app)
+
+        @app.exception_handler(InferenceRequestError)
+        async def reject(_: Request, error: InferenceRequestError) -> JSONResponse:
+            return _error_response(error)
+
+        @app.exception_handler(RequestValidationError)
+        async def reject_invalid(_: Request, invalid: RequestValidationError) -> JSONResponse:
+            first = invalid.errors()[0]
+            where = ".".join(str(part) for part in first["loc"] if part not in ("InferenceRequest", "bytes"))
+            error = InferenceRequestError(f"the request is malformed: {where}: {first['msg']}")
+            self._service.record_refused(error)
+            return _error_response(error)
+
+        @app.exception_handler(HTTPException)
+        async def reject_otherwise(_: Request, error: HTTPException) -> JSONResponse:
+            return JSONResponse({"error": error.detail}, status_code=error.status_code, headers=error.headers)
+
+
+class _UvicornWithoutSignals(uvicorn.Server):
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+def create_listener(host: str, port: int) -> socket.socket:
+    """Returns a listening socket.
+
+    Raises:
+        ServingError: if the address is in use or does not exist.
+    """
+    try:
+        listener = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+    except OSError as error:
+        raise ServingError(f"cannot listen at {host}:{port}: {error}; choose a free port") from error
+    # A response is two writes. Without this option the second one waits 40 ms for the acknowledgement of the first.
+    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return listener
+
+
+def _error_response(error: InferenceRequestError) -> JSONResponse:
+    # The rest of a body that did not arrive could arrive later and be read as the next request.
+    incomplete = isinstance(error, RequestTimeoutError | RequestTooLargeError)
+    return JSONResponse(
+        {"error": str(error)}, status_code=error.http, headers={"connection": "close"} if incomplete else None
+    )
