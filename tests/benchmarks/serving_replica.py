@@ -20,9 +20,9 @@ from prometheus_client import CollectorRegistry
 from reelway.platform.contracts.api import RecommendRequest
 from reelway.platform.tokens import TokenSigner
 from reelway.serving.fused import open_fused
-from reelway.serving.graph import RequestPath
 from reelway.serving.metrics import IngressMetrics
 from reelway.serving.release_loader import open_trusted
+from reelway.serving.request_path import RequestPath
 from reelway.serving.serve_config import ReleaseShelf
 
 
@@ -33,8 +33,8 @@ async def main(place: Path, release: str) -> None:
     imported = time.time()
     opened = open_fused(open_trusted(shelf.source_of(release, "fused")), budget_ms=10_000)
     signer, metrics = TokenSigner(b"a secret for the first slate"), IngressMetrics(CollectorRegistry())
-    path = RequestPath(opened.edge, opened.stages, signer, metrics, place=opened.place)
-    answered = await path.answer(RecommendRequest(viewer_id=1, count=20), {}, time.time())
+    path = RequestPath(opened.router_release, opened.stages, signer, metrics, executor=opened.executor)
+    answered = await path.recommend(RecommendRequest(viewer_id=1, count=20), {}, time.time())
     now, started = time.time(), psutil.Process().create_time()
     whole = not answered.response.degraded and len(answered.video_ids) == 20
     print(json.dumps({"seconds": now - started, "imports_s": imported - started, "whole": whole}), flush=True)

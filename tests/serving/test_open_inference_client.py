@@ -20,7 +20,6 @@ from tests.serving.rank_server import MadeRelease, make_release
 from reelway.platform.contracts.api import RecommendRequest
 from reelway.platform.errors import ServingError
 from reelway.platform.tokens import TokenSigner
-from reelway.serving.graph import Answered, LocalStages, RequestPath
 from reelway.serving.metrics import SHORT, IngressMetrics, RemoteRankerMetrics
 from reelway.serving.open_inference import messages
 from reelway.serving.open_inference.client import RankerThere, address_of
@@ -28,6 +27,7 @@ from reelway.serving.open_inference.model import LoadedRanker, ServedRanker
 from reelway.serving.open_inference.refusals import BusyError, LateError, NotReadyError
 from reelway.serving.open_inference.rpc import RpcMethods
 from reelway.serving.release_loader import ReleaseLoader
+from reelway.serving.request_path import LocalStages, Recommendation, RequestPath
 
 Work = Callable[["Here"], Coroutine[Any, Any, Any]]
 
@@ -226,8 +226,8 @@ def test_the_graph_answers_whole_slates_without_its_ranker_and_counts_them(made:
         local = RequestPath(loader.edge(), stages, signer, IngressMetrics(CollectorRegistry()))
         request = RecommendRequest(viewer_id=1, count=10)
 
-        async def answer(of: RequestPath = path) -> Answered:
-            return await of.answer(request, {}, NOW_S)
+        async def answer(of: RequestPath = path) -> Recommendation:
+            return await of.recommend(request, {}, NOW_S)
 
         whole = await answer()
         assert whole.response.degraded == []

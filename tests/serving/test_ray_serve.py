@@ -48,7 +48,7 @@ DOWN_S = 60.0
 def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     run = tmp_path_factory.mktemp("run")
     release, other, watched = make_run(run)
-    command = reelway_command("serve", "--run", str(run), "--port", "0", "--parity-ratio", "1")
+    command = reelway_command("serve", "--run", str(run), "--port", "0", "--parity-sample-ratio", "1")
     log, record = run / "serve.log", run / "serving.json"
     with log.open("wb") as sink:
         process = subprocess.Popen(command, stdout=sink, stderr=sink, stdin=subprocess.DEVNULL, start_new_session=True)

@@ -1,4 +1,4 @@
-"""Re-ranking: caps, diversity, exploration with its propensity, and a slate that is always full."""
+"""Re-ranking: the per-creator cap, diversity, exploration with its propensity, and full slates."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from reelway.platform.contracts.blend import RerankingBlend
-from reelway.serving.stages.arrays import SOURCE_CODES, Slate
+from reelway.serving.stages.arrays import SOURCE_CODES, ScoredCandidates, Slate
 from reelway.serving.stages.reranking import Reranking, occurrences
 
-NOBODY = np.empty(0, dtype=np.int32)
+NOTHING = np.empty(0, dtype=np.int32)
 
 
 @dataclass
 class Table:
-    """The two columns that re-ranking reads."""
+    """The two columns of a video table that re-ranking reads."""
 
     creator_id: np.ndarray
     embedding: np.ndarray
@@ -32,22 +32,23 @@ def rerank(
     count: int,
     embedding: np.ndarray | None = None,
     source: str = "ann",
-    liked: np.ndarray = NOBODY,
+    liked: np.ndarray = NOTHING,
     seed: int = 0,
     **settings: Any,
 ) -> Slate:
     n = len(value)
     unit = np.eye(n, max(n, 1), dtype=np.float32) if embedding is None else embedding
     stage = Reranking(Table(np.array(creators, dtype=np.int64), unit), RerankingBlend(**settings))  # type: ignore[arg-type]
-    return stage.rerank(
-        np.arange(n, dtype=np.int32),
-        np.full(n, SOURCE_CODES[source], dtype=np.int8),  # type: ignore[index]
-        np.full(n, -1, dtype=np.int32),
-        np.array(value, dtype=np.float32),
-        liked,
+    candidates = ScoredCandidates(
+        rows=np.arange(n, dtype=np.int32),
+        source=np.full(n, SOURCE_CODES[source], dtype=np.int8),  # type: ignore[index]
+        trigger_rows=np.full(n, -1, dtype=np.int32),
+        value=np.array(value, dtype=np.float32),
+        liked_rows=liked,
         count=count,
         seed=seed,
     )
+    return stage.rerank(candidates)
 
 
 @st.composite
@@ -73,8 +74,8 @@ def test_a_slate_is_full_has_nothing_twice_and_keeps_the_cap_while_it_can(case: 
     shown = creators[slate.rows]
     by_known_creator = np.bincount(shown[shown >= 0], minlength=11)
     beyond_cap = int(np.maximum(by_known_creator - case["max_per_creator"], 0).sum())
-    assert beyond_cap == slate.relaxed
-    if slate.relaxed:  # every video that the cap allowed is there already
+    assert beyond_cap == slate.cap_violations
+    if slate.cap_violations:  # every video that the cap allowed is there already
         possible = np.minimum(np.bincount(creators[creators >= 0], minlength=11), case["max_per_creator"])
         assert (by_known_creator >= possible).all()
         assert (shown < 0).sum() == (creators < 0).sum()
@@ -128,7 +129,7 @@ def test_greedy_mmr_is_what_its_definition_says() -> None:
 def test_unknown_creators_are_not_one_creator() -> None:
     slate = rerank([4, 3, 2, 1], [-1, -1, -1, 5], count=3, max_per_creator=1, diversity=0.0)
     assert slate.rows.tolist() == [0, 1, 2]
-    assert slate.relaxed == 0
+    assert slate.cap_violations == 0
 
 
 def test_the_logged_propensity_is_the_frequency_with_which_a_video_takes_an_explored_place() -> None:
@@ -152,7 +153,7 @@ def test_exploration_draws_from_fresh_uploads_when_there_are_some() -> None:
     table = Table(np.arange(n), np.eye(n, dtype=np.float32))
     stage = Reranking(table, RerankingBlend(exploration_slots=2, diversity=0.0))  # type: ignore[arg-type]
     rows = np.arange(n, dtype=np.int32)
-    slate = stage.rerank(rows, source, rows * 0 - 1, -rows.astype(np.float32), NOBODY, count=6, seed=3)
+    slate = stage.rerank(ScoredCandidates(rows, source, rows * 0 - 1, -rows.astype(np.float32), NOTHING, 6, seed=3))
     assert set(slate.rows[slate.propensity < 1].tolist()) == {15, 17}
     assert slate.propensity[slate.propensity < 1].tolist() == [0.5, 0.5]
 
@@ -168,4 +169,4 @@ def test_a_choice_is_explained_by_the_closest_liked_video_if_it_is_close() -> No
     liked = np.array([2], dtype=np.int32)
     slate = rerank([4, 3, 2, 1], [1, 2, 3, 4], count=2, embedding=embedding, liked=liked, diversity=0.0)
     assert slate.rows.tolist() == [0, 1]
-    assert slate.because.tolist() == [2, -1]
+    assert slate.trigger_rows.tolist() == [2, -1]

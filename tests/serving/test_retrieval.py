@@ -89,7 +89,7 @@ def test_a_viewer_without_history_gets_no_neighbours_and_still_all_candidates(
 
 def test_what_left_is_counted_by_reason(retrieval: Retrieval, table: VideoTable, lists: PopularLists) -> None:
     first, second = lists.popular[:2].tolist()  # which one source proposes to everybody
-    left = retrieval.retrieve(viewer(table, {first: 2.0, second: -2.0})).left
+    left = retrieval.retrieve(viewer(table, {first: 2.0, second: -2.0})).filtered_counts
     assert left["seen"] >= 1
     assert left["not_interested"] >= 1
     assert left["duplicate"] > 0
@@ -123,8 +123,8 @@ def test_neighbours_come_from_liked_videos_the_latest_first(table: VideoTable) -
     query = viewer(table, {1: 1.0, 2: -2.0, 3: 1.0})
     proposal = NeighbourSource(neighbours).propose(Ask(query, EMBEDDING, 10))
     assert proposal.rows.tolist() == [31, 11, 32, 12]
-    assert proposal.because is not None
-    assert proposal.because.tolist() == [3, 1, 3, 1]
+    assert proposal.trigger_rows is not None
+    assert proposal.trigger_rows.tolist() == [3, 1, 3, 1]
 
 
 def test_trending_is_the_viewers_region_first_and_then_everybodys(table: VideoTable) -> None:
@@ -140,7 +140,7 @@ def test_the_fallback_list_is_popular_order_without_what_was_seen(lists: Popular
     candidates = lists.candidates(viewer(table, {top[0]: 1.0, top[2]: -1.0}))
     assert candidates.rows.tolist() == [row for row in lists.popular.tolist() if row not in (top[0], top[2])]
     assert (candidates.source == SOURCE_CODES["popular"]).all()
-    assert candidates.left == {"unservable": 0, "not_interested": 1, "seen": 1}
+    assert candidates.filtered_counts == {"unservable": 0, "not_interested": 1, "seen": 1}
 
 
 def test_a_quota_for_a_source_that_is_not_there_is_refused(retrieval: Retrieval) -> None:

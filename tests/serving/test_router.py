@@ -364,7 +364,7 @@ def test_a_request_that_no_rung_could_catch_is_counted_as_failed(
 ) -> None:
     async def check() -> None:
         await router.reconfigure(routing(stable=ids[0]))
-        monkeypatch.setattr("reelway.serving.graph.shown_videos", lambda *_: 1 / 0)
+        monkeypatch.setattr("reelway.serving.request_path.shown_videos", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             await ask(router)
 

@@ -67,9 +67,11 @@ def test_a_run_that_is_being_served_is_refused(run: Path) -> None:
 
 
 def test_a_queue_that_stands_longer_than_any_is_refused_with_both_numbers(run: Path) -> None:
-    done = reelway("serve", "--run", str(run), "--port", "0", "--at-once", "8", "--standing", "9")
+    done = reelway(
+        "serve", "--run", str(run), "--port", "0", "--max-ongoing-requests", "8", "--max-ongoing-sustained", "9"
+    )
     assert done.returncode == 2
-    assert "--standing 9: expected at most --at-once, which is 8" in done.stderr
+    assert "--max-ongoing-sustained 9: larger than --max-ongoing-requests 8" in done.stderr
 
 
 def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:

@@ -19,10 +19,10 @@ from reelway.platform.rollout import series
 from reelway.platform.rollout.traffic.bucketing import BUCKETS
 from reelway.platform.rollout.traffic.routing import ArmRoute, Routing, ShadowRoute
 from reelway.platform.tokens import TokenSigner
-from reelway.serving.graph import LocalStages
 from reelway.serving.open_releases import OpenRelease
 from reelway.serving.outcomes import ExposureBuffer
 from reelway.serving.release_loader import ReleaseLoader
+from reelway.serving.request_path import LocalStages
 from reelway.serving.router import Router, RouterParts
 from reelway.serving.shadow import AT_ONCE, is_mirrored, overlap_ratio, score_drift_ratio
 from reelway.serving.stages.arrays import Candidates, ViewerQuery
@@ -176,17 +176,17 @@ def test_a_mirrored_release_that_breaks_is_counted_and_touches_no_answer(
         assert answer.degraded == []
         label = world.mirrored[:12]
         await until(lambda: world.counted(series.REQUESTS, release=label, arm="shadow", outcome="degraded") == 1)
-        monkeypatch.setattr("reelway.serving.graph.RequestPath._query", lambda *_: 1 / 0)
+        monkeypatch.setattr("reelway.serving.request_path.RequestPath._viewer_query", lambda *_: 1 / 0)
         way = world.router._ways[Arm.STABLE]
-        monkeypatch.setattr(way.path, "_query", lambda *a: real_query(way.path, *a))
+        monkeypatch.setattr(way.path, "_viewer_query", lambda *a: real_query(way.path, *a))
         assert (await world.ask()).degraded == []
         await until(lambda: world.mirrored_as("failed") == 1)
         assert world.counted(series.REQUESTS, release=label, arm="shadow", outcome="failed") == 1
         assert world.counted(series.REQUESTS, arm="stable", outcome="failed") == 0
 
-    from reelway.serving.graph import RequestPath
+    from reelway.serving.request_path import RequestPath
 
-    real_query = RequestPath._query
+    real_query = RequestPath._viewer_query
     check(scenario())
 
 

@@ -15,10 +15,10 @@ from reelway.platform.contracts.features import VIDEO_LIVE_DENSE
 from reelway.platform.rollout.policy import Slice
 from reelway.platform.rollout.traffic.routing import ArmRoute, Routing
 from reelway.platform.tokens import SLICE_BITS, ImpressionToken, TokenSigner
-from reelway.serving.graph import Answered, RequestPath, run_to_end
 from reelway.serving.metrics import IngressMetrics
 from reelway.serving.outcomes import ExposedArm, ExposureBuffer
 from reelway.serving.release_loader import ReleaseLoader
+from reelway.serving.request_path import Recommendation, RequestPath, run_without_waiting
 from reelway.serving.router import side_of
 from reelway.serving.slates import (
     EVERYBODY,
@@ -51,12 +51,12 @@ def showing(side: RolloutSide, now_s: float = NOW_S, *, new_viewer: bool = False
     return Showing(1, 2, "r" * 64, side, None, now_s, now_s, new_viewer)
 
 
-def answered(loader: ReleaseLoader, side: RolloutSide, row: dict[str, object]) -> Answered:
+def answered(loader: ReleaseLoader, side: RolloutSide, row: dict[str, object]) -> Recommendation:
     path = RequestPath(loader.edge(), loader.stages(), SIGNER, IngressMetrics(CollectorRegistry()), side)
-    return run_to_end(path.answer(RecommendRequest(viewer_id=7, count=10), row, NOW_S, NOW_S + 5))
+    return run_without_waiting(path.recommend(RecommendRequest(viewer_id=7, count=10), row, NOW_S, NOW_S + 5))
 
 
-def tokens(answer: Answered) -> list[ImpressionToken]:
+def tokens(answer: Recommendation) -> list[ImpressionToken]:
     return [SIGNER.read(video.token) for video in answer.response.videos]
 
 
@@ -77,7 +77,7 @@ def test_a_viewer_without_a_past_is_new_and_nobody_is_where_the_row_could_not_be
     bit = SLICE_BITS[Slice.NEW_VIEWERS]
     assert all(one.slices & bit for one in tokens(answered(loader, CANARY, {})))
     path = RequestPath(loader.edge(), loader.stages(), SIGNER, IngressMetrics(CollectorRegistry()), CANARY)
-    unread = run_to_end(path.answer(RecommendRequest(viewer_id=7, count=10), None, NOW_S))
+    unread = run_without_waiting(path.recommend(RecommendRequest(viewer_id=7, count=10), None, NOW_S))
     assert not any(one.slices & bit for one in tokens(unread))
 
 

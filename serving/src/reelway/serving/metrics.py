@@ -48,7 +48,7 @@ class RetrievalMetrics:
         """Add one request's candidates, and what left on the way."""
         for code in set(candidates.source.tolist()):
             self._found[code].inc(int((candidates.source == code).sum()))
-        for kind, videos in candidates.left.items():
+        for kind, videos in candidates.filtered_counts.items():
             self._left.labels(self._release, kind).inc(videos)
 
 
@@ -118,7 +118,7 @@ class RerankingMetrics:
         self.latency = histogram(
             "reelway_reranking_latency_seconds", "Time in the re-ranking stage.", ["release"], registry
         ).labels(release)
-        self._relaxed = counter(
+        self._cap_violations = counter(
             "reelway_reranking_relaxed_total", "Places that broke the per-creator cap.", ["release"], registry
         ).labels(release)
         self._explored = counter(
@@ -127,8 +127,8 @@ class RerankingMetrics:
 
     def count(self, slate: Slate) -> None:
         """Add one slate."""
-        if slate.relaxed:
-            self._relaxed.inc(slate.relaxed)
+        if slate.cap_violations:
+            self._cap_violations.inc(slate.cap_violations)
         if explored := int((slate.propensity < 1).sum()):
             self._explored.inc(explored)
 

@@ -112,7 +112,7 @@ def shown_videos(
     sources = [SOURCES[code] for code in slate.source.tolist()]
     watched = [
         None if row == ABSENT else (title or "")
-        for row, title in zip(slate.because.tolist(), table.titles(slate.because), strict=True)
+        for row, title in zip(slate.trigger_rows.tolist(), table.titles(slate.trigger_rows), strict=True)
     ]
     side = showing.side
     tokens = signer.sign_many(

@@ -90,8 +90,8 @@ class RouterDeployment(Router):
             viewer_row_ms=args.budgets.viewer_row,
             sample=sample,
             exposures=ExposureBuffer() if args.outcomes else None,
-            at_once=args.at_once,
-            standing=args.standing,
+            max_ongoing_requests=args.max_ongoing_requests,
+            max_ongoing_sustained=args.max_ongoing_sustained,
         )
         super().__init__(self._open, parts)
         if args.composition == "fused":

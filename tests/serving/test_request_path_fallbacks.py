@@ -17,10 +17,11 @@ from reelway.platform.contracts.api import RecommendRequest, RecommendResponse, 
 from reelway.platform.contracts.blend import Blend, RerankingBlend, RetrievalBlend
 from reelway.platform.contracts.events import Arm
 from reelway.platform.tokens import TokenSigner
-from reelway.serving.graph import LocalStages, RecommendationGraph, run_to_end
 from reelway.serving.metrics import SHORT, IngressMetrics
 from reelway.serving.release_loader import ReleaseLoader
-from reelway.serving.stages.arrays import F32, Candidates, Slate, ViewerQuery
+from reelway.serving.request_path import InProcessRecommender, LocalStages, run_without_waiting
+from reelway.serving.stages.arrays import F32, Candidates, RankingInput, ScoredCandidates, Slate, ViewerQuery
+from reelway.serving.time_budget import TimeBudget
 
 VIDEOS = 300
 CAP = 2
@@ -61,6 +62,7 @@ class BrokenStages:
 
     def __init__(self, stages: LocalStages, *broken: str) -> None:
         self._stages, self._broken = stages, broken
+        self.budgets: dict[str, TimeBudget] = {}
 
     def _break(self, stage: str) -> None:
         if stage in self._broken:
@@ -70,23 +72,23 @@ class BrokenStages:
         self._break("retrieve")
         return await self._stages.retrieve(query)
 
-    async def rank(self, query: ViewerQuery, candidates: Candidates) -> F32:
+    async def rank(self, ranking_input: RankingInput) -> F32:
         self._break("rank")
-        return await self._stages.rank(query, candidates)
+        return await self._stages.rank(ranking_input)
 
-    async def rerank(self, query: ViewerQuery, candidates: Candidates, value: F32, count: int) -> Slate:
+    async def rerank(self, candidates: ScoredCandidates) -> Slate:
         self._break("rerank")
-        return await self._stages.rerank(query, candidates, value, count)
+        return await self._stages.rerank(candidates)
 
 
 def ask(release: Release, *broken: str, row: Any = "own", count: int = 20, **context: Any) -> tuple[Any, Any]:
     """One answer, and the registry it was counted in."""
     registry = CollectorRegistry()
-    graph = RecommendationGraph(
+    recommender = InProcessRecommender(
         release.loader.edge(), BrokenStages(release.stages, *broken), SIGNER, IngressMetrics(registry)
     )
     request = RecommendRequest(viewer_id=7, count=count, context=RequestContext(**context))
-    return graph.recommend(request, release.row if row == "own" else row, NOW_S), registry
+    return recommender.recommend(request, release.row if row == "own" else row, NOW_S), registry
 
 
 def counted(registry: CollectorRegistry, name: str, release: Release, **labels: str) -> float:
@@ -232,9 +234,9 @@ def test_a_creator_has_no_more_places_than_the_cap(release: Release) -> None:
 
 def test_the_moment_of_the_request_decides_what_is_new(release: Release) -> None:
     later = datetime.fromtimestamp(NOW_S + 90 * 86_400, UTC).timestamp()
-    graph = RecommendationGraph(release.loader.edge(), BrokenStages(release.stages, "rank", "rerank"), SIGNER)
+    recommender = InProcessRecommender(release.loader.edge(), BrokenStages(release.stages, "rank", "rerank"), SIGNER)
     request = RecommendRequest(viewer_id=1, count=100)
-    now, then = (graph.recommend(request, {}, at_s) for at_s in (NOW_S, later))
+    now, then = (recommender.recommend(request, {}, at_s) for at_s in (NOW_S, later))
     assert "fresh" in {video.source for video in now.videos}
     assert "fresh" not in {video.source for video in then.videos}
 
@@ -246,4 +248,4 @@ def test_a_stage_that_waits_has_no_place_in_one_process() -> None:
         await asyncio.sleep(0)
 
     with pytest.raises(RuntimeError, match="waited"):
-        run_to_end(waits())
+        run_without_waiting(waits())
