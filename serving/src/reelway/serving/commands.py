@@ -76,8 +76,8 @@ def serve(
     max_ongoing_sustained: int | None = typer.Option(
         None,
         min=1,
-        help="Lower limit of requests in flight once the queue has not been empty for half a second, because a standing "
-        "queue delays every later request. By default equal to --max-ongoing-requests.",
+        help="Limit of requests in flight once the queue has not been empty for half a second: a standing queue delays "
+        "every later request. By default equal to --max-ongoing-requests.",
     ),
     parity_sample_ratio: float = typer.Option(
         0.01, min=0.0, max=1.0, help="Share of requests, from 0 to 1, that is logged for the parity replay."
@@ -212,7 +212,7 @@ def _verified(run: RunDirectory, release: str) -> VerifiedRelease:
 
 
 def _features(run: RunDirectory) -> Path | None:
-    """Returns the run's feature store, or None if it has none.
+    """Returns the folder of the run's feature store, or None if the run has none.
 
     Without a feature store all viewers are unknown. That is printed here and counted by the router.
     """
