@@ -128,7 +128,7 @@ def test_an_input_that_does_not_fit_is_refused_by_name(change: dict[str, Any], r
         (b"{}", "9" * 5000, "expected at most"),
     ],
 )
-def test_a_body_that_is_no_request_is_refused(body: bytes, length: str | None, reason: str) -> None:
+def test_malformed_body_is_rejected(body: bytes, length: str | None, reason: str) -> None:
     with pytest.raises(RefusedRequestError) as refusal:
         parse_request(body, length, SIGNATURE)
     assert reason in str(refusal.value)

@@ -74,7 +74,7 @@ def backend(service: Running) -> Iterator[ServeRestBackend]:
         yield made
 
 
-def test_a_known_viewer_gets_a_whole_slate_of_unseen_videos_with_readable_tokens(service: Running) -> None:
+def test_known_viewer_gets_a_full_slate_with_valid_tokens(service: Running) -> None:
     answer = service.ask(count=20)
     assert RecommendResponse.model_validate(answer).degraded == []
     assert len(answer["videos"]) == 20
@@ -84,7 +84,7 @@ def test_a_known_viewer_gets_a_whole_slate_of_unseen_videos_with_readable_tokens
     assert any(video["reason"].startswith("because you watched Video") for video in answer["videos"])
 
 
-def test_the_service_answers_what_the_graph_in_one_process_answers(service: Running) -> None:
+def test_service_slate_equals_the_in_process_slate(service: Running) -> None:
     row = ViewerRows(open_feature_store(service.run / "features")).read(KNOWN_VIEWER)
     graph = service.loader.graph(service.signer)
     here = graph.recommend(RecommendRequest(viewer_id=KNOWN_VIEWER, count=20), row, NOW_S)
@@ -94,7 +94,7 @@ def test_the_service_answers_what_the_graph_in_one_process_answers(service: Runn
     assert [v["score"] for v in there["videos"]] == pytest.approx([v.score for v in here.videos], abs=1e-5)
 
 
-def test_an_unknown_viewer_gets_a_whole_slate(service: Running) -> None:
+def test_unknown_viewer_gets_a_full_slate(service: Running) -> None:
     answer = service.ask(viewer=9_999_999)
     assert answer["degraded"] == []
     assert len(answer["videos"]) == 10
@@ -103,7 +103,7 @@ def test_an_unknown_viewer_gets_a_whole_slate(service: Running) -> None:
 @pytest.mark.parametrize(
     ("body", "field"), [({"viewer_id": -1}, "viewer_id"), ({"viewer_id": 1, "count": 0}, "count"), ({}, "viewer_id")]
 )
-def test_invalid_requests_are_refused_over_http_with_the_field(
+def test_invalid_request_gets_422_with_the_field(
     service: Running, body: dict[str, Any], field: str
 ) -> None:
     before = service.metric("reelway_ingress_refused_total")
@@ -113,12 +113,12 @@ def test_invalid_requests_are_refused_over_http_with_the_field(
     assert service.metric("reelway_ingress_refused_total") == before + 1
 
 
-def test_the_schema_is_published(service: Running) -> None:
+def test_openapi_schema_is_published(service: Running) -> None:
     parts = service.client.get("/openapi.json").json()["components"]["schemas"]
     jsonschema.validate(service.ask(), parts["RecommendResponse"] | {"components": {"schemas": parts}})
 
 
-def test_concurrent_requests_are_all_answered_whole(service: Running) -> None:
+def test_concurrent_requests_get_full_slates(service: Running) -> None:
     with ThreadPoolExecutor(8) as threads:
         answers = list(threads.map(lambda viewer: service.ask(viewer=viewer), range(80)))
     assert [answer["viewer_id"] for answer in answers] == list(range(80))
@@ -126,7 +126,7 @@ def test_concurrent_requests_are_all_answered_whole(service: Running) -> None:
     assert len({answer["request_id"] for answer in answers}) == 80
 
 
-def test_one_scrape_shows_the_metrics_of_every_process(service: Running) -> None:
+def test_metrics_cover_every_process(service: Running) -> None:
     service.ask()
     label = service.release[:12]
     for stage in ("ingress", "retrieval", "ranking", "reranking"):
@@ -138,7 +138,7 @@ def test_one_scrape_shows_the_metrics_of_every_process(service: Running) -> None
     assert str(KNOWN_VIEWER) not in re.findall(r'="([^"]*)"', text)
 
 
-def test_what_was_served_is_logged_for_the_parity_replay(service: Running) -> None:
+def test_served_features_are_logged_for_the_parity_replay(service: Running) -> None:
     answer = service.ask(count=5, device="tv")
     deadline = time.monotonic() + 10
     while True:
@@ -152,7 +152,7 @@ def test_what_was_served_is_logged_for_the_parity_replay(service: Running) -> No
     assert (vector.device, vector.release) == ("tv", service.release)
 
 
-def test_the_commands_own_client_prints_a_slate(service: Running) -> None:
+def test_recommend_command_prints_a_slate(service: Running) -> None:
     command = reelway_command("recommend", "--run", str(service.run), "--viewer", str(KNOWN_VIEWER), "--count", "3")
     readable = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
     assert f"viewer {KNOWN_VIEWER}" in readable
@@ -161,7 +161,7 @@ def test_the_commands_own_client_prints_a_slate(service: Running) -> None:
     assert len(RecommendResponse.model_validate_json(raw).videos) == 3
 
 
-def test_killed_replicas_cost_no_request(service: Running) -> None:
+def test_killed_replicas_fail_no_request(service: Running) -> None:
     service.wait_until_whole()
     rungs = {"Ranking": "no_ranker", "Retrieval": "no_retrieval", "Reranking": "no_reranker"}
     before = {rung: service.metric("reelway_ingress_degraded_total", rung=rung) for rung in rungs.values()}
@@ -198,7 +198,7 @@ def test_killed_replicas_cost_no_request(service: Running) -> None:
         assert service.metric("reelway_ingress_degraded_total", rung=rung) >= before[rung] + stepped_down[rung]
 
 
-def test_a_release_comes_takes_traffic_and_goes_under_load_without_a_failed_request(
+def test_release_change_under_load_fails_no_request(
     service: Running, backend: ServeRestBackend, capsys: pytest.CaptureFixture[str]
 ) -> None:
     service.wait_until_whole()
@@ -246,7 +246,7 @@ def test_a_release_comes_takes_traffic_and_goes_under_load_without_a_failed_requ
         assert last_s < 1.0
 
 
-def test_what_is_shown_in_a_rollout_is_counted_with_its_outcomes_and_mirrored_requests_are_compared(
+def test_rollout_counts_exposures_outcomes_and_mirroring(
     service: Running,
     backend: ServeRestBackend,
 ) -> None:
@@ -302,7 +302,7 @@ def test_what_is_shown_in_a_rollout_is_counted_with_its_outcomes_and_mirrored_re
     backend.apply(TrafficTarget(Routing.whole(stable), (stable,)))
 
 
-def test_a_release_that_cannot_be_had_is_reported_and_touches_no_other(
+def test_unavailable_release_affects_no_other_release(
     service: Running, backend: ServeRestBackend
 ) -> None:
     stable, nowhere = service.release, "0" * 64
@@ -373,7 +373,7 @@ def wait_for(condition: Callable[[], bool], otherwise: str, within_s: float) -> 
         time.sleep(0.1)
 
 
-def test_z_an_interrupt_ends_the_service_with_all_its_processes(service: Running) -> None:
+def test_z_interrupt_stops_the_service_and_its_processes(service: Running) -> None:
     started = psutil.Process(service.process.pid).children(recursive=True)
     assert len(started) > 5
     assert service.processes("rollout", "controller")

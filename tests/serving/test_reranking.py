@@ -66,7 +66,7 @@ def cases(draw: st.DrawFn) -> dict[str, Any]:
 
 
 @given(cases(), st.integers(0, 2**32))
-def test_a_slate_is_full_has_nothing_twice_and_keeps_the_cap_while_it_can(case: dict[str, Any], seed: int) -> None:
+def test_slate_is_full_and_keeps_the_cap_if_possible(case: dict[str, Any], seed: int) -> None:
     slate = rerank(**case, seed=seed)
     n, creators = len(case["value"]), np.array(case["creators"], dtype=np.int64)
     assert len(slate) == min(case["count"], n)
@@ -84,17 +84,17 @@ def test_a_slate_is_full_has_nothing_twice_and_keeps_the_cap_while_it_can(case: 
 
 
 @given(st.lists(st.integers(-2, 5), max_size=40))
-def test_occurrences_count_what_came_before(values: list[int]) -> None:
+def test_occurrences_count_earlier_equal_values(values: list[int]) -> None:
     seen = occurrences(np.array(values, dtype=np.int64)).tolist()
     assert seen == [values[:at].count(value) for at, value in enumerate(values)]
 
 
-def test_without_diversity_the_order_is_the_order_of_value() -> None:
+def test_zero_diversity_gives_the_order_of_value() -> None:
     slate = rerank([0.1, 0.9, 0.5, 0.7], [1, 2, 3, 4], count=3, diversity=0.0)
     assert slate.rows.tolist() == [1, 3, 2]
 
 
-def test_a_near_copy_of_the_best_gives_way_to_something_else() -> None:
+def test_near_duplicate_of_the_best_loses_its_position() -> None:
     embedding = np.array([[1, 0], [1, 0], [0, 1]], dtype=np.float32)
     values = [1.0, 0.95, 0.8]
     plain = rerank(values, [1, 2, 3], count=2, embedding=embedding, diversity=0.0)
@@ -103,7 +103,7 @@ def test_a_near_copy_of_the_best_gives_way_to_something_else() -> None:
     assert diverse.rows.tolist() == [0, 2]
 
 
-def test_greedy_mmr_is_what_its_definition_says() -> None:
+def test_greedy_mmr_matches_its_definition() -> None:
     rng = np.random.default_rng(0)
     n, count, diversity = 30, 12, 0.4
     value = rng.random(n)
@@ -126,13 +126,13 @@ def test_greedy_mmr_is_what_its_definition_says() -> None:
     assert slate.rows.tolist() == chosen
 
 
-def test_unknown_creators_are_not_one_creator() -> None:
+def test_cap_ignores_unknown_creators() -> None:
     slate = rerank([4, 3, 2, 1], [-1, -1, -1, 5], count=3, max_per_creator=1, diversity=0.0)
     assert slate.rows.tolist() == [0, 1, 2]
     assert slate.cap_violations == 0
 
 
-def test_the_logged_propensity_is_the_frequency_with_which_a_video_takes_an_explored_place() -> None:
+def test_propensity_equals_the_frequency_of_exploration() -> None:
     n, draws = 12, 4000
     value = [float(n - i) for i in range(n)]
     shown = np.zeros(n)
@@ -146,7 +146,7 @@ def test_the_logged_propensity_is_the_frequency_with_which_a_video_takes_an_expl
     assert shown[3:] / draws == pytest.approx(np.full(9, 1 / 9), abs=0.02)
 
 
-def test_exploration_draws_from_fresh_uploads_when_there_are_some() -> None:
+def test_exploration_prefers_fresh_uploads() -> None:
     n = 20
     source = np.full(n, SOURCE_CODES["ann"], dtype=np.int8)
     source[[15, 17]] = SOURCE_CODES["fresh"]
@@ -158,13 +158,13 @@ def test_exploration_draws_from_fresh_uploads_when_there_are_some() -> None:
     assert slate.propensity[slate.propensity < 1].tolist() == [0.5, 0.5]
 
 
-def test_the_same_seed_gives_the_same_slate() -> None:
+def test_equal_seed_gives_an_equal_slate() -> None:
     value = [float(i) for i in range(30)]
     slates = [rerank(value, list(range(30)), count=10, exploration_slots=3, seed=7).rows.tolist() for _ in range(2)]
     assert slates[0] == slates[1]
 
 
-def test_a_choice_is_explained_by_the_closest_liked_video_if_it_is_close() -> None:
+def test_trigger_is_the_nearest_similar_liked_video() -> None:
     embedding = np.array([[1, 0, 0], [0, 1, 0], [0.9, 0.1, 0], [0, 0, 1]], dtype=np.float32)
     liked = np.array([2], dtype=np.int32)
     slate = rerank([4, 3, 2, 1], [1, 2, 3, 4], count=2, embedding=embedding, liked=liked, diversity=0.0)

@@ -137,7 +137,7 @@ def counted(router: Router, name: str, **labels: str) -> float:
     )
 
 
-def test_each_viewer_is_answered_by_the_release_of_their_arm(router: Router, ids: list[str]) -> None:
+def test_viewer_is_answered_by_the_release_of_the_arm(router: Router, ids: list[str]) -> None:
     given_routing = routing(stable=ids[0], canary=ids[1], canary_bp=3000, holdout_bp=1000, rollout="r1")
     expected = Routing.model_validate(given_routing)
 
@@ -153,7 +153,7 @@ def test_each_viewer_is_answered_by_the_release_of_their_arm(router: Router, ids
         assert counted(router, "reelway_ingress_requests_total", arm=arm, outcome="ok") > 0
 
 
-def test_the_holdout_sees_the_popular_list_in_its_order_and_is_not_degraded(
+def test_holdout_gets_the_popular_list_in_order(
     router: Router, ids: list[str], place: Path
 ) -> None:
     edge = ReleaseLoader(place / ids[0]).edge()
@@ -170,7 +170,7 @@ def test_the_holdout_sees_the_popular_list_in_its_order_and_is_not_degraded(
     assert counted(router, "reelway_ingress_stage_latency_seconds_count", stage="retrieval") == 0
 
 
-def test_weights_change_without_opening_anything_again_and_what_left_is_closed(
+def test_weight_change_reopens_no_release(
     router: Router, shelf: Shelf, ids: list[str]
 ) -> None:
     async def check() -> None:
@@ -191,7 +191,7 @@ def test_weights_change_without_opening_anything_again_and_what_left_is_closed(
     run(check())
 
 
-def test_a_release_that_cannot_be_opened_is_reported_and_its_share_is_stables(
+def test_share_of_a_broken_release_goes_to_stable(
     router: Router, shelf: Shelf, ids: list[str]
 ) -> None:
     shelf.broken = {ids[1], ids[2]}
@@ -215,7 +215,7 @@ def test_a_release_that_cannot_be_opened_is_reported_and_its_share_is_stables(
     run(check())
 
 
-def test_a_release_is_open_before_it_has_weight_and_a_way_back_does_not_wait_for_it(
+def test_rollback_does_not_wait_for_an_opening_release(
     router: Router, shelf: Shelf, ids: list[str]
 ) -> None:
     async def check() -> None:
@@ -234,7 +234,7 @@ def test_a_release_is_open_before_it_has_weight_and_a_way_back_does_not_wait_for
     run(check())
 
 
-def test_requests_in_flight_end_on_the_release_they_began_on_before_it_is_closed(
+def test_requests_in_flight_finish_before_their_release_closes(
     router: Router, shelf: Shelf, store: Store, ids: list[str]
 ) -> None:
     async def check() -> None:
@@ -253,7 +253,7 @@ def test_requests_in_flight_end_on_the_release_they_began_on_before_it_is_closed
     run(check())
 
 
-def test_a_router_whose_stable_release_cannot_be_opened_does_not_start(
+def test_router_fails_to_start_without_stable(
     router: Router, shelf: Shelf, ids: list[str]
 ) -> None:
     shelf.broken = {ids[0]}
@@ -261,7 +261,7 @@ def test_a_router_whose_stable_release_cannot_be_opened_does_not_start(
         run(router.reconfigure(routing(stable=ids[0], canary=ids[1], canary_bp=100)))
 
 
-def test_a_router_that_starts_does_not_wait_for_long_for_releases_beside_stable(
+def test_starting_router_waits_briefly_for_other_releases(
     router: Router, shelf: Shelf, ids: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("reelway.serving.router.OTHERS_S", 0.05)
@@ -278,7 +278,7 @@ def test_a_router_that_starts_does_not_wait_for_long_for_releases_beside_stable(
     run(check())
 
 
-def test_a_stable_release_that_cannot_be_opened_later_leaves_everything_as_it_was(
+def test_broken_new_stable_keeps_the_previous_routing(
     router: Router, shelf: Shelf, ids: list[str]
 ) -> None:
     shelf.broken = {ids[1]}
@@ -293,7 +293,7 @@ def test_a_stable_release_that_cannot_be_opened_later_leaves_everything_as_it_wa
 
 
 @pytest.mark.parametrize("weight", [9999, 20_000, -1])
-def test_weights_that_leave_viewers_out_are_refused_and_the_old_ones_stay(
+def test_invalid_weights_keep_the_previous_routing(
     router: Router, ids: list[str], weight: int
 ) -> None:
     wrong = routing(stable=ids[1])
@@ -311,7 +311,7 @@ def test_weights_that_leave_viewers_out_are_refused_and_the_old_ones_stay(
 @given(
     weights=st.tuples(st.integers(0, 4000), st.integers(0, 4000)), missing=st.sets(st.sampled_from(["canary", "lists"]))
 )
-def test_whatever_is_missing_all_viewers_have_an_arm_that_is_there(weights: tuple[int, int], missing: set[str]) -> None:
+def test_reassigned_routing_covers_all_viewers(weights: tuple[int, int], missing: set[str]) -> None:
     arms = (
         ArmRoute(arm=Arm.CANARY, release="canary", weight_bp=weights[0]),
         ArmRoute(arm=Arm.STABLE, release="stable", weight_bp=BUCKETS - sum(weights)),
@@ -327,7 +327,7 @@ def test_whatever_is_missing_all_viewers_have_an_arm_that_is_there(weights: tupl
         assert before.release in missing or left.route_of(viewer).release == before.release
 
 
-def test_a_store_that_fails_costs_the_row_and_not_the_slate(router: Router, store: Store, ids: list[str]) -> None:
+def test_failed_store_does_not_fail_the_request(router: Router, store: Store, ids: list[str]) -> None:
     store.fails = True
 
     async def check() -> RecommendResponse:
@@ -342,7 +342,7 @@ def test_a_store_that_fails_costs_the_row_and_not_the_slate(router: Router, stor
     assert counted(router, "reelway_ingress_requests_total", outcome="context_only") == 1
 
 
-def test_a_store_that_is_late_holds_up_neither_its_own_answer_nor_another(
+def test_late_store_does_not_delay_responses(
     router: Router, store: Store, ids: list[str]
 ) -> None:
     store.late_s = 1.0
@@ -359,7 +359,7 @@ def test_a_store_that_is_late_holds_up_neither_its_own_answer_nor_another(
     assert counted(router, "reelway_ingress_faults_total", stage="viewer_row", kind="timeout") == 2
 
 
-def test_a_request_that_no_rung_could_catch_is_counted_as_failed(
+def test_error_without_a_fallback_counts_as_failed(
     router: Router, ids: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def check() -> None:
@@ -372,7 +372,7 @@ def test_a_request_that_no_rung_could_catch_is_counted_as_failed(
     assert counted(router, "reelway_ingress_requests_total", arm="stable", outcome="failed") == 1
 
 
-def test_a_viewer_known_to_the_store_is_not_degraded(router: Router, ids: list[str]) -> None:
+def test_known_viewer_gets_a_slate_that_is_not_degraded(router: Router, ids: list[str]) -> None:
     async def check() -> RecommendResponse:
         await router.reconfigure(routing(stable=ids[0]))
         return await ask(router)

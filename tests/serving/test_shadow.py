@@ -126,7 +126,7 @@ def check(work: Awaitable[None]) -> None:
     asyncio.run(run())
 
 
-def test_a_mirrored_request_is_compared_and_leaves_no_impression(world: World) -> None:
+def test_mirrored_request_leaves_no_impression(world: World) -> None:
     async def scenario() -> None:
         await world.start()
         answer = await world.ask()
@@ -146,7 +146,7 @@ def test_a_mirrored_request_is_compared_and_leaves_no_impression(world: World) -
     assert batch.count.sum() == 5
 
 
-def test_a_mirrored_release_that_hangs_delays_nobody_and_what_is_too_much_is_dropped(world: World) -> None:
+def test_hanging_mirrored_release_delays_no_response(world: World) -> None:
     async def scenario() -> None:
         await world.start()
         assert world.shadow_stages
@@ -165,7 +165,7 @@ def test_a_mirrored_release_that_hangs_delays_nobody_and_what_is_too_much_is_dro
     check(scenario())
 
 
-def test_a_mirrored_release_that_breaks_is_counted_and_touches_no_answer(
+def test_broken_mirrored_release_changes_no_response(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def scenario() -> None:
@@ -190,7 +190,7 @@ def test_a_mirrored_release_that_breaks_is_counted_and_touches_no_answer(
     check(scenario())
 
 
-def test_only_the_named_share_is_mirrored_and_it_is_not_the_canarys_viewers() -> None:
+def test_mirrored_viewers_are_independent_of_the_canary() -> None:
     routing = Routing(
         salt="a rollout",
         arms=(
@@ -210,11 +210,11 @@ def test_only_the_named_share_is_mirrored_and_it_is_not_the_canarys_viewers() ->
     ("shown", "mirrored", "ratio"),
     [([1, 2, 3, 4], [4, 3, 9, 8], 0.5), ([1, 2], [2, 1], 1.0), ([1], [], 0.0), ([], [], 1.0), ([], [1], 0.0)],
 )
-def test_overlap_counts_the_shown_videos_that_are_in_both(shown: list[int], mirrored: list[int], ratio: float) -> None:
+def test_overlap_is_the_share_of_common_videos(shown: list[int], mirrored: list[int], ratio: float) -> None:
     assert overlap_ratio(shown, mirrored) == ratio
 
 
-def test_drift_is_relative_to_the_shown_slate_and_absent_where_it_means_nothing() -> None:
+def test_score_drift_is_relative_to_the_shown_slate() -> None:
     one, two, nothing = np.full(3, 0.5, np.float32), np.full(2, 0.6, np.float32), np.zeros(0, np.float32)
     assert score_drift_ratio(one, two) == pytest.approx(0.2)
     assert score_drift_ratio(two, one) == pytest.approx(1 / 6)

@@ -60,7 +60,7 @@ def tokens(answer: Recommendation) -> list[ImpressionToken]:
     return [SIGNER.read(video.token) for video in answer.response.videos]
 
 
-def test_a_token_carries_its_side_its_slices_its_length_and_the_clocks_time(
+def test_token_carries_the_impression_context(
     loader: ReleaseLoader, table: VideoTable
 ) -> None:
     answer = answered(loader, CANARY, {"history_videos": [int(table.video_id[0])]})
@@ -73,7 +73,7 @@ def test_a_token_carries_its_side_its_slices_its_length_and_the_clocks_time(
     assert [one.duration_ms for one in shown] == (seconds * 1000).astype(int).tolist()
 
 
-def test_a_viewer_without_a_past_is_new_and_nobody_is_where_the_row_could_not_be_read(loader: ReleaseLoader) -> None:
+def test_viewer_without_history_is_new(loader: ReleaseLoader) -> None:
     bit = SLICE_BITS[Slice.NEW_VIEWERS]
     assert all(one.slices & bit for one in tokens(answered(loader, CANARY, {})))
     path = RequestPath(loader.edge(), loader.stages(), SIGNER, IngressMetrics(CollectorRegistry()), CANARY)
@@ -81,13 +81,13 @@ def test_a_viewer_without_a_past_is_new_and_nobody_is_where_the_row_could_not_be
     assert not any(one.slices & bit for one in tokens(unread))
 
 
-def test_outside_of_a_rollout_a_token_names_none_and_no_slice(loader: ReleaseLoader) -> None:
+def test_token_outside_a_rollout_has_no_rollout_fields(loader: ReleaseLoader) -> None:
     shown = tokens(answered(loader, EVERYBODY, {}))
     assert {(one.rollout, one.weight, one.slices) for one in shown} == {("", 0.0, 0)}
 
 
 @given(hours=st.floats(0, 100), followers=st.one_of(st.floats(0, 1000, width=32), st.just(float("nan"))))
-def test_a_video_is_new_for_two_days_and_a_creator_small_below_the_bound_or_unknown(
+def test_slices_follow_upload_age_and_follower_count(
     loader: ReleaseLoader, hours: float, followers: float
 ) -> None:
     table = loader.table()
@@ -102,7 +102,7 @@ def test_a_video_is_new_for_two_days_and_a_creator_small_below_the_bound_or_unkn
     assert not mask & SLICE_BITS[Slice.NEW_VIEWERS]
 
 
-def test_what_is_counted_as_shown_is_what_the_tokens_say(loader: ReleaseLoader) -> None:
+def test_counted_exposures_match_the_tokens(loader: ReleaseLoader) -> None:
     buffer = ExposureBuffer()
     answer = answered(loader, CANARY, {})
     buffer.add(ExposedArm("r1", Arm.CANARY, answer.response.release), 7, CANARY.overlap_weight, answer.slices)
@@ -117,7 +117,7 @@ def test_what_is_counted_as_shown_is_what_the_tokens_say(loader: ReleaseLoader) 
 @pytest.mark.parametrize(
     ("arm", "weight"), [(Arm.CANARY, 0.9), (Arm.STABLE, 0.1), (Arm.HOLDOUT, 1.0), (Arm.SHADOW, 0.0)]
 )
-def test_an_impression_weighs_what_makes_both_arms_alike_over_the_ramp(arm: Arm, weight: float) -> None:
+def test_overlap_weight_depends_on_the_arm(arm: Arm, weight: float) -> None:
     arms = (
         ArmRoute(arm=Arm.CANARY, release="c", weight_bp=900),
         ArmRoute(arm=Arm.STABLE, release="s", weight_bp=8100),
