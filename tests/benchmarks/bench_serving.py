@@ -1,21 +1,22 @@
-"""The request path against its floor and against the naive composition, and its parts against their bars.
+"""Compares the request path with its floor and with the naive composition, and its parts with their bars.
 
 Usage: python -m tests.benchmarks.bench_serving [--only features,ranking,...] [--sides naive,staged,fused] [--videos N]
 
-- the floor: the same arithmetic in one process, nothing around it (one process for each core for its throughput);
-- the naive composition: what the guides of Serve, Feast and torch lead to (``serving_naive``);
-- ours, ``staged`` (three deployments behind the router) and ``fused`` (the stages in the routers).
+- floor: the same arithmetic in one process without a service (throughput: one process per core);
+- naive: a composition as the guides of Ray Serve, Feast and torch suggest it (``serving_naive``);
+- staged: three deployments behind the router;
+- fused: the stages in the routers.
 
-All answer the same viewers from the same release and read the viewers' rows from the same online store. The load comes
-from a process of its own on the same cores, so every side pays for it. What is compared comes from one run.
+All variants answer the same viewers from the same release and read the viewers' rows from the same online store. The
+load generator runs on the same cores, so it costs every variant the same. Compared numbers come from one run.
 """
 
 from __future__ import annotations
 
 import os
 
-# One core for each process, as a service's replicas have it: two processes whose libraries start a thread for each core
-# lose two thirds of their throughput to each other.
+# One thread per process, as in the service's replicas. Two processes whose libraries start a thread per core lose two
+# thirds of their throughput.
 os.environ |= dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
 
 import argparse
@@ -44,7 +45,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory(prefix="bench-serving-") as name:
             for row in _measured(options, Path(name)):
                 rows.append(row)
-    finally:  # what was measured before a side did not start is worth having
+    finally:  # keep the rows that were measured before a failure
         write_report("serving", rows)
 
 
@@ -63,16 +64,26 @@ def _measured(options: argparse.Namespace, path: Path) -> Iterator[Row]:
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", type=_words, default=list(SECTIONS), help=f"some of {', '.join(SECTIONS)}")
-    parser.add_argument("--sides", type=_words, default=list(SIDES), help=f"some of {', '.join(SIDES)}")
-    parser.add_argument("--videos", type=int, default=200_000)
+    parser.add_argument(
+        "--only",
+        type=_words,
+        default=list(SECTIONS),
+        help=f"sections to measure, separated by commas: {', '.join(SECTIONS)}",
+    )
+    parser.add_argument(
+        "--sides",
+        type=_words,
+        default=list(SIDES),
+        help=f"variants to measure, separated by commas: {', '.join(SIDES)}",
+    )
+    parser.add_argument("--videos", type=int, default=200_000, help="videos of the catalogue")
     parser.add_argument("--large", type=int, default=1_000_000, help="videos of the largest catalogue")
-    parser.add_argument("--seconds", type=float, default=8.0, help="of each measurement under load")
-    parser.add_argument("--overload-s", type=float, default=60.0)
+    parser.add_argument("--seconds", type=float, default=8.0, help="duration of each measurement under load")
+    parser.add_argument("--overload-s", type=float, default=60.0, help="duration of the overload")
     options = parser.parse_args()
     for name, known in (("only", SECTIONS), ("sides", SIDES)):
         if unknown := sorted(set(getattr(options, name)) - set(known)):
-            parser.error(f"--{name} names {unknown}, expected among {list(known)}")
+            parser.error(f"--{name}: unknown values {unknown}; use values among {list(known)}")
     return options
 
 

@@ -1,4 +1,4 @@
-"""Blending by quota: properties that hold for any sources, and the cases a person would ask about."""
+"""Blending by quota: properties for arbitrary sources, and typical cases."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from reelway.serving.stages.blending import blend, whole_quotas
 
 @st.composite
 def proposals(draw: st.DrawFn) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Rows and source of each proposal, and a quota for each source; a source may repeat itself and the others."""
+    """Rows and source of each proposal, and a quota per source; proposals may repeat within and between sources."""
     per_source = draw(st.lists(st.lists(st.integers(0, 40), max_size=40), min_size=1, max_size=5))
     quotas = draw(st.lists(st.integers(0, 20), min_size=len(per_source), max_size=len(per_source)))
     rows = np.array([row for one in per_source for row in one], dtype=np.int32)
@@ -21,7 +21,7 @@ def proposals(draw: st.DrawFn) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def one_by_one(rows: np.ndarray, source: np.ndarray, quotas: np.ndarray) -> list[set[int]]:
-    """The rule as a person would carry it out: which rows each source gets."""
+    """Applies the blending rule proposal by proposal and returns the rows that each source gets."""
     got: list[set[int]] = [set() for _ in quotas]
     spare = 0
     for round_quotas in (quotas.tolist(), [0] * len(quotas)):
@@ -61,7 +61,7 @@ def test_blend_keeps_the_order_of_each_source(case: tuple[np.ndarray, np.ndarray
 
 
 def apart(*available: int) -> tuple[np.ndarray, np.ndarray]:
-    """Sources with so many proposals each, none of them shared."""
+    """Sources with the given numbers of proposals and no common video."""
     return np.arange(sum(available), dtype=np.int32), np.repeat(np.arange(len(available)), available)
 
 

@@ -1,4 +1,4 @@
-"""The HTTP face alone: what is refused and how, and what /openapi.json promises. No Ray, no models."""
+"""The HTTP API without Ray and models: rejected requests, and the schema in /openapi.json."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from reelway.serving.http_api import Answer, CurrentReleases, ServedRelease, bui
 
 
 class OneVideoService:
-    """Answers everybody with one video, or breaks."""
+    """Returns one video for every viewer, or raises."""
 
     def __init__(self) -> None:
         self.breaks = False
@@ -61,7 +61,7 @@ class OneVideoService:
         self.refused += 1
 
     def refuse_unread(self) -> None:
-        """There is always time."""
+        """Never rejects a request."""
 
 
 @pytest.fixture
@@ -102,7 +102,7 @@ def test_valid_request_is_answered(client: TestClient, service: OneVideoService)
         ({"context": {"device": 5}}, "context.device"),
         ({"context": {"region": "x" * 65}}, "context.region"),
         ({"context": {"time": "yesterday"}}, "context.time"),
-        ({"context": {"time": "2024-06-10T06:00:00"}}, "context.time"),  # no zone
+        ({"context": {"time": "2024-06-10T06:00:00"}}, "context.time"),  # without a time zone
         ({"context": {"vpn": True}}, "context.vpn"),
         ({"users": [1]}, "users"),
     ],
@@ -138,9 +138,7 @@ def test_long_value_is_not_echoed(client: TestClient) -> None:
     assert len(answer.content) < 1000
 
 
-def test_unexpected_error_is_503_without_internals(
-    client: TestClient, service: OneVideoService
-) -> None:
+def test_unexpected_error_is_503_without_internals(client: TestClient, service: OneVideoService) -> None:
     service.breaks = True
     answer = client.post("/v1/recommend", json=VALID)
     assert answer.status_code == 503

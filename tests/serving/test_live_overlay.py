@@ -1,4 +1,4 @@
-"""A video table that follows the changelog: newest rows, of videos and of creators, each version of one moment."""
+"""The overlay of a video table: newest rows of videos and creators, one version per poll of the changelog."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def table(tmp_path: Path) -> VideoTable:
 
 
 def rows_of(view: str, values: dict[int, float | None]) -> pa.Table:
-    """Rows whose fields are all one value."""
+    """Rows whose fields all have the same value."""
     own = FIELDS[view]
     return pa.table(
         [
@@ -108,9 +108,7 @@ def test_snapshot_replaces_its_changes_for_all_readers(table: VideoTable, tmp_pa
         assert reader.sequence == 6
 
 
-def test_malformed_change_raises(
-    table: VideoTable, tmp_path: Path
-) -> None:
+def test_malformed_change_raises(table: VideoTable, tmp_path: Path) -> None:
     overlay = LiveOverlay(table, Changelog(tmp_path / "overlay"))
     assert overlay.poll() == 0
     (tmp_path / "overlay").mkdir()

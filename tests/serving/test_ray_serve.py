@@ -1,6 +1,6 @@
-"""`reelway serve` as a user has it: its own Ray, real HTTP, faults, the metrics of all processes, and a clean end.
+"""`reelway serve` with its own Ray and real HTTP: slates, failures, metrics of all processes, and shutdown.
 
-One service for the whole module, so the tests share its state; the last one ends it.
+All tests of the module share one service and its state; the last test stops it.
 """
 
 from __future__ import annotations
@@ -103,9 +103,7 @@ def test_unknown_viewer_gets_a_full_slate(service: Running) -> None:
 @pytest.mark.parametrize(
     ("body", "field"), [({"viewer_id": -1}, "viewer_id"), ({"viewer_id": 1, "count": 0}, "count"), ({}, "viewer_id")]
 )
-def test_invalid_request_gets_422_with_the_field(
-    service: Running, body: dict[str, Any], field: str
-) -> None:
+def test_invalid_request_gets_422_with_the_field(service: Running, body: dict[str, Any], field: str) -> None:
     before = service.metric("reelway_ingress_refused_total")
     answer = service.client.post("/v1/recommend", json=body)
     assert answer.status_code == 422
@@ -177,7 +175,7 @@ def test_killed_replicas_fail_no_request(service: Running) -> None:
     def wait_for(rung: str) -> None:
         deadline = time.monotonic() + 30
         while not any(rung in answer.get("degraded", ()) for answer in list(answers)):
-            assert time.monotonic() < deadline, f"no answer stepped down to {rung}"
+            assert time.monotonic() < deadline, f"no response has the degradation {rung}"
             time.sleep(0.02)
 
     with ThreadPoolExecutor(2) as threads:
@@ -217,19 +215,25 @@ def test_release_change_under_load_fails_no_request(
     with asking(service.url) as asked:
         backend.observe()
         backend.apply(TrafficTarget(routing(0), (stable, other)))
-        wait_for(ready, "the release is not ready", READY_S)
+        wait_for(ready, "the release did not become ready", READY_S)
         moves: dict[str, tuple[int, float]] = {}
         for name, weight in (("weight given", 5000), ("weight taken", 0)):
             moves[name] = (weight, time.time())
             backend.apply(TrafficTarget(routing(weight), (stable, other)))
             keep_going(asked, 40)
         backend.apply(TrafficTarget(routing(0, warm=False), (stable,)))
-        wait_for(lambda: backend.observe().releases == (stable,), "the release is still there", 60)
-        wait_for(lambda: not service.processes("ray::ServeReplica", other[:12]), "its replicas are still there", 60)
+        wait_for(lambda: backend.observe().releases == (stable,), "the release was not removed", 60)
+        wait_for(
+            lambda: not service.processes("ray::ServeReplica", other[:12]),
+            "the replicas of the release were not removed",
+            60,
+        )
         keep_going(asked, 20)
 
     assert Counter(one.status for one in asked) == {200: len(asked)}
-    assert service.metric("reelway_ingress_faults_total", kind="error") == faults  # late ones are the machine's
+    assert (
+        service.metric("reelway_ingress_faults_total", kind="error") == faults
+    )  # timeouts may be due to a busy machine
     assert {name: service.replica_of(name).pid for name in kept} == kept
     for name, (weight, at) in moves.items():
         end = min((one_at for _, one_at in moves.values() if one_at > at), default=asked[-1].sent)
@@ -241,7 +245,7 @@ def test_release_change_under_load_fails_no_request(
         last_s = max((one.sent - at for one in wrong), default=0.0)
         with capsys.disabled():
             print(
-                f"\n{name}: from the PUT to the first request on it {first_s:.3f} s, to the last without {last_s:.3f} s"
+                f"\n{name}: first request on the new routing {first_s:.3f} s after the PUT, last on the old {last_s:.3f} s"
             )
         assert last_s < 1.0
 
@@ -261,8 +265,8 @@ def test_rollout_counts_exposures_outcomes_and_mirroring(
     )
     backend.observe()
     backend.apply(TrafficTarget(routing, (stable, other)))
-    wait_for(lambda: backend.observe().ready >= {stable, other}, "the release is not ready", READY_S)
-    wait_for(lambda: backend.observe().routing == routing, "the routing is not acted upon", READY_S)
+    wait_for(lambda: backend.observe().ready >= {stable, other}, "the release did not become ready", READY_S)
+    wait_for(lambda: backend.observe().routing == routing, "the routing did not take effect", READY_S)
     answers = [service.ask(viewer=viewer, count=3) for viewer in range(30)]
     for answer in answers:
         route = routing.route_of(answer["viewer_id"])
@@ -294,7 +298,9 @@ def test_rollout_counts_exposures_outcomes_and_mirroring(
     assert total(series.STATISTIC, **watched) == pytest.approx(5 * 3 * shown["canary"] * 5 / 9, rel=1e-5)
     label = other[:12]
     wait_for(
-        lambda: service.metric(series.SHADOW_REQUESTS, release=label, outcome="compared") > 0, "nothing is compared", 20
+        lambda: service.metric(series.SHADOW_REQUESTS, release=label, outcome="compared") > 0,
+        "no mirrored request was compared",
+        20,
     )
     assert service.metric(series.SHADOW_OVERLAP + "_count", release=label) > 0
     assert service.metric(series.LATENCY + "_count", release=label, arm="shadow") > 0
@@ -302,9 +308,7 @@ def test_rollout_counts_exposures_outcomes_and_mirroring(
     backend.apply(TrafficTarget(Routing.whole(stable), (stable,)))
 
 
-def test_unavailable_release_affects_no_other_release(
-    service: Running, backend: ServeRestBackend
-) -> None:
+def test_unavailable_release_affects_no_other_release(service: Running, backend: ServeRestBackend) -> None:
     stable, nowhere = service.release, "0" * 64
     arms = (
         ArmRoute(arm=Arm.CANARY, release=nowhere, weight_bp=9000),
@@ -312,17 +316,17 @@ def test_unavailable_release_affects_no_other_release(
     )
     backend.observe()
     backend.apply(TrafficTarget(Routing(salt="nowhere", rollout="r3", arms=arms), (stable, nowhere)))
-    wait_for(lambda: nowhere in backend.observe().failed, "nobody says that it failed", 60)
+    wait_for(lambda: nowhere in backend.observe().failed, "the release was not reported as failed", 60)
     assert "is not in" in backend.observe().failed[nowhere]
     assert {service.ask(viewer=viewer)["release"] for viewer in range(10)} == {stable}
     backend.apply(TrafficTarget(Routing.whole(stable), (stable,)))
-    wait_for(lambda: backend.observe().releases == (stable,), "it is still there", 60)
+    wait_for(lambda: backend.observe().releases == (stable,), "the release was not removed", 60)
     service.wait_until_whole()
 
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """One request of the load. ``moves``: whether a canary of half of the viewers has this one."""
+    """One request of the load. ``moves``: whether the viewer belongs to a canary of half of the viewers."""
 
     viewer: int
     sent: float
@@ -338,7 +342,7 @@ class Asked:
 
 @contextmanager
 def asking(url: str) -> Iterator[list[Asked]]:
-    """Three clients that ask without a pause, each viewer in turn."""
+    """Runs three clients that send requests without a pause, viewer after viewer."""
     stop, asked, viewers = threading.Event(), list[Asked](), itertools.count()
 
     def keep_asking() -> None:
@@ -361,9 +365,9 @@ def asking(url: str) -> Iterator[list[Asked]]:
 
 
 def keep_going(asked: list[Asked], requests: int) -> None:
-    """Until so many more were sent after half a second from now."""
+    """Waits until ``requests`` further requests were sent, counted from half a second from now."""
     since = time.time() + 0.5
-    wait_for(lambda: sum(one.sent > since for one in list(asked)) > requests, "nobody asks", 60)
+    wait_for(lambda: sum(one.sent > since for one in list(asked)) > requests, "the clients send no requests", 60)
 
 
 def wait_for(condition: Callable[[], bool], otherwise: str, within_s: float) -> None:

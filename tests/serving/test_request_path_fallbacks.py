@@ -1,4 +1,4 @@
-"""The whole path in one process: a viewer always gets a slate, and every step down is listed and counted."""
+"""The request path in one process: a viewer always gets a slate, and every fallback is listed and counted."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ SIGNER = TokenSigner(b"a secret of the tests, long enough")
 
 @dataclass
 class Release:
-    """A small release with its parts loaded once."""
+    """A small release whose stages are loaded once."""
 
     loader: ReleaseLoader
     stages: LocalStages
@@ -82,7 +82,7 @@ class BrokenStages:
 
 
 def ask(release: Release, *broken: str, row: Any = "own", count: int = 20, **context: Any) -> tuple[Any, Any]:
-    """One answer, and the registry it was counted in."""
+    """Returns a response and the registry with its metrics."""
     registry = CollectorRegistry()
     recommender = InProcessRecommender(
         release.loader.edge(), BrokenStages(release.stages, *broken), SIGNER, IngressMetrics(registry)
@@ -138,7 +138,7 @@ def test_broken_ranker_gives_the_order_of_retrieval(release: Release) -> None:
     other, _ = ask(release, "rank", "rerank", row={})
     scores = [video.score for video in answer.videos]
     assert scores == sorted(scores, reverse=True)
-    assert len({video.source for video in answer.videos[:20]}) >= 3  # the sources mixed, as blending orders them
+    assert len({video.source for video in answer.videos[:20]}) >= 3  # blending interleaves the sources
     assert [video.video_id for video in answer.videos] == [video.video_id for video in other.videos]
 
 

@@ -75,7 +75,7 @@ def test_slate_is_full_and_keeps_the_cap_if_possible(case: dict[str, Any], seed:
     by_known_creator = np.bincount(shown[shown >= 0], minlength=11)
     beyond_cap = int(np.maximum(by_known_creator - case["max_per_creator"], 0).sum())
     assert beyond_cap == slate.cap_violations
-    if slate.cap_violations:  # every video that the cap allowed is there already
+    if slate.cap_violations:  # all videos within the cap are in the slate
         possible = np.minimum(np.bincount(creators[creators >= 0], minlength=11), case["max_per_creator"])
         assert (by_known_creator >= possible).all()
         assert (shown < 0).sum() == (creators < 0).sum()
@@ -111,7 +111,7 @@ def test_greedy_mmr_matches_its_definition() -> None:
     embedding /= np.linalg.norm(embedding, axis=1, keepdims=True)
     scaled = (value - value.min()) / (value.max() - value.min())
     chosen: list[int] = []
-    while len(chosen) < count:  # the definition, candidate by candidate
+    while len(chosen) < count:  # the definition, position by position
         left = [i for i in range(n) if i not in chosen]
         chosen.append(
             max(

@@ -1,4 +1,4 @@
-"""Sources and retrieval on a real small release: who proposes what, what is never shown, and what is counted."""
+"""Sources and retrieval on a small release: proposals, filters and counts."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def lists(folder: Path, table: VideoTable) -> PopularLists:
 
 
 def viewer(table: VideoTable, watched: dict[int, float], region: str | None = None) -> ViewerQuery:
-    """Who watched rows of the table with these weights, an hour apart, the last one now."""
+    """Returns a viewer who watched the rows with these weights, one per hour, the last one now."""
     row = {
         "region": region,
         "history_videos": table.video_id[list(watched)].tolist(),
@@ -79,16 +79,14 @@ def test_each_source_fills_its_quota(retrieval: Retrieval, table: VideoTable) ->
     assert found == {"ann": 24, "trending": 6, "popular": 4, "neighbours": 4, "fresh": 2}
 
 
-def test_viewer_without_history_gets_all_candidates(
-    retrieval: Retrieval, table: VideoTable
-) -> None:
+def test_viewer_without_history_gets_all_candidates(retrieval: Retrieval, table: VideoTable) -> None:
     candidates = retrieval.retrieve(viewer(table, {}))
     assert len(candidates) == CANDIDATES
     assert SOURCE_CODES["neighbours"] not in candidates.source.tolist()
 
 
 def test_filtered_proposals_are_counted_by_kind(retrieval: Retrieval, table: VideoTable, lists: PopularLists) -> None:
-    first, second = lists.popular[:2].tolist()  # which one source proposes to everybody
+    first, second = lists.popular[:2].tolist()  # proposed to all viewers
     left = retrieval.retrieve(viewer(table, {first: 2.0, second: -2.0})).filtered_counts
     assert left["seen"] >= 1
     assert left["not_interested"] >= 1
@@ -99,7 +97,9 @@ def test_filtered_proposals_are_counted_by_kind(retrieval: Retrieval, table: Vid
 
 def test_index_returns_the_nearest_videos_first(retrieval: Retrieval, table: VideoTable) -> None:
     candidates = retrieval.retrieve(viewer(table, {10: 3.0}))
-    by_index = np.flatnonzero(candidates.source == SOURCE_CODES["ann"])[:24]  # its own quota; the rest helps out
+    by_index = np.flatnonzero(candidates.source == SOURCE_CODES["ann"])[
+        :24
+    ]  # its quota; further videos fill unused quotas
     exact = table.embedding @ candidates.viewer_embedding[0]
     exact[10] = -np.inf
     assert candidates.rows[by_index].tolist() == np.argsort(-exact)[:24].tolist()

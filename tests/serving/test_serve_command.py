@@ -1,4 +1,4 @@
-"""`reelway serve` and `reelway recommend`: what they refuse, what they print, and that nothing outlives them."""
+"""`reelway serve` and `reelway recommend`: rejected arguments and error messages."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from reelway.platform.rollout.state import Phase, RolloutState
 
 
 def make_run(path: Path, key: Ed25519PrivateKey | None = None) -> str:
-    """A run directory with one release in its store, signed by the run's key or by another one."""
+    """Creates a run directory with one release in its store, signed by the run's key or by another key."""
     pair = create_keys(path / "keys")
     manifest = make_release_folder(path / "made", key=key or load_private_key(pair.private))
     return ReleaseStore(str(path / "releases")).write(path / "made", manifest)
@@ -36,7 +36,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def reelway(*words: str) -> subprocess.CompletedProcess[str]:
-    """The command as a person runs it, messages on one line."""
+    """Runs the command and joins its error output into one line."""
     done = subprocess.run(reelway_command(*words), capture_output=True, text=True, timeout=90, check=False)
     done.stderr = " ".join(done.stderr.split())
     return done
@@ -107,7 +107,7 @@ def test_unreachable_service_is_an_error_without_traceback() -> None:
 
 def test_live_release_is_that_of_the_last_rollout(run: Path, tmp_path: Path) -> None:
     def served(*words: str) -> str:
-        """What it says before it looks at the port, which is never free."""
+        """Returns the messages up to the check of the port, which is in use."""
         with socket.socket() as taken:
             taken.bind(("127.0.0.1", 0))
             taken.listen()

@@ -1,4 +1,4 @@
-"""The document that says what runs: pure, without secrets, accepted by Serve, and extended by copying an entry."""
+"""The Serve config: without secrets, accepted by Serve, and extended by copying an entry."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def test_without_a_file_for_outcomes_there_is_no_application_and_the_router_tell
 
 @pytest.mark.ray
 def test_serve_itself_accepts_the_document_and_finds_the_builders() -> None:
-    """In a process of its own: importing Ray Serve changes what later tests of this process would see."""
+    """Runs in a process of its own, because importing Ray Serve affects later tests of a process."""
     document = json.dumps(serve_config(ROUTING, options()))
     program = f"""
 import json, inspect
@@ -169,9 +169,7 @@ def test_release_missing_in_the_store_is_not_opened(shelf: tuple[ReleaseShelf, s
         open_trusted(there.source_of("0" * 64))
 
 
-def test_environment_takes_precedence_over_the_secret_file(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_environment_takes_precedence_over_the_secret_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "token.secret"
     file.write_text("from the file\n")
     monkeypatch.delenv(SECRET_VARIABLE, raising=False)

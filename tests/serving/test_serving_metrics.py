@@ -1,4 +1,4 @@
-"""Metrics of several processes in one folder: added up, levels of the dead forgotten, names and labels bounded."""
+"""Metrics of several processes in one directory: sums, gauges of dead processes, names and labels."""
 
 from __future__ import annotations
 

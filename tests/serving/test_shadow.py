@@ -1,4 +1,4 @@
-"""Mirrored requests: compared with what was shown, invisible to the viewer, never in anybody's way."""
+"""Mirrored requests: compared with the shown slate, invisible to the viewer, without delay for responses."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from reelway.serving.stages.arrays import Candidates, ViewerQuery
 
 
 class SlowStages(LocalStages):
-    """The real stages behind a gate, or failing in a way that no rung of the ladder catches."""
+    """The real stages, which can wait for a gate or raise."""
 
     gate: asyncio.Event | None = None
     breaks = False
@@ -43,7 +43,7 @@ class SlowStages(LocalStages):
 
 
 class World:
-    """A router with a stable release, and another one that is asked in its shadow."""
+    """A router with a stable release and a shadow release that gets mirrored requests."""
 
     def __init__(self, place: Path, ids: tuple[str, str], weight_bp: int = BUCKETS) -> None:
         self._place = place
@@ -75,7 +75,7 @@ class World:
         return OpenRelease(loader.edge(), stages)
 
     async def ask(self, viewer: int = 1) -> RecommendResponse:
-        """An answer, and what follows once it was sent."""
+        """Requests a slate and runs the task that follows the response."""
         answer = await self.router.recommend(RecommendRequest(viewer_id=viewer, count=5))
         assert answer.afterwards
         await answer.afterwards()
@@ -115,7 +115,7 @@ def world(place: Path, ids: tuple[str, str]) -> World:
 async def until(condition: Callable[[], bool]) -> None:
     deadline = time.monotonic() + 10
     while not condition():
-        assert time.monotonic() < deadline, "it did not come about"
+        assert time.monotonic() < deadline, "the condition did not become true"
         await asyncio.sleep(0.005)
 
 
@@ -160,14 +160,12 @@ def test_hanging_mirrored_release_delays_no_response(world: World) -> None:
         world.shadow_stages.gate.set()
         await until(lambda: world.mirrored_as("compared") == AT_ONCE)
         await world.ask()
-        await until(lambda: world.mirrored_as("compared") == AT_ONCE + 1)  # there is room again
+        await until(lambda: world.mirrored_as("compared") == AT_ONCE + 1)  # the limit admits a mirrored request again
 
     check(scenario())
 
 
-def test_broken_mirrored_release_changes_no_response(
-    world: World, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_broken_mirrored_release_changes_no_response(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     async def scenario() -> None:
         await world.start()
         assert world.shadow_stages
@@ -202,7 +200,7 @@ def test_mirrored_viewers_are_independent_of_the_canary() -> None:
     mirrored = [viewer for viewer in viewers if is_mirrored(viewer, routing.salt, 2000)]
     assert 850 < len(mirrored) < 1150
     both = sum(routing.route_of(viewer).arm is Arm.CANARY for viewer in mirrored)
-    assert both / len(mirrored) == pytest.approx(0.2, abs=0.05)  # as independent draws would have it
+    assert both / len(mirrored) == pytest.approx(0.2, abs=0.05)  # as for independent draws
     assert not any(is_mirrored(viewer, routing.salt, 0) for viewer in viewers)
 
 

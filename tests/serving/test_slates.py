@@ -1,4 +1,4 @@
-"""What an impression says of itself: its side of the rollout, its slices, its length."""
+"""What an impression records: the arm of the rollout, its slices and the length of the video."""
 
 from __future__ import annotations
 
@@ -60,9 +60,7 @@ def tokens(answer: Recommendation) -> list[ImpressionToken]:
     return [SIGNER.read(video.token) for video in answer.response.videos]
 
 
-def test_token_carries_the_impression_context(
-    loader: ReleaseLoader, table: VideoTable
-) -> None:
+def test_token_carries_the_impression_context(loader: ReleaseLoader, table: VideoTable) -> None:
     answer = answered(loader, CANARY, {"history_videos": [int(table.video_id[0])]})
     shown = tokens(answer)
     assert {(one.rollout, one.arm, one.weight, one.issued_at_s) for one in shown} == {
@@ -87,9 +85,7 @@ def test_token_outside_a_rollout_has_no_rollout_fields(loader: ReleaseLoader) ->
 
 
 @given(hours=st.floats(0, 100), followers=st.one_of(st.floats(0, 1000, width=32), st.just(float("nan"))))
-def test_slices_follow_upload_age_and_follower_count(
-    loader: ReleaseLoader, hours: float, followers: float
-) -> None:
+def test_slices_follow_upload_age_and_follower_count(loader: ReleaseLoader, hours: float, followers: float) -> None:
     table = loader.table()
     row = np.array([3], np.int32)
     live = table.live.at(row)

@@ -1,4 +1,4 @@
-"""A part that is late costs its budget once or twice, then nothing until it may be tried again."""
+"""The circuit breaker: repeated timeouts open it, and it closes after a while."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from reelway.serving.time_budget import LATE, REST_S, TimeBudget
 
 
 class Part:
-    """Counts its calls; never answers while it hangs."""
+    """Counts its calls and never returns while it hangs."""
 
     def __init__(self) -> None:
         self.hangs = True
@@ -41,7 +41,7 @@ def test_breaker_opens_after_timeouts_then_closes() -> None:
     now = [0.0]
     part, budget = Part(), TimeBudget(5, clock=lambda: now[0])
     assert outcomes(budget, part, 10) == ["late"] * 10
-    assert part.calls == LATE  # the others cost no time
+    assert part.calls == LATE  # the breaker was open for the other calls
     part.hangs = False
     now[0] += REST_S
     assert outcomes(budget, part, 3) == ["answer"] * 3

@@ -1,4 +1,4 @@
-"""The columnar video table: equal to the assembly code, versioned, immutable, and picky about its file."""
+"""The video table: equality with the feature assembly, immutable versions, and validation of its file."""
 
 from __future__ import annotations
 
@@ -86,9 +86,7 @@ def test_overlay_does_not_change_earlier_versions(table: VideoTable) -> None:
 
 @given(st.lists(st.lists(st.tuples(st.integers(0, VIDEOS - 1), st.floats(0, 9, width=32)), max_size=8), max_size=5))
 @settings(max_examples=50)
-def test_repeated_overlays_equal_writes_to_a_matrix(
-    folder: Path, batches: list[list[tuple[int, float]]]
-) -> None:
+def test_repeated_overlays_equal_writes_to_a_matrix(folder: Path, batches: list[list[tuple[int, float]]]) -> None:
     table = open_video_table(folder / VIDEOS_FILE)
     every = np.arange(VIDEOS, dtype=np.int32)
     expected = table.live.at(every)
@@ -106,9 +104,7 @@ def test_repeated_overlays_equal_writes_to_a_matrix(
 @pytest.mark.parametrize(
     ("rows", "width", "said"), [([0], 3, "shape"), ([-1], None, "span -1"), ([VIDEOS], None, "expected 0..59")]
 )
-def test_invalid_overlay_changes_nothing(
-    table: VideoTable, rows: list[int], width: int | None, said: str
-) -> None:
+def test_invalid_overlay_changes_nothing(table: VideoTable, rows: list[int], width: int | None, said: str) -> None:
     values = np.zeros((len(rows), width or len(names.VIDEO_LIVE_DENSE)), dtype=np.float32)
     with pytest.raises(ValueError, match=said):
         table.overlay(np.array(rows, dtype=np.int32), values)
