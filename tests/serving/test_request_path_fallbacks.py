@@ -20,8 +20,9 @@ from reelway.platform.tokens import TokenSigner
 from reelway.serving.metrics import SHORT, IngressMetrics
 from reelway.serving.release_loader import ReleaseLoader
 from reelway.serving.request_path import InProcessRecommender, LocalStages, run_without_waiting
-from reelway.serving.stages.arrays import F32, Candidates, RankingInput, ScoredCandidates, Slate, ViewerQuery
+from reelway.serving.stages.arrays import F32, SOURCES, Candidates, RankingInput, ScoredCandidates, Slate, ViewerQuery
 from reelway.serving.time_budget import TimeBudget
+from reelway.serving.viewers import viewer_query
 
 VIDEOS = 300
 CAP = 2
@@ -123,6 +124,19 @@ def test_healthy_path_is_not_degraded(release: Release) -> None:
     answer, registry = ask(release)
     assert answer.degraded == []
     assert counted(registry, "reelway_ingress_requests_total", release, arm="stable", outcome="ok") == 1
+
+
+def test_slate_equals_the_stages_composed_by_hand(release: Release) -> None:
+    """The path adds nothing to the stages: same videos, scores and order for the same inputs."""
+    stages, table = release.stages, release.loader.table()
+    answer, _ = ask(release)
+    query = viewer_query(release.row, RequestContext(), NOW_S, table, seed=answer.request_id)
+    candidates = stages.retrieval.retrieve(query)
+    value = run_without_waiting(stages.ranking.rank(RankingInput.of(query, candidates)))
+    slate = stages.reranking.rerank(ScoredCandidates.of(query, candidates, value, 20))
+    assert [video.video_id for video in answer.videos] == table.video_id[slate.rows].tolist()
+    assert [video.score for video in answer.videos] == slate.score.tolist()
+    assert [video.source for video in answer.videos] == [SOURCES[code] for code in slate.source.tolist()]
 
 
 def test_broken_retrieval_gives_the_popular_list_in_order(release: Release) -> None:
