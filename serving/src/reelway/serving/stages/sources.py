@@ -85,17 +85,17 @@ class ListSource:
     """Proposes a precomputed list: one for all viewers, or one per region.
 
     Args:
-        everybody: rows of the global list, best first.
+        global_rows: rows of the global list, best first.
         by_region: region -> rows; the global list follows after the end of a region's list.
     """
 
-    def __init__(self, everybody: Rows, by_region: Mapping[str, Rows] | None = None) -> None:
-        self._everybody = everybody
-        self._by_region = {region: np.concatenate([rows, everybody]) for region, rows in (by_region or {}).items()}
+    def __init__(self, global_rows: Rows, by_region: Mapping[str, Rows] | None = None) -> None:
+        self._global_rows = global_rows
+        self._by_region = {region: np.concatenate([rows, global_rows]) for region, rows in (by_region or {}).items()}
 
     def propose(self, ask: Ask) -> Proposal:
         region = ask.viewer.region
-        rows = self._everybody if region is None else self._by_region.get(region, self._everybody)
+        rows = self._global_rows if region is None else self._by_region.get(region, self._global_rows)
         return Proposal(rows[: ask.wanted])
 
 
