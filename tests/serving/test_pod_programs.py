@@ -59,18 +59,18 @@ def client() -> Iterator[httpx.Client]:
     server.server_close()
 
 
-def test_missing_router_is_restored(client: httpx.Client) -> None:
+def test_a_serve_without_a_router_is_told_what_to_run(client: httpx.Client) -> None:
     assert keep_document(client, DOCUMENT)
     assert set(Serve.applications) == {"router"}
 
 
-def test_changed_serve_config_is_kept(client: httpx.Client) -> None:
+def test_what_a_rollout_made_of_it_is_left_alone(client: httpx.Client) -> None:
     Serve.applications = {"router": {}, "canary": {}}
     assert not keep_document(client, DOCUMENT)
     assert (Serve.writes, set(Serve.applications)) == (0, {"router", "canary"})
 
 
-def test_pod_metrics_are_the_sum_of_its_processes(tmp_path: Path) -> None:
+def test_a_pods_metrics_are_the_sum_of_its_processes(tmp_path: Path) -> None:
     count = "from prometheus_client import Counter; Counter('reelway_test_total', 'x').inc(2)"
     environment = {**os.environ, "PROMETHEUS_MULTIPROC_DIR": str(tmp_path)}
     for _ in range(2):

@@ -244,9 +244,7 @@ def test_release_change_under_load_fails_no_request(
         first_s = right[0].done - at
         last_s = max((one.sent - at for one in wrong), default=0.0)
         with capsys.disabled():
-            print(
-                f"\n{name}: first request on the new routing after {first_s:.3f} s, last on the old {last_s:.3f} s"
-            )
+            print(f"\n{name}: first request on the new routing after {first_s:.3f} s, last on the old {last_s:.3f} s")
         assert last_s < 1.0
 
 

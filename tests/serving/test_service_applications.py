@@ -1,4 +1,4 @@
-"""The Serve config: without secrets, accepted by Serve, and extended by copying an entry."""
+"""The document that says what runs: pure, without secrets, accepted by Serve, and extended by copying an entry."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def test_without_a_file_for_outcomes_there_is_no_application_and_the_router_tell
 
 @pytest.mark.ray
 def test_serve_itself_accepts_the_document_and_finds_the_builders() -> None:
-    """Runs in a process of its own, because importing Ray Serve affects later tests of a process."""
+    """In a process of its own: importing Ray Serve changes what later tests of this process would see."""
     document = json.dumps(serve_config(ROUTING, options()))
     program = f"""
 import json, inspect
@@ -118,7 +118,7 @@ for application in schema.applications:
     assert done.stdout.split() == ["Application"] * 4
 
 
-def test_only_deployments_import_ray() -> None:
+def test_ray_is_known_in_the_deployments_only() -> None:
     root = Path(reelway.serving.__file__ or "").parent
     users = set()
     for path in root.rglob("*.py"):
@@ -142,13 +142,13 @@ def shelf(tmp_path: Path) -> tuple[ReleaseShelf, str]:
     return there, release
 
 
-def test_missing_release_is_fetched_into_the_cache(shelf: tuple[ReleaseShelf, str]) -> None:
+def test_a_release_is_fetched_where_the_cache_lacks_it(shelf: tuple[ReleaseShelf, str]) -> None:
     there, release = shelf
     assert open_trusted(there.source_of(release)).release_id() == release
     assert (there.release_cache / release / "manifest.json").exists()
 
 
-def test_untrusted_release_is_not_opened(shelf: tuple[ReleaseShelf, str], tmp_path: Path) -> None:
+def test_a_release_that_nobody_trusted_signed_is_not_opened(shelf: tuple[ReleaseShelf, str], tmp_path: Path) -> None:
     there, _ = shelf
     manifest = make_release_folder(tmp_path / "theirs", seed=5, key=Ed25519PrivateKey.generate())
     foreign = ReleaseStore(str(tmp_path / "store")).write(tmp_path / "theirs", manifest)
@@ -156,20 +156,22 @@ def test_untrusted_release_is_not_opened(shelf: tuple[ReleaseShelf, str], tmp_pa
         open_trusted(there.source_of(foreign))
 
 
-def test_modified_release_is_not_opened(shelf: tuple[ReleaseShelf, str], tmp_path: Path) -> None:
+def test_a_release_that_was_changed_in_the_store_is_not_opened(shelf: tuple[ReleaseShelf, str], tmp_path: Path) -> None:
     there, release = shelf
     (tmp_path / "store" / release / "ranker.onnx").write_bytes(b"something else")
     with pytest.raises(DigestMismatchError):
         open_trusted(there.source_of(release))
 
 
-def test_release_missing_in_the_store_is_not_opened(shelf: tuple[ReleaseShelf, str]) -> None:
+def test_a_release_that_is_nowhere_is_not_opened(shelf: tuple[ReleaseShelf, str]) -> None:
     there, _ = shelf
     with pytest.raises(ReleaseNotFoundError):
         open_trusted(there.source_of("0" * 64))
 
 
-def test_environment_takes_precedence_over_the_secret_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_token_secrets_come_from_the_environment_before_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     file = tmp_path / "token.secret"
     file.write_text("from the file\n")
     monkeypatch.delenv(SECRET_VARIABLE, raising=False)
