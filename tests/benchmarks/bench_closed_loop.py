@@ -40,6 +40,7 @@ from reelway.platform.cli.terminal import say
 from reelway.platform.contracts.blend import Blend
 from reelway.platform.features.assembly import assemble_videos, columns_from_table
 from reelway.platform.runs import RunDirectory
+from reelway.serving.stages.arrays import ScoredCandidates
 from reelway.serving.stages.reranking import Reranking
 from reelway.serving.video_table import VideoTable
 
@@ -157,9 +158,9 @@ class Ours:
         kept = rows != PAD
         nothing = np.zeros(0, dtype=np.int32)
         source = np.zeros(int(kept.sum()), dtype=np.int8)
-        because = np.full(len(source), -1, dtype=np.int32)
+        trigger_rows = np.full(len(source), -1, dtype=np.int32)
         found = self._reranking.rerank(
-            rows[kept].astype(np.int32), source, because, values[kept], nothing, count=slate, seed=0
+            ScoredCandidates(rows[kept].astype(np.int32), source, trigger_rows, values[kept], nothing, slate, seed=0)
         )
         return self._stages.catalogue.video_ids[found.rows]
 

@@ -64,16 +64,26 @@ def _measured(options: argparse.Namespace, path: Path) -> Iterator[Row]:
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", type=_words, default=list(SECTIONS), help=f"some of {', '.join(SECTIONS)}")
-    parser.add_argument("--sides", type=_words, default=list(SIDES), help=f"some of {', '.join(SIDES)}")
-    parser.add_argument("--videos", type=int, default=200_000)
+    parser.add_argument(
+        "--only",
+        type=_words,
+        default=list(SECTIONS),
+        help=f"sections to measure, separated by commas: {', '.join(SECTIONS)}",
+    )
+    parser.add_argument(
+        "--sides",
+        type=_words,
+        default=list(SIDES),
+        help=f"variants to measure, separated by commas: {', '.join(SIDES)}",
+    )
+    parser.add_argument("--videos", type=int, default=200_000, help="videos of the catalogue")
     parser.add_argument("--large", type=int, default=1_000_000, help="videos of the largest catalogue")
-    parser.add_argument("--seconds", type=float, default=8.0, help="of each measurement under load")
-    parser.add_argument("--overload-s", type=float, default=60.0)
+    parser.add_argument("--seconds", type=float, default=8.0, help="duration of each measurement under load")
+    parser.add_argument("--overload-s", type=float, default=60.0, help="duration of the overload")
     options = parser.parse_args()
     for name, known in (("only", SECTIONS), ("sides", SIDES)):
         if unknown := sorted(set(getattr(options, name)) - set(known)):
-            parser.error(f"--{name} names {unknown}, expected among {list(known)}")
+            parser.error(f"--{name}: unknown values {unknown}; use values among {list(known)}")
     return options
 
 

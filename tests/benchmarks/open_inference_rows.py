@@ -23,10 +23,10 @@ from reelway.platform.contracts.api import RecommendRequest, RequestContext
 from reelway.platform.contracts.features import RANKER_INPUTS
 from reelway.platform.contracts.manifest import RANKER_FILE
 from reelway.platform.tokens import TokenSigner
-from reelway.serving.graph import LocalStages, RequestPath
 from reelway.serving.metrics import IngressMetrics, RemoteRankerMetrics
 from reelway.serving.open_inference.client import RemoteRanker
 from reelway.serving.release_loader import ReleaseLoader
+from reelway.serving.request_path import LocalStages, RequestPath
 from reelway.serving.sessions import Graph
 from reelway.serving.viewers import viewer_query
 
@@ -99,7 +99,7 @@ def added_in_one_process(loader: ReleaseLoader, at: RankServerProcess, viewers: 
             for path in paths:
                 request = RecommendRequest(viewer_id=i % len(viewers), count=20)
                 begun = time.perf_counter()
-                answered = await path.answer(request, viewers[request.viewer_id], now_s)
+                answered = await path.recommend(request, viewers[request.viewer_id], now_s)
                 turn.append(1000 * (time.perf_counter() - begun))
                 if answered.response.degraded:
                     raise SystemExit(f"a response was degraded: {answered.response.degraded}")

@@ -1,13 +1,13 @@
-"""Load on the service from a process of its own, which costs the machine as little as Python can.
+"""Load generator for the service, in a process of its own and with little CPU.
 
 Usage: python -m tests.benchmarks.serving_load '{"url": ..., "record": ..., ...}' (``LoadPlan`` as JSON)
 
-Closed loop (``rate`` 0): so many connections, each asks again when it is answered: what the service can do. Open loop:
-requests leave at random times (Poisson) whether or not earlier ones were answered, and a latency counts from the time
-at which the request was due, so that a service that stops for a second is seen to have stopped.
+- Closed loop (``rate`` 0): each connection sends its next request after a response. This measures the capacity.
+- Open loop: requests are sent at random times (Poisson), independent of earlier responses. A latency counts from the
+  time at which the request was due, so a service that stalls for a second shows that second in its latencies.
 
-It speaks just enough HTTP/1.1 for the answers of this service; httpx takes ten times the CPU, which on two cores would
-be measured as the service's.
+The client implements only the part of HTTP/1.1 that this service uses. httpx takes ten times the CPU, which would slow
+the service down on two cores.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 ANSWER: Final = np.dtype([("due", "f8"), ("done", "f8"), ("status", "i2"), ("whole", "?")])
-"""Monotonic seconds; status 0 where no answer came; ``whole``: with every place of the slate and no rung taken."""
+"""Times in monotonic seconds; status 0 without a response; ``whole``: status 200 and not degraded."""
 TIMEOUT_S: Final = 30.0
 
 
 @dataclass(frozen=True)
 class LoadPlan:
-    """What is asked, and how. ``rate`` in requests a second; 0 for a closed loop with ``connections``."""
+    """The load to generate. ``rate`` is in requests per second; 0: a closed loop with ``connections``."""
 
     url: str
     record: str
@@ -41,25 +41,25 @@ class LoadPlan:
     rate: float = 0.0
     viewers: int = 200
     count: int = 20
-    time: str | None = None  # of the requests' context, ISO 8601
+    time: str | None = None  # time in the requests' context, ISO 8601
     seed: int = 0
 
 
 def run_load(plan: LoadPlan) -> NDArray[np.void]:
-    """Run it in a process of its own, wait for its end, and give what it recorded."""
+    """Generates the load in a process of its own and returns the recorded responses."""
     subprocess.run([sys.executable, "-m", "tests.benchmarks.serving_load", json.dumps(asdict(plan))], check=True)
     answers: NDArray[np.void] = np.load(plan.record)
     return answers
 
 
 def latency_ms(answers: NDArray[np.void]) -> NDArray[np.float64]:
-    """Milliseconds from when a request was due to its answer."""
+    """Returns the milliseconds from the time a request was due to its response."""
     taken: NDArray[np.float64] = 1000 * (answers["done"] - answers["due"])
     return taken
 
 
 class _Connection(asyncio.Protocol):
-    """One request at a time; the answer's status and body through a future."""
+    """An HTTP connection with one request at a time. A future receives status and body of the response."""
 
     def __init__(self) -> None:
         self._received = b""
@@ -92,7 +92,7 @@ class _Connection(asyncio.Protocol):
 
 
 class _Asker:
-    """Connections that are free, and what was answered on them."""
+    """Sends requests over a pool of connections and records the responses."""
 
     def __init__(self, plan: LoadPlan) -> None:
         address = plan.url.removeprefix("http://")

@@ -1,11 +1,13 @@
-"""The naive composition: what the guides of Ray Serve, Feast and torch lead to, put together in good faith.
+"""The naive composition: a service as the guides of Ray Serve, Feast and torch suggest it.
 
-Each stage is a deployment with Serve's defaults, the ingress is FastAPI with a response model, candidates travel as
-lists of dictionaries, their features are read from the online store by ``get_online_features``, and the models are the
-trained torch modules in inference mode. Same catalogue, same index, same model classes and sizes, same store.
+- Each stage is a deployment with Serve's defaults; the ingress is FastAPI with a response model.
+- Candidates are passed as lists of dictionaries; ``get_online_features`` reads their features from the online store.
+- The models are the torch modules in inference mode.
+
+Catalogue, index, model classes, model sizes and online store are those of the other variants.
 """
 
-# No postponed annotations: Serve and FastAPI look at them in a process of their own.
+# No postponed annotations: Serve and FastAPI evaluate them in another process.
 
 import json
 import sys
@@ -66,7 +68,7 @@ class Answer(BaseModel):
 
 
 def read_videos(store: Any, video_ids: list[int]) -> Any:
-    """The candidates' features, as Feast's guide reads them. (The benchmark keys creators by video.)"""
+    """Reads the candidates' features as in Feast's guide. The benchmark keys creators by video."""
     keys = [{"video_id": video, "creator_key": video} for video in video_ids]
     return store.get_online_features(features=VIDEO_FEATURES, entity_rows=keys).to_arrow()
 
@@ -150,7 +152,7 @@ class Ingress:
 
 
 def naive_candidates(place: Place) -> NDArray[np.int32]:
-    """Rows of every video that retrieval finds for any of the benchmark's viewers."""
+    """Returns the rows of all videos that retrieval returns for any viewer of the benchmark."""
     retrieval = Retrieval.func_or_class(place)
     table = place.loader().table()
     found = {one["video_id"] for viewer in range(VIEWERS) for one in retrieval.retrieve(viewer)["candidates"]}
@@ -158,7 +160,7 @@ def naive_candidates(place: Place) -> NDArray[np.int32]:
 
 
 def serve_naively(place: Place) -> None:
-    """Run it, print where, and end with the input."""
+    """Serves the naive composition, prints its address and stops at the end of standard input."""
     port = free_port("127.0.0.1")
     ray.init(address="local", log_to_driver=False, logging_level="error", include_dashboard=False, num_cpus=8)
     try:

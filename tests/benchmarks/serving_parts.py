@@ -1,6 +1,6 @@
-"""The parts of the request path one by one, each on one core against what it is held to.
+"""Measures the parts of the request path separately, each on one core against its bar.
 
-Everything is measured in the process that calls: no Ray, no HTTP. Two things that are compared are measured in turns.
+All parts run in the calling process, without Ray and HTTP. Parts that are compared are measured in turns.
 """
 
 from __future__ import annotations
@@ -45,10 +45,10 @@ _EMPTY: Final[Any] = None
 def median_ms(
     *calls: Callable[[int], object], times: int = 200, before: Callable[[int], object] | None = None
 ) -> list[float]:
-    """Median milliseconds of each call, in turns; each is called with the number of the turn.
+    """Returns the median milliseconds of each call. The calls are made in turns, with the number of the turn.
 
     Args:
-        before: what is done before each call and is not measured.
+        before: called before each call and not measured.
     """
     taken = np.empty((len(calls), times))
     for i in range(-10, times):
@@ -62,17 +62,17 @@ def median_ms(
 
 
 def measure_retrieval(place: Place) -> list[Row]:
-    """Recall and time of the index that the release builder makes, on one core, for viewers it was not tuned with."""
+    """Measures recall and time of a release's index on one core, for viewers that it was not tuned with."""
     say("retrieval: recall and time of the index")
     faiss.omp_set_num_threads(1)
     path = place.made / INDEX_FILE
     embedding = place.loader().table().embedding
     videos = len(embedding)
-    viewers = make_catalogue(videos, viewers=4 * TRIED).viewers  # the first of them are those it was tuned with
+    viewers = make_catalogue(videos, viewers=4 * TRIED).viewers  # the index was tuned with the first of them
     tune, judge = viewers[:TRIED], viewers[TRIED:]
     exact = search_index.exact_rows(embedding, judge, CANDIDATES)
     index = faiss.read_index(str(path), faiss.IO_FLAG_MMAP_IFC)
-    asks = [Ask(_nobody(), viewer[None], CANDIDATES) for viewer in judge]
+    asks = [Ask(_cold_start_query(), viewer[None], CANDIDATES) for viewer in judge]
     rows = []
     for least, bar_ms in ((0.99, 2.0), (0.95, None)):
         if bar_ms is None:
@@ -91,13 +91,13 @@ def measure_retrieval(place: Place) -> list[Row]:
     return rows
 
 
-def _nobody() -> ViewerQuery:
+def _cold_start_query() -> ViewerQuery:
     none = np.empty(0, np.int32)
     return ViewerQuery(_EMPTY, none, np.empty(0, np.float32), None, NOW_S, 0)
 
 
 def measure_features(place: Place) -> list[Row]:
-    """The gather of 500 videos, some of them fresher than the release, beside reading them from the online store."""
+    """Measures the gather of 500 videos, some of them overlaid, beside reading them from the online store."""
     say("features: the gather beside the online store")
     table = place.loader().table()
     rng = np.random.default_rng(5)
@@ -138,17 +138,17 @@ def _same(read: dict[str, list[Any]], expected: Sequence[dict[str, Any]], fields
 
 
 def measure_ranking(place: Place) -> list[Row]:
-    """The ranker of the release on 500 candidates beside torch, eager.
+    """Measures the release's ranker on 500 candidates beside torch in eager mode, in two ways.
 
-    Twice: one call right after the other, which finds its weights in the core's cache; and each after a whole slate for
-    another viewer, as a service ranks.
+    First with consecutive calls, which find the weights in the core's cache. Then with each call after a complete slate
+    for another viewer, as in a service.
     """
     say("ranking: 500 candidates beside torch")
     torch.set_num_threads(1)
     torch.manual_seed(0)
     table = place.loader().table()
     ranker = Ranker(RANKER, TOWER.dim, DIMENSIONS).eval()
-    with torch.no_grad():  # away from where it starts, as training leaves it
+    with torch.no_grad():  # away from the initial values, as after training
         for parameter in ranker.parameters():
             parameter += 0.05 * torch.randn_like(parameter)
     inputs = _ranker_inputs(place, table)
@@ -186,7 +186,7 @@ def measure_ranking(place: Place) -> list[Row]:
 
 
 def _ndcg(scores_C: NDArray[np.float32], gains_C: NDArray[np.float32]) -> float:
-    """Of the order that ``scores_C`` gives, where torch's own ranks are what is to be gained."""
+    """Returns the NDCG of the order by ``scores_C``, with torch's ranks as gains."""
     gain = np.argsort(np.argsort(gains_C)) / len(gains_C)
     discount = 1 / np.log2(2 + np.arange(len(gain)))
     return float((gain[np.argsort(-scores_C)] * discount).sum() / (np.sort(gain)[::-1] * discount).sum())
@@ -207,7 +207,7 @@ def _ranker_inputs(place: Place, table: VideoTable) -> dict[str, NDArray[Any]]:
 
 
 def measure_growth(path: Path, large: Place, sizes: Sequence[int]) -> list[Row]:
-    """One slate in one process as the catalogue grows to ``large``, and what a video takes of the disk."""
+    """Measures a slate in one process as the catalogue grows to ``large``, and the disk space per video."""
     places = {}
     for videos in sizes:
         say(f"growth: a release of {videos:,} videos")
@@ -228,11 +228,13 @@ def measure_growth(path: Path, large: Place, sizes: Sequence[int]) -> list[Row]:
 
 
 def measure_cold_start(place: Place) -> list[Row]:
-    """Two replicas, one after the other, of a release that the node has; and what they share."""
+    """Measures the cold start of two replicas, one after the other, and the memory that they share."""
     videos = len(place.loader().table())
     say(f"cold start with {videos:,} videos")
     command = [sys.executable, "-m", "tests.benchmarks.serving_replica", str(place.path), place.release]
-    subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, check=True)  # the node fetches it
+    subprocess.run(
+        command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, check=True
+    )  # fetches the release into the cache
     replicas: list[subprocess.Popen[str]] = []
     started = []
     try:
@@ -245,7 +247,7 @@ def measure_cold_start(place: Place) -> list[Row]:
         for one in replicas:
             one.communicate()
     if not all(one["whole"] for one in started):
-        raise SystemExit("a replica's first slate was not whole; its start would mean nothing")
+        raise SystemExit("cold start: the first slate is degraded; the times would mean nothing")
     slowest = max(started, key=lambda one: float(one["seconds"]))
     once = sum(pss for _, pss in maps) / max(sum(rss for rss, _ in maps), 1)
     return [
@@ -259,7 +261,7 @@ def measure_cold_start(place: Place) -> list[Row]:
 
 
 def _release_maps(pid: int, folder: Path) -> tuple[int, int]:
-    """Bytes of the release's files that a process has mapped in, and its share of them (PSS)."""
+    """Returns the bytes of the release's files that a process has mapped, and its proportional share (PSS)."""
     maps = [one for one in psutil.Process(pid).memory_maps() if one.path.startswith(str(folder))]
     return sum(one.rss for one in maps), sum(one.pss for one in maps)
 

@@ -1,8 +1,7 @@
-"""The service under load beside its floor: latency in turns, throughput, CPU, hops, open loop, overload.
+"""Measures the service under load beside its floor: latency, throughput, CPU, transport, open loop and overload.
 
-Every measurement is of whole answers: one that took a rung of the ladder ends the benchmark, but for more connections
-than the service answers in time, where a stage that is late is left out, and the overload, where being sent away is an
-answer.
+A degraded response ends the benchmark, because its timings would mean nothing. There are two exceptions: with more
+connections than the service answers in time, late stages use their fallbacks; in the overload, 429 is a valid response.
 """
 
 from __future__ import annotations
@@ -26,16 +25,16 @@ from reelway.platform.cli.terminal import say
 
 CORES: Final = os.cpu_count() or 1
 SIDES: Final[dict[str, dict[str, Any]]] = {"naive": {}, "staged": {}, "fused": {"replicas": {"router": CORES}}}
-QUEUE: Final = {"at_once": 16, "standing": 3}
-"""Of one router in the overload. What may stand in its queue is what an accepted request may wait; what comes at once
-at half of what it can do is a burst, which may be longer."""
+QUEUE: Final = {"max_ongoing_requests": 16, "max_ongoing_sustained": 3}
+"""Limits of one router in the overload. The sustained limit bounds the wait of an accepted request. Arrivals at half of
+the capacity come in bursts, so the limit of a burst is higher."""
 STAGES: Final = ("retrieval", "ranking", "reranking")
 ROUNDS: Final = 3
 SETTLED_S: Final = 60.0
 OPEN_LOOPS: Final = 5
-"""Each of other arrivals. One of them alone says what else the machine did meanwhile."""
+"""Number of open loops, each with other arrivals. A single one may only show what else the machine did."""
 CAPACITY: Final = 8
-"""Connections at which what the service can do is measured."""
+"""Number of connections with which the capacity is measured."""
 
 
 @dataclass(frozen=True)
@@ -44,26 +43,28 @@ class Seen:
 
     ms: NDArray[np.float64]
     per_s: float
-    cpu_ms: float  # of the service, a request
-    whole: float = 1.0  # share of the answers
+    cpu_ms: float  # CPU of the service per request
+    whole: float = 1.0  # share of responses that are not degraded
 
 
 def measure_path(place: Place, seconds: float, sides: Sequence[str] = tuple(SIDES)) -> Iterator[Row]:
-    """Floor, naive and ours: latency in turns at concurrency 1, throughput at 1, 8, 32, CPU, memory, hops.
+    """Measures floor and variants: latency at concurrency 1, throughput at 1, 8 and 32, CPU, memory and transport.
 
-    Each row comes as it is measured, so that what was measured is kept where a later side does not start.
+    Yields each row when it is measured, so that rows are kept if a later variant does not start.
     """
     if "naive" in sides:
         from tests.benchmarks.serving_naive import naive_candidates
 
-        say("writing the candidates' features for the naive side")
+        say("writing the candidates' features for the naive variant")
         store_candidates(place, naive_candidates(place), time.time(), place.loader().table())
     floor = floor_of(place)
     floors: list[float] = []
     at_eight: dict[str, float] = {}
     for kind in sides:
         say(f"measuring {kind}")
-        floors.append(floor_per_s(place, seconds, CORES))  # each time anew, since the machine is not ours alone
+        floors.append(
+            floor_per_s(place, seconds, CORES)
+        )  # measured again each time, because other processes may use the machine
         with running(kind, place.path, **SIDES[kind]) as side:
             settle(side, place)
             yield from measure_in_turns(kind, side, place, floor, seconds)
@@ -84,7 +85,7 @@ def measure_path(place: Place, seconds: float, sides: Sequence[str] = tuple(SIDE
 
 
 def ratio_rows(at_eight: dict[str, float]) -> list[Row]:
-    """Throughput at 8 of ours over the others', as far as they were measured."""
+    """Returns the ratios of throughput at 8 connections, for the variants that were measured."""
     rows = []
     for kind, other, least in (("fused", "naive", 8), ("fused", "the floor", 0.5), ("staged", "naive", None)):
         if kind in at_eight and other in at_eight:
@@ -95,23 +96,23 @@ def ratio_rows(at_eight: dict[str, float]) -> list[Row]:
 
 
 def settle(side: Side, place: Place) -> None:
-    """Ask until a second of answers is whole: replicas and their proxy come up one after another."""
+    """Sends load until no response of a second is degraded: replicas and proxy start one after another."""
     deadline = time.monotonic() + SETTLED_S
     while not run_load(plan(side, place, 1.0, connections=4))["whole"].all():
         if time.monotonic() > deadline:
-            raise SystemExit(f"{side.url} gave no second of whole answers within {SETTLED_S:g} s")
+            raise SystemExit(f"{side.url}: responses are still degraded after {SETTLED_S:g} s")
     load(side, place, 3.0, connections=4)
 
 
 def measure_in_turns(kind: str, side: Side, place: Place, floor: Callable[[int], int], seconds: float) -> list[Row]:
-    """Floor and service in turns, one request at a time: a machine that is busy for a while is busy for both."""
+    """Measures floor and service in turns, one request at a time, so that a busy machine affects both."""
     floor_ms: list[float] = []
     service_ms: list[NDArray[np.float64]] = []
     for turn in range(ROUNDS):
         for i in range(100):
             start = time.perf_counter()
             if not floor(turn * 100 + i):
-                raise SystemExit("an answer of the floor was not whole; the timings would mean nothing")
+                raise SystemExit("floor: a response is degraded; the timings would mean nothing")
             floor_ms.append(1000 * (time.perf_counter() - start))
         service_ms.append(latency_ms(load(side, place, seconds / ROUNDS)))
     rows = []
@@ -123,12 +124,15 @@ def measure_in_turns(kind: str, side: Side, place: Place, floor: Callable[[int],
 
 
 def load(side: Side, place: Place, seconds: float, *, beyond: bool = False, **how: Any) -> NDArray[np.void]:
-    """Whole answers only: a degraded one ends the benchmark, but ``beyond`` what the service can do in time, where
-    leaving out a stage that is late is the answer; one without a slate ends it there, too."""
+    """Returns the responses to the load; exits at a degraded response.
+
+    Args:
+        beyond: the load exceeds the capacity, so late stages may use their fallbacks; exits at a failed response only.
+    """
     answers = run_load(plan(side, place, seconds, **how))
     if not (answers["status"] == 200 if beyond else answers["whole"]).all():
         statuses = np.unique(answers["status"], return_counts=True)
-        raise SystemExit(f"{(~answers['whole']).sum()} of {len(answers)} answers were not whole; statuses {statuses}")
+        raise SystemExit(f"{(~answers['whole']).sum()} of {len(answers)} responses are degraded; statuses {statuses}")
     return answers
 
 
@@ -154,7 +158,7 @@ def load_rows(name: str, seen: Seen) -> list[Row]:
 
 
 def open_loop_rows(side: Side, place: Place, seconds: float, rate: float) -> list[Row]:
-    """Poisson arrivals, several times; a latency counts from when the request was due."""
+    """Measures open loops with Poisson arrivals; a latency counts from the time a request was due."""
     taken = [latency_ms(load(side, place, seconds, rate=rate, seed=seed)) for seed in range(OPEN_LOOPS)]
     p50, p99 = (np.array([np.percentile(one, q) for one in taken]) for q in (50, 99))
     name, usual = f"fused, open loop at {rate:.0f}/s (70 %), {OPEN_LOOPS} times", float(np.median(p99))
@@ -167,7 +171,7 @@ def open_loop_rows(side: Side, place: Place, seconds: float, rate: float) -> lis
 
 
 def breakdown_rows(kind: str, side: Side, place: Place, seconds: float) -> list[Row]:
-    """Mean milliseconds of each stage's own work and of its hop, between two scrapes."""
+    """Measures the mean milliseconds of each stage's own work and of its transport, between two scrapes."""
     with httpx.Client(base_url=side.url, timeout=30) as client:
         before = scraped(client)
         load(side, place, seconds)
@@ -176,13 +180,13 @@ def breakdown_rows(kind: str, side: Side, place: Place, seconds: float) -> list[
 
 
 def scraped(client: httpx.Client) -> dict[str, float]:
-    """Every sum and count of latency that the service reports, by its series."""
+    """Returns all sums and counts of latency histograms by series."""
     found = re.findall(r"^(reelway_\w+_latency_seconds_(?:sum|count)\S*) (\S+)$", client.get("/metrics").text, re.M)
     return {series: float(value) for series, value in found}
 
 
 def breakdown(before: dict[str, float], after: dict[str, float]) -> dict[str, float]:
-    """Mean milliseconds between two scrapes: of each stage's own work, and as the router sees it."""
+    """Returns mean milliseconds between two scrapes: each stage's own work, and its transport."""
 
     def mean_ms(name: str, label: str = "") -> float:
         sums = [0.0, 0.0]
@@ -203,7 +207,7 @@ def breakdown(before: dict[str, float], after: dict[str, float]) -> dict[str, fl
 
 
 def measure_overload(place: Place, seconds: float, overload_s: float) -> list[Row]:
-    """Three times what the service can do: nobody fails, who is accepted does not wait, and it is over when it is."""
+    """Measures an overload of three times the capacity: failures, latency of accepted requests, and recovery."""
     say(f"overload for {overload_s:g} s")
     with running("fused", place.path, **SIDES["fused"]) as side:
         settle(side, place)

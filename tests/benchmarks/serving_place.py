@@ -1,6 +1,6 @@
-"""What every side of the serving benchmark stands on: one release, one online store, the same viewers.
+"""The fixture of all variants of the serving benchmark: one release, one online store and the same viewers.
 
-The store is a Redis of the benchmark's own, or SQLite where the machine has none.
+The online store is a Redis that the benchmark starts, or SQLite if the machine has no Redis.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from reelway.serving.release_loader import ReleaseLoader
 from reelway.serving.video_table import VideoTable
 
 VIEWERS: Final = 40
-"""Few, so that the store holds the features of every video that any of them is a candidate of."""
+"""Number of viewers; few, so that the store can hold the features of all of their candidates."""
 NOW: Final = "2024-06-10T06:13:20Z"
 SECRET: Final = b"the benchmark's secret of tokens"
 
@@ -59,13 +59,13 @@ class Place:
         return ReleaseLoader(self.made)
 
     def viewer_rows(self) -> list[dict[str, Any]]:
-        """The row of each viewer, as the store has it."""
+        """Returns the row of each viewer, as in the online store."""
         table, rng = self.loader().table(), np.random.default_rng(1)
         return [viewer_row(table, rng) for _ in range(VIEWERS)]
 
 
 def make_place(path: Path, videos: int) -> Place:
-    """Release, keys, secrets and store; the videos' features are written by ``store_candidates``."""
+    """Creates release, keys and secrets; ``store_candidates`` writes the videos' features."""
     place = Place(path)
     key = load_private_key(create_keys(path / "keys").private)
     manifest = sign(make_realistic_release(place.made, videos), key)
@@ -77,7 +77,7 @@ def make_place(path: Path, videos: int) -> Place:
 
 @contextmanager
 def online_store(place: Place) -> Iterator[str]:
-    """The store with all viewers in it. Yields its address as ``REELWAY_ONLINE_STORE`` takes it."""
+    """Runs the online store with all viewers. Yields its address in the format of ``REELWAY_ONLINE_STORE``."""
     with _redis(place.path / "redis") as address:
         store = make_store(place.features, address)
         rows = dict(enumerate(place.viewer_rows()))
@@ -87,7 +87,7 @@ def online_store(place: Place) -> Iterator[str]:
 
 
 def store_candidates(place: Place, rows: NDArray[np.int32], at_s: float, table: VideoTable) -> None:
-    """Write the features of some videos, as a materialisation would, so that they can be read one by one."""
+    """Writes the features of the videos to the online store, as a materialisation does."""
     store = make_store(place.features, None)
     values = dict(zip(table.video_id[rows].tolist(), video_rows(table, rows), strict=True))
     for view in ("video_content", "video_engagement", "creator_statistics"):
@@ -95,7 +95,7 @@ def store_candidates(place: Place, rows: NDArray[np.int32], at_s: float, table: 
 
 
 def video_rows(table: VideoTable, rows: NDArray[np.int32]) -> list[dict[str, Any]]:
-    """Feature values of videos by field name, as a store returns them."""
+    """Returns feature values of videos by field name, as a store returns them."""
     dense = table.gather(rows, NOW_S).video_dense.astype(np.float64)
     dense_names = names.VIDEO_DENSE
     word_of = dict(zip(word_codes(list(LANGUAGES), DIMENSIONS.category_buckets).tolist(), LANGUAGES, strict=True))

@@ -1,6 +1,6 @@
-"""A release of realistic size for the serving benchmark: the real model classes, exported as a build exports them.
+"""A release of realistic size for the serving benchmark: the product's model classes, exported as in a build.
 
-The weights are random, because latency doesn't depend on them; everything else is what a trained release has.
+The weights are random, because latency does not depend on them. Everything else is as in a trained release.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from reelway.serving.viewers import viewer_query
 
 EMBEDDING = 64
 TRIED = 64
-"""Viewers that the index is tuned with."""
+"""Number of viewers that the index is tuned with."""
 TOWER = TwoTowerConfig(dim=EMBEDDING, layers=2)
 RANKER = RankerConfig(kind="mmoe", expert_hidden=128, expert_out=64)
 
 
 def make_realistic_release(folder: Path, videos: int, *, seed: int = 0) -> Manifest:
-    """Write a whole release with D = 64, a two-layer viewer tower and an MMoE ranker of four experts."""
+    """Writes a complete release with D = 64, a two-layer viewer tower and an MMoE ranker of four experts."""
     torch.manual_seed(seed)
     torch.set_num_threads(1)
     manifest = make_release_folder(folder, videos=videos, embedding=EMBEDDING, seed=seed)
@@ -56,22 +56,22 @@ def make_realistic_release(folder: Path, videos: int, *, seed: int = 0) -> Manif
 
 
 def _search_like_a_build(folder: Path, videos: int, seed: int) -> None:
-    """Embeddings as training leaves them, and the index that a build makes of them, tuned as a build tunes it."""
+    """Replaces the embeddings by realistic ones, and writes an index that is built and tuned as in a build."""
     catalogue = make_catalogue(videos, TRIED, EMBEDDING, seed)
     batch = open_one_batch(folder / VIDEOS_FILE)
     column = pa.FixedSizeListArray.from_arrays(pa.array(catalogue.videos.reshape(-1)), EMBEDDING)
     at = batch.schema.get_field_index("embedding")
     table = pa.Table.from_batches([batch]).set_column(at, batch.schema.field(at), column)
-    aside = folder / "videos.aside"
-    write_arrow(aside, table)
-    aside.replace(folder / VIDEOS_FILE)
+    temporary = folder / "videos.temporary"
+    write_arrow(temporary, table)
+    temporary.replace(folder / VIDEOS_FILE)
     index = search_index.make_index(catalogue.videos)
     search_index.tune_probes(index, catalogue.videos, catalogue.viewers, Blend().retrieval.candidates)
     search_index.write_index(folder / INDEX_FILE, index)
 
 
 def viewer_row(table: VideoTable, rng: np.random.Generator) -> dict[str, object]:
-    """A viewer with a full history of 50 videos."""
+    """Returns a viewer with a full history of 50 videos."""
     watched = rng.choice(table.video_id, size=50, replace=False)
     return {
         "region": "eu",

@@ -1,9 +1,9 @@
-"""A replica of nothing but itself: from the start of its process to its first slate, every digest checked.
+"""Cold start of one replica: from the start of its process to its first slate, all digests verified.
 
-Usage: python -m tests.benchmarks.serving_replica PLACE RELEASE
+Usage: python -m tests.benchmarks.serving_replica FOLDER RELEASE
 
-It imports what a replica of the service imports, so that its start is a replica's; it prints what it took as one line
-of JSON and stays until its input ends, so that its memory can be looked at.
+The process imports what a replica of the service imports. It prints the times as one line of JSON and runs until the
+end of standard input, so that its memory can be measured.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from prometheus_client import CollectorRegistry
 from reelway.platform.contracts.api import RecommendRequest
 from reelway.platform.tokens import TokenSigner
 from reelway.serving.fused import open_fused
-from reelway.serving.graph import RequestPath
 from reelway.serving.metrics import IngressMetrics
 from reelway.serving.release_loader import open_trusted
+from reelway.serving.request_path import RequestPath
 from reelway.serving.serve_config import ReleaseShelf
 
 
@@ -33,10 +33,10 @@ async def main(place: Path, release: str) -> None:
     imported = time.time()
     opened = open_fused(open_trusted(shelf.source_of(release, "fused")), budget_ms=10_000)
     signer, metrics = TokenSigner(b"a secret for the first slate"), IngressMetrics(CollectorRegistry())
-    path = RequestPath(opened.edge, opened.stages, signer, metrics, place=opened.place)
-    answered = await path.answer(RecommendRequest(viewer_id=1, count=20), {}, time.time())
+    path = RequestPath(opened.router_release, opened.stages, signer, metrics, executor=opened.executor)
+    recommendation = await path.recommend(RecommendRequest(viewer_id=1, count=20), {}, time.time())
     now, started = time.time(), psutil.Process().create_time()
-    whole = not answered.response.degraded and len(answered.video_ids) == 20
+    whole = not recommendation.response.degraded and len(recommendation.video_ids) == 20
     print(json.dumps({"seconds": now - started, "imports_s": imported - started, "whole": whole}), flush=True)
     sys.stdin.read()
     await opened.close_when_idle()

@@ -1,9 +1,9 @@
-"""The sides that are compared, each in a process of its own: CPU and memory of one are not mixed with another's.
+"""The variants that the benchmark compares, each in a process of its own to keep CPU and memory apart.
 
-Usage: python -m tests.benchmarks.serving_sides staged|fused|naive|floor PLACE [SECONDS or SETTINGS]
+Usage: python -m tests.benchmarks.serving_variants staged|fused|naive|floor FOLDER [SECONDS or SETTINGS]
 
-A service prints its address as one line of JSON and runs until its input ends. ``floor`` answers requests one after
-another for so many seconds and prints how many: the same arithmetic, with nothing around it.
+A service prints its address as one line of JSON and runs until the end of standard input. ``floor`` answers requests
+sequentially for the given time and prints their number: the same arithmetic in one process, without a service.
 """
 
 from __future__ import annotations
@@ -41,11 +41,11 @@ class Side:
     process: psutil.Process
 
     def cpu_s(self) -> float:
-        """CPU seconds that all of its processes have taken, Ray's own included."""
+        """Returns the CPU seconds of all processes of the service, Ray's processes included."""
         return sum(times.user + times.system for _, times in self._each("cpu_times"))
 
     def replica_mb(self) -> dict[str, float]:
-        """Deployment -> its replica's share of the memory (PSS: pages that several map count in parts)."""
+        """Returns the memory of each deployment's replica in MB (PSS: shared pages count proportionally)."""
         found: dict[str, float] = {}
         for process, memory in self._each("memory_full_info"):
             line = " ".join(process.cmdline())
@@ -63,7 +63,7 @@ class Side:
 
 @contextmanager
 def running(kind: str, place: Path, **settings: Any) -> Iterator[Side]:
-    """A service of this kind, from answering until the block is left."""
+    """Runs a service of this kind while the block runs; the service answers when the block is entered."""
     command = [sys.executable, "-m", "tests.benchmarks.serving_sides", kind, str(place), json.dumps(settings)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdin is not None
@@ -71,17 +71,17 @@ def running(kind: str, place: Path, **settings: Any) -> Iterator[Side]:
         try:
             line = process.stdout.readline()
             if not line:
-                raise SystemExit(f"the service {kind!r} did not start; see its message above")
+                raise SystemExit(f"service {kind!r}: did not start; see its message above")
             yield Side(json.loads(line)["url"], psutil.Process(process.pid))
         finally:
             process.stdin.close()
 
 
 def floor_of(place: Place, *, from_store: bool = True) -> Callable[[int], int]:
-    """One request by number: the viewer's row, the slate, its JSON. Gives its length, 0 if it is not whole.
+    """Returns a function that answers request number i and returns the length of the JSON, 0 if it is degraded.
 
     Args:
-        from_store: read the row from the online store, as a service does.
+        from_store: read the viewer's row from the online store, as a service does.
     """
     graph = place.loader().graph(TokenSigner(SECRET))
     read: Callable[[int], Mapping[str, Any]] = place.viewer_rows().__getitem__
@@ -97,7 +97,7 @@ def floor_of(place: Place, *, from_store: bool = True) -> Callable[[int], int]:
 
 
 def floor_per_s(place: Place, seconds: float, processes: int) -> float:
-    """Requests a second of so many processes, each with a core of its own where there are as many."""
+    """Returns the requests per second of ``processes`` processes, one per core if there are enough cores."""
     command = [sys.executable, "-m", "tests.benchmarks.serving_sides", "floor", str(place.path), str(seconds)]
     started = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(processes)]
     counts = [json.loads(process.communicate()[0]) for process in started]

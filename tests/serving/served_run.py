@@ -1,4 +1,4 @@
-"""A run directory that can be served, and the service of it as a test sees it."""
+"""A run directory to serve, and a handle of the running service."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class Running:
         return body
 
     def metric(self, name: str, place: str = "/metrics", **labels: str) -> float:
-        """Sum over all series of this name that carry the labels."""
+        """Returns the sum over all series of this name with these labels."""
         total = 0.0
         for line in self.client.get(place).text.splitlines():
             found = re.fullmatch(rf"{name}(?:{{(.*)}})? (\S+)", line)
@@ -64,16 +64,16 @@ class Running:
     def wait_until_whole(self) -> None:
         deadline = time.monotonic() + READY_S
         while self.ask()["degraded"]:
-            assert time.monotonic() < deadline, "a stage did not come back"
+            assert time.monotonic() < deadline, "a stage did not recover"
             time.sleep(0.1)
 
     def replica_of(self, deployment: str) -> psutil.Process:
-        """The process of a deployment's only replica, among the service's own."""
+        """Returns the process of a deployment's only replica."""
         (replica,) = self.processes("ray::ServeReplica", f":{deployment}")
         return replica
 
     def processes(self, *words: str) -> list[psutil.Process]:
-        """The service's own processes whose command has all of the words."""
+        """Returns the service's processes whose command line contains all of the words."""
         found = []
         for child in psutil.Process(self.process.pid).children(recursive=True):
             try:
@@ -86,7 +86,7 @@ class Running:
 
 
 def make_run(run: Path) -> tuple[str, str, list[int]]:
-    """A run directory with two signed releases and a feature store that knows one viewer and what they watched."""
+    """Creates a run directory with two signed releases and a feature store with one known viewer."""
     made = run / "made"
     make_release_folder(made, videos=300)
     watched = ReleaseLoader(made).table().video_id[5:15].tolist()

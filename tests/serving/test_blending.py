@@ -1,4 +1,4 @@
-"""Blending by quota: properties that hold for any sources, and the cases a person would ask about."""
+"""Blending by quota: properties for arbitrary sources, and typical cases."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from reelway.serving.stages.blending import blend, whole_quotas
 
 @st.composite
 def proposals(draw: st.DrawFn) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Rows and source of each proposal, and a quota for each source; a source may repeat itself and the others."""
+    """Rows and source of each proposal, and a quota per source; proposals may repeat within and between sources."""
     per_source = draw(st.lists(st.lists(st.integers(0, 40), max_size=40), min_size=1, max_size=5))
     quotas = draw(st.lists(st.integers(0, 20), min_size=len(per_source), max_size=len(per_source)))
     rows = np.array([row for one in per_source for row in one], dtype=np.int32)
@@ -21,7 +21,7 @@ def proposals(draw: st.DrawFn) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def one_by_one(rows: np.ndarray, source: np.ndarray, quotas: np.ndarray) -> list[set[int]]:
-    """The rule as a person would carry it out: which rows each source gets."""
+    """Applies the blending rule proposal by proposal and returns the rows that each source gets."""
     got: list[set[int]] = [set() for _ in quotas]
     spare = 0
     for round_quotas in (quotas.tolist(), [0] * len(quotas)):
@@ -36,14 +36,14 @@ def one_by_one(rows: np.ndarray, source: np.ndarray, quotas: np.ndarray) -> list
 
 
 @given(proposals())
-def test_a_blend_is_what_the_rule_gives_one_by_one(case: tuple[np.ndarray, np.ndarray, np.ndarray]) -> None:
+def test_blend_matches_the_rule_applied_step_by_step(case: tuple[np.ndarray, np.ndarray, np.ndarray]) -> None:
     rows, source, quotas = case
     chosen = blend(rows, source, quotas)
     assert [set(rows[chosen[source[chosen] == q]].tolist()) for q in range(len(quotas))] == one_by_one(*case)
 
 
 @given(proposals())
-def test_no_video_comes_twice_and_no_place_is_lost_that_a_source_could_fill(
+def test_blend_fills_all_positions_with_distinct_videos(
     case: tuple[np.ndarray, np.ndarray, np.ndarray],
 ) -> None:
     rows, source, quotas = case
@@ -52,7 +52,7 @@ def test_no_video_comes_twice_and_no_place_is_lost_that_a_source_could_fill(
 
 
 @given(proposals())
-def test_a_source_keeps_its_own_order(case: tuple[np.ndarray, np.ndarray, np.ndarray]) -> None:
+def test_blend_keeps_the_order_of_each_source(case: tuple[np.ndarray, np.ndarray, np.ndarray]) -> None:
     _, source, quotas = case
     chosen = blend(*case)
     for q in range(len(quotas)):
@@ -61,11 +61,11 @@ def test_a_source_keeps_its_own_order(case: tuple[np.ndarray, np.ndarray, np.nda
 
 
 def apart(*available: int) -> tuple[np.ndarray, np.ndarray]:
-    """Sources with so many proposals each, none of them shared."""
+    """Sources with the given numbers of proposals and no common video."""
     return np.arange(sum(available), dtype=np.int32), np.repeat(np.arange(len(available)), available)
 
 
-def test_any_beginning_of_a_blend_mixes_the_sources_in_proportion() -> None:
+def test_every_prefix_mixes_the_sources_in_proportion() -> None:
     rows, source = apart(100, 100, 100)
     chosen = blend(rows, source, np.array([60, 30, 10]))
     assert np.bincount(source[chosen[:10]]).tolist() == [6, 3, 1]
@@ -76,20 +76,20 @@ def test_any_beginning_of_a_blend_mixes_the_sources_in_proportion() -> None:
     ("available", "got"),
     [((2, 50, 50), [2, 13, 5]), ((50, 50, 0), [15, 5, 0]), ((50, 2, 50), [10, 2, 8])],
 )
-def test_what_one_source_cannot_fill_the_next_ones_do(available: tuple[int, ...], got: list[int]) -> None:
+def test_unused_quota_goes_to_the_other_sources(available: tuple[int, ...], got: list[int]) -> None:
     rows, source = apart(*available)
     chosen = blend(rows, source, np.array([10, 5, 5]))
     assert np.bincount(source[chosen], minlength=3).tolist() == got
 
 
-def test_a_video_far_down_one_list_is_not_lost_to_another_that_has_it_at_the_top() -> None:
+def test_shared_video_is_kept_by_the_source_that_can_take_it() -> None:
     rows = np.array([0, 1, 2, 3, 4, 4], dtype=np.int32)
     chosen = blend(rows, np.array([0, 0, 0, 0, 0, 1]), np.array([2, 1]))
     assert sorted(chosen.tolist()) == [0, 1, 5]
 
 
 @given(st.lists(st.floats(0.001, 1), min_size=1, max_size=5), st.integers(1, 2000))
-def test_whole_quotas_are_within_one_place_of_their_shares(weights: list[float], candidates: int) -> None:
+def test_whole_quotas_differ_from_shares_by_less_than_one(weights: list[float], candidates: int) -> None:
     shares = np.array(weights) / sum(weights)
     places = whole_quotas(shares.tolist(), candidates)
     assert places.sum() == candidates
@@ -101,5 +101,5 @@ def test_default_shares_of_500_candidates_are_exact() -> None:
 
 
 @pytest.mark.parametrize("quotas", [[0], [5]])
-def test_sources_that_have_nothing_give_an_empty_blend(quotas: list[int]) -> None:
+def test_empty_sources_give_an_empty_blend(quotas: list[int]) -> None:
     assert blend(np.empty(0, dtype=np.int32), np.empty(0, dtype=np.int64), np.array(quotas)).tolist() == []

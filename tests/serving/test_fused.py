@@ -1,4 +1,4 @@
-"""Stages in the router's own process: the same slates, a loop that is free, and a slow release that slows no other."""
+"""Composition ``fused``: equal slates, a free event loop, isolation between releases, and load shedding."""
 
 from __future__ import annotations
 
@@ -16,16 +16,18 @@ from reelway.platform.contracts.api import RecommendRequest
 from reelway.platform.errors import OverloadedError
 from reelway.platform.rollout.traffic.routing import Routing
 from reelway.platform.tokens import TokenSigner
-from reelway.serving.fused import OwnThread, open_fused
-from reelway.serving.graph import RequestPath
+from reelway.serving.fused import SingleThreadExecutor, open_fused
 from reelway.serving.http_api import build_http_api
 from reelway.serving.metrics import IngressMetrics
 from reelway.serving.open_releases import CALM_S, STANDS_S, OpenRelease
 from reelway.serving.release_loader import ReleaseLoader
+from reelway.serving.request_path import LocalStages, PathCall, RequestPath, Stages
 from reelway.serving.router import Router, RouterParts
+from reelway.serving.stages.arrays import Candidates, ViewerQuery
 
 SIGNER = TokenSigner(b"a secret of the tests, long enough")
 REQUEST = RecommendRequest(viewer_id=1, count=20)
+CALL = PathCall(REQUEST, {}, NOW_S, request_id=1)
 
 
 @pytest.fixture(scope="module")
@@ -35,62 +37,75 @@ def loader(tmp_path_factory: pytest.TempPathFactory) -> ReleaseLoader:
     return ReleaseLoader(folder)
 
 
-class Gated:
-    """Work that a test lets go on, and that says when it began."""
+class GatedStages(LocalStages):
+    """Stages whose retrieval blocks until a test opens the gate."""
 
-    def __init__(self) -> None:
-        self.began, self.may_end = threading.Event(), threading.Event()
+    def __init__(self, stages: LocalStages) -> None:
+        super().__init__(**vars(stages))
+        self.__dict__.update(began=threading.Event(), gate=threading.Event(), threads=set[str]())
+        self.began: threading.Event
+        self.gate: threading.Event
+        self.threads: set[str]
 
-    async def work(self) -> str:
+    async def retrieve(self, query: ViewerQuery) -> Candidates:
+        self.threads.add(threading.current_thread().name)
         self.began.set()
-        assert self.may_end.wait(10)
-        return "done"
+        assert self.gate.wait(10)
+        return await super().retrieve(query)
 
 
-def a_path(release: OpenRelease, registry: CollectorRegistry) -> RequestPath:
-    return RequestPath(release.edge, release.stages, SIGNER, IngressMetrics(registry), place=release.place)
+def path_of(release: OpenRelease, registry: CollectorRegistry, stages: Stages | None = None) -> RequestPath:
+    metrics = IngressMetrics(registry)
+    return RequestPath(release.router_release, stages or release.stages, SIGNER, metrics, executor=release.executor)
 
 
-def test_the_slate_is_the_one_that_the_same_stages_make_anywhere(loader: ReleaseLoader) -> None:
-    async def ask() -> Any:
+def test_fused_slate_equals_the_in_process_slate(loader: ReleaseLoader) -> None:
+    async def recommend() -> Any:
         release = open_fused(loader, budget_ms=5_000)
-        answered = await a_path(release, CollectorRegistry()).answer(REQUEST, {}, NOW_S)
+        recommendation = await path_of(release, CollectorRegistry()).recommend(REQUEST, {}, NOW_S)
         await release.close_when_idle()
-        return answered.response
+        return recommendation.response
 
-    response = asyncio.run(ask())
+    response = asyncio.run(recommend())
     expected = loader.graph(SIGNER).recommend(REQUEST, {}, NOW_S)
     assert [video.video_id for video in response.videos] == [video.video_id for video in expected.videos]
+    assert [video.score for video in response.videos] == [video.score for video in expected.videos]
     assert response.degraded == []
 
 
-def test_the_loop_goes_on_while_a_path_is_worked_on() -> None:
-    async def main() -> str:
-        place, gated = OwnThread(budget_ms=10_000), Gated()
-        asked = asyncio.create_task(place(gated.work))
-        while not gated.began.is_set():
+def test_event_loop_stays_free_while_a_path_runs(loader: ReleaseLoader) -> None:
+    async def main() -> list[str]:
+        release = OpenRelease(loader.edge(), loader.stages(), executor=SingleThreadExecutor(budget_ms=10_000))
+        stages = GatedStages(loader.stages())
+        path = path_of(release, CollectorRegistry(), stages)
+        running = asyncio.create_task(release.executor.run(path, CALL))
+        while not stages.began.is_set():
             await asyncio.sleep(0)
-        gated.may_end.set()  # by the loop, which therefore was not held up
-        return await asked
+        stages.gate.set()  # the event loop does this, so the path does not block it
+        result = await running
+        assert threading.current_thread().name not in stages.threads
+        return result.degraded
 
-    assert asyncio.run(main()) == "done"
+    assert asyncio.run(main()) == []
 
 
-def test_a_late_path_is_answered_from_the_lists_and_what_has_not_begun_never_begins(loader: ReleaseLoader) -> None:
+def test_late_path_is_answered_from_the_popular_list(loader: ReleaseLoader) -> None:
+    """A call whose run has not started when it is late is never started."""
     registry = CollectorRegistry()
 
     async def main() -> tuple[Any, bool]:
         release = open_fused(loader, budget_ms=50)
-        first, second = Gated(), Gated()
-        busy = asyncio.create_task(release.place(first.work))
-        waiting = asyncio.create_task(release.place(second.work))
+        first, second = GatedStages(loader.stages()), GatedStages(loader.stages())
+        running = asyncio.create_task(release.executor.run(path_of(release, CollectorRegistry(), first), CALL))
+        waiting = asyncio.create_task(release.executor.run(path_of(release, CollectorRegistry(), second), CALL))
         assert await asyncio.to_thread(first.began.wait, 5)
-        answered = await a_path(release, registry).answer(REQUEST, {}, NOW_S)
-        assert await asyncio.gather(busy, waiting, return_exceptions=True) != ["done", "done"]
-        first.may_end.set()
+        recommendation = await path_of(release, registry).recommend(REQUEST, {}, NOW_S)
+        for result in await asyncio.gather(running, waiting):
+            assert result.degraded == ["no_retrieval", "no_reranker"]
+        first.gate.set()
         await release.close_when_idle()
-        await asyncio.to_thread(release.place._thread.shutdown)  # type: ignore[attr-defined]
-        return answered.response, second.began.is_set()
+        await asyncio.to_thread(release.executor._thread.shutdown)  # type: ignore[attr-defined]
+        return recommendation.response, second.began.is_set()
 
     response, second_began = asyncio.run(main())
     assert response.degraded == ["no_retrieval", "no_reranker"]
@@ -99,50 +114,51 @@ def test_a_late_path_is_answered_from_the_lists_and_what_has_not_begun_never_beg
     assert 'kind="timeout"' in generate_latest(registry).decode()
 
 
-def test_a_release_that_is_stuck_does_not_hold_up_the_one_beside_it(loader: ReleaseLoader) -> None:
+def test_blocked_release_does_not_delay_another_release(loader: ReleaseLoader) -> None:
     async def main() -> Any:
-        stuck, fine = open_fused(loader, budget_ms=10_000), open_fused(loader, budget_ms=10_000)
-        gated = Gated()
-        asked = asyncio.create_task(stuck.place(gated.work))
-        answered = await a_path(fine, CollectorRegistry()).answer(REQUEST, {}, NOW_S)
-        assert not asked.done()
-        gated.may_end.set()
-        await asked
-        return answered.response
+        blocked, healthy = open_fused(loader, budget_ms=10_000), open_fused(loader, budget_ms=10_000)
+        stages = GatedStages(loader.stages())
+        running = asyncio.create_task(blocked.executor.run(path_of(blocked, CollectorRegistry(), stages), CALL))
+        recommendation = await path_of(healthy, CollectorRegistry()).recommend(REQUEST, {}, NOW_S)
+        assert not running.done()
+        stages.gate.set()
+        await running
+        return recommendation.response
 
     assert asyncio.run(main()).degraded == []
 
 
-def a_router(loader: ReleaseLoader, at_once: int, **options: Any) -> tuple[Router, OpenRelease]:
+def router_of(loader: ReleaseLoader, max_ongoing_requests: int, **options: Any) -> tuple[Router, OpenRelease]:
     clock = {"clock": options.pop("clock")} if "clock" in options else {}
     release = OpenRelease(loader.edge(), loader.stages(), **clock)
 
     async def open_release(_: str) -> OpenRelease:
         return release
 
-    return Router(open_release, RouterParts(SIGNER, CollectorRegistry(), at_once=at_once, **options)), release
+    dependencies = RouterParts(SIGNER, CollectorRegistry(), max_ongoing_requests=max_ongoing_requests, **options)
+    return Router(open_release, dependencies), release
 
 
-def test_more_than_a_release_takes_at_once_is_sent_away_and_the_next_one_is_welcome(loader: ReleaseLoader) -> None:
-    router, release = a_router(loader, at_once=2)
+def test_router_sheds_requests_beyond_the_limit(loader: ReleaseLoader) -> None:
+    router, release = router_of(loader, max_ongoing_requests=2)
 
     async def main() -> int:
-        await router.reconfigure(Routing.whole(release.edge.release_id).model_dump(mode="json"))
-        with release.in_use(), release.in_use(), pytest.raises(OverloadedError, match="answers 2 requests now"):
+        await router.reconfigure(Routing.whole(release.release_id).model_dump(mode="json"))
+        with release.in_use(), release.in_use(), pytest.raises(OverloadedError, match="2 requests are in flight"):
             await router.recommend(REQUEST)
         return len((await router.recommend(REQUEST)).response.videos)
 
     assert asyncio.run(main()) == 20
     text = generate_latest(router._parts.registry).decode()
     assert 'reelway_ingress_shed_total{arm="stable"' in text
-    assert 'outcome="failed"' not in text  # nobody's release is to blame
+    assert 'outcome="failed"' not in text  # load shedding is not a failure of the release
 
 
-def test_a_burst_is_answered_and_a_queue_that_stands_is_kept_short(loader: ReleaseLoader) -> None:
+def test_standing_queue_has_a_lower_limit_than_a_burst(loader: ReleaseLoader) -> None:
     now_s = [100.0]
-    router, release = a_router(loader, at_once=4, standing=2, clock=lambda: now_s[0])
+    router, release = router_of(loader, max_ongoing_requests=4, max_ongoing_sustained=2, clock=lambda: now_s[0])
 
-    async def welcome() -> bool:
+    async def admitted() -> bool:
         try:
             await router.recommend(REQUEST)
         except OverloadedError:
@@ -150,42 +166,42 @@ def test_a_burst_is_answered_and_a_queue_that_stands_is_kept_short(loader: Relea
         return True
 
     async def main() -> None:
-        await router.reconfigure(Routing.whole(release.edge.release_id).model_dump(mode="json"))
+        await router.reconfigure(Routing.whole(release.release_id).model_dump(mode="json"))
         with release.in_use():
             with release.in_use(), release.in_use():
                 now_s[0] += 0.9 * STANDS_S
-                assert await welcome()  # three are under way, and a moment ago there was nobody
+                assert await admitted()  # three in flight in a queue that was empty a moment ago
                 now_s[0] += 0.2 * STANDS_S
-                assert not await welcome()  # three have stood here for too long
-            assert await welcome()  # the queue stands still, but it is short
+                assert not await admitted()  # three in flight in a standing queue
+            assert await admitted()  # the queue is standing, but within the lower limit
         with release.in_use(), release.in_use(), release.in_use():
-            assert not await welcome()  # it was empty a moment ago, and somebody was sent away a moment ago, too
+            assert not await admitted()  # empty a moment ago, but a request was rejected a moment ago as well
         now_s[0] += 1.1 * CALM_S
         with release.in_use(), release.in_use(), release.in_use():
-            assert await welcome()  # nobody was for a while: a burst again
+            assert await admitted()  # no request was rejected for a while: a burst again
             with release.in_use():
-                assert not await welcome()  # four are too many at any moment
+                assert not await admitted()  # four in flight are over the limit of a burst
 
     asyncio.run(main())
 
 
-def test_who_is_sent_away_is_told_when_to_come_back(loader: ReleaseLoader) -> None:
-    router, release = a_router(loader, at_once=1)
-    asyncio.run(router.reconfigure(Routing.whole(release.edge.release_id).model_dump(mode="json")))
+def test_rejected_request_gets_429_with_retry_after(loader: ReleaseLoader) -> None:
+    router, release = router_of(loader, max_ongoing_requests=1)
+    asyncio.run(router.reconfigure(Routing.whole(release.release_id).model_dump(mode="json")))
     client = TestClient(build_http_api(router))
     with release.in_use():
-        answer = client.post("/v1/recommend", json={"viewer_id": 1, "count": 5})
-        assert answer.status_code == 429
-        assert answer.headers["Retry-After"] == "1"
-        assert "try again" in answer.json()["error"]
-        # Not even read: there is no time for what is wrong with it.
+        response = client.post("/v1/recommend", json={"viewer_id": 1, "count": 5})
+        assert response.status_code == 429
+        assert response.headers["Retry-After"] == "1"
+        assert "try again" in response.json()["error"]
+        # The request is rejected before it is read, so an invalid body makes no difference.
         assert client.post("/v1/recommend", content=b"{").status_code == 429
         assert client.get("/healthz").status_code == 200
     assert "429" in client.get("/openapi.json").json()["paths"]["/v1/recommend"]["post"]["responses"]
     assert client.post("/v1/recommend", json={"viewer_id": 1, "count": 5}).status_code == 200
 
 
-def test_what_is_opened_has_been_tried(loader: ReleaseLoader, tmp_path: Path) -> None:
+def test_open_fused_fails_for_a_broken_release(loader: ReleaseLoader, tmp_path: Path) -> None:
     for file in loader.folder.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
     (tmp_path / "ranker.onnx").write_bytes(b"not a graph")

@@ -1,4 +1,4 @@
-"""The HTTP face alone: what is refused and how, and what /openapi.json promises. No Ray, no models."""
+"""The HTTP API without Ray and models: rejected requests, and the schema in /openapi.json."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from reelway.serving.http_api import Answer, CurrentReleases, ServedRelease, bui
 
 
 class OneVideoService:
-    """Answers everybody with one video, or breaks."""
+    """Returns one video for every viewer, or raises."""
 
     def __init__(self) -> None:
         self.breaks = False
@@ -61,7 +61,7 @@ class OneVideoService:
         self.refused += 1
 
     def refuse_unread(self) -> None:
-        """There is always time."""
+        """Never rejects a request."""
 
 
 @pytest.fixture
@@ -77,7 +77,7 @@ def client(service: OneVideoService) -> TestClient:
 VALID: dict[str, Any] = {"viewer_id": 1}
 
 
-def test_a_valid_request_is_answered(client: TestClient, service: OneVideoService) -> None:
+def test_valid_request_is_answered(client: TestClient, service: OneVideoService) -> None:
     context = {"device": "phone", "region": "eu", "time": "2024-06-10T06:00:00Z"}
     answer = client.post("/v1/recommend", json={"viewer_id": 5, "count": 3, "context": context})
     assert answer.status_code == 200
@@ -102,12 +102,12 @@ def test_a_valid_request_is_answered(client: TestClient, service: OneVideoServic
         ({"context": {"device": 5}}, "context.device"),
         ({"context": {"region": "x" * 65}}, "context.region"),
         ({"context": {"time": "yesterday"}}, "context.time"),
-        ({"context": {"time": "2024-06-10T06:00:00"}}, "context.time"),  # no zone
+        ({"context": {"time": "2024-06-10T06:00:00"}}, "context.time"),  # without a time zone
         ({"context": {"vpn": True}}, "context.vpn"),
         ({"users": [1]}, "users"),
     ],
 )
-def test_a_wrong_field_is_refused_by_name(
+def test_invalid_field_is_named_in_the_422_response(
     client: TestClient, service: OneVideoService, change: dict[str, Any], field: str
 ) -> None:
     answer = client.post("/v1/recommend", json=VALID | change)
@@ -118,7 +118,7 @@ def test_a_wrong_field_is_refused_by_name(
     assert service.asked == []
 
 
-def test_all_wrong_fields_are_named_at_once_with_what_was_seen(client: TestClient) -> None:
+def test_422_response_names_all_invalid_fields(client: TestClient) -> None:
     answer = client.post("/v1/recommend", json={"viewer_id": -3, "count": 1000})
     assert {one["field"]: one["value"] for one in answer.json()["fields"]} == {"viewer_id": -3, "count": 1000}
 
@@ -126,21 +126,19 @@ def test_all_wrong_fields_are_named_at_once_with_what_was_seen(client: TestClien
 @pytest.mark.parametrize(
     "body", [b"", b"{", b"nonsense", b"[]", b"null", b'"text"', b"\xff\xfe", b'{"viewer_id": NaN}']
 )
-def test_a_body_that_is_no_request_is_refused(client: TestClient, body: bytes) -> None:
+def test_malformed_body_is_rejected(client: TestClient, body: bytes) -> None:
     answer = client.post("/v1/recommend", content=body, headers={"content-type": "application/json"})
     assert answer.status_code == 422
     assert answer.json()["fields"]
 
 
-def test_a_long_value_is_not_sent_back(client: TestClient) -> None:
+def test_long_value_is_not_echoed(client: TestClient) -> None:
     answer = client.post("/v1/recommend", json={"viewer_id": "9" * 10_000})
     assert answer.status_code == 422
     assert len(answer.content) < 1000
 
 
-def test_a_fault_that_no_rung_could_catch_is_503_and_says_nothing_of_the_inside(
-    client: TestClient, service: OneVideoService
-) -> None:
+def test_unexpected_error_is_503_without_internals(client: TestClient, service: OneVideoService) -> None:
     service.breaks = True
     answer = client.post("/v1/recommend", json=VALID)
     assert answer.status_code == 503
@@ -148,7 +146,7 @@ def test_a_fault_that_no_rung_could_catch_is_503_and_says_nothing_of_the_inside(
     assert answer.headers["retry-after"] == "1"
 
 
-def test_the_published_schema_is_valid_and_describes_requests_answers_and_refusals(client: TestClient) -> None:
+def test_openapi_schema_describes_requests_and_responses(client: TestClient) -> None:
     schema = client.get("/openapi.json").json()
     operation = schema["paths"]["/v1/recommend"]["post"]
     parts = schema["components"]["schemas"]
@@ -167,7 +165,7 @@ def test_the_published_schema_is_valid_and_describes_requests_answers_and_refusa
     jsonschema.validate(client.post("/v1/recommend", json={}).json(), resolved(operation["responses"]["422"]))
 
 
-def test_health_releases_and_metrics_answer(client: TestClient) -> None:
+def test_other_routes_answer(client: TestClient) -> None:
     assert client.get("/healthz").json() == {"status": "ok"}
     assert client.get("/v1/releases/current").json() == {
         "rollout": "",

@@ -1,4 +1,4 @@
-"""A video table that follows the changelog: newest rows, of videos and of creators, each version of one moment."""
+"""The overlay of a video table: newest rows of videos and creators, one version per poll of the changelog."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def table(tmp_path: Path) -> VideoTable:
 
 
 def rows_of(view: str, values: dict[int, float | None]) -> pa.Table:
-    """Rows whose fields are all one value."""
+    """Rows whose fields all have the same value."""
     own = FIELDS[view]
     return pa.table(
         [
@@ -48,7 +48,7 @@ def change(sequence: int, *tables: pa.Table) -> Change:
     return Change(sequence, sequence * 1_000_000, pa.concat_tables(tables))
 
 
-def test_a_change_of_a_video_or_its_creator_is_laid_over_and_the_rest_stays(table: VideoTable, tmp_path: Path) -> None:
+def test_change_updates_only_the_rows_it_names(table: VideoTable, tmp_path: Path) -> None:
     log, before = Changelog(tmp_path / "overlay"), table.live.at(np.arange(len(table)))
     creator = int(table.creator_id[7])
     theirs = np.flatnonzero(table.creator_id == creator)
@@ -68,7 +68,7 @@ def test_a_change_of_a_video_or_its_creator_is_laid_over_and_the_rest_stays(tabl
     assert overlay.poll() == 0
 
 
-def test_several_changes_become_one_version_with_the_newest_rows(table: VideoTable, tmp_path: Path) -> None:
+def test_changes_of_one_poll_become_one_version(table: VideoTable, tmp_path: Path) -> None:
     log = Changelog(tmp_path / "overlay")
     ids = table.video_id.tolist()
     for sequence in (1, 2, 3):
@@ -80,14 +80,14 @@ def test_several_changes_become_one_version_with_the_newest_rows(table: VideoTab
     assert (overlay.sequence, table.live.as_of_s) == (3, 3.0)
 
 
-def test_a_row_that_expired_is_unknown_again(table: VideoTable, tmp_path: Path) -> None:
+def test_expired_row_becomes_unknown(table: VideoTable, tmp_path: Path) -> None:
     log = Changelog(tmp_path / "overlay")
     log.append(change(1, rows_of(ENGAGEMENT, {int(table.video_id[3]): None})))
     LiveOverlay(table, log).poll()
     assert np.isnan(table.live.at(np.array([3]))[0, LIKES])
 
 
-def test_a_snapshot_takes_the_place_of_its_changes_for_readers_old_and_new(table: VideoTable, tmp_path: Path) -> None:
+def test_snapshot_replaces_its_changes_for_all_readers(table: VideoTable, tmp_path: Path) -> None:
     log = Changelog(tmp_path / "overlay")
     ids = table.video_id.tolist()
     log.append(change(1, rows_of(ENGAGEMENT, {ids[1]: 0.5})))
@@ -108,9 +108,7 @@ def test_a_snapshot_takes_the_place_of_its_changes_for_readers_old_and_new(table
         assert reader.sequence == 6
 
 
-def test_a_file_that_is_no_change_is_refused_and_an_empty_place_is_nothing_new(
-    table: VideoTable, tmp_path: Path
-) -> None:
+def test_malformed_change_raises(table: VideoTable, tmp_path: Path) -> None:
     overlay = LiveOverlay(table, Changelog(tmp_path / "overlay"))
     assert overlay.poll() == 0
     (tmp_path / "overlay").mkdir()
@@ -120,7 +118,7 @@ def test_a_file_that_is_no_change_is_refused_and_an_empty_place_is_nothing_new(
     assert table.live.version == 0
 
 
-def test_a_changelog_behind_a_url_reads_like_one_in_a_folder(table: VideoTable) -> None:
+def test_changelog_url_reads_like_a_folder(table: VideoTable) -> None:
     log = Changelog("memory://overlay-test/changes")
     for sequence in (1, 2):
         log.append(change(sequence, rows_of(ENGAGEMENT, {int(table.video_id[3]): sequence / 4})))
@@ -131,7 +129,7 @@ def test_a_changelog_behind_a_url_reads_like_one_in_a_folder(table: VideoTable) 
     assert [one.whole for one in log.after(0)] == [True]
 
 
-def test_a_follower_keeps_its_table_fresh_and_ends_with_it(table: VideoTable, tmp_path: Path) -> None:
+def test_follower_ends_with_its_table(table: VideoTable, tmp_path: Path) -> None:
     other = open_video_table(tmp_path / "release" / VIDEOS_FILE)
     thread = follow(other, str(tmp_path / "overlay"), every_s=0.01)
     Changelog(tmp_path / "overlay").append(change(1, rows_of(ENGAGEMENT, {int(table.video_id[3]): 0.5})))

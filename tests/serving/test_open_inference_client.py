@@ -23,7 +23,6 @@ from tests.serving.rank_server import ReleaseFixture, make_release
 from reelway.platform.contracts.api import RecommendRequest
 from reelway.platform.errors import ServingError
 from reelway.platform.tokens import TokenSigner
-from reelway.serving.graph import Answered, LocalStages, RequestPath
 from reelway.serving.metrics import SHORT, IngressMetrics, RemoteRankerMetrics
 from reelway.serving.open_inference.client import RemoteRanker, server_address
 from reelway.serving.open_inference.data_plane import RankerDataPlane, ReadOnlyRepository
@@ -33,6 +32,7 @@ from reelway.serving.open_inference.kserve_model import RankerModel
 from reelway.serving.open_inference.messages import SERVICE, load_messages
 from reelway.serving.open_inference.ranker_service import RankerService
 from reelway.serving.release_loader import ReleaseLoader
+from reelway.serving.request_path import LocalStages, Recommendation, RequestPath
 
 Work = Callable[["InProcessServer"], Coroutine[Any, Any, Any]]
 messages = load_messages()
@@ -258,8 +258,8 @@ def test_request_path_falls_back_while_its_ranker_is_down(made: ReleaseFixture, 
         local = RequestPath(loader.edge(), stages, signer, IngressMetrics(CollectorRegistry()))
         request = RecommendRequest(viewer_id=1, count=10)
 
-        async def answer(of: RequestPath = path) -> Answered:
-            return await of.answer(request, {}, NOW_S)
+        async def answer(of: RequestPath = path) -> Recommendation:
+            return await of.recommend(request, {}, NOW_S)
 
         whole = await answer()
         assert whole.response.degraded == []

@@ -1,6 +1,6 @@
-"""`reelway serve` as a user has it: its own Ray, real HTTP, faults, the metrics of all processes, and a clean end.
+"""`reelway serve` with its own Ray and real HTTP: slates, failures, metrics of all processes, and shutdown.
 
-One service for the whole module, so the tests share its state; the last one ends it.
+All tests of the module share one service and its state; the last test stops it.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ DOWN_S = 60.0
 def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     run = tmp_path_factory.mktemp("run")
     release, other, watched = make_run(run)
-    command = reelway_command("serve", "--run", str(run), "--port", "0", "--parity-ratio", "1")
+    command = reelway_command("serve", "--run", str(run), "--port", "0", "--parity-sample-ratio", "1")
     log, record = run / "serve.log", run / "serving.json"
     with log.open("wb") as sink:
         process = subprocess.Popen(command, stdout=sink, stderr=sink, stdin=subprocess.DEVNULL, start_new_session=True)
@@ -74,7 +74,7 @@ def backend(service: Running) -> Iterator[ServeRestBackend]:
         yield made
 
 
-def test_a_known_viewer_gets_a_whole_slate_of_unseen_videos_with_readable_tokens(service: Running) -> None:
+def test_known_viewer_gets_a_full_slate_with_valid_tokens(service: Running) -> None:
     answer = service.ask(count=20)
     assert RecommendResponse.model_validate(answer).degraded == []
     assert len(answer["videos"]) == 20
@@ -84,7 +84,7 @@ def test_a_known_viewer_gets_a_whole_slate_of_unseen_videos_with_readable_tokens
     assert any(video["reason"].startswith("because you watched Video") for video in answer["videos"])
 
 
-def test_the_service_answers_what_the_graph_in_one_process_answers(service: Running) -> None:
+def test_service_slate_equals_the_in_process_slate(service: Running) -> None:
     row = ViewerRows(open_feature_store(service.run / "features")).read(KNOWN_VIEWER)
     graph = service.loader.graph(service.signer)
     here = graph.recommend(RecommendRequest(viewer_id=KNOWN_VIEWER, count=20), row, NOW_S)
@@ -94,7 +94,7 @@ def test_the_service_answers_what_the_graph_in_one_process_answers(service: Runn
     assert [v["score"] for v in there["videos"]] == pytest.approx([v.score for v in here.videos], abs=1e-5)
 
 
-def test_an_unknown_viewer_gets_a_whole_slate(service: Running) -> None:
+def test_unknown_viewer_gets_a_full_slate(service: Running) -> None:
     answer = service.ask(viewer=9_999_999)
     assert answer["degraded"] == []
     assert len(answer["videos"]) == 10
@@ -103,9 +103,7 @@ def test_an_unknown_viewer_gets_a_whole_slate(service: Running) -> None:
 @pytest.mark.parametrize(
     ("body", "field"), [({"viewer_id": -1}, "viewer_id"), ({"viewer_id": 1, "count": 0}, "count"), ({}, "viewer_id")]
 )
-def test_invalid_requests_are_refused_over_http_with_the_field(
-    service: Running, body: dict[str, Any], field: str
-) -> None:
+def test_invalid_request_gets_422_with_the_field(service: Running, body: dict[str, Any], field: str) -> None:
     before = service.metric("reelway_ingress_refused_total")
     answer = service.client.post("/v1/recommend", json=body)
     assert answer.status_code == 422
@@ -113,12 +111,12 @@ def test_invalid_requests_are_refused_over_http_with_the_field(
     assert service.metric("reelway_ingress_refused_total") == before + 1
 
 
-def test_the_schema_is_published(service: Running) -> None:
+def test_openapi_schema_is_published(service: Running) -> None:
     parts = service.client.get("/openapi.json").json()["components"]["schemas"]
     jsonschema.validate(service.ask(), parts["RecommendResponse"] | {"components": {"schemas": parts}})
 
 
-def test_concurrent_requests_are_all_answered_whole(service: Running) -> None:
+def test_concurrent_requests_get_full_slates(service: Running) -> None:
     with ThreadPoolExecutor(8) as threads:
         answers = list(threads.map(lambda viewer: service.ask(viewer=viewer), range(80)))
     assert [answer["viewer_id"] for answer in answers] == list(range(80))
@@ -126,7 +124,7 @@ def test_concurrent_requests_are_all_answered_whole(service: Running) -> None:
     assert len({answer["request_id"] for answer in answers}) == 80
 
 
-def test_one_scrape_shows_the_metrics_of_every_process(service: Running) -> None:
+def test_metrics_cover_every_process(service: Running) -> None:
     service.ask()
     label = service.release[:12]
     for stage in ("ingress", "retrieval", "ranking", "reranking"):
@@ -138,7 +136,7 @@ def test_one_scrape_shows_the_metrics_of_every_process(service: Running) -> None
     assert str(KNOWN_VIEWER) not in re.findall(r'="([^"]*)"', text)
 
 
-def test_what_was_served_is_logged_for_the_parity_replay(service: Running) -> None:
+def test_served_features_are_logged_for_the_parity_replay(service: Running) -> None:
     answer = service.ask(count=5, device="tv")
     deadline = time.monotonic() + 10
     while True:
@@ -152,7 +150,7 @@ def test_what_was_served_is_logged_for_the_parity_replay(service: Running) -> No
     assert (vector.device, vector.release) == ("tv", service.release)
 
 
-def test_the_commands_own_client_prints_a_slate(service: Running) -> None:
+def test_recommend_command_prints_a_slate(service: Running) -> None:
     command = reelway_command("recommend", "--run", str(service.run), "--viewer", str(KNOWN_VIEWER), "--count", "3")
     readable = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
     assert f"viewer {KNOWN_VIEWER}" in readable
@@ -161,7 +159,7 @@ def test_the_commands_own_client_prints_a_slate(service: Running) -> None:
     assert len(RecommendResponse.model_validate_json(raw).videos) == 3
 
 
-def test_killed_replicas_cost_no_request(service: Running) -> None:
+def test_killed_replicas_fail_no_request(service: Running) -> None:
     service.wait_until_whole()
     rungs = {"Ranking": "no_ranker", "Retrieval": "no_retrieval", "Reranking": "no_reranker"}
     before = {rung: service.metric("reelway_ingress_degraded_total", rung=rung) for rung in rungs.values()}
@@ -177,7 +175,7 @@ def test_killed_replicas_cost_no_request(service: Running) -> None:
     def wait_for(rung: str) -> None:
         deadline = time.monotonic() + 30
         while not any(rung in answer.get("degraded", ()) for answer in list(answers)):
-            assert time.monotonic() < deadline, f"no answer stepped down to {rung}"
+            assert time.monotonic() < deadline, f"no response has the degradation {rung}"
             time.sleep(0.02)
 
     with ThreadPoolExecutor(2) as threads:
@@ -198,7 +196,7 @@ def test_killed_replicas_cost_no_request(service: Running) -> None:
         assert service.metric("reelway_ingress_degraded_total", rung=rung) >= before[rung] + stepped_down[rung]
 
 
-def test_a_release_comes_takes_traffic_and_goes_under_load_without_a_failed_request(
+def test_release_change_under_load_fails_no_request(
     service: Running, backend: ServeRestBackend, capsys: pytest.CaptureFixture[str]
 ) -> None:
     service.wait_until_whole()
@@ -217,19 +215,25 @@ def test_a_release_comes_takes_traffic_and_goes_under_load_without_a_failed_requ
     with asking(service.url) as asked:
         backend.observe()
         backend.apply(TrafficTarget(routing(0), (stable, other)))
-        wait_for(ready, "the release is not ready", READY_S)
+        wait_for(ready, "the release did not become ready", READY_S)
         moves: dict[str, tuple[int, float]] = {}
         for name, weight in (("weight given", 5000), ("weight taken", 0)):
             moves[name] = (weight, time.time())
             backend.apply(TrafficTarget(routing(weight), (stable, other)))
             keep_going(asked, 40)
         backend.apply(TrafficTarget(routing(0, warm=False), (stable,)))
-        wait_for(lambda: backend.observe().releases == (stable,), "the release is still there", 60)
-        wait_for(lambda: not service.processes("ray::ServeReplica", other[:12]), "its replicas are still there", 60)
+        wait_for(lambda: backend.observe().releases == (stable,), "the release was not removed", 60)
+        wait_for(
+            lambda: not service.processes("ray::ServeReplica", other[:12]),
+            "the replicas of the release were not removed",
+            60,
+        )
         keep_going(asked, 20)
 
     assert Counter(one.status for one in asked) == {200: len(asked)}
-    assert service.metric("reelway_ingress_faults_total", kind="error") == faults  # late ones are the machine's
+    assert (
+        service.metric("reelway_ingress_faults_total", kind="error") == faults
+    )  # timeouts may be due to a busy machine
     assert {name: service.replica_of(name).pid for name in kept} == kept
     for name, (weight, at) in moves.items():
         end = min((one_at for _, one_at in moves.values() if one_at > at), default=asked[-1].sent)
@@ -240,13 +244,11 @@ def test_a_release_comes_takes_traffic_and_goes_under_load_without_a_failed_requ
         first_s = right[0].done - at
         last_s = max((one.sent - at for one in wrong), default=0.0)
         with capsys.disabled():
-            print(
-                f"\n{name}: from the PUT to the first request on it {first_s:.3f} s, to the last without {last_s:.3f} s"
-            )
+            print(f"\n{name}: first request on the new routing after {first_s:.3f} s, last on the old {last_s:.3f} s")
         assert last_s < 1.0
 
 
-def test_what_is_shown_in_a_rollout_is_counted_with_its_outcomes_and_mirrored_requests_are_compared(
+def test_rollout_counts_exposures_outcomes_and_mirroring(
     service: Running,
     backend: ServeRestBackend,
 ) -> None:
@@ -261,8 +263,8 @@ def test_what_is_shown_in_a_rollout_is_counted_with_its_outcomes_and_mirrored_re
     )
     backend.observe()
     backend.apply(TrafficTarget(routing, (stable, other)))
-    wait_for(lambda: backend.observe().ready >= {stable, other}, "the release is not ready", READY_S)
-    wait_for(lambda: backend.observe().routing == routing, "the routing is not acted upon", READY_S)
+    wait_for(lambda: backend.observe().ready >= {stable, other}, "the release did not become ready", READY_S)
+    wait_for(lambda: backend.observe().routing == routing, "the routing did not take effect", READY_S)
     answers = [service.ask(viewer=viewer, count=3) for viewer in range(30)]
     for answer in answers:
         route = routing.route_of(answer["viewer_id"])
@@ -294,7 +296,9 @@ def test_what_is_shown_in_a_rollout_is_counted_with_its_outcomes_and_mirrored_re
     assert total(series.STATISTIC, **watched) == pytest.approx(5 * 3 * shown["canary"] * 5 / 9, rel=1e-5)
     label = other[:12]
     wait_for(
-        lambda: service.metric(series.SHADOW_REQUESTS, release=label, outcome="compared") > 0, "nothing is compared", 20
+        lambda: service.metric(series.SHADOW_REQUESTS, release=label, outcome="compared") > 0,
+        "no mirrored request was compared",
+        20,
     )
     assert service.metric(series.SHADOW_OVERLAP + "_count", release=label) > 0
     assert service.metric(series.LATENCY + "_count", release=label, arm="shadow") > 0
@@ -302,9 +306,7 @@ def test_what_is_shown_in_a_rollout_is_counted_with_its_outcomes_and_mirrored_re
     backend.apply(TrafficTarget(Routing.whole(stable), (stable,)))
 
 
-def test_a_release_that_cannot_be_had_is_reported_and_touches_no_other(
-    service: Running, backend: ServeRestBackend
-) -> None:
+def test_unavailable_release_affects_no_other_release(service: Running, backend: ServeRestBackend) -> None:
     stable, nowhere = service.release, "0" * 64
     arms = (
         ArmRoute(arm=Arm.CANARY, release=nowhere, weight_bp=9000),
@@ -312,17 +314,17 @@ def test_a_release_that_cannot_be_had_is_reported_and_touches_no_other(
     )
     backend.observe()
     backend.apply(TrafficTarget(Routing(salt="nowhere", rollout="r3", arms=arms), (stable, nowhere)))
-    wait_for(lambda: nowhere in backend.observe().failed, "nobody says that it failed", 60)
+    wait_for(lambda: nowhere in backend.observe().failed, "the release was not reported as failed", 60)
     assert "is not in" in backend.observe().failed[nowhere]
     assert {service.ask(viewer=viewer)["release"] for viewer in range(10)} == {stable}
     backend.apply(TrafficTarget(Routing.whole(stable), (stable,)))
-    wait_for(lambda: backend.observe().releases == (stable,), "it is still there", 60)
+    wait_for(lambda: backend.observe().releases == (stable,), "the release was not removed", 60)
     service.wait_until_whole()
 
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """One request of the load. ``moves``: whether a canary of half of the viewers has this one."""
+    """One request of the load. ``moves``: whether the viewer belongs to a canary of half of the viewers."""
 
     viewer: int
     sent: float
@@ -338,7 +340,7 @@ class Asked:
 
 @contextmanager
 def asking(url: str) -> Iterator[list[Asked]]:
-    """Three clients that ask without a pause, each viewer in turn."""
+    """Runs three clients that send requests without a pause, viewer after viewer."""
     stop, asked, viewers = threading.Event(), list[Asked](), itertools.count()
 
     def keep_asking() -> None:
@@ -361,9 +363,9 @@ def asking(url: str) -> Iterator[list[Asked]]:
 
 
 def keep_going(asked: list[Asked], requests: int) -> None:
-    """Until so many more were sent after half a second from now."""
+    """Waits until ``requests`` further requests were sent, counted from half a second from now."""
     since = time.time() + 0.5
-    wait_for(lambda: sum(one.sent > since for one in list(asked)) > requests, "nobody asks", 60)
+    wait_for(lambda: sum(one.sent > since for one in list(asked)) > requests, "the clients send no requests", 60)
 
 
 def wait_for(condition: Callable[[], bool], otherwise: str, within_s: float) -> None:
@@ -373,7 +375,7 @@ def wait_for(condition: Callable[[], bool], otherwise: str, within_s: float) -> 
         time.sleep(0.1)
 
 
-def test_z_an_interrupt_ends_the_service_with_all_its_processes(service: Running) -> None:
+def test_z_interrupt_stops_the_service_and_its_processes(service: Running) -> None:
     started = psutil.Process(service.process.pid).children(recursive=True)
     assert len(started) > 5
     assert service.processes("rollout", "controller")

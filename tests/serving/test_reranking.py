@@ -1,4 +1,4 @@
-"""Re-ranking: caps, diversity, exploration with its propensity, and a slate that is always full."""
+"""Re-ranking: the per-creator cap, diversity, exploration with its propensity, and full slates."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from reelway.platform.contracts.blend import RerankingBlend
-from reelway.serving.stages.arrays import SOURCE_CODES, Slate
+from reelway.serving.stages.arrays import SOURCE_CODES, ScoredCandidates, Slate
 from reelway.serving.stages.reranking import Reranking, occurrences
 
-NOBODY = np.empty(0, dtype=np.int32)
+NOTHING = np.empty(0, dtype=np.int32)
 
 
 @dataclass
 class Table:
-    """The two columns that re-ranking reads."""
+    """The two columns of a video table that re-ranking reads."""
 
     creator_id: np.ndarray
     embedding: np.ndarray
@@ -32,22 +32,23 @@ def rerank(
     count: int,
     embedding: np.ndarray | None = None,
     source: str = "ann",
-    liked: np.ndarray = NOBODY,
+    liked: np.ndarray = NOTHING,
     seed: int = 0,
     **settings: Any,
 ) -> Slate:
     n = len(value)
     unit = np.eye(n, max(n, 1), dtype=np.float32) if embedding is None else embedding
     stage = Reranking(Table(np.array(creators, dtype=np.int64), unit), RerankingBlend(**settings))  # type: ignore[arg-type]
-    return stage.rerank(
-        np.arange(n, dtype=np.int32),
-        np.full(n, SOURCE_CODES[source], dtype=np.int8),  # type: ignore[index]
-        np.full(n, -1, dtype=np.int32),
-        np.array(value, dtype=np.float32),
-        liked,
+    candidates = ScoredCandidates(
+        rows=np.arange(n, dtype=np.int32),
+        source=np.full(n, SOURCE_CODES[source], dtype=np.int8),  # type: ignore[index]
+        trigger_rows=np.full(n, -1, dtype=np.int32),
+        value=np.array(value, dtype=np.float32),
+        liked_rows=liked,
         count=count,
         seed=seed,
     )
+    return stage.rerank(candidates)
 
 
 @st.composite
@@ -65,7 +66,7 @@ def cases(draw: st.DrawFn) -> dict[str, Any]:
 
 
 @given(cases(), st.integers(0, 2**32))
-def test_a_slate_is_full_has_nothing_twice_and_keeps_the_cap_while_it_can(case: dict[str, Any], seed: int) -> None:
+def test_slate_is_full_and_keeps_the_cap_if_possible(case: dict[str, Any], seed: int) -> None:
     slate = rerank(**case, seed=seed)
     n, creators = len(case["value"]), np.array(case["creators"], dtype=np.int64)
     assert len(slate) == min(case["count"], n)
@@ -73,8 +74,8 @@ def test_a_slate_is_full_has_nothing_twice_and_keeps_the_cap_while_it_can(case: 
     shown = creators[slate.rows]
     by_known_creator = np.bincount(shown[shown >= 0], minlength=11)
     beyond_cap = int(np.maximum(by_known_creator - case["max_per_creator"], 0).sum())
-    assert beyond_cap == slate.relaxed
-    if slate.relaxed:  # every video that the cap allowed is there already
+    assert beyond_cap == slate.cap_violations
+    if slate.cap_violations:  # all videos within the cap are in the slate
         possible = np.minimum(np.bincount(creators[creators >= 0], minlength=11), case["max_per_creator"])
         assert (by_known_creator >= possible).all()
         assert (shown < 0).sum() == (creators < 0).sum()
@@ -83,17 +84,17 @@ def test_a_slate_is_full_has_nothing_twice_and_keeps_the_cap_while_it_can(case: 
 
 
 @given(st.lists(st.integers(-2, 5), max_size=40))
-def test_occurrences_count_what_came_before(values: list[int]) -> None:
+def test_occurrences_count_earlier_equal_values(values: list[int]) -> None:
     seen = occurrences(np.array(values, dtype=np.int64)).tolist()
     assert seen == [values[:at].count(value) for at, value in enumerate(values)]
 
 
-def test_without_diversity_the_order_is_the_order_of_value() -> None:
+def test_zero_diversity_gives_the_order_of_value() -> None:
     slate = rerank([0.1, 0.9, 0.5, 0.7], [1, 2, 3, 4], count=3, diversity=0.0)
     assert slate.rows.tolist() == [1, 3, 2]
 
 
-def test_a_near_copy_of_the_best_gives_way_to_something_else() -> None:
+def test_near_duplicate_of_the_best_loses_its_position() -> None:
     embedding = np.array([[1, 0], [1, 0], [0, 1]], dtype=np.float32)
     values = [1.0, 0.95, 0.8]
     plain = rerank(values, [1, 2, 3], count=2, embedding=embedding, diversity=0.0)
@@ -102,7 +103,7 @@ def test_a_near_copy_of_the_best_gives_way_to_something_else() -> None:
     assert diverse.rows.tolist() == [0, 2]
 
 
-def test_greedy_mmr_is_what_its_definition_says() -> None:
+def test_greedy_mmr_matches_its_definition() -> None:
     rng = np.random.default_rng(0)
     n, count, diversity = 30, 12, 0.4
     value = rng.random(n)
@@ -110,7 +111,7 @@ def test_greedy_mmr_is_what_its_definition_says() -> None:
     embedding /= np.linalg.norm(embedding, axis=1, keepdims=True)
     scaled = (value - value.min()) / (value.max() - value.min())
     chosen: list[int] = []
-    while len(chosen) < count:  # the definition, candidate by candidate
+    while len(chosen) < count:  # the definition, position by position
         left = [i for i in range(n) if i not in chosen]
         chosen.append(
             max(
@@ -125,13 +126,13 @@ def test_greedy_mmr_is_what_its_definition_says() -> None:
     assert slate.rows.tolist() == chosen
 
 
-def test_unknown_creators_are_not_one_creator() -> None:
+def test_cap_ignores_unknown_creators() -> None:
     slate = rerank([4, 3, 2, 1], [-1, -1, -1, 5], count=3, max_per_creator=1, diversity=0.0)
     assert slate.rows.tolist() == [0, 1, 2]
-    assert slate.relaxed == 0
+    assert slate.cap_violations == 0
 
 
-def test_the_logged_propensity_is_the_frequency_with_which_a_video_takes_an_explored_place() -> None:
+def test_propensity_equals_the_frequency_of_exploration() -> None:
     n, draws = 12, 4000
     value = [float(n - i) for i in range(n)]
     shown = np.zeros(n)
@@ -145,27 +146,27 @@ def test_the_logged_propensity_is_the_frequency_with_which_a_video_takes_an_expl
     assert shown[3:] / draws == pytest.approx(np.full(9, 1 / 9), abs=0.02)
 
 
-def test_exploration_draws_from_fresh_uploads_when_there_are_some() -> None:
+def test_exploration_prefers_fresh_uploads() -> None:
     n = 20
     source = np.full(n, SOURCE_CODES["ann"], dtype=np.int8)
     source[[15, 17]] = SOURCE_CODES["fresh"]
     table = Table(np.arange(n), np.eye(n, dtype=np.float32))
     stage = Reranking(table, RerankingBlend(exploration_slots=2, diversity=0.0))  # type: ignore[arg-type]
     rows = np.arange(n, dtype=np.int32)
-    slate = stage.rerank(rows, source, rows * 0 - 1, -rows.astype(np.float32), NOBODY, count=6, seed=3)
+    slate = stage.rerank(ScoredCandidates(rows, source, rows * 0 - 1, -rows.astype(np.float32), NOTHING, 6, seed=3))
     assert set(slate.rows[slate.propensity < 1].tolist()) == {15, 17}
     assert slate.propensity[slate.propensity < 1].tolist() == [0.5, 0.5]
 
 
-def test_the_same_seed_gives_the_same_slate() -> None:
+def test_equal_seed_gives_an_equal_slate() -> None:
     value = [float(i) for i in range(30)]
     slates = [rerank(value, list(range(30)), count=10, exploration_slots=3, seed=7).rows.tolist() for _ in range(2)]
     assert slates[0] == slates[1]
 
 
-def test_a_choice_is_explained_by_the_closest_liked_video_if_it_is_close() -> None:
+def test_trigger_is_the_nearest_similar_liked_video() -> None:
     embedding = np.array([[1, 0, 0], [0, 1, 0], [0.9, 0.1, 0], [0, 0, 1]], dtype=np.float32)
     liked = np.array([2], dtype=np.int32)
     slate = rerank([4, 3, 2, 1], [1, 2, 3, 4], count=2, embedding=embedding, liked=liked, diversity=0.0)
     assert slate.rows.tolist() == [0, 1]
-    assert slate.because.tolist() == [2, -1]
+    assert slate.trigger_rows.tolist() == [2, -1]

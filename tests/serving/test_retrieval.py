@@ -1,4 +1,4 @@
-"""Sources and retrieval on a real small release: who proposes what, what is never shown, and what is counted."""
+"""Sources and retrieval on a small release: proposals, filters and counts."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def lists(folder: Path, table: VideoTable) -> PopularLists:
 
 
 def viewer(table: VideoTable, watched: dict[int, float], region: str | None = None) -> ViewerQuery:
-    """Who watched rows of the table with these weights, an hour apart, the last one now."""
+    """Returns a viewer who watched the rows with these weights, one per hour, the last one now."""
     row = {
         "region": region,
         "history_videos": table.video_id[list(watched)].tolist(),
@@ -61,7 +61,7 @@ def viewer(table: VideoTable, watched: dict[int, float], region: str | None = No
 
 @given(st.dictionaries(st.integers(0, VIDEOS - 1), st.sampled_from([-2.0, -0.5, 1.0, 3.0]), max_size=50))
 @settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_nothing_seen_is_proposed_nothing_twice_and_all_places_are_filled(
+def test_candidates_are_unseen_distinct_and_complete(
     retrieval: Retrieval, table: VideoTable, watched: dict[int, float]
 ) -> None:
     candidates = retrieval.retrieve(viewer(table, watched))
@@ -79,17 +79,15 @@ def test_each_source_fills_its_quota(retrieval: Retrieval, table: VideoTable) ->
     assert found == {"ann": 24, "trending": 6, "popular": 4, "neighbours": 4, "fresh": 2}
 
 
-def test_a_viewer_without_history_gets_no_neighbours_and_still_all_candidates(
-    retrieval: Retrieval, table: VideoTable
-) -> None:
+def test_viewer_without_history_gets_all_candidates(retrieval: Retrieval, table: VideoTable) -> None:
     candidates = retrieval.retrieve(viewer(table, {}))
     assert len(candidates) == CANDIDATES
     assert SOURCE_CODES["neighbours"] not in candidates.source.tolist()
 
 
-def test_what_left_is_counted_by_reason(retrieval: Retrieval, table: VideoTable, lists: PopularLists) -> None:
-    first, second = lists.popular[:2].tolist()  # which one source proposes to everybody
-    left = retrieval.retrieve(viewer(table, {first: 2.0, second: -2.0})).left
+def test_filtered_proposals_are_counted_by_kind(retrieval: Retrieval, table: VideoTable, lists: PopularLists) -> None:
+    first, second = lists.popular[:2].tolist()  # proposed to all viewers
+    left = retrieval.retrieve(viewer(table, {first: 2.0, second: -2.0})).filtered_counts
     assert left["seen"] >= 1
     assert left["not_interested"] >= 1
     assert left["duplicate"] > 0
@@ -97,16 +95,18 @@ def test_what_left_is_counted_by_reason(retrieval: Retrieval, table: VideoTable,
     assert left["unservable"] == 0
 
 
-def test_the_nearest_videos_come_first_among_those_of_the_index(retrieval: Retrieval, table: VideoTable) -> None:
+def test_index_returns_the_nearest_videos_first(retrieval: Retrieval, table: VideoTable) -> None:
     candidates = retrieval.retrieve(viewer(table, {10: 3.0}))
-    by_index = np.flatnonzero(candidates.source == SOURCE_CODES["ann"])[:24]  # its own quota; the rest helps out
+    by_index = np.flatnonzero(candidates.source == SOURCE_CODES["ann"])[
+        :24
+    ]  # its quota; further videos fill unused quotas
     exact = table.embedding @ candidates.viewer_embedding[0]
     exact[10] = -np.inf
     assert candidates.rows[by_index].tolist() == np.argsort(-exact)[:24].tolist()
     np.testing.assert_allclose(candidates.similarity[by_index], exact[candidates.rows[by_index]], atol=1e-5)
 
 
-def test_fresh_uploads_are_the_newest_first_and_none_from_the_future(table: VideoTable) -> None:
+def test_fresh_source_returns_the_newest_past_uploads(table: VideoTable) -> None:
     now_s = float(np.median(table.uploaded_at_s))
     query = viewer_query({}, RequestContext(), now_s, table, seed=0)
     rows = FreshSource(table, fresh_hours=48).propose(Ask(query, EMBEDDING, 1000)).rows
@@ -117,17 +117,17 @@ def test_fresh_uploads_are_the_newest_first_and_none_from_the_future(table: Vide
     assert len(FreshSource(table, 48).propose(Ask(query, EMBEDDING, 3)).rows) == 3
 
 
-def test_neighbours_come_from_liked_videos_the_latest_first(table: VideoTable) -> None:
+def test_neighbours_follow_the_latest_liked_videos(table: VideoTable) -> None:
     neighbours = np.full((VIDEOS, 20), -1, dtype=np.int32)
     neighbours[1, :2], neighbours[2, :2], neighbours[3, :2] = (11, 12), (21, 22), (31, 32)
     query = viewer(table, {1: 1.0, 2: -2.0, 3: 1.0})
     proposal = NeighbourSource(neighbours).propose(Ask(query, EMBEDDING, 10))
     assert proposal.rows.tolist() == [31, 11, 32, 12]
-    assert proposal.because is not None
-    assert proposal.because.tolist() == [3, 1, 3, 1]
+    assert proposal.trigger_rows is not None
+    assert proposal.trigger_rows.tolist() == [3, 1, 3, 1]
 
 
-def test_trending_is_the_viewers_region_first_and_then_everybodys(table: VideoTable) -> None:
+def test_trending_starts_with_the_region_of_the_viewer(table: VideoTable) -> None:
     everybody, local = np.array([1, 2], dtype=np.int32), np.array([9], dtype=np.int32)
     source = ListSource(everybody, {"eu": local})
     assert source.propose(Ask(viewer(table, {}, "eu"), EMBEDDING, 5)).rows.tolist() == [9, 1, 2]
@@ -135,20 +135,20 @@ def test_trending_is_the_viewers_region_first_and_then_everybodys(table: VideoTa
     assert source.propose(Ask(viewer(table, {}), EMBEDDING, 1)).rows.tolist() == [1]
 
 
-def test_the_fallback_list_is_popular_order_without_what_was_seen(lists: PopularLists, table: VideoTable) -> None:
+def test_popular_fallback_leaves_out_seen_videos(lists: PopularLists, table: VideoTable) -> None:
     top = lists.popular[:3].tolist()
     candidates = lists.candidates(viewer(table, {top[0]: 1.0, top[2]: -1.0}))
     assert candidates.rows.tolist() == [row for row in lists.popular.tolist() if row not in (top[0], top[2])]
     assert (candidates.source == SOURCE_CODES["popular"]).all()
-    assert candidates.left == {"unservable": 0, "not_interested": 1, "seen": 1}
+    assert candidates.filtered_counts == {"unservable": 0, "not_interested": 1, "seen": 1}
 
 
-def test_a_quota_for_a_source_that_is_not_there_is_refused(retrieval: Retrieval) -> None:
+def test_quota_of_an_unknown_source_raises(retrieval: Retrieval) -> None:
     with pytest.raises(ServingError, match="fresh"):
         Retrieval(retrieval._tower, {"ann": retrieval._sources[0]}, RetrievalBlend(quotas={"ann": 0.5, "fresh": 0.5}))
 
 
-def test_an_index_of_another_size_is_refused(tmp_path: Path) -> None:
+def test_index_of_another_size_raises(tmp_path: Path) -> None:
     make_release_folder(tmp_path / "a", videos=VIDEOS)
     make_release_folder(tmp_path / "b", videos=VIDEOS - 1)
     (tmp_path / "b" / "index.faiss").replace(tmp_path / "a" / "index.faiss")

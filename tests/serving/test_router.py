@@ -1,4 +1,4 @@
-"""The router without Ray: arms, routings taken in place, releases that do not open, a store that fails or is late."""
+"""The router without Ray: arms, routings applied in place, broken releases, and a failing or late store."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Store:
 
 
 class Shelf:
-    """Releases in this process: opened for a router, closed by it, some of them broken or slow to open."""
+    """Opens releases in this process; some are broken or slow to open. Records what a router opens and closes."""
 
     def __init__(self, place: Path) -> None:
         self._place = place
@@ -102,7 +102,7 @@ def router(shelf: Shelf, store: Store) -> Router:
 def routing(
     *, stable: str, canary: str | None = None, canary_bp: int = 0, holdout_bp: int = 0, **fields: Any
 ) -> dict[str, Any]:
-    """A configuration as Serve hands it over."""
+    """Returns a routing as Ray Serve passes it."""
     arms = [ArmRoute(arm=Arm.CANARY, release=canary, weight_bp=canary_bp)] if canary else []
     arms.append(ArmRoute(arm=Arm.STABLE, release=stable, weight_bp=BUCKETS - canary_bp - holdout_bp))
     if holdout_bp:
@@ -124,7 +124,7 @@ async def ask(router: Router, viewer: int = 1, count: int = 20, **context: Any) 
 async def until(condition: Callable[[], bool]) -> None:
     deadline = time.monotonic() + 10
     while not condition():
-        assert time.monotonic() < deadline, "it did not come about"
+        assert time.monotonic() < deadline, "the condition did not become true"
         await asyncio.sleep(0.005)
 
 
@@ -137,7 +137,7 @@ def counted(router: Router, name: str, **labels: str) -> float:
     )
 
 
-def test_each_viewer_is_answered_by_the_release_of_their_arm(router: Router, ids: list[str]) -> None:
+def test_viewer_is_answered_by_the_release_of_the_arm(router: Router, ids: list[str]) -> None:
     given_routing = routing(stable=ids[0], canary=ids[1], canary_bp=3000, holdout_bp=1000, rollout="r1")
     expected = Routing.model_validate(given_routing)
 
@@ -153,9 +153,7 @@ def test_each_viewer_is_answered_by_the_release_of_their_arm(router: Router, ids
         assert counted(router, "reelway_ingress_requests_total", arm=arm, outcome="ok") > 0
 
 
-def test_the_holdout_sees_the_popular_list_in_its_order_and_is_not_degraded(
-    router: Router, ids: list[str], place: Path
-) -> None:
+def test_holdout_gets_the_popular_list_in_order(router: Router, ids: list[str], place: Path) -> None:
     edge = ReleaseLoader(place / ids[0]).edge()
     configuration = routing(stable=ids[0], holdout_bp=5000)
     viewer = next(v for v in range(100) if Routing.model_validate(configuration).route_of(v).arm is Arm.HOLDOUT)
@@ -170,15 +168,15 @@ def test_the_holdout_sees_the_popular_list_in_its_order_and_is_not_degraded(
     assert counted(router, "reelway_ingress_stage_latency_seconds_count", stage="retrieval") == 0
 
 
-def test_weights_change_without_opening_anything_again_and_what_left_is_closed(
-    router: Router, shelf: Shelf, ids: list[str]
-) -> None:
+def test_weight_change_reopens_no_release(router: Router, shelf: Shelf, ids: list[str]) -> None:
     async def check() -> None:
         await router.reconfigure(routing(stable=ids[0], warm=(ids[1],)))
         await until(lambda: router.current_releases().open == sorted(ids[:2]))
         for weight in (500, 2000, 10_000):
             await router.reconfigure(routing(stable=ids[0], canary=ids[1], canary_bp=weight))
-            assert router.current_releases().routing.weight_of(Arm.CANARY) == weight  # at once: it was open
+            assert (
+                router.current_releases().routing.weight_of(Arm.CANARY) == weight
+            )  # immediately, because the release is open
         assert shelf.opened == ids[:2]
         await router.reconfigure(routing(stable=ids[1]))
         await until(lambda: shelf.closed == [ids[0]])
@@ -191,9 +189,7 @@ def test_weights_change_without_opening_anything_again_and_what_left_is_closed(
     run(check())
 
 
-def test_a_release_that_cannot_be_opened_is_reported_and_its_share_is_stables(
-    router: Router, shelf: Shelf, ids: list[str]
-) -> None:
+def test_share_of_a_broken_release_goes_to_stable(router: Router, shelf: Shelf, ids: list[str]) -> None:
     shelf.broken = {ids[1], ids[2]}
     shadow = ShadowRoute(release=ids[2], weight_bp=10_000)
 
@@ -207,7 +203,7 @@ def test_a_release_that_cannot_be_opened_is_reported_and_its_share_is_stables(
         assert "is broken" in current.faults[ids[1]]
         assert current.routing.shadow is None
         assert {(await ask(router, viewer, count=1)).release for viewer in range(40)} == {ids[0]}
-        shelf.broken = set()  # mended: the next configuration tries again
+        shelf.broken = set()  # repaired: the next routing tries to open it again
         await router.reconfigure(routing(stable=ids[0], canary=ids[1], canary_bp=4000, rollout="r1"))
         await until(lambda: router.current_releases().routing.weight_of(Arm.CANARY) == 4000)
         assert router.current_releases().faults == {}
@@ -215,26 +211,24 @@ def test_a_release_that_cannot_be_opened_is_reported_and_its_share_is_stables(
     run(check())
 
 
-def test_a_release_is_open_before_it_has_weight_and_a_way_back_does_not_wait_for_it(
-    router: Router, shelf: Shelf, ids: list[str]
-) -> None:
+def test_rollback_does_not_wait_for_an_opening_release(router: Router, shelf: Shelf, ids: list[str]) -> None:
     async def check() -> None:
         shelf.gates[ids[1]] = asyncio.Event()
         await router.reconfigure(routing(stable=ids[0]))
         await router.reconfigure(routing(stable=ids[0], canary=ids[1], canary_bp=9000, rollout="r1"))
         await asyncio.sleep(0.05)
-        assert router.current_releases().rollout == ""  # still as before: the canary is being opened
+        assert router.current_releases().rollout == ""  # unchanged while the canary is being opened
         assert (await ask(router)).release == ids[0]
         await router.reconfigure(routing(stable=ids[0], rollout="back"))
         assert router.current_releases().rollout == "back"
         shelf.gates[ids[1]].set()
-        await until(lambda: shelf.closed == [ids[1]])  # opened for nobody any more
+        await until(lambda: shelf.closed == [ids[1]])  # no routing names it any more
         assert router.current_releases().rollout == "back"
 
     run(check())
 
 
-def test_requests_in_flight_end_on_the_release_they_began_on_before_it_is_closed(
+def test_requests_in_flight_finish_before_their_release_closes(
     router: Router, shelf: Shelf, store: Store, ids: list[str]
 ) -> None:
     async def check() -> None:
@@ -253,15 +247,13 @@ def test_requests_in_flight_end_on_the_release_they_began_on_before_it_is_closed
     run(check())
 
 
-def test_a_router_whose_stable_release_cannot_be_opened_does_not_start(
-    router: Router, shelf: Shelf, ids: list[str]
-) -> None:
+def test_router_fails_to_start_without_stable(router: Router, shelf: Shelf, ids: list[str]) -> None:
     shelf.broken = {ids[0]}
     with pytest.raises(ServingError, match=r"stable.*is broken"):
         run(router.reconfigure(routing(stable=ids[0], canary=ids[1], canary_bp=100)))
 
 
-def test_a_router_that_starts_does_not_wait_for_long_for_releases_beside_stable(
+def test_starting_router_waits_briefly_for_other_releases(
     router: Router, shelf: Shelf, ids: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("reelway.serving.router.OTHERS_S", 0.05)
@@ -278,9 +270,7 @@ def test_a_router_that_starts_does_not_wait_for_long_for_releases_beside_stable(
     run(check())
 
 
-def test_a_stable_release_that_cannot_be_opened_later_leaves_everything_as_it_was(
-    router: Router, shelf: Shelf, ids: list[str]
-) -> None:
+def test_broken_new_stable_keeps_the_previous_routing(router: Router, shelf: Shelf, ids: list[str]) -> None:
     shelf.broken = {ids[1]}
 
     async def check() -> None:
@@ -293,9 +283,7 @@ def test_a_stable_release_that_cannot_be_opened_later_leaves_everything_as_it_wa
 
 
 @pytest.mark.parametrize("weight", [9999, 20_000, -1])
-def test_weights_that_leave_viewers_out_are_refused_and_the_old_ones_stay(
-    router: Router, ids: list[str], weight: int
-) -> None:
+def test_invalid_weights_keep_the_previous_routing(router: Router, ids: list[str], weight: int) -> None:
     wrong = routing(stable=ids[1])
     wrong["arms"][0]["weight_bp"] = weight
 
@@ -311,7 +299,7 @@ def test_weights_that_leave_viewers_out_are_refused_and_the_old_ones_stay(
 @given(
     weights=st.tuples(st.integers(0, 4000), st.integers(0, 4000)), missing=st.sets(st.sampled_from(["canary", "lists"]))
 )
-def test_whatever_is_missing_all_viewers_have_an_arm_that_is_there(weights: tuple[int, int], missing: set[str]) -> None:
+def test_reassigned_routing_covers_all_viewers(weights: tuple[int, int], missing: set[str]) -> None:
     arms = (
         ArmRoute(arm=Arm.CANARY, release="canary", weight_bp=weights[0]),
         ArmRoute(arm=Arm.STABLE, release="stable", weight_bp=BUCKETS - sum(weights)),
@@ -322,12 +310,12 @@ def test_whatever_is_missing_all_viewers_have_an_arm_that_is_there(weights: tupl
     assert sum(route.weight_bp for route in left.arms) == BUCKETS
     assert {route.release for route in left.arms if route.weight_bp} & missing == set()
     assert left.releases == whole.releases
-    for viewer in range(50):  # nobody whose release is there is moved
+    for viewer in range(50):  # viewers of the other releases keep their arm
         before = whole.route_of(viewer)
         assert before.release in missing or left.route_of(viewer).release == before.release
 
 
-def test_a_store_that_fails_costs_the_row_and_not_the_slate(router: Router, store: Store, ids: list[str]) -> None:
+def test_failed_store_does_not_fail_the_request(router: Router, store: Store, ids: list[str]) -> None:
     store.fails = True
 
     async def check() -> RecommendResponse:
@@ -342,9 +330,7 @@ def test_a_store_that_fails_costs_the_row_and_not_the_slate(router: Router, stor
     assert counted(router, "reelway_ingress_requests_total", outcome="context_only") == 1
 
 
-def test_a_store_that_is_late_holds_up_neither_its_own_answer_nor_another(
-    router: Router, store: Store, ids: list[str]
-) -> None:
+def test_late_store_does_not_delay_responses(router: Router, store: Store, ids: list[str]) -> None:
     store.late_s = 1.0
 
     async def both() -> tuple[list[RecommendResponse], float]:
@@ -359,12 +345,12 @@ def test_a_store_that_is_late_holds_up_neither_its_own_answer_nor_another(
     assert counted(router, "reelway_ingress_faults_total", stage="viewer_row", kind="timeout") == 2
 
 
-def test_a_request_that_no_rung_could_catch_is_counted_as_failed(
+def test_error_without_a_fallback_counts_as_failed(
     router: Router, ids: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def check() -> None:
         await router.reconfigure(routing(stable=ids[0]))
-        monkeypatch.setattr("reelway.serving.graph.shown_videos", lambda *_: 1 / 0)
+        monkeypatch.setattr("reelway.serving.request_path.shown_videos", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             await ask(router)
 
@@ -372,7 +358,7 @@ def test_a_request_that_no_rung_could_catch_is_counted_as_failed(
     assert counted(router, "reelway_ingress_requests_total", arm="stable", outcome="failed") == 1
 
 
-def test_a_viewer_known_to_the_store_is_not_degraded(router: Router, ids: list[str]) -> None:
+def test_known_viewer_gets_a_slate_that_is_not_degraded(router: Router, ids: list[str]) -> None:
     async def check() -> RecommendResponse:
         await router.reconfigure(routing(stable=ids[0]))
         return await ask(router)

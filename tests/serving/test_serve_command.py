@@ -1,4 +1,4 @@
-"""`reelway serve` and `reelway recommend`: what they refuse, what they print, and that nothing outlives them."""
+"""`reelway serve` and `reelway recommend`: rejected arguments and error messages."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from reelway.platform.rollout.state import Phase, RolloutState
 
 
 def make_run(path: Path, key: Ed25519PrivateKey | None = None) -> str:
-    """A run directory with one release in its store, signed by the run's key or by another one."""
+    """Creates a run directory with one release in its store, signed by the run's key or by another key."""
     pair = create_keys(path / "keys")
     manifest = make_release_folder(path / "made", key=key or load_private_key(pair.private))
     return ReleaseStore(str(path / "releases")).write(path / "made", manifest)
@@ -36,7 +36,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def reelway(*words: str) -> subprocess.CompletedProcess[str]:
-    """The command as a person runs it, messages on one line."""
+    """Runs the command and joins its error output into one line."""
     done = subprocess.run(reelway_command(*words), capture_output=True, text=True, timeout=90, check=False)
     done.stderr = " ".join(done.stderr.split())
     return done
@@ -50,14 +50,14 @@ def taken_port() -> Iterator[int]:
         yield taken.getsockname()[1]
 
 
-def test_a_port_that_is_taken_is_refused_with_what_to_do(run: Path, taken_port: int) -> None:
+def test_port_in_use_is_rejected_with_a_fix(run: Path, taken_port: int) -> None:
     done = reelway("serve", "--run", str(run), "--port", str(taken_port))
     assert done.returncode == 2
     assert f"port {taken_port}" in done.stderr
     assert "--port 0" in done.stderr
 
 
-def test_a_run_that_is_being_served_is_refused(run: Path) -> None:
+def test_run_being_served_is_rejected(run: Path) -> None:
     (run / "serving").mkdir(exist_ok=True)
     with (run / "serving" / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -66,46 +66,48 @@ def test_a_run_that_is_being_served_is_refused(run: Path) -> None:
     assert "served already" in done.stderr
 
 
-def test_a_queue_that_stands_longer_than_any_is_refused_with_both_numbers(run: Path) -> None:
-    done = reelway("serve", "--run", str(run), "--port", "0", "--at-once", "8", "--standing", "9")
+def test_sustained_limit_above_the_burst_limit_is_rejected(run: Path) -> None:
+    done = reelway(
+        "serve", "--run", str(run), "--port", "0", "--max-ongoing-requests", "8", "--max-ongoing-sustained", "9"
+    )
     assert done.returncode == 2
-    assert "--standing 9: expected at most --at-once, which is 8" in done.stderr
+    assert "--max-ongoing-sustained 9: larger than --max-ongoing-requests 8" in done.stderr
 
 
-def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
+def test_folder_without_a_run_is_rejected(tmp_path: Path) -> None:
     done = reelway("serve", "--run", str(tmp_path / "nothing"))
     assert done.returncode == 2
     assert "not a run directory" in done.stderr
 
 
-def test_a_composition_that_there_is_not_is_refused_with_those_that_there_are(run: Path) -> None:
+def test_unknown_composition_is_rejected_with_the_choices(run: Path) -> None:
     done = reelway("serve", "--run", str(run), "--composition", "both")
     assert done.returncode == 2
     assert all(word in done.stderr for word in ("'both' is not one of", "'staged'", "'fused'"))
 
 
-def test_a_release_by_an_unknown_key_is_not_served(tmp_path: Path) -> None:
+def test_release_signed_by_an_unknown_key_is_not_served(tmp_path: Path) -> None:
     make_run(tmp_path, key=Ed25519PrivateKey.generate())
     done = reelway("serve", "--run", str(tmp_path), "--port", "0")
     assert done.returncode == 6
     assert "key" in done.stderr
 
 
-def test_asking_a_run_that_is_not_served_says_how_to_serve_it(run: Path) -> None:
+def test_recommend_without_a_service_names_the_command(run: Path) -> None:
     done = reelway("recommend", "--run", str(run), "--viewer", "1")
     assert done.returncode == 2
     assert "reelway serve" in done.stderr
 
 
-def test_asking_where_nobody_listens_is_a_message_and_no_traceback() -> None:
+def test_unreachable_service_is_an_error_without_traceback() -> None:
     done = reelway("recommend", "--url", "http://127.0.0.1:9", "--viewer", "1")
     assert done.returncode == 8
     assert "Traceback" not in done.stderr
 
 
-def test_live_is_what_the_last_rollout_left_live_and_the_latest_where_there_was_none(run: Path, tmp_path: Path) -> None:
+def test_live_release_is_that_of_the_last_rollout(run: Path, tmp_path: Path) -> None:
     def served(*words: str) -> str:
-        """What it says before it looks at the port, which is never free."""
+        """Returns the messages up to the check of the port, which is in use."""
         with socket.socket() as taken:
             taken.bind(("127.0.0.1", 0))
             taken.listen()

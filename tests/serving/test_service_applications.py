@@ -63,7 +63,7 @@ def test_every_application_has_its_replicas_and_only_router_and_outcomes_are_rea
 
 
 def test_fused_a_release_is_one_deployment_that_checks_it_and_the_routers_are_told() -> None:
-    document = serve_config(ROUTING, options(composition="fused", at_once=8, replicas=Replicas(router=2)))
+    document = serve_config(ROUTING, options(composition="fused", max_ongoing_requests=8, replicas=Replicas(router=2)))
     entries = {one["name"]: one for one in document["applications"]}
     assert [one["name"] for one in entries["a" * 64]["deployments"]] == ["Release"]
     assert entries["a" * 64]["args"]["composition"] == "fused"
@@ -71,10 +71,10 @@ def test_fused_a_release_is_one_deployment_that_checks_it_and_the_routers_are_to
     made["name"] = made["args"]["release"] = "b" * 64
     assert made == entries["b" * 64]
     assert entries["router"]["args"]["composition"] == "fused"
-    assert entries["router"]["args"]["at_once"] == 8
-    assert entries["router"]["args"]["standing"] is None
-    with pytest.raises(ValidationError, match="standing is 9, expected at most at_once, which is 8"):
-        serve_config(ROUTING, options(at_once=8, standing=9))
+    assert entries["router"]["args"]["max_ongoing_requests"] == 8
+    assert entries["router"]["args"]["max_ongoing_sustained"] is None
+    with pytest.raises(ValidationError, match="max_ongoing_sustained 9: larger than max_ongoing_requests 8"):
+        serve_config(ROUTING, options(max_ongoing_requests=8, max_ongoing_sustained=9))
 
 
 def test_the_document_is_json_and_its_arguments_are_what_the_builders_take() -> None:

@@ -1,4 +1,4 @@
-"""Metrics of several processes in one folder: added up, levels of the dead forgotten, names and labels bounded."""
+"""Metrics of several processes in one directory: sums, gauges of dead processes, names and labels."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ gauge("reelway_ranking_queue_requests", "Waiting.", [], registry).set(7)
 """
 
 
-def test_counts_of_dead_processes_stay_and_their_levels_go(tmp_path: Path) -> None:
+def test_dead_processes_keep_counters_but_lose_gauges(tmp_path: Path) -> None:
     environment = {**os.environ, metrics.FOLDER_VARIABLE: str(tmp_path)}
     for _ in range(2):
         subprocess.run([sys.executable, "-c", PROCESS], env=environment, check=True, timeout=60)
@@ -33,7 +33,7 @@ def test_counts_of_dead_processes_stay_and_their_levels_go(tmp_path: Path) -> No
     assert "reelway_ranking_queue_requests" not in text
 
 
-def test_without_a_shared_folder_the_process_shows_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_metrics_without_a_directory_are_those_of_the_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(metrics.FOLDER_VARIABLE, raising=False)
     registry = CollectorRegistry()
     metrics.RankingMetrics(registry, "release").candidates.inc(3)
@@ -41,7 +41,7 @@ def test_without_a_shared_folder_the_process_shows_its_own(monkeypatch: pytest.M
     assert b'reelway_ranking_candidates_total{release="release"} 3.0' in metrics.scrape(None, registry)
 
 
-def test_every_metric_starts_with_its_stage_and_ends_with_its_unit() -> None:
+def test_metric_names_have_a_stage_prefix_and_unit_suffix() -> None:
     registry = CollectorRegistry()
     for kind in (metrics.RetrievalMetrics, metrics.RankingMetrics, metrics.RerankingMetrics):
         kind(registry, "release")

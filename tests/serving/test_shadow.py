@@ -1,4 +1,4 @@
-"""Mirrored requests: compared with what was shown, invisible to the viewer, never in anybody's way."""
+"""Mirrored requests: compared with the shown slate, invisible to the viewer, without delay for responses."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from reelway.platform.rollout import series
 from reelway.platform.rollout.traffic.bucketing import BUCKETS
 from reelway.platform.rollout.traffic.routing import ArmRoute, Routing, ShadowRoute
 from reelway.platform.tokens import TokenSigner
-from reelway.serving.graph import LocalStages
 from reelway.serving.open_releases import OpenRelease
 from reelway.serving.outcomes import ExposureBuffer
 from reelway.serving.release_loader import ReleaseLoader
+from reelway.serving.request_path import LocalStages
 from reelway.serving.router import Router, RouterParts
 from reelway.serving.shadow import AT_ONCE, is_mirrored, overlap_ratio, score_drift_ratio
 from reelway.serving.stages.arrays import Candidates, ViewerQuery
 
 
 class SlowStages(LocalStages):
-    """The real stages behind a gate, or failing in a way that no rung of the ladder catches."""
+    """The real stages, which can wait for a gate or raise."""
 
     gate: asyncio.Event | None = None
     breaks = False
@@ -43,7 +43,7 @@ class SlowStages(LocalStages):
 
 
 class World:
-    """A router with a stable release, and another one that is asked in its shadow."""
+    """A router with a stable release and a shadow release that gets mirrored requests."""
 
     def __init__(self, place: Path, ids: tuple[str, str], weight_bp: int = BUCKETS) -> None:
         self._place = place
@@ -75,7 +75,7 @@ class World:
         return OpenRelease(loader.edge(), stages)
 
     async def ask(self, viewer: int = 1) -> RecommendResponse:
-        """An answer, and what follows once it was sent."""
+        """Requests a slate and runs the task that follows the response."""
         answer = await self.router.recommend(RecommendRequest(viewer_id=viewer, count=5))
         assert answer.afterwards
         await answer.afterwards()
@@ -115,7 +115,7 @@ def world(place: Path, ids: tuple[str, str]) -> World:
 async def until(condition: Callable[[], bool]) -> None:
     deadline = time.monotonic() + 10
     while not condition():
-        assert time.monotonic() < deadline, "it did not come about"
+        assert time.monotonic() < deadline, "the condition did not become true"
         await asyncio.sleep(0.005)
 
 
@@ -126,7 +126,7 @@ def check(work: Awaitable[None]) -> None:
     asyncio.run(run())
 
 
-def test_a_mirrored_request_is_compared_and_leaves_no_impression(world: World) -> None:
+def test_mirrored_request_leaves_no_impression(world: World) -> None:
     async def scenario() -> None:
         await world.start()
         answer = await world.ask()
@@ -146,7 +146,7 @@ def test_a_mirrored_request_is_compared_and_leaves_no_impression(world: World) -
     assert batch.count.sum() == 5
 
 
-def test_a_mirrored_release_that_hangs_delays_nobody_and_what_is_too_much_is_dropped(world: World) -> None:
+def test_hanging_mirrored_release_delays_no_response(world: World) -> None:
     async def scenario() -> None:
         await world.start()
         assert world.shadow_stages
@@ -160,14 +160,12 @@ def test_a_mirrored_release_that_hangs_delays_nobody_and_what_is_too_much_is_dro
         world.shadow_stages.gate.set()
         await until(lambda: world.mirrored_as("compared") == AT_ONCE)
         await world.ask()
-        await until(lambda: world.mirrored_as("compared") == AT_ONCE + 1)  # there is room again
+        await until(lambda: world.mirrored_as("compared") == AT_ONCE + 1)  # the limit admits a mirrored request again
 
     check(scenario())
 
 
-def test_a_mirrored_release_that_breaks_is_counted_and_touches_no_answer(
-    world: World, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_broken_mirrored_release_changes_no_response(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     async def scenario() -> None:
         await world.start()
         assert world.shadow_stages
@@ -176,21 +174,21 @@ def test_a_mirrored_release_that_breaks_is_counted_and_touches_no_answer(
         assert answer.degraded == []
         label = world.mirrored[:12]
         await until(lambda: world.counted(series.REQUESTS, release=label, arm="shadow", outcome="degraded") == 1)
-        monkeypatch.setattr("reelway.serving.graph.RequestPath._query", lambda *_: 1 / 0)
+        monkeypatch.setattr("reelway.serving.request_path.RequestPath._viewer_query", lambda *_: 1 / 0)
         way = world.router._ways[Arm.STABLE]
-        monkeypatch.setattr(way.path, "_query", lambda *a: real_query(way.path, *a))
+        monkeypatch.setattr(way.path, "_viewer_query", lambda *a: real_query(way.path, *a))
         assert (await world.ask()).degraded == []
         await until(lambda: world.mirrored_as("failed") == 1)
         assert world.counted(series.REQUESTS, release=label, arm="shadow", outcome="failed") == 1
         assert world.counted(series.REQUESTS, arm="stable", outcome="failed") == 0
 
-    from reelway.serving.graph import RequestPath
+    from reelway.serving.request_path import RequestPath
 
-    real_query = RequestPath._query
+    real_query = RequestPath._viewer_query
     check(scenario())
 
 
-def test_only_the_named_share_is_mirrored_and_it_is_not_the_canarys_viewers() -> None:
+def test_mirrored_viewers_are_independent_of_the_canary() -> None:
     routing = Routing(
         salt="a rollout",
         arms=(
@@ -202,7 +200,7 @@ def test_only_the_named_share_is_mirrored_and_it_is_not_the_canarys_viewers() ->
     mirrored = [viewer for viewer in viewers if is_mirrored(viewer, routing.salt, 2000)]
     assert 850 < len(mirrored) < 1150
     both = sum(routing.route_of(viewer).arm is Arm.CANARY for viewer in mirrored)
-    assert both / len(mirrored) == pytest.approx(0.2, abs=0.05)  # as independent draws would have it
+    assert both / len(mirrored) == pytest.approx(0.2, abs=0.05)  # as for independent draws
     assert not any(is_mirrored(viewer, routing.salt, 0) for viewer in viewers)
 
 
@@ -210,11 +208,11 @@ def test_only_the_named_share_is_mirrored_and_it_is_not_the_canarys_viewers() ->
     ("shown", "mirrored", "ratio"),
     [([1, 2, 3, 4], [4, 3, 9, 8], 0.5), ([1, 2], [2, 1], 1.0), ([1], [], 0.0), ([], [], 1.0), ([], [1], 0.0)],
 )
-def test_overlap_counts_the_shown_videos_that_are_in_both(shown: list[int], mirrored: list[int], ratio: float) -> None:
+def test_overlap_is_the_share_of_common_videos(shown: list[int], mirrored: list[int], ratio: float) -> None:
     assert overlap_ratio(shown, mirrored) == ratio
 
 
-def test_drift_is_relative_to_the_shown_slate_and_absent_where_it_means_nothing() -> None:
+def test_score_drift_is_relative_to_the_shown_slate() -> None:
     one, two, nothing = np.full(3, 0.5, np.float32), np.full(2, 0.6, np.float32), np.zeros(0, np.float32)
     assert score_drift_ratio(one, two) == pytest.approx(0.2)
     assert score_drift_ratio(two, one) == pytest.approx(1 / 6)

@@ -1,4 +1,4 @@
-"""What an impression says of itself: its side of the rollout, its slices, its length."""
+"""What an impression records: the arm of the rollout, its slices and the length of the video."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from reelway.platform.contracts.features import VIDEO_LIVE_DENSE
 from reelway.platform.rollout.policy import Slice
 from reelway.platform.rollout.traffic.routing import ArmRoute, Routing
 from reelway.platform.tokens import SLICE_BITS, ImpressionToken, TokenSigner
-from reelway.serving.graph import Answered, RequestPath, run_to_end
 from reelway.serving.metrics import IngressMetrics
 from reelway.serving.outcomes import ExposedArm, ExposureBuffer
 from reelway.serving.release_loader import ReleaseLoader
+from reelway.serving.request_path import Recommendation, RequestPath, run_without_waiting
 from reelway.serving.router import side_of
 from reelway.serving.slates import (
     EVERYBODY,
@@ -51,18 +51,16 @@ def showing(side: RolloutSide, now_s: float = NOW_S, *, new_viewer: bool = False
     return Showing(1, 2, "r" * 64, side, None, now_s, now_s, new_viewer)
 
 
-def answered(loader: ReleaseLoader, side: RolloutSide, row: dict[str, object]) -> Answered:
+def answered(loader: ReleaseLoader, side: RolloutSide, row: dict[str, object]) -> Recommendation:
     path = RequestPath(loader.edge(), loader.stages(), SIGNER, IngressMetrics(CollectorRegistry()), side)
-    return run_to_end(path.answer(RecommendRequest(viewer_id=7, count=10), row, NOW_S, NOW_S + 5))
+    return run_without_waiting(path.recommend(RecommendRequest(viewer_id=7, count=10), row, NOW_S, NOW_S + 5))
 
 
-def tokens(answer: Answered) -> list[ImpressionToken]:
+def tokens(answer: Recommendation) -> list[ImpressionToken]:
     return [SIGNER.read(video.token) for video in answer.response.videos]
 
 
-def test_a_token_carries_its_side_its_slices_its_length_and_the_clocks_time(
-    loader: ReleaseLoader, table: VideoTable
-) -> None:
+def test_token_carries_the_impression_context(loader: ReleaseLoader, table: VideoTable) -> None:
     answer = answered(loader, CANARY, {"history_videos": [int(table.video_id[0])]})
     shown = tokens(answer)
     assert {(one.rollout, one.arm, one.weight, one.issued_at_s) for one in shown} == {
@@ -73,23 +71,21 @@ def test_a_token_carries_its_side_its_slices_its_length_and_the_clocks_time(
     assert [one.duration_ms for one in shown] == (seconds * 1000).astype(int).tolist()
 
 
-def test_a_viewer_without_a_past_is_new_and_nobody_is_where_the_row_could_not_be_read(loader: ReleaseLoader) -> None:
+def test_viewer_without_history_is_new(loader: ReleaseLoader) -> None:
     bit = SLICE_BITS[Slice.NEW_VIEWERS]
     assert all(one.slices & bit for one in tokens(answered(loader, CANARY, {})))
     path = RequestPath(loader.edge(), loader.stages(), SIGNER, IngressMetrics(CollectorRegistry()), CANARY)
-    unread = run_to_end(path.answer(RecommendRequest(viewer_id=7, count=10), None, NOW_S))
+    unread = run_without_waiting(path.recommend(RecommendRequest(viewer_id=7, count=10), None, NOW_S))
     assert not any(one.slices & bit for one in tokens(unread))
 
 
-def test_outside_of_a_rollout_a_token_names_none_and_no_slice(loader: ReleaseLoader) -> None:
+def test_token_outside_a_rollout_has_no_rollout_fields(loader: ReleaseLoader) -> None:
     shown = tokens(answered(loader, EVERYBODY, {}))
     assert {(one.rollout, one.weight, one.slices) for one in shown} == {("", 0.0, 0)}
 
 
 @given(hours=st.floats(0, 100), followers=st.one_of(st.floats(0, 1000, width=32), st.just(float("nan"))))
-def test_a_video_is_new_for_two_days_and_a_creator_small_below_the_bound_or_unknown(
-    loader: ReleaseLoader, hours: float, followers: float
-) -> None:
+def test_slices_follow_upload_age_and_follower_count(loader: ReleaseLoader, hours: float, followers: float) -> None:
     table = loader.table()
     row = np.array([3], np.int32)
     live = table.live.at(row)
@@ -102,7 +98,7 @@ def test_a_video_is_new_for_two_days_and_a_creator_small_below_the_bound_or_unkn
     assert not mask & SLICE_BITS[Slice.NEW_VIEWERS]
 
 
-def test_what_is_counted_as_shown_is_what_the_tokens_say(loader: ReleaseLoader) -> None:
+def test_counted_exposures_match_the_tokens(loader: ReleaseLoader) -> None:
     buffer = ExposureBuffer()
     answer = answered(loader, CANARY, {})
     buffer.add(ExposedArm("r1", Arm.CANARY, answer.response.release), 7, CANARY.overlap_weight, answer.slices)
@@ -117,7 +113,7 @@ def test_what_is_counted_as_shown_is_what_the_tokens_say(loader: ReleaseLoader) 
 @pytest.mark.parametrize(
     ("arm", "weight"), [(Arm.CANARY, 0.9), (Arm.STABLE, 0.1), (Arm.HOLDOUT, 1.0), (Arm.SHADOW, 0.0)]
 )
-def test_an_impression_weighs_what_makes_both_arms_alike_over_the_ramp(arm: Arm, weight: float) -> None:
+def test_overlap_weight_depends_on_the_arm(arm: Arm, weight: float) -> None:
     arms = (
         ArmRoute(arm=Arm.CANARY, release="c", weight_bp=900),
         ArmRoute(arm=Arm.STABLE, release="s", weight_bp=8100),

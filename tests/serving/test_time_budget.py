@@ -1,4 +1,4 @@
-"""A part that is late costs its budget once or twice, then nothing until it may be tried again."""
+"""The circuit breaker: repeated timeouts open it, and it closes after a while."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from reelway.serving.time_budget import LATE, REST_S, TimeBudget
 
 
 class Part:
-    """Counts its calls; never answers while it hangs."""
+    """Counts its calls and never returns while it hangs."""
 
     def __init__(self) -> None:
         self.hangs = True
@@ -37,17 +37,17 @@ def outcomes(budget: TimeBudget, part: Callable[[], object], calls: int) -> list
     return asyncio.run(ask())
 
 
-def test_a_part_that_is_late_twice_is_left_alone_and_then_tried_again() -> None:
+def test_breaker_opens_after_timeouts_then_closes() -> None:
     now = [0.0]
     part, budget = Part(), TimeBudget(5, clock=lambda: now[0])
     assert outcomes(budget, part, 10) == ["late"] * 10
-    assert part.calls == LATE  # the others cost no time
+    assert part.calls == LATE  # the breaker was open for the other calls
     part.hangs = False
     now[0] += REST_S
     assert outcomes(budget, part, 3) == ["answer"] * 3
 
 
-def test_one_late_answer_among_good_ones_starts_no_rest() -> None:
+def test_single_timeout_does_not_open_the_breaker() -> None:
     part, budget = Part(), TimeBudget(5, clock=lambda: 0.0)
     for _ in range(3):
         part.hangs = True
@@ -56,7 +56,7 @@ def test_one_late_answer_among_good_ones_starts_no_rest() -> None:
         assert outcomes(budget, part, 1) == ["answer"]
 
 
-def test_a_parts_own_error_is_passed_on_and_is_not_called_late() -> None:
+def test_error_of_the_call_propagates() -> None:
     async def breaks() -> None:
         raise ValueError("a bug")
 

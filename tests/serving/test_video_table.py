@@ -1,4 +1,4 @@
-"""The columnar video table: equal to the assembly code, versioned, immutable, and picky about its file."""
+"""The video table: equality with the feature assembly, immutable versions, and validation of its file."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ def table(folder: Path) -> VideoTable:
     return open_video_table(folder / VIDEOS_FILE)
 
 
-def test_known_ids_are_found_and_unknown_ones_are_absent(table: VideoTable) -> None:
+def test_unknown_ids_are_absent(table: VideoTable) -> None:
     asked = np.concatenate([table.video_id[::-1], [-5, 0, int(table.video_id[-1]) + 1]])
     assert table.rows_of(asked).tolist() == [*range(VIDEOS - 1, -1, -1), ABSENT, ABSENT, ABSENT]
 
 
-def test_a_gather_is_what_the_assembly_code_makes_of_the_same_videos(table: VideoTable, folder: Path) -> None:
+def test_gather_equals_the_feature_assembly(table: VideoTable, folder: Path) -> None:
     rows = np.array([5, 3, 3, 59], dtype=np.int32)
     whole = pa.Table.from_batches([open_one_batch(folder / VIDEOS_FILE)]).take(rows)
     static = np.stack(whole["static_dense"].to_numpy())
@@ -62,13 +62,13 @@ def test_a_gather_is_what_the_assembly_code_makes_of_the_same_videos(table: Vide
     np.testing.assert_array_equal(gathered.video_embedding, table.embedding[rows])
 
 
-def test_the_columns_are_the_file_and_not_a_copy_of_it(table: VideoTable) -> None:
+def test_columns_are_memory_mapped(table: VideoTable) -> None:
     for column in (table.video_id, table.embedding, table.live.snapshot):
         assert not column.flags.owndata
         assert not column.flags.writeable
 
 
-def test_an_overlay_is_seen_by_later_reads_and_not_by_earlier_ones(table: VideoTable) -> None:
+def test_overlay_does_not_change_earlier_versions(table: VideoTable) -> None:
     rows = np.array([7, 8], dtype=np.int32)
     before = table.live
     kept = before.at(rows)
@@ -87,9 +87,7 @@ def test_an_overlay_is_seen_by_later_reads_and_not_by_earlier_ones(table: VideoT
 
 @given(st.lists(st.lists(st.tuples(st.integers(0, VIDEOS - 1), st.floats(0, 9, width=32)), max_size=8), max_size=5))
 @settings(max_examples=50)
-def test_overlay_upon_overlay_reads_like_a_matrix_that_was_written_to(
-    folder: Path, batches: list[list[tuple[int, float]]]
-) -> None:
+def test_repeated_overlays_equal_writes_to_a_matrix(folder: Path, batches: list[list[tuple[int, float]]]) -> None:
     table = open_video_table(folder / VIDEOS_FILE)
     every = np.arange(VIDEOS, dtype=np.int32)
     expected = table.live.at(every)
@@ -107,9 +105,7 @@ def test_overlay_upon_overlay_reads_like_a_matrix_that_was_written_to(
 @pytest.mark.parametrize(
     ("rows", "width", "said"), [([0], 3, "shape"), ([-1], None, "span -1"), ([VIDEOS], None, "expected 0..59")]
 )
-def test_an_overlay_that_does_not_fit_changes_nothing(
-    table: VideoTable, rows: list[int], width: int | None, said: str
-) -> None:
+def test_invalid_overlay_changes_nothing(table: VideoTable, rows: list[int], width: int | None, said: str) -> None:
     values = np.zeros((len(rows), width or len(names.VIDEO_LIVE_DENSE)), dtype=np.float32)
     with pytest.raises(ValueError, match=said):
         table.overlay(np.array(rows, dtype=np.int32), values)
@@ -118,7 +114,7 @@ def test_an_overlay_that_does_not_fit_changes_nothing(
 
 @given(st.sets(st.integers(0, 1000), max_size=50), st.lists(st.integers(-5, 1005), max_size=50))
 @settings(max_examples=50)
-def test_rows_of_is_a_look_up(present: set[int], asked: list[int]) -> None:
+def test_rows_of_matches_a_dictionary_lookup(present: set[int], asked: list[int]) -> None:
     ids = np.array(sorted(present), dtype=np.int64)
     table = VideoTable.__new__(VideoTable)
     table.video_id, table._batch = ids, pa.RecordBatch.from_arrays([pa.array(ids)], ["video_id"])
@@ -126,21 +122,21 @@ def test_rows_of_is_a_look_up(present: set[int], asked: list[int]) -> None:
     assert table.rows_of(np.array(asked, dtype=np.int64)).tolist() == expected
 
 
-def test_a_file_with_other_columns_is_refused(folder: Path, tmp_path: Path) -> None:
+def test_file_with_other_columns_raises(folder: Path, tmp_path: Path) -> None:
     whole = pa.Table.from_batches([open_one_batch(folder / VIDEOS_FILE)])
     write_arrow(tmp_path / "videos.arrow", whole.drop_columns(["topic"]))
     with pytest.raises(IncompatibleReleaseError, match="expected"):
         open_video_table(tmp_path / "videos.arrow")
 
 
-def test_ids_out_of_order_are_refused_with_their_row(folder: Path, tmp_path: Path) -> None:
+def test_unordered_ids_raise_with_their_row(folder: Path, tmp_path: Path) -> None:
     whole = pa.Table.from_batches([open_one_batch(folder / VIDEOS_FILE)])
     write_arrow(tmp_path / "videos.arrow", whole.take([0, 2, 1]))
     with pytest.raises(IncompatibleReleaseError, match="row 2"):
         open_video_table(tmp_path / "videos.arrow")
 
 
-def test_a_file_that_is_not_arrow_is_refused(tmp_path: Path) -> None:
+def test_file_that_is_not_arrow_raises(tmp_path: Path) -> None:
     (tmp_path / "videos.arrow").write_bytes(b"not arrow")
     with pytest.raises(IncompatibleReleaseError, match="cannot be read"):
         open_video_table(tmp_path / "videos.arrow")

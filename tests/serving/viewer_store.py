@@ -1,4 +1,4 @@
-"""A real feature store with a few viewers in it, made through the very code that the platform uses."""
+"""A feature store with a few viewers, written by the platform's own code."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ from reelway.platform.features.store import CONFIG_FILE, open_feature_store
 
 
 def make_viewer_store(features_dir: Path, viewers: Mapping[int, Mapping[str, Any]], at_s: float) -> None:
-    """Register all views and write the viewers' rows (field name -> value) to the online store as of ``at_s``."""
+    """Registers all views and writes the viewers' rows (field name -> value) to the online store as of ``at_s``."""
     store = make_store(features_dir)
     for name in VIEWER_VIEWS:
         write_rows(store, name, "viewer_id", viewers, at_s)
 
 
 def make_store(features_dir: Path, online_store: str | None = None) -> FeatureStore:
-    """All views registered; the folder's own online store where it has one already and none is named."""
+    """Registers all views. An existing feature store of the folder is opened unless ``online_store`` is given."""
     if online_store is None and (features_dir / CONFIG_FILE).exists():
         return open_feature_store(features_dir)
     return register_features(features_dir, DIMENSIONS, online_store)
 
 
 def write_rows(store: FeatureStore, name: str, key: str, rows: Mapping[int, Mapping[str, Any]], at_s: float) -> None:
-    """Write what a view has of each entity (id -> field name -> value) to the online store as of ``at_s``."""
+    """Writes a view's values of each entity (id -> field name -> value) to the online store as of ``at_s``."""
     at = datetime.fromtimestamp(at_s, UTC)
     view = store.get_feature_view(name)
     types = {field.name: field.dtype.to_value_type() for field in view.features}

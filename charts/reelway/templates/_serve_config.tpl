@@ -88,8 +88,8 @@ args:
   vector_log: {{ if $s.parity.ratio }}{{ include "reelway.vectorLog" .context }}{{ else }}null{{ end }}
   parity_ratio: {{ $s.parity.ratio }}
   composition: staged
-  at_once: {{ $s.queue.atOnce }}
-  standing: {{ $s.queue.standing }}
+  max_ongoing_requests: {{ $s.queue.atOnce }}
+  max_ongoing_sustained: {{ $s.queue.standing }}
   budgets:
     viewer_row: {{ $s.budgetsMs.viewerRow }}
     retrieval: {{ $s.budgetsMs.retrieval }}

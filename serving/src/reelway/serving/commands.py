@@ -1,7 +1,7 @@
-"""``reelway serve`` and ``reelway recommend``: a run's release behind HTTP, and a slate in readable form.
+"""``reelway serve`` serves a run's release over HTTP; ``reelway recommend`` prints one viewer's slate.
 
-Whatever ``serve`` starts it ends: Ray, Serve, every replica and the rollout controller go with it, however it is
-stopped. It refuses a release that ``verify`` refuses, a port that is taken, and a run that is being served already.
+However ``serve`` is stopped, it also stops Ray, Serve, every replica and the local controller. It does not start if
+``verify`` rejects the release, if the port is in use, or if the run is being served already.
 """
 
 from __future__ import annotations
@@ -37,17 +37,17 @@ LIVE: Final = "live"
 WARM_UP: Final = 20
 RECORD: Final = "serving.json"
 RAY_TOKEN: Final = "ray.token"
-"""Below the run's keys: who has it may say what runs."""
+"""File below the run's keys; its holder may change what Ray Serve runs."""
 RUN = typer.Option(Path("runs/default"), "--run", help="Run directory.")
 
 
 def register_serve(app: typer.Typer) -> None:
-    """Add ``reelway serve``."""
+    """Adds ``reelway serve``."""
     app.command()(serve)
 
 
 def register_recommend(app: typer.Typer) -> None:
-    """Add ``reelway recommend``."""
+    """Adds ``reelway recommend``."""
     app.command()(recommend)
 
 
@@ -55,36 +55,40 @@ def serve(
     run: Path = RUN,
     release: str = typer.Option(
         LIVE,
-        help="Id of a release in the run's store, the unique beginning of one, 'latest', or 'live': what the last "
-        "rollout left live, the latest where there was none.",
+        help="Release id or a unique prefix of one, 'latest', or 'live': the release that the last rollout left live, "
+        "or the latest if there was no rollout.",
     ),
-    host: str = typer.Option("127.0.0.1", help="Address to listen on; 0.0.0.0 for all."),
-    port: int = typer.Option(8000, min=0, max=65535, help="Port to listen on; 0 chooses a free one."),
+    host: str = typer.Option("127.0.0.1", help="Address to listen on; 0.0.0.0 for all interfaces."),
+    port: int = typer.Option(8000, min=0, max=65535, help="Port to listen on; 0 chooses a free port."),
     composition: Composition = typer.Option(
         "staged",
-        help="Where the stages run: 'staged' each in processes of its own, 'fused' in the routers', without hops; give "
-        "it a router for each core.",
+        help="Where the stages run: 'staged' in processes of their own, 'fused' in the router processes, without calls "
+        "between processes. Start one router per core with 'fused'.",
     ),
-    router_replicas: int = typer.Option(1, min=1, help="Processes that take HTTP."),
-    retrieval_replicas: int = typer.Option(1, min=1, help="Processes of the retrieval stage."),
-    ranking_replicas: int = typer.Option(1, min=1, help="Processes of the ranking stage."),
-    reranking_replicas: int = typer.Option(1, min=1, help="Processes of the re-ranking stage."),
-    at_once: int = typer.Option(
-        64, min=1, help="Requests that one router has under way at a release; more are answered 429."
+    router_replicas: int = typer.Option(1, min=1, help="Number of router processes, which receive the HTTP requests."),
+    retrieval_replicas: int = typer.Option(1, min=1, help="Number of processes of the retrieval stage."),
+    ranking_replicas: int = typer.Option(1, min=1, help="Number of processes of the ranking stage."),
+    reranking_replicas: int = typer.Option(1, min=1, help="Number of processes of the re-ranking stage."),
+    max_ongoing_requests: int = typer.Option(
+        64, min=1, help="Limit of requests in flight at one release per router; further requests are rejected with 429."
     ),
-    standing: int | None = typer.Option(
+    max_ongoing_sustained: int | None = typer.Option(
         None,
         min=1,
-        help="The same where its queue has not been empty for half a second: what stands there is what everybody "
-        "waits. As many as --at-once when absent.",
+        help="Limit of requests in flight once the queue has not been empty for half a second: a standing queue delays "
+        "every later request. By default equal to --max-ongoing-requests.",
     ),
-    parity_ratio: float = typer.Option(0.01, min=0.0, max=1.0, help="Share of requests logged for the parity replay."),
-    controller: bool = typer.Option(True, help="Also start the rollout controller; its log is rollout/controller.log."),
+    parity_sample_ratio: float = typer.Option(
+        0.01, min=0.0, max=1.0, help="Share of requests, from 0 to 1, that is logged for the parity replay."
+    ),
+    controller: bool = typer.Option(
+        True, help="Also start the local rollout controller, which logs to rollout/controller.log."
+    ),
 ) -> None:
     """Serve a run's release over HTTP until Ctrl-C: retrieval, ranking and re-ranking behind a router, on Ray Serve.
 
-    When it answers, its address is printed and written to serving.json in the run directory, with the address of
-    Serve's REST API, where the rollout controller changes what runs.
+    Once the service answers, its address is printed and written to serving.json in the run directory. The file also
+    has the address of Serve's REST API, through which the rollout controller changes what runs.
 
     Examples:
 
@@ -95,37 +99,40 @@ def serve(
       reelway serve --run runs/demo --composition fused --router-replicas 2
     """
     directory = RunDirectory(run)
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell that starts this in the background ignores it
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell ignores SIGINT for background processes
     with only_server_of(directory):
         verified = _verified(directory, release)
-        if standing and standing > at_once:
-            raise ConfigError(f"--standing {standing}: expected at most --at-once, which is {at_once}")
+        if max_ongoing_sustained and max_ongoing_sustained > max_ongoing_requests:
+            raise ConfigError(
+                f"--max-ongoing-sustained {max_ongoing_sustained}: larger than --max-ongoing-requests "
+                f"{max_ongoing_requests}; lower it"
+            )
         port = free_port(host) if port == 0 else refuse_taken_port(host, port)
         from reelway.platform.rollout.traffic.routing import Routing
         from reelway.serving.deployments.service import running_service
         from reelway.serving.serve_config import ReleaseShelf, Replicas, ServiceOptions
 
-        place = directory.path / "serving"
+        serving_dir = directory.path / "serving"
         options = ServiceOptions(
             shelf=ReleaseShelf(
                 release_store=str(directory.release_store),
-                release_cache=place / "releases",
+                release_cache=serving_dir / "releases",
                 public_keys=directory.keys,
                 overlay=str(directory.overlay),
             ),
-            metrics_dir=_emptied(place / "metrics"),
+            metrics_dir=_emptied(serving_dir / "metrics"),
             token_secrets=_token_secrets(directory),
             features_dir=_features(directory),
-            vector_log=place / "vectors.jsonl",
-            parity_ratio=parity_ratio,
-            outcomes=place / "outcomes.db",
+            vector_log=serving_dir / "vectors.jsonl",
+            parity_ratio=parity_sample_ratio,
+            outcomes=serving_dir / "outcomes.db",
             events=str(directory.event_log),
             host=host,
             port=port,
             replicas=Replicas(router_replicas, retrieval_replicas, ranking_replicas, reranking_replicas),
             composition=composition,
-            at_once=at_once,
-            standing=standing,
+            max_ongoing_requests=max_ongoing_requests,
+            max_ongoing_sustained=max_ongoing_sustained,
         )
         release_id = verified.manifest.release_id
         with ExitStack() as stack:
@@ -138,20 +145,20 @@ def serve(
             if controller:
                 stack.enter_context(_controller(directory))
             out.print(f"serving release {release_id[:12]} at {service.url}", highlight=False)
-            say(f"Ctrl-C stops it. Try: reelway recommend --url {service.url} --viewer 1")
+            say(f"Press Ctrl-C to stop. Try: reelway recommend --url {service.url} --viewer 1")
             _wait_for_the_end()
 
 
 def recommend(
-    viewer: int = typer.Option(..., min=0, help="Viewer id; an unknown one gets what newcomers get."),
-    count: int = typer.Option(10, min=1, max=100, help="Videos in the slate."),
+    viewer: int = typer.Option(..., min=0, help="Viewer id; an unknown viewer gets the slate of a new viewer."),
+    count: int = typer.Option(10, min=1, max=100, help="Number of videos in the slate."),
     run: Path = RUN,
-    url: str | None = typer.Option(None, help="Address of the service; where the run is being served when absent."),
-    device: str = typer.Option("phone", help="The viewer's device."),
-    region: str | None = typer.Option(None, help="The viewer's region, where the profile has none."),
-    as_json: bool = typer.Option(False, "--json", help="The answer as it came."),
+    url: str | None = typer.Option(None, help="Address of the service; read from the run directory by default."),
+    device: str = typer.Option("phone", help="Device of the viewer."),
+    region: str | None = typer.Option(None, help="Region of the viewer, used if the profile has none."),
+    as_json: bool = typer.Option(False, "--json", help="Print the response as JSON, unchanged."),
 ) -> None:
-    """Ask the running service for one viewer's slate.
+    """Request one viewer's slate from the running service.
 
     Examples:
 
@@ -164,9 +171,11 @@ def recommend(
     try:
         answer = httpx.post(f"{address}/v1/recommend", json=body, timeout=30)
     except httpx.HTTPError as error:
-        raise ServingError(f"no answer from {address}: {error}; start it with `reelway serve --run {run}`") from error
+        raise ServingError(
+            f"{address}: no answer: {error}; start the service with `reelway serve --run {run}`"
+        ) from error
     if not answer.is_success:
-        raise ServingError(f"{address} answered {answer.status_code}: {answer.text[:500]}")
+        raise ServingError(f"{address}: answered {answer.status_code}: {answer.text[:500]}")
     if as_json:
         typer.echo(answer.text)
         return
@@ -175,22 +184,22 @@ def recommend(
 
 @contextmanager
 def only_server_of(run: RunDirectory) -> Iterator[None]:
-    """Hold the run for one server at a time.
+    """Locks the run directory, so that only one process serves the run.
 
     Raises:
-        ConfigError: another one serves it.
+        ConfigError: if the run directory does not exist, or another process serves the run.
     """
-    place = run.path / "serving"
+    serving_dir = run.path / "serving"
     if not run.path.is_dir():
-        raise ConfigError(f"{run.path} is not a run directory; make one with `reelway demo` or `reelway simulate`")
-    place.mkdir(exist_ok=True)
-    with (place / "lock").open("w") as lock:
+        raise ConfigError(f"{run.path}: not a run directory; create one with `reelway demo` or `reelway simulate`")
+    serving_dir.mkdir(exist_ok=True)
+    with (serving_dir / "lock").open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             record = run.path / RECORD
-            where = record.read_text().strip() if record.exists() else "it is starting"
-            raise ConfigError(f"{run.path} is being served already ({where}); stop that one first") from None
+            server = record.read_text().strip() if record.exists() else "starting"
+            raise ConfigError(f"{run.path}: is being served already ({server}); stop that process first") from None
         yield
 
 
@@ -202,7 +211,10 @@ def _verified(run: RunDirectory, release: str) -> VerifiedRelease:
 
 
 def _features(run: RunDirectory) -> Path | None:
-    """The run's feature store. Without one everybody is served as unknown, which is said and counted."""
+    """Returns the folder of the run's feature store, or None if the run has none.
+
+    Without a feature store all viewers are unknown. That is printed here and counted by the router.
+    """
     from reelway.platform.features.store import open_feature_store
 
     try:
@@ -214,7 +226,7 @@ def _features(run: RunDirectory) -> Path | None:
 
 
 def _live(run: RunDirectory) -> str | None:
-    """The release that the last rollout left live, where there was one."""
+    """Returns the release that the last rollout left live, or None if there was no rollout."""
     from reelway.platform.rollout.control.sqlite_store import SqliteRolloutStore
 
     path = run.path / "rollout" / "state.db"
@@ -225,7 +237,10 @@ def _live(run: RunDirectory) -> str | None:
 
 
 def _token_secrets(run: RunDirectory) -> Path:
-    """The file of the run's own secret, made once and readable by its owner only; the environment goes before it."""
+    """Returns the file of the run's token secret, created on first use and readable by its owner only.
+
+    The environment variable ``REELWAY_TOKEN_SECRET`` takes precedence over the file.
+    """
     path = run.keys / "token.secret"
     ensure_private_token(path)
     return path
@@ -233,7 +248,7 @@ def _token_secrets(run: RunDirectory) -> Path:
 
 @contextmanager
 def _controller(run: RunDirectory) -> Iterator[None]:
-    """The rollout controller of this run, ended with the service."""
+    """Runs the local controller of this run while the block runs."""
     log = run.path / "rollout" / "controller.log"
     log.parent.mkdir(exist_ok=True)
     with child(reelway_command("rollout", "controller", "--run", str(run.path)), log=log):
@@ -241,23 +256,28 @@ def _controller(run: RunDirectory) -> Iterator[None]:
 
 
 def _emptied(folder: Path) -> Path:
-    """The folder without what an earlier start left there."""
+    """Returns the folder, emptied of the files of an earlier start."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     return folder
 
 
 def _warm_up(url: str) -> None:
-    """First requests pay for what every process sets up late; ready means that a whole answer came."""
+    """Sends requests until ``WARM_UP_REQUESTS`` responses came from the stages and not from fallbacks.
+
+    The first requests include the deferred initialisation of every process.
+    """
     deadline = time.monotonic() + 60
-    whole = 0
+    answered = 0
     with httpx.Client(base_url=url, timeout=30) as client:
-        while whole < WARM_UP:
+        while answered < WARM_UP:
             answer = client.post("/v1/recommend", json={"viewer_id": 0, "count": 1})
             stages_answer = answer.is_success and not set(answer.json()["degraded"]) - {"no_viewer_row"}
-            whole += stages_answer
+            answered += stages_answer
             if not stages_answer and time.monotonic() > deadline:
-                raise ServingError(f"{url} gives no whole answer after 60 s; the last was {answer.text[:300]}")
+                raise ServingError(
+                    f"{url}: the stages do not answer after 60 s; the last response was {answer.text[:300]}"
+                )
 
 
 @contextmanager
@@ -278,7 +298,7 @@ def _wait_for_the_end() -> None:
 def _recorded_url(run: RunDirectory) -> str:
     path = run.path / RECORD
     if not path.exists():
-        raise ConfigError(f"{run.path} is not being served; start `reelway serve --run {run.path}`, or give --url")
+        raise ConfigError(f"{run.path}: not being served; start `reelway serve --run {run.path}` or pass --url")
     return str(json.loads(path.read_text())["url"])
 
 

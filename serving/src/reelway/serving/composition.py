@@ -1,6 +1,6 @@
-"""Why: whoever starts a service says where its stages run, and a command line must know the words before it loads any.
+"""The compositions of a service: where its stages run. ``platform/decisions`` has the reasons.
 
-It holds the choice and what it costs; nothing is run here. See ``platform/decisions`` for the reasons.
+This module imports nothing, so that the command line can offer the choice without loading Ray or the models.
 """
 
 from __future__ import annotations
@@ -10,9 +10,10 @@ from typing import Literal
 Composition = Literal["staged", "fused"]
 """Where the three stages of a release run.
 
-``staged``: each is a deployment of its own, scaled on its own, and a fault of a release's native code ends a process
-of that release. Three hops.
-``fused``: in the routers' processes, each release on a thread of its own. No hops; what they cost is printed by ``make
-bench-serving``. The stages are scaled together, by the routers' replicas; a canary shares the routers' cores with
-stable, and native code of a release that crashes takes a router with it.
+``staged``: each stage is a Ray Serve deployment and is scaled separately. A crash in a release's native code ends a
+process of that release only. A request makes three calls between processes.
+
+``fused``: in the router processes, each release on a thread of its own. There are no calls between processes; ``make
+bench-serving`` prints their cost. All stages are scaled together, by the number of routers. A canary shares their cores
+with stable, and a crash in a release's native code ends a router.
 """

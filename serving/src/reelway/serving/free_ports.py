@@ -1,4 +1,4 @@
-"""Why: a port that is taken should be a message before anything is started, and tests want one that is not."""
+"""Checks that a port is free before a service is started, and finds free ports."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from reelway.platform.errors import ConfigError
 
 
 def refuse_taken_port(host: str, port: int) -> int:
-    """The port, if it can be listened on.
+    """Returns the port if a process can listen on it.
 
     Raises:
-        ConfigError: it cannot.
+        ConfigError: if the port cannot be listened on.
     """
     with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -19,14 +19,14 @@ def refuse_taken_port(host: str, port: int) -> int:
             probe.bind((host, port))
         except OSError as error:
             raise ConfigError(
-                f"cannot listen on {host} port {port}: {error.strerror}; stop what uses it, name another --port, or "
-                "give --port 0 to have a free one chosen"
+                f"{host} port {port}: cannot listen: {error.strerror}; stop the process that uses it, or pass another "
+                "--port (--port 0 chooses a free one)"
             ) from error
     return port
 
 
 def free_port(host: str) -> int:
-    """A port that nobody listens on just now."""
+    """Returns a port that no process listens on at present."""
     with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
         probe.bind((host, 0))
         port: int = probe.getsockname()[1]

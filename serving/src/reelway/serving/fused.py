@@ -1,64 +1,82 @@
-"""Why: a hop costs more than a stage's arithmetic, so a service of one size may want all stages where requests come in.
+"""Runs all stages of a release in the router's process (composition ``fused``). Imports no Ray.
 
-The same stages and the same metrics, in the router's own process. What is given up is said where it is chosen
-(``composition.Composition``). It knows no Ray.
+A call between Ray Serve replicas costs more CPU than most stages do, so a service on few cores is faster without it.
+``composition.Composition`` describes the drawbacks. Stages and metrics are those of the composition ``staged``.
 """
 
 from __future__ import annotations
 
 import asyncio
 import sys
-from collections.abc import Callable, Coroutine
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Final, TypeVar
+from typing import Final
 
 from prometheus_client import CollectorRegistry
 
 from reelway.serving import metrics
-from reelway.serving.graph import LocalStages, run_to_end
 from reelway.serving.open_releases import OpenRelease
 from reelway.serving.release_loader import ReleaseLoader
-from reelway.serving.stages.arrays import F32, Candidates, Slate, ViewerQuery
+from reelway.serving.request_path import (
+    NO_BUDGETS,
+    LocalStages,
+    PathCall,
+    PathResult,
+    RequestPath,
+    UnavailableStages,
+    run_without_waiting,
+)
+from reelway.serving.stages.arrays import F32, Candidates, RankingInput, ScoredCandidates, Slate, ViewerQuery
 from reelway.serving.time_budget import TimeBudget
-from reelway.serving.viewers import first_ranking, nobody
-
-T = TypeVar("T")
+from reelway.serving.viewers import nobody, warm_up_input
 
 GIL_TURN_S: Final = 0.0005
-"""How long a path may hold the interpreter while the event loop wants it.
+"""Interpreter switch interval in seconds: how long a path may hold the GIL while the event loop waits for it.
 
-At Python's 5 ms the loop, which needs it for moments, waits for a path several times a request. On 2 cores at 8
-connections, one run after the other: throughput 163 -> 173 requests/s, p99 in the open loop 96 -> 81 ms.
+The event loop needs the GIL often, for moments. With Python's default of 5 ms it waits for a path several times per
+request. Measured one after the other on 2 cores with 8 connections: throughput 163 -> 173 requests/s, p99 under open
+load 96 -> 81 ms.
 """
 
 
 def share_the_interpreter() -> None:
-    """Let the event loop have it soon. For the whole process, so it is for whoever owns the process to call."""
+    """Shortens the interpreter's switch interval for the whole process. Only the owner of the process calls this."""
     sys.setswitchinterval(GIL_TURN_S)
 
 
-class OwnThread:
-    """A place for one release's path: a thread of its own, one request after another.
+class SingleThreadExecutor:
+    """Runs the path of one release on one thread, one request at a time.
 
-    The event loop is never held up, and a release that is slow fills its own queue and not that of the one beside it.
-    What is late and not begun is never begun.
+    The event loop stays free, and the queue of a slow release delays no other release. A late call whose run has not
+    started is never started; a late call is answered with the fallbacks of all stages.
+
+    Args:
+        budget_ms: time budget of the whole path, the wait for the thread included.
     """
 
     def __init__(self, budget_ms: float) -> None:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="path")
         self._within = TimeBudget(budget_ms)
+        self._unavailable = UnavailableStages()
 
-    async def __call__(self, work: Callable[[], Coroutine[Any, Any, T]]) -> T:
+    async def run(self, path: RequestPath, call: PathCall) -> PathResult:
         loop = asyncio.get_running_loop()
-        return await self._within(lambda: loop.run_in_executor(self._thread, lambda: run_to_end(work())))
+        try:
+            return await self._within(
+                lambda: loop.run_in_executor(self._thread, lambda: run_without_waiting(path.run(call)))
+            )
+        except TimeoutError:
+            return await path.run(call, self._unavailable)
 
     async def close(self) -> None:
-        """Give up the thread."""
+        """Shuts the thread down without waiting for its last run."""
         self._thread.shutdown(wait=False)
 
 
 class MeasuredStages:
-    """The stages in this process, counted as they are counted in processes of their own."""
+    """``LocalStages`` with the metrics that stages in processes of their own record."""
+
+    budgets: Mapping[str, TimeBudget] = NO_BUDGETS
 
     def __init__(self, stages: LocalStages, release: str) -> None:
         self._stages = stages
@@ -72,39 +90,39 @@ class MeasuredStages:
         self._retrieval.count(candidates)
         return candidates
 
-    async def rank(self, query: ViewerQuery, candidates: Candidates) -> F32:
+    async def rank(self, ranking_input: RankingInput) -> F32:
         with metrics.timed(self._ranking.latency):
-            value = await self._stages.rank(query, candidates)
-        self._ranking.candidates.inc(len(candidates))
+            value = await self._stages.rank(ranking_input)
+        self._ranking.candidates.inc(len(ranking_input))
         return value
 
-    async def rerank(self, query: ViewerQuery, candidates: Candidates, value: F32, count: int) -> Slate:
+    async def rerank(self, candidates: ScoredCandidates) -> Slate:
         with metrics.timed(self._reranking.latency):
-            slate = await self._stages.rerank(query, candidates, value, count)
+            slate = await self._stages.rerank(candidates)
         self._reranking.count(slate)
         return slate
 
 
 def load_warm(loader: ReleaseLoader) -> LocalStages:
-    """All stages of a release after a first call, which pays for what is set up late.
+    """Loads all stages of a release and calls them once, because the first call includes deferred initialisation.
 
     Raises:
-        IncompatibleReleaseError: a file is not what its format says.
-        ServingError: it cannot rank.
+        IncompatibleReleaseError: if a file does not have its format.
+        ServingError: if the release cannot rank.
     """
     stages, table = loader.stages(), loader.table()
     query = nobody(table)
     stages.retrieval.retrieve(query)
-    run_to_end(stages.ranking.rank(*first_ranking(query, table)))
+    run_without_waiting(stages.ranking.rank(warm_up_input(query, table)))
     return stages
 
 
 def open_fused(loader: ReleaseLoader, budget_ms: float) -> OpenRelease:
-    """A release that is answered by this process. Blocks while it is loaded.
+    """Opens a release that this process answers with. Blocks while the release is loaded.
 
     Args:
-        budget_ms: of the whole path; what is later is answered from the lists.
+        budget_ms: time budget of the whole path; a later call is answered from the popular list.
     """
-    place = OwnThread(budget_ms)
+    executor = SingleThreadExecutor(budget_ms)
     stages = MeasuredStages(load_warm(loader), loader.release_id())
-    return OpenRelease(loader.edge(), stages, place.close, place)
+    return OpenRelease(loader.edge(), stages, executor.close, executor)

@@ -1,7 +1,10 @@
-"""The HTTP face of the service: routes, validation errors and schema. It knows neither Ray nor how a slate is made.
+"""The HTTP API of the service: routes, validation errors and schema. Imports no Ray.
 
-A wrong request is answered 422 with every field that is wrong. A fault inside is answered with a slate from a lower
-rung; only when not even that is possible is it 503, never 500. More than can be answered in time is sent away with 429.
+Status codes:
+
+- 422: the request is invalid; the response names every invalid field.
+- 429: too many requests are in flight (load shedding).
+- 503: an error that no fallback covers. Failed stages do not lead to an error; the slate comes from their fallbacks.
 """
 
 from __future__ import annotations
@@ -28,7 +31,7 @@ VALUE_LENGTH = 100
 
 
 class ServedRelease(BaseModel):
-    """One release that takes traffic, or is ready to."""
+    """A release that is routed to, with its share of the traffic."""
 
     release: str
     arm: Arm
@@ -36,10 +39,10 @@ class ServedRelease(BaseModel):
 
 
 class CurrentReleases(BaseModel):
-    """``GET /v1/releases/current``: what this router does, which may be short of what it was told.
+    """``GET /v1/releases/current``: the routing in effect, which may differ from the configured routing.
 
-    ``routing`` is what it acts upon: while releases are being opened it is the one before, and where one could not be
-    opened its arm has weight 0 here. ``open`` are the releases held ready; ``faults`` says why others are not.
+    While releases are being opened, ``routing`` is the previous routing. The arm of a release that could not be opened
+    has weight 0. ``open`` lists the releases held open; ``faults`` has the reason why others could not be opened.
     """
 
     rollout: str
@@ -51,7 +54,7 @@ class CurrentReleases(BaseModel):
 
 
 class Answer(NamedTuple):
-    """A slate, and what is to be started once it is on its way."""
+    """A response, and the task to run after it was sent."""
 
     response: RecommendResponse
     afterwards: Callable[[], Awaitable[None]] | None = None
@@ -64,7 +67,7 @@ class Health(BaseModel):
 
 
 class Service(Protocol):
-    """What stands behind the routes."""
+    """The implementation behind the routes."""
 
     async def recommend(self, request: RecommendRequest) -> Answer: ...
 
@@ -75,10 +78,10 @@ class Service(Protocol):
     def count_refused(self) -> None: ...
 
     def refuse_unread(self) -> None:
-        """Send a request away whoever it is from.
+        """Rejects a request before it is read, if no viewer can be answered now.
 
         Raises:
-            OverloadedError: nobody can be answered now.
+            OverloadedError: if the request is rejected.
         """
         ...
 
@@ -87,29 +90,29 @@ RECOMMEND: Final = "/v1/recommend"
 RESPONSES: Final[dict[int | str, dict[str, Any]]] = {
     200: {"model": RecommendResponse},
     422: {"model": ErrorResponse},
-    429: {"model": ErrorResponse, "description": "Too many requests are under way; see Retry-After."},
+    429: {"model": ErrorResponse, "description": "Too many requests are in flight; see Retry-After."},
 }
 
 
 def build_http_api(service: Service) -> FastAPI:
-    """The ASGI application."""
+    """Returns the ASGI application."""
     api = FastAPI(
         title="Reelway recommendations",
         description="Slates of short videos. Send a video's token back with every outcome.",
         version="1",
     )
 
-    # The answer is already valid, so it is written as it is; the models below are what /openapi.json says of it.
+    # The response model is valid by construction, so FastAPI need not validate it again. RESPONSES documents it.
     @api.post(RECOMMEND, responses=RESPONSES)
     async def recommend(request: RecommendRequest) -> Response:
-        """An ordered slate for one viewer, known or unknown."""
+        """Returns an ordered slate for one viewer, known or unknown."""
         answer = await service.recommend(request)
         body = answer.response.model_dump_json()
         return Response(body, media_type="application/json", background=cast(Any, answer.afterwards))
 
     @api.get("/v1/releases/current")
     async def releases() -> CurrentReleases:
-        """The releases behind this service and their share of the traffic."""
+        """Returns the releases behind this service and their shares of the traffic."""
         return service.current_releases()
 
     @api.get("/healthz")
@@ -119,7 +122,7 @@ def build_http_api(service: Service) -> FastAPI:
 
     @api.get("/metrics", response_class=Response)
     async def metrics() -> Response:
-        """All stages' metrics of this node, for Prometheus."""
+        """Returns the metrics of all stages on this node, for Prometheus."""
         return Response(await service.metrics_text(), media_type=CONTENT_TYPE_LATEST)
 
     @api.exception_handler(RequestValidationError)
@@ -136,8 +139,8 @@ def build_http_api(service: Service) -> FastAPI:
 
     @api.exception_handler(Exception)
     async def unavailable(_: Request, error: Exception) -> Response:
-        log.error("a request could not be answered", exc_info=error)
-        body = ErrorResponse(error="no answer is possible now; try again")
+        log.error("request failed", exc_info=error)
+        body = ErrorResponse(error="the request could not be answered; try again")
         return JSONResponse(body.model_dump(mode="json"), status_code=503, headers={"Retry-After": "1"})
 
     api.add_middleware(TurnAwayUnread, service=service)
@@ -145,15 +148,15 @@ def build_http_api(service: Service) -> FastAPI:
 
 
 def come_back(error: OverloadedError) -> Response:
-    """429, and when to ask again."""
+    """Returns a 429 response with a Retry-After header."""
     body = ErrorResponse(error=str(error))
     return JSONResponse(body.model_dump(mode="json"), status_code=429, headers={"Retry-After": "1"})
 
 
 class TurnAwayUnread:
-    """Before a request is read: what is sent away must cost little, since there is most of it when there is least time.
+    """ASGI middleware that rejects requests before they are read.
 
-    An ASGI middleware.
+    A rejected request must be cheap, because most requests are rejected when the router is busiest.
     """
 
     def __init__(self, app: ASGIApp, service: Service) -> None:
@@ -171,7 +174,7 @@ class TurnAwayUnread:
 
 
 def field_error(error: dict[str, Any]) -> FieldError:
-    """One of pydantic's errors in our words: a dotted path within the body, and the value seen if it is short."""
+    """Converts a pydantic error: a dotted path within the body, the message, and the value if it is short."""
     path = [str(part) for part in error["loc"] if part != "body"]
     if error["type"] == "json_invalid":
         reason = error.get("ctx", {}).get("error", "invalid JSON")

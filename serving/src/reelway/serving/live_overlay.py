@@ -1,8 +1,8 @@
-"""Fresh numbers for a video table: follows the stream processor's changelog and lays each change over the snapshot.
+"""Keeps the live features of a video table fresh: follows the stream's changelog and overlays its changes.
 
-It never holds up a request and refuses to mix moments: all changes that one look finds become one version of the table.
-A changelog that cannot be read leaves the table as it is, which is logged, and is looked at again. A video or creator
-that the release does not have is left out.
+A thread polls the changelog, so no request waits for it. All changes of one poll become one version of the table, so
+that a request never mixes features of different times. If the changelog cannot be read, the error is logged, the table
+keeps its features, and the next poll tries again. Videos and creators that the release lacks are left out.
 """
 
 # Shapes: N videos of the table, C changed rows, L live numbers
@@ -26,13 +26,14 @@ from reelway.serving.video_table import ABSENT, F32, I64, VideoTable
 log = logging.getLogger(__name__)
 
 LOOK_EVERY_S: Final = 1.0
+"""Interval between two polls of the changelog."""
 
 
 class LiveOverlay:
-    """One table's view of the changelog. ``poll`` is for one thread; readers of the table need not know."""
+    """Applies the changelog to one video table. Only one thread calls ``poll``; readers of the table need no lock."""
 
     def __init__(self, table: VideoTable, changelog: Changelog) -> None:
-        self._table = weakref.ref(table)  # a release that is closed takes its follower with it
+        self._table = weakref.ref(table)  # the follower ends when its release is closed
         self._changelog = changelog
         self._sequence = 0
         order = np.argsort(table.creator_id, kind="stable")
@@ -41,20 +42,20 @@ class LiveOverlay:
 
     @property
     def sequence(self) -> int:
-        """The last change that the table has."""
+        """Sequence number of the last change that was applied."""
         return self._sequence
 
     @property
     def over(self) -> bool:
-        """Whether nobody has the table any more."""
+        """Whether the table was released by its last user."""
         return self._table() is None
 
     def poll(self) -> int:
-        """Apply what is new; returns how many rows of the table changed.
+        """Applies all new changes and returns the number of changed rows of the table.
 
         Raises:
-            StorageError: the changelog cannot be reached.
-            DataError: a change is not one.
+            StorageError: if the changelog cannot be read.
+            DataError: if a change is malformed.
         """
         table = self._table()
         if table is None:
@@ -77,7 +78,7 @@ class LiveOverlay:
         return len(changed)
 
     def _spread(self, creator: I64, values: F32) -> tuple[I64, F32]:
-        """Creators' values as rows of their videos."""
+        """Returns the rows of the creators' videos and the creators' values, repeated for each video."""
         first = np.searchsorted(self._creators, creator, side="left")
         count = np.searchsorted(self._creators, creator, side="right") - first
         start = np.repeat(first - np.concatenate([[0], np.cumsum(count)[:-1]]), count) if len(creator) else first
@@ -89,15 +90,15 @@ def _columns(view: str) -> I64:
 
 
 def _of(rows: pa.Table, view: str) -> tuple[I64, F32]:
-    """Ids and values of one view's rows; what is unknown is NaN, as in the release."""
-    mine = rows.filter(pa.array(np.array([word == view for word in rows["view"].to_pylist()], dtype=np.bool_)))
-    values = [mine[name].to_numpy().astype(np.float32) for name in FIELDS[view]]
-    return mine["entity_id"].to_numpy(), np.stack(values, axis=1) if values else np.zeros((0, 0), np.float32)
+    """Returns the entity ids and values of one view's rows; unknown values are NaN, as in the release."""
+    of_view = rows.filter(pa.array(np.array([name == view for name in rows["view"].to_pylist()], dtype=np.bool_)))
+    values = [of_view[name].to_numpy().astype(np.float32) for name in FIELDS[view]]
+    return of_view["entity_id"].to_numpy(), np.stack(values, axis=1) if values else np.zeros((0, 0), np.float32)
 
 
-def follow(table: VideoTable, place: str, *, every_s: float = LOOK_EVERY_S) -> threading.Thread:
-    """Keep the table fresh from a thread, which ends with the table or the process."""
-    overlay = LiveOverlay(table, Changelog(place))
+def follow(table: VideoTable, changelog: str, *, every_s: float = LOOK_EVERY_S) -> threading.Thread:
+    """Starts a thread that applies the changelog until the table is released or the process ends."""
+    overlay = LiveOverlay(table, Changelog(changelog))
     thread = threading.Thread(target=_look, args=(overlay, every_s), name="live-overlay", daemon=True)
     thread.start()
     return thread
@@ -111,6 +112,6 @@ def _look(overlay: LiveOverlay, every_s: float) -> None:
             failed = False
         except (StorageError, DataError) as error:
             if not failed:
-                log.error("video features stay as they are: %s", error)
+                log.error("video features are not updated: %s", error)
             failed = True
         time.sleep(every_s)

@@ -1,8 +1,8 @@
-"""What the stages count. Every process of a node writes its own files; whoever is asked adds them up.
+"""The metrics of the request path, in the multiprocess mode of ``prometheus_client``.
 
-Prometheus' multiprocess mode: each process keeps its counts in memory-mapped files of one folder, so the router's
-``/metrics`` shows retrieval, ranking and re-ranking of its node too, and the counts of a replica that died are not
-lost. The folder belongs to one start of the service. Labels never name a viewer or a video.
+Each process of a node writes its counts to memory-mapped files in one directory. The router's ``/metrics`` adds them
+up, so it includes retrieval, ranking and re-ranking of its node, and the counts of replicas that have died. The
+directory belongs to one start of the service. Labels never contain a viewer id or a video id.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from reelway.serving.stages.arrays import SOURCES, Candidates, Slate
 FOLDER_VARIABLE: Final = "PROMETHEUS_MULTIPROC_DIR"
 SLATE_BUCKETS: Final = (0, 1, 5, 10, 20, 50, 100)
 SHORT: Final = series.SHORT_RELEASE
-"""A release's label: as much of its id as people type."""
+"""Length of the label ``release``: the prefix of the id that people type."""
 OVERLAP_BUCKETS: Final = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 DRIFT_BUCKETS: Final = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
 
 
 class RetrievalMetrics:
-    """Counted where retrieval runs."""
+    """Metrics of the process that runs retrieval."""
 
     def __init__(self, registry: CollectorRegistry, release: str) -> None:
         release = release[:SHORT]
@@ -39,21 +39,24 @@ class RetrievalMetrics:
         ).labels(release)
         found = counter("reelway_retrieval_candidates_total", "Candidates by source.", ["release", "source"], registry)
         self._found = [found.labels(release, source) for source in SOURCES]
-        self._left = counter(
-            "reelway_retrieval_filtered_total", "Proposals that left, by reason.", ["release", "kind"], registry
+        self._filtered = counter(
+            "reelway_retrieval_filtered_total",
+            "Proposals that were filtered out, by reason.",
+            ["release", "kind"],
+            registry,
         )
         self._release = release
 
     def count(self, candidates: Candidates) -> None:
-        """Add one request's candidates, and what left on the way."""
+        """Adds the candidates and the filtered proposals of one request."""
         for code in set(candidates.source.tolist()):
             self._found[code].inc(int((candidates.source == code).sum()))
-        for kind, videos in candidates.left.items():
-            self._left.labels(self._release, kind).inc(videos)
+        for kind, videos in candidates.filtered_counts.items():
+            self._filtered.labels(self._release, kind).inc(videos)
 
 
 class RankingMetrics:
-    """Counted where ranking runs."""
+    """Metrics of the process that runs ranking."""
 
     def __init__(self, registry: CollectorRegistry, release: str) -> None:
         release = release[:SHORT]
@@ -61,132 +64,143 @@ class RankingMetrics:
             "reelway_ranking_latency_seconds", "Time in the ranking stage.", ["release"], registry
         ).labels(release)
         self.candidates = counter(
-            "reelway_ranking_candidates_total", "Candidates given a value.", ["release"], registry
+            "reelway_ranking_candidates_total", "Candidates that were scored.", ["release"], registry
         ).labels(release)
 
 
 class RankServerMetrics:
-    """Counted where a ranker is served to graphs of other processes. All of one release."""
+    """Metrics of a rank server, which serves the ranker of one release to other processes."""
 
     def __init__(self, registry: CollectorRegistry, release: str) -> None:
         self._release = release[:SHORT]
         only = [self._release]
         self._requests = counter(
-            "reelway_ranking_server_requests_total", "Requests by how they ended.", ["release", "outcome"], registry
+            "reelway_ranking_server_requests_total", "Requests by outcome.", ["release", "outcome"], registry
         )
         self._latency = histogram(
-            "reelway_ranking_server_latency_seconds", "From a request to its answer, its wait included.",
+            "reelway_ranking_server_latency_seconds", "Time from a request to its response, queueing included.",
             ["release"], registry,
         ).labels(*only)  # fmt: skip
         self.candidates = counter(
             "reelway_ranking_server_candidates_total", "Candidates scored.", ["release"], registry
         ).labels(*only)
         self.under_way = gauge(
-            "reelway_ranking_server_under_way_requests", "Requests that wait or are worked out.", ["release"], registry
+            "reelway_ranking_server_under_way_requests",
+            "Requests that are queued or being computed.",
+            ["release"],
+            registry,
         ).labels(*only)
         self.ready = gauge(
-            "reelway_ranking_server_ready_ratio", "1 while requests should come here.", ["release"], registry
+            "reelway_ranking_server_ready_ratio", "1 while the server is ready for requests.", ["release"], registry
         ).labels(*only)
 
     def count(self, outcome: str, seconds: float) -> None:
-        """Add one request: ``ok``, ``refused``, ``busy``, ``late``, ``not_ready`` or ``failed``."""
+        """Adds one request with its outcome: ``ok``, ``refused``, ``busy``, ``late``, ``not_ready`` or ``failed``."""
         self._requests.labels(self._release, outcome).inc()
         if outcome == "ok":
             self._latency.observe(seconds)
 
 
 class RemoteRankerMetrics:
-    """Counted where a graph asks a ranker of another process."""
+    """Metrics of a ranking stage that calls a ranker in another process."""
 
     def __init__(self, registry: CollectorRegistry, release: str) -> None:
         self._release = release[:SHORT]
         self._faults = counter(
-            "reelway_ranking_remote_faults_total", "Calls of the ranker's server without an answer, by kind of fault.",
+            "reelway_ranking_remote_faults_total", "Failed calls of the rank server, by kind of failure.",
             ["release", "kind"], registry,
         )  # fmt: skip
 
     def count_fault(self, kind: str) -> None:
-        """Add one: ``late``, ``gone``, ``busy``, ``refused`` or ``wrong`` (an answer that cannot be used)."""
+        """Adds one failure: ``late``, ``gone``, ``busy``, ``refused`` or ``wrong`` (an unusable response)."""
         self._faults.labels(self._release, kind).inc()
 
 
 class RerankingMetrics:
-    """Counted where re-ranking runs."""
+    """Metrics of the process that runs re-ranking."""
 
     def __init__(self, registry: CollectorRegistry, release: str) -> None:
         release = release[:SHORT]
         self.latency = histogram(
             "reelway_reranking_latency_seconds", "Time in the re-ranking stage.", ["release"], registry
         ).labels(release)
-        self._relaxed = counter(
-            "reelway_reranking_relaxed_total", "Places that broke the per-creator cap.", ["release"], registry
+        self._cap_violations = counter(
+            "reelway_reranking_relaxed_total", "Positions that break the per-creator cap.", ["release"], registry
         ).labels(release)
         self._explored = counter(
-            "reelway_reranking_explored_total", "Places that were left to chance.", ["release"], registry
+            "reelway_reranking_explored_total", "Positions that were drawn for exploration.", ["release"], registry
         ).labels(release)
 
     def count(self, slate: Slate) -> None:
-        """Add one slate."""
-        if slate.relaxed:
-            self._relaxed.inc(slate.relaxed)
+        """Adds one slate."""
+        if slate.cap_violations:
+            self._cap_violations.inc(slate.cap_violations)
         if explored := int((slate.propensity < 1).sum()):
             self._explored.inc(explored)
 
 
 class IngressMetrics:
-    """Counted where requests come in: the viewer's side of everything. One for all releases of a router."""
+    """Metrics of a router: requests as clients see them. One object counts for all releases of the router."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
         both = ["release", "arm"]
-        self.requests = counter(series.REQUESTS, "Requests by how they ended.", [*both, "outcome"], registry)
-        self.refused = counter("reelway_ingress_refused_total", "Invalid requests, answered 422.", [], registry)
+        self.requests = counter(series.REQUESTS, "Requests by outcome.", [*both, "outcome"], registry)
+        self.refused = counter("reelway_ingress_refused_total", "Invalid requests, rejected with 422.", [], registry)
         self.shed = counter(
-            "reelway_ingress_shed_total", "Requests sent away, answered 429, because too many were under way.", both,
+            "reelway_ingress_shed_total", "Requests rejected with 429 because too many were in flight.", both,
             registry,
         )  # fmt: skip
-        self.latency = histogram(series.LATENCY, "From a valid request to its answer.", both, registry)
+        self.latency = histogram(series.LATENCY, "Time from a valid request to its response.", both, registry)
         self.stage_latency = histogram(
-            "reelway_ingress_stage_latency_seconds", "A stage as the router sees it, hop included.",
+            "reelway_ingress_stage_latency_seconds", "Time of a stage as seen by the router, transport included.",
             ["release", "stage"], registry,
         )  # fmt: skip
         self.degraded = counter(
-            "reelway_ingress_degraded_total", "Answers that stepped down, by rung.", [*both, "rung"], registry
+            "reelway_ingress_degraded_total",
+            "Responses that used a fallback, by degradation.",
+            [*both, "rung"],
+            registry,
         )
         self.faults = counter(
-            "reelway_ingress_faults_total", "Stage calls that failed, by kind of fault.",
+            "reelway_ingress_faults_total", "Stage calls that failed, by kind of failure.",
             ["release", "stage", "kind"], registry,
         )  # fmt: skip
         self.slate = histogram(
-            "reelway_ingress_slate_videos", "Videos in an answer.", both, registry, buckets=SLATE_BUCKETS
+            "reelway_ingress_slate_videos", "Videos in a response.", both, registry, buckets=SLATE_BUCKETS
         )
-        self.empty = counter(series.EMPTY_SLATES, "Answers without a video.", both, registry)
-        self.cold = counter("reelway_ingress_cold_viewers_total", "Viewers without a known past.", both, registry)
+        self.empty = counter(series.EMPTY_SLATES, "Responses without a video.", both, registry)
+        self.cold = counter(
+            "reelway_ingress_cold_viewers_total", "Requests of viewers without a history.", both, registry
+        )
         self.exposures_lost = counter(
-            "reelway_ingress_exposures_lost_total", "Impressions that could not be kept for counting.", [], registry
+            "reelway_ingress_exposures_lost_total",
+            "Impressions dropped because the exposure buffer was full.",
+            [],
+            registry,
         )
         self.shown = counter("reelway_ingress_videos_total", "Videos shown, by source.", [*both, "source"], registry)
 
 
 class ShadowMetrics:
-    """Counted where requests are mirrored: how a release's answers differ from what was shown."""
+    """Metrics of mirrored requests: how the mirrored slates of a release differ from the shown slates."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
         self.requests = counter(
-            series.SHADOW_REQUESTS, "Mirrored requests by how they ended.", ["release", "outcome"], registry
+            series.SHADOW_REQUESTS, "Mirrored requests by outcome.", ["release", "outcome"], registry
         )
         self.overlap = histogram(
-            series.SHADOW_OVERLAP, "Share of the shown slate that the mirrored one has too.", ["release"], registry,
+            series.SHADOW_OVERLAP, "Share of the shown videos that are in the mirrored slate.", ["release"], registry,
             buckets=OVERLAP_BUCKETS,
         )  # fmt: skip
         self.drift = histogram(
-            series.SHADOW_DRIFT, "Mean score against the shown slate's: |ratio - 1|.", ["release"], registry,
+            series.SHADOW_DRIFT, "Mean score relative to the shown slate: |ratio - 1|.", ["release"], registry,
             buckets=DRIFT_BUCKETS,
         )  # fmt: skip
 
 
 @contextmanager
 def timed(latency: Histogram) -> Iterator[None]:
-    """Observe how long the block took, however it ended."""
+    """Observes the duration of the block, even if the block raises."""
     start = time.perf_counter()
     try:
         yield
@@ -195,7 +209,12 @@ def timed(latency: Histogram) -> Iterator[None]:
 
 
 def scrape(folder: Path | None, own: CollectorRegistry) -> bytes:
-    """All metrics of the node in Prometheus' text format; this process's own ones where no folder is shared."""
+    """Returns all metrics of the node in Prometheus' text format.
+
+    Args:
+        folder: directory shared by the node's processes; None: only the metrics of this process are returned.
+        own: registry of this process.
+    """
     if folder is None:
         return generate_latest(own)
     _forget_gauges_of_the_dead(folder)
@@ -205,13 +224,13 @@ def scrape(folder: Path | None, own: CollectorRegistry) -> bytes:
 
 
 def shared_folder() -> Path | None:
-    """The folder of this start of the service, when there is one."""
+    """Returns the metrics directory of this start of the service, if one is configured."""
     name = os.environ.get(FOLDER_VARIABLE)
     return Path(name) if name else None
 
 
 def _forget_gauges_of_the_dead(folder: Path) -> None:
-    """A counter of a dead process still counts; a level it once had does not."""
+    """Removes the gauges of processes that have died; their counters stay valid."""
     for file in folder.glob("gauge_live*_*.db"):
         pid = file.stem.rpartition("_")[2]
         if pid.isdigit() and not Path("/proc", pid).exists():

@@ -1,6 +1,7 @@
-"""Why: a release must be open before it gets traffic and stay open until its last request has ended.
+"""The releases that a router holds open.
 
-Opening one that is broken is a fact to be reported, never an exception that would reach the releases beside it.
+A release is open before it gets traffic and stays open until its last request has ended. A release that cannot be
+opened is reported; the exception reaches no other release.
 """
 
 from __future__ import annotations
@@ -13,36 +14,38 @@ from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Final
 
-from reelway.serving.graph import Place, ReleaseEdge, Stages, here
+from reelway.serving.request_path import InlineExecutor, PathExecutor, RouterRelease, Stages
 
 log = logging.getLogger(__name__)
 
 STANDS_S: Final = 0.5
-"""A release that has had something to do for so long without a pause has a queue that stands."""
+"""A release that was never idle for this long has a standing queue."""
 CALM_S: Final = 0.2
-"""Nobody was sent away for so long: what was too much is over. In an overload somebody is every few milliseconds."""
+"""An overload ends this long after the last rejected request. During it, a request is rejected every few ms."""
 
 
 class OpenRelease:
-    """What a router holds of one release, and how many requests are on it.
+    """One open release and the number of its requests in flight.
 
     Args:
-        close: gives up what the stages hold; called once, after the release was dropped and its last request ended.
-        place: where its path is worked on.
-        clock: seconds that only grow.
+        close: releases the resources of the stages. It is called once, after the release was removed and its last
+            request ended.
+        executor: where the release's request path runs; in the caller's event loop by default.
+        clock: monotonic clock in seconds.
     """
 
     def __init__(
         self,
-        edge: ReleaseEdge,
+        router_release: RouterRelease,
         stages: Stages,
         close: Callable[[], Awaitable[None]] | None = None,
-        place: Place = here,
+        executor: PathExecutor | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.edge = edge
+        self.router_release = router_release
+        self.release_id = router_release.release_id
         self.stages = stages
-        self.place = place
+        self.executor = executor or InlineExecutor()
         self._close = close
         self._clock = clock
         self._requests = 0
@@ -52,33 +55,33 @@ class OpenRelease:
 
     @property
     def requests(self) -> int:
-        """Under way now."""
+        """Number of requests in flight."""
         return self._requests
 
-    def takes(self, standing: int, at_once: int) -> bool:
-        """Whether one more request is welcome; one that is not is to be sent away.
+    def takes(self, max_ongoing_sustained: int, max_ongoing: int) -> bool:
+        """Whether the release accepts one more request; the caller rejects the request otherwise.
 
-        A queue that empties is a burst, and costs who came with it a moment; one that stands costs everybody who comes
-        after. So a burst may be longer than a queue that has not been empty for ``STANDS_S``: the rule of CoDel
-        (Nichols and Jacobson, "Controlling Queue Delay", 2012), as "Fail at Scale" (Maurer, 2015) has it for servers.
-        Where somebody was sent away within ``CALM_S`` it is no burst, even if the queue was empty for an instant.
+        A short burst only delays the requests in it. A standing queue delays every later request as well. Its limit is
+        therefore lower: the rule of CoDel (Nichols and Jacobson, "Controlling Queue Delay", 2012) as "Fail at Scale"
+        (Maurer, 2015) applies it to servers. A queue is standing if it has not been empty for ``STANDING_QUEUE_S``. The
+        lower limit also applies within ``OVERLOAD_COOLDOWN_S`` of a rejected request.
 
         Args:
-            standing: how many may be under way while the queue stands.
-            at_once: how many may be under way at all.
+            max_ongoing_sustained: limit of requests in flight while the queue is standing.
+            max_ongoing: limit of requests in flight during a burst.
         """
-        if self._requests < standing:
+        if self._requests < max_ongoing_sustained:
             return True
         now = self._clock()
         a_burst = now - self._busy_since < STANDS_S and now - self._sent_away_at > CALM_S
-        if a_burst and self._requests < at_once:
+        if a_burst and self._requests < max_ongoing:
             return True
         self._sent_away_at = now
         return False
 
     @contextmanager
     def in_use(self) -> Iterator[None]:
-        """One request."""
+        """Counts one request as in flight while the block runs."""
         if not self._requests:
             self._busy_since = self._clock()
         self._requests += 1
@@ -91,14 +94,14 @@ class OpenRelease:
                 self._idle.set()
 
     async def close_when_idle(self) -> None:
-        """Wait for the requests in flight, then close."""
+        """Waits for the requests in flight, then closes the release."""
         await self._idle.wait()
         if self._close:
             await self._close()
 
 
 class OpenReleases:
-    """The releases that one router holds open."""
+    """All releases that one router holds open."""
 
     def __init__(self, open_release: Callable[[str], Awaitable[OpenRelease]]) -> None:
         self._open_release = open_release
@@ -109,24 +112,27 @@ class OpenReleases:
 
     @property
     def names(self) -> list[str]:
-        """Those that are open."""
+        """Ids of the open releases."""
         return sorted(self._open)
 
     @property
     def faults(self) -> Mapping[str, str]:
-        """Why others are not: release -> reason."""
+        """Releases that could not be opened: id -> reason."""
         return dict(self._faults)
 
     def get(self, release: str) -> OpenRelease | None:
-        """The release, if it is open."""
+        """Returns the release if it is open."""
         return self._open.get(release)
 
     def lacks(self, releases: Iterable[str]) -> bool:
-        """Whether one of them is not open."""
+        """Whether at least one of the releases is not open."""
         return any(release not in self._open for release in releases)
 
     async def hold(self, releases: Iterable[str]) -> None:
-        """Open what is not open; each of them is then open or has a fault. One that failed before is tried again."""
+        """Opens the releases that are not open; one that failed before is tried again.
+
+        Each release is open or in ``faults`` when this method returns.
+        """
         tasks = []
         for release in releases:
             if release in self._open:
@@ -138,7 +144,7 @@ class OpenReleases:
             await asyncio.wait(tasks)
 
     def keep_only(self, releases: Iterable[str]) -> None:
-        """Drop all others. A request that is on one of them ends on it."""
+        """Closes all other releases, each after its last request has ended."""
         kept = set(releases)
         for release in [name for name in self._open if name not in kept]:
             closing = asyncio.create_task(self._close(release, self._open.pop(release)))
@@ -149,8 +155,8 @@ class OpenReleases:
     async def _hold(self, release: str) -> None:
         try:
             self._open[release] = await self._open_release(release)
-        except Exception as fault:  # whatever is wrong with a release is that release's
-            log.warning("release %s cannot be opened", release[:12], exc_info=True)
+        except Exception as fault:  # a broken release must not affect the others
+            log.warning("release %s: cannot be opened", release[:12], exc_info=True)
             self._faults[release] = f"{type(fault).__name__}: {fault}"
         else:
             self._faults.pop(release, None)
@@ -160,5 +166,5 @@ class OpenReleases:
     async def _close(self, release: str, dropped: OpenRelease) -> None:
         try:
             await dropped.close_when_idle()
-        except Exception:  # it is gone either way
-            log.warning("release %s was not closed cleanly", release[:12], exc_info=True)
+        except Exception:  # the release is removed in any case
+            log.warning("release %s: closing failed", release[:12], exc_info=True)

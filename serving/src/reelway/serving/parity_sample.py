@@ -1,6 +1,6 @@
-"""A sample of what was served, written down for the parity replay: the viewer's row and the videos' rows as used.
+"""Logs a sample of the served features for the parity replay: the viewer's row and the videos' rows as used.
 
-It never holds up an answer: writing happens on a thread of its own, and a full disk loses samples, not slates.
+A thread writes the log, so no response waits for it. If the disk is full, samples are lost and slates are not.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 
 
 class ParitySample:
-    """Offers served vectors to the log, which takes its share of them."""
+    """Writes the served features of sampled requests to the vector log."""
 
     def __init__(self, vectors: VectorLog, thread: Executor) -> None:
         self._vectors = vectors
@@ -38,13 +38,13 @@ class ParitySample:
         rows: Rows,
         now_s: float,
     ) -> None:
-        """Log the request if it is in the sample.
+        """Logs the request if it is in the sample.
 
         Args:
-            videos_as_of_s: the moment that the release's video features speak of, where it says so. An overlay's
-                own goes before it.
-            viewer_row: as it was read, before anything of the request was filled in.
-            rows: of the slate.
+            videos_as_of_s: time that the release's video features describe, if the release states it. The time of an
+                overlay takes precedence.
+            viewer_row: the row as it was read, before values of the request were filled in.
+            rows: rows of the slate.
         """
         if not self._vectors.wants(request_id):
             return
@@ -73,15 +73,15 @@ class ParitySample:
         self._thread.submit(self._write, vector)
 
     def _gathered(self, table: VideoTable, rows: Rows, now_s: float) -> tuple[list[list[float]], float | None]:
-        """The videos' numbers and the moment of the overlay that they are from, one version's."""
+        """Returns the videos' features and the time of the overlay that they are from, both of one table version."""
         while True:
             live = table.live
             dense = table.gather(rows, now_s).video_dense.tolist()
-            if table.live is live:  # no overlay came in between
+            if table.live is live:  # no new version was published in between
                 return dense, live.as_of_s
 
     def _write(self, vector: ServedVector) -> None:
         try:
             self._vectors.append(vector)
         except StorageError as error:
-            log.warning("a parity sample was lost: %s", error)
+            log.warning("parity sample lost: %s", error)

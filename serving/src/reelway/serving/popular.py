@@ -1,6 +1,7 @@
-"""The lists of a release that need no viewer: all-time popular and rising now. They are also the last rung.
+"""The popularity lists of a release: most watched and trending videos.
 
-A router keeps them in its own memory, so that a viewer gets a slate when no other stage answers.
+Every router holds the lists in its own memory. They are the last fallback: a viewer gets a slate from them even if no
+stage answers.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ _REGIONAL: Final = "trending:"
 
 
 class PopularLists:
-    """Rows of the video table, best first; videos that the table doesn't have are left out."""
+    """The lists as rows of the video table, best first; videos that the table lacks are left out."""
 
     def __init__(self, popular: Rows, trending: Rows, trending_in: Mapping[str, Rows], embedding_dim: int) -> None:
         self.popular = popular
@@ -34,28 +35,28 @@ class PopularLists:
         self._no_embedding: F32 = np.zeros((1, embedding_dim), dtype=np.float32)
 
     def rises_in(self, row: int, region: str | None) -> bool:
-        """Whether the video is on the region's own list."""
+        """Whether the video is on the region's own trending list."""
         return region is not None and row in self._members.get(region, ())
 
     def candidates(self, query: ViewerQuery) -> Candidates:
-        """The popular list as candidates, without what the viewer has seen."""
-        may_show, left = allowed(self.popular, query)
+        """Returns the popular list as candidates, without videos of the viewer's history."""
+        may_show, filtered_counts = allowed(self.popular, query)
         rows = self.popular[may_show]
         return Candidates(
             rows=rows,
             source=np.full(len(rows), SOURCE_CODES["popular"], dtype=np.int8),
             similarity=np.zeros(len(rows), dtype=np.float32),
-            because=np.full(len(rows), -1, dtype=np.int32),
+            trigger_rows=np.full(len(rows), -1, dtype=np.int32),
             viewer_embedding=self._no_embedding,
-            left=left,
+            filtered_counts=filtered_counts,
         )
 
 
 def open_popular_lists(folder: Path, table: VideoTable) -> PopularLists:
-    """Read ``popular.arrow`` of a release.
+    """Reads ``popular.arrow`` of a release.
 
     Raises:
-        IncompatibleReleaseError: another schema, or no list named ``popular``.
+        IncompatibleReleaseError: if the schema differs, or no list is named ``popular``.
     """
     path = folder / POPULAR_FILE
     batch = open_one_batch(path)
@@ -68,6 +69,8 @@ def open_popular_lists(folder: Path, table: VideoTable) -> PopularLists:
         found = table.rows_of(videos)
         rows[name] = found[found != ABSENT]
     if "popular" not in rows:
-        raise IncompatibleReleaseError(f"{path}: saw lists {sorted(rows)}, expected one named 'popular'")
+        raise IncompatibleReleaseError(
+            f"{path}: saw lists {sorted(rows)}, expected one named 'popular'; rebuild the release"
+        )
     regions = {name.removeprefix(_REGIONAL): found for name, found in rows.items() if name.startswith(_REGIONAL)}
     return PopularLists(rows["popular"], rows.get("trending", rows["popular"][:0]), regions, table.embedding.shape[1])

@@ -1,7 +1,7 @@
-"""A release, made into stages. Each stage loads only its own files, so a replica holds what it needs.
+"""Loads the stages of a release from its folder. Each stage loads only its own files.
 
-Refuses what a trusted key did not sign and anything outside the release's folder. Whether a release may be served at
-all is ``verify``'s to say, before.
+``open_trusted`` rejects a release that no trusted key has signed. ``verify`` decides earlier whether a release may be
+served at all.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ from reelway.platform.release.signing import check_signature, load_public_keys
 from reelway.platform.release.store import ReleaseStore
 from reelway.platform.release.verify import read_blend, read_calibration
 from reelway.platform.tokens import TokenSigner
-from reelway.serving.graph import LocalStages, RecommendationGraph, ReleaseEdge
 from reelway.serving.live_overlay import follow
 from reelway.serving.metrics import IngressMetrics
 from reelway.serving.popular import open_popular_lists
+from reelway.serving.request_path import InProcessRecommender, LocalStages, RouterRelease
 from reelway.serving.serve_config import ReleaseSource
 from reelway.serving.sessions import Graph
 from reelway.serving.stages.ranking import Ranker, RankerHere, Ranking
@@ -43,13 +43,15 @@ from reelway.serving.video_table import Rows, VideoTable, open_one_batch, open_v
 
 
 def open_trusted(source: ReleaseSource) -> ReleaseLoader:
-    """The release, fetched where the cache lacks it. Safe between processes; blocks.
+    """Returns the loader of a release and fetches the release if the cache lacks it.
+
+    Blocks. Several processes may call this function for the same cache.
 
     Raises:
-        ReleaseNotFoundError: the store does not have it.
-        StorageError: it cannot be fetched.
-        DigestMismatchError: what arrived is not that release.
-        SignatureError: it is signed by nobody who is trusted here.
+        ReleaseNotFoundError: if the store does not have the release.
+        StorageError: if the release cannot be fetched.
+        DigestMismatchError: if the fetched files are not those of the release.
+        SignatureError: if no trusted key has signed the release.
     """
     folder = ReleaseStore(source.release_store).fetch(ReleaseId(source.release), source.release_cache)
     check_signature(read_manifest(folder), load_public_keys(source.public_keys))
@@ -61,11 +63,11 @@ class ReleaseLoader:
     """Loads the parts of one release folder.
 
     Args:
-        folder: as ``ReleaseStore.fetch`` returned and ``verify`` accepted it.
-        threads: of one model call, and of one index search.
-        overlay: changelog that the table's live numbers follow, where there is one.
+        folder: the folder that ``ReleaseStore.fetch`` returned and ``verify`` accepted.
+        threads: number of threads of one model call and of one index search.
+        overlay: changelog that the video table's live features follow; None: the features of the release stay.
 
-    Every method raises ``IncompatibleReleaseError`` when a file is not what its format says.
+    Every method raises ``IncompatibleReleaseError`` if a file does not have its format.
     """
 
     folder: Path
@@ -73,11 +75,11 @@ class ReleaseLoader:
     overlay: str | None = None
 
     def release_id(self) -> str:
-        """The full id."""
+        """Returns the full id of the release."""
         return read_manifest(self.folder).release_id
 
     def table(self) -> VideoTable:
-        """``videos.arrow``, memory-mapped; one for all parts that are loaded here."""
+        """Returns ``videos.arrow``, memory-mapped; all parts of this loader share one table."""
         return self._table
 
     @cached_property
@@ -87,10 +89,10 @@ class ReleaseLoader:
             follow(table, self.overlay)
         return table
 
-    def edge(self) -> ReleaseEdge:
-        """What a router holds."""
+    def edge(self) -> RouterRelease:
+        """Returns the parts of the release that a router holds."""
         table, manifest = self.table(), read_manifest(self.folder)
-        return ReleaseEdge(
+        return RouterRelease(
             manifest.release_id,
             table,
             open_popular_lists(self.folder, table),
@@ -98,7 +100,7 @@ class ReleaseLoader:
         )
 
     def retrieval(self) -> Retrieval:
-        """Viewer tower, index and lists."""
+        """Loads the viewer tower, the index and the lists."""
         settings = read_blend(self.folder).retrieval
         table = self.table()
         lists = open_popular_lists(self.folder, table)
@@ -115,30 +117,37 @@ class ReleaseLoader:
         )
 
     def ranking(self, ranker: Ranker | None = None) -> Ranking:
-        """Ranker, video table, calibration. A ranker that is given runs elsewhere, and none is loaded here."""
-        here = ranker or RankerHere(Graph(self.folder / RANKER_FILE, inputs=RANKER_INPUTS, threads=self.threads))
-        return Ranking(here, self.table(), read_calibration(self.folder), read_blend(self.folder).ranking)
+        """Loads the ranker, the video table and the calibration.
+
+        Args:
+            ranker: a ranker that runs in another process; the model of the release is not loaded then.
+        """
+        if ranker is None:
+            ranker = RankerHere(Graph(self.folder / RANKER_FILE, inputs=RANKER_INPUTS, threads=self.threads))
+        return Ranking(ranker, self.table(), read_calibration(self.folder), read_blend(self.folder).ranking)
 
     def reranking(self) -> Reranking:
-        """Video table only."""
+        """Loads the video table."""
         return Reranking(self.table(), read_blend(self.folder).reranking)
 
     def stages(self) -> LocalStages:
-        """All three in this process."""
+        """Loads all three stages into this process."""
         return LocalStages(self.retrieval(), self.ranking(), self.reranking())
 
-    def graph(self, signer: TokenSigner, metrics: IngressMetrics | None = None) -> RecommendationGraph:
-        """The whole path in this process."""
-        return RecommendationGraph(self.edge(), self.stages(), signer, metrics)
+    def graph(self, signer: TokenSigner, metrics: IngressMetrics | None = None) -> InProcessRecommender:
+        """Loads the whole request path into this process."""
+        return InProcessRecommender(self.edge(), self.stages(), signer, metrics)
 
     def _index(self, table: VideoTable) -> faiss.Index:
         path = self.folder / INDEX_FILE
         faiss.omp_set_num_threads(self.threads)
         try:
-            # Mapped as it lies. (The older IO_FLAG_MMAP starts up to 32 threads in every search, to read ahead.)
+            # Memory-mapped. The older IO_FLAG_MMAP starts up to 32 read-ahead threads in every search.
             index = faiss.read_index(str(path), faiss.IO_FLAG_MMAP_IFC)
         except RuntimeError as error:
-            raise IncompatibleReleaseError(f"{path}: FAISS cannot read it: {error}") from error
+            raise IncompatibleReleaseError(
+                f"{path}: FAISS cannot read the index: {error}; rebuild the release"
+            ) from error
         seen, expected = (index.d, index.ntotal), (table.embedding.shape[1], len(table))
         if seen != expected:
             raise IncompatibleReleaseError(
@@ -150,9 +159,13 @@ class ReleaseLoader:
         path = self.folder / NEIGHBOURS_FILE
         batch = open_one_batch(path)
         if not batch.schema.equals(NEIGHBOURS_SCHEMA):
-            raise IncompatibleReleaseError(f"{path} has schema\n{batch.schema}\nexpected\n{NEIGHBOURS_SCHEMA}")
+            raise IncompatibleReleaseError(
+                f"{path} has schema\n{batch.schema}\nexpected\n{NEIGHBOURS_SCHEMA}\nrebuild the release"
+            )
         if not np.array_equal(batch.column("video_id").to_numpy(), table.video_id):
-            raise IncompatibleReleaseError(f"{path}: its videos are not those of {VIDEOS_FILE}; rebuild the release")
+            raise IncompatibleReleaseError(
+                f"{path}: the videos differ from those of {VIDEOS_FILE}; rebuild the release"
+            )
         rows = batch.column("rows")
         matrix: Rows = rows.flatten().to_numpy().reshape(len(rows), rows.type.list_size)
         return matrix

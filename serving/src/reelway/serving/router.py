@@ -1,8 +1,8 @@
-"""Why: one place decides who is answered by which release, once per request, and can be told otherwise at any moment.
+"""Chooses the release that answers a request, by the viewer's arm. Imports no Ray.
 
-Its configuration is a ``Routing``, taken in place. It knows no Ray: how a release is opened is given to it. A release
-that cannot be opened is reported and its share goes to stable; it never takes the others with it, and it never delays
-weights that need only what is open already.
+The router's configuration is a ``Routing``, applied without a restart. The caller provides the function that opens a
+release. A release that cannot be opened is reported, and its share of the traffic goes to stable. It affects no other
+release, and it delays no weight change that needs only releases which are open already.
 """
 
 from __future__ import annotations
@@ -21,33 +21,37 @@ from prometheus_client import CollectorRegistry
 
 from reelway.platform.contracts.api import RecommendRequest
 from reelway.platform.contracts.events import Arm
-from reelway.platform.errors import FeatureError, OverloadedError, ServingError
+from reelway.platform.errors import OverloadedError, ServingError
 from reelway.platform.rollout.sequential import overlap_weight
 from reelway.platform.rollout.traffic.routing import ArmRoute, Routing
 from reelway.platform.tokens import TokenSigner
 from reelway.serving import metrics
-from reelway.serving.graph import Answered, RequestPath
 from reelway.serving.http_api import Answer, CurrentReleases, ServedRelease
 from reelway.serving.open_releases import OpenRelease, OpenReleases
 from reelway.serving.outcomes.exposures import ExposedArm, ExposureBuffer
 from reelway.serving.parity_sample import ParitySample
+from reelway.serving.request_path import Recommendation, RequestPath
 from reelway.serving.shadow import Asked, ShadowMirror, is_mirrored
 from reelway.serving.slates import RolloutSide
+from reelway.serving.stage_runner import VIEWER_ROW, StageRunner
 from reelway.serving.time_budget import TimeBudget
 
 log = logging.getLogger(__name__)
 
 OTHERS_S: Final = 10.0
-"""How long a router that has just started waits for releases beside stable before it answers without them."""
+"""How long a starting router waits for releases other than stable before it answers without them, in seconds."""
 
 
 @dataclass
 class RouterParts:
-    """What a router works with.
+    """The dependencies and limits of a router.
 
-    ``read_viewer`` blocks and raises ``FeatureError``; None serves everybody as unknown. ``exposures`` takes what is
-    shown; somebody else sends it on. ``at_once`` requests may be under way at one release, ``standing`` of them where
-    its queue has not been empty for a while; more are sent away.
+    Args:
+        read_viewer: returns a viewer's row; blocks and raises ``FeatureError``. None: all viewers are unknown.
+        viewer_row_ms: time budget of ``read_viewer`` in milliseconds.
+        exposures: buffer of the shown impressions, emptied by another task.
+        max_ongoing_requests: requests in flight at one release; further requests are rejected with 429.
+        max_ongoing_sustained: the same limit while the release has a standing queue; None: no lower limit.
     """
 
     signer: TokenSigner = field(repr=False)
@@ -56,21 +60,22 @@ class RouterParts:
     viewer_row_ms: float = 250.0
     sample: ParitySample | None = None
     exposures: ExposureBuffer | None = None
-    at_once: int = 64
-    standing: int | None = None
+    max_ongoing_requests: int = 64
+    max_ongoing_sustained: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class _Way:
-    """A release with its path for one arm."""
+    """A release with its request path for one arm."""
 
     release: OpenRelease
     path: RequestPath
     side: RolloutSide
+    runner: StageRunner  # reads the viewer's row
 
 
 class Router:
-    """Decides the arm and asks its release; see the module's docstring."""
+    """Answers requests with the release of the viewer's arm; see the module docstring."""
 
     def __init__(self, open_release: Callable[[str], Awaitable[OpenRelease]], parts: RouterParts) -> None:
         self._parts = parts
@@ -85,15 +90,15 @@ class Router:
         self._opening: set[asyncio.Task[None]] = set()
 
     async def reconfigure(self, config: Mapping[str, Any]) -> None:
-        """Take a new ``Routing``.
+        """Takes a new ``Routing``.
 
-        The first one is acted upon when this returns. A later one is acted upon at once where every release with
-        traffic is open, and otherwise as soon as each is open or has failed, unless a newer one came meanwhile. So a
-        way back to stable never waits for a canary that is being opened.
+        The first routing is in effect when this method returns. A later routing takes effect immediately if every
+        release with traffic is open. Otherwise it takes effect as soon as each of them is open or has failed, unless a
+        newer routing has arrived by then. A rollback to stable therefore never waits for a canary to open.
 
         Raises:
-            ValidationError: not a ``Routing``; what was acted upon before stays.
-            ServingError: the first one, and its stable release cannot be opened.
+            ValidationError: if ``config`` is not a ``Routing``; the routing in effect stays.
+            ServingError: if this is the first routing and its stable release cannot be opened.
         """
         routing = Routing.model_validate(config)
         self._wanted = routing
@@ -106,46 +111,51 @@ class Router:
             self._open_aside(routing)
 
     async def recommend(self, request: RecommendRequest) -> Answer:
-        """A slate by the release of the viewer's arm.
+        """Returns a slate by the release of the viewer's arm.
 
         Raises:
-            OverloadedError: too many are being answered by that release already. Waiting longer than anybody wants is
-                not offered; a mirrored request does not count, it is dropped first.
+            OverloadedError: if too many requests to that release are in flight. Mirrored requests do not count; they
+                have a limit of their own and are dropped first.
+            ServingError: if the router has no routing yet.
         """
         routing, ways = self._routing, self._ways
         if routing is None:
-            raise ServingError("the router has no releases yet; it was asked before its configuration came")
+            raise ServingError("router: no release is open yet; retry when Ray Serve has configured the router")
         way = ways[routing.route_of(request.viewer_id).arm]
         self._refuse_if_full(way)
         given, clock_s = request.context.time, time.time()
         now_s = clock_s if given is None else given.timestamp()
         with way.release.in_use():
             try:
-                row = await self._viewer_row(request.viewer_id, way.release.edge.release_id)
-                answered = await way.path.answer(request, row, now_s, clock_s)
+                row = await self._viewer_row(request.viewer_id, way.runner)
+                recommendation = await way.path.recommend(request, row, now_s, clock_s)
             except Exception:
                 way.path.count_failed()
                 raise
-        afterwards = partial(self._after, way, ways.get(Arm.SHADOW), routing, Asked(request, row, now_s), answered)
-        return Answer(answered.response, afterwards)
+        afterwards = partial(
+            self._after, way, ways.get(Arm.SHADOW), routing, Asked(request, row, now_s), recommendation
+        )
+        return Answer(recommendation.response, afterwards)
 
-    async def _after(self, way: _Way, shadow: _Way | None, routing: Routing, asked: Asked, answered: Answered) -> None:
-        """What a slate leads to once it is on its way. Starts things and waits for nothing."""
+    async def _after(
+        self, way: _Way, shadow: _Way | None, routing: Routing, asked: Asked, recommendation: Recommendation
+    ) -> None:
+        """Buffers the exposure and mirrors the request after the response was sent. Waits for nothing."""
         viewer_id = asked.request.viewer_id
         if (buffer := self._parts.exposures) and way.side.rollout:
             lost = buffer.dropped
-            arm = ExposedArm(way.side.rollout, way.side.arm, way.release.edge.release_id)
-            buffer.add(arm, viewer_id, way.side.overlap_weight, answered.slices)
+            arm = ExposedArm(way.side.rollout, way.side.arm, way.release.release_id)
+            buffer.add(arm, viewer_id, way.side.overlap_weight, recommendation.slices)
             if buffer.dropped > lost:
                 self._metrics.exposures_lost.inc(buffer.dropped - lost)
         if shadow and routing.shadow and is_mirrored(viewer_id, routing.salt, routing.shadow.weight_bp):
-            self._mirror.offer(shadow.release, shadow.path, asked, answered)
+            self._mirror.offer(shadow.release, shadow.path, asked, recommendation)
 
     def current_releases(self) -> CurrentReleases:
-        """What this router acts upon."""
+        """Returns the routing in effect and the state of its releases."""
         routing = self._routing
         if routing is None:
-            raise ServingError("the router has no releases yet")
+            raise ServingError("router: no release is open yet; retry when Ray Serve has configured the router")
         served = [
             ServedRelease(release=route.release, arm=route.arm, weight_basis_points=route.weight_bp)
             for route in routing.arms
@@ -160,26 +170,31 @@ class Router:
         )
 
     async def metrics_text(self) -> bytes:
-        """All processes' metrics of this node."""
+        """Returns the metrics of all processes of this node."""
         return await asyncio.to_thread(metrics.scrape, metrics.shared_folder(), self._parts.registry)
 
     def count_refused(self) -> None:
-        """Add an invalid request."""
+        """Counts an invalid request."""
         self._metrics.refused.inc()
 
     def refuse_unread(self) -> None:
-        """Send a request away before it is read, where one release answers everybody. Raises ``OverloadedError``."""
+        """Rejects a request before it is read, if a single release answers all viewers and that release is full.
+
+        Raises:
+            OverloadedError: if the request is rejected.
+        """
         if len(self._ways) == 1:
             (way,) = self._ways.values()
             self._refuse_if_full(way)
 
     def _refuse_if_full(self, way: _Way) -> None:
         parts = self._parts
-        if way.release.takes(parts.at_once if parts.standing is None else parts.standing, parts.at_once):
+        limit = parts.max_ongoing_requests
+        if way.release.takes(parts.max_ongoing_sustained or limit, limit):
             return
-        release = way.release.edge.release_id
+        release = way.release.release_id
         self._metrics.shed.labels(release[: metrics.SHORT], way.side.arm.value).inc()
-        raise OverloadedError(f"release {release[:12]} answers {way.release.requests} requests now; try again")
+        raise OverloadedError(f"release {release[:12]}: {way.release.requests} requests are in flight; try again")
 
     async def _start_with(self, routing: Routing) -> None:
         stable = _fallback(routing).release
@@ -187,7 +202,9 @@ class Router:
         await self._releases.hold([stable])
         if self._releases.lacks([stable]):
             reason = self._releases.faults[stable]
-            raise ServingError(f"release {stable[:12]}, which is stable, cannot be opened: {reason}")
+            raise ServingError(
+                f"stable release {stable[:12]}: cannot be opened: {reason}; choose another stable release"
+            )
         await asyncio.wait([opening], timeout=OTHERS_S)
         self._act(routing)
         self._open_aside(routing)
@@ -201,22 +218,20 @@ class Router:
         await self._releases.hold(_with_traffic(routing))
         self._act_if_wanted(routing)
         await self._releases.hold(routing.releases)
-        self._act_if_wanted(routing)  # its shadow may be open now
+        self._act_if_wanted(routing)  # its shadow release may be open now
         if self._routing and self._wanted:
             self._releases.keep_only({*self._routing.releases, *self._wanted.releases})
 
     def _act_if_wanted(self, routing: Routing) -> None:
         if self._wanted is not routing:
-            return  # a newer one has come
+            return  # a newer routing has arrived
         if self._releases.lacks([_fallback(routing).release]):
-            log.error(
-                "stable release %s cannot be opened; the routing before it stays", _fallback(routing).release[:12]
-            )
+            log.error("routing not applied: stable release %s cannot be opened", _fallback(routing).release[:12])
             return
         self._act(routing)
 
     def _act(self, routing: Routing) -> None:
-        """From here on every new request goes by this routing. Requests under way end on the path they are on."""
+        """Applies the routing to all new requests. Requests in flight finish on their present path."""
         effective = without(routing, {name for name in routing.releases if self._releases.get(name) is None})
         ways: dict[Arm, _Way] = {}
         for route in effective.arms:
@@ -234,29 +249,32 @@ class Router:
         parts = self._parts
         sample = None if arm is Arm.SHADOW else parts.sample
         side = side_of(routing, arm)
-        path = RequestPath(release.edge, release.stages, parts.signer, self._metrics, side, sample, release.place)
-        return _Way(release, path, side)
+        path = RequestPath(
+            release.router_release, release.stages, parts.signer, self._metrics, side, sample, release.executor
+        )
+        runner = StageRunner(self._metrics, release.release_id, {VIEWER_ROW.name: self._within})
+        return _Way(release, path, side, runner)
 
-    async def _viewer_row(self, viewer_id: int, release: str) -> Mapping[str, Any] | None:
-        """The viewer's row, or ``None`` where the store fails or is late. A thread reads it: the loop never waits."""
+    async def _viewer_row(self, viewer_id: int, runner: StageRunner) -> Mapping[str, Any] | None:
+        """Returns the viewer's row, or ``None`` if the store fails or is late.
+
+        A thread reads the row, because the read blocks. The request path lists the missing row as a degradation.
+        """
         read = self._parts.read_viewer
         if read is None:
             return None
         loop = asyncio.get_running_loop()
-        try:
-            with metrics.timed(self._metrics.stage_latency.labels(release[: metrics.SHORT], "viewer_row")):
-                return await self._within(lambda: loop.run_in_executor(self._threads, read, viewer_id))
-        except (FeatureError, TimeoutError) as fault:
-            kind = "timeout" if isinstance(fault, TimeoutError) else "error"
-            self._metrics.faults.labels(release[: metrics.SHORT], "viewer_row", kind).inc()
-            log.warning("viewer row: %s", fault)
-            return None
+
+        def read_in_thread(viewer_id: int) -> Awaitable[Mapping[str, Any] | None]:
+            return loop.run_in_executor(self._threads, read, viewer_id)
+
+        return await runner.run(VIEWER_ROW, read_in_thread, viewer_id, lambda: None, [])
 
 
 def side_of(routing: Routing, arm: Arm) -> RolloutSide:
-    """What an impression shown on this arm says of itself.
+    """Returns the arm, rollout and overlap weight that the arm's impressions carry.
 
-    The holdout is compared with nobody step by step, so its impressions all count 1.
+    The rollout's steps never compare the holdout with another arm, so its impressions have weight 1.
     """
     if not routing.rollout or arm is Arm.SHADOW:
         return RolloutSide(arm)
@@ -268,7 +286,7 @@ def side_of(routing: Routing, arm: Arm) -> RolloutSide:
 
 
 def _fallback(routing: Routing) -> ArmRoute:
-    """Where everything falls back to: stable, or the last arm where there is none."""
+    """Returns the route that traffic falls back to: stable, or the last arm if there is no stable arm."""
     return next((route for route in routing.arms if route.arm is Arm.STABLE), routing.arms[-1])
 
 
@@ -277,9 +295,9 @@ def _with_traffic(routing: Routing) -> list[str]:
 
 
 def without(routing: Routing, missing: Collection[str]) -> Routing:
-    """The routing with the share of releases that are missing given to stable, and without a shadow that is missing.
+    """Moves the traffic of missing releases to stable and removes a missing shadow release.
 
-    The arms stay, so that the same releases are named; stable itself must not be missing.
+    All arms stay in the routing, with weight 0 if their release is missing. Stable itself must not be missing.
     """
     fallback = _fallback(routing).arm
     shadow = routing.shadow if routing.shadow and routing.shadow.release not in missing else None

@@ -98,10 +98,10 @@ class RouterArgs(ReleaseShelf):
     parity_ratio: float = Field(default=0.01, ge=0, le=1)
     budgets: BudgetsMs = BudgetsMs()
     composition: Composition = "staged"
-    at_once: int = Field(
+    max_ongoing_requests: int = Field(
         default=64, ge=1, description="requests that one router has under way at a release; more are answered 429"
     )
-    standing: int | None = Field(
+    max_ongoing_sustained: int | None = Field(
         default=None, ge=1, description="the same where its queue has not been empty for 0.5 s; None: as many as ever"
     )
     outcomes: str | None = Field(
@@ -110,8 +110,11 @@ class RouterArgs(ReleaseShelf):
 
     @model_validator(mode="after")
     def _a_queue_that_stands_is_not_longer(self) -> RouterArgs:
-        if self.standing and self.standing > self.at_once:
-            raise ValueError(f"standing is {self.standing}, expected at most at_once, which is {self.at_once}")
+        if self.max_ongoing_sustained and self.max_ongoing_sustained > self.max_ongoing_requests:
+            raise ValueError(
+                f"max_ongoing_sustained {self.max_ongoing_sustained}: larger than max_ongoing_requests "
+                f"{self.max_ongoing_requests}; lower it"
+            )
         return self
 
 
@@ -160,8 +163,8 @@ class ServiceOptions:
     replicas: Replicas = field(default_factory=Replicas)
     budgets: BudgetsMs = field(default_factory=BudgetsMs)
     composition: Composition = "staged"
-    at_once: int = 64
-    standing: int | None = None
+    max_ongoing_requests: int = 64
+    max_ongoing_sustained: int | None = None
     ranker_address: str | None = None
     environment: dict[str, str] = field(default_factory=lambda: {"OMP_NUM_THREADS": "1"})
     num_cpus: float = 0.1
@@ -210,8 +213,8 @@ def _router_application(routing: Routing, options: ServiceOptions) -> dict[str, 
         parity_ratio=options.parity_ratio,
         budgets=options.budgets,
         composition=options.composition,
-        at_once=options.at_once,
-        standing=options.standing,
+        max_ongoing_requests=options.max_ongoing_requests,
+        max_ongoing_sustained=options.max_ongoing_sustained,
         outcomes=OUTCOMES if options.outcomes else None,
     )
     router = _deployment("Router", options.replicas.router, options)

@@ -1,6 +1,6 @@
-"""Exported graphs in ONNX Runtime, opened one way: one thread each, no spinning, inputs checked by name.
+"""Loads ONNX models into ONNX Runtime: one thread per call, no spinning, inputs checked by name.
 
-More than one thread per graph makes replicas fight over cores; a deployment scales by replicas instead.
+Several threads per model would make replicas compete for cores; a deployment is scaled by its replicas instead.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ F32 = NDArray[np.float32]
 
 
 class Tensor(NamedTuple):
-    """One input or output as a graph declares it; an axis that the caller chooses has a name or None."""
+    """The declaration of a model's input or output. A dynamic axis has a name or None instead of a size."""
 
     name: str
     onnx_type: str
@@ -27,15 +27,15 @@ class Tensor(NamedTuple):
 
 
 class Graph:
-    """One loaded graph with one output.
+    """A loaded ONNX model with one output.
 
     Args:
         path: the ``.onnx`` file.
-        inputs: names that the graph may take; one that its export found unused may be absent.
-        threads: of one run.
+        inputs: names that the model may take; the export drops inputs that the model does not use.
+        threads: number of threads of one run.
 
     Raises:
-        IncompatibleReleaseError: not a graph, or a graph with other inputs.
+        IncompatibleReleaseError: if the file is not an ONNX model, or the model takes other inputs.
     """
 
     def __init__(self, path: Path, *, inputs: Sequence[str], threads: int = 1) -> None:
@@ -47,29 +47,35 @@ class Graph:
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         try:
             self._session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-        except Exception as error:  # ONNX Runtime's errors share no base class of their own
-            raise IncompatibleReleaseError(f"{path}: ONNX Runtime cannot load it: {error}") from error
+        except Exception as error:  # ONNX Runtime's exceptions have no common base class
+            raise IncompatibleReleaseError(
+                f"{path}: ONNX Runtime cannot load it: {error}; rebuild the release"
+            ) from error
         self._name = path.name
         self._inputs = tuple(node.name for node in self._session.get_inputs())
         if unknown := sorted(set(self._inputs) - set(inputs)):
-            raise IncompatibleReleaseError(f"{path}: takes inputs {unknown}, expected only {sorted(inputs)}")
+            raise IncompatibleReleaseError(
+                f"{path}: takes inputs {unknown}, expected only {sorted(inputs)}; rebuild the release"
+            )
         self._output = self._session.get_outputs()[0].name
 
     def tensors(self) -> tuple[list[Tensor], list[Tensor]]:
-        """Inputs and outputs as the graph declares them."""
+        """Returns the declared inputs and outputs."""
         return (
             [Tensor(node.name, node.type, tuple(node.shape)) for node in self._session.get_inputs()],
             [Tensor(node.name, node.type, tuple(node.shape)) for node in self._session.get_outputs()],
         )
 
     def run(self, inputs: Mapping[str, NDArray[Any]]) -> F32:
-        """The graph's output.
+        """Returns the model's output.
 
         Raises:
-            ServingError: the output is not finite, so nothing may be ordered by it.
+            ServingError: if the output is not finite; candidates cannot be ordered by such values.
         """
         (output,) = self._session.run([self._output], {name: inputs[name] for name in self._inputs})
         result: F32 = output
         if not np.isfinite(result).all():
-            raise ServingError(f"{self._name}: its output has values that are not finite; see the inputs' ranges")
+            raise ServingError(
+                f"{self._name}: the output has values that are not finite; check the ranges of the inputs"
+            )
         return result

@@ -1,4 +1,4 @@
-"""A slate put into words: titles, reasons, signed impression tokens. The arrays end here, at the edge."""
+"""Converts a slate of arrays into the videos of a response: titles, reasons and signed impression tokens."""
 
 from __future__ import annotations
 
@@ -20,47 +20,47 @@ from reelway.serving.video_table import ABSENT, VideoTable
 
 @dataclass(frozen=True, slots=True)
 class RolloutSide:
-    """One arm of one rollout, as every impression of it has to say.
+    """One arm of one rollout, as recorded in every impression of the arm.
 
-    ``overlap_weight`` is what an impression counts under the weights it is shown with (``sequential.overlap_weight``);
-    0 outside of a rollout and where nothing is there to be compared with.
+    ``overlap_weight`` is the weight of an impression under the present traffic weights (``sequential.overlap_weight``).
+    It is 0 outside of a rollout and for an arm that is compared with no other.
     """
 
     arm: Arm
     rollout: str = ""
-    overlap_weight: float = 0.0  # a float32, as a token carries it
+    overlap_weight: float = 0.0  # a float32, as in the token
 
 
 _NEW_VIEWERS, _NEW_VIDEOS, _SMALL_CREATORS = (
-    SLICE_BITS[one] for one in (Slice.NEW_VIEWERS, Slice.NEW_VIDEOS, Slice.SMALL_CREATORS)
+    SLICE_BITS[slice_] for slice_ in (Slice.NEW_VIEWERS, Slice.NEW_VIDEOS, Slice.SMALL_CREATORS)
 )
 
 EVERYBODY: Final = RolloutSide(Arm.STABLE)
-"""The only side between rollouts."""
+"""The only arm between rollouts."""
 
 
 @dataclass(frozen=True, slots=True)
 class Showing:
-    """To whom, when, by which release and on which side of a rollout a slate is shown."""
+    """What all impressions of a slate have in common: viewer, time, release and arm."""
 
     request_id: int
     viewer_id: int
     release: str
     side: RolloutSide
     region: str | None
-    now_s: float  # of the request
-    shown_at_s: float  # by the clock
-    new_viewer: bool = False
+    now_s: float  # time of the request
+    shown_at_s: float  # time of the clock
+    new_viewer: bool = False  # the viewer has no history
 
 
 NEW_VIDEO_S: Final = 48 * 3600.0
-"""A video is new for so long after its upload."""
+"""Age up to which a video counts as new."""
 SMALL_CREATOR_FOLLOWERS: Final = 100.0
-"""A creator with fewer is small, and so is one of whom nobody knows how many."""
+"""A creator with fewer followers, or an unknown number of followers, counts as small."""
 
 
 def slices_of(rows: Rows, showing: Showing, table: VideoTable) -> list[int]:
-    """The slices that each shown video counts in, as the bits of ``SLICE_BITS``. Outside of a rollout none matters."""
+    """Returns the slices of each shown video as a bit mask of ``SLICE_BITS``; 0 outside of a rollout."""
     if not showing.side.rollout:
         return [0] * len(rows)
     new = showing.now_s - table.uploaded_at_s[rows] < NEW_VIDEO_S
@@ -75,9 +75,10 @@ def slices_of(rows: Rows, showing: Showing, table: VideoTable) -> list[int]:
 
 
 def new_ids(count: int) -> list[int]:
-    """Random ids of 53 bits, so that routers need not agree. Two of a million are the same once in 18,000 times.
+    """Returns random 53-bit ids, which routers generate independently.
 
-    The system is asked once for all of them: a slate has twenty, and each asking costs more than its eight bytes.
+    A million ids contain a duplicate with probability 1 in 18,000. One system call generates all ids of a slate,
+    because a call costs more than the bytes it returns.
     """
     bits = np.frombuffer(secrets.token_bytes(8 * count), dtype=np.uint64) & np.uint64(MAX_ID)
     ids: list[int] = bits.tolist()
@@ -85,10 +86,11 @@ def new_ids(count: int) -> list[int]:
 
 
 def readable_reason(source: str, row: int, watched: str | None, region: str | None, lists: PopularLists) -> str:
-    """One sentence for a person, by the source that proposed the video.
+    """Returns the reason shown to the viewer, by the source that proposed the video.
 
     Args:
-        watched: title of the watched video that led to it, ``""`` for one without a title, ``None`` for none.
+        watched: title of the watched video that led to the recommendation; ``""`` if that video has no title, ``None``
+            if no video led to it.
     """
     if source in ("ann", "neighbours"):
         if watched is None:
@@ -102,17 +104,17 @@ def readable_reason(source: str, row: int, watched: str | None, region: str | No
 def shown_videos(
     slate: Slate, slices: list[int], showing: Showing, table: VideoTable, lists: PopularLists, signer: TokenSigner
 ) -> list[RecommendedVideo]:
-    """The places of the answer, each with the token that its outcomes must bring back.
+    """Returns the videos of the response, each with the token that clients send back with its outcomes.
 
     Args:
-        slices: ``slices_of`` the slate.
+        slices: result of ``slices_of`` for the slate.
     """
     rows = slate.rows.tolist()
     videos = table.video_id[slate.rows].tolist()
     sources = [SOURCES[code] for code in slate.source.tolist()]
     watched = [
         None if row == ABSENT else (title or "")
-        for row, title in zip(slate.because.tolist(), table.titles(slate.because), strict=True)
+        for row, title in zip(slate.trigger_rows.tolist(), table.titles(slate.trigger_rows), strict=True)
     ]
     side = showing.side
     tokens = signer.sign_many(
@@ -127,7 +129,7 @@ def shown_videos(
             )
         )
     )  # fmt: skip
-    places = zip(
+    positions = zip(
         videos, table.creator_id[slate.rows].tolist(), slate.score.tolist(), sources, rows, watched,
         table.titles(slate.rows), tokens, strict=True,
     )  # fmt: skip
@@ -142,5 +144,5 @@ def shown_videos(
             title=title,
             token=token,
         )
-        for position, (video, creator, score, source, row, title_watched, title, token) in enumerate(places)
+        for position, (video, creator, score, source, row, title_watched, title, token) in enumerate(positions)
     ]

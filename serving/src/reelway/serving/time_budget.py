@@ -1,6 +1,7 @@
-"""Calls with a time budget: late is as good as never, and what is late again and again is left alone for a while.
+"""A timeout with a circuit breaker (Nygard, "Release It!").
 
-Without the rest a dead stage would cost every request its whole budget until it is back.
+After repeated timeouts the breaker opens, and calls fail immediately for a while. Without the breaker, every request
+would wait for the whole budget of a stage that is down.
 """
 
 from __future__ import annotations
@@ -13,16 +14,17 @@ from typing import Final, TypeVar
 T = TypeVar("T")
 
 LATE: Final = 2
-"""So many late answers in a row start a rest."""
+"""Number of consecutive timeouts that opens the breaker."""
 REST_S: Final = 0.5
+"""How long the breaker stays open, in seconds."""
 
 
 class TimeBudget:
-    """One part's budget.
+    """The time budget and circuit breaker of one stage.
 
     Args:
-        budget_ms: how long one call may take.
-        clock: seconds, never going back.
+        budget_ms: timeout of one call in milliseconds.
+        clock: monotonic clock in seconds.
     """
 
     def __init__(self, budget_ms: float, clock: Callable[[], float] = time.monotonic) -> None:
@@ -32,13 +34,13 @@ class TimeBudget:
         self._rests_until = -1.0
 
     async def __call__(self, call: Callable[[], Awaitable[T]]) -> T:
-        """The call's result; whatever it raises, this raises.
+        """Returns the result of the call. Exceptions of the call propagate.
 
         Raises:
-            TimeoutError: it was late, or the part rests after having been late and was not called.
+            TimeoutError: if the call timed out, or the breaker is open and the call was not made.
         """
         if self._clock() < self._rests_until:
-            raise TimeoutError("it rests after late answers")
+            raise TimeoutError("circuit breaker is open after repeated timeouts")
         try:
             async with asyncio.timeout(self.budget_s):
                 result = await call()

@@ -1,4 +1,7 @@
-"""Why: whoever signs or reads tokens needs their secrets, and no argument, document or log may ever hold them."""
+"""Reads the secrets that sign impression tokens, from the environment or a file.
+
+The secrets must never appear in arguments, in the Serve config or in logs.
+"""
 
 from __future__ import annotations
 
@@ -9,21 +12,23 @@ from typing import Final
 from reelway.platform.errors import ConfigError
 
 SECRET_VARIABLE: Final = "REELWAY_TOKEN_SECRET"
-"""The secret of impression tokens; several are separated by commas, the first one signs."""
+"""Environment variable of the secrets, separated by commas. The first secret signs; all of them verify."""
 
 
 def read_token_secrets(path: Path | None) -> tuple[bytes, ...]:
-    """From the environment, else from the file, as ``TokenSigner`` wants them.
+    """Returns the secrets of the environment variable or, if it is not set, of the file.
 
     Raises:
-        ConfigError: neither is there.
+        ConfigError: if there is no secret, or the file cannot be read.
     """
-    given = os.environ.get(SECRET_VARIABLE)
-    if given is None and path is not None:
+    secrets = os.environ.get(SECRET_VARIABLE)
+    if secrets is None and path is not None:
         try:
-            given = path.read_text().strip()
+            secrets = path.read_text().strip()
         except OSError as error:
-            raise ConfigError(f"cannot read the token secret {path}: {error.strerror or error}") from error
-    if not given:
-        raise ConfigError(f"no token secret: set {SECRET_VARIABLE}, or name a file that holds one")
-    return tuple(secret.encode() for secret in given.split(","))
+            raise ConfigError(
+                f"token secret {path}: cannot be read: {error.strerror or error}; check its permissions"
+            ) from error
+    if not secrets:
+        raise ConfigError(f"no token secret: set {SECRET_VARIABLE}, or configure a file that contains one")
+    return tuple(secret.encode() for secret in secrets.split(","))

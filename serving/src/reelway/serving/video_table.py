@@ -1,11 +1,10 @@
-"""The videos of a release as columns: memory-mapped, shared by all replicas of a node, gathered in one go.
+"""The videos of a release as memory-mapped columns, shared by all replicas of a node.
 
-Refuses per-video objects and per-video reads from a store: five hundred candidates are one gather of a few
-matrices. Reads are immutable; fresher live values are laid over the snapshot as a new version, and a reader sees
-one version from start to end.
+The features of 500 candidates are read with one gather from a few matrices, without an object or a store read per
+video. Fresher live features are overlaid as a new immutable version, so a reader sees one version from start to end.
 """
 
-# Shapes: N videos of the table, C rows asked for, D embedding, S static numbers, L live numbers, H hashes
+# Shapes: N videos of the table, C requested rows, D embedding, S static features, L live features, H hashes
 
 from __future__ import annotations
 
@@ -30,7 +29,7 @@ I64 = NDArray[np.int64]
 Rows = NDArray[np.int32]
 
 ABSENT: Final = -1
-"""The row of a video that the table does not have."""
+"""Row number of a video that the table does not have."""
 _STATIC: Final = slice(0, len(names.VIDEO_STATIC_DENSE))
 _LIVE: Final = slice(_STATIC.stop, _STATIC.stop + len(names.VIDEO_LIVE_DENSE))
 _DURATION: Final = names.VIDEO_STATIC_DENSE.index("duration_s")
@@ -40,7 +39,7 @@ _HOURS: Final = names.VIDEO_DENSE.index("hours_since_upload")
 
 @dataclass(frozen=True)
 class VideoInputs:
-    """The ranker's inputs of some videos, by the names of ``RANKER_INPUTS``."""
+    """The ranker's inputs that describe videos, by the names of ``RANKER_INPUTS``."""
 
     video_dense: F32  # [C, len(VIDEO_DENSE)]
     video_categories: I64  # [C, len(VIDEO_CATEGORIES)]
@@ -48,26 +47,26 @@ class VideoInputs:
     video_embedding: F32  # [C, D]
 
     def as_inputs(self) -> dict[str, NDArray[Any]]:
-        """The arrays by input name."""
+        """Returns the arrays by input name."""
         return dict(vars(self))
 
 
 @dataclass(frozen=True)
 class LiveValues:
-    """One version of the live numbers: the snapshot, and what is fresher. Never written to after it is published.
+    """One immutable version of the live features: the snapshot of the release, overlaid with fresher rows.
 
-    The snapshot stays the file's own pages, which all replicas of a node share; a version costs what was ever changed,
-    and 4 bytes a video to find it by.
+    The snapshot consists of the file's pages, which all replicas of a node share. A version costs the memory of all
+    rows that were ever changed, and 4 bytes per video of the table to find them.
     """
 
     snapshot: F32  # [N, L]
     fresh: F32  # [F, L]
-    place_of: Rows | None = None  # [N] row of ``fresh``, ABSENT where the snapshot holds; None: it holds everywhere
+    place_of: Rows | None = None  # [N] row of ``fresh``, ABSENT if unchanged; None: all unchanged
     version: int = 0
-    as_of_s: float | None = None  # the moment that all of it is true as of; None: the release's own
+    as_of_s: float | None = None  # time that the features describe; None: the release's time
 
     def at(self, rows: NDArray[np.integer[Any]]) -> F32:
-        """The live numbers of some videos. Shapes: ``[C] -> [C, L]``."""
+        """Returns the live features of the videos at ``rows``. Shapes: ``[C] -> [C, L]``."""
         values: F32 = self.snapshot.take(rows, axis=0)
         if self.place_of is not None:
             place = self.place_of[rows]
@@ -76,7 +75,7 @@ class LiveValues:
         return values
 
     def with_fresher(self, rows: NDArray[np.integer[Any]], dense: F32, as_of_s: float | None = None) -> LiveValues:
-        """The next version: ``dense`` ``[C, L]`` at ``rows`` ``[C]``, the last one where a row is named twice."""
+        """Returns the next version with ``dense`` ``[C, L]`` at ``rows`` ``[C]``; of repeated rows the last wins."""
         place_of = np.full(len(self.snapshot), ABSENT, np.int32) if self.place_of is None else self.place_of.copy()
         new = np.unique(rows[place_of[rows] == ABSENT])
         place_of[new] = len(self.fresh) + np.arange(len(new), dtype=np.int32)
@@ -88,10 +87,10 @@ class LiveValues:
 
 
 class VideoTable:
-    """See the module's docstring. Rows are positions in ``videos.arrow``; ``index.faiss`` uses the same numbers.
+    """The video table of a release. Rows are positions in ``videos.arrow``; ``index.faiss`` uses the same numbers.
 
     Raises:
-        IncompatibleReleaseError: the batch is not what ``videos_schema`` says, or its ids are not ascending.
+        IncompatibleReleaseError: if the batch does not have ``videos_schema``, or its ids are not ascending.
     """
 
     def __init__(self, batch: pa.RecordBatch) -> None:
@@ -125,11 +124,11 @@ class VideoTable:
 
     @property
     def live(self) -> LiveValues:
-        """The live numbers as they are now; later overlays do not change what this returned."""
+        """The present version of the live features; later overlays do not change the returned object."""
         return self._live
 
     def rows_of(self, video_ids: NDArray[np.integer[Any]]) -> Rows:
-        """Rows of the videos, ``ABSENT`` where there is none. Shapes: ``[C] -> [C]``."""
+        """Returns the rows of the videos, ``ABSENT`` for a video that the table lacks. Shapes: ``[C] -> [C]``."""
         ids = np.asarray(video_ids, dtype=np.int64)
         if not len(self):
             return np.full(ids.shape, ABSENT, dtype=np.int32)
@@ -138,7 +137,7 @@ class VideoTable:
         return np.where(self.video_id[found] == ids, found, ABSENT).astype(np.int32)
 
     def gather(self, rows: NDArray[np.integer[Any]], request_time_s: float) -> VideoInputs:
-        """The ranker's inputs of the videos at ``rows`` (none of them ``ABSENT``) at one moment."""
+        """Returns the ranker's inputs of the videos at ``rows`` (none is ``ABSENT``) at the time of the request."""
         dense = np.empty((len(rows), len(names.VIDEO_DENSE)), dtype=np.float32)
         dense[:, _STATIC] = self._static.take(rows, axis=0)
         dense[:, _LIVE] = self._live.at(rows)
@@ -165,14 +164,17 @@ class VideoTable:
         return [None if row == ABSENT else self._titles[row].as_py() for row in rows.tolist()]
 
     def overlay(self, rows: NDArray[np.integer[Any]], live_dense: F32, as_of_s: float | None = None) -> int:
-        """Lay fresher live numbers over the snapshot and return the new version.
+        """Overlays fresher live features and returns the number of the new version.
 
-        Costs a copy of all that was changed before and 4 bytes a video, so give it batches, not single events.
+        Copies all rows that were changed before and 4 bytes per video of the table, so pass batches, not single events.
 
         Args:
-            rows: rows to change, ``[C]``; where one is named twice, the last wins.
-            live_dense: their new values in the order of ``VIDEO_LIVE_DENSE``, ``[C, L]``.
-            as_of_s: the moment, Unix seconds, that the whole table is then true as of.
+            rows: rows to change, ``[C]``; the last value of a repeated row wins.
+            live_dense: new values in the order of ``VIDEO_LIVE_DENSE``, ``[C, L]``.
+            as_of_s: time in Unix seconds that the whole table then describes.
+
+        Raises:
+            ValueError: if the shapes do not match, or a row is outside of the table.
         """
         width = len(names.VIDEO_LIVE_DENSE)
         if live_dense.shape != (len(rows), width):
@@ -184,19 +186,19 @@ class VideoTable:
 
 
 def open_video_table(path: Path) -> VideoTable:
-    """Map ``videos.arrow`` into memory.
+    """Maps ``videos.arrow`` into memory.
 
     Raises:
-        IncompatibleReleaseError: it is not an Arrow file of one record batch, or see ``VideoTable``.
+        IncompatibleReleaseError: if the file is not an Arrow file with one record batch; see also ``VideoTable``.
     """
     return VideoTable(open_one_batch(path))
 
 
 def open_one_batch(path: Path) -> pa.RecordBatch:
-    """The one record batch of a release's Arrow file, memory-mapped.
+    """Returns the only record batch of a release's Arrow file, memory-mapped.
 
     Raises:
-        IncompatibleReleaseError: the file is no Arrow file, or does not hold exactly one batch.
+        IncompatibleReleaseError: if the file is not an Arrow file, or has another number of batches than one.
     """
     try:
         reader = pa.ipc.open_file(pa.memory_map(str(path), "r"))

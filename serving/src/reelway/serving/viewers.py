@@ -1,4 +1,4 @@
-"""A request and the viewer's row, made into what the stages work on. An unknown viewer is a viewer without a past."""
+"""Builds the ``ViewerQuery`` of a request from the viewer's row. An unknown viewer has an empty history."""
 
 from __future__ import annotations
 
@@ -7,19 +7,18 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 import numpy as np
-from numpy.typing import NDArray
 
 from reelway.platform.contracts.api import RequestContext
 from reelway.platform.contracts.features import VIEWER_VIEWS, VIEWS
 from reelway.platform.features.assembly import assemble_viewers, columns_from_row
-from reelway.serving.stages.arrays import F32, Rows, ViewerQuery
+from reelway.serving.stages.arrays import Candidates, RankingInput, ViewerQuery
 from reelway.serving.video_table import ABSENT, VideoTable
 
 _FIELDS: Final = tuple(name for view in VIEWER_VIEWS for name in VIEWS[view])
 
 
 def is_cold(viewer_row: Mapping[str, Any]) -> bool:
-    """Whether the store knows nothing of the viewer's past."""
+    """Whether the viewer's row has no history."""
     videos = viewer_row.get("history_videos")
     return videos is None or len(videos) == 0
 
@@ -27,14 +26,14 @@ def is_cold(viewer_row: Mapping[str, Any]) -> bool:
 def viewer_query(
     viewer_row: Mapping[str, Any], context: RequestContext, now_s: float, table: VideoTable, seed: int
 ) -> ViewerQuery:
-    """The viewer at the moment of the request.
+    """Returns the viewer at the moment of the request.
 
     Args:
-        viewer_row: field name -> value of ``VIEWER_VIEWS``; ``None`` or absent where unknown. Where the row has no
-            region or language the request's own are taken.
+        viewer_row: field name -> value of ``VIEWER_VIEWS``; ``None`` or missing if unknown. The request's region and
+            language are used if the row has none.
         now_s: Unix seconds.
-        table: of the release, to find the history in.
-        seed: of everything random in this request.
+        table: video table of the release; history videos that it lacks are left out.
+        seed: seed of every random choice in this request.
     """
     row = {name: value for name in _FIELDS if (value := viewer_row.get(name)) is not None}
     row.setdefault("region", context.region)
@@ -54,15 +53,19 @@ def viewer_query(
 
 
 def nobody(table: VideoTable) -> ViewerQuery:
-    """A viewer without a past, to try a stage with."""
+    """Returns a viewer without a history, to warm up a stage with."""
     return viewer_query({}, RequestContext(), time.time(), table, seed=0)
 
 
-def first_ranking(query: ViewerQuery, table: VideoTable) -> tuple[F32, NDArray[np.int64], F32, Rows, F32, float]:
-    """What a ranking is tried with: the arguments of ``Ranking.rank`` for as many videos as there are in a request."""
-    some = np.arange(min(len(table), 500), dtype=np.int32)
+def warm_up_input(query: ViewerQuery, table: VideoTable) -> RankingInput:
+    """Returns an input of ranking with as many videos as a usual request has, to warm up the stage with."""
+    rows = np.arange(min(len(table), 500), dtype=np.int32)
     embedding = np.zeros((1, table.embedding.shape[1]), dtype=np.float32)
-    viewer = query.arrays
-    return (
-        viewer.viewer_dense, viewer.viewer_categories, embedding, some, np.zeros(len(some), np.float32), query.now_s,
-    )  # fmt: skip
+    candidates = Candidates(
+        rows=rows,
+        source=np.zeros(len(rows), np.int8),
+        similarity=np.zeros(len(rows), np.float32),
+        trigger_rows=np.full(len(rows), ABSENT, np.int32),
+        viewer_embedding=embedding,
+    )
+    return RankingInput.of(query, candidates)

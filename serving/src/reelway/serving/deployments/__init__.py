@@ -1,16 +1,17 @@
-"""The request path as Ray Serve applications: the only package that knows Ray.
+"""The request path as Ray Serve applications. This is the only package of ``serving`` that imports Ray.
 
-- ``applications``: what Serve builds by import path, here and on Kubernetes alike: a release, the router, the outcomes;
-- ``stages``: the deployments of a release, and the router's way to them;
-- ``service``: Ray on this machine, told by Serve's REST API what to run.
+- ``applications``: builders that Serve calls by import path, in local mode and on Kubernetes;
+- ``stages``: the deployments of a release, and ``RemoteStages``, which calls them from the router;
+- ``local_serve``: Ray on this machine, configured through Serve's REST API.
 
-What runs is a document (``serving.serve_config``), never a call: writing another user configuration for the router
-reconfigures its replicas in place, and a release comes and goes without touching the others. (``serve.run`` from
-Python makes a new version of everything it is given, and replaces the replicas.)
+The Serve config (``serving.serve_config``) decides what runs, never a call of ``serve.run``. A new user config
+reconfigures the router's replicas in place, and a release is added or removed without a change to the others.
+``serve.run`` would create a new version of all deployments it is given and replace their replicas.
 
-A hop carries one small tuple of arrays (2 to 10 kB). A hop that fails or is late raises, and the path steps down.
+A call between replicas carries one array container (2 to 10 kB). A call that fails or is late raises an exception, and
+the request path uses the stage's fallback.
 """
 
 from reelway.serving.serve_settings import apply_settings
 
-apply_settings()  # before Ray Serve is imported
+apply_settings()  # must run before Ray Serve is imported

@@ -1,10 +1,10 @@
-"""What Serve builds by import path: a release, the router, the outcomes. Each builder takes its arguments typed.
+"""Application builders that Ray Serve calls by import path: a release, the router and the outcomes.
 
-The number of replicas, their resources and the routing are the document's to say (``serving.serve_config``); what is
-here are the limits that follow from how the code works.
+Each builder takes typed arguments. The Serve config (``serving.serve_config``) sets replicas, resources and routing;
+this module sets only the limits that follow from the implementation.
 """
 
-# No postponed annotations: Serve looks at the builders' own to turn a document's arguments into models.
+# No postponed annotations: Serve reads the builders' annotations to convert the config's arguments into models.
 
 import asyncio
 from collections.abc import Mapping
@@ -49,13 +49,13 @@ from reelway.serving.router import Router, RouterParts
 from reelway.serving.serve_config import OutcomesArgs, ReleaseSource, RouterArgs
 from reelway.serving.token_secrets import read_token_secrets
 
-# A stage computes and never waits: more than a few requests in one replica would wait inside it instead of going to
+# A stage computes and never waits. With a higher limit, requests would queue inside one replica instead of going to
 # another.
 _STAGE: Final = {"max_ongoing_requests": 8}
 
 
 def release(args: ReleaseSource) -> serve.Application:
-    """The stages of one release. The application's name must be ``args.release``: the router calls it by that."""
+    """Builds the stages of one release. The application's name must be ``args.release``, which the router calls."""
     if args.composition == "fused":
         return serve.deployment(HeldRelease, name=HELD).bind(args)
     retrieval = serve.deployment(RetrievalStage, name=RETRIEVAL, **_STAGE).bind(args)
@@ -64,18 +64,18 @@ def release(args: ReleaseSource) -> serve.Application:
 
 
 def router(args: RouterArgs) -> serve.Application:
-    """What takes requests. Its ``user_config`` is a ``Routing``."""
+    """Builds the router, which receives the requests. Its ``user_config`` is a ``Routing``."""
     return serve.deployment(serve.ingress()(RouterDeployment), name="Router", max_ongoing_requests=200).bind(args)
 
 
 def outcomes(args: OutcomesArgs) -> serve.Application:
-    """What outcomes are reported to. One replica: its file belongs to one process."""
+    """Builds the application that outcomes are reported to. It has one replica, because one process owns its file."""
     deployment = serve.deployment(serve.ingress()(OutcomesDeployment), name="Outcomes", max_ongoing_requests=200)
     return deployment.bind(args)
 
 
 class RouterDeployment(Router):
-    """The router in a replica of its own."""
+    """A replica of the router."""
 
     def __init__(self, args: RouterArgs) -> None:
         rows = ViewerRows(open_feature_store(args.features_dir)) if args.features_dir else None
@@ -90,8 +90,8 @@ class RouterDeployment(Router):
             viewer_row_ms=args.budgets.viewer_row,
             sample=sample,
             exposures=ExposureBuffer() if args.outcomes else None,
-            at_once=args.at_once,
-            standing=args.standing,
+            max_ongoing_requests=args.max_ongoing_requests,
+            max_ongoing_sustained=args.max_ongoing_sustained,
         )
         super().__init__(self._open, parts)
         if args.composition == "fused":
@@ -103,7 +103,7 @@ class RouterDeployment(Router):
         return build_http_api(self)
 
     async def reconfigure(self, config: Mapping[str, Any]) -> None:
-        """Take a ``Routing``; see ``Router.reconfigure``."""
+        """Takes a ``Routing``; see ``Router.reconfigure``."""
         await super().reconfigure(config)
         buffer = self._parts.exposures
         if self._args.outcomes and buffer and self._forwarding is None:
@@ -115,13 +115,13 @@ class RouterDeployment(Router):
         loader = await asyncio.to_thread(open_trusted, args.source_of(release))
         if args.composition == "fused":
             return await asyncio.to_thread(open_fused, loader, args.budgets.path)
-        edge = await asyncio.to_thread(loader.edge)
+        router_release = await asyncio.to_thread(loader.edge)
         stages = RemoteStages(release, args.budgets)
-        return OpenRelease(edge, stages, stages.close)
+        return OpenRelease(router_release, stages, stages.close)
 
 
 class OutcomesDeployment:
-    """The collector in a replica of its own."""
+    """The replica of the outcome collector."""
 
     def __init__(self, args: OutcomesArgs) -> None:
         self._signer = TokenSigner(*read_token_secrets(args.token_secrets))
@@ -132,5 +132,5 @@ class OutcomesDeployment:
         return build_outcomes_api(self._collector, self._signer, self._appender)
 
     async def expose(self, batch: ExposureBatch) -> None:
-        """Count what a router has shown; returns when it is on disk."""
+        """Counts the impressions that a router has shown; returns when they are on disk."""
         await asyncio.wrap_future(self._collector.expose(batch))

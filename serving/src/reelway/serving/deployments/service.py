@@ -1,7 +1,7 @@
-"""Ray and the service on this machine, told by Serve's REST API what to run, as a cluster would be.
+"""Starts Ray and the service on this machine and configures it through Serve's REST API, as on a cluster.
 
-Whatever is started here is ended here. The REST API listens on 127.0.0.1 and wants the run's own token, because
-whoever may write there may run code.
+This module stops everything that it starts. The REST API listens on 127.0.0.1 and requires the run's token, because a
+client of the API can run code.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ LOCAL: Final = "127.0.0.1"
 
 @dataclass(frozen=True)
 class ServiceAddresses:
-    """Where the service answers, and where it is told what to run (with the bearer token of ``token``)."""
+    """Addresses of the service and of Serve's REST API, and the file with the API's bearer token."""
 
     url: str
     serve_api: str
@@ -42,54 +42,54 @@ class ServiceAddresses:
 
 @contextmanager
 def running_service(routing: Routing, options: ServiceOptions, token: Path) -> Iterator[ServiceAddresses]:
-    """Ray and the service, from answering until the block is left.
+    """Runs Ray and the service while the block runs; the service answers when the block is entered.
 
     Args:
-        token: file of the REST API's token; made, readable by its owner only, where there is none.
+        token: file of the REST API's token; created, readable by its owner only, if it does not exist.
 
     Raises:
-        ServingError: an application did not become healthy; Serve's own account is in the message.
+        ServingError: if an application does not become healthy; the message includes Serve's messages.
     """
     options.metrics_dir.mkdir(parents=True, exist_ok=True)
     ensure_private_token(token)
-    with tempfile.TemporaryDirectory(prefix="reelway-") as place:  # a socket's path must be short
+    with tempfile.TemporaryDirectory(prefix="reelway-") as socket_dir:  # the path of a socket must be short
         authentication = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)}
-        with _environment({**own_haproxy_places(Path(place)), **authentication}), _local_ray() as serve_api:
+        with _environment({**own_haproxy_places(Path(socket_dir)), **authentication}), _local_ray() as serve_api:
             addresses = ServiceAddresses(f"http://{options.host}:{options.port}", serve_api, token)
             deploy(addresses, serve_config(routing, options))
             yield addresses
 
 
 def deploy(addresses: ServiceAddresses, document: Mapping[str, Any]) -> None:
-    """Write the document and wait until all of its applications run and answer.
+    """Writes the Serve config and waits until all of its applications run and answer.
 
     Raises:
-        ServingError: it was refused, an application failed, or it took longer than ``READY_S``.
+        ServingError: if Serve rejects the config, an application fails, or the wait exceeds ``READY_TIMEOUT_S``.
     """
     deadline = time.monotonic() + READY_S
     with rest_client(addresses) as client:
         answer = _patiently(client, deadline, document)
         if not answer.is_success:
-            raise ServingError(f"Serve refused the configuration ({answer.status_code}): {answer.text[:2000]}")
-        _wait_until_running(client, {one["name"] for one in document["applications"]}, deadline)
+            raise ServingError(f"Serve config: rejected with {answer.status_code}: {answer.text[:2000]}")
+        _wait_until_running(client, {application["name"] for application in document["applications"]}, deadline)
     with httpx.Client(base_url=addresses.url, timeout=5, trust_env=False) as client:
         _wait_until_reached(client, deadline)
 
 
 def rest_client(addresses: ServiceAddresses) -> httpx.Client:
-    """A client of the REST API."""
+    """Returns a client of the REST API."""
     bearer = {"Authorization": f"Bearer {addresses.token.read_text().strip()}"}
     return httpx.Client(base_url=addresses.serve_api, headers=bearer, timeout=60, trust_env=False)
 
 
 def _patiently(client: httpx.Client, deadline: float, document: Mapping[str, Any]) -> httpx.Response:
-    """The REST API comes up a moment after Ray."""
+    """Writes the Serve config and retries until the REST API, which starts shortly after Ray, accepts connections."""
     while True:
         try:
             return client.put(APPLICATIONS, json=document)
         except httpx.ConnectError as error:
             if time.monotonic() > deadline:
-                raise ServingError(f"Ray's REST API at {client.base_url} does not answer: {error}") from error
+                raise ServingError(f"Ray's REST API {client.base_url}: no answer: {error}; see Ray's logs") from error
         time.sleep(0.1)
 
 
@@ -102,23 +102,23 @@ def _wait_until_running(client: httpx.Client, names: set[str], deadline: float) 
         failed = [name for name, status in statuses.items() if status == "DEPLOY_FAILED"]
         if failed or time.monotonic() > deadline:
             accounts = [_account(name, seen.get(name, {})) for name in failed or sorted(statuses)]
-            raise ServingError("the service did not become healthy: " + "\n".join(accounts))
+            raise ServingError("service: did not become healthy: " + "\n".join(accounts))
         time.sleep(0.1)
 
 
 def _account(name: str, details: Mapping[str, Any]) -> str:
-    """Serve's own words on one application."""
+    """Returns Serve's messages about one application and its unhealthy deployments."""
     words = [f"{name[:12]} is {details.get('status', 'NOT_STARTED')}", str(details.get("message", ""))]
     words += [
-        f"{deployment} is {one.get('status')}: {one.get('message', '')}"
-        for deployment, one in details.get("deployments", {}).items()
-        if one.get("status") != "HEALTHY"
+        f"{deployment} is {status.get('status')}: {status.get('message', '')}"
+        for deployment, status in details.get("deployments", {}).items()
+        if status.get("status") != "HEALTHY"
     ]
     return "; ".join(word for word in words if word)
 
 
 def _wait_until_reached(client: httpx.Client, deadline: float) -> None:
-    """Running replicas are reached through a proxy that hears of them a moment later."""
+    """Waits until the proxy, which learns of running replicas with a delay, forwards requests to them."""
     while True:
         try:
             answer = client.get("/healthz")
@@ -128,14 +128,14 @@ def _wait_until_reached(client: httpx.Client, deadline: float) -> None:
         except httpx.HTTPError as error:
             seen = str(error) or type(error).__name__
         if time.monotonic() > deadline:
-            raise ServingError(f"the applications run, but {client.base_url} does not lead to them: {seen}")
+            raise ServingError(f"{client.base_url}: the applications run, but the proxy does not reach them: {seen}")
         time.sleep(0.05)
 
 
 @contextmanager
 def _local_ray() -> Iterator[str]:
-    """Ray with its dashboard's server, which is where the REST API is. Yields that server's address."""
-    import ray  # its settings are read from the environment when it is imported
+    """Starts Ray with its dashboard server, which has the REST API, and yields the server's address."""
+    import ray  # Ray reads its settings from the environment on import
     from ray import serve
 
     port = free_port(LOCAL)
@@ -173,7 +173,7 @@ def _environment(variables: Mapping[str, str]) -> Iterator[None]:
 
 @contextmanager
 def _uninterrupted() -> Iterator[None]:
-    """A second Ctrl-C while things are being ended must not leave half of them running."""
+    """Ignores Ctrl-C while the block runs: a second Ctrl-C during shutdown must not leave processes running."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

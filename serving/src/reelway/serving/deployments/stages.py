@@ -1,10 +1,12 @@
-"""The stages of one release as deployments, and the router's way to them.
+"""The stages of one release as Ray Serve deployments, and ``RemoteStages``, which calls them from the router.
 
-Each replica fetches and checks its release itself, so that a node without it needs nothing from another.
+Each replica fetches and verifies the release itself, so a node without the release needs no other node. Each stage
+takes one array container and returns one (``serving.stages.arrays``); a call carries 2 to 10 kB.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, Final
 
 from prometheus_client import CollectorRegistry
@@ -12,13 +14,13 @@ from ray.serve.handle import DeploymentHandle
 
 from reelway.serving import metrics
 from reelway.serving.fused import load_warm
-from reelway.serving.graph import run_to_end
 from reelway.serving.open_inference.client import RemoteRanker, server_address
 from reelway.serving.release_loader import open_trusted
+from reelway.serving.request_path import run_without_waiting
 from reelway.serving.serve_config import BudgetsMs, ReleaseSource
-from reelway.serving.stages.arrays import F32, Candidates, Codes, Rows, Slate, ViewerQuery
+from reelway.serving.stages.arrays import F32, Candidates, RankingInput, ScoredCandidates, Slate, ViewerQuery
 from reelway.serving.time_budget import TimeBudget
-from reelway.serving.viewers import first_ranking, nobody
+from reelway.serving.viewers import nobody, warm_up_input
 
 RETRIEVAL: Final = "Retrieval"
 RANKING: Final = "Ranking"
@@ -27,13 +29,13 @@ HELD: Final = "Release"
 
 
 class RetrievalStage:
-    """Viewer tower, index and lists of one release."""
+    """Replica of the retrieval stage: viewer tower, index and lists of one release."""
 
     def __init__(self, source: ReleaseSource) -> None:
         loader = open_trusted(source)
         self._stage = loader.retrieval()
         self._metrics = metrics.RetrievalMetrics(CollectorRegistry(), loader.release_id())
-        self._stage.retrieve(nobody(loader.table()))  # the first call pays for what is set up late
+        self._stage.retrieve(nobody(loader.table()))  # the first call includes deferred initialisation
 
     def retrieve(self, query: ViewerQuery) -> Candidates:
         with metrics.timed(self._metrics.latency):
@@ -43,7 +45,10 @@ class RetrievalStage:
 
 
 class RankingStage:
-    """Ranker and video table of one release. A remote ranker is called per request and need not run at the start."""
+    """Replica of the ranking stage: ranker and video table of one release.
+
+    With ``ranker_address`` the model runs in another process. The replica starts without waiting for that process.
+    """
 
     def __init__(self, source: ReleaseSource) -> None:
         loader = open_trusted(source)
@@ -56,39 +61,40 @@ class RankingStage:
             return
         self._stage = loader.ranking()
         table = loader.table()
-        run_to_end(self._stage.rank(*first_ranking(nobody(table), table)))
+        run_without_waiting(self._stage.rank(warm_up_input(nobody(table), table)))
 
-    async def rank(
-        self, dense: F32, categories: Any, embedding: F32, rows: Rows, similarity: F32, now_s: float, within_s: float
-    ) -> F32:
+    async def rank(self, ranking_input: RankingInput) -> F32:
         with metrics.timed(self._metrics.latency):
-            value = await self._stage.rank(dense, categories, embedding, rows, similarity, now_s, within_s)
-        self._metrics.candidates.inc(len(rows))
+            value = await self._stage.rank(ranking_input)
+        self._metrics.candidates.inc(len(ranking_input))
         return value
 
 
 class RerankingStage:
-    """Video table of one release. The root of the release's application: it holds the others so that they come and
-    go together; the router calls all three itself."""
+    """Replica of the re-ranking stage: video table of one release.
+
+    This deployment is the root of the release's application. It is bound to the other two so that all three are
+    deployed and deleted together; the router calls each of them directly.
+    """
 
     def __init__(self, source: ReleaseSource, retrieval: Any, ranking: Any) -> None:
         loader = open_trusted(source)
         self._stage = loader.reranking()
         self._metrics = metrics.RerankingMetrics(CollectorRegistry(), loader.release_id())
-        self._others = (retrieval, ranking)
+        self._bound = (retrieval, ranking)
 
-    def rerank(self, rows: Rows, source: Codes, because: Rows, value: F32, liked: Rows, count: int, seed: int) -> Slate:
+    def rerank(self, candidates: ScoredCandidates) -> Slate:
         with metrics.timed(self._metrics.latency):
-            slate = self._stage.rerank(rows, source, because, value, liked, count=count, seed=seed)
+            slate = self._stage.rerank(candidates)
         self._metrics.count(slate)
         return slate
 
 
 class HeldRelease:
-    """A release whose stages run in the routers: fetched and checked on this node, and tried once.
+    """Fetches, verifies and tries a release whose stages run in the routers (composition ``fused``).
 
-    The root and only deployment of its application, so that whoever starts and watches releases sees one that cannot
-    be served here, before a router opens it.
+    This deployment is the only one of the release's application. It reports a release that cannot be served on this
+    node before a router opens the release.
     """
 
     def __init__(self, source: ReleaseSource) -> None:
@@ -96,37 +102,29 @@ class HeldRelease:
 
 
 class RemoteStages:
-    """The three stages of one release, in their own processes."""
+    """The three stages of one release, called over Ray Serve handles."""
 
     def __init__(self, application: str, budgets: BudgetsMs) -> None:
-        # Made without asking whether the deployments are there: nothing waits, and they may come later.
+        # A handle does not check that its deployment exists, so nothing waits and the deployments may start later.
         self._handles = [DeploymentHandle(stage, application) for stage in (RETRIEVAL, RANKING, RERANKING)]
         self._retrieve = self._handles[0].retrieve
         self._rank = self._handles[1].rank
         self._rerank = self._handles[2].rerank
-        self._within = {stage: TimeBudget(ms) for stage, ms in budgets.model_dump().items()}
+        self.budgets = {stage: TimeBudget(ms) for stage, ms in budgets.model_dump().items() if stage != "viewer_row"}
 
     async def close(self) -> None:
-        """Give up the connections."""
+        """Closes the connections."""
         for handle in self._handles:
             await handle.shutdown_async()
 
     async def retrieve(self, query: ViewerQuery) -> Candidates:
-        return await self._within["retrieval"](lambda: self._retrieve.remote(query))
+        candidates: Candidates = await self._retrieve.remote(query)
+        return candidates
 
-    async def rank(self, query: ViewerQuery, candidates: Candidates) -> F32:
-        viewer = query.arrays
-        return await self._within["ranking"](
-            lambda: self._rank.remote(
-                viewer.viewer_dense, viewer.viewer_categories, candidates.viewer_embedding,
-                candidates.rows, candidates.similarity, query.now_s, self._within["ranking"].budget_s,
-            )
-        )  # fmt: skip
+    async def rank(self, ranking_input: RankingInput) -> F32:
+        value: F32 = await self._rank.remote(replace(ranking_input, timeout_s=self.budgets["ranking"].budget_s))
+        return value
 
-    async def rerank(self, query: ViewerQuery, candidates: Candidates, value: F32, count: int) -> Slate:
-        liked = query.history_rows[query.history_weights > 0]
-        return await self._within["reranking"](
-            lambda: self._rerank.remote(
-                candidates.rows, candidates.source, candidates.because, value, liked, count, query.seed
-            )
-        )
+    async def rerank(self, candidates: ScoredCandidates) -> Slate:
+        slate: Slate = await self._rerank.remote(candidates)
+        return slate

@@ -1,9 +1,18 @@
-"""What travels between the stages: a handful of compact arrays per request, never an object per candidate.
+"""The array containers that the stages take and return: one value per stage call.
 
-Rows are rows of the release's video table, which every stage has mapped; so a candidate costs 13 bytes on a hop.
+::
+
+    ViewerQuery ─ retrieve ─► Candidates ─► RankingInput ─ rank ─► values ─► ScoredCandidates ─ rerank ─► Slate
+
+A container is pickled when the stages are Ray Serve deployments. It therefore holds a few numpy arrays and scalars, and
+never an object per candidate. Rows are rows of the release's video table, which every stage maps into memory. A
+candidate costs 13 bytes in ``Candidates``.
+
+To add an input to ranking, change two files: add a field to ``RankingInput`` here and fill it in ``RankingInput.of``;
+then pass the field to the model in ``stages/ranking.py``. Code that transports the containers stays unchanged.
 """
 
-# Shapes: H history, C candidates, D embedding, S slate
+# Shapes: H history, C candidates, D embedding, S slate, L liked videos of the history
 
 from __future__ import annotations
 
@@ -17,62 +26,135 @@ from reelway.platform.contracts.blend import SourceName
 from reelway.platform.features.assembly import ViewerArrays
 
 F32 = NDArray[np.float32]
+I64 = NDArray[np.int64]
 Rows = NDArray[np.int32]
 Codes = NDArray[np.int8]
 
 SOURCES: Final[tuple[SourceName, ...]] = get_args(SourceName)
-"""A source's code on a hop is its place here."""
+"""All sources; the code of a source in an array is its index here."""
 SOURCE_CODES: Final[dict[SourceName, int]] = {name: code for code, name in enumerate(SOURCES)}
 
 
 @dataclass(frozen=True, slots=True)
 class ViewerQuery:
-    """One viewer at one moment, as the stages see them."""
+    """One viewer at the moment of the request. The input of retrieval."""
 
     arrays: ViewerArrays  # batch of 1
     history_rows: Rows  # [H] oldest first; only videos that the release has
     history_weights: F32  # [H]
     region: str | None
     now_s: float
-    seed: int  # of everything random in this request
+    seed: int  # seed of every random choice in this request
 
 
 @dataclass(frozen=True, slots=True)
 class Candidates:
-    """What retrieval proposes, best first, and what it left out and why."""
+    """The candidates that retrieval returns, best first, and how many proposals were filtered out."""
 
     rows: Rows  # [C]
     source: Codes  # [C] codes of SOURCES
-    similarity: F32  # [C] inner product with the viewer; 0 where the source has none
-    because: Rows  # [C] the watched video that led to it, -1 where none did
+    similarity: F32  # [C] inner product with the viewer's embedding; 0 if the source computes none
+    trigger_rows: Rows  # [C] the watched video that led to the candidate, -1 if none did
     viewer_embedding: F32  # [1, D]
-    left: dict[str, int] = field(default_factory=dict)  # why -> how many proposals left on the way
+    filtered_counts: dict[str, int] = field(default_factory=dict)  # reason -> proposals
 
     def __len__(self) -> int:
         return len(self.rows)
 
-    def first(self, places: int) -> Slate:
-        """The first ``places`` as they are, for when nothing better can be had; earlier is better."""
-        chosen = slice(0, places)
+    def values_by_position(self) -> F32:
+        """Returns values that keep the candidates in their present order: 1 for the first, falling towards 0."""
+        return np.linspace(1.0, 0.0, len(self), endpoint=False, dtype=np.float32)
+
+    def to_slate(self, count: int) -> Slate:
+        """Returns the first ``count`` candidates in their present order."""
+        chosen = slice(0, count)
         return Slate(
             self.rows[chosen],
             self.source[chosen],
-            self.because[chosen],
-            np.linspace(1.0, 0.0, len(self), endpoint=False, dtype=np.float32)[chosen],
+            self.trigger_rows[chosen],
+            self.values_by_position()[chosen],
             np.ones(len(self.rows[chosen]), dtype=np.float32),
         )
 
 
 @dataclass(frozen=True, slots=True)
+class RankingInput:
+    """The input of ranking: the candidates and those arrays of the viewer that the ranker takes."""
+
+    viewer_dense: F32  # [1, ...]
+    viewer_categories: I64  # [1, ...]
+    viewer_embedding: F32  # [1, D]
+    rows: Rows  # [C]
+    similarity: F32  # [C]
+    now_s: float
+    timeout_s: float | None = None  # how long the caller waits for the values; None: without limit
+
+    @classmethod
+    def of(cls, query: ViewerQuery, candidates: Candidates) -> RankingInput:
+        """Selects the ranker's inputs from the viewer and the candidates."""
+        return cls(
+            viewer_dense=query.arrays.viewer_dense,
+            viewer_categories=query.arrays.viewer_categories,
+            viewer_embedding=candidates.viewer_embedding,
+            rows=candidates.rows,
+            similarity=candidates.similarity,
+            now_s=query.now_s,
+        )
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+
+@dataclass(frozen=True, slots=True)
+class ScoredCandidates:
+    """The input of re-ranking: the candidates with their values, in any order."""
+
+    rows: Rows  # [C]
+    source: Codes  # [C]
+    trigger_rows: Rows  # [C]
+    value: F32  # [C]
+    liked_rows: Rows  # [L] videos that the viewer watched with a positive weight, to explain the choice with
+    count: int  # videos requested
+    seed: int  # seed of the exploration
+
+    @classmethod
+    def of(cls, query: ViewerQuery, candidates: Candidates, value: F32, count: int) -> ScoredCandidates:
+        """Combines the candidates with the values that ranking gave them."""
+        return cls(
+            rows=candidates.rows,
+            source=candidates.source,
+            trigger_rows=candidates.trigger_rows,
+            value=value,
+            liked_rows=query.history_rows[query.history_weights > 0],
+            count=count,
+            seed=query.seed,
+        )
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def top_by_value(self) -> Slate:
+        """Returns the ``count`` best candidates by value alone: the slate without re-ranking."""
+        best = np.argsort(-self.value, kind="stable")[: self.count]
+        return Slate(
+            rows=self.rows[best],
+            source=self.source[best],
+            trigger_rows=self.trigger_rows[best],
+            score=self.value[best],
+            propensity=np.ones(len(best), dtype=np.float32),
+        )
+
+
+@dataclass(frozen=True, slots=True)
 class Slate:
-    """The ordered answer, before it is put into words."""
+    """The ordered videos of a response, before titles, reasons and tokens are added."""
 
     rows: Rows  # [S]
     source: Codes  # [S]
-    because: Rows  # [S]
+    trigger_rows: Rows  # [S]
     score: F32  # [S]
-    propensity: F32  # [S] probability of this video at this place, 1 where nothing was left to chance
-    relaxed: int = 0  # places that break the per-creator cap because nothing else was left
+    propensity: F32  # [S] probability of this video at this position; 1 if the position was not drawn at random
+    cap_violations: int = 0  # positions that break the per-creator cap because no other candidate was left
 
     def __len__(self) -> int:
         return len(self.rows)

@@ -1,4 +1,4 @@
-"""Many sources, one list: places by quota, no video twice, nothing lost that another source could have filled."""
+"""Blends the proposals of all sources into one list by quota, without duplicates."""
 
 # Shapes: P proposals of all sources, C candidates, Q sources
 
@@ -14,7 +14,10 @@ Places = NDArray[np.int64]
 
 
 def whole_quotas(shares: Sequence[float], candidates: int) -> Places:
-    """Shares that sum to 1 as whole places that sum to ``candidates`` (largest remainder). Shapes: ``[Q]``."""
+    """Converts shares that sum to 1 into whole numbers that sum to ``candidates``. Shapes: ``[Q] -> [Q]``.
+
+    Rounds by the largest-remainder method.
+    """
     exact = np.asarray(shares, dtype=np.float64) * candidates
     places = np.floor(exact + 1e-9).astype(np.int64)
     by_remainder = np.argsort(-(exact - places), kind="stable")
@@ -23,20 +26,20 @@ def whole_quotas(shares: Sequence[float], candidates: int) -> Places:
 
 
 def blend(video: Places, source: Places, quotas: Places) -> Places:
-    """Places of the chosen proposals, best first.
+    """Returns the indices of the chosen proposals, best first.
 
-    Sources take in turn, each its quota and what the ones before it could not fill; what is still empty after the last
-    one is offered to all again. A video goes to the first source that takes it: one that is proposed far down by one
-    source and high up by another is not lost to the first one's quota.
+    Each source in turn takes its quota and the unused quota of the sources before it. A second round offers the
+    positions that are still empty to all sources. A video counts for the first source that takes it. A source whose
+    quota is full does not take it, so a later source that proposes the same video still can.
 
-    The order mixes the sources in proportion to what each got, so that any beginning of the list is a fair sample of
-    all: what is shown when ranking is not there to order it.
+    The order interleaves the sources in proportion to their numbers of chosen videos. Every prefix of the list is
+    therefore a fair sample of all sources, and the list is shown in this order if ranking fails.
 
     Args:
-        video: what each proposal proposes, best first within a source, as small numbers: work grows with the largest,
-            so rows of a catalogue are numbered anew first. ``[P]``
+        video: number of each proposal's video, best first within a source. The work grows with the largest number, so
+            number the proposed videos from 0 instead of passing rows of the catalogue. ``[P]``
         source: index of each proposal's source, ascending. ``[P]``
-        quotas: places per source. ``[Q]``
+        quotas: number of positions per source. ``[Q]``
     """
     bounds = np.searchsorted(source, np.arange(len(quotas) + 1))
     videos = int(video.max(initial=-1)) + 1
@@ -44,7 +47,9 @@ def blend(video: Places, source: Places, quotas: Places) -> Places:
     offered = []
     for start, end in itertools.pairwise(bounds):
         mine = np.arange(start, end)
-        where_first[video[start:end][::-1]] = mine[::-1]  # the last write wins: the first proposal of each video
+        where_first[video[start:end][::-1]] = mine[
+            ::-1
+        ]  # the last write wins, so this is the first proposal of each video
         offered.append(mine[where_first[video[start:end]] == mine])
     gone = np.zeros(videos, dtype=np.bool_)
     taken: list[list[Places]] = [[] for _ in quotas]
@@ -58,5 +63,5 @@ def blend(video: Places, source: Places, quotas: Places) -> Places:
         if not spare:
             break
     chosen = [np.concatenate(parts) for parts in taken]
-    place = np.concatenate([(np.arange(len(mine)) + 0.5) / max(len(mine), 1) for mine in chosen])
-    return np.concatenate(chosen)[np.argsort(place, kind="stable")].astype(np.int64)
+    relative_position = np.concatenate([(np.arange(len(mine)) + 0.5) / max(len(mine), 1) for mine in chosen])
+    return np.concatenate(chosen)[np.argsort(relative_position, kind="stable")].astype(np.int64)

@@ -1,12 +1,12 @@
-"""Which proposals may not be shown, and why each left. What left is counted apart from what was selected.
+"""Filters proposals that may not be shown to the viewer and counts them by kind.
 
-| kind           | left because                                                          |
-|----------------|-----------------------------------------------------------------------|
-| seen           | it is in the viewer's history                                         |
-| not_interested | it is in the history with a negative weight: skipped, hidden, reported |
-| unservable     | a list names it and the release's video table does not have it        |
-| duplicate      | another source has it among the candidates (see ``blending``)         |
-| over_quota     | its source's places, and those left over, were taken                  |
+| kind           | reason                                                                            |
+|----------------|-----------------------------------------------------------------------------------|
+| seen           | the video is in the viewer's history                                              |
+| not_interested | the video is in the history with a negative weight: skipped, hidden or reported   |
+| unservable     | a source names the video, but the release's video table does not have it          |
+| duplicate      | the video is already a candidate of another source (counted by ``retrieval``)     |
+| over_quota     | the source's quota, and the unused quota of others, is full (``retrieval``)       |
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ _SEEN, _NOT_INTERESTED, _UNSERVABLE = 1, 2, 3
 
 
 def allowed(rows: Rows, query: ViewerQuery) -> tuple[NDArray[np.bool_], dict[str, int]]:
-    """Which of ``rows`` may be shown to this viewer, and how many may not, by kind. Shapes: ``[P] -> [P]``."""
-    # Looked up in the history, which is short, and not in a mark per video of the catalogue, which may be long.
-    first = np.lexsort((query.history_weights >= 0, query.history_rows))  # by row; a dislike before everything else
+    """Returns a mask of the ``rows`` that may be shown, and the others' number by kind. Shapes: ``[P] -> [P]``."""
+    # A search in the short history, because a mask over the whole catalogue would grow with the catalogue.
+    first = np.lexsort((query.history_weights >= 0, query.history_rows))  # by row; negative weights first
     past = query.history_rows[first]
     found = np.searchsorted(past, rows)
     found[found == len(past)] = 0

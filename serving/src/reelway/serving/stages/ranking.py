@@ -1,44 +1,46 @@
-"""Ranking: one gather, one model call, one calibrated value per candidate. It removes and reorders nothing.
+"""Ranking: one gather, one model call and one calibrated value per candidate.
 
-Where the model runs is the ``Ranker``'s to know: in this process, or behind KServe. Everything else is the same.
+Ranking neither removes nor reorders candidates. A ``Ranker`` hides where the model runs: in this process
+(``LocalRanker``) or behind KServe.
+
+A new input is a field of ``RankingInput`` (``stages/arrays.py``) and an entry of the dictionary in ``Ranking.rank``.
 """
 
-# Shapes: C candidates, D embedding, K tasks
+# Shapes: C candidates, K tasks
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any, Protocol
 
-import numpy as np
 from numpy.typing import NDArray
 
 from reelway.platform.contracts.blend import RankingBlend
 from reelway.platform.contracts.calibration import Calibration
 from reelway.platform.features.scoring import head_predictions, video_value
 from reelway.serving.sessions import Graph
-from reelway.serving.stages.arrays import F32, Rows
+from reelway.serving.stages.arrays import F32, RankingInput
 from reelway.serving.video_table import VideoTable
 
 
 class Ranker(Protocol):
-    """The release's ranker, wherever it runs. Inputs and output are those of ``ranker.onnx``."""
+    """The ranker of a release, in any process. Inputs and output are those of ``ranker.onnx``."""
 
     async def score(self, inputs: Mapping[str, NDArray[Any]], within_s: float | None = None) -> F32:
-        """Outputs of all candidates, ``[C, K]``.
+        """Returns the model's outputs for all candidates, ``[C, K]``.
 
         Args:
-            within_s: seconds after which nobody waits for the answer.
+            within_s: timeout in seconds.
 
         Raises:
-            ServingError: there is none, or it is not finite.
-            TimeoutError: it is late.
+            ServingError: if the ranker returns no output, or one that is not finite.
+            TimeoutError: if the ranker does not answer in time.
         """
         ...
 
 
 class RankerHere:
-    """The graph in this process. It never waits."""
+    """The ranker's ONNX model in this process. A call never waits."""
 
     def __init__(self, graph: Graph) -> None:
         self._graph = graph
@@ -48,7 +50,7 @@ class RankerHere:
 
 
 class Ranking:
-    """The stage: ``rank`` is the whole of it."""
+    """The ranking stage of one release."""
 
     def __init__(self, ranker: Ranker, table: VideoTable, calibration: Calibration, settings: RankingBlend) -> None:
         self._ranker = ranker
@@ -56,33 +58,21 @@ class Ranking:
         self._calibration = calibration
         self._settings = settings
 
-    async def rank(
-        self,
-        viewer_dense: F32,
-        viewer_categories: NDArray[np.int64],
-        viewer_embedding: F32,
-        rows: Rows,
-        similarity: F32,
-        now_s: float,
-        within_s: float | None = None,
-    ) -> F32:
-        """The value of each candidate, comparable within this request only.
+    async def rank(self, ranking_input: RankingInput) -> F32:
+        """Returns the value of each candidate, ``[C]``. Values are comparable within one request only.
 
-        Shapes: ``[1, ...], [1, ...], [1, D], [C], [C] -> [C]``. The viewer's side is a batch of one, which the graph
-        works out once and not per candidate.
-
-        Args:
-            within_s: seconds left of the request's budget for ranking.
+        The viewer's arrays are a batch of one. The model computes the viewer's part once, not once per candidate.
 
         Raises:
-            ServingError: the model's outputs are not finite, or the ranker is gone.
-            TimeoutError: the ranker is late.
+            ServingError: if the model's outputs are not finite, or the ranker is unreachable.
+            TimeoutError: if the ranker does not answer within ``ranking_input.timeout_s``.
         """
         inputs: dict[str, NDArray[Any]] = {
-            "viewer_dense": viewer_dense,
-            "viewer_categories": viewer_categories,
-            "viewer_embedding": viewer_embedding,
-            **self._table.gather(rows, now_s).as_inputs(),
+            "viewer_dense": ranking_input.viewer_dense,
+            "viewer_categories": ranking_input.viewer_categories,
+            "viewer_embedding": ranking_input.viewer_embedding,
+            **self._table.gather(ranking_input.rows, ranking_input.now_s).as_inputs(),
         }
-        predictions_CK = head_predictions(await self._ranker.score(inputs, within_s), self._calibration)
-        return video_value(predictions_CK, similarity, self._settings)
+        outputs_CK = await self._ranker.score(inputs, ranking_input.timeout_s)
+        predictions_CK = head_predictions(outputs_CK, self._calibration)
+        return video_value(predictions_CK, ranking_input.similarity, self._settings)

@@ -1,13 +1,13 @@
-"""Re-ranking: which of the ranked candidates make the slate, and in which order.
+"""Re-ranking: selects and orders the slate from the ranked candidates.
 
-| rule                     | where it comes from                                                        |
-|--------------------------|----------------------------------------------------------------------------|
-| value, less redundancy   | MMR (Carbonell and Goldstein 1998) over the embeddings of the best ones     |
-| at most n per creator    | a creator's n best stay; given up, and counted, only to fill the slate      |
-| exploration places       | drawn evenly from what was not chosen, fresh uploads first; propensity kept |
+| rule                        | how it works                                                                     |
+|-----------------------------|----------------------------------------------------------------------------------|
+| value minus redundancy      | MMR (Carbonell and Goldstein 1998) over the embeddings of the best candidates    |
+| at most n videos a creator  | a creator's n best stay; the cap is broken, and counted, only to fill the slate  |
+| exploration positions       | drawn uniformly from the rest, fresh uploads first; the propensity is recorded   |
 """
 
-# Shapes: C candidates, E eligible, M head that MMR looks at, S slate, D embedding
+# Shapes: C candidates, E eligible, M head of the candidates that MMR considers, S slate, D embedding
 
 from __future__ import annotations
 
@@ -17,33 +17,25 @@ import numpy as np
 from numpy.typing import NDArray
 
 from reelway.platform.contracts.blend import RerankingBlend
-from reelway.serving.stages.arrays import F32, SOURCE_CODES, Codes, Rows, Slate
+from reelway.serving.stages.arrays import F32, SOURCE_CODES, Codes, Rows, ScoredCandidates, Slate
 from reelway.serving.video_table import VideoTable
 
 Places = NDArray[np.int64]
 
 CLOSE: Final = 0.3
-"""A watched video explains a recommendation when the cosine of their embeddings is at least this."""
+"""Cosine similarity from which on a watched video is given as the reason of a recommendation."""
 
 
 class Reranking:
-    """The stage: ``rerank`` is the whole of it."""
+    """The re-ranking stage of one release."""
 
     def __init__(self, table: VideoTable, settings: RerankingBlend) -> None:
         self._table = table
         self._settings = settings
 
-    def rerank(
-        self, rows: Rows, source: Codes, because: Rows, value: F32, liked_rows: Rows, *, count: int, seed: int
-    ) -> Slate:
-        """The slate: ``count`` videos, or all candidates where there are fewer.
-
-        Args:
-            rows, source, because, value: the candidates, in any order, ``[C]``.
-            liked_rows: what the viewer watched with a positive weight, to explain the choice by.
-            seed: of the exploration.
-        """
-        count = min(count, len(rows))
+    def rerank(self, candidates: ScoredCandidates) -> Slate:
+        """Returns a slate of ``candidates.count`` videos, or of all candidates if there are fewer."""
+        rows, value, count = candidates.rows, candidates.value, min(candidates.count, len(candidates))
         by_value = np.argsort(-value, kind="stable")
         known_creator = self._table.creator_id[rows[by_value]]
         occurrence = occurrences(known_creator)
@@ -53,21 +45,21 @@ class Reranking:
 
         explored = min(self._settings.exploration_slots, count, max(len(eligible_E) - (count - 1), 0))
         chosen = self._diverse(rows, value, eligible_E, count - explored)
-        drawn, propensity = self._explore(source, eligible_E, chosen, explored, seed)
-        relaxed = max(count - len(chosen) - len(drawn), 0)
-        chosen = np.concatenate([chosen, over_cap[:relaxed]])
+        drawn, propensity = self._explore(candidates.source, eligible_E, chosen, explored, candidates.seed)
+        cap_violations = max(count - len(chosen) - len(drawn), 0)
+        chosen = np.concatenate([chosen, over_cap[:cap_violations]])
         order, chance = _interleave(chosen, drawn, propensity)
         return Slate(
             rows=rows[order],
-            source=source[order],
-            because=self._explained(rows[order], because[order], liked_rows),
+            source=candidates.source[order],
+            trigger_rows=self._explained(rows[order], candidates.trigger_rows[order], candidates.liked_rows),
             score=value[order],
             propensity=chance,
-            relaxed=relaxed,
+            cap_violations=cap_violations,
         )
 
     def _diverse(self, rows: Rows, value: F32, eligible_E: Places, count: int) -> Places:
-        """Greedy MMR over the best eligible candidates; at diversity 0 this is the order of value."""
+        """Returns the greedy MMR order of the best eligible candidates; with diversity 0, the order of value."""
         head_M = eligible_E[: max(self._settings.head, count)]
         diversity = self._settings.diversity
         if diversity == 0.0 or len(head_M) == 0:
@@ -79,8 +71,8 @@ class Reranking:
         penalty_MM = diversity * np.maximum(embedding_MD @ embedding_MD.T, 0.0)
         redundant_M = np.zeros_like(score_M)
         picks = np.empty(min(count, len(head_M)), dtype=np.int64)
-        for place in range(len(picks)):
-            picks[place] = best = int(np.argmax(score_M - redundant_M))
+        for position in range(len(picks)):
+            picks[position] = best = int(np.argmax(score_M - redundant_M))
             np.maximum(redundant_M, penalty_MM[best], out=redundant_M)
             score_M[best] = -np.inf
         return head_M[picks]
@@ -88,7 +80,10 @@ class Reranking:
     def _explore(
         self, source: Codes, eligible_E: Places, chosen: Places, explored: int, seed: int
     ) -> tuple[Places, float]:
-        """Some of what was not chosen, each with the same chance; and that chance for any one place."""
+        """Draws ``explored`` of the candidates that were not chosen, uniformly.
+
+        Returns the drawn candidates and the probability of each at one position.
+        """
         if not explored:
             return chosen[:0], 1.0
         rest = eligible_E[~np.isin(eligible_E, chosen)]
@@ -97,18 +92,18 @@ class Reranking:
         drawn = np.random.default_rng(seed).choice(pool, size=min(explored, len(pool)), replace=False)
         return drawn, 1.0 / max(len(pool), 1)
 
-    def _explained(self, rows: Rows, because: Rows, liked_rows: Rows) -> Rows:
-        """Where no source named a watched video, the closest liked one if it is close enough."""
+    def _explained(self, rows: Rows, trigger_rows: Rows, liked_rows: Rows) -> Rows:
+        """Returns the trigger rows; a missing one becomes the nearest liked video if that is similar enough."""
         if not len(liked_rows) or not len(rows):
-            return because
+            return trigger_rows
         cosine = self._table.embedding[rows] @ self._table.embedding[liked_rows].T
         closest = cosine.argmax(axis=1)
-        near = (because < 0) & (cosine[np.arange(len(rows)), closest] >= CLOSE)
-        return np.where(near, liked_rows[closest], because).astype(np.int32)
+        near = (trigger_rows < 0) & (cosine[np.arange(len(rows)), closest] >= CLOSE)
+        return np.where(near, liked_rows[closest], trigger_rows).astype(np.int32)
 
 
 def occurrences(values: NDArray[np.int64]) -> Places:
-    """How often each value occurred before. Shapes: ``[C] -> [C]``."""
+    """Returns how often each value occurred at earlier indices. Shapes: ``[C] -> [C]``."""
     order = np.argsort(values, kind="stable")
     grouped = values[order]
     starts = np.flatnonzero(np.concatenate([[True], grouped[1:] != grouped[:-1]])) if len(values) else order
@@ -119,11 +114,14 @@ def occurrences(values: NDArray[np.int64]) -> Places:
 
 
 def _interleave(chosen: Places, drawn: Places, propensity: float) -> tuple[Places, F32]:
-    """The explored places spread evenly over the slate, the rest in their order around them."""
+    """Spreads the drawn candidates evenly over the slate and keeps the others in order.
+
+    Returns the order and the propensity of each position.
+    """
     total = len(chosen) + len(drawn)
-    at = (np.arange(1, len(drawn) + 1) * total) // (len(drawn) + 1)
+    positions = (np.arange(1, len(drawn) + 1) * total) // (len(drawn) + 1)
     is_drawn = np.zeros(total, dtype=np.bool_)
-    is_drawn[at] = True
+    is_drawn[positions] = True
     order = np.empty(total, dtype=np.int64)
     order[is_drawn], order[~is_drawn] = drawn, chosen
     return order, np.where(is_drawn, propensity, 1.0).astype(np.float32)

@@ -1,12 +1,14 @@
-"""Retrieval: all sources, filtered and blended into one list of candidates. It orders nothing by value.
+"""Retrieval: filters and blends the proposals of all sources into one list of candidates.
 
-| source     | proposes                                             | file of the release    |
-|------------|------------------------------------------------------|------------------------|
-| ann        | videos nearest to the viewer's embedding             | index.faiss            |
-| neighbours | what goes with the videos watched lately             | neighbours.arrow       |
-| trending   | what rises now, in the viewer's region first         | popular.arrow          |
-| popular    | what most viewers watch                              | popular.arrow          |
-| fresh      | new uploads                                          | videos.arrow           |
+Retrieval does not order candidates by value; ranking does.
+
+| source     | proposes                                                | file of the release |
+|------------|---------------------------------------------------------|---------------------|
+| ann        | videos nearest to the viewer's embedding                | index.faiss         |
+| neighbours | item-to-item neighbours of recently watched videos      | neighbours.arrow    |
+| trending   | videos that rise now, those of the viewer's region first | popular.arrow       |
+| popular    | the most watched videos                                 | popular.arrow       |
+| fresh      | new uploads                                             | videos.arrow        |
 """
 
 # Shapes: P proposals, C candidates, D embedding
@@ -27,17 +29,22 @@ from reelway.serving.stages.sources import Ask, Source
 
 
 class Retrieval:
-    """The stage: ``retrieve`` is the whole of it.
+    """The retrieval stage of one release.
 
     Args:
-        tower: ``viewer_tower.onnx``.
-        sources: by name; every source that has a quota must be there.
-        settings: how many candidates, and from where. The order of its quotas is the order of precedence.
+        tower: the model ``viewer_tower.onnx``.
+        sources: name -> source; every source with a quota is required.
+        settings: number of candidates and quotas. Earlier quotas take precedence.
+
+    Raises:
+        ServingError: if a source with a quota is missing.
     """
 
     def __init__(self, tower: Graph, sources: Mapping[SourceName, Source], settings: RetrievalBlend) -> None:
         if missing := sorted(set(settings.quotas) - set(sources)):
-            raise ServingError(f"retrieval.quotas names {missing}, expected sources among {sorted(sources)}")
+            raise ServingError(
+                f"retrieval.quotas: unknown sources {missing}; use sources among {sorted(sources)} in blend.yaml"
+            )
         self._tower = tower
         self._sources = [sources[name] for name in settings.quotas]
         self._codes = np.array([SOURCE_CODES[name] for name in settings.quotas], dtype=np.int8)
@@ -45,7 +52,7 @@ class Retrieval:
         self._candidates = settings.candidates
 
     def retrieve(self, query: ViewerQuery) -> Candidates:
-        """At most ``candidates`` videos that may be shown to this viewer, none of them twice."""
+        """Returns at most ``settings.candidates`` distinct videos that may be shown to this viewer."""
         embedding = self._tower.run(query.arrays.as_inputs())
         wanted = self._candidates + len(query.history_rows)
         ask = Ask(query, embedding, wanted)
@@ -56,25 +63,25 @@ class Retrieval:
         similarity_P = np.concatenate(
             [np.zeros(len(p.rows), np.float32) if p.similarity is None else p.similarity for p in proposals]
         )
-        because_P = np.concatenate(
-            [np.full(len(p.rows), -1, np.int32) if p.because is None else p.because for p in proposals]
+        trigger_rows_P = np.concatenate(
+            [np.full(len(p.rows), -1, np.int32) if p.trigger_rows is None else p.trigger_rows for p in proposals]
         )
 
-        may_show_P, left = allowed(rows_P, query)
-        kept = np.flatnonzero(may_show_P)
-        videos, video_of_kept = np.unique(rows_P[kept], return_inverse=True)
-        blended = blend(video_of_kept, source_P[kept], self._quotas)
-        chosen = kept[blended]
+        may_show_P, filtered_counts = allowed(rows_P, query)
+        passed = np.flatnonzero(may_show_P)
+        videos, video_of_passed = np.unique(rows_P[passed], return_inverse=True)
+        blended = blend(video_of_passed, source_P[passed], self._quotas)
+        chosen = passed[blended]
         is_chosen = np.zeros(len(videos), dtype=np.bool_)
-        is_chosen[video_of_kept[blended]] = True
-        again = int(np.count_nonzero(is_chosen[video_of_kept]))
-        left["duplicate"] = again - len(chosen)
-        left["over_quota"] = len(kept) - again
+        is_chosen[video_of_passed[blended]] = True
+        of_chosen_videos = int(np.count_nonzero(is_chosen[video_of_passed]))
+        filtered_counts["duplicate"] = of_chosen_videos - len(chosen)
+        filtered_counts["over_quota"] = len(passed) - of_chosen_videos
         return Candidates(
             rows=rows_P[chosen],
             source=self._codes[source_P[chosen]],
             similarity=similarity_P[chosen].astype(np.float32),
-            because=because_P[chosen],
+            trigger_rows=trigger_rows_P[chosen],
             viewer_embedding=embedding,
-            left=left,
+            filtered_counts=filtered_counts,
         )

@@ -1,6 +1,6 @@
-"""Where candidates come from. Each source proposes rows of the video table, best first; none of them filters.
+"""The candidate sources. Each source proposes rows of the video table, best first, and does not filter them.
 
-A source is asked for more than its quota, so that what the filters and the other sources take away can be made up.
+A source is asked for more rows than its quota, to replace those that filters or other sources take away.
 """
 
 # Shapes: P proposals, D embedding, H history, K neighbours per video
@@ -24,16 +24,16 @@ NONE: Final = np.empty(0, dtype=np.int32)
 
 @dataclass(frozen=True, slots=True)
 class Proposal:
-    """What one source proposes, best first. ``similarity`` and ``because`` are absent where a source has none."""
+    """The proposals of one source, best first."""
 
     rows: Rows  # [P]
-    similarity: F32 | None = None
-    because: Rows | None = None
+    similarity: F32 | None = None  # [P] None: the source computes no similarity
+    trigger_rows: Rows | None = None  # [P] None: no watched video led to the proposals
 
 
 @dataclass(frozen=True, slots=True)
 class Ask:
-    """What a source is asked: for whom, and at most how many."""
+    """The input of a source: the viewer and the largest number of proposals."""
 
     viewer: ViewerQuery
     viewer_embedding: F32  # [1, D]
@@ -41,25 +41,25 @@ class Ask:
 
 
 class Source(Protocol):
-    """One source of candidates."""
+    """A source of candidates."""
 
     def propose(self, ask: Ask) -> Proposal:
-        """At most ``ask.wanted`` videos."""
+        """Returns at most ``ask.wanted`` videos."""
         ...
 
 
 class AnnSource:
-    """The videos nearest to the viewer by inner product of the two towers.
+    """Proposes the videos with the largest inner product of viewer and video embedding.
 
-    An index that keeps the vectors whole answers by itself. One that compresses them proposes ``INDEX_OVERFETCH`` times
-    as many, which are scored again with the embeddings of the video table: these are mapped anyway, so the index needs
-    no copy of them.
+    The results of an index with uncompressed vectors are used unchanged. A compressing index is asked for
+    ``INDEX_OVERFETCH`` times as many videos, which are scored again with the exact embeddings of the video table. That
+    table is memory-mapped anyway, so the index needs no exact copy of its own.
 
     Args:
         index: FAISS index whose ids are rows of the video table.
-        embedding: the video table's, ``[N, D]``.
-        probes: lists that an inverted-file index looks into; None for as many as the release was built with. Other
-            indexes ignore it.
+        embedding: embeddings of the video table, ``[N, D]``.
+        probes: lists that an inverted-file index searches; None: as many as the release was built with. Other indexes
+            ignore it.
     """
 
     def __init__(self, index: faiss.Index, embedding: F32, probes: int | None = None) -> None:
@@ -82,25 +82,25 @@ class AnnSource:
 
 
 class ListSource:
-    """A list made offline, the same for everybody or one for each region.
+    """Proposes a precomputed list: one for all viewers, or one per region.
 
     Args:
-        everybody: rows, best first.
-        by_region: rows for a region; where a region's list ends, everybody's goes on.
+        global_rows: rows of the global list, best first.
+        by_region: region -> rows; the global list follows after the end of a region's list.
     """
 
-    def __init__(self, everybody: Rows, by_region: Mapping[str, Rows] | None = None) -> None:
-        self._everybody = everybody
-        self._by_region = {region: np.concatenate([rows, everybody]) for region, rows in (by_region or {}).items()}
+    def __init__(self, global_rows: Rows, by_region: Mapping[str, Rows] | None = None) -> None:
+        self._global_rows = global_rows
+        self._by_region = {region: np.concatenate([rows, global_rows]) for region, rows in (by_region or {}).items()}
 
     def propose(self, ask: Ask) -> Proposal:
         region = ask.viewer.region
-        rows = self._everybody if region is None else self._by_region.get(region, self._everybody)
+        rows = self._global_rows if region is None else self._by_region.get(region, self._global_rows)
         return Proposal(rows[: ask.wanted])
 
 
 class FreshSource:
-    """New uploads, newest first. A cold video has no engagement to be found by, so it is found by its age."""
+    """Proposes new uploads, newest first: a video without engagement can only be found by its age."""
 
     def __init__(self, table: VideoTable, fresh_hours: float) -> None:
         self._newest_first = np.argsort(-table.uploaded_at_s, kind="stable").astype(np.int32)
@@ -108,17 +108,17 @@ class FreshSource:
         self._fresh_s = fresh_hours * 3600
 
     def propose(self, ask: Ask) -> Proposal:
-        first = np.searchsorted(self._uploaded_before, -ask.viewer.now_s, side="left")  # not uploaded in the future
+        first = np.searchsorted(self._uploaded_before, -ask.viewer.now_s, side="left")  # excludes future uploads
         last = np.searchsorted(self._uploaded_before, -(ask.viewer.now_s - self._fresh_s), side="right")
         return Proposal(self._newest_first[first : min(last, first + ask.wanted)])
 
 
 class NeighbourSource:
-    """Videos that were liked by those who liked what this viewer liked lately (item to item).
+    """Proposes item-to-item neighbours of the videos that this viewer liked most recently.
 
     Args:
-        neighbours: rows of neighbours for each row, ``[N, K]``, best first, ``ABSENT`` where there are fewer.
-        triggers: how many of the latest watched videos are looked at.
+        neighbours: rows of the neighbours of each row, ``[N, K]``, best first, padded with ``ABSENT``.
+        triggers: number of most recently liked videos whose neighbours are proposed.
     """
 
     def __init__(self, neighbours: NDArray[np.int32], triggers: int = 20) -> None:
@@ -128,9 +128,9 @@ class NeighbourSource:
     def propose(self, ask: Ask) -> Proposal:
         liked = ask.viewer.history_rows[ask.viewer.history_weights > 0][-self._triggers :][::-1]  # latest first
         if not len(liked):
-            return Proposal(NONE, because=NONE)
-        # Neighbour by neighbour over all triggers, so that one watched video doesn't fill the list alone.
+            return Proposal(NONE, trigger_rows=NONE)
+        # The best neighbour of every trigger first, then the second best: one trigger cannot fill the list alone.
         rows = self._neighbours[liked].T.ravel()
-        because = np.tile(liked, self._neighbours.shape[1])
+        trigger_rows = np.tile(liked, self._neighbours.shape[1])
         present = rows != ABSENT
-        return Proposal(rows[present][: ask.wanted], because=because[present][: ask.wanted])
+        return Proposal(rows[present][: ask.wanted], trigger_rows=trigger_rows[present][: ask.wanted])

@@ -120,7 +120,7 @@ def run_demo(options: DemoOptions) -> None:
         walk.step("Build the initial release and the bad releases", *commands)
         rollouts.make_rehearsals(commands)
         first, share = rollouts.first_release(run)[:12], str(rollouts.PARITY_RATIO)
-        serve += ["--release", first, "--parity-ratio", share]
+        serve += ["--release", first, "--parity-sample-ratio", share]
     else:
         serve += ["--release", str(run.record("release")["summary"]["release_id"])[:12]]
     walk.step("Deploy with Ray Serve", serve)

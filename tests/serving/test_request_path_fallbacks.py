@@ -1,4 +1,4 @@
-"""The whole path in one process: a viewer always gets a slate, and every step down is listed and counted."""
+"""The request path in one process: a viewer always gets a slate, and every fallback is listed and counted."""
 
 from __future__ import annotations
 
@@ -17,10 +17,12 @@ from reelway.platform.contracts.api import RecommendRequest, RecommendResponse, 
 from reelway.platform.contracts.blend import Blend, RerankingBlend, RetrievalBlend
 from reelway.platform.contracts.events import Arm
 from reelway.platform.tokens import TokenSigner
-from reelway.serving.graph import LocalStages, RecommendationGraph, run_to_end
 from reelway.serving.metrics import SHORT, IngressMetrics
 from reelway.serving.release_loader import ReleaseLoader
-from reelway.serving.stages.arrays import F32, Candidates, Slate, ViewerQuery
+from reelway.serving.request_path import InProcessRecommender, LocalStages, run_without_waiting
+from reelway.serving.stages.arrays import F32, SOURCES, Candidates, RankingInput, ScoredCandidates, Slate, ViewerQuery
+from reelway.serving.time_budget import TimeBudget
+from reelway.serving.viewers import viewer_query
 
 VIDEOS = 300
 CAP = 2
@@ -29,7 +31,7 @@ SIGNER = TokenSigner(b"a secret of the tests, long enough")
 
 @dataclass
 class Release:
-    """A small release with its parts loaded once."""
+    """A small release whose stages are loaded once."""
 
     loader: ReleaseLoader
     stages: LocalStages
@@ -61,6 +63,7 @@ class BrokenStages:
 
     def __init__(self, stages: LocalStages, *broken: str) -> None:
         self._stages, self._broken = stages, broken
+        self.budgets: dict[str, TimeBudget] = {}
 
     def _break(self, stage: str) -> None:
         if stage in self._broken:
@@ -70,23 +73,23 @@ class BrokenStages:
         self._break("retrieve")
         return await self._stages.retrieve(query)
 
-    async def rank(self, query: ViewerQuery, candidates: Candidates) -> F32:
+    async def rank(self, ranking_input: RankingInput) -> F32:
         self._break("rank")
-        return await self._stages.rank(query, candidates)
+        return await self._stages.rank(ranking_input)
 
-    async def rerank(self, query: ViewerQuery, candidates: Candidates, value: F32, count: int) -> Slate:
+    async def rerank(self, candidates: ScoredCandidates) -> Slate:
         self._break("rerank")
-        return await self._stages.rerank(query, candidates, value, count)
+        return await self._stages.rerank(candidates)
 
 
 def ask(release: Release, *broken: str, row: Any = "own", count: int = 20, **context: Any) -> tuple[Any, Any]:
-    """One answer, and the registry it was counted in."""
+    """Returns a response and the registry with its metrics."""
     registry = CollectorRegistry()
-    graph = RecommendationGraph(
+    recommender = InProcessRecommender(
         release.loader.edge(), BrokenStages(release.stages, *broken), SIGNER, IngressMetrics(registry)
     )
     request = RecommendRequest(viewer_id=7, count=count, context=RequestContext(**context))
-    return graph.recommend(request, release.row if row == "own" else row, NOW_S), registry
+    return recommender.recommend(request, release.row if row == "own" else row, NOW_S), registry
 
 
 def counted(registry: CollectorRegistry, name: str, release: Release, **labels: str) -> float:
@@ -104,7 +107,7 @@ def counted(registry: CollectorRegistry, name: str, release: Release, **labels: 
         (("retrieve", "rank", "rerank"), ["no_retrieval", "no_reranker"], "reranking"),
     ],
 )
-def test_a_broken_stage_costs_a_rung_and_never_the_slate(
+def test_broken_stage_degrades_the_slate(
     release: Release, broken: tuple[str, ...], degraded: list[str], stage: str
 ) -> None:
     answer, registry = ask(release, *broken)
@@ -117,13 +120,26 @@ def test_a_broken_stage_costs_a_rung_and_never_the_slate(
     assert counted(registry, "reelway_ingress_requests_total", release, arm="stable", outcome="degraded") == 1
 
 
-def test_a_healthy_path_is_not_degraded(release: Release) -> None:
+def test_healthy_path_is_not_degraded(release: Release) -> None:
     answer, registry = ask(release)
     assert answer.degraded == []
     assert counted(registry, "reelway_ingress_requests_total", release, arm="stable", outcome="ok") == 1
 
 
-def test_without_retrieval_everybody_gets_the_popular_list_in_its_order(release: Release) -> None:
+def test_slate_equals_the_stages_composed_by_hand(release: Release) -> None:
+    """The path adds nothing to the stages: same videos, scores and order for the same inputs."""
+    stages, table = release.stages, release.loader.table()
+    answer, _ = ask(release)
+    query = viewer_query(release.row, RequestContext(), NOW_S, table, seed=answer.request_id)
+    candidates = stages.retrieval.retrieve(query)
+    value = run_without_waiting(stages.ranking.rank(RankingInput.of(query, candidates)))
+    slate = stages.reranking.rerank(ScoredCandidates.of(query, candidates, value, 20))
+    assert [video.video_id for video in answer.videos] == table.video_id[slate.rows].tolist()
+    assert [video.score for video in answer.videos] == slate.score.tolist()
+    assert [video.source for video in answer.videos] == [SOURCES[code] for code in slate.source.tolist()]
+
+
+def test_broken_retrieval_gives_the_popular_list_in_order(release: Release) -> None:
     answer, _ = ask(release, "retrieve", "rerank", row={})
     edge = release.loader.edge()
     assert [video.video_id for video in answer.videos] == edge.table.video_id[edge.lists.popular[:20]].tolist()
@@ -131,16 +147,16 @@ def test_without_retrieval_everybody_gets_the_popular_list_in_its_order(release:
     assert {video.reason for video in answer.videos} == {"popular now"}
 
 
-def test_without_the_ranker_the_slate_is_in_retrieval_order(release: Release) -> None:
+def test_broken_ranker_gives_the_order_of_retrieval(release: Release) -> None:
     answer, _ = ask(release, "rank", "rerank", row={})
     other, _ = ask(release, "rank", "rerank", row={})
     scores = [video.score for video in answer.videos]
     assert scores == sorted(scores, reverse=True)
-    assert len({video.source for video in answer.videos[:20]}) >= 3  # the sources mixed, as blending orders them
+    assert len({video.source for video in answer.videos[:20]}) >= 3  # blending interleaves the sources
     assert [video.video_id for video in answer.videos] == [video.video_id for video in other.videos]
 
 
-def test_without_the_reranker_the_slate_is_in_order_of_value(release: Release) -> None:
+def test_broken_reranker_gives_the_order_of_value(release: Release) -> None:
     answer, _ = ask(release, "rerank")
     full, _ = ask(release)
     scores = [video.score for video in answer.videos]
@@ -148,7 +164,7 @@ def test_without_the_reranker_the_slate_is_in_order_of_value(release: Release) -
     assert scores[0] == full.videos[0].score
 
 
-def test_a_store_that_fails_leaves_the_context_only(release: Release) -> None:
+def test_failed_store_leaves_the_context_only(release: Release) -> None:
     answer, registry = ask(release, row=None)
     assert answer.degraded == ["no_viewer_row"]
     assert len(answer.videos) == 20
@@ -156,14 +172,14 @@ def test_a_store_that_fails_leaves_the_context_only(release: Release) -> None:
     assert counted(registry, "reelway_ingress_requests_total", release, arm="stable", outcome="context_only") == 1
 
 
-def test_a_row_that_makes_no_sense_is_a_rung_and_not_a_failure(release: Release) -> None:
+def test_malformed_viewer_row_degrades_to_context_only(release: Release) -> None:
     answer, _ = ask(release, row={"history_videos": [1, 2, 3], "history_weights": [1.0], "history_times_s": "x"})
     assert answer.degraded == ["no_viewer_row"]
     assert len(answer.videos) == 20
 
 
 @pytest.mark.parametrize("row", [{}, {"region": None, "history_videos": None}])
-def test_an_unknown_viewer_gets_a_sensible_slate_that_is_not_called_degraded(release: Release, row: Any) -> None:
+def test_unknown_viewer_gets_a_slate_that_is_not_degraded(release: Release, row: Any) -> None:
     answer, registry = ask(release, row=row)
     assert answer.degraded == []
     assert len(answer.videos) == 20
@@ -171,12 +187,12 @@ def test_an_unknown_viewer_gets_a_sensible_slate_that_is_not_called_degraded(rel
     assert counted(registry, "reelway_ingress_cold_viewers_total", release, arm="stable") == 1
 
 
-def test_the_requests_own_region_serves_a_viewer_whose_row_has_none(release: Release) -> None:
+def test_request_region_is_used_if_the_row_has_none(release: Release) -> None:
     answer, _ = ask(release, "rank", "rerank", row={}, region="us", count=50)
     assert "rising in us" in {video.reason for video in answer.videos if video.source == "trending"}
 
 
-def test_reasons_name_a_video_that_was_liked(release: Release) -> None:
+def test_reasons_name_liked_videos_only(release: Release) -> None:
     answer, _ = ask(release, count=50)
     reasons = [video.reason for video in answer.videos if video.reason.startswith("because you watched ")]
     liked = {f"because you watched Video {video}" for video in release.watched[:-1]}
@@ -184,7 +200,7 @@ def test_reasons_name_a_video_that_was_liked(release: Release) -> None:
     assert set(reasons) <= liked
 
 
-def test_every_token_says_what_was_shown_where_and_by_whom(release: Release) -> None:
+def test_tokens_match_the_videos_of_the_response(release: Release) -> None:
     answer, _ = ask(release)
     assert isinstance(answer, RecommendResponse)
     tokens = [SIGNER.read(video.token) for video in answer.videos]
@@ -197,7 +213,7 @@ def test_every_token_says_what_was_shown_where_and_by_whom(release: Release) -> 
     assert len({token.impression_id for token in tokens}) == 20
 
 
-def test_an_answer_is_what_its_contract_says(release: Release) -> None:
+def test_response_validates_against_its_model(release: Release) -> None:
     answer, _ = ask(release)
     assert RecommendResponse.model_validate_json(answer.model_dump_json()) == answer
 
@@ -209,7 +225,7 @@ def test_an_answer_is_what_its_contract_says(release: Release) -> None:
     st.sampled_from([(), ("retrieve",), ("rank",), ("rerank",)]),
 )
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_whatever_was_watched_a_slate_is_full_unseen_and_without_repeats(
+def test_slate_is_full_of_unseen_distinct_videos(
     release: Release, watched: list[int], weights: list[float], count: int, broken: tuple[str, ...]
 ) -> None:
     table = release.loader.table()
@@ -224,26 +240,26 @@ def test_whatever_was_watched_a_slate_is_full_unseen_and_without_repeats(
     assert not set(videos) & set(row["history_videos"])
 
 
-def test_a_creator_has_no_more_places_than_the_cap(release: Release) -> None:
+def test_creator_has_no_more_positions_than_the_cap(release: Release) -> None:
     answer, _ = ask(release, count=30)
     _, places = np.unique([video.creator_id for video in answer.videos], return_counts=True)
     assert places.max() <= CAP
 
 
-def test_the_moment_of_the_request_decides_what_is_new(release: Release) -> None:
+def test_request_time_decides_which_videos_are_fresh(release: Release) -> None:
     later = datetime.fromtimestamp(NOW_S + 90 * 86_400, UTC).timestamp()
-    graph = RecommendationGraph(release.loader.edge(), BrokenStages(release.stages, "rank", "rerank"), SIGNER)
+    recommender = InProcessRecommender(release.loader.edge(), BrokenStages(release.stages, "rank", "rerank"), SIGNER)
     request = RecommendRequest(viewer_id=1, count=100)
-    now, then = (graph.recommend(request, {}, at_s) for at_s in (NOW_S, later))
+    now, then = (recommender.recommend(request, {}, at_s) for at_s in (NOW_S, later))
     assert "fresh" in {video.source for video in now.videos}
     assert "fresh" not in {video.source for video in then.videos}
 
 
-def test_a_stage_that_waits_has_no_place_in_one_process() -> None:
+def test_in_process_path_rejects_a_stage_that_waits() -> None:
     async def waits() -> None:
         import asyncio
 
         await asyncio.sleep(0)
 
     with pytest.raises(RuntimeError, match="waited"):
-        run_to_end(waits())
+        run_without_waiting(waits())

@@ -1,0 +1,353 @@
+"""The request path of one release: ``RequestPath.run`` goes from the request to the slate. Imports no Ray and no HTTP.
+
+::
+
+    request ─ viewer row ─► ViewerQuery ─ retrieve ─► Candidates ─ rank ─► values ─ rerank ─► Slate ─► response
+
+    stage          degradation      fallback
+    viewer row     no_viewer_row    the request's context only
+    retrieval      no_retrieval     the release's popular list
+    ranking        no_ranker        the order of retrieval
+    re-ranking     no_reranker      the order of value
+
+``StageRunner`` runs each stage within its budget. If a stage fails or is late, ``StageRunner`` uses the stage's
+fallback, counts it and lists it in ``degraded``: a viewer always gets a slate.
+
+Two objects that are passed in decide where a path runs:
+
+- ``Stages``: the three stages. ``LocalStages`` calls them in this process, ``RemoteStages`` over Ray Serve handles.
+- ``PathExecutor``: ``InlineExecutor`` runs the path in the caller's event loop, ``SingleThreadExecutor`` on a thread.
+
+Viewers of the arm ``holdout`` get the popular list, the baseline that models are compared with; no stage is called.
+A mirrored request (arm ``shadow``) runs the same stages, but has no response: no token and no impression.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Coroutine, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Final, Protocol, TypeVar
+
+from prometheus_client import CollectorRegistry
+
+from reelway.platform.contracts.api import RecommendedVideo, RecommendRequest, RecommendResponse, Rung
+from reelway.platform.contracts.events import Arm
+from reelway.platform.tokens import TokenSigner
+from reelway.serving.metrics import SHORT, IngressMetrics, timed
+from reelway.serving.parity_sample import ParitySample
+from reelway.serving.popular import PopularLists
+from reelway.serving.slates import EVERYBODY, RolloutSide, Showing, new_ids, shown_videos, slices_of
+from reelway.serving.stage_runner import RANKING, RERANKING, RETRIEVAL, VIEWER_QUERY, StageRunner
+from reelway.serving.stages.arrays import F32, SOURCES, Candidates, RankingInput, ScoredCandidates, Slate, ViewerQuery
+from reelway.serving.stages.ranking import Ranking
+from reelway.serving.stages.reranking import Reranking
+from reelway.serving.stages.retrieval import Retrieval
+from reelway.serving.time_budget import TimeBudget
+from reelway.serving.video_table import VideoTable
+from reelway.serving.viewers import is_cold, viewer_query
+
+T = TypeVar("T")
+
+
+class Stages(Protocol):
+    """The three stages of a release, in any process. Each takes one value and returns one value."""
+
+    @property
+    def budgets(self) -> Mapping[str, TimeBudget]:
+        """Stage name -> time budget; a stage that is missing has no budget of its own."""
+        ...
+
+    async def retrieve(self, query: ViewerQuery) -> Candidates: ...
+
+    async def rank(self, ranking_input: RankingInput) -> F32: ...
+
+    async def rerank(self, candidates: ScoredCandidates) -> Slate: ...
+
+
+class PathExecutor(Protocol):
+    """Where the path of a release runs."""
+
+    async def run(self, path: RequestPath, call: PathCall) -> PathResult:
+        """Returns the result of ``path.run(call)``, with the fallbacks of all stages if the path is late."""
+        ...
+
+
+class InlineExecutor:
+    """Runs a path in the caller's event loop."""
+
+    async def run(self, path: RequestPath, call: PathCall) -> PathResult:
+        return await path.run(call)
+
+
+@dataclass(frozen=True)
+class RouterRelease:
+    """The parts of a release that the router itself needs: to build responses, and as the fallback of all stages."""
+
+    release_id: str
+    table: VideoTable
+    lists: PopularLists
+    videos_as_of_s: float | None = None  # the time that the release's video features describe
+
+
+@dataclass(frozen=True, slots=True)
+class PathCall:
+    """One request with the state it is answered from."""
+
+    request: RecommendRequest
+    viewer_row: Mapping[str, Any] | None  # None: the online store could not be read
+    now_s: float
+    request_id: int  # also the seed of every random choice
+    shown_at_s: float | None = None
+    mirrored: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class PathResult:
+    """The slate of one call. A mirrored call has no slices and no videos."""
+
+    slate: Slate
+    degraded: list[Rung]
+    slices: list[int] = field(default_factory=list)
+    videos: list[RecommendedVideo] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class Recommendation:
+    """A response with the arrays it was built from."""
+
+    response: RecommendResponse
+    slate: Slate
+    video_ids: list[int]
+    slices: list[int]
+
+
+class RequestPath:
+    """The path of one release for one arm of the rollout."""
+
+    def __init__(
+        self,
+        router_release: RouterRelease,
+        stages: Stages,
+        signer: TokenSigner,
+        metrics: IngressMetrics,
+        rollout_arm: RolloutSide = EVERYBODY,
+        sample: ParitySample | None = None,
+        executor: PathExecutor | None = None,
+    ) -> None:
+        self._release = router_release
+        self._stages = stages
+        self._runner = StageRunner(metrics, router_release.release_id, stages.budgets)
+        self._signer = signer
+        self._metrics = metrics
+        self._rollout_arm = rollout_arm
+        self._sample = sample
+        self._executor = executor or InlineExecutor()
+        self._labels = (router_release.release_id[:SHORT], rollout_arm.arm.value)
+        metrics.empty.labels(*self._labels)  # export 0 from the start: no line on a dashboard would mean "no data"
+
+    async def run(self, call: PathCall, stages: Stages | None = None) -> PathResult:
+        """Goes from the request to the slate, stage by stage.
+
+        Args:
+            stages: used instead of the path's own stages.
+        """
+        release, run, count = self._release, self._runner.run, call.request.count
+        stages = stages or self._stages
+        degraded: list[Rung] = []
+
+        query = await self._viewer_query(call, degraded)
+        popular = partial(release.lists.candidates, query)
+        if self._rollout_arm.arm is Arm.HOLDOUT:
+            slate = popular().to_slate(count)
+        else:
+            candidates = await run(RETRIEVAL, stages.retrieve, query, popular, degraded)
+            in_order = candidates.values_by_position
+            if len(candidates) and RETRIEVAL.degradation not in degraded:
+                value = await run(RANKING, stages.rank, RankingInput.of(query, candidates), in_order, degraded)
+            else:
+                value = in_order()
+            scored = ScoredCandidates.of(query, candidates, value, count)
+            slate = await run(RERANKING, stages.rerank, scored, scored.top_by_value, degraded)
+
+        if call.mirrored:
+            return PathResult(slate, degraded)
+        showing = self._showing(call, query)
+        slices = slices_of(slate.rows, showing, release.table)
+        videos = shown_videos(slate, slices, showing, release.table, release.lists, self._signer)
+        return PathResult(slate, degraded, slices, videos)
+
+    async def recommend(
+        self,
+        request: RecommendRequest,
+        viewer_row: Mapping[str, Any] | None,
+        now_s: float,
+        shown_at_s: float | None = None,
+    ) -> Recommendation:
+        """Returns a slate for the viewer, whichever stages fail.
+
+        Args:
+            viewer_row: field name -> value; empty for an unknown viewer; ``None`` if the store could not be read.
+            now_s: Unix seconds of the request.
+            shown_at_s: Unix seconds of the clock, if the request states a time of its own.
+        """
+        release, (request_id,) = self._release, new_ids(1)
+        with timed(self._metrics.latency.labels(*self._labels)):
+            result = await self._executor.run(self, PathCall(request, viewer_row, now_s, request_id, shown_at_s))
+        slate = result.slate
+        self._record_slate(slate, result.degraded)
+        self._record_sources(slate)
+        if self._sample and viewer_row is not None:
+            self._sample.offer(
+                request_id, request, release.release_id, release.videos_as_of_s, viewer_row, release.table, slate.rows,
+                now_s,
+            )  # fmt: skip
+        response = RecommendResponse.model_construct(
+            request_id=request_id,
+            viewer_id=request.viewer_id,
+            release=release.release_id,
+            arm=self._rollout_arm.arm,
+            degraded=result.degraded,
+            videos=result.videos,
+        )
+        return Recommendation(response, slate, [video.video_id for video in result.videos], result.slices)
+
+    async def mirror(
+        self, request: RecommendRequest, viewer_row: Mapping[str, Any] | None, now_s: float, seed: int
+    ) -> tuple[list[int], F32]:
+        """Returns the video ids and scores that would have been shown. Latency and slate are recorded as usual.
+
+        Args:
+            seed: request id of the response that the slate will be compared with.
+        """
+        with timed(self._metrics.latency.labels(*self._labels)):
+            result = await self._executor.run(self, PathCall(request, viewer_row, now_s, seed, mirrored=True))
+        self._record_slate(result.slate, result.degraded)
+        return self._release.table.video_id[result.slate.rows].tolist(), result.slate.score
+
+    def count_failed(self) -> None:
+        """Counts a request that got no slate at all."""
+        self._metrics.requests.labels(*self._labels, "failed").inc()
+
+    async def _viewer_query(self, call: PathCall, degraded: list[Rung]) -> ViewerQuery:
+        """Returns the viewer as arrays. Fallback: the request's context only."""
+
+        def build(viewer_row: Mapping[str, Any]) -> ViewerQuery:
+            return viewer_query(viewer_row, call.request.context, call.now_s, self._release.table, call.request_id)
+
+        async def known(viewer_row: Mapping[str, Any]) -> ViewerQuery:
+            return build(viewer_row)
+
+        if call.viewer_row is None:
+            degraded.append(VIEWER_QUERY.degradation)
+            return build({})
+        query = await self._runner.run(VIEWER_QUERY, known, call.viewer_row, partial(build, {}), degraded)
+        if not degraded and is_cold(call.viewer_row):
+            self._metrics.cold.labels(*self._labels).inc()
+        return query
+
+    def _showing(self, call: PathCall, query: ViewerQuery) -> Showing:
+        return Showing(
+            call.request_id, call.request.viewer_id, self._release.release_id, self._rollout_arm, query.region,
+            call.now_s, call.now_s if call.shown_at_s is None else call.shown_at_s,
+            call.viewer_row is not None and is_cold(call.viewer_row),
+        )  # fmt: skip
+
+    def _record_slate(self, slate: Slate, degraded: list[Rung]) -> None:
+        metrics, labels = self._metrics, self._labels
+        metrics.requests.labels(*labels, request_outcome(degraded)).inc()
+        for degradation in degraded:
+            metrics.degraded.labels(*labels, degradation).inc()
+        metrics.slate.labels(*labels).observe(len(slate))
+        if not len(slate):
+            metrics.empty.labels(*labels).inc()
+
+    def _record_sources(self, slate: Slate) -> None:
+        for code in set(slate.source.tolist()):
+            self._metrics.shown.labels(*self._labels, SOURCES[code]).inc(int((slate.source == code).sum()))
+
+
+def request_outcome(degraded: Sequence[Rung]) -> str:
+    """Returns ``ok``, ``context_only`` (only the viewer row was missing) or ``degraded`` for a request with a slate."""
+    if not degraded:
+        return "ok"
+    return "context_only" if set(degraded) == {"no_viewer_row"} else "degraded"
+
+
+NO_BUDGETS: Final[Mapping[str, TimeBudget]] = {}
+
+
+@dataclass(frozen=True)
+class LocalStages:
+    """The stages in this process. No call ever waits, so a stage cannot be interrupted and has no budget."""
+
+    retrieval: Retrieval
+    ranking: Ranking
+    reranking: Reranking
+
+    @property
+    def budgets(self) -> Mapping[str, TimeBudget]:
+        return NO_BUDGETS
+
+    async def retrieve(self, query: ViewerQuery) -> Candidates:
+        return self.retrieval.retrieve(query)
+
+    async def rank(self, ranking_input: RankingInput) -> F32:
+        return await self.ranking.rank(ranking_input)
+
+    async def rerank(self, candidates: ScoredCandidates) -> Slate:
+        return self.reranking.rerank(candidates)
+
+
+class UnavailableStages:
+    """Stages that are all late: a path run with them returns the popular list."""
+
+    budgets: Mapping[str, TimeBudget] = NO_BUDGETS
+
+    async def retrieve(self, query: ViewerQuery) -> Candidates:  # noqa: ARG002
+        raise TimeoutError("the whole path is late")
+
+    async def rank(self, ranking_input: RankingInput) -> F32:  # noqa: ARG002
+        raise TimeoutError("the whole path is late")
+
+    async def rerank(self, candidates: ScoredCandidates) -> Slate:  # noqa: ARG002
+        raise TimeoutError("the whole path is late")
+
+
+class InProcessRecommender:
+    """The whole path in one process, called without an event loop.
+
+    Benchmarks use it as the floor, and evaluation calls it in a closed loop.
+    """
+
+    def __init__(
+        self,
+        router_release: RouterRelease,
+        stages: Stages,
+        signer: TokenSigner,
+        metrics: IngressMetrics | None = None,
+    ):
+        self._path = RequestPath(router_release, stages, signer, metrics or IngressMetrics(CollectorRegistry()))
+
+    def recommend(
+        self, request: RecommendRequest, viewer_row: Mapping[str, Any] | None, now_s: float | None = None
+    ) -> RecommendResponse:
+        """Returns one slate; see ``RequestPath.recommend``. ``now_s`` defaults to the clock's time."""
+        work = self._path.recommend(request, viewer_row, time.time() if now_s is None else now_s)
+        return run_without_waiting(work).response
+
+
+def run_without_waiting(work: Coroutine[Any, Any, T]) -> T:
+    """Runs a coroutine that never waits, without an event loop, and returns its result.
+
+    Raises:
+        RuntimeError: if the coroutine waits for something.
+    """
+    try:
+        work.send(None)
+    except StopIteration as done:
+        value: T = done.value
+        return value
+    work.close()
+    raise RuntimeError("a stage of an in-process path waited for something; use stages that only compute")

@@ -1,0 +1,75 @@
+"""Runs the stages of a request within their time budgets and replaces a failed stage by its fallback.
+
+Every stage of every request is run by ``StageRunner.run``. The runner records the stage's latency, counts its failures
+by kind (``timeout`` or ``error``) and adds the degradation to the list that the response carries.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Final, NamedTuple, TypeVar
+
+from reelway.platform.contracts.api import Rung
+from reelway.platform.errors import FeatureError
+from reelway.serving.metrics import SHORT, IngressMetrics, timed
+from reelway.serving.time_budget import TimeBudget
+
+T = TypeVar("T")
+V = TypeVar("V")
+log = logging.getLogger(__name__)
+
+
+class Stage(NamedTuple):
+    """One stage of the request path."""
+
+    name: str  # value of the metrics' label ``stage`` and key of the stage's budget
+    degradation: Rung  # how a response is degraded that used the stage's fallback
+
+
+VIEWER_ROW: Final = Stage("viewer_row", "no_viewer_row")
+VIEWER_QUERY: Final = Stage("ingress", "no_viewer_row")
+RETRIEVAL: Final = Stage("retrieval", "no_retrieval")
+RANKING: Final = Stage("ranking", "no_ranker")
+RERANKING: Final = Stage("reranking", "no_reranker")
+
+
+class StageRunner:
+    """Runs the stages of one release.
+
+    Args:
+        budgets: stage name -> time budget of one call. A stage without a budget may take any time.
+    """
+
+    def __init__(self, metrics: IngressMetrics, release_id: str, budgets: Mapping[str, TimeBudget]) -> None:
+        self._metrics = metrics
+        self._release = release_id[:SHORT]
+        self._budgets = budgets
+
+    async def run(
+        self,
+        stage: Stage,
+        call: Callable[[V], Awaitable[T]],
+        value: V,
+        fallback: Callable[[], T],
+        degraded: list[Rung],
+    ) -> T:
+        """Returns ``call(value)``, or ``fallback()`` if the call raises any exception or exceeds its budget.
+
+        Args:
+            degraded: receives the stage's degradation if the fallback was used.
+        """
+        budget = self._budgets.get(stage.name)
+        try:
+            with timed(self._metrics.stage_latency.labels(self._release, stage.name)):
+                return await (call(value) if budget is None else budget(lambda: call(value)))
+        except Exception as exception:  # a failed stage must never fail the request
+            kind = "timeout" if isinstance(exception, TimeoutError) else "error"
+            self._metrics.faults.labels(self._release, stage.name, kind).inc()
+            log.warning(
+                "stage failed, fallback used: stage=%s degradation=%s: %s: %s",
+                stage.name, stage.degradation, type(exception).__name__, exception,
+                exc_info=not isinstance(exception, TimeoutError | FeatureError),
+            )  # fmt: skip
+            degraded.append(stage.degradation)
+            return fallback()
