@@ -141,7 +141,7 @@ cluster-kserve: cluster ## KServe's own controller on the node, with its webhook
 # Where no registry is reached: IMAGE_BASE=reelway.local/base:bookworm, made by `python infra/images base`.
 IMAGE_BASE ?=
 .PHONY: images
-images: install ## Controller, serving and training images by docker, podman or buildah, as archives (TORCH=cpu for a small one).
+images: install ## Operator, serving and training images by docker, podman or buildah, as archives (TORCH=cpu for a small one).
 	$(BIN)/python infra/images build all --torch $(TORCH) $(if $(IMAGE_BASE),--base $(IMAGE_BASE))
 
 # What the node runs where nothing is pulled, each from what lies here and in the index: no registry, no CUDA.
@@ -162,7 +162,7 @@ cluster-parts: cluster-programs cluster-images ## All that `make e2e` needs, and
 
 .PHONY: cluster-load
 cluster-load: cluster-images cluster ## Give the node Reelway's images, built from the code as it is.
-	@$(BIN)/python infra/cluster load .cluster/images/controller.tar .cluster/images/serving.tar .cluster/images/training.tar
+	@$(BIN)/python infra/cluster load .cluster/images/operator.tar .cluster/images/serving.tar .cluster/images/training.tar
 
 .PHONY: e2e
 e2e: $(if $(OWN_NODE),cluster-load cluster-monitoring cluster-kserve,install) ## The whole platform on a real node: install, roll out, kill, upgrade, uninstall (25 minutes).

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Final
 
 REPOSITORY: Final = Path(__file__).resolve().parents[2]
-IMAGES: Final = ("controller", "serving", "training")
+IMAGES: Final = ("operator", "serving", "training")
 REGISTRY: Final = "reelway.local"
 """Of images that are loaded into a node and pulled by nobody."""
 _PARTS: Final = ("platform", "serving", "pipelines", "feature_repo", "infra/images", "constraints.txt")

@@ -26,7 +26,7 @@ from reelway.platform.cli.terminal import say
 
 CORES: Final = os.cpu_count() or 1
 SIDES: Final[dict[str, dict[str, Any]]] = {"naive": {}, "staged": {}, "fused": {"replicas": {"router": CORES}}}
-QUEUE: Final = {"at_once": 16, "standing": 3}
+QUEUE: Final = {"max_ongoing_requests": 16, "max_ongoing_sustained": 3}
 """Of one router in the overload. What may stand in its queue is what an accepted request may wait; what comes at once
 at half of what it can do is a burst, which may be longer."""
 STAGES: Final = ("retrieval", "ranking", "reranking")

@@ -108,7 +108,7 @@ def _told(monitoring: Monitoring, namespace: str, release: str, alert: str) -> f
 
 def _delivered(kubectl: Kubectl, *, after: float) -> float:
     """When the webhook had stored what Alertmanager delivered, by the clock that stamped the log's line."""
-    log = kubectl.run("logs", f"deployment/{NAME}-controller", "--timestamps", "--since=10m")
+    log = kubectl.run("logs", f"deployment/{NAME}-operator", "--timestamps", "--since=10m")
     return min(at for at in map(moment, _DELIVERED.findall(log)) if at > after)
 
 

@@ -78,7 +78,7 @@ def _has_images(cluster: Cluster) -> None:
     """On the node of `make cluster` nothing is pulled."""
     nodes = json.loads(cluster.kubectl("default").run("get", "nodes", "-o", "json"))["items"]
     known = {name for node in nodes for one in node["status"]["images"] for name in one["names"] or ()}
-    wanted = {image("controller"), image("serving")}
+    wanted = {image("operator"), image("serving")}
     assert wanted <= known, f"the node lacks {sorted(wanted - known)}: build and load them (infra/images/README.md)"
 
 

@@ -32,7 +32,7 @@ _SMALL: Final = {"resources": {"requests": {"cpu": "100m", "memory": "512Mi"}, "
 _SUBMITTER: Final = {
     "resources": {"requests": {"cpu": "20m", "memory": "128Mi"}, "limits": {"cpu": "1", "memory": "512Mi"}}
 }
-KINDS: Final = ("dataset", "materialisation", "training", "evaluation", "release")
+KINDS: Final = ("dataset", "features", "train", "evaluate", "release")
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ def values_files() -> list[Path]:
     return [DEV_VALUES, *([Path(more)] if more else [])]
 
 
-def image(of: str = "controller") -> str:
+def image(of: str = "operator") -> str:
     """As the installations' values name it."""
     named: dict[str, Any] = {"tag": yaml.safe_load((CHART / "Chart.yaml").read_text())["appVersion"]}
     registry = ""
@@ -41,7 +41,7 @@ def image(of: str = "controller") -> str:
 
 
 def pod_document(
-    name: str, command: Sequence[str], *, files: str = "", claim: str = "", of: str = "controller"
+    name: str, command: Sequence[str], *, files: str = "", claim: str = "", of: str = "operator"
 ) -> dict[str, Any]:
     """A pod of one container. ``files`` is a ConfigMap under /files, ``claim`` a claim under /volume."""
     volumes: list[dict[str, Any]] = [{"name": "tmp", "emptyDir": {}}]

@@ -30,7 +30,7 @@ def test_every_pod_runs_under_the_restricted_level(flow: Flow) -> None:
     labels = flow.kubectl.run("get", "namespace", flow.kubectl.namespace, "-o", "jsonpath={.metadata.labels}")
     assert '"pod-security.kubernetes.io/enforce":"restricted"' in labels
     pods = flow.installation.pods()
-    assert {"serving", "controller"} <= {_component(flow, name) for name in pods}
+    assert {"serving", "operator"} <= {_component(flow, name) for name in pods}
     flow.note("pods under the restricted level, enforced", float(len(pods)), "pods", "all", True)
 
 

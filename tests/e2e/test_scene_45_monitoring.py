@@ -36,7 +36,7 @@ def test_every_target_is_up_and_every_rule_is_evaluated(watched: Monitored) -> N
     assert {job: len(found) for job, found in watched.monitoring.targets(namespace).items()} == dict.fromkeys(JOBS, 1)
     until("every rule has been evaluated", lambda: _health(watched) == {"ok"}, 90, lambda: str(_health(watched)))
     names = {rule["name"] for rule in watched.monitoring.rules(namespace)}
-    assert {ERRORS, SLOW, "ReelwayControllerSilent", "ReelwayTelemetryAbsent", "ReelwayViewersUnknown"} <= names
+    assert {ERRORS, SLOW, "ReelwayOperatorSilent", "ReelwayTelemetryAbsent", "ReelwayViewersUnknown"} <= names
 
 
 def test_an_erroring_release_is_taken_back_through_alertmanager(watched: Monitored) -> None:

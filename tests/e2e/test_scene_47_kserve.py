@@ -84,6 +84,17 @@ def test_a_promotion_brings_a_ranker_and_takes_the_old_one_away_when_nobody_can_
     assert not len(served.load.answers(before, since=served.load.now()))
 
 
+def test_applying_the_chart_changes_no_inference_service(served: Flow) -> None:
+    """The initial release of the values was retired; its InferenceService must not come back."""
+    with unnoticed(served, "KServe, helm template | kubectl apply twice, helm upgrade --reuse-values", "serving"):
+        before = _identities(served.kubectl)
+        for _ in range(2):
+            served.installation.apply()
+        served.installation.upgrade_reusing_values()
+        served.load.until_answered_by(served.live, since=served.load.now(), within_s=20, count=40)
+    assert _identities(served.kubectl) == before
+
+
 def test_an_alert_takes_a_release_back_and_its_ranker_is_not_asked_first(served: Flow) -> None:
     bad, installation = served.releases.ids[2], served.installation
     with unnoticed(served, "KServe, rollback by webhook", "serving"):
@@ -127,6 +138,12 @@ def _rankers(kubectl: Kubectl) -> dict[str, bool]:
         )
         for one in found
     }
+
+
+def _identities(kubectl: Kubectl) -> dict[str, tuple[str, int]]:
+    """Uid and generation of every InferenceService."""
+    found = json.loads(kubectl.run("get", RANKERS, "-o", "json"))["items"]
+    return {one["metadata"]["name"]: (one["metadata"]["uid"], one["metadata"]["generation"]) for one in found}
 
 
 def _pods(kubectl: Kubectl, release: str) -> list[str]:

@@ -47,6 +47,6 @@ def _pass(seconds: float) -> None:
 
 
 def _kill(flow: Flow) -> None:
-    before = flow.installation.pods("controller")
+    before = flow.installation.pods("operator")
     flow.kubectl.run("delete", "pod", *before, "--grace-period=0", "--force", "--wait=true")
-    until("there is another operator", lambda: flow.installation.pods("controller").keys() - before.keys(), 60)
+    until("there is another operator", lambda: flow.installation.pods("operator").keys() - before.keys(), 60)

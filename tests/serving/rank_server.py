@@ -24,11 +24,11 @@ from reelway.platform.cli.processes import child, reelway_command
 from reelway.platform.contracts.api import RequestContext
 from reelway.platform.release.signing import create_keys, load_private_key
 from reelway.platform.release.store import ReleaseStore
+from reelway.platform.rollout.traffic.serving_options import ReleaseArgs, ReleaseStoreArgs
 from reelway.serving.metrics import SHORT
 from reelway.serving.open_inference.model import LoadedRanker
 from reelway.serving.open_inference.server import Listening, RankServerOptions, run_rank_server
 from reelway.serving.release_loader import ReleaseLoader
-from reelway.serving.serve_config import ReleaseShelf, ReleaseSource
 from reelway.serving.video_table import VideoTable
 from reelway.serving.viewers import viewer_query
 
@@ -108,7 +108,7 @@ class RankServer:
 
 def options_of(made: MadeRelease, **changes: Any) -> RankServerOptions:
     """At free ports of this machine."""
-    source = ReleaseSource(
+    source = ReleaseArgs(
         release_store=str(made.place / "releases"), release_cache=made.place / "cache",
         public_keys=made.place / "keys", release=made.release,
     )  # fmt: skip
@@ -164,7 +164,7 @@ class RankServerProcess:
 
 @contextmanager
 def rank_server_process(
-    shelf: ReleaseShelf, release: str, place: Path, *, grpc_port: int = 0
+    shelf: ReleaseStoreArgs, release: str, place: Path, *, grpc_port: int = 0
 ) -> Iterator[RankServerProcess]:
     """A server that is ready.
 

@@ -11,7 +11,7 @@ from reelway.platform.cluster.ray_job_template import QUEUE_LABEL
 
 
 def ray_job(*, labels: dict[str, str] | None = None, suspend: bool = False, **status: Any) -> dict[str, Any]:
-    known = {"reelway.dev/job": "training", "reelway.dev/run": "production", **(labels or {})}
+    known = {"reelway.dev/job": "train", "reelway.dev/run": "production", **(labels or {})}
     metadata = {"name": "rw-training-x", "labels": known, "creationTimestamp": "2026-03-01T10:00:00Z"}
     return {"metadata": metadata, "spec": {"entrypoint": "reelway train", "suspend": suspend}, "status": status}
 

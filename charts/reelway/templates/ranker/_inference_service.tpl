@@ -1,4 +1,4 @@
-{{- define "reelway.rankedByKServe" -}}{{- if eq .Values.ranker.backend "kserve" }}true{{ end -}}{{- end -}}
+{{- define "reelway.kserveEnabled" -}}{{- if eq .Values.ranker.backend "kserve" }}true{{ end -}}{{- end -}}
 
 {{/* KServe puts `-predictor` behind it and names a Service so: 63 characters in all. */}}
 {{- define "reelway.rankerName" -}}
@@ -59,7 +59,7 @@ spec:
     {{- with include "reelway.servingPriority" .context }}
     priorityClassName: {{ . }}
     {{- end }}
-    {{- include "reelway.placement" (dict "of" $r) | nindent 4 }}
+    {{- include "reelway.scheduling" (dict "of" $r) | nindent 4 }}
     volumes:
       - {name: tmp, emptyDir: {sizeLimit: 256Mi}}
       - {name: cache, emptyDir: {sizeLimit: {{ $v.serving.releaseCache.size }}}}
@@ -80,7 +80,7 @@ spec:
           - --http-port={{ $r.ports.http }}
           - --grpc-port={{ $r.ports.grpc }}
           - --threads={{ $r.threads }}
-          - --waiting={{ $r.waiting }}
+          - --waiting={{ $r.maxQueuedRequests }}
           - --max-candidates={{ $r.maxCandidates }}
           - --drain-seconds={{ $r.drainSeconds }}
           - --grace-seconds={{ sub (int $r.terminationGracePeriodSeconds) (add (int $r.drainSeconds) 2) }}

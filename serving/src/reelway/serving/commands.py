@@ -27,8 +27,8 @@ from reelway.platform.cli.processes import child, reelway_command
 from reelway.platform.cli.terminal import console, out, say
 from reelway.platform.durable import write_json
 from reelway.platform.errors import ConfigError, FeatureError, ServingError
+from reelway.platform.rollout.traffic.serving_options import Composition
 from reelway.platform.runs import RunDirectory
-from reelway.serving.composition import Composition
 from reelway.serving.free_ports import free_port, refuse_taken_port
 
 if TYPE_CHECKING:
@@ -103,12 +103,12 @@ def serve(
             raise ConfigError(f"--standing {standing}: expected at most --at-once, which is {at_once}")
         port = free_port(host) if port == 0 else refuse_taken_port(host, port)
         from reelway.platform.rollout.traffic.routing import Routing
+        from reelway.platform.rollout.traffic.serving_options import Deployments, ReleaseStoreArgs, ServingOptions
         from reelway.serving.deployments.service import running_service
-        from reelway.serving.serve_config import ReleaseShelf, Replicas, ServiceOptions
 
         place = directory.path / "serving"
-        options = ServiceOptions(
-            shelf=ReleaseShelf(
+        options = ServingOptions(
+            releases=ReleaseStoreArgs(
                 release_store=str(directory.release_store),
                 release_cache=place / "releases",
                 public_keys=directory.keys,
@@ -120,13 +120,18 @@ def serve(
             vector_log=place / "vectors.jsonl",
             parity_ratio=parity_ratio,
             outcomes=place / "outcomes.db",
-            events=str(directory.event_log),
+            event_log=str(directory.event_log),
             host=host,
             port=port,
-            replicas=Replicas(router_replicas, retrieval_replicas, ranking_replicas, reranking_replicas),
+            deployments=Deployments.with_replicas(
+                router=router_replicas,
+                retrieval=retrieval_replicas,
+                ranking=ranking_replicas,
+                reranking=reranking_replicas,
+            ),
             composition=composition,
-            at_once=at_once,
-            standing=standing,
+            max_ongoing_requests=at_once,
+            max_ongoing_sustained=standing,
         )
         release_id = verified.manifest.release_id
         with ExitStack() as stack:

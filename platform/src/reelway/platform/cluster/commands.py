@@ -32,6 +32,9 @@ def operator(
     ),
     alertmanager_token_file: Path | None = typer.Option(None, help="Bearer token for Alertmanager."),
     alertmanager_ca_file: Path | None = typer.Option(None, help="Certificates (PEM) for Alertmanager's."),
+    ray_service: str = typer.Option(
+        "", help="RayService whose Serve config is composed from the chart's options; by default none is."
+    ),
     head_url: str | None = typer.Option(None, help="URL of a RayService's dashboard, with {name} and {namespace}."),
     router_url: str | None = typer.Option(None, help="URL of a RayService's router, with {name} and {namespace}."),
     trust_host: list[str] = typer.Option(
@@ -90,6 +93,7 @@ def operator(
     settings = OperatorSettings(
         webhook_token_file=webhook_token_file, identity=identity or made_up, host=host, port=port, lease=lease,
         lease_duration_s=lease_duration, lanes=lanes, releases=releases,
+        ray_service=ray_service,
     )  # fmt: skip
     run_operator(KubeApi(namespace, context=context), settings)
 

@@ -18,6 +18,7 @@ from reelway.platform.cluster.kube_api import KubeApi
 from reelway.platform.cluster.ray_service import RayServiceBackend
 from reelway.platform.cluster.resources import Backend, Resource
 from reelway.platform.cluster.rollout_store import KubeRolloutStore
+from reelway.platform.cluster.serve_config_reconciler import ServeConfigReconciler
 from reelway.platform.cluster.shelf import Shelf
 from reelway.platform.errors import RolloutError
 from reelway.platform.rollout.control.alert_book import AlertBook
@@ -31,7 +32,6 @@ from reelway.platform.rollout.sources.parity_report import ParityReport
 from reelway.platform.rollout.sources.parity_store import ParityInStore
 from reelway.platform.rollout.sources.prometheus_reader import PrometheusReader
 from reelway.platform.rollout.traffic.serve_rest import ServeAddress, ServeRestBackend
-from reelway.platform.rollout.traffic.target import TrafficBackend
 
 log = logging.getLogger(__name__)
 
@@ -92,7 +92,12 @@ class Lane:
         self.store = KubeRolloutStore(api, shelf, backend=backend.key, made_for=backend, told=told)
         serve = ServeRestBackend(address)
         name = backend.ray_service.name if backend.ray_service else ""
-        self.backend: RayServiceBackend | ServeRestBackend = RayServiceBackend(api, name, serve) if name else serve
+        self.backend: RayServiceBackend | ServeRestBackend = serve
+        self.serve_config: ServeConfigReconciler | None = None
+        rankers = _rankers(api, settings)
+        if name:
+            self.backend = RayServiceBackend(api, name, serve)
+            self.serve_config = ServeConfigReconciler(api, self.backend, rankers)
         url = address.url.rstrip("/")
         reader: SeriesReader
         if settings.prometheus_url:
@@ -108,7 +113,7 @@ class Lane:
         alerts = settings.alertmanager_url
         controller = Controller(
             self.store,
-            _with_rankers(self.backend, api, settings),
+            RankedApart(self.backend, rankers) if rankers else self.backend,
             self._source,
             self.book,
             alert_source=alert_source(alerts, _within(api.namespace, settings.alertmanager_access)) if alerts else None,
@@ -154,10 +159,8 @@ def _within(namespace: str, access: Access) -> Access:
     return replace(access, labels={**access.labels, "namespace": namespace})
 
 
-def _with_rankers(backend: TrafficBackend, api: KubeApi, settings: LaneSettings) -> TrafficBackend:
-    if settings.ranker_template is None:
-        return backend
-    return RankedApart(backend, InferenceServices(api, read_template(settings.ranker_template)))
+def _rankers(api: KubeApi, settings: LaneSettings) -> InferenceServices | None:
+    return InferenceServices(api, read_template(settings.ranker_template)) if settings.ranker_template else None
 
 
 def address_of(backend: Backend, namespace: str, settings: LaneSettings) -> ServeAddress:

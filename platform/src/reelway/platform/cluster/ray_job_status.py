@@ -12,7 +12,7 @@ from datetime import datetime
 from enum import StrEnum
 from typing import Any, Final
 
-from reelway.platform.cluster.ray_job_template import KIND_LABEL, QUEUE_LABEL, RUN_LABEL, kind_of
+from reelway.platform.cluster.ray_job_template import KIND_LABEL, QUEUE_LABEL, RUN_LABEL
 
 RELEASE_ID: Final = re.compile(r"[0-9a-f]{64}")
 _EXIT_CODE: Final = re.compile(r"exit code (-?\d+)")
@@ -78,7 +78,7 @@ def read_job(document: Mapping[str, Any]) -> Job:
     assert created_at is not None
     return Job(
         name=metadata["name"],
-        kind=kind_of(labels.get(KIND_LABEL, "")),
+        kind=labels.get(KIND_LABEL, ""),
         run=labels.get(RUN_LABEL, ""),
         state=state,
         created_at=created_at,

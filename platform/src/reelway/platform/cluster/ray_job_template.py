@@ -31,32 +31,13 @@ _TOLERATION: Final = re.compile(
 
 
 class JobKind(StrEnum):
-    """What a job does: a command of `reelway`."""
+    """A kind of job: its name in `reelway submit`, among the chart's ``jobs`` and in labels."""
 
     DATASET = "dataset"
     FEATURES = "features"
     TRAIN = "train"
     EVALUATE = "evaluate"
     RELEASE = "release"
-
-    @property
-    def key(self) -> str:
-        """Its name among the chart's ``jobs``, and in labels."""
-        return _KEYS[self]
-
-
-_KEYS: Final = {
-    JobKind.DATASET: "dataset",
-    JobKind.FEATURES: "materialisation",
-    JobKind.TRAIN: "training",
-    JobKind.EVALUATE: "evaluation",
-    JobKind.RELEASE: "release",
-}
-
-
-def kind_of(label: str) -> str:
-    """The kind as people type it, of what is in a label; the label itself where it is none of ours."""
-    return next((kind.value for kind, key in _KEYS.items() if key == label), label)
 
 
 @dataclass(frozen=True)
@@ -102,9 +83,9 @@ def template_of(config_maps: Iterable[Mapping[str, Any]], kind: JobKind, install
             f"Reelway's job templates: found installations {sorted(found)}, expected one; "
             + ("name it with --installation" if found else _NOT_INSTALLED)
         )
-    text = next(iter(found.values()))["data"].get(f"{kind.key}.yaml")
+    text = next(iter(found.values()))["data"].get(f"{kind}.yaml")
     if text is None:
-        raise ConfigError(f"the installation has no template {kind.key}.yaml; upgrade its chart")
+        raise ConfigError(f"the installation has no template {kind}.yaml; upgrade its chart")
     loaded: Document = yaml.safe_load(text)
     return loaded
 

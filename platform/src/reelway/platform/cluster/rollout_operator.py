@@ -22,7 +22,7 @@ from reelway.platform.cluster.kube_api import KubeApi
 from reelway.platform.cluster.lanes import Lane, LaneSettings
 from reelway.platform.cluster.lease import Lease
 from reelway.platform.cluster.release_records import ReleaseRecords
-from reelway.platform.cluster.resources import Backend, PolicyReference, Resource
+from reelway.platform.cluster.resources import Backend, PolicyReference, RayServiceReference, Resource
 from reelway.platform.cluster.rollout_store import KubeRolloutStore
 from reelway.platform.cluster.shelf import PATH, ToldShelf
 from reelway.platform.cluster.status import REFUSED, WAITING
@@ -60,6 +60,8 @@ class OperatorSettings:
     lease_duration_s: float = 10.0
     """A silent holder is gone after so long."""
     lanes: LaneSettings = field(default_factory=LaneSettings)
+    ray_service: str = ""
+    """RayService whose Serve config the operator composes from the chart's options; empty composes none."""
     releases: str | None = None
     """Path or URL of the store whose releases are recorded as resources; None records none."""
 
@@ -184,12 +186,20 @@ class Operator:
     def _loop(self, stop: threading.Event) -> None:
         while not stop.is_set():
             seen = self._shelf.changes(own=True)
+            self._guarded("serve config", self._reconcile_serve_config)
             self._guarded("admission", self._look)
             if time.monotonic() - self._compared_at > _COMPARED_S:
                 self._guarded("list", self._compare)
             deadline = time.monotonic() + _LOOK_S
             while not stop.is_set() and time.monotonic() < deadline and self._shelf.changes(own=True) == seen:
                 stop.wait(_NOTICED_S)
+
+    def _reconcile_serve_config(self) -> None:
+        if not self._settings.ray_service:
+            return
+        lane = self._lane(Backend(ray_service=RayServiceReference(name=self._settings.ray_service)))
+        if lane.serve_config is not None:
+            lane.serve_config.reconcile()
 
     def _look(self) -> None:
         """Let rollouts begin whose turn it is; say of the others why it is not."""

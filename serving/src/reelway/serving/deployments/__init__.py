@@ -4,7 +4,7 @@
 - ``stages``: the deployments of a release, and the router's way to them;
 - ``service``: Ray on this machine, told by Serve's REST API what to run.
 
-What runs is a document (``serving.serve_config``), never a call: writing another user configuration for the router
+What runs is a document (``traffic.serve_config``), never a call: writing another user configuration for the router
 reconfigures its replicas in place, and a release comes and goes without touching the others. (``serve.run`` from
 Python makes a new version of everything it is given, and replaces the replicas.)
 

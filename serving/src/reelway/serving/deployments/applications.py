@@ -1,6 +1,6 @@
 """What Serve builds by import path: a release, the router, the outcomes. Each builder takes its arguments typed.
 
-The number of replicas, their resources and the routing are the document's to say (``serving.serve_config``); what is
+The number of replicas, their resources and the routing are the document's to say (``traffic.serve_config``); what is
 here are the limits that follow from how the code works.
 """
 
@@ -20,6 +20,7 @@ from reelway.platform.eventlog import open_event_log
 from reelway.platform.features.store import open_feature_store
 from reelway.platform.features.vector_log import VectorLog, log_of_this_host
 from reelway.platform.features.viewer_rows import ViewerRows
+from reelway.platform.rollout.traffic.serving_options import OutcomesArgs, ReleaseArgs, RouterArgs
 from reelway.platform.tokens import TokenSigner
 from reelway.serving.deployments.stages import (
     HELD,
@@ -46,7 +47,6 @@ from reelway.serving.outcomes import (
 from reelway.serving.parity_sample import ParitySample
 from reelway.serving.release_loader import open_trusted
 from reelway.serving.router import Router, RouterParts
-from reelway.serving.serve_config import OutcomesArgs, ReleaseSource, RouterArgs
 from reelway.serving.token_secrets import read_token_secrets
 
 # A stage computes and never waits: more than a few requests in one replica would wait inside it instead of going to
@@ -54,7 +54,7 @@ from reelway.serving.token_secrets import read_token_secrets
 _STAGE: Final = {"max_ongoing_requests": 8}
 
 
-def release(args: ReleaseSource) -> serve.Application:
+def release(args: ReleaseArgs) -> serve.Application:
     """The stages of one release. The application's name must be ``args.release``: the router calls it by that."""
     if args.composition == "fused":
         return serve.deployment(HeldRelease, name=HELD).bind(args)
@@ -90,8 +90,8 @@ class RouterDeployment(Router):
             viewer_row_ms=args.budgets.viewer_row,
             sample=sample,
             exposures=ExposureBuffer() if args.outcomes else None,
-            at_once=args.at_once,
-            standing=args.standing,
+            at_once=args.max_ongoing_requests,
+            standing=args.max_ongoing_sustained,
         )
         super().__init__(self._open, parts)
         if args.composition == "fused":
@@ -112,7 +112,7 @@ class RouterDeployment(Router):
 
     async def _open(self, release: str) -> OpenRelease:
         args = self._args
-        loader = await asyncio.to_thread(open_trusted, args.source_of(release))
+        loader = await asyncio.to_thread(open_trusted, args.release_args(release))
         if args.composition == "fused":
             return await asyncio.to_thread(open_fused, loader, args.budgets.path)
         edge = await asyncio.to_thread(loader.edge)
@@ -126,7 +126,7 @@ class OutcomesDeployment:
     def __init__(self, args: OutcomesArgs) -> None:
         self._signer = TokenSigner(*read_token_secrets(args.token_secrets))
         self._collector = OutcomeCollector(args.state)
-        self._appender = OutcomeAppender(open_event_log(args.events)) if args.events else None
+        self._appender = OutcomeAppender(open_event_log(args.event_log)) if args.event_log else None
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         return build_outcomes_api(self._collector, self._signer, self._appender)

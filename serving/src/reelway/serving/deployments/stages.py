@@ -10,12 +10,12 @@ from typing import Any, Final
 from prometheus_client import CollectorRegistry
 from ray.serve.handle import DeploymentHandle
 
+from reelway.platform.rollout.traffic.serving_options import BudgetsMs, ReleaseArgs
 from reelway.serving import metrics
 from reelway.serving.fused import load_warm
 from reelway.serving.graph import run_to_end
 from reelway.serving.open_inference.client import RankerThere, address_of
 from reelway.serving.release_loader import open_trusted
-from reelway.serving.serve_config import BudgetsMs, ReleaseSource
 from reelway.serving.stages.arrays import F32, Candidates, Codes, Rows, Slate, ViewerQuery
 from reelway.serving.time_budget import TimeBudget
 from reelway.serving.viewers import first_ranking, nobody
@@ -29,7 +29,7 @@ HELD: Final = "Release"
 class RetrievalStage:
     """Viewer tower, index and lists of one release."""
 
-    def __init__(self, source: ReleaseSource) -> None:
+    def __init__(self, source: ReleaseArgs) -> None:
         loader = open_trusted(source)
         self._stage = loader.retrieval()
         self._metrics = metrics.RetrievalMetrics(CollectorRegistry(), loader.release_id())
@@ -45,7 +45,7 @@ class RetrievalStage:
 class RankingStage:
     """Ranker and video table of one release. A ranker that runs elsewhere is asked, and never waited for to start."""
 
-    def __init__(self, source: ReleaseSource) -> None:
+    def __init__(self, source: ReleaseArgs) -> None:
         loader = open_trusted(source)
         registry = CollectorRegistry()
         self._metrics = metrics.RankingMetrics(registry, loader.release_id())
@@ -71,7 +71,7 @@ class RerankingStage:
     """Video table of one release. The root of the release's application: it holds the others so that they come and
     go together; the router calls all three itself."""
 
-    def __init__(self, source: ReleaseSource, retrieval: Any, ranking: Any) -> None:
+    def __init__(self, source: ReleaseArgs, retrieval: Any, ranking: Any) -> None:
         loader = open_trusted(source)
         self._stage = loader.reranking()
         self._metrics = metrics.RerankingMetrics(CollectorRegistry(), loader.release_id())
@@ -91,7 +91,7 @@ class HeldRelease:
     be served here, before a router opens it.
     """
 
-    def __init__(self, source: ReleaseSource) -> None:
+    def __init__(self, source: ReleaseArgs) -> None:
         load_warm(open_trusted(source))
 
 

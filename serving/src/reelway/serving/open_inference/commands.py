@@ -41,12 +41,12 @@ def rank_server(
       reelway rank-server --release 3f9c... --release-store runs/demo/releases --release-cache /tmp/releases
       --public-keys runs/demo/keys --host 127.0.0.1
     """
+    from reelway.platform.rollout.traffic.serving_options import ReleaseArgs
     from reelway.platform.telemetry import configure_logging
     from reelway.serving.open_inference.server import Listening, RankServerOptions, run_rank_server
-    from reelway.serving.serve_config import ReleaseSource
 
     configure_logging()
-    source = ReleaseSource(
+    source = ReleaseArgs(
         release_store=release_store, release_cache=release_cache, public_keys=public_keys, release=release
     )
     options = RankServerOptions(

@@ -24,10 +24,10 @@ from reelway.platform.errors import ServingError
 from reelway.platform.release.signing import load_public_keys
 from reelway.platform.release.store import ReleaseStore
 from reelway.platform.release.verify import verify
+from reelway.platform.rollout.traffic.serving_options import ReleaseArgs
 from reelway.serving.open_inference.model import LoadedRanker, ServedRanker
 from reelway.serving.open_inference.rest import build_rest_api
 from reelway.serving.open_inference.rpc import RpcMethods
-from reelway.serving.serve_config import ReleaseSource
 
 log = logging.getLogger(__name__)
 
@@ -36,7 +36,7 @@ log = logging.getLogger(__name__)
 class RankServerOptions:
     """What a rank server is started with; ``source.release`` is a whole id."""
 
-    source: ReleaseSource
+    source: ReleaseArgs
     host: str = "0.0.0.0"
     http_port: int = 8080
     """Of REST, health and metrics; 0 chooses a free one."""

@@ -1,32 +1,35 @@
-{{/* What `reelway operator` is started with. Braces are the operator's own placeholders. */}}
+{{/* Arguments of `reelway operator`, which fills in the names in single braces. */}}
 {{- define "reelway.operatorArgs" -}}
 {{- $v := .Values -}}
 - operator
 - --namespace={{ .Release.Namespace }}
-- --lease={{ include "reelway.fullname" . }}-controller
+- --lease={{ include "reelway.fullname" . }}-operator
 - --host=0.0.0.0
-- --port={{ $v.controller.port }}
+- --port={{ $v.operator.port }}
 - --webhook-token-file=/etc/reelway/tokens/webhook
 - --ray-token-file=/etc/reelway/tokens/ray
-- --interval={{ $v.controller.intervalSeconds }}
+- --interval={{ $v.operator.intervalSeconds }}
 - --releases={{ include "reelway.storeUrl" . }}
 - --parity={{ include "reelway.parityReport" . }}
-- --head-url=http://{name}-head-svc.{namespace}.svc:{{ $v.ray.ports.dashboard }}
+{{- if $v.serving.enabled }}
+- --ray-service={{ include "reelway.fullname" . }}
+{{- end }}
+- --head-url=http://{name}-head-svc.{namespace}.svc:8265
 - --router-url=http://{name}-router.{namespace}.svc:{{ $v.serving.port }}
-{{- if include "reelway.rankedByKServe" . }}
+{{- if include "reelway.kserveEnabled" . }}
 - --ranker-template=/etc/reelway/ranker/inference-service.yaml
 {{- end }}
-{{- with $v.controller.prometheusUrl }}
+{{- with $v.operator.prometheusUrl }}
 - --prometheus={{ . }}
 {{- end }}
-{{- with $v.controller.alertmanagerUrl }}
+{{- with $v.operator.alertmanagerUrl }}
 - --alertmanager={{ . }}
 {{- end }}
-{{- range $name, $value := $v.controller.prometheusAccess.labels }}
+{{- range $name, $value := $v.operator.prometheusAccess.labels }}
 - --prometheus-label={{ $name }}={{ $value }}
 {{- end }}
 {{- range $who := list "prometheus" "alertmanager" }}
-{{- $access := index $v.controller (printf "%sAccess" $who) }}
+{{- $access := index $v.operator (printf "%sAccess" $who) }}
 {{- if $access.tokenSecret }}
 - --{{ $who }}-token-file=/etc/reelway/monitoring/{{ $who }}.token
 {{- end }}
@@ -36,11 +39,11 @@
 {{- end }}
 {{- end -}}
 
-{{/* What Prometheus and Alertmanager are asked with, one folder; empty where they ask for nothing. */}}
+{{/* Tokens and certificates for Prometheus and Alertmanager in one projected volume; empty if none is needed. */}}
 {{- define "reelway.monitoringAccess" -}}
 {{- $v := .Values -}}
 {{- range $who := list "prometheus" "alertmanager" }}
-{{- $access := index $v.controller (printf "%sAccess" $who) }}
+{{- $access := index $v.operator (printf "%sAccess" $who) }}
 {{- with $access.tokenSecret }}
 - secret: {name: {{ . }}, items: [{key: token, path: {{ $who }}.token}]}
 {{- end }}
