@@ -132,7 +132,7 @@ def test_a_declaration_that_failed_is_seen_and_mended_at_the_next_look(
     other["applications"][-1]["deployments"][0]["num_replicas"] = 2
     declare(kube, other)
     target = target_of(state())
-    with pytest.raises(RolloutError, match="Serve has taken it, RayService reelway has not: somebody else wrote"):
+    with pytest.raises(RolloutError, match="Serve accepted the traffic, the declaration failed: another writer"):
         backend.apply(target)
     assert serve.routing == target.routing
     seen = backend.observe()
@@ -165,7 +165,7 @@ def test_what_others_declared_meanwhile_is_kept(backend: RayServiceBackend, kube
     upgraded = document(Routing.whole(STABLE))
     upgraded["applications"][-1]["deployments"][0]["num_replicas"] = 3
     declare(kube, upgraded)
-    with pytest.raises(RolloutError, match="Serve has taken it"):
+    with pytest.raises(RolloutError, match="Serve accepted the traffic"):
         backend.apply(target_of(state()))
     backend.observe()
     backend.apply(target_of(state()))
@@ -188,8 +188,8 @@ def test_a_ray_service_that_is_not_there_is_said_to_be(api: KubeApi, kube: Kubec
     del kube
     gone = RayServiceBackend(api, "other", ServeRestBackend(ServeAddress(serve.url, serve.url)))
     assert not gone.exists()
-    assert "there is no RayService other" in gone.observe().detail
-    with pytest.raises(RolloutError, match="there is no RayService other"):
+    assert "RayService other: it does not exist" in gone.observe().detail
+    with pytest.raises(RolloutError, match="RayService other: it does not exist"):
         gone.apply(target_of(state()))
     gone.close()
 

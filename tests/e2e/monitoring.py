@@ -58,7 +58,7 @@ class Monitoring:
     """Of the node, where it may be taken away for a while."""
 
     def values(self) -> dict[str, Any]:
-        """Of an installation that is watched by them, with the chart's own intervals."""
+        """Values of an installation with monitoring, with the chart's default intervals."""
         return {
             "monitoring": {part: {"enabled": True} for part in ("monitors", "rules", "alertmanagerConfig")},
             "operator": {

@@ -110,6 +110,7 @@
 {{- include "reelway.fail" (dict "path" (printf "%s.autoscaling.min" $path) "saw" $one.autoscaling.min "expected" (printf "at most autoscaling.max, which is %v" $one.autoscaling.max)) }}
 {{- end }}
 {{- end }}
+{{- include "reelway.checkCapacity" . }}
 {{- if and $v.serving.ingress.enabled (not $v.serving.ingress.host) }}
 {{- include "reelway.fail" (dict "path" "serving.ingress.host" "saw" "" "expected" "a host name, because serving.ingress.enabled is true") }}
 {{- end }}
@@ -122,6 +123,25 @@
 {{- include "reelway.fail" (dict "path" (printf "%s.%s" $path $name) "saw" "(hidden)" "expected" "no value: secrets are read from a Secret (secrets.name, releases.store.s3.credentialsSecret)") }}
 {{- end }}
 {{- end }}
+{{- end }}
+{{- end -}}
+
+{{/* A rollout runs the stages of two releases at the same time: Ray must have CPUs for both. */}}
+{{- define "reelway.checkCapacity" -}}
+{{- $s := .Values.serving -}}
+{{- $scaling := .Values.ray.autoscaling.enabled -}}
+{{- $capacity := float64 $s.head.cpus }}
+{{- range $group := $s.workers }}
+{{- $cpus := include "reelway.quantity" $group.resources.requests.cpu | float64 | floor | int | max 1 }}
+{{- $capacity = addf $capacity (mulf (ternary $group.maxReplicas $group.replicas $scaling) $cpus) }}
+{{- end }}
+{{- $demand := 0.0 }}
+{{- range $name, $deployment := $s.deployments }}
+{{- $replicas := ternary $deployment.autoscaling.min $deployment.replicas $deployment.autoscaling.enabled }}
+{{- $demand = addf $demand (mulf $replicas $deployment.cpus (ternary 1 2 (eq $name "router"))) }}
+{{- end }}
+{{- if gt $demand $capacity }}
+{{- include "reelway.fail" (dict "path" "serving.workers" "saw" (printf "%v CPUs in all" $capacity) "expected" (printf "at least %v: the routers and the stages of two releases, as serving.deployments states them" $demand)) }}
 {{- end }}
 {{- end -}}
 
