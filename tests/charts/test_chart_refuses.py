@@ -83,7 +83,7 @@ WRONG: Final[list[tuple[str, Any, str, dict[str, Any]]]] = [
     ("serving.port", 30100, "the range 30000 to 30199", {}),
     ("serving.port", 40100, "the range 40000 to 40199", {}),
     ("serving.head.cpus", 0, "no worker", {}),
-    ("serving.workers", {}, "0.5 CPUs in all, expected at least 0.7", {"serving.head.cpus": 0.5}),
+    ("serving.workers", {}, "expected at least 0.7: the routers and the stages", {"serving.head.cpus": 0.5}),
     ("serving.head.resources.limits.cpu", "2", "at least the request", {"serving.head.resources": BIG}),
     ("serving.head.resources.limits.memory", "1500Mi", "at least the request", {"serving.head.resources": HUNGRY}),
     ("serving.deployments.ranking.gpus", 1, "no group of serving.workers has GPUs", {}),

@@ -113,7 +113,7 @@ def release_rollout_crd() -> dict[str, Any]:
         {"name": "Age", "type": "date", "jsonPath": ".metadata.creationTimestamp"},
         {"name": "Reason", "type": "string", "jsonPath": ".status.reason"},
         {"name": "Policy", "type": "string", "jsonPath": ".status.policy.name", "priority": 1},
-        {"name": "Waits for", "type": "string", "jsonPath": ".status.waitsFor", "priority": 1},
+        {"name": "Waiting for", "type": "string", "jsonPath": ".status.waitsFor", "priority": 1},
     ]
     schema = {
         "description": "Rolls a release out as a canary and takes it back when the evidence says so.",
@@ -129,9 +129,9 @@ def release_crd() -> dict[str, Any]:
     status = schema_of(resources.ReleaseStatus)
     status["properties"]["conditions"] |= _keyed_by("type")
     columns: list[dict[str, Any]] = [
-        {"name": "Called", "type": "string", "jsonPath": ".status.name"},
+        {"name": "Name", "type": "string", "jsonPath": ".status.name"},
         {"name": "Gates", "type": "string", "jsonPath": ".status.gates"},
-        {"name": "Made", "type": "date", "jsonPath": ".status.madeAt"},
+        {"name": "Created", "type": "date", "jsonPath": ".status.madeAt"},
         {"name": "In store", "type": "string", "jsonPath": '.status.conditions[?(@.type=="InStore")].status'},
         {"name": "Parent", "type": "string", "jsonPath": ".spec.parent", "priority": 1},
         {"name": "Store", "type": "string", "jsonPath": ".spec.store", "priority": 1},
