@@ -29,9 +29,7 @@ def make_base(builder: Builder, out: Path, mirror: str | None, say: Callable[[st
         BuilderError: if debootstrap is not installed or fails.
     """
     if shutil.which("debootstrap") is None:
-        raise BuilderError(
-            "debootstrap: not installed; install it, or use `build --base IMAGE`"
-        )
+        raise BuilderError("debootstrap: not installed; install it, or use `build --base IMAGE`")
     with tempfile.TemporaryDirectory(dir=_made(out)) as folder:
         root = Path(folder) / "root"
         include = f"--include={','.join(_PACKAGES)}"

@@ -40,7 +40,7 @@ spec:
               securityContext: {{- include "reelway.containerSecurity" .context | nindent 16 }}
               env:
                 - name: POD_NAMESPACE
-                  valueFrom: {fieldRef: {fieldPath: metadata.namespace}}
+                  valueFrom: {fieldRef: {apiVersion: v1, fieldPath: metadata.namespace}}
               resources: {{- toYaml $v.jobs.creator.resources | nindent 16 }}
               volumeMounts:
                 - {name: programs, mountPath: /etc/reelway/jobs, readOnly: true}

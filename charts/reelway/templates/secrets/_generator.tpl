@@ -39,7 +39,7 @@ spec:
       securityContext: {{- include "reelway.containerSecurity" . | nindent 8 }}
       env:
         - name: POD_NAMESPACE
-          valueFrom: {fieldRef: {fieldPath: metadata.namespace}}
+          valueFrom: {fieldRef: {apiVersion: v1, fieldPath: metadata.namespace}}
       resources: {{- toYaml .Values.secrets.generator.resources | nindent 8 }}
       volumeMounts:
         - {name: tmp, mountPath: /tmp}
