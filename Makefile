@@ -171,8 +171,8 @@ cluster-artifacts: cluster-programs cluster-images ## Build everything that `mak
 	@$(BIN)/python infra/images node monitoring redis
 
 .PHONY: cluster-load-images
-cluster-load-images: cluster-images cluster ## Build Reelway's images from this checkout and load them into the node.
-	@$(BIN)/python infra/cluster load .cluster/images/controller.tar .cluster/images/serving.tar .cluster/images/training.tar
+cluster-load-images: cluster-images cluster ## Build the images of Reelway from this checkout and load them into the node.
+	@$(BIN)/python infra/cluster load .cluster/images/operator.tar .cluster/images/serving.tar .cluster/images/training.tar
 
 .PHONY: e2e
 e2e: $(if $(OWN_NODE),cluster-load-images cluster-monitoring cluster-kserve,install) ## Test the platform end to end on a real node: install, roll out, kill, upgrade, uninstall (25 minutes).

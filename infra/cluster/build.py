@@ -1,8 +1,8 @@
-"""Programs of the node from pinned Go modules. A tool is built again only when its pins have changed.
+"""Builds the node's programs from pinned Go modules. A tool is built again only when its pins changed.
 
-Each folder under ``tools/`` is a module of its own whose ``tool`` lines name what is built. What they share is at the
-same versions (README.md), so that Go compiles it once. Nothing is installed outside of the state folder; Go's own
-module and build caches are Go's.
+Each folder under ``tools/`` is a Go module whose ``tool`` lines name the programs. Shared dependencies have the same
+versions (README.md), so that Go compiles them once. Apart from Go's own caches nothing is written outside the state
+folder.
 """
 
 from __future__ import annotations
@@ -20,22 +20,22 @@ from typing import Final
 
 from layout import HERE, Layout
 
-TOOLS: Final = ("helm", "coredns", "kuberay", "kubernetes")  # quick ones first: a broken set-up shows early
+TOOLS: Final = ("helm", "coredns", "kuberay", "kubernetes")  # the quick ones first, so that a broken setup fails early
 MONITORING: Final = ("prometheus-operator", "prometheus")
-"""For alerts that go all the way round; `up` does without."""
+"""Programs of `monitoring`."""
 KSERVE: Final = ("kserve",)
-"""For rankers behind KServe; `up` does without."""
+"""Programs of `kserve`."""
 _STRIPPED: Final = ("-ldflags", "-s -w")
 _NO_DWARF: Final = ("-gcflags=all=-dwarf=false",)
-"""The linker leaves it out in any case (-w); not to write it takes a fifth of a compiler's time."""
+"""The linker drops the debug information anyway (-w). Not generating it saves a fifth of the compile time."""
 _FLAGS: Final[dict[str, tuple[str, ...]]] = {
-    # without a version helm cannot parse what the API server says of itself
+    # Helm cannot parse the API server's version if it is empty.
     "kubernetes": ("-ldflags", "-s -w -X k8s.io/component-base/version.gitVersion=v1.36.3"),
-    # other discoveries bring the libraries of a dozen clouds
+    # Other service discoveries link the libraries of a dozen clouds.
     "prometheus": (*_STRIPPED, "-tags", "remove_all_sd,enable_kubernetes_sd"),
 }
 _OWN_MAIN: Final = frozenset({"coredns"})
-"""Tools whose folder is itself the program; of the others it is what the `tool` lines of `go.mod` name."""
+"""Tools whose folder is the program. The programs of all others are the `tool` lines of `go.mod`."""
 _PROGRAMS: Final[dict[str, tuple[str, ...]]] = {
     "kubernetes": ("kube-apiserver", "kube-controller-manager", "kube-scheduler", "kubelet", "kube-proxy", "kubectl"),
     "kuberay": ("ray-operator",),
@@ -46,17 +46,17 @@ _PROGRAMS: Final[dict[str, tuple[str, ...]]] = {
     "kserve": ("kserve-manager",),
 }
 _CALLED: Final = {"operator": "prometheus-operator", "manager": "kserve-manager"}
-"""By its module -> here, where a bare name would not say whose it is."""
+"""Program name in its module -> name in ``bin``, where the former is ambiguous."""
 
 
 class BuildError(Exception):
-    """A program could not be built; the compiler's words are in the message."""
+    """Raised if a program cannot be built; the message contains the compiler's output."""
 
 
 def build_tools(layout: Layout, say: Callable[[str], None], tools: Sequence[str] = TOOLS) -> None:
-    """Build what is missing or out of date, one tool after another."""
+    """Builds the programs that are missing or out of date, sequentially."""
     if shutil.which("go") is None:
-        raise BuildError("no `go` on the PATH; install Go 1.26 or newer, the programs are built from Go modules")
+        raise BuildError("go: not on the PATH; install Go 1.26 or newer, which builds the programs")
     layout.bin.mkdir(parents=True, exist_ok=True)
     for tool in tools:
         stamp = layout.bin / f".{tool}"
@@ -71,7 +71,7 @@ def build_tools(layout: Layout, say: Callable[[str], None], tools: Sequence[str]
 
 
 def module_folder(tool: str, module: str) -> Path:
-    """Where Go keeps a module of a tool: CRDs and charts lie there. Fetched again where Go's cache was emptied."""
+    """Folder of a tool's module in Go's cache, with its CRDs and charts. Downloads the module if it is missing."""
     done = _go(tool, "mod", "download", "-json", module)
     return Path(json.loads(done.stdout)["Dir"])
 

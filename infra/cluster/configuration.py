@@ -1,4 +1,4 @@
-"""The files that the components read, and their command lines. Written anew at every start; nothing is kept in them."""
+"""Configuration files and command lines of the node's components. The files are written again at every start."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from layout import Layout
 
 
 def write_kubeconfig(layout: Layout, path: Path, certificate: str) -> None:
-    """A kubeconfig whose certificate and key are files of the node."""
+    """Writes a kubeconfig that refers to the node's certificate files."""
     document = {
         "apiVersion": "v1",
         "kind": "Config",
@@ -40,8 +40,10 @@ def write_kubeconfig(layout: Layout, path: Path, certificate: str) -> None:
 
 
 def write_json(path: Path, document: Any) -> None:
-    """JSON is YAML, and every component reads YAML. A file that says it already is left alone: kube-proxy ends when its
-    own is written."""
+    """Writes a configuration as JSON, which every component reads as YAML.
+
+    An unchanged file is not written, because kube-proxy exits when its file is.
+    """
     text = json.dumps(document, indent=1)
     if path.exists() and path.read_text() == text:
         return
@@ -50,7 +52,7 @@ def write_json(path: Path, document: Any) -> None:
 
 
 def write_containerd(layout: Layout) -> Path:
-    """``config.toml``: state within the folder, runc, overlayfs, the local pause image, CNI from the folder."""
+    """Writes containerd's ``config.toml``: state in the node's folder, runc, overlayfs, the local pause image."""
     path = layout.etc / "containerd.toml"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(f"""version = 2
@@ -77,7 +79,7 @@ state = "{layout.state}/run/containerd"
 
 
 def write_cni(layout: Layout) -> None:
-    """One bridge for all pods, addresses from the folder's own book."""
+    """Writes the CNI configuration: one bridge for all pods, addresses recorded in the node's folder."""
     first, last = at.POD_RANGE
     ranges = [[{"subnet": at.POD_CIDR, "rangeStart": first, "rangeEnd": last, "gateway": at.NODE_IP}]]
     ipam = {"type": "host-local", "dataDir": f"{layout.state}/cni", "ranges": ranges, "routes": [{"dst": "0.0.0.0/0"}]}
@@ -91,7 +93,7 @@ def write_cni(layout: Layout) -> None:
 
 
 def write_resolver(layout: Layout) -> Path:
-    """``resolv.conf`` of whoever asks for cluster names only."""
+    """Writes a ``resolv.conf`` that resolves cluster names only."""
     path = layout.etc / "resolv.conf"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(f"nameserver {at.DNS_SERVICE_IP}\n")
@@ -99,7 +101,7 @@ def write_resolver(layout: Layout) -> Path:
 
 
 def write_kubelet(layout: Layout) -> Path:
-    """Version 1 cgroups are allowed because small machines still have them; logs stay within the folder."""
+    """The kubelet's command. cgroups v1 are allowed, because small machines still use them."""
     path = layout.etc / "kubelet.yaml"
     write_json(
         path,
@@ -135,7 +137,7 @@ def write_kubelet(layout: Layout) -> Path:
 
 
 def write_kube_proxy(layout: Layout) -> Path:
-    """iptables mode, for the pods of this bridge."""
+    """Writes kube-proxy's configuration: iptables mode for the bridge's pods."""
     path = layout.etc / "kube-proxy.yaml"
     write_json(
         path,
@@ -155,7 +157,7 @@ def write_kube_proxy(layout: Layout) -> Path:
 
 
 def write_coredns(layout: Layout) -> Path:
-    """Cluster names only: whatever else is asked has no answer here."""
+    """Writes the Corefile, which answers cluster names only."""
     path = layout.etc / "Corefile"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(f""".:53 {{
@@ -174,7 +176,7 @@ def write_coredns(layout: Layout) -> Path:
 
 
 def write_audit_policy(layout: Layout) -> Path:
-    """Who asked for what, without bodies: enough to compare the rights granted with the rights used."""
+    """Writes an audit policy that records requests without bodies, to compare granted rights with used rights."""
     path = layout.etc / "audit.yaml"
     rules = [{"level": "Metadata", "omitStages": ["RequestReceived"]}]
     write_json(path, {"apiVersion": "audit.k8s.io/v1", "kind": "Policy", "rules": rules})
@@ -182,7 +184,7 @@ def write_audit_policy(layout: Layout) -> Path:
 
 
 def api_server_command(layout: Layout) -> list[str]:
-    """Listens on the bridge alone."""
+    """The API server's command. It listens on the bridge only."""
     pki = layout.pki
     return [
         str(layout.bin / "kube-apiserver"),
@@ -218,7 +220,7 @@ def api_server_command(layout: Layout) -> list[str]:
 
 
 def controller_manager_command(layout: Layout) -> list[str]:
-    """All of its controllers."""
+    """The controller manager's command, with all controllers."""
     return [
         str(layout.bin / "kube-controller-manager"),
         *_speaking_as(layout, "controller-manager"),
@@ -233,7 +235,7 @@ def controller_manager_command(layout: Layout) -> list[str]:
 
 
 def scheduler_command(layout: Layout) -> list[str]:
-    """The default profile."""
+    """The scheduler's command, with the default profile."""
     return [
         str(layout.bin / "kube-scheduler"),
         *_speaking_as(layout, "scheduler"),
@@ -248,7 +250,7 @@ def _speaking_as(layout: Layout, who: str) -> list[str]:
 
 
 def etcd_command(layout: Layout) -> list[str]:
-    """Loopback only, and no fsync: the node is thrown away with its data."""
+    """etcd's command: loopback only, without fsync, because the data is deleted with the node."""
     url, peer = f"http://127.0.0.1:{at.ETCD_PORT}", f"http://127.0.0.1:{at.ETCD_PORT + 1}"
     return [
         "etcd",
@@ -263,7 +265,7 @@ def etcd_command(layout: Layout) -> list[str]:
 
 
 def kubelet_command(layout: Layout) -> list[str]:
-    """Root directory within the folder."""
+    """The kubelet's command, with its root in the node's folder."""
     return [
         str(layout.bin / "kubelet"),
         f"--config={write_kubelet(layout)}",

@@ -1,4 +1,4 @@
-"""Firewall chains that the node's programs make: what was not there before goes when the node goes."""
+"""Firewall chains that the node's programs create, and their removal."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _PREFIXES: Final = ("KUBE-", "CNI-")
 
 
 def node_chains() -> list[str]:
-    """``table chain`` of every chain that looks like a node's."""
+    """``table chain`` of every chain with a name that Kubernetes or CNI uses."""
     found = []
     for table in TABLES:
         rules = _iptables(table, "-S")
@@ -21,7 +21,7 @@ def node_chains() -> list[str]:
 
 
 def remove_chains(chains: list[str]) -> None:
-    """Remove the chains and every rule that leads into them."""
+    """Removes the chains and every rule that jumps to them."""
     for table in TABLES:
         ours = {chain for where, chain in (entry.split() for entry in chains) if where == table}
         for line in _iptables(table, "-S").splitlines():

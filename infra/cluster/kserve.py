@@ -1,7 +1,7 @@
-"""KServe's controller on the node, with its webhooks for InferenceServices: what a platform team has.
+"""KServe's controller on the node, with its webhooks for InferenceServices.
 
-It is a process of the node like KubeRay's operator. Its webhooks are reached by address with a certificate of the
-node's own authority, so nothing issues certificates in the cluster. ``down`` of the node ends all of it.
+The controller is a process of the node, like the KubeRay operator. Its webhooks have a certificate of the node's CA, so
+that the cluster needs no certificate issuer. ``down`` stops it with the node.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ _DEADLINE_S: Final = 180.0
 
 
 def install_kserve(node: Node, layout: Layout, say: Callable[[str], None]) -> None:
-    """Bring it up on a node that is up; what is there already stays.
+    """Starts the controller on a running node, unless it runs.
 
     Raises:
-        NodeError: it did not answer in time; its last words are in the message.
+        NodeError: if it is not ready in time; the message contains the end of its log.
     """
     build_tools(layout, say, KSERVE)
     began = time.monotonic()
@@ -51,7 +51,7 @@ def install_kserve(node: Node, layout: Layout, say: Callable[[str], None]) -> No
             f"--health-probe-addr={_HEALTH}",
             f"--webhook-port={_WEBHOOKS_PORT}",
         ],
-        # Where it looks for the webhooks' certificate follows TMPDIR.
+        # It looks for the webhooks' certificate under TMPDIR.
         {"KUBECONFIG": str(layout.admin_kubeconfig), "POD_NAMESPACE": _NAMESPACE, "TMPDIR": str(_certificate(layout))},
     )
     _wait(processes)
@@ -61,16 +61,16 @@ def install_kserve(node: Node, layout: Layout, say: Callable[[str], None]) -> No
 
 
 def remove_kserve(node: Node, layout: Layout) -> None:
-    """The webhooks, the controller and its CRDs, with every InferenceService on the node."""
+    """Removes the webhooks, the controller and its CRDs, with every InferenceService on the node."""
     for document in webhooks("https://none", ""):
         node.kubectl("delete", "--ignore-not-found", document["kind"], document["metadata"]["name"])
-    node.kubectl("delete", "--ignore-not-found", *_crds())  # the controller takes off finalizers meanwhile
+    node.kubectl("delete", "--ignore-not-found", *_crds())  # while the controller runs, which removes finalizers
     Processes(layout).stop(_PROCESS)
     node.kubectl("delete", "--ignore-not-found", "-f", str(HERE / "kserve.yaml"))
 
 
 def webhooks(url: str, authority: str) -> list[dict[str, Any]]:
-    """KServe's own defaulter and validator of InferenceServices, at this address; its others look at what we lack."""
+    """Webhook configurations of KServe's defaulter and validator of InferenceServices at this URL."""
     path = "serving-kserve-io-v1beta1-inferenceservice"
     return [
         {
@@ -103,14 +103,14 @@ def webhooks(url: str, authority: str) -> list[dict[str, Any]]:
 
 
 def _crds() -> list[str]:
-    """Those that the controller watches, as arguments of kubectl."""
+    """The CRDs that the controller watches, as arguments of kubectl."""
     folder = module_folder("kserve", _MODULE) / "charts" / "kserve-crd-minimal" / "templates"
     kinds = ("inferenceservices", "servingruntimes", "clusterservingruntimes", "trainedmodels", "inferencegraphs")
     return [word for kind in kinds for word in ("-f", str(folder / f"serving.kserve.io_{kind}.yaml"))]
 
 
 def _certificate(layout: Layout) -> Path:
-    """Made where the controller's library looks for it, below the folder that is returned."""
+    """Writes the webhooks' certificate and returns the folder to use as TMPDIR."""
     issue(layout.pki, "kserve-webhook", "kserve-webhook", hosts=[NODE_IP])
     place = layout.state / "kserve"
     folder = place / "k8s-webhook-server" / "serving-certs"

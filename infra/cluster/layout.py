@@ -1,4 +1,4 @@
-"""Where the node keeps its things, and the addresses it uses. One folder, one bridge; nothing else is touched."""
+"""Paths and addresses of the node. It uses one folder and one bridge."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ HERE: Final = Path(__file__).resolve().parent
 NODE: Final = "reelway-node"
 BRIDGE: Final = "reelway0"
 NODE_IP: Final = "10.88.0.1"
-"""The bridge's address is the node's: it exists wherever a bridge can be made, whatever network the machine has."""
+"""The address of the bridge, which does not depend on the machine's network."""
 POD_CIDR: Final = "10.88.0.0/24"
 POD_RANGE: Final = ("10.88.0.10", "10.88.0.250")
 SERVICE_CIDR: Final = "10.96.0.0/16"
@@ -25,13 +25,13 @@ PAUSE_IMAGE: Final = "reelway.local/pause:1"
 
 @dataclass(frozen=True)
 class Layout:
-    """Paths within the state folder."""
+    """Paths in the node's folder."""
 
     root: Path
 
     @property
     def bin(self) -> Path:
-        """Built programs; kept by ``down``, since they cost minutes."""
+        """Built programs. ``down`` keeps them."""
         return self.root / "bin"
 
     @property
@@ -68,6 +68,6 @@ class Layout:
 
 
 def default_layout() -> Layout:
-    """``$REELWAY_CLUSTER_DIR``, else ``.cluster`` in the repository."""
+    """Paths under ``$REELWAY_CLUSTER_DIR``, by default ``.cluster`` in the repository."""
     named = os.environ.get("REELWAY_CLUSTER_DIR")
     return Layout(Path(named).resolve() if named else HERE.parent.parent / ".cluster")

@@ -1,7 +1,7 @@
-"""A Prometheus and an Alertmanager on the node, run by the real Prometheus operator: what a platform team has already.
+"""Prometheus and Alertmanager on the node, run by the Prometheus operator.
 
-The operator is a process of the node like KubeRay's; the two servers are pods of ``monitoring.yaml``. ``down`` of the
-node ends all of it.
+The operator is a process of the node, like the KubeRay operator. The servers are pods of ``monitoring.yaml``. ``down``
+stops them with the node.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ _DEADLINE_S: Final = 120.0
 
 
 def install_monitoring(node: Node, layout: Layout, say: Callable[[str], None]) -> None:
-    """Bring it up on a node that is up; what is there already stays.
+    """Starts the servers on a running node, unless they run.
 
     Raises:
-        NodeError: the servers did not become ready; events and the operator's last words are in the message.
+        NodeError: if the servers are not ready in time; the message contains events and the end of the operator's log.
     """
     build_tools(layout, say, MONITORING)
     began = time.monotonic()
@@ -54,7 +54,7 @@ def install_monitoring(node: Node, layout: Layout, say: Callable[[str], None]) -
 
 
 def remove_monitoring(node: Node, layout: Layout) -> None:
-    """The servers, the operator and its CRDs, with every monitor and rule on the node."""
+    """Removes the servers, the operator and its CRDs, with every monitor and rule on the node."""
     node.kubectl("delete", "--ignore-not-found", "--wait", "-f", str(HERE / "monitoring.yaml"))
     Processes(layout).stop(_PROCESS)
     crds = module_folder("prometheus-operator", _MODULE) / "example" / "prometheus-operator-crd"
@@ -62,7 +62,7 @@ def remove_monitoring(node: Node, layout: Layout) -> None:
 
 
 def _wait(node: Node, processes: Processes) -> None:
-    """Until both servers are available, as their operator says."""
+    """Waits until their operator reports both servers available."""
     deadline = time.monotonic() + _DEADLINE_S
     for kind in ("prometheus", "alertmanager"):
         while True:

@@ -1,7 +1,7 @@
-"""Bring the node up, step by step, and take it down to the last mount. Both may be called again at any point.
+"""Starts and removes the node. Both operations are idempotent and may be interrupted at any point.
 
-``up`` waits on conditions with deadlines, never on time alone; what does not come is reported with the last words of
-the process concerned. ``down`` ends what is on record here and nothing else.
+``up`` polls conditions with deadlines. If one is missed, the error contains the end of the process's log. ``down``
+stops only the processes that are recorded here, and removes every mount.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ _CLIENTS: dict[str, tuple[str, tuple[str, ...]]] = {
 
 
 class NodeError(Exception):
-    """The node could not be brought up; what was waited for, and the process's last words, are in the message."""
+    """Raised if the node cannot be started; the message states the condition and the end of the process's log."""
 
 
 class Node:
@@ -63,7 +63,7 @@ class Node:
         self._processes = Processes(layout)
 
     def up(self) -> None:
-        """From whatever is there to a Ready node with cluster DNS."""
+        """Starts every part that does not run, until the node is Ready with cluster DNS."""
         self._refuse_a_machine_that_cannot()
         build_tools(self._layout, self._say)
         began = time.monotonic()
@@ -76,7 +76,7 @@ class Node:
         self._say(f"export KUBECONFIG={self._layout.admin_kubeconfig} PATH={self._layout.bin}:$PATH")
 
     def install_kuberay(self, namespace: str = "kuberay-system") -> None:
-        """The real operator, as a process of the node watching all namespaces, with the module's CRDs."""
+        """Installs KubeRay's CRDs and starts its operator as a process that watches all namespaces."""
         crds = module_folder("kuberay", "github.com/ray-project/kuberay/ray-operator") / "config" / "crd" / "bases"
         self.kubectl("apply", "--server-side", "--force-conflicts", "-f", str(crds))
         self.kubectl("wait", "--for=condition=Established", "--timeout=30s", "-f", str(crds))
@@ -95,13 +95,13 @@ class Node:
         self._until("the KubeRay operator", lambda: _answers("http://127.0.0.1:8384/healthz"), "kuberay")
 
     def import_image(self, archive: Path) -> None:
-        """Give containerd an image from an archive."""
+        """Imports an image archive into containerd."""
         self._ctr("images", "import", "--all-platforms", str(archive))
 
     def down(self) -> None:
-        """End and remove everything that ``up`` made; the built programs stay."""
+        """Stops and removes everything that ``up`` created. Built programs are kept."""
         if not self._layout.state.exists():
-            self._say("nothing is up")
+            self._say("no node is running")
             return
         self._processes.stop("kuberay")
         for name in ("controller-manager", "scheduler"):
@@ -114,21 +114,21 @@ class Node:
         self._remove_cgroups()
         self._remove_links()
         shutil.rmtree(self._layout.state)
-        self._say("the node is gone; the built programs are kept in " + str(self._layout.bin))
+        self._say("node removed; built programs are kept in " + str(self._layout.bin))
 
     def status(self) -> dict[str, bool]:
-        """Process name -> whether it runs."""
+        """Whether each process runs, by name."""
         return {name: self._processes.running(name) for name in self._processes.names()}
 
     def kubectl(self, *words: str) -> str:
-        """What kubectl printed. Raises NodeError with its message."""
+        """Runs kubectl and returns its output. Raises NodeError with its error message."""
         command = [str(self._layout.bin / "kubectl"), f"--kubeconfig={self._layout.admin_kubeconfig}", *words]
         return _run(command)
 
     # Up.
 
     def _resolving_cluster_names(self, *command: str) -> list[str]:
-        """A command that sees the pods' resolver in place of the machine's, in a mount namespace that ends with it."""
+        """Wraps a command in a mount namespace in which the pods' resolv.conf replaces the machine's."""
         resolver = write_resolver(self._layout)
         swap = 'mount --bind "$0" /etc/resolv.conf && exec "$@"'
         return ["unshare", "--mount", "--propagation", "private", "sh", "-c", swap, str(resolver), *command]
@@ -136,12 +136,12 @@ class Node:
     def _refuse_a_machine_that_cannot(self) -> None:
         if os.geteuid() != 0:
             raise NodeError(
-                "a node needs root: mounts, namespaces, a bridge; or point KUBECONFIG at a cluster you have"
+                "node: mounts, namespaces and a bridge require root; run as root, or set KUBECONFIG to a cluster"
             )
         if missing := [package for program, package in _PACKAGES.items() if shutil.which(program) is None]:
-            raise NodeError(f"missing programs; install Debian's {' '.join(missing)}")
+            raise NodeError(f"node: programs are missing; install the Debian packages {' '.join(missing)}")
         if not Path("/usr/lib/cni/bridge").exists():
-            raise NodeError("no CNI plugins in /usr/lib/cni; install Debian's containernetworking-plugins")
+            raise NodeError("node: /usr/lib/cni has no CNI plugins; install the package containernetworking-plugins")
 
     def _credentials(self) -> None:
         pki = self._layout.pki
@@ -207,7 +207,7 @@ class Node:
         self._until("the default service account", lambda: self._exists(*account), "controller-manager")
 
     def _publish_dns(self) -> None:
-        """CoreDNS is a process of the node, so its Service has no selector and its endpoint is the node."""
+        """Creates the Service of CoreDNS. CoreDNS is a process, so the endpoint is the node and no selector exists."""
         ports = [{"name": "dns", "port": 53, "protocol": "UDP"}, {"name": "dns-tcp", "port": 53, "protocol": "TCP"}]
         meta = {"name": "kube-dns", "namespace": "kube-system"}
         service = {
@@ -245,7 +245,7 @@ class Node:
             if time.monotonic() - began > deadline_s:
                 raise NodeError(f"{what}: not within {deadline_s:g} s:\n{self._processes.last_words(process)}")
             time.sleep(0.1)
-        self._say(f"{what}: yes, after {time.monotonic() - began:.1f} s")
+        self._say(f"{what}: ready after {time.monotonic() - began:.1f} s")
 
     def _ctr(self, *words: str, check: bool = True) -> str:
         command = ["ctr", f"--address={self._layout.containerd_socket}", "--namespace=k8s.io", *words]
@@ -254,7 +254,7 @@ class Node:
     # Down.
 
     def _end_pods(self) -> None:
-        """Through the kubelet, which undoes mounts and networks; what it leaves, through containerd."""
+        """Deletes all pods through the kubelet, which removes mounts and networks, and the rest through containerd."""
         if self._processes.running("kubelet") and self._processes.running("api-server"):
             with _tolerated(self._say):
                 self.kubectl("delete", "pods", "--all", "--all-namespaces", "--grace-period=1", "--wait=false")
@@ -305,12 +305,12 @@ def _rmdir(folder: Path) -> None:
     try:
         folder.rmdir()
     except OSError:
-        return  # not empty, or gone with its parent: a process of somebody else's is in it
+        return  # Not empty because of another process, or removed with its parent.
 
 
 @contextmanager
 def _tolerated(say: Say) -> Iterator[None]:
-    """On the way down a failure is said and the way goes on."""
+    """Prints an error and continues, so that ``down`` removes as much as it can."""
     try:
         yield
     except NodeError as error:

@@ -1,4 +1,4 @@
-"""The pause image, made here: Kubernetes' own pause.c, compiled without a library, in an image of one file."""
+"""Builds the pause image from Kubernetes' pause.c: one static program, no base image."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from layout import PAUSE_IMAGE
 
 
 def write_pause_image(archive: Path) -> None:
-    """An OCI archive that ``ctr images import`` takes."""
+    """Writes an OCI archive for ``ctr images import``."""
     layer = _layer()
     config = _json(
         {
@@ -60,7 +60,7 @@ def _layer() -> bytes:
             capture_output=True, text=True, check=False,
         )  # fmt: skip
         if done.returncode:
-            raise BuildError(f"pause.c does not compile: {done.stderr.strip()}; install a C compiler (gcc, libc6-dev)")
+            raise BuildError(f"pause.c: compilation failed: {done.stderr.strip()}; install gcc and libc6-dev")
         buffer = io.BytesIO()
         with tarfile.open(fileobj=buffer, mode="w") as tar:
             _add(tar, "pause", program.read_bytes(), mode=0o755)

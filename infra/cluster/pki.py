@@ -1,4 +1,4 @@
-"""Certificates of the node: one authority, a certificate per component, keys readable by root only."""
+"""Certificates of the node: one CA, one certificate per component, keys readable by root only."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _DAYS = 365
 
 
 def make_authority(folder: Path) -> None:
-    """``ca.crt`` and ``ca.key``, and ``service-account.{key,pub}``; those that exist stay."""
+    """Creates ``ca.{crt,key}`` and ``service-account.{key,pub}`` unless they exist."""
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / "ca.crt").exists():
         key = ec.generate_private_key(ec.SECP256R1())
@@ -39,7 +39,7 @@ def make_authority(folder: Path) -> None:
 
 
 def issue(folder: Path, file: str, common_name: str, groups: Sequence[str] = (), hosts: Sequence[str] = ()) -> None:
-    """``file.crt`` and ``file.key``, signed by the authority; for servers too where hosts are named."""
+    """Creates ``file.crt`` (alternative names: ``hosts``) and ``file.key``, signed by the CA, unless they exist."""
     if (folder / f"{file}.crt").exists():
         return
     authority = x509.load_pem_x509_certificate((folder / "ca.crt").read_bytes())

@@ -1,6 +1,7 @@
-"""The node's own processes: started once, known by pid and start time, ended by exactly those.
+"""Starts and stops the node's processes, identified by pid and start time.
 
-A pid alone may have become somebody else's; with the moment the process began it cannot. Nothing is found by name.
+A pid alone may have been reused by another process; together with the start time it is unique. No process is looked up
+by name.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from layout import Layout
 
 @dataclass(frozen=True)
 class Started:
-    """A process that this folder owns."""
+    """A process that was started here."""
 
     pid: int
     began: int  # clock ticks since boot, field 22 of /proc/PID/stat
@@ -30,22 +31,22 @@ class Started:
 
 
 _AHEAD = -10
-"""Niceness of a node's own parts: they must answer while what they look after takes every core."""
+"""Niceness of the node's processes, so that they respond while pods use every core."""
 
 
 class Processes:
-    """The processes on record in ``processes.json``."""
+    """The processes recorded in ``processes.json``."""
 
     def __init__(self, layout: Layout) -> None:
         self._layout = layout
 
     def running(self, name: str) -> bool:
-        """Whether the process of that name is on record and alive."""
+        """Whether the recorded process of that name is alive."""
         started = self._record().get(name)
         return started is not None and started.alive
 
     def start(self, name: str, command: Sequence[str], environment: Mapping[str, str] | None = None) -> None:
-        """Start it in a session of its own unless it runs; its output goes to ``logs/<name>.log``."""
+        """Starts a process in its own session unless it runs. Its output goes to ``logs/<name>.log``."""
         if self.running(name):
             return
         self._layout.logs.mkdir(parents=True, exist_ok=True)
@@ -59,7 +60,7 @@ class Processes:
         self._write({**self._record(), name: Started(process.pid, began or 0)})
 
     def stop(self, name: str, *, wait_s: float = 15.0) -> None:
-        """Ask it to end, then make it."""
+        """Sends SIGTERM, and SIGKILL after ``wait_s`` seconds."""
         record = self._record()
         started = record.pop(name, None)
         if started is not None:
@@ -73,11 +74,11 @@ class Processes:
         self._write(record)
 
     def names(self) -> list[str]:
-        """In the order of their start."""
+        """Names in start order."""
         return list(self._record())
 
     def last_words(self, name: str, lines: int = 15) -> str:
-        """The end of its log."""
+        """The last lines of the process's log."""
         path = self._layout.logs / f"{name}.log"
         return "\n".join(path.read_text(errors="replace").splitlines()[-lines:]) if path.exists() else "(no log)"
 
@@ -96,9 +97,9 @@ class Processes:
 
 
 def _put_ahead(pid: int) -> None:
-    """By its session where the kernel groups processes so: niceness alone then counts within the session only.
+    """Raises the priority of the process's session, if the kernel schedules by session (autogroup).
 
-    The session's, because a child of containerd's is a pod's process and must not inherit niceness.
+    The priority belongs to the session, because children of containerd are pods' processes and must not inherit it.
     """
     group = Path(f"/proc/{pid}/autogroup")
     if group.exists():

@@ -1,8 +1,7 @@
-"""``python infra/images build NAME...``: the images as OCI archives, with docker, podman or buildah.
+"""``python infra/images build NAME...``: builds images as OCI archives, with docker, podman or buildah.
 
-Refuses nothing but a machine with none of the three. What differs between machines comes from the environment and is
-written into no image: ``REELWAY_CA_BUNDLE`` (certificates for the package index), ``REELWAY_PIP_CONFIG`` (a pip.conf),
-``REELWAY_DEBIAN_MIRROR`` (for ``base``).
+Environment variables configure the build on this machine and are not stored in an image: ``REELWAY_CA_BUNDLE``
+(certificates for the package index), ``REELWAY_PIP_CONFIG`` (a pip.conf), ``REELWAY_DEBIAN_MIRROR`` (for ``base``).
 """
 
 from __future__ import annotations
@@ -29,18 +28,26 @@ def say(line: str) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python infra/images", description=__doc__.partition("\n\n")[0])
     commands = parser.add_subparsers(dest="command", required=True)
-    base = commands.add_parser("base", help="Debian 12 with Python from debootstrap, for machines without a registry")
-    base.add_argument("--again", action="store_true", help="where there is one, too: for Debian's newest packages")
-    build = commands.add_parser("build", help="build images and write an archive of each")
+    base = commands.add_parser("base", help="build a Debian 12 base with debootstrap, for machines without a registry")
+    base.add_argument("--again", action="store_true", help="build it again if it exists, with Debian's newest packages")
+    build = commands.add_parser("build", help="build images and write an archive for each")
     build.add_argument("names", nargs="+", choices=[*IMAGES, "all"], metavar="NAME", help=", ".join([*IMAGES, "all"]))
-    build.add_argument("--base", help=f"base image instead of the Dockerfile's; `{BASE_IMAGE}` is what `base` makes")
-    build.add_argument("--torch", choices=("cuda", "cpu"), default="cuda", help="of the training image (%(default)s)")
-    build.add_argument("--tag", default=version(), help="tag of the images (%(default)s)")
-    node = commands.add_parser("node", help="servers that a test's node runs, from this machine's programs")
+    build.add_argument("--base", help=f"base image in place of the Dockerfile's; `base` builds `{BASE_IMAGE}`")
+    build.add_argument(
+        "--torch",
+        choices=("cuda", "cpu"),
+        default="cuda",
+        help="torch of the training image (%(default)s)",
+    )
+    build.add_argument("--tag", default=version(), help="tag of the images (default: %(default)s)")
+    node = commands.add_parser("node", help="build images of servers for the test node from programs of this machine")
     node.add_argument("names", nargs="+", choices=sorted(NODE_IMAGES), metavar="NAME", help=", ".join(NODE_IMAGES))
     for each in (base, build, node):
         each.add_argument(
-            "--out", type=Path, default=REPOSITORY / ".cluster" / "images", help="folder of the archives (%(default)s)"
+            "--out",
+            type=Path,
+            default=REPOSITORY / ".cluster" / "images",
+            help="folder of the archives (%(default)s)",
         )
     options = parser.parse_args()
     try:
@@ -63,7 +70,7 @@ def main() -> int:
 
 
 def build_images(names: tuple[str, ...], tag: str, arguments: dict[str, str], out: Path) -> None:
-    """Build each image, write its archive into ``out`` and print both sizes."""
+    """Builds each image, writes its archive into ``out`` and prints its size."""
     builder = find_builder()
     say(f"building with {builder.program}")
     out.mkdir(parents=True, exist_ok=True)
@@ -79,7 +86,7 @@ def build_images(names: tuple[str, ...], tag: str, arguments: dict[str, str], ou
 
 
 def _declared(arguments: dict[str, str], dockerfile: Path) -> dict[str, str]:
-    """Those the Dockerfile has an ``ARG`` for: builders complain about others."""
+    """Arguments that the Dockerfile declares with ``ARG``. Builders warn about others."""
     return {name: value for name, value in arguments.items() if f"ARG {name}=" in dockerfile.read_text()}
 
 

@@ -1,4 +1,4 @@
-"""Three programs that build the same Dockerfile; the rest of this folder does not know which one is here."""
+"""Builds Dockerfiles with docker, podman or buildah behind one interface."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from typing import Final
 
 
 class BuilderError(Exception):
-    """There is no builder, or it failed; its own words are in the message or on the terminal."""
+    """Raised if no builder works or a build fails; its output is in the message or on the terminal."""
 
 
 @dataclass(frozen=True)
 class Builder:
-    """One of docker, podman and buildah, by what differs between them."""
+    """docker, podman or buildah."""
 
     program: str
 
     def build(self, dockerfile: Path, context: Path, image: str, arguments: Mapping[str, str]) -> None:
-        """Build ``image``.
+        """Builds ``image``.
 
         Raises:
-            BuilderError: the build failed.
+            BuilderError: if the build fails.
         """
         command = [*self._build_command(), "--tag", image, "--file", str(dockerfile)]
         for name, value in arguments.items():
@@ -35,7 +35,7 @@ class Builder:
         _run([*command, str(context)])
 
     def digest_of(self, image: str) -> str:
-        """What tells this image from others of its name; empty where there is none."""
+        """Identity of an image's content. Empty if the image does not exist."""
         if self.program == "docker":
             command = ["docker", "image", "inspect", "--format", "{{.Id}}", image]
         else:
@@ -45,10 +45,10 @@ class Builder:
         return done.stdout.strip() if done.returncode == 0 else ""
 
     def save(self, image: str, archive: Path) -> None:
-        """Write an archive that ``ctr images import`` and ``docker load`` take. One of the same image is kept.
+        """Writes an archive for ``ctr images import`` and ``docker load``, unless it exists with the same content.
 
         Raises:
-            BuilderError: it could not be written.
+            BuilderError: if the archive cannot be written.
         """
         digest, packed = self.digest_of(image), archive.with_name(f"{archive.name}.of")
         if digest and archive.exists() and packed.exists() and packed.read_text() == digest:
@@ -68,7 +68,7 @@ class Builder:
 
     def _build_command(self) -> list[str]:
         if self.program == "buildah":
-            # Chroot isolation needs no container runtime and no network of its own.
+            # Chroot isolation requires neither a container runtime nor a network.
             return ["buildah", "build", "--isolation", "chroot", "--layers", "--quiet"]
         if self.program == "podman":
             return ["podman", "build", "--layers", "--quiet"]
@@ -76,22 +76,22 @@ class Builder:
 
 
 def find_builder() -> Builder:
-    """The first of docker, podman and buildah that works here; ``$REELWAY_BUILDER`` names one.
+    """The first of docker, podman and buildah that works on this machine, or the one in ``$REELWAY_BUILDER``.
 
     Raises:
-        BuilderError: none does.
+        BuilderError: if none works.
     """
     named = os.environ.get("REELWAY_BUILDER")
     for program in (named,) if named else _PROBES:
         if program not in _PROBES:
-            raise BuilderError(f"REELWAY_BUILDER={program} is not one of {', '.join(_PROBES)}")
+            raise BuilderError(f"REELWAY_BUILDER: {program!r} is no builder; set one of {', '.join(_PROBES)}")
         if shutil.which(program) and subprocess.run(_PROBES[program], capture_output=True, check=False).returncode == 0:
             return Builder(program)
-    raise BuilderError("no docker with a running daemon, no podman and no buildah here; install one of them")
+    raise BuilderError("image builder: none works; install docker (with a running daemon), podman or buildah")
 
 
 _COMPRESSED: Final = ("--compression-format", "zstd", "--compression-level", "3")
-"""Of buildah's archives: gzip, its default, takes minutes of a training image."""
+"""For buildah's archives. Its default, gzip, takes minutes for the training image."""
 _PROBES: Final = {
     "docker": ["docker", "info"],
     "podman": ["podman", "info"],
@@ -100,7 +100,7 @@ _PROBES: Final = {
 
 
 def _secrets() -> dict[str, str]:
-    """Files that the build may read and no layer keeps."""
+    """Files that are mounted during the build and stored in no layer."""
     bundle = os.environ.get("REELWAY_CA_BUNDLE") or os.environ.get("PIP_CERT") or os.environ.get("SSL_CERT_FILE")
     named = {"ca": bundle, "pip": os.environ.get("REELWAY_PIP_CONFIG")}
     return {name: path for name, path in named.items() if path and Path(path).is_file()}

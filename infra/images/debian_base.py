@@ -1,4 +1,4 @@
-"""A base image where no registry is reached: Debian 12 and its Python 3.11, fetched package by package."""
+"""Builds a base image without a registry: Debian 12 with Python 3.11, by debootstrap."""
 
 from __future__ import annotations
 
@@ -20,13 +20,16 @@ _NOT_NEEDED: Final = (
 
 
 def make_base(builder: Builder, out: Path, mirror: str | None, say: Callable[[str], None]) -> None:
-    """Build ``BASE_IMAGE``, new in any case. ``mirror``: a Debian mirror's address, None for debootstrap's own choice.
+    """Builds ``BASE_IMAGE``, also if it exists.
+
+    Args:
+        mirror: URL of a Debian mirror; None for debootstrap's default.
 
     Raises:
-        BuilderError: debootstrap is not here or failed.
+        BuilderError: if debootstrap is not installed or fails.
     """
     if shutil.which("debootstrap") is None:
-        raise BuilderError("debootstrap is not installed (Debian package debootstrap); or give `build --base IMAGE`")
+        raise BuilderError("debootstrap: not installed; install it, or use `build --base IMAGE`")
     with tempfile.TemporaryDirectory(dir=_made(out)) as folder:
         root = Path(folder) / "root"
         include = f"--include={','.join(_PACKAGES)}"
@@ -36,7 +39,7 @@ def make_base(builder: Builder, out: Path, mirror: str | None, say: Callable[[st
             raise BuilderError(f"debootstrap ended with {done.returncode}: {done.stdout[-2000:]}")
         for path in _NOT_NEEDED:
             shutil.rmtree(root / path, ignore_errors=True)
-        # A mirror of this machine is of no use, and of no concern, to who runs the image.
+        # The image must not refer to the mirror of the build machine.
         (root / "etc" / "apt" / "sources.list").unlink(missing_ok=True)
         (root / "etc" / "resolv.conf").unlink(missing_ok=True)
         (root / "etc" / "hostname").unlink(missing_ok=True)

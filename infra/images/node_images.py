@@ -1,6 +1,6 @@
-"""Servers that a test's node runs beside Reelway, put into images from programs of this machine: pulled by nobody.
+"""Builds images of servers for the test node (monitoring, Redis) from programs of this machine.
 
-What users run comes from their own cluster; these exist because the node reaches no registry.
+The test node has no access to a registry. Users run such servers from their own cluster.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from sources import REGISTRY, REPOSITORY
 
 _C_LIBRARY: Final = frozenset({"libc", "libm", "libdl", "libpthread", "librt", "libresolv"})
 _BUILT: Final = REPOSITORY / ".cluster" / "bin"
-"""Of infra/cluster."""
+"""Programs that infra/cluster built."""
 NODE_IMAGES: Final[Mapping[str, tuple[str, ...]]] = {
     "monitoring": (
         "prometheus", "prometheus-config-reloader", "prometheus-alertmanager",
@@ -26,14 +26,14 @@ NODE_IMAGES: Final[Mapping[str, tuple[str, ...]]] = {
     ),
     "redis": ("redis-server",),
 }  # fmt: skip
-"""Image -> programs and files of this machine that its Dockerfile copies."""
+"""Programs and files of this machine that the Dockerfiles copy, by image."""
 
 
 def build_node_image(builder: Builder, name: str, out: Path, say: Callable[[str], None]) -> Path:
-    """Build ``name`` on the Debian base, write its archive into ``out`` and return that path.
+    """Builds an image on the Debian base, writes its archive into ``out`` and returns the archive's path.
 
     Raises:
-        BuilderError: a program is not here, or the build failed.
+        BuilderError: if a program is missing or the build fails.
     """
     image, archive = f"{REGISTRY}/{name}:node", out / f"{name}.tar"
     out.mkdir(parents=True, exist_ok=True)
@@ -51,7 +51,7 @@ def build_node_image(builder: Builder, name: str, out: Path, say: Callable[[str]
 
 
 def _found(name: str) -> Path:
-    """A file by its path, a program by its name: what infra/cluster built goes before what the machine has."""
+    """Path of a file or of a program by name. Programs built by infra/cluster take precedence over the machine's."""
     found = name if Path(name).is_file() else shutil.which(name, path=str(_BUILT)) or shutil.which(name)
     if found is None:
         raise BuilderError(
@@ -62,7 +62,7 @@ def _found(name: str) -> Path:
 
 
 def _libraries(program: Path) -> list[Path]:
-    """Shared ones of a program but those of the C library, which every base has."""
+    """Shared libraries of a program, without those of the C library, which every base image has."""
     listed = subprocess.run(["ldd", str(program)], capture_output=True, text=True, check=False).stdout
     paths = [Path(words[2]) for words in map(str.split, listed.splitlines()) if len(words) > 3 and words[1] == "=>"]
     return [path for path in paths if path.name.split(".so")[0] not in _C_LIBRARY]

@@ -1,8 +1,8 @@
-# Ray Serve, ONNX Runtime, FAISS and the Feast client: what a head and its workers run. No torch, no training code.
-# The default base is an official image; `python infra/images base` makes one where no registry is reached.
+# Ray Serve, ONNX Runtime, FAISS and the Feast client: the image of heads, workers and rankers. No torch, no training code.
+# The default base is an official image; `python infra/images base` builds one for machines without a registry.
 ARG BASE=docker.io/library/python:3.11-slim-bookworm@sha256:a36c24f9cbdf4fd0f52d67f0823eeac19c2028c637cecc392d97f980d4fec56b
 
-# What installs, and the lists of what is to be installed. The caches are shared by all images.
+# The installer and the lists of requirements. All images share the caches.
 FROM ${BASE} AS installer
 WORKDIR /build
 RUN python3 -m venv /build/pip && python3 -m venv --without-pip /opt/reelway \
@@ -16,8 +16,8 @@ RUN --mount=type=cache,id=reelway-pip,target=/var/cache/pip \
 COPY platform/pyproject.toml platform/
 COPY serving/pyproject.toml serving/
 COPY pipelines/pyproject.toml pipelines/
-# As far as here, and so for the layer of `shared`, serving and training are built by the same lines: what both need is
-# built, stored and pulled once.
+# Up to here and for the `shared` layer, serving and training have the same lines, so that a node builds, stores and pulls
+# the shared packages once.
 RUN python3 dependencies.py serving platform[s3] --shared-with pipelines platform[s3] > shared.txt \
     && cp shared.txt constraints.txt /opt/reelway/
 ARG MEMBERS="serving[rank-server] platform[s3]"
@@ -31,7 +31,7 @@ RUN pip/bin/pip wheel -q --no-deps --no-build-isolation --no-index --wheel-dir w
 
 FROM ${BASE}
 RUN echo 'reelway:x:10001:10001::/tmp:/usr/sbin/nologin' >> /etc/passwd && echo 'reelway:x:10001:' >> /etc/group
-# Large layers, each written once: they change with constraints.txt and the members' requirements only.
+# Large layers. They change only with constraints.txt and the members' requirements.
 COPY --from=installer /opt/reelway /opt/reelway
 RUN --mount=type=bind,from=installer,source=/build,target=/build \
     --mount=type=cache,id=reelway-uv,target=/var/cache/uv \

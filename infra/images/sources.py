@@ -1,4 +1,4 @@
-"""What goes into a build, and no more: a small context is quick to send and cannot leak a key or a run."""
+"""Copies the build context: only the files that images need, so that no key or run directory is sent."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Final
 
 REPOSITORY: Final = Path(__file__).resolve().parents[2]
-IMAGES: Final = ("controller", "serving", "training")
+IMAGES: Final = ("operator", "serving", "training")
 REGISTRY: Final = "reelway.local"
-"""Of images that are loaded into a node and pulled by nobody."""
+"""Registry name of images that are loaded into a node, never pulled."""
 _PARTS: Final = ("platform", "serving", "pipelines", "feature_repo", "infra/images", "constraints.txt")
 _LEFT_OUT: Final = shutil.ignore_patterns("__pycache__", "*.egg-info", "*.tar", ".*", "decisions", "registry.db")
 
@@ -22,12 +22,12 @@ def version() -> str:
 
 
 def image_name(name: str, tag: str) -> str:
-    """What an image is called on a node that pulls nothing."""
+    """Full name of an image on the test node."""
     return f"{REGISTRY}/{name}:{tag}"
 
 
 def copy_sources(folder: Path) -> Path:
-    """The build context, in ``folder``."""
+    """Copies the build context into ``folder``."""
     for part in _PARTS:
         source, target = REPOSITORY / part, folder / part
         target.parent.mkdir(parents=True, exist_ok=True)

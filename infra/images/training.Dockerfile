@@ -1,8 +1,8 @@
-# Ray Train, torch and Feast: what the pods of a training, feature or evaluation job run.
-# The default base is an official image; `python infra/images base` makes one where no registry is reached.
+# Ray Train, torch and Feast: the image of job pods and the stream processor.
+# The default base is an official image; `python infra/images base` builds one for machines without a registry.
 ARG BASE=docker.io/library/python:3.11-slim-bookworm@sha256:a36c24f9cbdf4fd0f52d67f0823eeac19c2028c637cecc392d97f980d4fec56b
 
-# What installs, and the lists of what is to be installed. The caches are shared by all images.
+# The installer and the lists of requirements. All images share the caches.
 FROM ${BASE} AS installer
 WORKDIR /build
 RUN python3 -m venv /build/pip && python3 -m venv --without-pip /opt/reelway \
@@ -16,13 +16,13 @@ RUN --mount=type=cache,id=reelway-pip,target=/var/cache/pip \
 COPY platform/pyproject.toml platform/
 COPY serving/pyproject.toml serving/
 COPY pipelines/pyproject.toml pipelines/
-# As far as here, and so for the layer of `shared`, serving and training are built by the same lines: what both need is
-# built, stored and pulled once.
+# Up to here and for the `shared` layer, serving and training have the same lines, so that a node builds, stores and pulls
+# the shared packages once.
 RUN python3 dependencies.py serving platform[s3] --shared-with pipelines platform[s3] > shared.txt \
     && cp shared.txt constraints.txt /opt/reelway/
 ARG MEMBERS="pipelines platform[s3]"
 RUN python3 dependencies.py ${MEMBERS} > requirements.txt
-# `cpu` leaves out what only a GPU would call.
+# `cpu` leaves out the packages for GPUs.
 ARG TORCH=cuda
 RUN if [ "${TORCH}" = cpu ]; then python3 without_cuda.py excluded constraints.txt > excluded.txt; fi
 
@@ -34,7 +34,7 @@ RUN pip/bin/pip wheel -q --no-deps --no-build-isolation --no-index --wheel-dir w
 
 FROM ${BASE}
 RUN echo 'reelway:x:10001:10001::/tmp:/usr/sbin/nologin' >> /etc/passwd && echo 'reelway:x:10001:' >> /etc/group
-# Large layers, each written once: they change with constraints.txt and the members' requirements only.
+# Large layers. They change only with constraints.txt and the members' requirements.
 COPY --from=installer /opt/reelway /opt/reelway
 RUN --mount=type=bind,from=installer,source=/build,target=/build \
     --mount=type=cache,id=reelway-uv,target=/var/cache/uv \

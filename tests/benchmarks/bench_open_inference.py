@@ -42,10 +42,10 @@ from reelway.platform.release.folder import read_manifest
 from reelway.platform.release.signing import create_keys, load_private_key, sign
 from reelway.platform.release.store import ReleaseStore
 from reelway.platform.rollout.traffic.routing import ArmRoute, Routing
+from reelway.platform.rollout.traffic.serving_options import ReleaseStoreArgs, ServingOptions
 from reelway.platform.runs import RunDirectory
 from reelway.serving.free_ports import free_port
 from reelway.serving.release_loader import ReleaseLoader
-from reelway.serving.serve_config import ReleaseShelf, ServiceOptions
 
 ADDED_BAR_MS = 4.0
 CANDIDATES = 500
@@ -89,13 +89,13 @@ def measure_added(place: Path, made: Path, requests: int, *, compare: bool = Fal
 
     place.mkdir(exist_ok=True)
     here, there = make_two(place, made)
-    shelf = ReleaseShelf(
+    shelf = ReleaseStoreArgs(
         release_store=str(place / "releases"), release_cache=place / "cache", public_keys=place / "keys"
     )
     (place / "token.secret").write_bytes(SECRET)
-    options = ServiceOptions(
-        shelf, place / "metrics", token_secrets=place / "token.secret", features_dir=place / "features",
-        outcomes=place / "outcomes.db", port=free_port("127.0.0.1"),
+    options = ServingOptions(
+        releases=shelf, metrics_dir=place / "metrics", token_secrets=place / "token.secret",
+        features_dir=place / "features", outcomes=place / "outcomes.db", port=free_port("127.0.0.1"),
     )  # fmt: skip
     routing = Routing(
         salt="bench", rollout="bench",
@@ -134,12 +134,12 @@ def added_by(made: Path, requests: int) -> list[Row]:
         return [Row(**row) for row in json.loads(rows.read_text())]
 
 
-def deploy_both(at: Any, options: ServiceOptions, routing: Routing, there: str, port: int) -> None:
+def deploy_both(at: Any, options: ServingOptions, routing: Routing, there: str, port: int) -> None:
     """Deploys both releases. The release ``there`` calls the server."""
+    from reelway.platform.rollout.traffic.serve_config import compose_serve_config
     from reelway.serving.deployments.service import deploy
-    from reelway.serving.serve_config import serve_config
 
-    document = serve_config(routing, options)
+    document = compose_serve_config(options, routing.releases, routing)
     for application in document["applications"]:
         if application["name"] == there:
             application["args"]["ranker_address"] = f"127.0.0.1:{port}"
@@ -220,7 +220,7 @@ def compare_run(run: RunDirectory, place: Path) -> list[Row]:
     release = str(ReleaseStore(str(run.release_store)).resolve("latest"))
     loader = ReleaseLoader(run.release_store / release)
     store = ViewerRows(open_feature_store(run.features))
-    shelf = ReleaseShelf(release_store=str(run.release_store), release_cache=place / "run", public_keys=run.keys)
+    shelf = ReleaseStoreArgs(release_store=str(run.release_store), release_cache=place / "run", public_keys=run.keys)
     with rank_server_process(shelf, release, place) as at:
         rows = compare_rows(loader, at, (store.read(viewer) for viewer in itertools.count(1)), "trained")
         return rows + added_in_one_process(loader, at, [store.read(viewer) for viewer in range(1, 101)])

@@ -18,20 +18,20 @@ import psutil
 from prometheus_client import CollectorRegistry
 
 from reelway.platform.contracts.api import RecommendRequest
+from reelway.platform.rollout.traffic.serving_options import ReleaseStoreArgs
 from reelway.platform.tokens import TokenSigner
 from reelway.serving.fused import open_fused
 from reelway.serving.metrics import IngressMetrics
 from reelway.serving.release_loader import open_trusted
 from reelway.serving.request_path import RequestPath
-from reelway.serving.serve_config import ReleaseShelf
 
 
 async def main(place: Path, release: str) -> None:
-    shelf = ReleaseShelf(
+    shelf = ReleaseStoreArgs(
         release_store=str(place / "releases"), release_cache=place / "cache", public_keys=place / "keys"
     )
     imported = time.time()
-    opened = open_fused(open_trusted(shelf.source_of(release, "fused")), budget_ms=10_000)
+    opened = open_fused(open_trusted(shelf.release_args(release, "fused")), budget_ms=10_000)
     signer, metrics = TokenSigner(b"a secret for the first slate"), IngressMetrics(CollectorRegistry())
     path = RequestPath(opened.router_release, opened.stages, signer, metrics, executor=opened.executor)
     recommendation = await path.recommend(RecommendRequest(viewer_id=1, count=20), {}, time.time())

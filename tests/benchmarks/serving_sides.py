@@ -26,8 +26,8 @@ from reelway.platform.contracts.api import RecommendRequest
 from reelway.platform.features.store import open_feature_store
 from reelway.platform.features.viewer_rows import ViewerRows
 from reelway.platform.rollout.traffic.routing import Routing
+from reelway.platform.rollout.traffic.serving_options import ReleaseStoreArgs
 from reelway.platform.tokens import TokenSigner
-from reelway.serving.serve_config import ReleaseShelf
 
 COUNT = 20
 REPLICA = "ray::ServeReplica"
@@ -115,22 +115,24 @@ def _floor(place: Place, seconds: float) -> None:
 
 
 def _ours(kind: str, place: Place, settings: dict[str, Any]) -> None:
+    from reelway.platform.rollout.traffic.serving_options import Deployments, ServingOptions
     from reelway.serving.deployments.service import running_service
     from reelway.serving.free_ports import free_port
-    from reelway.serving.serve_config import Replicas, ServiceOptions
 
     path = place.path
-    shelf = ReleaseShelf(release_store=str(path / "releases"), release_cache=path / "cache", public_keys=path / "keys")
-    replicas = Replicas(**settings.pop("replicas", {}))
-    options = ServiceOptions(
-        shelf,
+    releases = ReleaseStoreArgs(
+        release_store=str(path / "releases"), release_cache=path / "cache", public_keys=path / "keys"
+    )
+    deployments = Deployments.with_replicas(**settings.pop("replicas", {}))
+    options = ServingOptions(
+        releases=releases,
         metrics_dir=path / f"metrics-{kind}-{time.time_ns()}",
         token_secrets=path / "token.secret",
         features_dir=place.features,
         outcomes=path / f"outcomes-{kind}.db",
         port=free_port("127.0.0.1"),
         composition=kind,  # type: ignore[arg-type]
-        replicas=replicas,
+        deployments=deployments,
         **settings,
     )
     with running_service(Routing.whole(place.release), options, path / "ray.token") as service:

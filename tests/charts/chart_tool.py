@@ -1,4 +1,4 @@
-"""Helm as the tests use it: one rendering per combination of an environment and a component, remembered."""
+"""Renders the chart with Helm: one cached rendering per combination of an environment and a component."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ ENVIRONMENT_FILES: Final = {
     "air-gapped": ("air-gapped.yaml",),
 }
 NEEDED: Final = {"releases": {"initial": RELEASE, "store": {"hostPath": {"path": "/srv/reelway"}}}}
-"""What no environment can know."""
+"""Values that no environment file can contain."""
 
 _MONITORS: Final = {"monitors": {"enabled": True}}
 _RULES: Final = {**_MONITORS, "rules": {"enabled": True}}
@@ -36,15 +36,8 @@ _ROUTE: Final = {"enabled": True, "parentRefs": [{"name": "gateway"}], "hostname
 _GIVEN_CLAIM: Final = {"pvc": {"existingClaim": ""}}
 COMPONENTS: Final[dict[str, Document]] = {
     "as-is": {},
-    "static": {
-        "ray": {"mode": "static", "autoscaling": {"enabled": False}},
-        "serving": {"horizontalPodAutoscaler": {"enabled": False}},
-    },
-    "kuberay": {"ray": {"mode": "kuberay"}, "serving": {"horizontalPodAutoscaler": {"enabled": False}}},
-    "gcs-store": {
-        "ray": {"mode": "kuberay", "gcs": {"redisAddress": "redis.test:6379"}},
-        "serving": {"horizontalPodAutoscaler": {"enabled": False}},
-    },
+    "gcs-store": {"ray": {"gcs": {"redisAddress": "redis.test:6379"}}},
+    "kserve": {"ranker": {"backend": "kserve"}},
     "s3": {"releases": {"store": {"type": "s3", "s3": _S3}}},
     "gs": {"releases": {"store": {"type": "gs", "gs": {"bucket": "releases"}}}},
     "pvc": {"releases": {"store": {"type": "pvc"}}, "jobs": {"parity": {"enabled": True}}},
@@ -54,27 +47,27 @@ COMPONENTS: Final[dict[str, Document]] = {
     "features-directory": {"releases": {"store": {"type": "pvc"}}, "features": {"type": "directory"}},
     "jobs": {
         "jobs": {
-            "workClaim": "work", "signingSecret": "signing", "queue": "reelway", "materialisation": {"enabled": True},
-            "training": {"enabled": True, "gpus": 1, "workers": 2}, "evaluation": {"enabled": True},
+            "runsClaim": "runs", "signingSecret": "signing", "kueueQueue": "reelway", "features": {"enabled": True},
+            "train": {"enabled": True, "gpus": 1, "workers": 2}, "evaluate": {"enabled": True},
             "dataset": {"enabled": True}, "release": {"enabled": True},
             "submitters": [{"kind": "Group", "name": "ml", "apiGroup": "rbac.authorization.k8s.io"}],
         }
     },
     "stream": {
-        "jobs": {"workClaim": "work"}, "monitoring": _MONITORS,
+        "jobs": {"runsClaim": "runs"}, "monitoring": _MONITORS,
         "stream": {
-            "enabled": True, "events": "kafka://kafka.test:9092/outcomes", "kafkaSettingsSecret": "kafka",
-            "overlay": "s3://features/overlay",
+            "enabled": True, "eventLog": "kafka://kafka.test:9092/outcomes", "kafkaSettingsSecret": "kafka",
+            "changelog": "s3://features/overlay",
         },
     },
-    "slow-bound": {"monitoring": {**_MONITORS, "rules": {"enabled": True, "latencyMs": 1000}}},
+    "slow-bound": {"monitoring": {**_MONITORS, "rules": {"enabled": True, "latencyThresholdMs": 1000}}},
     "monitoring": {"monitoring": {**_RULES, "alertmanagerConfig": {"enabled": True}, "dashboards": {"enabled": True}}},
     "ingress": {"serving": {"ingress": {"enabled": True, "host": "a.test", "tlsSecret": "tls", "className": "nginx"}}},
     "http-route": {"serving": {"httpRoute": _ROUTE}},
     "no-outcomes": {"serving": {"outcomes": {"enabled": False}}},
     "outcomes-kept": {"serving": {"outcomes": {"enabled": True, "persistence": {"enabled": True}}}},
     "budgets": {
-        "controller": {"replicas": 2, "podDisruptionBudget": {"enabled": True}},
+        "operator": {"replicas": 2, "podDisruptionBudget": {"enabled": True}},
         "serving": {"podDisruptionBudget": {"enabled": True}},
     },
     "priorities": {"priorityClasses": {"create": True}},
@@ -82,26 +75,13 @@ COMPONENTS: Final[dict[str, Document]] = {
     "no-service": {"serving": {"enabled": False}, "releases": {"initial": ""}},
     "no-test": {"tests": {"enabled": False}},
     "secrets": {"secrets": {"generate": True, "name": ""}},
-    "ray-autoscaling": {
-        "ray": {"mode": "kuberay", "autoscaling": {"enabled": True}},
-        "serving": {"horizontalPodAutoscaler": {"enabled": False}},
-    },
-    "pod-autoscaling": {
-        "ray": {"mode": "static", "autoscaling": {"enabled": False}},
-        "serving": {
-            "workers": {"cpu": {"replicas": 2, "minReplicas": 2, "maxReplicas": 4, "gpus": 0,
-                                "gpuResource": "nvidia.com/gpu",
-                                "resources": {"requests": {"cpu": "1", "memory": "2Gi"},
-                                              "limits": {"cpu": "2", "memory": "4Gi"}}}},
-            "horizontalPodAutoscaler": {"enabled": True},
-        },
-    },
+    "ray-autoscaling": {"ray": {"autoscaling": {"enabled": True}}},
 }  # fmt: skip
 COMBINATIONS: Final = [(environment, component) for environment in ENVIRONMENT_FILES for component in COMPONENTS]
 
 
 def program(name: str) -> str:
-    """A program of the cluster's tools or of the system; skips the test where there is none."""
+    """Path of a program of the cluster's tools or of the system. Skips the test if it is missing."""
     built = REPOSITORY / ".cluster" / "bin" / name
     found = str(built) if built.exists() else shutil.which(name)
     if found is None:
@@ -110,7 +90,7 @@ def program(name: str) -> str:
 
 
 def helm_template(values: Document, *files: Path, arguments: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
-    """``helm template`` with values files and, after them, values."""
+    """Runs ``helm template`` with values files and these values over them."""
     with tempfile.NamedTemporaryFile("w", suffix=".yaml") as last:
         yaml.safe_dump(values, last)
         last.flush()
@@ -121,7 +101,7 @@ def helm_template(values: Document, *files: Path, arguments: tuple[str, ...] = (
 
 @functools.cache
 def rendered_text(environment: str, component: str) -> str:
-    """All manifests of a combination, CRDs left out."""
+    """All manifests of a combination, without CRDs."""
     files = [ENVIRONMENTS / name for name in ENVIRONMENT_FILES[environment]]
     done = helm_template(merged(NEEDED, COMPONENTS[component]), *files)
     assert done.returncode == 0, f"{environment} with {component}: {done.stderr}"
@@ -130,12 +110,12 @@ def rendered_text(environment: str, component: str) -> str:
 
 @functools.cache
 def rendered(environment: str, component: str) -> tuple[Document, ...]:
-    """The same, parsed."""
+    """All objects of a combination."""
     return documents(rendered_text(environment, component))
 
 
 def documents(text: str) -> tuple[Document, ...]:
-    """The objects of a stream, with the RayJobs that ConfigMaps hold for CronJobs."""
+    """The objects of a YAML stream, and the RayJob templates in its ConfigMaps."""
     found = [one for one in yaml.load_all(text, Loader=LOADER) if one]
     for one in list(found):
         if one["kind"] == "ConfigMap" and one["metadata"]["name"].endswith("-jobs"):
@@ -144,7 +124,7 @@ def documents(text: str) -> tuple[Document, ...]:
 
 
 def merged(one: Document, other: Document) -> Document:
-    """``one`` with ``other`` over it, maps within maps."""
+    """``one`` with ``other`` merged over it."""
     result = dict(one)
     for key, value in other.items():
         both = isinstance(value, dict) and isinstance(result.get(key), dict)
@@ -153,7 +133,7 @@ def merged(one: Document, other: Document) -> Document:
 
 
 def named(objects: tuple[Document, ...], kind: str, ending: str = "") -> Document:
-    """The only object of a kind whose name ends so."""
+    """The only object of a kind whose name has this ending."""
     found = [one for one in objects if one["kind"] == kind and one["metadata"].get("name", "").endswith(ending)]
     assert len(found) == 1, [(one["kind"], one["metadata"].get("name")) for one in objects]
     return found[0]

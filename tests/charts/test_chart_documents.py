@@ -1,4 +1,4 @@
-"""What the chart tells Serve, Feast and the operator is what these read."""
+"""What the chart renders for Serve, Feast and the operator is what these programs read."""
 
 from __future__ import annotations
 
@@ -13,66 +13,71 @@ import click
 import pytest
 import typer.main
 import yaml
-from tests.charts.chart_tool import CHART, RELEASE, Document, named, program, rendered
+from tests.charts.chart_tool import CHART, COMBINATIONS, RELEASE, Document, named, program, rendered
 
 from reelway.platform.cli.main import build_app
-from reelway.platform.contracts.events import Arm
+from reelway.platform.cluster.ray_service import OPTIONS_DIGEST
+from reelway.platform.cluster.serve_config_reconciler import OPTIONS_KEY, OPTIONS_SUFFIX, digest_of
 from reelway.platform.rollout.rules import canary_rules
-from reelway.platform.rollout.traffic.routing import ArmRoute, Routing
-from reelway.platform.rollout.traffic.serve_config import with_target
-from reelway.platform.rollout.traffic.target import TrafficTarget
-from reelway.serving.serve_config import (
+from reelway.platform.rollout.traffic.routing import Routing
+from reelway.platform.rollout.traffic.serve_config import compose_serve_config
+from reelway.platform.rollout.traffic.serving_options import (
     OutcomesArgs,
-    ReleaseShelf,
-    ReleaseSource,
+    ReleaseArgs,
+    ReleaseStoreArgs,
     RouterArgs,
-    ServiceOptions,
-    serve_config,
+    ServingOptions,
 )
 from reelway.serving.serve_settings import SERVE_SETTINGS
 
 
-def document(environment: str, component: str) -> Document:
-    objects = rendered(environment, component)
-    if component == "static":
-        text = named(objects, "ConfigMap", "-serve-document")["data"]["serve.json"]
-        return dict(json.loads(text))
-    return dict(yaml.safe_load(named(objects, "RayService")["spec"]["serveConfigV2"]))
+def serving_options(environment: str, component: str) -> ServingOptions:
+    """The options that the operator reads from the cluster."""
+    text = named(rendered(environment, component), "ConfigMap", "-serving")["data"]["options.yaml"]
+    return ServingOptions.parse(text, source="options.yaml")
 
 
-def head_of(environment: str, component: str) -> dict[str, Any]:
-    """The specification of the pod that is Ray's head."""
-    kind = "StatefulSet" if component == "static" else "RayService"
-    spec = next(one for one in rendered(environment, component) if one["kind"] == kind)["spec"]
-    template = spec["template"] if component == "static" else spec["rayClusterConfig"]["headGroupSpec"]["template"]
-    found: dict[str, Any] = template["spec"]
+def serve_config(environment: str, component: str) -> Document:
+    """What the operator composes for a new installation."""
+    options = serving_options(environment, component)
+    assert options.initial is not None
+    return compose_serve_config(options, options.initial.routing.releases, options.initial.routing)
+
+
+def ray_cluster(environment: str, component: str) -> Document:
+    found: Document = named(rendered(environment, component), "RayService")["spec"]["rayClusterConfig"]
     return found
 
 
-def ray_environment(component: str, environment: str = "dev") -> dict[str, str | None]:
-    """Of the first container of Ray's head."""
-    return {one["name"]: one.get("value") for one in head_of(environment, component)["containers"][0]["env"]}
+def head_of(environment: str, component: str) -> dict[str, Any]:
+    """The pod specification of Ray's head."""
+    found: dict[str, Any] = ray_cluster(environment, component)["headGroupSpec"]["template"]["spec"]
+    return found
 
 
-@pytest.mark.parametrize("component", ["kuberay", "static"])
-@pytest.mark.parametrize("environment", ["dev", "production-cpu"])
-def test_the_document_has_what_the_builders_take(environment: str, component: str) -> None:
-    applications = {one["name"]: one for one in document(environment, component)["applications"]}
+def ray_environment(environment: str = "dev") -> dict[str, str | None]:
+    """Environment of the head's Ray container."""
+    return {one["name"]: one.get("value") for one in head_of(environment, "as-is")["containers"][0]["env"]}
+
+
+@pytest.mark.parametrize("component", ["as-is", "stream", "kserve", "redis-external"])
+@pytest.mark.parametrize("environment", ["dev", "production-cpu", "air-gapped"])
+def test_operator_composes_a_serve_config_from_the_options(environment: str, component: str) -> None:
+    applications = {one["name"]: one for one in serve_config(environment, component)["applications"]}
     assert set(applications) == {RELEASE, "outcomes", "router"}
-    assert ReleaseSource(**applications[RELEASE]["args"]).release == RELEASE
+    assert ReleaseArgs(**applications[RELEASE]["args"]).release == RELEASE
     assert RouterArgs(**applications["router"]["args"]).outcomes == "outcomes"
     OutcomesArgs(**applications["outcomes"]["args"])
     (router,) = applications["router"]["deployments"]
     assert Routing.model_validate(router["user_config"]) == Routing.whole(RELEASE)
 
 
-def test_the_document_is_the_laptops_but_for_places_and_sizes() -> None:
-    shelf = ReleaseShelf(release_store="x", release_cache=Path("x"), public_keys=Path("x"))
-    laptop = serve_config(
-        Routing.whole(RELEASE), ServiceOptions(shelf=shelf, metrics_dir=Path("x"), outcomes=Path("x"))
-    )
-    chart = document("dev", "static")
-    assert [shape(one) for one in chart["applications"]] == [shape(one) for one in laptop["applications"]]
+def test_cluster_config_differs_from_local_mode_in_paths_with_sizes_only() -> None:
+    releases = ReleaseStoreArgs(release_store="x", release_cache=Path("x"), public_keys=Path("x"))
+    options = ServingOptions(releases=releases, metrics_dir=Path("x"), outcomes=Path("x"))
+    local = compose_serve_config(options, (RELEASE,), Routing.whole(RELEASE))
+    cluster = serve_config("dev", "as-is")
+    assert [shape(one) for one in cluster["applications"]] == [shape(one) for one in local["applications"]]
 
 
 def shape(application: Document) -> dict[str, Any]:
@@ -84,23 +89,29 @@ def shape(application: Document) -> dict[str, Any]:
     }
 
 
-def test_a_rollout_can_write_its_traffic_into_the_document() -> None:
-    before, canary = document("dev", "kuberay"), "0a" * 32
-    arms = (
-        ArmRoute(arm=Arm.CANARY, release=canary, weight_bp=500),
-        ArmRoute(arm=Arm.STABLE, release=RELEASE, weight_bp=9500),
-    )
-    routing = Routing(salt="s", rollout="r", arms=arms)
-    after = with_target(before, TrafficTarget(routing=routing, releases=(RELEASE, canary)))
-    assert [one["name"] for one in after["applications"]] == [RELEASE, canary, "outcomes", "router"]
+@pytest.mark.parametrize(("environment", "component"), COMBINATIONS)
+def test_ray_service_carries_the_digest_of_its_options(environment: str, component: str) -> None:
+    """The operator applies options only if pod template and options were rendered together."""
+    if component == "no-service":
+        assert not [one for one in rendered(environment, component) if one["kind"] == "RayService"]
+        return
+    objects = rendered(environment, component)
+    options = named(objects, "ConfigMap", OPTIONS_SUFFIX)
+    service = named(objects, "RayService")["metadata"]
+    assert service["annotations"][OPTIONS_DIGEST] == digest_of(options["data"][OPTIONS_KEY])
+    assert options["metadata"]["name"] == service["name"] + OPTIONS_SUFFIX
 
 
-def test_outcomes_are_where_their_file_is() -> None:
-    objects = rendered("production-cpu", "kuberay")
-    cluster = named(objects, "RayService")["spec"]["rayClusterConfig"]
-    outcomes = next(one for one in document("production-cpu", "kuberay")["applications"] if one["name"] == "outcomes")
-    (wanted,) = outcomes["deployments"][0]["ray_actor_options"]["resources"]
-    assert wanted in cluster["headGroupSpec"]["rayStartParams"]["resources"]
+def test_kserve_rankers_are_addressed_by_release() -> None:
+    release = serve_config("dev", "kserve")["applications"][0]
+    assert release["args"]["ranker_address"] == "dns:///rw-reelway-{release}-predictor.reelway.svc:8081"
+
+
+def test_outcomes_run_where_their_file_is() -> None:
+    cluster = ray_cluster("production-cpu", "as-is")
+    outcomes = next(one for one in serve_config("production-cpu", "as-is")["applications"] if one["name"] == "outcomes")
+    (resource,) = outcomes["deployments"][0]["ray_actor_options"]["resources"]
+    assert resource in cluster["headGroupSpec"]["rayStartParams"]["resources"]
     head = cluster["headGroupSpec"]["template"]["spec"]
     mounts = {mount["mountPath"] for mount in head["containers"][0]["volumeMounts"]}
     assert str(Path(outcomes["args"]["state"]).parent) in mounts
@@ -108,39 +119,33 @@ def test_outcomes_are_where_their_file_is() -> None:
         assert "resources" not in group["rayStartParams"]
 
 
-@pytest.mark.parametrize("component", ["kuberay", "static"])
-def test_ray_is_set_as_it_was_measured(component: str) -> None:
-    environment = ray_environment(component)
+def test_ray_has_the_measured_low_latency_settings() -> None:
+    environment = ray_environment()
     assert {name: environment.get(name) for name in SERVE_SETTINGS} == SERVE_SETTINGS
-    # At Ray's own minute a worker serves on for up to that long after a head that has lost its state came back.
+    # With Ray's default of 60 s a worker serves on for up to that long after a head without state has started.
     assert environment["RAY_raylet_liveness_self_check_interval_ms"] == "2000"
 
 
 @pytest.mark.parametrize(("environment", "drain_s"), [("dev", 5), ("production-cpu", 30)])
-@pytest.mark.parametrize("component", ["kuberay", "static"])
-def test_ray_has_moved_its_replicas_away_before_the_pod_is_killed(
-    environment: str, component: str, drain_s: int
-) -> None:
-    grace_s = head_of(environment, component)["terminationGracePeriodSeconds"]
-    assert ray_environment(component, environment)["RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"] == str(drain_s)
-    assert drain_s + 10 <= grace_s  # 5 s of preStop, and what its processes need to end
+def test_ray_drains_replicas_before_the_grace_period_ends(environment: str, drain_s: int) -> None:
+    grace_s = head_of(environment, "as-is")["terminationGracePeriodSeconds"]
+    assert ray_environment(environment)["RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"] == str(drain_s)
+    assert drain_s + 10 <= grace_s  # 5 s of preStop, and 5 s for the processes to exit
 
 
-@pytest.mark.parametrize("component", ["kuberay", "static"])
-def test_a_head_is_looked_at_from_its_first_second_on_where_its_agent_answers(component: str) -> None:
-    head = head_of("dev", component)["containers"][0]
+def test_head_is_probed_at_its_agent_from_the_first_second() -> None:
+    """Without a readinessProbe KubeRay adds one that starts after 10 s."""
+    head = head_of("dev", "as-is")["containers"][0]
     assert head["startupProbe"]["periodSeconds"] <= 2
     assert head["startupProbe"].get("initialDelaySeconds", 0) == 0
-    asked = head["readinessProbe"]["httpGet"]
-    environment = rendered("dev", component)
-    if component == "kuberay":
-        start = named(environment, "RayService")["spec"]["rayClusterConfig"]["headGroupSpec"]["rayStartParams"]
-        assert str(asked["port"]) == start["dashboard-agent-listen-port"]
-    assert asked["path"] == "/api/healthz"  # with no readinessProbe of ours KubeRay gives one that waits for 10 s
+    probe = head["readinessProbe"]["httpGet"]
+    start = ray_cluster("dev", "as-is")["headGroupSpec"]["rayStartParams"]
+    assert str(probe["port"]) == start["dashboard-agent-listen-port"]
+    assert probe["path"] == "/api/healthz"
 
 
-def test_a_jobs_pods_are_looked_at_from_their_first_second_on() -> None:
-    templates = named(rendered("dev", "kuberay"), "ConfigMap", "-jobs")["data"]
+def test_job_pods_are_probed_from_the_first_second() -> None:
+    templates = named(rendered("dev", "as-is"), "ConfigMap", "-jobs")["data"]
     jobs = [text for name, text in templates.items() if name.endswith(".yaml")]
     assert jobs
     for text in jobs:
@@ -151,7 +156,7 @@ def test_a_jobs_pods_are_looked_at_from_their_first_second_on() -> None:
             assert "initialDelaySeconds" not in container["readinessProbe"]
 
 
-def test_feast_is_given_a_store_whose_password_is_not_in_it() -> None:
+def test_feast_config_contains_no_password() -> None:
     config = yaml.safe_load(
         named(rendered("dev", "redis-external"), "ConfigMap", "-features")["data"]["feature_store.yaml"]
     )
@@ -161,29 +166,29 @@ def test_feast_is_given_a_store_whose_password_is_not_in_it() -> None:
     assert "ssl=true" in options
 
 
-def test_parity_is_written_where_the_operator_reads_it_from_what_the_routers_wrote() -> None:
+def test_parity_job_connects_the_routers_log_with_the_operator() -> None:
     found = rendered("dev", "pvc")
     [cron] = [one for one in found if one["kind"] == "CronJob" and one["metadata"]["name"].endswith("-parity")]
     [replay] = cron["spec"]["jobTemplate"]["spec"]["template"]["spec"]["containers"]
-    told = dict(word.removeprefix("--").split("=", 1) for word in replay["command"] if word.startswith("--"))
+    options = dict(word.removeprefix("--").split("=", 1) for word in replay["command"] if word.startswith("--"))
     [deployment] = [one for one in found if one["kind"] == "Deployment"]
-    [controller] = deployment["spec"]["template"]["spec"]["containers"]
-    settings = yaml.safe_load(named(found, "ConfigMap", "-controller")["data"]["settings.yaml"])
-    assert settings["parity_findings"] == told["report"]
-    assert told["report"].startswith(next(m["mountPath"] for m in controller["volumeMounts"] if m["name"] == "store"))
-    [router] = [one for one in document("dev", "jobs")["applications"] if one["name"] == "router"]
-    assert router["args"]["vector_log"] == told["log"]
+    [operator] = deployment["spec"]["template"]["spec"]["containers"]
+    settings = yaml.safe_load(named(found, "ConfigMap", "-operator")["data"]["settings.yaml"])
+    assert settings["parity_findings"] == options["report"]
+    assert options["report"].startswith(next(m["mountPath"] for m in operator["volumeMounts"] if m["name"] == "store"))
+    [router] = [one for one in serve_config("dev", "jobs")["applications"] if one["name"] == "router"]
+    assert router["args"]["vector_log"] == options["log"]
     group: Any = typer.main.get_command(build_app())
     for word in replay["command"][1:3]:
         group = group.get_command(click.Context(group), word)
-    assert group.make_context("parity", replay["command"][3:]).params["report_to"] == told["report"]
+    assert group.make_context("parity", replay["command"][3:]).params["report_to"] == options["report"]
 
 
-def test_the_charts_canary_rules_are_the_packages() -> None:
+def test_canary_rules_equal_those_of_the_package() -> None:
     assert (CHART / "files" / "rules" / "canary.rules.yaml").read_text() == canary_rules()
 
 
-def test_the_readmes_table_is_of_these_values(tmp_path: Path) -> None:
+def test_readme_is_generated_from_the_values(tmp_path: Path) -> None:
     shutil.copytree(CHART, tmp_path / "reelway")
     command = [program("helm-docs"), "--chart-search-root", str(tmp_path), "--sort-values-order", "file", "-l", "error"]
     subprocess.run(command, check=True)
@@ -192,7 +197,7 @@ def test_the_readmes_table_is_of_these_values(tmp_path: Path) -> None:
     )
 
 
-def test_every_panel_asks_for_a_metric_that_somebody_counts() -> None:
+def test_every_panel_shows_a_metric_of_the_code() -> None:
     code = "\n".join(
         path.read_text() for part in ("platform", "serving") for path in (CHART.parents[1] / part).rglob("*.py")
     )
@@ -210,7 +215,7 @@ def test_every_panel_asks_for_a_metric_that_somebody_counts() -> None:
                     )
 
 
-def test_every_panel_can_be_held_to_one_namespace() -> None:
+def test_every_panel_filters_by_namespace() -> None:
     for path in sorted((CHART / "files" / "dashboards").glob("*.json")):
         board = json.loads(path.read_text())
         assert "namespace" in [variable["name"] for variable in board["templating"]["list"]]
@@ -222,7 +227,7 @@ def test_every_panel_can_be_held_to_one_namespace() -> None:
 
 
 def metrics(expression: str) -> set[str]:
-    """Names of the time series in an expression, without what a histogram puts after them."""
+    """Names of the metrics in an expression, without the suffixes of histograms."""
     names = re.findall(r"reelway_[a-z_]+", expression)
     found = {name.removesuffix("_bucket").removesuffix("_count") for name in names}
     assert found, expression

@@ -24,7 +24,7 @@ from reelway.platform.cli.main import build_app
 from reelway.platform.cluster.operator_settings import OperatorSettings
 from reelway.platform.rollout.control.controller_settings import AlertmanagerSettings, PrometheusSettings
 
-COMPONENT = "controller"
+COMPONENT = "operator"
 
 
 def find(objects: tuple[Document, ...], kind: str) -> Document:

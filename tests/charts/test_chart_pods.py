@@ -1,4 +1,4 @@
-"""What holds of every pod that the chart makes, whatever the values."""
+"""Every pod of the chart is restricted, sized and covered by a network policy, whatever the values."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 from tests.charts.chart_tool import COMBINATIONS, ENVIRONMENT_FILES, Document, named, rendered
 
-# A password that a container reads comes by name; a value that looks like one was written out.
+# Environment variables with these words must refer to a Secret.
 SECRET_WORDS = ("TOKEN", "PASSWORD", "SECRET", "KEY")
 
 
 def pods(document: Document) -> Iterator[tuple[str, Document]]:
-    """(where, spec) of every pod in an object, RayService and RayJob included."""
+    """(path, spec) of every pod in an object, including those of RayServices and RayJobs."""
     name = f"{document['kind']}/{document['metadata'].get('name')}"
 
     def within(value: Any, path: str) -> Iterator[tuple[str, Document]]:
@@ -34,7 +34,7 @@ def all_pods(environment: str, component: str) -> list[tuple[str, Document]]:
 
 
 @pytest.mark.parametrize(("environment", "component"), COMBINATIONS)
-def test_every_pod_is_one_that_the_restricted_level_takes(environment: str, component: str) -> None:
+def test_every_pod_meets_the_restricted_level(environment: str, component: str) -> None:
     found = all_pods(environment, component)
     assert len(found) >= 1
     for where, pod in found:
@@ -55,7 +55,7 @@ def test_every_pod_is_one_that_the_restricted_level_takes(environment: str, comp
 
 
 @pytest.mark.parametrize(("environment", "component"), COMBINATIONS)
-def test_every_container_says_what_it_needs_and_from_where(environment: str, component: str) -> None:
+def test_every_container_has_resources_with_a_pinned_image(environment: str, component: str) -> None:
     for where, pod in all_pods(environment, component):
         mounts = {volume["name"] for volume in pod.get("volumes", ())}
         for container in pod["containers"]:
@@ -71,16 +71,18 @@ def test_every_container_says_what_it_needs_and_from_where(environment: str, com
 
 
 @pytest.mark.parametrize(("environment", "component"), COMBINATIONS)
-def test_no_right_is_given_beyond_the_namespace_and_no_verb_is_a_star(environment: str, component: str) -> None:
+def test_roles_are_namespaced_without_wildcards(environment: str, component: str) -> None:
     for document in rendered(environment, component):
         assert document["kind"] not in ("ClusterRole", "ClusterRoleBinding")
         for rule in document.get("rules", ()):
             assert "*" not in [*rule["verbs"], *rule["resources"], *rule["apiGroups"]]
-            assert "secrets" not in rule["resources"]
+            if "secrets" in rule["resources"]:
+                assert document["metadata"]["name"].endswith("-secrets")
+                assert rule["verbs"] == ["create"]  # neither reads nor changes one
 
 
 @pytest.mark.parametrize(("environment", "component"), COMBINATIONS)
-def test_no_pod_is_outside_of_the_default_deny(environment: str, component: str) -> None:
+def test_every_pod_has_a_network_policy(environment: str, component: str) -> None:
     objects = rendered(environment, component)
     policies = [one for one in objects if one["kind"] == "NetworkPolicy"]
     if component == "open-network":
@@ -94,7 +96,7 @@ def test_no_pod_is_outside_of_the_default_deny(environment: str, component: str)
 
 
 def pod_labels(document: Document) -> Iterator[dict[str, str]]:
-    """Labels of every pod template, and of a pod itself."""
+    """Labels of every pod and pod template in an object."""
     if document["kind"] == "Pod":
         yield document["metadata"]["labels"]
 
@@ -112,7 +114,7 @@ def pod_labels(document: Document) -> Iterator[dict[str, str]]:
 
 
 @pytest.mark.parametrize("environment", ENVIRONMENT_FILES)
-def test_selectors_of_services_and_budgets_find_pods_and_only_those_of_their_component(environment: str) -> None:
+def test_selectors_match_pods_of_one_component_only(environment: str) -> None:
     objects = rendered(environment, "budgets")
     labels = [one for document in objects for one in pod_labels(document)]
     for document in objects:
@@ -123,33 +125,33 @@ def test_selectors_of_services_and_budgets_find_pods_and_only_those_of_their_com
             assert len({one["reelway.dev/component"] for one in found}) == 1
 
 
-def test_the_pods_that_serve_and_train_have_no_kubernetes_token() -> None:
+def test_serving_pods_have_no_kubernetes_token() -> None:
     for where, pod in all_pods("air-gapped", "as-is") + all_pods("dev", "jobs"):
         if pod["serviceAccountName" if "serviceAccountName" in pod else "securityContext"] == "rw-reelway-serving":
             assert pod["automountServiceAccountToken"] is False, where
 
 
-def test_without_a_service_there_are_jobs_and_the_operator_and_no_pod_that_serves() -> None:
+def test_serving_disabled_installs_jobs_with_the_operator_only() -> None:
     for environment in ("dev", "production-cpu"):
         objects = rendered(environment, "no-service")
         kinds = {one["kind"] for one in objects}
         assert {"RayJob", "Deployment"} <= kinds
-        assert not kinds & {"RayService", "StatefulSet", "Ingress", "HTTPRoute"}
+        assert not kinds & {"RayService", "Ingress", "HTTPRoute"}
         assert {one["reelway.dev/component"] for document in objects for one in pod_labels(document)} <= {
-            "jobs", "job-creator", "controller", "redis",
+            "jobs", "job-creator", "operator", "redis", "secrets",
         }  # fmt: skip
 
 
-def test_the_operator_reads_the_store_and_cannot_write_it() -> None:
-    (pod,) = [pod for _, pod in pods(named(rendered("dev", "as-is"), "Deployment", "-controller"))]
+def test_operator_mounts_the_store_read_only() -> None:
+    (pod,) = [pod for _, pod in pods(named(rendered("dev", "as-is"), "Deployment", "-operator"))]
     (store,) = [one for one in pod["volumes"] if one["name"] == "store"]
     (mount,) = [one for one in pod["containers"][0]["volumeMounts"] if one["name"] == "store"]
     assert store["persistentVolumeClaim"]["readOnly"] is True
     assert mount["readOnly"] is True
 
 
-def test_the_controller_may_write_one_ray_service_and_its_own_lease() -> None:
-    rules = named(rendered("dev", "as-is"), "Role", "-controller")["rules"]
+def test_operator_may_write_one_ray_service_with_its_lease() -> None:
+    rules = named(rendered("dev", "as-is"), "Role", "-operator")["rules"]
     granted = {
         (group, resource): (set(rule["verbs"]), rule.get("resourceNames"))
         for rule in rules
@@ -158,27 +160,44 @@ def test_the_controller_may_write_one_ray_service_and_its_own_lease() -> None:
         if rule["verbs"] != ["create"]
     }
     assert granted[("ray.io", "rayservices")] == ({"get", "patch"}, ["rw-reelway"])
-    assert granted[("coordination.k8s.io", "leases")] == ({"get", "update"}, ["rw-reelway-controller"])
-    static = named(rendered("air-gapped", "as-is"), "Role", "-controller")["rules"]
-    assert not [rule for rule in static if "ray.io" in rule["apiGroups"]]
+    assert granted[("coordination.k8s.io", "leases")] == ({"get", "update"}, ["rw-reelway-operator"])
 
 
-@pytest.mark.parametrize("component", ["static", "kuberay"])
-def test_ray_opens_only_ports_that_are_pinned(component: str) -> None:
-    kind = "RayService" if component == "kuberay" else "StatefulSet"
-    document = next(one for one in rendered("dev", component) if one["kind"] == kind)
+def test_ray_listens_on_fixed_ports_only() -> None:
+    document = named(rendered("dev", "as-is"), "RayService")
     (pod,) = [pod for _, pod in pods(document)]
-    ray = pod["containers"][0]
-    environment = {one["name"]: one.get("value") for one in ray["env"]}
+    environment = {one["name"]: one.get("value") for one in pod["containers"][0]["env"]}
     assert environment["RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT"] == "30000"
     assert environment["RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT"] == "30199"
-    if component == "kuberay":
-        options = document["spec"]["rayClusterConfig"]["headGroupSpec"]["rayStartParams"]
-    else:
-        options = dict(one.removeprefix("--").split("=", 1) for one in ray["args"])
+    assert environment["RAY_SERVE_DIRECT_INGRESS_MIN_GRPC_PORT"] == "40000"
+    options = document["spec"]["rayClusterConfig"]["headGroupSpec"]["rayStartParams"]
     pinned = (
         "port node-manager-port object-manager-port runtime-env-agent-port metrics-export-port min-worker-port "
         "max-worker-port dashboard-agent-grpc-port dashboard-agent-listen-port"
     )
     for name in pinned.split():
         assert int(options[name]) > 0
+
+
+def test_job_kinds_inherit_the_defaults() -> None:
+    objects = rendered("production-cpu", "jobs")
+    jobs = {one["metadata"]["labels"]["reelway.dev/job"]: one for one in objects if one["kind"] == "RayJob"}
+    assert set(jobs) == {"dataset", "features", "train", "evaluate", "release"}
+    assert jobs["features"]["spec"]["activeDeadlineSeconds"] == 3600  # the default
+    assert jobs["train"]["spec"]["activeDeadlineSeconds"] == 21600  # its own
+    head = jobs["features"]["spec"]["rayClusterSpec"]["headGroupSpec"]["template"]["spec"]["containers"][0]
+    assert head["resources"]["limits"] == {"cpu": "2", "memory": "4Gi"}
+
+
+def test_secret_generator_may_only_create_secrets() -> None:
+    (rule,) = named(rendered("dev", "secrets"), "Role", "-secrets")["rules"]
+    assert rule == {"apiGroups": [""], "resources": ["secrets"], "verbs": ["create"]}
+
+
+def test_secret_generator_runs_before_the_pods_that_mount_the_secret() -> None:
+    for kind in ("ServiceAccount", "Role", "RoleBinding"):
+        annotations = named(rendered("dev", "secrets"), kind, "-secrets")["metadata"]["annotations"]
+        assert annotations["helm.sh/hook"] == "pre-install,pre-upgrade"
+        assert int(annotations["helm.sh/hook-weight"]) < 0
+    (job,) = [one for one in rendered("dev", "secrets") if one["kind"] == "Job"]
+    assert job["metadata"]["annotations"]["helm.sh/hook"] == "pre-install,pre-upgrade"

@@ -1,8 +1,9 @@
-"""Every environment with every optional component is what an API server would take."""
+"""Every environment renders with every optional component, and the result is valid Kubernetes."""
 
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 from pathlib import Path
 
@@ -11,7 +12,10 @@ import yaml
 from tests.charts.chart_tool import (
     CHART,
     COMBINATIONS,
+    COMPONENTS,
     ENVIRONMENT_FILES,
+    ENVIRONMENTS,
+    NEEDED,
     RELEASE,
     REPOSITORY,
     Document,
@@ -25,7 +29,7 @@ from tests.charts.kubernetes_schemas import LOCATION, write_schemas
 
 
 @pytest.mark.parametrize(("environment", "component"), COMBINATIONS)
-def test_renders_with_one_object_of_each_name(environment: str, component: str) -> None:
+def test_every_combination_renders_unique_names(environment: str, component: str) -> None:
     seen = [
         (one["kind"], one["metadata"].get("name") or one["metadata"]["generateName"])
         for one in rendered(environment, component)
@@ -34,7 +38,7 @@ def test_renders_with_one_object_of_each_name(environment: str, component: str) 
     assert {"Deployment", "Role", "ServiceAccount"} <= {kind for kind, _ in seen}
 
 
-def test_kubeconform_accepts_everything_strictly(tmp_path: Path) -> None:
+def test_kubeconform_accepts_every_manifest(tmp_path: Path) -> None:
     kubeconform, schemas, manifests = program("kubeconform"), tmp_path / "schemas", tmp_path / "manifests"
     schemas.mkdir()
     manifests.mkdir()
@@ -53,7 +57,7 @@ def test_kubeconform_accepts_everything_strictly(tmp_path: Path) -> None:
     assert len(seen) > 200
 
 
-def test_kubeconform_would_refuse_a_field_that_is_not_there(tmp_path: Path) -> None:
+def test_kubeconform_rejects_an_unknown_field(tmp_path: Path) -> None:
     kubeconform = program("kubeconform")
     service = next(one for one in rendered("air-gapped", "as-is") if one["kind"] == "Deployment")
     wrong = merged(service, {"spec": {"replica": 1}})
@@ -63,7 +67,33 @@ def test_kubeconform_would_refuse_a_field_that_is_not_there(tmp_path: Path) -> N
     assert "replica" in subprocess.run(command, capture_output=True, text=True, check=False).stdout
 
 
-def test_an_upgrade_of_the_chart_alone_changes_no_pod(tmp_path: Path) -> None:
+@pytest.mark.parametrize("component", ["as-is", "secrets", "kserve"])
+@pytest.mark.parametrize("environment", ENVIRONMENT_FILES)
+def test_rendering_twice_is_byte_identical(environment: str, component: str) -> None:
+    """Argo CD and Flux render without a cluster, at every sync."""
+    files = [ENVIRONMENTS / name for name in ENVIRONMENT_FILES[environment]]
+    again = helm_template(merged(NEEDED, COMPONENTS[component]), *files)
+    assert again.stdout == rendered_text(environment, component)
+
+
+@pytest.mark.parametrize(("environment", "component"), COMBINATIONS)
+def test_manifests_contain_no_live_state(environment: str, component: str) -> None:
+    """Releases, routing, generated secrets and rankers belong to the cluster; a manifest would overwrite them."""
+    for one in rendered(environment, component):
+        assert one["kind"] not in ("Secret", "InferenceService")
+        if one["kind"] == "RayService":
+            assert "serveConfigV2" not in one["spec"]
+
+
+def test_no_template_reads_the_cluster_or_draws_random_values() -> None:
+    impure = re.compile(r"\b(lookup|rand[A-Z]\w+|genCA|genSelfSignedCert|genPrivateKey|uuidv4|now)\b")
+    for path in (path for path in (CHART / "templates").rglob("*") if path.is_file()):
+        text = re.sub(r"\{\{-? ?/\*.*?\*/ ?-?\}\}", "", path.read_text(), flags=re.DOTALL)
+        actions = re.findall(r"\{\{.*?\}\}", text, flags=re.DOTALL)
+        assert not [action for action in actions if impure.search(action)], path
+
+
+def test_new_chart_version_alone_changes_no_pod(tmp_path: Path) -> None:
     copy = tmp_path / "reelway"
     subprocess.run(["cp", "-r", str(CHART), str(copy)], check=True)
     chart = copy / "Chart.yaml"
@@ -80,12 +110,12 @@ def test_an_upgrade_of_the_chart_alone_changes_no_pod(tmp_path: Path) -> None:
 
 def pod_template(document: Document) -> Document | None:
     spec = document.get("spec") or {}
-    return spec.get("template") if document["kind"] in ("Deployment", "StatefulSet") else None
+    return spec.get("template") if document["kind"] == "Deployment" else None
 
 
 @pytest.mark.cluster
 @pytest.mark.parametrize("environment", ENVIRONMENT_FILES)
-def test_the_api_server_accepts_it_where_one_is_up(environment: str, tmp_path: Path) -> None:
+def test_api_server_accepts_every_environment(environment: str, tmp_path: Path) -> None:
     kubeconfig = os.environ.get("KUBECONFIG", str(REPOSITORY / ".cluster" / "state" / "admin.kubeconfig"))
     kubectl = [program("kubectl"), "--kubeconfig", kubeconfig, "--request-timeout=5s"]
     if not Path(kubeconfig).exists() or subprocess.run([*kubectl, "get", "crd"], capture_output=True).returncode:
@@ -103,6 +133,6 @@ def test_the_api_server_accepts_it_where_one_is_up(environment: str, tmp_path: P
     assert done.returncode == 0, done.stderr
 
 
-def test_nothing_needed_is_left_to_chance() -> None:
+def test_missing_secret_name_fails() -> None:
     done = helm_template({"releases": {"initial": RELEASE}})
     assert "secrets.name" in done.stderr

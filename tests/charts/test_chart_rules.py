@@ -1,4 +1,4 @@
-"""Each alert fires on its own fault and on no other's, in Prometheus' own evaluation."""
+"""Each alert fires on its own fault and on no other, evaluated by Prometheus."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Series = dict[str, list[float]]
 
 
 NAMESPACE: Final = "reelway"
-"""Of the chart's rendering."""
+"""Namespace that the chart is rendered for."""
 
 
 def rules(component: str = "monitoring") -> dict[str, list[Any]]:
@@ -39,7 +39,7 @@ def promtool(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def grows(before: float, after: float | None = None, since: int = FAULT_AT) -> list[float]:
-    """A counter by its growth in a minute, before and since the fault."""
+    """Values of a counter, given its growth per minute before and since the fault."""
     values, total = [], 0.0
     for minute in range(MINUTES + 1):
         values.append(total)
@@ -68,7 +68,7 @@ def count(arm: str = "stable", release: str = "aaaa") -> str:
 
 
 def healthy() -> Series:
-    """A service with a canary on which nothing is wrong."""
+    """Series of a healthy service with a canary."""
     series: Series = {}
     for arm, release, rate in (("stable", "aaaa", 600.0), ("canary", "bbbb", 120.0)):
         series |= {
@@ -92,26 +92,26 @@ def healthy() -> Series:
         'reelway_rollout_failures_total{kind="evidence"}': grows(0),
         'reelway_rollout_webhooks_total{outcome="stored"}': grows(1),
         'reelway_rollout_webhooks_total{outcome="unauthorised"}': grows(0),
-        'up{job="reelway-controller"}': level(1),
+        'up{job="reelway-operator"}': level(1),
         'up{job="reelway-router", instance="a"}': level(1),
         'up{job="reelway-outcomes", instance="a"}': level(1),
     }
 
 
-# alert, what is wrong, and how many minutes after the fault one looks
+# Alert, changed series, and minutes from the fault to the evaluation.
 FAULTS: Final[list[tuple[str, Mapping[str, list[float]], int]]] = [
-    ("ReelwayAvailabilityBurnsFast", {requests("degraded"): grows(0, 200)}, 26),
-    ("ReelwayAvailabilityBurnsSlow", {requests("degraded"): grows(24)}, 30),
-    ("ReelwayLatencyBurnsFast", {latency("0.1"): grows(600, 300), latency("0.25"): grows(600, 300)}, 26),
-    ("ReelwayLatencyBurnsSlow", {latency("0.1"): grows(552), latency("0.25"): grows(552)}, 30),
+    ("ReelwayAvailabilityFastBurn", {requests("degraded"): grows(0, 200)}, 26),
+    ("ReelwayAvailabilitySlowBurn", {requests("degraded"): grows(24)}, 30),
+    ("ReelwayLatencyFastBurn", {latency("0.1"): grows(600, 300), latency("0.25"): grows(600, 300)}, 26),
+    ("ReelwayLatencySlowBurn", {latency("0.1"): grows(552), latency("0.25"): grows(552)}, 30),
     ("ReelwayViewersUnknown", {requests("context_only"): grows(12, 400)}, 20),
     ("ReelwayScoresDrift", {
         f'reelway_shadow_score_drift_ratio_bucket{{release="bbbb", le="{le}"}}': grows(60, 5) for le in ("0.1", "0.5")
     }, 26),
     ("ReelwayExposuresLost", {"reelway_ingress_exposures_lost_total": grows(0, 1)}, 6),
-    ("ReelwayControllerSilent", {"reelway_rollout_last_tick_timestamp_seconds": grows(60, 0)}, 10),
-    ("ReelwayControllerSilent", {'up{job="reelway-controller"}': level(1, 0)}, 10),
-    ("ReelwayControllerFails", {'reelway_rollout_failures_total{kind="evidence"}': grows(0, 30)}, 16),
+    ("ReelwayOperatorSilent", {"reelway_rollout_last_tick_timestamp_seconds": grows(60, 0)}, 10),
+    ("ReelwayOperatorSilent", {'up{job="reelway-operator"}': level(1, 0)}, 10),
+    ("ReelwayOperatorFails", {'reelway_rollout_failures_total{kind="evidence"}': grows(0, 30)}, 16),
     ("ReelwayWebhookRefused", {'reelway_rollout_webhooks_total{outcome="unauthorised"}': grows(0, 2)}, 4),
     ("ReelwayCanaryErrors", {requests("degraded", "canary", "bbbb"): grows(0, 60)}, 4),
     ("ReelwayCanaryEmptySlates", {
@@ -125,7 +125,7 @@ FAULTS: Final[list[tuple[str, Mapping[str, list[float]], int]]] = [
 
 
 def of_namespace(name: str, namespace: str) -> str:
-    """The series as Prometheus has it from a PodMonitor's target."""
+    """The series with the label that a PodMonitor adds."""
     bare, _, labels = name.removesuffix("}").partition("{")
     return f'{bare}{{namespace="{namespace}"{", " if labels else ""}{labels}}}'
 
@@ -133,7 +133,7 @@ def of_namespace(name: str, namespace: str) -> str:
 def firing(
     series: Mapping[str, list[float]], minute: int, folder: Path, *, neighbours: Mapping[str, list[float]] | None = None
 ) -> dict[str, dict[str, str]]:
-    """The alerts that fire, by name, with their labels; promtool only ever says what it did not expect.
+    """Labels of the firing alerts by name. They are parsed from a failed expectation, all that promtool prints.
 
     Args:
         neighbours: series of another namespace in the same Prometheus.
@@ -154,7 +154,7 @@ def firing(
             ]}],
         }],
     }  # fmt: skip
-    # promtool evaluates all groups alike
+    # promtool evaluates all groups at the same interval.
     groups = [{name: value for name, value in group.items() if name != "interval"} for group in rules()["groups"]]
     (folder / "rules.yaml").write_text(yaml.safe_dump({"groups": groups}))
     (folder / "case.yaml").write_text(json.dumps(case))
@@ -177,42 +177,40 @@ def parsed(line: str) -> dict[str, str]:
     return dict(part.strip().replace('"', "").split("=", 1) for part in inside.split(",") if "=" in part)
 
 
-def test_promtool_takes_the_rules(tmp_path: Path) -> None:
+def test_promtool_accepts_the_rules(tmp_path: Path) -> None:
     (tmp_path / "rules.yaml").write_text(yaml.safe_dump(rules()))
     said = promtool("check", "rules", str(tmp_path / "rules.yaml"))
     assert said.returncode == 0, said.stderr
     assert "SUCCESS" in said.stdout
 
 
-def test_nothing_fires_while_nothing_is_wrong(tmp_path: Path) -> None:
+def test_healthy_service_fires_no_alert(tmp_path: Path) -> None:
     assert firing(healthy(), MINUTES, tmp_path) == {}
 
 
 @pytest.mark.parametrize(
     ("alert", "fault", "minutes"), FAULTS, ids=[f"{index}-{one[0]}" for index, one in enumerate(FAULTS)]
 )
-def test_a_fault_has_its_alert_and_no_other(
-    alert: str, fault: Mapping[str, list[float]], minutes: int, tmp_path: Path
-) -> None:
+def test_fault_fires_its_alert_only(alert: str, fault: Mapping[str, list[float]], minutes: int, tmp_path: Path) -> None:
     series = healthy()
     assert fault.keys() <= series.keys()
     assert set(firing(series | dict(fault), FAULT_AT + minutes, tmp_path)) == {alert}
 
 
-def test_only_what_is_the_canarys_own_fault_names_its_release(tmp_path: Path) -> None:
+def test_only_canary_alerts_carry_the_release_label(tmp_path: Path) -> None:
     for alert, fault, minutes in FAULTS:
-        if alert in ("ReelwayCanaryErrors", "ReelwayScoresDrift", "ReelwayAvailabilityBurnsFast"):
+        if alert in ("ReelwayCanaryErrors", "ReelwayScoresDrift", "ReelwayAvailabilityFastBurn"):
             labels = firing(healthy() | dict(fault), FAULT_AT + minutes, tmp_path)[alert]
             assert labels.get("release") == ("bbbb" if alert == "ReelwayCanaryErrors" else None), labels
 
 
-def test_every_alert_and_record_says_which_namespace_it_is_of() -> None:
+def test_every_rule_carries_its_namespace() -> None:
     for group in rules()["groups"]:
         for rule in group["rules"]:
             assert rule["labels"]["namespace"] == NAMESPACE, rule
 
 
-def test_faults_of_another_namespace_with_the_same_releases_fire_nothing_here(tmp_path: Path) -> None:
+def test_faults_of_another_namespace_fire_no_alert(tmp_path: Path) -> None:
     neighbours = healthy()
     for _, fault, _ in FAULTS:
         neighbours |= dict(fault)
@@ -220,23 +218,23 @@ def test_faults_of_another_namespace_with_the_same_releases_fire_nothing_here(tm
         assert firing(healthy(), FAULT_AT + minutes, tmp_path, neighbours=neighbours) == {}
 
 
-def test_a_canarys_rules_are_evaluated_as_often_as_they_are_scraped() -> None:
+def test_canary_rules_are_evaluated_at_the_scrape_interval() -> None:
     intervals = {group["name"]: group.get("interval") for group in rules()["groups"]}
     assert intervals["reelway-canary"] == intervals["reelway-rollout-telemetry"] == "5s"
     assert intervals["reelway-service-levels"] is None
 
 
-def test_targets_that_are_not_there_at_all_are_told(tmp_path: Path) -> None:
+def test_missing_targets_fire_an_alert(tmp_path: Path) -> None:
     series = {name: values for name, values in healthy().items() if 'job="reelway-router"' not in name}
     assert set(firing(series, MINUTES, tmp_path)) == {"ReelwayTelemetryAbsent"}
 
 
-def test_every_alert_has_a_fault_here() -> None:
+def test_every_alert_has_a_fault() -> None:
     alerts = {rule["alert"] for group in rules()["groups"] for rule in group["rules"] if "alert" in rule}
     assert alerts == {one[0] for one in FAULTS} | {"ReelwayTelemetryAbsent"}
 
 
-def test_the_latency_bound_is_one_that_the_histogram_has() -> None:
+def test_latency_bound_is_a_bound_of_the_histogram() -> None:
     from reelway.platform.telemetry import LATENCY_BUCKETS_S
 
     expressions = [rule["expr"] for group in rules()["groups"] for rule in group["rules"] if "record" in rule]
@@ -244,4 +242,4 @@ def test_the_latency_bound_is_one_that_the_histogram_has() -> None:
     assert {float(bound) for bound in bounds} <= set(LATENCY_BUCKETS_S)
     assert bounds
     whole = [rule["expr"] for group in rules("slow-bound")["groups"] for rule in group["rules"] if "record" in rule]
-    assert any('le="1.0"' in text for text in whole), "a client writes a whole number of seconds with its point"
+    assert any('le="1.0"' in text for text in whole), "exporters write whole seconds with a decimal point"

@@ -1,6 +1,6 @@
-"""A small Ray Serve without Ray: takes documents, routes nobody, and counts what viewers would have done, by arm.
+"""A small Ray Serve without Ray: it accepts configurations and counts simulated outcomes by arm.
 
-It lives in the test's process, so that an operator that is killed leaves the traffic as it was.
+It runs in the test's process, so that the traffic outlives a killed operator.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ STABLE, GOOD, BAD = "a" * 64, "b" * 64, "c" * 64
 
 
 def document(routing: Routing) -> dict[str, Any]:
-    """What ``reelway serve`` would deploy, in small."""
+    """A minimal configuration with the structure of the composed one."""
 
     def application(name: str, deployment: str, **more: Any) -> dict[str, Any]:
         return {"name": name, "route_prefix": None, "import_path": f"made:{name[:3]}", "deployments": [
@@ -31,7 +31,7 @@ def document(routing: Routing) -> dict[str, Any]:
 
 
 class FakeServe:
-    """Dashboard and router at one address. ``written`` are all routings that it was ever told, with the time."""
+    """Dashboard and router at one address. ``written`` are all routings received, with their times."""
 
     def __init__(self) -> None:
         self.document = document(Routing.whole(STABLE))
@@ -60,7 +60,7 @@ class FakeServe:
         return {app["name"] for app in self.document["applications"] if app["name"] != "router"}
 
     def take(self, told: dict[str, Any]) -> None:
-        """A document, from whoever."""
+        """Accepts a configuration from any writer."""
         self.before_taking()
         with self._lock:
             self._count()
@@ -68,7 +68,7 @@ class FakeServe:
             self.written.append((time.monotonic(), self.routing))
 
     def _count(self) -> None:
-        """100,000 viewers a second, by their arms."""
+        """Counts 100,000 viewers per second, split by weight."""
         now = time.monotonic()
         for arm in self.routing.arms:
             key = (self.routing.rollout, arm.release[: names.SHORT_RELEASE], arm.arm.value)

@@ -1,4 +1,4 @@
-"""A RayService whose Serve is told first: what is written in which order, and what mends it when that goes wrong."""
+"""The RayService backend writes Serve first, then the RayService, and repairs a difference between both."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ CRD = {
 
 @pytest.fixture
 def kube(kubectl: Kubectl, serve: FakeServe) -> Iterator[Kubectl]:
-    """A cluster that knows RayServices, with one that declares what Serve runs; no KubeRay looks after it."""
+    """A cluster with the RayService CRD and one RayService that declares what Serve runs. No KubeRay reconciles it."""
     known = "rayservices.ray.io" in kubectl.run("get", "crds", "-o", "name")
     if not known:
         kubectl.apply(CRD)
@@ -87,7 +87,7 @@ def state(canary_bp: int = 1000, phase: Phase = Phase.STEPPING) -> RolloutState:
     )  # fmt: skip
 
 
-def test_serve_is_told_first_and_the_declaration_is_the_same_document(
+def test_serve_is_written_before_the_ray_service(
     backend: RayServiceBackend,
     kube: Kubectl,
     serve: FakeServe,
@@ -108,7 +108,7 @@ def test_serve_is_told_first_and_the_declaration_is_the_same_document(
     assert version == json.loads(kube.run("get", "rayservice", "reelway", "-o", "json"))["metadata"]["resourceVersion"]
 
 
-def test_what_kuberay_notes_in_the_object_meanwhile_is_no_conflict(
+def test_status_writes_of_kuberay_cause_no_conflict(
     backend: RayServiceBackend,
     kube: Kubectl,
     serve: FakeServe,
@@ -121,18 +121,18 @@ def test_what_kuberay_notes_in_the_object_meanwhile_is_no_conflict(
     assert serve.routing == target.routing
 
 
-def test_a_declaration_that_failed_is_seen_and_mended_at_the_next_look(
+def test_failed_declaration_is_repaired_at_the_next_reconcile(
     backend: RayServiceBackend,
     kube: Kubectl,
     serve: FakeServe,
 ) -> None:
-    """Somebody changes the declaration between the look and the write: Serve has the weight, the object has not."""
+    """Another writer changes the RayService between the read and the write: only Serve has the new weight."""
     backend.observe()
     other = document(Routing.whole(STABLE))
     other["applications"][-1]["deployments"][0]["num_replicas"] = 2
     declare(kube, other)
     target = target_of(state())
-    with pytest.raises(RolloutError, match="Serve has taken it, RayService reelway has not: somebody else wrote"):
+    with pytest.raises(RolloutError, match="Serve accepted the traffic, the declaration failed: another writer"):
         backend.apply(target)
     assert serve.routing == target.routing
     seen = backend.observe()
@@ -143,7 +143,7 @@ def test_a_declaration_that_failed_is_seen_and_mended_at_the_next_look(
     assert backend.observe().routing == target.routing
 
 
-def test_what_kuberay_undid_between_the_two_writes_is_done_again(
+def test_older_config_submitted_by_kuberay_is_corrected(
     backend: RayServiceBackend,
     kube: Kubectl,
     serve: FakeServe,
@@ -152,20 +152,20 @@ def test_what_kuberay_undid_between_the_two_writes_is_done_again(
     target = target_of(state(0, Phase.ROLLED_BACK))
     backend.observe()
     backend.apply(target_of(state()))
-    serve.take(old)  # KubeRay was restarted before the second write and submits what it read
+    serve.take(old)  # KubeRay was restarted before the second write and submits the older config.
     assert backend.observe().routing is None
     backend.apply(target)
     assert serve.routing == target.routing
     assert declared(kube) == serve.document
 
 
-def test_what_others_declared_meanwhile_is_kept(backend: RayServiceBackend, kube: Kubectl) -> None:
-    """`helm upgrade` gives the router more replicas: the weights come on top of that, not instead of it."""
+def test_changes_of_another_writer_are_kept(backend: RayServiceBackend, kube: Kubectl) -> None:
+    """Another writer gives the router more replicas. The weights are added to that change."""
     backend.observe()
     upgraded = document(Routing.whole(STABLE))
     upgraded["applications"][-1]["deployments"][0]["num_replicas"] = 3
     declare(kube, upgraded)
-    with pytest.raises(RolloutError, match="Serve has taken it"):
+    with pytest.raises(RolloutError, match="Serve accepted the traffic"):
         backend.apply(target_of(state()))
     backend.observe()
     backend.apply(target_of(state()))
@@ -173,7 +173,7 @@ def test_what_others_declared_meanwhile_is_kept(backend: RayServiceBackend, kube
     assert backend.observe().routing == target_of(state()).routing
 
 
-def test_a_serve_that_refuses_leaves_the_declaration_alone(
+def test_rejected_target_leaves_the_ray_service_unchanged(
     backend: RayServiceBackend,
     kube: Kubectl,
     serve: FakeServe,
@@ -184,17 +184,17 @@ def test_a_serve_that_refuses_leaves_the_declaration_alone(
     assert declared(kube) == before
 
 
-def test_a_ray_service_that_is_not_there_is_said_to_be(api: KubeApi, kube: Kubectl, serve: FakeServe) -> None:
+def test_missing_ray_service_is_reported(api: KubeApi, kube: Kubectl, serve: FakeServe) -> None:
     del kube
     gone = RayServiceBackend(api, "other", ServeRestBackend(ServeAddress(serve.url, serve.url)))
     assert not gone.exists()
-    assert "there is no RayService other" in gone.observe().detail
-    with pytest.raises(RolloutError, match="there is no RayService other"):
+    assert "RayService other: it does not exist" in gone.observe().detail
+    with pytest.raises(RolloutError, match="RayService other: it does not exist"):
         gone.apply(target_of(state()))
     gone.close()
 
 
-def test_a_rollout_over_a_ray_service_ends_with_both_the_same(
+def test_rollout_ends_with_serve_equal_to_the_ray_service(
     api: KubeApi,
     kube: Kubectl,
     serve: FakeServe,
@@ -205,7 +205,7 @@ def test_a_rollout_over_a_ray_service_ends_with_both_the_same(
         kube.run("wait", "--for=condition=Promoted", "releaserollout/one", "--timeout=60s")
         assert declared(kube) == serve.document
         assert serve.routing.arms[0].release == GOOD
-        # The service goes first, as `helm uninstall` may do it: nothing waits for traffic that is not there.
+        # `helm uninstall` may delete the service first; the rollout must not wait for its traffic.
         kube.run("delete", "rayservice", "reelway")
         kube.run("delete", "releaserollout", "one", "--timeout=30s")
     until(lambda: "one" not in kube.run("get", "releaserollouts"))

@@ -1,7 +1,7 @@
-"""Why: "under a minute" is made of hops that different people answer for; each is told by the clock of who made it.
+"""Splits the time from a fault to its rollback into hops, each from the timestamps of the program that made it.
 
-All programs run on one node, so their clocks are one. A rollback has one of two causes, and the history's own words say
-which: evidence (the controller asked Prometheus) or an alert (a rule, Alertmanager, the webhook).
+All programs run on one node and share a clock. The rollout's history states the cause of a rollback: evidence (the
+operator queried Prometheus) or an alert (a rule, Alertmanager, the webhook).
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ SLOW: Final = "ReelwayCanarySlow"
 _REQUESTS: Final = "reelway_ingress_requests_total"
 _DELIVERED: Final = re.compile(r"^(\S+) .*alerts delivered: ", re.MULTILINE)
 QUIET_S: Final = 5.0
-"""So long nobody has been answered by the release before its last answer is called the last."""
+"""Seconds without an answer from the release after which its last answer counts as the last."""
 
 
 @dataclass(frozen=True)
 class Rollback:
-    """From the first request that met the fault to the last one. Unix seconds; hops in seconds, in their order."""
+    """A rollback, from the first to the last request that met the fault. Unix seconds; hops in seconds, in order."""
 
     fault: float
     ended: float
@@ -39,17 +39,17 @@ class Rollback:
 
     @property
     def total_s(self) -> float:
-        """Fault injected -> all new requests on stable."""
+        """Seconds from the fault until all new requests are on stable."""
         return self.ended - self.fault
 
 
 def rollback_of(
     kubectl: Kubectl, load: Load, monitoring: Monitoring, name: str, release: str, *, since: float, alert: str = ERRORS
 ) -> Rollback:
-    """Read everybody's account of a rollback that has just ended."""
+    """Collects the timestamps of a rollback that has just ended."""
     entry = next(one for one in status(kubectl, name)["history"] if one["action"] == "roll_back")
     decided, reason = float(entry["time"]), str(entry["reason"])
-    until("nobody is sent there any more", lambda: load.now() > decided + QUIET_S, 4 * QUIET_S)
+    until("no request reaches the release", lambda: load.now() > decided + QUIET_S, 4 * QUIET_S)
     rows = load.answers(release, since=since)
     fault, ended = float(rows["sent"].min()), max(float(rows["sent"].max()), decided)
     by_alert = alert in reason
@@ -74,41 +74,41 @@ def rollback_of(
 
 
 def _until_delivered(fired: float, told: float, delivered: float) -> dict[str, float]:
-    """Alertmanager says when it was told last. Where that was after it had delivered, both hops are one."""
+    """Alertmanager reports its latest update only. If that is after the delivery, both hops are reported as one."""
     if told > delivered:
         return {"to Alertmanager and group wait": delivered - fired}
     return {"to Alertmanager": told - fired, "group wait": delivered - told}
 
 
 def moment(text: str) -> float:
-    """Unix seconds of a time as Kubernetes, Prometheus and Alertmanager write it."""
+    """Unix seconds of a timestamp in the format of Kubernetes, Prometheus and Alertmanager."""
     seconds, dot, rest = text.partition(".")
     fraction = re.match(r"\d+", rest).group() if dot else ""  # type: ignore[union-attr]
     return datetime.fromisoformat(seconds.removesuffix("Z") + "+00:00").timestamp() + float(f"0.{fraction or 0}")
 
 
 def _activated(monitoring: Monitoring, namespace: str, release: str, alert: str) -> float:
-    """The evaluation at which the rule first held."""
+    """Time of the evaluation at which the rule first held."""
     [found] = [one for one in monitoring.alerts(namespace) if _is(one["labels"], release, alert)]
     return moment(found["activeAt"])
 
 
 def _scraped(monitoring: Monitoring, namespace: str, release: str, at: float) -> float:
-    """The newest sample of the release's requests that an evaluation at that moment stood on."""
+    """Time of the newest sample of the release's requests that an evaluation at that moment used."""
     selector = f'{_REQUESTS}{{namespace="{namespace}",release="{release[:12]}"}}'
     [found] = monitoring.query(f"max(timestamp({selector}))", at)
     return float(found["value"][1])
 
 
 def _told(monitoring: Monitoring, namespace: str, release: str, alert: str) -> float:
-    """When Alertmanager took the alert last: Prometheus tells it again, and when it is over."""
+    """Time of Alertmanager's latest update of the alert; Prometheus repeats it, and sends its end."""
     [found] = [one for one in monitoring.told(namespace) if _is(one["labels"], release, alert)]
     return moment(found["updatedAt"])
 
 
 def _delivered(kubectl: Kubectl, *, after: float) -> float:
-    """When the webhook had stored what Alertmanager delivered, by the clock that stamped the log's line."""
-    log = kubectl.run("logs", f"deployment/{NAME}-controller", "--timestamps", "--since=10m")
+    """Time at which the webhook had stored the delivery, from the operator's log."""
+    log = kubectl.run("logs", f"deployment/{NAME}-operator", "--timestamps", "--since=10m")
     return min(at for at in map(moment, _DELIVERED.findall(log)) if at > after)
 
 

@@ -1,4 +1,4 @@
-"""Why: the flow must not know whose cluster it runs on: the node of `make cluster`, or the one KUBECONFIG names."""
+"""The cluster of the scenes: the node of `make cluster`, or the one that KUBECONFIG names."""
 
 from __future__ import annotations
 
@@ -24,37 +24,37 @@ GONE_S: Final = 120.0
 
 @dataclass(frozen=True)
 class Cluster:
-    """Programs and a kubeconfig. ``own`` is the node of this repository, whose files and logs can be read."""
+    """A kubeconfig with programs. ``own`` marks the node of this repository, whose files and logs are readable."""
 
     kubeconfig: Path
     own: bool
     live: list[Kubectl] = field(default_factory=list)
-    """Namespaces that ``namespace`` has made and not yet removed."""
+    """Namespaces that ``namespace`` created and has not deleted yet."""
     leaving: list[str] = field(default_factory=list)
-    """Namespaces that are deleted: ``until_left``."""
+    """Namespaces that are being deleted; see ``until_left``."""
 
     def kubectl(self, namespace: str) -> Kubectl:
-        """kubectl in a namespace."""
+        """kubectl for a namespace."""
         return Kubectl(program("kubectl"), self.kubeconfig, namespace)
 
     def helm(self, namespace: str, *words: str, within_s: float = 180) -> str:
-        """What helm said. A failure raises with its words."""
+        """Runs helm and returns its output. A failure raises AssertionError with its message."""
         command = [program("helm"), "--kubeconfig", str(self.kubeconfig), "--namespace", namespace, *words]
         done = subprocess.run(command, capture_output=True, text=True, timeout=within_s, check=False)
         assert done.returncode == 0, f"helm {' '.join(words)}: {done.returncode}: {done.stdout}{done.stderr}"
         return done.stdout
 
     def audit_log(self) -> Path | None:
-        """What the API server wrote of who asked for what; None where it cannot be read."""
+        """The API server's audit log; None if it is not readable."""
         path = NODE / "state" / "logs" / "audit.log"
         return path if self.own and path.exists() else None
 
     @contextmanager
     def namespace(self, prefix: str, labels: Mapping[str, str] | None = None) -> Iterator[Kubectl]:
-        """A namespace under the restricted level of Pod Security, and everything in it deleted afterwards.
+        """Creates a namespace with the restricted level of Pod Security and deletes it afterwards.
 
-        Kubernetes does not begin to empty a deleted one for 5 s: nobody waits here for more than its claims, whose
-        volumes are the caller's.
+        Kubernetes starts to empty a deleted namespace after 5 s. The block waits only for its claims, whose volumes
+        belong to the caller.
         """
         name = f"{prefix}-{uuid.uuid4().hex[:6]}"
         kubectl = self.kubectl(name)
@@ -72,7 +72,7 @@ class Cluster:
             persistently(lambda: kubectl.run("delete", "pvc", "--all", "--timeout=60s"))
 
     def until_left(self) -> None:
-        """Wait until the namespaces that are deleted are gone."""
+        """Waits until all deleted namespaces are gone."""
         while self.leaving:
             persistently(functools.partial(self._until_gone, self.leaving[-1]))
             self.leaving.pop()
@@ -83,9 +83,10 @@ class Cluster:
 
 
 def persistently(clean: Callable[[], object]) -> None:
-    """What cleans up is tried again: an API server that is late must not be left with what a test made.
+    """Repeats a clean-up until it succeeds, so that a slow API server leaves no objects behind.
 
-    Raises AssertionError: it was late for ``GONE_S``.
+    Raises:
+        AssertionError: if it fails for ``GONE_S`` seconds.
     """
     deadline = time.monotonic() + GONE_S
     while True:
@@ -99,14 +100,14 @@ def persistently(clean: Callable[[], object]) -> None:
 
 
 def program(name: str) -> str:
-    """Of the PATH, else the node's."""
+    """Path of a program on the PATH, else of the node's."""
     found = shutil.which(name) or str(NODE / "bin" / name)
     assert Path(found).exists(), f"no {name} on the PATH or in {NODE / 'bin'}; `make cluster` builds it"
     return found
 
 
 def chosen() -> Cluster | None:
-    """The one to use; None when there is none."""
+    """The cluster to use; None if there is none."""
     named, own = os.environ.get("KUBECONFIG"), NODE / "state" / "admin.kubeconfig"
     if named and os.environ.get("REELWAY_CLUSTER_TESTS") and Path(named).resolve() != own.resolve():
         return Cluster(Path(named), own=False)

@@ -10,7 +10,7 @@ modules make installations of their own, before the flow or after it.
 ``Installation``       installation.py: install, upgrade, roll_back, uninstall, test; pods, head, until_ready; webhook
 ``made_releases``      made_releases.py: signed releases; ``deliver(kubectl)`` puts them into the claim ``releases``
 ``constant_load``      load_pod.py: ``Load``: rows, failed, answers, until_answered_by, alert; all in the pod's clock
-``pod``                pods.py: a restricted pod of the controller's image with files and a claim
+``pod``                pods.py: a restricted pod of the operator's image with files and a claim
 ``begin, until_phase`` rollouts.py: ReleaseRollouts
 ``until``              waiting.py: a condition, a deadline, and what was seen instead
 ``account``            diagnosis.py: events, pods, logs, RayService; printed for every live namespace on a failure
@@ -78,7 +78,7 @@ def _has_images(cluster: Cluster) -> None:
     """On the node of `make cluster` nothing is pulled."""
     nodes = json.loads(cluster.kubectl("default").run("get", "nodes", "-o", "json"))["items"]
     known = {name for node in nodes for one in node["status"]["images"] for name in one["names"] or ()}
-    wanted = {image("controller"), image("serving")}
+    wanted = {image("operator"), image("serving")}
     assert wanted <= known, f"the node lacks {sorted(wanted - known)}: build and load them (infra/images/README.md)"
 
 

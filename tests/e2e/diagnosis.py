@@ -1,4 +1,4 @@
-"""Why: whoever reads a failed flow asks next for events, pods, logs and what KubeRay says; here that is already."""
+"""Collects events, pods, logs and KubeRay's status of a namespace after a failure."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ LINES = 40
 
 
 def account(kubectl: Kubectl) -> str:
-    """All of it, for one namespace. Whatever cannot be had is said and left out."""
+    """A report on one namespace. Parts that cannot be read are replaced by the error."""
     parts = [
         ("pods", lambda: kubectl.run("get", "pods", "-o", "wide")),
         ("events", lambda: _last(kubectl.run("get", "events", "--sort-by=.lastTimestamp"), LINES)),

@@ -1,7 +1,7 @@
-"""Why: a fault that is found must be a release's own: its ranker fails or is slow, for viewers whom the store knows.
+"""Releases whose ranker fails or is slow for viewers that the feature store knows.
 
-As `reelway release rehearse` makes them, but without a training run: graph surgery on the made releases' rankers. So
-that viewers are known, a feature store with a row for each goes into the same claim.
+The faults are those of `reelway release rehearse`, applied to the release fixtures' rankers without a training run. A
+feature store with a row per viewer is delivered into the same claim.
 """
 
 from __future__ import annotations
@@ -28,19 +28,19 @@ from reelway.platform.release.signing import create_keys, load_private_key
 from reelway.platform.release.store import ReleaseStore
 
 KNOWN: Final = 400
-"""Viewers 0..KNOWN-1 have a row."""
+"""Viewers 0 to KNOWN-1 have a row."""
 SEEN: Final = 20
-"""Impressions in 30 days of most viewers."""
+"""Impressions of most viewers in 30 days."""
 SEEN_BY_BUSY: Final = 400
-"""Of every eighth."""
+"""Impressions of every eighth viewer."""
 SLOW_MS: Final = 320.0
-"""Beyond the 250 ms that are allowed, within the ranking stage's 500."""
+"""Above the latency threshold of 250 ms, below the ranking stage's limit of 500 ms."""
 FEATURES: Final = "features"
 
 
 @dataclass
 class FaultyReleases:
-    """``made.ids[0]`` is sound. Each faulty one is another release: an alert about one is not about the next."""
+    """Faulty releases and sound ones. ``made.ids[0]`` is sound; each fault has a release of its own."""
 
     made: MadeReleases
     errors: tuple[str, ...]
@@ -48,7 +48,7 @@ class FaultyReleases:
     sound: tuple[str, ...]
 
     def deliver(self, kubectl: Kubectl) -> None:
-        """Releases and viewers' rows, into the claim of a namespace."""
+        """Copies releases and viewers' rows into the claim of a namespace."""
         self.made.deliver(kubectl)
         with pod(kubectl, "viewers", claim=CLAIM) as name:
             kubectl.run("cp", "--no-preserve", str(self.made.folder / FEATURES), f"{name}:/volume/{FEATURES}")
@@ -57,7 +57,7 @@ class FaultyReleases:
 
 @contextmanager
 def faulty_releases(cluster: Cluster, *, errors: int, slow: int, sound: int = 2) -> Iterator[FaultyReleases]:
-    """So many of each kind on this machine, to be delivered into namespaces that end before this block does."""
+    """Builds this number of releases per kind, for namespaces that are deleted within the block."""
     with tempfile.TemporaryDirectory(prefix="reelway-e2e-") as place:
         folder = Path(place)
         keys = create_keys(folder / "keys")
@@ -86,7 +86,7 @@ def _made(folder: Path, seed: int, fault: Callable[[Path], None], key: Ed25519Pr
 
 
 def _sound(_: Path) -> None:
-    """Nothing is wrong with it."""
+    """Applies no fault."""
 
 
 def _slow(ranker: Path) -> None:

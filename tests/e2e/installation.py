@@ -1,13 +1,15 @@
-"""Why: an installation is what `helm install` makes of the chart, and every scene looks at the same one.
+"""An installation of the chart on a real cluster.
 
-Small requests, the dev environment's values, the made releases' claim; all else is the chart's own defaults.
+Values: those of the dev environment, small resource requests and the claim of the release fixtures. Everything else is
+the chart's default.
 """
 
 from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -20,7 +22,7 @@ from tests.e2e.pods import LABEL, values_files
 from tests.e2e.waiting import until
 
 NAME: Final = "reelway"
-"""Of the Helm release, and so of everything."""
+"""Name of the Helm release and so of all objects."""
 READY_S: Final = 180.0
 CLIENT: Final = {"podSelector": {"matchLabels": LABEL}}
 MONITORING: Final = {"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "monitoring"}}}
@@ -36,7 +38,7 @@ Values = Mapping[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class PodSeen:
-    """One pod, as far as a restart would change it."""
+    """The parts of a pod that a restart or a replacement changes."""
 
     uid: str
     restarts: int
@@ -49,57 +51,66 @@ class Installation:
     cluster: Cluster
     kubectl: Kubectl
     releases: MadeReleases
-    mode: str = "kuberay"
     given: dict[str, Any] = field(default_factory=dict)
-    """Values of this installation, over the environment's."""
+    """Values of this installation; they override the environment's."""
 
     @property
     def url(self) -> str:
-        """Of the routers, as pods of the namespace see it."""
+        """Base URL of the router for pods of the namespace."""
         return f"http://{NAME}-router:8000"
 
     @property
     def webhook(self) -> str:
-        """Where Alertmanager delivers."""
-        return f"http://{NAME}-controller:9094/api/v1/alerts"
+        """URL that Alertmanager delivers alerts to."""
+        return f"http://{NAME}-operator:9094/api/v1/alerts"
 
     @property
     def webhook_token(self) -> str:
-        """Its bearer token."""
+        """Bearer token of the webhook."""
         return token_of(self.kubectl, f"{NAME}-secrets", "webhook-token")
 
     def install(self, values: Values | None = None, *options: str) -> None:
-        """`helm install`, with further values. CRDs that another installation of the cluster brought are left."""
+        """Runs `helm install` with additional values. CRDs that exist already are left alone."""
         known = self.kubectl.run("get", "crd", "releaserollouts.reelway.dev", "--ignore-not-found", "-o", "name")
         self._helm("install", values or {}, *(("--skip-crds",) if known.strip() else ()), *options)
 
     def upgrade(self, values: Values | None = None, *options: str) -> None:
-        """`helm upgrade` to these further values in place of those of before."""
+        """Runs `helm upgrade`; these additional values replace those of before."""
         self._helm("upgrade", values or {}, *options)
 
+    def upgrade_reusing_values(self) -> None:
+        """Runs `helm upgrade --reuse-values`."""
+        self.cluster.helm(self.kubectl.namespace, "upgrade", NAME, str(CHART), "--reuse-values")
+
+    def apply(self, values: Values | None = None) -> None:
+        """Runs `helm template | kubectl apply --server-side`: rendered without a cluster, as by a GitOps controller."""
+        with self._values_options(values or {}) as options:
+            words = ("template", NAME, str(CHART), "--skip-tests", *options)
+            manifests = self.cluster.helm(self.kubectl.namespace, *words)
+        self.kubectl.run("apply", "--server-side", "-f", "-", stdin=manifests)
+
     def roll_back(self, revision: int) -> None:
-        """`helm rollback`."""
+        """Runs `helm rollback`."""
         self.cluster.helm(self.kubectl.namespace, "rollback", NAME, str(revision))
 
     def revision(self) -> int:
-        """The Helm release's newest."""
+        """Newest revision of the Helm release."""
         history = json.loads(self.cluster.helm(self.kubectl.namespace, "history", NAME, "-o", "json"))
         return max(int(one["revision"]) for one in history)
 
     def test(self) -> str:
-        """`helm test`, with its log."""
+        """Runs `helm test` and returns its log."""
         return self.cluster.helm(self.kubectl.namespace, "test", NAME, "--logs", "--timeout", "150s")
 
     def uninstall(self) -> None:
-        """`helm uninstall`, until the pods are gone. Nothing to do where there is none."""
+        """Runs `helm uninstall` if installed, and waits until the pods are deleted."""
         persistently(lambda: self.cluster.helm(self.kubectl.namespace, "uninstall", NAME, "--ignore-not-found"))
         until("the installation's pods are gone", lambda: not self.pods(), 120, lambda: str(self.pods()))
 
     def pods(self, *components: str) -> dict[str, PodSeen]:
-        """The installation's pods by name: all, or those of some components."""
-        wanted = f"app.kubernetes.io/instance={NAME}"
-        if components:
-            wanted += f",reelway.dev/component in ({','.join(components)})"
+        """Pods of the installation by name: all, or those of these components."""
+        chosen = f"in ({','.join(components)})" if components else "notin (secrets)"  # a hook's pods come and go
+        wanted = f"app.kubernetes.io/instance={NAME},reelway.dev/component {chosen}"
         found = json.loads(self.kubectl.run("get", "pods", "-l", wanted, "-o", "json"))["items"]
         return {
             one["metadata"]["name"]: PodSeen(
@@ -110,7 +121,7 @@ class Installation:
         }
 
     def head(self) -> str:
-        """Name of the pod that is Ray's head."""
+        """Name of the head pod."""
         names = self._heads()
         assert len(names) == 1, f"expected one head, found {names}"
         return names[0]
@@ -121,45 +132,49 @@ class Installation:
         return found.split()
 
     def until_other_head(self, before: Mapping[str, PodSeen]) -> None:
-        """The head is a pod that was not there before."""
+        """Waits until the head is a pod that is not in ``before``."""
         until("there is another head", lambda: set(self._heads()) - before.keys(), 60, lambda: str(self._heads()))
 
     def until_ready(self) -> None:
-        """The controller answers, and KubeRay calls the RayService ready (the head, in static mode)."""
-        self.kubectl.run("rollout", "status", f"deployment/{NAME}-controller", f"--timeout={60}s")
-        ready = "--for=condition=Ready"
-        if self.mode == "static":
-            until("there is a head", lambda: self._named("statefulset", f"{NAME}-head"), 30)
-            self.kubectl.run("wait", ready, f"pod/{NAME}-head-0", "--timeout=80s")
-            return
+        """Waits until the operator is rolled out and KubeRay reports the RayService ready."""
+        self.kubectl.run("rollout", "status", f"deployment/{NAME}-operator", f"--timeout={60}s")
         until("RayService Ready", self.ray_service_ready, READY_S, lambda: json.dumps(self.ray_service_status()))
 
     def ray_service_ready(self) -> bool:
-        """As KubeRay says."""
+        """Whether KubeRay reports the RayService ready."""
         conditions = self.ray_service_status().get("conditions", ())
         return any(one["type"] == "Ready" and one["status"] == "True" for one in conditions)
 
     def ray_service_status(self) -> dict[str, Any]:
-        """KubeRay's account."""
+        """Status of the RayService."""
         found: dict[str, Any] = json.loads(self.kubectl.run("get", "rayservice", NAME, "-o", "json"))
         return dict(found.get("status") or {})
 
     def serve_details(self) -> dict[str, Any]:
-        """What Serve itself says of its applications."""
+        """Answer of Serve's REST API on its applications."""
         said = self.kubectl.run("exec", self.head(), "-c", "ray", "--", "python", "-c", _DETAILS, str(DASHBOARD))
         found: dict[str, Any] = json.loads(said)
         return found
 
-    def _named(self, kind: str, name: str) -> bool:
-        return bool(self.kubectl.run("get", kind, name, "--ignore-not-found", "-o", "name").strip())
+    def routing(self) -> dict[str, Any]:
+        """The routing that the router acts on."""
+        program = "import urllib.request as r,sys; print(r.urlopen(sys.argv[1], timeout=20).read().decode())"
+        url = "http://127.0.0.1:8000/v1/releases/current"
+        answer = self.kubectl.run("exec", self.head(), "-c", "ray", "--", "python", "-c", program, url)
+        found: dict[str, Any] = json.loads(answer)["routing"]
+        return found
 
     def _helm(self, verb: str, values: Values, *more: str) -> None:
+        with self._values_options(values) as options:
+            self.cluster.helm(self.kubectl.namespace, verb, NAME, str(CHART), *options, *more)
+
+    @contextmanager
+    def _values_options(self, values: Values) -> Iterator[list[str]]:
         with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
             json.dump(_over(_over(self._values(), self.given), values), file)
             file.flush()
             files = [str(path) for path in (*values_files(), Path(file.name))]
-            options = [option for path in files for option in ("-f", path)]
-            self.cluster.helm(self.kubectl.namespace, verb, NAME, str(CHART), *options, *more)
+            yield [option for path in files for option in ("-f", path)]
 
     def _values(self) -> dict[str, Any]:
         return {
@@ -167,14 +182,13 @@ class Installation:
                 "initial": self.releases.ids[0],
                 "store": {"type": "pvc", "path": "releases", "pvc": {"existingClaim": CLAIM}},
             },
-            "ray": {"mode": self.mode},
             "serving": {"head": {"resources": {"requests": {"cpu": "100m", "memory": "1Gi"}}}},
             "networkPolicies": {"clients": [CLIENT], "monitoring": [MONITORING, CLIENT]},
         }
 
 
 def _over(below: Values, above: Values) -> dict[str, Any]:
-    """Values over values, as Helm lays them."""
+    """Values merged over values, as Helm merges them."""
     merged = dict(below)
     for key, value in above.items():
         known = merged.get(key)

@@ -1,7 +1,7 @@
-"""Why: what an ML engineer needs of an installation is jobs and the right to submit them, and no service yet.
+"""An installation with jobs and no service, and an ML engineer who may submit them.
 
-The engineer is a service account bound to the chart's `submitters` Role and to nothing else: every command here runs
-under its token, so that a right that is missing there fails the scene.
+The engineer is a ServiceAccount that is bound to the chart's `submitters` Role only. Every command runs with its token,
+so that a missing right fails the scene.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ _SMALL: Final = {"resources": {"requests": {"cpu": "100m", "memory": "512Mi"}, "
 _SUBMITTER: Final = {
     "resources": {"requests": {"cpu": "20m", "memory": "128Mi"}, "limits": {"cpu": "1", "memory": "512Mi"}}
 }
-KINDS: Final = ("dataset", "materialisation", "training", "evaluation", "release")
+KINDS: Final = ("dataset", "features", "train", "evaluate", "release")
 
 
 @dataclass(frozen=True)
 class Said:
-    """What a command said, and how it ended."""
+    """Exit code and output of a command."""
 
     code: int
     out: str
@@ -46,13 +46,13 @@ class Said:
 
 @dataclass(frozen=True)
 class Engineer:
-    """`reelway` under the rights of the chart's `submitters` Role."""
+    """Runs `reelway` with the rights of the chart's `submitters` Role."""
 
     kubeconfig: Path
     namespace: str
 
     def reelway(self, *words: str, within_s: float = COMMAND_S) -> Said:
-        """One command, as a script would start it."""
+        """Runs one command without a terminal."""
         command = [str(Path(sys.executable).with_name("reelway")), *words]
         environment = {**os.environ, "KUBECONFIG": str(self.kubeconfig), "COLUMNS": "160"}
         done = subprocess.run(
@@ -62,7 +62,7 @@ class Engineer:
         return Said(done.returncode, done.stdout, done.stderr)
 
     def interrupted_when(self, words: str, *command: str, within_s: float = COMMAND_S) -> Said:
-        """A command that gets Ctrl-C when it has said these words."""
+        """Runs a command and sends Ctrl-C once it has printed these words to stderr."""
         environment = {**os.environ, "KUBECONFIG": str(self.kubeconfig), "COLUMNS": "160"}
         program = str(Path(sys.executable).with_name("reelway"))
         with tempfile.NamedTemporaryFile("w") as errors:
@@ -83,19 +83,19 @@ class Engineer:
             return Said(process.returncode, out, seen())
 
     def job(self, name: str) -> dict[str, Any]:
-        """One job as `reelway jobs` lists it; empty when it is not there."""
+        """One job from `reelway jobs`; empty if it does not exist."""
         listed = json.loads(self.reelway("jobs", "-n", self.namespace, "-o", "json").out)
         return next((dict(one) for one in listed if one["name"] == name), {})
 
     def submit(self, kind: str, *words: str) -> str:
-        """What a job that has to succeed printed."""
+        """Submits a job that must succeed and returns its output."""
         said = self.reelway("submit", kind, "-n", self.namespace, *words)
         assert said.code == 0, f"submit {kind} ended with {said.code}\n{said.err[-6000:]}"
         return said.out.strip()
 
 
 def job_values(**more: Any) -> dict[str, Any]:
-    """Values of an installation that has jobs and serves nothing."""
+    """Values of an installation with jobs and without a service."""
     submitters = [{"kind": "ServiceAccount", "name": ENGINEER, "namespace": ""}]
     jobs = dict.fromkeys(KINDS, _SMALL) | {"submitter": _SUBMITTER, "signingSecret": SIGNING}
     return {"serving": {"enabled": False}, "jobs": {**jobs, "submitters": submitters, **more}}
@@ -103,7 +103,7 @@ def job_values(**more: Any) -> dict[str, Any]:
 
 @contextmanager
 def workshop(cluster: Cluster, kubectl: Kubectl, releases: MadeReleases, **jobs: Any) -> Iterator[Installation]:
-    """An installation without a service. ``jobs``: further values of ``jobs``."""
+    """Installs jobs without a service. ``jobs`` are additional values of ``jobs``."""
     releases.deliver(kubectl)
     kubectl.run("create", "secret", "generic", SIGNING, f"--from-file=signing.pem={releases.keys.private}")
     kubectl.run("create", "serviceaccount", ENGINEER)
@@ -120,7 +120,7 @@ def workshop(cluster: Cluster, kubectl: Kubectl, releases: MadeReleases, **jobs:
 
 
 def engineer_of(cluster: Cluster, kubectl: Kubectl, folder: Path) -> Engineer:
-    """The engineer's own kubeconfig."""
+    """Writes the engineer's kubeconfig."""
     known = yaml.safe_load(cluster.kubeconfig.read_text())
     token = kubectl.run("create", "token", ENGINEER, "--duration=2h").strip()
     (active,) = (one for one in known["contexts"] if one["name"] == known["current-context"])

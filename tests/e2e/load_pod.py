@@ -1,7 +1,7 @@
-"""Why: whether an operation costs requests is known only to clients under way; here is constant traffic from a pod.
+"""Constant traffic from a pod, which shows whether an operation costs requests.
 
-The pod runs tests/benchmarks/constant_load.py: open loop, every request on record with its moment, status, arm and
-release. All moments are of the pod's own clock, ``alert`` and ``now`` too, so that they can be compared anywhere.
+The pod runs tests/benchmarks/constant_load.py in open loop and records time, status, arm and release of every request.
+All times are from the pod's clock, those of ``alert`` and ``now`` too.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from tests.e2e.pods import pod
 from tests.e2e.waiting import until
 
 RATE: Final = float(os.environ.get("REELWAY_E2E_RATE", "10"))
-"""Requests per second; fewer where a machine does much else."""
+"""Requests per second. Use fewer on a busy machine."""
 VIEWERS: Final = 5_000
 _RECORD: Final = "/tmp/record"
 _TAIL: Final = 'test ! -e "$0" || tail -c "$1" "$0"'
-"""Nothing where the program has not begun."""
+"""Prints nothing before the program has started."""
 _PROGRAM: Final = ROOT / "tests" / "benchmarks" / "constant_load.py"
 _ALERT: Final = """
 import sys, time, urllib.request
@@ -41,7 +41,7 @@ print(sent)
 
 @dataclass
 class Load:
-    """Traffic that is under way."""
+    """Traffic in progress."""
 
     kubectl: Kubectl
     name: str
@@ -50,11 +50,11 @@ class Load:
     _alerts: int = 0
 
     def now(self) -> float:
-        """The pod's time."""
+        """Unix time of the pod."""
         return float(self.kubectl.run("exec", self.name, "--", "date", "+%s.%N"))
 
     def rows(self, *, since: float = 0.0, before: float = np.inf) -> NDArray[np.void]:
-        """Requests sent between two moments, as far as it is known what became of them."""
+        """Records of requests that were sent between two times and have a result."""
         command = [self.kubectl.program, "--kubeconfig", str(self.kubectl.kubeconfig), "-n", self.kubectl.namespace,
                    "exec", self.name, "--", "sh", "-c", _TAIL, _RECORD, f"+{len(self._read) + 1}"]  # fmt: skip
         self._read += subprocess.run(command, capture_output=True, timeout=60, check=True).stdout
@@ -63,10 +63,10 @@ class Load:
         return rows[(rows["sent"] >= since) & (rows["sent"] < before)]
 
     def settled(self, *, since: float, before: float) -> NDArray[np.void]:
-        """As ``rows``, once each of these requests has an answer or will have none."""
+        """As ``rows``, after every request has an answer or has timed out."""
         sent = (before - since) * self.rate - 1
         until(
-            f"{sent:.0f} requests are on record",
+            f"{sent:.0f} requests are recorded",
             lambda: len(self.rows(since=since, before=before)) >= sent or self.now() > before + TIMEOUT_S + 1,
             TIMEOUT_S + 10,
             self.last_words,
@@ -74,17 +74,17 @@ class Load:
         return self.rows(since=since, before=before)
 
     def failed(self, *, since: float, before: float) -> NDArray[np.void]:
-        """Requests sent between two moments that got no slate."""
+        """Records of requests between two times without a slate."""
         rows = self.settled(since=since, before=before)
         return rows[rows["status"] != 200]
 
     def answers(self, release: str, *, since: float = 0.0) -> NDArray[np.void]:
-        """Slates of a release, to requests sent since."""
+        """Records of requests since a time that this release answered."""
         rows = self.rows(since=since)
         return rows[(rows["release"] == release[:12].encode()) & (rows["status"] == 200)]
 
     def until_answered_by(self, release: str, *, since: float, within_s: float, count: int = 1) -> float:
-        """Wait for slates of a release; the moment of the first one."""
+        """Waits for slates of a release and returns the time of the first one."""
         until(
             f"{count} slates of {release[:12]}",
             lambda: len(self.answers(release, since=since)) >= count,
@@ -94,7 +94,7 @@ class Load:
         return float(self.answers(release, since=since)["done"].min())
 
     def alert(self, url: str, token: str, release: str) -> float:
-        """What Alertmanager delivers for a release, sent from this pod. Returns the moment before it was sent."""
+        """Sends an alert for a release as Alertmanager does. Returns the time before it was sent."""
         self._alerts += 1
         labels = {"alertname": "CanaryErrors", "release": release[:12], "severity": "page"}
         alert = {
@@ -110,11 +110,11 @@ class Load:
         return float(self.kubectl.run("exec", self.name, "--", "python", "-c", _ALERT, url, token, text))
 
     def stop(self) -> None:
-        """No more requests; what is on record and was read stays."""
+        """Stops the traffic. Records that were read are kept."""
         self.kubectl.run("delete", "pod", self.name, "--wait=true", "--timeout=60s")
 
     def last_words(self) -> str:
-        """What it complained of last."""
+        """The last log lines of the pod."""
         return "the load said: " + self.kubectl.run("logs", self.name, "--tail=5").strip()
 
 
@@ -122,9 +122,9 @@ class Load:
 def constant_load(
     kubectl: Kubectl, url: str, *, rate: float = RATE, viewers: int = VIEWERS, name: str = "load"
 ) -> Iterator[Load]:
-    """``rate`` requests a second, from now until the block is left, whether or not anybody answers.
+    """Sends ``rate`` requests per second until the block is left, whether or not the service answers.
 
-    What viewers did with each slate is sent after it, the same on every arm.
+    Outcomes follow every slate, with the same distribution on every arm.
     """
     command = ["python", "/files/constant_load.py", url, _RECORD, str(rate), str(viewers), WATCHED]
     with pod(kubectl, name, command, {"constant_load.py": _PROGRAM}):

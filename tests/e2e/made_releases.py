@@ -1,7 +1,7 @@
-"""Why: rollouts need releases, and training is another scene's: small signed ones are made here and put into a claim.
+"""Small signed releases without training, delivered into a claim.
 
-The claim is the same for who serves (``releases.store.pvc.existingClaim``) and for jobs that write releases. On the
-node of `make cluster` it is a folder of this machine; elsewhere the cluster's default storage class provides it.
+Serving (``releases.store.pvc.existingClaim``) and jobs that write releases use the same claim. On the node of `make
+cluster` it is a folder of this machine; elsewhere the cluster's default storage class provides it.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from reelway.platform.release.store import ReleaseStore
 
 CLAIM: Final = "releases"
 KEYS: Final = "reelway-public-keys"
-"""ConfigMap whose keys are trusted; the name that infra/environments/dev.yaml has."""
+"""ConfigMap with the trusted keys, named as in infra/environments/dev.yaml."""
 VIDEOS: Final = 2_000
 _SIZE: Final = "2Gi"
 
 
 @dataclass
 class MadeReleases:
-    """Ids, oldest first. ``keys.private`` signs what a job builds, if it is to be trusted here."""
+    """Releases on this machine. ``ids`` are in build order; ``keys.private`` signs further trusted releases."""
 
     cluster: Cluster
     folder: Path
@@ -39,7 +39,7 @@ class MadeReleases:
     volumes: list[str] = field(default_factory=list)
 
     def deliver(self, kubectl: Kubectl) -> None:
-        """Into the claim ``CLAIM`` of a namespace, and the key into the ConfigMap ``KEYS``."""
+        """Copies the releases into a namespace's claim ``CLAIM`` and the public key into its ConfigMap ``KEYS``."""
         kubectl.run("create", "configmap", KEYS, f"--from-file={self.keys.public}")
         claim: dict[str, Any] = {
             "apiVersion": "v1", "kind": "PersistentVolumeClaim", "metadata": {"name": CLAIM},
@@ -55,7 +55,7 @@ class MadeReleases:
     def _volume(self, kubectl: Kubectl) -> str:
         name, place = f"{kubectl.namespace}-{CLAIM}", self.folder / "volumes" / kubectl.namespace
         place.mkdir(parents=True)
-        place.chmod(0o777)  # pods that serve and train write there under a number that is nobody here
+        place.chmod(0o777)  # pods write with a user id that does not exist on this machine
         self.volumes.append(name)
         kubectl.apply({
             "apiVersion": "v1", "kind": "PersistentVolume", "metadata": {"name": name},
@@ -70,7 +70,7 @@ class MadeReleases:
 
 @contextmanager
 def made_releases(cluster: Cluster, count: int, videos: int = VIDEOS) -> Iterator[MadeReleases]:
-    """``count`` releases on this machine, to be delivered into namespaces that end before this block does."""
+    """Builds ``count`` releases for namespaces that are deleted within the block."""
     with tempfile.TemporaryDirectory(prefix="reelway-e2e-") as place:
         folder = Path(place)
         keys = create_keys(folder / "keys")

@@ -1,4 +1,4 @@
-"""Why: scenes and the benchmark of alerts look at the same: an installation under load that Prometheus scrapes."""
+"""An installation under load that Prometheus scrapes, for scenes and the alert benchmark."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ _BLIND: Final = {"error_ratio": None, "empty_slate_ratio": None, "p99_ms": None,
 ONLY_ALERTS: Final[dict[str, Any]] = {
     **HELD, "steps": [{"weight_percent": SHARE_PERCENT, "hold_s": 3600}], "guardrails": _BLIND, "retention_s": 1,
 }  # fmt: skip
-"""The controller itself judges nothing of the requests: whatever takes the release back came through Alertmanager."""
+"""Without guardrails on requests: only an alert from Alertmanager can roll the release back."""
 BY_EVIDENCE: Final[dict[str, Any]] = {**ONLY_ALERTS, "guardrails": {"p99_ms": None, "parity_mismatches": None}}
-"""Errors and empty slates as the default policy judges them, and alerts."""
+"""Errors and empty slates with the limits of the default policy, and alerts."""
 
 
 @dataclass
 class Monitored:
-    """One installation and who watches it."""
+    """One installation with its monitoring."""
 
     installation: Installation
     load: Load
@@ -45,7 +45,7 @@ class Monitored:
 
 @contextmanager
 def monitored(cluster: Cluster, *, errors: int, slow: int) -> Iterator[Monitored]:
-    """Installed with the chart's own monitors, rules and route; everybody is on the first sound release."""
+    """Installs the chart with monitors, rules and alert route. All viewers are on the first sound release."""
     monitoring = monitoring_of(cluster)
     with faulty_releases(cluster, errors=errors, slow=slow) as releases, cluster.namespace(NAMESPACE) as kubectl:
         releases.deliver(kubectl)

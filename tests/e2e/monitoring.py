@@ -21,7 +21,7 @@ from tests.cluster.conftest import ROOT, Kubectl
 from tests.e2e.clusters import Cluster
 from tests.e2e.waiting import until
 
-JOBS: Final = ("reelway-router", "reelway-outcomes", "reelway-ray", "reelway-controller")
+JOBS: Final = ("reelway-router", "reelway-outcomes", "reelway-ray", "reelway-operator")
 SCRAPED_S: Final = 120.0
 """An operator writes the configuration, a sidecar reloads it, and then a target is scraped for the first time."""
 
@@ -58,10 +58,10 @@ class Monitoring:
     """Of the node, where it may be taken away for a while."""
 
     def values(self) -> dict[str, Any]:
-        """Of an installation that is watched by them, with the chart's own intervals."""
+        """Values of an installation with monitoring, with the chart's default intervals."""
         return {
             "monitoring": {part: {"enabled": True} for part in ("monitors", "rules", "alertmanagerConfig")},
-            "controller": {
+            "operator": {
                 "prometheusUrl": self.prometheus.url, "alertmanagerUrl": self.alertmanager.url, "intervalSeconds": 2,
             },
         }  # fmt: skip

@@ -1,6 +1,6 @@
-"""Why: what asks and measures must be inside the cluster, as clients are; these pods are restricted like all others.
+"""Client pods inside the cluster, under the restricted level like all others.
 
-They run the controller's image: Python, httpx and NumPy, nothing of Ray.
+They run the operator's image, which has Python, httpx and NumPy.
 """
 
 from __future__ import annotations
@@ -17,20 +17,20 @@ from tests.e2e.clusters import CHART, ROOT
 
 DEV_VALUES: Final = ROOT / "infra" / "environments" / "dev.yaml"
 MORE_VALUES: Final = "REELWAY_E2E_VALUES"
-"""Environment variable: a values file for a cluster that is not the node, with its registry for example."""
+"""Environment variable with a values file for a cluster other than the node, for example with its registry."""
 LABEL: Final = {"reelway.dev/e2e": "client"}
-"""Of all these pods: whom network policies let in."""
+"""Label of these pods, which network policies admit."""
 UP_S: Final = 60.0
 
 
 def values_files() -> list[Path]:
-    """Of every installation."""
+    """Values files of every installation."""
     more = os.environ.get(MORE_VALUES)
     return [DEV_VALUES, *([Path(more)] if more else [])]
 
 
-def image(of: str = "controller") -> str:
-    """As the installations' values name it."""
+def image(of: str = "operator") -> str:
+    """Reference of an image, as the installations' values name it."""
     named: dict[str, Any] = {"tag": yaml.safe_load((CHART / "Chart.yaml").read_text())["appVersion"]}
     registry = ""
     for path in values_files():
@@ -41,9 +41,9 @@ def image(of: str = "controller") -> str:
 
 
 def pod_document(
-    name: str, command: Sequence[str], *, files: str = "", claim: str = "", of: str = "controller"
+    name: str, command: Sequence[str], *, files: str = "", claim: str = "", of: str = "operator"
 ) -> dict[str, Any]:
-    """A pod of one container. ``files`` is a ConfigMap under /files, ``claim`` a claim under /volume."""
+    """A pod with one container, a ConfigMap ``files`` under /files and a claim ``claim`` under /volume."""
     volumes: list[dict[str, Any]] = [{"name": "tmp", "emptyDir": {}}]
     mounts = [{"name": "tmp", "mountPath": "/tmp"}]
     if files:
@@ -81,7 +81,7 @@ def pod(
     files: Mapping[str, Path] | None = None,
     **more: str,
 ) -> Iterator[str]:
-    """A pod that runs, with ``files`` under /files, and its removal."""
+    """Runs a pod with ``files`` under /files and deletes it afterwards."""
     if files:
         given = [f"--from-file={key}={path}" for key, path in files.items()]
         kubectl.run("create", "configmap", f"{name}-files", *given)

@@ -1,4 +1,4 @@
-"""Why: what Ray keeps outside of its head it keeps in a Redis; here is one to measure with, in a pod."""
+"""A Redis in a pod, for the state of Ray's head."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from tests.cluster.conftest import Kubectl
 from tests.e2e.pods import LABEL, UP_S, pod_document
 
 IMAGE: Final = "REELWAY_E2E_REDIS_IMAGE"
-"""Environment variable, for a cluster that is not the node of `make cluster`."""
+"""Environment variable with the image for a cluster other than the node of `make cluster`."""
 PORT: Final = 6379
 
 
 def apply_redis(kubectl: Kubectl, name: str, secret: str) -> None:
-    """A pod and its Service, gone with the namespace. Waits until it runs."""
+    """Creates a pod with a Service and waits until it is ready. Both are deleted with the namespace."""
     pod = pod_document(name, ["/bin/sh", "-c", 'exec redis-server --save "" --dir /tmp --requirepass "$PASSWORD"'])
     pod["metadata"]["labels"] = {**LABEL, "app": name}
     container: dict[str, Any] = pod["spec"]["containers"][0]

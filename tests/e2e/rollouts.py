@@ -1,4 +1,4 @@
-"""Why: scenes make ReleaseRollouts and wait for what becomes of them; how both is written stands here once."""
+"""Creates ReleaseRollouts and waits for their phases."""
 
 from __future__ import annotations
 
@@ -13,35 +13,35 @@ STEPPED: Final[dict[str, Any]] = {
     "steps": [
         {"weight_percent": weight, "hold_s": 2, "minimum_viewers": 5, "minimum_impressions": 5} for weight in (10, 50)
     ],
-    # Latency is the shared machine's here, late stages are too, and parity is another scene's.
+    # Latency depends on the shared machine, and parity has a scene of its own.
     "guardrails": {"p99_ms": None, "parity_mismatches": None, "error_ratio": {"maximum": 0.5}},
     "outcomes": [{"name": "long_watch_rate", "margin": 0.25, "minimum_viewers": 50}],
     "cooldown_s": 0,
     "retention_s": 3600,
 }  # fmt: skip
-"""Two quick steps; the release before stays warm."""
+"""Policy with two quick steps; the previous release stays warm."""
 HELD: Final[dict[str, Any]] = {**STEPPED, "steps": [{"weight_percent": 50, "hold_s": 3600}]}
-"""Stays at its first step."""
+"""Policy that stays at its first step, 50 %."""
 STEP_S: Final = 120.0
 
 
 def begin(kubectl: Kubectl, name: str, release: str, policy: dict[str, Any] | None = STEPPED, **spec: Any) -> None:
-    """Make a ReleaseRollout over the RayService, or over ``backend``; with ``policyRef`` there is no policy."""
+    """Creates a ReleaseRollout over the RayService or over ``backend``. Pass policy None with ``policyRef``."""
     kubectl.apply(rollout(name, release, policy=policy, **spec))
 
 
 def status(kubectl: Kubectl, name: str) -> dict[str, Any]:
-    """What the operator wrote."""
+    """Status of a rollout."""
     return dict(kubectl.read(name).get("status") or {})
 
 
 def phase(kubectl: Kubectl, name: str) -> str:
-    """Of a rollout; empty before the operator has seen it."""
+    """Phase of a rollout; empty before the operator has observed it."""
     return str(status(kubectl, name).get("phase", ""))
 
 
 def until_phase(kubectl: Kubectl, name: str, *wanted: str, within_s: float = STEP_S) -> float:
-    """Wait for a phase, and for the traffic to be as recorded. Returns the seconds that it took."""
+    """Waits for a phase with the traffic as recorded. Returns the seconds waited."""
 
     def holds() -> bool:
         seen = status(kubectl, name)

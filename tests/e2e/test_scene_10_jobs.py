@@ -1,4 +1,4 @@
-"""Before anything is served: from events to the first release by jobs, under an ML engineer's rights and no others."""
+"""Jobs build the first release from events, with the rights of an ML engineer only."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ SUBMIT_TO_RELEASE_S = 180.0
 
 @dataclass
 class Workshop:
-    """An installation without a service, and who works there."""
+    """An installation without a service, and its ML engineer."""
 
     installation: Installation
     engineer: Engineer
@@ -56,7 +56,7 @@ def test_jobs_make_a_signed_release_from_events(shop: Workshop) -> None:
     write_report("jobs", rows)
 
 
-def test_the_list_of_jobs_has_the_release_beside_the_job_that_made_it(shop: Workshop) -> None:
+def test_job_list_shows_the_release_of_a_job(shop: Workshop) -> None:
     listed = json.loads(shop.engineer.reelway("jobs", "-n", shop.engineer.namespace, "-o", "json").out)
     assert [job["kind"] for job in listed] == ["release", "evaluate", "train", "features", "dataset"]
     assert {job["state"] for job in listed} == {"succeeded"}
@@ -64,20 +64,20 @@ def test_the_list_of_jobs_has_the_release_beside_the_job_that_made_it(shop: Work
     assert listed[0]["run"] == RUN
 
 
-def test_the_release_is_a_resource_that_anybody_may_look_at(shop: Workshop) -> None:
+def test_release_becomes_a_resource(shop: Workshop) -> None:
     named = f"release.reelway.dev/{shop.release[:12]}"
     shop.installation.kubectl.run("wait", "--for=condition=InStore", named, "--timeout=60s")
     found = json.loads(shop.installation.kubectl.run("get", named, "-o", "json"))
     assert (found["spec"]["id"], found["status"]["name"]) == (shop.release, RUN)
 
 
-def test_a_job_that_fails_gives_its_own_exit_code_and_its_last_words(shop: Workshop) -> None:
+def test_failed_job_returns_its_exit_code_with_its_log(shop: Workshop) -> None:
     said = shop.engineer.reelway("submit", "train", "-n", shop.engineer.namespace, "--run", "never-made")
     assert said.code == 2, said.err
     assert "step 'features' has not finished in this run" in said.err
 
 
-def test_an_image_that_is_not_there_is_said_at_once(shop: Workshop) -> None:
+def test_missing_image_is_reported_immediately(shop: Workshop) -> None:
     said = shop.engineer.reelway(
         "submit", "evaluate", "-n", shop.engineer.namespace, "--run", "other", "--image", "reelway.local/training:none"
     )
@@ -85,7 +85,7 @@ def test_an_image_that_is_not_there_is_said_at_once(shop: Workshop) -> None:
     assert "cannot pull image reelway.local/training:none (ErrImageNeverPull)" in said.err
 
 
-def test_a_pod_that_finds_no_node_says_what_is_missing_and_ctrl_c_leaves_the_job_to_be_stopped(shop: Workshop) -> None:
+def test_unschedulable_job_names_the_missing_resource(shop: Workshop) -> None:
     engineer = shop.engineer
     here = ("-n", engineer.namespace)
     name = engineer.reelway("submit", "train", *here, "--run", "big", "--gpus", "8", "--detach").out.strip()

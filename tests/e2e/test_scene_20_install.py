@@ -1,4 +1,4 @@
-"""`helm install` on a cluster that has the images: how long until a viewer gets a slate."""
+"""`helm install` with images on the node: time until a viewer gets a slate."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ pytestmark = [pytest.mark.e2e, pytest.mark.timeout(420)]
 FIRST_SLATE_S = 180.0
 
 
-def test_the_first_slate_comes_within_three_minutes_of_helm_install(flow: Flow) -> None:
+def test_first_slate_arrives_within_three_minutes(flow: Flow) -> None:
     first, began = flow.releases.ids[0], flow.load.now()
     flow.installation.install()
     answered = flow.load.until_answered_by(first, since=began, within_s=2 * FIRST_SLATE_S)
@@ -20,17 +20,17 @@ def test_the_first_slate_comes_within_three_minutes_of_helm_install(flow: Flow) 
     assert taken < FIRST_SLATE_S
 
 
-def test_helm_test_gets_a_whole_slate(flow: Flow) -> None:
+def test_helm_test_receives_a_slate(flow: Flow) -> None:
     said = flow.installation.test()
     assert f"videos of release {flow.live[:12]}" in said
 
 
-def test_every_pod_runs_under_the_restricted_level(flow: Flow) -> None:
-    """The namespace enforces it, so that a pod which did not comply would not be there."""
+def test_every_pod_runs_at_the_restricted_level(flow: Flow) -> None:
+    """The namespace enforces the level, so that no other pod could exist."""
     labels = flow.kubectl.run("get", "namespace", flow.kubectl.namespace, "-o", "jsonpath={.metadata.labels}")
     assert '"pod-security.kubernetes.io/enforce":"restricted"' in labels
     pods = flow.installation.pods()
-    assert {"serving", "controller"} <= {_component(flow, name) for name in pods}
+    assert {"serving", "operator"} <= {_component(flow, name) for name in pods}
     flow.note("pods under the restricted level, enforced", float(len(pods)), "pods", "all", True)
 
 

@@ -1,7 +1,4 @@
-"""A good release is promoted under load: nobody fails, no pod is touched, everybody is on it afterwards.
-
-Its policy lies in a ConfigMap, as a team would keep it.
-"""
+"""A good release is promoted under load without a failed request. Its policy is in a ConfigMap."""
 
 from __future__ import annotations
 
@@ -14,7 +11,7 @@ from tests.e2e.watched import unnoticed
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
 
 
-def test_a_good_release_is_promoted_and_nobody_notices(flow: Flow) -> None:
+def test_promotion_fails_no_request(flow: Flow) -> None:
     before, good = flow.live, flow.releases.ids[1]
     flow.kubectl.apply({
         "apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "team-policy"},
@@ -29,7 +26,7 @@ def test_a_good_release_is_promoted_and_nobody_notices(flow: Flow) -> None:
     assert not len(flow.load.answers(before, since=moment))
 
 
-def test_its_ramp_is_in_the_events_and_in_the_history(flow: Flow) -> None:
+def test_events_with_the_history_show_every_step(flow: Flow) -> None:
     reasons = [entry["reason"] for entry in flow.kubectl.read("good")["status"]["history"]]
     events = flow.kubectl.run("get", "events", "--field-selector=involvedObject.name=good")
     for word in ("to step 1, 10 %", "to step 2, 50 %"):
@@ -37,8 +34,8 @@ def test_its_ramp_is_in_the_events_and_in_the_history(flow: Flow) -> None:
         assert word in events
 
 
-def test_the_declaration_names_what_runs(flow: Flow) -> None:
-    """What KubeRay would submit again is the promoted release, not the one that `helm install` named."""
+def test_serve_config_names_the_promoted_release(flow: Flow) -> None:
+    """KubeRay would submit the promoted release again, not the initial one."""
     declared = flow.kubectl.run("get", "rayservice", "reelway", "-o", "jsonpath={.spec.serveConfigV2}")
     assert f"release: {flow.live}" in declared
     assert flow.installation.ray_service_ready()

@@ -1,4 +1,4 @@
-"""An alert about a release comes to the webhook: everybody is back on stable, by a write of weights."""
+"""An alert for a release at the webhook rolls it back with one write of weights."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
 BACK_S = 2.0
 
 
-def test_an_alert_takes_a_release_back_and_nobody_fails(flow: Flow) -> None:
+def test_alert_rolls_a_release_back_without_failed_requests(flow: Flow) -> None:
     bad, installation = flow.releases.ids[2], flow.installation
     with unnoticed(flow, "rollback by webhook"):
         began = flow.load.now()
@@ -26,7 +26,7 @@ def test_an_alert_takes_a_release_back_and_nobody_fails(flow: Flow) -> None:
     assert "CanaryErrors" in status(flow.kubectl, "bad")["reason"]
 
 
-def test_the_same_release_is_refused_afterwards(flow: Flow) -> None:
+def test_rolled_back_release_is_refused_afterwards(flow: Flow) -> None:
     begin(flow.kubectl, "again", flow.releases.ids[2], HELD)
     until_refused = "--for=jsonpath={.status.phase}=Refused"
     flow.kubectl.run("wait", until_refused, "releaserollout/again", "--timeout=30s")

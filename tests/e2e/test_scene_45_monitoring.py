@@ -1,6 +1,6 @@
-"""Prometheus and Alertmanager with the chart's own monitors, rules and route: a fault is found, and said rightly.
+"""Prometheus and Alertmanager with the chart's monitors, rules and alert route detect a faulty release.
 
-An installation of its own, so that the flow's rollouts are judged without either.
+The scene has an installation of its own, so that the flow's rollouts are independent of both.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ def watched(cluster: Cluster) -> Iterator[Monitored]:
         yield service
 
 
-def test_every_target_is_up_and_every_rule_is_evaluated(watched: Monitored) -> None:
+def test_every_target_is_scraped(watched: Monitored) -> None:
     namespace = watched.kubectl.namespace
     watched.monitoring.until_scraped(namespace)
     assert {job: len(found) for job, found in watched.monitoring.targets(namespace).items()} == dict.fromkeys(JOBS, 1)
     until("every rule has been evaluated", lambda: _health(watched) == {"ok"}, 90, lambda: str(_health(watched)))
     names = {rule["name"] for rule in watched.monitoring.rules(namespace)}
-    assert {ERRORS, SLOW, "ReelwayControllerSilent", "ReelwayTelemetryAbsent", "ReelwayViewersUnknown"} <= names
+    assert {ERRORS, SLOW, "ReelwayOperatorSilent", "ReelwayTelemetryAbsent", "ReelwayViewersUnknown"} <= names
 
 
-def test_an_erroring_release_is_taken_back_through_alertmanager(watched: Monitored) -> None:
+def test_alertmanager_rolls_a_failing_release_back(watched: Monitored) -> None:
     release, began = watched.releases.errors[0], watched.load.now()
     begin(watched.kubectl, "errors", release, ONLY_ALERTS)
     until_phase(watched.kubectl, "errors", "RolledBack", within_s=180)
@@ -50,7 +50,7 @@ def test_an_erroring_release_is_taken_back_through_alertmanager(watched: Monitor
     assert not len(watched.load.answers(release, since=seen.ended + 0.001))
 
 
-def test_with_the_default_guardrails_the_evidence_is_earlier_than_the_alert(watched: Monitored) -> None:
+def test_default_guardrails_act_before_the_alert(watched: Monitored) -> None:
     release, began = watched.releases.errors[1], watched.load.now()
     begin(watched.kubectl, "evidence", release, BY_EVIDENCE)
     until_phase(watched.kubectl, "evidence", "RolledBack", within_s=180)

@@ -1,7 +1,7 @@
-"""A release's ranker under KServe's own controller: one InferenceService each, made, kept, killed and removed.
+"""Rankers as InferenceServices under KServe's own controller: created, kept, killed and deleted with their releases.
 
-An installation of its own with ``ranker.backend: kserve``. What is around the ranker is untouched, so the rollouts are
-those of the other scenes: nobody fails, and a ranker that is gone costs slates their ranking and nothing more.
+The scene has an installation of its own with ``ranker.backend: kserve``. Rollouts fail no request, and slates without a
+ranker keep retrieval's order.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ VALUES: Final[dict[str, Any]] = {
     }
 }
 GONE_AFTER: Final[dict[str, Any]] = {**STEPPED, "retention_s": 5}
-"""The release before is kept for five seconds only, and its ranker with it."""
+"""Retains the previous release with its ranker for five seconds only."""
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +53,7 @@ def served(cluster: Cluster) -> Iterator[Flow]:
                 write_report("e2e_kserve", flow.rows)
 
 
-def test_the_first_release_is_ranked_by_its_inference_service(served: Flow) -> None:
+def test_inference_service_ranks_the_initial_release(served: Flow) -> None:
     first, began = served.releases.ids[0], served.load.now()
     served.installation.install()
     served.load.until_answered_by(first, since=began, within_s=360)
@@ -68,7 +68,7 @@ def test_the_first_release_is_ranked_by_its_inference_service(served: Flow) -> N
     )
 
 
-def test_a_promotion_brings_a_ranker_and_takes_the_old_one_away_when_nobody_can_go_back(served: Flow) -> None:
+def test_promotion_creates_a_ranker_before_deleting_the_old_one(served: Flow) -> None:
     before, good = served.live, served.releases.ids[1]
     with unnoticed(served, "KServe, promotion", "serving"):
         began = served.load.now()
@@ -84,7 +84,18 @@ def test_a_promotion_brings_a_ranker_and_takes_the_old_one_away_when_nobody_can_
     assert not len(served.load.answers(before, since=served.load.now()))
 
 
-def test_an_alert_takes_a_release_back_and_its_ranker_is_not_asked_first(served: Flow) -> None:
+def test_applying_the_chart_changes_no_inference_service(served: Flow) -> None:
+    """The initial release of the values was retired; its InferenceService must not come back."""
+    with unnoticed(served, "KServe, helm template | kubectl apply twice, helm upgrade --reuse-values", "serving"):
+        before = _identities(served.kubectl)
+        for _ in range(2):
+            served.installation.apply()
+        served.installation.upgrade_reusing_values()
+        served.load.until_answered_by(served.live, since=served.load.now(), within_s=20, count=40)
+    assert _identities(served.kubectl) == before
+
+
+def test_rollback_does_not_wait_for_the_ranker(served: Flow) -> None:
     bad, installation = served.releases.ids[2], served.installation
     with unnoticed(served, "KServe, rollback by webhook", "serving"):
         began = served.load.now()
@@ -98,7 +109,7 @@ def test_an_alert_takes_a_release_back_and_its_ranker_is_not_asked_first(served:
     assert taken < 2.0
 
 
-def test_killed_rankers_cost_slates_their_ranking_and_no_request(served: Flow) -> None:
+def test_killed_rankers_fail_no_request(served: Flow) -> None:
     with unnoticed(served, "KServe, both pods of the ranker killed", "serving"):
         killed = served.load.now()
         pods = _pods(served.kubectl, served.live)
@@ -110,7 +121,7 @@ def test_killed_rankers_cost_slates_their_ranking_and_no_request(served: Flow) -
     assert rows["degraded"].any(), "nothing asked these pods"
 
 
-def test_the_rankers_go_with_the_installation(served: Flow) -> None:
+def test_uninstall_deletes_the_rankers(served: Flow) -> None:
     served.kubectl.run("delete", "releaserollouts", "--all", "--timeout=60s")
     served.installation.uninstall()
     listed = ("get", RANKERS, "-o", "name", "--ignore-not-found")
@@ -118,7 +129,7 @@ def test_the_rankers_go_with_the_installation(served: Flow) -> None:
 
 
 def _rankers(kubectl: Kubectl) -> dict[str, bool]:
-    """Ready or not, by release."""
+    """Readiness of every ranker by short release id."""
     found = json.loads(kubectl.run("get", RANKERS, "-o", "json"))["items"]
     return {
         one["metadata"]["labels"]["reelway.dev/release"]: any(
@@ -127,6 +138,12 @@ def _rankers(kubectl: Kubectl) -> dict[str, bool]:
         )
         for one in found
     }
+
+
+def _identities(kubectl: Kubectl) -> dict[str, tuple[str, int]]:
+    """Uid and generation of every InferenceService."""
+    found = json.loads(kubectl.run("get", RANKERS, "-o", "json"))["items"]
+    return {one["metadata"]["name"]: (one["metadata"]["uid"], one["metadata"]["generation"]) for one in found}
 
 
 def _pods(kubectl: Kubectl, release: str) -> list[str]:
@@ -147,7 +164,7 @@ def _ready_others(flow: Flow, before: list[str]) -> bool:
 
 
 def _until_ranked(flow: Flow) -> None:
-    """The last twenty slates had everything."""
+    """Waits until the last twenty slates are not degraded."""
 
     def ranked() -> bool:
         rows = flow.load.answers(flow.live)[-20:]

@@ -1,7 +1,7 @@
-"""The operator's pod is killed in the middle of rollouts, without notice: the next one goes on where it was.
+"""The operator's pod is killed during rollouts, and its successor completes them.
 
-Every instruction of a rollout is tried in tests/cluster/test_operator.py, with twenty kills of a process. Here it is
-five kills of a pod, on the real RayService, at moments drawn from a seed that is printed.
+tests/cluster/test_operator.py kills a process at every recorded instruction. This scene kills the pod five times over
+the real RayService, at random times from a printed seed.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from tests.e2e.watched import unnoticed
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 KILLS = 5
 LONGEST_S = 12.0
-"""A rollout between releases that are both warm takes about so long."""
+"""Approximate duration in seconds of a rollout between two warm releases."""
 
 
-def test_a_killed_operator_is_followed_by_one_that_converges(flow: Flow) -> None:
+def test_rollouts_complete_after_operator_kills(flow: Flow) -> None:
     seed = random.SystemRandom().randrange(10_000)
     chance = random.Random(seed)
     others = [flow.live, flow.releases.ids[1] if flow.live != flow.releases.ids[1] else flow.releases.ids[0]]
@@ -42,11 +42,11 @@ def test_a_killed_operator_is_followed_by_one_that_converges(flow: Flow) -> None
 
 
 def _pass(seconds: float) -> None:
-    """The moment of the kill is what is drawn, so it is waited for by the clock."""
+    """Sleeps: the random time of the kill is the test's input."""
     time.sleep(seconds)
 
 
 def _kill(flow: Flow) -> None:
-    before = flow.installation.pods("controller")
+    before = flow.installation.pods("operator")
     flow.kubectl.run("delete", "pod", *before, "--grace-period=0", "--force", "--wait=true")
-    until("there is another operator", lambda: flow.installation.pods("controller").keys() - before.keys(), 60)
+    until("there is another operator", lambda: flow.installation.pods("operator").keys() - before.keys(), 60)

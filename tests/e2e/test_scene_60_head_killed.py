@@ -1,7 +1,7 @@
-"""Ray's head is killed, and with it all of Serve: KubeRay brings it back on what is live, without a hand.
+"""Ray's head is killed, and all of Serve with it. KubeRay restores the live release.
 
-The live release's rollout is over by then. One that is still kept to be gone back from would be: what an outage costs
-counts against it, whoever is to blame, and the release before is warm.
+The rollout of the live release has ended. A rollout in its retention time would be rolled back, because the failed
+requests of the outage count against its release.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ BACK_S = 60.0
 
 @pytest.fixture
 def settled(flow: Flow) -> str:
-    """The live release is one that nobody can go back from."""
+    """The live release, whose predecessor is no longer retained."""
     before, release = flow.live, flow.releases.ids[0 if flow.live != flow.releases.ids[0] else 1]
     begin(flow.kubectl, "settled", release, {**STEPPED, "retention_s": 1}, force=True)
     until_phase(flow.kubectl, "settled", "Promoted")
@@ -26,7 +26,7 @@ def settled(flow: Flow) -> str:
     return release
 
 
-def test_slates_come_again_after_the_head_is_killed(flow: Flow, settled: str) -> None:
+def test_service_recovers_after_the_head_is_killed(flow: Flow, settled: str) -> None:
     installation, load = flow.installation, flow.load
     before = installation.pods("serving")
     killed = load.now()
@@ -36,7 +36,7 @@ def test_slates_come_again_after_the_head_is_killed(flow: Flow, settled: str) ->
     load.until_answered_by(settled, since=load.now(), within_s=240, count=20)
     rows = load.settled(since=killed, before=load.now())
     lost = rows[rows["status"] != 200]
-    assert len(lost), "nobody noticed that the head was gone"
+    assert len(lost), "no request failed, so the head was not killed"
     back = float(lost["sent"].max() - killed)
     flow.note("head pod killed -> slates for good, one head, no external GCS store", back, "s", f"under {BACK_S:g}",
               back < BACK_S)  # fmt: skip

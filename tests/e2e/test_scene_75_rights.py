@@ -1,4 +1,4 @@
-"""Rights that were granted against rights that were used, over everything the flow did: none missing, none idle."""
+"""Compares the rights granted by the chart with the rights used over the whole flow: none is missing, none is idle."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ pytestmark = [pytest.mark.e2e, pytest.mark.timeout(120)]
 
 
 class Right(NamedTuple):
-    """One verb on one kind, of one account."""
+    """One verb on one resource type, granted to or used by one account."""
 
     account: str
     group: str
@@ -23,11 +23,11 @@ class Right(NamedTuple):
 
 
 IDLE: dict[Right, str] = {
-    Right("reelway-controller", "reelway.dev", "releaserollouts", "get"): (
-        "reads a rollout again when somebody wrote it between a look and a write"
+    Right("reelway-operator", "reelway.dev", "releaserollouts", "get"): (
+        "reads a rollout again after a write conflict"
     ),
 }
-"""Granted and perhaps not used in a flow, and what for."""
+"""Rights that a flow may leave unused, with their purpose."""
 
 
 @pytest.fixture
@@ -38,13 +38,13 @@ def log(flow: Flow) -> Path:
     return found
 
 
-def test_no_right_is_missing_and_none_is_idle(flow: Flow, log: Path) -> None:
+def test_granted_rights_equal_used_rights(flow: Flow, log: Path) -> None:
     granted, used, refused = set(_granted(flow)), set(), []
     for entry in _entries(log, flow.kubectl.namespace):
         right = _right(entry)
         (used.add(right) if entry["responseStatus"]["code"] != 403 else refused.append((right, entry["requestURI"])))
     accounts = {right.account for right in granted}
-    assert "reelway-controller" in accounts
+    assert "reelway-operator" in accounts
     idle = sorted(granted - used - IDLE.keys())
     beyond = sorted(right for right in used - granted if right.account in accounts and right.group != "discovery")
     flow.note("rights refused to the chart's accounts over the flow", float(len(refused)), "requests", "0", not refused)
@@ -55,7 +55,7 @@ def test_no_right_is_missing_and_none_is_idle(flow: Flow, log: Path) -> None:
     assert not beyond, f"used without a Role of the namespace: {beyond}"
 
 
-def test_nothing_is_granted_beyond_the_namespace(flow: Flow) -> None:
+def test_chart_grants_no_cluster_wide_right(flow: Flow) -> None:
     namespace = flow.kubectl.namespace
     bindings = json.loads(flow.kubectl.run("get", "clusterrolebindings", "-o", "json"))["items"]
     ours = [
@@ -84,7 +84,7 @@ def _items(flow: Flow, kind: str) -> list[dict[str, Any]]:
 
 
 def _entries(log: Path, namespace: str) -> Iterator[dict[str, Any]]:
-    """What the namespace's accounts asked for. Files that are rotated away are read too."""
+    """Audit entries of the namespace's accounts, rotated files included."""
     whose = f'"username":"system:serviceaccount:{namespace}:'
     for path in sorted(log.parent.glob("audit*.log")):
         with path.open() as lines:

@@ -1,4 +1,4 @@
-"""`helm uninstall` leaves what UPGRADE.md says, and nothing else."""
+"""`helm uninstall` leaves the objects that UPGRADE.md lists, and nothing else."""
 
 from __future__ import annotations
 
@@ -9,8 +9,13 @@ from tests.e2e.installation import NAME
 from tests.e2e.waiting import until
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
-SAID = ("lease.coordination.k8s.io/reelway-controller", "releaserollout.reelway.dev/", "release.reelway.dev/")
-"""The operator's Lease, and what people made."""
+SAID = (
+    "lease.coordination.k8s.io/reelway-operator",
+    "secret/reelway-secrets",
+    "releaserollout.reelway.dev/",
+    "release.reelway.dev/",
+)
+"""The operator's Lease, the generated Secret, and resources of users."""
 OURS = (
     "persistentvolumeclaim/releases",
     "configmap/reelway-public-keys",
@@ -18,22 +23,22 @@ OURS = (
     "configmap/load-files",
     "configmap/team-policy",
 )
-"""The harness's own."""
+"""Objects of the test harness."""
 CLUSTERS = ("configmap/kube-root-ca.crt", "serviceaccount/default")
 NOISE = ("events", "events.events.k8s.io", "pods.metrics.k8s.io")
 
 
-def test_nothing_is_left_but_what_is_said(flow: Flow) -> None:
-    assert any(name.endswith(f"/{NAME}-controller") for name in _objects(flow.kubectl))
+def test_uninstall_leaves_only_documented_objects(flow: Flow) -> None:
+    assert any(name.endswith(f"/{NAME}-operator") for name in _objects(flow.kubectl))
     flow.installation.uninstall()
-    until("what KubeRay made is gone", lambda: not _left(flow), 120, lambda: f"left: {_left(flow)}")
+    until("KubeRay's objects are deleted", lambda: not _left(flow), 120, lambda: f"left: {_left(flow)}")
     kept = [name for name in _objects(flow.kubectl) if name.startswith(SAID)]
     assert SAID[0] in kept
     flow.note("objects left by helm uninstall beyond what UPGRADE.md says", 0.0, "objects", "0", True)
 
 
-def test_no_rollout_is_held_by_a_finalizer_that_nobody_takes_off(flow: Flow) -> None:
-    """All of them ended before; and deleting one then needs no operator."""
+def test_ended_rollouts_can_be_deleted_without_an_operator(flow: Flow) -> None:
+    """An ended rollout has no finalizer."""
     held = "jsonpath={range .items[*]}{.metadata.name} {.metadata.finalizers}{'\\n'}{end}"
     said = flow.kubectl.run("get", "releaserollouts", "-o", held)
     assert said.strip()
@@ -46,7 +51,7 @@ def _left(flow: Flow) -> list[str]:
 
 
 def _objects(kubectl: Kubectl) -> list[str]:
-    """Every object of the namespace, of every kind that can be listed."""
+    """Names of all objects of the namespace, of every kind that can be listed."""
     kinds = kubectl.run("api-resources", "--namespaced", "--verbs=list", "-o", "name").split()
     asked = ",".join(kind for kind in kinds if kind not in NOISE)
     return [line for line in kubectl.run("get", asked, "-o", "name", "--ignore-not-found").split() if "/" in line]

@@ -1,4 +1,4 @@
-"""Why: everything on a cluster comes later: every wait has a condition, a deadline, and words for when it is missed."""
+"""Polls a condition until a deadline."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from collections.abc import Callable
 from typing import Final
 
 _LOOK_S: Final = 1.0
-"""Between two looks: each starts a kubectl, and what is measured has its moments on record elsewhere."""
+"""Seconds between two polls. Each poll starts kubectl; measurements have timestamps of their own."""
 
 
 def until(what: str, holds: Callable[[], object], within_s: float, seen: Callable[[], str] = str) -> float:
-    """Wait for something to be so. Returns the seconds that it took; ``seen`` says what was so instead."""
+    """Waits until ``holds`` returns true. Returns the seconds waited; ``seen`` describes the state for the error."""
     began = time.monotonic()
     while not holds():
         if time.monotonic() - began > within_s:

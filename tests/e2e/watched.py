@@ -1,4 +1,4 @@
-"""Why: "nobody noticed" is one statement with two halves: no request failed, and no pod is another one than before."""
+"""Checks that an operation fails no request and neither restarts nor replaces a pod."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tests.e2e.conftest import Flow
 
 @dataclass
 class Watched:
-    """What was seen while the block ran; filled when it is left."""
+    """Requests during the block; filled when the block is left."""
 
     began: float
     ended: float = 0.0
@@ -21,7 +21,7 @@ class Watched:
 
 @contextmanager
 def unnoticed(flow: Flow, what: str, *components: str) -> Iterator[Watched]:
-    """Under load: no request fails and no pod of these components (all) is restarted or replaced. Else it raises."""
+    """Fails if a request fails, or a pod of these components (default: all) is restarted or replaced in the block."""
     before, watched = flow.installation.pods(*components), Watched(flow.load.now())
     yield watched
     watched.ended = flow.load.now()
@@ -32,7 +32,7 @@ def unnoticed(flow: Flow, what: str, *components: str) -> Iterator[Watched]:
     flow.note(f"{what}: failed requests of {len(rows)}", float(len(failures)), "requests", "0", not len(failures))
     flow.note(f"{what}: pods restarted or replaced", float(len(restarted)), "pods", "0", not restarted)
     some = [(float(r["sent"] - watched.began), int(r["status"]), float(r["done"] - r["sent"])) for r in failures[:10]]
-    assert not len(failures), f"{what}: (s after the beginning, status, s) {some}; {flow.load.last_words()}"
+    assert not len(failures), f"{what}: (s after the start, status, duration in s) {some}; {flow.load.last_words()}"
     assert not restarted, f"{what}: {restarted}"
     assert len(rows) >= 0.5 * flow.load.rate * (watched.ended - watched.began), f"{what}: only {len(rows)} were sent"
 

@@ -1,4 +1,4 @@
-"""Why: what builds the node and the images are scripts beside a Dockerfile, in no package; tests take them by path."""
+"""Loads scripts of infra/ by path, because they belong to no package."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ _INFRA = Path(__file__).parents[2] / "infra"
 
 
 def load_script(path: str) -> ModuleType:
-    """The script at ``path`` below infra/, as a module."""
+    """Loads the script at ``path`` under infra/ as a module."""
     spec = importlib.util.spec_from_file_location(f"infra_{Path(path).stem}", _INFRA / path)
     assert spec is not None
     assert spec.loader is not None

@@ -1,4 +1,4 @@
-"""An archive is packed again when its image is another one, and not before: packing takes minutes of a large one."""
+"""An archive is written again only if its image changed, because writing a large one takes minutes."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ esac
 
 @pytest.fixture
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A buildah whose images are a file."""
+    """A fake buildah that reads the image's identity from a file."""
     program = tmp_path / "bin" / "buildah"
     program.parent.mkdir()
     program.write_text(BUILDAH)
@@ -39,7 +39,7 @@ def builders() -> ModuleType:
     return load_script("images/builders.py")
 
 
-def test_an_archive_of_the_same_image_is_kept(builders: ModuleType, place: Path) -> None:
+def test_archive_of_an_unchanged_image_is_kept(builders: ModuleType, place: Path) -> None:
     archive = place / "serving.tar"
     builders.Builder("buildah").save(IMAGE, archive)
     archive.write_text("what was packed")
@@ -47,7 +47,7 @@ def test_an_archive_of_the_same_image_is_kept(builders: ModuleType, place: Path)
     assert archive.read_text() == "what was packed"
 
 
-def test_another_image_is_packed_again(builders: ModuleType, place: Path) -> None:
+def test_archive_of_a_changed_image_is_written_again(builders: ModuleType, place: Path) -> None:
     archive = place / "serving.tar"
     builders.Builder("buildah").save(IMAGE, archive)
     (place / "id").write_text("second")
@@ -55,7 +55,7 @@ def test_another_image_is_packed_again(builders: ModuleType, place: Path) -> Non
     assert archive.read_text() == "second"
 
 
-def test_an_archive_that_was_not_finished_is_packed_again(builders: ModuleType, place: Path) -> None:
+def test_unfinished_archive_is_written_again(builders: ModuleType, place: Path) -> None:
     archive = place / "serving.tar"
     builders.Builder("buildah").save(IMAGE, archive)
     (place / "id").write_text("second")

@@ -1,4 +1,4 @@
-"""Programs of the node share their libraries' versions, so that Go compiles them once: minutes of a new machine."""
+"""The node's programs share library versions, so that Go compiles each library once."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ OWN = {
     "github.com/prometheus/alertmanager": "the operator's own pin",
     "github.com/prometheus/prometheus": "the operator's own pin",
 }
-"""Modules of which programs have different versions, and why."""
+"""Modules whose versions differ between programs, with the reason."""
 
 
 def versions(tool: str) -> dict[str, tuple[str, str]]:
-    """Module -> the version that is chosen and the one that is taken for it: a compiled package is known by both."""
+    """Selected and replacing version of every module. Both identify a compiled package."""
     text = (TOOLS / tool / "go.mod").read_text()
     chosen = dict(re.findall(r"^\s*(?:require )?([\w.-]+\.[\w./-]+) (v\S+)", text, re.MULTILINE))
     taken = dict(re.findall(r"^\s*(?:replace )?(\S+) => \S+ (v\S+)$", text, re.MULTILINE))
@@ -28,7 +28,7 @@ def versions(tool: str) -> dict[str, tuple[str, str]]:
 
 
 @pytest.mark.parametrize(("one", "other"), list(combinations(sorted(AT_KUBERNETES + AT_KSERVE), 2)))
-def test_what_two_programs_share_is_at_one_version(one: str, other: str) -> None:
+def test_shared_module_has_one_version(one: str, other: str) -> None:
     ours, theirs = versions(one), versions(other)
     assert len(ours.keys() & theirs.keys()) > 20, "no go.mod was read"
     apart = (one in AT_KSERVE) != (other in AT_KSERVE)
@@ -41,6 +41,6 @@ def test_what_two_programs_share_is_at_one_version(one: str, other: str) -> None
 
 
 @pytest.mark.parametrize("tool", AT_KUBERNETES + AT_KSERVE)
-def test_a_program_is_at_its_groups_release_of_kubernetes(tool: str) -> None:
+def test_program_has_the_kubernetes_release_of_its_group(tool: str) -> None:
     _, taken = versions(tool)["k8s.io/api"]
     assert taken == ("v0.36.3" if tool in AT_KUBERNETES else "v0.34.5")

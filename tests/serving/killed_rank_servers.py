@@ -26,10 +26,11 @@ from tests.serving.served_run import make_run
 
 from reelway.platform.contracts.events import Arm
 from reelway.platform.rollout.traffic.routing import ArmRoute, Routing
+from reelway.platform.rollout.traffic.serve_config import compose_serve_config
 from reelway.platform.rollout.traffic.serve_rest import ServeAddress, ServeRestBackend
+from reelway.platform.rollout.traffic.serving_options import ReleaseStoreArgs, ServingOptions
 from reelway.platform.rollout.traffic.target import TrafficTarget
 from reelway.serving.free_ports import free_port
-from reelway.serving.serve_config import ReleaseShelf, ServiceOptions, serve_config
 
 RATE = 15.0
 VIEWERS = 1000
@@ -88,14 +89,14 @@ def serving_scenario(run: Path, stable: str, canary: str, addresses: dict[str, s
     from reelway.serving.deployments.service import deploy, running_service
 
     (run / "token.secret").write_bytes(b"the secret of the tests' tokens")
-    options = ServiceOptions(
-        shelf_of(run), run / "metrics", token_secrets=run / "token.secret", features_dir=run / "features",
-        port=free_port("127.0.0.1"),
+    options = ServingOptions(
+        releases=shelf_of(run), metrics_dir=run / "metrics", token_secrets=run / "token.secret",
+        features_dir=run / "features", port=free_port("127.0.0.1"),
     )  # fmt: skip
     both = Routing(salt="ranked elsewhere", rollout="r0", arms=Routing.whole(stable).arms, warm=(stable, canary))
     with ExitStack() as stack:
         service = stack.enter_context(running_service(Routing.whole(stable), options, run / "ray.token"))
-        document = serve_config(both, options)
+        document = compose_serve_config(options, both.releases, both)
         for application in document["applications"]:
             if application["name"] in addresses:
                 application["args"]["ranker_address"] = addresses[application["name"]]
@@ -107,8 +108,8 @@ def serving_scenario(run: Path, stable: str, canary: str, addresses: dict[str, s
         yield ServingScenario(stable, canary, backend, client, run / "record")
 
 
-def shelf_of(run: Path) -> ReleaseShelf:
-    return ReleaseShelf(release_store=str(run / "releases"), release_cache=run / "cache", public_keys=run / "keys")
+def shelf_of(run: Path) -> ReleaseStoreArgs:
+    return ReleaseStoreArgs(release_store=str(run / "releases"), release_cache=run / "cache", public_keys=run / "keys")
 
 
 def kill(server: RankServerProcess) -> float:

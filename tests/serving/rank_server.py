@@ -21,10 +21,10 @@ from reelway.platform.cli.processes import child, reelway_command
 from reelway.platform.contracts.api import RequestContext
 from reelway.platform.release.signing import create_keys, load_private_key
 from reelway.platform.release.store import ReleaseStore
+from reelway.platform.rollout.traffic.serving_options import ReleaseArgs, ReleaseStoreArgs
 from reelway.serving.metrics import SHORT
 from reelway.serving.open_inference.ranker_service import LoadedRanker
 from reelway.serving.release_loader import ReleaseLoader
-from reelway.serving.serve_config import ReleaseShelf
 from reelway.serving.video_table import VideoTable
 from reelway.serving.viewers import viewer_query
 
@@ -142,7 +142,7 @@ def running_rank_server(made: ReleaseFixture, log: Path, *options: str) -> Itera
 
 @contextmanager
 def rank_server_process(
-    shelf: ReleaseShelf, release: str, place: Path, *, grpc_port: int = 0
+    shelf: ReleaseStoreArgs, release: str, place: Path, *, grpc_port: int = 0
 ) -> Iterator[RankServerProcess]:
     """Fetches and verifies a release, as the init container does, and runs a server of it until the block ends.
 

@@ -1,15 +1,15 @@
-{{/* Rules that values.schema.json cannot state. Each failure names the value, what it is and what is expected. */}}
-{{- define "reelway.refuse" -}}
+{{/* Rules that values.schema.json cannot express. Each failure states the path, the value and the values allowed. */}}
+{{- define "reelway.fail" -}}
 {{- fail (printf "\n\n%s: saw %s, expected %s\n" .path (toJson .saw) .expected) -}}
 {{- end -}}
 
 {{- define "reelway.check" -}}
 {{- $v := .Values -}}
 {{- if and $v.serving.enabled (not $v.releases.initial) }}
-{{- include "reelway.refuse" (dict "path" "releases.initial" "saw" "" "expected" "the whole id of a release in the store: 64 hexadecimal digits; or serving.enabled: false until `reelway submit release` has made one") }}
+{{- include "reelway.fail" (dict "path" "releases.initial" "saw" "" "expected" "the whole id of a release in the store: 64 hexadecimal digits; or serving.enabled: false until `reelway submit release` has made one") }}
 {{- end }}
 {{- if and (not $v.secrets.generate) (not $v.secrets.name) }}
-{{- include "reelway.refuse" (dict "path" "secrets.name" "saw" "" "expected" "the name of a Secret with the keys auth_token, impression-tokens and webhook-token, or secrets.generate: true for development") }}
+{{- include "reelway.fail" (dict "path" "secrets.name" "saw" "" "expected" "the name of a Secret with the keys auth_token, impression-tokens and webhook-token, or secrets.generate: true for development") }}
 {{- end }}
 {{- include "reelway.checkStore" . }}
 {{- include "reelway.checkRay" . }}
@@ -25,55 +25,55 @@
 {{- $s := .Values.releases.store -}}
 {{- $keys := .Values.releases.publicKeys -}}
 {{- if and (eq $s.type "s3") (not $s.s3.bucket) }}
-{{- include "reelway.refuse" (dict "path" "releases.store.s3.bucket" "saw" "" "expected" "a bucket, because releases.store.type is s3") }}
+{{- include "reelway.fail" (dict "path" "releases.store.s3.bucket" "saw" "" "expected" "a bucket, because releases.store.type is s3") }}
 {{- end }}
 {{- if and (eq $s.type "gs") (not $s.gs.bucket) }}
-{{- include "reelway.refuse" (dict "path" "releases.store.gs.bucket" "saw" "" "expected" "a bucket, because releases.store.type is gs") }}
+{{- include "reelway.fail" (dict "path" "releases.store.gs.bucket" "saw" "" "expected" "a bucket, because releases.store.type is gs") }}
 {{- end }}
 {{- if and (eq $s.type "hostPath") (not $s.hostPath.path) }}
-{{- include "reelway.refuse" (dict "path" "releases.store.hostPath.path" "saw" "" "expected" "an absolute path of the node, because releases.store.type is hostPath") }}
+{{- include "reelway.fail" (dict "path" "releases.store.hostPath.path" "saw" "" "expected" "an absolute path of the node, because releases.store.type is hostPath") }}
 {{- end }}
 {{- if and (eq $s.type "hostPath") $s.pvc.existingClaim }}
-{{- include "reelway.refuse" (dict "path" "releases.store.pvc.existingClaim" "saw" $s.pvc.existingClaim "expected" "nothing, because releases.store.type is hostPath; set the type to pvc to use the claim") }}
+{{- include "reelway.fail" (dict "path" "releases.store.pvc.existingClaim" "saw" $s.pvc.existingClaim "expected" "no value, because releases.store.type is hostPath; set the type to pvc to use the claim") }}
 {{- end }}
 {{- if not (or $keys.configMap $keys.secret) }}
-{{- include "reelway.refuse" (dict "path" "releases.publicKeys.configMap" "saw" "" "expected" "a ConfigMap with *.public.pem, or a Secret in releases.publicKeys.secret") }}
+{{- include "reelway.fail" (dict "path" "releases.publicKeys.configMap" "saw" "" "expected" "a ConfigMap with *.public.pem, or a Secret in releases.publicKeys.secret") }}
 {{- end }}
 {{- if and $keys.configMap $keys.secret }}
-{{- include "reelway.refuse" (dict "path" "releases.publicKeys.secret" "saw" $keys.secret "expected" (printf "nothing, because releases.publicKeys.configMap is %s" $keys.configMap)) }}
+{{- include "reelway.fail" (dict "path" "releases.publicKeys.secret" "saw" $keys.secret "expected" (printf "no value, because releases.publicKeys.configMap is %s" $keys.configMap)) }}
 {{- end }}
 {{- end -}}
 
 {{- define "reelway.checkRay" -}}
 {{- $v := .Values -}}
-{{- $p := $v.ray.ports -}}
-{{- if and (eq $v.ray.mode "static") $v.ray.autoscaling.enabled }}
-{{- include "reelway.refuse" (dict "path" "ray.autoscaling.enabled" "saw" true "expected" "false, because ray.mode is static; use serving.horizontalPodAutoscaler") }}
-{{- end }}
-{{- if and (eq $v.ray.mode "static") $v.ray.gcs.redisAddress }}
-{{- include "reelway.refuse" (dict "path" "ray.gcs.redisAddress" "saw" $v.ray.gcs.redisAddress "expected" "nothing, because ray.mode is static") }}
-{{- end }}
-{{- range $pair := list (list "workerMin" "workerMax") (list "ingressMin" "ingressMax") (list "ingressGrpcMin" "ingressGrpcMax") }}
+{{- $p := include "reelway.rayPorts" . | fromYaml -}}
+{{- $ranges := list (list "workerMin" "workerMax") (list "ingressMin" "ingressMax") -}}
+{{- range $pair := $ranges }}
 {{- $low := get $p (index $pair 0) | int }}{{- $high := get $p (index $pair 1) | int }}
 {{- if ge $low $high }}
-{{- include "reelway.refuse" (dict "path" (printf "ray.ports.%s" (index $pair 1)) "saw" $high "expected" (printf "more than ray.ports.%s, which is %d" (index $pair 0) $low)) }}
+{{- include "reelway.fail" (dict "path" (printf "ray.ports.%s" (index $pair 1)) "saw" $high "expected" (printf "more than ray.ports.%s, which is %d" (index $pair 0) $low)) }}
 {{- end }}
+{{- end }}
+{{- if and (le (int $p.workerMin) (int $p.ingressMax)) (le (int $p.ingressMin) (int $p.workerMax)) }}
+{{- include "reelway.fail" (dict "path" "ray.ports.ingressMin" "saw" (int $p.ingressMin) "expected" (printf "a range outside of ray.ports.workerMin to ray.ports.workerMax, which are %v to %v" $p.workerMin $p.workerMax)) }}
 {{- end }}
 {{- $single := dict }}
-{{- $named := dict "serving.port" $v.serving.port "serving.metrics.port" $v.serving.metrics.port }}
 {{- range $name := list "gcs" "dashboard" "client" "nodeManager" "objectManager" "runtimeEnvAgent" "agentGrpc" "agentHttp" "metrics" }}
-{{- $_ := set $named (printf "ray.ports.%s" $name) (get $p $name) }}
+{{- $_ := set $single (get $p $name | toString) (printf "Ray's %s port" $name) }}
 {{- end }}
+{{- $named := dict "serving.port" $v.serving.port "serving.metrics.port" $v.serving.metrics.port }}
 {{- range $path := keys $named | sortAlpha }}
 {{- $port := get $named $path | int }}
 {{- with get $single (toString $port) }}
-{{- include "reelway.refuse" (dict "path" $path "saw" $port "expected" (printf "a port that %s does not have" .)) }}
+{{- include "reelway.fail" (dict "path" $path "saw" $port "expected" (printf "a port other than that of %s" .)) }}
 {{- end }}
 {{- $_ := set $single (toString $port) $path }}
-{{- range $range := list (list "workerMin" "workerMax") (list "ingressMin" "ingressMax") (list "ingressGrpcMin" "ingressGrpcMax") }}
-{{- $low := get $p (index $range 0) | int }}{{- $high := get $p (index $range 1) | int }}
-{{- if and (ge $port $low) (le $port $high) }}
-{{- include "reelway.refuse" (dict "path" $path "saw" $port "expected" (printf "a port outside of ray.ports.%s to ray.ports.%s, which are %d to %d" (index $range 0) (index $range 1) $low $high)) }}
+{{- end }}
+{{- range $port, $owner := $single }}
+{{- range $pair := append $ranges (list "ingressGrpcMin" "ingressGrpcMax") }}
+{{- $low := get $p (index $pair 0) | int }}{{- $high := get $p (index $pair 1) | int }}
+{{- if and (ge (int $port) $low) (le (int $port) $high) }}
+{{- include "reelway.fail" (dict "path" (ternary $owner (printf "ray.ports.%s" (index $pair 0)) (hasPrefix "serving." $owner)) "saw" (ternary (int $port) $low (hasPrefix "serving." $owner)) "expected" (printf "no overlap of %s (%s) with the range %d to %d of ray.ports" $owner $port $low $high)) }}
 {{- end }}
 {{- end }}
 {{- end }}
@@ -85,10 +85,10 @@
 {{- range $name, $group := $v.serving.workers }}
 {{- $path := printf "serving.workers.%s" $name }}
 {{- if gt (int $group.minReplicas) (int $group.maxReplicas) }}
-{{- include "reelway.refuse" (dict "path" (printf "%s.minReplicas" $path) "saw" $group.minReplicas "expected" (printf "at most maxReplicas, which is %v" $group.maxReplicas)) }}
+{{- include "reelway.fail" (dict "path" (printf "%s.minReplicas" $path) "saw" $group.minReplicas "expected" (printf "at most maxReplicas, which is %v" $group.maxReplicas)) }}
 {{- end }}
 {{- if or (lt (int $group.replicas) (int $group.minReplicas)) (gt (int $group.replicas) (int $group.maxReplicas)) }}
-{{- include "reelway.refuse" (dict "path" (printf "%s.replicas" $path) "saw" $group.replicas "expected" (printf "between minReplicas and maxReplicas, which are %v and %v" $group.minReplicas $group.maxReplicas)) }}
+{{- include "reelway.fail" (dict "path" (printf "%s.replicas" $path) "saw" $group.replicas "expected" (printf "between minReplicas and maxReplicas, which are %v and %v" $group.minReplicas $group.maxReplicas)) }}
 {{- end }}
 {{- $gpus = add $gpus (mul (int $group.gpus) (int $group.maxReplicas)) }}
 {{- $pods = add $pods (int $group.maxReplicas) }}
@@ -96,55 +96,63 @@
 {{- end }}
 {{- include "reelway.checkResources" (dict "of" $v.serving.head.resources "path" "serving.head.resources") }}
 {{- if and (eq $pods 0) (eq (float64 $v.serving.head.cpus) 0.0) }}
-{{- include "reelway.refuse" (dict "path" "serving.head.cpus" "saw" $v.serving.head.cpus "expected" "more than 0, because there is no worker in serving.workers for the replicas") }}
+{{- include "reelway.fail" (dict "path" "serving.head.cpus" "saw" $v.serving.head.cpus "expected" "more than 0, because there is no worker in serving.workers for the replicas") }}
 {{- end }}
-{{- if gt (int $v.serving.queue.standing) (int $v.serving.queue.atOnce) }}
-{{- include "reelway.refuse" (dict "path" "serving.queue.standing" "saw" $v.serving.queue.standing "expected" (printf "at most serving.queue.atOnce, which is %v" $v.serving.queue.atOnce)) }}
+{{- if gt (int $v.serving.queue.maxOngoingSustained) (int $v.serving.queue.maxOngoingRequests) }}
+{{- include "reelway.fail" (dict "path" "serving.queue.maxOngoingSustained" "saw" $v.serving.queue.maxOngoingSustained "expected" (printf "at most serving.queue.maxOngoingRequests, which is %v" $v.serving.queue.maxOngoingRequests)) }}
 {{- end }}
 {{- range $name, $one := $v.serving.deployments }}
 {{- $path := printf "serving.deployments.%s" $name }}
 {{- if and (gt (float64 $one.gpus) 0.0) (eq $gpus 0) }}
-{{- include "reelway.refuse" (dict "path" (printf "%s.gpus" $path) "saw" $one.gpus "expected" "0, because no group of serving.workers has GPUs") }}
+{{- include "reelway.fail" (dict "path" (printf "%s.gpus" $path) "saw" $one.gpus "expected" "0, because no group of serving.workers has GPUs") }}
 {{- end }}
 {{- if gt (int $one.autoscaling.min) (int $one.autoscaling.max) }}
-{{- include "reelway.refuse" (dict "path" (printf "%s.autoscaling.min" $path) "saw" $one.autoscaling.min "expected" (printf "at most autoscaling.max, which is %v" $one.autoscaling.max)) }}
+{{- include "reelway.fail" (dict "path" (printf "%s.autoscaling.min" $path) "saw" $one.autoscaling.min "expected" (printf "at most autoscaling.max, which is %v" $one.autoscaling.max)) }}
 {{- end }}
 {{- end }}
-{{- $hpa := $v.serving.horizontalPodAutoscaler }}
-{{- if $hpa.enabled }}
-{{- if ne $v.ray.mode "static" }}
-{{- include "reelway.refuse" (dict "path" "serving.horizontalPodAutoscaler.enabled" "saw" true "expected" "false, because ray.mode is kuberay; use ray.autoscaling") }}
-{{- end }}
-{{- if not (hasKey $v.serving.workers $hpa.group) }}
-{{- include "reelway.refuse" (dict "path" "serving.horizontalPodAutoscaler.group" "saw" $hpa.group "expected" (printf "one of serving.workers: %s" (keys $v.serving.workers | sortAlpha | join ", "))) }}
-{{- end }}
-{{- if gt (int $hpa.minReplicas) (int $hpa.maxReplicas) }}
-{{- include "reelway.refuse" (dict "path" "serving.horizontalPodAutoscaler.minReplicas" "saw" $hpa.minReplicas "expected" (printf "at most maxReplicas, which is %v" $hpa.maxReplicas)) }}
-{{- end }}
-{{- end }}
+{{- include "reelway.checkCapacity" . }}
 {{- if and $v.serving.ingress.enabled (not $v.serving.ingress.host) }}
-{{- include "reelway.refuse" (dict "path" "serving.ingress.host" "saw" "" "expected" "a host name, because serving.ingress.enabled is true") }}
+{{- include "reelway.fail" (dict "path" "serving.ingress.host" "saw" "" "expected" "a host name, because serving.ingress.enabled is true") }}
 {{- end }}
 {{- if and $v.serving.httpRoute.enabled (not $v.serving.httpRoute.parentRefs) }}
-{{- include "reelway.refuse" (dict "path" "serving.httpRoute.parentRefs" "saw" list "expected" "at least one Gateway, because serving.httpRoute.enabled is true") }}
+{{- include "reelway.fail" (dict "path" "serving.httpRoute.parentRefs" "saw" list "expected" "at least one Gateway, because serving.httpRoute.enabled is true") }}
 {{- end }}
-{{- range $path, $env := dict "serving.env" $v.serving.env "controller.env" $v.controller.env }}
+{{- range $path, $env := dict "serving.env" $v.serving.env "operator.env" $v.operator.env }}
 {{- range $name := list "RAY_AUTH_TOKEN" "REELWAY_TOKEN_SECRET" "REELWAY_WEBHOOK_TOKEN" "REDIS_PASSWORD" "AWS_SECRET_ACCESS_KEY" }}
 {{- if hasKey $env $name }}
-{{- include "reelway.refuse" (dict "path" (printf "%s.%s" $path $name) "saw" "(hidden)" "expected" "nothing: secrets are read from a Secret (secrets.name, releases.store.s3.credentialsSecret)") }}
+{{- include "reelway.fail" (dict "path" (printf "%s.%s" $path $name) "saw" "(hidden)" "expected" "no value: secrets are read from a Secret (secrets.name, releases.store.s3.credentialsSecret)") }}
 {{- end }}
 {{- end }}
 {{- end }}
 {{- end -}}
 
-{{/* Requests and limits are written out, and a limit is not below its request. */}}
+{{/* A rollout runs the stages of two releases at the same time: Ray must have CPUs for both. */}}
+{{- define "reelway.checkCapacity" -}}
+{{- $s := .Values.serving -}}
+{{- $scaling := .Values.ray.autoscaling.enabled -}}
+{{- $capacity := float64 $s.head.cpus }}
+{{- range $group := $s.workers }}
+{{- $cpus := include "reelway.quantity" $group.resources.requests.cpu | float64 | floor | int | max 1 }}
+{{- $capacity = addf $capacity (mulf (ternary $group.maxReplicas $group.replicas $scaling) $cpus) }}
+{{- end }}
+{{- $demand := 0.0 }}
+{{- range $name, $deployment := $s.deployments }}
+{{- $replicas := ternary $deployment.autoscaling.min $deployment.replicas $deployment.autoscaling.enabled }}
+{{- $demand = addf $demand (mulf $replicas $deployment.cpus (ternary 1 2 (eq $name "router"))) }}
+{{- end }}
+{{- if gt $demand $capacity }}
+{{- include "reelway.fail" (dict "path" "serving.workers" "saw" (printf "%v CPUs in all" $capacity) "expected" (printf "at least %v: the routers and the stages of two releases, as serving.deployments states them" $demand)) }}
+{{- end }}
+{{- end -}}
+
+{{/* Fails if a limit is below its request. */}}
 {{- define "reelway.checkResources" -}}
 {{- $r := .of -}}{{- $path := .path -}}
 {{- range $kind := list "cpu" "memory" }}
 {{- $request := include "reelway.quantity" (get $r.requests $kind) | float64 }}
 {{- $limit := include "reelway.quantity" (get $r.limits $kind) | float64 }}
 {{- if gt $request $limit }}
-{{- include "reelway.refuse" (dict "path" (printf "%s.limits.%s" $path $kind) "saw" (get $r.limits $kind) "expected" (printf "at least the request, which is %v" (get $r.requests $kind))) }}
+{{- include "reelway.fail" (dict "path" (printf "%s.limits.%s" $path $kind) "saw" (get $r.limits $kind) "expected" (printf "at least the request, which is %v" (get $r.requests $kind))) }}
 {{- end }}
 {{- end }}
 {{- end -}}
@@ -160,20 +168,20 @@
 {{- define "reelway.checkFeatures" -}}
 {{- $f := .Values.features -}}
 {{- if and (eq $f.type "directory") (ne (include "reelway.storeOnVolume" .) "true") }}
-{{- include "reelway.refuse" (dict "path" "features.type" "saw" "directory" "expected" "redis or none, because releases.store.type is no volume") }}
+{{- include "reelway.fail" (dict "path" "features.type" "saw" "directory" "expected" "redis or none, because releases.store.type is no volume") }}
 {{- end }}
 {{- if eq $f.type "redis" }}
 {{- if not $f.registry }}
-{{- include "reelway.refuse" (dict "path" "features.registry" "saw" "" "expected" "path or URL of Feast's registry, because features.type is redis") }}
+{{- include "reelway.fail" (dict "path" "features.registry" "saw" "" "expected" "path or URL of Feast's registry, because features.type is redis") }}
 {{- end }}
 {{- if and (eq $f.redis.mode "external") (not $f.redis.host) }}
-{{- include "reelway.refuse" (dict "path" "features.redis.host" "saw" "" "expected" "a host name, because features.redis.mode is external") }}
+{{- include "reelway.fail" (dict "path" "features.redis.host" "saw" "" "expected" "a host name, because features.redis.mode is external") }}
 {{- end }}
 {{- if and (eq $f.redis.mode "bundled") $f.redis.host }}
-{{- include "reelway.refuse" (dict "path" "features.redis.host" "saw" $f.redis.host "expected" "nothing, because features.redis.mode is bundled") }}
+{{- include "reelway.fail" (dict "path" "features.redis.host" "saw" $f.redis.host "expected" "no value, because features.redis.mode is bundled") }}
 {{- end }}
 {{- if and (eq $f.redis.mode "bundled") $f.redis.tls }}
-{{- include "reelway.refuse" (dict "path" "features.redis.tls" "saw" true "expected" "false, because features.redis.mode is bundled; an external Redis may have TLS") }}
+{{- include "reelway.fail" (dict "path" "features.redis.tls" "saw" true "expected" "false, because features.redis.mode is bundled; an external Redis may have TLS") }}
 {{- end }}
 {{- include "reelway.checkResources" (dict "of" $f.redis.resources "path" "features.redis.resources") }}
 {{- end }}
@@ -182,17 +190,17 @@
 {{- define "reelway.checkJobs" -}}
 {{- $v := .Values -}}
 {{- range $kind := splitList " " (include "reelway.jobKinds" .) }}
-{{- $job := get $v.jobs $kind }}
+{{- $job := mergeOverwrite (deepCopy $v.jobs.defaults) (get $v.jobs $kind) }}
 {{- if $job.enabled }}
-{{- if and (not $v.jobs.workClaim) (ne (include "reelway.storeOnVolume" $) "true") }}
-{{- include "reelway.refuse" (dict "path" "jobs.workClaim" "saw" "" "expected" (printf "a claim for the files of a run, because jobs.%s.enabled is true and releases.store.type is no volume" $kind)) }}
+{{- if and (not $v.jobs.runsClaim) (ne (include "reelway.storeOnVolume" $) "true") }}
+{{- include "reelway.fail" (dict "path" "jobs.runsClaim" "saw" "" "expected" (printf "a claim for the files of a run, because jobs.%s.enabled is true and releases.store.type is no volume" $kind)) }}
 {{- end }}
 {{- include "reelway.checkResources" (dict "of" $job.resources "path" (printf "jobs.%s.resources" $kind)) }}
 {{- end }}
 {{- end }}
 {{- with $v.jobs.parity }}
 {{- if and .enabled (ne (include "reelway.storeOnVolume" $) "true") }}
-{{- include "reelway.refuse" (dict "path" "releases.store.type" "saw" $v.releases.store.type "expected" "pvc or hostPath, because jobs.parity.enabled is true and served vectors are read from the volume") }}
+{{- include "reelway.fail" (dict "path" "releases.store.type" "saw" $v.releases.store.type "expected" "pvc or hostPath, because jobs.parity.enabled is true and served vectors are read from the volume") }}
 {{- end }}
 {{- include "reelway.checkResources" (dict "of" .resources "path" "jobs.parity.resources") }}
 {{- end }}
@@ -201,30 +209,30 @@
 {{- define "reelway.checkMonitoring" -}}
 {{- $v := .Values -}}
 {{- if and $v.monitoring.rules.enabled (not $v.monitoring.monitors.enabled) }}
-{{- include "reelway.refuse" (dict "path" "monitoring.monitors.enabled" "saw" false "expected" "true, because monitoring.rules.enabled is true and rules without their scrape jobs never fire") }}
+{{- include "reelway.fail" (dict "path" "monitoring.monitors.enabled" "saw" false "expected" "true, because monitoring.rules.enabled is true and rules without their scrape jobs never fire") }}
 {{- end }}
 {{- if and $v.monitoring.alertmanagerConfig.enabled (not $v.monitoring.rules.enabled) }}
-{{- include "reelway.refuse" (dict "path" "monitoring.rules.enabled" "saw" false "expected" "true, because monitoring.alertmanagerConfig.enabled is true and there would be no alert to route") }}
+{{- include "reelway.fail" (dict "path" "monitoring.rules.enabled" "saw" false "expected" "true, because monitoring.alertmanagerConfig.enabled is true and there would be no alert to route") }}
 {{- end }}
-{{- if and $v.controller.podDisruptionBudget.enabled (lt (int $v.controller.replicas) 2) }}
-{{- include "reelway.refuse" (dict "path" "controller.podDisruptionBudget.enabled" "saw" true "expected" "false, because controller.replicas is below 2") }}
+{{- if and $v.operator.podDisruptionBudget.enabled (lt (int $v.operator.replicas) 2) }}
+{{- include "reelway.fail" (dict "path" "operator.podDisruptionBudget.enabled" "saw" true "expected" "false, because operator.replicas is below 2") }}
 {{- end }}
 {{- end -}}
 
 {{- define "reelway.checkStream" -}}
 {{- $v := .Values -}}
 {{- if $v.stream.enabled }}
-{{- if not $v.stream.events }}
-{{- include "reelway.refuse" (dict "path" "stream.events" "saw" "" "expected" "an event log as kafka://host:port/topic, because stream.enabled is true") }}
+{{- if not $v.stream.eventLog }}
+{{- include "reelway.fail" (dict "path" "stream.eventLog" "saw" "" "expected" "an event log as kafka://host:port/topic, because stream.enabled is true") }}
 {{- end }}
 {{- if not $v.serving.outcomes.enabled }}
-{{- include "reelway.refuse" (dict "path" "serving.outcomes.enabled" "saw" false "expected" "true, because stream.enabled is true and there would be nothing in the event log") }}
+{{- include "reelway.fail" (dict "path" "serving.outcomes.enabled" "saw" false "expected" "true, because stream.enabled is true and there would be nothing in the event log") }}
 {{- end }}
-{{- if ne (include "reelway.jobsPossible" .) "true" }}
-{{- include "reelway.refuse" (dict "path" "jobs.workClaim" "saw" "" "expected" "a claim for the files of a run, because stream.enabled is true and releases.store.type is no volume") }}
+{{- if ne (include "reelway.jobsEnabled" .) "true" }}
+{{- include "reelway.fail" (dict "path" "jobs.runsClaim" "saw" "" "expected" "a claim for the files of a run, because stream.enabled is true and releases.store.type is no volume") }}
 {{- end }}
-{{- if and (not $v.stream.overlay) (ne (include "reelway.storeOnVolume" .) "true") }}
-{{- include "reelway.refuse" (dict "path" "stream.overlay" "saw" "" "expected" "a URL that serving pods reach, because releases.store.type is no volume") }}
+{{- if and (not $v.stream.changelog) (ne (include "reelway.storeOnVolume" .) "true") }}
+{{- include "reelway.fail" (dict "path" "stream.changelog" "saw" "" "expected" "a URL that serving pods reach, because releases.store.type is no volume") }}
 {{- end }}
 {{- include "reelway.checkResources" (dict "of" $v.stream.resources "path" "stream.resources") }}
 {{- end }}

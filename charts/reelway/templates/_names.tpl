@@ -1,10 +1,10 @@
-{{/* The name of everything: short enough for what KubeRay puts after it. */}}
+{{/* Name of all objects, short enough for the suffixes that KubeRay appends. */}}
 {{- define "reelway.fullname" -}}
 {{- $own := ternary .Release.Name (printf "%s-reelway" .Release.Name) (contains "reelway" .Release.Name) -}}
 {{- .Values.fullnameOverride | default $own | trunc 40 | trimSuffix "-" -}}
 {{- end -}}
 
-{{/* (dict "context" . "component" "serving"): labels of an object. */}}
+{{/* Labels of an object. (dict "context" . "component" "serving") */}}
 {{- define "reelway.labels" -}}
 helm.sh/chart: {{ printf "%s-%s" .context.Chart.Name .context.Chart.Version }}
 app.kubernetes.io/version: {{ .context.Chart.AppVersion | quote }}
@@ -13,20 +13,19 @@ app.kubernetes.io/part-of: reelway
 {{ include "reelway.selector" . }}
 {{- end -}}
 
-{{/* Labels of a pod: nothing in them changes with the chart's version, so that an upgrade restarts no pod for a label. */}}
+{{/* Labels of a pod. They do not contain the chart's version, so that an upgrade restarts no pod because of a label. */}}
 {{- define "reelway.podLabels" -}}
 app.kubernetes.io/part-of: reelway
 {{ include "reelway.selector" . }}
 {{- end -}}
 
-{{/* What selects the pods of a component. KubeRay writes over app.kubernetes.io/name, so it is not among them. */}}
+{{/* Selector of a component's pods. KubeRay overwrites app.kubernetes.io/name, so the selector does not use it. */}}
 {{- define "reelway.selector" -}}
 app.kubernetes.io/instance: {{ .context.Release.Name }}
 reelway.dev/component: {{ .component }}
 {{- end -}}
 
 {{- define "reelway.routerService" -}}{{ include "reelway.fullname" . }}-router{{- end -}}
-{{- define "reelway.headService" -}}{{ include "reelway.fullname" . }}-head{{- end -}}
 {{- define "reelway.secretName" -}}
 {{- if .Values.secrets.generate }}{{ .Values.secrets.name | default (printf "%s-secrets" (include "reelway.fullname" .)) }}
 {{- else }}{{ .Values.secrets.name }}{{ end -}}
@@ -38,7 +37,7 @@ reelway.dev/component: {{ .component }}
 {{- if has .Values.releases.store.type (list "pvc" "hostPath") }}true{{ end -}}
 {{- end -}}
 
-{{/* Path or URL of the release store, as pods see it. */}}
+{{/* Path or URL of the release store in pods. */}}
 {{- define "reelway.storeUrl" -}}
 {{- $store := .Values.releases.store -}}
 {{- if eq $store.type "s3" }}s3://{{ $store.s3.bucket }}/{{ $store.path }}
@@ -46,16 +45,16 @@ reelway.dev/component: {{ .component }}
 {{- else }}/var/lib/reelway/volume/{{ $store.path }}{{ end -}}
 {{- end -}}
 
-{{/* Where served vectors are written for the parity replay: on the volume, a file per pod; else in the pod itself. */}}
+{{/* Path of the served features for the parity replay: a file per pod on the volume, else a file in the pod. */}}
 {{- define "reelway.vectorLog" -}}
 {{- if eq (include "reelway.storeOnVolume" .) "true" }}/var/lib/reelway/volume/parity
 {{- else }}/var/cache/reelway/vectors.jsonl{{ end -}}
 {{- end -}}
 
-{{/* Where the replay leaves its findings, and the rollout operator looks for them. */}}
+{{/* URL of the parity findings: written by the replay, read by the operator. */}}
 {{- define "reelway.parityReport" -}}{{ include "reelway.storeUrl" . }}/parity.json{{- end -}}
 
-{{/* (dict "context" . "of" .Values.image.serving) */}}
+{{/* Image reference. (dict "context" . "of" .Values.image.serving) */}}
 {{- define "reelway.image" -}}
 {{- $reference := .of.repository -}}
 {{- if .context.Values.image.registry }}{{ $reference = printf "%s/%s" .context.Values.image.registry $reference }}{{ end -}}

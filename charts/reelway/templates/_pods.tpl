@@ -1,4 +1,4 @@
-{{/* What the `restricted` level of Pod Security wants, and a root file system that nobody writes. */}}
+{{/* Security contexts for the `restricted` level of Pod Security, with a read-only root file system. */}}
 {{- define "reelway.podSecurity" -}}
 runAsNonRoot: true
 runAsUser: 10001
@@ -25,8 +25,8 @@ imagePullSecrets:
 {{- end }}
 {{- end -}}
 
-{{/* (dict "of" group): where pods may run. */}}
-{{- define "reelway.placement" -}}
+{{/* Scheduling of a pod. (dict "of" group) */}}
+{{- define "reelway.scheduling" -}}
 {{- with .of.nodeSelector }}
 nodeSelector: {{- toYaml . | nindent 2 }}
 {{- end }}
@@ -41,7 +41,7 @@ topologySpreadConstraints: {{- toYaml . | nindent 2 }}
 {{- end }}
 {{- end -}}
 
-{{/* Environment variables from which S3 and its like are reached. */}}
+{{/* Environment variables for S3-compatible stores. */}}
 {{- define "reelway.storeEnv" -}}
 {{- $s3 := .Values.releases.store.s3 }}
 {{- if eq .Values.releases.store.type "s3" }}
@@ -72,7 +72,7 @@ topologySpreadConstraints: {{- toYaml . | nindent 2 }}
 {{- end }}
 {{- end -}}
 
-{{/* (dict "context" . "key" "webhook-token") */}}
+{{/* Reference to a key of the Secret. (dict "context" . "key" "webhook-token") */}}
 {{- define "reelway.secretKey" -}}
 secretKeyRef: {name: {{ include "reelway.secretName" .context }}, key: {{ .key }}}
 {{- end -}}

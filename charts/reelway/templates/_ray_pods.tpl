@@ -1,6 +1,27 @@
-{{/* `ray start` options, the same with and without KubeRay. (dict "context" . "role" "head" "group" dict) */}}
+{{/* Ports of a Ray pod. Only the ranges are values; the fixed ports are private to the pod network. */}}
+{{- define "reelway.rayPorts" -}}
+{{- $ranges := .Values.ray.ports -}}
+gcs: 6379
+dashboard: 8265
+client: 10001
+nodeManager: 6380
+objectManager: 6381
+runtimeEnvAgent: 6382
+agentGrpc: 6383
+agentHttp: 52365
+metrics: 8080
+workerMin: {{ $ranges.workerMin }}
+workerMax: {{ $ranges.workerMax }}
+ingressMin: {{ $ranges.ingressMin }}
+ingressMax: {{ $ranges.ingressMax }}
+# HAProxy reaches each replica over HTTP; Ray reserves a gRPC port for it too.
+ingressGrpcMin: {{ add $ranges.ingressMin 10000 }}
+ingressGrpcMax: {{ add $ranges.ingressMax 10000 }}
+{{- end -}}
+
+{{/* Options of `ray start`. (dict "context" . "role" "head" "group" dict) */}}
 {{- define "reelway.rayStart" -}}
-{{- $p := .context.Values.ray.ports -}}
+{{- $p := include "reelway.rayPorts" .context | fromYaml -}}
 node-manager-port: {{ $p.nodeManager | quote }}
 object-manager-port: {{ $p.objectManager | quote }}
 runtime-env-agent-port: {{ $p.runtimeEnvAgent | quote }}
@@ -23,7 +44,7 @@ num-gpus: {{ .group.gpus | quote }}
 {{- end }}
 {{- end -}}
 
-{{/* Low latency: serving/serve_settings.py, where each is explained and measured; a test compares the two. */}}
+{{/* Low-latency settings. serving/serve_settings.py explains each one; a test compares the two lists. */}}
 {{- define "reelway.serveSettings" -}}
 RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD: "0"
 RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP: "0"
@@ -40,13 +61,13 @@ RAY_worker_niceness: "0"
 {{- end -}}
 
 {{- define "reelway.rayEnv" -}}
-{{- $p := .Values.ray.ports -}}
+{{- $p := include "reelway.rayPorts" . | fromYaml -}}
 {{- $env := include "reelway.serveSettings" . | fromYaml -}}
 {{- $own := dict "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT" $p.ingressMin "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT" $p.ingressMax -}}
 {{- $grpc := dict "RAY_SERVE_DIRECT_INGRESS_MIN_GRPC_PORT" $p.ingressGrpcMin "RAY_SERVE_DIRECT_INGRESS_MAX_GRPC_PORT" $p.ingressGrpcMax -}}
-{{- /* A worker asks every minute whether the head still knows it; one that a new head does not know serves nobody. */ -}}
+{{- /* A worker checks every 60 s by default whether the head knows it. A worker unknown to a new head gets no requests. */ -}}
 {{- $node := dict "RAY_raylet_liveness_self_check_interval_ms" "2000" -}}
-{{- /* Ray's own half minute, or what the pod's grace leaves between its preStop and the end of its processes. */ -}}
+{{- /* 30 s as in Ray, or what the grace period leaves after preStop (5 s) and before the processes exit (5 s). */ -}}
 {{- $drain := dict "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S" (min 30 (sub (int .Values.serving.terminationGracePeriodSeconds) 10)) -}}
 {{- $quiet := dict "RAY_USAGE_STATS_ENABLED" "0" "FEAST_USAGE" "False" "OMP_NUM_THREADS" "1" "RAY_AUTH_MODE" "token" -}}
 {{- range $name, $value := mergeOverwrite $env $own $grpc $node $drain $quiet .Values.serving.env }}
@@ -109,8 +130,8 @@ RAY_worker_niceness: "0"
 {{- .Values.serving.outcomes.persistence.existingClaim | default (printf "%s-outcomes" (include "reelway.fullname" .)) -}}
 {{- end -}}
 
-{{/* Whether a node of Ray is there, by its agent's port. KubeRay's own probe looks after 10 s for the first time, and then
-     every 5: whoever waits for a head, a job or a service whose head was lost, waits for that. */}}
+{{/* Probes of a Ray node at its agent's port. KubeRay's default probe starts after 10 s and repeats every 5 s, which delays
+     every new head and job by that much. */}}
 {{- define "reelway.rayNodeProbes" -}}
 startupProbe:
   httpGet: {path: /api/healthz, port: {{ . }}}
@@ -124,9 +145,10 @@ readinessProbe:
   failureThreshold: 10
 {{- end -}}
 
-{{/* Ray's container without its command. (dict "context" . "role" "head" "group" dict) */}}
+{{/* The Ray container without its command. (dict "context" . "role" "head" "group" dict) */}}
 {{- define "reelway.rayContainer" -}}
 {{- $v := .context.Values -}}
+{{- $p := include "reelway.rayPorts" .context | fromYaml -}}
 name: ray
 image: {{ include "reelway.image" (dict "context" .context "of" $v.image.serving) }}
 imagePullPolicy: {{ $v.image.pullPolicy }}
@@ -135,26 +157,26 @@ env:
   {{- include "reelway.rayEnv" .context | nindent 2 }}
 ports:
   - {name: serve, containerPort: {{ $v.serving.port }}}
-  # KubeRay adds a port of this name, 8080, where there is none.
-  - {name: metrics, containerPort: {{ $v.ray.ports.metrics }}}
+  # KubeRay adds a port of this name with the number 8080 if it is missing.
+  - {name: metrics, containerPort: {{ $p.metrics }}}
   {{- if eq .role "head" }}
-  - {name: gcs-server, containerPort: {{ $v.ray.ports.gcs }}}
-  - {name: dashboard, containerPort: {{ $v.ray.ports.dashboard }}}
-  - {name: client, containerPort: {{ $v.ray.ports.client }}}
+  - {name: gcs-server, containerPort: {{ $p.gcs }}}
+  - {name: dashboard, containerPort: {{ $p.dashboard }}}
+  - {name: client, containerPort: {{ $p.client }}}
   {{- end }}
 {{- if eq .role "worker" }}
-# A worker takes requests once its proxy has somebody to lead to.
+# A worker is ready once its proxy routes to a replica.
 readinessProbe:
   httpGet: {path: /-/healthz, port: {{ $v.serving.port }}}
   initialDelaySeconds: 5
   periodSeconds: 2
   timeoutSeconds: 2
   failureThreshold: 3
-{{- else if eq $v.ray.mode "kuberay" }}
-{{ include "reelway.rayNodeProbes" $v.ray.ports.agentHttp }}
+{{- else }}
+{{ include "reelway.rayNodeProbes" $p.agentHttp }}
 {{- end }}
 lifecycle:
-  # Whoever leads requests here hears that this pod is leaving before it leaves.
+  # Services and proxies stop routing to the pod before its processes stop.
   preStop: {exec: {command: [/bin/sh, -c, sleep 5]}}
 resources:
   requests:
@@ -171,7 +193,7 @@ volumeMounts:
   {{- include "reelway.rayMounts" . | nindent 2 }}
 {{- end -}}
 
-{{/* Answers for the counts of this pod alone: Ray's proxy would lead to any node's router. */}}
+{{/* Exports the metrics of this pod. A scrape through Ray's proxy would reach the router of any node. */}}
 {{- define "reelway.metricsContainer" -}}
 {{- $v := .Values -}}
 name: metrics
@@ -194,11 +216,11 @@ volumeMounts:
 reelway.dev/role: {{ .role }}
 {{- end -}}
 
-{{/* All of a Ray pod's spec but its containers. */}}
+{{/* The spec of a Ray pod without its containers. */}}
 {{- define "reelway.rayPodSpec" -}}
 {{- $v := .context.Values -}}
 serviceAccountName: {{ include "reelway.fullname" .context }}-serving
-automountServiceAccountToken: {{ and (eq $v.ray.mode "kuberay") $v.ray.autoscaling.enabled (eq .role "head") }}
+automountServiceAccountToken: {{ and $v.ray.autoscaling.enabled (eq .role "head") }}
 enableServiceLinks: false
 terminationGracePeriodSeconds: {{ $v.serving.terminationGracePeriodSeconds }}
 securityContext: {{- include "reelway.podSecurity" .context | nindent 2 }}
@@ -206,7 +228,7 @@ securityContext: {{- include "reelway.podSecurity" .context | nindent 2 }}
 {{- with include "reelway.servingPriority" .context }}
 priorityClassName: {{ . }}
 {{- end }}
-{{- include "reelway.placement" (dict "of" .group) }}
+{{- include "reelway.scheduling" (dict "of" .group) }}
 volumes:
   {{- include "reelway.rayVolumes" . | nindent 2 }}
 {{- end -}}

@@ -1,7 +1,7 @@
-"""Why: a CronJob makes pods, and what is wanted is a RayJob; this is the step between.
+"""Creates a RayJob from a file; the program of the chart's CronJobs. Arguments: file, number of ended jobs to retain.
 
-Refuses while the last one of the same kind and run is still under way: two trainings of one run would write the same
-files. KubeRay keeps ended RayJobs for ever; the oldest ones of the kind are deleted here.
+It creates none while a RayJob of the same kind and run is in progress, because both would write the same files. KubeRay
+never deletes ended RayJobs; the program deletes the oldest ones of its kind.
 """
 
 import os
@@ -25,14 +25,14 @@ def main() -> int:
     ended = [one for one in others if one.get("status", {}).get("jobDeploymentStatus") in ENDED]
     for other in others:
         if other not in ended:
-            print(f"RayJob {other['metadata']['name']} is still under way; this time nothing is created")
+            print(f"RayJob {other['metadata']['name']} is in progress; no other one created")
             return 0
     made = api.create_namespaced_custom_object("ray.io", "v1", namespace, "rayjobs", job)
-    print(f"RayJob {made['metadata']['name']} is created")
+    print(f"RayJob {made['metadata']['name']} created")
     newest_first = sorted(ended, key=lambda one: one["metadata"]["creationTimestamp"], reverse=True)
     for old in newest_first[kept:]:
         api.delete_namespaced_custom_object("ray.io", "v1", namespace, "rayjobs", old["metadata"]["name"])
-        print(f"RayJob {old['metadata']['name']}, ended long ago, is deleted")
+        print(f"RayJob {old['metadata']['name']} deleted: ended, beyond the history limit")
     return 0
 
 

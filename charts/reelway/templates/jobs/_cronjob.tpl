@@ -1,7 +1,7 @@
-{{/* Creates a RayJob at each time of a schedule. (dict "context" . "kind" "training") */}}
+{{/* A CronJob that creates a RayJob. (dict "context" . "kind" "train") */}}
 {{- define "reelway.cronJob" -}}
 {{- $v := .context.Values -}}
-{{- $job := get $v.jobs .kind -}}
+{{- $job := mergeOverwrite (deepCopy $v.jobs.defaults) (get $v.jobs .kind) -}}
 {{- if $job.enabled -}}
 apiVersion: batch/v1
 kind: CronJob
@@ -34,13 +34,13 @@ spec:
             - {name: tmp, emptyDir: {sizeLimit: 64Mi}}
           containers:
             - name: create
-              image: {{ include "reelway.image" (dict "context" .context "of" $v.image.controller) }}
+              image: {{ include "reelway.image" (dict "context" .context "of" $v.image.operator) }}
               imagePullPolicy: {{ $v.image.pullPolicy }}
-              command: [python, /etc/reelway/jobs/create_rayjob.py, /etc/reelway/jobs/{{ .kind }}.yaml, {{ $v.jobs.history | quote }}]
+              command: [python, /etc/reelway/jobs/create_rayjob.py, /etc/reelway/jobs/{{ .kind }}.yaml, {{ $v.jobs.historyLimit | quote }}]
               securityContext: {{- include "reelway.containerSecurity" .context | nindent 16 }}
               env:
                 - name: POD_NAMESPACE
-                  valueFrom: {fieldRef: {fieldPath: metadata.namespace}}
+                  valueFrom: {fieldRef: {apiVersion: v1, fieldPath: metadata.namespace}}
               resources: {{- toYaml $v.jobs.creator.resources | nindent 16 }}
               volumeMounts:
                 - {name: programs, mountPath: /etc/reelway/jobs, readOnly: true}

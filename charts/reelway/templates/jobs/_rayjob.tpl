@@ -1,7 +1,7 @@
-{{/* The RayJob of one kind. (dict "context" . "kind" "training"): what a CronJob creates and `reelway submit` starts from. */}}
+{{/* The RayJob of one kind. (dict "context" . "kind" "train"). CronJobs create it; `reelway submit` changes it by its flags. */}}
 {{- define "reelway.rayJob" -}}
 {{- $v := .context.Values -}}
-{{- $job := get $v.jobs .kind -}}
+{{- $job := mergeOverwrite (deepCopy $v.jobs.defaults) (get $v.jobs .kind) -}}
 {{- $labels := include "reelway.labels" (dict "context" .context "component" "jobs") -}}
 {{- $pod := dict "context" .context "job" $job "kind" .kind -}}
 apiVersion: ray.io/v1
@@ -11,20 +11,20 @@ metadata:
   labels:
     {{- $labels | nindent 4 }}
     reelway.dev/job: {{ .kind }}
-    reelway.dev/run: {{ base $v.jobs.workPath | quote }}
-    {{- with $v.jobs.queue }}
+    reelway.dev/run: {{ base $v.jobs.runsPath | quote }}
+    {{- with $v.jobs.kueueQueue }}
     kueue.x-k8s.io/queue-name: {{ . }}
     {{- end }}
 spec:
   entrypoint: {{ include "reelway.jobEntrypoint" (dict "context" .context "job" $job "kind" .kind) | quote }}
-  # The submitter's pod has the log, also when the cluster is gone: reading it takes no way to Ray and no token of Ray's.
+  # The submitter's pod has the log, also after the cluster was deleted. Reading it requires no access to Ray.
   submissionMode: K8sJobMode
   submitterPodTemplate: {{- include "reelway.submitterPod" $pod | nindent 4 }}
-  # The cluster goes, with its GPUs; the RayJob and its log stay until they are deleted.
+  # Frees the GPUs. The RayJob and its log stay until they are deleted.
   shutdownAfterJobFinishes: true
   ttlSecondsAfterFinished: {{ $v.jobs.ttlSecondsAfterFinished }}
   activeDeadlineSeconds: {{ $job.activeDeadlineSeconds }}
-  preRunningDeadlineSeconds: {{ $v.jobs.startWithinSeconds }}
+  preRunningDeadlineSeconds: {{ $v.jobs.startTimeoutSeconds }}
   backoffLimit: {{ $v.jobs.backoffLimit }}
   rayClusterSpec:
     rayVersion: {{ $v.ray.version | quote }}
@@ -45,13 +45,13 @@ spec:
         template: {{- include "reelway.rayJobPod" (merge (dict "role" "worker") $pod) | nindent 10 }}
 {{- end -}}
 
-{{/* The command line of a kind. */}}
+{{/* The command line of a job. */}}
 {{- define "reelway.jobEntrypoint" -}}
 {{- $v := .context.Values -}}
 {{- $workers := int .job.workers -}}
 {{- $gpus := mul (int .job.gpus) (max 1 $workers) -}}
-{{- $words := concat .job.command (list "--run" (printf "/var/lib/reelway/work/%s" $v.jobs.workPath)) -}}
-{{- if eq .kind "training" }}
+{{- $words := concat .job.command (list "--run" (printf "/var/lib/reelway/work/%s" $v.jobs.runsPath)) -}}
+{{- if eq .kind "train" }}
 {{- if $workers }}{{ $words = concat $words (list "--workers" $workers) }}{{ end -}}
 {{- if $gpus }}{{ $words = concat $words (list "--gpus" $gpus) }}{{ end -}}
 {{- end -}}
@@ -66,7 +66,7 @@ spec:
 {{- $v := .context.Values -}}
 {{- $gpus := and .job.gpus (or (eq .role "worker") (eq (int .job.workers) 0)) -}}
 {{- $store := and (eq (include "reelway.storeOnVolume" .context) "true") (include "reelway.storeClaim" .context) -}}
-{{- $work := $v.jobs.workClaim | default (include "reelway.storeClaim" .context) -}}
+{{- $work := $v.jobs.runsClaim | default (include "reelway.storeClaim" .context) -}}
 metadata:
   labels:
     {{- include "reelway.podLabels" (dict "context" .context "component" "jobs") | nindent 4 }}
@@ -121,8 +121,8 @@ spec:
         {{- end }}
 {{- end -}}
 
-{{/* Submits and follows the log; KubeRay fills Ray's address, the job's id and Ray's token in. Its own command would do the
-     same, and start Ray's command line three times for it. */}}
+{{/* The pod that submits the job and follows its log. KubeRay sets Ray's address, the job's id and Ray's token. KubeRay's
+     default command does the same with three starts of Ray's command line. */}}
 {{- define "reelway.submitterPod" -}}
 {{- $v := .context.Values -}}
 metadata:
@@ -140,7 +140,7 @@ spec:
       image: {{ include "reelway.image" (dict "context" .context "of" $v.image.training) }}
       imagePullPolicy: {{ $v.image.pullPolicy }}
       command: [python, -m, reelway.pipelines.job_submitter]
-      # Kubernetes reads $$ as $.
+      # Kubernetes replaces $$ by $.
       args: [{{ include "reelway.jobEntrypoint" . | replace "$" "$$" | quote }}]
       securityContext: {{- include "reelway.containerSecurity" .context | nindent 8 }}
       env:
@@ -150,7 +150,7 @@ spec:
         - {name: tmp, mountPath: /tmp}
 {{- end -}}
 
-{{/* What all pods of a job have. */}}
+{{/* Fields of every pod of a job. */}}
 {{- define "reelway.jobPodSpec" -}}
 serviceAccountName: {{ include "reelway.fullname" .context }}-serving
 automountServiceAccountToken: false
@@ -160,17 +160,17 @@ securityContext: {{- include "reelway.podSecurity" .context | nindent 2 }}
 {{- if .context.Values.priorityClasses.create }}
 priorityClassName: {{ include "reelway.fullname" .context }}-training
 {{- end }}
-{{- include "reelway.placement" (dict "of" .job) }}
+{{- include "reelway.scheduling" (dict "of" .job) }}
 {{- end -}}
 
-{{- define "reelway.jobKinds" -}}dataset materialisation training evaluation release{{- end -}}
+{{- define "reelway.jobKinds" -}}dataset features train evaluate release{{- end -}}
 
-{{/* Whether a CronJob creates any. */}}
+{{/* Whether any kind of job has a CronJob. */}}
 {{- define "reelway.jobsScheduled" -}}
 {{- range $kind := splitList " " (include "reelway.jobKinds" .) }}{{ if (get $.Values.jobs $kind).enabled }}true{{ end }}{{ end -}}
 {{- end -}}
 
-{{/* Whether there is a volume that the jobs of a run can share: without one there are none. */}}
-{{- define "reelway.jobsPossible" -}}
-{{- if or .Values.jobs.workClaim (eq (include "reelway.storeOnVolume" .) "true") }}true{{ end -}}
+{{/* Whether a volume exists that the jobs of a run can share. Without one the chart has no jobs. */}}
+{{- define "reelway.jobsEnabled" -}}
+{{- if or .Values.jobs.runsClaim (eq (include "reelway.storeOnVolume" .) "true") }}true{{ end -}}
 {{- end -}}

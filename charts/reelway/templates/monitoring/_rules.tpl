@@ -1,7 +1,7 @@
 {{/*
-One Prometheus holds many namespaces, and the same release may be a canary in two of them: rules look at the series of
-their own namespace only, and say on what they record and fire which one it is. (An AlertmanagerConfig is only shown
-alerts of its own namespace, too.) (dict "context" . "rules" dict "interval" "5s": of every group where it is given)
+Restricts rules to the series of the installation's namespace and adds the namespace as a label. One Prometheus may store
+several namespaces in which the same release is a canary, and an AlertmanagerConfig receives alerts of its own namespace
+only. (dict "context" . "rules" dict "interval" "5s"); an interval applies to every group.
 */}}
 {{- define "reelway.rulesOfNamespace" -}}
 {{- $namespace := .context.Release.Namespace -}}
@@ -16,7 +16,7 @@ alerts of its own namespace, too.) (dict "context" . "rules" dict "interval" "5s
 {{- toYaml .rules }}
 {{- end -}}
 
-{{/* Every series that an expression names, of one namespace. (dict "namespace" "reelway" "expr" "up{...}") */}}
+{{/* Adds a namespace matcher to every series of an expression. (dict "namespace" "reelway" "expr" "up{...}") */}}
 {{- define "reelway.ofNamespace" -}}
 {{- $matcher := printf "namespace=%q" .namespace -}}
 {{- $expr := regexReplaceAll `\b(reelway[_:][a-zA-Z0-9_:]+|up)\{` .expr (printf "${1}{%s, " $matcher) -}}

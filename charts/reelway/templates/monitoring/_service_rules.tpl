@@ -1,19 +1,19 @@
 {{/*
-Alerts to people: none has a `release` label, so none moves traffic. Burn rates by several windows: Google's SRE
-workbook, chapter 5, table 5-8. A long window says that it matters, the short one that it is still so.
+Alerts for people. None has a `release` label, so none moves traffic. Multi-window burn rates follow Google's SRE workbook,
+chapter 5, table 5-8: the long window shows that the budget is at risk, the short window that the problem persists.
 */}}
 {{- define "reelway.serviceRules" -}}
 {{- $r := .Values.monitoring.rules -}}
-{{- $seconds := divf (float64 $r.latencyMs) 1000.0 | toString -}}
-{{- $bound := ternary $seconds (printf "%s.0" $seconds) (contains "." $seconds) -}}{{/* as exporters write it */}}
+{{- $seconds := divf (float64 $r.latencyThresholdMs) 1000.0 | toString -}}
+{{- $bound := ternary $seconds (printf "%s.0" $seconds) (contains "." $seconds) -}}{{/* the format of exporters */}}
 {{- $objectives := list
-  (dict "name" "Availability" "budget" (divf (subf 100.0 (float64 $r.availabilityPercent)) 100.0) "record" "reelway:ingress_unwhole:ratio_rate" "what" "of the requests were degraded or failed")
-  (dict "name" "Latency" "budget" (divf (subf 100.0 (float64 $r.fastPercent)) 100.0) "record" "reelway:ingress_slow:ratio_rate" "what" (printf "of the requests took longer than %v ms" $r.latencyMs)) -}}
+  (dict "name" "Availability" "budget" (divf (subf 100.0 (float64 $r.availabilityObjectivePercent)) 100.0) "record" "reelway:ingress_degraded_or_failed:ratio_rate" "what" "of the requests were degraded or failed")
+  (dict "name" "Latency" "budget" (divf (subf 100.0 (float64 $r.latencyObjectivePercent)) 100.0) "record" "reelway:ingress_slow:ratio_rate" "what" (printf "of the requests took longer than %v ms" $r.latencyThresholdMs)) -}}
 groups:
   - name: reelway-service-levels
     rules:
       {{- range list "5m" "30m" "1h" "6h" }}
-      - record: reelway:ingress_unwhole:ratio_rate{{ . }}
+      - record: reelway:ingress_degraded_or_failed:ratio_rate{{ . }}
         expr: |
           sum by (arm) (rate(reelway_ingress_requests_total{arm!="shadow", outcome=~"degraded|failed"}[{{ . }}]))
           / sum by (arm) (rate(reelway_ingress_requests_total{arm!="shadow"}[{{ . }}]))
@@ -25,7 +25,7 @@ groups:
       {{- range $objective := $objectives }}
       {{- range $burn := list (dict "long" "1h" "short" "5m" "rate" 14.4 "severity" "page" "pace" "Fast") (dict "long" "6h" "short" "30m" "rate" 6.0 "severity" "page" "pace" "Slow") }}
       {{- $limit := mulf $burn.rate $objective.budget }}
-      - alert: Reelway{{ $objective.name }}Burns{{ $burn.pace }}
+      - alert: Reelway{{ $objective.name }}{{ $burn.pace }}Burn
         expr: |
           {{ $objective.record }}{{ $burn.long }} > {{ $limit }}
           and {{ $objective.record }}{{ $burn.short }} > {{ $limit }}
@@ -45,13 +45,13 @@ groups:
         for: 5m
         labels: {severity: page}
         annotations:
-          summary: '{{ "{{ $value | humanizePercentage }}" }} of the requests had no viewer row in ten minutes: is the online store reachable, and materialised?'
+          summary: '{{ "{{ $value | humanizePercentage }}" }} of the requests in ten minutes had no viewer row; check that the online store is reachable and filled'
       - alert: ReelwayScoresDrift
         expr: |
           histogram_quantile(0.5, sum by (release, le) (rate(reelway_shadow_score_drift_ratio_bucket[10m]))) > 0.5
           and on (release) sum by (release) (increase(reelway_shadow_score_drift_ratio_count[10m])) >= 100
         for: 5m
-        # The release is named differently here: scores that moved are for a person to judge.
+        # The label has another name than `release`, so that drifting scores cause no rollback: a person judges them.
         labels: {severity: ticket, mirrored: '{{ "{{ $labels.release }}" }}', release: ''}
         annotations:
           summary: 'half of the mirrored slates of release {{ "{{ $labels.release }}" }} score {{ "{{ $value | humanizePercentage }}" }} or more away from what was shown'
@@ -59,24 +59,24 @@ groups:
         expr: sum(increase(reelway_ingress_exposures_lost_total[10m])) > 0
         labels: {severity: page}
         annotations:
-          summary: '{{ "{{ $value | humanize }}" }} impressions were shown and not counted in ten minutes: outcomes of this time are understated'
-  - name: reelway-controller
+          summary: '{{ "{{ $value | humanize }}" }} impressions of the last ten minutes were lost: outcomes of that time are understated'
+  - name: reelway-operator
     rules:
-      - alert: ReelwayControllerSilent
-        expr: (time() - max(reelway_rollout_last_tick_timestamp_seconds) > 60) or absent(up{job="reelway-controller"} == 1)
+      - alert: ReelwayOperatorSilent
+        expr: (time() - max(reelway_rollout_last_tick_timestamp_seconds) > 60) or absent(up{job="reelway-operator"} == 1)
         for: 1m
         labels: {severity: page}
         annotations:
-          summary: 'the rollout controller has not looked for a minute: no canary is judged and none is taken back'
-      - alert: ReelwayControllerFails
+          summary: 'the rollout operator has not reconciled for a minute: no canary is judged or rolled back'
+      - alert: ReelwayOperatorFails
         expr: sum by (kind) (increase(reelway_rollout_failures_total[5m])) > 10
         for: 5m
         labels: {severity: page}
         annotations:
-          summary: 'the rollout controller failed {{ "{{ $value | humanize }}" }} times in five minutes to {{ "{{ $labels.kind }}" }}'
+          summary: 'the rollout operator failed {{ "{{ $value | humanize }}" }} times in five minutes: {{ "{{ $labels.kind }}" }}'
       - alert: ReelwayWebhookRefused
         expr: sum by (outcome) (increase(reelway_rollout_webhooks_total{outcome!~"stored|known"}[5m])) > 0
         labels: {severity: ticket}
         annotations:
-          summary: 'the webhook answered {{ "{{ $value | humanize }}" }} deliveries with {{ "{{ $labels.outcome }}" }}: does Alertmanager send the token?'
+          summary: 'the webhook answered {{ "{{ $value | humanize }}" }} deliveries with {{ "{{ $labels.outcome }}" }}; check the token that Alertmanager sends'
 {{- end -}}

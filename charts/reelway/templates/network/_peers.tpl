@@ -1,4 +1,4 @@
-{{/* (dict "context" . "component" "serving"): pods of the chart as a peer. */}}
+{{/* Pods of a component as a peer. (dict "context" . "component" "serving") */}}
 {{- define "reelway.peer" -}}
 podSelector:
   matchLabels: {{- include "reelway.selector" . | nindent 4 }}
@@ -12,13 +12,13 @@ podSelector:
     - {protocol: TCP, port: 53}
 {{- end -}}
 
-{{/* The API server is no pod: only addresses name it. */}}
+{{/* The API server is not a pod, so that only its addresses can be allowed. */}}
 {{- define "reelway.apiServerEgress" -}}
 {{- $api := .Values.networkPolicies.apiServer -}}
 - ports:
     - {protocol: TCP, port: {{ $api.port }}}
     {{- if ne (int $api.port) 6443 }}
-    # A Service's port is rewritten before a policy looks.
+    # The Service's port is translated before policies apply.
     - {protocol: TCP, port: 6443}
     {{- end }}
   {{- with $api.cidrs }}

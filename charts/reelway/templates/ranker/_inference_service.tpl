@@ -1,4 +1,4 @@
-{{- define "reelway.rankedByKServe" -}}{{- if eq .Values.ranker.backend "kserve" }}true{{ end -}}{{- end -}}
+{{- define "reelway.kserveEnabled" -}}{{- if eq .Values.ranker.backend "kserve" }}true{{ end -}}{{- end -}}
 
 {{/* KServe appends `-predictor` and uses the result as a Service's name, which has at most 63 characters. */}}
 {{- define "reelway.rankerName" -}}
@@ -59,7 +59,7 @@ spec:
     {{- with include "reelway.servingPriority" .context }}
     priorityClassName: {{ . }}
     {{- end }}
-    {{- include "reelway.placement" (dict "of" $r) | nindent 4 }}
+    {{- include "reelway.scheduling" (dict "of" $r) | nindent 4 }}
     volumes:
       - {name: tmp, emptyDir: {sizeLimit: 256Mi}}
       - {name: cache, emptyDir: {sizeLimit: {{ $v.serving.releaseCache.size }}}}

@@ -1,4 +1,4 @@
-{{/* Where the changes of video features lie; the same place for who writes and who reads them. */}}
-{{- define "reelway.overlayPlace" -}}
-{{- .Values.stream.overlay | default "/var/lib/reelway/volume/overlay" -}}
+{{/* URL of the changelog of video features: written by the stream processor, read by serving pods. */}}
+{{- define "reelway.changelogUrl" -}}
+{{- .Values.stream.changelog | default "/var/lib/reelway/volume/overlay" -}}
 {{- end -}}

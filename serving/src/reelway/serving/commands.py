@@ -26,8 +26,8 @@ from reelway.platform.cli.processes import child, reelway_command
 from reelway.platform.cli.terminal import console, out, say
 from reelway.platform.durable import ensure_private_token, write_json
 from reelway.platform.errors import ConfigError, FeatureError, ServingError
+from reelway.platform.rollout.traffic.serving_options import Composition
 from reelway.platform.runs import RunDirectory
-from reelway.serving.composition import Composition
 from reelway.serving.free_ports import free_port, refuse_taken_port
 
 if TYPE_CHECKING:
@@ -109,12 +109,12 @@ def serve(
             )
         port = free_port(host) if port == 0 else refuse_taken_port(host, port)
         from reelway.platform.rollout.traffic.routing import Routing
+        from reelway.platform.rollout.traffic.serving_options import Deployments, ReleaseStoreArgs, ServingOptions
         from reelway.serving.deployments.service import running_service
-        from reelway.serving.serve_config import ReleaseShelf, Replicas, ServiceOptions
 
         serving_dir = directory.path / "serving"
-        options = ServiceOptions(
-            shelf=ReleaseShelf(
+        options = ServingOptions(
+            releases=ReleaseStoreArgs(
                 release_store=str(directory.release_store),
                 release_cache=serving_dir / "releases",
                 public_keys=directory.keys,
@@ -126,10 +126,15 @@ def serve(
             vector_log=serving_dir / "vectors.jsonl",
             parity_ratio=parity_sample_ratio,
             outcomes=serving_dir / "outcomes.db",
-            events=str(directory.event_log),
+            event_log=str(directory.event_log),
             host=host,
             port=port,
-            replicas=Replicas(router_replicas, retrieval_replicas, ranking_replicas, reranking_replicas),
+            deployments=Deployments.with_replicas(
+                router=router_replicas,
+                retrieval=retrieval_replicas,
+                ranking=ranking_replicas,
+                reranking=reranking_replicas,
+            ),
             composition=composition,
             max_ongoing_requests=max_ongoing_requests,
             max_ongoing_sustained=max_ongoing_sustained,

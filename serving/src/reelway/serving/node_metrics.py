@@ -1,7 +1,7 @@
-"""Why: a node's proxy leads to any node's router, so who asks it for metrics would hear another node every time.
+"""Exports the metrics of one Ray pod: ``python -m reelway.serving.pod_metrics``, in a container beside Ray.
 
-``python -m reelway.serving.node_metrics`` runs beside Ray in the same pod, reads the folder in which the pod's
-processes count (``serving.metrics``) and answers ``/metrics`` for this pod alone. It refuses to start without one.
+A scrape through Ray Serve's proxy would reach the router of any node. This program reads the folder in which the pod's
+processes count (``serving.metrics``) and serves ``/metrics`` for its pod only.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from reelway.serving.metrics import FOLDER_VARIABLE, shared_folder
 
 
 def registry_of_this_node() -> CollectorRegistry:
-    """A registry that adds up the counts of all processes that share the folder.
+    """A registry that sums the counts of all processes that share the folder.
 
     Raises:
-        ConfigError: no folder is named.
+        ConfigError: if the environment variable of the folder is not set.
     """
     folder = shared_folder()
     if folder is None:
-        raise ConfigError(f"{FOLDER_VARIABLE} is not set; set it to the folder that the pod's containers share")
+        raise ConfigError(f"{FOLDER_VARIABLE}: not set; set it to the folder that the pod's containers share")
     folder.mkdir(parents=True, exist_ok=True)
     registry = CollectorRegistry()
     MultiProcessCollector(registry, path=str(folder))  # type: ignore[no-untyped-call]
@@ -33,7 +33,7 @@ def registry_of_this_node() -> CollectorRegistry:
 
 
 def main() -> None:
-    """Answer until SIGTERM or Ctrl-C."""
+    """Serves metrics until SIGTERM or Ctrl-C."""
     parser = argparse.ArgumentParser(prog="python -m reelway.serving.node_metrics")
     parser.add_argument("--port", type=int, default=9100)
     options = parser.parse_args()

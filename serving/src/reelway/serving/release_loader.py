@@ -28,12 +28,12 @@ from reelway.platform.release.folder import read_manifest
 from reelway.platform.release.signing import check_signature, load_public_keys
 from reelway.platform.release.store import ReleaseStore
 from reelway.platform.release.verify import read_blend, read_calibration
+from reelway.platform.rollout.traffic.serving_options import ReleaseArgs
 from reelway.platform.tokens import TokenSigner
 from reelway.serving.live_overlay import follow
 from reelway.serving.metrics import IngressMetrics
 from reelway.serving.popular import open_popular_lists
 from reelway.serving.request_path import InProcessRecommender, LocalStages, RouterRelease
-from reelway.serving.serve_config import ReleaseSource
 from reelway.serving.sessions import Graph
 from reelway.serving.stages.ranking import Ranker, RankerHere, Ranking
 from reelway.serving.stages.reranking import Reranking
@@ -42,7 +42,7 @@ from reelway.serving.stages.sources import AnnSource, FreshSource, ListSource, N
 from reelway.serving.video_table import Rows, VideoTable, open_one_batch, open_video_table
 
 
-def open_trusted(source: ReleaseSource) -> ReleaseLoader:
+def open_trusted(source: ReleaseArgs) -> ReleaseLoader:
     """Returns the loader of a release and fetches the release if the cache lacks it.
 
     Blocks. Several processes may call this function for the same cache.

@@ -93,9 +93,9 @@ def test_the_last_target_wins_whatever_came_before(first: int, second: int) -> N
 @pytest.mark.parametrize(
     ("applications", "said"),
     [
-        ([], "none of them 'router'"),
-        ([app for app in CONFIG["applications"] if app["name"] != "old"], "no application of a release runs"),
-        ([{"name": "router", "deployments": [{"name": "Router"}]}], "0 of them with a user_config"),
+        ([], "no application 'router' among"),
+        ([app for app in CONFIG["applications"] if app["name"] != "old"], "no application of a release to copy"),
+        ([{"name": "router", "deployments": [{"name": "Router"}]}], "0 of its deployments .* have a user_config"),
     ],
 )
 def test_a_document_that_is_not_the_services_is_refused(applications: list[Any], said: str) -> None:
@@ -127,7 +127,7 @@ def test_the_document_is_found_in_what_serve_says() -> None:
 def test_an_application_that_was_deployed_otherwise_stops_every_write() -> None:
     said = details(CONFIG)
     said["applications"]["mine"] = {"status": "RUNNING", "deployed_app_config": None}
-    with pytest.raises(RolloutError, match="'mine' was not deployed by configuration"):
+    with pytest.raises(RolloutError, match="'mine': it was not deployed by configuration"):
         config_of(said)
 
 

@@ -17,6 +17,7 @@ from reelway.platform.cluster.operator_settings import OperatorSettings, RaySett
 from reelway.platform.cluster.ray_service import RayServiceBackend
 from reelway.platform.cluster.resources import Backend, Resource
 from reelway.platform.cluster.rollout_store import KubeRolloutStore
+from reelway.platform.cluster.serve_config_reconciler import ServeConfigReconciler
 from reelway.platform.cluster.shelf import Shelf
 from reelway.platform.errors import RolloutError
 from reelway.platform.rollout.control.alert_book import AlertBook
@@ -59,8 +60,12 @@ class Lane:
         self.store = KubeRolloutStore(api, shelf, backend=backend.key, made_for=backend, told=told)
         serve = ServeRestBackend(address)
         name = backend.ray_service.name if backend.ray_service else ""
-        self.backend: RayServiceBackend | ServeRestBackend = RayServiceBackend(api, name, serve) if name else serve
+        self.backend: RayServiceBackend | ServeRestBackend = serve
+        self.serve_config: ServeConfigReconciler | None = None
         rankers = _rankers(api, settings)
+        if name:
+            self.backend = RayServiceBackend(api, name, serve)
+            self.serve_config = ServeConfigReconciler(api, self.backend, rankers)
         url = address.url.rstrip("/")
         reader: SeriesReader
         if settings.prometheus.url:

@@ -59,6 +59,9 @@ class RaySettings(SettingsGroup):
     """How the operator reaches Ray Serve. ``{name}`` and ``{namespace}`` are those of the RayService."""
 
     token_file: Path | None = Field(default=None, description="Ray's token; None if Ray runs without authentication")
+    service: str = Field(
+        default="", description="RayService whose Serve config is composed from the chart's options; empty for none"
+    )
     dashboard_url: UrlTemplate = "http://{name}-head-svc.{namespace}.svc:8265"
     router_url: UrlTemplate = "http://{name}-serve-svc.{namespace}.svc:8000"
     trusted_hosts: tuple[str, ...] = Field(

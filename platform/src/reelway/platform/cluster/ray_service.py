@@ -1,12 +1,12 @@
-"""Why: on KubeRay the traffic is declared in a RayService, but a rollback must not wait for what reads the declaration.
+"""The traffic of a KubeRay RayService: ``spec.serveConfigV2`` and the Serve that runs it.
 
-The new document is written to Serve's REST API first: from then on the routers act on it, in fractions of a second.
-Then the same document is patched into ``serveConfigV2``; KubeRay, whenever it looks, submits what is so already.
+The operator is the only writer of ``serveConfigV2``. A change of the traffic is written to Serve's REST API first: the
+routers act on it within fractions of a second. Then the same configuration is patched into the RayService, so that
+KubeRay submits it again to a new head. A rollback therefore does not wait for the API server.
 
-Between the two writes KubeRay has no reason to write: it submits a document when ``serveConfigV2`` changed, or when it
-itself was restarted. In that case, or when the second write fails or meets somebody else's (``helm upgrade``), the
-RayService and Serve disagree; then ``observe`` gives no routing, says so, and the next look writes both again. So a
-rollout ends only when what runs and what is declared are the same, and traffic is on stable long before that.
+KubeRay submits a configuration when ``serveConfigV2`` changed or when KubeRay was restarted. If it submits an older one
+between the two writes, or if the second write fails, the RayService and Serve disagree. ``observe`` then returns no
+routing and states the reason, and the next reconcile writes both again. A rollout ends only when both agree.
 """
 
 from __future__ import annotations
@@ -26,45 +26,50 @@ from reelway.platform.rollout.traffic.target import TrafficObservation, TrafficT
 
 _PATH: Final = "ray.io/v1/rayservices"
 _ATTEMPTS: Final = 5
+OPTIONS_DIGEST: Final = "reelway.dev/serving-options-digest"
+"""Annotation of a RayService: SHA-256 of the serving options that belong to its pod template."""
 
 
 @dataclass(frozen=True, slots=True)
-class _Declared:
-    """A RayService as it was last seen or written."""
+class DeclaredConfig:
+    """``serveConfigV2`` of a RayService as last read or written. ``config`` is empty before the first write."""
 
     resource_version: str
     config: ServeConfig
+    options_digest: str = ""
 
 
 class RayServiceBackend:
-    """``traffic.TrafficBackend`` over a RayService and the Serve that it runs. Safe between threads.
-
-    Args:
-        serve: the Serve of its head.
-    """
+    """``traffic.TrafficBackend`` over a RayService and the Serve of its head. Thread-safe."""
 
     def __init__(self, api: KubeApi, name: str, serve: ServeRestBackend) -> None:
-        self._api, self.name, self._serve = api, name, serve
+        self._api, self.name, self.serve = api, name, serve
         self._lock = threading.Lock()
-        self._declared: _Declared | None = None
+        self._declared: DeclaredConfig | None = None
+        self.declaring = threading.Lock()
+        """Held while ``serveConfigV2`` is read and written. Writes to Serve do not take it."""
 
     def close(self) -> None:
-        """Close the connections."""
-        self._serve.close()
+        """Closes the HTTP connections."""
+        self.serve.close()
 
     def exists(self) -> bool:
-        """Whether there is such a RayService. Raises KubernetesError: nobody could say."""
+        """Whether the RayService exists.
+
+        Raises:
+            KubernetesError: if the API server cannot be asked.
+        """
         try:
             return self._api.get(f"{_PATH}/{self.name}") is not None
         except AbsentError:
             return False
 
     def observe(self) -> TrafficObservation:
-        """Look at Serve, its routers and the RayService; see ``TrafficBackend.observe``."""
-        seen = self._serve.observe()
-        running = self._serve.config
+        """Reads Serve, its routers and the RayService; see ``TrafficBackend.observe``."""
+        seen = self.serve.observe()
+        running = self.serve.config
         try:
-            declared = self._fetch()
+            declared = self.fetch()
         except (KubernetesError, RolloutError) as error:
             return replace(seen, routing=None, detail=f"{seen.detail}; {error}".removeprefix("; "))
         if running is not None and not _alike(declared.config, running):
@@ -73,80 +78,101 @@ class RayServiceBackend:
         return seen
 
     def apply(self, target: TrafficTarget) -> None:
-        """Serve first, then the RayService; see the module's docstring.
+        """Writes the target to Serve, then to the RayService.
 
         Raises:
-            RolloutError: Serve did not take it, and nothing was changed; or it did and the RayService did not.
+            RolloutError: if Serve rejected the target and nothing was changed, or if only the RayService rejected it.
         """
         with self._lock:
             declared = self._declared
         try:
-            declared = declared or self._fetch()
+            declared = declared or self.fetch()
         except KubernetesError as error:
             raise RolloutError(str(error)) from error
         wanted = with_target(declared.config, target)
-        running = self._serve.config
+        running = self.serve.config
         if running is None or not _alike(wanted, running):
-            self._serve.write(wanted)
+            self.serve.write(wanted)
         if wanted != declared.config:
-            self._declare(declared, wanted)
+            with self.declaring:
+                self._declare(declared, wanted)
 
-    def _declare(self, declared: _Declared, wanted: Mapping[str, Any]) -> None:
-        """Written over the declaration that it was made from, and over no other.
+    def _declare(self, declared: DeclaredConfig, wanted: Mapping[str, Any]) -> None:
+        """Patches ``serveConfigV2`` if it still is the configuration that ``wanted`` was made from.
 
-        KubeRay writes its status into the same object all the time, so a conflict alone says nothing: what counts is
-        whether the declaration is still that one.
+        KubeRay writes its status into the same object all the time. A conflict alone therefore means nothing; the
+        declared configuration is compared.
         """
-        text = yaml.safe_dump(dict(wanted), sort_keys=False)
-        with self._lock:
-            self._declared = None  # until it is known to have been taken
         newest = declared
         for _ in range(_ATTEMPTS):
-            change = {"metadata": {"resourceVersion": newest.resource_version}, "spec": {"serveConfigV2": text}}
             try:
-                self._remember(self._api.patch(f"{_PATH}/{self.name}", change))
+                self.patch(newest, wanted)
                 return
             except ConflictError:
                 newest = self._fetched()
             except KubernetesError as error:
-                raise self._untold(str(error)) from error
+                raise self._not_declared(str(error)) from error
             if newest.config != declared.config:
-                raise self._untold("somebody else wrote another declaration meanwhile")
-        raise self._untold(f"it changed {_ATTEMPTS} times meanwhile")
+                raise self._not_declared("another writer changed serveConfigV2 meanwhile")
+        raise self._not_declared(f"it changed {_ATTEMPTS} times meanwhile")
 
-    def _untold(self, why: str) -> RolloutError:
+    def patch(self, declared: DeclaredConfig, wanted: Mapping[str, Any]) -> None:
+        """Writes ``serveConfigV2`` over this version of the object and over no other.
+
+        Raises:
+            ConflictError: if the object was changed since it was read.
+            KubernetesError: if the API server rejects the patch or cannot be reached.
+        """
+        with self._lock:
+            self._declared = None  # unknown until the API server has answered
+        text = yaml.safe_dump(dict(wanted), sort_keys=False)
+        change = {"metadata": {"resourceVersion": declared.resource_version}, "spec": {"serveConfigV2": text}}
+        self._remember(self._api.patch(f"{_PATH}/{self.name}", change))
+
+    def _not_declared(self, reason: str) -> RolloutError:
         return RolloutError(
-            f"Serve has taken it, RayService {self.name} has not: {why}; it is written again at the next look"
+            f"RayService {self.name}: Serve accepted the traffic, the declaration failed: {reason}; it is written "
+            "again at the next reconcile"
         )
 
-    def _fetched(self) -> _Declared:
+    def _fetched(self) -> DeclaredConfig:
         try:
-            return self._fetch()
+            return self.fetch()
         except KubernetesError as error:
-            raise self._untold(str(error)) from error
+            raise self._not_declared(str(error)) from error
 
-    def _fetch(self) -> _Declared:
+    def fetch(self) -> DeclaredConfig:
+        """Reads the RayService.
+
+        Raises:
+            RolloutError: if it does not exist or ``serveConfigV2`` is not a YAML mapping.
+            KubernetesError: if the API server cannot be asked.
+        """
         document = self._api.get(f"{_PATH}/{self.name}")
         if document is None:
-            raise RolloutError(f"there is no RayService {self.name} in namespace {self._api.namespace}")
+            raise RolloutError(
+                f"RayService {self.name}: it does not exist in namespace {self._api.namespace}; install the chart"
+            )
         return self._remember(document)
 
-    def _remember(self, document: Document) -> _Declared:
-        text = str(document["spec"].get("serveConfigV2", ""))
+    def _remember(self, document: Document) -> DeclaredConfig:
+        text = str(document["spec"].get("serveConfigV2") or "{}")
         try:
             config = yaml.safe_load(text)
         except yaml.YAMLError as error:
-            raise RolloutError(f"serveConfigV2 of RayService {self.name} is not YAML: {error}") from error
+            raise RolloutError(f"RayService {self.name}: serveConfigV2 is not YAML: {error}; remove it") from error
         if not isinstance(config, dict):
             raise RolloutError(
-                f"serveConfigV2 of RayService {self.name} is {type(config).__name__}, expected a mapping"
+                f"RayService {self.name}: serveConfigV2 is {type(config).__name__}, expected a mapping; remove it"
             )
-        declared = _Declared(str(document["metadata"]["resourceVersion"]), config)
+        metadata = document["metadata"]
+        digest = metadata.get("annotations", {}).get(OPTIONS_DIGEST, "")
+        declared = DeclaredConfig(str(metadata["resourceVersion"]), config, digest)
         with self._lock:
             self._declared = declared
         return declared
 
 
 def _alike(one: ServeConfig, other: ServeConfig) -> bool:
-    """Whether two documents are the same traffic: releases and routing. All else is KubeRay's to bring about."""
+    """Whether two configurations route the same traffic. KubeRay applies every other difference."""
     return releases_in(one) == releases_in(other) and routing_in(one) == routing_in(other)

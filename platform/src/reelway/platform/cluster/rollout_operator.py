@@ -24,7 +24,7 @@ from reelway.platform.cluster.lanes import Lane
 from reelway.platform.cluster.lease import Lease
 from reelway.platform.cluster.operator_settings import OperatorSettings
 from reelway.platform.cluster.release_records import ReleaseRecords
-from reelway.platform.cluster.resources import FINALIZER, Backend, PolicyReference, Resource
+from reelway.platform.cluster.resources import FINALIZER, Backend, PolicyReference, RayServiceReference, Resource
 from reelway.platform.cluster.rollout_store import KubeRolloutStore
 from reelway.platform.cluster.rollout_watch import RolloutWatch
 from reelway.platform.cluster.shelf import ToldShelf
@@ -162,11 +162,19 @@ class Operator:
     def _loop(self, stop: threading.Event) -> None:
         while not stop.is_set():
             seen = self._shelf.changes(own=True)
+            self._guarded("serve config", self._reconcile_serve_config)
             self._guarded("admission", self._look)
             self._guarded("finalizers", self._reconcile_finalizers)
             deadline = time.monotonic() + _LOOK_S
             while not stop.is_set() and time.monotonic() < deadline and self._shelf.changes(own=True) == seen:
                 stop.wait(_NOTICED_S)
+
+    def _reconcile_serve_config(self) -> None:
+        if not self._settings.ray.service:
+            return
+        lane = self._lane(Backend(ray_service=RayServiceReference(name=self._settings.ray.service)))
+        if lane.serve_config is not None:
+            lane.serve_config.reconcile()
 
     def _look(self) -> None:
         """Starts the rollouts that may start, and writes to the others' status why they may not."""

@@ -1,6 +1,6 @@
 """Application builders that Ray Serve calls by import path: a release, the router and the outcomes.
 
-Each builder takes typed arguments. The Serve config (``serving.serve_config``) sets replicas, resources and routing;
+Each builder takes typed arguments. The Serve config (``traffic.serve_config``) sets replicas, resources and routing;
 this module sets only the limits that follow from the implementation.
 """
 
@@ -20,6 +20,7 @@ from reelway.platform.eventlog import open_event_log
 from reelway.platform.features.store import open_feature_store
 from reelway.platform.features.vector_log import VectorLog, log_of_this_host
 from reelway.platform.features.viewer_rows import ViewerRows
+from reelway.platform.rollout.traffic.serving_options import OutcomesArgs, ReleaseArgs, RouterArgs
 from reelway.platform.tokens import TokenSigner
 from reelway.serving.deployments.stages import (
     HELD,
@@ -46,7 +47,6 @@ from reelway.serving.outcomes import (
 from reelway.serving.parity_sample import ParitySample
 from reelway.serving.release_loader import open_trusted
 from reelway.serving.router import Router, RouterParts
-from reelway.serving.serve_config import OutcomesArgs, ReleaseSource, RouterArgs
 from reelway.serving.token_secrets import read_token_secrets
 
 # A stage computes and never waits. With a higher limit, requests would queue inside one replica instead of going to
@@ -54,7 +54,7 @@ from reelway.serving.token_secrets import read_token_secrets
 _STAGE: Final = {"max_ongoing_requests": 8}
 
 
-def release(args: ReleaseSource) -> serve.Application:
+def release(args: ReleaseArgs) -> serve.Application:
     """Builds the stages of one release. The application's name must be ``args.release``, which the router calls."""
     if args.composition == "fused":
         return serve.deployment(HeldRelease, name=HELD).bind(args)
@@ -112,7 +112,7 @@ class RouterDeployment(Router):
 
     async def _open(self, release: str) -> OpenRelease:
         args = self._args
-        loader = await asyncio.to_thread(open_trusted, args.source_of(release))
+        loader = await asyncio.to_thread(open_trusted, args.release_args(release))
         if args.composition == "fused":
             return await asyncio.to_thread(open_fused, loader, args.budgets.path)
         router_release = await asyncio.to_thread(loader.edge)
@@ -126,7 +126,7 @@ class OutcomesDeployment:
     def __init__(self, args: OutcomesArgs) -> None:
         self._signer = TokenSigner(*read_token_secrets(args.token_secrets))
         self._collector = OutcomeCollector(args.state)
-        self._appender = OutcomeAppender(open_event_log(args.events)) if args.events else None
+        self._appender = OutcomeAppender(open_event_log(args.event_log)) if args.event_log else None
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         return build_outcomes_api(self._collector, self._signer, self._appender)

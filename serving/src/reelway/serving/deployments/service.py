@@ -22,8 +22,9 @@ import httpx
 from reelway.platform.durable import ensure_private_token
 from reelway.platform.errors import ServingError
 from reelway.platform.rollout.traffic.routing import Routing
+from reelway.platform.rollout.traffic.serve_config import compose_serve_config
+from reelway.platform.rollout.traffic.serving_options import ServingOptions
 from reelway.serving.free_ports import free_port
-from reelway.serving.serve_config import ServiceOptions, serve_config
 from reelway.serving.serve_settings import own_haproxy_places
 
 APPLICATIONS: Final = "/api/serve/applications/"
@@ -41,7 +42,7 @@ class ServiceAddresses:
 
 
 @contextmanager
-def running_service(routing: Routing, options: ServiceOptions, token: Path) -> Iterator[ServiceAddresses]:
+def running_service(routing: Routing, options: ServingOptions, token: Path) -> Iterator[ServiceAddresses]:
     """Runs Ray and the service while the block runs; the service answers when the block is entered.
 
     Args:
@@ -56,7 +57,7 @@ def running_service(routing: Routing, options: ServiceOptions, token: Path) -> I
         authentication = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)}
         with _environment({**own_haproxy_places(Path(socket_dir)), **authentication}), _local_ray() as serve_api:
             addresses = ServiceAddresses(f"http://{options.host}:{options.port}", serve_api, token)
-            deploy(addresses, serve_config(routing, options))
+            deploy(addresses, compose_serve_config(options, routing.releases, routing))
             yield addresses
 
 

@@ -12,12 +12,12 @@ from typing import Any, Final
 from prometheus_client import CollectorRegistry
 from ray.serve.handle import DeploymentHandle
 
+from reelway.platform.rollout.traffic.serving_options import BudgetsMs, ReleaseArgs
 from reelway.serving import metrics
 from reelway.serving.fused import load_warm
 from reelway.serving.open_inference.client import RemoteRanker, server_address
 from reelway.serving.release_loader import open_trusted
 from reelway.serving.request_path import run_without_waiting
-from reelway.serving.serve_config import BudgetsMs, ReleaseSource
 from reelway.serving.stages.arrays import F32, Candidates, RankingInput, ScoredCandidates, Slate, ViewerQuery
 from reelway.serving.time_budget import TimeBudget
 from reelway.serving.viewers import nobody, warm_up_input
@@ -31,7 +31,7 @@ HELD: Final = "Release"
 class RetrievalStage:
     """Replica of the retrieval stage: viewer tower, index and lists of one release."""
 
-    def __init__(self, source: ReleaseSource) -> None:
+    def __init__(self, source: ReleaseArgs) -> None:
         loader = open_trusted(source)
         self._stage = loader.retrieval()
         self._metrics = metrics.RetrievalMetrics(CollectorRegistry(), loader.release_id())
@@ -50,7 +50,7 @@ class RankingStage:
     With ``ranker_address`` the model runs in another process. The replica starts without waiting for that process.
     """
 
-    def __init__(self, source: ReleaseSource) -> None:
+    def __init__(self, source: ReleaseArgs) -> None:
         loader = open_trusted(source)
         registry = CollectorRegistry()
         self._metrics = metrics.RankingMetrics(registry, loader.release_id())
@@ -77,7 +77,7 @@ class RerankingStage:
     deployed and deleted together; the router calls each of them directly.
     """
 
-    def __init__(self, source: ReleaseSource, retrieval: Any, ranking: Any) -> None:
+    def __init__(self, source: ReleaseArgs, retrieval: Any, ranking: Any) -> None:
         loader = open_trusted(source)
         self._stage = loader.reranking()
         self._metrics = metrics.RerankingMetrics(CollectorRegistry(), loader.release_id())
@@ -97,7 +97,7 @@ class HeldRelease:
     node before a router opens the release.
     """
 
-    def __init__(self, source: ReleaseSource) -> None:
+    def __init__(self, source: ReleaseArgs) -> None:
         load_warm(open_trusted(source))
 
 

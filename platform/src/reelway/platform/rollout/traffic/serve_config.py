@@ -1,32 +1,147 @@
-"""Why: the traffic of a rollout is a change to Serve's own configuration document; this is that change, and no more.
+"""Composes and updates Ray Serve's configuration (``PUT /api/serve/applications/``, ``serveConfigV2`` of a RayService).
 
-Pure functions on the document that ``PUT /api/serve/applications/`` and a RayService's ``serveConfigV2`` both take.
-What runs is the template: a new release's application is one that runs with another name, so nothing here knows of
-replicas, resources or settings. Applications that are no release's and all options stay as they are.
+A release is one entry of ``applications``: ``name`` and ``args["release"]`` are the release's id, and nothing else in
+the entry differs between releases. The routing is the ``user_config`` of the deployment ``Router``. Both are the only
+parts that a rollout changes. All functions are pure.
+
+``compose_serve_config`` builds the configuration from options. It runs in `reelway serve` on one machine and in
+`reelway operator` on a cluster, so both get the same configuration for the same options. ``with_target`` changes the
+releases and the routing of a configuration that exists and needs no options for that.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any, Final
 
 from reelway.platform.contracts.events import Arm
 from reelway.platform.errors import RolloutError
+from reelway.platform.rollout.traffic.routing import Routing
+from reelway.platform.rollout.traffic.serving_options import (
+    DeploymentOptions,
+    OutcomesArgs,
+    ReleaseArgs,
+    RouterArgs,
+    ServingOptions,
+)
 from reelway.platform.rollout.traffic.target import TrafficTarget
 
 ROUTER: Final = "router"
 """Name of the application whose ``user_config`` is the routing."""
+OUTCOMES: Final = "outcomes"
+_BUILDERS: Final = "reelway.serving.deployments.applications"
+RELEASE_BUILDER: Final = f"{_BUILDERS}:release"
+ROUTER_BUILDER: Final = f"{_BUILDERS}:router"
+OUTCOMES_BUILDER: Final = f"{_BUILDERS}:outcomes"
+_OUTCOMES_PREFIX: Final = "/v1/outcomes"
+_LOGGING_CONFIG: Final = {"log_level": "WARNING", "enable_access_log": False}
+"""One log line per request and hop costs more CPU than the hop itself; metrics count every request."""
 _KEPT: Final = ("proxy_location", "http_options", "grpc_options", "target_capacity")
 
 ServeConfig = Mapping[str, Any]
 
 
+def compose_serve_config(options: ServingOptions, releases: Iterable[str], routing: Routing) -> dict[str, Any]:
+    """The configuration of a service: one application per release, the outcomes and the router."""
+    applications = [_release_application(options, release) for release in releases]
+    if options.outcomes:
+        applications.append(_outcomes_application(options, options.outcomes))
+    applications.append(_router_application(options, routing))
+    return {
+        "proxy_location": options.proxy_location,
+        "http_options": {"host": options.host, "port": options.port},
+        "logging_config": dict(_LOGGING_CONFIG),
+        "applications": applications,
+    }
+
+
+def _release_application(options: ServingOptions, release: str) -> dict[str, Any]:
+    args = ReleaseArgs(
+        **options.releases.model_dump(),
+        release=release,
+        composition=options.composition,
+        ranker_address=options.ranker_address,
+    )
+    stages = options.deployments
+    deployments = [
+        _deployment("Retrieval", stages.retrieval),
+        _deployment("Ranking", stages.ranking),
+        _deployment("Reranking", stages.reranking),
+    ]
+    if options.composition == "fused":
+        deployments = [_deployment("Release", DeploymentOptions(num_cpus=stages.router.num_cpus))]
+    return {
+        "name": release,
+        "route_prefix": None,  # reached through the router only
+        "import_path": RELEASE_BUILDER,
+        "args": args.model_dump(mode="json"),
+        "deployments": deployments,
+        **_process_options(options),
+    }
+
+
+def _outcomes_application(options: ServingOptions, state: Path) -> dict[str, Any]:
+    args = OutcomesArgs(state=state, event_log=options.event_log, token_secrets=options.token_secrets)
+    return {
+        "name": OUTCOMES,
+        "route_prefix": _OUTCOMES_PREFIX,
+        "import_path": OUTCOMES_BUILDER,
+        "args": args.model_dump(mode="json"),
+        "deployments": [_deployment("Outcomes", options.deployments.outcomes)],
+        **_process_options(options),
+    }
+
+
+def _router_application(options: ServingOptions, routing: Routing) -> dict[str, Any]:
+    args = RouterArgs(
+        **options.releases.model_dump(),
+        token_secrets=options.token_secrets,
+        features_dir=options.features_dir,
+        vector_log=options.vector_log,
+        parity_ratio=options.parity_ratio,
+        budgets=options.budgets,
+        composition=options.composition,
+        max_ongoing_requests=options.max_ongoing_requests,
+        max_ongoing_sustained=options.max_ongoing_sustained,
+        outcomes=OUTCOMES if options.outcomes else None,
+    )
+    router = _deployment("Router", options.deployments.router)
+    return {
+        "name": ROUTER,
+        "route_prefix": "/",
+        "import_path": ROUTER_BUILDER,
+        "args": args.model_dump(mode="json"),
+        "deployments": [router | {"user_config": routing.model_dump(mode="json")}],
+        **_process_options(options),
+    }
+
+
+def _deployment(name: str, options: DeploymentOptions) -> dict[str, Any]:
+    actor: dict[str, Any] = {"num_cpus": options.num_cpus}
+    if options.num_gpus:
+        actor["num_gpus"] = options.num_gpus
+    if options.memory_bytes:
+        actor["memory"] = options.memory_bytes
+    if options.resources:
+        actor["resources"] = options.resources
+    replicas: dict[str, Any] = {"num_replicas": options.num_replicas}
+    if options.autoscaling:
+        replicas = {"num_replicas": "auto", "autoscaling_config": options.autoscaling.model_dump(mode="json")}
+    return {"name": name, **replicas, "ray_actor_options": actor}
+
+
+def _process_options(options: ServingOptions) -> dict[str, Any]:
+    environment = {**options.environment, "PROMETHEUS_MULTIPROC_DIR": str(options.metrics_dir)}
+    return {"runtime_env": {"env_vars": environment}, "logging_config": dict(_LOGGING_CONFIG)}
+
+
 def config_of(details: Mapping[str, Any]) -> dict[str, Any]:
-    """The document behind ``GET /api/serve/applications/``: what was deployed, and the instance's options.
+    """The configuration behind ``GET /api/serve/applications/``: deployed applications and options of the instance.
 
     Raises:
-        RolloutError: an application was not deployed by configuration, so that writing the document would end it.
+        RolloutError: if an application was not deployed by configuration; writing the configuration would delete it.
     """
     applications = []
     for name, application in sorted(details.get("applications", {}).items()):
@@ -35,7 +150,7 @@ def config_of(details: Mapping[str, Any]) -> dict[str, Any]:
         deployed = application.get("deployed_app_config")
         if deployed is None:
             raise RolloutError(
-                f"Serve's application {name!r} was not deployed by configuration; restart it with `reelway serve`"
+                f"Serve application {name!r}: it was not deployed by configuration; restart it with `reelway serve`"
             )
         applications.append(deployed)
     kept = {key: details[key] for key in _KEPT if details.get(key) is not None}
@@ -43,12 +158,13 @@ def config_of(details: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def with_target(config: ServeConfig, target: TrafficTarget) -> dict[str, Any]:
-    """The document that makes ``target`` so: the routing, and an application for each of its releases and no others.
+    """A copy of the configuration with the target's routing and one application for each of its releases.
 
-    Applied twice it is the same; ``config`` is not changed.
+    An application for a new release is a copy of the stable release's. Applications of other releases are removed;
+    applications that belong to no release stay. The function is idempotent.
 
     Raises:
-        RolloutError: there is no router, or no application of a release to make another one like.
+        RolloutError: if there is no router, or no application of a release to copy.
     """
     applications = copy.deepcopy(list(config.get("applications", ())))
     running = {app["name"]: app for app in applications if is_release(app)}
@@ -59,7 +175,7 @@ def with_target(config: ServeConfig, target: TrafficTarget) -> dict[str, Any]:
 
 
 def routing_in(config: ServeConfig) -> Any:
-    """The routing that the router was told, as it stands in the document; None without one."""
+    """The router's ``user_config``; None without a router."""
     try:
         return _router_options(config.get("applications", ())).get("user_config")
     except RolloutError:
@@ -67,43 +183,43 @@ def routing_in(config: ServeConfig) -> Any:
 
 
 def releases_in(config: ServeConfig) -> tuple[str, ...]:
-    """The releases that have an application."""
+    """Ids of the releases that have an application, sorted."""
     return tuple(sorted(app["name"] for app in config.get("applications", ()) if is_release(app)))
 
 
 def is_release(application: Mapping[str, Any]) -> bool:
-    """Whether an application is a release's: it is named by the release that it was given."""
+    """Whether an application serves a release: its name is the release that it was given as an argument."""
     return bool(application.get("args", {}).get("release") == application.get("name"))
 
 
 def _router_options(applications: Any) -> dict[str, Any]:
-    """The router deployment's entry."""
+    """The entry of the router's deployment."""
     router = next((app for app in applications if app.get("name") == ROUTER), None)
     if router is None:
         names = [app.get("name") for app in applications]
-        raise RolloutError(f"Serve runs the applications {names}, none of them {ROUTER!r}; start `reelway serve`")
+        raise RolloutError(f"Serve: no application {ROUTER!r} among {names}; start `reelway serve`")
     deployments: list[dict[str, Any]] = router.get("deployments", [])
-    told = [deployment for deployment in deployments if "user_config" in deployment]
-    if len(told) != 1:
+    routed = [deployment for deployment in deployments if "user_config" in deployment]
+    if len(routed) != 1:
         names = [deployment.get("name") for deployment in deployments]
         raise RolloutError(
-            f"application {ROUTER!r} lists the deployments {names}, {len(told)} of them with a user_config, expected "
-            "one; was it deployed by `reelway serve`?"
+            f"Serve application {ROUTER!r}: {len(routed)} of its deployments {names} have a user_config, expected 1; "
+            "restart it with `reelway serve`"
         )
-    return told[0]
+    return routed[0]
 
 
 def _template(running: Mapping[str, dict[str, Any]], target: TrafficTarget) -> dict[str, Any]:
-    """The application that a new one is to be like: stable's, or any release's if somebody removed that one."""
+    """The application to copy for a new release: stable's, or that of any release if stable's was removed."""
     stable = [route.release for route in target.routing.arms if route.arm is Arm.STABLE]
     for name in (*stable, *target.releases, *sorted(running)):
         if name in running:
             return running[name]
-    raise RolloutError("no application of a release runs, so there is none to make another one like; restart serving")
+    raise RolloutError("Serve: no application of a release to copy for a new one; restart the service")
 
 
 def _like(template: Mapping[str, Any], release: str) -> dict[str, Any]:
-    made = copy.deepcopy(dict(template))
-    made["name"] = release
-    made["args"]["release"] = release
-    return made
+    application = copy.deepcopy(dict(template))
+    application["name"] = release
+    application["args"]["release"] = release
+    return application

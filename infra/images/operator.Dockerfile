@@ -1,8 +1,8 @@
-# The rollout operator and whatever else the command line does on a cluster: no torch, no Ray.
-# The default base is an official image; `python infra/images base` makes one where no registry is reached.
+# The rollout operator and the command line for clusters. It contains neither torch nor Ray.
+# The default base is an official image; `python infra/images base` builds one for machines without a registry.
 ARG BASE=docker.io/library/python:3.11-slim-bookworm@sha256:a36c24f9cbdf4fd0f52d67f0823eeac19c2028c637cecc392d97f980d4fec56b
 
-# What installs, and the list of what is to be installed. The caches are shared by all images.
+# The installer and the list of requirements. All images share the caches.
 FROM ${BASE} AS installer
 WORKDIR /build
 RUN python3 -m venv /build/pip && python3 -m venv --without-pip /opt/reelway \
@@ -24,7 +24,7 @@ RUN pip/bin/pip wheel -q --no-deps --no-build-isolation --no-index --wheel-dir w
 
 FROM ${BASE}
 RUN echo 'reelway:x:10001:10001::/tmp:/usr/sbin/nologin' >> /etc/passwd && echo 'reelway:x:10001:' >> /etc/group
-# The one large layer, written once: it changes with constraints.txt and the members' requirements only.
+# The large layer. It changes only with constraints.txt and the members' requirements.
 COPY --from=installer /opt/reelway /opt/reelway
 RUN --mount=type=bind,from=installer,source=/build,target=/build \
     --mount=type=cache,id=reelway-uv,target=/var/cache/uv \

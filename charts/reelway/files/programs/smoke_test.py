@@ -1,4 +1,4 @@
-"""Why: an installation works when a viewer gets a whole slate through the Service, and not before."""
+"""Requests a slate through the router's Service until one has videos. Arguments: base URL, viewer id."""
 
 import sys
 import time
@@ -14,10 +14,10 @@ while True:
         if answer.is_success and answer.json()["videos"]:
             slate = answer.json()
             print(f"{len(slate['videos'])} videos of release {slate['release'][:12]} ({slate['arm']})")
-            print(f"stepped down: {', '.join(slate['degraded']) or 'nothing'}")
+            print(f"degraded stages: {', '.join(slate['degraded']) or 'none'}")
             sys.exit(0)
     except httpx.HTTPError as error:
         seen = str(error) or type(error).__name__
     if time.monotonic() > deadline:
-        sys.exit(f"{url} gives no slate to viewer {viewer}; the last answer was {seen}")
+        sys.exit(f"{url}: no slate for viewer {viewer} within 120 s; last answer: {seen}")
     time.sleep(1)

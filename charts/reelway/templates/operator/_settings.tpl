@@ -1,27 +1,30 @@
 {{/* Settings file of `reelway operator`, which fills in the names in single braces. Secrets are paths of mounted files. */}}
 {{- define "reelway.operatorSettings" -}}
 {{- $v := .Values -}}
-interval_s: {{ $v.controller.intervalSeconds }}
+interval_s: {{ $v.operator.intervalSeconds }}
 webhook:
   host: 0.0.0.0
-  port: {{ $v.controller.port }}
+  port: {{ $v.operator.port }}
   token_file: /etc/reelway/tokens/webhook
 lease:
-  name: {{ include "reelway.fullname" . }}-controller
+  name: {{ include "reelway.fullname" . }}-operator
 ray:
   token_file: /etc/reelway/tokens/ray
-  dashboard_url: http://{name}-head-svc.{namespace}.svc:{{ $v.ray.ports.dashboard }}
+  {{- if $v.serving.enabled }}
+  service: {{ include "reelway.fullname" . }}
+  {{- end }}
+  dashboard_url: http://{name}-head-svc.{namespace}.svc:8265
   router_url: http://{name}-router.{namespace}.svc:{{ $v.serving.port }}
 release_store: {{ include "reelway.storeUrl" . | quote }}
 parity_findings: {{ include "reelway.parityReport" . | quote }}
-{{- if include "reelway.rankedByKServe" . }}
+{{- if include "reelway.kserveEnabled" . }}
 ranker_template: /etc/reelway/ranker/inference-service.yaml
 {{- end }}
 prometheus:
-  {{- include "reelway.operatorSource" (dict "name" "prometheus" "url" $v.controller.prometheusUrl "access" $v.controller.prometheusAccess) | nindent 2 }}
-  labels: {{- toYaml $v.controller.prometheusAccess.labels | nindent 4 }}
+  {{- include "reelway.operatorSource" (dict "name" "prometheus" "url" $v.operator.prometheusUrl "access" $v.operator.prometheusAccess) | nindent 2 }}
+  labels: {{- toYaml $v.operator.prometheusAccess.labels | nindent 4 }}
 alertmanager:
-  {{- include "reelway.operatorSource" (dict "name" "alertmanager" "url" $v.controller.alertmanagerUrl "access" $v.controller.alertmanagerAccess) | nindent 2 }}
+  {{- include "reelway.operatorSource" (dict "name" "alertmanager" "url" $v.operator.alertmanagerUrl "access" $v.operator.alertmanagerAccess) | nindent 2 }}
 {{- end -}}
 
 {{/* URL and credentials of Prometheus or Alertmanager. null selects the operator's default. */}}
@@ -35,7 +38,7 @@ ca_file: {{ ternary (printf "/etc/reelway/monitoring/%s.ca.crt" .name) nil (not 
 {{- define "reelway.monitoringAccess" -}}
 {{- $v := .Values -}}
 {{- range $name := list "prometheus" "alertmanager" }}
-{{- $access := index $v.controller (printf "%sAccess" $name) }}
+{{- $access := index $v.operator (printf "%sAccess" $name) }}
 {{- with $access.tokenSecret }}
 - secret: {name: {{ . }}, items: [{key: token, path: {{ $name }}.token}]}
 {{- end }}

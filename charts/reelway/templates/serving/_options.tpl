@@ -1,0 +1,53 @@
+{{/*
+Options of the service, for `reelway.platform.rollout.traffic.serving_options`. The operator composes Ray Serve's
+configuration from them; the chart renders neither releases nor routing, except for the very first release.
+*/}}
+{{- define "reelway.servingOptions" -}}
+{{- $s := .Values.serving -}}
+releases:
+  release_store: {{ include "reelway.storeUrl" . | quote }}
+  release_cache: /var/cache/reelway/releases
+  public_keys: /etc/reelway/public-keys
+  overlay: {{ if .Values.stream.enabled }}{{ include "reelway.changelogUrl" . | quote }}{{ else }}null{{ end }}
+initial:
+  release: {{ .Values.releases.initial | quote }}
+  salt: {{ $s.bucketSalt | quote }}
+metrics_dir: /var/run/reelway/metrics
+features_dir: {{ include "reelway.featuresFolder" . | default "null" }}
+vector_log: {{ if $s.parity.ratio }}{{ include "reelway.vectorLog" . }}{{ else }}null{{ end }}
+parity_ratio: {{ $s.parity.ratio }}
+outcomes: {{ ternary "/var/lib/reelway/state/outcomes.db" "null" $s.outcomes.enabled }}
+event_log: {{ if .Values.stream.enabled }}{{ .Values.stream.eventLog | quote }}{{ else }}null{{ end }}
+host: 0.0.0.0
+port: {{ $s.port }}
+composition: staged
+max_ongoing_requests: {{ $s.queue.maxOngoingRequests }}
+max_ongoing_sustained: {{ $s.queue.maxOngoingSustained }}
+ranker_address: {{ if include "reelway.kserveEnabled" . }}{{ include "reelway.rankerAddress" . | trim | quote }}{{ else }}null{{ end }}
+budgets:
+  viewer_row: {{ $s.budgetsMs.viewerRow }}
+  retrieval: {{ $s.budgetsMs.retrieval }}
+  ranking: {{ $s.budgetsMs.ranking }}
+  reranking: {{ $s.budgetsMs.reranking }}
+deployments:
+  {{- range $name := list "router" "retrieval" "ranking" "reranking" }}
+  {{- $deployment := get $s.deployments $name }}
+  {{ $name }}:
+    num_replicas: {{ $deployment.replicas }}
+    num_cpus: {{ $deployment.cpus }}
+    num_gpus: {{ $deployment.gpus }}
+    memory_bytes: {{ mul (int64 $deployment.memoryMiB) 1048576 }}
+    {{- with $deployment.autoscaling }}
+    {{- if .enabled }}
+    autoscaling: {min_replicas: {{ .min }}, max_replicas: {{ .max }}, target_ongoing_requests: {{ .ongoingRequests }}}
+    {{- end }}
+    {{- end }}
+  {{- end }}
+  # The file of the outcomes is on the head, the only pod with this resource.
+  outcomes: {num_replicas: 1, num_cpus: 0, resources: {reelway_state: 0.01}}
+{{- end -}}
+
+{{- define "reelway.featuresFolder" -}}
+{{- if eq .Values.features.type "directory" }}/var/lib/reelway/volume/{{ .Values.features.directory }}
+{{- else if eq .Values.features.type "redis" }}/etc/reelway/features{{ end -}}
+{{- end -}}

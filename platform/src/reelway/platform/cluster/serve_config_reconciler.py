@@ -1,0 +1,126 @@
+"""Keeps ``serveConfigV2`` of the installation's RayService up to date with its serving options.
+
+The Helm chart renders the options into a ConfigMap, and the RayService without ``serveConfigV2``. Only this module
+writes the first configuration (all viewers on ``initial.release``) and changed options. It keeps the releases and the
+routing of a configuration that exists, so that neither an upgrade of the chart nor a rendering moves a viewer.
+
+The RayService carries the digest of the options that belong to its pod template. Options with another digest wait,
+because Helm writes the ConfigMap a moment before the RayService: pods of the old image must not receive the arguments
+of the new one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from typing import Final
+
+from pydantic import ValidationError
+
+from reelway.platform.cluster.inference_service import Rankers
+from reelway.platform.cluster.kube_api import ConflictError, KubeApi
+from reelway.platform.cluster.ray_service import DeclaredConfig, RayServiceBackend
+from reelway.platform.errors import RolloutError
+from reelway.platform.rollout.series import SHORT_RELEASE
+from reelway.platform.rollout.traffic.routing import Routing
+from reelway.platform.rollout.traffic.serve_config import (
+    ServeConfig,
+    compose_serve_config,
+    releases_in,
+    routing_in,
+)
+from reelway.platform.rollout.traffic.serving_options import ServingOptions
+
+log = logging.getLogger(__name__)
+
+OPTIONS_SUFFIX: Final = "-serving"
+"""Appended to the RayService's name: the ConfigMap with its options."""
+OPTIONS_KEY: Final = "options.yaml"
+
+
+class ServeConfigReconciler:
+    """Writes ``serveConfigV2`` of one RayService when its options require another one.
+
+    Args:
+        rankers: the InferenceServices of the releases; None where Ray Serve ranks.
+    """
+
+    def __init__(self, api: KubeApi, backend: RayServiceBackend, rankers: Rankers | None = None) -> None:
+        self._api, self._backend, self._rankers = api, backend, rankers
+
+    def reconcile(self) -> bool:
+        """Reads the options and the RayService, and writes what differs. Returns whether it wrote.
+
+        A RayService without an options ConfigMap belongs to no chart and stays as it is.
+
+        Raises:
+            ConfigError: if the options cannot be read; nothing was written.
+            RolloutError: if ``serveConfigV2`` has no valid routing, or none exists and the options name no release.
+            KubernetesError: if the API server cannot be asked or rejects the write.
+        """
+        name = f"{self._backend.name}{OPTIONS_SUFFIX}"
+        found = self._api.get(f"v1/configmaps/{name}")
+        if found is None or not self._backend.exists():
+            return False
+        text = str(found.get("data", {}).get(OPTIONS_KEY, ""))
+        with self._backend.declaring:
+            declared = self._backend.fetch()
+            if declared.options_digest != digest_of(text):
+                log.debug("ConfigMap %s: its digest is not the RayService's; waiting for the chart", name)
+                return False
+            options = ServingOptions.parse(text, source=f"ConfigMap {name}, {OPTIONS_KEY}")
+            releases, routing = self._traffic(declared, options)
+            self._prepare_rankers(releases)
+            wanted = compose_serve_config(options, releases, routing)
+            if wanted == declared.config or self._in_transition(declared):
+                return False
+            try:
+                self._backend.patch(declared, wanted)
+            except ConflictError:
+                return False  # KubeRay wrote its status meanwhile; the next reconcile reads it
+        log.info("RayService %s: serveConfigV2 written, releases=%s", self._backend.name, [r[:12] for r in releases])
+        return True
+
+    def _traffic(self, declared: DeclaredConfig, options: ServingOptions) -> tuple[tuple[str, ...], Routing]:
+        """The releases and the routing to keep: those declared, else those that Serve runs, else the initial ones.
+
+        Serve is asked because `kubectl replace` drops ``serveConfigV2`` of a RayService whose service still runs.
+        """
+        if declared.config:
+            return releases_in(declared.config), self._checked_routing(declared.config)
+        self._backend.serve.observe()
+        running = self._backend.serve.config
+        if running and routing_in(running) is not None:
+            return releases_in(running), self._checked_routing(running)
+        if options.initial is None:
+            raise RolloutError(
+                f"RayService {self._backend.name}: no traffic yet and no initial release; set releases.initial"
+            )
+        return (options.initial.release,), options.initial.routing
+
+    def _checked_routing(self, config: ServeConfig) -> Routing:
+        try:
+            return Routing.model_validate(routing_in(config))
+        except ValidationError as error:
+            raise RolloutError(
+                f"RayService {self._backend.name}: serveConfigV2 has no valid routing: {error.errors()[0]['msg']}; "
+                "remove the field to start on releases.initial"
+            ) from error
+
+    def _in_transition(self, declared: DeclaredConfig) -> bool:
+        """Whether Serve already runs another routing than the one declared: the rollout's own write follows."""
+        running = self._backend.serve.config
+        return bool(declared.config and running and routing_in(running) != routing_in(declared.config))
+
+    def _prepare_rankers(self, releases: tuple[str, ...]) -> None:
+        if self._rankers is None:
+            return
+        existing = self._rankers.states()
+        for release in releases:
+            if release[:SHORT_RELEASE] not in existing:
+                self._rankers.prepare(release)
+
+
+def digest_of(text: str) -> str:
+    """SHA-256 of the options as the chart computes it, without surrounding white space."""
+    return hashlib.sha256(text.strip().encode()).hexdigest()
