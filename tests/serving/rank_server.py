@@ -21,7 +21,7 @@ from reelway.platform.cli.processes import child, reelway_command
 from reelway.platform.contracts.api import RequestContext
 from reelway.platform.release.signing import create_keys, load_private_key
 from reelway.platform.release.store import ReleaseStore
-from reelway.platform.rollout.traffic.serving_options import ReleaseArgs, ReleaseStoreArgs
+from reelway.platform.rollout.traffic.serving_options import ReleaseStoreArgs
 from reelway.serving.metrics import SHORT
 from reelway.serving.open_inference.ranker_service import LoadedRanker
 from reelway.serving.release_loader import ReleaseLoader
