@@ -24,6 +24,7 @@ from rich.table import Table
 
 from reelway.platform.cli.processes import child, reelway_command
 from reelway.platform.cli.terminal import console, out, say
+from reelway.platform.contracts.ids import short_id
 from reelway.platform.durable import ensure_private_token, write_json
 from reelway.platform.errors import ConfigError, FeatureError, ServingError
 from reelway.platform.rollout.traffic.serving_options import Composition
@@ -149,7 +150,7 @@ def serve(
             stack.enter_context(_record(directory, record))
             if controller:
                 stack.enter_context(_controller(directory))
-            out.print(f"serving release {release_id[:12]} at {service.url}", highlight=False)
+            out.print(f"serving release {short_id(release_id)} at {service.url}", highlight=False)
             say(f"Press Ctrl-C to stop. Try: reelway recommend --url {service.url} --viewer 1")
             _wait_for_the_end()
 

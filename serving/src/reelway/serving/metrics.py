@@ -17,6 +17,7 @@ from typing import Final
 from prometheus_client import CollectorRegistry, Histogram, generate_latest
 from prometheus_client.multiprocess import MultiProcessCollector
 
+from reelway.platform.contracts.ids import short_id
 from reelway.platform.rollout import series
 from reelway.platform.telemetry import counter, gauge, histogram
 from reelway.serving.stages.arrays import SOURCES, Candidates, Slate
@@ -33,7 +34,7 @@ class RetrievalMetrics:
     """Metrics of the process that runs retrieval."""
 
     def __init__(self, registry: CollectorRegistry, release: str) -> None:
-        release = release[:SHORT]
+        release = short_id(release)
         self.latency = histogram(
             "reelway_retrieval_latency_seconds", "Time in the retrieval stage.", ["release"], registry
         ).labels(release)
@@ -59,7 +60,7 @@ class RankingMetrics:
     """Metrics of the process that runs ranking."""
 
     def __init__(self, registry: CollectorRegistry, release: str) -> None:
-        release = release[:SHORT]
+        release = short_id(release)
         self.latency = histogram(
             "reelway_ranking_latency_seconds", "Time in the ranking stage.", ["release"], registry
         ).labels(release)
@@ -72,7 +73,7 @@ class RankServerMetrics:
     """Metrics of a rank server, which serves the ranker of one release to other processes."""
 
     def __init__(self, registry: CollectorRegistry, release: str) -> None:
-        self._release = release[:SHORT]
+        self._release = short_id(release)
         only = [self._release]
         self._requests = counter(
             "reelway_ranking_server_requests_total", "Requests by outcome.", ["release", "outcome"], registry
@@ -105,7 +106,7 @@ class RemoteRankerMetrics:
     """Metrics of a ranking stage that calls a ranker in another process."""
 
     def __init__(self, registry: CollectorRegistry, release: str) -> None:
-        self._release = release[:SHORT]
+        self._release = short_id(release)
         self._faults = counter(
             "reelway_ranking_remote_faults_total", "Failed calls of the rank server, by kind of failure.",
             ["release", "kind"], registry,
@@ -120,7 +121,7 @@ class RerankingMetrics:
     """Metrics of the process that runs re-ranking."""
 
     def __init__(self, registry: CollectorRegistry, release: str) -> None:
-        release = release[:SHORT]
+        release = short_id(release)
         self.latency = histogram(
             "reelway_reranking_latency_seconds", "Time in the re-ranking stage.", ["release"], registry
         ).labels(release)

@@ -14,6 +14,7 @@ from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Final
 
+from reelway.platform.contracts.ids import short_id
 from reelway.serving.request_path import InlineExecutor, PathExecutor, RouterRelease, Stages
 
 log = logging.getLogger(__name__)
@@ -156,7 +157,7 @@ class OpenReleases:
         try:
             self._open[release] = await self._open_release(release)
         except Exception as fault:  # a broken release must not affect the others
-            log.warning("release %s: cannot be opened", release[:12], exc_info=True)
+            log.warning("release %s: cannot be opened", short_id(release), exc_info=True)
             self._faults[release] = f"{type(fault).__name__}: {fault}"
         else:
             self._faults.pop(release, None)
@@ -167,4 +168,4 @@ class OpenReleases:
         try:
             await dropped.close_when_idle()
         except Exception:  # the release is removed in any case
-            log.warning("release %s: closing failed", release[:12], exc_info=True)
+            log.warning("release %s: closing failed", short_id(release), exc_info=True)

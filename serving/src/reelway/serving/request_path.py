@@ -34,8 +34,9 @@ from prometheus_client import CollectorRegistry
 
 from reelway.platform.contracts.api import RecommendedVideo, RecommendRequest, RecommendResponse, Rung
 from reelway.platform.contracts.events import Arm
+from reelway.platform.contracts.ids import short_id
 from reelway.platform.tokens import TokenSigner
-from reelway.serving.metrics import SHORT, IngressMetrics, timed
+from reelway.serving.metrics import IngressMetrics, timed
 from reelway.serving.parity_sample import ParitySample
 from reelway.serving.popular import PopularLists
 from reelway.serving.slates import EVERYBODY, RolloutSide, Showing, new_ids, shown_videos, slices_of
@@ -144,7 +145,7 @@ class RequestPath:
         self._rollout_arm = rollout_arm
         self._sample = sample
         self._executor = executor or InlineExecutor()
-        self._labels = (router_release.release_id[:SHORT], rollout_arm.arm.value)
+        self._labels = (short_id(router_release.release_id), rollout_arm.arm.value)
         metrics.empty.labels(*self._labels)  # export 0 from the start: no line on a dashboard would mean "no data"
 
     async def run(self, call: PathCall, stages: Stages | None = None) -> PathResult:

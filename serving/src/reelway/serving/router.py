@@ -21,6 +21,7 @@ from prometheus_client import CollectorRegistry
 
 from reelway.platform.contracts.api import RecommendRequest
 from reelway.platform.contracts.events import Arm
+from reelway.platform.contracts.ids import short_id
 from reelway.platform.errors import OverloadedError, ServingError
 from reelway.platform.rollout.sequential import overlap_weight
 from reelway.platform.rollout.traffic.routing import ArmRoute, Routing
@@ -194,7 +195,7 @@ class Router:
             return
         release = way.release.release_id
         self._metrics.shed.labels(release[: metrics.SHORT], way.side.arm.value).inc()
-        raise OverloadedError(f"release {release[:12]}: {way.release.requests} requests are in flight; try again")
+        raise OverloadedError(f"release {short_id(release)}: {way.release.requests} requests are in flight; try again")
 
     async def _start_with(self, routing: Routing) -> None:
         stable = _fallback(routing).release

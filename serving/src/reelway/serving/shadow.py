@@ -14,8 +14,9 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from reelway.platform.contracts.api import RecommendRequest
+from reelway.platform.contracts.ids import short_id
 from reelway.platform.rollout.traffic.bucketing import bucket_of
-from reelway.serving.metrics import SHORT, ShadowMetrics
+from reelway.serving.metrics import ShadowMetrics
 from reelway.serving.open_releases import OpenRelease
 from reelway.serving.request_path import Recommendation, RequestPath
 from reelway.serving.stages.arrays import F32
@@ -56,7 +57,7 @@ class ShadowMirror:
 
     def offer(self, release: OpenRelease, path: RequestPath, asked: Asked, recommendation: Recommendation) -> None:
         """Starts a mirrored request, unless too many are in flight."""
-        name = release.release_id[:SHORT]
+        name = short_id(release.release_id)
         if len(self._under_way) >= self._at_once:
             self._metrics.requests.labels(name, "dropped").inc()
             return
@@ -65,7 +66,7 @@ class ShadowMirror:
         task.add_done_callback(self._under_way.discard)
 
     async def _ask(self, release: OpenRelease, path: RequestPath, asked: Asked, recommendation: Recommendation) -> None:
-        name = release.release_id[:SHORT]
+        name = short_id(release.release_id)
         try:
             with release.in_use():
                 async with asyncio.timeout(self._within_s):

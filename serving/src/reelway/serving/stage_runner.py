@@ -11,8 +11,9 @@ from collections.abc import Awaitable, Callable, Mapping
 from typing import Final, NamedTuple, TypeVar
 
 from reelway.platform.contracts.api import Rung
+from reelway.platform.contracts.ids import short_id
 from reelway.platform.errors import FeatureError
-from reelway.serving.metrics import SHORT, IngressMetrics, timed
+from reelway.serving.metrics import IngressMetrics, timed
 from reelway.serving.time_budget import TimeBudget
 
 T = TypeVar("T")
@@ -43,7 +44,7 @@ class StageRunner:
 
     def __init__(self, metrics: IngressMetrics, release_id: str, budgets: Mapping[str, TimeBudget]) -> None:
         self._metrics = metrics
-        self._release = release_id[:SHORT]
+        self._release = short_id(release_id)
         self._budgets = budgets
 
     async def run(

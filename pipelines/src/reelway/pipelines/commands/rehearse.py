@@ -11,6 +11,7 @@ import typer
 from reelway.pipelines.commands.own_key import own_key
 from reelway.platform.cli.release import RUN
 from reelway.platform.cli.terminal import console, say
+from reelway.platform.contracts.ids import short_id
 from reelway.platform.release.signing import fingerprint, load_private_key
 from reelway.platform.release.store import LATEST, ReleaseStore
 from reelway.platform.runs import RunDirectory
@@ -75,7 +76,9 @@ def rehearse(
                     report=lambda what: status.update(f"drill release {kind.value}: {what}"),
                 )
             step.summary |= {"release_id": release_id, "folder": str(folder)}
-            say(f"release {release_id[:12]} is rehearsal-{kind.value}: {rehearsal.ABOUT[rehearsal.Rehearsal(kind)]}")
+            say(
+                f"release {short_id(release_id)} is rehearsal-{kind.value}: {rehearsal.ABOUT[rehearsal.Rehearsal(kind)]}"
+            )
         typer.echo(step.summary["release_id"])
 
 

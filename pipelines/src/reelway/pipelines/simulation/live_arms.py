@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Final
 
+from reelway.platform.contracts.ids import short_id
+
 CANARY: Final = "canary"
 GRACE_S: Final = 2.0
 """Tolerance for requests in flight and for a routing that was read up to 0.5 s ago."""
@@ -33,7 +35,7 @@ class ArmLedger:
             return
         self._last[viewer_id] = now
         if before is not None and before[1] == CANARY:
-            self._back.setdefault(before[0], []).append((at_s, viewer_id, f"{release[:12]} ({arm})"))
+            self._back.setdefault(before[0], []).append((at_s, viewer_id, f"{short_id(release)} ({arm})"))
 
     def looked(self, canaries: frozenset[str], at_s: float) -> None:
         """Records the canaries that have traffic at ``at_s`` according to the service."""

@@ -18,6 +18,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from reelway.platform.cli.terminal import out, say
+from reelway.platform.contracts.ids import short_id
 from reelway.platform.contracts.manifest import MANIFEST_FILE, FeatureServiceRef, Manifest
 from reelway.platform.errors import ConfigError, FeatureError
 from reelway.platform.release.folder import read_manifest
@@ -89,7 +90,7 @@ def list_releases(run: Path = RUN, store: str | None = STORE, output: Output = O
     table = Table("release", "name", "made at (UTC)", "signed", "gates", "size", "parent")
     for release in releases:
         table.add_row(
-            release.release_id[:12],
+            short_id(release.release_id),
             release.name,
             f"{release.created_at:%Y-%m-%d %H:%M:%S}",
             "yes" if release.signed else "no",
@@ -151,7 +152,7 @@ def verify_release(
         with tempfile.TemporaryDirectory(prefix="reelway-verify-") as aside:
             verified = look(source.fetch(release_id, Path(aside)), release_id)
     _say_waivers(verified)
-    table = Table("check", "result", title=f"release {verified.manifest.release_id[:12]} may take traffic")
+    table = Table("check", "result", title=f"release {short_id(verified.manifest.release_id)} may take traffic")
     for check in verified.checks:
         table.add_row(check.name, check.detail)
     out.print(table)
@@ -186,7 +187,7 @@ def fetch_release(
     if public_keys is not None:
         keys = load_public_keys(public_keys)
         verified = verify(folder, public_keys=keys, feature_services=None, expected_id=release_id)
-        say(f"release {release_id[:12]} verified: {len(verified.checks)} checks passed")
+        say(f"release {short_id(release_id)} verified: {len(verified.checks)} checks passed")
         _say_waivers(verified)
     typer.echo(folder)
 
@@ -205,7 +206,7 @@ def fetch_verified(run: RunDirectory, release: str) -> VerifiedRelease:
     services = registered_services(run.features, read_manifest(folder).feature_services, required=False)
     keys = load_public_keys(run.keys)
     verified = verify(folder, public_keys=keys, feature_services=services, expected_id=release_id)
-    say(f"release {release_id[:12]} verified: {len(verified.checks)} checks passed")
+    say(f"release {short_id(release_id)} verified: {len(verified.checks)} checks passed")
     _say_waivers(verified)
     return verified
 

@@ -12,6 +12,7 @@ from datetime import UTC, datetime
 
 from reelway.platform.cluster.resources import Resource
 from reelway.platform.cluster.rollout_store import rollout_of
+from reelway.platform.contracts.ids import short_id
 from reelway.platform.errors import RolloutError
 from reelway.platform.rollout.policy import RolloutPolicy
 from reelway.platform.rollout.state import Phase, RolloutState
@@ -51,13 +52,13 @@ def admit(
         return Refuse(f"withdrawn by {spec.commands[-1].actor} before it started")
     if before is not None and before.active:
         return Wait(
-            f"rollout {before.id} of {before.canary_release[:12]} is in progress; this one starts after it ends"
+            f"rollout {before.id} of {short_id(before.canary_release)} is in progress; this one starts after it ends"
         )
     stable = before.live_release if before else live
     if stable is None:
         return Wait(f"the live release is unknown: {unseen}")
     if stable == spec.release:
-        return Refuse(f"release {spec.release[:12]} is live already; choose another release")
+        return Refuse(f"release {short_id(spec.release)} is live already; choose another release")
     if spec.stable_release not in (None, stable):
         return Refuse(
             f"spec.stableRelease is {str(spec.stable_release)[:12]}, but {stable[:12]} is live; "
@@ -66,7 +67,7 @@ def admit(
     again = before is not None and before.phase is Phase.ROLLED_BACK and before.canary_release == spec.release
     if again and before is not None and not spec.force:
         return Refuse(
-            f"release {spec.release[:12]} was rolled back ({before.reason}); roll it out again with spec.force"
+            f"release {short_id(spec.release)} was rolled back ({before.reason}); roll it out again with spec.force"
         )
     try:
         state = start(

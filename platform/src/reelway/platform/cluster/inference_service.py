@@ -15,8 +15,8 @@ from typing import Any, Final, Protocol
 import yaml
 
 from reelway.platform.cluster.kube_api import ConflictError, Document, KubeApi
+from reelway.platform.contracts.ids import short_id
 from reelway.platform.errors import ConfigError, KubernetesError, RolloutError
-from reelway.platform.rollout.series import SHORT_RELEASE
 from reelway.platform.rollout.traffic.target import TrafficBackend, TrafficObservation, TrafficTarget
 
 PATH: Final = "serving.kserve.io/v1beta1/inferenceservices"
@@ -216,7 +216,7 @@ def _named(template: Any, release: str) -> Any:
 
 
 def _short(release: str) -> str:
-    return release[:SHORT_RELEASE]
+    return short_id(release)
 
 
 def _joined(*parts: str) -> str:

@@ -20,8 +20,8 @@ from pydantic import ValidationError
 from reelway.platform.cluster.inference_service import Rankers
 from reelway.platform.cluster.kube_api import ConflictError, KubeApi
 from reelway.platform.cluster.ray_service import DeclaredConfig, RayServiceBackend
+from reelway.platform.contracts.ids import short_id
 from reelway.platform.errors import RolloutError
-from reelway.platform.rollout.series import SHORT_RELEASE
 from reelway.platform.rollout.traffic.routing import Routing
 from reelway.platform.rollout.traffic.serve_config import (
     ServeConfig,
@@ -117,7 +117,7 @@ class ServeConfigReconciler:
             return
         existing = self._rankers.states()
         for release in releases:
-            if release[:SHORT_RELEASE] not in existing:
+            if short_id(release) not in existing:
                 self._rankers.prepare(release)
 
 

@@ -17,8 +17,8 @@ from reelway.platform.cluster.resources import (
     ReleaseRolloutStatus,
     Resource,
 )
+from reelway.platform.contracts.ids import short_id
 from reelway.platform.rollout.records import HistoryEntry, Sighting
-from reelway.platform.rollout.series import SHORT_RELEASE
 from reelway.platform.rollout.state import Phase, RolloutState
 
 WAITING: Final = "Waiting"
@@ -37,7 +37,7 @@ def drawn(resource: Resource, status: ReleaseRolloutStatus, now: float) -> Relea
         update={
             "observed_generation": resource.generation,
             "phase": phase_word(state.phase),
-            "release": state.canary_release[:SHORT_RELEASE],
+            "release": short_id(state.canary_release),
             "step": f"{state.step + 1} of {len(policy.steps)}",
             "weight": f"{state.canary_bp / 100:g} %",
             "weights": {arm.value: points for arm, points in state.weights.items()},
@@ -59,7 +59,7 @@ def not_begun(resource: Resource, phase: str, reason: str, now: float) -> Releas
         observed_generation=resource.generation,
         version=resource.status.version,
         phase=phase,
-        release=resource.spec.release[:SHORT_RELEASE],
+        release=short_id(resource.spec.release),
         reason=reason,
         conditions=conditions,
     )

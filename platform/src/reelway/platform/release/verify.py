@@ -19,6 +19,7 @@ from pydantic import BaseModel, ValidationError
 from reelway.platform.contracts.blend import Blend
 from reelway.platform.contracts.calibration import Calibration
 from reelway.platform.contracts.features import RANKER_TASKS, VIDEO_DENSE
+from reelway.platform.contracts.ids import short_id
 from reelway.platform.contracts.manifest import (
     BLEND_FILE,
     CALIBRATION_FILE,
@@ -81,7 +82,7 @@ def verify(
     """
     manifest = read_manifest(folder)
     assess_id(manifest, expected_id)
-    checks = [PassedCheck("manifest", f"{manifest.name}, id {manifest.release_id[:12]}")]
+    checks = [PassedCheck("manifest", f"{manifest.name}, id {short_id(manifest.release_id)}")]
 
     def passed(name: str, detail: str) -> None:
         checks.append(PassedCheck(name, detail))
@@ -104,7 +105,9 @@ def verify(
     check_tables(folder, manifest.dimensions)
     passed("tables", f"{manifest.dimensions.videos} videos")
     if problems := assess_dimensions(manifest.dimensions, read_dimensions(folder)):
-        raise IncompatibleReleaseError(f"release {manifest.release_id[:12]}: {'; '.join(problems)}; build it again")
+        raise IncompatibleReleaseError(
+            f"release {short_id(manifest.release_id)}: {'; '.join(problems)}; build it again"
+        )
     passed("dimensions", f"embedding {manifest.dimensions.embedding}, {len(manifest.dimensions.tasks)} tasks")
     read_blend(folder)
     read_calibration(folder)
@@ -138,7 +141,7 @@ def assess_id(manifest: Manifest, expected_id: str | None) -> None:
     """
     if expected_id is not None and manifest.release_id != expected_id:
         raise DigestMismatchError(
-            f"the manifest has id {manifest.release_id[:12]}..., expected {expected_id[:12]}...; it was changed, or "
+            f"the manifest has id {short_id(manifest.release_id)}..., expected {short_id(expected_id)}...; it was changed, or "
             "the folder holds another release"
         )
 

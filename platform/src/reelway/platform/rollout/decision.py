@@ -14,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from reelway.platform.contracts.events import Arm
+from reelway.platform.contracts.ids import short_id
 from reelway.platform.rollout.assessment import Assessment, assess
 from reelway.platform.rollout.evidence import EvidenceSnapshot, nothing_heard
 from reelway.platform.rollout.policy import Deadline, RolloutPolicy, Step
@@ -64,7 +65,7 @@ def decide_on(
 
 def _distrust(policy: RolloutPolicy, state: RolloutState, evidence: EvidenceSnapshot, now: float) -> str:
     if evidence.release != state.canary_release:
-        return f"the evidence belongs to release {evidence.release[:12]}, not {state.canary_release[:12]}"
+        return f"the evidence belongs to release {short_id(evidence.release)}, not {short_id(state.canary_release)}"
     if not math.isfinite(evidence.time):
         return "the evidence has no valid time"
     if (age := now - evidence.time) > policy.evidence_max_age_s:
@@ -164,7 +165,9 @@ def _asked_to_promote(case: _Case, who: str) -> Decision:
 def _before_traffic(case: _Case) -> Decision | None:
     state, policy, evidence = case.state, case.policy, case.evidence
     if state.phase is Phase.PENDING:
-        return Decision(Action.PREPARE, f"start {state.canary_release[:12]} in addition to {state.stable_release[:12]}")
+        return Decision(
+            Action.PREPARE, f"start {short_id(state.canary_release)} in addition to {short_id(state.stable_release)}"
+        )
     if state.phase is Phase.PREPARING:
         if not case.distrust and evidence.canary_gave_up:
             return Decision(Action.ROLL_BACK, f"the release cannot start: {evidence.canary_gave_up}")
@@ -198,13 +201,13 @@ def _after_traffic(case: _Case) -> Decision | None:
     state = case.state
     if state.phase is Phase.PROMOTING:
         if case.evidence.weights is not None and case.evidence.weights.get(Arm.CANARY, 0) == state.canary_bp:
-            return Decision(Action.COMPLETE_PROMOTION, f"all traffic is on {state.canary_release[:12]}")
+            return Decision(Action.COMPLETE_PROMOTION, f"all traffic is on {short_id(state.canary_release)}")
         return Decision(Action.WAIT, "promoting: not all traffic is observed on the release yet")
     if state.phase is Phase.PROMOTED:
         kept_s = state.phase_s + case.tick_s
         if kept_s >= case.policy.retention_s:
-            return Decision(Action.RETIRE, f"{state.stable_release[:12]} was kept warm for {kept_s:.0f} s")
-        return Decision(Action.WAIT, f"promoted; {state.stable_release[:12]} stays warm")
+            return Decision(Action.RETIRE, f"{short_id(state.stable_release)} was kept warm for {kept_s:.0f} s")
+        return Decision(Action.WAIT, f"promoted; {short_id(state.stable_release)} stays warm")
     return None
 
 

@@ -13,6 +13,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from reelway.platform.contracts.events import Arm
+from reelway.platform.contracts.ids import short_id
 from reelway.platform.rollout.sequential import BASIS_POINTS
 
 
@@ -86,7 +87,7 @@ class RolloutState(BaseModel):
         if self.canary_bp + self.holdout_bp > BASIS_POINTS:
             raise ValueError(f"canary {self.canary_bp} + holdout {self.holdout_bp} basis points exceed {BASIS_POINTS}")
         if self.stable_release == self.canary_release:
-            raise ValueError(f"release {self.canary_release[:12]} cannot be rolled out over itself")
+            raise ValueError(f"release {short_id(self.canary_release)} cannot be rolled out over itself")
         return self
 
     @property

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 
+from reelway.platform.contracts.ids import short_id
 from reelway.platform.errors import RolloutError
 from reelway.platform.rollout.policy import RolloutPolicy
 from reelway.platform.rollout.sequential import BASIS_POINTS
@@ -67,16 +68,16 @@ def start(
         RolloutError: if a rollout is in progress, the release was rolled back, or the cooldown has not ended.
     """
     if canary_release == stable_release:
-        raise RolloutError(f"release {canary_release[:12]} is already live; roll out another release")
+        raise RolloutError(f"release {short_id(canary_release)} is already live; roll out another release")
     if previous is not None and previous.active:
         raise RolloutError(
-            f"rollout {previous.id} of {previous.canary_release[:12]} is {previous.phase}; wait until it has ended, or "
+            f"rollout {previous.id} of {short_id(previous.canary_release)} is {previous.phase}; wait until it has ended, or "
             "end it with `reelway rollout rollback`"
         )
     if previous is not None and previous.phase is Phase.ROLLED_BACK and not force:
         if previous.canary_release == canary_release:
             raise RolloutError(
-                f"release {canary_release[:12]} was rolled back ({previous.reason}); to roll it out again, use --force"
+                f"release {short_id(canary_release)} was rolled back ({previous.reason}); to roll it out again, use --force"
             )
         left_s = policy.cooldown_s - max(0.0, now - previous.changed_at)
         if left_s > 0:
@@ -93,7 +94,7 @@ def start(
         changed_at=now,
         tick_at=now,
         forced=force,
-        reason=f"rollout of {canary_release[:12]} over {stable_release[:12]} requested"
+        reason=f"rollout of {short_id(canary_release)} over {short_id(stable_release)} requested"
         + (" (forced)" if force else ""),
     )
 

@@ -23,6 +23,7 @@ from google.protobuf.message import DecodeError
 from numpy.typing import NDArray
 
 from reelway.platform.contracts.features import RANKER_INPUTS
+from reelway.platform.contracts.ids import short_id
 from reelway.platform.errors import ServingError
 from reelway.serving.metrics import SHORT, RemoteRankerMetrics
 from reelway.serving.open_inference.messages import MODEL, SERVICE, load_messages
@@ -64,7 +65,7 @@ _OPTIONS: Final = (
 
 def server_address(template: str, release: str) -> str:
     """Replaces ``{release}`` in the template by the first 12 characters of the release's id."""
-    return template.replace("{release}", release[:SHORT])
+    return template.replace("{release}", short_id(release))
 
 
 class RemoteRanker:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from reelway.platform.cli.terminal import out, say
+from reelway.platform.contracts.ids import short_id
 from reelway.platform.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -64,6 +65,6 @@ def rank_server(
 
     def on_listening(ports: BoundPorts, release: str) -> None:
         say(f"listening: REST at http://{host}:{ports.http_port}, gRPC at {host}:{ports.grpc_port}")
-        out.print(f"ranking with release {release[:12]}", highlight=False)
+        out.print(f"ranking with release {short_id(release)}", highlight=False)
 
     run_rank_server(options, on_listening)

@@ -18,10 +18,11 @@ from onnxruntime.capi import onnxruntime_pybind11_state as onnx_errors
 from prometheus_client import CollectorRegistry
 
 from reelway.platform.contracts.features import RANKER_INPUTS
+from reelway.platform.contracts.ids import short_id
 from reelway.platform.contracts.manifest import RANKER_FILE
 from reelway.platform.errors import DigestMismatchError, ServingError
 from reelway.platform.release.folder import read_manifest
-from reelway.serving.metrics import SHORT, RankServerMetrics
+from reelway.serving.metrics import RankServerMetrics
 from reelway.serving.open_inference.errors import (
     DeadlineExceededError,
     InferenceRequestError,
@@ -129,9 +130,9 @@ class RankerService:
         """Raises ModelNotFoundError if another model or another release is requested."""
         if model != MODEL:
             raise ModelNotFoundError(f"there is no model {model[:80]!r}; expected {MODEL!r}")
-        if version not in ("", self.release, self.release[:SHORT]):
+        if version not in ("", self.release, short_id(self.release)):
             raise ModelNotFoundError(
-                f"model {MODEL!r} has no version {version[:80]!r} here; expected {self.release[:SHORT]}"
+                f"model {MODEL!r} has no version {version[:80]!r} here; expected {short_id(self.release)}"
             )
 
     def record_refused(self, error: InferenceRequestError) -> None:

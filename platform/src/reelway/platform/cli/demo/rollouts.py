@@ -23,6 +23,7 @@ from reelway.platform.cli.processes import child, reelway_command, run_to_end
 from reelway.platform.cli.rollout.access import open_store
 from reelway.platform.cli.rollout.place import serving_record
 from reelway.platform.cli.terminal import console, out, say
+from reelway.platform.contracts.ids import short_id
 from reelway.platform.errors import CommandFailedError, ConfigError, RolloutError
 from reelway.platform.runs import RunDirectory
 
@@ -85,7 +86,7 @@ class Ending:
 def rehearsal_commands(run: RunDirectory, seed: int) -> list[list[str]]:
     """Returns the commands that build the initial release and the bad releases."""
     good = str(run.record("release")["summary"]["release_id"])
-    where = ["--run", str(run.path), "--base", good[:12], "--seed", str(seed)]
+    where = ["--run", str(run.path), "--base", short_id(good), "--seed", str(seed)]
     return [["release", "rehearse", kind, *where] for kind in REHEARSALS]
 
 
@@ -137,7 +138,7 @@ def show(endings: Sequence[Ending], traffic: dict[str, Any]) -> None:
     for one in endings:
         colour = "green" if one.as_expected else "bold red"
         table.add_row(
-            one.release[:12], one.scene.wrong, f"[{colour}]{one.end.replace('_', ' ')}[/]",
+            short_id(one.release), one.scene.wrong, f"[{colour}]{one.end.replace('_', ' ')}[/]",
             escape(one.evidence.replace(", ", "\n")), f"{one.weight_bp / 100:g} %", str(one.viewers),
             f"{one.seconds:.0f}", str(one.failed),
         )  # fmt: skip
@@ -169,7 +170,7 @@ def assess(endings: Sequence[Ending], traffic: dict[str, Any]) -> None:
 
 def _play(run: RunDirectory, scene: Scene, walk: DemoWalk, report: Path) -> Ending:
     release = _release_of(run, scene.step)
-    command = ["rollout", "start", release[:12], "--run", str(run.path), "--policy", "demo", "--wait",
+    command = ["rollout", "start", short_id(release), "--run", str(run.path), "--policy", "demo", "--wait",
                "--timeout", str(ROLLOUT_S)]  # fmt: skip
     walk.step(scene.title, command)
     before = _read(report)

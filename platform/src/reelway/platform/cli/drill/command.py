@@ -27,6 +27,7 @@ from reelway.platform.cli.rollout.access import controller_sight, open_store, st
 from reelway.platform.cli.rollout.place import actor, controller_record, open_run, serving_record, tell
 from reelway.platform.cli.rollout.wait import RolloutExit, wait_until
 from reelway.platform.cli.terminal import console, out
+from reelway.platform.contracts.ids import short_id
 from reelway.platform.errors import CommandFailedError, ConfigError, RolloutError
 from reelway.platform.rollout.state import Command, Phase
 from reelway.platform.runs import RunDirectory
@@ -315,7 +316,11 @@ def deliver(run: RunDirectory, rollout: Rollout, starts_at: float, status: str) 
     record = controller_record(run)
     if record is None:
         raise RolloutError(f"no controller is running for this run: {start_the_controller(run)}")
-    labels = {"alertname": "ReelwayDrill", "release": rollout.state.canary_release[:12], "rollout": rollout.state.id}
+    labels = {
+        "alertname": "ReelwayDrill",
+        "release": short_id(rollout.state.canary_release),
+        "rollout": rollout.state.id,
+    }
     alert = {
         "status": status,
         "labels": labels,

@@ -13,6 +13,7 @@ from rich.table import Table
 
 from reelway.platform.cli.rollout.report import EvidenceReport
 from reelway.platform.cli.rollout.views import span
+from reelway.platform.contracts.ids import short_id
 from reelway.platform.rollout.state import Phase
 
 if TYPE_CHECKING:
@@ -117,7 +118,9 @@ def drill_table(report: DrillReport) -> Table:
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
     verdict = "[bold green]PASSED[/]" if report.passed else "[bold red]FAILED[/]"
-    table.add_row("drill", f"{verdict}   {report.rollout}, release {report.release[:12]} ({report.fault or 'given'})")
+    table.add_row(
+        "drill", f"{verdict}   {report.rollout}, release {short_id(report.release)} ({report.fault or 'given'})"
+    )
     table.add_row("detected by", ", ".join(report.caught_by) or "[bold red]nothing[/]")
     if report.detected_after_s is not None:
         since = "the alert" if report.alerted_at is not None else "the first exposure"
@@ -130,7 +133,7 @@ def drill_table(report: DrillReport) -> Table:
         table.add_row("rolled back", f"all traffic on stable {report.decision_to_stable_ms:.0f} ms after the decision")
     if report.failed_requests is not None:
         table.add_row("failed", f"{report.failed_requests:,} of {report.requests or 0:,} requests")
-    where = f"all traffic on {report.stable_release[:12]}" if report.on_stable else "[bold red]NOT on stable[/]"
+    where = f"all traffic on {short_id(report.stable_release)}" if report.on_stable else "[bold red]NOT on stable[/]"
     table.add_row("now", f"{where}; total time {span(report.total_s)}")
     return table
 

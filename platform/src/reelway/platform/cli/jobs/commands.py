@@ -20,6 +20,7 @@ from rich.table import Column, Table
 from reelway.platform.cli.jobs.follow import INTERRUPTED, follow_or_ask, raise_if_bad
 from reelway.platform.cli.rollout.place import tell
 from reelway.platform.cli.terminal import out
+from reelway.platform.contracts.ids import short_id
 from reelway.platform.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -200,7 +201,9 @@ def _print(jobs: Sequence[Job], now: datetime) -> None:
     for job in jobs:
         took = _span((job.ended_at or now) - job.started_at) if job.started_at else "-"
         state = job.state.value + (f" ({job.exit_code})" if job.exit_code else "")
-        table.add_row(job.name, job.kind, job.run, state, _span(now - job.created_at), took, job.release[:12] or "-")
+        table.add_row(
+            job.name, job.kind, job.run, state, _span(now - job.created_at), took, short_id(job.release) or "-"
+        )
     wide = Console(width=max(out.width, Measurement.get(out, out.options.update(max_width=500), table).maximum))
     wide.print(table)  # never wrapped, because users copy the names
 

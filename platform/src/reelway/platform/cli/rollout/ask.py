@@ -15,6 +15,7 @@ from rich.markup import escape
 from reelway.platform.cli.rollout.access import controller_sight, start_the_controller
 from reelway.platform.cli.rollout.place import Place, actor, tell
 from reelway.platform.cli.rollout.wait import RolloutExit, exit_of, wait_until
+from reelway.platform.contracts.ids import short_id
 from reelway.platform.errors import RolloutError
 from reelway.platform.rollout.state import Command, Phase, RolloutState, Verb
 
@@ -96,13 +97,13 @@ def refuse_in_vain(store: RolloutStore, state: RolloutState, verb: Verb) -> None
         )
     if state.retired:
         raise RolloutError(
-            f"cannot {verb} {state.id}: it was promoted and {state.stable_release[:12]} is no longer kept warm; "
-            f"to return to it, run `reelway rollout start {state.stable_release[:12]}`"
+            f"cannot {verb} {state.id}: it was promoted and {short_id(state.stable_release)} is no longer kept warm; "
+            f"to return to it, run `reelway rollout start {short_id(state.stable_release)}`"
         )
     if state.phase is Phase.ROLLED_BACK:
         raise RolloutError(
             f"cannot {verb} {state.id}: it was rolled back ({state.reason}); "
-            f"to retry the release, run `reelway rollout start {state.canary_release[:12]} --force`"
+            f"to retry the release, run `reelway rollout start {short_id(state.canary_release)} --force`"
         )
     if state.phase is Phase.PROMOTED and verb != "rollback":
         raise RolloutError(f"cannot {verb} {state.id}: it was promoted, and a promoted rollout accepts only `rollback`")

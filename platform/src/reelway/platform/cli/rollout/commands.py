@@ -19,6 +19,7 @@ from reelway.platform.cli.rollout.place import ClusterPlace, Place, flags_of, op
 from reelway.platform.cli.rollout.policy import policy_group, policy_named
 from reelway.platform.cli.rollout.wait import RolloutExit
 from reelway.platform.cli.terminal import out
+from reelway.platform.contracts.ids import short_id
 
 if TYPE_CHECKING:
     from reelway.platform.rollout.state import Verb
@@ -112,9 +113,11 @@ def start(
         begun = start_rollout(directory, store, release, rules, force=force, note=note)
     state = begun.state
     out.print(state.id, highlight=False)
-    tell(f"rolling out {state.canary_release[:12]} over {state.stable_release[:12]}, policy {escape(rules.name)}")
+    tell(
+        f"rolling out {short_id(state.canary_release)} over {short_id(state.stable_release)}, policy {escape(rules.name)}"
+    )
     if before is not None and before.state.phase is Phase.PROMOTED and not before.state.retired:
-        gone = before.state.stable_release[:12]
+        gone = short_id(before.state.stable_release)
         tell(f"{gone} is no longer kept warm: {before.state.id} can no longer be rolled back")
     controller = look(directory, store, state.id).controller
     if controller.silent:

@@ -16,6 +16,7 @@ from reelway.platform.cli.rollout.place import tell
 from reelway.platform.cli.rollout.views import clock_of
 from reelway.platform.cli.rollout.wait import RolloutExit, exit_of
 from reelway.platform.cli.terminal import out
+from reelway.platform.contracts.ids import short_id
 from reelway.platform.errors import RolloutError
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ def print_history(store: RolloutStore, rollout: Rollout, *, as_json: bool) -> No
         return
     state = rollout.state
     out.print(
-        f"{state.id}   {state.canary_release[:12]} over {state.stable_release[:12]}   {exit_of(state).words}",
+        f"{state.id}   {short_id(state.canary_release)} over {short_id(state.stable_release)}   {exit_of(state).words}",
         highlight=False,
     )
     for entry in entries:
@@ -58,8 +59,8 @@ def print_all(store: RolloutStore, *, as_json: bool) -> None:
     for rollout in rollouts:
         state, result = rollout.state, exit_of(rollout.state)
         out.print(
-            f"[bold]{state.id}[/]  {clock_of(state.started_at)[:16]}  {state.canary_release[:12]} over "
-            f"{state.stable_release[:12]}  [{RESULT_STYLES[result]}]{result.words}[/]",
+            f"[bold]{state.id}[/]  {clock_of(state.started_at)[:16]}  {short_id(state.canary_release)} over "
+            f"{short_id(state.stable_release)}  [{RESULT_STYLES[result]}]{result.words}[/]",
             highlight=False,
         )
         out.print(_indented(state.reason), highlight=False)

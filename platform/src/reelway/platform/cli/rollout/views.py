@@ -16,6 +16,7 @@ from rich.text import Text
 
 from reelway.platform.cli.rollout.intervals import guardrail_lines, outcomes_table, worded
 from reelway.platform.cli.rollout.report import EvidenceReport, RolloutReport, StatusReport
+from reelway.platform.contracts.ids import short_id
 
 PHASE_STYLES: Final = {
     "pending": "cyan",
@@ -67,7 +68,7 @@ def _nothing_yet(report: StatusReport, width: int) -> Sequence[RenderableType]:
     if serving is None:
         first = [worded("not served", "bold yellow", f"run `reelway serve --run {report.run}`", width)]
     else:
-        first = [worded("live", "bold green", f"release {serving.release[:12]} at {serving.url}", width)]
+        first = [worded("live", "bold green", f"release {short_id(serving.release)} at {serving.url}", width)]
     begin = f"no rollout yet; start one with `reelway rollout start RELEASE --run {report.run}`"
     return [*first, worded("rollout", "bold", begin, width)]
 
@@ -99,8 +100,8 @@ def _head(report: StatusReport, rollout: RolloutReport, width: int) -> list[Rend
     clock = f"{moment[0]} {span(report.time - moment[1])} ago"
     first.append(" " * max(2, width - first.cell_len - len(clock)) + clock)
     releases = Text.assemble(
-        "canary ", (rollout.canary_release[:12], ARM_STYLES["canary"]), "   over ",
-        (rollout.stable_release[:12], ARM_STYLES["stable"]), f"   policy {rollout.policy}",
+        "canary ", (short_id(rollout.canary_release), ARM_STYLES["canary"]), "   over ",
+        (short_id(rollout.stable_release), ARM_STYLES["stable"]), f"   policy {rollout.policy}",
     )  # fmt: skip
     return [first, releases, Text(), *_ramp(rollout, width), *_traffic(rollout, width)]
 
@@ -153,7 +154,7 @@ def _disagreement(rollout: RolloutReport, width: int) -> list[RenderableType]:
     traffic = rollout.traffic
     said = []
     if failed := traffic.get("failed"):
-        said += [f"{release[:12]} failed: {why}" for release, why in failed.items()]
+        said += [f"{short_id(release)} failed: {why}" for release, why in failed.items()]
     if trouble := traffic.get("trouble"):
         said.append(f"the last traffic write failed: {trouble}")
     elif traffic and not traffic.get("reached") and (detail := traffic.get("detail")):
