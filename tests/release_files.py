@@ -29,16 +29,16 @@ from tests.dimensions import DIMENSIONS
 from reelway.platform.contracts import features as names
 from reelway.platform.contracts import manifest as files
 from reelway.platform.contracts.blend import Blend
-from reelway.platform.contracts.calibration import Calibration, Curve
+from reelway.platform.contracts.calibration import Calibration, CalibrationCurve
 from reelway.platform.contracts.manifest import Manifest
 from reelway.platform.contracts.release_files import (
-    NEIGHBOURS,
+    NEIGHBOURS_PER_VIDEO,
     NEIGHBOURS_SCHEMA,
-    POPULAR,
+    POPULAR_SCHEMA,
     videos_schema,
     with_dimensions,
 )
-from reelway.platform.features.hashing import id_codes, word_codes
+from reelway.platform.features.hashing import category_codes, id_codes
 
 F32 = NDArray[np.float32]
 
@@ -50,7 +50,7 @@ REGIONS = ("eu", "us")
 OPSET = 17
 
 
-class _Graph:
+class _OnnxGraphBuilder:
     """Nodes and constants of one ONNX graph under construction."""
 
     def __init__(self) -> None:
@@ -130,7 +130,7 @@ def write_viewer_tower(path: Path, codes_NH: NDArray[np.int64], embedding_ND: F3
     for hashed in range(names.ID_HASHES):
         np.add.at(table, codes_NH[:, hashed], embedding_ND)
     table /= np.maximum(np.linalg.norm(table, axis=1, keepdims=True), 1e-6)
-    graph = _Graph()
+    graph = _OnnxGraphBuilder()
     decay = graph.op("Exp", graph.op("Mul", "history_age_h", graph.constant(-1 / 720)))
     weight_BL = graph.op("Mul", "history_weights", decay)
     weight_BL1 = graph.op("Unsqueeze", weight_BL, graph.constant([2], np.int64))
@@ -149,7 +149,7 @@ def write_ranker(path: Path, width: int, rng: np.random.Generator) -> None:
     direction = np.ones(tasks, dtype=np.float32)
     direction[names.RANKER_TASKS.index("skip")] = -1.0
     base = np.array([0.0, -2.5, -4.0, -3.5, -4.0, -4.0, -1.0, 2.0], dtype=np.float32)
-    graph = _Graph()
+    graph = _OnnxGraphBuilder()
     product_CD = graph.op("Mul", "viewer_embedding", "video_embedding")
     similarity_C1 = graph.op("ReduceSum", product_CD, graph.constant([-1], np.int64), keepdims=1)
     scores_CK = [
@@ -192,7 +192,7 @@ def _videos(videos: int, embedding: int, now_s: float, rng: np.random.Generator)
     live = rng.gamma(1.0, 2.0, (videos, len(names.VIDEO_LIVE_DENSE))).astype(np.float32)
     live[rng.random(live.shape) < 0.05] = np.nan
     language = np.asarray(LANGUAGES)[rng.integers(0, len(LANGUAGES), videos)]
-    categories = np.column_stack([topic + 1, word_codes(language.tolist(), DIMENSIONS.category_buckets)])
+    categories = np.column_stack([topic + 1, category_codes(language.tolist(), DIMENSIONS.category_buckets)])
     titles = np.char.add("Video ", video_id.astype(str))
     columns = [
         pa.array(video_id, pa.int64()),
@@ -222,16 +222,16 @@ def _popular(video_id: NDArray[np.int64], rng: np.random.Generator) -> pa.Table:
             pa.array(chosen, pa.int64()),
             pa.array((1.0 / (rank + 1)).astype(np.float32), pa.float32()),
         ],
-        schema=POPULAR,
+        schema=POPULAR_SCHEMA,
     )
 
 
 def _neighbours(video_id: NDArray[np.int64], topic: NDArray[np.int32]) -> pa.Table:
     """The next videos of the same topic, padded with -1."""
     order = np.argsort(topic, kind="stable")
-    padded = np.concatenate([order, np.full(NEIGHBOURS, -1)])
-    rows = np.empty((len(order), NEIGHBOURS), dtype=np.int32)
-    rows[order] = padded[np.arange(len(order))[:, None] + np.arange(1, NEIGHBOURS + 1)]
+    padded = np.concatenate([order, np.full(NEIGHBOURS_PER_VIDEO, -1)])
+    rows = np.empty((len(order), NEIGHBOURS_PER_VIDEO), dtype=np.int32)
+    rows[order] = padded[np.arange(len(order))[:, None] + np.arange(1, NEIGHBOURS_PER_VIDEO + 1)]
     rows[(rows >= 0) & (topic[rows] != topic[:, None])] = -1
     return pa.Table.from_arrays([pa.array(video_id, pa.int64()), _fixed(rows, pa.int32())], schema=NEIGHBOURS_SCHEMA)
 
@@ -292,7 +292,7 @@ def make_release_folder(
     write_arrow(path / files.POPULAR_FILE, _popular(video_id, rng))
     write_arrow(path / files.NEIGHBOURS_FILE, _neighbours(video_id, table.column("topic").to_numpy()))
     (path / files.BLEND_FILE).write_text(yaml.safe_dump((blend or Blend()).model_dump(mode="json"), sort_keys=False))
-    curve = Curve(method="platt", probability=(0.0, 0.5, 1.0), rate=(0.0, 0.4, 1.0))
+    curve = CalibrationCurve(method="platt", probability=(0.0, 0.5, 1.0), rate=(0.0, 0.4, 1.0))
     calibration = Calibration(curves={"long_watch": curve, "like": curve})
     (path / files.CALIBRATION_FILE).write_text(calibration.model_dump_json(indent=2))
 

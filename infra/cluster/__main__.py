@@ -15,7 +15,7 @@ from node import Node, NodeError
 _BEGAN = time.monotonic()
 
 
-def say(line: str) -> None:
+def print_progress(line: str) -> None:
     print(f"[{time.monotonic() - _BEGAN:6.1f} s] {line}", file=sys.stderr, flush=True)
 
 
@@ -36,7 +36,7 @@ def main() -> int:
     kserve.add_argument("--remove", action="store_true", help="remove it, with every InferenceService")
     options = parser.parse_args()
     layout = default_layout()
-    node = Node(layout, say)
+    node = Node(layout, print_progress)
     try:
         if options.command == "up":
             node.up()
@@ -48,11 +48,11 @@ def main() -> int:
             for archive in options.archives:
                 node.import_image(archive)
         elif options.command == "build":
-            build_tools(layout, say, options.tools)
+            build_tools(layout, print_progress, options.tools)
         elif options.command == "monitoring":
-            remove_monitoring(node, layout) if options.remove else install_monitoring(node, layout, say)
+            remove_monitoring(node, layout) if options.remove else install_monitoring(node, layout, print_progress)
         elif options.command == "kserve":
-            remove_kserve(node, layout) if options.remove else install_kserve(node, layout, say)
+            remove_kserve(node, layout) if options.remove else install_kserve(node, layout, print_progress)
         else:
             for name, runs in node.status().items():
                 print(f"{name:20} {'running' if runs else 'ended'}")

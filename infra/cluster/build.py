@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Final
 
-from layout import HERE, Layout
+from layout import HERE, NodePaths
 
 TOOLS: Final = ("helm", "coredns", "kuberay", "kubernetes")  # the quick ones first, so that a broken setup fails early
 MONITORING: Final = ("prometheus-operator", "prometheus")
@@ -36,7 +36,7 @@ _FLAGS: Final[dict[str, tuple[str, ...]]] = {
 }
 _OWN_MAIN: Final = frozenset({"coredns"})
 """Tools whose folder is the program. The programs of all others are the `tool` lines of `go.mod`."""
-_PROGRAMS: Final[dict[str, tuple[str, ...]]] = {
+_TOOL_PROGRAMS: Final[dict[str, tuple[str, ...]]] = {
     "kubernetes": ("kube-apiserver", "kube-controller-manager", "kube-scheduler", "kubelet", "kube-proxy", "kubectl"),
     "kuberay": ("ray-operator",),
     "coredns": ("coredns",),
@@ -45,7 +45,7 @@ _PROGRAMS: Final[dict[str, tuple[str, ...]]] = {
     "prometheus": ("prometheus",),
     "kserve": ("kserve-manager",),
 }
-_CALLED: Final = {"operator": "prometheus-operator", "manager": "kserve-manager"}
+_PROGRAM_NAMES: Final = {"operator": "prometheus-operator", "manager": "kserve-manager"}
 """Program name in its module -> name in ``bin``, where the former is ambiguous."""
 
 
@@ -53,7 +53,7 @@ class BuildError(Exception):
     """Raised if a program cannot be built; the message contains the compiler's output."""
 
 
-def build_tools(layout: Layout, say: Callable[[str], None], tools: Sequence[str] = TOOLS) -> None:
+def build_tools(layout: NodePaths, say: Callable[[str], None], tools: Sequence[str] = TOOLS) -> None:
     """Builds the programs that are missing or out of date, sequentially."""
     if shutil.which("go") is None:
         raise BuildError("go: not on the PATH; install Go 1.26 or newer, which builds the programs")
@@ -61,9 +61,13 @@ def build_tools(layout: Layout, say: Callable[[str], None], tools: Sequence[str]
     for tool in tools:
         stamp = layout.bin / f".{tool}"
         pins = _pins_of(tool)
-        if stamp.exists() and stamp.read_text() == pins and all((layout.bin / p).exists() for p in _PROGRAMS[tool]):
+        if (
+            stamp.exists()
+            and stamp.read_text() == pins
+            and all((layout.bin / p).exists() for p in _TOOL_PROGRAMS[tool])
+        ):
             continue
-        say(f"building {', '.join(_PROGRAMS[tool])} (minutes the first time, seconds from Go's cache)")
+        say(f"building {', '.join(_TOOL_PROGRAMS[tool])} (minutes the first time, seconds from Go's cache)")
         began = time.monotonic()
         _build(tool, layout.bin)
         stamp.write_text(pins)
@@ -87,10 +91,10 @@ def _build(tool: str, into: Path) -> None:
     with tempfile.TemporaryDirectory(dir=into) as fresh:
         _go(tool, "build", "-trimpath", *_NO_DWARF, *_FLAGS.get(tool, _STRIPPED), "-o", f"{fresh}/",
             "." if tool in _OWN_MAIN else "tool")  # fmt: skip
-        for theirs, ours in _CALLED.items():
+        for theirs, ours in _PROGRAM_NAMES.items():
             if (named := Path(fresh) / theirs).exists():
                 named.rename(Path(fresh) / ours)
-        for program in _PROGRAMS[tool]:
+        for program in _TOOL_PROGRAMS[tool]:
             made = Path(fresh) / program
             if not made.exists():
                 raise BuildError(

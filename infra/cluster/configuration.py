@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import layout as at
-from layout import Layout
+from layout import NodePaths
 
 
-def write_kubeconfig(layout: Layout, path: Path, certificate: str) -> None:
+def write_kubeconfig(layout: NodePaths, path: Path, certificate: str) -> None:
     """Writes a kubeconfig that refers to the node's certificate files."""
     document = {
         "apiVersion": "v1",
@@ -51,7 +51,7 @@ def write_json(path: Path, document: Any) -> None:
     path.write_text(text)
 
 
-def write_containerd(layout: Layout) -> Path:
+def write_containerd(layout: NodePaths) -> Path:
     """Writes containerd's ``config.toml``: state in the node's folder, runc, overlayfs, the local pause image."""
     path = layout.etc / "containerd.toml"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -78,7 +78,7 @@ state = "{layout.state}/run/containerd"
     return path
 
 
-def write_cni(layout: Layout) -> None:
+def write_cni(layout: NodePaths) -> None:
     """Writes the CNI configuration: one bridge for all pods, addresses recorded in the node's folder."""
     first, last = at.POD_RANGE
     ranges = [[{"subnet": at.POD_CIDR, "rangeStart": first, "rangeEnd": last, "gateway": at.NODE_IP}]]
@@ -92,7 +92,7 @@ def write_cni(layout: Layout) -> None:
     write_json(layout.etc / "cni" / "10-reelway.conflist", document)
 
 
-def write_resolver(layout: Layout) -> Path:
+def write_resolver(layout: NodePaths) -> Path:
     """Writes a ``resolv.conf`` that resolves cluster names only."""
     path = layout.etc / "resolv.conf"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -100,7 +100,7 @@ def write_resolver(layout: Layout) -> Path:
     return path
 
 
-def write_kubelet(layout: Layout) -> Path:
+def write_kubelet(layout: NodePaths) -> Path:
     """The kubelet's command. cgroups v1 are allowed, because small machines still use them."""
     path = layout.etc / "kubelet.yaml"
     write_json(
@@ -136,7 +136,7 @@ def write_kubelet(layout: Layout) -> Path:
     return path
 
 
-def write_kube_proxy(layout: Layout) -> Path:
+def write_kube_proxy(layout: NodePaths) -> Path:
     """Writes kube-proxy's configuration: iptables mode for the bridge's pods."""
     path = layout.etc / "kube-proxy.yaml"
     write_json(
@@ -156,7 +156,7 @@ def write_kube_proxy(layout: Layout) -> Path:
     return path
 
 
-def write_coredns(layout: Layout) -> Path:
+def write_coredns(layout: NodePaths) -> Path:
     """Writes the Corefile, which answers cluster names only."""
     path = layout.etc / "Corefile"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -175,7 +175,7 @@ def write_coredns(layout: Layout) -> Path:
     return path
 
 
-def write_audit_policy(layout: Layout) -> Path:
+def write_audit_policy(layout: NodePaths) -> Path:
     """Writes an audit policy that records requests without bodies, to compare granted rights with used rights."""
     path = layout.etc / "audit.yaml"
     rules = [{"level": "Metadata", "omitStages": ["RequestReceived"]}]
@@ -183,7 +183,7 @@ def write_audit_policy(layout: Layout) -> Path:
     return path
 
 
-def api_server_command(layout: Layout) -> list[str]:
+def api_server_command(layout: NodePaths) -> list[str]:
     """The API server's command. It listens on the bridge only."""
     pki = layout.pki
     return [
@@ -219,11 +219,11 @@ def api_server_command(layout: Layout) -> list[str]:
     ]
 
 
-def controller_manager_command(layout: Layout) -> list[str]:
+def controller_manager_command(layout: NodePaths) -> list[str]:
     """The controller manager's command, with all controllers."""
     return [
         str(layout.bin / "kube-controller-manager"),
-        *_speaking_as(layout, "controller-manager"),
+        *_kubeconfig_args(layout, "controller-manager"),
         f"--root-ca-file={layout.pki / 'ca.crt'}",
         f"--cluster-signing-cert-file={layout.pki / 'ca.crt'}",
         f"--cluster-signing-key-file={layout.pki / 'ca.key'}",
@@ -234,22 +234,22 @@ def controller_manager_command(layout: Layout) -> list[str]:
     ]
 
 
-def scheduler_command(layout: Layout) -> list[str]:
+def scheduler_command(layout: NodePaths) -> list[str]:
     """The scheduler's command, with the default profile."""
     return [
         str(layout.bin / "kube-scheduler"),
-        *_speaking_as(layout, "scheduler"),
+        *_kubeconfig_args(layout, "scheduler"),
         "--leader-elect=false",
         "--bind-address=127.0.0.1",
     ]
 
 
-def _speaking_as(layout: Layout, who: str) -> list[str]:
+def _kubeconfig_args(layout: NodePaths, who: str) -> list[str]:
     config = layout.kubeconfig(who)
     return [f"--{purpose}kubeconfig={config}" for purpose in ("", "authentication-", "authorization-")]
 
 
-def etcd_command(layout: Layout) -> list[str]:
+def etcd_command(layout: NodePaths) -> list[str]:
     """etcd's command: loopback only, without fsync, because the data is deleted with the node."""
     url, peer = f"http://127.0.0.1:{at.ETCD_PORT}", f"http://127.0.0.1:{at.ETCD_PORT + 1}"
     return [
@@ -264,7 +264,7 @@ def etcd_command(layout: Layout) -> list[str]:
     ]
 
 
-def kubelet_command(layout: Layout) -> list[str]:
+def kubelet_command(layout: NodePaths) -> list[str]:
     """The kubelet's command, with its root in the node's folder."""
     return [
         str(layout.bin / "kubelet"),

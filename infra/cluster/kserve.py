@@ -17,20 +17,20 @@ from pathlib import Path
 from typing import Any, Final
 
 from build import KSERVE, build_tools, module_folder
-from layout import HERE, NODE_IP, Layout
+from layout import HERE, NODE_IP, NodePaths
 from node import Node, NodeError
-from pki import issue
-from processes import Processes
+from pki import issue_certificate
+from processes import ProcessTable
 
 _MODULE: Final = "github.com/kserve/kserve"
 _PROCESS: Final = "kserve"
 _NAMESPACE: Final = "kserve"
 _WEBHOOKS_PORT: Final = 9543
-_HEALTH: Final = "127.0.0.1:8387"
+_HEALTH_ADDRESS: Final = "127.0.0.1:8387"
 _DEADLINE_S: Final = 180.0
 
 
-def install_kserve(node: Node, layout: Layout, say: Callable[[str], None]) -> None:
+def install_kserve(node: Node, layout: NodePaths, say: Callable[[str], None]) -> None:
     """Starts the controller on a running node, unless it runs.
 
     Raises:
@@ -42,13 +42,13 @@ def install_kserve(node: Node, layout: Layout, say: Callable[[str], None]) -> No
     node.kubectl("apply", "--server-side", "--force-conflicts", *crds)
     node.kubectl("wait", "--for=condition=Established", "--timeout=60s", *crds)
     node.kubectl("apply", "--server-side", "--force-conflicts", "-f", str(HERE / "kserve.yaml"))
-    processes = Processes(layout)
+    processes = ProcessTable(layout)
     processes.start(
         _PROCESS,
         [
             str(layout.bin / "kserve-manager"),
             "--metrics-addr=127.0.0.1:8386",
-            f"--health-probe-addr={_HEALTH}",
+            f"--health-probe-addr={_HEALTH_ADDRESS}",
             f"--webhook-port={_WEBHOOKS_PORT}",
         ],
         # It looks for the webhooks' certificate under TMPDIR.
@@ -60,12 +60,12 @@ def install_kserve(node: Node, layout: Layout, say: Callable[[str], None]) -> No
     say(f"KServe's controller is ready after {time.monotonic() - began:.0f} s")
 
 
-def remove_kserve(node: Node, layout: Layout) -> None:
+def remove_kserve(node: Node, layout: NodePaths) -> None:
     """Removes the webhooks, the controller and its CRDs, with every InferenceService on the node."""
     for document in webhooks("https://none", ""):
         node.kubectl("delete", "--ignore-not-found", document["kind"], document["metadata"]["name"])
     node.kubectl("delete", "--ignore-not-found", *_crds())  # while the controller runs, which removes finalizers
-    Processes(layout).stop(_PROCESS)
+    ProcessTable(layout).stop(_PROCESS)
     node.kubectl("delete", "--ignore-not-found", "-f", str(HERE / "kserve.yaml"))
 
 
@@ -109,9 +109,9 @@ def _crds() -> list[str]:
     return [word for kind in kinds for word in ("-f", str(folder / f"serving.kserve.io_{kind}.yaml"))]
 
 
-def _certificate(layout: Layout) -> Path:
+def _certificate(layout: NodePaths) -> Path:
     """Writes the webhooks' certificate and returns the folder to use as TMPDIR."""
-    issue(layout.pki, "kserve-webhook", "kserve-webhook", hosts=[NODE_IP])
+    issue_certificate(layout.pki, "kserve-webhook", "kserve-webhook", hosts=[NODE_IP])
     place = layout.state / "kserve"
     folder = place / "k8s-webhook-server" / "serving-certs"
     folder.mkdir(parents=True, exist_ok=True)
@@ -127,17 +127,17 @@ def _apply(node: Node, *documents: dict[str, Any]) -> None:
         node.kubectl("apply", "--server-side", "--force-conflicts", "-f", file.name)
 
 
-def _wait(processes: Processes) -> None:
+def _wait(processes: ProcessTable) -> None:
     deadline = time.monotonic() + _DEADLINE_S
     while True:
         if not processes.running(_PROCESS):
-            raise NodeError(f"KServe's controller ended:\n{processes.last_words(_PROCESS)}")
+            raise NodeError(f"KServe's controller ended:\n{processes.log_tail(_PROCESS)}")
         try:
-            with urllib.request.urlopen(f"http://{_HEALTH}/readyz", timeout=2):
+            with urllib.request.urlopen(f"http://{_HEALTH_ADDRESS}/readyz", timeout=2):
                 return
         except OSError as error:
             if time.monotonic() > deadline:
-                words = processes.last_words(_PROCESS)
+                words = processes.log_tail(_PROCESS)
                 raise NodeError(
                     f"KServe's controller is not ready within {_DEADLINE_S:g} s: {error}\n{words}"
                 ) from error

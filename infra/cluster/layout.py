@@ -24,7 +24,7 @@ PAUSE_IMAGE: Final = "reelway.local/pause:1"
 
 
 @dataclass(frozen=True)
-class Layout:
+class NodePaths:
     """Paths in the node's folder."""
 
     root: Path
@@ -67,7 +67,7 @@ class Layout:
         return self.etc / f"{who}.kubeconfig"
 
 
-def default_layout() -> Layout:
+def default_layout() -> NodePaths:
     """Paths under ``$REELWAY_CLUSTER_DIR``, by default ``.cluster`` in the repository."""
     named = os.environ.get("REELWAY_CLUSTER_DIR")
-    return Layout(Path(named).resolve() if named else HERE.parent.parent / ".cluster")
+    return NodePaths(Path(named).resolve() if named else HERE.parent.parent / ".cluster")

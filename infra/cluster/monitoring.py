@@ -11,9 +11,9 @@ from collections.abc import Callable
 from typing import Final
 
 from build import MONITORING, build_tools, module_folder
-from layout import HERE, Layout
+from layout import HERE, NodePaths
 from node import Node, NodeError
-from processes import Processes
+from processes import ProcessTable
 
 _MODULE: Final = "github.com/prometheus-operator/prometheus-operator"
 _IMAGE: Final = "reelway.local/monitoring:node"
@@ -23,22 +23,22 @@ _ADDRESS: Final = "127.0.0.1:8385"
 _DEADLINE_S: Final = 120.0
 
 
-def install_monitoring(node: Node, layout: Layout, say: Callable[[str], None]) -> None:
+def install_monitoring(node: Node, paths: NodePaths, say: Callable[[str], None]) -> None:
     """Starts the servers on a running node, unless they run.
 
     Raises:
         NodeError: if the servers are not ready in time; the message contains events and the end of the operator's log.
     """
-    build_tools(layout, say, MONITORING)
+    build_tools(paths, say, MONITORING)
     began = time.monotonic()
     crds = module_folder("prometheus-operator", _MODULE) / "example" / "prometheus-operator-crd"
     node.kubectl("apply", "--server-side", "--force-conflicts", "-f", str(crds))
     node.kubectl("wait", "--for=condition=Established", "--timeout=120s", "-f", str(crds))
-    processes = Processes(layout)
+    processes = ProcessTable(paths)
     processes.start(
         _PROCESS,
         [
-            str(layout.bin / "prometheus-operator"),
+            str(paths.bin / "prometheus-operator"),
             f"--web.listen-address={_ADDRESS}",
             f"--prometheus-config-reloader={_IMAGE}",
             "--config-reloader-cpu-request=10m",
@@ -46,28 +46,28 @@ def install_monitoring(node: Node, layout: Layout, say: Callable[[str], None]) -
             "--config-reloader-memory-limit=64Mi",
             "--kubelet-endpoints=false",
         ],
-        {"KUBECONFIG": str(layout.admin_kubeconfig)},
+        {"KUBECONFIG": str(paths.admin_kubeconfig)},
     )
     node.kubectl("apply", "--server-side", "--force-conflicts", "-f", str(HERE / "monitoring.yaml"))
     _wait(node, processes)
     say(f"Prometheus and Alertmanager are ready after {time.monotonic() - began:.0f} s: Services of {_NAMESPACE}")
 
 
-def remove_monitoring(node: Node, layout: Layout) -> None:
+def remove_monitoring(node: Node, paths: NodePaths) -> None:
     """Removes the servers, the operator and its CRDs, with every monitor and rule on the node."""
     node.kubectl("delete", "--ignore-not-found", "--wait", "-f", str(HERE / "monitoring.yaml"))
-    Processes(layout).stop(_PROCESS)
+    ProcessTable(paths).stop(_PROCESS)
     crds = module_folder("prometheus-operator", _MODULE) / "example" / "prometheus-operator-crd"
     node.kubectl("delete", "--ignore-not-found", "-f", str(crds))
 
 
-def _wait(node: Node, processes: Processes) -> None:
+def _wait(node: Node, processes: ProcessTable) -> None:
     """Waits until their operator reports both servers available."""
     deadline = time.monotonic() + _DEADLINE_S
     for kind in ("prometheus", "alertmanager"):
         while True:
             if not processes.running(_PROCESS):
-                raise NodeError(f"the Prometheus operator ended:\n{processes.last_words(_PROCESS)}")
+                raise NodeError(f"the Prometheus operator ended:\n{processes.log_tail(_PROCESS)}")
             try:
                 node.kubectl("wait", f"{kind}/node", "-n", _NAMESPACE, "--for=condition=Available", "--timeout=2s")
                 break
@@ -77,5 +77,5 @@ def _wait(node: Node, processes: Processes) -> None:
                     raise NodeError(
                         f"{kind}: not ready within {_DEADLINE_S:g} s; is {_IMAGE} on the node (`python infra/images "
                         f"node monitoring`, `python infra/cluster load`)?\n{error}\n{events[-2000:]}\n"
-                        f"{processes.last_words(_PROCESS)}"
+                        f"{processes.log_tail(_PROCESS)}"
                     ) from error

@@ -31,12 +31,12 @@ from configuration import (
     write_resolver,
 )
 from firewall import node_chains, remove_chains
-from layout import Layout
+from layout import NodePaths
 from pause import write_pause_image
-from pki import issue, make_authority
-from processes import Processes
+from pki import create_ca, issue_certificate
+from processes import ProcessTable
 
-Say = Callable[[str], None]
+LogFunction = Callable[[str], None]
 _PACKAGES = {
     "etcd": "etcd-server", "containerd": "containerd", "runc": "runc", "conntrack": "conntrack",
     "iptables": "iptables", "socat": "socat", "ip": "iproute2",
@@ -58,13 +58,13 @@ class NodeError(Exception):
 class Node:
     """One node in one folder."""
 
-    def __init__(self, layout: Layout, say: Say) -> None:
+    def __init__(self, layout: NodePaths, say: LogFunction) -> None:
         self._layout, self._say = layout, say
-        self._processes = Processes(layout)
+        self._processes = ProcessTable(layout)
 
     def up(self) -> None:
         """Starts every part that does not run, until the node is Ready with cluster DNS."""
-        self._refuse_a_machine_that_cannot()
+        self._check_prerequisites()
         build_tools(self._layout, self._say)
         began = time.monotonic()
         self._credentials()
@@ -84,7 +84,7 @@ class Node:
             self.kubectl("create", "namespace", namespace)
         self._processes.start(
             "kuberay",
-            self._resolving_cluster_names(
+            self._with_cluster_resolver(
                 str(self._layout.bin / "ray-operator"),
                 "--metrics-addr=127.0.0.1:8383",
                 "--health-probe-bind-address=127.0.0.1:8384",
@@ -92,7 +92,7 @@ class Node:
             ),
             {"KUBECONFIG": str(self._layout.admin_kubeconfig), "POD_NAMESPACE": namespace},
         )
-        self._until("the KubeRay operator", lambda: _answers("http://127.0.0.1:8384/healthz"), "kuberay")
+        self._wait_for("the KubeRay operator", lambda: _is_reachable("http://127.0.0.1:8384/healthz"), "kuberay")
 
     def import_image(self, archive: Path) -> None:
         """Imports an image archive into containerd."""
@@ -106,7 +106,7 @@ class Node:
         self._processes.stop("kuberay")
         for name in ("controller-manager", "scheduler"):
             self._processes.stop(name)
-        self._end_pods()
+        self._stop_pods()
         for name in reversed(self._processes.names()):
             self._processes.stop(name)
         self._remove_network()
@@ -127,13 +127,13 @@ class Node:
 
     # Up.
 
-    def _resolving_cluster_names(self, *command: str) -> list[str]:
+    def _with_cluster_resolver(self, *command: str) -> list[str]:
         """Wraps a command in a mount namespace in which the pods' resolv.conf replaces the machine's."""
         resolver = write_resolver(self._layout)
         swap = 'mount --bind "$0" /etc/resolv.conf && exec "$@"'
         return ["unshare", "--mount", "--propagation", "private", "sh", "-c", swap, str(resolver), *command]
 
-    def _refuse_a_machine_that_cannot(self) -> None:
+    def _check_prerequisites(self) -> None:
         if os.geteuid() != 0:
             raise NodeError(
                 "node: mounts, namespaces and a bridge require root; run as root, or set KUBECONFIG to a cluster"
@@ -145,19 +145,19 @@ class Node:
 
     def _credentials(self) -> None:
         pki = self._layout.pki
-        make_authority(pki)
+        create_ca(pki)
         api_names = [
             "kubernetes",
             "kubernetes.default",
             "kubernetes.default.svc",
             f"kubernetes.default.svc.{at.DOMAIN}",
         ]
-        issue(pki, "api-server", "kube-apiserver", ("system:masters",),
+        issue_certificate(pki, "api-server", "kube-apiserver", ("system:masters",),
               (*api_names, at.NODE_IP, at.API_SERVICE_IP, "127.0.0.1"))  # fmt: skip
-        issue(pki, "kubelet-server", at.NODE, (), (at.NODE, at.NODE_IP))
-        issue(pki, "front-proxy", "front-proxy")
+        issue_certificate(pki, "kubelet-server", at.NODE, (), (at.NODE, at.NODE_IP))
+        issue_certificate(pki, "front-proxy", "front-proxy")
         for file, (name, groups) in _CLIENTS.items():
-            issue(pki, file, name, groups)
+            issue_certificate(pki, file, name, groups)
             write_kubeconfig(self._layout, self._layout.kubeconfig(file), file)
         write_kubeconfig(self._layout, self._layout.admin_kubeconfig, "admin")
 
@@ -180,31 +180,33 @@ class Node:
 
     def _control_plane(self) -> None:
         self._processes.start("etcd", etcd_command(self._layout))
-        self._until("etcd", lambda: _answers(f"http://127.0.0.1:{at.ETCD_PORT}/health"), "etcd")
+        self._wait_for("etcd", lambda: _is_reachable(f"http://127.0.0.1:{at.ETCD_PORT}/health"), "etcd")
         self._processes.start("api-server", api_server_command(self._layout))
-        self._until("the API server", lambda: self._says("get", "--raw", "/readyz") == "ok", "api-server")
+        self._wait_for(
+            "the API server", lambda: self._kubectl_or_empty("get", "--raw", "/readyz") == "ok", "api-server"
+        )
         self._processes.start("controller-manager", controller_manager_command(self._layout))
         self._processes.start("scheduler", scheduler_command(self._layout))
 
     def _runtime(self) -> None:
         config = write_containerd(self._layout)
         self._processes.start("containerd", ["containerd", "--config", str(config)])
-        self._until("containerd", lambda: bool(self._ctr("version", check=False)), "containerd")
+        self._wait_for("containerd", lambda: bool(self._ctr("version", check=False)), "containerd")
         if at.PAUSE_IMAGE not in self._ctr("images", "ls", "-q").split():
             archive = self._layout.state / "pause.tar"
             write_pause_image(archive)
             self.import_image(archive)
         self._processes.start("kubelet", kubelet_command(self._layout))
-        self._until("node Ready", self._ready, "kubelet")
+        self._wait_for("node Ready", self._ready, "kubelet")
 
     def _services(self) -> None:
         proxy = write_kube_proxy(self._layout)
         self._processes.start("kube-proxy", [str(self._layout.bin / "kube-proxy"), f"--config={proxy}"])
         self._processes.start("coredns", [str(self._layout.bin / "coredns"), "-conf", str(write_coredns(self._layout))])
         self._publish_dns()
-        self._until("cluster DNS", lambda: _answers("http://127.0.0.1:8181/ready"), "coredns")
+        self._wait_for("cluster DNS", lambda: _is_reachable("http://127.0.0.1:8181/ready"), "coredns")
         account = ("serviceaccount", "default", "-n", "default")
-        self._until("the default service account", lambda: self._exists(*account), "controller-manager")
+        self._wait_for("the default service account", lambda: self._exists(*account), "controller-manager")
 
     def _publish_dns(self) -> None:
         """Creates the Service of CoreDNS. CoreDNS is a process, so the endpoint is the node and no selector exists."""
@@ -226,24 +228,24 @@ class Node:
 
     def _ready(self) -> bool:
         path = "{.status.conditions[?(@.type=='Ready')].status}"
-        return self._says("get", "node", at.NODE, "-o", f"jsonpath={path}") == "True"
+        return self._kubectl_or_empty("get", "node", at.NODE, "-o", f"jsonpath={path}") == "True"
 
-    def _says(self, *words: str) -> str:
+    def _kubectl_or_empty(self, *words: str) -> str:
         try:
             return self.kubectl(*words).strip()
         except NodeError:
             return ""
 
     def _exists(self, *words: str) -> bool:
-        return bool(self._says("get", *words, "-o", "name"))
+        return bool(self._kubectl_or_empty("get", *words, "-o", "name"))
 
-    def _until(self, what: str, holds: Callable[[], bool], process: str, *, deadline_s: float = 90.0) -> None:
+    def _wait_for(self, what: str, holds: Callable[[], bool], process: str, *, deadline_s: float = 90.0) -> None:
         began = time.monotonic()
         while not holds():
             if not self._processes.running(process):
-                raise NodeError(f"{what}: {process} ended:\n{self._processes.last_words(process)}")
+                raise NodeError(f"{what}: {process} ended:\n{self._processes.log_tail(process)}")
             if time.monotonic() - began > deadline_s:
-                raise NodeError(f"{what}: not within {deadline_s:g} s:\n{self._processes.last_words(process)}")
+                raise NodeError(f"{what}: not within {deadline_s:g} s:\n{self._processes.log_tail(process)}")
             time.sleep(0.1)
         self._say(f"{what}: ready after {time.monotonic() - began:.1f} s")
 
@@ -253,10 +255,10 @@ class Node:
 
     # Down.
 
-    def _end_pods(self) -> None:
+    def _stop_pods(self) -> None:
         """Deletes all pods through the kubelet, which removes mounts and networks, and the rest through containerd."""
         if self._processes.running("kubelet") and self._processes.running("api-server"):
-            with _tolerated(self._say):
+            with _ignore_errors(self._say):
                 self.kubectl("delete", "pods", "--all", "--all-namespaces", "--grace-period=1", "--wait=false")
             deadline = time.monotonic() + 30
             while self._ctr("tasks", "ls", "-q", check=False).split() and time.monotonic() < deadline:
@@ -291,8 +293,8 @@ class Node:
     def _remove_cgroups(self) -> None:
         for top in Path("/sys/fs/cgroup").glob("**/kubepods"):
             for folder in sorted((p for p in top.rglob("*") if p.is_dir()), key=lambda p: -len(p.parts)):
-                _rmdir(folder)
-            _rmdir(top)
+                _remove_empty_dirs(folder)
+            _remove_empty_dirs(top)
 
     def _remove_links(self) -> None:
         links = Path("/var/log/containers")
@@ -301,7 +303,7 @@ class Node:
                 link.unlink()
 
 
-def _rmdir(folder: Path) -> None:
+def _remove_empty_dirs(folder: Path) -> None:
     try:
         folder.rmdir()
     except OSError:
@@ -309,7 +311,7 @@ def _rmdir(folder: Path) -> None:
 
 
 @contextmanager
-def _tolerated(say: Say) -> Iterator[None]:
+def _ignore_errors(say: LogFunction) -> Iterator[None]:
     """Prints an error and continues, so that ``down`` removes as much as it can."""
     try:
         yield
@@ -324,7 +326,7 @@ def _run(command: list[str], *, check: bool = True) -> str:
     return done.stdout if not done.returncode else ""
 
 
-def _answers(url: str) -> bool:
+def _is_reachable(url: str) -> bool:
     import urllib.error
     import urllib.request
 

@@ -16,7 +16,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 _DAYS = 365
 
 
-def make_authority(folder: Path) -> None:
+def create_ca(folder: Path) -> None:
     """Creates ``ca.{crt,key}`` and ``service-account.{key,pub}`` unless they exist."""
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / "ca.crt").exists():
@@ -38,7 +38,9 @@ def make_authority(folder: Path) -> None:
         (folder / "service-account.pub").write_bytes(public)
 
 
-def issue(folder: Path, file: str, common_name: str, groups: Sequence[str] = (), hosts: Sequence[str] = ()) -> None:
+def issue_certificate(
+    folder: Path, file: str, common_name: str, groups: Sequence[str] = (), hosts: Sequence[str] = ()
+) -> None:
     """Creates ``file.crt`` (alternative names: ``hosts``) and ``file.key``, signed by the CA, unless they exist."""
     if (folder / f"{file}.crt").exists():
         return

@@ -15,29 +15,29 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from layout import Layout
+from layout import NodePaths
 
 
 @dataclass(frozen=True)
-class Started:
+class ProcessRecord:
     """A process that was started here."""
 
     pid: int
-    began: int  # clock ticks since boot, field 22 of /proc/PID/stat
+    start_ticks: int  # clock ticks since boot, field 22 of /proc/PID/stat
 
     @property
     def alive(self) -> bool:
-        return _began(self.pid) == self.began
+        return _start_time(self.pid) == self.start_ticks
 
 
-_AHEAD = -10
+_NICENESS = -10
 """Niceness of the node's processes, so that they respond while pods use every core."""
 
 
-class Processes:
+class ProcessTable:
     """The processes recorded in ``processes.json``."""
 
-    def __init__(self, layout: Layout) -> None:
+    def __init__(self, layout: NodePaths) -> None:
         self._layout = layout
 
     def running(self, name: str) -> bool:
@@ -55,9 +55,9 @@ class Processes:
                 command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, start_new_session=True,
                 env={**os.environ, **(environment or {})},
             )  # fmt: skip
-        _put_ahead(process.pid)
-        began = _began(process.pid)
-        self._write({**self._record(), name: Started(process.pid, began or 0)})
+        _raise_priority(process.pid)
+        began = _start_time(process.pid)
+        self._write({**self._record(), name: ProcessRecord(process.pid, began or 0)})
 
     def stop(self, name: str, *, wait_s: float = 15.0) -> None:
         """Sends SIGTERM, and SIGKILL after ``wait_s`` seconds."""
@@ -77,18 +77,18 @@ class Processes:
         """Names in start order."""
         return list(self._record())
 
-    def last_words(self, name: str, lines: int = 15) -> str:
+    def log_tail(self, name: str, lines: int = 15) -> str:
         """The last lines of the process's log."""
         path = self._layout.logs / f"{name}.log"
         return "\n".join(path.read_text(errors="replace").splitlines()[-lines:]) if path.exists() else "(no log)"
 
-    def _record(self) -> dict[str, Started]:
+    def _record(self) -> dict[str, ProcessRecord]:
         path = self._layout.processes
         if not path.exists():
             return {}
-        return {name: Started(**values) for name, values in json.loads(path.read_text()).items()}
+        return {name: ProcessRecord(**values) for name, values in json.loads(path.read_text()).items()}
 
-    def _write(self, record: Mapping[str, Started]) -> None:
+    def _write(self, record: Mapping[str, ProcessRecord]) -> None:
         path: Path = self._layout.processes
         path.parent.mkdir(parents=True, exist_ok=True)
         aside = path.with_suffix(".new")
@@ -96,17 +96,17 @@ class Processes:
         aside.replace(path)
 
 
-def _put_ahead(pid: int) -> None:
+def _raise_priority(pid: int) -> None:
     """Raises the priority of the process's session, if the kernel schedules by session (autogroup).
 
     The priority belongs to the session, because children of containerd are pods' processes and must not inherit it.
     """
     group = Path(f"/proc/{pid}/autogroup")
     if group.exists():
-        group.write_text(str(_AHEAD))
+        group.write_text(str(_NICENESS))
 
 
-def _began(pid: int) -> int | None:
+def _start_time(pid: int) -> int | None:
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except (FileNotFoundError, ProcessLookupError):

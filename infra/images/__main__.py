@@ -21,7 +21,7 @@ from sources import IMAGES, REPOSITORY, copy_sources, image_name, version
 _BEGAN = time.monotonic()
 
 
-def say(line: str) -> None:
+def print_progress(line: str) -> None:
     print(f"[{time.monotonic() - _BEGAN:6.1f} s] {line}", file=sys.stderr, flush=True)
 
 
@@ -54,10 +54,10 @@ def main() -> int:
         if options.command == "base":
             builder = find_builder()
             if options.again or not builder.digest_of(BASE_IMAGE):
-                make_base(builder, options.out, os.environ.get("REELWAY_DEBIAN_MIRROR"), say)
+                make_base(builder, options.out, os.environ.get("REELWAY_DEBIAN_MIRROR"), print_progress)
         elif options.command == "node":
             for name in options.names:
-                archive = build_node_image(find_builder(), name, options.out, say)
+                archive = build_node_image(find_builder(), name, options.out, print_progress)
                 print(f"{archive}\t{archive.stat().st_size / 1e6:.0f} MB compressed", flush=True)
         else:
             names = IMAGES if "all" in options.names else tuple(dict.fromkeys(options.names))
@@ -72,20 +72,20 @@ def main() -> int:
 def build_images(names: tuple[str, ...], tag: str, arguments: dict[str, str], out: Path) -> None:
     """Builds each image, writes its archive into ``out`` and prints its size."""
     builder = find_builder()
-    say(f"building with {builder.program}")
+    print_progress(f"building with {builder.program}")
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
         context = copy_sources(Path(folder))
         for name in names:
             image, archive = image_name(name, tag), out / f"{name}.tar"
             dockerfile = context / "infra" / "images" / f"{name}.Dockerfile"
-            builder.build(dockerfile, context, image, _declared(arguments, dockerfile))
-            say(f"{image} is built")
+            builder.build(dockerfile, context, image, _declared_args(arguments, dockerfile))
+            print_progress(f"{image} is built")
             builder.save(image, archive)
             print(f"{image}\t{archive}\t{archive.stat().st_size / 1e6:.0f} MB compressed", flush=True)
 
 
-def _declared(arguments: dict[str, str], dockerfile: Path) -> dict[str, str]:
+def _declared_args(arguments: dict[str, str], dockerfile: Path) -> dict[str, str]:
     """Arguments that the Dockerfile declares with ``ARG``. Builders warn about others."""
     return {name: value for name, value in arguments.items() if f"ARG {name}=" in dockerfile.read_text()}
 

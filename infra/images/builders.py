@@ -30,7 +30,7 @@ class Builder:
         command = [*self._build_command(), "--tag", image, "--file", str(dockerfile)]
         for name, value in arguments.items():
             command += ["--build-arg", f"{name}={value}"]
-        for name, path in _secrets().items():
+        for name, path in _build_secrets().items():
             command += ["--secret", f"id={name},src={path}"]
         _run([*command, str(context)])
 
@@ -99,7 +99,7 @@ _PROBES: Final = {
 }
 
 
-def _secrets() -> dict[str, str]:
+def _build_secrets() -> dict[str, str]:
     """Files that are mounted during the build and stored in no layer."""
     bundle = os.environ.get("REELWAY_CA_BUNDLE") or os.environ.get("PIP_CERT") or os.environ.get("SSL_CERT_FILE")
     named = {"ca": bundle, "pip": os.environ.get("REELWAY_PIP_CONFIG")}

@@ -30,7 +30,7 @@ def make_base(builder: Builder, out: Path, mirror: str | None, say: Callable[[st
     """
     if shutil.which("debootstrap") is None:
         raise BuilderError("debootstrap: not installed; install it, or use `build --base IMAGE`")
-    with tempfile.TemporaryDirectory(dir=_made(out)) as folder:
+    with tempfile.TemporaryDirectory(dir=_bootstrap(out)) as folder:
         root = Path(folder) / "root"
         include = f"--include={','.join(_PACKAGES)}"
         command = ["debootstrap", "--variant=minbase", include, "bookworm", str(root), *([mirror] if mirror else [])]
@@ -51,6 +51,6 @@ def make_base(builder: Builder, out: Path, mirror: str | None, say: Callable[[st
         say(f"{BASE_IMAGE} is built")
 
 
-def _made(folder: Path) -> Path:
+def _bootstrap(folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     return folder

@@ -24,7 +24,7 @@ def requirements(members: Iterable[str], root: Path) -> list[str]:
         SystemExit: a member or an extra does not exist.
     """
     found: set[str] = set()
-    waiting, seen = [_split(member) for member in members], set[tuple[str, str]]()
+    waiting, seen = [_parse_member(member) for member in members], set[tuple[str, str]]()
     while waiting:
         folder, extras = waiting.pop()
         project = tomllib.loads((root / folder / "pyproject.toml").read_text())["project"]
@@ -37,21 +37,21 @@ def requirements(members: Iterable[str], root: Path) -> list[str]:
             wanted += project["optional-dependencies"][extra]
         for requirement in wanted:
             if requirement.startswith(_MEMBER):
-                waiting.append(_split(requirement.removeprefix(_MEMBER)))
+                waiting.append(_parse_member(requirement.removeprefix(_MEMBER)))
             else:
                 found.add(requirement)
     return sorted(found)
 
 
-def shared(some: Iterable[str], others: Iterable[str]) -> list[str]:
+def shared_requirements(some: Iterable[str], others: Iterable[str]) -> list[str]:
     """Requirements of both lists, with the extras and the bounds that both name, sorted."""
     known: dict[str, list[tuple[set[str], str]]] = {}
     for requirement in others:
-        name, extras = _split(requirement)
+        name, extras = _parse_member(requirement)
         known.setdefault(name, []).append((extras, _versions(requirement)))
     found = set()
     for requirement in some:
-        name, extras = _split(requirement)
+        name, extras = _parse_member(requirement)
         for their_extras, their_versions in known.get(name, ()):
             common = ",".join(sorted(extras & their_extras))
             versions = _versions(requirement) if _versions(requirement) == their_versions else ""
@@ -59,7 +59,7 @@ def shared(some: Iterable[str], others: Iterable[str]) -> list[str]:
     return sorted(found)
 
 
-def _split(member: str) -> tuple[str, set[str]]:
+def _parse_member(member: str) -> tuple[str, set[str]]:
     match = _REQUIREMENT.match(member)
     if not match:
         raise SystemExit(f"{member!r} is not a member; expected a name such as platform[cluster]")
@@ -79,7 +79,7 @@ def main() -> None:
     options = parser.parse_args()
     found = requirements(options.members, Path.cwd())
     if options.shared_with:
-        found = shared(found, requirements(options.shared_with, Path.cwd()))
+        found = shared_requirements(found, requirements(options.shared_with, Path.cwd()))
     print("\n".join(found))
 
 

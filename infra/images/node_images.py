@@ -40,7 +40,7 @@ def build_node_image(builder: Builder, name: str, out: Path, say: Callable[[str]
     with tempfile.TemporaryDirectory() as folder:
         context = Path(folder)
         (context / "lib").mkdir()
-        for found in map(_found, NODE_IMAGES[name]):
+        for found in map(_find_program, NODE_IMAGES[name]):
             shutil.copy2(found, context / found.name)
             for library in _libraries(found):
                 shutil.copy2(library, context / "lib" / library.name)
@@ -50,7 +50,7 @@ def build_node_image(builder: Builder, name: str, out: Path, say: Callable[[str]
     return archive
 
 
-def _found(name: str) -> Path:
+def _find_program(name: str) -> Path:
     """Path of a file or of a program by name. Programs built by infra/cluster take precedence over the machine's."""
     found = name if Path(name).is_file() else shutil.which(name, path=str(_BUILT)) or shutil.which(name)
     if found is None:

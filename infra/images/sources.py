@@ -11,8 +11,8 @@ REPOSITORY: Final = Path(__file__).resolve().parents[2]
 IMAGES: Final = ("operator", "serving", "training")
 REGISTRY: Final = "reelway.local"
 """Registry name of images that are loaded into a node, never pulled."""
-_PARTS: Final = ("platform", "serving", "pipelines", "feature_repo", "infra/images", "constraints.txt")
-_LEFT_OUT: Final = shutil.ignore_patterns("__pycache__", "*.egg-info", "*.tar", ".*", "decisions", "registry.db")
+_CONTEXT_PATHS: Final = ("platform", "serving", "pipelines", "feature_repo", "infra/images", "constraints.txt")
+_IGNORED: Final = shutil.ignore_patterns("__pycache__", "*.egg-info", "*.tar", ".*", "decisions", "registry.db")
 
 
 def version() -> str:
@@ -28,11 +28,11 @@ def image_name(name: str, tag: str) -> str:
 
 def copy_sources(folder: Path) -> Path:
     """Copies the build context into ``folder``."""
-    for part in _PARTS:
+    for part in _CONTEXT_PATHS:
         source, target = REPOSITORY / part, folder / part
         target.parent.mkdir(parents=True, exist_ok=True)
         if source.is_dir():
-            shutil.copytree(source, target, ignore=_LEFT_OUT)
+            shutil.copytree(source, target, ignore=_IGNORED)
         else:
             shutil.copy2(source, target)
     return folder

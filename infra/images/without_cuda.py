@@ -28,7 +28,7 @@ _MISSING: Final = re.compile(r"^\s*(lib\S+) => not found$", re.MULTILINE)
 _LAZY_BINDING: Final = "import os, sys; sys.setdlopenflags(os.RTLD_LAZY)\n"
 
 
-def excluded(constraints: Iterable[str]) -> list[str]:
+def excluded_packages(constraints: Iterable[str]) -> list[str]:
     """Packages of the constraints that a torch for CPUs is installed without."""
     found = (match[1] for line in constraints if (match := _CUDA.match(line)))
     return sorted(set(found) - _KEPT)
@@ -57,7 +57,7 @@ def link_empty_libraries(site_packages: Path) -> list[str]:
 def main() -> None:
     match sys.argv[1:]:
         case ["excluded", constraints]:
-            print("\n".join(excluded(Path(constraints).read_text().splitlines())))
+            print("\n".join(excluded_packages(Path(constraints).read_text().splitlines())))
         case ["link", site_packages]:
             print("left out of CUDA:", " ".join(link_empty_libraries(Path(site_packages))) or "nothing")
         case _:

@@ -16,11 +16,11 @@ from contextlib import ExitStack
 
 from tests.e2e.alert_hops import Rollback, rollback_of
 from tests.e2e.clusters import chosen
-from tests.e2e.monitored import BAR_S, BY_EVIDENCE, ONLY_ALERTS, RATE, SHARE_PERCENT, Monitored, monitored
+from tests.e2e.monitored import BAR_S, BY_EVIDENCE, ONLY_ALERTS, RATE, SHARE_PERCENT, MonitoredInstallation, monitored
 from tests.e2e.rollouts import begin, until_phase
 from tests.support.bench_results import Row, write_report
 
-from reelway.platform.cli.terminal import say
+from reelway.platform.cli.terminal import print_status
 
 
 def main() -> None:
@@ -42,14 +42,16 @@ def main() -> None:
     write_report("alerts", [*_rows("alert only", alone), *_rows("alert and evidence", both)])
 
 
-def _run(service: Monitored, number: int, *, by_alert: bool) -> Rollback:
+def _run(service: MonitoredInstallation, number: int, *, by_alert: bool) -> Rollback:
     """Rolls out one failing release and measures it from its first to its last request."""
     release, name, began = service.releases.errors[number], f"fault-{number}", service.load.now()
     begin(service.kubectl, name, release, ONLY_ALERTS if by_alert else BY_EVIDENCE)
     until_phase(service.kubectl, name, "RolledBack", within_s=300)
     seen = rollback_of(service.kubectl, service.load, service.monitoring, name, release, since=began)
     shares = ", ".join(f"{hop} {taken:.2f}" for hop, taken in seen.hops.items())
-    say(f"{name}: {seen.total_s:.1f} s ({shares}) by {'alert' if seen.by_alert else 'evidence'}: {seen.reason}")
+    print_status(
+        f"{name}: {seen.total_s:.1f} s ({shares}) by {'alert' if seen.by_alert else 'evidence'}: {seen.reason}"
+    )
     if by_alert and not seen.by_alert:
         raise RuntimeError(f"{name}: expected a rollback by the alert, rolled back by: {seen.reason}")
     return seen

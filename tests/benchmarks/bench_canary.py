@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import binomtest, norm
-from tests.benchmarks.canary_events import Histories
+from tests.benchmarks.canary_events import HistoryGenerator
 from tests.benchmarks.canary_peers import NEVER, ArgoRollouts, Flagger, Kayenta
 from tests.benchmarks.canary_population import LINEAR, N_X, TESTS, Population
 from tests.benchmarks.canary_simulation import (
@@ -33,7 +33,7 @@ from tests.benchmarks.canary_simulation import (
 )
 from tests.support.bench_results import Row, write_report
 
-from reelway.platform.cli.terminal import say
+from reelway.platform.cli.terminal import print_status
 from reelway.platform.rollout.policy import RolloutPolicy, Slice, default_policy
 
 F64 = NDArray[np.float64]
@@ -71,7 +71,7 @@ def false_rollbacks(policy: RolloutPolicy, same: Population, rollouts: int) -> l
         outcome = _outcomes(policy, same, same, per_minute, rollouts)
         wrong = int((outcome == ROLLED_BACK).sum())
         low, high = clopper_pearson(wrong, rollouts)
-        say(f"A/A {name}: {wrong} of {rollouts} rolled back, {(outcome == PROMOTED).mean():.1%} promoted")
+        print_status(f"A/A {name}: {wrong} of {rollouts} rolled back, {(outcome == PROMOTED).mean():.1%} promoted")
         bar = f"at most 1 % (nominal {policy.alpha.rollback:.1%}); 95 % interval {low:.3%}..{high:.3%}"
         rows.append(Row(f"false rollbacks, A/A, {name} traffic ({per_minute} viewers/min, {rollouts:,} rollouts)",
                         100 * wrong / rollouts, "%", bar, high <= 0.01))  # fmt: skip
@@ -94,7 +94,7 @@ def false_promotions(policy: RolloutPolicy, same: Population, rollouts: int) -> 
             promoted += int((outcome == PROMOTED).sum())
             rolled_back += int((outcome == ROLLED_BACK).sum())
         played = each * len(TRAFFIC)
-        say(f"{metric.name} worse by {2 * metric.margin:.0%}: {promoted} of {played} promoted")
+        print_status(f"{metric.name} worse by {2 * metric.margin:.0%}: {promoted} of {played} promoted")
         rows.append(Row(f"rollbacks, {metric.name} {2 * metric.margin:.0%} worse", 100 * rolled_back / played, "%"))
         wrong, total = wrong + promoted, total + played
     low, high = clopper_pearson(wrong, total)
@@ -117,7 +117,7 @@ def _outcomes(
 
 
 @dataclass
-class _Watch:
+class _MetricTrace:
     """Sums of the long-watch rate and the running Z per reconcile, recorded in a simulation without an end."""
 
     sums: list[list[F64]]
@@ -147,9 +147,9 @@ def detection(policy: RolloutPolicy, same: Population, rollouts: int) -> list[Ro
     worse = Population(3, {"long_watch_rate": 1 - DROP})
     grid = np.arange(60.0, 3 * 3_600 + 1, 60.0)
     per_minute, rows = 2_000.0, []
-    runs: dict[str, tuple[Simulation, _Watch]] = {}
+    runs: dict[str, tuple[Simulation, _MetricTrace]] = {}
     for name, population in (("A/A", same), ("drop", worse)):
-        watch = _Watch([], [], [])
+        watch = _MetricTrace([], [], [])
         scenario = Scenario(still, same, population, per_minute, grid, on_look=watch)
         simulation = Simulation(scenario, rollouts, np.random.default_rng(7))
         simulation.outcome[:] = RUNNING
@@ -161,7 +161,7 @@ def detection(policy: RolloutPolicy, same: Population, rollouts: int) -> list[Ro
     alpha = policy.rollback_alphas[LONG_WATCH]
     oracle = _oracle(np.array(watch.z)[:, 0], viewers, alpha)
     bold = _oracle(np.array(watch.z)[:, 1], viewers, policy.alpha.rollback)
-    say(f"10 % drop: caught after {caught:.0f} viewers, by its own test {alone:.0f}, oracle {oracle:.0f}")
+    print_status(f"10 % drop: caught after {caught:.0f} viewers, by its own test {alone:.0f}, oracle {oracle:.0f}")
     false_ours = float((runs["A/A"][0].first_harm != NEVER).mean())
     rows += [
         Row("viewers to detect a 10 % drop in long-watch rate, 80 % power", caught, "canary viewers"),
@@ -181,12 +181,12 @@ def detection(policy: RolloutPolicy, same: Population, rollouts: int) -> list[Ro
     return rows
 
 
-class _Firsts(Simulation):
+class _FirstDetections(Simulation):
     first_harm: NDArray[np.int64]
     first_long_watch: NDArray[np.int64]
 
 
-def _play_on(simulation: Simulation) -> _Firsts:
+def _play_on(simulation: Simulation) -> _FirstDetections:
     """Runs all reconciles and records when any test, and the long-watch test, first established harm."""
     inner = simulation.scenario.on_look
     any_at, own_at = (np.full(simulation.rollouts, NEVER) for _ in range(2))
@@ -235,7 +235,9 @@ def outages(policy: RolloutPolicy, same: Population, rollouts: int) -> list[Row]
     from tests.benchmarks.canary_outage import play_outages
 
     promoted, rolled_back, moved, held = play_outages(policy, same, rollouts)
-    say(f"outage: {promoted} promotions, {rolled_back} rollbacks, {moved} weight changes, {held} held of {rollouts}")
+    print_status(
+        f"outage: {promoted} promotions, {rolled_back} rollbacks, {moved} weight changes, {held} held of {rollouts}"
+    )
     return [
         Row(f"promotions while telemetry was down 5 min ({rollouts:,} rollouts)", promoted, "", "0", promoted == 0),
         Row("rollbacks while telemetry was down", rolled_back, "", "0", rolled_back == 0),
@@ -246,11 +248,13 @@ def outages(policy: RolloutPolicy, same: Population, rollouts: int) -> list[Row]
 
 def histories(count: int) -> list[Row]:
     """Plays random event histories; ``check`` raises at the first broken invariant."""
-    runner = Histories(0)
+    runner = HistoryGenerator(0)
     for _ in range(count):
         runner.play(40)
     unseen = [action.value for action, times in runner.counts.items() if not times]
-    say(f"{count} histories, {runner.events} events; ends: { {p.value: n for p, n in runner.ends.items() if n} }")
+    print_status(
+        f"{count} histories, {runner.events} events; ends: { {p.value: n for p, n in runner.ends.items() if n} }"
+    )
     return [
         Row(
             "random event histories in which all invariants held",

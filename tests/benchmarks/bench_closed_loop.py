@@ -23,20 +23,20 @@ from numpy.typing import NDArray
 from tests.benchmarks.live_features import LiveFeatures
 from tests.support.bench_results import Row, write_report
 
-from reelway.pipelines.evaluation.baselines import tuned_als
-from reelway.pipelines.evaluation.harness import make_question
+from reelway.pipelines.evaluation.baselines import tune_als
+from reelway.pipelines.evaluation.harness import make_temporal_split
 from reelway.pipelines.evaluation.metrics import PAD
-from reelway.pipelines.evaluation.recommender import TwoStage, make_catalogue, make_viewers
+from reelway.pipelines.evaluation.recommender import TwoStageRecommender, make_catalogue, make_viewers
 from reelway.pipelines.features.training_rows import LABELS_FILE
 from reelway.pipelines.release_parts import write_videos
 from reelway.pipelines.simulation.config import DAY_S, SimulationConfig
 from reelway.pipelines.simulation.policies import OraclePolicy, RecentPopularity
-from reelway.pipelines.simulation.responses import Shown, responses_to_events
+from reelway.pipelines.simulation.responses import ShownSlates, responses_to_events
 from reelway.pipelines.simulation.traffic import DEVICES, Requests, draw_requests
 from reelway.pipelines.simulation.world import World
 from reelway.pipelines.training.artifacts import TrainedModels, load_models
-from reelway.platform.cli.processes import reelway_command, run_to_end
-from reelway.platform.cli.terminal import say
+from reelway.platform.cli.processes import reelway_command, run_command
+from reelway.platform.cli.terminal import print_status
 from reelway.platform.contracts.blend import Blend
 from reelway.platform.features.assembly import assemble_videos, columns_from_table
 from reelway.platform.runs import RunDirectory
@@ -66,7 +66,7 @@ class Policy(Protocol):
 
 
 @dataclass(frozen=True)
-class Earned:
+class WatchTimeTotals:
     """Watched seconds and impressions per viewer (index = viewer id)."""
 
     watch_s: F64
@@ -77,7 +77,7 @@ class Earned:
         return float(self.watch_s.sum() / self.impressions.sum())
 
 
-class Popular:
+class RecentPopularityPolicy:
     """Long watches of the last day, from all events so far."""
 
     def __init__(self, world: World, live: LiveFeatures) -> None:
@@ -91,7 +91,7 @@ class Popular:
         return self._policy.slates(viewer_ids, at_s, self._world.config.slate, rng, seen=seen)
 
 
-class Oracle:
+class ClosedLoopOracle:
     """Knows every taste: what could be earned at most."""
 
     def __init__(self, world: World) -> None:
@@ -104,13 +104,13 @@ class Oracle:
         return self._policy.slates(viewer_ids, at_s, self._world.config.slate, np.random.default_rng(0), seen=seen)
 
 
-class Factorised:
+class AlsPolicy:
     """ALS as evaluation tunes it on the log; it knows no video that the log doesn't have, and does not learn on."""
 
     def __init__(self, world: World, run: RunDirectory, cut_s: float) -> None:
         self._slate = world.config.slate
-        self._question = make_question(pq.read_table(run.features / LABELS_FILE), cut_s)
-        self._als = tuned_als(self._question)
+        self._question = make_temporal_split(pq.read_table(run.features / LABELS_FILE), cut_s)
+        self._als = tune_als(self._question)
 
     def look(self, _at_s: float) -> None:
         return None
@@ -123,14 +123,14 @@ class Factorised:
         return best
 
 
-class Ours:
+class TwoStagePolicy:
     """Retrieval and ranking as evaluation asks them, arranged by the serving code's re-ranking."""
 
     def __init__(self, world: World, live: LiveFeatures, models: TrainedModels, blend: Blend) -> None:
         self._world, self._live, self._blend, self._models = world, live, blend, models
         snapshot = live.videos(world.config.start_s)
         catalogue = make_catalogue(models, snapshot, world.config.start_s)
-        self._stages = TwoStage(models, catalogue, blend)
+        self._stages = TwoStageRecommender(models, catalogue, blend)
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "videos.arrow"
             write_videos(path, snapshot, catalogue.arrays, catalogue.embedding, models.dimensions)
@@ -172,9 +172,9 @@ def prepare(folder: Path, seed: int, config: SimulationConfig) -> RunDirectory:
     sizes = {"--viewers": config.viewers, "--videos": config.videos, "--days": config.days,
              "--impressions": config.impressions}  # fmt: skip
     words = [str(word) for pair in sizes.items() for word in pair]
-    run_to_end(reelway_command("simulate", *where, "--seed", str(seed), *words))
-    run_to_end(reelway_command("features", "build", *where))
-    run_to_end(reelway_command("train", *where, "--seed", str(seed), "--preset", "demo", "--no-ray"))
+    run_command(reelway_command("simulate", *where, "--seed", str(seed), *words))
+    run_command(reelway_command("features", "build", *where))
+    run_command(reelway_command("train", *where, "--seed", str(seed), "--preset", "demo", "--no-ray"))
     return run
 
 
@@ -187,8 +187,12 @@ def live_requests(world: World, start_s: float, seed: int) -> Requests:
 
 
 def run_loop(
-    world: World, live: LiveFeatures, policy: Popular | Oracle | Ours, requests: Requests, start_s: float
-) -> Earned:
+    world: World,
+    live: LiveFeatures,
+    policy: RecentPopularityPolicy | ClosedLoopOracle | TwoStagePolicy,
+    requests: Requests,
+    start_s: float,
+) -> WatchTimeTotals:
     """Show, watch what happens, learn, go on."""
     rng = np.random.default_rng(np.random.SeedSequence([world.seed, 8]))
     config = world.config
@@ -207,7 +211,7 @@ def run_loop(
             seen[viewers[:, None], slates - 1] = True
             np.add.at(watch_s, viewers, responses.watch_ms.sum(axis=1) / 1000.0)
             np.add.at(impressions, viewers, responses.present.sum(axis=1))
-            shown = Shown(
+            shown = ShownSlates(
                 request_id=10**9 + done + np.arange(len(some)), viewer_ids=viewers, slates=slates, time_s=time_s,
                 propensity=np.ones(slates.shape, np.float32), source=np.zeros(slates.shape, np.int8), sources=("loop",),
                 device=requests.device[some], devices=DEVICES,
@@ -220,7 +224,7 @@ def run_loop(
             parts.append(events)
         for events in parts:
             live.add(*events)
-    return Earned(watch_s, impressions)
+    return WatchTimeTotals(watch_s, impressions)
 
 
 def _rounds(requests: Requests, index: I64) -> list[I64]:
@@ -233,7 +237,7 @@ def _rounds(requests: Requests, index: I64) -> list[I64]:
     return [index[turn == t] for t in range(int(turn.max()) + 1)]
 
 
-def ratio_interval(mine: Earned, theirs: Earned, seed: int) -> tuple[float, float, float]:
+def ratio_interval(mine: WatchTimeTotals, theirs: WatchTimeTotals, seed: int) -> tuple[float, float, float]:
     """Ratio of watch time per impression with its 95 % interval, resampling viewers (paired)."""
     asked = np.flatnonzero(mine.impressions + theirs.impressions)
     rng = np.random.default_rng(seed)
@@ -250,19 +254,21 @@ def measure(seed: int, folder: Path) -> list[Row]:
     run = prepare(folder, seed, config)
     models = load_models(run.models)
     cut_s = models.info.window_end_s
-    earned: dict[str, Earned] = {}
+    earned: dict[str, WatchTimeTotals] = {}
     for name in ("popularity", "als", "ours", "oracle"):
         world, live = World(config, seed), LiveFeatures(run, cut_s)
         requests = live_requests(world, cut_s, seed)
         policy: Policy
         if name == "ours":
-            policy = Ours(world, live, models, Blend())
+            policy = TwoStagePolicy(world, live, models, Blend())
         elif name == "als":
-            policy = Factorised(world, run, cut_s)
+            policy = AlsPolicy(world, run, cut_s)
         else:
-            policy = Popular(world, live) if name == "popularity" else Oracle(world)
+            policy = RecentPopularityPolicy(world, live) if name == "popularity" else ClosedLoopOracle(world)
         earned[name] = run_loop(world, live, policy, requests, cut_s)
-        say(f"seed {seed}, {name}: {earned[name].mean_s:.3f} s per impression over {len(requests.time_s):,} requests")
+        print_status(
+            f"seed {seed}, {name}: {earned[name].mean_s:.3f} s per impression over {len(requests.time_s):,} requests"
+        )
     ratio, low, high = ratio_interval(earned["ours"], earned["popularity"], seed)
     rows = [Row(f"seed {seed}: {name}", found.mean_s, "s per impression") for name, found in earned.items()]
     rows.append(Row(f"seed {seed}: ours / popularity", ratio, f"x, 95 % over viewers {low:.3f}..{high:.3f}"))

@@ -17,14 +17,14 @@ from tests.e2e.clusters import Cluster, chosen
 from tests.e2e.conftest import Flow
 from tests.e2e.installation import NAME, Installation
 from tests.e2e.load_pod import constant_load
-from tests.e2e.made_releases import MadeReleases, made_releases
+from tests.e2e.made_releases import ReleaseFixtures, made_releases
 from tests.e2e.redis_pod import apply_redis
 from tests.e2e.rollouts import HELD, begin, until_phase
 from tests.e2e.waiting import until
-from tests.e2e.watched import unnoticed
+from tests.e2e.watched import expect_no_disruption
 from tests.support.bench_results import Row, write_report
 
-from reelway.platform.cli.terminal import progress, say
+from reelway.platform.cli.terminal import print_status, progress
 
 BACK_S = 2.0
 SLATES_S = 60.0
@@ -59,7 +59,7 @@ def measure(cluster: Cluster, rounds: int, heads: int, rows: list[Row]) -> None:
 
 def _installed(
     cluster: Cluster,
-    releases: MadeReleases,
+    releases: ReleaseFixtures,
     values: dict[str, Any],
     what: str,
     rounds: int,
@@ -72,7 +72,7 @@ def _installed(
         with constant_load(kubectl, installation.url) as load:
             flow = Flow(installation, load, releases, rows, live=releases.ids[0])
             began = load.now()
-            say(f"installing: {what}")
+            print_status(f"installing: {what}")
             installation.install()
             try:
                 if "ray" in values:
@@ -102,7 +102,7 @@ def by_webhook(flow: Flow, rounds: int) -> None:
     release, installation, load = flow.releases.ids[1], flow.installation, flow.load
     token = installation.webhook_token
     taken_s = []
-    with unnoticed(flow, f"{rounds} rollbacks by webhook"), progress() as bar:
+    with expect_no_disruption(flow, f"{rounds} rollbacks by webhook"), progress() as bar:
         task = bar.add_task("webhook to stable", total=rounds)
         for number in range(rounds):
             began, name = load.now(), f"round-{number}"

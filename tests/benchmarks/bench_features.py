@@ -23,7 +23,7 @@ from reelway.pipelines.features.registry import register_features
 from reelway.pipelines.features.training_rows import build_training_rows
 from reelway.pipelines.features.views import ViewSettings
 from reelway.platform.features.store import open_feature_store
-from reelway.platform.features.viewer_rows import ViewerRows
+from reelway.platform.features.viewer_rows import ViewerRowReader
 from reelway.platform.runs import RunDirectory
 
 SLATE = 10
@@ -45,7 +45,7 @@ def _batch_s(run: RunDirectory, cpus: int) -> tuple[float, float, int]:
 
 
 def _read_ms(run: RunDirectory, viewers: int) -> float:
-    rows = ViewerRows(open_feature_store(run.features))
+    rows = ViewerRowReader(open_feature_store(run.features))
     times_s = []
     for viewer in range(500, 500 + min(viewers, 1000)):
         clock = time.perf_counter()

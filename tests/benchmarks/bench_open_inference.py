@@ -33,18 +33,18 @@ from tests.serving.rank_server import rank_server_process
 from tests.serving.viewer_store import make_viewer_store
 from tests.support.bench_results import Row, write_report
 
-from reelway.platform.cli.terminal import say
+from reelway.platform.cli.terminal import print_status
 from reelway.platform.contracts.events import Arm
 from reelway.platform.durable import write_json
 from reelway.platform.features.store import open_feature_store
-from reelway.platform.features.viewer_rows import ViewerRows
+from reelway.platform.features.viewer_rows import ViewerRowReader
 from reelway.platform.release.folder import read_manifest
 from reelway.platform.release.signing import create_keys, load_private_key, sign
 from reelway.platform.release.store import ReleaseStore
 from reelway.platform.rollout.traffic.routing import ArmRoute, Routing
 from reelway.platform.rollout.traffic.serving_options import ReleaseStoreArgs, ServingOptions
 from reelway.platform.runs import RunDirectory
-from reelway.serving.free_ports import free_port
+from reelway.serving.free_ports import find_free_port
 from reelway.serving.release_loader import ReleaseLoader
 
 ADDED_BAR_MS = 4.0
@@ -71,7 +71,7 @@ def main() -> None:
             return
         if options.run:
             rows += compare_run(RunDirectory(options.run), Path(name))
-        say(f"generating a release with {options.videos:,} videos")
+        print_status(f"generating a release with {options.videos:,} videos")
         make_realistic_release(Path(name) / "made", options.videos)
         rows += measure_added(Path(name), Path(name) / "made", options.requests, compare=not options.run)
     write_report("open_inference", rows)
@@ -95,7 +95,7 @@ def measure_added(place: Path, made: Path, requests: int, *, compare: bool = Fal
     (place / "token.secret").write_bytes(SECRET)
     options = ServingOptions(
         releases=shelf, metrics_dir=place / "metrics", token_secrets=place / "token.secret",
-        features_dir=place / "features", outcomes=place / "outcomes.db", port=free_port("127.0.0.1"),
+        features_dir=place / "features", outcomes=place / "outcomes.db", port=find_free_port("127.0.0.1"),
     )  # fmt: skip
     routing = Routing(
         salt="bench", rollout="bench",
@@ -103,10 +103,10 @@ def measure_added(place: Path, made: Path, requests: int, *, compare: bool = Fal
               ArmRoute(arm=Arm.STABLE, release=here, weight_bp=5000)),
     )  # fmt: skip
     rows = []
-    say("starting the rank server and Ray Serve")
+    print_status("starting the rank server and Ray Serve")
     with (
         rank_server_process(shelf, there, place) as server,
-        running_service(Routing.whole(here), options, place / "token") as at,
+        running_service(Routing.single_release(here), options, place / "token") as at,
     ):
         if compare:
             loader, chance = ReleaseLoader(place / "releases" / there), np.random.default_rng(0)
@@ -219,7 +219,7 @@ def compare_run(run: RunDirectory, place: Path) -> list[Row]:
     """Compares rows of a run: viewers of its online store, candidates and ranker of its release."""
     release = str(ReleaseStore(str(run.release_store)).resolve("latest"))
     loader = ReleaseLoader(run.release_store / release)
-    store = ViewerRows(open_feature_store(run.features))
+    store = ViewerRowReader(open_feature_store(run.features))
     shelf = ReleaseStoreArgs(release_store=str(run.release_store), release_cache=place / "run", public_keys=run.keys)
     with rank_server_process(shelf, release, place) as at:
         rows = compare_rows(loader, at, (store.read(viewer) for viewer in itertools.count(1)), "trained")

@@ -19,24 +19,24 @@ from tests.support.bench_results import Row, write_report
 from reelway.pipelines.evaluation.harness import RankingResult
 from reelway.pipelines.evaluation.metrics import mean_estimate, paired_difference
 from reelway.pipelines.evaluation.report import (
+    ALL_TIME_POPULARITY,
     ALS,
-    OURS,
-    POPULAR_EVER,
-    POPULAR_LATELY,
-    RETRIEVAL,
+    RECENT_POPULARITY,
+    RETRIEVAL_ONLY,
+    TWO_STAGE,
     evaluate_run,
 )
 from reelway.pipelines.training.config import load_config
 from reelway.pipelines.training.step import Resources, train_run
-from reelway.platform.cli.processes import reelway_command, run_to_end
-from reelway.platform.cli.terminal import say
+from reelway.platform.cli.processes import reelway_command, run_command
+from reelway.platform.cli.terminal import print_status
 from reelway.platform.errors import ConfigError
 from reelway.platform.runs import RunDirectory
 
 VARIABLE = "REELWAY_ML100K_DIR"
 METRICS = ("recall", "ndcg")
 NAMES = {"recall": "Recall@50", "ndcg": "NDCG@10"}
-REFERENCE = {POPULAR_LATELY: {"recall": 0.355, "ndcg": 0.222}, ALS: {"recall": 0.255, "ndcg": 0.188}}
+REFERENCE = {RECENT_POPULARITY: {"recall": 0.355, "ndcg": 0.222}, ALS: {"recall": 0.255, "ndcg": 0.188}}
 """Baselines measured independently of this code, which breaks ties differently. The bar is the higher value."""
 
 
@@ -54,7 +54,7 @@ def data_folder() -> Path:
 
 def measure(run: RunDirectory, seed: int) -> dict[str, RankingResult]:
     """Trains with one seed and evaluates every recommender."""
-    say(f"seed {seed}: training")
+    print_status(f"seed {seed}: training")
     train_run(run, load_config("ml-100k", seed=seed), Resources(ray=False))
     return evaluate_run(run).ranking
 
@@ -64,18 +64,18 @@ def rows_of(found: Sequence[dict[str, RankingResult]]) -> list[Row]:
     rows: list[Row] = []
     for metric in METRICS:
         for seed, ranking in enumerate(found):
-            for name in (OURS, RETRIEVAL):
+            for name in (TWO_STAGE, RETRIEVAL_ONLY):
                 rows.append(_row(f"{NAMES[metric]}: {name}, seed {seed}", getattr(ranking[name], metric)))
-        for name in (POPULAR_EVER, POPULAR_LATELY, ALS):
+        for name in (ALL_TIME_POPULARITY, RECENT_POPULARITY, ALS):
             rows.append(_row(f"{NAMES[metric]}: {name}", getattr(found[0][name], metric)))
-        ours_B = np.mean([getattr(ranking[OURS], metric) for ranking in found], axis=0)
-        for name in (POPULAR_LATELY, ALS):
+        ours_B = np.mean([getattr(ranking[TWO_STAGE], metric) for ranking in found], axis=0)
+        for name in (RECENT_POPULARITY, ALS):
             theirs_B = np.mean([getattr(ranking[name], metric) for ranking in found], axis=0)
             lead = paired_difference(ours_B, theirs_B)
             bar = max(float(theirs_B.mean()), REFERENCE[name][metric])
             rows.append(
                 Row(
-                    f"{NAMES[metric]}: {OURS}, mean of {len(found)} seeds",
+                    f"{NAMES[metric]}: {TWO_STAGE}, mean of {len(found)} seeds",
                     float(ours_B.mean()),
                     f"lead {lead.value:+.3f} [{lead.low:+.3f}, {lead.high:+.3f}]",
                     f"> {bar:.3f} ({name})",
@@ -94,8 +94,8 @@ def main(seeds: int) -> None:
     folder = data_folder()
     with tempfile.TemporaryDirectory() as name:
         run = RunDirectory(Path(name) / "run")
-        run_to_end(reelway_command("import", "ml-100k", str(folder), "--run", str(run.path)))
-        run_to_end(reelway_command("features", "build", "--run", str(run.path)))
+        run_command(reelway_command("import", "ml-100k", str(folder), "--run", str(run.path)))
+        run_command(reelway_command("features", "build", "--run", str(run.path)))
         write_report("quality", rows_of([measure(run, seed) for seed in range(seeds)]))
 
 

@@ -20,26 +20,26 @@ from tests.dimensions import DIMENSIONS
 from tests.pipelines.training.made_rows import made_table, write_rows
 from tests.support.bench_results import Row, write_report
 
-from reelway.pipelines.training.checkpoint_files import CheckpointFiles
+from reelway.pipelines.training.checkpoint_files import FileCheckpoints
 from reelway.pipelines.training.config import load_config
-from reelway.pipelines.training.fit import RANKER, TWO_TOWER, Fitted, fit, window_of
+from reelway.pipelines.training.fit import RANKER, TWO_TOWER, FittedModels, fit, make_training_split
 from reelway.pipelines.training.loop import EpochReport, OnEpoch
-from reelway.pipelines.training.negatives import shown_rows
+from reelway.pipelines.training.negatives import impression_rows
 from reelway.pipelines.training.ray_train import RayResources, fit_on_ray
 from reelway.pipelines.training.rows import load_rows
-from reelway.platform.cli.terminal import say
+from reelway.platform.cli.terminal import print_status
 
 BAR_RATIO = 1.10
 THREADS = 1  # on both sides; two spinning threads beside Ray's own processes would measure the scheduler
 
 
-def measure(train: Callable[[OnEpoch], Fitted]) -> tuple[dict[str, list[float]], float]:
+def measure(train: Callable[[OnEpoch], FittedModels]) -> tuple[dict[str, list[float]], float]:
     """Seconds of each steady epoch per stage (the first of each stage is left out), and of the whole."""
     ends: dict[str, list[float]] = {TWO_TOWER: [], RANKER: []}
 
     def note(report: EpochReport) -> None:
         ends[report.stage].append(report.ended_at_s)
-        say(f"  {report.stage} {report.epoch + 1}/{report.epochs}")
+        print_status(f"  {report.stage} {report.epoch + 1}/{report.epochs}")
 
     started = time.perf_counter()
     train(note)
@@ -60,13 +60,13 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         table = made_table(requests=options.requests, videos=5000, viewers=2000)
         rows = load_rows(write_rows(Path(folder) / "rows.parquet", table), DIMENSIONS)
-        window = window_of(rows, config)
-        given = (rows, shown_rows(rows, window.training(rows)), window, config)
+        window = make_training_split(rows, config)
+        given = (rows, impression_rows(rows, window.training(rows)), window, config)
         plain: dict[str, list[float]] = {TWO_TOWER: [], RANKER: []}
         on_ray: dict[str, list[float]] = {TWO_TOWER: [], RANKER: []}
         totals: dict[str, list[float]] = {"plain": [], "ray": []}
         for number in range(options.rounds):
-            kept = CheckpointFiles(Path(folder) / f"plain-{number}")
+            kept = FileCheckpoints(Path(folder) / f"plain-{number}")
             storage = Path(folder) / f"ray-{number}"
             sides = [
                 ("plain", plain, lambda tell, kept=kept: fit(*given, checkpoints=kept, on_epoch=tell)),
@@ -79,7 +79,7 @@ def main() -> None:
                 ),
             ]
             for name, into, train in sides:
-                say(f"round {number + 1}/{options.rounds}, {name}")
+                print_status(f"round {number + 1}/{options.rounds}, {name}")
                 epochs_s, whole_s = measure(train)
                 totals[name].append(whole_s)
                 for stage, seconds in epochs_s.items():

@@ -32,15 +32,15 @@ from tests.benchmarks.constant_load import constant_load, read_record
 from tests.release_files import make_release_folder
 from tests.support.bench_results import Row, write_report
 
-from reelway.platform.cli.processes import child, reelway_command
-from reelway.platform.cli.terminal import progress, say
+from reelway.platform.cli.processes import child_process, reelway_command
+from reelway.platform.cli.terminal import print_status, progress
 from reelway.platform.release.signing import create_keys, load_private_key
 from reelway.platform.release.store import ReleaseStore
 from reelway.platform.rollout.control.sqlite_store import SqliteRolloutStore
 from reelway.platform.rollout.policy import RolloutPolicy, parse_policy
 from reelway.platform.rollout.state import Command, Phase, RolloutState
 from reelway.platform.rollout.traffic.bucketing import BUCKETS, bucket_of, buckets_of
-from reelway.platform.rollout.transition import start
+from reelway.platform.rollout.transition import start_state
 
 BAR_S = 1.0
 START_S = 240.0
@@ -71,7 +71,7 @@ class Bench:
         previous = self.store.latest()
         stable = previous.state.live_release if previous else json.loads(_text(self.run / "serving.json"))["release"]
         number = len(self.rollouts)
-        state = start(
+        state = start_state(
             policy, rollout_id=f"bench-{number}", canary_release=release, stable_release=stable, now=time.time(),
             previous=previous.state if previous else None, force=True,
         )  # fmt: skip
@@ -102,7 +102,7 @@ class Bench:
         """Submits a command as a user does. Returns the time."""
         moment = time.time()
         command = Command(id=f"{verb}-{moment}", verb=verb, actor="bench", force=True)  # type: ignore[arg-type]
-        self.store.ask(self.rollouts[-1].id, command)
+        self.store.submit_command(self.rollouts[-1].id, command)
         return moment
 
     def last_answer_s(self, release: str, moment: float) -> float:
@@ -175,7 +175,9 @@ def seen_by_viewers(bench: Bench) -> list[Row]:
     rows = read_record(bench.record)
     failed = rows[rows["status"] != 200]
     for one in failed[:5]:
-        say(f"failed: status {one['status']} for viewer {one['viewer']} after {one['done'] - one['sent']:.2f} s")
+        print_status(
+            f"failed: status {one['status']} for viewer {one['viewer']} after {one['done'] - one['sent']:.2f} s"
+        )
     ramped = BUCKETS // 2
     wrong = 0
     canary = rows[rows["arm"] == b"canary"]
@@ -221,7 +223,7 @@ def main() -> None:
     try:
         write_report("rollout", measure(run, options.rounds, options.rate, options.videos))
     except BaseException:
-        say(f"files are kept in {run}: load (requests), rollout/state.db, rollout/controller.log")
+        print_status(f"files are kept in {run}: load (requests), rollout/state.db, rollout/controller.log")
         raise
     shutil.rmtree(run)
 
@@ -236,9 +238,9 @@ def measure(run: Path, rounds: int, rate: float, videos: int) -> list[Row]:
             store.write(folder, make_release_folder(folder, videos=videos, seed=seed, key=key))
             for seed, folder in enumerate(made)
         )
-        say("starting the service and the controller")
+        print_status("starting the service and the controller")
         command = reelway_command("serve", "--run", str(run), "--port", "0", "--release", first)
-        stack.enter_context(child(command, log=run / "serve.log"))
+        stack.enter_context(child_process(command, log=run / "serve.log"))
         url = json.loads(_text(run / "serving.json"))["url"]
         _text(run / "rollout" / "controller.json")
         stack.enter_context(constant_load(url, run / "load", rate=rate, viewers=5_000))

@@ -29,10 +29,10 @@ from typing import Final
 
 from tests.benchmarks.bench_open_inference import added_by
 from tests.benchmarks.serving_path import SIDES, measure_overload, measure_path
-from tests.benchmarks.serving_place import Place, make_place, online_store
+from tests.benchmarks.serving_place import ServingFixture, make_place, online_store
 from tests.support.bench_results import Row, write_report
 
-from reelway.platform.cli.terminal import say
+from reelway.platform.cli.terminal import print_status
 
 SECTIONS: Final = ("features", "ranking", "retrieval", "growth", "cold", "path", "overload", "kserve")
 LARGE: Final = ("retrieval", "growth", "cold")
@@ -58,7 +58,7 @@ def _measured(options: argparse.Namespace, path: Path) -> Iterator[Row]:
         with _timed(f"a release of {options.videos:,} videos"):
             place = make_place(path / "place", options.videos)
         with online_store(place) as address:
-            say(f"the online store is {address.partition(':')[0]}")
+            print_status(f"the online store is {address.partition(':')[0]}")
             yield from _of_service(options, place)
 
 
@@ -91,7 +91,7 @@ def _words(given: str) -> list[str]:
     return given.split(",")
 
 
-def _of_large(options: argparse.Namespace, path: Path, large: Place) -> Iterator[Row]:
+def _of_large(options: argparse.Namespace, path: Path, large: ServingFixture) -> Iterator[Row]:
     from tests.benchmarks import serving_parts as parts
 
     if "retrieval" in options.only:
@@ -105,7 +105,7 @@ def _of_large(options: argparse.Namespace, path: Path, large: Place) -> Iterator
             yield from parts.measure_cold_start(large)
 
 
-def _of_service(options: argparse.Namespace, place: Place) -> Iterator[Row]:
+def _of_service(options: argparse.Namespace, place: ServingFixture) -> Iterator[Row]:
     from tests.benchmarks import serving_parts as parts
 
     if "features" in options.only:
@@ -129,7 +129,7 @@ def _of_service(options: argparse.Namespace, place: Place) -> Iterator[Row]:
 def _timed(what: str) -> Iterator[None]:
     start = time.monotonic()
     yield
-    say(f"{what}: {time.monotonic() - start:.0f} s")
+    print_status(f"{what}: {time.monotonic() - start:.0f} s")
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ import pyarrow as pa
 from tests.support.bench_results import Row, write_report
 
 from reelway.pipelines.simulation.config import SimulationConfig
-from reelway.pipelines.simulation.log import log_traffic
+from reelway.pipelines.simulation.log import simulate_traffic_log
 from reelway.pipelines.simulation.world import World
 
 BAR = 200_000.0
@@ -33,7 +33,7 @@ def measure(config: SimulationConfig, runs: int = RUNS) -> list[float]:
     rates = []
     for _ in range(runs + 1):
         start = time.perf_counter()
-        dataset = log_traffic(world)
+        dataset = simulate_traffic_log(world)
         rates.append(dataset.impressions.num_rows / (time.perf_counter() - start))
     return rates[1:]
 

@@ -18,12 +18,17 @@ from tests.support.bench_results import Row, write_report
 
 from reelway.pipelines.features.labels import label_impressions
 from reelway.pipelines.features.stream.cells import STREAMED
-from reelway.pipelines.features.stream.engine import Catalogue
-from reelway.pipelines.features.stream.processor import Processor, StreamSettings
+from reelway.pipelines.features.stream.engine import StreamCatalogue
+from reelway.pipelines.features.stream.processor import StreamProcessor, StreamSettings
 from reelway.pipelines.features.stream.state import StreamState
 from reelway.pipelines.features.views import DAY_US, ViewSettings
 from reelway.platform.contracts.events import OutcomeType
-from reelway.platform.eventlog.outcome_events import KINDS, LOGGED_OUTCOMES, outcome_ids, records_of
+from reelway.platform.eventlog.outcome_events import (
+    OUTCOME_EVENT_SCHEMA,
+    OUTCOME_TYPES,
+    derive_outcome_ids,
+    encode_outcomes,
+)
 from reelway.platform.eventlog.sqlite_log import SqliteLog
 
 VIEWERS, VIDEOS, CREATORS = 20_000, 20_000, 1_000
@@ -34,10 +39,10 @@ START_US = event_tables.START_US
 TTL_US = dict.fromkeys(STREAMED, 90 * DAY_US)
 
 
-def catalogue(rng: np.random.Generator) -> Catalogue:
+def catalogue(rng: np.random.Generator) -> StreamCatalogue:
     ids = np.arange(VIDEOS)
     creators = np.arange(CREATORS)
-    return Catalogue.of(
+    return StreamCatalogue.of(
         event_tables.table(
             event_tables.contract.VIDEOS, video_id=ids, creator_id=rng.integers(0, CREATORS, VIDEOS),
             uploaded_at=[START_US - 9 * DAY_US] * VIDEOS, duration_ms=rng.integers(5_000, 60_000, VIDEOS),
@@ -51,14 +56,16 @@ def catalogue(rng: np.random.Generator) -> Catalogue:
 
 
 def batch(rng: np.random.Generator, second: int) -> pa.RecordBatch:
-    kind = rng.choice([KINDS.index(OutcomeType.WATCH), KINDS.index(OutcomeType.LIKE)], RATE, p=[0.8, 0.2])
+    kind = rng.choice(
+        [OUTCOME_TYPES.index(OutcomeType.WATCH), OUTCOME_TYPES.index(OutcomeType.LIKE)], RATE, p=[0.8, 0.2]
+    )
     impression = second * RATE + rng.integers(0, RATE, RATE)
     now_us = START_US + second * 1_000_000
     columns = {
-        "outcome_id": outcome_ids(impression, kind), "impression_id": impression, "request_id": impression,
+        "outcome_id": derive_outcome_ids(impression, kind), "impression_id": impression, "request_id": impression,
         "viewer_id": impression % VIEWERS, "video_id": rng.zipf(1.4, RATE) % VIDEOS, "position": np.zeros(RATE),
         "shown_at": np.full(RATE, now_us - 9_000_000), "release": ["r"] * RATE, "arm": ["stable"] * RATE,
-        "source": ["ann"] * RATE, "propensity": np.ones(RATE), "type": [str(KINDS[k]) for k in kind],
+        "source": ["ann"] * RATE, "propensity": np.ones(RATE), "type": [str(OUTCOME_TYPES[k]) for k in kind],
         "value": np.where(kind == 0, rng.integers(0, 60_000, RATE), 1), "event_time": np.full(RATE, now_us),
         "done_at": [None] * RATE,
     }  # fmt: skip
@@ -66,9 +73,9 @@ def batch(rng: np.random.Generator, second: int) -> pa.RecordBatch:
         pa.array(columns[f.name]).cast(pa.int64()).cast(f.type)
         if pa.types.is_timestamp(f.type)
         else pa.array(columns[f.name]).cast(f.type)
-        for f in LOGGED_OUTCOMES
+        for f in OUTCOME_EVENT_SCHEMA
     ]
-    return pa.RecordBatch.from_arrays(arrays, schema=LOGGED_OUTCOMES)
+    return pa.RecordBatch.from_arrays(arrays, schema=OUTCOME_EVENT_SCHEMA)
 
 
 def main() -> None:
@@ -79,12 +86,12 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         log = SqliteLog(Path(folder) / "log.db", clock=lambda: START_US / 1e6 + SECONDS + 60)
         for second in range(SECONDS):
-            log.append(list(records_of(batch(rng, second), 1, START_US + second * 1_000_000)))
+            log.append(list(encode_outcomes(batch(rng, second), 1, START_US + second * 1_000_000)))
         state = StreamState(Path(folder) / "state.db")
-        processor = Processor(log, state, None, ViewSettings(DIMENSIONS), TTL_US, StreamSettings(most_records=20))
+        processor = StreamProcessor(log, state, None, ViewSettings(DIMENSIONS), TTL_US, StreamSettings(max_records=20))
         processor.start(known, labels, behind_us=0)
         cpu, wall, outcomes, rows = time.process_time(), time.perf_counter(), 0, 0
-        while (done := processor.round(wait_s=0)).outcomes or done.steps:
+        while (done := processor.run_micro_batch(wait_s=0)).outcomes or done.steps:
             outcomes += done.outcomes
             rows += sum(one.rows.num_rows for one in done.emitted)
         cpu, wall = time.process_time() - cpu, time.perf_counter() - wall

@@ -14,7 +14,7 @@ import numpy as np
 from reelway.platform.contracts.events import Arm
 from reelway.platform.errors import RolloutError
 from reelway.platform.rollout.assessment import Assessment, assess
-from reelway.platform.rollout.decision import Action, Decision, advance, decide_on, start
+from reelway.platform.rollout.decision import Action, Decision, advance, decide_on, start_state
 from reelway.platform.rollout.evidence import (
     ArmStatistics,
     EvidenceSnapshot,
@@ -24,7 +24,7 @@ from reelway.platform.rollout.evidence import (
     MetricEvidence,
 )
 from reelway.platform.rollout.policy import RolloutPolicy, Slice, parse_policy
-from reelway.platform.rollout.state import RAMPING, Command, Phase, RolloutState, ask
+from reelway.platform.rollout.state import RAMPING_PHASES, Command, Phase, RolloutState, add_command
 
 SHADOW = "shadow: {duration_s: 60, mirror_percent: 5, minimum_requests: 100}"
 POLICY = """
@@ -92,7 +92,7 @@ DANGEROUS = frozenset({"harm", "errors", "alert"})
 _WEIGHTED = ["good"] * 30 + ["few"] * 6 + sorted((MISSING | DANGEROUS | {"foreign_alert", "not_ready"}) - {"few"})
 
 
-class Histories:
+class HistoryGenerator:
     """Makes and plays random histories. ``counts`` says how often each action was taken: all must occur."""
 
     def __init__(self, seed: int) -> None:
@@ -107,9 +107,9 @@ class Histories:
 
     def play(self, events: int) -> RolloutState:
         """One history of that many events, checked after each."""
-        rng, world = self.random, _World()
+        rng, world = self.random, _FakeEnvironment()
         self.policy = rng.choice(self.policies)
-        state = start(self.policy, rollout_id="r", canary_release=RELEASE, stable_release=STABLE, now=world.now)
+        state = start_state(self.policy, rollout_id="r", canary_release=RELEASE, stable_release=STABLE, now=world.now)
         for number in range(events):
             self.events += 1
             state = self._event(state, world, f"{number}", rng.random())
@@ -118,7 +118,7 @@ class Histories:
         self.ends[state.phase] += 1
         return state
 
-    def _event(self, state: RolloutState, world: _World, number: str, dice: float) -> RolloutState:
+    def _event(self, state: RolloutState, world: _FakeEnvironment, number: str, dice: float) -> RolloutState:
         rng = self.random
         if dice < 0.06:
             return RolloutState.model_validate_json(state.model_dump_json())
@@ -128,8 +128,8 @@ class Histories:
         if dice < 0.18:
             verb = rng.choice(("pause", "pause", "resume", "resume", "promote", "promote", "rollback"))
             command = Command(id=rng.choice((number, "again")), verb=verb, force=rng.random() < 0.2)
-            asked = ask(state, command)
-            assert ask(asked, command) == asked, "the same command twice"
+            asked = add_command(state, command)
+            assert add_command(asked, command) == asked, "the same command twice"
             return asked
         world.now += rng.choice((0.0, 10.0, 30.0, 60.0, 60.0))
         kind = rng.choice(_WEIGHTED)
@@ -149,7 +149,7 @@ class Histories:
 
 
 @dataclass
-class _World:
+class _FakeEnvironment:
     """Clock and traffic as the controller meets them."""
 
     now: float = 1_000_000.0
@@ -181,15 +181,15 @@ def check(
     assert before.stable_release in after.deployed_releases or after.retired
     promoting = after.phase is Phase.PROMOTING and before.phase is not Phase.PROMOTING
     forced = before.command is not None and before.command.verb == "promote" and before.command.force
-    if (promoting or (decision.action is Action.STEP and before.phase in RAMPING)) and not forced:
+    if (promoting or (decision.action is Action.STEP and before.phase in RAMPING_PHASES)) and not forced:
         enough_for_a_step = {"few"} if decision.action is Action.STEP else set()
         assert kind not in MISSING - enough_for_a_step, "never on missing evidence"
         assert kind not in DANGEROUS
         assert evidence.release == before.canary_release
-    if decision.action is Action.STEP and before.phase not in RAMPING:
+    if decision.action is Action.STEP and before.phase not in RAMPING_PHASES:
         assert evidence.canary_ready, "no traffic before the release is ready"
     if promoting and not forced:
-        assert not verdicts.not_excluded, "promotion excludes harm"
+        assert not verdicts.harm_not_excluded, "promotion excludes harm"
     if promoting and before.command is None:
         assert before.step == len(policy.steps) - 1, "no step is skipped"
     if before.phase in (Phase.ROLLING_BACK, Phase.ROLLED_BACK):
@@ -197,15 +197,15 @@ def check(
         assert weights[Arm.CANARY] == 0
     if kind in DANGEROUS - {"harm"} and before.phase is not Phase.PENDING and not before.retired:
         assert weights[Arm.CANARY] == 0, "a guardrail acts at once"
-    if kind == "harm" and before.phase in RAMPING:
+    if kind == "harm" and before.phase in RAMPING_PHASES:
         assert weights[Arm.CANARY] == 0, "established harm acts at once, paused or not"
-    if after.phase is Phase.STEPPING and before.phase in RAMPING:
+    if after.phase is Phase.STEPPING and before.phase in RAMPING_PHASES:
         assert after.canary_bp >= before.canary_bp, "the ramp is monotone"
     if decision.action in (Action.HOLD, Action.WAIT, Action.PAUSE, Action.CARRY_ON, Action.RESUME, Action.REFUSE):
         assert after.weights == before.weights, "holding moves nothing"
     if after.phase is Phase.ROLLED_BACK:
         try:
-            start(policy, rollout_id="n", canary_release=RELEASE, stable_release=STABLE, now=1e12, previous=after)
+            start_state(policy, rollout_id="n", canary_release=RELEASE, stable_release=STABLE, now=1e12, previous=after)
         except RolloutError:
             pass
         else:

@@ -11,7 +11,7 @@ import numpy as np
 from tests.benchmarks.canary_population import Population
 from tests.benchmarks.canary_simulation import PROMOTED, ROLLED_BACK, RUNNING, ArmSums, Scenario, Simulation, looks
 
-from reelway.platform.rollout.decision import Action, advance, decide, start
+from reelway.platform.rollout.decision import Action, advance, decide, start_state
 from reelway.platform.rollout.evidence import (
     ArmStatistics,
     EvidenceSnapshot,
@@ -48,7 +48,7 @@ def snapshot_of(simulation: Simulation, rollout: int, now: float) -> EvidenceSna
 
 def begin(policy: RolloutPolicy, step: int, held_s: float, now: float) -> RolloutState:
     """A rollout that has been at ``step`` for ``held_s``."""
-    fresh = start(policy, rollout_id="r", canary_release="c", stable_release="s", now=now)
+    fresh = start_state(policy, rollout_id="r", canary_release="c", stable_release="s", now=now)
     points = policy.steps[step].weight_bp
     return fresh.model_copy(
         update={"phase": Phase.STEPPING, "step": step, "canary_bp": points, "phase_s": held_s, "tick_at": now}

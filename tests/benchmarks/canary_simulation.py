@@ -15,7 +15,7 @@ from tests.benchmarks.canary_population import LINEAR, N_X, N_Y, QUADRATIC, TEST
 
 from reelway.platform.rollout.assessment import harm_of
 from reelway.platform.rollout.policy import RolloutPolicy, Slice
-from reelway.platform.rollout.sequential import BASIS_POINTS, boundary, ratio_estimate
+from reelway.platform.rollout.sequential import BASIS_POINTS, ratio_estimate, rejection_boundary
 
 F64 = NDArray[np.float64]
 
@@ -79,14 +79,14 @@ def judge(policy: RolloutPolicy, stable: ArmSums, canary: ArmSums) -> Bounds:
     lower = np.array([m.direction == "lower" for m, _ in policy.tests])
     harm = harm_of(ratio_estimate(*of_canary), ratio_estimate(*of_stable), lower)
     margin = np.array([m.margin_on(part) for m, part in policy.tests])
-    scale = np.array([m.beyond_margin(part) for m, part in policy.tests])
+    scale = np.array([m.effect_beyond_margin(part) for m, part in policy.tests])
     enough = np.array([m.minimum_viewers for m, _ in policy.tests])
     known = (of_stable[0] >= enough) & (of_canary[0] >= enough) & np.isfinite(harm.variance)
     known &= (of_stable[1] > 0) & (of_canary[1] > 0)
     variance = np.where(known, harm.variance, 1.0)
     error = np.sqrt(variance)
-    low = harm.value - boundary(variance, scale, np.array(policy.rollback_alphas)) * error
-    high = harm.value + boundary(variance, margin, policy.alpha.promotion) * error
+    low = harm.value - rejection_boundary(variance, scale, np.array(policy.rollback_alphas)) * error
+    high = harm.value + rejection_boundary(variance, margin, policy.alpha.promotion) * error
     return Bounds(harm.value, error, low, high, known & (low > margin), known & (high < margin) & ~(low > margin))
 
 

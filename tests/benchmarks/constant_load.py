@@ -20,7 +20,7 @@ import httpx
 import numpy as np
 from numpy.typing import NDArray
 
-from reelway.platform.cli.processes import child
+from reelway.platform.cli.processes import child_process
 
 RECORD = np.dtype(
     [
@@ -44,7 +44,7 @@ LONG_MS, SHORT_MS, LONG_SHARE = 60_000, 900, 0.7
 def constant_load(url: str, record: Path, *, rate: float, viewers: int) -> Iterator[None]:
     """``rate`` requests a second, from now until the block is left."""
     command = [sys.executable, "-m", "tests.benchmarks.constant_load", url, str(record), str(rate), str(viewers)]
-    with child(command) as process:
+    with child_process(command) as process:
         deadline = time.monotonic() + 30
         while not (record.exists() and record.stat().st_size):
             if process.poll() is not None or time.monotonic() > deadline:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from tests.dimensions import DIMENSIONS
 
 from reelway.pipelines.datasets.store import read_dataset
-from reelway.pipelines.features.batch import family_views
+from reelway.pipelines.features.batch import entity_views
 from reelway.pipelines.features.labels import label_impressions, times_us
 from reelway.pipelines.features.views import ViewSettings, video_content, viewer_profile
 from reelway.platform.contracts.features import VIEWER_VIEWS, VIEWS
@@ -57,7 +57,7 @@ class LiveFeatures:
     def viewers(self, viewer_ids: I64, at_s: float) -> pa.Table:
         """The viewers' rows at a moment, in the order given: ``viewer_id`` and the fields of the viewer views."""
         theirs = self.labels.filter(pc.is_in(self.labels["viewer_id"], value_set=pa.array(np.unique(viewer_ids))))
-        views = self._static | family_views("viewer", theirs, self._creators, self._settings, round(at_s * 1e6))
+        views = self._static | entity_views("viewer", theirs, self._creators, self._settings, round(at_s * 1e6))
         columns = {"viewer_id": pa.chunked_array([pa.array(viewer_ids)])}
         for name in VIEWER_VIEWS:
             columns |= self._as_of(name, views[name], "viewer_id", viewer_ids, at_s)
@@ -66,8 +66,8 @@ class LiveFeatures:
     def videos(self, at_s: float) -> pa.Table:
         """Every video's row at a moment, uploads to come included (the caller knows what is there)."""
         at_us = round(at_s * 1e6)
-        views = family_views("video", self.labels, self._creators, self._settings, at_us)
-        views |= family_views("creator", self.labels, self._creators, self._settings, at_us)
+        views = entity_views("video", self.labels, self._creators, self._settings, at_us)
+        views |= entity_views("creator", self.labels, self._creators, self._settings, at_us)
         creator = self._videos["creator_id"].to_numpy()
         content = self._static["video_content"]
         columns = {"video_id": content["video_id"], "title": self._videos["title"]}

@@ -27,7 +27,7 @@ from reelway.serving.metrics import IngressMetrics, RemoteRankerMetrics
 from reelway.serving.open_inference.client import RemoteRanker
 from reelway.serving.release_loader import ReleaseLoader
 from reelway.serving.request_path import LocalStages, RequestPath
-from reelway.serving.sessions import Graph
+from reelway.serving.sessions import OnnxModel
 from reelway.serving.viewers import viewer_query
 
 HEADER: Final = "Inference-Header-Content-Length"
@@ -46,7 +46,7 @@ def compare_rows(
     """Returns the largest difference over at least ``ROWS`` rows and the latency, per protocol."""
     asked = list(_until_enough(ranked_in_requests(loader, viewers)))
     count = sum(len(inputs["video_dense"]) for inputs in asked)
-    graph = Graph(loader.folder / RANKER_FILE, inputs=RANKER_INPUTS)
+    graph = OnnxModel(loader.folder / RANKER_FILE, inputs=RANKER_INPUTS)
     expected = [graph.run(inputs) for inputs in asked]
     rows = []
     answers = {
@@ -91,7 +91,8 @@ def added_in_one_process(loader: ReleaseLoader, at: RankServerProcess, viewers: 
         ranker = RemoteRanker(f"127.0.0.1:{at.grpc_port}", release, RemoteRankerMetrics(CollectorRegistry(), release))
         there = LocalStages(stages.retrieval, loader.ranking(ranker), stages.reranking)
         paths = [
-            RequestPath(loader.edge(), side, signer, IngressMetrics(CollectorRegistry())) for side in (stages, there)
+            RequestPath(loader.router_release(), side, signer, IngressMetrics(CollectorRegistry()))
+            for side in (stages, there)
         ]
         took_ms = []
         for i in range(-WARM_UP, TURNS):

@@ -91,7 +91,7 @@ class _Connection(asyncio.Protocol):
         self._transport.close()
 
 
-class _Asker:
+class _LoadClient:
     """Sends requests over a pool of connections and records the responses."""
 
     def __init__(self, plan: LoadPlan) -> None:
@@ -132,7 +132,7 @@ def _request(address: str, viewer: int, plan: LoadPlan) -> bytes:
     return f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body
 
 
-async def _closed(asker: _Asker, plan: LoadPlan, end: float) -> None:
+async def _closed(asker: _LoadClient, plan: LoadPlan, end: float) -> None:
     async def one() -> None:
         while (now := time.monotonic()) < end:
             await asker.ask(now)
@@ -140,7 +140,7 @@ async def _closed(asker: _Asker, plan: LoadPlan, end: float) -> None:
     await asyncio.gather(*(one() for _ in range(plan.connections)))
 
 
-async def _open(asker: _Asker, plan: LoadPlan, end: float) -> None:
+async def _open(asker: _LoadClient, plan: LoadPlan, end: float) -> None:
     chance, due, tasks = random.Random(plan.seed + 1), time.monotonic(), []
     while True:
         due += chance.expovariate(plan.rate)
@@ -153,7 +153,7 @@ async def _open(asker: _Asker, plan: LoadPlan, end: float) -> None:
 
 
 async def _main(plan: LoadPlan) -> None:
-    asker = _Asker(plan)
+    asker = _LoadClient(plan)
     end = time.monotonic() + plan.seconds
     await (_open if plan.rate else _closed)(asker, plan, end)
     asker.close()

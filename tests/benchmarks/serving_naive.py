@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from pydantic import BaseModel
 from ray import serve
 from ray.serve.handle import DeploymentHandle
-from tests.benchmarks.serving_place import VIEWERS, Place
+from tests.benchmarks.serving_place import VIEWERS, ServingFixture
 from tests.benchmarks.serving_release import RANKER, TOWER
 from tests.dimensions import DIMENSIONS
 from tests.release_files import NOW_S
@@ -38,7 +38,7 @@ from reelway.platform.features.assembly import (
     columns_from_table,
 )
 from reelway.platform.features.store import open_feature_store
-from reelway.serving.free_ports import free_port
+from reelway.serving.free_ports import find_free_port
 
 CANDIDATES = 500
 VIEWER_FEATURES = [f"{view}:{field}" for view in names.VIEWER_VIEWS for field in names.VIEWS[view]]
@@ -75,7 +75,7 @@ def read_videos(store: Any, video_ids: list[int]) -> Any:
 
 @serve.deployment
 class Retrieval:
-    def __init__(self, place: Place) -> None:
+    def __init__(self, place: ServingFixture) -> None:
         self._store = open_feature_store(place.features)
         self._index = faiss.read_index(str(place.made / INDEX_FILE))
         table = place.loader().table()
@@ -102,7 +102,7 @@ class Retrieval:
 
 @serve.deployment
 class Ranking:
-    def __init__(self, place: Place) -> None:
+    def __init__(self, place: ServingFixture) -> None:
         self._store = open_feature_store(place.features)
         self._ranker = Ranker(RANKER, TOWER.dim, DIMENSIONS).eval()
 
@@ -151,7 +151,7 @@ class Ingress:
         return Answer(viewer_id=ask.viewer_id, videos=[Video(**one) for one in slate])
 
 
-def naive_candidates(place: Place) -> NDArray[np.int32]:
+def naive_candidates(place: ServingFixture) -> NDArray[np.int32]:
     """Returns the rows of all videos that retrieval returns for any viewer of the benchmark."""
     retrieval = Retrieval.func_or_class(place)
     table = place.loader().table()
@@ -159,9 +159,9 @@ def naive_candidates(place: Place) -> NDArray[np.int32]:
     return table.rows_of(np.array(sorted(found)))
 
 
-def serve_naively(place: Place) -> None:
+def serve_naively(place: ServingFixture) -> None:
     """Serves the naive composition, prints its address and stops at the end of standard input."""
-    port = free_port("127.0.0.1")
+    port = find_free_port("127.0.0.1")
     ray.init(address="local", log_to_driver=False, logging_level="error", include_dashboard=False, num_cpus=8)
     try:
         serve.start(http_options={"host": "127.0.0.1", "port": port})

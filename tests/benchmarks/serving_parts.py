@@ -20,7 +20,7 @@ import psutil
 import torch
 from numpy.typing import NDArray
 from tests.benchmarks.catalogue import make_catalogue
-from tests.benchmarks.serving_place import Place, store_candidates, video_rows
+from tests.benchmarks.serving_place import ServingFixture, store_candidates, video_rows
 from tests.benchmarks.serving_release import RANKER, TOWER, TRIED, make_realistic_release
 from tests.benchmarks.serving_sides import floor_of
 from tests.dimensions import DIMENSIONS
@@ -30,12 +30,12 @@ from tests.support.bench_results import Row
 from reelway.pipelines import search_index
 from reelway.pipelines.models.ranker import Ranker
 from reelway.pipelines.training.export import export_ranker
-from reelway.platform.cli.terminal import say
+from reelway.platform.cli.terminal import print_status
 from reelway.platform.contracts import features as names
 from reelway.platform.contracts.manifest import INDEX_FILE, RANKER_FILE
 from reelway.platform.features.store import open_feature_store
 from reelway.serving.stages.arrays import ViewerQuery
-from reelway.serving.stages.sources import AnnSource, Ask
+from reelway.serving.stages.sources import AnnSource, SourceQuery
 from reelway.serving.video_table import VideoTable
 
 CANDIDATES: Final = 500
@@ -61,18 +61,18 @@ def median_ms(
     return [float(one) for one in 1000 * np.median(taken, axis=1)]
 
 
-def measure_retrieval(place: Place) -> list[Row]:
+def measure_retrieval(place: ServingFixture) -> list[Row]:
     """Measures recall and time of a release's index on one core, for viewers that it was not tuned with."""
-    say("retrieval: recall and time of the index")
+    print_status("retrieval: recall and time of the index")
     faiss.omp_set_num_threads(1)
     path = place.made / INDEX_FILE
     embedding = place.loader().table().embedding
     videos = len(embedding)
     viewers = make_catalogue(videos, viewers=4 * TRIED).viewers  # the index was tuned with the first of them
     tune, judge = viewers[:TRIED], viewers[TRIED:]
-    exact = search_index.exact_rows(embedding, judge, CANDIDATES)
+    exact = search_index.exact_neighbours(embedding, judge, CANDIDATES)
     index = faiss.read_index(str(path), faiss.IO_FLAG_MMAP_IFC)
-    asks = [Ask(_cold_start_query(), viewer[None], CANDIDATES) for viewer in judge]
+    asks = [SourceQuery(_cold_start_query(), viewer[None], CANDIDATES) for viewer in judge]
     rows = []
     for least, bar_ms in ((0.99, 2.0), (0.95, None)):
         if bar_ms is None:
@@ -96,9 +96,9 @@ def _cold_start_query() -> ViewerQuery:
     return ViewerQuery(_EMPTY, none, np.empty(0, np.float32), None, NOW_S, 0)
 
 
-def measure_features(place: Place) -> list[Row]:
+def measure_features(place: ServingFixture) -> list[Row]:
     """Measures the gather of 500 videos, some of them overlaid, beside reading them from the online store."""
-    say("features: the gather beside the online store")
+    print_status("features: the gather beside the online store")
     table = place.loader().table()
     rng = np.random.default_rng(5)
     fresh = np.sort(rng.choice(len(table), min(20_000, len(table)), replace=False)).astype(np.int32)
@@ -137,13 +137,13 @@ def _same(read: dict[str, list[Any]], expected: Sequence[dict[str, Any]], fields
     return same / total
 
 
-def measure_ranking(place: Place) -> list[Row]:
+def measure_ranking(place: ServingFixture) -> list[Row]:
     """Measures the release's ranker on 500 candidates beside torch in eager mode, in two ways.
 
     First with consecutive calls, which find the weights in the core's cache. Then with each call after a complete slate
     for another viewer, as in a service.
     """
-    say("ranking: 500 candidates beside torch")
+    print_status("ranking: 500 candidates beside torch")
     torch.set_num_threads(1)
     torch.manual_seed(0)
     table = place.loader().table()
@@ -192,7 +192,7 @@ def _ndcg(scores_C: NDArray[np.float32], gains_C: NDArray[np.float32]) -> float:
     return float((gain[np.argsort(-scores_C)] * discount).sum() / (np.sort(gain)[::-1] * discount).sum())
 
 
-def _ranker_inputs(place: Place, table: VideoTable) -> dict[str, NDArray[Any]]:
+def _ranker_inputs(place: ServingFixture, table: VideoTable) -> dict[str, NDArray[Any]]:
     from reelway.platform.contracts.api import RequestContext
     from reelway.serving.viewers import viewer_query
 
@@ -206,12 +206,12 @@ def _ranker_inputs(place: Place, table: VideoTable) -> dict[str, NDArray[Any]]:
     }
 
 
-def measure_growth(path: Path, large: Place, sizes: Sequence[int]) -> list[Row]:
+def measure_growth(path: Path, large: ServingFixture, sizes: Sequence[int]) -> list[Row]:
     """Measures a slate in one process as the catalogue grows to ``large``, and the disk space per video."""
     places = {}
     for videos in sizes:
-        say(f"growth: a release of {videos:,} videos")
-        places[videos] = Place(path / f"catalogue-{videos}")
+        print_status(f"growth: a release of {videos:,} videos")
+        places[videos] = ServingFixture(path / f"catalogue-{videos}")
         make_realistic_release(places[videos].made, videos)
     places[len(large.loader().table())] = large
     calls = [floor_of(place, from_store=False) for place in places.values()]
@@ -227,10 +227,10 @@ def measure_growth(path: Path, large: Place, sizes: Sequence[int]) -> list[Row]:
     return [*rows, Row(name, growth, "x", "< 1.5", growth < 1.5)]
 
 
-def measure_cold_start(place: Place) -> list[Row]:
+def measure_cold_start(place: ServingFixture) -> list[Row]:
     """Measures the cold start of two replicas, one after the other, and the memory that they share."""
     videos = len(place.loader().table())
-    say(f"cold start with {videos:,} videos")
+    print_status(f"cold start with {videos:,} videos")
     command = [sys.executable, "-m", "tests.benchmarks.serving_replica", str(place.path), place.release]
     subprocess.run(
         command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, check=True

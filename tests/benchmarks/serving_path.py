@@ -17,11 +17,11 @@ import httpx
 import numpy as np
 from numpy.typing import NDArray
 from tests.benchmarks.serving_load import LoadPlan, latency_ms, run_load
-from tests.benchmarks.serving_place import NOW, VIEWERS, Place, store_candidates
-from tests.benchmarks.serving_sides import COUNT, Side, floor_of, floor_per_s, running
+from tests.benchmarks.serving_place import NOW, VIEWERS, ServingFixture, store_candidates
+from tests.benchmarks.serving_sides import COUNT, Variant, floor_of, floor_per_s, running
 from tests.support.bench_results import Row
 
-from reelway.platform.cli.terminal import say
+from reelway.platform.cli.terminal import print_status
 
 CORES: Final = os.cpu_count() or 1
 SIDES: Final[dict[str, dict[str, Any]]] = {"naive": {}, "staged": {}, "fused": {"replicas": {"router": CORES}}}
@@ -38,7 +38,7 @@ CAPACITY: Final = 8
 
 
 @dataclass(frozen=True)
-class Seen:
+class LoadResult:
     """One measurement under load."""
 
     ms: NDArray[np.float64]
@@ -47,7 +47,7 @@ class Seen:
     whole: float = 1.0  # share of responses that are not degraded
 
 
-def measure_path(place: Place, seconds: float, sides: Sequence[str] = tuple(SIDES)) -> Iterator[Row]:
+def measure_path(place: ServingFixture, seconds: float, sides: Sequence[str] = tuple(SIDES)) -> Iterator[Row]:
     """Measures floor and variants: latency at concurrency 1, throughput at 1, 8 and 32, CPU, memory and transport.
 
     Yields each row when it is measured, so that rows are kept if a later variant does not start.
@@ -55,13 +55,13 @@ def measure_path(place: Place, seconds: float, sides: Sequence[str] = tuple(SIDE
     if "naive" in sides:
         from tests.benchmarks.serving_naive import naive_candidates
 
-        say("writing the candidates' features for the naive variant")
+        print_status("writing the candidates' features for the naive variant")
         store_candidates(place, naive_candidates(place), time.time(), place.loader().table())
     floor = floor_of(place)
     floors: list[float] = []
     at_eight: dict[str, float] = {}
     for kind in sides:
-        say(f"measuring {kind}")
+        print_status(f"measuring {kind}")
         floors.append(
             floor_per_s(place, seconds, CORES)
         )  # measured again each time, because other processes may use the machine
@@ -95,7 +95,7 @@ def ratio_rows(at_eight: dict[str, float]) -> list[Row]:
     return rows
 
 
-def settle(side: Side, place: Place) -> None:
+def settle(side: Variant, place: ServingFixture) -> None:
     """Sends load until no response of a second is degraded: replicas and proxy start one after another."""
     deadline = time.monotonic() + SETTLED_S
     while not run_load(plan(side, place, 1.0, connections=4))["whole"].all():
@@ -104,7 +104,9 @@ def settle(side: Side, place: Place) -> None:
     load(side, place, 3.0, connections=4)
 
 
-def measure_in_turns(kind: str, side: Side, place: Place, floor: Callable[[int], int], seconds: float) -> list[Row]:
+def measure_in_turns(
+    kind: str, side: Variant, place: ServingFixture, floor: Callable[[int], int], seconds: float
+) -> list[Row]:
     """Measures floor and service in turns, one request at a time, so that a busy machine affects both."""
     floor_ms: list[float] = []
     service_ms: list[NDArray[np.float64]] = []
@@ -123,7 +125,7 @@ def measure_in_turns(kind: str, side: Side, place: Place, floor: Callable[[int],
     return [*rows, Row(f"{kind} over the floor, p50", ratio, "x", *bar)]
 
 
-def load(side: Side, place: Place, seconds: float, *, beyond: bool = False, **how: Any) -> NDArray[np.void]:
+def load(side: Variant, place: ServingFixture, seconds: float, *, beyond: bool = False, **how: Any) -> NDArray[np.void]:
     """Returns the responses to the load; exits at a degraded response.
 
     Args:
@@ -136,20 +138,20 @@ def load(side: Side, place: Place, seconds: float, *, beyond: bool = False, **ho
     return answers
 
 
-def plan(side: Side, place: Place, seconds: float, **how: Any) -> LoadPlan:
+def plan(side: Variant, place: ServingFixture, seconds: float, **how: Any) -> LoadPlan:
     record = str(place.path / "load.npy")
     return LoadPlan(side.url, record, seconds, viewers=VIEWERS, count=COUNT, time=NOW, **how)
 
 
-def measured(side: Side, place: Place, seconds: float, *, beyond: bool = False, **how: Any) -> Seen:
+def measured(side: Variant, place: ServingFixture, seconds: float, *, beyond: bool = False, **how: Any) -> LoadResult:
     before = side.cpu_s()
     answers = load(side, place, seconds, beyond=beyond, **how)
     took = float(answers["done"].max() - answers["due"].min())
     cpu_ms, whole = 1000 * (side.cpu_s() - before) / len(answers), float(answers["whole"].mean())
-    return Seen(latency_ms(answers), len(answers) / took, cpu_ms, whole)
+    return LoadResult(latency_ms(answers), len(answers) / took, cpu_ms, whole)
 
 
-def load_rows(name: str, seen: Seen) -> list[Row]:
+def load_rows(name: str, seen: LoadResult) -> list[Row]:
     latency = [Row(f"{name}, p{q}", float(np.percentile(seen.ms, q)), "ms") for q in (50, 95, 99)]
     return [
         Row(f"{name}: throughput", seen.per_s, "requests/s"), *latency, Row(f"{name}: CPU", seen.cpu_ms, "ms/request"),
@@ -157,7 +159,7 @@ def load_rows(name: str, seen: Seen) -> list[Row]:
     ]  # fmt: skip
 
 
-def open_loop_rows(side: Side, place: Place, seconds: float, rate: float) -> list[Row]:
+def open_loop_rows(side: Variant, place: ServingFixture, seconds: float, rate: float) -> list[Row]:
     """Measures open loops with Poisson arrivals; a latency counts from the time a request was due."""
     taken = [latency_ms(load(side, place, seconds, rate=rate, seed=seed)) for seed in range(OPEN_LOOPS)]
     p50, p99 = (np.array([np.percentile(one, q) for one in taken]) for q in (50, 99))
@@ -170,7 +172,7 @@ def open_loop_rows(side: Side, place: Place, seconds: float, rate: float) -> lis
     ]
 
 
-def breakdown_rows(kind: str, side: Side, place: Place, seconds: float) -> list[Row]:
+def breakdown_rows(kind: str, side: Variant, place: ServingFixture, seconds: float) -> list[Row]:
     """Measures the mean milliseconds of each stage's own work and of its transport, between two scrapes."""
     with httpx.Client(base_url=side.url, timeout=30) as client:
         before = scraped(client)
@@ -206,9 +208,9 @@ def breakdown(before: dict[str, float], after: dict[str, float]) -> dict[str, fl
     return parts
 
 
-def measure_overload(place: Place, seconds: float, overload_s: float) -> list[Row]:
+def measure_overload(place: ServingFixture, seconds: float, overload_s: float) -> list[Row]:
     """Measures an overload of three times the capacity: failures, latency of accepted requests, and recovery."""
-    say(f"overload for {overload_s:g} s")
+    print_status(f"overload for {overload_s:g} s")
     with running("fused", place.path, **SIDES["fused"]) as side:
         settle(side, place)
         calm = measured(side, place, seconds, connections=CAPACITY)
@@ -219,7 +221,7 @@ def measure_overload(place: Place, seconds: float, overload_s: float) -> list[Ro
     return overload_rows(calm, answers, after)
 
 
-def overload_rows(calm: Seen, answers: NDArray[np.void], after: NDArray[np.void]) -> list[Row]:
+def overload_rows(calm: LoadResult, answers: NDArray[np.void], after: NDArray[np.void]) -> list[Row]:
     status, whole = answers["status"], answers["whole"]
     sent_away = status == 429
     failed = int((~(whole | sent_away) & (status != 200)).sum())

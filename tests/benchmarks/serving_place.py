@@ -24,10 +24,10 @@ from tests.release_files import LANGUAGES, NOW_S
 from tests.serving.viewer_store import make_store, write_rows
 
 from reelway.platform.contracts import features as names
-from reelway.platform.features.hashing import word_codes
+from reelway.platform.features.hashing import category_codes
 from reelway.platform.release.signing import create_keys, load_private_key, sign
 from reelway.platform.release.store import ReleaseStore
-from reelway.serving.free_ports import free_port
+from reelway.serving.free_ports import find_free_port
 from reelway.serving.release_loader import ReleaseLoader
 from reelway.serving.video_table import VideoTable
 
@@ -38,7 +38,7 @@ SECRET: Final = b"the benchmark's secret of tokens"
 
 
 @dataclass(frozen=True)
-class Place:
+class ServingFixture:
     """Folders of one run of the benchmark."""
 
     path: Path
@@ -64,9 +64,9 @@ class Place:
         return [viewer_row(table, rng) for _ in range(VIEWERS)]
 
 
-def make_place(path: Path, videos: int) -> Place:
+def make_place(path: Path, videos: int) -> ServingFixture:
     """Creates release, keys and secrets; ``store_candidates`` writes the videos' features."""
-    place = Place(path)
+    place = ServingFixture(path)
     key = load_private_key(create_keys(path / "keys").private)
     manifest = sign(make_realistic_release(place.made, videos), key)
     release = ReleaseStore(str(path / "releases")).write(place.made, manifest)
@@ -76,7 +76,7 @@ def make_place(path: Path, videos: int) -> Place:
 
 
 @contextmanager
-def online_store(place: Place) -> Iterator[str]:
+def online_store(place: ServingFixture) -> Iterator[str]:
     """Runs the online store with all viewers. Yields its address in the format of ``REELWAY_ONLINE_STORE``."""
     with _redis(place.path / "redis") as address:
         store = make_store(place.features, address)
@@ -86,7 +86,7 @@ def online_store(place: Place) -> Iterator[str]:
         yield address
 
 
-def store_candidates(place: Place, rows: NDArray[np.int32], at_s: float, table: VideoTable) -> None:
+def store_candidates(place: ServingFixture, rows: NDArray[np.int32], at_s: float, table: VideoTable) -> None:
     """Writes the features of the videos to the online store, as a materialisation does."""
     store = make_store(place.features, None)
     values = dict(zip(table.video_id[rows].tolist(), video_rows(table, rows), strict=True))
@@ -98,7 +98,7 @@ def video_rows(table: VideoTable, rows: NDArray[np.int32]) -> list[dict[str, Any
     """Returns feature values of videos by field name, as a store returns them."""
     dense = table.gather(rows, NOW_S).video_dense.astype(np.float64)
     dense_names = names.VIDEO_DENSE
-    word_of = dict(zip(word_codes(list(LANGUAGES), DIMENSIONS.category_buckets).tolist(), LANGUAGES, strict=True))
+    word_of = dict(zip(category_codes(list(LANGUAGES), DIMENSIONS.category_buckets).tolist(), LANGUAGES, strict=True))
     languages = [word_of[code] for code in table.gather(rows, NOW_S).video_categories[:, 1].tolist()]
     facts = zip(
         table.creator_id[rows].tolist(), table.topic[rows].tolist(), table.uploaded_at_s[rows].tolist(), languages,
@@ -118,7 +118,7 @@ def _redis(folder: Path) -> Iterator[str]:
         yield "sqlite"
         return
     folder.mkdir(exist_ok=True)
-    port = free_port("127.0.0.1")
+    port = find_free_port("127.0.0.1")
     command = [program, "--port", str(port), "--bind", "127.0.0.1", "--save", "", "--dir", str(folder)]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
         try:

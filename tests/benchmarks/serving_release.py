@@ -21,7 +21,7 @@ from reelway.pipelines.training.export import export_ranker, export_viewer_tower
 from reelway.platform.contracts.api import RequestContext
 from reelway.platform.contracts.blend import Blend
 from reelway.platform.contracts.manifest import INDEX_FILE, RANKER_FILE, VIDEOS_FILE, VIEWER_TOWER_FILE, Manifest
-from reelway.serving.video_table import VideoTable, open_one_batch, open_video_table
+from reelway.serving.video_table import VideoTable, open_record_batch, open_video_table
 from reelway.serving.viewers import viewer_query
 
 EMBEDDING = 64
@@ -58,7 +58,7 @@ def make_realistic_release(folder: Path, videos: int, *, seed: int = 0) -> Manif
 def _search_like_a_build(folder: Path, videos: int, seed: int) -> None:
     """Replaces the embeddings by realistic ones, and writes an index that is built and tuned as in a build."""
     catalogue = make_catalogue(videos, TRIED, EMBEDDING, seed)
-    batch = open_one_batch(folder / VIDEOS_FILE)
+    batch = open_record_batch(folder / VIDEOS_FILE)
     column = pa.FixedSizeListArray.from_arrays(pa.array(catalogue.videos.reshape(-1)), EMBEDDING)
     at = batch.schema.get_field_index("embedding")
     table = pa.Table.from_batches([batch]).set_column(at, batch.schema.field(at), column)

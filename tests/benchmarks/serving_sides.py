@@ -19,12 +19,12 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-from tests.benchmarks.serving_place import SECRET, VIEWERS, Place
+from tests.benchmarks.serving_place import SECRET, VIEWERS, ServingFixture
 from tests.release_files import NOW_S
 
 from reelway.platform.contracts.api import RecommendRequest
 from reelway.platform.features.store import open_feature_store
-from reelway.platform.features.viewer_rows import ViewerRows
+from reelway.platform.features.viewer_rows import ViewerRowReader
 from reelway.platform.rollout.traffic.routing import Routing
 from reelway.platform.rollout.traffic.serving_options import ReleaseStoreArgs
 from reelway.platform.tokens import TokenSigner
@@ -34,7 +34,7 @@ REPLICA = "ray::ServeReplica"
 
 
 @dataclass(frozen=True)
-class Side:
+class Variant:
     """A running service."""
 
     url: str
@@ -62,7 +62,7 @@ class Side:
 
 
 @contextmanager
-def running(kind: str, place: Path, **settings: Any) -> Iterator[Side]:
+def running(kind: str, place: Path, **settings: Any) -> Iterator[Variant]:
     """Runs a service of this kind while the block runs; the service answers when the block is entered."""
     command = [sys.executable, "-m", "tests.benchmarks.serving_sides", kind, str(place), json.dumps(settings)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
@@ -72,21 +72,21 @@ def running(kind: str, place: Path, **settings: Any) -> Iterator[Side]:
             line = process.stdout.readline()
             if not line:
                 raise SystemExit(f"service {kind!r}: did not start; see its message above")
-            yield Side(json.loads(line)["url"], psutil.Process(process.pid))
+            yield Variant(json.loads(line)["url"], psutil.Process(process.pid))
         finally:
             process.stdin.close()
 
 
-def floor_of(place: Place, *, from_store: bool = True) -> Callable[[int], int]:
+def floor_of(place: ServingFixture, *, from_store: bool = True) -> Callable[[int], int]:
     """Returns a function that answers request number i and returns the length of the JSON, 0 if it is degraded.
 
     Args:
         from_store: read the viewer's row from the online store, as a service does.
     """
-    graph = place.loader().graph(TokenSigner(SECRET))
+    graph = place.loader().in_process_recommender(TokenSigner(SECRET))
     read: Callable[[int], Mapping[str, Any]] = place.viewer_rows().__getitem__
     if from_store:
-        read = ViewerRows(open_feature_store(place.features)).read
+        read = ViewerRowReader(open_feature_store(place.features)).read
 
     def answer(i: int) -> int:
         request = RecommendRequest(viewer_id=i % VIEWERS, count=COUNT)
@@ -96,7 +96,7 @@ def floor_of(place: Place, *, from_store: bool = True) -> Callable[[int], int]:
     return answer
 
 
-def floor_per_s(place: Place, seconds: float, processes: int) -> float:
+def floor_per_s(place: ServingFixture, seconds: float, processes: int) -> float:
     """Returns the requests per second of ``processes`` processes, one per core if there are enough cores."""
     command = [sys.executable, "-m", "tests.benchmarks.serving_sides", "floor", str(place.path), str(seconds)]
     started = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(processes)]
@@ -104,7 +104,7 @@ def floor_per_s(place: Place, seconds: float, processes: int) -> float:
     return float(sum(one["requests"] / one["seconds"] for one in counts))
 
 
-def _floor(place: Place, seconds: float) -> None:
+def _floor(place: ServingFixture, seconds: float) -> None:
     answer = floor_of(place)
     for i in range(20):
         answer(i)
@@ -114,10 +114,10 @@ def _floor(place: Place, seconds: float) -> None:
     print(json.dumps({"requests": count, "seconds": taken}))
 
 
-def _ours(kind: str, place: Place, settings: dict[str, Any]) -> None:
+def _ours(kind: str, place: ServingFixture, settings: dict[str, Any]) -> None:
     from reelway.platform.rollout.traffic.serving_options import Deployments, ServingOptions
     from reelway.serving.deployments.service import running_service
-    from reelway.serving.free_ports import free_port
+    from reelway.serving.free_ports import find_free_port
 
     path = place.path
     releases = ReleaseStoreArgs(
@@ -130,18 +130,18 @@ def _ours(kind: str, place: Place, settings: dict[str, Any]) -> None:
         token_secrets=path / "token.secret",
         features_dir=place.features,
         outcomes=path / f"outcomes-{kind}.db",
-        port=free_port("127.0.0.1"),
+        port=find_free_port("127.0.0.1"),
         composition=kind,  # type: ignore[arg-type]
         deployments=deployments,
         **settings,
     )
-    with running_service(Routing.whole(place.release), options, path / "ray.token") as service:
+    with running_service(Routing.single_release(place.release), options, path / "ray.token") as service:
         print(json.dumps({"url": service.url}), flush=True)
         sys.stdin.read()
 
 
 def main() -> None:
-    kind, place = sys.argv[1], Place(Path(sys.argv[2]))
+    kind, place = sys.argv[1], ServingFixture(Path(sys.argv[2]))
     if kind == "floor":
         _floor(place, float(sys.argv[3]))
     elif kind == "naive":

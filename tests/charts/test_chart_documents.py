@@ -69,13 +69,13 @@ def test_operator_composes_a_serve_config_from_the_options(environment: str, com
     assert RouterArgs(**applications["router"]["args"]).outcomes == "outcomes"
     OutcomesArgs(**applications["outcomes"]["args"])
     (router,) = applications["router"]["deployments"]
-    assert Routing.model_validate(router["user_config"]) == Routing.whole(RELEASE)
+    assert Routing.model_validate(router["user_config"]) == Routing.single_release(RELEASE)
 
 
 def test_cluster_config_differs_from_local_mode_in_paths_with_sizes_only() -> None:
     releases = ReleaseStoreArgs(release_store="x", release_cache=Path("x"), public_keys=Path("x"))
     options = ServingOptions(releases=releases, metrics_dir=Path("x"), outcomes=Path("x"))
-    local = compose_serve_config(options, (RELEASE,), Routing.whole(RELEASE))
+    local = compose_serve_config(options, (RELEASE,), Routing.single_release(RELEASE))
     cluster = serve_config("dev", "as-is")
     assert [shape(one) for one in cluster["applications"]] == [shape(one) for one in local["applications"]]
 

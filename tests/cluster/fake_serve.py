@@ -34,7 +34,7 @@ class FakeServe:
     """Dashboard and router at one address. ``written`` are all routings received, with their times."""
 
     def __init__(self) -> None:
-        self.document = document(Routing.whole(STABLE))
+        self.document = document(Routing.single_release(STABLE))
         self.written: list[tuple[float, Routing]] = []
         self.refuses = False
         self.before_taking: Callable[[], None] = lambda: None

@@ -13,16 +13,16 @@ from tests.cluster.made_rollout import QUICK, rollout
 
 from reelway.platform.cluster import crds, resources
 from reelway.platform.cluster.kube_api import KubeApi
-from reelway.platform.cluster.resources import Resource
+from reelway.platform.cluster.resources import RolloutResource
 from reelway.platform.rollout.policy import default_policy
-from reelway.platform.rollout.state import REMEMBERED_COMMANDS, Command, Phase, RolloutState
+from reelway.platform.rollout.state import MAX_REMEMBERED_COMMANDS, Command, Phase, RolloutState
 
 on_a_cluster = pytest.mark.cluster
 
 
 def test_chart_crds_equal_the_generated_ones() -> None:
     lie = {path.name: path.read_text() for path in (ROOT / "charts/reelway/crds").iterdir()}
-    assert lie == crds.files(), "run `python -m reelway.platform.cluster.crds charts/reelway/crds`"
+    assert lie == crds.crd_files(), "run `python -m reelway.platform.cluster.crds charts/reelway/crds`"
 
 
 def test_schema_has_every_field_of_a_policy() -> None:
@@ -146,7 +146,7 @@ _states = st.builds(
     held_telemetry_s=_seconds,
     command=st.none()
     | st.builds(Command, id=_text, verb=st.sampled_from(["pause", "rollback"]), actor=_text, note=_text),
-    commands_seen=st.lists(_text, max_size=REMEMBERED_COMMANDS).map(tuple),
+    commands_seen=st.lists(_text, max_size=MAX_REMEMBERED_COMMANDS).map(tuple),
     retired=st.booleans(),
     forced=st.booleans(),
     reason=_text,
@@ -163,12 +163,14 @@ def test_any_state_survives_the_api_server(api: KubeApi, kubectl: Kubectl, state
             kubectl.apply(rollout())
             document = api.get("reelway.dev/v1alpha1/releaserollouts/one")
         assert document is not None
-        status = Resource.of(document).status.model_copy(update={"state": own, "policy": default_policy()})
+        status = RolloutResource.from_document(document).status.model_copy(
+            update={"state": own, "policy": default_policy()}
+        )
         document["status"] = {
             **status.document(), "state": own.model_dump(mode="json"),
             "policy": default_policy().model_dump(mode="json"),
         }  # fmt: skip
-        read = Resource.of(api.replace("reelway.dev/v1alpha1/releaserollouts/one/status", document))
+        read = RolloutResource.from_document(api.replace("reelway.dev/v1alpha1/releaserollouts/one/status", document))
         assert read.status.state == own
         assert read.status.policy == default_policy()
 
@@ -179,5 +181,5 @@ def test_invalid_policy_is_explained_by_its_path() -> None:
     document["metadata"] |= {
         "namespace": "n", "uid": "u" * 36, "resourceVersion": "1", "creationTimestamp": "2026-01-01T00:00:00Z"
     }  # fmt: skip
-    problem = Resource.of(document).policy_problem
+    problem = RolloutResource.from_document(document).policy_problem
     assert "spec.policy: outcomes[0]: tuned_for 0.05 is not beyond the margin" in problem

@@ -15,13 +15,13 @@ from tests.cluster.conftest import Kubectl
 from tests.e2e.waiting import until
 
 from reelway.platform.cluster.inference_service import (
-    OWNER,
+    OWNER_ANNOTATION,
     PATH,
-    InferenceServices,
-    RankedApart,
+    InferenceServiceRankers,
     RankerState,
+    RemoteRankerBackend,
+    ranker_state,
     read_template,
-    state_of,
 )
 from reelway.platform.cluster.kube_api import KubeApi
 from reelway.platform.errors import ConfigError, KubernetesError, RolloutError
@@ -52,7 +52,7 @@ TEMPLATE: dict[str, Any] = {
 
 
 @dataclass
-class MadeTraffic:
+class FakeTrafficBackend:
     """Records the applied targets."""
 
     seen: TrafficObservation
@@ -69,13 +69,13 @@ class MadeTraffic:
 
 
 @dataclass
-class MadeRankers:
+class FakeRankerProvisioner:
     """Rankers in memory, without Kubernetes."""
 
     known: dict[str, RankerState] = field(default_factory=dict)
     refuses: str = ""
 
-    def prepare(self, release: str) -> None:
+    def ensure(self, release: str) -> None:
         if self.refuses == "prepare":
             raise KubernetesError("quota exceeded")
         self.known.setdefault(release[:12], RankerState(False, "KServe is preparing it"))
@@ -85,49 +85,49 @@ class MadeRankers:
             raise KubernetesError("no answer")
         return dict(self.known)
 
-    def retire(self, release: str) -> None:
+    def remove(self, release: str) -> None:
         self.known.pop(release[:12], None)
 
 
 def seen(**changes: Any) -> TrafficObservation:
-    both = TrafficObservation(Routing.whole(OLD), (OLD, NEW), frozenset({OLD, NEW}))
+    both = TrafficObservation(Routing.single_release(OLD), (OLD, NEW), frozenset({OLD, NEW}))
     return replace(both, **changes)
 
 
 def target(*releases: str) -> TrafficTarget:
-    return TrafficTarget(Routing.whole(OLD), releases)
+    return TrafficTarget(Routing.single_release(OLD), releases)
 
 
 def test_release_is_ready_only_with_its_ranker() -> None:
-    rankers = MadeRankers({OLD[:12]: READY, NEW[:12]: RankerState(False, "0 of 1 pods")})
-    observed = RankedApart(MadeTraffic(seen()), rankers).observe()
+    rankers = FakeRankerProvisioner({OLD[:12]: READY, NEW[:12]: RankerState(False, "0 of 1 pods")})
+    observed = RemoteRankerBackend(FakeTrafficBackend(seen()), rankers).observe()
     assert observed.ready == {OLD}
     assert observed.releases == (OLD, NEW)
-    assert observed.routing == Routing.whole(OLD)
+    assert observed.routing == Routing.single_release(OLD)
     assert "ranker of bbbbbbbbbbbb: 0 of 1 pods" in observed.detail
     assert observed.failed == {}
     rankers.known[NEW[:12]] = READY
-    assert RankedApart(MadeTraffic(seen()), rankers).observe() == seen()
+    assert RemoteRankerBackend(FakeTrafficBackend(seen()), rankers).observe() == seen()
 
 
 def test_release_without_a_ranker_is_not_running() -> None:
-    rankers = MadeRankers({NEW[:12]: RankerState(False, "image is not there", failed=True)})
-    observed = RankedApart(MadeTraffic(seen()), rankers).observe()
+    rankers = FakeRankerProvisioner({NEW[:12]: RankerState(False, "image is not there", failed=True)})
+    observed = RemoteRankerBackend(FakeTrafficBackend(seen()), rankers).observe()
     assert observed.failed == {NEW: "ranker: image is not there"}
     assert observed.releases == (NEW,)
     assert "ranker of aaaaaaaaaaaa: it does not exist" in observed.detail
 
 
 def test_no_release_is_ready_while_kubernetes_is_down() -> None:
-    observed = RankedApart(MadeTraffic(seen()), MadeRankers(refuses="states")).observe()
+    observed = RemoteRankerBackend(FakeTrafficBackend(seen()), FakeRankerProvisioner(refuses="states")).observe()
     assert observed.ready == frozenset()
-    assert observed.routing == Routing.whole(OLD)
+    assert observed.routing == Routing.single_release(OLD)
     assert "no answer" in observed.detail
 
 
 def test_rankers_exist_as_long_as_their_traffic() -> None:
-    traffic, rankers = MadeTraffic(seen()), MadeRankers({"c" * 12: READY})
-    backend = RankedApart(traffic, rankers)
+    traffic, rankers = FakeTrafficBackend(seen()), FakeRankerProvisioner({"c" * 12: READY})
+    backend = RemoteRankerBackend(traffic, rankers)
     backend.apply(target(OLD, NEW))
     assert rankers.known.keys() == {OLD[:12], NEW[:12]}
     backend.apply(target(NEW))
@@ -136,18 +136,18 @@ def test_rankers_exist_as_long_as_their_traffic() -> None:
 
 
 def test_rejected_ranker_never_blocks_the_traffic() -> None:
-    traffic = MadeTraffic(seen())
+    traffic = FakeTrafficBackend(seen())
     with pytest.raises(RolloutError, match="traffic written, but not all rankers: quota exceeded"):
-        RankedApart(traffic, MadeRankers(refuses="prepare")).apply(target(OLD))
+        RemoteRankerBackend(traffic, FakeRankerProvisioner(refuses="prepare")).apply(target(OLD))
     with pytest.raises(RolloutError, match="no answer"):
-        RankedApart(traffic, MadeRankers(refuses="states")).apply(target(OLD))
+        RemoteRankerBackend(traffic, FakeRankerProvisioner(refuses="states")).apply(target(OLD))
     assert traffic.told == [target(OLD), target(OLD)]
 
 
 def test_ranker_stays_while_its_traffic_cannot_be_moved() -> None:
-    rankers = MadeRankers({OLD[:12]: READY, NEW[:12]: READY})
+    rankers = FakeRankerProvisioner({OLD[:12]: READY, NEW[:12]: READY})
     with pytest.raises(RolloutError, match="not now"):
-        RankedApart(MadeTraffic(seen(), refuses=True), rankers).apply(target(NEW))
+        RemoteRankerBackend(FakeTrafficBackend(seen(), refuses=True), rankers).apply(target(NEW))
     assert rankers.known.keys() == {OLD[:12], NEW[:12]}
 
 
@@ -172,12 +172,12 @@ def test_ranker_stays_while_its_traffic_cannot_be_moved() -> None:
     ],
 )  # fmt: skip
 def test_inference_service_status_maps_to_ranker_state(status: dict[str, Any], expected: RankerState) -> None:
-    assert state_of({"metadata": {"name": "x", "generation": 2}, "status": status}) == expected
+    assert ranker_state({"metadata": {"name": "x", "generation": 2}, "status": status}) == expected
 
 
 def test_deleted_inference_service_is_not_ready() -> None:
     status = {"conditions": [{"type": "Ready", "status": "True"}]}
-    assert not state_of({"metadata": {"name": "x", "deletionTimestamp": "now"}, "status": status}).ready
+    assert not ranker_state({"metadata": {"name": "x", "deletionTimestamp": "now"}, "status": status}).ready
 
 
 @pytest.mark.parametrize(
@@ -193,26 +193,28 @@ def test_template_without_release_fields_is_rejected(tmp_path: Path, text: str) 
 
 
 @pytest.fixture
-def services(kubectl: Kubectl, api: KubeApi) -> Iterator[InferenceServices]:
+def services(kubectl: Kubectl, api: KubeApi) -> Iterator[InferenceServiceRankers]:
     if "inferenceservices" not in kubectl.run("api-resources", "--api-group=serving.kserve.io", "-o", "name"):
         pytest.skip("the cluster has no KServe; install it with `python infra/cluster kserve`")
-    yield InferenceServices(api, TEMPLATE)
+    yield InferenceServiceRankers(api, TEMPLATE)
     kubectl.run("delete", "inferenceservice", "--all")
 
 
 @pytest.mark.cluster
-def test_each_release_has_one_inference_service(kubectl: Kubectl, api: KubeApi, services: InferenceServices) -> None:
+def test_each_release_has_one_inference_service(
+    kubectl: Kubectl, api: KubeApi, services: InferenceServiceRankers
+) -> None:
     other = json.loads(json.dumps(TEMPLATE).replace("test", "other").replace("{release}", OLD[:12]))
     kubectl.apply(other)
     for release in (OLD, NEW, OLD):
-        services.prepare(release)
+        services.ensure(release)
     assert services.states().keys() == {OLD[:12], NEW[:12]}
     made = api.get(f"{PATH}/test-{NEW[:12]}")
     assert made is not None
     assert made["spec"]["predictor"]["containers"][0]["args"] == [f"--release={NEW}"]
     assert made["metadata"]["labels"]["app.kubernetes.io/managed-by"] == "reelway-operator"
-    services.retire(NEW)
-    services.retire(NEW)
+    services.remove(NEW)
+    services.remove(NEW)
     assert not services.states().get(NEW[:12], RankerState(False)).ready
     assert OLD[:12] in services.states()
     assert api.get(f"{PATH}/other-{OLD[:12]}") is not None
@@ -220,19 +222,19 @@ def test_each_release_has_one_inference_service(kubectl: Kubectl, api: KubeApi, 
 
 @pytest.mark.cluster
 def test_inference_service_is_deleted_with_its_owner(
-    kubectl: Kubectl, api: KubeApi, services: InferenceServices
+    kubectl: Kubectl, api: KubeApi, services: InferenceServiceRankers
 ) -> None:
     owned = copy.deepcopy(TEMPLATE)
-    owned["metadata"]["annotations"][OWNER] = "test-ranker"
-    rankers = InferenceServices(api, owned)
+    owned["metadata"]["annotations"][OWNER_ANNOTATION] = "test-ranker"
+    rankers = InferenceServiceRankers(api, owned)
     with pytest.raises(KubernetesError, match="ConfigMap test-ranker, the owner of all rankers, does not exist"):
-        rankers.prepare(NEW)
+        rankers.ensure(NEW)
     kubectl.apply({"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "test-ranker"}})
-    rankers.prepare(NEW)
-    services.prepare(OLD)
+    rankers.ensure(NEW)
+    services.ensure(OLD)
     made = api.get(f"{PATH}/test-{NEW[:12]}")
     assert made is not None
-    assert OWNER not in made["metadata"]["annotations"]
+    assert OWNER_ANNOTATION not in made["metadata"]["annotations"]
     kubectl.run("delete", "configmap", "test-ranker")
     listed = ("get", "inferenceservice", "-o", "name")
     until(

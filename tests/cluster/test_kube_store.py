@@ -11,13 +11,13 @@ from tests.cluster.fake_serve import GOOD, STABLE
 from tests.cluster.made_rollout import QUICK, rollout
 
 from reelway.platform.cluster.kube_api import KubeApi
-from reelway.platform.cluster.resources import COMMANDS_LIMIT, EVIDENCE_LIMIT, HISTORY_LIMIT, Backend
+from reelway.platform.cluster.resources import HISTORY_LIMIT, MAX_COMMANDS, MAX_ENTRIES_WITH_EVIDENCE, Backend
 from reelway.platform.cluster.rollout_store import LIVE, KubeRolloutStore
-from reelway.platform.cluster.shelf import PATH, AskingShelf, ToldShelf
+from reelway.platform.cluster.shelf import PATH, InformerCache, UncachedRollouts
 from reelway.platform.errors import ConfigError, KubernetesError, RolloutError
 from reelway.platform.rollout.alerts import KnownAlert
 from reelway.platform.rollout.policy import RolloutPolicy
-from reelway.platform.rollout.records import HistoryEntry, Rollout, Sighting
+from reelway.platform.rollout.records import HistoryEntry, LastReconcile, Rollout
 from reelway.platform.rollout.state import Command, Phase, RolloutState
 
 pytestmark = pytest.mark.cluster
@@ -27,7 +27,7 @@ BACKEND = Backend.model_validate({"rayService": {"name": "reelway"}})
 
 
 def people(api: KubeApi) -> KubeRolloutStore:
-    return KubeRolloutStore(api, AskingShelf(api), made_for=BACKEND)
+    return KubeRolloutStore(api, UncachedRollouts(api), create_backend=BACKEND)
 
 
 def entry(rollout_id: str, reason: str = "because", action: str = "step") -> HistoryEntry:
@@ -40,9 +40,9 @@ def entry(rollout_id: str, reason: str = "because", action: str = "step") -> His
 def begun(api: KubeApi, kubectl: Kubectl, name: str = "one") -> tuple[KubeRolloutStore, Rollout]:
     """A controller's store with a started rollout."""
     kubectl.apply(rollout(name))
-    shelf = ToldShelf()
+    shelf = InformerCache()
     for document in api.list(PATH):
-        shelf.tell(document)
+        shelf.apply_event(document)
     store = KubeRolloutStore(api, shelf, backend=BACKEND.key)
     resource = next(one for one in shelf.all() if one.name == name)
     state = RolloutState(
@@ -73,7 +73,7 @@ def test_waiting_rollout_is_visible_to_commands_only(api: KubeApi, kubectl: Kube
     assert latest is not None
     assert (latest.state.phase, latest.state.stable_release) == (Phase.PENDING, LIVE)
     assert latest.state.reason == "the operator has not observed the rollout yet"
-    assert KubeRolloutStore(api, AskingShelf(api), backend=BACKEND.key).latest() is None
+    assert KubeRolloutStore(api, UncachedRollouts(api), backend=BACKEND.key).latest() is None
 
 
 def test_created_rollout_has_the_requested_spec(api: KubeApi, kubectl: Kubectl) -> None:
@@ -94,7 +94,7 @@ def test_created_rollout_has_the_requested_spec(api: KubeApi, kubectl: Kubectl) 
 
 def test_outdated_writer_is_rejected(api: KubeApi, kubectl: Kubectl) -> None:
     store, before = begun(api, kubectl)
-    late = KubeRolloutStore(api, AskingShelf(api), backend=BACKEND.key)
+    late = KubeRolloutStore(api, UncachedRollouts(api), backend=BACKEND.key)
     store.record(before, moved(before, Phase.PREPARING), entry(before.state.id, "first"))
     with pytest.raises(RolloutError, match="somebody else changed it"):
         late.record(before, moved(before, Phase.SHADOW), entry(before.state.id, "second"))
@@ -112,20 +112,21 @@ def test_outdated_cache_loses_no_write(api: KubeApi, kubectl: Kubectl) -> None:
 
 def test_command_during_a_decision_is_kept(api: KubeApi, kubectl: Kubectl) -> None:
     store, before = begun(api, kubectl)
-    people(api).ask("one", Command(id="c1", verb="rollback", actor="ada", note="why"))
+    people(api).submit_command("one", Command(id="c1", verb="rollback", actor="ada", note="why"))
     written = store.record(before, moved(before, Phase.PREPARING), None)
     assert (written.state.phase, written.state.command) == (
         Phase.PREPARING, Command(id="c1", verb="rollback", actor="ada", note="why"),
     )  # fmt: skip
     done = written.state.model_copy(update={"command": None, "phase": Phase.ROLLING_BACK})
     assert store.record(written, done, None).state.command is None
-    assert people(api).ask("one", Command(id="c1", verb="rollback")).state.command is None
+    assert people(api).submit_command("one", Command(id="c1", verb="rollback")).state.command is None
 
 
 def test_concurrent_commands_are_all_recorded(api: KubeApi, kubectl: Kubectl) -> None:
     begun(api, kubectl)
     threads = [
-        threading.Thread(target=people(api).ask, args=("one", Command(id=f"c{i}", verb="pause"))) for i in range(4)
+        threading.Thread(target=people(api).submit_command, args=("one", Command(id=f"c{i}", verb="pause")))
+        for i in range(4)
     ]
     for thread in threads:
         thread.start()
@@ -137,17 +138,17 @@ def test_concurrent_commands_are_all_recorded(api: KubeApi, kubectl: Kubectl) ->
 def test_pending_commands_are_never_dropped(api: KubeApi, kubectl: Kubectl) -> None:
     store, _ = begun(api, kubectl)
     asking = people(api)
-    asking.ask("one", Command(id="first", verb="rollback"))
-    for i in range(COMMANDS_LIMIT - 1):
-        asking.ask("one", Command(id=f"c{i}", verb="pause"))
+    asking.submit_command("one", Command(id="first", verb="rollback"))
+    for i in range(MAX_COMMANDS - 1):
+        asking.submit_command("one", Command(id=f"c{i}", verb="pause"))
     with pytest.raises(RolloutError, match="16 of at most 16 commands wait"):
-        asking.ask("one", Command(id="more", verb="pause"))
+        asking.submit_command("one", Command(id="more", verb="pause"))
     newest = asking.get("one")
     assert newest.state.command == Command(id="first", verb="rollback")
     store.record(newest, newest.state.model_copy(update={"command": None}), None)
-    asking.ask("one", Command(id="more", verb="pause"))
+    asking.submit_command("one", Command(id="more", verb="pause"))
     assert asking.get("one").state.command == Command(id="more", verb="pause")
-    assert len(kubectl.read("one")["spec"]["commands"]) == COMMANDS_LIMIT
+    assert len(kubectl.read("one")["spec"]["commands"]) == MAX_COMMANDS
 
 
 def test_deleted_active_rollout_gets_a_rollback_command(api: KubeApi, kubectl: Kubectl) -> None:
@@ -178,7 +179,7 @@ def test_bounded_history_keeps_the_deciding_evidence(api: KubeApi, kubectl: Kube
     history = people(api).history("one")
     assert (len(history), history[-1].reason, history[-1].number) == (HISTORY_LIMIT, "last", HISTORY_LIMIT + 21)
     with_evidence = [known for known in history if known.evidence]
-    assert {known.action for known in with_evidence[:-EVIDENCE_LIMIT]} == {"roll_back"}
+    assert {known.action for known in with_evidence[:-MAX_ENTRIES_WITH_EVIDENCE]} == {"roll_back"}
 
 
 def test_only_alerts_about_the_rollout_are_stored(api: KubeApi, kubectl: Kubectl) -> None:
@@ -200,22 +201,22 @@ def test_only_alerts_about_the_rollout_are_stored(api: KubeApi, kubectl: Kubectl
 def test_reconcile_is_written_only_if_its_outcome_changed(api: KubeApi, kubectl: Kubectl) -> None:
     store, before = begun(api, kubectl)
 
-    def sighting(at: float, *, reached: bool = True) -> Sighting:
-        return Sighting(
+    def sighting(at: float, *, reached: bool = True) -> LastReconcile:
+        return LastReconcile(
             rollout_id=before.state.id, time=at, action="wait", reason=f"{at}", traffic={"reached": reached}
         )
 
-    store.see(sighting(1))
-    store.see(sighting(2))
-    seen = people(api).sighting("one")
+    store.save_last_reconcile(sighting(1))
+    store.save_last_reconcile(sighting(2))
+    seen = people(api).last_reconcile("one")
     assert seen is not None
     assert seen.time == 1
-    store.see(sighting(3, reached=False))
+    store.save_last_reconcile(sighting(3, reached=False))
     conditions = {one["type"]: one["status"] for one in kubectl.read("one")["status"]["conditions"]}
     assert (conditions["Ready"], conditions["Progressing"]) == ("False", "True")
-    store.see(sighting(4, reached=False))
+    store.save_last_reconcile(sighting(4, reached=False))
     store.record(before, moved(before, Phase.PREPARING), None)
-    seen = people(api).sighting("one")
+    seen = people(api).last_reconcile("one")
     assert seen is not None
     assert seen.time == 4
 
@@ -223,20 +224,20 @@ def test_reconcile_is_written_only_if_its_outcome_changed(api: KubeApi, kubectl:
 def test_revision_distinguishes_foreign_changes(api: KubeApi, kubectl: Kubectl) -> None:
     store, before = begun(api, kubectl)
     shelf = store._shelf
-    assert isinstance(shelf, ToldShelf)
-    quiet, mine = store.changes(own=False), store.changes()
+    assert isinstance(shelf, InformerCache)
+    quiet, mine = store.revision(include_own=False), store.revision()
     store.record(before, moved(before, Phase.PREPARING), None)
     for document in api.list(PATH):
-        shelf.tell(document)  # the watch event of the own write
-    assert (store.changes(own=False), store.changes() > mine) == (quiet, True)
+        shelf.apply_event(document)  # the watch event of the own write
+    assert (store.revision(include_own=False), store.revision() > mine) == (quiet, True)
     asking = people(api)
-    seen = asking.changes(own=False)
-    assert asking.changes(own=False) == seen
-    asking.ask("one", Command(id="c", verb="pause"))
-    assert asking.changes(own=False) == seen
+    seen = asking.revision(include_own=False)
+    assert asking.revision(include_own=False) == seen
+    asking.submit_command("one", Command(id="c", verb="pause"))
+    assert asking.revision(include_own=False) == seen
     for document in api.list(PATH):
-        shelf.tell(document)
-    assert store.changes(own=False) > quiet
+        shelf.apply_event(document)
+    assert store.revision(include_own=False) > quiet
 
 
 def test_unreachable_api_server_is_a_kubernetes_error(api: KubeApi) -> None:

@@ -22,14 +22,14 @@ from tests.cluster.made_rollout import QUICK, rollout
 from tests.platform.rollout.control.test_webhook import payload
 
 from reelway.platform.cluster.kube_api import KubeApi
-from reelway.platform.cluster.lanes import address_of
-from reelway.platform.cluster.lease import Lease
+from reelway.platform.cluster.lanes import serve_address
+from reelway.platform.cluster.lease import LeaderElector
 from reelway.platform.cluster.operator_settings import OperatorSettings, RaySettings
 from reelway.platform.cluster.resources import Backend
-from reelway.platform.cluster.rollout_operator import Operator
-from reelway.platform.cluster.status import stamp
+from reelway.platform.cluster.rollout_operator import RolloutOperator
+from reelway.platform.cluster.status import format_time
 from reelway.platform.errors import KubernetesError, RolloutError
-from reelway.platform.rollout.control.webhook import ALERTS_PATH, serving
+from reelway.platform.rollout.control.webhook import ALERTS_PATH, serve_in_thread
 from reelway.platform.settings import load_settings
 
 pytestmark = pytest.mark.cluster
@@ -49,9 +49,9 @@ def settings_of(serve: FakeServe, tmp_path: Path, **more: Any) -> OperatorSettin
 
 
 @contextmanager
-def operating(api: KubeApi, settings: OperatorSettings) -> Iterator[Operator]:
+def operating(api: KubeApi, settings: OperatorSettings) -> Iterator[RolloutOperator]:
     """Runs an operator in this process and stops it as SIGTERM does."""
-    operator, stop = Operator(api, settings), threading.Event()
+    operator, stop = RolloutOperator(api, settings), threading.Event()
     thread = threading.Thread(target=operator.run, args=(stop,))
     thread.start()
     try:
@@ -203,8 +203,8 @@ def test_alert_rolls_back_only_with_the_right_token(
     with operating(api, settings_of(serve, tmp_path)) as operator:
         until(lambda: len(serve.routing.arms) == 2)
         application = operator_application(operator, TOKEN, operator.metrics)
-        with serving(application, "127.0.0.1", 0) as url, httpx.Client(base_url=url) as client:
-            body = payload(release=GOOD, starts_at=stamp(time.time() + 1))
+        with serve_in_thread(application, "127.0.0.1", 0) as url, httpx.Client(base_url=url) as client:
+            body = payload(release=GOOD, starts_at=format_time(time.time() + 1))
             assert client.post(ALERTS_PATH, json=body).status_code == 401
             right = {"Authorization": f"Bearer {TOKEN}"}
             began = time.monotonic()
@@ -219,31 +219,31 @@ def test_alert_rolls_back_only_with_the_right_token(
 
 def test_standby_operator_rejects_alerts(api: KubeApi, serve: FakeServe, tmp_path: Path) -> None:
     with pytest.raises(KubernetesError, match="waits for its lease"):
-        Operator(api, settings_of(serve, tmp_path)).deliver([])
+        RolloutOperator(api, settings_of(serve, tmp_path)).deliver([])
 
 
 def test_lease_has_one_holder_at_a_time(api: KubeApi) -> None:
     now = [0.0]
-    first = Lease(api, "it", "a", clock=lambda: now[0])
-    second = Lease(api, "it", "b", clock=lambda: now[0])
-    assert first.try_once()
-    assert not second.try_once()
+    first = LeaderElector(api, "it", "a", clock=lambda: now[0])
+    second = LeaderElector(api, "it", "b", clock=lambda: now[0])
+    assert first.try_acquire_or_renew()
+    assert not second.try_acquire_or_renew()
     now[0] += 9
-    assert first.try_once()
+    assert first.try_acquire_or_renew()
     now[0] += 9
-    assert not second.try_once()  # its record changed 9 s ago by the local clock
+    assert not second.try_acquire_or_renew()  # its record changed 9 s ago by the local clock
     now[0] += 11
-    assert second.try_once()
-    assert not first.try_once()
+    assert second.try_acquire_or_renew()
+    assert not first.try_acquire_or_renew()
     second.release()
-    assert first.try_once()
+    assert first.try_acquire_or_renew()
     document = api.get("coordination.k8s.io/v1/leases/it")
     assert document is not None
     assert document["spec"]["leaseTransitions"] == 3
 
 
 def test_operator_exits_when_it_loses_the_lease(api: KubeApi, serve: FakeServe, tmp_path: Path) -> None:
-    operator, stop = Operator(api, settings_of(serve, tmp_path, lease={"duration_s": 1.0})), threading.Event()
+    operator, stop = RolloutOperator(api, settings_of(serve, tmp_path, lease={"duration_s": 1.0})), threading.Event()
     failures: list[Exception] = []
 
     def run() -> None:
@@ -255,9 +255,9 @@ def test_operator_exits_when_it_loses_the_lease(api: KubeApi, serve: FakeServe, 
     thread = threading.Thread(target=run)
     thread.start()
     until(lambda: operator.active)
-    Lease(api, "reelway-operator", "operator-0").release()
-    thief = Lease(api, "reelway-operator", "thief")
-    until(thief.try_once)
+    LeaderElector(api, "reelway-operator", "operator-0").release()
+    thief = LeaderElector(api, "reelway-operator", "thief")
+    until(thief.try_acquire_or_renew)
     thread.join(20)
     assert "the lease was lost" in str(failures[0])
 
@@ -266,10 +266,10 @@ def test_operator_exits_when_it_loses_the_lease(api: KubeApi, serve: FakeServe, 
 def test_ray_token_is_sent_to_local_or_trusted_hosts_only(host: str) -> None:
     backend = Backend.model_validate({"serve": {"api": f"http://{host}:8265", "url": "http://router:8000"}})
     settings = RaySettings(trusted_hosts=("10.0.0.9",))
-    assert address_of(backend, "mine", settings).serve_api == f"http://{host}:8265"
+    assert serve_address(backend, "mine", settings).serve_api == f"http://{host}:8265"
     if "." in host:
         with pytest.raises(RolloutError, match="neither a Service of namespace other"):
-            address_of(backend, "other", RaySettings())
+            serve_address(backend, "other", RaySettings())
 
 
 class Forked:

@@ -19,7 +19,7 @@ from reelway.platform.errors import RolloutError
 from reelway.platform.rollout.state import Phase, RolloutState
 from reelway.platform.rollout.traffic.routing import Routing
 from reelway.platform.rollout.traffic.serve_rest import ServeAddress, ServeRestBackend
-from reelway.platform.rollout.traffic.target import target_of
+from reelway.platform.rollout.traffic.target import traffic_target
 
 pytestmark = pytest.mark.cluster
 
@@ -94,10 +94,10 @@ def test_serve_is_written_before_the_ray_service(
 ) -> None:
     before: list[dict[str, Any]] = []
     serve.before_taking = lambda: before.append(declared(kube))
-    target = target_of(state())
+    target = traffic_target(state())
     backend.observe()
     backend.apply(target)
-    assert before == [document(Routing.whole(STABLE))]
+    assert before == [document(Routing.single_release(STABLE))]
     assert declared(kube) == serve.document
     assert serve.routing == target.routing
     seen = backend.observe()
@@ -115,7 +115,7 @@ def test_status_writes_of_kuberay_cause_no_conflict(
 ) -> None:
     backend.observe()
     kube.run("annotate", "rayservice", "reelway", f"touched={uuid.uuid4()}")
-    target = target_of(state())
+    target = traffic_target(state())
     backend.apply(target)
     assert declared(kube) == serve.document
     assert serve.routing == target.routing
@@ -128,10 +128,10 @@ def test_failed_declaration_is_repaired_at_the_next_reconcile(
 ) -> None:
     """Another writer changes the RayService between the read and the write: only Serve has the new weight."""
     backend.observe()
-    other = document(Routing.whole(STABLE))
+    other = document(Routing.single_release(STABLE))
     other["applications"][-1]["deployments"][0]["num_replicas"] = 2
     declare(kube, other)
-    target = target_of(state())
+    target = traffic_target(state())
     with pytest.raises(RolloutError, match="Serve accepted the traffic, the declaration failed: another writer"):
         backend.apply(target)
     assert serve.routing == target.routing
@@ -149,9 +149,9 @@ def test_older_config_submitted_by_kuberay_is_corrected(
     serve: FakeServe,
 ) -> None:
     old = serve.document
-    target = target_of(state(0, Phase.ROLLED_BACK))
+    target = traffic_target(state(0, Phase.ROLLED_BACK))
     backend.observe()
-    backend.apply(target_of(state()))
+    backend.apply(traffic_target(state()))
     serve.take(old)  # KubeRay was restarted before the second write and submits the older config.
     assert backend.observe().routing is None
     backend.apply(target)
@@ -162,15 +162,15 @@ def test_older_config_submitted_by_kuberay_is_corrected(
 def test_changes_of_another_writer_are_kept(backend: RayServiceBackend, kube: Kubectl) -> None:
     """Another writer gives the router more replicas. The weights are added to that change."""
     backend.observe()
-    upgraded = document(Routing.whole(STABLE))
+    upgraded = document(Routing.single_release(STABLE))
     upgraded["applications"][-1]["deployments"][0]["num_replicas"] = 3
     declare(kube, upgraded)
     with pytest.raises(RolloutError, match="Serve accepted the traffic"):
-        backend.apply(target_of(state()))
+        backend.apply(traffic_target(state()))
     backend.observe()
-    backend.apply(target_of(state()))
+    backend.apply(traffic_target(state()))
     assert declared(kube)["applications"][-1]["deployments"][0]["num_replicas"] == 3
-    assert backend.observe().routing == target_of(state()).routing
+    assert backend.observe().routing == traffic_target(state()).routing
 
 
 def test_rejected_target_leaves_the_ray_service_unchanged(
@@ -180,7 +180,7 @@ def test_rejected_target_leaves_the_ray_service_unchanged(
 ) -> None:
     before, serve.refuses = declared(kube), True
     with pytest.raises(RolloutError, match="answered 500"):
-        backend.apply(target_of(state()))
+        backend.apply(traffic_target(state()))
     assert declared(kube) == before
 
 
@@ -190,7 +190,7 @@ def test_missing_ray_service_is_reported(api: KubeApi, kube: Kubectl, serve: Fak
     assert not gone.exists()
     assert "RayService other: it does not exist" in gone.observe().detail
     with pytest.raises(RolloutError, match="RayService other: it does not exist"):
-        gone.apply(target_of(state()))
+        gone.apply(traffic_target(state()))
     gone.close()
 
 

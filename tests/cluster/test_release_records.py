@@ -13,7 +13,7 @@ from tests.e2e.waiting import until
 from tests.release_files import make_release_folder
 
 from reelway.platform.cluster.kube_api import KubeApi
-from reelway.platform.cluster.release_records import ReleaseRecords
+from reelway.platform.cluster.release_records import ReleaseReconciler
 from reelway.platform.contracts.manifest import MANIFEST_FILE
 from reelway.platform.errors import ReelwayError
 from reelway.platform.release.signing import create_keys, load_private_key
@@ -46,8 +46,8 @@ def read(kubectl: Kubectl, release: str) -> dict[str, object]:
 def test_stored_release_becomes_a_resource_with_its_metrics(
     kubectl: Kubectl, api: KubeApi, store: ReleaseStore, made: tuple[str, str]
 ) -> None:
-    records = ReleaseRecords(api, store.url)
-    records.look()
+    records = ReleaseReconciler(api, store.url)
+    records.reconcile()
     for release in made:
         document, manifest = read(kubectl, release), store.manifest(release)  # type: ignore[arg-type]
         assert document["spec"] == {"id": release, "store": store.url, "note": ""}
@@ -64,23 +64,23 @@ def test_stored_release_becomes_a_resource_with_its_metrics(
 def test_second_reconcile_writes_nothing(
     kubectl: Kubectl, api: KubeApi, store: ReleaseStore, made: tuple[str, str]
 ) -> None:
-    records = ReleaseRecords(api, store.url)
-    records.look()
+    records = ReleaseReconciler(api, store.url)
+    records.reconcile()
     before = read(kubectl, made[0])["metadata"]
-    records.look()
+    records.reconcile()
     assert read(kubectl, made[0])["metadata"] == before
 
 
 def test_condition_in_store_follows_the_store(
     kubectl: Kubectl, api: KubeApi, store: ReleaseStore, made: tuple[str, str], tmp_path: Path
 ) -> None:
-    records = ReleaseRecords(api, store.url)
-    records.look()
+    records = ReleaseReconciler(api, store.url)
+    records.reconcile()
     shutil.move(tmp_path / "store" / made[0], tmp_path / "aside")
-    records.look()
+    records.reconcile()
     kubectl.run("wait", "--for=condition=InStore=False", f"release.reelway.dev/{made[0][:12]}", "--timeout=5s")
     shutil.move(tmp_path / "aside", tmp_path / "store" / made[0])
-    records.look()
+    records.reconcile()
     kubectl.run("wait", "--for=condition=InStore", f"release.reelway.dev/{made[0][:12]}", "--timeout=5s")
 
 
@@ -91,7 +91,7 @@ def test_damaged_manifest_does_not_block_other_releases(
     path = tmp_path / "store" / damaged / MANIFEST_FILE
     path.write_text(path.read_text().replace('"seed"', '"seeds"'))
     with pytest.raises(ReelwayError, match=damaged[:12]):
-        ReleaseRecords(api, store.url).look()
+        ReleaseReconciler(api, store.url).reconcile()
     assert read(kubectl, sound)["spec"]
     assert damaged[:12] not in kubectl.run("get", "releases.reelway.dev")
 
@@ -101,7 +101,7 @@ def test_new_release_is_recorded_while_running(
 ) -> None:
     key = load_private_key(create_keys(tmp_path / "keys").private)
     stop = threading.Event()
-    looking = threading.Thread(target=ReleaseRecords(api, store.url).run, args=(stop, 0.1))
+    looking = threading.Thread(target=ReleaseReconciler(api, store.url).run, args=(stop, 0.1))
     looking.start()
     try:
         release = store.write(tmp_path / "new", make_release_folder(tmp_path / "new", key=key))

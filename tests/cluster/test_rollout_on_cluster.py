@@ -21,7 +21,7 @@ from reelway.platform.errors import ConfigError, RolloutError
 pytestmark = pytest.mark.cluster
 
 
-class Person:
+class CommandLineUser:
     """Runs commands in the namespace."""
 
     def __init__(self, api: KubeApi, serve: FakeServe, folder: Path) -> None:
@@ -39,12 +39,12 @@ class Person:
 
 
 @pytest.fixture
-def person(api: KubeApi, serve: FakeServe, tmp_path: Path) -> Person:
-    return Person(api, serve, tmp_path)
+def person(api: KubeApi, serve: FakeServe, tmp_path: Path) -> CommandLineUser:
+    return CommandLineUser(api, serve, tmp_path)
 
 
 def test_started_rollout_is_followed_until_promoted(
-    api: KubeApi, kubectl: Kubectl, person: Person, serve: FakeServe, tmp_path: Path
+    api: KubeApi, kubectl: Kubectl, person: CommandLineUser, serve: FakeServe, tmp_path: Path
 ) -> None:
     with operating(api, settings_of(serve, tmp_path)):
         done = person.starts(GOOD, "quick", "--wait", "--timeout", "60", "--note", "try it")
@@ -62,7 +62,7 @@ def test_started_rollout_is_followed_until_promoted(
 
 
 def test_commands_report_their_effect(
-    api: KubeApi, kubectl: Kubectl, person: Person, serve: FakeServe, tmp_path: Path
+    api: KubeApi, kubectl: Kubectl, person: CommandLineUser, serve: FakeServe, tmp_path: Path
 ) -> None:
     with operating(api, settings_of(serve, tmp_path)):
         begun = person.starts(GOOD, "held")
@@ -80,14 +80,14 @@ def test_commands_report_their_effect(
         assert isinstance(refused.exception, RolloutError)
 
 
-def test_status_says_that_no_operator_runs(person: Person, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_status_says_that_no_operator_runs(person: CommandLineUser, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rollout_cluster, "ANSWERED_WITHIN_S", 0.2)
     begun = person.starts(GOOD, "quick")
     assert begun.exit_code == 0, begun.output
     assert "the operator has not observed the rollout yet" in person.says("status").output
 
 
-def test_ambiguous_backend_or_release_is_rejected(person: Person) -> None:
+def test_ambiguous_backend_or_release_is_rejected(person: CommandLineUser) -> None:
     nowhere = person.says("start", GOOD)
     assert isinstance(nowhere.exception, ConfigError)
     assert "select one with --ray-service" in str(nowhere.exception)
@@ -99,7 +99,9 @@ def test_ambiguous_backend_or_release_is_rejected(person: Person) -> None:
     assert "no rollout exists" in str(nothing.exception)
 
 
-def test_release_is_found_by_its_prefix(kubectl: Kubectl, person: Person, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_release_is_found_by_its_prefix(
+    kubectl: Kubectl, person: CommandLineUser, monkeypatch: pytest.MonkeyPatch
+) -> None:
     kubectl.apply({
         "apiVersion": "reelway.dev/v1alpha1", "kind": "Release", "metadata": {"name": GOOD[:12]},
         "spec": {"id": GOOD, "store": "s3://releases"},

@@ -23,10 +23,10 @@ from reelway.platform.cluster.operator_settings import (
     OperatorWebhookSettings,
     RaySettings,
 )
-from reelway.platform.cluster.resources import FINALIZER, Resource
-from reelway.platform.cluster.rollout_operator import Operator
+from reelway.platform.cluster.resources import FINALIZER, RolloutResource
+from reelway.platform.cluster.rollout_operator import RolloutOperator
 from reelway.platform.cluster.rollout_watch import RolloutWatch
-from reelway.platform.cluster.shelf import PATH, ToldShelf
+from reelway.platform.cluster.shelf import PATH, InformerCache
 from reelway.platform.errors import KubernetesError
 
 
@@ -44,9 +44,9 @@ def api(server: FakeApiServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 
 @contextmanager
-def watching(api: KubeApi, request_timeout_s: float = 20.0) -> Iterator[ToldShelf]:
+def watching(api: KubeApi, request_timeout_s: float = 20.0) -> Iterator[InformerCache]:
     """A running watch and the cache that it fills."""
-    cache, stop = ToldShelf(), threading.Event()
+    cache, stop = InformerCache(), threading.Event()
     thread = threading.Thread(
         target=RolloutWatch(api, cache, request_timeout_s=request_timeout_s).run, args=(stop,), daemon=True
     )
@@ -64,7 +64,7 @@ def wait_for(condition: Callable[[], bool], timeout_s: float = 10.0) -> None:
         time.sleep(0.01)
 
 
-def names(cache: ToldShelf) -> set[str]:
+def names(cache: InformerCache) -> set[str]:
     return {resource.name for resource in cache.all()}
 
 
@@ -74,9 +74,9 @@ def test_watch_applies_additions_changes_and_deletions(server: FakeApiServer, ap
         wait_for(lambda: names(cache) == {"one"})
         server.apply(rollout("two"))
         wait_for(lambda: names(cache) == {"one", "two"})
-        before = cache.changes(own=False)
+        before = cache.revision(own=False)
         server.apply(rollout("two", commands=[{"id": "1", "verb": "pause"}]))
-        wait_for(lambda: cache.changes(own=False) > before)
+        wait_for(lambda: cache.revision(own=False) > before)
         assert [len(one.spec.commands) for one in cache.all() if one.name == "two"] == [1]
         server.delete("one")
         wait_for(lambda: names(cache) == {"two"})
@@ -141,7 +141,7 @@ def test_watch_survives_an_outage_and_logs_it_once(
 def test_sync_fails_if_the_server_is_unavailable(server: FakeApiServer, api: KubeApi) -> None:
     server.unavailable = True
     with pytest.raises(KubernetesError, match="answered 503"):
-        RolloutWatch(api, ToldShelf()).sync()
+        RolloutWatch(api, InformerCache()).sync()
 
 
 def test_expired_version_is_an_error_of_its_own(server: FakeApiServer, api: KubeApi) -> None:
@@ -161,32 +161,32 @@ def test_cache_ignores_an_object_that_cannot_be_parsed(
 
 
 def test_cache_ignores_an_own_write_that_arrives_after_the_deletion(server: FakeApiServer) -> None:
-    resource = Resource.of(server.apply(rollout("one")))
-    cache = ToldShelf()
-    cache.tell(server.objects["one"])
-    cache.tell(server.objects["one"], gone=True)
-    cache.put(resource)
+    resource = RolloutResource.from_document(server.apply(rollout("one")))
+    cache = InformerCache()
+    cache.apply_event(server.objects["one"])
+    cache.apply_event(server.objects["one"], deleted=True)
+    cache.store_written(resource)
     assert names(cache) == set()
 
 
 def test_replace_keeps_a_copy_that_is_newer_than_the_list(server: FakeApiServer) -> None:
     old = server.apply(rollout("one"))
     newer = server.apply(rollout("one", note="newer"))
-    cache = ToldShelf()
-    cache.tell(newer)
+    cache = InformerCache()
+    cache.apply_event(newer)
     cache.replace([old])
     assert [one.spec.note for one in cache.all()] == ["newer"]
 
 
-def finalized(api: KubeApi, cache: ToldShelf, document: dict[str, Any], *, present: bool) -> Resource | None:
-    cache.tell(document)
-    return set_finalizer(api, cache, Resource.of(document), present=present)
+def finalized(api: KubeApi, cache: InformerCache, document: dict[str, Any], *, present: bool) -> RolloutResource | None:
+    cache.apply_event(document)
+    return set_finalizer(api, cache, RolloutResource.from_document(document), present=present)
 
 
 def test_finalizer_keeps_those_of_others(server: FakeApiServer, api: KubeApi) -> None:
     document = rollout("one")
     document["metadata"]["finalizers"] = ["example.com/other"]
-    cache = ToldShelf()
+    cache = InformerCache()
     written = finalized(api, cache, server.apply(document), present=True)
     assert written is not None
     assert written.finalizers == ("example.com/other", FINALIZER)
@@ -199,14 +199,14 @@ def test_finalizer_keeps_those_of_others(server: FakeApiServer, api: KubeApi) ->
 def test_finalizer_is_not_written_over_a_newer_version(server: FakeApiServer, api: KubeApi) -> None:
     outdated = server.apply(rollout("one"))
     server.apply(rollout("one", note="newer"))
-    assert finalized(api, ToldShelf(), outdated, present=True) is None
+    assert finalized(api, InformerCache(), outdated, present=True) is None
     assert "finalizers" not in server.objects["one"]["metadata"]
 
 
 def test_removing_the_last_finalizer_of_a_deleted_rollout_empties_the_cache(
     server: FakeApiServer, api: KubeApi
 ) -> None:
-    cache = ToldShelf()
+    cache = InformerCache()
     finalized(api, cache, server.apply(rollout("one")), present=True)
     server.delete("one")
     finalized(api, cache, server.objects["one"], present=False)
@@ -222,7 +222,7 @@ def serve() -> Iterator[FakeServe]:
 
 
 @contextmanager
-def operating(api: KubeApi, tmp_path: Path) -> Iterator[Operator]:
+def operating(api: KubeApi, tmp_path: Path) -> Iterator[RolloutOperator]:
     (tmp_path / "token").write_text("a-token-of-this-test")
     settings = OperatorSettings(
         identity="operator-0",
@@ -231,7 +231,7 @@ def operating(api: KubeApi, tmp_path: Path) -> Iterator[Operator]:
         lease=LeaseSettings(duration_s=5),
         ray=RaySettings(trusted_hosts=("127.0.0.1",)),
     )
-    operator, stop = Operator(api, settings), threading.Event()
+    operator, stop = RolloutOperator(api, settings), threading.Event()
     thread = threading.Thread(target=operator.run, args=(stop,))
     thread.start()
     try:

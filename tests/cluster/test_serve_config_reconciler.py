@@ -23,9 +23,9 @@ from reelway.platform.cluster.serve_config_reconciler import ServeConfigReconcil
 from reelway.platform.errors import ConfigError, RolloutError
 from reelway.platform.rollout.state import Phase, RolloutState
 from reelway.platform.rollout.traffic.routing import Routing
-from reelway.platform.rollout.traffic.serve_config import releases_in, routing_in
+from reelway.platform.rollout.traffic.serve_config import find_routing, release_names
 from reelway.platform.rollout.traffic.serve_rest import ServeAddress, ServeRestBackend
-from reelway.platform.rollout.traffic.target import target_of
+from reelway.platform.rollout.traffic.target import traffic_target
 
 pytestmark = pytest.mark.cluster
 
@@ -46,13 +46,13 @@ class FakeRankers:
     def __init__(self) -> None:
         self.prepared: list[str] = []
 
-    def prepare(self, release: str) -> None:
+    def ensure(self, release: str) -> None:
         self.prepared.append(release)
 
     def states(self) -> Mapping[str, RankerState]:
         return {release[:12]: RankerState(ready=True) for release in self.prepared}
 
-    def retire(self, release: str) -> None:
+    def remove(self, release: str) -> None:
         self.prepared.remove(release)
 
 
@@ -122,8 +122,8 @@ def test_new_ray_service_gets_the_initial_release(api: KubeApi, chart: Chart, ba
     rankers = FakeRankers()
     reconciler = ServeConfigReconciler(api, backend, rankers)
     assert reconciler.reconcile()
-    assert releases_in(declared(chart.kubectl)) == (STABLE,)
-    assert Routing.model_validate(routing_in(declared(chart.kubectl))) == Routing.whole(STABLE, salt="s")
+    assert release_names(declared(chart.kubectl)) == (STABLE,)
+    assert Routing.model_validate(find_routing(declared(chart.kubectl))) == Routing.single_release(STABLE, salt="s")
     assert rankers.prepared == [STABLE]
     version = resource_version(chart.kubectl)
     assert not reconciler.reconcile()
@@ -133,19 +133,19 @@ def test_new_ray_service_gets_the_initial_release(api: KubeApi, chart: Chart, ba
 def test_changed_options_keep_releases_with_their_routing(
     api: KubeApi, chart: Chart, serve: FakeServe, running: RayServiceBackend
 ) -> None:
-    serve.document = document(Routing.whole(STABLE))
+    serve.document = document(Routing.single_release(STABLE))
     reconciler = ServeConfigReconciler(api, running)
     chart.apply(options())
     reconciler.reconcile()
     running.observe()
-    running.apply(target_of(half()))
+    running.apply(traffic_target(half()))
     changed = options(initial={"release": "0" * 64}, port=9000, max_ongoing_requests=7)
     chart.apply(changed)
     running.observe()
     assert reconciler.reconcile()
     config = declared(chart.kubectl)
-    assert releases_in(config) == (STABLE, GOOD)
-    assert Routing.model_validate(routing_in(config)) == target_of(half()).routing
+    assert release_names(config) == (STABLE, GOOD)
+    assert Routing.model_validate(find_routing(config)) == traffic_target(half()).routing
     assert config["http_options"]["port"] == 9000
     router = next(app for app in config["applications"] if app["name"] == "router")
     assert router["args"]["max_ongoing_requests"] == 7
@@ -180,12 +180,12 @@ def test_replaced_ray_service_gets_the_routing_that_serve_runs(
     api: KubeApi, chart: Chart, serve: FakeServe, running: RayServiceBackend
 ) -> None:
     """`kubectl replace` drops serveConfigV2 while the service runs on."""
-    promoted = Routing.whole(GOOD, salt="r-1")
+    promoted = Routing.single_release(GOOD, salt="r-1")
     serve.document = document(promoted)
     chart.apply(options())
     assert ServeConfigReconciler(api, running).reconcile()
-    assert releases_in(declared(chart.kubectl)) == (GOOD,)
-    assert Routing.model_validate(routing_in(declared(chart.kubectl))) == promoted
+    assert release_names(declared(chart.kubectl)) == (GOOD,)
+    assert Routing.model_validate(find_routing(declared(chart.kubectl))) == promoted
 
 
 def test_config_without_a_routing_is_not_overwritten(api: KubeApi, chart: Chart, backend: RayServiceBackend) -> None:
@@ -217,7 +217,7 @@ def test_deleted_ranker_of_a_live_release_is_created_again(
     rankers = FakeRankers()
     reconciler = ServeConfigReconciler(api, backend, rankers)
     reconciler.reconcile()
-    rankers.retire(STABLE)
+    rankers.remove(STABLE)
     reconciler.reconcile()
     assert rankers.prepared == [STABLE]
 
@@ -227,16 +227,16 @@ def test_operator_applies_options_in_mid_rollout_without_moving_viewers(
 ) -> None:
     chart.apply(options())
     with operating(api, settings_of(serve, tmp_path, ray_service="reelway")):
-        until(lambda: releases_in(_declared_or_empty(chart.kubectl)) == (STABLE,))
+        until(lambda: release_names(_declared_or_empty(chart.kubectl)) == (STABLE,))
         chart.kubectl.apply(rollout("one", GOOD, policy=held(50)))
         until(lambda: serve.routing.rollout != "" and len(serve.routing.arms) == 2)
         routing = serve.routing
-        until(lambda: routing_in(declared(chart.kubectl)) == routing.model_dump(mode="json"))
+        until(lambda: find_routing(declared(chart.kubectl)) == routing.model_dump(mode="json"))
         chart.apply(options(port=9000))
         until(lambda: declared(chart.kubectl)["http_options"]["port"] == 9000)
         time.sleep(1)  # longer than several reconciles
         assert serve.routing == routing
-        assert routing_in(declared(chart.kubectl)) == routing.model_dump(mode="json")
+        assert find_routing(declared(chart.kubectl)) == routing.model_dump(mode="json")
 
 
 def _declared_or_empty(kubectl: Kubectl) -> dict[str, Any]:

@@ -31,7 +31,7 @@ from tests.e2e.clusters import Cluster, chosen
 from tests.e2e.diagnosis import account
 from tests.e2e.installation import Installation
 from tests.e2e.load_pod import Load, constant_load
-from tests.e2e.made_releases import MadeReleases, made_releases
+from tests.e2e.made_releases import ReleaseFixtures, made_releases
 from tests.e2e.pods import image
 from tests.support.bench_results import Row, write_report
 
@@ -46,7 +46,7 @@ class Flow:
 
     installation: Installation
     load: Load
-    releases: MadeReleases
+    releases: ReleaseFixtures
     rows: list[Row] = field(default_factory=list)
     live: str = ""
     """The release that everybody is on, as the scenes before left it."""

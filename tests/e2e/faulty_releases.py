@@ -17,7 +17,7 @@ from typing import Final
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from tests.cluster.conftest import Kubectl
 from tests.e2e.clusters import Cluster
-from tests.e2e.made_releases import CLAIM, VIDEOS, MadeReleases
+from tests.e2e.made_releases import CLAIM, VIDEOS, ReleaseFixtures
 from tests.e2e.pods import pod
 from tests.release_files import describe_files, make_release_folder, sign_manifest, write_manifest
 from tests.serving.viewer_store import make_viewer_store
@@ -42,7 +42,7 @@ FEATURES: Final = "features"
 class FaultyReleases:
     """Faulty releases and sound ones. ``made.ids[0]`` is sound; each fault has a release of its own."""
 
-    made: MadeReleases
+    made: ReleaseFixtures
     errors: tuple[str, ...]
     slow: tuple[str, ...]
     sound: tuple[str, ...]
@@ -67,7 +67,7 @@ def faulty_releases(cluster: Cluster, *, errors: int, slow: int, sound: int = 2)
         rows = {viewer: {"impressions_30d": SEEN if viewer % 8 else SEEN_BY_BUSY} for viewer in range(KNOWN)}
         (folder / FEATURES).mkdir()
         make_viewer_store(folder / FEATURES, rows, time.time())
-        made = MadeReleases(cluster, folder, keys, tuple(ids))
+        made = ReleaseFixtures(cluster, folder, keys, tuple(ids))
         try:
             yield FaultyReleases(
                 made, tuple(ids[sound : sound + errors]), tuple(ids[sound + errors :]), tuple(ids[:sound])

@@ -17,7 +17,7 @@ from typing import Any, Final
 from tests.cluster.conftest import Kubectl
 from tests.e2e.clusters import CHART, Cluster, persistently
 from tests.e2e.load_pod import token_of
-from tests.e2e.made_releases import CLAIM, MadeReleases
+from tests.e2e.made_releases import CLAIM, ReleaseFixtures
 from tests.e2e.pods import LABEL, values_files
 from tests.e2e.waiting import until
 
@@ -50,7 +50,7 @@ class Installation:
 
     cluster: Cluster
     kubectl: Kubectl
-    releases: MadeReleases
+    releases: ReleaseFixtures
     given: dict[str, Any] = field(default_factory=dict)
     """Values of this installation; they override the environment's."""
 

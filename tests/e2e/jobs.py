@@ -22,7 +22,7 @@ import yaml
 from tests.cluster.conftest import Kubectl
 from tests.e2e.clusters import Cluster
 from tests.e2e.installation import Installation
-from tests.e2e.made_releases import MadeReleases
+from tests.e2e.made_releases import ReleaseFixtures
 from tests.e2e.waiting import until
 
 ENGINEER: Final = "engineer"
@@ -36,7 +36,7 @@ KINDS: Final = ("dataset", "features", "train", "evaluate", "release")
 
 
 @dataclass(frozen=True)
-class Said:
+class CommandResult:
     """Exit code and output of a command."""
 
     code: int
@@ -51,7 +51,7 @@ class Engineer:
     kubeconfig: Path
     namespace: str
 
-    def reelway(self, *words: str, within_s: float = COMMAND_S) -> Said:
+    def reelway(self, *words: str, within_s: float = COMMAND_S) -> CommandResult:
         """Runs one command without a terminal."""
         command = [str(Path(sys.executable).with_name("reelway")), *words]
         environment = {**os.environ, "KUBECONFIG": str(self.kubeconfig), "COLUMNS": "160"}
@@ -59,9 +59,9 @@ class Engineer:
             command, env=environment, capture_output=True, text=True, timeout=within_s, check=False,
             stdin=subprocess.DEVNULL,
         )  # fmt: skip
-        return Said(done.returncode, done.stdout, done.stderr)
+        return CommandResult(done.returncode, done.stdout, done.stderr)
 
-    def interrupted_when(self, words: str, *command: str, within_s: float = COMMAND_S) -> Said:
+    def interrupted_when(self, words: str, *command: str, within_s: float = COMMAND_S) -> CommandResult:
         """Runs a command and sends Ctrl-C once it has printed these words to stderr."""
         environment = {**os.environ, "KUBECONFIG": str(self.kubeconfig), "COLUMNS": "160"}
         program = str(Path(sys.executable).with_name("reelway"))
@@ -80,7 +80,7 @@ class Engineer:
                 out, _ = process.communicate(timeout=60)
             finally:
                 process.kill()
-            return Said(process.returncode, out, seen())
+            return CommandResult(process.returncode, out, seen())
 
     def job(self, name: str) -> dict[str, Any]:
         """One job from `reelway jobs`; empty if it does not exist."""
@@ -102,7 +102,7 @@ def job_values(**more: Any) -> dict[str, Any]:
 
 
 @contextmanager
-def workshop(cluster: Cluster, kubectl: Kubectl, releases: MadeReleases, **jobs: Any) -> Iterator[Installation]:
+def workshop(cluster: Cluster, kubectl: Kubectl, releases: ReleaseFixtures, **jobs: Any) -> Iterator[Installation]:
     """Installs jobs without a service. ``jobs`` are additional values of ``jobs``."""
     releases.deliver(kubectl)
     kubectl.run("create", "secret", "generic", SIGNING, f"--from-file=signing.pem={releases.keys.private}")

@@ -29,7 +29,7 @@ _SIZE: Final = "2Gi"
 
 
 @dataclass
-class MadeReleases:
+class ReleaseFixtures:
     """Releases on this machine. ``ids`` are in build order; ``keys.private`` signs further trusted releases."""
 
     cluster: Cluster
@@ -69,7 +69,7 @@ class MadeReleases:
 
 
 @contextmanager
-def made_releases(cluster: Cluster, count: int, videos: int = VIDEOS) -> Iterator[MadeReleases]:
+def made_releases(cluster: Cluster, count: int, videos: int = VIDEOS) -> Iterator[ReleaseFixtures]:
     """Builds ``count`` releases for namespaces that are deleted within the block."""
     with tempfile.TemporaryDirectory(prefix="reelway-e2e-") as place:
         folder = Path(place)
@@ -80,7 +80,7 @@ def made_releases(cluster: Cluster, count: int, videos: int = VIDEOS) -> Iterato
             store.write(one, make_release_folder(one, videos=videos, seed=seed, key=key))
             for seed, one in enumerate(made)
         )
-        releases = MadeReleases(cluster, folder, keys, ids)
+        releases = ReleaseFixtures(cluster, folder, keys, ids)
         try:
             yield releases
         finally:

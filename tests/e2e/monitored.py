@@ -29,7 +29,7 @@ BY_EVIDENCE: Final[dict[str, Any]] = {**ONLY_ALERTS, "guardrails": {"p99_ms": No
 
 
 @dataclass
-class Monitored:
+class MonitoredInstallation:
     """One installation with its monitoring."""
 
     installation: Installation
@@ -44,7 +44,7 @@ class Monitored:
 
 
 @contextmanager
-def monitored(cluster: Cluster, *, errors: int, slow: int) -> Iterator[Monitored]:
+def monitored(cluster: Cluster, *, errors: int, slow: int) -> Iterator[MonitoredInstallation]:
     """Installs the chart with monitors, rules and alert route. All viewers are on the first sound release."""
     monitoring = monitoring_of(cluster)
     with faulty_releases(cluster, errors=errors, slow=slow) as releases, cluster.namespace(NAMESPACE) as kubectl:
@@ -56,6 +56,6 @@ def monitored(cluster: Cluster, *, errors: int, slow: int) -> Iterator[Monitored
             installation.until_ready()
             with constant_load(kubectl, installation.url, rate=RATE, viewers=KNOWN) as load:
                 load.until_answered_by(releases.sound[0], since=0.0, within_s=60, count=20)
-                yield Monitored(installation, load, releases, monitoring)
+                yield MonitoredInstallation(installation, load, releases, monitoring)
         finally:
             installation.uninstall()

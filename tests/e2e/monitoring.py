@@ -27,7 +27,7 @@ SCRAPED_S: Final = 120.0
 
 
 @dataclass(frozen=True)
-class Place:
+class ServiceRef:
     """A Service."""
 
     namespace: str
@@ -35,7 +35,7 @@ class Place:
     port: str
 
     @classmethod
-    def of(cls, text: str) -> Place:
+    def of(cls, text: str) -> ServiceRef:
         """``namespace/name:port``."""
         namespace, _, rest = text.partition("/")
         name, _, port = rest.partition(":")
@@ -52,8 +52,8 @@ class Monitoring:
     """A Prometheus and an Alertmanager that take the monitors, rules and routes of every namespace."""
 
     kubectl: Kubectl
-    prometheus: Place
-    alertmanager: Place
+    prometheus: ServiceRef
+    alertmanager: ServiceRef
     own: bool
     """Of the node, where it may be taken away for a while."""
 
@@ -103,7 +103,7 @@ class Monitoring:
         asked = {"filter": f'namespace="{namespace}"'}
         return list(self._asked(self.alertmanager, "/api/v2/alerts", asked))
 
-    def _asked(self, who: Place, path: str, parameters: dict[str, str]) -> Any:
+    def _asked(self, who: ServiceRef, path: str, parameters: dict[str, str]) -> Any:
         proxy = f"/api/v1/namespaces/{who.namespace}/services/{who.name}:{who.port}/proxy"
         query = f"?{urlencode(parameters, quote_via=quote)}" if parameters else ""
         return json.loads(self.kubectl.run("get", "--raw", f"{proxy}{path}{query}"))
@@ -119,5 +119,5 @@ def monitoring_of(cluster: Cluster) -> Monitoring:
         named = ["monitoring/prometheus:9090", "monitoring/alertmanager:9093"]
     if not all(named):
         pytest.skip("this cluster's monitoring is not named: set REELWAY_E2E_PROMETHEUS and REELWAY_E2E_ALERTMANAGER")
-    places = [Place.of(text or "") for text in named]
+    places = [ServiceRef.of(text or "") for text in named]
     return Monitoring(cluster.kubectl(places[0].namespace), places[0], places[1], cluster.own)

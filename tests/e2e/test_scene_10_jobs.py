@@ -22,7 +22,7 @@ SUBMIT_TO_RELEASE_S = 180.0
 
 
 @dataclass
-class Workshop:
+class JobsInstallation:
     """An installation without a service, and its ML engineer."""
 
     installation: Installation
@@ -31,16 +31,16 @@ class Workshop:
 
 
 @pytest.fixture(scope="module")
-def shop(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workshop]:
+def shop(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[JobsInstallation]:
     with (
         made_releases(cluster, 1) as releases,
         cluster.namespace("reelway-e2e-jobs") as kubectl,
         workshop(cluster, kubectl, releases) as installation,
     ):
-        yield Workshop(installation, engineer_of(cluster, kubectl, tmp_path_factory.mktemp("engineer")))
+        yield JobsInstallation(installation, engineer_of(cluster, kubectl, tmp_path_factory.mktemp("engineer")))
 
 
-def test_jobs_make_a_signed_release_from_events(shop: Workshop) -> None:
+def test_jobs_make_a_signed_release_from_events(shop: JobsInstallation) -> None:
     submit = shop.engineer.submit
     submit("dataset", "--run", RUN, "--", "--viewers", "300", "--videos", "800", "--impressions", "20000")
     began = time.monotonic()
@@ -56,7 +56,7 @@ def test_jobs_make_a_signed_release_from_events(shop: Workshop) -> None:
     write_report("jobs", rows)
 
 
-def test_job_list_shows_the_release_of_a_job(shop: Workshop) -> None:
+def test_job_list_shows_the_release_of_a_job(shop: JobsInstallation) -> None:
     listed = json.loads(shop.engineer.reelway("jobs", "-n", shop.engineer.namespace, "-o", "json").out)
     assert [job["kind"] for job in listed] == ["release", "evaluate", "train", "features", "dataset"]
     assert {job["state"] for job in listed} == {"succeeded"}
@@ -64,20 +64,20 @@ def test_job_list_shows_the_release_of_a_job(shop: Workshop) -> None:
     assert listed[0]["run"] == RUN
 
 
-def test_release_becomes_a_resource(shop: Workshop) -> None:
+def test_release_becomes_a_resource(shop: JobsInstallation) -> None:
     named = f"release.reelway.dev/{shop.release[:12]}"
     shop.installation.kubectl.run("wait", "--for=condition=InStore", named, "--timeout=60s")
     found = json.loads(shop.installation.kubectl.run("get", named, "-o", "json"))
     assert (found["spec"]["id"], found["status"]["name"]) == (shop.release, RUN)
 
 
-def test_failed_job_returns_its_exit_code_with_its_log(shop: Workshop) -> None:
+def test_failed_job_returns_its_exit_code_with_its_log(shop: JobsInstallation) -> None:
     said = shop.engineer.reelway("submit", "train", "-n", shop.engineer.namespace, "--run", "never-made")
     assert said.code == 2, said.err
     assert "step 'features' has not finished in this run" in said.err
 
 
-def test_missing_image_is_reported_immediately(shop: Workshop) -> None:
+def test_missing_image_is_reported_immediately(shop: JobsInstallation) -> None:
     said = shop.engineer.reelway(
         "submit", "evaluate", "-n", shop.engineer.namespace, "--run", "other", "--image", "reelway.local/training:none"
     )
@@ -85,7 +85,7 @@ def test_missing_image_is_reported_immediately(shop: Workshop) -> None:
     assert "cannot pull image reelway.local/training:none (ErrImageNeverPull)" in said.err
 
 
-def test_unschedulable_job_names_the_missing_resource(shop: Workshop) -> None:
+def test_unschedulable_job_names_the_missing_resource(shop: JobsInstallation) -> None:
     engineer = shop.engineer
     here = ("-n", engineer.namespace)
     name = engineer.reelway("submit", "train", *here, "--run", "big", "--gpus", "8", "--detach").out.strip()

@@ -6,7 +6,7 @@ import pytest
 import yaml
 from tests.e2e.conftest import Flow
 from tests.e2e.rollouts import STEPPED, begin, until_phase
-from tests.e2e.watched import unnoticed
+from tests.e2e.watched import expect_no_disruption
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
 
@@ -17,7 +17,7 @@ def test_promotion_fails_no_request(flow: Flow) -> None:
         "apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "team-policy"},
         "data": {"policy.yaml": yaml.safe_dump(STEPPED)},
     })  # fmt: skip
-    with unnoticed(flow, "promotion"):
+    with expect_no_disruption(flow, "promotion"):
         begin(flow.kubectl, "good", good, None, policyRef={"name": "team-policy"})
         until_phase(flow.kubectl, "good", "Promoted")
     flow.live = good

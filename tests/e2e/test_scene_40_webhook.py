@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from tests.e2e.conftest import Flow
 from tests.e2e.rollouts import HELD, begin, status, until_phase
-from tests.e2e.watched import unnoticed
+from tests.e2e.watched import expect_no_disruption
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
 BACK_S = 2.0
@@ -13,7 +13,7 @@ BACK_S = 2.0
 
 def test_alert_rolls_a_release_back_without_failed_requests(flow: Flow) -> None:
     bad, installation = flow.releases.ids[2], flow.installation
-    with unnoticed(flow, "rollback by webhook"):
+    with expect_no_disruption(flow, "rollback by webhook"):
         began = flow.load.now()
         begin(flow.kubectl, "bad", bad, HELD)
         flow.load.until_answered_by(bad, since=began, within_s=120, count=5)

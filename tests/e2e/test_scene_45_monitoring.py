@@ -14,7 +14,7 @@ import pytest
 from tests.cluster.conftest import ROOT, Kubectl
 from tests.e2e.alert_hops import ERRORS, SLOW, rollback_of
 from tests.e2e.clusters import Cluster
-from tests.e2e.monitored import BAR_S, BY_EVIDENCE, ONLY_ALERTS, Monitored, monitored
+from tests.e2e.monitored import BAR_S, BY_EVIDENCE, ONLY_ALERTS, MonitoredInstallation, monitored
 from tests.e2e.monitoring import JOBS, Monitoring
 from tests.e2e.rollouts import begin, phase, status, until_phase
 from tests.e2e.waiting import until
@@ -25,12 +25,12 @@ UNANSWERED = {"Mirrored slates: overlap and score drift, median"}
 
 
 @pytest.fixture(scope="module")
-def watched(cluster: Cluster) -> Iterator[Monitored]:
+def watched(cluster: Cluster) -> Iterator[MonitoredInstallation]:
     with monitored(cluster, errors=2, slow=1) as service:
         yield service
 
 
-def test_every_target_is_scraped(watched: Monitored) -> None:
+def test_every_target_is_scraped(watched: MonitoredInstallation) -> None:
     namespace = watched.kubectl.namespace
     watched.monitoring.until_scraped(namespace)
     assert {job: len(found) for job, found in watched.monitoring.targets(namespace).items()} == dict.fromkeys(JOBS, 1)
@@ -39,7 +39,7 @@ def test_every_target_is_scraped(watched: Monitored) -> None:
     assert {ERRORS, SLOW, "ReelwayOperatorSilent", "ReelwayTelemetryAbsent", "ReelwayViewersUnknown"} <= names
 
 
-def test_alertmanager_rolls_a_failing_release_back(watched: Monitored) -> None:
+def test_alertmanager_rolls_a_failing_release_back(watched: MonitoredInstallation) -> None:
     release, began = watched.releases.errors[0], watched.load.now()
     begin(watched.kubectl, "errors", release, ONLY_ALERTS)
     until_phase(watched.kubectl, "errors", "RolledBack", within_s=180)
@@ -50,7 +50,7 @@ def test_alertmanager_rolls_a_failing_release_back(watched: Monitored) -> None:
     assert not len(watched.load.answers(release, since=seen.ended + 0.001))
 
 
-def test_default_guardrails_act_before_the_alert(watched: Monitored) -> None:
+def test_default_guardrails_act_before_the_alert(watched: MonitoredInstallation) -> None:
     release, began = watched.releases.errors[1], watched.load.now()
     begin(watched.kubectl, "evidence", release, BY_EVIDENCE)
     until_phase(watched.kubectl, "evidence", "RolledBack", within_s=180)
@@ -61,7 +61,7 @@ def test_default_guardrails_act_before_the_alert(watched: Monitored) -> None:
     assert seen.total_s < BAR_S
 
 
-def test_a_slow_release_is_taken_back_through_alertmanager(watched: Monitored) -> None:
+def test_a_slow_release_is_taken_back_through_alertmanager(watched: MonitoredInstallation) -> None:
     release, began = watched.releases.slow[0], watched.load.now()
     begin(watched.kubectl, "slow", release, ONLY_ALERTS)
     until_phase(watched.kubectl, "slow", "RolledBack", within_s=300)
@@ -71,7 +71,7 @@ def test_a_slow_release_is_taken_back_through_alertmanager(watched: Monitored) -
     assert SLOW in reason or ERRORS in reason  # a ranker that is late is a degraded slate, too
 
 
-def test_every_panel_of_the_dashboards_is_answered(watched: Monitored) -> None:
+def test_every_panel_of_the_dashboards_is_answered(watched: MonitoredInstallation) -> None:
     """Those about mirrored traffic have nothing to say: there is none."""
     empty = []
     for path in sorted((ROOT / "charts/reelway/files/dashboards").glob("*.json")):
@@ -85,7 +85,9 @@ def test_every_panel_of_the_dashboards_is_answered(watched: Monitored) -> None:
     assert set(empty) <= UNANSWERED
 
 
-def test_a_prometheus_that_is_gone_holds_the_canary_and_neither_promotes_nor_condemns_it(watched: Monitored) -> None:
+def test_a_prometheus_that_is_gone_holds_the_canary_and_neither_promotes_nor_condemns_it(
+    watched: MonitoredInstallation,
+) -> None:
     kubectl, monitoring = watched.kubectl, watched.monitoring
     if not monitoring.own:
         pytest.skip("this cluster's Prometheus is not the tests' to take away")
@@ -108,7 +110,7 @@ def test_a_prometheus_that_is_gone_holds_the_canary_and_neither_promotes_nor_con
     kubectl.run("delete", "releaserollout", "blind", "--timeout=60s")
 
 
-def _health(watched: Monitored) -> set[str]:
+def _health(watched: MonitoredInstallation) -> set[str]:
     return {rule["health"] for rule in watched.monitoring.rules(watched.kubectl.namespace)}
 
 

@@ -19,7 +19,7 @@ from tests.e2e.load_pod import constant_load
 from tests.e2e.made_releases import made_releases
 from tests.e2e.rollouts import HELD, STEPPED, begin, until_phase
 from tests.e2e.waiting import until
-from tests.e2e.watched import unnoticed
+from tests.e2e.watched import expect_no_disruption
 from tests.support.bench_results import write_report
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(420)]
@@ -70,7 +70,7 @@ def test_inference_service_ranks_the_initial_release(served: Flow) -> None:
 
 def test_promotion_creates_a_ranker_before_deleting_the_old_one(served: Flow) -> None:
     before, good = served.live, served.releases.ids[1]
-    with unnoticed(served, "KServe, promotion", "serving"):
+    with expect_no_disruption(served, "KServe, promotion", "serving"):
         began = served.load.now()
         begin(served.kubectl, "good", good, GONE_AFTER)
         until_phase(served.kubectl, "good", "Promoted", within_s=240)
@@ -86,7 +86,9 @@ def test_promotion_creates_a_ranker_before_deleting_the_old_one(served: Flow) ->
 
 def test_applying_the_chart_changes_no_inference_service(served: Flow) -> None:
     """The initial release of the values was retired; its InferenceService must not come back."""
-    with unnoticed(served, "KServe, helm template | kubectl apply twice, helm upgrade --reuse-values", "serving"):
+    with expect_no_disruption(
+        served, "KServe, helm template | kubectl apply twice, helm upgrade --reuse-values", "serving"
+    ):
         before = _identities(served.kubectl)
         for _ in range(2):
             served.installation.apply()
@@ -97,7 +99,7 @@ def test_applying_the_chart_changes_no_inference_service(served: Flow) -> None:
 
 def test_rollback_does_not_wait_for_the_ranker(served: Flow) -> None:
     bad, installation = served.releases.ids[2], served.installation
-    with unnoticed(served, "KServe, rollback by webhook", "serving"):
+    with expect_no_disruption(served, "KServe, rollback by webhook", "serving"):
         began = served.load.now()
         begin(served.kubectl, "bad", bad, HELD)
         served.load.until_answered_by(bad, since=began, within_s=180, count=5)
@@ -110,7 +112,7 @@ def test_rollback_does_not_wait_for_the_ranker(served: Flow) -> None:
 
 
 def test_killed_rankers_fail_no_request(served: Flow) -> None:
-    with unnoticed(served, "KServe, both pods of the ranker killed", "serving"):
+    with expect_no_disruption(served, "KServe, both pods of the ranker killed", "serving"):
         killed = served.load.now()
         pods = _pods(served.kubectl, served.live)
         served.kubectl.run("delete", "pod", *pods, "--grace-period=0", "--force", "--wait=true")

@@ -13,7 +13,7 @@ import pytest
 from tests.e2e.conftest import Flow
 from tests.e2e.rollouts import begin, phase, until_phase
 from tests.e2e.waiting import until
-from tests.e2e.watched import unnoticed
+from tests.e2e.watched import expect_no_disruption
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 KILLS = 5
@@ -26,7 +26,7 @@ def test_rollouts_complete_after_operator_kills(flow: Flow) -> None:
     chance = random.Random(seed)
     others = [flow.live, flow.releases.ids[1] if flow.live != flow.releases.ids[1] else flow.releases.ids[0]]
     met: list[str] = []
-    with unnoticed(flow, f"operator killed {KILLS} times (seed {seed})", "serving"):
+    with expect_no_disruption(flow, f"operator killed {KILLS} times (seed {seed})", "serving"):
         for number in range(KILLS):
             release, name = others[(number + 1) % 2], f"killed-{number}"
             begin(flow.kubectl, name, release, force=True)

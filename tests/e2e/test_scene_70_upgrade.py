@@ -14,7 +14,7 @@ from tests.e2e.conftest import Flow
 from tests.e2e.installation import CLIENT, NAME, Installation
 from tests.e2e.rollouts import HELD, begin, phase, until_phase
 from tests.e2e.waiting import until
-from tests.e2e.watched import unnoticed
+from tests.e2e.watched import expect_no_disruption
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(420)]
 UNRELATED: dict[str, Any] = {
@@ -47,7 +47,7 @@ def promoted(flow: Flow) -> str:
 
 
 def test_upgrade_of_unrelated_values_disturbs_no_request(flow: Flow, promoted: str) -> None:
-    with unnoticed(flow, "helm upgrade"):
+    with expect_no_disruption(flow, "helm upgrade"):
         flow.installation.upgrade(UNRELATED)
         _still_on(flow, promoted)
     assert _dashboards(flow.installation)
@@ -55,7 +55,7 @@ def test_upgrade_of_unrelated_values_disturbs_no_request(flow: Flow, promoted: s
 
 def test_applying_the_chart_in_mid_rollout_moves_no_viewer(flow: Flow, promoted: str) -> None:
     canary = flow.releases.ids[3]
-    with unnoticed(flow, "helm template | kubectl apply twice, helm upgrade --reuse-values, in mid-rollout"):
+    with expect_no_disruption(flow, "helm template | kubectl apply twice, helm upgrade --reuse-values, in mid-rollout"):
         begin(flow.kubectl, "applied", canary, HELD)
         until(
             "the canary has half of the viewers", lambda: phase(flow.kubectl, "applied") in ("Stepping", "Holding"), 90
@@ -72,7 +72,9 @@ def test_applying_the_chart_in_mid_rollout_moves_no_viewer(flow: Flow, promoted:
 
 def test_applying_the_chart_after_a_promotion_moves_no_viewer(flow: Flow) -> None:
     assert flow.live != flow.releases.ids[0]
-    with unnoticed(flow, "helm template | kubectl apply twice, helm upgrade --reuse-values, after a promotion"):
+    with expect_no_disruption(
+        flow, "helm template | kubectl apply twice, helm upgrade --reuse-values, after a promotion"
+    ):
         before = _live_state(flow)
         _apply_in_every_way(flow)
         assert _live_state(flow) == before
@@ -82,7 +84,7 @@ def test_applying_the_chart_after_a_promotion_moves_no_viewer(flow: Flow) -> Non
 def test_helm_rollback_restores_values_without_moving_viewers(flow: Flow) -> None:
     """Revision 1 is older than every rollout of the flow."""
     installation = flow.installation
-    with unnoticed(flow, "helm rollback to the first revision"):
+    with expect_no_disruption(flow, "helm rollback to the first revision"):
         installation.upgrade(UNRELATED)
         assert _dashboards(installation)
         before = _live_state(flow)
@@ -93,7 +95,7 @@ def test_helm_rollback_restores_values_without_moving_viewers(flow: Flow) -> Non
 
 
 def test_changed_options_reach_serve_without_moving_viewers(flow: Flow) -> None:
-    with unnoticed(flow, "helm upgrade of a deployment's replicas"):
+    with expect_no_disruption(flow, "helm upgrade of a deployment's replicas"):
         flow.installation.upgrade(MORE_REPLICAS)
         until("two replicas rank", lambda: _ranking_replicas(flow) == 2, 90)
         _still_on(flow, flow.live)

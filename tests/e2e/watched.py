@@ -10,7 +10,7 @@ from tests.e2e.conftest import Flow
 
 
 @dataclass
-class Watched:
+class DisruptionReport:
     """Requests during the block; filled when the block is left."""
 
     began: float
@@ -20,9 +20,9 @@ class Watched:
 
 
 @contextmanager
-def unnoticed(flow: Flow, what: str, *components: str) -> Iterator[Watched]:
+def expect_no_disruption(flow: Flow, what: str, *components: str) -> Iterator[DisruptionReport]:
     """Fails if a request fails, or a pod of these components (default: all) is restarted or replaced in the block."""
-    before, watched = flow.installation.pods(*components), Watched(flow.load.now())
+    before, watched = flow.installation.pods(*components), DisruptionReport(flow.load.now())
     yield watched
     watched.ended = flow.load.now()
     rows = flow.load.settled(since=watched.began, before=watched.ended)

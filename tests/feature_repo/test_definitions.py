@@ -52,7 +52,7 @@ def test_registered_types_equal_the_types_of_the_rows(store) -> None:
     from tests.pipelines.features.event_tables import random_dataset
 
     from reelway.pipelines.features import views
-    from reelway.pipelines.features.batch import FAMILIES, family_views, last_moment_us
+    from reelway.pipelines.features.batch import ENTITY_KEYS, data_end_us, entity_views
     from reelway.pipelines.features.labels import label_impressions
 
     tables = random_dataset(requests=40)
@@ -62,8 +62,8 @@ def test_registered_types_equal_the_types_of_the_rows(store) -> None:
         "video_content": views.video_content(tables["videos"]),
     }
     settings = views.ViewSettings(DIMENSIONS)
-    for family in FAMILIES:
-        made |= family_views(family, labels, (tables["creators"], tables["videos"]), settings, last_moment_us(labels))
+    for family in ENTITY_KEYS:
+        made |= entity_views(family, labels, (tables["creators"], tables["videos"]), settings, data_end_us(labels))
     for view in store.list_feature_views():
         for field in view.features:
             declared = feast_value_type_to_pa(field.dtype.to_value_type())

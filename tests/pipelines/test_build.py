@@ -18,15 +18,15 @@ from tests.dimensions import DIMENSIONS
 from tests.pipelines.trained_run import DIM, make_trained_run, write_evaluation
 from typer.testing import CliRunner, Result
 
-from reelway.pipelines.build import build_release, feature_services, read_blend, read_evaluation
+from reelway.pipelines.build import build_release, load_blend_file, read_evaluation, required_feature_services
 from reelway.pipelines.features.training_rows import viewer_snapshot
 from reelway.pipelines.training.artifacts import load_models
 from reelway.platform.cli.main import build_app
 from reelway.platform.contracts import manifest as files
-from reelway.platform.contracts.blend import Blend, RerankingBlend
+from reelway.platform.contracts.blend import Blend, RerankingSettings
 from reelway.platform.contracts.ids import ReleaseId
 from reelway.platform.contracts.manifest import Manifest
-from reelway.platform.contracts.release_files import POPULAR, videos_schema
+from reelway.platform.contracts.release_files import POPULAR_SCHEMA, videos_schema
 from reelway.platform.errors import (
     ConfigError,
     GateFailedError,
@@ -52,7 +52,7 @@ def original(tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
 
 @pytest.fixture(scope="module")
 def built(original: RunDirectory) -> Path:
-    blend = Blend(reranking=RerankingBlend(diversity=0.3))
+    blend = Blend(reranking=RerankingSettings(diversity=0.3))
     return original.release_store / build_release(original, name="first", key=KEY, blend=blend)
 
 
@@ -67,7 +67,7 @@ def manifest_of(folder: Path) -> Manifest:
 
 
 def test_built_release_verifies_against_its_feature_store(built: Path, original: RunDirectory) -> None:
-    services = {service.name: service.digest for service in feature_services(original.features)}
+    services = {service.name: service.digest for service in required_feature_services(original.features)}
     verified = verify(built, public_keys=[KEY.public_key()], feature_services=services, expected_id=built.name)
     assert verified.manifest.name == "first"
     assert verified.manifest.dimensions.embedding == DIM
@@ -108,7 +108,7 @@ def test_most_watched_video_leads_the_popular_list(built: Path, original: RunDir
     labels = pq.read_table(original.features / "labels.parquet", columns=["video_id", "long_watch"])
     totals = labels.group_by("video_id").aggregate([("long_watch", "sum")])
     leader = totals.sort_by([("long_watch_sum", "descending"), ("video_id", "ascending")])["video_id"][0].as_py()
-    first = open_table(built / files.POPULAR_FILE, POPULAR).slice(0, 1).to_pylist()[0]
+    first = open_table(built / files.POPULAR_FILE, POPULAR_SCHEMA).slice(0, 1).to_pylist()[0]
     assert (first["list"], first["rank"], first["video_id"]) == ("popular", 0, leader)
 
 
@@ -153,7 +153,7 @@ def test_interrupted_build_leaves_no_files(run: RunDirectory) -> None:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        build_release(run, name="x", key=KEY, report=interrupt)
+        build_release(run, name="x", key=KEY, on_progress=interrupt)
     assert sorted(path.name for path in run.path.iterdir()) == before
 
 
@@ -182,12 +182,12 @@ def test_invalid_evaluation_file_is_named(tmp_path: Path, content: str) -> None:
 def test_invalid_blend_file_is_rejected_with_its_field(tmp_path: Path) -> None:
     path = tmp_path / "blend.yaml"
     path.write_text("reranking: {max_per_creator: 1}")
-    assert read_blend(path).reranking.max_per_creator == 1
+    assert load_blend_file(path).reranking.max_per_creator == 1
     path.write_text("ranking: {value_weights: {likes: 1}}")
     with pytest.raises(MalformedFileError, match=r"ranking: .*likes"):
-        read_blend(path)
+        load_blend_file(path)
     with pytest.raises(MalformedFileError, match=r"none\.yaml"):
-        read_blend(tmp_path / "none.yaml")
+        load_blend_file(tmp_path / "none.yaml")
 
 
 def reelway(*arguments: object) -> Result:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from reelway.platform.rollout.control.bearer_token import bearer_token
+from reelway.platform.rollout.control.bearer_token import ensure_bearer_token
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 _RAY = """
@@ -51,7 +51,7 @@ def with_token(token: Path) -> dict[str, str]:
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     token = tmp_path_factory.mktemp("ray") / "token"
-    bearer_token(token)
+    ensure_bearer_token(token)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -98,7 +98,7 @@ def test_how_a_job_ended_is_not_the_submitters_to_say(server: Server) -> None:
 
 
 def test_without_the_right_token_it_is_refused_and_submits_nothing(server: Server, tmp_path: Path) -> None:
-    bearer_token(tmp_path / "other")
+    ensure_bearer_token(tmp_path / "other")
     said = Server(server.address, tmp_path / "other").submitter("job-2", f"touch {tmp_path}/ran")
     assert said.returncode == 1
     assert f"error: job job-2 at {server.address}: " in said.stderr

@@ -14,10 +14,10 @@ from tests.pipelines.trained_run import DIM, make_trained_run
 from tests.release_files import make_release_folder
 from typer.testing import CliRunner
 
-from reelway.pipelines.commands.rehearse import Kind
+from reelway.pipelines.commands.rehearse import KindChoice
 from reelway.pipelines.features.training_rows import build_training_rows
 from reelway.pipelines.ranker_faults import slow_down_busy_viewers
-from reelway.pipelines.rehearsal import Rehearsal, busy_above
+from reelway.pipelines.rehearsal import DrillReleaseKind, busy_viewer_threshold
 from reelway.platform.cli.main import build_app
 from reelway.platform.contracts import manifest as files
 from reelway.platform.contracts.features import RANKER_INPUTS, VIDEO_DENSE
@@ -25,9 +25,9 @@ from reelway.platform.errors import GateFailedError
 from reelway.platform.release.folder import read_manifest
 from reelway.platform.release.signing import create_keys, load_private_key, load_public_keys
 from reelway.platform.release.store import ReleaseStore
-from reelway.platform.release.verify import assess_gates, read_blend, verify
+from reelway.platform.release.verify import check_gates, read_blend, verify
 from reelway.platform.runs import RunDirectory
-from reelway.serving.sessions import Graph
+from reelway.serving.sessions import OnnxModel
 
 
 @pytest.fixture(scope="module")
@@ -66,8 +66,8 @@ def request_of(seen: float, candidates: int = 7) -> dict[str, NDArray[Any]]:
     }
 
 
-def ranker_of(folder: Path) -> Graph:
-    return Graph(folder / files.RANKER_FILE, inputs=RANKER_INPUTS)
+def ranker_of(folder: Path) -> OnnxModel:
+    return OnnxModel(folder / files.RANKER_FILE, inputs=RANKER_INPUTS)
 
 
 @pytest.mark.parametrize("kind", ["errors", "slow", "popular"])
@@ -83,7 +83,7 @@ def test_drill_release_verifies_but_is_never_latest(run: RunDirectory, good: Pat
     assert [waiver.by for waiver in manifest.waivers] == ["ines"]
     assert any(check.name == "WAIVED" for check in verified.checks)
     with pytest.raises(GateFailedError, match="evaluated is 0"):
-        assess_gates(manifest.gates)
+        check_gates(manifest.gates)
     assert ReleaseStore(str(run.release_store)).resolve("latest") == good.name
     assert rehearsed(run, kind) == folder  # built only once
 
@@ -115,7 +115,7 @@ def test_slow_release_is_slow_only_for_busy_viewers(good: Path, tmp_path: Path) 
 
 def test_busy_viewers_have_the_configured_share_of_impressions() -> None:
     impressions = np.random.default_rng(0).lognormal(4, 0.7, 5_000).astype(np.int64)
-    theirs = impressions[impressions > busy_above(impressions)].sum() / impressions.sum()
+    theirs = impressions[impressions > busy_viewer_threshold(impressions)].sum() / impressions.sum()
     assert theirs == pytest.approx(0.12, abs=0.02)
 
 
@@ -137,4 +137,4 @@ def test_worse_release_has_a_ranker_trained_on_shuffled_labels(run: RunDirectory
 
 
 def test_command_offers_every_drill_release_kind() -> None:
-    assert [kind.value for kind in Kind] == [kind.value for kind in Rehearsal]
+    assert [kind.value for kind in KindChoice] == [kind.value for kind in DrillReleaseKind]

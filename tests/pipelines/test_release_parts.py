@@ -11,11 +11,16 @@ from numpy.typing import NDArray
 from tests.dimensions import DIMENSIONS
 
 from reelway.pipelines import release_parts as parts
-from reelway.pipelines.release_parts import Watches
+from reelway.pipelines.release_parts import LongWatches
 from reelway.pipelines.search_index import make_index
 from reelway.platform.contracts import features as names
-from reelway.platform.contracts.events import TIME
-from reelway.platform.contracts.release_files import NEIGHBOURS, NEIGHBOURS_SCHEMA, POPULAR, videos_schema
+from reelway.platform.contracts.events import TIMESTAMP_TYPE
+from reelway.platform.contracts.release_files import (
+    NEIGHBOURS_PER_VIDEO,
+    NEIGHBOURS_SCHEMA,
+    POPULAR_SCHEMA,
+    videos_schema,
+)
 from reelway.platform.errors import EmptyDatasetError, ReleaseError
 from reelway.platform.features.assembly import assemble_videos, columns_from_table
 from reelway.platform.release.tables import open_table
@@ -28,11 +33,13 @@ def unit(rows: int, width: int, seed: int = 0) -> NDArray[np.float32]:
     return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
 
 
-def watches(rows: list[tuple[int, int, float]], regions: dict[int, str] | None = None, now_d: float = 10.0) -> Watches:
+def watches(
+    rows: list[tuple[int, int, float]], regions: dict[int, str] | None = None, now_d: float = 10.0
+) -> LongWatches:
     """From (viewer, row, day)."""
     viewer, row, day = (np.array(column) for column in zip(*rows, strict=True))
     region = np.array([(regions or {}).get(one) for one in viewer.tolist()], dtype=object)
-    return Watches(viewer, row, day * DAY_S, region, now_d * DAY_S, (now_d - 1) * DAY_S)
+    return LongWatches(viewer, row, day * DAY_S, region, now_d * DAY_S, (now_d - 1) * DAY_S)
 
 
 def snapshot(video_id: list[int]) -> pa.Table:
@@ -121,7 +128,7 @@ def test_region_with_enough_watches_has_its_own_trend() -> None:
 def test_popular_table_ranks_each_list_from_zero(tmp_path: Path) -> None:
     lists = parts.popular_lists(watches([(1, 2, 0.5), (2, 2, 9.5), (3, 1, 9.5)]), videos=3)
     parts.write_popular(tmp_path / "popular.arrow", np.array([10, 20, 30]), lists)
-    rows = open_table(tmp_path / "popular.arrow", POPULAR).to_pylist()
+    rows = open_table(tmp_path / "popular.arrow", POPULAR_SCHEMA).to_pylist()
     assert [(row["list"], row["rank"], row["video_id"]) for row in rows] == [
         ("popular", 0, 30), ("popular", 1, 20), ("trending", 0, 20), ("trending", 1, 30),
     ]  # fmt: skip
@@ -131,12 +138,12 @@ def test_co_watched_videos_precede_similar_videos() -> None:
     vectors = unit(40, 8)
     together = [(viewer, row, 1.0) for viewer in range(6) for row in (3, 30)]
     rows = parts.neighbours(vectors, make_index(vectors), watches(together))
-    assert rows.shape == (40, NEIGHBOURS)
+    assert rows.shape == (40, NEIGHBOURS_PER_VIDEO)
     assert rows[3, 0] == 30
     assert rows[30, 0] == 3
     by_similarity = np.argsort(-(vectors[3] @ vectors.T))
     rest = [row for row in by_similarity if row not in (3, 30)]
-    assert rows[3, 1:].tolist() == rest[: NEIGHBOURS - 1]
+    assert rows[3, 1:].tolist() == rest[: NEIGHBOURS_PER_VIDEO - 1]
 
 
 def test_neighbours_are_distinct_other_videos() -> None:
@@ -145,7 +152,7 @@ def test_neighbours_are_distinct_other_videos() -> None:
     seen = watches([(viewer, row, 1.0) for viewer, row in random.integers(0, [9, 60], (500, 2)).tolist()])
     rows = parts.neighbours(vectors, make_index(vectors), seen)
     assert not (rows == np.arange(60)[:, None]).any()
-    assert all(len(set(row.tolist())) == NEIGHBOURS for row in rows)
+    assert all(len(set(row.tolist())) == NEIGHBOURS_PER_VIDEO for row in rows)
 
 
 def test_one_shared_viewer_makes_no_neighbours() -> None:
@@ -172,7 +179,7 @@ def labels(rows: list[tuple[int, int, int, float]]) -> pa.Table:
         {
             "viewer_id": pa.array(viewer, pa.int64()),
             "video_id": pa.array(video, pa.int64()),
-            "event_time": pa.array([1_000_000 * s for s in second], pa.int64()).cast(TIME),
+            "event_time": pa.array([1_000_000 * s for s in second], pa.int64()).cast(TIMESTAMP_TYPE),
             "long_watch": pa.array(long_watch, pa.float32()),
         }
     )
@@ -183,7 +190,7 @@ VIEWERS = pa.table({"viewer_id": pa.array([1, 2], pa.int64()), "region": pa.arra
 
 def test_watches_are_long_watches_of_servable_videos() -> None:
     table = labels([(1, 10, 100, 1.0), (2, 20, 200, 1.0), (3, 10, 300, 1.0), (1, 99, 400, 1.0), (1, 10, 500, 0.0)])
-    seen = Watches.from_labels(table, VIEWERS, np.array([10, 20]))
+    seen = LongWatches.from_labels(table, VIEWERS, np.array([10, 20]))
     assert seen.row.tolist() == [0, 1, 0]
     assert seen.viewer.tolist() == [1, 2, 3]
     assert seen.region.tolist() == ["eu", None, None]
@@ -192,12 +199,12 @@ def test_watches_are_long_watches_of_servable_videos() -> None:
 
 def test_recent_period_is_a_day_or_the_last_tenth() -> None:
     dense = labels([(1, 10, second, 1.0) for second in range(0, 5 * 86_400, 3_600)])
-    seen = Watches.from_labels(dense, VIEWERS, np.array([10]))
+    seen = LongWatches.from_labels(dense, VIEWERS, np.array([10]))
     assert seen.recent_from_s == seen.now_s - parts.RECENT_S
     sparse = labels([(1, 10, 86_400 * day, 1.0) for day in range(101)])
-    assert Watches.from_labels(sparse, VIEWERS, np.array([10])).recent_from_s == pytest.approx(90 * DAY_S)
+    assert LongWatches.from_labels(sparse, VIEWERS, np.array([10])).recent_from_s == pytest.approx(90 * DAY_S)
 
 
 def test_labels_without_impressions_are_an_empty_data_set() -> None:
     with pytest.raises(EmptyDatasetError, match="no impressions to rank"):
-        Watches.from_labels(labels([]), VIEWERS, np.array([10]))
+        LongWatches.from_labels(labels([]), VIEWERS, np.array([10]))

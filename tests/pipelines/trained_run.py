@@ -14,7 +14,7 @@ import torch
 from tests.dimensions import DIMENSIONS
 from tests.pipelines.features.event_tables import START_US, random_dataset, write_dataset
 
-from reelway.pipelines.features.batch import VIEWS_FOLDER, family_views, last_moment_us
+from reelway.pipelines.features.batch import VIEWS_FOLDER, data_end_us, entity_views
 from reelway.pipelines.features.labels import label_impressions
 from reelway.pipelines.features.registry import register_features
 from reelway.pipelines.features.training_rows import CATALOGUE_FILE, LABELS_FILE
@@ -22,7 +22,7 @@ from reelway.pipelines.features.views import ViewSettings, video_content, viewer
 from reelway.pipelines.models.ranker import Ranker, RankerConfig
 from reelway.pipelines.models.two_tower import TwoTower, TwoTowerConfig
 from reelway.pipelines.training.artifacts import TrainedModels, TrainingInfo, save_models
-from reelway.platform.contracts.calibration import Calibration, Curve
+from reelway.platform.contracts.calibration import Calibration, CalibrationCurve
 from reelway.platform.contracts.feature_dimensions import FeatureDimensions
 from reelway.platform.durable import write_json
 from reelway.platform.runs import RunDirectory
@@ -61,7 +61,7 @@ def write_features(run: RunDirectory, tables: dict[str, pa.Table], dimensions: F
     creators = (tables["creators"], tables["videos"].select(["creator_id", "uploaded_at"]))
     views = {"viewer_profile": viewer_profile(tables["viewers"]), "video_content": video_content(tables["videos"])}
     for family in ("viewer", "video", "creator"):
-        views |= family_views(family, labels, creators, ViewSettings(dimensions), last_moment_us(labels))
+        views |= entity_views(family, labels, creators, ViewSettings(dimensions), data_end_us(labels))
     for name, view in views.items():
         folder = run.features / VIEWS_FOLDER / name
         folder.mkdir(parents=True)
@@ -75,7 +75,7 @@ def _write_models(folder: Path) -> None:
         TwoTower(TwoTowerConfig(dim=DIM), DIMENSIONS),
         Ranker(RankerConfig(kind="shared_bottom"), DIM, DIMENSIONS),
     )
-    curve = Curve(method="platt", probability=(0.0, 0.5, 1.0), rate=(0.0, 0.4, 1.0))
+    curve = CalibrationCurve(method="platt", probability=(0.0, 0.5, 1.0), rate=(0.0, 0.4, 1.0))
     info = TrainingInfo(
         seed=3, window_start_s=START_US / 1e6, window_end_s=START_US / 1e6 + 10 * 86_400,
         calibration_start_s=START_US / 1e6 + 9 * 86_400, config={"dim": DIM}, curves={}, base_rates={},

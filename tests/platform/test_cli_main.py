@@ -83,7 +83,7 @@ class Member:
 
 
 def run_main(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(main, "entry_points", lambda group: [Member(error)] if group == main.GROUP else [])
+    monkeypatch.setattr(main, "entry_points", lambda group: [Member(error)] if group == main.ENTRY_POINT_GROUP else [])
     monkeypatch.setattr(sys, "argv", ["reelway", "act"])
     main.main()
 

@@ -12,8 +12,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from reelway.platform.cli.demo.command import DataChoice, DemoOptions, offline_steps, only_one
-from reelway.platform.cli.processes import child, run_to_end
+from reelway.platform.cli.demo.command import DataChoice, DemoOptions, exclusive_run_lock, offline_steps
+from reelway.platform.cli.processes import child_process, run_command
 from reelway.platform.errors import CommandFailedError, ConfigError
 from reelway.platform.runs import RunDirectory
 
@@ -48,14 +48,14 @@ def test_grandchild_that_ignores_signals_is_killed_with_its_group(
 ) -> None:
     monkeypatch.setattr("reelway.platform.cli.processes.POLITE_S", 0.5)
     note = tmp_path / "pid"
-    with child([sys.executable, "-c", WITH_STUBBORN_GRANDCHILD, str(note)]) as process:
+    with child_process([sys.executable, "-c", WITH_STUBBORN_GRANDCHILD, str(note)]) as process:
         grandchild = wait_for(note)
     assert process.returncode is not None
     assert is_gone(grandchild)
 
 
 def test_child_output_is_written_to_its_log(tmp_path: Path) -> None:
-    with child([sys.executable, "-c", "print('hello')"], log=tmp_path / "log") as process:
+    with child_process([sys.executable, "-c", "print('hello')"], log=tmp_path / "log") as process:
         process.wait(DEADLINE_S)
     assert (tmp_path / "log").read_text() == "hello\n"
 
@@ -63,15 +63,19 @@ def test_child_output_is_written_to_its_log(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("code", "expected"), [(6, 6), (255, 1)])
 def test_failed_command_raises_with_its_exit_code(code: int, expected: int) -> None:
     with pytest.raises(CommandFailedError, match=f"exit code {code}") as failed:
-        run_to_end([sys.executable, "-c", f"raise SystemExit({code})"])
+        run_command([sys.executable, "-c", f"raise SystemExit({code})"])
     assert failed.value.exit_code == expected
 
 
 def test_run_directory_lock_excludes_a_second_demo(tmp_path: Path) -> None:
     run = RunDirectory(tmp_path / "run")
-    with only_one(run), pytest.raises(ConfigError, match=r"run: another demo is running.*--run"), only_one(run):
+    with (
+        exclusive_run_lock(run),
+        pytest.raises(ConfigError, match=r"run: another demo is running.*--run"),
+        exclusive_run_lock(run),
+    ):
         raise AssertionError("two demos hold the lock")
-    with only_one(run):
+    with exclusive_run_lock(run):
         pass
 
 
@@ -86,7 +90,7 @@ def test_signal_during_child_start_terminates_the_child(monkeypatch: pytest.Monk
 
     monkeypatch.setattr("reelway.platform.cli.processes.subprocess.Popen", Interrupted)
     signal.signal(signal.SIGINT, signal.default_int_handler)
-    with pytest.raises(KeyboardInterrupt), child([sys.executable, "-c", "import time; time.sleep(600)"]):
+    with pytest.raises(KeyboardInterrupt), child_process([sys.executable, "-c", "import time; time.sleep(600)"]):
         raise AssertionError("the signal was lost")
     assert is_gone(started[0].pid)
 

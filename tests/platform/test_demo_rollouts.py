@@ -10,7 +10,13 @@ from typing import Any
 import pytest
 
 from reelway.platform.cli.demo import rollouts as demo_rollouts
-from reelway.platform.cli.demo.rollouts import SCENES, Ending, assess, ending_of, lay_aside_earlier_rollouts
+from reelway.platform.cli.demo.rollouts import (
+    SCENARIOS,
+    ScenarioResult,
+    archive_previous_rollouts,
+    check_results,
+    scenario_result,
+)
 from reelway.platform.cli.rollout.policy import policy_named
 from reelway.platform.errors import ConfigError, RolloutError
 from reelway.platform.rollout.records import HistoryEntry, Rollout
@@ -18,7 +24,7 @@ from reelway.platform.rollout.state import Phase, RolloutState
 from reelway.platform.runs import RunDirectory
 
 STABLE, CANARY = "a" * 64, "b" * 64
-TRAINED, WORSE, ERRORS, SLOW = SCENES
+TRAINED, WORSE, ERRORS, SLOW = SCENARIOS
 
 
 def entry(number: int, action: str, time: float, canary_bp: int, **evidence: Any) -> HistoryEntry:
@@ -57,7 +63,7 @@ def test_scenario_result_contains_evidence_weight_and_duration() -> None:
               outcomes=[{"label": "like_rate", "name": "like_rate", "finding": "undecided", "required": True}]),
         entry(4, "complete_rollback", 126, 0),
     ]  # fmt: skip
-    found = ending_of(ERRORS, rollout(Phase.ROLLED_BACK), history, traffic(100, 0), traffic(400, 0, viewers=37))
+    found = scenario_result(ERRORS, rollout(Phase.ROLLED_BACK), history, traffic(100, 0), traffic(400, 0, viewers=37))
     assert (found.end, found.evidence, found.weight_bp) == ("rolled_back", "error_ratio", 2_000)
     assert (found.viewers, found.seconds, found.requests, found.failed) == (37, 15, 300, 0)
     assert found.as_expected
@@ -68,21 +74,21 @@ def test_deciding_evidence_names_harm_or_its_exclusion() -> None:
         return {"label": "skip_rate on new_videos", "name": "skip_rate", "finding": finding, "required": True}
 
     harm = entry(1, "roll_back", 1, 0, guardrails=[], outcomes=[outcome("harm_established")])
-    assert demo_rollouts.evidence_of(harm) == "skip_rate on new_videos"
+    assert demo_rollouts.deciding_evidence(harm) == "skip_rate on new_videos"
     earned = entry(1, "promote", 1, 0, guardrails=[], outcomes=[outcome("harm_excluded")])
-    assert demo_rollouts.evidence_of(earned) == "harm excluded"
+    assert demo_rollouts.deciding_evidence(earned) == "harm excluded"
     by_hand = entry(1, "roll_back", 1, 0)
-    assert demo_rollouts.evidence_of(by_hand) == "roll_back because"
+    assert demo_rollouts.deciding_evidence(by_hand) == "roll_back because"
 
 
-def ended(scene: demo_rollouts.Scene, end: str, failed: int = 0) -> Ending:
-    return Ending(scene, CANARY, end, "error_ratio", 2_000, 37, 15, 300, failed)
+def ended(scene: demo_rollouts.RolloutScenario, end: str, failed: int = 0) -> ScenarioResult:
+    return ScenarioResult(scene, CANARY, end, "error_ratio", 2_000, 37, 15, 300, failed)
 
 
 def test_expected_results_pass_and_are_printed(capsys: pytest.CaptureFixture[str]) -> None:
     endings = [ended(TRAINED, "promoted"), *(ended(scene, "rolled_back") for scene in (WORSE, ERRORS, SLOW))]
-    assess(endings, traffic(900, 0))
-    demo_rollouts.show(endings, traffic(900, 0))
+    check_results(endings, traffic(900, 0))
+    demo_rollouts.print_scenario_results(endings, traffic(900, 0))
     shown = capsys.readouterr().out
     assert "error_ratio" in shown
     assert "20 %" in shown
@@ -100,21 +106,21 @@ def test_expected_results_pass_and_are_printed(capsys: pytest.CaptureFixture[str
         (ended(SLOW, "rolled_back"), traffic(9, 0, outcomes={"sent": 1, "posts_failed": 1}), "traffic:"),
     ],
 )
-def test_unexpected_result_fails_the_demo(ending: Ending, whole: dict[str, Any], said: str) -> None:
+def test_unexpected_result_fails_the_demo(ending: ScenarioResult, whole: dict[str, Any], said: str) -> None:
     with pytest.raises(RolloutError, match=said):
-        assess([ending], whole)
+        check_results([ending], whole)
 
 
 def test_rollouts_of_an_earlier_demo_are_archived(tmp_path: Path) -> None:
     run = RunDirectory(tmp_path)
-    lay_aside_earlier_rollouts(run)
+    archive_previous_rollouts(run)
     (tmp_path / "rollout").mkdir()
     (tmp_path / "rollout" / "state.db").write_text("history")
     (tmp_path / "serving.json").write_text(json.dumps({"url": "http://x", "pid": os.getpid(), "release": STABLE}))
     with pytest.raises(ConfigError, match=f"served by process {os.getpid()}"):
-        lay_aside_earlier_rollouts(run)
+        archive_previous_rollouts(run)
     (tmp_path / "serving.json").unlink()
-    lay_aside_earlier_rollouts(run)
+    archive_previous_rollouts(run)
     assert not (tmp_path / "rollout").exists()
     assert [path.read_text() for path in (tmp_path / "earlier-rollouts").glob("*/state.db")] == ["history"]
 
@@ -123,7 +129,7 @@ def test_drill_releases_match_the_scenarios(tmp_path: Path) -> None:
     run = RunDirectory(tmp_path)
     with run.step("release", config={}) as step:
         step.summary["release_id"] = CANARY
-    commands = demo_rollouts.rehearsal_commands(run, seed=3)
+    commands = demo_rollouts.drill_release_commands(run, seed=3)
     made = {f"rehearse-{command[2]}" for command in commands}
-    assert made == {scene.step for scene in SCENES if scene is not TRAINED} | {"rehearse-popular"}
+    assert made == {scene.step for scene in SCENARIOS if scene is not TRAINED} | {"rehearse-popular"}
     assert all(command[command.index("--base") + 1] == CANARY[:12] for command in commands)

@@ -15,10 +15,10 @@ from pathlib import Path
 import pytest
 
 from reelway.platform.durable import (
+    atomic_directory,
+    atomic_file,
     create_private_file,
     ensure_private_token,
-    whole_file,
-    whole_folder,
     write_json,
 )
 from reelway.platform.errors import StorageError
@@ -33,7 +33,7 @@ def names(folder: Path) -> list[str]:
 
 
 def test_file_appears_only_when_complete(tmp_path: Path) -> None:
-    with whole_file(tmp_path / "sub" / "file") as aside:
+    with atomic_file(tmp_path / "sub" / "file") as aside:
         aside.write_text("new")
         assert not (tmp_path / "sub" / "file").exists()
     assert (tmp_path / "sub" / "file").read_text() == "new"
@@ -43,7 +43,7 @@ def test_file_appears_only_when_complete(tmp_path: Path) -> None:
 
 def test_failure_keeps_the_previous_file(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("old")
-    with pytest.raises(_StopError), whole_file(tmp_path / "file") as aside:  # noqa: PT012
+    with pytest.raises(_StopError), atomic_file(tmp_path / "file") as aside:  # noqa: PT012
         aside.write_text("half")
         raise _StopError
     assert (tmp_path / "file").read_text() == "old"
@@ -51,7 +51,7 @@ def test_failure_keeps_the_previous_file(tmp_path: Path) -> None:
 
 
 def test_folder_appears_only_when_complete(tmp_path: Path) -> None:
-    with whole_folder(tmp_path / "folder") as aside:
+    with atomic_directory(tmp_path / "folder") as aside:
         (aside / "one").write_text("1")
         (aside / "deep").mkdir()
         (aside / "deep" / "two").write_text("2")
@@ -63,7 +63,7 @@ def test_folder_appears_only_when_complete(tmp_path: Path) -> None:
 def test_folder_replaces_the_previous_one_completely(tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "old").write_text("old")
-    with whole_folder(tmp_path / "folder") as aside:
+    with atomic_directory(tmp_path / "folder") as aside:
         (aside / "new").write_text("new")
         assert names(tmp_path / "folder") == ["old"]
     assert names(tmp_path / "folder") == ["new"]
@@ -73,7 +73,7 @@ def test_folder_replaces_the_previous_one_completely(tmp_path: Path) -> None:
 def test_failure_keeps_the_previous_folder(tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "old").write_text("old")
-    with pytest.raises(_StopError), whole_folder(tmp_path / "folder") as aside:  # noqa: PT012
+    with pytest.raises(_StopError), atomic_directory(tmp_path / "folder") as aside:  # noqa: PT012
         (aside / "new").write_text("half")
         raise _StopError
     assert names(tmp_path / "folder") == ["old"]
@@ -114,7 +114,7 @@ def test_private_file_below_a_file_raises_a_storage_error(tmp_path: Path) -> Non
 
 def test_unwritable_path_raises_a_storage_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
-    for open_ in (whole_file, whole_folder):
+    for open_ in (atomic_file, atomic_directory):
         with pytest.raises(StorageError, match="cannot write"), open_(tmp_path / "file" / "below"):
             pass
 

@@ -30,7 +30,7 @@ from reelway.platform.rollout.traffic.serve_config import compose_serve_config
 from reelway.platform.rollout.traffic.serve_rest import ServeAddress, ServeRestBackend
 from reelway.platform.rollout.traffic.serving_options import ReleaseStoreArgs, ServingOptions
 from reelway.platform.rollout.traffic.target import TrafficTarget
-from reelway.serving.free_ports import free_port
+from reelway.serving.free_ports import find_free_port
 
 RATE = 15.0
 VIEWERS = 1000
@@ -91,11 +91,13 @@ def serving_scenario(run: Path, stable: str, canary: str, addresses: dict[str, s
     (run / "token.secret").write_bytes(b"the secret of the tests' tokens")
     options = ServingOptions(
         releases=shelf_of(run), metrics_dir=run / "metrics", token_secrets=run / "token.secret",
-        features_dir=run / "features", port=free_port("127.0.0.1"),
+        features_dir=run / "features", port=find_free_port("127.0.0.1"),
     )  # fmt: skip
-    both = Routing(salt="ranked elsewhere", rollout="r0", arms=Routing.whole(stable).arms, warm=(stable, canary))
+    both = Routing(
+        salt="ranked elsewhere", rollout="r0", arms=Routing.single_release(stable).arms, warm=(stable, canary)
+    )
     with ExitStack() as stack:
-        service = stack.enter_context(running_service(Routing.whole(stable), options, run / "ray.token"))
+        service = stack.enter_context(running_service(Routing.single_release(stable), options, run / "ray.token"))
         document = compose_serve_config(options, both.releases, both)
         for application in document["applications"]:
             if application["name"] in addresses:
@@ -129,7 +131,7 @@ def wait_for(condition: Callable[[], bool], otherwise: str) -> None:
 def main(place: Path) -> None:
     """Kills servers during a rollout, a rollback and another rollout."""
     stable, canary, _ = make_run(place)
-    ports = {release: free_port("127.0.0.1") for release in (stable, canary)}
+    ports = {release: find_free_port("127.0.0.1") for release in (stable, canary)}
     addresses = {release: f"127.0.0.1:{port}" for release, port in ports.items()}
 
     def server(release: str, port: int) -> RankServerProcess:

@@ -17,12 +17,12 @@ import numpy as np
 from numpy.typing import NDArray
 from tests.release_files import NOW_S, make_release_folder
 
-from reelway.platform.cli.processes import child, reelway_command
+from reelway.platform.cli.processes import child_process, reelway_command
 from reelway.platform.contracts.api import RequestContext
 from reelway.platform.release.signing import create_keys, load_private_key
 from reelway.platform.release.store import ReleaseStore
 from reelway.platform.rollout.traffic.serving_options import ReleaseStoreArgs
-from reelway.serving.metrics import SHORT
+from reelway.serving.metrics import SHORT_RELEASE
 from reelway.serving.open_inference.ranker_service import LoadedRanker
 from reelway.serving.release_loader import ReleaseLoader
 from reelway.serving.video_table import VideoTable
@@ -134,7 +134,7 @@ def wait_until_listening(log: Path, process: subprocess.Popen[bytes]) -> tuple[i
 @contextmanager
 def running_rank_server(made: ReleaseFixture, log: Path, *options: str) -> Iterator[RankServer]:
     """Runs a server of the release's folder with these options until the block ends."""
-    with child(rank_server_command(made.folder, *options), log=log) as process:
+    with child_process(rank_server_command(made.folder, *options), log=log) as process:
         http_port, grpc_port = wait_until_listening(log, process)
         with httpx.Client(base_url=f"http://127.0.0.1:{http_port}", timeout=30) as client:
             yield RankServer(made, http_port, grpc_port, client, process)
@@ -156,7 +156,7 @@ def rank_server_process(
     )  # fmt: skip
     subprocess.run(fetch, check=True, timeout=STARTUP_TIMEOUT_S, stdout=subprocess.DEVNULL)
     command = rank_server_command(place / "rank-cache" / release, "--grpc-port", str(grpc_port), "--drain-seconds", "0")
-    log = place / f"rank-server-{release[:SHORT]}.log"
-    with child(command, log=log) as process:
+    log = place / f"rank-server-{release[:SHORT_RELEASE]}.log"
+    with child_process(command, log=log) as process:
         http_port, bound_port = wait_until_listening(log, process)
         yield RankServerProcess(http_port, bound_port, process)

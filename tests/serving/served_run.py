@@ -14,7 +14,7 @@ import psutil
 from tests.release_files import NOW_S, make_release_folder
 from tests.serving.viewer_store import make_viewer_store
 
-from reelway.platform.contracts.blend import Blend, RetrievalBlend
+from reelway.platform.contracts.blend import Blend, RetrievalSettings
 from reelway.platform.contracts.features import TRAINING_SERVICE, VIEWER_SERVICE
 from reelway.platform.features.store import feature_service_digest, open_feature_store
 from reelway.platform.release.signing import create_keys, load_private_key
@@ -103,7 +103,7 @@ def make_run(run: Path) -> tuple[str, str, list[int]]:
         {"name": name, "digest": feature_service_digest(features, name)} for name in (TRAINING_SERVICE, VIEWER_SERVICE)
     ]
     key = load_private_key(create_keys(run / "keys").private)
-    blend = Blend(retrieval=RetrievalBlend(candidates=100))
+    blend = Blend(retrieval=RetrievalSettings(candidates=100))
     ids = []
     for seed in range(2):
         folder = run / f"made-{seed}"

@@ -19,10 +19,10 @@ from reelway.platform.tokens import TokenSigner
 from reelway.serving.fused import SingleThreadExecutor, open_fused
 from reelway.serving.http_api import build_http_api
 from reelway.serving.metrics import IngressMetrics
-from reelway.serving.open_releases import CALM_S, STANDS_S, OpenRelease
+from reelway.serving.open_releases import OVERLOAD_COOLDOWN_S, STANDING_QUEUE_S, OpenRelease
 from reelway.serving.release_loader import ReleaseLoader
 from reelway.serving.request_path import LocalStages, PathCall, RequestPath, Stages
-from reelway.serving.router import Router, RouterParts
+from reelway.serving.router import Router, RouterDependencies
 from reelway.serving.stages.arrays import Candidates, ViewerQuery
 
 SIGNER = TokenSigner(b"a secret of the tests, long enough")
@@ -67,7 +67,7 @@ def test_fused_slate_equals_the_in_process_slate(loader: ReleaseLoader) -> None:
         return recommendation.response
 
     response = asyncio.run(recommend())
-    expected = loader.graph(SIGNER).recommend(REQUEST, {}, NOW_S)
+    expected = loader.in_process_recommender(SIGNER).recommend(REQUEST, {}, NOW_S)
     assert [video.video_id for video in response.videos] == [video.video_id for video in expected.videos]
     assert [video.score for video in response.videos] == [video.score for video in expected.videos]
     assert response.degraded == []
@@ -75,7 +75,7 @@ def test_fused_slate_equals_the_in_process_slate(loader: ReleaseLoader) -> None:
 
 def test_event_loop_stays_free_while_a_path_runs(loader: ReleaseLoader) -> None:
     async def main() -> list[str]:
-        release = OpenRelease(loader.edge(), loader.stages(), executor=SingleThreadExecutor(budget_ms=10_000))
+        release = OpenRelease(loader.router_release(), loader.stages(), executor=SingleThreadExecutor(budget_ms=10_000))
         stages = GatedStages(loader.stages())
         path = path_of(release, CollectorRegistry(), stages)
         running = asyncio.create_task(release.executor.run(path, CALL))
@@ -130,12 +130,12 @@ def test_blocked_release_does_not_delay_another_release(loader: ReleaseLoader) -
 
 def router_of(loader: ReleaseLoader, max_ongoing_requests: int, **options: Any) -> tuple[Router, OpenRelease]:
     clock = {"clock": options.pop("clock")} if "clock" in options else {}
-    release = OpenRelease(loader.edge(), loader.stages(), **clock)
+    release = OpenRelease(loader.router_release(), loader.stages(), **clock)
 
     async def open_release(_: str) -> OpenRelease:
         return release
 
-    dependencies = RouterParts(SIGNER, CollectorRegistry(), max_ongoing_requests=max_ongoing_requests, **options)
+    dependencies = RouterDependencies(SIGNER, CollectorRegistry(), max_ongoing_requests=max_ongoing_requests, **options)
     return Router(open_release, dependencies), release
 
 
@@ -143,8 +143,12 @@ def test_router_sheds_requests_beyond_the_limit(loader: ReleaseLoader) -> None:
     router, release = router_of(loader, max_ongoing_requests=2)
 
     async def main() -> int:
-        await router.reconfigure(Routing.whole(release.release_id).model_dump(mode="json"))
-        with release.in_use(), release.in_use(), pytest.raises(OverloadedError, match="2 requests are in flight"):
+        await router.reconfigure(Routing.single_release(release.release_id).model_dump(mode="json"))
+        with (
+            release.track_request(),
+            release.track_request(),
+            pytest.raises(OverloadedError, match="2 requests are in flight"),
+        ):
             await router.recommend(REQUEST)
         return len((await router.recommend(REQUEST)).response.videos)
 
@@ -166,20 +170,20 @@ def test_standing_queue_has_a_lower_limit_than_a_burst(loader: ReleaseLoader) ->
         return True
 
     async def main() -> None:
-        await router.reconfigure(Routing.whole(release.release_id).model_dump(mode="json"))
-        with release.in_use():
-            with release.in_use(), release.in_use():
-                now_s[0] += 0.9 * STANDS_S
+        await router.reconfigure(Routing.single_release(release.release_id).model_dump(mode="json"))
+        with release.track_request():
+            with release.track_request(), release.track_request():
+                now_s[0] += 0.9 * STANDING_QUEUE_S
                 assert await admitted()  # three in flight in a queue that was empty a moment ago
-                now_s[0] += 0.2 * STANDS_S
+                now_s[0] += 0.2 * STANDING_QUEUE_S
                 assert not await admitted()  # three in flight in a standing queue
             assert await admitted()  # the queue is standing, but within the lower limit
-        with release.in_use(), release.in_use(), release.in_use():
+        with release.track_request(), release.track_request(), release.track_request():
             assert not await admitted()  # empty a moment ago, but a request was rejected a moment ago as well
-        now_s[0] += 1.1 * CALM_S
-        with release.in_use(), release.in_use(), release.in_use():
+        now_s[0] += 1.1 * OVERLOAD_COOLDOWN_S
+        with release.track_request(), release.track_request(), release.track_request():
             assert await admitted()  # no request was rejected for a while: a burst again
-            with release.in_use():
+            with release.track_request():
                 assert not await admitted()  # four in flight are over the limit of a burst
 
     asyncio.run(main())
@@ -187,9 +191,9 @@ def test_standing_queue_has_a_lower_limit_than_a_burst(loader: ReleaseLoader) ->
 
 def test_rejected_request_gets_429_with_retry_after(loader: ReleaseLoader) -> None:
     router, release = router_of(loader, max_ongoing_requests=1)
-    asyncio.run(router.reconfigure(Routing.whole(release.release_id).model_dump(mode="json")))
+    asyncio.run(router.reconfigure(Routing.single_release(release.release_id).model_dump(mode="json")))
     client = TestClient(build_http_api(router))
-    with release.in_use():
+    with release.track_request():
         response = client.post("/v1/recommend", json={"viewer_id": 1, "count": 5})
         assert response.status_code == 429
         assert response.headers["Retry-After"] == "1"

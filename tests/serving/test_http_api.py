@@ -12,7 +12,7 @@ from fastapi.testclient import TestClient
 from reelway.platform.contracts.api import RecommendRequest, RecommendResponse
 from reelway.platform.contracts.events import Arm
 from reelway.platform.rollout.traffic.routing import Routing
-from reelway.serving.http_api import Answer, CurrentReleases, ServedRelease, build_http_api
+from reelway.serving.http_api import CurrentReleases, PendingResponse, ServedRelease, build_http_api
 
 
 class OneVideoService:
@@ -24,7 +24,7 @@ class OneVideoService:
         self.asked: list[RecommendRequest] = []
         self.done_after: list[int] = []
 
-    async def recommend(self, request: RecommendRequest) -> Answer:
+    async def recommend(self, request: RecommendRequest) -> PendingResponse:
         self.asked.append(request)
         if self.breaks:
             raise ValueError("a bug")
@@ -40,7 +40,7 @@ class OneVideoService:
         response = RecommendResponse.model_validate(
             {"request_id": 3, "viewer_id": request.viewer_id, "release": "r", "arm": "stable", "videos": [video]}
         )
-        return Answer(response, self.afterwards)
+        return PendingResponse(response, self.afterwards)
 
     async def afterwards(self) -> None:
         self.done_after.append(len(self.asked))
@@ -49,7 +49,7 @@ class OneVideoService:
         return CurrentReleases(
             rollout="",
             salt="reelway",
-            routing=Routing.whole("r"),
+            routing=Routing.single_release("r"),
             releases=[ServedRelease(release="r", arm=Arm.STABLE, weight_basis_points=10_000)],
             open=["r"],
         )
@@ -57,10 +57,10 @@ class OneVideoService:
     async def metrics_text(self) -> bytes:
         return b"reelway_ingress_requests_total 1\n"
 
-    def count_refused(self) -> None:
+    def record_invalid(self) -> None:
         self.refused += 1
 
-    def refuse_unread(self) -> None:
+    def shed_before_read(self) -> None:
         """Never rejects a request."""
 
 
@@ -170,7 +170,7 @@ def test_other_routes_answer(client: TestClient) -> None:
     assert client.get("/v1/releases/current").json() == {
         "rollout": "",
         "salt": "reelway",
-        "routing": Routing.whole("r").model_dump(mode="json"),
+        "routing": Routing.single_release("r").model_dump(mode="json"),
         "releases": [{"release": "r", "arm": "stable", "weight_basis_points": 10_000}],
         "open": ["r"],
         "faults": {},

@@ -14,8 +14,8 @@ from tests.release_files import make_release_folder
 from reelway.platform.contracts.features import VIDEO_LIVE_DENSE
 from reelway.platform.contracts.manifest import VIDEOS_FILE
 from reelway.platform.errors import DataError
-from reelway.platform.eventlog.changelog import CHANGES, CREATORS, ENGAGEMENT, FIELDS, Change, Changelog
-from reelway.serving.live_overlay import LiveOverlay, follow
+from reelway.platform.eventlog.changelog import CHANGES, CREATORS, ENGAGEMENT, FIELDS, FeatureChange, FeatureChangelog
+from reelway.serving.live_overlay import FeatureOverlay, start_follower
 from reelway.serving.video_table import VideoTable, open_video_table
 
 LIKES = VIDEO_LIVE_DENSE.index("video_like_rate_1h")
@@ -44,17 +44,17 @@ def rows_of(view: str, values: dict[int, float | None]) -> pa.Table:
     ).cast(CHANGES)  # fmt: skip
 
 
-def change(sequence: int, *tables: pa.Table) -> Change:
-    return Change(sequence, sequence * 1_000_000, pa.concat_tables(tables))
+def change(sequence: int, *tables: pa.Table) -> FeatureChange:
+    return FeatureChange(sequence, sequence * 1_000_000, pa.concat_tables(tables))
 
 
 def test_change_updates_only_the_rows_it_names(table: VideoTable, tmp_path: Path) -> None:
-    log, before = Changelog(tmp_path / "overlay"), table.live.at(np.arange(len(table)))
+    log, before = FeatureChangelog(tmp_path / "overlay"), table.live.at(np.arange(len(table)))
     creator = int(table.creator_id[7])
     theirs = np.flatnonzero(table.creator_id == creator)
     video = int(table.video_id[3])
     log.append(change(1, rows_of(ENGAGEMENT, {video: 0.25, 999_999: 1.0}), rows_of(CREATORS, {creator: 77.0})))
-    overlay = LiveOverlay(table, log)
+    overlay = FeatureOverlay(table, log)
     assert overlay.poll() == len({3, *theirs.tolist()})
     after = table.live.at(np.arange(len(table)))
     assert after[3, LIKES] == 0.25
@@ -69,11 +69,11 @@ def test_change_updates_only_the_rows_it_names(table: VideoTable, tmp_path: Path
 
 
 def test_changes_of_one_poll_become_one_version(table: VideoTable, tmp_path: Path) -> None:
-    log = Changelog(tmp_path / "overlay")
+    log = FeatureChangelog(tmp_path / "overlay")
     ids = table.video_id.tolist()
     for sequence in (1, 2, 3):
         log.append(change(sequence, rows_of(ENGAGEMENT, {ids[sequence]: sequence / 8, ids[0]: sequence / 4})))
-    overlay = LiveOverlay(table, log)
+    overlay = FeatureOverlay(table, log)
     overlay.poll()
     assert table.live.version == 1
     assert table.live.at(np.arange(4))[:, LIKES].tolist() == [0.75, 0.125, 0.25, 0.375]
@@ -81,17 +81,17 @@ def test_changes_of_one_poll_become_one_version(table: VideoTable, tmp_path: Pat
 
 
 def test_expired_row_becomes_unknown(table: VideoTable, tmp_path: Path) -> None:
-    log = Changelog(tmp_path / "overlay")
+    log = FeatureChangelog(tmp_path / "overlay")
     log.append(change(1, rows_of(ENGAGEMENT, {int(table.video_id[3]): None})))
-    LiveOverlay(table, log).poll()
+    FeatureOverlay(table, log).poll()
     assert np.isnan(table.live.at(np.array([3]))[0, LIKES])
 
 
 def test_snapshot_replaces_its_changes_for_all_readers(table: VideoTable, tmp_path: Path) -> None:
-    log = Changelog(tmp_path / "overlay")
+    log = FeatureChangelog(tmp_path / "overlay")
     ids = table.video_id.tolist()
     log.append(change(1, rows_of(ENGAGEMENT, {ids[1]: 0.5})))
-    old = LiveOverlay(table, log)
+    old = FeatureOverlay(table, log)
     old.poll()
     for sequence in range(2, 6):
         log.append(change(sequence, rows_of(ENGAGEMENT, {ids[sequence % 2]: sequence / 16})))
@@ -101,7 +101,7 @@ def test_snapshot_replaces_its_changes_for_all_readers(table: VideoTable, tmp_pa
     log.append(change(6, rows_of(ENGAGEMENT, {ids[2]: 0.0625})))
     make_release_folder(tmp_path / "other", videos=60)
     other = open_video_table(tmp_path / "other" / VIDEOS_FILE)
-    new = LiveOverlay(other, log)
+    new = FeatureOverlay(other, log)
     for reader, its in ((old, table), (new, other)):
         reader.poll()
         assert its.live.at(np.arange(3))[:, LIKES].tolist() == [0.25, 0.3125, 0.0625]
@@ -109,7 +109,7 @@ def test_snapshot_replaces_its_changes_for_all_readers(table: VideoTable, tmp_pa
 
 
 def test_malformed_change_raises(table: VideoTable, tmp_path: Path) -> None:
-    overlay = LiveOverlay(table, Changelog(tmp_path / "overlay"))
+    overlay = FeatureOverlay(table, FeatureChangelog(tmp_path / "overlay"))
     assert overlay.poll() == 0
     (tmp_path / "overlay").mkdir()
     (tmp_path / "overlay" / "00000000000000000001.arrow").write_bytes(b"nonsense")
@@ -119,20 +119,20 @@ def test_malformed_change_raises(table: VideoTable, tmp_path: Path) -> None:
 
 
 def test_changelog_url_reads_like_a_folder(table: VideoTable) -> None:
-    log = Changelog("memory://overlay-test/changes")
+    log = FeatureChangelog("memory://overlay-test/changes")
     for sequence in (1, 2):
         log.append(change(sequence, rows_of(ENGAGEMENT, {int(table.video_id[3]): sequence / 4})))
-    overlay = LiveOverlay(table, log)
+    overlay = FeatureOverlay(table, log)
     overlay.poll()
     assert table.live.at(np.array([3]))[0, LIKES] == 0.5
     assert log.compact(at_least=2)
-    assert [one.whole for one in log.after(0)] == [True]
+    assert [one.is_snapshot for one in log.changes_after(0)] == [True]
 
 
 def test_follower_ends_with_its_table(table: VideoTable, tmp_path: Path) -> None:
     other = open_video_table(tmp_path / "release" / VIDEOS_FILE)
-    thread = follow(other, str(tmp_path / "overlay"), every_s=0.01)
-    Changelog(tmp_path / "overlay").append(change(1, rows_of(ENGAGEMENT, {int(table.video_id[3]): 0.5})))
+    thread = start_follower(other, str(tmp_path / "overlay"), every_s=0.01)
+    FeatureChangelog(tmp_path / "overlay").append(change(1, rows_of(ENGAGEMENT, {int(table.video_id[3]): 0.5})))
     deadline = time.monotonic() + 20
     while other.live.version == 0:
         assert time.monotonic() < deadline

@@ -23,7 +23,7 @@ from tests.serving.rank_server import ReleaseFixture, make_release
 from reelway.platform.contracts.api import RecommendRequest
 from reelway.platform.errors import ServingError
 from reelway.platform.tokens import TokenSigner
-from reelway.serving.metrics import SHORT, IngressMetrics, RemoteRankerMetrics
+from reelway.serving.metrics import SHORT_RELEASE, IngressMetrics, RemoteRankerMetrics
 from reelway.serving.open_inference.client import RemoteRanker, server_address
 from reelway.serving.open_inference.data_plane import RankerDataPlane, ReadOnlyRepository
 from reelway.serving.open_inference.errors import ServerBusyError
@@ -62,7 +62,7 @@ class InProcessServer:
     registry: CollectorRegistry
 
     def faults(self, kind: str) -> float:
-        labels = {"release": self.made.release[:SHORT], "kind": kind}
+        labels = {"release": self.made.release[:SHORT_RELEASE], "kind": kind}
         return self.registry.get_sample_value("reelway_ranking_remote_faults_total", labels) or 0.0
 
     async def stop(self) -> None:
@@ -112,7 +112,9 @@ def within(made: ReleaseFixture, port: int, work: Work, **settings: Any) -> Any:
 
 
 def test_server_address_replaces_the_release() -> None:
-    assert server_address("reelway-{release}-predictor:8081", "a" * 64) == f"reelway-{'a' * SHORT}-predictor:8081"
+    assert (
+        server_address("reelway-{release}-predictor:8081", "a" * 64) == f"reelway-{'a' * SHORT_RELEASE}-predictor:8081"
+    )
     assert server_address("ranker:8081", "a" * 64) == "ranker:8081"
 
 
@@ -179,7 +181,7 @@ def test_silent_server_raises_at_the_deadline(made: ReleaseFixture) -> None:
             await ranker.score(made.inputs(3), 0.3)
         assert 0.2 < time.monotonic() - begun < 10
         assert registry.get_sample_value(
-            "reelway_ranking_remote_faults_total", {"release": made.release[:SHORT], "kind": "late"}
+            "reelway_ranking_remote_faults_total", {"release": made.release[:SHORT_RELEASE], "kind": "late"}
         )
         await ranker.close()
 
@@ -225,7 +227,7 @@ def test_unusable_response_raises(made: ReleaseFixture, change: dict[str, Any] |
         ranker = RemoteRanker(f"127.0.0.1:{port}", made.release, RemoteRankerMetrics(registry, made.release))
         with pytest.raises(ServingError, match=reason):
             await ranker.score(made.inputs(3))
-        labels = {"release": made.release[:SHORT], "kind": "wrong"}
+        labels = {"release": made.release[:SHORT_RELEASE], "kind": "wrong"}
         assert registry.get_sample_value("reelway_ranking_remote_faults_total", labels) == 1
         await ranker.close()
         await server.stop(0)
@@ -254,8 +256,8 @@ def test_request_path_falls_back_while_its_ranker_is_down(made: ReleaseFixture, 
         stages = loader.stages()
         remote = LocalStages(stages.retrieval, loader.ranking(under_test.ranker), stages.reranking)
         signer = TokenSigner(b"a secret of the tests, long enough")
-        path = RequestPath(loader.edge(), remote, signer, IngressMetrics(registry))
-        local = RequestPath(loader.edge(), stages, signer, IngressMetrics(CollectorRegistry()))
+        path = RequestPath(loader.router_release(), remote, signer, IngressMetrics(registry))
+        local = RequestPath(loader.router_release(), stages, signer, IngressMetrics(CollectorRegistry()))
         request = RecommendRequest(viewer_id=1, count=10)
 
         async def answer(of: RequestPath = path) -> Recommendation:
@@ -270,7 +272,7 @@ def test_request_path_falls_back_while_its_ranker_is_down(made: ReleaseFixture, 
         without = await answer()
         assert without.response.degraded == ["no_ranker"]
         assert len(without.video_ids) == 10
-        labels = {"release": loader.release_id()[:SHORT], "arm": "stable", "rung": "no_ranker"}
+        labels = {"release": loader.release_id()[:SHORT_RELEASE], "arm": "stable", "rung": "no_ranker"}
         assert registry.get_sample_value("reelway_ingress_degraded_total", labels) == 1
         await under_test.restart()
         deadline = time.monotonic() + 30

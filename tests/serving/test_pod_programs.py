@@ -10,7 +10,7 @@ from pathlib import Path
 
 import httpx
 
-from reelway.serving.free_ports import free_port
+from reelway.serving.free_ports import find_free_port
 
 
 def test_pod_metrics_sum_over_the_processes_of_the_pod(tmp_path: Path) -> None:
@@ -18,7 +18,7 @@ def test_pod_metrics_sum_over_the_processes_of_the_pod(tmp_path: Path) -> None:
     environment = {**os.environ, "PROMETHEUS_MULTIPROC_DIR": str(tmp_path)}
     for _ in range(2):
         subprocess.run([sys.executable, "-c", count], env=environment, check=True)
-    port = free_port("127.0.0.1")
+    port = find_free_port("127.0.0.1")
     command = [sys.executable, "-m", "reelway.serving.node_metrics", "--port", str(port)]
     answering = subprocess.Popen(command, env=environment)
     try:

@@ -19,7 +19,7 @@ from tests.serving.rank_server import (
     wait_until_listening,
 )
 
-from reelway.platform.cli.processes import child
+from reelway.platform.cli.processes import child_process
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +88,7 @@ def test_sigterm_ends_the_process_with_every_request_answered(made: ReleaseFixtu
                     return
                 statuses.append(answer.status_code)
 
-    with child(rank_server_command(made.folder, "--drain-seconds", "1"), log=log) as process:
+    with child_process(rank_server_command(made.folder, "--drain-seconds", "1"), log=log) as process:
         http_port, _ = wait_until_listening(log, process)
         clients = [threading.Thread(target=send_until_closed, args=(http_port,)) for _ in range(4)]
         for client in clients:

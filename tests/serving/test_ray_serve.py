@@ -26,12 +26,12 @@ import pytest
 from tests.release_files import NOW_S
 from tests.serving.served_run import KNOWN_VIEWER, READY_S, Running, make_run
 
-from reelway.platform.cli.processes import end_group, reelway_command
+from reelway.platform.cli.processes import reelway_command, terminate_process_group
 from reelway.platform.contracts.api import RecommendRequest, RecommendResponse
 from reelway.platform.contracts.events import Arm
 from reelway.platform.features.store import open_feature_store
 from reelway.platform.features.vector_log import read_vectors
-from reelway.platform.features.viewer_rows import ViewerRows
+from reelway.platform.features.viewer_rows import ViewerRowReader
 from reelway.platform.rollout import series
 from reelway.platform.rollout.traffic.bucketing import bucket_of
 from reelway.platform.rollout.traffic.routing import ArmRoute, Routing, ShadowRoute
@@ -65,7 +65,7 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
         with httpx.Client(base_url=written["url"], timeout=30) as client:
             yield Running(run, process, written["url"], release, other, watched, client)
     finally:
-        end_group(process)
+        terminate_process_group(process)
 
 
 @pytest.fixture
@@ -85,8 +85,8 @@ def test_known_viewer_gets_a_full_slate_with_valid_tokens(service: Running) -> N
 
 
 def test_service_slate_equals_the_in_process_slate(service: Running) -> None:
-    row = ViewerRows(open_feature_store(service.run / "features")).read(KNOWN_VIEWER)
-    graph = service.loader.graph(service.signer)
+    row = ViewerRowReader(open_feature_store(service.run / "features")).read(KNOWN_VIEWER)
+    graph = service.loader.in_process_recommender(service.signer)
     here = graph.recommend(RecommendRequest(viewer_id=KNOWN_VIEWER, count=20), row, NOW_S)
     there = service.ask(count=20, time="2024-06-10T06:13:20Z")
     assert [v["video_id"] for v in there["videos"]] == [v.video_id for v in here.videos]
@@ -303,7 +303,7 @@ def test_rollout_counts_exposures_outcomes_and_mirroring(
     assert service.metric(series.SHADOW_OVERLAP + "_count", release=label) > 0
     assert service.metric(series.LATENCY + "_count", release=label, arm="shadow") > 0
     assert service.metric(series.SHADOW_REQUESTS, release=label, outcome="failed") == 0
-    backend.apply(TrafficTarget(Routing.whole(stable), (stable,)))
+    backend.apply(TrafficTarget(Routing.single_release(stable), (stable,)))
 
 
 def test_unavailable_release_affects_no_other_release(service: Running, backend: ServeRestBackend) -> None:
@@ -317,7 +317,7 @@ def test_unavailable_release_affects_no_other_release(service: Running, backend:
     wait_for(lambda: nowhere in backend.observe().failed, "the release was not reported as failed", 60)
     assert "is not in" in backend.observe().failed[nowhere]
     assert {service.ask(viewer=viewer)["release"] for viewer in range(10)} == {stable}
-    backend.apply(TrafficTarget(Routing.whole(stable), (stable,)))
+    backend.apply(TrafficTarget(Routing.single_release(stable), (stable,)))
     wait_for(lambda: backend.observe().releases == (stable,), "the release was not removed", 60)
     service.wait_until_whole()
 

@@ -14,14 +14,14 @@ from prometheus_client import CollectorRegistry
 from tests.release_files import NOW_S, make_release_folder
 
 from reelway.platform.contracts.api import RecommendRequest, RecommendResponse, RequestContext
-from reelway.platform.contracts.blend import Blend, RerankingBlend, RetrievalBlend
+from reelway.platform.contracts.blend import Blend, RerankingSettings, RetrievalSettings
 from reelway.platform.contracts.events import Arm
 from reelway.platform.tokens import TokenSigner
-from reelway.serving.metrics import SHORT, IngressMetrics
+from reelway.serving.metrics import SHORT_RELEASE, IngressMetrics
 from reelway.serving.release_loader import ReleaseLoader
 from reelway.serving.request_path import InProcessRecommender, LocalStages, run_without_waiting
 from reelway.serving.stages.arrays import F32, SOURCES, Candidates, RankingInput, ScoredCandidates, Slate, ViewerQuery
-from reelway.serving.time_budget import TimeBudget
+from reelway.serving.time_budget import CircuitBreaker
 from reelway.serving.viewers import viewer_query
 
 VIDEOS = 300
@@ -52,7 +52,7 @@ class Release:
 @pytest.fixture(scope="module")
 def release(tmp_path_factory: pytest.TempPathFactory) -> Release:
     folder = tmp_path_factory.mktemp("release")
-    blend = Blend(retrieval=RetrievalBlend(candidates=100), reranking=RerankingBlend(max_per_creator=CAP))
+    blend = Blend(retrieval=RetrievalSettings(candidates=100), reranking=RerankingSettings(max_per_creator=CAP))
     make_release_folder(folder, videos=VIDEOS, blend=blend)
     loader = ReleaseLoader(folder)
     return Release(loader, loader.stages(), loader.table().video_id[5:25].tolist())
@@ -63,7 +63,7 @@ class BrokenStages:
 
     def __init__(self, stages: LocalStages, *broken: str) -> None:
         self._stages, self._broken = stages, broken
-        self.budgets: dict[str, TimeBudget] = {}
+        self.budgets: dict[str, CircuitBreaker] = {}
 
     def _break(self, stage: str) -> None:
         if stage in self._broken:
@@ -86,14 +86,14 @@ def ask(release: Release, *broken: str, row: Any = "own", count: int = 20, **con
     """Returns a response and the registry with its metrics."""
     registry = CollectorRegistry()
     recommender = InProcessRecommender(
-        release.loader.edge(), BrokenStages(release.stages, *broken), SIGNER, IngressMetrics(registry)
+        release.loader.router_release(), BrokenStages(release.stages, *broken), SIGNER, IngressMetrics(registry)
     )
     request = RecommendRequest(viewer_id=7, count=count, context=RequestContext(**context))
     return recommender.recommend(request, release.row if row == "own" else row, NOW_S), registry
 
 
 def counted(registry: CollectorRegistry, name: str, release: Release, **labels: str) -> float:
-    release_id = release.loader.release_id()[:SHORT]
+    release_id = release.loader.release_id()[:SHORT_RELEASE]
     return registry.get_sample_value(name, {"release": release_id, **labels}) or 0.0
 
 
@@ -141,7 +141,7 @@ def test_slate_equals_the_stages_composed_by_hand(release: Release) -> None:
 
 def test_broken_retrieval_gives_the_popular_list_in_order(release: Release) -> None:
     answer, _ = ask(release, "retrieve", "rerank", row={})
-    edge = release.loader.edge()
+    edge = release.loader.router_release()
     assert [video.video_id for video in answer.videos] == edge.table.video_id[edge.lists.popular[:20]].tolist()
     assert {video.source for video in answer.videos} == {"popular"}
     assert {video.reason for video in answer.videos} == {"popular now"}
@@ -248,7 +248,9 @@ def test_creator_has_no_more_positions_than_the_cap(release: Release) -> None:
 
 def test_request_time_decides_which_videos_are_fresh(release: Release) -> None:
     later = datetime.fromtimestamp(NOW_S + 90 * 86_400, UTC).timestamp()
-    recommender = InProcessRecommender(release.loader.edge(), BrokenStages(release.stages, "rank", "rerank"), SIGNER)
+    recommender = InProcessRecommender(
+        release.loader.router_release(), BrokenStages(release.stages, "rank", "rerank"), SIGNER
+    )
     request = RecommendRequest(viewer_id=1, count=100)
     now, then = (recommender.recommend(request, {}, at_s) for at_s in (NOW_S, later))
     assert "fresh" in {video.source for video in now.videos}

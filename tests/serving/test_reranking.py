@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from reelway.platform.contracts.blend import RerankingBlend
+from reelway.platform.contracts.blend import RerankingSettings
 from reelway.serving.stages.arrays import SOURCE_CODES, ScoredCandidates, Slate
 from reelway.serving.stages.reranking import Reranking, occurrences
 
@@ -38,7 +38,7 @@ def rerank(
 ) -> Slate:
     n = len(value)
     unit = np.eye(n, max(n, 1), dtype=np.float32) if embedding is None else embedding
-    stage = Reranking(Table(np.array(creators, dtype=np.int64), unit), RerankingBlend(**settings))  # type: ignore[arg-type]
+    stage = Reranking(Table(np.array(creators, dtype=np.int64), unit), RerankingSettings(**settings))  # type: ignore[arg-type]
     candidates = ScoredCandidates(
         rows=np.arange(n, dtype=np.int32),
         source=np.full(n, SOURCE_CODES[source], dtype=np.int8),  # type: ignore[index]
@@ -151,7 +151,7 @@ def test_exploration_prefers_fresh_uploads() -> None:
     source = np.full(n, SOURCE_CODES["ann"], dtype=np.int8)
     source[[15, 17]] = SOURCE_CODES["fresh"]
     table = Table(np.arange(n), np.eye(n, dtype=np.float32))
-    stage = Reranking(table, RerankingBlend(exploration_slots=2, diversity=0.0))  # type: ignore[arg-type]
+    stage = Reranking(table, RerankingSettings(exploration_slots=2, diversity=0.0))  # type: ignore[arg-type]
     rows = np.arange(n, dtype=np.int32)
     slate = stage.rerank(ScoredCandidates(rows, source, rows * 0 - 1, -rows.astype(np.float32), NOTHING, 6, seed=3))
     assert set(slate.rows[slate.propensity < 1].tolist()) == {15, 17}

@@ -11,13 +11,13 @@ from hypothesis import strategies as st
 from tests.release_files import NOW_S, make_release_folder
 
 from reelway.platform.contracts.api import RequestContext
-from reelway.platform.contracts.blend import Blend, RetrievalBlend
+from reelway.platform.contracts.blend import Blend, RetrievalSettings
 from reelway.platform.errors import IncompatibleReleaseError, ServingError
 from reelway.serving.popular import PopularLists, open_popular_lists
 from reelway.serving.release_loader import ReleaseLoader
 from reelway.serving.stages.arrays import SOURCE_CODES, SOURCES, ViewerQuery
 from reelway.serving.stages.retrieval import Retrieval
-from reelway.serving.stages.sources import Ask, FreshSource, ListSource, NeighbourSource
+from reelway.serving.stages.sources import FreshSource, NeighbourSource, SourceQuery, StaticListSource
 from reelway.serving.video_table import VideoTable
 from reelway.serving.viewers import viewer_query
 
@@ -29,7 +29,7 @@ EMBEDDING = np.zeros((1, 16), dtype=np.float32)
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("release")
-    make_release_folder(path, videos=VIDEOS, blend=Blend(retrieval=RetrievalBlend(candidates=CANDIDATES)))
+    make_release_folder(path, videos=VIDEOS, blend=Blend(retrieval=RetrievalSettings(candidates=CANDIDATES)))
     return path
 
 
@@ -109,19 +109,19 @@ def test_index_returns_the_nearest_videos_first(retrieval: Retrieval, table: Vid
 def test_fresh_source_returns_the_newest_past_uploads(table: VideoTable) -> None:
     now_s = float(np.median(table.uploaded_at_s))
     query = viewer_query({}, RequestContext(), now_s, table, seed=0)
-    rows = FreshSource(table, fresh_hours=48).propose(Ask(query, EMBEDDING, 1000)).rows
+    rows = FreshSource(table, fresh_hours=48).propose(SourceQuery(query, EMBEDDING, 1000)).rows
     age_s = now_s - table.uploaded_at_s
     expected = np.flatnonzero((age_s >= 0) & (age_s <= 48 * 3600))
     assert sorted(rows.tolist()) == expected.tolist()
     assert (np.diff(age_s[rows]) >= 0).all()
-    assert len(FreshSource(table, 48).propose(Ask(query, EMBEDDING, 3)).rows) == 3
+    assert len(FreshSource(table, 48).propose(SourceQuery(query, EMBEDDING, 3)).rows) == 3
 
 
 def test_neighbours_follow_the_latest_liked_videos(table: VideoTable) -> None:
     neighbours = np.full((VIDEOS, 20), -1, dtype=np.int32)
     neighbours[1, :2], neighbours[2, :2], neighbours[3, :2] = (11, 12), (21, 22), (31, 32)
     query = viewer(table, {1: 1.0, 2: -2.0, 3: 1.0})
-    proposal = NeighbourSource(neighbours).propose(Ask(query, EMBEDDING, 10))
+    proposal = NeighbourSource(neighbours).propose(SourceQuery(query, EMBEDDING, 10))
     assert proposal.rows.tolist() == [31, 11, 32, 12]
     assert proposal.trigger_rows is not None
     assert proposal.trigger_rows.tolist() == [3, 1, 3, 1]
@@ -129,10 +129,10 @@ def test_neighbours_follow_the_latest_liked_videos(table: VideoTable) -> None:
 
 def test_trending_starts_with_the_region_of_the_viewer(table: VideoTable) -> None:
     everybody, local = np.array([1, 2], dtype=np.int32), np.array([9], dtype=np.int32)
-    source = ListSource(everybody, {"eu": local})
-    assert source.propose(Ask(viewer(table, {}, "eu"), EMBEDDING, 5)).rows.tolist() == [9, 1, 2]
-    assert source.propose(Ask(viewer(table, {}, "mars"), EMBEDDING, 5)).rows.tolist() == [1, 2]
-    assert source.propose(Ask(viewer(table, {}), EMBEDDING, 1)).rows.tolist() == [1]
+    source = StaticListSource(everybody, {"eu": local})
+    assert source.propose(SourceQuery(viewer(table, {}, "eu"), EMBEDDING, 5)).rows.tolist() == [9, 1, 2]
+    assert source.propose(SourceQuery(viewer(table, {}, "mars"), EMBEDDING, 5)).rows.tolist() == [1, 2]
+    assert source.propose(SourceQuery(viewer(table, {}), EMBEDDING, 1)).rows.tolist() == [1]
 
 
 def test_popular_fallback_leaves_out_seen_videos(lists: PopularLists, table: VideoTable) -> None:
@@ -145,7 +145,9 @@ def test_popular_fallback_leaves_out_seen_videos(lists: PopularLists, table: Vid
 
 def test_quota_of_an_unknown_source_raises(retrieval: Retrieval) -> None:
     with pytest.raises(ServingError, match="fresh"):
-        Retrieval(retrieval._tower, {"ann": retrieval._sources[0]}, RetrievalBlend(quotas={"ann": 0.5, "fresh": 0.5}))
+        Retrieval(
+            retrieval._tower, {"ann": retrieval._sources[0]}, RetrievalSettings(quotas={"ann": 0.5, "fresh": 0.5})
+        )
 
 
 def test_index_of_another_size_raises(tmp_path: Path) -> None:

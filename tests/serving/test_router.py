@@ -23,14 +23,14 @@ from reelway.platform.rollout.traffic.routing import ArmRoute, Routing, ShadowRo
 from reelway.platform.tokens import TokenSigner
 from reelway.serving.open_releases import OpenRelease
 from reelway.serving.release_loader import ReleaseLoader
-from reelway.serving.router import Router, RouterParts, without
+from reelway.serving.router import Router, RouterDependencies, reassign_missing
 
 T = TypeVar("T")
 SALT = "a rollout"
 SIGNER = TokenSigner(b"a secret of the tests, long enough")
 
 
-class Store:
+class FakeViewerStore:
     """Viewer rows that can fail or be late."""
 
     def __init__(self) -> None:
@@ -44,7 +44,7 @@ class Store:
         return {"region": "eu"}
 
 
-class Shelf:
+class FakeReleaseOpener:
     """Opens releases in this process; some are broken or slow to open. Records what a router opens and closes."""
 
     def __init__(self, place: Path) -> None:
@@ -65,7 +65,7 @@ class Shelf:
         async def close() -> None:
             self.closed.append(release)
 
-        return OpenRelease(loader.edge(), loader.stages(), close)
+        return OpenRelease(loader.router_release(), loader.stages(), close)
 
 
 @pytest.fixture(scope="module")
@@ -83,19 +83,20 @@ def ids(place: Path) -> list[str]:
 
 
 @pytest.fixture
-def shelf(place: Path) -> Shelf:
-    return Shelf(place)
+def shelf(place: Path) -> FakeReleaseOpener:
+    return FakeReleaseOpener(place)
 
 
 @pytest.fixture
-def store() -> Store:
-    return Store()
+def store() -> FakeViewerStore:
+    return FakeViewerStore()
 
 
 @pytest.fixture
-def router(shelf: Shelf, store: Store) -> Router:
+def router(shelf: FakeReleaseOpener, store: FakeViewerStore) -> Router:
     return Router(
-        shelf.open, RouterParts(SIGNER, CollectorRegistry(), read_viewer=lambda v: store.read(v), viewer_row_ms=100)
+        shelf.open,
+        RouterDependencies(SIGNER, CollectorRegistry(), read_viewer=lambda v: store.read(v), viewer_row_ms=100),
     )
 
 
@@ -116,8 +117,8 @@ def run(work: Coroutine[Any, Any, T]) -> T:
 
 async def ask(router: Router, viewer: int = 1, count: int = 20, **context: Any) -> RecommendResponse:
     answer = await router.recommend(RecommendRequest(viewer_id=viewer, count=count, context=RequestContext(**context)))
-    if answer.afterwards:
-        await answer.afterwards()
+    if answer.background:
+        await answer.background()
     return answer.response
 
 
@@ -154,7 +155,7 @@ def test_viewer_is_answered_by_the_release_of_the_arm(router: Router, ids: list[
 
 
 def test_holdout_gets_the_popular_list_in_order(router: Router, ids: list[str], place: Path) -> None:
-    edge = ReleaseLoader(place / ids[0]).edge()
+    edge = ReleaseLoader(place / ids[0]).router_release()
     configuration = routing(stable=ids[0], holdout_bp=5000)
     viewer = next(v for v in range(100) if Routing.model_validate(configuration).route_of(v).arm is Arm.HOLDOUT)
 
@@ -168,7 +169,7 @@ def test_holdout_gets_the_popular_list_in_order(router: Router, ids: list[str], 
     assert counted(router, "reelway_ingress_stage_latency_seconds_count", stage="retrieval") == 0
 
 
-def test_weight_change_reopens_no_release(router: Router, shelf: Shelf, ids: list[str]) -> None:
+def test_weight_change_reopens_no_release(router: Router, shelf: FakeReleaseOpener, ids: list[str]) -> None:
     async def check() -> None:
         await router.reconfigure(routing(stable=ids[0], warm=(ids[1],)))
         await until(lambda: router.current_releases().open == sorted(ids[:2]))
@@ -189,7 +190,7 @@ def test_weight_change_reopens_no_release(router: Router, shelf: Shelf, ids: lis
     run(check())
 
 
-def test_share_of_a_broken_release_goes_to_stable(router: Router, shelf: Shelf, ids: list[str]) -> None:
+def test_share_of_a_broken_release_goes_to_stable(router: Router, shelf: FakeReleaseOpener, ids: list[str]) -> None:
     shelf.broken = {ids[1], ids[2]}
     shadow = ShadowRoute(release=ids[2], weight_bp=10_000)
 
@@ -211,7 +212,9 @@ def test_share_of_a_broken_release_goes_to_stable(router: Router, shelf: Shelf, 
     run(check())
 
 
-def test_rollback_does_not_wait_for_an_opening_release(router: Router, shelf: Shelf, ids: list[str]) -> None:
+def test_rollback_does_not_wait_for_an_opening_release(
+    router: Router, shelf: FakeReleaseOpener, ids: list[str]
+) -> None:
     async def check() -> None:
         shelf.gates[ids[1]] = asyncio.Event()
         await router.reconfigure(routing(stable=ids[0]))
@@ -229,7 +232,7 @@ def test_rollback_does_not_wait_for_an_opening_release(router: Router, shelf: Sh
 
 
 def test_requests_in_flight_finish_before_their_release_closes(
-    router: Router, shelf: Shelf, store: Store, ids: list[str]
+    router: Router, shelf: FakeReleaseOpener, store: FakeViewerStore, ids: list[str]
 ) -> None:
     async def check() -> None:
         await router.reconfigure(routing(stable=ids[0], warm=(ids[1],)))
@@ -247,14 +250,14 @@ def test_requests_in_flight_finish_before_their_release_closes(
     run(check())
 
 
-def test_router_fails_to_start_without_stable(router: Router, shelf: Shelf, ids: list[str]) -> None:
+def test_router_fails_to_start_without_stable(router: Router, shelf: FakeReleaseOpener, ids: list[str]) -> None:
     shelf.broken = {ids[0]}
     with pytest.raises(ServingError, match=r"stable.*is broken"):
         run(router.reconfigure(routing(stable=ids[0], canary=ids[1], canary_bp=100)))
 
 
 def test_starting_router_waits_briefly_for_other_releases(
-    router: Router, shelf: Shelf, ids: list[str], monkeypatch: pytest.MonkeyPatch
+    router: Router, shelf: FakeReleaseOpener, ids: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("reelway.serving.router.OTHERS_S", 0.05)
 
@@ -270,7 +273,7 @@ def test_starting_router_waits_briefly_for_other_releases(
     run(check())
 
 
-def test_broken_new_stable_keeps_the_previous_routing(router: Router, shelf: Shelf, ids: list[str]) -> None:
+def test_broken_new_stable_keeps_the_previous_routing(router: Router, shelf: FakeReleaseOpener, ids: list[str]) -> None:
     shelf.broken = {ids[1]}
 
     async def check() -> None:
@@ -306,7 +309,7 @@ def test_reassigned_routing_covers_all_viewers(weights: tuple[int, int], missing
         ArmRoute(arm=Arm.HOLDOUT, release="lists", weight_bp=weights[1]),
     )
     whole = Routing(salt=SALT, arms=arms)
-    left = without(whole, missing)
+    left = reassign_missing(whole, missing)
     assert sum(route.weight_bp for route in left.arms) == BUCKETS
     assert {route.release for route in left.arms if route.weight_bp} & missing == set()
     assert left.releases == whole.releases
@@ -315,7 +318,7 @@ def test_reassigned_routing_covers_all_viewers(weights: tuple[int, int], missing
         assert before.release in missing or left.route_of(viewer).release == before.release
 
 
-def test_failed_store_does_not_fail_the_request(router: Router, store: Store, ids: list[str]) -> None:
+def test_failed_store_does_not_fail_the_request(router: Router, store: FakeViewerStore, ids: list[str]) -> None:
     store.fails = True
 
     async def check() -> RecommendResponse:
@@ -330,7 +333,7 @@ def test_failed_store_does_not_fail_the_request(router: Router, store: Store, id
     assert counted(router, "reelway_ingress_requests_total", outcome="context_only") == 1
 
 
-def test_late_store_does_not_delay_responses(router: Router, store: Store, ids: list[str]) -> None:
+def test_late_store_does_not_delay_responses(router: Router, store: FakeViewerStore, ids: list[str]) -> None:
     store.late_s = 1.0
 
     async def both() -> tuple[list[RecommendResponse], float]:

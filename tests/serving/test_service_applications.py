@@ -26,7 +26,7 @@ from reelway.serving.release_loader import open_trusted
 from reelway.serving.token_secrets import SECRET_VARIABLE, read_token_secrets
 
 RELEASES = ReleaseStoreArgs(release_store="s3://releases/live", release_cache=Path("/cache"), public_keys=Path("/keys"))
-ROUTING = Routing.whole("a" * 64, warm=("b" * 64,))
+ROUTING = Routing.single_release("a" * 64, warm=("b" * 64,))
 OPTIONS = ServingOptions(
     releases=RELEASES,
     metrics_dir=Path("/metrics"),

@@ -28,7 +28,7 @@ def test_dead_processes_keep_counters_but_lose_gauges(tmp_path: Path) -> None:
     for _ in range(2):
         subprocess.run([sys.executable, "-c", PROCESS], env=environment, check=True, timeout=60)
     assert list(tmp_path.glob("gauge_live*.db"))
-    text = metrics.scrape(tmp_path, CollectorRegistry()).decode()
+    text = metrics.render_metrics(tmp_path, CollectorRegistry()).decode()
     assert re.search(r'reelway_ranking_candidates_total\{release="r{12}"\} 10.0', text)
     assert "reelway_ranking_queue_requests" not in text
 
@@ -37,8 +37,8 @@ def test_metrics_without_a_directory_are_those_of_the_process(monkeypatch: pytes
     monkeypatch.delenv(metrics.FOLDER_VARIABLE, raising=False)
     registry = CollectorRegistry()
     metrics.RankingMetrics(registry, "release").candidates.inc(3)
-    assert metrics.shared_folder() is None
-    assert b'reelway_ranking_candidates_total{release="release"} 3.0' in metrics.scrape(None, registry)
+    assert metrics.multiprocess_dir() is None
+    assert b'reelway_ranking_candidates_total{release="release"} 3.0' in metrics.render_metrics(None, registry)
 
 
 def test_metric_names_have_a_stage_prefix_and_unit_suffix() -> None:

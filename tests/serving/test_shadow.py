@@ -23,8 +23,8 @@ from reelway.serving.open_releases import OpenRelease
 from reelway.serving.outcomes import ExposureBuffer
 from reelway.serving.release_loader import ReleaseLoader
 from reelway.serving.request_path import LocalStages
-from reelway.serving.router import Router, RouterParts
-from reelway.serving.shadow import AT_ONCE, is_mirrored, overlap_ratio, score_drift_ratio
+from reelway.serving.router import Router, RouterDependencies
+from reelway.serving.shadow import MAX_IN_FLIGHT, is_mirrored, overlap_ratio, score_drift_ratio
 from reelway.serving.stages.arrays import Candidates, ViewerQuery
 
 
@@ -42,7 +42,7 @@ class SlowStages(LocalStages):
         return await super().retrieve(query)
 
 
-class World:
+class ShadowFixture:
     """A router with a stable release and a shadow release that gets mirrored requests."""
 
     def __init__(self, place: Path, ids: tuple[str, str], weight_bp: int = BUCKETS) -> None:
@@ -54,7 +54,7 @@ class World:
         signer = TokenSigner(b"a secret of the tests, long enough")
         self.router = Router(
             self._open,
-            RouterParts(signer, self.registry, read_viewer=lambda _: {"region": "eu"}, exposures=self.exposures),
+            RouterDependencies(signer, self.registry, read_viewer=lambda _: {"region": "eu"}, exposures=self.exposures),
         )
         self.routing = Routing(
             salt="a rollout",
@@ -72,13 +72,13 @@ class World:
         stages = SlowStages(**vars(loader.stages()))
         if release == self.mirrored:
             self.shadow_stages = stages
-        return OpenRelease(loader.edge(), stages)
+        return OpenRelease(loader.router_release(), stages)
 
     async def ask(self, viewer: int = 1) -> RecommendResponse:
         """Requests a slate and runs the task that follows the response."""
         answer = await self.router.recommend(RecommendRequest(viewer_id=viewer, count=5))
-        assert answer.afterwards
-        await answer.afterwards()
+        assert answer.background
+        await answer.background()
         return answer.response
 
     def counted(self, name: str, **labels: Any) -> float:
@@ -108,8 +108,8 @@ def ids(place: Path) -> tuple[str, str]:
 
 
 @pytest.fixture
-def world(place: Path, ids: tuple[str, str]) -> World:
-    return World(place, ids)
+def world(place: Path, ids: tuple[str, str]) -> ShadowFixture:
+    return ShadowFixture(place, ids)
 
 
 async def until(condition: Callable[[], bool]) -> None:
@@ -126,7 +126,7 @@ def check(work: Awaitable[None]) -> None:
     asyncio.run(run())
 
 
-def test_mirrored_request_leaves_no_impression(world: World) -> None:
+def test_mirrored_request_leaves_no_impression(world: ShadowFixture) -> None:
     async def scenario() -> None:
         await world.start()
         answer = await world.ask()
@@ -140,32 +140,34 @@ def test_mirrored_request_leaves_no_impression(world: World) -> None:
     assert world.counted(series.REQUESTS, release=label, arm="shadow", outcome="ok") == 1
     assert world.counted(series.LATENCY + "_count", release=label, arm="shadow") == 1
     assert world.counted("reelway_ingress_videos_total", release=label) == 0
-    batch = world.exposures.take()
+    batch = world.exposures.next_batch()
     assert batch is not None
     assert {arm.release for arm in batch.arms} == {world.stable}
     assert batch.count.sum() == 5
 
 
-def test_hanging_mirrored_release_delays_no_response(world: World) -> None:
+def test_hanging_mirrored_release_delays_no_response(world: ShadowFixture) -> None:
     async def scenario() -> None:
         await world.start()
         assert world.shadow_stages
         object.__setattr__(world.shadow_stages, "gate", asyncio.Event())
         start = time.monotonic()
-        answers = [await world.ask(viewer) for viewer in range(AT_ONCE + 3)]
+        answers = [await world.ask(viewer) for viewer in range(MAX_IN_FLIGHT + 3)]
         assert time.monotonic() - start < 1.0
         assert all(len(answer.videos) == 5 and not answer.degraded for answer in answers)
         assert world.mirrored_as("dropped") == 3
         assert world.shadow_stages.gate
         world.shadow_stages.gate.set()
-        await until(lambda: world.mirrored_as("compared") == AT_ONCE)
+        await until(lambda: world.mirrored_as("compared") == MAX_IN_FLIGHT)
         await world.ask()
-        await until(lambda: world.mirrored_as("compared") == AT_ONCE + 1)  # the limit admits a mirrored request again
+        await until(
+            lambda: world.mirrored_as("compared") == MAX_IN_FLIGHT + 1
+        )  # the limit admits a mirrored request again
 
     check(scenario())
 
 
-def test_broken_mirrored_release_changes_no_response(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_broken_mirrored_release_changes_no_response(world: ShadowFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     async def scenario() -> None:
         await world.start()
         assert world.shadow_stages

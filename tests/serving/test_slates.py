@@ -16,22 +16,22 @@ from reelway.platform.rollout.policy import Slice
 from reelway.platform.rollout.traffic.routing import ArmRoute, Routing
 from reelway.platform.tokens import SLICE_BITS, ImpressionToken, TokenSigner
 from reelway.serving.metrics import IngressMetrics
-from reelway.serving.outcomes import ExposedArm, ExposureBuffer
+from reelway.serving.outcomes import ArmKey, ExposureBuffer
 from reelway.serving.release_loader import ReleaseLoader
 from reelway.serving.request_path import Recommendation, RequestPath, run_without_waiting
-from reelway.serving.router import side_of
+from reelway.serving.router import rollout_arm
 from reelway.serving.slates import (
-    EVERYBODY,
     NEW_VIDEO_S,
+    NO_ROLLOUT,
     SMALL_CREATOR_FOLLOWERS,
-    RolloutSide,
-    Showing,
+    ImpressionContext,
+    RolloutArm,
     slices_of,
 )
 from reelway.serving.video_table import VideoTable
 
 SIGNER = TokenSigner(b"a secret of the tests, long enough")
-CANARY = RolloutSide(Arm.CANARY, "r1", 0.75)
+CANARY = RolloutArm(Arm.CANARY, "r1", 0.75)
 FOLLOWERS = VIDEO_LIVE_DENSE.index("creator_followers")
 
 
@@ -47,12 +47,12 @@ def table(loader: ReleaseLoader) -> VideoTable:
     return loader.table()
 
 
-def showing(side: RolloutSide, now_s: float = NOW_S, *, new_viewer: bool = False) -> Showing:
-    return Showing(1, 2, "r" * 64, side, None, now_s, now_s, new_viewer)
+def showing(side: RolloutArm, now_s: float = NOW_S, *, new_viewer: bool = False) -> ImpressionContext:
+    return ImpressionContext(1, 2, "r" * 64, side, None, now_s, now_s, new_viewer)
 
 
-def answered(loader: ReleaseLoader, side: RolloutSide, row: dict[str, object]) -> Recommendation:
-    path = RequestPath(loader.edge(), loader.stages(), SIGNER, IngressMetrics(CollectorRegistry()), side)
+def answered(loader: ReleaseLoader, side: RolloutArm, row: dict[str, object]) -> Recommendation:
+    path = RequestPath(loader.router_release(), loader.stages(), SIGNER, IngressMetrics(CollectorRegistry()), side)
     return run_without_waiting(path.recommend(RecommendRequest(viewer_id=7, count=10), row, NOW_S, NOW_S + 5))
 
 
@@ -74,13 +74,13 @@ def test_token_carries_the_impression_context(loader: ReleaseLoader, table: Vide
 def test_viewer_without_history_is_new(loader: ReleaseLoader) -> None:
     bit = SLICE_BITS[Slice.NEW_VIEWERS]
     assert all(one.slices & bit for one in tokens(answered(loader, CANARY, {})))
-    path = RequestPath(loader.edge(), loader.stages(), SIGNER, IngressMetrics(CollectorRegistry()), CANARY)
+    path = RequestPath(loader.router_release(), loader.stages(), SIGNER, IngressMetrics(CollectorRegistry()), CANARY)
     unread = run_without_waiting(path.recommend(RecommendRequest(viewer_id=7, count=10), None, NOW_S))
     assert not any(one.slices & bit for one in tokens(unread))
 
 
 def test_token_outside_a_rollout_has_no_rollout_fields(loader: ReleaseLoader) -> None:
-    shown = tokens(answered(loader, EVERYBODY, {}))
+    shown = tokens(answered(loader, NO_ROLLOUT, {}))
     assert {(one.rollout, one.weight, one.slices) for one in shown} == {("", 0.0, 0)}
 
 
@@ -101,8 +101,8 @@ def test_slices_follow_upload_age_and_follower_count(loader: ReleaseLoader, hour
 def test_counted_exposures_match_the_tokens(loader: ReleaseLoader) -> None:
     buffer = ExposureBuffer()
     answer = answered(loader, CANARY, {})
-    buffer.add(ExposedArm("r1", Arm.CANARY, answer.response.release), 7, CANARY.overlap_weight, answer.slices)
-    batch = buffer.take()
+    buffer.add(ArmKey("r1", Arm.CANARY, answer.response.release), 7, CANARY.overlap_weight, answer.slices)
+    batch = buffer.next_batch()
     assert batch is not None
     by_mask = dict(zip(batch.slices.tolist(), batch.count.tolist(), strict=True))
     masks = [one.slices for one in tokens(answer)]
@@ -119,7 +119,7 @@ def test_overlap_weight_depends_on_the_arm(arm: Arm, weight: float) -> None:
         ArmRoute(arm=Arm.STABLE, release="s", weight_bp=8100),
         ArmRoute(arm=Arm.HOLDOUT, release="s", weight_bp=1000),
     )
-    side = side_of(Routing(salt="r1", rollout="r1", arms=arms), arm)
+    side = rollout_arm(Routing(salt="r1", rollout="r1", arms=arms), arm)
     assert side.overlap_weight == pytest.approx(weight)
     assert side.overlap_weight == float(np.float32(side.overlap_weight))
-    assert side_of(Routing(salt="r1", arms=arms), arm) == RolloutSide(arm)
+    assert rollout_arm(Routing(salt="r1", arms=arms), arm) == RolloutArm(arm)

@@ -11,14 +11,14 @@ import pytest
 from prometheus_client import CollectorRegistry
 from tests.release_files import NOW_S, make_release_folder
 
-from reelway.platform.contracts.api import RequestContext, Rung
-from reelway.platform.contracts.blend import Blend, RetrievalBlend
+from reelway.platform.contracts.api import Degradation, RequestContext
+from reelway.platform.contracts.blend import Blend, RetrievalSettings
 from reelway.serving.metrics import IngressMetrics
 from reelway.serving.release_loader import ReleaseLoader
 from reelway.serving.request_path import run_without_waiting
 from reelway.serving.stage_runner import RANKING, RETRIEVAL, StageRunner
 from reelway.serving.stages.arrays import RankingInput, ScoredCandidates
-from reelway.serving.time_budget import LATE, TimeBudget
+from reelway.serving.time_budget import TRIP_AFTER_TIMEOUTS, CircuitBreaker
 from reelway.serving.viewers import viewer_query
 
 RELEASE = "0123456789abcdef"
@@ -54,7 +54,7 @@ def metric(registry: CollectorRegistry) -> Callable[..., float]:
 
 
 def test_result_of_a_healthy_stage_is_returned(registry: CollectorRegistry, metric: Callable[..., float]) -> None:
-    degraded: list[Rung] = []
+    degraded: list[Degradation] = []
     runner = StageRunner(IngressMetrics(registry), RELEASE, {})
     assert run_without_waiting(runner.run(RANKING, FakeStage(), 21, lambda: -1, degraded)) == 42
     assert degraded == []
@@ -63,7 +63,7 @@ def test_result_of_a_healthy_stage_is_returned(registry: CollectorRegistry, metr
 
 
 def test_failed_stage_is_replaced_by_its_fallback(registry: CollectorRegistry, metric: Callable[..., float]) -> None:
-    degraded: list[Rung] = ["no_viewer_row"]
+    degraded: list[Degradation] = ["no_viewer_row"]
     runner = StageRunner(IngressMetrics(registry), RELEASE, {})
     stage = FakeStage(raises=ValueError("a bug"))
     assert run_without_waiting(runner.run(RETRIEVAL, stage, 21, lambda: -1, degraded)) == -1
@@ -74,16 +74,16 @@ def test_failed_stage_is_replaced_by_its_fallback(registry: CollectorRegistry, m
 
 def test_late_stage_is_replaced_by_its_fallback(registry: CollectorRegistry, metric: Callable[..., float]) -> None:
     """After ``LATE`` timeouts the budget's breaker is open, and the stage is not called."""
-    stage, degraded = FakeStage(hangs=True), list[Rung]()
+    stage, degraded = FakeStage(hangs=True), list[Degradation]()
 
     async def run() -> list[int]:
-        runner = StageRunner(IngressMetrics(registry), RELEASE, {"ranking": TimeBudget(5, clock=lambda: 0.0)})
-        return [await runner.run(RANKING, stage, 21, lambda: -1, degraded) for _ in range(LATE + 3)]
+        runner = StageRunner(IngressMetrics(registry), RELEASE, {"ranking": CircuitBreaker(5, clock=lambda: 0.0)})
+        return [await runner.run(RANKING, stage, 21, lambda: -1, degraded) for _ in range(TRIP_AFTER_TIMEOUTS + 3)]
 
-    assert asyncio.run(run()) == [-1] * (LATE + 3)
-    assert stage.calls == LATE
-    assert degraded == ["no_ranker"] * (LATE + 3)
-    assert metric("reelway_ingress_faults_total", stage="ranking", kind="timeout") == LATE + 3
+    assert asyncio.run(run()) == [-1] * (TRIP_AFTER_TIMEOUTS + 3)
+    assert stage.calls == TRIP_AFTER_TIMEOUTS
+    assert degraded == ["no_ranker"] * (TRIP_AFTER_TIMEOUTS + 3)
+    assert metric("reelway_ingress_faults_total", stage="ranking", kind="timeout") == TRIP_AFTER_TIMEOUTS + 3
 
 
 def test_cancelled_stage_is_not_a_fallback(registry: CollectorRegistry) -> None:
@@ -99,7 +99,7 @@ def test_cancelled_stage_is_not_a_fallback(registry: CollectorRegistry) -> None:
 
 
 def test_containers_of_500_candidates_stay_compact(tmp_path: Path) -> None:
-    make_release_folder(tmp_path, videos=1000, blend=Blend(retrieval=RetrievalBlend(candidates=500)))
+    make_release_folder(tmp_path, videos=1000, blend=Blend(retrieval=RetrievalSettings(candidates=500)))
     loader = ReleaseLoader(tmp_path)
     row = {
         "history_videos": loader.table().video_id[:50].tolist(),

@@ -7,10 +7,10 @@ from collections.abc import Callable
 
 import pytest
 
-from reelway.serving.time_budget import LATE, REST_S, TimeBudget
+from reelway.serving.time_budget import OPEN_S, TRIP_AFTER_TIMEOUTS, CircuitBreaker
 
 
-class Part:
+class FakeCall:
     """Counts its calls and never returns while it hangs."""
 
     def __init__(self) -> None:
@@ -24,7 +24,7 @@ class Part:
         return "answer"
 
 
-def outcomes(budget: TimeBudget, part: Callable[[], object], calls: int) -> list[str]:
+def outcomes(budget: CircuitBreaker, part: Callable[[], object], calls: int) -> list[str]:
     async def ask() -> list[str]:
         seen = []
         for _ in range(calls):
@@ -39,16 +39,16 @@ def outcomes(budget: TimeBudget, part: Callable[[], object], calls: int) -> list
 
 def test_breaker_opens_after_timeouts_then_closes() -> None:
     now = [0.0]
-    part, budget = Part(), TimeBudget(5, clock=lambda: now[0])
+    part, budget = FakeCall(), CircuitBreaker(5, clock=lambda: now[0])
     assert outcomes(budget, part, 10) == ["late"] * 10
-    assert part.calls == LATE  # the breaker was open for the other calls
+    assert part.calls == TRIP_AFTER_TIMEOUTS  # the breaker was open for the other calls
     part.hangs = False
-    now[0] += REST_S
+    now[0] += OPEN_S
     assert outcomes(budget, part, 3) == ["answer"] * 3
 
 
 def test_single_timeout_does_not_open_the_breaker() -> None:
-    part, budget = Part(), TimeBudget(5, clock=lambda: 0.0)
+    part, budget = FakeCall(), CircuitBreaker(5, clock=lambda: 0.0)
     for _ in range(3):
         part.hangs = True
         assert outcomes(budget, part, 1) == ["late"]
@@ -60,7 +60,7 @@ def test_error_of_the_call_propagates() -> None:
     async def breaks() -> None:
         raise ValueError("a bug")
 
-    budget = TimeBudget(1000, clock=lambda: 0.0)
-    for _ in range(LATE + 1):
+    budget = CircuitBreaker(1000, clock=lambda: 0.0)
+    for _ in range(TRIP_AFTER_TIMEOUTS + 1):
         with pytest.raises(ValueError, match="a bug"):
             asyncio.run(budget(breaks))

@@ -16,7 +16,7 @@ from reelway.platform.contracts import features as names
 from reelway.platform.contracts.manifest import VIDEOS_FILE
 from reelway.platform.errors import IncompatibleReleaseError
 from reelway.platform.features.assembly import assemble_videos
-from reelway.serving.video_table import ABSENT, VideoTable, open_one_batch, open_video_table
+from reelway.serving.video_table import ABSENT, VideoTable, open_record_batch, open_video_table
 
 VIDEOS = 60
 
@@ -40,7 +40,7 @@ def test_unknown_ids_are_absent(table: VideoTable) -> None:
 
 def test_gather_equals_the_feature_assembly(table: VideoTable, folder: Path) -> None:
     rows = np.array([5, 3, 3, 59], dtype=np.int32)
-    whole = pa.Table.from_batches([open_one_batch(folder / VIDEOS_FILE)]).take(rows)
+    whole = pa.Table.from_batches([open_record_batch(folder / VIDEOS_FILE)]).take(rows)
     static = np.stack(whole["static_dense"].to_numpy())
     live = np.stack(whole["live_dense"].to_numpy())
     columns = {
@@ -123,14 +123,14 @@ def test_rows_of_matches_a_dictionary_lookup(present: set[int], asked: list[int]
 
 
 def test_file_with_other_columns_raises(folder: Path, tmp_path: Path) -> None:
-    whole = pa.Table.from_batches([open_one_batch(folder / VIDEOS_FILE)])
+    whole = pa.Table.from_batches([open_record_batch(folder / VIDEOS_FILE)])
     write_arrow(tmp_path / "videos.arrow", whole.drop_columns(["topic"]))
     with pytest.raises(IncompatibleReleaseError, match="expected"):
         open_video_table(tmp_path / "videos.arrow")
 
 
 def test_unordered_ids_raise_with_their_row(folder: Path, tmp_path: Path) -> None:
-    whole = pa.Table.from_batches([open_one_batch(folder / VIDEOS_FILE)])
+    whole = pa.Table.from_batches([open_record_batch(folder / VIDEOS_FILE)])
     write_arrow(tmp_path / "videos.arrow", whole.take([0, 2, 1]))
     with pytest.raises(IncompatibleReleaseError, match="row 2"):
         open_video_table(tmp_path / "videos.arrow")

@@ -17,7 +17,7 @@ from pathlib import Path
 import psutil
 from rich.table import Table
 
-from reelway.platform.cli.terminal import out
+from reelway.platform.cli.terminal import stdout_console
 from reelway.platform.durable import write_json
 
 FOLDER = Path("build/bench")
@@ -58,11 +58,11 @@ def write_report(name: str, rows: Sequence[Row]) -> Path:
     for row in rows:
         holds = "" if row.holds is None else ("yes" if row.holds else "[bold red]NO")
         table.add_row(row.metric, row.formatted_value, row.unit, row.bar, holds)
-    out.print(table)
+    stdout_console.print(table)
     path = FOLDER / f"{name}.json"
     write_json(path, [asdict(row) for row in rows])
     write_json(FOLDER / f"{name}{RUN_SUFFIX}", asdict(describe_run()))
-    out.print(f"written to {path}", highlight=False)
+    stdout_console.print(f"written to {path}", highlight=False)
     return path
 
 

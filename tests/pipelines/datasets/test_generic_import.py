@@ -8,7 +8,7 @@ import pytest
 from reelway.pipelines.datasets.checks import check_dataset
 from reelway.pipelines.datasets.content_dimensions import infer_dimensions
 from reelway.pipelines.datasets.generic import import_events
-from reelway.pipelines.datasets.store import Dataset, conform
+from reelway.pipelines.datasets.store import Dataset, cast_to_schema
 from reelway.platform.contracts.events import DATASET_TABLES
 from reelway.platform.errors import EmptyDatasetError, MalformedFileError
 
@@ -25,7 +25,7 @@ def write(path: Path, text: str) -> Path:
 
 
 def checked(tables: dict[str, pa.Table]) -> int:
-    ready = {name: conform(Path(name), tables[name], name) for name in DATASET_TABLES}
+    ready = {name: cast_to_schema(Path(name), tables[name], name) for name in DATASET_TABLES}
     return check_dataset(Dataset(**ready, info={}, dimensions=infer_dimensions(ready))).rejected_rows
 
 

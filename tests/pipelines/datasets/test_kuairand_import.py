@@ -7,7 +7,7 @@ from tests.pipelines.datasets import published_formats as formats
 from reelway.pipelines.datasets.checks import check_dataset
 from reelway.pipelines.datasets.content_dimensions import infer_dimensions
 from reelway.pipelines.datasets.kuairand import files_of, import_kuairand
-from reelway.pipelines.datasets.store import Dataset, conform
+from reelway.pipelines.datasets.store import Dataset, cast_to_schema
 from reelway.platform.contracts.events import DATASET_TABLES
 from reelway.platform.errors import MalformedFileError
 
@@ -57,7 +57,7 @@ def test_account_age_is_counted_from_the_end_of_the_log(tables: dict[str, pa.Tab
 
 
 def test_imported_data_passes_the_checks(tables: dict[str, pa.Table]) -> None:
-    ready = {name: conform(Path(name), tables[name], name) for name in DATASET_TABLES}
+    ready = {name: cast_to_schema(Path(name), tables[name], name) for name in DATASET_TABLES}
     assert check_dataset(Dataset(**ready, info={}, dimensions=infer_dimensions(ready))).rejected_rows == 0
 
 

@@ -13,7 +13,7 @@ from reelway.pipelines.datasets.checks import RATING_LIMITS, check_dataset
 from reelway.pipelines.datasets.content_dimensions import infer_dimensions
 from reelway.pipelines.datasets.film_content import GENRES, TEXT_DIM, text_embeddings
 from reelway.pipelines.datasets.movielens import files_of, import_movielens
-from reelway.pipelines.datasets.store import Dataset, conform
+from reelway.pipelines.datasets.store import Dataset, cast_to_schema
 from reelway.platform.contracts.events import DATASET_TABLES
 from reelway.platform.errors import MalformedFileError
 
@@ -41,7 +41,7 @@ def test_every_layout_gives_the_same_impressions(imported: dict[str, pa.Table]) 
 
 
 def test_every_layout_passes_the_checks(imported: dict[str, pa.Table]) -> None:
-    tables = {name: conform(Path(name), imported[name], name) for name in DATASET_TABLES}
+    tables = {name: cast_to_schema(Path(name), imported[name], name) for name in DATASET_TABLES}
     checked = check_dataset(Dataset(**tables, info={}, dimensions=infer_dimensions(tables)), RATING_LIMITS)
     assert checked.rejected_rows == 0
 

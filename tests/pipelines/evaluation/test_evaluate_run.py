@@ -13,12 +13,12 @@ from tests.pipelines.trained_run import make_trained_run
 from typer.testing import CliRunner
 
 from reelway.pipelines.build import read_evaluation
-from reelway.pipelines.evaluation.gates import GateSettings, assess_evaluation
-from reelway.pipelines.evaluation.harness import PAD, RankingResult, make_question
+from reelway.pipelines.evaluation.gates import GateSettings, evaluate_gates
+from reelway.pipelines.evaluation.harness import PAD, RankingResult, make_temporal_split
 from reelway.pipelines.evaluation.heads import HeadQuality
-from reelway.pipelines.evaluation.metrics import Estimate
+from reelway.pipelines.evaluation.metrics import BootstrapEstimate
 from reelway.pipelines.evaluation.recommender import recommenders_at_cut
-from reelway.pipelines.evaluation.report import ALS, OURS, RETRIEVAL, EvaluationSettings, evaluate_run
+from reelway.pipelines.evaluation.report import ALS, RETRIEVAL_ONLY, TWO_STAGE, EvaluationSettings, evaluate_run
 from reelway.pipelines.features.training_rows import LABELS_FILE, build_training_rows
 from reelway.pipelines.training.artifacts import load_models, save_models
 from reelway.platform.cli.main import build_app
@@ -41,9 +41,9 @@ def test_evaluation_file_has_all_fields_that_a_release_needs(run):
     result = evaluate_run(run, EvaluationSettings(min_events=1))
     body = json.loads((run.evaluation / "evaluation.json").read_text())
     assert set(body) >= {"metrics", "intervals", "gates", "baselines"}
-    assert body["metrics"]["recall_at_50"] == pytest.approx(float(np.nanmean(result.ranking[OURS].recall)))
+    assert body["metrics"]["recall_at_50"] == pytest.approx(float(np.nanmean(result.ranking[TWO_STAGE].recall)))
     assert body["intervals"]["ndcg_at_10"]["low"] <= body["metrics"]["ndcg_at_10"]
-    assert set(body["baselines"]) == set(result.ranking) - {OURS}
+    assert set(body["baselines"]) == set(result.ranking) - {TWO_STAGE}
     read = read_evaluation(run.evaluation / "evaluation.json")
     assert [gate.name for gate in read.gates] == [gate.name for gate in result.gates]
 
@@ -66,14 +66,14 @@ def test_the_command_prints_every_recommender_and_is_skipped_the_second_time(run
     assert "already done with the same inputs" in second.output
     record = run.record("evaluate")
     assert record["summary"]["output"].endswith("evaluation.json")
-    for shown in (OURS, RETRIEVAL, ALS, "Release gates", "long_watch"):
+    for shown in (TWO_STAGE, RETRIEVAL_ONLY, ALS, "Release gates", "long_watch"):
         assert shown in first.output
 
 
 def test_ranking_returns_unseen_videos_by_descending_value(run):
     models = load_models(run.models)
     labels = pq.read_table(run.features / LABELS_FILE)
-    question = make_question(labels, models.info.window_end_s, min_events=1)
+    question = make_temporal_split(labels, models.info.window_end_s, min_events=1)
     ours, _, catalogue = recommenders_at_cut(models, run.features, question, Blend())
     ranked_BK = ours.rank(question.viewer_ids, 10)
     rows_BK = np.searchsorted(question.videos, ranked_BK)
@@ -86,7 +86,7 @@ def test_ranking_returns_unseen_videos_by_descending_value(run):
 
 def test_popularity_sources_fill_their_quota_of_candidates(run):
     models = load_models(run.models)
-    question = make_question(pq.read_table(run.features / LABELS_FILE), models.info.window_end_s, min_events=1)
+    question = make_temporal_split(pq.read_table(run.features / LABELS_FILE), models.info.window_end_s, min_events=1)
     blend = Blend.model_validate({"retrieval": {"candidates": 10, "quotas": {"ann": 0.6, "popular": 0.4}}})
     ours, _, catalogue = recommenders_at_cut(models, run.features, question, blend)
     rng = np.random.default_rng(0)
@@ -103,7 +103,7 @@ def test_popularity_sources_fill_their_quota_of_candidates(run):
 
 def test_candidates_are_padded_when_too_few_videos_are_allowed(run):
     models = load_models(run.models)
-    question = make_question(pq.read_table(run.features / LABELS_FILE), models.info.window_end_s, min_events=1)
+    question = make_temporal_split(pq.read_table(run.features / LABELS_FILE), models.info.window_end_s, min_events=1)
     ours, _, catalogue = recommenders_at_cut(models, run.features, question)
     allowed = np.zeros((1, len(catalogue)), dtype=np.bool_)
     allowed[0, 3] = True
@@ -128,8 +128,8 @@ def ranking_of(recall: np.ndarray, coverage: float = 0.5) -> RankingResult:
 
 
 def head(auc: float, error: float, positives: int = 1000) -> HeadQuality:
-    def about(value: float) -> Estimate:
-        return Estimate(value, value - 0.01, value + 0.01, 100)
+    def about(value: float) -> BootstrapEstimate:
+        return BootstrapEstimate(value, value - 0.01, value + 0.01, 100)
 
     return HeadQuality("like", 10_000, positives, about(auc), about(0.3), about(error), about(error))
 
@@ -138,8 +138,8 @@ POPULAR = np.random.default_rng(0).uniform(0, 0.4, 200)
 
 
 def failed(ours: np.ndarray, heads=(), coverage: float = 0.5, settings: GateSettings | None = None) -> list[str]:
-    gates = assess_evaluation(
-        ranking_of(ours, coverage), ranking_of(POPULAR), list(heads), reachable=1.0, settings=settings
+    gates = evaluate_gates(
+        ranking_of(ours, coverage), ranking_of(POPULAR), list(heads), max_coverage=1.0, settings=settings
     )
     assert all(
         gate.passed == (gate.value >= gate.bound if gate.comparison == ">=" else gate.value <= gate.bound)

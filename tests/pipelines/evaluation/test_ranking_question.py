@@ -9,23 +9,23 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from reelway.pipelines.evaluation.baselines import (
-    Als,
+    AlsRecommender,
     AlsSettings,
-    Popularity,
-    inner_question,
+    PopularityRecommender,
     popularity_counts,
-    tuned_als,
+    tune_als,
+    validation_split,
 )
 from reelway.pipelines.evaluation.harness import (
     PAD,
-    Pairs,
-    best_unseen,
+    ViewerVideoPairs,
     catalogue_rows,
     evaluate_ranking,
-    make_question,
+    make_temporal_split,
+    top_unseen,
 )
 from reelway.pipelines.features.labels import times_us
-from reelway.platform.contracts.events import TIME
+from reelway.platform.contracts.events import TIMESTAMP_TYPE
 from reelway.platform.errors import EmptyDatasetError
 
 
@@ -34,7 +34,7 @@ def labels_of(events: list[tuple[float, int, int, int]]) -> pa.Table:
     time_s, viewer, video, enjoyed = (np.array(column) for column in zip(*events, strict=True))
     return pa.table(
         {
-            "event_time": pa.array((time_s * 1e6).astype(np.int64)).cast(TIME),
+            "event_time": pa.array((time_s * 1e6).astype(np.int64)).cast(TIMESTAMP_TYPE),
             "viewer_id": pa.array(viewer.astype(np.int64)),
             "video_id": pa.array(video.astype(np.int64)),
             "long_watch": pa.array(enjoyed.astype(np.float32)),
@@ -53,7 +53,7 @@ def grouped_labels(*, viewers: int = 60, videos: int = 40, events: int = 2400, s
     return labels_of([(float(i), int(viewer[i]), int(video[i]), 1) for i in range(events)])
 
 
-class Fixed:
+class FixedRecommender:
     """Answers what it was told to."""
 
     def __init__(self, answer: np.ndarray) -> None:
@@ -74,7 +74,7 @@ EVENTS = [
 
 
 def test_relevant_video_was_shown_before_and_first_watched_after_the_cut():
-    question = make_question(labels_of(EVENTS), 50.0)
+    question = make_temporal_split(labels_of(EVENTS), 50.0)
     assert question.viewer_ids.tolist() == [1]  # viewer 2 has two impressions only
     assert question.videos.tolist() == [10, 11, 12, 13, 14, 15, 16]  # 99 came later
     assert question.videos[question.relevant.rows_of(1)].tolist() == [12]
@@ -83,20 +83,20 @@ def test_relevant_video_was_shown_before_and_first_watched_after_the_cut():
 
 
 def test_an_event_at_the_cut_is_after_it():
-    question = make_question(labels_of(EVENTS), 100.0)
+    question = make_temporal_split(labels_of(EVENTS), 100.0)
     assert question.videos[question.relevant.rows_of(1)].tolist() == [12]
 
 
 def test_events_after_until_are_ignored():
     with pytest.raises(EmptyDatasetError, match="expected at least one"):
-        make_question(labels_of(EVENTS), 50.0, until_s=100.0)
+        make_temporal_split(labels_of(EVENTS), 50.0, until_s=100.0)
 
 
 def test_too_many_viewers_are_sampled_by_the_seed_and_stay_in_order():
     labels = grouped_labels()
-    few = make_question(labels, 1500.0, max_viewers=10, seed=3)
-    again = make_question(labels, 1500.0, max_viewers=10, seed=3)
-    other = make_question(labels, 1500.0, max_viewers=10, seed=4)
+    few = make_temporal_split(labels, 1500.0, max_viewers=10, seed=3)
+    again = make_temporal_split(labels, 1500.0, max_viewers=10, seed=3)
+    other = make_temporal_split(labels, 1500.0, max_viewers=10, seed=4)
     assert few.viewer_ids.tolist() == again.viewer_ids.tolist() == sorted(few.viewer_ids.tolist())
     assert few.viewer_ids.tolist() != other.viewer_ids.tolist()
 
@@ -110,7 +110,7 @@ def test_too_many_viewers_are_sampled_by_the_seed_and_stay_in_order():
 def test_pairs_behave_like_a_set(pairs, viewers, videos):
     catalogue = np.array(sorted(videos))
     viewer_id, video_id = np.array(sorted(pairs), dtype=np.int64).reshape(-1, 2).T
-    found = Pairs.of(viewer_id, video_id, catalogue)
+    found = ViewerVideoPairs.of(viewer_id, video_id, catalogue)
     asked = np.array(viewers)
     rows = np.tile(np.append(np.arange(len(catalogue)), PAD), (len(asked), 1))
     for b, row in enumerate(found.has(asked, rows)):
@@ -124,20 +124,20 @@ def test_pairs_behave_like_a_set(pairs, viewers, videos):
 
 def test_top_unseen_leaves_out_seen_videos_with_padding():
     videos = np.array([5, 6, 7])
-    seen = Pairs.of(np.array([1, 1]), np.array([5, 6]), videos)
-    ranked = best_unseen(np.array([[9.0, 8.0, 1.0], [1.0, 1.0, 2.0]]), np.array([1, 2]), seen, 5)
+    seen = ViewerVideoPairs.of(np.array([1, 1]), np.array([5, 6]), videos)
+    ranked = top_unseen(np.array([[9.0, 8.0, 1.0], [1.0, 1.0, 2.0]]), np.array([1, 2]), seen, 5)
     assert ranked.tolist() == [[7, PAD, PAD, PAD, PAD], [7, 5, 6, PAD, PAD]]
 
 
 def test_recommender_that_returns_seen_videos_is_rejected():
-    question = make_question(labels_of(EVENTS), 50.0)
+    question = make_temporal_split(labels_of(EVENTS), 50.0)
     with pytest.raises(ValueError, match="already seen"):
-        evaluate_ranking(Fixed(np.array([[10, 12]])), question)
+        evaluate_ranking(FixedRecommender(np.array([[10, 12]])), question)
 
 
 def test_metrics_of_a_known_answer():
-    question = make_question(labels_of(EVENTS), 50.0)
-    result = evaluate_ranking(Fixed(np.array([[13, 12, PAD]])), question)
+    question = make_temporal_split(labels_of(EVENTS), 50.0)
+    result = evaluate_ranking(FixedRecommender(np.array([[13, 12, PAD]])), question)
     assert result.recall.tolist() == [1.0]
     assert result.ndcg[0] == pytest.approx(1 / np.log2(3))
     assert result.estimates["mrr"].value == 0.5
@@ -147,27 +147,27 @@ def test_metrics_of_a_known_answer():
 def test_recent_popularity_counts_the_latest_share_only():
     events = [(float(i), i, 10, 1) for i in range(90)] + [(90.0 + i, i, 11, 1) for i in range(10)]
     events += [(200.0, 95, 11, 1), (200.0, 50, 11, 1)]
-    question = make_question(labels_of([*events, (50.5, 95, 12, 0)]), 150.0, min_events=1)
+    question = make_temporal_split(labels_of([*events, (50.5, 95, 12, 0)]), 150.0, min_events=1)
     assert popularity_counts(question, 1.0).tolist() == [90, 10, 0]  # 12 was shown, not enjoyed
     assert popularity_counts(question, 0.1).tolist() == [0, 10, 0]
-    assert Popularity(question).rank(np.array([95, 50]), 2).tolist() == [[10, 11], [11, 12]]
-    assert Popularity(question, 0.1).rank(np.array([95, 50]), 2).tolist() == [[11, 10], [11, 12]]
+    assert PopularityRecommender(question).rank(np.array([95, 50]), 2).tolist() == [[10, 11], [11, 12]]
+    assert PopularityRecommender(question, 0.1).rank(np.array([95, 50]), 2).tolist() == [[11, 10], [11, 12]]
 
 
 def test_als_finds_the_group_that_popularity_cannot():
-    question = make_question(grouped_labels(), 1800.0)
-    als = evaluate_ranking(Als(question, AlsSettings(8, 0.1, 5.0)), question)
-    popular = evaluate_ranking(Popularity(question), question)
+    question = make_temporal_split(grouped_labels(), 1800.0)
+    als = evaluate_ranking(AlsRecommender(question, AlsSettings(8, 0.1, 5.0)), question)
+    popular = evaluate_ranking(PopularityRecommender(question), question)
     assert als.estimates["ndcg_at_10"].low > popular.estimates["ndcg_at_10"].high
 
 
 def test_als_tuning_reads_no_event_after_the_cut():
     labels = grouped_labels()
-    question = make_question(labels, 1800.0)
-    inner = inner_question(question)
+    question = make_temporal_split(labels, 1800.0)
+    inner = validation_split(question)
     assert inner.cut_s < question.cut_s
     grid = (AlsSettings(1, 1000.0, 0.01, 1), AlsSettings(8, 0.1, 5.0))
-    chosen = tuned_als(question, grid=grid)
+    chosen = tune_als(question, grid=grid)
     assert chosen.settings == grid[1]
     assert times_us(inner.before["event_time"]).max() < inner.cut_s * 1e6
 
@@ -177,7 +177,7 @@ def test_recommender_inputs_do_not_depend_on_later_events():
     after = np.arange(labels.num_rows) >= 1800
     video = np.where(after, labels["video_id"].to_numpy()[::-1], labels["video_id"].to_numpy())
     changed = labels.set_column(labels.column_names.index("video_id"), "video_id", pa.array(video))
-    one, other = make_question(labels, 1800.0), make_question(changed, 1800.0)
+    one, other = make_temporal_split(labels, 1800.0), make_temporal_split(changed, 1800.0)
     assert one.before.equals(other.before)
     assert one.videos.tolist() == other.videos.tolist()
     assert one.seen.keys.tolist() == other.seen.keys.tolist()
@@ -185,6 +185,6 @@ def test_recommender_inputs_do_not_depend_on_later_events():
 
 
 def test_als_gives_an_unknown_viewer_the_mean_vector():
-    question = make_question(grouped_labels(), 1800.0)
-    ranked = Als(question, AlsSettings(8, 0.1, 5.0)).rank(np.array([999_999]), 5)
+    question = make_temporal_split(grouped_labels(), 1800.0)
+    ranked = AlsRecommender(question, AlsSettings(8, 0.1, 5.0)).rank(np.array([999_999]), 5)
     assert (catalogue_rows(question.videos, ranked) != PAD).all()

@@ -14,7 +14,7 @@ from tests.dimensions import DIMENSIONS
 from tests.pipelines.features.event_tables import random_dataset, write_dataset
 
 from reelway.pipelines.features import views
-from reelway.pipelines.features.batch import FAMILIES, family_views, last_moment_us
+from reelway.pipelines.features.batch import ENTITY_KEYS, data_end_us, entity_views
 from reelway.pipelines.features.labels import label_impressions
 from reelway.pipelines.features.online import materialise
 from reelway.pipelines.features.registry import register_features
@@ -36,13 +36,13 @@ def write_views(run: RunDirectory, tables: dict[str, pa.Table], settings: views.
     """Writes in one process the files that the batch job writes."""
     write_dataset(run.dataset, tables)
     labels = label_impressions(tables["impressions"], tables["outcomes"], tables["videos"])
-    until_us = last_moment_us(labels)
+    until_us = data_end_us(labels)
     made = {
         "viewer_profile": views.viewer_profile(tables["viewers"]),
         "video_content": views.video_content(tables["videos"]),
     }
-    for family in FAMILIES:
-        made |= family_views(family, labels, (tables["creators"], tables["videos"]), settings, until_us)
+    for family in ENTITY_KEYS:
+        made |= entity_views(family, labels, (tables["creators"], tables["videos"]), settings, until_us)
     for name, table in made.items():
         folder = run.features / "views" / name
         folder.mkdir(parents=True, exist_ok=True)

@@ -15,13 +15,13 @@ from tests.pipelines.features.event_tables import random_dataset, write_dataset
 from typer.testing import CliRunner
 
 from reelway.pipelines.commands import features as command
-from reelway.pipelines.features.batch import BatchSettings, bucket_of, build_views
+from reelway.pipelines.features.batch import BatchSettings, build_views, partition_of
 from reelway.pipelines.features.online import materialised_at_s
 from reelway.pipelines.features.views import ViewSettings
 from reelway.platform.contracts.features import VIEWS
 from reelway.platform.errors import EmptyDatasetError, ParityError
 from reelway.platform.features.store import open_feature_store
-from reelway.platform.features.viewer_rows import ViewerRows
+from reelway.platform.features.viewer_rows import ViewerRowReader
 from reelway.platform.runs import RunDirectory
 
 SETTINGS = ViewSettings(DIMENSIONS)
@@ -75,7 +75,7 @@ def test_features_command_skips_finished_steps(run) -> None:
     assert training_rows.num_rows == 2000
     until_s = run.record("features")["summary"]["until_s"]
     assert materialised_at_s(run.features) == until_s
-    assert ViewerRows(open_feature_store(run.features)).read(500)["region"] in ("eu", "us")
+    assert ViewerRowReader(open_feature_store(run.features)).read(500)["region"] in ("eu", "us")
 
     again = call()
     assert "features: already done with the same inputs, skipped" in again.output
@@ -97,7 +97,7 @@ def test_data_set_without_impressions_is_rejected_before_ray_starts(run) -> None
 
 
 def test_partitions_are_stable_per_id_with_similar_sizes() -> None:
-    buckets = bucket_of(pa.chunked_array([pa.array(range(8000), pa.int64())]), 8).to_pylist()
+    buckets = partition_of(pa.chunked_array([pa.array(range(8000), pa.int64())]), 8).to_pylist()
     counts = [buckets.count(b) for b in range(8)]
     assert min(counts) > 800
-    assert buckets[:6] == bucket_of(pa.chunked_array([pa.array(range(6), pa.int64())]), 8).to_pylist()
+    assert buckets[:6] == partition_of(pa.chunked_array([pa.array(range(6), pa.int64())]), 8).to_pylist()

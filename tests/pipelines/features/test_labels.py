@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from tests.pipelines.features.event_tables import DAY_US, START_US, impressions, outcomes, videos
 
-from reelway.pipelines.features.labels import FLAGS, LABELLED, LABELS, label_impressions
+from reelway.pipelines.features.labels import BINARY_OUTCOMES, LABELLED_SCHEMA, LABELS, label_impressions
 from reelway.platform.errors import DataError
 
 
@@ -13,7 +13,7 @@ def label(outcome_rows: list, *, duration_ms: int = 20_000) -> dict:
     table = label_impressions(
         impressions([(1, 5, 9, START_US)]), outcomes(outcome_rows), videos([9], duration_ms=duration_ms)
     )
-    assert table.schema.equals(LABELLED)
+    assert table.schema.equals(LABELLED_SCHEMA)
     return table.to_pylist()[0]
 
 
@@ -24,7 +24,7 @@ def test_impression_without_outcomes_is_a_row_of_zeros() -> None:
     assert row["outcome_time"] == row["event_time"]
 
 
-@pytest.mark.parametrize("kind", FLAGS)
+@pytest.mark.parametrize("kind", BINARY_OUTCOMES)
 def test_outcome_sets_only_its_own_label(kind: str) -> None:
     row = label([(1, kind, 1.0, START_US + 1)])
     assert {name for name in LABELS if row[name]} == {kind}
@@ -86,4 +86,4 @@ def test_impression_of_an_unknown_video_is_rejected() -> None:
 def test_empty_events_give_an_empty_table_with_the_same_schema() -> None:
     table = label_impressions(impressions([]), outcomes([]), videos([9]))
     assert table.num_rows == 0
-    assert table.schema.equals(LABELLED)
+    assert table.schema.equals(LABELLED_SCHEMA)

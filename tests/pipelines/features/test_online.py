@@ -22,7 +22,7 @@ from reelway.pipelines.features.training_rows import viewer_snapshot
 from reelway.platform.contracts.features import VIEWER_SERVICE, VIEWER_VIEWS, VIEWS
 from reelway.platform.errors import FeatureError
 from reelway.platform.features.store import open_feature_store
-from reelway.platform.features.viewer_rows import AS_OF, ViewerRows, Views, _decoded, _EachView
+from reelway.platform.features.viewer_rows import AS_OF, ViewerRowReader, Views, _decode_value, _PerViewReader
 from reelway.platform.runs import RunDirectory
 
 FIELDS = [name for view in VIEWER_VIEWS for name in VIEWS[view]]
@@ -35,7 +35,7 @@ def viewer_views(store: FeatureStore) -> Views:
 
 def assert_same_rows(run: RunDirectory, at_s: float) -> None:
     viewers = np.arange(500, 540)
-    rows = ViewerRows(open_feature_store(run.features))
+    rows = ViewerRowReader(open_feature_store(run.features))
     for offline in viewer_snapshot(run.features, viewers, at_s).to_pylist():
         online = rows.read(offline["viewer_id"])
         assert [name for name in online if name != AS_OF] == FIELDS
@@ -67,7 +67,7 @@ def test_progress_reaches_the_total(built, tmp_path) -> None:
 
 
 def test_unknown_viewer_has_no_values(built) -> None:
-    assert set(ViewerRows(open_feature_store(built.run.features)).read(123_456).values()) == {None}
+    assert set(ViewerRowReader(open_feature_store(built.run.features)).read(123_456).values()) == {None}
 
 
 @pytest.fixture(scope="module")
@@ -112,13 +112,13 @@ def test_single_redis_query_equals_feasts_reads_view_by_view(built, tmp_path, re
     shutil.copytree(built.run.path, run.path)
     store = register_features(run.features, DIMENSIONS, f"redis://{redis_server}/1")
     materialise(run.features, built.until_s)
-    in_one, one_by_one = ViewerRows(store), _EachView(store, views := viewer_views(store))
+    in_one, one_by_one = ViewerRowReader(store), _PerViewReader(store, views := viewer_views(store))
     names_of = {view.name for view, _ in views}
     for viewer in (*range(500, 540), 123_456):
         key = EntityKey(join_keys=["viewer_id"], entity_values=[Value(int64_val=viewer)])
         expected, moments_s = dict[str, object](), {}
         for view, moment_s, values in one_by_one(key):
-            expected |= {name: _decoded(value) for name, value in values.items()}
+            expected |= {name: _decode_value(value) for name, value in values.items()}
             if moment_s:  # Feast returns 1970 for a view without a row
                 moments_s[view] = moment_s
         row = in_one.read(viewer)
@@ -135,4 +135,4 @@ def test_unreachable_redis_raises_a_feature_error(built, tmp_path) -> None:
         free.bind(("127.0.0.1", 0))
         store = register_features(run.features, DIMENSIONS, f"redis://127.0.0.1:{free.getsockname()[1]}")
         with pytest.raises(FeatureError, match="cannot read viewer 500"):
-            ViewerRows(store).read(500)
+            ViewerRowReader(store).read(500)

@@ -24,7 +24,7 @@ from reelway.platform.errors import ParityError
 from reelway.platform.features.assembly import assemble_videos, columns_from_table
 from reelway.platform.features.store import open_feature_store
 from reelway.platform.features.vector_log import ServedVector, VectorLog
-from reelway.platform.features.viewer_rows import ViewerRows
+from reelway.platform.features.viewer_rows import ViewerRowReader
 from reelway.platform.rollout.evidence import EvidenceState
 from reelway.platform.rollout.sources.parity_report import parity_path, read_parity
 from reelway.platform.runs import RunDirectory
@@ -32,7 +32,7 @@ from reelway.platform.runs import RunDirectory
 
 def served_vectors(built: Any) -> list[ServedVector]:
     """Builds vectors as a server does: the viewer row from the online store, the videos from a release's table."""
-    rows = ViewerRows(open_feature_store(built.run.features))
+    rows = ViewerRowReader(open_feature_store(built.run.features))
     snapshot = video_snapshot(built.run.features, built.until_s)
     vectors = []
     for request_id, viewer_id in enumerate(range(500, 512)):

@@ -8,9 +8,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from reelway.pipelines.features.labels import LABELS, times_us
-from reelway.pipelines.features.point_in_time import distinct_moments, join_view
-from reelway.pipelines.features.training_rows import IDENTITY, build_training_rows, video_snapshot, viewer_snapshot
-from reelway.platform.contracts.events import TIME
+from reelway.pipelines.features.point_in_time import distinct_entity_rows, join_view
+from reelway.pipelines.features.training_rows import KEY_COLUMNS, build_training_rows, video_snapshot, viewer_snapshot
+from reelway.platform.contracts.events import TIMESTAMP_TYPE
 from reelway.platform.contracts.features import REQUEST_CONTEXT, VIEWER_VIEWS, VIEWS
 from reelway.platform.errors import EmptyDatasetError, FeatureError
 from reelway.platform.features import on_demand
@@ -22,7 +22,7 @@ NOW_US = 1_700_600_000_000_000
 
 
 def times(values: list[int]) -> pa.Array:
-    return pa.array(values, pa.int64()).cast(TIME)
+    return pa.array(values, pa.int64()).cast(TIMESTAMP_TYPE)
 
 
 def engagement_rows(table: pa.Table, event_us: list[int], created_us: list[int]) -> pa.Table:
@@ -73,7 +73,7 @@ def test_results_keep_the_given_order_with_duplicates(changed) -> None:
 
 def test_distinct_entity_rows_map_back_to_every_row() -> None:
     entities, at = np.array([3, 1, 3, 3]), np.array([7, 7, 7, 8])
-    asked_entities, asked_at, pair = distinct_moments(entities, at)
+    asked_entities, asked_at, pair = distinct_entity_rows(entities, at)
     assert len(asked_entities) == 3
     assert np.array_equal(asked_entities[pair], entities)
     assert np.array_equal(asked_at[pair], at)
@@ -83,7 +83,7 @@ def test_training_rows_contain_every_impression_once_with_all_features(built) ->
     seen: list[str] = []
     rows = pq.read_table(build_training_rows(built.run, seen.append))
     assert rows["impression_id"].to_pylist() == built.labels["impression_id"].to_pylist()
-    expected = {*IDENTITY, "request_time_s", *LABELS, "weight", *REQUEST_CONTEXT}
+    expected = {*KEY_COLUMNS, "request_time_s", *LABELS, "weight", *REQUEST_CONTEXT}
     expected |= {name for fields in VIEWS.values() for name in fields}
     assert set(rows.column_names) == expected
     assert set(seen) == {*VIEWS, "request_context"}

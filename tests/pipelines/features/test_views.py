@@ -9,7 +9,7 @@ from tests.dimensions import DIMENSIONS
 from tests.pipelines.features.event_tables import DAY_US, START_US, impressions, outcomes, random_dataset, videos
 
 from reelway.pipelines.features import views
-from reelway.pipelines.features.batch import FAMILIES, family_views, last_moment_us
+from reelway.pipelines.features.batch import ENTITY_KEYS, data_end_us, entity_views
 from reelway.pipelines.features.labels import label_impressions, times_us
 from reelway.platform.contracts.features import VIDEO_WINDOWS, VIEWS
 
@@ -97,7 +97,7 @@ def test_early_history_holds_only_the_viewers_own_past() -> None:
 def test_topic_affinity_is_signed_with_an_absolute_sum_of_at_most_one() -> None:
     tables = random_dataset(seed=3)
     labels = label_impressions(tables["impressions"], tables["outcomes"], tables["videos"])
-    table = views.viewer_topic_affinity(views.Events.from_labels(labels), SETTINGS, last_moment_us(labels))
+    table = views.viewer_topic_affinity(views.Events.from_labels(labels), SETTINGS, data_end_us(labels))
     affinity = np.array(table["topic_affinity"].to_pylist())
     assert affinity.shape[1] == DIMENSIONS.topics
     assert np.abs(affinity).sum(axis=1).max() <= 1 + 1e-6
@@ -107,7 +107,7 @@ def test_topic_affinity_is_signed_with_an_absolute_sum_of_at_most_one() -> None:
 def test_creator_statistics_count_uploads_with_followers() -> None:
     tables = random_dataset(seed=1)
     labels = label_impressions(tables["impressions"], tables["outcomes"], tables["videos"])
-    until_us = last_moment_us(labels)
+    until_us = data_end_us(labels)
     events = views.Events.from_labels(labels)
     table = views.creator_statistics(events, tables["videos"], tables["creators"], SETTINGS, until_us)
     for creator, base in zip(*(tables["creators"][c].to_pylist() for c in ("creator_id", "followers")), strict=True):
@@ -124,8 +124,8 @@ def test_views_have_the_contract_fields_with_unique_entity_times() -> None:
         "viewer_profile": views.viewer_profile(tables["viewers"]),
         "video_content": views.video_content(tables["videos"]),
     }
-    for family in FAMILIES:
-        made |= family_views(family, labels, (tables["creators"], tables["videos"]), SETTINGS, last_moment_us(labels))
+    for family in ENTITY_KEYS:
+        made |= entity_views(family, labels, (tables["creators"], tables["videos"]), SETTINGS, data_end_us(labels))
     assert set(made) == set(VIEWS)
     for name, table in made.items():
         assert tuple(table.column_names[3:]) == VIEWS[name]
@@ -136,7 +136,7 @@ def test_views_have_the_contract_fields_with_unique_entity_times() -> None:
 def test_snapshot_equals_a_count_over_the_raw_events() -> None:
     tables = random_dataset(seed=4)
     labels = label_impressions(tables["impressions"], tables["outcomes"], tables["videos"])
-    table = views.video_engagement(views.Events.from_labels(labels), SETTINGS, last_moment_us(labels))
+    table = views.video_engagement(views.Events.from_labels(labels), SETTINGS, data_end_us(labels))
     known = times_us(labels["outcome_time"])
     video, like = labels["video_id"].to_numpy(), labels["like"].to_numpy()
     for row in table.to_pylist()[:: table.num_rows // 40]:

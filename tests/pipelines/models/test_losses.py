@@ -111,7 +111,7 @@ def test_constant_head_gets_no_gradient() -> None:
     batch = ranking_batch()
     objective = RankingObjective(ranker)
     before = objective(batch)
-    ranker.fix_head("like", -40.0)
+    ranker.set_constant_head("like", -40.0)
     after = objective(batch)
     torch.testing.assert_close(after["loss"], before["loss"] - before["like"])
     after["loss"].backward()

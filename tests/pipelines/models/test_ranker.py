@@ -66,7 +66,7 @@ def test_cross_features_hold_affinity_language_similarity() -> None:
     inputs["viewer_dense"][0, DIMENSIONS.viewer_dense.index("topic_affinity_4")] = 0.25
     inputs["viewer_categories"][0, 1] = 9
     inputs["video_categories"] = torch.tensor([[5, 9], [0, 8], [7, 0]])  # topic 4; unknown; topic 6 (affinity missing)
-    crosses, products = made_ranker()._crosses(
+    crosses, products = made_ranker()._cross_features(
         *(inputs[n] for n in ("viewer_dense", "viewer_categories", "viewer_embedding")),
         *(inputs[n] for n in ("video_categories", "video_embedding")),
         None,
@@ -93,7 +93,7 @@ def test_similarity_only_ranker_is_invariant_to_rotation(similarity_only: bool) 
 def test_constant_head_outputs_its_logit() -> None:
     ranker, inputs = made_ranker(), ranker_inputs(1, 4)
     before = outputs(ranker, inputs)
-    ranker.fix_head("share", -3.5)
+    ranker.set_constant_head("share", -3.5)
     after = outputs(ranker, inputs)
     share = RANKER_TASKS.index("share")
     assert (after[:, share] == -3.5).all()

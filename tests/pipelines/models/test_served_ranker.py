@@ -7,7 +7,7 @@ import torch
 from tests.dimensions import DIMENSIONS
 
 from reelway.pipelines.models.ranker import Ranker, RankerConfig
-from reelway.pipelines.models.served_ranker import ServedRanker
+from reelway.pipelines.models.served_ranker import InferenceRanker
 from reelway.platform.contracts import features as names
 
 WIDTH = 12
@@ -46,7 +46,7 @@ def a_ranker(config: RankerConfig) -> Ranker:
     with torch.no_grad():
         for parameter in ranker.parameters():
             parameter += 0.1 * torch.randn_like(parameter)
-    ranker.fix_head("share", -4.0)
+    ranker.set_constant_head("share", -4.0)
     return ranker.eval()
 
 
@@ -65,7 +65,7 @@ def test_inference_ranker_equals_the_ranker(config: RankerConfig, candidates: in
     ranker = a_ranker(config)
     given = a_request(candidates)
     with torch.inference_mode():
-        expected, seen = ranker(*given), ServedRanker(ranker).eval()(*given)
+        expected, seen = ranker(*given), InferenceRanker(ranker).eval()(*given)
     torch.testing.assert_close(seen, expected, rtol=1e-5, atol=1e-5)
     if candidates > 2:  # all heads but the constant one distinguish candidates
         assert expected.std(dim=0).gt(1e-3).sum() == len(names.RANKER_TASKS) - 1
@@ -76,7 +76,7 @@ def test_language_match_depends_on_the_viewers_language(language: int) -> None:
     ranker, given = a_ranker(RankerConfig()), a_request(300)
     given[1][0, names.VIEWER_CATEGORIES.index("language")] = language
     with torch.inference_mode():
-        expected, seen = ranker(*given), ServedRanker(ranker).eval()(*given)
+        expected, seen = ranker(*given), InferenceRanker(ranker).eval()(*given)
     torch.testing.assert_close(seen, expected, rtol=1e-5, atol=1e-5)
 
 
@@ -86,6 +86,6 @@ def test_extreme_gate_stays_finite() -> None:
         ranker.trunk.from_viewer.bias += 500 * torch.randn_like(ranker.trunk.from_viewer.bias)
     given = a_request(5)
     with torch.inference_mode():
-        expected, seen = ranker(*given), ServedRanker(ranker).eval()(*given)
+        expected, seen = ranker(*given), InferenceRanker(ranker).eval()(*given)
     assert torch.isfinite(seen).all()
     torch.testing.assert_close(seen, expected, rtol=1e-4, atol=1e-3)

@@ -8,7 +8,7 @@ from tests.dimensions import DIMENSIONS
 from tests.pipelines.models.made_inputs import video_inputs, viewer_inputs
 from torch import Tensor
 
-from reelway.pipelines.models.inputs import HashedIds, Standardiser
+from reelway.pipelines.models.inputs import HashedIdEmbedding, Standardiser
 from reelway.pipelines.models.two_tower import TwoTower, TwoTowerConfig
 from reelway.platform.contracts.features import VIDEO_TOWER_INPUTS, VIEWER_TOWER_INPUTS
 
@@ -134,7 +134,7 @@ def test_dropout_acts_in_training_only() -> None:
 
 def test_id_dropout_hides_the_configured_share_of_ids() -> None:
     torch.manual_seed(0)
-    ids = HashedIds(4, DIMENSIONS.id_buckets, dropout=0.3)
+    ids = HashedIdEmbedding(4, DIMENSIONS.id_buckets, dropout=0.3)
     ids.mark_known(torch.arange(1, 100))
     hidden = (ids(torch.full((4000, 2), 7)) == ids.unknown).all(dim=1).float().mean()
     assert 0.26 < hidden < 0.34
@@ -160,7 +160,7 @@ def test_config_rejects_an_impossible_size(field: str, value: int) -> None:
 
 def test_id_table_has_rows_for_known_codes_only() -> None:
     torch.manual_seed(0)
-    ids, fresh = HashedIds(4, DIMENSIONS.id_buckets), HashedIds(4, DIMENSIONS.id_buckets)
+    ids, fresh = HashedIdEmbedding(4, DIMENSIONS.id_buckets), HashedIdEmbedding(4, DIMENSIONS.id_buckets)
     ids.mark_known(torch.tensor([[5, 0], [9, 5]]))
     assert ids.table.num_embeddings == 3  # unknown, 5, 9
     fresh.load_state_dict(ids.state_dict())

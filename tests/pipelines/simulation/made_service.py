@@ -27,7 +27,7 @@ from reelway.platform.rollout.traffic.routing import Routing
 
 
 @dataclass
-class MadeService:
+class FakeService:
     """Behaviour of the service, and the requests that it received."""
 
     routing: Routing
@@ -99,7 +99,7 @@ def liked_slates(world: World, time_s: float, count: int) -> dict[int, list[int]
 
 
 @contextmanager
-def running(service: MadeService) -> Iterator[MadeService]:
+def running(service: FakeService) -> Iterator[FakeService]:
     """Runs the service on a free port until the block is left."""
     app = Starlette(
         routes=[

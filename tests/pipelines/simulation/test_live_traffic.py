@@ -14,12 +14,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tests.pipelines.simulation.made_service import MadeService, liked_slates, running, with_canary
+from tests.pipelines.simulation.made_service import FakeService, liked_slates, running, with_canary
 
 from reelway.pipelines.simulation.config import DAY_S, SimulationConfig
 from reelway.pipelines.simulation.live import LiveTraffic, TrafficOptions
-from reelway.pipelines.simulation.live_arms import GRACE_S, ArmLedger
-from reelway.pipelines.simulation.live_viewers import LiveViewers, SeenSlate, world_of
+from reelway.pipelines.simulation.live_arms import GRACE_S, ArmStickinessCheck
+from reelway.pipelines.simulation.live_viewers import LiveViewers, ShownSlate, load_world
 from reelway.pipelines.simulation.world import World
 from reelway.platform.cli.processes import reelway_command
 from reelway.platform.errors import ConfigError, DataError
@@ -34,13 +34,13 @@ def world() -> World:
     return World(CONFIG, seed=3)
 
 
-def sent(service: MadeService, world: World, *, viewers: int | None = None, **options: Any) -> dict[str, Any]:
+def sent(service: FakeService, world: World, *, viewers: int | None = None, **options: Any) -> dict[str, Any]:
     crowd = LiveViewers(world, seed=1, now_s=time.time(), count=viewers)
     return asyncio.run(LiveTraffic(TrafficOptions(service.url, **options), crowd).run())
 
 
 def test_traffic_report_matches_the_service(world: World, tmp_path: Path) -> None:
-    with running(MadeService(with_canary(OLD, NEW, 3_000), CONFIG.videos)) as service:
+    with running(FakeService(with_canary(OLD, NEW, 3_000), CONFIG.videos)) as service:
         report = sent(service, world, rate=150, seconds=2, report=tmp_path / "report.json")
     assert report == json.loads((tmp_path / "report.json").read_text()) | {"running": False}
     assert {(r["release"], r["arm"]): r["requests"] for r in report["releases"]} == dict(service.slates)
@@ -58,7 +58,7 @@ def test_traffic_report_matches_the_service(world: World, tmp_path: Path) -> Non
 def test_failed_request_is_counted_with_its_reason(world: World) -> None:
     there = LiveViewers(world, seed=1, now_s=time.time())._ids
     unlucky = frozenset(there[: len(there) // 4].tolist())
-    with running(MadeService(Routing.whole(OLD), CONFIG.videos, fail_viewers=unlucky)) as service:
+    with running(FakeService(Routing.single_release(OLD), CONFIG.videos, fail_viewers=unlucky)) as service:
         report = sent(service, world, rate=100, seconds=1.5)
     assert 0 < report["failed"] < report["requests"]
     assert report["requests"] - report["failed"] == sum(service.slates.values())
@@ -68,7 +68,7 @@ def test_failed_request_is_counted_with_its_reason(world: World) -> None:
 
 
 def test_timeout_or_connection_error_is_a_failure(world: World) -> None:
-    with running(MadeService(Routing.whole(OLD), CONFIG.videos, delay_s=0.6)) as service:
+    with running(FakeService(Routing.single_release(OLD), CONFIG.videos, delay_s=0.6)) as service:
         late = sent(service, world, rate=30, seconds=0.5, timeout_s=0.2)
     gone = sent(service, world, rate=30, seconds=0.5)
     assert late["failed"] == late["requests"] > 0
@@ -77,7 +77,7 @@ def test_timeout_or_connection_error_is_a_failure(world: World) -> None:
 
 
 def test_arrivals_do_not_wait_for_a_slow_service(world: World) -> None:
-    with running(MadeService(Routing.whole(OLD), CONFIG.videos, delay_s=0.3)) as service:
+    with running(FakeService(Routing.single_release(OLD), CONFIG.videos, delay_s=0.3)) as service:
         open_loop = sent(service, world, rate=100, seconds=0.6)
         bounded = sent(service, world, rate=100, seconds=0.6, places=10)
     assert open_loop["requests"] > 35  # one at a time would be 2
@@ -87,7 +87,7 @@ def test_arrivals_do_not_wait_for_a_slow_service(world: World) -> None:
 
 
 def test_outcomes_are_retried_until_acknowledged(world: World) -> None:
-    with running(MadeService(Routing.whole(OLD), CONFIG.videos, fail_next_outcomes=2)) as service:
+    with running(FakeService(Routing.single_release(OLD), CONFIG.videos, fail_next_outcomes=2)) as service:
         report = sent(service, world, rate=100, seconds=1)
     assert report["outcomes"]["sent"] == len(service.outcomes) > 0
     assert report["outcomes"]["posts_failed"] == 0
@@ -96,7 +96,7 @@ def test_outcomes_are_retried_until_acknowledged(world: World) -> None:
 
 def test_better_slate_is_watched_longer(world: World) -> None:
     best = liked_slates(world, world.end_s, 10)
-    with running(MadeService(Routing.whole(OLD), CONFIG.videos)) as service:
+    with running(FakeService(Routing.single_release(OLD), CONFIG.videos)) as service:
         chance = sent(service, world, rate=150, seconds=1)
         service.best = best
         oracle = sent(service, world, rate=150, seconds=1)
@@ -106,9 +106,9 @@ def test_better_slate_is_watched_longer(world: World) -> None:
 
 def test_simulated_time_continues_from_the_log(world: World) -> None:
     lately = LiveViewers(world, seed=0, now_s=world.end_s + 3 * DAY_S)
-    assert lately.moment_s(world.end_s + 3 * DAY_S + 7) == world.end_s + 3 * DAY_S + 7
+    assert lately.simulated_time_s(world.end_s + 3 * DAY_S + 7) == world.end_s + 3 * DAY_S + 7
     long_ago = LiveViewers(world, seed=0, now_s=world.end_s + 300 * DAY_S)
-    assert long_ago.moment_s(world.end_s + 300 * DAY_S + 7) == world.end_s + 7
+    assert long_ago.simulated_time_s(world.end_s + 300 * DAY_S + 7) == world.end_s + 7
 
 
 def test_active_viewers_are_drawn_more_often(world: World) -> None:
@@ -124,7 +124,7 @@ def test_active_viewers_are_drawn_more_often(world: World) -> None:
 def test_slates_of_different_lengths_get_reactions(world: World) -> None:
     crowd = LiveViewers(world, seed=0, now_s=world.end_s)
     none, two, four = crowd.react(
-        [SeenSlate(1, [], []), SeenSlate(2, [5, 6], ["p", "q"]), SeenSlate(3, [1, 2, 3, 4], ["a", "b", "c", "d"])],
+        [ShownSlate(1, [], []), ShownSlate(2, [5, 6], ["p", "q"]), ShownSlate(3, [1, 2, 3, 4], ["a", "b", "c", "d"])],
         world.end_s,
     )
     assert none.outcomes == []
@@ -136,50 +136,50 @@ def test_slates_of_different_lengths_get_reactions(world: World) -> None:
 def test_slate_of_another_run_is_rejected(world: World) -> None:
     crowd = LiveViewers(world, seed=0, now_s=world.end_s)
     with pytest.raises(DataError, match="a release of this run"):
-        crowd.react([SeenSlate(1, [CONFIG.videos + 1], ["t"])], world.end_s)
-    with running(MadeService(Routing.whole(OLD), 10 * CONFIG.videos)) as service, pytest.raises(DataError):
+        crowd.react([ShownSlate(1, [CONFIG.videos + 1], ["t"])], world.end_s)
+    with running(FakeService(Routing.single_release(OLD), 10 * CONFIG.videos)) as service, pytest.raises(DataError):
         sent(service, world, rate=100, seconds=20)
 
 
 def test_imported_data_set_has_no_simulated_viewers() -> None:
     with pytest.raises(ConfigError, match="'MovieLens'"):
-        world_of({"name": "MovieLens", "seed": 0})
+        load_world({"name": "MovieLens", "seed": 0})
 
 
-def seen_by(ledger: ArmLedger, canaries: set[str], at_s: float, **answers: str) -> None:
+def seen_by(ledger: ArmStickinessCheck, canaries: set[str], at_s: float, **answers: str) -> None:
     """Records responses to the viewers v1, v2, ... from these releases, then the routing."""
     for viewer, release in answers.items():
-        ledger.answered(int(viewer[1:]), release, "canary" if release in canaries else "stable", at_s)
-    ledger.looked(frozenset(canaries), at_s)
+        ledger.record_response(int(viewer[1:]), release, "canary" if release in canaries else "stable", at_s)
+    ledger.record_routing(frozenset(canaries), at_s)
 
 
 def test_regular_rollout_counts_no_arm_change() -> None:
-    ledger = ArmLedger()
+    ledger = ArmStickinessCheck()
     seen_by(ledger, {NEW}, 0, v1=OLD, v2=NEW, v3=OLD)
     seen_by(ledger, {NEW}, 10, v1=NEW, v2=NEW, v3=OLD)
     seen_by(ledger, set(), 20, v1=OLD, v2=OLD, v3=OLD)  # rolled back
     seen_by(ledger, {NEW}, 40, v1=OLD, v2=NEW, v3=NEW)  # once more, under another salt
     for viewer in (1, 2, 3):
-        ledger.answered(viewer, NEW, "stable", 50)  # promoted: it is the stable release now
+        ledger.record_response(viewer, NEW, "stable", 50)  # promoted: it is the stable release now
     seen_by(ledger, set(), 60)
     seen_by(ledger, set(), 70)
     assert ledger.changes == 0
 
 
 def test_viewer_who_leaves_a_running_canary_is_counted() -> None:
-    ledger = ArmLedger()
+    ledger = ArmStickinessCheck()
     seen_by(ledger, {NEW}, 0, v1=NEW, v2=NEW)
     seen_by(ledger, {NEW}, 10, v1=NEW)
-    ledger.answered(2, OLD, "stable", 10.5)
-    ledger.looked(frozenset({NEW}), 11)
+    ledger.record_response(2, OLD, "stable", 10.5)
+    ledger.record_routing(frozenset({NEW}), 11)
     assert ledger.changes == 0  # the look may be older than the answer
-    ledger.looked(frozenset({NEW}), 10.5 + GRACE_S + 0.1)
+    ledger.record_routing(frozenset({NEW}), 10.5 + GRACE_S + 0.1)
     assert ledger.changes == 1
     assert "viewer 2" in ledger.examples[0]
 
 
 def test_reshuffled_viewers_are_counted_over_http(world: World) -> None:
-    async def reshuffled(service: MadeService) -> dict[str, Any]:
+    async def reshuffled(service: FakeService) -> dict[str, Any]:
         crowd = LiveViewers(world, seed=1, now_s=time.time(), count=40)
         options = TrafficOptions(service.url, rate=100, seconds=GRACE_S + 1.5)
         traffic = asyncio.create_task(LiveTraffic(options, crowd).run())
@@ -187,7 +187,7 @@ def test_reshuffled_viewers_are_counted_over_http(world: World) -> None:
         service.routing = service.routing.model_copy(update={"salt": "two"})
         return await traffic
 
-    with running(MadeService(with_canary(OLD, NEW, 5_000), CONFIG.videos)) as service:
+    with running(FakeService(with_canary(OLD, NEW, 5_000), CONFIG.videos)) as service:
         report = asyncio.run(reshuffled(service))
     assert report["arm_changes"] > 0
     assert "still running" in report["arm_change_examples"][0]
@@ -198,7 +198,7 @@ def test_ctrl_c_ends_traffic_with_a_complete_report(tmp_path: Path) -> None:
     dataset.mkdir(parents=True)
     (dataset / "dataset.json").write_text(json.dumps({"name": "simulated", "seed": 3, "config": asdict(CONFIG)}))
     report = tmp_path / "report.json"
-    with running(MadeService(Routing.whole(OLD), CONFIG.videos, delay_s=0.2)) as service:
+    with running(FakeService(Routing.single_release(OLD), CONFIG.videos, delay_s=0.2)) as service:
         (tmp_path / "run" / "serving.json").write_text(json.dumps({"url": service.url}))
         command = reelway_command("traffic", "--run", str(tmp_path / "run"), "--report", str(report))
         process = subprocess.Popen(command, stdout=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"})

@@ -8,7 +8,7 @@ from reelway.pipelines.datasets.checks import check_dataset
 from reelway.pipelines.datasets.store import Dataset
 from reelway.pipelines.features.labels import label_impressions
 from reelway.pipelines.simulation.config import SimulationConfig
-from reelway.pipelines.simulation.log import log_traffic, simulate
+from reelway.pipelines.simulation.log import simulate, simulate_traffic_log
 from reelway.pipelines.simulation.logging_policy import LoggingPolicy
 from reelway.pipelines.simulation.policies import OraclePolicy, Policy, RandomPolicy, RecentPopularity
 from reelway.pipelines.simulation.traffic import draw_requests
@@ -24,7 +24,7 @@ def world() -> World:
 
 @cache
 def logged() -> Dataset:
-    return log_traffic(world())
+    return simulate_traffic_log(world())
 
 
 def test_log_depends_only_on_configuration_and_seed() -> None:

@@ -6,9 +6,15 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
 
-from reelway.pipelines.datasets.store import conform
+from reelway.pipelines.datasets.store import cast_to_schema
 from reelway.pipelines.simulation.config import DAY_S, SimulationConfig
-from reelway.pipelines.simulation.responses import Responses, Shown, expected_watch_ms, react, responses_to_events
+from reelway.pipelines.simulation.responses import (
+    Responses,
+    ShownSlates,
+    draw_responses,
+    expected_watch_ms,
+    responses_to_events,
+)
 from reelway.pipelines.simulation.world import PAD, World
 from reelway.platform.contracts.events import DATASET_TABLES, OutcomeType
 from reelway.platform.errors import ConfigError, DataError
@@ -36,7 +42,7 @@ def slates(count: int, size: int, seed: int = 1) -> tuple[np.ndarray, np.ndarray
 def test_entity_tables_have_the_event_schema(name: str) -> None:
     table = getattr(world(), f"{name}_table")()
     assert table.schema.equals(DATASET_TABLES[name])
-    assert conform(name, table, name).num_rows == getattr(CONFIG, name)  # type: ignore[arg-type]
+    assert cast_to_schema(name, table, name).num_rows == getattr(CONFIG, name)  # type: ignore[arg-type]
 
 
 def test_world_depends_only_on_its_seed() -> None:
@@ -136,8 +142,8 @@ def test_expected_watch_time_is_the_mean_of_drawn_watch_time() -> None:
     shape, duration = (20_000, 1), np.float32(20_000)
     means = []
     for p in (0.0, 0.3, 0.9):
-        answers = react(
-            rng(), present=np.ones(shape, dtype=np.bool_), enjoy=np.full(shape, p, np.float32),
+        answers = draw_responses(
+            rng(), present=np.ones(shape, dtype=np.bool_), enjoy_probability=np.full(shape, p, np.float32),
             duration_ms=np.full(shape, duration), quality=np.zeros(shape, np.float32),
             reactivity=np.ones(shape[0], np.float32),
         )  # fmt: skip
@@ -178,7 +184,7 @@ def test_responses_become_events_in_the_schema() -> None:
     viewers, shown = slates(200, 5)
     shown[:50, 3:] = PAD
     answers = world().respond(viewers, shown, CONFIG.end_s, rng())
-    asked = Shown(
+    asked = ShownSlates(
         request_id=np.arange(200) + 7, viewer_ids=viewers, slates=shown, time_s=np.full(200, CONFIG.end_s),
         propensity=np.full(shown.shape, 0.5, np.float32), source=np.zeros(shown.shape, np.int8), sources=["ann"],
         device=np.zeros(200, np.int64), devices=["tv"], release="r9", arm="canary",

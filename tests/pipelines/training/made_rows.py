@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 from tests.dimensions import DIMENSIONS
 
 from reelway.platform.contracts import features as names
-from reelway.platform.contracts.events import TIME
+from reelway.platform.contracts.events import TIMESTAMP_TYPE
 
 START_S = 1_700_000_000
 
@@ -39,7 +39,7 @@ def made_table(*, requests: int = 300, slate: int = 4, videos: int = 60, viewers
         "viewer_id": pa.array(viewer_of[request]),
         "video_id": pa.array(video),
         "creator_id": pa.array(video // 5),
-        "event_time": pa.array((request_time_s[request] * 1e6).astype(np.int64)).cast(TIME),
+        "event_time": pa.array((request_time_s[request] * 1e6).astype(np.int64)).cast(TIMESTAMP_TYPE),
         "request_time_s": pa.array(request_time_s[request]),
         "device": pa.array(np.where(viewer_of[request] % 2 == 0, "phone", "tv")),
         "position": pa.array((np.arange(rows) % slate).astype(np.int16)),

@@ -9,9 +9,9 @@ from tests.dimensions import DIMENSIONS
 from tests.pipelines.training.made_rows import made_table, write_rows
 
 from reelway.pipelines.models.losses import log_inclusion
-from reelway.pipelines.training.batches import GroupedOrder, RankingBatches, RetrievalBatches, Worker
-from reelway.pipelines.training.config import LoopConfig, RetrievalData
-from reelway.pipelines.training.negatives import shown_rows
+from reelway.pipelines.training.batches import GroupedBatchOrder, RankingBatches, RetrievalBatches, Worker
+from reelway.pipelines.training.config import LoopConfig, RetrievalDataConfig
+from reelway.pipelines.training.negatives import impression_rows
 from reelway.pipelines.training.rows import TrainingRows, load_rows
 from reelway.platform.errors import TrainingError
 
@@ -27,7 +27,7 @@ def everything(rows: TrainingRows) -> np.ndarray:
 
 @pytest.mark.parametrize("world", [1, 2, 3])
 def test_epoch_covers_every_row_once_over_all_workers(rows: TrainingRows, world: int) -> None:
-    orders = [GroupedOrder(rows.viewer_row, LoopConfig(batch_size=64), 5, Worker(r, world)) for r in range(world)]
+    orders = [GroupedBatchOrder(rows.viewer_row, LoopConfig(batch_size=64), 5, Worker(r, world)) for r in range(world)]
     assert len({order.steps for order in orders}) == 1
     for epoch in (0, 1):
         seen = np.concatenate([order.rows(epoch, s) for order in orders for s in range(order.steps)])
@@ -37,7 +37,7 @@ def test_epoch_covers_every_row_once_over_all_workers(rows: TrainingRows, world:
 
 
 def test_rows_with_one_viewer_row_are_in_one_batch(rows: TrainingRows) -> None:
-    order = GroupedOrder(rows.viewer_row, LoopConfig(batch_size=64), 5, Worker())
+    order = GroupedBatchOrder(rows.viewer_row, LoopConfig(batch_size=64), 5, Worker())
     home = np.empty(len(rows), dtype=int)
     for step in range(order.steps):
         home[order.rows(0, step)] = step
@@ -48,7 +48,7 @@ def test_rows_with_one_viewer_row_are_in_one_batch(rows: TrainingRows) -> None:
 def test_step_is_reproducible_without_earlier_steps(rows: TrainingRows) -> None:
     def made() -> RetrievalBatches:
         return RetrievalBatches(
-            rows, everything(rows), RetrievalData(uniform_negatives=8), LoopConfig(batch_size=64), seed=3
+            rows, everything(rows), RetrievalDataConfig(uniform_negatives=8), LoopConfig(batch_size=64), seed=3
         )
 
     walked, jumped = made(), made()
@@ -59,7 +59,7 @@ def test_step_is_reproducible_without_earlier_steps(rows: TrainingRows) -> None:
 
 
 def test_targets_index_the_rows_videos_in_the_pool(rows: TrainingRows) -> None:
-    data = RetrievalData(uniform_negatives=8)
+    data = RetrievalDataConfig(uniform_negatives=8)
     batches = RetrievalBatches(rows, everything(rows), data, LoopConfig(batch_size=64), seed=3)
     chosen = batches.index[batches.order.rows(0, 0)]
     batch = batches.batch(0, 0)
@@ -74,7 +74,7 @@ def test_targets_index_the_rows_videos_in_the_pool(rows: TrainingRows) -> None:
 
 
 def test_log_q_follows_the_share_of_positives(rows: TrainingRows) -> None:
-    data = RetrievalData(uniform_negatives=8, log_q_power=0.5)
+    data = RetrievalDataConfig(uniform_negatives=8, log_q_power=0.5)
     batches = RetrievalBatches(rows, everything(rows), data, LoopConfig(batch_size=64), seed=3)
     batch = batches.batch(0, 0)
     positives = rows.video_row[rows.weight > 0]
@@ -85,7 +85,7 @@ def test_log_q_follows_the_share_of_positives(rows: TrainingRows) -> None:
 
 
 def test_small_catalogue_is_the_pool_without_correction(rows: TrainingRows) -> None:
-    data = RetrievalData(uniform_negatives=1000)
+    data = RetrievalDataConfig(uniform_negatives=1000)
     batch = RetrievalBatches(rows, everything(rows), data, LoopConfig(batch_size=64), seed=3).batch(0, 0)
     assert len(batch["video_codes"]) == len(rows.video_ids)
     assert (batch["log_q"] == 0).all()
@@ -93,13 +93,13 @@ def test_small_catalogue_is_the_pool_without_correction(rows: TrainingRows) -> N
 
 def test_pool_excludes_videos_from_after_the_window(rows: TrainingRows) -> None:
     window = everything(rows)[:40]
-    batches = RetrievalBatches(rows, window, RetrievalData(uniform_negatives=1000), LoopConfig(), seed=3)
+    batches = RetrievalBatches(rows, window, RetrievalDataConfig(uniform_negatives=1000), LoopConfig(), seed=3)
     assert set(batches.catalogue) == set(rows.video_row[window])
     assert len(batches.catalogue) < len(rows.video_ids)
 
 
 def test_older_positives_weigh_less_by_their_half_life(rows: TrainingRows) -> None:
-    data = RetrievalData(recency_half_life_d=5.0)
+    data = RetrievalDataConfig(recency_half_life_d=5.0)
     batches = RetrievalBatches(rows, everything(rows), data, LoopConfig(), seed=3)
     plain = np.minimum(rows.weight[batches.index], 3.0)
     age_d = (rows.event_time_s[batches.index].max() - rows.event_time_s[batches.index]) / 86_400
@@ -110,7 +110,7 @@ def test_ranking_batch_carries_the_values_of_its_rows(rows: TrainingRows) -> Non
     viewer_VD = np.random.default_rng(0).random((len(rows.viewers.viewer_dense), 4), dtype=np.float32)
     video_MD = np.random.default_rng(1).random((len(rows.video_ids), 4), dtype=np.float32)
     batches = RankingBatches(
-        rows, shown_rows(rows, everything(rows)), viewer_VD, video_MD, LoopConfig(batch_size=50), seed=1
+        rows, impression_rows(rows, everything(rows)), viewer_VD, video_MD, LoopConfig(batch_size=50), seed=1
     )
     chosen, batch = batches.order.rows(0, 1), batches.batch(0, 1)
     np.testing.assert_array_equal(batch["labels"].numpy(), rows.labels[chosen])
@@ -125,9 +125,9 @@ def test_ranking_batch_carries_the_values_of_its_rows(rows: TrainingRows) -> Non
 def test_retrieval_batches_reject_rows_without_positives(rows: TrainingRows) -> None:
     unloved = np.flatnonzero(rows.weight <= 0)
     with pytest.raises(TrainingError, match="positive outcome weight"):
-        RetrievalBatches(rows, unloved, RetrievalData(), LoopConfig(), seed=0)
+        RetrievalBatches(rows, unloved, RetrievalDataConfig(), LoopConfig(), seed=0)
 
 
 def test_batches_reject_more_workers_than_requests() -> None:
     with pytest.raises(TrainingError, match="1 distinct viewer rows for 2 workers"):
-        GroupedOrder(np.zeros(9, dtype=np.int32), LoopConfig(), 0, Worker(0, 2))
+        GroupedBatchOrder(np.zeros(9, dtype=np.int32), LoopConfig(), 0, Worker(0, 2))

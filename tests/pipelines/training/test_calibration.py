@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from reelway.pipelines.training.calibration import calibrate, calibrated, expected_calibration_error
-from reelway.platform.contracts.blend import RankingBlend
+from reelway.pipelines.training.calibration import apply_curve, calibrate, expected_calibration_error
+from reelway.platform.contracts.blend import RankingSettings
 from reelway.platform.contracts.features import BINARY_TASKS, RANKER_TASKS
 from reelway.platform.features.scoring import head_predictions, video_value
 
@@ -36,9 +36,9 @@ def test_serving_reproduces_the_calibrated_probabilities() -> None:
     served_NK = head_predictions(outputs_NK, calibration)
     for k, task in enumerate(BINARY_TASKS):
         probability = 1 / (1 + np.exp(-outputs_NK[:, k].astype(np.float64)))
-        np.testing.assert_allclose(served_NK[:, k], calibrated(calibration.curves[task], probability), atol=1e-5)
+        np.testing.assert_allclose(served_NK[:, k], apply_curve(calibration.curves[task], probability), atol=1e-5)
         assert abs(served_NK[:, k].mean() - labels_NK[:, k].mean()) < 0.01
-    assert np.isfinite(video_value(served_NK, np.zeros(len(served_NK), np.float32), RankingBlend())).all()
+    assert np.isfinite(video_value(served_NK, np.zeros(len(served_NK), np.float32), RankingSettings())).all()
     assert served_NK.shape[1] == len(RANKER_TASKS)
 
 
@@ -46,7 +46,7 @@ def test_isotonic_curve_keeps_the_order_of_candidates() -> None:
     outputs_NK, labels_NK = bent()
     calibration, _ = calibrate(outputs_NK, labels_NK)
     curve = calibration.curves["like"]
-    rates = calibrated(curve, np.linspace(0, 1, 500))
+    rates = apply_curve(curve, np.linspace(0, 1, 500))
     assert (np.diff(rates) > 0).all()
 
 

@@ -116,7 +116,7 @@ def test_trained_release_serves_a_slate(run: RunDirectory) -> None:
         "region": "eu", "topic_affinity": [0.2] * 5, "history_videos": watched, "history_weights": [1.0] * 4,
         "history_times_s": [now_s - 3600.0 * i for i in range(4, 0, -1)],
     }  # fmt: skip
-    graph = loader.graph(TokenSigner(b"a secret of the tests, long enough"))
+    graph = loader.in_process_recommender(TokenSigner(b"a secret of the tests, long enough"))
     answer = graph.recommend(RecommendRequest(viewer_id=1, count=10), row, now_s)
     assert len(answer.videos) == 10
     assert not answer.degraded

@@ -16,8 +16,8 @@ from torch import Tensor
 from reelway.pipelines.models.losses import RetrievalObjective
 from reelway.pipelines.models.two_tower import TwoTower, TwoTowerConfig
 from reelway.pipelines.training.batches import RetrievalBatches
-from reelway.pipelines.training.checkpoint_files import CheckpointFiles
-from reelway.pipelines.training.config import LoopConfig, RetrievalData
+from reelway.pipelines.training.checkpoint_files import FileCheckpoints
+from reelway.pipelines.training.config import LoopConfig, RetrievalDataConfig
 from reelway.pipelines.training.loop import EpochReport, train
 from reelway.pipelines.training.rows import TrainingRows, load_rows
 from reelway.platform.errors import TrainingError
@@ -47,14 +47,14 @@ def made_objective(rows: TrainingRows) -> RetrievalObjective:
 
 
 def made_batches(rows: TrainingRows, loop: LoopConfig = LOOP) -> RetrievalBatches:
-    return RetrievalBatches(rows, np.arange(len(rows)), RetrievalData(uniform_negatives=16), loop, seed=0)
+    return RetrievalBatches(rows, np.arange(len(rows)), RetrievalDataConfig(uniform_negatives=16), loop, seed=0)
 
 
-class PowerCutError(Exception):
+class InjectedFailureError(Exception):
     pass
 
 
-class CutAt:
+class FailingBatches:
     """Batches that raise once, at one step."""
 
     def __init__(self, batches: RetrievalBatches, epoch: int, step: int) -> None:
@@ -62,7 +62,7 @@ class CutAt:
 
     def batch(self, epoch: int, step: int) -> dict[str, Tensor]:
         if (epoch, step) == self.at:
-            raise PowerCutError
+            raise InjectedFailureError
         return self.inner.batch(epoch, step)
 
 
@@ -75,10 +75,10 @@ def test_resumed_run_equals_an_uninterrupted_run(rows: TrainingRows, tmp_path: P
     straight = made_objective(rows)
     straight_curve = train(straight, made_batches(rows), LOOP, seed=7, stage="two_tower")
 
-    checkpoints = CheckpointFiles(tmp_path)
-    with pytest.raises(PowerCutError):
+    checkpoints = FileCheckpoints(tmp_path)
+    with pytest.raises(InjectedFailureError):
         train(
-            made_objective(rows), CutAt(made_batches(rows), *cut), LOOP,
+            made_objective(rows), FailingBatches(made_batches(rows), *cut), LOOP,
             seed=7, stage="two_tower", checkpoints=checkpoints,
         )  # fmt: skip
     resumed = made_objective(rows)
@@ -120,7 +120,7 @@ def test_loop_stops_at_a_loss_that_is_not_finite(rows: TrainingRows) -> None:
 
 
 def test_loop_rejects_a_checkpoint_of_another_model(rows: TrainingRows, tmp_path: Path) -> None:
-    checkpoints = CheckpointFiles(tmp_path)
+    checkpoints = FileCheckpoints(tmp_path)
     loop = LOOP.model_copy(update={"epochs": 1})
     train(made_objective(rows), made_batches(rows), loop, seed=0, stage="two_tower", checkpoints=checkpoints)
     other = RetrievalObjective(TwoTower(TwoTowerConfig(dim=32), SHORT))
@@ -140,7 +140,7 @@ def test_loop_preserves_the_callers_random_state(rows: TrainingRows) -> None:
 
 
 def test_damaged_checkpoint_is_rejected_with_its_path(tmp_path: Path) -> None:
-    checkpoints = CheckpointFiles(tmp_path)
+    checkpoints = FileCheckpoints(tmp_path)
     for number in range(4):
         checkpoints.save({"epoch": number}, {})
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-000002.pt", "checkpoint-000003.pt"]

@@ -10,7 +10,7 @@ import pytest
 from tests.dimensions import DIMENSIONS
 from tests.pipelines.training.made_rows import made_table, write_rows
 
-from reelway.pipelines.training.negatives import draw_negatives, negative_rows, shown_rows
+from reelway.pipelines.training.negatives import draw_negatives, impression_rows, negative_rows
 from reelway.pipelines.training.rows import TrainingRows, load_rows
 from reelway.platform.contracts.features import VIDEO_DENSE, VIEWS
 
@@ -74,7 +74,7 @@ def test_negative_has_the_features_of_its_video_at_the_request(rows: TrainingRow
 
 
 def test_negatives_have_all_fields_of_impressions(rows: TrainingRows) -> None:
-    shown = shown_rows(rows, np.arange(50))
-    both = shown.and_also(shown.where(np.array([3, 4])))
+    shown = impression_rows(rows, np.arange(50))
+    both = shown.concat(shown.select(np.array([3, 4])))
     assert len(both) == 52
     np.testing.assert_array_equal(both.video_dense[50], shown.video_dense[3])

@@ -13,7 +13,7 @@ from tests.pipelines.training.made_rows import made_table, write_rows
 from tests.pipelines.training.test_negatives import numbers_that_tell_when_they_were_asked as as_of
 
 from reelway.pipelines.training.config import TrainingConfig, load_config
-from reelway.pipelines.training.fit import Fitted, Window, fit, fitted_from, window_of
+from reelway.pipelines.training.fit import FittedModels, TrainingSplit, fit, fitted_from, make_training_split
 from reelway.pipelines.training.loop import State
 from reelway.pipelines.training.rows import TrainingRows, load_rows
 from reelway.pipelines.training.step import ranker_rows_of
@@ -35,7 +35,7 @@ def config() -> TrainingConfig:
     return load_config("demo", overrides=HELD_OUT)
 
 
-class Kept:
+class InMemoryCheckpoints:
     """Checkpoints in memory."""
 
     state: State | None = None
@@ -47,10 +47,10 @@ class Kept:
         return None
 
 
-def fitted(rows: TrainingRows, config: TrainingConfig, kept: Kept | None = None) -> Fitted:
-    window = window_of(rows, config)
+def fitted(rows: TrainingRows, config: TrainingConfig, kept: InMemoryCheckpoints | None = None) -> FittedModels:
+    window = make_training_split(rows, config)
     candidates = ranker_rows_of(rows, window, config, as_of)
-    learn = candidates.where(candidates.event_time_s < window.calibration_s)
+    learn = candidates.select(candidates.event_time_s < window.calibration_s)
     return fit(rows, learn, window, config, checkpoints=kept)
 
 
@@ -64,7 +64,7 @@ def same(one: torch.nn.Module, other: torch.nn.Module) -> bool:
 
 
 def test_window_is_split_between_tower_ranker_and_calibration(rows, config):
-    window = window_of(rows, config)
+    window = make_training_split(rows, config)
     inside = window.training(rows)
     shares = [len(rows.between(start, window.cut_s)) / len(inside) for start in (window.ranker_s, window.calibration_s)]
     assert shares == pytest.approx([0.3, 0.1], abs=0.02)
@@ -73,7 +73,7 @@ def test_window_is_split_between_tower_ranker_and_calibration(rows, config):
 
 
 def test_ranker_tower_does_not_depend_on_the_rankers_rows(rows, config):
-    window = window_of(rows, config)
+    window = make_training_split(rows, config)
     late = rows.event_time_s >= window.ranker_s
     others = np.where(late, (rows.video_row + 7) % len(rows.video_ids), rows.video_row).astype(np.int32)
     changed = dataclasses.replace(rows, video_row=others)
@@ -87,11 +87,11 @@ def test_training_without_a_holdout_has_one_tower(rows):
     config = load_config("demo", overrides=[*HELD_OUT[:6]])
     found = fitted(rows, config)
     assert found.ranker_tower is found.two_tower
-    assert window_of(rows, config).holds_out is False
+    assert make_training_split(rows, config).holds_out is False
 
 
 def test_finished_checkpoint_restores_all_three_models(rows, config):
-    kept = Kept()
+    kept = InMemoryCheckpoints()
     found = fitted(rows, config, kept)
     assert kept.state is not None
     again = fitted_from(kept.state, config, DIMENSIONS)
@@ -101,10 +101,10 @@ def test_finished_checkpoint_restores_all_three_models(rows, config):
 
 def test_held_out_rows_have_the_negatives_of_the_whole_window(rows, config):
     asking = config.model_copy(update={"sampled_negatives": 3})
-    window = window_of(rows, asking)
+    window = make_training_split(rows, asking)
     late = ranker_rows_of(rows, window, asking, as_of)
-    whole = ranker_rows_of(rows, Window(window.cut_s, window.calibration_s), asking, as_of)
-    expected = whole.where(whole.event_time_s >= window.ranker_s)
+    whole = ranker_rows_of(rows, TrainingSplit(window.cut_s, window.calibration_s), asking, as_of)
+    expected = whole.select(whole.event_time_s >= window.ranker_s)
     np.testing.assert_array_equal(late.video_row, expected.video_row)
     np.testing.assert_array_equal(late.video_dense, expected.video_dense)
 
@@ -125,4 +125,4 @@ def test_config_rejects_an_impossible_holdout(overrides, message):
 def test_split_rejects_too_few_rows_for_a_holdout(tmp_path: Path, config):
     few = load_rows(write_rows(tmp_path / "rows.parquet", made_table(requests=1, slate=2)), DIMENSIONS)
     with pytest.raises(EmptyDatasetError, match="ranker_holdout"):
-        window_of(few, config.model_copy(update={"train_fraction": 1.0}))
+        make_training_split(few, config.model_copy(update={"train_fraction": 1.0}))

@@ -16,9 +16,9 @@ from tests.pipelines.training.made_rows import made_table, write_rows
 from tests.pipelines.training.two_processes import fit_in_two_processes
 
 from reelway.pipelines.training.config import load_config
-from reelway.pipelines.training.fit import window_of
+from reelway.pipelines.training.fit import make_training_split
 from reelway.pipelines.training.loop import EpochReport
-from reelway.pipelines.training.negatives import shown_rows
+from reelway.pipelines.training.negatives import impression_rows
 from reelway.pipelines.training.ray_train import RayResources, fit_on_ray
 from reelway.pipelines.training.rows import load_rows
 
@@ -45,8 +45,8 @@ def test_run_with_a_killed_worker_equals_an_undisturbed_run(tmp_path: Path) -> N
     straight = fit_in_two_processes(rows_file, config, tmp_path)
 
     rows = load_rows(rows_file, DIMENSIONS)
-    window = window_of(rows, config)
-    learn = shown_rows(rows, window.training(rows))
+    window = make_training_split(rows, config)
+    learn = impression_rows(rows, window.training(rows))
     seen: set[tuple[str, int]] = set()
     killed: list[int] = []
 

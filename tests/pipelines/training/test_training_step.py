@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 from reelway.pipelines.training.artifacts import TrainedModels, load_models
 from reelway.pipelines.training.config import load_config
 from reelway.pipelines.training.export import export_ranker, export_viewer_tower
-from reelway.pipelines.training.fit import viewers_at
+from reelway.pipelines.training.fit import select_viewers
 from reelway.pipelines.training.inference import embed_videos, embed_viewers, ranker_inputs, score
 from reelway.pipelines.training.rows import TrainingRows, load_rows
 from reelway.pipelines.training.step import ROWS_FILE, Resources, train_run
@@ -59,7 +59,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
 
 
 def a_request(models: TrainedModels, rows: TrainingRows, viewer: int) -> dict[str, Any]:
-    one = viewers_at(rows, np.array([viewer]))
+    one = select_viewers(rows, np.array([viewer]))
     videos = dataclasses.replace(rows.videos, video_dense=rows.video_dense[: len(rows.video_ids)])
     return ranker_inputs(one, embed_viewers(models.two_tower, one), videos, embed_videos(models.two_tower, videos))
 
@@ -125,7 +125,7 @@ def graphs(
     folder = tmp_path_factory.mktemp("graphs")
     tower = folder / "viewer_tower.onnx"
     ranker = folder / "ranker.onnx"
-    assert export_viewer_tower(models.two_tower, tower, viewers_at(rows, np.arange(200))) <= 1e-5
+    assert export_viewer_tower(models.two_tower, tower, select_viewers(rows, np.arange(200))) <= 1e-5
     assert export_ranker(models.ranker, ranker, a_request(models, rows, 3)) <= 1e-5
     return onnxruntime.InferenceSession(str(tower)), onnxruntime.InferenceSession(str(ranker))
 
@@ -136,7 +136,7 @@ def test_viewer_graph_takes_any_number_of_viewers(trained: Trained, graphs: tupl
     assert [given.name for given in session.get_inputs()] == list(VIEWER_TOWER_INPUTS)
     assert session.get_inputs()[2].shape[1:] == [DIMENSIONS.history_length, 2]
     for count in (1, 5):
-        viewers = viewers_at(rows, np.arange(250, 250 + count))
+        viewers = select_viewers(rows, np.arange(250, 250 + count))
         feed = {name: getattr(viewers, name) for name in VIEWER_TOWER_INPUTS}
         feed |= {name: feed[name].astype(np.int64) for name in ("viewer_categories", "history_codes")}
         (ours,) = session.run(["viewer_embedding"], feed)
@@ -180,7 +180,7 @@ def test_export_rejects_samples_of_another_shape(trained: Trained, tmp_path: Pat
     run, models, rows = trained
     short = load_rows(run.features / ROWS_FILE, replace(DIMENSIONS, history_length=5))
     with pytest.raises(ReleaseError, match="hold 5 videos, expected 50"):
-        export_viewer_tower(models.two_tower, tmp_path / "t.onnx", viewers_at(short, np.arange(3)))
+        export_viewer_tower(models.two_tower, tmp_path / "t.onnx", select_viewers(short, np.arange(3)))
     inputs = a_request(models, rows, 3)
     two = inputs | {"viewer_dense": np.repeat(inputs["viewer_dense"], 2, axis=0)}
     with pytest.raises(ReleaseError, match="one viewer"):

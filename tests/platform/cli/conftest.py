@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from tests.platform.cli.made_rollouts import RunWorld
+from tests.platform.cli.made_rollouts import RunDirectoryEnvironment
 from tests.release_files import make_release_folder
 
 from reelway.platform.release.signing import create_keys, load_private_key
@@ -41,9 +41,9 @@ def releases(released: tuple[Path, tuple[str, str]]) -> tuple[str, str]:
 
 
 @pytest.fixture
-def world(tmp_path: Path) -> RunWorld:
+def world(tmp_path: Path) -> RunDirectoryEnvironment:
     """A served run with a controller that reconciles when a test calls it."""
-    made = RunWorld(tmp_path)
+    made = RunDirectoryEnvironment(tmp_path)
     made.served()
     made.controlled()
     return made

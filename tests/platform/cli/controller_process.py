@@ -10,7 +10,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.platform.cli.made_rollouts import SeenEvidence
+from tests.platform.cli.made_rollouts import SyntheticEvidence
 from tests.platform.rollout.made_world import FileBackend
 
 from reelway.platform.rollout.control import controller_service
@@ -22,7 +22,7 @@ from reelway.platform.runs import RunDirectory
 EVIDENCE = "evidence.json"
 
 
-class RunBackend(FileBackend):
+class RunDirectoryBackend(FileBackend):
     """Traffic in a file of the run directory."""
 
     def __init__(self, run: RunDirectory) -> None:
@@ -33,19 +33,19 @@ class RunBackend(FileBackend):
 
 
 @dataclass
-class ToldEvidence:
+class FileEvidence:
     """Evidence from a file that is read on every fetch."""
 
     path: Path
 
     def fetch(self, policy: RolloutPolicy, state: RolloutState, now: float) -> EvidenceSnapshot:
-        return SeenEvidence(**json.loads(self.path.read_text())).fetch(policy, state, now)
+        return SyntheticEvidence(**json.loads(self.path.read_text())).fetch(policy, state, now)
 
 
 def main() -> None:
     run = Path(sys.argv[1])
-    controller_service.ServeRestBackend = RunBackend  # type: ignore[assignment,misc]
-    controller_service.evidence_source = lambda run, *_, **__: ToldEvidence(run.path / EVIDENCE)  # type: ignore[assignment]
+    controller_service.ServeRestBackend = RunDirectoryBackend  # type: ignore[assignment,misc]
+    controller_service.evidence_source = lambda run, *_, **__: FileEvidence(run.path / EVIDENCE)  # type: ignore[assignment]
     controller_service.run_controller(controller_service.ControllerSettings(run=run, interval_s=0.1))
 
 

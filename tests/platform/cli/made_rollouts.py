@@ -15,14 +15,14 @@ from pathlib import Path
 import numpy as np
 import typer
 from tests.benchmarks.canary_events import RELEASE, STABLE
-from tests.platform.rollout.made_world import QUICK, Clock, World
+from tests.platform.rollout.made_world import QUICK, Clock, ControllerEnvironment
 from typer.testing import CliRunner
 
 from reelway.platform.cli.drill import command as drill
 from reelway.platform.cli.rollout import commands as rollout
 from reelway.platform.contracts.events import Arm
 from reelway.platform.errors import ReelwayError
-from reelway.platform.rollout.decision import start
+from reelway.platform.rollout.decision import start_state
 from reelway.platform.rollout.evidence import (
     ArmStatistics,
     EvidenceSnapshot,
@@ -62,7 +62,7 @@ def arm(viewers: int, rate: float, seed: int) -> ArmStatistics:
 
 
 @dataclass
-class SeenEvidence:
+class SyntheticEvidence:
     """Evidence for every metric of the default policy. ``drop`` is the relative loss of long watches."""
 
     viewers: int = 4_000
@@ -95,7 +95,7 @@ class SeenEvidence:
         )  # fmt: skip
 
 
-class RunWorld(World):
+class RunDirectoryEnvironment(ControllerEnvironment):
     """A world whose store is in a run directory, where the commands read it. Its clock starts five minutes ago."""
 
     def __init__(self, run: Path, policy: RolloutPolicy = QUICK) -> None:
@@ -103,10 +103,10 @@ class RunWorld(World):
         (run / "rollout").mkdir(parents=True, exist_ok=True)
         super().__init__(run / "rollout", policy, Clock(time.time() - 300))
 
-    def see_all(self, **evidence: object) -> SeenEvidence:
+    def see_all(self, **evidence: object) -> SyntheticEvidence:
         """Provides evidence for every metric of the default policy from now on."""
         self.policy = default_policy()
-        self.source = SeenEvidence(**evidence)  # type: ignore[arg-type,assignment]
+        self.source = SyntheticEvidence(**evidence)  # type: ignore[arg-type,assignment]
         self.restart()
         return self.source  # type: ignore[return-value]
 
@@ -122,7 +122,7 @@ class RunWorld(World):
 
     def begin(self, rollout_id: str = "r-20260131-3fa91c") -> Rollout:
         latest = self.store.latest()
-        state = start(
+        state = start_state(
             self.policy, rollout_id=rollout_id, canary_release=RELEASE, stable_release=STABLE, now=self.clock(),
             previous=latest.state if latest else None, force=latest is not None,
         )  # fmt: skip
@@ -131,10 +131,10 @@ class RunWorld(World):
     def catch_up(self) -> None:
         """Reconciles once at the current time."""
         self.clock.now = time.time()
-        self.controller.tick()
+        self.controller.reconcile()
 
 
-def weights_of(world: World) -> dict[Arm, int]:
+def weights_of(world: ControllerEnvironment) -> dict[Arm, int]:
     """Returns the basis points by arm from the traffic file."""
     routing = world.traffic.routing
     return {one: routing.weight_of(one) for one in (Arm.CANARY, Arm.STABLE, Arm.HOLDOUT)}
@@ -150,7 +150,7 @@ def dead_pid() -> int:
 
 
 @contextmanager
-def controlling(world: RunWorld, *, after_s: float = 0.0) -> Iterator[None]:
+def controlling(world: RunDirectoryEnvironment, *, after_s: float = 0.0) -> Iterator[None]:
     """Runs the controller loop in a thread with the real clock, starting ``after_s`` from now."""
     stop, wake = threading.Event(), threading.Event()
     world.clock = time.time  # type: ignore[assignment]
@@ -171,7 +171,7 @@ def controlling(world: RunWorld, *, after_s: float = 0.0) -> Iterator[None]:
 
 
 @dataclass(frozen=True)
-class Ended:
+class CommandResult:
     """Result of a command."""
 
     code: int
@@ -179,7 +179,7 @@ class Ended:
     err: str
 
 
-def reelway(*words: object) -> Ended:
+def reelway(*words: object) -> CommandResult:
     """Runs a command in this process and maps errors to messages and exit codes as ``main`` does."""
     app = typer.Typer()
     rollout.register(app)
@@ -187,7 +187,7 @@ def reelway(*words: object) -> Ended:
     result = CliRunner().invoke(app, [str(word) for word in words])
     error = result.exception
     if isinstance(error, ReelwayError):
-        return Ended(error.exit_code, result.stdout, f"{result.stderr}error: {error}")
+        return CommandResult(error.exit_code, result.stdout, f"{result.stderr}error: {error}")
     if error is not None and not isinstance(error, SystemExit):
         raise error
-    return Ended(result.exit_code, result.stdout, result.stderr)
+    return CommandResult(result.exit_code, result.stdout, result.stderr)

@@ -16,11 +16,11 @@ from pathlib import Path
 import jsonschema
 import pytest
 from tests.platform.cli.controller_process import EVIDENCE
-from tests.platform.cli.made_rollouts import RunWorld, dead_pid, reelway, weights_of
+from tests.platform.cli.made_rollouts import RunDirectoryEnvironment, dead_pid, reelway, weights_of
 
 from reelway.platform.cli.drill import command as drill
 from reelway.platform.cli.drill.report import DrillReport
-from reelway.platform.cli.processes import child, reelway_command
+from reelway.platform.cli.processes import child_process, reelway_command
 from reelway.platform.contracts.events import Arm
 from reelway.platform.rollout.series import REQUESTS
 from reelway.platform.rollout.state import Phase
@@ -55,7 +55,7 @@ class Metrics(BaseHTTPRequestHandler):
 class Service:
     """A served run with a controller process."""
 
-    world: RunWorld
+    world: RunDirectoryEnvironment
     run: Path
     bad: str
     stable: str
@@ -82,8 +82,8 @@ def service(tmp_path_factory: pytest.TempPathFactory, released: tuple[Path, tupl
     """One service for all drills: each drill ends on stable, where the next one starts."""
     run, (stable, bad) = tmp_path_factory.mktemp("drilled") / "run", released[1]
     shutil.copytree(released[0], run)
-    world = RunWorld(run)
-    world.backend.inner.write(TrafficTarget(Routing.whole(stable), (stable,)))
+    world = RunDirectoryEnvironment(run)
+    world.backend.inner.write(TrafficTarget(Routing.single_release(stable), (stable,)))
     (run / "brief.yaml").write_text(POLICY)
     server = ThreadingHTTPServer(("127.0.0.1", 0), Metrics)
     server.count, server.rate = 0, 1  # type: ignore[attr-defined]
@@ -95,7 +95,7 @@ def service(tmp_path_factory: pytest.TempPathFactory, released: tuple[Path, tupl
     record = run / "rollout" / "controller.json"
     command = [*reelway_command()[:1], "-m", "tests.platform.cli.controller_process", str(run)]
     try:
-        with child(command, log=run / "controller.log"):
+        with child_process(command, log=run / "controller.log"):
             until(record.exists, "the controller listens")
             yield made
     finally:
@@ -169,10 +169,10 @@ def test_ctrl_c_rolls_back_a_drill_but_not_a_watched_rollout(service: Service) -
     service.evidence(viewers=2_400)
     before, brief = len(service.world.store.all()), str(service.run / "brief.yaml")
     command = ("drill", "--run", str(service.run), "--release", service.bad, "--policy", brief, "--deadline", "60")
-    with child(reelway_command(*command), log=service.run / "drill.log") as process:
+    with child_process(reelway_command(*command), log=service.run / "drill.log") as process:
         until(lambda: len(service.world.store.all()) > before and service.world.state.step == 1, "the last step")
         watch = reelway_command("rollout", "watch", "--run", str(service.run))
-        with child(watch, log=service.run / "watch.log") as watching:
+        with child_process(watch, log=service.run / "watch.log") as watching:
             until(lambda: "stepping" in (service.run / "watch.log").read_text(), "the watch shows it")
             os.killpg(watching.pid, signal.SIGINT)
             assert watching.wait(60) == 130
@@ -185,7 +185,7 @@ def test_ctrl_c_rolls_back_a_drill_but_not_a_watched_rollout(service: Service) -
 
 
 def test_drill_requires_a_service_and_a_controller(run_with_releases: Path, releases: tuple[str, str]) -> None:
-    world = RunWorld(run_with_releases)
+    world = RunDirectoryEnvironment(run_with_releases)
     assert "is not being served" in reelway("drill", "--run", world.run, "--release", releases[1]).err
     world.served(releases[0])
     assert "no controller is running" in reelway("drill", "--run", world.run, "--release", releases[1]).err

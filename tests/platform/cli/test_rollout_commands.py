@@ -3,7 +3,15 @@
 from __future__ import annotations
 
 import pytest
-from tests.platform.cli.made_rollouts import SWIFT, RunWorld, SeenEvidence, controlling, dead_pid, reelway, weights_of
+from tests.platform.cli.made_rollouts import (
+    SWIFT,
+    RunDirectoryEnvironment,
+    SyntheticEvidence,
+    controlling,
+    dead_pid,
+    reelway,
+    weights_of,
+)
 
 from reelway.platform.contracts.events import Arm
 from reelway.platform.rollout.state import Command, Phase
@@ -12,9 +20,9 @@ VERBS = ("pause", "resume", "promote", "rollback")
 
 
 @pytest.fixture
-def stepping(world: RunWorld) -> RunWorld:
+def stepping(world: RunDirectoryEnvironment) -> RunDirectoryEnvironment:
     """A rollout at the first step of a policy that holds it for a minute."""
-    world.source = SeenEvidence(viewers=2_400)  # type: ignore[assignment]
+    world.source = SyntheticEvidence(viewers=2_400)  # type: ignore[assignment]
     world.restart()
     world.begin()
     assert world.tick(2) == ["prepare", "step"]
@@ -22,13 +30,13 @@ def stepping(world: RunWorld) -> RunWorld:
     return world
 
 
-def ask(world: RunWorld, verb: str, *more: object) -> tuple[int, str]:
+def ask(world: RunDirectoryEnvironment, verb: str, *more: object) -> tuple[int, str]:
     ended = reelway("rollout", verb, "--run", world.run, *more)
     assert ended.out == ""
     return ended.code, ended.err
 
 
-def test_pause_and_resume_wait_for_their_effect(stepping: RunWorld) -> None:
+def test_pause_and_resume_wait_for_their_effect(stepping: RunDirectoryEnvironment) -> None:
     with controlling(stepping):
         code, said = ask(stepping, "pause", "--wait", "--note", "looking")
         assert (code, stepping.state.phase) == (0, Phase.PAUSED)
@@ -37,7 +45,7 @@ def test_pause_and_resume_wait_for_their_effect(stepping: RunWorld) -> None:
         assert (code, stepping.state.phase) == (0, Phase.STEPPING)
 
 
-def test_repeated_command_succeeds_without_a_change(stepping: RunWorld) -> None:
+def test_repeated_command_succeeds_without_a_change(stepping: RunDirectoryEnvironment) -> None:
     with controlling(stepping):
         assert ask(stepping, "resume")[0] == 0
         assert ask(stepping, "pause", "--wait")[0] == 0
@@ -51,7 +59,7 @@ def test_repeated_command_succeeds_without_a_change(stepping: RunWorld) -> None:
         assert len(stepping.store.history()) == entries
 
 
-def test_promotion_can_be_rolled_back_while_the_old_release_is_warm(stepping: RunWorld) -> None:
+def test_promotion_can_be_rolled_back_while_the_old_release_is_warm(stepping: RunDirectoryEnvironment) -> None:
     with controlling(stepping):
         assert ask(stepping, "promote", "--wait", "--force")[0] == 0
         assert weights_of(stepping)[Arm.STABLE] == 0
@@ -61,7 +69,7 @@ def test_promotion_can_be_rolled_back_while_the_old_release_is_warm(stepping: Ru
         assert "complaints" in said
 
 
-def test_controller_rejection_is_printed_verbatim_with_exit_code_9(stepping: RunWorld) -> None:
+def test_controller_rejection_is_printed_verbatim_with_exit_code_9(stepping: RunDirectoryEnvironment) -> None:
     stepping.source.viewers = 60  # type: ignore[attr-defined]
     with controlling(stepping):
         for more in ((), ("--wait",)):
@@ -71,7 +79,7 @@ def test_controller_rejection_is_printed_verbatim_with_exit_code_9(stepping: Run
             assert "--force promotes anyway" in said
 
 
-def test_promote_exits_with_10_if_a_rollback_comes_first(stepping: RunWorld) -> None:
+def test_promote_exits_with_10_if_a_rollback_comes_first(stepping: RunDirectoryEnvironment) -> None:
     stepping.source.drop = 0.5  # type: ignore[attr-defined]
     with controlling(stepping, after_s=0.5):
         code, said = ask(stepping, "promote", "--wait")
@@ -79,7 +87,7 @@ def test_promote_exits_with_10_if_a_rollback_comes_first(stepping: RunWorld) -> 
     assert "came too late" in said
 
 
-def test_command_without_a_controller_is_stored_with_a_warning(stepping: RunWorld) -> None:
+def test_command_without_a_controller_is_stored_with_a_warning(stepping: RunDirectoryEnvironment) -> None:
     stepping.controlled(dead_pid())
     code, said = ask(stepping, "rollback")
     assert code == 0
@@ -95,15 +103,15 @@ def test_command_without_a_controller_is_stored_with_a_warning(stepping: RunWorl
         assert ask(stepping, "rollback", "--wait")[0] == 0
 
 
-def test_pending_rollback_is_not_replaced_by_a_pause(stepping: RunWorld) -> None:
-    stepping.store.ask(stepping.state.id, Command(id="1", verb="rollback"))
+def test_pending_rollback_is_not_replaced_by_a_pause(stepping: RunDirectoryEnvironment) -> None:
+    stepping.store.submit_command(stepping.state.id, Command(id="1", verb="rollback"))
     code, said = ask(stepping, "pause")
     assert code == 9
     assert "a rollback is pending" in said
 
 
 @pytest.mark.parametrize("verb", ["pause", "resume", "promote"])
-def test_rolled_back_rollout_accepts_no_command(stepping: RunWorld, verb: str) -> None:
+def test_rolled_back_rollout_accepts_no_command(stepping: RunDirectoryEnvironment, verb: str) -> None:
     with controlling(stepping):
         ask(stepping, "rollback", "--wait")
     code, said = ask(stepping, verb)
@@ -111,7 +119,7 @@ def test_rolled_back_rollout_accepts_no_command(stepping: RunWorld, verb: str) -
     assert "start cccccccccccc --force" in said
 
 
-def test_retired_rollout_cannot_be_rolled_back(world: RunWorld) -> None:
+def test_retired_rollout_cannot_be_rolled_back(world: RunDirectoryEnvironment) -> None:
     world.begin()
     world.tick(40)
     assert world.state.retired
@@ -121,7 +129,7 @@ def test_retired_rollout_cannot_be_rolled_back(world: RunWorld) -> None:
 
 
 @pytest.mark.parametrize("verb", VERBS)
-def test_only_the_latest_rollout_accepts_commands(stepping: RunWorld, verb: str) -> None:
+def test_only_the_latest_rollout_accepts_commands(stepping: RunDirectoryEnvironment, verb: str) -> None:
     with controlling(stepping):
         ask(stepping, "rollback", "--wait")
     first = stepping.state.id
@@ -133,7 +141,7 @@ def test_only_the_latest_rollout_accepts_commands(stepping: RunWorld, verb: str)
 
 
 @pytest.mark.parametrize("verb", VERBS)
-def test_command_fails_without_a_matching_rollout_or_run(world: RunWorld, verb: str) -> None:
+def test_command_fails_without_a_matching_rollout_or_run(world: RunDirectoryEnvironment, verb: str) -> None:
     none = reelway("rollout", verb, "--run", world.run)
     assert (none.code, "no rollout exists" in none.err) == (9, True)
     unknown = reelway("rollout", verb, "r-nothing", "--run", world.run)
@@ -143,8 +151,8 @@ def test_command_fails_without_a_matching_rollout_or_run(world: RunWorld, verb: 
     assert not (world.run / "nowhere").exists()
 
 
-def test_watch_prints_plain_lines_without_a_terminal(world: RunWorld) -> None:
-    world.source, world.policy = SeenEvidence(viewers=2_400), SWIFT  # type: ignore[assignment]
+def test_watch_prints_plain_lines_without_a_terminal(world: RunDirectoryEnvironment) -> None:
+    world.source, world.policy = SyntheticEvidence(viewers=2_400), SWIFT  # type: ignore[assignment]
     with controlling(world):
         world.begin()
         ended = reelway("rollout", "watch", "--run", world.run, "--timeout", 20)
@@ -156,7 +164,7 @@ def test_watch_prints_plain_lines_without_a_terminal(world: RunWorld) -> None:
     assert all(any(line.endswith(reason) for line in lines) for reason in reasons)
 
 
-def test_watch_warns_without_a_controller_and_exits_with_11(world: RunWorld) -> None:
+def test_watch_warns_without_a_controller_and_exits_with_11(world: RunDirectoryEnvironment) -> None:
     world.begin()
     (world.run / "rollout" / "controller.json").unlink()
     ended = reelway("rollout", "watch", "--run", world.run, "--timeout", 0.5)

@@ -6,7 +6,7 @@ import json
 
 import jsonschema
 import pytest
-from tests.platform.cli.made_rollouts import RunWorld, SeenEvidence, reelway
+from tests.platform.cli.made_rollouts import RunDirectoryEnvironment, SyntheticEvidence, reelway
 
 from reelway.platform.cli.rollout.explain import Explanation
 from reelway.platform.rollout.alerts import KnownAlert
@@ -14,7 +14,7 @@ from reelway.platform.rollout.records import HistoryEntry
 from reelway.platform.rollout.state import Command
 
 
-def explained(world: RunWorld, *more: object) -> Explanation:
+def explained(world: RunDirectoryEnvironment, *more: object) -> Explanation:
     """Runs ``explain -o json`` and validates the output against its schema."""
     ended = reelway("rollout", "explain", "--run", world.run, "-o", "json", *more)
     assert ended.code == 0, ended.err
@@ -23,7 +23,7 @@ def explained(world: RunWorld, *more: object) -> Explanation:
 
 
 @pytest.fixture
-def second_step(world: RunWorld) -> RunWorld:
+def second_step(world: RunDirectoryEnvironment) -> RunDirectoryEnvironment:
     """A rollout at the second step of the default policy."""
     world.see_all(viewers=2_400)
     world.begin()
@@ -32,15 +32,15 @@ def second_step(world: RunWorld) -> RunWorld:
     return world
 
 
-def source(world: RunWorld) -> SeenEvidence:
+def source(world: RunDirectoryEnvironment) -> SyntheticEvidence:
     return world.source  # type: ignore[return-value]
 
 
-def decided(world: RunWorld, action: str) -> HistoryEntry:
+def decided(world: RunDirectoryEnvironment, action: str) -> HistoryEntry:
     return next(entry for entry in reversed(world.store.history()) if entry.action == action)
 
 
-def test_harm_is_explained_by_its_bound_and_the_policy(second_step: RunWorld) -> None:
+def test_harm_is_explained_by_its_bound_and_the_policy(second_step: RunDirectoryEnvironment) -> None:
     source(second_step).drop = 0.15
     assert second_step.tick(2, after_s=1) == ["roll_back", "complete_rollback"]
     entry, seen = decided(second_step, "roll_back"), explained(second_step)
@@ -53,7 +53,7 @@ def test_harm_is_explained_by_its_bound_and_the_policy(second_step: RunWorld) ->
     assert seen.policy[-1] == "alpha.rollback: 0.005 over all 10 tests"
 
 
-def test_breach_is_explained_by_the_guardrail_and_its_limit(second_step: RunWorld) -> None:
+def test_breach_is_explained_by_the_guardrail_and_its_limit(second_step: RunDirectoryEnvironment) -> None:
     source(second_step).errors = 2_000
     second_step.tick(1, after_s=1)
     seen = explained(second_step, "--entry", decided(second_step, "roll_back").number)
@@ -64,7 +64,7 @@ def test_breach_is_explained_by_the_guardrail_and_its_limit(second_step: RunWorl
     )  # fmt: skip
 
 
-def test_alert_rollback_is_explained_by_the_alert_alone(second_step: RunWorld) -> None:
+def test_alert_rollback_is_explained_by_the_alert_alone(second_step: RunDirectoryEnvironment) -> None:
     labels = (("alertname", "CanaryErrors"), ("release", "c" * 64))
     second_step.book.deliver(
         [KnownAlert(group_key="g", labels=labels, starts_at=second_step.clock.now, resolved=False)]
@@ -75,7 +75,7 @@ def test_alert_rollback_is_explained_by_the_alert_alone(second_step: RunWorld) -
     assert "no alert with the release's label" in seen.otherwise[0]
 
 
-def test_active_rollout_is_explained_by_the_missing_evidence(second_step: RunWorld) -> None:
+def test_active_rollout_is_explained_by_the_missing_evidence(second_step: RunDirectoryEnvironment) -> None:
     seen = explained(second_step)
     assert (seen.entry, seen.action) == (None, "wait")
     assert seen.policy[0] == "steps[1]: weight_percent 5, hold_s 900, minimum_viewers 500, minimum_impressions 5000"
@@ -86,7 +86,7 @@ def test_active_rollout_is_explained_by_the_missing_evidence(second_step: RunWor
     assert seen.otherwise[1].endswith("more impressions on the canary")
 
 
-def test_last_step_explanation_estimates_the_viewers_still_needed(second_step: RunWorld) -> None:
+def test_last_step_explanation_estimates_the_viewers_still_needed(second_step: RunDirectoryEnvironment) -> None:
     second_step.tick(40, after_s=120)
     assert second_step.state.step == 3
     seen = explained(second_step)
@@ -100,7 +100,7 @@ def test_last_step_explanation_estimates_the_viewers_still_needed(second_step: R
     assert any("impossible at the observed difference" in line for line in explained(second_step).otherwise)
 
 
-def test_missing_telemetry_is_explained_with_its_deadline(second_step: RunWorld) -> None:
+def test_missing_telemetry_is_explained_with_its_deadline(second_step: RunDirectoryEnvironment) -> None:
     source(second_step).silent = True
     second_step.tick(1, after_s=1)
     seen = explained(second_step)
@@ -112,16 +112,18 @@ def test_missing_telemetry_is_explained_with_its_deadline(second_step: RunWorld)
     assert paused.policy == ("deadlines.telemetry_down: after_s 1800, action pause",)
 
 
-def test_user_command_is_not_explained_by_evidence(second_step: RunWorld) -> None:
+def test_user_command_is_not_explained_by_evidence(second_step: RunDirectoryEnvironment) -> None:
     for number, verb in enumerate(("pause", "rollback")):
-        second_step.store.ask(second_step.state.id, Command(id=str(number), verb=verb, actor="ana", note="late"))  # type: ignore[arg-type]
+        second_step.store.submit_command(
+            second_step.state.id, Command(id=str(number), verb=verb, actor="ana", note="late")
+        )  # type: ignore[arg-type]
         second_step.tick(1, after_s=1)
         seen = explained(second_step, "--entry", second_step.store.history()[-1].number)
         assert seen.reason.endswith("by ana: late")
         assert seen.otherwise[0].startswith("nothing in the evidence: a user requested the ")
 
 
-def test_every_history_entry_can_be_explained(second_step: RunWorld) -> None:
+def test_every_history_entry_can_be_explained(second_step: RunDirectoryEnvironment) -> None:
     source(second_step).viewers = 60_000
     second_step.tick(40, after_s=120)
     entries = second_step.store.history()
@@ -136,7 +138,7 @@ def test_every_history_entry_can_be_explained(second_step: RunWorld) -> None:
     assert all(word in printed for word in ("\nwhy        ", "\nnumbers    ", "\notherwise  ", "\npolicy     "))
 
 
-def test_history_lists_every_decision_as_text_or_json(second_step: RunWorld) -> None:
+def test_history_lists_every_decision_as_text_or_json(second_step: RunDirectoryEnvironment) -> None:
     entries = list(second_step.store.history())
     listed = json.loads(reelway("rollout", "history", "--run", second_step.run, "-o", "json").out)
     assert [HistoryEntry.model_validate(one) for one in listed] == entries
@@ -150,12 +152,12 @@ def test_history_lists_every_decision_as_text_or_json(second_step: RunWorld) -> 
     assert "in progress" in reelway("rollout", "history", "--all", "--run", second_step.run).out
 
 
-def test_unknown_entry_is_rejected_with_the_existing_entries(second_step: RunWorld) -> None:
+def test_unknown_entry_is_rejected_with_the_existing_entries(second_step: RunDirectoryEnvironment) -> None:
     ended = reelway("rollout", "explain", "--run", second_step.run, "--entry", 99)
     assert (ended.code, "existing entries: 1..3" in ended.err) == (9, True)
 
 
-def test_explain_without_a_decision_names_the_controller_command(world: RunWorld) -> None:
+def test_explain_without_a_decision_names_the_controller_command(world: RunDirectoryEnvironment) -> None:
     world.begin()
     ended = reelway("rollout", "explain", "--run", world.run)
     assert (ended.code, "check that `reelway rollout controller` is running" in ended.err) == (9, True)

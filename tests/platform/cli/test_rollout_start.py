@@ -7,32 +7,42 @@ import time
 from pathlib import Path
 
 import pytest
-from tests.platform.cli.made_rollouts import SWIFT, SWIFT_TEXT, Ended, RunWorld, SeenEvidence, controlling, reelway
+from tests.platform.cli.made_rollouts import (
+    SWIFT,
+    SWIFT_TEXT,
+    CommandResult,
+    RunDirectoryEnvironment,
+    SyntheticEvidence,
+    controlling,
+    reelway,
+)
 
-from reelway.platform.cli.rollout.start import previous_of
+from reelway.platform.cli.rollout.start import previous_rollout
 from reelway.platform.rollout.state import Command, Phase
 from reelway.platform.rollout.traffic.routing import Routing
 from reelway.platform.rollout.traffic.target import TrafficTarget
-from reelway.platform.rollout.transition import start as begin_rollout
+from reelway.platform.rollout.transition import start_state as begin_rollout
 
 
 @pytest.fixture
-def served(run_with_releases: Path, releases: tuple[str, str]) -> RunWorld:
+def served(run_with_releases: Path, releases: tuple[str, str]) -> RunDirectoryEnvironment:
     """A run that serves the first of its two releases."""
-    world = RunWorld(run_with_releases)
+    world = RunDirectoryEnvironment(run_with_releases)
     world.served(releases[0])
     world.controlled()
-    world.backend.inner.write(TrafficTarget(Routing.whole(releases[0]), (releases[0],)))
-    world.source = SeenEvidence(viewers=2_400)  # type: ignore[assignment]
+    world.backend.inner.write(TrafficTarget(Routing.single_release(releases[0]), (releases[0],)))
+    world.source = SyntheticEvidence(viewers=2_400)  # type: ignore[assignment]
     (run_with_releases / "swift.yaml").write_text(SWIFT_TEXT)
     return world
 
 
-def start(world: RunWorld, release: str, *more: object) -> Ended:
+def start(world: RunDirectoryEnvironment, release: str, *more: object) -> CommandResult:
     return reelway("rollout", "start", release, "--run", world.run, "--policy", world.run / "swift.yaml", *more)
 
 
-def test_start_verifies_and_stores_a_release_by_id_prefix(served: RunWorld, releases: tuple[str, str]) -> None:
+def test_start_verifies_and_stores_a_release_by_id_prefix(
+    served: RunDirectoryEnvironment, releases: tuple[str, str]
+) -> None:
     ended = reelway("rollout", "start", releases[1][:8], "--run", served.run, "--note", "new ranker")
     assert ended.code == 0
     rollout_id = ended.out.strip()
@@ -53,19 +63,23 @@ def test_start_fails_if_the_run_is_not_served(run_with_releases: Path) -> None:
     assert f"reelway serve --run {run_with_releases}" in ended.err
 
 
-def test_start_ignores_the_record_of_an_exited_service(served: RunWorld, releases: tuple[str, str]) -> None:
+def test_start_ignores_the_record_of_an_exited_service(
+    served: RunDirectoryEnvironment, releases: tuple[str, str]
+) -> None:
     served.served(releases[0], pid=2**22 + 1)
     assert reelway("rollout", "start", releases[1], "--run", served.run).code == 9
 
 
-def test_start_rejects_the_live_release(served: RunWorld, releases: tuple[str, str]) -> None:
+def test_start_rejects_the_live_release(served: RunDirectoryEnvironment, releases: tuple[str, str]) -> None:
     ended = reelway("rollout", "start", releases[0], "--run", served.run)
     assert ended.code == 9
     assert "is already live" in ended.err
     assert served.store.latest() is None
 
 
-def test_start_rejects_a_tampered_release_without_a_write(served: RunWorld, releases: tuple[str, str]) -> None:
+def test_start_rejects_a_tampered_release_without_a_write(
+    served: RunDirectoryEnvironment, releases: tuple[str, str]
+) -> None:
     with (served.run / "releases" / releases[1] / "blend.yaml").open("a") as file:
         file.write("# changed\n")
     ended = reelway("rollout", "start", releases[1], "--run", served.run)
@@ -73,14 +87,14 @@ def test_start_rejects_a_tampered_release_without_a_write(served: RunWorld, rele
     assert served.store.latest() is None
 
 
-def test_start_rejects_a_second_active_rollout(served: RunWorld, releases: tuple[str, str]) -> None:
+def test_start_rejects_a_second_active_rollout(served: RunDirectoryEnvironment, releases: tuple[str, str]) -> None:
     assert reelway("rollout", "start", releases[1], "--run", served.run).code == 0
     ended = reelway("rollout", "start", releases[1], "--run", served.run, "--force")
     assert ended.code == 9
     assert "is pending" in ended.err
 
 
-def test_start_warns_if_no_controller_is_running(served: RunWorld, releases: tuple[str, str]) -> None:
+def test_start_warns_if_no_controller_is_running(served: RunDirectoryEnvironment, releases: tuple[str, str]) -> None:
     (served.run / "rollout" / "controller.json").unlink()
     ended = reelway("rollout", "start", releases[1], "--run", served.run)
     assert ended.code == 0
@@ -88,7 +102,9 @@ def test_start_warns_if_no_controller_is_running(served: RunWorld, releases: tup
     assert f"reelway rollout controller --run {served.run}" in ended.err
 
 
-def test_start_wait_exits_with_0_if_promoted_or_10_if_rolled_back(served: RunWorld, releases: tuple[str, str]) -> None:
+def test_start_wait_exits_with_0_if_promoted_or_10_if_rolled_back(
+    served: RunDirectoryEnvironment, releases: tuple[str, str]
+) -> None:
     with controlling(served):
         good = start(served, releases[1], "--wait", "--timeout", 20)
         assert good.code == 0
@@ -103,7 +119,7 @@ def test_start_wait_exits_with_0_if_promoted_or_10_if_rolled_back(served: RunWor
         assert "to roll it out again, use --force" in again.err
 
 
-def test_start_wait_exits_with_11_at_the_timeout(served: RunWorld, releases: tuple[str, str]) -> None:
+def test_start_wait_exits_with_11_at_the_timeout(served: RunDirectoryEnvironment, releases: tuple[str, str]) -> None:
     served.source.viewers = 60  # type: ignore[attr-defined]
     with controlling(served):
         began = time.monotonic()
@@ -113,29 +129,33 @@ def test_start_wait_exits_with_11_at_the_timeout(served: RunWorld, releases: tup
         assert served.state.active
 
 
-def test_last_promoted_release_is_the_next_stable_release(served: RunWorld, releases: tuple[str, str]) -> None:
+def test_last_promoted_release_is_the_next_stable_release(
+    served: RunDirectoryEnvironment, releases: tuple[str, str]
+) -> None:
     with controlling(served):
         start(served, releases[1], "--wait", "--timeout", 20)
     start(served, releases[0])
     assert served.state.stable_release == releases[1]
 
 
-def test_ended_drill_restricts_only_its_own_release(served: RunWorld, releases: tuple[str, str]) -> None:
+def test_ended_drill_restricts_only_its_own_release(served: RunDirectoryEnvironment, releases: tuple[str, str]) -> None:
     served.policy = SWIFT
     state = begin_rollout(
         SWIFT, rollout_id="d-20260131-3fa91c", canary_release="c" * 64, stable_release=releases[0], now=served.clock()
     )
     served.store.create(state, SWIFT)
     assert "is pending" in start(served, releases[1]).err
-    served.store.ask(state.id, Command(id="1", verb="rollback"))
+    served.store.submit_command(state.id, Command(id="1", verb="rollback"))
     served.tick(3, after_s=1)
     assert served.state.phase is Phase.ROLLED_BACK
-    assert previous_of(served.store, releases[1]) is None
-    assert previous_of(served.store, "c" * 64) == served.store.latest()
+    assert previous_rollout(served.store, releases[1]) is None
+    assert previous_rollout(served.store, "c" * 64) == served.store.latest()
     assert start(served, releases[1]).code == 0
 
 
-def test_start_wait_exits_with_12_if_the_rollout_is_paused(served: RunWorld, releases: tuple[str, str]) -> None:
+def test_start_wait_exits_with_12_if_the_rollout_is_paused(
+    served: RunDirectoryEnvironment, releases: tuple[str, str]
+) -> None:
     policy = served.run / "asks.yaml"
     policy.write_text(SWIFT_TEXT + "deadlines: {insufficient: {after_s: 0.3, action: pause}}\n")
     served.source.viewers = 60  # type: ignore[attr-defined]

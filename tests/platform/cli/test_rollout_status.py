@@ -9,13 +9,13 @@ from io import StringIO
 import jsonschema
 import pytest
 from rich.console import Console
-from tests.platform.cli.made_rollouts import RunWorld, SeenEvidence, dead_pid, reelway
+from tests.platform.cli.made_rollouts import RunDirectoryEnvironment, SyntheticEvidence, dead_pid, reelway
 
-from reelway.platform.cli.rollout.follow import look
+from reelway.platform.cli.rollout.follow import read_status
 from reelway.platform.cli.rollout.intervals import interval_bar, outcomes_table
-from reelway.platform.cli.rollout.place import SILENT_AFTER_S
+from reelway.platform.cli.rollout.place import CONTROLLER_TIMEOUT_S
 from reelway.platform.cli.rollout.report import EvidenceReport, OutcomeReport, StatusReport
-from reelway.platform.cli.rollout.views import span, status_view
+from reelway.platform.cli.rollout.views import format_duration, status_view
 from reelway.platform.rollout.alerts import KnownAlert
 from reelway.platform.rollout.state import Command
 from reelway.platform.runs import RunDirectory
@@ -23,16 +23,16 @@ from reelway.platform.runs import RunDirectory
 WIDTHS = (80, 120)
 
 
-def drawn(world: RunWorld, width: int, height: int | None = None) -> str:
+def drawn(world: RunDirectoryEnvironment, width: int, height: int | None = None) -> str:
     """Returns the status view as plain text."""
     console = Console(width=width, file=StringIO(), color_system=None)
-    report = look(RunDirectory(world.run), world.store, None)
+    report = read_status(RunDirectory(world.run), world.store, None)
     console.print(status_view(report, width=width, height=height))
     text: str = console.file.getvalue()  # type: ignore[attr-defined]
     return text
 
 
-def evidence(world: RunWorld, **seen: object) -> SeenEvidence:
+def evidence(world: RunDirectoryEnvironment, **seen: object) -> SyntheticEvidence:
     """Brings a rollout to the second step of the default policy, with this evidence in the last reconcile."""
     source = world.see_all(viewers=2_400)
     world.begin()
@@ -45,7 +45,7 @@ def evidence(world: RunWorld, **seen: object) -> SeenEvidence:
 
 
 @pytest.mark.parametrize("width", WIDTHS)
-def test_status_view_shows_ramp_traffic_evidence_and_guardrails(world: RunWorld, width: int) -> None:
+def test_status_view_shows_ramp_traffic_evidence_and_guardrails(world: RunDirectoryEnvironment, width: int) -> None:
     evidence(world)
     text = drawn(world, width)
     assert max(len(line) for line in text.splitlines()) <= width
@@ -66,7 +66,7 @@ def test_status_view_shows_ramp_traffic_evidence_and_guardrails(world: RunWorld,
 
 
 @pytest.mark.parametrize("width", WIDTHS)
-def test_rolled_back_status_shows_the_evidence_of_the_rollback(world: RunWorld, width: int) -> None:
+def test_rolled_back_status_shows_the_evidence_of_the_rollback(world: RunDirectoryEnvironment, width: int) -> None:
     evidence(world, drop=0.15)
     world.tick(3, after_s=5)
     text = drawn(world, width)
@@ -80,7 +80,7 @@ def test_rolled_back_status_shows_the_evidence_of_the_rollback(world: RunWorld, 
     assert "WARNING" not in text
 
 
-def test_alert_rollback_status_shows_only_the_alert(world: RunWorld) -> None:
+def test_alert_rollback_status_shows_only_the_alert(world: RunDirectoryEnvironment) -> None:
     evidence(world)
     labels = (("alertname", "CanaryErrors"), ("release", "c" * 12))
     world.book.deliver([KnownAlert(group_key="g", labels=labels, starts_at=world.clock.now, resolved=False)])
@@ -90,7 +90,7 @@ def test_alert_rollback_status_shows_only_the_alert(world: RunWorld) -> None:
     assert "NO DATA" not in text
 
 
-def test_missing_telemetry_is_shown_for_every_metric(world: RunWorld) -> None:
+def test_missing_telemetry_is_shown_for_every_metric(world: RunDirectoryEnvironment) -> None:
     evidence(world, silent=True)
     text = drawn(world, 80)
     assert "HOLDING" in text
@@ -99,7 +99,7 @@ def test_missing_telemetry_is_shown_for_every_metric(world: RunWorld) -> None:
 
 
 @pytest.mark.parametrize("silence", ["no controller", "dead controller", "stuck controller"])
-def test_unresponsive_controller_warning_is_the_first_line(world: RunWorld, silence: str) -> None:
+def test_unresponsive_controller_warning_is_the_first_line(world: RunDirectoryEnvironment, silence: str) -> None:
     evidence(world)
     assert "WARNING" not in drawn(world, 80)
     if silence == "no controller":
@@ -107,20 +107,20 @@ def test_unresponsive_controller_warning_is_the_first_line(world: RunWorld, sile
     elif silence == "dead controller":
         world.controlled(dead_pid())
     else:
-        world.clock.now = time.time() - SILENT_AFTER_S - 5
-        world.controller.tick()
+        world.clock.now = time.time() - CONTROLLER_TIMEOUT_S - 5
+        world.controller.reconcile()
     first = drawn(world, 80).splitlines()[0]
     assert first.startswith("WARNING")
     assert reelway("rollout", "status", "--run", world.run).out.startswith("WARNING")
 
 
-def test_pending_command_is_shown(world: RunWorld) -> None:
+def test_pending_command_is_shown(world: RunDirectoryEnvironment) -> None:
     evidence(world)
-    world.store.ask(world.state.id, Command(id="1", verb="pause", actor="ana"))
+    world.store.submit_command(world.state.id, Command(id="1", verb="pause", actor="ana"))
     assert "command    pause by ana, not yet accepted" in drawn(world, 80)
 
 
-def test_compact_view_fits_a_short_terminal_and_keeps_harm(world: RunWorld) -> None:
+def test_compact_view_fits_a_short_terminal_and_keeps_harm(world: RunDirectoryEnvironment) -> None:
     source = evidence(world)
     compact = drawn(world, 80, height=24)
     assert len(compact.splitlines()) <= 24
@@ -131,7 +131,7 @@ def test_compact_view_fits_a_short_terminal_and_keeps_harm(world: RunWorld) -> N
     assert "HARM" in drawn(world, 80, height=24)
 
 
-def test_status_before_the_first_rollout_shows_the_live_release(world: RunWorld) -> None:
+def test_status_before_the_first_rollout_shows_the_live_release(world: RunDirectoryEnvironment) -> None:
     text = drawn(world, 80)
     assert "live       release aaaaaaaaaaaa at http://127.0.0.1:1" in text
     assert "reelway rollout start RELEASE" in text
@@ -140,7 +140,7 @@ def test_status_before_the_first_rollout_shows_the_live_release(world: RunWorld)
     assert reelway("rollout", "status", "--run", world.run, "--exit-code").code == 9
 
 
-def test_status_json_matches_its_schema(world: RunWorld) -> None:
+def test_status_json_matches_its_schema(world: RunDirectoryEnvironment) -> None:
     evidence(world)
     ended = reelway("rollout", "status", "--run", world.run, "-o", "json")
     assert ended.code == 0
@@ -153,26 +153,26 @@ def test_status_json_matches_its_schema(world: RunWorld) -> None:
     assert rollout["evidence"]["exposure"]["viewers"] == 2_400
     assert rollout["waits_for"].startswith("step 2 at 5 %")
     assert seen["controller"]["running"]
-    assert 0 <= seen["controller"]["seconds_since_reconcile"] < SILENT_AFTER_S
-    assert seen["controller"]["last_reconcile_at"] == pytest.approx(seen["time"], abs=SILENT_AFTER_S)
+    assert 0 <= seen["controller"]["seconds_since_reconcile"] < CONTROLLER_TIMEOUT_S
+    assert seen["controller"]["last_reconcile_at"] == pytest.approx(seen["time"], abs=CONTROLLER_TIMEOUT_S)
     assert seen["serving"]["release"] == "a" * 64
 
 
-def test_status_exits_with_the_rollout_state_only_with_exit_code(world: RunWorld) -> None:
+def test_status_exits_with_the_rollout_state_only_with_exit_code(world: RunDirectoryEnvironment) -> None:
     evidence(world)
 
     def code(*more: str) -> int:
         return reelway("rollout", "status", "--run", world.run, *more).code
 
     assert (code(), code("--exit-code")) == (0, 11)
-    world.store.ask(world.state.id, Command(id="1", verb="pause"))
+    world.store.submit_command(world.state.id, Command(id="1", verb="pause"))
     world.catch_up()
     assert code("--exit-code") == 12
-    world.store.ask(world.state.id, Command(id="2", verb="promote", force=True))
+    world.store.submit_command(world.state.id, Command(id="2", verb="promote", force=True))
     world.tick(2, after_s=1)
     assert code("--exit-code") == 0
     assert "rollback possible for 1 d 0 h" in drawn(world, 120)
-    world.store.ask(world.state.id, Command(id="3", verb="rollback"))
+    world.store.submit_command(world.state.id, Command(id="3", verb="rollback"))
     world.tick(2, after_s=1)
     assert (code(), code("--exit-code")) == (0, 10)
 
@@ -225,4 +225,4 @@ def test_interval_beyond_the_axis_ends_in_arrows() -> None:
     [(0.4, "0 s"), (59.6, "1 m 00 s"), (751, "12 m 31 s"), (11_100, "3 h 05 m"), (187_200, "2 d 4 h")],
 )
 def test_durations_are_formatted_with_two_units(seconds: float, words: str) -> None:
-    assert span(seconds) == words
+    assert format_duration(seconds) == words

@@ -10,7 +10,7 @@ import pytest
 from tests.platform.eventlog.kafka_broker import Broker, kafka_broker
 
 from reelway.platform.errors import ConfigError, StorageError
-from reelway.platform.eventlog import EventLog, LogRecord, Position, StoredRecord, open_event_log
+from reelway.platform.eventlog import EventLog, LogRecord, Offsets, StoredRecord, open_event_log
 from reelway.platform.eventlog import kafka_log as module
 
 pytestmark = pytest.mark.long
@@ -33,12 +33,12 @@ def records(count: int, start: int = 0) -> list[LogRecord]:
     return [LogRecord(str(i), i % 3, 1_700_000_000_000_123 + i, b"%d" % i) for i in range(start, start + count)]
 
 
-def read_all(log: EventLog, position: Position, count: int) -> tuple[list[StoredRecord], Position]:
+def read_all(log: EventLog, position: Offsets, count: int) -> tuple[list[StoredRecord], Offsets]:
     found: list[StoredRecord] = []
     for _ in range(100):
         batch = log.read(position, limit=7, wait_s=0.2)
         found += batch.records
-        position = batch.position
+        position = batch.next_offsets
         if len(found) >= count:
             break
     return found, position
@@ -58,12 +58,12 @@ def test_records_keep_their_time_and_their_partitions_order(log: EventLog) -> No
 
 def test_consumer_resumes_at_its_committed_offsets(log: EventLog) -> None:
     log.append(records(12))
-    assert log.position("mine") == {}
-    first, position = read_all(log, log.position("mine"), 12)
+    assert log.committed("mine") == {}
+    first, position = read_all(log, log.committed("mine"), 12)
     log.commit("mine", position)
     log.append(records(6, start=12))
-    assert log.position("other") == {}
-    found, _ = read_all(log, log.position("mine"), 6)
+    assert log.committed("other") == {}
+    found, _ = read_all(log, log.committed("mine"), 6)
     assert sorted(int(one.payload) for one in found) == list(range(12, 18))
     again, _ = read_all(log, {0: 2}, 16)
     assert len(first) == 12
@@ -73,9 +73,9 @@ def test_consumer_resumes_at_its_committed_offsets(log: EventLog) -> None:
 def test_watermark_of_a_partial_read_is_its_last_record(log: EventLog) -> None:
     log.append(records(30))
     behind = log.read({}, limit=3, wait_s=5.0)
-    assert behind.complete_until_us <= max(one.time_us for one in behind.records)
+    assert behind.watermark_us <= max(one.time_us for one in behind.records)
     _, position = read_all(log, {}, 30)
-    assert log.read(position, limit=3).complete_until_us > 1_750_000_000_000_000, "the clock's time"
+    assert log.read(position, limit=3).watermark_us > 1_750_000_000_000_000, "the clock's time"
 
 
 def test_append_raises_when_the_broker_is_down(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

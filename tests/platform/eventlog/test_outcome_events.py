@@ -7,35 +7,41 @@ import pyarrow as pa
 import pytest
 
 from reelway.platform.errors import DataError
-from reelway.platform.eventlog.outcome_events import KINDS, LOGGED_OUTCOMES, outcome_ids, outcomes_of, records_of
+from reelway.platform.eventlog.outcome_events import (
+    OUTCOME_EVENT_SCHEMA,
+    OUTCOME_TYPES,
+    decode_outcomes,
+    derive_outcome_ids,
+    encode_outcomes,
+)
 
 N = 200
 
 
 def batch() -> pa.RecordBatch:
     rng = np.random.default_rng(0)
-    kind = rng.integers(0, len(KINDS), N)
+    kind = rng.integers(0, len(OUTCOME_TYPES), N)
     impression = rng.integers(0, 2**53, N)
     columns = {
-        "outcome_id": outcome_ids(impression, kind), "impression_id": impression, "request_id": impression,
+        "outcome_id": derive_outcome_ids(impression, kind), "impression_id": impression, "request_id": impression,
         "viewer_id": rng.integers(0, 30, N), "video_id": rng.integers(0, 30, N), "position": rng.integers(0, 9, N),
         "shown_at": rng.integers(0, 2**40, N), "release": ["r"] * N, "arm": ["stable"] * N, "source": ["ann"] * N,
-        "propensity": rng.random(N), "type": [str(KINDS[k]) for k in kind], "value": np.ones(N),
+        "propensity": rng.random(N), "type": [str(OUTCOME_TYPES[k]) for k in kind], "value": np.ones(N),
         "event_time": rng.integers(0, 2**40, N), "done_at": [None] * N,
     }  # fmt: skip
     arrays = [
         pa.array(columns[field.name]).cast(pa.int64()).cast(field.type)
         if pa.types.is_timestamp(field.type)
         else pa.array(columns[field.name]).cast(field.type)
-        for field in LOGGED_OUTCOMES
+        for field in OUTCOME_EVENT_SCHEMA
     ]
-    return pa.RecordBatch.from_arrays(arrays, schema=LOGGED_OUTCOMES)
+    return pa.RecordBatch.from_arrays(arrays, schema=OUTCOME_EVENT_SCHEMA)
 
 
 @pytest.mark.parametrize("partitions", [1, 4])
 def test_outcomes_round_trip_with_one_partition_per_viewer(partitions: int) -> None:
-    records = list(records_of(batch(), partitions, 5))
-    tables = {record.partition: outcomes_of(record.payload) for record in records}
+    records = list(encode_outcomes(batch(), partitions, 5))
+    tables = {record.partition: decode_outcomes(record.payload) for record in records}
     assert len(tables) == len(records) == partitions
     whole = pa.concat_tables(table.unify_dictionaries() for table in tables.values())
     expected = pa.Table.from_batches([batch()]).sort_by("outcome_id")
@@ -45,19 +51,19 @@ def test_outcomes_round_trip_with_one_partition_per_viewer(partitions: int) -> N
 
 
 def test_outcome_id_depends_on_impression_and_type_only() -> None:
-    impression = np.repeat(np.arange(1000), len(KINDS))
-    kind = np.tile(np.arange(len(KINDS)), 1000)
-    ids = outcome_ids(impression, kind)
+    impression = np.repeat(np.arange(1000), len(OUTCOME_TYPES))
+    kind = np.tile(np.arange(len(OUTCOME_TYPES)), 1000)
+    ids = derive_outcome_ids(impression, kind)
     assert len(np.unique(ids)) == len(ids)
     assert (ids >= 0).all()
-    assert (ids == outcome_ids(impression, kind)).all()
+    assert (ids == derive_outcome_ids(impression, kind)).all()
 
 
 def test_decoding_rejects_a_record_of_another_schema() -> None:
     with pytest.raises(DataError, match="no batch of outcomes"):
-        outcomes_of(b"not arrow")
+        decode_outcomes(b"not arrow")
     sink = pa.BufferOutputStream()
     with pa.ipc.new_stream(sink, pa.schema([("a", pa.int64())])):
         pass
     with pytest.raises(DataError, match="has schema"):
-        outcomes_of(sink.getvalue().to_pybytes())
+        decode_outcomes(sink.getvalue().to_pybytes())

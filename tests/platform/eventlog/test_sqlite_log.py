@@ -45,8 +45,8 @@ def test_records_are_read_in_the_order_of_acknowledgement(tmp_path: Path) -> Non
     assert log.append([record("a"), record("b")]) + log.append([record("c")]) == [1, 2, 3]
     first = log.read({}, limit=2)
     assert [one.payload for one in first.records] == [b"a", b"b"]
-    assert [one.payload for one in log.read(first.position, limit=2).records] == [b"c"]
-    assert log.end() == {0: 4}
+    assert [one.payload for one in log.read(first.next_offsets, limit=2).records] == [b"c"]
+    assert log.end_offsets() == {0: 4}
 
 
 def test_record_appended_twice_keeps_its_first_offset(tmp_path: Path) -> None:
@@ -61,9 +61,9 @@ def test_record_appended_twice_keeps_its_first_offset(tmp_path: Path) -> None:
 def test_watermark_is_the_last_record_of_a_full_read_or_the_clock(tmp_path: Path) -> None:
     log = SqliteLog(tmp_path / "log.db", clock=lambda: 50.0)
     log.append([record("a", 7_000_000), record("b", 8_000_000)])
-    assert log.read({}, limit=1).complete_until_us == 7_000_000
-    assert log.read({}, limit=5).complete_until_us == 50_000_000
-    assert log.read({0: 3}, limit=5).complete_until_us == 50_000_000
+    assert log.read({}, limit=1).watermark_us == 7_000_000
+    assert log.read({}, limit=5).watermark_us == 50_000_000
+    assert log.read({0: 3}, limit=5).watermark_us == 50_000_000
 
 
 def test_retention_deletes_old_records_that_all_consumers_have_read(tmp_path: Path) -> None:
@@ -71,12 +71,12 @@ def test_retention_deletes_old_records_that_all_consumers_have_read(tmp_path: Pa
     log.append([record("old", 0), record("old too", 0), record("new", 950_000_000)])
     log.commit("fast", {0: 4})
     log.commit("slow", {0: 1})
-    assert log.clean() == 0, "the slow one has read nothing"
+    assert log.apply_retention() == 0, "the slow one has read nothing"
     log.commit("slow", {0: 2})
-    assert log.clean() == 1
+    assert log.apply_retention() == 1
     assert everything(log) == [b"old too", b"new"]
-    log.forget("slow")
-    assert log.clean() == 1
+    log.remove_consumer("slow")
+    assert log.apply_retention() == 1
     assert everything(log) == [b"new"]
     assert log.append([record("next")]) == [4], "an offset is never given twice"
 
@@ -149,11 +149,11 @@ class ModelledLog(RuleBasedStateMachine):
 
     @rule(consumer=st.sampled_from(["one", "two"]), limit=st.integers(1, 5), commits=st.booleans())
     def read_on(self, consumer: str, limit: int, commits: bool) -> None:
-        batch = self.log.read(self.log.position(consumer), limit=limit)
+        batch = self.log.read(self.log.committed(consumer), limit=limit)
         start = self.committed.get(consumer, 0)
         assert [one.payload.decode() for one in batch.records] == self.appended[start : start + limit]
         if commits:
-            self.log.commit(consumer, batch.position)
+            self.log.commit(consumer, batch.next_offsets)
             self.committed[consumer] = start + len(batch.records)
 
     @rule()

@@ -16,7 +16,7 @@ from reelway.platform.features.assembly import (
     columns_from_row,
     columns_from_table,
 )
-from reelway.platform.features.hashing import id_codes, word_code
+from reelway.platform.features.hashing import category_code, id_codes
 
 NOW_S = 1_700_000_000.0
 
@@ -92,7 +92,7 @@ def test_unknown_viewer_has_only_clock_features_with_the_device() -> None:
     clock = {"hour_sin", "hour_cos", "weekday_sin", "weekday_cos"}
     for name, value in zip(DIMENSIONS.viewer_dense, arrays.viewer_dense[0], strict=True):
         assert np.isnan(value) == (name not in clock), name
-    assert arrays.viewer_categories[0].tolist() == [0, 0, 0, word_code("tv", DIMENSIONS.category_buckets)]
+    assert arrays.viewer_categories[0].tolist() == [0, 0, 0, category_code("tv", DIMENSIONS.category_buckets)]
     assert not arrays.history_codes.any()
 
 

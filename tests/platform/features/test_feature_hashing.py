@@ -8,7 +8,7 @@ import sys
 import numpy as np
 
 from reelway.platform.contracts.features import ID_HASHES
-from reelway.platform.features.hashing import id_codes, mix64, word_code, word_codes
+from reelway.platform.features.hashing import category_code, category_codes, id_codes, mix64
 
 BUCKETS, WORDS = 32_768, 64
 
@@ -18,8 +18,8 @@ def test_only_missing_values_have_code_zero() -> None:
     codes = id_codes(np.arange(100_000), BUCKETS)
     assert codes.min() >= 1
     assert codes.max() < BUCKETS
-    assert word_code(None, WORDS) == word_code("", WORDS) == 0
-    assert all(0 < word_code(f"word {i}", WORDS) < WORDS for i in range(1000))
+    assert category_code(None, WORDS) == category_code("", WORDS) == 0
+    assert all(0 < category_code(f"word {i}", WORDS) < WORDS for i in range(1000))
 
 
 def test_codes_are_equal_in_another_process() -> None:
@@ -28,7 +28,7 @@ def test_codes_are_equal_in_another_process() -> None:
         "print(id_codes(np.array([7, 2**53 - 1]), 32768).tolist(), word_code('eu', 64))"
     )
     other = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout.strip()
-    assert other == f"{id_codes(np.array([7, 2**53 - 1]), BUCKETS).tolist()} {word_code('eu', WORDS)}"
+    assert other == f"{id_codes(np.array([7, 2**53 - 1]), BUCKETS).tolist()} {category_code('eu', WORDS)}"
 
 
 def test_two_ids_rarely_share_both_codes() -> None:
@@ -48,8 +48,8 @@ def test_mixing_is_one_to_one() -> None:
 
 
 def test_category_codes_equal_single_codes() -> None:
-    assert word_codes(["eu", None, "us"], WORDS).tolist() == [
-        word_code("eu", WORDS),
+    assert category_codes(["eu", None, "us"], WORDS).tolist() == [
+        category_code("eu", WORDS),
         0,
-        word_code("us", WORDS),
+        category_code("us", WORDS),
     ]

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from reelway.platform.errors import ConfigError, MalformedFileError, StorageError
-from reelway.platform.features.vector_log import ServedVector, VectorLog, log_of_this_host, read_vectors
+from reelway.platform.features.vector_log import ServedVector, VectorLog, host_log_path, read_vectors
 
 
 def vector(request_id: int, **changes: object) -> ServedVector:
@@ -37,11 +37,11 @@ def test_float32_values_are_exact_with_nan_as_missing(tmp_path: Path) -> None:
 
 def test_sample_depends_only_on_the_request(tmp_path: Path) -> None:
     one, other = VectorLog(tmp_path / "a", ratio=0.1), VectorLog(tmp_path / "b", ratio=0.1)
-    wanted = [one.wants(request) for request in range(20_000)]
-    assert wanted == [other.wants(request) for request in range(20_000)]
+    wanted = [one.is_sampled(request) for request in range(20_000)]
+    assert wanted == [other.is_sampled(request) for request in range(20_000)]
     assert 0.08 < sum(wanted) / len(wanted) < 0.12
     more = VectorLog(tmp_path / "c", ratio=0.5)
-    assert all(more.wants(request) for request, yes in enumerate(wanted) if yes)
+    assert all(more.is_sampled(request) for request, yes in enumerate(wanted) if yes)
 
 
 def test_request_outside_the_sample_writes_nothing(tmp_path: Path) -> None:
@@ -96,11 +96,11 @@ def test_shared_folder_has_one_log_per_host(tmp_path: Path, monkeypatch: pytest.
     shared = tmp_path / "parity"
     for number, host in enumerate(("worker-b", "worker-a", "worker-b")):
         monkeypatch.setattr("socket.gethostname", lambda host=host: host)
-        VectorLog(log_of_this_host(shared), ratio=1.0, max_bytes=600).append(vector(number))
+        VectorLog(host_log_path(shared), ratio=1.0, max_bytes=600).append(vector(number))
     assert {file.name for file in shared.glob("*.jsonl")} == {"worker-a.jsonl", "worker-b.jsonl"}
     assert (shared / "worker-b.jsonl.1").exists(), "the older half is a file of the same host"
     assert [one.request_id for one in read_vectors(shared)] == [1, 0, 2]
-    assert log_of_this_host(tmp_path / "own.jsonl") == tmp_path / "own.jsonl"
+    assert host_log_path(tmp_path / "own.jsonl") == tmp_path / "own.jsonl"
 
 
 def test_ratio_outside_zero_to_one_is_rejected(tmp_path: Path) -> None:

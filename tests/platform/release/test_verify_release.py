@@ -21,7 +21,7 @@ from reelway.platform.contracts import manifest as files
 from reelway.platform.contracts.feature_dimensions import FeatureDimensions
 from reelway.platform.contracts.features import VIDEO_DENSE
 from reelway.platform.contracts.manifest import Manifest, Waiver
-from reelway.platform.contracts.release_files import NEIGHBOURS_SCHEMA, POPULAR, videos_schema, with_dimensions
+from reelway.platform.contracts.release_files import NEIGHBOURS_SCHEMA, POPULAR_SCHEMA, videos_schema, with_dimensions
 from reelway.platform.errors import (
     DigestMismatchError,
     GateFailedError,
@@ -366,7 +366,9 @@ def _drop_title(folder: Path) -> None:
 
 def _wider_rank(folder: Path) -> None:
     table = _table(folder, files.POPULAR_FILE)
-    write_arrow(folder / files.POPULAR_FILE, table.cast(POPULAR.set(1, pa.field("rank", pa.int64(), nullable=False))))
+    write_arrow(
+        folder / files.POPULAR_FILE, table.cast(POPULAR_SCHEMA.set(1, pa.field("rank", pa.int64(), nullable=False)))
+    )
 
 
 def _backwards(folder: Path) -> None:
@@ -377,7 +379,7 @@ def _backwards(folder: Path) -> None:
 def _unknown_popular(folder: Path) -> None:
     table = _table(folder, files.POPULAR_FILE)
     ids = pa.array(np.full(table.num_rows, 999_999), pa.int64())
-    write_arrow(folder / files.POPULAR_FILE, table.set_column(2, POPULAR.field("video_id"), ids))
+    write_arrow(folder / files.POPULAR_FILE, table.set_column(2, POPULAR_SCHEMA.field("video_id"), ids))
 
 
 def _far_neighbour(folder: Path) -> None:

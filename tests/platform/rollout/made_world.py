@@ -7,14 +7,14 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from tests.benchmarks.canary_events import POLICY, RELEASE, STABLE, Histories
+from tests.benchmarks.canary_events import POLICY, RELEASE, STABLE, HistoryGenerator
 
 from reelway.platform.errors import RolloutError
 from reelway.platform.rollout.alerts import KnownAlert
-from reelway.platform.rollout.control.alert_book import AlertBook
+from reelway.platform.rollout.control.alert_book import AlertRegistry
 from reelway.platform.rollout.control.controller import Controller
 from reelway.platform.rollout.control.sqlite_store import SqliteRolloutStore
-from reelway.platform.rollout.decision import start
+from reelway.platform.rollout.decision import start_state
 from reelway.platform.rollout.evidence import EvidenceSnapshot
 from reelway.platform.rollout.policy import RolloutPolicy, parse_policy
 from reelway.platform.rollout.records import HistoryEntry, Rollout, RolloutStore
@@ -23,7 +23,7 @@ from reelway.platform.rollout.traffic.routing import Routing
 from reelway.platform.rollout.traffic.target import TrafficObservation, TrafficTarget
 
 QUICK = parse_policy(POLICY, source="quick")
-KINDS = Histories(0).kinds
+KINDS = HistoryGenerator(0).kinds
 
 
 class FileBackend:
@@ -32,7 +32,7 @@ class FileBackend:
     def __init__(self, path: Path) -> None:
         self.path = path
         if not path.exists():
-            self.write(TrafficTarget(Routing.whole(STABLE), (STABLE,)))
+            self.write(TrafficTarget(Routing.single_release(STABLE), (STABLE,)))
 
     def write(self, target: TrafficTarget) -> None:
         """Writes the traffic, as ``apply`` or a manual change does."""
@@ -57,7 +57,7 @@ def nothing(*_: object) -> None:
 
 
 @dataclass
-class ToldBackend:
+class HookedBackend:
     """Wraps a backend and calls ``before`` and ``after`` around every write.
 
     With ``blind``, ``observe`` returns nothing.
@@ -78,7 +78,7 @@ class ToldBackend:
 
 
 @dataclass
-class NamedEvidence:
+class ScriptedEvidence:
     """Returns evidence of a kind of ``canary_events``; raises for any other name."""
 
     kind: str = "good"
@@ -92,7 +92,7 @@ class NamedEvidence:
         return replace(KINDS[self.kind], time=now, alerts=())
 
 
-class ToldStore(SqliteRolloutStore):
+class HookedStore(SqliteRolloutStore):
     """A SQLite store that calls ``before`` and ``after`` around every record."""
 
     before: Callable[[], None] = staticmethod(nothing)
@@ -114,7 +114,7 @@ class Clock:
 
 
 @dataclass
-class World:
+class ControllerEnvironment:
     """A controller with its store, traffic and clock in one folder."""
 
     folder: Path
@@ -122,18 +122,18 @@ class World:
     clock: Clock = field(default_factory=Clock)
 
     def __post_init__(self) -> None:
-        self.store = ToldStore(self.folder / "state.db")
-        self.backend = ToldBackend(FileBackend(self.folder / "traffic.json"))
-        self.source = NamedEvidence()
+        self.store = HookedStore(self.folder / "state.db")
+        self.backend = HookedBackend(FileBackend(self.folder / "traffic.json"))
+        self.source = ScriptedEvidence()
         self.restart()
 
     def restart(self) -> None:
         """Creates a new controller over the same store and traffic."""
-        self.book = AlertBook(self.store)
+        self.book = AlertRegistry(self.store)
         self.controller = Controller(self.store, self.backend, self.source, self.book, clock=self.clock)
 
     def begin(self, rollout_id: str = "r-1") -> Rollout:
-        state = start(
+        state = start_state(
             self.policy, rollout_id=rollout_id, canary_release=RELEASE, stable_release=STABLE, now=self.clock.now
         )
         return self.store.create(state, self.policy)
@@ -143,7 +143,7 @@ class World:
         actions = []
         for _ in range(times):
             self.clock.now += after_s
-            decision = self.controller.tick()
+            decision = self.controller.reconcile()
             actions.append(decision.action.value if decision else "-")
         return actions
 

@@ -12,9 +12,9 @@ from reelway.platform.errors import DataError
 from reelway.platform.rollout.alerts import (
     KnownAlert,
     firing_for,
-    from_poll,
-    known_alerts,
     merge_alerts,
+    parse_alerts,
+    parse_polled_alerts,
     parse_webhook,
     replace_polled,
 )
@@ -32,7 +32,7 @@ def _payload(status: str = "firing", *, release: str | None = RELEASE, starts: s
 
 
 def _news(*args: Any, **kwargs: Any) -> list[KnownAlert]:
-    return known_alerts(parse_webhook(json.dumps(_payload(*args, **kwargs))))
+    return parse_alerts(parse_webhook(json.dumps(_payload(*args, **kwargs))))
 
 
 def test_firing_alert_with_the_release_label_is_found() -> None:
@@ -105,15 +105,15 @@ def test_invalid_webhook_payload_is_rejected_by_field(body: str | bytes, said: s
 def test_alert_missing_from_a_poll_has_ended() -> None:
     item = {"labels": {"alertname": "Burn", "release": RELEASE}, "startsAt": "2026-01-02T03:04:05Z",
             "status": {"state": "active"}}  # fmt: skip
-    book = replace_polled({}, from_poll([item]))
+    book = replace_polled({}, parse_polled_alerts([item]))
     assert len(firing_for(book, RELEASE)) == 1
-    assert firing_for(replace_polled(book, from_poll([])), RELEASE) == ()
+    assert firing_for(replace_polled(book, parse_polled_alerts([])), RELEASE) == ()
     suppressed = item | {"status": {"state": "suppressed"}}
-    assert firing_for(replace_polled(book, from_poll([suppressed])), RELEASE) == ()
+    assert firing_for(replace_polled(book, parse_polled_alerts([suppressed])), RELEASE) == ()
     with pytest.raises(DataError, match="not an alert of API v2"):
-        from_poll([{"labels": {}}])
+        parse_polled_alerts([{"labels": {}}])
     with pytest.raises(DataError, match="expected a list"):
-        from_poll({"status": "error"})
+        parse_polled_alerts({"status": "error"})
 
 
 def test_merged_alerts_are_limited_in_number() -> None:

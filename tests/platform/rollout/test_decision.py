@@ -5,17 +5,17 @@ from dataclasses import replace
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tests.benchmarks.canary_events import POLICY, RELEASE, SHADOW, STABLE, Histories
+from tests.benchmarks.canary_events import POLICY, RELEASE, SHADOW, STABLE, HistoryGenerator
 
 from reelway.platform.contracts.events import Arm
 from reelway.platform.errors import RolloutError
-from reelway.platform.rollout.decision import Action, Decision, advance, decide, start
+from reelway.platform.rollout.decision import Action, Decision, advance, decide, start_state
 from reelway.platform.rollout.evidence import EvidenceSnapshot
 from reelway.platform.rollout.policy import RolloutPolicy, parse_policy
-from reelway.platform.rollout.state import Command, Phase, RolloutState, ask
+from reelway.platform.rollout.state import Command, Phase, RolloutState, add_command
 
 POLICY_ = parse_policy(POLICY, source="test")
-KINDS = Histories(0).kinds
+KINDS = HistoryGenerator(0).kinds
 
 
 class Rollout:
@@ -23,7 +23,7 @@ class Rollout:
 
     def __init__(self, policy: RolloutPolicy = POLICY_, phase: Phase | None = None, step: int = 0) -> None:
         self.policy, self.now = policy, 10_000.0
-        self.state = start(policy, rollout_id="r", canary_release=RELEASE, stable_release=STABLE, now=self.now)
+        self.state = start_state(policy, rollout_id="r", canary_release=RELEASE, stable_release=STABLE, now=self.now)
         if phase is not None:
             points = policy.steps[step].weight_bp
             self.state = self.state.model_copy(update={"phase": phase, "step": step, "canary_bp": points})
@@ -39,7 +39,7 @@ class Rollout:
 
     def ask(self, verb: str, *, force: bool = False, id_: str = "") -> None:
         command = Command(id=id_ or f"{verb}{self.now}", verb=verb, force=force, actor="ada")  # type: ignore[arg-type]
-        self.state = ask(self.state, command)
+        self.state = add_command(self.state, command)
 
 
 def test_good_release_is_promoted_while_the_old_one_stays_warm() -> None:
@@ -70,7 +70,7 @@ def test_excluded_harm_skips_every_hold_except_the_last() -> None:
 
 def test_permanently_failed_release_is_rolled_back_at_once() -> None:
     rollout = Rollout(phase=Phase.PREPARING)
-    decision = rollout.see("good", canary_ready=False, canary_gave_up="DEPLOY_FAILED: no such file")
+    decision = rollout.see("good", canary_ready=False, canary_failure="DEPLOY_FAILED: no such file")
     assert decision.action is Action.ROLL_BACK
     assert decision.reason == "the release cannot start: DEPLOY_FAILED: no such file"
     assert Rollout(phase=Phase.PREPARING).see("good", canary_ready=False).action is Action.WAIT
@@ -272,7 +272,7 @@ def test_start_after_a_rollback_requires_force_or_the_cooldown() -> None:
     ended, later = rollout.state, rollout.now + 1e6
 
     def again(release: str, now: float, *, force: bool = False) -> RolloutState:
-        return start(POLICY_, rollout_id="n", canary_release=release, stable_release=STABLE, now=now,
+        return start_state(POLICY_, rollout_id="n", canary_release=release, stable_release=STABLE, now=now,
                      previous=ended, force=force)  # fmt: skip
 
     with pytest.raises(RolloutError, match=r"was rolled back .*error_ratio.* --force"):
@@ -288,10 +288,12 @@ def test_start_after_a_rollback_requires_force_or_the_cooldown() -> None:
 def test_start_rejects_an_active_rollout_or_the_live_release() -> None:
     rollout = Rollout(phase=Phase.STEPPING)
     with pytest.raises(RolloutError, match="is stepping"):
-        start(POLICY_, rollout_id="n", canary_release="d" * 64, stable_release=STABLE, now=0, previous=rollout.state,
-              force=True)  # fmt: skip
+        start_state(
+            POLICY_, rollout_id="n", canary_release="d" * 64, stable_release=STABLE, now=0, previous=rollout.state,
+            force=True,
+        )  # fmt: skip
     with pytest.raises(RolloutError, match="is already live"):
-        start(POLICY_, rollout_id="n", canary_release=STABLE, stable_release=STABLE, now=0)
+        start_state(POLICY_, rollout_id="n", canary_release=STABLE, stable_release=STABLE, now=0)
 
 
 def test_edited_policy_does_not_lower_the_ramp() -> None:
@@ -306,7 +308,7 @@ def test_edited_policy_does_not_lower_the_ramp() -> None:
 
 @pytest.mark.parametrize("seed", range(4))
 def test_random_histories_keep_every_invariant(seed: int) -> None:
-    histories = Histories(seed)
+    histories = HistoryGenerator(seed)
     for _ in range(400):
         histories.play(40)
     rare = {Action.RESUME, Action.RETIRE}

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.benchmarks.canary_events import POLICY, RELEASE, Histories
+from tests.benchmarks.canary_events import POLICY, RELEASE, HistoryGenerator
 
 from reelway.platform.rollout.assessment import assess
 from reelway.platform.rollout.counters import CounterReading, Sample, counter_increase, sum_counters
@@ -24,7 +24,7 @@ from reelway.platform.rollout.policy import RolloutPolicy, Slice, parse_policy
 OK, BAD, INSUFFICIENT, DOWN = (
     EvidenceState.OK, EvidenceState.BAD, EvidenceState.INSUFFICIENT, EvidenceState.TELEMETRY_DOWN,
 )  # fmt: skip
-KINDS = Histories(0).kinds
+KINDS = HistoryGenerator(0).kinds
 
 
 def _policy(more: str = "") -> RolloutPolicy:

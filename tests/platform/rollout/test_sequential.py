@@ -11,12 +11,12 @@ from scipy import stats
 
 from reelway.platform.rollout.sequential import (
     Estimate,
-    boundary,
-    log_evidence,
+    log_e_value,
     log_normal_cdf,
+    log_tail_bound,
     overlap_weight,
     ratio_estimate,
-    ratio_tail_log_bound,
+    rejection_boundary,
     relative_difference,
 )
 
@@ -31,15 +31,15 @@ def test_log_normal_cdf_matches_scipy() -> None:
 @pytest.mark.parametrize("alpha", [0.2, 0.05, 1e-3, 1e-6])
 def test_e_value_at_the_boundary_is_one_over_alpha(alpha: float) -> None:
     variance = np.geomspace(1e-7, 1.0, 60)
-    z = boundary(variance, 0.08, alpha)
-    np.testing.assert_allclose(log_evidence(z * np.sqrt(variance), variance, 0.08), -math.log(alpha), atol=1e-5)
+    z = rejection_boundary(variance, 0.08, alpha)
+    np.testing.assert_allclose(log_e_value(z * np.sqrt(variance), variance, 0.08), -math.log(alpha), atol=1e-5)
 
 
 def test_e_value_has_mean_one_without_an_effect() -> None:
     variance, scale = 0.01, 0.1
     z = np.linspace(-12, 12, 200_001)
     weight = stats.norm.pdf(z) * (z[1] - z[0])
-    mean = float((np.exp(log_evidence(z * math.sqrt(variance), variance, scale)) * weight).sum())
+    mean = float((np.exp(log_e_value(z * math.sqrt(variance), variance, scale)) * weight).sum())
     assert mean == pytest.approx(1.0, abs=1e-4)
 
 
@@ -76,13 +76,13 @@ def test_tail_bound_is_never_below_the_exact_tail() -> None:
         for limit in (0.01, 0.02, 0.3):
             events = np.arange(n + 1)
             exact = stats.binom.sf(events - 1, n, limit)
-            bound = ratio_tail_log_bound(events, n, limit)
+            bound = log_tail_bound(events, n, limit)
             assert np.all((bound >= np.log(np.maximum(exact, 1e-280)) - 1e-9) | (exact < 1e-280))
 
 
 def test_few_requests_that_all_fail_are_significant() -> None:
-    assert float(ratio_tail_log_bound(4, 4, 0.02)) < math.log(1e-6)
-    assert float(ratio_tail_log_bound(0, 10_000, 0.02)) == 0.0
+    assert float(log_tail_bound(4, 4, 0.02)) < math.log(1e-6)
+    assert float(log_tail_bound(0, 10_000, 0.02)) == 0.0
 
 
 def test_overlap_weights_balance_the_hours_of_both_arms() -> None:
@@ -146,7 +146,7 @@ def _crossings(panel: str, rng: np.random.Generator, *, experiments: int, alpha:
         sums.append(history)
     for look in range(8, looks):
         gap = relative_difference(sums[0][look], sums[1][look])
-        bound = stats.norm.isf(alpha) if fixed else boundary(gap.variance, 0.1, alpha)
+        bound = stats.norm.isf(alpha) if fixed else rejection_boundary(gap.variance, 0.1, alpha)
         ever |= gap.value > bound * np.sqrt(gap.variance)
     return float(ever.mean())
 

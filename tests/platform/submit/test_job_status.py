@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from reelway.platform.cluster.ray_job_status import JobState, find_troubles, read_job, release_id_in
+from reelway.platform.cluster.ray_job_status import JobState, find_startup_problems, parse_ray_job, release_id_in
 from reelway.platform.cluster.ray_job_template import QUEUE_LABEL
 
 
@@ -36,15 +36,15 @@ def ray_job(*, labels: dict[str, str] | None = None, suspend: bool = False, **st
     ],
 )
 def test_kuberay_statuses_map_to_one_job_state(deployment: str, job: str, expected: JobState) -> None:
-    read = read_job(ray_job(jobDeploymentStatus=deployment, jobStatus=job))
+    read = parse_ray_job(ray_job(jobDeploymentStatus=deployment, jobStatus=job))
     assert read.state is expected
     assert (read.kind, read.run) == ("train", "production")
 
 
 def test_job_suspended_by_kueue_is_queued() -> None:
     queued = ray_job(labels={QUEUE_LABEL: "night"}, suspend=True, jobDeploymentStatus="Suspended")
-    assert read_job(queued).state is JobState.QUEUED
-    assert read_job(ray_job(labels={QUEUE_LABEL: "night"}, suspend=True)).state is JobState.QUEUED
+    assert parse_ray_job(queued).state is JobState.QUEUED
+    assert parse_ray_job(ray_job(labels={QUEUE_LABEL: "night"}, suspend=True)).state is JobState.QUEUED
 
 
 @pytest.mark.parametrize(
@@ -57,40 +57,40 @@ def test_job_suspended_by_kueue_is_queued() -> None:
 )
 def test_exit_code_of_the_command_is_read_from_the_message(message: str, code: int | None) -> None:
     failed = ray_job(jobDeploymentStatus="Failed", jobStatus="FAILED", reason="AppFailed", message=message)
-    assert read_job(failed).exit_code == code
+    assert parse_ray_job(failed).exit_code == code
 
 
 def test_job_that_never_started_differs_from_an_ended_one() -> None:
-    assert read_job(ray_job(jobDeploymentStatus="Failed", reason="PreRunningDeadlineExceeded")).never_began
-    assert not read_job(ray_job(jobDeploymentStatus="Failed", reason="DeadlineExceeded")).never_began
+    assert parse_ray_job(ray_job(jobDeploymentStatus="Failed", reason="PreRunningDeadlineExceeded")).never_started
+    assert not parse_ray_job(ray_job(jobDeploymentStatus="Failed", reason="DeadlineExceeded")).never_started
 
 
 def test_unschedulable_pod_names_the_missing_resource() -> None:
     condition = {"type": "PodScheduled", "status": "False", "message": "0/3 nodes: 3 Insufficient nvidia.com/gpu."}
     pod = {"metadata": {"name": "head"}, "status": {"conditions": [condition]}}
-    (trouble,) = find_troubles([pod, pod])
-    assert trouble.what == "pod head cannot be scheduled: 0/3 nodes: 3 Insufficient nvidia.com/gpu."
-    assert not trouble.hopeless
+    (trouble,) = find_startup_problems([pod, pod])
+    assert trouble.message == "pod head cannot be scheduled: 0/3 nodes: 3 Insufficient nvidia.com/gpu."
+    assert not trouble.permanent
 
 
 @pytest.mark.parametrize(("reason", "hopeless"), [("ErrImageNeverPull", True), ("ImagePullBackOff", False)])
 def test_missing_image_is_named(reason: str, hopeless: bool) -> None:
     waiting = {"image": "reelway/training:9", "state": {"waiting": {"reason": reason, "message": "not present"}}}
-    (trouble,) = find_troubles([{"metadata": {"name": "head"}, "status": {"containerStatuses": [waiting]}}])
-    assert "cannot pull image reelway/training:9" in trouble.what
-    assert trouble.hopeless is hopeless
+    (trouble,) = find_startup_problems([{"metadata": {"name": "head"}, "status": {"containerStatuses": [waiting]}}])
+    assert "cannot pull image reelway/training:9" in trouble.message
+    assert trouble.permanent is hopeless
 
 
 def test_starting_pod_is_no_startup_problem() -> None:
     starting = {"image": "x", "state": {"waiting": {"reason": "PodInitializing"}}}
     fine = {"type": "PodScheduled", "status": "True"}
     pod = {"metadata": {"name": "head"}, "status": {"containerStatuses": [starting], "conditions": [fine]}}
-    assert find_troubles([pod]) == ()
+    assert find_startup_problems([pod]) == ()
 
 
 def test_exceeded_quota_is_reported_verbatim() -> None:
     event = {"reason": "FailedToCreateHeadPod", "message": "exceeded quota: team"}
-    assert find_troubles([], [event])[0].what == "FailedToCreateHeadPod: exceeded quota: team"
+    assert find_startup_problems([], [event])[0].message == "FailedToCreateHeadPod: exceeded quota: team"
 
 
 def test_release_is_the_last_complete_id_in_the_log() -> None:

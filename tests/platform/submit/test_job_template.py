@@ -9,7 +9,13 @@ import pytest
 import yaml
 from tests.charts.chart_tool import Document, named, rendered
 
-from reelway.platform.cluster.ray_job_template import JobKind, JobRequest, job_document, template_of, toleration
+from reelway.platform.cluster.ray_job_template import (
+    JobKind,
+    JobRequest,
+    build_ray_job,
+    find_template,
+    parse_toleration,
+)
 from reelway.platform.errors import ConfigError
 
 
@@ -21,12 +27,12 @@ def config_map(request: pytest.FixtureRequest) -> Document:
 @pytest.fixture
 def on_gpus() -> Document:
     """Training in the production environment: 4 workers with one GPU each, through Kueue."""
-    return template_of([named(rendered("production-gpu", "as-is"), "ConfigMap", "-jobs")], JobKind.TRAIN, None)
+    return find_template([named(rendered("production-gpu", "as-is"), "ConfigMap", "-jobs")], JobKind.TRAIN, None)
 
 
 @pytest.fixture
 def small() -> Document:
-    return template_of([named(rendered("dev", "as-is"), "ConfigMap", "-jobs")], JobKind.TRAIN, None)
+    return find_template([named(rendered("dev", "as-is"), "ConfigMap", "-jobs")], JobKind.TRAIN, None)
 
 
 def container(job: Document, group: str) -> Document:
@@ -37,8 +43,8 @@ def container(job: Document, group: str) -> Document:
 
 @pytest.mark.parametrize("kind", JobKind)
 def test_job_without_options_equals_the_template(config_map: Document, kind: JobKind) -> None:
-    template = template_of([config_map], kind, "rw")
-    assert comparable(job_document(template, JobRequest(kind))) == comparable(template)
+    template = find_template([config_map], kind, "rw")
+    assert comparable(build_ray_job(template, JobRequest(kind))) == comparable(template)
 
 
 def comparable(job: Document) -> Document:
@@ -56,13 +62,13 @@ def comparable(job: Document) -> Document:
 
 
 def test_run_option_sets_directory_and_label(small: Document) -> None:
-    job = job_document(small, JobRequest(JobKind.TRAIN, run="try-2"))
+    job = build_ray_job(small, JobRequest(JobKind.TRAIN, run="try-2"))
     assert "--run /var/lib/reelway/work/runs/try-2" in job["spec"]["entrypoint"]
     assert job["metadata"]["labels"]["reelway.dev/run"] == "try-2"
 
 
 def test_kubernetes_does_not_expand_the_command_line(small: Document) -> None:
-    job = job_document(small, JobRequest(JobKind.TRAIN, run="try-2", arguments=("--note", "$(HOME)")))
+    job = build_ray_job(small, JobRequest(JobKind.TRAIN, run="try-2", arguments=("--note", "$(HOME)")))
     (given,) = job["spec"]["submitterPodTemplate"]["spec"]["containers"][0]["args"]
     assert given.replace("$$", "$") == job["spec"]["entrypoint"]
     assert "$$(HOME)" in given
@@ -71,11 +77,11 @@ def test_kubernetes_does_not_expand_the_command_line(small: Document) -> None:
 @pytest.mark.parametrize("name", ["../production", "a/b", "-x", "", "x" * 64, "try "])
 def test_invalid_run_name_is_rejected(small: Document, name: str) -> None:
     with pytest.raises(ConfigError, match="expected a name"):
-        job_document(small, JobRequest(JobKind.TRAIN, run=name))
+        build_ray_job(small, JobRequest(JobKind.TRAIN, run=name))
 
 
 def test_workers_have_the_gpus(small: Document) -> None:
-    job = job_document(small, JobRequest(JobKind.TRAIN, workers=4, gpus=2, cpus="8", memory="64Gi"))
+    job = build_ray_job(small, JobRequest(JobKind.TRAIN, workers=4, gpus=2, cpus="8", memory="64Gi"))
     cluster = job["spec"]["rayClusterSpec"]
     assert [cluster["workerGroupSpecs"][0][key] for key in ("replicas", "minReplicas", "maxReplicas")] == [4, 4, 4]
     assert cluster["headGroupSpec"]["rayStartParams"]["num-cpus"] == "0"
@@ -88,7 +94,7 @@ def test_workers_have_the_gpus(small: Document) -> None:
 
 def test_head_runs_everything_without_workers(on_gpus: Document) -> None:
     assert "--workers 4 --gpus 4" in on_gpus["spec"]["entrypoint"]
-    job = job_document(on_gpus, JobRequest(JobKind.TRAIN, workers=0, memory="70Gi"))
+    job = build_ray_job(on_gpus, JobRequest(JobKind.TRAIN, workers=0, memory="70Gi"))
     cluster = job["spec"]["rayClusterSpec"]
     assert cluster["workerGroupSpecs"][0]["replicas"] == 0
     assert "num-cpus" not in cluster["headGroupSpec"]["rayStartParams"]
@@ -99,13 +105,13 @@ def test_head_runs_everything_without_workers(on_gpus: Document) -> None:
 
 
 def test_zero_gpus_removes_the_gpu_resource(on_gpus: Document) -> None:
-    job = job_document(on_gpus, JobRequest(JobKind.TRAIN, gpus=0))
+    job = build_ray_job(on_gpus, JobRequest(JobKind.TRAIN, gpus=0))
     assert "nvidia.com/gpu" not in yaml.safe_dump([container(job, group) for group in ("head", "workers")])
     assert "--gpus" not in job["spec"]["entrypoint"]
 
 
 def test_every_pod_has_the_image_with_the_tolerations(small: Document) -> None:
-    job = job_document(small, JobRequest(JobKind.TRAIN, image="r/t:2", tolerations=("gpu=yes:NoSchedule", "spot")))
+    job = build_ray_job(small, JobRequest(JobKind.TRAIN, image="r/t:2", tolerations=("gpu=yes:NoSchedule", "spot")))
     cluster = job["spec"]["rayClusterSpec"]
     groups = (cluster["headGroupSpec"], cluster["workerGroupSpecs"][0])
     pods = [job["spec"]["submitterPodTemplate"], *(group["template"] for group in groups)]
@@ -120,24 +126,24 @@ def test_every_pod_has_the_image_with_the_tolerations(small: Document) -> None:
 @pytest.mark.parametrize("text", ["", "gpu:Sometimes", "a b", "=x"])
 def test_invalid_toleration_is_rejected(text: str) -> None:
     with pytest.raises(ConfigError, match="KEY"):
-        toleration(text)
+        parse_toleration(text)
 
 
 def test_options_set_queue_ttl_with_backoff_limit(small: Document) -> None:
-    job = job_document(small, JobRequest(JobKind.TRAIN, queue="night", ttl_s=60, backoff_limit=3))
+    job = build_ray_job(small, JobRequest(JobKind.TRAIN, queue="night", ttl_s=60, backoff_limit=3))
     assert job["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] == "night"
     assert (job["spec"]["ttlSecondsAfterFinished"], job["spec"]["backoffLimit"]) == (60, 3)
 
 
 def test_arguments_reach_the_command_verbatim(small: Document) -> None:
     words = ("--set", "two_tower.dim=64", "--waive", "coverage=first week; it's $new")
-    job = job_document(small, JobRequest(JobKind.TRAIN, arguments=words))
+    job = build_ray_job(small, JobRequest(JobKind.TRAIN, arguments=words))
     assert shlex.split(job["spec"]["entrypoint"])[-4:] == list(words)
 
 
 def test_template_is_never_modified(small: Document) -> None:
     before = yaml.safe_dump(small)
-    job_document(small, JobRequest(JobKind.TRAIN, run="x", workers=2, gpus=1, image="x", tolerations=("a",)))
+    build_ray_job(small, JobRequest(JobKind.TRAIN, run="x", workers=2, gpus=1, image="x", tolerations=("a",)))
     assert yaml.safe_dump(small) == before
 
 
@@ -145,7 +151,7 @@ def test_ambiguous_installation_is_rejected(config_map: Document) -> None:
     other = yaml.safe_load(yaml.safe_dump(config_map))
     other["metadata"]["labels"]["app.kubernetes.io/instance"] = "second"
     with pytest.raises(ConfigError, match=r"\['rw', 'second'\].*--installation"):
-        template_of([config_map, other], JobKind.TRAIN, None)
-    assert template_of([config_map, other], JobKind.TRAIN, "second")["kind"] == "RayJob"
+        find_template([config_map, other], JobKind.TRAIN, None)
+    assert find_template([config_map, other], JobKind.TRAIN, "second")["kind"] == "RayJob"
     with pytest.raises(ConfigError, match=r"found installations \[\].*jobs.runsClaim"):
-        template_of([], JobKind.TRAIN, None)
+        find_template([], JobKind.TRAIN, None)

@@ -31,7 +31,7 @@ def main() -> None:
             done.result()
             say(number)
 
-        take: Any = collector.expose if isinstance(work, ExposureBatch) else collector.record
+        take: Any = collector.record_exposures if isinstance(work, ExposureBatch) else collector.record_outcomes
         take(work).add_done_callback(acknowledge)
 
 

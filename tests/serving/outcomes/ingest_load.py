@@ -16,11 +16,11 @@ from reelway.platform.contracts.api import OutcomesRequest
 from reelway.platform.contracts.events import Arm
 from reelway.platform.eventlog.sqlite_log import SqliteLog
 from reelway.platform.tokens import ImpressionToken, TokenSigner
-from reelway.serving.outcomes import ExposedArm, ExposureBuffer, OutcomeAppender, OutcomeCollector
+from reelway.serving.outcomes import ArmKey, EventLogWriter, ExposureBuffer, OutcomeCollector
 from reelway.serving.outcomes.reported import read_outcomes
 
 SIGNER = TokenSigner(b"a secret of the tests, long enough")
-ARMS = (ExposedArm("r-load", Arm.STABLE, "ab" * 32), ExposedArm("r-load", Arm.CANARY, "cd" * 32))
+ARMS = (ArmKey("r-load", Arm.STABLE, "ab" * 32), ArmKey("r-load", Arm.CANARY, "cd" * 32))
 SLATE = 20
 PER_REQUEST = 100
 
@@ -69,7 +69,7 @@ def measure_ingest(
     masks = rng.choice([0, 2, 4, 6], size=(requests, SLATE), p=[0.6, 0.15, 0.15, 0.1]).tolist()
     bodies = list(_bodies(who, masks, rng))
     collector = OutcomeCollector(folder / "outcomes.db")
-    appender = OutcomeAppender(SqliteLog(folder / "log.db")) if logged else None
+    appender = EventLogWriter(SqliteLog(folder / "log.db")) if logged else None
     try:
         wall, cpu = time.perf_counter(), time.process_time()
         buffer = ExposureBuffer()
@@ -86,7 +86,7 @@ def measure_ingest(
         in_log: list[Future[None]] = []
         for body in bodies:
             columns, _ = read_outcomes(OutcomesRequest.model_validate_json(body).outcomes, SIGNER)
-            waiting.append(collector.record(columns))
+            waiting.append(collector.record_outcomes(columns))
             if appender:
                 in_log.append(appender.append(columns))
         counted = sum(one.result()["counted"] for one in waiting)
@@ -101,8 +101,8 @@ def measure_ingest(
 
 
 def _flush(buffer: ExposureBuffer, collector: OutcomeCollector, waiting: list[Future[Any]]) -> None:
-    if batch := buffer.take():
-        waiting.append(collector.expose(batch))
+    if batch := buffer.next_batch():
+        waiting.append(collector.record_exposures(batch))
         buffer.acknowledge(batch)
 
 

@@ -15,7 +15,7 @@ from reelway.platform.rollout.evidence import ArmStatistics
 from reelway.platform.rollout.policy import Slice
 from reelway.platform.rollout.series import OUTCOME_METRICS
 from reelway.platform.tokens import SLICE_BITS, ImpressionToken, TokenSigner
-from reelway.serving.outcomes.exposures import ExposedArm, ExposureBatch
+from reelway.serving.outcomes.exposures import ArmKey, ExposureBatch
 from reelway.serving.outcomes.ledger import Ledger
 from reelway.serving.outcomes.reported import OutcomeColumns, read_outcomes
 from reelway.serving.outcomes.viewer_sums import statistics_of
@@ -28,7 +28,7 @@ Statistics = dict[tuple[Arm, Slice], dict[str, ArmStatistics]]
 
 
 @dataclass(frozen=True)
-class Shown:
+class ShownImpression:
     """One impression."""
 
     id: int
@@ -41,8 +41,8 @@ class Shown:
     at: float = NOW
 
     @property
-    def exposed_arm(self) -> ExposedArm:
-        return ExposedArm(self.rollout, self.arm, RELEASES[self.arm])
+    def exposed_arm(self) -> ArmKey:
+        return ArmKey(self.rollout, self.arm, RELEASES[self.arm])
 
     @property
     def token(self) -> str:
@@ -55,10 +55,10 @@ class Shown:
 
 
 @dataclass(frozen=True)
-class Done:
+class RawOutcome:
     """One outcome."""
 
-    shown: Shown
+    shown: ShownImpression
     type: OutcomeType
     value: float = 1.0
 
@@ -67,7 +67,7 @@ class Done:
         return ReportedOutcome(token=self.shown.token, type=self.type, value=self.value)
 
 
-def exposures_of(shown: Sequence[Shown], number: int, origin: str = "router") -> ExposureBatch:
+def exposures_of(shown: Sequence[ShownImpression], number: int, origin: str = "router") -> ExposureBatch:
     """One row per impression."""
     arms = tuple(dict.fromkeys(one.exposed_arm for one in shown))
     return ExposureBatch(
@@ -80,7 +80,7 @@ def exposures_of(shown: Sequence[Shown], number: int, origin: str = "router") ->
     )  # fmt: skip
 
 
-def columns_of(done: Sequence[Done]) -> OutcomeColumns:
+def columns_of(done: Sequence[RawOutcome]) -> OutcomeColumns:
     columns, refused = read_outcomes([one.reported for one in done], SIGNER)
     assert not refused
     return columns
@@ -95,7 +95,7 @@ def statistics(ledger: Ledger) -> Statistics:
     }
 
 
-def recomputed(shown: Iterable[Shown], done: Iterable[Done], rollout: str = "r-1") -> Statistics:
+def recomputed(shown: Iterable[ShownImpression], done: Iterable[RawOutcome], rollout: str = "r-1") -> Statistics:
     """The expected statistics: each impression once, the first outcome of each type per impression."""
     x: dict[tuple[Arm, Slice], dict[int, float]] = defaultdict(lambda: defaultdict(float))
     y: dict[tuple[Arm, Slice], dict[tuple[int, str], float]] = defaultdict(lambda: defaultdict(float))
@@ -104,7 +104,7 @@ def recomputed(shown: Iterable[Shown], done: Iterable[Done], rollout: str = "r-1
         for part in _parts(one):
             impressions[one.arm, part] += one.rollout == rollout
             x[one.arm, part][one.viewer] += one.weight * (one.rollout == rollout)
-    first: dict[tuple[int, OutcomeType], Done] = {}
+    first: dict[tuple[int, OutcomeType], RawOutcome] = {}
     for outcome in done:
         first.setdefault((outcome.shown.id, outcome.type), outcome)
     for outcome in first.values():
@@ -130,11 +130,11 @@ def recomputed(shown: Iterable[Shown], done: Iterable[Done], rollout: str = "r-1
     }
 
 
-def _parts(one: Shown) -> list[Slice]:
+def _parts(one: ShownImpression) -> list[Slice]:
     return [Slice.OVERALL, *(part for part, bit in SLICE_BITS.items() if one.slices & bit)]
 
 
-def _amounts(outcome: Done) -> list[tuple[str, float]]:
+def _amounts(outcome: RawOutcome) -> list[tuple[str, float]]:
     if outcome.type is not OutcomeType.WATCH:
         return [(f"{outcome.type}_rate", 1.0)]
     long = outcome.value >= min(LONG_WATCH_RATIO * outcome.shown.duration_ms, LONG_WATCH_CAP_MS)
@@ -150,4 +150,4 @@ def assert_same(seen: Statistics, expected: Statistics) -> None:
             for name in ArmStatistics.__dataclass_fields__:
                 value = getattr(other, name)
                 assert getattr(one, name) == pytest.approx(value, rel=1e-9, abs=1e-12), (key, metric, name)
-            assert one.possible, (key, metric, one)
+            assert one.is_consistent, (key, metric, one)

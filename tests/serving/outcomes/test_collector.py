@@ -14,8 +14,8 @@ from tests.serving.outcomes.ingest_load import measure_ingest
 from tests.serving.outcomes.raw_events import (
     NOW,
     RELEASES,
-    Done,
-    Shown,
+    RawOutcome,
+    ShownImpression,
     assert_same,
     columns_of,
     exposures_of,
@@ -29,8 +29,8 @@ from reelway.platform.rollout.policy import Slice
 from reelway.platform.telemetry import ALLOWED_LABELS
 from reelway.serving.outcomes import OutcomeCollector
 
-SHOWN = [Shown(i, i % 5, Arm.CANARY if i % 2 else Arm.STABLE, 0.5, i % 8) for i in range(40)]
-DONE = [Done(one, OutcomeType.WATCH, 20_000.0) for one in SHOWN]
+SHOWN = [ShownImpression(i, i % 5, Arm.CANARY if i % 2 else Arm.STABLE, 0.5, i % 8) for i in range(40)]
+DONE = [RawOutcome(one, OutcomeType.WATCH, 20_000.0) for one in SHOWN]
 
 
 @pytest.fixture
@@ -43,10 +43,10 @@ def collector(tmp_path: Path) -> Iterator[OutcomeCollector]:
 def test_concurrent_requests_are_counted_once_each(collector: OutcomeCollector) -> None:
     answers: list[dict[str, int]] = []
 
-    def report(one: Done) -> None:
-        answers.append(collector.record(columns_of([one, one])).result(10))
+    def report(one: RawOutcome) -> None:
+        answers.append(collector.record_outcomes(columns_of([one, one])).result(10))
 
-    collector.expose(exposures_of(SHOWN, 1)).result(10)
+    collector.record_exposures(exposures_of(SHOWN, 1)).result(10)
     threads = [threading.Thread(target=report, args=(one,)) for one in DONE]
     for thread in threads:
         thread.start()
@@ -67,7 +67,7 @@ def test_requests_during_a_commit_share_the_next_transaction(
         return apply(batches, outcomes, retire)
 
     monkeypatch.setattr(collector._ledger, "apply", counting_apply)
-    for future in [collector.record(columns_of([one])) for one in DONE]:
+    for future in [collector.record_outcomes(columns_of([one])) for one in DONE]:
         future.result(10)
     assert sum(applied) == len(DONE)
     assert len(applied) < len(DONE) / 4
@@ -83,11 +83,11 @@ def test_commit_interval_collects_requests(tmp_path: Path, monkeypatch: pytest.M
         return apply(batches, outcomes, retire)
 
     monkeypatch.setattr(collector._ledger, "apply", counting_apply)
-    collector.record(columns_of(DONE[:1])).result(10)
+    collector.record_outcomes(columns_of(DONE[:1])).result(10)
     futures = []
     for one in DONE[1:5]:
         time.sleep(0.02)  # so far apart that only the commit interval can combine them
-        futures.append(collector.record(columns_of([one])))
+        futures.append(collector.record_outcomes(columns_of([one])))
     for future in futures:
         future.result(10)
     collector.close()
@@ -95,11 +95,11 @@ def test_commit_interval_collects_requests(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_close_counts_accepted_requests(collector: OutcomeCollector) -> None:
-    futures = [collector.record(columns_of([one])) for one in DONE]
+    futures = [collector.record_outcomes(columns_of([one])) for one in DONE]
     collector.close()
     assert sum(future.result(0)["counted"] for future in futures) == len(DONE)
     with pytest.raises(ServingError, match="closed"):
-        collector.record(columns_of(DONE))
+        collector.record_outcomes(columns_of(DONE))
     collector.close()
 
 
@@ -108,11 +108,11 @@ def test_failed_transaction_fails_all_of_its_futures(
 ) -> None:
     with monkeypatch.context() as broken:
         broken.setattr(collector._store, "write_sums", _no_space)
-        futures = [collector.record(columns_of([one])) for one in DONE[:3]]
+        futures = [collector.record_outcomes(columns_of([one])) for one in DONE[:3]]
         for future in futures:
             with pytest.raises(StorageError, match="no space"):
                 future.result(10)
-    assert collector.record(columns_of(DONE)).result(10)["counted"] == len(DONE)
+    assert collector.record_outcomes(columns_of(DONE)).result(10)["counted"] == len(DONE)
     assert "outcome collector: a batch of" in caplog.text
 
 
@@ -121,32 +121,34 @@ def _no_space(*_: object) -> None:
 
 
 def test_future_of_a_request_cannot_be_cancelled(collector: OutcomeCollector) -> None:
-    gone = collector.record(columns_of(DONE[:1]))
+    gone = collector.record_outcomes(columns_of(DONE[:1]))
     assert not gone.cancel()
-    assert collector.record(columns_of(DONE[1:2])).result(10)["counted"] == 1
+    assert collector.record_outcomes(columns_of(DONE[1:2])).result(10)["counted"] == 1
 
 
 def test_full_queue_rejects_requests_until_it_drains(
     collector: OutcomeCollector, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(collector._worker, "_max_queued_rows", 30)
-    futures = [collector.record(columns_of(DONE))]  # an empty queue accepts any size
+    futures = [collector.record_outcomes(columns_of(DONE))]  # an empty queue accepts any size
     refusals = []
     for _ in range(20):
         try:
-            futures.append(collector.record(columns_of(DONE)))
+            futures.append(collector.record_outcomes(columns_of(DONE)))
         except ServingError as error:
             refusals.append(str(error))
     assert "outcome collector: 40 rows are queued, at most 30 may be; send the request again" in refusals
     for future in futures:
         future.result(10)
-    assert collector.record(columns_of(DONE)).result(10)["duplicate"] == len(DONE)
+    assert collector.record_outcomes(columns_of(DONE)).result(10)["duplicate"] == len(DONE)
 
 
 def test_metrics_have_the_names_and_labels_of_the_rollout(collector: OutcomeCollector) -> None:
-    collector.expose(exposures_of(SHOWN, 1)).result(10)
-    collector.record(columns_of([*DONE, *DONE[:3]])).result(10)
-    collector.record(columns_of([Done(Shown(99, 1, Arm.STABLE, 0, 0, rollout=""), OutcomeType.SKIP)])).result(10)
+    collector.record_exposures(exposures_of(SHOWN, 1)).result(10)
+    collector.record_outcomes(columns_of([*DONE, *DONE[:3]])).result(10)
+    collector.record_outcomes(
+        columns_of([RawOutcome(ShownImpression(99, 1, Arm.STABLE, 0, 0, rollout=""), OutcomeType.SKIP)])
+    ).result(10)
     collector.count_refused(2)
     samples = {
         (sample.name, tuple(sorted(sample.labels.items()))): sample.value
@@ -181,8 +183,8 @@ def test_counters_survive_a_restart(tmp_path: Path) -> None:
     path = tmp_path / "outcomes.db"
     texts = []
     collector = OutcomeCollector(path, clock=lambda: NOW)
-    collector.expose(exposures_of(SHOWN, 1))
-    collector.record(columns_of(DONE))
+    collector.record_exposures(exposures_of(SHOWN, 1))
+    collector.record_outcomes(columns_of(DONE))
     for _ in range(2):
         collector.close()
         texts.append(collector.metrics_text())
@@ -193,23 +195,23 @@ def test_counters_survive_a_restart(tmp_path: Path) -> None:
 
 
 def test_statistics_of_a_retired_rollout_remain_readable(collector: OutcomeCollector) -> None:
-    collector.expose(exposures_of(SHOWN, 1))
+    collector.record_exposures(exposures_of(SHOWN, 1))
     collector.retire("r-1").result(10)
-    assert collector.record(columns_of(DONE)).result(10)["retired"] == len(DONE)
+    assert collector.record_outcomes(columns_of(DONE)).result(10)["retired"] == len(DONE)
     assert collector.statistics("r-1")[Arm.CANARY, Slice.OVERALL]["like_rate"].viewers > 0
     assert collector.statistics("r-2") == {}
 
 
 def test_retirement_keeps_its_order_among_requests(collector: OutcomeCollector) -> None:
-    before = collector.record(columns_of(DONE[:10]))
+    before = collector.record_outcomes(columns_of(DONE[:10]))
     collector.retire("r-1")
-    after = collector.record(columns_of(DONE[10:]))
+    after = collector.record_outcomes(columns_of(DONE[10:]))
     assert before.result(10)["counted"] == 10
     assert after.result(10)["retired"] == len(DONE) - 10
 
 
 def test_file_of_another_schema_version_is_rejected(tmp_path: Path, collector: OutcomeCollector) -> None:
-    collector.expose(exposures_of(SHOWN, 1)).result(10)
+    collector.record_exposures(exposures_of(SHOWN, 1)).result(10)
     collector._store._db.execute("PRAGMA user_version = 9")
     collector.close()
     with pytest.raises(StorageError, match="schema version 9, expected 1"):

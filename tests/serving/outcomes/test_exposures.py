@@ -10,13 +10,13 @@ import pytest
 
 from reelway.platform.contracts.events import Arm
 from reelway.platform.errors import ServingError
-from reelway.serving.outcomes import ExposedArm, ExposureBatch, ExposureBuffer, forward_exposures
+from reelway.serving.outcomes import ArmKey, ExposureBatch, ExposureBuffer, forward_exposures
 
-STABLE = ExposedArm("r-1", Arm.STABLE, "ab" * 32)
-CANARY = ExposedArm("r-1", Arm.CANARY, "cd" * 32)
+STABLE = ArmKey("r-1", Arm.STABLE, "ab" * 32)
+CANARY = ArmKey("r-1", Arm.CANARY, "cd" * 32)
 
 
-def rows_of(batch: ExposureBatch | None) -> list[tuple[ExposedArm, int, float, int, int]]:
+def rows_of(batch: ExposureBatch | None) -> list[tuple[ArmKey, int, float, int, int]]:
     assert batch is not None
     return [
         (batch.arms[arm], *rest)
@@ -31,7 +31,7 @@ def test_slate_is_one_row_per_mask_of_slices() -> None:
     buffer = ExposureBuffer()
     buffer.add(CANARY, 7, 0.75, [0, 2, 2, 6, 0])
     buffer.add(STABLE, 8, 0.25, [0] * 20)
-    assert rows_of(buffer.take()) == [
+    assert rows_of(buffer.next_batch()) == [
         (CANARY, 7, 0.75, 0, 2), (CANARY, 7, 0.75, 2, 2), (CANARY, 7, 0.75, 6, 1), (STABLE, 8, 0.25, 0, 20),
     ]  # fmt: skip
 
@@ -39,42 +39,42 @@ def test_slate_is_one_row_per_mask_of_slices() -> None:
 def test_batch_is_repeated_until_it_is_acknowledged() -> None:
     buffer = ExposureBuffer()
     buffer.add(CANARY, 7, 0.75, [0])
-    first = buffer.take()
+    first = buffer.next_batch()
     buffer.add(STABLE, 8, 0.25, [0])
     assert first is not None
-    assert buffer.take() is first
+    assert buffer.next_batch() is first
     buffer.acknowledge(first)
-    second = buffer.take()
+    second = buffer.next_batch()
     assert rows_of(second) == [(STABLE, 8, 0.25, 0, 1)]
     assert second is not None
     assert (second.origin, second.number) == (first.origin, first.number + 1)
     buffer.acknowledge(first)  # a repeated answer
-    assert buffer.take() is second
+    assert buffer.next_batch() is second
 
 
 def test_arm_is_announced_once() -> None:
     buffer = ExposureBuffer()
-    buffer.announce([CANARY, STABLE, ExposedArm("", Arm.STABLE, "ab" * 32)])
-    batch = buffer.take()
+    buffer.announce([CANARY, STABLE, ArmKey("", Arm.STABLE, "ab" * 32)])
+    batch = buffer.next_batch()
     assert batch is not None
     assert (batch.arms, len(batch.arm)) == ((CANARY, STABLE), 0)
     buffer.acknowledge(batch)
-    buffer.add(ExposedArm("", Arm.STABLE, "ab" * 32), 7, 0.0, [0])
-    assert buffer.take() is None
+    buffer.add(ArmKey("", Arm.STABLE, "ab" * 32), 7, 0.0, [0])
+    assert buffer.next_batch() is None
 
 
 def test_full_buffer_counts_dropped_impressions() -> None:
     buffer = ExposureBuffer(max_rows=2)
     for viewer in range(4):
         buffer.add(CANARY, viewer, 0.5, [0, 0, 0])
-    assert (len(rows_of(buffer.take())), buffer.dropped) == (2, 6)
+    assert (len(rows_of(buffer.next_batch())), buffer.dropped) == (2, 6)
 
 
 def test_every_start_of_a_router_has_its_own_origin() -> None:
     buffers = ExposureBuffer(), ExposureBuffer()
     for buffer in buffers:
         buffer.announce([CANARY])
-    first, second = (buffer.take() for buffer in buffers)
+    first, second = (buffer.next_batch() for buffer in buffers)
     assert first is not None
     assert second is not None
     assert first.origin != second.origin
@@ -98,7 +98,7 @@ def test_invalid_batch_is_rejected(change: dict[str, list[float]], message: str)
         ExposureBatch("router", 1, (CANARY,), **{name: np.array(columns[name], types[name]) for name in types})
 
 
-class Unreliable:
+class UnreliableCollector:
     """A collector that fails, hangs, or counts a batch and loses its answer."""
 
     def __init__(self, *moods: str) -> None:
@@ -119,7 +119,7 @@ class Unreliable:
 
 
 def test_forwarding_repeats_a_batch_until_it_is_acknowledged(caplog: pytest.LogCaptureFixture) -> None:
-    collector = Unreliable("away", "hangs", "forgets to answer", "well")
+    collector = UnreliableCollector("away", "hangs", "forgets to answer", "well")
     with caplog.at_level(logging.WARNING):
         asyncio.run(_forward_two_batches(collector))
     assert collector.counted == {1: 1, 2: 1}
@@ -129,12 +129,12 @@ def test_forwarding_repeats_a_batch_until_it_is_acknowledged(caplog: pytest.LogC
     ]
 
 
-async def _forward_two_batches(collector: Unreliable) -> None:
+async def _forward_two_batches(collector: UnreliableCollector) -> None:
     buffer = ExposureBuffer()
     buffer.add(CANARY, 1, 0.5, [0])
-    task = asyncio.create_task(forward_exposures(buffer, collector.send, every_s=0.001, patience_s=0.02))
+    task = asyncio.create_task(forward_exposures(buffer, collector.send, every_s=0.001, ack_timeout_s=0.02))
     async with asyncio.timeout(5):
-        while collector.calls < 4 or buffer.take() is not None:
+        while collector.calls < 4 or buffer.next_batch() is not None:
             await asyncio.sleep(0.005)
         buffer.add(CANARY, 2, 0.5, [0])
         while len(collector.counted) < 2:

@@ -12,8 +12,8 @@ from tests.serving.outcomes.raw_events import (
     NOW,
     RELEASES,
     SIGNER,
-    Done,
-    Shown,
+    RawOutcome,
+    ShownImpression,
     assert_same,
     columns_of,
     exposures_of,
@@ -24,17 +24,17 @@ from tests.serving.outcomes.raw_events import (
 from reelway.platform.contracts.events import OUTCOME_HORIZON_S, Arm, OutcomeType
 from reelway.platform.rollout.policy import Slice
 from reelway.platform.rollout.series import RECEIVED_OUTCOMES
-from reelway.serving.outcomes.exposures import ExposedArm
+from reelway.serving.outcomes.exposures import ArmKey
 from reelway.serving.outcomes.ledger import Ledger
 from reelway.serving.outcomes.outcome_store import OutcomeStore
 from reelway.serving.outcomes.reported import read_outcomes
 
-SHOWN = Shown(11, viewer=1, arm=Arm.CANARY, weight=0.5, slices=3)
-LIKE = Done(SHOWN, OutcomeType.LIKE)
+SHOWN = ShownImpression(11, viewer=1, arm=Arm.CANARY, weight=0.5, slices=3)
+LIKE = RawOutcome(SHOWN, OutcomeType.LIKE)
 
 
 @dataclass
-class Bench:
+class LedgerFixture:
     """A ledger with a settable clock that can be restarted."""
 
     path: Path
@@ -52,11 +52,11 @@ class Bench:
         self.store.close()
         self.start()
 
-    def expose(self, *shown: Shown) -> None:
+    def expose(self, *shown: ShownImpression) -> None:
         self.number += 1
         self.ledger.apply([exposures_of(shown, self.number)], [])
 
-    def report(self, *done: Done) -> list[str]:
+    def report(self, *done: RawOutcome) -> list[str]:
         (fates,) = self.ledger.apply([], [columns_of(done)])
         return [RECEIVED_OUTCOMES[fate] for fate in fates.tolist()]
 
@@ -65,35 +65,35 @@ class Bench:
 
 
 @pytest.fixture
-def bench(tmp_path: Path) -> Iterator[Bench]:
-    bench = Bench(tmp_path / "outcomes.db")
+def bench(tmp_path: Path) -> Iterator[LedgerFixture]:
+    bench = LedgerFixture(tmp_path / "outcomes.db")
     yield bench
     bench.store.close()
 
 
-def test_second_outcome_of_a_type_is_a_duplicate(bench: Bench) -> None:
-    share = Done(SHOWN, OutcomeType.SHARE)
+def test_second_outcome_of_a_type_is_a_duplicate(bench: LedgerFixture) -> None:
+    share = RawOutcome(SHOWN, OutcomeType.SHARE)
     assert bench.report(LIKE, LIKE, share) == ["counted", "duplicate", "counted"]
     assert bench.report(LIKE) == ["duplicate"]
     bench.restart()
-    assert bench.report(share, Done(SHOWN, OutcomeType.SAVE)) == ["duplicate", "counted"]
+    assert bench.report(share, RawOutcome(SHOWN, OutcomeType.SAVE)) == ["duplicate", "counted"]
     assert bench.ledger.snapshot.received[RELEASES[Arm.CANARY], "canary", "like", "duplicate"] == 2
 
 
-def test_second_watch_of_an_impression_changes_nothing(bench: Bench) -> None:
-    watch = Done(SHOWN, OutcomeType.WATCH, 3_000.0)
+def test_second_watch_of_an_impression_changes_nothing(bench: LedgerFixture) -> None:
+    watch = RawOutcome(SHOWN, OutcomeType.WATCH, 3_000.0)
     assert bench.report(watch, replace(watch, value=20_000.0)) == ["counted", "duplicate"]
     assert_same(statistics(bench.ledger), recomputed([], [watch]))
 
 
-def test_outcome_is_late_by_its_arrival(bench: Bench) -> None:
+def test_outcome_is_late_by_its_arrival(bench: LedgerFixture) -> None:
     bench.now = NOW + OUTCOME_HORIZON_S
     assert bench.report(LIKE) == ["counted"]
     bench.now += 1
-    assert bench.report(LIKE, Done(SHOWN, OutcomeType.SHARE)) == ["late", "late"]
+    assert bench.report(LIKE, RawOutcome(SHOWN, OutcomeType.SHARE)) == ["late", "late"]
 
 
-def test_outcome_is_late_by_its_event_time(bench: Bench) -> None:
+def test_outcome_is_late_by_its_event_time(bench: LedgerFixture) -> None:
     def at(seconds: float) -> str:
         time = datetime.fromtimestamp(NOW + seconds, UTC)
         columns, _ = read_outcomes([LIKE.reported.model_copy(update={"event_time": time})], SIGNER)
@@ -104,14 +104,14 @@ def test_outcome_is_late_by_its_event_time(bench: Bench) -> None:
     assert at(OUTCOME_HORIZON_S) == "counted"
 
 
-def test_outcome_without_a_rollout_is_outside(bench: Bench) -> None:
+def test_outcome_without_a_rollout_is_outside(bench: LedgerFixture) -> None:
     nowhere = replace(SHOWN, rollout="", at=NOW - 10 * OUTCOME_HORIZON_S)
-    assert bench.report(Done(nowhere, OutcomeType.LIKE), LIKE) == ["outside", "counted"]
+    assert bench.report(RawOutcome(nowhere, OutcomeType.LIKE), LIKE) == ["outside", "counted"]
     bench.expose(nowhere)
     assert [arm.rollout for arm in bench.ledger.snapshot.sums] == ["r-1"]
 
 
-def test_retired_rollout_keeps_its_sums(bench: Bench) -> None:
+def test_retired_rollout_keeps_its_sums(bench: LedgerFixture) -> None:
     bench.expose(SHOWN)
     bench.ledger.apply([], [], "r-1")
     bench.restart()
@@ -120,7 +120,7 @@ def test_retired_rollout_keeps_its_sums(bench: Bench) -> None:
     assert_same(statistics(bench.ledger), recomputed([SHOWN], []))
 
 
-def test_exposures_do_not_restart_a_retired_rollout(bench: Bench) -> None:
+def test_exposures_do_not_restart_a_retired_rollout(bench: LedgerFixture) -> None:
     bench.ledger.apply([], [], "r-1")
     for _ in range(3):
         bench.now += OUTCOME_HORIZON_S
@@ -129,13 +129,13 @@ def test_exposures_do_not_restart_a_retired_rollout(bench: Bench) -> None:
     assert bench.ledger.snapshot.sums == {}
 
 
-def test_rollout_retired_before_its_first_outcome_stays_retired(bench: Bench) -> None:
+def test_rollout_retired_before_its_first_outcome_stays_retired(bench: LedgerFixture) -> None:
     bench.ledger.apply([], [], "r-1")
     assert bench.report(LIKE) == ["retired"]
     assert bench.ledger.snapshot.sums == {}
 
 
-def test_new_rollout_ends_the_one_with_the_oldest_exposure(bench: Bench) -> None:
+def test_new_rollout_ends_the_one_with_the_oldest_exposure(bench: LedgerFixture) -> None:
     for name in ("r-1", "r-2"):
         bench.now += 1
         bench.expose(replace(SHOWN, rollout=name))
@@ -144,52 +144,52 @@ def test_new_rollout_ends_the_one_with_the_oldest_exposure(bench: Bench) -> None
     bench.now += 1
     bench.expose(replace(SHOWN, rollout="r-3"))
     assert {arm.rollout for arm in bench.ledger.snapshot.sums} == {"r-1", "r-3"}
-    assert bench.report(Done(replace(SHOWN, rollout="r-2"), OutcomeType.LIKE), LIKE) == ["retired", "counted"]
+    assert bench.report(RawOutcome(replace(SHOWN, rollout="r-2"), OutcomeType.LIKE), LIKE) == ["retired", "counted"]
     bench.restart()
-    assert bench.report(Done(replace(SHOWN, rollout="r-2"), OutcomeType.LIKE)) == ["retired"]
+    assert bench.report(RawOutcome(replace(SHOWN, rollout="r-2"), OutcomeType.LIKE)) == ["retired"]
 
 
-def test_token_of_a_dropped_rollout_drops_no_active_one(bench: Bench) -> None:
+def test_token_of_a_dropped_rollout_drops_no_active_one(bench: LedgerFixture) -> None:
     for name in ("r-1", "r-2"):
         bench.expose(replace(SHOWN, rollout=name))
     long_ago = replace(SHOWN, rollout="r-0", at=SHOWN.at - 60)
-    assert bench.report(Done(long_ago, OutcomeType.LIKE)) == ["retired"]
+    assert bench.report(RawOutcome(long_ago, OutcomeType.LIKE)) == ["retired"]
     assert {arm.rollout for arm in bench.ledger.snapshot.sums} == {"r-1", "r-2"}
 
 
-def test_early_outcome_registers_its_rollout(bench: Bench) -> None:
+def test_early_outcome_registers_its_rollout(bench: LedgerFixture) -> None:
     for name in ("r-1", "r-2"):
         bench.now += 1
         bench.expose(replace(SHOWN, rollout=name))
     newest = replace(SHOWN, rollout="r-3", at=bench.now)
     bench.now += 1
-    assert bench.report(Done(newest, OutcomeType.LIKE)) == ["counted"]
+    assert bench.report(RawOutcome(newest, OutcomeType.LIKE)) == ["counted"]
     bench.expose(newest)
     assert {arm.rollout for arm in bench.ledger.snapshot.sums} == {"r-2", "r-3"}
 
 
-def test_exposure_batch_is_counted_once_per_origin(bench: Bench) -> None:
+def test_exposure_batch_is_counted_once_per_origin(bench: LedgerFixture) -> None:
     bench.ledger.apply([exposures_of([SHOWN], 1), exposures_of([SHOWN], 1, origin="other")], [])
     bench.restart()
     bench.ledger.apply([exposures_of([SHOWN], 1), exposures_of([SHOWN], 2)], [])
     assert_same(statistics(bench.ledger), recomputed([SHOWN] * 3, []))
 
 
-def test_announced_arm_has_zero_sums(bench: Bench) -> None:
-    arm = ExposedArm("r-1", Arm.CANARY, RELEASES[Arm.CANARY])
+def test_announced_arm_has_zero_sums(bench: LedgerFixture) -> None:
+    arm = ArmKey("r-1", Arm.CANARY, RELEASES[Arm.CANARY])
     bench.ledger.apply([replace(exposures_of([], 1), arms=(arm,))], [])
     assert (bench.ledger.snapshot.sums[arm] == 0).all()
 
 
-def test_arm_with_another_release_has_separate_sums(bench: Bench) -> None:
+def test_arm_with_another_release_has_separate_sums(bench: LedgerFixture) -> None:
     bench.expose(SHOWN)
-    promoted = ExposedArm("r-1", Arm.CANARY, "ef" * 32)
+    promoted = ArmKey("r-1", Arm.CANARY, "ef" * 32)
     bench.ledger.apply([replace(exposures_of([SHOWN], 9), arms=(promoted,))], [])
     sums = bench.ledger.snapshot.sums
     assert sums[promoted][0, 0] == sums[SHOWN.exposed_arm][0, 0] == 1
 
 
-def test_outcome_may_arrive_before_its_impression(bench: Bench) -> None:
+def test_outcome_may_arrive_before_its_impression(bench: LedgerFixture) -> None:
     assert bench.report(LIKE) == ["counted"]
     bench.expose(SHOWN)
     assert_same(statistics(bench.ledger), recomputed([SHOWN], [LIKE]))
@@ -202,30 +202,32 @@ def test_outcome_may_arrive_before_its_impression(bench: Bench) -> None:
         (29_999, 0, 0), (30_000, 0, 1), (0, 20_000, 0),
     ],
 )  # fmt: skip
-def test_long_watch_is_defined_by_ratio_or_cap(bench: Bench, watched_ms: int, duration_ms: int, long: int) -> None:
-    bench.report(Done(replace(SHOWN, duration_ms=duration_ms), OutcomeType.WATCH, watched_ms))
+def test_long_watch_is_defined_by_ratio_or_cap(
+    bench: LedgerFixture, watched_ms: int, duration_ms: int, long: int
+) -> None:
+    bench.report(RawOutcome(replace(SHOWN, duration_ms=duration_ms), OutcomeType.WATCH, watched_ms))
     overall = statistics(bench.ledger)[Arm.CANARY, Slice.OVERALL]
     assert overall["long_watch_rate"].sum_y == 0.5 * long
     assert overall["watch_s_per_impression"].sum_y == pytest.approx(0.5 * watched_ms / 1000)
 
 
-def test_cleanup_deletes_only_expired_rows(bench: Bench) -> None:
+def test_cleanup_deletes_only_expired_rows(bench: LedgerFixture) -> None:
     bench.expose(SHOWN)
     bench.report(LIKE)
     bench.now += OUTCOME_HORIZON_S
     assert bench.ledger.clean(100) == 0
     fresh = replace(SHOWN, id=12, at=bench.now)
-    bench.report(Done(fresh, OutcomeType.LIKE))
+    bench.report(RawOutcome(fresh, OutcomeType.LIKE))
     bench.now += 3 * 3600
     assert bench.ledger.clean(100) == 1
     assert (bench.rows("seen"), bench.rows("origins"), bench.rows("viewers")) == (1, 0, 1)
-    assert bench.report(LIKE, Done(fresh, OutcomeType.LIKE)) == ["late", "duplicate"]
+    assert bench.report(LIKE, RawOutcome(fresh, OutcomeType.LIKE)) == ["late", "duplicate"]
 
 
-def test_dropped_rollout_is_deleted_in_batches(bench: Bench) -> None:
+def test_dropped_rollout_is_deleted_in_batches(bench: LedgerFixture) -> None:
     for rollout in ("r-1", "r-2", "r-3"):
         bench.now += 1
-        bench.expose(*(Shown(i, i, Arm.STABLE, 0.5, 0, rollout=rollout) for i in range(30)))
+        bench.expose(*(ShownImpression(i, i, Arm.STABLE, 0.5, 0, rollout=rollout) for i in range(30)))
     assert bench.rows("viewers") == 90
     left = [bench.ledger.clean(20) for _ in range(3)]
     assert left == [20, 10, 0]
@@ -236,7 +238,7 @@ def test_dropped_rollout_is_deleted_in_batches(bench: Bench) -> None:
     assert bench.rows("rollouts") == 2
 
 
-def test_failed_batch_counts_nothing(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failed_batch_counts_nothing(bench: LedgerFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     bench.expose(SHOWN)
     before = bench.ledger.snapshot
     sums = before.sums[SHOWN.exposed_arm].copy()
@@ -254,8 +256,8 @@ def test_failed_batch_counts_nothing(bench: Bench, monkeypatch: pytest.MonkeyPat
     assert_same(statistics(bench.ledger), recomputed([SHOWN], [LIKE]))
 
 
-def test_rows_of_one_viewer_in_a_batch_are_one_viewer(bench: Bench) -> None:
-    many: Callable[[int], Shown] = lambda i: replace(SHOWN, id=i, slices=i % 8)
+def test_rows_of_one_viewer_in_a_batch_are_one_viewer(bench: LedgerFixture) -> None:
+    many: Callable[[int], ShownImpression] = lambda i: replace(SHOWN, id=i, slices=i % 8)
     shown = [many(i) for i in range(16)]
     bench.expose(*shown)
     assert statistics(bench.ledger)[Arm.CANARY, Slice.OVERALL]["like_rate"].viewers == 1

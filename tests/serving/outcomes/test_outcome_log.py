@@ -9,17 +9,17 @@ from typing import Any
 import pyarrow as pa
 import pytest
 from fastapi.testclient import TestClient
-from tests.serving.outcomes.raw_events import NOW, SIGNER, Done, Shown, columns_of
+from tests.serving.outcomes.raw_events import NOW, SIGNER, RawOutcome, ShownImpression, columns_of
 
 from reelway.platform.contracts.events import Arm, OutcomeType
 from reelway.platform.errors import ServingError, StorageError
 from reelway.platform.eventlog import LogRecord
-from reelway.platform.eventlog.outcome_events import outcomes_of
+from reelway.platform.eventlog.outcome_events import decode_outcomes
 from reelway.platform.eventlog.sqlite_log import SqliteLog
-from reelway.serving.outcomes import OutcomeAppender, OutcomeCollector, build_outcomes_api
+from reelway.serving.outcomes import EventLogWriter, OutcomeCollector, build_outcomes_api
 
 HEARD = NOW + 7.25
-SHOWN = [Shown(i, i % 5, Arm.CANARY if i % 2 else Arm.STABLE, 0.5, 0) for i in range(20)]
+SHOWN = [ShownImpression(i, i % 5, Arm.CANARY if i % 2 else Arm.STABLE, 0.5, 0) for i in range(20)]
 
 
 class FailingLog(SqliteLog):
@@ -35,7 +35,7 @@ class FailingLog(SqliteLog):
 
 def logged(path: Path) -> list[dict[str, Any]]:
     log = SqliteLog(path)
-    tables = [outcomes_of(record.payload) for record in log.read({}, limit=1_000).records]
+    tables = [decode_outcomes(record.payload) for record in log.read({}, limit=1_000).records]
     log.close()
     return pa.concat_tables(table.unify_dictionaries() for table in tables).to_pylist() if tables else []
 
@@ -48,18 +48,18 @@ def log(tmp_path: Path) -> FailingLog:
 @pytest.fixture
 def client(tmp_path: Path, log: FailingLog) -> Iterator[TestClient]:
     collector = OutcomeCollector(tmp_path / "outcomes.db", clock=lambda: NOW)
-    with TestClient(build_outcomes_api(collector, SIGNER, OutcomeAppender(log, clock=lambda: HEARD))) as client:
+    with TestClient(build_outcomes_api(collector, SIGNER, EventLogWriter(log, clock=lambda: HEARD))) as client:
         yield client
 
 
-def body_of(done: Done) -> dict[str, Any]:
+def body_of(done: RawOutcome) -> dict[str, Any]:
     return done.reported.model_dump(mode="json", exclude_none=True)
 
 
 def test_answered_outcomes_are_in_the_log_with_their_tokens_data(client: TestClient, tmp_path: Path) -> None:
     outcomes = [
-        body_of(Done(SHOWN[1], OutcomeType.WATCH, 1234.0)) | {"event_time": "2027-01-15T08:00:00+00:00"},
-        body_of(Done(SHOWN[2], OutcomeType.LIKE)),
+        body_of(RawOutcome(SHOWN[1], OutcomeType.WATCH, 1234.0)) | {"event_time": "2027-01-15T08:00:00+00:00"},
+        body_of(RawOutcome(SHOWN[2], OutcomeType.LIKE)),
         {"token": "forged", "type": "like"},
     ]
     answer = client.post("/", json={"outcomes": outcomes})
@@ -79,13 +79,13 @@ def test_answered_outcomes_are_in_the_log_with_their_tokens_data(client: TestCli
 
 def test_repeated_outcome_is_logged_with_the_same_id(client: TestClient, tmp_path: Path) -> None:
     for _ in range(2):
-        client.post("/", json={"outcomes": [body_of(Done(SHOWN[1], OutcomeType.LIKE))]})
+        client.post("/", json={"outcomes": [body_of(RawOutcome(SHOWN[1], OutcomeType.LIKE))]})
     first, second = logged(tmp_path / "log.db")
     assert first["outcome_id"] == second["outcome_id"]
 
 
 def test_failed_append_is_answered_with_503(client: TestClient, log: FailingLog, tmp_path: Path) -> None:
-    body = {"outcomes": [body_of(Done(SHOWN[1], OutcomeType.LIKE))]}
+    body = {"outcomes": [body_of(RawOutcome(SHOWN[1], OutcomeType.LIKE))]}
     log.full = True
     assert client.post("/", json=body).status_code == 503
     log.full = False
@@ -96,10 +96,10 @@ def test_failed_append_is_answered_with_503(client: TestClient, log: FailingLog,
 
 
 def test_close_appends_accepted_outcomes(tmp_path: Path) -> None:
-    appender = OutcomeAppender(SqliteLog(tmp_path / "log.db"), append_every_s=0.5)
-    futures = [appender.append(columns_of([Done(shown, OutcomeType.LIKE)])) for shown in SHOWN]
+    appender = EventLogWriter(SqliteLog(tmp_path / "log.db"), append_every_s=0.5)
+    futures = [appender.append(columns_of([RawOutcome(shown, OutcomeType.LIKE)])) for shown in SHOWN]
     appender.close()
     assert all(future.done() for future in futures)
     assert len(logged(tmp_path / "log.db")) == len(SHOWN)
     with pytest.raises(ServingError, match="closed"):
-        appender.append(columns_of([Done(SHOWN[0], OutcomeType.LIKE)]))
+        appender.append(columns_of([RawOutcome(SHOWN[0], OutcomeType.LIKE)]))

@@ -13,7 +13,15 @@ from typing import Any
 import httpx
 import pytest
 import uvicorn
-from tests.serving.outcomes.raw_events import NOW, SIGNER, Done, Shown, assert_same, exposures_of, recomputed
+from tests.serving.outcomes.raw_events import (
+    NOW,
+    SIGNER,
+    RawOutcome,
+    ShownImpression,
+    assert_same,
+    exposures_of,
+    recomputed,
+)
 
 from reelway.platform.contracts.api import ErrorResponse, OutcomesResponse
 from reelway.platform.contracts.events import Arm, OutcomeType
@@ -22,7 +30,7 @@ from reelway.platform.tokens import TokenSigner
 from reelway.serving.outcomes import OutcomeCollector, build_outcomes_api
 from reelway.serving.outcomes.outcomes_api import MAX_BODY_BYTES
 
-SHOWN = [Shown(i, i % 5, Arm.CANARY if i % 2 else Arm.STABLE, 0.5, i % 8) for i in range(200)]
+SHOWN = [ShownImpression(i, i % 5, Arm.CANARY if i % 2 else Arm.STABLE, 0.5, i % 8) for i in range(200)]
 
 
 class Running:
@@ -56,14 +64,14 @@ def running(tmp_path: Path) -> Iterator[Running]:
     running.stop()
 
 
-def body_of(done: Done) -> dict[str, Any]:
+def body_of(done: RawOutcome) -> dict[str, Any]:
     return done.reported.model_dump(mode="json", exclude_none=True)
 
 
 @pytest.mark.parametrize("path", ["", "/"])
 def test_answer_counts_outcomes_by_status(running: Running, path: str) -> None:
-    running.collector.expose(exposures_of(SHOWN, 1)).result(10)
-    like = body_of(Done(SHOWN[1], OutcomeType.LIKE))
+    running.collector.record_exposures(exposures_of(SHOWN, 1)).result(10)
+    like = body_of(RawOutcome(SHOWN[1], OutcomeType.LIKE))
     forged = TokenSigner(b"somebody else's secret, long enough").sign(SIGNER.read(SHOWN[2].token))
     answer = running.post(
         like,
@@ -73,7 +81,7 @@ def test_answer_counts_outcomes_by_status(running: Running, path: str) -> None:
         {"token": SHOWN[4].token, "type": "watch"},
         {"token": SHOWN[4].token, "type": "share", "value": 3},
         like,
-        body_of(Done(replace(SHOWN[5], rollout=""), OutcomeType.SAVE)),
+        body_of(RawOutcome(replace(SHOWN[5], rollout=""), OutcomeType.SAVE)),
         {**like, "token": SHOWN[6].token, "event_time": "2027-01-30T00:00:00+00:00"},
         path=path,
     )
@@ -91,14 +99,14 @@ def test_answer_counts_outcomes_by_status(running: Running, path: str) -> None:
 
 
 def test_concurrent_requests_give_the_sums_of_all_events(running: Running) -> None:
-    done = [Done(one, OutcomeType.WATCH, 1_000.0 * one.id) for one in SHOWN]
+    done = [RawOutcome(one, OutcomeType.WATCH, 1_000.0 * one.id) for one in SHOWN]
 
     async def all_at_once() -> list[httpx.Response]:
         async with httpx.AsyncClient() as client:
             bodies = [{"outcomes": [body_of(one) for one in done[i : i + 10]]} for i in range(0, len(done), 5)]
             return list(await asyncio.gather(*(client.post(running.url, json=body) for body in bodies)))
 
-    running.collector.expose(exposures_of(SHOWN, 1))
+    running.collector.record_exposures(exposures_of(SHOWN, 1))
     answers = [OutcomesResponse.model_validate(one.json()) for one in asyncio.run(all_at_once())]
     assert sum(one.counted for one in answers) == len(done)
     assert sum(one.duplicate for one in answers) == len(done) - 5
@@ -140,7 +148,7 @@ def test_too_long_body_is_rejected_before_it_is_read(running: Running) -> None:
 
 
 def test_every_error_has_the_same_shape(running: Running, monkeypatch: pytest.MonkeyPatch) -> None:
-    like = body_of(Done(SHOWN[1], OutcomeType.LIKE))
+    like = body_of(RawOutcome(SHOWN[1], OutcomeType.LIKE))
 
     def full(*_: object) -> None:
         raise StorageError("no space left on device")
@@ -166,7 +174,9 @@ def test_slow_disk_does_not_block_the_event_loop(running: Running, monkeypatch: 
 
     monkeypatch.setattr(running.collector._store, "write_sums", slow)
     answers: list[httpx.Response] = []
-    posting = threading.Thread(target=lambda: answers.append(running.post(body_of(Done(SHOWN[1], OutcomeType.LIKE)))))
+    posting = threading.Thread(
+        target=lambda: answers.append(running.post(body_of(RawOutcome(SHOWN[1], OutcomeType.LIKE))))
+    )
     posting.start()
     assert writing.wait(10)
     scrape = httpx.get(f"{running.url}/metrics")  # answered during the transaction, with committed counts
@@ -181,10 +191,10 @@ def test_slow_disk_does_not_block_the_event_loop(running: Running, monkeypatch: 
 def test_server_shutdown_counts_all_accepted_outcomes(tmp_path: Path) -> None:
     path = tmp_path / "outcomes.db"
     running = Running(OutcomeCollector(path, clock=lambda: NOW))
-    assert running.post(body_of(Done(SHOWN[1], OutcomeType.LIKE))).json()["counted"] == 1
+    assert running.post(body_of(RawOutcome(SHOWN[1], OutcomeType.LIKE))).json()["counted"] == 1
     running.stop()
     again = OutcomeCollector(path, clock=lambda: NOW, wait_s=0.1)
-    assert_same(again.statistics("r-1"), recomputed([], [Done(SHOWN[1], OutcomeType.LIKE)]))
+    assert_same(again.statistics("r-1"), recomputed([], [RawOutcome(SHOWN[1], OutcomeType.LIKE)]))
     again.close()
 
 

@@ -15,7 +15,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.serving.outcomes.raw_events import NOW, Done, Shown, assert_same, columns_of, exposures_of, recomputed
+from tests.serving.outcomes.raw_events import (
+    NOW,
+    RawOutcome,
+    ShownImpression,
+    assert_same,
+    columns_of,
+    exposures_of,
+    recomputed,
+)
 
 from reelway.platform.contracts.events import Arm, OutcomeType
 from reelway.platform.errors import StorageError
@@ -73,9 +81,9 @@ class Child:
 def test_killed_collector_resumes_with_what_it_acknowledged(tmp_path: Path) -> None:
     rng = random.Random(4)
     shown = [
-        Shown(i, i % 40, rng.choice([Arm.STABLE, Arm.CANARY]), 0.5, rng.randrange(8)) for i in range(1_200)
+        ShownImpression(i, i % 40, rng.choice([Arm.STABLE, Arm.CANARY]), 0.5, rng.randrange(8)) for i in range(1_200)
     ]  # fmt: skip
-    done = [Done(one, rng.choice(list(OutcomeType)), 1.0) for one in shown]
+    done = [RawOutcome(one, rng.choice(list(OutcomeType)), 1.0) for one in shown]
     work: dict[int, Callable[[], Any]] = {}
     for number in range(60):
         part = slice(20 * number, 20 * number + 20)

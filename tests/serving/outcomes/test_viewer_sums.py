@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.serving.outcomes.raw_events import (
     NOW,
-    Done,
-    Shown,
+    RawOutcome,
+    ShownImpression,
     assert_same,
     columns_of,
     exposures_of,
@@ -24,7 +24,7 @@ from reelway.serving.outcomes.outcome_store import OutcomeStore
 
 SHOWN = st.lists(
     st.builds(
-        Shown,
+        ShownImpression,
         id=st.integers(0, 2**53 - 1),
         viewer=st.sampled_from([0, 1, 2, 3, 2**53 - 1]),
         arm=st.sampled_from([Arm.STABLE, Arm.CANARY, Arm.HOLDOUT]),
@@ -42,13 +42,13 @@ SHOWN = st.lists(
 WATCHED_MS = [0.0, 700.0, 14_000.0, 30_000.0]
 
 
-def _done(shown: Shown, kind: OutcomeType, watched_ms: float) -> Done:
-    return Done(shown, kind, watched_ms if kind is OutcomeType.WATCH else 1.0)
+def _done(shown: ShownImpression, kind: OutcomeType, watched_ms: float) -> RawOutcome:
+    return RawOutcome(shown, kind, watched_ms if kind is OutcomeType.WATCH else 1.0)
 
 
 @settings(max_examples=60, deadline=None)
 @given(SHOWN, st.data())
-def test_incremental_sums_equal_the_sums_of_all_events(shown: list[Shown], data: st.DataObject) -> None:
+def test_incremental_sums_equal_the_sums_of_all_events(shown: list[ShownImpression], data: st.DataObject) -> None:
     done = data.draw(
         st.lists(
             st.builds(_done, st.sampled_from(shown), st.sampled_from(list(OutcomeType)), st.sampled_from(WATCHED_MS)),
@@ -65,8 +65,8 @@ def test_incremental_sums_equal_the_sums_of_all_events(shown: list[Shown], data:
             size = data.draw(st.integers(1, 12))
             now, steps = steps[:size], steps[size:]
             number += 1
-            batch = exposures_of([one for one in now if isinstance(one, Shown)], number)
-            outcomes = [one for one in now if isinstance(one, Done)]
+            batch = exposures_of([one for one in now if isinstance(one, ShownImpression)], number)
+            outcomes = [one for one in now if isinstance(one, RawOutcome)]
             counted += outcomes
             ledger.apply([batch, batch], [columns_of(outcomes[:3]), columns_of(outcomes[3:])])
             if data.draw(st.booleans()):
@@ -80,14 +80,14 @@ def test_incremental_sums_equal_the_sums_of_all_events(shown: list[Shown], data:
 
 @settings(max_examples=25, deadline=None)
 @given(SHOWN, st.data())
-def test_counters_never_decrease(shown: list[Shown], data: st.DataObject) -> None:
+def test_counters_never_decrease(shown: list[ShownImpression], data: st.DataObject) -> None:
     with tempfile.TemporaryDirectory() as folder:
         path, before = Path(folder) / "outcomes.db", {}
         for number, one in enumerate(shown, start=1):
             store = OutcomeStore(path)
             ledger = Ledger(store, clock=lambda: NOW, keep_rollouts=2)
             kind = data.draw(st.sampled_from([OutcomeType.WATCH, OutcomeType.LIKE]))
-            ledger.apply([exposures_of([one], number)], [columns_of([Done(one, kind, 1.0)])])
+            ledger.apply([exposures_of([one], number)], [columns_of([RawOutcome(one, kind, 1.0)])])
             after = {arm: sums.copy() for arm, sums in ledger.snapshot.sums.items()}
             for arm, sums in before.items():
                 assert (after[arm] >= sums).all()

@@ -45,10 +45,10 @@ from reelway.platform.contracts.manifest import (
 from reelway.platform.errors import EmptyDatasetError, MalformedFileError, ReelwayError, ReleaseError, StorageError
 from reelway.platform.features.assembly import ViewerArrays, assemble_videos, assemble_viewers, columns_from_table
 from reelway.platform.features.store import feature_service_digest, open_feature_store
-from reelway.platform.release.folder import describe_files, first_problem, write_manifest
+from reelway.platform.release.folder import describe_files, first_validation_error, write_manifest
 from reelway.platform.release.signing import sign
 from reelway.platform.release.store import ReleaseStore
-from reelway.platform.release.verify import assess_gates, verify
+from reelway.platform.release.verify import check_gates, verify
 from reelway.platform.runs import RunDirectory
 
 if TYPE_CHECKING:
@@ -59,11 +59,11 @@ SAMPLE_VIEWERS: Final = 64
 SAMPLE_VIDEOS: Final = 256
 GRID_S: Final = 3600.0
 
-Report = Callable[[str], None]
+ProgressCallback = Callable[[str], None]
 
 
 @dataclass(frozen=True)
-class Evaluation:
+class EvaluationSummary:
     """Result of ``reelway evaluate``: finite metrics, names of undefined metrics, gates."""
 
     metrics: dict[str, float]
@@ -71,7 +71,7 @@ class Evaluation:
     gates: tuple[GateResult, ...]
 
 
-def _silent(_: str) -> None:
+def _ignore_progress(_: str) -> None:
     return None
 
 
@@ -85,7 +85,7 @@ def build_release(
     blend: Blend | None = None,
     index: str = search_index.AUTO_INDEX,
     waivers: Sequence[Waiver] = (),
-    report: Report = _silent,
+    on_progress: ProgressCallback = _ignore_progress,
 ) -> ReleaseId:
     """Builds, signs, verifies and stores a release of a run that was trained and evaluated.
 
@@ -108,14 +108,14 @@ def build_release(
         StorageError: if the disk is full; no partial release is visible.
     """
     evaluation = read_evaluation(run.evaluation / EVALUATION_FILE)
-    assess_gates(evaluation.gates, waivers)
+    check_gates(evaluation.gates, waivers)
     from reelway.pipelines.training.artifacts import load_models
 
     models = load_models(run.models)
-    services = feature_services(run.features)
+    services = required_feature_services(run.features)
     store = store or ReleaseStore(str(run.release_store.absolute()))
-    with release_aside(run.path) as folder:
-        facts = _write_parts(folder, run, models, blend or Blend(), index, report)
+    with staging_directory(run.path) as folder:
+        facts = _write_tables_and_models(folder, run, models, blend or Blend(), index, on_progress)
         manifest = Manifest(
             name=name,
             parent=parent,
@@ -138,11 +138,11 @@ def build_release(
                 "undefined_metrics": evaluation.undefined,
             },
         )
-        report("verifying")
-        return seal(folder, manifest, key, store)
+        on_progress("verifying")
+        return sign_verify_and_store(folder, manifest, key, store)
 
 
-def seal(folder: Path, manifest: Manifest, key: Ed25519PrivateKey, store: ReleaseStore) -> ReleaseId:
+def sign_verify_and_store(folder: Path, manifest: Manifest, key: Ed25519PrivateKey, store: ReleaseStore) -> ReleaseId:
     """Signs a release folder, verifies it and writes it to the store.
 
     Raises:
@@ -159,7 +159,7 @@ def seal(folder: Path, manifest: Manifest, key: Ed25519PrivateKey, store: Releas
     return store.write(folder, signed)
 
 
-def read_evaluation(path: Path) -> Evaluation:
+def read_evaluation(path: Path) -> EvaluationSummary:
     """Reads metrics and gates of a finished evaluation.
 
     Raises:
@@ -176,15 +176,17 @@ def read_evaluation(path: Path) -> Evaluation:
             f"{path} does not exist; run `reelway evaluate --run {path.parent.parent}` before building a release"
         ) from None
     except ValidationError as error:
-        raise MalformedFileError(path, "gates as `reelway evaluate` writes them", seen=first_problem(error)) from error
+        raise MalformedFileError(
+            path, "gates as `reelway evaluate` writes them", seen=first_validation_error(error)
+        ) from error
     except (ValueError, TypeError, KeyError) as error:
         raise MalformedFileError(path, "an object with 'metrics' and 'gates'", seen=repr(error)) from error
-    return Evaluation(
+    return EvaluationSummary(
         {name: float(value) for name, value in metrics.items() if name not in undefined}, undefined, gates
     )
 
 
-def read_blend(path: Path) -> Blend:
+def load_blend_file(path: Path) -> Blend:
     """Reads a blend from a YAML file.
 
     Raises:
@@ -193,12 +195,14 @@ def read_blend(path: Path) -> Blend:
     try:
         return Blend.model_validate(yaml.safe_load(path.read_text()) or {})
     except ValidationError as error:
-        raise MalformedFileError(path, "a blend (see contracts/blend.py)", seen=first_problem(error)) from error
+        raise MalformedFileError(
+            path, "a blend (see contracts/blend.py)", seen=first_validation_error(error)
+        ) from error
     except (OSError, yaml.YAMLError) as error:
         raise MalformedFileError(path, "a YAML file", seen=str(error)) from error
 
 
-def feature_services(features_dir: Path) -> tuple[FeatureServiceRef, ...]:
+def required_feature_services(features_dir: Path) -> tuple[FeatureServiceRef, ...]:
     """Returns the feature services that a release depends on, with their present digests."""
     store = open_feature_store(features_dir)
     return tuple(
@@ -208,7 +212,7 @@ def feature_services(features_dir: Path) -> tuple[FeatureServiceRef, ...]:
 
 
 @dataclass(frozen=True)
-class _Facts:
+class _TablesSummary:
     """Values of the manifest that writing the files determines."""
 
     dimensions: Dimensions
@@ -217,12 +221,12 @@ class _Facts:
     until_s: float
 
 
-def _write_parts(
-    folder: Path, run: RunDirectory, models: TrainedModels, blend: Blend, index: str, report: Report
-) -> _Facts:
+def _write_tables_and_models(
+    folder: Path, run: RunDirectory, models: TrainedModels, blend: Blend, index: str, on_progress: ProgressCallback
+) -> _TablesSummary:
     from reelway.pipelines.training.inference import embed_videos, embed_viewers
 
-    report("reading the videos")
+    on_progress("reading the videos")
     labels = _read_columns(
         run.features / LABELS_FILE, ["viewer_id", "video_id", "event_time", "outcome_time", "long_watch"]
     )
@@ -231,7 +235,7 @@ def _write_parts(
         raise EmptyDatasetError(
             f"{run.features / LABELS_FILE} has no impressions; run `reelway features` on a data set with impressions"
         )
-    until_s = _as_of_s(labels)
+    until_s = _snapshot_time_s(labels)
     snapshot = video_snapshot(run.features, until_s)
     if not snapshot.num_rows:
         raise EmptyDatasetError(f"{run.features} has no video that was uploaded before the last event; import videos")
@@ -240,11 +244,11 @@ def _write_parts(
     embedding_ND = embed_videos(models.two_tower, videos)
     parts.write_videos(folder / names.VIDEOS_FILE, snapshot, videos, embedding_ND, models.dimensions)
 
-    report("building the index")
+    on_progress("building the index")
     searchable = search_index.make_index(embedding_ND, index)
 
-    report("ranking what is popular and what goes together")
-    watches = parts.Watches.from_labels(labels, viewers, video_id)
+    on_progress("ranking what is popular and what goes together")
+    watches = parts.LongWatches.from_labels(labels, viewers, video_id)
     parts.write_popular(folder / names.POPULAR_FILE, video_id, parts.popular_lists(watches, len(video_id)))
     together_NK = parts.neighbours(embedding_ND, searchable, watches)
     parts.write_neighbours(folder / names.NEIGHBOURS_FILE, video_id, together_NK)
@@ -255,7 +259,7 @@ def _write_parts(
     )
     search_index.write_index(folder / names.INDEX_FILE, searchable)
 
-    report("exporting the models")
+    on_progress("exporting the models")
     _export(folder, models, sample, columns_from_table(snapshot.slice(0, SAMPLE_VIDEOS)), embedding_ND, until_s)
     (folder / names.BLEND_FILE).write_text(yaml.safe_dump(blend.model_dump(mode="json"), sort_keys=False))
     (folder / names.CALIBRATION_FILE).write_text(models.calibration.model_dump_json(indent=2) + "\n")
@@ -267,7 +271,9 @@ def _write_parts(
         videos=len(video_id),
         tasks=RANKER_TASKS,
     )
-    return _Facts(dimensions, search_index.index_factory(len(video_id), embedding_ND.shape[1], index), recall, until_s)
+    return _TablesSummary(
+        dimensions, search_index.index_factory(len(video_id), embedding_ND.shape[1], index), recall, until_s
+    )
 
 
 def _export(
@@ -299,7 +305,7 @@ def _sample_viewers(run: RunDirectory, labels: pa.Table, until_s: float, dimensi
     return assemble_viewers(columns_from_table(table), np.full(len(chosen), until_s), devices, dimensions)
 
 
-def _as_of_s(labels: pa.Table) -> float:
+def _snapshot_time_s(labels: pa.Table) -> float:
     """Returns the first full hour at which all events are known; feature views are computed on this grid."""
     last_us = max(int(labels[name].cast(pa.int64()).to_numpy().max()) for name in ("event_time", "outcome_time"))
     return math.ceil((last_us + 1) / 1e6 / GRID_S) * GRID_S
@@ -323,7 +329,7 @@ def _read_columns(path: Path, columns: Sequence[str]) -> pa.Table:
 
 
 @contextmanager
-def release_aside(place: Path) -> Iterator[Path]:
+def staging_directory(place: Path) -> Iterator[Path]:
     """Yields a temporary folder that is removed afterwards; an ``OSError`` within becomes a ``StorageError``."""
     try:
         with tempfile.TemporaryDirectory(prefix=".release.", dir=place) as name:

@@ -17,10 +17,10 @@ import aiohttp
 from ray.exceptions import RayError
 from ray.job_submission import JobSubmissionClient
 
-ADDRESS: Final = "RAY_DASHBOARD_ADDRESS"
-SUBMISSION_ID: Final = "RAY_JOB_SUBMISSION_ID"
+ADDRESS_VARIABLE: Final = "RAY_DASHBOARD_ADDRESS"
+SUBMISSION_ID_VARIABLE: Final = "RAY_JOB_SUBMISSION_ID"
 """Environment variables that KubeRay sets in the submitter's container."""
-_KNOWN: Final = "already exists"
+_ALREADY_EXISTS: Final = "already exists"
 """Of Ray's answer to an id that it has."""
 
 
@@ -33,7 +33,7 @@ def submit(client: JobSubmissionClient, submission_id: str, entrypoint: str) -> 
     try:
         client.submit_job(entrypoint=entrypoint, submission_id=submission_id)
     except RuntimeError as error:
-        if _KNOWN not in str(error):
+        if _ALREADY_EXISTS not in str(error):
             raise
         return False
     return True
@@ -53,13 +53,13 @@ def main() -> int:
     """0 when the log was printed whole, 1 when it broke off or nobody took the job, 2 for a wrong environment."""
     parser = argparse.ArgumentParser(
         prog="python -m reelway.pipelines.job_submitter",
-        description=f"Submit a Ray job as {SUBMISSION_ID} to {ADDRESS} and print its log.",
+        description=f"Submit a Ray job as {SUBMISSION_ID_VARIABLE} to {ADDRESS_VARIABLE} and print its log.",
     )
     parser.add_argument("entrypoint", help="the job's command line, as a shell would read it")
     options = parser.parse_args()
-    address, submission_id = os.environ.get(ADDRESS, ""), os.environ.get(SUBMISSION_ID, "")
+    address, submission_id = os.environ.get(ADDRESS_VARIABLE, ""), os.environ.get(SUBMISSION_ID_VARIABLE, "")
     if not address or not submission_id:
-        seen = f"{ADDRESS}={address!r} and {SUBMISSION_ID}={submission_id!r}"
+        seen = f"{ADDRESS_VARIABLE}={address!r} and {SUBMISSION_ID_VARIABLE}={submission_id!r}"
         wanted = "the host and port of Ray's dashboard, and an id; KubeRay sets both in a submitter's pod"
         print(f"error: {seen}, expected {wanted}", file=sys.stderr)
         return 2

@@ -18,10 +18,10 @@ from onnx import TensorProto, helper, numpy_helper
 from reelway.platform.contracts.features import VIEWER_ACTIVITY
 from reelway.platform.errors import ReleaseError
 
-SEEN_LATELY: Final = "impressions_30d"
+RECENT_IMPRESSIONS_FEATURE: Final = "impressions_30d"
 """The viewer feature that triggers the fault; missing (NaN) for unknown viewers."""
-_SOUND: Final = "before_the_fault"
-_SIDE: Final = 192
+_ORIGINAL_OUTPUT: Final = "before_the_fault"
+_MATRIX_SIZE: Final = 192
 """Width of the square matrix that the slow graph multiplies with itself."""
 _PROBE_ROUNDS: Final = 64
 
@@ -32,7 +32,7 @@ def fail_known_viewers(path: Path) -> None:
     Raises:
         ReleaseError: if the graph does not have exactly one output.
     """
-    model = _opened(path)
+    model = _load_graph(path)
     table = numpy_helper.from_array(np.zeros(1, dtype=np.float32), "fault_table")
     model.graph.initializer.append(table)
     row = _is_above(model, 0.0)
@@ -49,10 +49,10 @@ def slow_down_busy_viewers(path: Path, *, above: float, slow_ms: float) -> None:
     Raises:
         ReleaseError: if the graph does not have exactly one output.
     """
-    model = _opened(path)
+    model = _load_graph(path)
     rounds = max(1, round(slow_ms / _ms_per_round()))
     condition = _is_above(model, above)
-    works, rests = _working("fault_shape_of", rounds), _resting()
+    works, rests = _busy_work_graph("fault_shape_of", rounds), _no_op_graph()
     model.graph.node.append(helper.make_node("Squeeze", [condition], ["fault_condition"]))
     model.graph.node.append(
         helper.make_node("If", ["fault_condition"], ["fault_value"], then_branch=works, else_branch=rests)
@@ -60,7 +60,7 @@ def slow_down_busy_viewers(path: Path, *, above: float, slow_ms: float) -> None:
     _add_to_output(model, "fault_value", path)
 
 
-def _opened(path: Path) -> onnx.ModelProto:
+def _load_graph(path: Path) -> onnx.ModelProto:
     model = onnx.load(str(path))
     if len(model.graph.output) != 1:
         raise ReleaseError(f"{path}: {len(model.graph.output)} outputs, expected one; pass a ranker graph")
@@ -69,7 +69,9 @@ def _opened(path: Path) -> onnx.ModelProto:
 
 def _is_above(model: onnx.ModelProto, limit: float) -> str:
     """Adds nodes for "the viewer's feature is above the limit" and returns the boolean ``[1]``; false for NaN."""
-    place = numpy_helper.from_array(np.array([VIEWER_ACTIVITY.index(SEEN_LATELY)], dtype=np.int64), "fault_feature")
+    place = numpy_helper.from_array(
+        np.array([VIEWER_ACTIVITY.index(RECENT_IMPRESSIONS_FEATURE)], dtype=np.int64), "fault_feature"
+    )
     bound = numpy_helper.from_array(np.array([limit], dtype=np.float32), "fault_limit")
     model.graph.initializer.extend([place, bound])
     model.graph.node.extend(
@@ -87,16 +89,16 @@ def _add_to_output(model: onnx.ModelProto, value: str, path: Path) -> None:
     """Adds ``value`` to the output. It is 0 whenever its computation succeeds."""
     name = model.graph.output[0].name
     for node in model.graph.node:
-        node.output[:] = [_SOUND if output == name else output for output in node.output]
-        node.input[:] = [_SOUND if given == name else given for given in node.input]
-    model.graph.node.append(helper.make_node("Add", [_SOUND, value], [name]))
+        node.output[:] = [_ORIGINAL_OUTPUT if output == name else output for output in node.output]
+        node.input[:] = [_ORIGINAL_OUTPUT if given == name else given for given in node.input]
+    model.graph.node.append(helper.make_node("Add", [_ORIGINAL_OUTPUT, value], [name]))
     onnx.checker.check_model(model)
     onnx.save(model, str(path))
 
 
-def _working(seed: str, rounds: int) -> onnx.GraphProto:
+def _busy_work_graph(seed: str, rounds: int) -> onnx.GraphProto:
     """Returns a graph that computes ``rounds`` matrix products from the outer float ``[1]`` ``seed`` and gives zero."""
-    square = helper.make_tensor_value_info("matrix", TensorProto.FLOAT, [_SIDE, _SIDE])
+    square = helper.make_tensor_value_info("matrix", TensorProto.FLOAT, [_MATRIX_SIZE, _MATRIX_SIZE])
     body = helper.make_graph(
         [
             helper.make_node("MatMul", ["matrix", "matrix"], ["product"]),
@@ -111,7 +113,7 @@ def _working(seed: str, rounds: int) -> onnx.GraphProto:
         ],
         [
             helper.make_tensor_value_info("go_on_after", TensorProto.BOOL, []),
-            helper.make_tensor_value_info("matrix_after", TensorProto.FLOAT, [_SIDE, _SIDE]),
+            helper.make_tensor_value_info("matrix_after", TensorProto.FLOAT, [_MATRIX_SIZE, _MATRIX_SIZE]),
         ],
     )
     return helper.make_graph(
@@ -125,7 +127,7 @@ def _working(seed: str, rounds: int) -> onnx.GraphProto:
         [],
         [helper.make_tensor_value_info("worked", TensorProto.FLOAT, [1])],
         initializer=[
-            numpy_helper.from_array(np.array([_SIDE, _SIDE], dtype=np.int64), "shape"),
+            numpy_helper.from_array(np.array([_MATRIX_SIZE, _MATRIX_SIZE], dtype=np.int64), "shape"),
             numpy_helper.from_array(np.array(rounds, dtype=np.int64), "rounds"),
             numpy_helper.from_array(np.array(True), "always"),
             numpy_helper.from_array(np.zeros(1, dtype=np.float32), "nothing"),
@@ -133,7 +135,7 @@ def _working(seed: str, rounds: int) -> onnx.GraphProto:
     )
 
 
-def _resting() -> onnx.GraphProto:
+def _no_op_graph() -> onnx.GraphProto:
     zero = numpy_helper.from_array(np.zeros(1, dtype=np.float32), "zero")
     rest = helper.make_node("Constant", [], ["rested"], value=zero)
     return helper.make_graph([rest], "rests", [], [helper.make_tensor_value_info("rested", TensorProto.FLOAT, [1])])
@@ -141,7 +143,7 @@ def _resting() -> onnx.GraphProto:
 
 def _ms_per_round() -> float:
     """Measures the milliseconds of one round: the minimum of several attempts, to exclude other load on the machine."""
-    graph = _working("seed", _PROBE_ROUNDS)
+    graph = _busy_work_graph("seed", _PROBE_ROUNDS)
     graph.input.append(helper.make_tensor_value_info("seed", TensorProto.FLOAT, [1]))
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
     options = onnxruntime.SessionOptions()

@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 import yaml
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from reelway.pipelines.build import release_aside, seal
+from reelway.pipelines.build import sign_verify_and_store, staging_directory
 from reelway.pipelines.features.training_rows import LABELS_FILE
 from reelway.pipelines.ranker_faults import fail_known_viewers, slow_down_busy_viewers
 from reelway.platform.contracts import manifest as names
@@ -33,7 +33,7 @@ from reelway.platform.release.verify import read_blend
 from reelway.platform.runs import RunDirectory
 
 
-class Rehearsal(StrEnum):
+class DrillReleaseKind(StrEnum):
     """Kinds of drill releases. ``POPULAR`` has no fault: it is the baseline of a service without models."""
 
     ERRORS = "errors"
@@ -42,13 +42,13 @@ class Rehearsal(StrEnum):
     POPULAR = "popular"
 
 
-ABOUT: Final = {
-    Rehearsal.ERRORS: "the ranker's graph fails for every viewer with a history",
-    Rehearsal.SLOW: "the ranker's graph does useless work for the busiest viewers",
-    Rehearsal.WORSE: "the ranker was trained on shuffled labels",
-    Rehearsal.POPULAR: "all viewers get popular videos; no model ranks them",
+DESCRIPTIONS: Final = {
+    DrillReleaseKind.ERRORS: "the ranker's graph fails for every viewer with a history",
+    DrillReleaseKind.SLOW: "the ranker's graph does useless work for the busiest viewers",
+    DrillReleaseKind.WORSE: "the ranker was trained on shuffled labels",
+    DrillReleaseKind.POPULAR: "all viewers get popular videos; no model ranks them",
 }
-NOT_EVALUATED: Final = "evaluated"
+WAIVED_GATE: Final = "evaluated"
 SLOW_MS: Final = 350.0
 """Well above the default limit on the 99th percentile, below the ranking stage's time budget."""
 BUSY_SHARE: Final = 0.12
@@ -60,7 +60,7 @@ Report = Callable[[str], None]
 
 
 @dataclass(frozen=True)
-class _Making:
+class _BuildContext:
     """Input of the builders: a copy of the good release, and its run."""
 
     folder: Path
@@ -69,9 +69,9 @@ class _Making:
     report: Report
 
 
-def rehearse(
+def build_drill_release(
     run: RunDirectory,
-    kind: Rehearsal,
+    kind: DrillReleaseKind,
     *,
     of: ReleaseId,
     key: Ed25519PrivateKey,
@@ -96,20 +96,20 @@ def rehearse(
         StorageError: if the disk is full; no partial release is visible.
     """
     store = ReleaseStore(str(run.release_store.absolute()))
-    with release_aside(run.path) as place:
+    with staging_directory(run.path) as place:
         folder = store.fetch(of, place / "fetched")
         good = Manifest.model_validate_json((folder / names.MANIFEST_FILE).read_bytes())
         (folder / names.MANIFEST_FILE).unlink()
-        changed = _MAKERS[kind](_Making(folder, run, seed, report))
+        changed = _BUILDERS[kind](_BuildContext(folder, run, seed, report))
         report("verifying")
         manifest = _manifest(good, kind, by, folder, changed | {"seed": seed})
-        release_id = seal(folder, manifest, key, store)
+        release_id = sign_verify_and_store(folder, manifest, key, store)
     return release_id, run.release_store / release_id
 
 
-def _manifest(good: Manifest, kind: Rehearsal, by: str, folder: Path, changed: dict[str, Any]) -> Manifest:
+def _manifest(good: Manifest, kind: DrillReleaseKind, by: str, folder: Path, changed: dict[str, Any]) -> Manifest:
     """Returns the good release's manifest with the fields of the drill release, without metrics and gate results."""
-    gate = GateResult(name=NOT_EVALUATED, value=0, bound=1, comparison=">=", passed=False, detail=ABOUT[kind])
+    gate = GateResult(name=WAIVED_GATE, value=0, bound=1, comparison=">=", passed=False, detail=DESCRIPTIONS[kind])
     return good.model_copy(
         update={
             "name": names.REHEARSAL_PREFIX + kind.value,
@@ -118,7 +118,7 @@ def _manifest(good: Manifest, kind: Rehearsal, by: str, folder: Path, changed: d
             "code_version": version("reelway-platform"),
             "metrics": {},
             "gates": (gate,),
-            "waivers": (Waiver(gate=NOT_EVALUATED, reason=f"drill release: {ABOUT[kind]}", by=by),),
+            "waivers": (Waiver(gate=WAIVED_GATE, reason=f"drill release: {DESCRIPTIONS[kind]}", by=by),),
             "files": describe_files(folder),
             "config": good.config | {"rehearsal": {"kind": kind.value, **changed}},
             "signature": None,
@@ -126,74 +126,74 @@ def _manifest(good: Manifest, kind: Rehearsal, by: str, folder: Path, changed: d
     )
 
 
-def _make_errors(making: _Making) -> dict[str, Any]:
-    fail_known_viewers(making.folder / names.RANKER_FILE)
+def _build_failing(context: _BuildContext) -> dict[str, Any]:
+    fail_known_viewers(context.folder / names.RANKER_FILE)
     return {}
 
 
-def _make_slow(making: _Making) -> dict[str, Any]:
-    viewers = pq.read_table(making.run.features / LABELS_FILE, columns=["viewer_id"])["viewer_id"].to_numpy()
-    limit = busy_above(np.unique(viewers, return_counts=True)[1])
-    making.report("calibrating the useless work")
-    slow_down_busy_viewers(making.folder / names.RANKER_FILE, above=limit, slow_ms=SLOW_MS)
+def _build_slow(context: _BuildContext) -> dict[str, Any]:
+    viewers = pq.read_table(context.run.features / LABELS_FILE, columns=["viewer_id"])["viewer_id"].to_numpy()
+    limit = busy_viewer_threshold(np.unique(viewers, return_counts=True)[1])
+    context.report("calibrating the useless work")
+    slow_down_busy_viewers(context.folder / names.RANKER_FILE, above=limit, slow_ms=SLOW_MS)
     return {"slow_ms": SLOW_MS, "busy_above": limit}
 
 
-def busy_above(impressions: np.ndarray[Any, np.dtype[np.int64]]) -> float:
+def busy_viewer_threshold(impressions: np.ndarray[Any, np.dtype[np.int64]]) -> float:
     """Returns the number of impressions above which viewers together have ``BUSY_SHARE`` of all impressions."""
     rising = np.sort(impressions)
     share = np.cumsum(rising) / rising.sum()
     return float(rising[np.searchsorted(share, 1.0 - BUSY_SHARE)])
 
 
-def _make_worse(making: _Making) -> dict[str, Any]:
+def _build_worse(context: _BuildContext) -> dict[str, Any]:
     """Trains a ranker on labels that are shuffled over impressions, as a wrong join would do."""
     import dataclasses
 
     from reelway.pipelines.training.artifacts import load_models
     from reelway.pipelines.training.config import TrainingConfig
     from reelway.pipelines.training.export import export_ranker
-    from reelway.pipelines.training.fit import fit_ranker, window_of
+    from reelway.pipelines.training.fit import fit_ranker, make_training_split
     from reelway.pipelines.training.inference import embed_videos, embed_viewers, ranker_inputs
-    from reelway.pipelines.training.negatives import shown_rows
+    from reelway.pipelines.training.negatives import impression_rows
     from reelway.pipelines.training.rows import load_rows
     from reelway.pipelines.training.step import ROWS_FILE
 
-    making.report("reading the training rows")
-    models = load_models(making.run.models)
-    config = TrainingConfig(ranker=models.ranker.config, two_tower=models.two_tower.config, seed=making.seed)
+    context.report("reading the training rows")
+    models = load_models(context.run.models)
+    config = TrainingConfig(ranker=models.ranker.config, two_tower=models.two_tower.config, seed=context.seed)
     loop = config.ranker_loop.model_copy(update={"epochs": 1, "max_steps_per_epoch": SHUFFLED_STEPS})
     config = config.model_copy(update={"ranker_loop": loop})
-    rows = load_rows(making.run.features / ROWS_FILE, models.dimensions)
-    learn = shown_rows(rows, window_of(rows, config).training(rows)[-SHUFFLED_ROWS:])
-    shuffled = np.random.default_rng([making.seed, 13]).permutation(learn.labels)
-    making.report("training a ranker on shuffled labels")
+    rows = load_rows(context.run.features / ROWS_FILE, models.dimensions)
+    learn = impression_rows(rows, make_training_split(rows, config).training(rows)[-SHUFFLED_ROWS:])
+    shuffled = np.random.default_rng([context.seed, 13]).permutation(learn.labels)
+    context.report("training a ranker on shuffled labels")
     ranker = fit_ranker(models.two_tower, rows, dataclasses.replace(learn, labels=shuffled), config)
-    making.report("exporting the ranker")
+    context.report("exporting the ranker")
     some = slice(0, 256)
     one = dataclasses.replace(rows.viewers, **{n: v[:1] for n, v in vars(rows.viewers).items()})
     videos = dataclasses.replace(rows.videos, **{n: v[some] for n, v in vars(rows.videos).items()})
     viewer_1D, video_CD = embed_viewers(models.two_tower, one), embed_videos(models.two_tower, videos)
-    export_ranker(ranker, making.folder / names.RANKER_FILE, ranker_inputs(one, viewer_1D, videos, video_CD))
-    (making.folder / names.CALIBRATION_FILE).write_text(Calibration(curves={}).model_dump_json(indent=2) + "\n")
+    export_ranker(ranker, context.folder / names.RANKER_FILE, ranker_inputs(one, viewer_1D, videos, video_CD))
+    (context.folder / names.CALIBRATION_FILE).write_text(Calibration(curves={}).model_dump_json(indent=2) + "\n")
     return {"rows": len(learn)}
 
 
-def _make_popular(making: _Making) -> dict[str, Any]:
-    good = read_blend(making.folder)
+def _build_popular(context: _BuildContext) -> dict[str, Any]:
+    good = read_blend(context.folder)
     blend = Blend(
         retrieval=good.retrieval.model_copy(update={"quotas": {"popular": 1.0}}),
         ranking=good.ranking.model_copy(update={"value_weights": {}, "retrieval_weight": 0.0}),
         reranking=good.reranking,
     )
     text = yaml.safe_dump(blend.model_dump(mode="json"), sort_keys=False)
-    (making.folder / names.BLEND_FILE).write_text(text)
+    (context.folder / names.BLEND_FILE).write_text(text)
     return {}
 
 
-_MAKERS: Final[dict[Rehearsal, Callable[[_Making], dict[str, Any]]]] = {
-    Rehearsal.ERRORS: _make_errors,
-    Rehearsal.SLOW: _make_slow,
-    Rehearsal.WORSE: _make_worse,
-    Rehearsal.POPULAR: _make_popular,
+_BUILDERS: Final[dict[DrillReleaseKind, Callable[[_BuildContext], dict[str, Any]]]] = {
+    DrillReleaseKind.ERRORS: _build_failing,
+    DrillReleaseKind.SLOW: _build_slow,
+    DrillReleaseKind.WORSE: _build_worse,
+    DrillReleaseKind.POPULAR: _build_popular,
 }

@@ -23,9 +23,9 @@ from scipy import sparse
 from reelway.platform.contracts.feature_dimensions import FeatureDimensions
 from reelway.platform.contracts.features import VIDEO_STATIC_DENSE
 from reelway.platform.contracts.release_files import (
-    NEIGHBOURS,
+    NEIGHBOURS_PER_VIDEO,
     NEIGHBOURS_SCHEMA,
-    POPULAR,
+    POPULAR_SCHEMA,
     videos_schema,
     with_dimensions,
 )
@@ -42,14 +42,14 @@ RECENT_RATIO: Final = 0.1
 GROWTH_BOUNDS: Final = (0.5, 3.0)
 GROWTH_PRIOR: Final = 5.0
 REGION_MIN_WATCHES: Final = 200
-WATCHED_PER_VIEWER: Final = 100
+MAX_WATCHES_PER_VIEWER: Final = 100
 MIN_SHARED_VIEWERS: Final = 2
 COSINE_SHRINK: Final = 5.0
 _BLOCK: Final = 4096
 
 
 @dataclass(frozen=True)
-class Watches:
+class LongWatches:
     """Long watches of servable videos, ascending in time; ``row`` is a row of ``videos.arrow``."""
 
     viewer: I64
@@ -60,7 +60,7 @@ class Watches:
     recent_from_s: float
 
     @classmethod
-    def from_labels(cls, labels: pa.Table, viewers: pa.Table, video_id: I64) -> Watches:
+    def from_labels(cls, labels: pa.Table, viewers: pa.Table, video_id: I64) -> LongWatches:
         """Selects the long watches of the labelled impressions.
 
         The recent period is the last ``RECENT_S``, or the last ``RECENT_RATIO`` of the impressions if these go further
@@ -150,7 +150,7 @@ def write_videos(
     )
 
 
-def popular_lists(watches: Watches, videos: int) -> dict[str, RankedVideos]:
+def popular_lists(watches: LongWatches, videos: int) -> dict[str, RankedVideos]:
     """Returns ``popular`` (all long watches), ``trending``, and ``trending:<region>`` for regions with enough watches.
 
     The trending score is the number of recent long watches times the growth: the video's share of recent watches
@@ -179,24 +179,24 @@ def write_popular(path: Path, video_id: I64, lists: Mapping[str, RankedVideos]) 
         pa.array(video_id[rows], pa.int64()),
         pa.array(scores, pa.float32()),
     ]
-    write_arrow(path, columns, POPULAR)
+    write_arrow(path, columns, POPULAR_SCHEMA)
 
 
-def neighbours(embedding_ND: F32, index: faiss.Index, watches: Watches) -> NDArray[np.int32]:
+def neighbours(embedding_ND: F32, index: faiss.Index, watches: LongWatches) -> NDArray[np.int32]:
     """Returns the most similar videos of each video, ``[N, NEIGHBOURS]``, best first, padded with -1.
 
     Videos watched by the same viewers come first (cosine of the viewer sets, shrunk towards 0 for few shared viewers).
     Nearest neighbours by embedding follow.
     """
     videos = len(embedding_ND)
-    by_watch = _co_watched(watches, videos)
-    similarity, near = index.search(np.ascontiguousarray(embedding_ND), min(NEIGHBOURS + 1, videos))
+    by_watch = _co_watched_pairs(watches, videos)
+    similarity, near = index.search(np.ascontiguousarray(embedding_ND), min(NEIGHBOURS_PER_VIDEO + 1, videos))
     by_content = (np.repeat(np.arange(videos), near.shape[1]), near.ravel(), similarity.ravel())
     of, neighbour, score = (
         np.concatenate([watch, content]) for watch, content in zip(by_watch, by_content, strict=True)
     )
     kept = (neighbour >= 0) & (neighbour != of)
-    return _best(of[kept], neighbour[kept], score[kept], videos)
+    return _top_neighbours(of[kept], neighbour[kept], score[kept], videos)
 
 
 def write_neighbours(path: Path, video_id: I64, rows_NK: NDArray[np.int32]) -> None:
@@ -204,7 +204,7 @@ def write_neighbours(path: Path, video_id: I64, rows_NK: NDArray[np.int32]) -> N
     write_arrow(path, [pa.array(video_id, pa.int64()), _lists(rows_NK, pa.int32())], NEIGHBOURS_SCHEMA)
 
 
-def _trend(watches: Watches, chosen: NDArray[np.bool_], videos: int) -> F64:
+def _trend(watches: LongWatches, chosen: NDArray[np.bool_], videos: int) -> F64:
     late = watches.time_s >= watches.recent_from_s
     recent = np.bincount(watches.row[chosen & late], minlength=videos).astype(np.float64)
     before = np.bincount(watches.row[chosen & ~late], minlength=videos).astype(np.float64)
@@ -220,7 +220,7 @@ def _ranked(score_N: F64) -> RankedVideos:
     return RankedVideos(order.astype(np.int64), score_N[order].astype(np.float32))
 
 
-def _co_watched(watches: Watches, videos: int) -> tuple[I64, I64, F32]:
+def _co_watched_pairs(watches: LongWatches, videos: int) -> tuple[I64, I64, F32]:
     """Returns pairs with at least ``MIN_SHARED_VIEWERS``, scored 2..3 so that they precede any similarity."""
     if not len(watches.row):
         return np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0, np.float32)
@@ -245,10 +245,10 @@ def _latest_per_viewer(viewer: I64) -> I64:
     """Returns the indices of each viewer's last ``MAX_WATCHES_PER_VIEWER`` watches, to limit the number of pairs."""
     order = np.argsort(viewer, kind="stable")
     ends = np.searchsorted(viewer[order], viewer[order], side="right")
-    return np.asarray(order[ends - np.arange(len(order)) <= WATCHED_PER_VIEWER])
+    return np.asarray(order[ends - np.arange(len(order)) <= MAX_WATCHES_PER_VIEWER])
 
 
-def _best(of: I64, neighbour: I64, score: F32, videos: int) -> NDArray[np.int32]:
+def _top_neighbours(of: I64, neighbour: I64, score: F32, videos: int) -> NDArray[np.int32]:
     """Returns the top ``NEIGHBOURS`` of each ``of``; a repeated pair counts with its better score."""
     order = np.lexsort((neighbour, -score, of))
     of, neighbour = of[order], neighbour[order]
@@ -256,8 +256,8 @@ def _best(of: I64, neighbour: I64, score: F32, videos: int) -> NDArray[np.int32]
     first[np.unique(of * videos + neighbour, return_index=True)[1]] = True
     of, neighbour = of[first], neighbour[first]
     rank = np.arange(len(of)) - np.searchsorted(of, of, side="left")
-    kept = rank < NEIGHBOURS
-    rows_NK = np.full((videos, NEIGHBOURS), -1, dtype=np.int32)
+    kept = rank < NEIGHBOURS_PER_VIDEO
+    rows_NK = np.full((videos, NEIGHBOURS_PER_VIDEO), -1, dtype=np.int32)
     rows_NK[of[kept], rank[kept]] = neighbour[kept]
     return rows_NK
 

@@ -24,12 +24,12 @@ F32 = NDArray[np.float32]
 
 AUTO_INDEX: Final = "auto"
 FLAT_BELOW: Final = 20_000
-RECALL: Final = 0.99
+TARGET_RECALL: Final = 0.99
 """Of the exact answer, over all of the viewers that it is tried with."""
 _ITERATIONS: Final = 10
 _POINTS_PER_LIST: Final = 64  # recall is the same as with FAISS's 256, in a quarter of the time
 _LEAST_POINTS_PER_LIST: Final = 39  # FAISS warns of fewer
-_PROBES: Final = 8
+_INITIAL_PROBES: Final = 8
 """Until they are tuned: for what searches with every video of the catalogue."""
 _STEP: Final = 1.2
 
@@ -56,7 +56,7 @@ def make_index(embedding_ND: F32, factory: str = AUTO_INDEX) -> faiss.Index:
         if inverted := faiss.try_extract_index_ivf(index):
             inverted.cp.niter = _ITERATIONS
             inverted.cp.max_points_per_centroid = _POINTS_PER_LIST
-            inverted.nprobe = min(_PROBES, inverted.nlist)
+            inverted.nprobe = min(_INITIAL_PROBES, inverted.nlist)
         index.train(vectors)
         index.add(vectors)
     except RuntimeError as error:
@@ -66,7 +66,7 @@ def make_index(embedding_ND: F32, factory: str = AUTO_INDEX) -> faiss.Index:
 
 
 def tune_probes(
-    index: faiss.Index, embedding_ND: F32, viewers_QD: F32, wanted: int, recall: float = RECALL
+    index: faiss.Index, embedding_ND: F32, viewers_QD: F32, wanted: int, recall: float = TARGET_RECALL
 ) -> float | None:
     """Let the index look into as few lists as find ``recall`` of the ``wanted`` best videos; the recall it then has.
 
@@ -79,7 +79,7 @@ def tune_probes(
     inverted = faiss.try_extract_index_ivf(index)
     if not inverted:
         return None
-    exact = exact_rows(embedding_ND, viewers_QD, wanted)
+    exact = exact_neighbours(embedding_ND, viewers_QD, wanted)
     probes = 1
     while True:
         inverted.nprobe = min(probes, inverted.nlist)
@@ -106,7 +106,7 @@ def search(index: faiss.Index, embedding_ND: F32, viewer_D: F32, wanted: int) ->
     return np.asarray(found[best])
 
 
-def exact_rows(embedding_ND: F32, viewers_QD: F32, wanted: int) -> list[NDArray[np.int64]]:
+def exact_neighbours(embedding_ND: F32, viewers_QD: F32, wanted: int) -> list[NDArray[np.int64]]:
     """What an exact search finds, in any order."""
     wanted = min(wanted, len(embedding_ND))
     return [np.argpartition(-(embedding_ND @ viewer_D), wanted - 1)[:wanted] for viewer_D in viewers_QD]

@@ -18,7 +18,7 @@ from typing import Any
 from reelway.platform.errors import StorageError
 
 
-def sync_folder(folder: Path) -> None:
+def fsync_directory(folder: Path) -> None:
     """Makes a rename within ``folder`` survive a power failure."""
     fd = os.open(folder, os.O_RDONLY)
     try:
@@ -28,7 +28,7 @@ def sync_folder(folder: Path) -> None:
 
 
 @contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
+def atomic_file(path: Path) -> Iterator[Path]:
     """Yields a temporary path beside ``path`` that replaces ``path`` when the block ends, and is deleted if it raises.
 
     Raises:
@@ -47,7 +47,7 @@ def whole_file(path: Path) -> Iterator[Path]:
             os.fsync(handle.fileno())
         aside.chmod(0o644)
         aside.replace(path)
-        sync_folder(path.parent)
+        fsync_directory(path.parent)
     except OSError as error:
         aside.unlink(missing_ok=True)
         raise StorageError(f"cannot write {path}: {error.strerror or error}; it is unchanged") from error
@@ -57,7 +57,7 @@ def whole_file(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def whole_folder(path: Path) -> Iterator[Path]:
+def atomic_directory(path: Path) -> Iterator[Path]:
     """Yields a temporary folder beside ``path`` that replaces ``path`` at the end, and is deleted if the block raises.
 
     Raises:
@@ -82,7 +82,7 @@ def whole_folder(path: Path) -> Iterator[Path]:
             shutil.rmtree(retired, ignore_errors=True)
         else:
             aside.replace(path)
-        sync_folder(path.parent)
+        fsync_directory(path.parent)
     except OSError as error:
         shutil.rmtree(aside, ignore_errors=True)
         raise StorageError(f"cannot write {path}: {error.strerror or error}; it is unchanged") from error
@@ -93,7 +93,7 @@ def whole_folder(path: Path) -> Iterator[Path]:
 
 def write_json(path: Path, value: Any) -> None:
     """Writes ``value`` atomically as indented JSON with sorted keys."""
-    with whole_file(path) as aside:
+    with atomic_file(path) as aside:
         aside.write_text(json.dumps(value, indent=2, sort_keys=True, default=str) + "\n")
 
 
@@ -117,7 +117,7 @@ def create_private_file(path: Path, content: bytes) -> None:
             handle.flush()
             os.fsync(handle.fileno())
         path.hardlink_to(name)
-        sync_folder(path.parent)
+        fsync_directory(path.parent)
     except FileExistsError:
         raise
     except OSError as error:

@@ -37,12 +37,12 @@ def digest_of_files(paths: Sequence[Path]) -> str:
 
 
 @dataclass
-class Step:
+class StepExecution:
     """One execution of a step. ``cached``: an earlier result is still valid, so the work can be skipped."""
 
     name: str
     config: Mapping[str, Any]
-    done: bool
+    cached: bool
     summary: dict[str, Any] = field(default_factory=dict)
 
 
@@ -115,7 +115,7 @@ class RunDirectory:
         inputs: Sequence[Path] = (),
         outputs: Sequence[Path] = (),
         force: bool = False,
-    ) -> Iterator[Step]:
+    ) -> Iterator[StepExecution]:
         """Runs a step, or skips it if it finished before with the same configuration, inputs and preceding steps.
 
         Args:
@@ -144,7 +144,7 @@ class RunDirectory:
             and all(path.exists() for path in outputs)
             and not force
         )
-        step = Step(name, config, done, dict(before["summary"]) if done and before else {})
+        step = StepExecution(name, config, done, dict(before["summary"]) if done and before else {})
         if done:
             yield step
             return

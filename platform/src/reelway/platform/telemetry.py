@@ -27,7 +27,7 @@ LATENCY_BUCKETS_S: Final = (
 )  # fmt: skip
 
 
-def _checked(name: str, labels: Sequence[str]) -> tuple[str, ...]:
+def _check_name(name: str, labels: Sequence[str]) -> tuple[str, ...]:
     if not _NAME.match(name):
         raise ValueError(f"metric {name!r} does not have the form reelway_<stage>_<thing>_<unit>; rename it")
     if unknown := set(labels) - ALLOWED_LABELS:
@@ -37,12 +37,12 @@ def _checked(name: str, labels: Sequence[str]) -> tuple[str, ...]:
 
 def counter(name: str, help_text: str, labels: Sequence[str], registry: CollectorRegistry) -> Counter:
     """A counter; its name ends in ``_total``."""
-    return Counter(name, help_text, _checked(name, labels), registry=registry)
+    return Counter(name, help_text, _check_name(name, labels), registry=registry)
 
 
 def gauge(name: str, help_text: str, labels: Sequence[str], registry: CollectorRegistry) -> Gauge:
     """A gauge, summed over the live processes of a node."""
-    return Gauge(name, help_text, _checked(name, labels), registry=registry, multiprocess_mode="livesum")
+    return Gauge(name, help_text, _check_name(name, labels), registry=registry, multiprocess_mode="livesum")
 
 
 def histogram(
@@ -53,7 +53,7 @@ def histogram(
     buckets: Sequence[float] = LATENCY_BUCKETS_S,
 ) -> Histogram:
     """A histogram, in seconds unless the name has another unit."""
-    return Histogram(name, help_text, _checked(name, labels), registry=registry, buckets=tuple(buckets))
+    return Histogram(name, help_text, _check_name(name, labels), registry=registry, buckets=tuple(buckets))
 
 
 def configure_logging(level: str = "INFO") -> None:

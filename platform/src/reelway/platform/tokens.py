@@ -27,7 +27,7 @@ SLICE_BITS: Final = MappingProxyType({Slice.NEW_VIEWERS: 1, Slice.NEW_VIDEOS: 2,
 """Bits of ``ImpressionToken.slices``: the slices of an impression besides ``overall``."""
 ALL_SLICES: Final = sum(SLICE_BITS.values())
 _VERSION: Final = 1
-_PERSON: Final = b"reelway-token-1"  # separates the key from other uses of the same secret
+_BLAKE2_PERSON: Final = b"reelway-token-1"  # separates the key from other uses of the same secret
 _HEAD: Final = struct.Struct("<BQQQQHBddBBBfBI")
 """version, impression, request, viewer, video, position, arm, propensity, issued at; lengths of release, source and
 rollout; weight, slices, duration."""
@@ -81,7 +81,9 @@ class TokenSigner:
                     "make one with `openssl rand -hex 32`"
                 )
         # A key of BLAKE2b has at most 64 bytes; hashing allows secrets of any length.
-        self._keys = tuple(hashlib.blake2b(secret, digest_size=32, person=_PERSON).digest() for secret in secrets)
+        self._keys = tuple(
+            hashlib.blake2b(secret, digest_size=32, person=_BLAKE2_PERSON).digest() for secret in secrets
+        )
 
     def sign(self, token: ImpressionToken) -> str:
         """Returns URL-safe text without padding: about 155 characters, and 20 more in a rollout.

@@ -22,21 +22,21 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from reelway.platform.cli.processes import child, reelway_command
-from reelway.platform.cli.terminal import console, out, say
+from reelway.platform.cli.processes import child_process, reelway_command
+from reelway.platform.cli.terminal import print_status, stderr_console, stdout_console
 from reelway.platform.contracts.ids import short_id
 from reelway.platform.durable import ensure_private_token, write_json
 from reelway.platform.errors import ConfigError, FeatureError, ServingError
 from reelway.platform.rollout.traffic.serving_options import Composition
 from reelway.platform.runs import RunDirectory
-from reelway.serving.free_ports import free_port, refuse_taken_port
+from reelway.serving.free_ports import check_port_free, find_free_port
 
 if TYPE_CHECKING:
     from reelway.platform.release.verify import VerifiedRelease
 
-LIVE: Final = "live"
-WARM_UP: Final = 20
-RECORD: Final = "serving.json"
+LIVE_RELEASE: Final = "live"
+WARM_UP_REQUESTS: Final = 20
+SERVING_RECORD: Final = "serving.json"
 RAY_TOKEN: Final = "ray.token"
 """File below the run's keys; its holder may change what Ray Serve runs."""
 RUN = typer.Option(Path("runs/default"), "--run", help="Run directory.")
@@ -55,7 +55,7 @@ def register_recommend(app: typer.Typer) -> None:
 def serve(
     run: Path = RUN,
     release: str = typer.Option(
-        LIVE,
+        LIVE_RELEASE,
         help="Release id or a unique prefix of one, 'latest', or 'live': the release that the last rollout left live, "
         "or the latest if there was no rollout.",
     ),
@@ -101,14 +101,14 @@ def serve(
     """
     directory = RunDirectory(run)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell ignores SIGINT for background processes
-    with only_server_of(directory):
+    with exclusive_serving_lock(directory):
         verified = _verified(directory, release)
         if max_ongoing_sustained and max_ongoing_sustained > max_ongoing_requests:
             raise ConfigError(
                 f"--max-ongoing-sustained {max_ongoing_sustained}: larger than --max-ongoing-requests "
                 f"{max_ongoing_requests}; lower it"
             )
-        port = free_port(host) if port == 0 else refuse_taken_port(host, port)
+        port = find_free_port(host) if port == 0 else check_port_free(host, port)
         from reelway.platform.rollout.traffic.routing import Routing
         from reelway.platform.rollout.traffic.serving_options import Deployments, ReleaseStoreArgs, ServingOptions
         from reelway.serving.deployments.service import running_service
@@ -121,9 +121,9 @@ def serve(
                 public_keys=directory.keys,
                 overlay=str(directory.overlay),
             ),
-            metrics_dir=_emptied(serving_dir / "metrics"),
+            metrics_dir=_empty_directory(serving_dir / "metrics"),
             token_secrets=_token_secrets(directory),
-            features_dir=_features(directory),
+            features_dir=_features_dir(directory),
             vector_log=serving_dir / "vectors.jsonl",
             parity_ratio=parity_sample_ratio,
             outcomes=serving_dir / "outcomes.db",
@@ -142,17 +142,17 @@ def serve(
         )
         release_id = verified.manifest.release_id
         with ExitStack() as stack:
-            with console.status("starting Ray and the stages"):
-                routing = Routing.whole(release_id)
+            with stderr_console.status("starting Ray and the stages"):
+                routing = Routing.single_release(release_id)
                 service = stack.enter_context(running_service(routing, options, directory.keys / RAY_TOKEN))
                 _warm_up(service.url)
             record = {"url": service.url, "pid": os.getpid(), "release": release_id, "serve_api": service.serve_api}
             stack.enter_context(_record(directory, record))
             if controller:
-                stack.enter_context(_controller(directory))
-            out.print(f"serving release {short_id(release_id)} at {service.url}", highlight=False)
-            say(f"Press Ctrl-C to stop. Try: reelway recommend --url {service.url} --viewer 1")
-            _wait_for_the_end()
+                stack.enter_context(_controller_process(directory))
+            stdout_console.print(f"serving release {short_id(release_id)} at {service.url}", highlight=False)
+            print_status(f"Press Ctrl-C to stop. Try: reelway recommend --url {service.url} --viewer 1")
+            _wait_for_interrupt()
 
 
 def recommend(
@@ -189,7 +189,7 @@ def recommend(
 
 
 @contextmanager
-def only_server_of(run: RunDirectory) -> Iterator[None]:
+def exclusive_serving_lock(run: RunDirectory) -> Iterator[None]:
     """Locks the run directory, so that only one process serves the run.
 
     Raises:
@@ -203,7 +203,7 @@ def only_server_of(run: RunDirectory) -> Iterator[None]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            record = run.path / RECORD
+            record = run.path / SERVING_RECORD
             server = record.read_text().strip() if record.exists() else "starting"
             raise ConfigError(f"{run.path}: is being served already ({server}); stop that process first") from None
         yield
@@ -213,10 +213,10 @@ def _verified(run: RunDirectory, release: str) -> VerifiedRelease:
     from reelway.platform.cli.release import fetch_verified
     from reelway.platform.release.store import LATEST
 
-    return fetch_verified(run, _live(run) or LATEST if release == LIVE else release)
+    return fetch_verified(run, _live_release(run) or LATEST if release == LIVE_RELEASE else release)
 
 
-def _features(run: RunDirectory) -> Path | None:
+def _features_dir(run: RunDirectory) -> Path | None:
     """Returns the folder of the run's feature store, or None if the run has none.
 
     Without a feature store all viewers are unknown. That is printed here and counted by the router.
@@ -226,12 +226,12 @@ def _features(run: RunDirectory) -> Path | None:
     try:
         open_feature_store(run.features)
     except FeatureError as error:
-        say(f"[yellow]no viewer rows:[/] {escape(str(error))}")
+        print_status(f"[yellow]no viewer rows:[/] {escape(str(error))}")
         return None
     return run.features.absolute()
 
 
-def _live(run: RunDirectory) -> str | None:
+def _live_release(run: RunDirectory) -> str | None:
     """Returns the release that the last rollout left live, or None if there was no rollout."""
     from reelway.platform.rollout.control.sqlite_store import SqliteRolloutStore
 
@@ -253,15 +253,15 @@ def _token_secrets(run: RunDirectory) -> Path:
 
 
 @contextmanager
-def _controller(run: RunDirectory) -> Iterator[None]:
+def _controller_process(run: RunDirectory) -> Iterator[None]:
     """Runs the local controller of this run while the block runs."""
     log = run.path / "rollout" / "controller.log"
     log.parent.mkdir(exist_ok=True)
-    with child(reelway_command("rollout", "controller", "--run", str(run.path)), log=log):
+    with child_process(reelway_command("rollout", "controller", "--run", str(run.path)), log=log):
         yield
 
 
-def _emptied(folder: Path) -> Path:
+def _empty_directory(folder: Path) -> Path:
     """Returns the folder, emptied of the files of an earlier start."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
@@ -276,7 +276,7 @@ def _warm_up(url: str) -> None:
     deadline = time.monotonic() + 60
     answered = 0
     with httpx.Client(base_url=url, timeout=30) as client:
-        while answered < WARM_UP:
+        while answered < WARM_UP_REQUESTS:
             answer = client.post("/v1/recommend", json={"viewer_id": 0, "count": 1})
             stages_answer = answer.is_success and not set(answer.json()["degraded"]) - {"no_viewer_row"}
             answered += stages_answer
@@ -288,7 +288,7 @@ def _warm_up(url: str) -> None:
 
 @contextmanager
 def _record(run: RunDirectory, record: dict[str, Any]) -> Iterator[None]:
-    path = run.path / RECORD
+    path = run.path / SERVING_RECORD
     write_json(path, record)
     try:
         yield
@@ -296,13 +296,13 @@ def _record(run: RunDirectory, record: dict[str, Any]) -> Iterator[None]:
         path.unlink(missing_ok=True)
 
 
-def _wait_for_the_end() -> None:
+def _wait_for_interrupt() -> None:
     while True:
         signal.pause()
 
 
 def _recorded_url(run: RunDirectory) -> str:
-    path = run.path / RECORD
+    path = run.path / SERVING_RECORD
     if not path.exists():
         raise ConfigError(f"{run.path}: not being served; start `reelway serve --run {run.path}` or pass --url")
     return str(json.loads(path.read_text())["url"])
@@ -318,6 +318,6 @@ def _print_slate(answer: dict[str, Any]) -> None:
         table.add_row(
             str(video["position"] + 1), name, video["source"], escape(video["reason"]), f"{video['score']:.3f}"
         )
-    out.print(table)
+    stdout_console.print(table)
     if answer["degraded"]:
-        out.print(f"degraded: {', '.join(answer['degraded'])}", highlight=False)
+        stdout_console.print(f"degraded: {', '.join(answer['degraded'])}", highlight=False)

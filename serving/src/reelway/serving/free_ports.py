@@ -7,7 +7,7 @@ import socket
 from reelway.platform.errors import ConfigError
 
 
-def refuse_taken_port(host: str, port: int) -> int:
+def check_port_free(host: str, port: int) -> int:
     """Returns the port if a process can listen on it.
 
     Raises:
@@ -25,7 +25,7 @@ def refuse_taken_port(host: str, port: int) -> int:
     return port
 
 
-def free_port(host: str) -> int:
+def find_free_port(host: str) -> int:
     """Returns a port that no process listens on at present."""
     with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
         probe.bind((host, 0))

@@ -27,10 +27,10 @@ from reelway.serving.request_path import (
     run_without_waiting,
 )
 from reelway.serving.stages.arrays import F32, Candidates, RankingInput, ScoredCandidates, Slate, ViewerQuery
-from reelway.serving.time_budget import TimeBudget
-from reelway.serving.viewers import nobody, warm_up_input
+from reelway.serving.time_budget import CircuitBreaker
+from reelway.serving.viewers import cold_start_query, warm_up_input
 
-GIL_TURN_S: Final = 0.0005
+SWITCH_INTERVAL_S: Final = 0.0005
 """Interpreter switch interval in seconds: how long a path may hold the GIL while the event loop waits for it.
 
 The event loop needs the GIL often, for moments. With Python's default of 5 ms it waits for a path several times per
@@ -39,9 +39,9 @@ load 96 -> 81 ms.
 """
 
 
-def share_the_interpreter() -> None:
+def shorten_switch_interval() -> None:
     """Shortens the interpreter's switch interval for the whole process. Only the owner of the process calls this."""
-    sys.setswitchinterval(GIL_TURN_S)
+    sys.setswitchinterval(SWITCH_INTERVAL_S)
 
 
 class SingleThreadExecutor:
@@ -56,7 +56,7 @@ class SingleThreadExecutor:
 
     def __init__(self, budget_ms: float) -> None:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="path")
-        self._within = TimeBudget(budget_ms)
+        self._within = CircuitBreaker(budget_ms)
         self._unavailable = UnavailableStages()
 
     async def run(self, path: RequestPath, call: PathCall) -> PathResult:
@@ -73,10 +73,10 @@ class SingleThreadExecutor:
         self._thread.shutdown(wait=False)
 
 
-class MeasuredStages:
+class InstrumentedStages:
     """``LocalStages`` with the metrics that stages in processes of their own record."""
 
-    budgets: Mapping[str, TimeBudget] = NO_BUDGETS
+    budgets: Mapping[str, CircuitBreaker] = NO_BUDGETS
 
     def __init__(self, stages: LocalStages, release: str) -> None:
         self._stages = stages
@@ -103,7 +103,7 @@ class MeasuredStages:
         return slate
 
 
-def load_warm(loader: ReleaseLoader) -> LocalStages:
+def load_and_warm_up(loader: ReleaseLoader) -> LocalStages:
     """Loads all stages of a release and calls them once, because the first call includes deferred initialisation.
 
     Raises:
@@ -111,7 +111,7 @@ def load_warm(loader: ReleaseLoader) -> LocalStages:
         ServingError: if the release cannot rank.
     """
     stages, table = loader.stages(), loader.table()
-    query = nobody(table)
+    query = cold_start_query(table)
     stages.retrieval.retrieve(query)
     run_without_waiting(stages.ranking.rank(warm_up_input(query, table)))
     return stages
@@ -124,5 +124,5 @@ def open_fused(loader: ReleaseLoader, budget_ms: float) -> OpenRelease:
         budget_ms: time budget of the whole path; a later call is answered from the popular list.
     """
     executor = SingleThreadExecutor(budget_ms)
-    stages = MeasuredStages(load_warm(loader), loader.release_id())
-    return OpenRelease(loader.edge(), stages, executor.close, executor)
+    stages = InstrumentedStages(load_and_warm_up(loader), loader.release_id())
+    return OpenRelease(loader.router_release(), stages, executor.close, executor)

@@ -53,11 +53,11 @@ class CurrentReleases(BaseModel):
     faults: dict[str, str] = {}
 
 
-class Answer(NamedTuple):
+class PendingResponse(NamedTuple):
     """A response, and the task to run after it was sent."""
 
     response: RecommendResponse
-    afterwards: Callable[[], Awaitable[None]] | None = None
+    background: Callable[[], Awaitable[None]] | None = None
 
 
 class Health(BaseModel):
@@ -66,18 +66,18 @@ class Health(BaseModel):
     status: str = "ok"
 
 
-class Service(Protocol):
+class RecommendService(Protocol):
     """The implementation behind the routes."""
 
-    async def recommend(self, request: RecommendRequest) -> Answer: ...
+    async def recommend(self, request: RecommendRequest) -> PendingResponse: ...
 
     def current_releases(self) -> CurrentReleases: ...
 
     async def metrics_text(self) -> bytes: ...
 
-    def count_refused(self) -> None: ...
+    def record_invalid(self) -> None: ...
 
-    def refuse_unread(self) -> None:
+    def shed_before_read(self) -> None:
         """Rejects a request before it is read, if no viewer can be answered now.
 
         Raises:
@@ -94,7 +94,7 @@ RESPONSES: Final[dict[int | str, dict[str, Any]]] = {
 }
 
 
-def build_http_api(service: Service) -> FastAPI:
+def build_http_api(service: RecommendService) -> FastAPI:
     """Returns the ASGI application."""
     api = FastAPI(
         title="Reelway recommendations",
@@ -108,7 +108,7 @@ def build_http_api(service: Service) -> FastAPI:
         """Returns an ordered slate for one viewer, known or unknown."""
         answer = await service.recommend(request)
         body = answer.response.model_dump_json()
-        return Response(body, media_type="application/json", background=cast(Any, answer.afterwards))
+        return Response(body, media_type="application/json", background=cast(Any, answer.background))
 
     @api.get("/v1/releases/current")
     async def releases() -> CurrentReleases:
@@ -127,7 +127,7 @@ def build_http_api(service: Service) -> FastAPI:
 
     @api.exception_handler(RequestValidationError)
     async def refuse(_: Request, error: RequestValidationError) -> Response:
-        service.count_refused()
+        service.record_invalid()
         fields = [field_error(one) for one in error.errors()]
         named = ", ".join(dict.fromkeys(field.field for field in fields))
         body = ErrorResponse(error=f"the request is invalid; correct {named}", fields=fields)
@@ -135,7 +135,7 @@ def build_http_api(service: Service) -> FastAPI:
 
     @api.exception_handler(OverloadedError)
     async def turned_away(_: Request, error: OverloadedError) -> Response:
-        return come_back(error)
+        return too_many_requests(error)
 
     @api.exception_handler(Exception)
     async def unavailable(_: Request, error: Exception) -> Response:
@@ -143,23 +143,23 @@ def build_http_api(service: Service) -> FastAPI:
         body = ErrorResponse(error="the request could not be answered; try again")
         return JSONResponse(body.model_dump(mode="json"), status_code=503, headers={"Retry-After": "1"})
 
-    api.add_middleware(TurnAwayUnread, service=service)
+    api.add_middleware(LoadSheddingMiddleware, service=service)
     return api
 
 
-def come_back(error: OverloadedError) -> Response:
+def too_many_requests(error: OverloadedError) -> Response:
     """Returns a 429 response with a Retry-After header."""
     body = ErrorResponse(error=str(error))
     return JSONResponse(body.model_dump(mode="json"), status_code=429, headers={"Retry-After": "1"})
 
 
-class TurnAwayUnread:
+class LoadSheddingMiddleware:
     """ASGI middleware that rejects requests before they are read.
 
     A rejected request must be cheap, because most requests are rejected when the router is busiest.
     """
 
-    def __init__(self, app: ASGIApp, service: Service) -> None:
+    def __init__(self, app: ASGIApp, service: RecommendService) -> None:
         self._app = app
         self._service = service
 
@@ -167,9 +167,9 @@ class TurnAwayUnread:
         app = self._app
         if scope["type"] == "http" and scope["method"] == "POST" and scope["path"] == RECOMMEND:
             try:
-                self._service.refuse_unread()
+                self._service.shed_before_read()
             except OverloadedError as error:
-                app = come_back(error)
+                app = too_many_requests(error)
         await app(scope, receive, send)
 
 

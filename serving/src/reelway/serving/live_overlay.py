@@ -20,19 +20,19 @@ import pyarrow as pa
 
 from reelway.platform.contracts.features import VIDEO_LIVE_DENSE
 from reelway.platform.errors import DataError, StorageError
-from reelway.platform.eventlog.changelog import CREATORS, ENGAGEMENT, FIELDS, Changelog, latest_rows
+from reelway.platform.eventlog.changelog import CREATORS, ENGAGEMENT, FIELDS, FeatureChangelog, latest_rows
 from reelway.serving.video_table import ABSENT, F32, I64, VideoTable
 
 log = logging.getLogger(__name__)
 
-LOOK_EVERY_S: Final = 1.0
+POLL_INTERVAL_S: Final = 1.0
 """Interval between two polls of the changelog."""
 
 
-class LiveOverlay:
+class FeatureOverlay:
     """Applies the changelog to one video table. Only one thread calls ``poll``; readers of the table need no lock."""
 
-    def __init__(self, table: VideoTable, changelog: Changelog) -> None:
+    def __init__(self, table: VideoTable, changelog: FeatureChangelog) -> None:
         self._table = weakref.ref(table)  # the follower ends when its release is closed
         self._changelog = changelog
         self._sequence = 0
@@ -46,7 +46,7 @@ class LiveOverlay:
         return self._sequence
 
     @property
-    def over(self) -> bool:
+    def table_released(self) -> bool:
         """Whether the table was released by its last user."""
         return self._table() is None
 
@@ -60,7 +60,7 @@ class LiveOverlay:
         table = self._table()
         if table is None:
             return 0
-        changes = self._changelog.after(self._sequence)
+        changes = self._changelog.changes_after(self._sequence)
         if not changes:
             return 0
         rows = latest_rows([change.rows for change in changes])
@@ -96,17 +96,17 @@ def _of(rows: pa.Table, view: str) -> tuple[I64, F32]:
     return of_view["entity_id"].to_numpy(), np.stack(values, axis=1) if values else np.zeros((0, 0), np.float32)
 
 
-def follow(table: VideoTable, changelog: str, *, every_s: float = LOOK_EVERY_S) -> threading.Thread:
+def start_follower(table: VideoTable, changelog: str, *, every_s: float = POLL_INTERVAL_S) -> threading.Thread:
     """Starts a thread that applies the changelog until the table is released or the process ends."""
-    overlay = LiveOverlay(table, Changelog(changelog))
-    thread = threading.Thread(target=_look, args=(overlay, every_s), name="live-overlay", daemon=True)
+    overlay = FeatureOverlay(table, FeatureChangelog(changelog))
+    thread = threading.Thread(target=_follow_until_released, args=(overlay, every_s), name="live-overlay", daemon=True)
     thread.start()
     return thread
 
 
-def _look(overlay: LiveOverlay, every_s: float) -> None:
+def _follow_until_released(overlay: FeatureOverlay, every_s: float) -> None:
     failed = False
-    while not overlay.over:
+    while not overlay.table_released:
         try:
             overlay.poll()
             failed = False

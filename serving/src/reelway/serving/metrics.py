@@ -24,7 +24,7 @@ from reelway.serving.stages.arrays import SOURCES, Candidates, Slate
 
 FOLDER_VARIABLE: Final = "PROMETHEUS_MULTIPROC_DIR"
 SLATE_BUCKETS: Final = (0, 1, 5, 10, 20, 50, 100)
-SHORT: Final = series.SHORT_RELEASE
+SHORT_RELEASE: Final = series.SHORT_RELEASE
 """Length of the label ``release``: the prefix of the id that people type."""
 OVERLAP_BUCKETS: Final = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 DRIFT_BUCKETS: Final = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
@@ -169,8 +169,8 @@ class IngressMetrics:
         self.slate = histogram(
             "reelway_ingress_slate_videos", "Videos in a response.", both, registry, buckets=SLATE_BUCKETS
         )
-        self.empty = counter(series.EMPTY_SLATES, "Responses without a video.", both, registry)
-        self.cold = counter(
+        self.empty_slates = counter(series.EMPTY_SLATES, "Responses without a video.", both, registry)
+        self.cold_viewers = counter(
             "reelway_ingress_cold_viewers_total", "Requests of viewers without a history.", both, registry
         )
         self.exposures_lost = counter(
@@ -179,7 +179,9 @@ class IngressMetrics:
             [],
             registry,
         )
-        self.shown = counter("reelway_ingress_videos_total", "Videos shown, by source.", [*both, "source"], registry)
+        self.videos_shown = counter(
+            "reelway_ingress_videos_total", "Videos shown, by source.", [*both, "source"], registry
+        )
 
 
 class ShadowMetrics:
@@ -209,7 +211,7 @@ def timed(latency: Histogram) -> Iterator[None]:
         latency.observe(time.perf_counter() - start)
 
 
-def scrape(folder: Path | None, own: CollectorRegistry) -> bytes:
+def render_metrics(folder: Path | None, own: CollectorRegistry) -> bytes:
     """Returns all metrics of the node in Prometheus' text format.
 
     Args:
@@ -218,19 +220,19 @@ def scrape(folder: Path | None, own: CollectorRegistry) -> bytes:
     """
     if folder is None:
         return generate_latest(own)
-    _forget_gauges_of_the_dead(folder)
+    _remove_dead_gauges(folder)
     registry = CollectorRegistry()
     MultiProcessCollector(registry, path=str(folder))  # type: ignore[no-untyped-call]
     return generate_latest(registry)
 
 
-def shared_folder() -> Path | None:
+def multiprocess_dir() -> Path | None:
     """Returns the metrics directory of this start of the service, if one is configured."""
     name = os.environ.get(FOLDER_VARIABLE)
     return Path(name) if name else None
 
 
-def _forget_gauges_of_the_dead(folder: Path) -> None:
+def _remove_dead_gauges(folder: Path) -> None:
     """Removes the gauges of processes that have died; their counters stay valid."""
     for file in folder.glob("gauge_live*_*.db"):
         pid = file.stem.rpartition("_")[2]

@@ -14,16 +14,16 @@ from prometheus_client import CollectorRegistry, start_http_server
 from prometheus_client.multiprocess import MultiProcessCollector
 
 from reelway.platform.errors import ConfigError
-from reelway.serving.metrics import FOLDER_VARIABLE, shared_folder
+from reelway.serving.metrics import FOLDER_VARIABLE, multiprocess_dir
 
 
-def registry_of_this_node() -> CollectorRegistry:
+def pod_registry() -> CollectorRegistry:
     """A registry that sums the counts of all processes that share the folder.
 
     Raises:
         ConfigError: if the environment variable of the folder is not set.
     """
-    folder = shared_folder()
+    folder = multiprocess_dir()
     if folder is None:
         raise ConfigError(f"{FOLDER_VARIABLE}: not set; set it to the folder that the pod's containers share")
     folder.mkdir(parents=True, exist_ok=True)
@@ -40,7 +40,7 @@ def main() -> None:
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
-    server, thread = start_http_server(options.port, registry=registry_of_this_node())
+    server, thread = start_http_server(options.port, registry=pod_registry())
     stop.wait()
     server.shutdown()
     thread.join()

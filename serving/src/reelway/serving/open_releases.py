@@ -19,9 +19,9 @@ from reelway.serving.request_path import InlineExecutor, PathExecutor, RouterRel
 
 log = logging.getLogger(__name__)
 
-STANDS_S: Final = 0.5
+STANDING_QUEUE_S: Final = 0.5
 """A release that was never idle for this long has a standing queue."""
-CALM_S: Final = 0.2
+OVERLOAD_COOLDOWN_S: Final = 0.2
 """An overload ends this long after the last rejected request. During it, a request is rejected every few ms."""
 
 
@@ -59,7 +59,7 @@ class OpenRelease:
         """Number of requests in flight."""
         return self._requests
 
-    def takes(self, max_ongoing_sustained: int, max_ongoing: int) -> bool:
+    def admits(self, max_ongoing_sustained: int, max_ongoing: int) -> bool:
         """Whether the release accepts one more request; the caller rejects the request otherwise.
 
         A short burst only delays the requests in it. A standing queue delays every later request as well. Its limit is
@@ -74,14 +74,14 @@ class OpenRelease:
         if self._requests < max_ongoing_sustained:
             return True
         now = self._clock()
-        a_burst = now - self._busy_since < STANDS_S and now - self._sent_away_at > CALM_S
+        a_burst = now - self._busy_since < STANDING_QUEUE_S and now - self._sent_away_at > OVERLOAD_COOLDOWN_S
         if a_burst and self._requests < max_ongoing:
             return True
         self._sent_away_at = now
         return False
 
     @contextmanager
-    def in_use(self) -> Iterator[None]:
+    def track_request(self) -> Iterator[None]:
         """Counts one request as in flight while the block runs."""
         if not self._requests:
             self._busy_since = self._clock()
@@ -101,7 +101,7 @@ class OpenRelease:
             await self._close()
 
 
-class OpenReleases:
+class ReleasePool:
     """All releases that one router holds open."""
 
     def __init__(self, open_release: Callable[[str], Awaitable[OpenRelease]]) -> None:
@@ -125,11 +125,11 @@ class OpenReleases:
         """Returns the release if it is open."""
         return self._open.get(release)
 
-    def lacks(self, releases: Iterable[str]) -> bool:
+    def is_missing_any(self, releases: Iterable[str]) -> bool:
         """Whether at least one of the releases is not open."""
         return any(release not in self._open for release in releases)
 
-    async def hold(self, releases: Iterable[str]) -> None:
+    async def open_all(self, releases: Iterable[str]) -> None:
         """Opens the releases that are not open; one that failed before is tried again.
 
         Each release is open or in ``faults`` when this method returns.
@@ -139,12 +139,12 @@ class OpenReleases:
             if release in self._open:
                 continue
             if release not in self._opening:
-                self._opening[release] = asyncio.create_task(self._hold(release))
+                self._opening[release] = asyncio.create_task(self._open_one(release))
             tasks.append(self._opening[release])
         if tasks:
             await asyncio.wait(tasks)
 
-    def keep_only(self, releases: Iterable[str]) -> None:
+    def retain(self, releases: Iterable[str]) -> None:
         """Closes all other releases, each after its last request has ended."""
         kept = set(releases)
         for release in [name for name in self._open if name not in kept]:
@@ -153,7 +153,7 @@ class OpenReleases:
             closing.add_done_callback(self._closing.discard)
         self._faults = {release: reason for release, reason in self._faults.items() if release in kept}
 
-    async def _hold(self, release: str) -> None:
+    async def _open_one(self, release: str) -> None:
         try:
             self._open[release] = await self._open_release(release)
         except Exception as fault:  # a broken release must not affect the others

@@ -20,7 +20,7 @@ from reelway.serving.video_table import VideoTable
 log = logging.getLogger(__name__)
 
 
-class ParitySample:
+class ParitySampler:
     """Writes the served features of sampled requests to the vector log."""
 
     def __init__(self, vectors: VectorLog, thread: Executor) -> None:
@@ -46,7 +46,7 @@ class ParitySample:
             viewer_row: the row as it was read, before values of the request were filled in.
             rows: rows of the slate.
         """
-        if not self._vectors.wants(request_id):
+        if not self._vectors.is_sampled(request_id):
             return
         dense, live_as_of_s = self._gathered(table, rows, now_s)
         facts = zip(

@@ -15,11 +15,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from reelway.platform.contracts.manifest import POPULAR_FILE
-from reelway.platform.contracts.release_files import POPULAR
+from reelway.platform.contracts.release_files import POPULAR_SCHEMA
 from reelway.platform.errors import IncompatibleReleaseError
 from reelway.serving.stages.arrays import F32, SOURCE_CODES, Candidates, Rows, ViewerQuery
-from reelway.serving.stages.filtering import allowed
-from reelway.serving.video_table import ABSENT, VideoTable, open_one_batch
+from reelway.serving.stages.filtering import allowed_candidates
+from reelway.serving.video_table import ABSENT, VideoTable, open_record_batch
 
 _REGIONAL: Final = "trending:"
 
@@ -34,13 +34,13 @@ class PopularLists:
         self._members = {region: frozenset(rows.tolist()) for region, rows in trending_in.items()}
         self._no_embedding: F32 = np.zeros((1, embedding_dim), dtype=np.float32)
 
-    def rises_in(self, row: int, region: str | None) -> bool:
+    def is_trending_in(self, row: int, region: str | None) -> bool:
         """Whether the video is on the region's own trending list."""
         return region is not None and row in self._members.get(region, ())
 
     def candidates(self, query: ViewerQuery) -> Candidates:
         """Returns the popular list as candidates, without videos of the viewer's history."""
-        may_show, filtered_counts = allowed(self.popular, query)
+        may_show, filtered_counts = allowed_candidates(self.popular, query)
         rows = self.popular[may_show]
         return Candidates(
             rows=rows,
@@ -59,9 +59,11 @@ def open_popular_lists(folder: Path, table: VideoTable) -> PopularLists:
         IncompatibleReleaseError: if the schema differs, or no list is named ``popular``.
     """
     path = folder / POPULAR_FILE
-    batch = open_one_batch(path)
-    if not batch.schema.equals(POPULAR):
-        raise IncompatibleReleaseError(f"{path} has schema\n{batch.schema}\nexpected\n{POPULAR}\nrebuild the release")
+    batch = open_record_batch(path)
+    if not batch.schema.equals(POPULAR_SCHEMA):
+        raise IncompatibleReleaseError(
+            f"{path} has schema\n{batch.schema}\nexpected\n{POPULAR_SCHEMA}\nrebuild the release"
+        )
     lists = pa.Table.from_batches([batch]).sort_by([("list", "ascending"), ("rank", "ascending")])
     rows: dict[str, Rows] = {}
     for name in pc.unique(lists["list"]).to_pylist():

@@ -30,16 +30,16 @@ from reelway.platform.release.store import ReleaseStore
 from reelway.platform.release.verify import read_blend, read_calibration
 from reelway.platform.rollout.traffic.serving_options import ReleaseArgs
 from reelway.platform.tokens import TokenSigner
-from reelway.serving.live_overlay import follow
+from reelway.serving.live_overlay import start_follower
 from reelway.serving.metrics import IngressMetrics
 from reelway.serving.popular import open_popular_lists
 from reelway.serving.request_path import InProcessRecommender, LocalStages, RouterRelease
-from reelway.serving.sessions import Graph
-from reelway.serving.stages.ranking import Ranker, RankerHere, Ranking
+from reelway.serving.sessions import OnnxModel
+from reelway.serving.stages.ranking import LocalRanker, Ranker, Ranking
 from reelway.serving.stages.reranking import Reranking
 from reelway.serving.stages.retrieval import Retrieval
-from reelway.serving.stages.sources import AnnSource, FreshSource, ListSource, NeighbourSource
-from reelway.serving.video_table import Rows, VideoTable, open_one_batch, open_video_table
+from reelway.serving.stages.sources import AnnSource, FreshSource, NeighbourSource, StaticListSource
+from reelway.serving.video_table import Rows, VideoTable, open_record_batch, open_video_table
 
 
 def open_trusted(source: ReleaseArgs) -> ReleaseLoader:
@@ -86,10 +86,10 @@ class ReleaseLoader:
     def _table(self) -> VideoTable:
         table = open_video_table(self.folder / VIDEOS_FILE)
         if self.overlay:
-            follow(table, self.overlay)
+            start_follower(table, self.overlay)
         return table
 
-    def edge(self) -> RouterRelease:
+    def router_release(self) -> RouterRelease:
         """Returns the parts of the release that a router holds."""
         table, manifest = self.table(), read_manifest(self.folder)
         return RouterRelease(
@@ -105,11 +105,11 @@ class ReleaseLoader:
         table = self.table()
         lists = open_popular_lists(self.folder, table)
         return Retrieval(
-            Graph(self.folder / VIEWER_TOWER_FILE, inputs=VIEWER_TOWER_INPUTS, threads=self.threads),
+            OnnxModel(self.folder / VIEWER_TOWER_FILE, inputs=VIEWER_TOWER_INPUTS, threads=self.threads),
             {
                 "ann": AnnSource(self._index(table), table.embedding, settings.index_probes),
-                "popular": ListSource(lists.popular),
-                "trending": ListSource(lists.trending, lists.trending_in),
+                "popular": StaticListSource(lists.popular),
+                "trending": StaticListSource(lists.trending, lists.trending_in),
                 "fresh": FreshSource(table, settings.fresh_hours),
                 "neighbours": NeighbourSource(self._neighbours(table)),
             },
@@ -123,7 +123,7 @@ class ReleaseLoader:
             ranker: a ranker that runs in another process; the model of the release is not loaded then.
         """
         if ranker is None:
-            ranker = RankerHere(Graph(self.folder / RANKER_FILE, inputs=RANKER_INPUTS, threads=self.threads))
+            ranker = LocalRanker(OnnxModel(self.folder / RANKER_FILE, inputs=RANKER_INPUTS, threads=self.threads))
         return Ranking(ranker, self.table(), read_calibration(self.folder), read_blend(self.folder).ranking)
 
     def reranking(self) -> Reranking:
@@ -134,9 +134,11 @@ class ReleaseLoader:
         """Loads all three stages into this process."""
         return LocalStages(self.retrieval(), self.ranking(), self.reranking())
 
-    def graph(self, signer: TokenSigner, metrics: IngressMetrics | None = None) -> InProcessRecommender:
+    def in_process_recommender(
+        self, signer: TokenSigner, metrics: IngressMetrics | None = None
+    ) -> InProcessRecommender:
         """Loads the whole request path into this process."""
-        return InProcessRecommender(self.edge(), self.stages(), signer, metrics)
+        return InProcessRecommender(self.router_release(), self.stages(), signer, metrics)
 
     def _index(self, table: VideoTable) -> faiss.Index:
         path = self.folder / INDEX_FILE
@@ -157,7 +159,7 @@ class ReleaseLoader:
 
     def _neighbours(self, table: VideoTable) -> Rows:
         path = self.folder / NEIGHBOURS_FILE
-        batch = open_one_batch(path)
+        batch = open_record_batch(path)
         if not batch.schema.equals(NEIGHBOURS_SCHEMA):
             raise IncompatibleReleaseError(
                 f"{path} has schema\n{batch.schema}\nexpected\n{NEIGHBOURS_SCHEMA}\nrebuild the release"

@@ -32,22 +32,22 @@ from typing import Any, Final, Protocol, TypeVar
 
 from prometheus_client import CollectorRegistry
 
-from reelway.platform.contracts.api import RecommendedVideo, RecommendRequest, RecommendResponse, Rung
+from reelway.platform.contracts.api import Degradation, RecommendedVideo, RecommendRequest, RecommendResponse
 from reelway.platform.contracts.events import Arm
 from reelway.platform.contracts.ids import short_id
 from reelway.platform.tokens import TokenSigner
 from reelway.serving.metrics import IngressMetrics, timed
-from reelway.serving.parity_sample import ParitySample
+from reelway.serving.parity_sample import ParitySampler
 from reelway.serving.popular import PopularLists
-from reelway.serving.slates import EVERYBODY, RolloutSide, Showing, new_ids, shown_videos, slices_of
+from reelway.serving.slates import NO_ROLLOUT, ImpressionContext, RolloutArm, build_videos, new_ids, slices_of
 from reelway.serving.stage_runner import RANKING, RERANKING, RETRIEVAL, VIEWER_QUERY, StageRunner
 from reelway.serving.stages.arrays import F32, SOURCES, Candidates, RankingInput, ScoredCandidates, Slate, ViewerQuery
 from reelway.serving.stages.ranking import Ranking
 from reelway.serving.stages.reranking import Reranking
 from reelway.serving.stages.retrieval import Retrieval
-from reelway.serving.time_budget import TimeBudget
+from reelway.serving.time_budget import CircuitBreaker
 from reelway.serving.video_table import VideoTable
-from reelway.serving.viewers import is_cold, viewer_query
+from reelway.serving.viewers import is_cold_start, viewer_query
 
 T = TypeVar("T")
 
@@ -56,7 +56,7 @@ class Stages(Protocol):
     """The three stages of a release, in any process. Each takes one value and returns one value."""
 
     @property
-    def budgets(self) -> Mapping[str, TimeBudget]:
+    def budgets(self) -> Mapping[str, CircuitBreaker]:
         """Stage name -> time budget; a stage that is missing has no budget of its own."""
         ...
 
@@ -109,7 +109,7 @@ class PathResult:
     """The slate of one call. A mirrored call has no slices and no videos."""
 
     slate: Slate
-    degraded: list[Rung]
+    degraded: list[Degradation]
     slices: list[int] = field(default_factory=list)
     videos: list[RecommendedVideo] = field(default_factory=list)
 
@@ -133,8 +133,8 @@ class RequestPath:
         stages: Stages,
         signer: TokenSigner,
         metrics: IngressMetrics,
-        rollout_arm: RolloutSide = EVERYBODY,
-        sample: ParitySample | None = None,
+        rollout_arm: RolloutArm = NO_ROLLOUT,
+        sample: ParitySampler | None = None,
         executor: PathExecutor | None = None,
     ) -> None:
         self._release = router_release
@@ -146,7 +146,9 @@ class RequestPath:
         self._sample = sample
         self._executor = executor or InlineExecutor()
         self._labels = (short_id(router_release.release_id), rollout_arm.arm.value)
-        metrics.empty.labels(*self._labels)  # export 0 from the start: no line on a dashboard would mean "no data"
+        metrics.empty_slates.labels(
+            *self._labels
+        )  # export 0 from the start: no line on a dashboard would mean "no data"
 
     async def run(self, call: PathCall, stages: Stages | None = None) -> PathResult:
         """Goes from the request to the slate, stage by stage.
@@ -156,7 +158,7 @@ class RequestPath:
         """
         release, run, count = self._release, self._runner.run, call.request.count
         stages = stages or self._stages
-        degraded: list[Rung] = []
+        degraded: list[Degradation] = []
 
         query = await self._viewer_query(call, degraded)
         popular = partial(release.lists.candidates, query)
@@ -176,7 +178,7 @@ class RequestPath:
             return PathResult(slate, degraded)
         showing = self._showing(call, query)
         slices = slices_of(slate.rows, showing, release.table)
-        videos = shown_videos(slate, slices, showing, release.table, release.lists, self._signer)
+        videos = build_videos(slate, slices, showing, release.table, release.lists, self._signer)
         return PathResult(slate, degraded, slices, videos)
 
     async def recommend(
@@ -231,7 +233,7 @@ class RequestPath:
         """Counts a request that got no slate at all."""
         self._metrics.requests.labels(*self._labels, "failed").inc()
 
-    async def _viewer_query(self, call: PathCall, degraded: list[Rung]) -> ViewerQuery:
+    async def _viewer_query(self, call: PathCall, degraded: list[Degradation]) -> ViewerQuery:
         """Returns the viewer as arrays. Fallback: the request's context only."""
 
         def build(viewer_row: Mapping[str, Any]) -> ViewerQuery:
@@ -244,39 +246,39 @@ class RequestPath:
             degraded.append(VIEWER_QUERY.degradation)
             return build({})
         query = await self._runner.run(VIEWER_QUERY, known, call.viewer_row, partial(build, {}), degraded)
-        if not degraded and is_cold(call.viewer_row):
-            self._metrics.cold.labels(*self._labels).inc()
+        if not degraded and is_cold_start(call.viewer_row):
+            self._metrics.cold_viewers.labels(*self._labels).inc()
         return query
 
-    def _showing(self, call: PathCall, query: ViewerQuery) -> Showing:
-        return Showing(
+    def _showing(self, call: PathCall, query: ViewerQuery) -> ImpressionContext:
+        return ImpressionContext(
             call.request_id, call.request.viewer_id, self._release.release_id, self._rollout_arm, query.region,
             call.now_s, call.now_s if call.shown_at_s is None else call.shown_at_s,
-            call.viewer_row is not None and is_cold(call.viewer_row),
+            call.viewer_row is not None and is_cold_start(call.viewer_row),
         )  # fmt: skip
 
-    def _record_slate(self, slate: Slate, degraded: list[Rung]) -> None:
+    def _record_slate(self, slate: Slate, degraded: list[Degradation]) -> None:
         metrics, labels = self._metrics, self._labels
         metrics.requests.labels(*labels, request_outcome(degraded)).inc()
         for degradation in degraded:
             metrics.degraded.labels(*labels, degradation).inc()
         metrics.slate.labels(*labels).observe(len(slate))
         if not len(slate):
-            metrics.empty.labels(*labels).inc()
+            metrics.empty_slates.labels(*labels).inc()
 
     def _record_sources(self, slate: Slate) -> None:
         for code in set(slate.source.tolist()):
-            self._metrics.shown.labels(*self._labels, SOURCES[code]).inc(int((slate.source == code).sum()))
+            self._metrics.videos_shown.labels(*self._labels, SOURCES[code]).inc(int((slate.source == code).sum()))
 
 
-def request_outcome(degraded: Sequence[Rung]) -> str:
+def request_outcome(degraded: Sequence[Degradation]) -> str:
     """Returns ``ok``, ``context_only`` (only the viewer row was missing) or ``degraded`` for a request with a slate."""
     if not degraded:
         return "ok"
     return "context_only" if set(degraded) == {"no_viewer_row"} else "degraded"
 
 
-NO_BUDGETS: Final[Mapping[str, TimeBudget]] = {}
+NO_BUDGETS: Final[Mapping[str, CircuitBreaker]] = {}
 
 
 @dataclass(frozen=True)
@@ -288,7 +290,7 @@ class LocalStages:
     reranking: Reranking
 
     @property
-    def budgets(self) -> Mapping[str, TimeBudget]:
+    def budgets(self) -> Mapping[str, CircuitBreaker]:
         return NO_BUDGETS
 
     async def retrieve(self, query: ViewerQuery) -> Candidates:
@@ -304,7 +306,7 @@ class LocalStages:
 class UnavailableStages:
     """Stages that are all late: a path run with them returns the popular list."""
 
-    budgets: Mapping[str, TimeBudget] = NO_BUDGETS
+    budgets: Mapping[str, CircuitBreaker] = NO_BUDGETS
 
     async def retrieve(self, query: ViewerQuery) -> Candidates:  # noqa: ARG002
         raise TimeoutError("the whole path is late")

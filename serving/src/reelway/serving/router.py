@@ -27,24 +27,24 @@ from reelway.platform.rollout.sequential import overlap_weight
 from reelway.platform.rollout.traffic.routing import ArmRoute, Routing
 from reelway.platform.tokens import TokenSigner
 from reelway.serving import metrics
-from reelway.serving.http_api import Answer, CurrentReleases, ServedRelease
-from reelway.serving.open_releases import OpenRelease, OpenReleases
-from reelway.serving.outcomes.exposures import ExposedArm, ExposureBuffer
-from reelway.serving.parity_sample import ParitySample
+from reelway.serving.http_api import CurrentReleases, PendingResponse, ServedRelease
+from reelway.serving.open_releases import OpenRelease, ReleasePool
+from reelway.serving.outcomes.exposures import ArmKey, ExposureBuffer
+from reelway.serving.parity_sample import ParitySampler
 from reelway.serving.request_path import Recommendation, RequestPath
-from reelway.serving.shadow import Asked, ShadowMirror, is_mirrored
-from reelway.serving.slates import RolloutSide
+from reelway.serving.shadow import MirroredRequest, ShadowMirror, is_mirrored
+from reelway.serving.slates import RolloutArm
 from reelway.serving.stage_runner import VIEWER_ROW, StageRunner
-from reelway.serving.time_budget import TimeBudget
+from reelway.serving.time_budget import CircuitBreaker
 
 log = logging.getLogger(__name__)
 
-OTHERS_S: Final = 10.0
+STARTUP_WAIT_S: Final = 10.0
 """How long a starting router waits for releases other than stable before it answers without them, in seconds."""
 
 
 @dataclass
-class RouterParts:
+class RouterDependencies:
     """The dependencies and limits of a router.
 
     Args:
@@ -59,35 +59,35 @@ class RouterParts:
     registry: CollectorRegistry
     read_viewer: Callable[[int], Mapping[str, Any]] | None = None
     viewer_row_ms: float = 250.0
-    sample: ParitySample | None = None
+    sample: ParitySampler | None = None
     exposures: ExposureBuffer | None = None
     max_ongoing_requests: int = 64
     max_ongoing_sustained: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
-class _Way:
+class _ArmPath:
     """A release with its request path for one arm."""
 
     release: OpenRelease
     path: RequestPath
-    side: RolloutSide
+    rollout_arm: RolloutArm
     runner: StageRunner  # reads the viewer's row
 
 
 class Router:
     """Answers requests with the release of the viewer's arm; see the module docstring."""
 
-    def __init__(self, open_release: Callable[[str], Awaitable[OpenRelease]], parts: RouterParts) -> None:
+    def __init__(self, open_release: Callable[[str], Awaitable[OpenRelease]], parts: RouterDependencies) -> None:
         self._parts = parts
         self._metrics = metrics.IngressMetrics(parts.registry)
         self._mirror = ShadowMirror(metrics.ShadowMetrics(parts.registry))
-        self._within = TimeBudget(parts.viewer_row_ms)
+        self._within = CircuitBreaker(parts.viewer_row_ms)
         self._threads = ThreadPoolExecutor(max_workers=4, thread_name_prefix="viewer-row")
-        self._releases = OpenReleases(open_release)
+        self._releases = ReleasePool(open_release)
         self._wanted: Routing | None = None
         self._routing: Routing | None = None
-        self._ways: dict[Arm, _Way] = {}
+        self._ways: dict[Arm, _ArmPath] = {}
         self._opening: set[asyncio.Task[None]] = set()
 
     async def reconfigure(self, config: Mapping[str, Any]) -> None:
@@ -104,14 +104,14 @@ class Router:
         routing = Routing.model_validate(config)
         self._wanted = routing
         if self._routing is None:
-            await self._start_with(routing)
+            await self._initialise(routing)
             return
-        if not self._releases.lacks(_with_traffic(routing)):
-            self._act(routing)
-        if self._routing is not routing or self._releases.lacks(routing.releases):
-            self._open_aside(routing)
+        if not self._releases.is_missing_any(_with_traffic(routing)):
+            self._apply_routing(routing)
+        if self._routing is not routing or self._releases.is_missing_any(routing.releases):
+            self._open_in_background(routing)
 
-    async def recommend(self, request: RecommendRequest) -> Answer:
+    async def recommend(self, request: RecommendRequest) -> PendingResponse:
         """Returns a slate by the release of the viewer's arm.
 
         Raises:
@@ -119,38 +119,48 @@ class Router:
                 have a limit of their own and are dropped first.
             ServingError: if the router has no routing yet.
         """
-        routing, ways = self._routing, self._ways
+        routing, arm_paths = self._routing, self._ways
         if routing is None:
             raise ServingError("router: no release is open yet; retry when Ray Serve has configured the router")
-        way = ways[routing.route_of(request.viewer_id).arm]
-        self._refuse_if_full(way)
+        arm_path = arm_paths[routing.route_of(request.viewer_id).arm]
+        self._shed_if_full(arm_path)
         given, clock_s = request.context.time, time.time()
         now_s = clock_s if given is None else given.timestamp()
-        with way.release.in_use():
+        with arm_path.release.track_request():
             try:
-                row = await self._viewer_row(request.viewer_id, way.runner)
-                recommendation = await way.path.recommend(request, row, now_s, clock_s)
+                row = await self._viewer_row(request.viewer_id, arm_path.runner)
+                recommendation = await arm_path.path.recommend(request, row, now_s, clock_s)
             except Exception:
-                way.path.count_failed()
+                arm_path.path.count_failed()
                 raise
         afterwards = partial(
-            self._after, way, ways.get(Arm.SHADOW), routing, Asked(request, row, now_s), recommendation
+            self._after_response,
+            arm_path,
+            arm_paths.get(Arm.SHADOW),
+            routing,
+            MirroredRequest(request, row, now_s),
+            recommendation,
         )
-        return Answer(recommendation.response, afterwards)
+        return PendingResponse(recommendation.response, afterwards)
 
-    async def _after(
-        self, way: _Way, shadow: _Way | None, routing: Routing, asked: Asked, recommendation: Recommendation
+    async def _after_response(
+        self,
+        arm_path: _ArmPath,
+        shadow: _ArmPath | None,
+        routing: Routing,
+        mirrored_request: MirroredRequest,
+        recommendation: Recommendation,
     ) -> None:
         """Buffers the exposure and mirrors the request after the response was sent. Waits for nothing."""
-        viewer_id = asked.request.viewer_id
-        if (buffer := self._parts.exposures) and way.side.rollout:
+        viewer_id = mirrored_request.request.viewer_id
+        if (buffer := self._parts.exposures) and arm_path.rollout_arm.rollout:
             lost = buffer.dropped
-            arm = ExposedArm(way.side.rollout, way.side.arm, way.release.release_id)
-            buffer.add(arm, viewer_id, way.side.overlap_weight, recommendation.slices)
+            arm = ArmKey(arm_path.rollout_arm.rollout, arm_path.rollout_arm.arm, arm_path.release.release_id)
+            buffer.add(arm, viewer_id, arm_path.rollout_arm.overlap_weight, recommendation.slices)
             if buffer.dropped > lost:
                 self._metrics.exposures_lost.inc(buffer.dropped - lost)
         if shadow and routing.shadow and is_mirrored(viewer_id, routing.salt, routing.shadow.weight_bp):
-            self._mirror.offer(shadow.release, shadow.path, asked, recommendation)
+            self._mirror.mirror(shadow.release, shadow.path, mirrored_request, recommendation)
 
     def current_releases(self) -> CurrentReleases:
         """Returns the routing in effect and the state of its releases."""
@@ -172,89 +182,91 @@ class Router:
 
     async def metrics_text(self) -> bytes:
         """Returns the metrics of all processes of this node."""
-        return await asyncio.to_thread(metrics.scrape, metrics.shared_folder(), self._parts.registry)
+        return await asyncio.to_thread(metrics.render_metrics, metrics.multiprocess_dir(), self._parts.registry)
 
-    def count_refused(self) -> None:
+    def record_invalid(self) -> None:
         """Counts an invalid request."""
         self._metrics.refused.inc()
 
-    def refuse_unread(self) -> None:
+    def shed_before_read(self) -> None:
         """Rejects a request before it is read, if a single release answers all viewers and that release is full.
 
         Raises:
             OverloadedError: if the request is rejected.
         """
         if len(self._ways) == 1:
-            (way,) = self._ways.values()
-            self._refuse_if_full(way)
+            (arm_path,) = self._ways.values()
+            self._shed_if_full(arm_path)
 
-    def _refuse_if_full(self, way: _Way) -> None:
+    def _shed_if_full(self, arm_path: _ArmPath) -> None:
         parts = self._parts
         limit = parts.max_ongoing_requests
-        if way.release.takes(parts.max_ongoing_sustained or limit, limit):
+        if arm_path.release.admits(parts.max_ongoing_sustained or limit, limit):
             return
-        release = way.release.release_id
-        self._metrics.shed.labels(release[: metrics.SHORT], way.side.arm.value).inc()
-        raise OverloadedError(f"release {short_id(release)}: {way.release.requests} requests are in flight; try again")
+        release = arm_path.release.release_id
+        self._metrics.shed.labels(release[: metrics.SHORT_RELEASE], arm_path.rollout_arm.arm.value).inc()
+        raise OverloadedError(
+            f"release {short_id(release)}: {arm_path.release.requests} requests are in flight; try again"
+        )
 
-    async def _start_with(self, routing: Routing) -> None:
+    async def _initialise(self, routing: Routing) -> None:
         stable = _fallback(routing).release
-        opening = asyncio.create_task(self._releases.hold(_with_traffic(routing)))
-        await self._releases.hold([stable])
-        if self._releases.lacks([stable]):
+        opening = asyncio.create_task(self._releases.open_all(_with_traffic(routing)))
+        await self._releases.open_all([stable])
+        if self._releases.is_missing_any([stable]):
             reason = self._releases.faults[stable]
             raise ServingError(
                 f"stable release {stable[:12]}: cannot be opened: {reason}; choose another stable release"
             )
-        await asyncio.wait([opening], timeout=OTHERS_S)
-        self._act(routing)
-        self._open_aside(routing)
+        await asyncio.wait([opening], timeout=STARTUP_WAIT_S)
+        self._apply_routing(routing)
+        self._open_in_background(routing)
 
-    def _open_aside(self, routing: Routing) -> None:
-        opening = asyncio.create_task(self._open_then_act(routing))
+    def _open_in_background(self, routing: Routing) -> None:
+        opening = asyncio.create_task(self._open_then_apply(routing))
         self._opening.add(opening)
         opening.add_done_callback(self._opening.discard)
 
-    async def _open_then_act(self, routing: Routing) -> None:
-        await self._releases.hold(_with_traffic(routing))
-        self._act_if_wanted(routing)
-        await self._releases.hold(routing.releases)
-        self._act_if_wanted(routing)  # its shadow release may be open now
+    async def _open_then_apply(self, routing: Routing) -> None:
+        await self._releases.open_all(_with_traffic(routing))
+        self._apply_if_current(routing)
+        await self._releases.open_all(routing.releases)
+        self._apply_if_current(routing)  # its shadow release may be open now
         if self._routing and self._wanted:
-            self._releases.keep_only({*self._routing.releases, *self._wanted.releases})
+            self._releases.retain({*self._routing.releases, *self._wanted.releases})
 
-    def _act_if_wanted(self, routing: Routing) -> None:
+    def _apply_if_current(self, routing: Routing) -> None:
         if self._wanted is not routing:
             return  # a newer routing has arrived
-        if self._releases.lacks([_fallback(routing).release]):
+        if self._releases.is_missing_any([_fallback(routing).release]):
             log.error("routing not applied: stable release %s cannot be opened", _fallback(routing).release[:12])
             return
-        self._act(routing)
+        self._apply_routing(routing)
 
-    def _act(self, routing: Routing) -> None:
+    def _apply_routing(self, routing: Routing) -> None:
         """Applies the routing to all new requests. Requests in flight finish on their present path."""
-        effective = without(routing, {name for name in routing.releases if self._releases.get(name) is None})
-        ways: dict[Arm, _Way] = {}
+        effective = reassign_missing(routing, {name for name in routing.releases if self._releases.get(name) is None})
+        arm_paths: dict[Arm, _ArmPath] = {}
         for route in effective.arms:
             if release := self._releases.get(route.release):
-                ways[route.arm] = self._way(release, effective, route.arm)
+                arm_paths[route.arm] = self._arm_path(release, effective, route.arm)
         if effective.shadow and (release := self._releases.get(effective.shadow.release)):
-            ways[Arm.SHADOW] = self._way(release, effective, Arm.SHADOW)
-        self._routing, self._ways = effective, ways
+            arm_paths[Arm.SHADOW] = self._arm_path(release, effective, Arm.SHADOW)
+        self._routing, self._ways = effective, arm_paths
         if self._parts.exposures:
-            sides = (ExposedArm(effective.rollout, route.arm, route.release) for route in effective.arms)
+            sides = (ArmKey(effective.rollout, route.arm, route.release) for route in effective.arms)
             self._parts.exposures.announce(sides)
-        self._releases.keep_only(routing.releases)
+        self._releases.retain(routing.releases)
 
-    def _way(self, release: OpenRelease, routing: Routing, arm: Arm) -> _Way:
+    def _arm_path(self, release: OpenRelease, routing: Routing, arm: Arm) -> _ArmPath:
         parts = self._parts
         sample = None if arm is Arm.SHADOW else parts.sample
-        side = side_of(routing, arm)
+        served_arm = rollout_arm(routing, arm)
         path = RequestPath(
-            release.router_release, release.stages, parts.signer, self._metrics, side, sample, release.executor
+            release.router_release, release.stages, parts.signer, self._metrics, served_arm, sample, release.executor
         )
         runner = StageRunner(self._metrics, release.release_id, {VIEWER_ROW.name: self._within})
-        return _Way(release, path, side, runner)
+        return _ArmPath(release, path, served_arm, runner)
 
     async def _viewer_row(self, viewer_id: int, runner: StageRunner) -> Mapping[str, Any] | None:
         """Returns the viewer's row, or ``None`` if the store fails or is late.
@@ -272,18 +284,18 @@ class Router:
         return await runner.run(VIEWER_ROW, read_in_thread, viewer_id, lambda: None, [])
 
 
-def side_of(routing: Routing, arm: Arm) -> RolloutSide:
+def rollout_arm(routing: Routing, arm: Arm) -> RolloutArm:
     """Returns the arm, rollout and overlap weight that the arm's impressions carry.
 
     The rollout's steps never compare the holdout with another arm, so its impressions have weight 1.
     """
     if not routing.rollout or arm is Arm.SHADOW:
-        return RolloutSide(arm)
+        return RolloutArm(arm)
     if arm is Arm.HOLDOUT:
-        return RolloutSide(arm, routing.rollout, 1.0)
+        return RolloutArm(arm, routing.rollout, 1.0)
     canary_bp, stable_bp = routing.weight_of(Arm.CANARY), routing.weight_of(Arm.STABLE)
     weight = overlap_weight(canary_bp, stable_bp, canary=arm is Arm.CANARY)
-    return RolloutSide(arm, routing.rollout, float(np.float32(weight)))
+    return RolloutArm(arm, routing.rollout, float(np.float32(weight)))
 
 
 def _fallback(routing: Routing) -> ArmRoute:
@@ -295,7 +307,7 @@ def _with_traffic(routing: Routing) -> list[str]:
     return [_fallback(routing).release, *(route.release for route in routing.arms if route.weight_bp)]
 
 
-def without(routing: Routing, missing: Collection[str]) -> Routing:
+def reassign_missing(routing: Routing, missing: Collection[str]) -> Routing:
     """Moves the traffic of missing releases to stable and removes a missing shadow release.
 
     All arms stay in the routing, with weight 0 if their release is missing. Stable itself must not be missing.

@@ -50,7 +50,7 @@ def apply_settings() -> None:
         os.environ.setdefault(name, value)
 
 
-def own_haproxy_places(place: Path) -> dict[str, str]:
+def haproxy_paths_and_ports(place: Path) -> dict[str, str]:
     """Returns HAProxy's files and ports for one start, so that two services on one machine do not share them.
 
     Ray's template makes HAProxy listen on both ports (its statistics and its metrics) on every interface. Do not open

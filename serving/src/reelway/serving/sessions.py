@@ -18,7 +18,7 @@ from reelway.platform.errors import IncompatibleReleaseError, ServingError
 F32 = NDArray[np.float32]
 
 
-class Tensor(NamedTuple):
+class TensorInfo(NamedTuple):
     """The declaration of a model's input or output. A dynamic axis has a name or None instead of a size."""
 
     name: str
@@ -26,7 +26,7 @@ class Tensor(NamedTuple):
     shape: tuple[int | str | None, ...]
 
 
-class Graph:
+class OnnxModel:
     """A loaded ONNX model with one output.
 
     Args:
@@ -59,11 +59,11 @@ class Graph:
             )
         self._output = self._session.get_outputs()[0].name
 
-    def tensors(self) -> tuple[list[Tensor], list[Tensor]]:
+    def tensors(self) -> tuple[list[TensorInfo], list[TensorInfo]]:
         """Returns the declared inputs and outputs."""
         return (
-            [Tensor(node.name, node.type, tuple(node.shape)) for node in self._session.get_inputs()],
-            [Tensor(node.name, node.type, tuple(node.shape)) for node in self._session.get_outputs()],
+            [TensorInfo(node.name, node.type, tuple(node.shape)) for node in self._session.get_inputs()],
+            [TensorInfo(node.name, node.type, tuple(node.shape)) for node in self._session.get_outputs()],
         )
 
     def run(self, inputs: Mapping[str, NDArray[Any]]) -> F32:

@@ -23,9 +23,9 @@ from reelway.serving.stages.arrays import F32
 
 log = logging.getLogger(__name__)
 
-AT_ONCE: Final = 4
+MAX_IN_FLIGHT: Final = 4
 """Mirrored requests in flight in one router; at 50 ms each, 80 per second."""
-WITHIN_S: Final = 2.0
+TIMEOUT_S: Final = 2.0
 """Timeout of one mirrored request in seconds."""
 
 
@@ -38,7 +38,7 @@ def is_mirrored(viewer_id: int, salt: str, weight_bp: int) -> bool:
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
+class MirroredRequest:
     """A request with the viewer row and the time it was answered with."""
 
     request: RecommendRequest
@@ -49,29 +49,36 @@ class Asked:
 class ShadowMirror:
     """Sends mirrored requests to a release and records how its slates differ."""
 
-    def __init__(self, metrics: ShadowMetrics, at_once: int = AT_ONCE, within_s: float = WITHIN_S) -> None:
+    def __init__(self, metrics: ShadowMetrics, at_once: int = MAX_IN_FLIGHT, within_s: float = TIMEOUT_S) -> None:
         self._metrics = metrics
         self._at_once = at_once
         self._within_s = within_s
         self._under_way: set[asyncio.Task[None]] = set()
 
-    def offer(self, release: OpenRelease, path: RequestPath, asked: Asked, recommendation: Recommendation) -> None:
+    def mirror(
+        self, release: OpenRelease, path: RequestPath, mirrored_request: MirroredRequest, recommendation: Recommendation
+    ) -> None:
         """Starts a mirrored request, unless too many are in flight."""
         name = short_id(release.release_id)
         if len(self._under_way) >= self._at_once:
             self._metrics.requests.labels(name, "dropped").inc()
             return
-        task = asyncio.get_running_loop().create_task(self._ask(release, path, asked, recommendation))
+        task = asyncio.get_running_loop().create_task(self._mirror(release, path, mirrored_request, recommendation))
         self._under_way.add(task)
         task.add_done_callback(self._under_way.discard)
 
-    async def _ask(self, release: OpenRelease, path: RequestPath, asked: Asked, recommendation: Recommendation) -> None:
+    async def _mirror(
+        self, release: OpenRelease, path: RequestPath, mirrored_request: MirroredRequest, recommendation: Recommendation
+    ) -> None:
         name = short_id(release.release_id)
         try:
-            with release.in_use():
+            with release.track_request():
                 async with asyncio.timeout(self._within_s):
                     ids, scores = await path.mirror(
-                        asked.request, asked.viewer_row, asked.now_s, recommendation.response.request_id
+                        mirrored_request.request,
+                        mirrored_request.viewer_row,
+                        mirrored_request.now_s,
+                        recommendation.response.request_id,
                     )
         except Exception as fault:  # a failure of a mirrored release is only counted
             log.warning("mirrored request to %s failed: %s: %s", name, type(fault).__name__, fault)

@@ -19,7 +19,7 @@ from reelway.serving.video_table import ABSENT, VideoTable
 
 
 @dataclass(frozen=True, slots=True)
-class RolloutSide:
+class RolloutArm:
     """One arm of one rollout, as recorded in every impression of the arm.
 
     ``overlap_weight`` is the weight of an impression under the present traffic weights (``sequential.overlap_weight``).
@@ -35,18 +35,18 @@ _NEW_VIEWERS, _NEW_VIDEOS, _SMALL_CREATORS = (
     SLICE_BITS[slice_] for slice_ in (Slice.NEW_VIEWERS, Slice.NEW_VIDEOS, Slice.SMALL_CREATORS)
 )
 
-EVERYBODY: Final = RolloutSide(Arm.STABLE)
+NO_ROLLOUT: Final = RolloutArm(Arm.STABLE)
 """The only arm between rollouts."""
 
 
 @dataclass(frozen=True, slots=True)
-class Showing:
+class ImpressionContext:
     """What all impressions of a slate have in common: viewer, time, release and arm."""
 
     request_id: int
     viewer_id: int
     release: str
-    side: RolloutSide
+    rollout_arm: RolloutArm
     region: str | None
     now_s: float  # time of the request
     shown_at_s: float  # time of the clock
@@ -59,14 +59,14 @@ SMALL_CREATOR_FOLLOWERS: Final = 100.0
 """A creator with fewer followers, or an unknown number of followers, counts as small."""
 
 
-def slices_of(rows: Rows, showing: Showing, table: VideoTable) -> list[int]:
+def slices_of(rows: Rows, context: ImpressionContext, table: VideoTable) -> list[int]:
     """Returns the slices of each shown video as a bit mask of ``SLICE_BITS``; 0 outside of a rollout."""
-    if not showing.side.rollout:
+    if not context.rollout_arm.rollout:
         return [0] * len(rows)
-    new = showing.now_s - table.uploaded_at_s[rows] < NEW_VIDEO_S
+    new = context.now_s - table.uploaded_at_s[rows] < NEW_VIDEO_S
     small = ~(table.creator_followers(rows) >= SMALL_CREATOR_FOLLOWERS)
     bits = (
-        _NEW_VIEWERS * showing.new_viewer
+        _NEW_VIEWERS * context.new_viewer
         + _NEW_VIDEOS * new.astype(np.int64)
         + _SMALL_CREATORS * small.astype(np.int64)
     )
@@ -85,7 +85,7 @@ def new_ids(count: int) -> list[int]:
     return ids
 
 
-def readable_reason(source: str, row: int, watched: str | None, region: str | None, lists: PopularLists) -> str:
+def reason_text(source: str, row: int, watched: str | None, region: str | None, lists: PopularLists) -> str:
     """Returns the reason shown to the viewer, by the source that proposed the video.
 
     Args:
@@ -97,12 +97,17 @@ def readable_reason(source: str, row: int, watched: str | None, region: str | No
             return "picked for you"
         return f"because you watched {watched}" if watched else "because of what you watched"
     if source == "trending":
-        return f"rising in {region}" if lists.rises_in(row, region) else "rising now"
+        return f"rising in {region}" if lists.is_trending_in(row, region) else "rising now"
     return {"fresh": "new upload", "popular": "popular now"}[source]
 
 
-def shown_videos(
-    slate: Slate, slices: list[int], showing: Showing, table: VideoTable, lists: PopularLists, signer: TokenSigner
+def build_videos(
+    slate: Slate,
+    slices: list[int],
+    context: ImpressionContext,
+    table: VideoTable,
+    lists: PopularLists,
+    signer: TokenSigner,
 ) -> list[RecommendedVideo]:
     """Returns the videos of the response, each with the token that clients send back with its outcomes.
 
@@ -116,11 +121,11 @@ def shown_videos(
         None if row == ABSENT else (title or "")
         for row, title in zip(slate.trigger_rows.tolist(), table.titles(slate.trigger_rows), strict=True)
     ]
-    side = showing.side
+    rollout_arm = context.rollout_arm
     tokens = signer.sign_many(
         ImpressionToken(
-            impression, showing.request_id, showing.viewer_id, video, position, showing.release, side.arm, source,
-            propensity, showing.shown_at_s, side.rollout, side.overlap_weight, mask, duration_ms,
+            impression, context.request_id, context.viewer_id, video, position, context.release, rollout_arm.arm,
+            source, propensity, context.shown_at_s, rollout_arm.rollout, rollout_arm.overlap_weight, mask, duration_ms,
         )
         for position, (impression, video, source, propensity, mask, duration_ms) in enumerate(
             zip(
@@ -140,7 +145,7 @@ def shown_videos(
             position=position,
             score=score,
             source=source,
-            reason=readable_reason(source, row, title_watched, showing.region, lists),
+            reason=reason_text(source, row, title_watched, context.region, lists),
             title=title,
             token=token,
         )

@@ -10,11 +10,11 @@ import logging
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Final, NamedTuple, TypeVar
 
-from reelway.platform.contracts.api import Rung
+from reelway.platform.contracts.api import Degradation
 from reelway.platform.contracts.ids import short_id
 from reelway.platform.errors import FeatureError
 from reelway.serving.metrics import IngressMetrics, timed
-from reelway.serving.time_budget import TimeBudget
+from reelway.serving.time_budget import CircuitBreaker
 
 T = TypeVar("T")
 V = TypeVar("V")
@@ -25,7 +25,7 @@ class Stage(NamedTuple):
     """One stage of the request path."""
 
     name: str  # value of the metrics' label ``stage`` and key of the stage's budget
-    degradation: Rung  # how a response is degraded that used the stage's fallback
+    degradation: Degradation  # how a response is degraded that used the stage's fallback
 
 
 VIEWER_ROW: Final = Stage("viewer_row", "no_viewer_row")
@@ -42,7 +42,7 @@ class StageRunner:
         budgets: stage name -> time budget of one call. A stage without a budget may take any time.
     """
 
-    def __init__(self, metrics: IngressMetrics, release_id: str, budgets: Mapping[str, TimeBudget]) -> None:
+    def __init__(self, metrics: IngressMetrics, release_id: str, budgets: Mapping[str, CircuitBreaker]) -> None:
         self._metrics = metrics
         self._release = short_id(release_id)
         self._budgets = budgets
@@ -53,7 +53,7 @@ class StageRunner:
         call: Callable[[V], Awaitable[T]],
         value: V,
         fallback: Callable[[], T],
-        degraded: list[Rung],
+        degraded: list[Degradation],
     ) -> T:
         """Returns ``call(value)``, or ``fallback()`` if the call raises any exception or exceeds its budget.
 

@@ -13,13 +13,13 @@ from typing import Final, TypeVar
 
 T = TypeVar("T")
 
-LATE: Final = 2
+TRIP_AFTER_TIMEOUTS: Final = 2
 """Number of consecutive timeouts that opens the breaker."""
-REST_S: Final = 0.5
+OPEN_S: Final = 0.5
 """How long the breaker stays open, in seconds."""
 
 
-class TimeBudget:
+class CircuitBreaker:
     """The time budget and circuit breaker of one stage.
 
     Args:
@@ -46,8 +46,8 @@ class TimeBudget:
                 result = await call()
         except TimeoutError:
             self._late += 1
-            if self._late >= LATE:
-                self._rests_until = self._clock() + REST_S
+            if self._late >= TRIP_AFTER_TIMEOUTS:
+                self._rests_until = self._clock() + OPEN_S
             raise TimeoutError(f"no answer within {1000 * self.budget_s:g} ms") from None
         self._late = 0
         return result

@@ -52,7 +52,7 @@ class VideoInputs:
 
 
 @dataclass(frozen=True)
-class LiveValues:
+class LiveFeatures:
     """One immutable version of the live features: the snapshot of the release, overlaid with fresher rows.
 
     The snapshot consists of the file's pages, which all replicas of a node share. A version costs the memory of all
@@ -61,29 +61,31 @@ class LiveValues:
 
     snapshot: F32  # [N, L]
     fresh: F32  # [F, L]
-    place_of: Rows | None = None  # [N] row of ``fresh``, ABSENT if unchanged; None: all unchanged
+    overlay_rows: Rows | None = None  # [N] row of ``fresh``, ABSENT if unchanged; None: all unchanged
     version: int = 0
     as_of_s: float | None = None  # time that the features describe; None: the release's time
 
     def at(self, rows: NDArray[np.integer[Any]]) -> F32:
         """Returns the live features of the videos at ``rows``. Shapes: ``[C] -> [C, L]``."""
         values: F32 = self.snapshot.take(rows, axis=0)
-        if self.place_of is not None:
-            place = self.place_of[rows]
+        if self.overlay_rows is not None:
+            place = self.overlay_rows[rows]
             changed = np.flatnonzero(place != ABSENT)
             values[changed] = self.fresh[place[changed]]
         return values
 
-    def with_fresher(self, rows: NDArray[np.integer[Any]], dense: F32, as_of_s: float | None = None) -> LiveValues:
+    def with_updates(self, rows: NDArray[np.integer[Any]], dense: F32, as_of_s: float | None = None) -> LiveFeatures:
         """Returns the next version with ``dense`` ``[C, L]`` at ``rows`` ``[C]``; of repeated rows the last wins."""
-        place_of = np.full(len(self.snapshot), ABSENT, np.int32) if self.place_of is None else self.place_of.copy()
+        place_of = (
+            np.full(len(self.snapshot), ABSENT, np.int32) if self.overlay_rows is None else self.overlay_rows.copy()
+        )
         new = np.unique(rows[place_of[rows] == ABSENT])
         place_of[new] = len(self.fresh) + np.arange(len(new), dtype=np.int32)
         fresh = np.concatenate([self.fresh, np.empty((len(new), dense.shape[1]), np.float32)])
         fresh[place_of[rows]] = dense
         for published in (place_of, fresh):
             published.flags.writeable = False
-        return LiveValues(self.snapshot, fresh, place_of, self.version + 1, as_of_s)
+        return LiveFeatures(self.snapshot, fresh, place_of, self.version + 1, as_of_s)
 
 
 class VideoTable:
@@ -111,7 +113,7 @@ class VideoTable:
         self._static = _matrix(batch, "static_dense")
         self._titles = batch.column("title")
         snapshot = _matrix(batch, "live_dense")
-        self._live = LiveValues(snapshot, fresh=snapshot[:0])
+        self._live = LiveFeatures(snapshot, fresh=snapshot[:0])
         if len(self) and (np.diff(self.video_id) <= 0).any():
             at = int(np.argmax(np.diff(self.video_id) <= 0)) + 1
             raise IncompatibleReleaseError(
@@ -123,7 +125,7 @@ class VideoTable:
         return int(self._batch.num_rows)
 
     @property
-    def live(self) -> LiveValues:
+    def live(self) -> LiveFeatures:
         """The present version of the live features; later overlays do not change the returned object."""
         return self._live
 
@@ -181,7 +183,7 @@ class VideoTable:
             raise ValueError(f"live_dense has shape {live_dense.shape}, expected {(len(rows), width)}")
         if len(rows) and (rows.min() < 0 or rows.max() >= len(self)):
             raise ValueError(f"rows span {rows.min()}..{rows.max()}, expected 0..{len(self) - 1}")
-        self._live = self._live.with_fresher(rows, live_dense, as_of_s)
+        self._live = self._live.with_updates(rows, live_dense, as_of_s)
         return self._live.version
 
 
@@ -191,10 +193,10 @@ def open_video_table(path: Path) -> VideoTable:
     Raises:
         IncompatibleReleaseError: if the file is not an Arrow file with one record batch; see also ``VideoTable``.
     """
-    return VideoTable(open_one_batch(path))
+    return VideoTable(open_record_batch(path))
 
 
-def open_one_batch(path: Path) -> pa.RecordBatch:
+def open_record_batch(path: Path) -> pa.RecordBatch:
     """Returns the only record batch of a release's Arrow file, memory-mapped.
 
     Raises:

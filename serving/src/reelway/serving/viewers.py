@@ -17,7 +17,7 @@ from reelway.serving.video_table import ABSENT, VideoTable
 _FIELDS: Final = tuple(name for view in VIEWER_VIEWS for name in VIEWS[view])
 
 
-def is_cold(viewer_row: Mapping[str, Any]) -> bool:
+def is_cold_start(viewer_row: Mapping[str, Any]) -> bool:
     """Whether the viewer's row has no history."""
     videos = viewer_row.get("history_videos")
     return videos is None or len(videos) == 0
@@ -52,7 +52,7 @@ def viewer_query(
     )
 
 
-def nobody(table: VideoTable) -> ViewerQuery:
+def cold_start_query(table: VideoTable) -> ViewerQuery:
     """Returns a viewer without a history, to warm up a stage with."""
     return viewer_query({}, RequestContext(), time.time(), table, seed=0)
 

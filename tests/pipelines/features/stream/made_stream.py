@@ -12,11 +12,16 @@ from tests.pipelines.features import event_tables
 
 from reelway.pipelines.features import views
 from reelway.pipelines.features.labels import label_impressions
-from reelway.pipelines.features.stream.engine import Catalogue
+from reelway.pipelines.features.stream.engine import StreamCatalogue
 from reelway.pipelines.features.views import Events, ViewSettings
 from reelway.platform.contracts.events import OUTCOMES, OutcomeType
 from reelway.platform.eventlog import EventLog, LogRecord
-from reelway.platform.eventlog.outcome_events import KINDS, LOGGED_OUTCOMES, outcome_ids, records_of
+from reelway.platform.eventlog.outcome_events import (
+    OUTCOME_EVENT_SCHEMA,
+    OUTCOME_TYPES,
+    derive_outcome_ids,
+    encode_outcomes,
+)
 
 SECOND_US = 1_000_000
 START_US = event_tables.START_US
@@ -28,7 +33,7 @@ TTL_US = {
 
 
 @dataclass(frozen=True)
-class Done:
+class ReportedOutcomeFixture:
     """One outcome: its impression, type and value, and when the outcomes service received it."""
 
     impression: int
@@ -40,13 +45,13 @@ class Done:
     time_us: int
 
 
-def record_of(done: Sequence[Done], number: int) -> LogRecord:
+def record_of(done: Sequence[ReportedOutcomeFixture], number: int) -> LogRecord:
     """Encodes the outcomes as one record of the log."""
-    kind = np.array([KINDS.index(one.kind) for one in done], np.int64)
+    kind = np.array([OUTCOME_TYPES.index(one.kind) for one in done], np.int64)
     impression = np.array([one.impression for one in done], np.int64)
     n = len(done)
     columns = {
-        "outcome_id": outcome_ids(impression, kind), "impression_id": impression, "request_id": impression,
+        "outcome_id": derive_outcome_ids(impression, kind), "impression_id": impression, "request_id": impression,
         "viewer_id": [one.viewer for one in done], "video_id": [one.video for one in done], "position": [0] * n,
         "shown_at": [one.shown_us for one in done], "release": ["r"] * n, "arm": ["stable"] * n,
         "source": ["ann"] * n, "propensity": [1.0] * n, "type": [str(one.kind) for one in done],
@@ -56,18 +61,18 @@ def record_of(done: Sequence[Done], number: int) -> LogRecord:
         pa.array(columns[f.name]).cast(pa.int64()).cast(f.type)
         if pa.types.is_timestamp(f.type)
         else pa.array(columns[f.name]).cast(f.type)
-        for f in LOGGED_OUTCOMES
+        for f in OUTCOME_EVENT_SCHEMA
     ]
-    (record,) = records_of(pa.RecordBatch.from_arrays(arrays, schema=LOGGED_OUTCOMES), 1, done[0].time_us)
+    (record,) = encode_outcomes(pa.RecordBatch.from_arrays(arrays, schema=OUTCOME_EVENT_SCHEMA), 1, done[0].time_us)
     return record._replace(id=str(number))
 
 
-def append(log: EventLog, batches: Sequence[Sequence[Done]]) -> None:
+def append(log: EventLog, batches: Sequence[Sequence[ReportedOutcomeFixture]]) -> None:
     log.append([record_of(batch, number) for number, batch in enumerate(batches) if batch])
 
 
 @cache
-def catalogue() -> Catalogue:
+def catalogue() -> StreamCatalogue:
     """Returns six videos by three creators; one has no topic, and one is uploaded while the stream runs."""
     ids = [1, 2, 3, 4, 5, 6]
     videos = event_tables.table(
@@ -79,7 +84,7 @@ def catalogue() -> Catalogue:
         event_tables.contract.CREATORS, creator_id=[7, 8, 9], created_at=[START_US - 9 * views.DAY_US] * 3,
         followers=[10, 0, 5],
     )  # fmt: skip
-    return Catalogue.of(videos, creators)
+    return StreamCatalogue.of(videos, creators)
 
 
 def dataset_labels() -> pa.Table:
@@ -90,9 +95,9 @@ def dataset_labels() -> pa.Table:
     return label_impressions(event_tables.impressions(shown), event_tables.outcomes(done), catalogue().videos)
 
 
-def batch_events(done: Sequence[Done], until_us: int, labels: pa.Table) -> Events:
+def batch_events(done: Sequence[ReportedOutcomeFixture], until_us: int, labels: pa.Table) -> Events:
     """Returns everything known before ``until_us``, labelled by the batch job's own function (slow but simple)."""
-    first: dict[tuple[int, OutcomeType], Done] = {}
+    first: dict[tuple[int, OutcomeType], ReportedOutcomeFixture] = {}
     for one in sorted(done, key=lambda one: one.time_us):
         if one.time_us < until_us:  # an outcome counts from one microsecond later
             first.setdefault((one.impression, one.kind), one)

@@ -17,7 +17,7 @@ from tests.dimensions import DIMENSIONS
 from tests.pipelines.features.stream.made_stream import (
     START_US,
     TTL_US,
-    Done,
+    ReportedOutcomeFixture,
     batch_events,
     batch_table,
     catalogue,
@@ -27,10 +27,10 @@ from tests.pipelines.features.stream.made_stream import (
 
 from reelway.pipelines.features import views
 from reelway.pipelines.features.labels import times_us
-from reelway.pipelines.features.stream.cells import ENTITY_KEYS, STREAMED, rhythms
-from reelway.pipelines.features.stream.engine import Emitted
+from reelway.pipelines.features.stream.cells import ENTITY_KEYS, STREAMED, emission_schedules
+from reelway.pipelines.features.stream.engine import EmittedRows
 from reelway.pipelines.features.stream.points import due_and_next
-from reelway.pipelines.features.stream.processor import Processor, StreamSettings
+from reelway.pipelines.features.stream.processor import StreamProcessor, StreamSettings
 from reelway.pipelines.features.stream.service import StreamMetrics
 from reelway.pipelines.features.stream.state import StreamState
 from reelway.pipelines.features.views import ViewSettings
@@ -45,7 +45,7 @@ SPANS_S = (1, 7, 600, 4_000, 50_000, 100_000)
 
 
 @st.composite
-def histories(draw: st.DrawFn) -> list[Done]:
+def histories(draw: st.DrawFn) -> list[ReportedOutcomeFixture]:
     """Draws outcomes of a few impressions, sorted by time; some are repeated, some are after the horizon."""
     done = []
     shown_us = START_US
@@ -56,7 +56,7 @@ def histories(draw: st.DrawFn) -> list[Done]:
         for kind in draw(st.lists(st.sampled_from(list(OutcomeType)), min_size=1, max_size=4)):
             time_us += draw(st.sampled_from([0, 250_000, 3 * SECOND_US, 3_700 * SECOND_US, 90_000 * SECOND_US]))
             value = draw(st.sampled_from([0.0, 3_000.0, 25_000.25])) if kind is OutcomeType.WATCH else 1.0
-            done.append(Done(impression + 1, viewer, video, kind, value, shown_us, time_us))
+            done.append(ReportedOutcomeFixture(impression + 1, viewer, video, kind, value, shown_us, time_us))
     return sorted(done, key=lambda one: one.time_us)
 
 
@@ -67,34 +67,38 @@ class Clock:
         return self.now_us / 1e6
 
 
-def stream(folder: Path, batches: list[list[Done]], ends_us: list[int], *, crashes: bool = False) -> list[Emitted]:
+def stream(
+    folder: Path, batches: list[list[ReportedOutcomeFixture]], ends_us: list[int], *, crashes: bool = False
+) -> list[EmittedRows]:
     """Returns the rows that the stream emitted. With ``crashes``, a new processor runs every micro-batch."""
     clock, emitted = Clock(), []
     log, state = SqliteLog(folder / "log.db", clock=clock), StreamState(folder / "state.db")
-    processor: Processor | None = None
+    processor: StreamProcessor | None = None
     for number, (batch, end_us) in enumerate(zip(batches, ends_us, strict=True)):
         append_one(log, batch, number)
         clock.now_us = end_us
         if processor is None or crashes:
             state.close()
             state = StreamState(folder / "state.db")
-            processor = Processor(log, state, None, VIEWS, TTL_US, StreamSettings(LATENESS_S, most_records=3), clock)
+            processor = StreamProcessor(
+                log, state, None, VIEWS, TTL_US, StreamSettings(LATENESS_S, max_records=3), clock
+            )
             processor.start(catalogue(), LABELS, behind_us=0)
-        emitted += processor.round(wait_s=0).emitted
+        emitted += processor.run_micro_batch(wait_s=0).emitted
     assert processor is not None
-    while (done := processor.round(wait_s=0)).steps or done.outcomes:
+    while (done := processor.run_micro_batch(wait_s=0)).steps or done.outcomes:
         emitted += done.emitted
     state.close()
     log.close()
     return emitted
 
 
-def append_one(log: SqliteLog, batch: list[Done], number: int) -> None:
+def append_one(log: SqliteLog, batch: list[ReportedOutcomeFixture], number: int) -> None:
     if batch:
         log.append([record_of(batch, number)])
 
 
-def by_moment(emitted: list[Emitted]) -> dict[tuple[str, int, int], dict[str, Any]]:
+def by_moment(emitted: list[EmittedRows]) -> dict[tuple[str, int, int], dict[str, Any]]:
     rows = {}
     for one in emitted:
         for row in one.rows.to_pylist():
@@ -104,7 +108,9 @@ def by_moment(emitted: list[Emitted]) -> dict[tuple[str, int, int], dict[str, An
     return rows
 
 
-def expected_rows(done: list[Done], first_us: int, last_us: int) -> dict[tuple[str, int, int], dict[str, Any]]:
+def expected_rows(
+    done: list[ReportedOutcomeFixture], first_us: int, last_us: int
+) -> dict[tuple[str, int, int], dict[str, Any]]:
     """Returns every row of the batch job at each of its grid points, computed from the outcomes known by then.
 
     The known outcomes change only when an outcome arrives. So one run of the batch job is valid until the next one.
@@ -128,11 +134,13 @@ def without_expiries(rows: dict[tuple[str, int, int], dict[str, Any]]) -> dict[t
 
 @settings(max_examples=12, deadline=None, suppress_health_check=list(HealthCheck))
 @given(done=histories(), data=st.data())
-def test_stream_rows_equal_batch_rows_for_any_order_with_crashes(done: list[Done], data: st.DataObject) -> None:
+def test_stream_rows_equal_batch_rows_for_any_order_with_crashes(
+    done: list[ReportedOutcomeFixture], data: st.DataObject
+) -> None:
     """Outcomes arrive in any order within the allowed lateness, in batches of any size, with crashes between them."""
     jitter = [data.draw(st.integers(0, int(LATENESS_S) - 1)) for _ in done]
     arrivals = sorted(range(len(done)), key=lambda i: (done[i].time_us + jitter[i] * SECOND_US, i))
-    batches: list[list[Done]] = []
+    batches: list[list[ReportedOutcomeFixture]] = []
     ends: list[int] = []
     for i in arrivals:
         came_us = done[i].time_us + jitter[i] * SECOND_US
@@ -158,14 +166,14 @@ def test_stream_rows_equal_batch_rows_for_any_order_with_crashes(done: list[Done
 @pytest.mark.parametrize("view", STREAMED)
 def test_next_due_time_equals_the_batch_jobs_next_point(view: str) -> None:
     rng = np.random.default_rng(5)
-    rhythm = rhythms(VIEWS)[view]
+    rhythm = emission_schedules(VIEWS)[view]
     known = START_US + rng.integers(0, 3 * views.DAY_US, 60) // 900_000_000 * 900_000_000 + rng.integers(0, 2, 60)
     owner = np.sort(rng.integers(0, 9, 60))
     entities, at = views.snapshot_points(
         owner, known, rhythm.windows_us, grid_us=rhythm.grid_us, until_us=START_US + 99 * views.DAY_US,
         heartbeat_us=rhythm.heartbeat_us,
     )  # fmt: skip
-    cells = (known - 1) // rhythm.cell_us * rhythm.cell_us + 1
+    cells = (known - 1) // rhythm.bucket_us * rhythm.bucket_us + 1
     for moment in [START_US, *rng.choice(at, 40).tolist(), START_US + 40 * views.DAY_US + 1]:
         now, next_us, last_us = due_and_next(owner, cells, 9, rhythm, moment)
         for entity in range(9):
@@ -178,17 +186,17 @@ def test_next_due_time_equals_the_batch_jobs_next_point(view: str) -> None:
 def test_metrics_count_outcomes_by_result(tmp_path: Path) -> None:
     clock = Clock()
     log, state = SqliteLog(tmp_path / "log.db", clock=clock), StreamState(tmp_path / "state.db")
-    like = Done(1, 100, 1, OutcomeType.LIKE, 1.0, START_US, START_US + SECOND_US)
+    like = ReportedOutcomeFixture(1, 100, 1, OutcomeType.LIKE, 1.0, START_US, START_US + SECOND_US)
     for number in range(2):
         append_one(log, [like], number)
-    append_one(log, [Done(2, 101, 99, OutcomeType.LIKE, 1.0, START_US, START_US + 2 * SECOND_US)], 2)
-    processor = Processor(log, state, None, VIEWS, TTL_US, StreamSettings(LATENESS_S), clock)
+    append_one(log, [ReportedOutcomeFixture(2, 101, 99, OutcomeType.LIKE, 1.0, START_US, START_US + 2 * SECOND_US)], 2)
+    processor = StreamProcessor(log, state, None, VIEWS, TTL_US, StreamSettings(LATENESS_S), clock)
     processor.start(catalogue(), LABELS, behind_us=0)
     clock.now_us = START_US + 600 * SECOND_US
     registry = CollectorRegistry()
     metrics = StreamMetrics(registry)
-    while (done := processor.round(wait_s=0)).steps or done.outcomes:
-        metrics.ended(done, processor, clock(), {"viewer_history": SECOND_US})
+    while (done := processor.run_micro_batch(wait_s=0)).steps or done.outcomes:
+        metrics.record_batch(done, processor, clock(), {"viewer_history": SECOND_US})
     state.close()
     log.close()
 

@@ -12,32 +12,32 @@ import pytest
 from tests.dimensions import DIMENSIONS
 from tests.pipelines.features.conftest import write_views
 from tests.pipelines.features.event_tables import random_dataset
-from tests.pipelines.features.stream.made_stream import Done, record_of
+from tests.pipelines.features.stream.made_stream import ReportedOutcomeFixture, record_of
 
 from reelway.pipelines.features.online import materialise, write_rows
 from reelway.pipelines.features.parity import ParityReport, replay
 from reelway.pipelines.features.registry import register_features
 from reelway.pipelines.features.stream.cells import STREAMED
-from reelway.pipelines.features.stream.outputs import Outputs
-from reelway.pipelines.features.stream.processor import Processor, StreamSettings
+from reelway.pipelines.features.stream.outputs import FeatureSinks
+from reelway.pipelines.features.stream.processor import StreamProcessor, StreamSettings
 from reelway.pipelines.features.stream.replay import replay_log
 from reelway.pipelines.features.stream.service import catalogue_of, view_settings
 from reelway.pipelines.features.stream.state import StreamState
-from reelway.pipelines.features.training_rows import LABELS_FILE, read_artifact, video_snapshot, viewer_snapshot
+from reelway.pipelines.features.training_rows import LABELS_FILE, read_feature_file, video_snapshot, viewer_snapshot
 from reelway.pipelines.features.views import ViewSettings
 from reelway.pipelines.release_parts import write_videos
 from reelway.platform.contracts.api import RecommendRequest
 from reelway.platform.contracts.events import OutcomeType
 from reelway.platform.durable import write_json
-from reelway.platform.eventlog.changelog import Changelog
+from reelway.platform.eventlog.changelog import FeatureChangelog
 from reelway.platform.eventlog.sqlite_log import SqliteLog
 from reelway.platform.features.assembly import assemble_videos, columns_from_table
 from reelway.platform.features.store import open_feature_store
 from reelway.platform.features.vector_log import VectorLog
-from reelway.platform.features.viewer_rows import ViewerRows
+from reelway.platform.features.viewer_rows import ViewerRowReader
 from reelway.platform.runs import RunDirectory
-from reelway.serving.live_overlay import LiveOverlay
-from reelway.serving.parity_sample import ParitySample
+from reelway.serving.live_overlay import FeatureOverlay
+from reelway.serving.parity_sample import ParitySampler
 from reelway.serving.video_table import open_video_table
 
 SECOND_US = 1_000_000
@@ -46,7 +46,7 @@ RESTED_S = 400 * 86_400
 SETTINGS = StreamSettings(lateness_s=1.0)
 
 
-class AtOnce:
+class InlineExecutor:
     """Runs the work inline instead of in a thread."""
 
     def submit(self, work, *arguments):  # type: ignore[no-untyped-def]
@@ -54,49 +54,51 @@ class AtOnce:
 
 
 @dataclass
-class Streamed:
+class StreamFixture:
     """A run with its stream, as a server sees it."""
 
     run: RunDirectory
     log: SqliteLog
-    processor: Processor
+    processor: StreamProcessor
     clock_us: int
 
-    def heard(self, number: int, *done: Done) -> None:
+    def heard(self, number: int, *done: ReportedOutcomeFixture) -> None:
         self.log.append([record_of(done, number)])
 
     def go_on_to(self, clock_us: int) -> None:
         self.clock_us = clock_us
-        while (done := self.processor.round(wait_s=0)).outcomes or done.steps:
+        while (done := self.processor.run_micro_batch(wait_s=0)).outcomes or done.steps:
             pass
 
 
 @pytest.fixture(scope="module")
-def streamed(tmp_path_factory: pytest.TempPathFactory) -> Streamed:
+def streamed(tmp_path_factory: pytest.TempPathFactory) -> StreamFixture:
     run = RunDirectory(tmp_path_factory.mktemp("stream") / "run")
     labels, until_us = write_views(run, random_dataset(), ViewSettings(DIMENSIONS))
     register_features(run.features, DIMENSIONS, "sqlite")
     materialise(run.features, until_us / 1e6)
     write_json(run.record_path("features"), {"config": {"views": asdict(ViewSettings(DIMENSIONS))}})
-    made = Streamed(run, None, None, until_us + RESTED_S * SECOND_US)  # type: ignore[arg-type]
+    made = StreamFixture(run, None, None, until_us + RESTED_S * SECOND_US)  # type: ignore[arg-type]
     made.log = SqliteLog(run.event_log, clock=lambda: made.clock_us / 1e6)
     made.heard(0, done(0, 500, 1001, OutcomeType.LIKE, made.clock_us))
     store = open_feature_store(run.features)
     ttl_us = {view: int(store.get_feature_view(view).ttl.total_seconds() * SECOND_US) for view in STREAMED}
-    made.processor = Processor(
-        made.log, StreamState(run.path / "stream" / "state.db"), Outputs(store, Changelog(run.overlay)),
+    made.processor = StreamProcessor(
+        made.log, StreamState(run.path / "stream" / "state.db"), FeatureSinks(store, FeatureChangelog(run.overlay)),
         view_settings(run), ttl_us, SETTINGS, lambda: made.clock_us / 1e6,
     )  # fmt: skip
-    made.processor.start(catalogue_of(run), read_artifact(run.features / LABELS_FILE))
+    made.processor.start(catalogue_of(run), read_feature_file(run.features / LABELS_FILE))
     assert labels.num_rows
     return made
 
 
-def done(number: int, viewer: int, video: int, kind: OutcomeType, at_us: int, value: float = 1.0) -> Done:
-    return Done(10**9 + number, viewer, video, kind, value, at_us - 9 * SECOND_US, at_us)
+def done(
+    number: int, viewer: int, video: int, kind: OutcomeType, at_us: int, value: float = 1.0
+) -> ReportedOutcomeFixture:
+    return ReportedOutcomeFixture(10**9 + number, viewer, video, kind, value, at_us - 9 * SECOND_US, at_us)
 
 
-def serve(streamed: Streamed, path: Path) -> int:
+def serve(streamed: StreamFixture, path: Path) -> int:
     """Serves for some hours and samples every answer. Returns the number of answers."""
     run, rng = streamed.run, np.random.default_rng(3)
     snapshot = video_snapshot(run.features, streamed.processor.settled_us / 1e6)
@@ -104,8 +106,11 @@ def serve(streamed: Streamed, path: Path) -> int:
     arrays = assemble_videos(columns_from_table(snapshot), np.zeros(snapshot.num_rows), DIMENSIONS)
     write_videos(place, snapshot, arrays, np.eye(1, 4, dtype=np.float32).repeat(snapshot.num_rows, axis=0), DIMENSIONS)
     table = open_video_table(place)
-    overlay, rows = LiveOverlay(table, Changelog(run.overlay)), ViewerRows(open_feature_store(run.features))
-    sample = ParitySample(VectorLog(path, ratio=1.0), AtOnce())  # type: ignore[arg-type]
+    overlay, rows = (
+        FeatureOverlay(table, FeatureChangelog(run.overlay)),
+        ViewerRowReader(open_feature_store(run.features)),
+    )
+    sample = ParitySampler(VectorLog(path, ratio=1.0), InlineExecutor())  # type: ignore[arg-type]
     answers = 0
     for hour in range(1, 30):
         now_us = streamed.clock_us + 2_700 * SECOND_US
@@ -129,13 +134,13 @@ def serve(streamed: Streamed, path: Path) -> int:
     return answers
 
 
-def parity(streamed: Streamed, folder: Path, path: Path) -> ParityReport:
+def parity(streamed: StreamFixture, folder: Path, path: Path) -> ParityReport:
     replay_log(streamed.run, streamed.log, folder, streamed.processor.behind_us, SETTINGS)
     return replay(folder, path)
 
 
 @pytest.mark.slow
-def test_served_values_equal_the_offline_join_over_the_log(streamed: Streamed, tmp_path: Path) -> None:
+def test_served_values_equal_the_offline_join_over_the_log(streamed: StreamFixture, tmp_path: Path) -> None:
     answers = serve(streamed, tmp_path / "vectors")
     assert streamed.processor.behind_us > 399 * 86_400 * SECOND_US
     report = parity(streamed, tmp_path / "offline", tmp_path / "vectors")
@@ -144,13 +149,13 @@ def test_served_values_equal_the_offline_join_over_the_log(streamed: Streamed, t
     assert report.values > 9_000
 
     # the replay detects a wrong row: a history that the stream never wrote
-    store, rows = open_feature_store(streamed.run.features), ViewerRows(open_feature_store(streamed.run.features))
+    store, rows = open_feature_store(streamed.run.features), ViewerRowReader(open_feature_store(streamed.run.features))
     before = rows.read(501)
     other = viewer_snapshot(streamed.run.features, [502], streamed.processor.settled_us / 1e6)
     other = other.set_column(0, "viewer_id", pa.array([501]))
     moment = datetime.fromtimestamp(before["as_of_s"]["viewer_history"], UTC)
     write_rows(store, "viewer_history", other, [moment])
-    sample = ParitySample(VectorLog(tmp_path / "wrong", ratio=1.0), AtOnce())  # type: ignore[arg-type]
+    sample = ParitySampler(VectorLog(tmp_path / "wrong", ratio=1.0), InlineExecutor())  # type: ignore[arg-type]
     table = open_video_table(streamed.run.path / "videos.arrow")
     nothing = np.zeros(0, np.int32)
     sample.offer(1, RecommendRequest(viewer_id=501), "r1", None, rows.read(501), table, nothing, 0.0)
@@ -159,10 +164,10 @@ def test_served_values_equal_the_offline_join_over_the_log(streamed: Streamed, t
 
 
 @pytest.mark.slow
-def test_like_is_in_the_viewers_row_once_its_second_is_complete(streamed: Streamed) -> None:
+def test_like_is_in_the_viewers_row_once_its_second_is_complete(streamed: StreamFixture) -> None:
     now_us = streamed.clock_us + 100 * SECOND_US
     streamed.heard(10_001, done(10**6, 533, 1042, OutcomeType.LIKE, now_us))
     streamed.go_on_to(now_us + int((SETTINGS.lateness_s + 1) * SECOND_US))
-    row = ViewerRows(open_feature_store(streamed.run.features)).read(533)
+    row = ViewerRowReader(open_feature_store(streamed.run.features)).read(533)
     assert row["history_videos"][-1] == 1042
     assert row["history_weights"][-1] == 1.0

@@ -10,43 +10,43 @@ import signal
 from collections.abc import Callable
 from pathlib import Path
 
-from tests.platform.rollout.made_world import QUICK, World
+from tests.platform.rollout.made_world import QUICK, ControllerEnvironment
 
 from reelway.platform.rollout.state import Command, Phase, RolloutState
 
 TICKS = 60
 POLICY = QUICK.model_copy(update={"retention_s": 60.0})
-Story = Callable[[World], None]
+Story = Callable[[ControllerEnvironment], None]
 
 
-def promotion(world: World) -> None:
+def promotion(world: ControllerEnvironment) -> None:
     """A good release is promoted and retired."""
     world.source.kind = "good"
 
 
-def harm(world: World) -> None:
+def harm(world: ControllerEnvironment) -> None:
     """A release is harmful at its second step."""
     world.source.kind = "harm" if world.state.step >= 1 else "good"
 
 
-def alert(world: World) -> None:
+def alert(world: ControllerEnvironment) -> None:
     """An alert fires at the second step and rolls back without a reconcile."""
     world.source.kind = "good"
     if world.state.step >= 1:
         world.alert(starts_at=20_000)
 
 
-def command(world: World) -> None:
+def command(world: ControllerEnvironment) -> None:
     """A person rolls back a promoted release."""
     world.source.kind = "good"
     if world.state.phase is Phase.PROMOTED:
-        world.store.ask(world.state.id, Command(id="back", verb="rollback", actor="ada"))
+        world.store.submit_command(world.state.id, Command(id="back", verb="rollback", actor="ada"))
 
 
 STORIES: dict[str, Story] = {story.__name__: story for story in (promotion, harm, alert, command)}
 
 
-class Points:
+class KillPoints:
     """Counts points, kills the process at the requested one, and reports passed points to the parent."""
 
     def __init__(self, path: Path, die_at: int) -> None:
@@ -61,11 +61,11 @@ class Points:
 
 def play(folder: Path, story: str, die_at: int) -> None:
     """Starts or resumes the scenario until it ends or the process is killed. ``die_at`` 0: no kill."""
-    world = World(folder, POLICY)
+    world = ControllerEnvironment(folder, POLICY)
     if world.store.latest() is None:
         world.begin()
     world.clock.now = world.state.tick_at
-    points = Points(folder / "points", die_at)
+    points = KillPoints(folder / "points", die_at)
     world.store.before = world.store.after = points
     world.backend.before = world.backend.after = points
     for _ in range(TICKS):

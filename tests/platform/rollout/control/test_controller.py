@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from tests.benchmarks.canary_events import RELEASE, STABLE
-from tests.platform.rollout.made_world import World, moves, newest, nothing
+from tests.platform.rollout.made_world import ControllerEnvironment, moves, newest, nothing
 
 from reelway.platform.contracts.events import Arm
 from reelway.platform.errors import RolloutError, StorageError
@@ -20,32 +20,32 @@ from reelway.platform.rollout.control.controller import Controller
 from reelway.platform.rollout.control.sqlite_store import SqliteRolloutStore
 from reelway.platform.rollout.state import Command, Phase
 from reelway.platform.rollout.traffic.routing import Routing
-from reelway.platform.rollout.traffic.target import TrafficObservation, TrafficTarget, target_of
+from reelway.platform.rollout.traffic.target import TrafficObservation, TrafficTarget, traffic_target
 
 
 @pytest.fixture
-def world(tmp_path: Path) -> World:
-    return World(tmp_path)
+def world(tmp_path: Path) -> ControllerEnvironment:
+    return ControllerEnvironment(tmp_path)
 
 
-def stepping(world: World) -> World:
+def stepping(world: ControllerEnvironment) -> ControllerEnvironment:
     """A rollout at its first step."""
     world.begin()
     assert world.tick(2) == ["prepare", "step"]
     return world
 
 
-def test_good_release_is_promoted_until_the_old_one_is_removed(world: World) -> None:
+def test_good_release_is_promoted_until_the_old_one_is_removed(world: ControllerEnvironment) -> None:
     world.begin()
     actions = [action for action in world.tick(40) if action != "wait"]
     assert actions == ["prepare", "step", "step", "step", "promote", "complete_promotion", "retire"]
     assert moves(world.store.history()) == actions
     assert world.state.retired
-    assert world.traffic == target_of(world.state)
+    assert world.traffic == traffic_target(world.state)
     assert world.traffic.releases == (RELEASE,)
 
 
-def test_harmful_release_is_rolled_back(world: World) -> None:
+def test_harmful_release_is_rolled_back(world: ControllerEnvironment) -> None:
     stepping(world).source.kind = "harm"
     assert world.tick(3) == ["roll_back", "complete_rollback", "wait"]
     assert world.state.phase is Phase.ROLLED_BACK
@@ -54,11 +54,11 @@ def test_harmful_release_is_rolled_back(world: World) -> None:
     assert world.store.history()[-2].evidence["outcomes"][0]["finding"] == "harm_established"
 
 
-def test_every_write_follows_its_record(world: World) -> None:
+def test_every_write_follows_its_record(world: ControllerEnvironment) -> None:
     written: list[TrafficTarget] = []
 
     def check(target: TrafficTarget) -> None:
-        assert target == target_of(newest(SqliteRolloutStore(world.store.path)).state)
+        assert target == traffic_target(newest(SqliteRolloutStore(world.store.path)).state)
         written.append(target)
 
     world.backend.before = check
@@ -67,7 +67,7 @@ def test_every_write_follows_its_record(world: World) -> None:
     assert len(written) == 6  # preparing, three steps, all traffic, the old release removed
 
 
-def test_failed_record_prevents_the_write(world: World) -> None:
+def test_failed_record_prevents_the_write(world: ControllerEnvironment) -> None:
     stepping(world).source.kind = "harm"
 
     def full() -> None:
@@ -83,7 +83,7 @@ def test_failed_record_prevents_the_write(world: World) -> None:
     assert world.traffic.routing.weight_of(Arm.CANARY) == 0
 
 
-def test_failed_write_is_repeated_on_the_next_reconcile(world: World) -> None:
+def test_failed_write_is_repeated_on_the_next_reconcile(world: ControllerEnvironment) -> None:
     def refuse(*_: object) -> None:
         raise RolloutError("PUT answered 500")
 
@@ -94,7 +94,7 @@ def test_failed_write_is_repeated_on_the_next_reconcile(world: World) -> None:
     world.tick()
     assert world.state.canary_bp == 100
     assert world.traffic.routing.weight_of(Arm.CANARY) == 0
-    seen = world.store.sighting("r-1")
+    seen = world.store.last_reconcile("r-1")
     assert seen is not None
     assert (seen.traffic["reached"], seen.traffic["trouble"]) == (False, "PUT answered 500")
     world.backend.before = nothing
@@ -103,23 +103,23 @@ def test_failed_write_is_repeated_on_the_next_reconcile(world: World) -> None:
 
 
 @pytest.mark.parametrize("ended", [False, True])
-def test_manual_change_is_reverted_even_after_the_rollout(world: World, ended: bool) -> None:
+def test_manual_change_is_reverted_even_after_the_rollout(world: ControllerEnvironment, ended: bool) -> None:
     stepping(world)
     if ended:
         world.source.kind = "errors"
         world.tick(3)
-    world.backend.inner.write(TrafficTarget(Routing.whole(RELEASE), (RELEASE,)))
+    world.backend.inner.write(TrafficTarget(Routing.single_release(RELEASE), (RELEASE,)))
     world.tick()
-    assert world.traffic == target_of(world.state)
+    assert world.traffic == traffic_target(world.state)
 
 
-def test_traffic_at_its_target_is_not_written(world: World) -> None:
+def test_traffic_at_its_target_is_not_written(world: ControllerEnvironment) -> None:
     stepping(world).source.kind = "few"
     world.backend.before = _never
     assert world.tick(3, after_s=5) == ["wait"] * 3
 
 
-def test_missing_observation_or_evidence_holds_the_rollout(world: World) -> None:
+def test_missing_observation_or_evidence_holds_the_rollout(world: ControllerEnvironment) -> None:
     stepping(world).source.kind = "refused"
     world.backend.blind = True
     assert world.tick(2) == ["hold", "wait"]
@@ -128,7 +128,7 @@ def test_missing_observation_or_evidence_holds_the_rollout(world: World) -> None
     assert moves(world.store.history()) == ["prepare", "step", "hold"]
 
 
-def test_reason_says_why_a_release_fails_to_start(world: World) -> None:
+def test_reason_says_why_a_release_fails_to_start(world: ControllerEnvironment) -> None:
     world.begin()
     world.tick()
     seen = world.backend.observe
@@ -136,45 +136,45 @@ def test_reason_says_why_a_release_fails_to_start(world: World) -> None:
         seen(), ready=frozenset({STABLE}), failed={RELEASE: "no such file videos.arrow"}
     )
     assert world.tick() == ["wait"]
-    sighting = world.store.sighting("r-1")
+    sighting = world.store.last_reconcile("r-1")
     assert sighting is not None
     assert "no such file videos.arrow" in sighting.reason
     assert set(world.tick(12)) >= {"roll_back"}
     assert "no such file videos.arrow" in world.store.history()[1].reason
 
 
-def test_release_that_the_backend_gave_up_is_rolled_back(world: World) -> None:
+def test_release_that_the_backend_gave_up_is_rolled_back(world: ControllerEnvironment) -> None:
     world.begin()
     world.tick()
     seen = world.backend.observe
     world.backend.observe = lambda: replace(  # type: ignore[method-assign]
-        seen(), ready=frozenset({STABLE}), failed={RELEASE: "no such file"}, gave_up=frozenset({RELEASE})
+        seen(), ready=frozenset({STABLE}), failed={RELEASE: "no such file"}, failed_permanently=frozenset({RELEASE})
     )
     assert world.tick() == ["roll_back"]
     assert world.store.history()[1].reason == "the release cannot start: no such file"
 
 
-def test_waits_are_recorded_without_a_history_entry(world: World) -> None:
+def test_waits_are_recorded_without_a_history_entry(world: ControllerEnvironment) -> None:
     stepping(world).source.kind = "few"
     world.tick(2, after_s=5)
     assert moves(world.store.history()) == ["prepare", "step"]
     assert world.state.phase_s == 10.0
 
 
-def test_rejected_command_is_recorded_once(world: World) -> None:
-    stepping(world).store.ask("r-1", Command(id="c", verb="resume", actor="ada"))
+def test_rejected_command_is_recorded_once(world: ControllerEnvironment) -> None:
+    stepping(world).store.submit_command("r-1", Command(id="c", verb="resume", actor="ada"))
     world.source.kind = "few"
     world.tick(3, after_s=5)
     assert moves(world.store.history()) == ["prepare", "step", "refuse"]
 
 
-def test_reconcile_without_a_rollout_does_nothing(world: World) -> None:
+def test_reconcile_without_a_rollout_does_nothing(world: ControllerEnvironment) -> None:
     before = world.backend.inner.path.stat().st_mtime_ns
     assert world.tick(2) == ["-", "-"]
     assert (world.source.asked, world.backend.inner.path.stat().st_mtime_ns) == (0, before)
 
 
-def test_final_rollout_fetches_no_evidence(world: World) -> None:
+def test_final_rollout_fetches_no_evidence(world: ControllerEnvironment) -> None:
     stepping(world).source.kind = "errors"
     world.tick(2)
     asked, version = world.source.asked, newest(world.store).version
@@ -182,7 +182,7 @@ def test_final_rollout_fetches_no_evidence(world: World) -> None:
     assert (world.source.asked, newest(world.store).version) == (asked, version)
 
 
-def test_controller_moves_the_newest_rollout_only(world: World) -> None:
+def test_controller_moves_the_newest_rollout_only(world: ControllerEnvironment) -> None:
     stepping(world).source.kind = "errors"
     world.tick(2)
     world.store.create(
@@ -197,14 +197,14 @@ def test_controller_moves_the_newest_rollout_only(world: World) -> None:
 # Alerts
 
 
-def test_firing_alert_rolls_back_without_an_observation(world: World) -> None:
+def test_firing_alert_rolls_back_without_an_observation(world: ControllerEnvironment) -> None:
     stepping(world)
     asked = world.source.asked
     world.backend.observe = _never  # type: ignore[method-assign]
     world.alert()
     decision = world.controller.react()
     assert decision is not None
-    assert (world.state.phase, world.traffic) == (Phase.ROLLING_BACK, target_of(world.state))
+    assert (world.state.phase, world.traffic) == (Phase.ROLLING_BACK, traffic_target(world.state))
     assert world.traffic.routing.weight_of(Arm.CANARY) == 0
     assert "CanaryErrors" in world.store.history()[-1].reason
     assert world.source.asked == asked
@@ -212,7 +212,7 @@ def test_firing_alert_rolls_back_without_an_observation(world: World) -> None:
 
 
 @pytest.mark.parametrize("kind", ["foreign", "resolved", "older than the rollout", "no alert"])
-def test_unrelated_alert_has_no_effect(world: World, kind: str) -> None:
+def test_unrelated_alert_has_no_effect(world: ControllerEnvironment, kind: str) -> None:
     stepping(world)
     if kind == "foreign":
         world.alert(release="f" * 64)
@@ -226,7 +226,7 @@ def test_unrelated_alert_has_no_effect(world: World, kind: str) -> None:
     assert world.tick() == ["wait"]
 
 
-def test_allowed_alert_does_not_trigger_an_evidence_deadline(world: World) -> None:
+def test_allowed_alert_does_not_trigger_an_evidence_deadline(world: ControllerEnvironment) -> None:
     """With the guardrail off, an expired deadline does not roll back in ``react``, which fetches no evidence."""
     guardrails = world.policy.guardrails.model_copy(update={"firing_alerts": None})
     world.policy = world.policy.model_copy(update={"guardrails": guardrails})
@@ -242,7 +242,7 @@ def test_allowed_alert_does_not_trigger_an_evidence_deadline(world: World) -> No
     assert world.tick(after_s=0) == ["step"]
 
 
-def test_promoted_release_is_rolled_back_while_the_old_one_is_warm(world: World) -> None:
+def test_promoted_release_is_rolled_back_while_the_old_one_is_warm(world: ControllerEnvironment) -> None:
     world.begin()
     while world.state.phase is not Phase.PROMOTED:
         world.tick()
@@ -251,7 +251,7 @@ def test_promoted_release_is_rolled_back_while_the_old_one_is_warm(world: World)
     assert world.traffic.releases == (STABLE,)
 
 
-def test_slow_reconcile_does_not_overwrite_a_rollback(world: World) -> None:
+def test_slow_reconcile_does_not_overwrite_a_rollback(world: ControllerEnvironment) -> None:
     """An alert arrives while evidence is fetched: the step of this reconcile is dropped."""
     stepping(world)
     fetch = world.source.fetch
@@ -267,14 +267,14 @@ def test_slow_reconcile_does_not_overwrite_a_rollback(world: World) -> None:
     assert world.traffic.routing.weight_of(Arm.CANARY) == 0
 
 
-def test_delivered_alerts_survive_a_restart(world: World) -> None:
+def test_delivered_alerts_survive_a_restart(world: ControllerEnvironment) -> None:
     stepping(world).alert()
     world.restart()
     assert world.tick() == ["complete_rollback"]  # rolled back, reconciled, and observed the target
     assert moves(world.store.history()) == ["prepare", "step", "roll_back", "complete_rollback"]
 
 
-class Polled:
+class FakeAlertSource:
     """An alert source with the test's alerts."""
 
     def __init__(self) -> None:
@@ -286,8 +286,8 @@ class Polled:
         return self.answer
 
 
-def test_failed_poll_is_logged_once(world: World, caplog: pytest.LogCaptureFixture) -> None:
-    polled = Polled()
+def test_failed_poll_is_logged_once(world: ControllerEnvironment, caplog: pytest.LogCaptureFixture) -> None:
+    polled = FakeAlertSource()
     polled.answer = None
     controller = Controller(world.store, world.backend, world.source, world.book, alert_source=polled)
     with caplog.at_level(logging.INFO):
@@ -304,10 +304,12 @@ def test_failed_poll_is_logged_once(world: World, caplog: pytest.LogCaptureFixtu
 # The loop
 
 
-class Running:
+class RunningController:
     """The controller's loop in a thread, on the real clock."""
 
-    def __init__(self, world: World, *, interval_s: float, alert_source: Polled | None = None) -> None:
+    def __init__(
+        self, world: ControllerEnvironment, *, interval_s: float, alert_source: FakeAlertSource | None = None
+    ) -> None:
         self.stop, self.wake = threading.Event(), threading.Event()
         world.clock = time.time  # type: ignore[assignment]
         self.controller = Controller(
@@ -315,7 +317,7 @@ class Running:
         )
         self.thread = threading.Thread(target=self.controller.run, args=(self.stop, self.wake, interval_s))
 
-    def __enter__(self) -> Running:
+    def __enter__(self) -> RunningController:
         self.thread.start()
         return self
 
@@ -334,16 +336,16 @@ def until(condition: Callable[[], bool], within_s: float = 5.0) -> float:
     return time.monotonic() - began
 
 
-def test_command_of_another_process_triggers_a_reconcile(world: World) -> None:
+def test_command_of_another_process_triggers_a_reconcile(world: ControllerEnvironment) -> None:
     world.begin()
     world.source.kind = "few"
-    with Running(world, interval_s=60):
+    with RunningController(world, interval_s=60):
         until(lambda: newest(world.store).state.phase is Phase.PREPARING)
-        SqliteRolloutStore(world.store.path).ask("r-1", Command(id="c", verb="rollback"))
+        SqliteRolloutStore(world.store.path).submit_command("r-1", Command(id="c", verb="rollback"))
         assert until(lambda: newest(world.store).state.phase is Phase.ROLLING_BACK) < 1.0
 
 
-def test_delivered_alert_rolls_back_while_a_reconcile_hangs(world: World) -> None:
+def test_delivered_alert_rolls_back_while_a_reconcile_hangs(world: ControllerEnvironment) -> None:
     world.clock.now = time.time()
     stepping(world)
     hangs, goes_on = threading.Event(), threading.Event()
@@ -354,7 +356,7 @@ def test_delivered_alert_rolls_back_while_a_reconcile_hangs(world: World) -> Non
         return world.backend.inner.observe()
 
     world.backend.observe = observe  # type: ignore[method-assign]
-    with Running(world, interval_s=0.05) as running:
+    with RunningController(world, interval_s=0.05) as running:
         assert hangs.wait(5)
         world.book.deliver([_alert_of(time.time() + 100)])
         running.wake.set()
@@ -364,16 +366,16 @@ def test_delivered_alert_rolls_back_while_a_reconcile_hangs(world: World) -> Non
     assert took_s < 0.3
 
 
-def test_polled_alert_rolls_back(world: World) -> None:
+def test_polled_alert_rolls_back(world: ControllerEnvironment) -> None:
     world.clock.now = time.time()
     stepping(world).source.kind = "few"
-    polled = Polled()
-    with Running(world, interval_s=60, alert_source=polled):
+    polled = FakeAlertSource()
+    with RunningController(world, interval_s=60, alert_source=polled):
         polled.answer = [_alert_of(time.time() + 100)]
         until(lambda: newest(world.store).state.phase is Phase.ROLLED_BACK)
 
 
-def test_unexpected_error_does_not_end_the_loop(world: World, caplog: pytest.LogCaptureFixture) -> None:
+def test_unexpected_error_does_not_end_the_loop(world: ControllerEnvironment, caplog: pytest.LogCaptureFixture) -> None:
     world.begin()
     fetch, faults = world.source.fetch, [ValueError("a bug")]
 
@@ -383,7 +385,7 @@ def test_unexpected_error_does_not_end_the_loop(world: World, caplog: pytest.Log
         return fetch(*arguments)  # type: ignore[arg-type]
 
     world.source.fetch = fetch_with_a_bug  # type: ignore[method-assign, assignment]
-    with Running(world, interval_s=0.01):
+    with RunningController(world, interval_s=0.01):
         until(lambda: newest(world.store).state.phase is Phase.STEPPING)
     assert "tick failed with an unexpected error; continuing" in caplog.text
 

@@ -9,14 +9,14 @@ import pytest
 from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
 from tests.benchmarks.canary_events import RELEASE, STABLE
-from tests.platform.rollout.made_world import World, newest, nothing
+from tests.platform.rollout.made_world import ControllerEnvironment, newest, nothing
 
 from reelway.platform.contracts.events import Arm
 from reelway.platform.errors import ReelwayError, RolloutError, StorageError
 from reelway.platform.rollout.control.sqlite_store import SqliteRolloutStore
 from reelway.platform.rollout.state import Command, Phase
 from reelway.platform.rollout.traffic.routing import Routing
-from reelway.platform.rollout.traffic.target import TrafficTarget, target_of
+from reelway.platform.rollout.traffic.target import TrafficTarget, traffic_target
 
 
 class Killed(BaseException):
@@ -42,7 +42,7 @@ _event = st.one_of(
 )
 
 
-class Trial:
+class FaultTrial:
     """A world that compares every write with the recorded state."""
 
     def __init__(self, folder: Path) -> None:
@@ -55,7 +55,7 @@ class Trial:
         now = self.world.clock.now if hasattr(self, "world") else 10_000.0
         if hasattr(self, "world"):
             self.world.store.close()
-        self.world = World(self.folder)
+        self.world = ControllerEnvironment(self.folder)
         self.world.clock.now = now
         self.heal()
 
@@ -66,7 +66,7 @@ class Trial:
 
     def check(self, target: TrafficTarget) -> None:
         state = newest(SqliteRolloutStore(self.world.store.path)).state
-        assert target == target_of(state), "written, but not recorded"
+        assert target == traffic_target(state), "written, but not recorded"
         if state.phase in (Phase.ROLLING_BACK, Phase.ROLLED_BACK):
             self.over.add(state.id)
         if state.id in self.over:
@@ -86,13 +86,13 @@ class Trial:
                 self.break_(what, FAULTS[how])
                 world.tick()
             elif kind == "ask":
-                world.store.ask("r-1", Command(id=f"c{self.number}", verb=what))  # type: ignore[arg-type]
+                world.store.submit_command("r-1", Command(id=f"c{self.number}", verb=what))  # type: ignore[arg-type]
             elif kind == "alert":
                 world.alert()
             elif kind == "foreign alert":
                 world.alert(release="f" * 64)
             elif kind == "hand edit":
-                world.backend.inner.write(TrafficTarget(Routing.whole(RELEASE), (RELEASE, STABLE)))
+                world.backend.inner.write(TrafficTarget(Routing.single_release(RELEASE), (RELEASE, STABLE)))
             elif kind == "blind":
                 world.backend.blind = True
                 world.tick()
@@ -124,14 +124,14 @@ class Trial:
 def test_traffic_matches_the_record_after_any_fault(
     tmp_path_factory: pytest.TempPathFactory, events: list[Event]
 ) -> None:
-    trial = Trial(tmp_path_factory.mktemp("trial"))
+    trial = FaultTrial(tmp_path_factory.mktemp("trial"))
     for happens in events:
         trial.play(happens)
     trial.world.source.kind = "few"
     trial.world.tick(5, after_s=1)  # so short that no new step starts
     state = trial.world.state
-    assert trial.world.traffic == target_of(state)
-    sighting = trial.world.store.sighting(state.id)
+    assert trial.world.traffic == traffic_target(state)
+    sighting = trial.world.store.last_reconcile(state.id)
     assert sighting is not None
     assert (sighting.traffic["reached"], sighting.traffic["trouble"]) == (True, "")
     event(state.phase.value)

@@ -24,7 +24,7 @@ from tests.platform.rollout.made_world import QUICK
 from reelway.platform.errors import RolloutError
 from reelway.platform.rollout.control.controller_service import ControllerSettings, run_controller
 from reelway.platform.rollout.control.sqlite_store import SqliteRolloutStore
-from reelway.platform.rollout.decision import start
+from reelway.platform.rollout.decision import start_state
 from reelway.platform.rollout.state import Phase
 
 START = (
@@ -67,7 +67,7 @@ def test_a_killed_controller_is_begun_again_and_knows_what_was_delivered(tmp_pat
         process.send_signal(signal.SIGKILL)
         process.wait()
     assert (tmp_path / "rollout" / "controller.json").exists()  # nobody could remove it
-    state = start(QUICK, rollout_id="r", canary_release=RELEASE, stable_release=STABLE, now=1.0)
+    state = start_state(QUICK, rollout_id="r", canary_release=RELEASE, stable_release=STABLE, now=1.0)
     store.create(state, QUICK)
     with controller_process(tmp_path) as (process, known):
         deadline = time.monotonic() + 20

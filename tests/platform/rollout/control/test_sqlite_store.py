@@ -18,7 +18,7 @@ from reelway.platform.rollout.alerts import KnownAlert
 from reelway.platform.rollout.control import sqlite_store
 from reelway.platform.rollout.control.sqlite_store import SqliteRolloutStore
 from reelway.platform.rollout.policy import default_policy
-from reelway.platform.rollout.records import HistoryEntry, Sighting
+from reelway.platform.rollout.records import HistoryEntry, LastReconcile
 from reelway.platform.rollout.state import Command, Phase, RolloutState
 
 POLICY = default_policy()
@@ -50,7 +50,7 @@ def store(tmp_path: Path) -> SqliteRolloutStore:
 def test_recorded_state_is_read_by_another_process(store: SqliteRolloutStore) -> None:
     made = store.create(state(), POLICY)
     moved = store.record(made, made.state.model_copy(update={"phase": Phase.PREPARING}), entry())
-    store.see(Sighting(rollout_id="r-1", time=3, action="wait", reason="so"))
+    store.save_last_reconcile(LastReconcile(rollout_id="r-1", time=3, action="wait", reason="so"))
     store.replace_alerts({alert("a").key: alert("a")})
     code = (
         "import sys, pathlib\n"
@@ -112,7 +112,7 @@ def test_write_based_on_an_outdated_version_is_rejected(store: SqliteRolloutStor
 
 def test_command_submitted_during_a_decision_is_kept(store: SqliteRolloutStore) -> None:
     made = store.create(state(), POLICY)
-    store.ask("r-1", Command(id="c1", verb="rollback"))
+    store.submit_command("r-1", Command(id="c1", verb="rollback"))
     written = store.record(made, state(phase=Phase.PREPARING), None)
     assert written.state.phase is Phase.PREPARING
     assert written.state.command == Command(id="c1", verb="rollback")
@@ -122,26 +122,26 @@ def test_command_submitted_during_a_decision_is_kept(store: SqliteRolloutStore) 
 
 def test_handled_command_does_not_return(store: SqliteRolloutStore) -> None:
     store.create(state(), POLICY)
-    read = store.ask("r-1", Command(id="c1", verb="rollback"))
-    store.ask("r-1", Command(id="c2", verb="pause"))  # ignored: a rollback is never replaced
+    read = store.submit_command("r-1", Command(id="c1", verb="rollback"))
+    store.submit_command("r-1", Command(id="c2", verb="pause"))  # ignored: a rollback is never replaced
     done = read.state.model_copy(update={"command": None, "phase": Phase.ROLLING_BACK})
     assert store.record(read, done, None).state.command is None
     read = store.get("r-1")
-    assert store.ask("r-1", Command(id="c1", verb="rollback")) == read
+    assert store.submit_command("r-1", Command(id="c1", verb="rollback")) == read
 
 
 def test_later_command_remains_after_the_earlier_one_is_handled(store: SqliteRolloutStore) -> None:
     store.create(state(), POLICY)
-    read = store.ask("r-1", Command(id="c1", verb="pause"))
-    store.ask("r-1", Command(id="c2", verb="resume"))
+    read = store.submit_command("r-1", Command(id="c1", verb="pause"))
+    store.submit_command("r-1", Command(id="c2", verb="resume"))
     written = store.record(read, read.state.model_copy(update={"command": None, "phase": Phase.PAUSED}), None)
     assert written.state.command == Command(id="c2", verb="resume")
 
 
 def test_repeated_command_changes_nothing(store: SqliteRolloutStore) -> None:
     store.create(state(), POLICY)
-    once = store.ask("r-", Command(id="c1", verb="pause"))
-    assert store.ask("r-1", Command(id="c1", verb="pause")) == once
+    once = store.submit_command("r-", Command(id="c1", verb="pause"))
+    assert store.submit_command("r-1", Command(id="c1", verb="pause")) == once
 
 
 def test_history_is_numbered_over_all_rollouts(store: SqliteRolloutStore, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -167,19 +167,19 @@ def test_replace_alerts_replaces_all_alerts(store: SqliteRolloutStore) -> None:
 
 def test_revision_separates_own_writes_from_others(store: SqliteRolloutStore) -> None:
     other = SqliteRolloutStore(store.path)
-    both, others = store.changes(), store.changes(own=False)
-    assert (store.changes(), store.changes(own=False)) == (both, others)
+    both, others = store.revision(), store.revision(include_own=False)
+    assert (store.revision(), store.revision(include_own=False)) == (both, others)
     store.create(state(), POLICY)
-    assert store.changes() != both
-    assert store.changes(own=False) == others
-    both = store.changes()
-    other.ask("r-1", Command(id="c1", verb="pause"))
-    assert store.changes() != both
-    assert store.changes(own=False) != others
-    seen = store.changes()
-    other.ask("r-1", Command(id="c1", verb="pause"))  # changes nothing
+    assert store.revision() != both
+    assert store.revision(include_own=False) == others
+    both = store.revision()
+    other.submit_command("r-1", Command(id="c1", verb="pause"))
+    assert store.revision() != both
+    assert store.revision(include_own=False) != others
+    seen = store.revision()
+    other.submit_command("r-1", Command(id="c1", verb="pause"))  # changes nothing
     other.get("r-1")
-    assert store.changes() == seen
+    assert store.revision() == seen
 
 
 def test_concurrent_writers_lose_nothing(store: SqliteRolloutStore) -> None:

@@ -16,11 +16,11 @@ import pytest
 
 from reelway.platform.errors import ConfigError, StorageError
 from reelway.platform.rollout.alerts import KnownAlert
-from reelway.platform.rollout.control.alert_book import AlertBook
-from reelway.platform.rollout.control.bearer_token import bearer_token
+from reelway.platform.rollout.control.alert_book import AlertRegistry
+from reelway.platform.rollout.control.bearer_token import ensure_bearer_token
 from reelway.platform.rollout.control.controller_metrics import ControllerMetrics
 from reelway.platform.rollout.control.sqlite_store import SqliteRolloutStore
-from reelway.platform.rollout.control.webhook import ALERTS_PATH, BODY_LIMIT_BYTES, serving, webhook_application
+from reelway.platform.rollout.control.webhook import ALERTS_PATH, BODY_LIMIT_BYTES, serve_in_thread, webhook_application
 
 TOKEN = "t0ken-of-the-run-0123456789"
 RELEASE = "c" * 64
@@ -40,10 +40,10 @@ def payload(*, status: str = "firing", release: str | None = RELEASE, starts_at:
 
 
 @dataclass
-class Door:
+class WebhookServer:
     url: str
     store: SqliteRolloutStore
-    book: AlertBook
+    book: AlertRegistry
     woken: threading.Event
     metrics: ControllerMetrics
 
@@ -56,41 +56,41 @@ class Door:
 
 
 @pytest.fixture
-def door(tmp_path: Path) -> Iterator[Door]:
+def door(tmp_path: Path) -> Iterator[WebhookServer]:
     store = SqliteRolloutStore(tmp_path / "state.db")
-    book, woken, metrics = AlertBook(store), threading.Event(), ControllerMetrics()
-    with serving(webhook_application(book, woken.set, TOKEN, metrics), "127.0.0.1", 0) as url:
-        yield Door(url, store, book, woken, metrics)
+    book, woken, metrics = AlertRegistry(store), threading.Event(), ControllerMetrics()
+    with serve_in_thread(webhook_application(book, woken.set, TOKEN, metrics), "127.0.0.1", 0) as url:
+        yield WebhookServer(url, store, book, woken, metrics)
 
 
-def test_delivery_is_stored_before_its_answer(door: Door) -> None:
+def test_delivery_is_stored_before_its_answer(door: WebhookServer) -> None:
     answer = door.post(payload())
     assert (answer.status_code, answer.json()) == (200, {"alerts": 1, "with_release": 1, "changed": True})
-    other = AlertBook(SqliteRolloutStore(door.store.path))
+    other = AlertRegistry(SqliteRolloutStore(door.store.path))
     assert [alert.name for alert in other.firing_for(RELEASE, since=0)] == ["CanaryErrors"]
     assert door.woken.is_set()
 
 
-def test_repeated_delivery_changes_nothing(door: Door) -> None:
+def test_repeated_delivery_changes_nothing(door: WebhookServer) -> None:
     door.post(payload())
     door.woken.clear()
-    before = door.store.changes()
+    before = door.store.revision()
     assert door.post(payload()).json()["changed"] is False
-    assert (door.store.changes(), door.woken.is_set(), door.counted("known")) == (before, False, 1)
+    assert (door.store.revision(), door.woken.is_set(), door.counted("known")) == (before, False, 1)
 
 
-def test_resolved_alert_wins_in_either_order(door: Door) -> None:
+def test_resolved_alert_wins_in_either_order(door: WebhookServer) -> None:
     door.post(payload(status="resolved"))
     door.post(payload())
     assert door.book.firing_for(RELEASE, since=0) == ()
 
 
-def test_alert_without_a_release_is_accepted_but_not_stored(door: Door) -> None:
+def test_alert_without_a_release_is_accepted_but_not_stored(door: WebhookServer) -> None:
     assert door.post(payload(release=None)).json() == {"alerts": 1, "with_release": 0, "changed": False}
 
 
 @pytest.mark.parametrize("given", ["", "Bearer", "Bearer wrong", f"Basic {TOKEN}", f"Bearer {TOKEN}x", TOKEN])
-def test_request_without_the_token_is_rejected(door: Door, given: str) -> None:
+def test_request_without_the_token_is_rejected(door: WebhookServer, given: str) -> None:
     answer = door.post(payload(), Authorization=given)
     assert (answer.status_code, answer.headers["www-authenticate"]) == (401, "Bearer")
     assert door.book.firing_for(RELEASE, since=0) == ()
@@ -107,14 +107,14 @@ def test_request_without_the_token_is_rejected(door: Door, given: str) -> None:
         ({**payload(), "alerts": [{**payload()["alerts"][0], "startsAt": "yesterday"}]}, "alerts.0.startsAt: "),
     ],
 )
-def test_malformed_body_error_names_the_field(door: Door, content: Any, said: str) -> None:
+def test_malformed_body_error_names_the_field(door: WebhookServer, content: Any, said: str) -> None:
     answer = door.post(content)
     assert answer.status_code == 400
     assert said in answer.json()["error"]
     assert not door.woken.is_set()
 
 
-def test_body_with_too_large_a_content_length_is_not_read(door: Door) -> None:
+def test_body_with_too_large_a_content_length_is_not_read(door: WebhookServer) -> None:
     host, port = door.url.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port)), timeout=10) as connection:
         head = f"POST {ALERTS_PATH} HTTP/1.1\r\nHost: h\r\nAuthorization: Bearer {TOKEN}\r\n"
@@ -122,7 +122,7 @@ def test_body_with_too_large_a_content_length_is_not_read(door: Door) -> None:
         assert connection.recv(4096).startswith(b"HTTP/1.1 413 ")
 
 
-def test_body_without_a_content_length_is_read_up_to_the_limit(door: Door) -> None:
+def test_body_without_a_content_length_is_read_up_to_the_limit(door: WebhookServer) -> None:
     sent = 0
 
     def chunks() -> Iterator[bytes]:
@@ -140,7 +140,7 @@ def test_body_without_a_content_length_is_read_up_to_the_limit(door: Door) -> No
     assert sent < 32 * BODY_LIMIT_BYTES
 
 
-def test_failed_storage_is_answered_with_503(door: Door) -> None:
+def test_failed_storage_is_answered_with_503(door: WebhookServer) -> None:
     door.store._file.connection.execute("PRAGMA query_only = 1")
     answer = door.post(payload())
     assert answer.status_code == 503
@@ -149,26 +149,26 @@ def test_failed_storage_is_answered_with_503(door: Door) -> None:
     assert door.post(payload()).json()["changed"] is True
 
 
-def test_other_methods_and_paths_are_not_found(door: Door) -> None:
+def test_other_methods_and_paths_are_not_found(door: WebhookServer) -> None:
     assert httpx.get(door.url + ALERTS_PATH).status_code == 405
     assert httpx.get(door.url + "/").status_code == 404
 
 
-def test_health_and_metrics_need_no_token(door: Door) -> None:
+def test_health_and_metrics_need_no_token(door: WebhookServer) -> None:
     door.post(payload())
     assert httpx.get(door.url + "/healthz").json() == {"status": "ok"}
     text = httpx.get(door.url + "/metrics").text
     assert 'reelway_rollout_webhooks_total{outcome="stored"} 1.0' in text
 
 
-def test_error_names_a_port_in_use(door: Door) -> None:
+def test_error_names_a_port_in_use(door: WebhookServer) -> None:
     port = int(door.url.rsplit(":", 1)[1])
     with pytest.raises(ConfigError, match=f"cannot listen at 127.0.0.1 port {port}"):  # noqa: SIM117
-        with serving(webhook_application(door.book, print, TOKEN, door.metrics), "127.0.0.1", port):
+        with serve_in_thread(webhook_application(door.book, print, TOKEN, door.metrics), "127.0.0.1", port):
             pass
 
 
-def test_poll_ends_polled_alerts_but_not_delivered_ones(door: Door) -> None:
+def test_poll_ends_polled_alerts_but_not_delivered_ones(door: WebhookServer) -> None:
     def polled(name: str) -> KnownAlert:
         return KnownAlert(
             group_key="polled", labels=(("alertname", name), ("release", RELEASE)), starts_at=5, resolved=False
@@ -184,7 +184,7 @@ def test_poll_ends_polled_alerts_but_not_delivered_ones(door: Door) -> None:
 def test_token_is_created_once_for_its_owner_only(tmp_path: Path) -> None:
     path = tmp_path / "keys" / "webhook.token"
     made: list[str] = []
-    threads = [threading.Thread(target=lambda: made.append(bearer_token(path))) for _ in range(8)]
+    threads = [threading.Thread(target=lambda: made.append(ensure_bearer_token(path))) for _ in range(8)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -199,4 +199,4 @@ def test_empty_token_is_rejected(tmp_path: Path) -> None:
     path = tmp_path / "webhook.token"
     path.write_text("\n")
     with pytest.raises(StorageError, match="0 characters, expected at least 16"):
-        bearer_token(path)
+        ensure_bearer_token(path)

@@ -36,7 +36,7 @@ class Monitoring:
 
 
 @dataclass
-class Watched:
+class ObservedRollout:
     """A rollout that has just begun, with its own releases on the exporters, and evidence about it."""
 
     monitoring: Monitoring
@@ -107,8 +107,8 @@ def monitoring(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Monitoring]
 
 
 @pytest.fixture
-def watched(monitoring: Monitoring, tmp_path: Path) -> Iterator[Watched]:
-    rollout = Watched(monitoring, RunDirectory(tmp_path))
+def watched(monitoring: Monitoring, tmp_path: Path) -> Iterator[ObservedRollout]:
+    rollout = ObservedRollout(monitoring, RunDirectory(tmp_path))
     with closing(rollout.through):
         rollout.after_a_scrape()
         yield rollout

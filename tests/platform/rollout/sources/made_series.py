@@ -12,9 +12,9 @@ from reelway.platform.rollout import series as names
 from reelway.platform.rollout.counters import Sample
 from reelway.platform.rollout.evidence import EvidenceSnapshot
 from reelway.platform.rollout.policy import RolloutPolicy, Slice, parse_policy
-from reelway.platform.rollout.sources.heard_series import BUCKET, UP, Heard, SeriesKey
-from reelway.platform.rollout.sources.parity_report import ParityReport
-from reelway.platform.rollout.sources.snapshot import snapshot_of
+from reelway.platform.rollout.sources.heard_series import BUCKET, UP, SeriesKey, SeriesReadResult
+from reelway.platform.rollout.sources.parity_report import ParityFindings
+from reelway.platform.rollout.sources.snapshot import build_snapshot
 from reelway.platform.rollout.state import Phase, RolloutState
 
 CANARY, STABLE, ROLLOUT = "c" * 64, "5" * 64, "r-7"
@@ -71,7 +71,7 @@ def sums(arm: Arm, viewers: int, *, part: Slice = Slice.OVERALL, rate: float = 0
 
 
 @dataclass
-class MadeSeries:
+class SeriesFixture:
     """Consecutive scrapes."""
 
     rows: defaultdict[SeriesKey, list[Sample]] = field(default_factory=lambda: defaultdict(list))
@@ -104,8 +104,8 @@ class MadeSeries:
         *,
         state: RolloutState | None = None,
         policy: RolloutPolicy = POLICY,
-        parity: ParityReport | None = None,
+        parity: ParityFindings | None = None,
         problem: str = "",
     ) -> EvidenceSnapshot:
-        report = ParityReport(problem="not made") if parity is None else parity
-        return snapshot_of(policy, state or state_of(), Heard(self.rows, problem), report, now)
+        report = ParityFindings(problem="not made") if parity is None else parity
+        return build_snapshot(policy, state or state_of(), SeriesReadResult(self.rows, problem), report, now)

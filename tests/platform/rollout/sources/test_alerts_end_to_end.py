@@ -12,21 +12,21 @@ from pathlib import Path
 import httpx
 import pytest
 from tests.platform.rollout.made_world import FileBackend
-from tests.platform.rollout.sources.conftest import QUICK, Watched
+from tests.platform.rollout.sources.conftest import QUICK, ObservedRollout
 from tests.platform.rollout.sources.exporter import Exporter
 from tests.platform.rollout.sources.servers import Server, alertmanager, eventually, free_address
 
 from reelway.platform.contracts.events import Arm
 from reelway.platform.errors import RolloutError
-from reelway.platform.rollout.control.alert_book import AlertBook
+from reelway.platform.rollout.control.alert_book import AlertRegistry
 from reelway.platform.rollout.control.controller import Controller
 from reelway.platform.rollout.control.controller_metrics import ControllerMetrics
 from reelway.platform.rollout.control.sqlite_store import SqliteRolloutStore
-from reelway.platform.rollout.control.webhook import ALERTS_PATH, serving, webhook_application
+from reelway.platform.rollout.control.webhook import ALERTS_PATH, serve_in_thread, webhook_application
 from reelway.platform.rollout.policy import Guardrails
 from reelway.platform.rollout.sources import alert_source
 from reelway.platform.rollout.state import Phase, RolloutState
-from reelway.platform.rollout.traffic.target import target_of
+from reelway.platform.rollout.traffic.target import traffic_target
 
 TOKEN = "0123456789abcdef"
 ONLY_ALERTS = QUICK.model_copy(
@@ -69,14 +69,14 @@ def running(controller: Controller, wake: threading.Event) -> Iterator[None]:
         thread.join()
 
 
-def test_alertmanager_webhook_rolls_back_a_faulty_canary(watched: Watched, tmp_path: Path) -> None:
+def test_alertmanager_webhook_rolls_back_a_faulty_canary(watched: ObservedRollout, tmp_path: Path) -> None:
     state = watched.state.model_copy(update={"phase": Phase.STEPPING, "step": 0, "canary_bp": 500})
     backend = FileBackend(tmp_path / "traffic.json")
-    backend.apply(target_of(state))
+    backend.apply(traffic_target(state))
     wake, metrics = threading.Event(), ControllerMetrics()
     with closing(SqliteRolloutStore(tmp_path / "state.db")) as store:
         store.create(state, ONLY_ALERTS)
-        book = AlertBook(store)
+        book = AlertRegistry(store)
         controller = Controller(store, backend, watched.through, book)
         application = webhook_application(book, wake.set, TOKEN, metrics)
 
@@ -86,7 +86,7 @@ def test_alertmanager_webhook_rolls_back_a_faulty_canary(watched: Watched, tmp_p
             return rollout.state
 
         with (
-            serving(application, "127.0.0.1", 0) as url,
+            serve_in_thread(application, "127.0.0.1", 0) as url,
             alertmanager(tmp_path, watched.monitoring.alertmanager, url + ALERTS_PATH, TOKEN) as manager,
             running(controller, wake),
             failing(watched.exporter),
@@ -94,7 +94,7 @@ def test_alertmanager_webhook_rolls_back_a_faulty_canary(watched: Watched, tmp_p
             after = eventually(lambda: s if (s := newest()).phase is Phase.ROLLED_BACK else None, within_s=20)
             assert "guardrail: alerts firing for the release: ReelwayCanaryErrors" in after.reason
             assert backend.read().routing.weight_of(Arm.CANARY) == 0
-            assert re.search(rb'webhooks_total{outcome="stored"} [1-9]', metrics.text())
+            assert re.search(rb'webhooks_total{outcome="stored"} [1-9]', metrics.render())
             with closing(alert_source(manager.url)) as source:
                 [polled] = source.poll()
         [delivered] = store.alerts().values()

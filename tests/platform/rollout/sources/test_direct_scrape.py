@@ -18,8 +18,8 @@ from reelway.platform.errors import ServingError
 from reelway.platform.rollout import series as names
 from reelway.platform.rollout.evidence import EvidenceSnapshot, EvidenceState
 from reelway.platform.rollout.policy import Slice
-from reelway.platform.rollout.sources import ReadEvidence, evidence_source
-from reelway.platform.rollout.sources.direct_scrape import DirectScrape, served_at
+from reelway.platform.rollout.sources import SeriesEvidenceSource, evidence_source
+from reelway.platform.rollout.sources.direct_scrape import DirectScrapeReader, service_url
 from reelway.platform.rollout.sources.heard_series import Scope
 from reelway.platform.rollout.sources.parity_report import read_parity
 from reelway.platform.rollout.state import RolloutState
@@ -35,8 +35,8 @@ class Scraped:
     def __init__(self, folder: Path) -> None:
         self.run = RunDirectory(folder)
         self.exporter = Exporter(CANARY[: names.SHORT_RELEASE], STABLE[: names.SHORT_RELEASE])
-        patient = DirectScrape(lambda: served_at(self.run), timeout_s=20.0)  # for a busy machine
-        self.source = ReadEvidence(patient, lambda: read_parity(self.run))
+        patient = DirectScrapeReader(lambda: service_url(self.run), timeout_s=20.0)  # for a busy machine
+        self.source = SeriesEvidenceSource(patient, lambda: read_parity(self.run))
         self.record()
 
     def record(self) -> None:
@@ -176,7 +176,7 @@ def test_clock_set_back_starts_a_new_window(scraped: Scraped) -> None:
 
 
 def test_reader_stores_only_needed_series(scraped: Scraped) -> None:
-    reader = DirectScrape(lambda: served_at(scraped.run))
+    reader = DirectScrapeReader(lambda: service_url(scraped.run))
     scraped.exporter.count(Arm.CANARY, times=5)
     scraped.exporter.sums.values = {**sums(Arm.CANARY, 60), **sums(Arm.CANARY, 60, rollout="r-6")}
     for now in range(100, 180):
@@ -208,4 +208,4 @@ def test_read_takes_less_than_100_ms(scraped: Scraped) -> None:
 def test_error_names_an_invalid_serving_record(tmp_path: Path, text: str) -> None:
     (tmp_path / "serving.json").write_text(text)
     with pytest.raises(ServingError, match=r"serving\.json has no service URL"):
-        served_at(RunDirectory(tmp_path))
+        service_url(RunDirectory(tmp_path))

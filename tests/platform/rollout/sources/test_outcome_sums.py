@@ -7,7 +7,7 @@ import math
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.platform.rollout.sources.made_series import CANARY, POLICY, MadeSeries, sums
+from tests.platform.rollout.sources.made_series import CANARY, POLICY, SeriesFixture, sums
 
 from reelway.platform.contracts.events import Arm
 from reelway.platform.rollout import series as names
@@ -41,18 +41,18 @@ def changed(values: list[dict[SeriesKey, float]], value: float | None, **labels:
     ]
 
 
-def metrics_of(made: MadeSeries, now: float = 10) -> dict[tuple[str, Slice], MetricEvidence]:
+def metrics_of(made: SeriesFixture, now: float = 10) -> dict[tuple[str, Slice], MetricEvidence]:
     return dict(made.snapshot(now).metrics)
 
 
 def only(*values: dict[SeriesKey, float], now: float = 10) -> dict[tuple[str, Slice], MetricEvidence]:
-    made = MadeSeries()
+    made = SeriesFixture()
     made.collector(now, *values)
     return metrics_of(made, now)
 
 
 def test_statistics_are_the_newest_sums() -> None:
-    made = MadeSeries()
+    made = SeriesFixture()
     made.collector(5, *everybody(100, 900))
     made.collector(10, *everybody(120, 1000))
     found = metrics_of(made)[METRIC]
@@ -70,7 +70,7 @@ def test_mean_metric_counts_every_viewer_once() -> None:
 
 
 def test_scraped_sums_lead_to_the_same_verdict() -> None:
-    made = MadeSeries()
+    made = SeriesFixture()
     made.collector(10, *everybody(3_000, 3_000, rate=0.5))
     verdict = assess(POLICY, made.snapshot(10)).outcomes[0]
     assert verdict.canary == pytest.approx(0.5, abs=1e-3)
@@ -102,7 +102,7 @@ def test_sums_of_an_arms_other_release_are_ignored() -> None:
 
 
 def test_silent_collector_is_telemetry_down() -> None:
-    made = MadeSeries()
+    made = SeriesFixture()
     made.routers((5, []), (10, []))
     found = metrics_of(made)
     assert {e.state for e in found.values()} == {DOWN}
@@ -136,7 +136,7 @@ def test_uncounted_outcome_is_telemetry_down_alone() -> None:
 
 def test_unknown_metric_detail_lists_known_metrics() -> None:
     wrong = parse_policy("steps: [{weight_percent: 5}]\noutcomes: [{name: dwell, margin: 0.05}]", source="test")
-    made = MadeSeries()
+    made = SeriesFixture()
     made.collector(10, *everybody(100, 100))
     [detail] = {e.detail for e in made.snapshot(10, policy=wrong).metrics.values()}
     assert "no series counts dwell; known metrics: long_watch_rate" in detail
@@ -148,7 +148,7 @@ def test_decreased_sums_are_telemetry_down(statistic: str, kept: float, arm: Arm
     whole = everybody(100, 400)
     key = next(k for part in whole for k in part if k.get("statistic") == statistic and k.get("arm") == arm)
     less = [{k: v * kept if k == key else v for k, v in part.items()} for part in whole]
-    fell, grew = MadeSeries(), MadeSeries()
+    fell, grew = SeriesFixture(), SeriesFixture()
     fell.collector(-500, *whole)
     fell.collector(10, *less)
     assert {e.state for e in metrics_of(fell).values()} == {DOWN}
@@ -159,14 +159,14 @@ def test_decreased_sums_are_telemetry_down(statistic: str, kept: float, arm: Arm
 
 
 def test_vanished_sums_are_telemetry_down() -> None:
-    made = MadeSeries()
+    made = SeriesFixture()
     made.collector(5, *everybody(100, 100))
     made.collector(10)
     assert "fell from" in metrics_of(made)[METRIC].detail
 
 
 def test_last_sums_are_used_until_they_are_too_old() -> None:
-    made = MadeSeries()
+    made = SeriesFixture()
     made.collector(5, *everybody(100, 100))
     made.failed(names.OUTCOMES_JOB, 10)
     assert metrics_of(made, 24)[METRIC].state is OK
@@ -175,7 +175,7 @@ def test_last_sums_are_used_until_they_are_too_old() -> None:
 
 
 def test_successor_of_a_collector_replaces_its_sums() -> None:
-    made = MadeSeries()
+    made = SeriesFixture()
     made.collector(2, *everybody(100, 200), instance="old")
     made.gone(names.OUTCOMES_JOB, 8, instance="old")
     made.collector(9, *everybody(110, 220), instance="new")
@@ -184,14 +184,14 @@ def test_successor_of_a_collector_replaces_its_sums() -> None:
 
 
 def test_successor_without_data_is_detected() -> None:
-    made = MadeSeries()
+    made = SeriesFixture()
     made.collector(-300, *everybody(100, 200), instance="old")  # outside of the window
     made.collector(9, *everybody(60, 120), instance="new")
     assert "fell from 100 to 60" in metrics_of(made)[METRIC].detail
 
 
 def test_sums_of_two_running_collectors_are_added() -> None:
-    made = MadeSeries()
+    made = SeriesFixture()
     for instance in ("a", "b"):
         made.collector(10, *everybody(60, 90), instance=instance)
     found = metrics_of(made)[METRIC]
@@ -199,9 +199,9 @@ def test_sums_of_two_running_collectors_are_added() -> None:
 
 
 def test_snapshot_time_is_that_of_the_oldest_scrape() -> None:
-    made = MadeSeries()
+    made = SeriesFixture()
     made.routers((4, []), (9, []))
     made.collector(7, *everybody(100, 100))
     snapshot = made.snapshot(10)
     assert (snapshot.time, snapshot.release) == (7, CANARY)
-    assert MadeSeries().snapshot(10).time == 10
+    assert SeriesFixture().snapshot(10).time == 10

@@ -17,7 +17,7 @@ from tests.platform.rollout.sources.servers import eventually
 
 from reelway.platform.errors import ConfigError, StorageError
 from reelway.platform.rollout.evidence import EvidenceState
-from reelway.platform.rollout.sources.parity_store import ParityInStore, write_parity
+from reelway.platform.rollout.sources.parity_store import ParityFindingsReader, write_parity
 
 RELEASE = "c" * 64
 SOUND = {RELEASE: {"rows": 40, "mismatches": 0, "checked_at": 7.0, "detail": ""}}
@@ -31,30 +31,30 @@ def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 
 def test_reader_returns_the_written_findings(url: str) -> None:
     write_parity(url, SOUND)
-    with closing(ParityInStore(url, every_s=0.05)) as parity:
-        first = parity.report().reading(RELEASE)
+    with closing(ParityFindingsReader(url, every_s=0.05)) as parity:
+        first = parity.findings().reading(RELEASE)
         assert (first.state, first.events, first.trials) == (EvidenceState.OK, 0, 40)
         write_parity(url, BAD)
-        eventually(lambda: parity.report().reading(RELEASE).events == 2)
-        assert parity.report().reading("d" * 64).state is EvidenceState.INSUFFICIENT
+        eventually(lambda: parity.findings().reading(RELEASE).events == 2)
+        assert parity.findings().reading("d" * 64).state is EvidenceState.INSUFFICIENT
 
 
 def test_missing_file_is_telemetry_down_with_a_command(url: str) -> None:
-    with closing(ParityInStore(url, every_s=0.05)) as parity:
-        found = parity.report().reading(RELEASE)
+    with closing(ParityFindingsReader(url, every_s=0.05)) as parity:
+        found = parity.findings().reading(RELEASE)
         assert found.state is EvidenceState.TELEMETRY_DOWN
         assert f"no parity findings at {url}; run `reelway features parity --report {url}`" in found.detail
         write_parity(url, SOUND)
-        eventually(lambda: parity.report().reading(RELEASE).state is EvidenceState.OK)
+        eventually(lambda: parity.findings().reading(RELEASE).state is EvidenceState.OK)
 
 
 def test_invalid_file_is_telemetry_down_until_it_is_replaced(url: str) -> None:
     with fsspec.open(url, "wb", auto_mkdir=True) as file:
         file.write(b'{"half": ')
-    with closing(ParityInStore(url, every_s=0.05)) as parity:
-        assert f"{url} does not contain parity findings" in parity.report().reading(RELEASE).detail
+    with closing(ParityFindingsReader(url, every_s=0.05)) as parity:
+        assert f"{url} does not contain parity findings" in parity.findings().reading(RELEASE).detail
         write_parity(url, SOUND)
-        eventually(lambda: parity.report().reading(RELEASE).state is EvidenceState.OK)
+        eventually(lambda: parity.findings().reading(RELEASE).state is EvidenceState.OK)
 
 
 class Hanging(MemoryFileSystem):
@@ -89,32 +89,32 @@ def hanging() -> Iterator[type[Hanging]]:
 
 def test_hanging_store_does_not_block_the_reader(hanging: type[Hanging]) -> None:
     write_parity("hanging://parity.json", SOUND)
-    with closing(ParityInStore("hanging://parity.json", every_s=0.05, patience_s=0.5)) as parity:
-        assert parity.report().reading(RELEASE).state is EvidenceState.OK
+    with closing(ParityFindingsReader("hanging://parity.json", every_s=0.05, max_staleness_s=0.5)) as parity:
+        assert parity.findings().reading(RELEASE).state is EvidenceState.OK
         hanging.goes_on.clear()
         slowest = 0.0
 
         def down() -> bool:
             nonlocal slowest
             began = time.perf_counter()
-            found = parity.report()
+            found = parity.findings()
             slowest = max(slowest, time.perf_counter() - began)
             return "has not answered for" in found.problem
 
         eventually(down)
         assert slowest < 0.25
         hanging.goes_on.set()
-        eventually(lambda: parity.report().reading(RELEASE).state is EvidenceState.OK)
+        eventually(lambda: parity.findings().reading(RELEASE).state is EvidenceState.OK)
 
 
 def test_client_library_error_is_telemetry_down(hanging: type[Hanging]) -> None:
     hanging.fails = RuntimeError("SlowDown: reduce your request rate")
-    with closing(ParityInStore("hanging://parity.json", every_s=0.05)) as parity:
-        assert parity.report().problem == "cannot read hanging://parity.json: SlowDown: reduce your request rate"
+    with closing(ParityFindingsReader("hanging://parity.json", every_s=0.05)) as parity:
+        assert parity.findings().problem == "cannot read hanging://parity.json: SlowDown: reduce your request rate"
     with pytest.raises(StorageError, match=r"cannot write hanging://parity.json: SlowDown"):
         write_parity("hanging://parity.json", SOUND)
 
 
 def test_unknown_protocol_is_rejected_at_startup() -> None:
     with pytest.raises(ConfigError, match="parity findings 'ftpx://a/b': cannot open the URL"):
-        ParityInStore("ftpx://a/b")
+        ParityFindingsReader("ftpx://a/b")

@@ -9,7 +9,7 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
-from tests.platform.rollout.sources.conftest import QUICK, Monitoring, Watched
+from tests.platform.rollout.sources.conftest import QUICK, Monitoring, ObservedRollout
 from tests.platform.rollout.sources.exporter import Exporter
 from tests.platform.rollout.sources.made_series import CANARY, POLICY, state_of
 from tests.platform.rollout.sources.servers import free_address, prometheus
@@ -33,7 +33,7 @@ def errors(snapshot: EvidenceSnapshot) -> tuple[EvidenceState, float, float]:
     return reading.state, reading.events, reading.trials
 
 
-def test_prometheus_gives_the_same_evidence_as_a_direct_scrape(watched: Watched) -> None:
+def test_prometheus_gives_the_same_evidence_as_a_direct_scrape(watched: ObservedRollout) -> None:
     exporter = watched.exporter
     with closing(evidence_source(watched.run)) as direct:
         exporter.mirror("compared", 4)
@@ -59,7 +59,7 @@ def test_prometheus_gives_the_same_evidence_as_a_direct_scrape(watched: Watched)
     assert through.shadow_requests == scraped.shadow_requests == 30  # an increase starts at the series' first sample
 
 
-def test_increase_is_correct_across_a_restart(watched: Watched) -> None:
+def test_increase_is_correct_across_a_restart(watched: ObservedRollout) -> None:
     watched.exporter.count(Arm.CANARY, times=50)
     watched.add_sums(100, 400)
     assert errors(watched.after_a_scrape()) == (OK, 0, 50)
@@ -79,7 +79,7 @@ def test_increase_is_correct_across_a_restart(watched: Watched) -> None:
     assert errors(watched.after_a_scrape()) == (OK, 1, 55)
 
 
-def test_collector_data_loss_is_detected_by_the_maximum(watched: Watched) -> None:
+def test_collector_data_loss_is_detected_by_the_maximum(watched: ObservedRollout) -> None:
     watched.add_sums(100, 400)
     watched.seen_when(lambda s: s.metrics[METRIC].state is OK)
     watched.add_sums(60, 200)
@@ -94,7 +94,7 @@ def test_collector_data_loss_is_detected_by_the_maximum(watched: Watched) -> Non
     assert {rows[-1].value for rows in viewers} == {60, 200}
 
 
-def test_read_takes_less_than_100_ms(watched: Watched) -> None:
+def test_read_takes_less_than_100_ms(watched: ObservedRollout) -> None:
     watched.add_sums(100, 400)
     watched.after_a_scrape()
     took = []
@@ -105,7 +105,7 @@ def test_read_takes_less_than_100_ms(watched: Watched) -> None:
     assert min(took) < 0.1
 
 
-def test_hanging_prometheus_is_telemetry_down_until_it_answers(watched: Watched) -> None:
+def test_hanging_prometheus_is_telemetry_down_until_it_answers(watched: ObservedRollout) -> None:
     with watched.monitoring.prometheus.hung():
         began = time.perf_counter()
         down = watched.seen()
@@ -132,7 +132,7 @@ def test_prometheus_without_targets_is_telemetry_down(tmp_path: Path) -> None:
     assert f"no answer from Prometheus at {server.url}" in told[1]
 
 
-def test_counts_of_a_removed_replica_are_used(watched: Watched) -> None:
+def test_counts_of_a_removed_replica_are_used(watched: ObservedRollout) -> None:
     watched.other.count(Arm.CANARY, times=5)
     watched.exporter.count(Arm.CANARY, times=7)
     watched.seen_when(lambda s: errors(s) == (OK, 0, 12))

@@ -10,7 +10,7 @@ import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 from tests.platform.rollout.sources.exporter import Exporter
 from tests.platform.rollout.sources.made_series import POLICY, state_of
-from tests.serving.outcomes.raw_events import NOW, RELEASES, Done, Shown, columns_of, exposures_of
+from tests.serving.outcomes.raw_events import NOW, RELEASES, RawOutcome, ShownImpression, columns_of, exposures_of
 
 from reelway.platform.contracts.events import Arm, OutcomeType
 from reelway.platform.rollout.evidence import EvidenceState
@@ -19,24 +19,24 @@ from reelway.platform.rollout.sources import evidence_source
 from reelway.platform.rollout.state import Phase
 from reelway.platform.runs import RunDirectory
 from reelway.platform.tokens import SLICE_BITS
-from reelway.serving.metrics import SHORT, IngressMetrics, ShadowMetrics
+from reelway.serving.metrics import SHORT_RELEASE, IngressMetrics, ShadowMetrics
 from reelway.serving.outcomes.collector import OutcomeCollector
 
 
 def test_evidence_matches_the_counts_of_router_and_collector(tmp_path: Path) -> None:
     registry = CollectorRegistry()
     ingress, shadow, service = IngressMetrics(registry), ShadowMetrics(registry), Exporter("", "")
-    canary = RELEASES[Arm.CANARY][:SHORT]
+    canary = RELEASES[Arm.CANARY][:SHORT_RELEASE]
     state = state_of(
         id="r-1", canary_release=RELEASES[Arm.CANARY], stable_release=RELEASES[Arm.STABLE], phase=Phase.SHADOW
     )
     shown = [
-        Shown(i, i % 200, arm, 0.5, SLICE_BITS[Slice.NEW_VIEWERS] if i % 3 else 0)
+        ShownImpression(i, i % 200, arm, 0.5, SLICE_BITS[Slice.NEW_VIEWERS] if i % 3 else 0)
         for arm, first in ((Arm.CANARY, 0), (Arm.STABLE, 600), (Arm.HOLDOUT, 1200))
         for i in range(first, first + 600)
     ]
-    done = [Done(one, OutcomeType.WATCH, 15_000.0 if one.id % 2 else 200.0) for one in shown]
-    done += [Done(one, OutcomeType.LIKE) for one in shown[::5]]
+    done = [RawOutcome(one, OutcomeType.WATCH, 15_000.0 if one.id % 2 else 200.0) for one in shown]
+    done += [RawOutcome(one, OutcomeType.LIKE) for one in shown[::5]]
     (tmp_path / "serving.json").write_text(json.dumps({"url": f"http://{service.address}"}))
 
     def pages() -> None:
@@ -54,12 +54,12 @@ def test_evidence_matches_the_counts_of_router_and_collector(tmp_path: Path) -> 
         assert {e.state for e in source.fetch(POLICY, state, NOW).metrics.values()} == {EvidenceState.INSUFFICIENT}
         ingress.requests.labels(canary, "canary", "ok").inc(9)
         ingress.requests.labels(canary, "shadow", "degraded").inc(2)
-        ingress.empty.labels(canary, "canary").inc(1)
+        ingress.empty_slates.labels(canary, "canary").inc(1)
         for _ in range(11):
             ingress.latency.labels(canary, "canary").observe(0.03)
         shadow.requests.labels(canary, "compared").inc(4)
-        collector.expose(exposures_of(shown, 1)).result(10)
-        collector.record(columns_of(done)).result(10)
+        collector.record_exposures(exposures_of(shown, 1)).result(10)
+        collector.record_outcomes(columns_of(done)).result(10)
         pages()
         found = source.fetch(POLICY, state, NOW + 1)
         counted = collector.statistics("r-1")

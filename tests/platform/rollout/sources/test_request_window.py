@@ -7,7 +7,7 @@ import math
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.platform.rollout.sources.made_series import CANARY, POLICY, MadeSeries, requests, state_of
+from tests.platform.rollout.sources.made_series import CANARY, POLICY, SeriesFixture, requests, state_of
 
 from reelway.platform.contracts.events import Arm
 from reelway.platform.rollout import series as names
@@ -20,7 +20,7 @@ from reelway.platform.rollout.state import Phase
 OK, INSUFFICIENT, DOWN = EvidenceState.OK, EvidenceState.INSUFFICIENT, EvidenceState.TELEMETRY_DOWN
 
 
-def reading(made: MadeSeries, name: str, now: float = 10) -> GuardrailReading:
+def reading(made: SeriesFixture, name: str, now: float = 10) -> GuardrailReading:
     return made.snapshot(now).guardrails[name]  # type: ignore[index]
 
 
@@ -29,7 +29,7 @@ def canary(**outcomes: float) -> dict[SeriesKey, float]:
 
 
 def test_error_ratio_counts_the_canarys_requests_in_the_window() -> None:
-    made = MadeSeries()
+    made = SeriesFixture()
     for at, n in ((-100.0, 0.0), (1.0, 100.0), (9.0, 200.0)):
         made.scrape(
             names.ROUTER_JOB, at,
@@ -45,7 +45,7 @@ def test_error_ratio_counts_the_canarys_requests_in_the_window() -> None:
 
 
 def test_requests_of_another_release_are_ignored() -> None:
-    made, other = MadeSeries(), {"release": "f" * 12, "arm": "canary", "outcome": "failed"}
+    made, other = SeriesFixture(), {"release": "f" * 12, "arm": "canary", "outcome": "failed"}
     for at in (1.0, 9.0):
         made.scrape(names.ROUTER_JOB, at, canary(ok=10 * at), {SeriesKey.of(names.REQUESTS, other): 10 * at})
     assert reading(made, "error_ratio").events == 0
@@ -53,7 +53,7 @@ def test_requests_of_another_release_are_ignored() -> None:
 
 
 def test_errors_of_an_earlier_rollout_are_ignored() -> None:
-    made = MadeSeries()  # this rollout began at 0
+    made = SeriesFixture()  # this rollout began at 0
     made.routers((-20, []), (-15, [canary(ok=4)]), (-5, [canary(ok=39, failed=36)]), (1, [canary(ok=39, failed=36)]),
                  (9, [canary(ok=89, failed=36)]))  # fmt: skip
     assert reading(made, "error_ratio").events == 0
@@ -61,26 +61,26 @@ def test_errors_of_an_earlier_rollout_are_ignored() -> None:
 
 
 def test_new_error_series_counts_in_full() -> None:
-    made = MadeSeries()
+    made = SeriesFixture()
     made.routers((1, [canary(ok=50)]), (5, [canary(ok=60, failed=7)]), (9, [canary(ok=70, failed=9)]))
     assert reading(made, "error_ratio").events == 9
     assert reading(made, "error_ratio").trials == 29
 
 
 def test_router_restart_loses_no_scraped_counts() -> None:
-    made = MadeSeries()
+    made = SeriesFixture()
     made.routers((1, [canary(ok=50)]), (4, [canary(ok=80)]), (7, []), (9, [canary(ok=5, failed=1)]))
     assert reading(made, "error_ratio").trials == 30 + 5 + 1
 
 
 def test_restarted_router_without_canary_requests_is_ok() -> None:
-    made = MadeSeries()
+    made = SeriesFixture()
     made.routers((1, [canary(ok=50)]), (4, [canary(ok=80)]), (9, []))
     assert reading(made, "error_ratio").trials == 30
 
 
 def test_canary_without_requests_is_insufficient() -> None:
-    made = MadeSeries()
+    made = SeriesFixture()
     made.routers((1, [requests(Arm.STABLE, ok=1)]), (9, [requests(Arm.STABLE, ok=50)]))
     for name in ("error_ratio", "empty_slate_ratio", "p99_ms"):
         assert reading(made, name).state is INSUFFICIENT
@@ -88,13 +88,13 @@ def test_canary_without_requests_is_insufficient() -> None:
 
 
 def test_single_scrape_is_insufficient() -> None:
-    made = MadeSeries()
+    made = SeriesFixture()
     made.routers((9, [canary(ok=50, failed=50)]))
     assert reading(made, "error_ratio").state is INSUFFICIENT
 
 
 def test_silent_router_is_telemetry_down() -> None:
-    made = MadeSeries()
+    made = SeriesFixture()
     for instance in ("a", "b"):
         made.routers((1, [canary(ok=10)]), (5, [canary(ok=20)]), instance=instance)
     for at in (10.0, 20.0, 28.0):
@@ -107,7 +107,7 @@ def test_silent_router_is_telemetry_down() -> None:
 
 
 def test_counts_of_a_removed_router_are_used() -> None:
-    made = MadeSeries()
+    made = SeriesFixture()
     for instance in ("a", "b"):
         made.routers((1, [canary(ok=10)]), (5, [canary(ok=20)]), instance=instance)
     made.routers((28, [canary(ok=50)]), instance="a")
@@ -117,14 +117,14 @@ def test_counts_of_a_removed_router_are_used() -> None:
 
 
 def test_service_without_routers_is_telemetry_down() -> None:
-    made = MadeSeries()
+    made = SeriesFixture()
     made.routers((1, [canary(ok=10)]), (5, [canary(ok=20)]))
     made.gone(names.ROUTER_JOB, 8)
     assert reading(made, "error_ratio").state is DOWN
 
 
 def test_new_router_does_not_hide_the_others() -> None:
-    made = MadeSeries()
+    made = SeriesFixture()
     made.routers((1, [canary(ok=10)]), (9, [canary(ok=20, failed=5)]), instance="a")
     made.routers((9, [canary(ok=1)]), instance="new")
     assert (reading(made, "error_ratio").events, reading(made, "error_ratio").trials) == (5, 15)
@@ -132,7 +132,7 @@ def test_new_router_does_not_hide_the_others() -> None:
 
 @pytest.mark.parametrize(("value", "said"), [(math.nan, "went stale"), (-5.0, "a counter of -5")])
 def test_impossible_counter_is_telemetry_down(value: float, said: str) -> None:
-    made = MadeSeries()
+    made = SeriesFixture()
     made.routers((1, [canary(ok=10)]), (5, [canary(ok=20)]), (9, [canary(ok=value)]))
     assert reading(made, "error_ratio").state is DOWN
     assert said in reading(made, "error_ratio").detail
@@ -140,16 +140,16 @@ def test_impossible_counter_is_telemetry_down(value: float, said: str) -> None:
 
 def test_detail_includes_the_readers_problem() -> None:
     for name in ("error_ratio", "empty_slate_ratio", "p99_ms"):
-        found = MadeSeries().snapshot(10, problem="GET http://x/metrics: timed out").guardrails[name]  # type: ignore[index]
+        found = SeriesFixture().snapshot(10, problem="GET http://x/metrics: timed out").guardrails[name]  # type: ignore[index]
         assert found.state is DOWN
         assert "GET http://x/metrics: timed out" in found.detail
 
 
 def test_empty_slate_ratio_is_at_most_1_for_a_torn_scrape() -> None:
-    made = MadeSeries()
+    made = SeriesFixture()
     made.routers((1, [canary(ok=10, empty=2)]), (9, [canary(ok=30, empty=7)]))
     assert (reading(made, "empty_slate_ratio").events, reading(made, "empty_slate_ratio").trials) == (5, 20)
-    torn = MadeSeries()
+    torn = SeriesFixture()
     torn.routers((1, [canary(ok=10, empty=9)]), (9, [canary(ok=30, empty=30)]))
     assert (reading(torn, "empty_slate_ratio").events, reading(torn, "empty_slate_ratio").trials) == (20, 20)
 
@@ -162,7 +162,7 @@ def latency(arm: Arm, n: float, slow: float) -> dict[SeriesKey, float]:
 
 
 def test_p99_uses_the_increases_of_both_arms() -> None:
-    made = MadeSeries()
+    made = SeriesFixture()
     made.routers(
         (1, [latency(Arm.CANARY, 1000, 900), latency(Arm.STABLE, 1000, 0)]),
         (9, [latency(Arm.CANARY, 1200, 904), latency(Arm.STABLE, 3000, 0)]),
@@ -174,7 +174,7 @@ def test_p99_uses_the_increases_of_both_arms() -> None:
 
 
 def test_comparison_without_stable_requests_is_insufficient() -> None:
-    made = MadeSeries()
+    made = SeriesFixture()
     made.routers((1, [latency(Arm.CANARY, 100, 0)]), (9, [latency(Arm.CANARY, 400, 0)]))
     limits = POLICY.guardrails.model_copy(update={"p99_ms": LatencyLimit(maximum_ratio_to_stable=1.5)})
     policy = POLICY.model_copy(update={"guardrails": limits})
@@ -184,7 +184,7 @@ def test_comparison_without_stable_requests_is_insufficient() -> None:
 
 
 def test_histogram_without_an_infinite_bucket_is_telemetry_down() -> None:
-    made = MadeSeries()
+    made = SeriesFixture()
     for at in (1.0, 9.0):
         made.scrape(names.ROUTER_JOB, at, requests(Arm.CANARY, ok=at, latency={"0.1": at, "0.25": at}))
     assert reading(made, "p99_ms").state is DOWN
@@ -222,7 +222,7 @@ def mirrored(compared: float, failed: float, dropped: float) -> dict[SeriesKey, 
 
 
 def test_mirrored_requests_count_since_the_shadow_phase_began() -> None:
-    made = MadeSeries()
+    made = SeriesFixture()
     for at, n in ((-400.0, 90.0), (-300.0, 100.0), (-100.0, 300.0), (9.0, 500.0)):
         made.routers((at, [mirrored(n, n / 10, n)]))
     shadow = state_of(phase=Phase.SHADOW, changed_at=-310.0, shadow_bp=500)

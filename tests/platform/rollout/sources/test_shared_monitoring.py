@@ -29,12 +29,12 @@ from reelway.platform.contracts.events import Arm
 from reelway.platform.errors import ConfigError, RolloutError
 from reelway.platform.rollout.evidence import EvidenceSnapshot, EvidenceState
 from reelway.platform.rollout.policy import Slice
-from reelway.platform.rollout.sources.access import Access
-from reelway.platform.rollout.sources.alertmanager import AlertmanagerPoll
+from reelway.platform.rollout.sources.access import MonitoringAccess
+from reelway.platform.rollout.sources.alertmanager import AlertmanagerClient
 from reelway.platform.rollout.sources.heard_series import Scope
-from reelway.platform.rollout.sources.parity_report import ParityReport
+from reelway.platform.rollout.sources.parity_report import ParityFindings
 from reelway.platform.rollout.sources.prometheus_reader import PrometheusReader
-from reelway.platform.rollout.sources.snapshot import snapshot_of
+from reelway.platform.rollout.sources.snapshot import build_snapshot
 
 TOKEN = "a-token-of-a-service-account"
 
@@ -58,10 +58,10 @@ def test_installations_in_one_prometheus_do_not_mix(prod: Exporter, staging: Exp
     state = state_of(started_at=begun, changed_at=begun)
 
     def seen(namespace: str) -> EvidenceSnapshot:
-        access = Access(labels={"namespace": namespace})
+        access = MonitoringAccess(labels={"namespace": namespace})
         with closing(PrometheusReader(server.url, access=access)) as reader:
             now = time.time()
-            return snapshot_of(QUICK, state, reader.read(Scope.of(state), now), ParityReport(), now)
+            return build_snapshot(QUICK, state, reader.read(Scope.of(state), now), ParityFindings(), now)
 
     def errors(snapshot: EvidenceSnapshot) -> tuple[EvidenceState, float, float]:
         reading = snapshot.guardrails["error_ratio"]
@@ -93,8 +93,8 @@ def test_poll_leaves_out_alerts_of_another_namespace(tmp_path: Path) -> None:
     ends = (datetime.now(UTC) + timedelta(hours=1)).isoformat()
     with (
         alertmanager(tmp_path, address, "http://127.0.0.1:9/", TOKEN) as server,
-        closing(AlertmanagerPoll(server.url, access=Access(labels={"namespace": "prod.eu"}))) as ours,
-        closing(AlertmanagerPoll(server.url)) as everybodys,
+        closing(AlertmanagerClient(server.url, access=MonitoringAccess(labels={"namespace": "prod.eu"}))) as ours,
+        closing(AlertmanagerClient(server.url)) as everybodys,
     ):
         labels = [{"namespace": "prod.eu"}, {"namespace": "prodxeu"}, {"namespace": "staging"}, {}]
         alerts = [
@@ -110,7 +110,7 @@ def test_poll_leaves_out_alerts_of_another_namespace(tmp_path: Path) -> None:
 
 
 @dataclass
-class Door:
+class TlsServer:
     """Answers requests that carry the token with an empty result, over TLS."""
 
     certificate: Path
@@ -122,9 +122,9 @@ class Door:
 
 
 @pytest.fixture
-def door(tmp_path: Path) -> Iterator[Door]:
+def door(tmp_path: Path) -> Iterator[TlsServer]:
     certificate, key = _self_signed(tmp_path)
-    door = Door(certificate)
+    door = TlsServer(certificate)
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
@@ -160,10 +160,10 @@ def door(tmp_path: Path) -> Iterator[Door]:
     thread.join()
 
 
-def test_token_is_read_on_every_request(door: Door, tmp_path: Path) -> None:
+def test_token_is_read_on_every_request(door: TlsServer, tmp_path: Path) -> None:
     token = tmp_path / "token"
     token.write_text(TOKEN + "\n")
-    access = Access(token, door.certificate)
+    access = MonitoringAccess(token, door.certificate)
     with closing(PrometheusReader(door.url, access=access)) as reader:
         scope = Scope.of(state_of())
         assert reader.read(scope, 1.0).problem == ""
@@ -176,29 +176,29 @@ def test_token_is_read_on_every_request(door: Door, tmp_path: Path) -> None:
         token.write_text("")
         assert f"{token}: no token for 127.0.0.1" in reader.read(scope, 1.0).problem
     token.write_text("renewed")
-    with closing(PrometheusReader(door.url, access=Access(token))) as unknowing:
+    with closing(PrometheusReader(door.url, access=MonitoringAccess(token))) as unknowing:
         assert "CERTIFICATE_VERIFY_FAILED" in unknowing.read(scope, 1.0).problem
 
 
-def test_alertmanager_requests_carry_the_token(door: Door, tmp_path: Path) -> None:
+def test_alertmanager_requests_carry_the_token(door: TlsServer, tmp_path: Path) -> None:
     token = tmp_path / "token"
     token.write_text(TOKEN)
-    with closing(AlertmanagerPoll(door.url, access=Access(token, door.certificate))) as poll:
+    with closing(AlertmanagerClient(door.url, access=MonitoringAccess(token, door.certificate))) as poll:
         assert poll.poll() == []
         token.unlink()
         with pytest.raises(RolloutError, match="cannot read the token"):
             poll.poll()
     with (
-        closing(AlertmanagerPoll(door.url, access=Access(ca_file=door.certificate))) as bare,
+        closing(AlertmanagerClient(door.url, access=MonitoringAccess(ca_file=door.certificate))) as bare,
         pytest.raises(RolloutError, match="401"),
     ):
         bare.poll()
 
 
-def test_token_does_not_follow_a_redirect(door: Door, tmp_path: Path) -> None:
+def test_token_does_not_follow_a_redirect(door: TlsServer, tmp_path: Path) -> None:
     (tmp_path / "token").write_text(TOKEN)
     door.redirect = f"{door.url}/elsewhere"
-    with closing(PrometheusReader(door.url, access=Access(tmp_path / "token", door.certificate))) as reader:
+    with closing(PrometheusReader(door.url, access=MonitoringAccess(tmp_path / "token", door.certificate))) as reader:
         assert "302" in reader.read(Scope.of(state_of()), 1.0).problem
     assert len(door.told) == 1
 
@@ -209,7 +209,7 @@ def test_invalid_certificate_file_is_rejected_at_startup(tmp_path: Path, text: s
     if text is not None:
         path.write_text(text)
     with pytest.raises(ConfigError, match=f"{path}: cannot load CA certificates"):
-        Access(ca_file=path)
+        MonitoringAccess(ca_file=path)
 
 
 def _self_signed(folder: Path) -> tuple[Path, Path]:

@@ -6,26 +6,26 @@ import json
 from dataclasses import replace
 
 import pytest
-from tests.benchmarks.canary_events import POLICY, Histories
+from tests.benchmarks.canary_events import POLICY, HistoryGenerator
 
 from reelway.platform.contracts.events import Arm
 from reelway.platform.rollout.assessment import assess
-from reelway.platform.rollout.evidence import EvidenceSnapshot, nothing_heard
+from reelway.platform.rollout.evidence import EvidenceSnapshot, no_evidence
 from reelway.platform.rollout.policy import parse_policy
-from reelway.platform.rollout.summary import summary_of
+from reelway.platform.rollout.summary import summarise_evidence
 
-KINDS = Histories(0).kinds
+KINDS = HistoryGenerator(0).kinds
 RULES = parse_policy(POLICY, source="test")
 
 
 @pytest.mark.parametrize("kind", [*KINDS, "nothing heard"])
 def test_summary_is_json_with_every_verdict(kind: str) -> None:
-    snapshot: EvidenceSnapshot = nothing_heard("canary", 5.0) if kind == "nothing heard" else KINDS[kind]
+    snapshot: EvidenceSnapshot = no_evidence("canary", 5.0) if kind == "nothing heard" else KINDS[kind]
     verdicts = assess(RULES, snapshot)
-    summary = summary_of(verdicts, snapshot, now=snapshot.time + 3)
+    summary = summarise_evidence(verdicts, snapshot, now=snapshot.time + 3)
     assert json.loads(json.dumps(summary, allow_nan=False)) == summary
     assert [(o["name"], o["slice"], o["finding"], o["sentence"]) for o in summary["outcomes"]] == [
-        (v.name, v.part.value, v.finding, v.sentence) for v in verdicts.outcomes
+        (v.name, v.slice_.value, v.finding, v.sentence) for v in verdicts.outcomes
     ]
     assert [(g["name"], g["state"], g["sentence"]) for g in summary["guardrails"]] == [
         (v.name, v.state.value, v.sentence) for v in verdicts.guardrails
@@ -37,7 +37,7 @@ def test_summary_is_json_with_every_verdict(kind: str) -> None:
 def test_summary_has_the_assessed_numbers() -> None:
     snapshot = replace(KINDS["good"], weights={Arm.STABLE: 9_500, Arm.CANARY: 500}, canary_ready=True)
     verdicts = assess(RULES, snapshot)
-    summary = summary_of(verdicts, snapshot)
+    summary = summarise_evidence(verdicts, snapshot)
     first, verdict = summary["outcomes"][0], verdicts.outcomes[0]
     assert (first["canary"], first["harm"], first["low"], first["high"]) == (
         verdict.canary, verdict.harm, verdict.harm_low, verdict.harm_high,
@@ -50,7 +50,7 @@ def test_summary_has_the_assessed_numbers() -> None:
 
 
 def test_missing_number_is_null() -> None:
-    snapshot = nothing_heard("canary", float("nan"))
-    summary = summary_of(assess(RULES, snapshot), snapshot)
+    snapshot = no_evidence("canary", float("nan"))
+    summary = summarise_evidence(assess(RULES, snapshot), snapshot)
     assert summary["time"] is None
     assert {o["harm"] for o in summary["outcomes"]} == {None}

@@ -24,10 +24,10 @@ def main(run: Path) -> None:
     from ray import serve
     from tests.platform.rollout.traffic.noop_document import document
 
-    from reelway.platform.rollout.control.bearer_token import bearer_token
+    from reelway.platform.rollout.control.bearer_token import ensure_bearer_token
     from reelway.platform.rollout.traffic.routing import Routing
 
-    bearer, api_port, port = bearer_token(token), _free_port(), _free_port()
+    bearer, api_port, port = ensure_bearer_token(token), _free_port(), _free_port()
     ray.init(
         address="local", num_cpus=4, include_dashboard=True, dashboard_host="127.0.0.1", dashboard_port=api_port,
         log_to_driver=False, logging_level="warning", namespace="reelway",
@@ -35,7 +35,7 @@ def main(run: Path) -> None:
     try:
         api = f"http://127.0.0.1:{api_port}"
         with httpx.Client(base_url=api, headers={"Authorization": f"Bearer {bearer}"}, timeout=60) as client:
-            told = document(Routing.whole("old"), port)
+            told = document(Routing.single_release("old"), port)
             while True:
                 try:
                     answer = client.put("/api/serve/applications/", json=told)

@@ -16,8 +16,8 @@ from reelway.platform.errors import ConfigError
 from reelway.platform.rollout.traffic.routing import ArmRoute, Routing
 from reelway.platform.rollout.traffic.serve_config import (
     compose_serve_config,
-    releases_in,
-    routing_in,
+    find_routing,
+    release_names,
     with_target,
 )
 from reelway.platform.rollout.traffic.serving_options import (
@@ -35,7 +35,7 @@ from reelway.platform.rollout.traffic.target import TrafficTarget
 
 STORE = ReleaseStoreArgs(release_store="s3://releases/live", release_cache=Path("/cache"), public_keys=Path("/keys"))
 OLD, NEW = "a" * 64, "b" * 64
-ROUTING = Routing.whole(OLD, warm=(NEW,))
+ROUTING = Routing.single_release(OLD, warm=(NEW,))
 
 
 def options(**changes: Any) -> ServingOptions:
@@ -87,7 +87,7 @@ def test_target_over_a_composed_configuration_equals_composing_the_target() -> N
         ArmRoute(arm=Arm.STABLE, release=OLD, weight_bp=9500),
     )
     target = TrafficTarget(routing=Routing(salt="s", rollout="r", arms=arms), releases=(OLD, NEW))
-    start = compose_serve_config(options(), (OLD,), Routing.whole(OLD))
+    start = compose_serve_config(options(), (OLD,), Routing.single_release(OLD))
     assert with_target(start, target) == compose_serve_config(options(), (OLD, NEW), target.routing)
 
 
@@ -138,8 +138,8 @@ def test_without_an_outcomes_file_the_application_is_absent() -> None:
 
 
 def test_composed_configuration_states_its_releases_with_their_routing() -> None:
-    assert releases_in(compose()) == (OLD, NEW)
-    assert Routing.model_validate(routing_in(compose())) == ROUTING
+    assert release_names(compose()) == (OLD, NEW)
+    assert Routing.model_validate(find_routing(compose())) == ROUTING
 
 
 @pytest.mark.parametrize(

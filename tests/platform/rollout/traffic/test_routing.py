@@ -41,7 +41,9 @@ def test_holdout_keeps_its_viewers_during_the_ramp(viewer: int, canary: int) -> 
 
 @given(VIEWERS)
 def test_single_release_routing_has_all_viewers_on_stable(viewer: int) -> None:
-    assert Routing.whole("only").route_of(viewer) == ArmRoute(arm=Arm.STABLE, release="only", weight_bp=BUCKETS)
+    assert Routing.single_release("only").route_of(viewer) == ArmRoute(
+        arm=Arm.STABLE, release="only", weight_bp=BUCKETS
+    )
 
 
 def test_routing_lists_each_release_once() -> None:

@@ -18,19 +18,19 @@ from starlette.routing import Route
 from tests.platform.rollout.traffic.noop_document import document
 
 from reelway.platform.errors import RolloutError
-from reelway.platform.rollout.control.webhook import serving
+from reelway.platform.rollout.control.webhook import serve_in_thread
 from reelway.platform.rollout.state import Phase, RolloutState
 from reelway.platform.rollout.traffic.routing import Routing
-from reelway.platform.rollout.traffic.serve_config import config_of, releases_in, routing_in, with_target
+from reelway.platform.rollout.traffic.serve_config import config_from_details, find_routing, release_names, with_target
 from reelway.platform.rollout.traffic.serve_rest import ServeRestBackend
-from reelway.platform.rollout.traffic.target import TrafficTarget, target_of
+from reelway.platform.rollout.traffic.target import TrafficTarget, traffic_target
 from reelway.platform.runs import RunDirectory
 
-CONFIG = document(Routing.whole("old"), 8000) | {"target_capacity": 50.0}
+CONFIG = document(Routing.single_release("old"), 8000) | {"target_capacity": 50.0}
 
 
 def target(phase: Phase = Phase.STEPPING, **more: Any) -> TrafficTarget:
-    return target_of(
+    return traffic_target(
         RolloutState(
             id="r", stable_release="old", canary_release="new", phase=phase, started_at=0, changed_at=0, tick_at=0,
             **more,
@@ -55,8 +55,8 @@ def test_only_the_routing_of_the_router_changes_and_the_rest_stays() -> None:
     before = copy.deepcopy(CONFIG)
     changed = with_target(CONFIG, wanted)
     assert before == CONFIG  # it is not changed in place
-    assert Routing.model_validate(routing_in(changed)) == wanted.routing
-    assert releases_in(changed) == ("new", "old")
+    assert Routing.model_validate(find_routing(changed)) == wanted.routing
+    assert release_names(changed) == ("new", "old")
     router, router_before = by_name(changed)["router"], by_name(CONFIG)["router"]
     assert router["deployments"][0].pop("user_config") != by_name(CONFIG)["router"]["deployments"][0]["user_config"]
     assert router == {**router_before, "deployments": [{**router["deployments"][0]}]}
@@ -68,9 +68,9 @@ def test_only_the_routing_of_the_router_changes_and_the_rest_stays() -> None:
 
 def test_a_release_that_is_no_longer_wanted_is_removed() -> None:
     both = with_target(CONFIG, target(canary_bp=500))
-    assert releases_in(with_target(both, target(Phase.ROLLED_BACK))) == ("old",)
+    assert release_names(with_target(both, target(Phase.ROLLED_BACK))) == ("old",)
     retired = with_target(both, target(Phase.PROMOTED, canary_bp=10_000, retired=True))
-    assert releases_in(retired) == ("new",)
+    assert release_names(retired) == ("new",)
     assert by_name(retired)["new"] == by_name(both)["new"]
 
 
@@ -114,27 +114,27 @@ def details(config: Any, status: str = "RUNNING") -> dict[str, Any]:
 
 def test_the_document_is_found_in_what_serve_says() -> None:
     said = details(CONFIG)
-    found = config_of(said)
+    found = config_from_details(said)
     assert by_name(found) == by_name(CONFIG)
     assert {k: v for k, v in found.items() if k != "applications"} == {
         "http_options": CONFIG["http_options"],
         "target_capacity": 50.0,
     }
     said["applications"]["gone"] = {"status": "DELETING", "deployed_app_config": None}
-    assert config_of(said) == found
+    assert config_from_details(said) == found
 
 
 def test_an_application_that_was_deployed_otherwise_stops_every_write() -> None:
     said = details(CONFIG)
     said["applications"]["mine"] = {"status": "RUNNING", "deployed_app_config": None}
     with pytest.raises(RolloutError, match="'mine': it was not deployed by configuration"):
-        config_of(said)
+        config_from_details(said)
 
 
 # The backend, against a small server in Serve's place
 
 
-class Stub:
+class FakeServeApi:
     """Answers as Serve and the router do; a test changes what it says."""
 
     def __init__(self) -> None:
@@ -158,7 +158,7 @@ class Stub:
             return JSONResponse(details(self.config, self.status))
 
         async def current(_: Request) -> Response:
-            routing = self.acts or Routing.model_validate(routing_in(self.config))
+            routing = self.acts or Routing.model_validate(find_routing(self.config))
             return JSONResponse({"routing": routing.model_dump(mode="json"), "open": ["old", "new"]})
 
         return Starlette(
@@ -170,24 +170,24 @@ class Stub:
 
 
 @pytest.fixture
-def stub() -> Stub:
-    return Stub()
+def stub() -> FakeServeApi:
+    return FakeServeApi()
 
 
 @pytest.fixture
-def backend(tmp_path: Path, stub: Stub) -> Any:
+def backend(tmp_path: Path, stub: FakeServeApi) -> Any:
     run = RunDirectory(tmp_path)
     run.keys.mkdir()
     stub.token = "secret-of-ray"
     (run.keys / "ray.token").write_text(stub.token + "\n")
-    with serving(stub.application(), "127.0.0.1", 0) as url:
+    with serve_in_thread(stub.application(), "127.0.0.1", 0) as url:
         (tmp_path / "serving.json").write_text(json.dumps({"url": url, "serve_api": url, "pid": 1, "release": "old"}))
         found = ServeRestBackend(run, timeout_s=2)
         yield found
         found.close()
 
 
-def test_a_rollback_is_one_request_after_a_look(backend: ServeRestBackend, stub: Stub) -> None:
+def test_a_rollback_is_one_request_after_a_look(backend: ServeRestBackend, stub: FakeServeApi) -> None:
     backend.observe()
     stub.calls.clear()
     backend.apply(target(canary_bp=500))
@@ -198,13 +198,15 @@ def test_a_rollback_is_one_request_after_a_look(backend: ServeRestBackend, stub:
     assert backend.observe().routing == target(Phase.ROLLING_BACK).routing
 
 
-def test_a_first_write_looks_for_itself(backend: ServeRestBackend, stub: Stub) -> None:
+def test_a_first_write_looks_for_itself(backend: ServeRestBackend, stub: FakeServeApi) -> None:
     backend.apply(target(canary_bp=500))
     assert stub.calls == ["GET", "PUT"]
     assert by_name(stub.config)["outcomes"] == by_name(CONFIG)["outcomes"]
 
 
-def test_what_serve_refuses_is_said_in_its_words_and_looked_at_again(backend: ServeRestBackend, stub: Stub) -> None:
+def test_what_serve_refuses_is_said_in_its_words_and_looked_at_again(
+    backend: ServeRestBackend, stub: FakeServeApi
+) -> None:
     backend.observe()
     stub.refuses = PlainTextResponse("1 validation error: applications.0.name must be nonempty", 400)
     with pytest.raises(RolloutError, match=r"PUT .* answered 400: 1 validation error: applications\.0\.name"):
@@ -215,7 +217,7 @@ def test_what_serve_refuses_is_said_in_its_words_and_looked_at_again(backend: Se
     assert stub.calls == ["GET", "PUT"]
 
 
-def test_a_wrong_token_is_named_as_such(backend: ServeRestBackend, stub: Stub, tmp_path: Path) -> None:
+def test_a_wrong_token_is_named_as_such(backend: ServeRestBackend, stub: FakeServeApi, tmp_path: Path) -> None:
     (tmp_path / "keys" / "ray.token").write_text("another")
     assert "answered 401: Unauthorized" in backend.observe().detail
     assert "check that keys/ray.token is the service's token" in backend.observe().detail
@@ -237,7 +239,7 @@ def test_a_service_that_is_gone_is_seen_as_unknown_and_found_again(backend: Serv
     record.write_text("{}")
     assert "not a valid serving record" in backend.observe().detail
     record.write_text(there)
-    assert backend.observe().routing == Routing.whole("old")
+    assert backend.observe().routing == Routing.single_release("old")
 
 
 def test_a_service_that_hangs_is_given_up_in_time(tmp_path: Path) -> None:
@@ -252,10 +254,10 @@ def test_a_service_that_hangs_is_given_up_in_time(tmp_path: Path) -> None:
 
 
 def test_the_routing_is_unknown_while_the_router_does_otherwise_than_told(
-    backend: ServeRestBackend, stub: Stub
+    backend: ServeRestBackend, stub: FakeServeApi
 ) -> None:
     stub.config = with_target(CONFIG, target(canary_bp=500))
-    stub.acts = Routing.whole("old")
+    stub.acts = Routing.single_release("old")
     seen = backend.observe()
     assert (seen.routing, seen.ready) == (None, {"old", "new"})
     assert "has not applied its configured routing" in seen.detail

@@ -16,21 +16,21 @@ from typing import Any
 import httpx
 import pytest
 from tests.platform.rollout.control.test_webhook import RIGHT, TOKEN, payload
-from tests.platform.rollout.made_world import NamedEvidence, newest
+from tests.platform.rollout.made_world import ScriptedEvidence, newest
 
 from reelway.platform.contracts.events import Arm
-from reelway.platform.rollout.control.alert_book import AlertBook
+from reelway.platform.rollout.control.alert_book import AlertRegistry
 from reelway.platform.rollout.control.controller import Controller
 from reelway.platform.rollout.control.controller_metrics import ControllerMetrics
 from reelway.platform.rollout.control.sqlite_store import SqliteRolloutStore
-from reelway.platform.rollout.control.webhook import ALERTS_PATH, serving, webhook_application
-from reelway.platform.rollout.decision import start
+from reelway.platform.rollout.control.webhook import ALERTS_PATH, serve_in_thread, webhook_application
+from reelway.platform.rollout.decision import start_state
 from reelway.platform.rollout.policy import parse_policy
 from reelway.platform.rollout.state import Phase, RolloutState
 from reelway.platform.rollout.traffic.bucketing import bucket_of
 from reelway.platform.rollout.traffic.routing import Routing
 from reelway.platform.rollout.traffic.serve_rest import ServeRestBackend
-from reelway.platform.rollout.traffic.target import TrafficTarget, target_of
+from reelway.platform.rollout.traffic.target import TrafficTarget, traffic_target
 from reelway.platform.runs import RunDirectory
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.long, pytest.mark.timeout(300)]
@@ -71,7 +71,7 @@ def target(canary: str = "new", phase: Phase = Phase.STEPPING, **more: Any) -> T
         tick_at=0,
         **more,
     )
-    return target_of(state)
+    return traffic_target(state)
 
 
 def until(condition: Callable[[], bool], within_s: float = 60.0) -> None:
@@ -83,7 +83,7 @@ def until(condition: Callable[[], bool], within_s: float = 60.0) -> None:
 
 def replicas(backend: ServeRestBackend) -> dict[str, str]:
     """Returns the replica ids of the deployments that do not belong to a release."""
-    place = backend._place()
+    place = backend._read_serving_record()
     seen = backend._call("GET", place, None).json()["applications"]
     return {name: seen[name]["deployments"][kind]["replicas"][0]["replica_id"]
             for name, kind in (("router", "Router"), ("outcomes", "Outcomes"))}  # fmt: skip
@@ -92,7 +92,7 @@ def replicas(backend: ServeRestBackend) -> dict[str, str]:
 def test_canary_deploys_and_leaves_without_restarting_replicas(
     backend: ServeRestBackend,
 ) -> None:
-    assert backend.observe().routing == Routing.whole("old")
+    assert backend.observe().routing == Routing.single_release("old")
     before = replicas(backend)
     backend.apply(target(phase=Phase.PREPARING))
     until(lambda: backend.observe().ready == {"old", "new"})
@@ -107,7 +107,7 @@ def test_canary_deploys_and_leaves_without_restarting_replicas(
 
 def test_failed_release_is_reported_with_serves_reason(backend: ServeRestBackend) -> None:
     backend.apply(target("broken", Phase.PREPARING))
-    until(lambda: "broken" in backend.observe().gave_up)
+    until(lambda: "broken" in backend.observe().failed_permanently)
     seen = backend.observe()
     assert "no such file videos.arrow" in seen.failed["broken"]
     assert "old" in seen.ready
@@ -117,7 +117,7 @@ def test_failed_release_is_reported_with_serves_reason(backend: ServeRestBackend
 
 
 @dataclass
-class Load:
+class BackgroundLoad:
     """Sends requests without pause, each for a new viewer, and records the responses."""
 
     url: str
@@ -140,15 +140,15 @@ def test_alert_rolls_back_within_a_second_without_a_failed_request(
     run: RunDirectory, backend: ServeRestBackend, capsys: pytest.CaptureFixture[str]
 ) -> None:
     store = SqliteRolloutStore(run.path / "rollout" / "state.db")
-    book, stop, wake, metrics = AlertBook(store), threading.Event(), threading.Event(), ControllerMetrics()
-    controller = Controller(store, backend, NamedEvidence("few"), book, metrics=metrics)
-    rollout = start(HALF, rollout_id="r-2", canary_release="c" * 64, stable_release="old", now=time.time() - 1)
+    book, stop, wake, metrics = AlertRegistry(store), threading.Event(), threading.Event(), ControllerMetrics()
+    controller = Controller(store, backend, ScriptedEvidence("few"), book, metrics=metrics)
+    rollout = start_state(HALF, rollout_id="r-2", canary_release="c" * 64, stable_release="old", now=time.time() - 1)
     store.create(rollout, HALF)
-    load = Load(backend._place().url)
+    load = BackgroundLoad(backend._read_serving_record().url)
     threads = [threading.Thread(target=load.run, args=(first,)) for first in range(4)]
     threads.append(threading.Thread(target=controller.run, args=(stop, wake)))
     try:
-        with serving(webhook_application(book, wake.set, TOKEN, metrics), "127.0.0.1", 0) as url:
+        with serve_in_thread(webhook_application(book, wake.set, TOKEN, metrics), "127.0.0.1", 0) as url:
             for thread in threads:
                 thread.start()
             until(lambda: sum(arm == "canary" for *_, arm in load.answers) > 20)

@@ -9,7 +9,7 @@ import pytest
 from reelway.platform.contracts.events import Arm
 from reelway.platform.rollout.state import Phase, RolloutState
 from reelway.platform.rollout.traffic.routing import Routing
-from reelway.platform.rollout.traffic.target import TrafficObservation, target_of
+from reelway.platform.rollout.traffic.target import TrafficObservation, traffic_target
 
 
 def state(phase: Phase, **more: Any) -> RolloutState:
@@ -20,18 +20,18 @@ def state(phase: Phase, **more: Any) -> RolloutState:
 
 
 def shares(given: RolloutState) -> dict[tuple[str, str], int]:
-    return {(route.arm.value, route.release): route.weight_bp for route in target_of(given).routing.arms}
+    return {(route.arm.value, route.release): route.weight_bp for route in traffic_target(given).routing.arms}
 
 
 @pytest.mark.parametrize("phase", [Phase.PENDING, Phase.ROLLED_BACK])
 def test_release_does_not_run_before_or_after_its_rollout(phase: Phase) -> None:
-    assert target_of(state(phase)).releases == ("old",)
+    assert traffic_target(state(phase)).releases == ("old",)
     assert shares(state(phase)) == {("stable", "old"): 10_000}
 
 
 @pytest.mark.parametrize("phase", [Phase.PREPARING, Phase.SHADOW, Phase.ROLLING_BACK])
 def test_release_without_traffic_runs_and_stays_open(phase: Phase) -> None:
-    target = target_of(state(phase))
+    target = traffic_target(state(phase))
     assert target.releases == ("new", "old")
     assert set(target.routing.releases) == {"new", "old"}
     assert shares(state(phase)) == {("stable", "old"): 10_000}
@@ -45,33 +45,33 @@ def test_step_has_two_arms_and_a_holdout_on_the_live_release() -> None:
 def test_promoted_release_has_all_traffic() -> None:
     promoted = state(Phase.PROMOTED, canary_bp=10_000)
     assert shares(promoted) == {("canary", "new"): 10_000}
-    assert set(target_of(promoted).routing.releases) == {"new", "old"} == set(target_of(promoted).releases)
+    assert set(traffic_target(promoted).routing.releases) == {"new", "old"} == set(traffic_target(promoted).releases)
 
 
 def test_retired_rollout_leaves_one_stable_release() -> None:
     retired = state(Phase.PROMOTED, canary_bp=9_900, holdout_bp=100, retired=True)
     assert shares(retired) == {("stable", "new"): 9_900, ("holdout", "new"): 100}
-    assert target_of(retired).routing.releases == ("new",) == target_of(retired).releases
+    assert traffic_target(retired).routing.releases == ("new",) == traffic_target(retired).releases
 
 
 def test_requests_are_mirrored_only_in_the_shadow_phase() -> None:
-    shadow = target_of(state(Phase.SHADOW, shadow_bp=500)).routing.shadow
+    shadow = traffic_target(state(Phase.SHADOW, shadow_bp=500)).routing.shadow
     assert shadow is not None
     assert (shadow.release, shadow.weight_bp) == ("new", 500)
-    assert target_of(state(Phase.STEPPING, step=0, canary_bp=100, shadow_bp=500)).routing.shadow is None
+    assert traffic_target(state(Phase.STEPPING, step=0, canary_bp=100, shadow_bp=500)).routing.shadow is None
 
 
 def test_observed_weights_require_a_routing_of_this_rollout() -> None:
     stepping = state(Phase.STEPPING, step=0, canary_bp=500)
-    own = TrafficObservation(routing=target_of(stepping).routing)
+    own = TrafficObservation(routing=traffic_target(stepping).routing)
     assert own.weights(stepping) == {Arm.STABLE: 9_500, Arm.CANARY: 500, Arm.HOLDOUT: 0}
-    other = TrafficObservation(routing=target_of(stepping.model_copy(update={"id": "r-0"})).routing)
+    other = TrafficObservation(routing=traffic_target(stepping.model_copy(update={"id": "r-0"})).routing)
     assert other.weights(stepping) is None
     assert TrafficObservation().weights(stepping) is None
 
 
 def test_single_stable_routing_counts_as_canary_weight_zero() -> None:
     rolling_back = state(Phase.ROLLING_BACK)
-    seen = TrafficObservation(routing=Routing.whole("old")).weights(rolling_back)
+    seen = TrafficObservation(routing=Routing.single_release("old")).weights(rolling_back)
     assert seen == {Arm.STABLE: 10_000, Arm.CANARY: 0, Arm.HOLDOUT: 0}
-    assert TrafficObservation(routing=Routing.whole("new")).weights(rolling_back) is None
+    assert TrafficObservation(routing=Routing.single_release("new")).weights(rolling_back) is None

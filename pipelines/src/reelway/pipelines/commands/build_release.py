@@ -8,10 +8,10 @@ from typing import Any
 
 import typer
 
-from reelway.pipelines.commands.own_key import own_key
+from reelway.pipelines.commands.own_key import ensure_signing_key
 from reelway.pipelines.commands.rehearse import rehearse
 from reelway.platform.cli.release import RUN, release_group
-from reelway.platform.cli.terminal import console, say
+from reelway.platform.cli.terminal import print_status, stderr_console
 from reelway.platform.contracts.manifest import Waiver
 from reelway.platform.errors import ConfigError, ReleaseNotFoundError
 from reelway.platform.release.signing import fingerprint, load_private_key
@@ -63,17 +63,17 @@ def build(
 
       reelway release build --run runs/new --waive "coverage=first week, 40 videos so far" --waived-by ines
     """
-    from reelway.pipelines.build import build_release, read_blend
+    from reelway.pipelines.build import build_release, load_blend_file
     from reelway.platform.contracts.blend import Blend
 
     directory = RunDirectory(run)
     place = ReleaseStore(store or str(directory.release_store.absolute()))
     directory.record("evaluate")
-    signer = load_private_key(key or own_key(directory))
-    blended = read_blend(blend) if blend else Blend()
+    signer = load_private_key(key or ensure_signing_key(directory))
+    blended = load_blend_file(blend) if blend else Blend()
     replaced = place.resolve(parent) if parent else None
     called = name or directory.path.absolute().name
-    waivers = [waiver_from(text, waived_by) for text in waive]
+    waivers = [parse_waiver(text, waived_by) for text in waive]
     config: dict[str, Any] = {
         "name": called,
         "blend": blended.model_dump(mode="json"),
@@ -83,11 +83,13 @@ def build(
     }
     if waivers:
         config["waivers"] = [waiver.model_dump() for waiver in waivers]
-    with directory.step(STEP, config=config, after=("evaluate",), force=force or not _built(directory, place)) as step:
-        if step.done:
-            say("release: already done with the same inputs, skipped (use --force to redo)")
+    with directory.step(
+        STEP, config=config, after=("evaluate",), force=force or not _is_in_store(directory, place)
+    ) as step:
+        if step.cached:
+            print_status("release: already done with the same inputs, skipped (use --force to redo)")
         else:
-            with console.status("release") as status:
+            with stderr_console.status("release") as status:
                 release_id = build_release(
                     directory,
                     name=called,
@@ -97,14 +99,14 @@ def build(
                     blend=blended,
                     index=index,
                     waivers=waivers,
-                    report=lambda what: status.update(f"release: {what}"),
+                    on_progress=lambda what: status.update(f"release: {what}"),
                 )
             step.summary |= {"release_id": release_id, "store": place.url}
-        say(f"release {step.summary['release_id'][:12]} is in {place.url}")
+        print_status(f"release {step.summary['release_id'][:12]} is in {place.url}")
         typer.echo(step.summary["release_id"])
 
 
-def waiver_from(text: str, by: str | None) -> Waiver:
+def parse_waiver(text: str, by: str | None) -> Waiver:
     """Parses GATE=REASON.
 
     Raises:
@@ -116,7 +118,7 @@ def waiver_from(text: str, by: str | None) -> Waiver:
     return Waiver(gate=gate, reason=reason, by=by or getpass.getuser())
 
 
-def _built(directory: RunDirectory, store: ReleaseStore) -> bool:
+def _is_in_store(directory: RunDirectory, store: ReleaseStore) -> bool:
     """Whether the store still has the last build; a release that was removed is built again."""
     if not directory.record_path(STEP).exists():
         return False

@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from reelway.platform.cli.terminal import out, progress, say
+from reelway.platform.cli.terminal import print_status, progress, stdout_console
 from reelway.platform.runs import RunDirectory
 
 if TYPE_CHECKING:
-    from reelway.pipelines.evaluation.metrics import Estimate
+    from reelway.pipelines.evaluation.metrics import BootstrapEstimate
     from reelway.pipelines.evaluation.report import EvaluationResult
 
 _EXAMPLES = """
@@ -51,7 +51,7 @@ def evaluate_command(
     run: RunDirectory, min_events: int, max_viewers: int, blend: Path | None, seed: int, force: bool
 ) -> None:
     """Runs the step ``evaluate``, unless it was completed with the same inputs."""
-    from reelway.pipelines.build import read_blend
+    from reelway.pipelines.build import load_blend_file
     from reelway.pipelines.evaluation.report import EVALUATION_FILE, EvaluationSettings, evaluate_run
 
     settings = EvaluationSettings(min_events=min_events, max_viewers=max_viewers, seed=seed)
@@ -59,8 +59,8 @@ def evaluate_command(
     identity = {"min_events": min_events, "max_viewers": max_viewers, "seed": seed}
     inputs = [blend] if blend is not None else []
     with run.step("evaluate", config=identity, after=("train",), inputs=inputs, outputs=[output], force=force) as step:
-        if step.done:
-            say("evaluate: already done with the same inputs, skipped (use --force to redo)")
+        if step.cached:
+            print_status("evaluate: already done with the same inputs, skipped (use --force to redo)")
             return
         with progress() as bar:
             task = bar.add_task("evaluate", total=None)
@@ -68,13 +68,13 @@ def evaluate_command(
             def tell(doing: str) -> None:
                 bar.update(task, description=f"evaluate: {doing}")
 
-            chosen = read_blend(blend) if blend is not None else None
+            chosen = load_blend_file(blend) if blend is not None else None
             result = evaluate_run(run, settings, blend=chosen, report=tell)
         step.summary.update(
             {"gates_failed": [gate.name for gate in result.gates if not gate.passed], "output": str(output)}
         )
         _show(result)
-        out.print(f"written to {output}", highlight=False)
+        stdout_console.print(f"written to {output}", highlight=False)
 
 
 def _show(result: EvaluationResult) -> None:
@@ -99,7 +99,7 @@ def _show_ranking(result: EvaluationResult) -> None:
         estimates = [found.estimates[key] for key in ("recall_at_50", "ndcg_at_10", "mrr", "diversity_at_10")]
         cells = [_interval(estimate) for estimate in estimates]
         table.add_row(name, *cells, f"{found.coverage:.1%}", style="bold" if i == 0 else "")
-    out.print(table)
+    stdout_console.print(table)
 
 
 def _show_heads(result: EvaluationResult) -> None:
@@ -115,7 +115,7 @@ def _show_heads(result: EvaluationResult) -> None:
         else:
             cells = ["one class only", "-", "-"]
         table.add_row(head.task, f"{head.positives:,} of {head.rows:,}", *cells)
-    out.print(table)
+    stdout_console.print(table)
 
 
 def _show_gates(result: EvaluationResult) -> None:
@@ -127,10 +127,10 @@ def _show_gates(result: EvaluationResult) -> None:
     for gate in result.gates:
         verdict = "[green]passed" if gate.passed else "[bold red]FAILED"
         table.add_row(gate.name, f"{gate.value:.4f}", f"{gate.comparison} {gate.bound:g}", verdict, gate.detail)
-    out.print(table)
+    stdout_console.print(table)
 
 
-def _interval(estimate: Estimate) -> str:
+def _interval(estimate: BootstrapEstimate) -> str:
     if estimate.value != estimate.value:
         return "undefined"
     return f"{estimate.value:.3f} [{estimate.low:.3f}, {estimate.high:.3f}]"

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
-from reelway.platform.cli.terminal import out, progress, say
+from reelway.platform.cli.terminal import print_status, progress, stdout_console
 from reelway.platform.errors import ConfigError
 from reelway.platform.runs import RunDirectory
 
@@ -18,11 +18,11 @@ if TYPE_CHECKING:
 
 Run = Annotated[Path, typer.Option("--run", help="Run directory.", show_default=True)]
 Cpus = Annotated[int, typer.Option("--cpus", min=1, help="CPUs of the local Ray runtime.")]
-Address = Annotated[
+RayAddress = Annotated[
     str,
     typer.Option("--ray-address", help="Ray: 'local', or the address of a cluster.", envvar="RAY_ADDRESS"),
 ]
-Online = Annotated[
+OnlineStore = Annotated[
     str | None,
     typer.Option(
         "--online-store", help="Online store: 'sqlite' or 'redis://host:port'.", envvar="REELWAY_ONLINE_STORE"
@@ -51,19 +51,19 @@ def register(app: typer.Typer) -> None:
         "  reelway features materialise --run runs/default --at 2026-01-31T00:00:00Z\n\n"
         "  reelway features parity --run runs/default",
     )
-    features.callback()(all_of_it)
+    features.callback()(build_and_materialise)
     features.command("build")(build)
     features.command("materialise")(materialise)
     features.command("parity")(parity)
     app.add_typer(features, name="features")
 
 
-def all_of_it(
+def build_and_materialise(
     context: typer.Context,
     run: Run = DEFAULT_RUN,
     cpus: Cpus = 2,
-    ray_address: Address = "local",
-    online_store: Online = None,
+    ray_address: RayAddress = "local",
+    online_store: OnlineStore = None,
     publish_registry: Registry = None,
     force: Force = False,
 ) -> None:
@@ -77,8 +77,8 @@ def all_of_it(
 def build(
     run: Run = DEFAULT_RUN,
     cpus: Cpus = 2,
-    ray_address: Address = "local",
-    online_store: Online = None,
+    ray_address: RayAddress = "local",
+    online_store: OnlineStore = None,
     force: Force = False,
 ) -> None:
     """Compute every view, register it with Feast and join the training rows."""
@@ -147,12 +147,14 @@ def parity(
 
 
 def _show_parity(report: ParityReport, show: int) -> None:
-    out.print(f"{report.vectors} vectors, {report.values} values, {len(report.mismatches)} mismatches", highlight=False)
+    stdout_console.print(
+        f"{report.vectors} vectors, {report.values} values, {len(report.mismatches)} mismatches", highlight=False
+    )
     if report.mismatches:
         table = Table("view", "feature", "entity", "served", "offline")
         for miss in report.mismatches[:show]:
             table.add_row(miss.view, miss.feature, miss.entity, _short(miss.served), _short(miss.offline))
-        out.print(table)
+        stdout_console.print(table)
 
 
 def _short(value: object) -> str:
@@ -181,13 +183,13 @@ def _build(run: RunDirectory, cpus: int, ray_address: str, online_store: str | N
         outputs=(path, run.features / "views", run.features / "registry.db"),
         force=force,
     ) as step:
-        if step.done:
-            say("features: already done with the same inputs, skipped (use --force to redo)")
+        if step.cached:
+            print_status("features: already done with the same inputs, skipped (use --force to redo)")
             return
         with progress() as bar:
             views_bar = bar.add_task("features: views", total=None)
             report = build_views(run, settings, lambda done, total: bar.update(views_bar, completed=done, total=total))
-            say("features: registering with Feast")
+            print_status("features: registering with Feast")
             register_features(run.features, dimensions, online_store)
             rows_bar = bar.add_task("features: training rows", total=8)
 
@@ -197,28 +199,28 @@ def _build(run: RunDirectory, cpus: int, ray_address: str, online_store: str | N
             build_training_rows(run, joined)
         step.summary.update(impressions=report.impressions, until_s=report.until_s, rows=report.rows)
         counts = Counter(report.rows)
-        say(f"features: {report.impressions} training rows, {counts.total()} view rows in {len(counts)} views")
+        print_status(f"features: {report.impressions} training rows, {counts.total()} view rows in {len(counts)} views")
 
 
 def _materialise(run: RunDirectory, at: str | None, force: bool) -> None:
-    from reelway.pipelines.features.online import STATE_FILE, materialise
+    from reelway.pipelines.features.online import MATERIALISATION_FILE, materialise
 
-    at_s = _moment_s(at) if at else float(run.record("features")["summary"]["until_s"])
+    at_s = _parse_time(at) if at else float(run.record("features")["summary"]["until_s"])
     with run.step(
         "materialise",
         config={"at_s": at_s},
         after=("features",),
-        outputs=(run.features / STATE_FILE,),
+        outputs=(run.features / MATERIALISATION_FILE,),
         force=force,
     ) as step:
-        if step.done:
-            say("materialise: already done with the same inputs, skipped (use --force to redo)")
+        if step.cached:
+            print_status("materialise: already done with the same inputs, skipped (use --force to redo)")
             return
         with progress() as bar:
             task = bar.add_task("materialise: viewer rows", total=None)
             viewers = materialise(run.features, at_s, lambda done, total: bar.update(task, completed=done, total=total))
         step.summary.update(viewers=viewers, at_s=at_s)
-        say(f"materialise: {viewers} viewers in the online store")
+        print_status(f"materialise: {viewers} viewers in the online store")
 
 
 def _publish(run: RunDirectory, url: str | None) -> None:
@@ -226,10 +228,10 @@ def _publish(run: RunDirectory, url: str | None) -> None:
         from reelway.pipelines.features.registry import publish_registry
 
         publish_registry(run.features, url)
-        say(f"features: registry published to {url}")
+        print_status(f"features: registry published to {url}")
 
 
-def _moment_s(text: str) -> float:
+def _parse_time(text: str) -> float:
     from datetime import UTC, datetime
 
     try:

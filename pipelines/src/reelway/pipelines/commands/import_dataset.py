@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from reelway.pipelines.datasets.checks import CheckLimits
     from reelway.pipelines.datasets.content_dimensions import DimensionSettings
 
-Imported = tuple["dict[str, pa.Table]", dict[str, Any], "Mapping[str, pa.Table]"]
+ImportResult = tuple["dict[str, pa.Table]", dict[str, Any], "Mapping[str, pa.Table]"]
 
 Run = Annotated[Path, typer.Option("--run", help="Run directory; the data set is written to RUN/dataset.")]
 Force = Annotated[bool, typer.Option("--force", help="Import again even if the same files were imported before.")]
@@ -88,7 +88,7 @@ def import_movielens(
     from reelway.pipelines.datasets.movielens import files_of
     from reelway.pipelines.datasets.movielens import import_movielens as read
 
-    def load() -> Imported:
+    def load() -> ImportResult:
         tables, info = read(path)
         return tables, info, {}
 
@@ -111,7 +111,7 @@ def import_kuairand(
     from reelway.pipelines.datasets.kuairand import files_of
     from reelway.pipelines.datasets.kuairand import import_kuairand as read
 
-    def load() -> Imported:
+    def load() -> ImportResult:
         tables, info = read(path)
         return tables, info, {}
 
@@ -153,7 +153,7 @@ def import_events(
 def _import(
     kind: str,
     files: Sequence[Path],
-    load: Callable[[], Imported],
+    load: Callable[[], ImportResult],
     run: Path,
     max_bad_ratio: float,
     settings: DimensionSettings,
@@ -165,8 +165,8 @@ def _import(
 
     from reelway.pipelines.datasets.checks import RATING_LIMITS, CheckLimits
     from reelway.pipelines.datasets.content_dimensions import infer_dimensions
-    from reelway.pipelines.datasets.dataset_step import write_checked
-    from reelway.platform.cli.terminal import console, say
+    from reelway.pipelines.datasets.dataset_step import write_checked_dataset
+    from reelway.platform.cli.terminal import print_status, stderr_console
     from reelway.platform.errors import MalformedFileError
     from reelway.platform.runs import RunDirectory
 
@@ -178,12 +178,14 @@ def _import(
     config = {"kind": kind, "limits": asdict(limits), "dimensions": settings.given()}
     outputs = [directory.dataset / "dataset.json"]
     with directory.step("dataset", config=config, inputs=files, outputs=outputs, force=force) as step:
-        if step.done:
-            say("dataset: already imported from the same files, skipped (use --force to import again)")
+        if step.cached:
+            print_status("dataset: already imported from the same files, skipped (use --force to import again)")
             return
-        with console.status(f"reading {', '.join(file.name for file in files)}"):
+        with stderr_console.status(f"reading {', '.join(file.name for file in files)}"):
             tables, info, extras = load()
             dimensions = infer_dimensions(tables, settings)
-            step.summary |= write_checked(directory.dataset, tables, info, limits, dimensions=dimensions, extras=extras)
+            step.summary |= write_checked_dataset(
+                directory.dataset, tables, info, limits, dimensions=dimensions, extras=extras
+            )
         step.summary["dimensions"] = asdict(dimensions)
-    say(f"dataset: written to {directory.dataset}")
+    print_status(f"dataset: written to {directory.dataset}")

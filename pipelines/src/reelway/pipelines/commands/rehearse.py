@@ -8,16 +8,16 @@ from pathlib import Path
 
 import typer
 
-from reelway.pipelines.commands.own_key import own_key
+from reelway.pipelines.commands.own_key import ensure_signing_key
 from reelway.platform.cli.release import RUN
-from reelway.platform.cli.terminal import console, say
+from reelway.platform.cli.terminal import print_status, stderr_console
 from reelway.platform.contracts.ids import short_id
 from reelway.platform.release.signing import fingerprint, load_private_key
 from reelway.platform.release.store import LATEST, ReleaseStore
 from reelway.platform.runs import RunDirectory
 
 
-class Kind(StrEnum):
+class KindChoice(StrEnum):
     """The kinds of ``rehearsal.DrillReleaseKind``, without the imports of that module."""
 
     ERRORS = "errors"
@@ -27,7 +27,7 @@ class Kind(StrEnum):
 
 
 def rehearse(
-    kind: Kind = typer.Argument(..., help="Kind of release: errors, slow, worse or popular; see above."),
+    kind: KindChoice = typer.Argument(..., help="Kind of release: errors, slow, worse or popular; see above."),
     run: Path = RUN,
     of: str = typer.Option(LATEST, "--base", help="Good release to build from: id, unique id prefix, or 'latest'."),
     key: Path | None = typer.Option(None, help="Private signing key (PEM). Defaults to the run's key."),
@@ -55,20 +55,22 @@ def rehearse(
     """
     directory = RunDirectory(run)
     good = ReleaseStore(str(directory.release_store.absolute())).resolve(of)
-    signer = load_private_key(key or own_key(directory))
+    signer = load_private_key(key or ensure_signing_key(directory))
     step_name = f"rehearse-{kind.value}"
     config = {"kind": kind.value, "of": good, "seed": seed, "key": fingerprint(signer.public_key())}
     outputs = _outputs(directory, step_name)
     with directory.step(step_name, config=config, outputs=outputs, force=force) as step:
-        if step.done:
-            say(f"drill release {kind.value}: already built from the same release, skipped (use --force to redo)")
+        if step.cached:
+            print_status(
+                f"drill release {kind.value}: already built from the same release, skipped (use --force to redo)"
+            )
         else:
             from reelway.pipelines import rehearsal
 
-            with console.status(f"building drill release {kind.value}") as status:
-                release_id, folder = rehearsal.rehearse(
+            with stderr_console.status(f"building drill release {kind.value}") as status:
+                release_id, folder = rehearsal.build_drill_release(
                     directory,
-                    rehearsal.Rehearsal(kind.value),
+                    rehearsal.DrillReleaseKind(kind.value),
                     of=good,
                     key=signer,
                     by=by or getpass.getuser(),
@@ -76,9 +78,8 @@ def rehearse(
                     report=lambda what: status.update(f"drill release {kind.value}: {what}"),
                 )
             step.summary |= {"release_id": release_id, "folder": str(folder)}
-            say(
-                f"release {short_id(release_id)} is rehearsal-{kind.value}: {rehearsal.ABOUT[rehearsal.Rehearsal(kind)]}"
-            )
+            description = rehearsal.DESCRIPTIONS[rehearsal.DrillReleaseKind(kind)]
+            print_status(f"release {short_id(release_id)} is rehearsal-{kind.value}: {description}")
         typer.echo(step.summary["release_id"])
 
 

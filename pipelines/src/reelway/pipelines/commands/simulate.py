@@ -37,10 +37,10 @@ def simulate(
     from dataclasses import asdict
 
     from reelway.pipelines.datasets.checks import CheckLimits
-    from reelway.pipelines.datasets.dataset_step import write_checked
+    from reelway.pipelines.datasets.dataset_step import write_checked_dataset
     from reelway.pipelines.simulation.config import SimulationConfig
     from reelway.pipelines.simulation.log import simulate as simulate_log
-    from reelway.platform.cli.terminal import progress, say
+    from reelway.platform.cli.terminal import print_status, progress
     from reelway.platform.runs import RunDirectory
 
     config = SimulationConfig(viewers=viewers, videos=videos, days=days, impressions=impressions)
@@ -49,15 +49,17 @@ def simulate(
     identity = {"kind": "simulated", "seed": seed, "simulation": asdict(config), "limits": asdict(limits)}
     outputs = [directory.dataset / "dataset.json"]
     with directory.step("dataset", config=identity, outputs=outputs, force=force) as step:
-        if step.done:
-            say("dataset: already simulated with the same configuration and seed, skipped (use --force to redo)")
+        if step.cached:
+            print_status(
+                "dataset: already simulated with the same configuration and seed, skipped (use --force to redo)"
+            )
             return
         with progress() as bar:
             task = bar.add_task("simulating requests", total=None)
             dataset = simulate_log(
                 config, seed, progress=lambda done, every: bar.update(task, completed=done, total=every)
             )
-        step.summary |= write_checked(
+        step.summary |= write_checked_dataset(
             directory.dataset, dataset.tables, dataset.info, limits, dimensions=dataset.dimensions
         )
-    say(f"written to {directory.dataset}")
+    print_status(f"written to {directory.dataset}")

@@ -42,10 +42,10 @@ def stream(
     import signal
     import threading
 
-    from reelway.pipelines.features.stream.processor import Round, StreamSettings
+    from reelway.pipelines.features.stream.processor import MicroBatchResult, StreamSettings
     from reelway.pipelines.features.stream.service import StreamOptions
-    from reelway.pipelines.features.stream.service import stream as run_stream
-    from reelway.platform.cli.terminal import say
+    from reelway.pipelines.features.stream.service import run_stream as run_stream
+    from reelway.platform.cli.terminal import print_status
     from reelway.platform.runs import RunDirectory
 
     stop = threading.Event()
@@ -53,13 +53,15 @@ def stream(
         signal.signal(number, lambda *_: stop.set())
     totals = {"outcomes": 0, "rows": 0}
 
-    def said(done: Round) -> None:
+    def said(done: MicroBatchResult) -> None:
         totals["outcomes"] += done.outcomes
         totals["rows"] += sum(done.rows.values())
         if done.outcomes or any(done.rows.values()):
-            say(f"stream: {done.outcomes} outcomes read, {sum(done.rows.values())} rows written")
+            print_status(f"stream: {done.outcomes} outcomes read, {sum(done.rows.values())} rows written")
 
     options = StreamOptions(events, overlay, metrics_port, StreamSettings(lateness_s=lateness_s))
-    say(f"stream: updating the features of {run}; stop with Ctrl-C")
+    print_status(f"stream: updating the features of {run}; stop with Ctrl-C")
     run_stream(RunDirectory(run), options, stop, said)
-    say(f"stream: stopped after {totals['outcomes']} outcomes and {totals['rows']} rows; all rows are delivered")
+    print_status(
+        f"stream: stopped after {totals['outcomes']} outcomes and {totals['rows']} rows; all rows are delivered"
+    )

@@ -7,7 +7,7 @@ from typing import Any
 
 import typer
 
-from reelway.platform.cli.terminal import console, say
+from reelway.platform.cli.terminal import print_status, stderr_console
 
 
 def register(app: typer.Typer) -> None:
@@ -52,13 +52,15 @@ def traffic(
     if url is None and not record.exists():
         raise ConfigError(f"{run} is not being served; run `reelway serve --run {run}`, or pass --url")
     address = url or str(json.loads(record.read_text())["url"])
-    found = _send(json.loads(info_path.read_text()), address, rate, seconds, viewers, count, timeout_s, report, seed)
+    found = _run_traffic(
+        json.loads(info_path.read_text()), address, rate, seconds, viewers, count, timeout_s, report, seed
+    )
     _show(found)
     if report is not None:
-        say(f"report: {report}")
+        print_status(f"report: {report}")
 
 
-def _send(
+def _run_traffic(
     info: dict[str, Any],
     url: str,
     rate: float,
@@ -74,15 +76,17 @@ def _send(
     import time
 
     from reelway.pipelines.simulation.live import LiveTraffic, TrafficOptions
-    from reelway.pipelines.simulation.live_viewers import LiveViewers, world_of
+    from reelway.pipelines.simulation.live_viewers import LiveViewers, load_world
 
     options = TrafficOptions(url, rate, seconds, count, timeout_s, seed=seed, report=report)
-    crowd = LiveViewers(world_of(info), seed=seed, now_s=time.time(), count=viewers)
-    say(f"{crowd.count} viewers, {rate:g} requests per second to {url}" + ("" if seconds else "; stop with Ctrl-C"))
+    crowd = LiveViewers(load_world(info), seed=seed, now_s=time.time(), count=viewers)
+    print_status(
+        f"{crowd.count} viewers, {rate:g} requests per second to {url}" + ("" if seconds else "; stop with Ctrl-C")
+    )
 
     async def send() -> dict[str, Any]:
-        with console.status("traffic") as status:
-            live = LiveTraffic(options, crowd, lambda seen: status.update(_line(seen)))
+        with stderr_console.status("traffic") as status:
+            live = LiveTraffic(options, crowd, lambda seen: status.update(_progress_line(seen)))
             for number in (signal.SIGINT, signal.SIGTERM):
                 asyncio.get_running_loop().add_signal_handler(number, live.stop)
             return await live.run()
@@ -90,7 +94,7 @@ def _send(
     return asyncio.run(send())
 
 
-def _line(seen: dict[str, Any]) -> str:
+def _progress_line(seen: dict[str, Any]) -> str:
     arms = ", ".join(
         f"{one['arm']} {one['release'][:12]} {one['requests']}" for one in seen["releases"] if one["requests"]
     )
@@ -103,7 +107,7 @@ def _line(seen: dict[str, Any]) -> str:
 def _show(seen: dict[str, Any]) -> None:
     from rich.table import Table
 
-    from reelway.platform.cli.terminal import out
+    from reelway.platform.cli.terminal import stdout_console
 
     table = Table(title="traffic per release and arm", title_justify="left", box=None, padding=(0, 1, 0, 0))
     for column in ("release", "arm", "requests", "viewers", "p50 ms", "p95", "p99", "degraded", "long", "watch s"):
@@ -115,15 +119,15 @@ def _show(seen: dict[str, Any]) -> None:
             str(sum(one["degraded"].values())), _number(one["long_watch_rate"], ".1%"),
             _number(one["watch_s_per_impression"], ".2f"),
         )  # fmt: skip
-    out.print(table)
-    out.print(
+    stdout_console.print(table)
+    stdout_console.print(
         f"{seen['requests']} requests in {seen['elapsed_s']:.1f} s, {seen['failed']} failed; "
         f"{seen['outcomes']['sent']} outcomes; {seen['arm_changes']} unexpected arm changes; "
         f"{seen['cpu_ms_per_request']:.2f} ms of client CPU per request",
         highlight=False,
     )
     for example in [*seen["failures"], *seen["arm_change_examples"]]:
-        say(f"  {example}")
+        print_status(f"  {example}")
 
 
 def _number(value: float | None, form: str) -> str:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from reelway.platform.cli.terminal import out, progress, say
+from reelway.platform.cli.terminal import print_status, progress, stdout_console
 from reelway.platform.runs import RunDirectory
 
 if TYPE_CHECKING:
@@ -75,13 +75,13 @@ def train_command(
     identity = {**wanted.model_dump(), "workers": (gpus or workers) if ray else 1, "gpus": gpus}
     outputs = [run.models / name for name in ("training.json", "two_tower.npz", "ranker.npz", "calibration.json")]
     with run.step("train", config=identity, after=("features",), outputs=outputs, force=force) as step:
-        if step.done:
-            say("train: already done with the same inputs, skipped (use --force to redo)")
+        if step.cached:
+            print_status("train: already done with the same inputs, skipped (use --force to redo)")
             return
         where = f"Ray Train, {gpus} GPUs" if ray and gpus else f"Ray Train, {workers} CPU workers" if ray else "no Ray"
-        say(f"train: preset {preset}, seed {seed}, {where}")
+        print_status(f"train: preset {preset}, seed {seed}, {where}")
         with progress() as bar:
-            models = train_run(run, wanted, resources, on_epoch=_EpochBars(bar), note=say)
+            models = train_run(run, wanted, resources, on_epoch=_EpochBars(bar), on_progress=print_status)
         step.summary.update(_summary(models))
         _show(models, run)
 
@@ -97,7 +97,7 @@ class _EpochBars:
         if report.stage not in self.tasks:
             self.tasks[report.stage] = self.bar.add_task(report.stage, total=report.epochs)
         metrics = ", ".join(f"{name} {report.metrics[name]:.4f}" for name in ("loss", "top1") if name in report.metrics)
-        say(f"  {report.stage} epoch {report.epoch + 1}/{report.epochs}: {metrics} ({report.elapsed_s:.1f} s)")
+        print_status(f"  {report.stage} epoch {report.epoch + 1}/{report.epochs}: {metrics} ({report.elapsed_s:.1f} s)")
         self.bar.update(self.tasks[report.stage], completed=report.epoch + 1)
 
 
@@ -118,7 +118,7 @@ def _show(models: TrainedModels, run: RunDirectory) -> None:
             head["task"], head["method"], f"{head['rows']:,}", f"{head['positives']:,}",
             f"{head['error_before']:.4f}", f"{head['error_after']:.4f}",
         )  # fmt: skip
-    out.print(table)
+    stdout_console.print(table)
     for line in models.info.notes:
-        say(f"note: {line}")
-    out.print(f"models: {run.models}")
+        print_status(f"note: {line}")
+    stdout_console.print(f"models: {run.models}")

@@ -26,7 +26,7 @@ from reelway.platform.errors import EmptyDatasetError, TooManyBadRowsError
 
 Mask = NDArray[np.bool_]
 I64 = NDArray[np.int64]
-Finding = tuple[str, Mask]
+RowCheck = tuple[str, Mask]
 """A reason, and a mask of the rows it applies to."""
 
 REJECTED: Final = pa.schema(
@@ -89,12 +89,12 @@ def check_dataset(dataset: Dataset, limits: CheckLimits = CheckLimits()) -> Chec
     counts: dict[str, dict[str, int]] = {}
     for name in DATASET_TABLES:  # entities precede the events that refer to them
         table = dataset.tables[name]
-        reason = _first_reasons(table.num_rows, _FINDERS[name](table, dataset, clean, limits))
+        reason = _first_reasons(table.num_rows, _CHECKS[name](table, dataset, clean, limits))
         counts[name] = dict(sorted(Counter(reason[reason != ""].tolist()).items(), key=lambda item: -item[1]))
         _stop_if_too_many(dataset, name, counts[name], table.num_rows, limits)
         bad = pa.array(reason != "")
         clean[name] = table.filter(pc.invert(bad))
-        rejected.append(_set_aside(name, table.filter(bad), reason[reason != ""]))
+        rejected.append(_rejected_rows(name, table.filter(bad), reason[reason != ""]))
     if not clean["impressions"].num_rows:
         raise EmptyDatasetError(f"data set {dataset.info.get('name', '?')!r}: no impression passed; {counts}")
     info = {**dataset.info, "rejected": counts}
@@ -103,9 +103,9 @@ def check_dataset(dataset: Dataset, limits: CheckLimits = CheckLimits()) -> Chec
     )
 
 
-def _first_reasons(rows: int, findings: Iterator[Finding]) -> NDArray[np.str_]:
+def _first_reasons(rows: int, row_checks: Iterator[RowCheck]) -> NDArray[np.str_]:
     reason = np.full(rows, "", dtype="<U40")
-    for name, bad in findings:
+    for name, bad in row_checks:
         reason[bad & (reason == "")] = name
     return reason
 
@@ -122,7 +122,7 @@ def _stop_if_too_many(dataset: Dataset, name: str, counts: Mapping[str, int], ro
     )
 
 
-def _set_aside(name: str, bad: pa.Table, reason: NDArray[np.str_]) -> pa.Table:
+def _rejected_rows(name: str, bad: pa.Table, reason: NDArray[np.str_]) -> pa.Table:
     rows = [json.dumps(row, default=str) for row in bad.to_pylist()]
     return pa.table(
         {
@@ -135,31 +135,33 @@ def _set_aside(name: str, bad: pa.Table, reason: NDArray[np.str_]) -> pa.Table:
     )
 
 
-def _viewers(table: pa.Table, _: Dataset, __: Mapping[str, pa.Table], limits: CheckLimits) -> Iterator[Finding]:
+def _viewers(table: pa.Table, _: Dataset, __: Mapping[str, pa.Table], limits: CheckLimits) -> Iterator[RowCheck]:
     yield from _ids(table, "viewer_id")
-    yield from _clock(table, "created_at", limits)
+    yield from _time_checks(table, "created_at", limits)
 
 
-def _creators(table: pa.Table, _: Dataset, __: Mapping[str, pa.Table], limits: CheckLimits) -> Iterator[Finding]:
+def _creators(table: pa.Table, _: Dataset, __: Mapping[str, pa.Table], limits: CheckLimits) -> Iterator[RowCheck]:
     yield from _ids(table, "creator_id")
-    yield from _clock(table, "created_at", limits)
+    yield from _time_checks(table, "created_at", limits)
     yield "followers_out_of_range", table["followers"].to_numpy() < 0
 
 
-def _videos(table: pa.Table, dataset: Dataset, clean: Mapping[str, pa.Table], limits: CheckLimits) -> Iterator[Finding]:
+def _videos(
+    table: pa.Table, dataset: Dataset, clean: Mapping[str, pa.Table], limits: CheckLimits
+) -> Iterator[RowCheck]:
     yield from _ids(table, "video_id")
-    yield from _clock(table, "uploaded_at", limits)
+    yield from _time_checks(table, "uploaded_at", limits)
     duration, topic = table["duration_ms"].to_numpy(), table["topic"].to_numpy()
     yield "duration_out_of_range", (duration <= 0) | (duration > limits.max_duration_ms)
     yield "topic_out_of_range", (topic < -1) | (topic >= dataset.dimensions.topics)
     for name, width in dataset.dimensions.content.items():
         yield f"bad_{name}_embedding", _bad_vectors(table[name], width)
-    yield "video_without_creator", ~_find(clean["creators"], "creator_id", table["creator_id"].to_numpy())[1]
+    yield "video_without_creator", ~_look_up(clean["creators"], "creator_id", table["creator_id"].to_numpy())[1]
 
 
-def _impressions(table: pa.Table, _: Dataset, clean: Mapping[str, pa.Table], limits: CheckLimits) -> Iterator[Finding]:
+def _impressions(table: pa.Table, _: Dataset, clean: Mapping[str, pa.Table], limits: CheckLimits) -> Iterator[RowCheck]:
     yield from _ids(table, "impression_id")
-    yield from _clock(table, "event_time", limits)
+    yield from _time_checks(table, "event_time", limits)
     position, propensity = table["position"].to_numpy(), table["propensity"].to_numpy()
     request = table["request_id"].to_numpy()
     yield "id_out_of_range", (request < 0) | (request > MAX_ID)
@@ -173,27 +175,27 @@ def _impressions(table: pa.Table, _: Dataset, clean: Mapping[str, pa.Table], lim
         ("videos", "video_id", "uploaded_at", "video_without_metadata"),
     ):
         ids = table[key].to_numpy()
-        row, known = _find(clean[entity], key, ids)
+        row, known = _look_up(clean[entity], key, ids)
         yield missing, ~known
         if known.any():
             start_us = _us(clean[entity][known_from])[row]
             yield f"before_{entity[:-1]}_{known_from}", known & (time_us < start_us)
-    yield "bot_rate", np.isin(viewer, _bots(viewer, time_us, limits.max_impressions_per_minute))
+    yield "bot_rate", np.isin(viewer, _bot_viewers(viewer, time_us, limits.max_impressions_per_minute))
 
 
 def _outcomes(
     table: pa.Table, dataset: Dataset, clean: Mapping[str, pa.Table], limits: CheckLimits
-) -> Iterator[Finding]:
+) -> Iterator[RowCheck]:
     yield from _ids(table, "outcome_id")
-    yield from _clock(table, "event_time", limits)
+    yield from _time_checks(table, "event_time", limits)
     yield "unknown_outcome_type", ~_one_of(table["type"], [kind.value for kind in OutcomeType])
     value, watch = table["value"].to_numpy(), _one_of(table["type"], [OutcomeType.WATCH.value])
     yield "value_out_of_range", ~((value >= 0) & (value <= np.where(watch, limits.max_watch_ms, 1.0)))
     owner, time_us = table["impression_id"].to_numpy(), _us(table["event_time"])
     kind = table["type"].combine_chunks().cast(pa.string()).dictionary_encode().indices.to_numpy().astype(np.int64)
     yield "repeated_outcome", _repeated([owner, kind, time_us, value.view(np.int32).astype(np.int64)])
-    row, known = _find(clean["impressions"], "impression_id", owner)
-    _, there = _find(dataset.impressions, "impression_id", owner)
+    row, known = _look_up(clean["impressions"], "impression_id", owner)
+    _, there = _look_up(dataset.impressions, "impression_id", owner)
     yield "outcome_without_impression", ~there
     yield "impression_rejected", ~known
     if known.any():
@@ -205,7 +207,7 @@ def _outcomes(
         yield "before_its_impression", known & (time_us < _us(shown["event_time"])[row])
 
 
-_FINDERS: Final = {
+_CHECKS: Final = {
     "viewers": _viewers,
     "creators": _creators,
     "videos": _videos,
@@ -219,13 +221,13 @@ def _us(column: pa.ChunkedArray) -> I64:
     return values
 
 
-def _ids(table: pa.Table, key: str) -> Iterator[Finding]:
+def _ids(table: pa.Table, key: str) -> Iterator[RowCheck]:
     ids = table[key].to_numpy()
     yield "id_out_of_range", (ids < 0) | (ids > MAX_ID)
     yield "duplicate_id", _repeated([ids])
 
 
-def _clock(table: pa.Table, column: str, limits: CheckLimits) -> Iterator[Finding]:
+def _time_checks(table: pa.Table, column: str, limits: CheckLimits) -> Iterator[RowCheck]:
     time_us = _us(table[column])
     yield "time_out_of_range", (time_us < limits.first_time_us) | (time_us > limits.last_time_us)
 
@@ -243,7 +245,7 @@ def _repeated(keys: Sequence[I64]) -> Mask:
     return again
 
 
-def _find(table: pa.Table, key: str, wanted: I64) -> tuple[I64, Mask]:
+def _look_up(table: pa.Table, key: str, wanted: I64) -> tuple[I64, Mask]:
     """Returns the row in ``table`` of each wanted id, and whether the id exists; a missing id gets any row."""
     ids = table[key].to_numpy()
     if not len(ids):
@@ -270,7 +272,7 @@ def _bad_vectors(column: pa.ChunkedArray, width: int) -> Mask:
     return bad
 
 
-def _bots(viewer: I64, time_us: I64, per_minute: int) -> I64:
+def _bot_viewers(viewer: I64, time_us: I64, per_minute: int) -> I64:
     """Returns the viewers with more than ``per_minute`` impressions within any 60 s."""
     order = np.lexsort((time_us, viewer))
     viewer, time_us = viewer[order], time_us[order]

@@ -11,28 +11,28 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from reelway.platform.contracts.events import TIME, WORD
+from reelway.platform.contracts.events import STRING_DICTIONARY_TYPE, TIMESTAMP_TYPE
 
 I64 = NDArray[np.int64]
 
 
-def times(time_us: I64) -> pa.Array:
+def time_column(time_us: I64) -> pa.Array:
     """Returns microseconds since 1970 as a time column."""
-    return pa.array(time_us.astype(np.int64, copy=False), pa.int64()).cast(TIME)
+    return pa.array(time_us.astype(np.int64, copy=False), pa.int64()).cast(TIMESTAMP_TYPE)
 
 
-def words(codes: NDArray[np.integer[Any]], vocabulary: Sequence[str]) -> pa.Array:
+def dictionary_column(codes: NDArray[np.integer[Any]], vocabulary: Sequence[str]) -> pa.Array:
     """Returns codes into ``vocabulary`` as a dictionary column."""
     return pa.DictionaryArray.from_arrays(
         pa.array(codes.astype(np.int32, copy=False)), pa.array(list(vocabulary), pa.string())
-    ).cast(WORD)
+    ).cast(STRING_DICTIONARY_TYPE)
 
 
-def same_word(word: str, rows: int) -> pa.Array:
-    return words(np.zeros(rows, dtype=np.int32), [word])
+def constant_column(word: str, rows: int) -> pa.Array:
+    return dictionary_column(np.zeros(rows, dtype=np.int32), [word])
 
 
-def vectors(values_ND: NDArray[np.float32], present: NDArray[np.bool_] | None = None) -> pa.Array:
+def list_column(values_ND: NDArray[np.float32], present: NDArray[np.bool_] | None = None) -> pa.Array:
     """Returns the rows of a matrix as a list column; null where ``present`` is false."""
     rows, width = values_ND.shape
     if present is None:
@@ -42,7 +42,7 @@ def vectors(values_ND: NDArray[np.float32], present: NDArray[np.bool_] | None = 
     return pa.ListArray.from_arrays(pa.array(offsets), flat, mask=pa.array(~present))
 
 
-def first_by_key(keys: I64, time_us: I64) -> tuple[I64, I64]:
+def earliest_by_key(keys: I64, time_us: I64) -> tuple[I64, I64]:
     """Returns distinct keys, ascending, and the earliest time of each. Shapes: ``[N], [N] -> [K], [K]``."""
     order = np.lexsort((time_us, keys))
     keys, time_us = keys[order], time_us[order]

@@ -9,13 +9,13 @@ from typing import Any
 import pyarrow as pa
 
 from reelway.pipelines.datasets.checks import CheckLimits, check_dataset
-from reelway.pipelines.datasets.store import Dataset, conform, write_dataset
+from reelway.pipelines.datasets.store import Dataset, cast_to_schema, write_dataset
 from reelway.pipelines.datasets.summary import summarise, summary_tables
-from reelway.platform.cli.terminal import out
+from reelway.platform.cli.terminal import stdout_console
 from reelway.platform.contracts.feature_dimensions import FeatureDimensions
 
 
-def write_checked(
+def write_checked_dataset(
     path: Path,
     tables: Mapping[str, pa.Table],
     info: Mapping[str, Any],
@@ -29,7 +29,7 @@ def write_checked(
     Raises:
         DataError: if ``checks.check_dataset`` or ``store.write_dataset`` raises one.
     """
-    conformed = {name: conform(path / f"{name}.parquet", table, name) for name, table in tables.items()}
+    conformed = {name: cast_to_schema(path / f"{name}.parquet", table, name) for name, table in tables.items()}
     checked = check_dataset(Dataset(**conformed, info=info, dimensions=dimensions), limits)
     write_dataset(
         path,
@@ -40,5 +40,5 @@ def write_checked(
     )
     summary = summarise(checked)
     for table in summary_tables(summary):
-        out.print(table)
+        stdout_console.print(table)
     return summary

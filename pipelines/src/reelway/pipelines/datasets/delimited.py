@@ -19,7 +19,7 @@ from reelway.platform.errors import MalformedFileError
 
 
 @dataclass(frozen=True)
-class Layout:
+class DelimitedFormat:
     """Columns and syntax of one kind of file."""
 
     columns: Mapping[str, pa.DataType]
@@ -32,7 +32,7 @@ class Layout:
     quoted: bool = True
 
 
-def read_delimited(path: Path, layout: Layout) -> pa.Table:
+def read_delimited(path: Path, layout: DelimitedFormat) -> pa.Table:
     """Reads the columns of a file. A delimiter may have several characters (``::``).
 
     Raises:
@@ -45,14 +45,14 @@ def read_delimited(path: Path, layout: Layout) -> pa.Table:
     try:
         table = _parse(path, content, layout, names, {name: layout.columns[name] for name in wanted}, threads=True)
     except pa.ArrowInvalid:
-        table = _convert_slowly(path, content, layout, names, wanted)
+        table = _convert_column_by_column(path, content, layout, names, wanted)
     for name in wanted:
         if name not in layout.optional and table[name].null_count:
-            _refuse(path, layout, name, pc.index(pc.is_null(table[name]), True).as_py(), "")
+            _raise_bad_value(path, layout, name, pc.index(pc.is_null(table[name]), True).as_py(), "")
     return table
 
 
-def first_bad(column: pa.Array | pa.ChunkedArray, kind: pa.DataType) -> int:
+def first_uncastable(column: pa.Array | pa.ChunkedArray, kind: pa.DataType) -> int:
     """Returns the row of the first value that does not cast to ``kind``, by bisection; one such value must exist."""
     low, high = 0, len(column)
     while high - low > 1:
@@ -65,7 +65,7 @@ def first_bad(column: pa.Array | pa.ChunkedArray, kind: pa.DataType) -> int:
     return low
 
 
-def _content(path: Path, layout: Layout) -> pa.Buffer:
+def _content(path: Path, layout: DelimitedFormat) -> pa.Buffer:
     try:
         raw = path.read_bytes()
     except FileNotFoundError:
@@ -79,11 +79,11 @@ def _content(path: Path, layout: Layout) -> pa.Buffer:
     return pa.py_buffer(raw)
 
 
-def _separator(layout: Layout) -> str:
+def _separator(layout: DelimitedFormat) -> str:
     return layout.delimiter if len(layout.delimiter) == 1 else "\x1f"
 
 
-def _header(path: Path, content: pa.Buffer, layout: Layout) -> list[str]:
+def _header(path: Path, content: pa.Buffer, layout: DelimitedFormat) -> list[str]:
     if not layout.header:
         return list(layout.columns)
     line = io.BytesIO(content).readline().decode(layout.encoding, errors="replace").lstrip("\ufeff").rstrip("\r\n")
@@ -97,7 +97,7 @@ def _header(path: Path, content: pa.Buffer, layout: Layout) -> list[str]:
 def _parse(
     path: Path,
     content: pa.Buffer,
-    layout: Layout,
+    layout: DelimitedFormat,
     names: Sequence[str],
     types: Mapping[str, pa.DataType],
     threads: bool,
@@ -138,8 +138,8 @@ def _parse(
     return table
 
 
-def _convert_slowly(
-    path: Path, content: pa.Buffer, layout: Layout, names: Sequence[str], wanted: Sequence[str]
+def _convert_column_by_column(
+    path: Path, content: pa.Buffer, layout: DelimitedFormat, names: Sequence[str], wanted: Sequence[str]
 ) -> pa.Table:
     """Reads the file as text and casts column by column, to find the first value that does not cast."""
     try:
@@ -153,12 +153,12 @@ def _convert_slowly(
         try:
             columns[name] = text[name].cast(kind)
         except pa.ArrowInvalid:
-            row = first_bad(text[name], kind)
-            _refuse(path, layout, name, row, text[name][row].as_py())
+            row = first_uncastable(text[name], kind)
+            _raise_bad_value(path, layout, name, row, text[name][row].as_py())
     return pa.table(columns)
 
 
-def _refuse(path: Path, layout: Layout, name: str, row: int, seen: object) -> None:
+def _raise_bad_value(path: Path, layout: DelimitedFormat, name: str, row: int, seen: object) -> None:
     raise MalformedFileError(
         path, f"a value of type {layout.columns[name]}", seen=seen, row=row + 1 + int(layout.header), column=name
     )

@@ -20,13 +20,13 @@ import pyarrow.csv as pacsv
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from reelway.pipelines.datasets.columns import first_by_key, times, words
-from reelway.pipelines.datasets.delimited import first_bad
+from reelway.pipelines.datasets.columns import dictionary_column, earliest_by_key, time_column
+from reelway.pipelines.datasets.delimited import first_uncastable
 from reelway.platform.contracts.events import (
     CREATORS,
     IMPRESSIONS,
     OUTCOMES,
-    TIME,
+    TIMESTAMP_TYPE,
     VIDEOS,
     VIEWERS,
     Arm,
@@ -49,7 +49,7 @@ _DEFAULT_DURATION_MS: Final = 30_000
 _INT, _TEXT = pa.int64(), pa.string()
 
 
-class _Source:
+class _SourceFile:
     """One file: its columns by name, and the row numbers for error messages."""
 
     def __init__(self, path: Path) -> None:
@@ -74,7 +74,7 @@ class _Source:
         array = pa.concat_arrays(chunks) if chunks else pa.array([], self.table[name].type)
         return array.dictionary_decode() if pa.types.is_dictionary(array.type) else array
 
-    def need(self, name: str) -> pa.Array:
+    def require(self, name: str) -> pa.Array:
         array = self.get(name)
         if array is None:
             raise MalformedFileError(self.path, "this column", seen=self.table.column_names, column=name)
@@ -98,7 +98,7 @@ class _Source:
         try:
             cast = array.cast(kind)
         except pa.ArrowInvalid:
-            raise self._malformed(name, array, first_bad(array, kind), f"a value of type {kind}") from None
+            raise self._malformed(name, array, first_uncastable(array, kind), f"a value of type {kind}") from None
         filled: NDArray[Any] = pc.fill_null(cast, pa.scalar(default, kind)).to_numpy(zero_copy_only=False)
         return filled
 
@@ -107,7 +107,7 @@ class _Source:
         kind = array.type
         if pa.types.is_timestamp(kind):
             array = array if kind.tz else array.cast(pa.timestamp(kind.unit, "UTC"))
-            result: I64 = array.cast(TIME, safe=False).cast(_INT).to_numpy(zero_copy_only=False)
+            result: I64 = array.cast(TIMESTAMP_TYPE, safe=False).cast(_INT).to_numpy(zero_copy_only=False)
             return result
         if pa.types.is_integer(kind) or pa.types.is_floating(kind):
             seconds = array.cast(pa.float64()).to_numpy(zero_copy_only=False)
@@ -116,9 +116,9 @@ class _Source:
             return rounded
         text = array.cast(_TEXT)
         try:
-            cast = text.cast(TIME)
+            cast = text.cast(TIMESTAMP_TYPE)
         except pa.ArrowInvalid:
-            row, expected = first_bad(text, TIME), "a time with its zone, like 2025-01-31T12:00:00Z"
+            row, expected = first_uncastable(text, TIMESTAMP_TYPE), "a time with its zone, like 2025-01-31T12:00:00Z"
             raise self._malformed(name, text, row, expected) from None
         parsed: I64 = cast.cast(_INT).to_numpy(zero_copy_only=False)
         return parsed
@@ -127,18 +127,18 @@ class _Source:
         return MalformedFileError(self.path, expected, seen=array[row].as_py(), row=row + self._first_row, column=name)
 
 
-class _Ids:
+class _IdMapper:
     """Maps the source's ids to contract ids."""
 
     def __init__(self) -> None:
         self._known: dict[str, pa.Array] = {}
 
-    def of(self, kind: str, *columns: pa.Array) -> list[I64]:
+    def map_columns(self, kind: str, *columns: pa.Array) -> list[I64]:
         """Returns the contract ids of all columns with this kind of id, one array per column.
 
         If all values are integers in 0..MAX_ID, they are kept. Otherwise every distinct value gets a number.
         """
-        if all(_plain(column) for column in columns):
+        if all(_is_contract_id_column(column) for column in columns):
             return [column.cast(_INT).to_numpy(zero_copy_only=False) for column in columns]
         texts = [column.cast(_TEXT) for column in columns]
         self._known[kind] = pc.unique(pa.concat_arrays(texts))
@@ -154,7 +154,7 @@ class _Ids:
         return pa.concat_tables(parts) if parts else ID_MAP.empty_table()
 
 
-def _plain(column: pa.Array) -> bool:
+def _is_contract_id_column(column: pa.Array) -> bool:
     if not pa.types.is_integer(column.type):
         return False
     ends = pc.min_max(column).as_py()
@@ -170,28 +170,36 @@ def import_events(
         MalformedFileError: if a file does not match the documentation of ``reelway import events``.
         EmptyDatasetError: if there are no rows.
     """
-    source, ids = _Source(path), _Ids()
+    source, ids = _SourceFile(path), _IdMapper()
     rows = source.table.num_rows
     if not rows:
         raise EmptyDatasetError(f"{path}: 0 rows, expected at least one impression")
-    about = _Source(videos_path) if videos_path else None
-    (viewer,) = ids.of("viewer_id", source.need("viewer_id"))
-    video, *own = ids.of("video_id", source.need("video_id"), *([about.need("video_id")] if about else []))
-    at_us = source.time_us("event_time", source.need("event_time"))
-    impression = _ids_or_rank(source, ids, "impression_id", at_us)
-    request = impression if source.get("request_id") is None else ids.of("request_id", source.need("request_id"))[0]
-    shown, shown_us = first_by_key(video, at_us)
+    about = _SourceFile(videos_path) if videos_path else None
+    (viewer,) = ids.map_columns("viewer_id", source.require("viewer_id"))
+    video, *own = ids.map_columns(
+        "video_id", source.require("video_id"), *([about.require("video_id")] if about else [])
+    )
+    at_us = source.time_us("event_time", source.require("event_time"))
+    impression = _ids_or_row_numbers(source, ids, "impression_id", at_us)
+    request = (
+        impression
+        if source.get("request_id") is None
+        else ids.map_columns("request_id", source.require("request_id"))[0]
+    )
+    shown, shown_us = earliest_by_key(video, at_us)
     listed = own[0] if own else shown
     slot = np.minimum(np.searchsorted(shown, listed), len(shown) - 1)
     videos = _videos(about, ids, listed, np.where(shown[slot] == listed, shown_us[slot], at_us.min()))
-    viewers, viewer_first_us = first_by_key(viewer, at_us)
+    viewers, viewer_first_us = earliest_by_key(viewer, at_us)
     nothing = pa.nulls(len(viewers), _TEXT)
-    creators, creator_first_us = first_by_key(
+    creators, creator_first_us = earliest_by_key(
         videos["creator_id"].to_numpy(), videos["uploaded_at"].cast(_INT).to_numpy()
     )
     tables = {
-        "viewers": pa.table([viewers, times(viewer_first_us), nothing, nothing, nothing], schema=VIEWERS),
-        "creators": pa.table([creators, times(creator_first_us), np.zeros(len(creators), np.int64)], schema=CREATORS),
+        "viewers": pa.table([viewers, time_column(viewer_first_us), nothing, nothing, nothing], schema=VIEWERS),
+        "creators": pa.table(
+            [creators, time_column(creator_first_us), np.zeros(len(creators), np.int64)], schema=CREATORS
+        ),
         "videos": videos,
         "impressions": _impressions(source, impression, request, viewer, video, at_us),
         "outcomes": _outcomes(source, impression, viewer, video, at_us),
@@ -200,32 +208,32 @@ def import_events(
     return tables, info, {"id_map": ids.table()}
 
 
-def _ids_or_rank(source: _Source, ids: _Ids, name: str, at_us: I64) -> I64:
+def _ids_or_row_numbers(source: _SourceFile, ids: _IdMapper, name: str, at_us: I64) -> I64:
     if source.get(name) is not None:
-        return ids.of(name, source.need(name))[0]
+        return ids.map_columns(name, source.require(name))[0]
     rank = np.empty(len(at_us), dtype=np.int64)
     rank[np.argsort(at_us, kind="stable")] = np.arange(len(at_us))
     return rank
 
 
-def _videos(source: _Source | None, ids: _Ids, own: I64, uploaded_us: I64) -> pa.Table:
+def _videos(source: _SourceFile | None, ids: _IdMapper, own: I64, uploaded_us: I64) -> pa.Table:
     """Returns the table ``videos``, from the videos file if given; ``uploaded_us`` replaces missing upload times."""
     columns: dict[str, Any] = {
         "video_id": own,
         "creator_id": np.zeros(len(own), dtype=np.int64),
-        "uploaded_at": times(uploaded_us),
+        "uploaded_at": time_column(uploaded_us),
         "duration_ms": np.full(len(own), _DEFAULT_DURATION_MS, dtype=np.int32),
         "topic": np.full(len(own), -1, dtype=np.int32),
     }
     if source:
         if (creator := source.get("creator_id")) is not None:
             named = pc.fill_null(creator.cast(_TEXT), "unknown") if creator.null_count else creator
-            (columns["creator_id"],) = ids.of("creator_id", named)
+            (columns["creator_id"],) = ids.map_columns("creator_id", named)
         if (uploaded := source.get("uploaded_at")) is not None:
             there = uploaded.is_valid().to_numpy(zero_copy_only=False)
             uploaded_us = uploaded_us.copy()
             uploaded_us[there] = source.time_us("uploaded_at", uploaded.filter(pa.array(there)))
-            columns["uploaded_at"] = times(uploaded_us)
+            columns["uploaded_at"] = time_column(uploaded_us)
         columns["duration_ms"] = source.numbers("duration_ms", pa.int32(), _DEFAULT_DURATION_MS)
         columns["topic"] = source.numbers("topic", pa.int32(), -1)
         for name in ("language", "title", "visual", "audio", "text"):
@@ -239,14 +247,14 @@ def _videos(source: _Source | None, ids: _Ids, own: I64, uploaded_us: I64) -> pa
     return pa.table([columns.get(f.name, pa.nulls(len(own), f.type)) for f in VIDEOS], schema=VIDEOS)
 
 
-def _impressions(source: _Source, impression: I64, request: I64, viewer: I64, video: I64, at_us: I64) -> pa.Table:
+def _impressions(source: _SourceFile, impression: I64, request: I64, viewer: I64, video: I64, at_us: I64) -> pa.Table:
     columns: Mapping[str, Any] = {
         "impression_id": impression,
         "request_id": request,
         "viewer_id": viewer,
         "video_id": video,
         "position": source.numbers("position", pa.int16(), 0),
-        "event_time": times(at_us),
+        "event_time": time_column(at_us),
         "release": _words(source, "release", "import"),
         "arm": _words(source, "arm", Arm.STABLE.value),
         "source": _words(source, "source", "import"),
@@ -256,15 +264,15 @@ def _impressions(source: _Source, impression: I64, request: I64, viewer: I64, vi
     return pa.table(columns, schema=IMPRESSIONS)
 
 
-def _words(source: _Source, name: str, default: str) -> pa.Array:
+def _words(source: _SourceFile, name: str, default: str) -> pa.Array:
     array = source.get(name)
     if array is None:
         array = pa.nulls(source.table.num_rows, _TEXT)
     encoded = pc.fill_null(array.cast(_TEXT), default).dictionary_encode()
-    return words(encoded.indices.to_numpy(), encoded.dictionary.to_pylist())
+    return dictionary_column(encoded.indices.to_numpy(), encoded.dictionary.to_pylist())
 
 
-def _outcomes(source: _Source, impression: I64, viewer: I64, video: I64, at_us: I64) -> pa.Table:
+def _outcomes(source: _SourceFile, impression: I64, viewer: I64, video: I64, at_us: I64) -> pa.Table:
     """Returns a watch at its end for each ``watch_ms``, and each flag one millisecond later."""
     watch_ms = source.numbers("watch_ms", pa.float64(), np.nan)
     hits = [np.flatnonzero(~np.isnan(watch_ms))]
@@ -283,8 +291,8 @@ def _outcomes(source: _Source, impression: I64, viewer: I64, video: I64, at_us: 
         "impression_id": impression[row],
         "viewer_id": viewer[row],
         "video_id": video[row],
-        "type": words(kind, [OutcomeType.WATCH.value, *_FLAGS]),
+        "type": dictionary_column(kind, [OutcomeType.WATCH.value, *_FLAGS]),
         "value": np.where(kind == 0, watch_ms[row], 1.0).astype(np.float32),
-        "event_time": times(out_us),
+        "event_time": time_column(out_us),
     }
     return pa.table(columns, schema=OUTCOMES)

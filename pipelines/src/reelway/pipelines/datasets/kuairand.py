@@ -16,8 +16,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from reelway.pipelines.datasets.columns import first_by_key, same_word, times, words
-from reelway.pipelines.datasets.delimited import Layout, read_delimited
+from reelway.pipelines.datasets.columns import constant_column, dictionary_column, earliest_by_key, time_column
+from reelway.pipelines.datasets.delimited import DelimitedFormat, read_delimited
 from reelway.platform.contracts.events import (
     CREATORS,
     IMPRESSIONS,
@@ -67,9 +67,11 @@ def import_kuairand(folder: Path) -> tuple[dict[str, pa.Table], dict[str, Any]]:
         log, sort_keys=[("time_ms", "ascending"), ("user_id", "ascending"), ("video_id", "ascending")]
     )
     log = log.take(order)
-    users = read_delimited(users_path, Layout(USERS, optional=frozenset({"user_active_degree", "register_days"})))
+    users = read_delimited(
+        users_path, DelimitedFormat(USERS, optional=frozenset({"user_active_degree", "register_days"}))
+    )
     basic = read_delimited(
-        basic_path, Layout(BASIC, optional=frozenset({"upload_dt", "video_duration", "tag", "author_id"}))
+        basic_path, DelimitedFormat(BASIC, optional=frozenset({"upload_dt", "video_duration", "tag", "author_id"}))
     )
     videos = _videos(basic_path, basic, log)
     tables = {
@@ -102,7 +104,7 @@ def _paths(folder: Path) -> tuple[list[Path], Path, Path]:
 
 
 def _read_log(path: Path) -> pa.Table:
-    table = read_delimited(path, Layout(LOG))
+    table = read_delimited(path, DelimitedFormat(LOG))
     for name in (*_FLAGS, "is_rand"):
         bad = np.flatnonzero(~np.isin(table[name].to_numpy(), (0, 1)))
         if len(bad):
@@ -113,7 +115,7 @@ def _read_log(path: Path) -> pa.Table:
 
 def _viewers(users: pa.Table, log: pa.Table) -> pa.Table:
     """Returns the table ``viewers``; account age is ``register_days`` before the end of the log, if given."""
-    ids, first_us = first_by_key(log["user_id"].to_numpy(), log["time_ms"].to_numpy() * 1000)
+    ids, first_us = earliest_by_key(log["user_id"].to_numpy(), log["time_ms"].to_numpy() * 1000)
     users = users.filter(pc.is_in(users["user_id"], pa.array(ids)))
     viewer = users["user_id"].to_numpy()
     first_us = first_us[np.searchsorted(ids, viewer)]
@@ -122,7 +124,7 @@ def _viewers(users: pa.Table, log: pa.Table) -> pa.Table:
     since_us = end_us - np.nan_to_num(days, nan=0.0).astype(np.int64) * _DAY_US
     columns = {
         "viewer_id": viewer,
-        "created_at": times(np.minimum(first_us, since_us)),
+        "created_at": time_column(np.minimum(first_us, since_us)),
         "region": pa.nulls(len(viewer), _TEXT),
         "language": pa.nulls(len(viewer), _TEXT),
         "segment": _column(users, "user_active_degree", _TEXT),
@@ -132,7 +134,7 @@ def _viewers(users: pa.Table, log: pa.Table) -> pa.Table:
 
 def _videos(path: Path, basic: pa.Table, log: pa.Table) -> pa.Table:
     """Returns the videos of the log, uploaded at the start of their date, but not after their first impression."""
-    ids, first_us = first_by_key(log["video_id"].to_numpy(), log["time_ms"].to_numpy() * 1000)
+    ids, first_us = earliest_by_key(log["video_id"].to_numpy(), log["time_ms"].to_numpy() * 1000)
     line = np.flatnonzero(pc.is_in(basic["video_id"], pa.array(ids)).to_numpy(zero_copy_only=False))
     basic = basic.take(pa.array(line))
     video = basic["video_id"].to_numpy()
@@ -148,7 +150,7 @@ def _videos(path: Path, basic: pa.Table, log: pa.Table) -> pa.Table:
     columns = {
         "video_id": video,
         "creator_id": pc.fill_null(_column(basic, "author_id", _INT), -1).to_numpy(zero_copy_only=False) + 1,
-        "uploaded_at": times(uploaded_us),
+        "uploaded_at": time_column(uploaded_us),
         "duration_ms": duration.clip(1, np.iinfo(np.int32).max).astype(np.int32),
         "topic": topic,
         "language": pa.nulls(rows, _TEXT),
@@ -183,8 +185,8 @@ def _dates_us(path: Path, text: pa.Array, line: I64, missing_us: I64) -> I64:
 
 def _creators(videos: pa.Table) -> pa.Table:
     """Returns the authors, numbered from 1; 0 is an unknown author. Follower counts are not published."""
-    ids, first_us = first_by_key(videos["creator_id"].to_numpy(), videos["uploaded_at"].cast(_INT).to_numpy())
-    columns = {"creator_id": ids, "created_at": times(first_us), "followers": np.zeros(len(ids), dtype=np.int64)}
+    ids, first_us = earliest_by_key(videos["creator_id"].to_numpy(), videos["uploaded_at"].cast(_INT).to_numpy())
+    columns = {"creator_id": ids, "created_at": time_column(first_us), "followers": np.zeros(len(ids), dtype=np.int64)}
     return pa.table(columns, schema=CREATORS)
 
 
@@ -197,12 +199,12 @@ def _impressions(log: pa.Table) -> pa.Table:
         "viewer_id": log["user_id"],
         "video_id": log["video_id"],
         "position": np.zeros(rows, dtype=np.int16),
-        "event_time": times(log["time_ms"].to_numpy() * 1000),
-        "release": same_word("import", rows),
-        "arm": same_word(Arm.STABLE.value, rows),
-        "source": words(log["is_rand"].to_numpy(), _SOURCES),
+        "event_time": time_column(log["time_ms"].to_numpy() * 1000),
+        "release": constant_column("import", rows),
+        "arm": constant_column(Arm.STABLE.value, rows),
+        "source": dictionary_column(log["is_rand"].to_numpy(), _SOURCES),
         "propensity": np.ones(rows, dtype=np.float32),
-        "device": same_word("unknown", rows),
+        "device": constant_column("unknown", rows),
     }
     return pa.table(columns, schema=IMPRESSIONS)
 
@@ -224,9 +226,9 @@ def _outcomes(log: pa.Table) -> pa.Table:
         "impression_id": row,
         "viewer_id": log["user_id"].to_numpy()[row],
         "video_id": log["video_id"].to_numpy()[row],
-        "type": words(kind, [k.value for k in kinds]),
+        "type": dictionary_column(kind, [k.value for k in kinds]),
         "value": np.where(kind == 0, play_ms[row], 1.0).astype(np.float32),
-        "event_time": times(at_us),
+        "event_time": time_column(at_us),
     }
     return pa.table(columns, schema=OUTCOMES)
 

@@ -15,10 +15,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from reelway.pipelines.datasets.columns import vectors
-from reelway.pipelines.datasets.delimited import Layout, read_delimited
+from reelway.pipelines.datasets.columns import list_column
+from reelway.pipelines.datasets.delimited import DelimitedFormat, read_delimited
 from reelway.pipelines.datasets.film_content import split_title, text_embeddings, topics
-from reelway.pipelines.datasets.ratings import Films, People, Ratings, ratings_to_tables
+from reelway.pipelines.datasets.ratings import Movies, Ratings, Users, ratings_to_tables
 from reelway.platform.contracts.ids import MAX_ID
 from reelway.platform.errors import MalformedFileError
 
@@ -35,12 +35,12 @@ _FIRST_TIME_S, _LAST_TIME_S = 0, 4_102_444_800  # 1970 to 2100
 
 
 @dataclass(frozen=True)
-class Source:
+class MovieLensLayout:
     """One published layout: the pattern of its ratings file, and its reader."""
 
     name: str
     ratings: str
-    read: Callable[[Path], tuple[Ratings, People | None, Films]]
+    read: Callable[[Path], tuple[Ratings, Users | None, Movies]]
 
 
 def import_movielens(folder: Path) -> tuple[dict[str, pa.Table], dict[str, Any]]:
@@ -49,15 +49,15 @@ def import_movielens(folder: Path) -> tuple[dict[str, pa.Table], dict[str, Any]]
     Raises:
         MalformedFileError: if no layout is recognised, or a file does not match its layout.
     """
-    source = detect(folder)
-    ratings, people, films = source.read(folder)
-    tables, counts = ratings_to_tables(ratings, people, films)
+    source = detect_layout(folder)
+    ratings, people, movie_data = source.read(folder)
+    tables, counts = ratings_to_tables(ratings, people, movie_data)
     return tables, {"name": "movielens", "source": f"MovieLens, {source.name}", "seed": None, **counts}
 
 
 def files_of(folder: Path) -> list[Path]:
     """Returns the files that ``import_movielens`` reads, in a fixed order."""
-    source = detect(folder)
+    source = detect_layout(folder)
     names = {
         "u.data": ("u.data", "u.item", "u.user"),
         "ratings.dat": ("ratings.dat", "movies.dat", "users.dat"),
@@ -69,17 +69,17 @@ def files_of(folder: Path) -> list[Path]:
     return [folder / name for name in names if (folder / name).exists()]
 
 
-def detect(folder: Path) -> Source:
+def detect_layout(folder: Path) -> MovieLensLayout:
     """Returns the layout of a folder.
 
     Raises:
         MalformedFileError: if the folder has no known layout.
     """
-    for source in SOURCES:
+    for source in LAYOUTS:
         if any(folder.glob(source.ratings)):
             return source
     seen = sorted(p.name for p in folder.iterdir())[:20] if folder.is_dir() else "no such folder"
-    raise MalformedFileError(folder, f"a folder with one of {[s.ratings for s in SOURCES]}", seen=seen)
+    raise MalformedFileError(folder, f"a folder with one of {[s.ratings for s in LAYOUTS]}", seen=seen)
 
 
 def _ratings(path: Path, table: pa.Table, names: Sequence[str], *, first_line: int) -> Ratings:
@@ -114,12 +114,12 @@ def _distinct(path: Path, column: pa.ChunkedArray, name: str, *, first_line: int
     return ids
 
 
-def _films(
+def _movies(
     ids: I64,
     titles: Sequence[str | None],
     genres: Sequence[Sequence[str]],
     years: Sequence[int | None] | None = None,
-) -> Films:
+) -> Movies:
     parts = [split_title(title or "") for title in titles]
     names = [name for name, _ in parts]
     if years is None:
@@ -128,10 +128,10 @@ def _films(
         years = [own or found for own, (_, found) in zip(years, parts, strict=True)]
     shown = [f"{n} ({y})" if n and y else (n or None) for n, y in zip(names, years, strict=True)]
     text, known = text_embeddings(names, years, genres)
-    return Films(ids, topics(genres), pa.array(shown, pa.string()), vectors(text, known))
+    return Movies(ids, topics(genres), pa.array(shown, pa.string()), list_column(text, known))
 
 
-def _people(ids: I64, age: pa.ChunkedArray, gender: pa.ChunkedArray, zip_code: pa.ChunkedArray) -> People:
+def _users(ids: I64, age: pa.ChunkedArray, gender: pa.ChunkedArray, zip_code: pa.ChunkedArray) -> Users:
     """Returns segments (age band and gender) and regions (first digit of a US postal code, a group of states)."""
     years = age.to_numpy()
     band = np.select([years < limit for limit, _ in _AGES], [name for _, name in _AGES], default=_OLDEST)
@@ -141,22 +141,22 @@ def _people(ids: I64, age: pa.ChunkedArray, gender: pa.ChunkedArray, zip_code: p
         pc.binary_join_element_wise("us", pc.utf8_slice_codeunits(_one(zip_code), 0, 1), "-"),
         pa.scalar(None, pa.string()),
     )
-    return People(ids, region, segment)
+    return Users(ids, region, segment)
 
 
 def _one(column: pa.ChunkedArray) -> pa.Array:
     return pa.concat_arrays(column.cast(pa.string()).chunks) if column.num_chunks else pa.array([], pa.string())
 
 
-def _read_100k(folder: Path) -> tuple[Ratings, People | None, Films]:
+def _read_100k(folder: Path) -> tuple[Ratings, Users | None, Movies]:
     path = folder / "u.data"
     columns = ("user id", "item id", "rating", "timestamp")
     types = dict(zip(columns, (_INT, _INT, _FLOAT, _FLOAT), strict=True))
-    data = read_delimited(path, Layout(types, delimiter="\t", header=False, quoted=False))
+    data = read_delimited(path, DelimitedFormat(types, delimiter="\t", header=False, quoted=False))
     ratings = _ratings(path, data, columns, first_line=1)
 
     head = {"movie id": _INT, "movie title": _TEXT, "release date": _TEXT, "video release date": _TEXT, "url": _TEXT}
-    item_layout = Layout(
+    item_layout = DelimitedFormat(
         {**head, **{g: pa.int8() for g in _GENRE_FLAGS}}, delimiter="|", header=False, encoding="latin-1",
         optional=frozenset(list(head)[1:]), quoted=False,
     )  # fmt: skip
@@ -164,48 +164,50 @@ def _read_100k(folder: Path) -> tuple[Ratings, People | None, Films]:
     flags = np.column_stack([items[g].to_numpy() for g in _GENRE_FLAGS])
     genres = [[_GENRE_FLAGS[i] for i in np.flatnonzero(row)] for row in flags]
     ids = _distinct(folder / "u.item", items["movie id"], "movie id", first_line=1)
-    return ratings, _read_100k_people(folder / "u.user"), _films(ids, items["movie title"].to_pylist(), genres)
+    return ratings, _read_100k_people(folder / "u.user"), _movies(ids, items["movie title"].to_pylist(), genres)
 
 
-def _read_100k_people(path: Path) -> People | None:
+def _read_100k_people(path: Path) -> Users | None:
     if not path.exists():
         return None
     types = {"user id": _INT, "age": _INT, "gender": _TEXT, "occupation": _TEXT, "zip code": _TEXT}
-    users = read_delimited(path, Layout(types, delimiter="|", header=False, quoted=False))
+    users = read_delimited(path, DelimitedFormat(types, delimiter="|", header=False, quoted=False))
     ids = _distinct(path, users["user id"], "user id", first_line=1)
-    return _people(ids, users["age"], users["gender"], users["zip code"])
+    return _users(ids, users["age"], users["gender"], users["zip code"])
 
 
-def _read_dat(folder: Path) -> tuple[Ratings, People | None, Films]:
+def _read_dat(folder: Path) -> tuple[Ratings, Users | None, Movies]:
     path = folder / "ratings.dat"
     columns = ("UserID", "MovieID", "Rating", "Timestamp")
     types = dict(zip(columns, (_INT, _INT, _FLOAT, _FLOAT), strict=True))
-    table = read_delimited(path, Layout(types, delimiter="::", header=False, quoted=False))
+    table = read_delimited(path, DelimitedFormat(types, delimiter="::", header=False, quoted=False))
     ratings = _ratings(path, table, columns, first_line=1)
     movies = read_delimited(
         folder / "movies.dat",
-        Layout({"MovieID": _INT, "Title": _TEXT, "Genres": _TEXT}, delimiter="::", header=False, encoding="latin-1",
-               quoted=False),
+        DelimitedFormat(
+            {"MovieID": _INT, "Title": _TEXT, "Genres": _TEXT}, delimiter="::", header=False, encoding="latin-1",
+            quoted=False,
+        ),
     )  # fmt: skip
     people = None
     if (users_path := folder / "users.dat").exists():
         types = {"UserID": _INT, "Gender": _TEXT, "Age": _INT, "Occupation": _INT, "Zip-code": _TEXT}
-        users = read_delimited(users_path, Layout(types, delimiter="::", header=False, quoted=False))
+        users = read_delimited(users_path, DelimitedFormat(types, delimiter="::", header=False, quoted=False))
         ids = _distinct(users_path, users["UserID"], "UserID", first_line=1)
-        people = _people(ids, users["Age"], users["Gender"], users["Zip-code"])
+        people = _users(ids, users["Age"], users["Gender"], users["Zip-code"])
     ids = _distinct(folder / "movies.dat", movies["MovieID"], "MovieID", first_line=1)
-    return ratings, people, _films(ids, movies["Title"].to_pylist(), _split_genres(movies["Genres"], "|"))
+    return ratings, people, _movies(ids, movies["Title"].to_pylist(), _split_genres(movies["Genres"], "|"))
 
 
-def _read_csv(folder: Path) -> tuple[Ratings, People | None, Films]:
+def _read_csv(folder: Path) -> tuple[Ratings, Users | None, Movies]:
     path = folder / "ratings.csv"
     columns = ("userId", "movieId", "rating", "timestamp")
-    table = read_delimited(path, Layout(dict(zip(columns, (_INT, _INT, _FLOAT, _FLOAT), strict=True))))
+    table = read_delimited(path, DelimitedFormat(dict(zip(columns, (_INT, _INT, _FLOAT, _FLOAT), strict=True))))
     ratings = _ratings(path, table, columns, first_line=2)
     movies_path = folder / "movies.csv"
-    movies = read_delimited(movies_path, Layout({"movieId": _INT, "title": _TEXT, "genres": _TEXT}))
+    movies = read_delimited(movies_path, DelimitedFormat({"movieId": _INT, "title": _TEXT, "genres": _TEXT}))
     ids = _distinct(movies_path, movies["movieId"], "movieId", first_line=2)
-    return ratings, None, _films(ids, movies["title"].to_pylist(), _split_genres(movies["genres"], "|"))
+    return ratings, None, _movies(ids, movies["title"].to_pylist(), _split_genres(movies["genres"], "|"))
 
 
 def _recbole_file(folder: Path, suffix: str) -> Path:
@@ -215,33 +217,37 @@ def _recbole_file(folder: Path, suffix: str) -> Path:
     return found[0]
 
 
-def _read_recbole(folder: Path) -> tuple[Ratings, People | None, Films]:
+def _read_recbole(folder: Path) -> tuple[Ratings, Users | None, Movies]:
     path = _recbole_file(folder, ".inter")
     columns = ("user_id:token", "item_id:token", "rating:float", "timestamp:float")
     types: Mapping[str, pa.DataType] = dict(zip(columns, (_INT, _INT, _FLOAT, _FLOAT), strict=True))
-    ratings = _ratings(path, read_delimited(path, Layout(types, delimiter="\t", quoted=False)), columns, first_line=2)
+    ratings = _ratings(
+        path, read_delimited(path, DelimitedFormat(types, delimiter="\t", quoted=False)), columns, first_line=2
+    )
 
     items_path = path.with_suffix(".item")
     optional = frozenset({"movie_title:token_seq", "release_year:token", "class:token_seq", "genre:token_seq"})
     items = read_delimited(
         items_path,
-        Layout({"item_id:token": _INT} | dict.fromkeys(sorted(optional), _TEXT), delimiter="\t", optional=optional,
-               quoted=False),
+        DelimitedFormat(
+            {"item_id:token": _INT} | dict.fromkeys(sorted(optional), _TEXT), delimiter="\t", optional=optional,
+            quoted=False,
+        ),
     )  # fmt: skip
     ids = _distinct(items_path, items["item_id:token"], "item_id:token", first_line=2)
     genres = "class:token_seq" if "class:token_seq" in items.column_names else "genre:token_seq"
     years = [int(y) if y and y.isdigit() else None for y in _texts(items, "release_year:token")]
-    films = _films(
+    movie_data = _movies(
         ids, _texts(items, "movie_title:token_seq"), [(g or "").split() for g in _texts(items, genres)], years
     )
 
     people, users_path = None, path.with_suffix(".user")
     if users_path.exists():
         types = {"user_id:token": _INT, "age:token": _INT, "gender:token": _TEXT, "zip_code:token": _TEXT}
-        users = read_delimited(users_path, Layout(types, delimiter="\t", quoted=False))
+        users = read_delimited(users_path, DelimitedFormat(types, delimiter="\t", quoted=False))
         user_ids = _distinct(users_path, users["user_id:token"], "user_id:token", first_line=2)
-        people = _people(user_ids, users["age:token"], users["gender:token"], users["zip_code:token"])
-    return ratings, people, films
+        people = _users(user_ids, users["age:token"], users["gender:token"], users["zip_code:token"])
+    return ratings, people, movie_data
 
 
 def _texts(table: pa.Table, name: str) -> list[str | None]:
@@ -255,9 +261,9 @@ def _split_genres(column: pa.ChunkedArray, mark: str) -> list[list[str]]:
     return [value.split(mark) for value in column.to_pylist()]
 
 
-SOURCES: Final = (
-    Source("100K layout", "u.data", _read_100k),
-    Source("1M and 10M layout", "ratings.dat", _read_dat),
-    Source("20M and 25M layout", "ratings.csv", _read_csv),
-    Source("RecBole layout", "*.inter", _read_recbole),
+LAYOUTS: Final = (
+    MovieLensLayout("100K layout", "u.data", _read_100k),
+    MovieLensLayout("1M and 10M layout", "ratings.dat", _read_dat),
+    MovieLensLayout("20M and 25M layout", "ratings.csv", _read_csv),
+    MovieLensLayout("RecBole layout", "*.inter", _read_recbole),
 )

@@ -20,15 +20,15 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from reelway.pipelines.datasets.columns import first_by_key, same_word, times, words
+from reelway.pipelines.datasets.columns import constant_column, dictionary_column, earliest_by_key, time_column
 from reelway.platform.contracts.events import CREATORS, IMPRESSIONS, OUTCOMES, VIDEOS, VIEWERS, Arm, OutcomeType
 
 I64 = NDArray[np.int64]
 
 NOMINAL_DURATION_MS: Final = 30_000
 OUTCOME_DELAY_US: Final = 1_000_000
-SITTING: Final = 20
-SITTING_GAP_US: Final = 3_600_000_000
+MAX_SESSION_RATINGS: Final = 20
+SESSION_GAP_US: Final = 3_600_000_000
 """A longer pause between two ratings of a viewer starts another request."""
 LIKE_FROM: Final = 4.0
 NOT_INTERESTED_TO: Final = 1.0
@@ -48,7 +48,7 @@ class Ratings:
 
 
 @dataclass(frozen=True)
-class People:
+class Users:
     """Known viewers; all columns are as long as ``viewer_id``."""
 
     viewer_id: I64
@@ -57,7 +57,7 @@ class People:
 
 
 @dataclass(frozen=True)
-class Films:
+class Movies:
     """Known videos; all columns are as long as ``video_id``."""
 
     video_id: I64
@@ -67,7 +67,7 @@ class Films:
 
 
 def ratings_to_tables(
-    ratings: Ratings, people: People | None, films: Films
+    ratings: Ratings, people: Users | None, films: Movies
 ) -> tuple[dict[str, pa.Table], dict[str, Any]]:
     """Returns the five tables, and counts of the users and movies without ratings, which are left out.
 
@@ -82,7 +82,7 @@ def ratings_to_tables(
     start_us = sorted_ratings.time_us[:1]
     creators = {
         "creator_id": pa.array([UNKNOWN_CREATOR] * len(start_us), pa.int64()),
-        "created_at": times(start_us),
+        "created_at": time_column(start_us),
         "followers": pa.array([0] * len(start_us), pa.int64()),
     }
     tables = {
@@ -97,23 +97,23 @@ def ratings_to_tables(
 
 def _known(entity: I64, ratings_entity: I64, time_us: I64) -> tuple[NDArray[np.bool_], I64]:
     """Returns a mask of the entities with events, and the first time of each of these."""
-    ids, first_us = first_by_key(ratings_entity, time_us)
+    ids, first_us = earliest_by_key(ratings_entity, time_us)
     slot = np.minimum(np.searchsorted(ids, entity), max(len(ids) - 1, 0))
     known = ids[slot] == entity if len(ids) else np.zeros(len(entity), dtype=np.bool_)
     return known, first_us[slot[known]]
 
 
-def _viewers(ratings: Ratings, people: People | None) -> tuple[pa.Table, int]:
+def _viewers(ratings: Ratings, people: Users | None) -> tuple[pa.Table, int]:
     if people is None:
-        ids, first_us = first_by_key(ratings.viewer_id, ratings.time_us)
+        ids, first_us = earliest_by_key(ratings.viewer_id, ratings.time_us)
         nothing = pa.nulls(len(ids), pa.string())
-        people, known = People(ids, nothing, nothing), np.ones(len(ids), dtype=np.bool_)
+        people, known = Users(ids, nothing, nothing), np.ones(len(ids), dtype=np.bool_)
     else:
         known, first_us = _known(people.viewer_id, ratings.viewer_id, ratings.time_us)
     keep = pa.array(known)
     columns: Mapping[str, Any] = {
         "viewer_id": people.viewer_id[known],
-        "created_at": times(first_us),
+        "created_at": time_column(first_us),
         "region": people.region.filter(keep),
         "language": pa.nulls(len(first_us), pa.string()),
         "segment": people.segment.filter(keep),
@@ -121,13 +121,13 @@ def _viewers(ratings: Ratings, people: People | None) -> tuple[pa.Table, int]:
     return pa.table(columns, schema=VIEWERS), int((~known).sum())
 
 
-def _videos(ratings: Ratings, films: Films) -> tuple[pa.Table, int]:
+def _videos(ratings: Ratings, films: Movies) -> tuple[pa.Table, int]:
     known, first_us = _known(films.video_id, ratings.video_id, ratings.time_us)
     keep, rows = pa.array(known), len(first_us)
     columns = {
         "video_id": films.video_id[known],
         "creator_id": np.full(rows, UNKNOWN_CREATOR, dtype=np.int64),
-        "uploaded_at": times(first_us),  # first rating: the earliest time at which the movie is known to exist
+        "uploaded_at": time_column(first_us),  # first rating: the earliest time at which the movie is known to exist
         "duration_ms": np.full(rows, NOMINAL_DURATION_MS, dtype=np.int32),
         "topic": films.topic[known],
         "language": pa.nulls(rows, pa.string()),
@@ -139,7 +139,7 @@ def _videos(ratings: Ratings, films: Films) -> tuple[pa.Table, int]:
     return pa.table(columns, schema=VIDEOS), int((~known).sum())
 
 
-def sittings(viewer_id: I64, time_us: I64) -> I64:
+def session_starts(viewer_id: I64, time_us: I64) -> I64:
     """Returns the first row of each row's request.
 
     A request holds at most ``MAX_SESSION_RATINGS`` successive rows of one viewer without a pause of more than
@@ -151,9 +151,9 @@ def sittings(viewer_id: I64, time_us: I64) -> I64:
     order = np.argsort(viewer_id, kind="stable")
     viewer, when_us = viewer_id[order], time_us[order]
     begins = np.ones(len(rows), dtype=np.bool_)
-    begins[1:] = (viewer[1:] != viewer[:-1]) | (np.diff(when_us) > SITTING_GAP_US)
+    begins[1:] = (viewer[1:] != viewer[:-1]) | (np.diff(when_us) > SESSION_GAP_US)
     since = rows - np.maximum.accumulate(np.where(begins, rows, 0))
-    begins |= since % SITTING == 0
+    begins |= since % MAX_SESSION_RATINGS == 0
     request = np.empty(len(rows), dtype=np.int64)
     request[order] = order[np.maximum.accumulate(np.where(begins, rows, 0))]
     return request
@@ -164,16 +164,16 @@ def _impressions(ratings: Ratings) -> pa.Table:
     ids = np.arange(rows, dtype=np.int64)
     columns = {
         "impression_id": ids,
-        "request_id": sittings(ratings.viewer_id, ratings.time_us),
+        "request_id": session_starts(ratings.viewer_id, ratings.time_us),
         "viewer_id": ratings.viewer_id,
         "video_id": ratings.video_id,
         "position": np.zeros(rows, dtype=np.int16),
-        "event_time": times(ratings.time_us),
-        "release": same_word(IMPORTED, rows),
-        "arm": same_word(Arm.STABLE.value, rows),
-        "source": same_word(IMPORTED, rows),
+        "event_time": time_column(ratings.time_us),
+        "release": constant_column(IMPORTED, rows),
+        "arm": constant_column(Arm.STABLE.value, rows),
+        "source": constant_column(IMPORTED, rows),
         "propensity": np.ones(rows, dtype=np.float32),
-        "device": same_word("unknown", rows),
+        "device": constant_column("unknown", rows),
     }
     return pa.table(columns, schema=IMPRESSIONS)
 
@@ -193,8 +193,8 @@ def _outcomes(ratings: Ratings) -> pa.Table:
         "impression_id": row,
         "viewer_id": ratings.viewer_id[row],
         "video_id": ratings.video_id[row],
-        "type": words(kind, [t.value for t in _TYPES]),
+        "type": dictionary_column(kind, [t.value for t in _TYPES]),
         "value": np.where(kind == 0, NOMINAL_DURATION_MS, 1).astype(np.float32),
-        "event_time": times(ratings.time_us[row] + OUTCOME_DELAY_US),
+        "event_time": time_column(ratings.time_us[row] + OUTCOME_DELAY_US),
     }
     return pa.table(columns, schema=OUTCOMES)

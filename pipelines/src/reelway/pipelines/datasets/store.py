@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 
 from reelway.platform.contracts.events import DATASET_TABLES
 from reelway.platform.contracts.feature_dimensions import FeatureDimensions
-from reelway.platform.durable import whole_folder
+from reelway.platform.durable import atomic_directory
 from reelway.platform.errors import MalformedFileError
 from reelway.platform.features.dimensions import read_dimensions, write_dimensions
 
@@ -71,13 +71,15 @@ def write_dataset(
     """
     if set(tables) != set(DATASET_TABLES):
         raise MalformedFileError(path, f"the tables {sorted(DATASET_TABLES)}", seen=sorted(tables))
-    ready = {name: _sorted(name, conform(path / f"{name}.parquet", tables[name], name)) for name in DATASET_TABLES}
+    ready = {
+        name: _sorted(name, cast_to_schema(path / f"{name}.parquet", tables[name], name)) for name in DATASET_TABLES
+    }
     whole_info = {
         **info,
         "rows": {name: table.num_rows for name, table in ready.items()},
         **_time_span(ready["impressions"]),
     }
-    with whole_folder(path) as aside:
+    with atomic_directory(path) as aside:
         for name, table in {**ready, **(extras or {})}.items():
             pq.write_table(table, aside / f"{name}.parquet", compression="zstd")
         write_dimensions(aside, dimensions)
@@ -101,7 +103,7 @@ def read_dataset(path: Path) -> Dataset:
             ) from None
         except (pa.ArrowInvalid, OSError) as error:
             raise MalformedFileError(file, "a readable Parquet file", seen=str(error)) from error
-        tables[name] = conform(file, table, name)
+        tables[name] = cast_to_schema(file, table, name)
     try:
         info = json.loads((path / INFO_FILE).read_text())
     except (OSError, ValueError) as error:
@@ -111,7 +113,7 @@ def read_dataset(path: Path) -> Dataset:
     return Dataset(**tables, info=info, dimensions=read_dimensions(path))
 
 
-def conform(where: Path, table: pa.Table, name: str) -> pa.Table:
+def cast_to_schema(where: Path, table: pa.Table, name: str) -> pa.Table:
     """Casts a table to the schema ``DATASET_TABLES[name]`` without loss; absent nullable columns become null.
 
     Raises:

@@ -19,13 +19,13 @@ import scipy.sparse as sp
 from numpy.typing import NDArray
 
 from reelway.pipelines.evaluation.harness import (
-    DEPTH,
-    RECALL_AT,
-    Pairs,
-    Question,
-    best_unseen,
+    RANKING_DEPTH,
+    RECALL_K,
+    TemporalSplit,
+    ViewerVideoPairs,
     catalogue_rows,
-    make_question,
+    make_temporal_split,
+    top_unseen,
 )
 from reelway.pipelines.evaluation.metrics import PAD, ndcg, recall
 from reelway.pipelines.features.labels import times_us
@@ -38,20 +38,20 @@ RECENT_SHARE: Final = 0.1
 VALIDATION_SHARE: Final = 0.1
 
 
-class Popularity:
+class PopularityRecommender:
     """Ranks videos by their number of long watches in the last ``share`` of the impressions before the cut."""
 
-    def __init__(self, question: Question, share: float = 1.0) -> None:
+    def __init__(self, question: TemporalSplit, share: float = 1.0) -> None:
         self.seen = question.seen
         self.counts_M = popularity_counts(question, share)
 
     def rank(self, viewer_ids: I64, k: int) -> I64:
-        return best_unseen(
+        return top_unseen(
             np.broadcast_to(self.counts_M, (len(viewer_ids), len(self.counts_M))), viewer_ids, self.seen, k
         )
 
 
-def popularity_counts(question: Question, share: float) -> F64:
+def popularity_counts(question: TemporalSplit, share: float) -> F64:
     """Returns long watches per catalogue video, ``[M]``, in the last ``share`` of the impressions before the cut."""
     order = np.argsort(times_us(question.before["event_time"]), kind="stable")
     late = order[len(order) - max(1, round(len(order) * share)) :]
@@ -76,10 +76,10 @@ ALS_GRID: Final = tuple(
 )
 
 
-class Als:
+class AlsRecommender:
     """Implicit-feedback matrix factorisation over long watches."""
 
-    def __init__(self, question: Question, settings: AlsSettings, *, seed: int = 0) -> None:
+    def __init__(self, question: TemporalSplit, settings: AlsSettings, *, seed: int = 0) -> None:
         from implicit.cpu.als import AlternatingLeastSquares
 
         self.seen, self.settings = question.seen, settings
@@ -105,41 +105,41 @@ class Als:
         return np.asarray(vectors_BF @ self.video_MF.T)
 
     def rank(self, viewer_ids: I64, k: int) -> I64:
-        return best_unseen(self.scores(viewer_ids), viewer_ids, self.seen, k)
+        return top_unseen(self.scores(viewer_ids), viewer_ids, self.seen, k)
 
 
-def tuned_als(question: Question, *, grid: Sequence[AlsSettings] = ALS_GRID, seed: int = 0) -> Als:
+def tune_als(question: TemporalSplit, *, grid: Sequence[AlsSettings] = ALS_GRID, seed: int = 0) -> AlsRecommender:
     """Returns ALS fitted before the cut, with the settings that were best on the last tenth of that period.
 
     The score of a setting is recall plus NDCG. If the validation split has no viewer to evaluate, the setting in the
     middle of the grid is used.
     """
     try:
-        inner = inner_question(question, seed=seed)
+        inner = validation_split(question, seed=seed)
     except EmptyDatasetError:
-        return Als(question, grid[len(grid) // 2], seed=seed)
-    best = max(grid, key=lambda settings: _quality(Als(inner, settings, seed=seed), inner))
-    return Als(question, best, seed=seed)
+        return AlsRecommender(question, grid[len(grid) // 2], seed=seed)
+    best = max(grid, key=lambda settings: _quality(AlsRecommender(inner, settings, seed=seed), inner))
+    return AlsRecommender(question, best, seed=seed)
 
 
-def inner_question(question: Question, *, share: float = VALIDATION_SHARE, seed: int = 0) -> Question:
+def validation_split(question: TemporalSplit, *, share: float = VALIDATION_SHARE, seed: int = 0) -> TemporalSplit:
     """Returns an earlier split for tuning: the last ``share`` of the period before the cut is its evaluation period."""
     time_s = np.sort(times_us(question.before["event_time"])) / 1e6
     cut_s = float(time_s[min(len(time_s) - 1, round(len(time_s) * (1 - share)))])
-    return make_question(question.before, cut_s, seed=seed)
+    return make_temporal_split(question.before, cut_s, seed=seed)
 
 
-def _quality(recommender: Als, question: Question) -> float:
-    rows_BK = catalogue_rows(question.videos, recommender.rank(question.viewer_ids, DEPTH))
+def _quality(recommender: AlsRecommender, question: TemporalSplit) -> float:
+    rows_BK = catalogue_rows(question.videos, recommender.rank(question.viewer_ids, RANKING_DEPTH))
     hits_BK = question.relevant.has(question.viewer_ids, rows_BK)
     relevant_B = question.relevant.counts(question.viewer_ids)
-    return float(np.mean(recall(hits_BK, relevant_B, RECALL_AT)) + np.mean(ndcg(hits_BK, relevant_B, 10)))
+    return float(np.mean(recall(hits_BK, relevant_B, RECALL_K)) + np.mean(ndcg(hits_BK, relevant_B, 10)))
 
 
-def _matrix(question: Question) -> tuple[I64, Any]:
+def _matrix(question: TemporalSplit) -> tuple[I64, Any]:
     """Returns the viewers with a long watch before the cut and the binary viewer-video matrix."""
     before = question.before.filter(pa.array(question.before["long_watch"].to_numpy() > 0))
-    pairs = Pairs.of(before["viewer_id"].to_numpy(), before["video_id"].to_numpy(), question.videos)
+    pairs = ViewerVideoPairs.of(before["viewer_id"].to_numpy(), before["video_id"].to_numpy(), question.videos)
     viewer, row = np.divmod(pairs.keys, len(question.videos))
     known, viewer_row = np.unique(viewer, return_inverse=True)
     values = np.ones(len(row), dtype=np.float32)

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from reelway.pipelines.evaluation.harness import NDCG_AT, RECALL_AT, RankingResult
+from reelway.pipelines.evaluation.harness import NDCG_K, RECALL_K, RankingResult
 from reelway.pipelines.evaluation.heads import HeadQuality
-from reelway.pipelines.evaluation.metrics import Estimate, paired_difference
+from reelway.pipelines.evaluation.metrics import BootstrapEstimate, paired_difference
 from reelway.platform.contracts.manifest import GateResult
 
 _UNDEFINED = -1.0
@@ -37,12 +37,12 @@ class GateSettings:
     """Heads with fewer positives or negatives after the cut are not gated, because their metrics are too noisy."""
 
 
-def assess_evaluation(
-    ours: RankingResult,
+def evaluate_gates(
+    result: RankingResult,
     popularity: RankingResult,
     heads: Sequence[HeadQuality],
     *,
-    reachable: float,
+    max_coverage: float,
     settings: GateSettings | None = None,
     seed: int = 0,
 ) -> list[GateResult]:
@@ -55,15 +55,15 @@ def assess_evaluation(
     gates: list[GateResult] = []
     if settings.against_popularity is not None:
         for name, mine, theirs in (
-            (f"recall_at_{RECALL_AT}", ours.recall, popularity.recall),
-            (f"ndcg_at_{NDCG_AT}", ours.ndcg, popularity.ndcg),
+            (f"recall_at_{RECALL_K}", result.recall, popularity.recall),
+            (f"ndcg_at_{NDCG_K}", result.ndcg, popularity.ndcg),
         ):
             difference = paired_difference(mine, theirs, seed=seed)
             gates.append(_not_below(f"{name}_against_popularity", difference, settings.against_popularity))
     gates += _head_gates(heads, settings)
     if settings.coverage is not None:
-        share = ours.coverage / reachable if reachable > 0 else _UNDEFINED
-        detail = f"{ours.coverage:.2%} of the catalogue is in a slate; at most {reachable:.2%} is possible"
+        share = result.coverage / max_coverage if max_coverage > 0 else _UNDEFINED
+        detail = f"{result.coverage:.2%} of the catalogue is in a slate; at most {max_coverage:.2%} is possible"
         gates.append(_at_least("coverage", share, settings.coverage, detail))
     return gates
 
@@ -75,7 +75,7 @@ def _head_gates(heads: Sequence[HeadQuality], settings: GateSettings) -> list[Ga
             continue
         seen = f"{head.positives:,} positives of {head.rows:,} impressions"
         if settings.calibration_error is not None:
-            error = _judged(head.error_after.low, fallback=1.0)
+            error = _finite_or(head.error_after.low, fallback=1.0)
             gates.append(
                 GateResult(
                     name=f"{head.task}_calibration_error",
@@ -87,23 +87,23 @@ def _head_gates(heads: Sequence[HeadQuality], settings: GateSettings) -> list[Ga
                 )
             )
         if settings.auc is not None:
-            auc = _judged(head.auc.high)
+            auc = _finite_or(head.auc.high)
             gates.append(_at_least(f"{head.task}_auc", auc, settings.auc, f"{_interval(head.auc)}; {seen}"))
     return gates
 
 
-def _not_below(name: str, difference: Estimate, margin: float) -> GateResult:
+def _not_below(name: str, difference: BootstrapEstimate, margin: float) -> GateResult:
     detail = f"mean difference {_interval(difference)} over {difference.viewers:,} viewers; the upper end is compared"
-    return _at_least(name, _judged(difference.high), margin, detail)
+    return _at_least(name, _finite_or(difference.high), margin, detail)
 
 
 def _at_least(name: str, value: float, bound: float, detail: str) -> GateResult:
     return GateResult(name=name, value=value, bound=bound, comparison=">=", passed=value >= bound, detail=detail)
 
 
-def _judged(value: float, *, fallback: float = _UNDEFINED) -> float:
+def _finite_or(value: float, *, fallback: float = _UNDEFINED) -> float:
     return float(value) if np.isfinite(value) else fallback
 
 
-def _interval(estimate: Estimate) -> str:
+def _interval(estimate: BootstrapEstimate) -> str:
     return f"{estimate.value:.4f} [{estimate.low:.4f}, {estimate.high:.4f}]"

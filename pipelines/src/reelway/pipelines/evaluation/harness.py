@@ -17,16 +17,16 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from reelway.pipelines.evaluation import metrics
-from reelway.pipelines.evaluation.metrics import PAD, Estimate
+from reelway.pipelines.evaluation.metrics import PAD, BootstrapEstimate
 from reelway.pipelines.features.labels import times_us
 from reelway.platform.errors import EmptyDatasetError
 
 F64 = NDArray[np.float64]
 I64 = NDArray[np.int64]
 
-RECALL_AT: Final = 50
-NDCG_AT: Final = 10
-DEPTH: Final = 50
+RECALL_K: Final = 50
+NDCG_K: Final = 10
+RANKING_DEPTH: Final = 50
 """Number of ranked positions that are evaluated."""
 MIN_EVENTS: Final = 5
 MAX_VIEWERS: Final = 2000
@@ -41,14 +41,14 @@ class Recommender(Protocol):
 
 
 @dataclass(frozen=True)
-class Pairs:
+class ViewerVideoPairs:
     """A set of (viewer, video) pairs as sorted integer keys, for vectorised membership tests."""
 
     videos: I64  # [M] ascending: the catalogue
     keys: I64
 
     @classmethod
-    def of(cls, viewer_id: I64, video_id: I64, videos: I64) -> Pairs:
+    def of(cls, viewer_id: I64, video_id: I64, videos: I64) -> ViewerVideoPairs:
         """Returns the pairs whose video is in the catalogue."""
         row = catalogue_rows(videos, video_id)
         return cls(videos, np.unique(viewer_id[row != PAD] * len(videos) + row[row != PAD]))
@@ -74,14 +74,14 @@ class Pairs:
 
 
 @dataclass(frozen=True)
-class Question:
+class TemporalSplit:
     """A temporal split of the events: data before the cut for recommenders, later data as ground truth."""
 
     cut_s: float
     viewer_ids: I64  # [B] evaluated viewers
     videos: I64  # [M] catalogue: every video that was shown before the cut
-    seen: Pairs  # before the cut; never relevant
-    relevant: Pairs  # after the cut
+    seen: ViewerVideoPairs  # before the cut; never relevant
+    relevant: ViewerVideoPairs  # after the cut
     before: pa.Table  # labelled impressions before the cut
 
     @property
@@ -97,7 +97,7 @@ def catalogue_rows(videos: I64, video_id: NDArray[Any]) -> I64:
     return np.where(videos[row] == video_id, row, PAD)
 
 
-def make_question(
+def make_temporal_split(
     labels: pa.Table,
     cut_s: float,
     *,
@@ -105,7 +105,7 @@ def make_question(
     min_events: int = MIN_EVENTS,
     max_viewers: int = MAX_VIEWERS,
     seed: int = 0,
-) -> Question:
+) -> TemporalSplit:
     """Splits labelled impressions (``features.labels.LABELLED``) at ``cut_s``.
 
     A video is relevant if the viewer watched it long for the first time in ``[cut_s, until_s)`` and any viewer had seen
@@ -122,9 +122,9 @@ def make_question(
     early = time_s < cut_s
     enjoyed = ~early & (time_s < until_s) & (labels["long_watch"].to_numpy() > 0)
     videos = np.unique(video[early])
-    seen = Pairs.of(viewer[early], video[early], videos)
-    later = Pairs.of(viewer[enjoyed], video[enjoyed], videos)
-    relevant = Pairs(videos, np.setdiff1d(later.keys, seen.keys, assume_unique=True))
+    seen = ViewerVideoPairs.of(viewer[early], video[early], videos)
+    later = ViewerVideoPairs.of(viewer[enjoyed], video[enjoyed], videos)
+    relevant = ViewerVideoPairs(videos, np.setdiff1d(later.keys, seen.keys, assume_unique=True))
     ids, events = np.unique(viewer[early], return_counts=True)
     asked = ids[(events >= min_events) & (relevant.counts(ids) > 0)]
     if not len(asked):
@@ -134,10 +134,10 @@ def make_question(
         )
     if len(asked) > max_viewers:
         asked = np.sort(np.random.default_rng([seed, 4]).choice(asked, max_viewers, replace=False))
-    return Question(cut_s, asked, videos, seen, relevant, labels.filter(pa.array(early)))
+    return TemporalSplit(cut_s, asked, videos, seen, relevant, labels.filter(pa.array(early)))
 
 
-def best_unseen(scores_BM: NDArray[np.floating[Any]], viewer_ids: I64, seen: Pairs, k: int) -> I64:
+def top_unseen(scores_BM: NDArray[np.floating[Any]], viewer_ids: I64, seen: ViewerVideoPairs, k: int) -> I64:
     """Returns the ids of the ``k`` best-scored unseen videos per viewer, ``[B, k]``; ties are ordered by id."""
     videos = len(seen.videos)
     allowed_BM = np.array(scores_BM, dtype=np.float64)
@@ -155,50 +155,54 @@ class RankingResult:
     recall: F64  # [B] at RECALL_AT
     ndcg: F64  # [B] at NDCG_AT
     coverage: float
-    estimates: dict[str, Estimate]
+    estimates: dict[str, BootstrapEstimate]
 
 
 def evaluate_ranking(
-    recommender: Recommender, question: Question, *, content_MD: NDArray[np.floating[Any]] | None = None, seed: int = 0
+    recommender: Recommender,
+    split: TemporalSplit,
+    *,
+    content_MD: NDArray[np.floating[Any]] | None = None,
+    seed: int = 0,
 ) -> RankingResult:
     """Ranks the catalogue for every viewer of the split and compares the ranking with later long watches.
 
     Args:
         content_MD: content vector of each catalogue video, for slate diversity; the metric is left out without them.
     """
-    ranked_BK = recommender.rank(question.viewer_ids, DEPTH)
-    rows_BK = catalogue_rows(question.videos, ranked_BK)
-    _refuse_seen(question, rows_BK)
-    hits_BK = question.relevant.has(question.viewer_ids, rows_BK)
-    relevant_B = question.relevant.counts(question.viewer_ids)
-    recall_B = metrics.recall(hits_BK, relevant_B, RECALL_AT)
-    ndcg_B = metrics.ndcg(hits_BK, relevant_B, NDCG_AT)
+    ranked_BK = recommender.rank(split.viewer_ids, RANKING_DEPTH)
+    rows_BK = catalogue_rows(split.videos, ranked_BK)
+    _check_unseen(split, rows_BK)
+    hits_BK = split.relevant.has(split.viewer_ids, rows_BK)
+    relevant_B = split.relevant.counts(split.viewer_ids)
+    recall_B = metrics.recall(hits_BK, relevant_B, RECALL_K)
+    ndcg_B = metrics.ndcg(hits_BK, relevant_B, NDCG_K)
     per_viewer: dict[str, F64] = {
-        f"recall_at_{RECALL_AT}": recall_B,
-        f"ndcg_at_{NDCG_AT}": ndcg_B,
+        f"recall_at_{RECALL_K}": recall_B,
+        f"ndcg_at_{NDCG_K}": ndcg_B,
         "mrr": metrics.reciprocal_rank(hits_BK, relevant_B),
     }
     if content_MD is not None:
         per_viewer["diversity_at_10"] = metrics.intra_list_diversity(rows_BK[:, :10], content_MD)
     estimates = {name: metrics.mean_estimate(values_B, seed=seed) for name, values_B in per_viewer.items()}
-    covered = metrics.coverage(rows_BK, len(question.videos))
+    covered = metrics.coverage(rows_BK, len(split.videos))
     return RankingResult(recall_B, ndcg_B, covered, estimates)
 
 
 def evaluate_all(
     recommenders: Mapping[str, Recommender],
-    question: Question,
+    split: TemporalSplit,
     *,
     content_MD: NDArray[np.floating[Any]] | None = None,
     seed: int = 0,
 ) -> dict[str, RankingResult]:
     """Evaluates several recommenders on the same split."""
     return {
-        name: evaluate_ranking(recommender, question, content_MD=content_MD, seed=seed)
+        name: evaluate_ranking(recommender, split, content_MD=content_MD, seed=seed)
         for name, recommender in recommenders.items()
     }
 
 
-def _refuse_seen(question: Question, rows_BK: I64) -> None:
-    if question.seen.has(question.viewer_ids, rows_BK).any():
+def _check_unseen(split: TemporalSplit, rows_BK: I64) -> None:
+    if split.seen.has(split.viewer_ids, rows_BK).any():
         raise ValueError("recommender: it returned videos that the viewer has already seen; rank unseen videos only")

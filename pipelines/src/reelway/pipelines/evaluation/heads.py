@@ -15,7 +15,13 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from reelway.pipelines.evaluation.metrics import Estimate, auc_estimate, calibration_error, log_loss, rows_estimate
+from reelway.pipelines.evaluation.metrics import (
+    BootstrapEstimate,
+    auc_estimate,
+    calibration_error,
+    log_loss,
+    rows_estimate,
+)
 from reelway.platform.contracts.features import BINARY_TASKS, RANKER_INPUTS
 from reelway.platform.features.scoring import head_predictions
 
@@ -33,11 +39,11 @@ class HeadQuality:
     task: str
     rows: int
     positives: int
-    auc: Estimate
-    log_loss: Estimate
-    error_before: Estimate
+    auc: BootstrapEstimate
+    log_loss: BootstrapEstimate
+    error_before: BootstrapEstimate
     """Expected calibration error before calibration."""
-    error_after: Estimate
+    error_after: BootstrapEstimate
     """Expected calibration error after calibration."""
 
     @property
@@ -93,9 +99,9 @@ def _outputs(models: TrainedModels, rows: TrainingRows, index: NDArray[np.int64]
     from reelway.pipelines.training.batches import ranking_tensors
     from reelway.pipelines.training.fit import embed_needed_viewers
     from reelway.pipelines.training.inference import embed_videos, score
-    from reelway.pipelines.training.negatives import shown_rows
+    from reelway.pipelines.training.negatives import impression_rows
 
-    shown = shown_rows(rows, index)
+    shown = impression_rows(rows, index)
     viewer_VD = embed_needed_viewers(models.two_tower, rows, shown.viewer_row)
     video_MD = embed_videos(models.two_tower, rows.videos)
     batch = ranking_tensors(rows, shown, viewer_VD, video_MD, np.arange(len(shown)))

@@ -28,7 +28,7 @@ PAD: Final = -1
 
 
 @dataclass(frozen=True)
-class Estimate:
+class BootstrapEstimate:
     """A metric with its 95 % bootstrap interval; all values are NaN if the metric is undefined."""
 
     value: float
@@ -51,7 +51,7 @@ class Estimate:
 def recall(hits_BK: Bools, relevant_B: I64, k: int) -> F64:
     """Returns the share of each viewer's relevant videos in the first ``k`` positions, ``[B]``; NaN without any."""
     found_B = hits_BK[:, :k].sum(axis=1).astype(np.float64)
-    return _ratio(found_B, relevant_B.astype(np.float64))
+    return _safe_ratio(found_B, relevant_B.astype(np.float64))
 
 
 def ndcg(hits_BK: Bools, relevant_B: I64, k: int) -> F64:
@@ -62,7 +62,7 @@ def ndcg(hits_BK: Bools, relevant_B: I64, k: int) -> F64:
     discount_K = 1.0 / np.log2(np.arange(2, k + 2))
     gain_B = hits_BK[:, :k] @ discount_K[: hits_BK[:, :k].shape[1]]
     ideal_K = np.concatenate([[0.0], np.cumsum(discount_K)])
-    return _ratio(gain_B, ideal_K[np.minimum(relevant_B, k)])
+    return _safe_ratio(gain_B, ideal_K[np.minimum(relevant_B, k)])
 
 
 def reciprocal_rank(hits_BK: Bools, relevant_B: I64) -> F64:
@@ -86,7 +86,7 @@ def intra_list_diversity(ranked_BK: I64, vectors_MD: NDArray[np.floating[Any]]) 
     whole_B = (slate_BKD.sum(axis=1) ** 2).sum(axis=-1)
     alone_B = (slate_BKD**2).sum(axis=(1, 2))
     count_B = there_BK.sum(axis=1).astype(np.float64)
-    return 1.0 - _ratio(whole_B - alone_B, count_B * (count_B - 1.0))
+    return 1.0 - _safe_ratio(whole_B - alone_B, count_B * (count_B - 1.0))
 
 
 def coverage(ranked_BK: I64, catalogue: int) -> float:
@@ -100,7 +100,7 @@ def coverage(ranked_BK: I64, catalogue: int) -> float:
 
 def area_under_curve(scores_N: F64, labels_N: F64, weights_N: F64 | None = None) -> float:
     """Returns the probability that a positive scores above a negative; ties count half, NaN with only one class."""
-    return float(_Sorted(scores_N, labels_N).auc(np.ones(len(labels_N)) if weights_N is None else weights_N))
+    return float(_SortedScores(scores_N, labels_N).auc(np.ones(len(labels_N)) if weights_N is None else weights_N))
 
 
 def log_loss(probability_N: F64, labels_N: F64, weights_N: F64 | None = None) -> float:
@@ -123,7 +123,7 @@ def calibration_error(probability_N: F64, labels_N: F64, weights_N: F64 | None =
     return float(np.abs(gap).sum() / total) if total > 0 else float("nan")
 
 
-class _Sorted:
+class _SortedScores:
     """Scores sorted once, so that the AUC of each resample needs one pass over the weights."""
 
     def __init__(self, scores_N: F64, labels_N: F64) -> None:
@@ -146,24 +146,24 @@ class _Sorted:
 # Confidence intervals.
 
 
-def mean_estimate(values_B: F64, *, seed: int = 0, resamples: int = RESAMPLES) -> Estimate:
+def mean_estimate(values_B: F64, *, seed: int = 0, resamples: int = RESAMPLES) -> BootstrapEstimate:
     """Returns the mean over viewers with a finite value and its percentile bootstrap interval."""
     known_B = values_B[np.isfinite(values_B)]
     if not len(known_B):
-        return Estimate(float("nan"), float("nan"), float("nan"), 0)
+        return BootstrapEstimate(float("nan"), float("nan"), float("nan"), 0)
     means_G = _resampled_counts(len(known_B), resamples, seed) @ known_B / len(known_B)
     low, high = np.quantile(means_G, [0.025, 0.975])
-    return Estimate(float(known_B.mean()), float(low), float(high), len(known_B))
+    return BootstrapEstimate(float(known_B.mean()), float(low), float(high), len(known_B))
 
 
-def paired_difference(values_B: F64, against_B: F64, *, seed: int = 0) -> Estimate:
+def paired_difference(values_B: F64, against_B: F64, *, seed: int = 0) -> BootstrapEstimate:
     """Returns the mean difference over the same viewers, with a narrower interval than an unpaired comparison."""
     return mean_estimate(values_B - against_B, seed=seed)
 
 
 def rows_estimate(
     statistic: Callable[[F64], float], viewer_ids_N: I64, *, seed: int = 0, resamples: int = ROW_RESAMPLES
-) -> Estimate:
+) -> BootstrapEstimate:
     """Returns a metric over rows with a bootstrap interval over viewers.
 
     Args:
@@ -172,16 +172,16 @@ def rows_estimate(
     viewers, viewer_N = np.unique(viewer_ids_N, return_inverse=True)
     value = statistic(np.ones(len(viewer_N)))
     if not len(viewers) or not np.isfinite(value):
-        return Estimate(float("nan"), float("nan"), float("nan"), len(viewers))
+        return BootstrapEstimate(float("nan"), float("nan"), float("nan"), len(viewers))
     drawn = np.array([statistic(counts[viewer_N]) for counts in _resampled_counts(len(viewers), resamples, seed)])
     drawn = drawn[np.isfinite(drawn)]
     low, high = np.quantile(drawn, [0.025, 0.975]) if len(drawn) else (np.nan, np.nan)
-    return Estimate(value, float(low), float(high), len(viewers))
+    return BootstrapEstimate(value, float(low), float(high), len(viewers))
 
 
-def auc_estimate(scores_N: F64, labels_N: F64, viewer_ids_N: I64, *, seed: int = 0) -> Estimate:
+def auc_estimate(scores_N: F64, labels_N: F64, viewer_ids_N: I64, *, seed: int = 0) -> BootstrapEstimate:
     """Returns ``area_under_curve`` with a bootstrap interval over viewers."""
-    return rows_estimate(_Sorted(scores_N, labels_N).auc, viewer_ids_N, seed=seed)
+    return rows_estimate(_SortedScores(scores_N, labels_N).auc, viewer_ids_N, seed=seed)
 
 
 def _resampled_counts(size: int, resamples: int, seed: int) -> F64:
@@ -191,7 +191,7 @@ def _resampled_counts(size: int, resamples: int, seed: int) -> F64:
     return np.asarray(counts_GB, dtype=np.float64)
 
 
-def _ratio(top: F64, bottom: F64) -> F64:
+def _safe_ratio(top: F64, bottom: F64) -> F64:
     out: F64 = np.full(len(top), np.nan)
     np.divide(top, bottom, out=out, where=bottom > 0)
     return out

@@ -14,7 +14,7 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from reelway.pipelines.evaluation.metrics import Estimate, rows_estimate
+from reelway.pipelines.evaluation.metrics import BootstrapEstimate, rows_estimate
 from reelway.platform.errors import DataError
 
 F64 = NDArray[np.float64]
@@ -27,11 +27,11 @@ DEFAULT_CLIP: Final = 20.0
 class OffPolicyEstimate:
     """Mean reward per impression under the target policy, by three estimators."""
 
-    ips: Estimate
+    ips: BootstrapEstimate
     """Inverse propensity score (Horvitz and Thompson 1952): unbiased without clipping, high variance."""
-    snips: Estimate
+    snips: BootstrapEstimate
     """Self-normalised estimator (Swaminathan and Joachims 2015): lower variance, small bias."""
-    doubly_robust: Estimate
+    doubly_robust: BootstrapEstimate
     """Reward model corrected by weighted residuals (Dudik, Langford and Li 2011): consistent if the model or the
     propensities are."""
     effective_sample_size: float
@@ -73,8 +73,8 @@ def estimate_off_policy(
     Raises:
         DataError: if a propensity is outside its range.
     """
-    _refuse_odd("logged propensity", logged_propensity_N, open_below=True)
-    _refuse_odd("target propensity", target_propensity_N, open_below=False)
+    _check_propensities("logged propensity", logged_propensity_N, open_below=True)
+    _check_propensities("target propensity", target_propensity_N, open_below=False)
     whole_N = target_propensity_N / logged_propensity_N
     weight_N = np.minimum(whole_N, clip)
     logged_N = np.zeros(len(reward_N)) if modelled_logged_N is None else modelled_logged_N
@@ -101,7 +101,7 @@ def estimate_off_policy(
     )
 
 
-def _refuse_odd(name: str, propensity_N: F64, *, open_below: bool) -> None:
+def _check_propensities(name: str, propensity_N: F64, *, open_below: bool) -> None:
     if not len(propensity_N):
         raise DataError(f"{name}: there are no impressions; pass at least one")
     odd_N = ~np.isfinite(propensity_N) | (propensity_N > 1) | (propensity_N < 0)

@@ -19,7 +19,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from reelway.pipelines.evaluation.baselines import RECENT_SHARE, popularity_counts
-from reelway.pipelines.evaluation.harness import Pairs, Question, best_unseen
+from reelway.pipelines.evaluation.harness import TemporalSplit, ViewerVideoPairs, top_unseen
 from reelway.pipelines.evaluation.metrics import PAD
 from reelway.platform.contracts.blend import Blend
 from reelway.platform.features.assembly import (
@@ -43,7 +43,7 @@ _VIEWERS_AT_ONCE: Final = 64
 
 
 @dataclass(frozen=True)
-class Catalogue:
+class VideoCatalogue:
     """Videos that can be recommended at a given time, with their features and embeddings."""
 
     video_ids: I64  # [M] ascending
@@ -56,7 +56,7 @@ class Catalogue:
         return len(self.video_ids)
 
 
-def make_catalogue(models: TrainedModels, snapshot: pa.Table, at_s: float) -> Catalogue:
+def make_catalogue(models: TrainedModels, snapshot: pa.Table, at_s: float) -> VideoCatalogue:
     """Builds the catalogue from a snapshot of video features (``features.training_rows.video_snapshot``)."""
     from reelway.pipelines.training.inference import embed_videos
 
@@ -64,7 +64,7 @@ def make_catalogue(models: TrainedModels, snapshot: pa.Table, at_s: float) -> Ca
     arrays = assemble_videos(columns, np.full(snapshot.num_rows, at_s), models.dimensions)
     content = np.concatenate([arrays.visual, arrays.audio, arrays.text], axis=1)
     creator = np.asarray(columns["creator_id"], dtype=np.float64)
-    return Catalogue(
+    return VideoCatalogue(
         video_ids=snapshot["video_id"].to_numpy(),
         arrays=arrays,
         embedding=embed_videos(models.two_tower, arrays),
@@ -82,7 +82,7 @@ def make_viewers(
     return assemble_viewers(columns_from_table(snapshot), moment_s, devices, models.dimensions)
 
 
-def usual_devices(before: pa.Table, viewer_ids: I64) -> list[str | None]:
+def latest_devices(before: pa.Table, viewer_ids: I64) -> list[str | None]:
     """Returns the device of each viewer's latest impression, or ``unknown`` without one."""
     viewer = before["viewer_id"].to_numpy()
     device = before["device"].cast(pa.string()).combine_chunks()
@@ -90,10 +90,10 @@ def usual_devices(before: pa.Table, viewer_ids: I64) -> list[str | None]:
     return [device[last[v]].as_py() if v in last else UNKNOWN_DEVICE for v in viewer_ids.tolist()]
 
 
-class TwoStage:
+class TwoStageRecommender:
     """Candidates of the two-tower model and of popularity, ordered by the value that the ranker predicts."""
 
-    def __init__(self, models: TrainedModels, catalogue: Catalogue, blend: Blend | None = None) -> None:
+    def __init__(self, models: TrainedModels, catalogue: VideoCatalogue, blend: Blend | None = None) -> None:
         self.models, self.catalogue = models, catalogue
         self.blend = blend or Blend()
 
@@ -128,7 +128,7 @@ class TwoStage:
         there_BC = rows_BC != PAD
         viewer_N, row_N = np.nonzero(there_BC)[0], rows_BC[there_BC]
         video_ND = self.catalogue.embedding[row_N]
-        inputs = ranker_inputs(viewers, embedding_BD, _taken(self.catalogue.arrays, row_N), video_ND)
+        inputs = ranker_inputs(viewers, embedding_BD, _select_rows(self.catalogue.arrays, row_N), video_ND)
         predictions_NK = head_predictions(score(self.models.ranker, inputs, viewer_N), self.models.calibration)
         similarity_N = np.einsum("nd,nd->n", embedding_BD[viewer_N], video_ND)
         values_BC = np.full(rows_BC.shape, -np.inf, dtype=np.float32)
@@ -141,7 +141,7 @@ class TwoStage:
         values_BK = np.full(rows_BK.shape, -np.inf, dtype=np.float32)
         for start in range(0, len(rows_BK), _VIEWERS_AT_ONCE):
             part = slice(start, start + _VIEWERS_AT_ONCE)
-            some = _taken(viewers, part)
+            some = _select_rows(viewers, part)
             embedding_BD = self.embed(some)
             rows_BC = self.candidates(embedding_BD @ self.catalogue.embedding.T, allowed_BM[part], popularity_M)
             values_BC = self.values(some, embedding_BD, rows_BC)
@@ -151,36 +151,36 @@ class TwoStage:
         return rows_BK, values_BK
 
 
-class Ranked:
+class RankingRecommender:
     """Retrieval and ranking over the catalogue of a split, as a ``Recommender``."""
 
-    def __init__(self, stages: TwoStage, viewers: ViewerArrays, question: Question) -> None:
+    def __init__(self, stages: TwoStageRecommender, viewers: ViewerArrays, question: TemporalSplit) -> None:
         self.stages, self.viewers, self.question = stages, viewers, question
         self.popularity_M = popularity_counts(question, RECENT_SHARE)
 
     def rank(self, viewer_ids: I64, k: int) -> I64:
-        _refuse_others(viewer_ids, self.question)
+        _check_viewers(viewer_ids, self.question)
         shape = (len(viewer_ids), len(self.stages.catalogue))
         allowed_BM = ~self.question.seen.has(viewer_ids, np.broadcast_to(np.arange(shape[1]), shape))
         rows_BK, _ = self.stages.order(self.viewers, allowed_BM, self.popularity_M, k)
         return np.where(rows_BK == PAD, PAD, self.stages.catalogue.video_ids[rows_BK])
 
 
-class RetrievedOnly:
+class RetrievalOnlyRecommender:
     """Two-tower similarity without ranking, as a ``Recommender``."""
 
-    def __init__(self, stages: TwoStage, viewers: ViewerArrays, question: Question) -> None:
+    def __init__(self, stages: TwoStageRecommender, viewers: ViewerArrays, question: TemporalSplit) -> None:
         self.stages, self.viewers, self.question = stages, viewers, question
 
     def rank(self, viewer_ids: I64, k: int) -> I64:
-        _refuse_others(viewer_ids, self.question)
+        _check_viewers(viewer_ids, self.question)
         similarity_BM = self.stages.embed(self.viewers) @ self.stages.catalogue.embedding.T
-        return best_unseen(similarity_BM, viewer_ids, self.question.seen, k)
+        return top_unseen(similarity_BM, viewer_ids, self.question.seen, k)
 
 
 def recommenders_at_cut(
-    models: TrainedModels, features_dir: Path, question: Question, blend: Blend | None = None
-) -> tuple[Ranked, RetrievedOnly, Catalogue]:
+    models: TrainedModels, features_dir: Path, question: TemporalSplit, blend: Blend | None = None
+) -> tuple[RankingRecommender, RetrievalOnlyRecommender, VideoCatalogue]:
     """Returns both recommenders and their catalogue, with features as of the cut."""
     from reelway.pipelines.features.training_rows import video_snapshot, viewer_snapshot
 
@@ -189,25 +189,25 @@ def recommenders_at_cut(
     # A video whose first impression precedes its upload time (clock skew) has no feature row and cannot be recommended.
     catalogue = make_catalogue(models, videos, question.cut_s)
     if len(catalogue) != len(question.videos):
-        question = _narrowed(question, catalogue.video_ids)
+        question = _restricted_split(question, catalogue.video_ids)
     snapshot = viewer_snapshot(features_dir, question.viewer_ids, question.cut_s)
-    viewers = make_viewers(models, snapshot, question.cut_s, usual_devices(question.before, question.viewer_ids))
-    stages = TwoStage(models, catalogue, blend)
-    return Ranked(stages, viewers, question), RetrievedOnly(stages, viewers, question), catalogue
+    viewers = make_viewers(models, snapshot, question.cut_s, latest_devices(question.before, question.viewer_ids))
+    stages = TwoStageRecommender(models, catalogue, blend)
+    return RankingRecommender(stages, viewers, question), RetrievalOnlyRecommender(stages, viewers, question), catalogue
 
 
-def _narrowed(question: Question, videos: I64) -> Question:
-    def pairs(wide: Pairs) -> Pairs:
+def _restricted_split(question: TemporalSplit, videos: I64) -> TemporalSplit:
+    def pairs(wide: ViewerVideoPairs) -> ViewerVideoPairs:
         viewer, row = np.divmod(wide.keys, len(wide.videos))
-        return Pairs.of(viewer, wide.videos[row], videos)
+        return ViewerVideoPairs.of(viewer, wide.videos[row], videos)
 
     return dataclasses.replace(question, videos=videos, seen=pairs(question.seen), relevant=pairs(question.relevant))
 
 
-def _refuse_others(viewer_ids: I64, question: Question) -> None:
+def _check_viewers(viewer_ids: I64, question: TemporalSplit) -> None:
     if not np.array_equal(viewer_ids, question.viewer_ids):
         raise ValueError("viewer_ids: they differ from the viewers of the split; pass its viewer_ids")
 
 
-def _taken(arrays: Any, index: I64 | slice) -> Any:
+def _select_rows(arrays: Any, index: I64 | slice) -> Any:
     return type(arrays)(**{f.name: getattr(arrays, f.name)[index] for f in dataclasses.fields(arrays)})

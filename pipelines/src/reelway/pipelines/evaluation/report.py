@@ -9,17 +9,17 @@ from typing import Any, Final
 import numpy as np
 import pyarrow.parquet as pq
 
-from reelway.pipelines.evaluation.baselines import RECENT_SHARE, Popularity, tuned_als
-from reelway.pipelines.evaluation.gates import GateSettings, assess_evaluation
+from reelway.pipelines.evaluation.baselines import RECENT_SHARE, PopularityRecommender, tune_als
+from reelway.pipelines.evaluation.gates import GateSettings, evaluate_gates
 from reelway.pipelines.evaluation.harness import (
-    DEPTH,
     MAX_VIEWERS,
     MIN_EVENTS,
-    Question,
+    RANKING_DEPTH,
     RankingResult,
     Recommender,
+    TemporalSplit,
     evaluate_ranking,
-    make_question,
+    make_temporal_split,
 )
 from reelway.pipelines.evaluation.heads import HeadQuality, evaluate_heads
 from reelway.pipelines.evaluation.recommender import recommenders_at_cut
@@ -31,10 +31,10 @@ from reelway.platform.errors import EmptyDatasetError
 from reelway.platform.runs import RunDirectory
 
 EVALUATION_FILE: Final = "evaluation.json"
-OURS: Final = "retrieval + ranking"
-RETRIEVAL: Final = "retrieval alone"
-POPULAR_EVER: Final = "popularity, all time"
-POPULAR_LATELY: Final = f"popularity, last {RECENT_SHARE:.0%} of training"
+TWO_STAGE: Final = "retrieval + ranking"
+RETRIEVAL_ONLY: Final = "retrieval alone"
+ALL_TIME_POPULARITY: Final = "popularity, all time"
+RECENT_POPULARITY: Final = f"popularity, last {RECENT_SHARE:.0%} of training"
 ALS: Final = "ALS, tuned"
 
 Report = Callable[[str], None]
@@ -54,7 +54,7 @@ class EvaluationSettings:
 class EvaluationResult:
     """Metrics, baselines and gate results of an evaluation."""
 
-    question: Question
+    question: TemporalSplit
     ranking: dict[str, RankingResult]  # keyed by the names above; the release candidate comes first
     heads: list[HeadQuality]
     gates: list[GateResult]
@@ -94,18 +94,18 @@ def evaluate_run(
             "train again with `--set train_fraction=0.8`"
         )
     labels = pq.read_table(run.features / LABELS_FILE)
-    question = make_question(
+    question = make_temporal_split(
         labels, cut_s, min_events=settings.min_events, max_viewers=settings.max_viewers, seed=settings.seed
     )
     report(f"{len(question.viewer_ids):,} viewers, {len(question.videos):,} videos; reading features at the cut")
     ours, retrieval, catalogue = recommenders_at_cut(models, run.features, question, blend)
     report("tuning ALS")
-    als = tuned_als(question, seed=settings.seed)
+    als = tune_als(question, seed=settings.seed)
     recommenders: dict[str, Recommender] = {
-        OURS: ours,
-        RETRIEVAL: retrieval,
-        POPULAR_EVER: Popularity(question),
-        POPULAR_LATELY: Popularity(question, RECENT_SHARE),
+        TWO_STAGE: ours,
+        RETRIEVAL_ONLY: retrieval,
+        ALL_TIME_POPULARITY: PopularityRecommender(question),
+        RECENT_POPULARITY: PopularityRecommender(question, RECENT_SHARE),
         ALS: als,
     }
     content_MD = np.zeros((len(question.videos), catalogue.content.shape[1]), dtype=np.float32)
@@ -118,9 +118,14 @@ def evaluate_run(
     heads = evaluate_heads(
         models, load_rows(run.features / TRAINING_ROWS_FILE, models.dimensions), cut_s, seed=settings.seed
     )
-    reachable = min(1.0, DEPTH * len(question.viewer_ids) / max(len(question.videos), 1))
-    gates = assess_evaluation(
-        ranking[OURS], ranking[POPULAR_EVER], heads, reachable=reachable, settings=settings.gates, seed=settings.seed
+    reachable = min(1.0, RANKING_DEPTH * len(question.viewer_ids) / max(len(question.videos), 1))
+    gates = evaluate_gates(
+        ranking[TWO_STAGE],
+        ranking[ALL_TIME_POPULARITY],
+        heads,
+        max_coverage=reachable,
+        settings=settings.gates,
+        seed=settings.seed,
     )
     result = EvaluationResult(question, ranking, heads, gates, asdict(als.settings))
     write_json(run.evaluation / EVALUATION_FILE, to_json(result))
@@ -129,7 +134,7 @@ def evaluate_run(
 
 def to_json(result: EvaluationResult) -> dict[str, Any]:
     """Returns the content of ``evaluation.json``: metrics (``None`` if undefined), intervals, gates and baselines."""
-    ours = result.ranking[OURS]
+    ours = result.ranking[TWO_STAGE]
     metrics: dict[str, float | None] = {"coverage_at_50": ours.coverage}
     intervals: dict[str, Any] = {}
     for name, estimate in ours.estimates.items():
@@ -151,7 +156,7 @@ def to_json(result: EvaluationResult) -> dict[str, Any]:
                 **{metric: estimate.to_dict() for metric, estimate in found.estimates.items()},
             }
             for name, found in result.ranking.items()
-            if name != OURS
+            if name != TWO_STAGE
         },
         "question": {
             "cut_s": result.question.cut_s,

@@ -30,7 +30,7 @@ from reelway.pipelines.features.labels import label_impressions, times_us
 from reelway.pipelines.features.training_rows import CATALOGUE_FILE, LABELS_FILE
 from reelway.pipelines.features.views import Events, ViewSettings
 from reelway.platform.contracts.events import DATASET_TABLES
-from reelway.platform.durable import whole_file, whole_folder
+from reelway.platform.durable import atomic_directory, atomic_file
 from reelway.platform.errors import EmptyDatasetError, FeatureError
 from reelway.platform.features.hashing import mix64
 from reelway.platform.runs import RunDirectory
@@ -40,7 +40,7 @@ _EVENT_COLUMNS: Final = [
     "impression_id", "viewer_id", "video_id", "creator_id", "video_topic", "event_time", "outcome_time",
     "long_watch", "like", "skip", "follow", "watch_s", "weight",
 ]  # fmt: skip
-FAMILIES: Final = {"viewer": "viewer_id", "video": "video_id", "creator": "creator_id"}
+ENTITY_KEYS: Final = {"viewer": "viewer_id", "video": "video_id", "creator": "creator_id"}
 
 Report = Callable[[int, int], None]
 """Called with the number of finished partitions and the total."""
@@ -86,11 +86,11 @@ def build_views(run: RunDirectory, settings: BatchSettings, report: Report = _si
     if not tables["impressions"].num_rows:
         raise EmptyDatasetError(f"{run.dataset}: no impressions; simulate or import a data set")
     labels = label_impressions(tables["impressions"], tables["outcomes"], tables["videos"])
-    until_us = last_moment_us(labels)
+    until_us = data_end_us(labels)
     _write(labels, run.features / LABELS_FILE)
     _write(tables["videos"].select(["video_id", "creator_id", "uploaded_at", "title"]), run.features / CATALOGUE_FILE)
     rows: dict[str, int] = {}
-    with whole_folder(run.features / VIEWS_FOLDER) as folder:
+    with atomic_directory(run.features / VIEWS_FOLDER) as folder:
         for name, table in (
             ("viewer_profile", views.viewer_profile(tables["viewers"])),
             ("video_content", views.video_content(tables["videos"])),
@@ -98,51 +98,51 @@ def build_views(run: RunDirectory, settings: BatchSettings, report: Report = _si
             rows[name] = _write_part(table, folder, name, 0)
         creators = (tables["creators"], tables["videos"].select(["creator_id", "uploaded_at"]))
         with _partitions(labels, run.features, settings.buckets) as partitions, _ray(settings):
-            rows |= _run_families(partitions, folder, creators, until_us, settings, report)
+            rows |= _run_entity_kinds(partitions, folder, creators, until_us, settings, report)
     return BatchReport(labels.num_rows, until_us / 1e6, rows)
 
 
-def last_moment_us(labels: pa.Table) -> int:
+def data_end_us(labels: pa.Table) -> int:
     """Returns the first day boundary at which all data is known."""
     known_us = int(times_us(labels["outcome_time"]).max()) + views.AFTER_US
     return -(-known_us // views.DAY_US) * views.DAY_US
 
 
-def family_views(
-    family: str, labels: pa.Table, creators: tuple[pa.Table, pa.Table], settings: ViewSettings, until_us: int
+def entity_views(
+    entity_kind: str, labels: pa.Table, creators: tuple[pa.Table, pa.Table], settings: ViewSettings, until_us: int
 ) -> dict[str, pa.Table]:
     """Returns the views of one entity kind, computed from all events of a subset of its entities."""
     events = Events.from_labels(labels)
-    if family == "viewer":
+    if entity_kind == "viewer":
         return {
             "viewer_activity": views.viewer_activity(events, settings, until_us),
             "viewer_history": views.viewer_history(events, settings, until_us),
             "viewer_topic_affinity": views.viewer_topic_affinity(events, settings, until_us),
         }
-    if family == "video":
+    if entity_kind == "video":
         return {"video_engagement": views.video_engagement(events, settings, until_us)}
     creator_table, uploads = creators
     return {"creator_statistics": views.creator_statistics(events, uploads, creator_table, settings, until_us)}
 
 
-def bucket_of(ids: pa.ChunkedArray, buckets: int) -> pa.Array:
+def partition_of(ids: pa.ChunkedArray, buckets: int) -> pa.Array:
     """Returns a stable partition number per id."""
     return pa.array((mix64(ids.to_numpy().astype(np.uint64)) % np.uint64(buckets)).astype(np.int32))
 
 
-def _in_bucket(table: pa.Table, column: str, bucket: int, buckets: int) -> pa.Table:
-    return table.filter(pa.array(bucket_of(table[column], buckets).to_numpy() == bucket))
+def _partition_rows(table: pa.Table, column: str, bucket: int, buckets: int) -> pa.Table:
+    return table.filter(pa.array(partition_of(table[column], buckets).to_numpy() == bucket))
 
 
 def _write_partitions(labels: pa.Table, folder: Path, buckets: int) -> None:
     """Writes the event columns once per entity kind, one file per partition. Each task reads only its own file."""
-    for family, key in FAMILIES.items():
-        bucket = bucket_of(labels[key], buckets)
+    for entity_kind, key in ENTITY_KEYS.items():
+        bucket = partition_of(labels[key], buckets)
         order = np.argsort(bucket.to_numpy(), kind="stable")
         ends = np.searchsorted(bucket.to_numpy()[order], np.arange(buckets), side="right")
         events = labels.select(_EVENT_COLUMNS).take(pa.array(order))
         for b, (start, end) in enumerate(zip([0, *ends[:-1]], ends, strict=True)):
-            _write(events.slice(start, end - start), folder / family / f"{b:04d}.parquet")
+            _write(events.slice(start, end - start), folder / entity_kind / f"{b:04d}.parquet")
 
 
 def _write_bucket(
@@ -156,15 +156,15 @@ def _write_bucket(
     buckets: int,
 ) -> dict[str, Any]:
     """Computes one partition's views and writes one file per view, named after the partition. Idempotent."""
-    family, bucket = str(task["family"]), int(task["bucket"])
-    events = pq.read_table(partitions / family / f"{bucket:04d}.parquet")
-    mine = tuple(_in_bucket(table, "creator_id", bucket, buckets) for table in creators)
-    made = family_views(family, events, (mine[0], mine[1]), settings, until_us)
+    entity_kind, bucket = str(task["family"]), int(task["bucket"])
+    events = pq.read_table(partitions / entity_kind / f"{bucket:04d}.parquet")
+    mine = tuple(_partition_rows(table, "creator_id", bucket, buckets) for table in creators)
+    made = entity_views(entity_kind, events, (mine[0], mine[1]), settings, until_us)
     rows = {view: _write_part(table, folder, view, bucket) for view, table in made.items()}
     return {"rows": json.dumps(rows)}
 
 
-def _run_families(
+def _run_entity_kinds(
     partitions: Path,
     folder: Path,
     creators: tuple[pa.Table, pa.Table],
@@ -179,7 +179,9 @@ def _run_families(
         _write_bucket, partitions=partitions, creators=creators, settings=settings.views, until_us=until_us,
         folder=folder, buckets=settings.buckets,
     )  # fmt: skip
-    tasks = [{"family": family, "bucket": bucket} for bucket in range(settings.buckets) for family in FAMILIES]
+    tasks = [
+        {"family": entity_kind, "bucket": bucket} for bucket in range(settings.buckets) for entity_kind in ENTITY_KEYS
+    ]
     rows: dict[str, int] = {}
     try:
         written = ray.data.from_items(tasks, override_num_blocks=len(tasks)).map(write)
@@ -233,7 +235,7 @@ def _write_part(table: pa.Table, folder: Path, view: str, bucket: int) -> int:
 
 
 def _write(table: pa.Table, path: Path) -> None:
-    with whole_file(path) as aside:
+    with atomic_file(path) as aside:
         pq.write_table(table, aside, compression="zstd")
 
 

@@ -20,7 +20,7 @@ from reelway.platform.contracts.events import (
     LONG_WATCH_RATIO,
     OUTCOME_HORIZON_S,
     OUTCOME_WEIGHTS,
-    TIME,
+    TIMESTAMP_TYPE,
     WEIGHT_BOUNDS,
     OutcomeType,
 )
@@ -29,10 +29,10 @@ from reelway.platform.errors import DataError
 
 I64 = NDArray[np.int64]
 
-FLAGS: Final = tuple(str(kind) for kind in OutcomeType if kind is not OutcomeType.WATCH)
+BINARY_OUTCOMES: Final = tuple(str(kind) for kind in OutcomeType if kind is not OutcomeType.WATCH)
 LABELS: Final = (*RANKER_TASKS, "not_interested", "report")
 
-LABELLED: Final = pa.schema(
+LABELLED_SCHEMA: Final = pa.schema(
     [
         pa.field("impression_id", pa.int64(), nullable=False),
         pa.field("request_id", pa.int64(), nullable=False),
@@ -41,21 +41,21 @@ LABELLED: Final = pa.schema(
         pa.field("creator_id", pa.int64(), nullable=False),
         pa.field("video_topic", pa.int32(), nullable=False),
         pa.field("position", pa.int16(), nullable=False),
-        pa.field("event_time", TIME, nullable=False),
-        pa.field("request_time", TIME, nullable=False),  # first impression of the request
+        pa.field("event_time", TIMESTAMP_TYPE, nullable=False),
+        pa.field("request_time", TIMESTAMP_TYPE, nullable=False),  # first impression of the request
         pa.field("source", pa.string(), nullable=False),
         pa.field("propensity", pa.float32(), nullable=False),
         pa.field("device", pa.string(), nullable=False),
         *(pa.field(name, pa.float32(), nullable=False) for name in LABELS),
         pa.field("weight", pa.float32(), nullable=False),
-        pa.field("outcome_time", TIME, nullable=False),  # when the last counted outcome became known
+        pa.field("outcome_time", TIMESTAMP_TYPE, nullable=False),  # when the last counted outcome became known
     ]
 )
 
 
 def times_us(column: pa.ChunkedArray) -> I64:
     """Returns a time column as microseconds since 1970."""
-    values: I64 = column.cast(TIME).cast(pa.int64()).to_numpy()
+    values: I64 = column.cast(TIMESTAMP_TYPE).cast(pa.int64()).to_numpy()
     return values
 
 
@@ -69,7 +69,7 @@ def _rows_of(ids: I64, wanted: I64) -> tuple[I64, NDArray[np.bool_]]:
     return rows, ids[rows] == wanted
 
 
-def _words(column: pa.ChunkedArray) -> pa.Array:
+def _string_column(column: pa.ChunkedArray) -> pa.Array:
     return pc.cast(column, pa.string()).combine_chunks()
 
 
@@ -95,9 +95,9 @@ def label_impressions(impressions: pa.Table, outcomes: pa.Table, videos: pa.Tabl
     outcome_us = times_us(outcomes["event_time"])
     if rows:
         matched &= outcome_us <= impression_us[row] + OUTCOME_HORIZON_S * 1_000_000
-    kind = _words(outcomes["type"])
+    kind = _string_column(outcomes["type"])
     labels: dict[str, NDArray[np.float32]] = {}
-    for name in FLAGS:
+    for name in BINARY_OUTCOMES:
         labels[name] = np.zeros(rows, dtype=np.float32)
         labels[name][row[matched & pc.equal(kind, name).to_numpy(zero_copy_only=False)]] = 1.0
 
@@ -121,12 +121,12 @@ def label_impressions(impressions: pa.Table, outcomes: pa.Table, videos: pa.Tabl
         "creator_id": videos["creator_id"].to_numpy()[video_row] if rows else np.zeros(0, np.int64),
         "video_topic": videos["topic"].to_numpy()[video_row] if rows else np.zeros(0, np.int32),
         "event_time": impressions["event_time"],
-        "request_time": pa.array(request_us[request], pa.int64()).cast(TIME),
-        "source": _words(impressions["source"]),
+        "request_time": pa.array(request_us[request], pa.int64()).cast(TIMESTAMP_TYPE),
+        "source": _string_column(impressions["source"]),
         "propensity": impressions["propensity"],
-        "device": _words(impressions["device"]),
+        "device": _string_column(impressions["device"]),
         **labels,
         "weight": np.clip(weight, *WEIGHT_BOUNDS).astype(np.float32),
-        "outcome_time": pa.array(known_us, pa.int64()).cast(TIME),
+        "outcome_time": pa.array(known_us, pa.int64()).cast(TIMESTAMP_TYPE),
     }
-    return pa.table([columns[name] for name in LABELLED.names], schema=LABELLED)
+    return pa.table([columns[name] for name in LABELLED_SCHEMA.names], schema=LABELLED_SCHEMA)

@@ -25,8 +25,8 @@ from reelway.platform.features.store import open_feature_store
 if TYPE_CHECKING:
     from feast import FeatureStore
 
-STATE_FILE: Final = "online.json"
-CHUNK: Final = 500
+MATERIALISATION_FILE: Final = "online.json"
+WRITE_BATCH_ROWS: Final = 500
 
 Report = Callable[[int, int], None]
 """Called with the number of written rows and the total."""
@@ -50,18 +50,18 @@ def materialise(features_dir: Path, at_s: float, report: Report = _silent) -> in
     snapshot = viewer_snapshot(features_dir, viewers.to_numpy(), at_s)
     total, done = snapshot.num_rows * len(VIEWER_VIEWS), 0
     for view in VIEWER_VIEWS:
-        for start in range(0, snapshot.num_rows, CHUNK):
-            part = snapshot.slice(start, CHUNK)
+        for start in range(0, snapshot.num_rows, WRITE_BATCH_ROWS):
+            part = snapshot.slice(start, WRITE_BATCH_ROWS)
             done += write_rows(store, view, part, [datetime.fromtimestamp(at_s, UTC)] * part.num_rows)
             report(done, total)
-    write_json(features_dir / STATE_FILE, {"at_s": at_s, "viewers": snapshot.num_rows})
+    write_json(features_dir / MATERIALISATION_FILE, {"at_s": at_s, "viewers": snapshot.num_rows})
     return int(snapshot.num_rows)
 
 
 def materialised_at_s(features_dir: Path) -> float | None:
     """Returns the time of the online store's rows, or None if the store was never filled."""
     try:
-        return float(json.loads((features_dir / STATE_FILE).read_text())["at_s"])
+        return float(json.loads((features_dir / MATERIALISATION_FILE).read_text())["at_s"])
     except FileNotFoundError:
         return None
 

@@ -17,7 +17,7 @@ import numpy as np
 
 from reelway.pipelines.features.online import materialised_at_s
 from reelway.pipelines.features.point_in_time import join_view
-from reelway.pipelines.features.training_rows import CATALOGUE_FILE, VIDEO_VIEWS, read_artifact
+from reelway.pipelines.features.training_rows import CATALOGUE_FILE, VIDEO_VIEWS, read_feature_file
 from reelway.platform.contracts.features import VIEWER_VIEWS, VIEWS
 from reelway.platform.errors import ParityError
 from reelway.platform.features.on_demand import hours_since_upload
@@ -118,14 +118,18 @@ def replay(
     for vector in vectors:
         report.rows[vector.release] += 1 + len(vector.videos)
     stored_s = viewer_as_of_s if viewer_as_of_s is not None else materialised_at_s(features_dir)
-    viewer_us = np.array([_micros(v.viewer_as_of_s, stored_s, v.request_time_s) for v in vectors], dtype=np.int64)
-    videos_us = np.array([_micros(v.videos_as_of_s, videos_as_of_s, v.request_time_s) for v in vectors], dtype=np.int64)
+    viewer_us = np.array(
+        [_first_time_us(v.viewer_as_of_s, stored_s, v.request_time_s) for v in vectors], dtype=np.int64
+    )
+    videos_us = np.array(
+        [_first_time_us(v.videos_as_of_s, videos_as_of_s, v.request_time_s) for v in vectors], dtype=np.int64
+    )
     _compare_viewers(report, features_dir, vectors, viewer_us, tolerance)
     _compare_videos(report, features_dir, vectors, videos_us, tolerance)
     return report
 
 
-def _micros(*choices_s: float | None) -> int:
+def _first_time_us(*choices_s: float | None) -> int:
     return round(next(choice for choice in choices_s if choice is not None) * 1e6)
 
 
@@ -153,7 +157,7 @@ def _compare_videos(
         return
     served = [row for vector in vectors for row in vector.videos]
     video = np.array([row["video_id"] for row in served], dtype=np.int64)
-    catalogue = read_artifact(features_dir / CATALOGUE_FILE)
+    catalogue = read_feature_file(features_dir / CATALOGUE_FILE)
     creators = dict(zip(catalogue["video_id"].to_pylist(), catalogue["creator_id"].to_pylist(), strict=True))
     creator = np.array([creators.get(v, -1) for v in video.tolist()], dtype=np.int64)
     rows: list[dict[str, Any]] = [{} for _ in served]
@@ -198,22 +202,22 @@ def _compare(
 
 def same_value(served: Any, offline: Any, tolerance: float = TOLERANCE) -> bool:
     """Returns whether two values have the same type and are equal within ``tolerance``. NaN equals None."""
-    if _missing(served) or _missing(offline):
-        return _missing(served) and _missing(offline)
+    if _is_missing(served) or _is_missing(offline):
+        return _is_missing(served) and _is_missing(offline)
     if isinstance(offline, list):
         return (
             isinstance(served, list)
             and len(served) == len(offline)
             and all(same_value(a, b, tolerance) for a, b in zip(served, offline, strict=True))
         )
-    if _number(served) and _number(offline):
+    if _is_number(served) and _is_number(offline):
         return bool(abs(served - offline) <= tolerance * max(1.0, abs(offline)))
     return type(served) is type(offline) and bool(served == offline)
 
 
-def _missing(value: Any) -> bool:
+def _is_missing(value: Any) -> bool:
     return value is None or (isinstance(value, float) and math.isnan(value))
 
 
-def _number(value: Any) -> bool:
+def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)

@@ -31,15 +31,15 @@ KEYS: Final = {
     **dict.fromkeys(("video_content", "video_engagement"), "video_id"),
     "creator_statistics": "creator_key",
 }
-ROW: Final = "asked_row"
-QUESTIONS: Final = 100_000
-QUESTIONS_OF_LISTS: Final = 10_000
+ROW_ID_COLUMN: Final = "asked_row"
+MAX_ENTITY_ROWS: Final = 100_000
+MAX_ENTITY_ROWS_FOR_LISTS: Final = 10_000
 """Maximum entity rows per call. Feast's join carries the values of all earlier rows until it has picked one. For a
 history of fifty videos these are some megabytes per entity row of an active viewer, so such calls are smaller.
 """
 
 
-def distinct_moments(entities: I64, at_us: I64) -> tuple[I64, I64, NDArray[np.int64]]:
+def distinct_entity_rows(entities: I64, at_us: I64) -> tuple[I64, I64, NDArray[np.int64]]:
     """Returns the distinct (entity, time) pairs, sorted, and for each row the index of its pair."""
     order = np.lexsort((at_us, entities))
     first = np.ones(len(order), dtype=np.bool_)
@@ -55,10 +55,10 @@ def join_view(store: FeatureStore, view: str, entities: I64, at_us: I64) -> pa.T
     Raises:
         FeatureError: if Feast fails, for example because the view is not registered or files are missing.
     """
-    asked, moments, pair_of = distinct_moments(entities, at_us)
-    size = QUESTIONS_OF_LISTS if view == "viewer_history" else QUESTIONS
+    asked, moments, pair_of = distinct_entity_rows(entities, at_us)
+    size = MAX_ENTITY_ROWS_FOR_LISTS if view == "viewer_history" else MAX_ENTITY_ROWS
     parts = [
-        _ask(store, [f"{view}:{name}" for name in VIEWS[view]], {KEYS[view]: asked[cut]}, moments[cut])
+        _historical_features(store, [f"{view}:{name}" for name in VIEWS[view]], {KEYS[view]: asked[cut]}, moments[cut])
         for cut in (slice(start, start + size) for start in range(0, max(len(asked), 1), size))
     ]
     answers = pa.concat_tables(parts).select(VIEWS[view])
@@ -73,10 +73,12 @@ def join_request_context(store: FeatureStore, viewers: I64, videos: I64, at_us: 
     """
     keys = {"viewer_id": viewers, "video_id": videos, "request_time_s": at_us / 1e6}
     refs = [f"request_context:{name}" for name in REQUEST_CONTEXT]
-    return _ask(store, refs, keys, at_us).select(REQUEST_CONTEXT)
+    return _historical_features(store, refs, keys, at_us).select(REQUEST_CONTEXT)
 
 
-def _ask(store: FeatureStore, refs: Sequence[str], keys: dict[str, NDArray[Any]], at_us: I64) -> pa.Table:
+def _historical_features(
+    store: FeatureStore, refs: Sequence[str], keys: dict[str, NDArray[Any]], at_us: I64
+) -> pa.Table:
     """Calls ``get_historical_features`` and restores the given row order, which Feast does not keep."""
     import pandas as pd
     from feast.errors import FeastError
@@ -84,7 +86,7 @@ def _ask(store: FeatureStore, refs: Sequence[str], keys: dict[str, NDArray[Any]]
     atexit.unregister(_close_offline_engine)
     atexit.register(_close_offline_engine)
     asked = pd.DataFrame({**keys, "event_timestamp": pd.to_datetime(at_us, unit="us", utc=True)})
-    asked[ROW] = np.arange(len(asked))
+    asked[ROW_ID_COLUMN] = np.arange(len(asked))
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)  # ibis and Feast raise them internally
@@ -96,7 +98,7 @@ def _ask(store: FeatureStore, refs: Sequence[str], keys: dict[str, NDArray[Any]]
         if type(error).__module__.split(".")[0] not in ("duckdb", "_duckdb", "ibis"):
             raise
         raise FeatureError(f"point-in-time join of {refs[0]}...: {error}") from error
-    rows = answers[ROW].to_numpy()
+    rows = answers[ROW_ID_COLUMN].to_numpy()
     if not np.array_equal(np.sort(rows), np.arange(len(asked))):
         raise FeatureError(
             f"point-in-time join of {refs[0]}...: {len(rows)} rows for {len(asked)} entity rows; "

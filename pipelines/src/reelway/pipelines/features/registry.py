@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from reelway.platform.contracts.feature_dimensions import FeatureDimensions
-from reelway.platform.durable import whole_file
+from reelway.platform.durable import atomic_file
 from reelway.platform.errors import ConfigError, StorageError
 from reelway.platform.features.dimensions import write_dimensions
 from reelway.platform.features.store import open_feature_store, write_store_config
@@ -57,7 +57,7 @@ def publish_registry(features_dir: Path, url: str) -> None:
                 handle.write((features_dir / REGISTRY_FILE).read_bytes())
             return
         target.parent.mkdir(parents=True, exist_ok=True)
-        with whole_file(target) as aside:
+        with atomic_file(target) as aside:
             shutil.copyfile(features_dir / REGISTRY_FILE, aside)
     except (OSError, ImportError) as error:
         raise StorageError(

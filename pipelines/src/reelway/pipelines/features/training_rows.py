@@ -20,7 +20,7 @@ from reelway.pipelines.features.labels import LABELS, times_us
 from reelway.pipelines.features.point_in_time import join_request_context, join_view
 from reelway.pipelines.features.windows import I64
 from reelway.platform.contracts.features import VIEWER_VIEWS
-from reelway.platform.durable import whole_file
+from reelway.platform.durable import atomic_file
 from reelway.platform.errors import EmptyDatasetError, FeatureError
 from reelway.platform.features.store import open_feature_store
 from reelway.platform.runs import RunDirectory
@@ -32,7 +32,7 @@ LABELS_FILE: Final = "labels.parquet"
 CATALOGUE_FILE: Final = "catalogue.parquet"
 TRAINING_ROWS_FILE: Final = "training_rows.parquet"
 
-IDENTITY: Final = (
+KEY_COLUMNS: Final = (
     "impression_id", "request_id", "viewer_id", "video_id", "event_time", "device", "position", "source", "propensity",
 )  # fmt: skip
 VIDEO_VIEWS: Final = ("video_content", "video_engagement", "creator_statistics")
@@ -57,12 +57,12 @@ def build_training_rows(run: RunDirectory, report: Report = _silent) -> Path:
         FeatureError: if the views are not built or not registered.
         EmptyDatasetError: if there are no impressions.
     """
-    labels = read_artifact(run.features / LABELS_FILE)
+    labels = read_feature_file(run.features / LABELS_FILE)
     if not labels.num_rows:
         raise EmptyDatasetError(f"{run.features / LABELS_FILE}: no impressions; simulate or import a data set")
     store = open_feature_store(run.features)
     moment_us = times_us(labels["request_time"])
-    columns: dict[str, pa.ChunkedArray | pa.Array] = {name: labels[name] for name in IDENTITY}
+    columns: dict[str, pa.ChunkedArray | pa.Array] = {name: labels[name] for name in KEY_COLUMNS}
     columns["request_time_s"] = pa.array(moment_us / 1e6, pa.float64())
     columns |= {name: labels[name] for name in (*LABELS, "weight")}
     viewer, video = labels["viewer_id"].to_numpy(), labels["video_id"].to_numpy()
@@ -75,7 +75,7 @@ def build_training_rows(run: RunDirectory, report: Report = _silent) -> Path:
     report("request_context")
     columns |= _columns(join_request_context(store, viewer, video, moment_us))
     path = run.features / TRAINING_ROWS_FILE
-    with whole_file(path) as aside:
+    with atomic_file(path) as aside:
         pq.write_table(pa.table(columns), aside, compression="zstd", row_group_size=50_000)
     return path
 
@@ -85,7 +85,7 @@ def video_snapshot(features_dir: Path, at_s: float) -> pa.Table:
 
     Columns: ``video_id``, ``title`` and all fields of the video views. One row per video, by ascending ``video_id``.
     """
-    catalogue = read_artifact(features_dir / CATALOGUE_FILE).sort_by("video_id")
+    catalogue = read_feature_file(features_dir / CATALOGUE_FILE).sort_by("video_id")
     at_us = round(at_s * 1e6)
     catalogue = catalogue.filter(pa.array(times_us(catalogue["uploaded_at"]) <= at_us))
     video = catalogue["video_id"].to_numpy()
@@ -125,7 +125,7 @@ def _columns(table: pa.Table) -> dict[str, pa.ChunkedArray]:
     return dict(zip(table.column_names, table.columns, strict=True))
 
 
-def read_artifact(path: Path) -> pa.Table:
+def read_feature_file(path: Path) -> pa.Table:
     """Reads a Parquet file of the features folder.
 
     Raises:

@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 from reelway.pipelines.features.labels import times_us
 from reelway.pipelines.features.windows import ALL_TIME_US, I64, window_sums
 from reelway.platform.contracts import features as names
-from reelway.platform.contracts.events import TIME
+from reelway.platform.contracts.events import TIMESTAMP_TYPE
 from reelway.platform.contracts.feature_dimensions import FeatureDimensions
 from reelway.platform.errors import FeatureError
 
@@ -39,7 +39,7 @@ DAY_US: Final = 86_400 * SECOND_US
 AFTER_US: Final = 1
 
 Floats = NDArray[np.float64]
-Points = tuple[I64, I64]
+SnapshotPoints = tuple[I64, I64]
 """Entities and times ``[M]``, sorted by entity, then time, without duplicates."""
 
 
@@ -157,8 +157,8 @@ def snapshot_points(
     return _unique_pairs(whose[inside], at_us[inside])
 
 
-def _table(key: str, entities: I64, at_us: I64, fields: dict[str, pa.Array | Floats]) -> pa.Table:
-    when = pa.array(at_us, pa.int64()).cast(TIME)
+def _snapshot_table(key: str, entities: I64, at_us: I64, fields: dict[str, pa.Array | Floats]) -> pa.Table:
+    when = pa.array(at_us, pa.int64()).cast(TIMESTAMP_TYPE)
     columns = {
         name: values
         if isinstance(values, pa.Array | pa.ChunkedArray)
@@ -169,7 +169,7 @@ def _table(key: str, entities: I64, at_us: I64, fields: dict[str, pa.Array | Flo
 
 
 def _rates(
-    events: Events, key: I64, at: tuple[I64, I64], windows: Sequence[names.Window], settings: ViewSettings
+    events: Events, key: I64, at: tuple[I64, I64], windows: Sequence[names.TrailingWindow], settings: ViewSettings
 ) -> dict[str, dict[str, Floats]]:
     """Returns per window: impressions, smoothed long-watch, like, skip and follow rates, and mean watch seconds."""
     values_NK = np.column_stack(
@@ -193,7 +193,7 @@ def _rates(
 def viewer_profile(viewers: pa.Table) -> pa.Table:
     """Returns one row per viewer, at the creation time of the account."""
     created_us = times_us(viewers["created_at"])
-    return _table(
+    return _snapshot_table(
         "viewer_id",
         viewers["viewer_id"].to_numpy(),
         created_us,
@@ -209,7 +209,7 @@ def viewer_activity(events: Events, settings: ViewSettings, until_us: int) -> pa
     return viewer_activity_at(events, settings, viewer_activity_points(events, settings, until_us))
 
 
-def viewer_activity_points(events: Events, settings: ViewSettings, until_us: int) -> Points:
+def viewer_activity_points(events: Events, settings: ViewSettings, until_us: int) -> SnapshotPoints:
     """Returns the points at which an impression enters or leaves a window, and heartbeats."""
     return snapshot_points(
         events.viewer_id,
@@ -221,7 +221,7 @@ def viewer_activity_points(events: Events, settings: ViewSettings, until_us: int
     )
 
 
-def viewer_activity_at(events: Events, settings: ViewSettings, at: Points) -> pa.Table:
+def viewer_activity_at(events: Events, settings: ViewSettings, at: SnapshotPoints) -> pa.Table:
     """Returns ``viewer_activity`` at the given points."""
     rates = _rates(events, events.viewer_id, at, names.VIEWER_WINDOWS, settings)
     fields: dict[str, pa.Array | Floats] = {}
@@ -230,7 +230,7 @@ def viewer_activity_at(events: Events, settings: ViewSettings, at: Points) -> pa
         for measure in ("long_watch", "like", "skip"):
             fields[f"{measure}_ratio_{window}"] = values[measure]
         fields[f"watch_s_mean_{window}"] = values["watch_s_mean"]
-    return _table("viewer_id", *at, {name: fields[name] for name in names.VIEWER_ACTIVITY})
+    return _snapshot_table("viewer_id", *at, {name: fields[name] for name in names.VIEWER_ACTIVITY})
 
 
 def viewer_history(events: Events, settings: ViewSettings, until_us: int) -> pa.Table:
@@ -242,7 +242,7 @@ def viewer_history(events: Events, settings: ViewSettings, until_us: int) -> pa.
     return viewer_history_at(events, settings, at)
 
 
-def viewer_history_at(events: Events, settings: ViewSettings, at: Points) -> pa.Table:
+def viewer_history_at(events: Events, settings: ViewSettings, at: SnapshotPoints) -> pa.Table:
     """Returns ``viewer_history`` at the given points."""
     telling = np.flatnonzero(events.weight_milli)
     order = telling[np.lexsort((events.impression_id[telling], events.known_us[telling], events.viewer_id[telling]))]
@@ -259,7 +259,7 @@ def viewer_history_at(events: Events, settings: ViewSettings, at: Points) -> pa.
     def lists(values: NDArray[np.generic]) -> pa.Array:
         return pa.ListArray.from_arrays(pa.array(offsets), pa.array(values))
 
-    return _table(
+    return _snapshot_table(
         "viewer_id",
         whose,
         at_us,
@@ -276,14 +276,14 @@ def viewer_topic_affinity(events: Events, settings: ViewSettings, until_us: int)
     return viewer_topic_affinity_at(events, settings, viewer_topic_affinity_points(events, settings, until_us))
 
 
-def of_a_topic(events: Events) -> I64:
+def topic_rows(events: Events) -> I64:
     """Returns the rows with a known topic and a non-zero outcome weight."""
     return np.flatnonzero((events.taste_milli != 0) & (events.topic >= 0))
 
 
-def viewer_topic_affinity_points(events: Events, settings: ViewSettings, until_us: int) -> Points:
+def viewer_topic_affinity_points(events: Events, settings: ViewSettings, until_us: int) -> SnapshotPoints:
     """Returns the points at which an outcome weight enters or leaves the month's window, and heartbeats."""
-    use = of_a_topic(events)
+    use = topic_rows(events)
     return snapshot_points(
         events.viewer_id[use],
         events.known_us[use],
@@ -294,7 +294,7 @@ def viewer_topic_affinity_points(events: Events, settings: ViewSettings, until_u
     )
 
 
-def viewer_topic_affinity_at(events: Events, settings: ViewSettings, at: Points) -> pa.Table:
+def viewer_topic_affinity_at(events: Events, settings: ViewSettings, at: SnapshotPoints) -> pa.Table:
     """Returns ``viewer_topic_affinity`` at the given points.
 
     Raises:
@@ -302,7 +302,7 @@ def viewer_topic_affinity_at(events: Events, settings: ViewSettings, at: Points)
     """
     topics = settings.dimensions.topics
     window_us = names.VIEWER_WINDOWS[-1].length_s * SECOND_US
-    use = of_a_topic(events)
+    use = topic_rows(events)
     if (above := events.topic[use] >= topics).any():
         raise FeatureError(
             f"topic {events.topic[use][above][0]} of an event is above {topics - 1}, the limit of the schema; "
@@ -316,13 +316,13 @@ def viewer_topic_affinity_at(events: Events, settings: ViewSettings, at: Points)
     affinity_MT = (sums_MK[:, :topics] / np.maximum(sums_MK[:, topics:], 1)).astype(np.float32)
     offsets = np.arange(len(affinity_MT) + 1, dtype=np.int32) * topics
     lists = pa.ListArray.from_arrays(pa.array(offsets), pa.array(affinity_MT.ravel()))
-    return _table("viewer_id", *at, {"topic_affinity": lists})
+    return _snapshot_table("viewer_id", *at, {"topic_affinity": lists})
 
 
 def video_content(videos: pa.Table) -> pa.Table:
     """Returns one row per video, at its upload time."""
     uploaded_us = times_us(videos["uploaded_at"])
-    return _table(
+    return _snapshot_table(
         "video_id",
         videos["video_id"].to_numpy(),
         uploaded_us,
@@ -342,7 +342,7 @@ def video_engagement(events: Events, settings: ViewSettings, until_us: int) -> p
     return video_engagement_at(events, settings, video_engagement_points(events, settings, until_us))
 
 
-def video_engagement_points(events: Events, settings: ViewSettings, until_us: int) -> Points:
+def video_engagement_points(events: Events, settings: ViewSettings, until_us: int) -> SnapshotPoints:
     """Returns the points at which an impression enters or leaves a window, and heartbeats."""
     return snapshot_points(
         events.video_id,
@@ -354,7 +354,7 @@ def video_engagement_points(events: Events, settings: ViewSettings, until_us: in
     )
 
 
-def video_engagement_at(events: Events, settings: ViewSettings, at: Points) -> pa.Table:
+def video_engagement_at(events: Events, settings: ViewSettings, at: SnapshotPoints) -> pa.Table:
     """Returns ``video_engagement`` at the given points."""
     fields: dict[str, pa.Array | Floats] = {}
     for window, values in _rates(events, events.video_id, at, names.VIDEO_WINDOWS, settings).items():
@@ -362,7 +362,7 @@ def video_engagement_at(events: Events, settings: ViewSettings, at: Points) -> p
         for measure in ("long_watch", "like", "skip"):
             fields[f"video_{measure}_rate_{window}"] = values[measure]
         fields[f"video_watch_s_mean_{window}"] = values["watch_s_mean"]
-    return _table("video_id", *at, {name: fields[name] for name in names.VIDEO_ENGAGEMENT})
+    return _snapshot_table("video_id", *at, {name: fields[name] for name in names.VIDEO_ENGAGEMENT})
 
 
 def creator_statistics(
@@ -380,7 +380,9 @@ def creator_statistics(
     return creator_statistics_at(events, videos, creators, settings, at)
 
 
-def creator_statistics_points(events: Events, videos: pa.Table, settings: ViewSettings, until_us: int) -> Points:
+def creator_statistics_points(
+    events: Events, videos: pa.Table, settings: ViewSettings, until_us: int
+) -> SnapshotPoints:
     """Returns the points at which an impression enters or leaves the week's window, and those after an upload."""
     grid_us = settings.creator_grid_s * SECOND_US
     week_us = names.CREATOR_WINDOW.length_s * SECOND_US
@@ -393,7 +395,7 @@ def creator_statistics_points(events: Events, videos: pa.Table, settings: ViewSe
 
 
 def creator_statistics_at(
-    events: Events, videos: pa.Table, creators: pa.Table, settings: ViewSettings, at: Points
+    events: Events, videos: pa.Table, creators: pa.Table, settings: ViewSettings, at: SnapshotPoints
 ) -> pa.Table:
     """Returns ``creator_statistics`` at the given points."""
     creator, base = creators["creator_id"].to_numpy(), creators["followers"].to_numpy()
@@ -404,7 +406,7 @@ def creator_statistics_at(
     followers = window_sums(creator, start, base[:, None], *at, [ALL_TIME_US])[:, 0, 0] + follows
     uploads = window_sums(uploader, uploaded_us, np.ones((len(uploader), 1), np.int64), *at, [ALL_TIME_US])[:, 0, 0]
     week = _rates(events, events.creator_id, at, [names.CREATOR_WINDOW], settings)[names.CREATOR_WINDOW.name]
-    return _table(
+    return _snapshot_table(
         "creator_key",
         *at,
         {

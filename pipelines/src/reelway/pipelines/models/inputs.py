@@ -59,7 +59,7 @@ class Standardiser(nn.Module):
         return torch.cat([torch.where(missing, torch.zeros_like(scaled), scaled), missing.to(values.dtype)], dim=-1)
 
 
-class Categories(nn.Module):
+class CategoryEmbeddings(nn.Module):
     """One embedding table per category column, concatenated. Shapes: ``[..., columns] -> [..., columns * width]``."""
 
     def __init__(self, buckets: Sequence[int], width: int) -> None:
@@ -74,7 +74,7 @@ class Categories(nn.Module):
         return torch.cat([table(codes[..., i]) for i, table in enumerate(self.tables)], dim=-1)
 
 
-class HashedIds(nn.Module):
+class HashedIdEmbedding(nn.Module):
     """Sum of one embedding per hash code, all from one table. Shapes: ``[..., H] -> [..., D]``.
 
     An embedding of a code that training never met would be noise. An id with such a code takes the learned vector

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
-from reelway.pipelines.models.inputs import Categories, HashedIds, Standardiser
+from reelway.pipelines.models.inputs import CategoryEmbeddings, HashedIdEmbedding, Standardiser
 from reelway.platform.contracts.feature_dimensions import FeatureDimensions
 from reelway.platform.contracts.features import (
     RANKER_TASKS,
@@ -89,7 +89,7 @@ class GroupedLinear(nn.Module):
         return (x_CGI.transpose(0, 1) @ self.weight).transpose(0, 1) + self.bias
 
 
-class Trunk(nn.Module):
+class MixtureOfExperts(nn.Module):
     """Experts mixed by one gate per task (MMoE, Ma et al. 2018). Output: ``[C, K, E]``.
 
     A shared bottom is one expert without gates.
@@ -155,17 +155,17 @@ class Ranker(nn.Module):
         self.dimensions = dimensions
         viewer_dense, words = len(dimensions.viewer_dense), dimensions.category_buckets
         self.viewer_dense = Standardiser(viewer_dense)
-        self.viewer_categories = Categories([words] * len(VIEWER_CATEGORIES), config.category_dim)
+        self.viewer_categories = CategoryEmbeddings([words] * len(VIEWER_CATEGORIES), config.category_dim)
         self.video_dense = Standardiser(len(VIDEO_DENSE))
-        self.video_categories = Categories([dimensions.topics + 1, words], config.category_dim)
-        self.creators = HashedIds(config.creator_dim, dimensions.id_buckets, dropout=config.creator_dropout)
+        self.video_categories = CategoryEmbeddings([dimensions.topics + 1, words], config.category_dim)
+        self.creators = HashedIdEmbedding(config.creator_dim, dimensions.id_buckets, dropout=config.creator_dropout)
         coordinates = 0 if config.similarity_only else embedding_dim
         viewer_width = 2 * viewer_dense + self.viewer_categories.out_width + coordinates
         crosses = 5 + coordinates
         candidate_width = (
             2 * len(VIDEO_DENSE) + self.video_categories.out_width + config.creator_dim + coordinates + crosses
         )
-        self.trunk = Trunk(config, viewer_width, candidate_width)
+        self.trunk = MixtureOfExperts(config, viewer_width, candidate_width)
         self.head_first = GroupedLinear(len(RANKER_TASKS), config.expert_out, config.head_hidden)
         self.head_second = GroupedLinear(len(RANKER_TASKS), config.head_hidden, 1)
         self.position_bias = PositionBias(config.position_dropout)
@@ -173,12 +173,12 @@ class Ranker(nn.Module):
         self.register_buffer("fixed_output", torch.zeros(len(RANKER_TASKS)))
 
     @torch.no_grad()
-    def start_from(self, base_output_K: Tensor) -> None:
+    def initialise_output_bias(self, base_output_K: Tensor) -> None:
         """Sets each head's output bias to its base rate (logit) or mean, which saves training steps."""
         self.head_second.bias.copy_(base_output_K.unsqueeze(-1))
 
     @torch.no_grad()
-    def fix_head(self, task: str, logit: float) -> None:
+    def set_constant_head(self, task: str, logit: float) -> None:
         """Makes a head output ``logit`` always, for labels that have one class only."""
         k = RANKER_TASKS.index(task)
         self.fixed[k] = True
@@ -202,7 +202,7 @@ class Ranker(nn.Module):
             video_dense: ``[C, ...]``, as all video inputs.
             viewer_index: the viewer of each candidate, ``[C]``; by default all candidates belong to viewer 0.
         """
-        crosses_CW, products_CD = self._crosses(
+        crosses_CW, products_CD = self._cross_features(
             viewer_dense, viewer_categories, viewer_embedding, video_categories, video_embedding, viewer_index
         )
         viewer = [self.viewer_dense(viewer_dense), self.viewer_categories(viewer_categories)]
@@ -220,7 +220,7 @@ class Ranker(nn.Module):
         outputs_CK = self.head_second(F.relu(self.head_first(mixed_CKE))).squeeze(-1)
         return torch.where(self.fixed, self.fixed_output, outputs_CK)
 
-    def _crosses(
+    def _cross_features(
         self,
         viewer_dense: Tensor,
         viewer_categories: Tensor,

@@ -34,14 +34,14 @@ from reelway.pipelines.models.ranker import (
 )
 from reelway.platform.contracts.features import ID_HASHES
 
-HUGE = 1e30
+LARGE_LOGIT_CLIP = 1e30
 """``clamp(x * 1e30, -1, 1)`` is the sign of x. ONNX Runtime vectorises these two operations but not its ``Sign``.
 
 Below 1e-30 the logarithm is 0 in any case.
 """
 
 
-class ServedRanker(nn.Module):
+class InferenceRanker(nn.Module):
     """``RANKER_INPUTS`` of one viewer -> ``outputs_CK``, equal to ``Ranker.forward`` without ``viewer_index``."""
 
     viewer_weight: Tensor
@@ -70,33 +70,39 @@ class ServedRanker(nn.Module):
         products = CROSS_SCALE * parts[1].T + (width**0.5 * parts[3].T if coordinates else torch.zeros(width, 1))
         self.widths = [self.hidden] * self.experts + ([self.tasks * self.experts] if self.experts > 1 else [])
         # One matrix per expert and one for the gates: splitting a joint matrix at run time would copy it.
-        self._keep_parts("video_weight", parts[0].T[_in_order(ranker, plain)])
-        self._keep_parts("products_weight", products)
-        self._keep_parts("coordinates_weight", parts[2].T if coordinates else torch.zeros_like(products))
-        self._keep("viewer_weight", trunk.from_viewer.weight.detach().T[:, order_W])
-        self._keep("viewer_bias", trunk.from_viewer.bias.detach()[order_W])
-        self._keep("tasks_by_expert", torch.eye(self.tasks).repeat(1, self.experts))
+        self._register_parts("video_weight", parts[0].T[_reordered_rows(ranker, plain)])
+        self._register_parts("products_weight", products)
+        self._register_parts("coordinates_weight", parts[2].T if coordinates else torch.zeros_like(products))
+        self._register_buffer("viewer_weight", trunk.from_viewer.weight.detach().T[:, order_W])
+        self._register_buffer("viewer_bias", trunk.from_viewer.bias.detach()[order_W])
+        self._register_buffer("tasks_by_expert", torch.eye(self.tasks).repeat(1, self.experts))
         # The 1 at the end of every topic's row adds the viewer's row of the weights to every candidate.
-        self._keep("topics", F.pad(ranker.video_categories.tables[0].get_parameter("weight"), (0, 1), value=1.0))
+        self._register_buffer(
+            "topics", F.pad(ranker.video_categories.tables[0].get_parameter("weight"), (0, 1), value=1.0)
+        )
         # One table for all category columns of the viewer, column after column. The viewer's language selects the
         # columns that are appended to the video's language.
         tables = tuple(table.get_parameter("weight") for table in ranker.viewer_categories.tables)
-        self._keep("viewer_words", torch.cat(tables))
-        self._keep("first_word", torch.tensor([0, *itertools.accumulate(len(table) for table in tables[:-1])]))
-        self._keep("spoken", _spoken(len(ranker.video_categories.tables[1].get_parameter("weight"))))
+        self._register_buffer("viewer_words", torch.cat(tables))
+        self._register_buffer(
+            "first_word", torch.tensor([0, *itertools.accumulate(len(table) for table in tables[:-1])])
+        )
+        self._register_buffer(
+            "spoken", _language_match_table(len(ranker.video_categories.tables[1].get_parameter("weight")))
+        )
         # Row 0 belongs to no creator that training met. It holds 1/H of the unknown vector, because H rows are added.
         unknown, creators = ranker.creators.unknown, ranker.creators.table.weight
-        self._keep("creator_rows", torch.cat([unknown.unsqueeze(0) / ID_HASHES, creators[1:]]))
+        self._register_buffer("creator_rows", torch.cat([unknown.unsqueeze(0) / ID_HASHES, creators[1:]]))
         second = ranker.head_second  # a constant head ignores its inputs
-        self._keep("last_weight", second.weight * ~ranker.fixed[:, None, None])
-        self._keep("last_bias", torch.where(ranker.fixed, ranker.fixed_output, second.bias[:, 0]))
+        self._register_buffer("last_weight", second.weight * ~ranker.fixed[:, None, None])
+        self._register_buffer("last_bias", torch.where(ranker.fixed, ranker.fixed_output, second.bias[:, 0]))
 
-    def _keep(self, name: str, values: Tensor) -> None:
+    def _register_buffer(self, name: str, values: Tensor) -> None:
         self.register_buffer(name, values.detach().clone().contiguous())
 
-    def _keep_parts(self, name: str, matrix: Tensor) -> None:
+    def _register_parts(self, name: str, matrix: Tensor) -> None:
         for x, part in enumerate(_parts(matrix, self.widths)):
-            self._keep(f"{name}_{x}", part)
+            self._register_buffer(f"{name}_{x}", part)
 
     def forward(
         self,
@@ -111,7 +117,7 @@ class ServedRanker(nn.Module):
         """Returns ``outputs_CK``. Arguments are those of ``Ranker.forward``; the viewer's have one row."""
         ranker = self.ranker
         words = F.embedding(viewer_categories + self.first_word, self.viewer_words)
-        viewer = [*_scaled(ranker.viewer_dense, viewer_dense), words.flatten(1)]
+        viewer = [*_standardised(ranker.viewer_dense, viewer_dense), words.flatten(1)]
         if not ranker.config.similarity_only:
             viewer.append(viewer_embedding)
         first_1W = torch.addmm(self.viewer_bias, torch.cat(viewer, dim=-1), self.viewer_weight)
@@ -122,7 +128,7 @@ class ServedRanker(nn.Module):
         of_topic = torch.cat([_affinities(viewer_dense, self.ranker.dimensions.topics), self.topics], dim=-1)
         given_CI = torch.cat(
             [
-                *_scaled(ranker.video_dense, video_dense),
+                *_standardised(ranker.video_dense, video_dense),
                 F.embedding(video_categories[:, VIDEO_LANGUAGE], of_language),
                 _vectors(self.creator_rows, ranker.creators.row_of, creator_codes),
                 F.embedding(video_categories[:, VIDEO_TOPIC], of_topic),
@@ -131,7 +137,7 @@ class ServedRanker(nn.Module):
             dim=-1,
         )
         viewer_D1 = viewer_embedding.reshape(-1, 1)
-        mixed_KCE = self._mixed(
+        mixed_KCE = self._mix_experts(
             [self._first(x, given_CI, row, viewer_D1) for x, row in enumerate(_parts(first_1W, self.widths))]
         )
         heads = self.ranker.head_first
@@ -152,7 +158,7 @@ class ServedRanker(nn.Module):
         weight_IW = torch.cat([video, viewer_1W, coordinates + viewer_D1 * products])
         return torch.addmm(viewer_1W, given_CI, weight_IW, beta=0)
 
-    def _mixed(self, first: list[Tensor]) -> Tensor:
+    def _mix_experts(self, first: list[Tensor]) -> Tensor:
         """Returns the mixture of the experts for each task, ``[K, C, E]``; ``[1, C, E]`` for a shared bottom.
 
         Args:
@@ -180,7 +186,7 @@ def _gates_by_expert(experts: int, tasks: int, start: int) -> Tensor:
     return torch.cat([before, start + torch.arange(tasks * experts).view(tasks, experts).T.reshape(-1)])
 
 
-def _in_order(ranker: Ranker, plain: int) -> Tensor:
+def _reordered_rows(ranker: Ranker, plain: int) -> Tensor:
     """Returns the first layer's rows in the order in which ``forward`` concatenates the candidates' columns.
 
     The ranker's order is numbers, topic, language, creator, two topic crosses, two language crosses. Here the crosses
@@ -198,10 +204,10 @@ def _parts(matrix: Tensor, widths: list[int]) -> list[Tensor]:
     return [matrix[:, end - width : end] for end, width in zip(ends, widths, strict=True)]
 
 
-def _scaled(numbers: Standardiser, values: Tensor) -> list[Tensor]:
+def _standardised(numbers: Standardiser, values: Tensor) -> list[Tensor]:
     """Returns the two halves of ``Standardiser.forward``, computed with fewer operations."""
     missing = torch.isnan(values)
-    logs = torch.log1p(torch.abs(values)) * torch.clamp(values * HUGE, -1.0, 1.0)
+    logs = torch.log1p(torch.abs(values)) * torch.clamp(values * LARGE_LOGIT_CLIP, -1.0, 1.0)
     scaled = torch.clamp((logs - numbers.mean) / numbers.scale, -CLIP, CLIP)
     return [torch.where(missing, 0.0, scaled), missing.to(values.dtype)]
 
@@ -230,7 +236,7 @@ def _affinities(viewer_dense: Tensor, topics: int) -> Tensor:
     return CROSS_SCALE * torch.stack([affinity_T, F.relu(-affinity_T)], dim=-1)
 
 
-def _spoken(words: int) -> Tensor:
+def _language_match_table(words: int) -> Tensor:
     """Returns, for all pairs of languages, "same" and "other": ``[viewer's language, video's language * 2]``.
 
     Language 0 is unknown and gives neither. A request reads one row.

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 
-from reelway.pipelines.models.inputs import Categories, HashedIds, Standardiser
+from reelway.pipelines.models.inputs import CategoryEmbeddings, HashedIdEmbedding, Standardiser
 from reelway.platform.contracts.feature_dimensions import FeatureDimensions
 from reelway.platform.contracts.features import CONTENT_VECTORS, VIDEO_STATIC_DENSE, VIEWER_CATEGORIES
 
@@ -53,7 +53,7 @@ class TwoTowerConfig(BaseModel):
         return self
 
 
-class CausalLayer(nn.Module):
+class CausalTransformerLayer(nn.Module):
     """Pre-norm transformer layer (Xiong et al. 2020) that can compute the last slot alone, at 1/S of the cost."""
 
     def __init__(self, dim: int, heads: int, feedforward: int, dropout: float) -> None:
@@ -94,7 +94,7 @@ class HistoryEncoder(nn.Module):
     end. The request slot starts from the context and the latest token, so an empty history leaves the context alone.
     """
 
-    def __init__(self, config: TwoTowerConfig, dimensions: FeatureDimensions, ids: HashedIds) -> None:
+    def __init__(self, config: TwoTowerConfig, dimensions: FeatureDimensions, ids: HashedIdEmbedding) -> None:
         super().__init__()
         self.ids = ids
         self.length = min(config.history_length, dimensions.history_length)
@@ -103,7 +103,8 @@ class HistoryEncoder(nn.Module):
         self.latest = nn.Linear(config.dim, config.dim)
         self.dropout = nn.Dropout(config.dropout)
         self.layers = nn.ModuleList(
-            CausalLayer(config.dim, config.heads, config.feedforward, config.dropout) for _ in range(config.layers)
+            CausalTransformerLayer(config.dim, config.heads, config.feedforward, config.dropout)
+            for _ in range(config.layers)
         )
         self.norm = nn.LayerNorm(config.dim)
 
@@ -112,7 +113,7 @@ class HistoryEncoder(nn.Module):
         weights_BL, age_BL = weights_BL[:, -self.length :], age_BL[:, -self.length :]
         padded_BL = codes_BLH[..., 0] == 0
         length = codes_BLH.shape[1]
-        token_BLD = self.ids(codes_BLH) + self._manner(weights_BL, age_BL) + self.recency[-length:]
+        token_BLD = self.ids(codes_BLH) + self._interaction_features(weights_BL, age_BL) + self.recency[-length:]
         token_BLD = self.dropout(token_BLD) * (~padded_BL).unsqueeze(-1)
         x_BSD = torch.cat([token_BLD, (context_BD + self.latest(token_BLD[:, -1])).unsqueeze(1)], dim=1)
         blocked_BSS = self._blocked(padded_BL)
@@ -121,7 +122,7 @@ class HistoryEncoder(nn.Module):
         history_BD: Tensor = self.norm(x_BSD[:, -1])
         return history_BD
 
-    def _manner(self, weights_BL: Tensor, age_BL: Tensor) -> Tensor:
+    def _interaction_features(self, weights_BL: Tensor, age_BL: Tensor) -> Tensor:
         age_BL = torch.log1p(age_BL)
         parts = [
             weights_BL,
@@ -148,10 +149,12 @@ class HistoryEncoder(nn.Module):
 class ViewerTower(nn.Module):
     """``VIEWER_TOWER_INPUTS`` -> unit vector ``viewer_embedding_BD``."""
 
-    def __init__(self, config: TwoTowerConfig, dimensions: FeatureDimensions, ids: HashedIds) -> None:
+    def __init__(self, config: TwoTowerConfig, dimensions: FeatureDimensions, ids: HashedIdEmbedding) -> None:
         super().__init__()
         self.dense = Standardiser(len(dimensions.viewer_dense))
-        self.categories = Categories([dimensions.category_buckets] * len(VIEWER_CATEGORIES), config.category_dim)
+        self.categories = CategoryEmbeddings(
+            [dimensions.category_buckets] * len(VIEWER_CATEGORIES), config.category_dim
+        )
         width = 2 * self.dense.width + self.categories.out_width
         self.context = nn.Sequential(
             nn.Linear(width, config.context_hidden),
@@ -175,7 +178,7 @@ class ViewerTower(nn.Module):
         return F.normalize(self.out(history_BD) + context_BD, dim=-1, eps=1e-6)
 
 
-class Modality(nn.Module):
+class ModalityEncoder(nn.Module):
     """Projects one content vector; a learned vector replaces it if it is missing or, in training, dropped out."""
 
     def __init__(self, width: int, dim: int, dropout: float) -> None:
@@ -193,17 +196,17 @@ class Modality(nn.Module):
 class VideoTower(nn.Module):
     """``VIDEO_TOWER_INPUTS`` -> unit vector ``video_embedding_CD``."""
 
-    def __init__(self, config: TwoTowerConfig, dimensions: FeatureDimensions, ids: HashedIds) -> None:
+    def __init__(self, config: TwoTowerConfig, dimensions: FeatureDimensions, ids: HashedIdEmbedding) -> None:
         super().__init__()
         self.ids = ids
         creator_dim = config.dim // 2
-        self.creators = HashedIds(creator_dim, dimensions.id_buckets, dropout=config.id_dropout)
-        self.categories = Categories([dimensions.topics + 1, dimensions.category_buckets], config.category_dim)
+        self.creators = HashedIdEmbedding(creator_dim, dimensions.id_buckets, dropout=config.id_dropout)
+        self.categories = CategoryEmbeddings([dimensions.topics + 1, dimensions.category_buckets], config.category_dim)
         self.static = Standardiser(len(VIDEO_STATIC_DENSE))
         modality_dim = config.dim // 2
         self.modalities = nn.ModuleDict(
             {
-                name: Modality(width, modality_dim, config.modality_dropout)
+                name: ModalityEncoder(width, modality_dim, config.modality_dropout)
                 for name, width in dimensions.content.items()
                 if width
             }
@@ -246,7 +249,7 @@ class TwoTower(nn.Module):
         super().__init__()
         self.config = config
         self.dimensions = dimensions
-        ids = HashedIds(config.dim, dimensions.id_buckets, dropout=config.id_dropout)
+        ids = HashedIdEmbedding(config.dim, dimensions.id_buckets, dropout=config.id_dropout)
         self.viewer_tower = ViewerTower(config, dimensions, ids)
         self.video_tower = VideoTower(config, dimensions, ids)
         self.log_temperature = nn.Parameter(
@@ -254,7 +257,7 @@ class TwoTower(nn.Module):
         )
 
     @property
-    def ids(self) -> HashedIds:
+    def ids(self) -> HashedIdEmbedding:
         """The id table that both towers share."""
         return self.video_tower.ids
 

@@ -21,21 +21,21 @@ import aiohttp
 import numpy as np
 
 from reelway.pipelines.simulation.live_arms import CANARY
-from reelway.pipelines.simulation.live_report import ArmTally, TrafficTally
-from reelway.pipelines.simulation.live_viewers import LiveViewers, SeenSlate
+from reelway.pipelines.simulation.live_report import ArmTraffic, TrafficStatistics
+from reelway.pipelines.simulation.live_viewers import LiveViewers, ShownSlate
 from reelway.platform.durable import write_json
 
 MAX_OUTCOMES: Final = 1_000
 """Maximum outcomes per ``POST /v1/outcomes``."""
-REACT_EVERY_S: Final = 0.25
-LOOK_EVERY_S: Final = 0.5
-REPORT_EVERY_S: Final = 1.0
+REACTION_INTERVAL_S: Final = 0.25
+ROUTING_POLL_INTERVAL_S: Final = 0.5
+REPORT_INTERVAL_S: Final = 1.0
 IDLE_S: Final = 2.0
 """Connections that were idle for longer are not reused, because the service may be closing them."""
-OUTCOME_TRIES: Final = 4
+OUTCOME_ATTEMPTS: Final = 4
 _JSON: Final = {"Content-Type": "application/json"}
 
-Said = Callable[[dict[str, Any]], None]
+ReportCallback = Callable[[dict[str, Any]], None]
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class TrafficOptions:
     seconds: float | None = None
     count: int = 10
     timeout_s: float = 10.0
-    places: int = 256
+    max_in_flight: int = 256
     seed: int = 0
     report: Path | None = None
 
@@ -62,15 +62,17 @@ class LiveTraffic:
         said: called with the report about once a second.
     """
 
-    def __init__(self, options: TrafficOptions, viewers: LiveViewers, said: Said = lambda _: None) -> None:
+    def __init__(
+        self, options: TrafficOptions, viewers: LiveViewers, on_report: ReportCallback = lambda _: None
+    ) -> None:
         self._options = options
         self._viewers = viewers
-        self._said = said
+        self._said = on_report
         self._rng = np.random.default_rng(np.random.SeedSequence([options.seed, 11]))
-        self._tally = TrafficTally(options.url, options.rate)
-        self._places = asyncio.Semaphore(options.places)
+        self._tally = TrafficStatistics(options.url, options.rate)
+        self._places = asyncio.Semaphore(options.max_in_flight)
         self._under_way: set[asyncio.Task[None]] = set()
-        self._shown: list[tuple[SeenSlate, ArmTally]] = []
+        self._shown: list[tuple[ShownSlate, ArmTraffic]] = []
         self._arriving: asyncio.Task[None] | None = None
 
     def stop(self) -> None:
@@ -81,12 +83,16 @@ class LiveTraffic:
     async def run(self) -> dict[str, Any]:
         """Sends until ``seconds`` have passed or ``stop`` is called. Writes and returns the report."""
         options = self._options
-        connections = aiohttp.TCPConnector(limit=options.places + 8, keepalive_timeout=IDLE_S)
+        connections = aiohttp.TCPConnector(limit=options.max_in_flight + 8, keepalive_timeout=IDLE_S)
         timeout = aiohttp.ClientTimeout(total=options.timeout_s)
         async with aiohttp.ClientSession(options.url, connector=connections, timeout=timeout) as client:
-            self._arriving = asyncio.create_task(self._arrive(client))
-            every = ((REACT_EVERY_S, self._react), (LOOK_EVERY_S, self._look), (REPORT_EVERY_S, self._tell))
-            repeated = [asyncio.create_task(_repeat(period_s, work, client)) for period_s, work in every]
+            self._arriving = asyncio.create_task(self._generate_arrivals(client))
+            every = (
+                (REACTION_INTERVAL_S, self._send_reactions),
+                (ROUTING_POLL_INTERVAL_S, self._poll_routing),
+                (REPORT_INTERVAL_S, self._report_progress),
+            )
+            repeated = [asyncio.create_task(_run_periodically(period_s, work, client)) for period_s, work in every]
             try:
                 # the periodic tasks end only with an exception
                 await asyncio.wait([self._arriving, *repeated], return_when=asyncio.FIRST_COMPLETED)
@@ -98,12 +104,12 @@ class LiveTraffic:
                 if isinstance(end, BaseException) and not isinstance(end, asyncio.CancelledError):
                     raise end
             await asyncio.gather(*self._under_way)
-            await self._react(client)
+            await self._send_reactions(client)
             await asyncio.gather(*self._under_way)
-            await self._look(client)
+            await self._poll_routing(client)
         return await self._write(running=False)
 
-    async def _arrive(self, client: aiohttp.ClientSession) -> None:
+    async def _generate_arrivals(self, client: aiohttp.ClientSession) -> None:
         """Starts requests at random times (a Poisson process), ``rate`` per second on average."""
         due = time.monotonic()
         until = math.inf if self._options.seconds is None else due + self._options.seconds
@@ -116,41 +122,41 @@ class LiveTraffic:
                 self._tally.held_back += 1
             await self._places.acquire()
             viewer_id, device = self._viewers.next_viewer()
-            self._start(self._ask(client, viewer_id, device, due))
+            self._start(self._request_slate(client, viewer_id, device, due))
 
     def _start(self, work: Any) -> None:
         task = asyncio.ensure_future(work)
         self._under_way.add(task)
         task.add_done_callback(self._under_way.discard)
 
-    async def _ask(self, client: aiohttp.ClientSession, viewer_id: int, device: str, due: float) -> None:
+    async def _request_slate(self, client: aiohttp.ClientSession, viewer_id: int, device: str, due: float) -> None:
         """Requests one slate. Latency counts from the scheduled time and includes the wait for ``max_in_flight``."""
         sent_s = time.time()
         body = {"viewer_id": viewer_id, "count": self._options.count, "context": {"device": device}}
         try:
             status, answer = await _post(client, "/v1/recommend", body)
         except (aiohttp.ClientError, TimeoutError) as error:
-            self._tally.fault(f"viewer {viewer_id}: {type(error).__name__}: {error}")
+            self._tally.record_failure(f"viewer {viewer_id}: {type(error).__name__}: {error}")
             return
         finally:
             self._places.release()
         took_ms = 1000 * (time.monotonic() - due)
         if status != HTTPStatus.OK:
-            self._tally.fault(f"viewer {viewer_id}: {status} {answer[:200]!r}")
+            self._tally.record_failure(f"viewer {viewer_id}: {status} {answer[:200]!r}")
             return
         slate = json.loads(answer)
         release, arm, videos = slate["release"], slate["arm"], slate["videos"]
-        tally = self._tally.answered(release, arm, viewer_id, slate["degraded"], sent_s, took_ms)
-        seen = SeenSlate(viewer_id, [video["video_id"] for video in videos], [video["token"] for video in videos])
+        tally = self._tally.record_response(release, arm, viewer_id, slate["degraded"], sent_s, took_ms)
+        seen = ShownSlate(viewer_id, [video["video_id"] for video in videos], [video["token"] for video in videos])
         self._shown.append((seen, tally))
 
-    async def _react(self, client: aiohttp.ClientSession) -> None:
+    async def _send_reactions(self, client: aiohttp.ClientSession) -> None:
         """Draws reactions to all slates since the last call and sends their outcomes in batches."""
         shown, self._shown = self._shown, []
-        reactions = self._viewers.react([slate for slate, _ in shown], self._viewers.moment_s())
+        reactions = self._viewers.react([slate for slate, _ in shown], self._viewers.simulated_time_s())
         outcomes: list[dict[str, Any]] = []
         for (_, tally), reaction in zip(shown, reactions, strict=True):
-            self._tally.reacted(tally, reaction)
+            self._tally.record_reaction(tally, reaction)
             outcomes += reaction.outcomes
         for first in range(0, len(outcomes), MAX_OUTCOMES):
             self._start(self._send(client, outcomes[first : first + MAX_OUTCOMES]))
@@ -158,7 +164,7 @@ class LiveTraffic:
     async def _send(self, client: aiohttp.ClientSession, outcomes: list[dict[str, Any]]) -> None:
         """Sends outcomes with retries until they are acknowledged; the service ignores duplicates."""
         problem = ""
-        for attempt in range(OUTCOME_TRIES):
+        for attempt in range(OUTCOME_ATTEMPTS):
             if attempt:
                 await asyncio.sleep(0.25 * 2**attempt)
             try:
@@ -175,9 +181,9 @@ class LiveTraffic:
             if status < HTTPStatus.INTERNAL_SERVER_ERROR and status != HTTPStatus.TOO_MANY_REQUESTS:
                 break
         self._tally.outcome_posts_failed += 1
-        self._tally.example(f"{len(outcomes)} outcomes: {problem}")
+        self._tally.record_example(f"{len(outcomes)} outcomes: {problem}")
 
-    async def _look(self, client: aiohttp.ClientSession) -> None:
+    async def _poll_routing(self, client: aiohttp.ClientSession) -> None:
         """Reads from the service which canaries have traffic."""
         asked_s = time.time()
         try:
@@ -188,9 +194,9 @@ class LiveTraffic:
         if status == HTTPStatus.OK:
             routes = json.loads(body)["releases"]
             canaries = {r["release"] for r in routes if r["arm"] == CANARY and r["weight_basis_points"] > 0}
-            self._tally.arms.looked(frozenset(canaries), asked_s)
+            self._tally.arms.record_routing(frozenset(canaries), asked_s)
 
-    async def _tell(self, _: aiohttp.ClientSession) -> None:
+    async def _report_progress(self, _: aiohttp.ClientSession) -> None:
         self._said(await self._write(running=True))
 
     async def _write(self, *, running: bool) -> dict[str, Any]:
@@ -206,7 +212,9 @@ async def _post(client: aiohttp.ClientSession, path: str, body: dict[str, Any]) 
         return answer.status, await answer.read()
 
 
-async def _repeat(period_s: float, work: Callable[[Any], Awaitable[None]], client: aiohttp.ClientSession) -> None:
+async def _run_periodically(
+    period_s: float, work: Callable[[Any], Awaitable[None]], client: aiohttp.ClientSession
+) -> None:
     while True:
         await asyncio.sleep(period_s)
         await work(client)

@@ -18,7 +18,7 @@ SHOWN: Final = 10
 
 
 @dataclass
-class ArmLedger:
+class ArmStickinessCheck:
     """Counts arm changes that neither a monotone ramp nor the end of a rollout explains."""
 
     changes: int = 0
@@ -27,7 +27,7 @@ class ArmLedger:
     _back: dict[str, list[tuple[float, int, str]]] = field(default_factory=dict)
     """Canary release -> viewers who left it (time, viewer, new arm), until the reason is known."""
 
-    def answered(self, viewer_id: int, release: str, arm: str, at_s: float) -> None:
+    def record_response(self, viewer_id: int, release: str, arm: str, at_s: float) -> None:
         """Records the release and arm of a response to a request sent at ``at_s``."""
         before = self._last.get(viewer_id)
         now = (release, arm)
@@ -37,7 +37,7 @@ class ArmLedger:
         if before is not None and before[1] == CANARY:
             self._back.setdefault(before[0], []).append((at_s, viewer_id, f"{short_id(release)} ({arm})"))
 
-    def looked(self, canaries: frozenset[str], at_s: float) -> None:
+    def record_routing(self, canaries: frozenset[str], at_s: float) -> None:
         """Records the canaries that have traffic at ``at_s`` according to the service."""
         for canary in list(self._back):
             if canary not in canaries:

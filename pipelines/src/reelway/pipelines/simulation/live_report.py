@@ -13,7 +13,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from reelway.pipelines.simulation.live_arms import ArmLedger
+from reelway.pipelines.simulation.live_arms import ArmStickinessCheck
 from reelway.pipelines.simulation.live_viewers import Reaction
 
 EXAMPLES: Final = 10
@@ -21,7 +21,7 @@ PERCENTILES: Final = (50, 95, 99)
 
 
 @dataclass
-class ArmTally:
+class ArmTraffic:
     """Statistics of one release on one arm."""
 
     requests: int = 0
@@ -47,7 +47,7 @@ class ArmTally:
 
 
 @dataclass
-class TrafficTally:
+class TrafficStatistics:
     """Statistics of one run of live traffic."""
 
     url: str
@@ -56,12 +56,12 @@ class TrafficTally:
     failed: int = 0
     failures: list[str] = field(default_factory=list)
     held_back: int = 0
-    by_release: dict[tuple[str, str], ArmTally] = field(default_factory=dict)
+    by_release: dict[tuple[str, str], ArmTraffic] = field(default_factory=dict)
     outcomes_sent: int = 0
     outcomes_answered: Counter[str] = field(default_factory=Counter)
     outcome_posts: int = 0
     outcome_posts_failed: int = 0
-    arms: ArmLedger = field(default_factory=ArmLedger)
+    arms: ArmStickinessCheck = field(default_factory=ArmStickinessCheck)
     _clock: float = field(default_factory=time.monotonic)
     _cpu: float = field(default_factory=time.process_time)
 
@@ -70,30 +70,30 @@ class TrafficTally:
         """Completed and failed requests."""
         return self.failed + sum(arm.requests for arm in self.by_release.values())
 
-    def answered(
+    def record_response(
         self, release: str, arm: str, viewer_id: int, degraded: list[str], sent_s: float, took_ms: float
-    ) -> ArmTally:
+    ) -> ArmTraffic:
         """Records a slate."""
-        tally = self.by_release.setdefault((release, arm), ArmTally())
-        tally.requests += 1
-        tally.viewers.add(viewer_id)
-        tally.latency_ms.append(took_ms)
-        tally.degraded.update(degraded)
-        self.arms.answered(viewer_id, release, arm, sent_s)
-        return tally
+        statistics = self.by_release.setdefault((release, arm), ArmTraffic())
+        statistics.requests += 1
+        statistics.viewers.add(viewer_id)
+        statistics.latency_ms.append(took_ms)
+        statistics.degraded.update(degraded)
+        self.arms.record_response(viewer_id, release, arm, sent_s)
+        return statistics
 
-    def reacted(self, tally: ArmTally, reaction: Reaction) -> None:
+    def record_reaction(self, statistics: ArmTraffic, reaction: Reaction) -> None:
         """Records a viewer's reaction to a slate."""
-        tally.looked_at += reaction.looked_at
-        tally.long_watches += reaction.long_watches
-        tally.watch_s += reaction.watch_s
+        statistics.looked_at += reaction.looked_at
+        statistics.long_watches += reaction.long_watches
+        statistics.watch_s += reaction.watch_s
 
-    def fault(self, what: str) -> None:
+    def record_failure(self, what: str) -> None:
         """Records a failed request."""
         self.failed += 1
-        self.example(what)
+        self.record_example(what)
 
-    def example(self, what: str) -> None:
+    def record_example(self, what: str) -> None:
         """Keeps the message if it is one of the first ``EXAMPLES`` failures."""
         if len(self.failures) < EXAMPLES:
             self.failures.append(f"{time.time() - self.started_at:.1f} s: {what}"[:500])
@@ -101,9 +101,9 @@ class TrafficTally:
     def report(self, *, running: bool) -> dict[str, Any]:
         """Returns the report as JSON-serialisable values."""
         by_arm: dict[str, array[float]] = {}
-        for (_, arm), tally in self.by_release.items():
-            by_arm.setdefault(arm, array("d")).extend(tally.latency_ms)
-        viewers: set[int] = set().union(*(tally.viewers for tally in self.by_release.values()))
+        for (_, arm), statistics in self.by_release.items():
+            by_arm.setdefault(arm, array("d")).extend(statistics.latency_ms)
+        viewers: set[int] = set().union(*(statistics.viewers for statistics in self.by_release.values()))
         elapsed_s = time.monotonic() - self._clock
         return {
             "url": self.url,
@@ -119,7 +119,8 @@ class TrafficTally:
             "viewers": len(viewers),
             "latency_ms": {arm: percentiles(values) for arm, values in sorted(by_arm.items())},
             "releases": [
-                {"release": release, "arm": arm, **tally.summary()} for (release, arm), tally in self.by_release.items()
+                {"release": release, "arm": arm, **statistics.summary()}
+                for (release, arm), statistics in self.by_release.items()
             ],
             "outcomes": {
                 "sent": self.outcomes_sent,

@@ -32,12 +32,12 @@ from reelway.platform.errors import ConfigError, DataError
 
 I64 = NDArray[np.int64]
 
-_BLOCK: Final = 1024
+_DRAW_BATCH: Final = 1024
 _DEVICE_SHARES: Final = (0.85, 0.1, 0.05)
 
 
 @dataclass(frozen=True, slots=True)
-class SeenSlate:
+class ShownSlate:
     """Videos and impression tokens of one slate, top first."""
 
     viewer_id: int
@@ -55,7 +55,7 @@ class Reaction:
     watch_s: float
 
 
-def world_of(dataset_info: dict[str, Any]) -> World:
+def load_world(dataset_info: dict[str, Any]) -> World:
     """Returns the world of a run's simulated data set, from its ``dataset.json``.
 
     Raises:
@@ -85,7 +85,7 @@ class LiveViewers:
         self._rng = np.random.default_rng(np.random.SeedSequence([world.seed, seed, 9]))
         reaches_s = world.end_s + TREND_MARGIN_D * DAY_S / 2
         self._behind_s = 0.0 if world.end_s <= now_s <= reaches_s else now_s - world.end_s
-        there = world.available_viewers(self.moment_s(now_s))
+        there = world.available_viewers(self.simulated_time_s(now_s))
         if count is not None:
             if not 1 <= count <= len(there):
                 raise ConfigError(f"--viewers {count} is outside 1..{len(there)}: viewers with an account")
@@ -100,19 +100,21 @@ class LiveViewers:
         """Number of viewers."""
         return len(self._ids)
 
-    def moment_s(self, now_s: float | None = None) -> float:
+    def simulated_time_s(self, now_s: float | None = None) -> float:
         """Returns the simulated time at ``now_s``, by default now; see the module's docstring."""
         return (time.time() if now_s is None else now_s) - self._behind_s
 
     def next_viewer(self) -> tuple[int, str]:
         """Draws a viewer in proportion to the viewers' activity, and a device."""
         if not self._next:
-            place = np.searchsorted(self._until, self._rng.random(_BLOCK), side="right").clip(max=len(self._ids) - 1)
-            device = self._rng.choice(len(DEVICES), _BLOCK, p=_DEVICE_SHARES)
+            place = np.searchsorted(self._until, self._rng.random(_DRAW_BATCH), side="right").clip(
+                max=len(self._ids) - 1
+            )
+            device = self._rng.choice(len(DEVICES), _DRAW_BATCH, p=_DEVICE_SHARES)
             self._next = [(int(v), DEVICES[d]) for v, d in zip(self._ids[place], device, strict=True)]
         return self._next.pop()
 
-    def react(self, slates: Sequence[SeenSlate], moment_s: float) -> list[Reaction]:
+    def react(self, slates: Sequence[ShownSlate], moment_s: float) -> list[Reaction]:
         """Draws one reaction per slate, shown at the simulated time ``moment_s``.
 
         Raises:
@@ -134,7 +136,7 @@ class LiveViewers:
         return _reactions(slates, responses, self._world.videos.duration_ms[np.maximum(video_BS - 1, 0)])
 
 
-def _reactions(slates: Sequence[SeenSlate], found: Responses, duration_ms: NDArray[np.int32]) -> list[Reaction]:
+def _reactions(slates: Sequence[ShownSlate], found: Responses, duration_ms: NDArray[np.int32]) -> list[Reaction]:
     enough_ms = np.minimum(LONG_WATCH_RATIO * duration_ms, LONG_WATCH_CAP_MS)
     long_B = (found.examined & (found.watch_ms >= enough_ms)).sum(axis=1).tolist()
     looked_B = found.examined.sum(axis=1).tolist()

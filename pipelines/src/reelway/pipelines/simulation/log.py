@@ -18,7 +18,7 @@ from reelway.pipelines.datasets.store import Dataset
 from reelway.pipelines.simulation.config import SimulationConfig
 from reelway.pipelines.simulation.logging_policy import SOURCES, LoggingPolicy
 from reelway.pipelines.simulation.population import DIMENSIONS
-from reelway.pipelines.simulation.responses import Responses, Shown, responses_to_events
+from reelway.pipelines.simulation.responses import Responses, ShownSlates, responses_to_events
 from reelway.pipelines.simulation.traffic import DEVICES, draw_requests
 from reelway.pipelines.simulation.world import World
 
@@ -29,16 +29,16 @@ Progress = Callable[[int, int], None]
 """Called with the number of completed requests and the total."""
 
 
-def _quiet(_done: int, _all: int) -> None:
+def _ignore_progress(_done: int, _all: int) -> None:
     return None
 
 
-def simulate(config: SimulationConfig, seed: int, *, progress: Progress = _quiet) -> Dataset:
+def simulate(config: SimulationConfig, seed: int, *, progress: Progress = _ignore_progress) -> Dataset:
     """Simulates about ``config.impressions`` impressions (complete slates) and their outcomes."""
-    return log_traffic(World(config, seed), progress=progress)
+    return simulate_traffic_log(World(config, seed), progress=progress)
 
 
-def log_traffic(world: World, *, progress: Progress = _quiet) -> Dataset:
+def simulate_traffic_log(world: World, *, progress: Progress = _ignore_progress) -> Dataset:
     """Simulates traffic in an existing world."""
     config = world.config
     rng = np.random.default_rng(np.random.SeedSequence([world.seed, 1]))
@@ -58,7 +58,7 @@ def log_traffic(world: World, *, progress: Progress = _quiet) -> Dataset:
         policy.learn(answers[-1][0], responses[-1])
         progress(int(end), len(requests.time_s))
     slates, propensity, source = (np.concatenate(column) for column in zip(*answers, strict=True))
-    shown = Shown(
+    shown = ShownSlates(
         request_id=np.arange(len(requests.time_s), dtype=np.int64),
         viewer_ids=requests.viewer_ids,
         slates=slates,

@@ -24,7 +24,7 @@ F64 = NDArray[np.float64]
 I64 = NDArray[np.int64]
 
 SOURCES: Final = ("popular", "topic", "explore", "fresh")
-_SPARE_DRAWS: Final = 8
+_EXTRA_DRAWS: Final = 8
 _HALF_LIFE_S: Final = 1.5 * 86_400.0
 _PRIOR_COUNT: Final = 1.5
 _POWER: Final = 0.9
@@ -111,7 +111,7 @@ class LoggingPolicy:
         self, viewer_ids: I64, shares_BC: F64, profile_BP: F64, rng: np.random.Generator
     ) -> tuple[I64, NDArray[np.int8]]:
         """Draws independently from the mixture; returns video rows and sources ``[B, D]``."""
-        period, shape = self._period, (len(viewer_ids), self._world.config.slate + _SPARE_DRAWS)
+        period, shape = self._period, (len(viewer_ids), self._world.config.slate + _EXTRA_DRAWS)
         which = rng.random(shape)
         until_BC = np.cumsum(shares_BC, axis=1)
         source = np.zeros(shape, dtype=np.int8)

@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from reelway.pipelines.datasets.columns import times, words
+from reelway.pipelines.datasets.columns import dictionary_column, time_column
 from reelway.platform.contracts.events import IMPRESSIONS, OUTCOMES, OutcomeType
 
 F32 = NDArray[np.float32]
@@ -25,7 +25,7 @@ I64 = NDArray[np.int64]
 Bools = NDArray[np.bool_]
 
 SCROLL_MS: Final = 400.0
-_STAY_BORED, _STAY_HAPPY = 0.93, 0.995
+_CONTINUE_IF_BORED, _CONTINUE_IF_PLEASED = 0.93, 0.995
 """Probability of continuing after a video that was not enjoyed or was enjoyed."""
 _SKIPPED_MS: Final = 1_900.0
 """Mean watch time of a video that was not enjoyed."""
@@ -56,29 +56,31 @@ class Responses:
         return float(self.watch_ms.sum(dtype=np.float64) / 1000.0 / max(int(self.present.sum()), 1))
 
 
-def expected_watch_ms(enjoy: F32, duration_ms: F32) -> F32:
+def expected_watch_ms(enjoy_probability: F32, duration_ms: F32) -> F32:
     """Returns the mean of ``watch_ms`` if the video is examined, consistent with ``draw_responses``."""
     bored: F32 = np.minimum(np.float32(_SKIPPED_MS), 0.5 * duration_ms)
-    mean: F32 = enjoy * 0.95 * duration_ms + (1 - enjoy) * bored
+    mean: F32 = enjoy_probability * 0.95 * duration_ms + (1 - enjoy_probability) * bored
     return mean
 
 
-def react(
-    rng: np.random.Generator, *, present: Bools, enjoy: F32, duration_ms: F32, quality: F32, reactivity: F32
+def draw_responses(
+    rng: np.random.Generator, *, present: Bools, enjoy_probability: F32, duration_ms: F32, quality: F32, reactivity: F32
 ) -> Responses:
     """Draws responses. Shapes ``[B, S]``, ``reactivity`` ``[B]``."""
 
     def chance() -> F32:
-        return rng.random(enjoy.shape, dtype=np.float32)
+        return rng.random(enjoy_probability.shape, dtype=np.float32)
 
-    enjoyed = chance() < enjoy
-    stay = chance() < np.where(enjoyed, np.float32(_STAY_HAPPY), np.float32(_STAY_BORED))
+    enjoyed = chance() < enjoy_probability
+    stay = chance() < np.where(enjoyed, np.float32(_CONTINUE_IF_PLEASED), np.float32(_CONTINUE_IF_BORED))
     examined = present.copy()
     examined[:, 1:] &= np.logical_and.accumulate(stay, axis=1)[:, :-1]
     enjoyed &= examined
 
     ratio = 0.75 + 0.4 * chance()  # beyond 1 the video loops
-    bored_ms = np.minimum(rng.standard_exponential(enjoy.shape, dtype=np.float32) * _SKIPPED_MS, 0.65 * duration_ms)
+    bored_ms = np.minimum(
+        rng.standard_exponential(enjoy_probability.shape, dtype=np.float32) * _SKIPPED_MS, 0.65 * duration_ms
+    )
     watch_ms: F32 = np.where(enjoyed, ratio * duration_ms, np.maximum(bored_ms, 150.0)).astype(np.float32)
     watch_ms[~examined] = 0.0
     spent_ms = np.where(examined, watch_ms + np.float32(SCROLL_MS), np.float32(1.0))
@@ -86,8 +88,8 @@ def react(
     np.cumsum(spent_ms[:, :-1], axis=1, out=shown_ms[:, 1:])
 
     bored = examined & ~enjoyed
-    keen = reactivity[:, None] * (0.3 + 0.7 * enjoy)
-    disgust = np.float32(1.0) - enjoy
+    keen = reactivity[:, None] * (0.3 + 0.7 * enjoy_probability)
+    disgust = np.float32(1.0) - enjoy_probability
     return Responses(
         present=present,
         examined=examined,
@@ -106,7 +108,7 @@ def react(
 
 
 @dataclass(frozen=True)
-class Shown:
+class ShownSlates:
     """Requests and their slates, for the event tables. ``[B]`` or ``[B, S]``."""
 
     request_id: I64  # [B]
@@ -123,7 +125,7 @@ class Shown:
 
 
 def responses_to_events(
-    shown: Shown, responses: Responses, *, first_impression_id: int = 0, first_outcome_id: int = 0
+    shown: ShownSlates, responses: Responses, *, first_impression_id: int = 0, first_outcome_id: int = 0
 ) -> tuple[pa.Table, pa.Table]:
     """Returns the impressions and outcomes tables, each sorted by time, then id. Pads have no row."""
     row, place = np.nonzero(responses.present)
@@ -140,12 +142,12 @@ def responses_to_events(
         "viewer_id": viewer,
         "video_id": video,
         "position": place.astype(np.int16),
-        "event_time": times(shown_us),
-        "release": words(one, [shown.release]),
-        "arm": words(one, [shown.arm]),
-        "source": words(shown.source[row, place], shown.sources),
+        "event_time": time_column(shown_us),
+        "release": dictionary_column(one, [shown.release]),
+        "arm": dictionary_column(one, [shown.arm]),
+        "source": dictionary_column(shown.source[row, place], shown.sources),
         "propensity": shown.propensity[row, place],
-        "device": words(shown.device[row], shown.devices),
+        "device": dictionary_column(shown.device[row], shown.devices),
     }
     watch_ms = responses.watch_ms[row, place]
     flags = [getattr(responses, name)[row, place] for name in FLAGS]
@@ -178,9 +180,9 @@ def _outcomes(
             "impression_id": impression_id[row],
             "viewer_id": viewer[row],
             "video_id": video[row],
-            "type": words(kind, [OutcomeType.WATCH.value, *FLAGS]),
+            "type": dictionary_column(kind, [OutcomeType.WATCH.value, *FLAGS]),
             "value": np.where(kind == 0, watch_ms[row], np.float32(1.0)).astype(np.float32),
-            "event_time": times(at_us),
+            "event_time": time_column(at_us),
         },
         schema=OUTCOMES,
     )

@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from reelway.pipelines.datasets.columns import times, vectors
+from reelway.pipelines.datasets.columns import list_column, time_column
 from reelway.pipelines.simulation.config import DAY_S, SimulationConfig
 from reelway.pipelines.simulation.population import (
     LANGUAGES,
@@ -30,7 +30,7 @@ from reelway.pipelines.simulation.population import (
     draw_videos,
     draw_viewers,
 )
-from reelway.pipelines.simulation.responses import Responses, react
+from reelway.pipelines.simulation.responses import Responses, draw_responses
 from reelway.platform.contracts.events import CREATORS, VIDEOS, VIEWERS
 from reelway.platform.errors import DataError
 
@@ -97,10 +97,10 @@ class World:
         moment_s = np.broadcast_to(np.asarray(time_s, dtype=np.float64), viewer_ids.shape)
         enjoy_BS = self.enjoyment(viewer_ids, slates, moment_s)
         video = np.maximum(slates - 1, 0)
-        return react(
+        return draw_responses(
             rng,
             present=slates != PAD,
-            enjoy=enjoy_BS,
+            enjoy_probability=enjoy_BS,
             duration_ms=self.videos.duration_ms[video].astype(np.float32),
             quality=self.videos.quality[video],
             reactivity=self.viewers.reactivity[viewer_ids - 1],
@@ -111,7 +111,7 @@ class World:
 
         The probability is 0 for a video that is not uploaded yet or occurs earlier in the slate.
         """
-        self._refuse_unknown(viewer_ids, slates)
+        self._check_ids(viewer_ids, slates)
         video = np.maximum(slates - 1, 0)
         logit_BS = np.matmul(self._video_MK[video], self.viewer_vectors(viewer_ids, time_s)[:, :, None])[:, :, 0]
         logit_BS += self._video_base_M[video]
@@ -129,7 +129,7 @@ class World:
 
     def enjoyment_of_all(self, viewer_ids: I64, time_s: float) -> F32:
         """Returns the probability for every video in the first position, ``[B, M]``, for the oracle policy."""
-        self._refuse_unknown(viewer_ids, np.zeros((0, 1), dtype=np.int64))
+        self._check_ids(viewer_ids, np.zeros((0, 1), dtype=np.int64))
         moment_s = np.full(len(viewer_ids), time_s)
         logit_BM = self.viewer_vectors(viewer_ids, moment_s) @ self._video_MK.T + self._video_base_M
         logit_BM += self._foreign(viewer_ids, np.broadcast_to(self.videos.language, logit_BM.shape))
@@ -156,7 +156,7 @@ class World:
         penalty: F32 = np.float32(_FOREIGN) * foreign
         return penalty
 
-    def _refuse_unknown(self, viewer_ids: I64, slates: I64) -> None:
+    def _check_ids(self, viewer_ids: I64, slates: I64) -> None:
         for name, ids, count, least in (
             ("viewer", viewer_ids, self.config.viewers, 1),
             ("video", slates[slates != PAD], self.config.videos, 1),
@@ -173,9 +173,9 @@ class World:
             {
                 "viewer_id": np.arange(1, self.config.viewers + 1),
                 "created_at": _seconds(self.viewers.created_s),
-                "region": _named(self.viewers.region, REGIONS),
-                "language": _named(self.viewers.language, LANGUAGES),
-                "segment": _named(self.viewers.segment, SEGMENTS),
+                "region": _string_column(self.viewers.region, REGIONS),
+                "language": _string_column(self.viewers.language, LANGUAGES),
+                "segment": _string_column(self.viewers.segment, SEGMENTS),
             },
             schema=VIEWERS,
         )
@@ -201,11 +201,11 @@ class World:
                 "uploaded_at": _seconds(videos.uploaded_s),
                 "duration_ms": videos.duration_ms,
                 "topic": videos.topic,
-                "language": _named(videos.language, LANGUAGES),
+                "language": _string_column(videos.language, LANGUAGES),
                 "title": pa.array(videos.titles, pa.string()),
-                "visual": vectors(videos.visual, videos.has_visual),
-                "audio": vectors(videos.audio, videos.has_audio),
-                "text": vectors(videos.text, videos.has_text),
+                "visual": list_column(videos.visual, videos.has_visual),
+                "audio": list_column(videos.audio, videos.has_audio),
+                "text": list_column(videos.text, videos.has_text),
             },
             schema=VIDEOS,
         )
@@ -224,8 +224,8 @@ def _trends(rng: np.random.Generator, config: SimulationConfig) -> F32:
 
 
 def _seconds(time_s: F64) -> pa.Array:
-    return times(np.rint(time_s * 1e6).astype(np.int64))
+    return time_column(np.rint(time_s * 1e6).astype(np.int64))
 
 
-def _named(codes: NDArray[np.int32], names: tuple[str, ...]) -> pa.Array:
+def _string_column(codes: NDArray[np.int32], names: tuple[str, ...]) -> pa.Array:
     return pa.array(names, pa.string()).take(pa.array(codes, mask=codes < 0))

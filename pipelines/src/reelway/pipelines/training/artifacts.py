@@ -27,11 +27,11 @@ from reelway.pipelines.models.ranker import Ranker, RankerConfig
 from reelway.pipelines.models.two_tower import TwoTower, TwoTowerConfig
 from reelway.platform.contracts.calibration import Calibration
 from reelway.platform.contracts.feature_dimensions import FeatureDimensions
-from reelway.platform.durable import whole_file, write_json
+from reelway.platform.durable import atomic_file, write_json
 from reelway.platform.errors import MalformedFileError, TrainingError
 
-CALIBRATION: Final = "calibration.json"
-INFO: Final = "training.json"
+CALIBRATION_FILE: Final = "calibration.json"
+TRAINING_INFO_FILE: Final = "training.json"
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ class TrainedModels:
 def save_models(models: TrainedModels, folder: Path) -> None:
     """Writes all files, each atomically and ``training.json`` last."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / INFO).unlink(missing_ok=True)
+    (folder / TRAINING_INFO_FILE).unlink(missing_ok=True)
     dimensions = dataclasses.asdict(models.dimensions)
     tower = {"config": models.two_tower.config.model_dump(), "dimensions": dimensions}
     _save(models.two_tower, tower, folder, "two_tower")
@@ -99,8 +99,8 @@ def save_models(models: TrainedModels, folder: Path) -> None:
         "embedding_dim": models.ranker.embedding_dim,
     }
     _save(models.ranker, ranker_config, folder, "ranker")
-    write_json(folder / CALIBRATION, models.calibration.model_dump(mode="json"))
-    write_json(folder / INFO, models.info.to_dict())
+    write_json(folder / CALIBRATION_FILE, models.calibration.model_dump(mode="json"))
+    write_json(folder / TRAINING_INFO_FILE, models.info.to_dict())
 
 
 def load_models(models_dir: Path) -> TrainedModels:
@@ -110,8 +110,8 @@ def load_models(models_dir: Path) -> TrainedModels:
         TrainingError: if the folder holds no finished training.
         MalformedFileError: if a file is damaged or does not fit its configuration.
     """
-    if not (models_dir / INFO).exists():
-        raise TrainingError(f"{models_dir}: no {INFO}, so no finished training; run `reelway train`")
+    if not (models_dir / TRAINING_INFO_FILE).exists():
+        raise TrainingError(f"{models_dir}: no {TRAINING_INFO_FILE}, so no finished training; run `reelway train`")
     with _described_by(models_dir / "two_tower.json") as about:
         two_tower = TwoTower(TwoTowerConfig(**about["config"]), FeatureDimensions(**about["dimensions"]))
     _load(two_tower, models_dir / "two_tower.npz")
@@ -119,15 +119,15 @@ def load_models(models_dir: Path) -> TrainedModels:
         dimensions = FeatureDimensions(**about["dimensions"])
         ranker = Ranker(RankerConfig(**about["config"]), about["embedding_dim"], dimensions)
     _load(ranker, models_dir / "ranker.npz")
-    calibration = Calibration.model_validate(_read_json(models_dir / CALIBRATION))
-    info = TrainingInfo.from_dict(_read_json(models_dir / INFO))
+    calibration = Calibration.model_validate(_read_json(models_dir / CALIBRATION_FILE))
+    info = TrainingInfo.from_dict(_read_json(models_dir / TRAINING_INFO_FILE))
     return TrainedModels(two_tower, ranker, calibration, info)
 
 
 def _save(model: nn.Module, about: dict[str, Any], folder: Path, name: str) -> None:
     write_json(folder / f"{name}.json", about)
     state = {key: value.detach().cpu().numpy() for key, value in model.state_dict().items()}
-    with whole_file(folder / f"{name}.npz") as aside, aside.open("wb") as handle:
+    with atomic_file(folder / f"{name}.npz") as aside, aside.open("wb") as handle:
         np.savez(handle, **state, allow_pickle=False)
 
 

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from reelway.pipelines.models.losses import log_inclusion
-from reelway.pipelines.training.config import LoopConfig, RetrievalData
+from reelway.pipelines.training.config import LoopConfig, RetrievalDataConfig
 from reelway.pipelines.training.negatives import RankerRows
 from reelway.pipelines.training.rows import TrainingRows
 from reelway.platform.contracts.features import VIDEO_TOWER_INPUTS, VIEWER_TOWER_INPUTS
@@ -47,7 +47,7 @@ class Worker:
     world: int = 1
 
 
-ALONE: Final = Worker()
+SINGLE_WORKER: Final = Worker()
 
 
 def as_tensor(values: NDArray[Any]) -> Tensor:
@@ -56,7 +56,7 @@ def as_tensor(values: NDArray[Any]) -> Tensor:
     return torch.from_numpy(np.array(values, dtype=kind))
 
 
-class GroupedOrder:
+class GroupedBatchOrder:
     """Order of the rows, grouped by viewer row. Each epoch has its own order of all rows, cut into equal steps."""
 
     def __init__(self, viewer_row: NDArray[np.int32], loop: LoopConfig, seed: int, worker: Worker) -> None:
@@ -96,11 +96,11 @@ class RetrievalBatches:
         self,
         rows: TrainingRows,
         index: I64,
-        data: RetrievalData,
+        data: RetrievalDataConfig,
         loop: LoopConfig,
         *,
         seed: int,
-        worker: Worker = ALONE,
+        worker: Worker = SINGLE_WORKER,
     ) -> None:
         self.index = index[rows.weight[index] > 0]
         if not len(self.index):
@@ -109,7 +109,7 @@ class RetrievalBatches:
                 "positives; check the data set's outcomes and the training window"
             )
         self.rows, self.data, self.seed, self.worker = rows, data, seed, worker
-        self.order = GroupedOrder(rows.viewer_row[self.index], loop, seed, worker)
+        self.order = GroupedBatchOrder(rows.viewer_row[self.index], loop, seed, worker)
         self.steps = self.order.steps
         self.weight = np.minimum(rows.weight[self.index], data.weight_cap).astype(np.float32)
         if data.recency_half_life_d is not None:
@@ -163,11 +163,11 @@ class RankingBatches:
         loop: LoopConfig,
         *,
         seed: int,
-        worker: Worker = ALONE,
+        worker: Worker = SINGLE_WORKER,
     ) -> None:
         self.rows, self.ranker_rows = rows, ranker_rows
         self.viewer_embedding, self.video_embedding = viewer_embedding, video_embedding
-        self.order = GroupedOrder(ranker_rows.viewer_row, loop, seed, worker)
+        self.order = GroupedBatchOrder(ranker_rows.viewer_row, loop, seed, worker)
         self.steps = self.order.steps
 
     def batch(self, epoch: int, step: int) -> dict[str, Tensor]:
@@ -205,5 +205,5 @@ def viewer_tensors(rows: TrainingRows, viewer: NDArray[Any]) -> dict[str, Tensor
     return {name: as_tensor(getattr(rows.viewers, name)[viewer]) for name in VIEWER_TOWER_INPUTS}
 
 
-def on_device(batch: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+def to_device(batch: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
     return {name: values.to(device, non_blocking=True) for name, values in batch.items()}

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from sklearn.isotonic import IsotonicRegression
 from sklearn.linear_model import LogisticRegression
 
-from reelway.platform.contracts.calibration import Calibration, Curve
+from reelway.platform.contracts.calibration import Calibration, CalibrationCurve
 from reelway.platform.contracts.features import BINARY_TASKS
 
 F32 = NDArray[np.float32]
@@ -29,7 +29,7 @@ MIN_ISOTONIC = 300
 parameters are fitted instead (Platt 1999)."""
 _KNOTS = 64
 _FOLDS = 5
-_IDENTITY = Curve(method="identity", probability=(0.0, 1.0), rate=(0.0, 1.0))
+_IDENTITY = CalibrationCurve(method="identity", probability=(0.0, 1.0), rate=(0.0, 1.0))
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ def calibrate(
         labels_NK: 0 or 1.
     """
     folds_N = np.random.default_rng([seed, 3]).integers(0, _FOLDS, len(outputs_NK))
-    curves: dict[str, Curve] = {}
+    curves: dict[str, CalibrationCurve] = {}
     reports = []
     for k, task in enumerate(BINARY_TASKS):
         probability_N = 1.0 / (1.0 + np.exp(-outputs_NK[:, k].astype(np.float64)))
@@ -81,14 +81,14 @@ def expected_calibration_error(probability_N: F64, label_N: F64, *, bins: int = 
     return sum(gaps) / len(order)
 
 
-def calibrated(curve: Curve, probability_N: F64) -> F64:
+def apply_curve(curve: CalibrationCurve, probability_N: F64) -> F64:
     """Returns the rates of a curve, computed as serving does."""
     return np.interp(probability_N, curve.probability, curve.rate)
 
 
 def _calibrate_head(
     task: str, probability_N: F64, label_N: F64, folds_N: NDArray[np.int64], method: Method
-) -> tuple[Curve, HeadReport]:
+) -> tuple[CalibrationCurve, HeadReport]:
     rows, positives = len(label_N), int(label_N.sum())
     before = expected_calibration_error(probability_N, label_N)
     scarce = min(positives, rows - positives)
@@ -100,7 +100,7 @@ def _calibrate_head(
     crossed_N = np.empty_like(probability_N)
     for fold in range(_FOLDS):
         held = folds_N == fold
-        crossed_N[held] = calibrated(_fit(probability_N[~held], label_N[~held], method), probability_N[held])
+        crossed_N[held] = apply_curve(_fit(probability_N[~held], label_N[~held], method), probability_N[held])
     after = expected_calibration_error(crossed_N, label_N)
     if after >= before:
         note = f"a {method} curve would not lower the calibration error ({before:.4f} to {after:.4f} on unseen rows)"
@@ -108,7 +108,7 @@ def _calibrate_head(
     return _fit(probability_N, label_N, method), HeadReport(task, method, rows, positives, before, after)
 
 
-def _fit(probability_N: F64, label_N: F64, method: Method) -> Curve:
+def _fit(probability_N: F64, label_N: F64, method: Method) -> CalibrationCurve:
     if len(np.unique(label_N)) < 2:
         return _IDENTITY
     knots = np.unique(np.quantile(probability_N, np.linspace(0, 1, _KNOTS)))
@@ -124,7 +124,7 @@ def _fit(probability_N: F64, label_N: F64, method: Method) -> Curve:
         # isotonic steps are flat; a small slope keeps the model's order among candidates of one step
         rate = 0.98 * fitted.predict(knots) + 0.02 * knots
     rate = np.clip(np.maximum.accumulate(rate), 0.0, 1.0)
-    return Curve(method=method, probability=tuple(knots.tolist()), rate=tuple(rate.tolist()))
+    return CalibrationCurve(method=method, probability=tuple(knots.tolist()), rate=tuple(rate.tolist()))
 
 
 def _logit(probability_N: F64) -> F64:

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from reelway.pipelines.training.loop import State, current_worker
-from reelway.platform.durable import whole_file
+from reelway.platform.durable import atomic_file
 from reelway.platform.errors import TrainingError
 
 _log = logging.getLogger(__name__)
@@ -18,7 +18,7 @@ _log = logging.getLogger(__name__)
 
 def write_state(state: State, path: Path) -> None:
     """Writes tensors and plain values only, so that reading executes no code."""
-    with whole_file(path) as aside:
+    with atomic_file(path) as aside:
         torch.save(state, aside)
 
 
@@ -37,7 +37,7 @@ def read_state(path: Path) -> State:
     return state
 
 
-class CheckpointFiles:
+class FileCheckpoints:
     """``<folder>/checkpoint-<n>.pt``; worker 0 writes, all workers read."""
 
     def __init__(self, folder: Path, *, keep: int = 2) -> None:

@@ -39,7 +39,7 @@ class LoopConfig(_Section):
     """Steps between two checkpoints within an epoch; None checkpoints at the end of each epoch only."""
 
 
-class RetrievalData(_Section):
+class RetrievalDataConfig(_Section):
     """Rows and negatives of the two-tower."""
 
     uniform_negatives: Annotated[int, Field(ge=0)] = 512
@@ -77,7 +77,7 @@ class TrainingConfig(_Section):
     """
     two_tower: TwoTowerConfig = TwoTowerConfig()
     two_tower_loop: LoopConfig = LoopConfig()
-    retrieval: RetrievalData = RetrievalData()
+    retrieval: RetrievalDataConfig = RetrievalDataConfig()
     ranker: RankerConfig = RankerConfig()
     ranker_loop: LoopConfig = LoopConfig(epochs=2, batch_size=2048, lr=3e-3)
 

@@ -20,15 +20,15 @@ from numpy.typing import NDArray
 from torch import nn
 
 from reelway.pipelines.models.ranker import Ranker
-from reelway.pipelines.models.served_ranker import ServedRanker
+from reelway.pipelines.models.served_ranker import InferenceRanker
 from reelway.pipelines.models.two_tower import TwoTower
 from reelway.pipelines.training.batches import as_tensor
 from reelway.platform.contracts.features import RANKER_INPUTS, VIEWER_TOWER_INPUTS
-from reelway.platform.durable import whole_file
+from reelway.platform.durable import atomic_file
 from reelway.platform.errors import ReleaseError
 from reelway.platform.features.assembly import ViewerArrays
 
-MAX_DIFFERENCE: Final = 1e-4
+MAX_OUTPUT_DIFFERENCE: Final = 1e-4
 OPSET: Final = 18
 VIEWER_OUTPUT: Final = "viewer_embedding"
 RANKER_OUTPUT: Final = "outputs"
@@ -70,7 +70,7 @@ def export_ranker(model: Ranker, path: Path, sample: Arrays) -> float:
     if viewers := {name for name in RANKER_INPUTS[:3] if len(inputs[name]) != 1}:
         raise ReleaseError(f"sample inputs {sorted(viewers)}: more than one viewer; pass one, as in a request")
     shapes = {name: {} if name in RANKER_INPUTS[:3] else {0: "C"} for name in RANKER_INPUTS}
-    return _export(ServedRanker(model), path, inputs, shapes, RANKER_OUTPUT, model)
+    return _export(InferenceRanker(model), path, inputs, shapes, RANKER_OUTPUT, model)
 
 
 def _export(
@@ -93,13 +93,13 @@ def _export(
         as_tensor(values if not dynamic[name] or rows > 1 else np.repeat(values, 2, axis=0))
         for name, values in inputs.items()
     )
-    with whole_file(path) as aside:
+    with atomic_file(path) as aside:
         _write(module, example, aside, list(inputs), dynamic, output)
         difference = _largest_difference(trained, aside, inputs, output)
-        if not difference <= MAX_DIFFERENCE:
+        if not difference <= MAX_OUTPUT_DIFFERENCE:
             raise ReleaseError(
                 f"{path.name}: ONNX Runtime differs from torch by {difference:.3g} over {rows} rows, expected at most "
-                f"{MAX_DIFFERENCE:g}; the release would rank differently than evaluated, so nothing was written"
+                f"{MAX_OUTPUT_DIFFERENCE:g}; the release would rank differently than evaluated, so nothing was written"
             )
     return difference
 

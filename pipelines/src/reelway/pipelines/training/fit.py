@@ -21,7 +21,7 @@ from torch import nn
 from reelway.pipelines.models.losses import RankingObjective, RetrievalObjective
 from reelway.pipelines.models.ranker import Ranker
 from reelway.pipelines.models.two_tower import TwoTower
-from reelway.pipelines.training.batches import ALONE, RankingBatches, RetrievalBatches, Worker, as_tensor
+from reelway.pipelines.training.batches import SINGLE_WORKER, RankingBatches, RetrievalBatches, Worker, as_tensor
 from reelway.pipelines.training.config import TrainingConfig
 from reelway.pipelines.training.inference import embed_videos, embed_viewers
 from reelway.pipelines.training.loop import Checkpoints, NoCheckpoints, OnEpoch, State, current_worker, train
@@ -33,12 +33,12 @@ from reelway.platform.errors import EmptyDatasetError, TrainingError
 from reelway.platform.features.assembly import ViewerArrays
 
 TWO_TOWER = "two_tower"
-EARLIER_TWO_TOWER = "earlier_two_tower"
+HOLDOUT_TWO_TOWER = "earlier_two_tower"
 RANKER = "ranker"
 
 
 @dataclass(frozen=True)
-class Window:
+class TrainingSplit:
     """Split of the rows by time: training before ``cut_s``, the ranker's rows in ``[ranker_s, calibration_s)``."""
 
     cut_s: float
@@ -56,7 +56,7 @@ class Window:
         return rows.between(-np.inf, self.cut_s)
 
 
-def window_of(rows: TrainingRows, config: TrainingConfig) -> Window:
+def make_training_split(rows: TrainingRows, config: TrainingConfig) -> TrainingSplit:
     """Returns the split that the configuration asks for.
 
     Raises:
@@ -74,18 +74,18 @@ def window_of(rows: TrainingRows, config: TrainingConfig) -> Window:
     if calibration_s <= rows.event_time_s[inside[0]]:
         calibration_s = cut_s
     if not config.ranker_holdout:
-        return Window(cut_s, calibration_s)
+        return TrainingSplit(cut_s, calibration_s)
     ranker_s = float(rows.event_time_s[inside[-max(1, round(len(inside) * config.ranker_holdout))]])
     if not rows.event_time_s[inside[0]] < ranker_s < calibration_s:
         raise EmptyDatasetError(
             f"ranker_holdout {config.ranker_holdout:g} of {len(inside)} rows leaves none for the earlier two-tower or "
             "for the ranker; use more rows, or set ranker_holdout to 0"
         )
-    return Window(cut_s, calibration_s, ranker_s)
+    return TrainingSplit(cut_s, calibration_s, ranker_s)
 
 
 @dataclass(frozen=True)
-class Fitted:
+class FittedModels:
     """Both models and their loss curves."""
 
     two_tower: TwoTower
@@ -98,13 +98,13 @@ class Fitted:
 def fit(
     rows: TrainingRows,
     ranker_rows: RankerRows,
-    window: Window,
+    window: TrainingSplit,
     config: TrainingConfig,
     *,
     device: torch.device | None = None,
     checkpoints: Checkpoints | None = None,
     on_epoch: OnEpoch | None = None,
-) -> Fitted:
+) -> FittedModels:
     """Trains both models.
 
     Args:
@@ -112,10 +112,10 @@ def fit(
         checkpoints: storage of one checkpoint for all stages; it keeps finished models while the next one trains.
     """
     worker = current_worker()
-    stages = _Stages(checkpoints or NoCheckpoints())
+    stages = _StageCheckpointer(checkpoints or NoCheckpoints())
     loop = partial(train, seed=config.seed, device=device, on_epoch=on_epoch)
 
-    def trained_two_tower(stage: str, until: Window) -> TwoTower:
+    def trained_two_tower(stage: str, until: TrainingSplit) -> TwoTower:
         model = prepared_two_tower(rows, until, config)
         index = until.training(rows)
         batches = RetrievalBatches(
@@ -128,19 +128,19 @@ def fit(
     two_tower = trained_two_tower(TWO_TOWER, window)
     ranker_tower = two_tower
     if window.holds_out:
-        ranker_tower = trained_two_tower(EARLIER_TWO_TOWER, Window(window.ranker_s, window.ranker_s))
+        ranker_tower = trained_two_tower(HOLDOUT_TWO_TOWER, TrainingSplit(window.ranker_s, window.ranker_s))
 
     ranker, ranking = _ranker_and_batches(ranker_tower, rows, ranker_rows, config, worker)
     ranking_objective = RankingObjective(ranker)
     stages.run(RANKER, ranking_objective, partial(loop, ranking_objective, ranking, config.ranker_loop))
     ranker.cpu().eval()
     stages.keep_all()
-    return Fitted(two_tower, ranker, stages.curves, ranker_tower)
+    return FittedModels(two_tower, ranker, stages.curves, ranker_tower)
 
 
 def fit_ranker(two_tower: TwoTower, rows: TrainingRows, ranker_rows: RankerRows, config: TrainingConfig) -> Ranker:
     """Trains a ranker on an existing two-tower, in this process and without checkpoints."""
-    ranker, ranking = _ranker_and_batches(two_tower, rows, ranker_rows, config, ALONE)
+    ranker, ranking = _ranker_and_batches(two_tower, rows, ranker_rows, config, SINGLE_WORKER)
     train(RankingObjective(ranker), ranking, config.ranker_loop, seed=config.seed, stage=RANKER)
     return ranker.cpu().eval()
 
@@ -157,14 +157,14 @@ def _ranker_and_batches(
     return ranker, batches
 
 
-def fitted_from(state: State, config: TrainingConfig, dimensions: FeatureDimensions) -> Fitted:
+def fitted_from(state: State, config: TrainingConfig, dimensions: FeatureDimensions) -> FittedModels:
     """Returns the models of the last checkpoint of ``fit``.
 
     Raises:
         TrainingError: if the checkpoint is of a run that has not finished.
     """
     finished = state["finished"]
-    towers = [TWO_TOWER, EARLIER_TWO_TOWER] if config.ranker_holdout else [TWO_TOWER]
+    towers = [TWO_TOWER, HOLDOUT_TWO_TOWER] if config.ranker_holdout else [TWO_TOWER]
     if missing := {*towers, RANKER} - set(finished):
         raise TrainingError(f"checkpoint lacks {sorted(missing)}: the run has not finished; train again to resume it")
     loaded = {}
@@ -175,10 +175,10 @@ def fitted_from(state: State, config: TrainingConfig, dimensions: FeatureDimensi
     ranker = Ranker(config.ranker, config.two_tower.dim, dimensions)
     RankingObjective(ranker).load_state_dict(finished[RANKER]["objective"])
     curves = {stage: kept["curve"] for stage, kept in finished.items()}
-    return Fitted(loaded[TWO_TOWER], ranker.eval(), curves, loaded[towers[-1]])
+    return FittedModels(loaded[TWO_TOWER], ranker.eval(), curves, loaded[towers[-1]])
 
 
-def prepared_two_tower(rows: TrainingRows, window: Window, config: TrainingConfig) -> TwoTower:
+def prepared_two_tower(rows: TrainingRows, window: TrainingSplit, config: TrainingConfig) -> TwoTower:
     """Returns an untrained model with the window's statistics and known ids."""
     torch.manual_seed(config.seed)
     model = TwoTower(config.two_tower, rows.dimensions)
@@ -199,9 +199,9 @@ def prepared_ranker(rows: TrainingRows, ranker_rows: RankerRows, config: Trainin
     ranker.video_dense.fit(as_tensor(ranker_rows.video_dense))
     videos = np.unique(ranker_rows.video_row)
     ranker.creators.mark_known(as_tensor(rows.videos.creator_codes[videos]))
-    ranker.start_from(torch.from_numpy(base_outputs(ranker_rows.labels)))
-    for task, logit in one_class_heads(ranker_rows.labels).items():
-        ranker.fix_head(task, logit)
+    ranker.initialise_output_bias(torch.from_numpy(base_outputs(ranker_rows.labels)))
+    for task, logit in constant_heads(ranker_rows.labels).items():
+        ranker.set_constant_head(task, logit)
     return ranker
 
 
@@ -213,7 +213,7 @@ def base_outputs(labels_NK: F32) -> F32:
     return np.append(np.log(rate / (1 - rate)), watch).astype(np.float32)
 
 
-def one_class_heads(labels_NK: F32) -> dict[str, float]:
+def constant_heads(labels_NK: F32) -> dict[str, float]:
     """Returns the binary heads whose labels have one class only, with the logit of their base rate."""
     outputs_K = base_outputs(labels_NK)
     means_K = labels_NK.mean(axis=0)
@@ -227,7 +227,7 @@ def base_rates(labels_NK: F32) -> dict[str, float]:
 
 
 def embed_needed_viewers(
-    model: TwoTower, rows: TrainingRows, viewer_row: NDArray[np.int32], worker: Worker = ALONE
+    model: TwoTower, rows: TrainingRows, viewer_row: NDArray[np.int32], worker: Worker = SINGLE_WORKER
 ) -> F32:
     """Returns ``[V, D]`` with the embeddings of these viewer rows; the other rows are zero.
 
@@ -237,7 +237,7 @@ def embed_needed_viewers(
     out_VD = np.zeros((len(rows.viewers.viewer_dense), model.config.dim), dtype=np.float32)
     shares = np.array_split(needed, worker.world)
     mine = shares[worker.rank]
-    mine_D = embed_viewers(model, viewers_at(rows, mine))
+    mine_D = embed_viewers(model, select_viewers(rows, mine))
     if worker.world == 1:
         out_VD[mine] = mine_D
         return out_VD
@@ -248,7 +248,7 @@ def embed_needed_viewers(
     return out_VD
 
 
-def viewers_at(rows: TrainingRows, index: NDArray[Any]) -> ViewerArrays:
+def select_viewers(rows: TrainingRows, index: NDArray[Any]) -> ViewerArrays:
     viewers = rows.viewers
     return ViewerArrays(
         viewers.viewer_dense[index],
@@ -259,7 +259,7 @@ def viewers_at(rows: TrainingRows, index: NDArray[Any]) -> ViewerArrays:
     )
 
 
-class _Stages:
+class _StageCheckpointer:
     """One checkpoint for several stages: weights of the finished stages, and the state of the stage in progress."""
 
     def __init__(self, checkpoints: Checkpoints) -> None:
@@ -287,7 +287,7 @@ class _Stages:
 
 
 class _StageCheckpoints:
-    def __init__(self, stages: _Stages, stage: str) -> None:
+    def __init__(self, stages: _StageCheckpointer, stage: str) -> None:
         self.stages, self.stage = stages, stage
 
     def save(self, state: State, metrics: dict[str, float]) -> None:

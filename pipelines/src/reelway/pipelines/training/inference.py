@@ -62,7 +62,7 @@ def score(model: Ranker, inputs: Mapping[str, NDArray[Any]], viewer_index: NDArr
     rows = len(inputs["video_dense"])
     out = np.empty((rows, len(RANKER_TASKS)), dtype=np.float32)
     viewer = [as_tensor(inputs[name]) for name in RANKER_INPUTS[:3]]
-    with _answering(model):
+    with _eval_mode(model):
         for start in range(0, rows, 8 * _CHUNK):
             part = slice(start, start + 8 * _CHUNK)
             videos = [as_tensor(inputs[name][part]) for name in RANKER_INPUTS[3:]]
@@ -72,7 +72,7 @@ def score(model: Ranker, inputs: Mapping[str, NDArray[Any]], viewer_index: NDArr
 
 
 @contextmanager
-def _answering(model: nn.Module) -> Iterator[None]:
+def _eval_mode(model: nn.Module) -> Iterator[None]:
     """Evaluation mode without gradients; restores the previous mode."""
     before = model.training
     model.eval()
@@ -86,7 +86,7 @@ def _answering(model: nn.Module) -> Iterator[None]:
 def _chunked(tower: nn.Module, inputs: Mapping[str, NDArray[Any]], chunk: int, dim: int) -> F32:
     rows = len(next(iter(inputs.values())))
     out = np.empty((rows, dim), dtype=np.float32)
-    with _answering(tower):
+    with _eval_mode(tower):
         for start in range(0, rows, chunk):
             part = slice(start, start + chunk)
             out[part] = tower(*(as_tensor(values[part]) for values in inputs.values())).numpy()

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from reelway.pipelines.training.batches import Batches, Worker, on_device
+from reelway.pipelines.training.batches import Batches, Worker, to_device
 from reelway.pipelines.training.config import LoopConfig
 from reelway.platform.errors import TrainingError
 
@@ -104,7 +104,7 @@ def train(
     if (state := checkpoints.load()) is not None:
         progress = _restore(state, objective, optimizer, stage)
 
-    with _reproducible():
+    with _deterministic():
         while progress.epoch < config.epochs:
             started = time.perf_counter()
             first = progress.step
@@ -159,7 +159,7 @@ def _step(
     device: torch.device,
 ) -> dict[str, Tensor]:
     with torch.autocast(device.type, dtype=torch.bfloat16, enabled=device.type == "cuda"):
-        metrics: dict[str, Tensor] = wrapped(on_device(batch, device))
+        metrics: dict[str, Tensor] = wrapped(to_device(batch, device))
     optimizer.zero_grad(set_to_none=True)
     metrics["loss"].backward()  # type: ignore[no-untyped-call]
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
@@ -200,7 +200,7 @@ def _step_seed(*parts: object) -> int:
 
 
 @contextmanager
-def _reproducible() -> Iterator[None]:
+def _deterministic() -> Iterator[None]:
     """Uses deterministic kernels where torch has them, and preserves the caller's random state."""
     strict, warn = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     kernels: Any = torch.utils.deterministic
@@ -237,7 +237,7 @@ def _state(objective: nn.Module, optimizer: torch.optim.Optimizer, progress: _Pr
         "optimizer": optimizer.state_dict(),
         "epoch": progress.epoch,
         "step": progress.step,
-        "sums": _gathered(progress.sums),
+        "sums": _all_gather(progress.sums),
         "curve": progress.curve,
     }
 
@@ -255,11 +255,11 @@ def _restore(state: State, objective: nn.Module, optimizer: torch.optim.Optimize
         ) from error
     progress = _Progress()
     progress.epoch, progress.step = state["epoch"], state["step"]
-    progress.sums, progress.curve = _own_share(state["sums"]), list(state["curve"])
+    progress.sums, progress.curve = _local_share(state["sums"]), list(state["curve"])
     return progress
 
 
-def _gathered(sums: dict[str, Tensor]) -> dict[str, Tensor]:
+def _all_gather(sums: dict[str, Tensor]) -> dict[str, Tensor]:
     """Returns the sums of all workers, ``[workers]`` each, because worker 0 writes the checkpoint for all."""
     world = current_worker().world
     names = sorted(sums)
@@ -274,7 +274,7 @@ def _gathered(sums: dict[str, Tensor]) -> dict[str, Tensor]:
     return dict(zip(names, torch.stack(all_of, dim=1), strict=True))
 
 
-def _own_share(sums: dict[str, Tensor]) -> dict[str, Tensor]:
+def _local_share(sums: dict[str, Tensor]) -> dict[str, Tensor]:
     """Returns this worker's sums, or the mean over workers if their number differs from the checkpoint's."""
     worker = current_worker()
     return {

@@ -20,7 +20,7 @@ from reelway.pipelines.training.rows import F32, F64, I64, TrainingRows
 from reelway.platform.contracts.features import CREATOR_STATISTICS, RANKER_TASKS, VIDEO_ENGAGEMENT
 from reelway.platform.features.on_demand import hours_since_upload
 
-AsOf = Callable[[str, I64, I64], pa.Table]
+PointInTimeLookup = Callable[[str, I64, I64], pa.Table]
 """(view, entities, times in Unix microseconds) -> the view's fields as known then; null if unknown."""
 
 _TRIES: Final = 5
@@ -40,10 +40,10 @@ class RankerRows:
     def __len__(self) -> int:
         return len(self.viewer_row)
 
-    def where(self, chosen: NDArray[Any]) -> RankerRows:
+    def select(self, chosen: NDArray[Any]) -> RankerRows:
         return RankerRows(**{name: getattr(self, name)[chosen] for name in FIELDS})
 
-    def and_also(self, other: RankerRows) -> RankerRows:
+    def concat(self, other: RankerRows) -> RankerRows:
         """Returns these rows followed by the other rows."""
         return RankerRows(**{name: np.concatenate([getattr(self, name), getattr(other, name)]) for name in FIELDS})
 
@@ -51,7 +51,7 @@ class RankerRows:
 FIELDS: Final = ("viewer_row", "video_row", "video_dense", "position", "labels", "event_time_s")
 
 
-def shown_rows(rows: TrainingRows, index: I64) -> RankerRows:
+def impression_rows(rows: TrainingRows, index: I64) -> RankerRows:
     """Returns a window's impressions."""
     return RankerRows(**{name: getattr(rows, name)[index] for name in FIELDS})
 
@@ -88,7 +88,7 @@ def draw_negatives(rows: TrainingRows, index: I64, count: int, *, seed: int) -> 
 
 
 def negative_rows(
-    rows: TrainingRows, index: I64, count: int, as_of: AsOf, *, seed: int, from_s: float = -np.inf
+    rows: TrainingRows, index: I64, count: int, as_of: PointInTimeLookup, *, seed: int, from_s: float = -np.inf
 ) -> RankerRows:
     """Returns ``draw_negatives`` as rows: features as of each request, zero labels, no position.
 

@@ -34,7 +34,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 
 from reelway.pipelines.training.checkpoint_files import read_state
 from reelway.pipelines.training.config import TrainingConfig
-from reelway.pipelines.training.fit import Fitted, Window, fit, fitted_from
+from reelway.pipelines.training.fit import FittedModels, TrainingSplit, fit, fitted_from
 from reelway.pipelines.training.loop import EpochReport, OnEpoch, State
 from reelway.pipelines.training.negatives import FIELDS, RankerRows
 from reelway.pipelines.training.rows import TrainingRows, map_arrays, save_arrays
@@ -44,7 +44,7 @@ from reelway.platform.runs import digest_of
 STATE_FILE = "state.pt"
 MAX_FAILURES = 3
 _POLL_S = 0.2
-_CONTROLLER_SETTINGS = {"RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.05"}
+_HEALTH_CHECK_SETTINGS = {"RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.05"}
 
 
 @dataclass(frozen=True)
@@ -61,13 +61,13 @@ class RayResources:
 def fit_on_ray(
     rows: TrainingRows,
     ranker_rows: RankerRows,
-    window: Window,
+    window: TrainingSplit,
     config: TrainingConfig,
     resources: RayResources,
     *,
     storage: Path,
     on_epoch: OnEpoch | None = None,
-) -> Fitted:
+) -> FittedModels:
     """Runs ``fit.fit`` on data-parallel workers. After a worker's death, training resumes from the last checkpoint.
 
     Args:
@@ -83,9 +83,9 @@ def fit_on_ray(
     _write_input(given, rows, ranker_rows)
     with (
         _ray_runtime(workers, resources.gpus),
-        _prompt_controller(),
-        _own_interrupt(),
-        _following(given / "progress.jsonl", on_epoch),
+        _fast_health_checks(),
+        _restore_interrupt_handler(),
+        _tail_progress(given / "progress.jsonl", on_epoch),
     ):
         trainer = TorchTrainer(
             _train_worker,
@@ -111,7 +111,7 @@ def fit_on_ray(
 
 
 @contextmanager
-def _own_interrupt() -> Iterator[None]:
+def _restore_interrupt_handler() -> Iterator[None]:
     """Restores the SIGINT handler: Ray Train leaves its own, which calls a controller that has ended."""
     before = signal.getsignal(signal.SIGINT)
     try:
@@ -146,7 +146,7 @@ def _train_worker(settings: dict[str, Any]) -> None:
     fit(
         map_arrays(given / "rows"),
         RankerRows(**{name: np.load(given / f"{name}.npy", mmap_mode="r") for name in FIELDS}),
-        Window(**settings["window"]),
+        TrainingSplit(**settings["window"]),
         TrainingConfig(**settings["config"]),
         device=ray.train.torch.get_device(),
         checkpoints=RayCheckpoints(),
@@ -211,14 +211,14 @@ def _ray_runtime(workers: int, gpus: int) -> Iterator[None]:
 
 
 @contextmanager
-def _prompt_controller() -> Iterator[None]:
+def _fast_health_checks() -> Iterator[None]:
     """Shortens the health-check interval of Ray Train's controller, unless the environment sets it.
 
     The controller accepts a worker's report at its next health check, 2 s apart by default, and the worker's next
     report waits for that. An epoch can be shorter than 2 s.
     """
-    set_here = [name for name in _CONTROLLER_SETTINGS if name not in os.environ]
-    os.environ.update({name: _CONTROLLER_SETTINGS[name] for name in set_here})
+    set_here = [name for name in _HEALTH_CHECK_SETTINGS if name not in os.environ]
+    os.environ.update({name: _HEALTH_CHECK_SETTINGS[name] for name in set_here})
     try:
         yield
     finally:
@@ -227,7 +227,7 @@ def _prompt_controller() -> Iterator[None]:
 
 
 @contextmanager
-def _following(path: Path, on_epoch: OnEpoch | None) -> Iterator[None]:
+def _tail_progress(path: Path, on_epoch: OnEpoch | None) -> Iterator[None]:
     """Passes each new line of the progress file to ``on_epoch``."""
     if on_epoch is None:
         yield

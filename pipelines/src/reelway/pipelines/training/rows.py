@@ -144,7 +144,7 @@ def _read_chunk(table: pa.Table, path: Path, dimensions: FeatureDimensions) -> _
     del rows["event_time"]
     time_s = rows["request_time_s"].astype(np.float64)
     device = table.column("device").cast(pa.string()).to_pylist()
-    viewers, viewer_row = _shared(
+    viewers, viewer_row = _deduplicated_viewers(
         _narrow_codes(assemble_viewers(columns, time_s, device, dimensions), dimensions, path), rows["request_id"]
     )
     videos = _narrow_codes(assemble_videos(columns, time_s, dimensions), dimensions, path)
@@ -228,7 +228,7 @@ def _concatenated(parts: list[Arrays]) -> Arrays:
     return kind(**{f.name: np.concatenate([getattr(p, f.name) for p in parts]) for f in dataclasses.fields(kind)})
 
 
-def _shared(viewers: ViewerArrays, request_id: I64) -> tuple[ViewerArrays, NDArray[np.int32]]:
+def _deduplicated_viewers(viewers: ViewerArrays, request_id: I64) -> tuple[ViewerArrays, NDArray[np.int32]]:
     """Merges neighbouring rows of one request whose inputs are bitwise equal."""
     differs = np.ones(len(request_id), dtype=np.bool_)
     differs[1:] = request_id[1:] != request_id[:-1]

@@ -16,24 +16,24 @@ from reelway.pipelines.training.batches import ranking_tensors
 from reelway.pipelines.training.calibration import HeadReport, calibrate
 from reelway.pipelines.training.config import TrainingConfig
 from reelway.pipelines.training.fit import (
-    Fitted,
-    Window,
+    FittedModels,
+    TrainingSplit,
     base_rates,
+    constant_heads,
     embed_needed_viewers,
     fit,
-    one_class_heads,
-    window_of,
+    make_training_split,
 )
 from reelway.pipelines.training.inference import embed_videos, score
 from reelway.pipelines.training.loop import OnEpoch
-from reelway.pipelines.training.negatives import AsOf, RankerRows, negative_rows, shown_rows
+from reelway.pipelines.training.negatives import PointInTimeLookup, RankerRows, impression_rows, negative_rows
 from reelway.pipelines.training.rows import I64, TrainingRows, load_rows
 from reelway.platform.contracts.calibration import Calibration
 from reelway.platform.contracts.features import BINARY_TASKS, RANKER_INPUTS
 from reelway.platform.features.dimensions import read_dimensions
 from reelway.platform.runs import RunDirectory
 
-Note = Callable[[str], None]
+ProgressCallback = Callable[[str], None]
 
 ROWS_FILE = "training_rows.parquet"
 
@@ -54,31 +54,31 @@ def train_run(
     resources: Resources,
     *,
     on_epoch: OnEpoch | None = None,
-    note: Note = lambda _: None,
-    as_of: AsOf | None = None,
+    on_progress: ProgressCallback = lambda _: None,
+    as_of: PointInTimeLookup | None = None,
 ) -> TrainedModels:
     """Trains on ``run.features / ROWS_FILE`` and writes ``run.models``.
 
     Args:
         as_of: point-in-time lookup for sampled negatives; by default the run's feature store.
     """
-    clock = _Clock()
+    clock = _StepTimer()
     rows = load_rows(run.features / ROWS_FILE, read_dimensions(run.features))
-    window = window_of(rows, config)
-    note(f"{len(rows):,} rows, {len(rows.viewers.viewer_dense):,} requests, {len(rows.video_ids):,} videos")
+    window = make_training_split(rows, config)
+    on_progress(f"{len(rows):,} rows, {len(rows.viewers.viewer_dense):,} requests, {len(rows.video_ids):,} videos")
     candidates = ranker_rows_of(rows, window, config, as_of or partial(_store_as_of, run))
-    learn = candidates.where(candidates.event_time_s < window.calibration_s)
+    learn = candidates.select(candidates.event_time_s < window.calibration_s)
     clock.mark("rows")
     notes = [
         f"head {task!r} has one class only in the training window; it outputs its base rate"
-        for task in one_class_heads(learn.labels)
+        for task in constant_heads(learn.labels)
     ]
     for line in notes:
-        note(f"warning: {line}")
+        on_progress(f"warning: {line}")
     fitted = _fit_somewhere(run, rows, learn, window, config, resources, on_epoch)
     clock.mark("fit")
     calibration, reports = calibrate_on(
-        rows, candidates.where(candidates.event_time_s >= window.calibration_s), fitted, config
+        rows, candidates.select(candidates.event_time_s >= window.calibration_s), fitted, config
     )
     clock.mark("calibration")
     info = TrainingInfo(
@@ -102,19 +102,21 @@ def train_run(
     return models
 
 
-def ranker_rows_of(rows: TrainingRows, window: Window, config: TrainingConfig, as_of: AsOf) -> RankerRows:
+def ranker_rows_of(
+    rows: TrainingRows, window: TrainingSplit, config: TrainingConfig, as_of: PointInTimeLookup
+) -> RankerRows:
     """Returns the window's impressions from ``ranker_s`` on, and sampled negatives if configured."""
     index = window.training(rows)
-    shown = shown_rows(rows, index[rows.event_time_s[index] >= window.ranker_s])
+    shown = impression_rows(rows, index[rows.event_time_s[index] >= window.ranker_s])
     if not config.sampled_negatives:
         return shown
-    return shown.and_also(
+    return shown.concat(
         negative_rows(rows, index, config.sampled_negatives, as_of, seed=config.seed, from_s=window.ranker_s)
     )
 
 
 def calibrate_on(
-    rows: TrainingRows, held_out: RankerRows, fitted: Fitted, config: TrainingConfig
+    rows: TrainingRows, held_out: RankerRows, fitted: FittedModels, config: TrainingConfig
 ) -> tuple[Calibration, list[HeadReport]]:
     """Fits calibration curves on held-out rows, scored without positions as in serving."""
     viewer_VD = embed_needed_viewers(fitted.ranker_tower, rows, held_out.viewer_row)
@@ -131,11 +133,11 @@ def _fit_somewhere(
     run: RunDirectory,
     rows: TrainingRows,
     learn: RankerRows,
-    window: Window,
+    window: TrainingSplit,
     config: TrainingConfig,
     resources: Resources,
     on_epoch: OnEpoch | None,
-) -> Fitted:
+) -> FittedModels:
     if not resources.ray:
         device = torch.device("cuda" if resources.gpus else "cpu")
         return fit(rows, learn, window, config, device=device, on_epoch=on_epoch)
@@ -159,7 +161,7 @@ def _store_as_of(run: RunDirectory, view: str, entities: I64, at_us: I64) -> pa.
     return join_view(open_feature_store(run.features), view, entities, at_us)
 
 
-class _Clock:
+class _StepTimer:
     def __init__(self) -> None:
         self.marks: dict[str, float] = {}
         self._last = time.perf_counter()

@@ -15,10 +15,10 @@ from typing import NoReturn
 import typer
 from rich.markup import escape
 
-from reelway.platform.cli.terminal import console
+from reelway.platform.cli.terminal import stderr_console
 from reelway.platform.errors import ReelwayError
 
-GROUP = "reelway.commands"
+ENTRY_POINT_GROUP = "reelway.commands"
 
 
 def build_app() -> typer.Typer:
@@ -39,12 +39,12 @@ def build_app() -> typer.Typer:
             typer.echo(version("reelway-platform"))
             raise typer.Exit
 
-    for entry in sorted(entry_points(group=GROUP), key=lambda e: e.name):
+    for entry in sorted(entry_points(group=ENTRY_POINT_GROUP), key=lambda e: e.name):
         entry.load()(app)
     return app
 
 
-def _stop(number: int, _frame: FrameType | None) -> NoReturn:
+def _raise_interrupt(number: int, _frame: FrameType | None) -> NoReturn:
     """Unwinds the stack on SIGTERM as Ctrl-C does, so that child processes and files are cleaned up."""
     raise SystemExit(128 + number)
 
@@ -54,9 +54,9 @@ def main() -> None:
 
     Exit codes: 0 success, 1 unexpected error (a bug), 2 usage, 3 and above see ``reelway.platform.errors``, 130 Ctrl-C.
     """
-    signal.signal(signal.SIGTERM, _stop)
+    signal.signal(signal.SIGTERM, _raise_interrupt)
     try:
         build_app()()
     except ReelwayError as error:
-        console.print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
+        stderr_console.print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
         sys.exit(error.exit_code)

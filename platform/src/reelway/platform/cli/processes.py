@@ -19,8 +19,8 @@ from typing import IO
 
 from reelway.platform.errors import CommandFailedError
 
-POLITE_S = 20.0
-_HELD_BACK = (signal.SIGINT, signal.SIGTERM)
+TERMINATION_GRACE_S = 20.0
+_DEFERRED_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 def reelway_command(*words: str) -> list[str]:
@@ -28,22 +28,22 @@ def reelway_command(*words: str) -> list[str]:
     return [sys.executable, "-m", "reelway.platform.cli", *words]
 
 
-def end_group(process: subprocess.Popen[bytes]) -> None:
+def terminate_process_group(process: subprocess.Popen[bytes]) -> None:
     """Interrupts the process group, waits up to ``TERMINATION_GRACE_S``, then terminates and kills the rest."""
-    for number, wait_s in ((signal.SIGINT, POLITE_S), (signal.SIGTERM, 5.0), (signal.SIGKILL, 5.0)):
+    for number, wait_s in ((signal.SIGINT, TERMINATION_GRACE_S), (signal.SIGTERM, 5.0), (signal.SIGKILL, 5.0)):
         try:
             os.killpg(process.pid, number)
         except ProcessLookupError:
             break
         deadline = time.monotonic() + wait_s
-        while time.monotonic() < deadline and _group_lives(process):
+        while time.monotonic() < deadline and _process_group_alive(process):
             time.sleep(0.05)
-        if not _group_lives(process):
+        if not _process_group_alive(process):
             break
     process.wait()
 
 
-def _group_lives(process: subprocess.Popen[bytes]) -> bool:
+def _process_group_alive(process: subprocess.Popen[bytes]) -> bool:
     process.poll()  # reap the leader: a zombie would count as alive
     try:
         os.killpg(process.pid, 0)
@@ -53,7 +53,7 @@ def _group_lives(process: subprocess.Popen[bytes]) -> bool:
 
 
 @contextmanager
-def child(command: Sequence[str], *, log: Path | None = None) -> Iterator[subprocess.Popen[bytes]]:
+def child_process(command: Sequence[str], *, log: Path | None = None) -> Iterator[subprocess.Popen[bytes]]:
     """Runs a child in its own process group and terminates the group when the block is left for any reason.
 
     Args:
@@ -62,7 +62,7 @@ def child(command: Sequence[str], *, log: Path | None = None) -> Iterator[subpro
     sink: IO[bytes] | None = log.open("wb") if log else None
     process: subprocess.Popen[bytes] | None = None
     try:
-        with _signals_later():  # a signal between fork and assignment would orphan the child
+        with _deferred_signals():  # a signal between fork and assignment would orphan the child
             process = subprocess.Popen(
                 command, stdout=sink, stderr=sink, stdin=subprocess.DEVNULL, start_new_session=True
             )
@@ -71,17 +71,17 @@ def child(command: Sequence[str], *, log: Path | None = None) -> Iterator[subpro
         if sink:
             sink.close()
         if process is not None:
-            end_group(process)
+            terminate_process_group(process)
 
 
 @contextmanager
-def _signals_later() -> Iterator[None]:
+def _deferred_signals() -> Iterator[None]:
     """Defers SIGINT and SIGTERM until the block has ended, then raises the first one that arrived."""
     if threading.current_thread() is not threading.main_thread():  # only the main thread handles signals
         yield
         return
     came: list[int] = []
-    before = {number: signal.signal(number, lambda seen, _: came.append(seen)) for number in _HELD_BACK}
+    before = {number: signal.signal(number, lambda seen, _: came.append(seen)) for number in _DEFERRED_SIGNALS}
     try:
         yield
     finally:
@@ -91,13 +91,13 @@ def _signals_later() -> Iterator[None]:
         signal.raise_signal(came[0])
 
 
-def run_to_end(command: Sequence[str]) -> None:
+def run_command(command: Sequence[str]) -> None:
     """Runs a command on this terminal and waits for it.
 
     Raises:
         CommandFailedError: if the exit code is not 0.
     """
-    with child(command) as process:
+    with child_process(command) as process:
         code = process.wait()
     if code:
         raise CommandFailedError(command, code)

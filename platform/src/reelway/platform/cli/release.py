@@ -17,7 +17,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from reelway.platform.cli.terminal import out, say
+from reelway.platform.cli.terminal import print_status, stdout_console
 from reelway.platform.contracts.ids import short_id
 from reelway.platform.contracts.manifest import MANIFEST_FILE, FeatureServiceRef, Manifest
 from reelway.platform.errors import ConfigError, FeatureError
@@ -33,14 +33,14 @@ STORE = typer.Option(None, "--store", help="Release store as a URL (file://, s3:
 RELEASE = typer.Argument(LATEST, help="Release id, unique prefix of an id, or 'latest'.")
 
 
-class Output(StrEnum):
+class TableOrJson(StrEnum):
     """Output formats."""
 
     TABLE = "table"
     JSON = "json"
 
 
-OUTPUT = typer.Option(Output.TABLE, "-o", "--output", help="Output format.")
+OUTPUT = typer.Option(TableOrJson.TABLE, "-o", "--output", help="Output format.")
 
 
 def release_group(app: typer.Typer) -> typer.Typer:
@@ -74,17 +74,17 @@ def keys(
     Example: reelway release keys --folder ~/.reelway/keys
     """
     pair = create_keys(folder or RunDirectory(run).keys)
-    say(f"private key {pair.private} (keep it secret)")
-    say(f"public key {pair.public}, fingerprint {fingerprint(load_public_keys(pair.public)[0])}")
+    print_status(f"private key {pair.private} (keep it secret)")
+    print_status(f"public key {pair.public}, fingerprint {fingerprint(load_public_keys(pair.public)[0])}")
 
 
-def list_releases(run: Path = RUN, store: str | None = STORE, output: Output = OUTPUT) -> None:
+def list_releases(run: Path = RUN, store: str | None = STORE, output: TableOrJson = OUTPUT) -> None:
     """List the releases of a store, newest first.
 
     Example: reelway release list --store s3://models/releases -o json
     """
     releases = _store(run, store).list()
-    if output is Output.JSON:
+    if output is TableOrJson.JSON:
         typer.echo(json.dumps([asdict(release) for release in releases], default=str, indent=2))
         return
     table = Table("release", "name", "made at (UTC)", "signed", "gates", "size", "parent")
@@ -98,10 +98,10 @@ def list_releases(run: Path = RUN, store: str | None = STORE, output: Output = O
             f"{release.size_bytes / 1e6:.1f} MB",
             (release.parent or "-")[:12],
         )
-    out.print(table)
+    stdout_console.print(table)
 
 
-def show(release: str = RELEASE, run: Path = RUN, store: str | None = STORE, output: Output = OUTPUT) -> None:
+def show(release: str = RELEASE, run: Path = RUN, store: str | None = STORE, output: TableOrJson = OUTPUT) -> None:
     """Show a release's manifest: its origin, metrics, gates and files.
 
     Example: reelway release show 3f9c -o json
@@ -109,7 +109,7 @@ def show(release: str = RELEASE, run: Path = RUN, store: str | None = STORE, out
     place = _store(run, store)
     release_id = place.resolve(release)
     manifest = place.manifest(release_id)
-    if output is Output.JSON:
+    if output is TableOrJson.JSON:
         typer.echo(json.dumps({"release_id": release_id, **manifest.model_dump(mode="json")}, indent=2))
         return
     _print_manifest(manifest)
@@ -155,7 +155,7 @@ def verify_release(
     table = Table("check", "result", title=f"release {short_id(verified.manifest.release_id)} may take traffic")
     for check in verified.checks:
         table.add_row(check.name, check.detail)
-    out.print(table)
+    stdout_console.print(table)
 
 
 def fetch_release(
@@ -187,7 +187,7 @@ def fetch_release(
     if public_keys is not None:
         keys = load_public_keys(public_keys)
         verified = verify(folder, public_keys=keys, feature_services=None, expected_id=release_id)
-        say(f"release {short_id(release_id)} verified: {len(verified.checks)} checks passed")
+        print_status(f"release {short_id(release_id)} verified: {len(verified.checks)} checks passed")
         _say_waivers(verified)
     typer.echo(folder)
 
@@ -206,14 +206,16 @@ def fetch_verified(run: RunDirectory, release: str) -> VerifiedRelease:
     services = registered_services(run.features, read_manifest(folder).feature_services, required=False)
     keys = load_public_keys(run.keys)
     verified = verify(folder, public_keys=keys, feature_services=services, expected_id=release_id)
-    say(f"release {short_id(release_id)} verified: {len(verified.checks)} checks passed")
+    print_status(f"release {short_id(release_id)} verified: {len(verified.checks)} checks passed")
     _say_waivers(verified)
     return verified
 
 
 def _say_waivers(verified: VerifiedRelease) -> None:
     for waiver in verified.manifest.waivers:
-        say(f"[bold yellow]WAIVED:[/] gate {escape(waiver.gate)} failed; {escape(waiver.by)}: {escape(waiver.reason)}")
+        print_status(
+            f"[bold yellow]WAIVED:[/] gate {escape(waiver.gate)} failed; {escape(waiver.by)}: {escape(waiver.reason)}"
+        )
 
 
 def registered_services(
@@ -246,7 +248,7 @@ def _store(run: Path, store: str | None) -> ReleaseStore:
 
 
 def _print_manifest(manifest: Manifest) -> None:
-    out.print(f"release {manifest.release_id}", soft_wrap=True)  # on one line, so that it can be copied
+    stdout_console.print(f"release {manifest.release_id}", soft_wrap=True)  # on one line, so that it can be copied
     facts = Table(show_header=False, box=None)
     window = manifest.training_window
     rows: dict[str, Any] = {
@@ -260,19 +262,19 @@ def _print_manifest(manifest: Manifest) -> None:
     }
     for name, value in rows.items():
         facts.add_row(name, str(value))
-    out.print(facts)
+    stdout_console.print(facts)
     gates = Table("gate", "value", "bound", "result", title="Gates")
     waived = {waiver.gate: f"WAIVED by {waiver.by}: {waiver.reason}" for waiver in manifest.waivers}
     for gate in manifest.gates:
         bound = f"{gate.comparison} {gate.bound:.4g}"
         result = "holds" if gate.passed else waived.get(gate.name, "FAILED")
         gates.add_row(gate.name, f"{gate.value:.4g}", bound, escape(result))
-    out.print(gates)
+    stdout_console.print(gates)
     metrics = Table("metric", "value", title="Metrics")
     for name, metric in sorted(manifest.metrics.items()):
         metrics.add_row(name, f"{metric:.4g}")
-    out.print(metrics)
+    stdout_console.print(metrics)
     files = Table("file", "bytes", "SHA-256", title="Files")
     for name, entry in manifest.files.items():
         files.add_row(name, f"{entry.size_bytes:,}", entry.sha256[:12])
-    out.print(files)
+    stdout_console.print(files)

@@ -15,9 +15,9 @@ from rich.progress import (
     TimeElapsedColumn,
 )
 
-console = Console(stderr=True)
+stderr_console = Console(stderr=True)
 """Standard error: progress, notes and errors."""
-out = Console()
+stdout_console = Console()
 """Standard output: results, which scripts can read."""
 
 
@@ -30,12 +30,12 @@ def progress() -> Iterator[Progress]:
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
-        console=console,
-        transient=not console.is_terminal,
+        console=stderr_console,
+        transient=not stderr_console.is_terminal,
     ) as bar:
         yield bar
 
 
-def say(message: str) -> None:
+def print_status(message: str) -> None:
     """Prints one line on standard error."""
-    console.print(message, highlight=False)
+    stderr_console.print(message, highlight=False)

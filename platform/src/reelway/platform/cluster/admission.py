@@ -10,27 +10,27 @@ from __future__ import annotations
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
-from reelway.platform.cluster.resources import Resource
-from reelway.platform.cluster.rollout_store import rollout_of
+from reelway.platform.cluster.resources import RolloutResource
+from reelway.platform.cluster.rollout_store import to_rollout
 from reelway.platform.contracts.ids import short_id
 from reelway.platform.errors import RolloutError
 from reelway.platform.rollout.policy import RolloutPolicy
 from reelway.platform.rollout.state import Phase, RolloutState
-from reelway.platform.rollout.transition import start
+from reelway.platform.rollout.transition import start_state
 
 
 @dataclass(frozen=True, slots=True)
-class Wait:
+class Waiting:
     reason: str
 
 
 @dataclass(frozen=True, slots=True)
-class Refuse:
+class Refused:
     reason: str
 
 
 @dataclass(frozen=True, slots=True)
-class Begin:
+class Admitted:
     """The rollout starts in ``state``."""
 
     state: RolloutState
@@ -38,8 +38,14 @@ class Begin:
 
 
 def admit(
-    resource: Resource, policy: RolloutPolicy, *, previous: Resource | None, live: str | None, unseen: str, now: float
-) -> Wait | Refuse | Begin:
+    resource: RolloutResource,
+    policy: RolloutPolicy,
+    *,
+    previous: RolloutResource | None,
+    live: str | None,
+    unknown_reason: str,
+    now: float,
+) -> Waiting | Refused | Admitted:
     """Decides whether a rollout may start.
 
     Args:
@@ -47,30 +53,30 @@ def admit(
         live: the release that has all traffic if there is no previous rollout; None if it is unknown.
         unknown_reason: why the live release is unknown.
     """
-    spec, before = resource.spec, rollout_of(previous).state if previous else None
+    spec, before = resource.spec, to_rollout(previous).state if previous else None
     if spec.commands and spec.commands[-1].verb == "rollback":
-        return Refuse(f"withdrawn by {spec.commands[-1].actor} before it started")
+        return Refused(f"withdrawn by {spec.commands[-1].actor} before it started")
     if before is not None and before.active:
-        return Wait(
+        return Waiting(
             f"rollout {before.id} of {short_id(before.canary_release)} is in progress; this one starts after it ends"
         )
     stable = before.live_release if before else live
     if stable is None:
-        return Wait(f"the live release is unknown: {unseen}")
+        return Waiting(f"the live release is unknown: {unknown_reason}")
     if stable == spec.release:
-        return Refuse(f"release {short_id(spec.release)} is live already; choose another release")
+        return Refused(f"release {short_id(spec.release)} is live already; choose another release")
     if spec.stable_release not in (None, stable):
-        return Refuse(
+        return Refused(
             f"spec.stableRelease is {str(spec.stable_release)[:12]}, but {stable[:12]} is live; "
             "create a rollout that replaces the live release"
         )
     again = before is not None and before.phase is Phase.ROLLED_BACK and before.canary_release == spec.release
     if again and before is not None and not spec.force:
-        return Refuse(
+        return Refused(
             f"release {short_id(spec.release)} was rolled back ({before.reason}); roll it out again with spec.force"
         )
     try:
-        state = start(
+        state = start_state(
             policy,
             rollout_id=resource.rollout_id,
             canary_release=spec.release,
@@ -81,8 +87,8 @@ def admit(
         )
     except RolloutError as error:
         if before is None:
-            return Refuse(str(error))
+            return Refused(str(error))
         until = datetime.fromtimestamp(before.changed_at + policy.cooldown_s, UTC)
-        return Wait(f"cooldown of {policy.cooldown_s:.0f} s after rollout {before.id}, until {until:%H:%M:%S}Z")
+        return Waiting(f"cooldown of {policy.cooldown_s:.0f} s after rollout {before.id}, until {until:%H:%M:%S}Z")
     note = f": {spec.note}" if spec.note else ""
-    return Begin(state.model_copy(update={"reason": state.reason + note}), policy)
+    return Admitted(state.model_copy(update={"reason": state.reason + note}), policy)

@@ -13,8 +13,8 @@ import uuid
 from typing import Any, Final
 
 from reelway.platform.cluster.kube_api import KubeApi
-from reelway.platform.cluster.resources import GROUP, ROLLOUT_KIND, VERSION, Resource
-from reelway.platform.cluster.status import stamp
+from reelway.platform.cluster.resources import GROUP, ROLLOUT_KIND, VERSION, RolloutResource
+from reelway.platform.cluster.status import format_time
 from reelway.platform.errors import KubernetesError
 from reelway.platform.rollout.records import HistoryEntry
 
@@ -22,10 +22,10 @@ log = logging.getLogger(__name__)
 
 _WARNINGS: Final = frozenset({"roll_back", "hold", "refuse", "pause", "refused"})
 _MESSAGE_CHARACTERS: Final = 1024
-_WAITING_LIMIT: Final = 1000
+_QUEUE_LIMIT: Final = 1000
 
 
-class Announcer:
+class EventRecorder:
     """Writes Events about rollouts.
 
     Args:
@@ -34,16 +34,16 @@ class Announcer:
 
     def __init__(self, api: KubeApi, instance: str) -> None:
         self._api, self._instance = api, instance
-        self._waiting: queue.Queue[dict[str, Any] | None] = queue.Queue(_WAITING_LIMIT)
+        self._waiting: queue.Queue[dict[str, Any] | None] = queue.Queue(_QUEUE_LIMIT)
         self._thread = threading.Thread(target=self._write, name="events", daemon=True)
         self._thread.start()
 
-    def told(self, resource: Resource, entry: HistoryEntry) -> None:
-        self.say(resource, entry.action, entry.reason, entry.time)
+    def record_decision(self, resource: RolloutResource, entry: HistoryEntry) -> None:
+        self.record_event(resource, entry.action, entry.reason, entry.time)
 
-    def say(self, resource: Resource, action: str, message: str, at: float) -> None:
+    def record_event(self, resource: RolloutResource, action: str, message: str, at: float) -> None:
         """Queues an Event about a rollout without blocking."""
-        when, name = stamp(at), f"{resource.name[:200]}.{uuid.uuid4().hex[:16]}"
+        when, name = format_time(at), f"{resource.name[:200]}.{uuid.uuid4().hex[:16]}"
         event = {
             "apiVersion": "v1",
             "kind": "Event",
@@ -67,10 +67,10 @@ class Announcer:
         except queue.Full:
             log.warning("event %s of %s dropped: the queue is full", event["reason"], resource.name)
 
-    def close(self, within_s: float = 5.0) -> None:
+    def close(self, timeout_s: float = 5.0) -> None:
         """Writes the queued Events and ends the thread."""
         self._waiting.put(None)
-        self._thread.join(within_s)
+        self._thread.join(timeout_s)
 
     def _write(self) -> None:
         while (event := self._waiting.get()) is not None:

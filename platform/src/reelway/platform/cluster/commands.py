@@ -45,13 +45,13 @@ def operator(
     from reelway.platform.cluster.rollout_operator import run_operator
     from reelway.platform.settings import load_settings
 
-    _quietly()
+    _configure_logging()
     settings = load_settings(OperatorSettings, config, {"identity": identity})
     settings.check_files()
     run_operator(KubeApi(namespace, context=context), settings)
 
 
-def _quietly() -> None:
+def _configure_logging() -> None:
     """Logs decisions, but not each HTTP request."""
     import logging
 

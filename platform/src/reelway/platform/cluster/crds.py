@@ -20,7 +20,7 @@ _COPIED: Final = (
     "type", "format", "enum", "pattern", "minimum", "maximum", "minLength", "maxLength", "minItems", "maxItems",
     "description",
 )  # fmt: skip
-_TRANSITION: Final = "is immutable; delete the rollout (its traffic returns to stable) and create another one"
+_IMMUTABLE_MESSAGE: Final = "is immutable; delete the rollout (its traffic returns to stable) and create another one"
 
 _SPEC_RULES: Final = (
     {
@@ -32,12 +32,12 @@ _SPEC_RULES: Final = (
         "message": "stableRelease equals release, expected the release that is live",
         "fieldPath": ".stableRelease",
     },
-    {"rule": "self.release == oldSelf.release", "message": f"release {_TRANSITION}", "fieldPath": ".release"},
-    {"rule": "self.backend == oldSelf.backend", "message": f"backend {_TRANSITION}", "fieldPath": ".backend"},
+    {"rule": "self.release == oldSelf.release", "message": f"release {_IMMUTABLE_MESSAGE}", "fieldPath": ".release"},
+    {"rule": "self.backend == oldSelf.backend", "message": f"backend {_IMMUTABLE_MESSAGE}", "fieldPath": ".backend"},
     *(
         {
             "rule": f"has(self.{name}) == has(oldSelf.{name}) && (!has(self.{name}) || self.{name} == oldSelf.{name})",
-            "message": f"{name} {_TRANSITION}",
+            "message": f"{name} {_IMMUTABLE_MESSAGE}",
         }
         for name in ("stableRelease", "policy", "policyRef", "force")
     ),
@@ -84,7 +84,7 @@ _RELEASE_RULES: Final = (
 def schema_of(model: type[BaseModel]) -> dict[str, Any]:
     """Returns the structural OpenAPI v3 schema of a model."""
     whole = model.model_json_schema(by_alias=True, mode="validation")
-    return _structural(whole, whole.get("$defs", {}))
+    return _structural_schema(whole, whole.get("$defs", {}))
 
 
 def release_rollout_crd() -> dict[str, Any]:
@@ -92,15 +92,15 @@ def release_rollout_crd() -> dict[str, Any]:
     fields = spec["properties"]
     spec["x-kubernetes-validations"] = list(_SPEC_RULES)
     fields["policy"]["x-kubernetes-validations"] = list(_POLICY_RULES)
-    fields["policy"]["properties"]["outcomes"] |= _keyed_by("name")
+    fields["policy"]["properties"]["outcomes"] |= _list_map_key("name")
     fields["backend"]["x-kubernetes-validations"] = list(_BACKEND_RULES)
     commands = fields["commands"]
-    commands |= {"default": [], **_keyed_by("id")}
+    commands |= {"default": [], **_list_map_key("id")}
     commands["x-kubernetes-validations"] = list(_COMMANDS_RULES)
     for name in ("actor", "force", "note"):
-        commands["items"]["properties"][name]["default"] = resources.AskedCommand.model_fields[name].default
+        commands["items"]["properties"][name]["default"] = resources.CommandRequest.model_fields[name].default
     fields["policyRef"]["properties"]["key"]["default"] = "policy.yaml"
-    status["properties"]["conditions"] |= _keyed_by("type")
+    status["properties"]["conditions"] |= _list_map_key("type")
     columns: list[dict[str, Any]] = [
         {"name": "Phase", "type": "string", "jsonPath": ".status.phase"},
         {"name": "Step", "type": "string", "jsonPath": ".status.step"},
@@ -118,12 +118,12 @@ def release_rollout_crd() -> dict[str, Any]:
         "required": ["spec"],
         "properties": {"spec": spec, "status": status},
     }
-    return _definition(resources.ROLLOUT_KIND, resources.ROLLOUTS, ["rr", "rollout"], schema, columns)
+    return _crd(resources.ROLLOUT_KIND, resources.ROLLOUTS, ["rr", "rollout"], schema, columns)
 
 
 def release_crd() -> dict[str, Any]:
     status = schema_of(resources.ReleaseStatus)
-    status["properties"]["conditions"] |= _keyed_by("type")
+    status["properties"]["conditions"] |= _list_map_key("type")
     columns: list[dict[str, Any]] = [
         {"name": "Run", "type": "string", "jsonPath": ".status.name"},
         {"name": "Gates", "type": "string", "jsonPath": ".status.gates"},
@@ -140,10 +140,10 @@ def release_crd() -> dict[str, Any]:
         "properties": {"spec": schema_of(resources.ReleaseSpec), "status": status},
         "x-kubernetes-validations": list(_RELEASE_RULES),
     }
-    return _definition(resources.RELEASE_KIND, resources.RELEASES, [], schema, columns)
+    return _crd(resources.RELEASE_KIND, resources.RELEASES, [], schema, columns)
 
 
-def files() -> dict[str, str]:
+def crd_files() -> dict[str, str]:
     """Returns the name and text of each file in the chart's ``crds`` folder."""
     made = {"releaserollouts.yaml": release_rollout_crd(), "releases.yaml": release_crd()}
     head = (
@@ -152,12 +152,12 @@ def files() -> dict[str, str]:
     return {name: head + yaml.safe_dump(crd, sort_keys=False, width=118) for name, crd in made.items()}
 
 
-def _keyed_by(field: str) -> dict[str, Any]:
+def _list_map_key(field: str) -> dict[str, Any]:
     """Marks a list whose items are identified by ``field``."""
     return {"x-kubernetes-list-type": "map", "x-kubernetes-list-map-keys": [field]}
 
 
-def _definition(
+def _crd(
     kind: str, plural: str, short: list[str], schema: dict[str, Any], columns: list[dict[str, Any]]
 ) -> dict[str, Any]:
     names: dict[str, Any] = {"kind": kind, "listKind": f"{kind}List", "plural": plural, "singular": kind.lower()}
@@ -184,17 +184,17 @@ def _definition(
     }
 
 
-def _structural(node: Mapping[str, Any], known: Mapping[str, Any]) -> dict[str, Any]:
+def _structural_schema(node: Mapping[str, Any], known: Mapping[str, Any]) -> dict[str, Any]:
     """Converts pydantic's JSON Schema to a structural schema: no references, no unions, nullable fields."""
     if "$ref" in node:
         target = known[node["$ref"].removeprefix("#/$defs/")]
-        return _structural({**target, **{k: v for k, v in node.items() if k != "$ref"}}, known)
+        return _structural_schema({**target, **{k: v for k, v in node.items() if k != "$ref"}}, known)
     if "anyOf" in node:
         some = [branch for branch in node["anyOf"] if branch.get("type") != "null"]
         if len(some) != 1:
             raise ValueError(f"{node}: a union has no structural schema; use one type for the field")
         rest = {key: value for key, value in node.items() if key not in ("anyOf", "default")}
-        return {**_structural({**some[0], **rest}, known), "nullable": True}
+        return {**_structural_schema({**some[0], **rest}, known), "nullable": True}
     made: dict[str, Any] = {key: node[key] for key in _COPIED if key in node}
     if "description" in made:
         made["description"] = made["description"].split("\n\n")[0].replace("\n", " ")
@@ -214,24 +214,24 @@ def _structural(node: Mapping[str, Any], known: Mapping[str, Any]) -> dict[str, 
 
 def _object(node: Mapping[str, Any], known: Mapping[str, Any], made: dict[str, Any]) -> None:
     if "properties" in node:
-        made["properties"] = {name: _structural(field, known) for name, field in node["properties"].items()}
+        made["properties"] = {name: _structural_schema(field, known) for name, field in node["properties"].items()}
         if required := node.get("required"):
             made["required"] = list(required)
     elif isinstance(values := node.get("additionalProperties"), Mapping):
-        made["additionalProperties"] = _structural(values, known)
+        made["additionalProperties"] = _structural_schema(values, known)
     else:
         made["x-kubernetes-preserve-unknown-fields"] = True
 
 
 def _items(node: Mapping[str, Any], known: Mapping[str, Any]) -> dict[str, Any]:
     if "prefixItems" in node:  # a tuple: all items have the same type
-        return _structural(node["prefixItems"][0], known)
-    return _structural(node["items"], known)
+        return _structural_schema(node["prefixItems"][0], known)
+    return _structural_schema(node["items"], known)
 
 
 def main(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    for name, text in files().items():
+    for name, text in crd_files().items():
         (folder / name).write_text(text)
 
 

@@ -6,12 +6,14 @@ running operator, and an uninstall leaves no object behind that waits for one.
 
 from __future__ import annotations
 
-from reelway.platform.cluster.kube_api import AbsentError, ConflictError, KubeApi
-from reelway.platform.cluster.resources import FINALIZER, Resource
-from reelway.platform.cluster.shelf import PATH, ToldShelf, read
+from reelway.platform.cluster.kube_api import ConflictError, KubeApi, NotFoundError
+from reelway.platform.cluster.resources import FINALIZER, RolloutResource
+from reelway.platform.cluster.shelf import PATH, InformerCache, parse_rollout
 
 
-def set_finalizer(api: KubeApi, cache: ToldShelf, resource: Resource, *, present: bool) -> Resource | None:
+def set_finalizer(
+    api: KubeApi, cache: InformerCache, resource: RolloutResource, *, present: bool
+) -> RolloutResource | None:
     """Adds or removes the finalizer and stores the server's answer in the cache.
 
     Returns:
@@ -27,14 +29,14 @@ def set_finalizer(api: KubeApi, cache: ToldShelf, resource: Resource, *, present
         return resource
     change = {"metadata": {"resourceVersion": resource.resource_version, "finalizers": finalizers}}
     try:
-        written = read(api.patch(f"{PATH}/{resource.name}", change))
+        written = parse_rollout(api.patch(f"{PATH}/{resource.name}", change))
     except ConflictError:
         return None
-    except AbsentError:
-        cache.forget(resource.uid)
+    except NotFoundError:
+        cache.remove(resource.uid)
         return None
     if written.deleting and not written.finalizers:
-        cache.forget(resource.uid)  # this patch completed the deletion
+        cache.remove(resource.uid)  # this patch completed the deletion
     else:
-        cache.put(written)
+        cache.store_written(written)
     return written

@@ -15,10 +15,10 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Mount, Route
 
 from reelway.platform.rollout.control.controller_metrics import ControllerMetrics
-from reelway.platform.rollout.control.webhook import TakesAlerts, webhook_application
+from reelway.platform.rollout.control.webhook import AlertReceiver, webhook_application
 
 
-class Watched(TakesAlerts, Protocol):
+class OperatorHandle(AlertReceiver, Protocol):
     """What the HTTP application needs of the operator."""
 
     @property
@@ -26,7 +26,7 @@ class Watched(TakesAlerts, Protocol):
         """Whether this process holds the Lease."""
         ...
 
-    def problem(self) -> str:
+    def unhealthy_reason(self) -> str:
         """Returns why only a restart can help; empty if the operator is healthy."""
         ...
 
@@ -35,11 +35,11 @@ class Watched(TakesAlerts, Protocol):
         ...
 
 
-def operator_application(operator: Watched, token: str, metrics: ControllerMetrics) -> Starlette:
+def operator_application(operator: OperatorHandle, token: str, metrics: ControllerMetrics) -> Starlette:
     """Serves ``POST /api/v1/alerts`` (bearer ``token``), ``GET /healthz``, ``/readyz`` and ``/metrics``."""
 
     async def healthz(_: Request) -> Response:
-        problem = operator.problem()
+        problem = operator.unhealthy_reason()
         return JSONResponse({"status": problem or "ok"}, 503 if problem else 200)
 
     async def readyz(_: Request) -> Response:

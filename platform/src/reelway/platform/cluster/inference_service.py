@@ -14,7 +14,7 @@ from typing import Any, Final, Protocol
 
 import yaml
 
-from reelway.platform.cluster.kube_api import ConflictError, Document, KubeApi
+from reelway.platform.cluster.kube_api import ConflictError, KubeApi, KubeObject
 from reelway.platform.contracts.ids import short_id
 from reelway.platform.errors import ConfigError, KubernetesError, RolloutError
 from reelway.platform.rollout.traffic.target import TrafficBackend, TrafficObservation, TrafficTarget
@@ -22,9 +22,9 @@ from reelway.platform.rollout.traffic.target import TrafficBackend, TrafficObser
 PATH: Final = "serving.kserve.io/v1beta1/inferenceservices"
 RELEASE_LABEL: Final = "reelway.dev/release"
 """Label with the first characters of the release id; the full id is too long for a label."""
-OWNER: Final = "reelway.dev/owner"
+OWNER_ANNOTATION: Final = "reelway.dev/owner"
 """Annotation of the template: name of the ConfigMap that owns all InferenceServices of the installation."""
-_WHO: Final = "app.kubernetes.io/managed-by"
+_MANAGED_BY_LABEL: Final = "app.kubernetes.io/managed-by"
 _OPERATOR: Final = "reelway-operator"
 
 
@@ -37,10 +37,10 @@ class RankerState:
     failed: bool = False
 
 
-class Rankers(Protocol):
+class RankerProvisioner(Protocol):
     """Manages the rankers of one installation."""
 
-    def prepare(self, release: str) -> None:
+    def ensure(self, release: str) -> None:
         """Creates the ranker of a release unless it exists."""
         ...
 
@@ -48,12 +48,12 @@ class Rankers(Protocol):
         """Returns the state of all rankers by the first characters of the release id."""
         ...
 
-    def retire(self, release: str) -> None:
+    def remove(self, release: str) -> None:
         """Removes the ranker of a release if it exists."""
         ...
 
 
-class InferenceServices:
+class InferenceServiceRankers:
     """Rankers as InferenceServices.
 
     Args:
@@ -65,19 +65,19 @@ class InferenceServices:
         KubernetesError: from every method, if the API server cannot be reached or rejects the request.
     """
 
-    def __init__(self, api: KubeApi, template: Document) -> None:
+    def __init__(self, api: KubeApi, template: KubeObject) -> None:
         self._api = api
         self._template = template
         labels = template["metadata"]["labels"]
-        self._own = {key: value for key, value in labels.items() if key != _WHO and "{" not in value}
+        self._own = {key: value for key, value in labels.items() if key != _MANAGED_BY_LABEL and "{" not in value}
 
-    def prepare(self, release: str) -> None:
+    def ensure(self, release: str) -> None:
         """Creates the InferenceService. An existing one, such as the chart's, stays unchanged."""
-        document = _named(self._template, release)
+        document = _render_template(self._template, release)
         metadata = document["metadata"]
-        metadata["labels"][_WHO] = _OPERATOR
-        if owner := metadata.get("annotations", {}).pop(OWNER, ""):
-            metadata["ownerReferences"] = [self._reference(owner)]
+        metadata["labels"][_MANAGED_BY_LABEL] = _OPERATOR
+        if owner := metadata.get("annotations", {}).pop(OWNER_ANNOTATION, ""):
+            metadata["ownerReferences"] = [self._owner_reference(owner)]
         try:
             self._api.create(PATH, document)
         except ConflictError:
@@ -85,13 +85,13 @@ class InferenceServices:
 
     def states(self) -> dict[str, RankerState]:
         return {
-            found["metadata"]["labels"][RELEASE_LABEL]: state_of(found)
+            found["metadata"]["labels"][RELEASE_LABEL]: ranker_state(found)
             for found in self._api.list(PATH)
             if self._own.items() <= found["metadata"].get("labels", {}).items()
             and RELEASE_LABEL in found["metadata"]["labels"]
         }
 
-    def _reference(self, owner: str) -> Document:
+    def _owner_reference(self, owner: str) -> KubeObject:
         found = self._api.get(f"v1/configmaps/{owner}")
         if found is None:
             raise KubernetesError(
@@ -99,19 +99,19 @@ class InferenceServices:
             )
         return {"apiVersion": "v1", "kind": "ConfigMap", "name": owner, "uid": found["metadata"]["uid"]}
 
-    def retire(self, release: str) -> None:
-        name = _named(self._template, release)["metadata"]["name"]
+    def remove(self, release: str) -> None:
+        name = _render_template(self._template, release)["metadata"]["name"]
         self._api.delete(f"{PATH}/{name}")
 
 
-class RankedApart:
+class RemoteRankerBackend:
     """A traffic backend whose releases each need a remote ranker.
 
     A release without a ranker counts as not running, so the next write prepares it again. A release is ready only if
     its ranker is. Weights belong to the wrapped backend alone, so a rollback never depends on rankers.
     """
 
-    def __init__(self, backend: TrafficBackend, rankers: Rankers) -> None:
+    def __init__(self, backend: TrafficBackend, rankers: RankerProvisioner) -> None:
         self._backend = backend
         self._rankers = rankers
 
@@ -121,7 +121,7 @@ class RankedApart:
         try:
             rankers = self._rankers.states()
         except KubernetesError as error:
-            return replace(seen, ready=frozenset(), detail=_joined(seen.detail, f"rankers: {error}"))
+            return replace(seen, ready=frozenset(), detail=_join_messages(seen.detail, f"rankers: {error}"))
         states = {release: rankers.get(_short(release)) for release in {*seen.releases, *seen.ready}}
         waiting = {release: state for release, state in states.items() if state is None or not state.ready}
         said = [f"ranker of {_short(release)}: {state.detail if state else 'it does not exist'}"
@@ -132,7 +132,7 @@ class RankedApart:
             releases=tuple(release for release in seen.releases if states[release] is not None),
             ready=seen.ready - waiting.keys(),
             failed={**failed, **seen.failed},
-            detail=_joined(seen.detail, *said),
+            detail=_join_messages(seen.detail, *said),
         )
 
     def apply(self, target: TrafficTarget) -> None:
@@ -143,18 +143,18 @@ class RankedApart:
         Raises:
             RolloutError: if the traffic or a ranker was rejected.
         """
-        trouble = self._each(self._rankers.prepare, target.releases)
+        trouble = self._for_each(self._rankers.ensure, target.releases)
         self._backend.apply(target)
         try:
             gone = self._rankers.states().keys() - {_short(release) for release in target.releases}
         except KubernetesError as error:
             gone, trouble = set(), [*trouble, str(error)]
-        trouble += self._each(self._rankers.retire, sorted(gone))
+        trouble += self._for_each(self._rankers.remove, sorted(gone))
         if trouble:
             raise RolloutError(f"traffic written, but not all rankers: {'; '.join(trouble)}")
 
     @staticmethod
-    def _each(call: Any, releases: Iterable[str]) -> list[str]:
+    def _for_each(call: Any, releases: Iterable[str]) -> list[str]:
         trouble = []
         for release in releases:
             try:
@@ -164,7 +164,7 @@ class RankedApart:
         return trouble
 
 
-def read_template(path: Path) -> Document:
+def read_template(path: Path) -> KubeObject:
     """Reads the chart's template.
 
     Raises:
@@ -180,11 +180,11 @@ def read_template(path: Path) -> Document:
         raise ConfigError(
             f"{path}: not a template of a ranker: expected {error}; see templates/ranker of the chart"
         ) from error
-    checked: Document = document
+    checked: KubeObject = document
     return checked
 
 
-def state_of(document: Mapping[str, Any]) -> RankerState:
+def ranker_state(document: Mapping[str, Any]) -> RankerState:
     """Returns the state of an InferenceService. Until KServe observed its latest generation it is not ready."""
     metadata, status = document["metadata"], document.get("status") or {}
     if "deletionTimestamp" in metadata:
@@ -199,17 +199,17 @@ def state_of(document: Mapping[str, Any]) -> RankerState:
     failure = model.get("lastFailureInfo") or {}
     said = [one.get("message") or one.get("reason") or "" for one in conditions.values() if one["status"] != "True"]
     detail = failure.get("message") or "; ".join(dict.fromkeys(filter(None, said))) or "KServe is preparing it"
-    return RankerState(False, " ".join(detail.split())[:300], model.get("transitionStatus") in _STUCK)
+    return RankerState(False, " ".join(detail.split())[:300], model.get("transitionStatus") in _PERMANENT_FAILURES)
 
 
-_STUCK: Final = frozenset({"InvalidSpec", "BlockedByFailedLoad"})
+_PERMANENT_FAILURES: Final = frozenset({"InvalidSpec", "BlockedByFailedLoad"})
 
 
-def _named(template: Any, release: str) -> Any:
+def _render_template(template: Any, release: str) -> Any:
     if isinstance(template, dict):
-        return {key: _named(value, release) for key, value in template.items()}
+        return {key: _render_template(value, release) for key, value in template.items()}
     if isinstance(template, list):
-        return [_named(value, release) for value in template]
+        return [_render_template(value, release) for value in template]
     if isinstance(template, str):
         return template.replace("{release_id}", release).replace("{release}", _short(release))
     return template
@@ -219,5 +219,5 @@ def _short(release: str) -> str:
     return short_id(release)
 
 
-def _joined(*parts: str) -> str:
+def _join_messages(*parts: str) -> str:
     return "; ".join(part for part in parts if part)

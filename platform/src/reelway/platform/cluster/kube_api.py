@@ -24,16 +24,16 @@ from urllib3.exceptions import HTTPError
 
 from reelway.platform.errors import ConfigError, KubernetesError
 
-Document = dict[str, Any]
+KubeObject = dict[str, Any]
 Method = Literal["GET", "POST", "PUT", "PATCH", "DELETE"]
 TIMEOUT_S: Final = 5.0
 _SERVICE_ACCOUNT: Final = Path("/var/run/secrets/kubernetes.io/serviceaccount")
 _JSON: Final = "application/json"
-_MERGE: Final = "application/merge-patch+json"
-_SHOWN: Final = 1000
+_MERGE_PATCH: Final = "application/merge-patch+json"
+_MAX_ERROR_CHARACTERS: Final = 1000
 
 
-class AbsentError(KubernetesError):
+class NotFoundError(KubernetesError):
     """The object or its kind does not exist."""
 
 
@@ -51,7 +51,7 @@ class WatchEvent:
 
     type: str
     """ADDED, MODIFIED, DELETED or BOOKMARK; a bookmark carries a resource version and no object."""
-    document: Document
+    document: KubeObject
 
     @property
     def resource_version(self) -> str:
@@ -77,7 +77,7 @@ class KubeApi:
         self, namespace: str | None = None, *, context: str | None = None, timeout_s: float = TIMEOUT_S
     ) -> None:
         configuration = client.Configuration()
-        own = _load(configuration, context)
+        own = _load_configuration(configuration, context)
         configuration.retries = 0
         self.namespace = namespace or own
         self.server = str(configuration.host)
@@ -85,20 +85,20 @@ class KubeApi:
         self._configuration = configuration
         self._client = client.ApiClient(configuration)
 
-    def get(self, path: str) -> Document | None:
+    def get(self, path: str) -> KubeObject | None:
         """Returns an object, or None if it does not exist."""
         try:
-            return self._ask("GET", path)
-        except AbsentError:
+            return self._request("GET", path)
+        except NotFoundError:
             return None
 
-    def list(self, path: str) -> list[Document]:
+    def list(self, path: str) -> list[KubeObject]:
         """Returns all objects of a kind. Raises AbsentError if the cluster does not know the kind."""
         return list(self.list_at(path)[0])
 
-    def list_at(self, path: str) -> tuple[Sequence[Document], str]:
+    def list_at(self, path: str) -> tuple[Sequence[KubeObject], str]:
         """Returns all objects of a kind and the resource version of the list, from which ``watch`` continues."""
-        answer = self._ask("GET", path)
+        answer = self._request("GET", path)
         return list(answer.get("items") or ()), str(answer["metadata"]["resourceVersion"])
 
     def watch(self, path: str, resource_version: str, *, timeout_s: float) -> Iterator[WatchEvent]:
@@ -120,7 +120,7 @@ class KubeApi:
             for line in iter_resp_lines(answer.response):
                 event = json.loads(line)
                 if event["type"] == "ERROR":
-                    raise _refusal(what, int(event["object"].get("code", 500)), json.dumps(event["object"]))
+                    raise _error_from_response(what, int(event["object"].get("code", 500)), json.dumps(event["object"]))
                 yield WatchEvent(event["type"], event["object"])
         except (HTTPError, OSError, ValueError) as error:
             raise KubernetesError(f"{what}: connection to {self.server} lost: {_short(str(error))}") from error
@@ -130,37 +130,37 @@ class KubeApi:
     def list_versions(self, path: str) -> dict[str, str]:
         """Returns UID -> resource version of every object of a kind, without fetching the objects."""
         accept = f"{_JSON};as=PartialObjectMetadataList;g=meta.k8s.io;v=v1"
-        items = self._ask("GET", path, accept=accept).get("items") or ()
+        items = self._request("GET", path, accept=accept).get("items") or ()
         return {item["metadata"]["uid"]: item["metadata"]["resourceVersion"] for item in items}
 
-    def create(self, path: str, document: Mapping[str, Any]) -> Document:
+    def create(self, path: str, document: Mapping[str, Any]) -> KubeObject:
         """Creates an object. Raises ConflictError if an object of that name exists."""
-        return self._ask("POST", path, document)
+        return self._request("POST", path, document)
 
-    def replace(self, path: str, document: Mapping[str, Any]) -> Document:
+    def replace(self, path: str, document: Mapping[str, Any]) -> KubeObject:
         """Replaces an object. Raises ConflictError if its ``resourceVersion`` is not the latest."""
-        return self._ask("PUT", path, document)
+        return self._request("PUT", path, document)
 
-    def patch(self, path: str, change: Mapping[str, Any]) -> Document:
+    def patch(self, path: str, change: Mapping[str, Any]) -> KubeObject:
         """Applies a JSON merge patch.
 
         Raises:
             ConflictError: if the patch has a ``metadata.resourceVersion`` that is not the latest.
         """
-        return self._ask("PATCH", path, change, content=_MERGE)
+        return self._request("PATCH", path, change, content=_MERGE_PATCH)
 
     def delete(self, path: str) -> None:
         """Requests the deletion of an object; does nothing if it does not exist."""
         try:
-            self._ask("DELETE", path)
-        except AbsentError:
+            self._request("DELETE", path)
+        except NotFoundError:
             return
 
     def read_text(self, path: str) -> str:
         """Returns a plain-text resource such as a pod's log. Raises AbsentError if it does not exist."""
-        return self._answer("GET", path, accept="*/*")
+        return self._send("GET", path, accept="*/*")
 
-    def _ask(
+    def _request(
         self,
         method: Method,
         path: str,
@@ -168,11 +168,11 @@ class KubeApi:
         *,
         accept: str = _JSON,
         content: str = _JSON,
-    ) -> Document:
-        loaded: Document = json.loads(self._answer(method, path, body, accept=accept, content=content))
+    ) -> KubeObject:
+        loaded: KubeObject = json.loads(self._send(method, path, body, accept=accept, content=content))
         return loaded
 
-    def _answer(
+    def _send(
         self,
         method: Method,
         path: str,
@@ -206,7 +206,7 @@ class KubeApi:
                 body=body, _request_timeout=timeout_s,
             )  # fmt: skip
             if not 200 <= answer.status < 300:
-                raise _refusal(what, answer.status, _text(answer.read()))
+                raise _error_from_response(what, answer.status, _text(answer.read()))
         except (HTTPError, OSError, ApiException) as error:
             raise self._unreachable(what, error) from error
         return answer
@@ -223,7 +223,7 @@ class KubeApi:
         return headers
 
 
-def _load(configuration: Any, context: str | None) -> str:
+def _load_configuration(configuration: Any, context: str | None) -> str:
     """Fills the client's configuration in and returns the namespace of the pod or context."""
     try:
         if context is None and (_SERVICE_ACCOUNT / "token").exists():
@@ -247,12 +247,12 @@ def _url(path: str, namespace: str) -> str:
     return f"/apis/{first}/{version}/namespaces/{namespace}/{rest}"
 
 
-def _refusal(what: str, status: int, text: str) -> KubernetesError:
+def _error_from_response(what: str, status: int, text: str) -> KubernetesError:
     try:
         message = str(json.loads(text)["message"])
     except (ValueError, KeyError, TypeError):
         message = text
-    kind = {404: AbsentError, 409: ConflictError, 410: ExpiredError}.get(status, KubernetesError)
+    kind = {404: NotFoundError, 409: ConflictError, 410: ExpiredError}.get(status, KubernetesError)
     hint = {401: "; log in again", 403: "; request this right from the cluster's administrator"}.get(status, "")
     return kind(f"{what} answered {status}: {_short(message)}{hint}")
 
@@ -263,4 +263,4 @@ def _text(body: bytes | str) -> str:
 
 def _short(text: str) -> str:
     text = " ".join(text.split())
-    return text if len(text) <= _SHOWN else text[:_SHOWN] + "..."
+    return text if len(text) <= _MAX_ERROR_CHARACTERS else text[:_MAX_ERROR_CHARACTERS] + "..."

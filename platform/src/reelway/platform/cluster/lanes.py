@@ -11,31 +11,31 @@ import threading
 from collections.abc import Callable
 from urllib.parse import urlsplit
 
-from reelway.platform.cluster.inference_service import InferenceServices, RankedApart, read_template
+from reelway.platform.cluster.inference_service import InferenceServiceRankers, RemoteRankerBackend, read_template
 from reelway.platform.cluster.kube_api import KubeApi
 from reelway.platform.cluster.operator_settings import OperatorSettings, RaySettings
 from reelway.platform.cluster.ray_service import RayServiceBackend
-from reelway.platform.cluster.resources import Backend, Resource
+from reelway.platform.cluster.resources import Backend, RolloutResource
 from reelway.platform.cluster.rollout_store import KubeRolloutStore
 from reelway.platform.cluster.serve_config_reconciler import ServeConfigReconciler
-from reelway.platform.cluster.shelf import Shelf
+from reelway.platform.cluster.shelf import RolloutCache
 from reelway.platform.errors import RolloutError
-from reelway.platform.rollout.control.alert_book import AlertBook
+from reelway.platform.rollout.control.alert_book import AlertRegistry
 from reelway.platform.rollout.control.controller import Controller
 from reelway.platform.rollout.control.controller_metrics import ControllerMetrics
 from reelway.platform.rollout.records import HistoryEntry
-from reelway.platform.rollout.sources import ReadEvidence
-from reelway.platform.rollout.sources.direct_scrape import DirectScrape
+from reelway.platform.rollout.sources import SeriesEvidenceSource
+from reelway.platform.rollout.sources.direct_scrape import DirectScrapeReader
 from reelway.platform.rollout.sources.heard_series import SeriesReader
-from reelway.platform.rollout.sources.parity_report import ParityReport
-from reelway.platform.rollout.sources.parity_store import ParityInStore
+from reelway.platform.rollout.sources.parity_report import ParityFindings
+from reelway.platform.rollout.sources.parity_store import ParityFindingsReader
 from reelway.platform.rollout.sources.prometheus_reader import PrometheusReader
 from reelway.platform.rollout.traffic.serve_rest import ServeAddress, ServeRestBackend
 
 log = logging.getLogger(__name__)
 
 
-class Lane:
+class BackendController:
     """The controller of one backend.
 
     Args:
@@ -49,15 +49,15 @@ class Lane:
     def __init__(
         self,
         api: KubeApi,
-        shelf: Shelf,
+        shelf: RolloutCache,
         backend: Backend,
         settings: OperatorSettings,
         metrics: ControllerMetrics,
-        told: Callable[[Resource, HistoryEntry], None],
+        on_decision: Callable[[RolloutResource, HistoryEntry], None],
     ) -> None:
-        address = address_of(backend, api.namespace, settings.ray)
+        address = serve_address(backend, api.namespace, settings.ray)
         self.key = backend.key
-        self.store = KubeRolloutStore(api, shelf, backend=backend.key, made_for=backend, told=told)
+        self.store = KubeRolloutStore(api, shelf, backend=backend.key, create_backend=backend, on_decision=on_decision)
         serve = ServeRestBackend(address)
         name = backend.ray_service.name if backend.ray_service else ""
         self.backend: RayServiceBackend | ServeRestBackend = serve
@@ -71,17 +71,17 @@ class Lane:
         if settings.prometheus.url:
             reader = PrometheusReader(settings.prometheus.url, access=settings.prometheus.access(api.namespace))
         else:
-            reader = DirectScrape(lambda: url)
-        self._parity = ParityInStore(settings.parity_findings) if settings.parity_findings else None
-        self._source = ReadEvidence(reader, self._parity.report if self._parity else _no_parity)
-        self.book = AlertBook(self.store)
+            reader = DirectScrapeReader(lambda: url)
+        self._parity = ParityFindingsReader(settings.parity_findings) if settings.parity_findings else None
+        self._source = SeriesEvidenceSource(reader, self._parity.findings if self._parity else _parity_unknown)
+        self.alerts = AlertRegistry(self.store)
         self.wake = threading.Event()
         self._stop = threading.Event()
         controller = Controller(
             self.store,
-            RankedApart(self.backend, rankers) if rankers else self.backend,
+            RemoteRankerBackend(self.backend, rankers) if rankers else self.backend,
             self._source,
-            self.book,
+            self.alerts,
             alert_source=settings.alertmanager.source(api.namespace),
             poll_s=settings.alertmanager.poll_interval_s,
             metrics=metrics,
@@ -96,11 +96,11 @@ class Lane:
         self._thread.start()
 
     @property
-    def lives(self) -> bool:
+    def is_alive(self) -> bool:
         """Whether the controller's thread is running."""
         return self._thread.is_alive()
 
-    def gone(self) -> bool:
+    def backend_deleted(self) -> bool:
         """Returns whether the RayService no longer exists, so that no traffic can be moved.
 
         Raises:
@@ -120,15 +120,15 @@ class Lane:
         self.backend.close()
 
 
-def _no_parity() -> ParityReport:
-    return ParityReport(problem="the operator has no parity findings; set parity_findings in its settings")
+def _parity_unknown() -> ParityFindings:
+    return ParityFindings(problem="the operator has no parity findings; set parity_findings in its settings")
 
 
-def _rankers(api: KubeApi, settings: OperatorSettings) -> InferenceServices | None:
-    return InferenceServices(api, read_template(settings.ranker_template)) if settings.ranker_template else None
+def _rankers(api: KubeApi, settings: OperatorSettings) -> InferenceServiceRankers | None:
+    return InferenceServiceRankers(api, read_template(settings.ranker_template)) if settings.ranker_template else None
 
 
-def address_of(backend: Backend, namespace: str, settings: RaySettings) -> ServeAddress:
+def serve_address(backend: Backend, namespace: str, settings: RaySettings) -> ServeAddress:
     """Returns the address of a backend's Serve.
 
     Raises:

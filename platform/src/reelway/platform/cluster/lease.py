@@ -16,7 +16,7 @@ from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import Any, Final
 
-from reelway.platform.cluster.kube_api import ConflictError, Document, KubeApi
+from reelway.platform.cluster.kube_api import ConflictError, KubeApi, KubeObject
 from reelway.platform.errors import KubernetesError
 
 log = logging.getLogger(__name__)
@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 _PATH: Final = "coordination.k8s.io/v1/leases"
 
 
-class Lease:
+class LeaderElector:
     """One candidate for a Lease.
 
     Args:
@@ -49,38 +49,38 @@ class Lease:
 
     def acquire(self, stop: threading.Event) -> bool:
         """Waits until this process holds the Lease. Returns False if stopped before."""
-        told = ""
+        reported_holder = ""
         while not stop.is_set():
             try:
-                if self.try_once():
+                if self.try_acquire_or_renew():
                     log.info("lease %s: acquired by %s", self._name, self._identity)
                     return True
             except KubernetesError as error:
                 log.warning("lease %s: %s", self._name, error)
-            if self.holder and self.holder != told:
-                told = self.holder
-                log.info("lease %s: waiting, held by %s", self._name, told)
+            if self.holder and self.holder != reported_holder:
+                reported_holder = self.holder
+                log.info("lease %s: waiting, held by %s", self._name, reported_holder)
             stop.wait(self._duration_s / 5)
         return False
 
-    def hold(self, stop: threading.Event, lost: Callable[[], None]) -> None:
+    def renew_until(self, stop: threading.Event, on_lost: Callable[[], None]) -> None:
         """Renews until stopped. Calls ``on_lost`` once if the Lease is lost or could not be renewed for 70 % of its
         duration.
         """
         while not stop.wait(self._duration_s / 5):
             try:
-                if not self.try_once():
+                if not self.try_acquire_or_renew():
                     log.error("lease %s: lost to %s", self._name, self.holder)
-                    lost()
+                    on_lost()
                     return
             except KubernetesError as error:
                 silent_s = self._clock() - self._renewed_at
                 log.warning("lease %s: not renewed for %.1f s: %s", self._name, silent_s, error)
                 if silent_s > 0.7 * self._duration_s:
-                    lost()
+                    on_lost()
                     return
 
-    def try_once(self) -> bool:
+    def try_acquire_or_renew(self) -> bool:
         """Acquires or renews the Lease. Returns whether this process holds it.
 
         Raises:
@@ -91,7 +91,7 @@ class Lease:
         try:
             if document is None:
                 self._api.create(_PATH, self._document(None))
-            elif self._free(document):
+            elif self._is_available(document):
                 self._api.replace(f"{_PATH}/{self._name}", self._document(document))
             else:
                 return False
@@ -111,7 +111,7 @@ class Lease:
         except KubernetesError as error:
             log.warning("lease %s: not released, it expires on its own: %s", self._name, error)
 
-    def _free(self, document: Document) -> bool:
+    def _is_available(self, document: KubeObject) -> bool:
         spec, now = document.get("spec", {}), self._clock()
         self.holder = spec.get("holderIdentity", "")
         version = str(document["metadata"]["resourceVersion"])
@@ -120,7 +120,7 @@ class Lease:
         lasts_s = float(spec.get("leaseDurationSeconds") or self._duration_s)
         return self.holder in ("", self._identity) or now - self._seen[1] > lasts_s
 
-    def _document(self, before: Document | None) -> dict[str, Any]:
+    def _document(self, before: KubeObject | None) -> dict[str, Any]:
         now = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
         old = (before or {}).get("spec", {})
         same = old.get("holderIdentity") == self._identity

@@ -16,10 +16,10 @@ from reelway.platform.cluster.ray_job_template import KIND_LABEL, QUEUE_LABEL, R
 
 RELEASE_ID: Final = re.compile(r"[0-9a-f]{64}")
 _EXIT_CODE: Final = re.compile(r"exit code (-?\d+)")
-_NEVER_BEGAN: Final = frozenset({"PreRunningDeadlineExceeded", "ValidationFailed", "SubmissionFailed"})
-_HOPELESS: Final = frozenset({"ErrImageNeverPull", "InvalidImageName"})
-_IMAGE_TROUBLES: Final = frozenset({"ErrImagePull", "ImagePullBackOff", "RegistryUnavailable"}) | _HOPELESS
-_CONTAINER_TROUBLES: Final = frozenset({"CreateContainerConfigError", "CreateContainerError", "RunContainerError"})
+_NEVER_STARTED_REASONS: Final = frozenset({"PreRunningDeadlineExceeded", "ValidationFailed", "SubmissionFailed"})
+_PERMANENT_REASONS: Final = frozenset({"ErrImageNeverPull", "InvalidImageName"})
+_IMAGE_REASONS: Final = frozenset({"ErrImagePull", "ImagePullBackOff", "RegistryUnavailable"}) | _PERMANENT_REASONS
+_CONTAINER_REASONS: Final = frozenset({"CreateContainerConfigError", "CreateContainerError", "RunContainerError"})
 
 
 class JobState(StrEnum):
@@ -37,7 +37,7 @@ class JobState(StrEnum):
 
 
 @dataclass(frozen=True)
-class Job:
+class RayJobStatus:
     """State of a RayJob for display."""
 
     name: str
@@ -48,7 +48,7 @@ class Job:
     command: str
     started_at: datetime | None = None
     ended_at: datetime | None = None
-    tries: int = 0
+    retries: int = 0
     """Number of failed attempts."""
     cluster: str = ""
     """Name of the RayCluster of the current attempt; empty before it exists."""
@@ -61,54 +61,56 @@ class Job:
     """Id of the release that the job built, read from its log."""
 
     @property
-    def never_began(self) -> bool:
+    def never_started(self) -> bool:
         """Whether the job failed before its command ran."""
-        return self.reason in _NEVER_BEGAN
+        return self.reason in _NEVER_STARTED_REASONS
 
 
-def read_job(document: Mapping[str, Any]) -> Job:
+def parse_ray_job(document: Mapping[str, Any]) -> RayJobStatus:
     """Parses a RayJob from the API server."""
     metadata, spec, status = document["metadata"], document["spec"], document.get("status") or {}
     labels, message = metadata.get("labels") or {}, str(status.get("message") or "")
     state = _state(spec, status, labels)
     code = _EXIT_CODE.search(message) if state is JobState.FAILED else None
-    created_at = _moment(metadata["creationTimestamp"])
+    created_at = _parse_time(metadata["creationTimestamp"])
     assert created_at is not None
-    return Job(
+    return RayJobStatus(
         name=metadata["name"],
         kind=labels.get(KIND_LABEL, ""),
         run=labels.get(RUN_LABEL, ""),
         state=state,
         created_at=created_at,
         command=str(spec.get("entrypoint", "")),
-        started_at=_moment(status.get("startTime")),
-        ended_at=_moment(status.get("endTime")),
-        tries=int(status.get("failed") or 0),
+        started_at=_parse_time(status.get("startTime")),
+        ended_at=_parse_time(status.get("endTime")),
+        retries=int(status.get("failed") or 0),
         cluster=str(status.get("rayClusterName") or ""),
         queue=labels.get(QUEUE_LABEL, ""),
         reason=str(status.get("reason") or ""),
         message=message,
-        exit_code=0 if state is JobState.SUCCEEDED else _as_shells_do(int(code[1])) if code else None,
+        exit_code=0 if state is JobState.SUCCEEDED else _shell_exit_code(int(code[1])) if code else None,
     )
 
 
 @dataclass(frozen=True)
-class Trouble:
+class StartupProblem:
     """A reason why a job does not start."""
 
-    what: str
-    hopeless: bool
+    message: str
+    permanent: bool
     """Waiting does not help: the installation or the job has to be changed."""
 
 
-def find_troubles(pods: Iterable[Mapping[str, Any]], events: Iterable[Mapping[str, Any]] = ()) -> Sequence[Trouble]:
+def find_startup_problems(
+    pods: Iterable[Mapping[str, Any]], events: Iterable[Mapping[str, Any]] = ()
+) -> Sequence[StartupProblem]:
     """Returns why a job's pods do not start, without duplicates.
 
     Args:
         events: warnings about the RayJob and its RayCluster.
     """
-    found = [trouble for pod in pods for trouble in _pod_troubles(pod)]
-    found += [Trouble(f"{one.get('reason', '')}: {one.get('message', '')}", hopeless=False) for one in events]
+    found = [trouble for pod in pods for trouble in _pod_startup_problems(pod)]
+    found += [StartupProblem(f"{one.get('reason', '')}: {one.get('message', '')}", permanent=False) for one in events]
     return tuple(dict.fromkeys(found))
 
 
@@ -133,25 +135,27 @@ def _state(spec: Mapping[str, Any], status: Mapping[str, Any], labels: Mapping[s
     return JobState.QUEUED if spec.get("suspend") else JobState.STARTING
 
 
-def _pod_troubles(pod: Mapping[str, Any]) -> Iterable[Trouble]:
+def _pod_startup_problems(pod: Mapping[str, Any]) -> Iterable[StartupProblem]:
     name, status = pod["metadata"]["name"], pod.get("status") or {}
     for condition in status.get("conditions") or ():
         if condition["type"] == "PodScheduled" and condition["status"] == "False":
-            yield Trouble(f"pod {name} cannot be scheduled: {condition.get('message', '')}", hopeless=False)
+            yield StartupProblem(f"pod {name} cannot be scheduled: {condition.get('message', '')}", permanent=False)
     containers = [*(status.get("initContainerStatuses") or ()), *(status.get("containerStatuses") or ())]
     for container in containers:
         waiting = (container.get("state") or {}).get("waiting") or {}
         reason, said = waiting.get("reason", ""), waiting.get("message", "")
-        if reason in _IMAGE_TROUBLES:
-            yield Trouble(f"pod {name}: cannot pull image {container['image']} ({reason}): {said}", reason in _HOPELESS)
-        elif reason in _CONTAINER_TROUBLES:
-            yield Trouble(f"pod {name}: cannot create its container ({reason}): {said}", hopeless=False)
+        if reason in _IMAGE_REASONS:
+            yield StartupProblem(
+                f"pod {name}: cannot pull image {container['image']} ({reason}): {said}", reason in _PERMANENT_REASONS
+            )
+        elif reason in _CONTAINER_REASONS:
+            yield StartupProblem(f"pod {name}: cannot create its container ({reason}): {said}", permanent=False)
 
 
-def _as_shells_do(code: int) -> int:
+def _shell_exit_code(code: int) -> int:
     """Returns the shell's exit code: 128 + the signal number for a command that a signal ended."""
     return code if code > 0 else 128 - code
 
 
-def _moment(text: str | None) -> datetime | None:
+def _parse_time(text: str | None) -> datetime | None:
     return datetime.fromisoformat(text) if text else None

@@ -65,7 +65,7 @@ class JobRequest:
     """Arguments appended to the command line."""
 
 
-def template_of(config_maps: Iterable[Mapping[str, Any]], kind: JobKind, installation: str | None) -> Document:
+def find_template(config_maps: Iterable[Mapping[str, Any]], kind: JobKind, installation: str | None) -> Document:
     """Returns the chart's RayJob for a kind of job.
 
     Args:
@@ -96,7 +96,7 @@ _NOT_INSTALLED: Final = (
 )
 
 
-def job_document(template: Mapping[str, Any], request: JobRequest) -> Document:
+def build_ray_job(template: Mapping[str, Any], request: JobRequest) -> Document:
     """Returns the RayJob to create.
 
     Raises:
@@ -112,19 +112,19 @@ def job_document(template: Mapping[str, Any], request: JobRequest) -> Document:
         spec["ttlSecondsAfterFinished"] = request.ttl_s
     if request.backoff_limit is not None:
         spec["backoffLimit"] = request.backoff_limit
-    workers, gpus = _arrange(spec["rayClusterSpec"], request)
+    workers, gpus = _set_workers_and_gpus(spec["rayClusterSpec"], request)
     spec["entrypoint"] = _entrypoint(spec["entrypoint"], request, workers, gpus)
     submitter = spec["submitterPodTemplate"]["spec"]["containers"][0]
     if "args" in submitter:  # the submitter takes the job's command; Kubernetes reads $$ as $
         submitter["args"] = [spec["entrypoint"].replace("$", "$$")]
     for pod in _pods(spec):
-        pod["spec"].setdefault("tolerations", []).extend(toleration(text) for text in request.tolerations)
+        pod["spec"].setdefault("tolerations", []).extend(parse_toleration(text) for text in request.tolerations)
         if request.image is not None:
             pod["spec"]["containers"][0]["image"] = request.image
     return job
 
 
-def toleration(text: str) -> Document:
+def parse_toleration(text: str) -> Document:
     """Parses ``KEY[=VALUE][:EFFECT]`` into a Kubernetes toleration.
 
     Raises:
@@ -144,7 +144,7 @@ def toleration(text: str) -> Document:
     return made
 
 
-def _arrange(cluster: Document, request: JobRequest) -> tuple[int, int]:
+def _set_workers_and_gpus(cluster: Document, request: JobRequest) -> tuple[int, int]:
     """Sets workers and GPUs. Returns the number of workers and the GPUs of each pod that computes."""
     group = cluster["workerGroupSpecs"][0]
     head, worker = (_resources(part) for part in (cluster["headGroupSpec"], group))
@@ -170,14 +170,14 @@ def _entrypoint(given: str, request: JobRequest, workers: int, gpus: int) -> str
     words = shlex.split(given)
     if request.run is not None:
         before = PurePosixPath(words[words.index("--run") + 1])
-        words = _with(words, "--run", str(before.with_name(request.run)))
+        words = _with_option(words, "--run", str(before.with_name(request.run)))
     if request.kind is JobKind.TRAIN:
-        words = _with(words, "--workers", str(workers) if workers else None)
-        words = _with(words, "--gpus", str(gpus * max(1, workers)) if gpus else None)
+        words = _with_option(words, "--workers", str(workers) if workers else None)
+        words = _with_option(words, "--gpus", str(gpus * max(1, workers)) if gpus else None)
     return shlex.join([*words, *request.arguments])
 
 
-def _with(words: Sequence[str], name: str, value: str | None) -> list[str]:
+def _with_option(words: Sequence[str], name: str, value: str | None) -> list[str]:
     """Returns the command line with one option set, or removed if the value is None."""
     kept = list(words)
     if name in kept:

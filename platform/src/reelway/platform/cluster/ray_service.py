@@ -18,9 +18,9 @@ from typing import Any, Final
 
 import yaml
 
-from reelway.platform.cluster.kube_api import AbsentError, ConflictError, Document, KubeApi
+from reelway.platform.cluster.kube_api import ConflictError, KubeApi, KubeObject, NotFoundError
 from reelway.platform.errors import KubernetesError, RolloutError
-from reelway.platform.rollout.traffic.serve_config import ServeConfig, releases_in, routing_in, with_target
+from reelway.platform.rollout.traffic.serve_config import ServeConfig, find_routing, release_names, with_target
 from reelway.platform.rollout.traffic.serve_rest import ServeRestBackend
 from reelway.platform.rollout.traffic.target import TrafficObservation, TrafficTarget
 
@@ -61,7 +61,7 @@ class RayServiceBackend:
         """
         try:
             return self._api.get(f"{_PATH}/{self.name}") is not None
-        except AbsentError:
+        except NotFoundError:
             return False
 
     def observe(self) -> TrafficObservation:
@@ -69,10 +69,10 @@ class RayServiceBackend:
         seen = self.serve.observe()
         running = self.serve.config
         try:
-            declared = self.fetch()
+            snapshot = self.fetch()
         except (KubernetesError, RolloutError) as error:
             return replace(seen, routing=None, detail=f"{seen.detail}; {error}".removeprefix("; "))
-        if running is not None and not _alike(declared.config, running):
+        if running is not None and not _same_traffic(snapshot.config, running):
             detail = f"RayService {self.name} declares another routing than Serve runs; it is written again"
             return replace(seen, routing=None, detail=f"{seen.detail}; {detail}".removeprefix("; "))
         return seen
@@ -84,39 +84,39 @@ class RayServiceBackend:
             RolloutError: if Serve rejected the target and nothing was changed, or if only the RayService rejected it.
         """
         with self._lock:
-            declared = self._declared
+            snapshot = self._declared
         try:
-            declared = declared or self.fetch()
+            snapshot = snapshot or self.fetch()
         except KubernetesError as error:
             raise RolloutError(str(error)) from error
-        wanted = with_target(declared.config, target)
+        wanted = with_target(snapshot.config, target)
         running = self.serve.config
-        if running is None or not _alike(wanted, running):
+        if running is None or not _same_traffic(wanted, running):
             self.serve.write(wanted)
-        if wanted != declared.config:
+        if wanted != snapshot.config:
             with self.declaring:
-                self._declare(declared, wanted)
+                self._patch_serve_config(snapshot, wanted)
 
-    def _declare(self, declared: DeclaredConfig, wanted: Mapping[str, Any]) -> None:
+    def _patch_serve_config(self, snapshot: DeclaredConfig, wanted: Mapping[str, Any]) -> None:
         """Patches ``serveConfigV2`` if it still is the configuration that ``wanted`` was made from.
 
         KubeRay writes its status into the same object all the time. A conflict alone therefore means nothing; the
         declared configuration is compared.
         """
-        newest = declared
+        newest = snapshot
         for _ in range(_ATTEMPTS):
             try:
                 self.patch(newest, wanted)
                 return
             except ConflictError:
-                newest = self._fetched()
+                newest = self._snapshot()
             except KubernetesError as error:
                 raise self._not_declared(str(error)) from error
-            if newest.config != declared.config:
+            if newest.config != snapshot.config:
                 raise self._not_declared("another writer changed serveConfigV2 meanwhile")
         raise self._not_declared(f"it changed {_ATTEMPTS} times meanwhile")
 
-    def patch(self, declared: DeclaredConfig, wanted: Mapping[str, Any]) -> None:
+    def patch(self, snapshot: DeclaredConfig, wanted: Mapping[str, Any]) -> None:
         """Writes ``serveConfigV2`` over this version of the object and over no other.
 
         Raises:
@@ -126,8 +126,8 @@ class RayServiceBackend:
         with self._lock:
             self._declared = None  # unknown until the API server has answered
         text = yaml.safe_dump(dict(wanted), sort_keys=False)
-        change = {"metadata": {"resourceVersion": declared.resource_version}, "spec": {"serveConfigV2": text}}
-        self._remember(self._api.patch(f"{_PATH}/{self.name}", change))
+        change = {"metadata": {"resourceVersion": snapshot.resource_version}, "spec": {"serveConfigV2": text}}
+        self._parse_snapshot(self._api.patch(f"{_PATH}/{self.name}", change))
 
     def _not_declared(self, reason: str) -> RolloutError:
         return RolloutError(
@@ -135,7 +135,7 @@ class RayServiceBackend:
             "again at the next reconcile"
         )
 
-    def _fetched(self) -> DeclaredConfig:
+    def _snapshot(self) -> DeclaredConfig:
         try:
             return self.fetch()
         except KubernetesError as error:
@@ -153,9 +153,9 @@ class RayServiceBackend:
             raise RolloutError(
                 f"RayService {self.name}: it does not exist in namespace {self._api.namespace}; install the chart"
             )
-        return self._remember(document)
+        return self._parse_snapshot(document)
 
-    def _remember(self, document: Document) -> DeclaredConfig:
+    def _parse_snapshot(self, document: KubeObject) -> DeclaredConfig:
         text = str(document["spec"].get("serveConfigV2") or "{}")
         try:
             config = yaml.safe_load(text)
@@ -167,12 +167,12 @@ class RayServiceBackend:
             )
         metadata = document["metadata"]
         digest = metadata.get("annotations", {}).get(OPTIONS_DIGEST, "")
-        declared = DeclaredConfig(str(metadata["resourceVersion"]), config, digest)
+        snapshot = DeclaredConfig(str(metadata["resourceVersion"]), config, digest)
         with self._lock:
-            self._declared = declared
-        return declared
+            self._declared = snapshot
+        return snapshot
 
 
-def _alike(one: ServeConfig, other: ServeConfig) -> bool:
+def _same_traffic(one: ServeConfig, other: ServeConfig) -> bool:
     """Whether two configurations route the same traffic. KubeRay applies every other difference."""
-    return releases_in(one) == releases_in(other) and routing_in(one) == routing_in(other)
+    return release_names(one) == release_names(other) and find_routing(one) == find_routing(other)

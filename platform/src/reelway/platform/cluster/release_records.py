@@ -22,7 +22,7 @@ from reelway.platform.cluster.resources import (
     ReleaseSpec,
     ReleaseStatus,
 )
-from reelway.platform.cluster.status import stamp
+from reelway.platform.cluster.status import format_time
 from reelway.platform.contracts.manifest import Manifest
 from reelway.platform.errors import ReelwayError
 from reelway.platform.release.store import ReleaseStore
@@ -31,12 +31,12 @@ log = logging.getLogger(__name__)
 
 PATH: Final = f"{GROUP}/{VERSION}/{RELEASES}"
 IN_STORE: Final = "InStore"
-EVERY_S: Final = 10.0
+RECONCILE_INTERVAL_S: Final = 10.0
 _SHOWN: Final = 12
 """Characters of a release id that form the resource's name."""
 
 
-class ReleaseRecords:
+class ReleaseReconciler:
     """Writes the releases of a store as resources of a namespace.
 
     Args:
@@ -47,12 +47,12 @@ class ReleaseRecords:
         self._api, self._store = api, ReleaseStore(url)
         self._trouble = ""
 
-    def run(self, stop: threading.Event, every_s: float = EVERY_S) -> None:
+    def run(self, stop: threading.Event, every_s: float = RECONCILE_INTERVAL_S) -> None:
         """Reconciles every ``every_s`` seconds until stopped. An error is logged once and retried."""
         while not stop.is_set():
             trouble = ""
             try:
-                self.look()
+                self.reconcile()
             except ReelwayError as error:
                 trouble = str(error)
             if trouble != self._trouble:
@@ -60,7 +60,7 @@ class ReleaseRecords:
             self._trouble = trouble
             stop.wait(every_s)
 
-    def look(self) -> None:
+    def reconcile(self) -> None:
         """Records new releases and updates the condition InStore of all releases.
 
         Raises:
@@ -72,7 +72,7 @@ class ReleaseRecords:
         damaged: ReelwayError | None = None
         for release_id in sorted(present):
             document = recorded.get(release_id)
-            if document is not None and _said_present(document) is True:
+            if document is not None and _reported_in_store(document) is True:
                 continue
             try:
                 self._write(document, self._store.manifest(release_id))
@@ -81,9 +81,9 @@ class ReleaseRecords:
         for release_id in recorded.keys() - present:
             if (
                 recorded[release_id]["spec"]["store"] == self._store.url
-                and _said_present(recorded[release_id]) is not False
+                and _reported_in_store(recorded[release_id]) is not False
             ):
-                self._gone(recorded[release_id])
+                self._mark_missing(recorded[release_id])
         if damaged is not None:
             raise damaged
 
@@ -99,7 +99,7 @@ class ReleaseRecords:
             log.info("release %s: found in the store, name %s", manifest.release_id[:_SHOWN], manifest.name)
         self._replace_status(document, _status(manifest, document["metadata"]["generation"]))
 
-    def _gone(self, document: Mapping[str, Any]) -> None:
+    def _mark_missing(self, document: Mapping[str, Any]) -> None:
         before = ReleaseStatus.model_validate(document.get("status") or {})
         generation = document["metadata"]["generation"]
         missing = _condition("False", "Removed", f"{self._store.url} no longer has this release", generation)
@@ -132,11 +132,11 @@ def _status(manifest: Manifest, generation: int) -> ReleaseStatus:
 def _condition(status: str, reason: str, message: str, generation: int) -> Condition:
     return Condition.model_validate(
         {"type": IN_STORE, "status": status, "reason": reason, "message": message, "observedGeneration": generation,
-         "lastTransitionTime": stamp(time.time())}
+         "lastTransitionTime": format_time(time.time())}
     )  # fmt: skip
 
 
-def _said_present(document: Mapping[str, Any]) -> bool | None:
+def _reported_in_store(document: Mapping[str, Any]) -> bool | None:
     """Returns the recorded condition InStore of the current generation; None if there is none."""
     for condition in (document.get("status") or {}).get("conditions") or ():
         if condition["type"] == IN_STORE and condition["observedGeneration"] == document["metadata"]["generation"]:

@@ -22,8 +22,8 @@ from pydantic.alias_generators import to_camel
 from reelway.platform.errors import ConfigError
 from reelway.platform.rollout.alerts import KnownAlert
 from reelway.platform.rollout.policy import RolloutPolicy, parse_policy
-from reelway.platform.rollout.records import HistoryEntry, Sighting
-from reelway.platform.rollout.state import REMEMBERED_COMMANDS, Command, RolloutState
+from reelway.platform.rollout.records import HistoryEntry, LastReconcile
+from reelway.platform.rollout.state import MAX_REMEMBERED_COMMANDS, Command, RolloutState
 
 GROUP: Final = "reelway.dev"
 VERSION: Final = "v1alpha1"
@@ -33,11 +33,11 @@ RELEASE_KIND: Final = "Release"
 RELEASES: Final = "releases"
 FINALIZER: Final = "reelway.dev/traffic-on-stable"
 
-COMMANDS_LIMIT: Final = REMEMBERED_COMMANDS // 2
+MAX_COMMANDS: Final = MAX_REMEMBERED_COMMANDS // 2
 """Commands in a spec. Fewer than a state remembers, so that a processed command is never taken for a new one."""
 HISTORY_LIMIT: Final = 100
 """History entries in a status; the newest are kept. An object in etcd must stay well under 1 MiB."""
-EVIDENCE_LIMIT: Final = 10
+MAX_ENTRIES_WITH_EVIDENCE: Final = 10
 """How many of the newest entries keep their evidence; entries that ended the ramp always keep it."""
 ALERTS_LIMIT: Final = 100
 
@@ -84,7 +84,7 @@ class Backend(_Model):
         return f"rayservice/{self.ray_service.name}" if self.ray_service else f"serve/{self.serve and self.serve.api}"
 
 
-class AskedCommand(_Model):
+class CommandRequest(_Model):
     """A user's command. ``actor`` is not verified; the API server's audit log has the authenticated user."""
 
     id: Annotated[
@@ -96,7 +96,7 @@ class AskedCommand(_Model):
     note: Annotated[str, Field(max_length=1024, description="reason, shown in the history")] = ""
 
     @property
-    def command(self) -> Command:
+    def to_command(self) -> Command:
         return Command(**self.model_dump())
 
 
@@ -117,7 +117,7 @@ class ReleaseRolloutSpec(_Model):
     backend: Backend
     force: bool = Field(default=False, description="start despite a cooldown or an earlier rollback of the release")
     note: Annotated[str, Field(max_length=1024)] = ""
-    commands: Annotated[tuple[AskedCommand, ...], Field(max_length=COMMANDS_LIMIT)] = ()
+    commands: Annotated[tuple[CommandRequest, ...], Field(max_length=MAX_COMMANDS)] = ()
 
 
 class Condition(_Model):
@@ -161,7 +161,7 @@ class ReleaseRolloutStatus(_Model):
     state: RolloutState | None = Field(default=None, description="absent before the rollout starts")
     policy: RolloutPolicy | None = Field(default=None, description="policy in effect, with all defaults")
     history: tuple[HistoryEntry, ...] = ()
-    last_reconcile: Sighting | None = None
+    last_reconcile: LastReconcile | None = None
     alerts: tuple[KnownAlert, ...] = ()
     superseded_by: str = Field(
         default="",
@@ -189,7 +189,7 @@ class ReleaseStatus(_Model):
     conditions: tuple[Condition, ...] = ()
 
 
-class Resource(BaseModel):
+class RolloutResource(BaseModel):
     """A ReleaseRollout from the API server."""
 
     model_config = ConfigDict(frozen=True)
@@ -208,7 +208,7 @@ class Resource(BaseModel):
     status: ReleaseRolloutStatus
 
     @classmethod
-    def of(cls, document: Mapping[str, Any]) -> Resource:
+    def from_document(cls, document: Mapping[str, Any]) -> RolloutResource:
         """Parses an object. Raises pydantic's ValidationError if it is of another version of the CRD."""
         metadata, spec, problem = document["metadata"], dict(document["spec"]), ""
         if spec.get("policy") is not None:

@@ -15,32 +15,32 @@ from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from typing import Final
 
-from reelway.platform.cluster.admission import Begin, Refuse, Wait, admit
-from reelway.platform.cluster.announcements import Announcer
+from reelway.platform.cluster.admission import Admitted, Refused, Waiting, admit
+from reelway.platform.cluster.announcements import EventRecorder
 from reelway.platform.cluster.finalizer import set_finalizer
 from reelway.platform.cluster.health import operator_application
 from reelway.platform.cluster.kube_api import KubeApi
-from reelway.platform.cluster.lanes import Lane
-from reelway.platform.cluster.lease import Lease
+from reelway.platform.cluster.lanes import BackendController
+from reelway.platform.cluster.lease import LeaderElector
 from reelway.platform.cluster.operator_settings import OperatorSettings
-from reelway.platform.cluster.release_records import ReleaseRecords
-from reelway.platform.cluster.resources import FINALIZER, Backend, PolicyReference, RayServiceReference, Resource
+from reelway.platform.cluster.release_records import ReleaseReconciler
+from reelway.platform.cluster.resources import FINALIZER, Backend, PolicyReference, RayServiceReference, RolloutResource
 from reelway.platform.cluster.rollout_store import KubeRolloutStore
 from reelway.platform.cluster.rollout_watch import RolloutWatch
-from reelway.platform.cluster.shelf import ToldShelf
+from reelway.platform.cluster.shelf import InformerCache
 from reelway.platform.cluster.status import REFUSED, WAITING, may_move_traffic
 from reelway.platform.errors import ConfigError, KubernetesError, ReelwayError, RolloutError
 from reelway.platform.rollout.alerts import KnownAlert
-from reelway.platform.rollout.control.bearer_token import bearer_token
+from reelway.platform.rollout.control.bearer_token import ensure_bearer_token
 from reelway.platform.rollout.control.controller_metrics import ControllerMetrics
 from reelway.platform.rollout.control.controller_service import stopped_by_signals
-from reelway.platform.rollout.control.webhook import serving
+from reelway.platform.rollout.control.webhook import serve_in_thread
 from reelway.platform.rollout.policy import RolloutPolicy, default_policy, parse_policy
 
 log = logging.getLogger(__name__)
 
-_NOTICED_S: Final = 0.1
-_LOOK_S: Final = 2.0
+_CHANGE_POLL_INTERVAL_S: Final = 0.1
+_ADMISSION_INTERVAL_S: Final = 2.0
 
 
 def run_operator(api: KubeApi, settings: OperatorSettings, stop: threading.Event | None = None) -> None:
@@ -54,27 +54,27 @@ def run_operator(api: KubeApi, settings: OperatorSettings, stop: threading.Event
     stop = stop or threading.Event()
     with ExitStack() as stack:
         stack.enter_context(stopped_by_signals(stop.set))
-        operator = Operator(api, settings)
-        application = operator_application(operator, bearer_token(settings.webhook.token_file), operator.metrics)
-        url = stack.enter_context(serving(application, settings.webhook.host, settings.webhook.port))
+        operator = RolloutOperator(api, settings)
+        application = operator_application(operator, ensure_bearer_token(settings.webhook.token_file), operator.metrics)
+        url = stack.enter_context(serve_in_thread(application, settings.webhook.host, settings.webhook.port))
         log.info("operator of namespace %s: started, webhook at %s", api.namespace, url)
         operator.run(stop)
     log.info("operator of namespace %s: stopped", api.namespace)
 
 
-class Operator:
+class RolloutOperator:
     """All backend controllers of a namespace. ``run`` blocks; the other methods may be called from any thread."""
 
     def __init__(self, api: KubeApi, settings: OperatorSettings) -> None:
         self.metrics = ControllerMetrics()
         self._api, self._settings = api, settings
-        self._shelf = ToldShelf()
-        self._announcer: Announcer | None = None
-        self._lanes: dict[str, Lane] = {}
-        self._store = KubeRolloutStore(api, self._shelf)
-        self._watch = RolloutWatch(api, self._shelf)
+        self._cache = InformerCache()
+        self._events: EventRecorder | None = None
+        self._controllers: dict[str, BackendController] = {}
+        self._store = KubeRolloutStore(api, self._cache)
+        self._watch = RolloutWatch(api, self._cache)
         self._active = False
-        self._troubles: dict[str, str] = {}
+        self._last_errors: dict[str, str] = {}
         self._failure = ""
 
     def run(self, stop: threading.Event) -> None:
@@ -84,22 +84,22 @@ class Operator:
             KubernetesError: as ``run_operator``.
         """
         settings = self._settings
-        lease = Lease(self._api, settings.lease.name, settings.identity, duration_s=settings.lease.duration_s)
+        lease = LeaderElector(self._api, settings.lease.name, settings.identity, duration_s=settings.lease.duration_s)
         if not lease.acquire(stop):
             return
         renewal_stop = threading.Event()
         renewal = threading.Thread(
-            target=lease.hold, args=(renewal_stop, lambda: self._fail("the lease was lost", stop)), name="lease"
+            target=lease.renew_until, args=(renewal_stop, lambda: self._fail("the lease was lost", stop)), name="lease"
         )
         # Both only read rollouts or write Releases, so nothing waits for a request of theirs at the end.
         readers = [threading.Thread(target=self._run_watch, args=(stop,), name="watch", daemon=True)]
         if settings.release_store:
-            records = ReleaseRecords(self._api, settings.release_store)
+            records = ReleaseReconciler(self._api, settings.release_store)
             readers.append(threading.Thread(target=records.run, args=(stop,), name="releases", daemon=True))
         try:
             self._active = True
             renewal.start()
-            self._announcer = Announcer(self._api, settings.identity)
+            self._events = EventRecorder(self._api, settings.identity)
             self._watch.sync()
             for thread in readers:
                 thread.start()
@@ -107,10 +107,10 @@ class Operator:
         finally:
             stop.set()
             self._active = False
-            for lane in self._lanes.values():
-                lane.stop()
-            if self._announcer is not None:
-                self._announcer.close()
+            for controller in self._controllers.values():
+                controller.stop()
+            if self._events is not None:
+                self._events.close()
             renewal_stop.set()
             if renewal.ident is not None:
                 renewal.join()
@@ -131,17 +131,21 @@ class Operator:
             raise KubernetesError("this operator waits for its lease; another replica is active, send the alerts again")
         own = self._api.namespace
         told = [alert for alert in news if dict(alert.labels).get("namespace", own) == own]
-        changed = [lane.book.deliver(told) for lane in list(self._lanes.values())]
+        changed = [controller.alerts.deliver(told) for controller in list(self._controllers.values())]
         return any(changed)
 
     def wake(self) -> None:
         """Starts a reconcile of every backend controller now, because alerts arrived."""
-        for lane in list(self._lanes.values()):
-            lane.wake.set()
+        for controller in list(self._controllers.values()):
+            controller.wake.set()
 
-    def problem(self) -> str:
+    def unhealthy_reason(self) -> str:
         """Returns why only a restart can help; empty if the operator is healthy."""
-        ended = [lane.key for lane in list(self._lanes.values()) if self._active and not lane.lives]
+        ended = [
+            controller.key
+            for controller in list(self._controllers.values())
+            if self._active and not controller.is_alive
+        ]
         return f"the controller of {', '.join(ended)} has ended; restart the operator" if ended else ""
 
     @property
@@ -149,36 +153,36 @@ class Operator:
         """Whether this process holds the Lease."""
         return self._active
 
-    def may_go(self, uid: str) -> bool:
+    def can_finalize(self, uid: str) -> bool:
         """Returns whether a deleted rollout may be removed: its traffic is on stable, or its backend is deleted."""
-        resource = self._shelf.by_uid(uid)
+        resource = self._cache.by_uid(uid)
         if resource is None or resource.status.state is None or resource.status.superseded_by:
             return True
         if not resource.status.state.active:
             return True
-        lane = self._lanes.get(resource.spec.backend.key)
-        return lane is not None and lane.gone()
+        controller = self._controllers.get(resource.spec.backend.key)
+        return controller is not None and controller.backend_deleted()
 
     def _loop(self, stop: threading.Event) -> None:
         while not stop.is_set():
-            seen = self._shelf.changes(own=True)
+            seen = self._cache.revision(own=True)
             self._guarded("serve config", self._reconcile_serve_config)
-            self._guarded("admission", self._look)
+            self._guarded("admission", self._admit_pending)
             self._guarded("finalizers", self._reconcile_finalizers)
-            deadline = time.monotonic() + _LOOK_S
-            while not stop.is_set() and time.monotonic() < deadline and self._shelf.changes(own=True) == seen:
-                stop.wait(_NOTICED_S)
+            deadline = time.monotonic() + _ADMISSION_INTERVAL_S
+            while not stop.is_set() and time.monotonic() < deadline and self._cache.revision(own=True) == seen:
+                stop.wait(_CHANGE_POLL_INTERVAL_S)
 
     def _reconcile_serve_config(self) -> None:
         if not self._settings.ray.service:
             return
-        lane = self._lane(Backend(ray_service=RayServiceReference(name=self._settings.ray.service)))
-        if lane.serve_config is not None:
-            lane.serve_config.reconcile()
+        controller = self._controller_for(Backend(ray_service=RayServiceReference(name=self._settings.ray.service)))
+        if controller.serve_config is not None:
+            controller.serve_config.reconcile()
 
-    def _look(self) -> None:
+    def _admit_pending(self) -> None:
         """Starts the rollouts that may start, and writes to the others' status why they may not."""
-        followed = [one for one in self._shelf.all() if not one.status.superseded_by and one.status.phase != REFUSED]
+        followed = [one for one in self._cache.all() if not one.status.superseded_by and one.status.phase != REFUSED]
         for key in sorted({one.spec.backend.key for one in followed}):
             mine = sorted(
                 (one for one in followed if one.spec.backend.key == key), key=lambda r: (r.created_at, r.name)
@@ -188,69 +192,71 @@ class Operator:
             if not (begun or waiting):
                 continue
             try:
-                lane = self._lane((begun or waiting)[0].spec.backend)
+                controller = self._controller_for((begun or waiting)[0].spec.backend)
             except RolloutError as error:
                 for resource in waiting:
-                    self._set_aside(resource, Refuse(str(error)))
+                    self._record_not_started(resource, Refused(str(error)))
                 continue
             for resource in waiting:
-                if self._admit(lane, resource):
+                if self._admit_one(controller, resource):
                     break  # the next rollout waits for this one
 
     def _reconcile_finalizers(self) -> None:
         """Keeps the finalizer on rollouts that may move traffic, and on no other ones."""
-        for resource in self._shelf.all():
+        for resource in self._cache.all():
             present = FINALIZER in resource.finalizers
-            needed = present and not self.may_go(resource.uid) if resource.deleting else may_move_traffic(resource)
+            needed = (
+                present and not self.can_finalize(resource.uid) if resource.deleting else may_move_traffic(resource)
+            )
             if needed != present:
-                set_finalizer(self._api, self._shelf, resource, present=needed)
+                set_finalizer(self._api, self._cache, resource, present=needed)
 
-    def _admit(self, lane: Lane, resource: Resource) -> bool:
+    def _admit_one(self, controller: BackendController, resource: RolloutResource) -> bool:
         """Starts a rollout if it may start. Returns whether the rollouts after it have to wait for it."""
-        before = self._begun_before(lane.key)
+        before = self._latest_started(controller.key)
         try:
             policy = self._policy_of(resource)
         except ConfigError as error:
-            mended = resource.spec.policy_ref is not None
-            self._set_aside(resource, Wait(str(error)) if mended else Refuse(str(error)))
+            can_be_fixed = resource.spec.policy_ref is not None
+            self._record_not_started(resource, Waiting(str(error)) if can_be_fixed else Refused(str(error)))
             return False
-        live, unseen = (None, "") if before else _live(lane)
-        verdict = admit(resource, policy, previous=before, live=live, unseen=unseen, now=time.time())
-        if not isinstance(verdict, Begin):
-            self._set_aside(resource, verdict)
+        live, unseen = (None, "") if before else _live(controller)
+        verdict = admit(resource, policy, previous=before, live=live, unknown_reason=unseen, now=time.time())
+        if not isinstance(verdict, Admitted):
+            self._record_not_started(resource, verdict)
             return False
-        protected = set_finalizer(self._api, self._shelf, resource, present=True)
+        protected = set_finalizer(self._api, self._cache, resource, present=True)
         if protected is None:
             return True  # the rollout changed or was deleted; the next pass sees its new state
-        for one in self._shelf.all():
-            if one.spec.backend.key == lane.key and one.status.state and not one.status.superseded_by:
+        for one in self._cache.all():
+            if one.spec.backend.key == controller.key and one.status.state and not one.status.superseded_by:
                 self._store.supersede(one, resource)
-        lane.store.begin(protected, verdict.state, verdict.policy)
+        controller.store.begin(protected, verdict.state, verdict.policy)
         log.info("%s: started: %s", verdict.state.id, verdict.state.reason)
-        self._say(resource, "begin", verdict.state.reason)
+        self._record_event(resource, "begin", verdict.state.reason)
         return True
 
-    def _set_aside(self, resource: Resource, verdict: Wait | Refuse) -> None:
-        phase, action = (WAITING, "wait") if isinstance(verdict, Wait) else (REFUSED, "refused")
-        if self._store.set_aside(resource, phase, verdict.reason):
+    def _record_not_started(self, resource: RolloutResource, verdict: Waiting | Refused) -> None:
+        phase, action = (WAITING, "wait") if isinstance(verdict, Waiting) else (REFUSED, "refused")
+        if self._store.record_not_started(resource, phase, verdict.reason):
             log.info("%s: %s: %s", resource.name, action, verdict.reason)
-            self._say(resource, action, verdict.reason)
+            self._record_event(resource, action, verdict.reason)
 
-    def _begun_before(self, key: str) -> Resource | None:
-        begun = [(one.status.state.started_at, one) for one in self._shelf.all()
+    def _latest_started(self, key: str) -> RolloutResource | None:
+        begun = [(one.status.state.started_at, one) for one in self._cache.all()
                  if one.status.state and one.spec.backend.key == key]  # fmt: skip
         return max(begun, key=lambda pair: pair[0])[1] if begun else None
 
-    def _policy_of(self, resource: Resource) -> RolloutPolicy:
+    def _policy_of(self, resource: RolloutResource) -> RolloutPolicy:
         """Returns a rollout's policy. Raises ConfigError if it does not exist or is invalid."""
         if resource.policy_problem:
             raise ConfigError(resource.policy_problem)
         reference = resource.spec.policy_ref
         if reference is None:
             return resource.spec.policy or default_policy()
-        return self._referred(reference)
+        return self._policy_from_config_map(reference)
 
-    def _referred(self, reference: PolicyReference) -> RolloutPolicy:
+    def _policy_from_config_map(self, reference: PolicyReference) -> RolloutPolicy:
         found = self._api.get(f"v1/configmaps/{reference.name}")
         text = (found or {}).get("data", {}).get(reference.key)
         if text is None:
@@ -260,14 +266,14 @@ class Operator:
             )
         return parse_policy(text, source=f"ConfigMap {reference.name}, {reference.key}")
 
-    def _lane(self, backend: Backend) -> Lane:
-        lane = self._lanes.get(backend.key)
-        if lane is None:
-            told = self._announcer.told if self._announcer else lambda *_: None
-            lane = Lane(self._api, self._shelf, backend, self._settings, self.metrics, told)
-            self._lanes[backend.key] = lane
-            lane.start()
-        return lane
+    def _controller_for(self, backend: Backend) -> BackendController:
+        controller = self._controllers.get(backend.key)
+        if controller is None:
+            told = self._events.record_decision if self._events else lambda *_: None
+            controller = BackendController(self._api, self._cache, backend, self._settings, self.metrics, told)
+            self._controllers[backend.key] = controller
+            controller.start()
+        return controller
 
     def _run_watch(self, stop: threading.Event) -> None:
         try:
@@ -281,9 +287,9 @@ class Operator:
         self._failure = why
         stop.set()
 
-    def _say(self, resource: Resource, action: str, message: str) -> None:
-        if self._announcer is not None:
-            self._announcer.say(resource, action, message, time.time())
+    def _record_event(self, resource: RolloutResource, action: str, message: str) -> None:
+        if self._events is not None:
+            self._events.record_event(resource, action, message, time.time())
 
     def _guarded(self, kind: str, call: Callable[[], None]) -> None:
         try:
@@ -296,14 +302,14 @@ class Operator:
             self.metrics.failures.labels(kind).inc()
             log.exception("%s failed, which is a bug; continuing", kind)
             return
-        if text != self._troubles.get(kind, ""):
+        if text != self._last_errors.get(kind, ""):
             log.warning("%s: %s", kind, text) if text else log.info("%s: recovered", kind)
-        self._troubles[kind] = text
+        self._last_errors[kind] = text
 
 
-def _live(lane: Lane) -> tuple[str | None, str]:
+def _live(controller: BackendController) -> tuple[str | None, str]:
     """Returns the stable release that has traffic, or None and the reason why it is unknown."""
-    observation = lane.backend.observe()
+    observation = controller.backend.observe()
     if observation.routing is None:
         return None, observation.detail
     stable = [route.release for route in observation.routing.arms if route.arm.value == "stable" and route.weight_bp]

@@ -15,35 +15,35 @@ from typing import Any, Final
 
 from pydantic import ValidationError
 
-from reelway.platform.cluster.kube_api import AbsentError, ConflictError, KubeApi
+from reelway.platform.cluster.kube_api import ConflictError, KubeApi, NotFoundError
 from reelway.platform.cluster.resources import (
     ALERTS_LIMIT,
-    COMMANDS_LIMIT,
     GROUP,
+    MAX_COMMANDS,
     ROLLOUT_KIND,
     VERSION,
-    AskedCommand,
     Backend,
+    CommandRequest,
     ReleaseRolloutSpec,
     ReleaseRolloutStatus,
-    Resource,
+    RolloutResource,
 )
-from reelway.platform.cluster.shelf import PATH, Shelf, ToldShelf, read
-from reelway.platform.cluster.status import REFUSED, drawn, not_begun
+from reelway.platform.cluster.shelf import PATH, InformerCache, RolloutCache, parse_rollout
+from reelway.platform.cluster.status import REFUSED, not_started, with_derived_fields
 from reelway.platform.errors import KubernetesError, RolloutError
 from reelway.platform.rollout.alerts import AlertKey, KnownAlert, names_release
 from reelway.platform.rollout.policy import RolloutPolicy, default_policy
-from reelway.platform.rollout.records import HistoryEntry, Rollout, Sighting, with_commands_since
-from reelway.platform.rollout.state import Command, Phase, RolloutState, ask
+from reelway.platform.rollout.records import HistoryEntry, LastReconcile, Rollout, with_commands_since
+from reelway.platform.rollout.state import Command, Phase, RolloutState, add_command
 
 LIVE: Final = "live"
 """Placeholder for the stable release of a rollout that has not started: the release that is live at its start."""
-NOT_SEEN: Final = "the operator has not observed the rollout yet"
-DELETED: Final = "the user who deleted it"
+NOT_OBSERVED_REASON: Final = "the operator has not observed the rollout yet"
+DELETED_ACTOR: Final = "the user who deleted it"
 _ATTEMPTS: Final = 6
-_SHOWN_OF_A_LOOK: Final = ("reached", "trouble", "detail", "failed", "ready", "releases", "routing")
+_COMPARED_TRAFFIC_KEYS: Final = ("reached", "trouble", "detail", "failed", "ready", "releases", "routing")
 
-Change = Callable[[Resource], ReleaseRolloutStatus | None]
+Change = Callable[[RolloutResource], ReleaseRolloutStatus | None]
 
 
 class KubeRolloutStore:
@@ -61,18 +61,18 @@ class KubeRolloutStore:
     def __init__(
         self,
         api: KubeApi,
-        shelf: Shelf,
+        shelf: RolloutCache,
         *,
         backend: str | None = None,
-        made_for: Backend | None = None,
-        told: Callable[[Resource, HistoryEntry], None] = lambda *_: None,
+        create_backend: Backend | None = None,
+        on_decision: Callable[[RolloutResource, HistoryEntry], None] = lambda *_: None,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self._api, self._shelf = api, shelf
-        self._backend, self._made_for = backend, made_for
-        self._told, self._clock = told, clock
+        self._backend, self._made_for = backend, create_backend
+        self._told, self._clock = on_decision, clock
         self._writing = threading.RLock()
-        self._seen: dict[str, Sighting] = {}
+        self._seen: dict[str, LastReconcile] = {}
 
     def create(self, state: RolloutState, policy: RolloutPolicy) -> Rollout:
         """Creates the resource; the operator starts the rollout. Several rollouts of one backend may wait.
@@ -92,40 +92,40 @@ class KubeRolloutStore:
             wrong = error.errors()[0]
             raise RolloutError(f"spec.{wrong['loc'][0]}: saw {wrong['input']!r}: {wrong['msg']}") from error
         try:
-            made = self._api.create(PATH, {**_head(state.id), "spec": _spec_document(spec)})
+            made = self._api.create(PATH, {**_object_head(state.id), "spec": _spec_document(spec)})
         except ConflictError:
             raise RolloutError(f"cannot create rollout {state.id}: it exists; choose another name") from None
-        except AbsentError as error:
+        except NotFoundError as error:
             raise RolloutError(f"{error}; check that Reelway's CRDs are installed") from error
         except KubernetesError as error:
             raise RolloutError(str(error)) from error
-        resource = read(made)
-        self._shelf.put(resource)
-        return rollout_of(resource)
+        resource = parse_rollout(made)
+        self._shelf.store_written(resource)
+        return to_rollout(resource)
 
     def get(self, rollout_id: str) -> Rollout:
-        return rollout_of(self._find(rollout_id))
+        return to_rollout(self._find(rollout_id))
 
     def latest(self) -> Rollout | None:
         resource = self._latest()
-        return rollout_of(resource) if resource else None
+        return to_rollout(resource) if resource else None
 
     def phase(self, rollout_id: str) -> str:
         """Returns ``status.phase``, which has two values that a ``RolloutState`` has not: Waiting and Refused."""
         return self._find(rollout_id).status.phase
 
     def all(self) -> Sequence[Rollout]:
-        return [rollout_of(resource) for resource in self._mine()]
+        return [to_rollout(resource) for resource in self._in_scope()]
 
     def record(self, before: Rollout, state: RolloutState, entry: HistoryEntry | None) -> Rollout:
         numbered = entry and entry.model_copy(update={"number": self._next_number()})
 
-        def change(resource: Resource) -> ReleaseRolloutStatus:
-            newest, status = rollout_of(resource), resource.status
+        def change(resource: RolloutResource) -> ReleaseRolloutStatus:
+            newest, status = to_rollout(resource), resource.status
             merged = with_commands_since(before, newest, state) if newest.version != before.version else state
             history = (*status.history, numbered) if numbered else status.history
             sighting = self._seen.get(state.id, status.last_reconcile)
-            return drawn(
+            return with_derived_fields(
                 resource,
                 status.model_copy(
                     update={"state": merged, "policy": before.policy, "version": status.version + 1,
@@ -137,46 +137,46 @@ class KubeRolloutStore:
         written = self._write(self._find(before.state.id, exact=True), change)
         if numbered:
             self._told(written, numbered)
-        return rollout_of(written)
+        return to_rollout(written)
 
-    def begin(self, resource: Resource, state: RolloutState, policy: RolloutPolicy) -> Rollout:
+    def begin(self, resource: RolloutResource, state: RolloutState, policy: RolloutPolicy) -> Rollout:
         """Writes the first state of a rollout. Raises RolloutError if it has started."""
 
-        def change(newest: Resource) -> ReleaseRolloutStatus:
+        def change(newest: RolloutResource) -> ReleaseRolloutStatus:
             if newest.status.state is not None:
                 raise RolloutError(f"rollout {newest.name} has started; check that no second operator runs")
             made = ReleaseRolloutStatus(
                 state=state, policy=policy, version=newest.status.version + 1, conditions=newest.status.conditions
             )
-            return drawn(newest, made, self._clock())
+            return with_derived_fields(newest, made, self._clock())
 
-        return rollout_of(self._write(resource, change))
+        return to_rollout(self._write(resource, change))
 
-    def set_aside(self, resource: Resource, phase: str, reason: str) -> bool:
+    def record_not_started(self, resource: RolloutResource, phase: str, reason: str) -> bool:
         """Writes why a rollout has not started. Returns False if the status said so before."""
         if (resource.status.phase, resource.status.reason) == (phase, reason):
             return False
         self._write(
-            resource, lambda newest: None if newest.status.state else not_begun(newest, phase, reason, self._clock())
+            resource, lambda newest: None if newest.status.state else not_started(newest, phase, reason, self._clock())
         )
         return True
 
-    def supersede(self, resource: Resource, by: Resource) -> None:
+    def supersede(self, resource: RolloutResource, by: RolloutResource) -> None:
         """Writes that another rollout started after this one, so that this one is no longer reconciled."""
         self._write(resource, lambda newest: newest.status.model_copy(update={"superseded_by": by.rollout_id}))
 
-    def ask(self, rollout_id: str, command: Command) -> Rollout:
+    def submit_command(self, rollout_id: str, command: Command) -> Rollout:
         """Adds the command to ``spec.commands`` in one patch. Only the operator writes the status."""
         resource = self._find(rollout_id)
-        asked = AskedCommand.model_validate(command.model_dump())
+        asked = CommandRequest.model_validate(command.model_dump())
         for _ in range(_ATTEMPTS):
             given = resource.spec.commands
             if any(known.id == asked.id for known in given) or asked.id in _commands_seen(resource):
-                return rollout_of(resource)
-            kept = (*_not_seen(resource), asked)
-            if len(kept) > COMMANDS_LIMIT:
+                return to_rollout(resource)
+            kept = (*_unseen_commands(resource), asked)
+            if len(kept) > MAX_COMMANDS:
                 raise RolloutError(
-                    f"cannot add a command to {resource.name}: {len(kept) - 1} of at most {COMMANDS_LIMIT} commands "
+                    f"cannot add a command to {resource.name}: {len(kept) - 1} of at most {MAX_COMMANDS} commands "
                     "wait; check that the operator runs"
                 )
             change = {
@@ -184,16 +184,16 @@ class KubeRolloutStore:
                 "spec": {"commands": [one.document() for one in kept]},
             }
             try:
-                resource = read(self._api.patch(f"{PATH}/{resource.name}", change))
+                resource = parse_rollout(self._api.patch(f"{PATH}/{resource.name}", change))
             except ConflictError:
-                resource = self._ask_again(resource)
+                resource = self._refetch(resource)
                 continue
-            self._shelf.put(resource)
-            return rollout_of(resource)
+            self._shelf.store_written(resource)
+            return to_rollout(resource)
         raise RolloutError(f"cannot write rollout {resource.name}: it changed {_ATTEMPTS} times meanwhile; try again")
 
     def history(self, rollout_id: str | None = None) -> Sequence[HistoryEntry]:
-        some = [self._find(rollout_id)] if rollout_id is not None else self._mine()
+        some = [self._find(rollout_id)] if rollout_id is not None else self._in_scope()
         entries = [entry for resource in some for entry in resource.status.history]
         return sorted(entries, key=lambda entry: entry.number)
 
@@ -207,31 +207,33 @@ class KubeRolloutStore:
         if resource is None or resource.status.state is None:
             return
 
-        def change(newest: Resource) -> ReleaseRolloutStatus | None:
-            kept = _about(book.values(), newest.status.state)
+        def change(newest: RolloutResource) -> ReleaseRolloutStatus | None:
+            kept = _relevant_alerts(book.values(), newest.status.state)
             return None if kept == newest.status.alerts else newest.status.model_copy(update={"alerts": kept})
 
         self._write(resource, change)
 
-    def see(self, sighting: Sighting) -> None:
+    def save_last_reconcile(self, sighting: LastReconcile) -> None:
         """Writes a reconcile at once if its outcome differs from the last one, otherwise with the next record."""
         self._seen[sighting.rollout_id] = sighting
 
-        def change(resource: Resource) -> ReleaseRolloutStatus | None:
-            if _alike(sighting, resource.status.last_reconcile):
+        def change(resource: RolloutResource) -> ReleaseRolloutStatus | None:
+            if _same_outcome(sighting, resource.status.last_reconcile):
                 return None
-            return drawn(resource, resource.status.model_copy(update={"last_reconcile": sighting}), self._clock())
+            return with_derived_fields(
+                resource, resource.status.model_copy(update={"last_reconcile": sighting}), self._clock()
+            )
 
         self._write(self._find(sighting.rollout_id, exact=True), change)
 
-    def sighting(self, rollout_id: str) -> Sighting | None:
+    def last_reconcile(self, rollout_id: str) -> LastReconcile | None:
         resource = self._find(rollout_id)
         return self._seen.get(resource.rollout_id, resource.status.last_reconcile)
 
-    def changes(self, *, own: bool = True) -> int:
-        return self._shelf.changes(own=own)
+    def revision(self, *, include_own: bool = True) -> int:
+        return self._shelf.revision(own=include_own)
 
-    def _mine(self) -> list[Resource]:
+    def _in_scope(self) -> list[RolloutResource]:
         """Returns the rollouts in scope, oldest first; a controller's scope is the started rollouts of its backend."""
         mine = [
             resource
@@ -240,9 +242,9 @@ class KubeRolloutStore:
         ]
         return sorted(mine, key=_order)
 
-    def _latest(self) -> Resource | None:
+    def _latest(self) -> RolloutResource | None:
         """Returns the rollout that the controller reconciles; for commands, the next one if that one has ended."""
-        mine = self._mine()
+        mine = self._in_scope()
         begun = [resource for resource in mine if resource.status.state]
         if self._backend is not None:
             return next((one for one in reversed(begun) if not one.status.superseded_by), None)
@@ -250,8 +252,8 @@ class KubeRolloutStore:
             return begun[-1]
         return mine[-1] if mine else None
 
-    def _find(self, rollout_id: str, *, exact: bool = False) -> Resource:
-        mine = self._mine()
+    def _find(self, rollout_id: str, *, exact: bool = False) -> RolloutResource:
+        mine = self._in_scope()
         whole = [one for one in mine if rollout_id in (one.rollout_id, one.name)]
         found = whole or [one for one in mine if not exact and rollout_id and one.rollout_id.startswith(rollout_id)]
         if not found:
@@ -267,53 +269,53 @@ class KubeRolloutStore:
         numbers = [entry.number for resource in self._shelf.all() for entry in resource.status.history[-1:]]
         return max(numbers, default=0) + 1
 
-    def _write(self, resource: Resource, change: Change) -> Resource:
+    def _write(self, resource: RolloutResource, change: Change) -> RolloutResource:
         """Writes the status that ``change`` returns for the latest resource; None writes nothing."""
         with self._writing:
             for _ in range(_ATTEMPTS):
                 status = change(resource)
                 if status is None:
                     return resource
-                if isinstance(self._shelf, ToldShelf):
-                    self._shelf.expect(resource.uid, status.version)
+                if isinstance(self._shelf, InformerCache):
+                    self._shelf.expect_own_write(resource.uid, status.version)
                 try:
-                    written = read(
+                    written = parse_rollout(
                         self._api.replace(f"{PATH}/{resource.name}/status", _status_document(resource, status))
                     )
                 except ConflictError:
-                    resource = self._ask_again(resource)
-                except AbsentError:
+                    resource = self._refetch(resource)
+                except NotFoundError:
                     raise RolloutError(f"cannot write rollout {resource.name}: it was deleted") from None
                 else:
-                    self._shelf.put(written)
+                    self._shelf.store_written(written)
                     return written
         raise RolloutError(f"cannot write rollout {resource.name}: it changed {_ATTEMPTS} times meanwhile; try again")
 
-    def _ask_again(self, resource: Resource) -> Resource:
+    def _refetch(self, resource: RolloutResource) -> RolloutResource:
         document = self._api.get(f"{PATH}/{resource.name}")
         if document is None or document["metadata"]["uid"] != resource.uid:
             raise RolloutError(f"cannot write rollout {resource.name}: it was deleted")
-        newest = read(document)
-        self._shelf.put(newest)
+        newest = parse_rollout(document)
+        self._shelf.store_written(newest)
         return newest
 
 
-def rollout_of(resource: Resource) -> Rollout:
+def to_rollout(resource: RolloutResource) -> Rollout:
     """Converts a resource: the recorded state plus the commands of its spec that the state does not contain.
 
     The deletion of an active rollout counts as a rollback command.
     """
     status, spec = resource.status, resource.spec
     policy = status.policy or spec.policy or default_policy()
-    state = status.state or _not_begun(resource)
+    state = status.state or _pending_state(resource)
     for asked in spec.commands:
-        state = ask(state, asked.command)
+        state = add_command(state, asked.to_command)
     if resource.deleting and state.active and status.state is not None:
-        state = ask(state, Command(id=f"deleted-{resource.uid[:8]}", verb="rollback", actor=DELETED))
+        state = add_command(state, Command(id=f"deleted-{resource.uid[:8]}", verb="rollback", actor=DELETED_ACTOR))
     return Rollout(state=state, policy=policy, version=max(1, resource.version + resource.deleting))
 
 
-def _not_begun(resource: Resource) -> RolloutState:
+def _pending_state(resource: RolloutResource) -> RolloutState:
     made_at = datetime.fromisoformat(resource.created_at).timestamp()
     refused = resource.status.phase == REFUSED
     return RolloutState(
@@ -325,29 +327,29 @@ def _not_begun(resource: Resource) -> RolloutState:
         changed_at=made_at,
         tick_at=made_at,
         forced=resource.spec.force,
-        reason=resource.status.reason or NOT_SEEN,
+        reason=resource.status.reason or NOT_OBSERVED_REASON,
     )
 
 
-def _order(resource: Resource) -> tuple[float, str, str]:
+def _order(resource: RolloutResource) -> tuple[float, str, str]:
     state = resource.status.state
     begun_at = state.started_at if state else float("inf")
     return (begun_at, resource.created_at, resource.name)
 
 
-def _commands_seen(resource: Resource) -> Sequence[str]:
+def _commands_seen(resource: RolloutResource) -> Sequence[str]:
     return resource.status.state.commands_seen if resource.status.state else ()
 
 
-def _not_seen(resource: Resource) -> list[AskedCommand]:
+def _unseen_commands(resource: RolloutResource) -> list[CommandRequest]:
     """Returns the commands of the spec; the oldest ones that were processed make room for new ones."""
     seen, given = set(_commands_seen(resource)), list(resource.spec.commands)
-    while len(given) >= COMMANDS_LIMIT and given[0].id in seen:
+    while len(given) >= MAX_COMMANDS and given[0].id in seen:
         given.pop(0)
     return given
 
 
-def _about(alerts: Any, state: RolloutState | None) -> tuple[KnownAlert, ...]:
+def _relevant_alerts(alerts: Any, state: RolloutState | None) -> tuple[KnownAlert, ...]:
     if state is None:
         return ()
     about = [
@@ -359,13 +361,13 @@ def _about(alerts: Any, state: RolloutState | None) -> tuple[KnownAlert, ...]:
     return tuple(sorted(about, key=lambda alert: (alert.starts_at, alert.group_key, alert.labels))[-ALERTS_LIMIT:])
 
 
-def _alike(one: Sighting, other: Sighting | None) -> bool:
+def _same_outcome(one: LastReconcile, other: LastReconcile | None) -> bool:
     if other is None or one.action != other.action:
         return False
-    return all(one.traffic.get(key) == other.traffic.get(key) for key in _SHOWN_OF_A_LOOK)
+    return all(one.traffic.get(key) == other.traffic.get(key) for key in _COMPARED_TRAFFIC_KEYS)
 
 
-def _head(name: str) -> dict[str, Any]:
+def _object_head(name: str) -> dict[str, Any]:
     return {"apiVersion": f"{GROUP}/{VERSION}", "kind": ROLLOUT_KIND, "metadata": {"name": name}}
 
 
@@ -376,11 +378,11 @@ def _spec_document(spec: ReleaseRolloutSpec) -> dict[str, Any]:
     return document
 
 
-def _status_document(resource: Resource, status: ReleaseRolloutStatus) -> dict[str, Any]:
+def _status_document(resource: RolloutResource, status: ReleaseRolloutStatus) -> dict[str, Any]:
     document = status.document()
     parts = {"state": status.state, "policy": status.policy, "lastReconcile": status.last_reconcile}
     document |= {name: part.model_dump(mode="json") for name, part in parts.items() if part is not None}
     document["history"] = [entry.model_dump(mode="json") for entry in status.history]
-    head = _head(resource.name)
+    head = _object_head(resource.name)
     head["metadata"] |= {"namespace": resource.namespace, "resourceVersion": resource.resource_version}
     return {**head, "status": document}

@@ -11,7 +11,7 @@ import threading
 from typing import Final
 
 from reelway.platform.cluster.kube_api import ExpiredError, KubeApi
-from reelway.platform.cluster.shelf import PATH, ToldShelf
+from reelway.platform.cluster.shelf import PATH, InformerCache
 from reelway.platform.errors import KubernetesError
 
 log = logging.getLogger(__name__)
@@ -33,7 +33,7 @@ class RolloutWatch:
         request_timeout_s: how long one watch request stays open, in seconds.
     """
 
-    def __init__(self, api: KubeApi, cache: ToldShelf, *, request_timeout_s: float = REQUEST_TIMEOUT_S) -> None:
+    def __init__(self, api: KubeApi, cache: InformerCache, *, request_timeout_s: float = REQUEST_TIMEOUT_S) -> None:
         self._api, self._cache = api, cache
         self._request_timeout_s = request_timeout_s
         self._resource_version = ""
@@ -72,7 +72,7 @@ class RolloutWatch:
         """Applies events until the server ends the request."""
         for event in self._api.watch(PATH, self._resource_version, timeout_s=self._request_timeout_s):
             if event.type != "BOOKMARK":
-                self._cache.tell(event.document, gone=event.type == "DELETED")
+                self._cache.apply_event(event.document, deleted=event.type == "DELETED")
             self._resource_version = event.resource_version
             self._succeeded()
             if stop.is_set():

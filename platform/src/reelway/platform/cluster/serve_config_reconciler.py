@@ -17,7 +17,7 @@ from typing import Final
 
 from pydantic import ValidationError
 
-from reelway.platform.cluster.inference_service import Rankers
+from reelway.platform.cluster.inference_service import RankerProvisioner
 from reelway.platform.cluster.kube_api import ConflictError, KubeApi
 from reelway.platform.cluster.ray_service import DeclaredConfig, RayServiceBackend
 from reelway.platform.contracts.ids import short_id
@@ -26,8 +26,8 @@ from reelway.platform.rollout.traffic.routing import Routing
 from reelway.platform.rollout.traffic.serve_config import (
     ServeConfig,
     compose_serve_config,
-    releases_in,
-    routing_in,
+    find_routing,
+    release_names,
 )
 from reelway.platform.rollout.traffic.serving_options import ServingOptions
 
@@ -45,7 +45,7 @@ class ServeConfigReconciler:
         rankers: the InferenceServices of the releases; None where Ray Serve ranks.
     """
 
-    def __init__(self, api: KubeApi, backend: RayServiceBackend, rankers: Rankers | None = None) -> None:
+    def __init__(self, api: KubeApi, backend: RayServiceBackend, rankers: RankerProvisioner | None = None) -> None:
         self._api, self._backend, self._rankers = api, backend, rankers
 
     def reconcile(self) -> bool:
@@ -87,11 +87,11 @@ class ServeConfigReconciler:
         Serve is asked because `kubectl replace` drops ``serveConfigV2`` of a RayService whose service still runs.
         """
         if declared.config:
-            return releases_in(declared.config), self._checked_routing(declared.config)
+            return release_names(declared.config), self._checked_routing(declared.config)
         self._backend.serve.observe()
         running = self._backend.serve.config
-        if running and routing_in(running) is not None:
-            return releases_in(running), self._checked_routing(running)
+        if running and find_routing(running) is not None:
+            return release_names(running), self._checked_routing(running)
         if options.initial is None:
             raise RolloutError(
                 f"RayService {self._backend.name}: no traffic yet and no initial release; set releases.initial"
@@ -100,7 +100,7 @@ class ServeConfigReconciler:
 
     def _checked_routing(self, config: ServeConfig) -> Routing:
         try:
-            return Routing.model_validate(routing_in(config))
+            return Routing.model_validate(find_routing(config))
         except ValidationError as error:
             raise RolloutError(
                 f"RayService {self._backend.name}: serveConfigV2 has no valid routing: {error.errors()[0]['msg']}; "
@@ -110,7 +110,7 @@ class ServeConfigReconciler:
     def _in_transition(self, declared: DeclaredConfig) -> bool:
         """Whether Serve already runs another routing than the one declared: the rollout's own write follows."""
         running = self._backend.serve.config
-        return bool(declared.config and running and routing_in(running) != routing_in(declared.config))
+        return bool(declared.config and running and find_routing(running) != find_routing(declared.config))
 
     def _prepare_rankers(self, releases: tuple[str, ...]) -> None:
         if self._rankers is None:
@@ -118,7 +118,7 @@ class ServeConfigReconciler:
         existing = self._rankers.states()
         for release in releases:
             if short_id(release) not in existing:
-                self._rankers.prepare(release)
+                self._rankers.ensure(release)
 
 
 def digest_of(text: str) -> str:

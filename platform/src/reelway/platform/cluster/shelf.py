@@ -16,7 +16,7 @@ from typing import Any, Final, Protocol
 from pydantic import ValidationError
 
 from reelway.platform.cluster.kube_api import KubeApi
-from reelway.platform.cluster.resources import GROUP, ROLLOUTS, VERSION, Resource
+from reelway.platform.cluster.resources import GROUP, ROLLOUTS, VERSION, RolloutResource
 from reelway.platform.errors import KubernetesError
 
 log = logging.getLogger(__name__)
@@ -24,23 +24,23 @@ log = logging.getLogger(__name__)
 PATH: Final = f"{GROUP}/{VERSION}/{ROLLOUTS}"
 
 
-class Shelf(Protocol):
+class RolloutCache(Protocol):
     """The rollouts of a namespace as currently known."""
 
-    def all(self) -> Sequence[Resource]:
+    def all(self) -> Sequence[RolloutResource]:
         """Returns all rollouts in no particular order."""
         ...
 
-    def put(self, resource: Resource) -> None:
+    def store_written(self, resource: RolloutResource) -> None:
         """Stores the server's answer to a write of this process."""
         ...
 
-    def changes(self, *, own: bool) -> int:
+    def revision(self, *, own: bool) -> int:
         """See ``RolloutStore.revision``."""
         ...
 
 
-class AskingShelf:
+class UncachedRollouts:
     """Reads from the API server on every call. Used by commands."""
 
     def __init__(self, api: KubeApi) -> None:
@@ -48,14 +48,14 @@ class AskingShelf:
         self._versions: dict[str, str] = {}
         self._own = self._others = 0
 
-    def all(self) -> Sequence[Resource]:
-        return [read(document) for document in self._api.list(PATH)]
+    def all(self) -> Sequence[RolloutResource]:
+        return [parse_rollout(document) for document in self._api.list(PATH)]
 
-    def put(self, resource: Resource) -> None:
+    def store_written(self, resource: RolloutResource) -> None:
         self._own += 1
         self._versions[resource.uid] = resource.resource_version
 
-    def changes(self, *, own: bool) -> int:
+    def revision(self, *, own: bool) -> int:
         versions = self._api.list_versions(PATH)
         if versions != self._versions:
             self._others += 1
@@ -63,30 +63,30 @@ class AskingShelf:
         return self._others + self._own if own else self._others
 
 
-class ToldShelf:
+class InformerCache:
     """Rollouts in memory, fed by ``rollout_watch``. Used by the operator. Thread-safe."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._known: dict[str, Resource] = {}
+        self._known: dict[str, RolloutResource] = {}
         self._own_versions: dict[str, int] = {}
         self._own = self._others = 0
 
-    def all(self) -> Sequence[Resource]:
+    def all(self) -> Sequence[RolloutResource]:
         with self._lock:
             return list(self._known.values())
 
-    def by_uid(self, uid: str) -> Resource | None:
+    def by_uid(self, uid: str) -> RolloutResource | None:
         """Returns one rollout; None if it does not exist or was deleted."""
         with self._lock:
             return self._known.get(uid)
 
-    def expect(self, uid: str, version: int) -> None:
+    def expect_own_write(self, uid: str, version: int) -> None:
         """Announces an own write of state version ``version``, so that its watch event is not a foreign change."""
         with self._lock:
             self._own_versions[uid] = max(version, self._own_versions.get(uid, 0))
 
-    def put(self, resource: Resource) -> None:
+    def store_written(self, resource: RolloutResource) -> None:
         """Stores the server's answer to a write of this process.
 
         A rollout that is not in the cache is ignored: its deletion was observed before the answer arrived.
@@ -102,18 +102,18 @@ class ToldShelf:
         listed = {str(document["metadata"]["uid"]): document for document in documents}
         for resource in self.all():
             if resource.uid not in listed:
-                self.forget(resource.uid)
+                self.remove(resource.uid)
         for document in listed.values():
-            self.tell(document)
+            self.apply_event(document)
 
-    def tell(self, document: Mapping[str, Any], *, gone: bool = False) -> None:
+    def apply_event(self, document: Mapping[str, Any], *, deleted: bool = False) -> None:
         """Applies a watch event. An object that cannot be parsed is logged and ignored."""
         uid = document["metadata"]["uid"]
-        if gone:
-            self.forget(uid)
+        if deleted:
+            self.remove(uid)
             return
         try:
-            resource = Resource.of(document)
+            resource = RolloutResource.from_document(document)
         except ValidationError as error:
             log.error(
                 "rollout %s ignored, it cannot be parsed: %s", document["metadata"].get("name"), error.errors()[:3]
@@ -124,29 +124,29 @@ class ToldShelf:
             if before is not None and not _newer(resource, before):
                 return
             self._known[uid] = resource
-            if before is None or self._news(before, resource):
+            if before is None or self._is_foreign_change(before, resource):
                 self._others += 1
 
-    def forget(self, uid: str) -> None:
+    def remove(self, uid: str) -> None:
         """Removes a deleted rollout."""
         with self._lock:
             if self._known.pop(uid, None) is not None:
                 self._others += 1
 
-    def changes(self, *, own: bool) -> int:
+    def revision(self, *, own: bool) -> int:
         with self._lock:
             return self._others + self._own if own else self._others
 
-    def _news(self, before: Resource, after: Resource) -> bool:
+    def _is_foreign_change(self, before: RolloutResource, after: RolloutResource) -> bool:
         if (before.generation, before.deleting) != (after.generation, after.deleting):
             return True
         return after.status.version > self._own_versions.get(after.uid, 0)
 
 
-def read(document: Mapping[str, Any]) -> Resource:
+def parse_rollout(document: Mapping[str, Any]) -> RolloutResource:
     """Parses a ReleaseRollout. Raises KubernetesError if it is not of this version of the CRD."""
     try:
-        return Resource.of(document)
+        return RolloutResource.from_document(document)
     except ValidationError as error:
         raise KubernetesError(
             f"cannot parse ReleaseRollout {document['metadata'].get('name')}: {error.errors()[0]['loc']}: "
@@ -154,5 +154,5 @@ def read(document: Mapping[str, Any]) -> Resource:
         ) from error
 
 
-def _newer(resource: Resource, known: Resource) -> bool:
+def _newer(resource: RolloutResource, known: RolloutResource) -> bool:
     return int(resource.resource_version) >= int(known.resource_version)

@@ -10,15 +10,15 @@ from datetime import UTC, datetime
 from typing import Any, Final
 
 from reelway.platform.cluster.resources import (
-    EVIDENCE_LIMIT,
     HISTORY_LIMIT,
+    MAX_ENTRIES_WITH_EVIDENCE,
     Condition,
     EvidenceSummary,
     ReleaseRolloutStatus,
-    Resource,
+    RolloutResource,
 )
 from reelway.platform.contracts.ids import short_id
-from reelway.platform.rollout.records import HistoryEntry, Sighting
+from reelway.platform.rollout.records import HistoryEntry, LastReconcile
 from reelway.platform.rollout.state import Phase, RolloutState
 
 WAITING: Final = "Waiting"
@@ -27,7 +27,7 @@ _WORST_FIRST: Final = ("bad", "telemetry_down", "insufficient", "ok")
 _DECISIVE: Final = frozenset({"promote", "roll_back"})
 
 
-def drawn(resource: Resource, status: ReleaseRolloutStatus, now: float) -> ReleaseRolloutStatus:
+def with_derived_fields(resource: RolloutResource, status: ReleaseRolloutStatus, now: float) -> ReleaseRolloutStatus:
     """Returns ``status`` with all fields that follow from its state, policy, history and last reconcile."""
     state, policy, last_reconcile = status.state, status.policy, status.last_reconcile
     assert state is not None, "a started rollout has a state"
@@ -45,16 +45,18 @@ def drawn(resource: Resource, status: ReleaseRolloutStatus, now: float) -> Relea
             "reason": state.reason,
             "waits_for": _waits_for(state, last_reconcile),
             "evidence": _summary(evidence),
-            "conditions": _since(status.conditions, _conditions(state, last_reconcile), resource.generation, now),
-            "history": _bounded(status.history),
+            "conditions": _with_transition_times(
+                status.conditions, _conditions(state, last_reconcile), resource.generation, now
+            ),
+            "history": _truncated_history(status.history),
         }
     )
 
 
-def not_begun(resource: Resource, phase: str, reason: str, now: float) -> ReleaseRolloutStatus:
+def not_started(resource: RolloutResource, phase: str, reason: str, now: float) -> ReleaseRolloutStatus:
     """Returns the status of a rollout that waits or was refused."""
     progressing = ("Progressing", "False", phase, reason)
-    conditions = _since(resource.status.conditions, (progressing,), resource.generation, now)
+    conditions = _with_transition_times(resource.status.conditions, (progressing,), resource.generation, now)
     return ReleaseRolloutStatus(
         observed_generation=resource.generation,
         version=resource.status.version,
@@ -70,24 +72,24 @@ def phase_word(phase: Phase) -> str:
     return phase.value.title().replace("_", "")
 
 
-_AT_REST: Final = frozenset({phase_word(Phase.PROMOTED), phase_word(Phase.ROLLED_BACK), REFUSED})
+_INACTIVE_PHASES: Final = frozenset({phase_word(Phase.PROMOTED), phase_word(Phase.ROLLED_BACK), REFUSED})
 
 
-def may_move_traffic(resource: Resource) -> bool:
+def may_move_traffic(resource: RolloutResource) -> bool:
     """Returns whether a rollout has started and is not at rest.
 
     A promoted rollout leaves rest again if a person rolls it back while its previous release is still running.
     """
     status = resource.status
-    return status.state is not None and not status.superseded_by and status.phase not in _AT_REST
+    return status.state is not None and not status.superseded_by and status.phase not in _INACTIVE_PHASES
 
 
-def _waits_for(state: RolloutState, last_reconcile: Sighting | None) -> str:
+def _waits_for(state: RolloutState, last_reconcile: LastReconcile | None) -> str:
     waits = last_reconcile is not None and state.active and last_reconcile.action in ("wait", "hold")
     return last_reconcile.reason if last_reconcile is not None and waits else ""
 
 
-def _conditions(state: RolloutState, last_reconcile: Sighting | None) -> tuple[tuple[str, str, str, str], ...]:
+def _conditions(state: RolloutState, last_reconcile: LastReconcile | None) -> tuple[tuple[str, str, str, str], ...]:
     word = phase_word(state.phase)
     moves = state.active and state.phase is not Phase.PAUSED
     ready, reason, detail = "Unknown", "NotReconciled", "the traffic has not been observed yet"
@@ -97,13 +99,13 @@ def _conditions(state: RolloutState, last_reconcile: Sighting | None) -> tuple[t
         detail = str(last_reconcile.traffic.get("trouble") or last_reconcile.traffic.get("detail") or "")
     return (
         ("Ready", ready, reason, detail),
-        ("Progressing", _truth(moves), word, state.reason),
-        ("Promoted", _truth(state.phase is Phase.PROMOTED), word, state.reason),
-        ("RolledBack", _truth(state.phase is Phase.ROLLED_BACK), word, state.reason),
+        ("Progressing", _condition_status(moves), word, state.reason),
+        ("Promoted", _condition_status(state.phase is Phase.PROMOTED), word, state.reason),
+        ("RolledBack", _condition_status(state.phase is Phase.ROLLED_BACK), word, state.reason),
     )
 
 
-def _since(
+def _with_transition_times(
     before: Sequence[Condition], wanted: Sequence[tuple[str, str, str, str]], generation: int, now: float
 ) -> tuple[Condition, ...]:
     """Returns the conditions; a condition whose status did not change keeps its transition time."""
@@ -111,7 +113,7 @@ def _since(
     made = []
     for kind, status, reason, message in wanted:
         old = known.get(kind)
-        since = old.last_transition_time if old and old.status == status else stamp(now)
+        since = old.last_transition_time if old and old.status == status else format_time(now)
         made.append(Condition.model_validate({
             "type": kind, "status": status, "reason": reason, "message": message, "last_transition_time": since,
             "observed_generation": generation,
@@ -119,7 +121,7 @@ def _since(
     return tuple(made)
 
 
-def stamp(now: float) -> str:
+def format_time(now: float) -> str:
     """Formats Unix seconds as Kubernetes does (RFC 3339, UTC)."""
     return datetime.fromtimestamp(now, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
@@ -153,15 +155,15 @@ def _summary(evidence: Mapping[str, Any]) -> EvidenceSummary | None:
     )
 
 
-def _bounded(history: Sequence[HistoryEntry]) -> tuple[HistoryEntry, ...]:
+def _truncated_history(history: Sequence[HistoryEntry]) -> tuple[HistoryEntry, ...]:
     """Returns the newest entries. Older ones lose their evidence, except those that ended the ramp."""
     kept = list(history[-HISTORY_LIMIT:])
-    older = kept[:-EVIDENCE_LIMIT]
+    older = kept[:-MAX_ENTRIES_WITH_EVIDENCE]
     return tuple(
         entry if entry.action in _DECISIVE or not entry.evidence else entry.model_copy(update={"evidence": {}})
         for entry in older
-    ) + tuple(kept[-EVIDENCE_LIMIT:])
+    ) + tuple(kept[-MAX_ENTRIES_WITH_EVIDENCE:])
 
 
-def _truth(value: bool) -> str:
+def _condition_status(value: bool) -> str:
     return "True" if value else "False"

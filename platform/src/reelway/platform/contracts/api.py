@@ -14,7 +14,7 @@ MAX_OUTCOMES = 1_000
 """Maximum number of outcomes in one request."""
 MAX_WATCH_MS = OUTCOME_HORIZON_S * 1_000
 
-Rung = Literal["no_viewer_row", "no_retrieval", "no_ranker", "no_reranker"]
+Degradation = Literal["no_viewer_row", "no_retrieval", "no_ranker", "no_reranker"]
 """Degradation level: the stage for which the request used a fallback."""
 
 
@@ -59,7 +59,7 @@ class RecommendResponse(BaseModel):
     viewer_id: int
     release: str
     arm: Arm
-    degraded: list[Rung] = Field(default_factory=list)
+    degraded: list[Degradation] = Field(default_factory=list)
     videos: list[RecommendedVideo]
 
 

@@ -18,7 +18,7 @@ class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class RetrievalBlend(_Strict):
+class RetrievalSettings(_Strict):
     """Number of candidates that go on to ranking, and the share of each source."""
 
     candidates: Annotated[int, Field(ge=1, le=10_000)] = 500
@@ -32,14 +32,14 @@ class RetrievalBlend(_Strict):
     fresh_hours: Annotated[float, Field(gt=0)] = 48.0
 
     @model_validator(mode="after")
-    def _quotas_make_a_whole(self) -> RetrievalBlend:
+    def _quotas_make_a_whole(self) -> RetrievalSettings:
         total = sum(self.quotas.values())
         if abs(total - 1.0) > 1e-6:
             raise ValueError(f"quotas sum to {total:g}, expected 1; change retrieval.quotas")
         return self
 
 
-class RankingBlend(_Strict):
+class RankingSettings(_Strict):
     """Weights of the heads in a video's value: probabilities for binary heads, log1p(seconds) for ``watch_s``."""
 
     value_weights: dict[str, float] = Field(
@@ -51,13 +51,13 @@ class RankingBlend(_Strict):
     retrieval_weight: float = Field(default=0.0, description="weight of the retrieval similarity in the value")
 
     @model_validator(mode="after")
-    def _weights_are_heads(self) -> RankingBlend:
+    def _weights_are_heads(self) -> RankingSettings:
         if unknown := sorted(set(self.value_weights) - set(RANKER_TASKS)):
             raise ValueError(f"value_weights names {unknown}, expected names among {list(RANKER_TASKS)}")
         return self
 
 
-class RerankingBlend(_Strict):
+class RerankingSettings(_Strict):
     """How the slate is composed from the ranked candidates."""
 
     diversity: Share = Field(default=0.15, description="MMR: 0 orders by value alone, 1 by novelty alone")
@@ -69,6 +69,6 @@ class RerankingBlend(_Strict):
 class Blend(_Strict):
     """Content of ``blend.yaml``."""
 
-    retrieval: RetrievalBlend = Field(default_factory=RetrievalBlend)
-    ranking: RankingBlend = Field(default_factory=RankingBlend)
-    reranking: RerankingBlend = Field(default_factory=RerankingBlend)
+    retrieval: RetrievalSettings = Field(default_factory=RetrievalSettings)
+    ranking: RankingSettings = Field(default_factory=RankingSettings)
+    reranking: RerankingSettings = Field(default_factory=RerankingSettings)

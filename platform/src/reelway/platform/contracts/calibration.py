@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, model_validator
 from reelway.platform.contracts.features import BINARY_TASKS
 
 
-class Curve(BaseModel):
+class CalibrationCurve(BaseModel):
     """A piecewise linear, non-decreasing curve. Isotonic and Platt fits are both stored as points."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -19,7 +19,7 @@ class Curve(BaseModel):
     rate: tuple[float, ...]
 
     @model_validator(mode="after")
-    def _monotone(self) -> Curve:
+    def _monotone(self) -> CalibrationCurve:
         if len(self.probability) != len(self.rate) or len(self.probability) < 2:
             raise ValueError(
                 f"a curve needs equally many probabilities and rates, at least 2; got {len(self.probability)} "
@@ -38,7 +38,7 @@ class Calibration(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    curves: dict[str, Curve]
+    curves: dict[str, CalibrationCurve]
 
     @model_validator(mode="after")
     def _curves_are_heads(self) -> Calibration:

@@ -11,8 +11,8 @@ from typing import Final
 
 import pyarrow as pa
 
-TIME: Final = pa.timestamp("us", tz="UTC")
-WORD: Final = pa.dictionary(pa.int32(), pa.string())
+TIMESTAMP_TYPE: Final = pa.timestamp("us", tz="UTC")
+STRING_DICTIONARY_TYPE: Final = pa.dictionary(pa.int32(), pa.string())
 
 
 class OutcomeType(StrEnum):
@@ -62,7 +62,7 @@ WEIGHT_BOUNDS: Final = (-3.0, 5.0)
 VIEWERS: Final = pa.schema(
     [
         pa.field("viewer_id", pa.int64(), nullable=False),
-        pa.field("created_at", TIME, nullable=False),
+        pa.field("created_at", TIMESTAMP_TYPE, nullable=False),
         pa.field("region", pa.string()),
         pa.field("language", pa.string()),
         pa.field("segment", pa.string()),  # age band, occupation or any coarse group of the data source
@@ -72,7 +72,7 @@ VIEWERS: Final = pa.schema(
 CREATORS: Final = pa.schema(
     [
         pa.field("creator_id", pa.int64(), nullable=False),
-        pa.field("created_at", TIME, nullable=False),
+        pa.field("created_at", TIMESTAMP_TYPE, nullable=False),
         pa.field("followers", pa.int64(), nullable=False),  # at created_at; later growth comes from follow outcomes
     ]
 )
@@ -81,7 +81,7 @@ VIDEOS: Final = pa.schema(
     [
         pa.field("video_id", pa.int64(), nullable=False),
         pa.field("creator_id", pa.int64(), nullable=False),
-        pa.field("uploaded_at", TIME, nullable=False),
+        pa.field("uploaded_at", TIMESTAMP_TYPE, nullable=False),
         pa.field("duration_ms", pa.int32(), nullable=False),
         pa.field("topic", pa.int32(), nullable=False),
         pa.field("language", pa.string()),
@@ -99,12 +99,12 @@ IMPRESSIONS: Final = pa.schema(
         pa.field("viewer_id", pa.int64(), nullable=False),
         pa.field("video_id", pa.int64(), nullable=False),
         pa.field("position", pa.int16(), nullable=False),  # 0 is the top of the slate
-        pa.field("event_time", TIME, nullable=False),
-        pa.field("release", WORD, nullable=False),
-        pa.field("arm", WORD, nullable=False),
-        pa.field("source", WORD, nullable=False),
+        pa.field("event_time", TIMESTAMP_TYPE, nullable=False),
+        pa.field("release", STRING_DICTIONARY_TYPE, nullable=False),
+        pa.field("arm", STRING_DICTIONARY_TYPE, nullable=False),
+        pa.field("source", STRING_DICTIONARY_TYPE, nullable=False),
         pa.field("propensity", pa.float32(), nullable=False),  # probability of this video at this position, in (0, 1]
-        pa.field("device", WORD, nullable=False),
+        pa.field("device", STRING_DICTIONARY_TYPE, nullable=False),
     ]
 )
 
@@ -114,9 +114,9 @@ OUTCOMES: Final = pa.schema(
         pa.field("impression_id", pa.int64(), nullable=False),
         pa.field("viewer_id", pa.int64(), nullable=False),
         pa.field("video_id", pa.int64(), nullable=False),
-        pa.field("type", WORD, nullable=False),  # an OutcomeType
+        pa.field("type", STRING_DICTIONARY_TYPE, nullable=False),  # an OutcomeType
         pa.field("value", pa.float32(), nullable=False),  # watched milliseconds for watch, else 1
-        pa.field("event_time", TIME, nullable=False),  # never before the impression's event_time
+        pa.field("event_time", TIMESTAMP_TYPE, nullable=False),  # never before the impression's event_time
     ]
 )
 

@@ -12,22 +12,26 @@ from typing import Final
 
 
 @dataclass(frozen=True)
-class Window:
+class TrailingWindow:
     """A trailing window: its short name in feature names, and its length in seconds."""
 
     name: str
     length_s: int
 
 
-VIEWER_WINDOWS: Final = (Window("1d", 86_400), Window("7d", 7 * 86_400), Window("30d", 30 * 86_400))
-VIDEO_WINDOWS: Final = (
-    Window("1h", 3_600),
-    Window("6h", 6 * 3_600),
-    Window("24h", 86_400),
-    Window("7d", 7 * 86_400),
-    Window("30d", 30 * 86_400),
+VIEWER_WINDOWS: Final = (
+    TrailingWindow("1d", 86_400),
+    TrailingWindow("7d", 7 * 86_400),
+    TrailingWindow("30d", 30 * 86_400),
 )
-CREATOR_WINDOW: Final = Window("7d", 7 * 86_400)
+VIDEO_WINDOWS: Final = (
+    TrailingWindow("1h", 3_600),
+    TrailingWindow("6h", 6 * 3_600),
+    TrailingWindow("24h", 86_400),
+    TrailingWindow("7d", 7 * 86_400),
+    TrailingWindow("30d", 30 * 86_400),
+)
+CREATOR_WINDOW: Final = TrailingWindow("7d", 7 * 86_400)
 
 # Views as Feast knows them, and their fields.
 VIEWER_PROFILE: Final = ("region", "language", "segment", "created_at_s")

@@ -17,7 +17,7 @@ import pyarrow as pa
 from reelway.platform.contracts.feature_dimensions import FeatureDimensions
 from reelway.platform.contracts.features import ID_HASHES, VIDEO_CATEGORIES, VIDEO_LIVE_DENSE, VIDEO_STATIC_DENSE
 
-NEIGHBOURS: Final = 20
+NEIGHBOURS_PER_VIDEO: Final = 20
 INDEX_OVERFETCH: Final = 3
 
 
@@ -60,7 +60,7 @@ def videos_schema(embedding_dim: int) -> pa.Schema:
     )
 
 
-POPULAR: Final = pa.schema(
+POPULAR_SCHEMA: Final = pa.schema(
     [
         pa.field("list", pa.string(), nullable=False),  # "popular", "trending", or "trending:<region>"
         pa.field("rank", pa.int32(), nullable=False),  # 0 is the most popular
@@ -72,6 +72,8 @@ POPULAR: Final = pa.schema(
 NEIGHBOURS_SCHEMA: Final = pa.schema(
     [
         pa.field("video_id", pa.int64(), nullable=False),  # in the order of videos.arrow
-        pa.field("rows", pa.list_(pa.int32(), NEIGHBOURS), nullable=False),  # rows of videos.arrow, -1 for none
+        pa.field(
+            "rows", pa.list_(pa.int32(), NEIGHBOURS_PER_VIDEO), nullable=False
+        ),  # rows of videos.arrow, -1 for none
     ]
 )

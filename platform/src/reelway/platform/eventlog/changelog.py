@@ -22,9 +22,9 @@ from typing import Any, Final
 import fsspec
 import pyarrow as pa
 
-from reelway.platform.contracts.events import TIME
+from reelway.platform.contracts.events import TIMESTAMP_TYPE
 from reelway.platform.contracts.features import CREATOR_STATISTICS, VIDEO_ENGAGEMENT
-from reelway.platform.durable import whole_file
+from reelway.platform.durable import atomic_file
 from reelway.platform.errors import DataError, StorageError
 
 ENGAGEMENT: Final = "video_engagement"
@@ -34,12 +34,12 @@ CHANGES: Final = pa.schema(
     [
         pa.field("view", pa.string(), nullable=False),
         pa.field("entity_id", pa.int64(), nullable=False),  # video, or creator
-        pa.field("event_timestamp", TIME, nullable=False),
+        pa.field("event_timestamp", TIMESTAMP_TYPE, nullable=False),
         *(pa.field(name, pa.float32()) for fields in FIELDS.values() for name in fields),
     ]
 )
 """Rows of both views; the fields of the other view are null."""
-_AS_OF: Final = b"as_of_us"
+_AS_OF_METADATA_KEY: Final = b"as_of_us"
 _CHANGE: Final = re.compile(r"(\d{20})\.arrow").fullmatch
 _SNAPSHOT: Final = re.compile(r"snapshot-(\d{20})\.arrow").fullmatch
 COMPACT_AFTER: Final = 64
@@ -47,13 +47,13 @@ COMPACT_AFTER: Final = 64
 
 
 @dataclass(frozen=True)
-class Change:
+class FeatureChange:
     """Rows of changed entities, and the time as of which all rows so far are current."""
 
     sequence: int
     as_of_us: int
     rows: pa.Table  # of the schema CHANGES
-    whole: bool = False
+    is_snapshot: bool = False
 
 
 def change_rows(view: str, entity_ids: pa.Array, times: pa.Array, fields: pa.Table) -> pa.Table:
@@ -76,18 +76,18 @@ def latest_rows(tables: list[pa.Table]) -> pa.Table:
     return whole.drop_columns(["place"]).take(last.combine_chunks().sort())
 
 
-class Changelog:
+class FeatureChangelog:
     """The files at a path or fsspec URL. All methods block, and raise ``StorageError`` if the files are unreachable."""
 
-    def __init__(self, place: str | Path) -> None:
-        self._place = str(place)
+    def __init__(self, location: str | Path) -> None:
+        self._place = str(location)
         try:
             self._files, self._root = fsspec.core.url_to_fs(self._place)
         except (ValueError, ImportError) as error:
             raise StorageError(f"changelog {self._place!r}: {error}; expected a path or an fsspec URL") from error
         self._local = self._files.protocol in ("file", ("file", "local"))
 
-    def append(self, change: Change) -> None:
+    def append(self, change: FeatureChange) -> None:
         """Writes a change. Writing the same change again has no effect."""
         self._write(f"{change.sequence:020d}.arrow", change)
 
@@ -100,12 +100,14 @@ class Changelog:
         read = [self._read(names[base], base, whole=True)] if base else []
         read += [self._read(names[sequence], sequence) for sequence in changes]
         rows = latest_rows([change.rows for change in read])
-        self._write(f"snapshot-{changes[-1]:020d}.arrow", Change(changes[-1], read[-1].as_of_us, rows, whole=True))
+        self._write(
+            f"snapshot-{changes[-1]:020d}.arrow", FeatureChange(changes[-1], read[-1].as_of_us, rows, is_snapshot=True)
+        )
         for name in names.values():  # a reader that is reading them lists the files again
             self._remove(name)
         return True
 
-    def after(self, sequence: int) -> list[Change]:
+    def changes_after(self, sequence: int) -> list[FeatureChange]:
         """The changes after ``sequence`` (0: all), oldest first.
 
         If the next change has been deleted, the list starts with the snapshot that replaced it.
@@ -141,7 +143,7 @@ class Changelog:
     def _exists(self) -> bool:
         return bool(self._files.exists(self._root))
 
-    def _read(self, path: str, sequence: int, *, whole: bool = False) -> Change:
+    def _read(self, path: str, sequence: int, *, whole: bool = False) -> FeatureChange:
         try:
             content = self._files.cat_file(path)
         except FileNotFoundError:
@@ -154,19 +156,19 @@ class Changelog:
             raise DataError(f"changelog {path}: not an Arrow file: {error}") from error
         metadata = table.schema.metadata or {}
         rows = table.replace_schema_metadata(None)
-        if not rows.schema.equals(CHANGES) or _AS_OF not in metadata:
+        if not rows.schema.equals(CHANGES) or _AS_OF_METADATA_KEY not in metadata:
             raise DataError(f"changelog {path}: has schema\n{table.schema}\nexpected\n{CHANGES}")
-        return Change(abs(sequence), int(metadata[_AS_OF]), rows, whole)
+        return FeatureChange(abs(sequence), int(metadata[_AS_OF_METADATA_KEY]), rows, whole)
 
-    def _write(self, name: str, change: Change) -> None:
-        table = change.rows.replace_schema_metadata({_AS_OF: str(change.as_of_us).encode()})
+    def _write(self, name: str, change: FeatureChange) -> None:
+        table = change.rows.replace_schema_metadata({_AS_OF_METADATA_KEY: str(change.as_of_us).encode()})
         sink = pa.BufferOutputStream()
         with pa.ipc.new_file(sink, table.schema) as writer:
             writer.write_table(table)
         content: Any = sink.getvalue()
         path = f"{self._root}/{name}"
         if self._local:
-            with whole_file(Path(path)) as aside:
+            with atomic_file(Path(path)) as aside:
                 aside.write_bytes(content)
             return
         try:

@@ -13,14 +13,14 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 from reelway.platform.errors import ConfigError, StorageError
-from reelway.platform.eventlog.log import LogRecord, Position, ReadBatch, StoredRecord
+from reelway.platform.eventlog.log import LogRecord, Offsets, ReadBatch, StoredRecord
 
 if TYPE_CHECKING:
     from confluent_kafka import Consumer, Message, Producer, TopicPartition
 
-ANSWER_S: Final = 20.0
+REQUEST_TIMEOUT_S: Final = 20.0
 """Timeout of one request to the brokers, and of one append."""
-_GROUP: Final = "reelway-reader"  # of reads, which do not use committed offsets
+_READER_GROUP: Final = "reelway-reader"  # of reads, which do not use committed offsets
 
 
 class KafkaLog:
@@ -52,7 +52,9 @@ class KafkaLog:
         self._read_to: dict[int, int] | None = None
         self._last_us: dict[int, int] = {}
         try:
-            self._asker = confluent_kafka.Consumer({**self._given, "group.id": _GROUP, "enable.auto.commit": False})
+            self._asker = confluent_kafka.Consumer(
+                {**self._given, "group.id": _READER_GROUP, "enable.auto.commit": False}
+            )
         except (confluent_kafka.KafkaException, ValueError, TypeError) as error:
             raise ConfigError(f"Kafka client for {servers}: {error}") from error
         self.partitions = self._count_partitions()
@@ -62,48 +64,48 @@ class KafkaLog:
         offsets: dict[int, int] = {}
         errors: list[str] = []
 
-        def on_delivery(place: int) -> Callable[[Any, Message], None]:
+        def on_delivery(index: int) -> Callable[[Any, Message], None]:
             def delivered(error: Any, message: Message) -> None:
                 if error is not None:
                     errors.append(str(error))
                 else:
-                    offsets[place] = int(message.offset() or 0)
+                    offsets[index] = int(message.offset() or 0)
 
             return delivered
 
         with self._lock:
-            producer = self._producer_now()
+            producer = self._get_producer()
             try:
-                for place, record in enumerate(records):
+                for index, record in enumerate(records):
                     producer.produce(
                         self._topic, record.payload, key=record.id.encode(), partition=record.partition,
                         timestamp=record.time_us // 1000, headers={"time_us": str(record.time_us).encode()},
-                        on_delivery=on_delivery(place),
+                        on_delivery=on_delivery(index),
                     )  # fmt: skip
-                left = producer.flush(ANSWER_S)
+                left = producer.flush(REQUEST_TIMEOUT_S)
             except (self._kafka.KafkaException, BufferError) as error:
                 raise StorageError(f"{self._where}: cannot append: {error}; append it again") from error
             if left or errors:
                 producer.purge()
                 self._producer = None
-                what = errors[0] if errors else f"no answer within {ANSWER_S:g} s"
+                what = errors[0] if errors else f"no answer within {REQUEST_TIMEOUT_S:g} s"
                 raise StorageError(
                     f"{self._where}: {len(records) - len(offsets)} records are not acknowledged: {what}; "
                     "append them again"
                 )
-        return [offsets[place] for place in range(len(records))]
+        return [offsets[index] for index in range(len(records))]
 
-    def read(self, position: Position, *, limit: int, wait_s: float = 0.0) -> ReadBatch:
+    def read(self, position: Offsets, *, limit: int, wait_s: float = 0.0) -> ReadBatch:
         """See ``EventLog.read``."""
         with self._lock:
-            reader = self._reader_at(position)
+            reader = self._consumer_at(position)
             asked_us = time.time_ns() // 1000
-            ends = self.end()
+            ends = self.end_offsets()
             try:
                 messages = reader.consume(limit, timeout=max(wait_s, 0.05))
             except (self._kafka.KafkaException, RuntimeError) as error:
                 raise StorageError(f"{self._where}: cannot read: {error}") from error
-            records = [_stored(message) for message in messages if not self._fault(message)]
+            records = [_stored(message) for message in messages if not self._is_error(message)]
             assert self._read_to is not None
             for record in records:
                 self._read_to[record.partition] = record.offset + 1
@@ -115,28 +117,31 @@ class KafkaLog:
             ]
             return ReadBatch(records, dict(self._read_to), min([asked_us, *unread_us]))
 
-    def position(self, consumer: str) -> Position:
+    def committed(self, consumer: str) -> Offsets:
         """See ``EventLog.position``."""
-        with self._group(consumer) as group:
-            committed = self._ask("committed offsets", lambda: group.committed(self._places(), timeout=ANSWER_S))
-        return {place.partition: place.offset for place in committed if place.offset >= 0}
+        with self._group_consumer(consumer) as group:
+            committed = self._wait_for_futures(
+                "committed offsets", lambda: group.committed(self._topic_partitions(), timeout=REQUEST_TIMEOUT_S)
+            )
+        return {index.partition: index.offset for index in committed if index.offset >= 0}
 
-    def commit(self, consumer: str, position: Position) -> None:
+    def commit(self, consumer: str, position: Offsets) -> None:
         """See ``EventLog.commit``."""
-        places = [self._kafka.TopicPartition(self._topic, *place) for place in position.items()]
-        with self._group(consumer) as group:
-            done = self._ask("commit", lambda: group.commit(offsets=places, asynchronous=False))
-        if failed := [place for place in done if place.error is not None]:
+        places = [self._kafka.TopicPartition(self._topic, *index) for index in position.items()]
+        with self._group_consumer(consumer) as group:
+            done = self._wait_for_futures("commit", lambda: group.commit(offsets=places, asynchronous=False))
+        if failed := [index for index in done if index.error is not None]:
             raise StorageError(f"{self._where}: cannot commit for {consumer}: {failed[0].error}")
 
-    def end(self) -> Position:
+    def end_offsets(self) -> Offsets:
         """See ``EventLog.end``."""
         with self._lock:
             return {
-                place.partition: self._ask(
-                    "end of the log", lambda place=place: self._asker.get_watermark_offsets(place, timeout=ANSWER_S)
+                index.partition: self._wait_for_futures(
+                    "end of the log",
+                    lambda index=index: self._asker.get_watermark_offsets(index, timeout=REQUEST_TIMEOUT_S),
                 )[1]
-                for place in self._places()
+                for index in self._topic_partitions()
             }
 
     def close(self) -> None:
@@ -152,37 +157,39 @@ class KafkaLog:
         return f"event log {self._given['bootstrap.servers']}, topic {self._topic}"
 
     def _count_partitions(self) -> int:
-        metadata = self._ask("topics", lambda: self._asker.list_topics(self._topic, timeout=ANSWER_S))
+        metadata = self._wait_for_futures(
+            "topics", lambda: self._asker.list_topics(self._topic, timeout=REQUEST_TIMEOUT_S)
+        )
         topic = metadata.topics[self._topic]
         if topic.error is not None or not topic.partitions:
             raise StorageError(f"{self._where}: {topic.error or 'no partitions'}; create the topic first")
         return len(topic.partitions)
 
-    def _ask(self, what: str, question: Any) -> Any:
+    def _wait_for_futures(self, what: str, question: Any) -> Any:
         try:
             return question()
         except self._kafka.KafkaException as error:
             raise StorageError(f"{self._where}: {what}: {error}") from error
 
-    def _places(self) -> list[TopicPartition]:
+    def _topic_partitions(self) -> list[TopicPartition]:
         return [self._kafka.TopicPartition(self._topic, partition) for partition in range(self.partitions)]
 
-    def _producer_now(self) -> Producer:
+    def _get_producer(self) -> Producer:
         if self._producer is None:
             own = {
                 "acks": "all",
                 "enable.idempotence": True,  # the client's own retries keep the order and append nothing twice
-                "delivery.timeout.ms": int(ANSWER_S * 1000),
+                "delivery.timeout.ms": int(REQUEST_TIMEOUT_S * 1000),
                 "linger.ms": 0,
                 "message.max.bytes": 16 << 20,
             }
             self._producer = self._kafka.Producer({**own, **self._given})
         return self._producer
 
-    def _reader_at(self, position: Position) -> Consumer:
+    def _consumer_at(self, position: Offsets) -> Consumer:
         if self._reader is None:
             self._reader = self._kafka.Consumer(
-                {**self._given, "group.id": _GROUP, "enable.auto.commit": False, "auto.offset.reset": "earliest"}
+                {**self._given, "group.id": _READER_GROUP, "enable.auto.commit": False, "auto.offset.reset": "earliest"}
             )
         if self._read_to is None or self._read_to != dict(position):
             beginning = self._kafka.OFFSET_BEGINNING
@@ -195,7 +202,7 @@ class KafkaLog:
             self._read_to, self._last_us = dict(position), {}
         return self._reader
 
-    def _fault(self, message: Message) -> bool:
+    def _is_error(self, message: Message) -> bool:
         """Whether the message is no record but the end of a partition.
 
         Raises:
@@ -209,11 +216,13 @@ class KafkaLog:
         self._read_to = None
         raise StorageError(f"{self._where}: cannot read: {error}")
 
-    def _group(self, consumer: str) -> _Closing:
-        return _Closing(self._kafka.Consumer({**self._given, "group.id": consumer, "enable.auto.commit": False}))
+    def _group_consumer(self, consumer: str) -> _ClosingConsumer:
+        return _ClosingConsumer(
+            self._kafka.Consumer({**self._given, "group.id": consumer, "enable.auto.commit": False})
+        )
 
 
-class _Closing:
+class _ClosingConsumer:
     """A consumer that is closed at the end of the block."""
 
     def __init__(self, consumer: Consumer) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
-Position = Mapping[int, int]
+Offsets = Mapping[int, int]
 """Partition -> offset of the next record to read. An absent partition is read from its beginning."""
 
 
@@ -37,8 +37,8 @@ class ReadBatch:
     """
 
     records: Sequence[StoredRecord]
-    position: Position  # where the next read starts
-    complete_until_us: int
+    next_offsets: Offsets  # where the next read starts
+    watermark_us: int
 
 
 class EventLog(Protocol):
@@ -54,19 +54,19 @@ class EventLog(Protocol):
         """Appends all records and returns their offsets once they are durable. After an error, any of them may be."""
         ...
 
-    def read(self, position: Position, *, limit: int, wait_s: float = 0.0) -> ReadBatch:
+    def read(self, position: Offsets, *, limit: int, wait_s: float = 0.0) -> ReadBatch:
         """Reads at most ``limit`` records from the offsets on; waits up to ``wait_s`` seconds for the first."""
         ...
 
-    def position(self, consumer: str) -> Position:
+    def committed(self, consumer: str) -> Offsets:
         """The consumer's committed offsets; empty if it never committed."""
         ...
 
-    def commit(self, consumer: str, position: Position) -> None:
+    def commit(self, consumer: str, position: Offsets) -> None:
         """Records that the consumer needs nothing before these offsets again."""
         ...
 
-    def end(self) -> Position:
+    def end_offsets(self) -> Offsets:
         """The offsets of the next records to be appended."""
         ...
 

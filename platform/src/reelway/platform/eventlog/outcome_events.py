@@ -17,16 +17,16 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from reelway.platform.contracts.events import TIME, WORD, OutcomeType
+from reelway.platform.contracts.events import STRING_DICTIONARY_TYPE, TIMESTAMP_TYPE, OutcomeType
 from reelway.platform.contracts.ids import MAX_ID
 from reelway.platform.errors import DataError
 from reelway.platform.eventlog.log import LogRecord
 from reelway.platform.features.hashing import mix64
 
-KINDS: Final = tuple(OutcomeType)
+OUTCOME_TYPES: Final = tuple(OutcomeType)
 """Outcome types in the order of their codes, which ids depend on. Append only."""
 
-LOGGED_OUTCOMES: Final = pa.schema(
+OUTCOME_EVENT_SCHEMA: Final = pa.schema(
     [
         pa.field("outcome_id", pa.int64(), nullable=False),
         pa.field("impression_id", pa.int64(), nullable=False),
@@ -34,26 +34,26 @@ LOGGED_OUTCOMES: Final = pa.schema(
         pa.field("viewer_id", pa.int64(), nullable=False),
         pa.field("video_id", pa.int64(), nullable=False),
         pa.field("position", pa.int16(), nullable=False),
-        pa.field("shown_at", TIME, nullable=False),
-        pa.field("release", WORD, nullable=False),
-        pa.field("arm", WORD, nullable=False),
-        pa.field("source", WORD, nullable=False),
+        pa.field("shown_at", TIMESTAMP_TYPE, nullable=False),
+        pa.field("release", STRING_DICTIONARY_TYPE, nullable=False),
+        pa.field("arm", STRING_DICTIONARY_TYPE, nullable=False),
+        pa.field("source", STRING_DICTIONARY_TYPE, nullable=False),
         pa.field("propensity", pa.float32(), nullable=False),
-        pa.field("type", WORD, nullable=False),  # an OutcomeType
+        pa.field("type", STRING_DICTIONARY_TYPE, nullable=False),  # an OutcomeType
         pa.field("value", pa.float32(), nullable=False),  # watched milliseconds for watch, else 1
-        pa.field("event_time", TIME, nullable=False),  # when the service received it
-        pa.field("done_at", TIME),  # the client's time, if it gave one
+        pa.field("event_time", TIMESTAMP_TYPE, nullable=False),  # when the service received it
+        pa.field("done_at", TIMESTAMP_TYPE),  # the client's time, if it gave one
     ]
 )
 
 
-def outcome_ids(impression_id: NDArray[np.int64], kind: NDArray[np.int64]) -> NDArray[np.int64]:
+def derive_outcome_ids(impression_id: NDArray[np.int64], kind: NDArray[np.int64]) -> NDArray[np.int64]:
     """Ids derived from impression and type (index into ``OUTCOME_TYPES``). Shapes: ``[N], [N] -> [N]``."""
-    mixed = mix64(impression_id.astype(np.uint64) * np.uint64(len(KINDS) + 7) + kind.astype(np.uint64))
+    mixed = mix64(impression_id.astype(np.uint64) * np.uint64(len(OUTCOME_TYPES) + 7) + kind.astype(np.uint64))
     return np.asarray(mixed & np.uint64(MAX_ID)).astype(np.int64)
 
 
-def records_of(outcomes: pa.RecordBatch, partitions: int, time_us: int) -> Iterator[LogRecord]:
+def encode_outcomes(outcomes: pa.RecordBatch, partitions: int, time_us: int) -> Iterator[LogRecord]:
     """Encodes a batch of ``OUTCOME_EVENT_SCHEMA`` as records. All outcomes of a viewer share a partition."""
     if partitions == 1:
         yield LogRecord(uuid4().hex, 0, time_us, _encoded(outcomes))
@@ -65,7 +65,7 @@ def records_of(outcomes: pa.RecordBatch, partitions: int, time_us: int) -> Itera
         yield LogRecord(uuid4().hex, partition, time_us, _encoded(selected))
 
 
-def outcomes_of(payload: bytes) -> pa.Table:
+def decode_outcomes(payload: bytes) -> pa.Table:
     """Decodes the outcomes of one record.
 
     Raises:
@@ -75,15 +75,15 @@ def outcomes_of(payload: bytes) -> pa.Table:
         table = pa.ipc.open_stream(payload).read_all()
     except (pa.ArrowInvalid, OSError) as error:
         raise DataError(f"event log: a record of {len(payload)} bytes is no batch of outcomes: {error}") from error
-    if not table.schema.equals(LOGGED_OUTCOMES):
-        raise DataError(f"event log: a record has schema\n{table.schema}\nexpected\n{LOGGED_OUTCOMES}")
+    if not table.schema.equals(OUTCOME_EVENT_SCHEMA):
+        raise DataError(f"event log: a record has schema\n{table.schema}\nexpected\n{OUTCOME_EVENT_SCHEMA}")
     return table
 
 
 def _encoded(outcomes: pa.RecordBatch) -> bytes:
     sink = pa.BufferOutputStream()
     options = pa.ipc.IpcWriteOptions(compression="lz4")
-    with pa.ipc.new_stream(sink, LOGGED_OUTCOMES, options=options) as writer:
+    with pa.ipc.new_stream(sink, OUTCOME_EVENT_SCHEMA, options=options) as writer:
         writer.write_batch(outcomes)
     encoded: bytes = sink.getvalue().to_pybytes()
     return encoded

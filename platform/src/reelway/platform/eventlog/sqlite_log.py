@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Final
 
-from reelway.platform.eventlog.log import LogRecord, Position, ReadBatch, StoredRecord
+from reelway.platform.eventlog.log import LogRecord, Offsets, ReadBatch, StoredRecord
 from reelway.platform.sqlite_file import SqliteFile, SqliteFormat
 
 _FORMAT: Final = SqliteFormat(
@@ -25,8 +25,8 @@ _FORMAT: Final = SqliteFormat(
         "CREATE TABLE consumers (name TEXT PRIMARY KEY, next INTEGER NOT NULL) WITHOUT ROWID",
     ),
 )
-LOOK_EVERY_S: Final = 0.05
-CLEAN_EVERY_S: Final = 600.0
+POLL_INTERVAL_S: Final = 0.05
+RETENTION_INTERVAL_S: Final = 600.0
 
 
 class SqliteLog:
@@ -49,19 +49,19 @@ class SqliteLog:
         path: Path,
         *,
         retain_s: float = 7 * 86_400.0,
-        wait_s: float = 30.0,
+        busy_timeout_s: float = 30.0,
         clock: Callable[[], float] = time.time,
     ) -> None:
-        self._file = SqliteFile(path, _FORMAT, busy_timeout_s=wait_s)
+        self._file = SqliteFile(path, _FORMAT, busy_timeout_s=busy_timeout_s)
         self._retain_s = retain_s
         self._clock = clock
-        self._next_clean = time.monotonic() + CLEAN_EVERY_S
+        self._next_clean = time.monotonic() + RETENTION_INTERVAL_S
 
     def append(self, records: Sequence[LogRecord]) -> list[int]:
         """See ``EventLog.append``. If it raises, none of the records is in the log."""
         if time.monotonic() >= self._next_clean:
-            self._next_clean = time.monotonic() + CLEAN_EVERY_S
-            self.clean()
+            self._next_clean = time.monotonic() + RETENTION_INTERVAL_S
+            self.apply_retention()
         rows = [(record.id, record.time_us, record.payload) for record in records]
         with self._file.writing() as db:
             offsets = []
@@ -76,7 +76,7 @@ class SqliteLog:
                     offsets.append(before)
         return offsets
 
-    def read(self, position: Position, *, limit: int, wait_s: float = 0.0) -> ReadBatch:
+    def read(self, position: Offsets, *, limit: int, wait_s: float = 0.0) -> ReadBatch:
         """See ``EventLog.read``."""
         first = position.get(0, 1)
         deadline = time.monotonic() + wait_s
@@ -89,19 +89,19 @@ class SqliteLog:
                 ).fetchall()
             if rows or time.monotonic() >= deadline:
                 break
-            time.sleep(LOOK_EVERY_S)
+            time.sleep(POLL_INTERVAL_S)
         records = [StoredRecord(*row) for row in rows]
         after = records[-1].offset + 1 if records else first
         full = len(records) == limit
         return ReadBatch(records, {0: after}, records[-1].time_us if full else asked_us)
 
-    def position(self, consumer: str) -> Position:
+    def committed(self, consumer: str) -> Offsets:
         """See ``EventLog.committed``."""
         with self._file.reading() as db:
             row = db.execute("SELECT next FROM consumers WHERE name = ?", (consumer,)).fetchone()
         return {0: row[0]} if row else {}
 
-    def commit(self, consumer: str, position: Position) -> None:
+    def commit(self, consumer: str, position: Offsets) -> None:
         """See ``EventLog.commit``. A smaller offset than before is accepted: retained records are read again."""
         with self._file.writing() as db:
             db.execute(
@@ -109,18 +109,18 @@ class SqliteLog:
                 (consumer, position.get(0, 1)),
             )
 
-    def forget(self, consumer: str) -> None:
+    def remove_consumer(self, consumer: str) -> None:
         """Deletes a consumer's committed offset, so that no record is retained for it."""
         with self._file.writing() as db:
             db.execute("DELETE FROM consumers WHERE name = ?", (consumer,))
 
-    def end(self) -> Position:
+    def end_offsets(self) -> Offsets:
         """See ``EventLog.end_offsets``."""
         with self._file.reading() as db:
             row = db.execute("SELECT seq FROM sqlite_sequence WHERE name = 'records'").fetchone()
         return {0: row[0] + 1 if row else 1}
 
-    def clean(self) -> int:
+    def apply_retention(self) -> int:
         """Deletes records older than ``retain_s`` that every consumer has read. ``append`` calls it regularly.
 
         Returns:

@@ -23,14 +23,14 @@ from reelway.platform.contracts.feature_dimensions import FeatureDimensions
 from reelway.platform.contracts.ids import MAX_ID
 from reelway.platform.errors import FeatureError
 from reelway.platform.features import on_demand
-from reelway.platform.features.hashing import MISSING_ID, id_codes, word_codes
+from reelway.platform.features.hashing import MISSING_ID, category_codes, id_codes
 
 F32 = NDArray[np.float32]
 I64 = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
-class Ragged:
+class RaggedColumn:
     """Lists of different lengths: row i is ``values[offsets[i]:offsets[i + 1]]``."""
 
     values: NDArray[Any]
@@ -68,7 +68,7 @@ class VideoArrays:
     text: F32  # [C, dimensions.text]
 
 
-Column = NDArray[Any] | Ragged | Sequence[Any]
+Column = NDArray[Any] | RaggedColumn | Sequence[Any]
 Columns = Mapping[str, Column]
 
 
@@ -83,7 +83,7 @@ def columns_from_table(table: pa.Table) -> dict[str, Column]:
         if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
             lengths = pc.fill_null(pc.list_value_length(array), 0).to_numpy(zero_copy_only=False)
             offsets = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
-            columns[name] = Ragged(array.flatten().to_numpy(zero_copy_only=False), offsets)
+            columns[name] = RaggedColumn(array.flatten().to_numpy(zero_copy_only=False), offsets)
         elif pa.types.is_dictionary(kind) or pa.types.is_string(kind) or pa.types.is_large_string(kind):
             columns[name] = array.to_pylist()
         elif pa.types.is_integer(kind) and array.null_count:
@@ -98,7 +98,7 @@ def columns_from_row(row: Mapping[str, Any]) -> dict[str, Column]:
     columns: dict[str, Column] = {}
     for name, value in row.items():
         if isinstance(value, list | tuple | np.ndarray):
-            columns[name] = Ragged(np.asarray(value), np.array([0, len(value)], dtype=np.int64))
+            columns[name] = RaggedColumn(np.asarray(value), np.array([0, len(value)], dtype=np.int64))
         else:
             columns[name] = [value]
     return columns
@@ -106,18 +106,18 @@ def columns_from_row(row: Mapping[str, Any]) -> dict[str, Column]:
 
 def _floats(columns: Columns, name: str, rows: int) -> NDArray[np.float64]:
     column = columns.get(name)
-    if column is None or (isinstance(column, Ragged) and len(column.values) == 0):
+    if column is None or (isinstance(column, RaggedColumn) and len(column.values) == 0):
         return np.full(rows, np.nan)
-    if isinstance(column, Ragged):
+    if isinstance(column, RaggedColumn):
         raise TypeError(f"feature {name!r} is a list, expected one number per row")
     return np.asarray(column, dtype=np.float64)
 
 
-def _words(columns: Columns, name: str, rows: int, buckets: int) -> I64:
+def _category_codes(columns: Columns, name: str, rows: int, buckets: int) -> I64:
     column = columns.get(name)
     if column is None:
         return np.zeros(rows, dtype=np.int64)
-    return word_codes(column, buckets)  # type: ignore[arg-type]
+    return category_codes(column, buckets)  # type: ignore[arg-type]
 
 
 def _integers(columns: Columns, name: str, rows: int, largest: int) -> I64:
@@ -147,7 +147,7 @@ def _vectors(columns: Columns, name: str, rows: int, width: int) -> tuple[F32, N
     """
     out = np.zeros((rows, width), dtype=np.float32)
     column = columns.get(name)
-    if not isinstance(column, Ragged) or not width:
+    if not isinstance(column, RaggedColumn) or not width:
         return out, np.zeros(rows, dtype=np.bool_)
     present = np.diff(column.offsets) == width
     if present.any():
@@ -161,7 +161,7 @@ def _vectors(columns: Columns, name: str, rows: int, width: int) -> tuple[F32, N
 def _latest(column: Column | None, rows: int, length: int, fill: float) -> NDArray[np.float64]:
     """Returns the last ``length`` values of each list, right-aligned and padded in front with ``fill``."""
     out = np.full((rows, length), fill)
-    if not isinstance(column, Ragged) or not len(column.values):
+    if not isinstance(column, RaggedColumn) or not len(column.values):
         return out
     ends = column.offsets[1:]
     counts = np.minimum(np.diff(column.offsets), length)
@@ -204,12 +204,12 @@ def assemble_viewers(
         ]
     ).astype(np.float32)
     buckets = dimensions.category_buckets
-    words = [_words(columns, name, rows, buckets) for name in names.VIEWER_CATEGORIES[:-1]]
+    words = [_category_codes(columns, name, rows, buckets) for name in names.VIEWER_CATEGORIES[:-1]]
     videos_BL = _checked(_latest(columns.get("history_videos"), rows, length, MISSING_ID), "history_videos", MAX_ID)
     weights_BL = _latest(columns.get("history_weights"), rows, length, 0.0).astype(np.float32)
     return ViewerArrays(
         viewer_dense=dense,
-        viewer_categories=np.column_stack([*words, word_codes(device, buckets)]),
+        viewer_categories=np.column_stack([*words, category_codes(device, buckets)]),
         history_codes=id_codes(videos_BL, dimensions.id_buckets),
         history_weights=weights_BL,
         history_age_h=np.nan_to_num(age_BL, nan=0.0).astype(np.float32),
@@ -234,7 +234,7 @@ def assemble_videos(
     live = np.column_stack([_floats(columns, name, rows) for name in names.VIDEO_LIVE_DENSE])
     age_h = on_demand.hours_since_upload(request_time_s, _floats(columns, "uploaded_at_s", rows))
     topic = np.maximum(_integers(columns, "topic", rows, dimensions.topics - 1) + 1, 0)
-    language = _words(columns, "video_language", rows, dimensions.category_buckets)
+    language = _category_codes(columns, "video_language", rows, dimensions.category_buckets)
     return VideoArrays(
         video_codes=id_codes(_integers(columns, "video_id", rows, MAX_ID), dimensions.id_buckets),
         creator_codes=id_codes(_integers(columns, "creator_id", rows, MAX_ID), dimensions.id_buckets),

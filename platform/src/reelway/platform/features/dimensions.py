@@ -7,7 +7,7 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from reelway.platform.contracts.feature_dimensions import SCHEMA_FILE, FeatureDimensions
-from reelway.platform.durable import whole_file
+from reelway.platform.durable import atomic_file
 from reelway.platform.errors import MalformedFileError
 
 
@@ -32,5 +32,5 @@ def read_dimensions(folder: Path) -> FeatureDimensions:
 def write_dimensions(folder: Path, dimensions: FeatureDimensions) -> None:
     """Records the dimensions in a folder, which is created if it does not exist."""
     folder.mkdir(parents=True, exist_ok=True)
-    with whole_file(folder / SCHEMA_FILE) as aside:
+    with atomic_file(folder / SCHEMA_FILE) as aside:
         aside.write_text(dimensions.to_json() + "\n")

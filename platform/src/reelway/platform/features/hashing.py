@@ -40,13 +40,13 @@ def id_codes(ids: NDArray[np.int64], buckets: int) -> NDArray[np.int64]:
 
 
 @lru_cache(maxsize=65_536)
-def word_code(word: str | None, buckets: int) -> int:
+def category_code(word: str | None, buckets: int) -> int:
     """Returns the code of a category value in 1..buckets-1, 0 if it is missing."""
     if not word:
         return 0
     return zlib.crc32(word.encode()) % (buckets - 1) + 1
 
 
-def word_codes(words: Iterable[str | None], buckets: int) -> NDArray[np.int64]:
+def category_codes(words: Iterable[str | None], buckets: int) -> NDArray[np.int64]:
     """Returns ``category_code`` of each value. Shapes: ``[N] -> [N]``."""
-    return np.fromiter((word_code(word, buckets) for word in words), dtype=np.int64)
+    return np.fromiter((category_code(word, buckets) for word in words), dtype=np.int64)

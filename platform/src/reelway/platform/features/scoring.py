@@ -7,7 +7,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from reelway.platform.contracts.blend import RankingBlend
+from reelway.platform.contracts.blend import RankingSettings
 from reelway.platform.contracts.calibration import Calibration
 from reelway.platform.contracts.features import BINARY_TASKS, RANKER_TASKS
 
@@ -32,7 +32,7 @@ def head_predictions(outputs_CK: F32, calibration: Calibration) -> F32:
     return predictions
 
 
-def video_value(predictions_CK: F32, similarity_C: F32, blend: RankingBlend) -> F32:
+def video_value(predictions_CK: F32, similarity_C: F32, blend: RankingSettings) -> F32:
     """Returns the weighted value of each candidate, which orders the slate before diversification.
 
     Args:

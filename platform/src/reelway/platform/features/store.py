@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import yaml
 
-from reelway.platform.durable import whole_file
+from reelway.platform.durable import atomic_file
 from reelway.platform.errors import ConfigError, FeatureError
 
 if TYPE_CHECKING:
@@ -68,7 +68,7 @@ def write_store_config(features_dir: Path, online_store: str | None = None) -> P
         "online_store": online_store_config(address),
     }
     path = features_dir / CONFIG_FILE
-    with whole_file(path) as aside:
+    with atomic_file(path) as aside:
         aside.write_text(yaml.safe_dump(config, sort_keys=False))
     return path
 

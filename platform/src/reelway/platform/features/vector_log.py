@@ -45,18 +45,18 @@ class ServedVector:
     videos_as_of_s: float | None = None
 
 
-def _plain(value: Any) -> Any:
+def _to_json_value(value: Any) -> Any:
     """Converts to JSON types: numpy values to Python values, NaN to null."""
     if isinstance(value, np.ndarray):
-        return [_plain(item) for item in value.tolist()]
+        return [_to_json_value(item) for item in value.tolist()]
     if isinstance(value, np.generic):
         value = value.item()
     if isinstance(value, float) and not math.isfinite(value):
         return None
     if isinstance(value, Mapping):
-        return {str(name): _plain(item) for name, item in value.items()}
+        return {str(name): _to_json_value(item) for name, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
+        return [_to_json_value(item) for item in value]
     return value
 
 
@@ -80,7 +80,7 @@ class VectorLog:
         self._half_bytes = max_bytes // 2
         self._lock = threading.Lock()
 
-    def wants(self, request_id: int) -> bool:
+    def is_sampled(self, request_id: int) -> bool:
         """Returns whether the request is in the sample; call it before collecting the rows."""
         return int(mix64(np.array([request_id], dtype=np.uint64))[0]) < self._limit
 
@@ -90,9 +90,9 @@ class VectorLog:
         Raises:
             StorageError: if the disk is full or not writable.
         """
-        if not self.wants(vector.request_id):
+        if not self.is_sampled(vector.request_id):
             return False
-        line = json.dumps(_plain(asdict(vector)), separators=(",", ":"), allow_nan=False).encode() + b"\n"
+        line = json.dumps(_to_json_value(asdict(vector)), separators=(",", ":"), allow_nan=False).encode() + b"\n"
         try:
             with self._lock:
                 self._append(line)
@@ -108,7 +108,7 @@ class VectorLog:
             if self.path.exists() and self.path.stat().st_size + len(line) > self._half_bytes:
                 self.path.replace(_previous(self.path))
             with self.path.open("ab+") as handle:
-                if handle.seek(0, os.SEEK_END) and not _ends_a_line(handle):
+                if handle.seek(0, os.SEEK_END) and not _ends_with_newline(handle):
                     handle.truncate(_last_line_end(self.path))  # a crash cut the line off; it was never acknowledged
                 handle.write(line)
                 handle.flush()
@@ -117,12 +117,12 @@ class VectorLog:
             os.close(guard)
 
 
-def log_of_this_host(path: Path) -> Path:
+def host_log_path(path: Path) -> Path:
     """Returns the file to append to: the path itself, or this host's file in a folder that hosts share."""
     return path if path.suffix == ".jsonl" else path / f"{socket.gethostname()}.jsonl"
 
 
-def _ends_a_line(handle: BinaryIO) -> bool:
+def _ends_with_newline(handle: BinaryIO) -> bool:
     handle.seek(-1, os.SEEK_END)
     return handle.read(1) == b"\n"
 

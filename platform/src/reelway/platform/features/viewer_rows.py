@@ -30,7 +30,7 @@ Stored = Iterator[tuple[str, float | None, dict[str, Any]]]
 """For each view with the entity: the view's name, the row's time (Unix seconds), and field name -> Feast value."""
 
 
-class ViewerRows:
+class ViewerRowReader:
     """Reads one viewer's row: the fields of a service's views, ``None`` if the store has no value.
 
     ``get_online_features`` spends most of its time on request checks and on a response table for many rows. This class
@@ -51,7 +51,9 @@ class ViewerRows:
         ]
         online = store._get_provider().online_store
         self._stored: Callable[[EntityKey], Stored]
-        self._stored = _RedisHash(store, online, views) if type(online) is RedisOnlineStore else _EachView(store, views)
+        self._stored = (
+            _RedisHashReader(store, online, views) if type(online) is RedisOnlineStore else _PerViewReader(store, views)
+        )
         self._empty = {name: None for _, fields in views for name in fields}
 
     @property
@@ -78,7 +80,7 @@ class ViewerRows:
                 if moment_s is not None:
                     as_of_s[view] = moment_s
                 for name, value in values.items():
-                    row[name] = _decoded(value)
+                    row[name] = _decode_value(value)
         except Exception as error:  # Feast does not wrap the errors of its online store's client
             raise FeatureError(
                 f"online store: cannot read viewer {viewer_id}: {type(error).__name__}: {error}"
@@ -88,7 +90,7 @@ class ViewerRows:
         return row
 
 
-class _EachView:
+class _PerViewReader:
     """Reads from any Feast online store, with one query per view."""
 
     def __init__(self, store: FeatureStore, views: Views) -> None:
@@ -102,11 +104,11 @@ class _EachView:
             answers = [provider.online_read(config, view, [key], list(fields))[0] for view, fields in self._views]
         for (view, fields), (moment, values) in zip(self._views, answers, strict=True):
             if values:
-                seconds = None if moment is None else _seconds(moment)
+                seconds = None if moment is None else _to_unix_seconds(moment)
                 yield view.name, seconds, {name: values[name] for name in fields if values.get(name) is not None}
 
 
-class _RedisHash:
+class _RedisHashReader:
     """Reads from Feast's Redis store with one query for all views: the fields of an entity's views are in one hash.
 
     Feast's own code, in the version pinned by the constraints, computes the keys and decodes the values. A test
@@ -141,12 +143,12 @@ class _RedisHash:
                 yield view, self._timestamp.FromString(moment).ToNanoseconds() / 1e9, found
 
 
-def _seconds(moment: datetime) -> float:
+def _to_unix_seconds(moment: datetime) -> float:
     """Converts to Unix seconds. Feast's SQLite store returns times without a zone, which are UTC."""
     return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
 
 
-def _decoded(value: Any) -> Any:
+def _decode_value(value: Any) -> Any:
     kind = value.WhichOneof("val")
     if kind is None or kind == "null_val":
         return None

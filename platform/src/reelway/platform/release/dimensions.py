@@ -60,12 +60,12 @@ def read_dimensions(folder: Path) -> FileDimensions:
     )
 
 
-def assess_dimensions(declared: Dimensions, seen: FileDimensions) -> list[str]:
+def dimension_mismatches(declared: Dimensions, seen: FileDimensions) -> list[str]:
     """One sentence for every difference between the manifest and the files; empty if there is none."""
     tower, ranker = seen.viewer_tower, seen.ranker
     problems = [
-        *_input_problems(VIEWER_TOWER_FILE, tower, VIEWER_TOWER_INPUTS),
-        *_input_problems(RANKER_FILE, ranker, RANKER_INPUTS),
+        *_input_mismatches(VIEWER_TOWER_FILE, tower, VIEWER_TOWER_INPUTS),
+        *_input_mismatches(RANKER_FILE, ranker, RANKER_INPUTS),
     ]
     expected = [
         (f"{VIEWER_TOWER_FILE}: width of its output", tower.output, declared.embedding),
@@ -90,7 +90,7 @@ def assess_dimensions(declared: Dimensions, seen: FileDimensions) -> list[str]:
     return problems
 
 
-def _input_problems(name: str, graph: GraphShape, expected: tuple[str, ...]) -> list[str]:
+def _input_mismatches(name: str, graph: GraphShape, expected: tuple[str, ...]) -> list[str]:
     missing, extra = sorted(set(expected) - set(graph.inputs)), sorted(set(graph.inputs) - set(expected))
     problems = [f"{name} does not take {', '.join(missing)}"] if missing else []
     return [*problems, *([f"{name} has unknown inputs {', '.join(extra)}"] if extra else [])]

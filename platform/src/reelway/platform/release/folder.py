@@ -68,8 +68,8 @@ def parse_manifest(raw: bytes, where: str) -> Manifest:
     try:
         manifest = Manifest.model_validate(body)
     except ValidationError as error:
-        raise IncompatibleReleaseError(f"{where} is invalid: {first_problem(error)}") from error
-    assess_names(set(manifest.files), where)
+        raise IncompatibleReleaseError(f"{where} is invalid: {first_validation_error(error)}") from error
+    check_file_names(set(manifest.files), where)
     return manifest
 
 
@@ -78,14 +78,14 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
     write_json(folder / MANIFEST_FILE, manifest.model_dump(mode="json"))
 
 
-def first_problem(error: ValidationError) -> str:
+def first_validation_error(error: ValidationError) -> str:
     """Pydantic's first error on one line: field, expectation, value."""
     problem = error.errors(include_url=False)[0]
     field = ".".join(str(part) for part in problem["loc"]) or "manifest"
     return f"{field}: {problem['msg']}, saw {str(problem['input'])[:80]!r}"
 
 
-def assess_names(names: Collection[str], where: str) -> None:
+def check_file_names(names: Collection[str], where: str) -> None:
     """Checks that these are exactly the file names of a release, so that no name can point outside the folder.
 
     Raises:
@@ -98,13 +98,13 @@ def assess_names(names: Collection[str], where: str) -> None:
         raise DigestMismatchError(f"{where} has {', '.join(extra)}, which no release has; remove it or build again")
 
 
-def assess_files(declared: Mapping[str, FileEntry], seen: Mapping[str, FileEntry], where: str) -> None:
+def check_file_entries(declared: Mapping[str, FileEntry], seen: Mapping[str, FileEntry], where: str) -> None:
     """Compares the files with those that the manifest declares.
 
     Raises:
         DigestMismatchError: if a file is missing, additional, or has another size or content.
     """
-    assess_names(seen, where)
+    check_file_names(seen, where)
     for name, expected in declared.items():
         actual = seen[name]
         if actual.size_bytes != expected.size_bytes:
@@ -126,8 +126,8 @@ def check_files(folder: Path, manifest: Manifest) -> None:
         DigestMismatchError: see ``check_file_entries``.
     """
     names = {path.name for path in folder.iterdir()} - {MANIFEST_FILE}
-    assess_names(names, str(folder))
-    assess_files(manifest.files, {name: _describe(folder / name) for name in sorted(names)}, str(folder))
+    check_file_names(names, str(folder))
+    check_file_entries(manifest.files, {name: _describe(folder / name) for name in sorted(names)}, str(folder))
 
 
 def _describe(path: Path) -> FileEntry:

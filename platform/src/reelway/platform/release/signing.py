@@ -20,7 +20,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey,
 
 from reelway.platform.contracts.ids import short_id
 from reelway.platform.contracts.manifest import Manifest
-from reelway.platform.durable import create_private_file, whole_file
+from reelway.platform.durable import atomic_file, create_private_file
 from reelway.platform.errors import ConfigError, SignatureError
 
 PRIVATE_NAME: Final = "release.private.pem"
@@ -53,7 +53,7 @@ def create_keys(folder: Path) -> KeyPair:
     except FileExistsError as error:
         raise ConfigError(f"{pair.private} exists and is never overwritten; use it, or name another folder") from error
     public = key.public_key().public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
-    with whole_file(pair.public) as aside:
+    with atomic_file(pair.public) as aside:
         aside.write_bytes(public)
     return pair
 

@@ -22,7 +22,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from reelway.platform.contracts.ids import ReleaseId, short_id
 from reelway.platform.contracts.manifest import MANIFEST_FILE, REHEARSAL_PREFIX, Manifest
-from reelway.platform.durable import whole_folder
+from reelway.platform.durable import atomic_directory
 from reelway.platform.errors import (
     ConfigError,
     DigestMismatchError,
@@ -89,10 +89,10 @@ class ReleaseStore:
         names = {name: folder / name for name in manifest.files}
         check_files(folder, manifest)
         release_id = ReleaseId(manifest.release_id)
-        if self._is_whole(release_id, manifest):
+        if self._is_complete(release_id, manifest):
             return release_id
         if isinstance(self._fs, LocalFileSystem):
-            with whole_folder(Path(self._place(release_id))) as aside:
+            with atomic_directory(Path(self._release_path(release_id))) as aside:
                 for name, path in names.items():
                     shutil.copyfile(path, aside / name)
                 write_manifest(aside, manifest)
@@ -150,8 +150,8 @@ class ReleaseStore:
             ReleaseNotFoundError: if the store does not have the release.
             DigestMismatchError: if the content does not match the id.
         """
-        path = f"{self._place(release_id)}/{MANIFEST_FILE}"
-        with self._translated(f"read {path}"):
+        path = f"{self._release_path(release_id)}/{MANIFEST_FILE}"
+        with self._translate_errors(f"read {path}"):
             try:
                 raw = self._fs.cat_file(path)
             except FileNotFoundError:
@@ -175,14 +175,14 @@ class ReleaseStore:
             StorageError: if the store cannot be read, or the cache is full.
         """
         target = cache / release_id
-        with _alone(cache / f".{release_id}.lock"):
+        with _exclusive_lock(cache / f".{release_id}.lock"):
             if target.exists() and _is_intact(target, release_id):
                 return target
             manifest = self.manifest(release_id)
-            with whole_folder(target) as aside:
+            with atomic_directory(target) as aside:
                 for name in manifest.files:
-                    with self._translated(f"read {name} of release {short_id(release_id)}"):
-                        self._fs.get_file(f"{self._place(release_id)}/{name}", str(aside / name))
+                    with self._translate_errors(f"read {name} of release {short_id(release_id)}"):
+                        self._fs.get_file(f"{self._release_path(release_id)}/{name}", str(aside / name))
                 check_files(aside, manifest)
                 write_manifest(aside, manifest)
         return target
@@ -195,41 +195,42 @@ class ReleaseStore:
         """
         if not self._has_manifest(release_id):
             raise ReleaseNotFoundError(f"release {short_id(release_id)} is not in {self.url}")
-        with self._translated(f"remove release {short_id(release_id)}"):
-            self._fs.rm_file(f"{self._place(release_id)}/{MANIFEST_FILE}")
-            self._fs.rm(self._place(release_id), recursive=True)
+        with self._translate_errors(f"remove release {short_id(release_id)}"):
+            self._fs.rm_file(f"{self._release_path(release_id)}/{MANIFEST_FILE}")
+            self._fs.rm(self._release_path(release_id), recursive=True)
 
     def _upload(self, release_id: ReleaseId, names: Mapping[str, Path], manifest: Manifest) -> None:
         """Uploads the files, then the manifest that makes them visible: object stores have no atomic rename."""
-        place = self._place(release_id)
+        release_path = self._release_path(release_id)
         try:
-            with self._translated(f"write release {short_id(release_id)}"):
-                self._fs.makedirs(place, exist_ok=True)
+            with self._translate_errors(f"write release {short_id(release_id)}"):
+                self._fs.makedirs(release_path, exist_ok=True)
                 for name, path in names.items():
-                    self._fs.put_file(str(path), f"{place}/{name}")
-                self._fs.pipe_file(f"{place}/{MANIFEST_FILE}", manifest.model_dump_json(indent=2).encode())
+                    self._fs.put_file(str(path), f"{release_path}/{name}")
+                self._fs.pipe_file(f"{release_path}/{MANIFEST_FILE}", manifest.model_dump_json(indent=2).encode())
         except BaseException:
-            self._discard(place)
+            self._discard(release_path)
             raise
 
-    def _discard(self, place: str) -> None:
+    def _discard(self, release_path: str) -> None:
         """Deletes an unfinished upload. It is invisible without its manifest, so a failure here is only logged."""
         try:
-            if self._fs.exists(place):
-                self._fs.rm(place, recursive=True)
+            if self._fs.exists(release_path):
+                self._fs.rm(release_path, recursive=True)
         except Exception as error:  # of any client library; the upload's own error is reported instead
-            log.warning("unfinished upload remains at %s: %s", place, error)
+            log.warning("unfinished upload remains at %s: %s", release_path, error)
 
-    def _is_whole(self, release_id: ReleaseId, manifest: Manifest) -> bool:
+    def _is_complete(self, release_id: ReleaseId, manifest: Manifest) -> bool:
         """Whether the store has this release with the same signature and with files of the right size."""
         try:
             if self.manifest(release_id) != manifest:
                 return False
         except (ReleaseNotFoundError, DigestMismatchError):
             return False
-        with self._translated(f"list release {short_id(release_id)}"):
+        with self._translate_errors(f"list release {short_id(release_id)}"):
             sizes = {
-                Path(info["name"]).name: info["size"] for info in self._fs.ls(self._place(release_id), detail=True)
+                Path(info["name"]).name: info["size"]
+                for info in self._fs.ls(self._release_path(release_id), detail=True)
             }
         return all(sizes.get(name) == entry.size_bytes for name, entry in manifest.files.items())
 
@@ -247,7 +248,7 @@ class ReleaseStore:
         return summaries, damaged
 
     def _ids(self) -> Sequence[ReleaseId]:
-        with self._translated("list the releases"):
+        with self._translate_errors("list the releases"):
             self._fs.invalidate_cache(self._root)
             if not self._fs.exists(self._root):
                 return []
@@ -255,14 +256,14 @@ class ReleaseStore:
         return [ReleaseId(name) for name in sorted(names) if _ID.fullmatch(name) and self._has_manifest(name)]
 
     def _has_manifest(self, release_id: str) -> bool:
-        with self._translated(f"find release {short_id(release_id)}"):
-            return bool(self._fs.exists(f"{self._place(release_id)}/{MANIFEST_FILE}"))
+        with self._translate_errors(f"find release {short_id(release_id)}"):
+            return bool(self._fs.exists(f"{self._release_path(release_id)}/{MANIFEST_FILE}"))
 
-    def _place(self, release_id: str) -> str:
+    def _release_path(self, release_id: str) -> str:
         return f"{self._root}/{release_id}"
 
     @contextmanager
-    def _translated(self, what: str) -> Iterator[None]:
+    def _translate_errors(self, what: str) -> Iterator[None]:
         """Raises errors of client libraries (botocore, aiohttp, gcsfs) as ``StorageError``."""
         try:
             yield
@@ -299,7 +300,7 @@ def _is_intact(folder: Path, release_id: ReleaseId) -> bool:
 
 
 @contextmanager
-def _alone(lock: Path) -> Iterator[None]:
+def _exclusive_lock(lock: Path) -> Iterator[None]:
     """Holds a lock between the processes of this machine."""
     try:
         lock.parent.mkdir(parents=True, exist_ok=True)

@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 
 from reelway.platform.contracts.manifest import NEIGHBOURS_FILE, POPULAR_FILE, VIDEOS_FILE, Dimensions
-from reelway.platform.contracts.release_files import NEIGHBOURS_SCHEMA, POPULAR, dimensions_of, videos_schema
+from reelway.platform.contracts.release_files import NEIGHBOURS_SCHEMA, POPULAR_SCHEMA, dimensions_of, videos_schema
 from reelway.platform.errors import IncompatibleReleaseError
 
 
@@ -43,7 +43,7 @@ def check_tables(folder: Path, dimensions: Dimensions) -> None:
         IncompatibleReleaseError: if a check fails; the message names the file and the value.
     """
     videos = open_table(folder / VIDEOS_FILE, videos_schema(dimensions.embedding))
-    popular = open_table(folder / POPULAR_FILE, POPULAR)
+    popular = open_table(folder / POPULAR_FILE, POPULAR_SCHEMA)
     neighbours = open_table(folder / NEIGHBOURS_FILE, NEIGHBOURS_SCHEMA)
     rows = videos.num_rows
     if rows != dimensions.videos:

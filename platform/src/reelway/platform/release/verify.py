@@ -30,8 +30,8 @@ from reelway.platform.contracts.manifest import (
     Waiver,
 )
 from reelway.platform.errors import DigestMismatchError, GateFailedError, IncompatibleReleaseError
-from reelway.platform.release.dimensions import DimensionReader, assess_dimensions, read_dimensions
-from reelway.platform.release.folder import check_files, first_problem, read_manifest
+from reelway.platform.release.dimensions import DimensionReader, dimension_mismatches, read_dimensions
+from reelway.platform.release.folder import check_files, first_validation_error, read_manifest
 from reelway.platform.release.signing import check_signature, fingerprint
 from reelway.platform.release.tables import check_tables
 
@@ -81,7 +81,7 @@ def verify(
         ReleaseNotFoundError: the folder has no manifest.
     """
     manifest = read_manifest(folder)
-    assess_id(manifest, expected_id)
+    check_id(manifest, expected_id)
     checks = [PassedCheck("manifest", f"{manifest.name}, id {short_id(manifest.release_id)}")]
 
     def passed(name: str, detail: str) -> None:
@@ -89,7 +89,7 @@ def verify(
 
     key = check_signature(manifest, public_keys)
     passed("signature", f"by key {fingerprint(key)}")
-    waived = assess_gates(manifest.gates, manifest.waivers)
+    waived = check_gates(manifest.gates, manifest.waivers)
     passed("gates", f"{len(manifest.gates) - len(waived)} hold" + (f", {len(waived)} WAIVED" if waived else ""))
     for waiver in waived:
         passed("WAIVED", f"gate {waiver.gate}, by {waiver.by}: {waiver.reason}")
@@ -99,12 +99,12 @@ def verify(
     if feature_services is None:
         passed("feature services", "not checked: no feature store was given")
     else:
-        assess_feature_services(manifest.feature_services, feature_services)
+        check_feature_services(manifest.feature_services, feature_services)
         passed("feature services", ", ".join(service.name for service in manifest.feature_services))
-    assess_contract(manifest.dimensions)
+    check_contract(manifest.dimensions)
     check_tables(folder, manifest.dimensions)
     passed("tables", f"{manifest.dimensions.videos} videos")
-    if problems := assess_dimensions(manifest.dimensions, read_dimensions(folder)):
+    if problems := dimension_mismatches(manifest.dimensions, read_dimensions(folder)):
         raise IncompatibleReleaseError(
             f"release {short_id(manifest.release_id)}: {'; '.join(problems)}; build it again"
         )
@@ -133,7 +133,7 @@ def read_calibration(folder: Path) -> Calibration:
     return _read_model(folder / CALIBRATION_FILE, Calibration, json.loads)
 
 
-def assess_id(manifest: Manifest, expected_id: str | None) -> None:
+def check_id(manifest: Manifest, expected_id: str | None) -> None:
     """Checks the id of the manifest.
 
     Raises:
@@ -141,12 +141,12 @@ def assess_id(manifest: Manifest, expected_id: str | None) -> None:
     """
     if expected_id is not None and manifest.release_id != expected_id:
         raise DigestMismatchError(
-            f"the manifest has id {short_id(manifest.release_id)}..., expected {short_id(expected_id)}...; it was changed, or "
-            "the folder holds another release"
+            f"the manifest has id {short_id(manifest.release_id)}..., expected {short_id(expected_id)}...; "
+            "it was changed, or the folder holds another release"
         )
 
 
-def assess_gates(gates: Sequence[GateResult], waivers: Sequence[Waiver] = ()) -> tuple[Waiver, ...]:
+def check_gates(gates: Sequence[GateResult], waivers: Sequence[Waiver] = ()) -> tuple[Waiver, ...]:
     """Checks that every gate passed or is waived, and that a passed gate's value is within its bound.
 
     Returns:
@@ -156,7 +156,7 @@ def assess_gates(gates: Sequence[GateResult], waivers: Sequence[Waiver] = ()) ->
         GateFailedError: if a gate failed and is not waived, or a waiver names a gate that did not fail.
     """
     waived = {waiver.gate for waiver in waivers}
-    failing = [gate for gate in gates if not gate.passed or not _holds(gate)]
+    failing = [gate for gate in gates if not gate.passed or not _gate_holds(gate)]
     if idle := sorted(waived - {gate.name for gate in failing}):
         raise GateFailedError(
             f"waivers of gates that did not fail: {', '.join(idle)}; failed gates: "
@@ -172,7 +172,7 @@ def assess_gates(gates: Sequence[GateResult], waivers: Sequence[Waiver] = ()) ->
     return tuple(waivers)
 
 
-def assess_feature_services(wanted: Sequence[FeatureServiceRef], present: Mapping[str, str]) -> None:
+def check_feature_services(wanted: Sequence[FeatureServiceRef], present: Mapping[str, str]) -> None:
     """Checks that the feature store has the feature services that the release was trained on.
 
     Raises:
@@ -192,7 +192,7 @@ def assess_feature_services(wanted: Sequence[FeatureServiceRef], present: Mappin
             )
 
 
-def assess_contract(declared: Dimensions) -> None:
+def check_contract(declared: Dimensions) -> None:
     """Checks that this version of Reelway assembles the inputs that the release's graphs take.
 
     Raises:
@@ -209,7 +209,7 @@ def assess_contract(declared: Dimensions) -> None:
             )
 
 
-def _holds(gate: GateResult) -> bool:
+def _gate_holds(gate: GateResult) -> bool:
     return gate.value >= gate.bound if gate.comparison == ">=" else gate.value <= gate.bound
 
 
@@ -217,6 +217,6 @@ def _read_model(path: Path, model: type[Model], parse: Callable[[str], object]) 
     try:
         return model.model_validate(parse(path.read_text()))
     except ValidationError as error:
-        raise IncompatibleReleaseError(f"{path} is invalid: {first_problem(error)}") from error
+        raise IncompatibleReleaseError(f"{path} is invalid: {first_validation_error(error)}") from error
     except (yaml.YAMLError, ValueError) as error:
         raise IncompatibleReleaseError(f"{path} cannot be read: {error}") from error

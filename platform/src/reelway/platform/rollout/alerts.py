@@ -21,7 +21,7 @@ NAME_LABEL: Final = "alertname"
 MAX_ALERTS: Final = 1_000
 MIN_RELEASE_CHARACTERS: Final = 12
 REMEMBERED_ALERTS: Final = 4_096
-POLLED: Final = "polled"
+POLLED_GROUP_KEY: Final = "polled"
 """Group key of polled alerts: ``GET /api/v2/alerts`` returns no groups."""
 
 
@@ -85,7 +85,7 @@ def parse_webhook(body: bytes | str) -> WebhookPayload:
         raise DataError(f"alert webhook: not an Alertmanager version 4 payload: {problems}") from error
 
 
-def known_alerts(payload: WebhookPayload) -> list[KnownAlert]:
+def parse_alerts(payload: WebhookPayload) -> list[KnownAlert]:
     """Returns the payload's alerts that have a release label."""
     return [
         KnownAlert(
@@ -100,14 +100,16 @@ def known_alerts(payload: WebhookPayload) -> list[KnownAlert]:
     ]
 
 
-def merge_alerts(book: Mapping[AlertKey, KnownAlert], news: Iterable[KnownAlert]) -> dict[AlertKey, KnownAlert]:
+def merge_alerts(
+    alerts_by_key: Mapping[AlertKey, KnownAlert], incoming: Iterable[KnownAlert]
+) -> dict[AlertKey, KnownAlert]:
     """Merges alerts. For the same key, resolved replaces firing, so order and repetition have no effect.
 
     An alert that fires again has another start time and is therefore another alert. Keeps the newest
     ``REMEMBERED_ALERTS`` alerts.
     """
-    merged = dict(book)
-    for alert in news:
+    merged = dict(alerts_by_key)
+    for alert in incoming:
         known = merged.get(alert.key)
         if known is None or (alert.resolved and not known.resolved):
             merged[alert.key] = alert
@@ -118,16 +120,16 @@ def merge_alerts(book: Mapping[AlertKey, KnownAlert], news: Iterable[KnownAlert]
 
 
 def firing_for(
-    book: Mapping[AlertKey, KnownAlert], release: str, *, since: float = float("-inf")
+    alerts_by_key: Mapping[AlertKey, KnownAlert], release: str, *, since: float = float("-inf")
 ) -> tuple[FiringAlert, ...]:
     """Returns the firing alerts of a release, oldest first; each label set once, even if it arrived in several groups.
 
     The release label can contain the full id or a prefix of at least 12 characters. Alerts that started before
     ``since``, the start of the rollout, belong to an earlier rollout of the release and are left out.
     """
-    over = {(alert.labels, alert.starts_at) for alert in book.values() if alert.resolved}
+    over = {(alert.labels, alert.starts_at) for alert in alerts_by_key.values() if alert.resolved}
     found: dict[tuple[tuple[str, str], ...], FiringAlert] = {}
-    for alert in sorted(book.values(), key=lambda a: (a.starts_at, a.group_key, a.labels)):
+    for alert in sorted(alerts_by_key.values(), key=lambda a: (a.starts_at, a.group_key, a.labels)):
         labels = dict(alert.labels)
         if (
             (alert.labels, alert.starts_at) in over
@@ -145,12 +147,16 @@ def names_release(label: str, release: str) -> bool:
     return label == release or (len(label) >= MIN_RELEASE_CHARACTERS and release.startswith(label))
 
 
-def replace_polled(book: Mapping[AlertKey, KnownAlert], polled: Iterable[KnownAlert]) -> dict[AlertKey, KnownAlert]:
+def replace_polled(
+    alerts_by_key: Mapping[AlertKey, KnownAlert], polled: Iterable[KnownAlert]
+) -> dict[AlertKey, KnownAlert]:
     """Merges a successful poll. Alerts of an earlier poll that are missing now have ended and are removed."""
-    return merge_alerts({key: alert for key, alert in book.items() if alert.group_key != POLLED}, polled)
+    return merge_alerts(
+        {key: alert for key, alert in alerts_by_key.items() if alert.group_key != POLLED_GROUP_KEY}, polled
+    )
 
 
-def from_poll(answer: Any) -> list[KnownAlert]:
+def parse_polled_alerts(answer: Any) -> list[KnownAlert]:
     """Parses the alerts of Alertmanager's ``GET /api/v2/alerts``, which have no groups.
 
     Raises:
@@ -169,7 +175,10 @@ def from_poll(answer: Any) -> list[KnownAlert]:
         if labels.get(RELEASE_LABEL):
             found.append(
                 KnownAlert(
-                    group_key=POLLED, labels=tuple(sorted(labels.items())), starts_at=starts_at, resolved=not active
+                    group_key=POLLED_GROUP_KEY,
+                    labels=tuple(sorted(labels.items())),
+                    starts_at=starts_at,
+                    resolved=not active,
                 )
             )
     return found

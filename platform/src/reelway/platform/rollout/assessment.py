@@ -23,9 +23,9 @@ from reelway.platform.rollout.evidence import (
 from reelway.platform.rollout.policy import CountLimit, LatencyLimit, OutcomeMetric, RatioLimit, RolloutPolicy, Slice
 from reelway.platform.rollout.sequential import (
     Estimate,
-    boundary,
+    log_tail_bound,
     ratio_estimate,
-    ratio_tail_log_bound,
+    rejection_boundary,
     relative_difference,
 )
 
@@ -40,7 +40,7 @@ class OutcomeVerdict:
     """
 
     name: str
-    part: Slice
+    slice_: Slice
     finding: Finding
     margin: float
     alpha_rollback: float
@@ -66,7 +66,7 @@ class OutcomeVerdict:
 
     @property
     def label(self) -> str:
-        return self.name if self.part is Slice.OVERALL else f"{self.name} on {self.part.value}"
+        return self.name if self.slice_ is Slice.OVERALL else f"{self.name} on {self.slice_.value}"
 
     @property
     def sentence(self) -> str:
@@ -114,13 +114,13 @@ class Assessment:
         return tuple(o for o in self.outcomes if o.finding == "harm_established")
 
     @property
-    def silent(self) -> tuple[OutcomeVerdict | GuardrailVerdict, ...]:
+    def without_telemetry(self) -> tuple[OutcomeVerdict | GuardrailVerdict, ...]:
         """Verdicts without telemetry."""
         verdicts: tuple[OutcomeVerdict | GuardrailVerdict, ...] = (*self.guardrails, *self.outcomes)
         return tuple(v for v in verdicts if v.state is EvidenceState.TELEMETRY_DOWN)
 
     @property
-    def not_excluded(self) -> tuple[OutcomeVerdict, ...]:
+    def harm_not_excluded(self) -> tuple[OutcomeVerdict, ...]:
         """Required outcomes that do not exclude harm beyond their margin yet. Empty: promotion is allowed."""
         return tuple(o for o in self.outcomes if o.required and o.finding != "harm_excluded")
 
@@ -133,7 +133,7 @@ def assess(policy: RolloutPolicy, snapshot: EvidenceSnapshot) -> Assessment:
     """Assesses every outcome metric and guardrail of the policy. Absent evidence is ``telemetry_down``. Pure."""
     outcomes = _assess_outcomes(policy, snapshot)
     first = snapshot.metrics.get((policy.outcomes[0].name, Slice.OVERALL))
-    exposure = first.canary if first is not None and first.canary.possible else None
+    exposure = first.canary if first is not None and first.canary.is_consistent else None
     return Assessment(
         outcomes,
         _assess_guardrails(policy, snapshot),
@@ -150,21 +150,21 @@ def harm_of(canary: Estimate, stable: Estimate, lower_is_better: ArrayLike) -> E
 
 def _assess_outcomes(policy: RolloutPolicy, snapshot: EvidenceSnapshot) -> tuple[OutcomeVerdict, ...]:
     tests = policy.tests
-    evidence = [_usable(metric, snapshot.metrics.get((metric.name, part))) for metric, part in tests]
+    evidence = [_with_burn_in(metric, snapshot.metrics.get((metric.name, slice_))) for metric, slice_ in tests]
     stable, canary = (
         ratio_estimate(*np.array([_sums(getattr(e, arm)) for e in evidence]).T) for arm in ("stable", "canary")
     )
     lower = np.array([metric.direction == "lower" for metric, _ in tests])
     harm = harm_of(canary, stable, lower)
     error = np.sqrt(harm.variance)
-    scale = np.array([metric.beyond_margin(part) for metric, part in tests])
-    margin = np.array([metric.margin_on(part) for metric, part in tests])
-    low = harm.value - boundary(harm.variance, scale, np.array(policy.rollback_alphas)) * error
-    high = harm.value + boundary(harm.variance, margin, policy.alpha.promotion) * error
+    scale = np.array([metric.effect_beyond_margin(slice_) for metric, slice_ in tests])
+    margin = np.array([metric.margin_on(slice_) for metric, slice_ in tests])
+    low = harm.value - rejection_boundary(harm.variance, scale, np.array(policy.rollback_alphas)) * error
+    high = harm.value + rejection_boundary(harm.variance, margin, policy.alpha.promotion) * error
     return tuple(
         OutcomeVerdict(
             name=metric.name,
-            part=part,
+            slice_=slice_,
             finding=_finding(evidence[i], float(low[i]), float(high[i]), float(margin[i])),
             margin=float(margin[i]),
             alpha_rollback=policy.rollback_alphas[i],
@@ -176,15 +176,15 @@ def _assess_outcomes(policy: RolloutPolicy, snapshot: EvidenceSnapshot) -> tuple
             harm_high=float(high[i]),
             stable_viewers=int(evidence[i].stable.viewers),
             canary_viewers=int(evidence[i].canary.viewers),
-            required=part is Slice.OVERALL and metric.promotion_requires == "excluded",
+            required=slice_ is Slice.OVERALL and metric.promotion_requires == "excluded",
             lower_is_better=bool(lower[i]),
             detail=evidence[i].detail or "no estimate: an arm has no variation or stable's value is not positive",
         )
-        for i, (metric, part) in enumerate(tests)
+        for i, (metric, slice_) in enumerate(tests)
     )
 
 
-def _usable(metric: OutcomeMetric, given: MetricEvidence | None) -> MetricEvidence:
+def _with_burn_in(metric: OutcomeMetric, given: MetricEvidence | None) -> MetricEvidence:
     """The evidence with its state checked against the policy's minimum number of viewers."""
     if given is None:
         return MetricEvidence(EvidenceState.TELEMETRY_DOWN, detail="no evidence")
@@ -231,7 +231,7 @@ def _assess_guardrails(policy: RolloutPolicy, snapshot: EvidenceSnapshot) -> tup
     return tuple(verdicts)
 
 
-def _down(name: str, reading: GuardrailReading | None) -> GuardrailVerdict | None:
+def _telemetry_down_verdict(name: str, reading: GuardrailReading | None) -> GuardrailVerdict | None:
     """A verdict for a reading that cannot be judged; None if it can."""
     if reading is None:
         return GuardrailVerdict(name, EvidenceState.TELEMETRY_DOWN, f"{name}: telemetry down (no reading)")
@@ -252,7 +252,7 @@ def _assess_ratio(
     Ten errors in ten requests are a breach long before ``minimum_requests``. That number only decides when a reading
     without a breach is ``ok``.
     """
-    if (down := _down(name, reading)) is not None:
+    if (down := _telemetry_down_verdict(name, reading)) is not None:
         return down
     assert reading is not None
     if reading.events > reading.trials:
@@ -260,7 +260,7 @@ def _assess_ratio(
         return GuardrailVerdict(name, EvidenceState.TELEMETRY_DOWN, f"{name}: telemetry down (saw {seen})")
     ratio = reading.events / reading.trials if reading.trials else 0.0
     seen = f"{ratio:.2%} ({reading.events:.0f} of {reading.trials:.0f} requests)"
-    log_p = float(ratio_tail_log_bound(reading.events, reading.trials, limit.maximum))
+    log_p = float(log_tail_bound(reading.events, reading.trials, limit.maximum))
     if log_p <= math.log(significance):
         return GuardrailVerdict(name, EvidenceState.BAD, f"{name} {seen} is above the limit of {limit.maximum:.2%}")
     if reading.trials < limit.minimum_requests:
@@ -274,7 +274,7 @@ def _assess_ratio(
 
 def _assess_latency(limit: LatencyLimit, reading: GuardrailReading | None) -> GuardrailVerdict:
     name = "p99_ms"
-    if (down := _down(name, reading)) is not None:
+    if (down := _telemetry_down_verdict(name, reading)) is not None:
         return down
     assert reading is not None
     if reading.trials < limit.minimum_requests:
@@ -299,7 +299,7 @@ def _assess_latency(limit: LatencyLimit, reading: GuardrailReading | None) -> Gu
 
 def _assess_parity(limit: CountLimit, reading: GuardrailReading | None) -> GuardrailVerdict:
     name = "parity_mismatches"
-    if (down := _down(name, reading)) is not None:
+    if (down := _telemetry_down_verdict(name, reading)) is not None:
         return down
     assert reading is not None
     seen = f"{reading.events:.0f} parity mismatches in {reading.trials:.0f} replayed rows"

@@ -42,7 +42,7 @@ class ArmStatistics:
     sum_xy: float = 0.0
 
     @property
-    def possible(self) -> bool:
+    def is_consistent(self) -> bool:
         """Whether the sums are finite, non-negative and possible for some set of viewers (Cauchy-Schwarz)."""
         values = (self.viewers, self.impressions, self.sum_x, self.sum_xx, self.sum_yy)
         if not all(math.isfinite(v) and v >= 0 for v in (*values,)):
@@ -111,7 +111,7 @@ class EvidenceSnapshot:
     alerts: tuple[FiringAlert, ...] = ()
     weights: Mapping[Arm, int] | None = None
     canary_ready: bool | None = None
-    canary_gave_up: str = ""
+    canary_failure: str = ""
     """The backend's reason why the canary will never be ready; empty while it may become ready."""
     shadow_requests: int = 0
 
@@ -127,7 +127,7 @@ def metric_evidence(
     for name, arm in (("stable", stable), ("canary", canary)):
         if arm is None:
             return MetricEvidence(EvidenceState.TELEMETRY_DOWN, detail=f"no counters for {name}")
-        if not arm.possible:
+        if not arm.is_consistent:
             return MetricEvidence(
                 EvidenceState.TELEMETRY_DOWN, detail=f"{name}'s sums are impossible for any set of viewers: {arm}"
             )
@@ -140,6 +140,6 @@ def metric_evidence(
     return MetricEvidence(EvidenceState.OK, stable, canary)
 
 
-def nothing_heard(release: str, now: float) -> EvidenceSnapshot:
+def no_evidence(release: str, now: float) -> EvidenceSnapshot:
     """The evidence if the metrics backend did not answer: all of it is ``telemetry_down``."""
     return EvidenceSnapshot(time=now, release=release)

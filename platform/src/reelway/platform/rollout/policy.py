@@ -42,7 +42,7 @@ class Slice(StrEnum):
     SMALL_CREATORS = "small_creators"
 
 
-class _Strict(BaseModel):
+class StrictModel(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
@@ -53,7 +53,7 @@ def _basis_points(percent: float, path: str) -> int:
     return points
 
 
-class Step(_Strict):
+class Step(StrictModel):
     """A weight of the ramp and the exposure that it requires. Exposure is the canary's since the rollout started."""
 
     weight_percent: Annotated[float, Field(gt=0, le=100, allow_inf_nan=False)]
@@ -71,14 +71,14 @@ class Step(_Strict):
         return _basis_points(self.weight_percent, "weight_percent")
 
 
-class RatioLimit(_Strict):
+class RatioLimit(StrictModel):
     """Maximum share of requests. The test is exact, so that a handful of requests can establish a breach."""
 
     maximum: Ratio
     minimum_requests: Annotated[int, Field(ge=1)] = 20
 
 
-class LatencyLimit(_Strict):
+class LatencyLimit(StrictModel):
     """Limit of the canary's 99th percentile: in milliseconds, as a multiple of stable's, or the stricter of both."""
 
     maximum: Annotated[float | None, Field(gt=0)] = None
@@ -92,13 +92,13 @@ class LatencyLimit(_Strict):
         return self
 
 
-class CountLimit(_Strict):
+class CountLimit(StrictModel):
     """Maximum of a count."""
 
     maximum: Annotated[int, Field(ge=0)] = 0
 
 
-class Guardrails(_Strict):
+class Guardrails(StrictModel):
     """Limits whose breach rolls back immediately. Null disables a guardrail."""
 
     significance: Ratio = Field(
@@ -113,7 +113,7 @@ class Guardrails(_Strict):
     firing_alerts: CountLimit | None = CountLimit()
 
 
-class OutcomeMetric(_Strict):
+class OutcomeMetric(StrictModel):
     """A metric of viewer outcomes, and the harm to it that is accepted."""
 
     name: Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")]
@@ -149,31 +149,31 @@ class OutcomeMetric(_Strict):
         """Returns the margin on a slice."""
         return self.margin if part is Slice.OVERALL or self.slice_margin is None else self.slice_margin
 
-    def beyond_margin(self, part: Slice) -> float:
+    def effect_beyond_margin(self, part: Slice) -> float:
         """Returns the harm beyond the margin that the rollback test is tuned for."""
         margin = self.margin_on(part)
         return margin if self.tuned_for is None else self.tuned_for - margin
 
-    def weight_on(self, part: Slice) -> float:
+    def alpha_weight_on(self, part: Slice) -> float:
         """Returns the weight of a slice in the division of ``alpha.rollback``."""
         return self.alpha_weight if part is Slice.OVERALL else (self.slice_alpha_weight or self.alpha_weight)
 
 
-class Alpha(_Strict):
+class Alpha(StrictModel):
     """Error rates per rollout; see the module's docstring."""
 
     rollback: Ratio = 0.005
     promotion: Ratio = 0.005
 
 
-class Deadline(_Strict):
+class Deadline(StrictModel):
     """How long a rollout holds without evidence, and the action after that."""
 
     after_s: Seconds
     action: DeadlineAction = "pause"
 
 
-class Deadlines(_Strict):
+class Deadlines(StrictModel):
     """Deadlines of holds. ``hold`` never ends, ``pause`` waits for a command, ``rollback`` gives up."""
 
     preparing: Deadline = Deadline(after_s=900, action="rollback")
@@ -181,7 +181,7 @@ class Deadlines(_Strict):
     telemetry_down: Deadline = Deadline(after_s=1800, action="pause")
 
 
-class Shadow(_Strict):
+class Shadow(StrictModel):
     """Mirroring of requests to the release before it takes traffic; the responses are discarded."""
 
     duration_s: Seconds = 600
@@ -194,7 +194,7 @@ class Shadow(_Strict):
         return self
 
 
-class RolloutPolicy(_Strict):
+class RolloutPolicy(StrictModel):
     """A rollout policy. ``load_policy`` reads a policy from YAML; ``default_policy`` returns the built-in one."""
 
     version: Literal[1] = 1
@@ -245,7 +245,7 @@ class RolloutPolicy(_Strict):
     @cached_property
     def rollback_alphas(self) -> tuple[float, ...]:
         """``alpha.rollback`` divided over ``tests``."""
-        weights = [metric.weight_on(part) for metric, part in self.tests]
+        weights = [metric.alpha_weight_on(part) for metric, part in self.tests]
         return tuple(self.alpha.rollback * weight / sum(weights) for weight in weights)
 
 
@@ -288,7 +288,7 @@ def parse_policy(text: str, *, source: str) -> RolloutPolicy:
     try:
         return RolloutPolicy.model_validate(loaded)
     except ValidationError as error:
-        problems = [p for p in error.errors() if not _echoes(p, error.errors())]
+        problems = [p for p in error.errors() if not _is_follow_up_error(p, error.errors())]
         raise ConfigError("\n".join(f"{source}: {_explain(problem)}" for problem in problems)) from error
 
 
@@ -297,7 +297,7 @@ def policy_schema() -> dict[str, Any]:
     return RolloutPolicy.model_json_schema()
 
 
-def _echoes(problem: Mapping[str, Any], others: Sequence[Mapping[str, Any]]) -> bool:
+def _is_follow_up_error(problem: Mapping[str, Any], others: Sequence[Mapping[str, Any]]) -> bool:
     """Returns whether a list is too short only because its items are invalid."""
     location = problem["loc"]
     return problem["type"] == "too_short" and any(o["loc"][: len(location)] == location != o["loc"] for o in others)

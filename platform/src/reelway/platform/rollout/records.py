@@ -45,7 +45,7 @@ class HistoryEntry(_Record):
     )
 
 
-class Sighting(_Record):
+class LastReconcile(_Record):
     """What the controller observed in its last reconcile. For display only: it is overwritten each time and is no input
     to a decision.
     """
@@ -85,7 +85,7 @@ class RolloutStore(Protocol):
         """
         ...
 
-    def ask(self, rollout_id: str, command: Command) -> Rollout:
+    def submit_command(self, rollout_id: str, command: Command) -> Rollout:
         """Adds a user's command to the newest state (``state.add_command``)."""
         ...
 
@@ -97,11 +97,11 @@ class RolloutStore(Protocol):
 
     def replace_alerts(self, book: Mapping[AlertKey, KnownAlert]) -> None: ...
 
-    def see(self, sighting: Sighting) -> None: ...
+    def save_last_reconcile(self, last_reconcile: LastReconcile) -> None: ...
 
-    def sighting(self, rollout_id: str) -> Sighting | None: ...
+    def last_reconcile(self, rollout_id: str) -> LastReconcile | None: ...
 
-    def changes(self, *, own: bool = True) -> int:
+    def revision(self, *, include_own: bool = True) -> int:
         """Returns a number that changes with every write. Cheap enough to poll ten times a second.
 
         Args:

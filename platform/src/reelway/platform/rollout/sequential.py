@@ -136,7 +136,7 @@ def log_normal_cdf(z: ArrayLike) -> F64:
     return np.where(u >= 0, log_erfc - LOG2, np.log1p(-0.5 * np.exp(np.minimum(log_erfc, 0.0))))
 
 
-def log_evidence(effect: ArrayLike, variance: ArrayLike, scale: ArrayLike) -> F64:
+def log_e_value(effect: ArrayLike, variance: ArrayLike, scale: ArrayLike) -> F64:
     """Returns the log of the e-process against "the effect is not positive"; ``log(1/alpha)`` rejects at any time.
 
     Args:
@@ -150,7 +150,7 @@ def log_evidence(effect: ArrayLike, variance: ArrayLike, scale: ArrayLike) -> F6
     return np.asarray(LOG2 - 0.5 * np.log1p(prior) + 0.5 * shrunk**2 + log_normal_cdf(shrunk))
 
 
-def boundary(variance: ArrayLike, scale: ArrayLike, alpha: ArrayLike) -> F64:
+def rejection_boundary(variance: ArrayLike, scale: ArrayLike, alpha: ArrayLike) -> F64:
     """Returns the standard errors beyond a bound at which ``log_e_value`` reaches ``log(1/alpha)``.
 
     Uses Newton's method, starting above the root; a test compares the result with ``log_e_value``.
@@ -165,17 +165,17 @@ def boundary(variance: ArrayLike, scale: ArrayLike, alpha: ArrayLike) -> F64:
     return np.asarray(z * np.sqrt((1.0 + prior) / prior))
 
 
-def lower_sequence(estimate: Estimate, scale: ArrayLike, alpha: ArrayLike) -> F64:
+def lower_confidence_sequence(estimate: Estimate, scale: ArrayLike, alpha: ArrayLike) -> F64:
     """Returns a one-sided confidence sequence: with probability 1 - alpha the true value is above it at all times."""
-    return estimate.value - boundary(estimate.variance, scale, alpha) * np.sqrt(estimate.variance)
+    return estimate.value - rejection_boundary(estimate.variance, scale, alpha) * np.sqrt(estimate.variance)
 
 
-def upper_sequence(estimate: Estimate, scale: ArrayLike, alpha: ArrayLike) -> F64:
+def upper_confidence_sequence(estimate: Estimate, scale: ArrayLike, alpha: ArrayLike) -> F64:
     """Returns a one-sided confidence sequence: with probability 1 - alpha the true value is below it at all times."""
-    return estimate.value + boundary(estimate.variance, scale, alpha) * np.sqrt(estimate.variance)
+    return estimate.value + rejection_boundary(estimate.variance, scale, alpha) * np.sqrt(estimate.variance)
 
 
-def ratio_tail_log_bound(events: ArrayLike, trials: ArrayLike, limit: ArrayLike) -> F64:
+def log_tail_bound(events: ArrayLike, trials: ArrayLike, limit: ArrayLike) -> F64:
     """Returns the log of an upper bound on ``P(at least this many events)`` if the true ratio is ``limit`` (Chernoff).
 
     ``-n KL(k/n || p)`` if k/n exceeds p, else 0 (no evidence of a breach).

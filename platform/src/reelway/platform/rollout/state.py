@@ -35,11 +35,11 @@ class Phase(StrEnum):
     ROLLED_BACK = "rolled_back"
 
 
-RAMPING = frozenset({Phase.STEPPING, Phase.HOLDING, Phase.PAUSED})
-ON_STABLE = frozenset({Phase.PENDING, Phase.PREPARING, Phase.SHADOW, Phase.ROLLING_BACK, Phase.ROLLED_BACK})
+RAMPING_PHASES = frozenset({Phase.STEPPING, Phase.HOLDING, Phase.PAUSED})
+ALL_ON_STABLE_PHASES = frozenset({Phase.PENDING, Phase.PREPARING, Phase.SHADOW, Phase.ROLLING_BACK, Phase.ROLLED_BACK})
 
 Verb = Literal["pause", "resume", "promote", "rollback"]
-REMEMBERED_COMMANDS = 32
+MAX_REMEMBERED_COMMANDS = 32
 
 
 class Command(BaseModel):
@@ -124,14 +124,14 @@ class RolloutState(BaseModel):
         return self.phase not in (Phase.PROMOTED, Phase.ROLLED_BACK)
 
 
-def ask(state: RolloutState, command: Command) -> RolloutState:
+def add_command(state: RolloutState, command: Command) -> RolloutState:
     """Adds a command to the state. A repeated id has no effect; a later command replaces a pending one.
 
     A pending rollback is never replaced by another command.
     """
     if command.id in state.commands_seen:
         return state
-    seen = (*state.commands_seen, command.id)[-REMEMBERED_COMMANDS:]
+    seen = (*state.commands_seen, command.id)[-MAX_REMEMBERED_COMMANDS:]
     waiting = state.command
     keep = waiting is not None and waiting.verb == "rollback" and command.verb != "rollback"
     return state.model_copy(update={"command": waiting if keep else command, "commands_seen": seen})

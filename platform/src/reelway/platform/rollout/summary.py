@@ -26,7 +26,7 @@ from reelway.platform.rollout.assessment import Assessment, OutcomeVerdict
 from reelway.platform.rollout.evidence import EvidenceSnapshot
 
 
-def summary_of(assessment: Assessment, snapshot: EvidenceSnapshot, now: float | None = None) -> dict[str, Any]:
+def summarise_evidence(assessment: Assessment, snapshot: EvidenceSnapshot, now: float | None = None) -> dict[str, Any]:
     """Returns the evidence of one reconcile as JSON, with the keys of the module's docstring.
 
     Args:
@@ -51,7 +51,7 @@ def summary_of(assessment: Assessment, snapshot: EvidenceSnapshot, now: float | 
 def _outcome(verdict: OutcomeVerdict) -> dict[str, Any]:
     return {
         "name": verdict.name,
-        "slice": verdict.part.value,
+        "slice": verdict.slice_.value,
         "label": verdict.label,
         "finding": verdict.finding,
         "state": verdict.state.value,

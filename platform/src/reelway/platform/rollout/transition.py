@@ -45,10 +45,10 @@ class Decision:
     canary_bp: int = 0
     evidence_at: float = 0.0
     holds_for: str = ""
-    command_done: bool = False
+    consumes_command: bool = False
 
 
-def start(
+def start_state(
     policy: RolloutPolicy,
     *,
     rollout_id: str,
@@ -71,13 +71,14 @@ def start(
         raise RolloutError(f"release {short_id(canary_release)} is already live; roll out another release")
     if previous is not None and previous.active:
         raise RolloutError(
-            f"rollout {previous.id} of {short_id(previous.canary_release)} is {previous.phase}; wait until it has ended, or "
-            "end it with `reelway rollout rollback`"
+            f"rollout {previous.id} of {short_id(previous.canary_release)} is {previous.phase}; wait until it has "
+            "ended, or end it with `reelway rollout rollback`"
         )
     if previous is not None and previous.phase is Phase.ROLLED_BACK and not force:
         if previous.canary_release == canary_release:
             raise RolloutError(
-                f"release {short_id(canary_release)} was rolled back ({previous.reason}); to roll it out again, use --force"
+                f"release {short_id(canary_release)} was rolled back ({previous.reason}); "
+                "to roll it out again, use --force"
             )
         left_s = policy.cooldown_s - max(0.0, now - previous.changed_at)
         if left_s > 0:
@@ -99,18 +100,18 @@ def start(
     )
 
 
-def tick_of(policy: RolloutPolicy, state: RolloutState, now: float) -> float:
+def tick_seconds(policy: RolloutPolicy, state: RolloutState, now: float) -> float:
     """Returns the seconds that a decision adds to the timers: at least 0, at most the policy's ``longest_tick_s``."""
     return min(max(now - state.tick_at, 0.0), policy.longest_tick_s)
 
 
 def advance(state: RolloutState, decision: Decision, policy: RolloutPolicy, now: float) -> RolloutState:
     """Returns the state after a decision. It must be recorded before any traffic is changed for it."""
-    tick_s = tick_of(policy, state, now)
+    tick_s = tick_seconds(policy, state, now)
     change: dict[str, object] = {"tick_at": now, "evidence_at": decision.evidence_at}
     if decision.action not in (Action.WAIT, Action.REFUSE) or decision.holds_for:
         change["reason"] = decision.reason
-    if decision.command_done:
+    if decision.consumes_command:
         change["command"] = None
     telemetry, insufficient = decision.holds_for == "telemetry_down", decision.holds_for == "insufficient"
     change["held_telemetry_s"] = state.held_telemetry_s + tick_s if telemetry else 0.0
@@ -119,7 +120,7 @@ def advance(state: RolloutState, decision: Decision, policy: RolloutPolicy, now:
     )
     if not telemetry:
         change["phase_s"] = state.phase_s + tick_s
-    moved = _moves(state, decision, policy)
+    moved = _state_changes(state, decision, policy)
     if moved:
         change.update(moved)
         if moved["phase"] is not state.phase or "step" in moved:
@@ -127,7 +128,7 @@ def advance(state: RolloutState, decision: Decision, policy: RolloutPolicy, now:
     return state.model_copy(update=change)
 
 
-def _moves(state: RolloutState, decision: Decision, policy: RolloutPolicy) -> dict[str, object]:
+def _state_changes(state: RolloutState, decision: Decision, policy: RolloutPolicy) -> dict[str, object]:
     fresh: dict[str, object] = {"phase_s": 0.0, "held_telemetry_s": 0.0, "held_insufficient_s": 0.0}
     back = {**fresh, "phase": Phase.ROLLING_BACK, "canary_bp": 0, "shadow_bp": 0}
     match decision.action:

@@ -18,35 +18,35 @@ from ray.serve.handle import DeploymentHandle
 
 from reelway.platform.eventlog import open_event_log
 from reelway.platform.features.store import open_feature_store
-from reelway.platform.features.vector_log import VectorLog, log_of_this_host
-from reelway.platform.features.viewer_rows import ViewerRows
+from reelway.platform.features.vector_log import VectorLog, host_log_path
+from reelway.platform.features.viewer_rows import ViewerRowReader
 from reelway.platform.rollout.traffic.serving_options import OutcomesArgs, ReleaseArgs, RouterArgs
 from reelway.platform.tokens import TokenSigner
 from reelway.serving.deployments.stages import (
-    HELD,
+    FUSED_RELEASE,
     RANKING,
     RERANKING,
     RETRIEVAL,
-    HeldRelease,
+    FusedRelease,
     RankingStage,
-    RemoteStages,
     RerankingStage,
     RetrievalStage,
+    StageHandles,
 )
-from reelway.serving.fused import open_fused, share_the_interpreter
+from reelway.serving.fused import open_fused, shorten_switch_interval
 from reelway.serving.http_api import build_http_api
 from reelway.serving.open_releases import OpenRelease
 from reelway.serving.outcomes import (
+    EventLogWriter,
     ExposureBatch,
     ExposureBuffer,
-    OutcomeAppender,
     OutcomeCollector,
     build_outcomes_api,
     forward_exposures,
 )
-from reelway.serving.parity_sample import ParitySample
+from reelway.serving.parity_sample import ParitySampler
 from reelway.serving.release_loader import open_trusted
-from reelway.serving.router import Router, RouterParts
+from reelway.serving.router import Router, RouterDependencies
 from reelway.serving.token_secrets import read_token_secrets
 
 # A stage computes and never waits. With a higher limit, requests would queue inside one replica instead of going to
@@ -57,7 +57,7 @@ _STAGE: Final = {"max_ongoing_requests": 8}
 def release(args: ReleaseArgs) -> serve.Application:
     """Builds the stages of one release. The application's name must be ``args.release``, which the router calls."""
     if args.composition == "fused":
-        return serve.deployment(HeldRelease, name=HELD).bind(args)
+        return serve.deployment(FusedRelease, name=FUSED_RELEASE).bind(args)
     retrieval = serve.deployment(RetrievalStage, name=RETRIEVAL, **_STAGE).bind(args)
     ranking = serve.deployment(RankingStage, name=RANKING, **_STAGE).bind(args)
     return serve.deployment(RerankingStage, name=RERANKING, **_STAGE).bind(args, retrieval, ranking)
@@ -78,12 +78,12 @@ class RouterDeployment(Router):
     """A replica of the router."""
 
     def __init__(self, args: RouterArgs) -> None:
-        rows = ViewerRows(open_feature_store(args.features_dir)) if args.features_dir else None
+        rows = ViewerRowReader(open_feature_store(args.features_dir)) if args.features_dir else None
         sample = None
         if args.vector_log:
-            vectors = VectorLog(log_of_this_host(args.vector_log), ratio=args.parity_ratio)
-            sample = ParitySample(vectors, ThreadPoolExecutor(1, thread_name_prefix="parity-sample"))
-        parts = RouterParts(
+            vectors = VectorLog(host_log_path(args.vector_log), ratio=args.parity_ratio)
+            sample = ParitySampler(vectors, ThreadPoolExecutor(1, thread_name_prefix="parity-sample"))
+        parts = RouterDependencies(
             signer=TokenSigner(*read_token_secrets(args.token_secrets)),
             registry=CollectorRegistry(),
             read_viewer=rows.read if rows else None,
@@ -95,7 +95,7 @@ class RouterDeployment(Router):
         )
         super().__init__(self._open, parts)
         if args.composition == "fused":
-            share_the_interpreter()
+            shorten_switch_interval()
         self._args = args
         self._forwarding: asyncio.Task[None] | None = None
 
@@ -115,8 +115,8 @@ class RouterDeployment(Router):
         loader = await asyncio.to_thread(open_trusted, args.release_args(release))
         if args.composition == "fused":
             return await asyncio.to_thread(open_fused, loader, args.budgets.path)
-        router_release = await asyncio.to_thread(loader.edge)
-        stages = RemoteStages(release, args.budgets)
+        router_release = await asyncio.to_thread(loader.router_release)
+        stages = StageHandles(release, args.budgets)
         return OpenRelease(router_release, stages, stages.close)
 
 
@@ -126,11 +126,11 @@ class OutcomesDeployment:
     def __init__(self, args: OutcomesArgs) -> None:
         self._signer = TokenSigner(*read_token_secrets(args.token_secrets))
         self._collector = OutcomeCollector(args.state)
-        self._appender = OutcomeAppender(open_event_log(args.event_log)) if args.event_log else None
+        self._appender = EventLogWriter(open_event_log(args.event_log)) if args.event_log else None
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         return build_outcomes_api(self._collector, self._signer, self._appender)
 
     async def expose(self, batch: ExposureBatch) -> None:
         """Counts the impressions that a router has shown; returns when they are on disk."""
-        await asyncio.wrap_future(self._collector.expose(batch))
+        await asyncio.wrap_future(self._collector.record_exposures(batch))

@@ -24,11 +24,11 @@ from reelway.platform.errors import ServingError
 from reelway.platform.rollout.traffic.routing import Routing
 from reelway.platform.rollout.traffic.serve_config import compose_serve_config
 from reelway.platform.rollout.traffic.serving_options import ServingOptions
-from reelway.serving.free_ports import free_port
-from reelway.serving.serve_settings import own_haproxy_places
+from reelway.serving.free_ports import find_free_port
+from reelway.serving.serve_settings import haproxy_paths_and_ports
 
 APPLICATIONS: Final = "/api/serve/applications/"
-READY_S: Final = 180.0
+READY_TIMEOUT_S: Final = 180.0
 LOCAL: Final = "127.0.0.1"
 
 
@@ -55,7 +55,7 @@ def running_service(routing: Routing, options: ServingOptions, token: Path) -> I
     ensure_private_token(token)
     with tempfile.TemporaryDirectory(prefix="reelway-") as socket_dir:  # the path of a socket must be short
         authentication = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)}
-        with _environment({**own_haproxy_places(Path(socket_dir)), **authentication}), _local_ray() as serve_api:
+        with _environment({**haproxy_paths_and_ports(Path(socket_dir)), **authentication}), _local_ray() as serve_api:
             addresses = ServiceAddresses(f"http://{options.host}:{options.port}", serve_api, token)
             deploy(addresses, compose_serve_config(options, routing.releases, routing))
             yield addresses
@@ -67,14 +67,14 @@ def deploy(addresses: ServiceAddresses, document: Mapping[str, Any]) -> None:
     Raises:
         ServingError: if Serve rejects the config, an application fails, or the wait exceeds ``READY_TIMEOUT_S``.
     """
-    deadline = time.monotonic() + READY_S
+    deadline = time.monotonic() + READY_TIMEOUT_S
     with rest_client(addresses) as client:
-        answer = _patiently(client, deadline, document)
+        answer = _put_with_retry(client, deadline, document)
         if not answer.is_success:
             raise ServingError(f"Serve config: rejected with {answer.status_code}: {answer.text[:2000]}")
         _wait_until_running(client, {application["name"] for application in document["applications"]}, deadline)
     with httpx.Client(base_url=addresses.url, timeout=5, trust_env=False) as client:
-        _wait_until_reached(client, deadline)
+        _wait_until_reachable(client, deadline)
 
 
 def rest_client(addresses: ServiceAddresses) -> httpx.Client:
@@ -83,7 +83,7 @@ def rest_client(addresses: ServiceAddresses) -> httpx.Client:
     return httpx.Client(base_url=addresses.serve_api, headers=bearer, timeout=60, trust_env=False)
 
 
-def _patiently(client: httpx.Client, deadline: float, document: Mapping[str, Any]) -> httpx.Response:
+def _put_with_retry(client: httpx.Client, deadline: float, document: Mapping[str, Any]) -> httpx.Response:
     """Writes the Serve config and retries until the REST API, which starts shortly after Ray, accepts connections."""
     while True:
         try:
@@ -102,12 +102,12 @@ def _wait_until_running(client: httpx.Client, names: set[str], deadline: float) 
             return
         failed = [name for name, status in statuses.items() if status == "DEPLOY_FAILED"]
         if failed or time.monotonic() > deadline:
-            accounts = [_account(name, seen.get(name, {})) for name in failed or sorted(statuses)]
+            accounts = [_status_text(name, seen.get(name, {})) for name in failed or sorted(statuses)]
             raise ServingError("service: did not become healthy: " + "\n".join(accounts))
         time.sleep(0.1)
 
 
-def _account(name: str, details: Mapping[str, Any]) -> str:
+def _status_text(name: str, details: Mapping[str, Any]) -> str:
     """Returns Serve's messages about one application and its unhealthy deployments."""
     words = [f"{name[:12]} is {details.get('status', 'NOT_STARTED')}", str(details.get("message", ""))]
     words += [
@@ -118,7 +118,7 @@ def _account(name: str, details: Mapping[str, Any]) -> str:
     return "; ".join(word for word in words if word)
 
 
-def _wait_until_reached(client: httpx.Client, deadline: float) -> None:
+def _wait_until_reachable(client: httpx.Client, deadline: float) -> None:
     """Waits until the proxy, which learns of running replicas with a delay, forwards requests to them."""
     while True:
         try:
@@ -139,7 +139,7 @@ def _local_ray() -> Iterator[str]:
     import ray  # Ray reads its settings from the environment on import
     from ray import serve
 
-    port = free_port(LOCAL)
+    port = find_free_port(LOCAL)
     ray.init(
         address="local",
         num_cpus=max(os.cpu_count() or 1, 2),
@@ -153,7 +153,7 @@ def _local_ray() -> Iterator[str]:
     try:
         yield f"http://{LOCAL}:{port}"
     finally:
-        with _uninterrupted():
+        with _ignore_interrupts():
             serve.shutdown()
             ray.shutdown()
 
@@ -173,7 +173,7 @@ def _environment(variables: Mapping[str, str]) -> Iterator[None]:
 
 
 @contextmanager
-def _uninterrupted() -> Iterator[None]:
+def _ignore_interrupts() -> Iterator[None]:
     """Ignores Ctrl-C while the block runs: a second Ctrl-C during shutdown must not leave processes running."""
     if threading.current_thread() is not threading.main_thread():
         yield

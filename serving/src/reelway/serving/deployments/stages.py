@@ -14,18 +14,18 @@ from ray.serve.handle import DeploymentHandle
 
 from reelway.platform.rollout.traffic.serving_options import BudgetsMs, ReleaseArgs
 from reelway.serving import metrics
-from reelway.serving.fused import load_warm
+from reelway.serving.fused import load_and_warm_up
 from reelway.serving.open_inference.client import RemoteRanker, server_address
 from reelway.serving.release_loader import open_trusted
 from reelway.serving.request_path import run_without_waiting
 from reelway.serving.stages.arrays import F32, Candidates, RankingInput, ScoredCandidates, Slate, ViewerQuery
-from reelway.serving.time_budget import TimeBudget
-from reelway.serving.viewers import nobody, warm_up_input
+from reelway.serving.time_budget import CircuitBreaker
+from reelway.serving.viewers import cold_start_query, warm_up_input
 
 RETRIEVAL: Final = "Retrieval"
 RANKING: Final = "Ranking"
 RERANKING: Final = "Reranking"
-HELD: Final = "Release"
+FUSED_RELEASE: Final = "Release"
 
 
 class RetrievalStage:
@@ -35,7 +35,7 @@ class RetrievalStage:
         loader = open_trusted(source)
         self._stage = loader.retrieval()
         self._metrics = metrics.RetrievalMetrics(CollectorRegistry(), loader.release_id())
-        self._stage.retrieve(nobody(loader.table()))  # the first call includes deferred initialisation
+        self._stage.retrieve(cold_start_query(loader.table()))  # the first call includes deferred initialisation
 
     def retrieve(self, query: ViewerQuery) -> Candidates:
         with metrics.timed(self._metrics.latency):
@@ -61,7 +61,7 @@ class RankingStage:
             return
         self._stage = loader.ranking()
         table = loader.table()
-        run_without_waiting(self._stage.rank(warm_up_input(nobody(table), table)))
+        run_without_waiting(self._stage.rank(warm_up_input(cold_start_query(table), table)))
 
     async def rank(self, ranking_input: RankingInput) -> F32:
         with metrics.timed(self._metrics.latency):
@@ -90,7 +90,7 @@ class RerankingStage:
         return slate
 
 
-class HeldRelease:
+class FusedRelease:
     """Fetches, verifies and tries a release whose stages run in the routers (composition ``fused``).
 
     This deployment is the only one of the release's application. It reports a release that cannot be served on this
@@ -98,10 +98,10 @@ class HeldRelease:
     """
 
     def __init__(self, source: ReleaseArgs) -> None:
-        load_warm(open_trusted(source))
+        load_and_warm_up(open_trusted(source))
 
 
-class RemoteStages:
+class StageHandles:
     """The three stages of one release, called over Ray Serve handles."""
 
     def __init__(self, application: str, budgets: BudgetsMs) -> None:
@@ -110,7 +110,9 @@ class RemoteStages:
         self._retrieve = self._handles[0].retrieve
         self._rank = self._handles[1].rank
         self._rerank = self._handles[2].rerank
-        self.budgets = {stage: TimeBudget(ms) for stage, ms in budgets.model_dump().items() if stage != "viewer_row"}
+        self.budgets = {
+            stage: CircuitBreaker(ms) for stage, ms in budgets.model_dump().items() if stage != "viewer_row"
+        }
 
     async def close(self) -> None:
         """Closes the connections."""

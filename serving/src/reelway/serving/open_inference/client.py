@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from reelway.platform.contracts.features import RANKER_INPUTS
 from reelway.platform.contracts.ids import short_id
 from reelway.platform.errors import ServingError
-from reelway.serving.metrics import SHORT, RemoteRankerMetrics
+from reelway.serving.metrics import SHORT_RELEASE, RemoteRankerMetrics
 from reelway.serving.open_inference.messages import MODEL, SERVICE, load_messages
 from reelway.serving.stages.arrays import F32
 
@@ -141,7 +141,9 @@ class RemoteRanker:
 
     def _bad_answer_error(self, actual: str) -> ServingError:
         self._metrics.count_fault("wrong")
-        return ServingError(f"the ranker of release {self._release[:SHORT]} at {self._address} answered {actual}")
+        return ServingError(
+            f"the ranker of release {self._release[:SHORT_RELEASE]} at {self._address} answered {actual}"
+        )
 
     async def _call(self, method: str, request: bytes, deadline: float) -> bytes:
         if self._channel is None:
@@ -158,7 +160,7 @@ class RemoteRanker:
         return response
 
     def _translate_error(self, error: grpc.aio.AioRpcError) -> Exception:
-        code, ranker = error.code(), f"the ranker of release {self._release[:SHORT]} at {self._address}"
+        code, ranker = error.code(), f"the ranker of release {self._release[:SHORT_RELEASE]} at {self._address}"
         if code is grpc.StatusCode.DEADLINE_EXCEEDED:
             self._metrics.count_fault("late")
             return TimeoutError(f"{ranker} did not answer within the deadline")

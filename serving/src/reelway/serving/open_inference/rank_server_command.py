@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from reelway.platform.cli.terminal import out, say
+from reelway.platform.cli.terminal import print_status, stdout_console
 from reelway.platform.contracts.ids import short_id
 from reelway.platform.errors import ConfigError
 
@@ -64,7 +64,7 @@ def rank_server(
     )  # fmt: skip
 
     def on_listening(ports: BoundPorts, release: str) -> None:
-        say(f"listening: REST at http://{host}:{ports.http_port}, gRPC at {host}:{ports.grpc_port}")
-        out.print(f"ranking with release {short_id(release)}", highlight=False)
+        print_status(f"listening: REST at http://{host}:{ports.http_port}, gRPC at {host}:{ports.grpc_port}")
+        stdout_console.print(f"ranking with release {short_id(release)}", highlight=False)
 
     run_rank_server(options, on_listening)

@@ -31,7 +31,7 @@ from reelway.serving.open_inference.errors import (
 )
 from reelway.serving.open_inference.messages import MODEL
 from reelway.serving.open_inference.tensors import Array, ModelSignature, TensorSpec
-from reelway.serving.sessions import Graph
+from reelway.serving.sessions import OnnxModel
 
 T = TypeVar("T")
 
@@ -59,7 +59,7 @@ class LoadedRanker:
                 "fetch the release again"
             )
         self.release: str = manifest.release_id
-        self._graph = Graph(folder / RANKER_FILE, inputs=RANKER_INPUTS)
+        self._graph = OnnxModel(folder / RANKER_FILE, inputs=RANKER_INPUTS)
         inputs, outputs = (tuple(TensorSpec.of_graph(*node) for node in nodes) for nodes in self._graph.tensors())
         self.signature = ModelSignature(inputs, outputs, max_candidates)
 

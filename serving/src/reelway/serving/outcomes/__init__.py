@@ -29,16 +29,16 @@ Viewer totals and counted types are on disk, so memory does not grow with the nu
 therefore one replica, holds the file.
 """
 
-from reelway.serving.outcomes.appender import OutcomeAppender
+from reelway.serving.outcomes.appender import EventLogWriter
 from reelway.serving.outcomes.collector import OutcomeCollector
-from reelway.serving.outcomes.exposures import ExposedArm, ExposureBatch, ExposureBuffer, forward_exposures
+from reelway.serving.outcomes.exposures import ArmKey, ExposureBatch, ExposureBuffer, forward_exposures
 from reelway.serving.outcomes.outcomes_api import build_outcomes_api
 
 __all__ = [
-    "ExposedArm",
+    "ArmKey",
+    "EventLogWriter",
     "ExposureBatch",
     "ExposureBuffer",
-    "OutcomeAppender",
     "OutcomeCollector",
     "build_outcomes_api",
     "forward_exposures",

@@ -17,19 +17,24 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from reelway.platform.contracts.events import TIME
+from reelway.platform.contracts.events import TIMESTAMP_TYPE
 from reelway.platform.eventlog import EventLog
-from reelway.platform.eventlog.outcome_events import KINDS, LOGGED_OUTCOMES, outcome_ids, records_of
+from reelway.platform.eventlog.outcome_events import (
+    OUTCOME_EVENT_SCHEMA,
+    OUTCOME_TYPES,
+    derive_outcome_ids,
+    encode_outcomes,
+)
 from reelway.serving.outcomes.batch_worker import BatchWorker
 from reelway.serving.outcomes.reported import OutcomeColumns
 
-MAX_WAITING: Final = 500_000
+MAX_QUEUED_OUTCOMES: Final = 500_000
 """Queued outcomes above which new ones are rejected."""
-MOST_PER_APPEND: Final = 20_000
-_TYPE_NAMES: Final = tuple(str(kind) for kind in KINDS)
+MAX_PER_APPEND: Final = 20_000
+_TYPE_NAMES: Final = tuple(str(kind) for kind in OUTCOME_TYPES)
 
 
-class OutcomeAppender:
+class EventLogWriter:
     """Appends outcomes to a log, on a thread of its own, and closes the log at the end.
 
     Args:
@@ -45,8 +50,8 @@ class OutcomeAppender:
         self._worker = BatchWorker[OutcomeColumns, None](
             "event log writer",
             self._append,
-            max_queued_rows=MAX_WAITING,
-            max_batch_rows=MOST_PER_APPEND,
+            max_queued_rows=MAX_QUEUED_OUTCOMES,
+            max_batch_rows=MAX_PER_APPEND,
             interval_s=append_every_s,
             on_close=events.close,
         )
@@ -67,7 +72,7 @@ class OutcomeAppender:
         if filled := [part for part in parts if len(part)]:
             now_us = int(self._clock() * 1e6)
             outcomes = logged_outcomes(filled, now_us)
-            self._events.append(list(records_of(outcomes, self._events.partitions, now_us)))
+            self._events.append(list(encode_outcomes(outcomes, self._events.partitions, now_us)))
         return [None] * len(parts)
 
 
@@ -81,7 +86,7 @@ def logged_outcomes(parts: Sequence[OutcomeColumns], now_us: int) -> pa.RecordBa
     has_time = np.isfinite(done_at)
     impression, kind = joined("impression_id"), joined("kind")
     columns = {
-        "outcome_id": outcome_ids(impression, kind),
+        "outcome_id": derive_outcome_ids(impression, kind),
         "impression_id": impression,
         "request_id": joined("request_id"),
         "viewer_id": joined("viewer_id"),
@@ -98,11 +103,11 @@ def logged_outcomes(parts: Sequence[OutcomeColumns], now_us: int) -> pa.RecordBa
         "done_at": _timestamps(np.where(has_time, done_at, 0.0) * 1e6, ~has_time),
     }
     arrays = [pa.array(column) if isinstance(column, np.ndarray) else column for column in columns.values()]
-    return pa.RecordBatch.from_arrays(arrays, schema=LOGGED_OUTCOMES)
+    return pa.RecordBatch.from_arrays(arrays, schema=OUTCOME_EVENT_SCHEMA)
 
 
 def _timestamps(micros: NDArray[Any], missing: NDArray[np.bool_] | None = None) -> pa.Array:
-    return pa.array(micros.astype(np.int64), pa.int64(), mask=missing).cast(TIME)
+    return pa.array(micros.astype(np.int64), pa.int64(), mask=missing).cast(TIMESTAMP_TYPE)
 
 
 def _dictionary_array(parts: Sequence[tuple[NDArray[np.int64], Sequence[str]]]) -> pa.Array:

@@ -30,11 +30,11 @@ from reelway.serving.outcomes.viewer_sums import statistics_of
 
 log = logging.getLogger(__name__)
 
-MAX_WAITING: Final = 500_000
+MAX_QUEUED_ROWS: Final = 500_000
 """Queued rows above which new ones are rejected: some seconds of work."""
-MOST_PER_COMMIT: Final = 50_000
-CLEAN_EVERY_S: Final = 60.0
-CLEAN_ROWS: Final = 5_000
+MAX_ROWS_PER_COMMIT: Final = 50_000
+CLEANUP_INTERVAL_S: Final = 60.0
+CLEANUP_BATCH_ROWS: Final = 5_000
 
 _Request = ExposureBatch | OutcomeColumns | str
 """The string is the id of a rollout to retire."""
@@ -74,14 +74,14 @@ class OutcomeCollector:
         self._worker = BatchWorker[_Request, dict[str, int]](
             "outcome collector",
             self._count,
-            max_queued_rows=MAX_WAITING,
-            max_batch_rows=MOST_PER_COMMIT,
+            max_queued_rows=MAX_QUEUED_ROWS,
+            max_batch_rows=MAX_ROWS_PER_COMMIT,
             interval_s=commit_every_s,
             housekeeping=self._clean,
             on_close=self._store.close,
         )
 
-    def expose(self, batch: ExposureBatch) -> Future[dict[str, int]]:
+    def record_exposures(self, batch: ExposureBatch) -> Future[dict[str, int]]:
         """Counts a router's exposures, once per batch number.
 
         Raises:
@@ -89,7 +89,7 @@ class OutcomeCollector:
         """
         return self._worker.submit(batch, len(batch.arm))
 
-    def record(self, outcomes: OutcomeColumns) -> Future[dict[str, int]]:
+    def record_outcomes(self, outcomes: OutcomeColumns) -> Future[dict[str, int]]:
         """Counts outcomes. The future's result is the number of outcomes by status (``series.RECEIVED_OUTCOMES``).
 
         Raises:
@@ -140,10 +140,10 @@ class OutcomeCollector:
 
     def _clean(self) -> float:
         try:
-            return 1.0 if self._ledger.clean(CLEAN_ROWS) else CLEAN_EVERY_S
+            return 1.0 if self._ledger.clean(CLEANUP_BATCH_ROWS) else CLEANUP_INTERVAL_S
         except Exception:  # only the size of the file depends on it
-            log.exception("expired outcomes were not deleted; trying again in %g s", CLEAN_EVERY_S)
-            return CLEAN_EVERY_S
+            log.exception("expired outcomes were not deleted; trying again in %g s", CLEANUP_INTERVAL_S)
+            return CLEANUP_INTERVAL_S
 
 
 def _counts(fate_N: NDArray[np.int64]) -> dict[str, int]:

@@ -19,11 +19,11 @@ from reelway.serving.outcomes.viewer_sums import METRICS, SLICES
 def prometheus_text(snapshot: Snapshot, refused: int) -> bytes:
     """All series of all arms, zeros included, so that an arm without viewers differs from an unknown arm."""
     registry = CollectorRegistry(auto_describe=False)
-    registry.register(_Reading(snapshot, refused))
+    registry.register(_SnapshotCollector(snapshot, refused))
     return generate_latest(registry)
 
 
-class _Reading(Collector):
+class _SnapshotCollector(Collector):
     def __init__(self, snapshot: Snapshot, refused: int) -> None:
         self._snapshot, self._refused = snapshot, refused
 

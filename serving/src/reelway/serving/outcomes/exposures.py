@@ -24,11 +24,11 @@ from reelway.platform.tokens import ALL_SLICES
 
 log = logging.getLogger(__name__)
 
-MAX_ROWS: Final = 200_000
+MAX_BUFFERED_ROWS: Final = 200_000
 """Rows that a buffer holds while the collector is away: over a minute at 1,000 requests per second."""
 
 
-class ExposedArm(NamedTuple):
+class ArmKey(NamedTuple):
     """Key of one arm of a rollout. An arm with another release has another key."""
 
     rollout: str
@@ -47,7 +47,7 @@ class ExposureBatch:
 
     origin: str
     number: int
-    arms: tuple[ExposedArm, ...]
+    arms: tuple[ArmKey, ...]
     arm: NDArray[np.int32]  # index into arms
     viewer_id: NDArray[np.int64]
     weight: NDArray[np.float32]  # overlap weight, as in the tokens
@@ -71,23 +71,23 @@ class ExposureBatch:
 class ExposureBuffer:
     """Exposures that the collector has not acknowledged yet. Used by one thread, the event loop."""
 
-    def __init__(self, max_rows: int = MAX_ROWS) -> None:
+    def __init__(self, max_rows: int = MAX_BUFFERED_ROWS) -> None:
         self._origin = secrets.token_hex(8)
         self._number = 0
         self._max_rows = max_rows
-        self._arms: dict[ExposedArm, int] = {}
+        self._arms: dict[ArmKey, int] = {}
         self._rows: list[tuple[int, int, float, int, int]] = []
         self._sent: ExposureBatch | None = None
         self.dropped = 0
         """Number of impressions dropped because the buffer was full."""
 
-    def announce(self, arms: Iterable[ExposedArm]) -> None:
+    def announce(self, arms: Iterable[ArmKey]) -> None:
         """Adds the arms of a new routing, so that their series exist before the first impression."""
         for arm in arms:
             if arm.rollout:
                 self._code(arm)
 
-    def add(self, arm: ExposedArm, viewer_id: int, weight: float, slices: Sequence[int]) -> None:
+    def add(self, arm: ArmKey, viewer_id: int, weight: float, slices: Sequence[int]) -> None:
         """Adds one slate, with one mask of slices per video. Slates outside of a rollout are ignored."""
         if not arm.rollout:
             return
@@ -101,7 +101,7 @@ class ExposureBuffer:
         for mask, count in Counter(slices).items():
             self._rows.append((code, viewer_id, weight, mask, count))
 
-    def take(self) -> ExposureBatch | None:
+    def next_batch(self) -> ExposureBatch | None:
         """The batch to send: the previous one until it is acknowledged, then the exposures added since."""
         if self._sent is None and (self._rows or self._arms):
             self._number += 1
@@ -119,7 +119,7 @@ class ExposureBuffer:
         if self._sent is not None and batch.number == self._sent.number:
             self._sent = None
 
-    def _code(self, arm: ExposedArm) -> int:
+    def _code(self, arm: ArmKey) -> int:
         return self._arms.setdefault(arm, len(self._arms))
 
 
@@ -128,7 +128,7 @@ async def forward_exposures(
     send: Callable[[ExposureBatch], Awaitable[object]],
     *,
     every_s: float = 0.1,
-    patience_s: float = 10.0,
+    ack_timeout_s: float = 10.0,
 ) -> None:
     """Sends the buffer's batches until it is cancelled. Exposures without an acknowledgement are then lost.
 
@@ -139,11 +139,11 @@ async def forward_exposures(
     failed = False
     while True:
         await asyncio.sleep(every_s)
-        batch = buffer.take()
+        batch = buffer.next_batch()
         if batch is None:
             continue
         try:
-            await asyncio.wait_for(send(batch), patience_s)
+            await asyncio.wait_for(send(batch), ack_timeout_s)
         except Exception as error:  # the transport may raise anything; the batch is sent again
             if not failed:
                 log.warning("exposures not acknowledged, sending them again: %s: %s", type(error).__name__, error)

@@ -19,28 +19,28 @@ import numpy as np
 from numpy.typing import NDArray
 
 from reelway.platform.contracts.events import OUTCOME_HORIZON_S
-from reelway.platform.eventlog.outcome_events import KINDS
+from reelway.platform.eventlog.outcome_events import OUTCOME_TYPES
 from reelway.platform.rollout.series import RECEIVED_OUTCOMES
-from reelway.serving.outcomes.exposures import ExposedArm, ExposureBatch
+from reelway.serving.outcomes.exposures import ArmKey, ExposureBatch
 from reelway.serving.outcomes.outcome_store import (
-    KnownArm,
-    KnownRollout,
+    ArmRow,
     OutcomeStore,
     ReceivedKey,
+    RolloutRow,
     arm_ids_of,
     viewer_keys,
 )
 from reelway.serving.outcomes.reported import LONG_WATCH, METRIC_OF_KIND, OutcomeColumns
-from reelway.serving.outcomes.viewer_sums import Additions, fold
+from reelway.serving.outcomes.viewer_sums import TotalsDelta, apply_delta
 
 I64 = NDArray[np.int64]
 Bools = NDArray[np.bool_]
 
 COUNTED, DUPLICATE, LATE, RETIRED, OUTSIDE = range(len(RECEIVED_OUTCOMES))
 HOUR_S: Final = 3600
-SLACK_S: Final = 3600
+CLEANUP_SLACK_S: Final = 3600
 """Extra retention in seconds, for a clock that is set back."""
-RECEIVED_KEPT_S: Final = 14 * 24 * 3600
+RECEIVED_RETENTION_S: Final = 14 * 24 * 3600
 """A release without an outcome for this many seconds leaves the metrics."""
 
 
@@ -48,7 +48,7 @@ RECEIVED_KEPT_S: Final = 14 * 24 * 3600
 class Snapshot:
     """Committed counts, for readers in other threads. Sums of each arm: ``[S, K]``."""
 
-    sums: Mapping[ExposedArm, NDArray[np.float64]]
+    sums: Mapping[ArmKey, NDArray[np.float64]]
     received: Mapping[ReceivedKey, int]
 
 
@@ -94,46 +94,46 @@ class Ledger:
         """
         with self._changing():
             now = self._clock()
-            parts = [part for batch in batches if (part := self._expose(batch, now)) is not None]
-            fates = []
+            parts = [part for batch in batches if (part := self._apply_exposures(batch, now)) is not None]
+            statuses = []
             for columns in outcomes:
-                fate_N, part = self._join(columns, now)
-                fates.append(fate_N)
+                status_N, part = self._apply_outcomes(columns, now)
+                statuses.append(status_N)
                 if part is not None:
                     parts.append(part)
             if parts:
-                self._add(parts)
+                self._update_totals(parts)
             if retire:
-                self._retire(self._rollouts.setdefault(retire, KnownRollout(now)), retire)
-        return fates
+                self._retire(self._rollouts.setdefault(retire, RolloutRow(now)), retire)
+        return statuses
 
     def clean(self, limit: int) -> int:
         """Deletes expired and dropped rows, at most ``limit`` of each kind; returns the number of deleted rows."""
         now = self._clock()
-        old = now - OUTCOME_HORIZON_S - SLACK_S
+        old = now - OUTCOME_HORIZON_S - CLEANUP_SLACK_S
         with self._changing():
             living = {arm.rollout for arm in self._arms}
             for rollout, known in list(self._rollouts.items()):
                 if known.retired and known.exposed_at < old and rollout not in living:
                     del self._rollouts[rollout]
-                    self._store.forget_rollout(rollout)
-            return self._store.clean(
+                    self._store.delete_rollout(rollout)
+            return self._store.delete_expired(
                 seen_before_hour=int(old // HOUR_S),
                 forget_before=old,
-                received_before=now - RECEIVED_KEPT_S,
+                received_before=now - RECEIVED_RETENTION_S,
                 limit=limit,
             )
 
-    def _expose(self, batch: ExposureBatch, now: float) -> Additions | None:
+    def _apply_exposures(self, batch: ExposureBatch, now: float) -> TotalsDelta | None:
         if batch.number <= self._store.last_number(batch.origin):
             return None
         self._store.set_last_number(batch.origin, batch.number, now)
         for rollout in {arm.rollout for arm in batch.arms if arm.rollout}:
-            self._admit(rollout, now)
+            self._register_rollout(rollout, now)
         arm_R, live_R = self._arm_numbers(batch.arms, batch.arm.astype(np.int64))
         rows = np.flatnonzero(live_R)
         count_R = batch.count[rows].astype(np.int64)
-        return Additions(
+        return TotalsDelta(
             key=viewer_keys(arm_R[rows], batch.viewer_id[rows]),
             slices=batch.slices[rows],
             column=np.zeros(len(rows), np.int64),
@@ -141,7 +141,7 @@ class Ledger:
             impressions=count_R,
         )
 
-    def _join(self, columns: OutcomeColumns, now: float) -> tuple[I64, Additions | None]:
+    def _apply_outcomes(self, columns: OutcomeColumns, now: float) -> tuple[I64, TotalsDelta | None]:
         last_N = columns.issued_at + OUTCOME_HORIZON_S
         late_N = (now > last_N) | (columns.done_at > last_N)
         outside_N = np.array([not arm.rollout for arm in columns.arms], bool)[columns.arm]
@@ -150,18 +150,18 @@ class Ledger:
             rollout = columns.arms[code].rollout
             if rollout not in self._rollouts:  # shown, but the router's batch has not arrived yet
                 shown_at = float(columns.issued_at[in_time_N & (columns.arm == code)].max())
-                self._admit(rollout, min(shown_at, now))
+                self._register_rollout(rollout, min(shown_at, now))
         arm_N, live_N = self._arm_numbers(columns.arms, columns.arm)
-        fate_N = np.where(outside_N, OUTSIDE, np.where(late_N, LATE, np.where(live_N, COUNTED, RETIRED)))
-        candidates = np.flatnonzero(fate_N == COUNTED)
-        fate_N[candidates[~self._first(columns, candidates)]] = DUPLICATE
-        self._count_received(columns, fate_N, now)
-        counted = np.flatnonzero(fate_N == COUNTED)
+        status_N = np.where(outside_N, OUTSIDE, np.where(late_N, LATE, np.where(live_N, COUNTED, RETIRED)))
+        candidates = np.flatnonzero(status_N == COUNTED)
+        status_N[candidates[~self._first_per_type(columns, candidates)]] = DUPLICATE
+        self._count_received(columns, status_N, now)
+        counted = np.flatnonzero(status_N == COUNTED)
         if not len(counted):
-            return fate_N, None
-        return fate_N, _outcome_part(columns, viewer_keys(arm_N, columns.viewer_id), counted)
+            return status_N, None
+        return status_N, _outcome_part(columns, viewer_keys(arm_N, columns.viewer_id), counted)
 
-    def _first(self, columns: OutcomeColumns, rows: I64) -> Bools:
+    def _first_per_type(self, columns: OutcomeColumns, rows: I64) -> Bools:
         """Which rows are the first of their type for their impression. Records their types as counted."""
         impression, bit = columns.impression_id[rows], 1 << columns.kind[rows]
         hour = (columns.issued_at[rows] // HOUR_S).astype(np.int64)
@@ -169,22 +169,22 @@ class Ledger:
         for hour_ in np.unique(hour).tolist():
             at = np.flatnonzero(hour == hour_)
             ids, owner = np.unique(impression[at], return_inverse=True)
-            _, earliest = np.unique(owner * len(KINDS) + columns.kind[rows[at]], return_index=True)
-            before = self._store.read_seen(hour_, ids)
+            _, earliest = np.unique(owner * len(OUTCOME_TYPES) + columns.kind[rows[at]], return_index=True)
+            before = self._store.read_counted_types(hour_, ids)
             fresh = earliest[(before[owner[earliest]] & bit[at[earliest]]) == 0]
             first[at[fresh]] = True
             after = before.copy()
             np.bitwise_or.at(after, owner[fresh], bit[at[fresh]])
             changed = np.flatnonzero(after != before)
-            self._store.write_seen(hour_, ids[changed], after[changed])
+            self._store.write_counted_types(hour_, ids[changed], after[changed])
         return first
 
-    def _add(self, parts: Sequence[Additions]) -> None:
+    def _update_totals(self, parts: Sequence[TotalsDelta]) -> None:
         """Adds all rows of a transaction to viewer totals and arm sums."""
-        additions = Additions.joined(parts)
+        additions = TotalsDelta.joined(parts)
         key_U = np.unique(additions.key)
         arm_ids, arm_U = np.unique(arm_ids_of(key_U), return_inverse=True)
-        totals, growth = fold(self._store.read_viewers(key_U), additions, key_U, arm_U, len(arm_ids))
+        totals, growth = apply_delta(self._store.read_viewers(key_U), additions, key_U, arm_U, len(arm_ids))
         self._store.write_viewers(key_U, totals)
         by_id = {arm.id: arm for arm in self._arms.values()}
         for arm_id, grown in zip(arm_ids.tolist(), growth, strict=True):
@@ -192,32 +192,32 @@ class Ledger:
             arm.sums = arm.sums + grown  # a new array, because the snapshot holds the previous one
             self._store.write_sums(arm)
 
-    def _admit(self, rollout: str, exposed_at: float) -> None:
+    def _register_rollout(self, rollout: str, exposed_at: float) -> None:
         """Registers a rollout; with too many rollouts, drops those with the oldest last exposure."""
         known = self._rollouts.get(rollout)
         if known is None:
-            known = self._rollouts[rollout] = KnownRollout(exposed_at)
+            known = self._rollouts[rollout] = RolloutRow(exposed_at)
         known.exposed_at = max(known.exposed_at, exposed_at)
         self._store.write_rollout(rollout, known)
         kept = [name for name, row in self._rollouts.items() if not row.retired or self._arms_of(name)]
         while len(kept) > self._keep:
             oldest = min(kept, key=lambda name: (not self._rollouts[name].retired, self._rollouts[name].exposed_at))
             kept.remove(oldest)
-            self._drop(oldest)
+            self._drop_rollout(oldest)
 
-    def _drop(self, rollout: str) -> None:
+    def _drop_rollout(self, rollout: str) -> None:
         self._retire(self._rollouts[rollout], rollout)
         for arm in self._arms_of(rollout):
             self._store.drop_arm(self._arms.pop(arm))
 
-    def _retire(self, known: KnownRollout, rollout: str) -> None:
+    def _retire(self, known: RolloutRow, rollout: str) -> None:
         known.retired = True
         self._store.write_rollout(rollout, known)
 
-    def _arms_of(self, rollout: str) -> list[ExposedArm]:
+    def _arms_of(self, rollout: str) -> list[ArmKey]:
         return [arm for arm in self._arms if arm.rollout == rollout]
 
-    def _arm_numbers(self, arms: Iterable[ExposedArm], index_N: I64) -> tuple[I64, Bools]:
+    def _arm_numbers(self, arms: Iterable[ArmKey], index_N: I64) -> tuple[I64, Bools]:
         """Each row's arm number in the file, and whether its rollout is active. Adds new arms."""
         numbers, live = [], []
         for arm in arms:
@@ -228,31 +228,31 @@ class Ledger:
             live.append(active)
         return np.array(numbers, np.int64)[index_N], np.array(live, bool)[index_N]
 
-    def _known_arm(self, arm: ExposedArm) -> KnownArm:
+    def _known_arm(self, arm: ArmKey) -> ArmRow:
         known = self._arms.get(arm)
         if known is None:
             known = self._arms[arm] = self._store.add_arm(arm)
         return known
 
-    def _count_received(self, columns: OutcomeColumns, fate_N: I64, now: float) -> None:
-        code_N = (columns.arm * len(KINDS) + columns.kind) * len(RECEIVED_OUTCOMES) + fate_N
+    def _count_received(self, columns: OutcomeColumns, status_N: I64, now: float) -> None:
+        code_N = (columns.arm * len(OUTCOME_TYPES) + columns.kind) * len(RECEIVED_OUTCOMES) + status_N
         codes, counts = np.unique(code_N, return_counts=True)
         fresh: Counter[ReceivedKey] = Counter()
         for code, count in zip(codes.tolist(), counts.tolist(), strict=True):
             rest, fate = divmod(code, len(RECEIVED_OUTCOMES))
-            arm, kind = columns.arms[rest // len(KINDS)], KINDS[rest % len(KINDS)]
+            arm, kind = columns.arms[rest // len(OUTCOME_TYPES)], OUTCOME_TYPES[rest % len(OUTCOME_TYPES)]
             fresh[arm.release, arm.arm.value, kind.value, RECEIVED_OUTCOMES[fate]] += count
         self._received.update(fresh)
         self._store.add_received(fresh.items(), now)
 
 
-def _outcome_part(columns: OutcomeColumns, key_N: I64, counted: I64) -> Additions:
+def _outcome_part(columns: OutcomeColumns, key_N: I64, counted: I64) -> TotalsDelta:
     """Counted outcomes as additions. A long watch is a second row next to its watch."""
     long = counted[columns.long_watch[counted]]
     rows = np.concatenate([counted, long])
     amount = np.concatenate([columns.amount[counted], np.ones(len(long))])
     metric = np.concatenate([METRIC_OF_KIND[columns.kind[counted]], np.full(len(long), LONG_WATCH)])
-    return Additions(
+    return TotalsDelta(
         key=key_N[rows],
         slices=columns.slices[rows],
         column=1 + metric,

@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 from reelway.platform.contracts.events import Arm
 from reelway.platform.errors import StorageError
 from reelway.platform.sqlite_file import SqliteFile, SqliteFormat
-from reelway.serving.outcomes.exposures import ExposedArm
-from reelway.serving.outcomes.viewer_sums import COLUMNS, SLICES, SUMS, ViewerTotals
+from reelway.serving.outcomes.exposures import ArmKey
+from reelway.serving.outcomes.viewer_sums import COLUMNS_PER_VIEWER, SLICES, SUMS_PER_ARM, ViewerTotals
 
 _ARM_SHIFT: Final = 53
 """A viewer's row id is the arm's number above the 53 bits of the viewer id, so one arm's viewers are contiguous."""
@@ -52,7 +52,7 @@ ReceivedKey = tuple[str, str, str, str]  # release, arm, kind, outcome
 
 
 @dataclass(slots=True)
-class KnownRollout:
+class RolloutRow:
     """``exposed_at``: Unix time of its last exposure."""
 
     exposed_at: float
@@ -60,7 +60,7 @@ class KnownRollout:
 
 
 @dataclass(slots=True)
-class KnownArm:
+class ArmRow:
     """An arm's number in the file and its sums, ``[S, SUMS_PER_ARM]``."""
 
     id: int
@@ -93,15 +93,15 @@ class OutcomeStore:
         with self._file.writing():
             yield
 
-    def rollouts(self) -> dict[str, KnownRollout]:
+    def rollouts(self) -> dict[str, RolloutRow]:
         rows = self._db.execute("SELECT rollout, exposed_at, retired FROM rollouts")
-        return {rollout: KnownRollout(exposed_at, bool(retired)) for rollout, exposed_at, retired in rows}
+        return {rollout: RolloutRow(exposed_at, bool(retired)) for rollout, exposed_at, retired in rows}
 
-    def arms(self) -> dict[ExposedArm, KnownArm]:
+    def arms(self) -> dict[ArmKey, ArmRow]:
         rows = self._db.execute("SELECT id, rollout, arm, release, sums FROM arms WHERE NOT dropped ORDER BY id")
         return {
-            ExposedArm(rollout, Arm(arm), release): KnownArm(
-                number, np.frombuffer(sums).reshape(len(SLICES), SUMS).copy()
+            ArmKey(rollout, Arm(arm), release): ArmRow(
+                number, np.frombuffer(sums).reshape(len(SLICES), SUMS_PER_ARM).copy()
             )
             for number, rollout, arm, release, sums in rows
         }
@@ -118,15 +118,15 @@ class OutcomeStore:
     def set_last_number(self, origin: str, number: int, now: float) -> None:
         self._db.execute("INSERT OR REPLACE INTO origins VALUES (?, ?, ?)", (origin, number, now))
 
-    def write_rollout(self, rollout: str, known: KnownRollout) -> None:
+    def write_rollout(self, rollout: str, known: RolloutRow) -> None:
         self._db.execute(
             "INSERT OR REPLACE INTO rollouts VALUES (?, ?, ?)", (rollout, known.exposed_at, int(known.retired))
         )
 
-    def forget_rollout(self, rollout: str) -> None:
+    def delete_rollout(self, rollout: str) -> None:
         self._db.execute("DELETE FROM rollouts WHERE rollout = ?", (rollout,))
 
-    def add_arm(self, arm: ExposedArm) -> KnownArm:
+    def add_arm(self, arm: ArmKey) -> ArmRow:
         """Adds an arm whose sums are 0.
 
         Raises:
@@ -136,17 +136,17 @@ class OutcomeStore:
         free = next((number for number in range(MAX_ARMS) if number not in taken), None)
         if free is None:
             raise StorageError(f"{self._path}: has {MAX_ARMS} arms, expected a few; move the file away")
-        sums = np.zeros((len(SLICES), SUMS))
+        sums = np.zeros((len(SLICES), SUMS_PER_ARM))
         self._db.execute(
             "INSERT INTO arms (id, rollout, arm, release, sums) VALUES (?, ?, ?, ?, ?)",
             (free, arm.rollout, arm.arm.value, arm.release, sums.tobytes()),
         )
-        return KnownArm(free, sums)
+        return ArmRow(free, sums)
 
-    def write_sums(self, arm: KnownArm) -> None:
+    def write_sums(self, arm: ArmRow) -> None:
         self._db.execute("UPDATE arms SET sums = ? WHERE id = ?", (arm.sums.tobytes(), arm.id))
 
-    def drop_arm(self, arm: KnownArm) -> None:
+    def drop_arm(self, arm: ArmRow) -> None:
         """Marks the arm as dropped; ``delete_expired`` deletes its viewers in batches."""
         self._db.execute("UPDATE arms SET dropped = 1 WHERE id = ?", (arm.id,))
 
@@ -168,17 +168,17 @@ class OutcomeStore:
             place = np.searchsorted(keys, np.array([row[0] for row in found], np.int64))
             known.present[place] = [row[1] for row in found]
             blobs = np.frombuffer(b"".join([row[2] for row in found]))
-            known.totals[place] = blobs.reshape(len(found), len(SLICES), COLUMNS)
+            known.totals[place] = blobs.reshape(len(found), len(SLICES), COLUMNS_PER_VIEWER)
         return known
 
     def write_viewers(self, keys: NDArray[np.int64], totals: ViewerTotals) -> None:
         raw = totals.totals.tobytes()
-        size = len(SLICES) * COLUMNS * 8
+        size = len(SLICES) * COLUMNS_PER_VIEWER * 8
         blobs = [raw[start : start + size] for start in range(0, len(raw), size)]
         rows: Sequence[tuple[object, ...]] = list(zip(keys.tolist(), totals.present.tolist(), blobs, strict=True))
         self._db.executemany("INSERT OR REPLACE INTO viewers VALUES (?, ?, ?)", rows)
 
-    def read_seen(self, hour: int, impression_ids: NDArray[np.int64]) -> NDArray[np.int64]:
+    def read_counted_types(self, hour: int, impression_ids: NDArray[np.int64]) -> NDArray[np.int64]:
         """Bits of the outcome types already counted for these ascending impressions of one hour."""
         found = self._db.execute(
             "SELECT s.impression_id, s.types FROM json_each(?) AS k CROSS JOIN seen AS s "
@@ -191,13 +191,13 @@ class OutcomeStore:
             types[np.searchsorted(impression_ids, rows[:, 0])] = rows[:, 1]
         return types
 
-    def write_seen(self, hour: int, impression_ids: NDArray[np.int64], types: NDArray[np.int64]) -> None:
+    def write_counted_types(self, hour: int, impression_ids: NDArray[np.int64], types: NDArray[np.int64]) -> None:
         rows = [
             (hour, impression, bits) for impression, bits in zip(impression_ids.tolist(), types.tolist(), strict=True)
         ]
         self._db.executemany("INSERT OR REPLACE INTO seen VALUES (?, ?, ?)", rows)
 
-    def clean(self, *, seen_before_hour: int, forget_before: float, received_before: float, limit: int) -> int:
+    def delete_expired(self, *, seen_before_hour: int, forget_before: float, received_before: float, limit: int) -> int:
         """Deletes expired rows and dropped arms, at most ``limit`` rows of each kind. Returns the number deleted."""
         gone = self._db.execute(
             "DELETE FROM seen WHERE (hour, impression_id) IN "

@@ -35,7 +35,7 @@ from reelway.platform.contracts.api import ErrorResponse, OutcomesRequest, Outco
 from reelway.platform.errors import MalformedFileError, ServingError, StorageError
 from reelway.platform.tokens import TokenSigner
 from reelway.serving.http_api import field_error
-from reelway.serving.outcomes.appender import OutcomeAppender
+from reelway.serving.outcomes.appender import EventLogWriter
 from reelway.serving.outcomes.collector import OutcomeCollector
 from reelway.serving.outcomes.reported import read_outcomes
 
@@ -46,7 +46,7 @@ MAX_BODY_BYTES: Final = 1 << 20
 
 
 def build_outcomes_api(
-    collector: OutcomeCollector, signer: TokenSigner, appender: OutcomeAppender | None = None
+    collector: OutcomeCollector, signer: TokenSigner, appender: EventLogWriter | None = None
 ) -> FastAPI:
     """Builds the ASGI application. At shutdown it closes the collector and the event log writer."""
 
@@ -63,8 +63,8 @@ def build_outcomes_api(
         version="1",
         lifespan=lifespan,
     )
-    api.add_middleware(_ShortBody)
-    api.add_middleware(_RootIsSlash)
+    api.add_middleware(_BodyLimitMiddleware)
+    api.add_middleware(_RootPathMiddleware)
 
     answers: dict[int | str, dict[str, object]] = {
         413: {"model": ErrorResponse},
@@ -78,8 +78,8 @@ def build_outcomes_api(
         columns, refused = read_outcomes(request.outcomes, signer)
         if refused:
             collector.count_refused(len(refused))
-        logged = asyncio.wrap_future(appender.append(columns)) if appender else _nothing()
-        counts, _ = await asyncio.gather(asyncio.wrap_future(collector.record(columns)), logged)
+        logged = asyncio.wrap_future(appender.append(columns)) if appender else _no_event_log()
+        counts, _ = await asyncio.gather(asyncio.wrap_future(collector.record_outcomes(columns)), logged)
         answer = OutcomesResponse(accepted=len(columns), refused=refused, **counts)
         return Response(answer.model_dump_json(), media_type="application/json")
 
@@ -88,15 +88,15 @@ def build_outcomes_api(
         """The rollouts' sufficient statistics, for Prometheus or a direct scrape."""
         return Response(await asyncio.to_thread(collector.metrics_text), media_type=CONTENT_TYPE_LATEST)
 
-    _answer_faults(api)
+    _install_error_handlers(api)
     return api
 
 
-async def _nothing() -> None:
+async def _no_event_log() -> None:
     """Awaited in place of an append if there is no event log."""
 
 
-def _answer_faults(api: FastAPI) -> None:
+def _install_error_handlers(api: FastAPI) -> None:
     """Answers every error with an ``ErrorResponse``."""
 
     @api.exception_handler(RequestValidationError)
@@ -120,7 +120,7 @@ def _answer_faults(api: FastAPI) -> None:
         return JSONResponse(body.model_dump(mode="json"), status_code=503, headers={"Retry-After": "1"})
 
 
-class _RootIsSlash:
+class _RootPathMiddleware:
     """Routes ``POST /v1/outcomes`` to ``"/"``. FastAPI would redirect it to the path with a slash."""
 
     def __init__(self, app: ASGIApp) -> None:
@@ -132,7 +132,7 @@ class _RootIsSlash:
         await self._app(scope, receive, send)
 
 
-class _ShortBody:
+class _BodyLimitMiddleware:
     """Rejects a body above ``MAX_BODY_BYTES`` before all of it is in memory."""
 
     def __init__(self, app: ASGIApp) -> None:

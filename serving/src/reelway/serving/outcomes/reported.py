@@ -17,15 +17,15 @@ from numpy.typing import NDArray
 from reelway.platform.contracts.api import RefusedOutcome, ReportedOutcome
 from reelway.platform.contracts.events import LONG_WATCH_CAP_MS, LONG_WATCH_RATIO, OutcomeType
 from reelway.platform.errors import TokenError
-from reelway.platform.eventlog.outcome_events import KINDS
+from reelway.platform.eventlog.outcome_events import OUTCOME_TYPES
 from reelway.platform.tokens import TokenSigner
-from reelway.serving.outcomes.exposures import ExposedArm
+from reelway.serving.outcomes.exposures import ArmKey
 from reelway.serving.outcomes.viewer_sums import METRICS
 
-_KIND_CODES: Final = {kind: code for code, kind in enumerate(KINDS)}
+_KIND_CODES: Final = {kind: code for code, kind in enumerate(OUTCOME_TYPES)}
 _WATCH: Final = _KIND_CODES[OutcomeType.WATCH]
 METRIC_OF_KIND: Final = np.array(
-    [METRICS.index("watch_s_per_impression" if kind is OutcomeType.WATCH else f"{kind}_rate") for kind in KINDS]
+    [METRICS.index("watch_s_per_impression" if kind is OutcomeType.WATCH else f"{kind}_rate") for kind in OUTCOME_TYPES]
 )
 """The metric that an outcome of each type adds to; a watch may add to ``LONG_WATCH`` as well."""
 LONG_WATCH: Final = METRICS.index("long_watch_rate")
@@ -35,7 +35,7 @@ LONG_WATCH: Final = METRICS.index("long_watch_rate")
 class OutcomeColumns:
     """Outcomes with valid tokens, in the order of the report."""
 
-    arms: tuple[ExposedArm, ...]
+    arms: tuple[ArmKey, ...]
     arm: NDArray[np.int64]  # index into arms
     sources: tuple[str, ...]
     source: NDArray[np.int64]  # index into sources
@@ -76,7 +76,7 @@ def read_outcomes(
     reported: Sequence[ReportedOutcome], signer: TokenSigner
 ) -> tuple[OutcomeColumns, list[RefusedOutcome]]:
     """Returns the outcomes that can be counted, and why the others cannot."""
-    arms: dict[ExposedArm, int] = {}
+    arms: dict[ArmKey, int] = {}
     sources: dict[str, int] = {}
     rows: list[tuple[float, ...]] = []
     refused: list[RefusedOutcome] = []
@@ -99,7 +99,7 @@ def read_outcomes(
             message = f"{report.type}: value {value:g}, expected 1; leave the value out"
             refused.append(RefusedOutcome(index=index, message=message))
             continue
-        code = arms.setdefault(ExposedArm(rollout, arm, release), len(arms))
+        code = arms.setdefault(ArmKey(rollout, arm, release), len(arms))
         done_at = report.event_time.timestamp() if report.event_time else -np.inf
         rows.append(
             (
@@ -110,9 +110,7 @@ def read_outcomes(
     return _columns(tuple(arms), tuple(sources), rows), refused
 
 
-def _columns(
-    arms: tuple[ExposedArm, ...], sources: tuple[str, ...], rows: Sequence[tuple[float, ...]]
-) -> OutcomeColumns:
+def _columns(arms: tuple[ArmKey, ...], sources: tuple[str, ...], rows: Sequence[tuple[float, ...]]) -> OutcomeColumns:
     (
         code, source, impression, request, viewer, video, position, propensity,
         issued, done, weight, slices, duration, kind, value,

@@ -27,9 +27,9 @@ U8 = NDArray[np.uint8]
 
 SLICES: Final = (Slice.OVERALL, *SLICE_BITS)
 METRICS: Final = OUTCOME_METRICS
-COLUMNS: Final = 1 + len(METRICS)
+COLUMNS_PER_VIEWER: Final = 1 + len(METRICS)
 _EXPOSURES: Final = len(EXPOSURE_STATISTICS)
-SUMS: Final = _EXPOSURES + len(METRIC_STATISTICS) * len(METRICS)
+SUMS_PER_ARM: Final = _EXPOSURES + len(METRIC_STATISTICS) * len(METRICS)
 """Numbers per slice of an arm: the exposure statistics, then sum_y, sum_yy, sum_xy of every metric."""
 
 _MEMBER: Final = np.array(
@@ -39,7 +39,7 @@ _PRESENCE_BITS: Final = 1 << np.arange(len(SLICES), dtype=np.uint8)
 
 
 @dataclass(frozen=True, slots=True)
-class Additions:
+class TotalsDelta:
     """R rows to add to viewer totals. An impression adds to column 0, an outcome to its metric's column."""
 
     key: I64  # identifies the viewer and its arm
@@ -49,7 +49,7 @@ class Additions:
     impressions: I64  # number of impressions in the row; 0 for outcomes
 
     @classmethod
-    def joined(cls, parts: Sequence[Additions]) -> Additions:
+    def joined(cls, parts: Sequence[TotalsDelta]) -> TotalsDelta:
         return cls(*(np.concatenate([getattr(part, field.name) for part in parts]) for field in fields(cls)))
 
 
@@ -62,10 +62,12 @@ class ViewerTotals:
 
     @classmethod
     def unknown(cls, viewers: int) -> ViewerTotals:
-        return cls(np.zeros((viewers, len(SLICES), COLUMNS)), np.zeros(viewers, np.uint8))
+        return cls(np.zeros((viewers, len(SLICES), COLUMNS_PER_VIEWER)), np.zeros(viewers, np.uint8))
 
 
-def fold(before: ViewerTotals, additions: Additions, key_U: I64, arm_U: I64, arms: int) -> tuple[ViewerTotals, F64]:
+def apply_delta(
+    before: ViewerTotals, additions: TotalsDelta, key_U: I64, arm_U: I64, arms: int
+) -> tuple[ViewerTotals, F64]:
     """Adds rows to the totals of their viewers.
 
     Args:
@@ -79,18 +81,18 @@ def fold(before: ViewerTotals, additions: Additions, key_U: I64, arm_U: I64, arm
     delta_USC = np.empty_like(before.totals)
     seen_US = np.zeros((viewers, len(SLICES)), bool)
     shown_US = np.zeros((viewers, len(SLICES)))
-    flat_R = viewer_R * COLUMNS + additions.column
+    flat_R = viewer_R * COLUMNS_PER_VIEWER + additions.column
     for part in range(len(SLICES)):
         rows = np.flatnonzero(_MEMBER[additions.slices, part])
-        summed = np.bincount(flat_R[rows], additions.amount[rows], minlength=viewers * COLUMNS)
-        delta_USC[:, part] = summed.reshape(viewers, COLUMNS)
+        summed = np.bincount(flat_R[rows], additions.amount[rows], minlength=viewers * COLUMNS_PER_VIEWER)
+        delta_USC[:, part] = summed.reshape(viewers, COLUMNS_PER_VIEWER)
         owner = viewer_R[rows]
         seen_US[owner, part] = True
         shown_US[:, part] = np.bincount(owner, additions.impressions[rows], minlength=viewers)
     present_U = before.present | (seen_US @ _PRESENCE_BITS).astype(np.uint8)
     new_US = seen_US & ((before.present[:, None] & _PRESENCE_BITS) == 0)
     growth_USK = _growth(before.totals, delta_USC, new_US, shown_US)
-    growth = np.zeros((arms, len(SLICES), SUMS))
+    growth = np.zeros((arms, len(SLICES), SUMS_PER_ARM))
     for arm in range(arms):
         growth[arm] = growth_USK[arm_U == arm].sum(axis=0)
     return ViewerTotals(before.totals + delta_USC, present_U), growth
@@ -99,7 +101,7 @@ def fold(before: ViewerTotals, additions: Additions, key_U: I64, arm_U: I64, arm
 def _growth(totals_USC: F64, delta_USC: F64, new_US: NDArray[np.bool_], shown_US: F64) -> F64:
     x, y = totals_USC[:, :, :1], totals_USC[:, :, 1:]
     dx, dy = delta_USC[:, :, :1], delta_USC[:, :, 1:]
-    growth = np.empty((*new_US.shape, SUMS))
+    growth = np.empty((*new_US.shape, SUMS_PER_ARM))
     growth[:, :, 0], growth[:, :, 1] = new_US, shown_US
     growth[:, :, 2:3], growth[:, :, 3:4] = dx, dx * (2.0 * x + dx)
     growth[:, :, _EXPOSURES::3] = dy

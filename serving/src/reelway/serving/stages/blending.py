@@ -10,22 +10,22 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-Places = NDArray[np.int64]
+Indices = NDArray[np.int64]
 
 
-def whole_quotas(shares: Sequence[float], candidates: int) -> Places:
+def whole_quotas(shares: Sequence[float], candidates: int) -> Indices:
     """Converts shares that sum to 1 into whole numbers that sum to ``candidates``. Shapes: ``[Q] -> [Q]``.
 
     Rounds by the largest-remainder method.
     """
     exact = np.asarray(shares, dtype=np.float64) * candidates
-    places = np.floor(exact + 1e-9).astype(np.int64)
-    by_remainder = np.argsort(-(exact - places), kind="stable")
-    places[by_remainder[: candidates - int(places.sum())]] += 1
-    return places
+    positions = np.floor(exact + 1e-9).astype(np.int64)
+    by_remainder = np.argsort(-(exact - positions), kind="stable")
+    positions[by_remainder[: candidates - int(positions.sum())]] += 1
+    return positions
 
 
-def blend(video: Places, source: Places, quotas: Places) -> Places:
+def blend(video: Indices, source: Indices, quotas: Indices) -> Indices:
     """Returns the indices of the chosen proposals, best first.
 
     Each source in turn takes its quota and the unused quota of the sources before it. A second round offers the
@@ -52,7 +52,7 @@ def blend(video: Places, source: Places, quotas: Places) -> Places:
         ]  # the last write wins, so this is the first proposal of each video
         offered.append(mine[where_first[video[start:end]] == mine])
     gone = np.zeros(videos, dtype=np.bool_)
-    taken: list[list[Places]] = [[] for _ in quotas]
+    taken: list[list[Indices]] = [[] for _ in quotas]
     spare = 0
     for round_quotas in (quotas, np.zeros_like(quotas)):
         for q, quota in enumerate(round_quotas.tolist()):

@@ -23,7 +23,7 @@ _KINDS: Final = ("allowed", "seen", "not_interested", "unservable")
 _SEEN, _NOT_INTERESTED, _UNSERVABLE = 1, 2, 3
 
 
-def allowed(rows: Rows, query: ViewerQuery) -> tuple[NDArray[np.bool_], dict[str, int]]:
+def allowed_candidates(rows: Rows, query: ViewerQuery) -> tuple[NDArray[np.bool_], dict[str, int]]:
     """Returns a mask of the ``rows`` that may be shown, and the others' number by kind. Shapes: ``[P] -> [P]``."""
     # A search in the short history, because a mask over the whole catalogue would grow with the catalogue.
     first = np.lexsort((query.history_weights >= 0, query.history_rows))  # by row; negative weights first

@@ -15,10 +15,10 @@ from typing import Any, Protocol
 
 from numpy.typing import NDArray
 
-from reelway.platform.contracts.blend import RankingBlend
+from reelway.platform.contracts.blend import RankingSettings
 from reelway.platform.contracts.calibration import Calibration
 from reelway.platform.features.scoring import head_predictions, video_value
-from reelway.serving.sessions import Graph
+from reelway.serving.sessions import OnnxModel
 from reelway.serving.stages.arrays import F32, RankingInput
 from reelway.serving.video_table import VideoTable
 
@@ -39,10 +39,10 @@ class Ranker(Protocol):
         ...
 
 
-class RankerHere:
+class LocalRanker:
     """The ranker's ONNX model in this process. A call never waits."""
 
-    def __init__(self, graph: Graph) -> None:
+    def __init__(self, graph: OnnxModel) -> None:
         self._graph = graph
 
     async def score(self, inputs: Mapping[str, NDArray[Any]], within_s: float | None = None) -> F32:  # noqa: ARG002
@@ -52,7 +52,7 @@ class RankerHere:
 class Ranking:
     """The ranking stage of one release."""
 
-    def __init__(self, ranker: Ranker, table: VideoTable, calibration: Calibration, settings: RankingBlend) -> None:
+    def __init__(self, ranker: Ranker, table: VideoTable, calibration: Calibration, settings: RankingSettings) -> None:
         self._ranker = ranker
         self._table = table
         self._calibration = calibration

@@ -16,20 +16,20 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from reelway.platform.contracts.blend import RerankingBlend
+from reelway.platform.contracts.blend import RerankingSettings
 from reelway.serving.stages.arrays import F32, SOURCE_CODES, Codes, Rows, ScoredCandidates, Slate
 from reelway.serving.video_table import VideoTable
 
-Places = NDArray[np.int64]
+Indices = NDArray[np.int64]
 
-CLOSE: Final = 0.3
+MIN_EXPLANATION_SIMILARITY: Final = 0.3
 """Cosine similarity from which on a watched video is given as the reason of a recommendation."""
 
 
 class Reranking:
     """The re-ranking stage of one release."""
 
-    def __init__(self, table: VideoTable, settings: RerankingBlend) -> None:
+    def __init__(self, table: VideoTable, settings: RerankingSettings) -> None:
         self._table = table
         self._settings = settings
 
@@ -44,7 +44,7 @@ class Reranking:
         over_cap = by_value[~within_cap]
 
         explored = min(self._settings.exploration_slots, count, max(len(eligible_E) - (count - 1), 0))
-        chosen = self._diverse(rows, value, eligible_E, count - explored)
+        chosen = self._mmr_order(rows, value, eligible_E, count - explored)
         drawn, propensity = self._explore(candidates.source, eligible_E, chosen, explored, candidates.seed)
         cap_violations = max(count - len(chosen) - len(drawn), 0)
         chosen = np.concatenate([chosen, over_cap[:cap_violations]])
@@ -52,13 +52,13 @@ class Reranking:
         return Slate(
             rows=rows[order],
             source=candidates.source[order],
-            trigger_rows=self._explained(rows[order], candidates.trigger_rows[order], candidates.liked_rows),
+            trigger_rows=self._with_triggers(rows[order], candidates.trigger_rows[order], candidates.liked_rows),
             score=value[order],
             propensity=chance,
             cap_violations=cap_violations,
         )
 
-    def _diverse(self, rows: Rows, value: F32, eligible_E: Places, count: int) -> Places:
+    def _mmr_order(self, rows: Rows, value: F32, eligible_E: Indices, count: int) -> Indices:
         """Returns the greedy MMR order of the best eligible candidates; with diversity 0, the order of value."""
         head_M = eligible_E[: max(self._settings.head, count)]
         diversity = self._settings.diversity
@@ -78,8 +78,8 @@ class Reranking:
         return head_M[picks]
 
     def _explore(
-        self, source: Codes, eligible_E: Places, chosen: Places, explored: int, seed: int
-    ) -> tuple[Places, float]:
+        self, source: Codes, eligible_E: Indices, chosen: Indices, explored: int, seed: int
+    ) -> tuple[Indices, float]:
         """Draws ``explored`` of the candidates that were not chosen, uniformly.
 
         Returns the drawn candidates and the probability of each at one position.
@@ -92,17 +92,17 @@ class Reranking:
         drawn = np.random.default_rng(seed).choice(pool, size=min(explored, len(pool)), replace=False)
         return drawn, 1.0 / max(len(pool), 1)
 
-    def _explained(self, rows: Rows, trigger_rows: Rows, liked_rows: Rows) -> Rows:
+    def _with_triggers(self, rows: Rows, trigger_rows: Rows, liked_rows: Rows) -> Rows:
         """Returns the trigger rows; a missing one becomes the nearest liked video if that is similar enough."""
         if not len(liked_rows) or not len(rows):
             return trigger_rows
         cosine = self._table.embedding[rows] @ self._table.embedding[liked_rows].T
         closest = cosine.argmax(axis=1)
-        near = (trigger_rows < 0) & (cosine[np.arange(len(rows)), closest] >= CLOSE)
+        near = (trigger_rows < 0) & (cosine[np.arange(len(rows)), closest] >= MIN_EXPLANATION_SIMILARITY)
         return np.where(near, liked_rows[closest], trigger_rows).astype(np.int32)
 
 
-def occurrences(values: NDArray[np.int64]) -> Places:
+def occurrences(values: NDArray[np.int64]) -> Indices:
     """Returns how often each value occurred at earlier indices. Shapes: ``[C] -> [C]``."""
     order = np.argsort(values, kind="stable")
     grouped = values[order]
@@ -113,7 +113,7 @@ def occurrences(values: NDArray[np.int64]) -> Places:
     return counts
 
 
-def _interleave(chosen: Places, drawn: Places, propensity: float) -> tuple[Places, F32]:
+def _interleave(chosen: Indices, drawn: Indices, propensity: float) -> tuple[Indices, F32]:
     """Spreads the drawn candidates evenly over the slate and keeps the others in order.
 
     Returns the order and the propensity of each position.

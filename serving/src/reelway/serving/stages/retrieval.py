@@ -19,13 +19,13 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from reelway.platform.contracts.blend import RetrievalBlend, SourceName
+from reelway.platform.contracts.blend import RetrievalSettings, SourceName
 from reelway.platform.errors import ServingError
-from reelway.serving.sessions import Graph
+from reelway.serving.sessions import OnnxModel
 from reelway.serving.stages.arrays import SOURCE_CODES, Candidates, ViewerQuery
 from reelway.serving.stages.blending import blend, whole_quotas
-from reelway.serving.stages.filtering import allowed
-from reelway.serving.stages.sources import Ask, Source
+from reelway.serving.stages.filtering import allowed_candidates
+from reelway.serving.stages.sources import CandidateSource, SourceQuery
 
 
 class Retrieval:
@@ -40,7 +40,9 @@ class Retrieval:
         ServingError: if a source with a quota is missing.
     """
 
-    def __init__(self, tower: Graph, sources: Mapping[SourceName, Source], settings: RetrievalBlend) -> None:
+    def __init__(
+        self, tower: OnnxModel, sources: Mapping[SourceName, CandidateSource], settings: RetrievalSettings
+    ) -> None:
         if missing := sorted(set(settings.quotas) - set(sources)):
             raise ServingError(
                 f"retrieval.quotas: unknown sources {missing}; use sources among {sorted(sources)} in blend.yaml"
@@ -55,7 +57,7 @@ class Retrieval:
         """Returns at most ``settings.candidates`` distinct videos that may be shown to this viewer."""
         embedding = self._tower.run(query.arrays.as_inputs())
         wanted = self._candidates + len(query.history_rows)
-        ask = Ask(query, embedding, wanted)
+        ask = SourceQuery(query, embedding, wanted)
         proposals = [source.propose(ask) for source in self._sources]
 
         rows_P = np.concatenate([p.rows for p in proposals])
@@ -67,7 +69,7 @@ class Retrieval:
             [np.full(len(p.rows), -1, np.int32) if p.trigger_rows is None else p.trigger_rows for p in proposals]
         )
 
-        may_show_P, filtered_counts = allowed(rows_P, query)
+        may_show_P, filtered_counts = allowed_candidates(rows_P, query)
         passed = np.flatnonzero(may_show_P)
         videos, video_of_passed = np.unique(rows_P[passed], return_inverse=True)
         blended = blend(video_of_passed, source_P[passed], self._quotas)

@@ -19,11 +19,11 @@ from reelway.platform.contracts.release_files import INDEX_OVERFETCH
 from reelway.serving.stages.arrays import F32, Rows, ViewerQuery
 from reelway.serving.video_table import ABSENT, VideoTable
 
-NONE: Final = np.empty(0, dtype=np.int32)
+NO_ROWS: Final = np.empty(0, dtype=np.int32)
 
 
 @dataclass(frozen=True, slots=True)
-class Proposal:
+class SourceCandidates:
     """The proposals of one source, best first."""
 
     rows: Rows  # [P]
@@ -32,18 +32,18 @@ class Proposal:
 
 
 @dataclass(frozen=True, slots=True)
-class Ask:
+class SourceQuery:
     """The input of a source: the viewer and the largest number of proposals."""
 
     viewer: ViewerQuery
     viewer_embedding: F32  # [1, D]
-    wanted: int
+    limit: int
 
 
-class Source(Protocol):
+class CandidateSource(Protocol):
     """A source of candidates."""
 
-    def propose(self, ask: Ask) -> Proposal:
+    def propose(self, query: SourceQuery) -> SourceCandidates:
         """Returns at most ``ask.wanted`` videos."""
         ...
 
@@ -70,18 +70,18 @@ class AnnSource:
         if inverted and probes:
             inverted.nprobe = min(probes, inverted.nlist)
 
-    def propose(self, ask: Ask) -> Proposal:
-        wanted = ask.wanted if self._is_exact else INDEX_OVERFETCH * ask.wanted
-        similarity, rows = self._index.search(ask.viewer_embedding, min(wanted, self._index.ntotal))
+    def propose(self, query: SourceQuery) -> SourceCandidates:
+        limit = query.limit if self._is_exact else INDEX_OVERFETCH * query.limit
+        similarity, rows = self._index.search(query.viewer_embedding, min(limit, self._index.ntotal))
         found = rows[0][rows[0] >= 0].astype(np.int32)
         if self._is_exact:
-            return Proposal(found, similarity[0][: len(found)])
-        exact = self._embedding.take(found, axis=0) @ ask.viewer_embedding[0]
-        best = np.argsort(-exact)[: ask.wanted]
-        return Proposal(found[best], exact[best])
+            return SourceCandidates(found, similarity[0][: len(found)])
+        exact = self._embedding.take(found, axis=0) @ query.viewer_embedding[0]
+        best = np.argsort(-exact)[: query.limit]
+        return SourceCandidates(found[best], exact[best])
 
 
-class ListSource:
+class StaticListSource:
     """Proposes a precomputed list: one for all viewers, or one per region.
 
     Args:
@@ -93,10 +93,10 @@ class ListSource:
         self._global_rows = global_rows
         self._by_region = {region: np.concatenate([rows, global_rows]) for region, rows in (by_region or {}).items()}
 
-    def propose(self, ask: Ask) -> Proposal:
-        region = ask.viewer.region
+    def propose(self, query: SourceQuery) -> SourceCandidates:
+        region = query.viewer.region
         rows = self._global_rows if region is None else self._by_region.get(region, self._global_rows)
-        return Proposal(rows[: ask.wanted])
+        return SourceCandidates(rows[: query.limit])
 
 
 class FreshSource:
@@ -107,10 +107,10 @@ class FreshSource:
         self._uploaded_before = -table.uploaded_at_s[self._newest_first]  # ascending
         self._fresh_s = fresh_hours * 3600
 
-    def propose(self, ask: Ask) -> Proposal:
-        first = np.searchsorted(self._uploaded_before, -ask.viewer.now_s, side="left")  # excludes future uploads
-        last = np.searchsorted(self._uploaded_before, -(ask.viewer.now_s - self._fresh_s), side="right")
-        return Proposal(self._newest_first[first : min(last, first + ask.wanted)])
+    def propose(self, query: SourceQuery) -> SourceCandidates:
+        first = np.searchsorted(self._uploaded_before, -query.viewer.now_s, side="left")  # excludes future uploads
+        last = np.searchsorted(self._uploaded_before, -(query.viewer.now_s - self._fresh_s), side="right")
+        return SourceCandidates(self._newest_first[first : min(last, first + query.limit)])
 
 
 class NeighbourSource:
@@ -125,12 +125,12 @@ class NeighbourSource:
         self._neighbours = neighbours
         self._triggers = triggers
 
-    def propose(self, ask: Ask) -> Proposal:
-        liked = ask.viewer.history_rows[ask.viewer.history_weights > 0][-self._triggers :][::-1]  # latest first
+    def propose(self, query: SourceQuery) -> SourceCandidates:
+        liked = query.viewer.history_rows[query.viewer.history_weights > 0][-self._triggers :][::-1]  # latest first
         if not len(liked):
-            return Proposal(NONE, trigger_rows=NONE)
+            return SourceCandidates(NO_ROWS, trigger_rows=NO_ROWS)
         # The best neighbour of every trigger first, then the second best: one trigger cannot fill the list alone.
         rows = self._neighbours[liked].T.ravel()
         trigger_rows = np.tile(liked, self._neighbours.shape[1])
         present = rows != ABSENT
-        return Proposal(rows[present][: ask.wanted], trigger_rows=trigger_rows[present][: ask.wanted])
+        return SourceCandidates(rows[present][: query.limit], trigger_rows=trigger_rows[present][: query.limit])

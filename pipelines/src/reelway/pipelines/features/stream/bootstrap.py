@@ -14,13 +14,13 @@ import pyarrow as pa
 from reelway.pipelines.features.stream.cells import (
     CREATORS,
     STREAMED,
-    added_up,
-    events_of,
-    pruned,
-    rows_of,
-    values_at,
+    prune_rows,
+    sum_rows,
+    to_bucket_rows,
+    to_events,
+    view_values_at,
 )
-from reelway.pipelines.features.stream.engine import Emitted, Engine
+from reelway.pipelines.features.stream.engine import EmittedRows, StreamEngine
 from reelway.pipelines.features.stream.labels import HORIZON_US
 from reelway.pipelines.features.stream.points import NEVER_US, expiry_us
 from reelway.pipelines.features.stream.state import Entities
@@ -29,7 +29,7 @@ from reelway.pipelines.features.windows import I64
 from reelway.platform.errors import EmptyDatasetError
 
 
-def last_known_us(labels: pa.Table, fine_us: int) -> int:
+def initial_watermark_us(labels: pa.Table, fine_us: int) -> int:
     """Returns the first point of the finest grid at which all labels are known.
 
     Raises:
@@ -41,39 +41,41 @@ def last_known_us(labels: pa.Table, fine_us: int) -> int:
     return -(-known_us // fine_us) * fine_us
 
 
-def bootstrap(engine: Engine, labels: pa.Table, at_us: int) -> list[Emitted]:
+def bootstrap(engine: StreamEngine, labels: pa.Table, at_us: int) -> list[EmittedRows]:
     """Fills an empty state. Returns the row of every entity as of ``at_us``, with nulls if the entity has no valid row.
 
     Must be called within a transaction of the state.
     """
     events = Events.from_labels(labels)
-    return [rows for view in STREAMED for rows in _fill(engine, view, events, at_us)]
+    return [rows for view in STREAMED for rows in _load_view(engine, view, events, at_us)]
 
 
-def _fill(engine: Engine, view: str, events: Events, at_us: int) -> list[Emitted]:
+def _load_view(engine: StreamEngine, view: str, events: Events, at_us: int) -> list[EmittedRows]:
     rhythm = engine.rhythms[view]
-    entity, rows = added_up(view, *rows_of(view, events, rhythm.cell_us))
+    entity, rows = sum_rows(view, *to_bucket_rows(view, events, rhythm.bucket_us))
     ids = np.unique(np.concatenate([entity, _without_events(engine, view)]))
     owner: I64 = np.searchsorted(ids, entity)
     never = np.full(len(ids), NEVER_US, dtype=np.int64)
-    _, next_us, last_us = engine.timing(view, rhythm, Entities(ids, owner, rows, -never, never), at_us)
+    _, next_us, last_us = engine.due_times(view, rhythm, Entities(ids, owner, rows, -never, never), at_us)
     expires = expiry_us(last_us, engine.ttl_us[view], rhythm.grid_us)
     alive = (last_us > -NEVER_US) & (expires > at_us)
-    emitted = [Emitted(view, engine.nulls(view, ids[~alive], at_us))] if (~alive).any() else []
+    emitted = [EmittedRows(view, engine.expired_rows(view, ids[~alive], at_us))] if (~alive).any() else []
     if alive.any():
         points = (ids[alive], last_us[alive])
         creators = engine.creators_of(view, ids)
         emitted.append(
-            Emitted(view, values_at(view, events_of(view, ids[owner], rows), engine.settings, points, creators))
+            EmittedRows(
+                view, view_values_at(view, to_events(view, ids[owner], rows), engine.settings, points, creators)
+            )
         )
-    owner, rows = pruned(view, rhythm, owner, rows, at_us, at_us + engine.behind_us - HORIZON_US)
+    owner, rows = prune_rows(view, rhythm, owner, rows, at_us, at_us + engine.behind_us - HORIZON_US)
     last_us = np.where(alive, last_us, -NEVER_US)
     due_us = np.minimum(next_us, np.where(alive, expires, NEVER_US))
     engine.state.save(view, Entities(ids, owner, rows, last_us, due_us))
     return emitted
 
 
-def _without_events(engine: Engine, view: str) -> I64:
+def _without_events(engine: StreamEngine, view: str) -> I64:
     """Returns creators whose rows come from their uploads alone; such rows exist from the creator's creation time."""
     if view != CREATORS:
         return np.zeros(0, dtype=np.int64)

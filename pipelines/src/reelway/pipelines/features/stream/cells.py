@@ -18,12 +18,12 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from reelway.pipelines.features import views
-from reelway.pipelines.features.views import SECOND_US, Events, Points, ViewSettings
+from reelway.pipelines.features.views import SECOND_US, Events, SnapshotPoints, ViewSettings
 from reelway.pipelines.features.windows import I64
 from reelway.platform.contracts import features as names
 from reelway.platform.errors import ConfigError
 
-FLOOR_US: Final = -(1 << 58)
+MIN_TIME_US: Final = -(1 << 58)
 """A time before any event. Rows that count only in all-time sums are stored under it."""
 ACTIVITY: Final = "viewer_activity"
 HISTORY: Final = "viewer_history"
@@ -40,7 +40,7 @@ _COUNTS: Final = ("count", "long_watch", "like", "skip", "follow", "watch_ms")
 
 
 @dataclass(frozen=True)
-class Layout:
+class BucketLayout:
     """Columns of a view's rows. Rows with equal values in the first ``keys`` columns are summed into one row."""
 
     columns: tuple[str, ...]
@@ -48,16 +48,16 @@ class Layout:
 
 
 LAYOUTS: Final = {
-    ACTIVITY: Layout(("known_us", *_COUNTS), 1),
-    AFFINITY: Layout(("known_us", "topic", "weight_milli", "taste_milli"), 2),
-    HISTORY: Layout(("known_us", "impression_id", "video_id", "weight_milli", "event_us", "count"), 5),
-    ENGAGEMENT: Layout(("known_us", *_COUNTS), 1),
-    CREATORS: Layout(("known_us", *_COUNTS), 1),
+    ACTIVITY: BucketLayout(("known_us", *_COUNTS), 1),
+    AFFINITY: BucketLayout(("known_us", "topic", "weight_milli", "taste_milli"), 2),
+    HISTORY: BucketLayout(("known_us", "impression_id", "video_id", "weight_milli", "event_us", "count"), 5),
+    ENGAGEMENT: BucketLayout(("known_us", *_COUNTS), 1),
+    CREATORS: BucketLayout(("known_us", *_COUNTS), 1),
 }
 
 
 @dataclass(frozen=True)
-class Rhythm:
+class EmissionSchedule:
     """When rows of a view are due, in microseconds. Without windows, rows are due only when an event becomes known."""
 
     grid_us: int
@@ -67,11 +67,11 @@ class Rhythm:
     """Of a view without windows: latest rows of an entity that its values depend on."""
 
     @property
-    def cell_us(self) -> int:
+    def bucket_us(self) -> int:
         return math.gcd(self.grid_us, *self.windows_us, *((self.heartbeat_us,) if self.heartbeat_us else ()))
 
 
-def rhythms(settings: ViewSettings) -> dict[str, Rhythm]:
+def emission_schedules(settings: ViewSettings) -> dict[str, EmissionSchedule]:
     """Returns the emission schedule of each streamed view.
 
     Raises:
@@ -82,29 +82,29 @@ def rhythms(settings: ViewSettings) -> dict[str, Rhythm]:
     video = tuple(window.length_s * SECOND_US for window in names.VIDEO_WINDOWS)
     beat = settings.heartbeat_s * SECOND_US
     found = {
-        ACTIVITY: Rhythm(settings.activity_grid_s * SECOND_US, viewer, beat),
-        AFFINITY: Rhythm(settings.affinity_grid_s * SECOND_US, viewer[-1:], beat),
-        HISTORY: Rhythm(settings.history_grid_s * SECOND_US, keep=settings.dimensions.history_length),
-        ENGAGEMENT: Rhythm(settings.engagement_grid_s * SECOND_US, video, beat),
-        CREATORS: Rhythm(settings.creator_grid_s * SECOND_US, (names.CREATOR_WINDOW.length_s * SECOND_US,)),
+        ACTIVITY: EmissionSchedule(settings.activity_grid_s * SECOND_US, viewer, beat),
+        AFFINITY: EmissionSchedule(settings.affinity_grid_s * SECOND_US, viewer[-1:], beat),
+        HISTORY: EmissionSchedule(settings.history_grid_s * SECOND_US, keep=settings.dimensions.history_length),
+        ENGAGEMENT: EmissionSchedule(settings.engagement_grid_s * SECOND_US, video, beat),
+        CREATORS: EmissionSchedule(settings.creator_grid_s * SECOND_US, (names.CREATOR_WINDOW.length_s * SECOND_US,)),
     }
-    for view, rhythm in found.items():
-        beats = rhythm.heartbeat_us
-        if beats and (beats % rhythm.grid_us or max(rhythm.windows_us) % beats):
+    for view, schedule in found.items():
+        beats = schedule.heartbeat_us
+        if beats and (beats % schedule.grid_us or max(schedule.windows_us) % beats):
             raise ConfigError(
                 f"{view}: heartbeat of {beats // SECOND_US} s is not possible; choose a multiple of the grid "
-                f"({rhythm.grid_us // SECOND_US} s) and a divisor of the longest window"
+                f"({schedule.grid_us // SECOND_US} s) and a divisor of the longest window"
             )
     return found
 
 
-def rows_of(view: str, events: Events, cell_us: int) -> tuple[I64, I64]:
+def to_bucket_rows(view: str, events: Events, cell_us: int) -> tuple[I64, I64]:
     """Returns the events as a view's rows: entities ``[N]`` and rows ``[N, K]``, not yet summed."""
     keep: I64 = np.arange(len(events.known_us))
     if view == HISTORY:
         keep = np.flatnonzero(events.weight_milli)
     elif view == AFFINITY:
-        keep = views.of_a_topic(events)
+        keep = views.topic_rows(events)
     entity = {"viewer_id": events.viewer_id, "video_id": events.video_id, "creator_key": events.creator_id}
     columns = [
         # The bucket's first microsecond is in the same windows, days and grid steps as the bucket's events.
@@ -116,7 +116,7 @@ def rows_of(view: str, events: Events, cell_us: int) -> tuple[I64, I64]:
     return entity[ENTITY_KEYS[view]][keep], np.stack(columns, axis=1)[keep]
 
 
-def events_of(view: str, entity: I64, rows: I64) -> Events:
+def to_events(view: str, entity: I64, rows: I64) -> Events:
     """Converts rows back to events. Columns that the view does not use are zero."""
     zero = np.zeros(len(rows), dtype=np.int64)
     columns = {name: rows[:, i] for i, name in enumerate(LAYOUTS[view].columns)}
@@ -124,7 +124,7 @@ def events_of(view: str, entity: I64, rows: I64) -> Events:
     return Events(**dict.fromkeys(Events.__dataclass_fields__, zero) | columns | {key: entity})
 
 
-def added_up(view: str, entity: I64, rows: I64) -> tuple[I64, I64]:
+def sum_rows(view: str, entity: I64, rows: I64) -> tuple[I64, I64]:
     """Sums to one row per entity and key, sorted by both. Rows that sum to zero are dropped."""
     keys = LAYOUTS[view].keys
     order = np.lexsort((*(rows[:, k] for k in reversed(range(keys))), entity))
@@ -140,7 +140,9 @@ def added_up(view: str, entity: I64, rows: I64) -> tuple[I64, I64]:
     return entity[starts][left], sums[left]
 
 
-def pruned(view: str, rhythm: Rhythm, entity: I64, rows: I64, at_us: int, open_from_us: int) -> tuple[I64, I64]:
+def prune_rows(
+    view: str, schedule: EmissionSchedule, entity: I64, rows: I64, at_us: int, open_from_us: int
+) -> tuple[I64, I64]:
     """Drops rows that cannot affect any value after ``at_us``. The result is sorted as by ``sum_rows``.
 
     Args:
@@ -150,17 +152,17 @@ def pruned(view: str, rhythm: Rhythm, entity: I64, rows: I64, at_us: int, open_f
         # Keeps the newest ``keep`` rows that are final, and all rows that may still be revised.
         settled = rows[:, LAYOUTS[view].columns.index("event_us")] < open_from_us
         rank = _rank_from_the_end(entity, settled)
-        keep = ~settled | (rank < rhythm.keep)
+        keep = ~settled | (rank < schedule.keep)
         return entity[keep], rows[keep]
-    gone = -(-(rows[:, 0] + max(rhythm.windows_us)) // rhythm.grid_us) * rhythm.grid_us <= at_us
+    gone = -(-(rows[:, 0] + max(schedule.windows_us)) // schedule.grid_us) * schedule.grid_us <= at_us
     if view != CREATORS:
         return entity[~gone], rows[~gone]
     folded = rows.copy()
     follow = LAYOUTS[view].columns.index("follow")
     kept = rows[gone][:, follow]
     folded[gone] = 0
-    folded[gone, 0], folded[gone, follow] = FLOOR_US, kept
-    return added_up(view, entity, folded)
+    folded[gone, 0], folded[gone, follow] = MIN_TIME_US, kept
+    return sum_rows(view, entity, folded)
 
 
 def _rank_from_the_end(entity: I64, counted: NDArray[np.bool_]) -> I64:
@@ -170,8 +172,8 @@ def _rank_from_the_end(entity: I64, counted: NDArray[np.bool_]) -> I64:
     return np.asarray(total[last] - total)
 
 
-def values_at(
-    view: str, events: Events, settings: ViewSettings, at: Points, creators: tuple[pa.Table, pa.Table]
+def view_values_at(
+    view: str, events: Events, settings: ViewSettings, at: SnapshotPoints, creators: tuple[pa.Table, pa.Table]
 ) -> pa.Table:
     """Returns the view's values at the given points, computed by the functions of ``features.views``."""
     if view == ACTIVITY:

@@ -24,34 +24,34 @@ from reelway.pipelines.features.stream.cells import (
     HISTORY,
     LAYOUTS,
     STREAMED,
-    Rhythm,
-    added_up,
-    events_of,
-    pruned,
-    rhythms,
-    rows_of,
-    values_at,
+    EmissionSchedule,
+    emission_schedules,
+    prune_rows,
+    sum_rows,
+    to_bucket_rows,
+    to_events,
+    view_values_at,
 )
 from reelway.pipelines.features.stream.labels import (
     HORIZON_US,
     Outcomes,
-    in_time,
-    labelled,
-    merged,
+    label_open_impressions,
+    merge_outcomes,
+    within_horizon,
 )
 from reelway.pipelines.features.stream.points import NEVER_US, due_and_next, expiry_us
 from reelway.pipelines.features.stream.state import Entities, StreamState
 from reelway.pipelines.features.views import AFTER_US, Events, ViewSettings
 from reelway.pipelines.features.windows import I64
-from reelway.platform.contracts.events import TIME
+from reelway.platform.contracts.events import TIMESTAMP_TYPE
 
 APPLIED: Final = "applied"
 REPEATED: Final = "repeated"
 TOO_LATE: Final = "too_late"
 UNKNOWN_VIDEO: Final = "unknown_video"
-CHUNK: Final = 20_000
+ENTITY_CHUNK: Final = 20_000
 """Maximum number of entities whose rows are in memory at once."""
-FATES: Final = (APPLIED, REPEATED, TOO_LATE, UNKNOWN_VIDEO)
+APPLY_RESULTS: Final = (APPLIED, REPEATED, TOO_LATE, UNKNOWN_VIDEO)
 """Results of applying an outcome.
 
 Repeated: the impression already has an outcome of this type. Too late: the outcome is later than the horizon.
@@ -59,14 +59,14 @@ Repeated: the impression already has an outcome of this type. Too late: the outc
 
 
 @dataclass(frozen=True)
-class Catalogue:
+class StreamCatalogue:
     """The data set's videos and creators, read once at start."""
 
     videos: pa.Table  # ascending video_id; columns video_id, creator_id, topic, duration_ms, uploaded_at
     creators: pa.Table
 
     @classmethod
-    def of(cls, videos: pa.Table, creators: pa.Table) -> Catalogue:
+    def of(cls, videos: pa.Table, creators: pa.Table) -> StreamCatalogue:
         wanted = ["video_id", "creator_id", "topic", "duration_ms", "uploaded_at"]
         return cls(videos.select(wanted).sort_by("video_id").combine_chunks(), creators)
 
@@ -80,14 +80,14 @@ class Catalogue:
 
 
 @dataclass(frozen=True)
-class Emitted:
+class EmittedRows:
     """Rows of one view: entity, ``event_timestamp``, ``created_timestamp`` and the fields; nulls for expired rows."""
 
     view: str
     rows: pa.Table
 
 
-class Engine:
+class StreamEngine:
     """Applies outcomes to the state and computes rows from the state.
 
     Args:
@@ -98,20 +98,20 @@ class Engine:
     def __init__(
         self,
         state: StreamState,
-        catalogue: Catalogue,
+        catalogue: StreamCatalogue,
         settings: ViewSettings,
         ttl_us: Mapping[str, int],
-        behind_us: int = 0,
+        clock_offset_us: int = 0,
     ) -> None:
         self.state = state
         self.catalogue = catalogue
         self.settings = settings
         self.ttl_us = ttl_us
-        self.behind_us = behind_us
-        self.rhythms = rhythms(settings)
+        self.behind_us = clock_offset_us
+        self.rhythms = emission_schedules(settings)
         self.fine_us = math.gcd(*(rhythm.grid_us for rhythm in self.rhythms.values()))
         self.coarse_us = sorted({self.rhythms[view].grid_us for view in STREAMED if view != HISTORY})
-        self.fates = dict.fromkeys(FATES, 0)
+        self.fates = dict.fromkeys(APPLY_RESULTS, 0)
 
     def steps(self, after_us: int, until_us: int, times_us: I64) -> Iterator[int]:
         """Returns the times in ``(after_us, until_us]`` at which a row may be due, and ``until_us``.
@@ -127,7 +127,7 @@ class Engine:
         ends.add(last)
         yield from sorted(end for end in ends if after_us < end <= last)
 
-    def step(self, until_us: int, outcomes: Outcomes) -> list[Emitted]:
+    def step(self, until_us: int, outcomes: Outcomes) -> list[EmittedRows]:
         """Applies the outcomes that count from ``(the last step, until_us]`` and returns the rows due at ``until_us``.
 
         Must be called within a transaction of the state.
@@ -139,17 +139,17 @@ class Engine:
             if until_us % rhythm.grid_us == 0:
                 emitted += self._emit(view, rhythm, until_us)
         if touched:
-            self.state.settle_impressions(until_us + self.behind_us - HORIZON_US)
+            self.state.close_impressions(until_us + self.behind_us - HORIZON_US)
         return emitted
 
     def _apply(self, outcomes: Outcomes) -> dict[str, I64]:
         known = self.catalogue.rows_of(outcomes.video_id) >= 0
-        timely = in_time(outcomes, self.behind_us)
+        timely = within_horizon(outcomes, self.behind_us)
         self.fates[UNKNOWN_VIDEO] += int((~known).sum())
         self.fates[TOO_LATE] += int((known & ~timely).sum())
         outcomes = outcomes.take(known & timely)
         before = self.state.impressions(np.unique(outcomes.impression_id))
-        old, new, repeats = merged(before, outcomes, self.behind_us)
+        old, new, repeats = merge_outcomes(before, outcomes, self.behind_us)
         self.fates[REPEATED] += repeats
         self.fates[APPLIED] += len(outcomes) - repeats
         if not len(new):
@@ -157,13 +157,16 @@ class Engine:
         self.state.save_impressions(new)
         rows = np.unique(self.catalogue.rows_of(np.concatenate([old.video_id, new.video_id])))
         videos = self.catalogue.videos.take(pa.array(rows))
-        gone, come = labelled(old, videos, self.behind_us), labelled(new, videos, self.behind_us)
+        gone, come = (
+            label_open_impressions(old, videos, self.behind_us),
+            label_open_impressions(new, videos, self.behind_us),
+        )
         return {view: self._add(view, gone, come) for view in STREAMED}
 
     def _add(self, view: str, gone: Events, come: Events) -> I64:
         rhythm = self.rhythms[view]
-        minus_entity, minus = rows_of(view, gone, rhythm.cell_us)
-        plus_entity, plus = rows_of(view, come, rhythm.cell_us)
+        minus_entity, minus = to_bucket_rows(view, gone, rhythm.bucket_us)
+        plus_entity, plus = to_bucket_rows(view, come, rhythm.bucket_us)
         keys = LAYOUTS[view].keys
         minus = minus.copy()
         minus[:, keys:] *= -1
@@ -172,38 +175,40 @@ class Engine:
         if not len(ids):
             return ids
         kept = self.state.entities(view, ids)
-        owner, rows = added_up(view, np.concatenate([kept.owner, owner]), np.concatenate([kept.rows, minus, plus]))
+        owner, rows = sum_rows(view, np.concatenate([kept.owner, owner]), np.concatenate([kept.rows, minus, plus]))
         due = np.full(len(ids), NEVER_US, dtype=np.int64)
         plus_owner = np.searchsorted(ids, plus_entity)
         np.minimum.at(due, plus_owner, -(-plus[:, 0] // rhythm.grid_us) * rhythm.grid_us)
         self.state.save(view, Entities(ids, owner, rows, kept.last_us, np.minimum(kept.due_us, due)))
         return ids
 
-    def _emit(self, view: str, rhythm: Rhythm, at_us: int) -> list[Emitted]:
+    def _emit(self, view: str, rhythm: EmissionSchedule, at_us: int) -> list[EmittedRows]:
         ids = self.state.due(view, at_us)
         return [
             rows
-            for start in range(0, len(ids), CHUNK)
-            for rows in self._emit_some(view, rhythm, at_us, ids[start : start + CHUNK])
+            for start in range(0, len(ids), ENTITY_CHUNK)
+            for rows in self._emit_some(view, rhythm, at_us, ids[start : start + ENTITY_CHUNK])
         ]
 
-    def _emit_some(self, view: str, rhythm: Rhythm, at_us: int, ids: I64) -> list[Emitted]:
+    def _emit_some(self, view: str, rhythm: EmissionSchedule, at_us: int, ids: I64) -> list[EmittedRows]:
         kept = self.state.entities(view, ids)
-        now, next_us, _ = self.timing(view, rhythm, kept, at_us)
-        events = events_of(view, kept.of(kept.owner), kept.rows)
+        now, next_us, _ = self.due_times(view, rhythm, kept, at_us)
+        events = to_events(view, kept.of(kept.owner), kept.rows)
         emitted = []
         if now.any():
             at = (ids[now], np.full(int(now.sum()), at_us, dtype=np.int64))
-            emitted.append(Emitted(view, values_at(view, events, self.settings, at, self.creators_of(view, ids))))
+            emitted.append(
+                EmittedRows(view, view_values_at(view, events, self.settings, at, self.creators_of(view, ids)))
+            )
         last_us = np.where(now, at_us, kept.last_us)
         expires = expiry_us(last_us, self.ttl_us[view], rhythm.grid_us)
         over = ~now & (expires <= at_us)
         if over.any():
-            emitted.append(Emitted(view, self.nulls(view, ids[over], at_us)))
+            emitted.append(EmittedRows(view, self.expired_rows(view, ids[over], at_us)))
         open_from = at_us + self.behind_us - HORIZON_US
-        owner, rows = pruned(view, rhythm, kept.owner, kept.rows, at_us, open_from)
+        owner, rows = prune_rows(view, rhythm, kept.owner, kept.rows, at_us, open_from)
         gone = over & (next_us == NEVER_US) & ~np.isin(np.arange(len(ids)), owner)
-        self.state.drop(view, ids[gone])
+        self.state.delete_entities(view, ids[gone])
         last_us = np.where(over, -NEVER_US, last_us)
         expires = np.where(over, NEVER_US, expires)
         stay = np.flatnonzero(~gone)
@@ -220,17 +225,21 @@ class Engine:
         )
         return emitted
 
-    def timing(self, view: str, rhythm: Rhythm, kept: Entities, at_us: int) -> tuple[NDArray[np.bool_], I64, I64]:
+    def due_times(
+        self, view: str, rhythm: EmissionSchedule, kept: Entities, at_us: int
+    ) -> tuple[NDArray[np.bool_], I64, I64]:
         """Returns which entities have a row due now, and the times of each entity's next and previous row."""
         now, next_us, last_us = due_and_next(kept.owner, kept.rows[:, 0], len(kept.ids), rhythm, at_us)
         if view == CREATORS:
             uploads = self.creators_of(view, kept.ids)[1]
             owner = np.searchsorted(kept.ids, uploads["creator_id"].to_numpy())
-            upload = Rhythm(rhythm.grid_us)
+            upload = EmissionSchedule(rhythm.grid_us)
             also, later, before = due_and_next(owner, times_us(uploads["uploaded_at"]), len(kept.ids), upload, at_us)
             creators = self.creators_of(view, kept.ids)[0]
             made = np.searchsorted(kept.ids, creators["creator_id"].to_numpy())
-            _, _, first = due_and_next(made, times_us(creators["created_at"]), len(kept.ids), Rhythm(1), at_us)
+            _, _, first = due_and_next(
+                made, times_us(creators["created_at"]), len(kept.ids), EmissionSchedule(1), at_us
+            )
             now, next_us = now | also, np.minimum(next_us, later)
             last_us = np.maximum(last_us, np.maximum(before, first))
         return now, next_us, last_us
@@ -245,12 +254,12 @@ class Engine:
             videos.filter(pa.array(np.isin(videos["creator_id"].to_numpy(), ids))),
         )
 
-    def nulls(self, view: str, ids: I64, at_us: int) -> pa.Table:
+    def expired_rows(self, view: str, ids: I64, at_us: int) -> pa.Table:
         """Returns rows of nulls for entities whose rows have expired."""
-        empty = values_at(
-            view, events_of(view, ids[:0], np.zeros((0, len(LAYOUTS[view].columns)), np.int64)), self.settings,
+        empty = view_values_at(
+            view, to_events(view, ids[:0], np.zeros((0, len(LAYOUTS[view].columns)), np.int64)), self.settings,
             (ids[:0], ids[:0]), self.creators_of(view, ids[:0]),
         )  # fmt: skip
-        when = pa.array(np.full(len(ids), at_us), pa.int64()).cast(TIME)
+        when = pa.array(np.full(len(ids), at_us), pa.int64()).cast(TIMESTAMP_TYPE)
         fixed = {ENTITY_KEYS[view]: pa.array(ids), "event_timestamp": when, "created_timestamp": when}
         return pa.table([fixed.get(f.name, pa.nulls(len(ids), f.type)) for f in empty.schema], schema=empty.schema)

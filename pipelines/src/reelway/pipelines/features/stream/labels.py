@@ -18,11 +18,11 @@ from numpy.typing import NDArray
 from reelway.pipelines.features.labels import label_impressions
 from reelway.pipelines.features.views import Events
 from reelway.pipelines.features.windows import I64
-from reelway.platform.contracts.events import IMPRESSIONS, OUTCOME_HORIZON_S, OUTCOMES, TIME, OutcomeType
-from reelway.platform.eventlog.outcome_events import KINDS
+from reelway.platform.contracts.events import IMPRESSIONS, OUTCOME_HORIZON_S, OUTCOMES, TIMESTAMP_TYPE, OutcomeType
+from reelway.platform.eventlog.outcome_events import OUTCOME_TYPES
 
 HORIZON_US: Final = OUTCOME_HORIZON_S * 1_000_000
-_WATCH: Final = KINDS.index(OutcomeType.WATCH)
+_WATCH: Final = OUTCOME_TYPES.index(OutcomeType.WATCH)
 
 
 @dataclass(frozen=True)
@@ -72,27 +72,29 @@ class OpenImpressions:
         return OpenImpressions(**{name: getattr(self, name)[rows] for name in self.__dataclass_fields__})
 
 
-def in_time(outcomes: Outcomes, behind_us: int) -> NDArray[np.bool_]:
+def within_horizon(outcomes: Outcomes, behind_us: int) -> NDArray[np.bool_]:
     """Returns whether each outcome is within the outcome horizon of its impression."""
     return np.asarray(outcomes.time_us <= outcomes.shown_us - behind_us + HORIZON_US)
 
 
-def first_of_each(outcomes: Outcomes) -> Outcomes:
+def earliest_per_type(outcomes: Outcomes) -> Outcomes:
     """Returns the earliest outcome of each type per impression; at equal times, the first in the log."""
     order = np.lexsort((np.arange(len(outcomes)), outcomes.time_us))
-    code = outcomes.impression_id[order] * len(KINDS) + outcomes.kind[order]
+    code = outcomes.impression_id[order] * len(OUTCOME_TYPES) + outcomes.kind[order]
     _, first = np.unique(code, return_index=True)
     return outcomes.take(order[first])
 
 
-def merged(before: OpenImpressions, outcomes: Outcomes, behind_us: int) -> tuple[OpenImpressions, OpenImpressions, int]:
+def merge_outcomes(
+    before: OpenImpressions, outcomes: Outcomes, behind_us: int
+) -> tuple[OpenImpressions, OpenImpressions, int]:
     """Returns the changed impressions: previous state (if they existed), new state, and the outcomes not repeated.
 
     Args:
         before: known state of any of these impressions, by ascending id.
     """
     offered = len(outcomes)
-    outcomes = first_of_each(outcomes)
+    outcomes = earliest_per_type(outcomes)
     ids, at = np.unique(outcomes.impression_id, return_inverse=True)
     where, there = _rows_of(before.impression_id, ids)
     kinds = np.where(there, before.kinds[where] if len(before) else 0, 0).astype(np.int64)
@@ -108,7 +110,7 @@ def merged(before: OpenImpressions, outcomes: Outcomes, behind_us: int) -> tuple
     np.maximum.at(known, at, np.maximum(outcomes.time_us, outcomes.shown_us - behind_us))
     changed, one = np.unique(at, return_index=True)
     old = before.take(where[changed][there[changed]]) if len(before) else before
-    facts = {name: _kept(name, before, outcomes, where[changed], there[changed], one) for name in _FACTS}
+    facts = {name: _first_known_value(name, before, outcomes, where[changed], there[changed], one) for name in _FACTS}
     new = OpenImpressions(ids[changed], **facts, kinds=kinds[changed], watch_ms=watch[changed], known_us=known[changed])
     return old, new, repeats
 
@@ -116,7 +118,7 @@ def merged(before: OpenImpressions, outcomes: Outcomes, behind_us: int) -> tuple
 _FACTS: Final = ("viewer_id", "video_id", "shown_us")
 
 
-def _kept(
+def _first_known_value(
     name: str, before: OpenImpressions, outcomes: Outcomes, where: I64, there: NDArray[np.bool_], one: I64
 ) -> I64:
     """Returns a property of each impression as its first record reported it."""
@@ -124,10 +126,10 @@ def _kept(
     return np.where(there, getattr(before, name)[where], fresh) if len(before) else fresh
 
 
-def labelled(impressions: OpenImpressions, videos: pa.Table, behind_us: int) -> Events:
+def label_open_impressions(impressions: OpenImpressions, videos: pa.Table, behind_us: int) -> Events:
     """Returns the labels of the impressions. ``videos`` must contain all of their videos."""
     n = len(impressions)
-    shown = pa.array(impressions.shown_us - behind_us, pa.int64()).cast(TIME)
+    shown = pa.array(impressions.shown_us - behind_us, pa.int64()).cast(TIMESTAMP_TYPE)
     nothing = pa.array([""] * n).dictionary_encode()
     facts = {
         "impression_id": impressions.impression_id, "request_id": impressions.impression_id,
@@ -141,14 +143,16 @@ def labelled(impressions: OpenImpressions, videos: pa.Table, behind_us: int) -> 
 
 
 def _outcome_rows(impressions: OpenImpressions) -> pa.Table:
-    row, kind = np.nonzero((impressions.kinds[:, None] >> np.arange(len(KINDS))) & 1)
+    row, kind = np.nonzero((impressions.kinds[:, None] >> np.arange(len(OUTCOME_TYPES))) & 1)
     ids = impressions.impression_id[row]
     value = np.where(kind == _WATCH, impressions.watch_ms[row], 1.0).astype(np.float32)
-    words = pa.DictionaryArray.from_arrays(pa.array(kind.astype(np.int32)), pa.array([str(one) for one in KINDS]))
+    words = pa.DictionaryArray.from_arrays(
+        pa.array(kind.astype(np.int32)), pa.array([str(one) for one in OUTCOME_TYPES])
+    )
     facts = {
         "outcome_id": np.arange(len(row)), "impression_id": ids, "viewer_id": impressions.viewer_id[row],
         "video_id": impressions.video_id[row], "type": words, "value": value,
-        "event_time": pa.array(impressions.known_us[row], pa.int64()).cast(TIME),
+        "event_time": pa.array(impressions.known_us[row], pa.int64()).cast(TIMESTAMP_TYPE),
     }  # fmt: skip
     return pa.table([facts[name] for name in OUTCOMES.names], schema=OUTCOMES)
 

@@ -14,12 +14,12 @@ import numpy as np
 import pyarrow as pa
 
 from reelway.pipelines.features.labels import times_us
-from reelway.pipelines.features.online import CHUNK, write_rows
+from reelway.pipelines.features.online import WRITE_BATCH_ROWS, write_rows
 from reelway.pipelines.features.stream.cells import CREATORS, ENGAGEMENT, ENTITY_KEYS
-from reelway.pipelines.features.stream.engine import Emitted
-from reelway.platform.contracts.events import TIME
+from reelway.pipelines.features.stream.engine import EmittedRows
+from reelway.platform.contracts.events import TIMESTAMP_TYPE
 from reelway.platform.contracts.features import VIEWS
-from reelway.platform.eventlog.changelog import CHANGES, Change, Changelog, change_rows
+from reelway.platform.eventlog.changelog import CHANGES, FeatureChange, FeatureChangelog, change_rows
 
 if TYPE_CHECKING:
     from feast import FeatureStore
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 VIDEO_VIEWS: Final = (ENGAGEMENT, CREATORS)
 
 
-def latest_of_each(emitted: Iterable[Emitted]) -> dict[str, pa.Table]:
+def latest_per_entity(emitted: Iterable[EmittedRows]) -> dict[str, pa.Table]:
     """Returns per view the last row of each entity."""
     by_view: dict[str, list[pa.Table]] = {}
     for one in emitted:
@@ -42,7 +42,7 @@ def latest_of_each(emitted: Iterable[Emitted]) -> dict[str, pa.Table]:
     return latest
 
 
-def parcel(latest: Mapping[str, pa.Table], as_of_us: int, sequence: int) -> bytes:
+def encode_outbox_entry(latest: Mapping[str, pa.Table], as_of_us: int, sequence: int) -> bytes:
     """Encodes the rows of one step as one outbox entry.
 
     Args:
@@ -58,10 +58,10 @@ def parcel(latest: Mapping[str, pa.Table], as_of_us: int, sequence: int) -> byte
     return content
 
 
-class Outputs:
+class FeatureSinks:
     """Writes rows to the online store (viewer views) and the changelog (video views)."""
 
-    def __init__(self, store: FeatureStore, changelog: Changelog) -> None:
+    def __init__(self, store: FeatureStore, changelog: FeatureChangelog) -> None:
         self._store = store
         self._changelog = changelog
 
@@ -81,18 +81,18 @@ class Outputs:
                 self._write_online(view, rows)
         changes = [_as_change(view, rows) for view, rows in tables.items() if view in VIDEO_VIEWS]
         if changes:
-            self._changelog.append(Change(head["sequence"], head["as_of_us"], pa.concat_tables(changes)))
+            self._changelog.append(FeatureChange(head["sequence"], head["as_of_us"], pa.concat_tables(changes)))
             self._changelog.compact()
         return {view: rows.num_rows for view, rows in tables.items()}
 
     def _write_online(self, view: str, rows: pa.Table) -> None:
         rows = rows.rename_columns({ENTITY_KEYS[view]: "viewer_id"})
-        for start in range(0, rows.num_rows, CHUNK):
-            part = rows.slice(start, CHUNK)
+        for start in range(0, rows.num_rows, WRITE_BATCH_ROWS):
+            part = rows.slice(start, WRITE_BATCH_ROWS)
             at = [datetime.fromtimestamp(us / 1e6, UTC) for us in times_us(part["event_timestamp"]).tolist()]
             write_rows(self._store, view, part, at)
 
 
 def _as_change(view: str, rows: pa.Table) -> pa.Table:
-    times = rows["event_timestamp"].cast(TIME)
+    times = rows["event_timestamp"].cast(TIMESTAMP_TYPE)
     return change_rows(view, rows[ENTITY_KEYS[view]], times, rows.select(VIEWS[view])).cast(CHANGES)

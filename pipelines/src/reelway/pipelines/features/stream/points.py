@@ -12,14 +12,14 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from reelway.pipelines.features.stream.cells import Rhythm
+from reelway.pipelines.features.stream.cells import EmissionSchedule
 from reelway.pipelines.features.windows import I64
 
 NEVER_US: Final = 1 << 62
 
 
 def due_and_next(
-    owner: I64, known_us: I64, entities: int, rhythm: Rhythm, at_us: int
+    owner: I64, known_us: I64, entities: int, rhythm: EmissionSchedule, at_us: int
 ) -> tuple[NDArray[np.bool_], I64, I64]:
     """Returns whether a row is due at ``at_us``, the first point after ``at_us``, and the last point up to ``at_us``.
 

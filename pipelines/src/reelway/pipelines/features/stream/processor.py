@@ -19,20 +19,20 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from reelway.pipelines.features.labels import times_us
-from reelway.pipelines.features.stream.bootstrap import bootstrap, last_known_us
+from reelway.pipelines.features.stream.bootstrap import bootstrap, initial_watermark_us
 from reelway.pipelines.features.stream.cells import STREAMED
-from reelway.pipelines.features.stream.engine import Catalogue, Emitted, Engine
+from reelway.pipelines.features.stream.engine import EmittedRows, StreamCatalogue, StreamEngine
 from reelway.pipelines.features.stream.labels import Outcomes
-from reelway.pipelines.features.stream.outputs import VIDEO_VIEWS, Outputs, latest_of_each, parcel
+from reelway.pipelines.features.stream.outputs import VIDEO_VIEWS, FeatureSinks, encode_outbox_entry, latest_per_entity
 from reelway.pipelines.features.stream.state import StreamState
 from reelway.pipelines.features.views import AFTER_US, DAY_US, ViewSettings
 from reelway.platform.contracts.events import OutcomeType
-from reelway.platform.eventlog import EventLog, Position, StoredRecord
-from reelway.platform.eventlog.outcome_events import KINDS, outcomes_of
+from reelway.platform.eventlog import EventLog, Offsets, StoredRecord
+from reelway.platform.eventlog.outcome_events import OUTCOME_TYPES, decode_outcomes
 
 CONSUMER: Final = "features"
 SECOND_US: Final = 1_000_000
-RESTED_US: Final = DAY_US
+STALE_DATASET_AGE_US: Final = DAY_US
 """A data set that ended longer ago than this goes on from its own end."""
 
 
@@ -43,23 +43,23 @@ class StreamSettings:
 
     lateness_s: float = 1.0
     wait_s: float = 0.5
-    most_records: int = 500
+    max_records: int = 500
     consumer: str = CONSUMER
 
 
 @dataclass
-class Round:
+class MicroBatchResult:
     """What one round did."""
 
     outcomes: int = 0
     late: int = 0  # outcomes that came after their time was settled, and count from now
-    settled_us: int = 0
+    watermark_us: int = 0
     steps: int = 0
     rows: dict[str, int] = field(default_factory=dict)
-    emitted: list[Emitted] = field(default_factory=list)
+    emitted: list[EmittedRows] = field(default_factory=list)
 
 
-class Processor:
+class StreamProcessor:
     """The stream of one run. Single-threaded; call ``start``, then ``round`` for ever, and ``close``.
 
     Args:
@@ -71,7 +71,7 @@ class Processor:
         self,
         log: EventLog,
         state: StreamState,
-        outputs: Outputs | None,
+        outputs: FeatureSinks | None,
         views: ViewSettings,
         ttl_us: dict[str, int],
         settings: StreamSettings | None = None,
@@ -84,7 +84,7 @@ class Processor:
         self.settled_us = 0
         self.behind_us = 0
 
-    def start(self, catalogue: Catalogue, labels: pa.Table, behind_us: int | None = None) -> None:
+    def start(self, catalogue: StreamCatalogue, labels: pa.Table, behind_us: int | None = None) -> None:
         """Go on from the state, or begin from the data set where there is none.
 
         Args:
@@ -93,14 +93,14 @@ class Processor:
         state = self._state
         fresh = state.get("settled_us") is None
         if fresh:
-            fine_us = Engine(state, catalogue, self._views, self._ttl_us).fine_us
-            self.settled_us = last_known_us(labels, fine_us)
-            self.behind_us = self._rest_us() if behind_us is None else behind_us
+            fine_us = StreamEngine(state, catalogue, self._views, self._ttl_us).fine_us
+            self.settled_us = initial_watermark_us(labels, fine_us)
+            self.behind_us = self._initial_clock_offset_us() if behind_us is None else behind_us
         else:
             self.settled_us, self.behind_us = int(state.get("settled_us")), int(state.get("behind_us"))
-        self.engine = Engine(state, catalogue, self._views, self._ttl_us, self.behind_us)
+        self.engine = StreamEngine(state, catalogue, self._views, self._ttl_us, self.behind_us)
         self._pending = Outcomes.none()
-        self._position: Position = {}
+        self._position: Offsets = {}
         if fresh:
             with state.transaction():
                 self._record(bootstrap(self.engine, labels, self.settled_us))
@@ -114,64 +114,64 @@ class Processor:
         self._pending = _unpacked(state.pending())
         self._position = {int(partition): offset for partition, offset in state.get("position").items()}
 
-    def round(self, *, wait_s: float | None = None) -> Round:
+    def run_micro_batch(self, *, wait_s: float | None = None) -> MicroBatchResult:
         """Read, step, record, deliver."""
         settings = self._settings
         waited = settings.wait_s if wait_s is None else wait_s
-        batch = self._log.read(self._position, limit=settings.most_records, wait_s=waited)
-        done = Round(settled_us=self.settled_us)
-        self._take(batch.records, done)
-        complete_us = batch.complete_until_us - int(settings.lateness_s * SECOND_US) - self.behind_us
+        batch = self._log.read(self._position, limit=settings.max_records, wait_s=waited)
+        result = MicroBatchResult(watermark_us=self.settled_us)
+        self._buffer_records(batch.records, result)
+        complete_us = batch.watermark_us - int(settings.lateness_s * SECOND_US) - self.behind_us
         steps = list(self.engine.steps(self.settled_us, complete_us, self._pending.time_us))
         if not steps and not batch.records:
-            done.rows = self._deliver()
-            return done
+            result.rows = self._deliver()
+            return result
         with self._state.transaction():
             for until_us in steps:
                 now = self._pending.time_us + AFTER_US <= until_us
-                done.emitted += self.engine.step(until_us, self._pending.take(now))
+                result.emitted += self.engine.step(until_us, self._pending.take(now))
                 if now.any():
                     self._pending = self._pending.take(~now)
                 self.settled_us = until_us
-            self._position = dict(batch.position)
-            self._record(done.emitted)
-        done.settled_us, done.steps = self.settled_us, len(steps)
+            self._position = dict(batch.next_offsets)
+            self._record(result.emitted)
+        result.watermark_us, result.steps = self.settled_us, len(steps)
         if self._outputs is not None:
-            done.rows = self._deliver()
-            done.emitted = []
+            result.rows = self._deliver()
+            result.emitted = []
             if batch.records:
                 self._log.commit(settings.consumer, self._position)
-        return done
+        return result
 
-    def _rest_us(self) -> int:
+    def _initial_clock_offset_us(self) -> int:
         """How long the data set has rested when the stream begins, 0 where it is of today."""
         now_us = int(self._clock() * 1e6)
         first = self._log.read({}, limit=1).records
         from_us = min([now_us, *(record.time_us for record in first)])
         rested_us = from_us - self.settled_us
-        return rested_us if rested_us > RESTED_US else 0
+        return rested_us if rested_us > STALE_DATASET_AGE_US else 0
 
-    def _take(self, records: Sequence[StoredRecord], done: Round) -> None:
+    def _buffer_records(self, records: Sequence[StoredRecord], result: MicroBatchResult) -> None:
         if not records:
             return
         fresh = Outcomes.joined([_outcomes(record.payload) for record in records])
         time_us = np.maximum(fresh.time_us, fresh.shown_us) - self.behind_us
         late = time_us < self.settled_us
-        done.outcomes, done.late = len(fresh), int(late.sum())
+        result.outcomes, result.late = len(fresh), int(late.sum())
         time_us = np.where(late, self.settled_us, time_us)
         fresh = Outcomes(**{**vars(fresh), "time_us": time_us})
         self._pending = Outcomes.joined([self._pending, fresh])
 
-    def _record(self, emitted: Sequence[Emitted]) -> None:
+    def _record(self, emitted: Sequence[EmittedRows]) -> None:
         """Position, pending and rows into the state; within a transaction."""
         state = self._state
         if emitted and self._outputs is not None:
-            latest = latest_of_each(emitted)
+            latest = latest_per_entity(emitted)
             sequence = int(state.get("change") or 0)
             if any(view in VIDEO_VIEWS for view in latest):
                 sequence += 1
                 state.put(change=sequence)
-            state.post(parcel(latest, self.settled_us, sequence))
+            state.append_outbox(encode_outbox_entry(latest, self.settled_us, sequence))
         state.put_pending(_packed(self._pending))
         position = {str(partition): offset for partition, offset in self._position.items()}
         state.put(settled_us=self.settled_us, behind_us=self.behind_us, position=position)
@@ -183,17 +183,17 @@ class Processor:
         for place, content in self._state.outbox():
             for view, count in self._outputs.deliver(content).items():
                 rows[view] += count
-            self._state.delivered(place)
+            self._state.delete_outbox_entry(place)
         return rows
 
 
 def _outcomes(payload: bytes) -> Outcomes:
     """A record's outcomes."""
-    table = outcomes_of(payload)
+    table = decode_outcomes(payload)
     words = table["type"].combine_chunks()
     if isinstance(words, pa.ChunkedArray):
         words = words.chunk(0) if words.num_chunks else pa.array([], table.schema.field("type").type)
-    code = np.array([KINDS.index(OutcomeType(word)) for word in words.dictionary.to_pylist()], np.int64)
+    code = np.array([OUTCOME_TYPES.index(OutcomeType(word)) for word in words.dictionary.to_pylist()], np.int64)
     return Outcomes(
         impression_id=table["impression_id"].to_numpy(),
         viewer_id=table["viewer_id"].to_numpy(),

@@ -14,14 +14,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from reelway.pipelines.features.online import STATE_FILE
+from reelway.pipelines.features.online import MATERIALISATION_FILE
 from reelway.pipelines.features.registry import register_features
 from reelway.pipelines.features.stream.cells import STREAMED
-from reelway.pipelines.features.stream.processor import SECOND_US, Processor, StreamSettings
+from reelway.pipelines.features.stream.processor import SECOND_US, StreamProcessor, StreamSettings
 from reelway.pipelines.features.stream.service import catalogue_of, view_settings
 from reelway.pipelines.features.stream.state import StreamState
-from reelway.pipelines.features.training_rows import CATALOGUE_FILE, LABELS_FILE, read_artifact
-from reelway.platform.contracts.events import TIME
+from reelway.pipelines.features.training_rows import CATALOGUE_FILE, LABELS_FILE, read_feature_file
+from reelway.platform.contracts.events import TIMESTAMP_TYPE
 from reelway.platform.durable import write_json
 from reelway.platform.eventlog import EventLog
 from reelway.platform.features.dimensions import read_dimensions
@@ -45,11 +45,11 @@ def replay_log(run: RunDirectory, events: EventLog, target: Path, behind_us: int
     ttl_us = {view: int(store.get_feature_view(view).ttl.total_seconds() * SECOND_US) for view in STREAMED}
     state = StreamState(target / "state.db")
     try:
-        processor = Processor(events, state, None, view_settings(run), ttl_us, settings)
-        processor.start(catalogue_of(run), read_artifact(run.features / LABELS_FILE), behind_us)
+        processor = StreamProcessor(events, state, None, view_settings(run), ttl_us, settings)
+        processor.start(catalogue_of(run), read_feature_file(run.features / LABELS_FILE), behind_us)
         began_us = processor.settled_us
         emitted = []
-        while (done := processor.round(wait_s=0)).outcomes or done.steps:
+        while (done := processor.run_micro_batch(wait_s=0)).outcomes or done.steps:
             emitted += done.emitted
     finally:
         state.close()
@@ -63,13 +63,13 @@ def replay_log(run: RunDirectory, events: EventLog, target: Path, behind_us: int
             rows += table.num_rows
     shutil.copy(run.features / CATALOGUE_FILE, target / CATALOGUE_FILE)
     register_features(target, read_dimensions(run.features), "sqlite")
-    write_json(target / STATE_FILE, {"at_s": began_us / SECOND_US, "viewers": 0})
+    write_json(target / MATERIALISATION_FILE, {"at_s": began_us / SECOND_US, "viewers": 0})
     return rows
 
 
 def _batch_rows(run: RunDirectory, target: Path, until_us: int) -> None:
     """Copies the batch job's rows up to the initial watermark of the stream. Other views are copied unchanged."""
-    moment = pa.scalar(until_us, pa.int64()).cast(TIME)
+    moment = pa.scalar(until_us, pa.int64()).cast(TIMESTAMP_TYPE)
     for folder in sorted((run.features / "views").iterdir()):
         table = pa.concat_tables(pq.read_table(part) for part in sorted(folder.glob("*.parquet")))
         if folder.name in STREAMED:

@@ -18,24 +18,24 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from prometheus_client import CollectorRegistry, start_http_server
 
-from reelway.pipelines.features.stream.cells import STREAMED, rhythms
-from reelway.pipelines.features.stream.engine import FATES, Catalogue
-from reelway.pipelines.features.stream.outputs import Outputs
-from reelway.pipelines.features.stream.processor import SECOND_US, Processor, Round, StreamSettings
+from reelway.pipelines.features.stream.cells import STREAMED, emission_schedules
+from reelway.pipelines.features.stream.engine import APPLY_RESULTS, StreamCatalogue
+from reelway.pipelines.features.stream.outputs import FeatureSinks
+from reelway.pipelines.features.stream.processor import SECOND_US, MicroBatchResult, StreamProcessor, StreamSettings
 from reelway.pipelines.features.stream.state import StreamState
-from reelway.pipelines.features.training_rows import LABELS_FILE, read_artifact
+from reelway.pipelines.features.training_rows import LABELS_FILE, read_feature_file
 from reelway.pipelines.features.views import Prior, ViewSettings
 from reelway.platform.contracts.feature_dimensions import FeatureDimensions
 from reelway.platform.errors import FeatureError, StorageError
 from reelway.platform.eventlog import EventLog, open_event_log
-from reelway.platform.eventlog.changelog import Changelog
+from reelway.platform.eventlog.changelog import FeatureChangelog
 from reelway.platform.features.store import open_feature_store
 from reelway.platform.runs import RunDirectory
 from reelway.platform.telemetry import counter, gauge
 
 log = logging.getLogger(__name__)
 
-PATIENCE_S: Final = 2.0
+RETRY_DELAY_S: Final = 2.0
 """Delay between two attempts when a store cannot be reached."""
 
 
@@ -61,11 +61,13 @@ class StreamMetrics:
         self._rows = counter("reelway_stream_rows_total", "Rows written.", ["view"], registry)
         self._faults = counter("reelway_stream_faults_total", "Micro-batches that failed.", [], registry)
         self._freshness = gauge("reelway_stream_freshness_seconds", "Age of a view's rows.", ["view"], registry)
-        for result in FATES:
+        for result in APPLY_RESULTS:
             self._outcomes.labels(result)
-        self._before = dict.fromkeys(FATES, 0)
+        self._before = dict.fromkeys(APPLY_RESULTS, 0)
 
-    def ended(self, done: Round, processor: Processor, now_s: float, grids_us: Mapping[str, int]) -> None:
+    def record_batch(
+        self, done: MicroBatchResult, processor: StreamProcessor, now_s: float, grids_us: Mapping[str, int]
+    ) -> None:
         now_us = now_s * SECOND_US - processor.behind_us
         self._lag.set((now_us - processor.settled_us) / SECOND_US)
         for view, grid_us in grids_us.items():
@@ -77,7 +79,7 @@ class StreamMetrics:
             self._outcomes.labels(result).inc(count - self._before[result])
             self._before[result] = count
 
-    def failed(self) -> None:
+    def record_failure(self) -> None:
         self._faults.inc()
 
 
@@ -89,8 +91,11 @@ def view_settings(run: RunDirectory) -> ViewSettings:
     return ViewSettings(dimensions, **{**config, **priors})
 
 
-def stream(
-    run: RunDirectory, options: StreamOptions, stop: threading.Event, said: Callable[[Round], None] | None = None
+def run_stream(
+    run: RunDirectory,
+    options: StreamOptions,
+    stop: threading.Event,
+    on_batch: Callable[[MicroBatchResult], None] | None = None,
 ) -> None:
     """Processes micro-batches until ``stop`` is set. Everything read by then is recorded and delivered.
 
@@ -100,34 +105,34 @@ def stream(
     """
     registry = CollectorRegistry()
     metrics = StreamMetrics(registry)
-    with _metrics_server(options.metrics_port, registry), opened(run, options) as processor:
-        grids_us = {view: rhythm.grid_us for view, rhythm in rhythms(view_settings(run)).items()}
+    with _metrics_server(options.metrics_port, registry), open_processor(run, options) as processor:
+        grids_us = {view: rhythm.grid_us for view, rhythm in emission_schedules(view_settings(run)).items()}
         while not stop.is_set():
             try:
-                done = processor.round()
+                done = processor.run_micro_batch()
             except (FeatureError, StorageError) as error:
-                metrics.failed()
-                log.error("micro-batch failed, retrying in %g s: %s", PATIENCE_S, error)
-                stop.wait(PATIENCE_S)
+                metrics.record_failure()
+                log.error("micro-batch failed, retrying in %g s: %s", RETRY_DELAY_S, error)
+                stop.wait(RETRY_DELAY_S)
                 processor.resume()
                 continue
-            metrics.ended(done, processor, time.time(), grids_us)
-            if said:
-                said(done)
+            metrics.record_batch(done, processor, time.time(), grids_us)
+            if on_batch:
+                on_batch(done)
 
 
 @contextmanager
-def opened(run: RunDirectory, options: StreamOptions) -> Iterator[Processor]:
+def open_processor(run: RunDirectory, options: StreamOptions) -> Iterator[StreamProcessor]:
     """Opens and starts the run's processor."""
     store = open_feature_store(run.features)
     ttl_us = {view: int(store.get_feature_view(view).ttl.total_seconds() * SECOND_US) for view in STREAMED}
-    outputs = Outputs(store, Changelog(options.overlay or run.overlay))
+    outputs = FeatureSinks(store, FeatureChangelog(options.overlay or run.overlay))
     events: EventLog = open_event_log(options.events or run.event_log)
     try:
         state = StreamState(run.path / "stream" / "state.db")
         try:
-            processor = Processor(events, state, outputs, view_settings(run), ttl_us, options.settings)
-            processor.start(catalogue_of(run), read_artifact(run.features / LABELS_FILE))
+            processor = StreamProcessor(events, state, outputs, view_settings(run), ttl_us, options.settings)
+            processor.start(catalogue_of(run), read_feature_file(run.features / LABELS_FILE))
             yield processor
         finally:
             state.close()
@@ -135,7 +140,7 @@ def opened(run: RunDirectory, options: StreamOptions) -> Iterator[Processor]:
         events.close()
 
 
-def catalogue_of(run: RunDirectory) -> Catalogue:
+def catalogue_of(run: RunDirectory) -> StreamCatalogue:
     """Reads the data set's videos and creators."""
     tables: dict[str, pa.Table] = {}
     for name in ("videos", "creators"):
@@ -145,7 +150,7 @@ def catalogue_of(run: RunDirectory) -> Catalogue:
             raise FeatureError(
                 f"{run.dataset}: {name}.parquet not found; simulate or import a data set first"
             ) from error
-    return Catalogue.of(tables["videos"], tables["creators"])
+    return StreamCatalogue.of(tables["videos"], tables["creators"])
 
 
 @contextmanager

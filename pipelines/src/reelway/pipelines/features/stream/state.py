@@ -144,7 +144,7 @@ class StreamState:
             start = end
         self._db.executemany(f"INSERT OR REPLACE INTO {view} VALUES (?, ?, ?, ?)", table)
 
-    def drop(self, view: str, ids: I64) -> None:
+    def delete_entities(self, view: str, ids: I64) -> None:
         """Nothing is known of them any more."""
         self._db.executemany(f"DELETE FROM {view} WHERE id = ?", [(one,) for one in ids.tolist()])
 
@@ -175,7 +175,7 @@ class StreamState:
         rows = zip(*(getattr(impressions, name).tolist() for name in _OPEN), strict=True)
         self._db.executemany("INSERT OR REPLACE INTO open VALUES (?, ?, ?, ?, ?, ?, ?)", rows)
 
-    def settle_impressions(self, shown_before_us: int) -> None:
+    def close_impressions(self, shown_before_us: int) -> None:
         """Forget impressions that nothing can change any more."""
         self._db.execute("DELETE FROM open WHERE shown_us < ?", (shown_before_us,))
 
@@ -187,7 +187,7 @@ class StreamState:
     def put_pending(self, outcomes: bytes) -> None:
         self._db.execute("INSERT OR REPLACE INTO pending VALUES (0, ?)", (outcomes,))
 
-    def post(self, rows: bytes) -> None:
+    def append_outbox(self, rows: bytes) -> None:
         """Into the outbox."""
         self._db.execute("INSERT INTO outbox (rows) VALUES (?)", (rows,))
 
@@ -196,6 +196,6 @@ class StreamState:
         found: list[tuple[int, bytes]] = self._db.execute("SELECT place, rows FROM outbox ORDER BY place").fetchall()
         return found
 
-    def delivered(self, place: int) -> None:
+    def delete_outbox_entry(self, entry_id: int) -> None:
         with self.transaction():
-            self._db.execute("DELETE FROM outbox WHERE place <= ?", (place,))
+            self._db.execute("DELETE FROM outbox WHERE place <= ?", (entry_id,))

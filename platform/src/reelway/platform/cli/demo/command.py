@@ -19,9 +19,9 @@ import httpx
 import typer
 
 from reelway.platform.cli.demo import report, rollouts
-from reelway.platform.cli.demo.walk import DemoWalk
-from reelway.platform.cli.processes import child, reelway_command, run_to_end
-from reelway.platform.cli.terminal import console, say
+from reelway.platform.cli.demo.walk import DemoProgress
+from reelway.platform.cli.processes import child_process, reelway_command, run_command
+from reelway.platform.cli.terminal import print_status, stderr_console
 from reelway.platform.errors import ConfigError, ServingError
 from reelway.platform.runs import RunDirectory
 
@@ -82,12 +82,12 @@ def register(app: typer.Typer) -> None:
         options = DemoOptions(RunDirectory(run), data, data_dir, workers, gpus, seed, keep, rollouts)
         if data is DataChoice.ML_100K and data_dir is None:
             raise ConfigError("--data ml-100k requires its folder; pass --data-dir DIR (make demo DATA_DIR=DIR)")
-        with only_one(options.run):
+        with exclusive_run_lock(options.run):
             run_demo(options)
 
 
 @contextmanager
-def only_one(run: RunDirectory) -> Iterator[None]:
+def exclusive_run_lock(run: RunDirectory) -> Iterator[None]:
     """Locks the run directory for one demo at a time.
 
     Raises:
@@ -107,38 +107,38 @@ def only_one(run: RunDirectory) -> Iterator[None]:
 
 def run_demo(options: DemoOptions) -> None:
     run, offline = options.run, offline_steps(options)
-    walk = DemoWalk(len(offline) + 2 + (2 + len(rollouts.SCENES) if options.with_rollouts else 0))
+    walk = DemoProgress(len(offline) + 2 + (2 + len(rollouts.SCENARIOS) if options.with_rollouts else 0))
     if options.rollouts and not options.with_rollouts:
-        say(f"no rollouts: {options.data.value} has no simulated viewers; use --data simulated")
-    rollouts.lay_aside_earlier_rollouts(run)
+        print_status(f"no rollouts: {options.data.value} has no simulated viewers; use --data simulated")
+    rollouts.archive_previous_rollouts(run)
     for title, command in offline:
         walk.step(title, command)
-        run_to_end(reelway_command(*command))
+        run_command(reelway_command(*command))
     serve = ["serve", "--run", str(run.path), "--port", "0"]
     if options.with_rollouts:
-        commands = rollouts.rehearsal_commands(run, options.seed)
+        commands = rollouts.drill_release_commands(run, options.seed)
         walk.step("Build the initial release and the bad releases", *commands)
-        rollouts.make_rehearsals(commands)
-        first, share = rollouts.first_release(run)[:12], str(rollouts.PARITY_RATIO)
+        rollouts.build_drill_releases(commands)
+        first, share = rollouts.initial_release(run)[:12], str(rollouts.PARITY_RATIO)
         serve += ["--release", first, "--parity-sample-ratio", share]
     else:
         serve += ["--release", str(run.record("release")["summary"]["release_id"])[:12]]
     walk.step("Deploy with Ray Serve", serve)
     with ExitStack() as stack:
-        url = stack.enter_context(serving(options, serve))
-        played = rollouts.play(run, walk) if options.with_rollouts else None
+        url = stack.enter_context(running_service(options, serve))
+        played = rollouts.run_scenarios(run, walk) if options.with_rollouts else None
         walk.step("Recommendations over HTTP", ["recommend", "--url", url, "--viewer", "..."])
-        report.show(run, url)
+        report.print_demo_report(run, url)
         if played:
-            rollouts.show(*played)
+            rollouts.print_scenario_results(*played)
         walk.show_times()
-        say(f"\nThe demo took {walk.elapsed_s:.0f} s.")
+        print_status(f"\nThe demo took {walk.elapsed_s:.0f} s.")
         if played:
-            rollouts.assess(*played)
+            rollouts.check_results(*played)
         if options.keep:
             stack.pop_all()
-            pid = _serving_record(run)["pid"]
-            say(f"The service keeps running at {url}. Stop it with: kill {pid}")
+            pid = _read_serving_record(run)["pid"]
+            print_status(f"The service keeps running at {url}. Stop it with: kill {pid}")
 
 
 def offline_steps(options: DemoOptions) -> list[tuple[str, list[str]]]:
@@ -162,7 +162,7 @@ def offline_steps(options: DemoOptions) -> list[tuple[str, list[str]]]:
 
 
 @contextmanager
-def serving(options: DemoOptions, command: list[str]) -> Iterator[str]:
+def running_service(options: DemoOptions, command: list[str]) -> Iterator[str]:
     """Runs the service as a child process and yields its URL once it responds.
 
     Raises:
@@ -170,26 +170,26 @@ def serving(options: DemoOptions, command: list[str]) -> Iterator[str]:
     """
     log = options.run.path / "serving.log"
     (options.run.path / "serving.json").unlink(missing_ok=True)
-    with child(reelway_command(*command), log=log) as process:
+    with child_process(reelway_command(*command), log=log) as process:
         yield _wait_until_answering(options.run, process, log)
 
 
 def _wait_until_answering(run: RunDirectory, process: subprocess.Popen[bytes], log: Path) -> str:
     deadline = time.monotonic() + SERVE_DEADLINE_S
-    with console.status(f"starting Ray Serve (log: {log})"):
+    with stderr_console.status(f"starting Ray Serve (log: {log})"):
         while time.monotonic() < deadline:
             if (code := process.poll()) is not None:
                 tail = "\n".join(log.read_text(errors="replace").splitlines()[-15:])
                 raise ServingError(f"`reelway serve` exited with code {code} before it responded:\n{tail}")
             if (run.path / "serving.json").exists():
-                url = str(_serving_record(run)["url"])
+                url = str(_read_serving_record(run)["url"])
                 if httpx.get(f"{url}/healthz", timeout=10).is_success:
-                    say(f"serving release {_serving_record(run)['release'][:12]} at {url}")
+                    print_status(f"serving release {_read_serving_record(run)['release'][:12]} at {url}")
                     return url
             time.sleep(0.1)
     raise ServingError(f"`reelway serve` did not respond within {SERVE_DEADLINE_S:g} s; see its log {log}")
 
 
-def _serving_record(run: RunDirectory) -> dict[str, str]:
+def _read_serving_record(run: RunDirectory) -> dict[str, str]:
     record: dict[str, str] = json.loads((run.path / "serving.json").read_text())
     return record

@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from rich.table import Table
 
-from reelway.platform.cli.terminal import out, progress
+from reelway.platform.cli.terminal import progress, stdout_console
 from reelway.platform.contracts.events import OutcomeType
 from reelway.platform.errors import DataError, ServingError
 from reelway.platform.runs import RunDirectory
@@ -26,7 +26,7 @@ SHOWN_VIDEOS = 8
 REQUESTS = 200
 
 
-def show(run: RunDirectory, url: str) -> None:
+def print_demo_report(run: RunDirectory, url: str) -> None:
     """Print slates, a latency summary and next steps to standard output."""
     likes = _likes(run.dataset)
     titles = _titles(run.dataset)
@@ -90,9 +90,9 @@ def _print_slate(viewer: int, likes: pa.Table, titles: dict[int, str], answer: d
             video["reason"],
             f"{video['score']:.3f}",
         )
-    out.print(table)
+    stdout_console.print(table)
     if answer["degraded"]:
-        out.print(f"degraded: {', '.join(answer['degraded'])}")
+        stdout_console.print(f"degraded: {', '.join(answer['degraded'])}")
 
 
 def _print_latency(url: str, viewers: list[int]) -> None:
@@ -106,14 +106,14 @@ def _print_latency(url: str, viewers: list[int]) -> None:
             seen_ms[i] = 1000 * (time.perf_counter() - start)
             bar.advance(task)
     p50, p95, p99 = np.percentile(seen_ms, [50, 95, 99])
-    out.print(
+    stdout_console.print(
         f"latency of {REQUESTS} sequential requests for 20 videos each: "
         f"p50 {p50:.1f} ms, p95 {p95:.1f} ms, p99 {p99:.1f} ms"
     )
 
 
 def _print_next(run: RunDirectory, url: str) -> None:
-    out.print(
+    stdout_console.print(
         "\nnext\n"
         f"  {run.path}/steps/*.json        record of each step: configuration, seed, result\n"
         f"  {run.path}/evaluation/         ranking quality compared with baselines\n"

@@ -18,11 +18,11 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 from rich.markup import escape
 from rich.table import Table
 
-from reelway.platform.cli.demo.walk import DemoWalk
-from reelway.platform.cli.processes import child, reelway_command, run_to_end
+from reelway.platform.cli.demo.walk import DemoProgress
+from reelway.platform.cli.processes import child_process, reelway_command, run_command
 from reelway.platform.cli.rollout.access import open_store
 from reelway.platform.cli.rollout.place import serving_record
-from reelway.platform.cli.terminal import console, out, say
+from reelway.platform.cli.terminal import print_status, stderr_console, stdout_console
 from reelway.platform.contracts.ids import short_id
 from reelway.platform.errors import CommandFailedError, ConfigError, RolloutError
 from reelway.platform.runs import RunDirectory
@@ -30,44 +30,44 @@ from reelway.platform.runs import RunDirectory
 if TYPE_CHECKING:
     from reelway.platform.rollout.records import HistoryEntry, Rollout
 
-RATE: Final = 20
+REQUESTS_PER_S: Final = 20
 """About a third of the capacity of two cores, so that a release can start meanwhile."""
 PARITY_RATIO: Final = 0.05
-PARITY_EVERY_S: Final = 5
+PARITY_INTERVAL_S: Final = 5
 ROLLOUT_S: Final = 240
 """Maximum duration of one rollout."""
-SETTLE_S: Final = 2.0
+SETTLE_DELAY_S: Final = 2.0
 """The traffic report is at most 1 s old, and the policy's cooldown is 1 s."""
-TRAFFIC_STARTS_S: Final = 60.0
-_ENDED: Final = (0, 10)
+TRAFFIC_START_TIMEOUT_S: Final = 60.0
+_ACCEPTED_EXIT_CODES: Final = (0, 10)
 """Exit codes of ``reelway rollout start --wait``: promoted, rolled back."""
 
 
 @dataclass(frozen=True)
-class Scene:
+class RolloutScenario:
     """One rollout of the demo."""
 
     title: str
     step: str
     """Step of the run whose record contains the release id."""
-    wrong: str
+    fault: str
     expected: str
 
 
-SCENES: Final = (
-    Scene("Roll out the trained release over popular videos", "release", "none", "promoted"),
-    Scene("Roll out a release that viewers like less", "rehearse-worse", "shuffled labels", "rolled_back"),
-    Scene("Roll out a release that fails", "rehearse-errors", "ranker fails", "rolled_back"),
-    Scene("Roll out a release that is slow", "rehearse-slow", "ranker is slow", "rolled_back"),
+SCENARIOS: Final = (
+    RolloutScenario("Roll out the trained release over popular videos", "release", "none", "promoted"),
+    RolloutScenario("Roll out a release that viewers like less", "rehearse-worse", "shuffled labels", "rolled_back"),
+    RolloutScenario("Roll out a release that fails", "rehearse-errors", "ranker fails", "rolled_back"),
+    RolloutScenario("Roll out a release that is slow", "rehearse-slow", "ranker is slow", "rolled_back"),
 )
-REHEARSALS: Final = ("popular", "worse", "errors", "slow")
+DRILL_RELEASE_KINDS: Final = ("popular", "worse", "errors", "slow")
 
 
 @dataclass(frozen=True)
-class Ending:
+class ScenarioResult:
     """Result of one rollout of the demo."""
 
-    scene: Scene
+    scene: RolloutScenario
     release: str
     end: str
     evidence: str
@@ -83,19 +83,19 @@ class Ending:
         return self.end == self.scene.expected and self.failed == 0
 
 
-def rehearsal_commands(run: RunDirectory, seed: int) -> list[list[str]]:
+def drill_release_commands(run: RunDirectory, seed: int) -> list[list[str]]:
     """Returns the commands that build the initial release and the bad releases."""
     good = str(run.record("release")["summary"]["release_id"])
     where = ["--run", str(run.path), "--base", short_id(good), "--seed", str(seed)]
-    return [["release", "rehearse", kind, *where] for kind in REHEARSALS]
+    return [["release", "rehearse", kind, *where] for kind in DRILL_RELEASE_KINDS]
 
 
-def first_release(run: RunDirectory) -> str:
+def initial_release(run: RunDirectory) -> str:
     """Returns the release that is served before the first rollout."""
     return _release_of(run, "rehearse-popular")
 
 
-def lay_aside_earlier_rollouts(run: RunDirectory) -> None:
+def archive_previous_rollouts(run: RunDirectory) -> None:
     """Moves the rollouts of an earlier demo aside, so that this demo starts without history.
 
     Raises:
@@ -108,24 +108,24 @@ def lay_aside_earlier_rollouts(run: RunDirectory) -> None:
         archive = run.path / "earlier-rollouts" / f"{datetime.now(UTC):%Y%m%d-%H%M%S}"
         archive.parent.mkdir(exist_ok=True)
         folder.rename(archive)
-        say(f"rollouts of an earlier demo were moved to {archive}")
+        print_status(f"rollouts of an earlier demo were moved to {archive}")
 
 
-def play(run: RunDirectory, walk: DemoWalk) -> tuple[list[Ending], dict[str, Any]]:
+def run_scenarios(run: RunDirectory, progress: DemoProgress) -> tuple[list[ScenarioResult], dict[str, Any]]:
     """Runs all scenarios on the running service under traffic. Returns their results and the traffic report."""
     report = run.path / "traffic.json"
     where = ["--run", str(run.path)]
-    traffic = ["traffic", *where, "--rate", str(RATE), "--report", str(report)]
-    parity = ["features", "parity", *where, "--interval", str(PARITY_EVERY_S)]
-    walk.step("Simulate viewers and replay served features", traffic, parity)
+    traffic = ["traffic", *where, "--rate", str(REQUESTS_PER_S), "--report", str(report)]
+    parity = ["features", "parity", *where, "--interval", str(PARITY_INTERVAL_S)]
+    progress.step("Simulate viewers and replay served features", traffic, parity)
     with ExitStack() as stack:
-        stack.enter_context(child(reelway_command(*parity), log=run.path / "parity.log"))
+        stack.enter_context(child_process(reelway_command(*parity), log=run.path / "parity.log"))
         stack.enter_context(_traffic(traffic, run.path / "traffic.log", report))
-        endings = [_play(run, scene, walk, report) for scene in SCENES]
+        endings = [_run_scenario(run, scene, progress, report) for scene in SCENARIOS]
     return endings, _read(report)
 
 
-def show(endings: Sequence[Ending], traffic: dict[str, Any]) -> None:
+def print_scenario_results(endings: Sequence[ScenarioResult], traffic: dict[str, Any]) -> None:
     """Prints a table of the rollouts and their results.
 
     ``at`` is the canary's weight at the decision, ``viewers`` its number of viewers, ``s`` the seconds with traffic.
@@ -138,19 +138,19 @@ def show(endings: Sequence[Ending], traffic: dict[str, Any]) -> None:
     for one in endings:
         colour = "green" if one.as_expected else "bold red"
         table.add_row(
-            short_id(one.release), one.scene.wrong, f"[{colour}]{one.end.replace('_', ' ')}[/]",
+            short_id(one.release), one.scene.fault, f"[{colour}]{one.end.replace('_', ' ')}[/]",
             escape(one.evidence.replace(", ", "\n")), f"{one.weight_bp / 100:g} %", str(one.viewers),
             f"{one.seconds:.0f}", str(one.failed),
         )  # fmt: skip
-    out.print(table)
-    out.print(
+    stdout_console.print(table)
+    stdout_console.print(
         f"traffic: {traffic['requests']} requests, {traffic['failed']} failed, {traffic['arm_changes']} unexpected arm "
         f"changes; {traffic['outcomes']['sent']} outcomes sent, {traffic['outcomes']['posts_failed']} posts failed",
         highlight=False,
     )
 
 
-def assess(endings: Sequence[Ending], traffic: dict[str, Any]) -> None:
+def check_results(endings: Sequence[ScenarioResult], traffic: dict[str, Any]) -> None:
     """Checks that all scenarios ended as expected.
 
     Raises:
@@ -168,40 +168,40 @@ def assess(endings: Sequence[Ending], traffic: dict[str, Any]) -> None:
         raise RolloutError("the demo did not end as expected: " + "; ".join(wrong))
 
 
-def _play(run: RunDirectory, scene: Scene, walk: DemoWalk, report: Path) -> Ending:
+def _run_scenario(run: RunDirectory, scene: RolloutScenario, progress: DemoProgress, report: Path) -> ScenarioResult:
     release = _release_of(run, scene.step)
     command = ["rollout", "start", short_id(release), "--run", str(run.path), "--policy", "demo", "--wait",
                "--timeout", str(ROLLOUT_S)]  # fmt: skip
-    walk.step(scene.title, command)
+    progress.step(scene.title, command)
     before = _read(report)
-    with child(reelway_command(*command)) as process:
+    with child_process(reelway_command(*command)) as process:
         code = process.wait()
-    if code not in _ENDED:
+    if code not in _ACCEPTED_EXIT_CODES:
         raise CommandFailedError(reelway_command(*command), code)
-    time.sleep(SETTLE_S)
+    time.sleep(SETTLE_DELAY_S)
     store = open_store(run)
     rollout = store.latest()
     assert rollout is not None
-    return ending_of(scene, rollout, store.history(rollout.state.id), before, _read(report))
+    return scenario_result(scene, rollout, store.history(rollout.state.id), before, _read(report))
 
 
-def ending_of(
-    scene: Scene,
+def scenario_result(
+    scene: RolloutScenario,
     rollout: Rollout,
     entries: Sequence[HistoryEntry],
     before: dict[str, Any],
     after: dict[str, Any],
-) -> Ending:
+) -> ScenarioResult:
     """Derives the result of a rollout from its history and the traffic reports before and after it."""
     release = rollout.state.canary_release
     decided = next((e for e in reversed(entries) if e.action in ("promote", "roll_back")), entries[-1])
     began = next((e.time for e in entries if e.action == "step"), decided.time)
     canary = [row for row in after["releases"] if row["release"] == release and row["arm"] == "canary"]
-    return Ending(
+    return ScenarioResult(
         scene=scene,
         release=release,
         end=rollout.state.phase.value,
-        evidence=evidence_of(decided),
+        evidence=deciding_evidence(decided),
         weight_bp=max((e.canary_bp for e in entries if e.number < decided.number), default=0),
         viewers=sum(row["viewers"] for row in canary),
         seconds=decided.time - began,
@@ -210,7 +210,7 @@ def ending_of(
     )
 
 
-def evidence_of(decision: HistoryEntry) -> str:
+def deciding_evidence(decision: HistoryEntry) -> str:
     """Returns the breached guardrails and harmed metrics behind a rollback, or the grounds of a promotion."""
     evidence = decision.evidence
     bad = [g["name"] for g in evidence.get("guardrails", ()) if g["state"] == "bad"]
@@ -225,9 +225,9 @@ def evidence_of(decision: HistoryEntry) -> str:
 @contextmanager
 def _traffic(command: Sequence[str], log: Path, report: Path) -> Iterator[None]:
     report.unlink(missing_ok=True)
-    with child(reelway_command(*command), log=log) as process:
-        deadline = time.monotonic() + TRAFFIC_STARTS_S
-        with console.status(f"waiting for the first viewers (log: {log})"):
+    with child_process(reelway_command(*command), log=log) as process:
+        deadline = time.monotonic() + TRAFFIC_START_TIMEOUT_S
+        with stderr_console.status(f"waiting for the first viewers (log: {log})"):
             while not report.exists():
                 if process.poll() is not None or time.monotonic() > deadline:
                     raise CommandFailedError(["reelway", *command], process.poll() or 1)
@@ -244,7 +244,7 @@ def _read(report: Path) -> dict[str, Any]:
     return found
 
 
-def make_rehearsals(commands: Sequence[Sequence[str]]) -> None:
+def build_drill_releases(commands: Sequence[Sequence[str]]) -> None:
     """Builds the releases sequentially."""
     for command in commands:
-        run_to_end(reelway_command(*command))
+        run_command(reelway_command(*command))

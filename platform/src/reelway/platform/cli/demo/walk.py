@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from rich.rule import Rule
 from rich.table import Table
 
-from reelway.platform.cli.terminal import console, out
+from reelway.platform.cli.terminal import stderr_console, stdout_console
 
 
-class DemoWalk:
+class DemoProgress:
     """Numbers the steps of a demo and measures their durations."""
 
     def __init__(self, total: int) -> None:
@@ -22,9 +22,9 @@ class DemoWalk:
     def step(self, title: str, *commands: Sequence[str]) -> None:
         """Ends the current step and starts the next one."""
         self._steps.append((title, time.monotonic()))
-        console.print(Rule(f"[bold]{len(self._steps)}/{self._total} {title}", align="left"))
+        stderr_console.print(Rule(f"[bold]{len(self._steps)}/{self._total} {title}", align="left"))
         for command in commands:
-            console.print(f"$ reelway {' '.join(command)}", highlight=False, markup=False, soft_wrap=True)
+            stderr_console.print(f"$ reelway {' '.join(command)}", highlight=False, markup=False, soft_wrap=True)
 
     @property
     def elapsed_s(self) -> float:
@@ -40,4 +40,4 @@ class DemoWalk:
         for (title, began), end in zip(self._steps, ends, strict=True):
             table.add_row(title, f"{end - began:.0f}")
         table.add_row("total", f"{self.elapsed_s:.0f}", style="bold")
-        out.print(table)
+        stdout_console.print(table)

@@ -22,11 +22,17 @@ import httpx
 import typer
 from rich.markup import escape
 
-from reelway.platform.cli.processes import child, reelway_command
-from reelway.platform.cli.rollout.access import controller_sight, open_store, start_the_controller
-from reelway.platform.cli.rollout.place import actor, controller_record, open_run, serving_record, tell
-from reelway.platform.cli.rollout.wait import RolloutExit, wait_until
-from reelway.platform.cli.terminal import console, out
+from reelway.platform.cli.processes import child_process, reelway_command
+from reelway.platform.cli.rollout.access import controller_start_hint, controller_status, open_store
+from reelway.platform.cli.rollout.place import (
+    controller_record,
+    current_user,
+    open_run,
+    print_unwrapped,
+    serving_record,
+)
+from reelway.platform.cli.rollout.wait import RolloutExitCode, wait_until
+from reelway.platform.cli.terminal import stderr_console, stdout_console
 from reelway.platform.contracts.ids import short_id
 from reelway.platform.errors import CommandFailedError, ConfigError, RolloutError
 from reelway.platform.rollout.state import Command, Phase
@@ -37,12 +43,12 @@ if TYPE_CHECKING:
     from reelway.platform.rollout.policy import RolloutPolicy
     from reelway.platform.rollout.records import Rollout, RolloutStore
 
-READY_S: Final = 300.0
+READY_TIMEOUT_S: Final = 300.0
 """Maximum time for the bad release to start."""
-BACK_S: Final = 60.0
+ROLLBACK_TIMEOUT_S: Final = 60.0
 """Maximum time at the end of the drill until all traffic is on stable."""
-PROBE_S: Final = 3.0
-ALERT_AFTER_S: Final = 3.0
+TRAFFIC_PROBE_S: Final = 3.0
+ALERT_DELAY_S: Final = 3.0
 """Exposure of viewers to the release before the test alert is sent."""
 EXIT_CODES = (
     "Exit codes: 0 detected and rolled back in time, 9 preconditions not met or traffic not back on stable, 11 not "
@@ -58,14 +64,14 @@ class Fault(StrEnum):
     WORSE = "worse"
 
 
-class By(StrEnum):
+class DetectedBy(StrEnum):
     """What must trigger the rollback."""
 
     EVIDENCE = "evidence"
     ALERT = "alert"
 
 
-class Output(StrEnum):
+class TextOrJson(StrEnum):
     """Output format of the command."""
 
     TEXT = "text"
@@ -78,13 +84,13 @@ class Drill:
 
     run: RunDirectory
     store: RolloutStore
-    by: By
+    by: DetectedBy
     fault: str | None
-    within_s: float
+    deadline_s: float
     traffic_report: Path | None
     exposure: dict[str, int] = field(default_factory=dict)
     alerted_at: float | None = None
-    met_at: float | None = None
+    first_exposure_at: float | None = None
 
 
 def register(app: typer.Typer) -> None:
@@ -97,15 +103,17 @@ def drill(
     release: str | None = typer.Option(None, help="Known-bad release. By default one is built with --fault."),
     fault: Fault = typer.Option(Fault.ERRORS, help="Fault of the bad release that is built."),
     policy: str = typer.Option("drill", help="Policy file, or name of a built-in policy: default, demo, drill."),
-    by: By = typer.Option(
-        By.EVIDENCE, "--detected-by", help="Trigger of the rollback: evidence, or a test alert sent to the controller."
+    by: DetectedBy = typer.Option(
+        DetectedBy.EVIDENCE,
+        "--detected-by",
+        help="Trigger of the rollback: evidence, or a test alert sent to the controller.",
     ),
     within: float = typer.Option(
         120.0, "--deadline", min=0,
         help="Maximum seconds from the first exposure (or the alert) until all traffic is on stable.",
     ),
     traffic_report: Path | None = typer.Option(None, help="File written by `reelway traffic --report`."),
-    output: Output = typer.Option(Output.TEXT, "-o", "--output", help="Output format: text or json."),
+    output: TextOrJson = typer.Option(TextOrJson.TEXT, "-o", "--output", help="Output format: text or json."),
 ) -> None:  # fmt: skip
     """Test a rollback on the running service with a known-bad release and report how long it took.
 
@@ -126,20 +134,20 @@ def drill(
     directory = open_run(run)
     rules = policy_named(policy)
     store = open_store(directory)
-    refuse_in_vain(directory, store, by)
+    check_preconditions(directory, store, by)
     bad = release or make_bad_release(directory, fault)
     kind = None if release else fault.value
-    report = rehearse(Drill(directory, store, by, kind, within, traffic_report), bad, rules)
-    if output is Output.JSON:
+    report = run_drill(Drill(directory, store, by, kind, within, traffic_report), bad, rules)
+    if output is TextOrJson.JSON:
         typer.echo(report.model_dump_json(indent=2))
     else:
-        out.print(drill_table(report))
+        stdout_console.print(drill_table(report))
     if not report.on_stable:
         raise RolloutError(f"{report.rollout}: traffic is not back on stable; see `reelway rollout status --run {run}`")
-    raise typer.Exit(0 if report.passed else int(RolloutExit.IN_PROGRESS))
+    raise typer.Exit(0 if report.passed else int(RolloutExitCode.IN_PROGRESS))
 
 
-def refuse_in_vain(run: RunDirectory, store: RolloutStore, by: By) -> None:
+def check_preconditions(run: RunDirectory, store: RolloutStore, by: DetectedBy) -> None:
     """Checks the preconditions of a drill before any traffic changes.
 
     Raises:
@@ -149,15 +157,16 @@ def refuse_in_vain(run: RunDirectory, store: RolloutStore, by: By) -> None:
     serving, latest = serving_record(run), store.latest()
     if serving is None:
         raise RolloutError(f"{run.path} is not being served; run `reelway serve --run {run.path}`")
-    sighting = store.sighting(latest.state.id) if latest else None
-    if silent := controller_sight(run, latest, sighting, time.time()).problem:
-        raise RolloutError(f"{silent}: {start_the_controller(run)}")
+    sighting = store.last_reconcile(latest.state.id) if latest else None
+    if silent := controller_status(run, latest, sighting, time.time()).problem:
+        raise RolloutError(f"{silent}: {controller_start_hint(run)}")
     if latest is not None and latest.state.active:
         raise RolloutError(f"rollout {latest.state.id} is {latest.state.phase.value}; retry when it has ended")
-    if by is By.EVIDENCE and not has_traffic(serving.url):
+    if by is DetectedBy.EVIDENCE and not has_traffic(serving.url):
         raise RolloutError(
-            f"{serving.url} received no request within {PROBE_S:g} s, and without viewers there is no evidence; start "
-            f"`reelway traffic --run {run.path}` in another terminal, or test an alert with --detected-by alert"
+            f"{serving.url} received no request within {TRAFFIC_PROBE_S:g} s, and without viewers there is no evidence; "
+            f"start `reelway traffic --run {run.path}` in another terminal, or test an alert with "
+            "--detected-by alert"
         )
 
 
@@ -167,15 +176,15 @@ def has_traffic(url: str) -> bool:
     Raises:
         RolloutError: if the service does not respond.
     """
-    before, deadline = requests_of(url), time.monotonic() + PROBE_S
+    before, deadline = request_count(url), time.monotonic() + TRAFFIC_PROBE_S
     while time.monotonic() < deadline:
         time.sleep(0.25)
-        if requests_of(url) > before:
+        if request_count(url) > before:
             return True
     return False
 
 
-def requests_of(url: str) -> float:
+def request_count(url: str) -> float:
     """Returns the number of requests that the service has counted.
 
     Raises:
@@ -202,15 +211,15 @@ def make_bad_release(run: RunDirectory, fault: Fault) -> str:
     """
     log = run.path / "rollout" / "rehearse.log"
     command = ["release", "rehearse", fault.value, "--run", str(run.path)]
-    tell(f"$ reelway {escape(' '.join(command))}")
+    print_unwrapped(f"$ reelway {escape(' '.join(command))}")
     with (
-        console.status("building a bad release"),
-        child(reelway_command(*command), log=log) as process,
+        stderr_console.status("building a bad release"),
+        child_process(reelway_command(*command), log=log) as process,
     ):
         code = process.wait()
     text = log.read_text(errors="replace")
     if code:
-        tell(escape(text[-2000:]))
+        print_unwrapped(escape(text[-2000:]))
         raise CommandFailedError(["reelway", *command], code)
     found = re.findall(r"\b[0-9a-f]{64}\b", text)
     if not found:
@@ -218,61 +227,61 @@ def make_bad_release(run: RunDirectory, fault: Fault) -> str:
     return str(found[-1])
 
 
-def rehearse(drill: Drill, release: str, policy: RolloutPolicy) -> DrillReport:
+def run_drill(drill: Drill, release: str, policy: RolloutPolicy) -> DrillReport:
     """Rolls out the release, waits for the rollback, makes sure that all traffic is on stable, and reports."""
     from reelway.platform.cli.drill.report import drill_report
     from reelway.platform.cli.rollout.start import DRILL_PREFIX, start_rollout
 
-    store, before = drill.store, read_traffic(drill.traffic_report)
-    note = f"drill, detection by {drill.by.value} within {drill.within_s:g} s"
+    store, before = drill.store, read_traffic_report(drill.traffic_report)
+    note = f"drill, detection by {drill.by.value} within {drill.deadline_s:g} s"
     rollout = start_rollout(drill.run, store, release, policy, force=True, note=note, prefix=DRILL_PREFIX)
     try:
-        with back_to_stable(drill, rollout.state.id):
-            follow(drill, rollout.state.id)
+        with ensure_rolled_back(drill, rollout.state.id):
+            wait_for_rollback(drill, rollout.state.id)
     except KeyboardInterrupt:
         raise typer.Exit(130) from None
-    after = read_traffic(drill.traffic_report)
+    after = read_traffic_report(drill.traffic_report)
     return drill_report(
         store.get(rollout.state.id),
         store.history(rollout.state.id),
         fault=drill.fault,
         by=drill.by.value,
-        within_s=drill.within_s,
+        within_s=drill.deadline_s,
         exposure=drill.exposure,
         alerted_at=drill.alerted_at,
         traffic=(after[0] - before[0], after[1] - before[1]) if before and after else None,
     )
 
 
-def follow(drill: Drill, rollout_id: str) -> None:
+def wait_for_rollback(drill: Drill, rollout_id: str) -> None:
     """Waits for the rollback, prints the decisions, and sends the test alert after ``ALERT_DELAY_S``."""
-    from reelway.platform.cli.rollout.follow import PlainLines
+    from reelway.platform.cli.rollout.follow import PlainOutput
 
-    lines, store = PlainLines(console.print), drill.store
+    lines, store = PlainOutput(stderr_console.print), drill.store
 
     def seen(rollout: Rollout) -> None:
         lines.decisions(store.history(rollout_id), len(rollout.policy.steps))
-        sighting = store.sighting(rollout_id)
+        sighting = store.last_reconcile(rollout_id)
         if sighting is not None and sighting.evidence.get("exposure", {}).get("viewers"):
             drill.exposure = dict(sighting.evidence["exposure"])
-        if rollout.state.canary_bp and drill.met_at is None:
-            drill.met_at = time.time()
+        if rollout.state.canary_bp and drill.first_exposure_at is None:
+            drill.first_exposure_at = time.time()
 
     def over(rollout: Rollout) -> bool:
         now = time.time()
-        alert_due = drill.by is By.ALERT and drill.alerted_at is None and drill.met_at is not None
-        if alert_due and drill.met_at is not None and now - drill.met_at >= ALERT_AFTER_S:
+        alert_due = drill.by is DetectedBy.ALERT and drill.alerted_at is None and drill.first_exposure_at is not None
+        if alert_due and drill.first_exposure_at is not None and now - drill.first_exposure_at >= ALERT_DELAY_S:
             drill.alerted_at = send_alert(drill.run, rollout)
-        since = drill.met_at if drill.by is By.EVIDENCE else drill.alerted_at
-        late = since is not None and now - since > drill.within_s
+        since = drill.first_exposure_at if drill.by is DetectedBy.EVIDENCE else drill.alerted_at
+        late = since is not None and now - since > drill.deadline_s
         return late or rollout.state.phase in (Phase.ROLLED_BACK, Phase.PROMOTING, Phase.PROMOTED)
 
-    timeout_s = READY_S + drill.within_s + ALERT_AFTER_S
-    wait_until(store, rollout_id, over, timeout_s=timeout_s, each=seen)
+    timeout_s = READY_TIMEOUT_S + drill.deadline_s + ALERT_DELAY_S
+    wait_until(store, rollout_id, over, timeout_s=timeout_s, on_change=seen)
 
 
 @contextmanager
-def back_to_stable(drill: Drill, rollout_id: str) -> Iterator[None]:
+def ensure_rolled_back(drill: Drill, rollout_id: str) -> Iterator[None]:
     """Rolls back when the block is left for any reason, and waits until all traffic is on stable."""
     store = drill.store
     try:
@@ -280,16 +289,18 @@ def back_to_stable(drill: Drill, rollout_id: str) -> Iterator[None]:
     finally:
         state = store.get(rollout_id).state
         if state.phase not in (Phase.ROLLED_BACK, Phase.ROLLING_BACK):
-            tell("[bold yellow]the drill rolls its release back[/]")
-            command = Command(id=uuid.uuid4().hex, verb="rollback", actor=actor(), note="the drill is over")
-            store.ask(rollout_id, command)
+            print_unwrapped("[bold yellow]the drill rolls its release back[/]")
+            command = Command(id=uuid.uuid4().hex, verb="rollback", actor=current_user(), note="the drill is over")
+            store.submit_command(rollout_id, command)
         rolled_back = wait_until(
-            store, rollout_id, lambda r: r.state.phase is Phase.ROLLED_BACK, timeout_s=BACK_S
+            store, rollout_id, lambda r: r.state.phase is Phase.ROLLED_BACK, timeout_s=ROLLBACK_TIMEOUT_S
         ).state.phase
         if rolled_back is not Phase.ROLLED_BACK:
-            tell(f"[bold red]NOT ON STABLE:[/] {rollout_id} is {rolled_back.value}; {start_the_controller(drill.run)}")
+            print_unwrapped(
+                f"[bold red]NOT ON STABLE:[/] {rollout_id} is {rolled_back.value}; {controller_start_hint(drill.run)}"
+            )
         if drill.alerted_at is not None:
-            deliver(drill.run, store.get(rollout_id), drill.alerted_at, "resolved")
+            post_alert(drill.run, store.get(rollout_id), drill.alerted_at, "resolved")
 
 
 def send_alert(run: RunDirectory, rollout: Rollout) -> float:
@@ -299,12 +310,12 @@ def send_alert(run: RunDirectory, rollout: Rollout) -> float:
         RolloutError: if the controller did not accept the alert.
     """
     moment = time.time()
-    tell("sending the test alert")
-    deliver(run, rollout, moment, "firing")
+    print_unwrapped("sending the test alert")
+    post_alert(run, rollout, moment, "firing")
     return moment
 
 
-def deliver(run: RunDirectory, rollout: Rollout, starts_at: float, status: str) -> None:
+def post_alert(run: RunDirectory, rollout: Rollout, starts_at: float, status: str) -> None:
     """Posts an alert to the controller's webhook as Alertmanager does, with the run's token.
 
     Raises:
@@ -315,7 +326,7 @@ def deliver(run: RunDirectory, rollout: Rollout, starts_at: float, status: str) 
 
     record = controller_record(run)
     if record is None:
-        raise RolloutError(f"no controller is running for this run: {start_the_controller(run)}")
+        raise RolloutError(f"no controller is running for this run: {controller_start_hint(run)}")
     labels = {
         "alertname": "ReelwayDrill",
         "release": short_id(rollout.state.canary_release),
@@ -341,7 +352,7 @@ def deliver(run: RunDirectory, rollout: Rollout, starts_at: float, status: str) 
         )
 
 
-def read_traffic(path: Path | None) -> tuple[int, int] | None:
+def read_traffic_report(path: Path | None) -> tuple[int, int] | None:
     """Returns the requests and failed requests of a traffic report; None without a path.
 
     Raises:

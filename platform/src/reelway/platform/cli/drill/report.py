@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from rich.table import Table
 
 from reelway.platform.cli.rollout.report import EvidenceReport
-from reelway.platform.cli.rollout.views import span
+from reelway.platform.cli.rollout.views import format_duration
 from reelway.platform.contracts.ids import short_id
 from reelway.platform.rollout.state import Phase
 
@@ -84,7 +84,7 @@ def drill_report(
         fault=fault,
         by=by,
         within_s=within_s,
-        passed=on_stable and bool(names) and after_s is not None and _total(after_s, caught, ended) <= within_s,
+        passed=on_stable and bool(names) and after_s is not None and _total_seconds(after_s, caught, ended) <= within_s,
         on_stable=on_stable,
         caught_by=names,
         reason=caught.reason if caught is not None else state.reason,
@@ -134,11 +134,11 @@ def drill_table(report: DrillReport) -> Table:
     if report.failed_requests is not None:
         table.add_row("failed", f"{report.failed_requests:,} of {report.requests or 0:,} requests")
     where = f"all traffic on {short_id(report.stable_release)}" if report.on_stable else "[bold red]NOT on stable[/]"
-    table.add_row("now", f"{where}; total time {span(report.total_s)}")
+    table.add_row("now", f"{where}; total time {format_duration(report.total_s)}")
     return table
 
 
-def _total(after_s: float, caught: HistoryEntry | None, ended: HistoryEntry | None) -> float:
+def _total_seconds(after_s: float, caught: HistoryEntry | None, ended: HistoryEntry | None) -> float:
     return after_s + (ended.time - caught.time if ended and caught else 0.0)
 
 

@@ -17,15 +17,15 @@ from rich.console import Console
 from rich.measure import Measurement
 from rich.table import Column, Table
 
-from reelway.platform.cli.jobs.follow import INTERRUPTED, follow_or_ask, raise_if_bad
-from reelway.platform.cli.rollout.place import tell
-from reelway.platform.cli.terminal import out
+from reelway.platform.cli.jobs.follow import INTERRUPTED, follow_interactively, raise_for_failure
+from reelway.platform.cli.rollout.place import print_unwrapped
+from reelway.platform.cli.terminal import stdout_console
 from reelway.platform.contracts.ids import short_id
 from reelway.platform.errors import ConfigError
 
 if TYPE_CHECKING:
     from reelway.platform.cluster.ray_job import RayJobs
-    from reelway.platform.cluster.ray_job_status import Job
+    from reelway.platform.cluster.ray_job_status import RayJobStatus
 
 EXIT_CODES = (
     "Exit codes: 0 succeeded; 1 to 12 the command's own (2 usage, 3 data, 4 features, 5 training, 6 release refused); "
@@ -36,11 +36,11 @@ NAMESPACE = typer.Option(
     None, "--namespace", "-n", help="Namespace of the installation; by default the kubeconfig context's."
 )
 CONTEXT = typer.Option(None, "--context", help="Kubeconfig context; by default the current one.")
-_ANSWERED_S = 20.0
-NAME = typer.Argument(..., help="Name of a job, as `reelway jobs` prints it.")
+_SUBMIT_TIMEOUT_S = 20.0
+JOB_NAME_ARGUMENT = typer.Argument(..., help="Name of a job, as `reelway jobs` prints it.")
 
 
-class Kind(StrEnum):
+class JobKindChoice(StrEnum):
     """The kinds of ``cluster.ray_job_template.JobKind``, without importing the cluster package."""
 
     DATASET = "dataset"
@@ -50,7 +50,7 @@ class Kind(StrEnum):
     RELEASE = "release"
 
 
-class Output(StrEnum):
+class TableOrJson(StrEnum):
     TABLE = "table"
     JSON = "json"
 
@@ -66,7 +66,7 @@ def register(app: typer.Typer) -> None:
 
 
 def submit(
-    kind: Kind = typer.Argument(..., help="Step of the pipeline; runs the command of the same name."),
+    kind: JobKindChoice = typer.Argument(..., help="Step of the pipeline; runs the command of the same name."),
     arguments: list[str] = typer.Argument(None, metavar="[-- ARGUMENTS]", help="Additional arguments of the command."),
     namespace: str | None = NAMESPACE,
     context: str | None = CONTEXT,
@@ -99,14 +99,14 @@ def submit(
     """
     from reelway.platform.cluster.ray_job_template import JobKind, JobRequest
 
-    jobs = _jobs(namespace, context)
+    jobs = _open_ray_jobs(namespace, context)
     request = JobRequest(
         kind=JobKind(kind), run=run, workers=workers, gpus=gpus, gpu_resource=gpu_resource, cpus=cpus, memory=memory,
         queue=queue, tolerations=tuple(toleration), ttl_s=ttl, backoff_limit=backoff_limit, image=image,
         arguments=tuple(arguments or ()),
     )  # fmt: skip
     job = jobs.submit(request, installation)
-    tell(f"job {job.name} in namespace {jobs.namespace}: {job.command}")
+    print_unwrapped(f"job {job.name} in namespace {jobs.namespace}: {job.command}")
     if detach:
         typer.echo(job.name)
         return
@@ -114,10 +114,10 @@ def submit(
 
 
 def list_jobs(
-    asked: typer.Context,
+    typer_context: typer.Context,
     namespace: str | None = NAMESPACE,
     context: str | None = CONTEXT,
-    output: Output = typer.Option(Output.TABLE, "-o", "--output", help="Output format."),
+    output: TableOrJson = typer.Option(TableOrJson.TABLE, "-o", "--output", help="Output format."),
 ) -> None:
     """List jobs, newest first.
 
@@ -127,38 +127,38 @@ def list_jobs(
 
       reelway jobs -n reelway -o json
     """
-    if asked.invoked_subcommand is not None:
+    if typer_context.invoked_subcommand is not None:
         return
-    jobs = _jobs(namespace, context)
+    jobs = _open_ray_jobs(namespace, context)
     found = [jobs.with_release(job) for job in jobs.all()]
-    if output is Output.JSON:
+    if output is TableOrJson.JSON:
         typer.echo(json.dumps([asdict(job) for job in found], default=str, indent=2))
         return
     _print(found, datetime.now(UTC))
 
 
-def follow_job(name: str = NAME, namespace: str | None = NAMESPACE, context: str | None = CONTEXT) -> None:
+def follow_job(name: str = JOB_NAME_ARGUMENT, namespace: str | None = NAMESPACE, context: str | None = CONTEXT) -> None:
     """Print a job's log from the start until the job ends, and exit with its exit code.
 
     Example: reelway jobs follow reelway-train-x2k4p -n reelway
     """
-    _follow(_jobs(namespace, context), name)
+    _follow(_open_ray_jobs(namespace, context), name)
 
 
-def stop(name: str = NAME, namespace: str | None = NAMESPACE, context: str | None = CONTEXT) -> None:
+def stop(name: str = JOB_NAME_ARGUMENT, namespace: str | None = NAMESPACE, context: str | None = CONTEXT) -> None:
     """Stop a job's pods. The run's files stay, and the next job of the run continues from its checkpoint.
 
     A job of a Kueue queue is deleted, because Kueue would restart it.
 
     Example: reelway jobs stop reelway-train-x2k4p -n reelway
     """
-    jobs = _jobs(namespace, context)
+    jobs = _open_ray_jobs(namespace, context)
     job = jobs.get(name)
     if job.state.ended:
-        tell(f"job {name}: not stopped, it has ended ({job.state.value})")
+        print_unwrapped(f"job {name}: not stopped, it has ended ({job.state.value})")
         return
     jobs.stop(name)
-    tell(f"job {name}: {'deleted' if job.queue else 'stopping'}")
+    print_unwrapped(f"job {name}: {'deleted' if job.queue else 'stopping'}")
 
 
 def delete(
@@ -175,7 +175,7 @@ def delete(
 
       reelway jobs delete --ended -n reelway
     """
-    jobs = _jobs(namespace, context)
+    jobs = _open_ray_jobs(namespace, context)
     wanted = [jobs.get(name).name for name in names or ()]
     if ended:
         wanted += [job.name for job in jobs.all() if job.state.ended and job.name not in wanted]
@@ -183,32 +183,43 @@ def delete(
         raise ConfigError("no jobs selected; pass their names or --ended")
     for name in wanted:
         jobs.delete(name)
-        tell(f"job {name}: deleted")
+        print_unwrapped(f"job {name}: deleted")
 
 
 def _follow(jobs: RayJobs, name: str) -> None:
-    job = follow_or_ask(jobs, name)
+    job = follow_interactively(jobs, name)
     if job is None:
         raise typer.Exit(INTERRUPTED)
-    raise_if_bad(job)
+    raise_for_failure(job)
     if job.release:
         typer.echo(job.release)
 
 
-def _print(jobs: Sequence[Job], now: datetime) -> None:
+def _print(jobs: Sequence[RayJobStatus], now: datetime) -> None:
     headers = ("job", "kind", "run", "state", "age", "took", "release")
     table = Table(*(Column(header, no_wrap=True) for header in headers))
     for job in jobs:
-        took = _span((job.ended_at or now) - job.started_at) if job.started_at else "-"
+        took = _format_duration((job.ended_at or now) - job.started_at) if job.started_at else "-"
         state = job.state.value + (f" ({job.exit_code})" if job.exit_code else "")
         table.add_row(
-            job.name, job.kind, job.run, state, _span(now - job.created_at), took, short_id(job.release) or "-"
+            job.name,
+            job.kind,
+            job.run,
+            state,
+            _format_duration(now - job.created_at),
+            took,
+            short_id(job.release) or "-",
         )
-    wide = Console(width=max(out.width, Measurement.get(out, out.options.update(max_width=500), table).maximum))
+    wide = Console(
+        width=max(
+            stdout_console.width,
+            Measurement.get(stdout_console, stdout_console.options.update(max_width=500), table).maximum,
+        )
+    )
     wide.print(table)  # never wrapped, because users copy the names
 
 
-def _span(length: object) -> str:
+def _format_duration(length: object) -> str:
     from datetime import timedelta
 
     assert isinstance(length, timedelta)
@@ -219,7 +230,7 @@ def _span(length: object) -> str:
     return f"{seconds} s"
 
 
-def _jobs(namespace: str | None, context: str | None) -> RayJobs:
+def _open_ray_jobs(namespace: str | None, context: str | None) -> RayJobs:
     try:
         from reelway.platform.cluster.kube_api import KubeApi
         from reelway.platform.cluster.ray_job import RayJobs
@@ -227,4 +238,4 @@ def _jobs(namespace: str | None, context: str | None) -> RayJobs:
         raise ConfigError(
             f"package {error.name} is not installed; run `pip install reelway-platform[cluster]`"
         ) from error
-    return RayJobs(KubeApi(namespace, context=context, timeout_s=_ANSWERED_S))
+    return RayJobs(KubeApi(namespace, context=context, timeout_s=_SUBMIT_TIMEOUT_S))

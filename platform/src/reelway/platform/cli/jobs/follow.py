@@ -26,26 +26,28 @@ from typing import TYPE_CHECKING, Final
 
 from rich.markup import escape
 
-from reelway.platform.cli.rollout.place import tell
-from reelway.platform.cli.terminal import console
+from reelway.platform.cli.rollout.place import print_unwrapped
+from reelway.platform.cli.terminal import stderr_console
 from reelway.platform.errors import CommandFailedError, JobError, KubernetesError
 
 if TYPE_CHECKING:
     from reelway.platform.cluster.ray_job import RayJobs
-    from reelway.platform.cluster.ray_job_status import Job, Trouble
+    from reelway.platform.cluster.ray_job_status import RayJobStatus, StartupProblem
 
 POLL_S: Final = 1.0
-LATE_S: Final = 20.0
+LOG_DRAIN_TIMEOUT_S: Final = 20.0
 """How long to wait for the rest of the log after the job has ended."""
-SILENT_S: Final = 300.0
+API_OUTAGE_TIMEOUT_S: Final = 300.0
 """A longer outage of the API server is an error of the command; the job continues."""
-LAST_LINES: Final = 20
+TAIL_LINES: Final = 20
 _SHOWN: Final = 500
-_OF_RAYS_CLIENT: Final = re.compile(r"\d{4}-\d\d-\d\d [\d:,]+\t(INFO|SUCC|WARN|ERR) (cli|sdk|job_manager)\.py:\d+ -- ")
+_RAY_CLIENT_LOG_LINE: Final = re.compile(
+    r"\d{4}-\d\d-\d\d [\d:,]+\t(INFO|SUCC|WARN|ERR) (cli|sdk|job_manager)\.py:\d+ -- "
+)
 INTERRUPTED: Final = 130
 
 
-def follow(jobs: RayJobs, name: str, *, poll_s: float = POLL_S) -> Job:
+def follow_job(jobs: RayJobs, name: str, *, poll_s: float = POLL_S) -> RayJobStatus:
     """Prints a job's log until the job has ended. Returns the job with the id of the release that it built.
 
     Raises:
@@ -53,16 +55,16 @@ def follow(jobs: RayJobs, name: str, *, poll_s: float = POLL_S) -> Job:
         KubernetesError: if the API server cannot be reached for ``API_OUTAGE_TIMEOUT_S``.
         JobError: if the job cannot start without a change.
     """
-    watched = _Watched(jobs, name)
-    while not watched.look():
+    watched = _JobFollower(jobs, name)
+    while not watched.poll():
         time.sleep(poll_s)
-    late_s = time.monotonic() + LATE_S
-    while not watched.rest() and time.monotonic() < late_s:
+    late_s = time.monotonic() + LOG_DRAIN_TIMEOUT_S
+    while not watched.drain_log() and time.monotonic() < late_s:
         time.sleep(poll_s)
     return watched.job
 
 
-def raise_if_bad(job: Job) -> None:
+def raise_for_failure(job: RayJobStatus) -> None:
     """Returns if the job succeeded.
 
     Raises:
@@ -79,94 +81,94 @@ def raise_if_bad(job: Job) -> None:
         raise JobError(f"job {job.name} was stopped")
     said = job.message.partition("last available logs")[0].strip(" ,\n")[:_SHOWN]  # the log was printed already
     why = ": ".join(part for part in (job.reason, said) if part) or "KubeRay gives no reason"
-    raise JobError(f"job {job.name} {'never started' if job.never_began else 'was ended from outside'}: {why}")
+    raise JobError(f"job {job.name} {'never started' if job.never_started else 'was ended from outside'}: {why}")
 
 
-def follow_or_ask(jobs: RayJobs, name: str) -> Job | None:
+def follow_interactively(jobs: RayJobs, name: str) -> RayJobStatus | None:
     """Follows a job. On Ctrl-C asks whether to stop it, prints the outcome and returns None."""
     try:
-        return follow(jobs, name)
+        return follow_job(jobs, name)
     except KeyboardInterrupt:
         try:
-            _ask_to_stop(jobs, name)
+            _prompt_to_stop(jobs, name)
         except KeyboardInterrupt:
-            tell("")
-            _say_it_goes_on(jobs, name)
+            print_unwrapped("")
+            _print_still_running(jobs, name)
         return None
 
 
-class _Watched:
+class _JobFollower:
     """What was printed of a job, so that nothing is printed twice."""
 
     def __init__(self, jobs: RayJobs, name: str) -> None:
-        from reelway.platform.cluster.ray_job import LogPlace
+        from reelway.platform.cluster.ray_job import LogCursor
 
         self._jobs = jobs
-        self._place = LogPlace()
+        self._place = LogCursor()
         self._said: set[str] = set()
         self._tail: list[str] = []
         self._away_since: float | None = None
         self._whole = False
-        self.job: Job = jobs.get(name)
-        self._say_state()
+        self.job: RayJobStatus = jobs.get(name)
+        self._print_state()
 
-    def look(self) -> bool:
+    def poll(self) -> bool:
         """Polls once. Returns whether the job has ended."""
-        self._patiently(self._look)
+        self._tolerate_outage(self._poll)
         return self.job.state.ended
 
-    def rest(self) -> bool:
+    def drain_log(self) -> bool:
         """Reads the rest of the log. Returns whether it is complete."""
         self._whole = False
-        self._patiently(self._rest)
+        self._tolerate_outage(self._drain_log)
         return self._whole
 
-    def _rest(self) -> None:
-        whole = self._jobs.log_is_whole(self.job)
+    def _drain_log(self) -> None:
+        whole = self._jobs.log_complete(self.job)
         self._read_log()
         self._whole = whole
 
-    def _look(self) -> None:
+    def _poll(self) -> None:
         from reelway.platform.cluster.ray_job_status import JobState
 
         before, self.job = self.job, replace(self._jobs.get(self.job.name), release=self.job.release)
         if before.state is not self.job.state:
-            self._say_state()
+            self._print_state()
         if self.job.state is JobState.STARTING:
-            self._say_troubles(self._jobs.troubles(self.job))
+            self._print_startup_problems(self._jobs.startup_problems(self.job))
         self._read_log()
 
     def _read_log(self) -> None:
         from reelway.platform.cluster.ray_job_status import release_id_in
 
-        lines, place = self._jobs.new_lines(self.job, self._place)
+        lines, place = self._jobs.read_log_since(self.job, self._place)
         if self._place.pod and place.pod != self._place.pod:
-            tell(f"the log continues in pod {place.pod}")
+            print_unwrapped(f"the log continues in pod {place.pod}")
         self._place = place
-        shown = [line for line in lines if not _OF_RAYS_CLIENT.match(line)]
+        shown = [line for line in lines if not _RAY_CLIENT_LOG_LINE.match(line)]
         for line in shown:
-            console.print(line, markup=False, highlight=False, soft_wrap=True)
-        self._tail = [*self._tail, *shown][-LAST_LINES:]
+            stderr_console.print(line, markup=False, highlight=False, soft_wrap=True)
+        self._tail = [*self._tail, *shown][-TAIL_LINES:]
         if self.job.kind == "release":
             self.job = replace(self.job, release=release_id_in(self._tail))
 
-    def _say_state(self) -> None:
+    def _print_state(self) -> None:
         job = self.job
-        tried = f" (attempt {job.tries + 1})" if job.tries and not job.state.ended else ""
-        tell(f"job {job.name}: [bold]{job.state.value}[/]{tried}")
+        tried = f" (attempt {job.retries + 1})" if job.retries and not job.state.ended else ""
+        print_unwrapped(f"job {job.name}: [bold]{job.state.value}[/]{tried}")
 
-    def _say_troubles(self, troubles: Sequence[Trouble]) -> None:
+    def _print_startup_problems(self, troubles: Sequence[StartupProblem]) -> None:
         for trouble in troubles:
-            if trouble.hopeless:
+            if trouble.permanent:
                 raise JobError(
-                    f"job {self.job.name} cannot start: {trouble.what}; fix this, or "
+                    f"job {self.job.name} cannot start: {trouble.message}; fix this, or "
                     f"`reelway jobs delete {self.job.name}`"
                 )
-            if trouble.what not in self._said:
-                self._said.add(trouble.what)
-                tell(f"[yellow]waiting:[/] {escape(trouble.what)}")
+            if trouble.message not in self._said:
+                self._said.add(trouble.message)
+                print_unwrapped(f"[yellow]waiting:[/] {escape(trouble.message)}")
 
-    def _patiently(self, poll: Callable[[], object]) -> None:
+    def _tolerate_outage(self, poll: Callable[[], object]) -> None:
         """Calls ``poll`` and tolerates an outage of the API server of up to ``API_OUTAGE_TIMEOUT_S``."""
         try:
             poll()
@@ -174,24 +176,24 @@ class _Watched:
             now = time.monotonic()
             if self._away_since is None:
                 self._away_since = now
-                tell(f"[yellow]waiting:[/] {escape(str(error))}")
-            if now - self._away_since > SILENT_S:
+                print_unwrapped(f"[yellow]waiting:[/] {escape(str(error))}")
+            if now - self._away_since > API_OUTAGE_TIMEOUT_S:
                 raise
             return
         self._away_since = None
 
 
-def _ask_to_stop(jobs: RayJobs, name: str) -> None:
+def _prompt_to_stop(jobs: RayJobs, name: str) -> None:
     if not sys.stdin.isatty():
-        _say_it_goes_on(jobs, name)
+        _print_still_running(jobs, name)
         return
     answer = input(f"\nStop job {name}? Its files stay. [y/N, Ctrl-C: no] ")
     if answer.strip().lower() in ("y", "yes"):
         jobs.stop(name)
-        tell(f"job {name}: stopping")
+        print_unwrapped(f"job {name}: stopping")
     else:
-        _say_it_goes_on(jobs, name)
+        _print_still_running(jobs, name)
 
 
-def _say_it_goes_on(jobs: RayJobs, name: str) -> None:
-    tell(f"job {name} continues; follow it again with `reelway jobs follow {name} -n {jobs.namespace}`")
+def _print_still_running(jobs: RayJobs, name: str) -> None:
+    print_unwrapped(f"job {name} continues; follow it again with `reelway jobs follow {name} -n {jobs.namespace}`")

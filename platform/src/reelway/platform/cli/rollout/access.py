@@ -5,26 +5,26 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from reelway.platform.cli.rollout.place import (
-    SILENT_AFTER_S,
-    ClusterPlace,
-    ControllerSight,
-    Place,
+    CONTROLLER_TIMEOUT_S,
+    ClusterNamespace,
+    ControllerStatus,
+    RolloutLocation,
     controller_record,
-    lives,
+    process_alive,
 )
 from reelway.platform.errors import RolloutError
 
 if TYPE_CHECKING:
-    from reelway.platform.rollout.records import Rollout, RolloutStore, Sighting
+    from reelway.platform.rollout.records import LastReconcile, Rollout, RolloutStore
 
 
-def open_store(run: Place) -> RolloutStore:
+def open_store(run: RolloutLocation) -> RolloutStore:
     """Opens the rollout store of a run directory or a namespace.
 
     Raises:
         ConfigError: if the cluster is not reachable.
     """
-    if isinstance(run, ClusterPlace):
+    if isinstance(run, ClusterNamespace):
         from reelway.platform.cli.rollout.cluster import cluster_store
 
         return cluster_store(run)
@@ -33,7 +33,7 @@ def open_store(run: Place) -> RolloutStore:
     return SqliteRolloutStore(run.path / "rollout" / "state.db")
 
 
-def rollout_of(store: RolloutStore, rollout_id: str | None) -> Rollout:
+def find_rollout(store: RolloutStore, rollout_id: str | None) -> Rollout:
     """Returns the rollout with this id or unique id prefix; without an id, the latest one.
 
     Raises:
@@ -47,12 +47,14 @@ def rollout_of(store: RolloutStore, rollout_id: str | None) -> Rollout:
     return latest
 
 
-def controller_sight(run: Place, rollout: Rollout | None, sighting: Sighting | None, now: float) -> ControllerSight:
+def controller_status(
+    run: RolloutLocation, rollout: Rollout | None, sighting: LastReconcile | None, now: float
+) -> ControllerStatus:
     """Returns whether a controller reconciles the rollout. ``problem`` is the reason if none does."""
-    if isinstance(run, ClusterPlace):
-        from reelway.platform.cli.rollout.cluster import operator_sight
+    if isinstance(run, ClusterNamespace):
+        from reelway.platform.cli.rollout.cluster import operator_status
 
-        return operator_sight(rollout, sighting, now)
+        return operator_status(rollout, sighting, now)
     record = controller_record(run)
     reconciled_at = sighting.time if sighting else None
     started_at = rollout.state.started_at if rollout else now
@@ -60,12 +62,12 @@ def controller_sight(run: Place, rollout: Rollout | None, sighting: Sighting | N
     problem = ""
     if record is None:
         problem = "no controller is running for this run"
-    elif not lives(record.pid):
+    elif not process_alive(record.pid):
         problem = f"the controller (process {record.pid}) has exited"
-    elif rollout is not None and rollout.state.active and silent_s is not None and silent_s > SILENT_AFTER_S:
+    elif rollout is not None and rollout.state.active and silent_s is not None and silent_s > CONTROLLER_TIMEOUT_S:
         problem = f"the controller (process {record.pid}) has not reconciled for {silent_s:.0f} s"
-    return ControllerSight(
-        running=record is not None and lives(record.pid),
+    return ControllerStatus(
+        running=record is not None and process_alive(record.pid),
         url=record.url if record else None,
         pid=record.pid if record else None,
         last_reconcile_at=reconciled_at,
@@ -74,8 +76,8 @@ def controller_sight(run: Place, rollout: Rollout | None, sighting: Sighting | N
     )
 
 
-def start_the_controller(run: Place) -> str:
+def controller_start_hint(run: RolloutLocation) -> str:
     """Returns how to get an unresponsive controller running."""
-    if isinstance(run, ClusterPlace):
+    if isinstance(run, ClusterNamespace):
         return "rollouts do not advance until `reelway operator` runs in the namespace; check its pod"
     return f"rollouts do not advance until `reelway rollout controller --run {run.path}` runs"

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Final
 
 from rich.markup import escape
 
-from reelway.platform.cli.rollout.access import controller_sight, start_the_controller
-from reelway.platform.cli.rollout.place import Place, actor, tell
-from reelway.platform.cli.rollout.wait import RolloutExit, exit_of, wait_until
+from reelway.platform.cli.rollout.access import controller_start_hint, controller_status
+from reelway.platform.cli.rollout.place import RolloutLocation, current_user, print_unwrapped
+from reelway.platform.cli.rollout.wait import RolloutExitCode, exit_code_for, wait_until
 from reelway.platform.contracts.ids import short_id
 from reelway.platform.errors import RolloutError
 from reelway.platform.rollout.state import Command, Phase, RolloutState, Verb
@@ -22,22 +22,22 @@ from reelway.platform.rollout.state import Command, Phase, RolloutState, Verb
 if TYPE_CHECKING:
     from reelway.platform.rollout.records import Rollout, RolloutStore
 
-TAKEN_WITHIN_S: Final = 5.0
+ACCEPT_TIMEOUT_S: Final = 5.0
 """Without ``--wait``: how long to wait for the controller to accept a command, which normally takes less than 1 s."""
-EFFECT: Final[dict[Verb, frozenset[Phase]]] = {
+TARGET_PHASES: Final[dict[Verb, frozenset[Phase]]] = {
     "pause": frozenset({Phase.PAUSED}),
     "resume": frozenset({Phase.STEPPING, Phase.HOLDING}),
     "promote": frozenset({Phase.PROMOTED}),
     "rollback": frozenset({Phase.ROLLED_BACK}),
 }
-UNDER_WAY: Final[dict[Verb, frozenset[Phase]]] = {
+TRANSITION_PHASES: Final[dict[Verb, frozenset[Phase]]] = {
     "promote": frozenset({Phase.PROMOTING}),
     "rollback": frozenset({Phase.ROLLING_BACK}),
 }
 
 
-def ask_rollout(
-    run: Place,
+def send_command(
+    run: RolloutLocation,
     store: RolloutStore,
     rollout: Rollout,
     verb: Verb,
@@ -46,7 +46,7 @@ def ask_rollout(
     force: bool,
     wait: bool,
     timeout_s: float,
-) -> RolloutExit:
+) -> RolloutExitCode:
     """Submits a command and prints its effect.
 
     Returns exit code 0 if the command took effect, or without ``wait`` if it was submitted.
@@ -55,36 +55,36 @@ def ask_rollout(
         RolloutError: if the command is rejected; the message is the reason.
     """
     state = rollout.state
-    if state.phase in EFFECT[verb] and not _withdrawn(state, verb):
-        tell(f"{state.id} is already {_phase(state)}: {escape(state.reason)}")
-        return RolloutExit.PROMOTED
-    refuse_in_vain(store, state, verb)
-    number = _last_number(store, state.id)
+    if state.phase in TARGET_PHASES[verb] and not _contradicted_by_pending(state, verb):
+        print_unwrapped(f"{state.id} is already {_phase(state)}: {escape(state.reason)}")
+        return RolloutExitCode.PROMOTED
+    check_command_applicable(store, state, verb)
+    number = _latest_entry_number(store, state.id)
     command = None
-    if state.phase not in UNDER_WAY.get(verb, frozenset()):
-        command = Command(id=uuid.uuid4().hex, verb=verb, actor=actor(), force=force, note=note)
-        asked = store.ask(state.id, command)
-        if asked.state.command != command:
-            waiting = asked.state.command
+    if state.phase not in TRANSITION_PHASES.get(verb, frozenset()):
+        command = Command(id=uuid.uuid4().hex, verb=verb, actor=current_user(), force=force, note=note)
+        submitted = store.submit_command(state.id, command)
+        if submitted.state.command != command:
+            waiting = submitted.state.command
             raise RolloutError(
                 f"cannot {verb} {state.id}: a {waiting and waiting.verb} is pending, and {verb} does not replace it"
             )
-        tell(f"{verb} of {state.id} requested")
-    silent = controller_sight(run, rollout, store.sighting(state.id), time.time()).problem
+        print_unwrapped(f"{verb} of {state.id} requested")
+    silent = controller_status(run, rollout, store.last_reconcile(state.id), time.time()).problem
     if silent:
-        tell(f"[bold red]{escape(silent)}:[/] {escape(start_the_controller(run))}")
+        print_unwrapped(f"[bold red]{escape(silent)}:[/] {escape(controller_start_hint(run))}")
     if command is not None and not (silent and not wait):
-        taken_by_s = timeout_s if wait else TAKEN_WITHIN_S
+        taken_by_s = timeout_s if wait else ACCEPT_TIMEOUT_S
         seen = wait_until(store, state.id, lambda r: r.state.command != command, timeout_s=taken_by_s)
         _refused(store, seen, verb, number)
         if not wait:
-            _say_taken(seen, command)
+            _print_accepted(seen, command)
     if not wait:
-        return RolloutExit.PROMOTED
-    return _effect(store, state.id, verb, number, timeout_s)
+        return RolloutExitCode.PROMOTED
+    return _wait_for_effect(store, state.id, verb, number, timeout_s)
 
 
-def refuse_in_vain(store: RolloutStore, state: RolloutState, verb: Verb) -> None:
+def check_command_applicable(store: RolloutStore, state: RolloutState, verb: Verb) -> None:
     """Checks that the rollout can accept the command, also if no controller is running.
 
     Raises:
@@ -109,33 +109,39 @@ def refuse_in_vain(store: RolloutStore, state: RolloutState, verb: Verb) -> None
         raise RolloutError(f"cannot {verb} {state.id}: it was promoted, and a promoted rollout accepts only `rollback`")
 
 
-def _effect(store: RolloutStore, rollout_id: str, verb: Verb, number: int, timeout_s: float) -> RolloutExit:
+def _wait_for_effect(
+    store: RolloutStore, rollout_id: str, verb: Verb, number: int, timeout_s: float
+) -> RolloutExitCode:
     """Waits until the command has taken effect or can no longer take effect."""
-    ended = EFFECT[verb] | {Phase.ROLLED_BACK, Phase.PROMOTED}
+    ended = TARGET_PHASES[verb] | {Phase.ROLLED_BACK, Phase.PROMOTED}
     if verb == "rollback":
-        ended = EFFECT[verb]
+        ended = TARGET_PHASES[verb]
     seen = wait_until(store, rollout_id, lambda r: r.state.phase in ended, timeout_s=timeout_s)
     _refused(store, seen, verb, number)
-    if seen.state.phase in EFFECT[verb]:
-        tell(f"{rollout_id} is {_phase(seen.state)}: {escape(seen.state.reason)}")
-        return RolloutExit.PROMOTED
+    if seen.state.phase in TARGET_PHASES[verb]:
+        print_unwrapped(f"{rollout_id} is {_phase(seen.state)}: {escape(seen.state.reason)}")
+        return RolloutExitCode.PROMOTED
     if seen.state.phase not in ended:
-        tell(f"[bold yellow]timeout:[/] {rollout_id} is still {_phase(seen.state)} after {timeout_s:g} s")
-        return RolloutExit.IN_PROGRESS
-    tell(f"[bold red]{verb} came too late:[/] {rollout_id} is {_phase(seen.state)}: {escape(seen.state.reason)}")
-    return exit_of(seen.state)
+        print_unwrapped(f"[bold yellow]timeout:[/] {rollout_id} is still {_phase(seen.state)} after {timeout_s:g} s")
+        return RolloutExitCode.IN_PROGRESS
+    print_unwrapped(
+        f"[bold red]{verb} came too late:[/] {rollout_id} is {_phase(seen.state)}: {escape(seen.state.reason)}"
+    )
+    return exit_code_for(seen.state)
 
 
-def _say_taken(seen: Rollout, command: Command) -> None:
+def _print_accepted(seen: Rollout, command: Command) -> None:
     if seen.state.command == command:
-        tell(f"not accepted within {TAKEN_WITHIN_S:g} s; the command stays pending, see `reelway rollout status`")
+        print_unwrapped(
+            f"not accepted within {ACCEPT_TIMEOUT_S:g} s; the command stays pending, see `reelway rollout status`"
+        )
     else:
-        tell(f"accepted; {seen.state.id} is {_phase(seen.state)}: {escape(seen.state.reason)}")
+        print_unwrapped(f"accepted; {seen.state.id} is {_phase(seen.state)}: {escape(seen.state.reason)}")
 
 
 def _refused(store: RolloutStore, seen: Rollout, verb: Verb, number: int) -> None:
     """Raises the controller's rejection recorded after entry ``number``, unless the command has taken effect."""
-    if seen.state.phase in EFFECT[verb]:
+    if seen.state.phase in TARGET_PHASES[verb]:
         return
     for entry in store.history(seen.state.id):
         if entry.number > number and entry.action == "refuse" and entry.reason.split(" ", 1)[0] in (verb, _noun(verb)):
@@ -146,12 +152,12 @@ def _noun(verb: Verb) -> str:
     return "promotion" if verb == "promote" else verb
 
 
-def _withdrawn(state: RolloutState, verb: Verb) -> bool:
+def _contradicted_by_pending(state: RolloutState, verb: Verb) -> bool:
     """Returns whether a pending command will change the current phase."""
     return state.command is not None and state.command.verb != verb
 
 
-def _last_number(store: RolloutStore, rollout_id: str) -> int:
+def _latest_entry_number(store: RolloutStore, rollout_id: str) -> int:
     return max((entry.number for entry in store.history(rollout_id)), default=0)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING, Final
 
-from reelway.platform.cli.rollout.place import SILENT_AFTER_S, ClusterPlace, ControllerSight, actor
+from reelway.platform.cli.rollout.place import CONTROLLER_TIMEOUT_S, ClusterNamespace, ControllerStatus, current_user
 from reelway.platform.cli.rollout.wait import wait_until
 from reelway.platform.errors import ConfigError, RolloutError
 from reelway.platform.rollout.policy import RolloutPolicy
@@ -19,13 +19,13 @@ if TYPE_CHECKING:
     from reelway.platform.cluster.kube_api import KubeApi
     from reelway.platform.cluster.resources import Backend
     from reelway.platform.cluster.rollout_store import KubeRolloutStore
-    from reelway.platform.rollout.records import Rollout, Sighting
+    from reelway.platform.rollout.records import LastReconcile, Rollout
 
-ANSWERED_WITHIN_S: Final = 10.0
+ADMISSION_TIMEOUT_S: Final = 10.0
 """A running operator admits or rejects a new rollout in well under a second."""
 
 
-def cluster_store(place: ClusterPlace, backend: Backend | None = None) -> KubeRolloutStore:
+def cluster_store(place: ClusterNamespace, backend: Backend | None = None) -> KubeRolloutStore:
     """Opens the namespace's rollout store.
 
     Args:
@@ -35,14 +35,14 @@ def cluster_store(place: ClusterPlace, backend: Backend | None = None) -> KubeRo
         ConfigError: if the cluster is not reachable or the ``cluster`` extra is not installed.
     """
     from reelway.platform.cluster.rollout_store import KubeRolloutStore
-    from reelway.platform.cluster.shelf import AskingShelf
+    from reelway.platform.cluster.shelf import UncachedRollouts
 
     api = _api(place)
-    return KubeRolloutStore(api, AskingShelf(api), made_for=backend)
+    return KubeRolloutStore(api, UncachedRollouts(api), create_backend=backend)
 
 
 def start_on_cluster(
-    place: ClusterPlace,
+    place: ClusterNamespace,
     release: str,
     policy: RolloutPolicy,
     *,
@@ -64,42 +64,44 @@ def start_on_cluster(
         ConfigError: if there is no such release or the backend is ambiguous.
     """
     from reelway.platform.cli.rollout.start import new_rollout_id
-    from reelway.platform.cluster.rollout_store import LIVE, NOT_SEEN
+    from reelway.platform.cluster.rollout_store import LIVE, NOT_OBSERVED_REASON
     from reelway.platform.cluster.status import REFUSED
 
     api, now = _api(place), time.time()
     store = cluster_store(place, _backend(api, ray_service, serve))
-    said = f"requested by {actor()}" + (f": {note}" if note else "")
+    said = f"requested by {current_user()}" + (f": {note}" if note else "")
     state = RolloutState(
         id=new_rollout_id(now), stable_release=LIVE, canary_release=_release(api, release), started_at=now,
         changed_at=now, tick_at=now, forced=force, reason=said,
     )  # fmt: skip
     made = store.create(state, policy)
-    seen = wait_until(store, made.state.id, lambda r: r.state.reason != NOT_SEEN, timeout_s=ANSWERED_WITHIN_S)
+    seen = wait_until(
+        store, made.state.id, lambda r: r.state.reason != NOT_OBSERVED_REASON, timeout_s=ADMISSION_TIMEOUT_S
+    )
     if store.phase(made.state.id) == REFUSED:
         raise RolloutError(f"{made.state.id}: {seen.state.reason}")
     return seen
 
 
-def operator_sight(rollout: Rollout | None, sighting: Sighting | None, now: float) -> ControllerSight:
+def operator_status(rollout: Rollout | None, sighting: LastReconcile | None, now: float) -> ControllerStatus:
     """Returns whether an operator reconciles the rollout, derived from the rollout's status."""
-    from reelway.platform.cluster.rollout_store import NOT_SEEN
+    from reelway.platform.cluster.rollout_store import NOT_OBSERVED_REASON
 
     if rollout is None:
-        return ControllerSight(running=True)
+        return ControllerStatus(running=True)
     state = rollout.state
     reconciled_at = sighting.time if sighting else None
     silent_s = max(0.0, now - (reconciled_at or state.started_at))
-    waits = sighting is None and state.reason != NOT_SEEN
+    waits = sighting is None and state.reason != NOT_OBSERVED_REASON
     problem = ""
-    if state.active and silent_s > SILENT_AFTER_S and not waits:
+    if state.active and silent_s > CONTROLLER_TIMEOUT_S and not waits:
         problem = f"the operator has not reconciled for {silent_s:.0f} s"
-    return ControllerSight(
+    return ControllerStatus(
         running=not problem, last_reconcile_at=reconciled_at, seconds_since_reconcile=silent_s, problem=problem
     )
 
 
-def _api(place: ClusterPlace) -> KubeApi:
+def _api(place: ClusterNamespace) -> KubeApi:
     try:
         from reelway.platform.cluster.kube_api import KubeApi
     except ModuleNotFoundError as error:
@@ -111,20 +113,20 @@ def _api(place: ClusterPlace) -> KubeApi:
 
 def _backend(api: KubeApi, ray_service: str | None, serve: tuple[str, str] | None) -> Backend:
     """Returns the backend given by options, else that of the latest rollout, else the namespace's only RayService."""
-    from reelway.platform.cluster.kube_api import AbsentError
+    from reelway.platform.cluster.kube_api import NotFoundError
     from reelway.platform.cluster.resources import Backend
-    from reelway.platform.cluster.shelf import PATH, read
+    from reelway.platform.cluster.shelf import PATH, parse_rollout
 
     if ray_service:
         return Backend.model_validate({"rayService": {"name": ray_service}})
     if serve:
         return Backend.model_validate({"serve": {"api": serve[0], "url": serve[1]}})
-    known = [read(document) for document in api.list(PATH)]
+    known = [parse_rollout(document) for document in api.list(PATH)]
     if known:
         return max(known, key=lambda one: one.created_at).spec.backend
     try:
         names = [str(one["metadata"]["name"]) for one in api.list("ray.io/v1/rayservices")]
-    except AbsentError:
+    except NotFoundError:
         names = []
     if len(names) != 1:
         raise ConfigError(

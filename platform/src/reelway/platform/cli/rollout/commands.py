@@ -14,11 +14,18 @@ from typing import TYPE_CHECKING, NoReturn
 import typer
 from rich.markup import escape
 
-from reelway.platform.cli.rollout.access import open_store, rollout_of, start_the_controller
-from reelway.platform.cli.rollout.place import ClusterPlace, Place, flags_of, open_place, open_run, tell
+from reelway.platform.cli.rollout.access import controller_start_hint, find_rollout, open_store
+from reelway.platform.cli.rollout.place import (
+    ClusterNamespace,
+    RolloutLocation,
+    location_flags,
+    open_run,
+    print_unwrapped,
+    resolve_location,
+)
 from reelway.platform.cli.rollout.policy import policy_group, policy_named
-from reelway.platform.cli.rollout.wait import RolloutExit
-from reelway.platform.cli.terminal import out
+from reelway.platform.cli.rollout.wait import RolloutExitCode
+from reelway.platform.cli.terminal import stdout_console
 from reelway.platform.contracts.ids import short_id
 
 if TYPE_CHECKING:
@@ -30,7 +37,7 @@ EXIT_CODES = (
 )
 
 
-class Output(StrEnum):
+class TextOrJson(StrEnum):
     """Output format of a command."""
 
     TEXT = "text"
@@ -41,11 +48,11 @@ RUN = typer.Option(Path("runs/default"), "--run", help="Run directory.")
 NAMESPACE = typer.Option(None, "--namespace", "-n", help="Use the rollouts of this Kubernetes namespace, not of --run.")
 CONTEXT = typer.Option(None, "--context", help="kubeconfig context; its namespace is used unless --namespace is given.")
 ID = typer.Argument(None, metavar="[ID]", help="Rollout id or unique id prefix. Defaults to the latest rollout.")
-OUTPUT = typer.Option(Output.TEXT, "-o", "--output", help="Output format: text or json.")
+OUTPUT = typer.Option(TextOrJson.TEXT, "-o", "--output", help="Output format: text or json.")
 NOTE = typer.Option("", help="Reason for the command; recorded in the history.")
 WAIT = typer.Option(False, "--wait", help="Wait until the command has taken effect; the exit code is the result.")
 TIMEOUT = typer.Option(120.0, min=0, help="Maximum seconds to wait with --wait; then exit with code 11.")
-ENDLESS = typer.Option(
+WATCH_TIMEOUT = typer.Option(
     None, min=0, help="Stop waiting after this many seconds and exit with code 11, or 12 if the rollout is paused."
 )
 
@@ -73,7 +80,7 @@ def start(
     policy: str = typer.Option("default", help="Policy file, or name of a built-in policy: default, demo, drill."),
     force: bool = typer.Option(False, "--force", help="Ignore a cooldown and an earlier rollback of this release."),
     wait: bool = typer.Option(False, "--wait", help="Wait until the rollout has ended or is paused."),
-    timeout: float | None = ENDLESS,
+    timeout: float | None = WATCH_TIMEOUT,
     note: str = NOTE,
     ray_service: str | None = typer.Option(
         None, help="RayService to roll out on, with --namespace. Defaults to that of the latest rollout."
@@ -93,16 +100,16 @@ def start(
 
       reelway rollout start 3f9c -n reelway --ray-service reelway --wait
     """
-    from reelway.platform.cli.rollout.follow import FINAL, follow_lines, look
+    from reelway.platform.cli.rollout.follow import TERMINAL_PHASES, read_status, watch_plain
     from reelway.platform.cli.rollout.start import start_rollout
-    from reelway.platform.cli.terminal import console
+    from reelway.platform.cli.terminal import stderr_console
     from reelway.platform.rollout.state import Phase
 
-    directory = open_place(run, namespace, context)
+    directory = resolve_location(run, namespace, context)
     rules = policy_named(policy)
     store = open_store(directory)
     before = store.latest()
-    if isinstance(directory, ClusterPlace):
+    if isinstance(directory, ClusterNamespace):
         from reelway.platform.cli.rollout.cluster import start_on_cluster
 
         serve = (serve_api, serve_url) if serve_api and serve_url else None
@@ -112,22 +119,23 @@ def start(
     else:
         begun = start_rollout(directory, store, release, rules, force=force, note=note)
     state = begun.state
-    out.print(state.id, highlight=False)
-    tell(
-        f"rolling out {short_id(state.canary_release)} over {short_id(state.stable_release)}, policy {escape(rules.name)}"
-    )
+    stdout_console.print(state.id, highlight=False)
+    releases = f"{short_id(state.canary_release)} over {short_id(state.stable_release)}"
+    print_unwrapped(f"rolling out {releases}, policy {escape(rules.name)}")
     if before is not None and before.state.phase is Phase.PROMOTED and not before.state.retired:
         gone = short_id(before.state.stable_release)
-        tell(f"{gone} is no longer kept warm: {before.state.id} can no longer be rolled back")
-    controller = look(directory, store, state.id).controller
-    if controller.silent:
-        tell(f"[bold red]{escape(controller.problem)}:[/] {escape(start_the_controller(directory))}")
+        print_unwrapped(f"{gone} is no longer kept warm: {before.state.id} can no longer be rolled back")
+    controller = read_status(directory, store, state.id).controller
+    if controller.unresponsive:
+        print_unwrapped(f"[bold red]{escape(controller.problem)}:[/] {escape(controller_start_hint(directory))}")
     if not wait:
-        flags = flags_of(directory)
-        tell(f"next: reelway rollout watch {flags}   (roll back: reelway rollout rollback {flags})")
+        flags = location_flags(directory)
+        print_unwrapped(f"next: reelway rollout watch {flags}   (roll back: reelway rollout rollback {flags})")
         return
-    until = FINAL | {Phase.PAUSED}
-    _leave_on_interrupt(lambda: follow_lines(directory, store, state.id, console.print, timeout_s=timeout, until=until))
+    until = TERMINAL_PHASES | {Phase.PAUSED}
+    _exit_on_interrupt(
+        lambda: watch_plain(directory, store, state.id, stderr_console.print, timeout_s=timeout, until=until)
+    )
 
 
 def status(
@@ -135,23 +143,23 @@ def status(
     run: Path = RUN,
     namespace: str | None = NAMESPACE,
     context: str | None = CONTEXT,
-    output: Output = OUTPUT,
+    output: TextOrJson = OUTPUT,
     exit_code: bool = typer.Option(False, "--exit-code", help="Exit with the code of the rollout's state."),
 ) -> None:
     """Show the state of the rollout, the reason for it, and what the rollout waits for.
 
     Example: reelway rollout status -o json --exit-code
     """
-    from reelway.platform.cli.rollout.follow import look
+    from reelway.platform.cli.rollout.follow import read_status
     from reelway.platform.cli.rollout.report import exit_code_of
     from reelway.platform.cli.rollout.views import status_view
 
-    directory = open_place(run, namespace, context)
-    report = look(directory, open_store(directory), rollout_id)
-    if output is Output.JSON:
+    directory = resolve_location(run, namespace, context)
+    report = read_status(directory, open_store(directory), rollout_id)
+    if output is TextOrJson.JSON:
         typer.echo(report.model_dump_json(indent=2))
     else:
-        out.print(status_view(report, width=out.width))
+        stdout_console.print(status_view(report, width=stdout_console.width))
     if exit_code:
         raise typer.Exit(exit_code_of(report))
 
@@ -161,7 +169,7 @@ def watch(
     run: Path = RUN,
     namespace: str | None = NAMESPACE,
     context: str | None = CONTEXT,
-    timeout: float | None = ENDLESS,
+    timeout: float | None = WATCH_TIMEOUT,
 ) -> None:
     """Watch the rollout until it has ended and exit with its exit code. Ctrl-C stops watching, not the rollout.
 
@@ -171,9 +179,9 @@ def watch(
     """
     from reelway.platform.cli.rollout.follow import watch_rollout
 
-    directory = open_place(run, namespace, context)
+    directory = resolve_location(run, namespace, context)
     store = open_store(directory)
-    _leave_on_interrupt(lambda: watch_rollout(directory, store, rollout_id, out, timeout_s=timeout))
+    _exit_on_interrupt(lambda: watch_rollout(directory, store, rollout_id, stdout_console, timeout_s=timeout))
 
 
 def pause(
@@ -184,7 +192,7 @@ def pause(
 
     Example: reelway rollout pause --note "checking the like rate"
     """
-    _ask("pause", rollout_id, open_place(run, namespace, context), note=note, wait=wait, timeout=timeout)
+    _send_command("pause", rollout_id, resolve_location(run, namespace, context), note=note, wait=wait, timeout=timeout)
 
 
 def resume(
@@ -195,7 +203,9 @@ def resume(
 
     Example: reelway rollout resume --wait
     """
-    _ask("resume", rollout_id, open_place(run, namespace, context), note=note, wait=wait, timeout=timeout)
+    _send_command(
+        "resume", rollout_id, resolve_location(run, namespace, context), note=note, wait=wait, timeout=timeout
+    )
 
 
 def promote(
@@ -215,7 +225,15 @@ def promote(
 
     Example: reelway rollout promote --wait
     """
-    _ask("promote", rollout_id, open_place(run, namespace, context), note=note, force=force, wait=wait, timeout=timeout)
+    _send_command(
+        "promote",
+        rollout_id,
+        resolve_location(run, namespace, context),
+        note=note,
+        force=force,
+        wait=wait,
+        timeout=timeout,
+    )
 
 
 def rollback(
@@ -226,7 +244,9 @@ def rollback(
 
     Example: reelway rollout rollback --note "complaints" --wait
     """
-    _ask("rollback", rollout_id, open_place(run, namespace, context), note=note, wait=wait, timeout=timeout)
+    _send_command(
+        "rollback", rollout_id, resolve_location(run, namespace, context), note=note, wait=wait, timeout=timeout
+    )
 
 
 def history(
@@ -235,7 +255,7 @@ def history(
     namespace: str | None = NAMESPACE,
     context: str | None = CONTEXT,
     every: bool = typer.Option(False, "--all", help="List all rollouts instead of one."),
-    output: Output = OUTPUT,
+    output: TextOrJson = OUTPUT,
 ) -> None:
     """Show every decision of a rollout with its reason.
 
@@ -247,11 +267,11 @@ def history(
     """
     from reelway.platform.cli.rollout.history import print_all, print_history
 
-    store = open_store(open_place(run, namespace, context))
+    store = open_store(resolve_location(run, namespace, context))
     if every:
-        print_all(store, as_json=output is Output.JSON)
+        print_all(store, as_json=output is TextOrJson.JSON)
     else:
-        print_history(store, rollout_of(store, rollout_id), as_json=output is Output.JSON)
+        print_history(store, find_rollout(store, rollout_id), as_json=output is TextOrJson.JSON)
 
 
 def explain(
@@ -260,17 +280,17 @@ def explain(
     namespace: str | None = NAMESPACE,
     context: str | None = CONTEXT,
     entry: int | None = typer.Option(None, help="Number of a history entry. Defaults to the current state."),
-    output: Output = OUTPUT,
+    output: TextOrJson = OUTPUT,
 ) -> None:
     """Explain a decision: its evidence, what would have changed the decision, and the policy that applied.
 
     Example: reelway rollout explain r-2026 --entry 7
     """
-    from reelway.platform.cli.rollout.history import explanation_of, print_explanation
+    from reelway.platform.cli.rollout.history import load_explanation, print_explanation
 
-    store = open_store(open_place(run, namespace, context))
-    explanation = explanation_of(store, rollout_of(store, rollout_id), entry)
-    if output is Output.JSON:
+    store = open_store(resolve_location(run, namespace, context))
+    explanation = load_explanation(store, find_rollout(store, rollout_id), entry)
+    if output is TextOrJson.JSON:
         typer.echo(explanation.model_dump_json(indent=2))
     else:
         print_explanation(explanation)
@@ -325,23 +345,30 @@ def controller(
     run_controller(load_settings(ControllerSettings, config, options))
 
 
-def _ask(
-    verb: Verb, rollout_id: str | None, place: Place, *, note: str, wait: bool, timeout: float, force: bool = False
+def _send_command(
+    verb: Verb,
+    rollout_id: str | None,
+    place: RolloutLocation,
+    *,
+    note: str,
+    wait: bool,
+    timeout: float,
+    force: bool = False,
 ) -> None:
-    from reelway.platform.cli.rollout.ask import ask_rollout
+    from reelway.platform.cli.rollout.ask import send_command
 
     store = open_store(place)
-    rollout = rollout_of(store, rollout_id)
-    _leave_on_interrupt(
-        lambda: ask_rollout(place, store, rollout, verb, note=note, force=force, wait=wait, timeout_s=timeout)
+    rollout = find_rollout(store, rollout_id)
+    _exit_on_interrupt(
+        lambda: send_command(place, store, rollout, verb, note=note, force=force, wait=wait, timeout_s=timeout)
     )
 
 
-def _leave_on_interrupt(follow: Callable[[], RolloutExit]) -> NoReturn:
+def _exit_on_interrupt(follow: Callable[[], RolloutExitCode]) -> NoReturn:
     """Exits with the rollout's exit code. Ctrl-C stops waiting and leaves the rollout running."""
     try:
         code = int(follow())
     except KeyboardInterrupt:
-        tell("the rollout continues; roll it back with `reelway rollout rollback`")
+        print_unwrapped("the rollout continues; roll it back with `reelway rollout rollback`")
         code = 130
     raise typer.Exit(code)

@@ -15,7 +15,7 @@ from reelway.platform.cli.rollout.report import EvidenceReport, GuardrailReport,
 from reelway.platform.rollout.policy import RolloutPolicy, Step
 
 if TYPE_CHECKING:
-    from reelway.platform.rollout.records import HistoryEntry, Sighting
+    from reelway.platform.rollout.records import HistoryEntry, LastReconcile
 
 
 class Explanation(BaseModel):
@@ -33,7 +33,7 @@ class Explanation(BaseModel):
     policy: tuple[str, ...]
 
 
-class Moment(BaseModel):
+class DecisionPoint(BaseModel):
     """The fields that a history entry and the last reconcile have in common."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -48,7 +48,7 @@ class Moment(BaseModel):
     evidence: EvidenceReport | None
 
 
-def moment_of(seen: HistoryEntry | Sighting, *, step: int, phase: str) -> Moment:
+def decision_point(seen: HistoryEntry | LastReconcile, *, step: int, phase: str) -> DecisionPoint:
     """Returns the decision point of a history entry or of the last reconcile.
 
     Args:
@@ -56,7 +56,7 @@ def moment_of(seen: HistoryEntry | Sighting, *, step: int, phase: str) -> Moment
         phase: current phase of the rollout; used likewise.
     """
     number = getattr(seen, "number", None)
-    return Moment(
+    return DecisionPoint(
         rollout=seen.rollout_id,
         entry=number,
         time=seen.time,
@@ -68,16 +68,16 @@ def moment_of(seen: HistoryEntry | Sighting, *, step: int, phase: str) -> Moment
     )
 
 
-def explain(moment: Moment, policy: RolloutPolicy) -> Explanation:
+def explain(point: DecisionPoint, policy: RolloutPolicy) -> Explanation:
     """Returns the evidence of a decision, what would have changed the decision, and the policy lines that applied."""
-    otherwise, lines = _grounds(moment, policy)
+    otherwise, lines = _counterfactuals_and_policy(point, policy)
     return Explanation(
-        rollout=moment.rollout,
-        entry=moment.entry,
-        time=moment.time,
-        action=moment.action,
-        reason=moment.reason,
-        numbers=tuple(_numbers(moment.evidence, policy)) if moment.evidence else (),
+        rollout=point.rollout,
+        entry=point.entry,
+        time=point.time,
+        action=point.action,
+        reason=point.reason,
+        numbers=tuple(_numbers(point.evidence, policy)) if point.evidence else (),
         otherwise=tuple(otherwise),
         policy=tuple(dict.fromkeys(lines)),
     )
@@ -89,7 +89,7 @@ def _numbers(evidence: EvidenceReport, policy: RolloutPolicy) -> list[str]:
     said = [f"{seen['viewers']:,} viewers and {seen['impressions']:,} impressions on the canary since the start"]
     guardrails = sorted(evidence.guardrails, key=lambda g: g.state != "bad")
     outcomes = sorted(evidence.outcomes, key=lambda o: o.finding != "harm_established")
-    if evidence.breached and not evidence.heard_outcomes:
+    if evidence.breached and not evidence.has_outcome_data:
         return [g.sentence for g in guardrails if g.state == "bad"]
     said += [guardrail.sentence for guardrail in guardrails if guardrail.state == "bad"]
     said += [_outcome_words(outcome, policy) for outcome in outcomes]
@@ -121,20 +121,20 @@ def _harm(value: float) -> str:
     return f"{abs(value):.1%} {'worse' if value > 0 else 'better'}"
 
 
-def _grounds(moment: Moment, policy: RolloutPolicy) -> tuple[list[str], list[str]]:
+def _counterfactuals_and_policy(point: DecisionPoint, policy: RolloutPolicy) -> tuple[list[str], list[str]]:
     """Returns what would have changed the decision, and the policy lines that applied."""
-    evidence = moment.evidence
-    match moment.action:
+    evidence = point.evidence
+    match point.action:
         case "roll_back":
-            return _of_rollback(moment, policy)
+            return _explain_rollback(point, policy)
         case "step" | "promote":
-            return _of_progress(moment, policy)
+            return _explain_progress(point, policy)
         case "pause":
-            return _of_pause(moment, policy)
+            return _explain_pause(point, policy)
         case "refuse":
             return ["repeat the command once the reason no longer applies"], []
-        case "wait" | "hold" | "carry_on" | "resume" if evidence is not None and moment.phase_before in _RAMPING:
-            return _of_waiting(moment, evidence, policy)
+        case "wait" | "hold" | "carry_on" | "resume" if evidence is not None and point.phase_before in _RAMPING:
+            return _explain_waiting(point, evidence, policy)
         case "retire" | "complete_promotion":
             return [], [f"retention_s: {policy.retention_s:g}"]
         case "complete_rollback":
@@ -142,21 +142,21 @@ def _grounds(moment: Moment, policy: RolloutPolicy) -> tuple[list[str], list[str
         case "shadow" if policy.shadow is not None:
             return [], [f"shadow: {_dump(policy.shadow)}"]
         case _:
-            return [], _deadline_line(policy, "preparing") if moment.phase_before in ("pending", "preparing") else []
+            return [], _deadline_line(policy, "preparing") if point.phase_before in ("pending", "preparing") else []
 
 
 _RAMPING = ("stepping", "holding", "paused")
 
 
-def _of_rollback(moment: Moment, policy: RolloutPolicy) -> tuple[list[str], list[str]]:
-    evidence = moment.evidence
-    if moment.reason.startswith("rolled back by "):
+def _explain_rollback(point: DecisionPoint, policy: RolloutPolicy) -> tuple[list[str], list[str]]:
+    evidence = point.evidence
+    if point.reason.startswith("rolled back by "):
         return ["nothing in the evidence: a user requested the rollback"], []
-    if evidence is not None and evidence.breached and moment.reason.startswith("guardrail: "):
+    if evidence is not None and evidence.breached and point.reason.startswith("guardrail: "):
         breaches = [g for g in evidence.guardrails if g.state == "bad"]
         lines = [f"guardrails.{g.name}: {_limit(policy, g)}" for g in breaches]
         ratios = any(g.name.endswith("_ratio") for g in breaches)
-        return [_without(g, policy) for g in breaches], [
+        return [_without_breach(g, policy) for g in breaches], [
             *lines,
             *([f"guardrails.significance: {policy.guardrails.significance:g}"] if ratios else []),
         ]
@@ -169,20 +169,20 @@ def _of_rollback(moment: Moment, policy: RolloutPolicy) -> tuple[list[str], list
         ]
         lines = [line for o in harms for line in _metric_lines(policy, o)]
         return said, [*lines, f"alpha.rollback: {policy.alpha.rollback:g} over all {len(policy.tests)} tests"]
-    return _of_deadline(moment, policy)
+    return _explain_deadline(point, policy)
 
 
-def _of_pause(moment: Moment, policy: RolloutPolicy) -> tuple[list[str], list[str]]:
-    if moment.reason.startswith("paused by "):
+def _explain_pause(point: DecisionPoint, policy: RolloutPolicy) -> tuple[list[str], list[str]]:
+    if point.reason.startswith("paused by "):
         return ["nothing in the evidence: a user requested the pause; `reelway rollout resume` continues"], []
-    return _of_deadline(moment, policy)
+    return _explain_deadline(point, policy)
 
 
-def _of_deadline(moment: Moment, policy: RolloutPolicy) -> tuple[list[str], list[str]]:
+def _explain_deadline(point: DecisionPoint, policy: RolloutPolicy) -> tuple[list[str], list[str]]:
     name = "insufficient"
-    if "telemetry down" in moment.reason or moment.phase_before == "shadow":
+    if "telemetry down" in point.reason or point.phase_before == "shadow":
         name = "telemetry_down"
-    elif moment.phase_before in ("pending", "preparing"):
+    elif point.phase_before in ("pending", "preparing"):
         name = "preparing"
     what = {
         "insufficient": "enough data had arrived before the deadline",
@@ -193,29 +193,31 @@ def _of_deadline(moment: Moment, policy: RolloutPolicy) -> tuple[list[str], list
     return [line], _deadline_line(policy, name)
 
 
-def _of_progress(moment: Moment, policy: RolloutPolicy) -> tuple[list[str], list[str]]:
-    if moment.action == "step" and moment.step == 0:
+def _explain_progress(point: DecisionPoint, policy: RolloutPolicy) -> tuple[list[str], list[str]]:
+    if point.action == "step" and point.step == 0:
         return ["the rollout would have waited if the release had not been ready"], [_step_line(policy, 0)]
-    index = moment.step - 1 if moment.action == "step" else moment.step
+    index = point.step - 1 if point.action == "step" else point.step
     index = min(max(index, 0), len(policy.steps) - 1)
     step, lines = policy.steps[index], [_step_line(policy, index)]
     said = [
         f"the step would have been held with fewer than {step.minimum_viewers:,} viewers or "
         f"{step.minimum_impressions:,} impressions on the canary, or without data for a guardrail or an outcome metric"
     ]
-    if moment.action == "promote":
+    if point.action == "promote":
         said.append("no promotion while harm beyond the margin is possible in a required outcome metric")
-        if moment.evidence is not None:
-            lines += [line for o in moment.evidence.outcomes if o.required for line in _metric_lines(policy, o)]
+        if point.evidence is not None:
+            lines += [line for o in point.evidence.outcomes if o.required for line in _metric_lines(policy, o)]
         lines.append(f"alpha.promotion: {policy.alpha.promotion:g}")
     else:
         said.append(f"no next step before {step.hold_s:g} s, unless harm is excluded in all required outcome metrics")
     return said, lines
 
 
-def _of_waiting(moment: Moment, evidence: EvidenceReport, policy: RolloutPolicy) -> tuple[list[str], list[str]]:
+def _explain_waiting(
+    point: DecisionPoint, evidence: EvidenceReport, policy: RolloutPolicy
+) -> tuple[list[str], list[str]]:
     """Returns what the rollout waits for, with the missing numbers."""
-    index = min(max(moment.step, 0), len(policy.steps) - 1)
+    index = min(max(point.step, 0), len(policy.steps) - 1)
     step = policy.steps[index]
     said, lines = _missing_exposure(evidence, step), [_step_line(policy, index)]
     verdicts: tuple[GuardrailReport | OutcomeReport, ...] = (*evidence.guardrails, *evidence.outcomes)
@@ -256,7 +258,7 @@ def _until_excluded(outcome: OutcomeReport) -> str:
     return f"{need}; needs about {max(times, 1.0):.1f} times the viewers at the observed difference"
 
 
-def _without(guardrail: GuardrailReport, policy: RolloutPolicy) -> str:
+def _without_breach(guardrail: GuardrailReport, policy: RolloutPolicy) -> str:
     if guardrail.name == "firing_alerts":
         return "no rollback if no alert with the release's label had been firing"
     if guardrail.name.endswith("_ratio"):
@@ -295,7 +297,7 @@ def _pairs(values: dict[str, object]) -> str:
     )
 
 
-def newest_deciding(history: Sequence[HistoryEntry]) -> HistoryEntry | None:
+def latest_deciding_entry(history: Sequence[HistoryEntry]) -> HistoryEntry | None:
     """Returns the latest entry that moved, stopped or ended the ramp."""
     telling = ("step", "promote", "roll_back", "pause", "resume", "hold", "carry_on", "shadow", "prepare")
     return next((entry for entry in reversed(history) if entry.action in telling), None)

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any, Final
 import typer
 from rich.markup import escape
 
-from reelway.platform.cli.rollout.explain import Explanation, explain, moment_of, newest_deciding
-from reelway.platform.cli.rollout.intervals import worded
-from reelway.platform.cli.rollout.place import tell
-from reelway.platform.cli.rollout.views import clock_of
-from reelway.platform.cli.rollout.wait import RolloutExit, exit_of
-from reelway.platform.cli.terminal import out
+from reelway.platform.cli.rollout.explain import Explanation, decision_point, explain, latest_deciding_entry
+from reelway.platform.cli.rollout.intervals import labelled_line
+from reelway.platform.cli.rollout.place import print_unwrapped
+from reelway.platform.cli.rollout.views import format_utc_time
+from reelway.platform.cli.rollout.wait import RolloutExitCode, exit_code_for
+from reelway.platform.cli.terminal import stdout_console
 from reelway.platform.contracts.ids import short_id
 from reelway.platform.errors import RolloutError
 
@@ -24,10 +24,10 @@ if TYPE_CHECKING:
 
 INDENT: Final = 6
 RESULT_STYLES: Final = {
-    RolloutExit.PROMOTED: "bold green",
-    RolloutExit.ROLLED_BACK: "bold red",
-    RolloutExit.PAUSED: "bold yellow",
-    RolloutExit.IN_PROGRESS: "bold blue",
+    RolloutExitCode.PROMOTED: "bold green",
+    RolloutExitCode.ROLLED_BACK: "bold red",
+    RolloutExitCode.PAUSED: "bold yellow",
+    RolloutExitCode.IN_PROGRESS: "bold blue",
 }
 
 
@@ -38,45 +38,49 @@ def print_history(store: RolloutStore, rollout: Rollout, *, as_json: bool) -> No
         typer.echo(json.dumps([entry.model_dump(mode="json") for entry in entries], indent=2))
         return
     state = rollout.state
-    out.print(
-        f"{state.id}   {short_id(state.canary_release)} over {short_id(state.stable_release)}   {exit_of(state).words}",
+    releases = f"{short_id(state.canary_release)} over {short_id(state.stable_release)}"
+    stdout_console.print(
+        f"{state.id}   {releases}   {exit_code_for(state).description}",
         highlight=False,
     )
     for entry in entries:
         phase, action = entry.phase.replace("_", " "), entry.action.replace("_", " ")
-        head = f"[bold]{entry.number:>4}[/]  {clock_of(entry.time)} UTC  {phase}, canary {entry.canary_bp / 100:g} %"
-        out.print(f"{head}  [bold]{action}[/]", highlight=False)
-        out.print(_indented(entry.reason), highlight=False)
-    tell("evidence of a decision: reelway rollout explain --entry NUMBER")
+        time = format_utc_time(entry.time)
+        head = f"[bold]{entry.number:>4}[/]  {time} UTC  {phase}, canary {entry.canary_bp / 100:g} %"
+        stdout_console.print(f"{head}  [bold]{action}[/]", highlight=False)
+        stdout_console.print(_indented(entry.reason), highlight=False)
+    print_unwrapped("evidence of a decision: reelway rollout explain --entry NUMBER")
 
 
 def print_all(store: RolloutStore, *, as_json: bool) -> None:
     """Prints all rollouts, oldest first; as JSON with their decisions."""
     rollouts = store.all()
     if as_json:
-        typer.echo(json.dumps([_whole(store, rollout) for rollout in rollouts], indent=2))
+        typer.echo(json.dumps([_rollout_with_history(store, rollout) for rollout in rollouts], indent=2))
         return
     for rollout in rollouts:
-        state, result = rollout.state, exit_of(rollout.state)
-        out.print(
-            f"[bold]{state.id}[/]  {clock_of(state.started_at)[:16]}  {short_id(state.canary_release)} over "
-            f"{short_id(state.stable_release)}  [{RESULT_STYLES[result]}]{result.words}[/]",
+        state, result = rollout.state, exit_code_for(rollout.state)
+        stdout_console.print(
+            f"[bold]{state.id}[/]  {format_utc_time(state.started_at)[:16]}  {short_id(state.canary_release)} over "
+            f"{short_id(state.stable_release)}  [{RESULT_STYLES[result]}]{result.description}[/]",
             highlight=False,
         )
-        out.print(_indented(state.reason), highlight=False)
+        stdout_console.print(_indented(state.reason), highlight=False)
 
 
 def _indented(text: str) -> str:
-    return escape(textwrap.fill(text, out.width, initial_indent=" " * INDENT, subsequent_indent=" " * INDENT))
+    return escape(
+        textwrap.fill(text, stdout_console.width, initial_indent=" " * INDENT, subsequent_indent=" " * INDENT)
+    )
 
 
-def _whole(store: RolloutStore, rollout: Rollout) -> dict[str, Any]:
+def _rollout_with_history(store: RolloutStore, rollout: Rollout) -> dict[str, Any]:
     entries = [entry.model_dump(mode="json") for entry in store.history(rollout.state.id)]
-    return {"rollout": rollout.state.model_dump(mode="json"), "result": exit_of(rollout.state).words,
+    return {"rollout": rollout.state.model_dump(mode="json"), "result": exit_code_for(rollout.state).description,
             "history": entries}  # fmt: skip
 
 
-def explanation_of(store: RolloutStore, rollout: Rollout, number: int | None) -> Explanation:
+def load_explanation(store: RolloutStore, rollout: Rollout, number: int | None) -> Explanation:
     """Returns the explanation of a history entry.
 
     Without ``number``: the last reconcile of an active rollout, or the decision that ended the rollout.
@@ -87,19 +91,19 @@ def explanation_of(store: RolloutStore, rollout: Rollout, number: int | None) ->
     state, entries = rollout.state, store.history(rollout.state.id)
     seen: Any = _entry(entries, number, state.id) if number is not None else None
     if seen is None and state.active:
-        seen = store.sighting(state.id)
+        seen = store.last_reconcile(state.id)
     if seen is None:
-        seen = newest_deciding(entries)
+        seen = latest_deciding_entry(entries)
     if seen is None:
         raise RolloutError(f"{state.id}: no decision yet; check that `reelway rollout controller` is running")
-    return explain(moment_of(seen, step=state.step, phase=state.phase.value), rollout.policy)
+    return explain(decision_point(seen, step=state.step, phase=state.phase.value), rollout.policy)
 
 
 def print_explanation(explanation: Explanation) -> None:
     which = f"decision {explanation.entry}" if explanation.entry is not None else "last reconcile"
     action = explanation.action.replace("_", " ")
-    out.print(f"[bold]{explanation.rollout}[/], {which} at {clock_of(explanation.time)} UTC: [bold]{action}[/]",
-              highlight=False)  # fmt: skip
+    time = format_utc_time(explanation.time)
+    stdout_console.print(f"[bold]{explanation.rollout}[/], {which} at {time} UTC: [bold]{action}[/]", highlight=False)
     sections: tuple[tuple[str, Sequence[str]], ...] = (
         ("why", [explanation.reason]),
         ("numbers", explanation.numbers),
@@ -108,7 +112,7 @@ def print_explanation(explanation: Explanation) -> None:
     )
     for word, lines in sections:
         for i, line in enumerate(lines):
-            out.print(worded(word if i == 0 else "", "bold", line, out.width))
+            stdout_console.print(labelled_line(word if i == 0 else "", "bold", line, stdout_console.width))
 
 
 def _entry(entries: Sequence[HistoryEntry], number: int, rollout_id: str) -> HistoryEntry:

@@ -16,36 +16,36 @@ from rich.text import Text
 
 from reelway.platform.cli.rollout.report import EvidenceReport, OutcomeReport
 
-FINDING_WORDS: Final = {
+FINDING_LABELS: Final = {
     "harm_established": ("HARM", "bold red"),
     "harm_excluded": ("no harm", "green"),
     "undecided": ("undecided", "yellow"),
     "insufficient": ("not enough", "cyan"),
     "telemetry_down": ("NO DATA", "bold magenta"),
 }
-STATE_WORDS: Final = {
+STATE_LABELS: Final = {
     "ok": ("ok", "green"),
     "bad": ("BREACH", "bold red"),
     "insufficient": ("not enough", "cyan"),
     "telemetry_down": ("NO DATA", "bold magenta"),
 }
-_BETTER_MARGINS: Final = 6.0
-_WORSE_MARGINS: Final = 12.0
-_BEYOND: Final = 100.0
+_AXIS_BETTER_MARGINS: Final = 6.0
+_AXIS_WORSE_MARGINS: Final = 12.0
+_COMPRESSION_SCALE: Final = 100.0
 """In margins. An unknown bound is drawn this far out, which is the edge of the axis."""
-WIDE: Final = 100
-NUMBER: Final = 7
+WIDE_TERMINAL_COLUMNS: Final = 100
+NUMBER_COLUMN_WIDTH: Final = 7
 
 
 def outcomes_table(evidence: EvidenceReport, *, width: int, compact: bool = False) -> Table:
     """Returns a table of all outcomes, one line each. ``compact`` omits slices without harm and undecided slices."""
-    wide = width >= WIDE
+    wide = width >= WIDE_TERMINAL_COLUMNS
     bar = max(12, width - (78 if wide else 61))
     table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="dim", width=width)
     table.add_column("outcome", no_wrap=True, width=24)
-    table.add_column("canary", justify="right", no_wrap=True, width=NUMBER)
-    table.add_column("stable", justify="right", no_wrap=True, width=NUMBER)
-    table.add_column("change", justify="right", no_wrap=True, width=NUMBER)
+    table.add_column("canary", justify="right", no_wrap=True, width=NUMBER_COLUMN_WIDTH)
+    table.add_column("stable", justify="right", no_wrap=True, width=NUMBER_COLUMN_WIDTH)
+    table.add_column("change", justify="right", no_wrap=True, width=NUMBER_COLUMN_WIDTH)
     table.add_column(axis_header(bar), no_wrap=True, width=bar)
     if wide:
         table.add_column("viewers", justify="right", no_wrap=True, width=16)
@@ -54,7 +54,7 @@ def outcomes_table(evidence: EvidenceReport, *, width: int, compact: bool = Fals
         overall = outcome.slice == "overall"
         if compact and not overall and outcome.finding in ("harm_excluded", "undecided"):
             continue
-        word, style = FINDING_WORDS[outcome.finding]
+        word, style = FINDING_LABELS[outcome.finding]
         name = outcome.name + ("*" if outcome.required else "") if overall else f"  on {outcome.slice}"
         cells: list[str | Text] = [
             Text(name, style="" if overall else "dim"),
@@ -81,17 +81,17 @@ def axis_header(width: int) -> Text:
 
 def interval_bar(outcome: OutcomeReport, width: int) -> Text:
     """Returns the interval of a metric's harm relative to zero and its margin, ``width`` characters wide."""
-    _, style = FINDING_WORDS[outcome.finding]
+    _, style = FINDING_LABELS[outcome.finding]
     zero, limit = _column(0.0, width), _column(1.0, width)
     marks: list[tuple[str, str]] = [(" ", "")] * width
     if outcome.harm is not None:
-        low = -_BEYOND if outcome.low is None else outcome.low / outcome.margin
-        high = _BEYOND if outcome.high is None else outcome.high / outcome.margin
-        left, right = _beside(low, width), _beside(high, width)
+        low = -_COMPRESSION_SCALE if outcome.low is None else outcome.low / outcome.margin
+        high = _COMPRESSION_SCALE if outcome.high is None else outcome.high / outcome.margin
+        left, right = _end_column(low, width), _end_column(high, width)
         for at in range(left, right + 1):
             marks[at] = ("─", style)
-        marks[left] = ("◀" if low < -_BETTER_MARGINS else "├", style)
-        marks[right] = ("▶" if high > _WORSE_MARGINS else "┤", style)
+        marks[left] = ("◀" if low < -_AXIS_BETTER_MARGINS else "├", style)
+        marks[right] = ("▶" if high > _AXIS_WORSE_MARGINS else "┤", style)
         marks[_column(outcome.harm / outcome.margin, width)] = ("●", style)
     for at, mark in ((zero, "┊"), (limit, "┃")):
         if marks[at][0] in (" ", "─"):
@@ -106,21 +106,21 @@ def change_of(outcome: OutcomeReport) -> str:
     return f"{(1 if outcome.lower_is_better else -1) * outcome.harm:+.1%}"
 
 
-def guardrail_lines(evidence: EvidenceReport, *, width: int, compact: bool = False) -> Sequence[Text]:
+def guardrail_status_lines(evidence: EvidenceReport, *, width: int, compact: bool = False) -> Sequence[Text]:
     """Returns the label and sentence of every guardrail; ``compact`` puts all guardrails that are ok on one line."""
     lines, fine = [], []
     for guardrail in evidence.guardrails:
-        word, style = STATE_WORDS[guardrail.state]
+        word, style = STATE_LABELS[guardrail.state]
         if compact and guardrail.state == "ok":
             fine.append(guardrail.name)
         else:
-            lines.append(worded(word, style, guardrail.sentence, width))
+            lines.append(labelled_line(word, style, guardrail.sentence, width))
     if fine:
-        lines.append(worded("ok", "green", ", ".join(fine), width))
+        lines.append(labelled_line("ok", "green", ", ".join(fine), width))
     return lines
 
 
-def worded(word: str, style: str, sentence: str, width: int) -> Text:
+def labelled_line(word: str, style: str, sentence: str, width: int) -> Text:
     """Returns a label column followed by the folded sentence."""
     indent = 11
     folded = textwrap.wrap(sentence, max(20, width - indent))
@@ -131,12 +131,12 @@ def worded(word: str, style: str, sentence: str, width: int) -> Text:
 
 def _column(margins: float, width: int) -> int:
     """Returns the column of a harm, given in margins."""
-    low, high = math.asinh(-_BETTER_MARGINS), math.asinh(_WORSE_MARGINS)
+    low, high = math.asinh(-_AXIS_BETTER_MARGINS), math.asinh(_AXIS_WORSE_MARGINS)
     fraction = (math.asinh(margins) - low) / (high - low)
     return round(min(max(fraction, 0.0), 1.0) * (width - 1))
 
 
-def _beside(margins: float, width: int) -> int:
+def _end_column(margins: float, width: int) -> int:
     """Returns the column of an interval's end: never on the marks for zero and margin, always on the correct side."""
     at, zero, limit = _column(margins, width), _column(0.0, width), _column(1.0, width)
     for mark, value in ((zero, 0.0), (limit, 1.0)):
@@ -151,4 +151,6 @@ def _number(value: float | None) -> str:
     """Formats a number with as many significant digits as fit the column."""
     if value is None:
         return "-"
-    return next(text for digits in (4, 3, 2, 1) if len(text := f"{value:.{digits}g}") <= NUMBER or digits == 1)
+    return next(
+        text for digits in (4, 3, 2, 1) if len(text := f"{value:.{digits}g}") <= NUMBER_COLUMN_WIDTH or digits == 1
+    )

@@ -13,17 +13,17 @@ from typing import Final, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from reelway.platform.cli.terminal import console
+from reelway.platform.cli.terminal import stderr_console
 from reelway.platform.errors import ConfigError, MalformedFileError
 from reelway.platform.runs import RunDirectory
 
-SILENT_AFTER_S: Final = 15.0
+CONTROLLER_TIMEOUT_S: Final = 15.0
 """A controller that has not reconciled for this long is unresponsive. It normally reconciles every few seconds."""
 _Record = TypeVar("_Record", bound=BaseModel)
 
 
 @dataclass(frozen=True)
-class ClusterPlace:
+class ClusterNamespace:
     """A namespace whose ReleaseRollouts ``reelway operator`` reconciles."""
 
     namespace: str | None
@@ -33,7 +33,7 @@ class ClusterPlace:
         return " ".join(f"--{name} {value}" for name, value in vars(self).items() if value)
 
 
-Place = RunDirectory | ClusterPlace
+RolloutLocation = RunDirectory | ClusterNamespace
 
 
 class ServingRecord(BaseModel):
@@ -55,7 +55,7 @@ class ControllerRecord(BaseModel):
     pid: int
 
 
-class ControllerSight(BaseModel):
+class ControllerStatus(BaseModel):
     """Status of the controller from its record file and its last reconcile; the controller itself is not queried."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -68,7 +68,7 @@ class ControllerSight(BaseModel):
     problem: str = ""
 
     @property
-    def silent(self) -> bool:
+    def unresponsive(self) -> bool:
         """Whether rollouts do not advance because the controller is not running or not reconciling."""
         return bool(self.problem)
 
@@ -84,26 +84,26 @@ def open_run(run: Path) -> RunDirectory:
     return RunDirectory(run)
 
 
-def open_place(run: Path, namespace: str | None, context: str | None) -> Place:
+def resolve_location(run: Path, namespace: str | None, context: str | None) -> RolloutLocation:
     """Returns the location of the rollouts: a cluster's namespace if an option gives one, else the run directory.
 
     Raises:
         ConfigError: if the run directory does not exist.
     """
-    return ClusterPlace(namespace, context) if namespace or context else open_run(run)
+    return ClusterNamespace(namespace, context) if namespace or context else open_run(run)
 
 
-def flags_of(place: Place) -> str:
+def location_flags(location: RolloutLocation) -> str:
     """Returns the options that select this location, for commands that are printed to be copied."""
-    return str(place) if isinstance(place, ClusterPlace) else f"--run {place.path}"
+    return str(location) if isinstance(location, ClusterNamespace) else f"--run {location.path}"
 
 
-def serving_record(run: Place) -> ServingRecord | None:
+def serving_record(run: RolloutLocation) -> ServingRecord | None:
     """Returns the run's serving record; None if no process serves the run, and on a cluster."""
-    if isinstance(run, ClusterPlace):
+    if isinstance(run, ClusterNamespace):
         return None
     record = _read(run.path / "serving.json", ServingRecord)
-    return record if record is not None and lives(record.pid) else None
+    return record if record is not None and process_alive(record.pid) else None
 
 
 def controller_record(run: RunDirectory) -> ControllerRecord | None:
@@ -111,7 +111,7 @@ def controller_record(run: RunDirectory) -> ControllerRecord | None:
     return _read(run.path / "rollout" / "controller.json", ControllerRecord)
 
 
-def lives(pid: int) -> bool:
+def process_alive(pid: int) -> bool:
     """Returns whether a process of this machine is alive."""
     try:
         os.kill(pid, 0)
@@ -122,13 +122,13 @@ def lives(pid: int) -> bool:
     return True
 
 
-def actor() -> str:
+def current_user() -> str:
     return os.environ.get("USER") or getpass.getuser()
 
 
-def tell(message: str) -> None:
+def print_unwrapped(message: str) -> None:
     """Prints a line on standard error without folding it, so that commands and paths can be copied."""
-    console.print(message, highlight=False, soft_wrap=True)
+    stderr_console.print(message, highlight=False, soft_wrap=True)
 
 
 def _read(path: Path, model: type[_Record]) -> _Record | None:

@@ -16,13 +16,13 @@ import typer
 import yaml
 from rich.table import Table
 
-from reelway.platform.cli.terminal import out
+from reelway.platform.cli.terminal import stdout_console
 from reelway.platform.errors import ConfigError
 from reelway.platform.rollout.policy import RolloutPolicy, load_policy, parse_policy, policy_schema
 from reelway.platform.rollout.series import OUTCOME_METRICS
 
 PACKAGE: Final = "reelway.platform.rollout"
-SUFFIX: Final = "_policy.yaml"
+POLICY_FILE_SUFFIX: Final = "_policy.yaml"
 POLICY = typer.Argument(
     "default", metavar="POLICY", help="Policy file, or name of a built-in policy: default, demo, drill."
 )
@@ -71,7 +71,7 @@ def check(policy: str = POLICY) -> None:
     Example: reelway rollout policy check mine.yaml
     """
     found = policy_named(policy)
-    out.print(
+    stdout_console.print(
         f"{policy}: policy {found.name!r} is valid: {len(found.steps)} steps, {len(found.tests)} tests of "
         f"{len(found.outcomes)} outcome metrics",
         highlight=False, markup=False, soft_wrap=True,
@@ -101,7 +101,9 @@ def policy_named(name: str) -> RolloutPolicy:
     """
     shipped = shipped_policies()
     if name in shipped:
-        policy = parse_policy((files(PACKAGE) / f"{name}{SUFFIX}").read_text(), source=f"{name}{SUFFIX}")
+        policy = parse_policy(
+            (files(PACKAGE) / f"{name}{POLICY_FILE_SUFFIX}").read_text(), source=f"{name}{POLICY_FILE_SUFFIX}"
+        )
     elif Path(name).exists():
         policy = load_policy(Path(name))
     else:
@@ -113,7 +115,7 @@ def policy_named(name: str) -> RolloutPolicy:
 def shipped_policies() -> tuple[str, ...]:
     """Returns the names of the built-in policies."""
     names = (item.name for item in files(PACKAGE).iterdir())
-    return tuple(sorted(name.removesuffix(SUFFIX) for name in names if name.endswith(SUFFIX)))
+    return tuple(sorted(name.removesuffix(POLICY_FILE_SUFFIX) for name in names if name.endswith(POLICY_FILE_SUFFIX)))
 
 
 def check_metrics(policy: RolloutPolicy, *, source: str) -> None:
@@ -133,7 +135,7 @@ def _print_policy(policy: RolloutPolicy) -> None:
     for number, step in enumerate(policy.steps, start=1):
         weight, held = f"{step.weight_percent:g} %", f"{step.hold_s:g} s"
         steps.add_row(str(number), weight, held, f"{step.minimum_viewers:,}", f"{step.minimum_impressions:,}")
-    out.print(steps)
+    stdout_console.print(steps)
     alphas: dict[str, float] = {}
     for (metric, part), alpha in zip(policy.tests, policy.rollback_alphas, strict=True):
         alphas[metric.name] = alphas.get(metric.name, 0.0) + alpha
@@ -145,12 +147,12 @@ def _print_policy(policy: RolloutPolicy) -> None:
         outcomes.add_row(
             metric.name, metric.direction, f"{metric.margin:.1%}", slices, needs, f"{alphas[metric.name]:.2g}"
         )
-    out.print(outcomes)
-    for line in guardrail_lines(policy):
-        out.print(line, highlight=False, markup=False, soft_wrap=True)
+    stdout_console.print(outcomes)
+    for line in policy_summary_lines(policy):
+        stdout_console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
-def guardrail_lines(policy: RolloutPolicy) -> list[str]:
+def policy_summary_lines(policy: RolloutPolicy) -> list[str]:
     """Returns one line per guardrail, deadline and duration, with its path in the policy file."""
     lines = []
     for name in ("error_ratio", "empty_slate_ratio", "p99_ms", "parity_mismatches", "firing_alerts"):

@@ -11,15 +11,15 @@ from typing import TYPE_CHECKING, Any, Final
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from reelway.platform.cli.rollout.place import ControllerSight, ServingRecord
-from reelway.platform.cli.rollout.wait import RolloutExit, exit_of
+from reelway.platform.cli.rollout.place import ControllerStatus, ServingRecord
+from reelway.platform.cli.rollout.wait import RolloutExitCode, exit_code_for
 from reelway.platform.rollout.policy import Step
 from reelway.platform.rollout.state import Command, Phase
 
 if TYPE_CHECKING:
-    from reelway.platform.rollout.records import HistoryEntry, Rollout, Sighting
+    from reelway.platform.rollout.records import HistoryEntry, LastReconcile, Rollout
 
-ENDING: Final = frozenset({Phase.PROMOTING, Phase.PROMOTED, Phase.ROLLING_BACK, Phase.ROLLED_BACK})
+ENDED_PHASES: Final = frozenset({Phase.PROMOTING, Phase.PROMOTED, Phase.ROLLING_BACK, Phase.ROLLED_BACK})
 """Phases in which the report shows the evidence of the decision instead of the last reconcile."""
 
 
@@ -73,7 +73,7 @@ class EvidenceReport(_Report):
         return any(guardrail.state == "bad" for guardrail in self.guardrails)
 
     @property
-    def heard_outcomes(self) -> bool:
+    def has_outcome_data(self) -> bool:
         """Whether any outcome metric has data. False if an alert rolled back before the evidence was read."""
         return any(outcome.finding != "telemetry_down" for outcome in self.outcomes)
 
@@ -120,16 +120,16 @@ class StatusReport(_Report):
     run: str
     time: float
     serving: ServingRecord | None
-    controller: ControllerSight
+    controller: ControllerStatus
     rollout: RolloutReport | None
 
 
-def report_rollout(
-    rollout: Rollout, sighting: Sighting | None, history: Sequence[HistoryEntry], now: float
+def build_rollout_report(
+    rollout: Rollout, sighting: LastReconcile | None, history: Sequence[HistoryEntry], now: float
 ) -> RolloutReport:
     """Returns the report of one rollout at the time ``now``."""
     state, policy = rollout.state, rollout.policy
-    deciding = _deciding(history) if state.phase in ENDING else None
+    deciding = _deciding(history) if state.phase in ENDED_PHASES else None
     seen = deciding or sighting
     evidence = EvidenceReport.model_validate(seen.evidence) if seen is not None and seen.evidence else None
     heard_at = evidence.time if evidence is not None else None
@@ -138,8 +138,8 @@ def report_rollout(
     return RolloutReport(
         id=state.id,
         phase=state.phase.value,
-        result=exit_of(state).words,
-        exit_code=int(exit_of(state)),
+        result=exit_code_for(state).description,
+        exit_code=int(exit_code_for(state)),
         active=state.active,
         canary_release=state.canary_release,
         stable_release=state.stable_release,
@@ -173,4 +173,4 @@ def _deciding(history: Sequence[HistoryEntry]) -> HistoryEntry | None:
 
 def exit_code_of(report: StatusReport) -> int:
     """Returns the exit code for ``--exit-code``; 9 if there is no rollout."""
-    return report.rollout.exit_code if report.rollout else int(RolloutExit.REFUSED)
+    return report.rollout.exit_code if report.rollout else int(RolloutExitCode.REFUSED)

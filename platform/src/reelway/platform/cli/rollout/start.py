@@ -11,8 +11,8 @@ import time
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Final
 
-from reelway.platform.cli.rollout.place import actor, serving_record
-from reelway.platform.cli.terminal import console
+from reelway.platform.cli.rollout.place import current_user, serving_record
+from reelway.platform.cli.terminal import stderr_console
 from reelway.platform.errors import RolloutError
 from reelway.platform.rollout.policy import RolloutPolicy
 from reelway.platform.runs import RunDirectory
@@ -45,12 +45,12 @@ def start_rollout(
         ReleaseError: if the release does not exist or fails verification.
         RolloutError: if the run is not being served or the rollout may not start.
     """
-    from reelway.platform.rollout.transition import start
+    from reelway.platform.rollout.transition import start_state
 
     stable = live_release(run, store.latest())
     canary = verified_release(run, release)
-    now, previous = time.time(), previous_of(store, canary)
-    state = start(
+    now, previous = time.time(), previous_rollout(store, canary)
+    state = start_state(
         policy,
         rollout_id=new_rollout_id(now, prefix),
         canary_release=canary,
@@ -59,7 +59,7 @@ def start_rollout(
         previous=previous.state if previous else None,
         force=force,
     )
-    said = f" by {actor()}" + (f": {note}" if note else "")
+    said = f" by {current_user()}" + (f": {note}" if note else "")
     return store.create(state.model_copy(update={"reason": state.reason + said}), policy)
 
 
@@ -86,11 +86,11 @@ def verified_release(run: RunDirectory, release: str) -> str:
     """
     from reelway.platform.cli.release import fetch_verified
 
-    with console.status("verifying the release"):
+    with stderr_console.status("verifying the release"):
         return fetch_verified(run, release).manifest.release_id
 
 
-def previous_of(store: RolloutStore, canary: str) -> Rollout | None:
+def previous_rollout(store: RolloutStore, canary: str) -> Rollout | None:
     """Returns the latest rollout that restricts a new one. Ended drills of other releases are skipped."""
     for rollout in reversed(store.all()):
         drilled = rollout.state.id.startswith(DRILL_PREFIX)

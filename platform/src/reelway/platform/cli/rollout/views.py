@@ -14,7 +14,7 @@ from rich.console import Group, RenderableType
 from rich.rule import Rule
 from rich.text import Text
 
-from reelway.platform.cli.rollout.intervals import guardrail_lines, outcomes_table, worded
+from reelway.platform.cli.rollout.intervals import guardrail_status_lines, labelled_line, outcomes_table
 from reelway.platform.cli.rollout.report import EvidenceReport, RolloutReport, StatusReport
 from reelway.platform.contracts.ids import short_id
 
@@ -46,18 +46,20 @@ def status_view(report: StatusReport, *, width: int, height: int | None = None) 
 
 
 def _lines(report: StatusReport, rollout: RolloutReport, width: int, *, compact: bool) -> list[RenderableType]:
-    parts: list[RenderableType] = [*_alarm(report, rollout, width), *_head(report, rollout, width)]
+    parts: list[RenderableType] = [*_controller_warning(report, rollout, width), *_head(report, rollout, width)]
     if not rollout.waits_for or rollout.waits_for != rollout.reason:
-        parts.append(worded("why", "bold", _shortened(rollout.reason, width) if compact else rollout.reason, width))
+        parts.append(
+            labelled_line("why", "bold", _truncated_reason(rollout.reason, width) if compact else rollout.reason, width)
+        )
     if rollout.waits_for:
-        parts.append(worded("waits for", "bold", rollout.waits_for, width))
+        parts.append(labelled_line("waits for", "bold", rollout.waits_for, width))
     parts += _ages(report, rollout, width)
     if rollout.evidence is not None:
         parts += _evidence(rollout, rollout.evidence, width, compact=compact)
     return parts
 
 
-def _shortened(reason: str, width: int) -> str:
+def _truncated_reason(reason: str, width: int) -> str:
     """Returns the first three lines of the reason and names the command that prints all of it."""
     room = 3 * (width - _LABEL) - 40
     return reason if len(reason) <= room + 40 else f"{reason[:room]}... (reelway rollout explain)"
@@ -66,23 +68,23 @@ def _shortened(reason: str, width: int) -> str:
 def _nothing_yet(report: StatusReport, width: int) -> Sequence[RenderableType]:
     serving = report.serving
     if serving is None:
-        first = [worded("not served", "bold yellow", f"run `reelway serve --run {report.run}`", width)]
+        first = [labelled_line("not served", "bold yellow", f"run `reelway serve --run {report.run}`", width)]
     else:
-        first = [worded("live", "bold green", f"release {short_id(serving.release)} at {serving.url}", width)]
+        first = [labelled_line("live", "bold green", f"release {short_id(serving.release)} at {serving.url}", width)]
     begin = f"no rollout yet; start one with `reelway rollout start RELEASE --run {report.run}`"
-    return [*first, worded("rollout", "bold", begin, width)]
+    return [*first, labelled_line("rollout", "bold", begin, width)]
 
 
-def _alarm(report: StatusReport, rollout: RolloutReport, width: int) -> list[RenderableType]:
+def _controller_warning(report: StatusReport, rollout: RolloutReport, width: int) -> list[RenderableType]:
     """Returns a warning, shown above everything else, if no controller reconciles an unfinished rollout."""
     kept_warm = rollout.warm_for_s is not None
-    if not report.controller.silent or not (rollout.active or kept_warm or rollout.command is not None):
+    if not report.controller.unresponsive or not (rollout.active or kept_warm or rollout.command is not None):
         return []
     said = (
         f"{report.controller.problem}: rollouts do not advance until "
         f"`reelway rollout controller --run {report.run}` runs"
     )
-    loud = worded("WARNING", "", said, width)
+    loud = labelled_line("WARNING", "", said, width)
     loud.stylize("bold white on red")
     return [loud]
 
@@ -97,7 +99,7 @@ def _head(report: StatusReport, rollout: RolloutReport, width: int) -> list[Rend
     if rollout.forced:
         first.append("   forced", style="yellow")
     moment = ("started", rollout.started_at) if rollout.active else ("ended", rollout.changed_at)
-    clock = f"{moment[0]} {span(report.time - moment[1])} ago"
+    clock = f"{moment[0]} {format_duration(report.time - moment[1])} ago"
     first.append(" " * max(2, width - first.cell_len - len(clock)) + clock)
     releases = Text.assemble(
         "canary ", (short_id(rollout.canary_release), ARM_STYLES["canary"]), "   over ",
@@ -115,7 +117,7 @@ def _ramp(rollout: RolloutReport, width: int) -> list[RenderableType]:
     current = at.get(rollout.phase, before + rollout.step - 1 if rollout.step else before - 1)
     line = Text(f"{'ramp':<{_LABEL}}", style="bold")
     for i, stage in enumerate(stages):
-        mark, style = _MARKS["done" if i < current else "next" if i > current else _here(rollout.phase)]
+        mark, style = _MARKS["done" if i < current else "next" if i > current else _current_stage(rollout.phase)]
         if i == current and rollout.phase in ("rolling_back", "rolled_back"):
             mark, style = "✘", "bold red"
         line.append(f"{mark} {stage}", style=f"not bold {style}")
@@ -124,10 +126,10 @@ def _ramp(rollout: RolloutReport, width: int) -> list[RenderableType]:
     if line.cell_len <= width:
         return [line]
     word = f"step {rollout.step} of {len(rollout.steps)}" if rollout.step else "before the first step"
-    return [worded("ramp", "bold", word, width)]
+    return [labelled_line("ramp", "bold", word, width)]
 
 
-def _here(phase: str) -> str:
+def _current_stage(phase: str) -> str:
     return "held" if phase in ("paused", "holding") else "now"
 
 
@@ -147,10 +149,10 @@ def _traffic(rollout: RolloutReport, width: int) -> list[RenderableType]:
     if rollout.shadow_bp:
         words.append(f"mirrored {rollout.shadow_bp / 100:g} %", style="cyan")
     words.rstrip()
-    return [bar, words, *_disagreement(rollout, width)]
+    return [bar, words, *_routing_mismatch(rollout, width)]
 
 
-def _disagreement(rollout: RolloutReport, width: int) -> list[RenderableType]:
+def _routing_mismatch(rollout: RolloutReport, width: int) -> list[RenderableType]:
     traffic = rollout.traffic
     said = []
     if failed := traffic.get("failed"):
@@ -159,24 +161,24 @@ def _disagreement(rollout: RolloutReport, width: int) -> list[RenderableType]:
         said.append(f"the last traffic write failed: {trouble}")
     elif traffic and not traffic.get("reached") and (detail := traffic.get("detail")):
         said.append(f"routers differ from the recorded traffic: {detail}")
-    return [worded("ROUTERS", "bold magenta", one, width) for one in said]
+    return [labelled_line("ROUTERS", "bold magenta", one, width) for one in said]
 
 
 def _evidence(rollout: RolloutReport, evidence: EvidenceReport, width: int, *, compact: bool) -> list[RenderableType]:
     parts: list[RenderableType] = []
     if rollout.phase == "shadow":
-        parts.append(worded("mirrored", "bold", f"{evidence.shadow_requests:,} requests compared", width))
+        parts.append(labelled_line("mirrored", "bold", f"{evidence.shadow_requests:,} requests compared", width))
     if rollout.phase not in ("pending", "preparing", "shadow"):
         parts.append(_exposure(rollout, evidence))
     if rollout.evidence_entry is not None:
         parts.append(Text(f"{'':<{_LABEL}}evidence of decision {rollout.evidence_entry}, which ended the ramp", "dim"))
-    guardrails = guardrail_lines(evidence, width=width, compact=compact)
-    before_looking = evidence.breached and not evidence.heard_outcomes
+    guardrails = guardrail_status_lines(evidence, width=width, compact=compact)
+    before_looking = evidence.breached and not evidence.has_outcome_data
     if before_looking:  # an alert rolls back before evidence is read: the other guardrails are not without data
         only_breaches = evidence.model_copy(
             update={"guardrails": tuple(one for one in evidence.guardrails if one.state == "bad")}
         )
-        guardrails = guardrail_lines(only_breaches, width=width)
+        guardrails = guardrail_status_lines(only_breaches, width=width)
     if rollout.phase not in ("pending", "preparing", "shadow") and not before_looking:
         parts.append(Rule("outcomes", style="dim", align="left"))
         parts.append(outcomes_table(evidence, width=width, compact=compact))
@@ -203,20 +205,20 @@ def _exposure(rollout: RolloutReport, evidence: EvidenceReport) -> Text:
 def _ages(report: StatusReport, rollout: RolloutReport, width: int) -> list[RenderableType]:
     said = []
     if rollout.evidence_age_s is not None:
-        said.append(f"evidence {span(rollout.evidence_age_s)} old")
+        said.append(f"evidence {format_duration(rollout.evidence_age_s)} old")
     reconciled_at = report.controller.last_reconcile_at
     if reconciled_at is not None:
-        said.append(f"last reconcile {span(report.time - reconciled_at)} ago")
+        said.append(f"last reconcile {format_duration(report.time - reconciled_at)} ago")
     if rollout.warm_for_s is not None:
-        said.append(f"rollback possible for {span(rollout.warm_for_s)}")
-    lines: list[RenderableType] = [worded("updated", "bold", " · ".join(said), width)] if said else []
+        said.append(f"rollback possible for {format_duration(rollout.warm_for_s)}")
+    lines: list[RenderableType] = [labelled_line("updated", "bold", " · ".join(said), width)] if said else []
     if rollout.command is not None:
         pending = f"{rollout.command.verb} by {rollout.command.actor}, not yet accepted"
-        lines.append(worded("command", "bold yellow", pending, width))
+        lines.append(labelled_line("command", "bold yellow", pending, width))
     return lines
 
 
-def span(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
     """Formats a duration as ``4 s``, ``12 m 31 s``, ``3 h 05 m`` or ``2 d 4 h``."""
     whole = round(max(0.0, seconds))
     if whole < 60:
@@ -228,7 +230,7 @@ def span(seconds: float) -> str:
     return f"{whole // 86400} d {whole % 86400 // 3600} h"
 
 
-def clock_of(time_s: float) -> str:
+def format_utc_time(time_s: float) -> str:
     """Formats a Unix time in UTC, for tables."""
     return f"{datetime.fromtimestamp(time_s, UTC):%Y-%m-%d %H:%M:%S}"
 

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 POLL_S: Final = 0.1
 
 
-class RolloutExit(IntEnum):
+class RolloutExitCode(IntEnum):
     """Exit codes for the state of a rollout; see the module's docstring."""
 
     PROMOTED = 0
@@ -41,24 +41,24 @@ class RolloutExit(IntEnum):
     PAUSED = 12
 
     @property
-    def words(self) -> str:
+    def description(self) -> str:
         return self.name.lower().replace("_", " ")
 
 
-def exit_of(state: RolloutState) -> RolloutExit:
+def exit_code_for(state: RolloutState) -> RolloutExitCode:
     """Returns the exit code for the state of a rollout."""
     match state.phase:
         case Phase.PROMOTED:
-            return RolloutExit.PROMOTED
+            return RolloutExitCode.PROMOTED
         case Phase.ROLLED_BACK:
-            return RolloutExit.ROLLED_BACK
+            return RolloutExitCode.ROLLED_BACK
         case Phase.PAUSED:
-            return RolloutExit.PAUSED
+            return RolloutExitCode.PAUSED
         case _:
-            return RolloutExit.IN_PROGRESS
+            return RolloutExitCode.IN_PROGRESS
 
 
-def moments(timeout_s: float | None, *, every_s: float = POLL_S) -> Iterator[float]:
+def poll_times(timeout_s: float | None, *, every_s: float = POLL_S) -> Iterator[float]:
     """Sleeps between iterations and yields the elapsed seconds; the last value is at or after the timeout."""
     started_s = time.monotonic()
     while True:
@@ -73,10 +73,10 @@ def moments(timeout_s: float | None, *, every_s: float = POLL_S) -> Iterator[flo
 def wait_until(
     store: RolloutStore,
     rollout_id: str,
-    holds: Callable[[Rollout], bool],
+    condition: Callable[[Rollout], bool],
     *,
     timeout_s: float | None,
-    each: Callable[[Rollout], None] = lambda _: None,
+    on_change: Callable[[Rollout], None] = lambda _: None,
 ) -> Rollout:
     """Waits for a condition and returns the rollout, also at the timeout.
 
@@ -85,10 +85,10 @@ def wait_until(
         each: called with the rollout after every write to the store.
     """
     changes, rollout = None, store.get(rollout_id)
-    for _ in moments(timeout_s):
-        if (now := store.changes()) != changes:
+    for _ in poll_times(timeout_s):
+        if (now := store.revision()) != changes:
             changes, rollout = now, store.get(rollout_id)
-            each(rollout)
-        if holds(rollout):
+            on_change(rollout)
+        if condition(rollout):
             break
     return rollout

@@ -15,7 +15,7 @@ from reelway.platform.rollout.records import RolloutStore
 _Book = Mapping[AlertKey, KnownAlert]
 
 
-class AlertBook:
+class AlertRegistry:
     """All known alerts of one controller. Its threads may share the object.
 
     Raises:

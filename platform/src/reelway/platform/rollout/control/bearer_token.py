@@ -11,7 +11,7 @@ from reelway.platform.errors import StorageError
 MINIMUM_CHARACTERS: Final = 16
 
 
-def bearer_token(path: Path) -> str:
+def ensure_bearer_token(path: Path) -> str:
     """Returns the token in ``path``, which is created if it does not exist. Safe between processes.
 
     Raises:

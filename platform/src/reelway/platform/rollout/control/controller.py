@@ -18,25 +18,25 @@ from typing import Any, TypeVar
 from reelway.platform.contracts.ids import short_id
 from reelway.platform.errors import ReelwayError, RolloutError
 from reelway.platform.rollout.assessment import Assessment, assess
-from reelway.platform.rollout.control.alert_book import AlertBook
+from reelway.platform.rollout.control.alert_book import AlertRegistry
 from reelway.platform.rollout.control.controller_metrics import ControllerMetrics
 from reelway.platform.rollout.decision import Action, Decision, advance, decide_on
-from reelway.platform.rollout.evidence import EvidenceSnapshot, nothing_heard
+from reelway.platform.rollout.evidence import EvidenceSnapshot, no_evidence
 from reelway.platform.rollout.policy import RolloutPolicy
-from reelway.platform.rollout.records import HistoryEntry, Rollout, RolloutStore, Sighting
+from reelway.platform.rollout.records import HistoryEntry, LastReconcile, Rollout, RolloutStore
 from reelway.platform.rollout.source import AlertSource, EvidenceSource
 from reelway.platform.rollout.state import Phase, RolloutState
-from reelway.platform.rollout.summary import summary_of
-from reelway.platform.rollout.traffic.target import TrafficBackend, TrafficObservation, TrafficTarget, target_of
+from reelway.platform.rollout.summary import summarise_evidence
+from reelway.platform.rollout.traffic.target import TrafficBackend, TrafficObservation, TrafficTarget, traffic_target
 
 log = logging.getLogger(__name__)
 
-_CHANGES_EVERY_S = 0.1
+_CHANGE_POLL_INTERVAL_S = 0.1
 _T = TypeVar("_T")
 
 
 @dataclass(frozen=True, slots=True)
-class _Look:
+class _ReconcilePass:
     """One reconcile: what was observed, the decision, and what follows from the two."""
 
     rollout: Rollout
@@ -57,9 +57,9 @@ class _Look:
         verdicts: Assessment,
         decision: Decision,
         now: float,
-    ) -> _Look:
+    ) -> _ReconcilePass:
         after = advance(rollout.state, decision, rollout.policy, now)
-        return cls(rollout, observation, decision, after, summary_of(verdicts, evidence, now), now)
+        return cls(rollout, observation, decision, after, summarise_evidence(verdicts, evidence, now), now)
 
 
 class Controller:
@@ -76,7 +76,7 @@ class Controller:
         store: RolloutStore,
         backend: TrafficBackend,
         source: EvidenceSource,
-        book: AlertBook,
+        book: AlertRegistry,
         *,
         alert_source: AlertSource | None = None,
         poll_s: float = 5.0,
@@ -95,34 +95,38 @@ class Controller:
         """Held from the record of a state until traffic is written: a slow reconcile cannot overwrite a rollback."""
         self._troubles: dict[str, str] = {}
 
-    def run(self, stop: threading.Event, wake: threading.Event, interval_s: float = 1.0) -> None:
+    def run(self, stop: threading.Event, alert_arrived: threading.Event, interval_s: float = 1.0) -> None:
         """Reconciles every ``interval_s`` seconds and after every command, until ``stop`` is set.
 
         ``alert_arrived`` triggers ``react`` immediately.
         """
-        again = threading.Event()
-        threads = [threading.Thread(target=self._react_when_woken, args=(stop, wake, again), name="reactions")]
+        reconcile_now = threading.Event()
+        threads = [
+            threading.Thread(target=self._react_when_woken, args=(stop, alert_arrived, reconcile_now), name="reactions")
+        ]
         if self._alert_source is not None:
-            threads.append(threading.Thread(target=self._poll_until, args=(stop, wake), name="alert-polls"))
+            threads.append(
+                threading.Thread(target=self._poll_alerts_until, args=(stop, alert_arrived), name="alert-polls")
+            )
         for thread in threads:
             thread.start()
         try:
             while not stop.is_set():
-                again.clear()
-                seen = self._guarded("tick", self._others_changes)
-                self._guarded("tick", self.tick)
+                reconcile_now.clear()
+                seen = self._guarded("tick", self._external_revision)
+                self._guarded("tick", self.reconcile)
                 deadline = time.monotonic() + interval_s
-                while not (stop.is_set() or again.is_set()) and (left_s := deadline - time.monotonic()) > 0:
-                    if self._guarded("tick", self._others_changes) != seen:
+                while not (stop.is_set() or reconcile_now.is_set()) and (left_s := deadline - time.monotonic()) > 0:
+                    if self._guarded("tick", self._external_revision) != seen:
                         break
-                    again.wait(min(_CHANGES_EVERY_S, left_s))
+                    reconcile_now.wait(min(_CHANGE_POLL_INTERVAL_S, left_s))
         finally:
             stop.set()
-            wake.set()
+            alert_arrived.set()
             for thread in threads:
                 thread.join()
 
-    def tick(self) -> Decision | None:
+    def reconcile(self) -> Decision | None:
         """One reconcile. Returns None if there is no rollout, or another process changed it meanwhile.
 
         Raises:
@@ -134,8 +138,8 @@ class Controller:
             self._metrics.last_tick.set(self._clock())
             if rollout is None:
                 return None
-            look = self._look_at(rollout)
-            return look.decision if self._act(look) else None
+            reconcile_pass = self._evaluate(rollout)
+            return reconcile_pass.decision if self._record_and_apply(reconcile_pass) else None
 
     def react(self) -> Decision | None:
         """Rolls back if an alert fires for the release, without a scrape or an observation; does nothing else.
@@ -154,7 +158,7 @@ class Controller:
         # A deadline may also demand a rollback for lack of evidence, but no evidence was fetched here.
         if decision.action is not Action.ROLL_BACK or not verdicts.breaches:
             return None
-        if not self._act(_Look.of(rollout, None, evidence, verdicts, decision, now)):
+        if not self._record_and_apply(_ReconcilePass.of(rollout, None, evidence, verdicts, decision, now)):
             return None
         self._metrics.reaction.observe(time.perf_counter() - began)
         return decision
@@ -165,88 +169,88 @@ class Controller:
         try:
             changed = self._book.poll(self._alert_source.poll())
         except RolloutError as error:
-            self._trouble("poll", str(error))
+            self._report_failure("poll", str(error))
             return False
-        self._trouble("poll", "")
+        self._report_failure("poll", "")
         return changed
 
-    def _look_at(self, rollout: Rollout) -> _Look:
+    def _evaluate(self, rollout: Rollout) -> _ReconcilePass:
         state, policy, now = rollout.state, rollout.policy, self._clock()
         observation = self._observe()
-        evidence = nothing_heard(state.canary_release, now) if _finished(state) else self._fetch(policy, state, now)
+        evidence = no_evidence(state.canary_release, now) if _is_final(state) else self._fetch(policy, state, now)
         failed = observation.failed.get(state.canary_release, "")
         evidence = replace(
             evidence,
             alerts=self._firing(state),
             weights=observation.weights(state),
             canary_ready=_ready(observation, state.canary_release),
-            canary_gave_up=failed if state.canary_release in observation.gave_up else "",
+            canary_failure=failed if state.canary_release in observation.failed_permanently else "",
         )
         verdicts = assess(policy, evidence)
         decision = decide_on(policy, state, evidence, verdicts, now)
         if state.phase is Phase.PREPARING and failed not in decision.reason:
             decision = replace(decision, reason=f"{decision.reason}; {short_id(state.canary_release)} failed: {failed}")
-        return _Look.of(rollout, observation, evidence, verdicts, decision, now)
+        return _ReconcilePass.of(rollout, observation, evidence, verdicts, decision, now)
 
-    def _act(self, look: _Look) -> bool:
+    def _record_and_apply(self, reconcile_pass: _ReconcilePass) -> bool:
         """Records the new state, then applies it. Returns False, and does neither, if the rollout changed meanwhile."""
-        before, decision = look.rollout, look.decision
+        before, decision = reconcile_pass.rollout, reconcile_pass.decision
         with self._acting:
             newest = self._store.latest()
             if newest is None or newest.state.id != before.state.id:
                 return False
-            if _finished(before.state) and decision.action is Action.WAIT:
+            if _is_final(before.state) and decision.action is Action.WAIT:
                 if newest.version != before.version:
                     return False
                 written = newest  # only timers would change, and a final rollout does not use them
             else:
                 try:
-                    written = self._store.record(before, look.after, _entry(look))
+                    written = self._store.record(before, reconcile_pass.after, _history_entry(reconcile_pass))
                 except RolloutError as error:
                     log.info("reconcile skipped: %s", error)
                     return False
-            self._tell(look, written.state)
-            target = target_of(written.state)
-            reached = look.observation is not None and _shows(look.observation, target)
-            trouble = "" if reached else self._apply(target)
-        self._store.see(_sighting(look, target, reached, trouble))
+            self._report_decision(reconcile_pass, written.state)
+            target = traffic_target(written.state)
+            reached = reconcile_pass.observation is not None and _is_at_target(reconcile_pass.observation, target)
+            apply_error = "" if reached else self._apply(target)
+        self._store.save_last_reconcile(_last_reconcile(reconcile_pass, target, reached, apply_error))
         return True
 
-    def _tell(self, look: _Look, state: RolloutState) -> None:
-        self._metrics.decisions.labels(look.decision.action.value).inc()
-        self._metrics.show(state)
-        if _worth_telling(look):
-            log.info("%s %s: %s", state.id, look.decision.action.value, look.decision.reason)
+    def _report_decision(self, reconcile_pass: _ReconcilePass, state: RolloutState) -> None:
+        self._metrics.decisions.labels(reconcile_pass.decision.action.value).inc()
+        self._metrics.set_state(state)
+        if _is_notable(reconcile_pass):
+            log.info("%s %s: %s", state.id, reconcile_pass.decision.action.value, reconcile_pass.decision.reason)
 
     def _apply(self, target: TrafficTarget) -> str:
         try:
             self._backend.apply(target)
         except RolloutError as error:
             self._metrics.writes.labels("failed").inc()
-            self._trouble("apply", str(error))
+            self._report_failure("apply", str(error))
             return str(error)
         self._metrics.writes.labels("accepted").inc()
-        self._trouble("apply", "")
+        self._report_failure("apply", "")
         return ""
 
     def _observe(self) -> TrafficObservation:
         observation = self._backend.observe()
-        self._trouble("observe", "" if observation.releases else observation.detail)
+        self._report_failure("observe", "" if observation.releases else observation.detail)
         return observation
 
     def _fetch(self, policy: RolloutPolicy, state: RolloutState, now: float) -> EvidenceSnapshot:
         try:
             evidence = self._source.fetch(policy, state, now)
         except ReelwayError as error:
-            self._trouble("evidence", str(error))
-            return nothing_heard(state.canary_release, now)
-        self._trouble("evidence", "")
+            self._report_failure("evidence", str(error))
+            return no_evidence(state.canary_release, now)
+        self._report_failure("evidence", "")
         return evidence
 
     def _firing(self, state: RolloutState) -> tuple[Any, ...]:
         return self._book.firing_for(state.canary_release, since=state.started_at)
 
-    def _trouble(self, kind: str, text: str) -> None:
+    def _report_failure(self, kind: str, text: str) -> None:
         """Counts every failure; logs when a failure begins, changes or ends."""
         if text:
             self._metrics.failures.labels(kind).inc()
@@ -254,22 +258,24 @@ class Controller:
             log.warning("%s: %s", kind, text) if text else log.info("%s: recovered", kind)
         self._troubles[kind] = text
 
-    def _others_changes(self) -> int:
-        return self._store.changes(own=False)
+    def _external_revision(self) -> int:
+        return self._store.revision(include_own=False)
 
-    def _react_when_woken(self, stop: threading.Event, wake: threading.Event, again: threading.Event) -> None:
+    def _react_when_woken(
+        self, stop: threading.Event, alert_arrived: threading.Event, reconcile_now: threading.Event
+    ) -> None:
         while True:
-            wake.wait()
-            wake.clear()
+            alert_arrived.wait()
+            alert_arrived.clear()
             if stop.is_set():
                 return
             self._guarded("react", self.react)
-            again.set()
+            reconcile_now.set()
 
-    def _poll_until(self, stop: threading.Event, wake: threading.Event) -> None:
+    def _poll_alerts_until(self, stop: threading.Event, alert_arrived: threading.Event) -> None:
         while not stop.is_set():
             if self._guarded("poll", self.poll_alerts):
-                wake.set()
+                alert_arrived.set()
             stop.wait(self._poll_s)
 
     def _guarded(self, kind: str, call: Callable[[], _T]) -> _T | None:
@@ -277,14 +283,14 @@ class Controller:
         try:
             return call()
         except ReelwayError as error:
-            self._trouble(kind, str(error))
+            self._report_failure(kind, str(error))
         except Exception:
             self._metrics.failures.labels(kind).inc()
             log.exception("%s failed with an unexpected error; continuing", kind)
         return None
 
 
-def _finished(state: RolloutState) -> bool:
+def _is_final(state: RolloutState) -> bool:
     """Whether the rollout is final. Its recorded traffic is still maintained."""
     return state.phase is Phase.ROLLED_BACK or state.retired
 
@@ -295,13 +301,13 @@ def _ready(observation: TrafficObservation, release: str) -> bool | None:
     return False if observation.releases or observation.failed else None
 
 
-def _shows(observation: TrafficObservation, target: TrafficTarget) -> bool:
+def _is_at_target(observation: TrafficObservation, target: TrafficTarget) -> bool:
     return observation.routing == target.routing and set(observation.releases) == set(target.releases)
 
 
-def _worth_telling(look: _Look) -> bool:
+def _is_notable(reconcile_pass: _ReconcilePass) -> bool:
     """Whether it is logged and recorded: a new phase, step, weight or retention, a rejection, the start of a hold."""
-    before, after, decision = look.rollout.state, look.after, look.decision
+    before, after, decision = reconcile_pass.rollout.state, reconcile_pass.after, reconcile_pass.decision
     moved = any(
         getattr(before, name) != getattr(after, name)
         for name in ("phase", "step", "canary_bp", "holdout_bp", "shadow_bp", "retired")
@@ -310,25 +316,27 @@ def _worth_telling(look: _Look) -> bool:
     return moved or decision.action is Action.REFUSE or held_s.get(decision.holds_for, 1.0) == 0
 
 
-def _entry(look: _Look) -> HistoryEntry | None:
-    if not _worth_telling(look):
+def _history_entry(reconcile_pass: _ReconcilePass) -> HistoryEntry | None:
+    if not _is_notable(reconcile_pass):
         return None
-    after = look.after
+    after = reconcile_pass.after
     return HistoryEntry(
         rollout_id=after.id,
-        time=look.now,
-        action=look.decision.action.value,
-        reason=look.decision.reason,
-        phase_before=look.rollout.state.phase.value,
+        time=reconcile_pass.now,
+        action=reconcile_pass.decision.action.value,
+        reason=reconcile_pass.decision.reason,
+        phase_before=reconcile_pass.rollout.state.phase.value,
         phase=after.phase.value,
         step=after.step,
         canary_bp=after.canary_bp,
-        evidence=look.evidence,
+        evidence=reconcile_pass.evidence,
     )
 
 
-def _sighting(look: _Look, target: TrafficTarget, reached: bool, trouble: str) -> Sighting:
-    seen = look.observation or TrafficObservation(detail="not observed: rolled back on an alert")
+def _last_reconcile(
+    reconcile_pass: _ReconcilePass, target: TrafficTarget, reached: bool, apply_error: str
+) -> LastReconcile:
+    seen = reconcile_pass.observation or TrafficObservation(detail="not observed: rolled back on an alert")
     traffic: dict[str, Any] = {
         "reached": reached,
         "target": target.routing.model_dump(mode="json"),
@@ -337,13 +345,13 @@ def _sighting(look: _Look, target: TrafficTarget, reached: bool, trouble: str) -
         "ready": sorted(seen.ready),
         "failed": dict(seen.failed),
         "detail": seen.detail,
-        "trouble": trouble,
+        "trouble": apply_error,
     }
-    return Sighting(
-        rollout_id=look.rollout.state.id,
-        time=look.now,
-        action=look.decision.action.value,
-        reason=look.decision.reason,
-        evidence=look.evidence,
+    return LastReconcile(
+        rollout_id=reconcile_pass.rollout.state.id,
+        time=reconcile_pass.now,
+        action=reconcile_pass.decision.action.value,
+        reason=reconcile_pass.decision.reason,
+        evidence=reconcile_pass.evidence,
         traffic=traffic,
     )

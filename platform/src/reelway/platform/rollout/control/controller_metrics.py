@@ -44,7 +44,7 @@ class ControllerMetrics:
             "reelway_rollout_last_tick_timestamp_seconds", "Unix time of the last reconcile.", [], registry
         )
 
-    def show(self, state: RolloutState) -> None:
+    def set_state(self, state: RolloutState) -> None:
         """Sets the gauges to a rollout's state."""
         for phase in Phase:
             self.phase.labels(phase.value).set(phase is state.phase)
@@ -53,6 +53,6 @@ class ControllerMetrics:
         for arm, points in state.weights.items():
             self.weight.labels(arm.value, short_id(releases[arm])).set(points)
 
-    def text(self) -> bytes:
+    def render(self) -> bytes:
         """Returns all metrics in Prometheus' text format."""
         return generate_latest(self._registry)

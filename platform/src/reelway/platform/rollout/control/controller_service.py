@@ -18,8 +18,8 @@ from typing import Final
 
 from reelway.platform.durable import write_json
 from reelway.platform.errors import RolloutError, StorageError
-from reelway.platform.rollout.control.alert_book import AlertBook
-from reelway.platform.rollout.control.bearer_token import bearer_token
+from reelway.platform.rollout.control.alert_book import AlertRegistry
+from reelway.platform.rollout.control.bearer_token import ensure_bearer_token
 from reelway.platform.rollout.control.controller import Controller
 from reelway.platform.rollout.control.controller_metrics import ControllerMetrics
 from reelway.platform.rollout.control.controller_settings import (
@@ -30,7 +30,7 @@ from reelway.platform.rollout.control.controller_settings import (
     WebhookSettings,
 )
 from reelway.platform.rollout.control.sqlite_store import SqliteRolloutStore
-from reelway.platform.rollout.control.webhook import serving, webhook_application
+from reelway.platform.rollout.control.webhook import serve_in_thread, webhook_application
 from reelway.platform.rollout.sources import evidence_source
 from reelway.platform.rollout.traffic.serve_rest import ServeRestBackend
 from reelway.platform.runs import RunDirectory
@@ -68,12 +68,12 @@ def run_controller(settings: ControllerSettings, stop: threading.Event | None = 
     record = run.path / "rollout" / "controller.json"
     stop, wake = stop or threading.Event(), threading.Event()
     with ExitStack() as stack:
-        stack.enter_context(_only_one(run, record))
+        stack.enter_context(_exclusive_lock(run, record))
         stack.enter_context(stopped_by_signals(stop.set))
-        token = bearer_token(run.keys / WEBHOOK_TOKEN)
+        token = ensure_bearer_token(run.keys / WEBHOOK_TOKEN)
         store = stack.enter_context(closing(SqliteRolloutStore(run.path / "rollout" / "state.db")))
         backend = stack.enter_context(closing(ServeRestBackend(run)))
-        book, metrics = AlertBook(store), ControllerMetrics()
+        book, metrics = AlertRegistry(store), ControllerMetrics()
         controller = Controller(
             store,
             backend,
@@ -84,7 +84,7 @@ def run_controller(settings: ControllerSettings, stop: threading.Event | None = 
             metrics=metrics,
         )
         application = webhook_application(book, wake.set, token, metrics)
-        url = stack.enter_context(serving(application, settings.webhook.host, settings.webhook.port))
+        url = stack.enter_context(serve_in_thread(application, settings.webhook.host, settings.webhook.port))
         write_json(record, {"url": url, "pid": os.getpid()})
         stack.callback(record.unlink, missing_ok=True)
         log.info("controller of %s: started, webhook at %s", run.path, url)
@@ -93,7 +93,7 @@ def run_controller(settings: ControllerSettings, stop: threading.Event | None = 
 
 
 @contextmanager
-def _only_one(run: RunDirectory, record: Path) -> Iterator[None]:
+def _exclusive_lock(run: RunDirectory, record: Path) -> Iterator[None]:
     """Holds a lock that the operating system releases when the process ends."""
     path = run.path / "rollout" / "controller.lock"
     try:
@@ -106,12 +106,12 @@ def _only_one(run: RunDirectory, record: Path) -> Iterator[None]:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise RolloutError(
-                f"run {run.path} has a controller already{_who(record)}; stop that controller first"
+                f"run {run.path} has a controller already{_holder_description(record)}; stop that controller first"
             ) from None
         yield
 
 
-def _who(record: Path) -> str:
+def _holder_description(record: Path) -> str:
     try:
         known = json.loads(record.read_text())
         return f" (process {known['pid']} at {known['url']})"

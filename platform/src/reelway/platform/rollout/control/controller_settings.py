@@ -11,7 +11,7 @@ from typing import Annotated
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
 from reelway.platform.rollout.source import AlertSource
-from reelway.platform.rollout.sources import Access, alert_source
+from reelway.platform.rollout.sources import MonitoringAccess, alert_source
 
 HttpUrl = Annotated[str, StringConstraints(pattern=r"^https?://[^/\s]+")]
 LabelName = Annotated[str, StringConstraints(pattern=r"^[a-zA-Z_][a-zA-Z0-9_]*$")]
@@ -41,7 +41,7 @@ class PrometheusSettings(SettingsGroup):
         default_factory=dict, description="labels that select this cluster's series in a shared Prometheus"
     )
 
-    def access(self, namespace: str | None = None) -> Access:
+    def access(self, namespace: str | None = None) -> MonitoringAccess:
         """Returns credentials and label selectors.
 
         Args:
@@ -51,7 +51,7 @@ class PrometheusSettings(SettingsGroup):
             ConfigError: if ``ca_file`` cannot be read.
         """
         labels = {**self.labels, "namespace": namespace} if namespace else dict(self.labels)
-        return Access(self.token_file, self.ca_file, labels)
+        return MonitoringAccess(self.token_file, self.ca_file, labels)
 
 
 class AlertmanagerSettings(SettingsGroup):
@@ -69,5 +69,5 @@ class AlertmanagerSettings(SettingsGroup):
             ConfigError: if ``ca_file`` cannot be read.
         """
         labels = {"namespace": namespace} if namespace else {}
-        access = Access(self.token_file, self.ca_file, labels)
+        access = MonitoringAccess(self.token_file, self.ca_file, labels)
         return alert_source(self.url, access) if self.url else None

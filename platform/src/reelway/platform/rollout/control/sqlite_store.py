@@ -18,13 +18,13 @@ from pydantic import BaseModel, ValidationError
 from reelway.platform.errors import MalformedFileError, RolloutError
 from reelway.platform.rollout.alerts import AlertKey, KnownAlert
 from reelway.platform.rollout.policy import RolloutPolicy
-from reelway.platform.rollout.records import HistoryEntry, Rollout, Sighting, with_commands_since
-from reelway.platform.rollout.state import Command, RolloutState, ask
+from reelway.platform.rollout.records import HistoryEntry, LastReconcile, Rollout, with_commands_since
+from reelway.platform.rollout.state import Command, RolloutState, add_command
 from reelway.platform.sqlite_file import SqliteFile, SqliteFormat
 
 HISTORY_LIMIT: Final = 100_000
 """History entries retained over all rollouts, newest first: decades of daily rollouts. Older entries are deleted."""
-BUSY_S: Final = 10.0
+BUSY_TIMEOUT_S: Final = 10.0
 """How long a transaction waits for another process's transaction."""
 _FORMAT: Final = SqliteFormat(
     description="a rollout store",
@@ -63,7 +63,7 @@ class SqliteRolloutStore:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._own_writes = 0
-        self._file = SqliteFile(path, _FORMAT, busy_timeout_s=BUSY_S)
+        self._file = SqliteFile(path, _FORMAT, busy_timeout_s=BUSY_TIMEOUT_S)
 
     def close(self) -> None:
         self._file.close()
@@ -111,10 +111,10 @@ class SqliteRolloutStore:
                 db.execute("DELETE FROM history WHERE number <= ?", ((added.lastrowid or 0) - HISTORY_LIMIT,))
             return written
 
-    def ask(self, rollout_id: str, command: Command) -> Rollout:
+    def submit_command(self, rollout_id: str, command: Command) -> Rollout:
         with self._writing() as db:
             newest = self._get(db, rollout_id)
-            asked = ask(newest.state, command)
+            asked = add_command(newest.state, command)
             return newest if asked == newest.state else self._write(db, newest, asked)
 
     def history(self, rollout_id: str | None = None) -> Sequence[HistoryEntry]:
@@ -138,23 +138,23 @@ class SqliteRolloutStore:
             db.executemany("DELETE FROM alerts WHERE group_key = ? AND labels = ? AND starts_at = ?", gone)
             db.executemany("INSERT INTO alerts VALUES (?, ?, ?, ?, ?)", after - before)
 
-    def see(self, sighting: Sighting) -> None:
+    def save_last_reconcile(self, sighting: LastReconcile) -> None:
         with self._writing() as db:
             db.execute(
                 "INSERT OR REPLACE INTO sightings VALUES (?, ?)", (sighting.rollout_id, sighting.model_dump_json())
             )
 
-    def sighting(self, rollout_id: str) -> Sighting | None:
+    def last_reconcile(self, rollout_id: str) -> LastReconcile | None:
         with self._file.reading() as db:
             whole = self._get(db, rollout_id).state.id
             row = db.execute("SELECT sighting FROM sightings WHERE rollout_id = ?", (whole,)).fetchone()
-            return None if row is None else self._read(Sighting, row[0])
+            return None if row is None else self._read(LastReconcile, row[0])
 
-    def changes(self, *, own: bool = True) -> int:
+    def revision(self, *, include_own: bool = True) -> int:
         """See ``RolloutStore.revision``. Costs about 10 microseconds: SQLite counts other commits in shared memory."""
         with self._file.translated_errors():
             others = int(self._file.connection.execute("PRAGMA data_version").fetchone()[0])
-            return (others << 32) + self._own_writes if own else others
+            return (others << 32) + self._own_writes if include_own else others
 
     @contextmanager
     def _writing(self) -> Iterator[sqlite3.Connection]:

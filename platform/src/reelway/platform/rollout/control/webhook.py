@@ -22,17 +22,17 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from reelway.platform.errors import ConfigError, DataError, ReelwayError
-from reelway.platform.rollout.alerts import KnownAlert, known_alerts, parse_webhook
+from reelway.platform.rollout.alerts import KnownAlert, parse_alerts, parse_webhook
 from reelway.platform.rollout.control.controller_metrics import ControllerMetrics
 
 log = logging.getLogger(__name__)
 
 ALERTS_PATH: Final = "/api/v1/alerts"
 BODY_LIMIT_BYTES: Final = 1 << 20
-_STARTED_S: Final = 10.0
+_STARTUP_TIMEOUT_S: Final = 10.0
 
 
-class _RefusedError(Exception):
+class _HttpError(Exception):
     """An HTTP error response. ``outcome`` is the value of the metric's label."""
 
     def __init__(self, status: int, outcome: str, text: str) -> None:
@@ -40,7 +40,7 @@ class _RefusedError(Exception):
         self.status, self.outcome, self.text = status, outcome, text
 
 
-class TakesAlerts(Protocol):
+class AlertReceiver(Protocol):
     """Receives alerts: an ``AlertRegistry``, or several behind one webhook."""
 
     def deliver(self, news: Iterable[KnownAlert], /) -> bool:
@@ -49,7 +49,7 @@ class TakesAlerts(Protocol):
 
 
 def webhook_application(
-    book: TakesAlerts, wake: Callable[[], object], token: str, metrics: ControllerMetrics
+    book: AlertReceiver, on_change: Callable[[], object], token: str, metrics: ControllerMetrics
 ) -> Starlette:
     """``POST /api/v1/alerts`` (bearer ``token``), ``GET /healthz`` and ``GET /metrics``.
 
@@ -61,9 +61,9 @@ def webhook_application(
         try:
             _check_token(request, token)
             payload = parse_webhook(await _body(request))
-            news = known_alerts(payload)
+            news = parse_alerts(payload)
             changed = await run_in_threadpool(book.deliver, news)
-        except _RefusedError as refused:
+        except _HttpError as refused:
             return _answer(refused.status, refused.outcome, refused.text)
         except DataError as error:
             return _answer(400, "malformed", str(error))
@@ -71,7 +71,7 @@ def webhook_application(
             log.error("alerts not stored: %s", error)
             return _answer(503, "not_stored", f"cannot store the alerts: {error}")
         if changed:
-            wake()
+            on_change()
             log.info("alerts delivered: %d, with a release label: %d", len(payload.alerts), len(news))
         metrics.webhooks.labels("stored" if changed else "known").inc()
         return JSONResponse({"alerts": len(payload.alerts), "with_release": len(news), "changed": changed})
@@ -87,7 +87,7 @@ def webhook_application(
         return JSONResponse({"status": "ok"})
 
     async def metrics_text(_: Request) -> Response:
-        return Response(metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+        return Response(metrics.render(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
     return Starlette(
         routes=[
@@ -99,7 +99,7 @@ def webhook_application(
 
 
 @contextmanager
-def serving(application: Starlette, host: str, port: int) -> Iterator[str]:
+def serve_in_thread(application: Starlette, host: str, port: int) -> Iterator[str]:
     """Serves an application in a thread of this process. Yields its URL; ``port`` 0 chooses a free one.
 
     Raises:
@@ -127,23 +127,21 @@ def serving(application: Starlette, host: str, port: int) -> Iterator[str]:
             yield f"http://{shown}:{listening.getsockname()[1]}"
         finally:
             server.should_exit = True
-            thread.join(_STARTED_S)
+            thread.join(_STARTUP_TIMEOUT_S)
 
 
 def _check_token(request: Request, token: str) -> None:
     kind, _, given = request.headers.get("authorization", "").partition(" ")
     right = hmac.compare_digest(given.strip().encode(), token.encode())
     if kind.lower() != "bearer" or not right:
-        raise _RefusedError(
+        raise _HttpError(
             401, "unauthorized", "missing or wrong bearer token; send the one in keys/webhook.token of the run"
         )
 
 
 async def _body(request: Request) -> bytes:
     """Reads the body up to the limit. If its Content-Length is above the limit, nothing is read."""
-    too_long = _RefusedError(
-        413, "too_long", f"the body has over {BODY_LIMIT_BYTES} bytes; send fewer alerts per group"
-    )
+    too_long = _HttpError(413, "too_long", f"the body has over {BODY_LIMIT_BYTES} bytes; send fewer alerts per group")
     declared = request.headers.get("content-length", "")
     if declared.isdigit() and int(declared) > BODY_LIMIT_BYTES:
         raise too_long
@@ -154,5 +152,5 @@ async def _body(request: Request) -> bytes:
             if len(body) > BODY_LIMIT_BYTES:
                 raise too_long
     except ClientDisconnect:
-        raise _RefusedError(400, "malformed", "the body ended early") from None
+        raise _HttpError(400, "malformed", "the body ended early") from None
     return bytes(body)

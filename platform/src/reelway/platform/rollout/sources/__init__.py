@@ -6,27 +6,27 @@ from collections.abc import Callable
 
 from reelway.platform.rollout.evidence import EvidenceSnapshot
 from reelway.platform.rollout.policy import RolloutPolicy
-from reelway.platform.rollout.sources.access import Access
-from reelway.platform.rollout.sources.alertmanager import AlertmanagerPoll
-from reelway.platform.rollout.sources.direct_scrape import DirectScrape, served_at
+from reelway.platform.rollout.sources.access import MonitoringAccess
+from reelway.platform.rollout.sources.alertmanager import AlertmanagerClient
+from reelway.platform.rollout.sources.direct_scrape import DirectScrapeReader, service_url
 from reelway.platform.rollout.sources.heard_series import WINDOW_S, Scope, SeriesReader
-from reelway.platform.rollout.sources.parity_report import ParityReport, read_parity
+from reelway.platform.rollout.sources.parity_report import ParityFindings, read_parity
 from reelway.platform.rollout.sources.prometheus_reader import PrometheusReader
-from reelway.platform.rollout.sources.snapshot import snapshot_of
+from reelway.platform.rollout.sources.snapshot import build_snapshot
 from reelway.platform.rollout.state import RolloutState
 from reelway.platform.runs import RunDirectory
 
-__all__ = ["Access", "ReadEvidence", "alert_source", "evidence_source"]
+__all__ = ["MonitoringAccess", "SeriesEvidenceSource", "alert_source", "evidence_source"]
 
 
-class ReadEvidence:
+class SeriesEvidenceSource:
     """An ``EvidenceSource`` from a series reader and the parity findings.
 
     Args:
         parity: returns the current findings without blocking; raises nothing.
     """
 
-    def __init__(self, reader: SeriesReader, parity: Callable[[], ParityReport], window_s: float = WINDOW_S) -> None:
+    def __init__(self, reader: SeriesReader, parity: Callable[[], ParityFindings], window_s: float = WINDOW_S) -> None:
         self._reader = reader
         self._parity = parity
         self._window_s = window_s
@@ -34,7 +34,7 @@ class ReadEvidence:
     def fetch(self, policy: RolloutPolicy, state: RolloutState, now: float) -> EvidenceSnapshot:
         """See ``EvidenceSource.fetch``. What cannot be read is ``telemetry_down``; no exception is raised."""
         heard = self._reader.read(Scope.of(state, self._window_s), now)
-        return snapshot_of(policy, state, heard, self._parity(), now, window_s=self._window_s)
+        return build_snapshot(policy, state, heard, self._parity(), now, window_s=self._window_s)
 
     def close(self) -> None:
         """Closes the connections."""
@@ -42,8 +42,12 @@ class ReadEvidence:
 
 
 def evidence_source(
-    run: RunDirectory, prometheus: str | None = None, *, access: Access | None = None, window_s: float = WINDOW_S
-) -> ReadEvidence:
+    run: RunDirectory,
+    prometheus: str | None = None,
+    *,
+    access: MonitoringAccess | None = None,
+    window_s: float = WINDOW_S,
+) -> SeriesEvidenceSource:
     """Evidence from Prometheus at this URL; scraped from the run's service itself when there is none.
 
     Args:
@@ -51,11 +55,11 @@ def evidence_source(
         window_s: seconds that the guardrails look back.
     """
     reader: SeriesReader = (
-        PrometheusReader(prometheus, access=access) if prometheus else DirectScrape(lambda: served_at(run))
+        PrometheusReader(prometheus, access=access) if prometheus else DirectScrapeReader(lambda: service_url(run))
     )
-    return ReadEvidence(reader, lambda: read_parity(run), window_s)
+    return SeriesEvidenceSource(reader, lambda: read_parity(run), window_s)
 
 
-def alert_source(url: str, access: Access | None = None) -> AlertmanagerPoll:
+def alert_source(url: str, access: MonitoringAccess | None = None) -> AlertmanagerClient:
     """An ``AlertSource``: alerts polled from the Alertmanager at this URL."""
-    return AlertmanagerPoll(url, access=access)
+    return AlertmanagerClient(url, access=access)

@@ -17,7 +17,7 @@ from reelway.platform.errors import ConfigError, RolloutError
 
 
 @dataclass(frozen=True)
-class Access:
+class MonitoringAccess:
     """How to access one of the two. By default: no token, the system's certificates, no label filter.
 
     Raises:
@@ -35,7 +35,7 @@ class Access:
         self._verify()  # fail at startup, not when the first rollout begins
 
     def client(self, timeout_s: float) -> httpx.Client:
-        auth = _TokenInFile(self.token_file) if self.token_file else None
+        auth = _FileBearerAuth(self.token_file) if self.token_file else None
         return httpx.Client(timeout=timeout_s, trust_env=False, auth=auth, verify=self._verify())
 
     def _verify(self) -> ssl.SSLContext | bool:
@@ -49,7 +49,7 @@ class Access:
             ) from error
 
 
-class _TokenInFile(httpx.Auth):
+class _FileBearerAuth(httpx.Auth):
     """Sends a bearer token. Raises RolloutError at the request if the file cannot be read."""
 
     def __init__(self, path: Path) -> None:

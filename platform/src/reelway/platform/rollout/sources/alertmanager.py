@@ -13,20 +13,20 @@ from typing import Final
 import httpx
 
 from reelway.platform.errors import DataError, RolloutError
-from reelway.platform.rollout.alerts import RELEASE_LABEL, KnownAlert, from_poll
-from reelway.platform.rollout.sources.access import Access
+from reelway.platform.rollout.alerts import RELEASE_LABEL, KnownAlert, parse_polled_alerts
+from reelway.platform.rollout.sources.access import MonitoringAccess
 
 TIMEOUT_S: Final = 1.0
-_ASKED: Final = {"active": "true", "silenced": "false", "inhibited": "false", "unprocessed": "false"}
+_QUERY: Final = {"active": "true", "silenced": "false", "inhibited": "false", "unprocessed": "false"}
 
 
-class AlertmanagerPoll:
+class AlertmanagerClient:
     """Client of one Alertmanager (API v2)."""
 
-    def __init__(self, url: str, *, access: Access | None = None, timeout_s: float = TIMEOUT_S) -> None:
-        access = access or Access()
+    def __init__(self, url: str, *, access: MonitoringAccess | None = None, timeout_s: float = TIMEOUT_S) -> None:
+        access = access or MonitoringAccess()
         self._url = f"{url.rstrip('/')}/api/v2/alerts"
-        self._parameters = {**_ASKED, "filter": [f'{RELEASE_LABEL}=~".+"', *_not_of_others(access.labels)]}
+        self._parameters = {**_QUERY, "filter": [f'{RELEASE_LABEL}=~".+"', *_namespace_filter(access.labels)]}
         self._client = access.client(timeout_s)
 
     def poll(self) -> Sequence[KnownAlert]:
@@ -38,7 +38,7 @@ class AlertmanagerPoll:
         try:
             answer = self._client.get(self._url, params=self._parameters)
             answer.raise_for_status()
-            return from_poll(answer.json())
+            return parse_polled_alerts(answer.json())
         except (httpx.HTTPError, httpx.InvalidURL) as error:
             reason = error or type(error).__name__
             raise RolloutError(f"no alerts from Alertmanager at {self._url}: {reason}") from error
@@ -50,6 +50,6 @@ class AlertmanagerPoll:
         self._client.close()
 
 
-def _not_of_others(labels: Mapping[str, str]) -> list[str]:
+def _namespace_filter(labels: Mapping[str, str]) -> list[str]:
     """Filters that also accept alerts without the label, such as those of a cluster-wide rule."""
     return [f"{name}=~{json.dumps(re.escape(value) + '|')}" for name, value in labels.items()]

@@ -19,13 +19,13 @@ from reelway.platform.errors import ServingError
 from reelway.platform.rollout import series as names
 from reelway.platform.rollout.counters import Sample
 from reelway.platform.rollout.sources.heard_series import (
-    COUNTED_OVER_A_WINDOW,
-    KEPT_SINCE_THE_START,
-    LONGEST_SHADOW_S,
+    CUMULATIVE_SERIES,
+    MAX_SHADOW_S,
     UP,
-    Heard,
+    WINDOWED_SERIES,
     Scope,
     SeriesKey,
+    SeriesReadResult,
 )
 from reelway.platform.runs import RunDirectory
 
@@ -33,10 +33,10 @@ PATHS: Final = {names.ROUTER_JOB: "/metrics", names.OUTCOMES_JOB: "/v1/outcomes/
 INTERVAL_S: Final = 0.5
 """Minimum seconds between scrapes: one costs the router a few milliseconds. Reads in between return stored samples."""
 TIMEOUT_S: Final = 1.0
-_KEPT: Final = (*COUNTED_OVER_A_WINDOW, *KEPT_SINCE_THE_START, names.SHADOW_REQUESTS)
+_KEPT: Final = (*WINDOWED_SERIES, *CUMULATIVE_SERIES, names.SHADOW_REQUESTS)
 
 
-class DirectScrape:
+class DirectScrapeReader:
     """Scrapes the two metrics endpoints of one service on ``read``.
 
     Args:
@@ -55,13 +55,15 @@ class DirectScrape:
         self._read_at = -math.inf
         self._problem = ""
 
-    def read(self, scope: Scope, now: float) -> Heard:
+    def read(self, scope: Scope, now: float) -> SeriesReadResult:
         """Scrapes, unless the last scrape is younger than the interval, and returns all stored samples."""
-        self._forget(scope, now)
+        self._evict(scope, now)
         if now - self._read_at >= self._interval_s:
             self._read_at, self._problem = now, self._scrape(scope, now)
         sums = {key: [*dict.fromkeys(pair)] for key, pair in self._sums.items()}
-        return Heard({**{key: list(samples) for key, samples in self._recent.items()}, **sums}, self._problem)
+        return SeriesReadResult(
+            {**{key: list(samples) for key, samples in self._recent.items()}, **sums}, self._problem
+        )
 
     def close(self) -> None:
         """Closes the connections."""
@@ -72,9 +74,9 @@ class DirectScrape:
         try:
             instance = self._address()
         except ServingError as error:
-            self._move(None, now)
+            self._on_address_change(None, now)
             return str(error)
-        self._move(instance, now)
+        self._on_address_change(instance, now)
         problems = []
         for job, path in PATHS.items():
             origin = {"instance": instance, "job": job}
@@ -98,7 +100,7 @@ class DirectScrape:
                 yield SeriesKey.of(sample.name, {**sample.labels, **origin}), sample.value
 
     def _remember(self, scope: Scope, key: SeriesKey, sample: Sample) -> None:
-        if key.name not in KEPT_SINCE_THE_START:
+        if key.name not in CUMULATIVE_SERIES:
             self._keep(key, sample)
         elif key.get("rollout") == scope.rollout:
             highest = self._sums[key][0] if key in self._sums else sample
@@ -109,28 +111,28 @@ class DirectScrape:
     def _keep(self, key: SeriesKey, sample: Sample) -> None:
         self._recent.setdefault(key, deque()).append(sample)
 
-    def _move(self, instance: str | None, now: float) -> None:
+    def _on_address_change(self, instance: str | None, now: float) -> None:
         """Marks the previous address as removed, so that it does not count as silent."""
         if self._instance and self._instance != instance:
             for job in PATHS:
                 self._keep(SeriesKey.of(UP, {"instance": self._instance, "job": job}), Sample(now, math.nan))
         self._instance = instance or ""
 
-    def _forget(self, scope: Scope, now: float) -> None:
+    def _evict(self, scope: Scope, now: float) -> None:
         """Deletes samples before their window, sums of other rollouts, and everything if the clock was set back."""
         if now < self._read_at:
             self._recent.clear()
             self._read_at = -math.inf
         self._sums = {key: pair for key, pair in self._sums.items() if key.get("rollout") == scope.rollout}
         for key, samples in list(self._recent.items()):
-            since = now - (LONGEST_SHADOW_S if key.name == names.SHADOW_REQUESTS else scope.window_s)
+            since = now - (MAX_SHADOW_S if key.name == names.SHADOW_REQUESTS else scope.window_s)
             while samples and samples[0].time < since:
                 samples.popleft()
             if not samples:
                 del self._recent[key]
 
 
-def served_at(run: RunDirectory) -> str:
+def service_url(run: RunDirectory) -> str:
     """The URL of a run's service, read on every use because a restart may change it.
 
     Raises:

@@ -20,11 +20,11 @@ from reelway.platform.rollout.state import Phase, RolloutState
 UP: Final = "up"
 WINDOW_S: Final = 60.0
 """Length of a guardrail's window in seconds."""
-LONGEST_SHADOW_S: Final = 3600.0
+MAX_SHADOW_S: Final = 3600.0
 """Mirrored requests are counted over the shadow phase, at most over this many seconds."""
 BUCKET: Final = f"{names.LATENCY}_bucket"
-COUNTED_OVER_A_WINDOW: Final = (names.REQUESTS, names.EMPTY_SLATES, BUCKET)
-KEPT_SINCE_THE_START: Final = (names.EXPOSURE, names.STATISTIC)
+WINDOWED_SERIES: Final = (names.REQUESTS, names.EMPTY_SLATES, BUCKET)
+CUMULATIVE_SERIES: Final = (names.EXPOSURE, names.STATISTIC)
 
 
 class SeriesKey(NamedTuple):
@@ -65,7 +65,7 @@ class Scope:
 
 
 @dataclass(frozen=True, slots=True)
-class Heard:
+class SeriesReadResult:
     """A reader's samples. ``problem`` says why there are no newer ones; empty if every exporter answered."""
 
     series: Series = field(default_factory=dict)
@@ -75,7 +75,7 @@ class Heard:
 class SeriesReader(Protocol):
     """Reads series from one kind of source."""
 
-    def read(self, scope: Scope, now: float) -> Heard:
+    def read(self, scope: Scope, now: float) -> SeriesReadResult:
         """Returns the samples of the window before ``now``; raises nothing.
 
         ``EXPOSURE`` of ``viewers`` starts with the highest sample since the rollout began, however old, so that a
@@ -90,38 +90,40 @@ class SeriesReader(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Instance:
+class ScrapeTarget:
     """One exporter in the window. ``removed``: its pod was deleted, and no answer is expected."""
 
     name: str
-    first_heard: float
-    last_heard: float
-    gone: bool
+    first_sample_at: float
+    last_sample_at: float
+    removed: bool
 
 
 @dataclass(frozen=True, slots=True)
-class Job:
+class ScrapeJob:
     """All exporters of one kind. If ``problem`` is set, none of their samples can be trusted."""
 
     name: str
-    instances: Mapping[str, Instance]
+    instances: Mapping[str, ScrapeTarget]
     problem: str = ""
 
     @property
-    def heard_at(self) -> float:
+    def newest_sample_at(self) -> float:
         """Time of the oldest last sample among the exporters that still run."""
-        return min((i.last_heard for i in self.instances.values() if not i.gone), default=-math.inf)
+        return min((i.last_sample_at for i in self.instances.values() if not i.removed), default=-math.inf)
 
 
-def job_of(name: str, heard: Heard, *, now: float, max_age_s: float, window_s: float = WINDOW_S) -> Job:
+def scrape_job(
+    name: str, read_result: SeriesReadResult, *, now: float, max_age_s: float, window_s: float = WINDOW_S
+) -> ScrapeJob:
     """The exporters of a job that answered in the window.
 
     A removed replica differs from a silent one. Removed: it is no longer a target (``up`` ends in NaN). Its counts in
     the window are used, and no answer is awaited. Silent: it is a target and has not answered for ``max_age_s``
     seconds. Then the whole job is unknown, because the fault may be in the missing samples.
     """
-    instances, problem = dict[str, Instance](), ""
-    for key, samples in heard.series.items():
+    instances, problem = dict[str, ScrapeTarget](), ""
+    for key, samples in read_result.series.items():
         if key.name != UP or key.get("job") != name:
             continue
         recent = [s for s in samples if s.time >= now - window_s]
@@ -133,16 +135,18 @@ def job_of(name: str, heard: Heard, *, now: float, max_age_s: float, window_s: f
             since = f"for {now - times[-1]:.0f} s" if times else f"in {now - recent[0].time:.0f} s"
             problem = f"{name} at {instance} has not answered {since}, allowed {max_age_s:.0f} s"
         if times:
-            instances[instance] = Instance(instance, times[0], times[-1], removed)
-    if not problem and not any(not i.gone for i in instances.values()):
+            instances[instance] = ScrapeTarget(instance, times[0], times[-1], removed)
+    if not problem and not any(not i.removed for i in instances.values()):
         problem = f"no {name} answered in the last {min(window_s, max_age_s):.0f} s"
-    if problem and heard.problem:
-        problem += f" ({heard.problem})"
-    return Job(name, instances, problem)
+    if problem and read_result.problem:
+        problem += f" ({read_result.problem})"
+    return ScrapeJob(name, instances, problem)
 
 
-def within(heard: Heard, job: Job, *wanted: str, since: float) -> Iterator[tuple[SeriesKey, Instance, list[Sample]]]:
+def samples_since(
+    read_result: SeriesReadResult, job: ScrapeJob, *wanted: str, since: float
+) -> Iterator[tuple[SeriesKey, ScrapeTarget, list[Sample]]]:
     """The named series of a job's exporters, with their samples from ``since`` on."""
-    for key, samples in heard.series.items():
+    for key, samples in read_result.series.items():
         if key.name in wanted and (instance := job.instances.get(key.get("instance"))) is not None:
             yield key, instance, [s for s in samples if s.time >= since]

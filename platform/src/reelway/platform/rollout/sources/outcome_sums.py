@@ -14,10 +14,10 @@ from reelway.platform.contracts.events import Arm
 from reelway.platform.rollout import series as names
 from reelway.platform.rollout.evidence import ArmStatistics, EvidenceState, MetricEvidence, metric_evidence
 from reelway.platform.rollout.policy import OutcomeMetric, RolloutPolicy, Slice
-from reelway.platform.rollout.sources.heard_series import KEPT_SINCE_THE_START, Heard, Job, Scope
+from reelway.platform.rollout.sources.heard_series import CUMULATIVE_SERIES, Scope, ScrapeJob, SeriesReadResult
 from reelway.platform.rollout.state import RolloutState
 
-_SLACK: Final = 1e-9
+_TOLERANCE: Final = 1e-9
 """Relative tolerance: float sums may differ in their last digits between two scrapes."""
 
 
@@ -32,11 +32,11 @@ class _Sums(NamedTuple):
     """``reset_reason`` says how the collector's data loss was detected; empty if it lost nothing."""
 
     newest: dict[_Key, float]
-    lost: str
+    reset_reason: str
 
 
 def outcome_metrics(
-    policy: RolloutPolicy, state: RolloutState, heard: Heard, collector: Job
+    policy: RolloutPolicy, state: RolloutState, heard: SeriesReadResult, collector: ScrapeJob
 ) -> dict[tuple[str, Slice], MetricEvidence]:
     """Evidence for every (metric, slice) of the policy.
 
@@ -47,13 +47,13 @@ def outcome_metrics(
         down = MetricEvidence(EvidenceState.TELEMETRY_DOWN, detail=collector.problem)
         return {(metric.name, part): down for metric, part in policy.tests}
     sums = _sums(state, heard, collector)
-    if sums.lost:
-        down = MetricEvidence(EvidenceState.TELEMETRY_DOWN, detail=sums.lost)
+    if sums.reset_reason:
+        down = MetricEvidence(EvidenceState.TELEMETRY_DOWN, detail=sums.reset_reason)
         return {(metric.name, part): down for metric, part in policy.tests}
     return {(metric.name, part): _evidence(metric, part, sums.newest) for metric, part in policy.tests}
 
 
-def _sums(state: RolloutState, heard: Heard, collector: Job) -> _Sums:
+def _sums(state: RolloutState, heard: SeriesReadResult, collector: ScrapeJob) -> _Sums:
     """Newest values, summed over the collector's running instances.
 
     A removed instance does not count, because its successor has its data. The newest value must not be below an
@@ -63,7 +63,7 @@ def _sums(state: RolloutState, heard: Heard, collector: Job) -> _Sums:
     canary, stable = Scope.of(state).releases
     release_of = {Arm.CANARY.value: canary, Arm.STABLE.value: stable}
     for key, samples in heard.series.items():
-        if key.name not in KEPT_SINCE_THE_START or key.get("rollout") != state.id or not samples:
+        if key.name not in CUMULATIVE_SERIES or key.get("rollout") != state.id or not samples:
             continue
         if release_of.get(key.get("arm")) != key.get("release"):
             continue  # the holdout, or the arm that became stable when the rollout ended
@@ -71,10 +71,10 @@ def _sums(state: RolloutState, heard: Heard, collector: Job) -> _Sums:
         peak = max((s.value for s in samples if math.isfinite(s.value)), default=0.0)
         highest[sum_key] = max(peak, highest.get(sum_key, 0.0))
         instance = collector.instances.get(key.get("instance"))
-        if instance is not None and not instance.gone and samples[-1].time >= instance.last_heard:
+        if instance is not None and not instance.removed and samples[-1].time >= instance.last_sample_at:
             newest[sum_key] += samples[-1].value
     for sum_key, peak in highest.items():
-        if 0 <= (now := newest.get(sum_key, 0.0)) < peak * (1 - _SLACK):
+        if 0 <= (now := newest.get(sum_key, 0.0)) < peak * (1 - _TOLERANCE):
             what = " ".join(word for word in (sum_key.arm, sum_key.metric, sum_key.statistic) if word)
             lost = f"{what} on {sum_key.slice_} fell from {peak:g} to {now:g} during the rollout: collector data lost"
             return _Sums({}, lost)

@@ -19,7 +19,7 @@ from reelway.platform.rollout.evidence import EvidenceState, GuardrailReading
 from reelway.platform.runs import RunDirectory
 
 
-class ReplayedRelease(BaseModel):
+class ReleaseParity(BaseModel):
     """Findings about one release."""
 
     model_config = ConfigDict(extra="ignore", frozen=True)
@@ -30,14 +30,14 @@ class ReplayedRelease(BaseModel):
     detail: str = ""
 
 
-_REPORT = TypeAdapter(dict[str, ReplayedRelease])
+_REPORT = TypeAdapter(dict[str, ReleaseParity])
 
 
 @dataclass(frozen=True, slots=True)
-class ParityReport:
+class ParityFindings:
     """Findings by release id; empty if ``problem`` is set."""
 
-    releases: Mapping[str, ReplayedRelease] = field(default_factory=dict)
+    releases: Mapping[str, ReleaseParity] = field(default_factory=dict)
     problem: str = ""
 
     def reading(self, release: str) -> GuardrailReading:
@@ -58,24 +58,24 @@ def parity_path(run: RunDirectory) -> Path:
     return run.path / "serving" / "parity.json"
 
 
-def read_parity(run: RunDirectory) -> ParityReport:
+def read_parity(run: RunDirectory) -> ParityFindings:
     """Reads a run's findings, or why there are none; raises nothing."""
     path = parity_path(run)
-    again = f"run `reelway features parity --run {run.path}`"
+    remedy = f"run `reelway features parity --run {run.path}`"
     try:
-        return parse_parity(path.read_text(), str(path), again)
+        return parse_parity(path.read_text(), str(path), remedy)
     except FileNotFoundError:
-        return ParityReport(problem=f"no parity findings at {path}; {again}")
+        return ParityFindings(problem=f"no parity findings at {path}; {remedy}")
     except UnicodeDecodeError as error:
-        return ParityReport(problem=f"{path} does not contain parity findings: {error}; {again}")
+        return ParityFindings(problem=f"{path} does not contain parity findings: {error}; {remedy}")
     except OSError as error:
-        return ParityReport(problem=f"cannot read {path}: {error.strerror or error}")
+        return ParityFindings(problem=f"cannot read {path}: {error.strerror or error}")
 
 
-def parse_parity(text: str, where: str, again: str) -> ParityReport:
+def parse_parity(text: str, where: str, remedy: str) -> ParityFindings:
     """Parses findings. The message of an invalid text names ``where`` it came from and the ``remedy``."""
     try:
-        return ParityReport(_REPORT.validate_python(json.loads(text)))
+        return ParityFindings(_REPORT.validate_python(json.loads(text)))
     except (ValidationError, ValueError) as error:
         first = error.errors()[0]["msg"] if isinstance(error, ValidationError) else str(error)
-        return ParityReport(problem=f"{where} does not contain parity findings: {first}; {again}")
+        return ParityFindings(problem=f"{where} does not contain parity findings: {first}; {remedy}")

@@ -19,14 +19,14 @@ from fsspec.implementations.local import LocalFileSystem
 
 from reelway.platform.durable import write_json
 from reelway.platform.errors import ConfigError, StorageError
-from reelway.platform.rollout.sources.parity_report import ParityReport, parse_parity
+from reelway.platform.rollout.sources.parity_report import ParityFindings, parse_parity
 
-EVERY_S: Final = 15.0
+REFRESH_INTERVAL_S: Final = 15.0
 """Seconds between two reads."""
-PATIENCE_S: Final = 60.0
+MAX_STALENESS_S: Final = 60.0
 """After this many seconds without an answer of the store, the findings are unknown."""
-_FIRST_S: Final = 2.0
-_AGAIN: Final = "run `reelway features parity --report {url}`, or let the chart's `jobs.parity` do it"
+_FIRST_READ_TIMEOUT_S: Final = 2.0
+_REMEDY: Final = "run `reelway features parity --report {url}`, or let the chart's `jobs.parity` do it"
 
 
 def write_parity(url: str, findings: Mapping[str, Mapping[str, Any]]) -> None:
@@ -46,7 +46,7 @@ def write_parity(url: str, findings: Mapping[str, Mapping[str, Any]]) -> None:
         raise StorageError(f"cannot write {url}: {error or type(error).__name__}") from error
 
 
-class ParityInStore:
+class ParityFindingsReader:
     """Reads a replay's findings from a URL, on a thread that the first call of ``findings`` starts.
 
     Raises:
@@ -54,17 +54,22 @@ class ParityInStore:
     """
 
     def __init__(
-        self, url: str, *, every_s: float = EVERY_S, patience_s: float = PATIENCE_S, first_s: float = _FIRST_S
+        self,
+        url: str,
+        *,
+        every_s: float = REFRESH_INTERVAL_S,
+        max_staleness_s: float = MAX_STALENESS_S,
+        first_s: float = _FIRST_READ_TIMEOUT_S,
     ) -> None:
         self._url = url
         self._fs, self._path = _opened(url)
-        self._every_s, self._patience_s, self._first_s = every_s, patience_s, first_s
+        self._every_s, self._patience_s, self._first_s = every_s, max_staleness_s, first_s
         self._stop, self._first = threading.Event(), threading.Event()
-        self._known = ParityReport(problem=f"{url} has not been read yet")
+        self._known = ParityFindings(problem=f"{url} has not been read yet")
         self._read_at = time.monotonic()
         self._thread = threading.Thread(target=self._read_until, name="parity", daemon=True)
 
-    def report(self) -> ParityReport:
+    def findings(self) -> ParityFindings:
         """The findings read last, or why there are none. Only the first call waits. Raises nothing."""
         if self._thread.ident is None:
             self._read_at = time.monotonic()
@@ -72,7 +77,7 @@ class ParityInStore:
             self._first.wait(self._first_s)
         known, silent_s = self._known, time.monotonic() - self._read_at
         if silent_s > self._patience_s:
-            return ParityReport(problem=f"{self._url} has not answered for {silent_s:.0f} s")
+            return ParityFindings(problem=f"{self._url} has not answered for {silent_s:.0f} s")
         return known
 
     def close(self) -> None:
@@ -86,14 +91,14 @@ class ParityInStore:
             self._first.set()
             self._stop.wait(self._every_s)
 
-    def _read(self) -> ParityReport:
-        again = _AGAIN.format(url=self._url)
+    def _read(self) -> ParityFindings:
+        again = _REMEDY.format(url=self._url)
         try:
             text = self._fs.cat_file(self._path).decode()
         except FileNotFoundError:
-            return ParityReport(problem=f"no parity findings at {self._url}; {again}")
+            return ParityFindings(problem=f"no parity findings at {self._url}; {again}")
         except Exception as error:  # every client library has its own errors
-            return ParityReport(problem=f"cannot read {self._url}: {error or type(error).__name__}")
+            return ParityFindings(problem=f"cannot read {self._url}: {error or type(error).__name__}")
         return parse_parity(text, self._url, again)
 
 

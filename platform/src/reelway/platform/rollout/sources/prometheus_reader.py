@@ -22,15 +22,15 @@ import httpx
 from reelway.platform.errors import RolloutError
 from reelway.platform.rollout import series as names
 from reelway.platform.rollout.counters import Sample
-from reelway.platform.rollout.sources.access import Access
+from reelway.platform.rollout.sources.access import MonitoringAccess
 from reelway.platform.rollout.sources.heard_series import (
-    COUNTED_OVER_A_WINDOW,
-    KEPT_SINCE_THE_START,
-    LONGEST_SHADOW_S,
+    CUMULATIVE_SERIES,
+    MAX_SHADOW_S,
     UP,
-    Heard,
+    WINDOWED_SERIES,
     Scope,
     SeriesKey,
+    SeriesReadResult,
 )
 
 TIMEOUT_S: Final = 1.0
@@ -40,19 +40,19 @@ _Rows = dict[SeriesKey, list[Sample]]
 class PrometheusReader:
     """Reads one Prometheus, or another server of its HTTP API v1."""
 
-    def __init__(self, url: str, *, access: Access | None = None, timeout_s: float = TIMEOUT_S) -> None:
-        access = access or Access()
+    def __init__(self, url: str, *, access: MonitoringAccess | None = None, timeout_s: float = TIMEOUT_S) -> None:
+        access = access or MonitoringAccess()
         self._url = f"{url.rstrip('/')}/api/v1/query"
         self._timeout_s = timeout_s
         self._label_filter = "".join(f",{name}={json.dumps(value)}" for name, value in access.labels.items())
         self._client = access.client(timeout_s)
 
-    def read(self, scope: Scope, now: float) -> Heard:
+    def read(self, scope: Scope, now: float) -> SeriesReadResult:
         """Reads targets before samples, so that a scrape in between makes samples newer than ``up``, never older."""
         try:
-            return Heard(self._read(scope, now))
+            return SeriesReadResult(self._read(scope, now))
         except RolloutError as error:
-            return Heard(problem=str(error))
+            return SeriesReadResult(problem=str(error))
 
     def close(self) -> None:
         """Closes the connections."""
@@ -67,11 +67,13 @@ class PrometheusReader:
             if key not in targets:
                 samples.append(Sample(now, math.nan))
         releases = f"release=~{_any_of(scope.releases)}"
-        rows |= self._query(f"{{__name__=~{_any_of(COUNTED_OVER_A_WINDOW)},{jobs},{releases}}}{window}", now, "matrix")
+        rows |= self._query(f"{{__name__=~{_any_of(WINDOWED_SERIES)},{jobs},{releases}}}{window}", now, "matrix")
         if scope.shadow_since is not None:
-            reach = math.ceil(min(max(now - scope.shadow_since, scope.window_s), LONGEST_SHADOW_S))
+            reach = math.ceil(min(max(now - scope.shadow_since, scope.window_s), MAX_SHADOW_S))
             rows |= self._query(f"{names.SHADOW_REQUESTS}{{{jobs},{releases}}}[{reach}s]", now, "matrix")
-        last_sample_times = [time for key, samples in rows.items() if (time := _last_heard(key, samples)) is not None]
+        last_sample_times = [
+            time for key, samples in rows.items() if (time := _last_sample_time(key, samples)) is not None
+        ]
         if not last_sample_times:
             return rows
         return rows | self._sums(scope, now, f"{jobs},rollout={json.dumps(scope.rollout)}", last_sample_times)
@@ -82,7 +84,7 @@ class PrometheusReader:
         Sums are cumulative, so only the last scrapes, at ``last_sample_times``, are read.
         """
         span = f"[{math.ceil((max(last_sample_times) - min(last_sample_times)) * 1000) + 100}ms]"
-        newest = f"{{__name__=~{_any_of(KEPT_SINCE_THE_START)},{selector}}}{span}"
+        newest = f"{{__name__=~{_any_of(CUMULATIVE_SERIES)},{selector}}}{span}"
         rows = self._query(newest, max(last_sample_times), "matrix")
         reach = math.ceil(max(now - scope.started_at, 0.0) + scope.window_s)
         viewers = f'{names.EXPOSURE}{{{selector},statistic="viewers"}}[{reach}s]'
@@ -106,7 +108,7 @@ class PrometheusReader:
         try:
             body = answer.json()
             if not answer.is_success or not isinstance(body, dict) or body.get("status") != "success":
-                raise RolloutError(f"Prometheus at {self._url} answered {answer.status_code}: {_complaint(body)}")
+                raise RolloutError(f"Prometheus at {self._url} answered {answer.status_code}: {_error_text(body)}")
             if body.get("warnings"):
                 raise RolloutError(f"Prometheus at {self._url} gave a partial answer: {'; '.join(body['warnings'])}")
             if (seen := body["data"]["resultType"]) != kind:
@@ -119,7 +121,7 @@ class PrometheusReader:
             ) from error
 
 
-def _last_heard(key: SeriesKey, samples: list[Sample]) -> float | None:
+def _last_sample_time(key: SeriesKey, samples: list[Sample]) -> float | None:
     """Time of a collector's last successful scrape if it is still a target; None for any other series."""
     if key.name != UP or key.get("job") != names.OUTCOMES_JOB or math.isnan(samples[-1].value):
         return None
@@ -133,7 +135,7 @@ def _row(item: dict[str, Any], kind: str) -> tuple[SeriesKey, list[Sample]]:
     return key, [Sample(float(time), float(value)) for time, value in pairs]
 
 
-def _complaint(body: object) -> str:
+def _error_text(body: object) -> str:
     if isinstance(body, dict) and "error" in body:
         return f"{body.get('errorType', 'error')}: {body['error']}"
     return f"{body!r:.200}"

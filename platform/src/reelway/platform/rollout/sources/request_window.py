@@ -25,65 +25,65 @@ from reelway.platform.rollout.evidence import EvidenceState, GuardrailName, Guar
 from reelway.platform.rollout.policy import RolloutPolicy
 from reelway.platform.rollout.sources.heard_series import (
     BUCKET,
-    Heard,
-    Instance,
-    Job,
     Scope,
+    ScrapeJob,
+    ScrapeTarget,
     SeriesKey,
-    within,
+    SeriesReadResult,
+    samples_since,
 )
 
-CANARYS_ARMS: Final = (Arm.CANARY, Arm.SHADOW)
+CANARY_ARMS: Final = (Arm.CANARY, Arm.SHADOW)
 QUANTILE: Final = 0.99
-_TORN: Final = 2
+_TORN_SCRAPE_TOLERANCE: Final = 2
 """Requests by which two counters of one scrape may differ, because they are not read at the same instant."""
 
 
 @dataclass(frozen=True, slots=True)
-class Window:
+class RequestWindow:
     """The routers' counter increases in the window, without those before the rollout began."""
 
-    heard: Heard
-    routers: Job
+    heard: SeriesReadResult
+    routers: ScrapeJob
     since: float
     started_at: float
 
     @classmethod
-    def of(cls, heard: Heard, routers: Job, scope: Scope, now: float) -> Window:
+    def of(cls, heard: SeriesReadResult, routers: ScrapeJob, scope: Scope, now: float) -> RequestWindow:
         return cls(heard, routers, now - scope.window_s, scope.started_at)
 
-    def rises(self, name: str, label: str, wanted: Callable[[SeriesKey], bool]) -> Mapping[str, CounterReading]:
+    def increases(self, name: str, label: str, wanted: Callable[[SeriesKey], bool]) -> Mapping[str, CounterReading]:
         """Value of ``label`` -> increase of all wanted series with that value, over all routers.
 
         A router with one sample has no increase yet and does not make the others' unknown.
         """
         parts = defaultdict[str, list[CounterReading]](list)
-        known = [i for i in self.routers.instances.values() if i.last_heard > i.first_heard]
-        for key, instance, samples in within(self.heard, self.routers, name, since=self.since):
+        known = [i for i in self.routers.instances.values() if i.last_sample_at > i.first_sample_at]
+        for key, instance, samples in samples_since(self.heard, self.routers, name, since=self.since):
             if samples and wanted(key) and (instance in known or not known):
-                parts[key.get(label)].append(self._rise(instance, samples))
+                parts[key.get(label)].append(self._increase(instance, samples))
         return {value: sum_counters(readings) for value, readings in parts.items()}
 
-    def _rise(self, instance: Instance, samples: list[Sample]) -> CounterReading:
+    def _increase(self, instance: ScrapeTarget, samples: list[Sample]) -> CounterReading:
         """The increase of one series, from 0 if the series appeared after its exporter's first sample."""
         earlier = sum(sample.time <= self.started_at for sample in samples)
-        began = samples[0].time > instance.first_heard and not earlier
+        began = samples[0].time > instance.first_sample_at and not earlier
         samples = samples[max(earlier - 1, 0) :]
         return counter_increase(samples, origin=began)
 
 
 def request_guardrails(
-    policy: RolloutPolicy, scope: Scope, heard: Heard, routers: Job, now: float
+    policy: RolloutPolicy, scope: Scope, heard: SeriesReadResult, routers: ScrapeJob, now: float
 ) -> dict[GuardrailName, GuardrailReading]:
     """Readings of error_ratio, empty_slate_ratio and p99_ms over the scope's window."""
     if routers.problem:
         down = GuardrailReading(EvidenceState.TELEMETRY_DOWN, detail=routers.problem)
         return {"error_ratio": down, "empty_slate_ratio": down, "p99_ms": down}
-    window = Window.of(heard, routers, scope, now)
-    outcomes = window.rises(names.REQUESTS, "outcome", _canarys(scope))
+    window = RequestWindow.of(heard, routers, scope, now)
+    outcomes = window.increases(names.REQUESTS, "outcome", _is_canary_series(scope))
     requests = _total(outcomes, names.REQUEST_OUTCOMES)
     faults = _total(outcomes, names.FAULTY_OUTCOMES)
-    empty = _total(window.rises(names.EMPTY_SLATES, "release", _canarys(scope)), (scope.releases[0],))
+    empty = _total(window.increases(names.EMPTY_SLATES, "release", _is_canary_series(scope)), (scope.releases[0],))
     limit = policy.guardrails.p99_ms
     compared = limit is not None and limit.maximum_ratio_to_stable is not None
     return {
@@ -93,17 +93,17 @@ def request_guardrails(
     }
 
 
-def _canarys(scope: Scope) -> Callable[[SeriesKey], bool]:
-    return lambda key: key.get("release") == scope.releases[0] and key.get("arm") in CANARYS_ARMS
+def _is_canary_series(scope: Scope) -> Callable[[SeriesKey], bool]:
+    return lambda key: key.get("release") == scope.releases[0] and key.get("arm") in CANARY_ARMS
 
 
-def _stables(scope: Scope) -> Callable[[SeriesKey], bool]:
+def _is_stable_series(scope: Scope) -> Callable[[SeriesKey], bool]:
     return lambda key: key.get("release") == scope.releases[1] and key.get("arm") == Arm.STABLE
 
 
-def _total(rises: Mapping[str, CounterReading], wanted: tuple[str, ...]) -> CounterReading:
+def _total(increases: Mapping[str, CounterReading], wanted: tuple[str, ...]) -> CounterReading:
     """The sum of the wanted counters. A counter that a running router does not expose is 0."""
-    readings = [rises[name] for name in wanted if name in rises]
+    readings = [increases[name] for name in wanted if name in increases]
     return sum_counters(readings) if readings else CounterReading(EvidenceState.OK)
 
 
@@ -114,7 +114,7 @@ def _ratio(events: CounterReading, requests: CounterReading, scope: Scope) -> Gu
     if not requests.increase:
         return GuardrailReading(EvidenceState.INSUFFICIENT, detail=_no_requests("the canary", scope))
     seen = events.increase
-    if requests.increase < seen <= requests.increase + _TORN:
+    if requests.increase < seen <= requests.increase + _TORN_SCRAPE_TOLERANCE:
         seen = requests.increase
     return GuardrailReading(EvidenceState.OK, seen, requests.increase)
 
@@ -123,11 +123,11 @@ def _no_requests(arm: str, scope: Scope) -> str:
     return f"no request of {arm} in the last {scope.window_s:.0f} s"
 
 
-def _p99(window: Window, scope: Scope, *, compared: bool) -> GuardrailReading:
-    canary = _latencies(window, _canarys(scope))
+def _p99(window: RequestWindow, scope: Scope, *, compared: bool) -> GuardrailReading:
+    canary = _latencies(window, _is_canary_series(scope))
     if isinstance(canary, GuardrailReading):
         return canary
-    stable = _latencies(window, _stables(scope))
+    stable = _latencies(window, _is_stable_series(scope))
     if not canary:
         return GuardrailReading(EvidenceState.INSUFFICIENT, detail=_no_requests("the canary", scope))
     if compared and not stable:
@@ -147,13 +147,13 @@ def _p99(window: Window, scope: Scope, *, compared: bool) -> GuardrailReading:
     )
 
 
-def _latencies(window: Window, wanted: Callable[[SeriesKey], bool]) -> dict[float, float] | GuardrailReading:
+def _latencies(window: RequestWindow, wanted: Callable[[SeriesKey], bool]) -> dict[float, float] | GuardrailReading:
     """Upper bound -> observations, empty without any; a reading if they are unknown."""
-    rises = window.rises(BUCKET, "le", wanted)
-    if not rises:
+    increases = window.increases(BUCKET, "le", wanted)
+    if not increases:
         return {}
-    if (total := sum_counters(rises.values())).state is not EvidenceState.OK:
+    if (total := sum_counters(increases.values())).state is not EvidenceState.OK:
         return GuardrailReading(total.state, detail=total.detail)
-    if not any(rise.increase for rise in rises.values()):
+    if not any(rise.increase for rise in increases.values()):
         return {}
-    return {float(bound): rise.increase for bound, rise in rises.items()}
+    return {float(bound): rise.increase for bound, rise in increases.items()}

@@ -9,18 +9,26 @@ from reelway.platform.rollout import series as names
 from reelway.platform.rollout.counters import counter_increase
 from reelway.platform.rollout.evidence import EvidenceSnapshot, EvidenceState
 from reelway.platform.rollout.policy import RolloutPolicy
-from reelway.platform.rollout.sources.heard_series import LONGEST_SHADOW_S, WINDOW_S, Heard, Job, Scope, job_of, within
+from reelway.platform.rollout.sources.heard_series import (
+    MAX_SHADOW_S,
+    WINDOW_S,
+    Scope,
+    ScrapeJob,
+    SeriesReadResult,
+    samples_since,
+    scrape_job,
+)
 from reelway.platform.rollout.sources.outcome_sums import outcome_metrics
-from reelway.platform.rollout.sources.parity_report import ParityReport
+from reelway.platform.rollout.sources.parity_report import ParityFindings
 from reelway.platform.rollout.sources.request_window import request_guardrails
 from reelway.platform.rollout.state import RolloutState
 
 
-def snapshot_of(
+def build_snapshot(
     policy: RolloutPolicy,
     state: RolloutState,
-    heard: Heard,
-    parity: ParityReport,
+    heard: SeriesReadResult,
+    parity: ParityFindings,
     now: float,
     *,
     window_s: float = WINDOW_S,
@@ -32,9 +40,9 @@ def snapshot_of(
     """
     scope = Scope.of(state, window_s)
     max_age_s = policy.evidence_max_age_s
-    routers = job_of(names.ROUTER_JOB, heard, now=now, max_age_s=max_age_s, window_s=window_s)
-    collector = job_of(names.OUTCOMES_JOB, heard, now=now, max_age_s=max_age_s, window_s=window_s)
-    times = [job.heard_at for job in (routers, collector) if not job.problem]
+    routers = scrape_job(names.ROUTER_JOB, heard, now=now, max_age_s=max_age_s, window_s=window_s)
+    collector = scrape_job(names.OUTCOMES_JOB, heard, now=now, max_age_s=max_age_s, window_s=window_s)
+    times = [job.newest_sample_at for job in (routers, collector) if not job.problem]
     return EvidenceSnapshot(
         time=min(times, default=now),
         release=state.canary_release,
@@ -43,16 +51,16 @@ def snapshot_of(
             **request_guardrails(policy, scope, heard, routers, now),
             "parity_mismatches": parity.reading(state.canary_release),
         },
-        shadow_requests=_mirrored(scope, heard, routers, now),
+        shadow_requests=_mirrored_requests(scope, heard, routers, now),
     )
 
 
-def _mirrored(scope: Scope, heard: Heard, routers: Job, now: float) -> int:
+def _mirrored_requests(scope: Scope, heard: SeriesReadResult, routers: ScrapeJob, now: float) -> int:
     """Mirrored requests that succeeded or failed in this shadow phase; 0 outside of a shadow phase."""
     if scope.shadow_since is None or routers.problem:
         return 0
-    since, total = max(scope.shadow_since, now - LONGEST_SHADOW_S), 0.0
-    for key, _, samples in within(heard, routers, names.SHADOW_REQUESTS, since=since):
+    since, total = max(scope.shadow_since, now - MAX_SHADOW_S), 0.0
+    for key, _, samples in samples_since(heard, routers, names.SHADOW_REQUESTS, since=since):
         if key.get("release") != scope.releases[0] or key.get("outcome") not in ("compared", "failed") or not samples:
             continue
         rise = counter_increase(samples)

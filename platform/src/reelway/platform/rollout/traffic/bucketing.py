@@ -19,8 +19,8 @@ from reelway.platform.features.hashing import mix64
 
 BUCKETS: Final = 10_000
 """One bucket per basis point, the smallest possible weight."""
-_GOLDEN: Final = 0x9E3779B97F4A7C15
-_WHOLE: Final = 0xFFFFFFFFFFFFFFFF
+_SPLITMIX_INCREMENT: Final = 0x9E3779B97F4A7C15
+_UINT64_MASK: Final = 0xFFFFFFFFFFFFFFFF
 
 
 def bucket_of(viewer_id: int, salt: str) -> int:
@@ -28,13 +28,13 @@ def bucket_of(viewer_id: int, salt: str) -> int:
 
     Another salt gives an independent assignment, so that two rollouts do not start with the same viewers.
     """
-    return _mix(_mix((viewer_id + _GOLDEN) & _WHOLE) ^ _salt_bits(salt)) % BUCKETS
+    return _mix(_mix((viewer_id + _SPLITMIX_INCREMENT) & _UINT64_MASK) ^ _salt_bits(salt)) % BUCKETS
 
 
 def buckets_of(viewer_ids: NDArray[np.int64], salt: str) -> NDArray[np.int64]:
     """Vectorised ``bucket_of``. Shapes: ``[N] -> [N]``."""
     with np.errstate(over="ignore"):
-        spread = mix64(viewer_ids.astype(np.uint64) + np.uint64(_GOLDEN))
+        spread = mix64(viewer_ids.astype(np.uint64) + np.uint64(_SPLITMIX_INCREMENT))
     return (mix64(spread ^ np.uint64(_salt_bits(salt))) % np.uint64(BUCKETS)).astype(np.int64)
 
 
@@ -87,6 +87,6 @@ def _salt_bits(salt: str) -> int:
 
 def _mix(value: int) -> int:
     """``mix64`` for one Python integer."""
-    value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _WHOLE
-    value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & _WHOLE
+    value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _UINT64_MASK
+    value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & _UINT64_MASK
     return value ^ (value >> 31)

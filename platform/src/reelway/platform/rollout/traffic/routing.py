@@ -63,7 +63,7 @@ class Routing(_Strict):
         return self
 
     @classmethod
-    def whole(cls, release: str, *, salt: str = "reelway", warm: Iterable[str] = ()) -> Routing:
+    def single_release(cls, release: str, *, salt: str = "reelway", warm: Iterable[str] = ()) -> Routing:
         """Returns a routing with all viewers on one release."""
         arms = (ArmRoute(arm=Arm.STABLE, release=release, weight_bp=BUCKETS),)
         return cls(salt=salt, arms=arms, warm=tuple(warm))

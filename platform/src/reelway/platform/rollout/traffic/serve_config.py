@@ -38,7 +38,7 @@ OUTCOMES_BUILDER: Final = f"{_BUILDERS}:outcomes"
 _OUTCOMES_PREFIX: Final = "/v1/outcomes"
 _LOGGING_CONFIG: Final = {"log_level": "WARNING", "enable_access_log": False}
 """One log line per request and hop costs more CPU than the hop itself; metrics count every request."""
-_KEPT: Final = ("proxy_location", "http_options", "grpc_options", "target_capacity")
+_INSTANCE_OPTIONS: Final = ("proxy_location", "http_options", "grpc_options", "target_capacity")
 
 ServeConfig = Mapping[str, Any]
 
@@ -137,7 +137,7 @@ def _process_options(options: ServingOptions) -> dict[str, Any]:
     return {"runtime_env": {"env_vars": environment}, "logging_config": dict(_LOGGING_CONFIG)}
 
 
-def config_of(details: Mapping[str, Any]) -> dict[str, Any]:
+def config_from_details(details: Mapping[str, Any]) -> dict[str, Any]:
     """The configuration behind ``GET /api/serve/applications/``: deployed applications and options of the instance.
 
     Raises:
@@ -153,7 +153,7 @@ def config_of(details: Mapping[str, Any]) -> dict[str, Any]:
                 f"Serve application {name!r}: it was not deployed by configuration; restart it with `reelway serve`"
             )
         applications.append(deployed)
-    kept = {key: details[key] for key in _KEPT if details.get(key) is not None}
+    kept = {key: details[key] for key in _INSTANCE_OPTIONS if details.get(key) is not None}
     return {**kept, "applications": applications}
 
 
@@ -170,11 +170,13 @@ def with_target(config: ServeConfig, target: TrafficTarget) -> dict[str, Any]:
     running = {app["name"]: app for app in applications if is_release(app)}
     others = [app for app in applications if app["name"] not in running]
     _router_options(others)["user_config"] = target.routing.model_dump(mode="json")
-    releases = [running.get(release) or _like(_template(running, target), release) for release in target.releases]
+    releases = [
+        running.get(release) or _clone_application(_template(running, target), release) for release in target.releases
+    ]
     return {**copy.deepcopy(dict(config)), "applications": [*releases, *others]}
 
 
-def routing_in(config: ServeConfig) -> Any:
+def find_routing(config: ServeConfig) -> Any:
     """The router's ``user_config``; None without a router."""
     try:
         return _router_options(config.get("applications", ())).get("user_config")
@@ -182,7 +184,7 @@ def routing_in(config: ServeConfig) -> Any:
         return None
 
 
-def releases_in(config: ServeConfig) -> tuple[str, ...]:
+def release_names(config: ServeConfig) -> tuple[str, ...]:
     """Ids of the releases that have an application, sorted."""
     return tuple(sorted(app["name"] for app in config.get("applications", ()) if is_release(app)))
 
@@ -218,7 +220,7 @@ def _template(running: Mapping[str, dict[str, Any]], target: TrafficTarget) -> d
     raise RolloutError("Serve: no application of a release to copy for a new one; restart the service")
 
 
-def _like(template: Mapping[str, Any], release: str) -> dict[str, Any]:
+def _clone_application(template: Mapping[str, Any], release: str) -> dict[str, Any]:
     application = copy.deepcopy(dict(template))
     application["name"] = release
     application["args"]["release"] = release

@@ -19,7 +19,13 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from reelway.platform.errors import RolloutError
 from reelway.platform.rollout.traffic.routing import Routing
-from reelway.platform.rollout.traffic.serve_config import ROUTER, config_of, releases_in, routing_in, with_target
+from reelway.platform.rollout.traffic.serve_config import (
+    ROUTER,
+    config_from_details,
+    find_routing,
+    release_names,
+    with_target,
+)
 from reelway.platform.rollout.traffic.target import TrafficObservation, TrafficTarget
 from reelway.platform.runs import RunDirectory
 
@@ -34,7 +40,7 @@ _SHOWN: Final = 500
 """Maximum characters of a response or failure in a message."""
 
 
-class _Place(BaseModel):
+class _ServingRecord(BaseModel):
     """``serving.json``: the fields that the backend uses."""
 
     model_config = ConfigDict(extra="ignore", frozen=True)
@@ -44,7 +50,7 @@ class _Place(BaseModel):
     pid: int = 0
 
 
-class _Current(BaseModel):
+class _RouterStatus(BaseModel):
     """The router's ``GET /v1/releases/current``: the fields that the backend uses."""
 
     model_config = ConfigDict(extra="ignore", frozen=True)
@@ -67,10 +73,10 @@ class ServeAddress:
 
 
 @dataclass(frozen=True, slots=True)
-class _Seen:
+class _CachedConfig:
     """The Serve config that was last read or written, and the service it belongs to."""
 
-    place: _Place
+    record: _ServingRecord
     config: Mapping[str, Any]
 
 
@@ -86,7 +92,7 @@ class ServeRestBackend:
         self._where = where
         self._http = httpx.Client(timeout=timeout_s, trust_env=False)
         self._lock = threading.Lock()
-        self._seen: _Seen | None = None
+        self._seen: _CachedConfig | None = None
         self._writes = 0
 
     def close(self) -> None:
@@ -96,17 +102,17 @@ class ServeRestBackend:
         """Reads the state of Serve and of the router; see ``TrafficBackend.observe``."""
         writes = self._writes
         try:
-            place = self._place()
-            details = self._call("GET", place, None).json()
-            config = config_of(details)
+            record = self._read_serving_record()
+            details = self._call("GET", record, None).json()
+            config = config_from_details(details)
         except (RolloutError, ValueError) as error:
             with self._lock:
                 self._seen = None
             return TrafficObservation(detail=str(error))
         with self._lock:
             if writes == self._writes:  # else it may be older than a config written meanwhile
-                self._seen = _Seen(place, config)
-        return self._observation(place, details["applications"], config)
+                self._seen = _CachedConfig(record, config)
+        return self._observation(record, details["applications"], config)
 
     def apply(self, target: TrafficTarget) -> None:
         """Applies a target to the cached Serve config and writes it; see ``TrafficBackend.apply``.
@@ -116,14 +122,14 @@ class ServeRestBackend:
         Raises:
             RolloutError: if Serve is not reachable or rejects the config; the message contains its response.
         """
-        place = self._place()
+        record = self._read_serving_record()
         with self._lock:
-            seen = self._seen
-        if seen is None or seen.place != place:
-            seen = _Seen(place, config_of(self._call("GET", place, None).json()))
-        wanted = with_target(seen.config, target)
-        if not _same(wanted, seen.config):
-            self._write(place, wanted)
+            cached = self._seen
+        if cached is None or cached.record != record:
+            cached = _CachedConfig(record, config_from_details(self._call("GET", record, None).json()))
+        wanted = with_target(cached.config, target)
+        if not _equal_configs(wanted, cached.config):
+            self._write(record, wanted)
 
     def write(self, document: Mapping[str, Any]) -> None:
         """Writes a complete Serve config, for backends that also store the config elsewhere.
@@ -131,7 +137,7 @@ class ServeRestBackend:
         Raises:
             RolloutError: if the write fails, as in ``apply``.
         """
-        self._write(self._place(), document)
+        self._write(self._read_serving_record(), document)
 
     @property
     def config(self) -> Mapping[str, Any] | None:
@@ -139,61 +145,61 @@ class ServeRestBackend:
         with self._lock:
             return self._seen.config if self._seen else None
 
-    def _write(self, place: _Place, document: Mapping[str, Any]) -> None:
+    def _write(self, record: _ServingRecord, document: Mapping[str, Any]) -> None:
         with self._lock:
             self._writes += 1
             self._seen = None  # unknown until Serve has accepted the config
-        self._call("PUT", place, document)
+        self._call("PUT", record, document)
         with self._lock:
             self._writes += 1
-            self._seen = _Seen(place, document)
+            self._seen = _CachedConfig(record, document)
 
     def _observation(
-        self, place: _Place, applications: Mapping[str, Any], config: Mapping[str, Any]
+        self, record: _ServingRecord, applications: Mapping[str, Any], config: Mapping[str, Any]
     ) -> TrafficObservation:
-        releases = releases_in(config)
+        releases = release_names(config)
         status = {name: str(applications[name]["status"]) for name in (*releases, ROUTER) if name in applications}
-        failed = {name: _account(applications[name]) for name in releases if status.get(name) in _FAILED}
+        failed = {name: _application_message(applications[name]) for name in releases if status.get(name) in _FAILED}
         gave_up = frozenset(name for name in failed if status[name] == "DEPLOY_FAILED")
         if status.get(ROUTER) != "RUNNING":
-            detail = f"the router is {_account(applications.get(ROUTER, {}))}"
+            detail = f"the router is {_application_message(applications.get(ROUTER, {}))}"
             return TrafficObservation(None, releases, frozenset(), failed, gave_up, detail)
         try:
-            current = self._current(place)
+            current = self._current(record)
         except RolloutError as error:
             return TrafficObservation(None, releases, frozenset(), failed, gave_up, str(error))
         faults = {name: f"the router cannot open it: {_short(fault)}" for name, fault in current.faults.items()}
         ready = frozenset(name for name in releases if status.get(name) == "RUNNING" and name in current.open)
-        detail = _difference(routing_in(config), current)
-        seen = None if detail else current.routing
-        return TrafficObservation(seen, releases, ready, faults | failed, gave_up, detail)
+        detail = _routing_difference(find_routing(config), current)
+        cached = None if detail else current.routing
+        return TrafficObservation(cached, releases, ready, faults | failed, gave_up, detail)
 
-    def _place(self) -> _Place:
+    def _read_serving_record(self) -> _ServingRecord:
         if isinstance(self._where, ServeAddress):
-            return _Place(url=self._where.url, serve_api=self._where.serve_api)
+            return _ServingRecord(url=self._where.url, serve_api=self._where.serve_api)
         path = self._where.path / SERVING_RECORD
         try:
-            return _Place.model_validate_json(path.read_text())
+            return _ServingRecord.model_validate_json(path.read_text())
         except FileNotFoundError:
             raise RolloutError(f"{path} is not there: the service is not running; start `reelway serve`") from None
         except (OSError, ValidationError) as error:
             raise RolloutError(f"{path}: not a valid serving record: {error}; restart `reelway serve`") from error
 
-    def _call(self, method: str, place: _Place, document: Mapping[str, Any] | None) -> httpx.Response:
-        url = place.serve_api.rstrip("/") + _APPLICATIONS
+    def _call(self, method: str, record: _ServingRecord, document: Mapping[str, Any] | None) -> httpx.Response:
+        url = record.serve_api.rstrip("/") + _APPLICATIONS
         told = self._where.token_file if isinstance(self._where, ServeAddress) else self._where.keys / RAY_TOKEN
         token = _token(told) if told else ""
         headers = {"Authorization": f"Bearer {token}"} if token else {}
-        return self._asked(method, url, headers, document)
+        return self._request(method, url, headers, document)
 
-    def _current(self, place: _Place) -> _Current:
-        answer = self._asked("GET", place.url.rstrip("/") + _CURRENT, {}, None)
+    def _current(self, record: _ServingRecord) -> _RouterStatus:
+        answer = self._request("GET", record.url.rstrip("/") + _CURRENT, {}, None)
         try:
-            return _Current.model_validate_json(answer.content)
+            return _RouterStatus.model_validate_json(answer.content)
         except ValidationError as error:
             raise RolloutError(f"{answer.url}: not a router's response: {error.errors()[0]['msg']}") from error
 
-    def _asked(
+    def _request(
         self, method: str, url: str, headers: Mapping[str, str], document: Mapping[str, Any] | None
     ) -> httpx.Response:
         try:
@@ -208,7 +214,7 @@ class ServeRestBackend:
         return answer
 
 
-def _difference(told: Any, current: _Current) -> str:
+def _routing_difference(told: Any, current: _RouterStatus) -> str:
     """Returns how the router's routing differs from the configured one; empty if they agree."""
     try:
         wanted = Routing.model_validate(told)
@@ -221,7 +227,7 @@ def _difference(told: Any, current: _Current) -> str:
     return "the router has not applied its configured routing" + (f"; releases not open: {closed}" if closed else "")
 
 
-def _account(application: Mapping[str, Any]) -> str:
+def _application_message(application: Mapping[str, Any]) -> str:
     """Returns Serve's messages about an application that is not running."""
     words = [str(application.get("message", ""))]
     for name, deployment in application.get("deployments", {}).items():
@@ -231,7 +237,7 @@ def _account(application: Mapping[str, Any]) -> str:
     return str(application.get("status", "absent")) + (f": {said}" if said else "")
 
 
-def _same(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+def _equal_configs(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
     """Returns whether two Serve configs are equal, regardless of the order of applications."""
 
     def ordered(config: Mapping[str, Any]) -> str:

@@ -184,7 +184,7 @@ class InitialTraffic(_Options):
 
     @property
     def routing(self) -> Routing:
-        return Routing.whole(self.release, salt=self.salt)
+        return Routing.single_release(self.release, salt=self.salt)
 
 
 class ServingOptions(_Options):

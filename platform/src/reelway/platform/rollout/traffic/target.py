@@ -35,7 +35,7 @@ class TrafficObservation:
     releases: tuple[str, ...] = ()
     ready: frozenset[str] = frozenset()
     failed: Mapping[str, str] = field(default_factory=dict)
-    gave_up: frozenset[str] = frozenset()
+    failed_permanently: frozenset[str] = frozenset()
     """The releases of ``failed`` that the backend no longer tries to start."""
     detail: str = ""
 
@@ -70,7 +70,7 @@ class TrafficBackend(Protocol):
         ...
 
 
-def target_of(state: RolloutState) -> TrafficTarget:
+def traffic_target(state: RolloutState) -> TrafficTarget:
     """Returns the traffic target for a rollout state."""
     routes = (
         ArmRoute(arm=Arm.CANARY, release=state.canary_release, weight_bp=state.canary_bp),
