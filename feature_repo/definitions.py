@@ -16,7 +16,7 @@ from feast.data_format import ParquetFormat
 from feast.on_demand_feature_view import on_demand_feature_view
 from feast.types import Array, Float32, Float64, Int64, String
 
-from reelway.platform.contracts import features as names
+from reelway.platform.contracts import feature_names as names
 from reelway.platform.contracts.feature_dimensions import SCHEMA_FILE, FeatureDimensions
 
 FEATURES_DIR = Path(os.environ["REELWAY_FEATURES_DIR"]).absolute()

@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 from tests.dimensions import DIMENSIONS
 
-from reelway.platform.contracts import features as names
+from reelway.platform.contracts import feature_names as names
 from reelway.platform.contracts import manifest as files
 from reelway.platform.contracts.blend import Blend
 from reelway.platform.contracts.calibration import Calibration, CalibrationCurve

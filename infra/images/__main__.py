@@ -13,10 +13,10 @@ import tempfile
 import time
 from pathlib import Path
 
+from build_context import IMAGES, REPOSITORY, copy_sources, image_name, version
 from builders import BuilderError, find_builder
 from debian_base import BASE_IMAGE, make_base
 from node_images import NODE_IMAGES, build_node_image
-from sources import IMAGES, REPOSITORY, copy_sources, image_name, version
 
 _BEGAN = time.monotonic()
 

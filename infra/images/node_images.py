@@ -12,9 +12,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Final
 
+from build_context import REGISTRY, REPOSITORY
 from builders import Builder, BuilderError
 from debian_base import BASE_IMAGE
-from sources import REGISTRY, REPOSITORY
 
 _C_LIBRARY: Final = frozenset({"libc", "libm", "libdl", "libpthread", "librt", "libresolv"})
 _BUILT: Final = REPOSITORY / ".cluster" / "bin"

@@ -14,9 +14,17 @@ import statistics
 from collections.abc import Sequence
 from contextlib import ExitStack
 
-from tests.e2e.alert_hops import Rollback, rollback_of
+from tests.e2e.alert_latency import Rollback, rollback_of
 from tests.e2e.clusters import chosen
-from tests.e2e.monitored import BAR_S, BY_EVIDENCE, ONLY_ALERTS, RATE, SHARE_PERCENT, MonitoredInstallation, monitored
+from tests.e2e.monitored_installation import (
+    BAR_S,
+    BY_EVIDENCE,
+    ONLY_ALERTS,
+    RATE,
+    SHARE_PERCENT,
+    MonitoredInstallation,
+    monitored,
+)
 from tests.e2e.rollouts import begin, until_phase
 from tests.support.bench_results import Row, write_report
 

@@ -28,18 +28,18 @@ from reelway.pipelines.evaluation.harness import make_temporal_split
 from reelway.pipelines.evaluation.metrics import PAD
 from reelway.pipelines.evaluation.recommender import TwoStageRecommender, make_catalogue, make_viewers
 from reelway.pipelines.features.training_rows import LABELS_FILE
-from reelway.pipelines.release_parts import write_videos
+from reelway.pipelines.release_tables import write_videos
+from reelway.pipelines.simulation.arrivals import DEVICES, Requests, draw_requests
 from reelway.pipelines.simulation.config import DAY_S, SimulationConfig
 from reelway.pipelines.simulation.policies import OraclePolicy, RecentPopularity
 from reelway.pipelines.simulation.responses import ShownSlates, responses_to_events
-from reelway.pipelines.simulation.traffic import DEVICES, Requests, draw_requests
 from reelway.pipelines.simulation.world import World
 from reelway.pipelines.training.artifacts import TrainedModels, load_models
 from reelway.platform.cli.processes import reelway_command, run_command
 from reelway.platform.cli.terminal import print_status
 from reelway.platform.contracts.blend import Blend
 from reelway.platform.features.assembly import assemble_videos, columns_from_table
-from reelway.platform.runs import RunDirectory
+from reelway.platform.run_directory import RunDirectory
 from reelway.serving.stages.arrays import ScoredCandidates
 from reelway.serving.stages.reranking import Reranking
 from reelway.serving.video_table import VideoTable

@@ -18,13 +18,13 @@ from tests.pipelines.features.event_tables import random_dataset, write_dataset
 from tests.support.bench_results import Row, write_report
 
 from reelway.pipelines.features.batch import BatchSettings, build_views
-from reelway.pipelines.features.online import materialise
+from reelway.pipelines.features.materialisation import materialise
 from reelway.pipelines.features.registry import register_features
 from reelway.pipelines.features.training_rows import build_training_rows
 from reelway.pipelines.features.views import ViewSettings
-from reelway.platform.features.store import open_feature_store
+from reelway.platform.features.feast_store import open_feature_store
 from reelway.platform.features.viewer_rows import ViewerRowReader
-from reelway.platform.runs import RunDirectory
+from reelway.platform.run_directory import RunDirectory
 
 SLATE = 10
 

@@ -33,17 +33,17 @@ from tests.serving.rank_server import rank_server_process
 from tests.serving.viewer_store import make_viewer_store
 from tests.support.bench_results import Row, write_report
 
+from reelway.platform.atomic_files import write_json
 from reelway.platform.cli.terminal import print_status
 from reelway.platform.contracts.events import Arm
-from reelway.platform.durable import write_json
-from reelway.platform.features.store import open_feature_store
+from reelway.platform.features.feast_store import open_feature_store
 from reelway.platform.features.viewer_rows import ViewerRowReader
 from reelway.platform.release.folder import read_manifest
 from reelway.platform.release.signing import create_keys, load_private_key, sign
 from reelway.platform.release.store import ReleaseStore
 from reelway.platform.rollout.traffic.routing import ArmRoute, Routing
 from reelway.platform.rollout.traffic.serving_options import ReleaseStoreArgs, ServingOptions
-from reelway.platform.runs import RunDirectory
+from reelway.platform.run_directory import RunDirectory
 from reelway.serving.free_ports import find_free_port
 from reelway.serving.release_loader import ReleaseLoader
 
@@ -85,7 +85,7 @@ def measure_added(place: Path, made: Path, requests: int, *, compare: bool = Fal
         requests: requests per variant.
         compare: whether to compare the outputs of the two rankers as well.
     """
-    from reelway.serving.deployments.service import running_service
+    from reelway.serving.deployments.local_serve import running_service
 
     place.mkdir(exist_ok=True)
     here, there = make_two(place, made)
@@ -136,8 +136,8 @@ def added_by(made: Path, requests: int) -> list[Row]:
 
 def deploy_both(at: Any, options: ServingOptions, routing: Routing, there: str, port: int) -> None:
     """Deploys both releases. The release ``there`` calls the server."""
-    from reelway.platform.rollout.traffic.serve_config import compose_serve_config
-    from reelway.serving.deployments.service import deploy
+    from reelway.platform.rollout.traffic.serve_config_update import compose_serve_config
+    from reelway.serving.deployments.local_serve import deploy
 
     document = compose_serve_config(options, routing.releases, routing)
     for application in document["applications"]:

@@ -27,11 +27,11 @@ from reelway.pipelines.evaluation.report import (
     evaluate_run,
 )
 from reelway.pipelines.training.config import load_config
-from reelway.pipelines.training.step import Resources, train_run
+from reelway.pipelines.training.train_run import Resources, train_run
 from reelway.platform.cli.processes import reelway_command, run_command
 from reelway.platform.cli.terminal import print_status
 from reelway.platform.errors import ConfigError
-from reelway.platform.runs import RunDirectory
+from reelway.platform.run_directory import RunDirectory
 
 VARIABLE = "REELWAY_ML100K_DIR"
 METRICS = ("recall", "ndcg")

@@ -17,7 +17,7 @@ from pathlib import Path
 import ray
 import torch
 from tests.dimensions import DIMENSIONS
-from tests.pipelines.training.made_rows import made_table, write_rows
+from tests.pipelines.training.training_row_fixtures import made_table, write_rows
 from tests.support.bench_results import Row, write_report
 
 from reelway.pipelines.training.checkpoint_files import FileCheckpoints

@@ -28,8 +28,8 @@ from pathlib import Path
 from typing import Final
 
 from tests.benchmarks.bench_open_inference import added_by
+from tests.benchmarks.serving_fixture import ServingFixture, make_place, online_store
 from tests.benchmarks.serving_path import SIDES, measure_overload, measure_path
-from tests.benchmarks.serving_place import ServingFixture, make_place, online_store
 from tests.support.bench_results import Row, write_report
 
 from reelway.platform.cli.terminal import print_status

@@ -18,7 +18,7 @@ import pyarrow as pa
 from tests.support.bench_results import Row, write_report
 
 from reelway.pipelines.simulation.config import SimulationConfig
-from reelway.pipelines.simulation.log import simulate_traffic_log
+from reelway.pipelines.simulation.simulate_log import simulate_traffic_log
 from reelway.pipelines.simulation.world import World
 
 BAR = 200_000.0

@@ -17,10 +17,10 @@ from tests.pipelines.features import event_tables
 from tests.support.bench_results import Row, write_report
 
 from reelway.pipelines.features.labels import label_impressions
-from reelway.pipelines.features.stream.cells import STREAMED
 from reelway.pipelines.features.stream.engine import StreamCatalogue
 from reelway.pipelines.features.stream.processor import StreamProcessor, StreamSettings
 from reelway.pipelines.features.stream.state import StreamState
+from reelway.pipelines.features.stream.time_buckets import STREAMED
 from reelway.pipelines.features.views import DAY_US, ViewSettings
 from reelway.platform.contracts.events import OutcomeType
 from reelway.platform.eventlog.outcome_events import (

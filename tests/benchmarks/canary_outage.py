@@ -1,6 +1,6 @@
 """Simulated rollouts that lose their telemetry for five minutes, through the real ``decide`` and ``advance``.
 
-Also the bridge between the array code and the real one: ``snapshot_of`` turns one simulated rollout into evidence.
+Also the bridge between the array code and the real one: ``build_snapshot`` turns one simulated rollout into evidence.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Features kept up while a simulated service runs: the batch job's own view functions over the events so far.
 
 For the closed loop, where events arrive faster than a batch job would run. It computes nothing of its own: views come
-from ``features.batch.family_views``, the as-of rule (newest row at or before the moment, within the TTL) is Feast's.
+from ``features.batch.entity_views``, the as-of rule (newest row at or before the moment, within the TTL) is Feast's.
 """
 
 # Shapes: B entities asked for, M videos
@@ -18,9 +18,9 @@ from reelway.pipelines.datasets.store import read_dataset
 from reelway.pipelines.features.batch import entity_views
 from reelway.pipelines.features.labels import label_impressions, times_us
 from reelway.pipelines.features.views import ViewSettings, video_content, viewer_profile
-from reelway.platform.contracts.features import VIEWER_VIEWS, VIEWS
-from reelway.platform.features.store import open_feature_store
-from reelway.platform.runs import RunDirectory
+from reelway.platform.contracts.feature_names import VIEWER_VIEWS, VIEWS
+from reelway.platform.features.feast_store import open_feature_store
+from reelway.platform.run_directory import RunDirectory
 
 I64 = NDArray[np.int64]
 

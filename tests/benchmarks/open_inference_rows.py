@@ -20,15 +20,15 @@ from tests.serving.rank_server import RankServerProcess
 from tests.support.bench_results import Row
 
 from reelway.platform.contracts.api import RecommendRequest, RequestContext
-from reelway.platform.contracts.features import RANKER_INPUTS
+from reelway.platform.contracts.feature_names import RANKER_INPUTS
 from reelway.platform.contracts.manifest import RANKER_FILE
 from reelway.platform.tokens import TokenSigner
 from reelway.serving.metrics import IngressMetrics, RemoteRankerMetrics
+from reelway.serving.onnx_model import OnnxModel
 from reelway.serving.open_inference.client import RemoteRanker
 from reelway.serving.release_loader import ReleaseLoader
 from reelway.serving.request_path import LocalStages, RequestPath
-from reelway.serving.sessions import OnnxModel
-from reelway.serving.viewers import viewer_query
+from reelway.serving.viewer_query import viewer_query
 
 HEADER: Final = "Inference-Header-Content-Length"
 DIFFERENCE_BAR: Final = 1e-6

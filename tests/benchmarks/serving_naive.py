@@ -22,14 +22,14 @@ from numpy.typing import NDArray
 from pydantic import BaseModel
 from ray import serve
 from ray.serve.handle import DeploymentHandle
-from tests.benchmarks.serving_place import VIEWERS, ServingFixture
+from tests.benchmarks.serving_fixture import VIEWERS, ServingFixture
 from tests.benchmarks.serving_release import RANKER, TOWER
 from tests.dimensions import DIMENSIONS
 from tests.release_files import NOW_S
 
 from reelway.pipelines.models.ranker import Ranker
 from reelway.pipelines.models.two_tower import TwoTower
-from reelway.platform.contracts import features as names
+from reelway.platform.contracts import feature_names as names
 from reelway.platform.contracts.manifest import INDEX_FILE
 from reelway.platform.features.assembly import (
     assemble_videos,
@@ -37,7 +37,7 @@ from reelway.platform.features.assembly import (
     columns_from_row,
     columns_from_table,
 )
-from reelway.platform.features.store import open_feature_store
+from reelway.platform.features.feast_store import open_feature_store
 from reelway.serving.free_ports import find_free_port
 
 CANDIDATES = 500

@@ -20,9 +20,9 @@ import psutil
 import torch
 from numpy.typing import NDArray
 from tests.benchmarks.catalogue import make_catalogue
-from tests.benchmarks.serving_place import ServingFixture, store_candidates, video_rows
+from tests.benchmarks.serving_fixture import ServingFixture, store_candidates, video_rows
 from tests.benchmarks.serving_release import RANKER, TOWER, TRIED, make_realistic_release
-from tests.benchmarks.serving_sides import floor_of
+from tests.benchmarks.serving_variants import floor_of
 from tests.dimensions import DIMENSIONS
 from tests.release_files import NOW_S
 from tests.support.bench_results import Row
@@ -31,9 +31,9 @@ from reelway.pipelines import search_index
 from reelway.pipelines.models.ranker import Ranker
 from reelway.pipelines.training.export import export_ranker
 from reelway.platform.cli.terminal import print_status
-from reelway.platform.contracts import features as names
+from reelway.platform.contracts import feature_names as names
 from reelway.platform.contracts.manifest import INDEX_FILE, RANKER_FILE
-from reelway.platform.features.store import open_feature_store
+from reelway.platform.features.feast_store import open_feature_store
 from reelway.serving.stages.arrays import ViewerQuery
 from reelway.serving.stages.sources import AnnSource, SourceQuery
 from reelway.serving.video_table import VideoTable
@@ -194,7 +194,7 @@ def _ndcg(scores_C: NDArray[np.float32], gains_C: NDArray[np.float32]) -> float:
 
 def _ranker_inputs(place: ServingFixture, table: VideoTable) -> dict[str, NDArray[Any]]:
     from reelway.platform.contracts.api import RequestContext
-    from reelway.serving.viewers import viewer_query
+    from reelway.serving.viewer_query import viewer_query
 
     viewer = viewer_query(place.viewer_rows()[0], RequestContext(), NOW_S, table, seed=0).arrays
     rows = np.arange(CANDIDATES, dtype=np.int32)

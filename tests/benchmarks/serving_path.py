@@ -16,9 +16,9 @@ from typing import Any, Final
 import httpx
 import numpy as np
 from numpy.typing import NDArray
+from tests.benchmarks.serving_fixture import NOW, VIEWERS, ServingFixture, store_candidates
 from tests.benchmarks.serving_load import LoadPlan, latency_ms, run_load
-from tests.benchmarks.serving_place import NOW, VIEWERS, ServingFixture, store_candidates
-from tests.benchmarks.serving_sides import COUNT, Variant, floor_of, floor_per_s, running
+from tests.benchmarks.serving_variants import COUNT, Variant, floor_of, floor_per_s, running
 from tests.support.bench_results import Row
 
 from reelway.platform.cli.terminal import print_status

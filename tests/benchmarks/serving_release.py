@@ -22,7 +22,7 @@ from reelway.platform.contracts.api import RequestContext
 from reelway.platform.contracts.blend import Blend
 from reelway.platform.contracts.manifest import INDEX_FILE, RANKER_FILE, VIDEOS_FILE, VIEWER_TOWER_FILE, Manifest
 from reelway.serving.video_table import VideoTable, open_record_batch, open_video_table
-from reelway.serving.viewers import viewer_query
+from reelway.serving.viewer_query import viewer_query
 
 EMBEDDING = 64
 TRIED = 64

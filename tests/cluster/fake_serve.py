@@ -12,7 +12,7 @@ from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-from reelway.platform.rollout import series as names
+from reelway.platform.rollout import metric_names as names
 from reelway.platform.rollout.traffic.routing import Routing
 
 STABLE, GOOD, BAD = "a" * 64, "b" * 64, "c" * 64

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import yaml
 from tests.cluster.conftest import Kubectl
-from tests.e2e.waiting import until
+from tests.e2e.wait_until import until
 
 from reelway.platform.cluster.inference_service import (
     OWNER_ANNOTATION,

@@ -8,12 +8,12 @@ import time
 import pytest
 from tests.cluster.conftest import Kubectl
 from tests.cluster.fake_serve import GOOD, STABLE
-from tests.cluster.made_rollout import QUICK, rollout
+from tests.cluster.rollout_manifests import QUICK, rollout
 
 from reelway.platform.cluster.kube_api import KubeApi
+from reelway.platform.cluster.kube_rollout_store import LIVE, KubeRolloutStore
 from reelway.platform.cluster.resources import HISTORY_LIMIT, MAX_COMMANDS, MAX_ENTRIES_WITH_EVIDENCE, Backend
-from reelway.platform.cluster.rollout_store import LIVE, KubeRolloutStore
-from reelway.platform.cluster.shelf import PATH, InformerCache, UncachedRollouts
+from reelway.platform.cluster.rollout_cache import PATH, InformerCache, UncachedRollouts
 from reelway.platform.errors import ConfigError, KubernetesError, RolloutError
 from reelway.platform.rollout.alerts import KnownAlert
 from reelway.platform.rollout.policy import RolloutPolicy

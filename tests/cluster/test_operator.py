@@ -18,12 +18,12 @@ import httpx
 import pytest
 from tests.cluster.conftest import Kubectl
 from tests.cluster.fake_serve import BAD, GOOD, STABLE, FakeServe
-from tests.cluster.made_rollout import QUICK, rollout
+from tests.cluster.rollout_manifests import QUICK, rollout
 from tests.platform.rollout.control.test_webhook import payload
 
+from reelway.platform.cluster.backend_controller import serve_address
 from reelway.platform.cluster.kube_api import KubeApi
-from reelway.platform.cluster.lanes import serve_address
-from reelway.platform.cluster.lease import LeaderElector
+from reelway.platform.cluster.leader_election import LeaderElector
 from reelway.platform.cluster.operator_settings import OperatorSettings, RaySettings
 from reelway.platform.cluster.resources import Backend
 from reelway.platform.cluster.rollout_operator import RolloutOperator
@@ -197,7 +197,7 @@ def test_status_says_why_a_rollout_does_not_start(
 def test_alert_rolls_back_only_with_the_right_token(
     api: KubeApi, kubectl: Kubectl, serve: FakeServe, tmp_path: Path
 ) -> None:
-    from reelway.platform.cluster.health import operator_application
+    from reelway.platform.cluster.operator_http import operator_application
 
     kubectl.apply(over(serve, policy=held()))
     with operating(api, settings_of(serve, tmp_path)) as operator:

@@ -9,7 +9,7 @@ import pytest
 import yaml
 from tests.cluster.conftest import Kubectl
 from tests.cluster.fake_serve import GOOD, FakeServe
-from tests.cluster.made_rollout import QUICK
+from tests.cluster.rollout_manifests import QUICK
 from tests.cluster.test_operator import operating, over, settings_of, until
 from tests.cluster.test_ray_service import declared, kube  # noqa: F401  (a fixture)
 

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 from tests.cluster.conftest import Kubectl
-from tests.e2e.waiting import until
+from tests.e2e.wait_until import until
 from tests.release_files import make_release_folder
 
 from reelway.platform.cluster.kube_api import KubeApi
-from reelway.platform.cluster.release_records import ReleaseReconciler
+from reelway.platform.cluster.release_reconciler import ReleaseReconciler
 from reelway.platform.contracts.manifest import MANIFEST_FILE
 from reelway.platform.errors import ReelwayError
 from reelway.platform.release.signing import create_keys, load_private_key

@@ -9,7 +9,7 @@ import pytest
 import yaml
 from tests.cluster.conftest import Kubectl
 from tests.cluster.fake_serve import BAD, GOOD, STABLE, FakeServe
-from tests.cluster.made_rollout import QUICK
+from tests.cluster.rollout_manifests import QUICK
 from tests.cluster.test_operator import held, operating, settings_of, until
 from typer.testing import CliRunner, Result
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from tests.cluster.fake_api_server import FakeApiServer
 from tests.cluster.fake_serve import FakeServe
-from tests.cluster.made_rollout import QUICK, rollout
+from tests.cluster.rollout_manifests import QUICK, rollout
 
 from reelway.platform.cluster.finalizer import set_finalizer
 from reelway.platform.cluster.kube_api import ExpiredError, KubeApi
@@ -24,9 +24,9 @@ from reelway.platform.cluster.operator_settings import (
     RaySettings,
 )
 from reelway.platform.cluster.resources import FINALIZER, RolloutResource
+from reelway.platform.cluster.rollout_cache import PATH, InformerCache
 from reelway.platform.cluster.rollout_operator import RolloutOperator
 from reelway.platform.cluster.rollout_watch import RolloutWatch
-from reelway.platform.cluster.shelf import PATH, InformerCache
 from reelway.platform.errors import KubernetesError
 
 

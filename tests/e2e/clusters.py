@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Final
 
 from tests.cluster.conftest import NODE, ROOT, Kubectl, release_all
-from tests.e2e.waiting import until
+from tests.e2e.wait_until import until
 
 CHART: Final = ROOT / "charts" / "reelway"
 ENFORCED: Final = "pod-security.kubernetes.io/enforce=restricted"

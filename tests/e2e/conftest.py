@@ -8,7 +8,7 @@ modules make installations of their own, before the flow or after it.
 ``cluster``            fixture: ``clusters.Cluster``: kubectl, helm, ``namespace(prefix)`` (restricted, deleted after)
 ``flow``               fixture: ``Flow``: the shared ``installation``, ``load``, ``releases``; ``note(...)`` a number
 ``Installation``       installation.py: install, upgrade, roll_back, uninstall, test; pods, head, until_ready; webhook
-``made_releases``      made_releases.py: signed releases; ``deliver(kubectl)`` puts them into the claim ``releases``
+``release_fixtures``      made_releases.py: signed releases; ``deliver(kubectl)`` puts them into the claim ``releases``
 ``constant_load``      load_pod.py: ``Load``: rows, failed, answers, until_answered_by, alert; all in the pod's clock
 ``pod``                pods.py: a restricted pod of the operator's image with files and a claim
 ``begin, until_phase`` rollouts.py: ReleaseRollouts
@@ -31,8 +31,8 @@ from tests.e2e.clusters import Cluster, chosen
 from tests.e2e.diagnosis import account
 from tests.e2e.installation import Installation
 from tests.e2e.load_pod import Load, constant_load
-from tests.e2e.made_releases import ReleaseFixtures, made_releases
 from tests.e2e.pods import image
+from tests.e2e.release_fixtures import ReleaseFixtures, made_releases
 from tests.support.bench_results import Row, write_report
 
 _CLUSTER = pytest.StashKey[Cluster]()

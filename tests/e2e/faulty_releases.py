@@ -17,8 +17,8 @@ from typing import Final
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from tests.cluster.conftest import Kubectl
 from tests.e2e.clusters import Cluster
-from tests.e2e.made_releases import CLAIM, VIDEOS, ReleaseFixtures
 from tests.e2e.pods import pod
+from tests.e2e.release_fixtures import CLAIM, VIDEOS, ReleaseFixtures
 from tests.release_files import describe_files, make_release_folder, sign_manifest, write_manifest
 from tests.serving.viewer_store import make_viewer_store
 

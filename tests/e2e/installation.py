@@ -17,9 +17,9 @@ from typing import Any, Final
 from tests.cluster.conftest import Kubectl
 from tests.e2e.clusters import CHART, Cluster, persistently
 from tests.e2e.load_pod import token_of
-from tests.e2e.made_releases import CLAIM, ReleaseFixtures
 from tests.e2e.pods import LABEL, values_files
-from tests.e2e.waiting import until
+from tests.e2e.release_fixtures import CLAIM, ReleaseFixtures
+from tests.e2e.wait_until import until
 
 NAME: Final = "reelway"
 """Name of the Helm release and so of all objects."""

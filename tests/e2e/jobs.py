@@ -22,8 +22,8 @@ import yaml
 from tests.cluster.conftest import Kubectl
 from tests.e2e.clusters import Cluster
 from tests.e2e.installation import Installation
-from tests.e2e.made_releases import ReleaseFixtures
-from tests.e2e.waiting import until
+from tests.e2e.release_fixtures import ReleaseFixtures
+from tests.e2e.wait_until import until
 
 ENGINEER: Final = "engineer"
 SIGNING: Final = "reelway-signing"

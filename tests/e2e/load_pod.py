@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from tests.benchmarks.constant_load import RECORD, TIMEOUT_S, WATCHED
 from tests.cluster.conftest import ROOT, Kubectl
 from tests.e2e.pods import pod
-from tests.e2e.waiting import until
+from tests.e2e.wait_until import until
 
 RATE: Final = float(os.environ.get("REELWAY_E2E_RATE", "10"))
 """Requests per second. Use fewer on a busy machine."""

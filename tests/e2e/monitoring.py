@@ -19,7 +19,7 @@ from urllib.parse import quote, urlencode
 import pytest
 from tests.cluster.conftest import ROOT, Kubectl
 from tests.e2e.clusters import Cluster
-from tests.e2e.waiting import until
+from tests.e2e.wait_until import until
 
 JOBS: Final = ("reelway-router", "reelway-outcomes", "reelway-ray", "reelway-operator")
 SCRAPED_S: Final = 120.0

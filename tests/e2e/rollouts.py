@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any, Final
 
 from tests.cluster.conftest import Kubectl
-from tests.cluster.made_rollout import rollout
-from tests.e2e.waiting import until
+from tests.cluster.rollout_manifests import rollout
+from tests.e2e.wait_until import until
 
 STEPPED: Final[dict[str, Any]] = {
     "name": "e2e",

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import yaml
 from tests.e2e.conftest import Flow
+from tests.e2e.disruption_check import expect_no_disruption
 from tests.e2e.rollouts import STEPPED, begin, until_phase
-from tests.e2e.watched import expect_no_disruption
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
 

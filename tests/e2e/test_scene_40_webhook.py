@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 from tests.e2e.conftest import Flow
+from tests.e2e.disruption_check import expect_no_disruption
 from tests.e2e.rollouts import HELD, begin, status, until_phase
-from tests.e2e.watched import expect_no_disruption
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
 BACK_S = 2.0

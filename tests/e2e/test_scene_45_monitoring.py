@@ -12,12 +12,12 @@ from contextlib import contextmanager
 
 import pytest
 from tests.cluster.conftest import ROOT, Kubectl
-from tests.e2e.alert_hops import ERRORS, SLOW, rollback_of
+from tests.e2e.alert_latency import ERRORS, SLOW, rollback_of
 from tests.e2e.clusters import Cluster
-from tests.e2e.monitored import BAR_S, BY_EVIDENCE, ONLY_ALERTS, MonitoredInstallation, monitored
+from tests.e2e.monitored_installation import BAR_S, BY_EVIDENCE, ONLY_ALERTS, MonitoredInstallation, monitored
 from tests.e2e.monitoring import JOBS, Monitoring
 from tests.e2e.rollouts import begin, phase, status, until_phase
-from tests.e2e.waiting import until
+from tests.e2e.wait_until import until
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 BLIND = "telemetry down"

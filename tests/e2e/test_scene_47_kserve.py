@@ -14,12 +14,12 @@ import pytest
 from tests.cluster.conftest import Kubectl
 from tests.e2e.clusters import Cluster
 from tests.e2e.conftest import Flow
+from tests.e2e.disruption_check import expect_no_disruption
 from tests.e2e.installation import Installation
 from tests.e2e.load_pod import constant_load
-from tests.e2e.made_releases import made_releases
+from tests.e2e.release_fixtures import made_releases
 from tests.e2e.rollouts import HELD, STEPPED, begin, until_phase
-from tests.e2e.waiting import until
-from tests.e2e.watched import expect_no_disruption
+from tests.e2e.wait_until import until
 from tests.support.bench_results import write_report
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(420)]

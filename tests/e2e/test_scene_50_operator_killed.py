@@ -11,9 +11,9 @@ import time
 
 import pytest
 from tests.e2e.conftest import Flow
+from tests.e2e.disruption_check import expect_no_disruption
 from tests.e2e.rollouts import begin, phase, until_phase
-from tests.e2e.waiting import until
-from tests.e2e.watched import expect_no_disruption
+from tests.e2e.wait_until import until
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(600)]
 KILLS = 5

@@ -9,7 +9,7 @@ from __future__ import annotations
 import pytest
 from tests.e2e.conftest import Flow
 from tests.e2e.rollouts import STEPPED, begin, until_phase
-from tests.e2e.waiting import until
+from tests.e2e.wait_until import until
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(420)]
 BACK_S = 60.0

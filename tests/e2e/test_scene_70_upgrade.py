@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 from tests.e2e.conftest import Flow
+from tests.e2e.disruption_check import expect_no_disruption
 from tests.e2e.installation import CLIENT, NAME, Installation
 from tests.e2e.rollouts import HELD, begin, phase, until_phase
-from tests.e2e.waiting import until
-from tests.e2e.watched import expect_no_disruption
+from tests.e2e.wait_until import until
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(420)]
 UNRELATED: dict[str, Any] = {

@@ -6,7 +6,7 @@ import pytest
 from tests.cluster.conftest import Kubectl
 from tests.e2e.conftest import Flow
 from tests.e2e.installation import NAME
-from tests.e2e.waiting import until
+from tests.e2e.wait_until import until
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
 SAID = (

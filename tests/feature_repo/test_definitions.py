@@ -12,7 +12,7 @@ from feast.type_map import feast_value_type_to_pa
 from tests.dimensions import DIMENSIONS
 
 from reelway.pipelines.features.registry import feature_repo_path, load_definitions, register_features
-from reelway.platform.contracts.features import (
+from reelway.platform.contracts.feature_names import (
     REQUEST_CONTEXT,
     TRAINING_SERVICE,
     VIEWER_SERVICE,
@@ -21,7 +21,7 @@ from reelway.platform.contracts.features import (
 )
 from reelway.platform.errors import ConfigError, FeatureError
 from reelway.platform.features.dimensions import write_dimensions
-from reelway.platform.features.store import feature_service_digest, open_feature_store
+from reelway.platform.features.feast_store import feature_service_digest, open_feature_store
 
 
 @pytest.fixture(scope="module")
@@ -117,7 +117,7 @@ def test_definitions_import_only_contracts_or_features() -> None:
     }
     dimensions = "reelway.platform.contracts.feature_dimensions"
     assert ours == {
-        "reelway.platform.contracts.features",
+        "reelway.platform.contracts.feature_names",
         f"{dimensions}.SCHEMA_FILE",
         f"{dimensions}.FeatureDimensions",
         "reelway.platform.features.on_demand",

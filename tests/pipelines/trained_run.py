@@ -22,10 +22,10 @@ from reelway.pipelines.features.views import ViewSettings, video_content, viewer
 from reelway.pipelines.models.ranker import Ranker, RankerConfig
 from reelway.pipelines.models.two_tower import TwoTower, TwoTowerConfig
 from reelway.pipelines.training.artifacts import TrainedModels, TrainingInfo, save_models
+from reelway.platform.atomic_files import write_json
 from reelway.platform.contracts.calibration import Calibration, CalibrationCurve
 from reelway.platform.contracts.feature_dimensions import FeatureDimensions
-from reelway.platform.durable import write_json
-from reelway.platform.runs import RunDirectory
+from reelway.platform.run_directory import RunDirectory
 
 DIM = 16
 

@@ -12,7 +12,7 @@ import pytest
 import typer
 
 from reelway.platform.cli import main
-from reelway.platform.cli.release import release_group
+from reelway.platform.cli.release_commands import release_group
 from reelway.platform.errors import CommandFailedError, MalformedFileError, ReelwayError
 
 REELWAY = Path(sys.executable).with_name("reelway")
@@ -113,8 +113,8 @@ WORKING = """
 import sys, time, typer
 from pathlib import Path
 from reelway.platform.cli import main as cli
-from reelway.platform.durable import whole_folder
-from reelway.platform.runs import RunDirectory
+from reelway.platform.atomic_files import whole_folder
+from reelway.platform.run_directory import RunDirectory
 
 def register(app: typer.Typer) -> None:
     @app.command("work")

@@ -12,10 +12,10 @@ from pathlib import Path
 import psutil
 import pytest
 
-from reelway.platform.cli.demo.command import DataChoice, DemoOptions, exclusive_run_lock, offline_steps
+from reelway.platform.cli.demo.demo_command import DataChoice, DemoOptions, exclusive_run_lock, offline_steps
 from reelway.platform.cli.processes import child_process, run_command
 from reelway.platform.errors import CommandFailedError, ConfigError
-from reelway.platform.runs import RunDirectory
+from reelway.platform.run_directory import RunDirectory
 
 DEADLINE_S = 20.0
 

@@ -17,11 +17,11 @@ from reelway.platform.cli.demo.rollouts import (
     check_results,
     scenario_result,
 )
-from reelway.platform.cli.rollout.policy import policy_named
+from reelway.platform.cli.rollout.policy_commands import policy_named
 from reelway.platform.errors import ConfigError, RolloutError
 from reelway.platform.rollout.records import HistoryEntry, Rollout
 from reelway.platform.rollout.state import Phase, RolloutState
-from reelway.platform.runs import RunDirectory
+from reelway.platform.run_directory import RunDirectory
 
 STABLE, CANARY = "a" * 64, "b" * 64
 TRAINED, WORSE, ERRORS, SLOW = SCENARIOS

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from reelway.platform.errors import ConfigError
-from reelway.platform.runs import RunDirectory, digest_of, digest_of_files
+from reelway.platform.run_directory import RunDirectory, digest_of, digest_of_files
 
 
 @pytest.fixture

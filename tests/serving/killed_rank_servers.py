@@ -26,7 +26,7 @@ from tests.serving.served_run import make_run
 
 from reelway.platform.contracts.events import Arm
 from reelway.platform.rollout.traffic.routing import ArmRoute, Routing
-from reelway.platform.rollout.traffic.serve_config import compose_serve_config
+from reelway.platform.rollout.traffic.serve_config_update import compose_serve_config
 from reelway.platform.rollout.traffic.serve_rest import ServeAddress, ServeRestBackend
 from reelway.platform.rollout.traffic.serving_options import ReleaseStoreArgs, ServingOptions
 from reelway.platform.rollout.traffic.target import TrafficTarget
@@ -86,7 +86,7 @@ class ServingScenario:
 @contextmanager
 def serving_scenario(run: Path, stable: str, canary: str, addresses: dict[str, str]) -> Iterator[ServingScenario]:
     """Runs the service under load, with both releases warm and all traffic on stable."""
-    from reelway.serving.deployments.service import deploy, running_service
+    from reelway.serving.deployments.local_serve import deploy, running_service
 
     (run / "token.secret").write_bytes(b"the secret of the tests' tokens")
     options = ServingOptions(

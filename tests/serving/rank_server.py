@@ -26,7 +26,7 @@ from reelway.serving.metrics import SHORT_RELEASE
 from reelway.serving.open_inference.ranker_service import LoadedRanker
 from reelway.serving.release_loader import ReleaseLoader
 from reelway.serving.video_table import VideoTable
-from reelway.serving.viewers import viewer_query
+from reelway.serving.viewer_query import viewer_query
 
 STARTUP_TIMEOUT_S = 170.0
 LISTENING = re.compile(r"REST at http://\S+:(\d+), gRPC at \S+:(\d+)\s")

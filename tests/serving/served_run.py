@@ -15,8 +15,8 @@ from tests.release_files import NOW_S, make_release_folder
 from tests.serving.viewer_store import make_viewer_store
 
 from reelway.platform.contracts.blend import Blend, RetrievalSettings
-from reelway.platform.contracts.features import TRAINING_SERVICE, VIEWER_SERVICE
-from reelway.platform.features.store import feature_service_digest, open_feature_store
+from reelway.platform.contracts.feature_names import TRAINING_SERVICE, VIEWER_SERVICE
+from reelway.platform.features.feast_store import feature_service_digest, open_feature_store
 from reelway.platform.release.signing import create_keys, load_private_key
 from reelway.platform.release.store import ReleaseStore
 from reelway.platform.tokens import TokenSigner

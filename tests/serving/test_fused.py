@@ -19,8 +19,8 @@ from reelway.platform.tokens import TokenSigner
 from reelway.serving.fused import SingleThreadExecutor, open_fused
 from reelway.serving.http_api import build_http_api
 from reelway.serving.metrics import IngressMetrics
-from reelway.serving.open_releases import OVERLOAD_COOLDOWN_S, STANDING_QUEUE_S, OpenRelease
 from reelway.serving.release_loader import ReleaseLoader
+from reelway.serving.release_pool import OVERLOAD_COOLDOWN_S, STANDING_QUEUE_S, OpenRelease
 from reelway.serving.request_path import LocalStages, PathCall, RequestPath, Stages
 from reelway.serving.router import Router, RouterDependencies
 from reelway.serving.stages.arrays import Candidates, ViewerQuery

@@ -11,10 +11,17 @@ import pyarrow as pa
 import pytest
 from tests.release_files import make_release_folder
 
-from reelway.platform.contracts.features import VIDEO_LIVE_DENSE
+from reelway.platform.contracts.feature_names import VIDEO_LIVE_DENSE
 from reelway.platform.contracts.manifest import VIDEOS_FILE
 from reelway.platform.errors import DataError
-from reelway.platform.eventlog.changelog import CHANGES, CREATORS, ENGAGEMENT, FIELDS, FeatureChange, FeatureChangelog
+from reelway.platform.eventlog.feature_changelog import (
+    CHANGES,
+    CREATORS,
+    ENGAGEMENT,
+    FIELDS,
+    FeatureChange,
+    FeatureChangelog,
+)
 from reelway.serving.live_overlay import FeatureOverlay, start_follower
 from reelway.serving.video_table import VideoTable, open_video_table
 

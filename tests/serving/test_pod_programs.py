@@ -19,7 +19,7 @@ def test_pod_metrics_sum_over_the_processes_of_the_pod(tmp_path: Path) -> None:
     for _ in range(2):
         subprocess.run([sys.executable, "-c", count], env=environment, check=True)
     port = find_free_port("127.0.0.1")
-    command = [sys.executable, "-m", "reelway.serving.node_metrics", "--port", str(port)]
+    command = [sys.executable, "-m", "reelway.serving.pod_metrics", "--port", str(port)]
     answering = subprocess.Popen(command, env=environment)
     try:
         deadline = time.monotonic() + 20

@@ -29,15 +29,15 @@ from tests.serving.served_run import KNOWN_VIEWER, READY_S, Running, make_run
 from reelway.platform.cli.processes import reelway_command, terminate_process_group
 from reelway.platform.contracts.api import RecommendRequest, RecommendResponse
 from reelway.platform.contracts.events import Arm
-from reelway.platform.features.store import open_feature_store
+from reelway.platform.features.feast_store import open_feature_store
 from reelway.platform.features.vector_log import read_vectors
 from reelway.platform.features.viewer_rows import ViewerRowReader
-from reelway.platform.rollout import series
+from reelway.platform.rollout import metric_names
 from reelway.platform.rollout.traffic.bucketing import bucket_of
 from reelway.platform.rollout.traffic.routing import ArmRoute, Routing, ShadowRoute
 from reelway.platform.rollout.traffic.serve_rest import ServeRestBackend
 from reelway.platform.rollout.traffic.target import TrafficTarget
-from reelway.platform.runs import RunDirectory
+from reelway.platform.run_directory import RunDirectory
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.long, pytest.mark.timeout(300)]
 
@@ -287,22 +287,24 @@ def test_rollout_counts_exposures_outcomes_and_mirroring(
     for arm in ("canary", "stable", "holdout"):
         expected = 3 * shown[arm]
         wait_for(
-            lambda arm=arm, expected=expected: total(series.EXPOSURE, statistic="impressions", arm=arm) == expected,  # type: ignore[misc]
+            lambda arm=arm, expected=expected: (
+                total(metric_names.EXPOSURE, statistic="impressions", arm=arm) == expected
+            ),  # type: ignore[misc]
             f"the impressions of {arm} are not counted",
             20,
         )
-        assert total(series.EXPOSURE, statistic="viewers", arm=arm) == shown[arm]
+        assert total(metric_names.EXPOSURE, statistic="viewers", arm=arm) == shown[arm]
     watched = {"metric": "watch_s_per_impression", "statistic": "sum_y", "arm": "canary"}
-    assert total(series.STATISTIC, **watched) == pytest.approx(5 * 3 * shown["canary"] * 5 / 9, rel=1e-5)
+    assert total(metric_names.STATISTIC, **watched) == pytest.approx(5 * 3 * shown["canary"] * 5 / 9, rel=1e-5)
     label = other[:12]
     wait_for(
-        lambda: service.metric(series.SHADOW_REQUESTS, release=label, outcome="compared") > 0,
+        lambda: service.metric(metric_names.SHADOW_REQUESTS, release=label, outcome="compared") > 0,
         "no mirrored request was compared",
         20,
     )
-    assert service.metric(series.SHADOW_OVERLAP + "_count", release=label) > 0
-    assert service.metric(series.LATENCY + "_count", release=label, arm="shadow") > 0
-    assert service.metric(series.SHADOW_REQUESTS, release=label, outcome="failed") == 0
+    assert service.metric(metric_names.SHADOW_OVERLAP + "_count", release=label) > 0
+    assert service.metric(metric_names.LATENCY + "_count", release=label, arm="shadow") > 0
+    assert service.metric(metric_names.SHADOW_REQUESTS, release=label, outcome="failed") == 0
     backend.apply(TrafficTarget(Routing.single_release(stable), (stable,)))
 
 

@@ -19,7 +19,7 @@ from reelway.serving.stages.arrays import SOURCE_CODES, SOURCES, ViewerQuery
 from reelway.serving.stages.retrieval import Retrieval
 from reelway.serving.stages.sources import FreshSource, NeighbourSource, SourceQuery, StaticListSource
 from reelway.serving.video_table import VideoTable
-from reelway.serving.viewers import viewer_query
+from reelway.serving.viewer_query import viewer_query
 
 VIDEOS = 200
 CANDIDATES = 40

@@ -21,8 +21,8 @@ from reelway.platform.errors import FeatureError, IncompatibleReleaseError, Serv
 from reelway.platform.rollout.traffic.bucketing import BUCKETS
 from reelway.platform.rollout.traffic.routing import ArmRoute, Routing, ShadowRoute
 from reelway.platform.tokens import TokenSigner
-from reelway.serving.open_releases import OpenRelease
 from reelway.serving.release_loader import ReleaseLoader
+from reelway.serving.release_pool import OpenRelease
 from reelway.serving.router import Router, RouterDependencies, reassign_missing
 
 T = TypeVar("T")

@@ -15,13 +15,13 @@ from tests.release_files import make_release_folder
 
 from reelway.platform.contracts.api import RecommendRequest, RecommendResponse
 from reelway.platform.contracts.events import Arm
-from reelway.platform.rollout import series
+from reelway.platform.rollout import metric_names
 from reelway.platform.rollout.traffic.bucketing import BUCKETS
 from reelway.platform.rollout.traffic.routing import ArmRoute, Routing, ShadowRoute
 from reelway.platform.tokens import TokenSigner
-from reelway.serving.open_releases import OpenRelease
 from reelway.serving.outcomes import ExposureBuffer
 from reelway.serving.release_loader import ReleaseLoader
+from reelway.serving.release_pool import OpenRelease
 from reelway.serving.request_path import LocalStages
 from reelway.serving.router import Router, RouterDependencies
 from reelway.serving.shadow import MAX_IN_FLIGHT, is_mirrored, overlap_ratio, score_drift_ratio
@@ -90,7 +90,7 @@ class ShadowFixture:
         )
 
     def mirrored_as(self, outcome: str) -> float:
-        return self.counted(series.SHADOW_REQUESTS, release=self.mirrored[:12], outcome=outcome)
+        return self.counted(metric_names.SHADOW_REQUESTS, release=self.mirrored[:12], outcome=outcome)
 
 
 @pytest.fixture(scope="module")
@@ -135,10 +135,10 @@ def test_mirrored_request_leaves_no_impression(world: ShadowFixture) -> None:
 
     check(scenario())
     label = world.mirrored[:12]
-    assert world.counted(series.SHADOW_OVERLAP + "_count", release=label) == 1
-    assert world.counted(series.SHADOW_DRIFT + "_count", release=label) == 1
-    assert world.counted(series.REQUESTS, release=label, arm="shadow", outcome="ok") == 1
-    assert world.counted(series.LATENCY + "_count", release=label, arm="shadow") == 1
+    assert world.counted(metric_names.SHADOW_OVERLAP + "_count", release=label) == 1
+    assert world.counted(metric_names.SHADOW_DRIFT + "_count", release=label) == 1
+    assert world.counted(metric_names.REQUESTS, release=label, arm="shadow", outcome="ok") == 1
+    assert world.counted(metric_names.LATENCY + "_count", release=label, arm="shadow") == 1
     assert world.counted("reelway_ingress_videos_total", release=label) == 0
     batch = world.exposures.next_batch()
     assert batch is not None
@@ -175,14 +175,14 @@ def test_broken_mirrored_release_changes_no_response(world: ShadowFixture, monke
         answer = await world.ask()
         assert answer.degraded == []
         label = world.mirrored[:12]
-        await until(lambda: world.counted(series.REQUESTS, release=label, arm="shadow", outcome="degraded") == 1)
+        await until(lambda: world.counted(metric_names.REQUESTS, release=label, arm="shadow", outcome="degraded") == 1)
         monkeypatch.setattr("reelway.serving.request_path.RequestPath._viewer_query", lambda *_: 1 / 0)
         way = world.router._ways[Arm.STABLE]
         monkeypatch.setattr(way.path, "_viewer_query", lambda *a: real_query(way.path, *a))
         assert (await world.ask()).degraded == []
         await until(lambda: world.mirrored_as("failed") == 1)
-        assert world.counted(series.REQUESTS, release=label, arm="shadow", outcome="failed") == 1
-        assert world.counted(series.REQUESTS, arm="stable", outcome="failed") == 0
+        assert world.counted(metric_names.REQUESTS, release=label, arm="shadow", outcome="failed") == 1
+        assert world.counted(metric_names.REQUESTS, arm="stable", outcome="failed") == 0
 
     from reelway.serving.request_path import RequestPath
 

@@ -11,7 +11,7 @@ from tests.release_files import NOW_S, make_release_folder
 
 from reelway.platform.contracts.api import RecommendRequest
 from reelway.platform.contracts.events import Arm
-from reelway.platform.contracts.features import VIDEO_LIVE_DENSE
+from reelway.platform.contracts.feature_names import VIDEO_LIVE_DENSE
 from reelway.platform.rollout.policy import Slice
 from reelway.platform.rollout.traffic.routing import ArmRoute, Routing
 from reelway.platform.tokens import SLICE_BITS, ImpressionToken, TokenSigner

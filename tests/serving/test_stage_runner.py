@@ -13,13 +13,13 @@ from tests.release_files import NOW_S, make_release_folder
 
 from reelway.platform.contracts.api import Degradation, RequestContext
 from reelway.platform.contracts.blend import Blend, RetrievalSettings
+from reelway.serving.circuit_breaker import TRIP_AFTER_TIMEOUTS, CircuitBreaker
 from reelway.serving.metrics import IngressMetrics
 from reelway.serving.release_loader import ReleaseLoader
 from reelway.serving.request_path import run_without_waiting
 from reelway.serving.stage_runner import RANKING, RETRIEVAL, StageRunner
 from reelway.serving.stages.arrays import RankingInput, ScoredCandidates
-from reelway.serving.time_budget import TRIP_AFTER_TIMEOUTS, CircuitBreaker
-from reelway.serving.viewers import viewer_query
+from reelway.serving.viewer_query import viewer_query
 
 RELEASE = "0123456789abcdef"
 MAX_CONTAINER_BYTES = 16_000

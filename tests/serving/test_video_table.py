@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from tests.dimensions import DIMENSIONS
 from tests.release_files import NOW_S, make_release_folder, write_arrow
 
-from reelway.platform.contracts import features as names
+from reelway.platform.contracts import feature_names as names
 from reelway.platform.contracts.manifest import VIDEOS_FILE
 from reelway.platform.errors import IncompatibleReleaseError
 from reelway.platform.features.assembly import assemble_videos

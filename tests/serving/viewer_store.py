@@ -14,8 +14,8 @@ from feast.type_map import python_values_to_proto_values
 from tests.dimensions import DIMENSIONS
 
 from reelway.pipelines.features.registry import register_features
-from reelway.platform.contracts.features import VIEWER_VIEWS, VIEWS
-from reelway.platform.features.store import CONFIG_FILE, open_feature_store
+from reelway.platform.contracts.feature_names import VIEWER_VIEWS, VIEWS
+from reelway.platform.features.feast_store import CONFIG_FILE, open_feature_store
 
 
 def make_viewer_store(features_dir: Path, viewers: Mapping[int, Mapping[str, Any]], at_s: float) -> None:

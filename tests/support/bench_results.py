@@ -17,8 +17,8 @@ from pathlib import Path
 import psutil
 from rich.table import Table
 
+from reelway.platform.atomic_files import write_json
 from reelway.platform.cli.terminal import stdout_console
-from reelway.platform.durable import write_json
 
 FOLDER = Path("build/bench")
 RUN_SUFFIX = ".run.json"

@@ -199,7 +199,7 @@ volumeMounts:
 name: metrics
 image: {{ include "reelway.image" (dict "context" . "of" $v.image.serving) }}
 imagePullPolicy: {{ $v.image.pullPolicy }}
-command: [python, -m, reelway.serving.node_metrics, --port, {{ $v.serving.metrics.port | quote }}]
+command: [python, -m, reelway.serving.pod_metrics, --port, {{ $v.serving.metrics.port | quote }}]
 securityContext: {{- include "reelway.containerSecurity" . | nindent 2 }}
 env:
   - {name: PROMETHEUS_MULTIPROC_DIR, value: /var/run/reelway/metrics}

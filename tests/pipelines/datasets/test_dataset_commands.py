@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 from reelway.pipelines.commands import import_dataset, simulate
 from reelway.pipelines.datasets.store import read_dataset
 from reelway.platform.errors import MalformedFileError, TooManyBadRowsError
-from reelway.platform.runs import RunDirectory
+from reelway.platform.run_directory import RunDirectory
 
 SMALL = ["--viewers", "150", "--videos", "200", "--days", "3", "--impressions", "3000"]
 

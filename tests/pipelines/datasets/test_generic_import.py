@@ -7,7 +7,7 @@ import pytest
 
 from reelway.pipelines.datasets.checks import check_dataset
 from reelway.pipelines.datasets.content_dimensions import infer_dimensions
-from reelway.pipelines.datasets.generic import import_events
+from reelway.pipelines.datasets.event_files import import_events
 from reelway.pipelines.datasets.store import Dataset, cast_to_schema
 from reelway.platform.contracts.events import DATASET_TABLES
 from reelway.platform.errors import EmptyDatasetError, MalformedFileError

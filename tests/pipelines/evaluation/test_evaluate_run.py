@@ -12,7 +12,6 @@ from tests.pipelines.features.event_tables import START_US
 from tests.pipelines.trained_run import make_trained_run
 from typer.testing import CliRunner
 
-from reelway.pipelines.build import read_evaluation
 from reelway.pipelines.evaluation.gates import GateSettings, evaluate_gates
 from reelway.pipelines.evaluation.harness import PAD, RankingResult, make_temporal_split
 from reelway.pipelines.evaluation.heads import HeadQuality
@@ -20,11 +19,12 @@ from reelway.pipelines.evaluation.metrics import BootstrapEstimate
 from reelway.pipelines.evaluation.recommender import recommenders_at_cut
 from reelway.pipelines.evaluation.report import ALS, RETRIEVAL_ONLY, TWO_STAGE, EvaluationSettings, evaluate_run
 from reelway.pipelines.features.training_rows import LABELS_FILE, build_training_rows
+from reelway.pipelines.release_builder import read_evaluation
 from reelway.pipelines.training.artifacts import load_models, save_models
 from reelway.platform.cli.main import build_app
 from reelway.platform.contracts.blend import Blend
 from reelway.platform.errors import EmptyDatasetError
-from reelway.platform.runs import RunDirectory
+from reelway.platform.run_directory import RunDirectory
 
 
 @pytest.fixture(scope="module")

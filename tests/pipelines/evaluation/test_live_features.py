@@ -11,8 +11,8 @@ from tests.pipelines.trained_run import make_trained_run
 from reelway.pipelines.datasets.store import read_dataset
 from reelway.pipelines.features.labels import times_us
 from reelway.pipelines.features.training_rows import video_snapshot, viewer_snapshot
-from reelway.platform.contracts.features import VIEWER_VIEWS, VIEWS
-from reelway.platform.runs import RunDirectory
+from reelway.platform.contracts.feature_names import VIEWER_VIEWS, VIEWS
+from reelway.platform.run_directory import RunDirectory
 
 
 @pytest.fixture(scope="module")

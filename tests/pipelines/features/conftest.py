@@ -16,10 +16,10 @@ from tests.pipelines.features.event_tables import random_dataset, write_dataset
 from reelway.pipelines.features import views
 from reelway.pipelines.features.batch import ENTITY_KEYS, data_end_us, entity_views
 from reelway.pipelines.features.labels import label_impressions
-from reelway.pipelines.features.online import materialise
+from reelway.pipelines.features.materialisation import materialise
 from reelway.pipelines.features.registry import register_features
 from reelway.pipelines.features.training_rows import CATALOGUE_FILE, LABELS_FILE
-from reelway.platform.runs import RunDirectory
+from reelway.platform.run_directory import RunDirectory
 
 
 @dataclass(frozen=True)

@@ -16,13 +16,13 @@ from typer.testing import CliRunner
 
 from reelway.pipelines.commands import features as command
 from reelway.pipelines.features.batch import BatchSettings, build_views, partition_of
-from reelway.pipelines.features.online import materialised_at_s
+from reelway.pipelines.features.materialisation import materialised_at_s
 from reelway.pipelines.features.views import ViewSettings
-from reelway.platform.contracts.features import VIEWS
+from reelway.platform.contracts.feature_names import VIEWS
 from reelway.platform.errors import EmptyDatasetError, ParityError
-from reelway.platform.features.store import open_feature_store
+from reelway.platform.features.feast_store import open_feature_store
 from reelway.platform.features.viewer_rows import ViewerRowReader
-from reelway.platform.runs import RunDirectory
+from reelway.platform.run_directory import RunDirectory
 
 SETTINGS = ViewSettings(DIMENSIONS)
 

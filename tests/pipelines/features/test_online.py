@@ -15,15 +15,15 @@ from feast.protos.feast.types.EntityKey_pb2 import EntityKey
 from feast.protos.feast.types.Value_pb2 import Value
 from tests.dimensions import DIMENSIONS
 
-from reelway.pipelines.features.online import materialise, materialised_at_s
+from reelway.pipelines.features.materialisation import materialise, materialised_at_s
 from reelway.pipelines.features.parity import same_value
 from reelway.pipelines.features.registry import register_features
 from reelway.pipelines.features.training_rows import viewer_snapshot
-from reelway.platform.contracts.features import VIEWER_SERVICE, VIEWER_VIEWS, VIEWS
+from reelway.platform.contracts.feature_names import VIEWER_SERVICE, VIEWER_VIEWS, VIEWS
 from reelway.platform.errors import FeatureError
-from reelway.platform.features.store import open_feature_store
+from reelway.platform.features.feast_store import open_feature_store
 from reelway.platform.features.viewer_rows import AS_OF, ViewerRowReader, Views, _decode_value, _PerViewReader
-from reelway.platform.runs import RunDirectory
+from reelway.platform.run_directory import RunDirectory
 
 FIELDS = [name for view in VIEWER_VIEWS for name in VIEWS[view]]
 

@@ -18,16 +18,16 @@ from reelway.pipelines.features import views
 from reelway.pipelines.features.parity import ParityReport, replay, same_value
 from reelway.pipelines.features.registry import register_features
 from reelway.pipelines.features.training_rows import video_snapshot
-from reelway.platform.contracts.features import VIDEO_DENSE
-from reelway.platform.durable import write_json
+from reelway.platform.atomic_files import write_json
+from reelway.platform.contracts.feature_names import VIDEO_DENSE
 from reelway.platform.errors import ParityError
 from reelway.platform.features.assembly import assemble_videos, columns_from_table
-from reelway.platform.features.store import open_feature_store
+from reelway.platform.features.feast_store import open_feature_store
 from reelway.platform.features.vector_log import ServedVector, VectorLog
 from reelway.platform.features.viewer_rows import ViewerRowReader
 from reelway.platform.rollout.evidence import EvidenceState
-from reelway.platform.rollout.sources.parity_report import parity_path, read_parity
-from reelway.platform.runs import RunDirectory
+from reelway.platform.rollout.sources.parity_findings import parity_path, read_parity
+from reelway.platform.run_directory import RunDirectory
 
 
 def served_vectors(built: Any) -> list[ServedVector]:

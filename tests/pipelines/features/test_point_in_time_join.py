@@ -11,11 +11,11 @@ from reelway.pipelines.features.labels import LABELS, times_us
 from reelway.pipelines.features.point_in_time import distinct_entity_rows, join_view
 from reelway.pipelines.features.training_rows import KEY_COLUMNS, build_training_rows, video_snapshot, viewer_snapshot
 from reelway.platform.contracts.events import TIMESTAMP_TYPE
-from reelway.platform.contracts.features import REQUEST_CONTEXT, VIEWER_VIEWS, VIEWS
+from reelway.platform.contracts.feature_names import REQUEST_CONTEXT, VIEWER_VIEWS, VIEWS
 from reelway.platform.errors import EmptyDatasetError, FeatureError
 from reelway.platform.features import on_demand
-from reelway.platform.features.store import open_feature_store
-from reelway.platform.runs import RunDirectory
+from reelway.platform.features.feast_store import open_feature_store
+from reelway.platform.run_directory import RunDirectory
 
 DAY_US = 86_400_000_000
 NOW_US = 1_700_600_000_000_000

@@ -11,7 +11,7 @@ from tests.pipelines.features.event_tables import DAY_US, START_US, impressions,
 from reelway.pipelines.features import views
 from reelway.pipelines.features.batch import ENTITY_KEYS, data_end_us, entity_views
 from reelway.pipelines.features.labels import label_impressions, times_us
-from reelway.platform.contracts.features import VIDEO_WINDOWS, VIEWS
+from reelway.platform.contracts.feature_names import VIDEO_WINDOWS, VIEWS
 
 HOUR_US = views.HOUR_US
 SETTINGS = views.ViewSettings(DIMENSIONS)

@@ -8,11 +8,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from tests.dimensions import DIMENSIONS
-from tests.pipelines.models.made_inputs import video_inputs, viewer_inputs
+from tests.pipelines.models.model_input_fixtures import video_inputs, viewer_inputs
 from torch import Tensor
 
 from reelway.pipelines.models.ranker import GroupedLinear, PositionBias, Ranker, RankerConfig
-from reelway.platform.contracts.features import RANKER_INPUTS, RANKER_TASKS
+from reelway.platform.contracts.feature_names import RANKER_INPUTS, RANKER_TASKS
 
 D = 8
 

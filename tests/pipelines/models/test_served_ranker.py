@@ -6,9 +6,9 @@ import pytest
 import torch
 from tests.dimensions import DIMENSIONS
 
+from reelway.pipelines.models.inference_ranker import InferenceRanker
 from reelway.pipelines.models.ranker import Ranker, RankerConfig
-from reelway.pipelines.models.served_ranker import InferenceRanker
-from reelway.platform.contracts import features as names
+from reelway.platform.contracts import feature_names as names
 
 WIDTH = 12
 

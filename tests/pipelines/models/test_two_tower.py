@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 from tests.dimensions import DIMENSIONS
-from tests.pipelines.models.made_inputs import video_inputs, viewer_inputs
+from tests.pipelines.models.model_input_fixtures import video_inputs, viewer_inputs
 from torch import Tensor
 
-from reelway.pipelines.models.inputs import HashedIdEmbedding, Standardiser
+from reelway.pipelines.models.input_layers import HashedIdEmbedding, Standardiser
 from reelway.pipelines.models.two_tower import TwoTower, TwoTowerConfig
-from reelway.platform.contracts.features import VIDEO_TOWER_INPUTS, VIEWER_TOWER_INPUTS
+from reelway.platform.contracts.feature_names import VIDEO_TOWER_INPUTS, VIEWER_TOWER_INPUTS
 
 
 @pytest.fixture

@@ -14,11 +14,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tests.pipelines.simulation.made_service import FakeService, liked_slates, running, with_canary
+from tests.pipelines.simulation.fake_service import FakeService, liked_slates, running, with_canary
 
+from reelway.pipelines.simulation.arm_stickiness import GRACE_S, ArmStickinessCheck
 from reelway.pipelines.simulation.config import DAY_S, SimulationConfig
-from reelway.pipelines.simulation.live import LiveTraffic, TrafficOptions
-from reelway.pipelines.simulation.live_arms import GRACE_S, ArmStickinessCheck
+from reelway.pipelines.simulation.live_traffic import LiveTraffic, TrafficOptions
 from reelway.pipelines.simulation.live_viewers import LiveViewers, ShownSlate, load_world
 from reelway.pipelines.simulation.world import World
 from reelway.platform.cli.processes import reelway_command

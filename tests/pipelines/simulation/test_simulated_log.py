@@ -7,11 +7,11 @@ import pytest
 from reelway.pipelines.datasets.checks import check_dataset
 from reelway.pipelines.datasets.store import Dataset
 from reelway.pipelines.features.labels import label_impressions
+from reelway.pipelines.simulation.arrivals import draw_requests
 from reelway.pipelines.simulation.config import SimulationConfig
-from reelway.pipelines.simulation.log import simulate, simulate_traffic_log
 from reelway.pipelines.simulation.logging_policy import LoggingPolicy
 from reelway.pipelines.simulation.policies import OraclePolicy, Policy, RandomPolicy, RecentPopularity
-from reelway.pipelines.simulation.traffic import draw_requests
+from reelway.pipelines.simulation.simulate_log import simulate, simulate_traffic_log
 from reelway.pipelines.simulation.world import World
 
 CONFIG = SimulationConfig(viewers=1500, videos=2000, creators=150, days=8, impressions=90_000)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from tests.dimensions import DIMENSIONS
-from tests.pipelines.training.made_rows import made_table, write_rows
+from tests.pipelines.training.training_row_fixtures import made_table, write_rows
 
 from reelway.pipelines.models.losses import log_inclusion
 from reelway.pipelines.training.batches import GroupedBatchOrder, RankingBatches, RetrievalBatches, Worker

@@ -7,7 +7,7 @@ import pytest
 
 from reelway.pipelines.training.calibration import apply_curve, calibrate, expected_calibration_error
 from reelway.platform.contracts.blend import RankingSettings
-from reelway.platform.contracts.features import BINARY_TASKS, RANKER_TASKS
+from reelway.platform.contracts.feature_names import BINARY_TASKS, RANKER_TASKS
 from reelway.platform.features.scoring import head_predictions, video_value
 
 

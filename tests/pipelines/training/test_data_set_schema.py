@@ -12,13 +12,13 @@ import pytest
 from tests.pipelines.features.event_tables import START_US, random_dataset
 from tests.pipelines.trained_run import write_evaluation, write_features
 
-from reelway.pipelines.build import build_release
 from reelway.pipelines.commands.import_dataset import import_events
 from reelway.pipelines.datasets.store import read_dataset
 from reelway.pipelines.features.training_rows import build_training_rows
+from reelway.pipelines.release_builder import build_release
 from reelway.pipelines.training.config import load_config
 from reelway.pipelines.training.rows import load_rows
-from reelway.pipelines.training.step import ROWS_FILE, Resources, train_run
+from reelway.pipelines.training.train_run import ROWS_FILE, Resources, train_run
 from reelway.platform.contracts.api import RecommendRequest
 from reelway.platform.contracts.events import OutcomeType
 from reelway.platform.contracts.feature_dimensions import FeatureDimensions
@@ -27,7 +27,7 @@ from reelway.platform.features.dimensions import read_dimensions, write_dimensio
 from reelway.platform.release.folder import read_manifest
 from reelway.platform.release.signing import create_keys, load_private_key
 from reelway.platform.release.store import ReleaseStore
-from reelway.platform.runs import RunDirectory
+from reelway.platform.run_directory import RunDirectory
 from reelway.platform.tokens import TokenSigner
 from reelway.serving.release_loader import ReleaseLoader
 

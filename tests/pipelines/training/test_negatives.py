@@ -8,11 +8,11 @@ import numpy as np
 import pyarrow as pa
 import pytest
 from tests.dimensions import DIMENSIONS
-from tests.pipelines.training.made_rows import made_table, write_rows
+from tests.pipelines.training.training_row_fixtures import made_table, write_rows
 
 from reelway.pipelines.training.negatives import draw_negatives, impression_rows, negative_rows
 from reelway.pipelines.training.rows import TrainingRows, load_rows
-from reelway.platform.contracts.features import VIDEO_DENSE, VIEWS
+from reelway.platform.contracts.feature_names import VIDEO_DENSE, VIEWS
 
 
 @pytest.fixture(scope="module")

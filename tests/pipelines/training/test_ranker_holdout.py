@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 import torch
 from tests.dimensions import DIMENSIONS
-from tests.pipelines.training.made_rows import made_table, write_rows
 from tests.pipelines.training.test_negatives import numbers_that_tell_when_they_were_asked as as_of
+from tests.pipelines.training.training_row_fixtures import made_table, write_rows
 
 from reelway.pipelines.training.config import TrainingConfig, load_config
 from reelway.pipelines.training.fit import FittedModels, TrainingSplit, fit, fitted_from, make_training_split
 from reelway.pipelines.training.loop import State
 from reelway.pipelines.training.rows import TrainingRows, load_rows
-from reelway.pipelines.training.step import ranker_rows_of
+from reelway.pipelines.training.train_run import ranker_rows_of
 from reelway.platform.errors import ConfigError, EmptyDatasetError
 
 HELD_OUT = (

@@ -12,7 +12,7 @@ import pytest
 import ray
 import torch
 from tests.dimensions import DIMENSIONS
-from tests.pipelines.training.made_rows import made_table, write_rows
+from tests.pipelines.training.training_row_fixtures import made_table, write_rows
 from tests.pipelines.training.two_processes import fit_in_two_processes
 
 from reelway.pipelines.training.config import load_config

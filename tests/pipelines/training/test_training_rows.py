@@ -10,11 +10,11 @@ import numpy as np
 import pyarrow as pa
 import pytest
 from tests.dimensions import DIMENSIONS
-from tests.pipelines.training.made_rows import made_table, write_rows
+from tests.pipelines.training.training_row_fixtures import made_table, write_rows
 
 from reelway.pipelines.training import rows as rows_module
 from reelway.pipelines.training.rows import TrainingRows, load_rows, map_arrays, save_arrays
-from reelway.platform.contracts.features import RANKER_TASKS
+from reelway.platform.contracts.feature_names import RANKER_TASKS
 from reelway.platform.errors import EmptyDatasetError, FeatureError, MalformedFileError
 from reelway.platform.features.assembly import assemble_videos, assemble_viewers, columns_from_table
 

@@ -14,7 +14,7 @@ import pyarrow as pa
 import pytest
 import torch
 from tests.dimensions import DIMENSIONS
-from tests.pipelines.training.made_rows import made_table, write_rows
+from tests.pipelines.training.training_row_fixtures import made_table, write_rows
 from typer.testing import CliRunner
 
 from reelway.pipelines.training.artifacts import TrainedModels, load_models
@@ -23,13 +23,13 @@ from reelway.pipelines.training.export import export_ranker, export_viewer_tower
 from reelway.pipelines.training.fit import select_viewers
 from reelway.pipelines.training.inference import embed_videos, embed_viewers, ranker_inputs, score
 from reelway.pipelines.training.rows import TrainingRows, load_rows
-from reelway.pipelines.training.step import ROWS_FILE, Resources, train_run
+from reelway.pipelines.training.train_run import ROWS_FILE, Resources, train_run
 from reelway.platform.cli.main import build_app
-from reelway.platform.contracts.features import RANKER_INPUTS, RANKER_TASKS, VIEWER_TOWER_INPUTS, VIEWS
+from reelway.platform.contracts.feature_names import RANKER_INPUTS, RANKER_TASKS, VIEWER_TOWER_INPUTS, VIEWS
 from reelway.platform.errors import EmptyDatasetError, MalformedFileError, ReleaseError, TrainingError
 from reelway.platform.features.assembly import VideoArrays
 from reelway.platform.features.dimensions import write_dimensions
-from reelway.platform.runs import RunDirectory
+from reelway.platform.run_directory import RunDirectory
 
 SMALL = (
     "two_tower.dim=16", "two_tower.history_length=10", "two_tower_loop.epochs=2", "two_tower_loop.batch_size=128",

@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from tests.platform.cli.made_rollouts import RunDirectoryEnvironment
+from tests.platform.cli.rollout_fixtures import RunDirectoryEnvironment
 from tests.release_files import make_release_folder
 
 from reelway.platform.release.signing import create_keys, load_private_key

@@ -1,6 +1,6 @@
 """The real local controller with its webhook, as a process; traffic and evidence are files.
 
-``python -m tests.platform.cli.controller_process RUN``; ``RUN/evidence.json`` holds the arguments of ``SeenEvidence``.
+``python -m tests.platform.cli.controller_process RUN``; ``RUN/evidence.json`` holds the arguments of ``SyntheticEvidence``.
 """
 
 from __future__ import annotations
@@ -10,14 +10,14 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.platform.cli.made_rollouts import SyntheticEvidence
-from tests.platform.rollout.made_world import FileBackend
+from tests.platform.cli.rollout_fixtures import SyntheticEvidence
+from tests.platform.rollout.controller_environment import FileBackend
 
-from reelway.platform.rollout.control import controller_service
+from reelway.platform.rollout.control import local_controller
 from reelway.platform.rollout.evidence import EvidenceSnapshot
 from reelway.platform.rollout.policy import RolloutPolicy
 from reelway.platform.rollout.state import RolloutState
-from reelway.platform.runs import RunDirectory
+from reelway.platform.run_directory import RunDirectory
 
 EVIDENCE = "evidence.json"
 
@@ -44,9 +44,9 @@ class FileEvidence:
 
 def main() -> None:
     run = Path(sys.argv[1])
-    controller_service.ServeRestBackend = RunDirectoryBackend  # type: ignore[assignment,misc]
-    controller_service.evidence_source = lambda run, *_, **__: FileEvidence(run.path / EVIDENCE)  # type: ignore[assignment]
-    controller_service.run_controller(controller_service.ControllerSettings(run=run, interval_s=0.1))
+    local_controller.ServeRestBackend = RunDirectoryBackend  # type: ignore[assignment,misc]
+    local_controller.evidence_source = lambda run, *_, **__: FileEvidence(run.path / EVIDENCE)  # type: ignore[assignment]
+    local_controller.run_controller(local_controller.ControllerSettings(run=run, interval_s=0.1))
 
 
 if __name__ == "__main__":

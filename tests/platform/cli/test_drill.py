@@ -16,13 +16,13 @@ from pathlib import Path
 import jsonschema
 import pytest
 from tests.platform.cli.controller_process import EVIDENCE
-from tests.platform.cli.made_rollouts import RunDirectoryEnvironment, dead_pid, reelway, weights_of
+from tests.platform.cli.rollout_fixtures import RunDirectoryEnvironment, dead_pid, reelway, weights_of
 
-from reelway.platform.cli.drill import command as drill
+from reelway.platform.cli.drill import drill_command as drill
 from reelway.platform.cli.drill.report import DrillReport
 from reelway.platform.cli.processes import child_process, reelway_command
 from reelway.platform.contracts.events import Arm
-from reelway.platform.rollout.series import REQUESTS
+from reelway.platform.rollout.metric_names import REQUESTS
 from reelway.platform.rollout.state import Phase
 from reelway.platform.rollout.traffic.routing import Routing
 from reelway.platform.rollout.traffic.target import TrafficTarget

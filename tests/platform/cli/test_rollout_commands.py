@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from tests.platform.cli.made_rollouts import (
+from tests.platform.cli.rollout_fixtures import (
     SWIFT,
     RunDirectoryEnvironment,
     SyntheticEvidence,

@@ -8,11 +8,11 @@ from pathlib import Path
 import jsonschema
 import pytest
 import yaml
-from tests.platform.cli.made_rollouts import SWIFT_TEXT, reelway
+from tests.platform.cli.rollout_fixtures import SWIFT_TEXT, reelway
 
-from reelway.platform.cli.rollout.policy import policy_named, schema_with_metrics, shipped_policies
+from reelway.platform.cli.rollout.policy_commands import policy_named, schema_with_metrics, shipped_policies
+from reelway.platform.rollout.metric_names import OUTCOME_METRICS
 from reelway.platform.rollout.policy import RolloutPolicy
-from reelway.platform.rollout.series import OUTCOME_METRICS
 
 
 def written(folder: Path, text: str) -> Path:

@@ -9,16 +9,16 @@ from io import StringIO
 import jsonschema
 import pytest
 from rich.console import Console
-from tests.platform.cli.made_rollouts import RunDirectoryEnvironment, SyntheticEvidence, dead_pid, reelway
+from tests.platform.cli.rollout_fixtures import RunDirectoryEnvironment, SyntheticEvidence, dead_pid, reelway
 
-from reelway.platform.cli.rollout.follow import read_status
 from reelway.platform.cli.rollout.intervals import interval_bar, outcomes_table
-from reelway.platform.cli.rollout.place import CONTROLLER_TIMEOUT_S
-from reelway.platform.cli.rollout.report import EvidenceReport, OutcomeReport, StatusReport
+from reelway.platform.cli.rollout.location import CONTROLLER_TIMEOUT_S
+from reelway.platform.cli.rollout.status_report import EvidenceReport, OutcomeReport, StatusReport
 from reelway.platform.cli.rollout.views import format_duration, status_view
+from reelway.platform.cli.rollout.watch import read_status
 from reelway.platform.rollout.alerts import KnownAlert
 from reelway.platform.rollout.state import Command
-from reelway.platform.runs import RunDirectory
+from reelway.platform.run_directory import RunDirectory
 
 WIDTHS = (80, 120)
 

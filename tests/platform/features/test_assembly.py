@@ -9,7 +9,7 @@ import pyarrow as pa
 import pytest
 from tests.dimensions import DIMENSIONS
 
-from reelway.platform.contracts import features as names
+from reelway.platform.contracts import feature_names as names
 from reelway.platform.features.assembly import (
     assemble_videos,
     assemble_viewers,

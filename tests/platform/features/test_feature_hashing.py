@@ -7,7 +7,7 @@ import sys
 
 import numpy as np
 
-from reelway.platform.contracts.features import ID_HASHES
+from reelway.platform.contracts.feature_names import ID_HASHES
 from reelway.platform.features.hashing import category_code, category_codes, id_codes, mix64
 
 BUCKETS, WORDS = 32_768, 64

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from reelway.platform.contracts.features import REQUEST_CONTEXT
+from reelway.platform.contracts.feature_names import REQUEST_CONTEXT
 from reelway.platform.features.on_demand import account_age_d, cyclic_time, hours_since_upload, request_context
 
 MONDAY_MIDNIGHT_S = 4 * 86_400.0  # 1970-01-05

@@ -7,7 +7,7 @@ import pytest
 
 from reelway.platform.contracts.blend import RankingSettings
 from reelway.platform.contracts.calibration import Calibration, CalibrationCurve
-from reelway.platform.contracts.features import BINARY_TASKS, RANKER_TASKS
+from reelway.platform.contracts.feature_names import BINARY_TASKS, RANKER_TASKS
 from reelway.platform.features.scoring import head_predictions, video_value
 
 K = len(RANKER_TASKS)

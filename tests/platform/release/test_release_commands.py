@@ -18,7 +18,7 @@ from reelway.platform.contracts.manifest import VIDEOS_FILE
 from reelway.platform.errors import ConfigError, DigestMismatchError, FeatureError, ReleaseNotFoundError, SignatureError
 from reelway.platform.release.signing import create_keys, load_private_key
 from reelway.platform.release.store import ReleaseStore
-from reelway.platform.runs import RunDirectory
+from reelway.platform.run_directory import RunDirectory
 
 APP = build_app()
 

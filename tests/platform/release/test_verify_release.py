@@ -19,7 +19,7 @@ from tests.release_files import FEATURE_SERVICES, describe_files, make_release_f
 
 from reelway.platform.contracts import manifest as files
 from reelway.platform.contracts.feature_dimensions import FeatureDimensions
-from reelway.platform.contracts.features import VIDEO_DENSE
+from reelway.platform.contracts.feature_names import VIDEO_DENSE
 from reelway.platform.contracts.manifest import Manifest, Waiver
 from reelway.platform.contracts.release_files import NEIGHBOURS_SCHEMA, POPULAR_SCHEMA, videos_schema, with_dimensions
 from reelway.platform.errors import (

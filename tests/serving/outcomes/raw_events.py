@@ -12,8 +12,8 @@ import pytest
 from reelway.platform.contracts.api import ReportedOutcome
 from reelway.platform.contracts.events import LONG_WATCH_CAP_MS, LONG_WATCH_RATIO, Arm, OutcomeType
 from reelway.platform.rollout.evidence import ArmStatistics
+from reelway.platform.rollout.metric_names import OUTCOME_METRICS
 from reelway.platform.rollout.policy import Slice
-from reelway.platform.rollout.series import OUTCOME_METRICS
 from reelway.platform.tokens import SLICE_BITS, ImpressionToken, TokenSigner
 from reelway.serving.outcomes.exposures import ArmKey, ExposureBatch
 from reelway.serving.outcomes.ledger import Ledger

@@ -24,7 +24,7 @@ from tests.serving.outcomes.raw_events import (
 
 from reelway.platform.contracts.events import Arm, OutcomeType
 from reelway.platform.errors import ServingError, StorageError
-from reelway.platform.rollout import series
+from reelway.platform.rollout import metric_names
 from reelway.platform.rollout.policy import Slice
 from reelway.platform.telemetry import ALLOWED_LABELS
 from reelway.serving.outcomes import OutcomeCollector
@@ -155,28 +155,33 @@ def test_metrics_have_the_names_and_labels_of_the_rollout(collector: OutcomeColl
         for family in text_string_to_metric_families(collector.metrics_text().decode())
         for sample in family.samples
     }
-    assert {name for name, _ in samples} == {series.EXPOSURE, series.STATISTIC, series.RECEIVED, series.REFUSED}
+    assert {name for name, _ in samples} == {
+        metric_names.EXPOSURE,
+        metric_names.STATISTIC,
+        metric_names.RECEIVED,
+        metric_names.REFUSED,
+    }
     assert {label for _, labels in samples for label, _ in labels} <= ALLOWED_LABELS
     expected = recomputed(SHOWN, DONE)
     for (arm, part), metrics in expected.items():
-        labels = {"rollout": "r-1", "release": RELEASES[arm][: series.SHORT_RELEASE], "arm": arm, "slice": part}
+        labels = {"rollout": "r-1", "release": RELEASES[arm][: metric_names.SHORT_RELEASE], "arm": arm, "slice": part}
         for metric, sums in metrics.items():
             for statistic in ("viewers", "impressions", "sum_x", "sum_xx"):
                 key = tuple(sorted({**labels, "statistic": statistic}.items()))
-                assert samples[series.EXPOSURE, key] == pytest.approx(getattr(sums, statistic))
+                assert samples[metric_names.EXPOSURE, key] == pytest.approx(getattr(sums, statistic))
             for statistic in ("sum_y", "sum_yy", "sum_xy"):
                 key = tuple(sorted({**labels, "metric": metric, "statistic": statistic}.items()))
-                assert samples[series.STATISTIC, key] == pytest.approx(getattr(sums, statistic))
+                assert samples[metric_names.STATISTIC, key] == pytest.approx(getattr(sums, statistic))
     received = {
         (labels["arm"], labels["kind"], labels["outcome"]): value
         for (name, pairs), value in samples.items()
-        if name == series.RECEIVED and (labels := dict(pairs))
+        if name == metric_names.RECEIVED and (labels := dict(pairs))
     }
     assert received == {
         ("stable", "watch", "counted"): 20, ("canary", "watch", "counted"): 20, ("stable", "watch", "duplicate"): 2,
         ("canary", "watch", "duplicate"): 1, ("stable", "skip", "outside"): 1,
     }  # fmt: skip
-    assert samples[series.REFUSED, ()] == 2
+    assert samples[metric_names.REFUSED, ()] == 2
 
 
 def test_counters_survive_a_restart(tmp_path: Path) -> None:

@@ -22,8 +22,8 @@ from tests.serving.outcomes.raw_events import (
 )
 
 from reelway.platform.contracts.events import OUTCOME_HORIZON_S, Arm, OutcomeType
+from reelway.platform.rollout.metric_names import RECEIVED_OUTCOMES
 from reelway.platform.rollout.policy import Slice
-from reelway.platform.rollout.series import RECEIVED_OUTCOMES
 from reelway.serving.outcomes.exposures import ArmKey
 from reelway.serving.outcomes.ledger import Ledger
 from reelway.serving.outcomes.outcome_store import OutcomeStore

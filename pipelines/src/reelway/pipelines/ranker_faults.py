@@ -15,7 +15,7 @@ import onnx
 import onnxruntime
 from onnx import TensorProto, helper, numpy_helper
 
-from reelway.platform.contracts.features import VIEWER_ACTIVITY
+from reelway.platform.contracts.feature_names import VIEWER_ACTIVITY
 from reelway.platform.errors import ReleaseError
 
 RECENT_IMPRESSIONS_FEATURE: Final = "impressions_30d"

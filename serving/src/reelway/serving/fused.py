@@ -15,8 +15,9 @@ from typing import Final
 from prometheus_client import CollectorRegistry
 
 from reelway.serving import metrics
-from reelway.serving.open_releases import OpenRelease
+from reelway.serving.circuit_breaker import CircuitBreaker
 from reelway.serving.release_loader import ReleaseLoader
+from reelway.serving.release_pool import OpenRelease
 from reelway.serving.request_path import (
     NO_BUDGETS,
     LocalStages,
@@ -27,8 +28,7 @@ from reelway.serving.request_path import (
     run_without_waiting,
 )
 from reelway.serving.stages.arrays import F32, Candidates, RankingInput, ScoredCandidates, Slate, ViewerQuery
-from reelway.serving.time_budget import CircuitBreaker
-from reelway.serving.viewers import cold_start_query, warm_up_input
+from reelway.serving.viewer_query import cold_start_query, warm_up_input
 
 SWITCH_INTERVAL_S: Final = 0.0005
 """Interpreter switch interval in seconds: how long a path may hold the GIL while the event loop waits for it.

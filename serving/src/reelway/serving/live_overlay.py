@@ -18,9 +18,9 @@ from typing import Final
 import numpy as np
 import pyarrow as pa
 
-from reelway.platform.contracts.features import VIDEO_LIVE_DENSE
+from reelway.platform.contracts.feature_names import VIDEO_LIVE_DENSE
 from reelway.platform.errors import DataError, StorageError
-from reelway.platform.eventlog.changelog import CREATORS, ENGAGEMENT, FIELDS, FeatureChangelog, latest_rows
+from reelway.platform.eventlog.feature_changelog import CREATORS, ENGAGEMENT, FIELDS, FeatureChangelog, latest_rows
 from reelway.serving.video_table import ABSENT, F32, I64, VideoTable
 
 log = logging.getLogger(__name__)

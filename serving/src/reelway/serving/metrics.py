@@ -18,13 +18,13 @@ from prometheus_client import CollectorRegistry, Histogram, generate_latest
 from prometheus_client.multiprocess import MultiProcessCollector
 
 from reelway.platform.contracts.ids import short_id
-from reelway.platform.rollout import series
+from reelway.platform.rollout import metric_names
 from reelway.platform.telemetry import counter, gauge, histogram
 from reelway.serving.stages.arrays import SOURCES, Candidates, Slate
 
 FOLDER_VARIABLE: Final = "PROMETHEUS_MULTIPROC_DIR"
 SLATE_BUCKETS: Final = (0, 1, 5, 10, 20, 50, 100)
-SHORT_RELEASE: Final = series.SHORT_RELEASE
+SHORT_RELEASE: Final = metric_names.SHORT_RELEASE
 """Length of the label ``release``: the prefix of the id that people type."""
 OVERLAP_BUCKETS: Final = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 DRIFT_BUCKETS: Final = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
@@ -145,13 +145,13 @@ class IngressMetrics:
 
     def __init__(self, registry: CollectorRegistry) -> None:
         both = ["release", "arm"]
-        self.requests = counter(series.REQUESTS, "Requests by outcome.", [*both, "outcome"], registry)
+        self.requests = counter(metric_names.REQUESTS, "Requests by outcome.", [*both, "outcome"], registry)
         self.refused = counter("reelway_ingress_refused_total", "Invalid requests, rejected with 422.", [], registry)
         self.shed = counter(
             "reelway_ingress_shed_total", "Requests rejected with 429 because too many were in flight.", both,
             registry,
         )  # fmt: skip
-        self.latency = histogram(series.LATENCY, "Time from a valid request to its response.", both, registry)
+        self.latency = histogram(metric_names.LATENCY, "Time from a valid request to its response.", both, registry)
         self.stage_latency = histogram(
             "reelway_ingress_stage_latency_seconds", "Time of a stage as seen by the router, transport included.",
             ["release", "stage"], registry,
@@ -169,7 +169,7 @@ class IngressMetrics:
         self.slate = histogram(
             "reelway_ingress_slate_videos", "Videos in a response.", both, registry, buckets=SLATE_BUCKETS
         )
-        self.empty_slates = counter(series.EMPTY_SLATES, "Responses without a video.", both, registry)
+        self.empty_slates = counter(metric_names.EMPTY_SLATES, "Responses without a video.", both, registry)
         self.cold_viewers = counter(
             "reelway_ingress_cold_viewers_total", "Requests of viewers without a history.", both, registry
         )
@@ -189,14 +189,14 @@ class ShadowMetrics:
 
     def __init__(self, registry: CollectorRegistry) -> None:
         self.requests = counter(
-            series.SHADOW_REQUESTS, "Mirrored requests by outcome.", ["release", "outcome"], registry
+            metric_names.SHADOW_REQUESTS, "Mirrored requests by outcome.", ["release", "outcome"], registry
         )
         self.overlap = histogram(
-            series.SHADOW_OVERLAP, "Share of the shown videos that are in the mirrored slate.", ["release"], registry,
-            buckets=OVERLAP_BUCKETS,
+            metric_names.SHADOW_OVERLAP, "Share of the shown videos that are in the mirrored slate.", ["release"],
+            registry, buckets=OVERLAP_BUCKETS,
         )  # fmt: skip
         self.drift = histogram(
-            series.SHADOW_DRIFT, "Mean score relative to the shown slate: |ratio - 1|.", ["release"], registry,
+            metric_names.SHADOW_DRIFT, "Mean score relative to the shown slate: |ratio - 1|.", ["release"], registry,
             buckets=DRIFT_BUCKETS,
         )  # fmt: skip
 

@@ -11,7 +11,7 @@ from concurrent.futures import Executor
 from typing import Any
 
 from reelway.platform.contracts.api import RecommendRequest
-from reelway.platform.contracts.features import VIDEO_DENSE
+from reelway.platform.contracts.feature_names import VIDEO_DENSE
 from reelway.platform.errors import StorageError
 from reelway.platform.features.vector_log import ServedVector, VectorLog
 from reelway.serving.stages.arrays import Rows

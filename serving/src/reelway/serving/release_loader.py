@@ -13,7 +13,7 @@ from pathlib import Path
 import faiss
 import numpy as np
 
-from reelway.platform.contracts.features import RANKER_INPUTS, VIEWER_TOWER_INPUTS
+from reelway.platform.contracts.feature_names import RANKER_INPUTS, VIEWER_TOWER_INPUTS
 from reelway.platform.contracts.ids import ReleaseId
 from reelway.platform.contracts.manifest import (
     INDEX_FILE,
@@ -32,9 +32,9 @@ from reelway.platform.rollout.traffic.serving_options import ReleaseArgs
 from reelway.platform.tokens import TokenSigner
 from reelway.serving.live_overlay import start_follower
 from reelway.serving.metrics import IngressMetrics
+from reelway.serving.onnx_model import OnnxModel
 from reelway.serving.popular import open_popular_lists
 from reelway.serving.request_path import InProcessRecommender, LocalStages, RouterRelease
-from reelway.serving.sessions import OnnxModel
 from reelway.serving.stages.ranking import LocalRanker, Ranker, Ranking
 from reelway.serving.stages.reranking import Reranking
 from reelway.serving.stages.retrieval import Retrieval

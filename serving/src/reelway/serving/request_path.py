@@ -15,7 +15,7 @@ fallback, counts it and lists it in ``degraded``: a viewer always gets a slate.
 
 Two objects that are passed in decide where a path runs:
 
-- ``Stages``: the three stages. ``LocalStages`` calls them in this process, ``RemoteStages`` over Ray Serve handles.
+- ``Stages``: the three stages. ``LocalStages`` calls them in this process, ``StageHandles`` over Ray Serve handles.
 - ``PathExecutor``: ``InlineExecutor`` runs the path in the caller's event loop, ``SingleThreadExecutor`` on a thread.
 
 Viewers of the arm ``holdout`` get the popular list, the baseline that models are compared with; no stage is called.
@@ -36,6 +36,7 @@ from reelway.platform.contracts.api import Degradation, RecommendedVideo, Recomm
 from reelway.platform.contracts.events import Arm
 from reelway.platform.contracts.ids import short_id
 from reelway.platform.tokens import TokenSigner
+from reelway.serving.circuit_breaker import CircuitBreaker
 from reelway.serving.metrics import IngressMetrics, timed
 from reelway.serving.parity_sample import ParitySampler
 from reelway.serving.popular import PopularLists
@@ -45,9 +46,8 @@ from reelway.serving.stages.arrays import F32, SOURCES, Candidates, RankingInput
 from reelway.serving.stages.ranking import Ranking
 from reelway.serving.stages.reranking import Reranking
 from reelway.serving.stages.retrieval import Retrieval
-from reelway.serving.time_budget import CircuitBreaker
 from reelway.serving.video_table import VideoTable
-from reelway.serving.viewers import is_cold_start, viewer_query
+from reelway.serving.viewer_query import is_cold_start, viewer_query
 
 T = TypeVar("T")
 

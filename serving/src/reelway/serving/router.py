@@ -27,15 +27,15 @@ from reelway.platform.rollout.sequential import overlap_weight
 from reelway.platform.rollout.traffic.routing import ArmRoute, Routing
 from reelway.platform.tokens import TokenSigner
 from reelway.serving import metrics
+from reelway.serving.circuit_breaker import CircuitBreaker
 from reelway.serving.http_api import CurrentReleases, PendingResponse, ServedRelease
-from reelway.serving.open_releases import OpenRelease, ReleasePool
 from reelway.serving.outcomes.exposures import ArmKey, ExposureBuffer
 from reelway.serving.parity_sample import ParitySampler
+from reelway.serving.release_pool import OpenRelease, ReleasePool
 from reelway.serving.request_path import Recommendation, RequestPath
 from reelway.serving.shadow import MirroredRequest, ShadowMirror, is_mirrored
 from reelway.serving.slates import RolloutArm
 from reelway.serving.stage_runner import VIEWER_ROW, StageRunner
-from reelway.serving.time_budget import CircuitBreaker
 
 log = logging.getLogger(__name__)
 

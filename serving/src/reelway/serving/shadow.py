@@ -17,7 +17,7 @@ from reelway.platform.contracts.api import RecommendRequest
 from reelway.platform.contracts.ids import short_id
 from reelway.platform.rollout.traffic.bucketing import bucket_of
 from reelway.serving.metrics import ShadowMetrics
-from reelway.serving.open_releases import OpenRelease
+from reelway.serving.release_pool import OpenRelease
 from reelway.serving.request_path import Recommendation, RequestPath
 from reelway.serving.stages.arrays import F32
 

@@ -13,8 +13,8 @@ from typing import Final, NamedTuple, TypeVar
 from reelway.platform.contracts.api import Degradation
 from reelway.platform.contracts.ids import short_id
 from reelway.platform.errors import FeatureError
+from reelway.serving.circuit_breaker import CircuitBreaker
 from reelway.serving.metrics import IngressMetrics, timed
-from reelway.serving.time_budget import CircuitBreaker
 
 T = TypeVar("T")
 V = TypeVar("V")

@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from reelway.platform.contracts import features as names
+from reelway.platform.contracts import feature_names as names
 from reelway.platform.contracts.feature_dimensions import FeatureDimensions
 from reelway.platform.contracts.manifest import VIDEOS_FILE
 from reelway.platform.contracts.release_files import dimensions_of, videos_schema

@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry
 from tests.dimensions import DIMENSIONS
-from tests.pipelines.features.stream.made_stream import (
+from tests.pipelines.features.stream.stream_fixtures import (
     START_US,
     TTL_US,
     ReportedOutcomeFixture,
@@ -27,12 +27,12 @@ from tests.pipelines.features.stream.made_stream import (
 
 from reelway.pipelines.features import views
 from reelway.pipelines.features.labels import times_us
-from reelway.pipelines.features.stream.cells import ENTITY_KEYS, STREAMED, emission_schedules
+from reelway.pipelines.features.stream.due_times import due_and_next
 from reelway.pipelines.features.stream.engine import EmittedRows
-from reelway.pipelines.features.stream.points import due_and_next
 from reelway.pipelines.features.stream.processor import StreamProcessor, StreamSettings
 from reelway.pipelines.features.stream.service import StreamMetrics
 from reelway.pipelines.features.stream.state import StreamState
+from reelway.pipelines.features.stream.time_buckets import ENTITY_KEYS, STREAMED, emission_schedules
 from reelway.pipelines.features.views import ViewSettings
 from reelway.platform.contracts.events import OutcomeType
 from reelway.platform.eventlog.sqlite_log import SqliteLog

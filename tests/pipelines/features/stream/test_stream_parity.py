@@ -12,30 +12,30 @@ import pytest
 from tests.dimensions import DIMENSIONS
 from tests.pipelines.features.conftest import write_views
 from tests.pipelines.features.event_tables import random_dataset
-from tests.pipelines.features.stream.made_stream import ReportedOutcomeFixture, record_of
+from tests.pipelines.features.stream.stream_fixtures import ReportedOutcomeFixture, record_of
 
-from reelway.pipelines.features.online import materialise, write_rows
+from reelway.pipelines.features.materialisation import materialise, write_rows
 from reelway.pipelines.features.parity import ParityReport, replay
 from reelway.pipelines.features.registry import register_features
-from reelway.pipelines.features.stream.cells import STREAMED
-from reelway.pipelines.features.stream.outputs import FeatureSinks
 from reelway.pipelines.features.stream.processor import StreamProcessor, StreamSettings
 from reelway.pipelines.features.stream.replay import replay_log
 from reelway.pipelines.features.stream.service import catalogue_of, view_settings
+from reelway.pipelines.features.stream.sinks import FeatureSinks
 from reelway.pipelines.features.stream.state import StreamState
+from reelway.pipelines.features.stream.time_buckets import STREAMED
 from reelway.pipelines.features.training_rows import LABELS_FILE, read_feature_file, video_snapshot, viewer_snapshot
 from reelway.pipelines.features.views import ViewSettings
-from reelway.pipelines.release_parts import write_videos
+from reelway.pipelines.release_tables import write_videos
+from reelway.platform.atomic_files import write_json
 from reelway.platform.contracts.api import RecommendRequest
 from reelway.platform.contracts.events import OutcomeType
-from reelway.platform.durable import write_json
-from reelway.platform.eventlog.changelog import FeatureChangelog
+from reelway.platform.eventlog.feature_changelog import FeatureChangelog
 from reelway.platform.eventlog.sqlite_log import SqliteLog
 from reelway.platform.features.assembly import assemble_videos, columns_from_table
-from reelway.platform.features.store import open_feature_store
+from reelway.platform.features.feast_store import open_feature_store
 from reelway.platform.features.vector_log import VectorLog
 from reelway.platform.features.viewer_rows import ViewerRowReader
-from reelway.platform.runs import RunDirectory
+from reelway.platform.run_directory import RunDirectory
 from reelway.serving.live_overlay import FeatureOverlay
 from reelway.serving.parity_sample import ParitySampler
 from reelway.serving.video_table import open_video_table

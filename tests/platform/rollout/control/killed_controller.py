@@ -10,7 +10,7 @@ import signal
 from collections.abc import Callable
 from pathlib import Path
 
-from tests.platform.rollout.made_world import QUICK, ControllerEnvironment
+from tests.platform.rollout.controller_environment import QUICK, ControllerEnvironment
 
 from reelway.platform.rollout.state import Command, Phase, RolloutState
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from tests.benchmarks.canary_events import RELEASE, STABLE
-from tests.platform.rollout.made_world import ControllerEnvironment, moves, newest, nothing
+from tests.platform.rollout.controller_environment import ControllerEnvironment, moves, newest, nothing
 
 from reelway.platform.contracts.events import Arm
 from reelway.platform.errors import RolloutError, StorageError

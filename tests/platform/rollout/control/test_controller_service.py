@@ -19,10 +19,10 @@ import httpx
 import pytest
 from tests.benchmarks.canary_events import RELEASE, STABLE
 from tests.platform.rollout.control.test_webhook import payload
-from tests.platform.rollout.made_world import QUICK
+from tests.platform.rollout.controller_environment import QUICK
 
 from reelway.platform.errors import RolloutError
-from reelway.platform.rollout.control.controller_service import ControllerSettings, run_controller
+from reelway.platform.rollout.control.local_controller import ControllerSettings, run_controller
 from reelway.platform.rollout.control.sqlite_store import SqliteRolloutStore
 from reelway.platform.rollout.decision import start_state
 from reelway.platform.rollout.state import Phase
@@ -30,7 +30,7 @@ from reelway.platform.rollout.state import Phase
 START = (
     "import sys, pathlib\n"
     "from reelway.platform.telemetry import configure_logging\n"
-    "from reelway.platform.rollout.control.controller_service import ControllerSettings, run_controller\n"
+    "from reelway.platform.rollout.control.local_controller import ControllerSettings, run_controller\n"
     "configure_logging()\n"
     "run_controller(ControllerSettings(run=pathlib.Path(sys.argv[1]), interval_s=0.2))\n"
 )

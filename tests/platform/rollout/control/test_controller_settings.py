@@ -10,8 +10,8 @@ from typer.testing import CliRunner
 
 from reelway.platform.cli.main import build_app
 from reelway.platform.errors import ConfigError
-from reelway.platform.rollout.control import controller_service
-from reelway.platform.rollout.control.controller_service import ControllerSettings
+from reelway.platform.rollout.control import local_controller
+from reelway.platform.rollout.control.local_controller import ControllerSettings
 from reelway.platform.settings import load_settings
 
 
@@ -19,7 +19,7 @@ from reelway.platform.settings import load_settings
 def started(monkeypatch: pytest.MonkeyPatch) -> list[ControllerSettings]:
     """Settings that the command passes to the controller."""
     received: list[ControllerSettings] = []
-    monkeypatch.setattr(controller_service, "run_controller", received.append)
+    monkeypatch.setattr(local_controller, "run_controller", received.append)
     return received
 
 

@@ -16,7 +16,7 @@ import pytest
 
 from reelway.platform.errors import ConfigError, StorageError
 from reelway.platform.rollout.alerts import KnownAlert
-from reelway.platform.rollout.control.alert_book import AlertRegistry
+from reelway.platform.rollout.control.alert_registry import AlertRegistry
 from reelway.platform.rollout.control.bearer_token import ensure_bearer_token
 from reelway.platform.rollout.control.controller_metrics import ControllerMetrics
 from reelway.platform.rollout.control.sqlite_store import SqliteRolloutStore

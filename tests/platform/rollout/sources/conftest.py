@@ -12,15 +12,15 @@ from pathlib import Path
 
 import pytest
 from tests.platform.rollout.sources.exporter import Exporter
-from tests.platform.rollout.sources.made_series import POLICY, state_of, sums
+from tests.platform.rollout.sources.series_fixtures import POLICY, state_of, sums
 from tests.platform.rollout.sources.servers import SCRAPE_S, Server, eventually, free_address, prometheus
 
 from reelway.platform.contracts.events import Arm
 from reelway.platform.rollout.evidence import EvidenceSnapshot, EvidenceState
 from reelway.platform.rollout.sources import evidence_source
-from reelway.platform.rollout.sources.heard_series import SeriesKey
+from reelway.platform.rollout.sources.series_reader import SeriesKey
 from reelway.platform.rollout.state import Phase, RolloutState
-from reelway.platform.runs import RunDirectory
+from reelway.platform.run_directory import RunDirectory
 
 QUICK = POLICY.model_copy(update={"evidence_max_age_s": 4 * SCRAPE_S})
 _NUMBERS = itertools.count(1)

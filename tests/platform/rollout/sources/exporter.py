@@ -13,8 +13,8 @@ from prometheus_client.core import CounterMetricFamily
 from prometheus_client.registry import Collector
 
 from reelway.platform.contracts.events import Arm
-from reelway.platform.rollout import series as names
-from reelway.platform.rollout.sources.heard_series import SeriesKey
+from reelway.platform.rollout import metric_names as names
+from reelway.platform.rollout.sources.series_reader import SeriesKey
 from reelway.platform.telemetry import counter, histogram
 
 Values = dict[SeriesKey, float]

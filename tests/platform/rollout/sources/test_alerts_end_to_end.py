@@ -11,14 +11,14 @@ from pathlib import Path
 
 import httpx
 import pytest
-from tests.platform.rollout.made_world import FileBackend
+from tests.platform.rollout.controller_environment import FileBackend
 from tests.platform.rollout.sources.conftest import QUICK, ObservedRollout
 from tests.platform.rollout.sources.exporter import Exporter
 from tests.platform.rollout.sources.servers import Server, alertmanager, eventually, free_address
 
 from reelway.platform.contracts.events import Arm
 from reelway.platform.errors import RolloutError
-from reelway.platform.rollout.control.alert_book import AlertRegistry
+from reelway.platform.rollout.control.alert_registry import AlertRegistry
 from reelway.platform.rollout.control.controller import Controller
 from reelway.platform.rollout.control.controller_metrics import ControllerMetrics
 from reelway.platform.rollout.control.sqlite_store import SqliteRolloutStore

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from reelway.platform.rollout import series
+from reelway.platform.rollout import metric_names
 from reelway.platform.rollout.rules import canary_rules, scrape_example
 from reelway.platform.rollout.sources.direct_scrape import PATHS
 
@@ -45,10 +45,10 @@ def test_every_alert_except_telemetry_alerts_has_a_release() -> None:
 
 def test_rules_use_only_series_that_serving_exposes() -> None:
     text = canary_rules()
-    for name in (series.REQUESTS, series.EMPTY_SLATES, f"{series.LATENCY}_bucket"):
+    for name in (metric_names.REQUESTS, metric_names.EMPTY_SLATES, f"{metric_names.LATENCY}_bucket"):
         text = text.replace(name, "")
     assert "reelway_" not in text
-    assert "|".join(series.FAULTY_OUTCOMES) in text
+    assert "|".join(metric_names.FAULTY_OUTCOMES) in text
 
 
 def test_example_scrapes_both_endpoints_under_the_expected_jobs(tmp_path: Path) -> None:

@@ -11,19 +11,19 @@ from pathlib import Path
 
 import pytest
 from tests.platform.rollout.sources.exporter import Exporter
-from tests.platform.rollout.sources.made_series import CANARY, POLICY, STABLE, state_of, sums
+from tests.platform.rollout.sources.series_fixtures import CANARY, POLICY, STABLE, state_of, sums
 
 from reelway.platform.contracts.events import Arm
 from reelway.platform.errors import ServingError
-from reelway.platform.rollout import series as names
+from reelway.platform.rollout import metric_names as names
 from reelway.platform.rollout.evidence import EvidenceSnapshot, EvidenceState
 from reelway.platform.rollout.policy import Slice
 from reelway.platform.rollout.sources import SeriesEvidenceSource, evidence_source
 from reelway.platform.rollout.sources.direct_scrape import DirectScrapeReader, service_url
-from reelway.platform.rollout.sources.heard_series import Scope
-from reelway.platform.rollout.sources.parity_report import read_parity
+from reelway.platform.rollout.sources.parity_findings import read_parity
+from reelway.platform.rollout.sources.series_reader import Scope
 from reelway.platform.rollout.state import RolloutState
-from reelway.platform.runs import RunDirectory
+from reelway.platform.run_directory import RunDirectory
 
 OK, INSUFFICIENT, DOWN = EvidenceState.OK, EvidenceState.INSUFFICIENT, EvidenceState.TELEMETRY_DOWN
 METRIC = ("long_watch_rate", Slice.OVERALL)

@@ -7,14 +7,14 @@ import math
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.platform.rollout.sources.made_series import CANARY, POLICY, SeriesFixture, sums
+from tests.platform.rollout.sources.series_fixtures import CANARY, POLICY, SeriesFixture, sums
 
 from reelway.platform.contracts.events import Arm
-from reelway.platform.rollout import series as names
+from reelway.platform.rollout import metric_names as names
 from reelway.platform.rollout.assessment import assess
 from reelway.platform.rollout.evidence import EvidenceState, MetricEvidence
 from reelway.platform.rollout.policy import Slice, parse_policy
-from reelway.platform.rollout.sources.heard_series import SeriesKey
+from reelway.platform.rollout.sources.series_reader import SeriesKey
 
 OK, INSUFFICIENT, DOWN = EvidenceState.OK, EvidenceState.INSUFFICIENT, EvidenceState.TELEMETRY_DOWN
 PARTS = (Slice.OVERALL, Slice.NEW_VIEWERS)

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from reelway.platform.rollout.evidence import EvidenceState, GuardrailReading
-from reelway.platform.rollout.sources.parity_report import parity_path, read_parity
-from reelway.platform.runs import RunDirectory
+from reelway.platform.rollout.sources.parity_findings import parity_path, read_parity
+from reelway.platform.run_directory import RunDirectory
 
 RELEASE = "c" * 64
 FOUND = {"rows": 40, "mismatches": 2, "checked_at": 1_700_000_000.0, "detail": "viewer.watches_7d differs"}

@@ -11,18 +11,18 @@ from pathlib import Path
 import pytest
 from tests.platform.rollout.sources.conftest import QUICK, Monitoring, ObservedRollout
 from tests.platform.rollout.sources.exporter import Exporter
-from tests.platform.rollout.sources.made_series import CANARY, POLICY, state_of
+from tests.platform.rollout.sources.series_fixtures import CANARY, POLICY, state_of
 from tests.platform.rollout.sources.servers import free_address, prometheus
 
 from reelway.platform.contracts.events import Arm
-from reelway.platform.rollout import series as names
+from reelway.platform.rollout import metric_names as names
 from reelway.platform.rollout.evidence import EvidenceSnapshot, EvidenceState
 from reelway.platform.rollout.policy import Slice
 from reelway.platform.rollout.sources import evidence_source
 from reelway.platform.rollout.sources.direct_scrape import INTERVAL_S
-from reelway.platform.rollout.sources.heard_series import Scope
 from reelway.platform.rollout.sources.prometheus_reader import TIMEOUT_S, PrometheusReader
-from reelway.platform.runs import RunDirectory
+from reelway.platform.rollout.sources.series_reader import Scope
+from reelway.platform.run_directory import RunDirectory
 
 OK, INSUFFICIENT, DOWN = EvidenceState.OK, EvidenceState.INSUFFICIENT, EvidenceState.TELEMETRY_DOWN
 METRIC = ("long_watch_rate", Slice.OVERALL)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 from tests.platform.rollout.sources.exporter import Exporter
-from tests.platform.rollout.sources.made_series import POLICY, state_of
+from tests.platform.rollout.sources.series_fixtures import POLICY, state_of
 from tests.serving.outcomes.raw_events import NOW, RELEASES, RawOutcome, ShownImpression, columns_of, exposures_of
 
 from reelway.platform.contracts.events import Arm, OutcomeType
@@ -17,7 +17,7 @@ from reelway.platform.rollout.evidence import EvidenceState
 from reelway.platform.rollout.policy import Slice
 from reelway.platform.rollout.sources import evidence_source
 from reelway.platform.rollout.state import Phase
-from reelway.platform.runs import RunDirectory
+from reelway.platform.run_directory import RunDirectory
 from reelway.platform.tokens import SLICE_BITS
 from reelway.serving.metrics import SHORT_RELEASE, IngressMetrics, ShadowMetrics
 from reelway.serving.outcomes.collector import OutcomeCollector

@@ -22,18 +22,18 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 from tests.platform.rollout.sources.conftest import QUICK
 from tests.platform.rollout.sources.exporter import Exporter
-from tests.platform.rollout.sources.made_series import CANARY, ROLLOUT, STABLE, state_of, sums
+from tests.platform.rollout.sources.series_fixtures import CANARY, ROLLOUT, STABLE, state_of, sums
 from tests.platform.rollout.sources.servers import alertmanager, eventually, free_address, prometheus
 
 from reelway.platform.contracts.events import Arm
 from reelway.platform.errors import ConfigError, RolloutError
 from reelway.platform.rollout.evidence import EvidenceSnapshot, EvidenceState
 from reelway.platform.rollout.policy import Slice
-from reelway.platform.rollout.sources.access import MonitoringAccess
 from reelway.platform.rollout.sources.alertmanager import AlertmanagerClient
-from reelway.platform.rollout.sources.heard_series import Scope
-from reelway.platform.rollout.sources.parity_report import ParityFindings
+from reelway.platform.rollout.sources.monitoring_access import MonitoringAccess
+from reelway.platform.rollout.sources.parity_findings import ParityFindings
 from reelway.platform.rollout.sources.prometheus_reader import PrometheusReader
+from reelway.platform.rollout.sources.series_reader import Scope
 from reelway.platform.rollout.sources.snapshot import build_snapshot
 
 TOKEN = "a-token-of-a-service-account"

@@ -16,10 +16,10 @@ from typing import Any
 import httpx
 import pytest
 from tests.platform.rollout.control.test_webhook import RIGHT, TOKEN, payload
-from tests.platform.rollout.made_world import ScriptedEvidence, newest
+from tests.platform.rollout.controller_environment import ScriptedEvidence, newest
 
 from reelway.platform.contracts.events import Arm
-from reelway.platform.rollout.control.alert_book import AlertRegistry
+from reelway.platform.rollout.control.alert_registry import AlertRegistry
 from reelway.platform.rollout.control.controller import Controller
 from reelway.platform.rollout.control.controller_metrics import ControllerMetrics
 from reelway.platform.rollout.control.sqlite_store import SqliteRolloutStore
@@ -31,7 +31,7 @@ from reelway.platform.rollout.traffic.bucketing import bucket_of
 from reelway.platform.rollout.traffic.routing import Routing
 from reelway.platform.rollout.traffic.serve_rest import ServeRestBackend
 from reelway.platform.rollout.traffic.target import TrafficTarget, traffic_target
-from reelway.platform.runs import RunDirectory
+from reelway.platform.run_directory import RunDirectory
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.long, pytest.mark.timeout(300)]
 

@@ -8,15 +8,15 @@ from typing import Any
 
 import typer
 
-from reelway.pipelines.commands.own_key import ensure_signing_key
 from reelway.pipelines.commands.rehearse import rehearse
-from reelway.platform.cli.release import RUN, release_group
+from reelway.pipelines.commands.signing_key import ensure_signing_key
+from reelway.platform.cli.release_commands import RUN, release_group
 from reelway.platform.cli.terminal import print_status, stderr_console
 from reelway.platform.contracts.manifest import Waiver
 from reelway.platform.errors import ConfigError, ReleaseNotFoundError
 from reelway.platform.release.signing import fingerprint, load_private_key
 from reelway.platform.release.store import ReleaseStore
-from reelway.platform.runs import RunDirectory
+from reelway.platform.run_directory import RunDirectory
 
 STEP = "release"
 
@@ -63,7 +63,7 @@ def build(
 
       reelway release build --run runs/new --waive "coverage=first week, 40 videos so far" --waived-by ines
     """
-    from reelway.pipelines.build import build_release, load_blend_file
+    from reelway.pipelines.release_builder import build_release, load_blend_file
     from reelway.platform.contracts.blend import Blend
 
     directory = RunDirectory(run)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from reelway.platform.cli.terminal import print_status, progress, stdout_console
-from reelway.platform.runs import RunDirectory
+from reelway.platform.run_directory import RunDirectory
 
 if TYPE_CHECKING:
     from reelway.pipelines.evaluation.metrics import BootstrapEstimate
@@ -51,8 +51,8 @@ def evaluate_command(
     run: RunDirectory, min_events: int, max_viewers: int, blend: Path | None, seed: int, force: bool
 ) -> None:
     """Runs the step ``evaluate``, unless it was completed with the same inputs."""
-    from reelway.pipelines.build import load_blend_file
     from reelway.pipelines.evaluation.report import EVALUATION_FILE, EvaluationSettings, evaluate_run
+    from reelway.pipelines.release_builder import load_blend_file
 
     settings = EvaluationSettings(min_events=min_events, max_viewers=max_viewers, seed=seed)
     output = run.evaluation / EVALUATION_FILE

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from reelway.platform.cli.terminal import print_status, progress, stdout_console
 from reelway.platform.errors import ConfigError
-from reelway.platform.runs import RunDirectory
+from reelway.platform.run_directory import RunDirectory
 
 if TYPE_CHECKING:
     from reelway.pipelines.features.parity import ParityReport
@@ -125,8 +125,8 @@ def parity(
     import time
 
     from reelway.pipelines.features.parity import replay
-    from reelway.platform.durable import write_json
-    from reelway.platform.rollout.sources.parity_report import parity_path
+    from reelway.platform.atomic_files import write_json
+    from reelway.platform.rollout.sources.parity_findings import parity_path
     from reelway.platform.rollout.sources.parity_store import write_parity
 
     directory = RunDirectory(run)
@@ -203,7 +203,7 @@ def _build(run: RunDirectory, cpus: int, ray_address: str, online_store: str | N
 
 
 def _materialise(run: RunDirectory, at: str | None, force: bool) -> None:
-    from reelway.pipelines.features.online import MATERIALISATION_FILE, materialise
+    from reelway.pipelines.features.materialisation import MATERIALISATION_FILE, materialise
 
     at_s = _parse_time(at) if at else float(run.record("features")["summary"]["until_s"])
     with run.step(

@@ -143,7 +143,7 @@ def import_events(
     Example: reelway import events shown.parquet --videos videos.csv --run runs/mine
     """
     from reelway.pipelines.datasets.content_dimensions import DimensionSettings
-    from reelway.pipelines.datasets.generic import import_events as read
+    from reelway.pipelines.datasets.event_files import import_events as read
 
     files = [path, *([videos] if videos else [])]
     settings = DimensionSettings(topics, history_length, category_buckets, id_buckets)
@@ -168,7 +168,7 @@ def _import(
     from reelway.pipelines.datasets.dataset_step import write_checked_dataset
     from reelway.platform.cli.terminal import print_status, stderr_console
     from reelway.platform.errors import MalformedFileError
-    from reelway.platform.runs import RunDirectory
+    from reelway.platform.run_directory import RunDirectory
 
     for file in files:
         if not file.is_file():

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import typer
 
-from reelway.pipelines.commands.own_key import ensure_signing_key
-from reelway.platform.cli.release import RUN
+from reelway.pipelines.commands.signing_key import ensure_signing_key
+from reelway.platform.cli.release_commands import RUN
 from reelway.platform.cli.terminal import print_status, stderr_console
 from reelway.platform.contracts.ids import short_id
 from reelway.platform.release.signing import fingerprint, load_private_key
 from reelway.platform.release.store import LATEST, ReleaseStore
-from reelway.platform.runs import RunDirectory
+from reelway.platform.run_directory import RunDirectory
 
 
 class KindChoice(StrEnum):
@@ -65,12 +65,12 @@ def rehearse(
                 f"drill release {kind.value}: already built from the same release, skipped (use --force to redo)"
             )
         else:
-            from reelway.pipelines import rehearsal
+            from reelway.pipelines import drill_releases
 
             with stderr_console.status(f"building drill release {kind.value}") as status:
-                release_id, folder = rehearsal.build_drill_release(
+                release_id, folder = drill_releases.build_drill_release(
                     directory,
-                    rehearsal.DrillReleaseKind(kind.value),
+                    drill_releases.DrillReleaseKind(kind.value),
                     of=good,
                     key=signer,
                     by=by or getpass.getuser(),
@@ -78,7 +78,7 @@ def rehearse(
                     report=lambda what: status.update(f"drill release {kind.value}: {what}"),
                 )
             step.summary |= {"release_id": release_id, "folder": str(folder)}
-            description = rehearsal.DESCRIPTIONS[rehearsal.DrillReleaseKind(kind)]
+            description = drill_releases.DESCRIPTIONS[drill_releases.DrillReleaseKind(kind)]
             print_status(f"release {short_id(release_id)} is rehearsal-{kind.value}: {description}")
         typer.echo(step.summary["release_id"])
 

@@ -39,9 +39,9 @@ def simulate(
     from reelway.pipelines.datasets.checks import CheckLimits
     from reelway.pipelines.datasets.dataset_step import write_checked_dataset
     from reelway.pipelines.simulation.config import SimulationConfig
-    from reelway.pipelines.simulation.log import simulate as simulate_log
+    from reelway.pipelines.simulation.simulate_log import simulate as simulate_log
     from reelway.platform.cli.terminal import print_status, progress
-    from reelway.platform.runs import RunDirectory
+    from reelway.platform.run_directory import RunDirectory
 
     config = SimulationConfig(viewers=viewers, videos=videos, days=days, impressions=impressions)
     limits = CheckLimits()

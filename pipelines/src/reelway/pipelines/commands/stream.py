@@ -46,7 +46,7 @@ def stream(
     from reelway.pipelines.features.stream.service import StreamOptions
     from reelway.pipelines.features.stream.service import run_stream as run_stream
     from reelway.platform.cli.terminal import print_status
-    from reelway.platform.runs import RunDirectory
+    from reelway.platform.run_directory import RunDirectory
 
     stop = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):

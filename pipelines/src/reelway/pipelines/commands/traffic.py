@@ -42,7 +42,7 @@ def traffic(
     import json
 
     from reelway.platform.errors import ConfigError
-    from reelway.platform.runs import RunDirectory
+    from reelway.platform.run_directory import RunDirectory
 
     directory = RunDirectory(run)
     info_path = directory.dataset / "dataset.json"
@@ -75,7 +75,7 @@ def _run_traffic(
     import signal
     import time
 
-    from reelway.pipelines.simulation.live import LiveTraffic, TrafficOptions
+    from reelway.pipelines.simulation.live_traffic import LiveTraffic, TrafficOptions
     from reelway.pipelines.simulation.live_viewers import LiveViewers, load_world
 
     options = TrafficOptions(url, rate, seconds, count, timeout_s, seed=seed, report=report)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from reelway.platform.cli.terminal import print_status, progress, stdout_console
-from reelway.platform.runs import RunDirectory
+from reelway.platform.run_directory import RunDirectory
 
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
@@ -66,7 +66,7 @@ def train_command(
 ) -> None:
     """Runs the step ``train`` unless it is done with the same inputs."""
     from reelway.pipelines.training.config import load_config
-    from reelway.pipelines.training.step import Resources, train_run
+    from reelway.pipelines.training.train_run import Resources, train_run
 
     if epochs is not None:
         override = [*override, f"two_tower_loop.epochs={epochs}", f"ranker_loop.epochs={epochs}"]

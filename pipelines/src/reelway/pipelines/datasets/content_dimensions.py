@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 from pydantic import ValidationError
 
 from reelway.platform.contracts.feature_dimensions import FeatureDimensions
-from reelway.platform.contracts.features import CONTENT_VECTORS
+from reelway.platform.contracts.feature_names import CONTENT_VECTORS
 from reelway.platform.errors import ConfigError
 
 MAX_INFERRED_TOPICS: Final = 1024

@@ -17,9 +17,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from reelway.platform.atomic_files import atomic_directory
 from reelway.platform.contracts.events import DATASET_TABLES
 from reelway.platform.contracts.feature_dimensions import FeatureDimensions
-from reelway.platform.durable import atomic_directory
 from reelway.platform.errors import MalformedFileError
 from reelway.platform.features.dimensions import read_dimensions, write_dimensions
 

@@ -22,7 +22,7 @@ from reelway.pipelines.evaluation.metrics import (
     log_loss,
     rows_estimate,
 )
-from reelway.platform.contracts.features import BINARY_TASKS, RANKER_INPUTS
+from reelway.platform.contracts.feature_names import BINARY_TASKS, RANKER_INPUTS
 from reelway.platform.features.scoring import head_predictions
 
 if TYPE_CHECKING:

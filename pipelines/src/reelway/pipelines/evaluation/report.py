@@ -24,11 +24,11 @@ from reelway.pipelines.evaluation.harness import (
 from reelway.pipelines.evaluation.heads import HeadQuality, evaluate_heads
 from reelway.pipelines.evaluation.recommender import recommenders_at_cut
 from reelway.pipelines.features.training_rows import LABELS_FILE, TRAINING_ROWS_FILE
+from reelway.platform.atomic_files import write_json
 from reelway.platform.contracts.blend import Blend
 from reelway.platform.contracts.manifest import GateResult
-from reelway.platform.durable import write_json
 from reelway.platform.errors import EmptyDatasetError
-from reelway.platform.runs import RunDirectory
+from reelway.platform.run_directory import RunDirectory
 
 EVALUATION_FILE: Final = "evaluation.json"
 TWO_STAGE: Final = "retrieval + ranking"

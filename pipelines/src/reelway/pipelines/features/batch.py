@@ -29,11 +29,11 @@ from reelway.pipelines.features import views
 from reelway.pipelines.features.labels import label_impressions, times_us
 from reelway.pipelines.features.training_rows import CATALOGUE_FILE, LABELS_FILE
 from reelway.pipelines.features.views import Events, ViewSettings
+from reelway.platform.atomic_files import atomic_directory, atomic_file
 from reelway.platform.contracts.events import DATASET_TABLES
-from reelway.platform.durable import atomic_directory, atomic_file
 from reelway.platform.errors import EmptyDatasetError, FeatureError
 from reelway.platform.features.hashing import mix64
-from reelway.platform.runs import RunDirectory
+from reelway.platform.run_directory import RunDirectory
 
 VIEWS_FOLDER: Final = "views"
 _EVENT_COLUMNS: Final = [

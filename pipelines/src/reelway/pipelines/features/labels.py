@@ -24,7 +24,7 @@ from reelway.platform.contracts.events import (
     WEIGHT_BOUNDS,
     OutcomeType,
 )
-from reelway.platform.contracts.features import RANKER_TASKS
+from reelway.platform.contracts.feature_names import RANKER_TASKS
 from reelway.platform.errors import DataError
 
 I64 = NDArray[np.int64]

@@ -15,13 +15,13 @@ from typing import Any, Final
 
 import numpy as np
 
-from reelway.pipelines.features.online import materialised_at_s
+from reelway.pipelines.features.materialisation import materialised_at_s
 from reelway.pipelines.features.point_in_time import join_view
 from reelway.pipelines.features.training_rows import CATALOGUE_FILE, VIDEO_VIEWS, read_feature_file
-from reelway.platform.contracts.features import VIEWER_VIEWS, VIEWS
+from reelway.platform.contracts.feature_names import VIEWER_VIEWS, VIEWS
 from reelway.platform.errors import ParityError
+from reelway.platform.features.feast_store import open_feature_store
 from reelway.platform.features.on_demand import hours_since_upload
-from reelway.platform.features.store import open_feature_store
 from reelway.platform.features.vector_log import ServedVector, read_vectors
 from reelway.platform.features.viewer_rows import AS_OF
 

@@ -20,7 +20,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from reelway.pipelines.features.windows import I64
-from reelway.platform.contracts.features import REQUEST_CONTEXT, VIEWS
+from reelway.platform.contracts.feature_names import REQUEST_CONTEXT, VIEWS
 from reelway.platform.errors import FeatureError
 
 if TYPE_CHECKING:

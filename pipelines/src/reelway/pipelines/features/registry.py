@@ -10,11 +10,11 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from reelway.platform.atomic_files import atomic_file
 from reelway.platform.contracts.feature_dimensions import FeatureDimensions
-from reelway.platform.durable import atomic_file
 from reelway.platform.errors import ConfigError, StorageError
 from reelway.platform.features.dimensions import write_dimensions
-from reelway.platform.features.store import open_feature_store, write_store_config
+from reelway.platform.features.feast_store import open_feature_store, write_store_config
 
 if TYPE_CHECKING:
     from feast import FeatureStore

@@ -19,11 +19,11 @@ from numpy.typing import NDArray
 from reelway.pipelines.features.labels import LABELS, times_us
 from reelway.pipelines.features.point_in_time import join_request_context, join_view
 from reelway.pipelines.features.windows import I64
-from reelway.platform.contracts.features import VIEWER_VIEWS
-from reelway.platform.durable import atomic_file
+from reelway.platform.atomic_files import atomic_file
+from reelway.platform.contracts.feature_names import VIEWER_VIEWS
 from reelway.platform.errors import EmptyDatasetError, FeatureError
-from reelway.platform.features.store import open_feature_store
-from reelway.platform.runs import RunDirectory
+from reelway.platform.features.feast_store import open_feature_store
+from reelway.platform.run_directory import RunDirectory
 
 if TYPE_CHECKING:
     from feast import FeatureStore

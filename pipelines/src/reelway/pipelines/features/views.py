@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 
 from reelway.pipelines.features.labels import times_us
 from reelway.pipelines.features.windows import ALL_TIME_US, I64, window_sums
-from reelway.platform.contracts import features as names
+from reelway.platform.contracts import feature_names as names
 from reelway.platform.contracts.events import TIMESTAMP_TYPE
 from reelway.platform.contracts.feature_dimensions import FeatureDimensions
 from reelway.platform.errors import FeatureError

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from reelway.pipelines.models.ranker import Ranker
 from reelway.pipelines.models.two_tower import TwoTower
-from reelway.platform.contracts.features import (
+from reelway.platform.contracts.feature_names import (
     BINARY_TASKS,
     RANKER_INPUTS,
     RANKER_TASKS,

@@ -16,9 +16,9 @@ import torch.nn.functional as F
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
-from reelway.pipelines.models.inputs import CategoryEmbeddings, HashedIdEmbedding, Standardiser
+from reelway.pipelines.models.input_layers import CategoryEmbeddings, HashedIdEmbedding, Standardiser
 from reelway.platform.contracts.feature_dimensions import FeatureDimensions
-from reelway.platform.contracts.features import (
+from reelway.platform.contracts.feature_names import (
     RANKER_TASKS,
     VIDEO_CATEGORIES,
     VIDEO_DENSE,

@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 
-from reelway.pipelines.models.inputs import CategoryEmbeddings, HashedIdEmbedding, Standardiser
+from reelway.pipelines.models.input_layers import CategoryEmbeddings, HashedIdEmbedding, Standardiser
 from reelway.platform.contracts.feature_dimensions import FeatureDimensions
-from reelway.platform.contracts.features import CONTENT_VECTORS, VIDEO_STATIC_DENSE, VIEWER_CATEGORIES
+from reelway.platform.contracts.feature_names import CONTENT_VECTORS, VIDEO_STATIC_DENSE, VIEWER_CATEGORIES
 
 _PRESENT = {name: VIDEO_STATIC_DENSE.index(f"has_{name}") for name in CONTENT_VECTORS}
 """Column of ``video_static_dense`` that says whether a video has the content vector."""

@@ -23,9 +23,9 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
+from reelway.pipelines.simulation.arrivals import DEVICES
 from reelway.pipelines.simulation.config import DAY_S, SimulationConfig
 from reelway.pipelines.simulation.responses import FLAGS, Responses
-from reelway.pipelines.simulation.traffic import DEVICES
 from reelway.pipelines.simulation.world import PAD, TREND_MARGIN_D, World
 from reelway.platform.contracts.events import LONG_WATCH_CAP_MS, LONG_WATCH_RATIO, OutcomeType
 from reelway.platform.errors import ConfigError, DataError
@@ -115,7 +115,7 @@ class LiveViewers:
         return self._next.pop()
 
     def react(self, slates: Sequence[ShownSlate], moment_s: float) -> list[Reaction]:
-        """Draws one reaction per slate, shown at the simulated time ``moment_s``.
+        """Draws one reaction per slate, shown at the simulated time ``simulated_time_s``.
 
         Raises:
             DataError: if a viewer or video does not exist in this world.

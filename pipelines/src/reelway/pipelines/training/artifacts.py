@@ -25,9 +25,9 @@ from torch import nn
 
 from reelway.pipelines.models.ranker import Ranker, RankerConfig
 from reelway.pipelines.models.two_tower import TwoTower, TwoTowerConfig
+from reelway.platform.atomic_files import atomic_file, write_json
 from reelway.platform.contracts.calibration import Calibration
 from reelway.platform.contracts.feature_dimensions import FeatureDimensions
-from reelway.platform.durable import atomic_file, write_json
 from reelway.platform.errors import MalformedFileError, TrainingError
 
 CALIBRATION_FILE: Final = "calibration.json"

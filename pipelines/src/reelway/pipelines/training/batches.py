@@ -22,7 +22,7 @@ from reelway.pipelines.models.losses import log_inclusion
 from reelway.pipelines.training.config import LoopConfig, RetrievalDataConfig
 from reelway.pipelines.training.negatives import RankerRows
 from reelway.pipelines.training.rows import TrainingRows
-from reelway.platform.contracts.features import VIDEO_TOWER_INPUTS, VIEWER_TOWER_INPUTS
+from reelway.platform.contracts.feature_names import VIDEO_TOWER_INPUTS, VIEWER_TOWER_INPUTS
 from reelway.platform.errors import TrainingError
 
 I64 = NDArray[np.int64]

@@ -16,7 +16,7 @@ from sklearn.isotonic import IsotonicRegression
 from sklearn.linear_model import LogisticRegression
 
 from reelway.platform.contracts.calibration import Calibration, CalibrationCurve
-from reelway.platform.contracts.features import BINARY_TASKS
+from reelway.platform.contracts.feature_names import BINARY_TASKS
 
 F32 = NDArray[np.float32]
 F64 = NDArray[np.float64]

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from reelway.pipelines.training.loop import State, current_worker
-from reelway.platform.durable import atomic_file
+from reelway.platform.atomic_files import atomic_file
 from reelway.platform.errors import TrainingError
 
 _log = logging.getLogger(__name__)

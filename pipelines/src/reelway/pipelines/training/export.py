@@ -19,12 +19,12 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from reelway.pipelines.models.inference_ranker import InferenceRanker
 from reelway.pipelines.models.ranker import Ranker
-from reelway.pipelines.models.served_ranker import InferenceRanker
 from reelway.pipelines.models.two_tower import TwoTower
 from reelway.pipelines.training.batches import as_tensor
-from reelway.platform.contracts.features import RANKER_INPUTS, VIEWER_TOWER_INPUTS
-from reelway.platform.durable import atomic_file
+from reelway.platform.atomic_files import atomic_file
+from reelway.platform.contracts.feature_names import RANKER_INPUTS, VIEWER_TOWER_INPUTS
 from reelway.platform.errors import ReleaseError
 from reelway.platform.features.assembly import ViewerArrays
 

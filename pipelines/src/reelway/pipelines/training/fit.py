@@ -28,7 +28,7 @@ from reelway.pipelines.training.loop import Checkpoints, NoCheckpoints, OnEpoch,
 from reelway.pipelines.training.negatives import RankerRows
 from reelway.pipelines.training.rows import F32, I64, TrainingRows
 from reelway.platform.contracts.feature_dimensions import FeatureDimensions
-from reelway.platform.contracts.features import BINARY_TASKS, RANKER_TASKS
+from reelway.platform.contracts.feature_names import BINARY_TASKS, RANKER_TASKS
 from reelway.platform.errors import EmptyDatasetError, TrainingError
 from reelway.platform.features.assembly import ViewerArrays
 

@@ -17,7 +17,12 @@ from torch import nn
 from reelway.pipelines.models.ranker import Ranker
 from reelway.pipelines.models.two_tower import TwoTower
 from reelway.pipelines.training.batches import as_tensor
-from reelway.platform.contracts.features import RANKER_INPUTS, RANKER_TASKS, VIDEO_TOWER_INPUTS, VIEWER_TOWER_INPUTS
+from reelway.platform.contracts.feature_names import (
+    RANKER_INPUTS,
+    RANKER_TASKS,
+    VIDEO_TOWER_INPUTS,
+    VIEWER_TOWER_INPUTS,
+)
 from reelway.platform.features.assembly import VideoArrays, ViewerArrays
 
 F32 = NDArray[np.float32]

@@ -17,7 +17,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from reelway.pipelines.training.rows import F32, F64, I64, TrainingRows
-from reelway.platform.contracts.features import CREATOR_STATISTICS, RANKER_TASKS, VIDEO_ENGAGEMENT
+from reelway.platform.contracts.feature_names import CREATOR_STATISTICS, RANKER_TASKS, VIDEO_ENGAGEMENT
 from reelway.platform.features.on_demand import hours_since_upload
 
 PointInTimeLookup = Callable[[str, I64, I64], pa.Table]

@@ -39,7 +39,7 @@ from reelway.pipelines.training.loop import EpochReport, OnEpoch, State
 from reelway.pipelines.training.negatives import FIELDS, RankerRows
 from reelway.pipelines.training.rows import TrainingRows, map_arrays, save_arrays
 from reelway.platform.errors import TrainingError
-from reelway.platform.runs import digest_of
+from reelway.platform.run_directory import digest_of
 
 STATE_FILE = "state.pt"
 MAX_FAILURES = 3

@@ -22,7 +22,7 @@ import pyarrow.dataset as pads
 from numpy.typing import NDArray
 
 from reelway.platform.contracts.feature_dimensions import FeatureDimensions
-from reelway.platform.contracts.features import RANKER_TASKS
+from reelway.platform.contracts.feature_names import RANKER_TASKS
 from reelway.platform.errors import EmptyDatasetError, MalformedFileError
 from reelway.platform.features.assembly import (
     VideoArrays,

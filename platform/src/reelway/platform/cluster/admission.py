@@ -10,8 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
+from reelway.platform.cluster.kube_rollout_store import to_rollout
 from reelway.platform.cluster.resources import RolloutResource
-from reelway.platform.cluster.rollout_store import to_rollout
 from reelway.platform.contracts.ids import short_id
 from reelway.platform.errors import RolloutError
 from reelway.platform.rollout.policy import RolloutPolicy

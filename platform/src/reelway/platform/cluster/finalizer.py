@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from reelway.platform.cluster.kube_api import ConflictError, KubeApi, NotFoundError
 from reelway.platform.cluster.resources import FINALIZER, RolloutResource
-from reelway.platform.cluster.shelf import PATH, InformerCache, parse_rollout
+from reelway.platform.cluster.rollout_cache import PATH, InformerCache, parse_rollout
 
 
 def set_finalizer(

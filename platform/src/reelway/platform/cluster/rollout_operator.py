@@ -16,24 +16,24 @@ from contextlib import ExitStack
 from typing import Final
 
 from reelway.platform.cluster.admission import Admitted, Refused, Waiting, admit
-from reelway.platform.cluster.announcements import EventRecorder
+from reelway.platform.cluster.backend_controller import BackendController
+from reelway.platform.cluster.event_recorder import EventRecorder
 from reelway.platform.cluster.finalizer import set_finalizer
-from reelway.platform.cluster.health import operator_application
 from reelway.platform.cluster.kube_api import KubeApi
-from reelway.platform.cluster.lanes import BackendController
-from reelway.platform.cluster.lease import LeaderElector
+from reelway.platform.cluster.kube_rollout_store import KubeRolloutStore
+from reelway.platform.cluster.leader_election import LeaderElector
+from reelway.platform.cluster.operator_http import operator_application
 from reelway.platform.cluster.operator_settings import OperatorSettings
-from reelway.platform.cluster.release_records import ReleaseReconciler
+from reelway.platform.cluster.release_reconciler import ReleaseReconciler
 from reelway.platform.cluster.resources import FINALIZER, Backend, PolicyReference, RayServiceReference, RolloutResource
-from reelway.platform.cluster.rollout_store import KubeRolloutStore
+from reelway.platform.cluster.rollout_cache import InformerCache
 from reelway.platform.cluster.rollout_watch import RolloutWatch
-from reelway.platform.cluster.shelf import InformerCache
 from reelway.platform.cluster.status import REFUSED, WAITING, may_move_traffic
 from reelway.platform.errors import ConfigError, KubernetesError, ReelwayError, RolloutError
 from reelway.platform.rollout.alerts import KnownAlert
 from reelway.platform.rollout.control.bearer_token import ensure_bearer_token
 from reelway.platform.rollout.control.controller_metrics import ControllerMetrics
-from reelway.platform.rollout.control.controller_service import stopped_by_signals
+from reelway.platform.rollout.control.local_controller import stopped_by_signals
 from reelway.platform.rollout.control.webhook import serve_in_thread
 from reelway.platform.rollout.policy import RolloutPolicy, default_policy, parse_policy
 

@@ -11,7 +11,7 @@ import threading
 from typing import Final
 
 from reelway.platform.cluster.kube_api import ExpiredError, KubeApi
-from reelway.platform.cluster.shelf import PATH, InformerCache
+from reelway.platform.cluster.rollout_cache import PATH, InformerCache
 from reelway.platform.errors import KubernetesError
 
 log = logging.getLogger(__name__)

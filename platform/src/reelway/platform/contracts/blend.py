@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from reelway.platform.contracts.features import RANKER_TASKS
+from reelway.platform.contracts.feature_names import RANKER_TASKS
 
 SourceName = Literal["ann", "popular", "trending", "fresh", "neighbours"]
 """Retrieval sources: two-tower ANN, all-time popular, trending, new uploads, item-to-item from the history."""

@@ -6,7 +6,7 @@ import itertools
 
 from pydantic import BaseModel, ConfigDict, model_validator
 
-from reelway.platform.contracts.features import BINARY_TASKS
+from reelway.platform.contracts.feature_names import BINARY_TASKS
 
 
 class CalibrationCurve(BaseModel):

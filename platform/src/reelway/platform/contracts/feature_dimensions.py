@@ -7,7 +7,7 @@ from typing import Annotated, Final
 from pydantic import ConfigDict, Field, TypeAdapter
 from pydantic.dataclasses import dataclass
 
-from reelway.platform.contracts.features import CONTENT_VECTORS, VIEWER_ACTIVITY, VIEWER_CONTEXT
+from reelway.platform.contracts.feature_names import CONTENT_VECTORS, VIEWER_ACTIVITY, VIEWER_CONTEXT
 
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid"))

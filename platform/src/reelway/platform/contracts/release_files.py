@@ -15,7 +15,7 @@ from typing import Final
 import pyarrow as pa
 
 from reelway.platform.contracts.feature_dimensions import FeatureDimensions
-from reelway.platform.contracts.features import ID_HASHES, VIDEO_CATEGORIES, VIDEO_LIVE_DENSE, VIDEO_STATIC_DENSE
+from reelway.platform.contracts.feature_names import ID_HASHES, VIDEO_CATEGORIES, VIDEO_LIVE_DENSE, VIDEO_STATIC_DENSE
 
 NEIGHBOURS_PER_VIDEO: Final = 20
 INDEX_OVERFETCH: Final = 3

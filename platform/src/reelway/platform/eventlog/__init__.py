@@ -10,6 +10,6 @@ local mode the log is a SQLite file, on a cluster a Kafka topic.
 """
 
 from reelway.platform.eventlog.addresses import open_event_log
-from reelway.platform.eventlog.log import EventLog, LogRecord, Offsets, ReadBatch, StoredRecord
+from reelway.platform.eventlog.event_log import EventLog, LogRecord, Offsets, ReadBatch, StoredRecord
 
 __all__ = ["EventLog", "LogRecord", "Offsets", "ReadBatch", "StoredRecord", "open_event_log"]

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from reelway.platform.errors import ConfigError
-from reelway.platform.eventlog.log import EventLog
+from reelway.platform.eventlog.event_log import EventLog
 
 KAFKA: Final = "kafka://"
 SETTINGS_VARIABLE: Final = "REELWAY_KAFKA_SETTINGS"

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 from reelway.platform.errors import ConfigError, StorageError
-from reelway.platform.eventlog.log import LogRecord, Offsets, ReadBatch, StoredRecord
+from reelway.platform.eventlog.event_log import LogRecord, Offsets, ReadBatch, StoredRecord
 
 if TYPE_CHECKING:
     from confluent_kafka import Consumer, Message, Producer, TopicPartition

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from reelway.platform.contracts.events import STRING_DICTIONARY_TYPE, TIMESTAMP_TYPE, OutcomeType
 from reelway.platform.contracts.ids import MAX_ID
 from reelway.platform.errors import DataError
-from reelway.platform.eventlog.log import LogRecord
+from reelway.platform.eventlog.event_log import LogRecord
 from reelway.platform.features.hashing import mix64
 
 OUTCOME_TYPES: Final = tuple(OutcomeType)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Final
 
-from reelway.platform.eventlog.log import LogRecord, Offsets, ReadBatch, StoredRecord
+from reelway.platform.eventlog.event_log import LogRecord, Offsets, ReadBatch, StoredRecord
 from reelway.platform.sqlite_file import SqliteFile, SqliteFormat
 
 _FORMAT: Final = SqliteFormat(

@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from reelway.platform.contracts import features as names
+from reelway.platform.contracts import feature_names as names
 from reelway.platform.contracts.feature_dimensions import FeatureDimensions
 from reelway.platform.contracts.ids import MAX_ID
 from reelway.platform.errors import FeatureError

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
+from reelway.platform.atomic_files import atomic_file
 from reelway.platform.contracts.feature_dimensions import SCHEMA_FILE, FeatureDimensions
-from reelway.platform.durable import atomic_file
 from reelway.platform.errors import MalformedFileError
 
 

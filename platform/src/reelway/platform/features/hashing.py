@@ -10,7 +10,7 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from reelway.platform.contracts.features import ID_HASHES
+from reelway.platform.contracts.feature_names import ID_HASHES
 
 MISSING_ID: Final = -1
 _SALTS: Final = tuple(np.uint64(0x9E3779B97F4A7C15 * (i + 1) & 0xFFFFFFFFFFFFFFFF) for i in range(ID_HASHES))

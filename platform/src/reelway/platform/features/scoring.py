@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from reelway.platform.contracts.blend import RankingSettings
 from reelway.platform.contracts.calibration import Calibration
-from reelway.platform.contracts.features import BINARY_TASKS, RANKER_TASKS
+from reelway.platform.contracts.feature_names import BINARY_TASKS, RANKER_TASKS
 
 F32 = NDArray[np.float32]
 

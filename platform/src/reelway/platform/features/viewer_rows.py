@@ -12,9 +12,9 @@ from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Final
 
-from reelway.platform.contracts.features import VIEWER_SERVICE
+from reelway.platform.contracts.feature_names import VIEWER_SERVICE
 from reelway.platform.errors import FeatureError
-from reelway.platform.features.store import feature_service
+from reelway.platform.features.feast_store import feature_service
 
 if TYPE_CHECKING:
     from feast import FeatureStore, FeatureView

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from reelway.platform.contracts.features import RANKER_INPUTS, VIEWER_TOWER_INPUTS
+from reelway.platform.contracts.feature_names import RANKER_INPUTS, VIEWER_TOWER_INPUTS
 from reelway.platform.contracts.manifest import INDEX_FILE, RANKER_FILE, VIEWER_TOWER_FILE, Dimensions
 from reelway.platform.errors import IncompatibleReleaseError, ReleaseError
 

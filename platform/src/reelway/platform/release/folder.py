@@ -13,8 +13,8 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
+from reelway.platform.atomic_files import write_json
 from reelway.platform.contracts.manifest import MANIFEST_FILE, RELEASE_FILES, SCHEMA_VERSION, FileEntry, Manifest
-from reelway.platform.durable import write_json
 from reelway.platform.errors import DigestMismatchError, IncompatibleReleaseError, ReleaseNotFoundError
 
 

@@ -18,9 +18,9 @@ from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey, Ed25519PublicKey
 
+from reelway.platform.atomic_files import atomic_file, create_private_file
 from reelway.platform.contracts.ids import short_id
 from reelway.platform.contracts.manifest import Manifest
-from reelway.platform.durable import atomic_file, create_private_file
 from reelway.platform.errors import ConfigError, SignatureError
 
 PRIVATE_NAME: Final = "release.private.pem"

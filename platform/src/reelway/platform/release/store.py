@@ -20,9 +20,9 @@ from typing import Any, Final
 from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 
+from reelway.platform.atomic_files import atomic_directory
 from reelway.platform.contracts.ids import ReleaseId, short_id
 from reelway.platform.contracts.manifest import MANIFEST_FILE, REHEARSAL_PREFIX, Manifest
-from reelway.platform.durable import atomic_directory
 from reelway.platform.errors import (
     ConfigError,
     DigestMismatchError,

@@ -18,7 +18,7 @@ from pydantic import BaseModel, ValidationError
 
 from reelway.platform.contracts.blend import Blend
 from reelway.platform.contracts.calibration import Calibration
-from reelway.platform.contracts.features import RANKER_TASKS, VIDEO_DENSE
+from reelway.platform.contracts.feature_names import RANKER_TASKS, VIDEO_DENSE
 from reelway.platform.contracts.ids import short_id
 from reelway.platform.contracts.manifest import (
     BLEND_FILE,

@@ -1,7 +1,7 @@
 """The request path as Ray Serve applications. This is the only package of ``serving`` that imports Ray.
 
 - ``applications``: builders that Serve calls by import path, in local mode and on Kubernetes;
-- ``stages``: the deployments of a release, and ``RemoteStages``, which calls them from the router;
+- ``stages``: the deployments of a release, and ``StageHandles``, which calls them from the router;
 - ``local_serve``: Ray on this machine, configured through Serve's REST API.
 
 The Serve config (``traffic.serve_config``) decides what runs, never a call of ``serve.run``. A new user config

@@ -17,7 +17,7 @@ from ray import serve
 from ray.serve.handle import DeploymentHandle
 
 from reelway.platform.eventlog import open_event_log
-from reelway.platform.features.store import open_feature_store
+from reelway.platform.features.feast_store import open_feature_store
 from reelway.platform.features.vector_log import VectorLog, host_log_path
 from reelway.platform.features.viewer_rows import ViewerRowReader
 from reelway.platform.rollout.traffic.serving_options import OutcomesArgs, ReleaseArgs, RouterArgs
@@ -35,7 +35,6 @@ from reelway.serving.deployments.stages import (
 )
 from reelway.serving.fused import open_fused, shorten_switch_interval
 from reelway.serving.http_api import build_http_api
-from reelway.serving.open_releases import OpenRelease
 from reelway.serving.outcomes import (
     EventLogWriter,
     ExposureBatch,
@@ -46,6 +45,7 @@ from reelway.serving.outcomes import (
 )
 from reelway.serving.parity_sample import ParitySampler
 from reelway.serving.release_loader import open_trusted
+from reelway.serving.release_pool import OpenRelease
 from reelway.serving.router import Router, RouterDependencies
 from reelway.serving.token_secrets import read_token_secrets
 

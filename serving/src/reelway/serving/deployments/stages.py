@@ -1,4 +1,4 @@
-"""The stages of one release as Ray Serve deployments, and ``RemoteStages``, which calls them from the router.
+"""The stages of one release as Ray Serve deployments, and ``StageHandles``, which calls them from the router.
 
 Each replica fetches and verifies the release itself, so a node without the release needs no other node. Each stage
 takes one array container and returns one (``serving.stages.arrays``); a call carries 2 to 10 kB.
@@ -14,13 +14,13 @@ from ray.serve.handle import DeploymentHandle
 
 from reelway.platform.rollout.traffic.serving_options import BudgetsMs, ReleaseArgs
 from reelway.serving import metrics
+from reelway.serving.circuit_breaker import CircuitBreaker
 from reelway.serving.fused import load_and_warm_up
 from reelway.serving.open_inference.client import RemoteRanker, server_address
 from reelway.serving.release_loader import open_trusted
 from reelway.serving.request_path import run_without_waiting
 from reelway.serving.stages.arrays import F32, Candidates, RankingInput, ScoredCandidates, Slate, ViewerQuery
-from reelway.serving.time_budget import CircuitBreaker
-from reelway.serving.viewers import cold_start_query, warm_up_input
+from reelway.serving.viewer_query import cold_start_query, warm_up_input
 
 RETRIEVAL: Final = "Retrieval"
 RANKING: Final = "Ranking"

@@ -22,7 +22,7 @@ import numpy as np
 from google.protobuf.message import DecodeError
 from numpy.typing import NDArray
 
-from reelway.platform.contracts.features import RANKER_INPUTS
+from reelway.platform.contracts.feature_names import RANKER_INPUTS
 from reelway.platform.contracts.ids import short_id
 from reelway.platform.errors import ServingError
 from reelway.serving.metrics import SHORT_RELEASE, RemoteRankerMetrics

@@ -17,12 +17,13 @@ from typing import Final, TypeVar
 from onnxruntime.capi import onnxruntime_pybind11_state as onnx_errors
 from prometheus_client import CollectorRegistry
 
-from reelway.platform.contracts.features import RANKER_INPUTS
+from reelway.platform.contracts.feature_names import RANKER_INPUTS
 from reelway.platform.contracts.ids import short_id
 from reelway.platform.contracts.manifest import RANKER_FILE
 from reelway.platform.errors import DigestMismatchError, ServingError
 from reelway.platform.release.folder import read_manifest
 from reelway.serving.metrics import RankServerMetrics
+from reelway.serving.onnx_model import OnnxModel
 from reelway.serving.open_inference.errors import (
     DeadlineExceededError,
     InferenceRequestError,
@@ -31,7 +32,6 @@ from reelway.serving.open_inference.errors import (
 )
 from reelway.serving.open_inference.messages import MODEL
 from reelway.serving.open_inference.tensors import Array, ModelSignature, TensorSpec
-from reelway.serving.sessions import OnnxModel
 
 T = TypeVar("T")
 

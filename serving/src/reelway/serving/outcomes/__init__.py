@@ -29,8 +29,8 @@ Viewer totals and counted types are on disk, so memory does not grow with the nu
 therefore one replica, holds the file.
 """
 
-from reelway.serving.outcomes.appender import EventLogWriter
 from reelway.serving.outcomes.collector import OutcomeCollector
+from reelway.serving.outcomes.event_log_writer import EventLogWriter
 from reelway.serving.outcomes.exposures import ArmKey, ExposureBatch, ExposureBuffer, forward_exposures
 from reelway.serving.outcomes.outcomes_api import build_outcomes_api
 

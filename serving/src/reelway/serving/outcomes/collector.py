@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 
 from reelway.platform.contracts.events import Arm
 from reelway.platform.rollout.evidence import ArmStatistics
+from reelway.platform.rollout.metric_names import RECEIVED_OUTCOMES
 from reelway.platform.rollout.policy import Slice
-from reelway.platform.rollout.series import RECEIVED_OUTCOMES
 from reelway.serving.outcomes.batch_worker import BatchWorker
 from reelway.serving.outcomes.exposition import prometheus_text
 from reelway.serving.outcomes.exposures import ExposureBatch

@@ -10,7 +10,7 @@ from prometheus_client.core import CounterMetricFamily
 from prometheus_client.registry import Collector
 
 from reelway.platform.contracts.ids import short_id
-from reelway.platform.rollout import series
+from reelway.platform.rollout import metric_names
 from reelway.serving.outcomes.ledger import Snapshot
 from reelway.serving.outcomes.outcome_store import ReceivedKey
 from reelway.serving.outcomes.viewer_sums import METRICS, SLICES
@@ -30,30 +30,32 @@ class _SnapshotCollector(Collector):
     def collect(self) -> Iterator[CounterMetricFamily]:
         arm_labels = ["rollout", "release", "arm", "slice"]
         exposure = CounterMetricFamily(
-            series.EXPOSURE, "Viewers and impressions of a rollout's arm.", labels=[*arm_labels, "statistic"]
+            metric_names.EXPOSURE, "Viewers and impressions of a rollout's arm.", labels=[*arm_labels, "statistic"]
         )
         statistic = CounterMetricFamily(
-            series.STATISTIC, "Sums over viewers of an outcome metric.", labels=[*arm_labels, "metric", "statistic"]
+            metric_names.STATISTIC,
+            "Sums over viewers of an outcome metric.",
+            labels=[*arm_labels, "metric", "statistic"],
         )
         for arm, sums_SK in self._snapshot.sums.items():
             for slice_, row in zip(SLICES, sums_SK.tolist(), strict=True):
                 labels = [arm.rollout, short_id(arm.release), arm.arm.value, slice_.value]
                 values = iter(row)
-                for name in series.EXPOSURE_STATISTICS:
+                for name in metric_names.EXPOSURE_STATISTICS:
                     exposure.add_metric([*labels, name], next(values))
                 for metric in METRICS:
-                    for name in series.METRIC_STATISTICS:
+                    for name in metric_names.METRIC_STATISTICS:
                         statistic.add_metric([*labels, metric, name], next(values))
         yield exposure
         yield statistic
         yield self._received_family()
         yield CounterMetricFamily(
-            series.REFUSED, "Reported outcomes with an invalid token or value.", value=self._refused
+            metric_names.REFUSED, "Reported outcomes with an invalid token or value.", value=self._refused
         )
 
     def _received_family(self) -> CounterMetricFamily:
         family = CounterMetricFamily(
-            series.RECEIVED, "Reported outcomes by status.", labels=["release", "arm", "kind", "outcome"]
+            metric_names.RECEIVED, "Reported outcomes by status.", labels=["release", "arm", "kind", "outcome"]
         )
         short: Counter[ReceivedKey] = Counter()
         for (release, arm, kind, outcome), count in self._snapshot.received.items():

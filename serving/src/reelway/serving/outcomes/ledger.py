@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from reelway.platform.contracts.events import OUTCOME_HORIZON_S
 from reelway.platform.eventlog.outcome_events import OUTCOME_TYPES
-from reelway.platform.rollout.series import RECEIVED_OUTCOMES
+from reelway.platform.rollout.metric_names import RECEIVED_OUTCOMES
 from reelway.serving.outcomes.exposures import ArmKey, ExposureBatch
 from reelway.serving.outcomes.outcome_store import (
     ArmRow,

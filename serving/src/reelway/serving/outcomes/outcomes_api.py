@@ -35,8 +35,8 @@ from reelway.platform.contracts.api import ErrorResponse, OutcomesRequest, Outco
 from reelway.platform.errors import MalformedFileError, ServingError, StorageError
 from reelway.platform.tokens import TokenSigner
 from reelway.serving.http_api import field_error
-from reelway.serving.outcomes.appender import EventLogWriter
 from reelway.serving.outcomes.collector import OutcomeCollector
+from reelway.serving.outcomes.event_log_writer import EventLogWriter
 from reelway.serving.outcomes.reported import read_outcomes
 
 log = logging.getLogger(__name__)

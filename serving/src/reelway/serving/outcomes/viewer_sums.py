@@ -17,8 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from reelway.platform.rollout.evidence import ArmStatistics
+from reelway.platform.rollout.metric_names import EXPOSURE_STATISTICS, METRIC_STATISTICS, OUTCOME_METRICS
 from reelway.platform.rollout.policy import Slice
-from reelway.platform.rollout.series import EXPOSURE_STATISTICS, METRIC_STATISTICS, OUTCOME_METRICS
 from reelway.platform.tokens import ALL_SLICES, SLICE_BITS
 
 F64 = NDArray[np.float64]

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from reelway.platform.contracts.blend import RankingSettings
 from reelway.platform.contracts.calibration import Calibration
 from reelway.platform.features.scoring import head_predictions, video_value
-from reelway.serving.sessions import OnnxModel
+from reelway.serving.onnx_model import OnnxModel
 from reelway.serving.stages.arrays import F32, RankingInput
 from reelway.serving.video_table import VideoTable
 

@@ -21,7 +21,7 @@ import numpy as np
 
 from reelway.platform.contracts.blend import RetrievalSettings, SourceName
 from reelway.platform.errors import ServingError
-from reelway.serving.sessions import OnnxModel
+from reelway.serving.onnx_model import OnnxModel
 from reelway.serving.stages.arrays import SOURCE_CODES, Candidates, ViewerQuery
 from reelway.serving.stages.blending import blend, whole_quotas
 from reelway.serving.stages.filtering import allowed_candidates

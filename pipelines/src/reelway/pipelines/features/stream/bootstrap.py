@@ -11,7 +11,11 @@ from __future__ import annotations
 import numpy as np
 import pyarrow as pa
 
-from reelway.pipelines.features.stream.cells import (
+from reelway.pipelines.features.stream.due_times import NEVER_US, expiry_us
+from reelway.pipelines.features.stream.engine import EmittedRows, StreamEngine
+from reelway.pipelines.features.stream.open_impressions import HORIZON_US
+from reelway.pipelines.features.stream.state import Entities
+from reelway.pipelines.features.stream.time_buckets import (
     CREATORS,
     STREAMED,
     prune_rows,
@@ -20,10 +24,6 @@ from reelway.pipelines.features.stream.cells import (
     to_events,
     view_values_at,
 )
-from reelway.pipelines.features.stream.engine import EmittedRows, StreamEngine
-from reelway.pipelines.features.stream.labels import HORIZON_US
-from reelway.pipelines.features.stream.points import NEVER_US, expiry_us
-from reelway.pipelines.features.stream.state import Entities
 from reelway.pipelines.features.views import Events
 from reelway.pipelines.features.windows import I64
 from reelway.platform.errors import EmptyDatasetError

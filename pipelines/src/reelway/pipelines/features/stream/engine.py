@@ -18,7 +18,16 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from reelway.pipelines.features.labels import times_us
-from reelway.pipelines.features.stream.cells import (
+from reelway.pipelines.features.stream.due_times import NEVER_US, due_and_next, expiry_us
+from reelway.pipelines.features.stream.open_impressions import (
+    HORIZON_US,
+    Outcomes,
+    label_open_impressions,
+    merge_outcomes,
+    within_horizon,
+)
+from reelway.pipelines.features.stream.state import Entities, StreamState
+from reelway.pipelines.features.stream.time_buckets import (
     CREATORS,
     ENTITY_KEYS,
     HISTORY,
@@ -32,15 +41,6 @@ from reelway.pipelines.features.stream.cells import (
     to_events,
     view_values_at,
 )
-from reelway.pipelines.features.stream.labels import (
-    HORIZON_US,
-    Outcomes,
-    label_open_impressions,
-    merge_outcomes,
-    within_horizon,
-)
-from reelway.pipelines.features.stream.points import NEVER_US, due_and_next, expiry_us
-from reelway.pipelines.features.stream.state import Entities, StreamState
 from reelway.pipelines.features.views import AFTER_US, Events, ViewSettings
 from reelway.pipelines.features.windows import I64
 from reelway.platform.contracts.events import TIMESTAMP_TYPE

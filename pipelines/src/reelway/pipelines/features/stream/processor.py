@@ -20,11 +20,11 @@ from numpy.typing import NDArray
 
 from reelway.pipelines.features.labels import times_us
 from reelway.pipelines.features.stream.bootstrap import bootstrap, initial_watermark_us
-from reelway.pipelines.features.stream.cells import STREAMED
 from reelway.pipelines.features.stream.engine import EmittedRows, StreamCatalogue, StreamEngine
-from reelway.pipelines.features.stream.labels import Outcomes
-from reelway.pipelines.features.stream.outputs import VIDEO_VIEWS, FeatureSinks, encode_outbox_entry, latest_per_entity
+from reelway.pipelines.features.stream.open_impressions import Outcomes
+from reelway.pipelines.features.stream.sinks import VIDEO_VIEWS, FeatureSinks, encode_outbox_entry, latest_per_entity
 from reelway.pipelines.features.stream.state import StreamState
+from reelway.pipelines.features.stream.time_buckets import STREAMED
 from reelway.pipelines.features.views import AFTER_US, DAY_US, ViewSettings
 from reelway.platform.contracts.events import OutcomeType
 from reelway.platform.eventlog import EventLog, Offsets, StoredRecord

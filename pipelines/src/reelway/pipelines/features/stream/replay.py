@@ -14,19 +14,19 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from reelway.pipelines.features.online import MATERIALISATION_FILE
+from reelway.pipelines.features.materialisation import MATERIALISATION_FILE
 from reelway.pipelines.features.registry import register_features
-from reelway.pipelines.features.stream.cells import STREAMED
 from reelway.pipelines.features.stream.processor import SECOND_US, StreamProcessor, StreamSettings
 from reelway.pipelines.features.stream.service import catalogue_of, view_settings
 from reelway.pipelines.features.stream.state import StreamState
+from reelway.pipelines.features.stream.time_buckets import STREAMED
 from reelway.pipelines.features.training_rows import CATALOGUE_FILE, LABELS_FILE, read_feature_file
+from reelway.platform.atomic_files import write_json
 from reelway.platform.contracts.events import TIMESTAMP_TYPE
-from reelway.platform.durable import write_json
 from reelway.platform.eventlog import EventLog
 from reelway.platform.features.dimensions import read_dimensions
-from reelway.platform.features.store import open_feature_store
-from reelway.platform.runs import RunDirectory
+from reelway.platform.features.feast_store import open_feature_store
+from reelway.platform.run_directory import RunDirectory
 
 STREAM_FILE: Final = "stream.parquet"
 

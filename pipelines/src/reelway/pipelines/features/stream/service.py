@@ -18,19 +18,19 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from prometheus_client import CollectorRegistry, start_http_server
 
-from reelway.pipelines.features.stream.cells import STREAMED, emission_schedules
 from reelway.pipelines.features.stream.engine import APPLY_RESULTS, StreamCatalogue
-from reelway.pipelines.features.stream.outputs import FeatureSinks
 from reelway.pipelines.features.stream.processor import SECOND_US, MicroBatchResult, StreamProcessor, StreamSettings
+from reelway.pipelines.features.stream.sinks import FeatureSinks
 from reelway.pipelines.features.stream.state import StreamState
+from reelway.pipelines.features.stream.time_buckets import STREAMED, emission_schedules
 from reelway.pipelines.features.training_rows import LABELS_FILE, read_feature_file
 from reelway.pipelines.features.views import Prior, ViewSettings
 from reelway.platform.contracts.feature_dimensions import FeatureDimensions
 from reelway.platform.errors import FeatureError, StorageError
 from reelway.platform.eventlog import EventLog, open_event_log
-from reelway.platform.eventlog.changelog import FeatureChangelog
-from reelway.platform.features.store import open_feature_store
-from reelway.platform.runs import RunDirectory
+from reelway.platform.eventlog.feature_changelog import FeatureChangelog
+from reelway.platform.features.feast_store import open_feature_store
+from reelway.platform.run_directory import RunDirectory
 from reelway.platform.telemetry import counter, gauge
 
 log = logging.getLogger(__name__)

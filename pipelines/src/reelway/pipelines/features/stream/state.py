@@ -17,9 +17,9 @@ from typing import Any, Final
 
 import numpy as np
 
-from reelway.pipelines.features.stream.cells import LAYOUTS, STREAMED
-from reelway.pipelines.features.stream.labels import OpenImpressions
-from reelway.pipelines.features.stream.points import NEVER_US
+from reelway.pipelines.features.stream.due_times import NEVER_US
+from reelway.pipelines.features.stream.open_impressions import OpenImpressions
+from reelway.pipelines.features.stream.time_buckets import LAYOUTS, STREAMED
 from reelway.pipelines.features.windows import I64
 from reelway.platform.errors import StorageError
 from reelway.platform.sqlite_file import immediate_transaction

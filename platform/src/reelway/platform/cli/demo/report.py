@@ -19,7 +19,7 @@ from rich.table import Table
 from reelway.platform.cli.terminal import progress, stdout_console
 from reelway.platform.contracts.events import OutcomeType
 from reelway.platform.errors import DataError, ServingError
-from reelway.platform.runs import RunDirectory
+from reelway.platform.run_directory import RunDirectory
 
 SHOWN_VIEWERS = 3
 SHOWN_VIDEOS = 8

@@ -18,14 +18,14 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 from rich.markup import escape
 from rich.table import Table
 
-from reelway.platform.cli.demo.walk import DemoProgress
+from reelway.platform.cli.demo.demo_progress import DemoProgress
 from reelway.platform.cli.processes import child_process, reelway_command, run_command
-from reelway.platform.cli.rollout.access import open_store
-from reelway.platform.cli.rollout.place import serving_record
+from reelway.platform.cli.rollout.location import serving_record
+from reelway.platform.cli.rollout.store_access import open_store
 from reelway.platform.cli.terminal import print_status, stderr_console, stdout_console
 from reelway.platform.contracts.ids import short_id
 from reelway.platform.errors import CommandFailedError, ConfigError, RolloutError
-from reelway.platform.runs import RunDirectory
+from reelway.platform.run_directory import RunDirectory
 
 if TYPE_CHECKING:
     from reelway.platform.rollout.records import HistoryEntry, Rollout

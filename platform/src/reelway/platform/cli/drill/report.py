@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from pydantic import BaseModel, ConfigDict, Field
 from rich.table import Table
 
-from reelway.platform.cli.rollout.report import EvidenceReport
+from reelway.platform.cli.rollout.status_report import EvidenceReport
 from reelway.platform.cli.rollout.views import format_duration
 from reelway.platform.contracts.ids import short_id
 from reelway.platform.rollout.state import Phase

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Final
 
 from rich.markup import escape
 
-from reelway.platform.cli.rollout.place import print_unwrapped
+from reelway.platform.cli.rollout.location import print_unwrapped
 from reelway.platform.cli.terminal import stderr_console
 from reelway.platform.errors import CommandFailedError, JobError, KubernetesError
 

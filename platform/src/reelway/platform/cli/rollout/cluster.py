@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from typing import TYPE_CHECKING, Final
 
-from reelway.platform.cli.rollout.place import CONTROLLER_TIMEOUT_S, ClusterNamespace, ControllerStatus, current_user
+from reelway.platform.cli.rollout.location import CONTROLLER_TIMEOUT_S, ClusterNamespace, ControllerStatus, current_user
 from reelway.platform.cli.rollout.wait import wait_until
 from reelway.platform.errors import ConfigError, RolloutError
 from reelway.platform.rollout.policy import RolloutPolicy
@@ -17,8 +17,8 @@ from reelway.platform.rollout.state import RolloutState
 
 if TYPE_CHECKING:
     from reelway.platform.cluster.kube_api import KubeApi
+    from reelway.platform.cluster.kube_rollout_store import KubeRolloutStore
     from reelway.platform.cluster.resources import Backend
-    from reelway.platform.cluster.rollout_store import KubeRolloutStore
     from reelway.platform.rollout.records import LastReconcile, Rollout
 
 ADMISSION_TIMEOUT_S: Final = 10.0
@@ -34,8 +34,8 @@ def cluster_store(place: ClusterNamespace, backend: Backend | None = None) -> Ku
     Raises:
         ConfigError: if the cluster is not reachable or the ``cluster`` extra is not installed.
     """
-    from reelway.platform.cluster.rollout_store import KubeRolloutStore
-    from reelway.platform.cluster.shelf import UncachedRollouts
+    from reelway.platform.cluster.kube_rollout_store import KubeRolloutStore
+    from reelway.platform.cluster.rollout_cache import UncachedRollouts
 
     api = _api(place)
     return KubeRolloutStore(api, UncachedRollouts(api), create_backend=backend)
@@ -64,7 +64,7 @@ def start_on_cluster(
         ConfigError: if there is no such release or the backend is ambiguous.
     """
     from reelway.platform.cli.rollout.start import new_rollout_id
-    from reelway.platform.cluster.rollout_store import LIVE, NOT_OBSERVED_REASON
+    from reelway.platform.cluster.kube_rollout_store import LIVE, NOT_OBSERVED_REASON
     from reelway.platform.cluster.status import REFUSED
 
     api, now = _api(place), time.time()
@@ -85,7 +85,7 @@ def start_on_cluster(
 
 def operator_status(rollout: Rollout | None, sighting: LastReconcile | None, now: float) -> ControllerStatus:
     """Returns whether an operator reconciles the rollout, derived from the rollout's status."""
-    from reelway.platform.cluster.rollout_store import NOT_OBSERVED_REASON
+    from reelway.platform.cluster.kube_rollout_store import NOT_OBSERVED_REASON
 
     if rollout is None:
         return ControllerStatus(running=True)
@@ -115,7 +115,7 @@ def _backend(api: KubeApi, ray_service: str | None, serve: tuple[str, str] | Non
     """Returns the backend given by options, else that of the latest rollout, else the namespace's only RayService."""
     from reelway.platform.cluster.kube_api import NotFoundError
     from reelway.platform.cluster.resources import Backend
-    from reelway.platform.cluster.shelf import PATH, parse_rollout
+    from reelway.platform.cluster.rollout_cache import PATH, parse_rollout
 
     if ray_service:
         return Backend.model_validate({"rayService": {"name": ray_service}})

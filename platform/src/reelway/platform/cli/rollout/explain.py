@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import BaseModel, ConfigDict
 
-from reelway.platform.cli.rollout.report import EvidenceReport, GuardrailReport, OutcomeReport
+from reelway.platform.cli.rollout.status_report import EvidenceReport, GuardrailReport, OutcomeReport
 from reelway.platform.rollout.policy import RolloutPolicy, Step
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ from rich.markup import escape
 
 from reelway.platform.cli.rollout.explain import Explanation, decision_point, explain, latest_deciding_entry
 from reelway.platform.cli.rollout.intervals import labelled_line
-from reelway.platform.cli.rollout.place import print_unwrapped
+from reelway.platform.cli.rollout.location import print_unwrapped
 from reelway.platform.cli.rollout.views import format_utc_time
 from reelway.platform.cli.rollout.wait import RolloutExitCode, exit_code_for
 from reelway.platform.cli.terminal import stdout_console

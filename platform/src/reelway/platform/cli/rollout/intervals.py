@@ -14,7 +14,7 @@ from typing import Final
 from rich.table import Table
 from rich.text import Text
 
-from reelway.platform.cli.rollout.report import EvidenceReport, OutcomeReport
+from reelway.platform.cli.rollout.status_report import EvidenceReport, OutcomeReport
 
 FINDING_LABELS: Final = {
     "harm_established": ("HARM", "bold red"),

@@ -11,11 +11,11 @@ import time
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Final
 
-from reelway.platform.cli.rollout.place import current_user, serving_record
+from reelway.platform.cli.rollout.location import current_user, serving_record
 from reelway.platform.cli.terminal import stderr_console
 from reelway.platform.errors import RolloutError
 from reelway.platform.rollout.policy import RolloutPolicy
-from reelway.platform.runs import RunDirectory
+from reelway.platform.run_directory import RunDirectory
 
 ROLLOUT_PREFIX: Final = "r-"
 DRILL_PREFIX: Final = "d-"
@@ -84,7 +84,7 @@ def verified_release(run: RunDirectory, release: str) -> str:
     Raises:
         ReleaseError: if the release does not exist or fails verification.
     """
-    from reelway.platform.cli.release import fetch_verified
+    from reelway.platform.cli.release_commands import fetch_verified
 
     with stderr_console.status("verifying the release"):
         return fetch_verified(run, release).manifest.release_id

@@ -15,7 +15,7 @@ from rich.rule import Rule
 from rich.text import Text
 
 from reelway.platform.cli.rollout.intervals import guardrail_status_lines, labelled_line, outcomes_table
-from reelway.platform.cli.rollout.report import EvidenceReport, RolloutReport, StatusReport
+from reelway.platform.cli.rollout.status_report import EvidenceReport, RolloutReport, StatusReport
 from reelway.platform.contracts.ids import short_id
 
 PHASE_STYLES: Final = {

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Final
 
-from reelway.platform.durable import ensure_private_token
+from reelway.platform.atomic_files import ensure_private_token
 from reelway.platform.errors import StorageError
 
 MINIMUM_CHARACTERS: Final = 16

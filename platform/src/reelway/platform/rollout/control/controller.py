@@ -18,13 +18,13 @@ from typing import Any, TypeVar
 from reelway.platform.contracts.ids import short_id
 from reelway.platform.errors import ReelwayError, RolloutError
 from reelway.platform.rollout.assessment import Assessment, assess
-from reelway.platform.rollout.control.alert_book import AlertRegistry
+from reelway.platform.rollout.control.alert_registry import AlertRegistry
 from reelway.platform.rollout.control.controller_metrics import ControllerMetrics
 from reelway.platform.rollout.decision import Action, Decision, advance, decide_on
 from reelway.platform.rollout.evidence import EvidenceSnapshot, no_evidence
+from reelway.platform.rollout.evidence_source import AlertSource, EvidenceSource
 from reelway.platform.rollout.policy import RolloutPolicy
 from reelway.platform.rollout.records import HistoryEntry, LastReconcile, Rollout, RolloutStore
-from reelway.platform.rollout.source import AlertSource, EvidenceSource
 from reelway.platform.rollout.state import Phase, RolloutState
 from reelway.platform.rollout.summary import summarise_evidence
 from reelway.platform.rollout.traffic.target import TrafficBackend, TrafficObservation, TrafficTarget, traffic_target

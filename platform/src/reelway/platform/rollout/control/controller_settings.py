@@ -10,7 +10,7 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
-from reelway.platform.rollout.source import AlertSource
+from reelway.platform.rollout.evidence_source import AlertSource
 from reelway.platform.rollout.sources import MonitoringAccess, alert_source
 
 HttpUrl = Annotated[str, StringConstraints(pattern=r"^https?://[^/\s]+")]

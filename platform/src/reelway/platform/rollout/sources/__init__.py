@@ -6,15 +6,15 @@ from collections.abc import Callable
 
 from reelway.platform.rollout.evidence import EvidenceSnapshot
 from reelway.platform.rollout.policy import RolloutPolicy
-from reelway.platform.rollout.sources.access import MonitoringAccess
 from reelway.platform.rollout.sources.alertmanager import AlertmanagerClient
 from reelway.platform.rollout.sources.direct_scrape import DirectScrapeReader, service_url
-from reelway.platform.rollout.sources.heard_series import WINDOW_S, Scope, SeriesReader
-from reelway.platform.rollout.sources.parity_report import ParityFindings, read_parity
+from reelway.platform.rollout.sources.monitoring_access import MonitoringAccess
+from reelway.platform.rollout.sources.parity_findings import ParityFindings, read_parity
 from reelway.platform.rollout.sources.prometheus_reader import PrometheusReader
+from reelway.platform.rollout.sources.series_reader import WINDOW_S, Scope, SeriesReader
 from reelway.platform.rollout.sources.snapshot import build_snapshot
 from reelway.platform.rollout.state import RolloutState
-from reelway.platform.runs import RunDirectory
+from reelway.platform.run_directory import RunDirectory
 
 __all__ = ["MonitoringAccess", "SeriesEvidenceSource", "alert_source", "evidence_source"]
 

@@ -14,7 +14,7 @@ import httpx
 
 from reelway.platform.errors import DataError, RolloutError
 from reelway.platform.rollout.alerts import RELEASE_LABEL, KnownAlert, parse_polled_alerts
-from reelway.platform.rollout.sources.access import MonitoringAccess
+from reelway.platform.rollout.sources.monitoring_access import MonitoringAccess
 
 TIMEOUT_S: Final = 1.0
 _QUERY: Final = {"active": "true", "silenced": "false", "inhibited": "false", "unprocessed": "false"}

@@ -16,9 +16,9 @@ import httpx
 from prometheus_client.parser import text_string_to_metric_families
 
 from reelway.platform.errors import ServingError
-from reelway.platform.rollout import series as names
+from reelway.platform.rollout import metric_names as names
 from reelway.platform.rollout.counters import Sample
-from reelway.platform.rollout.sources.heard_series import (
+from reelway.platform.rollout.sources.series_reader import (
     CUMULATIVE_SERIES,
     MAX_SHADOW_S,
     UP,
@@ -27,7 +27,7 @@ from reelway.platform.rollout.sources.heard_series import (
     SeriesKey,
     SeriesReadResult,
 )
-from reelway.platform.runs import RunDirectory
+from reelway.platform.run_directory import RunDirectory
 
 PATHS: Final = {names.ROUTER_JOB: "/metrics", names.OUTCOMES_JOB: "/v1/outcomes/metrics"}
 INTERVAL_S: Final = 0.5

@@ -11,10 +11,10 @@ from collections import defaultdict
 from typing import Final, NamedTuple
 
 from reelway.platform.contracts.events import Arm
-from reelway.platform.rollout import series as names
+from reelway.platform.rollout import metric_names as names
 from reelway.platform.rollout.evidence import ArmStatistics, EvidenceState, MetricEvidence, metric_evidence
 from reelway.platform.rollout.policy import OutcomeMetric, RolloutPolicy, Slice
-from reelway.platform.rollout.sources.heard_series import CUMULATIVE_SERIES, Scope, ScrapeJob, SeriesReadResult
+from reelway.platform.rollout.sources.series_reader import CUMULATIVE_SERIES, Scope, ScrapeJob, SeriesReadResult
 from reelway.platform.rollout.state import RolloutState
 
 _TOLERANCE: Final = 1e-9

@@ -17,9 +17,9 @@ from typing import Any, Final
 from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 
-from reelway.platform.durable import write_json
+from reelway.platform.atomic_files import write_json
 from reelway.platform.errors import ConfigError, StorageError
-from reelway.platform.rollout.sources.parity_report import ParityFindings, parse_parity
+from reelway.platform.rollout.sources.parity_findings import ParityFindings, parse_parity
 
 REFRESH_INTERVAL_S: Final = 15.0
 """Seconds between two reads."""

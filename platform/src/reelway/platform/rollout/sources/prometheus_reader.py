@@ -20,10 +20,10 @@ from typing import Any, Final
 import httpx
 
 from reelway.platform.errors import RolloutError
-from reelway.platform.rollout import series as names
+from reelway.platform.rollout import metric_names as names
 from reelway.platform.rollout.counters import Sample
-from reelway.platform.rollout.sources.access import MonitoringAccess
-from reelway.platform.rollout.sources.heard_series import (
+from reelway.platform.rollout.sources.monitoring_access import MonitoringAccess
+from reelway.platform.rollout.sources.series_reader import (
     CUMULATIVE_SERIES,
     MAX_SHADOW_S,
     UP,

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from reelway.platform.contracts.events import Arm
-from reelway.platform.rollout import series as names
+from reelway.platform.rollout import metric_names as names
 from reelway.platform.rollout.counters import (
     CounterReading,
     Sample,
@@ -23,7 +23,7 @@ from reelway.platform.rollout.counters import (
 )
 from reelway.platform.rollout.evidence import EvidenceState, GuardrailName, GuardrailReading
 from reelway.platform.rollout.policy import RolloutPolicy
-from reelway.platform.rollout.sources.heard_series import (
+from reelway.platform.rollout.sources.series_reader import (
     BUCKET,
     Scope,
     ScrapeJob,

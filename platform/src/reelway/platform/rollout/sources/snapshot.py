@@ -5,11 +5,14 @@ The controller adds alerts, weights and readiness.
 
 from __future__ import annotations
 
-from reelway.platform.rollout import series as names
+from reelway.platform.rollout import metric_names as names
 from reelway.platform.rollout.counters import counter_increase
 from reelway.platform.rollout.evidence import EvidenceSnapshot, EvidenceState
 from reelway.platform.rollout.policy import RolloutPolicy
-from reelway.platform.rollout.sources.heard_series import (
+from reelway.platform.rollout.sources.outcome_sums import outcome_metrics
+from reelway.platform.rollout.sources.parity_findings import ParityFindings
+from reelway.platform.rollout.sources.request_window import request_guardrails
+from reelway.platform.rollout.sources.series_reader import (
     MAX_SHADOW_S,
     WINDOW_S,
     Scope,
@@ -18,9 +21,6 @@ from reelway.platform.rollout.sources.heard_series import (
     samples_since,
     scrape_job,
 )
-from reelway.platform.rollout.sources.outcome_sums import outcome_metrics
-from reelway.platform.rollout.sources.parity_report import ParityFindings
-from reelway.platform.rollout.sources.request_window import request_guardrails
 from reelway.platform.rollout.state import RolloutState
 
 

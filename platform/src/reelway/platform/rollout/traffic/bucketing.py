@@ -32,7 +32,7 @@ def bucket_of(viewer_id: int, salt: str) -> int:
 
 
 def buckets_of(viewer_ids: NDArray[np.int64], salt: str) -> NDArray[np.int64]:
-    """Vectorised ``bucket_of``. Shapes: ``[N] -> [N]``."""
+    """Vectorised ``partition_of``. Shapes: ``[N] -> [N]``."""
     with np.errstate(over="ignore"):
         spread = mix64(viewer_ids.astype(np.uint64) + np.uint64(_SPLITMIX_INCREMENT))
     return (mix64(spread ^ np.uint64(_salt_bits(salt))) % np.uint64(BUCKETS)).astype(np.int64)

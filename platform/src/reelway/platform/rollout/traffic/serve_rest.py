@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from reelway.platform.errors import RolloutError
 from reelway.platform.rollout.traffic.routing import Routing
-from reelway.platform.rollout.traffic.serve_config import (
+from reelway.platform.rollout.traffic.serve_config_update import (
     ROUTER,
     config_from_details,
     find_routing,
@@ -27,7 +27,7 @@ from reelway.platform.rollout.traffic.serve_config import (
     with_target,
 )
 from reelway.platform.rollout.traffic.target import TrafficObservation, TrafficTarget
-from reelway.platform.runs import RunDirectory
+from reelway.platform.run_directory import RunDirectory
 
 log = logging.getLogger(__name__)
 

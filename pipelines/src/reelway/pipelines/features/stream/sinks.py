@@ -1,0 +1,98 @@
+"""Sinks of streamed rows: Feast's online store, and the changelog of the video table's overlay.
+
+Delivery is idempotent. Rows are complete, and a change gets its number before it is written.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Final
+
+import numpy as np
+import pyarrow as pa
+
+from reelway.pipelines.features.labels import times_us
+from reelway.pipelines.features.materialisation import WRITE_BATCH_ROWS, write_rows
+from reelway.pipelines.features.stream.engine import EmittedRows
+from reelway.pipelines.features.stream.time_buckets import CREATORS, ENGAGEMENT, ENTITY_KEYS
+from reelway.platform.contracts.events import TIMESTAMP_TYPE
+from reelway.platform.contracts.feature_names import VIEWS
+from reelway.platform.eventlog.feature_changelog import CHANGES, FeatureChange, FeatureChangelog, change_rows
+
+if TYPE_CHECKING:
+    from feast import FeatureStore
+
+VIDEO_VIEWS: Final = (ENGAGEMENT, CREATORS)
+
+
+def latest_per_entity(emitted: Iterable[EmittedRows]) -> dict[str, pa.Table]:
+    """Returns per view the last row of each entity."""
+    by_view: dict[str, list[pa.Table]] = {}
+    for one in emitted:
+        by_view.setdefault(one.view, []).append(one.rows)
+    latest = {}
+    for view, tables in by_view.items():
+        rows = pa.concat_tables(tables)
+        entity, at_us = rows[ENTITY_KEYS[view]].to_numpy(), times_us(rows["event_timestamp"])
+        order = np.lexsort((at_us, entity))
+        last = np.append(entity[order][1:] != entity[order][:-1], True) if len(order) else np.zeros(0, bool)
+        latest[view] = rows.take(pa.array(order[last]))
+    return latest
+
+
+def encode_outbox_entry(latest: Mapping[str, pa.Table], as_of_us: int, sequence: int) -> bytes:
+    """Encodes the rows of one step as one outbox entry.
+
+    Args:
+        sequence: number of the change if the rows contain video views.
+    """
+    sink = pa.BufferOutputStream()
+    head = json.dumps({"as_of_us": as_of_us, "sequence": sequence, "views": list(latest)}).encode()
+    sink.write(len(head).to_bytes(4, "little") + head)
+    for rows in latest.values():
+        with pa.ipc.new_stream(sink, rows.schema) as writer:
+            writer.write_table(rows)
+    content: bytes = sink.getvalue().to_pybytes()
+    return content
+
+
+class FeatureSinks:
+    """Writes rows to the online store (viewer views) and the changelog (video views)."""
+
+    def __init__(self, store: FeatureStore, changelog: FeatureChangelog) -> None:
+        self._store = store
+        self._changelog = changelog
+
+    def deliver(self, content: bytes) -> dict[str, int]:
+        """Writes the rows of an outbox entry. Returns the number of rows per view.
+
+        Raises:
+            FeatureError: if the online store cannot be written.
+            StorageError: if the changelog cannot be written.
+        """
+        size = int.from_bytes(content[:4], "little")
+        head = json.loads(content[4 : 4 + size])
+        source = pa.BufferReader(content[4 + size :])
+        tables = {view: pa.ipc.open_stream(source).read_all() for view in head["views"]}
+        for view, rows in tables.items():
+            if view not in VIDEO_VIEWS:
+                self._write_online(view, rows)
+        changes = [_as_change(view, rows) for view, rows in tables.items() if view in VIDEO_VIEWS]
+        if changes:
+            self._changelog.append(FeatureChange(head["sequence"], head["as_of_us"], pa.concat_tables(changes)))
+            self._changelog.compact()
+        return {view: rows.num_rows for view, rows in tables.items()}
+
+    def _write_online(self, view: str, rows: pa.Table) -> None:
+        rows = rows.rename_columns({ENTITY_KEYS[view]: "viewer_id"})
+        for start in range(0, rows.num_rows, WRITE_BATCH_ROWS):
+            part = rows.slice(start, WRITE_BATCH_ROWS)
+            at = [datetime.fromtimestamp(us / 1e6, UTC) for us in times_us(part["event_timestamp"]).tolist()]
+            write_rows(self._store, view, part, at)
+
+
+def _as_change(view: str, rows: pa.Table) -> pa.Table:
+    times = rows["event_timestamp"].cast(TIMESTAMP_TYPE)
+    return change_rows(view, rows[ENTITY_KEYS[view]], times, rows.select(VIEWS[view])).cast(CHANGES)

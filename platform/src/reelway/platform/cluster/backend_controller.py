@@ -1,0 +1,154 @@
+"""One traffic backend of a namespace and the rollout controller that manages it.
+
+``BackendController`` builds the parts for its backend (store, evidence, alerts, traffic) and runs the ``Controller`` in
+a thread. It is the same ``Controller`` that runs in local mode.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable
+from urllib.parse import urlsplit
+
+from reelway.platform.cluster.inference_service import InferenceServiceRankers, RemoteRankerBackend, read_template
+from reelway.platform.cluster.kube_api import KubeApi
+from reelway.platform.cluster.kube_rollout_store import KubeRolloutStore
+from reelway.platform.cluster.operator_settings import OperatorSettings, RaySettings
+from reelway.platform.cluster.ray_service import RayServiceBackend
+from reelway.platform.cluster.resources import Backend, RolloutResource
+from reelway.platform.cluster.rollout_cache import RolloutCache
+from reelway.platform.cluster.serve_config_reconciler import ServeConfigReconciler
+from reelway.platform.errors import RolloutError
+from reelway.platform.rollout.control.alert_registry import AlertRegistry
+from reelway.platform.rollout.control.controller import Controller
+from reelway.platform.rollout.control.controller_metrics import ControllerMetrics
+from reelway.platform.rollout.records import HistoryEntry
+from reelway.platform.rollout.sources import SeriesEvidenceSource
+from reelway.platform.rollout.sources.direct_scrape import DirectScrapeReader
+from reelway.platform.rollout.sources.parity_findings import ParityFindings
+from reelway.platform.rollout.sources.parity_store import ParityFindingsReader
+from reelway.platform.rollout.sources.prometheus_reader import PrometheusReader
+from reelway.platform.rollout.sources.series_reader import SeriesReader
+from reelway.platform.rollout.traffic.serve_rest import ServeAddress, ServeRestBackend
+
+log = logging.getLogger(__name__)
+
+
+class BackendController:
+    """The controller of one backend.
+
+    Args:
+        on_decision: called with each decision after it is recorded.
+
+    Raises:
+        RolloutError: if the backend is on a host that the operator may not send Ray's token to.
+        KubernetesError: if the recorded alerts cannot be read.
+    """
+
+    def __init__(
+        self,
+        api: KubeApi,
+        shelf: RolloutCache,
+        backend: Backend,
+        settings: OperatorSettings,
+        metrics: ControllerMetrics,
+        on_decision: Callable[[RolloutResource, HistoryEntry], None],
+    ) -> None:
+        address = serve_address(backend, api.namespace, settings.ray)
+        self.key = backend.key
+        self.store = KubeRolloutStore(api, shelf, backend=backend.key, create_backend=backend, on_decision=on_decision)
+        serve = ServeRestBackend(address)
+        name = backend.ray_service.name if backend.ray_service else ""
+        self.backend: RayServiceBackend | ServeRestBackend = serve
+        self.serve_config: ServeConfigReconciler | None = None
+        rankers = _rankers(api, settings)
+        if name:
+            self.backend = RayServiceBackend(api, name, serve)
+            self.serve_config = ServeConfigReconciler(api, self.backend, rankers)
+        url = address.url.rstrip("/")
+        reader: SeriesReader
+        if settings.prometheus.url:
+            reader = PrometheusReader(settings.prometheus.url, access=settings.prometheus.access(api.namespace))
+        else:
+            reader = DirectScrapeReader(lambda: url)
+        self._parity = ParityFindingsReader(settings.parity_findings) if settings.parity_findings else None
+        self._source = SeriesEvidenceSource(reader, self._parity.findings if self._parity else _parity_unknown)
+        self.alerts = AlertRegistry(self.store)
+        self.wake = threading.Event()
+        self._stop = threading.Event()
+        controller = Controller(
+            self.store,
+            RemoteRankerBackend(self.backend, rankers) if rankers else self.backend,
+            self._source,
+            self.alerts,
+            alert_source=settings.alertmanager.source(api.namespace),
+            poll_s=settings.alertmanager.poll_interval_s,
+            metrics=metrics,
+        )
+        self._thread = threading.Thread(
+            target=controller.run, args=(self._stop, self.wake, settings.interval_s), name=f"controller {self.key}"
+        )
+
+    def start(self) -> None:
+        """Starts the controller's thread."""
+        log.info("controller of %s: started", self.key)
+        self._thread.start()
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether the controller's thread is running."""
+        return self._thread.is_alive()
+
+    def backend_deleted(self) -> bool:
+        """Returns whether the RayService no longer exists, so that no traffic can be moved.
+
+        Raises:
+            KubernetesError: if the API server cannot be reached.
+        """
+        return isinstance(self.backend, RayServiceBackend) and not self.backend.exists()
+
+    def stop(self) -> None:
+        """Finishes the current reconcile and ends the thread."""
+        self._stop.set()
+        self.wake.set()
+        if self._thread.ident is not None:
+            self._thread.join()
+        self._source.close()
+        if self._parity is not None:
+            self._parity.close()
+        self.backend.close()
+
+
+def _parity_unknown() -> ParityFindings:
+    return ParityFindings(problem="the operator has no parity findings; set parity_findings in its settings")
+
+
+def _rankers(api: KubeApi, settings: OperatorSettings) -> InferenceServiceRankers | None:
+    return InferenceServiceRankers(api, read_template(settings.ranker_template)) if settings.ranker_template else None
+
+
+def serve_address(backend: Backend, namespace: str, settings: RaySettings) -> ServeAddress:
+    """Returns the address of a backend's Serve.
+
+    Raises:
+        RolloutError: if its host is neither in this namespace nor trusted: Ray's token would be sent outside.
+    """
+    if backend.ray_service is not None:
+        names = {"name": backend.ray_service.name, "namespace": namespace}
+        return ServeAddress(
+            settings.router_url.format(**names), settings.dashboard_url.format(**names), settings.token_file
+        )
+    assert backend.serve is not None, "a backend is a RayService or a Serve endpoint"
+    for url in (backend.serve.api, backend.serve.url):
+        host = urlsplit(url).hostname or ""
+        local = "." not in host or host.endswith(
+            (f".{namespace}", f".{namespace}.svc", f".{namespace}.svc.cluster.local")
+        )
+        if not (local or host in settings.trusted_hosts):
+            raise RolloutError(
+                f"spec.backend.serve: host {host!r} is neither a Service of namespace {namespace} nor one of the "
+                f"operator's trusted hosts ({', '.join(settings.trusted_hosts) or 'none'}); add it to "
+                "ray.trusted_hosts in the operator's settings"
+            )
+    return ServeAddress(backend.serve.url, backend.serve.api, settings.token_file)

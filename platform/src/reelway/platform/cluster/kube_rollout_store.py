@@ -1,0 +1,388 @@
+"""``RolloutStore`` over ReleaseRollout resources: the state of a rollout is stored in its status.
+
+The resource version is the lock, so a lost update is rejected as it is by SQLite. A rollout that has not started is
+read as pending; the operator starts it (``admission``), not the command that creates it. Alerts are stored in the
+status of the latest rollout if they can concern it.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime
+from typing import Any, Final
+
+from pydantic import ValidationError
+
+from reelway.platform.cluster.kube_api import ConflictError, KubeApi, NotFoundError
+from reelway.platform.cluster.resources import (
+    ALERTS_LIMIT,
+    GROUP,
+    MAX_COMMANDS,
+    ROLLOUT_KIND,
+    VERSION,
+    Backend,
+    CommandRequest,
+    ReleaseRolloutSpec,
+    ReleaseRolloutStatus,
+    RolloutResource,
+)
+from reelway.platform.cluster.rollout_cache import PATH, InformerCache, RolloutCache, parse_rollout
+from reelway.platform.cluster.status import REFUSED, not_started, with_derived_fields
+from reelway.platform.errors import KubernetesError, RolloutError
+from reelway.platform.rollout.alerts import AlertKey, KnownAlert, names_release
+from reelway.platform.rollout.policy import RolloutPolicy, default_policy
+from reelway.platform.rollout.records import HistoryEntry, LastReconcile, Rollout, with_commands_since
+from reelway.platform.rollout.state import Command, Phase, RolloutState, add_command
+
+LIVE: Final = "live"
+"""Placeholder for the stable release of a rollout that has not started: the release that is live at its start."""
+NOT_OBSERVED_REASON: Final = "the operator has not observed the rollout yet"
+DELETED_ACTOR: Final = "the user who deleted it"
+_ATTEMPTS: Final = 6
+_COMPARED_TRAFFIC_KEYS: Final = ("reached", "trouble", "detail", "failed", "ready", "releases", "routing")
+
+Change = Callable[[RolloutResource], ReleaseRolloutStatus | None]
+
+
+class KubeRolloutStore:
+    """The rollouts of one namespace, or the started rollouts of one backend (for its controller).
+
+    Args:
+        backend: key of the backend. None selects all rollouts, started or not (for commands).
+        create_backend: backend of the rollouts that ``create`` creates.
+        on_decision: called with each new history entry after it is written.
+
+    Raises:
+        KubernetesError: from every method, if the API server cannot be reached or rejects the request.
+    """
+
+    def __init__(
+        self,
+        api: KubeApi,
+        shelf: RolloutCache,
+        *,
+        backend: str | None = None,
+        create_backend: Backend | None = None,
+        on_decision: Callable[[RolloutResource, HistoryEntry], None] = lambda *_: None,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._api, self._shelf = api, shelf
+        self._backend, self._made_for = backend, create_backend
+        self._told, self._clock = on_decision, clock
+        self._writing = threading.RLock()
+        self._seen: dict[str, LastReconcile] = {}
+
+    def create(self, state: RolloutState, policy: RolloutPolicy) -> Rollout:
+        """Creates the resource; the operator starts the rollout. Several rollouts of one backend may wait.
+
+        Raises:
+            RolloutError: if a rollout of that name exists or the API server rejects the resource.
+        """
+        if self._made_for is None:
+            raise RolloutError("cannot create a rollout without a backend; name a RayService with --ray-service")
+        stable = None if state.stable_release == LIVE else state.stable_release
+        asked = {"release": state.canary_release, "stable_release": stable, "force": state.forced}
+        try:
+            spec = ReleaseRolloutSpec.model_validate(
+                {**asked, "policy": policy, "backend": self._made_for, "note": state.reason}
+            )
+        except ValidationError as error:
+            wrong = error.errors()[0]
+            raise RolloutError(f"spec.{wrong['loc'][0]}: saw {wrong['input']!r}: {wrong['msg']}") from error
+        try:
+            made = self._api.create(PATH, {**_object_head(state.id), "spec": _spec_document(spec)})
+        except ConflictError:
+            raise RolloutError(f"cannot create rollout {state.id}: it exists; choose another name") from None
+        except NotFoundError as error:
+            raise RolloutError(f"{error}; check that Reelway's CRDs are installed") from error
+        except KubernetesError as error:
+            raise RolloutError(str(error)) from error
+        resource = parse_rollout(made)
+        self._shelf.store_written(resource)
+        return to_rollout(resource)
+
+    def get(self, rollout_id: str) -> Rollout:
+        return to_rollout(self._find(rollout_id))
+
+    def latest(self) -> Rollout | None:
+        resource = self._latest()
+        return to_rollout(resource) if resource else None
+
+    def phase(self, rollout_id: str) -> str:
+        """Returns ``status.phase``, which has two values that a ``RolloutState`` has not: Waiting and Refused."""
+        return self._find(rollout_id).status.phase
+
+    def all(self) -> Sequence[Rollout]:
+        return [to_rollout(resource) for resource in self._in_scope()]
+
+    def record(self, before: Rollout, state: RolloutState, entry: HistoryEntry | None) -> Rollout:
+        numbered = entry and entry.model_copy(update={"number": self._next_number()})
+
+        def change(resource: RolloutResource) -> ReleaseRolloutStatus:
+            newest, status = to_rollout(resource), resource.status
+            merged = with_commands_since(before, newest, state) if newest.version != before.version else state
+            history = (*status.history, numbered) if numbered else status.history
+            sighting = self._seen.get(state.id, status.last_reconcile)
+            return with_derived_fields(
+                resource,
+                status.model_copy(
+                    update={"state": merged, "policy": before.policy, "version": status.version + 1,
+                            "history": history, "last_reconcile": sighting}
+                ),
+                self._clock(),
+            )  # fmt: skip
+
+        written = self._write(self._find(before.state.id, exact=True), change)
+        if numbered:
+            self._told(written, numbered)
+        return to_rollout(written)
+
+    def begin(self, resource: RolloutResource, state: RolloutState, policy: RolloutPolicy) -> Rollout:
+        """Writes the first state of a rollout. Raises RolloutError if it has started."""
+
+        def change(newest: RolloutResource) -> ReleaseRolloutStatus:
+            if newest.status.state is not None:
+                raise RolloutError(f"rollout {newest.name} has started; check that no second operator runs")
+            made = ReleaseRolloutStatus(
+                state=state, policy=policy, version=newest.status.version + 1, conditions=newest.status.conditions
+            )
+            return with_derived_fields(newest, made, self._clock())
+
+        return to_rollout(self._write(resource, change))
+
+    def record_not_started(self, resource: RolloutResource, phase: str, reason: str) -> bool:
+        """Writes why a rollout has not started. Returns False if the status said so before."""
+        if (resource.status.phase, resource.status.reason) == (phase, reason):
+            return False
+        self._write(
+            resource, lambda newest: None if newest.status.state else not_started(newest, phase, reason, self._clock())
+        )
+        return True
+
+    def supersede(self, resource: RolloutResource, by: RolloutResource) -> None:
+        """Writes that another rollout started after this one, so that this one is no longer reconciled."""
+        self._write(resource, lambda newest: newest.status.model_copy(update={"superseded_by": by.rollout_id}))
+
+    def submit_command(self, rollout_id: str, command: Command) -> Rollout:
+        """Adds the command to ``spec.commands`` in one patch. Only the operator writes the status."""
+        resource = self._find(rollout_id)
+        asked = CommandRequest.model_validate(command.model_dump())
+        for _ in range(_ATTEMPTS):
+            given = resource.spec.commands
+            if any(known.id == asked.id for known in given) or asked.id in _commands_seen(resource):
+                return to_rollout(resource)
+            kept = (*_unseen_commands(resource), asked)
+            if len(kept) > MAX_COMMANDS:
+                raise RolloutError(
+                    f"cannot add a command to {resource.name}: {len(kept) - 1} of at most {MAX_COMMANDS} commands "
+                    "wait; check that the operator runs"
+                )
+            change = {
+                "metadata": {"resourceVersion": resource.resource_version},
+                "spec": {"commands": [one.document() for one in kept]},
+            }
+            try:
+                resource = parse_rollout(self._api.patch(f"{PATH}/{resource.name}", change))
+            except ConflictError:
+                resource = self._refetch(resource)
+                continue
+            self._shelf.store_written(resource)
+            return to_rollout(resource)
+        raise RolloutError(f"cannot write rollout {resource.name}: it changed {_ATTEMPTS} times meanwhile; try again")
+
+    def history(self, rollout_id: str | None = None) -> Sequence[HistoryEntry]:
+        some = [self._find(rollout_id)] if rollout_id is not None else self._in_scope()
+        entries = [entry for resource in some for entry in resource.status.history]
+        return sorted(entries, key=lambda entry: entry.number)
+
+    def alerts(self) -> dict[AlertKey, KnownAlert]:
+        resource = self._latest()
+        return {alert.key: alert for alert in resource.status.alerts} if resource else {}
+
+    def replace_alerts(self, book: Mapping[AlertKey, KnownAlert]) -> None:
+        """Stores the alerts that name the latest rollout's release and began after the rollout did."""
+        resource = self._latest()
+        if resource is None or resource.status.state is None:
+            return
+
+        def change(newest: RolloutResource) -> ReleaseRolloutStatus | None:
+            kept = _relevant_alerts(book.values(), newest.status.state)
+            return None if kept == newest.status.alerts else newest.status.model_copy(update={"alerts": kept})
+
+        self._write(resource, change)
+
+    def save_last_reconcile(self, sighting: LastReconcile) -> None:
+        """Writes a reconcile at once if its outcome differs from the last one, otherwise with the next record."""
+        self._seen[sighting.rollout_id] = sighting
+
+        def change(resource: RolloutResource) -> ReleaseRolloutStatus | None:
+            if _same_outcome(sighting, resource.status.last_reconcile):
+                return None
+            return with_derived_fields(
+                resource, resource.status.model_copy(update={"last_reconcile": sighting}), self._clock()
+            )
+
+        self._write(self._find(sighting.rollout_id, exact=True), change)
+
+    def last_reconcile(self, rollout_id: str) -> LastReconcile | None:
+        resource = self._find(rollout_id)
+        return self._seen.get(resource.rollout_id, resource.status.last_reconcile)
+
+    def revision(self, *, include_own: bool = True) -> int:
+        return self._shelf.revision(own=include_own)
+
+    def _in_scope(self) -> list[RolloutResource]:
+        """Returns the rollouts in scope, oldest first; a controller's scope is the started rollouts of its backend."""
+        mine = [
+            resource
+            for resource in self._shelf.all()
+            if self._backend is None or (resource.status.state and resource.spec.backend.key == self._backend)
+        ]
+        return sorted(mine, key=_order)
+
+    def _latest(self) -> RolloutResource | None:
+        """Returns the rollout that the controller reconciles; for commands, the next one if that one has ended."""
+        mine = self._in_scope()
+        begun = [resource for resource in mine if resource.status.state]
+        if self._backend is not None:
+            return next((one for one in reversed(begun) if not one.status.superseded_by), None)
+        if begun and begun[-1].status.state and begun[-1].status.state.active:
+            return begun[-1]
+        return mine[-1] if mine else None
+
+    def _find(self, rollout_id: str, *, exact: bool = False) -> RolloutResource:
+        mine = self._in_scope()
+        whole = [one for one in mine if rollout_id in (one.rollout_id, one.name)]
+        found = whole or [one for one in mine if not exact and rollout_id and one.rollout_id.startswith(rollout_id)]
+        if not found:
+            raise RolloutError(
+                f"rollout {rollout_id!r} does not exist; `reelway rollout history --all` lists all rollouts"
+            )
+        if len(found) > 1:
+            some = ", ".join(one.name for one in found[:3])
+            raise RolloutError(f"rollout id {rollout_id!r} is ambiguous ({some} ...); type more of it")
+        return found[0]
+
+    def _next_number(self) -> int:
+        numbers = [entry.number for resource in self._shelf.all() for entry in resource.status.history[-1:]]
+        return max(numbers, default=0) + 1
+
+    def _write(self, resource: RolloutResource, change: Change) -> RolloutResource:
+        """Writes the status that ``change`` returns for the latest resource; None writes nothing."""
+        with self._writing:
+            for _ in range(_ATTEMPTS):
+                status = change(resource)
+                if status is None:
+                    return resource
+                if isinstance(self._shelf, InformerCache):
+                    self._shelf.expect_own_write(resource.uid, status.version)
+                try:
+                    written = parse_rollout(
+                        self._api.replace(f"{PATH}/{resource.name}/status", _status_document(resource, status))
+                    )
+                except ConflictError:
+                    resource = self._refetch(resource)
+                except NotFoundError:
+                    raise RolloutError(f"cannot write rollout {resource.name}: it was deleted") from None
+                else:
+                    self._shelf.store_written(written)
+                    return written
+        raise RolloutError(f"cannot write rollout {resource.name}: it changed {_ATTEMPTS} times meanwhile; try again")
+
+    def _refetch(self, resource: RolloutResource) -> RolloutResource:
+        document = self._api.get(f"{PATH}/{resource.name}")
+        if document is None or document["metadata"]["uid"] != resource.uid:
+            raise RolloutError(f"cannot write rollout {resource.name}: it was deleted")
+        newest = parse_rollout(document)
+        self._shelf.store_written(newest)
+        return newest
+
+
+def to_rollout(resource: RolloutResource) -> Rollout:
+    """Converts a resource: the recorded state plus the commands of its spec that the state does not contain.
+
+    The deletion of an active rollout counts as a rollback command.
+    """
+    status, spec = resource.status, resource.spec
+    policy = status.policy or spec.policy or default_policy()
+    state = status.state or _pending_state(resource)
+    for asked in spec.commands:
+        state = add_command(state, asked.to_command)
+    if resource.deleting and state.active and status.state is not None:
+        state = add_command(state, Command(id=f"deleted-{resource.uid[:8]}", verb="rollback", actor=DELETED_ACTOR))
+    return Rollout(state=state, policy=policy, version=max(1, resource.version + resource.deleting))
+
+
+def _pending_state(resource: RolloutResource) -> RolloutState:
+    made_at = datetime.fromisoformat(resource.created_at).timestamp()
+    refused = resource.status.phase == REFUSED
+    return RolloutState(
+        id=resource.rollout_id,
+        stable_release=resource.spec.stable_release or LIVE,
+        canary_release=resource.spec.release,
+        phase=Phase.ROLLED_BACK if refused else Phase.PENDING,
+        started_at=made_at,
+        changed_at=made_at,
+        tick_at=made_at,
+        forced=resource.spec.force,
+        reason=resource.status.reason or NOT_OBSERVED_REASON,
+    )
+
+
+def _order(resource: RolloutResource) -> tuple[float, str, str]:
+    state = resource.status.state
+    begun_at = state.started_at if state else float("inf")
+    return (begun_at, resource.created_at, resource.name)
+
+
+def _commands_seen(resource: RolloutResource) -> Sequence[str]:
+    return resource.status.state.commands_seen if resource.status.state else ()
+
+
+def _unseen_commands(resource: RolloutResource) -> list[CommandRequest]:
+    """Returns the commands of the spec; the oldest ones that were processed make room for new ones."""
+    seen, given = set(_commands_seen(resource)), list(resource.spec.commands)
+    while len(given) >= MAX_COMMANDS and given[0].id in seen:
+        given.pop(0)
+    return given
+
+
+def _relevant_alerts(alerts: Any, state: RolloutState | None) -> tuple[KnownAlert, ...]:
+    if state is None:
+        return ()
+    about = [
+        alert
+        for alert in alerts
+        if alert.starts_at >= state.started_at
+        and names_release(dict(alert.labels).get("release", ""), state.canary_release)
+    ]
+    return tuple(sorted(about, key=lambda alert: (alert.starts_at, alert.group_key, alert.labels))[-ALERTS_LIMIT:])
+
+
+def _same_outcome(one: LastReconcile, other: LastReconcile | None) -> bool:
+    if other is None or one.action != other.action:
+        return False
+    return all(one.traffic.get(key) == other.traffic.get(key) for key in _COMPARED_TRAFFIC_KEYS)
+
+
+def _object_head(name: str) -> dict[str, Any]:
+    return {"apiVersion": f"{GROUP}/{VERSION}", "kind": ROLLOUT_KIND, "metadata": {"name": name}}
+
+
+def _spec_document(spec: ReleaseRolloutSpec) -> dict[str, Any]:
+    document = spec.document()
+    if spec.policy is not None:  # null disables a guardrail, so nulls are kept
+        document["policy"] = spec.policy.model_dump(mode="json")
+    return document
+
+
+def _status_document(resource: RolloutResource, status: ReleaseRolloutStatus) -> dict[str, Any]:
+    document = status.document()
+    parts = {"state": status.state, "policy": status.policy, "lastReconcile": status.last_reconcile}
+    document |= {name: part.model_dump(mode="json") for name, part in parts.items() if part is not None}
+    document["history"] = [entry.model_dump(mode="json") for entry in status.history]
+    head = _object_head(resource.name)
+    head["metadata"] |= {"namespace": resource.namespace, "resourceVersion": resource.resource_version}
+    return {**head, "status": document}

@@ -1,0 +1,150 @@
+"""Opens a run's Feast feature store and hides Feast's exceptions.
+
+Feast is imported inside functions. The import takes about a second, and commands without features do not need it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import yaml
+
+from reelway.platform.atomic_files import atomic_file
+from reelway.platform.errors import ConfigError, FeatureError
+
+if TYPE_CHECKING:
+    from feast import FeatureStore
+
+PROJECT: Final = "reelway"
+CONFIG_FILE: Final = "feature_store.yaml"
+ONLINE_STORE_VARIABLE: Final = "REELWAY_ONLINE_STORE"
+"""``sqlite`` (default) or ``redis[s]://host:port[/db]``, read when a run's ``feature_store.yaml`` is written."""
+PASSWORD_VARIABLE: Final = "REDIS_PASSWORD"
+"""Password of the online store. Feast reads it when it opens the store, so no file contains the password."""
+
+
+def online_store_config(address: str) -> dict[str, Any]:
+    """Returns Feast's ``online_store`` section for ``sqlite``, ``redis://...`` or (with TLS) ``rediss://...``.
+
+    Raises:
+        ConfigError: if the address has another scheme.
+    """
+    if address == "sqlite":
+        return {"type": "sqlite", "path": "online.db"}
+    scheme, _, place = address.partition("://")
+    if scheme in ("redis", "rediss") and (place := place.rstrip("/")):
+        host, _, database = place.partition("/")
+        # Reading a viewer's row may take at most half a second. After that the request falls back to an answer without
+        # the row. redis-py's default, three retries with increasing delays, could delay a request by eight seconds.
+        connection = f"{host},db={database or 0},socket_timeout=0.5,socket_connect_timeout=0.5,retry=null"
+        connection += ",ssl=true" * (scheme == "rediss")
+        connection += f",password=${{{PASSWORD_VARIABLE}}}" * (PASSWORD_VARIABLE in os.environ)
+        # skip_dedup: a materialisation writes complete rows of one time, so the last write is correct. Feast's
+        # check would drop a corrected row of the same time.
+        return {"type": "redis", "connection_string": connection, "skip_dedup": True}
+    raise ConfigError(
+        f"online store {address!r}: expected 'sqlite', 'redis://host:port' or 'rediss://host:port'; set "
+        f"{ONLINE_STORE_VARIABLE}"
+    )
+
+
+def write_store_config(features_dir: Path, online_store: str | None = None) -> Path:
+    """Writes ``feature_store.yaml`` for a run. Relative paths in the file refer to ``features_dir``.
+
+    Args:
+        online_store: see ``online_store_config``; defaults to the environment variable ``REELWAY_ONLINE_STORE``.
+    """
+    address = online_store or os.environ.get(ONLINE_STORE_VARIABLE, "sqlite")
+    config = {
+        "project": PROJECT,
+        "provider": "local",
+        "registry": "registry.db",
+        "entity_key_serialization_version": 3,
+        "offline_store": {"type": "duckdb"},
+        "online_store": online_store_config(address),
+    }
+    path = features_dir / CONFIG_FILE
+    with atomic_file(path) as aside:
+        aside.write_text(yaml.safe_dump(config, sort_keys=False))
+    return path
+
+
+def import_feast() -> None:
+    """Imports Feast without changing how this process stores its metrics.
+
+    On import Feast sets ``PROMETHEUS_MULTIPROC_DIR``. Then every metric created later, in this process and its
+    children, would be a file in a temporary folder that is never scraped.
+    """
+    import prometheus_client  # noqa: F401  (settles how values are kept, before Feast can)
+
+    variables = ("PROMETHEUS_MULTIPROCESS_DIR", "PROMETHEUS_MULTIPROC_DIR")
+    before = {name: os.environ.get(name) for name in variables}
+    import feast
+    import feast.metrics  # noqa: F401
+
+    for name, value in before.items():
+        if value is None:
+            os.environ.pop(name, None)
+
+
+def open_feature_store(features_dir: Path) -> FeatureStore:
+    """Opens the Feast store of a run.
+
+    Raises:
+        FeatureError: if the run has no feature store, or its configuration is invalid.
+    """
+    if not (features_dir / CONFIG_FILE).exists():
+        raise FeatureError(f"{features_dir}: no {CONFIG_FILE}; run `reelway features --run {features_dir.parent}`")
+    import_feast()
+    from feast import FeatureStore
+    from feast.errors import FeastError
+
+    try:
+        return FeatureStore(repo_path=str(features_dir))
+    except (FeastError, OSError, ValueError) as error:
+        raise FeatureError(f"{features_dir / CONFIG_FILE}: cannot open the feature store: {error}") from error
+
+
+def feature_service(store: FeatureStore, name: str) -> Any:
+    """Returns a registered feature service.
+
+    Raises:
+        FeatureError: if the store does not contain the service.
+    """
+    from feast.errors import FeatureServiceNotFoundException
+
+    try:
+        return store.get_feature_service(name)
+    except FeatureServiceNotFoundException as error:
+        known = sorted(service.name for service in store.list_feature_services())
+        raise FeatureError(
+            f"feature service {name!r} is not registered, expected one of {known}; run `reelway features`"
+        ) from error
+
+
+def feature_service_digest(store: FeatureStore, name: str) -> str:
+    """Returns the SHA-256 (hex) of the service's registered views, join keys, fields, types, widths and TTLs.
+
+    Paths are not part of the digest.
+
+    Raises:
+        FeatureError: if the store does not contain the service.
+    """
+    on_demand = {view.name for view in store.list_on_demand_feature_views()}
+    views = []
+    for projection in feature_service(store, name).feature_view_projections:
+        view = None if projection.name in on_demand else store.get_feature_view(projection.name)
+        views.append(
+            {
+                "view": projection.name,
+                "keys": [[column.name, str(column.dtype)] for column in view.entity_columns] if view else None,
+                "fields": sorted([field.name, str(field.dtype), field.tags] for field in projection.features),
+                "ttl_s": view.ttl.total_seconds() if view and view.ttl else None,
+            }
+        )
+    canonical = json.dumps({"service": name, "views": views}, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode()).hexdigest()
