@@ -14,9 +14,10 @@ import statistics
 from collections.abc import Sequence
 from contextlib import ExitStack
 
-from tests.e2e.alert_latency import Rollback, rollback_of
-from tests.e2e.clusters import chosen
-from tests.e2e.monitored_installation import (
+from tests.support.bench_results import Row, write_report
+from tests.support.e2e.alert_latency import Rollback, rollback_of
+from tests.support.e2e.clusters import chosen
+from tests.support.e2e.monitored_installation import (
     BAR_S,
     BY_EVIDENCE,
     ONLY_ALERTS,
@@ -25,8 +26,7 @@ from tests.e2e.monitored_installation import (
     MonitoredInstallation,
     monitored,
 )
-from tests.e2e.rollouts import begin, until_phase
-from tests.support.bench_results import Row, write_report
+from tests.support.e2e.rollouts import begin, until_phase
 
 from reelway.platform.cli.terminal import print_status
 

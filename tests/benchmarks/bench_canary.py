@@ -18,20 +18,21 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.stats import binomtest, norm
-from tests.benchmarks.canary_events import HistoryGenerator
-from tests.benchmarks.canary_peers import NEVER, ArgoRollouts, Flagger, Kayenta
-from tests.benchmarks.canary_population import LINEAR, N_X, TESTS, Population
-from tests.benchmarks.canary_simulation import (
+from scipy.stats import norm
+from tests.support.bench_results import Row, write_report
+from tests.support.rollout.canary_events import HistoryGenerator
+from tests.support.rollout.canary_peers import NEVER, ArgoRollouts, Flagger, Kayenta
+from tests.support.rollout.canary_population import LINEAR, N_X, TESTS, Population
+from tests.support.rollout.canary_simulation import (
     PAUSED,
     PROMOTED,
     ROLLED_BACK,
     RUNNING,
     Scenario,
     Simulation,
+    clopper_pearson,
     looks,
 )
-from tests.support.bench_results import Row, write_report
 
 from reelway.platform.cli.terminal import print_status
 from reelway.platform.rollout.policy import RolloutPolicy, Slice, default_policy
@@ -230,9 +231,9 @@ def outages(policy: RolloutPolicy, same: Population, rollouts: int) -> list[Row]
     """Counts changes while telemetry is down for five minutes in mid-rollout.
 
     Reconciles before and after the outage run in the array code, those of the outage in ``decide``; see
-    ``tests.benchmarks.canary_outage``.
+    ``tests.support.rollout.canary_outage``.
     """
-    from tests.benchmarks.canary_outage import play_outages
+    from tests.support.rollout.canary_outage import play_outages
 
     promoted, rolled_back, moved, held = play_outages(policy, same, rollouts)
     print_status(
@@ -274,12 +275,6 @@ def cuped_saving(population: Population) -> float:
     x2, y2 = (population.rows[:, 1 + LINEAR + row] for row in (0, N_X + LONG_WATCH))
     now, past = (y - y.sum() / x.sum() * x for x, y in ((x1, y1), (x2, y2)))
     return float(np.corrcoef(now, past)[0, 1] ** 2)
-
-
-def clopper_pearson(k: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
-    """Returns the exact binomial interval."""
-    interval = binomtest(k, n).proportion_ci(confidence, "exact")
-    return float(interval.low), float(interval.high)
 
 
 if __name__ == "__main__":

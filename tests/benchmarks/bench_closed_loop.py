@@ -20,8 +20,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
-from tests.benchmarks.live_features import LiveFeatures
 from tests.support.bench_results import Row, write_report
+from tests.support.live_features import LiveFeatures
 
 from reelway.pipelines.evaluation.baselines import tune_als
 from reelway.pipelines.evaluation.harness import make_temporal_split

@@ -12,17 +12,17 @@ import sys
 from typing import Any
 
 import numpy as np
-from tests.cluster.conftest import Kubectl
-from tests.e2e.clusters import Cluster, chosen
-from tests.e2e.conftest import Flow
-from tests.e2e.disruption_check import expect_no_disruption
-from tests.e2e.installation import NAME, Installation
-from tests.e2e.load_pod import constant_load
-from tests.e2e.redis_pod import apply_redis
-from tests.e2e.release_fixtures import ReleaseFixtures, made_releases
-from tests.e2e.rollouts import HELD, begin, until_phase
-from tests.e2e.wait_until import until
 from tests.support.bench_results import Row, write_report
+from tests.support.cluster.kubectl import Kubectl
+from tests.support.e2e.clusters import Cluster, chosen
+from tests.support.e2e.disruption_check import expect_no_disruption
+from tests.support.e2e.flow import Flow
+from tests.support.e2e.installation import NAME, Installation
+from tests.support.e2e.load_pod import constant_load
+from tests.support.e2e.redis_pod import apply_redis
+from tests.support.e2e.release_fixtures import ReleaseFixtures, made_releases
+from tests.support.e2e.rollouts import HELD, begin, until_phase
+from tests.support.e2e.wait_until import until
 
 from reelway.platform.cli.terminal import print_status, progress
 

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import numpy as np
 import ray
-from tests.dimensions import DIMENSIONS
-from tests.pipelines.features.event_tables import random_dataset, write_dataset
 from tests.support.bench_results import Row, write_report
+from tests.support.dimensions import DIMENSIONS
+from tests.support.pipelines.event_tables import random_dataset, write_dataset
 
 from reelway.pipelines.features.batch import BatchSettings, build_views
 from reelway.pipelines.features.materialisation import materialise

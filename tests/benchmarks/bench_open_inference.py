@@ -28,10 +28,10 @@ import psutil
 from numpy.typing import NDArray
 from tests.benchmarks.open_inference_rows import added_in_one_process, compare_rows
 from tests.benchmarks.serving_release import make_realistic_release, viewer_row
-from tests.release_files import NOW_S
-from tests.serving.rank_server import rank_server_process
-from tests.serving.viewer_store import make_viewer_store
 from tests.support.bench_results import Row, write_report
+from tests.support.release_files import NOW_S
+from tests.support.serving.rank_server import rank_server_process
+from tests.support.serving.viewer_store import make_viewer_store
 
 from reelway.platform.atomic_files import write_json
 from reelway.platform.cli.terminal import print_status

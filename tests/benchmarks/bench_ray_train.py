@@ -16,9 +16,9 @@ from pathlib import Path
 
 import ray
 import torch
-from tests.dimensions import DIMENSIONS
-from tests.pipelines.training.training_row_fixtures import made_table, write_rows
 from tests.support.bench_results import Row, write_report
+from tests.support.dimensions import DIMENSIONS
+from tests.support.pipelines.training_row_fixtures import made_table, write_rows
 
 from reelway.pipelines.training.checkpoint_files import FileCheckpoints
 from reelway.pipelines.training.config import load_config

@@ -28,9 +28,9 @@ import httpx
 import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import chisquare
-from tests.benchmarks.constant_load import constant_load, read_record
-from tests.release_files import make_release_folder
 from tests.support.bench_results import Row, write_report
+from tests.support.constant_load import constant_load, read_record
+from tests.support.release_files import make_release_folder
 
 from reelway.platform.cli.processes import child_process, reelway_command
 from reelway.platform.cli.terminal import print_status, progress

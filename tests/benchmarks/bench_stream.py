@@ -12,9 +12,9 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-from tests.dimensions import DIMENSIONS
-from tests.pipelines.features import event_tables
 from tests.support.bench_results import Row, write_report
+from tests.support.dimensions import DIMENSIONS
+from tests.support.pipelines import event_tables
 
 from reelway.pipelines.features.labels import label_impressions
 from reelway.pipelines.features.stream.engine import StreamCatalogue

@@ -16,8 +16,8 @@ import httpx
 import numpy as np
 from numpy.typing import NDArray
 from prometheus_client import CollectorRegistry
-from tests.serving.rank_server import RankServerProcess
 from tests.support.bench_results import Row
+from tests.support.serving.rank_server import RankServerProcess
 
 from reelway.platform.contracts.api import RecommendRequest, RequestContext
 from reelway.platform.contracts.feature_names import RANKER_INPUTS

@@ -19,9 +19,9 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 from tests.benchmarks.serving_release import make_realistic_release, viewer_row
-from tests.dimensions import DIMENSIONS
-from tests.release_files import LANGUAGES, NOW_S
-from tests.serving.viewer_store import make_store, write_rows
+from tests.support.dimensions import DIMENSIONS
+from tests.support.release_files import LANGUAGES, NOW_S
+from tests.support.serving.viewer_store import make_store, write_rows
 
 from reelway.platform.contracts import feature_names as names
 from reelway.platform.features.hashing import category_codes

@@ -24,8 +24,8 @@ from ray import serve
 from ray.serve.handle import DeploymentHandle
 from tests.benchmarks.serving_fixture import VIEWERS, ServingFixture
 from tests.benchmarks.serving_release import RANKER, TOWER
-from tests.dimensions import DIMENSIONS
-from tests.release_files import NOW_S
+from tests.support.dimensions import DIMENSIONS
+from tests.support.release_files import NOW_S
 
 from reelway.pipelines.models.ranker import Ranker
 from reelway.pipelines.models.two_tower import TwoTower

@@ -23,9 +23,9 @@ from tests.benchmarks.catalogue import make_catalogue
 from tests.benchmarks.serving_fixture import ServingFixture, store_candidates, video_rows
 from tests.benchmarks.serving_release import RANKER, TOWER, TRIED, make_realistic_release
 from tests.benchmarks.serving_variants import floor_of
-from tests.dimensions import DIMENSIONS
-from tests.release_files import NOW_S
 from tests.support.bench_results import Row
+from tests.support.dimensions import DIMENSIONS
+from tests.support.release_files import NOW_S
 
 from reelway.pipelines import search_index
 from reelway.pipelines.models.ranker import Ranker

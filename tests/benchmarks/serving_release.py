@@ -11,8 +11,8 @@ import numpy as np
 import pyarrow as pa
 import torch
 from tests.benchmarks.catalogue import make_catalogue
-from tests.dimensions import DIMENSIONS
-from tests.release_files import NOW_S, describe_files, make_release_folder, write_arrow, write_manifest
+from tests.support.dimensions import DIMENSIONS
+from tests.support.release_files import NOW_S, describe_files, make_release_folder, write_arrow, write_manifest
 
 from reelway.pipelines import search_index
 from reelway.pipelines.models.ranker import Ranker, RankerConfig

@@ -20,7 +20,7 @@ from typing import Any
 
 import psutil
 from tests.benchmarks.serving_fixture import SECRET, VIEWERS, ServingFixture
-from tests.release_files import NOW_S
+from tests.support.release_files import NOW_S
 
 from reelway.platform.contracts.api import RecommendRequest
 from reelway.platform.features.feast_store import open_feature_store

@@ -13,7 +13,7 @@ import click
 import pytest
 import typer.main
 import yaml
-from tests.charts.chart_tool import CHART, COMBINATIONS, RELEASE, Document, named, program, rendered
+from tests.support.charts.chart_tool import CHART, COMBINATIONS, RELEASE, Document, named, program, rendered
 
 from reelway.platform.cli.main import build_app
 from reelway.platform.cluster.ray_service import OPTIONS_DIGEST

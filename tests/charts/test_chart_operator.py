@@ -9,7 +9,7 @@ import click
 import pytest
 import typer.main
 import yaml
-from tests.charts.chart_tool import (
+from tests.support.charts.chart_tool import (
     ENVIRONMENT_FILES,
     ENVIRONMENTS,
     NEEDED,

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from tests.charts.chart_tool import COMBINATIONS, ENVIRONMENT_FILES, Document, named, rendered
+from tests.support.charts.chart_tool import COMBINATIONS, ENVIRONMENT_FILES, Document, named, rendered
 
 # Environment variables with these words must refer to a Secret.
 SECRET_WORDS = ("TOKEN", "PASSWORD", "SECRET", "KEY")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, Final
 
 import pytest
-from tests.charts.chart_tool import ENVIRONMENTS, NEEDED, Document, helm_template, merged
+from tests.support.charts.chart_tool import ENVIRONMENTS, NEEDED, Document, helm_template, merged
 
 BIG: Final = {"requests": {"cpu": "4", "memory": "1Gi"}, "limits": {"cpu": "2", "memory": "1Gi"}}
 HUNGRY: Final = {"requests": {"cpu": "1", "memory": "2Gi"}, "limits": {"cpu": "1", "memory": "1500Mi"}}

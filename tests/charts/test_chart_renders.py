@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from tests.charts.chart_tool import (
+from tests.support.charts.chart_tool import (
     CHART,
     COMBINATIONS,
     COMPONENTS,
@@ -25,7 +25,7 @@ from tests.charts.chart_tool import (
     rendered,
     rendered_text,
 )
-from tests.charts.kubernetes_schemas import LOCATION, write_schemas
+from tests.support.charts.kubernetes_schemas import LOCATION, write_schemas
 
 
 @pytest.mark.parametrize(("environment", "component"), COMBINATIONS)

@@ -11,7 +11,7 @@ from typing import Any, Final
 
 import pytest
 import yaml
-from tests.charts.chart_tool import rendered
+from tests.support.charts.chart_tool import rendered
 
 MINUTES: Final = 400
 FAULT_AT: Final = 370

@@ -7,7 +7,16 @@ from typing import Any
 import pytest
 import typer
 import yaml
-from tests.charts.chart_tool import ENVIRONMENTS, LOADER, NEEDED, RELEASE, documents, helm_template, merged, named
+from tests.support.charts.chart_tool import (
+    ENVIRONMENTS,
+    LOADER,
+    NEEDED,
+    RELEASE,
+    documents,
+    helm_template,
+    merged,
+    named,
+)
 
 from reelway.platform.cli.main import build_app
 

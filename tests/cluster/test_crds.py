@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tests.cluster.conftest import ROOT, Kubectl
-from tests.cluster.fake_serve import GOOD, STABLE
-from tests.cluster.rollout_manifests import QUICK, rollout
+from tests.support.cluster.fake_serve import GOOD, STABLE
+from tests.support.cluster.kubectl import ROOT, Kubectl
+from tests.support.cluster.rollout_manifests import QUICK, rollout
 
 from reelway.platform.cluster import crds, resources
 from reelway.platform.cluster.kube_api import KubeApi

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 import yaml
-from tests.cluster.conftest import Kubectl
-from tests.e2e.wait_until import until
+from tests.support.cluster.kubectl import Kubectl
+from tests.support.e2e.wait_until import until
 
 from reelway.platform.cluster.inference_service import (
     OWNER_ANNOTATION,

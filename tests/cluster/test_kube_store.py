@@ -6,9 +6,9 @@ import threading
 import time
 
 import pytest
-from tests.cluster.conftest import Kubectl
-from tests.cluster.fake_serve import GOOD, STABLE
-from tests.cluster.rollout_manifests import QUICK, rollout
+from tests.support.cluster.fake_serve import GOOD, STABLE
+from tests.support.cluster.kubectl import Kubectl
+from tests.support.cluster.rollout_manifests import QUICK, rollout
 
 from reelway.platform.cluster.kube_api import KubeApi
 from reelway.platform.cluster.kube_rollout_store import LIVE, KubeRolloutStore

@@ -16,10 +16,10 @@ from typing import Any
 
 import httpx
 import pytest
-from tests.cluster.conftest import Kubectl
-from tests.cluster.fake_serve import BAD, GOOD, STABLE, FakeServe
-from tests.cluster.rollout_manifests import QUICK, rollout
 from tests.platform.rollout.control.test_webhook import payload
+from tests.support.cluster.fake_serve import BAD, GOOD, STABLE, FakeServe
+from tests.support.cluster.kubectl import Kubectl
+from tests.support.cluster.rollout_manifests import QUICK, rollout
 
 from reelway.platform.cluster.backend_controller import serve_address
 from reelway.platform.cluster.kube_api import KubeApi
@@ -280,7 +280,7 @@ class Forked:
         command = [
             sys.executable,
             "-m",
-            "tests.cluster.forked_operator",
+            "tests.support.cluster.forked_operator",
             api.namespace,
             str(tmp_path / "token"),
             serve.url,

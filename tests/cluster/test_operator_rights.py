@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 import yaml
-from tests.cluster.conftest import Kubectl
-from tests.cluster.fake_serve import GOOD, FakeServe
-from tests.cluster.rollout_manifests import QUICK
 from tests.cluster.test_operator import operating, over, settings_of, until
 from tests.cluster.test_ray_service import declared, kube  # noqa: F401  (a fixture)
+from tests.support.cluster.fake_serve import GOOD, FakeServe
+from tests.support.cluster.kubectl import Kubectl
+from tests.support.cluster.rollout_manifests import QUICK
 
 from reelway.platform.cluster.kube_api import KubeApi
 from reelway.platform.errors import KubernetesError

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import yaml
-from tests.cluster.conftest import Kubectl
-from tests.cluster.fake_serve import GOOD, STABLE, FakeServe, document
 from tests.cluster.test_operator import operating, over, settings_of, until
+from tests.support.cluster.fake_serve import GOOD, STABLE, FakeServe, document
+from tests.support.cluster.kubectl import Kubectl
 
 from reelway.platform.cluster.kube_api import KubeApi
 from reelway.platform.cluster.ray_service import RayServiceBackend

@@ -8,9 +8,9 @@ import threading
 from pathlib import Path
 
 import pytest
-from tests.cluster.conftest import Kubectl
-from tests.e2e.wait_until import until
-from tests.release_files import make_release_folder
+from tests.support.cluster.kubectl import Kubectl
+from tests.support.e2e.wait_until import until
+from tests.support.release_files import make_release_folder
 
 from reelway.platform.cluster.kube_api import KubeApi
 from reelway.platform.cluster.release_reconciler import ReleaseReconciler

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 import yaml
-from tests.cluster.conftest import Kubectl
-from tests.cluster.fake_serve import BAD, GOOD, STABLE, FakeServe
-from tests.cluster.rollout_manifests import QUICK
 from tests.cluster.test_operator import held, operating, settings_of, until
+from tests.support.cluster.fake_serve import BAD, GOOD, STABLE, FakeServe
+from tests.support.cluster.kubectl import Kubectl
+from tests.support.cluster.rollout_manifests import QUICK
 from typer.testing import CliRunner, Result
 
 from reelway.platform.cli.main import build_app

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.cluster.fake_api_server import FakeApiServer
-from tests.cluster.fake_serve import FakeServe
-from tests.cluster.rollout_manifests import QUICK, rollout
+from tests.support.cluster.fake_api_server import FakeApiServer
+from tests.support.cluster.fake_serve import FakeServe
+from tests.support.cluster.rollout_manifests import QUICK, rollout
 
 from reelway.platform.cluster.finalizer import set_finalizer
 from reelway.platform.cluster.kube_api import ExpiredError, KubeApi

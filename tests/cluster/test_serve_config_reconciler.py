@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 import yaml
-from tests.cluster.conftest import Kubectl
-from tests.cluster.fake_serve import GOOD, STABLE, FakeServe, document
-from tests.cluster.rollout_manifests import rollout
 from tests.cluster.test_operator import held, operating, settings_of, until
 from tests.cluster.test_ray_service import declared, kube  # noqa: F401  (a fixture)
+from tests.support.cluster.fake_serve import GOOD, STABLE, FakeServe, document
+from tests.support.cluster.kubectl import Kubectl
+from tests.support.cluster.rollout_manifests import rollout
 
 from reelway.platform.cluster.inference_service import RankerState
 from reelway.platform.cluster.kube_api import KubeApi

@@ -1,6 +1,6 @@
 """The harness of `make e2e`: an installation on a real cluster, traffic from a pod, an account when something fails.
 
-Scenes are modules ``test_scene_<number>_<what>.py``, run in the order of their numbers. Those that take ``flow`` share
+Scenes are modules ``test_e2e_<number>_<what>.py``, run in the order of their numbers. Those that take ``flow`` share
 one installation in KubeRay mode, under constant load from its first second; when one fails, the rest are skipped. Other
 modules make installations of their own, before the flow or after it.
 
@@ -21,44 +21,22 @@ from __future__ import annotations
 
 import json
 from collections.abc import Generator, Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.cluster.conftest import Kubectl
-from tests.e2e.clusters import Cluster, chosen
-from tests.e2e.diagnosis import account
-from tests.e2e.installation import Installation
-from tests.e2e.load_pod import Load, constant_load
-from tests.e2e.pods import image
-from tests.e2e.release_fixtures import ReleaseFixtures, made_releases
-from tests.support.bench_results import Row, write_report
+from tests.support.bench_results import write_report
+from tests.support.e2e.clusters import Cluster, chosen
+from tests.support.e2e.diagnosis import account
+from tests.support.e2e.flow import Flow
+from tests.support.e2e.installation import Installation
+from tests.support.e2e.load_pod import constant_load
+from tests.support.e2e.pods import image
+from tests.support.e2e.release_fixtures import made_releases
 
 _CLUSTER = pytest.StashKey[Cluster]()
 _BROKEN = pytest.StashKey[str]()
 NAMESPACE = "reelway-e2e"
-
-
-@dataclass
-class Flow:
-    """What the scenes of the flow share."""
-
-    installation: Installation
-    load: Load
-    releases: ReleaseFixtures
-    rows: list[Row] = field(default_factory=list)
-    live: str = ""
-    """The release that everybody is on, as the scenes before left it."""
-
-    @property
-    def kubectl(self) -> Kubectl:
-        """kubectl in the installation's namespace."""
-        return self.installation.kubectl
-
-    def note(self, metric: str, value: float, unit: str, bar: str = "", holds: bool | None = None) -> None:
-        """A number for the report. It fails nothing: the scene does."""
-        self.rows.append(Row(metric, value, unit, bar, holds))
 
 
 @pytest.fixture(scope="session")

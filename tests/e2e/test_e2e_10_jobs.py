@@ -9,12 +9,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import pytest
-from tests.e2e.clusters import Cluster
-from tests.e2e.installation import Installation
-from tests.e2e.jobs import Engineer, engineer_of, workshop
-from tests.e2e.release_fixtures import made_releases
-from tests.e2e.wait_until import until
 from tests.support.bench_results import Row, write_report
+from tests.support.e2e.clusters import Cluster
+from tests.support.e2e.installation import Installation
+from tests.support.e2e.jobs import Engineer, engineer_of, workshop
+from tests.support.e2e.release_fixtures import made_releases
+from tests.support.e2e.wait_until import until
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(900)]
 RUN = "first"

@@ -9,7 +9,7 @@ from dataclasses import replace
 import pyarrow as pa
 import pytest
 from feast.type_map import feast_value_type_to_pa
-from tests.dimensions import DIMENSIONS
+from tests.support.dimensions import DIMENSIONS
 
 from reelway.pipelines.features.registry import feature_repo_path, load_definitions, register_features
 from reelway.platform.contracts.feature_names import (
@@ -49,7 +49,7 @@ def test_services_hold_the_views_of_the_contract(store) -> None:
 
 
 def test_registered_types_equal_the_types_of_the_rows(store) -> None:
-    from tests.pipelines.features.event_tables import random_dataset
+    from tests.support.pipelines.event_tables import random_dataset
 
     from reelway.pipelines.features import views
     from reelway.pipelines.features.batch import ENTITY_KEYS, data_end_us, entity_views

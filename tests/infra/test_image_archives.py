@@ -7,7 +7,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-from tests.infra.scripts import load_script
+from tests.support.infra.scripts import load_script
 
 IMAGE = "reelway.local/serving:1"
 BUILDAH = """#!/bin/sh

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from tests.infra.scripts import load_script
+from tests.support.infra.scripts import load_script
 
 dependencies = load_script("images/dependencies.py")
 without_cuda = load_script("images/without_cuda.py")

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from tests.dimensions import DIMENSIONS
-from tests.pipelines.trained_run import DIM, make_trained_run
-from tests.release_files import make_release_folder
+from tests.support.dimensions import DIMENSIONS
+from tests.support.pipelines.trained_run import DIM, make_trained_run
+from tests.support.release_files import make_release_folder
 from typer.testing import CliRunner
 
 from reelway.pipelines.commands.rehearse import KindChoice

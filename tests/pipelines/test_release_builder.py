@@ -14,8 +14,8 @@ import pytest
 import torch
 import yaml
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-from tests.dimensions import DIMENSIONS
-from tests.pipelines.trained_run import DIM, make_trained_run, write_evaluation
+from tests.support.dimensions import DIMENSIONS
+from tests.support.pipelines.trained_run import DIM, make_trained_run, write_evaluation
 from typer.testing import CliRunner, Result
 
 from reelway.pipelines.features.training_rows import viewer_snapshot

@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 from numpy.typing import NDArray
-from tests.dimensions import DIMENSIONS
+from tests.support.dimensions import DIMENSIONS
 
 from reelway.pipelines import release_tables as parts
 from reelway.pipelines.release_tables import LongWatches

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from fastapi.testclient import TestClient
 from prometheus_client import CollectorRegistry, generate_latest
-from tests.release_files import NOW_S, make_release_folder
+from tests.support.release_files import NOW_S, make_release_folder
 
 from reelway.platform.contracts.api import RecommendRequest
 from reelway.platform.errors import OverloadedError

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
-from tests.release_files import make_release_folder
+from tests.support.release_files import make_release_folder
 
 from reelway.platform.contracts.feature_names import VIDEO_LIVE_DENSE
 from reelway.platform.contracts.manifest import VIDEOS_FILE

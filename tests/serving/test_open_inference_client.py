@@ -17,8 +17,8 @@ import numpy as np
 import pytest
 from kserve import ModelRepository
 from prometheus_client import CollectorRegistry
-from tests.release_files import NOW_S
-from tests.serving.rank_server import ReleaseFixture, make_release
+from tests.support.release_files import NOW_S
+from tests.support.serving.rank_server import ReleaseFixture, make_release
 
 from reelway.platform.contracts.api import RecommendRequest
 from reelway.platform.errors import ServingError

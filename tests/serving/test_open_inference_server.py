@@ -15,7 +15,7 @@ from typing import Any
 import grpc
 import numpy as np
 import pytest
-from tests.serving.open_inference_requests import (
+from tests.support.serving.open_inference_requests import (
     HEADER,
     INFER,
     binary_request,
@@ -25,7 +25,7 @@ from tests.serving.open_inference_requests import (
     rpc_request,
     still_answers,
 )
-from tests.serving.rank_server import RankServer, make_release, running_rank_server
+from tests.support.serving.rank_server import RankServer, make_release, running_rank_server
 
 from reelway.serving.open_inference.messages import SERVICE
 
@@ -47,8 +47,8 @@ def test_foreign_client_gets_every_response_of_the_protocol(server: RankServer, 
     inputs = server.made.inputs(40)
     np.savez(tmp_path / "inputs.npz", **inputs)
     done = subprocess.run(
-        [python, "-m", "tests.serving.open_inference_clients", client, str(server.http_port), str(server.grpc_port),
-         str(tmp_path / "inputs.npz")],
+        [python, "-m", "tests.support.serving.open_inference_clients", client, str(server.http_port),
+         str(server.grpc_port), str(tmp_path / "inputs.npz")],
         capture_output=True, text=True, timeout=120, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

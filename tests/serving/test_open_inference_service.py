@@ -12,7 +12,7 @@ pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.long, pytest.mark.t
 
 
 def test_killed_rank_servers_fail_no_request(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    command = [sys.executable, "-W", "ignore", "-m", "tests.serving.killed_rank_servers", str(tmp_path)]
+    command = [sys.executable, "-W", "ignore", "-m", "tests.support.serving.killed_rank_servers", str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=390, check=False)
     with capsys.disabled():
         print("\n" + done.stdout.strip())

@@ -14,7 +14,7 @@ from kserve import InferInput, ModelRepository
 from kserve.protocol.rest.v2_datamodels import InferenceRequest
 from prometheus_client import CollectorRegistry
 from pydantic import ValidationError
-from tests.serving.rank_server import make_release
+from tests.support.serving.rank_server import make_release
 
 from reelway.platform.errors import IncompatibleReleaseError
 from reelway.serving.open_inference.data_plane import LENGTH_HEADER, RankerDataPlane

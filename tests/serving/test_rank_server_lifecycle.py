@@ -10,8 +10,8 @@ from pathlib import Path
 
 import httpx
 import pytest
-from tests.serving.open_inference_requests import HEADER, INFER, binary_request, messages, post, rpc
-from tests.serving.rank_server import (
+from tests.support.serving.open_inference_requests import HEADER, INFER, binary_request, messages, post, rpc
+from tests.support.serving.rank_server import (
     ReleaseFixture,
     make_release,
     rank_server_command,

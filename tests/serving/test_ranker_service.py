@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import uvicorn
 from prometheus_client import CollectorRegistry
-from tests.serving.rank_server import ReleaseFixture, make_release
+from tests.support.serving.rank_server import ReleaseFixture, make_release
 
 from reelway.platform.errors import DigestMismatchError, ReleaseNotFoundError
 from reelway.serving.open_inference.errors import DeadlineExceededError, ServerBusyError

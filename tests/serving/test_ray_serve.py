@@ -23,8 +23,8 @@ import httpx
 import jsonschema
 import psutil
 import pytest
-from tests.release_files import NOW_S
-from tests.serving.served_run import KNOWN_VIEWER, READY_S, Running, make_run
+from tests.support.release_files import NOW_S
+from tests.support.serving.served_run import KNOWN_VIEWER, READY_S, Running, make_run
 
 from reelway.platform.cli.processes import reelway_command, terminate_process_group
 from reelway.platform.contracts.api import RecommendRequest, RecommendResponse

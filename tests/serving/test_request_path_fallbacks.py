@@ -11,7 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry
-from tests.release_files import NOW_S, make_release_folder
+from tests.support.release_files import NOW_S, make_release_folder
 
 from reelway.platform.contracts.api import RecommendRequest, RecommendResponse, RequestContext
 from reelway.platform.contracts.blend import Blend, RerankingSettings, RetrievalSettings

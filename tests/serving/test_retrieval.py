@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tests.release_files import NOW_S, make_release_folder
+from tests.support.release_files import NOW_S, make_release_folder
 
 from reelway.platform.contracts.api import RequestContext
 from reelway.platform.contracts.blend import Blend, RetrievalSettings

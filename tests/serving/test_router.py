@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry
 from pydantic import ValidationError
-from tests.release_files import make_release_folder
+from tests.support.release_files import make_release_folder
 
 from reelway.platform.contracts.api import RecommendRequest, RecommendResponse, RequestContext
 from reelway.platform.contracts.events import Arm

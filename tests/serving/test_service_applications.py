@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-from tests.release_files import make_release_folder
+from tests.support.release_files import make_release_folder
 
 import reelway.serving
 from reelway.platform.errors import ConfigError, DigestMismatchError, ReleaseNotFoundError, SignatureError

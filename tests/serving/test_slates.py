@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry
-from tests.release_files import NOW_S, make_release_folder
+from tests.support.release_files import NOW_S, make_release_folder
 
 from reelway.platform.contracts.api import RecommendRequest
 from reelway.platform.contracts.events import Arm

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from prometheus_client import CollectorRegistry
-from tests.release_files import NOW_S, make_release_folder
+from tests.support.release_files import NOW_S, make_release_folder
 
 from reelway.platform.contracts.api import Degradation, RequestContext
 from reelway.platform.contracts.blend import Blend, RetrievalSettings

@@ -9,8 +9,8 @@ import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.dimensions import DIMENSIONS
-from tests.release_files import NOW_S, make_release_folder, write_arrow
+from tests.support.dimensions import DIMENSIONS
+from tests.support.release_files import NOW_S, make_release_folder, write_arrow
 
 from reelway.platform.contracts import feature_names as names
 from reelway.platform.contracts.manifest import VIDEOS_FILE

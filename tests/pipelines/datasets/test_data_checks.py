@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
-from tests.dimensions import DIMENSIONS
-from tests.pipelines.features.event_tables import random_dataset
+from tests.support.dimensions import DIMENSIONS
+from tests.support.pipelines.event_tables import random_dataset
 
 from reelway.pipelines.datasets.checks import CheckLimits, check_dataset
 from reelway.pipelines.datasets.store import Dataset

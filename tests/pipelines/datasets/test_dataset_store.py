@@ -4,8 +4,8 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from tests.dimensions import DIMENSIONS
-from tests.pipelines.features.event_tables import random_dataset
+from tests.support.dimensions import DIMENSIONS
+from tests.support.pipelines.event_tables import random_dataset
 
 from reelway.pipelines.datasets.store import read_dataset, write_dataset
 from reelway.platform.contracts.events import DATASET_TABLES

@@ -8,8 +8,8 @@ from dataclasses import replace
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from tests.pipelines.features.event_tables import START_US
-from tests.pipelines.trained_run import make_trained_run
+from tests.support.pipelines.event_tables import START_US
+from tests.support.pipelines.trained_run import make_trained_run
 from typer.testing import CliRunner
 
 from reelway.pipelines.evaluation.gates import GateSettings, evaluate_gates

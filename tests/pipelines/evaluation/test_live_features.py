@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pyarrow as pa
 import pytest
-from tests.benchmarks.live_features import LiveFeatures
-from tests.pipelines.trained_run import make_trained_run
+from tests.support.live_features import LiveFeatures
+from tests.support.pipelines.trained_run import make_trained_run
 
 from reelway.pipelines.datasets.store import read_dataset
 from reelway.pipelines.features.labels import times_us

@@ -10,8 +10,8 @@ import pyarrow.parquet as pq
 import pytest
 import ray
 import typer
-from tests.dimensions import DIMENSIONS
-from tests.pipelines.features.event_tables import random_dataset, write_dataset
+from tests.support.dimensions import DIMENSIONS
+from tests.support.pipelines.event_tables import random_dataset, write_dataset
 from typer.testing import CliRunner
 
 from reelway.pipelines.commands import features as command

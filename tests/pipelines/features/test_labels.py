@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from tests.pipelines.features.event_tables import DAY_US, START_US, impressions, outcomes, videos
+from tests.support.pipelines.event_tables import DAY_US, START_US, impressions, outcomes, videos
 
 from reelway.pipelines.features.labels import BINARY_OUTCOMES, LABELLED_SCHEMA, LABELS, label_impressions
 from reelway.platform.errors import DataError

@@ -13,7 +13,7 @@ import pytest
 from feast import FeatureStore
 from feast.protos.feast.types.EntityKey_pb2 import EntityKey
 from feast.protos.feast.types.Value_pb2 import Value
-from tests.dimensions import DIMENSIONS
+from tests.support.dimensions import DIMENSIONS
 
 from reelway.pipelines.features.materialisation import materialise, materialised_at_s
 from reelway.pipelines.features.parity import same_value

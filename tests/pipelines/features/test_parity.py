@@ -11,8 +11,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
-from tests.dimensions import DIMENSIONS
-from tests.pipelines.features.conftest import write_views
+from tests.support.dimensions import DIMENSIONS
+from tests.support.pipelines.view_files import write_views
 
 from reelway.pipelines.features import views
 from reelway.pipelines.features.parity import ParityReport, replay, same_value

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pyarrow as pa
 import pytest
-from tests.dimensions import DIMENSIONS
-from tests.pipelines.features.event_tables import DAY_US, START_US, impressions, outcomes, random_dataset, videos
+from tests.support.dimensions import DIMENSIONS
+from tests.support.pipelines.event_tables import DAY_US, START_US, impressions, outcomes, random_dataset, videos
 
 from reelway.pipelines.features import views
 from reelway.pipelines.features.batch import ENTITY_KEYS, data_end_us, entity_views

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from tests.dimensions import DIMENSIONS
-from tests.pipelines.models.model_input_fixtures import video_inputs, viewer_inputs
+from tests.support.dimensions import DIMENSIONS
+from tests.support.pipelines.model_input_fixtures import video_inputs, viewer_inputs
 from torch import Tensor
 
 from reelway.pipelines.models.ranker import GroupedLinear, PositionBias, Ranker, RankerConfig

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tests.dimensions import DIMENSIONS
+from tests.support.dimensions import DIMENSIONS
 
 from reelway.pipelines.models.inference_ranker import InferenceRanker
 from reelway.pipelines.models.ranker import Ranker, RankerConfig

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tests.dimensions import DIMENSIONS
-from tests.pipelines.models.model_input_fixtures import video_inputs, viewer_inputs
+from tests.support.dimensions import DIMENSIONS
+from tests.support.pipelines.model_input_fixtures import video_inputs, viewer_inputs
 from torch import Tensor
 
 from reelway.pipelines.models.input_layers import HashedIdEmbedding, Standardiser

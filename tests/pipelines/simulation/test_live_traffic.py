@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tests.pipelines.simulation.fake_service import FakeService, liked_slates, running, with_canary
+from tests.support.pipelines.fake_service import FakeService, liked_slates, running, with_canary
 
 from reelway.pipelines.simulation.arm_stickiness import GRACE_S, ArmStickinessCheck
 from reelway.pipelines.simulation.config import DAY_S, SimulationConfig

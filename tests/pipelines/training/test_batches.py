@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from tests.dimensions import DIMENSIONS
-from tests.pipelines.training.training_row_fixtures import made_table, write_rows
+from tests.support.dimensions import DIMENSIONS
+from tests.support.pipelines.training_row_fixtures import made_table, write_rows
 
 from reelway.pipelines.models.losses import log_inclusion
 from reelway.pipelines.training.batches import GroupedBatchOrder, RankingBatches, RetrievalBatches, Worker

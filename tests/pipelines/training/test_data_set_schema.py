@@ -9,8 +9,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from tests.pipelines.features.event_tables import START_US, random_dataset
-from tests.pipelines.trained_run import write_evaluation, write_features
+from tests.support.pipelines.event_tables import START_US, random_dataset
+from tests.support.pipelines.trained_run import write_evaluation, write_features
 
 from reelway.pipelines.commands.import_dataset import import_events
 from reelway.pipelines.datasets.store import read_dataset

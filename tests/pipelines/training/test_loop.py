@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tests.dimensions import DIMENSIONS
-from tests.pipelines.training.training_row_fixtures import made_table, write_rows
+from tests.support.dimensions import DIMENSIONS
+from tests.support.pipelines.training_row_fixtures import made_table, write_rows
 from torch import Tensor
 
 from reelway.pipelines.models.losses import RetrievalObjective

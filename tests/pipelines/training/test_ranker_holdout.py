@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tests.dimensions import DIMENSIONS
 from tests.pipelines.training.test_negatives import numbers_that_tell_when_they_were_asked as as_of
-from tests.pipelines.training.training_row_fixtures import made_table, write_rows
+from tests.support.dimensions import DIMENSIONS
+from tests.support.pipelines.training_row_fixtures import made_table, write_rows
 
 from reelway.pipelines.training.config import TrainingConfig, load_config
 from reelway.pipelines.training.fit import FittedModels, TrainingSplit, fit, fitted_from, make_training_split

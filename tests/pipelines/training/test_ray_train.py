@@ -11,9 +11,9 @@ import psutil
 import pytest
 import ray
 import torch
-from tests.dimensions import DIMENSIONS
-from tests.pipelines.training.training_row_fixtures import made_table, write_rows
-from tests.pipelines.training.two_processes import fit_in_two_processes
+from tests.support.dimensions import DIMENSIONS
+from tests.support.pipelines.training_row_fixtures import made_table, write_rows
+from tests.support.pipelines.two_processes import fit_in_two_processes
 
 from reelway.pipelines.training.config import load_config
 from reelway.pipelines.training.fit import make_training_split

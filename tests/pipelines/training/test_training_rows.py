@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
-from tests.dimensions import DIMENSIONS
-from tests.pipelines.training.training_row_fixtures import made_table, write_rows
+from tests.support.dimensions import DIMENSIONS
+from tests.support.pipelines.training_row_fixtures import made_table, write_rows
 
 from reelway.pipelines.training import rows as rows_module
 from reelway.pipelines.training.rows import TrainingRows, load_rows, map_arrays, save_arrays

@@ -13,8 +13,8 @@ import onnxruntime
 import pyarrow as pa
 import pytest
 import torch
-from tests.dimensions import DIMENSIONS
-from tests.pipelines.training.training_row_fixtures import made_table, write_rows
+from tests.support.dimensions import DIMENSIONS
+from tests.support.pipelines.training_row_fixtures import made_table, write_rows
 from typer.testing import CliRunner
 
 from reelway.pipelines.training.artifacts import TrainedModels, load_models

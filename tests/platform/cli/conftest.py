@@ -6,8 +6,8 @@ import shutil
 from pathlib import Path
 
 import pytest
-from tests.platform.cli.rollout_fixtures import RunDirectoryEnvironment
-from tests.release_files import make_release_folder
+from tests.support.cli.rollout_fixtures import RunDirectoryEnvironment
+from tests.support.release_files import make_release_folder
 
 from reelway.platform.release.signing import create_keys, load_private_key
 from reelway.platform.release.store import ReleaseStore

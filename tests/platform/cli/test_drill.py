@@ -15,8 +15,8 @@ from pathlib import Path
 
 import jsonschema
 import pytest
-from tests.platform.cli.controller_process import EVIDENCE
-from tests.platform.cli.rollout_fixtures import RunDirectoryEnvironment, dead_pid, reelway, weights_of
+from tests.support.cli.controller_process import EVIDENCE
+from tests.support.cli.rollout_fixtures import RunDirectoryEnvironment, dead_pid, reelway, weights_of
 
 from reelway.platform.cli.drill import drill_command as drill
 from reelway.platform.cli.drill.report import DrillReport
@@ -93,7 +93,7 @@ def service(tmp_path_factory: pytest.TempPathFactory, released: tuple[Path, tupl
     made = Service(world, run, bad, stable, server)
     made.evidence(viewers=2_400)
     record = run / "rollout" / "controller.json"
-    command = [*reelway_command()[:1], "-m", "tests.platform.cli.controller_process", str(run)]
+    command = [*reelway_command()[:1], "-m", "tests.support.cli.controller_process", str(run)]
     try:
         with child_process(command, log=run / "controller.log"):
             until(record.exists, "the controller listens")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from tests.platform.cli.rollout_fixtures import (
+from tests.support.cli.rollout_fixtures import (
     SWIFT,
     RunDirectoryEnvironment,
     SyntheticEvidence,

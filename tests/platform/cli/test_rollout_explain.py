@@ -6,7 +6,7 @@ import json
 
 import jsonschema
 import pytest
-from tests.platform.cli.rollout_fixtures import RunDirectoryEnvironment, SyntheticEvidence, reelway
+from tests.support.cli.rollout_fixtures import RunDirectoryEnvironment, SyntheticEvidence, reelway
 
 from reelway.platform.cli.rollout.explain import Explanation
 from reelway.platform.rollout.alerts import KnownAlert

@@ -8,7 +8,7 @@ from pathlib import Path
 import jsonschema
 import pytest
 import yaml
-from tests.platform.cli.rollout_fixtures import SWIFT_TEXT, reelway
+from tests.support.cli.rollout_fixtures import SWIFT_TEXT, reelway
 
 from reelway.platform.cli.rollout.policy_commands import policy_named, schema_with_metrics, shipped_policies
 from reelway.platform.rollout.metric_names import OUTCOME_METRICS

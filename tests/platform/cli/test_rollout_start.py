@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
-from tests.platform.cli.rollout_fixtures import (
+from tests.support.cli.rollout_fixtures import (
     SWIFT,
     SWIFT_TEXT,
     CommandResult,

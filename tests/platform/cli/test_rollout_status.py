@@ -9,7 +9,7 @@ from io import StringIO
 import jsonschema
 import pytest
 from rich.console import Console
-from tests.platform.cli.rollout_fixtures import RunDirectoryEnvironment, SyntheticEvidence, dead_pid, reelway
+from tests.support.cli.rollout_fixtures import RunDirectoryEnvironment, SyntheticEvidence, dead_pid, reelway
 
 from reelway.platform.cli.rollout.intervals import interval_bar, outcomes_table
 from reelway.platform.cli.rollout.location import CONTROLLER_TIMEOUT_S

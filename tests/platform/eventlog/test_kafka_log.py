@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from tests.platform.eventlog.kafka_broker import Broker, kafka_broker
+from tests.support.eventlog.kafka_broker import Broker, kafka_broker
 
 from reelway.platform.errors import ConfigError, StorageError
 from reelway.platform.eventlog import EventLog, LogRecord, Offsets, StoredRecord, open_event_log

@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pyarrow as pa
 import pytest
-from tests.dimensions import DIMENSIONS
+from tests.support.dimensions import DIMENSIONS
 
 from reelway.platform.contracts import feature_names as names
 from reelway.platform.features.assembly import (

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from tests.release_files import make_release_folder
+from tests.support.release_files import make_release_folder
 
 from reelway.platform.contracts.manifest import MANIFEST_FILE, Manifest
 from reelway.platform.errors import StorageError

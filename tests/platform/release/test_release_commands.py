@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from tests.release_files import make_release_folder
+from tests.support.release_files import make_release_folder
 from typer.testing import CliRunner, Result
 
 from reelway.platform.cli.main import build_app

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric.rsa import generate_private_key
-from tests.release_files import make_release_folder
+from tests.support.release_files import make_release_folder
 
 from reelway.platform.errors import ConfigError, SignatureError, StorageError
 from reelway.platform.release.signing import (

@@ -16,7 +16,7 @@ import pyarrow as pa
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from fsspec.implementations.memory import MemoryFileSystem
-from tests.release_files import make_release_folder
+from tests.support.release_files import make_release_folder
 
 from reelway.platform.contracts.ids import ReleaseId
 from reelway.platform.contracts.manifest import MANIFEST_FILE, RELEASE_FILES, VIDEOS_FILE, Manifest

@@ -14,8 +14,8 @@ import numpy as np
 import pyarrow as pa
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-from tests.dimensions import DIMENSIONS
-from tests.release_files import FEATURE_SERVICES, describe_files, make_release_folder, write_arrow, write_ranker
+from tests.support.dimensions import DIMENSIONS
+from tests.support.release_files import FEATURE_SERVICES, describe_files, make_release_folder, write_arrow, write_ranker
 
 from reelway.platform.contracts import manifest as files
 from reelway.platform.contracts.feature_dimensions import FeatureDimensions

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tests.benchmarks.canary_events import POLICY, RELEASE, SHADOW, STABLE, HistoryGenerator
+from tests.support.rollout.canary_events import POLICY, RELEASE, SHADOW, STABLE, HistoryGenerator
 
 from reelway.platform.contracts.events import Arm
 from reelway.platform.errors import RolloutError

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.benchmarks.canary_events import POLICY, RELEASE, HistoryGenerator
+from tests.support.rollout.canary_events import POLICY, RELEASE, HistoryGenerator
 
 from reelway.platform.rollout.assessment import assess
 from reelway.platform.rollout.counters import CounterReading, Sample, counter_increase, sum_counters

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from tests.benchmarks.bench_canary import clopper_pearson
-from tests.benchmarks.canary_outage import play_both
-from tests.benchmarks.canary_peers import ArgoRollouts, Flagger, Kayenta
-from tests.benchmarks.canary_population import Population
-from tests.benchmarks.canary_simulation import PROMOTED, ROLLED_BACK, Scenario, Simulation, looks
+from tests.support.rollout.canary_outage import play_both
+from tests.support.rollout.canary_peers import ArgoRollouts, Flagger, Kayenta
+from tests.support.rollout.canary_population import Population
+from tests.support.rollout.canary_simulation import PROMOTED, ROLLED_BACK, Scenario, Simulation, clopper_pearson, looks
 
 from reelway.platform.rollout.policy import default_policy
 

@@ -7,7 +7,7 @@ import shlex
 
 import pytest
 import yaml
-from tests.charts.chart_tool import Document, named, rendered
+from tests.support.charts.chart_tool import Document, named, rendered
 
 from reelway.platform.cluster.ray_job_template import (
     JobKind,

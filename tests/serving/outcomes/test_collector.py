@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
-from tests.serving.outcomes.ingest_load import measure_ingest
-from tests.serving.outcomes.raw_events import (
+from tests.support.serving.ingest_load import measure_ingest
+from tests.support.serving.raw_events import (
     NOW,
     RELEASES,
     RawOutcome,

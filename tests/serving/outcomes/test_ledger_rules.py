@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
-from tests.serving.outcomes.raw_events import (
+from tests.support.serving.raw_events import (
     NOW,
     RELEASES,
     SIGNER,

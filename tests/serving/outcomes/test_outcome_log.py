@@ -9,7 +9,7 @@ from typing import Any
 import pyarrow as pa
 import pytest
 from fastapi.testclient import TestClient
-from tests.serving.outcomes.raw_events import NOW, SIGNER, RawOutcome, ShownImpression, columns_of
+from tests.support.serving.raw_events import NOW, SIGNER, RawOutcome, ShownImpression, columns_of
 
 from reelway.platform.contracts.events import Arm, OutcomeType
 from reelway.platform.errors import ServingError, StorageError

@@ -13,7 +13,7 @@ from typing import Any
 import httpx
 import pytest
 import uvicorn
-from tests.serving.outcomes.raw_events import (
+from tests.support.serving.raw_events import (
     NOW,
     SIGNER,
     RawOutcome,

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.serving.outcomes.raw_events import (
+from tests.support.serving.raw_events import (
     NOW,
     RawOutcome,
     ShownImpression,
@@ -37,7 +37,7 @@ class Child:
     """One start of the collector's process."""
 
     def __init__(self, path: Path) -> None:
-        command = [sys.executable, "-m", "tests.serving.outcomes.collector_child", str(path)]
+        command = [sys.executable, "-m", "tests.support.serving.collector_child", str(path)]
         self.process = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         self.lines: queue.SimpleQueue[str] = queue.SimpleQueue()
         self._reader = threading.Thread(target=self._read, daemon=True)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.serving.outcomes.raw_events import (
+from tests.support.serving.raw_events import (
     NOW,
     RawOutcome,
     ShownImpression,

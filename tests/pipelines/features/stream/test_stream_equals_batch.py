@@ -13,8 +13,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry
-from tests.dimensions import DIMENSIONS
-from tests.pipelines.features.stream.stream_fixtures import (
+from tests.support.dimensions import DIMENSIONS
+from tests.support.pipelines.stream_fixtures import (
     START_US,
     TTL_US,
     ReportedOutcomeFixture,

@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
-from tests.dimensions import DIMENSIONS
-from tests.pipelines.features.conftest import write_views
-from tests.pipelines.features.event_tables import random_dataset
-from tests.pipelines.features.stream.stream_fixtures import ReportedOutcomeFixture, record_of
+from tests.support.dimensions import DIMENSIONS
+from tests.support.pipelines.event_tables import random_dataset
+from tests.support.pipelines.stream_fixtures import ReportedOutcomeFixture, record_of
+from tests.support.pipelines.view_files import write_views
 
 from reelway.pipelines.features.materialisation import materialise, write_rows
 from reelway.pipelines.features.parity import ParityReport, replay

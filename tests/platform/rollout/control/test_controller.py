@@ -10,8 +10,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from tests.benchmarks.canary_events import RELEASE, STABLE
-from tests.platform.rollout.controller_environment import ControllerEnvironment, moves, newest, nothing
+from tests.support.rollout.canary_events import RELEASE, STABLE
+from tests.support.rollout.controller_environment import ControllerEnvironment, moves, newest, nothing
 
 from reelway.platform.contracts.events import Arm
 from reelway.platform.errors import RolloutError, StorageError

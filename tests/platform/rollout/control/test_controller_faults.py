@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
-from tests.benchmarks.canary_events import RELEASE, STABLE
-from tests.platform.rollout.controller_environment import ControllerEnvironment, newest, nothing
+from tests.support.rollout.canary_events import RELEASE, STABLE
+from tests.support.rollout.controller_environment import ControllerEnvironment, newest, nothing
 
 from reelway.platform.contracts.events import Arm
 from reelway.platform.errors import ReelwayError, RolloutError, StorageError

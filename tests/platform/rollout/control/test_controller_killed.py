@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.platform.rollout.control.killed_controller import STORIES, play
+from tests.support.rollout.killed_controller import STORIES, play
 
 from reelway.platform.rollout.control.sqlite_store import SqliteRolloutStore
 
@@ -25,7 +25,7 @@ CLOCKS = {"changed_at", "tick_at", "evidence_at", "phase_s", "held_insufficient_
 @pytest.fixture(scope="module", autouse=True)
 def _imported_once() -> None:
     """Forks children from a process that has imported everything, so that a kill costs milliseconds."""
-    _FORKS.set_forkserver_preload(["tests.platform.rollout.control.killed_controller"])
+    _FORKS.set_forkserver_preload(["tests.support.rollout.killed_controller"])
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(Path.cwd()))  # Python 3.11's fork server does not inherit its parent's path
         forkserver.ensure_running()

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import httpx
 import pytest
-from tests.platform.rollout.controller_environment import FileBackend
-from tests.platform.rollout.sources.conftest import QUICK, ObservedRollout
-from tests.platform.rollout.sources.exporter import Exporter
-from tests.platform.rollout.sources.servers import Server, alertmanager, eventually, free_address
+from tests.support.rollout.controller_environment import FileBackend
+from tests.support.rollout.exporter import Exporter
+from tests.support.rollout.observed_rollout import QUICK, ObservedRollout
+from tests.support.rollout.servers import Server, alertmanager, eventually, free_address
 
 from reelway.platform.contracts.events import Arm
 from reelway.platform.errors import RolloutError

@@ -10,8 +10,8 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
-from tests.platform.rollout.sources.exporter import Exporter
-from tests.platform.rollout.sources.series_fixtures import CANARY, POLICY, STABLE, state_of, sums
+from tests.support.rollout.exporter import Exporter
+from tests.support.rollout.series_fixtures import CANARY, POLICY, STABLE, state_of, sums
 
 from reelway.platform.contracts.events import Arm
 from reelway.platform.errors import ServingError

@@ -7,7 +7,7 @@ import math
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.platform.rollout.sources.series_fixtures import CANARY, POLICY, SeriesFixture, sums
+from tests.support.rollout.series_fixtures import CANARY, POLICY, SeriesFixture, sums
 
 from reelway.platform.contracts.events import Arm
 from reelway.platform.rollout import metric_names as names

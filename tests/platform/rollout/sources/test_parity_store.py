@@ -13,7 +13,7 @@ from typing import Any
 import fsspec
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
-from tests.platform.rollout.sources.servers import eventually
+from tests.support.rollout.servers import eventually
 
 from reelway.platform.errors import ConfigError, StorageError
 from reelway.platform.rollout.evidence import EvidenceState

@@ -9,10 +9,10 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
-from tests.platform.rollout.sources.conftest import QUICK, Monitoring, ObservedRollout
-from tests.platform.rollout.sources.exporter import Exporter
-from tests.platform.rollout.sources.series_fixtures import CANARY, POLICY, state_of
-from tests.platform.rollout.sources.servers import free_address, prometheus
+from tests.support.rollout.exporter import Exporter
+from tests.support.rollout.observed_rollout import QUICK, Monitoring, ObservedRollout
+from tests.support.rollout.series_fixtures import CANARY, POLICY, state_of
+from tests.support.rollout.servers import free_address, prometheus
 
 from reelway.platform.contracts.events import Arm
 from reelway.platform.rollout import metric_names as names

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 from prometheus_client import CollectorRegistry, generate_latest
-from tests.platform.rollout.sources.exporter import Exporter
-from tests.platform.rollout.sources.series_fixtures import POLICY, state_of
-from tests.serving.outcomes.raw_events import NOW, RELEASES, RawOutcome, ShownImpression, columns_of, exposures_of
+from tests.support.rollout.exporter import Exporter
+from tests.support.rollout.series_fixtures import POLICY, state_of
+from tests.support.serving.raw_events import NOW, RELEASES, RawOutcome, ShownImpression, columns_of, exposures_of
 
 from reelway.platform.contracts.events import Arm, OutcomeType
 from reelway.platform.rollout.evidence import EvidenceState

@@ -7,7 +7,7 @@ import math
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.platform.rollout.sources.series_fixtures import CANARY, POLICY, SeriesFixture, requests, state_of
+from tests.support.rollout.series_fixtures import CANARY, POLICY, SeriesFixture, requests, state_of
 
 from reelway.platform.contracts.events import Arm
 from reelway.platform.rollout import metric_names as names

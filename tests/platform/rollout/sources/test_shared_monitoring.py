@@ -20,10 +20,10 @@ from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
-from tests.platform.rollout.sources.conftest import QUICK
-from tests.platform.rollout.sources.exporter import Exporter
-from tests.platform.rollout.sources.series_fixtures import CANARY, ROLLOUT, STABLE, state_of, sums
-from tests.platform.rollout.sources.servers import alertmanager, eventually, free_address, prometheus
+from tests.support.rollout.exporter import Exporter
+from tests.support.rollout.observed_rollout import QUICK
+from tests.support.rollout.series_fixtures import CANARY, ROLLOUT, STABLE, state_of, sums
+from tests.support.rollout.servers import alertmanager, eventually, free_address, prometheus
 
 from reelway.platform.contracts.events import Arm
 from reelway.platform.errors import ConfigError, RolloutError

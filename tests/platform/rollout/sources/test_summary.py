@@ -6,7 +6,7 @@ import json
 from dataclasses import replace
 
 import pytest
-from tests.benchmarks.canary_events import POLICY, HistoryGenerator
+from tests.support.rollout.canary_events import POLICY, HistoryGenerator
 
 from reelway.platform.contracts.events import Arm
 from reelway.platform.rollout.assessment import assess

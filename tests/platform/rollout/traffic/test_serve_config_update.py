@@ -15,7 +15,7 @@ from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
-from tests.platform.rollout.traffic.noop_document import document
+from tests.support.rollout.noop_document import document
 
 from reelway.platform.errors import RolloutError
 from reelway.platform.rollout.control.webhook import serve_in_thread

@@ -16,7 +16,7 @@ from typing import Any
 import httpx
 import pytest
 from tests.platform.rollout.control.test_webhook import RIGHT, TOKEN, payload
-from tests.platform.rollout.controller_environment import ScriptedEvidence, newest
+from tests.support.rollout.controller_environment import ScriptedEvidence, newest
 
 from reelway.platform.contracts.events import Arm
 from reelway.platform.rollout.control.alert_registry import AlertRegistry
@@ -43,7 +43,7 @@ HALF = parse_policy(
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunDirectory]:
     folder = tmp_path_factory.mktemp("run")
-    command = [sys.executable, "-m", "tests.platform.rollout.traffic.noop_service", str(folder)]
+    command = [sys.executable, "-m", "tests.support.rollout.noop_service", str(folder)]
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     try:

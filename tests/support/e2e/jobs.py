@@ -1,0 +1,131 @@
+"""An installation with jobs and no service, and an ML engineer who may submit them.
+
+The engineer is a ServiceAccount that is bound to the chart's `submitters` Role only. Every command runs with its token,
+so that a missing right fails the scene.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import yaml
+from tests.support.cluster.kubectl import Kubectl
+from tests.support.e2e.clusters import Cluster
+from tests.support.e2e.installation import Installation
+from tests.support.e2e.release_fixtures import ReleaseFixtures
+from tests.support.e2e.wait_until import until
+
+ENGINEER: Final = "engineer"
+SIGNING: Final = "reelway-signing"
+COMMAND_S: Final = 400.0
+_SMALL: Final = {"resources": {"requests": {"cpu": "100m", "memory": "512Mi"}, "limits": {"cpu": "2", "memory": "3Gi"}}}
+_SUBMITTER: Final = {
+    "resources": {"requests": {"cpu": "20m", "memory": "128Mi"}, "limits": {"cpu": "1", "memory": "512Mi"}}
+}
+KINDS: Final = ("dataset", "features", "train", "evaluate", "release")
+
+
+@dataclass(frozen=True)
+class CommandResult:
+    """Exit code and output of a command."""
+
+    code: int
+    out: str
+    err: str
+
+
+@dataclass(frozen=True)
+class Engineer:
+    """Runs `reelway` with the rights of the chart's `submitters` Role."""
+
+    kubeconfig: Path
+    namespace: str
+
+    def reelway(self, *words: str, within_s: float = COMMAND_S) -> CommandResult:
+        """Runs one command without a terminal."""
+        command = [str(Path(sys.executable).with_name("reelway")), *words]
+        environment = {**os.environ, "KUBECONFIG": str(self.kubeconfig), "COLUMNS": "160"}
+        done = subprocess.run(
+            command, env=environment, capture_output=True, text=True, timeout=within_s, check=False,
+            stdin=subprocess.DEVNULL,
+        )  # fmt: skip
+        return CommandResult(done.returncode, done.stdout, done.stderr)
+
+    def interrupted_when(self, words: str, *command: str, within_s: float = COMMAND_S) -> CommandResult:
+        """Runs a command and sends Ctrl-C once it has printed these words to stderr."""
+        environment = {**os.environ, "KUBECONFIG": str(self.kubeconfig), "COLUMNS": "160"}
+        program = str(Path(sys.executable).with_name("reelway"))
+        with tempfile.NamedTemporaryFile("w") as errors:
+            process = subprocess.Popen(
+                [program, *command], env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=errors,
+                text=True,
+            )  # fmt: skip
+
+            def seen() -> str:
+                return Path(errors.name).read_text()
+
+            try:
+                until(f"{command} says {words!r}", lambda: words in seen(), within_s, seen)
+                process.send_signal(signal.SIGINT)
+                out, _ = process.communicate(timeout=60)
+            finally:
+                process.kill()
+            return CommandResult(process.returncode, out, seen())
+
+    def job(self, name: str) -> dict[str, Any]:
+        """One job from `reelway jobs`; empty if it does not exist."""
+        listed = json.loads(self.reelway("jobs", "-n", self.namespace, "-o", "json").out)
+        return next((dict(one) for one in listed if one["name"] == name), {})
+
+    def submit(self, kind: str, *words: str) -> str:
+        """Submits a job that must succeed and returns its output."""
+        said = self.reelway("submit", kind, "-n", self.namespace, *words)
+        assert said.code == 0, f"submit {kind} ended with {said.code}\n{said.err[-6000:]}"
+        return said.out.strip()
+
+
+def job_values(**more: Any) -> dict[str, Any]:
+    """Values of an installation with jobs and without a service."""
+    submitters = [{"kind": "ServiceAccount", "name": ENGINEER, "namespace": ""}]
+    jobs = dict.fromkeys(KINDS, _SMALL) | {"submitter": _SUBMITTER, "signingSecret": SIGNING}
+    return {"serving": {"enabled": False}, "jobs": {**jobs, "submitters": submitters, **more}}
+
+
+@contextmanager
+def workshop(cluster: Cluster, kubectl: Kubectl, releases: ReleaseFixtures, **jobs: Any) -> Iterator[Installation]:
+    """Installs jobs without a service. ``jobs`` are additional values of ``jobs``."""
+    releases.deliver(kubectl)
+    kubectl.run("create", "secret", "generic", SIGNING, f"--from-file=signing.pem={releases.keys.private}")
+    kubectl.run("create", "serviceaccount", ENGINEER)
+    values = job_values(**jobs)
+    for subject in values["jobs"]["submitters"]:
+        subject["namespace"] = kubectl.namespace
+    installation = Installation(cluster, kubectl, releases, given=values)
+    installation.install()
+    try:
+        yield installation
+    finally:
+        kubectl.run("delete", "rayjobs", "--all", "--wait=false")
+        installation.uninstall()
+
+
+def engineer_of(cluster: Cluster, kubectl: Kubectl, folder: Path) -> Engineer:
+    """Writes the engineer's kubeconfig."""
+    known = yaml.safe_load(cluster.kubeconfig.read_text())
+    token = kubectl.run("create", "token", ENGINEER, "--duration=2h").strip()
+    (active,) = (one for one in known["contexts"] if one["name"] == known["current-context"])
+    user = {"name": ENGINEER, "user": {"token": token}}
+    context = {"name": ENGINEER, "context": {**active["context"], "user": ENGINEER, "namespace": kubectl.namespace}}
+    path = folder / "engineer.kubeconfig"
+    path.write_text(yaml.safe_dump({**known, "users": [user], "contexts": [context], "current-context": ENGINEER}))
+    return Engineer(path, kubectl.namespace)

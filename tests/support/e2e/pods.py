@@ -1,0 +1,96 @@
+"""Client pods inside the cluster, under the restricted level like all others.
+
+They run the operator's image, which has Python, httpx and NumPy.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Final
+
+import yaml
+from tests.support.cluster.kubectl import Kubectl
+from tests.support.e2e.clusters import CHART, ROOT
+
+DEV_VALUES: Final = ROOT / "infra" / "environments" / "dev.yaml"
+MORE_VALUES: Final = "REELWAY_E2E_VALUES"
+"""Environment variable with a values file for a cluster other than the node, for example with its registry."""
+LABEL: Final = {"reelway.dev/e2e": "client"}
+"""Label of these pods, which network policies admit."""
+UP_S: Final = 60.0
+
+
+def values_files() -> list[Path]:
+    """Values files of every installation."""
+    more = os.environ.get(MORE_VALUES)
+    return [DEV_VALUES, *([Path(more)] if more else [])]
+
+
+def image(of: str = "operator") -> str:
+    """Reference of an image, as the installations' values name it."""
+    named: dict[str, Any] = {"tag": yaml.safe_load((CHART / "Chart.yaml").read_text())["appVersion"]}
+    registry = ""
+    for path in values_files():
+        values = yaml.safe_load(path.read_text()).get("image", {})
+        registry = values.get("registry", registry)
+        named |= values.get(of, {})
+    return f"{registry}/{named['repository']}:{named['tag']}"
+
+
+def pod_document(
+    name: str, command: Sequence[str], *, files: str = "", claim: str = "", of: str = "operator"
+) -> dict[str, Any]:
+    """A pod with one container, a ConfigMap ``files`` under /files and a claim ``claim`` under /volume."""
+    volumes: list[dict[str, Any]] = [{"name": "tmp", "emptyDir": {}}]
+    mounts = [{"name": "tmp", "mountPath": "/tmp"}]
+    if files:
+        volumes.append({"name": "files", "configMap": {"name": files}})
+        mounts.append({"name": "files", "mountPath": "/files"})
+    if claim:
+        volumes.append({"name": "volume", "persistentVolumeClaim": {"claimName": claim}})
+        mounts.append({"name": "volume", "mountPath": "/volume"})
+    container = {
+        "name": name, "image": image(of), "imagePullPolicy": "Never" if "local" in image(of) else "IfNotPresent",
+        "command": list(command), "volumeMounts": mounts,
+        "resources": {"requests": {"cpu": "50m", "memory": "64Mi"}, "limits": {"cpu": "1", "memory": "384Mi"}},
+        "securityContext": {
+            "allowPrivilegeEscalation": False, "readOnlyRootFilesystem": True, "capabilities": {"drop": ["ALL"]},
+        },
+    }  # fmt: skip
+    return {
+        "apiVersion": "v1", "kind": "Pod", "metadata": {"name": name, "labels": LABEL},
+        "spec": {
+            "containers": [container], "volumes": volumes, "restartPolicy": "Never",
+            "terminationGracePeriodSeconds": 1, "automountServiceAccountToken": False, "enableServiceLinks": False,
+            "securityContext": {
+                "runAsNonRoot": True, "runAsUser": 10001, "runAsGroup": 10001, "fsGroup": 10001,
+                "seccompProfile": {"type": "RuntimeDefault"},
+            },
+        },
+    }  # fmt: skip
+
+
+@contextmanager
+def pod(
+    kubectl: Kubectl,
+    name: str,
+    command: Sequence[str] = ("sleep", "infinity"),
+    files: Mapping[str, Path] | None = None,
+    **more: str,
+) -> Iterator[str]:
+    """Runs a pod with ``files`` under /files and deletes it afterwards."""
+    if files:
+        given = [f"--from-file={key}={path}" for key, path in files.items()]
+        kubectl.run("create", "configmap", f"{name}-files", *given)
+        more["files"] = f"{name}-files"
+    kubectl.apply(pod_document(name, command, **more))
+    try:
+        kubectl.run("wait", "--for=condition=Ready", f"pod/{name}", f"--timeout={UP_S:g}s")
+        yield name
+    finally:
+        kubectl.run("delete", "pod", name, "--wait=true", "--ignore-not-found", "--timeout=60s")
+        if files:
+            kubectl.run("delete", "configmap", f"{name}-files", "--ignore-not-found")

@@ -1,0 +1,122 @@
+"""Simulated rollouts that lose their telemetry for five minutes, through the real ``decide`` and ``advance``.
+
+Also the bridge between the array code and the real one: ``build_snapshot`` turns one simulated rollout into evidence.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+from tests.support.rollout.canary_population import Population
+from tests.support.rollout.canary_simulation import PROMOTED, ROLLED_BACK, RUNNING, ArmSums, Scenario, Simulation, looks
+
+from reelway.platform.rollout.decision import Action, advance, decide, start_state
+from reelway.platform.rollout.evidence import (
+    ArmStatistics,
+    EvidenceSnapshot,
+    EvidenceState,
+    GuardrailReading,
+    MetricEvidence,
+)
+from reelway.platform.rollout.policy import RolloutPolicy
+from reelway.platform.rollout.state import Phase, RolloutState
+
+_OK = EvidenceState.OK
+_HEALTHY = {
+    "error_ratio": GuardrailReading(_OK, 0, 10_000), "empty_slate_ratio": GuardrailReading(_OK, 0, 10_000),
+    "p99_ms": GuardrailReading(_OK, trials=10_000, value=60.0), "parity_mismatches": GuardrailReading(_OK, 0, 1_000),
+}  # fmt: skip
+
+
+def statistics_of(arm: ArmSums, rollout: int) -> list[ArmStatistics]:
+    """One arm of one rollout, a value per test of the policy."""
+    columns = [column[rollout] for column in arm.of_tests()]
+    impressions = float(arm.impressions[rollout])
+    return [
+        ArmStatistics(float(v[0]), impressions, *(float(s) for s in v[1:])) for v in zip(*columns, strict=True)
+    ]  # fmt: skip
+
+
+def snapshot_of(simulation: Simulation, rollout: int, now: float) -> EvidenceSnapshot:
+    """The evidence that the service would have of this rollout now."""
+    tests = simulation.scenario.policy.tests
+    stable, canary = (statistics_of(arm, rollout) for arm in (simulation.stable, simulation.canary))
+    metrics = {(metric.name, part): MetricEvidence(_OK, stable[i], canary[i]) for i, (metric, part) in enumerate(tests)}
+    return EvidenceSnapshot(now, "c", metrics, _HEALTHY, canary_ready=True)  # type: ignore[arg-type]
+
+
+def begin(policy: RolloutPolicy, step: int, held_s: float, now: float) -> RolloutState:
+    """A rollout that has been at ``step`` for ``held_s``."""
+    fresh = start_state(policy, rollout_id="r", canary_release="c", stable_release="s", now=now)
+    points = policy.steps[step].weight_bp
+    return fresh.model_copy(
+        update={"phase": Phase.STEPPING, "step": step, "canary_bp": points, "phase_s": held_s, "tick_at": now}
+    )
+
+
+def play_outages(policy: RolloutPolicy, same: Population, rollouts: int) -> tuple[int, int, int, int]:
+    """Promotions, rollbacks, rollouts whose weights moved, and rollouts that held, during the outage.
+
+    Half of the rollouts are A/A and half carry a release whose long-watch rate is 10 % lower: telemetry that is down
+    must save neither of them from nor condemn either to anything.
+    """
+    rng = np.random.default_rng(11)
+    worse = Population(3, {"long_watch_rate": 0.9})
+    counts = np.zeros(4, dtype=int)
+    for population, share in ((same, rollouts - rollouts // 2), (worse, rollouts // 2)):
+        done = 0
+        while done < share:
+            until = int(rng.integers(3, 70))
+            scenario = Scenario(
+                policy, same, population, 3_000 if population is same else 300, looks(60, 60 * until, 60, 0)
+            )
+            simulation = Simulation(scenario, 40, rng).run()
+            for rollout in np.flatnonzero(simulation.outcome == RUNNING)[: share - done]:
+                counts += _outage(policy, simulation, int(rollout), 60.0 * until)
+                done += 1
+    return int(counts[0]), int(counts[1]), int(counts[2]), int(counts[3])
+
+
+def _outage(policy: RolloutPolicy, simulation: Simulation, rollout: int, now: float) -> np.ndarray:
+    """Five minutes of looks 10 s apart: nothing comes, everything is NaN, or one old snapshot comes again and again."""
+    state = begin(policy, int(simulation.step[rollout]), float(simulation.held_s[rollout]), now)
+    before, old = state.weights, snapshot_of(simulation, rollout, now - policy.evidence_max_age_s - 1)
+    empty = EvidenceSnapshot(now, "c", {}, {}, canary_ready=True)
+    stuck = {key: MetricEvidence(_OK, seen.stable, seen.stable) for key, seen in old.metrics.items()}
+    stale = replace(old, metrics=stuck)
+    promoted = rolled_back = moved = held = 0
+    for tick in range(1, 31):
+        evidence = (None, EvidenceSnapshot(now + 10 * tick, "c", empty.metrics, empty.guardrails), stale)[rollout % 3]
+        decision = decide(policy, state, evidence, now + 10 * tick)
+        state = advance(state, decision, policy, now + 10 * tick)
+        promoted += decision.action in (Action.PROMOTE, Action.STEP)
+        rolled_back += decision.action is Action.ROLL_BACK
+        moved |= state.weights != before
+        held |= decision.action is Action.HOLD and "telemetry down" in decision.reason
+    return np.array([promoted, rolled_back, int(moved), int(held)])
+
+
+def play_both(simulation: Simulation, chosen: list[int]) -> list[tuple[int, int, int]]:
+    """Run the real code beside the array code; returns (rollout, look, what differed) and is empty when they agree."""
+    policy = simulation.scenario.policy
+    states = {rollout: begin(policy, 0, 0.0, 0.0) for rollout in chosen}
+    differences: list[tuple[int, int, int]] = []
+
+    def compare(look: int, seen: Simulation) -> None:
+        now = float(seen.scenario.looks_s[look])
+        for rollout, state in states.items():
+            if state.phase in (Phase.PROMOTING, Phase.ROLLING_BACK, Phase.PAUSED):
+                continue
+            decision = decide(policy, state, snapshot_of(seen, rollout, now), now)
+            states[rollout] = after = advance(state, decision, policy, now)
+            expected = {PROMOTED: Phase.PROMOTING, ROLLED_BACK: Phase.ROLLING_BACK}.get(int(seen.outcome[rollout]))
+            if (expected is not None and after.phase is not expected) or (
+                seen.outcome[rollout] == RUNNING
+                and (after.step != seen.step[rollout] or after.phase not in (Phase.STEPPING, Phase.HOLDING))
+            ):
+                differences.append((rollout, look, int(seen.outcome[rollout])))
+
+    simulation.scenario.on_look = compare
+    simulation.run()
+    return differences

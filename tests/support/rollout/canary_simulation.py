@@ -1,0 +1,200 @@
+"""Thousands of rollouts at once: the same statistics as ``assess``, the same rules as ``decide``, as array code.
+
+``tests/platform/rollout/test_simulation_agrees.py`` runs both on the same sums, look by look, and holds them equal; the
+statistics are not copied but called. Guardrails are healthy here, so what is measured is the outcome tests.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.stats import binomtest
+from tests.support.rollout.canary_population import LINEAR, N_X, N_Y, QUADRATIC, TESTS, X_ROW, Cohorts, Population
+
+from reelway.platform.rollout.assessment import harm_of
+from reelway.platform.rollout.policy import RolloutPolicy, Slice
+from reelway.platform.rollout.sequential import BASIS_POINTS, ratio_estimate, rejection_boundary
+
+F64 = NDArray[np.float64]
+
+RUNNING, PROMOTED, ROLLED_BACK, PAUSED = range(4)
+
+
+@dataclass
+class ArmSums:
+    """Cumulative sufficient statistics of one arm, for all rollouts."""
+
+    viewers: F64  # [rollouts, 2]: all, new
+    impressions: F64
+    linear: F64  # [rollouts, LINEAR]
+    quadratic: F64  # [rollouts, QUADRATIC]
+
+    @staticmethod
+    def empty(rollouts: int) -> ArmSums:
+        return ArmSums(
+            np.zeros((rollouts, 2)), np.zeros(rollouts), np.zeros((rollouts, LINEAR)), np.zeros((rollouts, QUADRATIC))
+        )
+
+    def arrive(self, cohort: Cohorts, weight: F64) -> None:
+        """First sessions, each impression counted ``weight`` times."""
+        self.viewers += cohort.viewers
+        self.impressions += cohort.linear[:, 0, 0]
+        self.linear += weight[:, None] * cohort.linear[:, 0]
+        self.quadratic += (weight**2)[:, None] * cohort.pairs[:, 0]
+
+    def come_back(self, cohort: Cohorts, first_weight: F64, weight: F64) -> None:
+        """Second sessions of a cohort that arrived under ``first_weight``: the viewer's own terms grow."""
+        self.impressions += cohort.linear[:, 1, 0]
+        self.linear += weight[:, None] * cohort.linear[:, 1]
+        self.quadratic += (first_weight * weight)[:, None] * cohort.pairs[:, 1]
+        self.quadratic += (weight**2)[:, None] * cohort.pairs[:, 2]
+
+    def of_tests(self) -> tuple[F64, ...]:
+        """viewers, sum_x, sum_y, sum_xx, sum_yy, sum_xy, each [rollouts, tests]."""
+        new = np.array([part is Slice.NEW_VIEWERS for _, part in TESTS])
+        viewers = np.where(new, self.viewers[:, 1:2], self.viewers[:, :1])
+        x, y = self.linear[:, X_ROW], self.linear[:, N_X:]
+        xx, yy = self.quadratic[:, X_ROW], self.quadratic[:, N_X : N_X + N_Y]
+        return viewers, x, y, xx, yy, self.quadratic[:, N_X + N_Y :]
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """What ``assess`` would find, as arrays [rollouts, tests]."""
+
+    harm: F64
+    error: F64
+    low: F64
+    high: F64
+    established: NDArray[np.bool_]
+    excluded: NDArray[np.bool_]
+
+
+def judge(policy: RolloutPolicy, stable: ArmSums, canary: ArmSums) -> Bounds:
+    """The outcome tests of ``assess``, for all rollouts."""
+    assert tuple((m.name, part) for m, part in policy.tests) == TESTS
+    of_stable, of_canary = stable.of_tests(), canary.of_tests()
+    lower = np.array([m.direction == "lower" for m, _ in policy.tests])
+    harm = harm_of(ratio_estimate(*of_canary), ratio_estimate(*of_stable), lower)
+    margin = np.array([m.margin_on(part) for m, part in policy.tests])
+    scale = np.array([m.effect_beyond_margin(part) for m, part in policy.tests])
+    enough = np.array([m.minimum_viewers for m, _ in policy.tests])
+    known = (of_stable[0] >= enough) & (of_canary[0] >= enough) & np.isfinite(harm.variance)
+    known &= (of_stable[1] > 0) & (of_canary[1] > 0)
+    variance = np.where(known, harm.variance, 1.0)
+    error = np.sqrt(variance)
+    low = harm.value - rejection_boundary(variance, scale, np.array(policy.rollback_alphas)) * error
+    high = harm.value + rejection_boundary(variance, margin, policy.alpha.promotion) * error
+    return Bounds(harm.value, error, low, high, known & (low > margin), known & (high < margin) & ~(low > margin))
+
+
+@dataclass
+class Scenario:
+    """What happens, look by look. ``viewers_per_minute`` arrive in all arms together."""
+
+    policy: RolloutPolicy
+    stable: Population
+    canary: Population
+    viewers_per_minute: float
+    looks_s: F64
+    return_after: int = 15
+    telemetry_down: tuple[int, int] = (-1, -1)
+    on_look: Callable[[int, Simulation], None] | None = None
+
+
+@dataclass
+class Simulation:
+    """Where every rollout stands. ``step`` and ``outcome`` are per rollout; ``ended`` is the look it ended at."""
+
+    scenario: Scenario
+    rollouts: int
+    rng: np.random.Generator
+    step: NDArray[np.int64] = field(init=False)
+    outcome: NDArray[np.int64] = field(init=False)
+    ended: NDArray[np.int64] = field(init=False)
+    ended_viewers: F64 = field(init=False)
+    held_s: F64 = field(init=False)
+    insufficient_s: F64 = field(init=False)
+    stable: ArmSums = field(init=False)
+    canary: ArmSums = field(init=False)
+    bounds: Bounds = field(init=False)
+
+    def __post_init__(self) -> None:
+        n = self.rollouts
+        self.step, self.outcome = np.zeros(n, dtype=np.int64), np.full(n, RUNNING)
+        self.ended, self.ended_viewers = np.full(n, -1), np.full(n, np.nan)
+        self.held_s, self.insufficient_s = np.zeros(n), np.zeros(n)
+        self.stable, self.canary = ArmSums.empty(n), ArmSums.empty(n)
+
+    def run(self) -> Simulation:
+        """Play all looks, or until no rollout runs any more."""
+        scenario = self.scenario
+        ramp = np.array([step.weight_bp for step in scenario.policy.steps]) / BASIS_POINTS
+        past: list[tuple[Cohorts, Cohorts, F64]] = []
+        before_s = 0.0
+        for look, now_s in enumerate(scenario.looks_s):
+            share = ramp[self.step]
+            minutes = (now_s - before_s) / 60.0
+            arrivals = [self.rng.poisson(scenario.viewers_per_minute * minutes * s) for s in (1 - share, share)]
+            cohorts = (
+                scenario.stable.cohorts(self.rng, arrivals[0]), scenario.canary.cohorts(self.rng, arrivals[1])
+            )  # fmt: skip
+            self.stable.arrive(cohorts[0], share)
+            self.canary.arrive(cohorts[1], 1 - share)
+            past.append((*cohorts, share))
+            if look >= scenario.return_after:
+                stable, canary, then = past[look - scenario.return_after]
+                self.stable.come_back(stable, then, share)
+                self.canary.come_back(canary, 1 - then, 1 - share)
+                past[look - scenario.return_after] = (None, None, then)  # type: ignore[assignment]
+            self._decide(look, now_s - before_s)
+            if scenario.on_look is not None:
+                scenario.on_look(look, self)
+            before_s = now_s
+            if not (self.outcome == RUNNING).any():
+                break
+        return self
+
+    def _decide(self, look: int, tick_s: float) -> None:
+        policy, running = self.scenario.policy, self.outcome == RUNNING
+        if self.scenario.telemetry_down[0] <= look < self.scenario.telemetry_down[1]:
+            return
+        self.bounds = bounds = judge(policy, self.stable, self.canary)
+        tick_s = min(tick_s, policy.longest_tick_s)
+        required = np.array([m.promotion_requires == "excluded" and p is Slice.OVERALL for m, p in policy.tests])
+        hold_s, viewers, impressions = (
+            np.array([getattr(step, name) for step in policy.steps])[self.step]
+            for name in ("hold_s", "minimum_viewers", "minimum_impressions")
+        )
+        harmed = running & bounds.established.any(1)
+        waited_s = self.held_s + tick_s
+        exposed = (np.floor(self.canary.viewers[:, 0]) >= viewers) & (np.floor(self.canary.impressions) >= impressions)
+        excluded = bounds.excluded[:, required].all(1)
+        last = self.step + 1 >= len(policy.steps)
+        on_time = waited_s >= hold_s
+        ready = running & ~harmed & exposed & np.where(last, on_time & excluded, on_time | excluded)
+        lacking = running & ~harmed & ~ready
+        overdue = lacking & on_time
+        late = overdue & (self.insufficient_s + tick_s >= policy.deadlines.insufficient.after_s)
+        self.insufficient_s = np.where(overdue, self.insufficient_s + tick_s, 0.0)
+        self.held_s = np.where(ready, 0.0, waited_s)
+        self.step = np.where(ready & ~last, self.step + 1, self.step)
+        for which, outcome in ((harmed, ROLLED_BACK), (ready & last, PROMOTED), (late, PAUSED)):
+            self.outcome[which], self.ended[which] = outcome, look
+            self.ended_viewers[which] = self.canary.viewers[which, 0]
+
+
+def looks(dense_s: float, dense_until_s: float, sparse_s: float, until_s: float) -> F64:
+    """Times of looks: every ``dense_s`` at first, every ``sparse_s`` later."""
+    return np.concatenate(
+        [np.arange(dense_s, dense_until_s + 1, dense_s), np.arange(dense_until_s + sparse_s, until_s + 1, sparse_s)]
+    )
+
+
+def clopper_pearson(k: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
+    """Returns the exact binomial interval."""
+    interval = binomtest(k, n).proportion_ci(confidence, "exact")
+    return float(interval.low), float(interval.high)
