@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import csv
 import re
 import subprocess
 import sys
@@ -81,6 +82,68 @@ def test_modules_have_at_most_five_hundred_lines() -> None:
 
 def test_readme_has_at_most_160_lines() -> None:
     assert len((ROOT / "README.md").read_text().splitlines()) <= 160
+
+
+def imported_modules(path: Path) -> set[str]:
+    nodes = ast.walk(ast.parse(path.read_text()))
+    names = {node.module for node in nodes if isinstance(node, ast.ImportFrom) and node.module}
+    return names | {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+
+
+@pytest.mark.parametrize("path", tracked("tests/**/*.py", "tests/*.py"), ids=lambda path: str(path.relative_to(ROOT)))
+def test_tests_and_benchmarks_share_only_the_builders_in_support(path: Path) -> None:
+    own = "tests.benchmarks" if path.is_relative_to(ROOT / "tests" / "benchmarks") else "tests.support"
+    shared = {name for name in imported_modules(path) if name.startswith("tests.")}
+    assert {name for name in shared if not name.startswith((own, "tests.support"))} == set()
+
+
+@pytest.mark.parametrize("path", tracked("*.py"), ids=lambda path: str(path.relative_to(ROOT)))
+def test_docstrings_do_not_start_with_why(path: Path) -> None:
+    nodes = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    found = [ast.get_docstring(node) or "" for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, nodes)]
+    assert [text for text in found if text.startswith("Why:")] == []
+
+
+def defined_names(path: Path) -> set[str]:
+    """Returns the names that a module binds. Members of a class and its attributes are ``Class.name``."""
+    names: set[str] = set()
+
+    def visit(node: ast.AST, owner: str, in_body: bool) -> None:
+        prefix = owner if in_body else ""
+        for child in ast.iter_child_nodes(node):
+            if isinstance(child, ast.ClassDef):
+                names.update((child.name, f"{prefix}{child.name}"))
+                visit(child, f"{child.name}.", True)
+                continue
+            if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef):
+                names.update((child.name, f"{prefix}{child.name}"))
+                visit(child, owner, False)
+                continue
+            if isinstance(child, ast.Name) and isinstance(child.ctx, ast.Store):
+                names.update((child.id, f"{prefix}{child.id}"))
+            elif isinstance(child, ast.Attribute) and isinstance(child.ctx, ast.Store):
+                names.add(f"{owner}{child.attr}")
+            elif isinstance(child, ast.arg):
+                names.add(child.arg)
+            visit(child, owner, in_body)
+
+    visit(ast.parse(path.read_text()), "", True)
+    return names
+
+
+def test_retired_names_do_not_come_back() -> None:
+    """``retired_names.tsv`` lists each retired name with the module that defined it and the name in use now."""
+    with (ROOT / "tests" / "retired_names.tsv").open(newline="") as handle:
+        rows = list(csv.DictReader(handle, delimiter="\t"))
+    assert len(rows) > 500
+    defined = {path: defined_names(ROOT / path) for path in {row["path"] for row in rows} if (ROOT / path).exists()}
+    modules_back = [row["path"] for row in rows if row["kind"] == "module" and row["path"] in defined]
+    names_back = [
+        f"{row['path']}: {row['retired']} is now {row['name now']}"
+        for row in rows
+        if row["kind"] == "name" and row["retired"] in defined.get(row["path"], ())
+    ]
+    assert modules_back + names_back == []
 
 
 LINK = re.compile(r"(?<!!)\[[^\]]*\]\(([^)\s]+)(?:\s+\"[^\"]*\")?\)")

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from tests.support.cluster.fake_serve import FakeServe
 from tests.support.cluster.kubectl import NODE, ROOT, Kubectl, release_all
+from tests.support.cluster.ray_service_resource import CRD, declare
 
 from reelway.platform.cluster.kube_api import KubeApi
 
@@ -73,3 +74,17 @@ def _kubectl() -> str:
     if not Path(program).exists():
         pytest.skip("no kubectl on the PATH or in .cluster/bin")
     return program
+
+
+@pytest.fixture
+def kube(kubectl: Kubectl, serve: FakeServe) -> Iterator[Kubectl]:
+    """A cluster with the RayService CRD and one RayService that declares what Serve runs. No KubeRay reconciles it."""
+    known = "rayservices.ray.io" in kubectl.run("get", "crds", "-o", "name")
+    if not known:
+        kubectl.apply(CRD)
+        kubectl.run("wait", "--for=condition=Established", "crd/rayservices.ray.io", "--timeout=20s")
+    declare(kubectl, serve.document)
+    yield kubectl
+    kubectl.run("delete", "rayservices", "--all")
+    if not known:
+        kubectl.run("delete", "crd", "rayservices.ray.io")

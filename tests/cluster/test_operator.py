@@ -9,73 +9,27 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import httpx
 import pytest
-from tests.platform.rollout.control.test_webhook import payload
 from tests.support.cluster.fake_serve import BAD, GOOD, STABLE, FakeServe
 from tests.support.cluster.kubectl import Kubectl
+from tests.support.cluster.operator_runs import TOKEN, held, operating, over, settings_of, until
 from tests.support.cluster.rollout_manifests import QUICK, rollout
+from tests.support.rollout.webhook_requests import payload
 
 from reelway.platform.cluster.backend_controller import serve_address
 from reelway.platform.cluster.kube_api import KubeApi
 from reelway.platform.cluster.leader_election import LeaderElector
-from reelway.platform.cluster.operator_settings import OperatorSettings, RaySettings
+from reelway.platform.cluster.operator_settings import RaySettings
 from reelway.platform.cluster.resources import Backend
 from reelway.platform.cluster.rollout_operator import RolloutOperator
 from reelway.platform.cluster.status import format_time
 from reelway.platform.errors import KubernetesError, RolloutError
 from reelway.platform.rollout.control.webhook import ALERTS_PATH, serve_in_thread
-from reelway.platform.settings import load_settings
 
 pytestmark = pytest.mark.cluster
-TOKEN = "a-token-of-this-test"
-
-
-def settings_of(serve: FakeServe, tmp_path: Path, **more: Any) -> OperatorSettings:
-    token = tmp_path / "token"
-    token.write_text(TOKEN)
-    document = {
-        "identity": "operator-0",
-        "interval_s": 0.1,
-        "webhook": {"token_file": token},
-        "ray": {"trusted_hosts": ["127.0.0.1"], "dashboard_url": serve.url, "router_url": serve.url},
-    }
-    return load_settings(OperatorSettings, None, {**document, **more})
-
-
-@contextmanager
-def operating(api: KubeApi, settings: OperatorSettings) -> Iterator[RolloutOperator]:
-    """Runs an operator in this process and stops it as SIGTERM does."""
-    operator, stop = RolloutOperator(api, settings), threading.Event()
-    thread = threading.Thread(target=operator.run, args=(stop,))
-    thread.start()
-    try:
-        yield operator
-    finally:
-        stop.set()
-        thread.join(20)
-        assert not thread.is_alive()
-
-
-def over(serve: FakeServe, name: str = "one", release: str = GOOD, **spec: Any) -> dict[str, Any]:
-    return rollout(name, release, backend={"serve": {"api": serve.url, "url": serve.url}}, **spec)
-
-
-def held(weight: int = 10) -> dict[str, Any]:
-    """A policy that stays at its first step for an hour."""
-    return {**QUICK, "steps": [{"weight_percent": weight, "hold_s": 3600}]}
-
-
-def until(condition: Callable[[], bool], within_s: float = 30.0) -> None:
-    deadline = time.monotonic() + within_s
-    while not condition():
-        assert time.monotonic() < deadline, "the condition did not become true in time"
-        time.sleep(0.02)
 
 
 def phase(kubectl: Kubectl, name: str = "one") -> str:

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 import yaml
-from tests.cluster.test_operator import operating, over, settings_of, until
-from tests.cluster.test_ray_service import declared, kube  # noqa: F401  (a fixture)
 from tests.support.cluster.fake_serve import GOOD, FakeServe
 from tests.support.cluster.kubectl import Kubectl
+from tests.support.cluster.operator_runs import operating, over, settings_of, until
+from tests.support.cluster.ray_service_resource import declared
 from tests.support.cluster.rollout_manifests import QUICK
 
 from reelway.platform.cluster.kube_api import KubeApi
@@ -29,7 +29,7 @@ RULES = [
 
 
 @pytest.fixture
-def own(kube: Kubectl, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> KubeApi:  # noqa: F811
+def own(kube: Kubectl, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> KubeApi:
     """A client with the token of the operator's ServiceAccount."""
     kube.run("create", "serviceaccount", "operator")
     kube.apply(
@@ -49,7 +49,7 @@ def own(kube: Kubectl, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> KubeA
 
 def test_complete_rollout_needs_the_listed_rights_only(
     own: KubeApi,
-    kube: Kubectl,  # noqa: F811
+    kube: Kubectl,
     serve: FakeServe,
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,

@@ -8,10 +8,10 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-import yaml
-from tests.cluster.test_operator import operating, over, settings_of, until
 from tests.support.cluster.fake_serve import GOOD, STABLE, FakeServe, document
 from tests.support.cluster.kubectl import Kubectl
+from tests.support.cluster.operator_runs import operating, over, settings_of, until
+from tests.support.cluster.ray_service_resource import declare, declared
 
 from reelway.platform.cluster.kube_api import KubeApi
 from reelway.platform.cluster.ray_service import RayServiceBackend
@@ -23,38 +23,6 @@ from reelway.platform.rollout.traffic.target import traffic_target
 
 pytestmark = pytest.mark.cluster
 
-PATH = "ray.io/v1/rayservices/reelway"
-CRD = {
-    "apiVersion": "apiextensions.k8s.io/v1",
-    "kind": "CustomResourceDefinition",
-    "metadata": {"name": "rayservices.ray.io"},
-    "spec": {
-        "group": "ray.io",
-        "scope": "Namespaced",
-        "names": {"kind": "RayService", "plural": "rayservices", "singular": "rayservice"},
-        "versions": [
-            {
-                "name": "v1", "served": True, "storage": True, "subresources": {"status": {}},
-                "schema": {"openAPIV3Schema": {"type": "object", "x-kubernetes-preserve-unknown-fields": True}},
-            }
-        ],
-    },
-}  # fmt: skip
-
-
-@pytest.fixture
-def kube(kubectl: Kubectl, serve: FakeServe) -> Iterator[Kubectl]:
-    """A cluster with the RayService CRD and one RayService that declares what Serve runs. No KubeRay reconciles it."""
-    known = "rayservices.ray.io" in kubectl.run("get", "crds", "-o", "name")
-    if not known:
-        kubectl.apply(CRD)
-        kubectl.run("wait", "--for=condition=Established", "crd/rayservices.ray.io", "--timeout=20s")
-    declare(kubectl, serve.document)
-    yield kubectl
-    kubectl.run("delete", "rayservices", "--all")
-    if not known:
-        kubectl.run("delete", "crd", "rayservices.ray.io")
-
 
 @pytest.fixture
 def backend(api: KubeApi, kube: Kubectl, serve: FakeServe) -> Iterator[RayServiceBackend]:
@@ -62,22 +30,6 @@ def backend(api: KubeApi, kube: Kubectl, serve: FakeServe) -> Iterator[RayServic
     made = RayServiceBackend(api, "reelway", ServeRestBackend(ServeAddress(serve.url, serve.url)))
     yield made
     made.close()
-
-
-def declare(kubectl: Kubectl, config: dict[str, Any]) -> None:
-    container = {"name": "ray", "image": "none"}
-    head = {"rayStartParams": {}, "template": {"spec": {"containers": [container]}}}
-    kubectl.apply({
-        "apiVersion": "ray.io/v1", "kind": "RayService", "metadata": {"name": "reelway"},
-        "spec": {"serveConfigV2": yaml.safe_dump(config), "rayClusterConfig": {"headGroupSpec": head}},
-    })  # fmt: skip
-
-
-def declared(kubectl: Kubectl) -> dict[str, Any]:
-    found: dict[str, Any] = yaml.safe_load(
-        json.loads(kubectl.run("get", "rayservice", "reelway", "-o", "json"))["spec"]["serveConfigV2"]
-    )
-    return found
 
 
 def state(canary_bp: int = 1000, phase: Phase = Phase.STEPPING) -> RolloutState:

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 import yaml
-from tests.cluster.test_operator import held, operating, settings_of, until
 from tests.support.cluster.fake_serve import BAD, GOOD, STABLE, FakeServe
 from tests.support.cluster.kubectl import Kubectl
+from tests.support.cluster.operator_runs import held, operating, settings_of, until
 from tests.support.cluster.rollout_manifests import QUICK
 from typer.testing import CliRunner, Result
 

@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 import yaml
-from tests.cluster.test_operator import held, operating, settings_of, until
-from tests.cluster.test_ray_service import declared, kube  # noqa: F401  (a fixture)
 from tests.support.cluster.fake_serve import GOOD, STABLE, FakeServe, document
 from tests.support.cluster.kubectl import Kubectl
+from tests.support.cluster.operator_runs import held, operating, settings_of, until
+from tests.support.cluster.ray_service_resource import declared
 from tests.support.cluster.rollout_manifests import rollout
 
 from reelway.platform.cluster.inference_service import RankerState
@@ -83,7 +83,7 @@ class Chart:
 
 
 @pytest.fixture
-def chart(kube: Kubectl) -> Chart:  # noqa: F811
+def chart(kube: Kubectl) -> Chart:
     """A namespace in which the chart was not yet applied."""
     kube.run("delete", "rayservice", "reelway")
     return Chart(kube)

@@ -5,7 +5,7 @@ import pyarrow.parquet as pq
 import pytest
 import typer
 from click.testing import Result
-from tests.pipelines.datasets import published_formats as formats
+from tests.support.pipelines import published_formats as formats
 from typer.testing import CliRunner
 
 from reelway.pipelines.commands import import_dataset, simulate

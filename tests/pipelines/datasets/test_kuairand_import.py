@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pyarrow as pa
 import pytest
-from tests.pipelines.datasets import published_formats as formats
+from tests.support.pipelines import published_formats as formats
 
 from reelway.pipelines.datasets.checks import check_dataset
 from reelway.pipelines.datasets.content_dimensions import infer_dimensions

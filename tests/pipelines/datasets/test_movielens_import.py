@@ -7,7 +7,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
-from tests.pipelines.datasets import published_formats as formats
+from tests.support.pipelines import published_formats as formats
 
 from reelway.pipelines.datasets.checks import RATING_LIMITS, check_dataset
 from reelway.pipelines.datasets.content_dimensions import infer_dimensions

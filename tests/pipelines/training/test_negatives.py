@@ -5,25 +5,20 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 import pytest
 from tests.support.dimensions import DIMENSIONS
+from tests.support.pipelines.timestamped_features import timestamped_features
 from tests.support.pipelines.training_row_fixtures import made_table, write_rows
 
 from reelway.pipelines.training.negatives import draw_negatives, impression_rows, negative_rows
 from reelway.pipelines.training.rows import TrainingRows, load_rows
-from reelway.platform.contracts.feature_names import VIDEO_DENSE, VIEWS
+from reelway.platform.contracts.feature_names import VIDEO_DENSE
 
 
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory: pytest.TempPathFactory) -> TrainingRows:
     path: Path = tmp_path_factory.mktemp("rows") / "r.parquet"
     return load_rows(write_rows(path, made_table(requests=150, videos=80, viewers=40)), DIMENSIONS)
-
-
-def numbers_that_tell_when_they_were_asked(view: str, entities: np.ndarray, at_us: np.ndarray) -> pa.Table:
-    value = pa.array(entities * 1000.0 + (at_us // 1_000_000) % 997)
-    return pa.table(dict.fromkeys(VIEWS[view], value))
 
 
 def test_negative_was_available_but_not_shown_to_its_viewer(rows: TrainingRows) -> None:
@@ -59,7 +54,7 @@ def test_negatives_are_uniform_over_available_videos(rows: TrainingRows) -> None
 def test_negative_has_the_features_of_its_video_at_the_request(rows: TrainingRows) -> None:
     index = np.arange(400)
     position, video = draw_negatives(rows, index, 2, seed=1)
-    extra = negative_rows(rows, index, 2, numbers_that_tell_when_they_were_asked, seed=1)
+    extra = negative_rows(rows, index, 2, timestamped_features, seed=1)
     moment = rows.request_time_s[index[position]].astype(int) % 997
     engagement = VIDEO_DENSE.index("video_impressions_1h")
     np.testing.assert_allclose(extra.video_dense[:, engagement], rows.video_ids[video] * 1000.0 + moment)

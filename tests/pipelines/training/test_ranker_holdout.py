@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tests.pipelines.training.test_negatives import numbers_that_tell_when_they_were_asked as as_of
 from tests.support.dimensions import DIMENSIONS
+from tests.support.pipelines.timestamped_features import timestamped_features as as_of
 from tests.support.pipelines.training_row_fixtures import made_table, write_rows
 
 from reelway.pipelines.training.config import TrainingConfig, load_config

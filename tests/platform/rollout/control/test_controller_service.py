@@ -17,9 +17,9 @@ from typing import Any
 
 import httpx
 import pytest
-from tests.platform.rollout.control.test_webhook import payload
 from tests.support.rollout.canary_events import RELEASE, STABLE
 from tests.support.rollout.controller_environment import QUICK
+from tests.support.rollout.webhook_requests import payload
 
 from reelway.platform.errors import RolloutError
 from reelway.platform.rollout.control.local_controller import ControllerSettings, run_controller

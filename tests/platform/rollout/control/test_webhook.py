@@ -13,6 +13,7 @@ from typing import Any
 
 import httpx
 import pytest
+from tests.support.rollout.webhook_requests import RELEASE, RIGHT, TOKEN, payload
 
 from reelway.platform.errors import ConfigError, StorageError
 from reelway.platform.rollout.alerts import KnownAlert
@@ -21,22 +22,6 @@ from reelway.platform.rollout.control.bearer_token import ensure_bearer_token
 from reelway.platform.rollout.control.controller_metrics import ControllerMetrics
 from reelway.platform.rollout.control.sqlite_store import SqliteRolloutStore
 from reelway.platform.rollout.control.webhook import ALERTS_PATH, BODY_LIMIT_BYTES, serve_in_thread, webhook_application
-
-TOKEN = "t0ken-of-the-run-0123456789"
-RELEASE = "c" * 64
-RIGHT = {"Authorization": f"Bearer {TOKEN}"}
-
-
-def payload(*, status: str = "firing", release: str | None = RELEASE, starts_at: str = "2026-01-02T03:04:05Z") -> Any:
-    labels = {"alertname": "CanaryErrors"} | ({"release": release} if release else {})
-    alert = {
-        "status": status, "labels": labels, "annotations": {"summary": "errors"}, "startsAt": starts_at,
-        "endsAt": "0001-01-01T00:00:00Z", "generatorURL": "http://p/", "fingerprint": "a1",
-    }  # fmt: skip
-    return {
-        "version": "4", "groupKey": "{}:{}", "truncatedAlerts": 0, "status": status, "receiver": "reelway",
-        "groupLabels": {}, "commonLabels": {}, "commonAnnotations": {}, "externalURL": "http://a/", "alerts": [alert],
-    }  # fmt: skip
 
 
 @dataclass

@@ -15,8 +15,8 @@ from typing import Any
 
 import httpx
 import pytest
-from tests.platform.rollout.control.test_webhook import RIGHT, TOKEN, payload
 from tests.support.rollout.controller_environment import ScriptedEvidence, newest
+from tests.support.rollout.webhook_requests import RIGHT, TOKEN, payload
 
 from reelway.platform.contracts.events import Arm
 from reelway.platform.rollout.control.alert_registry import AlertRegistry
