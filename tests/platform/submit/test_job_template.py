@@ -147,5 +147,5 @@ def test_two_installations_want_one_to_be_named(config_map: Document) -> None:
     with pytest.raises(ConfigError, match=r"\['rw', 'second'\].*--installation"):
         template_of([config_map, other], JobKind.TRAIN, None)
     assert template_of([config_map, other], JobKind.TRAIN, "second")["kind"] == "RayJob"
-    with pytest.raises(ConfigError, match=r"found installations \[\].*jobs.workClaim"):
+    with pytest.raises(ConfigError, match=r"found installations \[\].*jobs.runsClaim"):
         template_of([], JobKind.TRAIN, None)

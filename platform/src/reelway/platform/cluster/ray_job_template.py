@@ -91,7 +91,7 @@ def template_of(config_maps: Iterable[Mapping[str, Any]], kind: JobKind, install
 
 
 _NOT_INSTALLED: Final = (
-    "is Reelway installed in this namespace (-n)? A store that is no volume needs jobs.workClaim, "
+    "is Reelway installed in this namespace (-n)? A store that is no volume needs jobs.runsClaim, "
     "where jobs keep their files"
 )
 

@@ -71,7 +71,7 @@ def submit(
     namespace: str | None = NAMESPACE,
     context: str | None = CONTEXT,
     installation: str | None = typer.Option(None, help="Helm release, where a namespace has several."),
-    run: str | None = typer.Option(None, help="Name of the run; the installation's (jobs.workPath) when absent."),
+    run: str | None = typer.Option(None, help="Name of the run; the installation's (jobs.runsPath) when absent."),
     workers: int | None = typer.Option(None, min=0, help="Worker pods; 0 does all on the head."),
     gpus: int | None = typer.Option(None, min=0, help="GPUs of each worker, or of the head without workers."),
     gpu_resource: str = typer.Option("nvidia.com/gpu", help="The cluster's name for GPUs."),
