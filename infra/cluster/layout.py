@@ -70,4 +70,4 @@ class Layout:
 def default_layout() -> Layout:
     """Paths under ``$REELWAY_CLUSTER_DIR``, by default ``.cluster`` in the repository."""
     named = os.environ.get("REELWAY_CLUSTER_DIR")
-    return Layout(Path(named).resolve() if named else HERE.parent.parent / ".cluster")
+    return Layout((Path(named) if named else HERE.parent.parent / ".cluster").resolve())
