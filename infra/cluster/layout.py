@@ -70,4 +70,4 @@ class NodePaths:
 def default_layout() -> NodePaths:
     """Paths under ``$REELWAY_CLUSTER_DIR``, by default ``.cluster`` in the repository."""
     named = os.environ.get("REELWAY_CLUSTER_DIR")
-    return NodePaths(Path(named).resolve() if named else HERE.parent.parent / ".cluster")
+    return NodePaths((Path(named) if named else HERE.parent.parent / ".cluster").resolve())

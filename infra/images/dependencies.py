@@ -1,8 +1,8 @@
-"""Prints what members need from outside, so that an image's dependency layers change only when that does.
+"""Prints the third-party requirements of members, from which an image's dependency layers are built.
 
-``python dependencies.py platform[cluster,s3] serving``: reads each folder's ``pyproject.toml``, follows members that
-name each other, and prints one requirement a line. With ``--shared-with MEMBER...`` only what those need too: a layer
-that two images have in common is built, stored and pulled once. Runs in the build with the standard library alone.
+``python dependencies.py platform[cluster,s3] serving`` reads each folder's ``pyproject.toml``, follows members that
+require each other, and prints one requirement per line. With ``--shared-with MEMBER...`` it prints only
+requirements that both sides have: two images store and pull that layer once. The script uses the standard library only.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ _MEMBER = "reelway-"
 
 
 def requirements(members: Iterable[str], root: Path) -> list[str]:
-    """Third-party requirements of the members, sorted, each once.
+    """Third-party requirements of the members, sorted and unique.
 
     Raises:
-        SystemExit: a member or an extra does not exist.
+        SystemExit: if a member or an extra does not exist.
     """
     found: set[str] = set()
     waiting, seen = [_parse_member(member) for member in members], set[tuple[str, str]]()
@@ -44,7 +44,7 @@ def requirements(members: Iterable[str], root: Path) -> list[str]:
 
 
 def shared_requirements(some: Iterable[str], others: Iterable[str]) -> list[str]:
-    """Requirements of both lists, with the extras and the bounds that both name, sorted."""
+    """Requirements of both lists, sorted, with the extras and version bounds that both have."""
     known: dict[str, list[tuple[set[str], str]]] = {}
     for requirement in others:
         name, extras = _parse_member(requirement)

@@ -1,11 +1,13 @@
-"""Torch without what only a GPU would ever call, so that a node without one does not store four gigabytes.
+"""Installs torch without the CUDA libraries that only a GPU uses, which saves 4 GB on a node without GPUs.
 
-The package index has one torch for Linux: linked against CUDA, which it loads and does not call where there is no GPU.
-``python without_cuda.py excluded constraints.txt`` prints the packages that are not to be installed beside it: all of
-CUDA but the runtime and the profiler. ``python without_cuda.py link SITE_PACKAGES`` puts a link to an empty library
-under each name that torch's libraries then miss, for the loader. Functions are bound when they are first called (a
-``.pth`` file tells Python's loader so), and whoever does call one is told the missing symbol's name. Where PyTorch's
-own index is reached, its CPU wheel does the same with less.
+The package index has one torch for Linux. It is linked against CUDA, loads it, and does not call it without a GPU.
+
+- ``python without_cuda.py excluded constraints.txt`` prints the packages to leave out: CUDA without its runtime and
+  profiler.
+- ``python without_cuda.py link SITE_PACKAGES`` links each library name that torch then misses to an empty library.
+
+A ``.pth`` file makes the loader bind functions at their first call; calling a missing one fails with the symbol's name.
+With access to PyTorch's own index, its CPU wheel is the smaller alternative.
 """
 
 from __future__ import annotations
@@ -18,31 +20,31 @@ from pathlib import Path
 from typing import Final
 
 _EMPTY: Final = "libtorch_global_deps.so"
-"""Torch's own list of what to load first: it has no symbols, and is loaded before all others."""
+"""A library of torch without symbols, loaded before all others."""
 _CUDA: Final = re.compile(r"^(nvidia-[a-z0-9-]+|cuda-bindings|cuda-pathfinder|triton)==")
 _KEPT: Final = frozenset({"nvidia-cuda-runtime", "nvidia-cuda-cupti"})
-"""What torch calls on a CPU too: it asks whether there is a GPU, and its profiler names its own library."""
+"""Packages that torch calls on a CPU too: to detect GPUs, and in its profiler."""
 _DRIVER: Final = "libcuda.so.1"
-"""Comes with a GPU's driver, and torch does without where there is none."""
+"""Part of a GPU's driver; torch works without it."""
 _MISSING: Final = re.compile(r"^\s*(lib\S+) => not found$", re.MULTILINE)
 _LAZY_BINDING: Final = "import os, sys; sys.setdlopenflags(os.RTLD_LAZY)\n"
 
 
 def excluded_packages(constraints: Iterable[str]) -> list[str]:
-    """Packages of the constraints that a torch for CPUs is installed without."""
+    """Packages of the constraints that torch for CPUs does not need."""
     found = (match[1] for line in constraints if (match := _CUDA.match(line)))
     return sorted(set(found) - _KEPT)
 
 
 def link_empty_libraries(site_packages: Path) -> list[str]:
-    """Names that torch's libraries missed and that are there now.
+    """Links missing library names of torch to an empty library and returns these names.
 
     Raises:
-        SystemExit: no such torch lies there.
+        SystemExit: if the folder contains no torch for Linux.
     """
     folder = site_packages / "torch" / "lib"
     if not (folder / _EMPTY).is_file():
-        raise SystemExit(f"{site_packages} holds no torch of Linux; expected {folder / _EMPTY}")
+        raise SystemExit(f"{site_packages}: no torch for Linux, expected {folder / _EMPTY}; install torch first")
     missed: set[str] = set()
     for library in sorted(folder.glob("*.so*")):
         said = subprocess.run(["ldd", str(library)], capture_output=True, text=True, check=False).stdout

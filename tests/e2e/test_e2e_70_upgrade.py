@@ -53,6 +53,26 @@ def test_upgrade_of_unrelated_values_disturbs_no_request(flow: Flow, promoted: s
     assert _dashboards(flow.installation)
 
 
+def test_helm_rollback_restores_values_without_moving_viewers(flow: Flow, promoted: str) -> None:
+    """Revision 1 is older than every rollout of the flow."""
+    installation = flow.installation
+    with expect_no_disruption(flow, "helm rollback to the first revision"):
+        installation.upgrade(UNRELATED)
+        assert _dashboards(installation)
+        before = _live_state(flow)
+        installation.roll_back(1)
+        assert _live_state(flow) == before
+        _still_on(flow, promoted)
+    assert not _dashboards(installation)
+
+
+def test_changed_options_reach_serve_without_moving_viewers(flow: Flow) -> None:
+    with expect_no_disruption(flow, "helm upgrade of a deployment's replicas"):
+        flow.installation.upgrade(MORE_REPLICAS)
+        until("two replicas rank", lambda: _ranking_replicas(flow) == 2, 90)
+        _still_on(flow, flow.live)
+
+
 def test_applying_the_chart_in_mid_rollout_moves_no_viewer(flow: Flow, promoted: str) -> None:
     canary = flow.releases.ids[3]
     with expect_no_disruption(flow, "helm template | kubectl apply twice, helm upgrade --reuse-values, in mid-rollout"):
@@ -81,29 +101,10 @@ def test_applying_the_chart_after_a_promotion_moves_no_viewer(flow: Flow) -> Non
         _still_on(flow, flow.live)
 
 
-def test_helm_rollback_restores_values_without_moving_viewers(flow: Flow) -> None:
-    """Revision 1 is older than every rollout of the flow."""
-    installation = flow.installation
-    with expect_no_disruption(flow, "helm rollback to the first revision"):
-        installation.upgrade(UNRELATED)
-        assert _dashboards(installation)
-        before = _live_state(flow)
-        installation.roll_back(1)
-        assert _live_state(flow) == before
-        _still_on(flow, flow.live)
-    assert not _dashboards(installation)
-
-
-def test_changed_options_reach_serve_without_moving_viewers(flow: Flow) -> None:
-    with expect_no_disruption(flow, "helm upgrade of a deployment's replicas"):
-        flow.installation.upgrade(MORE_REPLICAS)
-        until("two replicas rank", lambda: _ranking_replicas(flow) == 2, 90)
-        _still_on(flow, flow.live)
-
-
 def _apply_in_every_way(flow: Flow) -> None:
+    """The values are those of the last upgrade. From here on kubectl co-owns the fields that Helm owns."""
     for _ in range(2):
-        flow.installation.apply(UNRELATED)
+        flow.installation.apply(MORE_REPLICAS)
     flow.installation.upgrade_reusing_values()
 
 

@@ -38,5 +38,5 @@ def test_torch_for_cpus_excludes_unused_cuda_packages() -> None:
 
 
 def test_folder_without_torch_is_rejected(tmp_path: Path) -> None:
-    with pytest.raises(SystemExit, match=r"holds no torch of Linux; expected .*libtorch_global_deps\.so"):
+    with pytest.raises(SystemExit, match=r"no torch for Linux, expected .*libtorch_global_deps\.so"):
         without_cuda.link_empty_libraries(tmp_path)

@@ -82,7 +82,7 @@
 {{- define "reelway.checkServing" -}}
 {{- $v := .Values -}}
 {{- $gpus := 0 }}{{- $pods := 0 }}
-{{- range $name, $group := $v.serving.workers }}
+{{- range $name, $group := include "reelway.workers" . | fromYaml }}
 {{- $path := printf "serving.workers.%s" $name }}
 {{- if gt (int $group.minReplicas) (int $group.maxReplicas) }}
 {{- include "reelway.fail" (dict "path" (printf "%s.minReplicas" $path) "saw" $group.minReplicas "expected" (printf "at most maxReplicas, which is %v" $group.maxReplicas)) }}
@@ -131,7 +131,7 @@
 {{- $s := .Values.serving -}}
 {{- $scaling := .Values.ray.autoscaling.enabled -}}
 {{- $capacity := float64 $s.head.cpus }}
-{{- range $group := $s.workers }}
+{{- range $group := include "reelway.workers" . | fromYaml }}
 {{- $cpus := include "reelway.quantity" $group.resources.requests.cpu | float64 | floor | int | max 1 }}
 {{- $capacity = addf $capacity (mulf (ternary $group.maxReplicas $group.replicas $scaling) $cpus) }}
 {{- end }}

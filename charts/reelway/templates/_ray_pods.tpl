@@ -19,6 +19,15 @@ ingressGrpcMin: {{ add $ranges.ingressMin 10000 }}
 ingressGrpcMax: {{ add $ranges.ingressMax 10000 }}
 {{- end -}}
 
+{{/* The worker groups. `helm upgrade --reuse-values` passes a group that values removed (`cpu: null`) as null. */}}
+{{- define "reelway.workers" -}}
+{{- range $name, $group := .Values.serving.workers }}
+{{- if $group }}
+{{ $name }}: {{- toYaml $group | nindent 2 }}
+{{- end }}
+{{- end }}
+{{- end -}}
+
 {{/* Options of `ray start`. (dict "context" . "role" "head" "group" dict) */}}
 {{- define "reelway.rayStart" -}}
 {{- $p := include "reelway.rayPorts" .context | fromYaml -}}
