@@ -28,7 +28,7 @@ VIEWERS: Final = 5_000
 _RECORD: Final = "/tmp/record"
 _TAIL: Final = 'test ! -e "$0" || tail -c "$1" "$0"'
 """Prints nothing before the program has started."""
-_PROGRAM: Final = ROOT / "tests" / "benchmarks" / "constant_load.py"
+_PROGRAM: Final = ROOT / "tests" / "support" / "constant_load.py"
 _ALERT: Final = """
 import sys, time, urllib.request
 url, token, body = sys.argv[1:]
