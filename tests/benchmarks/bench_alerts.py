@@ -15,8 +15,8 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 
 from tests.support.bench_results import Row, write_report
-from tests.support.e2e.alert_latency import Rollback, rollback_of
-from tests.support.e2e.clusters import chosen
+from tests.support.e2e.alert_latency import Rollback, measure_rollback
+from tests.support.e2e.clusters import find_cluster
 from tests.support.e2e.monitored_installation import (
     BAR_S,
     BY_EVIDENCE,
@@ -26,7 +26,7 @@ from tests.support.e2e.monitored_installation import (
     MonitoredInstallation,
     monitored,
 )
-from tests.support.e2e.rollouts import begin, until_phase
+from tests.support.e2e.rollouts import begin, wait_until_phase
 
 from reelway.platform.cli.terminal import print_status
 
@@ -38,15 +38,15 @@ def main() -> None:
         "--with-evidence", type=int, default=3, help="rollbacks with the default guardrails (%(default)s)"
     )
     options = parser.parse_args()
-    cluster = chosen()
+    cluster = find_cluster()
     if cluster is None:
         raise SystemExit("no cluster: start one with `make cluster`, or set KUBECONFIG and REELWAY_CLUSTER_TESTS=1")
     with ExitStack() as stack:
         service = stack.enter_context(monitored(cluster, errors=options.runs + options.with_evidence, slow=0))
-        service.monitoring.until_scraped(service.kubectl.namespace)
+        service.monitoring.wait_until_scraped(service.kubectl.namespace)
         alone = [_run(service, number, by_alert=True) for number in range(options.runs)]
         both = [_run(service, options.runs + number, by_alert=False) for number in range(options.with_evidence)]
-    cluster.until_left()
+    cluster.wait_until_deleted()
     write_report("alerts", [*_rows("alert only", alone), *_rows("alert and evidence", both)])
 
 
@@ -54,8 +54,8 @@ def _run(service: MonitoredInstallation, number: int, *, by_alert: bool) -> Roll
     """Rolls out one failing release and measures it from its first to its last request."""
     release, name, began = service.releases.errors[number], f"fault-{number}", service.load.now()
     begin(service.kubectl, name, release, ONLY_ALERTS if by_alert else BY_EVIDENCE)
-    until_phase(service.kubectl, name, "RolledBack", within_s=300)
-    seen = rollback_of(service.kubectl, service.load, service.monitoring, name, release, since=began)
+    wait_until_phase(service.kubectl, name, "RolledBack", within_s=300)
+    seen = measure_rollback(service.kubectl, service.load, service.monitoring, name, release, since=began)
     shares = ", ".join(f"{hop} {taken:.2f}" for hop, taken in seen.hops.items())
     print_status(
         f"{name}: {seen.total_s:.1f} s ({shares}) by {'alert' if seen.by_alert else 'evidence'}: {seen.reason}"
