@@ -2,7 +2,7 @@
 
 On a real installation under load, ten releases with a failing ranker are rolled out sequentially. In ten runs the
 controller's guardrails are off, so that only the alert can roll back. Further runs have them on and state which of the
-two came first. Each hop is timed by the clock of the component that takes it (see ``tests/e2e``).
+two came first. Each hop is timed by the clock of the component that takes it (see ``tests.support.e2e.alert_latency``).
 
     python -m tests.benchmarks.bench_alerts [--runs 10] [--with-evidence 3]
 """
@@ -55,37 +55,40 @@ def _run(service: MonitoredInstallation, number: int, *, by_alert: bool) -> Roll
     release, name, began = service.releases.errors[number], f"fault-{number}", service.load.now()
     begin(service.kubectl, name, release, ONLY_ALERTS if by_alert else BY_EVIDENCE)
     wait_until_phase(service.kubectl, name, "RolledBack", within_s=300)
-    seen = measure_rollback(service.kubectl, service.load, service.monitoring, name, release, since=began)
-    shares = ", ".join(f"{hop} {taken:.2f}" for hop, taken in seen.hops.items())
+    rollback = measure_rollback(service.kubectl, service.load, service.monitoring, name, release, since=began)
+    shares = ", ".join(f"{hop} {taken:.2f}" for hop, taken in rollback.hops.items())
     print_status(
-        f"{name}: {seen.total_s:.1f} s ({shares}) by {'alert' if seen.by_alert else 'evidence'}: {seen.reason}"
+        f"{name}: {rollback.total_s:.1f} s ({shares}) by {'alert' if rollback.by_alert else 'evidence'}: {rollback.reason}"
     )
-    if by_alert and not seen.by_alert:
-        raise RuntimeError(f"{name}: expected a rollback by the alert, rolled back by: {seen.reason}")
-    return seen
+    if by_alert and not rollback.by_alert:
+        raise RuntimeError(f"{name}: expected a rollback by the alert, rolled back by: {rollback.reason}")
+    return rollback
 
 
-def _rows(what: str, seen: Sequence[Rollback]) -> list[Row]:
-    if not seen:
+def _rows(variant: str, rollbacks: Sequence[Rollback]) -> list[Row]:
+    if not rollbacks:
         return []
-    totals = [one.total_s for one in seen]
+    totals = [each.total_s for each in rollbacks]
     load = f"{RATE:g} requests/s, {SHARE_PERCENT} % to the canary"
     rows = [
         Row(
-            f"{what}: fault to all new requests on stable, median of {len(seen)}", statistics.median(totals), "s", load
+            f"{variant}: fault to all new requests on stable, median of {len(rollbacks)}",
+            statistics.median(totals),
+            "s",
+            load,
         ),
         Row(
-            f"{what}: fault to all new requests on stable, longest",
+            f"{variant}: fault to all new requests on stable, longest",
             max(totals),
             "s",
             f"under {BAR_S:g}",
             max(totals) < BAR_S,
         ),
-        Row(f"{what}: runs rolled back by the alert", sum(one.by_alert for one in seen), "runs"),
+        Row(f"{variant}: runs rolled back by the alert", sum(each.by_alert for each in rollbacks), "runs"),
     ]
-    for hop in dict.fromkeys(hop for one in seen for hop in one.hops):
-        taken = [one.hops[hop] for one in seen if hop in one.hops]
-        rows.append(Row(f"{what}: share of {hop}, median", statistics.median(taken), "s"))
+    for hop in dict.fromkeys(hop for each in rollbacks for hop in each.hops):
+        taken = [each.hops[hop] for each in rollbacks if hop in each.hops]
+        rows.append(Row(f"{variant}: share of {hop}, median", statistics.median(taken), "s"))
     return rows
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -45,5 +45,5 @@ def expect_no_disruption(shared: SharedInstallation, operation: str, *components
     )
 
 
-def _changed(before: dict[str, object], after: dict[str, object]) -> list[str]:
+def _changed(before: Mapping[str, object], after: Mapping[str, object]) -> list[str]:
     return sorted(name for name in before.keys() | after.keys() if before.get(name) != after.get(name))

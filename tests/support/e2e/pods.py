@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any, Final
 
 import yaml
-from tests.support.cluster.kubectl import Kubectl
-from tests.support.e2e.clusters import CHART, ROOT
+from tests.support.cluster.kubectl import ROOT, Kubectl
+from tests.support.e2e.clusters import CHART
 
 DEV_VALUES: Final = ROOT / "infra" / "environments" / "dev.yaml"
 MORE_VALUES: Final = "REELWAY_E2E_VALUES"
