@@ -57,9 +57,8 @@ def _run(service: MonitoredInstallation, number: int, *, by_alert: bool) -> Roll
     wait_until_phase(service.kubectl, name, "RolledBack", within_s=300)
     rollback = measure_rollback(service.kubectl, service.load, service.monitoring, name, release, since=began)
     shares = ", ".join(f"{hop} {taken:.2f}" for hop, taken in rollback.hops.items())
-    print_status(
-        f"{name}: {rollback.total_s:.1f} s ({shares}) by {'alert' if rollback.by_alert else 'evidence'}: {rollback.reason}"
-    )
+    cause = "alert" if rollback.by_alert else "evidence"
+    print_status(f"{name}: {rollback.total_s:.1f} s ({shares}) by {cause}: {rollback.reason}")
     if by_alert and not rollback.by_alert:
         raise RuntimeError(f"{name}: expected a rollback by the alert, rolled back by: {rollback.reason}")
     return rollback

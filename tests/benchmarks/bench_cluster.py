@@ -29,7 +29,7 @@ from reelway.platform.cli.terminal import print_status, progress
 ROLLBACK_LIMIT_S = 2.0
 RECOVERY_LIMIT_S = 60.0
 OBSERVATION_S = 120.0
-"""Observation time after a head is killed. A worker unknown to the new head continues to serve for a while, then exits."""
+"""Observation time after a head is killed. A worker unknown to the new head serves for a while, then exits."""
 NAMESPACE = "reelway-e2e-bench"
 GCS = "gcs-store"
 """Name of the Redis pod."""
