@@ -26,9 +26,9 @@ from reelway.serving.release_loader import open_trusted
 from reelway.serving.request_path import RequestPath
 
 
-async def main(place: Path, release: str) -> None:
+async def main(fixture: Path, release: str) -> None:
     shelf = ReleaseStoreArgs(
-        release_store=str(place / "releases"), release_cache=place / "cache", public_keys=place / "keys"
+        release_store=str(fixture / "releases"), release_cache=fixture / "cache", public_keys=fixture / "keys"
     )
     imported = time.time()
     opened = open_fused(open_trusted(shelf.release_args(release, "fused")), budget_ms=10_000)

@@ -144,7 +144,7 @@ def write_viewer_tower(path: Path, codes_NH: NDArray[np.int64], embedding_ND: F3
 
 
 def write_ranker(path: Path, width: int, rng: np.random.Generator) -> None:
-    """Writes a ranker that is linear in every input and in the viewer-video similarity; ``skip`` has the opposite sign."""
+    """Writes a ranker that is linear in every input and in the viewer-video similarity; ``skip`` has the other sign."""
     tasks = len(names.RANKER_TASKS)
     direction = np.ones(tasks, dtype=np.float32)
     direction[names.RANKER_TASKS.index("skip")] = -1.0
