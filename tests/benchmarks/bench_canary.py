@@ -109,12 +109,12 @@ def _outcomes(
 ) -> NDArray[np.int64]:
     """Returns how rollouts end. Undecided rollouts reach the deadline and count as paused."""
     grid = reconcile_times(60, 5_400, 1_200, 26 * 3_600)
-    found = []
+    outcomes = []
     for begin in range(0, rollouts, BATCH):
         scenario = Scenario(policy, stable, canary, per_minute, grid)
         rng = np.random.default_rng((begin, int(per_minute)))
-        found.append(Simulation(scenario, min(BATCH, rollouts - begin), rng).run().outcome)
-    return np.where((joined := np.concatenate(found)) == RUNNING, PAUSED, joined)
+        outcomes.append(Simulation(scenario, min(BATCH, rollouts - begin), rng).run().outcome)
+    return np.where((joined := np.concatenate(outcomes)) == RUNNING, PAUSED, joined)
 
 
 @dataclass
@@ -209,8 +209,8 @@ def _play_on(simulation: Simulation) -> _FirstDetections:
 
 def _viewers_at_power(at: NDArray[np.int64], viewers: F64, power: float = 0.8) -> float:
     """Returns the canary viewers by which ``power`` of the rollouts were detected; infinite if they were not."""
-    seen = np.where(at == NEVER, math.inf, viewers[np.maximum(at, 0), np.arange(len(at))])
-    return float(np.sort(seen)[math.ceil(power * len(seen)) - 1])
+    detected = np.where(at == NEVER, math.inf, viewers[np.maximum(at, 0), np.arange(len(at))])
+    return float(np.sort(detected)[math.ceil(power * len(detected)) - 1])
 
 
 def _oracle(z: F64, viewers: F64, alpha: float, power: float = 0.8) -> float:

@@ -1,4 +1,4 @@
-"""The variants that the benchmark compares, each in a process of its own to keep CPU and memory apart.
+"""The variants that the benchmark compares, each in a separate process, so that CPU and memory are measured separately.
 
 Usage: python -m tests.benchmarks.serving_variants staged|fused|naive|floor FOLDER [SECONDS or SETTINGS]
 

@@ -66,13 +66,13 @@ class ObservedRollout:
             started_at=self.begun_at, changed_at=self.begun_at,
         )  # fmt: skip
 
-    def seen(self) -> EvidenceSnapshot:
+    def evidence(self) -> EvidenceSnapshot:
         """Evidence from Prometheus at the current time."""
         return self.through.fetch(QUICK, self.state, time.time())
 
     def seen_when(self, holds: Callable[[EvidenceSnapshot], object]) -> EvidenceSnapshot:
         """Waits for the first snapshot that meets the condition."""
-        return eventually(lambda: seen if holds(seen := self.seen()) else None)
+        return eventually(lambda: snapshot if holds(snapshot := self.evidence()) else None)
 
     def after_a_scrape(self) -> EvidenceSnapshot:
         """Waits for a snapshot from scrapes of both endpoints after this call."""
