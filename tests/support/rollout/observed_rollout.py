@@ -41,7 +41,7 @@ class ObservedRollout:
     monitoring: Monitoring
     run: RunDirectory
     number: int = field(default_factory=lambda: next(_NUMBERS))
-    begun_at: float = field(default_factory=time.time)
+    began_at: float = field(default_factory=time.time)
 
     def __post_init__(self) -> None:
         self.exporter, self.other = self.monitoring.exporters
@@ -63,7 +63,7 @@ class ObservedRollout:
     def state(self) -> RolloutState:
         return state_of(
             id=f"r-{self.number}", canary_release=self.canary, stable_release=self.stable, phase=Phase.SHADOW,
-            started_at=self.begun_at, changed_at=self.begun_at,
+            started_at=self.began_at, changed_at=self.began_at,
         )  # fmt: skip
 
     def evidence(self) -> EvidenceSnapshot:
