@@ -1,7 +1,7 @@
-"""Settings of the whole suite: metrics stay in the process that made them, and Ctrl-C reaches what tests start.
+"""Settings of all tests: metrics stay in memory, and Ctrl-C reaches child processes.
 
-Importing Feast turns every metric of the process and its children into files (see ``features.store.import_feast``);
-test modules that import Feast directly would do that to the others, depending on their order.
+Importing Feast switches the metrics of the process and its children to files; ``feast_store.import_feast`` prevents it.
+Without these settings, a test module that imports Feast directly would change the metrics of all later modules.
 """
 
 from __future__ import annotations
@@ -9,16 +9,16 @@ from __future__ import annotations
 import os
 import signal
 
-import prometheus_client  # noqa: F401  (settles how values are kept, before Feast can)
+import prometheus_client  # noqa: F401  (selects in-memory metrics before Feast can select files)
 
 
 def pytest_configure() -> None:
-    """A shell's background job ignores Ctrl-C, and so would every process that a test starts and then interrupts."""
+    """Restores Ctrl-C, which a background job of a shell ignores. Child processes inherit the setting."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_finish() -> None:
-    """Undo what imports during collection did to the environment."""
+    """Removes environment variables that imports set during collection."""
     for name in ("PROMETHEUS_MULTIPROCESS_DIR", "PROMETHEUS_MULTIPROC_DIR"):
         os.environ.pop(name, None)

@@ -17,7 +17,7 @@ FORBIDDEN_NAMES = {"utils", "util", "helpers", "helper", "common", "manager", "m
 
 
 def tracked(*patterns: str) -> list[Path]:
-    """Files of the checkout that git does not ignore, committed or not yet."""
+    """Returns the files of the checkout that git does not ignore, whether committed or not."""
     listed = subprocess.run(
         ["git", "ls-files", "--cached", "--others", "--exclude-standard", *patterns],
         cwd=ROOT, capture_output=True, text=True, check=True,
@@ -38,7 +38,7 @@ def test_import_rules_hold() -> None:
     assert re.search(r"Contracts: [5-9] kept, 0 broken", checked.stdout), checked.stdout
 
 
-def test_namespace_and_top_level_folders_are_no_packages() -> None:
+def test_namespace_and_top_level_folders_are_not_packages() -> None:
     """``reelway/__init__.py`` in one member hides the others; ``platform/__init__.py`` hides Python's ``platform``."""
     forbidden = [ROOT / member / "src" / "reelway" / "__init__.py" for member in MEMBERS]
     forbidden += [folder / "__init__.py" for folder in ROOT.iterdir() if folder.is_dir() and folder.name[0] != "."]
@@ -100,8 +100,10 @@ def test_tests_and_benchmarks_share_only_the_builders_in_support(path: Path) -> 
 @pytest.mark.parametrize("path", tracked("*.py"), ids=lambda path: str(path.relative_to(ROOT)))
 def test_docstrings_do_not_start_with_why(path: Path) -> None:
     nodes = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-    found = [ast.get_docstring(node) or "" for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, nodes)]
-    assert [text for text in found if text.startswith("Why:")] == []
+    docstrings = [
+        ast.get_docstring(node) or "" for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, nodes)
+    ]
+    assert [text for text in docstrings if text.startswith("Why:")] == []
 
 
 def defined_names(path: Path) -> set[str]:
@@ -150,7 +152,7 @@ LINK = re.compile(r"(?<!!)\[[^\]]*\]\(([^)\s]+)(?:\s+\"[^\"]*\")?\)")
 
 
 def anchors(page: Path) -> set[str]:
-    """Anchors that GitHub gives a page's headings: lower case, punctuation dropped, blanks replaced by hyphens."""
+    """Returns GitHub's anchors of a page's headings: lower case, no punctuation, hyphens instead of blanks."""
     headings = re.findall(r"^#+\s+(.*)$", page.read_text(), flags=re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}
 

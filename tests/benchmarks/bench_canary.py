@@ -31,7 +31,7 @@ from tests.support.rollout.canary_simulation import (
     Scenario,
     Simulation,
     clopper_pearson,
-    looks,
+    reconcile_times,
 )
 
 from reelway.platform.cli.terminal import print_status
@@ -108,13 +108,13 @@ def _outcomes(
     policy: RolloutPolicy, stable: Population, canary: Population, per_minute: float, rollouts: int
 ) -> NDArray[np.int64]:
     """Returns how rollouts end. Undecided rollouts reach the deadline and count as paused."""
-    grid = looks(60, 5_400, 1_200, 26 * 3_600)
-    found = []
+    grid = reconcile_times(60, 5_400, 1_200, 26 * 3_600)
+    outcomes = []
     for begin in range(0, rollouts, BATCH):
         scenario = Scenario(policy, stable, canary, per_minute, grid)
         rng = np.random.default_rng((begin, int(per_minute)))
-        found.append(Simulation(scenario, min(BATCH, rollouts - begin), rng).run().outcome)
-    return np.where((joined := np.concatenate(found)) == RUNNING, PAUSED, joined)
+        outcomes.append(Simulation(scenario, min(BATCH, rollouts - begin), rng).run().outcome)
+    return np.where((joined := np.concatenate(outcomes)) == RUNNING, PAUSED, joined)
 
 
 @dataclass
@@ -151,7 +151,7 @@ def detection(policy: RolloutPolicy, same: Population, rollouts: int) -> list[Ro
     runs: dict[str, tuple[Simulation, _MetricTrace]] = {}
     for name, population in (("A/A", same), ("drop", worse)):
         watch = _MetricTrace([], [], [])
-        scenario = Scenario(still, same, population, per_minute, grid, on_look=watch)
+        scenario = Scenario(still, same, population, per_minute, grid, on_reconcile=watch)
         simulation = Simulation(scenario, rollouts, np.random.default_rng(7))
         simulation.outcome[:] = RUNNING
         runs[name] = (_play_on(simulation), watch)
@@ -189,19 +189,19 @@ class _FirstDetections(Simulation):
 
 def _play_on(simulation: Simulation) -> _FirstDetections:
     """Runs all reconciles and records when any test, and the long-watch test, first established harm."""
-    inner = simulation.scenario.on_look
+    inner = simulation.scenario.on_reconcile
     any_at, own_at = (np.full(simulation.rollouts, NEVER) for _ in range(2))
 
-    def note(look: int, seen: Simulation) -> None:
+    def note(index: int, arrays: Simulation) -> None:
         for at, hit in (
-            (any_at, seen.bounds.established.any(1)), (own_at, seen.bounds.established[:, LONG_WATCH]),
+            (any_at, arrays.bounds.established.any(1)), (own_at, arrays.bounds.established[:, LONG_WATCH]),
         ):  # fmt: skip
-            at[(at == NEVER) & hit] = look
-        seen.outcome[:] = RUNNING
+            at[(at == NEVER) & hit] = index
+        arrays.outcome[:] = RUNNING
         if inner is not None:
-            inner(look, seen)
+            inner(index, arrays)
 
-    simulation.scenario.on_look = note
+    simulation.scenario.on_reconcile = note
     simulation.run()
     simulation.first_harm, simulation.first_long_watch = any_at, own_at  # type: ignore[attr-defined]
     return simulation  # type: ignore[return-value]
@@ -209,8 +209,8 @@ def _play_on(simulation: Simulation) -> _FirstDetections:
 
 def _viewers_at_power(at: NDArray[np.int64], viewers: F64, power: float = 0.8) -> float:
     """Returns the canary viewers by which ``power`` of the rollouts were detected; infinite if they were not."""
-    seen = np.where(at == NEVER, math.inf, viewers[np.maximum(at, 0), np.arange(len(at))])
-    return float(np.sort(seen)[math.ceil(power * len(seen)) - 1])
+    detected = np.where(at == NEVER, math.inf, viewers[np.maximum(at, 0), np.arange(len(at))])
+    return float(np.sort(detected)[math.ceil(power * len(detected)) - 1])
 
 
 def _oracle(z: F64, viewers: F64, alpha: float, power: float = 0.8) -> float:

@@ -1,9 +1,9 @@
-"""Watch time per impression when recommendations make the next day's data: ours against popularity, in the simulator.
+"""Compares watch time per impression of the models and of popularity in the simulator, over several days.
 
-``python -m tests.benchmarks.bench_closed_loop [seeds]``. Per seed a service is simulated and models are trained on
-the first 80 % of its log. From there on two copies of the same world (same viewers opening the app at the same
-moments) go on for some days: one is shown what was popular in the last day, the other retrieval, ranking and the
-serving code's re-ranking. Neither shows a viewer the same video twice, both learn from what they showed.
+``python -m tests.benchmarks.bench_closed_loop [seeds]``. For each seed, a service is simulated and models are trained
+on the first 80 % of its log. Then copies of the same world continue for some days with the same requests. One copy
+shows the popular videos of the last day. Another shows the result of retrieval, ranking and serving's re-ranking. No
+policy shows a viewer the same video twice. Both read the events that their own recommendations caused.
 """
 
 # Shapes: B requests, S slate, M videos
@@ -50,18 +50,18 @@ Bools = NDArray[np.bool_]
 
 LOOP_DAYS = 2.0
 PERIOD_S = 3 * 3600.0
-"""How often both policies look at what has happened; a viewer's seen videos are kept up with every request."""
+"""Interval in seconds at which policies read new events. A viewer's shown videos are excluded at every request."""
 BAR = 1.3
 RESAMPLES = 1000
 
 
 class Policy(Protocol):
-    """Looks at what has happened now and then, and answers requests."""
+    """A recommender that reads new events periodically and answers requests."""
 
-    def look(self, at_s: float, /) -> None: ...
+    def refresh(self, at_s: float, /) -> None: ...
 
     def slates(self, viewer_ids: I64, devices: I64, at_s: float, seen: Bools, /) -> I64:
-        """Video ids ``[B, S]`` out of what ``seen`` ``[B, M]`` leaves."""
+        """Returns video ids ``[B, S]``, without those of ``seen`` ``[B, M]``."""
         ...
 
 
@@ -78,26 +78,26 @@ class WatchTimeTotals:
 
 
 class RecentPopularityPolicy:
-    """Long watches of the last day, from all events so far."""
+    """Recommends the videos with the most long watches in the last day."""
 
     def __init__(self, world: World, live: LiveFeatures) -> None:
         self._world, self._live = world, live
 
-    def look(self, at_s: float) -> None:
+    def refresh(self, at_s: float) -> None:
         self._policy = RecentPopularity(self._world, self._live.outcomes, at_s)
 
     def slates(self, viewer_ids: I64, _devices: I64, at_s: float, seen: Bools) -> I64:
-        rng = np.random.default_rng(0)  # it draws nothing
+        rng = np.random.default_rng(0)  # required by the interface, but not used
         return self._policy.slates(viewer_ids, at_s, self._world.config.slate, rng, seen=seen)
 
 
 class ClosedLoopOracle:
-    """Knows every taste: what could be earned at most."""
+    """Recommends by the true preferences of the simulator: the upper limit of watch time."""
 
     def __init__(self, world: World) -> None:
         self._world, self._policy = world, OraclePolicy(world)
 
-    def look(self, _at_s: float) -> None:
+    def refresh(self, _at_s: float) -> None:
         return None
 
     def slates(self, viewer_ids: I64, _devices: I64, at_s: float, seen: Bools) -> I64:
@@ -105,26 +105,26 @@ class ClosedLoopOracle:
 
 
 class AlsPolicy:
-    """ALS as evaluation tunes it on the log; it knows no video that the log doesn't have, and does not learn on."""
+    """Recommends by ALS, tuned as in evaluation. It covers only videos of the log and reads no new events."""
 
     def __init__(self, world: World, run: RunDirectory, cut_s: float) -> None:
         self._slate = world.config.slate
-        self._question = make_temporal_split(pq.read_table(run.features / LABELS_FILE), cut_s)
-        self._als = tune_als(self._question)
+        self._split = make_temporal_split(pq.read_table(run.features / LABELS_FILE), cut_s)
+        self._als = tune_als(self._split)
 
-    def look(self, _at_s: float) -> None:
+    def refresh(self, _at_s: float) -> None:
         return None
 
     def slates(self, viewer_ids: I64, _devices: I64, _at_s: float, seen: Bools) -> I64:
         score_BM = np.full(seen.shape, -np.inf)
-        score_BM[:, self._question.videos - 1] = self._als.scores(viewer_ids)
+        score_BM[:, self._split.videos - 1] = self._als.scores(viewer_ids)
         score_BM[seen] = -np.inf
         best: I64 = np.argsort(-score_BM, axis=1, kind="stable")[:, : self._slate] + 1
         return best
 
 
 class TwoStagePolicy:
-    """Retrieval and ranking as evaluation asks them, arranged by the serving code's re-ranking."""
+    """Recommends by retrieval and ranking as in evaluation, and by the re-ranking of serving."""
 
     def __init__(self, world: World, live: LiveFeatures, models: TrainedModels, blend: Blend) -> None:
         self._world, self._live, self._blend, self._models = world, live, blend, models
@@ -136,8 +136,8 @@ class TwoStagePolicy:
             write_videos(path, snapshot, catalogue.arrays, catalogue.embedding, models.dimensions)
             self._reranking = Reranking(VideoTable(pa.ipc.open_file(path).get_batch(0)), blend.reranking)
 
-    def look(self, at_s: float) -> None:
-        """Read the live numbers of all videos; their embeddings stay."""
+    def refresh(self, at_s: float) -> None:
+        """Updates the live features of all videos. Their embeddings do not change."""
         snapshot = self._live.videos(at_s)
         moment_s = np.full(snapshot.num_rows, at_s)
         arrays = assemble_videos(columns_from_table(snapshot), moment_s, self._models.dimensions)
@@ -146,40 +146,42 @@ class TwoStagePolicy:
         self._popularity_M = recent.counts
 
     def slates(self, viewer_ids: I64, devices: I64, at_s: float, seen: Bools) -> I64:
-        words = [DEVICES[code] for code in devices]
-        viewers = make_viewers(self._models, self._live.viewers(viewer_ids, at_s), at_s, words)
-        there_M = np.zeros(seen.shape[1], dtype=np.bool_)
-        there_M[: len(self._world.available_videos(at_s))] = True
+        device_names = [DEVICES[code] for code in devices]
+        viewers = make_viewers(self._models, self._live.viewers(viewer_ids, at_s), at_s, device_names)
+        available_M = np.zeros(seen.shape[1], dtype=np.bool_)
+        available_M[: len(self._world.available_videos(at_s))] = True
         head, slate = self._blend.reranking.head, self._world.config.slate
-        rows_BK, values_BK = self._stages.order(viewers, ~seen & there_M, self._popularity_M, head)
+        rows_BK, values_BK = self._stages.order(viewers, ~seen & available_M, self._popularity_M, head)
         return np.stack([self._arrange(rows, values, slate) for rows, values in zip(rows_BK, values_BK, strict=True)])
 
     def _arrange(self, rows: I64, values: NDArray[np.float32], slate: int) -> I64:
-        kept = rows != PAD
+        is_video = rows != PAD
         nothing = np.zeros(0, dtype=np.int32)
-        source = np.zeros(int(kept.sum()), dtype=np.int8)
+        source = np.zeros(int(is_video.sum()), dtype=np.int8)
         trigger_rows = np.full(len(source), -1, dtype=np.int32)
-        found = self._reranking.rerank(
-            ScoredCandidates(rows[kept].astype(np.int32), source, trigger_rows, values[kept], nothing, slate, seed=0)
+        slate_rows = self._reranking.rerank(
+            ScoredCandidates(
+                rows[is_video].astype(np.int32), source, trigger_rows, values[is_video], nothing, slate, seed=0
+            )
         )
-        return self._stages.catalogue.video_ids[found.rows]
+        return self._stages.catalogue.video_ids[slate_rows.rows]
 
 
 def prepare(folder: Path, seed: int, config: SimulationConfig) -> RunDirectory:
-    """Simulate, compute features, train: the commands an engineer types."""
+    """Simulates, computes features and trains, with the commands that an engineer would run."""
     run = RunDirectory(folder / f"seed-{seed}")
-    where = ["--run", str(run.path)]
+    run_option = ["--run", str(run.path)]
     sizes = {"--viewers": config.viewers, "--videos": config.videos, "--days": config.days,
              "--impressions": config.impressions}  # fmt: skip
-    words = [str(word) for pair in sizes.items() for word in pair]
-    run_command(reelway_command("simulate", *where, "--seed", str(seed), *words))
-    run_command(reelway_command("features", "build", *where))
-    run_command(reelway_command("train", *where, "--seed", str(seed), "--preset", "demo", "--no-ray"))
+    options = [str(value) for pair in sizes.items() for value in pair]
+    run_command(reelway_command("simulate", *run_option, "--seed", str(seed), *options))
+    run_command(reelway_command("features", "build", *run_option))
+    run_command(reelway_command("train", *run_option, "--seed", str(seed), "--preset", "demo", "--no-ray"))
     return run
 
 
 def live_requests(world: World, start_s: float, seed: int) -> Requests:
-    """Who opens the app when, after the cut; the same for every policy."""
+    """Returns the requests after the cut, the same for every policy."""
     rng = np.random.default_rng(np.random.SeedSequence([seed, 7]))
     drawn = draw_requests(world, world.config.impressions // world.config.slate, rng)
     inside = (drawn.time_s >= start_s) & (drawn.time_s < start_s + LOOP_DAYS * DAY_S)
@@ -189,11 +191,11 @@ def live_requests(world: World, start_s: float, seed: int) -> Requests:
 def run_loop(
     world: World,
     live: LiveFeatures,
-    policy: RecentPopularityPolicy | ClosedLoopOracle | TwoStagePolicy,
+    policy: Policy,
     requests: Requests,
     start_s: float,
 ) -> WatchTimeTotals:
-    """Show, watch what happens, learn, go on."""
+    """Answers all requests with a policy, simulates the responses, and adds them to the live features."""
     rng = np.random.default_rng(np.random.SeedSequence([world.seed, 8]))
     config = world.config
     seen = np.zeros((config.viewers + 1, config.videos), dtype=np.bool_)
@@ -202,33 +204,33 @@ def run_loop(
     done, next_impression, next_outcome = 0, 10**9, 10**9
     period = ((requests.time_s - start_s) // PERIOD_S).astype(np.int64)
     for p in np.unique(period):
-        policy.look(start_s + p * PERIOD_S)
-        parts = []
-        for some in _rounds(requests, np.flatnonzero(period == p)):
-            viewers, time_s = requests.viewer_ids[some], requests.time_s[some]
-            slates = policy.slates(viewers, requests.device[some], float(time_s.min()), seen[viewers])
+        policy.refresh(start_s + p * PERIOD_S)
+        period_events = []
+        for batch in _rounds(requests, np.flatnonzero(period == p)):
+            viewers, time_s = requests.viewer_ids[batch], requests.time_s[batch]
+            slates = policy.slates(viewers, requests.device[batch], float(time_s.min()), seen[viewers])
             responses = world.respond(viewers, slates, time_s, rng)
             seen[viewers[:, None], slates - 1] = True
             np.add.at(watch_s, viewers, responses.watch_ms.sum(axis=1) / 1000.0)
             np.add.at(impressions, viewers, responses.present.sum(axis=1))
             shown = ShownSlates(
-                request_id=10**9 + done + np.arange(len(some)), viewer_ids=viewers, slates=slates, time_s=time_s,
+                request_id=10**9 + done + np.arange(len(batch)), viewer_ids=viewers, slates=slates, time_s=time_s,
                 propensity=np.ones(slates.shape, np.float32), source=np.zeros(slates.shape, np.int8), sources=("loop",),
-                device=requests.device[some], devices=DEVICES,
+                device=requests.device[batch], devices=DEVICES,
             )  # fmt: skip
             events = responses_to_events(
                 shown, responses, first_impression_id=next_impression, first_outcome_id=next_outcome
             )
-            done, next_impression = done + len(some), next_impression + events[0].num_rows
+            done, next_impression = done + len(batch), next_impression + events[0].num_rows
             next_outcome += events[1].num_rows
-            parts.append(events)
-        for events in parts:
+            period_events.append(events)
+        for events in period_events:
             live.add(*events)
     return WatchTimeTotals(watch_s, impressions)
 
 
 def _rounds(requests: Requests, index: I64) -> list[I64]:
-    """A period's requests such that no round has a viewer twice, in order of time."""
+    """Splits the requests of a period into rounds in which no viewer occurs twice, in order of time."""
     viewer = requests.viewer_ids[index]
     order = np.argsort(viewer, kind="stable")
     first = np.flatnonzero(np.diff(viewer[order], prepend=-1))
@@ -237,24 +239,24 @@ def _rounds(requests: Requests, index: I64) -> list[I64]:
     return [index[turn == t] for t in range(int(turn.max()) + 1)]
 
 
-def ratio_interval(mine: WatchTimeTotals, theirs: WatchTimeTotals, seed: int) -> tuple[float, float, float]:
-    """Ratio of watch time per impression with its 95 % interval, resampling viewers (paired)."""
-    asked = np.flatnonzero(mine.impressions + theirs.impressions)
+def ratio_interval(models: WatchTimeTotals, baseline: WatchTimeTotals, seed: int) -> tuple[float, float, float]:
+    """Returns the ratio of watch time per impression with its 95 % interval, by resampling viewers (paired)."""
+    active = np.flatnonzero(models.impressions + baseline.impressions)
     rng = np.random.default_rng(seed)
-    times_GB = rng.multinomial(len(asked), np.full(len(asked), 1 / len(asked)), size=RESAMPLES).astype(np.float64)
-    top = (times_GB @ mine.watch_s[asked]) / (times_GB @ mine.impressions[asked])
-    bottom = (times_GB @ theirs.watch_s[asked]) / (times_GB @ theirs.impressions[asked])
+    times_GB = rng.multinomial(len(active), np.full(len(active), 1 / len(active)), size=RESAMPLES).astype(np.float64)
+    top = (times_GB @ models.watch_s[active]) / (times_GB @ models.impressions[active])
+    bottom = (times_GB @ baseline.watch_s[active]) / (times_GB @ baseline.impressions[active])
     low, high = np.quantile(top / bottom, [0.025, 0.975])
-    return mine.mean_s / theirs.mean_s, float(low), float(high)
+    return models.mean_s / baseline.mean_s, float(low), float(high)
 
 
 def measure(seed: int, folder: Path) -> list[Row]:
-    """One seed: every policy in its own copy of the world; ALS and the oracle to see where the two stand."""
+    """Runs each policy in its own copy of one seed's world. ALS and the oracle are for reference."""
     config = SimulationConfig()
     run = prepare(folder, seed, config)
     models = load_models(run.models)
     cut_s = models.info.window_end_s
-    earned: dict[str, WatchTimeTotals] = {}
+    totals: dict[str, WatchTimeTotals] = {}
     for name in ("popularity", "als", "ours", "oracle"):
         world, live = World(config, seed), LiveFeatures(run, cut_s)
         requests = live_requests(world, cut_s, seed)
@@ -265,18 +267,17 @@ def measure(seed: int, folder: Path) -> list[Row]:
             policy = AlsPolicy(world, run, cut_s)
         else:
             policy = RecentPopularityPolicy(world, live) if name == "popularity" else ClosedLoopOracle(world)
-        earned[name] = run_loop(world, live, policy, requests, cut_s)
+        totals[name] = run_loop(world, live, policy, requests, cut_s)
         print_status(
-            f"seed {seed}, {name}: {earned[name].mean_s:.3f} s per impression over {len(requests.time_s):,} requests"
+            f"seed {seed}, {name}: {totals[name].mean_s:.3f} s per impression over {len(requests.time_s):,} requests"
         )
-    ratio, low, high = ratio_interval(earned["ours"], earned["popularity"], seed)
-    rows = [Row(f"seed {seed}: {name}", found.mean_s, "s per impression") for name, found in earned.items()]
+    ratio, low, high = ratio_interval(totals["ours"], totals["popularity"], seed)
+    rows = [Row(f"seed {seed}: {name}", total.mean_s, "s per impression") for name, total in totals.items()]
     rows.append(Row(f"seed {seed}: ours / popularity", ratio, f"x, 95 % over viewers {low:.3f}..{high:.3f}"))
     return rows
 
 
 def main(seeds: int) -> None:
-    """Measure and print."""
     rows: list[Row] = []
     with tempfile.TemporaryDirectory() as folder:
         for seed in range(seeds):

@@ -59,27 +59,27 @@ def measure(run: RunDirectory, seed: int) -> dict[str, RankingResult]:
     return evaluate_run(run).ranking
 
 
-def rows_of(found: Sequence[dict[str, RankingResult]]) -> list[Row]:
+def rows_of(rankings: Sequence[dict[str, RankingResult]]) -> list[Row]:
     """Returns every recommender per seed, the mean over seeds, and the bars."""
     rows: list[Row] = []
     for metric in METRICS:
-        for seed, ranking in enumerate(found):
+        for seed, ranking in enumerate(rankings):
             for name in (TWO_STAGE, RETRIEVAL_ONLY):
                 rows.append(_row(f"{NAMES[metric]}: {name}, seed {seed}", getattr(ranking[name], metric)))
         for name in (ALL_TIME_POPULARITY, RECENT_POPULARITY, ALS):
-            rows.append(_row(f"{NAMES[metric]}: {name}", getattr(found[0][name], metric)))
-        ours_B = np.mean([getattr(ranking[TWO_STAGE], metric) for ranking in found], axis=0)
+            rows.append(_row(f"{NAMES[metric]}: {name}", getattr(rankings[0][name], metric)))
+        models_B = np.mean([getattr(ranking[TWO_STAGE], metric) for ranking in rankings], axis=0)
         for name in (RECENT_POPULARITY, ALS):
-            theirs_B = np.mean([getattr(ranking[name], metric) for ranking in found], axis=0)
-            lead = paired_difference(ours_B, theirs_B)
-            bar = max(float(theirs_B.mean()), REFERENCE[name][metric])
+            baseline_B = np.mean([getattr(ranking[name], metric) for ranking in rankings], axis=0)
+            lead = paired_difference(models_B, baseline_B)
+            bar = max(float(baseline_B.mean()), REFERENCE[name][metric])
             rows.append(
                 Row(
-                    f"{NAMES[metric]}: {TWO_STAGE}, mean of {len(found)} seeds",
-                    float(ours_B.mean()),
+                    f"{NAMES[metric]}: {TWO_STAGE}, mean of {len(rankings)} seeds",
+                    float(models_B.mean()),
                     f"lead {lead.value:+.3f} [{lead.low:+.3f}, {lead.high:+.3f}]",
                     f"> {bar:.3f} ({name})",
-                    bool(ours_B.mean() > bar),
+                    bool(models_B.mean() > bar),
                 )
             )
     return rows

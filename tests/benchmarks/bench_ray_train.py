@@ -1,7 +1,8 @@
-"""What Ray Train costs: the same ``fit`` at one worker with and without it, epoch by epoch, side by side in one run.
+"""Measures the overhead of Ray Train: the same ``fit`` with one worker, with Ray and without it, in turns in one run.
 
-``python -m tests.benchmarks.bench_ray_train``. An epoch is the time from the end of one to the end of the next, so it
-holds the checkpoint (both sides write one) and Ray's report. Start-up is printed apart: it is paid once per training.
+``python -m tests.benchmarks.bench_ray_train``. The time of an epoch is from the end of the previous epoch to its own
+end. It includes the checkpoint, which both variants write, and Ray's report. Start-up is a separate row, because it
+occurs once per training.
 """
 
 from __future__ import annotations
@@ -30,11 +31,11 @@ from reelway.pipelines.training.rows import load_rows
 from reelway.platform.cli.terminal import print_status
 
 BAR_RATIO = 1.10
-THREADS = 1  # on both sides; two spinning threads beside Ray's own processes would measure the scheduler
+THREADS = 1  # in both variants; with two threads beside Ray's own processes, the scheduler would dominate
 
 
 def measure(train: Callable[[OnEpoch], FittedModels]) -> tuple[dict[str, list[float]], float]:
-    """Seconds of each steady epoch per stage (the first of each stage is left out), and of the whole."""
+    """Returns the seconds of each epoch by stage, without the first of each stage, and those of the training."""
     ends: dict[str, list[float]] = {TWO_TOWER: [], RANKER: []}
 
     def note(report: EpochReport) -> None:
@@ -43,14 +44,14 @@ def measure(train: Callable[[OnEpoch], FittedModels]) -> tuple[dict[str, list[fl
 
     started = time.perf_counter()
     train(note)
-    whole_s = time.perf_counter() - started
-    return {stage: [b - a for a, b in itertools.pairwise(at)] for stage, at in ends.items()}, whole_s
+    total_s = time.perf_counter() - started
+    return {stage: [b - a for a, b in itertools.pairwise(at)] for stage, at in ends.items()}, total_s
 
 
 def main() -> None:
-    """Alternate the two sides and compare medians over all rounds."""
+    """Runs both variants in turns and compares the medians over all rounds."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--requests", type=int, default=16_000, help="4 rows each")
+    parser.add_argument("--requests", type=int, default=16_000, help="requests of the training data, with 4 rows each")
     parser.add_argument("--epochs", type=int, default=5)
     parser.add_argument("--rounds", type=int, default=2)
     options = parser.parse_args()
@@ -61,27 +62,31 @@ def main() -> None:
         table = made_table(requests=options.requests, videos=5000, viewers=2000)
         rows = load_rows(write_rows(Path(folder) / "rows.parquet", table), DIMENSIONS)
         window = make_training_split(rows, config)
-        given = (rows, impression_rows(rows, window.training(rows)), window, config)
+        inputs = (rows, impression_rows(rows, window.training(rows)), window, config)
         plain: dict[str, list[float]] = {TWO_TOWER: [], RANKER: []}
         on_ray: dict[str, list[float]] = {TWO_TOWER: [], RANKER: []}
         totals: dict[str, list[float]] = {"plain": [], "ray": []}
         for number in range(options.rounds):
-            kept = FileCheckpoints(Path(folder) / f"plain-{number}")
+            checkpoints = FileCheckpoints(Path(folder) / f"plain-{number}")
             storage = Path(folder) / f"ray-{number}"
-            sides = [
-                ("plain", plain, lambda tell, kept=kept: fit(*given, checkpoints=kept, on_epoch=tell)),
+            variants = [
+                (
+                    "plain",
+                    plain,
+                    lambda note, files=checkpoints: fit(*inputs, checkpoints=files, on_epoch=note),
+                ),
                 (
                     "ray",
                     on_ray,
-                    lambda tell, storage=storage: fit_on_ray(
-                        *given, RayResources(workers=1, threads=THREADS), storage=storage, on_epoch=tell
+                    lambda on_epoch, storage=storage: fit_on_ray(
+                        *inputs, RayResources(workers=1, threads=THREADS), storage=storage, on_epoch=on_epoch
                     ),
                 ),
             ]
-            for name, into, train in sides:
+            for name, into, train in variants:
                 print_status(f"round {number + 1}/{options.rounds}, {name}")
-                epochs_s, whole_s = measure(train)
-                totals[name].append(whole_s)
+                epochs_s, total_s = measure(train)
+                totals[name].append(total_s)
                 for stage, seconds in epochs_s.items():
                     into[stage].extend(seconds)
     write_report("ray_train", report_rows(plain, on_ray, totals))
@@ -91,7 +96,7 @@ def main() -> None:
 def report_rows(
     plain: dict[str, list[float]], on_ray: dict[str, list[float]], totals: dict[str, list[float]]
 ) -> list[Row]:
-    """Medians and their ratio per stage; the bar is on an epoch of both models together."""
+    """Returns the medians by stage and the overhead. The bar applies to an epoch of both models together."""
     rows = []
     sums = {"plain": 0.0, "ray": 0.0}
     for stage in (TWO_TOWER, RANKER):

@@ -133,8 +133,8 @@ def render_page(results: Results) -> str:
             continue
         run, rows = results[name]
         judged = [row for row in rows if row.holds is not None]
-        kept = f"{sum(bool(row.holds) for row in judged)} of {len(judged)}"
-        overview.append(f"| [{name}](#{name}) | {command} | {run.date} | {run.commit} | {kept} |")
+        met = f"{sum(bool(row.holds) for row in judged)} of {len(judged)}"
+        overview.append(f"| [{name}](#{name}) | {command} | {run.date} | {run.commit} | {met} |")
         origin = f"Command: {command}. Date: {run.date}. Commit: {run.commit}. Machine: {run.machine}."
         sections.append("\n".join([heading, origin, "", *_table(rows), ""]))
     return INTRODUCTION + "\n" + "\n".join(overview) + "\n" + "".join(sections)

@@ -98,7 +98,7 @@ class Bench:
         """Waits until the latest rollout is in a phase."""
         self.until(lambda: (r := self.store.latest()) is not None and r.state.phase is phase, phase.value)
 
-    def ask(self, verb: str) -> float:
+    def submit(self, verb: str) -> float:
         """Submits a command as a user does. Returns the time."""
         moment = time.time()
         command = Command(id=f"{verb}-{moment}", verb=verb, actor="bench", force=True)  # type: ignore[arg-type]
@@ -153,14 +153,14 @@ def by_webhook(bench: Bench, release: str, rounds: int) -> list[Row]:
 def by_hand(bench: Bench, first: str, second: str) -> list[Row]:
     """Promotes, rolls back, then promotes and removes the previous release."""
     bench.begin(second, KEPT)
-    asked = bench.ask("promote")
+    requested_s = bench.submit("promote")
     bench.until_phase(Phase.PROMOTED)
-    promoted_s = bench.last_answer_s(first, asked)
-    asked = bench.ask("rollback")
+    promoted_s = bench.last_answer_s(first, requested_s)
+    requested_s = bench.submit("rollback")
     bench.until_phase(Phase.ROLLED_BACK)
-    back_s = bench.last_answer_s(second, asked)
+    back_s = bench.last_answer_s(second, requested_s)
     bench.begin(second, RETIRED)
-    bench.ask("promote")
+    bench.submit("promote")
     bench.until(lambda: (r := bench.store.latest()) is not None and r.state.retired, "retired")
     time.sleep(5)  # the previous release is being removed
     return [
@@ -233,10 +233,10 @@ def measure(run: Path, rounds: int, rate: float, videos: int) -> list[Row]:
     with ExitStack() as stack:
         key = load_private_key(create_keys(run / "keys").private)
         store = ReleaseStore(str(run / "releases"))
-        made = [run / f"made-{seed}" for seed in (0, 1)]
+        folders = [run / f"release-{seed}" for seed in (0, 1)]
         first, second = (
             store.write(folder, make_release_folder(folder, videos=videos, seed=seed, key=key))
-            for seed, folder in enumerate(made)
+            for seed, folder in enumerate(folders)
         )
         print_status("starting the service and the controller")
         command = reelway_command("serve", "--run", str(run), "--port", "0", "--release", first)

@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Final
 
 from tests.benchmarks.bench_open_inference import added_by
-from tests.benchmarks.serving_fixture import ServingFixture, make_place, online_store
+from tests.benchmarks.serving_fixture import ServingFixture, make_serving_fixture, online_store
 from tests.benchmarks.serving_path import SIDES, measure_overload, measure_path
 from tests.support.bench_results import Row, write_report
 
@@ -52,14 +52,14 @@ def main() -> None:
 def _measured(options: argparse.Namespace, path: Path) -> Iterator[Row]:
     if set(options.only) & set(LARGE):
         with _timed(f"a release of {options.large:,} videos"):
-            large = make_place(path / "large", options.large)
+            large = make_serving_fixture(path / "large", options.large)
         yield from _of_large(options, path, large)
     if set(options.only) - set(LARGE):
         with _timed(f"a release of {options.videos:,} videos"):
-            place = make_place(path / "place", options.videos)
-        with online_store(place) as address:
+            fixture = make_serving_fixture(path / "place", options.videos)
+        with online_store(fixture) as address:
             print_status(f"the online store is {address.partition(':')[0]}")
-            yield from _of_service(options, place)
+            yield from _of_service(options, fixture)
 
 
 def _options() -> argparse.Namespace:
@@ -105,24 +105,24 @@ def _of_large(options: argparse.Namespace, path: Path, large: ServingFixture) ->
             yield from parts.measure_cold_start(large)
 
 
-def _of_service(options: argparse.Namespace, place: ServingFixture) -> Iterator[Row]:
+def _of_service(options: argparse.Namespace, fixture: ServingFixture) -> Iterator[Row]:
     from tests.benchmarks import serving_parts as parts
 
     if "features" in options.only:
         with _timed("features"):
-            yield from parts.measure_features(place)
+            yield from parts.measure_features(fixture)
     if "ranking" in options.only:
         with _timed("ranking"):
-            yield from parts.measure_ranking(place)
+            yield from parts.measure_ranking(fixture)
     if "path" in options.only:
         with _timed("the path"):
-            yield from measure_path(place, options.seconds, options.sides)
+            yield from measure_path(fixture, options.seconds, options.sides)
     if "overload" in options.only:
         with _timed("overload"):
-            yield from measure_overload(place, options.seconds, options.overload_s)
+            yield from measure_overload(fixture, options.seconds, options.overload_s)
     if "kserve" in options.only:
         with _timed("the ranker behind KServe's protocol"):
-            yield from added_by(place.made, requests=300)
+            yield from added_by(fixture.release_folder, requests=300)
 
 
 @contextmanager

@@ -1,7 +1,7 @@
-"""Outcomes per second and core through the stream processor: read, labelled, added up, recorded; and the rows made.
+"""Measures outcomes per second and core of the stream processor, which reads, labels, aggregates and records them.
 
-Live traffic made up at a steady rate over some hours, in a log as the service writes it. Not counted: writing rows to
-the online store, whose own speed is Feast's and the store's.
+The log has generated traffic at a steady rate over some hours, in the format of the service. Writing rows to the online
+store is not counted, because its speed depends on Feast and the store.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from reelway.platform.eventlog.sqlite_log import SqliteLog
 
 VIEWERS, VIDEOS, CREATORS = 20_000, 20_000, 1_000
 RATE = 500
-"""Outcomes a second of the log's time."""
+"""Outcomes per second of the log's time."""
 SECONDS = 600
 START_US = event_tables.START_US
 TTL_US = dict.fromkeys(STREAMED, 90 * DAY_US)
@@ -93,7 +93,7 @@ def main() -> None:
         cpu, wall, outcomes, rows = time.process_time(), time.perf_counter(), 0, 0
         while (done := processor.run_micro_batch(wait_s=0)).outcomes or done.steps:
             outcomes += done.outcomes
-            rows += sum(one.rows.num_rows for one in done.emitted)
+            rows += sum(view.rows.num_rows for view in done.emitted)
         cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
         state.close()
         log.close()

@@ -1,9 +1,9 @@
-"""A large catalogue as a trained two-tower model leaves it, without training one on a million videos.
+"""A large catalogue with embeddings like those of a trained two-tower model, generated without training.
 
-Embeddings of a trained model are unit vectors around a common mean (its length is 0.88 in the demo's release), in
-topics and styles of unequal size, with within-style variance that falls off from direction to direction, so that a few
-dozen of 64 carry it. Viewers are what they watched: the mean of videos of two to six styles. That is harder to search
-than what a trained viewer tower gives, which is close to the videos that it was trained to be close to.
+Embeddings of a trained model are unit vectors around a common mean, whose length is 0.88 in the demo's release. They
+form topics and styles of unequal size. Variance within a style decreases from direction to direction, so a few dozen of
+64 directions have most of it. A viewer's embedding is the mean of watched videos of two to six styles. Such a viewer is
+harder to search for than one of a trained viewer tower, which is close to the videos that it was trained with.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ _WATCHED: Final = 30
 
 @dataclass(frozen=True)
 class Catalogue:
-    """Unit vectors: of ``[N, D]`` videos and ``[Q, D]`` viewers."""
+    """Unit vectors of videos ``[N, D]`` and viewers ``[Q, D]``."""
 
     videos: F32
     viewers: F32
 
 
 def make_catalogue(videos: int, viewers: int, width: int = 64, seed: int = 0) -> Catalogue:
-    """The same arguments, the same catalogue."""
+    """Returns a catalogue. The same arguments give the same catalogue."""
     rng = np.random.default_rng(seed)
     falling = np.arange(1, width + 1, dtype=np.float32) ** -0.5
     falling /= np.linalg.norm(falling)

@@ -38,28 +38,30 @@ WARM_UP: Final = 20
 _DATATYPES: Final = {"f": "FP32", "i": "INT64"}
 
 Inputs = Mapping[str, NDArray[Any]]
+Outputs = tuple[list[NDArray[Any]], list[float]]
+"""The outputs of each request and its milliseconds."""
 
 
 def compare_rows(
-    loader: ReleaseLoader, at: RankServerProcess, viewers: Iterable[Mapping[str, Any]], what: str
+    loader: ReleaseLoader, server: RankServerProcess, viewers: Iterable[Mapping[str, Any]], source: str
 ) -> list[Row]:
     """Returns the largest difference over at least ``ROWS`` rows and the latency, per protocol."""
-    asked = list(_until_enough(ranked_in_requests(loader, viewers)))
-    count = sum(len(inputs["video_dense"]) for inputs in asked)
+    requests = list(_until_enough(ranked_in_requests(loader, viewers)))
+    count = sum(len(inputs["video_dense"]) for inputs in requests)
     graph = OnnxModel(loader.folder / RANKER_FILE, inputs=RANKER_INPUTS)
-    expected = [graph.run(inputs) for inputs in asked]
+    expected = [graph.run(inputs) for inputs in requests]
     rows = []
     answers = {
-        "gRPC": asyncio.run(_by_grpc(loader.release_id(), at, asked)),
-        "REST, bytes": _by_rest(at, asked, binary=True),
-        "REST, JSON": _by_rest(at, asked, binary=False),
+        "gRPC": asyncio.run(_by_grpc(loader.release_id(), server, requests)),
+        "REST, bytes": _by_rest(server, requests, binary=True),
+        "REST, JSON": _by_rest(server, requests, binary=False),
     }
-    for way, (outputs, took_ms) in answers.items():
-        largest = max(float(np.abs(there - here).max()) for there, here in zip(outputs, expected, strict=True))
-        metric = f"{way}: largest difference, {count} rows of {len(asked)} requests ({what})"
+    for protocol, (outputs, took_ms) in answers.items():
+        largest = max(float(np.abs(remote - local).max()) for remote, local in zip(outputs, expected, strict=True))
+        metric = f"{protocol}: largest difference, {count} rows of {len(requests)} requests ({source})"
         rows += [
             Row(metric, largest, "", f"<= {DIFFERENCE_BAR:g}", largest <= DIFFERENCE_BAR),
-            Row(f"{way}: one call of {count // len(asked)} candidates, p50", float(np.median(took_ms)), "ms"),
+            Row(f"{protocol}: one call of {count // len(requests)} candidates, p50", float(np.median(took_ms)), "ms"),
         ]
     return rows
 
@@ -79,7 +81,9 @@ def ranked_in_requests(loader: ReleaseLoader, viewers: Iterable[Mapping[str, Any
         }
 
 
-def added_in_one_process(loader: ReleaseLoader, at: RankServerProcess, viewers: list[Mapping[str, Any]]) -> list[Row]:
+def added_in_one_process(
+    loader: ReleaseLoader, server: RankServerProcess, viewers: list[Mapping[str, Any]]
+) -> list[Row]:
     """Measures what the call adds to the request path without Ray.
 
     The two variants take turns, so that other load on the machine affects both.
@@ -87,39 +91,41 @@ def added_in_one_process(loader: ReleaseLoader, at: RankServerProcess, viewers: 
     release, now_s = loader.release_id(), float(loader.table().uploaded_at_s.max())
     stages, signer = loader.stages(), TokenSigner(b"the benchmark's secret of tokens")
 
-    async def ask() -> NDArray[np.float64]:
-        ranker = RemoteRanker(f"127.0.0.1:{at.grpc_port}", release, RemoteRankerMetrics(CollectorRegistry(), release))
-        there = LocalStages(stages.retrieval, loader.ranking(ranker), stages.reranking)
+    async def measure_turns() -> NDArray[np.float64]:
+        ranker = RemoteRanker(
+            f"127.0.0.1:{server.grpc_port}", release, RemoteRankerMetrics(CollectorRegistry(), release)
+        )
+        remote = LocalStages(stages.retrieval, loader.ranking(ranker), stages.reranking)
         paths = [
-            RequestPath(loader.router_release(), side, signer, IngressMetrics(CollectorRegistry()))
-            for side in (stages, there)
+            RequestPath(loader.router_release(), variant, signer, IngressMetrics(CollectorRegistry()))
+            for variant in (stages, remote)
         ]
         took_ms = []
         for i in range(-WARM_UP, TURNS):
             turn = []
             for path in paths:
                 request = RecommendRequest(viewer_id=i % len(viewers), count=20)
-                begun = time.perf_counter()
-                answered = await path.recommend(request, viewers[request.viewer_id], now_s)
-                turn.append(1000 * (time.perf_counter() - begun))
-                if answered.response.degraded:
-                    raise SystemExit(f"a response was degraded: {answered.response.degraded}")
+                started = time.perf_counter()
+                result = await path.recommend(request, viewers[request.viewer_id], now_s)
+                turn.append(1000 * (time.perf_counter() - started))
+                if result.response.degraded:
+                    raise SystemExit(f"a response was degraded: {result.response.degraded}")
             took_ms.append(turn)
         await ranker.close()
         return np.array(took_ms[WARM_UP:])
 
-    here_ms, there_ms = asyncio.run(ask()).T
-    added = float(np.median(there_ms) - np.median(here_ms))
+    local_ms, remote_ms = asyncio.run(measure_turns()).T
+    added = float(np.median(remote_ms) - np.median(local_ms))
     return [
-        Row("request path in one process, local ranker, p50", float(np.median(here_ms)), "ms"),
-        Row("request path in one process, remote ranker, p50", float(np.median(there_ms)), "ms"),
+        Row("request path in one process, local ranker, p50", float(np.median(local_ms)), "ms"),
+        Row("request path in one process, remote ranker, p50", float(np.median(remote_ms)), "ms"),
         Row(f"request path in one process: added at p50, {TURNS} turns", added, "ms"),
     ]
 
 
-def _until_enough(asked: Iterator[Inputs]) -> Iterator[Inputs]:
+def _until_enough(requests: Iterator[Inputs]) -> Iterator[Inputs]:
     count = 0
-    for inputs in asked:
+    for inputs in requests:
         yield inputs
         count += len(inputs["video_dense"])
         if count >= ROWS:
@@ -127,27 +133,27 @@ def _until_enough(asked: Iterator[Inputs]) -> Iterator[Inputs]:
     raise SystemExit(f"the viewers have {count} rows, expected {ROWS}; use a run with more viewers")
 
 
-async def _by_grpc(release: str, at: RankServerProcess, asked: list[Inputs]) -> tuple[list[NDArray[Any]], list[float]]:
-    there = RemoteRanker(f"127.0.0.1:{at.grpc_port}", release, RemoteRankerMetrics(CollectorRegistry(), release))
+async def _by_grpc(release: str, server: RankServerProcess, requests: list[Inputs]) -> Outputs:
+    remote = RemoteRanker(f"127.0.0.1:{server.grpc_port}", release, RemoteRankerMetrics(CollectorRegistry(), release))
     outputs, took_ms = [], []
-    await there.score(asked[0])
-    for inputs in asked:
-        begun = time.perf_counter()
-        outputs.append(await there.score(inputs))
-        took_ms.append(1000 * (time.perf_counter() - begun))
-    await there.close()
+    await remote.score(requests[0])
+    for inputs in requests:
+        started = time.perf_counter()
+        outputs.append(await remote.score(inputs))
+        took_ms.append(1000 * (time.perf_counter() - started))
+    await remote.close()
     return outputs, took_ms
 
 
-def _by_rest(at: RankServerProcess, asked: list[Inputs], *, binary: bool) -> tuple[list[NDArray[Any]], list[float]]:
+def _by_rest(server: RankServerProcess, requests: list[Inputs], *, binary: bool) -> Outputs:
     outputs, took_ms = [], []
-    with httpx.Client(base_url=f"http://127.0.0.1:{at.http_port}", timeout=60, trust_env=False) as client:
-        for inputs in asked:
+    with httpx.Client(base_url=f"http://127.0.0.1:{server.http_port}", timeout=60, trust_env=False) as client:
+        for inputs in requests:
             text, tensors = _rest_request(inputs, binary=binary)
             headers = {HEADER: str(len(text))} if binary else {}
-            begun = time.perf_counter()
+            started = time.perf_counter()
             answer = client.post("/v2/models/ranker/infer", content=text + tensors, headers=headers)
-            took_ms.append(1000 * (time.perf_counter() - begun))
+            took_ms.append(1000 * (time.perf_counter() - started))
             outputs.append(_rest_output(answer.raise_for_status(), binary=binary))
     return outputs, took_ms
 
@@ -157,7 +163,7 @@ def _rest_request(inputs: Inputs, *, binary: bool) -> tuple[bytes, bytes]:
     for name, value in inputs.items():
         if binary:
             data: dict[str, Any] = {"parameters": {"binary_data_size": value.nbytes}}
-        else:  # JSON has no literal but null for a missing number
+        else:  # JSON can express a missing number only as null
             data = {"data": np.where(np.isnan(value), None, value.astype(object)).ravel().tolist()}
         described.append({"name": name, "datatype": _DATATYPES[value.dtype.kind], "shape": list(value.shape), **data})
     document = {"inputs": described, "parameters": {"binary_data_output": binary}}

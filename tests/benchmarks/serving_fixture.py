@@ -44,8 +44,8 @@ class ServingFixture:
     path: Path
 
     @property
-    def made(self) -> Path:
-        return self.path / "made"
+    def release_folder(self) -> Path:
+        return self.path / "release"
 
     @property
     def features(self) -> Path:
@@ -56,7 +56,7 @@ class ServingFixture:
         return str(json.loads((self.path / "facts.json").read_text())["release"])
 
     def loader(self) -> ReleaseLoader:
-        return ReleaseLoader(self.made)
+        return ReleaseLoader(self.release_folder)
 
     def viewer_rows(self) -> list[dict[str, Any]]:
         """Returns the row of each viewer, as in the online store."""
@@ -64,31 +64,31 @@ class ServingFixture:
         return [viewer_row(table, rng) for _ in range(VIEWERS)]
 
 
-def make_place(path: Path, videos: int) -> ServingFixture:
+def make_serving_fixture(path: Path, videos: int) -> ServingFixture:
     """Creates release, keys and secrets; ``store_candidates`` writes the videos' features."""
-    place = ServingFixture(path)
+    fixture = ServingFixture(path)
     key = load_private_key(create_keys(path / "keys").private)
-    manifest = sign(make_realistic_release(place.made, videos), key)
-    release = ReleaseStore(str(path / "releases")).write(place.made, manifest)
+    manifest = sign(make_realistic_release(fixture.release_folder, videos), key)
+    release = ReleaseStore(str(path / "releases")).write(fixture.release_folder, manifest)
     (path / "token.secret").write_bytes(SECRET)
     (path / "facts.json").write_text(json.dumps({"release": release}))
-    return place
+    return fixture
 
 
 @contextmanager
-def online_store(place: ServingFixture) -> Iterator[str]:
+def online_store(fixture: ServingFixture) -> Iterator[str]:
     """Runs the online store with all viewers. Yields its address in the format of ``REELWAY_ONLINE_STORE``."""
-    with _redis(place.path / "redis") as address:
-        store = make_store(place.features, address)
-        rows = dict(enumerate(place.viewer_rows()))
+    with _redis(fixture.path / "redis") as address:
+        store = make_store(fixture.features, address)
+        rows = dict(enumerate(fixture.viewer_rows()))
         for view in names.VIEWER_VIEWS:
             write_rows(store, view, "viewer_id", rows, NOW_S)
         yield address
 
 
-def store_candidates(place: ServingFixture, rows: NDArray[np.int32], at_s: float, table: VideoTable) -> None:
+def store_candidates(fixture: ServingFixture, rows: NDArray[np.int32], at_s: float, table: VideoTable) -> None:
     """Writes the features of the videos to the online store, as a materialisation does."""
-    store = make_store(place.features, None)
+    store = make_store(fixture.features, None)
     values = dict(zip(table.video_id[rows].tolist(), video_rows(table, rows), strict=True))
     for view in ("video_content", "video_engagement", "creator_statistics"):
         write_rows(store, view, "creator_key" if view == "creator_statistics" else "video_id", values, at_s)

@@ -1,4 +1,4 @@
-"""Load generator for the service, in a process of its own and with little CPU.
+"""Load generator for the service, in a separate process that uses little CPU.
 
 Usage: python -m tests.benchmarks.serving_load '{"url": ..., "record": ..., ...}' (``LoadPlan`` as JSON)
 
@@ -46,7 +46,7 @@ class LoadPlan:
 
 
 def run_load(plan: LoadPlan) -> NDArray[np.void]:
-    """Generates the load in a process of its own and returns the recorded responses."""
+    """Generates the load in a separate process and returns the recorded responses."""
     subprocess.run([sys.executable, "-m", "tests.benchmarks.serving_load", json.dumps(asdict(plan))], check=True)
     answers: NDArray[np.void] = np.load(plan.record)
     return answers
@@ -75,8 +75,8 @@ class _Connection(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         self._received += data
-        head, found, body = self._received.partition(b"\r\n\r\n")
-        if not found:
+        head, separator, body = self._received.partition(b"\r\n\r\n")
+        if not separator:
             return
         length = int(head.lower().partition(b"content-length:")[2].split(b"\r\n", 1)[0])
         if len(body) >= length and self._answer and not self._answer.done():

@@ -75,10 +75,10 @@ def read_videos(store: Any, video_ids: list[int]) -> Any:
 
 @serve.deployment
 class Retrieval:
-    def __init__(self, place: ServingFixture) -> None:
-        self._store = open_feature_store(place.features)
-        self._index = faiss.read_index(str(place.made / INDEX_FILE))
-        table = place.loader().table()
+    def __init__(self, fixture: ServingFixture) -> None:
+        self._store = open_feature_store(fixture.features)
+        self._index = faiss.read_index(str(fixture.release_folder / INDEX_FILE))
+        table = fixture.loader().table()
         self._ids, self._embedding = table.video_id, np.array(table.embedding)
         self._tower = TwoTower(TOWER, DIMENSIONS).eval()
 
@@ -102,8 +102,8 @@ class Retrieval:
 
 @serve.deployment
 class Ranking:
-    def __init__(self, place: ServingFixture) -> None:
-        self._store = open_feature_store(place.features)
+    def __init__(self, fixture: ServingFixture) -> None:
+        self._store = open_feature_store(fixture.features)
         self._ranker = Ranker(RANKER, TOWER.dim, DIMENSIONS).eval()
 
     def rank(self, viewer: dict[str, Any], candidates: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -145,28 +145,28 @@ class Ingress:
 
     @api.post("/v1/recommend")
     async def recommend(self, ask: Ask) -> Answer:
-        found = await self._retrieval.retrieve.remote(ask.viewer_id)
-        ranked = await self._ranking.rank.remote(found["viewer"], found["candidates"])
+        retrieved = await self._retrieval.retrieve.remote(ask.viewer_id)
+        ranked = await self._ranking.rank.remote(retrieved["viewer"], retrieved["candidates"])
         slate = await self._reranking.rerank.remote(ranked, ask.count)
         return Answer(viewer_id=ask.viewer_id, videos=[Video(**one) for one in slate])
 
 
-def naive_candidates(place: ServingFixture) -> NDArray[np.int32]:
+def naive_candidates(fixture: ServingFixture) -> NDArray[np.int32]:
     """Returns the rows of all videos that retrieval returns for any viewer of the benchmark."""
-    retrieval = Retrieval.func_or_class(place)
-    table = place.loader().table()
-    found = {one["video_id"] for viewer in range(VIEWERS) for one in retrieval.retrieve(viewer)["candidates"]}
-    return table.rows_of(np.array(sorted(found)))
+    retrieval = Retrieval.func_or_class(fixture)
+    table = fixture.loader().table()
+    video_ids = {one["video_id"] for viewer in range(VIEWERS) for one in retrieval.retrieve(viewer)["candidates"]}
+    return table.rows_of(np.array(sorted(video_ids)))
 
 
-def serve_naively(place: ServingFixture) -> None:
+def serve_naive(fixture: ServingFixture) -> None:
     """Serves the naive composition, prints its address and stops at the end of standard input."""
     port = find_free_port("127.0.0.1")
     ray.init(address="local", log_to_driver=False, logging_level="error", include_dashboard=False, num_cpus=8)
     try:
         serve.start(http_options={"host": "127.0.0.1", "port": port})
         torch.manual_seed(0)
-        app = Ingress.bind(Retrieval.bind(place), Ranking.bind(place), Reranking.bind())
+        app = Ingress.bind(Retrieval.bind(fixture), Ranking.bind(fixture), Reranking.bind())
         serve.run(app, name="naive")
         print(json.dumps({"url": f"http://127.0.0.1:{port}"}), flush=True)
         sys.stdin.read()

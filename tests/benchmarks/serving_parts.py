@@ -58,32 +58,32 @@ def median_ms(
             start = time.perf_counter()
             call(i)
             taken[k, i] = time.perf_counter() - start
-    return [float(one) for one in 1000 * np.median(taken, axis=1)]
+    return [float(value) for value in 1000 * np.median(taken, axis=1)]
 
 
-def measure_retrieval(place: ServingFixture) -> list[Row]:
+def measure_retrieval(fixture: ServingFixture) -> list[Row]:
     """Measures recall and time of a release's index on one core, for viewers that it was not tuned with."""
     print_status("retrieval: recall and time of the index")
     faiss.omp_set_num_threads(1)
-    path = place.made / INDEX_FILE
-    embedding = place.loader().table().embedding
+    path = fixture.release_folder / INDEX_FILE
+    embedding = fixture.loader().table().embedding
     videos = len(embedding)
     viewers = make_catalogue(videos, viewers=4 * TRIED).viewers  # the index was tuned with the first of them
     tune, judge = viewers[:TRIED], viewers[TRIED:]
     exact = search_index.exact_neighbours(embedding, judge, CANDIDATES)
     index = faiss.read_index(str(path), faiss.IO_FLAG_MMAP_IFC)
-    asks = [SourceQuery(_cold_start_query(), viewer[None], CANDIDATES) for viewer in judge]
+    queries = [SourceQuery(_cold_start_query(), viewer[None], CANDIDATES) for viewer in judge]
     rows = []
     for least, bar_ms in ((0.99, 2.0), (0.95, None)):
         if bar_ms is None:
             search_index.tune_probes(index, embedding, tune, CANDIDATES, least)
         source = AnnSource(index, embedding)
-        (p50,) = median_ms(lambda i, source=source: source.propose(asks[i % len(asks)]), times=300)
-        seen = search_index.recall_of(index, embedding, judge, exact)
+        (p50,) = median_ms(lambda i, source=source: source.propose(queries[i % len(queries)]), times=300)
+        recall = search_index.recall_of(index, embedding, judge, exact)
         inverted = faiss.try_extract_index_ivf(index)
         of = f"{videos:,} videos, {inverted.nprobe if inverted else 'no'} lists, tuned to {least}"
         rows += [
-            Row(f"retrieval, {of}: recall@{CANDIDATES}", seen, "", f">= {least}", seen >= least),
+            Row(f"retrieval, {of}: recall@{CANDIDATES}", recall, "", f">= {least}", recall >= least),
             _bar(f"retrieval, {of}: p50, one core", p50, "ms", bar_ms),
         ]
     per_video = path.stat().st_size / videos
@@ -96,24 +96,24 @@ def _cold_start_query() -> ViewerQuery:
     return ViewerQuery(_EMPTY, none, np.empty(0, np.float32), None, NOW_S, 0)
 
 
-def measure_features(place: ServingFixture) -> list[Row]:
+def measure_features(fixture: ServingFixture) -> list[Row]:
     """Measures the gather of 500 videos, some of them overlaid, beside reading them from the online store."""
     print_status("features: the gather beside the online store")
-    table = place.loader().table()
+    table = fixture.loader().table()
     rng = np.random.default_rng(5)
     fresh = np.sort(rng.choice(len(table), min(20_000, len(table)), replace=False)).astype(np.int32)
     live = rng.gamma(1.0, 2.0, (len(fresh), len(names.VIDEO_LIVE_DENSE))).astype(np.float32)
     table.overlay(fresh, live)
     sets = [rng.choice(len(table), CANDIDATES, replace=False).astype(np.int32) for _ in range(50)]
     (gather_ms,) = median_ms(lambda i: table.gather(sets[i % len(sets)], NOW_S), times=500)
-    asked = sets[0]
-    store_candidates(place, asked, time.time(), table)
+    rows_of_request = sets[0]
+    store_candidates(fixture, rows_of_request, time.time(), table)
     from tests.benchmarks.serving_naive import VIDEO_FIELDS, read_videos
 
-    store = open_feature_store(place.features)
-    ids = table.video_id[asked].tolist()
+    store = open_feature_store(fixture.features)
+    ids = table.video_id[rows_of_request].tolist()
     (store_ms,) = median_ms(lambda _: read_videos(store, ids), times=20)
-    same = _same(read_videos(store, ids).to_pydict(), video_rows(table, asked), VIDEO_FIELDS)
+    same = _same(read_videos(store, ids).to_pydict(), video_rows(table, rows_of_request), VIDEO_FIELDS)
     width = len(names.VIDEO_DENSE) + len(names.VIDEO_CATEGORIES) + names.ID_HASHES + table.embedding.shape[1]
     ratio = store_ms / gather_ms
     return [
@@ -127,17 +127,18 @@ def measure_features(place: ServingFixture) -> list[Row]:
 def _same(read: dict[str, list[Any]], expected: Sequence[dict[str, Any]], fields: Sequence[str]) -> float:
     same = total = 0
     for name in fields:
-        for seen, row in zip(read[name], expected, strict=True):
+        for value, row in zip(read[name], expected, strict=True):
             total += 1
-            wanted = row.get(name)
-            if seen is None or wanted is None:
-                same += seen is None and wanted is None
+            expected_value = row.get(name)
+            if value is None or expected_value is None:
+                same += value is None and expected_value is None
             else:
-                same += seen == wanted if isinstance(wanted, str) else np.float32(seen) == np.float32(wanted)
+                is_text = isinstance(expected_value, str)
+                same += value == expected_value if is_text else np.float32(value) == np.float32(expected_value)
     return same / total
 
 
-def measure_ranking(place: ServingFixture) -> list[Row]:
+def measure_ranking(fixture: ServingFixture) -> list[Row]:
     """Measures the release's ranker on 500 candidates beside torch in eager mode, in two ways.
 
     First with consecutive calls, which find the weights in the core's cache. Then with each call after a complete slate
@@ -146,39 +147,39 @@ def measure_ranking(place: ServingFixture) -> list[Row]:
     print_status("ranking: 500 candidates beside torch")
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    table = place.loader().table()
+    table = fixture.loader().table()
     ranker = Ranker(RANKER, TOWER.dim, DIMENSIONS).eval()
     with torch.no_grad():  # away from the initial values, as after training
         for parameter in ranker.parameters():
             parameter += 0.05 * torch.randn_like(parameter)
-    inputs = _ranker_inputs(place, table)
-    export_ranker(ranker, place.path / RANKER_FILE, inputs)
+    inputs = _ranker_inputs(fixture, table)
+    export_ranker(ranker, fixture.path / RANKER_FILE, inputs)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = options.inter_op_num_threads = 1
-    session = onnxruntime.InferenceSession(str(place.path / RANKER_FILE), options, providers=["CPUExecutionProvider"])
-    given = [torch.from_numpy(np.array(inputs[name])) for name in names.RANKER_INPUTS]
+    session = onnxruntime.InferenceSession(str(fixture.path / RANKER_FILE), options, providers=["CPUExecutionProvider"])
+    tensors = [torch.from_numpy(np.array(inputs[name])) for name in names.RANKER_INPUTS]
 
     def eager(_: int) -> NDArray[np.float32]:
         with torch.inference_mode():
-            outputs: NDArray[np.float32] = ranker(*given).numpy()
+            outputs: NDArray[np.float32] = ranker(*tensors).numpy()
         return outputs
 
     def graph(_: int) -> NDArray[np.float32]:
         outputs: NDArray[np.float32] = session.run(None, inputs)[0]
         return outputs
 
-    ours_ms, torch_ms = median_ms(graph, eager, times=300)
-    slate = floor_of(place, from_store=False)
-    ours_served_ms, torch_served_ms = median_ms(graph, eager, times=300, before=slate)
-    ours, theirs = graph(0), eager(0)
-    difference = float(np.abs(ours - theirs).max())
-    lost = 100 * max(1 - _ndcg(ours[:, k], theirs[:, k]) for k in range(theirs.shape[1]))
-    share, share_served = ours_ms / torch_ms, ours_served_ms / torch_served_ms
+    graph_ms, torch_ms = median_ms(graph, eager, times=300)
+    slate = floor_of(fixture, from_store=False)
+    graph_served_ms, torch_served_ms = median_ms(graph, eager, times=300, before=slate)
+    onnx_outputs, torch_outputs = graph(0), eager(0)
+    difference = float(np.abs(onnx_outputs - torch_outputs).max())
+    lost = 100 * max(1 - _ndcg(onnx_outputs[:, k], torch_outputs[:, k]) for k in range(torch_outputs.shape[1]))
+    share, share_served = graph_ms / torch_ms, graph_served_ms / torch_served_ms
     return [
         Row("ranking: torch, eager, one core, p50", torch_ms, "ms"),
-        Row("ranking: the release's graph, one core, p50", ours_ms, "ms"),
+        Row("ranking: the release's graph, one core, p50", graph_ms, "ms"),
         Row("ranking: graph over torch, one after the other", share, "x", "<= 0.5", share <= 0.5),
-        Row("ranking: the release's graph, each after a slate, p50", ours_served_ms, "ms"),
+        Row("ranking: the release's graph, each after a slate, p50", graph_served_ms, "ms"),
         Row("ranking: graph over torch, each after a slate", share_served, "x", "<= 0.5", share_served <= 0.5),
         Row("ranking: largest difference, nothing is quantised", difference, "", "<= 1e-5", difference <= 1e-5),
         Row("ranking: NDCG lost to torch's order, the worst head", lost, "%", "< 0.1", lost < 0.1),
@@ -192,11 +193,11 @@ def _ndcg(scores_C: NDArray[np.float32], gains_C: NDArray[np.float32]) -> float:
     return float((gain[np.argsort(-scores_C)] * discount).sum() / (np.sort(gain)[::-1] * discount).sum())
 
 
-def _ranker_inputs(place: ServingFixture, table: VideoTable) -> dict[str, NDArray[Any]]:
+def _ranker_inputs(fixture: ServingFixture, table: VideoTable) -> dict[str, NDArray[Any]]:
     from reelway.platform.contracts.api import RequestContext
     from reelway.serving.viewer_query import viewer_query
 
-    viewer = viewer_query(place.viewer_rows()[0], RequestContext(), NOW_S, table, seed=0).arrays
+    viewer = viewer_query(fixture.viewer_rows()[0], RequestContext(), NOW_S, table, seed=0).arrays
     rows = np.arange(CANDIDATES, dtype=np.int32)
     return {
         "viewer_dense": viewer.viewer_dense,
@@ -208,18 +209,19 @@ def _ranker_inputs(place: ServingFixture, table: VideoTable) -> dict[str, NDArra
 
 def measure_growth(path: Path, large: ServingFixture, sizes: Sequence[int]) -> list[Row]:
     """Measures a slate in one process as the catalogue grows to ``large``, and the disk space per video."""
-    places = {}
+    fixtures = {}
     for videos in sizes:
         print_status(f"growth: a release of {videos:,} videos")
-        places[videos] = ServingFixture(path / f"catalogue-{videos}")
-        make_realistic_release(places[videos].made, videos)
-    places[len(large.loader().table())] = large
-    calls = [floor_of(place, from_store=False) for place in places.values()]
+        fixtures[videos] = ServingFixture(path / f"catalogue-{videos}")
+        make_realistic_release(fixtures[videos].release_folder, videos)
+    fixtures[len(large.loader().table())] = large
+    calls = [floor_of(fixture, from_store=False) for fixture in fixtures.values()]
     rows = []
-    for videos, place in places.items():
-        mapped = sum(file.stat().st_size for file in place.made.iterdir() if file.suffix in (".arrow", ".faiss"))
+    for videos, fixture in fixtures.items():
+        files = fixture.release_folder.iterdir()
+        mapped = sum(file.stat().st_size for file in files if file.suffix in (".arrow", ".faiss"))
         rows.append(Row(f"catalogue of {videos:,}: mapped bytes a video", mapped / videos, "B"))
-    p50 = dict(zip(places, median_ms(*calls, times=200), strict=True))
+    p50 = dict(zip(fixtures, median_ms(*calls, times=200), strict=True))
     rows += [Row(f"catalogue of {videos:,}: slate in one process, p50", ms, "ms") for videos, ms in p50.items()]
     smallest, largest = min(p50), max(p50)
     growth = max(p50.values()) / p50[smallest]
@@ -227,11 +229,11 @@ def measure_growth(path: Path, large: ServingFixture, sizes: Sequence[int]) -> l
     return [*rows, Row(name, growth, "x", "< 1.5", growth < 1.5)]
 
 
-def measure_cold_start(place: ServingFixture) -> list[Row]:
+def measure_cold_start(fixture: ServingFixture) -> list[Row]:
     """Measures the cold start of two replicas, one after the other, and the memory that they share."""
-    videos = len(place.loader().table())
+    videos = len(fixture.loader().table())
     print_status(f"cold start with {videos:,} videos")
-    command = [sys.executable, "-m", "tests.benchmarks.serving_replica", str(place.path), place.release]
+    command = [sys.executable, "-m", "tests.benchmarks.serving_replica", str(fixture.path), fixture.release]
     subprocess.run(
         command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, check=True
     )  # fetches the release into the cache
@@ -242,7 +244,7 @@ def measure_cold_start(place: ServingFixture) -> list[Row]:
             replicas.append(subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True))
             started.append(json.loads(replicas[-1].stdout.readline()))  # type: ignore[union-attr]
         own_mb = max(psutil.Process(one.pid).memory_full_info().uss for one in replicas) / 1e6
-        maps = [_release_maps(one.pid, place.path / "cache") for one in replicas]
+        maps = [_release_maps(one.pid, fixture.path / "cache") for one in replicas]
     finally:
         for one in replicas:
             one.communicate()

@@ -47,7 +47,7 @@ class LoadResult:
     whole: float = 1.0  # share of responses that are not degraded
 
 
-def measure_path(place: ServingFixture, seconds: float, sides: Sequence[str] = tuple(SIDES)) -> Iterator[Row]:
+def measure_path(fixture: ServingFixture, seconds: float, sides: Sequence[str] = tuple(SIDES)) -> Iterator[Row]:
     """Measures floor and variants: latency at concurrency 1, throughput at 1, 8 and 32, CPU, memory and transport.
 
     Yields each row when it is measured, so that rows are kept if a later variant does not start.
@@ -56,29 +56,29 @@ def measure_path(place: ServingFixture, seconds: float, sides: Sequence[str] = t
         from tests.benchmarks.serving_naive import naive_candidates
 
         print_status("writing the candidates' features for the naive variant")
-        store_candidates(place, naive_candidates(place), time.time(), place.loader().table())
-    floor = floor_of(place)
+        store_candidates(fixture, naive_candidates(fixture), time.time(), fixture.loader().table())
+    floor = floor_of(fixture)
     floors: list[float] = []
     at_eight: dict[str, float] = {}
     for kind in sides:
         print_status(f"measuring {kind}")
         floors.append(
-            floor_per_s(place, seconds, CORES)
+            floor_per_s(fixture, seconds, CORES)
         )  # measured again each time, because other processes may use the machine
-        with running(kind, place.path, **SIDES[kind]) as side:
-            settle(side, place)
-            yield from measure_in_turns(kind, side, place, floor, seconds)
+        with running(kind, fixture.path, **SIDES[kind]) as side:
+            settle(side, fixture)
+            yield from measure_in_turns(kind, side, fixture, floor, seconds)
             for connections in (1, CAPACITY, 32):
-                seen = measured(side, place, seconds, beyond=connections > CAPACITY, connections=connections)
+                seen = measured(side, fixture, seconds, beyond=connections > CAPACITY, connections=connections)
                 yield from load_rows(f"{kind}, concurrency {connections}", seen)
                 if connections == CAPACITY:
                     at_eight[kind] = seen.per_s
             yield from (Row(f"{kind}: memory of {name}", mb, "MB") for name, mb in sorted(side.replica_mb().items()))
             if kind != "naive":
-                yield from breakdown_rows(kind, side, place, seconds)
+                yield from breakdown_rows(kind, side, fixture, seconds)
             if kind == "fused":
-                yield from open_loop_rows(side, place, 2 * seconds, 0.7 * at_eight[kind])
-    floors.append(floor_per_s(place, seconds, CORES))
+                yield from open_loop_rows(side, fixture, 2 * seconds, 0.7 * at_eight[kind])
+    floors.append(floor_per_s(fixture, seconds, CORES))
     at_eight["the floor"] = float(np.median(floors))
     yield Row(f"floor, {CORES} processes: throughput, median of {len(floors)}", at_eight["the floor"], "requests/s")
     yield from ratio_rows(at_eight)
@@ -95,17 +95,17 @@ def ratio_rows(at_eight: dict[str, float]) -> list[Row]:
     return rows
 
 
-def settle(side: Variant, place: ServingFixture) -> None:
+def settle(side: Variant, fixture: ServingFixture) -> None:
     """Sends load until no response of a second is degraded: replicas and proxy start one after another."""
     deadline = time.monotonic() + SETTLED_S
-    while not run_load(plan(side, place, 1.0, connections=4))["whole"].all():
+    while not run_load(plan(side, fixture, 1.0, connections=4))["whole"].all():
         if time.monotonic() > deadline:
             raise SystemExit(f"{side.url}: responses are still degraded after {SETTLED_S:g} s")
-    load(side, place, 3.0, connections=4)
+    load(side, fixture, 3.0, connections=4)
 
 
 def measure_in_turns(
-    kind: str, side: Variant, place: ServingFixture, floor: Callable[[int], int], seconds: float
+    kind: str, side: Variant, fixture: ServingFixture, floor: Callable[[int], int], seconds: float
 ) -> list[Row]:
     """Measures floor and service in turns, one request at a time, so that a busy machine affects both."""
     floor_ms: list[float] = []
@@ -116,7 +116,7 @@ def measure_in_turns(
             if not floor(turn * 100 + i):
                 raise SystemExit("floor: a response is degraded; the timings would mean nothing")
             floor_ms.append(1000 * (time.perf_counter() - start))
-        service_ms.append(latency_ms(load(side, place, seconds / ROUNDS)))
+        service_ms.append(latency_ms(load(side, fixture, seconds / ROUNDS)))
     rows = []
     for name, taken in ((f"floor beside {kind}", np.array(floor_ms)), (f"{kind}", np.concatenate(service_ms))):
         rows += [Row(f"{name}, one at a time, p{q}", float(np.percentile(taken, q)), "ms") for q in (50, 95, 99)]
@@ -125,27 +125,31 @@ def measure_in_turns(
     return [*rows, Row(f"{kind} over the floor, p50", ratio, "x", *bar)]
 
 
-def load(side: Variant, place: ServingFixture, seconds: float, *, beyond: bool = False, **how: Any) -> NDArray[np.void]:
+def load(
+    side: Variant, fixture: ServingFixture, seconds: float, *, beyond: bool = False, **plan: Any
+) -> NDArray[np.void]:
     """Returns the responses to the load; exits at a degraded response.
 
     Args:
         beyond: the load exceeds the capacity, so late stages may use their fallbacks; exits at a failed response only.
     """
-    answers = run_load(plan(side, place, seconds, **how))
+    answers = run_load(plan(side, fixture, seconds, **plan))
     if not (answers["status"] == 200 if beyond else answers["whole"]).all():
         statuses = np.unique(answers["status"], return_counts=True)
         raise SystemExit(f"{(~answers['whole']).sum()} of {len(answers)} responses are degraded; statuses {statuses}")
     return answers
 
 
-def plan(side: Variant, place: ServingFixture, seconds: float, **how: Any) -> LoadPlan:
-    record = str(place.path / "load.npy")
-    return LoadPlan(side.url, record, seconds, viewers=VIEWERS, count=COUNT, time=NOW, **how)
+def plan(side: Variant, fixture: ServingFixture, seconds: float, **plan: Any) -> LoadPlan:
+    record = str(fixture.path / "load.npy")
+    return LoadPlan(side.url, record, seconds, viewers=VIEWERS, count=COUNT, time=NOW, **plan)
 
 
-def measured(side: Variant, place: ServingFixture, seconds: float, *, beyond: bool = False, **how: Any) -> LoadResult:
+def measured(
+    side: Variant, fixture: ServingFixture, seconds: float, *, beyond: bool = False, **plan: Any
+) -> LoadResult:
     before = side.cpu_s()
-    answers = load(side, place, seconds, beyond=beyond, **how)
+    answers = load(side, fixture, seconds, beyond=beyond, **plan)
     took = float(answers["done"].max() - answers["due"].min())
     cpu_ms, whole = 1000 * (side.cpu_s() - before) / len(answers), float(answers["whole"].mean())
     return LoadResult(latency_ms(answers), len(answers) / took, cpu_ms, whole)
@@ -159,9 +163,9 @@ def load_rows(name: str, seen: LoadResult) -> list[Row]:
     ]  # fmt: skip
 
 
-def open_loop_rows(side: Variant, place: ServingFixture, seconds: float, rate: float) -> list[Row]:
+def open_loop_rows(side: Variant, fixture: ServingFixture, seconds: float, rate: float) -> list[Row]:
     """Measures open loops with Poisson arrivals; a latency counts from the time a request was due."""
-    taken = [latency_ms(load(side, place, seconds, rate=rate, seed=seed)) for seed in range(OPEN_LOOPS)]
+    taken = [latency_ms(load(side, fixture, seconds, rate=rate, seed=seed)) for seed in range(OPEN_LOOPS)]
     p50, p99 = (np.array([np.percentile(one, q) for one in taken]) for q in (50, 99))
     name, usual = f"fused, open loop at {rate:.0f}/s (70 %), {OPEN_LOOPS} times", float(np.median(p99))
     return [
@@ -172,11 +176,11 @@ def open_loop_rows(side: Variant, place: ServingFixture, seconds: float, rate: f
     ]
 
 
-def breakdown_rows(kind: str, side: Variant, place: ServingFixture, seconds: float) -> list[Row]:
+def breakdown_rows(kind: str, side: Variant, fixture: ServingFixture, seconds: float) -> list[Row]:
     """Measures the mean milliseconds of each stage's own work and of its transport, between two scrapes."""
     with httpx.Client(base_url=side.url, timeout=30) as client:
         before = scraped(client)
-        load(side, place, seconds)
+        load(side, fixture, seconds)
         parts = breakdown(before, scraped(client))
     return [Row(f"{kind}, mean of {name}", ms, "ms") for name, ms in parts.items()]
 
@@ -208,16 +212,16 @@ def breakdown(before: dict[str, float], after: dict[str, float]) -> dict[str, fl
     return parts
 
 
-def measure_overload(place: ServingFixture, seconds: float, overload_s: float) -> list[Row]:
+def measure_overload(fixture: ServingFixture, seconds: float, overload_s: float) -> list[Row]:
     """Measures an overload of three times the capacity: failures, latency of accepted requests, and recovery."""
     print_status(f"overload for {overload_s:g} s")
-    with running("fused", place.path, **SIDES["fused"]) as side:
-        settle(side, place)
-        calm = measured(side, place, seconds, connections=CAPACITY)
-    with running("fused", place.path, **SIDES["fused"], **QUEUE) as side:
-        settle(side, place)
-        answers = run_load(plan(side, place, overload_s, rate=3 * calm.per_s))
-        after = run_load(plan(side, place, 5 + seconds, rate=0.5 * calm.per_s))
+    with running("fused", fixture.path, **SIDES["fused"]) as side:
+        settle(side, fixture)
+        calm = measured(side, fixture, seconds, connections=CAPACITY)
+    with running("fused", fixture.path, **SIDES["fused"], **QUEUE) as side:
+        settle(side, fixture)
+        answers = run_load(plan(side, fixture, overload_s, rate=3 * calm.per_s))
+        after = run_load(plan(side, fixture, 5 + seconds, rate=0.5 * calm.per_s))
     return overload_rows(calm, answers, after)
 
 

@@ -26,12 +26,12 @@ from reelway.serving.release_loader import open_trusted
 from reelway.serving.request_path import RequestPath
 
 
-async def main(place: Path, release: str) -> None:
-    shelf = ReleaseStoreArgs(
-        release_store=str(place / "releases"), release_cache=place / "cache", public_keys=place / "keys"
+async def main(fixture: Path, release: str) -> None:
+    store_args = ReleaseStoreArgs(
+        release_store=str(fixture / "releases"), release_cache=fixture / "cache", public_keys=fixture / "keys"
     )
     imported = time.time()
-    opened = open_fused(open_trusted(shelf.release_args(release, "fused")), budget_ms=10_000)
+    opened = open_fused(open_trusted(store_args.release_args(release, "fused")), budget_ms=10_000)
     signer, metrics = TokenSigner(b"a secret for the first slate"), IngressMetrics(CollectorRegistry())
     path = RequestPath(opened.router_release, opened.stages, signer, metrics, executor=opened.executor)
     recommendation = await path.recommend(RecommendRequest(viewer_id=1, count=20), {}, time.time())

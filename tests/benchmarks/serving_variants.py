@@ -1,4 +1,4 @@
-"""The variants that the benchmark compares, each in a process of its own to keep CPU and memory apart.
+"""The variants that the benchmark compares, each in a separate process, so that CPU and memory are measured separately.
 
 Usage: python -m tests.benchmarks.serving_variants staged|fused|naive|floor FOLDER [SECONDS or SETTINGS]
 
@@ -62,9 +62,9 @@ class Variant:
 
 
 @contextmanager
-def running(kind: str, place: Path, **settings: Any) -> Iterator[Variant]:
+def running(kind: str, fixture: Path, **settings: Any) -> Iterator[Variant]:
     """Runs a service of this kind while the block runs; the service answers when the block is entered."""
-    command = [sys.executable, "-m", "tests.benchmarks.serving_variants", kind, str(place), json.dumps(settings)]
+    command = [sys.executable, "-m", "tests.benchmarks.serving_variants", kind, str(fixture), json.dumps(settings)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdin is not None
         assert process.stdout is not None
@@ -77,16 +77,16 @@ def running(kind: str, place: Path, **settings: Any) -> Iterator[Variant]:
             process.stdin.close()
 
 
-def floor_of(place: ServingFixture, *, from_store: bool = True) -> Callable[[int], int]:
+def floor_of(fixture: ServingFixture, *, from_store: bool = True) -> Callable[[int], int]:
     """Returns a function that answers request number i and returns the length of the JSON, 0 if it is degraded.
 
     Args:
         from_store: read the viewer's row from the online store, as a service does.
     """
-    graph = place.loader().in_process_recommender(TokenSigner(SECRET))
-    read: Callable[[int], Mapping[str, Any]] = place.viewer_rows().__getitem__
+    graph = fixture.loader().in_process_recommender(TokenSigner(SECRET))
+    read: Callable[[int], Mapping[str, Any]] = fixture.viewer_rows().__getitem__
     if from_store:
-        read = ViewerRowReader(open_feature_store(place.features)).read
+        read = ViewerRowReader(open_feature_store(fixture.features)).read
 
     def answer(i: int) -> int:
         request = RecommendRequest(viewer_id=i % VIEWERS, count=COUNT)
@@ -96,16 +96,16 @@ def floor_of(place: ServingFixture, *, from_store: bool = True) -> Callable[[int
     return answer
 
 
-def floor_per_s(place: ServingFixture, seconds: float, processes: int) -> float:
+def floor_per_s(fixture: ServingFixture, seconds: float, processes: int) -> float:
     """Returns the requests per second of ``processes`` processes, one per core if there are enough cores."""
-    command = [sys.executable, "-m", "tests.benchmarks.serving_variants", "floor", str(place.path), str(seconds)]
+    command = [sys.executable, "-m", "tests.benchmarks.serving_variants", "floor", str(fixture.path), str(seconds)]
     started = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(processes)]
     counts = [json.loads(process.communicate()[0]) for process in started]
     return float(sum(one["requests"] / one["seconds"] for one in counts))
 
 
-def _floor(place: ServingFixture, seconds: float) -> None:
-    answer = floor_of(place)
+def _floor(fixture: ServingFixture, seconds: float) -> None:
+    answer = floor_of(fixture)
     for i in range(20):
         answer(i)
     count, start = 0, time.monotonic()
@@ -114,12 +114,12 @@ def _floor(place: ServingFixture, seconds: float) -> None:
     print(json.dumps({"requests": count, "seconds": taken}))
 
 
-def _ours(kind: str, place: ServingFixture, settings: dict[str, Any]) -> None:
+def _ours(kind: str, fixture: ServingFixture, settings: dict[str, Any]) -> None:
     from reelway.platform.rollout.traffic.serving_options import Deployments, ServingOptions
     from reelway.serving.deployments.local_serve import running_service
     from reelway.serving.free_ports import find_free_port
 
-    path = place.path
+    path = fixture.path
     releases = ReleaseStoreArgs(
         release_store=str(path / "releases"), release_cache=path / "cache", public_keys=path / "keys"
     )
@@ -128,28 +128,28 @@ def _ours(kind: str, place: ServingFixture, settings: dict[str, Any]) -> None:
         releases=releases,
         metrics_dir=path / f"metrics-{kind}-{time.time_ns()}",
         token_secrets=path / "token.secret",
-        features_dir=place.features,
+        features_dir=fixture.features,
         outcomes=path / f"outcomes-{kind}.db",
         port=find_free_port("127.0.0.1"),
         composition=kind,  # type: ignore[arg-type]
         deployments=deployments,
         **settings,
     )
-    with running_service(Routing.single_release(place.release), options, path / "ray.token") as service:
+    with running_service(Routing.single_release(fixture.release), options, path / "ray.token") as service:
         print(json.dumps({"url": service.url}), flush=True)
         sys.stdin.read()
 
 
 def main() -> None:
-    kind, place = sys.argv[1], ServingFixture(Path(sys.argv[2]))
+    kind, fixture = sys.argv[1], ServingFixture(Path(sys.argv[2]))
     if kind == "floor":
-        _floor(place, float(sys.argv[3]))
+        _floor(fixture, float(sys.argv[3]))
     elif kind == "naive":
-        from tests.benchmarks.serving_naive import serve_naively
+        from tests.benchmarks.serving_naive import serve_naive
 
-        serve_naively(place)
+        serve_naive(fixture)
     else:
-        _ours(kind, place, json.loads(sys.argv[3]))
+        _ours(kind, fixture, json.loads(sys.argv[3]))
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from tests.support.cluster.fake_serve import FakeServe
-from tests.support.cluster.kubectl import NODE, ROOT, Kubectl, release_all
+from tests.support.cluster.kubectl import NODE, ROOT, Kubectl, remove_finalizers
 from tests.support.cluster.ray_service_resource import CRD, declare
 
 from reelway.platform.cluster.kube_api import KubeApi
@@ -52,7 +52,7 @@ def kubectl(installed: Path) -> Iterator[Kubectl]:
     try:
         yield admin
     finally:
-        release_all(admin)
+        remove_finalizers(admin)
         admin.run("delete", "namespace", name, "--wait=false")
 
 

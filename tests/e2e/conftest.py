@@ -1,20 +1,20 @@
-"""The harness of `make e2e`: an installation on a real cluster, traffic from a pod, an account when something fails.
+"""Fixtures of `make e2e`: an installation on a real cluster, traffic from a pod, and a report on each failure.
 
-Scenes are modules ``test_e2e_<number>_<what>.py``, run in the order of their numbers. Those that take ``flow`` share
-one installation in KubeRay mode, under constant load from its first second; when one fails, the rest are skipped. Other
-modules make installations of their own, before the flow or after it.
+The modules ``test_e2e_<number>_<subject>.py`` run in the order of their numbers. Tests that take the fixture ``shared``
+use one installation in KubeRay mode, under constant load from its start; if one of them fails, the rest are skipped.
+Other modules create their own installations, before or after the shared one.
 
-=====================  =============================================================================================
-``cluster``            fixture: ``clusters.Cluster``: kubectl, helm, ``namespace(prefix)`` (restricted, deleted after)
-``flow``               fixture: ``Flow``: the shared ``installation``, ``load``, ``releases``; ``note(...)`` a number
-``Installation``       installation.py: install, upgrade, roll_back, uninstall, test; pods, head, until_ready; webhook
-``release_fixtures``      made_releases.py: signed releases; ``deliver(kubectl)`` puts them into the claim ``releases``
-``constant_load``      load_pod.py: ``Load``: rows, failed, answers, until_answered_by, alert; all in the pod's clock
-``pod``                pods.py: a restricted pod of the operator's image with files and a claim
-``begin, until_phase`` rollouts.py: ReleaseRollouts
-``until``              waiting.py: a condition, a deadline, and what was seen instead
-``account``            diagnosis.py: events, pods, logs, RayService; printed for every live namespace on a failure
-=====================  =============================================================================================
+============================  ======================================================================================
+``cluster``                   fixture, ``clusters.Cluster``: kubectl, helm, ``namespace(prefix)`` (restricted)
+``shared``                    fixture, ``SharedInstallation``: ``installation``, ``load``, ``releases``, ``note(...)``
+``Installation``              installation.py: install, upgrade, roll_back, uninstall, test, pods, head, webhook
+``build_release_fixtures``    release_fixtures.py: signed releases; ``deliver(kubectl)`` copies them into a claim
+``constant_load``             load_pod.py, ``Load``: rows, failed, answers, alert; all times are from the pod's clock
+``pod``                       pods.py: a restricted pod of the operator's image with files and a claim
+``begin, wait_until_phase``   rollouts.py: ReleaseRollouts
+``until``                     wait_until.py: waits for a condition with a deadline
+``describe_namespace``        diagnosis.py: events, pods, logs and RayService; printed on failure
+============================  ======================================================================================
 """
 
 from __future__ import annotations
@@ -26,81 +26,81 @@ from typing import Any
 
 import pytest
 from tests.support.bench_results import write_report
-from tests.support.e2e.clusters import Cluster, chosen
-from tests.support.e2e.diagnosis import account
-from tests.support.e2e.flow import Flow
+from tests.support.e2e.clusters import Cluster, find_cluster
+from tests.support.e2e.diagnosis import describe_namespace
 from tests.support.e2e.installation import Installation
 from tests.support.e2e.load_pod import constant_load
 from tests.support.e2e.pods import image
-from tests.support.e2e.release_fixtures import made_releases
+from tests.support.e2e.release_fixtures import build_release_fixtures
+from tests.support.e2e.shared_installation import SharedInstallation
 
 _CLUSTER = pytest.StashKey[Cluster]()
-_BROKEN = pytest.StashKey[str]()
+_FAILED = pytest.StashKey[str]()
 NAMESPACE = "reelway-e2e"
 
 
 @pytest.fixture(scope="session")
 def cluster(request: pytest.FixtureRequest) -> Iterator[Cluster]:
-    found = chosen()
-    if found is None:
-        pytest.skip("no cluster: bring one up with `make cluster`, or set KUBECONFIG and REELWAY_CLUSTER_TESTS=1")
-    found.kubectl("default").run("get", "--raw", "/readyz", "--request-timeout=10s")
-    if found.own:
-        _has_images(found)
-    request.session.stash[_CLUSTER] = found
-    yield found
-    found.until_left()
+    cluster = find_cluster()
+    if cluster is None:
+        pytest.skip("no cluster: start one with `make cluster`, or set KUBECONFIG and REELWAY_CLUSTER_TESTS=1")
+    cluster.kubectl("default").run("get", "--raw", "/readyz", "--request-timeout=10s")
+    if cluster.own:
+        _check_images(cluster)
+    request.session.stash[_CLUSTER] = cluster
+    yield cluster
+    cluster.wait_until_deleted()
 
 
-def _has_images(cluster: Cluster) -> None:
-    """On the node of `make cluster` nothing is pulled."""
+def _check_images(cluster: Cluster) -> None:
+    """Fails if the node of `make cluster`, which pulls no images, lacks one."""
     nodes = json.loads(cluster.kubectl("default").run("get", "nodes", "-o", "json"))["items"]
-    known = {name for node in nodes for one in node["status"]["images"] for name in one["names"] or ()}
-    wanted = {image("operator"), image("serving")}
-    assert wanted <= known, f"the node lacks {sorted(wanted - known)}: build and load them (infra/images/README.md)"
+    loaded = {name for node in nodes for entry in node["status"]["images"] for name in entry["names"] or ()}
+    required = {image("operator"), image("serving")}
+    assert required <= loaded, f"the node lacks {sorted(required - loaded)}; run `make cluster-load-images`"
 
 
 @pytest.fixture(scope="session")
-def _shared(cluster: Cluster) -> Iterator[Flow]:
-    with made_releases(cluster, 5) as releases, cluster.namespace(NAMESPACE) as kubectl:
+def _session_installation(cluster: Cluster) -> Iterator[SharedInstallation]:
+    with build_release_fixtures(cluster, 5) as releases, cluster.namespace(NAMESPACE) as kubectl:
         releases.deliver(kubectl)
         installation = Installation(cluster, kubectl, releases)
         with constant_load(kubectl, installation.url) as load:
-            flow = Flow(installation, load, releases)
+            shared = SharedInstallation(installation, load, releases)
             try:
-                yield flow
+                yield shared
             finally:
                 installation.uninstall()
-                write_report("e2e", flow.rows)
+                write_report("e2e", shared.rows)
 
 
 @pytest.fixture
-def flow(_shared: Flow, request: pytest.FixtureRequest) -> Flow:
-    if broken := request.session.stash.get(_BROKEN, ""):
-        pytest.skip(f"{broken} failed, and this goes on where it ended")
-    return _shared
+def shared(_session_installation: SharedInstallation, request: pytest.FixtureRequest) -> SharedInstallation:
+    if failed := request.session.stash.get(_FAILED, ""):
+        pytest.skip(f"{failed} failed, and this test continues from its end state")
+    return _session_installation
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Scenes with an installation of their own do not come between those that share one: two would share the node."""
-    of_flow = {item.path for item in items if "flow" in getattr(item, "fixturenames", ())}
-    first = min((path.name for path in of_flow), default="")
+    """Runs modules with their own installations before or after the shared one, so that only one exists at a time."""
+    of_shared = {item.path for item in items if "shared" in getattr(item, "fixturenames", ())}
+    first = min((path.name for path in of_shared), default="")
 
-    def place(item: pytest.Item) -> int:
-        return 1 if item.path in of_flow else 0 if item.path.name < first else 2
+    def group(item: pytest.Item) -> int:
+        return 1 if item.path in of_shared else 0 if item.path.name < first else 2
 
-    here = [item for item in items if item.path.parent == Path(__file__).parent]
-    kept = iter(sorted(here, key=place))
-    items[:] = [next(kept) if item.path.parent == Path(__file__).parent else item for item in items]
+    e2e_items = [item for item in items if item.path.parent == Path(__file__).parent]
+    in_order = iter(sorted(e2e_items, key=group))
+    items[:] = [next(in_order) if item.path.parent == Path(__file__).parent else item for item in items]
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Generator[None, Any, Any]:
     report = yield
     if report.failed and item.get_closest_marker("e2e"):
-        if "flow" in getattr(item, "fixturenames", ()) and call.when != "teardown":
-            item.session.stash[_BROKEN] = item.name
-        known = item.session.stash.get(_CLUSTER, None)
-        for kubectl in known.live if known else ():
-            report.sections.append((f"namespace {kubectl.namespace}", account(kubectl)))
+        if "shared" in getattr(item, "fixturenames", ()) and call.when != "teardown":
+            item.session.stash[_FAILED] = item.name
+        cluster = item.session.stash.get(_CLUSTER, None)
+        for kubectl in cluster.live if cluster else ():
+            report.sections.append((f"namespace {kubectl.namespace}", describe_namespace(kubectl)))
     return report

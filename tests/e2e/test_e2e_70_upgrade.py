@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 from tests.support.e2e.disruption_check import expect_no_disruption
-from tests.support.e2e.flow import Flow
 from tests.support.e2e.installation import CLIENT, NAME, Installation
-from tests.support.e2e.rollouts import HELD, begin, phase, until_phase
+from tests.support.e2e.rollouts import HELD, begin, phase, wait_until_phase
+from tests.support.e2e.shared_installation import SharedInstallation
 from tests.support.e2e.wait_until import until
 
 pytestmark = [pytest.mark.e2e, pytest.mark.timeout(420)]
@@ -37,117 +37,121 @@ class LiveState:
 
 
 @pytest.fixture
-def promoted(flow: Flow) -> str:
+def promoted(shared: SharedInstallation) -> str:
     """The live release, which is not the initial one."""
-    if flow.live == flow.releases.ids[0]:
-        begin(flow.kubectl, "before-upgrade", flow.releases.ids[1], force=True)
-        until_phase(flow.kubectl, "before-upgrade", "Promoted")
-        flow.live = flow.releases.ids[1]
-    return flow.live
+    if shared.live == shared.releases.ids[0]:
+        begin(shared.kubectl, "before-upgrade", shared.releases.ids[1], force=True)
+        wait_until_phase(shared.kubectl, "before-upgrade", "Promoted")
+        shared.live = shared.releases.ids[1]
+    return shared.live
 
 
-def test_upgrade_of_unrelated_values_disturbs_no_request(flow: Flow, promoted: str) -> None:
-    with expect_no_disruption(flow, "helm upgrade"):
-        flow.installation.upgrade(UNRELATED)
-        _still_on(flow, promoted)
-    assert _dashboards(flow.installation)
+def test_upgrade_of_unrelated_values_disturbs_no_request(shared: SharedInstallation, promoted: str) -> None:
+    with expect_no_disruption(shared, "helm upgrade"):
+        shared.installation.upgrade(UNRELATED)
+        _still_on(shared, promoted)
+    assert _dashboards(shared.installation)
 
 
-def test_helm_rollback_restores_values_without_moving_viewers(flow: Flow, promoted: str) -> None:
-    """Revision 1 is older than every rollout of the flow."""
-    installation = flow.installation
-    with expect_no_disruption(flow, "helm rollback to the first revision"):
+def test_helm_rollback_restores_values_without_moving_viewers(shared: SharedInstallation, promoted: str) -> None:
+    """Revision 1 is older than every rollout of the installation."""
+    installation = shared.installation
+    with expect_no_disruption(shared, "helm rollback to the first revision"):
         installation.upgrade(UNRELATED)
         assert _dashboards(installation)
-        before = _live_state(flow)
+        before = _live_state(shared)
         installation.roll_back(1)
-        assert _live_state(flow) == before
-        _still_on(flow, promoted)
+        assert _live_state(shared) == before
+        _still_on(shared, promoted)
     assert not _dashboards(installation)
 
 
-def test_changed_options_reach_serve_without_moving_viewers(flow: Flow) -> None:
-    with expect_no_disruption(flow, "helm upgrade of a deployment's replicas"):
-        flow.installation.upgrade(MORE_REPLICAS)
-        until("two replicas rank", lambda: _ranking_replicas(flow) == 2, 90)
-        _still_on(flow, flow.live)
+def test_changed_options_reach_serve_without_moving_viewers(shared: SharedInstallation) -> None:
+    with expect_no_disruption(shared, "helm upgrade of a deployment's replicas"):
+        shared.installation.upgrade(MORE_REPLICAS)
+        until("two replicas rank", lambda: _ranking_replicas(shared) == 2, 90)
+        _still_on(shared, shared.live)
 
 
-def test_applying_the_chart_in_mid_rollout_moves_no_viewer(flow: Flow, promoted: str) -> None:
-    canary = flow.releases.ids[3]
-    with expect_no_disruption(flow, "helm template | kubectl apply twice, helm upgrade --reuse-values, in mid-rollout"):
-        begin(flow.kubectl, "applied", canary, HELD)
-        until(
-            "the canary has half of the viewers", lambda: phase(flow.kubectl, "applied") in ("Stepping", "Holding"), 90
-        )
-        flow.load.until_answered_by(canary, since=flow.load.now(), within_s=60, count=10)
-        before = _live_state(flow)
-        _apply_in_every_way(flow)
-        assert _live_state(flow) == before
-        _shares(flow, canary, promoted)
-    _command(flow, "applied", "promote")
-    until_phase(flow.kubectl, "applied", "Promoted")
-    flow.live = canary
-
-
-def test_applying_the_chart_after_a_promotion_moves_no_viewer(flow: Flow) -> None:
-    assert flow.live != flow.releases.ids[0]
+def test_applying_the_chart_in_mid_rollout_moves_no_viewer(shared: SharedInstallation, promoted: str) -> None:
+    canary = shared.releases.ids[3]
     with expect_no_disruption(
-        flow, "helm template | kubectl apply twice, helm upgrade --reuse-values, after a promotion"
+        shared, "helm template | kubectl apply twice, helm upgrade --reuse-values, in mid-rollout"
     ):
-        before = _live_state(flow)
-        _apply_in_every_way(flow)
-        assert _live_state(flow) == before
-        _still_on(flow, flow.live)
+        begin(shared.kubectl, "applied", canary, HELD)
+        until(
+            "the canary has half of the viewers",
+            lambda: phase(shared.kubectl, "applied") in ("Stepping", "Holding"),
+            90,
+        )
+        shared.load.wait_until_answered_by(canary, since=shared.load.now(), within_s=60, count=10)
+        before = _live_state(shared)
+        _apply_again(shared)
+        assert _live_state(shared) == before
+        _both_arms_answer(shared, canary, promoted)
+    _command(shared, "applied", "promote")
+    wait_until_phase(shared.kubectl, "applied", "Promoted")
+    shared.live = canary
 
 
-def _apply_in_every_way(flow: Flow) -> None:
-    """The values are those of the last upgrade. From here on kubectl co-owns the fields that Helm owns."""
+def test_applying_the_chart_after_a_promotion_moves_no_viewer(shared: SharedInstallation) -> None:
+    assert shared.live != shared.releases.ids[0]
+    with expect_no_disruption(
+        shared, "helm template | kubectl apply twice, helm upgrade --reuse-values, after a promotion"
+    ):
+        before = _live_state(shared)
+        _apply_again(shared)
+        assert _live_state(shared) == before
+        _still_on(shared, shared.live)
+
+
+def _apply_again(shared: SharedInstallation) -> None:
+    """Applies the values of the last upgrade. Afterwards kubectl co-owns the fields that Helm owns."""
     for _ in range(2):
-        flow.installation.apply(MORE_REPLICAS)
-    flow.installation.upgrade_reusing_values()
+        shared.installation.apply(MORE_REPLICAS)
+    shared.installation.upgrade_reusing_values()
 
 
-def _live_state(flow: Flow) -> LiveState:
-    kubectl = flow.kubectl
+def _live_state(shared: SharedInstallation) -> LiveState:
+    kubectl = shared.kubectl
     rollouts = json.loads(kubectl.run("get", "releaserollouts", "-o", "json"))["items"]
     return LiveState(
         serve_config=kubectl.run("get", "rayservice", NAME, "-o", "jsonpath={.spec.serveConfigV2}"),
-        routing=json.dumps(flow.installation.routing(), sort_keys=True),
+        routing=json.dumps(shared.installation.routing(), sort_keys=True),
         secret=kubectl.run("get", "secret", f"{NAME}-secrets", "-o", "jsonpath={.metadata.uid} {.data}"),
         rollouts=str(sorted((one["metadata"]["name"], one["status"].get("phase")) for one in rollouts)),
     )
 
 
-def _shares(flow: Flow, canary: str, stable: str) -> None:
-    """Both arms keep answering, and no other release does."""
-    moment = flow.load.now()
+def _both_arms_answer(shared: SharedInstallation, canary: str, stable: str) -> None:
+    """Fails unless both arms answer and no other release does."""
+    moment = shared.load.now()
     for release in (canary, stable):
-        flow.load.until_answered_by(release, since=moment, within_s=30, count=10)
-    assert set(flow.load.rows(since=moment)["release"]) <= {canary[:12].encode(), stable[:12].encode(), b""}
+        shared.load.wait_until_answered_by(release, since=moment, within_s=30, count=10)
+    assert set(shared.load.rows(since=moment)["release"]) <= {canary[:12].encode(), stable[:12].encode(), b""}
 
 
-def _still_on(flow: Flow, release: str) -> None:
-    """After KubeRay has seen the newest RayService, only this release answers."""
+def _still_on(shared: SharedInstallation, release: str) -> None:
+    """Fails unless only this release answers once KubeRay has observed the newest RayService."""
     observed = "jsonpath={.metadata.generation} {.status.observedGeneration}"
     path = ("get", "rayservice", NAME, "-o", observed)
-    until("KubeRay has observed the RayService", lambda: len(set(flow.kubectl.run(*path).split())) == 1, 30)
-    moment = flow.load.now()
-    flow.load.until_answered_by(release, since=moment, within_s=20, count=40)
-    assert set(flow.load.rows(since=moment)["release"]) <= {release[:12].encode(), b""}
+    until("KubeRay has observed the RayService", lambda: len(set(shared.kubectl.run(*path).split())) == 1, 30)
+    moment = shared.load.now()
+    shared.load.wait_until_answered_by(release, since=moment, within_s=20, count=40)
+    assert set(shared.load.rows(since=moment)["release"]) <= {release[:12].encode(), b""}
 
 
-def _command(flow: Flow, rollout: str, verb: str) -> None:
+def _command(shared: SharedInstallation, rollout: str, verb: str) -> None:
     command = {"id": f"e2e-{verb}", "verb": verb, "actor": "e2e", "force": True}
     change = json.dumps({"spec": {"commands": [command]}})
-    flow.kubectl.run("patch", "releaserollout", rollout, "--type=merge", "-p", change)
+    shared.kubectl.run("patch", "releaserollout", rollout, "--type=merge", "-p", change)
 
 
 def _dashboards(installation: Installation) -> bool:
-    found = installation.kubectl.run("get", "configmap", "-l", "grafana_dashboard=1", "-o", "name")
-    return "configmap/" in found
+    names = installation.kubectl.run("get", "configmap", "-l", "grafana_dashboard=1", "-o", "name")
+    return "configmap/" in names
 
 
-def _ranking_replicas(flow: Flow) -> int:
-    application = flow.installation.serve_details()["applications"][flow.live]
-    return len([one for one in application["deployments"]["Ranking"]["replicas"] if one["state"] == "RUNNING"])
+def _ranking_replicas(shared: SharedInstallation) -> int:
+    application = shared.installation.serve_details()["applications"][shared.live]
+    return len([each for each in application["deployments"]["Ranking"]["replicas"] if each["state"] == "RUNNING"])

@@ -281,7 +281,7 @@ def test_rollout_counts_exposures_outcomes_and_mirroring(
     assert report.json()["counted"] == 90
 
     def total(name: str, **labels: str) -> float:
-        return service.metric(name, place="/v1/outcomes/metrics", rollout="r2", slice="overall", **labels)
+        return service.metric(name, path="/v1/outcomes/metrics", rollout="r2", slice="overall", **labels)
 
     shown = Counter(answer["arm"] for answer in answers)
     for arm in ("canary", "stable", "holdout"):

@@ -1,8 +1,8 @@
-"""Constant load on the service from a process of its own: every request, its answer's arm and release, on record.
+"""Constant load on the service from a separate process, which records arm and release of every response.
 
-Open loop: requests leave at their times whether or not earlier ones have been answered, so that a service that stops
-for a second is seen to have stopped. The record is a file of fixed-size rows that anybody may read while it grows.
-Where viewers are to watch (``WATCHED``), every slate is followed by what became of its videos, the same on every arm.
+Open loop: each request is sent at its time, whether or not earlier ones have a response, so that a stalled service
+shows in the record. The record is a file of fixed-size rows that can be read while it grows. With ``WATCHED``, outcomes
+follow every slate, with the same distribution on every arm.
 """
 
 from __future__ import annotations
@@ -28,39 +28,41 @@ RECORD = np.dtype(
         ("release", "S12"),
     ]
 )  # fmt: skip
-"""Unix seconds; status 0 where no answer came; ``degraded`` where a stage of the release was left out."""
+"""Times in Unix seconds. Status 0: no response. ``degraded``: a stage of the release was skipped."""
 TIMEOUT_S = 10.0
 ONE_REQUEST, MORE_REQUESTS = {"Connection": "close"}, {"Connection": "keep-alive"}
-"""Of a connection, which is kept from the first slate on. HAProxy answers one more request on an idle connection by the
-configuration that it was opened under: one from before there was a service would be told so later, once.
+"""Headers that close a connection or keep it open. Connections are kept open from the first slate on.
+
+HAProxy answers one more request on an idle connection with the configuration that was valid when it was opened. A
+connection from before the service started would therefore get one late error.
 """
 WATCHED = "watched"
-"""Sixth word of the command where outcomes are to be sent."""
+"""Fifth argument of the program: send outcomes, too."""
 LONG_MS, SHORT_MS, LONG_SHARE = 60_000, 900, 0.7
-"""What is watched of a video: long by any duration, or short by any; and how often the former."""
+"""Milliseconds of a long and a short watch for videos of any length, and the share of long watches."""
 
 
 @contextmanager
 def constant_load(url: str, record: Path, *, rate: float, viewers: int) -> Iterator[None]:
-    """``rate`` requests a second, from now until the block is left."""
+    """Sends ``rate`` requests per second until the block is left."""
     command = [sys.executable, "-m", "tests.support.constant_load", url, str(record), str(rate), str(viewers)]
     with child_process(command) as process:
         deadline = time.monotonic() + 30
         while not (record.exists() and record.stat().st_size):
             if process.poll() is not None or time.monotonic() > deadline:
-                raise RuntimeError(f"the load on {url} did not start")
+                raise RuntimeError(f"the load on {url} did not start; see the messages of its process")
             time.sleep(0.05)
         yield
-        _refuse_an_early_end(process)
+        _check_still_running(process)
 
 
-def _refuse_an_early_end(process: subprocess.Popen[bytes]) -> None:
+def _check_still_running(process: subprocess.Popen[bytes]) -> None:
     if (code := process.poll()) is not None:
-        raise RuntimeError(f"the load ended with code {code} before the measurement did")
+        raise RuntimeError(f"the load exited with code {code} before the measurement ended; see its messages")
 
 
 def read_record(record: Path) -> NDArray[np.void]:
-    """What is on record by now, in order of the answers."""
+    """Returns the rows recorded so far, in order of the responses."""
     raw = record.read_bytes()
     return np.frombuffer(raw[: len(raw) // RECORD.itemsize * RECORD.itemsize], dtype=RECORD)
 
@@ -68,19 +70,21 @@ def read_record(record: Path) -> NDArray[np.void]:
 async def _run(url: str, record: Path, rate: float, viewers: int, *, watched: bool) -> None:
     chance = random.Random(1)
     limits = httpx.Limits(max_connections=200, max_keepalive_connections=50)
-    under_way: set[asyncio.Task[None]] = set()
+    in_flight: set[asyncio.Task[None]] = set()
     with record.open("ab", buffering=0) as sink:
         async with httpx.AsyncClient(base_url=url, timeout=TIMEOUT_S, limits=limits, headers=ONE_REQUEST) as client:
             began, count = time.monotonic(), 0
             while True:
                 count += 1
                 await asyncio.sleep(max(0.0, began + count / rate - time.monotonic()))
-                task = asyncio.create_task(_ask(client, chance.randrange(viewers), sink, chance if watched else None))
-                under_way.add(task)
-                task.add_done_callback(under_way.discard)
+                task = asyncio.create_task(
+                    _send_request(client, chance.randrange(viewers), sink, chance if watched else None)
+                )
+                in_flight.add(task)
+                task.add_done_callback(in_flight.discard)
 
 
-async def _ask(client: httpx.AsyncClient, viewer: int, sink: object, chance: random.Random | None) -> None:
+async def _send_request(client: httpx.AsyncClient, viewer: int, sink: object, chance: random.Random | None) -> None:
     row = np.zeros(1, dtype=RECORD)
     row["sent"], row["viewer"] = time.time(), viewer
     try:
@@ -96,11 +100,11 @@ async def _ask(client: httpx.AsyncClient, viewer: int, sink: object, chance: ran
     row["done"] = time.time()
     sink.write(row.tobytes())  # type: ignore[attr-defined]
     if chance is not None and row["status"][0] == httpx.codes.OK and body["videos"]:
-        await _report(client, [video["token"] for video in body["videos"]], chance)
+        await _send_outcomes(client, [video["token"] for video in body["videos"]], chance)
 
 
-async def _report(client: httpx.AsyncClient, tokens: list[str], chance: random.Random) -> None:
-    """A watch of each video. What is lost is lost: the record is of slates."""
+async def _send_outcomes(client: httpx.AsyncClient, tokens: list[str], chance: random.Random) -> None:
+    """Sends a watch of each video. Lost outcomes are ignored, because the record is about slates."""
     watches = [
         {"token": token, "type": "watch", "value": LONG_MS if chance.random() < LONG_SHARE else SHORT_MS}
         for token in tokens

@@ -1,10 +1,10 @@
-"""Features kept up while a simulated service runs: the batch job's own view functions over the events so far.
+"""Features that are updated while a simulated service runs, by the view functions of the batch job.
 
-For the closed loop, where events arrive faster than a batch job would run. It computes nothing of its own: views come
-from ``features.batch.entity_views``, the as-of rule (newest row at or before the moment, within the TTL) is Feast's.
+The closed-loop benchmark uses them, because its events arrive faster than a batch job would run. Views come from
+``features.batch.entity_views``. The as-of rule is Feast's: the newest row at or before a time, within the TTL.
 """
 
-# Shapes: B entities asked for, M videos
+# Shapes: B requested entities, M videos
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ I64 = NDArray[np.int64]
 
 
 class LiveFeatures:
-    """What is known of viewers and videos at any moment, given the events before it."""
+    """Features of viewers and videos at any time, computed from the events before it."""
 
     def __init__(self, run: RunDirectory, cut_s: float) -> None:
         dataset = read_dataset(run.dataset)
@@ -49,22 +49,22 @@ class LiveFeatures:
         return ids
 
     def add(self, impressions: pa.Table, outcomes: pa.Table) -> None:
-        """What has happened since."""
+        """Adds later events."""
         new = label_impressions(impressions, outcomes, self._videos)
         self.labels = pa.concat_tables([self.labels, new])
         self.outcomes = pa.concat_tables([self.outcomes, outcomes.cast(self.outcomes.schema)])
 
     def viewers(self, viewer_ids: I64, at_s: float) -> pa.Table:
-        """The viewers' rows at a moment, in the order given: ``viewer_id`` and the fields of the viewer views."""
-        theirs = self.labels.filter(pc.is_in(self.labels["viewer_id"], value_set=pa.array(np.unique(viewer_ids))))
-        views = self._static | entity_views("viewer", theirs, self._creators, self._settings, round(at_s * 1e6))
+        """Returns the viewers' rows at a time, in the given order: ``viewer_id`` and the fields of the viewer views."""
+        labels = self.labels.filter(pc.is_in(self.labels["viewer_id"], value_set=pa.array(np.unique(viewer_ids))))
+        views = self._static | entity_views("viewer", labels, self._creators, self._settings, round(at_s * 1e6))
         columns = {"viewer_id": pa.chunked_array([pa.array(viewer_ids)])}
         for name in VIEWER_VIEWS:
             columns |= self._as_of(name, views[name], "viewer_id", viewer_ids, at_s)
         return pa.table(columns)
 
     def videos(self, at_s: float) -> pa.Table:
-        """Every video's row at a moment, uploads to come included (the caller knows what is there)."""
+        """Returns the rows of all videos at a time. Later uploads are included; the caller excludes them."""
         at_us = round(at_s * 1e6)
         views = entity_views("video", self.labels, self._creators, self._settings, at_us)
         views |= entity_views("creator", self.labels, self._creators, self._settings, at_us)
@@ -81,7 +81,7 @@ class LiveFeatures:
         when_us = times_us(view["event_timestamp"])
         valid = np.flatnonzero((when_us <= at_us) & (when_us >= at_us - self._ttl_us[name]))
         entity = view[key].to_numpy()
-        # a row of its own in front stands for "nothing known", so that every look-up finds something
+        # index -1 in front stands for an entity without rows, so that every look-up has a result
         order = np.concatenate([[-1], valid[np.lexsort((when_us[valid], entity[valid]))]])
         last = order[np.searchsorted(entity[order[1:]], wanted, side="right")]
         known = (last >= 0) & (entity[last] == wanted) if len(entity) else np.zeros(len(wanted), dtype=np.bool_)

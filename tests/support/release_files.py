@@ -1,8 +1,8 @@
-"""A small, real release on disk for tests and benchmarks: ONNX graphs that run, a FAISS index, Arrow tables.
+"""A small complete release on disk for tests and benchmarks: ONNX graphs that run, a FAISS index, Arrow tables.
 
-The graphs are not trained, yet they do meaningful arithmetic: a viewer's embedding is the weighted mean of what was
-watched, so that retrieval finds videos of the same topics, and the ranker's outputs depend on every input. Nothing
-here is a stand-in for the format: ``verify`` accepts the folder as it accepts any other.
+The graphs are not trained, but their results are meaningful. A viewer's embedding is the weighted mean of the watched
+videos, so retrieval returns videos of the same topics. The ranker's outputs depend on every input. ``verify`` accepts
+the folder as it accepts a built release.
 """
 
 # Shapes: N videos, D embedding, B viewers, C candidates, L history, H hashes, K tasks
@@ -68,7 +68,7 @@ class _OnnxGraphBuilder:
         return name
 
     def dense(self, name: str, weights: F32) -> str:
-        """Raw numbers, NaN where missing -> signed log -> linear."""
+        """Raw numbers, NaN for missing values -> signed logarithm -> linear layer."""
         known = self.op("Where", self.op("IsNaN", name), self.constant(0.0), name)
         log = self.op("Log", self.op("Add", self.op("Abs", known), self.constant(1.0)))
         return self.op("MatMul", self.op("Mul", self.op("Sign", known), log), self.constant(weights))
@@ -84,8 +84,8 @@ class _OnnxGraphBuilder:
 
     def save(self, path: Path, inputs: dict[str, list[Any]], outputs: dict[str, list[Any]]) -> None:
         def value(name: str, shape: list[Any]) -> onnx.ValueInfoProto:
-            whole = name.endswith(("_codes", "_categories"))
-            return helper.make_tensor_value_info(name, TensorProto.INT64 if whole else TensorProto.FLOAT, shape)
+            integers = name.endswith(("_codes", "_categories"))
+            return helper.make_tensor_value_info(name, TensorProto.INT64 if integers else TensorProto.FLOAT, shape)
 
         graph = helper.make_graph(
             self.nodes,
@@ -124,7 +124,7 @@ def ranker_inputs(embedding: int, candidates: int | str = "candidates") -> dict[
 
 
 def write_viewer_tower(path: Path, codes_NH: NDArray[np.int64], embedding_ND: F32, rng: np.random.Generator) -> None:
-    """A tower whose output is the recency- and outcome-weighted mean of the embeddings of the videos watched."""
+    """Writes a tower whose output is the mean of the watched videos' embeddings, weighted by recency and outcome."""
     width = embedding_ND.shape[1]
     table = np.zeros((DIMENSIONS.id_buckets, width), dtype=np.float32)
     for hashed in range(names.ID_HASHES):
@@ -144,7 +144,7 @@ def write_viewer_tower(path: Path, codes_NH: NDArray[np.int64], embedding_ND: F3
 
 
 def write_ranker(path: Path, width: int, rng: np.random.Generator) -> None:
-    """Linear in every input, plus the similarity of viewer and video; ``skip`` falls where the others rise."""
+    """Writes a ranker that is linear in every input and in the viewer-video similarity; ``skip`` has the other sign."""
     tasks = len(names.RANKER_TASKS)
     direction = np.ones(tasks, dtype=np.float32)
     direction[names.RANKER_TASKS.index("skip")] = -1.0
@@ -210,7 +210,7 @@ def _videos(videos: int, embedding: int, now_s: float, rng: np.random.Generator)
 
 
 def _popular(video_id: NDArray[np.int64], rng: np.random.Generator) -> pa.Table:
-    """Lists in random orders over up to 200 videos."""
+    """Returns lists of up to 200 videos in random order."""
     lists = ["popular", "trending", *(f"trending:{region}" for region in REGIONS)]
     length = min(200, len(video_id))
     chosen = np.concatenate([rng.permutation(video_id)[:length] for _ in lists])
@@ -227,7 +227,7 @@ def _popular(video_id: NDArray[np.int64], rng: np.random.Generator) -> pa.Table:
 
 
 def _neighbours(video_id: NDArray[np.int64], topic: NDArray[np.int32]) -> pa.Table:
-    """The next videos of the same topic, padded with -1."""
+    """Returns the next videos of the same topic for each video, padded with -1."""
     order = np.argsort(topic, kind="stable")
     padded = np.concatenate([order, np.full(NEIGHBOURS_PER_VIDEO, -1)])
     rows = np.empty((len(order), NEIGHBOURS_PER_VIDEO), dtype=np.int32)
@@ -274,10 +274,10 @@ def make_release_folder(
         path: the folder.
         videos: N; 50,000 take a few seconds.
         embedding: D.
-        seed: of everything random in it.
-        now_s: when it is made; uploads lie in the 30 days before.
-        blend: ``blend.yaml``, the defaults when absent.
-        key: sign with it; unsigned when absent.
+        seed: random seed of the content.
+        now_s: creation time; uploads are in the 30 days before it.
+        blend: content of ``blend.yaml``; None writes the defaults.
+        key: signing key; None leaves the release unsigned.
         **overrides: fields of the manifest to set after the files are written.
     """
     path.mkdir(parents=True, exist_ok=True)

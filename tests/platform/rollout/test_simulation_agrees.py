@@ -7,7 +7,14 @@ import pytest
 from tests.support.rollout.canary_outage import play_both
 from tests.support.rollout.canary_peers import ArgoRollouts, Flagger, Kayenta
 from tests.support.rollout.canary_population import Population
-from tests.support.rollout.canary_simulation import PROMOTED, ROLLED_BACK, Scenario, Simulation, clopper_pearson, looks
+from tests.support.rollout.canary_simulation import (
+    PROMOTED,
+    ROLLED_BACK,
+    Scenario,
+    Simulation,
+    clopper_pearson,
+    reconcile_times,
+)
 
 from reelway.platform.rollout.policy import default_policy
 
@@ -20,7 +27,7 @@ def populations() -> dict[str, Population]:
 @pytest.mark.parametrize(("arm", "end"), [("same", PROMOTED), ("worse", ROLLED_BACK)])
 def test_simulation_decides_as_the_decision_rules_do(populations: dict[str, Population], arm: str, end: int) -> None:
     policy = default_policy().model_copy(update={"longest_tick_s": 1e4, "evidence_max_age_s": 1e4})
-    scenario = Scenario(policy, populations["same"], populations[arm], 3_000, looks(60, 5_400, 1_200, 36_000))
+    scenario = Scenario(policy, populations["same"], populations[arm], 3_000, reconcile_times(60, 5_400, 1_200, 36_000))
     simulation = Simulation(scenario, 30, np.random.default_rng(4))
     assert play_both(simulation, list(range(6))) == []
     assert (simulation.outcome[:6] == end).all()
@@ -48,7 +55,7 @@ def test_peer_rules_detect_a_collapse_but_not_an_improvement(rule: ArgoRollouts 
 
 
 def test_argo_rule_counts_failures_or_consecutive_errors() -> None:
-    rule, one = ArgoRollouts(interval_looks=1), np.ones((1, 12))
+    rule, one = ArgoRollouts(interval=1), np.ones((1, 12))
     failing = np.where(np.arange(12) < 3, 0.0, 1.0)[None]
     assert rule.rolled_back_at(failing, one, one, one)[0] == -1
     assert rule.rolled_back_at(np.where(np.arange(12) < 4, 0.0, 1.0)[None], one, one, one)[0] == 3

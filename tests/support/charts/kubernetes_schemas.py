@@ -1,4 +1,4 @@
-"""Schemas for kubeconform from the modules that define them, because without a server they are nowhere else."""
+"""Writes schemas for kubeconform from the Go modules that define the resources, without an API server."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.support.charts.chart_tool import LOADER, REPOSITORY
 
 
 class _CrdLoader(LOADER):  # type: ignore[misc]
-    """Alertmanager's operator `=` is a word of its own in YAML 1.1."""
+    """Reads `=`, an operator of Alertmanager, as a string; YAML 1.1 gives it a special type."""
 
 
 _CrdLoader.add_constructor("tag:yaml.org,2002:value", lambda loader, node: loader.construct_scalar(node))
@@ -32,16 +32,16 @@ LOCATION: Final = "{{.ResourceKind}}_{{.ResourceAPIVersion}}.json"
 
 
 def write_schemas(folder: Path, kinds: set[tuple[str, str]]) -> None:
-    """A strict schema for each (apiVersion, kind), whose fields that nobody knows are refused."""
+    """Writes a strict schema for each (apiVersion, kind). The schemas reject unknown fields."""
     definitions = json.loads(_file(*_KUBERNETES).read_text())["definitions"]
     for name, definition in definitions.items():
-        for known in definition.get("x-kubernetes-group-version-kind", ()):
-            version = f"{known['group']}/{known['version']}" if known["group"] else known["version"]
-            if (version, known["kind"]) in kinds:
+        for resource in definition.get("x-kubernetes-group-version-kind", ()):
+            version = f"{resource['group']}/{resource['version']}" if resource["group"] else resource["version"]
+            if (version, resource["kind"]) in kinds:
                 schema = _resolved({"$ref": f"#/definitions/{name}"}, definitions)
-                _write(folder, known["kind"], known["version"], schema)
-    for module, place, plurals in _RESOURCES:
-        for path in sorted(_file(module, place).glob("*.yaml")):
+                _write(folder, resource["kind"], resource["version"], schema)
+    for module, directory, plurals in _RESOURCES:
+        for path in sorted(_file(module, directory).glob("*.yaml")):
             if any(path.stem.endswith(plural) for plural in plurals):
                 _write_crd(folder, path)
     for path in (REPOSITORY / "charts" / "reelway" / "crds").glob("*.yaml"):
@@ -60,15 +60,15 @@ def _write(folder: Path, kind: str, version: str, schema: dict[str, Any]) -> Non
 
 def _file(module: str, path: str) -> Path:
     if shutil.which("go") is None:
-        pytest.skip("no Go here: the schemas of Kubernetes' kinds lie in Go modules")
-    done = subprocess.run(["go", "mod", "download", "-json", module], capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        pytest.skip(f"{module} is not in Go's cache and cannot be fetched: {done.stdout[-300:]}")
-    return Path(json.loads(done.stdout)["Dir"]) / path
+        pytest.skip("Go is not installed; the schemas of Kubernetes' kinds are in Go modules")
+    result = subprocess.run(["go", "mod", "download", "-json", module], capture_output=True, text=True, check=False)
+    if result.returncode != 0:
+        pytest.skip(f"{module} is not in Go's cache and cannot be downloaded: {result.stdout[-300:]}")
+    return Path(json.loads(result.stdout)["Dir"]) / path
 
 
 def _resolved(schema: Any, definitions: dict[str, Any]) -> Any:
-    """With every reference replaced by what it refers to: none of the kinds used here refers to itself."""
+    """Returns the schema with its references replaced by their targets. None of the kinds used refers to itself."""
     if isinstance(schema, list):
         return [_resolved(one, definitions) for one in schema]
     if not isinstance(schema, dict):

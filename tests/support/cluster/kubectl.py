@@ -35,7 +35,7 @@ class Kubectl:
         return loaded
 
 
-def release_all(kubectl: Kubectl) -> None:
+def remove_finalizers(kubectl: Kubectl) -> None:
     """Removes all finalizers, so that the namespace can be deleted without an operator."""
     for name in kubectl.run("get", "releaserollouts", "-o", "name").split():
         if name.startswith("releaserollout"):

@@ -23,10 +23,10 @@ QUICK: dict[str, Any] = {
 
 def rollout(name: str = "one", release: str = GOOD, **spec: Any) -> dict[str, Any]:
     """Returns a ReleaseRollout. Fields of ``spec`` that are None are left out."""
-    whole = {"release": release, "policy": QUICK, "backend": {"rayService": {"name": "reelway"}}, **spec}
+    spec_fields = {"release": release, "policy": QUICK, "backend": {"rayService": {"name": "reelway"}}, **spec}
     return {
         "apiVersion": "reelway.dev/v1alpha1",
         "kind": "ReleaseRollout",
         "metadata": {"name": name},
-        "spec": {key: value for key, value in whole.items() if value is not None},
+        "spec": {key: value for key, value in spec_fields.items() if value is not None},
     }

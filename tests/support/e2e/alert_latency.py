@@ -43,11 +43,11 @@ class Rollback:
         return self.ended - self.fault
 
 
-def rollback_of(
+def measure_rollback(
     kubectl: Kubectl, load: Load, monitoring: Monitoring, name: str, release: str, *, since: float, alert: str = ERRORS
 ) -> Rollback:
     """Collects the timestamps of a rollback that has just ended."""
-    entry = next(one for one in status(kubectl, name)["history"] if one["action"] == "roll_back")
+    entry = next(entry for entry in status(kubectl, name)["history"] if entry["action"] == "roll_back")
     decided, reason = float(entry["time"]), str(entry["reason"])
     until("no request reaches the release", lambda: load.now() > decided + QUIET_S, 4 * QUIET_S)
     rows = load.answers(release, since=since)
@@ -66,18 +66,18 @@ def rollback_of(
         "requests": exposed - fault,
         "scrape": scraped - exposed,
         "rule": fired - scraped,
-        **_until_delivered(fired, _told(monitoring, kubectl.namespace, release, alert), delivered),
+        **_delivery_hops(fired, _updated(monitoring, kubectl.namespace, release, alert), delivered),
         "decision": decided - delivered,
         "traffic": ended - decided,
     }
     return Rollback(fault, ended, by_alert, reason, hops)
 
 
-def _until_delivered(fired: float, told: float, delivered: float) -> dict[str, float]:
-    """Alertmanager reports its latest update only. If that is after the delivery, both hops are reported as one."""
-    if told > delivered:
+def _delivery_hops(fired: float, updated: float, delivered: float) -> dict[str, float]:
+    """Alertmanager reports only its latest update. If that is after the delivery, both hops are reported as one."""
+    if updated > delivered:
         return {"to Alertmanager and group wait": delivered - fired}
-    return {"to Alertmanager": told - fired, "group wait": delivered - told}
+    return {"to Alertmanager": updated - fired, "group wait": delivered - updated}
 
 
 def moment(text: str) -> float:
@@ -89,21 +89,21 @@ def moment(text: str) -> float:
 
 def _activated(monitoring: Monitoring, namespace: str, release: str, alert: str) -> float:
     """Time of the evaluation at which the rule first held."""
-    [found] = [one for one in monitoring.alerts(namespace) if _is(one["labels"], release, alert)]
-    return moment(found["activeAt"])
+    [active] = [each for each in monitoring.alerts(namespace) if _is(each["labels"], release, alert)]
+    return moment(active["activeAt"])
 
 
 def _scraped(monitoring: Monitoring, namespace: str, release: str, at: float) -> float:
     """Time of the newest sample of the release's requests that an evaluation at that moment used."""
     selector = f'{_REQUESTS}{{namespace="{namespace}",release="{release[:12]}"}}'
-    [found] = monitoring.query(f"max(timestamp({selector}))", at)
-    return float(found["value"][1])
+    [series] = monitoring.query(f"max(timestamp({selector}))", at)
+    return float(series["value"][1])
 
 
-def _told(monitoring: Monitoring, namespace: str, release: str, alert: str) -> float:
-    """Time of Alertmanager's latest update of the alert; Prometheus repeats it, and sends its end."""
-    [found] = [one for one in monitoring.told(namespace) if _is(one["labels"], release, alert)]
-    return moment(found["updatedAt"])
+def _updated(monitoring: Monitoring, namespace: str, release: str, alert: str) -> float:
+    """Time of Alertmanager's latest update of the alert. Prometheus sends the alert repeatedly, and its end."""
+    [active] = [each for each in monitoring.alertmanager_alerts(namespace) if _is(each["labels"], release, alert)]
+    return moment(active["updatedAt"])
 
 
 def _delivered(kubectl: Kubectl, *, after: float) -> float:

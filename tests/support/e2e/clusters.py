@@ -1,4 +1,4 @@
-"""The cluster of the scenes: the node of `make cluster`, or the one that KUBECONFIG names."""
+"""The cluster of the end-to-end tests: the node of `make cluster`, or the one that KUBECONFIG names."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
-from tests.support.cluster.kubectl import NODE, ROOT, Kubectl, release_all
+from tests.support.cluster.kubectl import NODE, ROOT, Kubectl, remove_finalizers
 from tests.support.e2e.wait_until import until
 
 CHART: Final = ROOT / "charts" / "reelway"
 ENFORCED: Final = "pod-security.kubernetes.io/enforce=restricted"
-GONE_S: Final = 120.0
+DELETION_TIMEOUT_S: Final = 120.0
 
 
 @dataclass(frozen=True)
@@ -30,19 +30,19 @@ class Cluster:
     own: bool
     live: list[Kubectl] = field(default_factory=list)
     """Namespaces that ``namespace`` created and has not deleted yet."""
-    leaving: list[str] = field(default_factory=list)
-    """Namespaces that are being deleted; see ``until_left``."""
+    deleting: list[str] = field(default_factory=list)
+    """Namespaces that are being deleted; see ``wait_until_deleted``."""
 
     def kubectl(self, namespace: str) -> Kubectl:
         """kubectl for a namespace."""
         return Kubectl(program("kubectl"), self.kubeconfig, namespace)
 
-    def helm(self, namespace: str, *words: str, within_s: float = 180) -> str:
+    def helm(self, namespace: str, *args: str, within_s: float = 180) -> str:
         """Runs helm and returns its output. A failure raises AssertionError with its message."""
-        command = [program("helm"), "--kubeconfig", str(self.kubeconfig), "--namespace", namespace, *words]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=within_s, check=False)
-        assert done.returncode == 0, f"helm {' '.join(words)}: {done.returncode}: {done.stdout}{done.stderr}"
-        return done.stdout
+        command = [program("helm"), "--kubeconfig", str(self.kubeconfig), "--namespace", namespace, *args]
+        result = subprocess.run(command, capture_output=True, text=True, timeout=within_s, check=False)
+        assert result.returncode == 0, f"helm {' '.join(args)}: {result.returncode}: {result.stdout}{result.stderr}"
+        return result.stdout
 
     def audit_log(self) -> Path | None:
         """The API server's audit log; None if it is not readable."""
@@ -61,34 +61,36 @@ class Cluster:
         kubectl.run("create", "namespace", name)
         self.live.append(kubectl)
         try:
-            given = [f"{key}={value}" for key, value in (labels or {}).items()]
-            kubectl.run("label", "namespace", name, ENFORCED, "reelway.dev/e2e=true", *given)
+            assignments = [f"{key}={value}" for key, value in (labels or {}).items()]
+            kubectl.run("label", "namespace", name, ENFORCED, "reelway.dev/e2e=true", *assignments)
             yield kubectl
         finally:
             self.live.remove(kubectl)
-            self.leaving.append(name)
-            persistently(lambda: release_all(kubectl))
-            persistently(lambda: kubectl.run("delete", "namespace", name, "--wait=false", "--ignore-not-found"))
-            persistently(lambda: kubectl.run("delete", "pvc", "--all", "--timeout=60s"))
+            self.deleting.append(name)
+            retry_cleanup(lambda: remove_finalizers(kubectl))
+            retry_cleanup(lambda: kubectl.run("delete", "namespace", name, "--wait=false", "--ignore-not-found"))
+            retry_cleanup(lambda: kubectl.run("delete", "pvc", "--all", "--timeout=60s"))
 
-    def until_left(self) -> None:
-        """Waits until all deleted namespaces are gone."""
-        while self.leaving:
-            persistently(functools.partial(self._until_gone, self.leaving[-1]))
-            self.leaving.pop()
+    def wait_until_deleted(self) -> None:
+        """Waits until all deleted namespaces no longer exist."""
+        while self.deleting:
+            retry_cleanup(functools.partial(self._wait_until_deleted, self.deleting[-1]))
+            self.deleting.pop()
 
-    def _until_gone(self, name: str) -> None:
+    def _wait_until_deleted(self, name: str) -> None:
         listed = ("get", "namespace", name, "--ignore-not-found", "-o", "name")
-        until(f"namespace {name} is gone", lambda: not self.kubectl("default").run(*listed).strip(), GONE_S)
+        until(
+            f"namespace {name} is deleted", lambda: not self.kubectl("default").run(*listed).strip(), DELETION_TIMEOUT_S
+        )
 
 
-def persistently(clean: Callable[[], object]) -> None:
+def retry_cleanup(clean: Callable[[], object]) -> None:
     """Repeats a clean-up until it succeeds, so that a slow API server leaves no objects behind.
 
     Raises:
-        AssertionError: if it fails for ``GONE_S`` seconds.
+        AssertionError: if it fails for ``DELETION_TIMEOUT_S`` seconds.
     """
-    deadline = time.monotonic() + GONE_S
+    deadline = time.monotonic() + DELETION_TIMEOUT_S
     while True:
         try:
             clean()
@@ -100,15 +102,15 @@ def persistently(clean: Callable[[], object]) -> None:
 
 
 def program(name: str) -> str:
-    """Path of a program on the PATH, else of the node's."""
-    found = shutil.which(name) or str(NODE / "bin" / name)
-    assert Path(found).exists(), f"no {name} on the PATH or in {NODE / 'bin'}; `make cluster` builds it"
-    return found
+    """Returns the path of a program: from the PATH, or the one built for the node."""
+    path = shutil.which(name) or str(NODE / "bin" / name)
+    assert Path(path).exists(), f"no {name} on the PATH or in {NODE / 'bin'}; `make cluster` builds it"
+    return path
 
 
-def chosen() -> Cluster | None:
-    """The cluster to use; None if there is none."""
-    named, own = os.environ.get("KUBECONFIG"), NODE / "state" / "admin.kubeconfig"
-    if named and os.environ.get("REELWAY_CLUSTER_TESTS") and Path(named).resolve() != own.resolve():
-        return Cluster(Path(named), own=False)
+def find_cluster() -> Cluster | None:
+    """Returns the cluster to use; None if there is none."""
+    external, own = os.environ.get("KUBECONFIG"), NODE / "state" / "admin.kubeconfig"
+    if external and os.environ.get("REELWAY_CLUSTER_TESTS") and Path(external).resolve() != own.resolve():
+        return Cluster(Path(external), own=False)
     return Cluster(own, own=True) if own.exists() else None

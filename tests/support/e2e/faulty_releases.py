@@ -1,4 +1,4 @@
-"""Releases whose ranker fails or is slow for viewers that the feature store knows.
+"""Releases whose ranker fails or is slow for viewers with a row in the feature store.
 
 The faults are those of `reelway release rehearse`, applied to the release fixtures' rankers without a training run. A
 feature store with a row per viewer is delivered into the same claim.
@@ -29,9 +29,9 @@ from reelway.platform.release.store import ReleaseStore
 
 KNOWN: Final = 400
 """Viewers 0 to KNOWN-1 have a row."""
-SEEN: Final = 20
+USUAL_IMPRESSIONS: Final = 20
 """Impressions of most viewers in 30 days."""
-SEEN_BY_BUSY: Final = 400
+BUSY_IMPRESSIONS: Final = 400
 """Impressions of every eighth viewer."""
 SLOW_MS: Final = 320.0
 """Above the latency threshold of 250 ms, below the ranking stage's limit of 500 ms."""
@@ -40,44 +40,47 @@ FEATURES: Final = "features"
 
 @dataclass
 class FaultyReleases:
-    """Faulty releases and sound ones. ``made.ids[0]`` is sound; each fault has a release of its own."""
+    """Faulty releases and sound ones. ``fixtures.ids[0]`` is sound; each fault has its own release."""
 
-    made: ReleaseFixtures
+    fixtures: ReleaseFixtures
     errors: tuple[str, ...]
     slow: tuple[str, ...]
     sound: tuple[str, ...]
 
     def deliver(self, kubectl: Kubectl) -> None:
         """Copies releases and viewers' rows into the claim of a namespace."""
-        self.made.deliver(kubectl)
+        self.fixtures.deliver(kubectl)
         with pod(kubectl, "viewers", claim=CLAIM) as name:
-            kubectl.run("cp", "--no-preserve", str(self.made.folder / FEATURES), f"{name}:/volume/{FEATURES}")
+            kubectl.run("cp", "--no-preserve", str(self.fixtures.folder / FEATURES), f"{name}:/volume/{FEATURES}")
             kubectl.run("exec", name, "--", "chmod", "-R", "a+rwX", f"/volume/{FEATURES}")
 
 
 @contextmanager
 def faulty_releases(cluster: Cluster, *, errors: int, slow: int, sound: int = 2) -> Iterator[FaultyReleases]:
     """Builds this number of releases per kind, for namespaces that are deleted within the block."""
-    with tempfile.TemporaryDirectory(prefix="reelway-e2e-") as place:
-        folder = Path(place)
+    with tempfile.TemporaryDirectory(prefix="reelway-e2e-") as path:
+        folder = Path(path)
         keys = create_keys(folder / "keys")
         key, store = load_private_key(keys.private), ReleaseStore(str(folder / "releases"))
-        makers: list[Callable[[Path], None]] = [*[_sound] * sound, *[fail_known_viewers] * errors, *[_slow] * slow]
-        ids = [_made(folder / f"made-{seed}", seed, maker, key, store) for seed, maker in enumerate(makers)]
-        rows = {viewer: {"impressions_30d": SEEN if viewer % 8 else SEEN_BY_BUSY} for viewer in range(KNOWN)}
+        faults: list[Callable[[Path], None]] = [*[_sound] * sound, *[fail_known_viewers] * errors, *[_slow] * slow]
+        ids = [_build(folder / f"release-{seed}", seed, fault, key, store) for seed, fault in enumerate(faults)]
+        rows = {
+            viewer: {"impressions_30d": USUAL_IMPRESSIONS if viewer % 8 else BUSY_IMPRESSIONS}
+            for viewer in range(KNOWN)
+        }
         (folder / FEATURES).mkdir()
         make_viewer_store(folder / FEATURES, rows, time.time())
-        made = ReleaseFixtures(cluster, folder, keys, tuple(ids))
+        fixtures = ReleaseFixtures(cluster, folder, keys, tuple(ids))
         try:
             yield FaultyReleases(
-                made, tuple(ids[sound : sound + errors]), tuple(ids[sound + errors :]), tuple(ids[:sound])
+                fixtures, tuple(ids[sound : sound + errors]), tuple(ids[sound + errors :]), tuple(ids[:sound])
             )
         finally:
-            for volume in made.volumes:
+            for volume in fixtures.volumes:
                 cluster.kubectl("default").run("delete", "pv", volume, "--ignore-not-found", "--timeout=60s")
 
 
-def _made(folder: Path, seed: int, fault: Callable[[Path], None], key: Ed25519PrivateKey, store: ReleaseStore) -> str:
+def _build(folder: Path, seed: int, fault: Callable[[Path], None], key: Ed25519PrivateKey, store: ReleaseStore) -> str:
     manifest = make_release_folder(folder, videos=VIDEOS, seed=seed)
     fault(folder / RANKER_FILE)
     manifest = sign_manifest(manifest.model_copy(update={"files": describe_files(folder)}), key)
@@ -90,4 +93,4 @@ def _sound(_: Path) -> None:
 
 
 def _slow(ranker: Path) -> None:
-    slow_down_busy_viewers(ranker, above=(SEEN + SEEN_BY_BUSY) / 2, slow_ms=SLOW_MS)
+    slow_down_busy_viewers(ranker, above=(USUAL_IMPRESSIONS + BUSY_IMPRESSIONS) / 2, slow_ms=SLOW_MS)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from tests.support.cluster.kubectl import Kubectl
-from tests.support.e2e.clusters import CHART, Cluster, persistently
+from tests.support.e2e.clusters import CHART, Cluster, retry_cleanup
 from tests.support.e2e.load_pod import token_of
 from tests.support.e2e.pods import LABEL, values_files
 from tests.support.e2e.release_fixtures import CLAIM, ReleaseFixtures
@@ -23,22 +23,22 @@ from tests.support.e2e.wait_until import until
 
 NAME: Final = "reelway"
 """Name of the Helm release and so of all objects."""
-READY_S: Final = 180.0
+READY_TIMEOUT_S: Final = 180.0
 CLIENT: Final = {"podSelector": {"matchLabels": LABEL}}
 MONITORING: Final = {"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "monitoring"}}}
 DASHBOARD: Final = 8265
 _DETAILS: Final = """
 import os, sys, urllib.request
 url = f"http://127.0.0.1:{sys.argv[1]}/api/serve/applications/"
-asked = urllib.request.Request(url, headers={"Authorization": "Bearer " + os.environ["RAY_AUTH_TOKEN"]})
-print(urllib.request.urlopen(asked, timeout=20).read().decode())
+request = urllib.request.Request(url, headers={"Authorization": "Bearer " + os.environ["RAY_AUTH_TOKEN"]})
+print(urllib.request.urlopen(request, timeout=20).read().decode())
 """
 Values = Mapping[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
-class PodSeen:
-    """The parts of a pod that a restart or a replacement changes."""
+class PodIdentity:
+    """The fields of a pod that a restart or a replacement changes."""
 
     uid: str
     restarts: int
@@ -71,11 +71,11 @@ class Installation:
 
     def install(self, values: Values | None = None, *options: str) -> None:
         """Runs `helm install` with additional values. CRDs that exist already are left alone."""
-        known = self.kubectl.run("get", "crd", "releaserollouts.reelway.dev", "--ignore-not-found", "-o", "name")
-        self._helm("install", values or {}, *(("--skip-crds",) if known.strip() else ()), *options)
+        crd = self.kubectl.run("get", "crd", "releaserollouts.reelway.dev", "--ignore-not-found", "-o", "name")
+        self._helm("install", values or {}, *(("--skip-crds",) if crd.strip() else ()), *options)
 
     def upgrade(self, values: Values | None = None, *options: str) -> None:
-        """Runs `helm upgrade`; these additional values replace those of before."""
+        """Runs `helm upgrade`; these additional values replace those of the previous call."""
         self._helm("upgrade", values or {}, *options)
 
     def upgrade_reusing_values(self) -> None:
@@ -85,8 +85,8 @@ class Installation:
     def apply(self, values: Values | None = None) -> None:
         """Runs `helm template | kubectl apply --server-side`: rendered without a cluster, as by a GitOps controller."""
         with self._values_options(values or {}) as options:
-            words = ("template", NAME, str(CHART), "--skip-tests", *options)
-            manifests = self.cluster.helm(self.kubectl.namespace, *words)
+            args = ("template", NAME, str(CHART), "--skip-tests", *options)
+            manifests = self.cluster.helm(self.kubectl.namespace, *args)
         self.kubectl.run("apply", "--server-side", "-f", "-", stdin=manifests)
 
     def roll_back(self, revision: int) -> None:
@@ -96,7 +96,7 @@ class Installation:
     def revision(self) -> int:
         """Newest revision of the Helm release."""
         history = json.loads(self.cluster.helm(self.kubectl.namespace, "history", NAME, "-o", "json"))
-        return max(int(one["revision"]) for one in history)
+        return max(int(entry["revision"]) for entry in history)
 
     def test(self) -> str:
         """Runs `helm test` and returns its log."""
@@ -104,20 +104,22 @@ class Installation:
 
     def uninstall(self) -> None:
         """Runs `helm uninstall` if installed, and waits until the pods are deleted."""
-        persistently(lambda: self.cluster.helm(self.kubectl.namespace, "uninstall", NAME, "--ignore-not-found"))
-        until("the installation's pods are gone", lambda: not self.pods(), 120, lambda: str(self.pods()))
+        retry_cleanup(lambda: self.cluster.helm(self.kubectl.namespace, "uninstall", NAME, "--ignore-not-found"))
+        until("the installation's pods are deleted", lambda: not self.pods(), 120, lambda: str(self.pods()))
 
-    def pods(self, *components: str) -> dict[str, PodSeen]:
+    def pods(self, *components: str) -> dict[str, PodIdentity]:
         """Pods of the installation by name: all, or those of these components."""
-        chosen = f"in ({','.join(components)})" if components else "notin (secrets)"  # a hook's pods come and go
-        wanted = f"app.kubernetes.io/instance={NAME},reelway.dev/component {chosen}"
-        found = json.loads(self.kubectl.run("get", "pods", "-l", wanted, "-o", "json"))["items"]
+        condition = (
+            f"in ({','.join(components)})" if components else "notin (secrets)"
+        )  # the hook's pods are short-lived
+        selector = f"app.kubernetes.io/instance={NAME},reelway.dev/component {condition}"
+        pods = json.loads(self.kubectl.run("get", "pods", "-l", selector, "-o", "json"))["items"]
         return {
-            one["metadata"]["name"]: PodSeen(
-                one["metadata"]["uid"],
-                sum(container["restartCount"] for container in one["status"].get("containerStatuses", ())),
+            pod["metadata"]["name"]: PodIdentity(
+                pod["metadata"]["uid"],
+                sum(container["restartCount"] for container in pod["status"].get("containerStatuses", ())),
             )
-            for one in found
+            for pod in pods
         }
 
     def head(self) -> str:
@@ -127,42 +129,44 @@ class Installation:
         return names[0]
 
     def _heads(self) -> list[str]:
-        wanted = f"app.kubernetes.io/instance={NAME},reelway.dev/role=head"
-        found = self.kubectl.run("get", "pods", "-l", wanted, "-o", "jsonpath={.items[*].metadata.name}")
-        return found.split()
+        selector = f"app.kubernetes.io/instance={NAME},reelway.dev/role=head"
+        names = self.kubectl.run("get", "pods", "-l", selector, "-o", "jsonpath={.items[*].metadata.name}")
+        return names.split()
 
-    def until_other_head(self, before: Mapping[str, PodSeen]) -> None:
+    def wait_until_other_head(self, before: Mapping[str, PodIdentity]) -> None:
         """Waits until the head is a pod that is not in ``before``."""
-        until("there is another head", lambda: set(self._heads()) - before.keys(), 60, lambda: str(self._heads()))
+        until("the head has a new pod", lambda: set(self._heads()) - before.keys(), 60, lambda: str(self._heads()))
 
-    def until_ready(self) -> None:
+    def wait_until_ready(self) -> None:
         """Waits until the operator is rolled out and KubeRay reports the RayService ready."""
         self.kubectl.run("rollout", "status", f"deployment/{NAME}-operator", f"--timeout={60}s")
-        until("RayService Ready", self.ray_service_ready, READY_S, lambda: json.dumps(self.ray_service_status()))
+        until(
+            "RayService Ready", self.ray_service_ready, READY_TIMEOUT_S, lambda: json.dumps(self.ray_service_status())
+        )
 
     def ray_service_ready(self) -> bool:
         """Whether KubeRay reports the RayService ready."""
         conditions = self.ray_service_status().get("conditions", ())
-        return any(one["type"] == "Ready" and one["status"] == "True" for one in conditions)
+        return any(each["type"] == "Ready" and each["status"] == "True" for each in conditions)
 
     def ray_service_status(self) -> dict[str, Any]:
         """Status of the RayService."""
-        found: dict[str, Any] = json.loads(self.kubectl.run("get", "rayservice", NAME, "-o", "json"))
-        return dict(found.get("status") or {})
+        service: dict[str, Any] = json.loads(self.kubectl.run("get", "rayservice", NAME, "-o", "json"))
+        return dict(service.get("status") or {})
 
     def serve_details(self) -> dict[str, Any]:
-        """Answer of Serve's REST API on its applications."""
-        said = self.kubectl.run("exec", self.head(), "-c", "ray", "--", "python", "-c", _DETAILS, str(DASHBOARD))
-        found: dict[str, Any] = json.loads(said)
-        return found
+        """Response of Serve's REST API about its applications."""
+        answer = self.kubectl.run("exec", self.head(), "-c", "ray", "--", "python", "-c", _DETAILS, str(DASHBOARD))
+        details: dict[str, Any] = json.loads(answer)
+        return details
 
     def routing(self) -> dict[str, Any]:
-        """The routing that the router acts on."""
+        """The routing that the router uses."""
         program = "import urllib.request as r,sys; print(r.urlopen(sys.argv[1], timeout=20).read().decode())"
         url = "http://127.0.0.1:8000/v1/releases/current"
         answer = self.kubectl.run("exec", self.head(), "-c", "ray", "--", "python", "-c", program, url)
-        found: dict[str, Any] = json.loads(answer)["routing"]
-        return found
+        routing: dict[str, Any] = json.loads(answer)["routing"]
+        return routing
 
     def _helm(self, verb: str, values: Values, *more: str) -> None:
         with self._values_options(values) as options:
@@ -171,7 +175,7 @@ class Installation:
     @contextmanager
     def _values_options(self, values: Values) -> Iterator[list[str]]:
         with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
-            json.dump(_over(_over(self._values(), self.given), values), file)
+            json.dump(_merged(_merged(self._values(), self.given), values), file)
             file.flush()
             files = [str(path) for path in (*values_files(), Path(file.name))]
             yield [option for path in files for option in ("-f", path)]
@@ -187,10 +191,12 @@ class Installation:
         }
 
 
-def _over(below: Values, above: Values) -> dict[str, Any]:
-    """Values merged over values, as Helm merges them."""
+def _merged(below: Values, above: Values) -> dict[str, Any]:
+    """Returns ``below`` with ``above`` merged over it, as Helm merges values."""
     merged = dict(below)
     for key, value in above.items():
-        known = merged.get(key)
-        merged[key] = _over(known, value) if isinstance(known, Mapping) and isinstance(value, Mapping) else value
+        existing = merged.get(key)
+        merged[key] = (
+            _merged(existing, value) if isinstance(existing, Mapping) and isinstance(value, Mapping) else value
+        )
     return merged

@@ -1,7 +1,7 @@
 """An installation with jobs and no service, and an ML engineer who may submit them.
 
 The engineer is a ServiceAccount that is bound to the chart's `submitters` Role only. Every command runs with its token,
-so that a missing right fails the scene.
+so that a missing right fails the test.
 """
 
 from __future__ import annotations
@@ -51,18 +51,18 @@ class Engineer:
     kubeconfig: Path
     namespace: str
 
-    def reelway(self, *words: str, within_s: float = COMMAND_S) -> CommandResult:
+    def reelway(self, *args: str, within_s: float = COMMAND_S) -> CommandResult:
         """Runs one command without a terminal."""
-        command = [str(Path(sys.executable).with_name("reelway")), *words]
+        command = [str(Path(sys.executable).with_name("reelway")), *args]
         environment = {**os.environ, "KUBECONFIG": str(self.kubeconfig), "COLUMNS": "160"}
-        done = subprocess.run(
+        result = subprocess.run(
             command, env=environment, capture_output=True, text=True, timeout=within_s, check=False,
             stdin=subprocess.DEVNULL,
         )  # fmt: skip
-        return CommandResult(done.returncode, done.stdout, done.stderr)
+        return CommandResult(result.returncode, result.stdout, result.stderr)
 
-    def interrupted_when(self, words: str, *command: str, within_s: float = COMMAND_S) -> CommandResult:
-        """Runs a command and sends Ctrl-C once it has printed these words to stderr."""
+    def interrupt_when(self, text: str, *command: str, within_s: float = COMMAND_S) -> CommandResult:
+        """Runs a command and sends Ctrl-C once it has printed ``text`` to stderr."""
         environment = {**os.environ, "KUBECONFIG": str(self.kubeconfig), "COLUMNS": "160"}
         program = str(Path(sys.executable).with_name("reelway"))
         with tempfile.NamedTemporaryFile("w") as errors:
@@ -71,27 +71,27 @@ class Engineer:
                 text=True,
             )  # fmt: skip
 
-            def seen() -> str:
+            def stderr() -> str:
                 return Path(errors.name).read_text()
 
             try:
-                until(f"{command} says {words!r}", lambda: words in seen(), within_s, seen)
+                until(f"{command} prints {text!r}", lambda: text in stderr(), within_s, stderr)
                 process.send_signal(signal.SIGINT)
                 out, _ = process.communicate(timeout=60)
             finally:
                 process.kill()
-            return CommandResult(process.returncode, out, seen())
+            return CommandResult(process.returncode, out, stderr())
 
     def job(self, name: str) -> dict[str, Any]:
-        """One job from `reelway jobs`; empty if it does not exist."""
+        """Returns a job from `reelway jobs`; empty if it does not exist."""
         listed = json.loads(self.reelway("jobs", "-n", self.namespace, "-o", "json").out)
-        return next((dict(one) for one in listed if one["name"] == name), {})
+        return next((dict(job) for job in listed if job["name"] == name), {})
 
-    def submit(self, kind: str, *words: str) -> str:
+    def submit(self, kind: str, *args: str) -> str:
         """Submits a job that must succeed and returns its output."""
-        said = self.reelway("submit", kind, "-n", self.namespace, *words)
-        assert said.code == 0, f"submit {kind} ended with {said.code}\n{said.err[-6000:]}"
-        return said.out.strip()
+        result = self.reelway("submit", kind, "-n", self.namespace, *args)
+        assert result.code == 0, f"submit {kind} ended with {result.code}\n{result.err[-6000:]}"
+        return result.out.strip()
 
 
 def job_values(**more: Any) -> dict[str, Any]:
@@ -102,7 +102,7 @@ def job_values(**more: Any) -> dict[str, Any]:
 
 
 @contextmanager
-def workshop(cluster: Cluster, kubectl: Kubectl, releases: ReleaseFixtures, **jobs: Any) -> Iterator[Installation]:
+def install_jobs(cluster: Cluster, kubectl: Kubectl, releases: ReleaseFixtures, **jobs: Any) -> Iterator[Installation]:
     """Installs jobs without a service. ``jobs`` are additional values of ``jobs``."""
     releases.deliver(kubectl)
     kubectl.run("create", "secret", "generic", SIGNING, f"--from-file=signing.pem={releases.keys.private}")
@@ -119,13 +119,13 @@ def workshop(cluster: Cluster, kubectl: Kubectl, releases: ReleaseFixtures, **jo
         installation.uninstall()
 
 
-def engineer_of(cluster: Cluster, kubectl: Kubectl, folder: Path) -> Engineer:
-    """Writes the engineer's kubeconfig."""
-    known = yaml.safe_load(cluster.kubeconfig.read_text())
+def create_engineer(cluster: Cluster, kubectl: Kubectl, folder: Path) -> Engineer:
+    """Writes a kubeconfig with the engineer's token."""
+    config = yaml.safe_load(cluster.kubeconfig.read_text())
     token = kubectl.run("create", "token", ENGINEER, "--duration=2h").strip()
-    (active,) = (one for one in known["contexts"] if one["name"] == known["current-context"])
+    (active,) = (each for each in config["contexts"] if each["name"] == config["current-context"])
     user = {"name": ENGINEER, "user": {"token": token}}
     context = {"name": ENGINEER, "context": {**active["context"], "user": ENGINEER, "namespace": kubectl.namespace}}
     path = folder / "engineer.kubeconfig"
-    path.write_text(yaml.safe_dump({**known, "users": [user], "contexts": [context], "current-context": ENGINEER}))
+    path.write_text(yaml.safe_dump({**config, "users": [user], "contexts": [context], "current-context": ENGINEER}))
     return Engineer(path, kubectl.namespace)

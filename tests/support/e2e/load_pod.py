@@ -1,7 +1,7 @@
 """Constant traffic from a pod, which shows whether an operation costs requests.
 
 The pod runs tests/support/constant_load.py in open loop and records time, status, arm and release of every request.
-All times are from the pod's clock, those of ``alert`` and ``now`` too.
+All times are from the pod's clock, including those of ``alert`` and ``now``.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from tests.support.e2e.pods import pod
 from tests.support.e2e.wait_until import until
 
 RATE: Final = float(os.environ.get("REELWAY_E2E_RATE", "10"))
-"""Requests per second. Use fewer on a busy machine."""
+"""Requests per second. Set ``REELWAY_E2E_RATE`` lower on a busy machine."""
 VIEWERS: Final = 5_000
 _RECORD: Final = "/tmp/record"
 _TAIL: Final = 'test ! -e "$0" || tail -c "$1" "$0"'
@@ -58,23 +58,23 @@ class Load:
         command = [self.kubectl.program, "--kubeconfig", str(self.kubectl.kubeconfig), "-n", self.kubectl.namespace,
                    "exec", self.name, "--", "sh", "-c", _TAIL, _RECORD, f"+{len(self._read) + 1}"]  # fmt: skip
         self._read += subprocess.run(command, capture_output=True, timeout=60, check=True).stdout
-        whole = len(self._read) // RECORD.itemsize * RECORD.itemsize
-        rows = np.frombuffer(bytes(self._read[:whole]), dtype=RECORD)
+        complete = len(self._read) // RECORD.itemsize * RECORD.itemsize
+        rows = np.frombuffer(bytes(self._read[:complete]), dtype=RECORD)
         return rows[(rows["sent"] >= since) & (rows["sent"] < before)]
 
     def settled(self, *, since: float, before: float) -> NDArray[np.void]:
-        """As ``rows``, after every request has an answer or has timed out."""
+        """Waits until every request has an answer or has timed out, then returns ``rows``."""
         sent = (before - since) * self.rate - 1
         until(
             f"{sent:.0f} requests are recorded",
             lambda: len(self.rows(since=since, before=before)) >= sent or self.now() > before + TIMEOUT_S + 1,
             TIMEOUT_S + 10,
-            self.last_words,
+            self.last_log_lines,
         )
         return self.rows(since=since, before=before)
 
     def failed(self, *, since: float, before: float) -> NDArray[np.void]:
-        """Records of requests between two times without a slate."""
+        """Records of requests between two times that got no slate."""
         rows = self.settled(since=since, before=before)
         return rows[rows["status"] != 200]
 
@@ -83,13 +83,13 @@ class Load:
         rows = self.rows(since=since)
         return rows[(rows["release"] == release[:12].encode()) & (rows["status"] == 200)]
 
-    def until_answered_by(self, release: str, *, since: float, within_s: float, count: int = 1) -> float:
+    def wait_until_answered_by(self, release: str, *, since: float, within_s: float, count: int = 1) -> float:
         """Waits for slates of a release and returns the time of the first one."""
         until(
             f"{count} slates of {release[:12]}",
             lambda: len(self.answers(release, since=since)) >= count,
             within_s,
-            self.last_words,
+            self.last_log_lines,
         )
         return float(self.answers(release, since=since)["done"].min())
 
@@ -113,9 +113,9 @@ class Load:
         """Stops the traffic. Records that were read are kept."""
         self.kubectl.run("delete", "pod", self.name, "--wait=true", "--timeout=60s")
 
-    def last_words(self) -> str:
+    def last_log_lines(self) -> str:
         """The last log lines of the pod."""
-        return "the load said: " + self.kubectl.run("logs", self.name, "--tail=5").strip()
+        return "last log lines of the load: " + self.kubectl.run("logs", self.name, "--tail=5").strip()
 
 
 @contextmanager
@@ -132,6 +132,6 @@ def constant_load(
 
 
 def token_of(kubectl: Kubectl, secret: str, key: str) -> str:
-    """One value of a Secret."""
+    """Returns one value of a Secret."""
     data = json.loads(kubectl.run("get", "secret", secret, "-o", "json"))["data"]
     return base64.b64decode(data[key]).decode()

@@ -1,4 +1,4 @@
-"""An installation under load that Prometheus scrapes, for scenes and the alert benchmark."""
+"""An installation under load that Prometheus scrapes, for end-to-end tests and the alert benchmark."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tests.support.e2e.clusters import Cluster
 from tests.support.e2e.faulty_releases import FEATURES, KNOWN, FaultyReleases, faulty_releases
 from tests.support.e2e.installation import Installation
 from tests.support.e2e.load_pod import Load, constant_load
-from tests.support.e2e.monitoring import Monitoring, monitoring_of
+from tests.support.e2e.monitoring import Monitoring, find_monitoring
 from tests.support.e2e.rollouts import HELD
 
 NAMESPACE: Final = "reelway-mon"
@@ -45,17 +45,17 @@ class MonitoredInstallation:
 
 @contextmanager
 def monitored(cluster: Cluster, *, errors: int, slow: int) -> Iterator[MonitoredInstallation]:
-    """Installs the chart with monitors, rules and alert route. All viewers are on the first sound release."""
-    monitoring = monitoring_of(cluster)
+    """Installs the chart with monitors, rules and alert route. The first sound release serves all viewers."""
+    monitoring = find_monitoring(cluster)
     with faulty_releases(cluster, errors=errors, slow=slow) as releases, cluster.namespace(NAMESPACE) as kubectl:
         releases.deliver(kubectl)
         features = {"features": {"type": "directory", "directory": FEATURES}}
-        installation = Installation(cluster, kubectl, releases.made, given={**monitoring.values(), **features})
+        installation = Installation(cluster, kubectl, releases.fixtures, given={**monitoring.values(), **features})
         try:
             installation.install()
-            installation.until_ready()
+            installation.wait_until_ready()
             with constant_load(kubectl, installation.url, rate=RATE, viewers=KNOWN) as load:
-                load.until_answered_by(releases.sound[0], since=0.0, within_s=60, count=20)
+                load.wait_until_answered_by(releases.sound[0], since=0.0, within_s=60, count=20)
                 yield MonitoredInstallation(installation, load, releases, monitoring)
         finally:
             installation.uninstall()

@@ -12,15 +12,15 @@ from pathlib import Path
 from typing import Any, Final
 
 import yaml
-from tests.support.cluster.kubectl import Kubectl
-from tests.support.e2e.clusters import CHART, ROOT
+from tests.support.cluster.kubectl import ROOT, Kubectl
+from tests.support.e2e.clusters import CHART
 
 DEV_VALUES: Final = ROOT / "infra" / "environments" / "dev.yaml"
 MORE_VALUES: Final = "REELWAY_E2E_VALUES"
 """Environment variable with a values file for a cluster other than the node, for example with its registry."""
 LABEL: Final = {"reelway.dev/e2e": "client"}
 """Label of these pods, which network policies admit."""
-UP_S: Final = 60.0
+START_TIMEOUT_S: Final = 60.0
 
 
 def values_files() -> list[Path]:
@@ -30,14 +30,14 @@ def values_files() -> list[Path]:
 
 
 def image(of: str = "operator") -> str:
-    """Reference of an image, as the installations' values name it."""
-    named: dict[str, Any] = {"tag": yaml.safe_load((CHART / "Chart.yaml").read_text())["appVersion"]}
+    """Reference of an image, from the values of the installations."""
+    reference: dict[str, Any] = {"tag": yaml.safe_load((CHART / "Chart.yaml").read_text())["appVersion"]}
     registry = ""
     for path in values_files():
         values = yaml.safe_load(path.read_text()).get("image", {})
         registry = values.get("registry", registry)
-        named |= values.get(of, {})
-    return f"{registry}/{named['repository']}:{named['tag']}"
+        reference |= values.get(of, {})
+    return f"{registry}/{reference['repository']}:{reference['tag']}"
 
 
 def pod_document(
@@ -88,7 +88,7 @@ def pod(
         more["files"] = f"{name}-files"
     kubectl.apply(pod_document(name, command, **more))
     try:
-        kubectl.run("wait", "--for=condition=Ready", f"pod/{name}", f"--timeout={UP_S:g}s")
+        kubectl.run("wait", "--for=condition=Ready", f"pod/{name}", f"--timeout={START_TIMEOUT_S:g}s")
         yield name
     finally:
         kubectl.run("delete", "pod", name, "--wait=true", "--ignore-not-found", "--timeout=60s")

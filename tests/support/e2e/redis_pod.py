@@ -6,7 +6,7 @@ import os
 from typing import Any, Final
 
 from tests.support.cluster.kubectl import Kubectl
-from tests.support.e2e.pods import LABEL, UP_S, pod_document
+from tests.support.e2e.pods import LABEL, START_TIMEOUT_S, pod_document
 
 IMAGE: Final = "REELWAY_E2E_REDIS_IMAGE"
 """Environment variable with the image for a cluster other than the node of `make cluster`."""
@@ -26,4 +26,4 @@ def apply_redis(kubectl: Kubectl, name: str, secret: str) -> None:
         "apiVersion": "v1", "kind": "Service", "metadata": {"name": name},
         "spec": {"selector": {"app": name}, "ports": [{"port": PORT, "targetPort": PORT}]},
     })  # fmt: skip
-    kubectl.run("wait", "--for=condition=Ready", f"pod/{name}", f"--timeout={UP_S:g}s")
+    kubectl.run("wait", "--for=condition=Ready", f"pod/{name}", f"--timeout={START_TIMEOUT_S:g}s")

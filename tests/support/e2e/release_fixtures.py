@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from tests.support.cluster.kubectl import Kubectl
-from tests.support.e2e.clusters import Cluster, persistently
+from tests.support.e2e.clusters import Cluster, retry_cleanup
 from tests.support.e2e.pods import pod
 from tests.support.release_files import make_release_folder
 
@@ -53,15 +53,15 @@ class ReleaseFixtures:
             kubectl.run("exec", name, "--", "chmod", "-R", "a+rX", "/volume/releases")
 
     def _volume(self, kubectl: Kubectl) -> str:
-        name, place = f"{kubectl.namespace}-{CLAIM}", self.folder / "volumes" / kubectl.namespace
-        place.mkdir(parents=True)
-        place.chmod(0o777)  # pods write with a user id that does not exist on this machine
+        name, path = f"{kubectl.namespace}-{CLAIM}", self.folder / "volumes" / kubectl.namespace
+        path.mkdir(parents=True)
+        path.chmod(0o777)  # pods write with a user id that does not exist on this machine
         self.volumes.append(name)
         kubectl.apply({
             "apiVersion": "v1", "kind": "PersistentVolume", "metadata": {"name": name},
             "spec": {
                 "accessModes": ["ReadWriteMany"], "capacity": {"storage": _SIZE}, "storageClassName": "",
-                "persistentVolumeReclaimPolicy": "Retain", "hostPath": {"path": str(place), "type": "Directory"},
+                "persistentVolumeReclaimPolicy": "Retain", "hostPath": {"path": str(path), "type": "Directory"},
                 "claimRef": {"namespace": kubectl.namespace, "name": CLAIM},
             },
         })  # fmt: skip
@@ -69,16 +69,16 @@ class ReleaseFixtures:
 
 
 @contextmanager
-def made_releases(cluster: Cluster, count: int, videos: int = VIDEOS) -> Iterator[ReleaseFixtures]:
+def build_release_fixtures(cluster: Cluster, count: int, videos: int = VIDEOS) -> Iterator[ReleaseFixtures]:
     """Builds ``count`` releases for namespaces that are deleted within the block."""
-    with tempfile.TemporaryDirectory(prefix="reelway-e2e-") as place:
-        folder = Path(place)
+    with tempfile.TemporaryDirectory(prefix="reelway-e2e-") as path:
+        folder = Path(path)
         keys = create_keys(folder / "keys")
         key, store = load_private_key(keys.private), ReleaseStore(str(folder / "releases"))
-        made = [folder / f"made-{seed}" for seed in range(count)]
+        folders = [folder / f"release-{seed}" for seed in range(count)]
         ids = tuple(
-            store.write(one, make_release_folder(one, videos=videos, seed=seed, key=key))
-            for seed, one in enumerate(made)
+            store.write(release, make_release_folder(release, videos=videos, seed=seed, key=key))
+            for seed, release in enumerate(folders)
         )
         releases = ReleaseFixtures(cluster, folder, keys, ids)
         try:
@@ -86,4 +86,4 @@ def made_releases(cluster: Cluster, count: int, videos: int = VIDEOS) -> Iterato
         finally:
             for volume in releases.volumes:
                 delete = ("delete", "pv", volume, "--ignore-not-found", "--timeout=60s")
-                persistently(lambda delete=delete: cluster.kubectl("default").run(*delete))
+                retry_cleanup(lambda delete=delete: cluster.kubectl("default").run(*delete))

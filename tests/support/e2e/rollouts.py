@@ -13,7 +13,7 @@ STEPPED: Final[dict[str, Any]] = {
     "steps": [
         {"weight_percent": weight, "hold_s": 2, "minimum_viewers": 5, "minimum_impressions": 5} for weight in (10, 50)
     ],
-    # Latency depends on the shared machine, and parity has a scene of its own.
+    # Latency depends on the shared machine, and parity has other tests.
     "guardrails": {"p99_ms": None, "parity_mismatches": None, "error_ratio": {"maximum": 0.5}},
     "outcomes": [{"name": "long_watch_rate", "margin": 0.25, "minimum_viewers": 50}],
     "cooldown_s": 0,
@@ -40,16 +40,16 @@ def phase(kubectl: Kubectl, name: str) -> str:
     return str(status(kubectl, name).get("phase", ""))
 
 
-def until_phase(kubectl: Kubectl, name: str, *wanted: str, within_s: float = STEP_S) -> float:
+def wait_until_phase(kubectl: Kubectl, name: str, *phases: str, within_s: float = STEP_S) -> float:
     """Waits for a phase with the traffic as recorded. Returns the seconds waited."""
 
     def holds() -> bool:
-        seen = status(kubectl, name)
-        ready = any(one["type"] == "Ready" and one["status"] == "True" for one in seen.get("conditions", ()))
-        return seen.get("phase") in wanted and ready
+        current = status(kubectl, name)
+        ready = any(each["type"] == "Ready" and each["status"] == "True" for each in current.get("conditions", ()))
+        return current.get("phase") in phases and ready
 
-    def told() -> str:
-        seen = status(kubectl, name)
-        return f"{seen.get('phase')}: {seen.get('reason')}; {seen.get('waitsFor')}; {seen.get('conditions')}"
+    def state() -> str:
+        now = status(kubectl, name)
+        return f"{now.get('phase')}: {now.get('reason')}; {now.get('waitsFor')}; {now.get('conditions')}"
 
-    return until(f"rollout {name} is {' or '.join(wanted)}", holds, within_s, told)
+    return until(f"rollout {name} is {' or '.join(phases)}", holds, within_s, state)

@@ -115,8 +115,8 @@ def batch_events(done: Sequence[ReportedOutcomeFixture], until_us: int, labels: 
 def batch_table(view: str, events: Events, until_us: int, settings: ViewSettings) -> pa.Table:
     """Returns the complete view of the batch job."""
     if view == "creator_statistics":
-        known = catalogue()
-        return views.creator_statistics(events, known.videos, known.creators, settings, until_us)
+        contents = catalogue()
+        return views.creator_statistics(events, contents.videos, contents.creators, settings, until_us)
     make = {
         "viewer_activity": views.viewer_activity, "viewer_history": views.viewer_history,
         "viewer_topic_affinity": views.viewer_topic_affinity, "video_engagement": views.video_engagement,

@@ -39,7 +39,7 @@ def make_trained_run(path: Path, *, requests: int = 300, gates: list[dict[str, A
     _write_models(run.models)
     write_evaluation(run, gates=gates)
     for step in ("features", "train", "evaluate"):
-        with run.step(step, config={"made": "for tests"}):
+        with run.step(step, config={"purpose": "tests"}):
             pass
     return run
 
@@ -47,8 +47,8 @@ def make_trained_run(path: Path, *, requests: int = 300, gates: list[dict[str, A
 def write_evaluation(run: RunDirectory, gates: list[dict[str, Any]] | None = None, **metrics: Any) -> None:
     """Writes ``evaluation.json``, by default with one passed gate."""
     holds = [{"name": "recall_at_50", "value": 0.4, "bound": 0.3, "comparison": ">=", "passed": True, "detail": ""}]
-    found = {"recall_at_50": 0.4, "auc_share": None} | metrics
-    write_json(run.evaluation / "evaluation.json", {"metrics": found, "gates": holds if gates is None else gates})
+    values = {"recall_at_50": 0.4, "auc_share": None} | metrics
+    write_json(run.evaluation / "evaluation.json", {"metrics": values, "gates": holds if gates is None else gates})
 
 
 def write_features(run: RunDirectory, tables: dict[str, pa.Table], dimensions: FeatureDimensions) -> None:

@@ -18,13 +18,13 @@ def write_views(run: RunDirectory, tables: dict[str, pa.Table], settings: views.
     write_dataset(run.dataset, tables)
     labels = label_impressions(tables["impressions"], tables["outcomes"], tables["videos"])
     until_us = data_end_us(labels)
-    made = {
+    view_tables = {
         "viewer_profile": views.viewer_profile(tables["viewers"]),
         "video_content": views.video_content(tables["videos"]),
     }
     for family in ENTITY_KEYS:
-        made |= entity_views(family, labels, (tables["creators"], tables["videos"]), settings, until_us)
-    for name, table in made.items():
+        view_tables |= entity_views(family, labels, (tables["creators"], tables["videos"]), settings, until_us)
+    for name, table in view_tables.items():
         folder = run.features / "views" / name
         folder.mkdir(parents=True, exist_ok=True)
         pq.write_table(table, folder / "bucket-0000.parquet")

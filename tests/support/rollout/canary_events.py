@@ -1,6 +1,8 @@
-"""Random histories of one rollout: evidence good, bad, missing, stale or of another release, commands repeated and out
-of order, clocks that jump, crashes that reload the recorded state. What must hold after each event is written once, in
-``check``; the tests and the benchmark run the same code, with different numbers of histories.
+"""Random histories of one rollout, and the invariants that must hold after each event.
+
+Evidence is good, bad, missing, stale or about another release. Commands are repeated and out of order, clocks jump, and
+crashes reload the recorded state. ``check`` has the invariants. Tests and benchmark run the same code with different
+numbers of histories.
 """
 
 from __future__ import annotations
@@ -93,7 +95,7 @@ _WEIGHTED = ["good"] * 30 + ["few"] * 6 + sorted((MISSING | DANGEROUS | {"foreig
 
 
 class HistoryGenerator:
-    """Makes and plays random histories. ``counts`` says how often each action was taken: all must occur."""
+    """Generates and plays random histories. ``counts`` is the number of times that each action was taken."""
 
     def __init__(self, seed: int) -> None:
         self.random = random.Random(seed)
@@ -106,7 +108,7 @@ class HistoryGenerator:
         self.events = 0
 
     def play(self, events: int) -> RolloutState:
-        """One history of that many events, checked after each."""
+        """Plays one history of this many events and checks the invariants after each."""
         rng, world = self.random, _FakeEnvironment()
         self.policy = rng.choice(self.policies)
         state = start_state(self.policy, rollout_id="r", canary_release=RELEASE, stable_release=STABLE, now=world.now)
@@ -128,29 +130,29 @@ class HistoryGenerator:
         if dice < 0.18:
             verb = rng.choice(("pause", "pause", "resume", "resume", "promote", "promote", "rollback"))
             command = Command(id=rng.choice((number, "again")), verb=verb, force=rng.random() < 0.2)
-            asked = add_command(state, command)
-            assert add_command(asked, command) == asked, "the same command twice"
-            return asked
+            updated = add_command(state, command)
+            assert add_command(updated, command) == updated, "a repeated command changed the state"
+            return updated
         world.now += rng.choice((0.0, 10.0, 30.0, 60.0, 60.0))
         kind = rng.choice(_WEIGHTED)
-        evidence = replace(self.kinds[kind], time=world.evidence_time(rng), weights=world.seen(state, rng))
+        evidence = replace(self.kinds[kind], time=world.evidence_time(rng), weights=world.observed_weights(state, rng))
         decision = decide_on(self.policy, state, evidence, self.assessed[kind], world.now)
         after = advance(state, decision, self.policy, world.now)
         check(self.policy, state, kind, evidence, self.assessed[kind], decision, after)
         self.counts[decision.action] += 1
-        if rng.random() < 0.05:  # killed after the record was written, before anything else
+        if rng.random() < 0.05:  # killed right after the record was written
             assert RolloutState.model_validate_json(after.model_dump_json()) == after
-        elif rng.random() < 0.05:  # killed before it: the same again, from the state before
+        elif rng.random() < 0.05:  # killed before the record: decide again from the previous state
             again = advance(state, decide_on(self.policy, state, evidence, self.assessed[kind], world.now), self.policy,
                             world.now)  # fmt: skip
-            assert again == after, "the same inputs, another decision"
+            assert again == after, "the same inputs gave another decision"
         world.apply(after, rng)
         return after
 
 
 @dataclass
 class _FakeEnvironment:
-    """Clock and traffic as the controller meets them."""
+    """Clock and traffic of the simulated controller."""
 
     now: float = 1_000_000.0
     weights: dict[Arm, int] = field(default_factory=dict)
@@ -158,7 +160,7 @@ class _FakeEnvironment:
     def evidence_time(self, rng: random.Random) -> float:
         return self.now - rng.choice((0.0, 0.0, 0.0, 0.0, 5.0, 30.0, 600.0, -5.0, -600.0))
 
-    def seen(self, state: RolloutState, rng: random.Random) -> dict[Arm, int] | None:
+    def observed_weights(self, state: RolloutState, rng: random.Random) -> dict[Arm, int] | None:
         return None if rng.random() < 0.2 else dict(self.weights or state.weights)
 
     def apply(self, state: RolloutState, rng: random.Random) -> None:
@@ -170,20 +172,20 @@ def check(
     policy: RolloutPolicy, before: RolloutState, kind: str, evidence: EvidenceSnapshot, verdicts: Assessment,
     decision: Decision, after: RolloutState,
 ) -> None:  # fmt: skip
-    """The invariants of a rollout, one line each."""
+    """Asserts the invariants of a rollout."""
     weights = after.weights
     assert sum(weights.values()) == 10_000, "weights sum to 10,000"
-    assert all(isinstance(w, int) and w >= 0 for w in weights.values()), "whole basis points"
+    assert all(isinstance(w, int) and w >= 0 for w in weights.values()), "weights are non-negative integers"
     assert weights[Arm.HOLDOUT] == policy.holdout_bp, "the holdout is never ramped"
     assert decision.reason, "every decision has a reason"
     if not before.retired:
-        assert after.retired or before.stable_release in after.warm_releases, "stable capacity untouched"
+        assert after.retired or before.stable_release in after.warm_releases, "stable keeps its capacity"
     assert before.stable_release in after.deployed_releases or after.retired
     promoting = after.phase is Phase.PROMOTING and before.phase is not Phase.PROMOTING
     forced = before.command is not None and before.command.verb == "promote" and before.command.force
     if (promoting or (decision.action is Action.STEP and before.phase in RAMPING_PHASES)) and not forced:
-        enough_for_a_step = {"few"} if decision.action is Action.STEP else set()
-        assert kind not in MISSING - enough_for_a_step, "never on missing evidence"
+        sufficient_for_step = {"few"} if decision.action is Action.STEP else set()
+        assert kind not in MISSING - sufficient_for_step, "a step or promotion without evidence"
         assert kind not in DANGEROUS
         assert evidence.release == before.canary_release
     if decision.action is Action.STEP and before.phase not in RAMPING_PHASES:
@@ -196,9 +198,9 @@ def check(
         assert after.phase in (Phase.ROLLING_BACK, Phase.ROLLED_BACK), "rollback is final"
         assert weights[Arm.CANARY] == 0
     if kind in DANGEROUS - {"harm"} and before.phase is not Phase.PENDING and not before.retired:
-        assert weights[Arm.CANARY] == 0, "a guardrail acts at once"
+        assert weights[Arm.CANARY] == 0, "a guardrail acts immediately"
     if kind == "harm" and before.phase in RAMPING_PHASES:
-        assert weights[Arm.CANARY] == 0, "established harm acts at once, paused or not"
+        assert weights[Arm.CANARY] == 0, "established harm acts immediately, even if paused"
     if after.phase is Phase.STEPPING and before.phase in RAMPING_PHASES:
         assert after.canary_bp >= before.canary_bp, "the ramp is monotone"
     if decision.action in (Action.HOLD, Action.WAIT, Action.PAUSE, Action.CARRY_ON, Action.RESUME, Action.REFUSE):
@@ -209,4 +211,4 @@ def check(
         except RolloutError:
             pass
         else:
-            raise AssertionError("a release rolled back starts again without --force")
+            raise AssertionError("a rolled-back release started again without --force")

@@ -1,6 +1,6 @@
 """Simulated rollouts that lose their telemetry for five minutes, through the real ``decide`` and ``advance``.
 
-Also the bridge between the array code and the real one: ``build_snapshot`` turns one simulated rollout into evidence.
+``snapshot_of`` converts one rollout of the array code into evidence for the real code.
 """
 
 from __future__ import annotations
@@ -9,7 +9,15 @@ from dataclasses import replace
 
 import numpy as np
 from tests.support.rollout.canary_population import Population
-from tests.support.rollout.canary_simulation import PROMOTED, ROLLED_BACK, RUNNING, ArmSums, Scenario, Simulation, looks
+from tests.support.rollout.canary_simulation import (
+    PROMOTED,
+    ROLLED_BACK,
+    RUNNING,
+    ArmSums,
+    Scenario,
+    Simulation,
+    reconcile_times,
+)
 
 from reelway.platform.rollout.decision import Action, advance, decide, start_state
 from reelway.platform.rollout.evidence import (
@@ -30,7 +38,7 @@ _HEALTHY = {
 
 
 def statistics_of(arm: ArmSums, rollout: int) -> list[ArmStatistics]:
-    """One arm of one rollout, a value per test of the policy."""
+    """Returns the statistics of one arm of one rollout, one entry per test of the policy."""
     columns = [column[rollout] for column in arm.of_tests()]
     impressions = float(arm.impressions[rollout])
     return [
@@ -39,7 +47,7 @@ def statistics_of(arm: ArmSums, rollout: int) -> list[ArmStatistics]:
 
 
 def snapshot_of(simulation: Simulation, rollout: int, now: float) -> EvidenceSnapshot:
-    """The evidence that the service would have of this rollout now."""
+    """Returns the evidence about this rollout at a time."""
     tests = simulation.scenario.policy.tests
     stable, canary = (statistics_of(arm, rollout) for arm in (simulation.stable, simulation.canary))
     metrics = {(metric.name, part): MetricEvidence(_OK, stable[i], canary[i]) for i, (metric, part) in enumerate(tests)}
@@ -47,7 +55,7 @@ def snapshot_of(simulation: Simulation, rollout: int, now: float) -> EvidenceSna
 
 
 def begin(policy: RolloutPolicy, step: int, held_s: float, now: float) -> RolloutState:
-    """A rollout that has been at ``step`` for ``held_s``."""
+    """Returns the state of a rollout that has been at ``step`` for ``held_s``."""
     fresh = start_state(policy, rollout_id="r", canary_release="c", stable_release="s", now=now)
     points = policy.steps[step].weight_bp
     return fresh.model_copy(
@@ -56,10 +64,10 @@ def begin(policy: RolloutPolicy, step: int, held_s: float, now: float) -> Rollou
 
 
 def play_outages(policy: RolloutPolicy, same: Population, rollouts: int) -> tuple[int, int, int, int]:
-    """Promotions, rollbacks, rollouts whose weights moved, and rollouts that held, during the outage.
+    """Counts promotions, rollbacks, rollouts whose weights changed, and rollouts that held during the outage.
 
-    Half of the rollouts are A/A and half carry a release whose long-watch rate is 10 % lower: telemetry that is down
-    must save neither of them from nor condemn either to anything.
+    Half of the rollouts are A/A, and half have a release with a 10 % lower long-watch rate. Missing telemetry must
+    neither promote nor roll back either of them.
     """
     rng = np.random.default_rng(11)
     worse = Population(3, {"long_watch_rate": 0.9})
@@ -69,7 +77,7 @@ def play_outages(policy: RolloutPolicy, same: Population, rollouts: int) -> tupl
         while done < share:
             until = int(rng.integers(3, 70))
             scenario = Scenario(
-                policy, same, population, 3_000 if population is same else 300, looks(60, 60 * until, 60, 0)
+                policy, same, population, 3_000 if population is same else 300, reconcile_times(60, 60 * until, 60, 0)
             )
             simulation = Simulation(scenario, 40, rng).run()
             for rollout in np.flatnonzero(simulation.outcome == RUNNING)[: share - done]:
@@ -79,12 +87,12 @@ def play_outages(policy: RolloutPolicy, same: Population, rollouts: int) -> tupl
 
 
 def _outage(policy: RolloutPolicy, simulation: Simulation, rollout: int, now: float) -> np.ndarray:
-    """Five minutes of looks 10 s apart: nothing comes, everything is NaN, or one old snapshot comes again and again."""
+    """Plays five minutes of reconciles, 10 s apart, with no evidence, empty evidence or one stale snapshot."""
     state = begin(policy, int(simulation.step[rollout]), float(simulation.held_s[rollout]), now)
     before, old = state.weights, snapshot_of(simulation, rollout, now - policy.evidence_max_age_s - 1)
     empty = EvidenceSnapshot(now, "c", {}, {}, canary_ready=True)
-    stuck = {key: MetricEvidence(_OK, seen.stable, seen.stable) for key, seen in old.metrics.items()}
-    stale = replace(old, metrics=stuck)
+    stale_metrics = {key: MetricEvidence(_OK, metric.stable, metric.stable) for key, metric in old.metrics.items()}
+    stale = replace(old, metrics=stale_metrics)
     promoted = rolled_back = moved = held = 0
     for tick in range(1, 31):
         evidence = (None, EvidenceSnapshot(now + 10 * tick, "c", empty.metrics, empty.guardrails), stale)[rollout % 3]
@@ -98,25 +106,25 @@ def _outage(policy: RolloutPolicy, simulation: Simulation, rollout: int, now: fl
 
 
 def play_both(simulation: Simulation, chosen: list[int]) -> list[tuple[int, int, int]]:
-    """Run the real code beside the array code; returns (rollout, look, what differed) and is empty when they agree."""
+    """Runs the real code beside the array code. Returns differences as (rollout, reconcile, array code's outcome)."""
     policy = simulation.scenario.policy
     states = {rollout: begin(policy, 0, 0.0, 0.0) for rollout in chosen}
     differences: list[tuple[int, int, int]] = []
 
-    def compare(look: int, seen: Simulation) -> None:
-        now = float(seen.scenario.looks_s[look])
+    def compare(index: int, arrays: Simulation) -> None:
+        now = float(arrays.scenario.reconciles_s[index])
         for rollout, state in states.items():
             if state.phase in (Phase.PROMOTING, Phase.ROLLING_BACK, Phase.PAUSED):
                 continue
-            decision = decide(policy, state, snapshot_of(seen, rollout, now), now)
+            decision = decide(policy, state, snapshot_of(arrays, rollout, now), now)
             states[rollout] = after = advance(state, decision, policy, now)
-            expected = {PROMOTED: Phase.PROMOTING, ROLLED_BACK: Phase.ROLLING_BACK}.get(int(seen.outcome[rollout]))
+            expected = {PROMOTED: Phase.PROMOTING, ROLLED_BACK: Phase.ROLLING_BACK}.get(int(arrays.outcome[rollout]))
             if (expected is not None and after.phase is not expected) or (
-                seen.outcome[rollout] == RUNNING
-                and (after.step != seen.step[rollout] or after.phase not in (Phase.STEPPING, Phase.HOLDING))
+                arrays.outcome[rollout] == RUNNING
+                and (after.step != arrays.step[rollout] or after.phase not in (Phase.STEPPING, Phase.HOLDING))
             ):
-                differences.append((rollout, look, int(seen.outcome[rollout])))
+                differences.append((rollout, index, int(arrays.outcome[rollout])))
 
-    simulation.scenario.on_look = compare
+    simulation.scenario.on_reconcile = compare
     simulation.run()
     return differences

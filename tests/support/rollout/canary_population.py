@@ -1,9 +1,9 @@
-"""Viewers for simulated rollouts: they differ from each other, come back, and are counted the way the service counts.
+"""Viewers for simulated rollouts. They differ from each other, return, and are counted as the service counts.
 
-Thousands of rollouts at once are drawn as sums over viewers, not viewer by viewer. A pool of simulated viewers, each
-with two sessions and all cross products between them, is summed into blocks; a cohort of K viewers is a few blocks and
-a few single viewers drawn from the pool, and from ``GAUSSIAN_FROM`` viewers on a Gaussian with the pool's moments. What
-is approximated is only the sum over thousands of independent viewers.
+Thousands of rollouts at once are drawn as sums over viewers. A pool of simulated viewers, each with two sessions and
+all cross products between them, is summed into blocks. A cohort of K viewers consists of a few blocks and a few single
+viewers from the pool. From ``GAUSSIAN_FROM`` viewers on, it is a Gaussian with the pool's moments, so only sums over
+thousands of independent viewers are approximated.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class Cohorts:
 
 
 class Population:
-    """Where the viewers of one arm come from. ``change`` multiplies a metric's rate: {"long_watch_rate": 0.9}."""
+    """The viewers of one arm. ``change`` multiplies a metric's rate: {"long_watch_rate": 0.9}."""
 
     def __init__(self, seed: int, change: Mapping[str, float] | None = None) -> None:
         rng = np.random.default_rng(seed)
@@ -69,7 +69,7 @@ class Population:
         self.root = (vectors * np.sqrt(np.maximum(values, 0.0))).astype(np.float32)
 
     def cohorts(self, rng: np.random.Generator, viewers: NDArray[np.int64]) -> Cohorts:
-        """One cohort of that many viewers for each rollout."""
+        """Draws one cohort of this many viewers for each rollout."""
         sums = np.zeros((len(viewers), self.rows.shape[1]), dtype=np.float32)
         large = viewers >= GAUSSIAN_FROM
         if large.any():
@@ -92,7 +92,7 @@ class Population:
 
 
 def _viewers(rng: np.random.Generator, n: int, change: dict[str, float]) -> F32:
-    """Rows of (is new, x and y of both sessions, products of all session pairs); half of the viewers come back."""
+    """Returns rows of (is new, x and y of both sessions, products of all session pairs). Half of the viewers return."""
 
     def rate(metric: str) -> float:
         return change.get(metric, 1.0)

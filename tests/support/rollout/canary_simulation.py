@@ -1,7 +1,7 @@
-"""Thousands of rollouts at once: the same statistics as ``assess``, the same rules as ``decide``, as array code.
+"""Simulates thousands of rollouts at once, with the statistics of ``assess`` and the rules of ``decide`` as array code.
 
-``tests/platform/rollout/test_simulation_agrees.py`` runs both on the same sums, look by look, and holds them equal; the
-statistics are not copied but called. Guardrails are healthy here, so what is measured is the outcome tests.
+The statistics are calls of the real functions. ``tests/platform/rollout/test_simulation_agrees.py`` compares the rules
+with the real ones, reconcile by reconcile. All guardrails are healthy, so only the outcome tests are measured.
 """
 
 from __future__ import annotations
@@ -38,22 +38,22 @@ class ArmSums:
             np.zeros((rollouts, 2)), np.zeros(rollouts), np.zeros((rollouts, LINEAR)), np.zeros((rollouts, QUADRATIC))
         )
 
-    def arrive(self, cohort: Cohorts, weight: F64) -> None:
-        """First sessions, each impression counted ``weight`` times."""
+    def add_first_sessions(self, cohort: Cohorts, weight: F64) -> None:
+        """Adds first sessions, with each impression counted ``weight`` times."""
         self.viewers += cohort.viewers
         self.impressions += cohort.linear[:, 0, 0]
         self.linear += weight[:, None] * cohort.linear[:, 0]
         self.quadratic += (weight**2)[:, None] * cohort.pairs[:, 0]
 
-    def come_back(self, cohort: Cohorts, first_weight: F64, weight: F64) -> None:
-        """Second sessions of a cohort that arrived under ``first_weight``: the viewer's own terms grow."""
+    def add_second_sessions(self, cohort: Cohorts, first_weight: F64, weight: F64) -> None:
+        """Adds second sessions of a cohort whose first sessions had ``first_weight``."""
         self.impressions += cohort.linear[:, 1, 0]
         self.linear += weight[:, None] * cohort.linear[:, 1]
         self.quadratic += (first_weight * weight)[:, None] * cohort.pairs[:, 1]
         self.quadratic += (weight**2)[:, None] * cohort.pairs[:, 2]
 
     def of_tests(self) -> tuple[F64, ...]:
-        """viewers, sum_x, sum_y, sum_xx, sum_yy, sum_xy, each [rollouts, tests]."""
+        """Returns viewers, sum_x, sum_y, sum_xx, sum_yy and sum_xy, each [rollouts, tests]."""
         new = np.array([part is Slice.NEW_VIEWERS for _, part in TESTS])
         viewers = np.where(new, self.viewers[:, 1:2], self.viewers[:, :1])
         x, y = self.linear[:, X_ROW], self.linear[:, N_X:]
@@ -63,7 +63,7 @@ class ArmSums:
 
 @dataclass(frozen=True)
 class Bounds:
-    """What ``assess`` would find, as arrays [rollouts, tests]."""
+    """Results of ``assess`` as arrays [rollouts, tests]."""
 
     harm: F64
     error: F64
@@ -74,7 +74,7 @@ class Bounds:
 
 
 def judge(policy: RolloutPolicy, stable: ArmSums, canary: ArmSums) -> Bounds:
-    """The outcome tests of ``assess``, for all rollouts."""
+    """Returns the results of the outcome tests of ``assess`` for all rollouts."""
     assert tuple((m.name, part) for m, part in policy.tests) == TESTS
     of_stable, of_canary = stable.of_tests(), canary.of_tests()
     lower = np.array([m.direction == "lower" for m, _ in policy.tests])
@@ -93,21 +93,21 @@ def judge(policy: RolloutPolicy, stable: ArmSums, canary: ArmSums) -> Bounds:
 
 @dataclass
 class Scenario:
-    """What happens, look by look. ``viewers_per_minute`` arrive in all arms together."""
+    """Course of the simulated rollouts. ``viewers_per_minute`` is the total of both arms."""
 
     policy: RolloutPolicy
     stable: Population
     canary: Population
     viewers_per_minute: float
-    looks_s: F64
+    reconciles_s: F64
     return_after: int = 15
     telemetry_down: tuple[int, int] = (-1, -1)
-    on_look: Callable[[int, Simulation], None] | None = None
+    on_reconcile: Callable[[int, Simulation], None] | None = None
 
 
 @dataclass
 class Simulation:
-    """Where every rollout stands. ``step`` and ``outcome`` are per rollout; ``ended`` is the look it ended at."""
+    """State of every rollout. ``step`` and ``outcome`` are per rollout; ``ended`` is the last reconcile."""
 
     scenario: Scenario
     rollouts: int
@@ -130,37 +130,37 @@ class Simulation:
         self.stable, self.canary = ArmSums.empty(n), ArmSums.empty(n)
 
     def run(self) -> Simulation:
-        """Play all looks, or until no rollout runs any more."""
+        """Plays all reconciles, or stops when no rollout is running."""
         scenario = self.scenario
         ramp = np.array([step.weight_bp for step in scenario.policy.steps]) / BASIS_POINTS
         past: list[tuple[Cohorts, Cohorts, F64]] = []
         before_s = 0.0
-        for look, now_s in enumerate(scenario.looks_s):
+        for index, now_s in enumerate(scenario.reconciles_s):
             share = ramp[self.step]
             minutes = (now_s - before_s) / 60.0
             arrivals = [self.rng.poisson(scenario.viewers_per_minute * minutes * s) for s in (1 - share, share)]
             cohorts = (
                 scenario.stable.cohorts(self.rng, arrivals[0]), scenario.canary.cohorts(self.rng, arrivals[1])
             )  # fmt: skip
-            self.stable.arrive(cohorts[0], share)
-            self.canary.arrive(cohorts[1], 1 - share)
+            self.stable.add_first_sessions(cohorts[0], share)
+            self.canary.add_first_sessions(cohorts[1], 1 - share)
             past.append((*cohorts, share))
-            if look >= scenario.return_after:
-                stable, canary, then = past[look - scenario.return_after]
-                self.stable.come_back(stable, then, share)
-                self.canary.come_back(canary, 1 - then, 1 - share)
-                past[look - scenario.return_after] = (None, None, then)  # type: ignore[assignment]
-            self._decide(look, now_s - before_s)
-            if scenario.on_look is not None:
-                scenario.on_look(look, self)
+            if index >= scenario.return_after:
+                stable, canary, then = past[index - scenario.return_after]
+                self.stable.add_second_sessions(stable, then, share)
+                self.canary.add_second_sessions(canary, 1 - then, 1 - share)
+                past[index - scenario.return_after] = (None, None, then)  # type: ignore[assignment]
+            self._decide(index, now_s - before_s)
+            if scenario.on_reconcile is not None:
+                scenario.on_reconcile(index, self)
             before_s = now_s
             if not (self.outcome == RUNNING).any():
                 break
         return self
 
-    def _decide(self, look: int, tick_s: float) -> None:
+    def _decide(self, index: int, tick_s: float) -> None:
         policy, running = self.scenario.policy, self.outcome == RUNNING
-        if self.scenario.telemetry_down[0] <= look < self.scenario.telemetry_down[1]:
+        if self.scenario.telemetry_down[0] <= index < self.scenario.telemetry_down[1]:
             return
         self.bounds = bounds = judge(policy, self.stable, self.canary)
         tick_s = min(tick_s, policy.longest_tick_s)
@@ -183,12 +183,12 @@ class Simulation:
         self.held_s = np.where(ready, 0.0, waited_s)
         self.step = np.where(ready & ~last, self.step + 1, self.step)
         for which, outcome in ((harmed, ROLLED_BACK), (ready & last, PROMOTED), (late, PAUSED)):
-            self.outcome[which], self.ended[which] = outcome, look
+            self.outcome[which], self.ended[which] = outcome, index
             self.ended_viewers[which] = self.canary.viewers[which, 0]
 
 
-def looks(dense_s: float, dense_until_s: float, sparse_s: float, until_s: float) -> F64:
-    """Times of looks: every ``dense_s`` at first, every ``sparse_s`` later."""
+def reconcile_times(dense_s: float, dense_until_s: float, sparse_s: float, until_s: float) -> F64:
+    """Returns the times of reconciles: every ``dense_s`` at first, every ``sparse_s`` later."""
     return np.concatenate(
         [np.arange(dense_s, dense_until_s + 1, dense_s), np.arange(dense_until_s + sparse_s, until_s + 1, sparse_s)]
     )

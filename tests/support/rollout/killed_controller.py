@@ -75,7 +75,7 @@ def play(folder: Path, story: str, die_at: int) -> None:
             world.tick()
             world.store.close()
             return
-    raise AssertionError(f"{story} is not over after {TICKS} looks: {world.state}")
+    raise AssertionError(f"{story} has not ended after {TICKS} reconciles: {world.state}")
 
 
 def over(state: RolloutState) -> bool:

@@ -35,18 +35,18 @@ def main(run: Path) -> None:
     try:
         api = f"http://127.0.0.1:{api_port}"
         with httpx.Client(base_url=api, headers={"Authorization": f"Bearer {bearer}"}, timeout=60) as client:
-            told = document(Routing.single_release("old"), port)
+            config = document(Routing.single_release("old"), port)
             while True:
                 try:
-                    answer = client.put("/api/serve/applications/", json=told)
+                    answer = client.put("/api/serve/applications/", json=config)
                     break
                 except httpx.ConnectError:
                     time.sleep(0.1)
             assert answer.is_success, answer.text
             while True:
-                seen = client.get("/api/serve/applications/").json()["applications"]
-                if {name: one["status"] for name, one in seen.items()} == dict.fromkeys(
-                    (one["name"] for one in told["applications"]), "RUNNING"
+                running = client.get("/api/serve/applications/").json()["applications"]
+                if {name: one["status"] for name, one in running.items()} == dict.fromkeys(
+                    (one["name"] for one in config["applications"]), "RUNNING"
                 ):
                     break
                 time.sleep(0.1)

@@ -41,7 +41,7 @@ class ObservedRollout:
     monitoring: Monitoring
     run: RunDirectory
     number: int = field(default_factory=lambda: next(_NUMBERS))
-    begun_at: float = field(default_factory=time.time)
+    began_at: float = field(default_factory=time.time)
 
     def __post_init__(self) -> None:
         self.exporter, self.other = self.monitoring.exporters
@@ -63,16 +63,16 @@ class ObservedRollout:
     def state(self) -> RolloutState:
         return state_of(
             id=f"r-{self.number}", canary_release=self.canary, stable_release=self.stable, phase=Phase.SHADOW,
-            started_at=self.begun_at, changed_at=self.begun_at,
+            started_at=self.began_at, changed_at=self.began_at,
         )  # fmt: skip
 
-    def seen(self) -> EvidenceSnapshot:
+    def evidence(self) -> EvidenceSnapshot:
         """Evidence from Prometheus at the current time."""
         return self.through.fetch(QUICK, self.state, time.time())
 
     def seen_when(self, holds: Callable[[EvidenceSnapshot], object]) -> EvidenceSnapshot:
         """Waits for the first snapshot that meets the condition."""
-        return eventually(lambda: seen if holds(seen := self.seen()) else None)
+        return eventually(lambda: snapshot if holds(snapshot := self.evidence()) else None)
 
     def after_a_scrape(self) -> EvidenceSnapshot:
         """Waits for a snapshot from scrapes of both endpoints after this call."""

@@ -66,7 +66,7 @@ def prometheus(folder: Path, *targets: str, alertmanager: str) -> Iterator[Serve
     """Prometheus with the shipped example configuration and rules, a short interval and targets from a file.
 
     Args:
-        targets: addresses, ``NAMESPACE/ADDRESS`` where the series are to say of which namespace they are.
+        targets: addresses; ``NAMESPACE/ADDRESS`` adds a namespace label to the series.
     """
     config: dict[str, Any] = yaml.safe_load(scrape_example())
     config["global"] = {"scrape_interval": f"{SCRAPE_S * 1000:.0f}ms", "evaluation_interval": "500ms"}

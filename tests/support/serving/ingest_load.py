@@ -111,11 +111,11 @@ def _bodies(who: list[int], masks: list[list[int]], rng: np.random.Generator) ->
     gathered: list[dict[str, Any]] = []
     ids = rng.integers(0, 2**53, len(kinds)).tolist()
     for number, kind in enumerate(kinds):
-        request, place = number * 2 // SLATE, number * 2 % SLATE
+        request, position = number * 2 // SLATE, number * 2 % SLATE
         arm = ARMS[who[request] % 2]
         token = ImpressionToken(
-            ids[number], request, who[request], place, place, arm.release, arm.arm, "ann", 0.5, time.time(),
-            arm.rollout, 0.5, masks[request][place], 20_000,
+            ids[number], request, who[request], position, position, arm.release, arm.arm, "ann", 0.5, time.time(),
+            arm.rollout, 0.5, masks[request][position], 20_000,
         )  # fmt: skip
         value = 9_000.0 if kind == "watch" else 1.0
         gathered.append({"token": SIGNER.sign(token), "type": kind, "value": value})

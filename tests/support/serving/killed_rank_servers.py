@@ -34,7 +34,7 @@ from reelway.serving.free_ports import find_free_port
 
 RATE = 15.0
 VIEWERS = 1000
-WITHIN_S = 90.0
+WAIT_TIMEOUT_S = 90.0
 
 
 @dataclass
@@ -47,7 +47,7 @@ class ServingScenario:
     client: httpx.Client
     record: Path
 
-    def give_canary(self, weight_bp: int) -> float:
+    def set_canary_weight(self, weight_bp: int) -> float:
         """Applies one step of a rollout. Returns the time at which all routers use it."""
         arms = [ArmRoute(arm=Arm.CANARY, release=self.canary, weight_bp=weight_bp)] if weight_bp else []
         if weight_bp < 10_000:
@@ -65,20 +65,20 @@ class ServingScenario:
         return rows[(rows["release"] == release[:12].encode()) & (rows["sent"] > since)]
 
     def metric(self, name: str, **labels: str) -> float:
-        found = re.findall(rf"^{name}(?:{{(.*)}})? (\S+)$", self.client.get("/metrics").text, re.M)
-        return sum(float(v) for words, v in found if all(f'{k}="{w}"' in words for k, w in labels.items()))
+        samples = re.findall(rf"^{name}(?:{{(.*)}})? (\S+)$", self.client.get("/metrics").text, re.M)
+        return sum(float(v) for series, v in samples if all(f'{k}="{w}"' in series for k, w in labels.items()))
 
-    def until_whole(self, release: str) -> None:
+    def wait_until_ranked(self, release: str) -> None:
         """Waits until ten consecutive responses of a release are ranked."""
 
-        def whole() -> bool:
+        def ranked() -> bool:
             last = self.answers(release)[-10:]
             return len(last) == 10 and not last["degraded"].any() and last["sent"].min() > since
 
         since = time.time()
-        wait_for(whole, f"{release[:12]} is not ranked")
+        wait_for(ranked, f"{release[:12]} is not ranked")
 
-    def until_degraded(self, release: str, since: float) -> None:
+    def wait_until_unranked(self, release: str, since: float) -> None:
         """Waits until ten responses of a release are without its ranker."""
         wait_for(lambda: self.answers(release, since)["degraded"].sum() >= 10, f"{release[:12]} is still ranked")
 
@@ -90,7 +90,7 @@ def serving_scenario(run: Path, stable: str, canary: str, addresses: dict[str, s
 
     (run / "token.secret").write_bytes(b"the secret of the tests' tokens")
     options = ServingOptions(
-        releases=shelf_of(run), metrics_dir=run / "metrics", token_secrets=run / "token.secret",
+        releases=store_args_of(run), metrics_dir=run / "metrics", token_secrets=run / "token.secret",
         features_dir=run / "features", port=find_free_port("127.0.0.1"),
     )  # fmt: skip
     both = Routing(
@@ -103,14 +103,14 @@ def serving_scenario(run: Path, stable: str, canary: str, addresses: dict[str, s
             if application["name"] in addresses:
                 application["args"]["ranker_address"] = addresses[application["name"]]
         deploy(service, document)
-        where = ServeAddress(service.url, service.serve_api, service.token)
-        backend = stack.enter_context(closing(ServeRestBackend(where)))
+        address = ServeAddress(service.url, service.serve_api, service.token)
+        backend = stack.enter_context(closing(ServeRestBackend(address)))
         client = stack.enter_context(httpx.Client(base_url=service.url, timeout=30))
         stack.enter_context(constant_load(service.url, run / "record", rate=RATE, viewers=VIEWERS))
         yield ServingScenario(stable, canary, backend, client, run / "record")
 
 
-def shelf_of(run: Path) -> ReleaseStoreArgs:
+def store_args_of(run: Path) -> ReleaseStoreArgs:
     return ReleaseStoreArgs(release_store=str(run / "releases"), release_cache=run / "cache", public_keys=run / "keys")
 
 
@@ -122,52 +122,52 @@ def kill(server: RankServerProcess) -> float:
 
 
 def wait_for(condition: Callable[[], bool], otherwise: str) -> None:
-    deadline = time.monotonic() + WITHIN_S
+    deadline = time.monotonic() + WAIT_TIMEOUT_S
     while not condition():
         assert time.monotonic() < deadline, otherwise
         time.sleep(0.1)
 
 
-def main(place: Path) -> None:
+def main(run: Path) -> None:
     """Kills servers during a rollout, a rollback and another rollout."""
-    stable, canary, _ = make_run(place)
+    stable, canary, _ = make_run(run)
     ports = {release: find_free_port("127.0.0.1") for release in (stable, canary)}
     addresses = {release: f"127.0.0.1:{port}" for release, port in ports.items()}
 
     def server(release: str, port: int) -> RankServerProcess:
-        return stack.enter_context(rank_server_process(shelf_of(place), release, place, grpc_port=port))
+        return stack.enter_context(rank_server_process(store_args_of(run), release, run, grpc_port=port))
 
     with ExitStack() as stack:
         servers = {release: server(release, port) for release, port in ports.items()}
-        seen = stack.enter_context(serving_scenario(place, stable, canary, addresses))
-        seen.until_whole(stable)
-        seen.give_canary(5000)
-        seen.until_whole(canary)
+        scenario = stack.enter_context(serving_scenario(run, stable, canary, addresses))
+        scenario.wait_until_ranked(stable)
+        scenario.set_canary_weight(5000)
+        scenario.wait_until_ranked(canary)
 
         killed = kill(servers[canary])
-        seen.until_degraded(canary, killed)
-        back = seen.give_canary(0)  # a rollback is a weight write
-        seen.until_whole(stable)
-        assert not seen.answers(stable, killed)["degraded"].any()
-        assert not len(seen.answers(canary, back + 1.0))
+        scenario.wait_until_unranked(canary, killed)
+        rolled_back_s = scenario.set_canary_weight(0)  # a rollback is a weight write
+        scenario.wait_until_ranked(stable)
+        assert not scenario.answers(stable, killed)["degraded"].any()
+        assert not len(scenario.answers(canary, rolled_back_s + 1.0))
 
         servers[canary] = server(canary, ports[canary])
-        seen.give_canary(10_000)
-        seen.until_whole(canary)  # the client has found the restarted ranker at the same address
+        scenario.set_canary_weight(10_000)
+        scenario.wait_until_ranked(canary)  # the client has found the restarted ranker at the same address
         kill(servers[stable])
-        seen.until_whole(canary)  # no traffic uses stable any more
+        scenario.wait_until_ranked(canary)  # no traffic uses stable any more
         killed = kill(servers[canary])
-        seen.until_degraded(canary, killed)
+        scenario.wait_until_unranked(canary, killed)
         server(canary, ports[canary])
-        seen.until_whole(canary)
+        scenario.wait_until_ranked(canary)
 
-        rows = read_record(seen.record)
-        without = {release: int(seen.answers(release)["degraded"].sum()) for release in (stable, canary)}
+        rows = read_record(scenario.record)
+        without = {release: int(scenario.answers(release)["degraded"].sum()) for release in (stable, canary)}
         counted = {
-            release: seen.metric("reelway_ingress_degraded_total", release=release[:12], rung="no_ranker")
+            release: scenario.metric("reelway_ingress_degraded_total", release=release[:12], rung="no_ranker")
             for release in (stable, canary)
         }
-        faults = seen.metric("reelway_ranking_remote_faults_total", release=canary[:12])
+        faults = scenario.metric("reelway_ranking_remote_faults_total", release=canary[:12])
     failed = int((rows["status"] != 200).sum())
     print(json.dumps({"requests": len(rows), "failed": failed, "without ranker": sum(without.values())}))
     assert failed == 0

@@ -1,4 +1,4 @@
-"""KServe's client and Triton's, each in a process of its own, because their protobuf messages have the same names.
+"""KServe's client and Triton's, each in a separate process, because their protobuf messages have equal names.
 
 ``python -m tests.support.serving.open_inference_clients kserve|triton HTTP_PORT GRPC_PORT NPZ`` sends every request of
 the protocol that the client supports to a running server. It prints a JSON object of responses by request. ``NPZ`` has

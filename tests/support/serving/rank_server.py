@@ -37,7 +37,7 @@ class ReleaseFixture:
     """A signed release in a store.
 
     Args:
-        path: has the store ``releases``, the release's own folder ``made`` and the key pair ``keys``.
+        path: has the store ``releases``, the release's folder ``release`` and the key pair ``keys``.
         release: its id.
     """
 
@@ -46,7 +46,7 @@ class ReleaseFixture:
 
     @property
     def folder(self) -> Path:
-        return self.path / "made"
+        return self.path / "release"
 
     @cached_property
     def ranker(self) -> LoadedRanker:
@@ -82,8 +82,8 @@ class ReleaseFixture:
 
 def make_release(path: Path, videos: int = 600) -> ReleaseFixture:
     key = load_private_key(create_keys(path / "keys").private)
-    manifest = make_release_folder(path / "made", videos=videos, key=key)
-    return ReleaseFixture(path, ReleaseStore(str(path / "releases")).write(path / "made", manifest))
+    manifest = make_release_folder(path / "release", videos=videos, key=key)
+    return ReleaseFixture(path, ReleaseStore(str(path / "releases")).write(path / "release", manifest))
 
 
 @dataclass
@@ -102,8 +102,8 @@ class RankServer:
 
     def metric(self, name: str, **labels: str) -> float:
         """Returns the sum of the series with this name and these labels."""
-        found = re.findall(rf"^{name}(?:{{(.*)}})? (\S+)$", self.client.get("/metrics").text, re.M)
-        return sum(float(v) for words, v in found if all(f'{k}="{w}"' in words for k, w in labels.items()))
+        samples = re.findall(rf"^{name}(?:{{(.*)}})? (\S+)$", self.client.get("/metrics").text, re.M)
+        return sum(float(v) for series, v in samples if all(f'{k}="{w}"' in series for k, w in labels.items()))
 
 
 @dataclass(frozen=True)
@@ -124,39 +124,41 @@ def rank_server_command(folder: Path, *options: str) -> list[str]:
 def wait_until_listening(log: Path, process: subprocess.Popen[bytes]) -> tuple[int, int]:
     """Returns the ports of REST and gRPC that the server's log names."""
     deadline = time.monotonic() + STARTUP_TIMEOUT_S
-    while not ((found := LISTENING.search(text := log.read_text())) and "ranking with release" in text):
+    while not ((ports := LISTENING.search(text := log.read_text())) and "ranking with release" in text):
         if process.poll() is not None or time.monotonic() > deadline:
-            raise RuntimeError(f"the rank server does not listen:\n{text}")
+            raise RuntimeError(f"rank server: not listening; its log:\n{text}")
         time.sleep(0.05)
-    return int(found[1]), int(found[2])
+    return int(ports[1]), int(ports[2])
 
 
 @contextmanager
-def running_rank_server(made: ReleaseFixture, log: Path, *options: str) -> Iterator[RankServer]:
+def running_rank_server(release: ReleaseFixture, log: Path, *options: str) -> Iterator[RankServer]:
     """Runs a server of the release's folder with these options until the block ends."""
-    with child_process(rank_server_command(made.folder, *options), log=log) as process:
+    with child_process(rank_server_command(release.folder, *options), log=log) as process:
         http_port, grpc_port = wait_until_listening(log, process)
         with httpx.Client(base_url=f"http://127.0.0.1:{http_port}", timeout=30) as client:
-            yield RankServer(made, http_port, grpc_port, client, process)
+            yield RankServer(release, http_port, grpc_port, client, process)
 
 
 @contextmanager
 def rank_server_process(
-    shelf: ReleaseStoreArgs, release: str, place: Path, *, grpc_port: int = 0
+    store: ReleaseStoreArgs, release: str, folder: Path, *, grpc_port: int = 0
 ) -> Iterator[RankServerProcess]:
     """Fetches and verifies a release, as the init container does, and runs a server of it until the block ends.
 
     Args:
-        place: folder for the server's log and the fetched release.
+        folder: folder for the server's log and the fetched release.
         grpc_port: 0 selects a free port.
     """
     fetch = reelway_command(
-        "release", "fetch", release, "--release-store", shelf.release_store, "--to", str(place / "rank-cache"),
-        "--verify", "--public-keys", str(shelf.public_keys),
+        "release", "fetch", release, "--release-store", store.release_store, "--to", str(folder / "rank-cache"),
+        "--verify", "--public-keys", str(store.public_keys),
     )  # fmt: skip
     subprocess.run(fetch, check=True, timeout=STARTUP_TIMEOUT_S, stdout=subprocess.DEVNULL)
-    command = rank_server_command(place / "rank-cache" / release, "--grpc-port", str(grpc_port), "--drain-seconds", "0")
-    log = place / f"rank-server-{release[:SHORT_RELEASE]}.log"
+    command = rank_server_command(
+        folder / "rank-cache" / release, "--grpc-port", str(grpc_port), "--drain-seconds", "0"
+    )
+    log = folder / f"rank-server-{release[:SHORT_RELEASE]}.log"
     with child_process(command, log=log) as process:
         http_port, bound_port = wait_until_listening(log, process)
         yield RankServerProcess(http_port, bound_port, process)

@@ -141,11 +141,11 @@ def _amounts(outcome: RawOutcome) -> list[tuple[str, float]]:
     return [("watch_s_per_impression", outcome.value / 1000), ("long_watch_rate", float(long))]
 
 
-def assert_same(seen: Statistics, expected: Statistics) -> None:
+def assert_same(actual: Statistics, expected: Statistics) -> None:
     """Asserts equality up to rounding. Arms and slices without viewers may be absent or zero."""
-    for key in set(seen) | set(expected):
+    for key in set(actual) | set(expected):
         for metric in OUTCOME_METRICS:
-            one = seen.get(key, {}).get(metric, ArmStatistics())
+            one = actual.get(key, {}).get(metric, ArmStatistics())
             other = expected.get(key, {}).get(metric, ArmStatistics())
             for name in ArmStatistics.__dataclass_fields__:
                 value = getattr(other, name)

@@ -52,13 +52,13 @@ class Running:
         body: dict[str, Any] = answer.json()
         return body
 
-    def metric(self, name: str, place: str = "/metrics", **labels: str) -> float:
+    def metric(self, name: str, path: str = "/metrics", **labels: str) -> float:
         """Returns the sum over all series of this name with these labels."""
         total = 0.0
-        for line in self.client.get(place).text.splitlines():
-            found = re.fullmatch(rf"{name}(?:{{(.*)}})? (\S+)", line)
-            if found and all(f'{key}="{value}"' in (found[1] or "") for key, value in labels.items()):
-                total += float(found[2])
+        for line in self.client.get(path).text.splitlines():
+            sample = re.fullmatch(rf"{name}(?:{{(.*)}})? (\S+)", line)
+            if sample and all(f'{key}="{value}"' in (sample[1] or "") for key, value in labels.items()):
+                total += float(sample[2])
         return total
 
     def wait_until_whole(self) -> None:
@@ -72,24 +72,24 @@ class Running:
         (replica,) = self.processes("ray::ServeReplica", f":{deployment}")
         return replica
 
-    def processes(self, *words: str) -> list[psutil.Process]:
-        """Returns the service's processes whose command line contains all of the words."""
-        found = []
+    def processes(self, *parts: str) -> list[psutil.Process]:
+        """Returns the service's processes whose command line contains all of these parts."""
+        matching = []
         for child in psutil.Process(self.process.pid).children(recursive=True):
             try:
                 command = " ".join(child.cmdline())
             except psutil.NoSuchProcess:
                 continue
-            if all(word in command for word in words):
-                found.append(child)
-        return found
+            if all(part in command for part in parts):
+                matching.append(child)
+        return matching
 
 
 def make_run(run: Path) -> tuple[str, str, list[int]]:
     """Creates a run directory with two signed releases and a feature store with one known viewer."""
-    made = run / "made"
-    make_release_folder(made, videos=300)
-    watched = ReleaseLoader(made).table().video_id[5:15].tolist()
+    folder = run / "table"
+    make_release_folder(folder, videos=300)
+    watched = ReleaseLoader(folder).table().video_id[5:15].tolist()
     row = {
         "region": "eu",
         "created_at_s": NOW_S - 1e6,
@@ -106,7 +106,7 @@ def make_run(run: Path) -> tuple[str, str, list[int]]:
     blend = Blend(retrieval=RetrievalSettings(candidates=100))
     ids = []
     for seed in range(2):
-        folder = run / f"made-{seed}"
+        folder = run / f"release-{seed}"
         manifest = make_release_folder(
             folder, videos=300, seed=seed, key=key, blend=blend, feature_services=services, now_s=NOW_S - seed
         )

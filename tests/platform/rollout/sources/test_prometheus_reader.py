@@ -100,7 +100,7 @@ def test_read_takes_less_than_100_ms(watched: ObservedRollout) -> None:
     took = []
     for _ in range(20):
         began = time.perf_counter()
-        watched.seen()
+        watched.evidence()
         took.append(time.perf_counter() - began)
     assert min(took) < 0.1
 
@@ -108,7 +108,7 @@ def test_read_takes_less_than_100_ms(watched: ObservedRollout) -> None:
 def test_hanging_prometheus_is_telemetry_down_until_it_answers(watched: ObservedRollout) -> None:
     with watched.monitoring.prometheus.hung():
         began = time.perf_counter()
-        down = watched.seen()
+        down = watched.evidence()
         assert time.perf_counter() - began < 5 * TIMEOUT_S
     assert {e.state for e in down.metrics.values()} == {DOWN}
     assert {reading.state for reading in down.guardrails.values()} == {DOWN}

@@ -1,4 +1,4 @@
-"""The installation, load and releases that e2e tests share."""
+"""The installation, load and releases that end-to-end tests share."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from tests.support.e2e.release_fixtures import ReleaseFixtures
 
 
 @dataclass
-class Flow:
-    """What the scenes of the flow share."""
+class SharedInstallation:
+    """One installation under load, used by consecutive test modules."""
 
     installation: Installation
     load: Load
     releases: ReleaseFixtures
     rows: list[Row] = field(default_factory=list)
     live: str = ""
-    """The release that everybody is on, as the scenes before left it."""
+    """The release that serves all viewers, as earlier tests left it."""
 
     @property
     def kubectl(self) -> Kubectl:
@@ -28,5 +28,5 @@ class Flow:
         return self.installation.kubectl
 
     def note(self, metric: str, value: float, unit: str, bar: str = "", holds: bool | None = None) -> None:
-        """A number for the report. It fails nothing: the scene does."""
+        """Adds a number to the report. It does not assert; the test does."""
         self.rows.append(Row(metric, value, unit, bar, holds))
