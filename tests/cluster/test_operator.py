@@ -137,7 +137,7 @@ def test_status_says_why_a_rollout_does_not_start(
             name: (phase(kubectl, name), kubectl.read(name)["status"]["reason"])
             for name in ("live", "over", "wrong", "later", "elsewhere")
         }
-        assert "is live already" in said["live"][1]
+        assert "is already live" in said["live"][1]
         assert "spec.stableRelease is cccccccccccc, but aaaaaaaaaaaa is live" in said["over"][1]
         assert "tuned_for 0.05 is not beyond the margin" in said["wrong"][1]
         assert "has no ConfigMap mine with the key policy.yaml" in said["later"][1]

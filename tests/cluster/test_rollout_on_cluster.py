@@ -58,7 +58,7 @@ def test_started_rollout_is_followed_until_promoted(
         assert "long_watch_rate" in person.says("explain").output
         again = person.starts(GOOD, "quick")
         assert isinstance(again.exception, RolloutError)
-        assert "is live already" in str(again.exception)
+        assert "is already live" in str(again.exception)
 
 
 def test_commands_report_their_effect(

@@ -41,9 +41,9 @@ def test_policy_text_shows_steps_margins_and_guardrails() -> None:
 @pytest.mark.parametrize(
     ("before", "after", "said"),
     [
-        ("margin: 0.05", "margins: 0.05", "outcomes[0].margins: unknown key, allowed: alpha_weight"),
+        ("margin: 0.05", "margins: 0.05", "outcomes[0].margins: unknown key, expected one of alpha_weight"),
         ("margin: 0.05", "margin: 1.5", "outcomes[0].margin: saw 1.5"),
-        ("weight_percent: 50", "weight_percent: 5", "(policy): steps[1].weight_percent is 5"),
+        ("weight_percent: 50", "weight_percent: 5", "steps[1].weight_percent is 5"),
         ("long_watch_rate", "watch_rate", "outcomes[0].name: saw 'watch_rate'; the service counts long_watch_rate, "),
     ],
 )

@@ -20,16 +20,16 @@ SMALL = "steps: [{weight_percent: 1}]\noutcomes: [{name: long_watch_rate, margin
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("steps: [{weigth_percent: 1}]", "steps[0].weigth_percent: unknown key, allowed: hold_s, minimum_impressions"),
+        ("steps: [{weigth_percent: 1}]", "steps[0].weigth_percent: unknown key, expected one of hold_s, minimum_impressions"),
         (
             SMALL + "guardrails: {error_ratio: {maxim: 1}}",
-            "error_ratio.maxim: unknown key, allowed: maximum",
+            "error_ratio.maxim: unknown key, expected one of maximum",
         ),
-        (SMALL + "stepz: 1", "stepz: unknown key, allowed: alpha, cooldown_s"),
+        (SMALL + "stepz: 1", "stepz: unknown key, expected one of alpha, cooldown_s"),
         (SMALL.replace("1}", "130}"), "steps[0].weight_percent: saw 130, expected less than or equal to 100"),
-        (SMALL.replace("0.02}", "0.02, direction: up}"), "direction: saw 'up', allowed: 'higher' or 'lower'"),
-        (SMALL.replace("0.02}", "0.02, slices: [all]}"), "outcomes[0].slices[0]: saw 'all', allowed: 'overall'"),
-        (SMALL + "deadlines: {insufficient: {after_s: 1, action: promote}}", "saw 'promote', allowed: 'hold', 'pause'"),
+        (SMALL.replace("0.02}", "0.02, direction: up}"), "direction: saw 'up', expected 'higher' or 'lower'"),
+        (SMALL.replace("0.02}", "0.02, slices: [all]}"), "outcomes[0].slices[0]: saw 'all', expected 'overall'"),
+        (SMALL + "deadlines: {insufficient: {after_s: 1, action: promote}}", "saw 'promote', expected 'hold', 'pause'"),
         (SMALL.replace("1}", "1.005}"), "expected a multiple of 0.01"),
         (
             SMALL.replace("1}", "5}, {weight_percent: 5}"),

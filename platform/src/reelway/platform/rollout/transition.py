@@ -68,7 +68,7 @@ def start_state(
         RolloutError: if a rollout is in progress, the release was rolled back, or the cooldown has not ended.
     """
     if canary_release == stable_release:
-        raise RolloutError(f"release {short_id(canary_release)} is already live; roll out another release")
+        raise RolloutError(already_live(canary_release))
     if previous is not None and previous.active:
         raise RolloutError(
             f"rollout {previous.id} of {short_id(previous.canary_release)} is {previous.phase}; wait until it has "
@@ -98,6 +98,11 @@ def start_state(
         reason=f"rollout of {short_id(canary_release)} over {short_id(stable_release)} requested"
         + (" (forced)" if force else ""),
     )
+
+
+def already_live(release: str) -> str:
+    """Returns the reason for which the live release cannot be rolled out."""
+    return f"release {short_id(release)} is already live; roll out another release"
 
 
 def tick_seconds(policy: RolloutPolicy, state: RolloutState, now: float) -> float:

@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from reelway.platform.errors import ConfigError
 from reelway.platform.rollout.traffic.routing import Routing
+from reelway.platform.validation_errors import explain_problem
 
 Composition = Literal["staged", "fused"]
 """Where the three stages of a release run.
@@ -228,7 +229,5 @@ class ServingOptions(_Options):
         except yaml.YAMLError as error:
             raise ConfigError(f"{source}: not YAML: {error}; install the chart again") from error
         except ValidationError as error:
-            problems = "; ".join(
-                f"{'.'.join(map(str, one['loc'])) or 'document'}: {one['msg']}" for one in error.errors()
-            )
-            raise ConfigError(f"{source}: {problems}; chart and operator image must be of the same version") from error
+            problems = "\n".join(explain_problem(cls, problem, source) for problem in error.errors())
+            raise ConfigError(f"{problems}; chart and operator image must be of the same version") from error
