@@ -20,7 +20,7 @@ from typing import Final
 
 from layout import HERE, NodePaths
 
-TOOLS: Final = ("helm", "coredns", "kuberay", "kubernetes")  # the quick ones first, so that a broken setup fails early
+TOOLS: Final = ("helm", "coredns", "kuberay", "kubernetes")  # quick builds first, so that a broken setup fails early
 MONITORING: Final = ("prometheus-operator", "prometheus")
 """Programs of `monitoring`."""
 KSERVE: Final = ("kserve",)

@@ -51,7 +51,7 @@ def install_kserve(node: Node, layout: NodePaths, say: Callable[[str], None]) ->
             f"--health-probe-addr={_HEALTH_ADDRESS}",
             f"--webhook-port={_WEBHOOKS_PORT}",
         ],
-        # It looks for the webhooks' certificate under TMPDIR.
+        # The controller reads the webhooks' certificate from a folder below TMPDIR.
         {"KUBECONFIG": str(layout.admin_kubeconfig), "POD_NAMESPACE": _NAMESPACE, "TMPDIR": str(_certificate(layout))},
     )
     _wait(processes)

@@ -2,7 +2,8 @@
 
 ``python dependencies.py platform[cluster,s3] serving`` reads each folder's ``pyproject.toml``, follows members that
 require each other, and prints one requirement per line. With ``--shared-with MEMBER...`` it prints only
-requirements that both sides have: two images store and pull that layer once. The script uses the standard library only.
+requirements that both groups have: two images store and pull that layer once. The script uses only the standard
+library.
 """
 
 from __future__ import annotations
@@ -75,7 +76,9 @@ def _versions(requirement: str) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0] if __doc__ else None)
     parser.add_argument("members", nargs="+", metavar="MEMBER", help="folder of a member, with extras in brackets")
-    parser.add_argument("--shared-with", nargs="+", metavar="MEMBER", help="print only what these need, too")
+    parser.add_argument(
+        "--shared-with", nargs="+", metavar="MEMBER", help="print only requirements that these members have as well"
+    )
     options = parser.parse_args()
     found = requirements(options.members, Path.cwd())
     if options.shared_with:

@@ -55,8 +55,8 @@ def _find_program(name: str) -> Path:
     found = name if Path(name).is_file() else shutil.which(name, path=str(_BUILT)) or shutil.which(name)
     if found is None:
         raise BuilderError(
-            f"no {name} here; `python infra/cluster build prometheus-operator prometheus` builds Prometheus "
-            "and the reloader, Debian's package prometheus-alertmanager has the rest"
+            f"{name}: not found on this machine; `python infra/cluster build prometheus-operator prometheus` builds "
+            "Prometheus and the reloader, Debian's package prometheus-alertmanager has the rest"
         )
     return Path(found)
 

@@ -96,7 +96,7 @@ def test_outdated_writer_is_rejected(api: KubeApi, kubectl: Kubectl) -> None:
     store, before = begun(api, kubectl)
     late = KubeRolloutStore(api, UncachedRollouts(api), backend=BACKEND.key)
     store.record(before, moved(before, Phase.PREPARING), entry(before.state.id, "first"))
-    with pytest.raises(RolloutError, match="somebody else changed it"):
+    with pytest.raises(RolloutError, match="another writer changed it"):
         late.record(before, moved(before, Phase.SHADOW), entry(before.state.id, "second"))
     assert [known.reason for known in late.history()] == ["first"]
 

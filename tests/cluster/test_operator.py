@@ -172,7 +172,7 @@ def test_alert_rolls_back_only_with_the_right_token(
 
 
 def test_standby_operator_rejects_alerts(api: KubeApi, serve: FakeServe, tmp_path: Path) -> None:
-    with pytest.raises(KubernetesError, match="waits for its lease"):
+    with pytest.raises(KubernetesError, match="is on standby"):
         RolloutOperator(api, settings_of(serve, tmp_path)).deliver([])
 
 

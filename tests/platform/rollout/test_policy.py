@@ -20,7 +20,10 @@ SMALL = "steps: [{weight_percent: 1}]\noutcomes: [{name: long_watch_rate, margin
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("steps: [{weigth_percent: 1}]", "steps[0].weigth_percent: unknown key, expected one of hold_s, minimum_impressions"),
+        (
+            "steps: [{weigth_percent: 1}]",
+            "steps[0].weigth_percent: unknown key, expected one of hold_s, minimum_impressions",
+        ),
         (
             SMALL + "guardrails: {error_ratio: {maxim: 1}}",
             "error_ratio.maxim: unknown key, expected one of maximum",

@@ -1,4 +1,4 @@
-"""Signed impression tokens, which tell the service what an outcome is about.
+"""Signed impression tokens, which identify the impression that an outcome belongs to.
 
 Every video of a slate carries a token, and every outcome returns it. The service therefore keeps no state between the
 two, and a client can neither invent an impression nor move one to another arm. A token is signed, not encrypted. It
@@ -116,7 +116,9 @@ class TokenSigner:
             )
         body, mac = raw[:-MAC_BYTES], raw[-MAC_BYTES:]
         expected = [hashlib.blake2b(body, digest_size=MAC_BYTES, key=key).digest() for key in self._keys]
-        if not sum(hmac.compare_digest(mac, one) for one in expected):  # a sum: every secret takes the same time
+        if not sum(
+            hmac.compare_digest(mac, one) for one in expected
+        ):  # a sum compares with every secret, so the duration reveals nothing
             raise TokenError(
                 f"impression token {text[:12]!r}... is signed by none of the {len(expected)} accepted secrets; "
                 "it was changed, or its secret was retired"

@@ -94,7 +94,7 @@ def test_get_accepts_the_unique_beginning_of_an_id(store: SqliteRolloutStore) ->
         store.create(state(name, Phase.ROLLED_BACK), POLICY)
     assert store.get("x").state.id == "xy"
     assert store.get("ab").state.id == "ab"  # an exact match, although another id begins with it
-    with pytest.raises(RolloutError, match="several ids begin with it"):
+    with pytest.raises(RolloutError, match="is ambiguous"):
         store.get("a")
     for wrong in ("z", "", "%", "x_"):
         with pytest.raises(RolloutError, match="does not exist"):

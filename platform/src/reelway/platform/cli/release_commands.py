@@ -34,13 +34,11 @@ RELEASE = typer.Argument(LATEST, help="Release id, unique prefix of an id, or 'l
 
 
 class TableOrJson(StrEnum):
-    """Output formats."""
-
     TABLE = "table"
     JSON = "json"
 
 
-OUTPUT = typer.Option(TableOrJson.TABLE, "-o", "--output", help="Output format.")
+OUTPUT = typer.Option(TableOrJson.TABLE, "-o", "--output", help="Output format: table or json.")
 
 
 def release_group(app: typer.Typer) -> typer.Typer:
@@ -48,9 +46,9 @@ def release_group(app: typer.Typer) -> typer.Typer:
     for group in app.registered_groups:
         if group.name == GROUP_NAME and group.typer_instance is not None:
             return group.typer_instance
-    made = typer.Typer(no_args_is_help=True)
-    app.add_typer(made, name=GROUP_NAME, help="Build, verify, fetch and show releases.")
-    return made
+    releases = typer.Typer(no_args_is_help=True)
+    app.add_typer(releases, name=GROUP_NAME, help="Build, verify, fetch and show releases.")
+    return releases
 
 
 def register(app: typer.Typer) -> None:
@@ -106,9 +104,9 @@ def show(release: str = RELEASE, run: Path = RUN, store: str | None = STORE, out
 
     Example: reelway release show 3f9c -o json
     """
-    place = _store(run, store)
-    release_id = place.resolve(release)
-    manifest = place.manifest(release_id)
+    releases = _store(run, store)
+    release_id = releases.resolve(release)
+    manifest = releases.manifest(release_id)
     if output is TableOrJson.JSON:
         typer.echo(json.dumps({"release_id": release_id, **manifest.model_dump(mode="json")}, indent=2))
         return
@@ -138,10 +136,12 @@ def verify_release(
     """
     directory = RunDirectory(run)
     trusted = load_public_keys(public_keys or directory.keys)
-    place = features or directory.features
+    features_dir = features or directory.features
 
     def look(folder: Path, expected_id: str | None) -> VerifiedRelease:
-        services = registered_services(place, read_manifest(folder).feature_services, required=features is not None)
+        services = registered_services(
+            features_dir, read_manifest(folder).feature_services, required=features is not None
+        )
         return verify(folder, public_keys=trusted, feature_services=services, expected_id=expected_id)
 
     if (Path(release) / MANIFEST_FILE).is_file():
@@ -171,7 +171,7 @@ def fetch_release(
 ) -> None:
     """Fetch a release into a local folder and print the folder. The digest of each file is always checked.
 
-    A release that is already there and intact is not fetched again. Exits with code 6 and the reason if the release is
+    A release that is complete in the folder is not fetched again. Exits with code 6 and the reason if the release is
     rejected.
 
     Example:

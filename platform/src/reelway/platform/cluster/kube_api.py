@@ -93,7 +93,7 @@ class KubeApi:
             return None
 
     def list(self, path: str) -> list[KubeObject]:
-        """Returns all objects of a kind. Raises AbsentError if the cluster does not know the kind."""
+        """Returns all objects of a kind. Raises AbsentError if the kind does not exist."""
         return list(self.list_at(path)[0])
 
     def list_at(self, path: str) -> tuple[Sequence[KubeObject], str]:

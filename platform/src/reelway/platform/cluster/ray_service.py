@@ -57,7 +57,7 @@ class RayServiceBackend:
         """Whether the RayService exists.
 
         Raises:
-            KubernetesError: if the API server cannot be asked.
+            KubernetesError: if the API server cannot be reached.
         """
         try:
             return self._api.get(f"{_PATH}/{self.name}") is not None
@@ -66,16 +66,16 @@ class RayServiceBackend:
 
     def observe(self) -> TrafficObservation:
         """Reads Serve, its routers and the RayService; see ``TrafficBackend.observe``."""
-        seen = self.serve.observe()
+        observation = self.serve.observe()
         running = self.serve.config
         try:
             snapshot = self.fetch()
         except (KubernetesError, RolloutError) as error:
-            return replace(seen, routing=None, detail=f"{seen.detail}; {error}".removeprefix("; "))
+            return replace(observation, routing=None, detail=f"{observation.detail}; {error}".removeprefix("; "))
         if running is not None and not _same_traffic(snapshot.config, running):
             detail = f"RayService {self.name} declares another routing than Serve runs; it is written again"
-            return replace(seen, routing=None, detail=f"{seen.detail}; {detail}".removeprefix("; "))
-        return seen
+            return replace(observation, routing=None, detail=f"{observation.detail}; {detail}".removeprefix("; "))
+        return observation
 
     def apply(self, target: TrafficTarget) -> None:
         """Writes the target to Serve, then to the RayService.
@@ -146,7 +146,7 @@ class RayServiceBackend:
 
         Raises:
             RolloutError: if it does not exist or ``serveConfigV2`` is not a YAML mapping.
-            KubernetesError: if the API server cannot be asked.
+            KubernetesError: if the API server cannot be reached.
         """
         document = self._api.get(f"{_PATH}/{self.name}")
         if document is None:
@@ -173,6 +173,6 @@ class RayServiceBackend:
         return snapshot
 
 
-def _same_traffic(one: ServeConfig, other: ServeConfig) -> bool:
+def _same_traffic(first: ServeConfig, second: ServeConfig) -> bool:
     """Whether two configurations route the same traffic. KubeRay applies every other difference."""
-    return release_names(one) == release_names(other) and find_routing(one) == find_routing(other)
+    return release_names(first) == release_names(second) and find_routing(first) == find_routing(second)

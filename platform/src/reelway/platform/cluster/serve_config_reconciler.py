@@ -56,7 +56,7 @@ class ServeConfigReconciler:
         Raises:
             ConfigError: if the options cannot be read; nothing was written.
             RolloutError: if ``serveConfigV2`` has no valid routing, or none exists and the options name no release.
-            KubernetesError: if the API server cannot be asked or rejects the write.
+            KubernetesError: if the API server cannot be reached or rejects the write.
         """
         name = f"{self._backend.name}{OPTIONS_SUFFIX}"
         found = self._api.get(f"v1/configmaps/{name}")
@@ -84,7 +84,7 @@ class ServeConfigReconciler:
     def _traffic(self, declared: DeclaredConfig, options: ServingOptions) -> tuple[tuple[str, ...], Routing]:
         """The releases and the routing to keep: those declared, else those that Serve runs, else the initial ones.
 
-        Serve is asked because `kubectl replace` drops ``serveConfigV2`` of a RayService whose service still runs.
+        Serve is read because `kubectl replace` drops ``serveConfigV2`` of a RayService whose service still runs.
         """
         if declared.config:
             return release_names(declared.config), self._checked_routing(declared.config)

@@ -106,19 +106,19 @@ def _conditions(state: RolloutState, last_reconcile: LastReconcile | None) -> tu
 
 
 def _with_transition_times(
-    before: Sequence[Condition], wanted: Sequence[tuple[str, str, str, str]], generation: int, now: float
+    previous: Sequence[Condition], wanted: Sequence[tuple[str, str, str, str]], generation: int, now: float
 ) -> tuple[Condition, ...]:
     """Returns the conditions; a condition whose status did not change keeps its transition time."""
-    known = {condition.type: condition for condition in before}
-    made = []
+    known = {condition.type: condition for condition in previous}
+    result = []
     for kind, status, reason, message in wanted:
         old = known.get(kind)
         since = old.last_transition_time if old and old.status == status else format_time(now)
-        made.append(Condition.model_validate({
+        result.append(Condition.model_validate({
             "type": kind, "status": status, "reason": reason, "message": message, "last_transition_time": since,
             "observed_generation": generation,
         }))  # fmt: skip
-    return tuple(made)
+    return tuple(result)
 
 
 def format_time(now: float) -> str:
@@ -157,12 +157,12 @@ def _summary(evidence: Mapping[str, Any]) -> EvidenceSummary | None:
 
 def _truncated_history(history: Sequence[HistoryEntry]) -> tuple[HistoryEntry, ...]:
     """Returns the newest entries. Older ones lose their evidence, except those that ended the ramp."""
-    kept = list(history[-HISTORY_LIMIT:])
-    older = kept[:-MAX_ENTRIES_WITH_EVIDENCE]
+    newest = list(history[-HISTORY_LIMIT:])
+    older = newest[:-MAX_ENTRIES_WITH_EVIDENCE]
     return tuple(
         entry if entry.action in _DECISIVE or not entry.evidence else entry.model_copy(update={"evidence": {}})
         for entry in older
-    ) + tuple(kept[-MAX_ENTRIES_WITH_EVIDENCE:])
+    ) + tuple(newest[-MAX_ENTRIES_WITH_EVIDENCE:])
 
 
 def _condition_status(value: bool) -> str:

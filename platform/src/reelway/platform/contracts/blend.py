@@ -19,7 +19,7 @@ class _Strict(BaseModel):
 
 
 class RetrievalSettings(_Strict):
-    """Number of candidates that go on to ranking, and the share of each source."""
+    """Number of candidates passed to ranking, and the share of each source."""
 
     candidates: Annotated[int, Field(ge=1, le=10_000)] = 500
     quotas: dict[SourceName, Share] = Field(

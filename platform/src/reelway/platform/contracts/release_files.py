@@ -30,7 +30,7 @@ def with_dimensions(schema: pa.Schema, dimensions: FeatureDimensions) -> pa.Sche
 
 
 def dimensions_of(schema: pa.Schema) -> FeatureDimensions | None:
-    """What ``with_dimensions`` stored; None without it.
+    """Returns the dimensions that ``with_dimensions`` stored; None if the schema has none.
 
     Raises:
         ValidationError: if the metadata is not ``FeatureDimensions``.

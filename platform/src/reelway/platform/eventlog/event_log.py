@@ -51,7 +51,7 @@ class EventLog(Protocol):
     def partitions(self) -> int: ...
 
     def append(self, records: Sequence[LogRecord]) -> list[int]:
-        """Appends all records and returns their offsets once they are durable. After an error, any of them may be."""
+        """Appends all records and returns their offsets once they are durable. After an error, any may be."""
         ...
 
     def read(self, position: Offsets, *, limit: int, wait_s: float = 0.0) -> ReadBatch:

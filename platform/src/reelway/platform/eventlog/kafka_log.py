@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 REQUEST_TIMEOUT_S: Final = 20.0
 """Timeout of one request to the brokers, and of one append."""
-_READER_GROUP: Final = "reelway-reader"  # of reads, which do not use committed offsets
+_READER_GROUP: Final = "reelway-reader"  # consumer group of reads, which ignore committed offsets
 
 
 class KafkaLog:
@@ -29,7 +29,7 @@ class KafkaLog:
     Args:
         servers: ``host:port``, several separated by commas.
         topic: must exist.
-        settings: librdkafka settings that override the ones here: ``security.protocol``, ``sasl.username``, ...
+        settings: librdkafka settings that override the defaults: ``security.protocol``, ``sasl.username``, ...
 
     Raises:
         ConfigError: if librdkafka rejects a setting, or the client library is not installed.

@@ -1,8 +1,8 @@
 """Turns feature values into model inputs and decides the order of every vector.
 
 Training calls it with a whole Parquet table. Serving calls it with one viewer's row. Values stay raw (see
-``contracts.features``): a missing number is NaN, and a missing id or word has code 0. Widths and vocabulary sizes are
-those of the given ``FeatureDimensions``.
+``contracts.feature_names``): a missing number is NaN, and a missing id or category has code 0. Widths and vocabulary
+sizes are those of the given ``FeatureDimensions``.
 """
 
 # Shapes: B viewers (or rows), C videos, L history, H hashes, T topics
@@ -73,7 +73,7 @@ Columns = Mapping[str, Column]
 
 
 def columns_from_table(table: pa.Table) -> dict[str, Column]:
-    """Returns Arrow columns as numpy arrays and ``Ragged`` lists; only words become Python objects."""
+    """Returns Arrow columns as numpy arrays and ``Ragged`` lists; only strings become Python objects."""
     columns: dict[str, Column] = {}
     for name in table.column_names:
         array = table.column(name).combine_chunks()
@@ -183,7 +183,7 @@ def assemble_viewers(
     Args:
         columns: field name -> one value per row; an absent field is missing in every row.
         request_time_s: Unix seconds, ``[B]``.
-        device: one word per row.
+        device: one string per row.
 
     Raises:
         FeatureError: if a video id is above ``MAX_ID``.
@@ -204,12 +204,12 @@ def assemble_viewers(
         ]
     ).astype(np.float32)
     buckets = dimensions.category_buckets
-    words = [_category_codes(columns, name, rows, buckets) for name in names.VIEWER_CATEGORIES[:-1]]
+    codes = [_category_codes(columns, name, rows, buckets) for name in names.VIEWER_CATEGORIES[:-1]]
     videos_BL = _checked(_latest(columns.get("history_videos"), rows, length, MISSING_ID), "history_videos", MAX_ID)
     weights_BL = _latest(columns.get("history_weights"), rows, length, 0.0).astype(np.float32)
     return ViewerArrays(
         viewer_dense=dense,
-        viewer_categories=np.column_stack([*words, category_codes(device, buckets)]),
+        viewer_categories=np.column_stack([*codes, category_codes(device, buckets)]),
         history_codes=id_codes(videos_BL, dimensions.id_buckets),
         history_weights=weights_BL,
         history_age_h=np.nan_to_num(age_BL, nan=0.0).astype(np.float32),

@@ -47,6 +47,6 @@ def category_code(word: str | None, buckets: int) -> int:
     return zlib.crc32(word.encode()) % (buckets - 1) + 1
 
 
-def category_codes(words: Iterable[str | None], buckets: int) -> NDArray[np.int64]:
+def category_codes(values: Iterable[str | None], buckets: int) -> NDArray[np.int64]:
     """Returns ``category_code`` of each value. Shapes: ``[N] -> [N]``."""
-    return np.fromiter((category_code(word, buckets) for word in words), dtype=np.int64)
+    return np.fromiter((category_code(value, buckets) for value in values), dtype=np.int64)

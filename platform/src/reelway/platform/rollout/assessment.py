@@ -75,13 +75,13 @@ class OutcomeVerdict:
             return f"{self.label}: {self.finding.replace('_', ' ')} ({self.detail})"
         sign = 1.0 if self.lower_is_better else -1.0
         change, ends = sign * self.harm, sorted((sign * self.harm_low, sign * self.harm_high))
-        words = {
+        finding = {
             "harm_established": f"harm beyond the margin of {self.margin:.1%} is established",
             "harm_excluded": f"harm beyond the margin of {self.margin:.1%} is excluded",
             "undecided": f"harm beyond the margin of {self.margin:.1%} is neither established nor excluded",
         }[self.finding]
         return (
-            f"{self.label}: {words}; canary {self.canary:.4g} against stable {self.stable:.4g}, {change:+.1%} "
+            f"{self.label}: {finding}; canary {self.canary:.4g} against stable {self.stable:.4g}, {change:+.1%} "
             f"(at any time within {ends[0]:+.1%}..{ends[1]:+.1%}; {self.canary_viewers} and {self.stable_viewers} "
             f"viewers, alpha {self.alpha_rollback:.2g} for harm, {self.alpha_promotion:.2g} against)"
         )
@@ -236,8 +236,8 @@ def _telemetry_down_verdict(name: str, reading: GuardrailReading | None) -> Guar
     if reading is None:
         return GuardrailVerdict(name, EvidenceState.TELEMETRY_DOWN, f"{name}: telemetry down (no reading)")
     if reading.state in (EvidenceState.TELEMETRY_DOWN, EvidenceState.INSUFFICIENT):
-        words = reading.state.value.replace("_", " ")
-        return GuardrailVerdict(name, reading.state, f"{name}: {words} ({reading.detail or 'no detail'})")
+        state = reading.state.value.replace("_", " ")
+        return GuardrailVerdict(name, reading.state, f"{name}: {state} ({reading.detail or 'no detail'})")
     numbers = (reading.events, reading.trials)
     if not all(math.isfinite(v) and v >= 0 for v in numbers):
         return GuardrailVerdict(name, EvidenceState.TELEMETRY_DOWN, f"{name}: telemetry down (saw {numbers})")
@@ -256,19 +256,19 @@ def _assess_ratio(
         return down
     assert reading is not None
     if reading.events > reading.trials:
-        seen = f"{reading.events:.0f} events of {reading.trials:.0f} requests"
-        return GuardrailVerdict(name, EvidenceState.TELEMETRY_DOWN, f"{name}: telemetry down (saw {seen})")
+        observed = f"{reading.events:.0f} events of {reading.trials:.0f} requests"
+        return GuardrailVerdict(name, EvidenceState.TELEMETRY_DOWN, f"{name}: telemetry down (saw {observed})")
     ratio = reading.events / reading.trials if reading.trials else 0.0
-    seen = f"{ratio:.2%} ({reading.events:.0f} of {reading.trials:.0f} requests)"
+    observed = f"{ratio:.2%} ({reading.events:.0f} of {reading.trials:.0f} requests)"
     log_p = float(log_tail_bound(reading.events, reading.trials, limit.maximum))
     if log_p <= math.log(significance):
-        return GuardrailVerdict(name, EvidenceState.BAD, f"{name} {seen} is above the limit of {limit.maximum:.2%}")
+        return GuardrailVerdict(name, EvidenceState.BAD, f"{name} {observed} is above the limit of {limit.maximum:.2%}")
     if reading.trials < limit.minimum_requests:
         return GuardrailVerdict(
-            name, EvidenceState.INSUFFICIENT, f"{name} {seen}: needs {limit.minimum_requests} requests"
+            name, EvidenceState.INSUFFICIENT, f"{name} {observed}: needs {limit.minimum_requests} requests"
         )
     return GuardrailVerdict(
-        name, EvidenceState.OK, f"{name} {seen} is not established to be above the limit of {limit.maximum:.2%}"
+        name, EvidenceState.OK, f"{name} {observed} is not established to be above the limit of {limit.maximum:.2%}"
     )
 
 
@@ -278,8 +278,8 @@ def _assess_latency(limit: LatencyLimit, reading: GuardrailReading | None) -> Gu
         return down
     assert reading is not None
     if reading.trials < limit.minimum_requests:
-        seen = f"{reading.trials:.0f} requests, needs {limit.minimum_requests}"
-        return GuardrailVerdict(name, EvidenceState.INSUFFICIENT, f"{name}: insufficient ({seen})")
+        observed = f"{reading.trials:.0f} requests, needs {limit.minimum_requests}"
+        return GuardrailVerdict(name, EvidenceState.INSUFFICIENT, f"{name}: insufficient ({observed})")
     bounds = [] if limit.maximum is None else [(limit.maximum, "the limit")]
     if limit.maximum_ratio_to_stable is not None:
         if reading.stable_value is None or not (math.isfinite(reading.stable_value) and reading.stable_value > 0):
@@ -290,11 +290,11 @@ def _assess_latency(limit: LatencyLimit, reading: GuardrailReading | None) -> Gu
         bounds.append((times * reading.stable_value, f"{times:g} times stable's {reading.stable_value:.0f} ms"))
     if reading.value is None or not (math.isfinite(reading.value) and reading.value >= 0):
         return GuardrailVerdict(name, EvidenceState.TELEMETRY_DOWN, f"{name}: telemetry down (saw {reading.value})")
-    bound, words = min(bounds)
-    seen = f"p99 {reading.value:.0f} ms over {reading.trials:.0f} requests"
+    bound, bound_name = min(bounds)
+    observed = f"p99 {reading.value:.0f} ms over {reading.trials:.0f} requests"
     if reading.value > bound:
-        return GuardrailVerdict(name, EvidenceState.BAD, f"{seen} is above {words}: {bound:.0f} ms")
-    return GuardrailVerdict(name, EvidenceState.OK, f"{seen} is within {words}: {bound:.0f} ms")
+        return GuardrailVerdict(name, EvidenceState.BAD, f"{observed} is above {bound_name}: {bound:.0f} ms")
+    return GuardrailVerdict(name, EvidenceState.OK, f"{observed} is within {bound_name}: {bound:.0f} ms")
 
 
 def _assess_parity(limit: CountLimit, reading: GuardrailReading | None) -> GuardrailVerdict:
@@ -302,13 +302,13 @@ def _assess_parity(limit: CountLimit, reading: GuardrailReading | None) -> Guard
     if (down := _telemetry_down_verdict(name, reading)) is not None:
         return down
     assert reading is not None
-    seen = f"{reading.events:.0f} parity mismatches in {reading.trials:.0f} replayed rows"
+    observed = f"{reading.events:.0f} parity mismatches in {reading.trials:.0f} replayed rows"
     if reading.events > limit.maximum:
         more = f": {reading.detail}" if reading.detail else ""
-        return GuardrailVerdict(name, EvidenceState.BAD, f"{seen}, allowed {limit.maximum}{more}")
+        return GuardrailVerdict(name, EvidenceState.BAD, f"{observed}, allowed {limit.maximum}{more}")
     if reading.trials <= 0:
         return GuardrailVerdict(name, EvidenceState.INSUFFICIENT, f"{name}: insufficient (no row was replayed)")
-    return GuardrailVerdict(name, EvidenceState.OK, f"{seen}, allowed {limit.maximum}")
+    return GuardrailVerdict(name, EvidenceState.OK, f"{observed}, allowed {limit.maximum}")
 
 
 def _assess_alerts(limit: CountLimit, snapshot: EvidenceSnapshot) -> GuardrailVerdict:

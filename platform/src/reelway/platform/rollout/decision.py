@@ -197,15 +197,16 @@ def _leave_shadow(context: _RuleContext) -> Decision:
     state, shadow = context.state, context.policy.shadow
     assert shadow is not None
     if context.untrusted_reason or not context.evidence.canary_ready:
-        why = context.untrusted_reason or "the release is not observed as ready"
+        reason = context.untrusted_reason or "the release is not observed as ready"
         deadline = context.policy.deadlines.telemetry_down
-        return _deadline(context, deadline, state.held_telemetry_s, why, holds="telemetry_down")
-    seen, waited_s = context.evidence.shadow_requests, state.phase_s + context.tick_s
-    if waited_s >= shadow.duration_s and seen >= shadow.minimum_requests:
-        return _step_to(context, 0, f"{seen} mirrored requests in {waited_s:.0f} s without a breach")
+        return _deadline(context, deadline, state.held_telemetry_s, reason, holds="telemetry_down")
+    mirrored, waited_s = context.evidence.shadow_requests, state.phase_s + context.tick_s
+    if waited_s >= shadow.duration_s and mirrored >= shadow.minimum_requests:
+        return _step_to(context, 0, f"{mirrored} mirrored requests in {waited_s:.0f} s without a breach")
     return Decision(
         Action.WAIT,
-        f"shadow: {waited_s:.0f} of {shadow.duration_s:.0f} s, {seen} of {shadow.minimum_requests} mirrored requests",
+        f"shadow: {waited_s:.0f} of {shadow.duration_s:.0f} s, "
+        f"{mirrored} of {shadow.minimum_requests} mirrored requests",
     )
 
 
@@ -289,12 +290,11 @@ def _missing_requirement(context: _RuleContext, *, this_step: bool = False) -> s
 def _justification(context: _RuleContext) -> str:
     """Returns the justification of a step or a promotion, with its numbers."""
     verdicts = context.verdicts
-    seen = f"{verdicts.canary_viewers} viewers and {verdicts.canary_impressions} impressions on the canary"
+    exposure = f"{verdicts.canary_viewers} viewers and {verdicts.canary_impressions} impressions on the canary"
     if not verdicts.harm_not_excluded and (proved := [o.sentence for o in verdicts.outcomes if o.required]):
-        return f"{seen}; " + "; ".join(proved)
-    return (
-        f"{seen} in {context.state.phase_s + context.tick_s:.0f} s at {context.state.canary_bp / 100:g} % without harm"
-    )
+        return f"{exposure}; " + "; ".join(proved)
+    duration_s = context.state.phase_s + context.tick_s
+    return f"{exposure} in {duration_s:.0f} s at {context.state.canary_bp / 100:g} % without harm"
 
 
 def _current_step(context: _RuleContext) -> Step:

@@ -62,10 +62,10 @@ def register(app: typer.Typer) -> None:
             DataChoice.SIMULATED, help="Data set: simulated short videos, or MovieLens-100K."
         ),
         data_dir: Path | None = typer.Option(None, help="Folder with MovieLens-100K; required by --data ml-100k."),
-        workers: int = typer.Option(2, min=1, help="Number of Ray Train workers."),
-        gpus: int = typer.Option(0, min=0, help="GPUs for training; 0 trains on CPU."),
+        workers: int = typer.Option(2, min=1, help="Number of Ray Train workers of the training step."),
+        gpus: int = typer.Option(0, min=0, help="Number of GPUs for training; 0 trains on CPUs."),
         seed: int = typer.Option(0, help="Random seed for the simulation and the training."),
-        keep: bool = typer.Option(False, help="Leave the service running at the end."),
+        keep: bool = typer.Option(False, help="Leave the service running when the demo has ended."),
         rollouts: bool = typer.Option(True, help="Also roll out releases under traffic; requires --data simulated."),
     ) -> None:
         """Run all steps on this machine: events, features, training, release, rollouts, recommendations.

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from reelway.platform.rollout.records import HistoryEntry, Rollout
 
 REQUESTS_PER_S: Final = 20
-"""About a third of the capacity of two cores, so that a release can start meanwhile."""
+"""Traffic of the demo: about a third of what two cores can serve, so that a release can start meanwhile."""
 PARITY_RATIO: Final = 0.05
 PARITY_INTERVAL_S: Final = 5
 ROLLOUT_S: Final = 240

@@ -37,13 +37,13 @@ def read_status(run: RolloutLocation, store: RolloutStore, rollout_id: str | Non
     """
     now = time.time()
     rollout = store.get(rollout_id) if rollout_id else store.latest()
-    sighting = store.last_reconcile(rollout.state.id) if rollout else None
-    report = build_rollout_report(rollout, sighting, store.history(rollout.state.id), now) if rollout else None
+    last_reconcile = store.last_reconcile(rollout.state.id) if rollout else None
+    report = build_rollout_report(rollout, last_reconcile, store.history(rollout.state.id), now) if rollout else None
     return StatusReport(
         run=location_flags(run).removeprefix("--run "),
         time=now,
         serving=serving_record(run),
-        controller=controller_status(run, rollout, sighting, now),
+        controller=controller_status(run, rollout, last_reconcile, now),
         rollout=report,
     )
 
@@ -83,12 +83,12 @@ def watch_plain(
     """
     printer = PlainOutput(write)
     for _ in poll_times(timeout_s, every_s=REDRAW_INTERVAL_S):
-        now, rollout, sighting = time.time(), store.get(rollout_id), store.last_reconcile(rollout_id)
+        now, rollout, last_reconcile = time.time(), store.get(rollout_id), store.last_reconcile(rollout_id)
         printer.decisions(store.history(rollout_id), len(rollout.policy.steps))
-        sight = controller_status(run, rollout, sighting, now)
-        printer.controller_silent(sight.problem and f"{sight.problem}: {controller_start_hint(run)}", now)
-        if sighting is not None and rollout.state.active and sighting.action in ("wait", "hold"):
-            printer.waiting(sighting.reason, now)
+        controller = controller_status(run, rollout, last_reconcile, now)
+        printer.controller_silent(controller.problem and f"{controller.problem}: {controller_start_hint(run)}", now)
+        if last_reconcile is not None and rollout.state.active and last_reconcile.action in ("wait", "hold"):
+            printer.waiting(last_reconcile.reason, now)
         if rollout.state.phase in until:
             break
     return exit_code_for(store.get(rollout_id).state)

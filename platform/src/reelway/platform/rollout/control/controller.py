@@ -66,7 +66,7 @@ class Controller:
     """Moves the newest rollout of a store.
 
     Args:
-        book: all alerts that webhooks and polls have delivered.
+        alerts: all alerts that webhooks and polls have delivered.
         alert_source: polled every ``poll_s`` seconds by ``run``; None if alerts arrive by webhook only.
         clock: Unix seconds.
     """
@@ -76,7 +76,7 @@ class Controller:
         store: RolloutStore,
         backend: TrafficBackend,
         source: EvidenceSource,
-        book: AlertRegistry,
+        alerts: AlertRegistry,
         *,
         alert_source: AlertSource | None = None,
         poll_s: float = 5.0,
@@ -86,14 +86,14 @@ class Controller:
         self._store = store
         self._backend = backend
         self._source = source
-        self._book = book
+        self._alerts = alerts
         self._alert_source = alert_source
         self._poll_s = poll_s
         self._clock = clock
         self._metrics = metrics or ControllerMetrics()
         self._acting = threading.Lock()
         """Held from the record of a state until traffic is written: a slow reconcile cannot overwrite a rollback."""
-        self._troubles: dict[str, str] = {}
+        self._last_errors: dict[str, str] = {}
 
     def run(self, stop: threading.Event, alert_arrived: threading.Event, interval_s: float = 1.0) -> None:
         """Reconciles every ``interval_s`` seconds and after every command, until ``stop`` is set.
@@ -113,11 +113,11 @@ class Controller:
         try:
             while not stop.is_set():
                 reconcile_now.clear()
-                seen = self._guarded("tick", self._external_revision)
+                revision = self._guarded("tick", self._external_revision)
                 self._guarded("tick", self.reconcile)
                 deadline = time.monotonic() + interval_s
                 while not (stop.is_set() or reconcile_now.is_set()) and (left_s := deadline - time.monotonic()) > 0:
-                    if self._guarded("tick", self._external_revision) != seen:
+                    if self._guarded("tick", self._external_revision) != revision:
                         break
                     reconcile_now.wait(min(_CHANGE_POLL_INTERVAL_S, left_s))
         finally:
@@ -167,7 +167,7 @@ class Controller:
         """Polls the alert source once. Returns whether the known alerts changed."""
         assert self._alert_source is not None
         try:
-            changed = self._book.poll(self._alert_source.poll())
+            changed = self._alerts.poll(self._alert_source.poll())
         except RolloutError as error:
             self._report_failure("poll", str(error))
             return False
@@ -248,15 +248,15 @@ class Controller:
         return evidence
 
     def _firing(self, state: RolloutState) -> tuple[Any, ...]:
-        return self._book.firing_for(state.canary_release, since=state.started_at)
+        return self._alerts.firing_for(state.canary_release, since=state.started_at)
 
     def _report_failure(self, kind: str, text: str) -> None:
         """Counts every failure; logs when a failure begins, changes or ends."""
         if text:
             self._metrics.failures.labels(kind).inc()
-        if text != self._troubles.get(kind, ""):
+        if text != self._last_errors.get(kind, ""):
             log.warning("%s: %s", kind, text) if text else log.info("%s: recovered", kind)
-        self._troubles[kind] = text
+        self._last_errors[kind] = text
 
     def _external_revision(self) -> int:
         return self._store.revision(include_own=False)
@@ -279,7 +279,7 @@ class Controller:
             stop.wait(self._poll_s)
 
     def _guarded(self, kind: str, call: Callable[[], _T]) -> _T | None:
-        """Calls ``call`` and logs every exception: if the loop ended, no one would watch the canary."""
+        """Calls ``call`` and logs every exception, so that the loop never ends while a canary has traffic."""
         try:
             return call()
         except ReelwayError as error:
@@ -336,15 +336,15 @@ def _history_entry(reconcile_pass: _ReconcilePass) -> HistoryEntry | None:
 def _last_reconcile(
     reconcile_pass: _ReconcilePass, target: TrafficTarget, reached: bool, apply_error: str
 ) -> LastReconcile:
-    seen = reconcile_pass.observation or TrafficObservation(detail="not observed: rolled back on an alert")
+    observation = reconcile_pass.observation or TrafficObservation(detail="not observed: rolled back on an alert")
     traffic: dict[str, Any] = {
         "reached": reached,
         "target": target.routing.model_dump(mode="json"),
-        "routing": seen.routing.model_dump(mode="json") if seen.routing else None,
-        "releases": list(seen.releases),
-        "ready": sorted(seen.ready),
-        "failed": dict(seen.failed),
-        "detail": seen.detail,
+        "routing": observation.routing.model_dump(mode="json") if observation.routing else None,
+        "releases": list(observation.releases),
+        "ready": sorted(observation.ready),
+        "failed": dict(observation.failed),
+        "detail": observation.detail,
         "trouble": apply_error,
     }
     return LastReconcile(

@@ -49,7 +49,7 @@ class AlertReceiver(Protocol):
 
 
 def webhook_application(
-    book: AlertReceiver, on_change: Callable[[], object], token: str, metrics: ControllerMetrics
+    receiver: AlertReceiver, on_change: Callable[[], object], token: str, metrics: ControllerMetrics
 ) -> Starlette:
     """``POST /api/v1/alerts`` (bearer ``token``), ``GET /healthz`` and ``GET /metrics``.
 
@@ -62,7 +62,7 @@ def webhook_application(
             _check_token(request, token)
             payload = parse_webhook(await _body(request))
             news = parse_alerts(payload)
-            changed = await run_in_threadpool(book.deliver, news)
+            changed = await run_in_threadpool(receiver.deliver, news)
         except _HttpError as refused:
             return _answer(refused.status, refused.outcome, refused.text)
         except DataError as error:

@@ -29,7 +29,7 @@ class _Key(NamedTuple):
 
 
 class _Sums(NamedTuple):
-    """``reset_reason`` says how the collector's data loss was detected; empty if it lost nothing."""
+    """``reset_reason`` states how the collector's data loss was detected; empty if it lost nothing."""
 
     newest: dict[_Key, float]
     reset_reason: str

@@ -73,7 +73,7 @@ def read_parity(run: RunDirectory) -> ParityFindings:
 
 
 def parse_parity(text: str, where: str, remedy: str) -> ParityFindings:
-    """Parses findings. The message of an invalid text names ``where`` it came from and the ``remedy``."""
+    """Parses findings. If the text is invalid, ``problem`` names its location ``where`` and the ``remedy``."""
     try:
         return ParityFindings(_REPORT.validate_python(json.loads(text)))
     except (ValidationError, ValueError) as error:

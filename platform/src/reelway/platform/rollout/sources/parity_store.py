@@ -1,8 +1,8 @@
 """Parity findings in the release store: a replay job writes them, and the operator's pod reads them.
 
-The file lies beside the releases and is written atomically. The operator reconciles every few seconds and must not wait
-for object storage. A thread therefore reads the file, and the operator uses the last result until the store has not
-answered for ``MAX_STALENESS_S``.
+The file is stored beside the releases and is written atomically. The operator reconciles every few seconds and must not
+wait for object storage. A thread therefore reads the file, and the operator uses the last result until the store has
+not answered for ``MAX_STALENESS_S``.
 """
 
 from __future__ import annotations

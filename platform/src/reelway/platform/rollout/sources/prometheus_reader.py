@@ -5,8 +5,8 @@ resets and staleness here. A reading is complete or absent: an error, a warning 
 unexpected answer discards it, and everything is ``telemetry_down``.
 
 In a shared Prometheus, ``MonitoringAccess.labels`` select this installation's series: the same release id in another
-namespace is another canary. The scrape jobs must have the names ``series.ROUTER_JOB`` and ``series.OUTCOMES_JOB``; see
-rules/scrape.example.yaml.
+namespace is another canary. The scrape jobs must have the names ``metric_names.ROUTER_JOB`` and
+``metric_names.OUTCOMES_JOB``; see rules/scrape.example.yaml.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Scraped series as a direct scrape and Prometheus both return them, so that one function turns either into evidence.
 
-A series has a name and labels; ``job`` and ``instance`` are labels, as in Prometheus. ``up`` tells whether an exporter
+A series has a name and labels; ``job`` and ``instance`` are labels, as in Prometheus. ``up`` states whether an exporter
 answered: 1 for a successful scrape and 0 for a failed one, at the time of the scrape's other samples. An ``up`` that
 ends in NaN belongs to a removed target, which is not expected to answer.
 """
@@ -66,7 +66,7 @@ class Scope:
 
 @dataclass(frozen=True, slots=True)
 class SeriesReadResult:
-    """A reader's samples. ``problem`` says why there are no newer ones; empty if every exporter answered."""
+    """A reader's samples. ``problem`` is the reason why newer ones are missing; empty if every exporter answered."""
 
     series: Series = field(default_factory=dict)
     problem: str = ""

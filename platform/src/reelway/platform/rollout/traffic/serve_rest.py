@@ -181,14 +181,14 @@ class ServeRestBackend:
         try:
             return _ServingRecord.model_validate_json(path.read_text())
         except FileNotFoundError:
-            raise RolloutError(f"{path} is not there: the service is not running; start `reelway serve`") from None
+            raise RolloutError(f"{path} does not exist: the service is not running; start `reelway serve`") from None
         except (OSError, ValidationError) as error:
             raise RolloutError(f"{path}: not a valid serving record: {error}; restart `reelway serve`") from error
 
     def _call(self, method: str, record: _ServingRecord, document: Mapping[str, Any] | None) -> httpx.Response:
         url = record.serve_api.rstrip("/") + _APPLICATIONS
-        told = self._where.token_file if isinstance(self._where, ServeAddress) else self._where.keys / RAY_TOKEN
-        token = _token(told) if told else ""
+        token_file = self._where.token_file if isinstance(self._where, ServeAddress) else self._where.keys / RAY_TOKEN
+        token = _token(token_file) if token_file else ""
         headers = {"Authorization": f"Bearer {token}"} if token else {}
         return self._request(method, url, headers, document)
 
@@ -214,37 +214,37 @@ class ServeRestBackend:
         return answer
 
 
-def _routing_difference(told: Any, current: _RouterStatus) -> str:
+def _routing_difference(user_config: Any, current: _RouterStatus) -> str:
     """Returns how the router's routing differs from the configured one; empty if they agree."""
     try:
-        wanted = Routing.model_validate(told)
+        configured = Routing.model_validate(user_config)
     except ValidationError as error:
         return f"the router's user_config is not a routing: {error.errors()[0]['msg']}"
-    acted = current.routing
-    if (acted.salt, acted.rollout, acted.arms) == (wanted.salt, wanted.rollout, wanted.arms):
+    applied = current.routing
+    if (applied.salt, applied.rollout, applied.arms) == (configured.salt, configured.rollout, configured.arms):
         return ""
-    closed = sorted(name[:12] for name in set(wanted.releases) - set(current.open))
+    closed = sorted(name[:12] for name in set(configured.releases) - set(current.open))
     return "the router has not applied its configured routing" + (f"; releases not open: {closed}" if closed else "")
 
 
 def _application_message(application: Mapping[str, Any]) -> str:
     """Returns Serve's messages about an application that is not running."""
-    words = [str(application.get("message", ""))]
+    messages = [str(application.get("message", ""))]
     for name, deployment in application.get("deployments", {}).items():
         if deployment.get("status") != "HEALTHY":
-            words.append(f"{name} is {deployment.get('status')}: {deployment.get('message', '')}")
-    said = "; ".join(_short(word) for word in words if word)
-    return str(application.get("status", "absent")) + (f": {said}" if said else "")
+            messages.append(f"{name} is {deployment.get('status')}: {deployment.get('message', '')}")
+    text = "; ".join(_short(message) for message in messages if message)
+    return str(application.get("status", "absent")) + (f": {text}" if text else "")
 
 
-def _equal_configs(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+def _equal_configs(first: Mapping[str, Any], second: Mapping[str, Any]) -> bool:
     """Returns whether two Serve configs are equal, regardless of the order of applications."""
 
     def ordered(config: Mapping[str, Any]) -> str:
         applications = sorted(config["applications"], key=lambda app: str(app["name"]))
         return json.dumps({**config, "applications": applications}, sort_keys=True)
 
-    return ordered(one) == ordered(other)
+    return ordered(first) == ordered(second)
 
 
 def _token(path: Path) -> str:
