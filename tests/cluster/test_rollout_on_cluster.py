@@ -81,7 +81,7 @@ def test_commands_report_their_effect(
 
 
 def test_status_says_that_no_operator_runs(person: CommandLineUser, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rollout_cluster, "ANSWERED_WITHIN_S", 0.2)
+    monkeypatch.setattr(rollout_cluster, "ADMISSION_TIMEOUT_S", 0.2)
     begun = person.starts(GOOD, "quick")
     assert begun.exit_code == 0, begun.output
     assert "the operator has not observed the rollout yet" in person.says("status").output
@@ -106,7 +106,7 @@ def test_release_is_found_by_its_prefix(
         "apiVersion": "reelway.dev/v1alpha1", "kind": "Release", "metadata": {"name": GOOD[:12]},
         "spec": {"id": GOOD, "store": "s3://releases"},
     })  # fmt: skip
-    monkeypatch.setattr(rollout_cluster, "ANSWERED_WITHIN_S", 0.2)
+    monkeypatch.setattr(rollout_cluster, "ADMISSION_TIMEOUT_S", 0.2)
     begun = person.starts("bbb", "quick")
     name = begun.output.split()[0].rsplit("-", 1)[0]
     assert kubectl.read(name)["spec"]["release"] == GOOD

@@ -46,7 +46,7 @@ def is_gone(pid: int) -> bool:
 def test_grandchild_that_ignores_signals_is_killed_with_its_group(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("reelway.platform.cli.processes.POLITE_S", 0.5)
+    monkeypatch.setattr("reelway.platform.cli.processes.TERMINATION_GRACE_S", 0.5)
     note = tmp_path / "pid"
     with child_process([sys.executable, "-c", WITH_STUBBORN_GRANDCHILD, str(note)]) as process:
         grandchild = wait_for(note)

@@ -156,7 +156,7 @@ def test_drill_ends_on_stable_whether_or_not_detected(
 
 
 def test_drill_requires_traffic(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(drill, "PROBE_S", 0.6)
+    monkeypatch.setattr(drill, "TRAFFIC_PROBE_S", 0.6)
     monkeypatch.setattr(service.server, "rate", 0)
     rollouts = len(service.world.store.all())
     ended = reelway("drill", "--run", service.run, "--release", service.bad)

@@ -79,7 +79,7 @@ def test_watermark_of_a_partial_read_is_its_last_record(log: EventLog) -> None:
 
 
 def test_append_raises_when_the_broker_is_down(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "ANSWER_S", 2.0)
+    monkeypatch.setattr(module, "REQUEST_TIMEOUT_S", 2.0)
     with kafka_broker(tmp_path) as broker:
         if broker.process is None:
             pytest.skip("the broker in REELWAY_KAFKA is not ours to kill")
