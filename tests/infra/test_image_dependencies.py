@@ -15,12 +15,12 @@ ROOT = Path(__file__).parents[2]
 def test_shared_requirements_keep_common_extras_with_bounds() -> None:
     some = ["feast[duckdb,redis]", "only-here", "pydantic>=2", "ray[serve]", "numpy>=1"]
     others = ["feast[duckdb,redis]", "numpy>=2", "only-there", "pydantic>=2", "ray[data,train]"]
-    assert dependencies.shared(some, others) == ["feast[duckdb,redis]", "numpy", "pydantic>=2", "ray"]
+    assert dependencies.shared_requirements(some, others) == ["feast[duckdb,redis]", "numpy", "pydantic>=2", "ray"]
 
 
 def test_serving_shares_large_packages_with_training() -> None:
     serving, training = (dependencies.requirements([one, "platform[s3]"], ROOT) for one in ("serving", "pipelines"))
-    both = dependencies.shared(serving, training)
+    both = dependencies.shared_requirements(serving, training)
     assert {"ray", "feast[duckdb,redis]", "pyarrow", "onnxruntime", "s3fs"} <= set(both)
     assert not any("torch" in one or "serve" in one for one in both)
 
@@ -32,7 +32,7 @@ def test_requirements_follow_members() -> None:
 
 
 def test_torch_for_cpus_excludes_unused_cuda_packages() -> None:
-    left_out = without_cuda.excluded((ROOT / "constraints.txt").read_text().splitlines())
+    left_out = without_cuda.excluded_packages((ROOT / "constraints.txt").read_text().splitlines())
     assert {"nvidia-cublas", "nvidia-cudnn-cu13", "nvidia-nccl-cu13", "triton"} <= set(left_out)
     assert not {"torch", "nvidia-cuda-runtime", "nvidia-cuda-cupti"} & set(left_out)
 

@@ -122,12 +122,12 @@ def test_unwritable_path_raises_a_storage_error(tmp_path: Path) -> None:
 LIMITED = """
 import sys
 from pathlib import Path
-from reelway.platform.atomic_files import whole_file, whole_folder
+from reelway.platform.atomic_files import atomic_file, atomic_directory
 from reelway.platform.errors import StorageError
 
 for act in (
-    lambda: whole_file(Path(sys.argv[1]) / "file"),
-    lambda: whole_folder(Path(sys.argv[1]) / "folder"),
+    lambda: atomic_file(Path(sys.argv[1]) / "file"),
+    lambda: atomic_directory(Path(sys.argv[1]) / "folder"),
 ):
     try:
         with act() as aside:
@@ -160,9 +160,9 @@ def test_full_disk_keeps_the_previous_content(tmp_path: Path) -> None:
 KILLED = """
 import sys, time
 from pathlib import Path
-from reelway.platform.atomic_files import whole_folder
+from reelway.platform.atomic_files import atomic_directory
 
-with whole_folder(Path(sys.argv[1]) / "folder") as aside:
+with atomic_directory(Path(sys.argv[1]) / "folder") as aside:
     (aside / "half").write_text("half")
     print("ready", flush=True)
     time.sleep(60)

@@ -43,10 +43,10 @@ def test_unknown_option_exits_with_code_2() -> None:
 @pytest.mark.parametrize(
     ("arguments", "code", "said"),
     [
-        (("release", "show"), 6, "has no release yet"),
+        (("release", "show"), 6, "has no release; build one with"),
         (("release", "verify"), 6, "reelway release keys"),
         (("release", "list", "--store", "nosuch://x"), 2, "nosuch"),
-        (("release", "build", "--run", "nothing"), 2, "step 'evaluate' was not done here"),
+        (("release", "build", "--run", "nothing"), 2, "step 'evaluate' has not finished"),
     ],
 )
 def test_error_prints_one_line_and_exits_with_its_code(
@@ -113,14 +113,14 @@ WORKING = """
 import sys, time, typer
 from pathlib import Path
 from reelway.platform.cli import main as cli
-from reelway.platform.atomic_files import whole_folder
+from reelway.platform.atomic_files import atomic_directory
 from reelway.platform.run_directory import RunDirectory
 
 def register(app: typer.Typer) -> None:
     @app.command("work")
     def work(path: Path) -> None:
         run = RunDirectory(path)
-        with run.step("work", config={}), whole_folder(run.features) as aside:
+        with run.step("work", config={}), atomic_directory(run.features) as aside:
             (aside / "half").write_text("half")
             print("ready", flush=True)
             time.sleep(60)

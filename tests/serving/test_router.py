@@ -259,7 +259,7 @@ def test_router_fails_to_start_without_stable(router: Router, shelf: FakeRelease
 def test_starting_router_waits_briefly_for_other_releases(
     router: Router, shelf: FakeReleaseOpener, ids: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("reelway.serving.router.OTHERS_S", 0.05)
+    monkeypatch.setattr("reelway.serving.router.STARTUP_WAIT_S", 0.05)
 
     async def check() -> None:
         shelf.gates = {ids[1]: asyncio.Event(), ids[2]: asyncio.Event()}
@@ -353,7 +353,7 @@ def test_error_without_a_fallback_counts_as_failed(
 ) -> None:
     async def check() -> None:
         await router.reconfigure(routing(stable=ids[0]))
-        monkeypatch.setattr("reelway.serving.request_path.shown_videos", lambda *_: 1 / 0)
+        monkeypatch.setattr("reelway.serving.request_path.build_videos", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             await ask(router)
 

@@ -73,7 +73,7 @@ def test_failed_stage_is_replaced_by_its_fallback(registry: CollectorRegistry, m
 
 
 def test_late_stage_is_replaced_by_its_fallback(registry: CollectorRegistry, metric: Callable[..., float]) -> None:
-    """After ``LATE`` timeouts the budget's breaker is open, and the stage is not called."""
+    """After ``TRIP_AFTER_TIMEOUTS`` timeouts the budget's breaker is open, and the stage is not called."""
     stage, degraded = FakeStage(hangs=True), list[Degradation]()
 
     async def run() -> list[int]:

@@ -24,8 +24,8 @@ def test_only_missing_values_have_code_zero() -> None:
 
 def test_codes_are_equal_in_another_process() -> None:
     script = (
-        "import numpy as np; from reelway.platform.features.hashing import id_codes, word_code;"
-        "print(id_codes(np.array([7, 2**53 - 1]), 32768).tolist(), word_code('eu', 64))"
+        "import numpy as np; from reelway.platform.features.hashing import id_codes, category_code;"
+        "print(id_codes(np.array([7, 2**53 - 1]), 32768).tolist(), category_code('eu', 64))"
     )
     other = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout.strip()
     assert other == f"{id_codes(np.array([7, 2**53 - 1]), BUCKETS).tolist()} {category_code('eu', WORDS)}"

@@ -56,8 +56,8 @@ def test_recorded_state_is_read_by_another_process(store: SqliteRolloutStore) ->
         "import sys, pathlib\n"
         "from reelway.platform.rollout.control.sqlite_store import SqliteRolloutStore\n"
         "store = SqliteRolloutStore(pathlib.Path(sys.argv[1]))\n"
-        "latest, sighting = store.latest(), store.sighting('r-')\n"
-        "print(latest.model_dump_json(), store.history()[0].reason, sighting.reason, len(store.alerts()))\n"
+        "latest, reconcile = store.latest(), store.last_reconcile('r-')\n"
+        "print(latest.model_dump_json(), store.history()[0].reason, reconcile.reason, len(store.alerts()))\n"
     )
     read = subprocess.run([sys.executable, "-c", code, store.path], capture_output=True, text=True, check=True).stdout
     assert read.strip() == f"{moved.model_dump_json()} because so 1"
