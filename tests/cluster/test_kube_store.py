@@ -37,7 +37,7 @@ def entry(rollout_id: str, reason: str = "because", action: str = "step") -> His
     )  # fmt: skip
 
 
-def begun(api: KubeApi, kubectl: Kubectl, name: str = "one") -> tuple[KubeRolloutStore, Rollout]:
+def started_rollout(api: KubeApi, kubectl: Kubectl, name: str = "one") -> tuple[KubeRolloutStore, Rollout]:
     """A controller's store with a started rollout."""
     kubectl.apply(rollout(name))
     shelf = InformerCache()
@@ -56,7 +56,7 @@ def moved(before: Rollout, phase: Phase) -> RolloutState:
 
 
 def test_recorded_state_is_read_back(api: KubeApi, kubectl: Kubectl) -> None:
-    store, before = begun(api, kubectl)
+    store, before = started_rollout(api, kubectl)
     written = store.record(before, moved(before, Phase.PREPARING), entry(before.state.id))
     other = people(api)
     assert other.latest() == written
@@ -81,8 +81,8 @@ def test_created_rollout_has_the_requested_spec(api: KubeApi, kubectl: Kubectl) 
         id="r-1", stable_release=LIVE, canary_release=GOOD, started_at=1, changed_at=1, tick_at=1, forced=True,
         reason="try it",
     )  # fmt: skip
-    made = people(api).create(state, POLICY)
-    assert (made.state.canary_release, made.state.forced, made.policy) == (GOOD, True, POLICY)
+    created = people(api).create(state, POLICY)
+    assert (created.state.canary_release, created.state.forced, created.policy) == (GOOD, True, POLICY)
     spec = kubectl.read("r-1")["spec"]
     assert (spec["note"], spec["backend"]) == ("try it", {"rayService": {"name": "reelway"}})
     assert spec["policy"]["guardrails"]["parity_mismatches"] is None
@@ -93,7 +93,7 @@ def test_created_rollout_has_the_requested_spec(api: KubeApi, kubectl: Kubectl) 
 
 
 def test_outdated_writer_is_rejected(api: KubeApi, kubectl: Kubectl) -> None:
-    store, before = begun(api, kubectl)
+    store, before = started_rollout(api, kubectl)
     late = KubeRolloutStore(api, UncachedRollouts(api), backend=BACKEND.key)
     store.record(before, moved(before, Phase.PREPARING), entry(before.state.id, "first"))
     with pytest.raises(RolloutError, match="another writer changed it"):
@@ -103,7 +103,7 @@ def test_outdated_writer_is_rejected(api: KubeApi, kubectl: Kubectl) -> None:
 
 def test_outdated_cache_loses_no_write(api: KubeApi, kubectl: Kubectl) -> None:
     """The cache lacks a change of the object, so the write is rejected and repeated on the latest version."""
-    store, before = begun(api, kubectl)
+    store, before = started_rollout(api, kubectl)
     kubectl.run("annotate", "releaserollout", "one", "who=me")
     written = store.record(before, moved(before, Phase.PREPARING), None)
     assert written.state.phase is Phase.PREPARING
@@ -111,19 +111,19 @@ def test_outdated_cache_loses_no_write(api: KubeApi, kubectl: Kubectl) -> None:
 
 
 def test_command_during_a_decision_is_kept(api: KubeApi, kubectl: Kubectl) -> None:
-    store, before = begun(api, kubectl)
+    store, before = started_rollout(api, kubectl)
     people(api).submit_command("one", Command(id="c1", verb="rollback", actor="ada", note="why"))
     written = store.record(before, moved(before, Phase.PREPARING), None)
     assert (written.state.phase, written.state.command) == (
         Phase.PREPARING, Command(id="c1", verb="rollback", actor="ada", note="why"),
     )  # fmt: skip
-    done = written.state.model_copy(update={"command": None, "phase": Phase.ROLLING_BACK})
-    assert store.record(written, done, None).state.command is None
+    updated = written.state.model_copy(update={"command": None, "phase": Phase.ROLLING_BACK})
+    assert store.record(written, updated, None).state.command is None
     assert people(api).submit_command("one", Command(id="c1", verb="rollback")).state.command is None
 
 
 def test_concurrent_commands_are_all_recorded(api: KubeApi, kubectl: Kubectl) -> None:
-    begun(api, kubectl)
+    started_rollout(api, kubectl)
     threads = [
         threading.Thread(target=people(api).submit_command, args=("one", Command(id=f"c{i}", verb="pause")))
         for i in range(4)
@@ -136,7 +136,7 @@ def test_concurrent_commands_are_all_recorded(api: KubeApi, kubectl: Kubectl) ->
 
 
 def test_pending_commands_are_never_dropped(api: KubeApi, kubectl: Kubectl) -> None:
-    store, _ = begun(api, kubectl)
+    store, _ = started_rollout(api, kubectl)
     asking = people(api)
     asking.submit_command("one", Command(id="first", verb="rollback"))
     for i in range(MAX_COMMANDS - 1):
@@ -152,7 +152,7 @@ def test_pending_commands_are_never_dropped(api: KubeApi, kubectl: Kubectl) -> N
 
 
 def test_deleted_active_rollout_gets_a_rollback_command(api: KubeApi, kubectl: Kubectl) -> None:
-    store, before = begun(api, kubectl)
+    store, before = started_rollout(api, kubectl)
     kubectl.run("patch", "releaserollout", "one", "--type=merge", "-p", '{"metadata":{"finalizers":["a.b/c"]}}')
     kubectl.run("delete", "releaserollout", "one", "--wait=false")
     written = store.record(before, moved(before, Phase.STEPPING), None)
@@ -161,14 +161,14 @@ def test_deleted_active_rollout_gets_a_rollback_command(api: KubeApi, kubectl: K
 
 
 def test_write_to_a_deleted_rollout_fails(api: KubeApi, kubectl: Kubectl) -> None:
-    store, before = begun(api, kubectl)
+    store, before = started_rollout(api, kubectl)
     kubectl.run("delete", "releaserollout", "one")
     with pytest.raises(RolloutError, match="cannot write rollout one: it was deleted"):
         store.record(before, moved(before, Phase.PREPARING), None)
 
 
 def test_bounded_history_keeps_the_deciding_evidence(api: KubeApi, kubectl: Kubectl) -> None:
-    store, before = begun(api, kubectl)
+    store, before = started_rollout(api, kubectl)
     resource = next(iter(store._shelf.all()))
     filled = tuple(
         entry(before.state.id, str(i), "roll_back" if i == 30 else "step").model_copy(update={"number": i + 1})
@@ -183,23 +183,23 @@ def test_bounded_history_keeps_the_deciding_evidence(api: KubeApi, kubectl: Kube
 
 
 def test_only_alerts_about_the_rollout_are_stored(api: KubeApi, kubectl: Kubectl) -> None:
-    store, _ = begun(api, kubectl)
+    store, _ = started_rollout(api, kubectl)
 
     def alert(release: str, starts_at: float) -> KnownAlert:
         labels = (("alertname", "a"), ("release", release))
         return KnownAlert(group_key="g", labels=labels, starts_at=starts_at, resolved=False, summary="s")
 
     mine = alert(GOOD[:12], 6)
-    book = {one.key: one for one in (mine, alert(GOOD, 4), alert("f" * 64, 6))}
-    store.replace_alerts(book)
+    alerts = {one.key: one for one in (mine, alert(GOOD, 4), alert("f" * 64, 6))}
+    store.replace_alerts(alerts)
     assert store.alerts() == people(api).alerts() == {mine.key: mine}
     before = kubectl.read("one")["metadata"]["resourceVersion"]
-    store.replace_alerts(book)
+    store.replace_alerts(alerts)
     assert kubectl.read("one")["metadata"]["resourceVersion"] == before
 
 
 def test_reconcile_is_written_only_if_its_outcome_changed(api: KubeApi, kubectl: Kubectl) -> None:
-    store, before = begun(api, kubectl)
+    store, before = started_rollout(api, kubectl)
 
     def sighting(at: float, *, reached: bool = True) -> LastReconcile:
         return LastReconcile(
@@ -222,7 +222,7 @@ def test_reconcile_is_written_only_if_its_outcome_changed(api: KubeApi, kubectl:
 
 
 def test_revision_distinguishes_foreign_changes(api: KubeApi, kubectl: Kubectl) -> None:
-    store, before = begun(api, kubectl)
+    store, before = started_rollout(api, kubectl)
     shelf = store._shelf
     assert isinstance(shelf, InformerCache)
     quiet, mine = store.revision(include_own=False), store.revision()

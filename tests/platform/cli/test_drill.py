@@ -138,8 +138,8 @@ def test_drill_ends_on_stable_whether_or_not_detected(
     assert report.detected_after_s is not None
     assert 0 <= report.detected_after_s < 2
     assert (report.viewers, report.stable_release) == (2_400, service.stable)
-    book = service.world.store.alerts()
-    assert [alert.resolved for alert in book.values()] == [True]
+    alerts = service.world.store.alerts()
+    assert [alert.resolved for alert in alerts.values()] == [True]
     assert on_stable(service)
 
     code, report = service.drill("--deadline", 1)

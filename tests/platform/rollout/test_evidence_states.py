@@ -1,3 +1,5 @@
+"""States of evidence: counters, outcome metrics and guardrails."""
+
 from __future__ import annotations
 
 import math
@@ -72,7 +74,7 @@ def test_counter_increase_is_not_negative_with_nan_samples(values: list[float]) 
 
 
 @pytest.mark.parametrize(
-    ("samples", "state", "said"),
+    ("samples", "state", "detail"),
     [
         (None, DOWN, "absent"),
         ([], DOWN, "absent"),
@@ -84,10 +86,10 @@ def test_counter_increase_is_not_negative_with_nan_samples(values: list[float]) 
         ([Sample(0, 1), Sample(10, 3)], OK, ""),
     ],
 )
-def test_counter_state_depends_on_its_samples(samples: list[Sample], state: EvidenceState, said: str) -> None:
+def test_counter_state_depends_on_its_samples(samples: list[Sample], state: EvidenceState, detail: str) -> None:
     reading = counter_increase(samples, now=20, max_age_s=60)
     assert reading.state is state
-    assert said in reading.detail
+    assert detail in reading.detail
 
 
 def test_sum_with_an_unresponsive_replica_is_unknown() -> None:

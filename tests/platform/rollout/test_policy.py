@@ -1,3 +1,5 @@
+"""Rollout policies: error messages of invalid files, and the division of alpha."""
+
 from __future__ import annotations
 
 import jsonschema
@@ -18,7 +20,7 @@ SMALL = "steps: [{weight_percent: 1}]\noutcomes: [{name: long_watch_rate, margin
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
         (
             "steps: [{weigth_percent: 1}]",
@@ -51,17 +53,17 @@ SMALL = "steps: [{weight_percent: 1}]\noutcomes: [{name: long_watch_rate, margin
         ("a: [", "not YAML"),
     ],
 )
-def test_invalid_policy_is_rejected_with_path_and_allowed_values(text: str, said: str) -> None:
-    with pytest.raises(ConfigError) as refused:
+def test_invalid_policy_is_rejected_with_path_and_allowed_values(text: str, message: str) -> None:
+    with pytest.raises(ConfigError) as error:
         parse_policy(text, source="mine.yaml")
-    assert said in str(refused.value)
-    assert str(refused.value).startswith("mine.yaml: ")
+    assert message in str(error.value)
+    assert str(error.value).startswith("mine.yaml: ")
 
 
 def test_invalid_item_is_reported_only_once() -> None:
-    with pytest.raises(ConfigError) as refused:
+    with pytest.raises(ConfigError) as error:
         parse_policy(SMALL.replace("1}", "130}"), source="mine.yaml")
-    assert str(refused.value).count("\n") == 0
+    assert str(error.value).count("\n") == 0
 
 
 def test_missing_policy_file_is_a_config_error(tmp_path) -> None:  # type: ignore[no-untyped-def]
