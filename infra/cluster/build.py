@@ -81,33 +81,33 @@ def module_folder(tool: str, module: str) -> Path:
 
 
 def _pins_of(tool: str) -> str:
-    folder, whole = HERE / "tools" / tool, hashlib.sha256()
+    folder, digest = HERE / "tools" / tool, hashlib.sha256()
     for path in sorted(folder.iterdir()):
-        whole.update(path.read_bytes())
-    return whole.hexdigest() + " ".join(_FLAGS.get(tool, ()))
+        digest.update(path.read_bytes())
+    return digest.hexdigest() + " ".join(_FLAGS.get(tool, ()))
 
 
-def _build(tool: str, into: Path) -> None:
-    with tempfile.TemporaryDirectory(dir=into) as fresh:
+def _build(tool: str, target_folder: Path) -> None:
+    with tempfile.TemporaryDirectory(dir=target_folder) as fresh:
         _go(tool, "build", "-trimpath", *_NO_DWARF, *_FLAGS.get(tool, _STRIPPED), "-o", f"{fresh}/",
             "." if tool in _OWN_MAIN else "tool")  # fmt: skip
-        for theirs, ours in _PROGRAM_NAMES.items():
-            if (named := Path(fresh) / theirs).exists():
-                named.rename(Path(fresh) / ours)
+        for module_name, final_name in _PROGRAM_NAMES.items():
+            if (named := Path(fresh) / module_name).exists():
+                named.rename(Path(fresh) / final_name)
         for program in _TOOL_PROGRAMS[tool]:
-            made = Path(fresh) / program
-            if not made.exists():
+            program_path = Path(fresh) / program
+            if not program_path.exists():
                 raise BuildError(
                     f"tools/{tool}: `go build` made {sorted(p.name for p in Path(fresh).iterdir())}, expected {program}"
                 )
-            made.replace(into / program)
+            program_path.replace(target_folder / program)
 
 
-def _go(tool: str, *words: str) -> subprocess.CompletedProcess[str]:
+def _go(tool: str, *args: str) -> subprocess.CompletedProcess[str]:
     done = subprocess.run(
-        ["go", *words], cwd=HERE / "tools" / tool, capture_output=True, text=True, check=False,
+        ["go", *args], cwd=HERE / "tools" / tool, capture_output=True, text=True, check=False,
         env={**os.environ, "CGO_ENABLED": "0", "GOFLAGS": "-mod=readonly -buildvcs=false"},
     )  # fmt: skip
     if done.returncode:
-        raise BuildError(f"tools/{tool}: `go {words[0]}` failed:\n{done.stderr.strip()[-3000:]}")
+        raise BuildError(f"tools/{tool}: `go {args[0]}` failed:\n{done.stderr.strip()[-3000:]}")
     return done

@@ -244,8 +244,8 @@ def scheduler_command(layout: NodePaths) -> list[str]:
     ]
 
 
-def _kubeconfig_args(layout: NodePaths, who: str) -> list[str]:
-    config = layout.kubeconfig(who)
+def _kubeconfig_args(layout: NodePaths, component: str) -> list[str]:
+    config = layout.kubeconfig(component)
     return [f"--{purpose}kubeconfig={config}" for purpose in ("", "authentication-", "authorization-")]
 
 

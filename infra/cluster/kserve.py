@@ -106,7 +106,7 @@ def _crds() -> list[str]:
     """The CRDs that the controller watches, as arguments of kubectl."""
     folder = module_folder("kserve", _MODULE) / "charts" / "kserve-crd-minimal" / "templates"
     kinds = ("inferenceservices", "servingruntimes", "clusterservingruntimes", "trainedmodels", "inferencegraphs")
-    return [word for kind in kinds for word in ("-f", str(folder / f"serving.kserve.io_{kind}.yaml"))]
+    return [argument for kind in kinds for argument in ("-f", str(folder / f"serving.kserve.io_{kind}.yaml"))]
 
 
 def _certificate(layout: NodePaths) -> Path:
@@ -137,8 +137,8 @@ def _wait(processes: ProcessTable) -> None:
                 return
         except OSError as error:
             if time.monotonic() > deadline:
-                words = processes.log_tail(_PROCESS)
+                log_lines = processes.log_tail(_PROCESS)
                 raise NodeError(
-                    f"KServe's controller is not ready within {_DEADLINE_S:g} s: {error}\n{words}"
+                    f"KServe's controller is not ready within {_DEADLINE_S:g} s: {error}\n{log_lines}"
                 ) from error
         time.sleep(0.2)

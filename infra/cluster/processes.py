@@ -56,8 +56,8 @@ class ProcessTable:
                 env={**os.environ, **(environment or {})},
             )  # fmt: skip
         _raise_priority(process.pid)
-        began = _start_time(process.pid)
-        self._write({**self._record(), name: ProcessRecord(process.pid, began or 0)})
+        start_ticks = _start_time(process.pid)
+        self._write({**self._record(), name: ProcessRecord(process.pid, start_ticks or 0)})
 
     def stop(self, name: str, *, wait_s: float = 15.0) -> None:
         """Sends SIGTERM, and SIGKILL after ``wait_s`` seconds."""
@@ -91,9 +91,9 @@ class ProcessTable:
     def _write(self, record: Mapping[str, ProcessRecord]) -> None:
         path: Path = self._layout.processes
         path.parent.mkdir(parents=True, exist_ok=True)
-        aside = path.with_suffix(".new")
-        aside.write_text(json.dumps({name: asdict(started) for name, started in record.items()}, indent=1))
-        aside.replace(path)
+        temporary = path.with_suffix(".new")
+        temporary.write_text(json.dumps({name: asdict(started) for name, started in record.items()}, indent=1))
+        temporary.replace(path)
 
 
 def _raise_priority(pid: int) -> None:

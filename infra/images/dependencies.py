@@ -25,18 +25,18 @@ def requirements(members: Iterable[str], root: Path) -> list[str]:
         SystemExit: if a member or an extra does not exist.
     """
     found: set[str] = set()
-    waiting, seen = [_parse_member(member) for member in members], set[tuple[str, str]]()
+    waiting, visited = [_parse_member(member) for member in members], set[tuple[str, str]]()
     while waiting:
         folder, extras = waiting.pop()
         project = tomllib.loads((root / folder / "pyproject.toml").read_text())["project"]
-        wanted = list(project["dependencies"]) if (folder, "") not in seen else []
-        seen.add((folder, ""))
-        for extra in extras - {extra for name, extra in seen if name == folder}:
+        selected = list(project["dependencies"]) if (folder, "") not in visited else []
+        visited.add((folder, ""))
+        for extra in extras - {extra for name, extra in visited if name == folder}:
             if extra not in project.get("optional-dependencies", {}):
                 raise SystemExit(f"{folder} has no extra {extra!r}; it has {sorted(project['optional-dependencies'])}")
-            seen.add((folder, extra))
-            wanted += project["optional-dependencies"][extra]
-        for requirement in wanted:
+            visited.add((folder, extra))
+            selected += project["optional-dependencies"][extra]
+        for requirement in selected:
             if requirement.startswith(_MEMBER):
                 waiting.append(_parse_member(requirement.removeprefix(_MEMBER)))
             else:
@@ -44,14 +44,14 @@ def requirements(members: Iterable[str], root: Path) -> list[str]:
     return sorted(found)
 
 
-def shared_requirements(some: Iterable[str], others: Iterable[str]) -> list[str]:
+def shared_requirements(first: Iterable[str], second: Iterable[str]) -> list[str]:
     """Requirements of both lists, sorted, with the extras and version bounds that both have."""
     known: dict[str, list[tuple[set[str], str]]] = {}
-    for requirement in others:
+    for requirement in second:
         name, extras = _parse_member(requirement)
         known.setdefault(name, []).append((extras, _versions(requirement)))
     found = set()
-    for requirement in some:
+    for requirement in first:
         name, extras = _parse_member(requirement)
         for their_extras, their_versions in known.get(name, ()):
             common = ",".join(sorted(extras & their_extras))

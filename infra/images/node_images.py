@@ -64,5 +64,5 @@ def _find_program(name: str) -> Path:
 def _libraries(program: Path) -> list[Path]:
     """Shared libraries of a program, without those of the C library, which every base image has."""
     listed = subprocess.run(["ldd", str(program)], capture_output=True, text=True, check=False).stdout
-    paths = [Path(words[2]) for words in map(str.split, listed.splitlines()) if len(words) > 3 and words[1] == "=>"]
+    paths = [Path(fields[2]) for fields in map(str.split, listed.splitlines()) if len(fields) > 3 and fields[1] == "=>"]
     return [path for path in paths if path.name.split(".so")[0] not in _C_LIBRARY]

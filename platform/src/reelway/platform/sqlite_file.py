@@ -161,8 +161,8 @@ class SqliteFile:
         if (application, version, tables) == (0, 0, 0):
             return False
         if application != self._format.application_id:
-            seen = f"a SQLite file of another application ({tables} tables)"
-            raise MalformedFileError(self.path, f"{self._format.description}; give another path", seen=seen)
+            description = f"a SQLite file of another application ({tables} tables)"
+            raise MalformedFileError(self.path, f"{self._format.description}; give another path", seen=description)
         if version != self._format.version:
             raise StorageError(
                 f"{self.path}: {self._format.description} with schema version {version}, "

@@ -53,7 +53,7 @@ class ImpressionToken(NamedTuple):
     arm: Arm
     source: str
     propensity: float
-    issued_at_s: float  # Unix seconds by the signer's clock, whatever the request's context says
+    issued_at_s: float  # Unix seconds by the signer's clock, not by the client's context
     rollout: str = ""  # rollout id of at most ROLLOUT_MAX_BYTES; empty outside of a rollout
     weight: float = 0.0  # sequential.overlap_weight of the arms when the video was shown
     slices: int = 0  # sum of SLICE_BITS

@@ -14,7 +14,7 @@ def explain_problem(model: type[BaseModel], problem: Mapping[str, Any], source: 
     """Returns one line for one pydantic error: source, path, value seen and value expected.
 
     Args:
-        model: the validated model; its ``env_prefix`` tells whether a value came from an environment variable.
+        model: the validated model; its ``env_prefix`` names the environment variables that may have set the value.
         problem: an element of ``ValidationError.errors()``.
         source: name of the file or document, used unless an environment variable set the value.
     """

@@ -149,8 +149,8 @@ def verify_release(
     else:
         source = _store(run, store)
         release_id = source.resolve(release)
-        with tempfile.TemporaryDirectory(prefix="reelway-verify-") as aside:
-            verified = look(source.fetch(release_id, Path(aside)), release_id)
+        with tempfile.TemporaryDirectory(prefix="reelway-verify-") as temporary:
+            verified = look(source.fetch(release_id, Path(temporary)), release_id)
     _say_waivers(verified)
     table = Table("check", "result", title=f"release {short_id(verified.manifest.release_id)} may take traffic")
     for check in verified.checks:
@@ -219,7 +219,7 @@ def _say_waivers(verified: VerifiedRelease) -> None:
 
 
 def registered_services(
-    features_dir: Path, wanted: tuple[FeatureServiceRef, ...], *, required: bool
+    features_dir: Path, expected: tuple[FeatureServiceRef, ...], *, required: bool
 ) -> dict[str, str] | None:
     """Returns the digests of the ``wanted`` feature services that the feature store has, by name.
 
@@ -235,7 +235,7 @@ def registered_services(
         return None
     feature_store = open_feature_store(features_dir)
     present = {}
-    for service in wanted:
+    for service in expected:
         try:
             present[service.name] = feature_service_digest(feature_store, service.name)
         except FeatureError:

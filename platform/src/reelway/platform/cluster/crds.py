@@ -83,8 +83,8 @@ _RELEASE_RULES: Final = (
 
 def schema_of(model: type[BaseModel]) -> dict[str, Any]:
     """Returns the structural OpenAPI v3 schema of a model."""
-    whole = model.model_json_schema(by_alias=True, mode="validation")
-    return _structural_schema(whole, whole.get("$defs", {}))
+    schema = model.model_json_schema(by_alias=True, mode="validation")
+    return _structural_schema(schema, schema.get("$defs", {}))
 
 
 def release_rollout_crd() -> dict[str, Any]:

@@ -69,7 +69,7 @@ class InferenceServiceRankers:
         self._api = api
         self._template = template
         labels = template["metadata"]["labels"]
-        self._own = {key: value for key, value in labels.items() if key != _MANAGED_BY_LABEL and "{" not in value}
+        self._selector = {key: value for key, value in labels.items() if key != _MANAGED_BY_LABEL and "{" not in value}
 
     def ensure(self, release: str) -> None:
         """Creates the InferenceService. An existing one, such as the chart's, stays unchanged."""
@@ -87,7 +87,7 @@ class InferenceServiceRankers:
         return {
             found["metadata"]["labels"][RELEASE_LABEL]: ranker_state(found)
             for found in self._api.list(PATH)
-            if self._own.items() <= found["metadata"].get("labels", {}).items()
+            if self._selector.items() <= found["metadata"].get("labels", {}).items()
             and RELEASE_LABEL in found["metadata"]["labels"]
         }
 

@@ -70,9 +70,9 @@ class KubeRolloutStore:
     ) -> None:
         self._api, self._cache = api, cache
         self._backend, self._create_backend = backend, create_backend
-        self._told, self._clock = on_decision, clock
+        self._on_decision, self._clock = on_decision, clock
         self._writing = threading.RLock()
-        self._seen: dict[str, LastReconcile] = {}
+        self._last_reconciles: dict[str, LastReconcile] = {}
 
     def create(self, state: RolloutState, policy: RolloutPolicy) -> Rollout:
         """Creates the resource; the operator starts the rollout. Several rollouts of one backend may wait.
@@ -124,19 +124,19 @@ class KubeRolloutStore:
             newest, status = to_rollout(resource), resource.status
             merged = with_commands_since(before, newest, state) if newest.version != before.version else state
             history = (*status.history, numbered) if numbered else status.history
-            sighting = self._seen.get(state.id, status.last_reconcile)
+            last_reconcile = self._last_reconciles.get(state.id, status.last_reconcile)
             return with_derived_fields(
                 resource,
                 status.model_copy(
                     update={"state": merged, "policy": before.policy, "version": status.version + 1,
-                            "history": history, "last_reconcile": sighting}
+                            "history": history, "last_reconcile": last_reconcile}
                 ),
                 self._clock(),
             )  # fmt: skip
 
         written = self._write(self._find(before.state.id, exact=True), change)
         if numbered:
-            self._told(written, numbered)
+            self._on_decision(written, numbered)
         return to_rollout(written)
 
     def begin(self, resource: RolloutResource, state: RolloutState, policy: RolloutPolicy) -> Rollout:
@@ -145,10 +145,10 @@ class KubeRolloutStore:
         def change(newest: RolloutResource) -> ReleaseRolloutStatus:
             if newest.status.state is not None:
                 raise RolloutError(f"rollout {newest.name} has started; check that no second operator runs")
-            made = ReleaseRolloutStatus(
+            started = ReleaseRolloutStatus(
                 state=state, policy=policy, version=newest.status.version + 1, conditions=newest.status.conditions
             )
-            return with_derived_fields(newest, made, self._clock())
+            return with_derived_fields(newest, started, self._clock())
 
         return to_rollout(self._write(resource, change))
 
@@ -193,8 +193,8 @@ class KubeRolloutStore:
         raise RolloutError(f"cannot write rollout {resource.name}: it changed {_ATTEMPTS} times meanwhile; try again")
 
     def history(self, rollout_id: str | None = None) -> Sequence[HistoryEntry]:
-        some = [self._find(rollout_id)] if rollout_id is not None else self._in_scope()
-        entries = [entry for resource in some for entry in resource.status.history]
+        resources = [self._find(rollout_id)] if rollout_id is not None else self._in_scope()
+        entries = [entry for resource in resources for entry in resource.status.history]
         return sorted(entries, key=lambda entry: entry.number)
 
     def alerts(self) -> dict[AlertKey, KnownAlert]:
@@ -213,25 +213,25 @@ class KubeRolloutStore:
 
         self._write(resource, change)
 
-    def save_last_reconcile(self, sighting: LastReconcile) -> None:
+    def save_last_reconcile(self, last_reconcile: LastReconcile) -> None:
         """Writes a reconcile at once if its outcome differs from the last one, otherwise with the next record."""
-        self._seen[sighting.rollout_id] = sighting
+        self._last_reconciles[last_reconcile.rollout_id] = last_reconcile
 
         def change(resource: RolloutResource) -> ReleaseRolloutStatus | None:
-            if _same_outcome(sighting, resource.status.last_reconcile):
+            if _same_outcome(last_reconcile, resource.status.last_reconcile):
                 return None
             return with_derived_fields(
-                resource, resource.status.model_copy(update={"last_reconcile": sighting}), self._clock()
+                resource, resource.status.model_copy(update={"last_reconcile": last_reconcile}), self._clock()
             )
 
-        self._write(self._find(sighting.rollout_id, exact=True), change)
+        self._write(self._find(last_reconcile.rollout_id, exact=True), change)
 
     def last_reconcile(self, rollout_id: str) -> LastReconcile | None:
         resource = self._find(rollout_id)
-        return self._seen.get(resource.rollout_id, resource.status.last_reconcile)
+        return self._last_reconciles.get(resource.rollout_id, resource.status.last_reconcile)
 
     def revision(self, *, include_own: bool = True) -> int:
-        return self._cache.revision(own=include_own)
+        return self._cache.revision(include_own=include_own)
 
     def _in_scope(self) -> list[RolloutResource]:
         """Returns the rollouts in scope, oldest first; a controller's scope is the started rollouts of its backend."""
@@ -263,8 +263,8 @@ class KubeRolloutStore:
                 f"rollout {rollout_id!r} does not exist; `reelway rollout history --all` lists all rollouts"
             )
         if len(found) > 1:
-            some = ", ".join(one.name for one in found[:3])
-            raise RolloutError(f"rollout id {rollout_id!r} is ambiguous ({some} ...); give more characters")
+            examples = ", ".join(one.name for one in found[:3])
+            raise RolloutError(f"rollout id {rollout_id!r} is ambiguous ({examples} ...); give more characters")
         return found[0]
 
     def _next_number(self) -> int:
@@ -310,8 +310,8 @@ def to_rollout(resource: RolloutResource) -> Rollout:
     status, spec = resource.status, resource.spec
     policy = status.policy or spec.policy or default_policy()
     state = status.state or _pending_state(resource)
-    for asked in spec.commands:
-        state = add_command(state, asked.to_command)
+    for request in spec.commands:
+        state = add_command(state, request.to_command)
     if resource.deleting and state.active and status.state is not None:
         state = add_command(state, Command(id=f"deleted-{resource.uid[:8]}", verb="rollback", actor=DELETED_ACTOR))
     return Rollout(state=state, policy=policy, version=max(1, resource.version + resource.deleting))
@@ -345,22 +345,22 @@ def _commands_seen(resource: RolloutResource) -> Sequence[str]:
 
 def _unseen_commands(resource: RolloutResource) -> list[CommandRequest]:
     """Returns the commands of the spec; the oldest ones that were processed make room for new ones."""
-    seen, given = set(_commands_seen(resource)), list(resource.spec.commands)
-    while len(given) >= MAX_COMMANDS and given[0].id in seen:
-        given.pop(0)
-    return given
+    processed, commands = set(_commands_seen(resource)), list(resource.spec.commands)
+    while len(commands) >= MAX_COMMANDS and commands[0].id in processed:
+        commands.pop(0)
+    return commands
 
 
 def _relevant_alerts(alerts: Any, state: RolloutState | None) -> tuple[KnownAlert, ...]:
     if state is None:
         return ()
-    about = [
+    relevant = [
         alert
         for alert in alerts
         if alert.starts_at >= state.started_at
         and names_release(dict(alert.labels).get("release", ""), state.canary_release)
     ]
-    return tuple(sorted(about, key=lambda alert: (alert.starts_at, alert.group_key, alert.labels))[-ALERTS_LIMIT:])
+    return tuple(sorted(relevant, key=lambda alert: (alert.starts_at, alert.group_key, alert.labels))[-ALERTS_LIMIT:])
 
 
 def _same_outcome(one: LastReconcile, other: LastReconcile | None) -> bool:

@@ -156,9 +156,9 @@ def _set_workers_and_gpus(cluster: Document, request: JobRequest) -> tuple[int, 
     gpus = existing_gpus if request.gpus is None else request.gpus
     group["replicas"] = group["minReplicas"] = group["maxReplicas"] = workers
     computing = worker if workers else head
-    wanted = {"cpu": request.cpus, "memory": request.memory, resource: str(gpus) if gpus else None}
+    requested = {"cpu": request.cpus, "memory": request.memory, resource: str(gpus) if gpus else None}
     for part in ("requests", "limits"):
-        computing[part] |= {name: value for name, value in wanted.items() if value is not None}
+        computing[part] |= {name: value for name, value in requested.items() if value is not None}
     parameters = cluster["headGroupSpec"]["rayStartParams"]
     parameters.pop("num-cpus", None)
     if workers:

@@ -89,15 +89,15 @@ class RayServiceBackend:
             snapshot = snapshot or self.fetch()
         except KubernetesError as error:
             raise RolloutError(str(error)) from error
-        wanted = with_target(snapshot.config, target)
+        config = with_target(snapshot.config, target)
         running = self.serve.config
-        if running is None or not _same_traffic(wanted, running):
-            self.serve.write(wanted)
-        if wanted != snapshot.config:
+        if running is None or not _same_traffic(config, running):
+            self.serve.write(config)
+        if config != snapshot.config:
             with self.declaring:
-                self._patch_serve_config(snapshot, wanted)
+                self._patch_serve_config(snapshot, config)
 
-    def _patch_serve_config(self, snapshot: DeclaredConfig, wanted: Mapping[str, Any]) -> None:
+    def _patch_serve_config(self, snapshot: DeclaredConfig, config: Mapping[str, Any]) -> None:
         """Patches ``serveConfigV2`` if it still is the configuration that ``wanted`` was made from.
 
         KubeRay writes its status into the same object all the time. A conflict alone therefore means nothing; the
@@ -106,7 +106,7 @@ class RayServiceBackend:
         newest = snapshot
         for _ in range(_ATTEMPTS):
             try:
-                self.patch(newest, wanted)
+                self.patch(newest, config)
                 return
             except ConflictError:
                 newest = self._snapshot()
@@ -116,7 +116,7 @@ class RayServiceBackend:
                 raise self._not_declared("another writer changed serveConfigV2 meanwhile")
         raise self._not_declared(f"it changed {_ATTEMPTS} times meanwhile")
 
-    def patch(self, snapshot: DeclaredConfig, wanted: Mapping[str, Any]) -> None:
+    def patch(self, snapshot: DeclaredConfig, new_config: Mapping[str, Any]) -> None:
         """Writes ``serveConfigV2`` over this version of the object and over no other.
 
         Raises:
@@ -125,7 +125,7 @@ class RayServiceBackend:
         """
         with self._lock:
             self._declared = None  # unknown until the API server has answered
-        text = yaml.safe_dump(dict(wanted), sort_keys=False)
+        text = yaml.safe_dump(dict(new_config), sort_keys=False)
         change = {"metadata": {"resourceVersion": snapshot.resource_version}, "spec": {"serveConfigV2": text}}
         self._parse_snapshot(self._api.patch(f"{_PATH}/{self.name}", change))
 

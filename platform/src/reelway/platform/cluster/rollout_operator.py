@@ -165,12 +165,14 @@ class RolloutOperator:
 
     def _loop(self, stop: threading.Event) -> None:
         while not stop.is_set():
-            revision = self._cache.revision(own=True)
+            revision = self._cache.revision(include_own=True)
             self._guarded("serve config", self._reconcile_serve_config)
             self._guarded("admission", self._admit_pending)
             self._guarded("finalizers", self._reconcile_finalizers)
             deadline = time.monotonic() + _ADMISSION_INTERVAL_S
-            while not stop.is_set() and time.monotonic() < deadline and self._cache.revision(own=True) == revision:
+            while (
+                not stop.is_set() and time.monotonic() < deadline and self._cache.revision(include_own=True) == revision
+            ):
                 stop.wait(_CHANGE_POLL_INTERVAL_S)
 
     def _reconcile_serve_config(self) -> None:

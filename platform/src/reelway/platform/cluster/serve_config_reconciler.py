@@ -71,11 +71,11 @@ class ServeConfigReconciler:
             options = ServingOptions.parse(text, source=f"ConfigMap {name}, {OPTIONS_KEY}")
             releases, routing = self._traffic(declared, options)
             self._prepare_rankers(releases)
-            wanted = compose_serve_config(options, releases, routing)
-            if wanted == declared.config or self._in_transition(declared):
+            config = compose_serve_config(options, releases, routing)
+            if config == declared.config or self._in_transition(declared):
                 return False
             try:
-                self._backend.patch(declared, wanted)
+                self._backend.patch(declared, config)
             except ConflictError:
                 return False  # KubeRay wrote its status meanwhile; the next reconcile reads it
         log.info("RayService %s: serveConfigV2 written, releases=%s", self._backend.name, [r[:12] for r in releases])

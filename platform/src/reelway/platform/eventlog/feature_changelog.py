@@ -115,10 +115,10 @@ class FeatureChangelog:
         for _ in range(10):
             names = self._names()
             base, changes = _newest(names)
-            wanted = [change for change in changes if change > sequence]
+            later = [change for change in changes if change > sequence]
             try:
                 snapshot = [self._read(names[base], base, is_snapshot=True)] if -base > sequence else []
-                return snapshot + [self._read(names[change], change) for change in wanted]
+                return snapshot + [self._read(names[change], change) for change in later]
             except FileNotFoundError:
                 continue  # a snapshot replaced them in the meantime
         raise StorageError(f"changelog {self._location}: files are deleted faster than they can be read; read again")
@@ -168,8 +168,8 @@ class FeatureChangelog:
         content: Any = sink.getvalue()
         path = f"{self._root}/{name}"
         if self._local:
-            with atomic_file(Path(path)) as aside:
-                aside.write_bytes(content)
+            with atomic_file(Path(path)) as temporary:
+                temporary.write_bytes(content)
             return
         try:
             self._files.pipe_file(path, content.to_pybytes())

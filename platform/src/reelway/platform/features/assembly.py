@@ -131,9 +131,9 @@ def _integers(columns: Columns, name: str, rows: int, largest: int) -> I64:
 
 def _checked(values: NDArray[np.float64], name: str, largest: int) -> I64:
     values = np.where(np.isnan(values), MISSING_ID, values)
-    if (above := values > largest).any():
+    if (excess := values > largest).any():
         raise FeatureError(
-            f"feature {name!r}: value {int(values[above][0])} is above the limit {largest}; correct the data set, or "
+            f"feature {name!r}: value {int(values[excess][0])} is above the limit {largest}; correct the data set, or "
             "import it again so that its schema fits"
         )
     return values.astype(np.int64)

@@ -68,8 +68,8 @@ def write_store_config(features_dir: Path, online_store: str | None = None) -> P
         "online_store": online_store_config(address),
     }
     path = features_dir / CONFIG_FILE
-    with atomic_file(path) as aside:
-        aside.write_text(yaml.safe_dump(config, sort_keys=False))
+    with atomic_file(path) as temporary:
+        temporary.write_text(yaml.safe_dump(config, sort_keys=False))
     return path
 
 

@@ -40,11 +40,11 @@ def id_codes(ids: NDArray[np.int64], buckets: int) -> NDArray[np.int64]:
 
 
 @lru_cache(maxsize=65_536)
-def category_code(word: str | None, buckets: int) -> int:
+def category_code(value: str | None, buckets: int) -> int:
     """Returns the code of a category value in 1..buckets-1, 0 if it is missing."""
-    if not word:
+    if not value:
         return 0
-    return zlib.crc32(word.encode()) % (buckets - 1) + 1
+    return zlib.crc32(value.encode()) % (buckets - 1) + 1
 
 
 def category_codes(values: Iterable[str | None], buckets: int) -> NDArray[np.int64]:

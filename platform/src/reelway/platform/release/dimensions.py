@@ -1,7 +1,7 @@
 """Dimensions of a release's ONNX graphs and index, read from the files.
 
 ONNX Runtime and FAISS are imported only when a file is read, because storing and signing releases need neither. A
-process without them passes another reader to ``verify``, for example one that asks a serving replica.
+process without them passes another reader to ``verify``, for example one that queries a serving replica.
 """
 
 from __future__ import annotations
@@ -83,7 +83,9 @@ def dimension_mismatches(declared: Dimensions, in_files: FileDimensions) -> list
         (f"{INDEX_FILE}: number of vectors", in_files.index_rows, declared.videos),
     ]
     problems += [
-        f"{what} is {actual}, the manifest says {wanted}" for what, actual, wanted in expected if actual != wanted
+        f"{subject} is {actual}, the manifest says {declared_value}"
+        for subject, actual, declared_value in expected
+        if actual != declared_value
     ]
     if not in_files.index_is_inner_product:
         problems.append(f"{INDEX_FILE} measures another distance than the inner product")

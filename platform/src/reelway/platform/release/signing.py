@@ -53,8 +53,8 @@ def create_keys(folder: Path) -> KeyPair:
     except FileExistsError as error:
         raise ConfigError(f"{pair.private} exists and is never overwritten; use it, or name another folder") from error
     public = key.public_key().public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
-    with atomic_file(pair.public) as aside:
-        aside.write_bytes(public)
+    with atomic_file(pair.public) as temporary:
+        temporary.write_bytes(public)
     return pair
 
 

@@ -92,10 +92,10 @@ class ReleaseStore:
         if self._is_complete(release_id, manifest):
             return release_id
         if isinstance(self._fs, LocalFileSystem):
-            with atomic_directory(Path(self._release_path(release_id))) as aside:
+            with atomic_directory(Path(self._release_path(release_id))) as temporary:
                 for name, path in names.items():
-                    shutil.copyfile(path, aside / name)
-                write_manifest(aside, manifest)
+                    shutil.copyfile(path, temporary / name)
+                write_manifest(temporary, manifest)
         else:
             self._upload(release_id, names, manifest)
         return release_id
@@ -137,10 +137,10 @@ class ReleaseStore:
         matches = [release_id for release_id in ids if prefix and release_id.startswith(prefix)]
         if len(matches) == 1:
             return matches[0]
-        what = "no release begins with" if not matches else f"{len(matches)} releases begin with"
+        problem = "no release begins with" if not matches else f"{len(matches)} releases begin with"
         known = ", ".join(short_id(release_id) for release_id in (matches or ids)[:10]) or "none"
         raise ReleaseNotFoundError(
-            f"{what} {prefix!r} in {self.url} (releases: {known}); give more of the id, or 'latest'"
+            f"{problem} {prefix!r} in {self.url} (releases: {known}); give more of the id, or 'latest'"
         )
 
     def manifest(self, release_id: ReleaseId) -> Manifest:
@@ -179,12 +179,12 @@ class ReleaseStore:
             if target.exists() and _is_intact(target, release_id):
                 return target
             manifest = self.manifest(release_id)
-            with atomic_directory(target) as aside:
+            with atomic_directory(target) as temporary:
                 for name in manifest.files:
                     with self._translate_errors(f"read {name} of release {short_id(release_id)}"):
-                        self._fs.get_file(f"{self._release_path(release_id)}/{name}", str(aside / name))
-                check_files(aside, manifest)
-                write_manifest(aside, manifest)
+                        self._fs.get_file(f"{self._release_path(release_id)}/{name}", str(temporary / name))
+                check_files(temporary, manifest)
+                write_manifest(temporary, manifest)
         return target
 
     def remove(self, release_id: ReleaseId) -> None:
@@ -263,7 +263,7 @@ class ReleaseStore:
         return f"{self._root}/{release_id}"
 
     @contextmanager
-    def _translate_errors(self, what: str) -> Iterator[None]:
+    def _translate_errors(self, action: str) -> Iterator[None]:
         """Raises errors of client libraries (botocore, aiohttp, gcsfs) as ``StorageError``."""
         try:
             yield
@@ -271,7 +271,7 @@ class ReleaseStore:
             raise
         except Exception as error:
             reason = (error.strerror if isinstance(error, OSError) else None) or str(error) or type(error).__name__
-            raise StorageError(f"cannot {what} in {self.url}: {reason}; no partial release is visible") from error
+            raise StorageError(f"cannot {action} in {self.url}: {reason}; no partial release is visible") from error
 
 
 def _summary(release_id: ReleaseId, manifest: Manifest) -> ReleaseSummary:

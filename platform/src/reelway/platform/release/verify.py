@@ -198,14 +198,14 @@ def check_contract(declared: Dimensions) -> None:
     Raises:
         IncompatibleReleaseError: if the number of features or the tasks differ.
     """
-    for name, seen, expected in (
+    for name, actual, expected in (
         ("viewer_dense", declared.viewer_dense, len(declared.features.viewer_dense)),
         ("video_dense", declared.video_dense, len(VIDEO_DENSE)),
         ("tasks", declared.tasks, RANKER_TASKS),
     ):
-        if seen != expected:
+        if actual != expected:
             raise IncompatibleReleaseError(
-                f"the release has {name} {seen}, this version of Reelway expects {expected}; build it again with it"
+                f"the release has {name} {actual}, this version of Reelway expects {expected}; build it again with it"
             )
 
 

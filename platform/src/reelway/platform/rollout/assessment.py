@@ -184,18 +184,18 @@ def _assess_outcomes(policy: RolloutPolicy, snapshot: EvidenceSnapshot) -> tuple
     )
 
 
-def _with_burn_in(metric: OutcomeMetric, given: MetricEvidence | None) -> MetricEvidence:
+def _with_burn_in(metric: OutcomeMetric, evidence: MetricEvidence | None) -> MetricEvidence:
     """The evidence with its state checked against the policy's minimum number of viewers."""
-    if given is None:
+    if evidence is None:
         return MetricEvidence(EvidenceState.TELEMETRY_DOWN, detail="no evidence")
-    if given.state is EvidenceState.TELEMETRY_DOWN:
-        return MetricEvidence(given.state, detail=given.detail or "its source did not answer")
-    checked = metric_evidence(given.stable, given.canary, minimum_viewers=metric.minimum_viewers)
+    if evidence.state is EvidenceState.TELEMETRY_DOWN:
+        return MetricEvidence(evidence.state, detail=evidence.detail or "its source did not answer")
+    checked = metric_evidence(evidence.stable, evidence.canary, minimum_viewers=metric.minimum_viewers)
     if checked.state is EvidenceState.TELEMETRY_DOWN:
         return MetricEvidence(checked.state, detail=checked.detail)
-    if checked.state is EvidenceState.OK and given.state is EvidenceState.INSUFFICIENT:
-        detail = given.detail or "its source reports it as insufficient"
-        return MetricEvidence(given.state, given.stable, given.canary, detail)
+    if checked.state is EvidenceState.OK and evidence.state is EvidenceState.INSUFFICIENT:
+        detail = evidence.detail or "its source reports it as insufficient"
+        return MetricEvidence(evidence.state, evidence.stable, evidence.canary, detail)
     return checked
 
 

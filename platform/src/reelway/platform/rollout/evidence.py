@@ -49,11 +49,11 @@ class ArmStatistics:
             return False
         if not (math.isfinite(self.sum_y) and math.isfinite(self.sum_xy)):
             return False
-        slack = 1.0 + 1e-9
+        tolerance = 1.0 + 1e-9
         return (
-            self.sum_x**2 <= self.viewers * self.sum_xx * slack + 1e-9
-            and self.sum_y**2 <= self.viewers * self.sum_yy * slack + 1e-9
-            and self.sum_xy**2 <= self.sum_xx * self.sum_yy * slack + 1e-9
+            self.sum_x**2 <= self.viewers * self.sum_xx * tolerance + 1e-9
+            and self.sum_y**2 <= self.viewers * self.sum_yy * tolerance + 1e-9
+            and self.sum_xy**2 <= self.sum_xx * self.sum_yy * tolerance + 1e-9
         )
 
 

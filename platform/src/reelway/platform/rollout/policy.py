@@ -229,8 +229,8 @@ class RolloutPolicy(StrictModel):
                 )
             previous = step.weight_bp
         names = [metric.name for metric in self.outcomes]
-        if twice := sorted({name for name in names if names.count(name) > 1}):
-            raise ValueError(f"duplicate outcomes: {twice}")
+        if duplicates := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"duplicate outcomes: {duplicates}")
         return self
 
     @property

@@ -125,10 +125,10 @@ def advance(state: RolloutState, decision: Decision, policy: RolloutPolicy, now:
     )
     if not telemetry:
         change["phase_s"] = state.phase_s + tick_s
-    moved = _state_changes(state, decision, policy)
-    if moved:
-        change.update(moved)
-        if moved["phase"] is not state.phase or "step" in moved:
+    changed = _state_changes(state, decision, policy)
+    if changed:
+        change.update(changed)
+        if changed["phase"] is not state.phase or "step" in changed:
             change["changed_at"] = now
     return state.model_copy(update=change)
 

@@ -103,12 +103,12 @@ def drill(
     release: str | None = typer.Option(None, help="Id of a known-bad release. Default: a release built with --fault."),
     fault: Fault = typer.Option(Fault.ERRORS, help="Fault of the bad release to build; ignored with --release."),
     policy: str = typer.Option("drill", help="Policy file, or name of a built-in policy: default, demo, drill."),
-    by: DetectedBy = typer.Option(
+    detected_by: DetectedBy = typer.Option(
         DetectedBy.EVIDENCE,
         "--detected-by",
         help="Trigger of the rollback: evidence, or a test alert sent to the controller.",
     ),
-    within: float = typer.Option(
+    deadline: float = typer.Option(
         120.0, "--deadline", min=0,
         help="Maximum seconds from the first exposure (or the alert) until all traffic is on stable.",
     ),
@@ -136,10 +136,10 @@ def drill(
     directory = open_run(run)
     rules = policy_named(policy)
     store = open_store(directory)
-    check_preconditions(directory, store, by)
+    check_preconditions(directory, store, detected_by)
     bad = release or make_bad_release(directory, fault)
     kind = None if release else fault.value
-    report = run_drill(Drill(directory, store, by, kind, within, traffic_report), bad, rules)
+    report = run_drill(Drill(directory, store, detected_by, kind, deadline, traffic_report), bad, rules)
     if output is TextOrJson.JSON:
         typer.echo(report.model_dump_json(indent=2))
     else:
@@ -363,8 +363,8 @@ def read_traffic_report(path: Path | None) -> tuple[int, int] | None:
     if path is None:
         return None
     try:
-        seen = json.loads(path.read_text())
-        return int(seen["requests"]), int(seen["failed"])
+        report = json.loads(path.read_text())
+        return int(report["requests"]), int(report["failed"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(
             f"{path}: not a traffic report: {error!r}; expected the file that `reelway traffic --report {path}` writes"

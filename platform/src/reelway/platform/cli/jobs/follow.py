@@ -8,7 +8,7 @@ code    meaning
 2       also: no kubeconfig, no Reelway or KubeRay in the namespace, an invalid option
 7       also: the API server cannot be reached or rejects the request
 13      the command did not end on its own: it never started, timed out, lost its pods or was stopped
-130     Ctrl-C; the message says whether the job continues
+130     Ctrl-C; the message states whether the job continues
 other   a signal ended the command: 128 + its number (137: killed, usually for exceeding its memory limit)
 ======  ========================================================================================================
 
@@ -55,13 +55,13 @@ def follow_job(jobs: RayJobs, name: str, *, poll_s: float = POLL_S) -> RayJobSta
         KubernetesError: if the API server cannot be reached for ``API_OUTAGE_TIMEOUT_S``.
         JobError: if the job cannot start without a change.
     """
-    watched = _JobFollower(jobs, name)
-    while not watched.poll():
+    follower = _JobFollower(jobs, name)
+    while not follower.poll():
         time.sleep(poll_s)
     late_s = time.monotonic() + LOG_DRAIN_TIMEOUT_S
-    while not watched.drain_log() and time.monotonic() < late_s:
+    while not follower.drain_log() and time.monotonic() < late_s:
         time.sleep(poll_s)
-    return watched.job
+    return follower.job
 
 
 def raise_for_failure(job: RayJobStatus) -> None:

@@ -144,9 +144,9 @@ def _release(api: KubeApi, release: str) -> str:
     known = sorted(str(one["spec"]["id"]) for one in api.list(f"{GROUP}/{VERSION}/{RELEASES}"))
     matches = [one for one in known if one.startswith(release)]
     if len(matches) != 1:
-        some = ", ".join(one[:12] for one in (matches or known)[:5]) or "none"
+        examples = ", ".join(one[:12] for one in (matches or known)[:5]) or "none"
         raise ConfigError(
-            f"release {release!r}: {len(matches)} Releases of namespace {api.namespace} match ({some}), expected one; "
-            "give the full id of 64 characters"
+            f"release {release!r}: {len(matches)} Releases of namespace {api.namespace} match ({examples}), "
+            "expected one; give the full id of 64 characters"
         )
     return matches[0]

@@ -106,16 +106,16 @@ def _outcome_words(outcome: OutcomeReport, policy: RolloutPolicy) -> str:
         (metric.name, part.value): alpha
         for (metric, part), alpha in zip(policy.tests, policy.rollback_alphas, strict=True)
     }
-    side = "worse" if outcome.harm > 0 else "better"
+    direction = "worse" if outcome.harm > 0 else "better"
     alpha = alphas.get((outcome.name, outcome.slice))
     low = "unknown" if outcome.low is None else _harm(outcome.low)
     high = "unknown" if outcome.high is None else _harm(outcome.high)
     odds = "" if alpha is None else f" (wrong in one of {1 / alpha:,.0f} rollouts)"
     return (
-        f"{outcome.label}: canary {outcome.canary:.4g}, stable {outcome.stable:.4g}: {abs(outcome.harm):.1%} {side}; "
-        f"confidence sequence from {low}{odds} to {high} (wrong in one of {1 / policy.alpha.promotion:,.0f}); "
-        f"margin {outcome.margin:.1%} worse; {outcome.viewers['canary']:,} canary and {outcome.viewers['stable']:,} "
-        "stable viewers"
+        f"{outcome.label}: canary {outcome.canary:.4g}, stable {outcome.stable:.4g}: {abs(outcome.harm):.1%} "
+        f"{direction}; confidence sequence from {low}{odds} to {high} "
+        f"(wrong in one of {1 / policy.alpha.promotion:,.0f}); margin {outcome.margin:.1%} worse; "
+        f"{outcome.viewers['canary']:,} canary and {outcome.viewers['stable']:,} stable viewers"
     )
 
 

@@ -110,9 +110,9 @@ def print_explanation(explanation: Explanation) -> None:
         ("otherwise", explanation.otherwise),
         ("policy", explanation.policy),
     )
-    for word, lines in sections:
+    for label, lines in sections:
         for i, line in enumerate(lines):
-            stdout_console.print(labelled_line(word if i == 0 else "", "bold", line, stdout_console.width))
+            stdout_console.print(labelled_line(label if i == 0 else "", "bold", line, stdout_console.width))
 
 
 def _entry(entries: Sequence[HistoryEntry], number: int, rollout_id: str) -> HistoryEntry:

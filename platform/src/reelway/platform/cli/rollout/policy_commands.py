@@ -99,15 +99,15 @@ def policy_named(name: str) -> RolloutPolicy:
     Raises:
         ConfigError: if there is no such policy or file, or the policy has an invalid key, value or outcome metric.
     """
-    shipped = shipped_policies()
-    if name in shipped:
+    builtin = shipped_policies()
+    if name in builtin:
         policy = parse_policy(
             (files(PACKAGE) / f"{name}{POLICY_FILE_SUFFIX}").read_text(), source=f"{name}{POLICY_FILE_SUFFIX}"
         )
     elif Path(name).exists():
         policy = load_policy(Path(name))
     else:
-        raise ConfigError(f"policy {name!r} is neither a file nor a built-in policy ({', '.join(shipped)})")
+        raise ConfigError(f"policy {name!r} is neither a file nor a built-in policy ({', '.join(builtin)})")
     check_metrics(policy, source=name)
     return policy
 

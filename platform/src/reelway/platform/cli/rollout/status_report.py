@@ -132,7 +132,7 @@ def build_rollout_report(
     deciding = _deciding(history) if state.phase in ENDED_PHASES else None
     observed = deciding or last_reconcile
     evidence = EvidenceReport.model_validate(observed.evidence) if observed is not None and observed.evidence else None
-    heard_at = evidence.time if evidence is not None else None
+    evidence_at = evidence.time if evidence is not None else None
     waits = last_reconcile is not None and state.active and last_reconcile.action in ("wait", "hold")
     warm = state.phase is Phase.PROMOTED and not state.retired
     return RolloutReport(
@@ -161,7 +161,7 @@ def build_rollout_report(
         command=state.command,
         evidence=evidence,
         evidence_entry=deciding.number if deciding else None,
-        evidence_age_s=None if heard_at is None else max(0.0, now - heard_at),
+        evidence_age_s=None if evidence_at is None else max(0.0, now - evidence_at),
         traffic=dict(last_reconcile.traffic) if last_reconcile is not None else {},
     )
 

@@ -91,7 +91,7 @@ class Controller:
         self._poll_s = poll_s
         self._clock = clock
         self._metrics = metrics or ControllerMetrics()
-        self._acting = threading.Lock()
+        self._apply_lock = threading.Lock()
         """Held from the record of a state until traffic is written: a slow reconcile cannot overwrite a rollback."""
         self._last_errors: dict[str, str] = {}
 
@@ -147,7 +147,7 @@ class Controller:
         Raises:
             ReelwayError: see ``reconcile``.
         """
-        began = time.perf_counter()
+        started_s = time.perf_counter()
         rollout = self._store.latest()
         if rollout is None or not (firing := self._firing(rollout.state)):
             return None
@@ -160,7 +160,7 @@ class Controller:
             return None
         if not self._record_and_apply(_ReconcilePass.of(rollout, None, evidence, verdicts, decision, now)):
             return None
-        self._metrics.reaction.observe(time.perf_counter() - began)
+        self._metrics.reaction.observe(time.perf_counter() - started_s)
         return decision
 
     def poll_alerts(self) -> bool:
@@ -195,7 +195,7 @@ class Controller:
     def _record_and_apply(self, reconcile_pass: _ReconcilePass) -> bool:
         """Records the new state, then applies it. Returns False, and does neither, if the rollout changed meanwhile."""
         before, decision = reconcile_pass.rollout, reconcile_pass.decision
-        with self._acting:
+        with self._apply_lock:
             newest = self._store.latest()
             if newest is None or newest.state.id != before.state.id:
                 return False
@@ -308,12 +308,12 @@ def _is_at_target(observation: TrafficObservation, target: TrafficTarget) -> boo
 def _is_notable(reconcile_pass: _ReconcilePass) -> bool:
     """Whether it is logged and recorded: a new phase, step, weight or retention, a rejection, the start of a hold."""
     before, after, decision = reconcile_pass.rollout.state, reconcile_pass.after, reconcile_pass.decision
-    moved = any(
+    changed = any(
         getattr(before, name) != getattr(after, name)
         for name in ("phase", "step", "canary_bp", "holdout_bp", "shadow_bp", "retired")
     )
     held_s = {"telemetry_down": before.held_telemetry_s, "insufficient": before.held_insufficient_s}
-    return moved or decision.action is Action.REFUSE or held_s.get(decision.holds_for, 1.0) == 0
+    return changed or decision.action is Action.REFUSE or held_s.get(decision.holds_for, 1.0) == 0
 
 
 def _history_entry(reconcile_pass: _ReconcilePass) -> HistoryEntry | None:

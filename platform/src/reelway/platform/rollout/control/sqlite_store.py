@@ -154,8 +154,8 @@ class SqliteRolloutStore:
     def revision(self, *, include_own: bool = True) -> int:
         """See ``RolloutStore.revision``. Costs about 10 microseconds: SQLite counts other commits in shared memory."""
         with self._file.translated_errors():
-            others = int(self._file.connection.execute("PRAGMA data_version").fetchone()[0])
-            return (others << 32) + self._own_writes if include_own else others
+            foreign_writes = int(self._file.connection.execute("PRAGMA data_version").fetchone()[0])
+            return (foreign_writes << 32) + self._own_writes if include_own else foreign_writes
 
     @contextmanager
     def _writing(self) -> Iterator[sqlite3.Connection]:
@@ -166,17 +166,18 @@ class SqliteRolloutStore:
         self._own_writes += changed
 
     def _get(self, db: sqlite3.Connection, rollout_id: str, *, exact: bool = False) -> Rollout:
-        same = "id = ?1" if exact else "substr(id, 1, length(?1)) = ?1"
+        condition = "id = ?1" if exact else "substr(id, 1, length(?1)) = ?1"
         rows = db.execute(
-            f"SELECT {_COLUMNS} FROM rollouts WHERE {same} ORDER BY id = ?1 DESC, number DESC LIMIT 4", (rollout_id,)
+            f"SELECT {_COLUMNS} FROM rollouts WHERE {condition} ORDER BY id = ?1 DESC, number DESC LIMIT 4",
+            (rollout_id,),
         ).fetchall()
         if not rows or not rollout_id:
             raise RolloutError(
                 f"rollout {rollout_id!r} does not exist; `reelway rollout history --all` lists all rollouts"
             )
         if len(rows) > 1 and rows[0][0] != rollout_id:
-            some = ", ".join(row[0] for row in rows[:3])
-            raise RolloutError(f"rollout id {rollout_id!r} is ambiguous ({some} ...); give more characters")
+            examples = ", ".join(row[0] for row in rows[:3])
+            raise RolloutError(f"rollout id {rollout_id!r} is ambiguous ({examples} ...); give more characters")
         return self._rollout(rows[0])
 
     def _write(self, db: sqlite3.Connection, newest: Rollout, state: RolloutState) -> Rollout:

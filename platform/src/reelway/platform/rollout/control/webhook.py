@@ -131,8 +131,8 @@ def serve_in_thread(application: Starlette, host: str, port: int) -> Iterator[st
 
 
 def _check_token(request: Request, token: str) -> None:
-    kind, _, given = request.headers.get("authorization", "").partition(" ")
-    right = hmac.compare_digest(given.strip().encode(), token.encode())
+    kind, _, credentials = request.headers.get("authorization", "").partition(" ")
+    right = hmac.compare_digest(credentials.strip().encode(), token.encode())
     if kind.lower() != "bearer" or not right:
         raise _HttpError(
             401, "unauthorized", "missing or wrong bearer token; send the one in keys/webhook.token of the run"

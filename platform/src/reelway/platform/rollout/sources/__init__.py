@@ -33,8 +33,8 @@ class SeriesEvidenceSource:
 
     def fetch(self, policy: RolloutPolicy, state: RolloutState, now: float) -> EvidenceSnapshot:
         """See ``EvidenceSource.fetch``. What cannot be read is ``telemetry_down``; no exception is raised."""
-        heard = self._reader.read(Scope.of(state, self._window_s), now)
-        return build_snapshot(policy, state, heard, self._parity(), now, window_s=self._window_s)
+        read_result = self._reader.read(Scope.of(state, self._window_s), now)
+        return build_snapshot(policy, state, read_result, self._parity(), now, window_s=self._window_s)
 
     def close(self) -> None:
         """Closes the connections."""

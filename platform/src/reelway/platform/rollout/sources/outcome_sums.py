@@ -36,7 +36,7 @@ class _Sums(NamedTuple):
 
 
 def outcome_metrics(
-    policy: RolloutPolicy, state: RolloutState, heard: SeriesReadResult, collector: ScrapeJob
+    policy: RolloutPolicy, state: RolloutState, read_result: SeriesReadResult, collector: ScrapeJob
 ) -> dict[tuple[str, Slice], MetricEvidence]:
     """Evidence for every (metric, slice) of the policy.
 
@@ -46,14 +46,14 @@ def outcome_metrics(
     if collector.problem:
         down = MetricEvidence(EvidenceState.TELEMETRY_DOWN, detail=collector.problem)
         return {(metric.name, part): down for metric, part in policy.tests}
-    sums = _sums(state, heard, collector)
+    sums = _sums(state, read_result, collector)
     if sums.reset_reason:
         down = MetricEvidence(EvidenceState.TELEMETRY_DOWN, detail=sums.reset_reason)
         return {(metric.name, part): down for metric, part in policy.tests}
     return {(metric.name, part): _evidence(metric, part, sums.newest) for metric, part in policy.tests}
 
 
-def _sums(state: RolloutState, heard: SeriesReadResult, collector: ScrapeJob) -> _Sums:
+def _sums(state: RolloutState, read_result: SeriesReadResult, collector: ScrapeJob) -> _Sums:
     """Newest values, summed over the collector's running instances.
 
     A removed instance does not count, because its successor has its data. The newest value must not be below an
@@ -62,7 +62,7 @@ def _sums(state: RolloutState, heard: SeriesReadResult, collector: ScrapeJob) ->
     newest, highest = defaultdict[_Key, float](float), dict[_Key, float]()
     canary, stable = Scope.of(state).releases
     release_of = {Arm.CANARY.value: canary, Arm.STABLE.value: stable}
-    for key, samples in heard.series.items():
+    for key, samples in read_result.series.items():
         if key.name not in CUMULATIVE_SERIES or key.get("rollout") != state.id or not samples:
             continue
         if release_of.get(key.get("arm")) != key.get("release"):
@@ -75,9 +75,10 @@ def _sums(state: RolloutState, heard: SeriesReadResult, collector: ScrapeJob) ->
             newest[sum_key] += samples[-1].value
     for sum_key, peak in highest.items():
         if 0 <= (now := newest.get(sum_key, 0.0)) < peak * (1 - _TOLERANCE):
-            what = " ".join(word for word in (sum_key.arm, sum_key.metric, sum_key.statistic) if word)
-            lost = f"{what} on {sum_key.slice_} fell from {peak:g} to {now:g} during the rollout: collector data lost"
-            return _Sums({}, lost)
+            series_name = " ".join(label for label in (sum_key.arm, sum_key.metric, sum_key.statistic) if label)
+            change = f"fell from {peak:g} to {now:g} during the rollout"
+            reason = f"{series_name} on {sum_key.slice_} {change}: collector data lost"
+            return _Sums({}, reason)
     return _Sums(dict(newest), "")
 
 

@@ -48,8 +48,10 @@ class ParityFindings:
         if parity is None or not parity.rows:
             detail = f"0 rows of {short_id(release)} were replayed"
             return GuardrailReading(EvidenceState.INSUFFICIENT, detail=detail)
-        when = datetime.fromtimestamp(parity.checked_at, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
-        detail = ", ".join(part for part in (parity.detail, f"replayed at {when}" if parity.checked_at else "") if part)
+        checked_at = datetime.fromtimestamp(parity.checked_at, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
+        detail = ", ".join(
+            part for part in (parity.detail, f"replayed at {checked_at}" if parity.checked_at else "") if part
+        )
         return GuardrailReading(EvidenceState.OK, parity.mismatches, parity.rows, detail=detail)
 
 

@@ -63,9 +63,9 @@ class ParityFindingsReader:
     ) -> None:
         self._url = url
         self._fs, self._path = _opened(url)
-        self._every_s, self._patience_s, self._first_s = every_s, max_staleness_s, first_s
+        self._interval_s, self._max_staleness_s, self._first_s = every_s, max_staleness_s, first_s
         self._stop, self._first = threading.Event(), threading.Event()
-        self._known = ParityFindings(problem=f"{url} has not been read yet")
+        self._findings = ParityFindings(problem=f"{url} has not been read yet")
         self._read_at = time.monotonic()
         self._thread = threading.Thread(target=self._read_until, name="parity", daemon=True)
 
@@ -75,8 +75,8 @@ class ParityFindingsReader:
             self._read_at = time.monotonic()
             self._thread.start()
             self._first.wait(self._first_s)
-        known, silent_s = self._known, time.monotonic() - self._read_at
-        if silent_s > self._patience_s:
+        known, silent_s = self._findings, time.monotonic() - self._read_at
+        if silent_s > self._max_staleness_s:
             return ParityFindings(problem=f"{self._url} has not answered for {silent_s:.0f} s")
         return known
 
@@ -86,10 +86,10 @@ class ParityFindingsReader:
 
     def _read_until(self) -> None:
         while not self._stop.is_set():
-            self._known = self._read()
+            self._findings = self._read()
             self._read_at = time.monotonic()
             self._first.set()
-            self._stop.wait(self._every_s)
+            self._stop.wait(self._interval_s)
 
     def _read(self) -> ParityFindings:
         again = _REMEDY.format(url=self._url)

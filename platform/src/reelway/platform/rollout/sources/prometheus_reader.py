@@ -111,8 +111,8 @@ class PrometheusReader:
                 raise RolloutError(f"Prometheus at {self._url} answered {answer.status_code}: {_error_text(body)}")
             if body.get("warnings"):
                 raise RolloutError(f"Prometheus at {self._url} gave a partial answer: {'; '.join(body['warnings'])}")
-            if (seen := body["data"]["resultType"]) != kind:
-                raise RolloutError(f"Prometheus at {self._url} answered {seen}, expected {kind}, to {promql}")
+            if (result_type := body["data"]["resultType"]) != kind:
+                raise RolloutError(f"Prometheus at {self._url} answered {result_type}, expected {kind}, to {promql}")
             return dict(_row(item, kind) for item in body["data"]["result"])
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             shown = f"{answer.status_code}, {answer.text[:100]!r}"

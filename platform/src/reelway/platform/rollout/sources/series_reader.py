@@ -144,9 +144,9 @@ def scrape_job(
 
 
 def samples_since(
-    read_result: SeriesReadResult, job: ScrapeJob, *wanted: str, since: float
+    read_result: SeriesReadResult, job: ScrapeJob, *names: str, since: float
 ) -> Iterator[tuple[SeriesKey, ScrapeTarget, list[Sample]]]:
     """The named series of a job's exporters, with their samples from ``since`` on."""
     for key, samples in read_result.series.items():
-        if key.name in wanted and (instance := job.instances.get(key.get("instance"))) is not None:
+        if key.name in names and (instance := job.instances.get(key.get("instance"))) is not None:
             yield key, instance, [s for s in samples if s.time >= since]

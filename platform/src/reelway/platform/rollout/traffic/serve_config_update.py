@@ -153,8 +153,8 @@ def config_from_details(details: Mapping[str, Any]) -> dict[str, Any]:
                 f"Serve application {name!r}: it was not deployed by configuration; restart it with `reelway serve`"
             )
         applications.append(deployed)
-    kept = {key: details[key] for key in _INSTANCE_OPTIONS if details.get(key) is not None}
-    return {**kept, "applications": applications}
+    instance_options = {key: details[key] for key in _INSTANCE_OPTIONS if details.get(key) is not None}
+    return {**instance_options, "applications": applications}
 
 
 def with_target(config: ServeConfig, target: TrafficTarget) -> dict[str, Any]:
