@@ -29,7 +29,9 @@ from reelway.platform.run_directory import RunDirectory
 
 GROUP_NAME = "release"
 RUN = typer.Option(Path("runs/default"), "--run", help="Run directory.")
-STORE = typer.Option(None, "--store", help="Release store as a URL (file://, s3://, gs://). Default: the run's.")
+STORE = typer.Option(
+    None, "--store", help="Path or URL of the release store (file://, s3://, gs://). Default: releases/ of the run."
+)
 RELEASE = typer.Argument(LATEST, help="Release id, unique prefix of an id, or 'latest'.")
 
 

@@ -45,7 +45,9 @@ class TextOrJson(StrEnum):
 
 
 RUN = typer.Option(Path("runs/default"), "--run", help="Run directory.")
-NAMESPACE = typer.Option(None, "--namespace", "-n", help="Use the rollouts of this Kubernetes namespace, not of --run.")
+NAMESPACE = typer.Option(
+    None, "--namespace", "-n", help="Kubernetes namespace whose rollouts are used instead of those of --run."
+)
 CONTEXT = typer.Option(
     None, "--context", help="Kubeconfig context; selects the rollouts of its namespace unless --namespace is given."
 )
@@ -320,12 +322,14 @@ def controller(
         None,
         help="Settings file (YAML) with the keys interval_s, webhook, prometheus, alertmanager. Options override it.",
     ),
-    host: str | None = typer.Option(None, help="Address of the alert webhook; 127.0.0.1 by default, 0.0.0.0 for all."),
-    port: int | None = typer.Option(
-        None, min=0, max=65535, help="Port of the alert webhook; by default a free one is chosen."
+    host: str | None = typer.Option(
+        None, help="Address at which the alert webhook listens. Default: 127.0.0.1; 0.0.0.0 for all interfaces."
     ),
+    port: int | None = typer.Option(None, min=0, max=65535, help="Port of the alert webhook. Default: a free port."),
     interval: float | None = typer.Option(
-        None, min=0.1, help="Seconds between two reconciles, 1 by default; commands and alerts are handled at once."
+        None,
+        min=0.1,
+        help="Seconds between two reconciles. Default: 1. Commands and alerts take effect without waiting.",
     ),
     prometheus_url: str | None = typer.Option(
         None, help="URL of Prometheus; by default the service's metrics are scraped directly."

@@ -76,7 +76,7 @@ def send_command(
     if command is not None and not (problem and not wait):
         taken_by_s = timeout_s if wait else ACCEPT_TIMEOUT_S
         rollout_after = wait_until(store, state.id, lambda r: r.state.command != command, timeout_s=taken_by_s)
-        _refused(store, rollout_after, verb, number)
+        _raise_rejection(store, rollout_after, verb, number)
         if not wait:
             _print_accepted(rollout_after, command)
     if not wait:
@@ -117,7 +117,7 @@ def _wait_for_effect(
     if verb == "rollback":
         ended = TARGET_PHASES[verb]
     rollout_after = wait_until(store, rollout_id, lambda r: r.state.phase in ended, timeout_s=timeout_s)
-    _refused(store, rollout_after, verb, number)
+    _raise_rejection(store, rollout_after, verb, number)
     if rollout_after.state.phase in TARGET_PHASES[verb]:
         print_unwrapped(f"{rollout_id} is {_phase(rollout_after.state)}: {escape(rollout_after.state.reason)}")
         return RolloutExitCode.PROMOTED
@@ -140,7 +140,7 @@ def _print_accepted(rollout: Rollout, command: Command) -> None:
         print_unwrapped(f"accepted; {rollout.state.id} is {_phase(rollout.state)}: {escape(rollout.state.reason)}")
 
 
-def _refused(store: RolloutStore, rollout: Rollout, verb: Verb, number: int) -> None:
+def _raise_rejection(store: RolloutStore, rollout: Rollout, verb: Verb, number: int) -> None:
     """Raises the controller's rejection recorded after entry ``number``, unless the command has taken effect."""
     if rollout.state.phase in TARGET_PHASES[verb]:
         return
