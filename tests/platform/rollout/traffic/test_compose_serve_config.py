@@ -165,8 +165,8 @@ def test_outcomes_have_exactly_one_replica() -> None:
         ("a: [", "ConfigMap c: not YAML"),
         ("metrics_dir: /m", "ConfigMap c: releases: missing, and it has no default"),
         (
-            "{metrics_dir: /m, releases: {release_store: s, release_cache: c, public_keys: k, shelf: 1}}",
-            "releases.shelf: unknown key, expected one of public_keys, release_cache, release_store",
+            "{metrics_dir: /m, releases: {release_store: s, release_cache: c, public_keys: k, shelves: 1}}",
+            "releases.shelves: unknown key, expected one of overlay, public_keys, release_cache, release_store",
         ),
     ],
 )
