@@ -75,7 +75,7 @@ def build_tools(layout: NodePaths, say: Callable[[str], None], tools: Sequence[s
 
 
 def module_folder(tool: str, module: str) -> Path:
-    """Folder of a tool's module in Go's cache, with its CRDs and charts. Downloads the module if it is missing."""
+    """Returns the folder of a tool's module in Go's cache, with CRDs and charts. Downloads a missing module."""
     done = _go(tool, "mod", "download", "-json", module)
     return Path(json.loads(done.stdout)["Dir"])
 

@@ -11,7 +11,7 @@ _PREFIXES: Final = ("KUBE-", "CNI-")
 
 
 def node_chains() -> list[str]:
-    """``table chain`` of every chain with a name that Kubernetes or CNI uses."""
+    """Returns ``table chain`` of every chain with a name that Kubernetes or CNI uses."""
     found = []
     for table in TABLES:
         rules = _iptables(table, "-S")

@@ -70,7 +70,7 @@ def remove_kserve(node: Node, layout: NodePaths) -> None:
 
 
 def webhooks(url: str, authority: str) -> list[dict[str, Any]]:
-    """Webhook configurations of KServe's defaulter and validator of InferenceServices at this URL."""
+    """Returns the webhook configurations of KServe's defaulter and validator of InferenceServices at this URL."""
     path = "serving-kserve-io-v1beta1-inferenceservice"
     return [
         {
@@ -103,7 +103,7 @@ def webhooks(url: str, authority: str) -> list[dict[str, Any]]:
 
 
 def _crds() -> list[str]:
-    """The CRDs that the controller watches, as arguments of kubectl."""
+    """Returns the CRDs that the controller watches, as arguments of kubectl."""
     folder = module_folder("kserve", _MODULE) / "charts" / "kserve-crd-minimal" / "templates"
     kinds = ("inferenceservices", "servingruntimes", "clusterservingruntimes", "trainedmodels", "inferencegraphs")
     return [argument for kind in kinds for argument in ("-f", str(folder / f"serving.kserve.io_{kind}.yaml"))]

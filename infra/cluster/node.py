@@ -117,7 +117,7 @@ class Node:
         self._print_progress("node removed; built programs are kept in " + str(self._layout.bin))
 
     def status(self) -> dict[str, bool]:
-        """Whether each process runs, by name."""
+        """Returns whether each process runs, by name."""
         return {name: self._processes.running(name) for name in self._processes.names()}
 
     def kubectl(self, *args: str) -> str:

@@ -41,7 +41,7 @@ class ProcessTable:
         self._layout = layout
 
     def running(self, name: str) -> bool:
-        """Whether the recorded process of that name is alive."""
+        """Returns whether the recorded process of that name is alive."""
         started = self._record().get(name)
         return started is not None and started.alive
 
@@ -74,11 +74,11 @@ class ProcessTable:
         self._write(record)
 
     def names(self) -> list[str]:
-        """Names in start order."""
+        """Returns the names in start order."""
         return list(self._record())
 
     def log_tail(self, name: str, lines: int = 15) -> str:
-        """The last lines of the process's log."""
+        """Returns the last lines of the process's log."""
         path = self._layout.logs / f"{name}.log"
         return "\n".join(path.read_text(errors="replace").splitlines()[-lines:]) if path.exists() else "(no log)"
 

@@ -19,7 +19,7 @@ _MEMBER = "reelway-"
 
 
 def requirements(members: Iterable[str], root: Path) -> list[str]:
-    """Third-party requirements of the members, sorted and unique.
+    """Returns the third-party requirements of the members, sorted and unique.
 
     Raises:
         SystemExit: if a member or an extra does not exist.
@@ -45,7 +45,7 @@ def requirements(members: Iterable[str], root: Path) -> list[str]:
 
 
 def shared_requirements(first: Iterable[str], second: Iterable[str]) -> list[str]:
-    """Requirements of both lists, sorted, with the extras and version bounds that both have."""
+    """Returns the requirements of both lists, sorted, with the extras and version bounds that both have."""
     known: dict[str, list[tuple[set[str], str]]] = {}
     for requirement in second:
         name, extras = _parse_member(requirement)

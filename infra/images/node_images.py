@@ -51,7 +51,7 @@ def build_node_image(builder: Builder, name: str, out: Path, say: Callable[[str]
 
 
 def _find_program(name: str) -> Path:
-    """Path of a file or of a program by name. Programs built by infra/cluster take precedence over the machine's."""
+    """Returns the path of a file or a program. Programs built by infra/cluster take precedence over the machine's."""
     found = name if Path(name).is_file() else shutil.which(name, path=str(_BUILT)) or shutil.which(name)
     if found is None:
         raise BuilderError(
@@ -62,7 +62,7 @@ def _find_program(name: str) -> Path:
 
 
 def _libraries(program: Path) -> list[Path]:
-    """Shared libraries of a program, without those of the C library, which every base image has."""
+    """Returns the shared libraries of a program, without those of the C library, which every base image has."""
     listed = subprocess.run(["ldd", str(program)], capture_output=True, text=True, check=False).stdout
     paths = [Path(fields[2]) for fields in map(str.split, listed.splitlines()) if len(fields) > 3 and fields[1] == "=>"]
     return [path for path in paths if path.name.split(".so")[0] not in _C_LIBRARY]

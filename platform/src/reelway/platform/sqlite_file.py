@@ -149,7 +149,7 @@ class SqliteFile:
                 db.execute(f"PRAGMA user_version = {self._format.version}")
 
     def _is_initialised(self) -> bool:
-        """False for a new file.
+        """Returns whether the file has its tables; False for a new file.
 
         Raises:
             MalformedFileError: if the file is of another kind.

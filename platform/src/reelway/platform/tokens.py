@@ -94,7 +94,7 @@ class TokenSigner:
         return self.sign_many((token,))[0]
 
     def sign_many(self, tokens: Iterable[ImpressionToken]) -> list[str]:
-        """``sign`` for all videos of a slate."""
+        """Signs the tokens of all videos of a slate."""
         key = self._keys[0]
         signed = []
         for token in tokens:
@@ -157,7 +157,7 @@ def _body(token: ImpressionToken) -> bytes:
 
 
 def _token(body: bytes) -> ImpressionToken:
-    """The inverse of ``_body``, for bytes whose signature is valid."""
+    """Decodes a body, the inverse of ``_body``, for bytes whose signature is valid."""
     if body[0] != _VERSION:
         raise TokenError(
             f"impression token has version {body[0]}, expected {_VERSION}; another version of Reelway signed it"
@@ -182,7 +182,7 @@ def _encode(raw: bytes) -> str:
 
 
 def _decode(text: str) -> bytes:
-    """Strict base64: exactly one text encodes a token."""
+    """Decodes strict base64, in which exactly one text encodes a token."""
     try:
         padded = text.encode("ascii").translate(_FROM_URL) + b"=" * (-len(text) % 4)
         raw = binascii.a2b_base64(padded, strict_mode=True)

@@ -54,7 +54,7 @@ class RayServiceBackend:
         self.serve.close()
 
     def exists(self) -> bool:
-        """Whether the RayService exists.
+        """Returns whether the RayService exists.
 
         Raises:
             KubernetesError: if the API server cannot be reached.
@@ -174,5 +174,5 @@ class RayServiceBackend:
 
 
 def _same_traffic(first: ServeConfig, second: ServeConfig) -> bool:
-    """Whether two configurations route the same traffic. KubeRay applies every other difference."""
+    """Returns whether two configurations route the same traffic. KubeRay applies every other difference."""
     return release_names(first) == release_names(second) and find_routing(first) == find_routing(second)

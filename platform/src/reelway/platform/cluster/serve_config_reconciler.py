@@ -82,7 +82,7 @@ class ServeConfigReconciler:
         return True
 
     def _traffic(self, declared: DeclaredConfig, options: ServingOptions) -> tuple[tuple[str, ...], Routing]:
-        """The releases and the routing to keep: those declared, else those that Serve runs, else the initial ones.
+        """Returns the releases and the routing to keep: the declared ones, else those of Serve, else the initial ones.
 
         Serve is read because `kubectl replace` drops ``serveConfigV2`` of a RayService whose service still runs.
         """
@@ -108,7 +108,7 @@ class ServeConfigReconciler:
             ) from error
 
     def _in_transition(self, declared: DeclaredConfig) -> bool:
-        """Whether Serve already runs another routing than the one declared: the rollout's own write follows."""
+        """Returns whether Serve already runs another routing than the one declared: the rollout's own write follows."""
         running = self._backend.serve.config
         return bool(declared.config and running and find_routing(running) != find_routing(declared.config))
 
@@ -122,5 +122,5 @@ class ServeConfigReconciler:
 
 
 def digest_of(text: str) -> str:
-    """SHA-256 of the options as the chart computes it, without surrounding white space."""
+    """Returns the SHA-256 of the options as the chart computes it, without surrounding white space."""
     return hashlib.sha256(text.strip().encode()).hexdigest()

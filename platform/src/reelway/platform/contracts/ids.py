@@ -20,5 +20,5 @@ SHORT_RELEASE_CHARACTERS: Final = 12
 
 
 def short_id(release: str) -> str:
-    """Length of a short release id, which users read and type and which is the value of ``release`` labels."""
+    """Returns the beginning of a release id: the form that users read and type, and that ``release`` labels contain."""
     return release[:SHORT_RELEASE_CHARACTERS]

@@ -25,7 +25,7 @@ _DIMENSIONS_KEY: Final = b"reelway.dimensions"
 
 
 def with_dimensions(schema: pa.Schema, dimensions: FeatureDimensions) -> pa.Schema:
-    """The schema with ``dimensions`` in its metadata: serving assembles a viewer's inputs by them."""
+    """Returns the schema with ``dimensions`` in its metadata: serving assembles a viewer's inputs by them."""
     return schema.with_metadata({_DIMENSIONS_KEY: dimensions.to_json()})
 
 

@@ -59,7 +59,7 @@ class EventLog(Protocol):
         ...
 
     def committed(self, consumer: str) -> Offsets:
-        """The consumer's committed offsets; empty if it never committed."""
+        """Returns the consumer's committed offsets; empty if it never committed."""
         ...
 
     def commit(self, consumer: str, position: Offsets) -> None:
@@ -67,7 +67,7 @@ class EventLog(Protocol):
         ...
 
     def end_offsets(self) -> Offsets:
-        """The offsets of the next records to be appended."""
+        """Returns the offsets of the next records to be appended."""
         ...
 
     def close(self) -> None: ...

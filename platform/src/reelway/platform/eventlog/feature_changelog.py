@@ -69,7 +69,7 @@ def change_rows(view: str, entity_ids: pa.Array, times: pa.Array, fields: pa.Tab
 
 
 def latest_rows(tables: list[pa.Table]) -> pa.Table:
-    """The last row of each (view, entity)."""
+    """Returns the last row of each (view, entity)."""
     rows = pa.concat_tables(tables)
     rows = rows.append_column("place", pa.array(range(rows.num_rows), pa.int64()))
     indices = rows.group_by(["view", "entity_id"]).aggregate([("place", "max")])["place_max"]
@@ -108,7 +108,7 @@ class FeatureChangelog:
         return True
 
     def changes_after(self, sequence: int) -> list[FeatureChange]:
-        """The changes after ``sequence`` (0: all), oldest first.
+        """Returns the changes after ``sequence`` (0: all), oldest first.
 
         If the next change has been deleted, the list starts with the snapshot that replaced it.
         """
@@ -124,7 +124,7 @@ class FeatureChangelog:
         raise StorageError(f"changelog {self._location}: files are deleted faster than they can be read; read again")
 
     def _names(self) -> dict[int, str]:
-        """Sequence -> file. The sequence of a snapshot is negative."""
+        """Returns the files by sequence. The sequence of a snapshot is negative."""
         try:
             found = self._files.ls(self._root, detail=False, refresh=True) if self._exists() else []
         except FileNotFoundError:
@@ -186,6 +186,6 @@ class FeatureChangelog:
 
 
 def _newest(names: dict[int, str]) -> tuple[int, list[int]]:
-    """The newest snapshot as a key of ``names`` (0 if there is none), and the changes after it."""
+    """Returns the newest snapshot as a key of ``names`` (0 if there is none), and the changes after it."""
     base = min((key for key in names if key < 0), default=0)
     return base, sorted(key for key in names if key > -base)

@@ -118,7 +118,7 @@ class KafkaLog:
             return ReadBatch(records, dict(self._read_to), min([asked_us, *unread_us]))
 
     def committed(self, consumer: str) -> Offsets:
-        """See ``EventLog.position``."""
+        """See ``EventLog.committed``."""
         with self._group_consumer(consumer) as group:
             committed = self._wait_for_futures(
                 "committed offsets", lambda: group.committed(self._topic_partitions(), timeout=REQUEST_TIMEOUT_S)
@@ -134,7 +134,7 @@ class KafkaLog:
             raise StorageError(f"{self._where}: cannot commit for {consumer}: {failed[0].error}")
 
     def end_offsets(self) -> Offsets:
-        """See ``EventLog.end``."""
+        """See ``EventLog.end_offsets``."""
         with self._lock:
             return {
                 index.partition: self._wait_for_futures(
@@ -208,7 +208,7 @@ class KafkaLog:
         return self._reader
 
     def _is_error(self, message: Message) -> bool:
-        """Whether the message is no record but the end of a partition.
+        """Returns whether the message is no record but the end of a partition.
 
         Raises:
             StorageError: if it is any other error.

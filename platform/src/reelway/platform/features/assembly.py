@@ -121,7 +121,7 @@ def _category_codes(columns: Columns, name: str, rows: int, buckets: int) -> I64
 
 
 def _integers(columns: Columns, name: str, rows: int, largest: int) -> I64:
-    """An integer column; ``MISSING_ID`` where a value is missing.
+    """Returns an integer column; ``MISSING_ID`` where a value is missing.
 
     Raises:
         FeatureError: if a value is above ``largest``.
@@ -140,7 +140,7 @@ def _checked(values: NDArray[np.float64], name: str, largest: int) -> I64:
 
 
 def _vectors(columns: Columns, name: str, rows: int, width: int) -> tuple[F32, NDArray[np.bool_]]:
-    """A list column as a matrix ``[rows, width]``, and which rows have a value.
+    """Returns a list column as a matrix ``[rows, width]``, and which rows have a value.
 
     A row without a list, with a list of another width, or with a value that is not finite is zeros and ``False``: a
     viewer's row that an older schema wrote must not fail the request. ``training.rows`` rejects such widths.

@@ -17,7 +17,7 @@ _SALTS: Final = tuple(np.uint64(0x9E3779B97F4A7C15 * (i + 1) & 0xFFFFFFFFFFFFFFF
 
 
 def mix64(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """The SplitMix64 finaliser (Steele, Lea and Flood 2014): a bijection on 64 bits that spreads similar values."""
+    """Applies SplitMix64's finaliser (Steele, Lea, Flood 2014): a bijection on 64 bits that spreads similar values."""
     with np.errstate(over="ignore"):
         mixed = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)

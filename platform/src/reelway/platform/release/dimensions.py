@@ -61,7 +61,7 @@ def read_dimensions(folder: Path) -> FileDimensions:
 
 
 def dimension_mismatches(declared: Dimensions, in_files: FileDimensions) -> list[str]:
-    """One sentence for every difference between the manifest and the files; empty if there is none."""
+    """Returns one sentence for every difference between the manifest and the files; empty if there is none."""
     tower, ranker = in_files.viewer_tower, in_files.ranker
     problems = [
         *_input_mismatches(VIEWER_TOWER_FILE, tower, VIEWER_TOWER_INPUTS),

@@ -79,7 +79,7 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
 
 
 def first_validation_error(error: ValidationError) -> str:
-    """Pydantic's first error on one line: field, expectation, value."""
+    """Returns pydantic's first error on one line: field, expectation, value."""
     problem = error.errors(include_url=False)[0]
     field = ".".join(str(part) for part in problem["loc"]) or "manifest"
     return f"{field}: {problem['msg']}, saw {str(problem['input'])[:80]!r}"

@@ -86,7 +86,7 @@ def load_public_keys(path: Path) -> tuple[Ed25519PublicKey, ...]:
 
 
 def fingerprint(key: Ed25519PublicKey) -> str:
-    """The first 12 hex digits of SHA-256 over the raw public key, for comparison by people."""
+    """Returns the first 12 hex digits of SHA-256 over the raw public key, for comparison by people."""
     return hashlib.sha256(key.public_bytes_raw()).hexdigest()[:12]
 
 

@@ -101,7 +101,7 @@ class ReleaseStore:
         return release_id
 
     def list(self) -> Sequence[ReleaseSummary]:
-        """All releases, newest first. Releases with an unreadable manifest are left out and logged.
+        """Returns all releases, newest first. Releases with an unreadable manifest are left out and logged.
 
         Raises:
             StorageError: if the store cannot be reached.
@@ -109,7 +109,7 @@ class ReleaseStore:
         return self._read_all()[0]
 
     def ids(self) -> Sequence[ReleaseId]:
-        """Ids of all releases, without reading a manifest.
+        """Returns the ids of all releases, without reading a manifest.
 
         Raises:
             StorageError: if the store cannot be reached.
@@ -117,7 +117,7 @@ class ReleaseStore:
         return self._ids()
 
     def resolve(self, prefix: str) -> ReleaseId:
-        """The release whose id begins with ``prefix``, or the newest one for ``latest``, drill releases left out.
+        """Returns the id that begins with ``prefix``. ``latest`` selects the newest release that is no drill release.
 
         Raises:
             ReleaseNotFoundError: if no id or several ids match; the message lists ids.
@@ -221,7 +221,7 @@ class ReleaseStore:
             log.warning("unfinished upload remains at %s: %s", release_path, error)
 
     def _is_complete(self, release_id: ReleaseId, manifest: Manifest) -> bool:
-        """Whether the store has this release with the same signature and with files of the right size."""
+        """Returns whether the store has this release with the same signature and with files of the right size."""
         try:
             if self.manifest(release_id) != manifest:
                 return False
@@ -235,7 +235,7 @@ class ReleaseStore:
         return all(sizes.get(name) == entry.size_bytes for name, entry in manifest.files.items())
 
     def _read_all(self) -> tuple[Sequence[ReleaseSummary], Sequence[DigestMismatchError]]:
-        """Readable releases, newest first, and the errors of damaged ones."""
+        """Returns the readable releases, newest first, and the errors of damaged ones."""
         summaries, damaged = [], []
         for release_id in self._ids():
             try:
@@ -289,7 +289,7 @@ def _summary(release_id: ReleaseId, manifest: Manifest) -> ReleaseSummary:
 
 
 def _is_intact(folder: Path, release_id: ReleaseId) -> bool:
-    """Whether a cached folder still matches its manifest and can be used again."""
+    """Returns whether a cached folder still matches its manifest and can be used again."""
     try:
         manifest = read_manifest(folder)
         check_files(folder, manifest)

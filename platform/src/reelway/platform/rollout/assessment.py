@@ -143,7 +143,7 @@ def assess(policy: RolloutPolicy, snapshot: EvidenceSnapshot) -> Assessment:
 
 
 def harm_of(canary: Estimate, stable: Estimate, lower_is_better: ArrayLike) -> Estimate:
-    """Relative harm: positive is worse for viewers, whether lower or higher values are better. Broadcasts."""
+    """Returns the relative harm; positive is worse for viewers for every metric. Broadcasts."""
     difference = relative_difference(canary, stable)
     return Estimate(np.where(lower_is_better, 1.0, -1.0) * difference.value, difference.variance, difference.viewers)
 
@@ -185,7 +185,7 @@ def _assess_outcomes(policy: RolloutPolicy, snapshot: EvidenceSnapshot) -> tuple
 
 
 def _with_burn_in(metric: OutcomeMetric, evidence: MetricEvidence | None) -> MetricEvidence:
-    """The evidence with its state checked against the policy's minimum number of viewers."""
+    """Returns the evidence with its state checked against the policy's minimum number of viewers."""
     if evidence is None:
         return MetricEvidence(EvidenceState.TELEMETRY_DOWN, detail="no evidence")
     if evidence.state is EvidenceState.TELEMETRY_DOWN:
@@ -232,7 +232,7 @@ def _assess_guardrails(policy: RolloutPolicy, snapshot: EvidenceSnapshot) -> tup
 
 
 def _telemetry_down_verdict(name: str, reading: GuardrailReading | None) -> GuardrailVerdict | None:
-    """A verdict for a reading that cannot be judged; None if it can."""
+    """Returns a verdict for a reading that cannot be judged; None if it can."""
     if reading is None:
         return GuardrailVerdict(name, EvidenceState.TELEMETRY_DOWN, f"{name}: telemetry down (no reading)")
     if reading.state in (EvidenceState.TELEMETRY_DOWN, EvidenceState.INSUFFICIENT):
@@ -247,7 +247,7 @@ def _telemetry_down_verdict(name: str, reading: GuardrailReading | None) -> Guar
 def _assess_ratio(
     name: str, limit: RatioLimit, reading: GuardrailReading | None, significance: float
 ) -> GuardrailVerdict:
-    """A breach if this many events of this few requests are less likely than ``significance`` at the limit.
+    """Assesses a ratio: a breach if so many events are less likely than ``significance`` at the limit.
 
     Ten errors in ten requests are a breach long before ``minimum_requests``. That number only decides when a reading
     without a breach is ``ok``.
@@ -312,7 +312,7 @@ def _assess_parity(limit: CountLimit, reading: GuardrailReading | None) -> Guard
 
 
 def _assess_alerts(limit: CountLimit, snapshot: EvidenceSnapshot) -> GuardrailVerdict:
-    """Only alerts with this rollout's release count."""
+    """Assesses the firing alerts; only alerts with this rollout's release count."""
     alerts = [alert for alert in snapshot.alerts if alert.release == snapshot.release]
     if len(alerts) > limit.maximum:
         names = ", ".join(sorted({alert.name for alert in alerts}))

@@ -119,7 +119,7 @@ class EvidenceSnapshot:
 def metric_evidence(
     stable: ArmStatistics | None, canary: ArmStatistics | None, *, minimum_viewers: int
 ) -> MetricEvidence:
-    """An outcome metric from both arms' sums.
+    """Returns an outcome metric from both arms' sums.
 
     Returns:
         ``telemetry_down`` for an absent arm or impossible sums, ``insufficient`` for too few viewers, else ``ok``.
@@ -141,5 +141,5 @@ def metric_evidence(
 
 
 def no_evidence(release: str, now: float) -> EvidenceSnapshot:
-    """The evidence if the metrics backend did not answer: all of it is ``telemetry_down``."""
+    """Returns the evidence if the metrics backend did not answer: all of it is ``telemetry_down``."""
     return EvidenceSnapshot(time=now, release=release)

@@ -37,7 +37,7 @@ class PolicyOutput(StrEnum):
 
 
 def policy_group() -> typer.Typer:
-    """``reelway rollout policy show|check|schema``."""
+    """Returns the commands ``reelway rollout policy show|check|schema``."""
     group = typer.Typer(no_args_is_help=True)
     group.command("show")(show)
     group.command("check")(check)

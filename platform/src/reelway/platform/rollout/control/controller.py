@@ -127,7 +127,7 @@ class Controller:
                 thread.join()
 
     def reconcile(self) -> Decision | None:
-        """One reconcile. Returns None if there is no rollout, or another process changed it meanwhile.
+        """Reconciles once. Returns None if there is no rollout, or another process changed it meanwhile.
 
         Raises:
             ReelwayError: if the store cannot be read or written; no traffic was changed without a record.
@@ -291,7 +291,7 @@ class Controller:
 
 
 def _is_final(state: RolloutState) -> bool:
-    """Whether the rollout is final. Its recorded traffic is still maintained."""
+    """Returns whether the rollout is final. Its recorded traffic is still maintained."""
     return state.phase is Phase.ROLLED_BACK or state.retired
 
 
@@ -306,7 +306,7 @@ def _is_at_target(observation: TrafficObservation, target: TrafficTarget) -> boo
 
 
 def _is_notable(reconcile_pass: _ReconcilePass) -> bool:
-    """Whether it is logged and recorded: a new phase, step, weight or retention, a rejection, the start of a hold."""
+    """Returns whether a decision is recorded: a new phase, step or weight, retirement, a rejection, a new hold."""
     before, after, decision = reconcile_pass.rollout.state, reconcile_pass.after, reconcile_pass.decision
     changed = any(
         getattr(before, name) != getattr(after, name)

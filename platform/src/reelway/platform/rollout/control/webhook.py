@@ -51,7 +51,7 @@ class AlertReceiver(Protocol):
 def webhook_application(
     receiver: AlertReceiver, on_change: Callable[[], object], token: str, metrics: ControllerMetrics
 ) -> Starlette:
-    """``POST /api/v1/alerts`` (bearer ``token``), ``GET /healthz`` and ``GET /metrics``.
+    """Serves ``POST /api/v1/alerts`` (bearer ``token``), ``GET /healthz`` and ``GET /metrics``.
 
     Args:
         wake: called after every delivery that changed the known alerts.

@@ -48,7 +48,7 @@ def evidence_source(
     access: MonitoringAccess | None = None,
     window_s: float = WINDOW_S,
 ) -> SeriesEvidenceSource:
-    """Evidence from Prometheus at this URL; scraped from the run's service itself when there is none.
+    """Returns evidence from Prometheus at this URL; scraped from the run's service itself when there is none.
 
     Args:
         access: credentials and label selectors for Prometheus; none by default.
@@ -61,5 +61,5 @@ def evidence_source(
 
 
 def alert_source(url: str, access: MonitoringAccess | None = None) -> AlertmanagerClient:
-    """An ``AlertSource``: alerts polled from the Alertmanager at this URL."""
+    """Returns an ``AlertSource``: alerts polled from the Alertmanager at this URL."""
     return AlertmanagerClient(url, access=access)

@@ -38,7 +38,7 @@ class _Sums(NamedTuple):
 def outcome_metrics(
     policy: RolloutPolicy, state: RolloutState, read_result: SeriesReadResult, collector: ScrapeJob
 ) -> dict[tuple[str, Slice], MetricEvidence]:
-    """Evidence for every (metric, slice) of the policy.
+    """Returns evidence for every (metric, slice) of the policy.
 
     ``insufficient`` if the collector answers but has no series of an arm yet: the arm has no impressions.
     ``telemetry_down`` if the collector does not answer, or its sums are not finite, negative, incomplete or decreasing.
@@ -54,7 +54,7 @@ def outcome_metrics(
 
 
 def _sums(state: RolloutState, read_result: SeriesReadResult, collector: ScrapeJob) -> _Sums:
-    """Newest values, summed over the collector's running instances.
+    """Returns the newest values, summed over the collector's running instances.
 
     A removed instance does not count, because its successor has its data. The newest value must not be below an
     earlier value of any instance.
@@ -98,7 +98,7 @@ def _evidence(metric: OutcomeMetric, part: Slice, newest: dict[_Key, float]) -> 
 
 
 def _arm(metric: OutcomeMetric, part: Slice, arm: Arm, newest: dict[_Key, float]) -> ArmStatistics | str:
-    """One arm's sums, or an error message. With ``kind: mean`` every viewer has x_i = 1."""
+    """Returns one arm's sums, or an error message. With ``kind: mean`` every viewer has x_i = 1."""
     exposure = {name: newest.get(_Key(arm, part, "", name)) for name in names.EXPOSURE_STATISTICS}
     if all(value is None for value in exposure.values()):
         return ArmStatistics()  # the collector answers, and this arm has no impressions

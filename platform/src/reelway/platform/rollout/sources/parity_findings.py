@@ -41,7 +41,7 @@ class ParityFindings:
     problem: str = ""
 
     def reading(self, release: str) -> GuardrailReading:
-        """The reading of the guardrail ``parity_mismatches``: mismatches of replayed rows."""
+        """Returns the reading of the guardrail ``parity_mismatches``: mismatches of replayed rows."""
         if self.problem:
             return GuardrailReading(EvidenceState.TELEMETRY_DOWN, detail=self.problem)
         parity = self.releases.get(release)
@@ -56,7 +56,7 @@ class ParityFindings:
 
 
 def parity_path(run: RunDirectory) -> Path:
-    """The file to which the replay writes its findings."""
+    """Returns the file to which the replay writes its findings."""
     return run.path / "serving" / "parity.json"
 
 

@@ -70,7 +70,7 @@ class ParityFindingsReader:
         self._thread = threading.Thread(target=self._read_until, name="parity", daemon=True)
 
     def findings(self) -> ParityFindings:
-        """The findings read last, or why there are none. Only the first call waits. Raises nothing."""
+        """Returns the findings read last, or why there are none. Only the first call waits. Raises nothing."""
         if self._thread.ident is None:
             self._read_at = time.monotonic()
             self._thread.start()

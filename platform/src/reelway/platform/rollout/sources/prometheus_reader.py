@@ -79,7 +79,7 @@ class PrometheusReader:
         return rows | self._sums(scope, now, f"{jobs},rollout={json.dumps(scope.rollout)}", last_sample_times)
 
     def _sums(self, scope: Scope, now: float, selector: str, last_sample_times: list[float]) -> _Rows:
-        """The collector's sums. The number of viewers starts with its highest value in the rollout.
+        """Returns the collector's sums. The number of viewers starts with its highest value in the rollout.
 
         Sums are cumulative, so only the last scrapes, at ``last_sample_times``, are read.
         """
@@ -122,7 +122,7 @@ class PrometheusReader:
 
 
 def _last_sample_time(key: SeriesKey, samples: list[Sample]) -> float | None:
-    """Time of a collector's last successful scrape if it is still a target; None for any other series."""
+    """Returns the time of a collector's last successful scrape if it is still a target; None for any other series."""
     if key.name != UP or key.get("job") != names.OUTCOMES_JOB or math.isnan(samples[-1].value):
         return None
     return max((s.time for s in samples if s.value == 1.0), default=None)
@@ -142,5 +142,5 @@ def _error_text(body: object) -> str:
 
 
 def _any_of(values: Iterable[str]) -> str:
-    """A quoted regular expression that matches exactly these values."""
+    """Returns a quoted regular expression that matches exactly these values."""
     return json.dumps("|".join(re.escape(value) for value in values))

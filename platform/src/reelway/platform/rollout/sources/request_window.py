@@ -53,7 +53,7 @@ class RequestWindow:
         return cls(read_result, routers, now - scope.window_s, scope.started_at)
 
     def increases(self, name: str, label: str, selects: Callable[[SeriesKey], bool]) -> Mapping[str, CounterReading]:
-        """Value of ``label`` -> increase of all wanted series with that value, over all routers.
+        """Returns the increases of all selected series over all routers, by the value of ``label``.
 
         A router with one sample has no increase yet and does not make the others' unknown.
         """
@@ -65,7 +65,7 @@ class RequestWindow:
         return {value: sum_counters(readings) for value, readings in parts.items()}
 
     def _increase(self, instance: ScrapeTarget, samples: list[Sample]) -> CounterReading:
-        """The increase of one series, from 0 if the series appeared after its exporter's first sample."""
+        """Returns the increase of one series, from 0 if the series appeared after its exporter's first sample."""
         earlier = sum(sample.time <= self.started_at for sample in samples)
         began = samples[0].time > instance.first_sample_at and not earlier
         samples = samples[max(earlier - 1, 0) :]
@@ -75,7 +75,7 @@ class RequestWindow:
 def request_guardrails(
     policy: RolloutPolicy, scope: Scope, read_result: SeriesReadResult, routers: ScrapeJob, now: float
 ) -> dict[GuardrailName, GuardrailReading]:
-    """Readings of error_ratio, empty_slate_ratio and p99_ms over the scope's window."""
+    """Returns the readings of error_ratio, empty_slate_ratio and p99_ms over the scope's window."""
     if routers.problem:
         down = GuardrailReading(EvidenceState.TELEMETRY_DOWN, detail=routers.problem)
         return {"error_ratio": down, "empty_slate_ratio": down, "p99_ms": down}
@@ -102,7 +102,7 @@ def _is_stable_series(scope: Scope) -> Callable[[SeriesKey], bool]:
 
 
 def _total(increases: Mapping[str, CounterReading], label_values: tuple[str, ...]) -> CounterReading:
-    """The sum of the wanted counters. A counter that a running router does not expose is 0."""
+    """Returns the sum of the counters with these label values. A counter that a running router does not expose is 0."""
     readings = [increases[name] for name in label_values if name in increases]
     return sum_counters(readings) if readings else CounterReading(EvidenceState.OK)
 
@@ -148,7 +148,7 @@ def _p99(window: RequestWindow, scope: Scope, *, compared: bool) -> GuardrailRea
 
 
 def _latencies(window: RequestWindow, selects: Callable[[SeriesKey], bool]) -> dict[float, float] | GuardrailReading:
-    """Upper bound -> observations, empty without any; a reading if they are unknown."""
+    """Returns the observations by upper bound, empty without any; a reading if they are unknown."""
     increases = window.increases(BUCKET, "le", selects)
     if not increases:
         return {}

@@ -38,7 +38,7 @@ class SeriesKey(NamedTuple):
         return cls(name, tuple(sorted(labels.items())))
 
     def get(self, label: str) -> str:
-        """The label's value; empty if absent, as in PromQL."""
+        """Returns the label's value; empty if absent, as in PromQL."""
         return dict(self.labels).get(label, "")
 
 
@@ -58,7 +58,7 @@ class Scope:
 
     @classmethod
     def of(cls, state: RolloutState, window_s: float = WINDOW_S) -> Scope:
-        """The scope of a rollout in this state. ``releases`` are label values, the canary's first."""
+        """Returns the scope of a rollout in this state. ``releases`` are label values, the canary's first."""
         releases = (short_id(state.canary_release), short_id(state.stable_release))
         shadow_since = state.changed_at if state.phase is Phase.SHADOW else None
         return cls(state.id, releases, state.started_at, shadow_since, window_s)
@@ -116,7 +116,7 @@ class ScrapeJob:
 def scrape_job(
     name: str, read_result: SeriesReadResult, *, now: float, max_age_s: float, window_s: float = WINDOW_S
 ) -> ScrapeJob:
-    """The exporters of a job that answered in the window.
+    """Returns the exporters of a job that answered in the window.
 
     A removed replica differs from a silent one. Removed: it is no longer a target (``up`` ends in NaN). Its counts in
     the window are used, and no answer is awaited. Silent: it is a target and has not answered for ``max_age_s``
@@ -146,7 +146,7 @@ def scrape_job(
 def samples_since(
     read_result: SeriesReadResult, job: ScrapeJob, *names: str, since: float
 ) -> Iterator[tuple[SeriesKey, ScrapeTarget, list[Sample]]]:
-    """The named series of a job's exporters, with their samples from ``since`` on."""
+    """Returns the named series of a job's exporters, with their samples from ``since`` on."""
     for key, samples in read_result.series.items():
         if key.name in names and (instance := job.instances.get(key.get("instance"))) is not None:
             yield key, instance, [s for s in samples if s.time >= since]

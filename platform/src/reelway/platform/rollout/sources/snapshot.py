@@ -33,7 +33,7 @@ def build_snapshot(
     *,
     window_s: float = WINDOW_S,
 ) -> EvidenceSnapshot:
-    """The evidence about one rollout.
+    """Returns the evidence about one rollout.
 
     Its time is that of the oldest scrape it uses, so that evidence ages when scrapes stop. If no exporter answered, its
     time is ``now`` and everything is ``telemetry_down``.
@@ -56,7 +56,7 @@ def build_snapshot(
 
 
 def _mirrored_requests(scope: Scope, read_result: SeriesReadResult, routers: ScrapeJob, now: float) -> int:
-    """Mirrored requests that succeeded or failed in this shadow phase; 0 outside of a shadow phase."""
+    """Returns the number of mirrored requests, successful or not, in this shadow phase; 0 outside of one."""
     if scope.shadow_since is None or routers.problem:
         return 0
     since, total = max(scope.shadow_since, now - MAX_SHADOW_S), 0.0

@@ -173,7 +173,7 @@ class Deployments(_Options):
 
     @classmethod
     def with_replicas(cls, **counts: int) -> Deployments:
-        """Default options with these numbers of replicas by deployment."""
+        """Returns the default options with these numbers of replicas by deployment."""
         return cls(**{name: DeploymentOptions(num_replicas=count) for name, count in counts.items()})
 
 
@@ -215,7 +215,7 @@ class ServingOptions(_Options):
 
     @classmethod
     def parse(cls, text: str, *, source: str) -> ServingOptions:
-        """Options from YAML.
+        """Returns options from YAML.
 
         Args:
             source: name of the document, for error messages.
