@@ -208,17 +208,17 @@ def test_reconcile_is_written_only_if_its_outcome_changed(api: KubeApi, kubectl:
 
     store.save_last_reconcile(sighting(1))
     store.save_last_reconcile(sighting(2))
-    seen = command_store(api).last_reconcile("one")
-    assert seen is not None
-    assert seen.time == 1
+    last_reconcile = command_store(api).last_reconcile("one")
+    assert last_reconcile is not None
+    assert last_reconcile.time == 1
     store.save_last_reconcile(sighting(3, reached=False))
     conditions = {one["type"]: one["status"] for one in kubectl.read("one")["status"]["conditions"]}
     assert (conditions["Ready"], conditions["Progressing"]) == ("False", "True")
     store.save_last_reconcile(sighting(4, reached=False))
     store.record(before, moved(before, Phase.PREPARING), None)
-    seen = command_store(api).last_reconcile("one")
-    assert seen is not None
-    assert seen.time == 4
+    last_reconcile = command_store(api).last_reconcile("one")
+    assert last_reconcile is not None
+    assert last_reconcile.time == 4
 
 
 def test_revision_distinguishes_foreign_changes(api: KubeApi, kubectl: Kubectl) -> None:
@@ -231,10 +231,10 @@ def test_revision_distinguishes_foreign_changes(api: KubeApi, kubectl: Kubectl) 
         shelf.apply_event(document)  # the watch event of the own write
     assert (store.revision(include_own=False), store.revision() > mine) == (quiet, True)
     asking = command_store(api)
-    seen = asking.revision(include_own=False)
-    assert asking.revision(include_own=False) == seen
+    last_reconcile = asking.revision(include_own=False)
+    assert asking.revision(include_own=False) == last_reconcile
     asking.submit_command("one", Command(id="c", verb="pause"))
-    assert asking.revision(include_own=False) == seen
+    assert asking.revision(include_own=False) == last_reconcile
     for document in api.list(PATH):
         shelf.apply_event(document)
     assert store.revision(include_own=False) > quiet

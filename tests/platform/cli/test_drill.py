@@ -90,14 +90,14 @@ def service(tmp_path_factory: pytest.TempPathFactory, released: tuple[Path, tupl
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
     world.served(stable, url=f"http://127.0.0.1:{server.server_port}")
-    made = Service(world, run, bad, stable, server)
-    made.evidence(viewers=2_400)
+    service_run = Service(world, run, bad, stable, server)
+    service_run.evidence(viewers=2_400)
     record = run / "rollout" / "controller.json"
     command = [*reelway_command()[:1], "-m", "tests.support.cli.controller_process", str(run)]
     try:
         with child_process(command, log=run / "controller.log"):
             until(record.exists, "the controller listens")
-            yield made
+            yield service_run
     finally:
         server.shutdown()
         server.server_close()

@@ -38,8 +38,8 @@ def _news(*args: Any, **kwargs: Any) -> list[KnownAlert]:
 
 
 def test_firing_alert_with_the_release_label_is_found() -> None:
-    found = firing_for(merge_alerts({}, _news()), RELEASE)
-    assert [(a.name, a.release, a.detail) for a in found] == [("ReelwayErrorBudgetBurn", RELEASE, "burning")]
+    firing = firing_for(merge_alerts({}, _news()), RELEASE)
+    assert [(a.name, a.release, a.detail) for a in firing] == [("ReelwayErrorBudgetBurn", RELEASE, "burning")]
 
 
 @pytest.mark.parametrize("label", [None, "f" * 64, "0123", ""])

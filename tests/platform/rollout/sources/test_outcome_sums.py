@@ -31,12 +31,12 @@ def sums_of_both_arms(canary: int, stable: int, **more: float) -> list[dict[Seri
 
 def changed(values: list[dict[SeriesKey, float]], value: float | None, **labels: str) -> list[dict[SeriesKey, float]]:
     """The series with another value, or without one, for these labels."""
-    wanted = set(labels.items())
-    assert any(wanted <= set(key.labels) for part in values for key in part)
+    wanted_labels = set(labels.items())
+    assert any(wanted_labels <= set(key.labels) for part in values for key in part)
     return [
-        {key: value if wanted <= set(key.labels) else old for key, old in part.items()}  # type: ignore[misc]
+        {key: value if wanted_labels <= set(key.labels) else old for key, old in part.items()}  # type: ignore[misc]
         if value is not None
-        else {key: old for key, old in part.items() if not wanted <= set(key.labels)}
+        else {key: old for key, old in part.items() if not wanted_labels <= set(key.labels)}
         for part in values
     ]
 
@@ -55,11 +55,11 @@ def test_statistics_are_the_newest_sums() -> None:
     series = SeriesFixture()
     series.collector(5, *sums_of_both_arms(100, 900))
     series.collector(10, *sums_of_both_arms(120, 1000))
-    found = metrics_of(series)[METRIC]
-    assert found.state is OK
-    assert (found.canary.viewers, found.stable.viewers) == (120, 1000)
-    assert found.canary.impressions == found.canary.sum_x == sum(1 + i % 3 for i in range(120))
-    assert found.canary.sum_xx == sum((1 + i % 3) ** 2 for i in range(120))
+    metrics = metrics_of(series)[METRIC]
+    assert metrics.state is OK
+    assert (metrics.canary.viewers, metrics.stable.viewers) == (120, 1000)
+    assert metrics.canary.impressions == metrics.canary.sum_x == sum(1 + i % 3 for i in range(120))
+    assert metrics.canary.sum_xx == sum((1 + i % 3) ** 2 for i in range(120))
     assert set(metrics_of(series)) == {(metric.name, part) for metric, part in POLICY.tests}
 
 
@@ -79,14 +79,14 @@ def test_scraped_sums_lead_to_the_same_verdict() -> None:
 
 def test_arm_without_impressions_is_insufficient() -> None:
     for values in ([], [sums(Arm.STABLE, 1000, part=part) for part in PARTS]):
-        found = only(*values)
-        assert {e.state for e in found.values()} == {INSUFFICIENT}
+        metrics = only(*values)
+        assert {e.state for e in metrics.values()} == {INSUFFICIENT}
 
 
 def test_slice_without_viewers_is_insufficient() -> None:
-    found = only(*(sums(arm, 500) for arm in (Arm.CANARY, Arm.STABLE)))
-    assert found[METRIC].state is OK
-    assert found["long_watch_rate", Slice.NEW_VIEWERS].state is INSUFFICIENT
+    metrics = only(*(sums(arm, 500) for arm in (Arm.CANARY, Arm.STABLE)))
+    assert metrics[METRIC].state is OK
+    assert metrics["long_watch_rate", Slice.NEW_VIEWERS].state is INSUFFICIENT
 
 
 def test_sums_of_another_rollout_are_ignored() -> None:
@@ -104,9 +104,9 @@ def test_sums_of_an_arms_other_release_are_ignored() -> None:
 def test_silent_collector_is_telemetry_down() -> None:
     series = SeriesFixture()
     series.routers((5, []), (10, []))
-    found = metrics_of(series)
-    assert {e.state for e in found.values()} == {DOWN}
-    assert "no reelway-outcomes answered" in found[METRIC].detail
+    metrics = metrics_of(series)
+    assert {e.state for e in metrics.values()} == {DOWN}
+    assert "no reelway-outcomes answered" in metrics[METRIC].detail
 
 
 @pytest.mark.parametrize(
@@ -121,17 +121,17 @@ def test_silent_collector_is_telemetry_down() -> None:
 )
 def test_impossible_sums_are_telemetry_down(value: float | None, message: str) -> None:
     labels = {"arm": "canary", "slice": "overall", "statistic": "sum_xx"}
-    found = only(*changed(sums_of_both_arms(100, 100), value, **labels))
-    assert found[METRIC].state is DOWN
-    assert message in found[METRIC].detail
-    assert found["long_watch_rate", Slice.NEW_VIEWERS].state is OK
+    metrics = only(*changed(sums_of_both_arms(100, 100), value, **labels))
+    assert metrics[METRIC].state is DOWN
+    assert message in metrics[METRIC].detail
+    assert metrics["long_watch_rate", Slice.NEW_VIEWERS].state is OK
 
 
 def test_uncounted_outcome_is_telemetry_down_alone() -> None:
-    found = only(*changed(sums_of_both_arms(100, 100), None, metric="like_rate"))
-    assert found["like_rate", Slice.OVERALL].state is DOWN
-    assert "absent although the arm has had viewers" in found["like_rate", Slice.OVERALL].detail
-    assert found[METRIC].state is OK
+    metrics = only(*changed(sums_of_both_arms(100, 100), None, metric="like_rate"))
+    assert metrics["like_rate", Slice.OVERALL].state is DOWN
+    assert "absent although the arm has had viewers" in metrics["like_rate", Slice.OVERALL].detail
+    assert metrics[METRIC].state is OK
 
 
 def test_unknown_metric_detail_lists_known_metrics() -> None:
@@ -179,8 +179,8 @@ def test_successor_of_a_collector_replaces_its_sums() -> None:
     series.collector(2, *sums_of_both_arms(100, 200), instance="old")
     series.gone(names.OUTCOMES_JOB, 8, instance="old")
     series.collector(9, *sums_of_both_arms(110, 220), instance="new")
-    found = metrics_of(series)[METRIC]
-    assert (found.state, found.canary.viewers) == (OK, 110)
+    metrics = metrics_of(series)[METRIC]
+    assert (metrics.state, metrics.canary.viewers) == (OK, 110)
 
 
 def test_successor_without_data_is_detected() -> None:
@@ -194,8 +194,8 @@ def test_sums_of_two_running_collectors_are_added() -> None:
     series = SeriesFixture()
     for instance in ("a", "b"):
         series.collector(10, *sums_of_both_arms(60, 90), instance=instance)
-    found = metrics_of(series)[METRIC]
-    assert (found.state, found.canary.viewers, found.stable.viewers) == (OK, 120, 180)
+    metrics = metrics_of(series)[METRIC]
+    assert (metrics.state, metrics.canary.viewers, metrics.stable.viewers) == (OK, 120, 180)
 
 
 def test_snapshot_time_is_that_of_the_oldest_scrape() -> None:

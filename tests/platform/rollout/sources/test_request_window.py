@@ -38,10 +38,10 @@ def test_error_ratio_counts_the_canarys_requests_in_the_window() -> None:
             requests(Arm.STABLE, ok=9 * n, failed=9 * n),
             requests(Arm.HOLDOUT, ok=n, failed=n),
         )  # fmt: skip
-    found = reading(series, "error_ratio")
-    assert found.state is OK
-    assert found.events == pytest.approx(5 + 1 + 2)
-    assert found.trials == pytest.approx(100 + 10 + 5 + 1 + 50 + 2)
+    guardrail = reading(series, "error_ratio")
+    assert guardrail.state is OK
+    assert guardrail.events == pytest.approx(5 + 1 + 2)
+    assert guardrail.trials == pytest.approx(100 + 10 + 5 + 1 + 50 + 2)
 
 
 def test_requests_of_another_release_are_ignored() -> None:
@@ -112,8 +112,8 @@ def test_counts_of_a_removed_router_are_used() -> None:
         series.routers((1, [canary(ok=10)]), (5, [canary(ok=20)]), instance=instance)
     series.routers((28, [canary(ok=50)]), instance="a")
     series.gone(names.ROUTER_JOB, 28, instance="b")
-    found = reading(series, "error_ratio", 28)
-    assert (found.state, found.trials) == (OK, 40 + 10)
+    guardrail = reading(series, "error_ratio", 28)
+    assert (guardrail.state, guardrail.trials) == (OK, 40 + 10)
 
 
 def test_service_without_routers_is_telemetry_down() -> None:
@@ -140,9 +140,9 @@ def test_impossible_counter_is_telemetry_down(value: float, message: str) -> Non
 
 def test_detail_includes_the_readers_problem() -> None:
     for name in ("error_ratio", "empty_slate_ratio", "p99_ms"):
-        found = SeriesFixture().snapshot(10, problem="GET http://x/metrics: timed out").guardrails[name]  # type: ignore[index]
-        assert found.state is DOWN
-        assert "GET http://x/metrics: timed out" in found.detail
+        guardrail = SeriesFixture().snapshot(10, problem="GET http://x/metrics: timed out").guardrails[name]  # type: ignore[index]
+        assert guardrail.state is DOWN
+        assert "GET http://x/metrics: timed out" in guardrail.detail
 
 
 def test_empty_slate_ratio_is_at_most_1_for_a_torn_scrape() -> None:
@@ -167,10 +167,10 @@ def test_p99_uses_the_increases_of_both_arms() -> None:
         (1, [latency(Arm.CANARY, 1000, 900), latency(Arm.STABLE, 1000, 0)]),
         (9, [latency(Arm.CANARY, 1200, 904), latency(Arm.STABLE, 3000, 0)]),
     )
-    found = reading(series, "p99_ms")
-    assert (found.state, found.trials) == (OK, 200)
-    assert found.value == pytest.approx(1000 * (0.25 + 0.25 * (198 - 196) / 4))
-    assert found.stable_value == pytest.approx(1000 * 0.1 * 0.99)
+    guardrail = reading(series, "p99_ms")
+    assert (guardrail.state, guardrail.trials) == (OK, 200)
+    assert guardrail.value == pytest.approx(1000 * (0.25 + 0.25 * (198 - 196) / 4))
+    assert guardrail.stable_value == pytest.approx(1000 * 0.1 * 0.99)
 
 
 def test_comparison_without_stable_requests_is_insufficient() -> None:

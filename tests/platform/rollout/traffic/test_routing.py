@@ -35,8 +35,8 @@ def test_growing_canary_takes_viewers_from_stable_only(viewer: int, one: int, ot
 
 @given(VIEWERS, st.integers(0, 5_000))
 def test_holdout_keeps_its_viewers_during_the_ramp(viewer: int, canary: int) -> None:
-    held = routing(0, 500).route_of(viewer).arm is Arm.HOLDOUT
-    assert (routing(canary, 500).route_of(viewer).arm is Arm.HOLDOUT) == held
+    in_holdout = routing(0, 500).route_of(viewer).arm is Arm.HOLDOUT
+    assert (routing(canary, 500).route_of(viewer).arm is Arm.HOLDOUT) == in_holdout
 
 
 @given(VIEWERS)
