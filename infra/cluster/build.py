@@ -20,7 +20,7 @@ from typing import Final
 
 from layout import HERE, NodePaths
 
-TOOLS: Final = ("helm", "coredns", "kuberay", "kubernetes")  # the quick ones first, so that a broken setup fails early
+TOOLS: Final = ("helm", "coredns", "kuberay", "kubernetes")  # quick builds first, so that a broken setup fails early
 MONITORING: Final = ("prometheus-operator", "prometheus")
 """Programs of `monitoring`."""
 KSERVE: Final = ("kserve",)
@@ -75,39 +75,39 @@ def build_tools(layout: NodePaths, say: Callable[[str], None], tools: Sequence[s
 
 
 def module_folder(tool: str, module: str) -> Path:
-    """Folder of a tool's module in Go's cache, with its CRDs and charts. Downloads the module if it is missing."""
+    """Returns the folder of a tool's module in Go's cache, with CRDs and charts. Downloads a missing module."""
     done = _go(tool, "mod", "download", "-json", module)
     return Path(json.loads(done.stdout)["Dir"])
 
 
 def _pins_of(tool: str) -> str:
-    folder, whole = HERE / "tools" / tool, hashlib.sha256()
+    folder, digest = HERE / "tools" / tool, hashlib.sha256()
     for path in sorted(folder.iterdir()):
-        whole.update(path.read_bytes())
-    return whole.hexdigest() + " ".join(_FLAGS.get(tool, ()))
+        digest.update(path.read_bytes())
+    return digest.hexdigest() + " ".join(_FLAGS.get(tool, ()))
 
 
-def _build(tool: str, into: Path) -> None:
-    with tempfile.TemporaryDirectory(dir=into) as fresh:
+def _build(tool: str, target_folder: Path) -> None:
+    with tempfile.TemporaryDirectory(dir=target_folder) as fresh:
         _go(tool, "build", "-trimpath", *_NO_DWARF, *_FLAGS.get(tool, _STRIPPED), "-o", f"{fresh}/",
             "." if tool in _OWN_MAIN else "tool")  # fmt: skip
-        for theirs, ours in _PROGRAM_NAMES.items():
-            if (named := Path(fresh) / theirs).exists():
-                named.rename(Path(fresh) / ours)
+        for module_name, final_name in _PROGRAM_NAMES.items():
+            if (named := Path(fresh) / module_name).exists():
+                named.rename(Path(fresh) / final_name)
         for program in _TOOL_PROGRAMS[tool]:
-            made = Path(fresh) / program
-            if not made.exists():
+            program_path = Path(fresh) / program
+            if not program_path.exists():
                 raise BuildError(
                     f"tools/{tool}: `go build` made {sorted(p.name for p in Path(fresh).iterdir())}, expected {program}"
                 )
-            made.replace(into / program)
+            program_path.replace(target_folder / program)
 
 
-def _go(tool: str, *words: str) -> subprocess.CompletedProcess[str]:
+def _go(tool: str, *args: str) -> subprocess.CompletedProcess[str]:
     done = subprocess.run(
-        ["go", *words], cwd=HERE / "tools" / tool, capture_output=True, text=True, check=False,
+        ["go", *args], cwd=HERE / "tools" / tool, capture_output=True, text=True, check=False,
         env={**os.environ, "CGO_ENABLED": "0", "GOFLAGS": "-mod=readonly -buildvcs=false"},
     )  # fmt: skip
     if done.returncode:
-        raise BuildError(f"tools/{tool}: `go {words[0]}` failed:\n{done.stderr.strip()[-3000:]}")
+        raise BuildError(f"tools/{tool}: `go {args[0]}` failed:\n{done.stderr.strip()[-3000:]}")
     return done

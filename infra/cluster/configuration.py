@@ -101,7 +101,7 @@ def write_resolver(layout: NodePaths) -> Path:
 
 
 def write_kubelet(layout: NodePaths) -> Path:
-    """The kubelet's command. cgroups v1 are allowed, because small machines still use them."""
+    """Writes the kubelet's configuration. cgroups v1 are allowed, because small machines still use them."""
     path = layout.etc / "kubelet.yaml"
     write_json(
         path,
@@ -184,7 +184,7 @@ def write_audit_policy(layout: NodePaths) -> Path:
 
 
 def api_server_command(layout: NodePaths) -> list[str]:
-    """The API server's command. It listens on the bridge only."""
+    """Returns the API server's command. It listens on the bridge only."""
     pki = layout.pki
     return [
         str(layout.bin / "kube-apiserver"),
@@ -220,7 +220,7 @@ def api_server_command(layout: NodePaths) -> list[str]:
 
 
 def controller_manager_command(layout: NodePaths) -> list[str]:
-    """The controller manager's command, with all controllers."""
+    """Returns the controller manager's command, with all controllers."""
     return [
         str(layout.bin / "kube-controller-manager"),
         *_kubeconfig_args(layout, "controller-manager"),
@@ -235,7 +235,7 @@ def controller_manager_command(layout: NodePaths) -> list[str]:
 
 
 def scheduler_command(layout: NodePaths) -> list[str]:
-    """The scheduler's command, with the default profile."""
+    """Returns the scheduler's command, with the default profile."""
     return [
         str(layout.bin / "kube-scheduler"),
         *_kubeconfig_args(layout, "scheduler"),
@@ -244,8 +244,8 @@ def scheduler_command(layout: NodePaths) -> list[str]:
     ]
 
 
-def _kubeconfig_args(layout: NodePaths, who: str) -> list[str]:
-    config = layout.kubeconfig(who)
+def _kubeconfig_args(layout: NodePaths, component: str) -> list[str]:
+    config = layout.kubeconfig(component)
     return [f"--{purpose}kubeconfig={config}" for purpose in ("", "authentication-", "authorization-")]
 
 
@@ -265,7 +265,7 @@ def etcd_command(layout: NodePaths) -> list[str]:
 
 
 def kubelet_command(layout: NodePaths) -> list[str]:
-    """The kubelet's command, with its root in the node's folder."""
+    """Returns the kubelet's command, with its root in the node's folder."""
     return [
         str(layout.bin / "kubelet"),
         f"--config={write_kubelet(layout)}",

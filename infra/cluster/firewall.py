@@ -11,7 +11,7 @@ _PREFIXES: Final = ("KUBE-", "CNI-")
 
 
 def node_chains() -> list[str]:
-    """``table chain`` of every chain with a name that Kubernetes or CNI uses."""
+    """Returns ``table chain`` of every chain with a name that Kubernetes or CNI uses."""
     found = []
     for table in TABLES:
         rules = _iptables(table, "-S")
@@ -23,17 +23,17 @@ def node_chains() -> list[str]:
 def remove_chains(chains: list[str]) -> None:
     """Removes the chains and every rule that jumps to them."""
     for table in TABLES:
-        ours = {chain for where, chain in (entry.split() for entry in chains) if where == table}
+        in_table = {chain for chain_table, chain in (entry.split() for entry in chains) if chain_table == table}
         for line in _iptables(table, "-S").splitlines():
-            words = line.split()
-            if words[0] == "-A" and words[1] not in ours and ours & set(words):
+            args = line.split()
+            if args[0] == "-A" and args[1] not in in_table and in_table & set(args):
                 _iptables(table, "-D", *shlex.split(line)[1:])
-        for chain in ours:
+        for chain in in_table:
             _iptables(table, "-F", chain)
-        for chain in ours:
+        for chain in in_table:
             _iptables(table, "-X", chain)
 
 
-def _iptables(table: str, *words: str) -> str:
-    command = ["iptables", "-w", "5", "-t", table, *words]
+def _iptables(table: str, *args: str) -> str:
+    command = ["iptables", "-w", "5", "-t", table, *args]
     return subprocess.run(command, capture_output=True, text=True, check=False).stdout

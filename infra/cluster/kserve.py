@@ -51,7 +51,7 @@ def install_kserve(node: Node, layout: NodePaths, say: Callable[[str], None]) ->
             f"--health-probe-addr={_HEALTH_ADDRESS}",
             f"--webhook-port={_WEBHOOKS_PORT}",
         ],
-        # It looks for the webhooks' certificate under TMPDIR.
+        # The controller reads the webhooks' certificate from a folder below TMPDIR.
         {"KUBECONFIG": str(layout.admin_kubeconfig), "POD_NAMESPACE": _NAMESPACE, "TMPDIR": str(_certificate(layout))},
     )
     _wait(processes)
@@ -70,7 +70,7 @@ def remove_kserve(node: Node, layout: NodePaths) -> None:
 
 
 def webhooks(url: str, authority: str) -> list[dict[str, Any]]:
-    """Webhook configurations of KServe's defaulter and validator of InferenceServices at this URL."""
+    """Returns the webhook configurations of KServe's defaulter and validator of InferenceServices at this URL."""
     path = "serving-kserve-io-v1beta1-inferenceservice"
     return [
         {
@@ -103,10 +103,10 @@ def webhooks(url: str, authority: str) -> list[dict[str, Any]]:
 
 
 def _crds() -> list[str]:
-    """The CRDs that the controller watches, as arguments of kubectl."""
+    """Returns the CRDs that the controller watches, as arguments of kubectl."""
     folder = module_folder("kserve", _MODULE) / "charts" / "kserve-crd-minimal" / "templates"
     kinds = ("inferenceservices", "servingruntimes", "clusterservingruntimes", "trainedmodels", "inferencegraphs")
-    return [word for kind in kinds for word in ("-f", str(folder / f"serving.kserve.io_{kind}.yaml"))]
+    return [argument for kind in kinds for argument in ("-f", str(folder / f"serving.kserve.io_{kind}.yaml"))]
 
 
 def _certificate(layout: NodePaths) -> Path:
@@ -137,8 +137,8 @@ def _wait(processes: ProcessTable) -> None:
                 return
         except OSError as error:
             if time.monotonic() > deadline:
-                words = processes.log_tail(_PROCESS)
+                log_lines = processes.log_tail(_PROCESS)
                 raise NodeError(
-                    f"KServe's controller is not ready within {_DEADLINE_S:g} s: {error}\n{words}"
+                    f"KServe's controller is not ready within {_DEADLINE_S:g} s: {error}\n{log_lines}"
                 ) from error
         time.sleep(0.2)

@@ -63,8 +63,8 @@ class NodePaths:
     def admin_kubeconfig(self) -> Path:
         return self.state / "admin.kubeconfig"
 
-    def kubeconfig(self, who: str) -> Path:
-        return self.etc / f"{who}.kubeconfig"
+    def kubeconfig(self, component: str) -> Path:
+        return self.etc / f"{component}.kubeconfig"
 
 
 def default_layout() -> NodePaths:

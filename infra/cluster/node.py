@@ -59,21 +59,21 @@ class Node:
     """One node in one folder."""
 
     def __init__(self, layout: NodePaths, say: LogFunction) -> None:
-        self._layout, self._say = layout, say
+        self._layout, self._print_progress = layout, say
         self._processes = ProcessTable(layout)
 
     def up(self) -> None:
         """Starts every part that does not run, until the node is Ready with cluster DNS."""
         self._check_prerequisites()
-        build_tools(self._layout, self._say)
+        build_tools(self._layout, self._print_progress)
         began = time.monotonic()
         self._credentials()
         self._network()
         self._control_plane()
         self._runtime()
         self._services()
-        self._say(f"node {at.NODE} is Ready with cluster DNS after {time.monotonic() - began:.0f} s")
-        self._say(f"export KUBECONFIG={self._layout.admin_kubeconfig} PATH={self._layout.bin}:$PATH")
+        self._print_progress(f"node {at.NODE} is Ready with cluster DNS after {time.monotonic() - began:.0f} s")
+        self._print_progress(f"export KUBECONFIG={self._layout.admin_kubeconfig} PATH={self._layout.bin}:$PATH")
 
     def install_kuberay(self, namespace: str = "kuberay-system") -> None:
         """Installs KubeRay's CRDs and starts its operator as a process that watches all namespaces."""
@@ -101,7 +101,7 @@ class Node:
     def down(self) -> None:
         """Stops and removes everything that ``up`` created. Built programs are kept."""
         if not self._layout.state.exists():
-            self._say("no node is running")
+            self._print_progress("no node is running")
             return
         self._processes.stop("kuberay")
         for name in ("controller-manager", "scheduler"):
@@ -114,15 +114,15 @@ class Node:
         self._remove_cgroups()
         self._remove_links()
         shutil.rmtree(self._layout.state)
-        self._say("node removed; built programs are kept in " + str(self._layout.bin))
+        self._print_progress("node removed; built programs are kept in " + str(self._layout.bin))
 
     def status(self) -> dict[str, bool]:
-        """Whether each process runs, by name."""
+        """Returns whether each process runs, by name."""
         return {name: self._processes.running(name) for name in self._processes.names()}
 
-    def kubectl(self, *words: str) -> str:
+    def kubectl(self, *args: str) -> str:
         """Runs kubectl and returns its output. Raises NodeError with its error message."""
-        command = [str(self._layout.bin / "kubectl"), f"--kubeconfig={self._layout.admin_kubeconfig}", *words]
+        command = [str(self._layout.bin / "kubectl"), f"--kubeconfig={self._layout.admin_kubeconfig}", *args]
         return _run(command)
 
     # Up.
@@ -130,8 +130,8 @@ class Node:
     def _with_cluster_resolver(self, *command: str) -> list[str]:
         """Wraps a command in a mount namespace in which the pods' resolv.conf replaces the machine's."""
         resolver = write_resolver(self._layout)
-        swap = 'mount --bind "$0" /etc/resolv.conf && exec "$@"'
-        return ["unshare", "--mount", "--propagation", "private", "sh", "-c", swap, str(resolver), *command]
+        mount_resolver = 'mount --bind "$0" /etc/resolv.conf && exec "$@"'
+        return ["unshare", "--mount", "--propagation", "private", "sh", "-c", mount_resolver, str(resolver), *command]
 
     def _check_prerequisites(self) -> None:
         if os.geteuid() != 0:
@@ -230,27 +230,27 @@ class Node:
         path = "{.status.conditions[?(@.type=='Ready')].status}"
         return self._kubectl_or_empty("get", "node", at.NODE, "-o", f"jsonpath={path}") == "True"
 
-    def _kubectl_or_empty(self, *words: str) -> str:
+    def _kubectl_or_empty(self, *args: str) -> str:
         try:
-            return self.kubectl(*words).strip()
+            return self.kubectl(*args).strip()
         except NodeError:
             return ""
 
-    def _exists(self, *words: str) -> bool:
-        return bool(self._kubectl_or_empty("get", *words, "-o", "name"))
+    def _exists(self, *args: str) -> bool:
+        return bool(self._kubectl_or_empty("get", *args, "-o", "name"))
 
-    def _wait_for(self, what: str, holds: Callable[[], bool], process: str, *, deadline_s: float = 90.0) -> None:
+    def _wait_for(self, condition: str, holds: Callable[[], bool], process: str, *, deadline_s: float = 90.0) -> None:
         began = time.monotonic()
         while not holds():
             if not self._processes.running(process):
-                raise NodeError(f"{what}: {process} ended:\n{self._processes.log_tail(process)}")
+                raise NodeError(f"{condition}: {process} ended:\n{self._processes.log_tail(process)}")
             if time.monotonic() - began > deadline_s:
-                raise NodeError(f"{what}: not within {deadline_s:g} s:\n{self._processes.log_tail(process)}")
+                raise NodeError(f"{condition}: not within {deadline_s:g} s:\n{self._processes.log_tail(process)}")
             time.sleep(0.1)
-        self._say(f"{what}: ready after {time.monotonic() - began:.1f} s")
+        self._print_progress(f"{condition}: ready after {time.monotonic() - began:.1f} s")
 
-    def _ctr(self, *words: str, check: bool = True) -> str:
-        command = ["ctr", f"--address={self._layout.containerd_socket}", "--namespace=k8s.io", *words]
+    def _ctr(self, *args: str, check: bool = True) -> str:
+        command = ["ctr", f"--address={self._layout.containerd_socket}", "--namespace=k8s.io", *args]
         return _run(command, check=check)
 
     # Down.
@@ -258,7 +258,7 @@ class Node:
     def _stop_pods(self) -> None:
         """Deletes all pods through the kubelet, which removes mounts and networks, and the rest through containerd."""
         if self._processes.running("kubelet") and self._processes.running("api-server"):
-            with _ignore_errors(self._say):
+            with _ignore_errors(self._print_progress):
                 self.kubectl("delete", "pods", "--all", "--all-namespaces", "--grace-period=1", "--wait=false")
             deadline = time.monotonic() + 30
             while self._ctr("tasks", "ls", "-q", check=False).split() and time.monotonic() < deadline:
@@ -279,15 +279,15 @@ class Node:
             _run(["ip", "link", "del", at.BRIDGE])
         before = self._layout.state / "chains-before"
         if before.exists():
-            kept = set(before.read_text().splitlines())
-            remove_chains([chain for chain in node_chains() if chain not in kept])
+            chains_before = set(before.read_text().splitlines())
+            remove_chains([chain for chain in node_chains() if chain not in chains_before])
         for was in self._layout.state.glob("was.*"):
             Path("/proc/sys", *was.name.removeprefix("was.").split(".")).write_text(was.read_text())
 
     def _unmount(self) -> None:
         mounts = [line.split()[1] for line in Path("/proc/self/mounts").read_text().splitlines()]
-        ours = [m for m in mounts if m.startswith(f"{self._layout.state}/")]
-        for mount in sorted(ours, key=len, reverse=True):
+        node_mounts = [m for m in mounts if m.startswith(f"{self._layout.state}/")]
+        for mount in sorted(node_mounts, key=len, reverse=True):
             _run(["umount", "--lazy", mount], check=False)
 
     def _remove_cgroups(self) -> None:

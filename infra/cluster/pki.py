@@ -22,13 +22,13 @@ def create_ca(folder: Path) -> None:
     if not (folder / "ca.crt").exists():
         key = ec.generate_private_key(ec.SECP256R1())
         name = _name("reelway-cluster", ())
-        made = (
+        certificate = (
             _builder(name, name, key)
             .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
             .sign(key, hashes.SHA256())
         )
         _write_key(folder / "ca.key", key)
-        (folder / "ca.crt").write_bytes(made.public_bytes(serialization.Encoding.PEM))
+        (folder / "ca.crt").write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
     if not (folder / "service-account.key").exists():
         key = ec.generate_private_key(ec.SECP256R1())
         _write_key(folder / "service-account.key", key)
@@ -54,9 +54,9 @@ def issue_certificate(
     )
     if hosts:
         builder = builder.add_extension(x509.SubjectAlternativeName([_host(host) for host in hosts]), critical=False)
-    made = builder.sign(signer, hashes.SHA256())
+    certificate = builder.sign(signer, hashes.SHA256())
     _write_key(folder / f"{file}.key", key)
-    (folder / f"{file}.crt").write_bytes(made.public_bytes(serialization.Encoding.PEM))
+    (folder / f"{file}.crt").write_bytes(certificate.public_bytes(serialization.Encoding.PEM))
 
 
 def _builder(subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePrivateKey) -> x509.CertificateBuilder:

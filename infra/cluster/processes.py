@@ -41,7 +41,7 @@ class ProcessTable:
         self._layout = layout
 
     def running(self, name: str) -> bool:
-        """Whether the recorded process of that name is alive."""
+        """Returns whether the recorded process of that name is alive."""
         started = self._record().get(name)
         return started is not None and started.alive
 
@@ -56,8 +56,8 @@ class ProcessTable:
                 env={**os.environ, **(environment or {})},
             )  # fmt: skip
         _raise_priority(process.pid)
-        began = _start_time(process.pid)
-        self._write({**self._record(), name: ProcessRecord(process.pid, began or 0)})
+        start_ticks = _start_time(process.pid)
+        self._write({**self._record(), name: ProcessRecord(process.pid, start_ticks or 0)})
 
     def stop(self, name: str, *, wait_s: float = 15.0) -> None:
         """Sends SIGTERM, and SIGKILL after ``wait_s`` seconds."""
@@ -74,11 +74,11 @@ class ProcessTable:
         self._write(record)
 
     def names(self) -> list[str]:
-        """Names in start order."""
+        """Returns the names in start order."""
         return list(self._record())
 
     def log_tail(self, name: str, lines: int = 15) -> str:
-        """The last lines of the process's log."""
+        """Returns the last lines of the process's log."""
         path = self._layout.logs / f"{name}.log"
         return "\n".join(path.read_text(errors="replace").splitlines()[-lines:]) if path.exists() else "(no log)"
 
@@ -91,9 +91,9 @@ class ProcessTable:
     def _write(self, record: Mapping[str, ProcessRecord]) -> None:
         path: Path = self._layout.processes
         path.parent.mkdir(parents=True, exist_ok=True)
-        aside = path.with_suffix(".new")
-        aside.write_text(json.dumps({name: asdict(started) for name, started in record.items()}, indent=1))
-        aside.replace(path)
+        temporary = path.with_suffix(".new")
+        temporary.write_text(json.dumps({name: asdict(started) for name, started in record.items()}, indent=1))
+        temporary.replace(path)
 
 
 def _raise_priority(pid: int) -> None:

@@ -29,25 +29,41 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python infra/images", description=__doc__.partition("\n\n")[0])
     commands = parser.add_subparsers(dest="command", required=True)
     base = commands.add_parser("base", help="build a Debian 12 base with debootstrap, for machines without a registry")
-    base.add_argument("--again", action="store_true", help="build it again if it exists, with Debian's newest packages")
+    base.add_argument(
+        "--again", action="store_true", help="build the base image again if it exists, with Debian's newest packages"
+    )
     build = commands.add_parser("build", help="build images and write an archive for each")
-    build.add_argument("names", nargs="+", choices=[*IMAGES, "all"], metavar="NAME", help=", ".join([*IMAGES, "all"]))
-    build.add_argument("--base", help=f"base image in place of the Dockerfile's; `base` builds `{BASE_IMAGE}`")
+    build.add_argument(
+        "names",
+        nargs="+",
+        choices=[*IMAGES, "all"],
+        metavar="NAME",
+        help=f"image to build: {', '.join([*IMAGES, 'all'])}",
+    )
+    build.add_argument(
+        "--base", help=f"base image instead of the Dockerfile's; the command `base` builds `{BASE_IMAGE}`"
+    )
     build.add_argument(
         "--torch",
         choices=("cuda", "cpu"),
         default="cuda",
-        help="torch of the training image (%(default)s)",
+        help="torch build in the training image (default: %(default)s)",
     )
     build.add_argument("--tag", default=version(), help="tag of the images (default: %(default)s)")
     node = commands.add_parser("node", help="build images of servers for the test node from programs of this machine")
-    node.add_argument("names", nargs="+", choices=sorted(NODE_IMAGES), metavar="NAME", help=", ".join(NODE_IMAGES))
+    node.add_argument(
+        "names",
+        nargs="+",
+        choices=sorted(NODE_IMAGES),
+        metavar="NAME",
+        help=f"image to build: {', '.join(NODE_IMAGES)}",
+    )
     for each in (base, build, node):
         each.add_argument(
             "--out",
             type=Path,
             default=REPOSITORY / ".cluster" / "images",
-            help="folder of the archives (%(default)s)",
+            help="folder that the archives are written to (default: %(default)s)",
         )
     options = parser.parse_args()
     try:

@@ -16,13 +16,13 @@ _IGNORED: Final = shutil.ignore_patterns("__pycache__", "*.egg-info", "*.tar", "
 
 
 def version() -> str:
-    """The project's version, which is also the chart's ``appVersion``."""
+    """Returns the project's version, which is also the chart's ``appVersion``."""
     project = tomllib.loads((REPOSITORY / "platform" / "pyproject.toml").read_text())["project"]
     return str(project["version"])
 
 
 def image_name(name: str, tag: str) -> str:
-    """Full name of an image on the test node."""
+    """Returns the full name of an image on the test node."""
     return f"{REGISTRY}/{name}:{tag}"
 
 

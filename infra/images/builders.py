@@ -35,7 +35,7 @@ class Builder:
         _run([*command, str(context)])
 
     def digest_of(self, image: str) -> str:
-        """Identity of an image's content. Empty if the image does not exist."""
+        """Returns the identity of an image's content. Empty if the image does not exist."""
         if self.program == "docker":
             command = ["docker", "image", "inspect", "--format", "{{.Id}}", image]
         else:
@@ -76,7 +76,7 @@ class Builder:
 
 
 def find_builder() -> Builder:
-    """The first of docker, podman and buildah that works on this machine, or the one in ``$REELWAY_BUILDER``.
+    """Returns the first of docker, podman and buildah that works on this machine, or the one in ``$REELWAY_BUILDER``.
 
     Raises:
         BuilderError: if none works.

@@ -2,7 +2,8 @@
 
 ``python dependencies.py platform[cluster,s3] serving`` reads each folder's ``pyproject.toml``, follows members that
 require each other, and prints one requirement per line. With ``--shared-with MEMBER...`` it prints only
-requirements that both sides have: two images store and pull that layer once. The script uses the standard library only.
+requirements that both groups have: two images store and pull that layer once. The script uses only the standard
+library.
 """
 
 from __future__ import annotations
@@ -18,24 +19,24 @@ _MEMBER = "reelway-"
 
 
 def requirements(members: Iterable[str], root: Path) -> list[str]:
-    """Third-party requirements of the members, sorted and unique.
+    """Returns the third-party requirements of the members, sorted and unique.
 
     Raises:
         SystemExit: if a member or an extra does not exist.
     """
     found: set[str] = set()
-    waiting, seen = [_parse_member(member) for member in members], set[tuple[str, str]]()
+    waiting, visited = [_parse_member(member) for member in members], set[tuple[str, str]]()
     while waiting:
         folder, extras = waiting.pop()
         project = tomllib.loads((root / folder / "pyproject.toml").read_text())["project"]
-        wanted = list(project["dependencies"]) if (folder, "") not in seen else []
-        seen.add((folder, ""))
-        for extra in extras - {extra for name, extra in seen if name == folder}:
+        selected = list(project["dependencies"]) if (folder, "") not in visited else []
+        visited.add((folder, ""))
+        for extra in extras - {extra for name, extra in visited if name == folder}:
             if extra not in project.get("optional-dependencies", {}):
                 raise SystemExit(f"{folder} has no extra {extra!r}; it has {sorted(project['optional-dependencies'])}")
-            seen.add((folder, extra))
-            wanted += project["optional-dependencies"][extra]
-        for requirement in wanted:
+            visited.add((folder, extra))
+            selected += project["optional-dependencies"][extra]
+        for requirement in selected:
             if requirement.startswith(_MEMBER):
                 waiting.append(_parse_member(requirement.removeprefix(_MEMBER)))
             else:
@@ -43,14 +44,14 @@ def requirements(members: Iterable[str], root: Path) -> list[str]:
     return sorted(found)
 
 
-def shared_requirements(some: Iterable[str], others: Iterable[str]) -> list[str]:
-    """Requirements of both lists, sorted, with the extras and version bounds that both have."""
+def shared_requirements(first: Iterable[str], second: Iterable[str]) -> list[str]:
+    """Returns the requirements of both lists, sorted, with the extras and version bounds that both have."""
     known: dict[str, list[tuple[set[str], str]]] = {}
-    for requirement in others:
+    for requirement in second:
         name, extras = _parse_member(requirement)
         known.setdefault(name, []).append((extras, _versions(requirement)))
     found = set()
-    for requirement in some:
+    for requirement in first:
         name, extras = _parse_member(requirement)
         for their_extras, their_versions in known.get(name, ()):
             common = ",".join(sorted(extras & their_extras))
@@ -75,7 +76,9 @@ def _versions(requirement: str) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0] if __doc__ else None)
     parser.add_argument("members", nargs="+", metavar="MEMBER", help="folder of a member, with extras in brackets")
-    parser.add_argument("--shared-with", nargs="+", metavar="MEMBER", help="print only what these need, too")
+    parser.add_argument(
+        "--shared-with", nargs="+", metavar="MEMBER", help="print only requirements that these members have as well"
+    )
     options = parser.parse_args()
     found = requirements(options.members, Path.cwd())
     if options.shared_with:

@@ -51,18 +51,18 @@ def build_node_image(builder: Builder, name: str, out: Path, say: Callable[[str]
 
 
 def _find_program(name: str) -> Path:
-    """Path of a file or of a program by name. Programs built by infra/cluster take precedence over the machine's."""
+    """Returns the path of a file or a program. Programs built by infra/cluster take precedence over the machine's."""
     found = name if Path(name).is_file() else shutil.which(name, path=str(_BUILT)) or shutil.which(name)
     if found is None:
         raise BuilderError(
-            f"no {name} here; `python infra/cluster build prometheus-operator prometheus` builds Prometheus "
-            "and the reloader, Debian's package prometheus-alertmanager has the rest"
+            f"{name}: not found on this machine; `python infra/cluster build prometheus-operator prometheus` builds "
+            "Prometheus and the reloader, Debian's package prometheus-alertmanager has the rest"
         )
     return Path(found)
 
 
 def _libraries(program: Path) -> list[Path]:
-    """Shared libraries of a program, without those of the C library, which every base image has."""
+    """Returns the shared libraries of a program, without those of the C library, which every base image has."""
     listed = subprocess.run(["ldd", str(program)], capture_output=True, text=True, check=False).stdout
-    paths = [Path(words[2]) for words in map(str.split, listed.splitlines()) if len(words) > 3 and words[1] == "=>"]
+    paths = [Path(fields[2]) for fields in map(str.split, listed.splitlines()) if len(fields) > 3 and fields[1] == "=>"]
     return [path for path in paths if path.name.split(".so")[0] not in _C_LIBRARY]

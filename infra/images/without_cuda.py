@@ -45,15 +45,15 @@ def link_empty_libraries(site_packages: Path) -> list[str]:
     folder = site_packages / "torch" / "lib"
     if not (folder / _EMPTY).is_file():
         raise SystemExit(f"{site_packages}: no torch for Linux, expected {folder / _EMPTY}; install torch first")
-    missed: set[str] = set()
+    missing: set[str] = set()
     for library in sorted(folder.glob("*.so*")):
-        said = subprocess.run(["ldd", str(library)], capture_output=True, text=True, check=False).stdout
-        missed.update(_MISSING.findall(said))
-    missed.discard(_DRIVER)
-    for name in missed:
+        ldd_output = subprocess.run(["ldd", str(library)], capture_output=True, text=True, check=False).stdout
+        missing.update(_MISSING.findall(ldd_output))
+    missing.discard(_DRIVER)
+    for name in missing:
         (folder / name).symlink_to(_EMPTY)
     (site_packages / "lazy_binding.pth").write_text(_LAZY_BINDING)
-    return sorted(missed)
+    return sorted(missing)
 
 
 def main() -> None:

@@ -64,9 +64,9 @@ def api(kubectl: Kubectl, monkeypatch: pytest.MonkeyPatch) -> KubeApi:
 
 @pytest.fixture
 def serve() -> Iterator[FakeServe]:
-    made = FakeServe()
-    yield made
-    made.close()
+    fake_serve = FakeServe()
+    yield fake_serve
+    fake_serve.close()
 
 
 def _kubectl() -> str:

@@ -27,19 +27,19 @@ def test_chart_crds_equal_the_generated_ones() -> None:
 
 def test_schema_has_every_field_of_a_policy() -> None:
     def names(schema: dict[str, Any]) -> set[str]:
-        found = set(schema.get("properties", {}))
+        fields = set(schema.get("properties", {}))
         for field in schema.get("properties", {}).values():
-            found |= names(field) | names(field.get("items", {}))
-        return found
+            fields |= names(field) | names(field.get("items", {}))
+        return fields
 
-    whole = crds.schema_of(resources.ReleaseRolloutSpec)["properties"]["policy"]
+    policy_schema = crds.schema_of(resources.ReleaseRolloutSpec)["properties"]["policy"]
 
     def keys(value: Any) -> set[str]:
         if isinstance(value, dict):
             return set(value) | {key for inner in value.values() for key in keys(inner)}
         return {key for inner in value for key in keys(inner)} if isinstance(value, list) else set()
 
-    assert keys(default_policy().model_dump(mode="json")) <= names(whole)
+    assert keys(default_policy().model_dump(mode="json")) <= names(policy_schema)
 
 
 def test_union_has_no_structural_schema() -> None:

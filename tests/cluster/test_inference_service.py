@@ -55,17 +55,17 @@ TEMPLATE: dict[str, Any] = {
 class FakeTrafficBackend:
     """Records the applied targets."""
 
-    seen: TrafficObservation
-    told: list[TrafficTarget] = field(default_factory=list)
-    refuses: bool = False
+    observation: TrafficObservation
+    applied: list[TrafficTarget] = field(default_factory=list)
+    fails: bool = False
 
     def observe(self) -> TrafficObservation:
-        return self.seen
+        return self.observation
 
     def apply(self, target: TrafficTarget) -> None:
-        if self.refuses:
+        if self.fails:
             raise RolloutError("not now")
-        self.told.append(target)
+        self.applied.append(target)
 
 
 @dataclass
@@ -73,15 +73,15 @@ class FakeRankerProvisioner:
     """Rankers in memory, without Kubernetes."""
 
     known: dict[str, RankerState] = field(default_factory=dict)
-    refuses: str = ""
+    fails: str = ""
 
     def ensure(self, release: str) -> None:
-        if self.refuses == "prepare":
+        if self.fails == "prepare":
             raise KubernetesError("quota exceeded")
         self.known.setdefault(release[:12], RankerState(False, "KServe is preparing it"))
 
     def states(self) -> Mapping[str, RankerState]:
-        if self.refuses == "states":
+        if self.fails == "states":
             raise KubernetesError("no answer")
         return dict(self.known)
 
@@ -89,7 +89,7 @@ class FakeRankerProvisioner:
         self.known.pop(release[:12], None)
 
 
-def seen(**changes: Any) -> TrafficObservation:
+def observation(**changes: Any) -> TrafficObservation:
     both = TrafficObservation(Routing.single_release(OLD), (OLD, NEW), frozenset({OLD, NEW}))
     return replace(both, **changes)
 
@@ -100,54 +100,54 @@ def target(*releases: str) -> TrafficTarget:
 
 def test_release_is_ready_only_with_its_ranker() -> None:
     rankers = FakeRankerProvisioner({OLD[:12]: READY, NEW[:12]: RankerState(False, "0 of 1 pods")})
-    observed = RemoteRankerBackend(FakeTrafficBackend(seen()), rankers).observe()
+    observed = RemoteRankerBackend(FakeTrafficBackend(observation()), rankers).observe()
     assert observed.ready == {OLD}
     assert observed.releases == (OLD, NEW)
     assert observed.routing == Routing.single_release(OLD)
     assert "ranker of bbbbbbbbbbbb: 0 of 1 pods" in observed.detail
     assert observed.failed == {}
     rankers.known[NEW[:12]] = READY
-    assert RemoteRankerBackend(FakeTrafficBackend(seen()), rankers).observe() == seen()
+    assert RemoteRankerBackend(FakeTrafficBackend(observation()), rankers).observe() == observation()
 
 
 def test_release_without_a_ranker_is_not_running() -> None:
     rankers = FakeRankerProvisioner({NEW[:12]: RankerState(False, "image is not there", failed=True)})
-    observed = RemoteRankerBackend(FakeTrafficBackend(seen()), rankers).observe()
+    observed = RemoteRankerBackend(FakeTrafficBackend(observation()), rankers).observe()
     assert observed.failed == {NEW: "ranker: image is not there"}
     assert observed.releases == (NEW,)
     assert "ranker of aaaaaaaaaaaa: it does not exist" in observed.detail
 
 
 def test_no_release_is_ready_while_kubernetes_is_down() -> None:
-    observed = RemoteRankerBackend(FakeTrafficBackend(seen()), FakeRankerProvisioner(refuses="states")).observe()
+    observed = RemoteRankerBackend(FakeTrafficBackend(observation()), FakeRankerProvisioner(fails="states")).observe()
     assert observed.ready == frozenset()
     assert observed.routing == Routing.single_release(OLD)
     assert "no answer" in observed.detail
 
 
 def test_rankers_exist_as_long_as_their_traffic() -> None:
-    traffic, rankers = FakeTrafficBackend(seen()), FakeRankerProvisioner({"c" * 12: READY})
+    traffic, rankers = FakeTrafficBackend(observation()), FakeRankerProvisioner({"c" * 12: READY})
     backend = RemoteRankerBackend(traffic, rankers)
     backend.apply(target(OLD, NEW))
     assert rankers.known.keys() == {OLD[:12], NEW[:12]}
     backend.apply(target(NEW))
     assert rankers.known.keys() == {NEW[:12]}
-    assert traffic.told == [target(OLD, NEW), target(NEW)]
+    assert traffic.applied == [target(OLD, NEW), target(NEW)]
 
 
 def test_rejected_ranker_never_blocks_the_traffic() -> None:
-    traffic = FakeTrafficBackend(seen())
+    traffic = FakeTrafficBackend(observation())
     with pytest.raises(RolloutError, match="traffic written, but not all rankers: quota exceeded"):
-        RemoteRankerBackend(traffic, FakeRankerProvisioner(refuses="prepare")).apply(target(OLD))
+        RemoteRankerBackend(traffic, FakeRankerProvisioner(fails="prepare")).apply(target(OLD))
     with pytest.raises(RolloutError, match="no answer"):
-        RemoteRankerBackend(traffic, FakeRankerProvisioner(refuses="states")).apply(target(OLD))
-    assert traffic.told == [target(OLD), target(OLD)]
+        RemoteRankerBackend(traffic, FakeRankerProvisioner(fails="states")).apply(target(OLD))
+    assert traffic.applied == [target(OLD), target(OLD)]
 
 
 def test_ranker_stays_while_its_traffic_cannot_be_moved() -> None:
     rankers = FakeRankerProvisioner({OLD[:12]: READY, NEW[:12]: READY})
     with pytest.raises(RolloutError, match="not now"):
-        RemoteRankerBackend(FakeTrafficBackend(seen(), refuses=True), rankers).apply(target(NEW))
+        RemoteRankerBackend(FakeTrafficBackend(observation(), fails=True), rankers).apply(target(NEW))
     assert rankers.known.keys() == {OLD[:12], NEW[:12]}
 
 
@@ -209,10 +209,10 @@ def test_each_release_has_one_inference_service(
     for release in (OLD, NEW, OLD):
         services.ensure(release)
     assert services.states().keys() == {OLD[:12], NEW[:12]}
-    made = api.get(f"{PATH}/test-{NEW[:12]}")
-    assert made is not None
-    assert made["spec"]["predictor"]["containers"][0]["args"] == [f"--release={NEW}"]
-    assert made["metadata"]["labels"]["app.kubernetes.io/managed-by"] == "reelway-operator"
+    created = api.get(f"{PATH}/test-{NEW[:12]}")
+    assert created is not None
+    assert created["spec"]["predictor"]["containers"][0]["args"] == [f"--release={NEW}"]
+    assert created["metadata"]["labels"]["app.kubernetes.io/managed-by"] == "reelway-operator"
     services.remove(NEW)
     services.remove(NEW)
     assert not services.states().get(NEW[:12], RankerState(False)).ready
@@ -232,9 +232,9 @@ def test_inference_service_is_deleted_with_its_owner(
     kubectl.apply({"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "test-ranker"}})
     rankers.ensure(NEW)
     services.ensure(OLD)
-    made = api.get(f"{PATH}/test-{NEW[:12]}")
-    assert made is not None
-    assert OWNER_ANNOTATION not in made["metadata"]["annotations"]
+    created = api.get(f"{PATH}/test-{NEW[:12]}")
+    assert created is not None
+    assert OWNER_ANNOTATION not in created["metadata"]["annotations"]
     kubectl.run("delete", "configmap", "test-ranker")
     listed = ("get", "inferenceservice", "-o", "name")
     until(

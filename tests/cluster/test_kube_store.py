@@ -26,7 +26,7 @@ POLICY = RolloutPolicy.model_validate(QUICK)
 BACKEND = Backend.model_validate({"rayService": {"name": "reelway"}})
 
 
-def people(api: KubeApi) -> KubeRolloutStore:
+def command_store(api: KubeApi) -> KubeRolloutStore:
     return KubeRolloutStore(api, UncachedRollouts(api), create_backend=BACKEND)
 
 
@@ -37,7 +37,7 @@ def entry(rollout_id: str, reason: str = "because", action: str = "step") -> His
     )  # fmt: skip
 
 
-def begun(api: KubeApi, kubectl: Kubectl, name: str = "one") -> tuple[KubeRolloutStore, Rollout]:
+def started_rollout(api: KubeApi, kubectl: Kubectl, name: str = "one") -> tuple[KubeRolloutStore, Rollout]:
     """A controller's store with a started rollout."""
     kubectl.apply(rollout(name))
     shelf = InformerCache()
@@ -56,9 +56,9 @@ def moved(before: Rollout, phase: Phase) -> RolloutState:
 
 
 def test_recorded_state_is_read_back(api: KubeApi, kubectl: Kubectl) -> None:
-    store, before = begun(api, kubectl)
+    store, before = started_rollout(api, kubectl)
     written = store.record(before, moved(before, Phase.PREPARING), entry(before.state.id))
-    other = people(api)
+    other = command_store(api)
     assert other.latest() == written
     assert other.get("one") == other.get(before.state.id[:5]) == written
     assert [known.reason for known in other.history("one")] == ["because"]
@@ -69,7 +69,7 @@ def test_recorded_state_is_read_back(api: KubeApi, kubectl: Kubectl) -> None:
 
 def test_waiting_rollout_is_visible_to_commands_only(api: KubeApi, kubectl: Kubectl) -> None:
     kubectl.apply(rollout())
-    latest = people(api).latest()
+    latest = command_store(api).latest()
     assert latest is not None
     assert (latest.state.phase, latest.state.stable_release) == (Phase.PENDING, LIVE)
     assert latest.state.reason == "the operator has not observed the rollout yet"
@@ -81,29 +81,29 @@ def test_created_rollout_has_the_requested_spec(api: KubeApi, kubectl: Kubectl) 
         id="r-1", stable_release=LIVE, canary_release=GOOD, started_at=1, changed_at=1, tick_at=1, forced=True,
         reason="try it",
     )  # fmt: skip
-    made = people(api).create(state, POLICY)
-    assert (made.state.canary_release, made.state.forced, made.policy) == (GOOD, True, POLICY)
+    created = command_store(api).create(state, POLICY)
+    assert (created.state.canary_release, created.state.forced, created.policy) == (GOOD, True, POLICY)
     spec = kubectl.read("r-1")["spec"]
     assert (spec["note"], spec["backend"]) == ("try it", {"rayService": {"name": "reelway"}})
     assert spec["policy"]["guardrails"]["parity_mismatches"] is None
     with pytest.raises(RolloutError, match="cannot create rollout r-1: it exists"):
-        people(api).create(state, POLICY)
+        command_store(api).create(state, POLICY)
     with pytest.raises(RolloutError, match=r"spec.release"):
-        people(api).create(state.model_copy(update={"id": "r-2", "canary_release": "new"}), POLICY)
+        command_store(api).create(state.model_copy(update={"id": "r-2", "canary_release": "new"}), POLICY)
 
 
 def test_outdated_writer_is_rejected(api: KubeApi, kubectl: Kubectl) -> None:
-    store, before = begun(api, kubectl)
+    store, before = started_rollout(api, kubectl)
     late = KubeRolloutStore(api, UncachedRollouts(api), backend=BACKEND.key)
     store.record(before, moved(before, Phase.PREPARING), entry(before.state.id, "first"))
-    with pytest.raises(RolloutError, match="somebody else changed it"):
+    with pytest.raises(RolloutError, match="another writer changed it"):
         late.record(before, moved(before, Phase.SHADOW), entry(before.state.id, "second"))
     assert [known.reason for known in late.history()] == ["first"]
 
 
 def test_outdated_cache_loses_no_write(api: KubeApi, kubectl: Kubectl) -> None:
     """The cache lacks a change of the object, so the write is rejected and repeated on the latest version."""
-    store, before = begun(api, kubectl)
+    store, before = started_rollout(api, kubectl)
     kubectl.run("annotate", "releaserollout", "one", "who=me")
     written = store.record(before, moved(before, Phase.PREPARING), None)
     assert written.state.phase is Phase.PREPARING
@@ -111,33 +111,33 @@ def test_outdated_cache_loses_no_write(api: KubeApi, kubectl: Kubectl) -> None:
 
 
 def test_command_during_a_decision_is_kept(api: KubeApi, kubectl: Kubectl) -> None:
-    store, before = begun(api, kubectl)
-    people(api).submit_command("one", Command(id="c1", verb="rollback", actor="ada", note="why"))
+    store, before = started_rollout(api, kubectl)
+    command_store(api).submit_command("one", Command(id="c1", verb="rollback", actor="ada", note="why"))
     written = store.record(before, moved(before, Phase.PREPARING), None)
     assert (written.state.phase, written.state.command) == (
         Phase.PREPARING, Command(id="c1", verb="rollback", actor="ada", note="why"),
     )  # fmt: skip
-    done = written.state.model_copy(update={"command": None, "phase": Phase.ROLLING_BACK})
-    assert store.record(written, done, None).state.command is None
-    assert people(api).submit_command("one", Command(id="c1", verb="rollback")).state.command is None
+    updated = written.state.model_copy(update={"command": None, "phase": Phase.ROLLING_BACK})
+    assert store.record(written, updated, None).state.command is None
+    assert command_store(api).submit_command("one", Command(id="c1", verb="rollback")).state.command is None
 
 
 def test_concurrent_commands_are_all_recorded(api: KubeApi, kubectl: Kubectl) -> None:
-    begun(api, kubectl)
+    started_rollout(api, kubectl)
     threads = [
-        threading.Thread(target=people(api).submit_command, args=("one", Command(id=f"c{i}", verb="pause")))
+        threading.Thread(target=command_store(api).submit_command, args=("one", Command(id=f"c{i}", verb="pause")))
         for i in range(4)
     ]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert set(people(api).get("one").state.commands_seen) == {f"c{i}" for i in range(4)}
+    assert set(command_store(api).get("one").state.commands_seen) == {f"c{i}" for i in range(4)}
 
 
 def test_pending_commands_are_never_dropped(api: KubeApi, kubectl: Kubectl) -> None:
-    store, _ = begun(api, kubectl)
-    asking = people(api)
+    store, _ = started_rollout(api, kubectl)
+    asking = command_store(api)
     asking.submit_command("one", Command(id="first", verb="rollback"))
     for i in range(MAX_COMMANDS - 1):
         asking.submit_command("one", Command(id=f"c{i}", verb="pause"))
@@ -152,7 +152,7 @@ def test_pending_commands_are_never_dropped(api: KubeApi, kubectl: Kubectl) -> N
 
 
 def test_deleted_active_rollout_gets_a_rollback_command(api: KubeApi, kubectl: Kubectl) -> None:
-    store, before = begun(api, kubectl)
+    store, before = started_rollout(api, kubectl)
     kubectl.run("patch", "releaserollout", "one", "--type=merge", "-p", '{"metadata":{"finalizers":["a.b/c"]}}')
     kubectl.run("delete", "releaserollout", "one", "--wait=false")
     written = store.record(before, moved(before, Phase.STEPPING), None)
@@ -161,14 +161,14 @@ def test_deleted_active_rollout_gets_a_rollback_command(api: KubeApi, kubectl: K
 
 
 def test_write_to_a_deleted_rollout_fails(api: KubeApi, kubectl: Kubectl) -> None:
-    store, before = begun(api, kubectl)
+    store, before = started_rollout(api, kubectl)
     kubectl.run("delete", "releaserollout", "one")
     with pytest.raises(RolloutError, match="cannot write rollout one: it was deleted"):
         store.record(before, moved(before, Phase.PREPARING), None)
 
 
 def test_bounded_history_keeps_the_deciding_evidence(api: KubeApi, kubectl: Kubectl) -> None:
-    store, before = begun(api, kubectl)
+    store, before = started_rollout(api, kubectl)
     resource = next(iter(store._shelf.all()))
     filled = tuple(
         entry(before.state.id, str(i), "roll_back" if i == 30 else "step").model_copy(update={"number": i + 1})
@@ -176,30 +176,30 @@ def test_bounded_history_keeps_the_deciding_evidence(api: KubeApi, kubectl: Kube
     )
     store._write(resource, lambda newest: newest.status.model_copy(update={"history": filled}))
     store.record(store.get("one"), moved(before, Phase.PREPARING), entry(before.state.id, "last"))
-    history = people(api).history("one")
+    history = command_store(api).history("one")
     assert (len(history), history[-1].reason, history[-1].number) == (HISTORY_LIMIT, "last", HISTORY_LIMIT + 21)
     with_evidence = [known for known in history if known.evidence]
     assert {known.action for known in with_evidence[:-MAX_ENTRIES_WITH_EVIDENCE]} == {"roll_back"}
 
 
 def test_only_alerts_about_the_rollout_are_stored(api: KubeApi, kubectl: Kubectl) -> None:
-    store, _ = begun(api, kubectl)
+    store, _ = started_rollout(api, kubectl)
 
     def alert(release: str, starts_at: float) -> KnownAlert:
         labels = (("alertname", "a"), ("release", release))
         return KnownAlert(group_key="g", labels=labels, starts_at=starts_at, resolved=False, summary="s")
 
     mine = alert(GOOD[:12], 6)
-    book = {one.key: one for one in (mine, alert(GOOD, 4), alert("f" * 64, 6))}
-    store.replace_alerts(book)
-    assert store.alerts() == people(api).alerts() == {mine.key: mine}
+    alerts = {one.key: one for one in (mine, alert(GOOD, 4), alert("f" * 64, 6))}
+    store.replace_alerts(alerts)
+    assert store.alerts() == command_store(api).alerts() == {mine.key: mine}
     before = kubectl.read("one")["metadata"]["resourceVersion"]
-    store.replace_alerts(book)
+    store.replace_alerts(alerts)
     assert kubectl.read("one")["metadata"]["resourceVersion"] == before
 
 
 def test_reconcile_is_written_only_if_its_outcome_changed(api: KubeApi, kubectl: Kubectl) -> None:
-    store, before = begun(api, kubectl)
+    store, before = started_rollout(api, kubectl)
 
     def sighting(at: float, *, reached: bool = True) -> LastReconcile:
         return LastReconcile(
@@ -208,21 +208,21 @@ def test_reconcile_is_written_only_if_its_outcome_changed(api: KubeApi, kubectl:
 
     store.save_last_reconcile(sighting(1))
     store.save_last_reconcile(sighting(2))
-    seen = people(api).last_reconcile("one")
-    assert seen is not None
-    assert seen.time == 1
+    last_reconcile = command_store(api).last_reconcile("one")
+    assert last_reconcile is not None
+    assert last_reconcile.time == 1
     store.save_last_reconcile(sighting(3, reached=False))
     conditions = {one["type"]: one["status"] for one in kubectl.read("one")["status"]["conditions"]}
     assert (conditions["Ready"], conditions["Progressing"]) == ("False", "True")
     store.save_last_reconcile(sighting(4, reached=False))
     store.record(before, moved(before, Phase.PREPARING), None)
-    seen = people(api).last_reconcile("one")
-    assert seen is not None
-    assert seen.time == 4
+    last_reconcile = command_store(api).last_reconcile("one")
+    assert last_reconcile is not None
+    assert last_reconcile.time == 4
 
 
 def test_revision_distinguishes_foreign_changes(api: KubeApi, kubectl: Kubectl) -> None:
-    store, before = begun(api, kubectl)
+    store, before = started_rollout(api, kubectl)
     shelf = store._shelf
     assert isinstance(shelf, InformerCache)
     quiet, mine = store.revision(include_own=False), store.revision()
@@ -230,11 +230,11 @@ def test_revision_distinguishes_foreign_changes(api: KubeApi, kubectl: Kubectl) 
     for document in api.list(PATH):
         shelf.apply_event(document)  # the watch event of the own write
     assert (store.revision(include_own=False), store.revision() > mine) == (quiet, True)
-    asking = people(api)
-    seen = asking.revision(include_own=False)
-    assert asking.revision(include_own=False) == seen
+    asking = command_store(api)
+    last_reconcile = asking.revision(include_own=False)
+    assert asking.revision(include_own=False) == last_reconcile
     asking.submit_command("one", Command(id="c", verb="pause"))
-    assert asking.revision(include_own=False) == seen
+    assert asking.revision(include_own=False) == last_reconcile
     for document in api.list(PATH):
         shelf.apply_event(document)
     assert store.revision(include_own=False) > quiet
@@ -244,7 +244,7 @@ def test_unreachable_api_server_is_a_kubernetes_error(api: KubeApi) -> None:
     api.server = "https://127.0.0.1:1"
     began = time.monotonic()
     with pytest.raises(KubernetesError, match=r"cannot reach https://127.0.0.1:1"):
-        people(api).latest()
+        command_store(api).latest()
     assert time.monotonic() - began < 5
     with pytest.raises(ConfigError, match="cannot connect to context 'nowhere'"):
         KubeApi(context="nowhere")

@@ -133,16 +133,16 @@ def test_status_says_why_a_rollout_does_not_start(
     kubectl.apply({**rollout("elsewhere", backend={"serve": {"api": "http://evil.example", "url": "http://x"}})})
     with operating(api, settings_of(serve, tmp_path)):
         until(lambda: all(phase(kubectl, name) for name in ("live", "over", "wrong", "later", "elsewhere")))
-        said = {
+        statuses = {
             name: (phase(kubectl, name), kubectl.read(name)["status"]["reason"])
             for name in ("live", "over", "wrong", "later", "elsewhere")
         }
-        assert "is live already" in said["live"][1]
-        assert "spec.stableRelease is cccccccccccc, but aaaaaaaaaaaa is live" in said["over"][1]
-        assert "tuned_for 0.05 is not beyond the margin" in said["wrong"][1]
-        assert "has no ConfigMap mine with the key policy.yaml" in said["later"][1]
-        assert "host 'evil.example' is neither a Service of namespace" in said["elsewhere"][1]
-        assert [said[name][0] for name in said] == ["Refused", "Refused", "Refused", "Waiting", "Refused"]
+        assert "is already live" in statuses["live"][1]
+        assert "spec.stableRelease is cccccccccccc, but aaaaaaaaaaaa is live" in statuses["over"][1]
+        assert "tuned_for 0.05 is not beyond the margin" in statuses["wrong"][1]
+        assert "has no ConfigMap mine with the key policy.yaml" in statuses["later"][1]
+        assert "host 'evil.example' is neither a Service of namespace" in statuses["elsewhere"][1]
+        assert [statuses[name][0] for name in statuses] == ["Refused", "Refused", "Refused", "Waiting", "Refused"]
         assert not serve.written
         kubectl.run("create", "configmap", "mine", "--from-literal=policy.yaml=" + str(held()).replace("None", "null"))
         until(lambda: phase(kubectl, "later") == "Stepping")
@@ -172,7 +172,7 @@ def test_alert_rolls_back_only_with_the_right_token(
 
 
 def test_standby_operator_rejects_alerts(api: KubeApi, serve: FakeServe, tmp_path: Path) -> None:
-    with pytest.raises(KubernetesError, match="waits for its lease"):
+    with pytest.raises(KubernetesError, match="is on standby"):
         RolloutOperator(api, settings_of(serve, tmp_path)).deliver([])
 
 

@@ -29,7 +29,7 @@ RULES = [
 
 
 @pytest.fixture
-def own(kube: Kubectl, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> KubeApi:
+def operator_api(kube: Kubectl, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> KubeApi:
     """A client with the token of the operator's ServiceAccount."""
     kube.run("create", "serviceaccount", "operator")
     kube.apply(
@@ -48,19 +48,19 @@ def own(kube: Kubectl, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> KubeA
 
 
 def test_complete_rollout_needs_the_listed_rights_only(
-    own: KubeApi,
+    operator_api: KubeApi,
     kube: Kubectl,
     serve: FakeServe,
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     with pytest.raises(KubernetesError, match="403"):
-        own.list("v1/secrets")
+        operator_api.list("v1/secrets")
     kube.run("create", "configmap", "mine", "--from-literal=policy.yaml=" + yaml.safe_dump(QUICK))
     spec = {**over(serve)["spec"], "backend": {"rayService": {"name": "reelway"}}, "policyRef": {"name": "mine"}}
     del spec["policy"]
     kube.apply({**over(serve), "spec": spec})
-    with operating(own, settings_of(serve, tmp_path)):
+    with operating(operator_api, settings_of(serve, tmp_path)):
         kube.run("wait", "--for=condition=Promoted", "releaserollout/one", "--timeout=60s")
         assert declared(kube) == serve.document
         assert serve.routing.arms[0].release == GOOD

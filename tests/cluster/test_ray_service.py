@@ -27,9 +27,9 @@ pytestmark = pytest.mark.cluster
 @pytest.fixture
 def backend(api: KubeApi, kube: Kubectl, serve: FakeServe) -> Iterator[RayServiceBackend]:
     del kube
-    made = RayServiceBackend(api, "reelway", ServeRestBackend(ServeAddress(serve.url, serve.url)))
-    yield made
-    made.close()
+    rayservice_backend = RayServiceBackend(api, "reelway", ServeRestBackend(ServeAddress(serve.url, serve.url)))
+    yield rayservice_backend
+    rayservice_backend.close()
 
 
 def state(canary_bp: int = 1000, phase: Phase = Phase.STEPPING) -> RolloutState:
@@ -52,8 +52,8 @@ def test_serve_is_written_before_the_ray_service(
     assert before == [document(Routing.single_release(STABLE))]
     assert declared(kube) == serve.document
     assert serve.routing == target.routing
-    seen = backend.observe()
-    assert (seen.routing, set(seen.releases)) == (target.routing, {STABLE, GOOD})
+    observation = backend.observe()
+    assert (observation.routing, set(observation.releases)) == (target.routing, {STABLE, GOOD})
     version = json.loads(kube.run("get", "rayservice", "reelway", "-o", "json"))["metadata"]["resourceVersion"]
     backend.apply(target)
     assert len(serve.written) == 1
@@ -87,9 +87,9 @@ def test_failed_declaration_is_repaired_at_the_next_reconcile(
     with pytest.raises(RolloutError, match="Serve accepted the traffic, the declaration failed: another writer"):
         backend.apply(target)
     assert serve.routing == target.routing
-    seen = backend.observe()
-    assert seen.routing is None
-    assert "declares another routing than Serve runs; it is written again" in seen.detail
+    observation = backend.observe()
+    assert observation.routing is None
+    assert "declares another routing than Serve runs; it is written again" in observation.detail
     backend.apply(target)
     assert (len(serve.written), declared(kube)["applications"][-1]["deployments"][0]["num_replicas"]) == (1, 2)
     assert backend.observe().routing == target.routing
@@ -138,12 +138,12 @@ def test_rejected_target_leaves_the_ray_service_unchanged(
 
 def test_missing_ray_service_is_reported(api: KubeApi, kube: Kubectl, serve: FakeServe) -> None:
     del kube
-    gone = RayServiceBackend(api, "other", ServeRestBackend(ServeAddress(serve.url, serve.url)))
-    assert not gone.exists()
-    assert "RayService other: it does not exist" in gone.observe().detail
+    missing = RayServiceBackend(api, "other", ServeRestBackend(ServeAddress(serve.url, serve.url)))
+    assert not missing.exists()
+    assert "RayService other: it does not exist" in missing.observe().detail
     with pytest.raises(RolloutError, match="RayService other: it does not exist"):
-        gone.apply(traffic_target(state()))
-    gone.close()
+        missing.apply(traffic_target(state()))
+    missing.close()
 
 
 def test_rollout_ends_with_serve_equal_to_the_ray_service(

@@ -28,7 +28,7 @@ def store(tmp_path: Path) -> ReleaseStore:
 
 
 @pytest.fixture
-def made(store: ReleaseStore, tmp_path: Path) -> tuple[str, str]:
+def release_ids(store: ReleaseStore, tmp_path: Path) -> tuple[str, str]:
     """Ids of two releases in the store."""
     key = load_private_key(create_keys(tmp_path / "keys").private)
     first, second = (
@@ -39,55 +39,55 @@ def made(store: ReleaseStore, tmp_path: Path) -> tuple[str, str]:
 
 
 def read(kubectl: Kubectl, release: str) -> dict[str, object]:
-    found: dict[str, object] = json.loads(kubectl.run("get", "releases.reelway.dev", release[:12], "-o", "json"))
-    return found
+    resource: dict[str, object] = json.loads(kubectl.run("get", "releases.reelway.dev", release[:12], "-o", "json"))
+    return resource
 
 
 def test_stored_release_becomes_a_resource_with_its_metrics(
-    kubectl: Kubectl, api: KubeApi, store: ReleaseStore, made: tuple[str, str]
+    kubectl: Kubectl, api: KubeApi, store: ReleaseStore, release_ids: tuple[str, str]
 ) -> None:
     records = ReleaseReconciler(api, store.url)
     records.reconcile()
-    for release in made:
+    for release in release_ids:
         document, manifest = read(kubectl, release), store.manifest(release)  # type: ignore[arg-type]
         assert document["spec"] == {"id": release, "store": store.url, "note": ""}
         status = document["status"]
         assert isinstance(status, dict)
         assert (status["name"], status["gates"]) == (manifest.name, "hold")
         assert set(status["metrics"]) == set(manifest.metrics)
-    kubectl.run("wait", "--for=condition=InStore", f"release.reelway.dev/{made[0][:12]}", "--timeout=5s")
+    kubectl.run("wait", "--for=condition=InStore", f"release.reelway.dev/{release_ids[0][:12]}", "--timeout=5s")
     listed = kubectl.run("get", "releases.reelway.dev")
-    assert made[1][:12] in listed
+    assert release_ids[1][:12] in listed
     assert "hold" in listed
 
 
 def test_second_reconcile_writes_nothing(
-    kubectl: Kubectl, api: KubeApi, store: ReleaseStore, made: tuple[str, str]
+    kubectl: Kubectl, api: KubeApi, store: ReleaseStore, release_ids: tuple[str, str]
 ) -> None:
     records = ReleaseReconciler(api, store.url)
     records.reconcile()
-    before = read(kubectl, made[0])["metadata"]
+    before = read(kubectl, release_ids[0])["metadata"]
     records.reconcile()
-    assert read(kubectl, made[0])["metadata"] == before
+    assert read(kubectl, release_ids[0])["metadata"] == before
 
 
 def test_condition_in_store_follows_the_store(
-    kubectl: Kubectl, api: KubeApi, store: ReleaseStore, made: tuple[str, str], tmp_path: Path
+    kubectl: Kubectl, api: KubeApi, store: ReleaseStore, release_ids: tuple[str, str], tmp_path: Path
 ) -> None:
     records = ReleaseReconciler(api, store.url)
     records.reconcile()
-    shutil.move(tmp_path / "store" / made[0], tmp_path / "aside")
+    shutil.move(tmp_path / "store" / release_ids[0], tmp_path / "aside")
     records.reconcile()
-    kubectl.run("wait", "--for=condition=InStore=False", f"release.reelway.dev/{made[0][:12]}", "--timeout=5s")
-    shutil.move(tmp_path / "aside", tmp_path / "store" / made[0])
+    kubectl.run("wait", "--for=condition=InStore=False", f"release.reelway.dev/{release_ids[0][:12]}", "--timeout=5s")
+    shutil.move(tmp_path / "aside", tmp_path / "store" / release_ids[0])
     records.reconcile()
-    kubectl.run("wait", "--for=condition=InStore", f"release.reelway.dev/{made[0][:12]}", "--timeout=5s")
+    kubectl.run("wait", "--for=condition=InStore", f"release.reelway.dev/{release_ids[0][:12]}", "--timeout=5s")
 
 
 def test_damaged_manifest_does_not_block_other_releases(
-    kubectl: Kubectl, api: KubeApi, store: ReleaseStore, made: tuple[str, str], tmp_path: Path
+    kubectl: Kubectl, api: KubeApi, store: ReleaseStore, release_ids: tuple[str, str], tmp_path: Path
 ) -> None:
-    damaged, sound = sorted(made)
+    damaged, sound = sorted(release_ids)
     path = tmp_path / "store" / damaged / MANIFEST_FILE
     path.write_text(path.read_text().replace('"seed"', '"seeds"'))
     with pytest.raises(ReelwayError, match=damaged[:12]):

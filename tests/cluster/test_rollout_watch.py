@@ -74,9 +74,9 @@ def test_watch_applies_additions_changes_and_deletions(server: FakeApiServer, ap
         wait_for(lambda: names(cache) == {"one"})
         server.apply(rollout("two"))
         wait_for(lambda: names(cache) == {"one", "two"})
-        before = cache.revision(own=False)
+        before = cache.revision(include_own=False)
         server.apply(rollout("two", commands=[{"id": "1", "verb": "pause"}]))
-        wait_for(lambda: cache.revision(own=False) > before)
+        wait_for(lambda: cache.revision(include_own=False) > before)
         assert [len(one.spec.commands) for one in cache.all() if one.name == "two"] == [1]
         server.delete("one")
         wait_for(lambda: names(cache) == {"two"})

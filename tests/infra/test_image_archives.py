@@ -22,7 +22,7 @@ esac
 
 
 @pytest.fixture
-def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A fake buildah that reads the image's identity from a file."""
     program = tmp_path / "bin" / "buildah"
     program.parent.mkdir()
@@ -39,30 +39,30 @@ def builders() -> ModuleType:
     return load_script("images/builders.py")
 
 
-def test_archive_of_an_unchanged_image_is_kept(builders: ModuleType, place: Path) -> None:
-    archive = place / "serving.tar"
+def test_archive_of_an_unchanged_image_is_kept(builders: ModuleType, folder: Path) -> None:
+    archive = folder / "serving.tar"
     builders.Builder("buildah").save(IMAGE, archive)
     archive.write_text("what was packed")
     builders.Builder("buildah").save(IMAGE, archive)
     assert archive.read_text() == "what was packed"
 
 
-def test_archive_of_a_changed_image_is_written_again(builders: ModuleType, place: Path) -> None:
-    archive = place / "serving.tar"
+def test_archive_of_a_changed_image_is_written_again(builders: ModuleType, folder: Path) -> None:
+    archive = folder / "serving.tar"
     builders.Builder("buildah").save(IMAGE, archive)
-    (place / "id").write_text("second")
+    (folder / "id").write_text("second")
     builders.Builder("buildah").save(IMAGE, archive)
     assert archive.read_text() == "second"
 
 
-def test_unfinished_archive_is_written_again(builders: ModuleType, place: Path) -> None:
-    archive = place / "serving.tar"
+def test_unfinished_archive_is_written_again(builders: ModuleType, folder: Path) -> None:
+    archive = folder / "serving.tar"
     builders.Builder("buildah").save(IMAGE, archive)
-    (place / "id").write_text("second")
-    (place / "broken").touch()
+    (folder / "id").write_text("second")
+    (folder / "broken").touch()
     with pytest.raises(builders.BuilderError, match="buildah push"):
         builders.Builder("buildah").save(IMAGE, archive)
-    (place / "broken").unlink()
-    (place / "id").write_text("first")
+    (folder / "broken").unlink()
+    (folder / "id").write_text("first")
     builders.Builder("buildah").save(IMAGE, archive)
     assert archive.read_text() == "first"

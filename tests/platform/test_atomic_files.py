@@ -147,11 +147,11 @@ def test_full_disk_keeps_the_previous_content(tmp_path: Path) -> None:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
 
-    said = subprocess.run(
+    output = subprocess.run(
         [sys.executable, "-c", LIMITED, str(tmp_path)],
         preexec_fn=limit, capture_output=True, text=True, check=True, timeout=60,
     ).stdout  # fmt: skip
-    assert said.count("File too large; it is unchanged") == 2
+    assert output.count("File too large; it is unchanged") == 2
     assert names(tmp_path) == ["file", "folder"]
     assert (tmp_path / "file").read_text() == "old"
     assert names(tmp_path / "folder") == ["old"]

@@ -41,7 +41,7 @@ def test_unknown_option_exits_with_code_2() -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "code", "said"),
+    ("arguments", "code", "message"),
     [
         (("release", "show"), 6, "has no release; build one with"),
         (("release", "verify"), 6, "reelway release keys"),
@@ -50,12 +50,12 @@ def test_unknown_option_exits_with_code_2() -> None:
     ],
 )
 def test_error_prints_one_line_and_exits_with_its_code(
-    tmp_path: Path, arguments: tuple[str, ...], code: int, said: str
+    tmp_path: Path, arguments: tuple[str, ...], code: int, message: str
 ) -> None:
     ended = reelway(*arguments, cwd=tmp_path)
     assert ended.returncode == code
     assert ended.stderr.startswith("error:")
-    assert said in ended.stderr
+    assert message in ended.stderr
     assert ended.stderr.count("\n") == 1
     assert "Traceback" not in ended.stderr
     assert ended.stdout == ""
@@ -148,9 +148,9 @@ def test_ctrl_c_exits_with_130_and_leaves_no_partial_output(tmp_path: Path) -> N
         assert child.stdout.readline() == "ready\n"
         child.send_signal(signal.SIGINT)
         child.wait(timeout=30)
-        said = child.stderr.read()
+        message = child.stderr.read()
     assert child.returncode == 130
-    assert "Traceback" not in said
+    assert "Traceback" not in message
     assert list(run.rglob("*")) == []
 
 

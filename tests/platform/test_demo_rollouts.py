@@ -47,11 +47,11 @@ def traffic(requests: int, failed: int, viewers: int = 0, **more: Any) -> dict[s
         {"release": CANARY, "arm": "stable", "viewers": 900},
         {"release": STABLE, "arm": "stable", "viewers": 900},
     ]
-    whole = {
+    traffic_report = {
         "requests": requests, "failed": failed, "releases": rows, "arm_changes": 0, "failures": [],
         "arm_change_examples": [], "outcomes": {"sent": 10, "posts_failed": 0},
     }  # fmt: skip
-    return whole | more
+    return traffic_report | more
 
 
 def test_scenario_result_contains_evidence_weight_and_duration() -> None:
@@ -63,10 +63,10 @@ def test_scenario_result_contains_evidence_weight_and_duration() -> None:
               outcomes=[{"label": "like_rate", "name": "like_rate", "finding": "undecided", "required": True}]),
         entry(4, "complete_rollback", 126, 0),
     ]  # fmt: skip
-    found = scenario_result(ERRORS, rollout(Phase.ROLLED_BACK), history, traffic(100, 0), traffic(400, 0, viewers=37))
-    assert (found.end, found.evidence, found.weight_bp) == ("rolled_back", "error_ratio", 2_000)
-    assert (found.viewers, found.seconds, found.requests, found.failed) == (37, 15, 300, 0)
-    assert found.as_expected
+    result = scenario_result(ERRORS, rollout(Phase.ROLLED_BACK), history, traffic(100, 0), traffic(400, 0, viewers=37))
+    assert (result.end, result.evidence, result.weight_bp) == ("rolled_back", "error_ratio", 2_000)
+    assert (result.viewers, result.seconds, result.requests, result.failed) == (37, 15, 300, 0)
+    assert result.as_expected
 
 
 def test_deciding_evidence_names_harm_or_its_exclusion() -> None:
@@ -96,7 +96,7 @@ def test_expected_results_pass_and_are_printed(capsys: pytest.CaptureFixture[str
 
 
 @pytest.mark.parametrize(
-    ("ending", "whole", "said"),
+    ("ending", "traffic_report", "message"),
     [
         (ended(WORSE, "promoted"), traffic(9, 0), "rehearse-worse ended promoted"),
         (ended(TRAINED, "rolled_back"), traffic(9, 0), "release ended rolled_back"),
@@ -106,9 +106,9 @@ def test_expected_results_pass_and_are_printed(capsys: pytest.CaptureFixture[str
         (ended(SLOW, "rolled_back"), traffic(9, 0, outcomes={"sent": 1, "posts_failed": 1}), "traffic:"),
     ],
 )
-def test_unexpected_result_fails_the_demo(ending: ScenarioResult, whole: dict[str, Any], said: str) -> None:
-    with pytest.raises(RolloutError, match=said):
-        check_results([ending], whole)
+def test_unexpected_result_fails_the_demo(ending: ScenarioResult, traffic_report: dict[str, Any], message: str) -> None:
+    with pytest.raises(RolloutError, match=message):
+        check_results([ending], traffic_report)
 
 
 def test_rollouts_of_an_earlier_demo_are_archived(tmp_path: Path) -> None:
@@ -130,6 +130,6 @@ def test_drill_releases_match_the_scenarios(tmp_path: Path) -> None:
     with run.step("release", config={}) as step:
         step.summary["release_id"] = CANARY
     commands = demo_rollouts.drill_release_commands(run, seed=3)
-    made = {f"rehearse-{command[2]}" for command in commands}
-    assert made == {scene.step for scene in SCENARIOS if scene is not TRAINED} | {"rehearse-popular"}
+    built = {f"rehearse-{command[2]}" for command in commands}
+    assert built == {scene.step for scene in SCENARIOS if scene is not TRAINED} | {"rehearse-popular"}
     assert all(command[command.index("--base") + 1] == CANARY[:12] for command in commands)

@@ -10,7 +10,7 @@ from reelway.platform import errors
 from reelway.platform.errors import MalformedFileError, ReelwayError
 
 DRAWN = re.findall(r"^([ │├└─]*)(\w+Error)\b(?: +exit (\d+))?", errors.__doc__ or "", flags=re.MULTILINE)
-"""Indentation, name and, where the drawing says one, exit code."""
+"""Indentation, name and, for branches, exit code of each error in the docstring."""
 EXIT_CODES = {name: int(code) for _, name, code in DRAWN if code}
 
 

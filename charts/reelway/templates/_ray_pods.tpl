@@ -74,7 +74,7 @@ RAY_worker_niceness: "0"
 {{- $env := include "reelway.serveSettings" . | fromYaml -}}
 {{- $own := dict "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT" $p.ingressMin "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT" $p.ingressMax -}}
 {{- $grpc := dict "RAY_SERVE_DIRECT_INGRESS_MIN_GRPC_PORT" $p.ingressGrpcMin "RAY_SERVE_DIRECT_INGRESS_MAX_GRPC_PORT" $p.ingressGrpcMax -}}
-{{- /* A worker checks every 60 s by default whether the head knows it. A worker unknown to a new head gets no requests. */ -}}
+{{- /* A worker checks every 60 s by default whether it is registered at the head. An unregistered worker gets no requests from a new head. */ -}}
 {{- $node := dict "RAY_raylet_liveness_self_check_interval_ms" "2000" -}}
 {{- /* 30 s as in Ray, or what the grace period leaves after preStop (5 s) and before the processes exit (5 s). */ -}}
 {{- $drain := dict "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S" (min 30 (sub (int .Values.serving.terminationGracePeriodSeconds) 10)) -}}

@@ -43,7 +43,7 @@ def releases(released: tuple[Path, tuple[str, str]]) -> tuple[str, str]:
 @pytest.fixture
 def world(tmp_path: Path) -> RunDirectoryEnvironment:
     """A served run with a controller that reconciles when a test calls it."""
-    made = RunDirectoryEnvironment(tmp_path)
-    made.served()
-    made.controlled()
-    return made
+    environment = RunDirectoryEnvironment(tmp_path)
+    environment.served()
+    environment.controlled()
+    return environment

@@ -90,14 +90,14 @@ def service(tmp_path_factory: pytest.TempPathFactory, released: tuple[Path, tupl
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
     world.served(stable, url=f"http://127.0.0.1:{server.server_port}")
-    made = Service(world, run, bad, stable, server)
-    made.evidence(viewers=2_400)
+    service_run = Service(world, run, bad, stable, server)
+    service_run.evidence(viewers=2_400)
     record = run / "rollout" / "controller.json"
     command = [*reelway_command()[:1], "-m", "tests.support.cli.controller_process", str(run)]
     try:
         with child_process(command, log=run / "controller.log"):
             until(record.exists, "the controller listens")
-            yield made
+            yield service_run
     finally:
         server.shutdown()
         server.server_close()
@@ -138,8 +138,8 @@ def test_drill_ends_on_stable_whether_or_not_detected(
     assert report.detected_after_s is not None
     assert 0 <= report.detected_after_s < 2
     assert (report.viewers, report.stable_release) == (2_400, service.stable)
-    book = service.world.store.alerts()
-    assert [alert.resolved for alert in book.values()] == [True]
+    alerts = service.world.store.alerts()
+    assert [alert.resolved for alert in alerts.values()] == [True]
     assert on_stable(service)
 
     code, report = service.drill("--deadline", 1)

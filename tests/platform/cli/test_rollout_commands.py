@@ -30,7 +30,7 @@ def stepping(world: RunDirectoryEnvironment) -> RunDirectoryEnvironment:
     return world
 
 
-def ask(world: RunDirectoryEnvironment, verb: str, *more: object) -> tuple[int, str]:
+def send(world: RunDirectoryEnvironment, verb: str, *more: object) -> tuple[int, str]:
     ended = reelway("rollout", verb, "--run", world.run, *more)
     assert ended.out == ""
     return ended.code, ended.err
@@ -38,100 +38,100 @@ def ask(world: RunDirectoryEnvironment, verb: str, *more: object) -> tuple[int, 
 
 def test_pause_and_resume_wait_for_their_effect(stepping: RunDirectoryEnvironment) -> None:
     with controlling(stepping):
-        code, said = ask(stepping, "pause", "--wait", "--note", "looking")
+        code, output = send(stepping, "pause", "--wait", "--note", "looking")
         assert (code, stepping.state.phase) == (0, Phase.PAUSED)
-        assert ": looking" in said
-        code, said = ask(stepping, "resume", "--wait")
+        assert ": looking" in output
+        code, output = send(stepping, "resume", "--wait")
         assert (code, stepping.state.phase) == (0, Phase.STEPPING)
 
 
 def test_repeated_command_succeeds_without_a_change(stepping: RunDirectoryEnvironment) -> None:
     with controlling(stepping):
-        assert ask(stepping, "resume")[0] == 0
-        assert ask(stepping, "pause", "--wait")[0] == 0
+        assert send(stepping, "resume")[0] == 0
+        assert send(stepping, "pause", "--wait")[0] == 0
         entries = len(stepping.store.history())
-        code, said = ask(stepping, "pause", "--wait")
+        code, output = send(stepping, "pause", "--wait")
         assert (code, len(stepping.store.history())) == (0, entries)
-        assert "is already paused" in said
-        assert ask(stepping, "rollback", "--wait")[0] == 0
+        assert "is already paused" in output
+        assert send(stepping, "rollback", "--wait")[0] == 0
         entries = len(stepping.store.history())
-        assert ask(stepping, "rollback", "--wait")[0] == 0
+        assert send(stepping, "rollback", "--wait")[0] == 0
         assert len(stepping.store.history()) == entries
 
 
 def test_promotion_can_be_rolled_back_while_the_old_release_is_warm(stepping: RunDirectoryEnvironment) -> None:
     with controlling(stepping):
-        assert ask(stepping, "promote", "--wait", "--force")[0] == 0
+        assert send(stepping, "promote", "--wait", "--force")[0] == 0
         assert weights_of(stepping)[Arm.STABLE] == 0
-        assert ask(stepping, "promote")[0] == 0
-        code, said = ask(stepping, "rollback", "--wait", "--note", "complaints")
+        assert send(stepping, "promote")[0] == 0
+        code, output = send(stepping, "rollback", "--wait", "--note", "complaints")
         assert (code, weights_of(stepping)[Arm.CANARY]) == (0, 0)
-        assert "complaints" in said
+        assert "complaints" in output
 
 
 def test_controller_rejection_is_printed_verbatim_with_exit_code_9(stepping: RunDirectoryEnvironment) -> None:
     stepping.source.viewers = 60  # type: ignore[attr-defined]
     with controlling(stepping):
         for more in ((), ("--wait",)):
-            code, said = ask(stepping, "promote", *more)
+            code, output = send(stepping, "promote", *more)
             assert code == 9
-            assert said.rstrip().endswith(stepping.store.history()[-1].reason)
-            assert "--force promotes anyway" in said
+            assert output.rstrip().endswith(stepping.store.history()[-1].reason)
+            assert "--force promotes anyway" in output
 
 
 def test_promote_exits_with_10_if_a_rollback_comes_first(stepping: RunDirectoryEnvironment) -> None:
     stepping.source.drop = 0.5  # type: ignore[attr-defined]
     with controlling(stepping, after_s=0.5):
-        code, said = ask(stepping, "promote", "--wait")
+        code, output = send(stepping, "promote", "--wait")
     assert (code, stepping.state.phase) == (10, Phase.ROLLED_BACK)
-    assert "came too late" in said
+    assert "came too late" in output
 
 
 def test_command_without_a_controller_is_stored_with_a_warning(stepping: RunDirectoryEnvironment) -> None:
     stepping.controlled(dead_pid())
-    code, said = ask(stepping, "rollback")
+    code, output = send(stepping, "rollback")
     assert code == 0
-    assert "has exited" in said
-    assert f"rollouts do not advance until `reelway rollout controller --run {stepping.run}` runs" in said
+    assert "has exited" in output
+    assert f"rollouts do not advance until `reelway rollout controller --run {stepping.run}` runs" in output
     waiting = stepping.state.command
     assert waiting is not None
     assert (waiting.verb, waiting.actor != "") == ("rollback", True)
-    code, said = ask(stepping, "rollback", "--wait", "--timeout", 0.3)
+    code, output = send(stepping, "rollback", "--wait", "--timeout", 0.3)
     assert code == 11
-    assert "is still stepping after 0.3 s" in said
+    assert "is still stepping after 0.3 s" in output
     with controlling(stepping):
-        assert ask(stepping, "rollback", "--wait")[0] == 0
+        assert send(stepping, "rollback", "--wait")[0] == 0
 
 
 def test_pending_rollback_is_not_replaced_by_a_pause(stepping: RunDirectoryEnvironment) -> None:
     stepping.store.submit_command(stepping.state.id, Command(id="1", verb="rollback"))
-    code, said = ask(stepping, "pause")
+    code, output = send(stepping, "pause")
     assert code == 9
-    assert "a rollback is pending" in said
+    assert "a rollback is pending" in output
 
 
 @pytest.mark.parametrize("verb", ["pause", "resume", "promote"])
 def test_rolled_back_rollout_accepts_no_command(stepping: RunDirectoryEnvironment, verb: str) -> None:
     with controlling(stepping):
-        ask(stepping, "rollback", "--wait")
-    code, said = ask(stepping, verb)
+        send(stepping, "rollback", "--wait")
+    code, output = send(stepping, verb)
     assert code == 9
-    assert "start cccccccccccc --force" in said
+    assert "start cccccccccccc --force" in output
 
 
 def test_retired_rollout_cannot_be_rolled_back(world: RunDirectoryEnvironment) -> None:
     world.begin()
     world.tick(40)
     assert world.state.retired
-    code, said = ask(world, "rollback")
+    code, output = send(world, "rollback")
     assert code == 9
-    assert "reelway rollout start aaaaaaaaaaaa" in said
+    assert "reelway rollout start aaaaaaaaaaaa" in output
 
 
 @pytest.mark.parametrize("verb", VERBS)
 def test_only_the_latest_rollout_accepts_commands(stepping: RunDirectoryEnvironment, verb: str) -> None:
     with controlling(stepping):
-        ask(stepping, "rollback", "--wait")
+        send(stepping, "rollback", "--wait")
     first = stepping.state.id
     stepping.begin("r-second")
     ended = reelway("rollout", verb, first, "--run", stepping.run)

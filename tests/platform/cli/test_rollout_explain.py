@@ -14,7 +14,7 @@ from reelway.platform.rollout.records import HistoryEntry
 from reelway.platform.rollout.state import Command
 
 
-def explained(world: RunDirectoryEnvironment, *more: object) -> Explanation:
+def explain_json(world: RunDirectoryEnvironment, *more: object) -> Explanation:
     """Runs ``explain -o json`` and validates the output against its schema."""
     ended = reelway("rollout", "explain", "--run", world.run, "-o", "json", *more)
     assert ended.code == 0, ended.err
@@ -36,30 +36,32 @@ def source(world: RunDirectoryEnvironment) -> SyntheticEvidence:
     return world.source  # type: ignore[return-value]
 
 
-def decided(world: RunDirectoryEnvironment, action: str) -> HistoryEntry:
+def entry_with(world: RunDirectoryEnvironment, action: str) -> HistoryEntry:
     return next(entry for entry in reversed(world.store.history()) if entry.action == action)
 
 
 def test_harm_is_explained_by_its_bound_and_the_policy(second_step: RunDirectoryEnvironment) -> None:
     source(second_step).drop = 0.15
     assert second_step.tick(2, after_s=1) == ["roll_back", "complete_rollback"]
-    entry, seen = decided(second_step, "roll_back"), explained(second_step)
-    assert (seen.entry, seen.action, seen.reason) == (entry.number, "roll_back", entry.reason)
-    assert seen.numbers[1].startswith("long_watch_rate: canary 0.34")
-    assert "margin 2.0% worse" in seen.numbers[1]
+    entry, explanation = entry_with(second_step, "roll_back"), explain_json(second_step)
+    assert (explanation.entry, explanation.action, explanation.reason) == (entry.number, "roll_back", entry.reason)
+    assert explanation.numbers[1].startswith("long_watch_rate: canary 0.34")
+    assert "margin 2.0% worse" in explanation.numbers[1]
     low = next(o for o in entry.evidence["outcomes"] if o["label"] == "long_watch_rate")["low"]
-    assert f"a margin of {low:.3f} or more would not have rolled back" in seen.otherwise[0]
-    assert any(line.startswith("outcomes[0]: name long_watch_rate") and "margin 0.02" in line for line in seen.policy)
-    assert seen.policy[-1] == "alpha.rollback: 0.005 over all 10 tests"
+    assert f"a margin of {low:.3f} or more would not have rolled back" in explanation.otherwise[0]
+    assert any(
+        line.startswith("outcomes[0]: name long_watch_rate") and "margin 0.02" in line for line in explanation.policy
+    )
+    assert explanation.policy[-1] == "alpha.rollback: 0.005 over all 10 tests"
 
 
 def test_breach_is_explained_by_the_guardrail_and_its_limit(second_step: RunDirectoryEnvironment) -> None:
     source(second_step).errors = 2_000
     second_step.tick(1, after_s=1)
-    seen = explained(second_step, "--entry", decided(second_step, "roll_back").number)
-    assert seen.numbers[1].startswith("error_ratio 41.67%")
-    assert "maximum 0.02" in seen.otherwise[0]
-    assert seen.policy == (
+    explanation = explain_json(second_step, "--entry", entry_with(second_step, "roll_back").number)
+    assert explanation.numbers[1].startswith("error_ratio 41.67%")
+    assert "maximum 0.02" in explanation.otherwise[0]
+    assert explanation.policy == (
         "guardrails.error_ratio: maximum 0.02, minimum_requests 20", "guardrails.significance: 1e-06",
     )  # fmt: skip
 
@@ -70,44 +72,48 @@ def test_alert_rollback_is_explained_by_the_alert_alone(second_step: RunDirector
         [KnownAlert(group_key="g", labels=labels, starts_at=second_step.clock.now, resolved=False)]
     )
     second_step.tick(1, after_s=1)
-    seen = explained(second_step, "--entry", decided(second_step, "roll_back").number)
-    assert seen.numbers == ("alerts firing for the release: CanaryErrors",)
-    assert "no alert with the release's label" in seen.otherwise[0]
+    explanation = explain_json(second_step, "--entry", entry_with(second_step, "roll_back").number)
+    assert explanation.numbers == ("alerts firing for the release: CanaryErrors",)
+    assert "no alert with the release's label" in explanation.otherwise[0]
 
 
 def test_active_rollout_is_explained_by_the_missing_evidence(second_step: RunDirectoryEnvironment) -> None:
-    seen = explained(second_step)
-    assert (seen.entry, seen.action) == (None, "wait")
-    assert seen.policy[0] == "steps[1]: weight_percent 5, hold_s 900, minimum_viewers 500, minimum_impressions 5000"
+    explanation = explain_json(second_step)
+    assert (explanation.entry, explanation.action) == (None, "wait")
+    assert (
+        explanation.policy[0] == "steps[1]: weight_percent 5, hold_s 900, minimum_viewers 500, minimum_impressions 5000"
+    )
     source(second_step).viewers = 400
     second_step.tick(1, after_s=1)
-    seen = explained(second_step)
-    assert seen.otherwise[0] == "100 more viewers on the canary"
-    assert seen.otherwise[1].endswith("more impressions on the canary")
+    explanation = explain_json(second_step)
+    assert explanation.otherwise[0] == "100 more viewers on the canary"
+    assert explanation.otherwise[1].endswith("more impressions on the canary")
 
 
 def test_last_step_explanation_estimates_the_viewers_still_needed(second_step: RunDirectoryEnvironment) -> None:
     second_step.tick(40, after_s=120)
     assert second_step.state.step == 3
-    seen = explained(second_step)
-    need = [line for line in seen.otherwise if "times the viewers" in line]
+    explanation = explain_json(second_step)
+    need = [line for line in explanation.otherwise if "times the viewers" in line]
     assert any(
         line.startswith("long_watch_rate: the upper bound of the harm") and "must fall below 2.0%" in line
         for line in need
     )
     source(second_step).drop = 0.03
     second_step.tick(1, after_s=1)
-    assert any("impossible at the observed difference" in line for line in explained(second_step).otherwise)
+    assert any("impossible at the observed difference" in line for line in explain_json(second_step).otherwise)
 
 
 def test_missing_telemetry_is_explained_with_its_deadline(second_step: RunDirectoryEnvironment) -> None:
     source(second_step).silent = True
     second_step.tick(1, after_s=1)
-    seen = explained(second_step)
-    assert seen.otherwise[0].startswith("the rollout continues when these have data again: empty_slate_ratio, error_")
-    assert "deadlines.telemetry_down: after_s 1800, action pause" in seen.policy
+    explanation = explain_json(second_step)
+    assert explanation.otherwise[0].startswith(
+        "the rollout continues when these have data again: empty_slate_ratio, error_"
+    )
+    assert "deadlines.telemetry_down: after_s 1800, action pause" in explanation.policy
     second_step.tick(20, after_s=120)
-    paused = explained(second_step, "--entry", decided(second_step, "pause").number)
+    paused = explain_json(second_step, "--entry", entry_with(second_step, "pause").number)
     assert "missing data proves neither harm nor its absence" in paused.otherwise[0]
     assert paused.policy == ("deadlines.telemetry_down: after_s 1800, action pause",)
 
@@ -118,9 +124,9 @@ def test_user_command_is_not_explained_by_evidence(second_step: RunDirectoryEnvi
             second_step.state.id, Command(id=str(number), verb=verb, actor="ana", note="late")
         )  # type: ignore[arg-type]
         second_step.tick(1, after_s=1)
-        seen = explained(second_step, "--entry", second_step.store.history()[-1].number)
-        assert seen.reason.endswith("by ana: late")
-        assert seen.otherwise[0].startswith("nothing in the evidence: a user requested the ")
+        explanation = explain_json(second_step, "--entry", second_step.store.history()[-1].number)
+        assert explanation.reason.endswith("by ana: late")
+        assert explanation.otherwise[0].startswith("nothing in the evidence: a user requested the ")
 
 
 def test_every_history_entry_can_be_explained(second_step: RunDirectoryEnvironment) -> None:
@@ -129,8 +135,8 @@ def test_every_history_entry_can_be_explained(second_step: RunDirectoryEnvironme
     entries = second_step.store.history()
     assert [entry.action for entry in entries][-2:] == ["promote", "complete_promotion"]
     for entry in entries:
-        assert explained(second_step, "--entry", entry.number).reason == entry.reason
-    promotion = explained(second_step)
+        assert explain_json(second_step, "--entry", entry.number).reason == entry.reason
+    promotion = explain_json(second_step)
     assert promotion.action == "promote"
     assert "alpha.promotion: 0.005" in promotion.policy
     printed = reelway("rollout", "explain", "--run", second_step.run).out

@@ -39,19 +39,19 @@ def test_policy_text_shows_steps_margins_and_guardrails() -> None:
 
 
 @pytest.mark.parametrize(
-    ("before", "after", "said"),
+    ("before", "after", "message"),
     [
-        ("margin: 0.05", "margins: 0.05", "outcomes[0].margins: unknown key, allowed: alpha_weight"),
+        ("margin: 0.05", "margins: 0.05", "outcomes[0].margins: unknown key, expected one of alpha_weight"),
         ("margin: 0.05", "margin: 1.5", "outcomes[0].margin: saw 1.5"),
-        ("weight_percent: 50", "weight_percent: 5", "(policy): steps[1].weight_percent is 5"),
+        ("weight_percent: 50", "weight_percent: 5", "steps[1].weight_percent is 5"),
         ("long_watch_rate", "watch_rate", "outcomes[0].name: saw 'watch_rate'; the service counts long_watch_rate, "),
     ],
 )
-def test_policy_check_reports_the_path_of_each_error(tmp_path: Path, before: str, after: str, said: str) -> None:
+def test_policy_check_reports_the_path_of_each_error(tmp_path: Path, before: str, after: str, message: str) -> None:
     path = written(tmp_path, SWIFT_TEXT.replace(before, after))
     ended = reelway("rollout", "policy", "check", path)
     assert ended.code == 2
-    assert f"{path}: {said}" in ended.err
+    assert f"{path}: {message}" in ended.err
 
 
 def test_unknown_policy_is_rejected_with_the_builtin_names() -> None:

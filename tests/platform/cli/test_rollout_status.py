@@ -23,7 +23,7 @@ from reelway.platform.run_directory import RunDirectory
 WIDTHS = (80, 120)
 
 
-def drawn(world: RunDirectoryEnvironment, width: int, height: int | None = None) -> str:
+def status_text(world: RunDirectoryEnvironment, width: int, height: int | None = None) -> str:
     """Returns the status view as plain text."""
     console = Console(width=width, file=StringIO(), color_system=None)
     report = read_status(RunDirectory(world.run), world.store, None)
@@ -47,7 +47,7 @@ def evidence(world: RunDirectoryEnvironment, **seen: object) -> SyntheticEvidenc
 @pytest.mark.parametrize("width", WIDTHS)
 def test_status_view_shows_ramp_traffic_evidence_and_guardrails(world: RunDirectoryEnvironment, width: int) -> None:
     evidence(world)
-    text = drawn(world, width)
+    text = status_text(world, width)
     assert max(len(line) for line in text.splitlines()) <= width
     for words in (
         "r-20260131-3fa91c   STEPPING   step 2 of 4", "canary cccccccccccc", "over aaaaaaaaaaaa", "policy default",
@@ -69,7 +69,7 @@ def test_status_view_shows_ramp_traffic_evidence_and_guardrails(world: RunDirect
 def test_rolled_back_status_shows_the_evidence_of_the_rollback(world: RunDirectoryEnvironment, width: int) -> None:
     evidence(world, drop=0.15)
     world.tick(3, after_s=5)
-    text = drawn(world, width)
+    text = status_text(world, width)
     assert "ROLLED BACK" in text
     assert "✘ 5 %" in text
     assert "stable 100 %" in text
@@ -85,14 +85,14 @@ def test_alert_rollback_status_shows_only_the_alert(world: RunDirectoryEnvironme
     labels = (("alertname", "CanaryErrors"), ("release", "c" * 12))
     world.book.deliver([KnownAlert(group_key="g", labels=labels, starts_at=world.clock.now, resolved=False)])
     world.catch_up()
-    text = drawn(world, 80)
+    text = status_text(world, 80)
     assert "BREACH     alerts firing for the release: CanaryErrors" in text
     assert "NO DATA" not in text
 
 
 def test_missing_telemetry_is_shown_for_every_metric(world: RunDirectoryEnvironment) -> None:
     evidence(world, silent=True)
-    text = drawn(world, 80)
+    text = status_text(world, 80)
     assert "HOLDING" in text
     assert "‖ 5 %" in text
     assert text.count("NO DATA") == 14
@@ -101,7 +101,7 @@ def test_missing_telemetry_is_shown_for_every_metric(world: RunDirectoryEnvironm
 @pytest.mark.parametrize("silence", ["no controller", "dead controller", "stuck controller"])
 def test_unresponsive_controller_warning_is_the_first_line(world: RunDirectoryEnvironment, silence: str) -> None:
     evidence(world)
-    assert "WARNING" not in drawn(world, 80)
+    assert "WARNING" not in status_text(world, 80)
     if silence == "no controller":
         (world.run / "rollout" / "controller.json").unlink()
     elif silence == "dead controller":
@@ -109,7 +109,7 @@ def test_unresponsive_controller_warning_is_the_first_line(world: RunDirectoryEn
     else:
         world.clock.now = time.time() - CONTROLLER_TIMEOUT_S - 5
         world.controller.reconcile()
-    first = drawn(world, 80).splitlines()[0]
+    first = status_text(world, 80).splitlines()[0]
     assert first.startswith("WARNING")
     assert reelway("rollout", "status", "--run", world.run).out.startswith("WARNING")
 
@@ -117,22 +117,22 @@ def test_unresponsive_controller_warning_is_the_first_line(world: RunDirectoryEn
 def test_pending_command_is_shown(world: RunDirectoryEnvironment) -> None:
     evidence(world)
     world.store.submit_command(world.state.id, Command(id="1", verb="pause", actor="ana"))
-    assert "command    pause by ana, not yet accepted" in drawn(world, 80)
+    assert "command    pause by ana, not yet accepted" in status_text(world, 80)
 
 
 def test_compact_view_fits_a_short_terminal_and_keeps_harm(world: RunDirectoryEnvironment) -> None:
     source = evidence(world)
-    compact = drawn(world, 80, height=24)
+    compact = status_text(world, 80, height=24)
     assert len(compact.splitlines()) <= 24
     assert "on new_viewers" not in compact
     assert "ok         error_ratio, empty_slate_ratio" in compact
     source.drop = 0.15
     world.catch_up()
-    assert "HARM" in drawn(world, 80, height=24)
+    assert "HARM" in status_text(world, 80, height=24)
 
 
 def test_status_before_the_first_rollout_shows_the_live_release(world: RunDirectoryEnvironment) -> None:
-    text = drawn(world, 80)
+    text = status_text(world, 80)
     assert "live       release aaaaaaaaaaaa at http://127.0.0.1:1" in text
     assert "reelway rollout start RELEASE" in text
     ended = reelway("rollout", "status", "--run", world.run, "-o", "json")
@@ -171,7 +171,7 @@ def test_status_exits_with_the_rollout_state_only_with_exit_code(world: RunDirec
     world.store.submit_command(world.state.id, Command(id="2", verb="promote", force=True))
     world.tick(2, after_s=1)
     assert code("--exit-code") == 0
-    assert "rollback possible for 1 d 0 h" in drawn(world, 120)
+    assert "rollback possible for 1 d 0 h" in status_text(world, 120)
     world.store.submit_command(world.state.id, Command(id="3", verb="rollback"))
     world.tick(2, after_s=1)
     assert (code(), code("--exit-code")) == (0, 10)

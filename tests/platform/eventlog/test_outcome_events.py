@@ -43,9 +43,9 @@ def test_outcomes_round_trip_with_one_partition_per_viewer(partitions: int) -> N
     records = list(encode_outcomes(batch(), partitions, 5))
     tables = {record.partition: decode_outcomes(record.payload) for record in records}
     assert len(tables) == len(records) == partitions
-    whole = pa.concat_tables(table.unify_dictionaries() for table in tables.values())
+    all_outcomes = pa.concat_tables(table.unify_dictionaries() for table in tables.values())
     expected = pa.Table.from_batches([batch()]).sort_by("outcome_id")
-    assert whole.sort_by("outcome_id").to_pylist() == expected.to_pylist()
+    assert all_outcomes.sort_by("outcome_id").to_pylist() == expected.to_pylist()
     viewers = [set(table["viewer_id"].to_pylist()) for table in tables.values()]
     assert sum(map(len, viewers)) == len(set().union(*viewers))
 

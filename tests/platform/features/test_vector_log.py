@@ -37,11 +37,11 @@ def test_float32_values_are_exact_with_nan_as_missing(tmp_path: Path) -> None:
 
 def test_sample_depends_only_on_the_request(tmp_path: Path) -> None:
     one, other = VectorLog(tmp_path / "a", ratio=0.1), VectorLog(tmp_path / "b", ratio=0.1)
-    wanted = [one.is_sampled(request) for request in range(20_000)]
-    assert wanted == [other.is_sampled(request) for request in range(20_000)]
-    assert 0.08 < sum(wanted) / len(wanted) < 0.12
+    sampled = [one.is_sampled(request) for request in range(20_000)]
+    assert sampled == [other.is_sampled(request) for request in range(20_000)]
+    assert 0.08 < sum(sampled) / len(sampled) < 0.12
     more = VectorLog(tmp_path / "c", ratio=0.5)
-    assert all(more.is_sampled(request) for request, yes in enumerate(wanted) if yes)
+    assert all(more.is_sampled(request) for request, yes in enumerate(sampled) if yes)
 
 
 def test_request_outside_the_sample_writes_nothing(tmp_path: Path) -> None:
@@ -62,17 +62,17 @@ def test_concurrent_threads_write_complete_lines(tmp_path: Path) -> None:
         thread.start()
     for thread in threads:
         thread.join()
-    seen = sorted(v.request_id for v in read_vectors(tmp_path / "log"))
-    assert seen == sorted(100 * i + j for i in range(4) for j in range(25))
+    request_ids = sorted(v.request_id for v in read_vectors(tmp_path / "log"))
+    assert request_ids == sorted(100 * i + j for i in range(4) for j in range(25))
 
 
 def test_full_log_drops_its_older_half(tmp_path: Path) -> None:
     log = VectorLog(tmp_path / "log", ratio=1.0, max_bytes=4000)
     for request in range(200):
         log.append(vector(request))
-    kept = [v.request_id for v in read_vectors(tmp_path / "log")]
-    assert kept == list(range(kept[0], 200))
-    assert kept[0] > 0
+    retained = [v.request_id for v in read_vectors(tmp_path / "log")]
+    assert retained == list(range(retained[0], 200))
+    assert retained[0] > 0
     assert sum(file.stat().st_size for file in tmp_path.iterdir()) <= 4000
 
 

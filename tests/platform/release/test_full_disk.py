@@ -30,17 +30,20 @@ def one_megabyte(tmp_path: Path) -> Iterator[Path]:
     """A real file system of 1 MB."""
     if os.geteuid() != 0:
         pytest.skip("mounting a small file system needs root; the file-size limit below covers the same path")
-    place = tmp_path / "small"
-    place.mkdir()
+    mount_point = tmp_path / "small"
+    mount_point.mkdir()
     mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(place)], capture_output=True, text=True, check=False
+        ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(mount_point)],
+        capture_output=True,
+        text=True,
+        check=False,
     )
     if mounted.returncode != 0:
         pytest.skip(f"this machine does not let a test mount a file system: {mounted.stderr.strip()}")
     try:
-        yield place
+        yield mount_point
     finally:
-        subprocess.run(["umount", str(place)], check=True)
+        subprocess.run(["umount", str(mount_point)], check=True)
 
 
 def read_back(folder: Path) -> Manifest:

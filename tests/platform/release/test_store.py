@@ -121,9 +121,9 @@ def test_resolve_rejects_an_unknown_or_ambiguous_prefix(url: str, folder: Path, 
     with pytest.raises(ReleaseNotFoundError, match="has no release; build one"):
         store.resolve("latest")
     ids = [store.write(folder, later(manifest, day)) for day in range(1, 18)]  # 17 ids, 16 first digits
-    with pytest.raises(ReleaseNotFoundError, match="no release begins with 'zz'") as refused:
+    with pytest.raises(ReleaseNotFoundError, match="no release begins with 'zz'") as error:
         store.resolve("zz")
-    assert any(release_id[:12] in str(refused.value) for release_id in ids)
+    assert any(release_id[:12] in str(error.value) for release_id in ids)
     shared = next(d for d in "0123456789abcdef" if sum(release_id.startswith(d) for release_id in ids) > 1)
     with pytest.raises(ReleaseNotFoundError, match=f"releases begin with '{shared}'"):
         store.resolve(shared)

@@ -183,9 +183,9 @@ def test_failed_gate_is_rejected_with_its_value(release: Path) -> None:
         {"name": "coverage", "value": 0.5, "bound": 0.3, "comparison": ">=", "passed": True},
     ]
     rebuilt(release, gates=gates)
-    with pytest.raises(GateFailedError) as refused:
+    with pytest.raises(GateFailedError) as error:
         look(release)
-    assert str(refused.value) == (
+    assert str(error.value) == (
         "2 of 3 gates failed: recall_at_50 is 0.1, expected >= 0.3; ece_like is 0.2, expected <= 0.05 (100 rows)"
     )
 
@@ -280,7 +280,7 @@ def _other_tower(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("damage", "said"),
+    ("damage", "message"),
     [
         (lambda folder: _vectors(folder, 63, EMBEDDING), "number of vectors is 63, the manifest says 64"),
         (lambda folder: _vectors(folder, 64, 16), "width of its vectors is 16, the manifest says 8"),
@@ -299,16 +299,16 @@ def _other_tower(folder: Path) -> None:
     ],
 )
 def test_graphs_that_contradict_the_manifest_are_rejected(
-    release: Path, damage: Callable[[Path], Any], said: str
+    release: Path, damage: Callable[[Path], Any], message: str
 ) -> None:
     damage(release)
     rebuilt(release)
-    with pytest.raises(IncompatibleReleaseError, match=said):
+    with pytest.raises(IncompatibleReleaseError, match=message):
         look(release)
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         ({"embedding": 16}, "'embedding' is fixed_size_list.*8"),
         ({"videos": 65}, "videos.arrow has 64 rows, the manifest says 65"),
@@ -318,9 +318,9 @@ def test_graphs_that_contradict_the_manifest_are_rejected(
         ({"tasks": ("long_watch",)}, "has tasks"),
     ],
 )
-def test_dimensions_that_contradict_the_files_are_rejected(release: Path, change: dict[str, Any], said: str) -> None:
+def test_dimensions_that_contradict_the_files_are_rejected(release: Path, change: dict[str, Any], message: str) -> None:
     rebuilt(release, dimensions=dimensions(release, **change))
-    with pytest.raises(IncompatibleReleaseError, match=said):
+    with pytest.raises(IncompatibleReleaseError, match=message):
         look(release)
 
 
@@ -337,15 +337,15 @@ def test_topics_that_contradict_the_inputs_are_rejected(release: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("field", "value", "said"),
+    ("field", "value", "message"),
     [
         ("id_buckets", 100, r"column creator_codes: value \d+ is outside 0\.\.99"),
         ("category_buckets", 3, r"column video_categories \(language\): value \d+ is outside 0\.\.2"),
     ],
 )
-def test_code_outside_its_vocabulary_is_rejected(release: Path, field: str, value: int, said: str) -> None:
+def test_code_outside_its_vocabulary_is_rejected(release: Path, field: str, value: int, message: str) -> None:
     with_features(release, replace(DIMENSIONS, **{field: value}))
-    with pytest.raises(IncompatibleReleaseError, match=said):
+    with pytest.raises(IncompatibleReleaseError, match=message):
         look(release)
 
 
@@ -408,7 +408,7 @@ def _two_batches(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("damage", "said"),
+    ("damage", "message"),
     [
         (_drop_title, "column 'title' is missing"),
         (_wider_rank, "column 'rank' is int64"),
@@ -420,15 +420,15 @@ def _two_batches(folder: Path) -> None:
         (lambda folder: (folder / files.VIDEOS_FILE).write_text("no table"), "not an Arrow IPC file"),
     ],
 )
-def test_invalid_tables_are_rejected(release: Path, damage: Callable[[Path], Any], said: str) -> None:
+def test_invalid_tables_are_rejected(release: Path, damage: Callable[[Path], Any], message: str) -> None:
     damage(release)
     rebuilt(release)
-    with pytest.raises(IncompatibleReleaseError, match=said):
+    with pytest.raises(IncompatibleReleaseError, match=message):
         look(release)
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "said"),
+    ("name", "content", "message"),
     [
         (files.BLEND_FILE, "retrieval: {quotas: {ann: 0.5}}", "quotas sum to 0.5, expected 1"),
         (files.BLEND_FILE, "retrieval: [", r"blend\.yaml cannot be read"),
@@ -441,10 +441,10 @@ def test_invalid_tables_are_rejected(release: Path, damage: Callable[[Path], Any
         (files.CALIBRATION_FILE, "{", r"calibration\.json cannot be read"),
     ],
 )
-def test_invalid_blend_or_calibration_is_rejected(release: Path, name: str, content: str, said: str) -> None:
+def test_invalid_blend_or_calibration_is_rejected(release: Path, name: str, content: str, message: str) -> None:
     (release / name).write_text(content)
     rebuilt(release)
-    with pytest.raises(IncompatibleReleaseError, match=said):
+    with pytest.raises(IncompatibleReleaseError, match=message):
         look(release)
 
 

@@ -1,3 +1,5 @@
+"""Alerts: parsing of webhook payloads and polls, and merging in any order."""
+
 from __future__ import annotations
 
 import itertools
@@ -36,8 +38,8 @@ def _news(*args: Any, **kwargs: Any) -> list[KnownAlert]:
 
 
 def test_firing_alert_with_the_release_label_is_found() -> None:
-    found = firing_for(merge_alerts({}, _news()), RELEASE)
-    assert [(a.name, a.release, a.detail) for a in found] == [("ReelwayErrorBudgetBurn", RELEASE, "burning")]
+    firing = firing_for(merge_alerts({}, _news()), RELEASE)
+    assert [(a.name, a.release, a.detail) for a in firing] == [("ReelwayErrorBudgetBurn", RELEASE, "burning")]
 
 
 @pytest.mark.parametrize("label", [None, "f" * 64, "0123", ""])
@@ -51,21 +53,21 @@ def test_release_label_may_be_a_prefix_of_12_characters() -> None:
 
 def test_resolved_alert_does_not_fire_in_any_order() -> None:
     for order in itertools.permutations([_news("firing"), _news("resolved"), _news("firing")]):
-        book: dict[Any, KnownAlert] = {}
+        alerts: dict[Any, KnownAlert] = {}
         for news in order:
-            book = merge_alerts(book, news)
-        assert firing_for(book, RELEASE) == ()
+            alerts = merge_alerts(alerts, news)
+        assert firing_for(alerts, RELEASE) == ()
 
 
 def test_alert_that_fires_again_is_a_new_alert() -> None:
-    book = merge_alerts({}, _news("resolved"))
-    book = merge_alerts(book, _news("firing", starts="2026-01-02T04:00:00Z"))
-    assert len(firing_for(book, RELEASE)) == 1
+    alerts = merge_alerts({}, _news("resolved"))
+    alerts = merge_alerts(alerts, _news("firing", starts="2026-01-02T04:00:00Z"))
+    assert len(firing_for(alerts, RELEASE)) == 1
 
 
 def test_alert_from_before_the_rollout_is_ignored() -> None:
-    book = merge_alerts({}, _news())
-    assert firing_for(book, RELEASE, since=2e9) == ()
+    alerts = merge_alerts({}, _news())
+    assert firing_for(alerts, RELEASE, since=2e9) == ()
 
 
 @given(st.lists(st.sampled_from(["firing", "resolved"]), max_size=8), st.randoms())
@@ -73,17 +75,17 @@ def test_merged_alerts_do_not_depend_on_order_or_repetition(statuses: list[str],
     news = [_news(s, starts=f"2026-01-02T0{i % 3}:00:00Z") for i, s in enumerate(statuses)]
     books = []
     for _ in range(2):
-        book: dict[Any, KnownAlert] = {}
+        alerts: dict[Any, KnownAlert] = {}
         for item in news:
-            book = merge_alerts(book, item)
-        books.append(book)
+            alerts = merge_alerts(alerts, item)
+        books.append(alerts)
         news = news + news
         rng.shuffle(news)
     assert books[0] == books[1]
 
 
 @pytest.mark.parametrize(
-    ("body", "said"),
+    ("body", "message"),
     [
         ("{", "not JSON"),
         (b"\xff\xfe", "not JSON"),
@@ -96,20 +98,20 @@ def test_merged_alerts_do_not_depend_on_order_or_repetition(statuses: list[str],
         (json.dumps(_payload() | {"alerts": _payload()["alerts"] * 1001}), "alerts"),
     ],
 )
-def test_invalid_webhook_payload_is_rejected_by_field(body: str | bytes, said: str) -> None:
-    with pytest.raises(DataError) as refused:
+def test_invalid_webhook_payload_is_rejected_by_field(body: str | bytes, message: str) -> None:
+    with pytest.raises(DataError) as error:
         parse_webhook(body)
-    assert said in str(refused.value)
+    assert message in str(error.value)
 
 
 def test_alert_missing_from_a_poll_has_ended() -> None:
     item = {"labels": {"alertname": "Burn", "release": RELEASE}, "startsAt": "2026-01-02T03:04:05Z",
             "status": {"state": "active"}}  # fmt: skip
-    book = replace_polled({}, parse_polled_alerts([item]))
-    assert len(firing_for(book, RELEASE)) == 1
-    assert firing_for(replace_polled(book, parse_polled_alerts([])), RELEASE) == ()
+    alerts = replace_polled({}, parse_polled_alerts([item]))
+    assert len(firing_for(alerts, RELEASE)) == 1
+    assert firing_for(replace_polled(alerts, parse_polled_alerts([])), RELEASE) == ()
     suppressed = item | {"status": {"state": "suppressed"}}
-    assert firing_for(replace_polled(book, parse_polled_alerts([suppressed])), RELEASE) == ()
+    assert firing_for(replace_polled(alerts, parse_polled_alerts([suppressed])), RELEASE) == ()
     with pytest.raises(DataError, match="not an alert of API v2"):
         parse_polled_alerts([{"labels": {}}])
     with pytest.raises(DataError, match="expected a list"):
@@ -118,6 +120,6 @@ def test_alert_missing_from_a_poll_has_ended() -> None:
 
 def test_merged_alerts_are_limited_in_number() -> None:
     news = [KnownAlert(group_key="g", labels=(("release", RELEASE),), starts_at=i, resolved=True) for i in range(6_000)]
-    book = merge_alerts({}, news)
-    assert len(book) == 4_096
-    assert min(alert.starts_at for alert in book.values()) == 6_000 - 4_096
+    alerts = merge_alerts({}, news)
+    assert len(alerts) == 4_096
+    assert min(alert.starts_at for alert in alerts.values()) == 6_000 - 4_096

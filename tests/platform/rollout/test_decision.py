@@ -1,3 +1,5 @@
+"""The decision rules: one test per rule, and invariants over random histories."""
+
 from __future__ import annotations
 
 from dataclasses import replace

@@ -1,3 +1,5 @@
+"""States of evidence: counters, outcome metrics and guardrails."""
+
 from __future__ import annotations
 
 import math
@@ -72,7 +74,7 @@ def test_counter_increase_is_not_negative_with_nan_samples(values: list[float]) 
 
 
 @pytest.mark.parametrize(
-    ("samples", "state", "said"),
+    ("samples", "state", "detail"),
     [
         (None, DOWN, "absent"),
         ([], DOWN, "absent"),
@@ -84,10 +86,10 @@ def test_counter_increase_is_not_negative_with_nan_samples(values: list[float]) 
         ([Sample(0, 1), Sample(10, 3)], OK, ""),
     ],
 )
-def test_counter_state_depends_on_its_samples(samples: list[Sample], state: EvidenceState, said: str) -> None:
+def test_counter_state_depends_on_its_samples(samples: list[Sample], state: EvidenceState, detail: str) -> None:
     reading = counter_increase(samples, now=20, max_age_s=60)
     assert reading.state is state
-    assert said in reading.detail
+    assert detail in reading.detail
 
 
 def test_sum_with_an_unresponsive_replica_is_unknown() -> None:
@@ -131,17 +133,21 @@ def test_outcome_metric_gets_the_expected_finding(kind: str, finding: str) -> No
 
 def test_telemetry_down_of_the_source_overrides_its_numbers() -> None:
     key = ("long_watch_rate", Slice.OVERALL)
-    seen = KINDS["harm"].metrics[key]
-    snapshot = replace(KINDS["harm"], metrics={key: MetricEvidence(DOWN, seen.stable, seen.canary, "scrape failed")})
+    metric = KINDS["harm"].metrics[key]
+    snapshot = replace(
+        KINDS["harm"], metrics={key: MetricEvidence(DOWN, metric.stable, metric.canary, "scrape failed")}
+    )
     assert assess(_policy(), snapshot).outcomes[0].finding == "telemetry_down"
 
 
 def test_lower_is_better_metric_is_harmed_by_an_increase() -> None:
-    key, seen = ("skip_rate", Slice.OVERALL), KINDS["harm"].metrics["long_watch_rate", Slice.OVERALL]
-    rising = MetricEvidence(OK, stable=seen.canary, canary=seen.stable)
-    falling = MetricEvidence(OK, stable=seen.stable, canary=seen.canary)
-    found = [assess(_policy(), replace(KINDS["good"], metrics={key: e})).outcomes[1].finding for e in (rising, falling)]
-    assert found == ["harm_established", "harm_excluded"]
+    key, metric = ("skip_rate", Slice.OVERALL), KINDS["harm"].metrics["long_watch_rate", Slice.OVERALL]
+    rising = MetricEvidence(OK, stable=metric.canary, canary=metric.stable)
+    falling = MetricEvidence(OK, stable=metric.stable, canary=metric.canary)
+    findings = [
+        assess(_policy(), replace(KINDS["good"], metrics={key: e})).outcomes[1].finding for e in (rising, falling)
+    ]
+    assert findings == ["harm_established", "harm_excluded"]
 
 
 # Guardrails: one test per limit
@@ -184,8 +190,8 @@ def test_parity_guardrail_breaches_at_one_mismatch() -> None:
 def test_only_alerts_with_the_release_label_count() -> None:
     own, foreign = (FiringAlert("Burn", release, 0.0) for release in (RELEASE, "f" * 64))
     for alerts, state in (((own,), BAD), ((foreign,), OK), ((), OK)):
-        found = assess(_policy(), replace(KINDS["good"], alerts=alerts)).guardrails[-1]
-        assert (found.name, found.state) == ("firing_alerts", state)
+        findings = assess(_policy(), replace(KINDS["good"], alerts=alerts)).guardrails[-1]
+        assert (findings.name, findings.state) == ("firing_alerts", state)
 
 
 def test_null_guardrail_is_disabled() -> None:

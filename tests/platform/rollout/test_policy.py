@@ -1,3 +1,5 @@
+"""Rollout policies: error messages of invalid files, and the division of alpha."""
+
 from __future__ import annotations
 
 import jsonschema
@@ -18,18 +20,21 @@ SMALL = "steps: [{weight_percent: 1}]\noutcomes: [{name: long_watch_rate, margin
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
-        ("steps: [{weigth_percent: 1}]", "steps[0].weigth_percent: unknown key, allowed: hold_s, minimum_impressions"),
+        (
+            "steps: [{weigth_percent: 1}]",
+            "steps[0].weigth_percent: unknown key, expected one of hold_s, minimum_impressions",
+        ),
         (
             SMALL + "guardrails: {error_ratio: {maxim: 1}}",
-            "error_ratio.maxim: unknown key, allowed: maximum",
+            "error_ratio.maxim: unknown key, expected one of maximum",
         ),
-        (SMALL + "stepz: 1", "stepz: unknown key, allowed: alpha, cooldown_s"),
+        (SMALL + "stepz: 1", "stepz: unknown key, expected one of alpha, cooldown_s"),
         (SMALL.replace("1}", "130}"), "steps[0].weight_percent: saw 130, expected less than or equal to 100"),
-        (SMALL.replace("0.02}", "0.02, direction: up}"), "direction: saw 'up', allowed: 'higher' or 'lower'"),
-        (SMALL.replace("0.02}", "0.02, slices: [all]}"), "outcomes[0].slices[0]: saw 'all', allowed: 'overall'"),
-        (SMALL + "deadlines: {insufficient: {after_s: 1, action: promote}}", "saw 'promote', allowed: 'hold', 'pause'"),
+        (SMALL.replace("0.02}", "0.02, direction: up}"), "direction: saw 'up', expected 'higher' or 'lower'"),
+        (SMALL.replace("0.02}", "0.02, slices: [all]}"), "outcomes[0].slices[0]: saw 'all', expected 'overall'"),
+        (SMALL + "deadlines: {insufficient: {after_s: 1, action: promote}}", "saw 'promote', expected 'hold', 'pause'"),
         (SMALL.replace("1}", "1.005}"), "expected a multiple of 0.01"),
         (
             SMALL.replace("1}", "5}, {weight_percent: 5}"),
@@ -48,17 +53,17 @@ SMALL = "steps: [{weight_percent: 1}]\noutcomes: [{name: long_watch_rate, margin
         ("a: [", "not YAML"),
     ],
 )
-def test_invalid_policy_is_rejected_with_path_and_allowed_values(text: str, said: str) -> None:
-    with pytest.raises(ConfigError) as refused:
+def test_invalid_policy_is_rejected_with_path_and_allowed_values(text: str, message: str) -> None:
+    with pytest.raises(ConfigError) as error:
         parse_policy(text, source="mine.yaml")
-    assert said in str(refused.value)
-    assert str(refused.value).startswith("mine.yaml: ")
+    assert message in str(error.value)
+    assert str(error.value).startswith("mine.yaml: ")
 
 
 def test_invalid_item_is_reported_only_once() -> None:
-    with pytest.raises(ConfigError) as refused:
+    with pytest.raises(ConfigError) as error:
         parse_policy(SMALL.replace("1}", "130}"), source="mine.yaml")
-    assert str(refused.value).count("\n") == 0
+    assert str(error.value).count("\n") == 0
 
 
 def test_missing_policy_file_is_a_config_error(tmp_path) -> None:  # type: ignore[no-untyped-def]

@@ -67,8 +67,8 @@ def test_collapsed_canary_has_a_variance() -> None:
 def test_estimate_without_data_is_nan() -> None:
     assert np.isnan(ratio_estimate(1, 5, 2, 25, 4, 10).value)
     assert np.isnan(ratio_estimate(0, 0, 0, 0, 0, 0).variance)
-    nobody = Estimate(np.array(0.0), np.array(0.0), np.array(100.0))
-    assert np.isnan(relative_difference(_of(np.ones(9), np.arange(9.0)), nobody).value)
+    no_viewers = Estimate(np.array(0.0), np.array(0.0), np.array(100.0))
+    assert np.isnan(relative_difference(_of(np.ones(9), np.arange(9.0)), no_viewers).value)
 
 
 def test_tail_bound_is_never_below_the_exact_tail() -> None:

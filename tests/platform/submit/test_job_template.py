@@ -37,8 +37,8 @@ def small() -> Document:
 
 def container(job: Document, group: str) -> Document:
     cluster = job["spec"]["rayClusterSpec"]
-    place = cluster["headGroupSpec"] if group == "head" else cluster["workerGroupSpecs"][0]
-    return dict(place["template"]["spec"]["containers"][0])
+    group_spec = cluster["headGroupSpec"] if group == "head" else cluster["workerGroupSpecs"][0]
+    return dict(group_spec["template"]["spec"]["containers"][0])
 
 
 @pytest.mark.parametrize("kind", JobKind)
@@ -69,9 +69,9 @@ def test_run_option_sets_directory_and_label(small: Document) -> None:
 
 def test_kubernetes_does_not_expand_the_command_line(small: Document) -> None:
     job = build_ray_job(small, JobRequest(JobKind.TRAIN, run="try-2", arguments=("--note", "$(HOME)")))
-    (given,) = job["spec"]["submitterPodTemplate"]["spec"]["containers"][0]["args"]
-    assert given.replace("$$", "$") == job["spec"]["entrypoint"]
-    assert "$$(HOME)" in given
+    (command,) = job["spec"]["submitterPodTemplate"]["spec"]["containers"][0]["args"]
+    assert command.replace("$$", "$") == job["spec"]["entrypoint"]
+    assert "$$(HOME)" in command
 
 
 @pytest.mark.parametrize("name", ["../production", "a/b", "-x", "", "x" * 64, "try "])

@@ -40,19 +40,19 @@ def atomic_file(path: Path) -> Iterator[Path]:
     except OSError as error:
         raise StorageError(f"cannot write {path}: {error.strerror or error}") from error
     os.close(fd)
-    aside = Path(name)
+    temporary = Path(name)
     try:
-        yield aside
-        with aside.open("rb") as handle:
+        yield temporary
+        with temporary.open("rb") as handle:
             os.fsync(handle.fileno())
-        aside.chmod(0o644)
-        aside.replace(path)
+        temporary.chmod(0o644)
+        temporary.replace(path)
         fsync_directory(path.parent)
     except OSError as error:
-        aside.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise StorageError(f"cannot write {path}: {error.strerror or error}; it is unchanged") from error
     except BaseException:
-        aside.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
 
 
@@ -65,36 +65,36 @@ def atomic_directory(path: Path) -> Iterator[Path]:
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        aside = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     except OSError as error:
         raise StorageError(f"cannot write {path}: {error.strerror or error}") from error
     try:
-        yield aside
-        for file in aside.rglob("*"):
+        yield temporary
+        for file in temporary.rglob("*"):
             if file.is_file():
                 with file.open("rb") as handle:
                     os.fsync(handle.fileno())
-        aside.chmod(0o755)
+        temporary.chmod(0o755)
         if path.exists():
             retired = Path(tempfile.mkdtemp(prefix=f".{path.name}.old.", dir=path.parent))
             path.replace(retired / "old")
-            aside.replace(path)
+            temporary.replace(path)
             shutil.rmtree(retired, ignore_errors=True)
         else:
-            aside.replace(path)
+            temporary.replace(path)
         fsync_directory(path.parent)
     except OSError as error:
-        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
         raise StorageError(f"cannot write {path}: {error.strerror or error}; it is unchanged") from error
     except BaseException:
-        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
         raise
 
 
 def write_json(path: Path, value: Any) -> None:
     """Writes ``value`` atomically as indented JSON with sorted keys."""
-    with atomic_file(path) as aside:
-        aside.write_text(json.dumps(value, indent=2, sort_keys=True, default=str) + "\n")
+    with atomic_file(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=2, sort_keys=True, default=str) + "\n")
 
 
 def create_private_file(path: Path, content: bytes) -> None:

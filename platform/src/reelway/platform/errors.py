@@ -1,9 +1,9 @@
-"""The tree of all errors that Reelway raises on purpose.
+"""The tree of all errors that Reelway raises deliberately.
 
 ::
 
     ReelwayError                     exit 1
-    ├── CommandFailedError           its code a command that this command ran failed
+    ├── CommandFailedError           its code a child command failed
     ├── ConfigError                  exit 2   a setting, flag or policy is wrong
     ├── DataError                    exit 3   input data
     │   ├── MalformedFileError                a file does not match its format (file, row, column, value)
@@ -40,7 +40,7 @@ class ReelwayError(Exception):
 
 
 class CommandFailedError(ReelwayError):
-    """A command that this command ran failed. Its own message has already been printed."""
+    """A child command failed. It has already printed its own message."""
 
     def __init__(self, command: Sequence[str], code: int) -> None:
         super().__init__(f"`{' '.join(command)}` ended with exit code {code}; see its message above")

@@ -23,12 +23,12 @@ from reelway.platform.errors import ConfigError
 
 
 def digest_of(value: Any) -> str:
-    """Hex SHA-256 of a value that JSON can encode, independent of key order."""
+    """Returns the hex SHA-256 of a value that JSON can encode, independent of key order."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def digest_of_files(paths: Sequence[Path]) -> str:
-    """Hex SHA-256 over the content of ``paths``, in the given order."""
+    """Returns the hex SHA-256 over the content of ``paths``, in the given order."""
     combined = hashlib.sha256()
     for path in paths:
         with path.open("rb") as handle:
@@ -92,7 +92,7 @@ class RunDirectory:
         return self.path / "steps" / f"{step}.json"
 
     def record(self, step: str) -> dict[str, Any]:
-        """The record of a finished step.
+        """Returns the record of a finished step.
 
         Raises:
             ConfigError: if the step has not finished in this run directory.

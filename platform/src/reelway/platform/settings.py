@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Any, TypeVar
 
 import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic_settings import SettingsError
 
 from reelway.platform.errors import ConfigError
+from reelway.platform.validation_errors import explain_problem
 
 ModelT = TypeVar("ModelT", bound=BaseModel)
 
@@ -54,21 +55,6 @@ def merged(document: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[st
     return result
 
 
-def explain_problem(model: type[BaseModel], problem: Mapping[str, Any], source: str) -> str:
-    """Returns one line for one pydantic error: source, path, value seen and value expected."""
-    location: Sequence[str | int] = problem["loc"]
-    path = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in location).removeprefix(".")
-    origin = _environment_variable(model, location) or source
-    if problem["type"] == "extra_forbidden":
-        return f"{origin}: {path}: unknown key, expected one of {', '.join(_known_keys(model, location[:-1]))}"
-    if problem["type"] == "missing":
-        return f"{origin}: {path}: missing, and it has no default"
-    if problem["type"] == "value_error":
-        return f"{origin}: {path}: {problem['ctx']['error']}"
-    expected = str(problem["msg"]).removeprefix("Input should be ")
-    return f"{origin}: {path}: saw {problem['input']!r}, expected {expected}"
-
-
 def _read_mapping(path: Path) -> dict[str, Any]:
     try:
         loaded = yaml.safe_load(path.read_text())
@@ -81,24 +67,3 @@ def _read_mapping(path: Path) -> dict[str, Any]:
     if not isinstance(loaded, dict) or not all(isinstance(key, str) for key in loaded):
         raise ConfigError(f"{path}: saw {loaded!r}, expected a mapping of settings")
     return loaded
-
-
-def _environment_variable(model: type[BaseModel], location: Sequence[str | int]) -> str | None:
-    """The environment variable that the setting at ``location`` came from, if one is set."""
-    prefix = str(model.model_config.get("env_prefix", ""))
-    if not prefix:
-        return None
-    names = {name.upper() for name in os.environ}
-    for length in range(len(location), 0, -1):
-        name = (prefix + "__".join(str(part) for part in location[:length])).upper()
-        if name in names:
-            return name
-    return None
-
-
-def _known_keys(model: type[BaseModel], location: Sequence[str | int]) -> list[str]:
-    for part in location:
-        annotation = model.model_fields[str(part)].annotation
-        candidates = [annotation, *get_args(annotation)]
-        model = next(one for one in candidates if isinstance(one, type) and issubclass(one, BaseModel))
-    return sorted(model.model_fields)

@@ -46,7 +46,7 @@ class SqliteFormat:
         version: schema version; there is one, and a file of another version is rejected.
         schema: statements that create the tables of a new file.
         pragmas: set on every connection, for example ``cache_size = -32768``.
-        exclusive: one process at a time holds the file while it is open.
+        exclusive: only one process at a time can open the file.
         remedy: what to do about a file of another version or a damaged file.
     """
 
@@ -71,7 +71,7 @@ class SqliteFile:
 
     Raises:
         MalformedFileError: if the file is not a SQLite file, or of another kind.
-        StorageError: if it has another schema version, is held by another process, or cannot be opened or written.
+        StorageError: if it has another schema version, is locked by another process, or cannot be opened or written.
             Every method may raise these two.
     """
 
@@ -149,7 +149,7 @@ class SqliteFile:
                 db.execute(f"PRAGMA user_version = {self._format.version}")
 
     def _is_initialised(self) -> bool:
-        """False for a new file.
+        """Returns whether the file has its tables; False for a new file.
 
         Raises:
             MalformedFileError: if the file is of another kind.
@@ -161,8 +161,8 @@ class SqliteFile:
         if (application, version, tables) == (0, 0, 0):
             return False
         if application != self._format.application_id:
-            seen = f"a SQLite file of another application ({tables} tables)"
-            raise MalformedFileError(self.path, f"{self._format.description}; give another path", seen=seen)
+            description = f"a SQLite file of another application ({tables} tables)"
+            raise MalformedFileError(self.path, f"{self._format.description}; give another path", seen=description)
         if version != self._format.version:
             raise StorageError(
                 f"{self.path}: {self._format.description} with schema version {version}, "
@@ -171,7 +171,7 @@ class SqliteFile:
         return True
 
     def _retry_while_locked(self, attempt: Callable[[], object]) -> None:
-        """SQLite's busy timeout does not cover a change of journal mode, and two processes may create one file."""
+        """Retries an operation that SQLite's busy timeout does not cover, such as a change of the journal mode."""
         deadline = time.monotonic() + self._busy_timeout_s
         while True:
             try:

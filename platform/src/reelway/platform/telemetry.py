@@ -36,12 +36,12 @@ def _check_name(name: str, labels: Sequence[str]) -> tuple[str, ...]:
 
 
 def counter(name: str, help_text: str, labels: Sequence[str], registry: CollectorRegistry) -> Counter:
-    """A counter; its name ends in ``_total``."""
+    """Creates a counter; its name ends in ``_total``."""
     return Counter(name, help_text, _check_name(name, labels), registry=registry)
 
 
 def gauge(name: str, help_text: str, labels: Sequence[str], registry: CollectorRegistry) -> Gauge:
-    """A gauge, summed over the live processes of a node."""
+    """Creates a gauge, summed over the live processes of a node."""
     return Gauge(name, help_text, _check_name(name, labels), registry=registry, multiprocess_mode="livesum")
 
 
@@ -52,7 +52,7 @@ def histogram(
     registry: CollectorRegistry,
     buckets: Sequence[float] = LATENCY_BUCKETS_S,
 ) -> Histogram:
-    """A histogram, in seconds unless the name has another unit."""
+    """Creates a histogram, in seconds unless the name has another unit."""
     return Histogram(name, help_text, _check_name(name, labels), registry=registry, buckets=tuple(buckets))
 
 

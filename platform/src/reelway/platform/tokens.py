@@ -1,4 +1,4 @@
-"""Signed impression tokens, which tell the service what an outcome is about.
+"""Signed impression tokens, which identify the impression that an outcome belongs to.
 
 Every video of a slate carries a token, and every outcome returns it. The service therefore keeps no state between the
 two, and a client can neither invent an impression nor move one to another arm. A token is signed, not encrypted. It
@@ -53,7 +53,7 @@ class ImpressionToken(NamedTuple):
     arm: Arm
     source: str
     propensity: float
-    issued_at_s: float  # Unix seconds by the signer's clock, whatever the request's context says
+    issued_at_s: float  # Unix seconds by the signer's clock, not by the client's context
     rollout: str = ""  # rollout id of at most ROLLOUT_MAX_BYTES; empty outside of a rollout
     weight: float = 0.0  # sequential.overlap_weight of the arms when the video was shown
     slices: int = 0  # sum of SLICE_BITS
@@ -94,7 +94,7 @@ class TokenSigner:
         return self.sign_many((token,))[0]
 
     def sign_many(self, tokens: Iterable[ImpressionToken]) -> list[str]:
-        """``sign`` for all videos of a slate."""
+        """Signs the tokens of all videos of a slate."""
         key = self._keys[0]
         signed = []
         for token in tokens:
@@ -116,7 +116,9 @@ class TokenSigner:
             )
         body, mac = raw[:-MAC_BYTES], raw[-MAC_BYTES:]
         expected = [hashlib.blake2b(body, digest_size=MAC_BYTES, key=key).digest() for key in self._keys]
-        if not sum(hmac.compare_digest(mac, one) for one in expected):  # a sum: every secret takes the same time
+        if not sum(
+            hmac.compare_digest(mac, one) for one in expected
+        ):  # a sum compares with every secret, so the duration reveals nothing
             raise TokenError(
                 f"impression token {text[:12]!r}... is signed by none of the {len(expected)} accepted secrets; "
                 "it was changed, or its secret was retired"
@@ -155,7 +157,7 @@ def _body(token: ImpressionToken) -> bytes:
 
 
 def _token(body: bytes) -> ImpressionToken:
-    """The inverse of ``_body``, for bytes whose signature is valid."""
+    """Decodes a body, the inverse of ``_body``, for bytes whose signature is valid."""
     if body[0] != _VERSION:
         raise TokenError(
             f"impression token has version {body[0]}, expected {_VERSION}; another version of Reelway signed it"
@@ -180,7 +182,7 @@ def _encode(raw: bytes) -> str:
 
 
 def _decode(text: str) -> bytes:
-    """Strict base64: exactly one text encodes a token."""
+    """Decodes strict base64, in which exactly one text encodes a token."""
     try:
         padded = text.encode("ascii").translate(_FROM_URL) + b"=" * (-len(text) % 4)
         raw = binascii.a2b_base64(padded, strict_mode=True)

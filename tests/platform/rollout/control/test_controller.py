@@ -177,9 +177,9 @@ def test_reconcile_without_a_rollout_does_nothing(world: ControllerEnvironment) 
 def test_final_rollout_fetches_no_evidence(world: ControllerEnvironment) -> None:
     stepping(world).source.kind = "errors"
     world.tick(2)
-    asked, version = world.source.asked, newest(world.store).version
+    fetches, version = world.source.asked, newest(world.store).version
     world.tick(3)
-    assert (world.source.asked, newest(world.store).version) == (asked, version)
+    assert (world.source.asked, newest(world.store).version) == (fetches, version)
 
 
 def test_controller_moves_the_newest_rollout_only(world: ControllerEnvironment) -> None:
@@ -199,7 +199,7 @@ def test_controller_moves_the_newest_rollout_only(world: ControllerEnvironment) 
 
 def test_firing_alert_rolls_back_without_an_observation(world: ControllerEnvironment) -> None:
     stepping(world)
-    asked = world.source.asked
+    fetches = world.source.asked
     world.backend.observe = _never  # type: ignore[method-assign]
     world.alert()
     decision = world.controller.react()
@@ -207,7 +207,7 @@ def test_firing_alert_rolls_back_without_an_observation(world: ControllerEnviron
     assert (world.state.phase, world.traffic) == (Phase.ROLLING_BACK, traffic_target(world.state))
     assert world.traffic.routing.weight_of(Arm.CANARY) == 0
     assert "CanaryErrors" in world.store.history()[-1].reason
-    assert world.source.asked == asked
+    assert world.source.asked == fetches
     assert world.controller.react() is None  # rolled back once
 
 

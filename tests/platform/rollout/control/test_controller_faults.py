@@ -102,7 +102,7 @@ class FaultTrial:
             pass
         self.heal()
 
-    def break_(self, place: str, fault: BaseException) -> None:
+    def break_(self, method: str, fault: BaseException) -> None:
         def fails(*_: object) -> None:
             raise fault
 
@@ -116,7 +116,7 @@ class FaultTrial:
             "apply before": lambda: setattr(self.world.backend, "before", fails_after_the_check),
             "apply after": lambda: setattr(self.world.backend, "after", fails),
         }
-        callbacks[place]()
+        callbacks[method]()
 
 
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])

@@ -59,16 +59,16 @@ def end_of(folder: Path) -> dict[str, Any]:
 def test_controller_killed_at_any_point_reaches_the_same_end(
     in_memory: Path, story: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    whole = in_memory / "whole"
-    whole.mkdir()
-    play(whole, story, 0)
-    points, wanted = int((whole / "points").read_text()), end_of(whole)
+    uninterrupted = in_memory / "whole"
+    uninterrupted.mkdir()
+    play(uninterrupted, story, 0)
+    points, expected = int((uninterrupted / "points").read_text()), end_of(uninterrupted)
     for die_at in range(1, points + 1):
         folder = in_memory / str(die_at)
         folder.mkdir()
         assert killed(folder, story, die_at)
         play(folder, story, 0)
-        assert end_of(folder) == wanted, f"killed at point {die_at} of {points}"
+        assert end_of(folder) == expected, f"killed at point {die_at} of {points}"
     with capsys.disabled():
         print(f"\n{story}: killed at each of {points} points, the same end every time")
     assert points >= 20

@@ -1,4 +1,4 @@
-"""The controller as a process: one per run, found by its record, ended cleanly, and begun again after a kill."""
+"""The local controller as a process: its lock, its record file, a clean end, and a restart after a kill."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ START = (
 
 @contextmanager
 def controller_process(run: Path) -> Iterator[tuple[subprocess.Popen[str], dict[str, Any]]]:
-    """A controller in a process of its own, from listening on; killed at the end if it still runs."""
+    """Runs a controller as a child process that listens; kills it at the end of the block."""
     process = subprocess.Popen([sys.executable, "-c", START, run], stderr=subprocess.PIPE, text=True)
     record = run / "rollout" / "controller.json"
     try:
@@ -53,20 +53,20 @@ def controller_process(run: Path) -> Iterator[tuple[subprocess.Popen[str], dict[
         process.communicate()
 
 
-def deliver(run: Path, url: str, **what: str) -> httpx.Response:
+def deliver(run: Path, url: str, **changes: str) -> httpx.Response:
     token = (run / "keys" / "webhook.token").read_text().strip()
     headers = {"Authorization": f"Bearer {token}"}
-    return httpx.post(f"{url}/api/v1/alerts", json=payload(**what), headers=headers, timeout=10)
+    return httpx.post(f"{url}/api/v1/alerts", json=payload(**changes), headers=headers, timeout=10)
 
 
-def test_a_killed_controller_is_begun_again_and_knows_what_was_delivered(tmp_path: Path) -> None:
+def test_restarted_controller_has_the_alerts_of_a_killed_one(tmp_path: Path) -> None:
     store = SqliteRolloutStore(tmp_path / "rollout" / "state.db")
     with controller_process(tmp_path) as (process, known):
         assert deliver(tmp_path, known["url"]).status_code == 200
         assert httpx.get(known["url"] + "/healthz").status_code == 200
         process.send_signal(signal.SIGKILL)
         process.wait()
-    assert (tmp_path / "rollout" / "controller.json").exists()  # nobody could remove it
+    assert (tmp_path / "rollout" / "controller.json").exists()  # a killed process removes nothing
     state = start_state(QUICK, rollout_id="r", canary_release=RELEASE, stable_release=STABLE, now=1.0)
     store.create(state, QUICK)
     with controller_process(tmp_path) as (process, known):
@@ -83,12 +83,12 @@ def test_a_killed_controller_is_begun_again_and_knows_what_was_delivered(tmp_pat
         lines = process.stderr.read()
     assert not (tmp_path / "rollout" / "controller.json").exists()
     assert re.search(r"r roll_back: guardrail: .*CanaryErrors", lines)
-    assert lines.count("serving.json is not there") <= 2  # said when it begins, not at every look
+    assert lines.count("serving.json does not exist") <= 2  # logged when the failure begins, not at every reconcile
     assert "Traceback" not in lines
     assert [entry.action for entry in store.history()] == ["prepare", "roll_back"]
 
 
-def test_a_second_controller_of_a_run_is_refused_by_name(tmp_path: Path) -> None:
+def test_second_controller_of_a_run_is_rejected(tmp_path: Path) -> None:
     stop = threading.Event()
     first = threading.Thread(target=run_controller, args=(ControllerSettings(run=tmp_path, interval_s=0.05), stop))
     first.start()
@@ -108,4 +108,4 @@ def test_a_second_controller_of_a_run_is_refused_by_name(tmp_path: Path) -> None
     assert not record.exists()
     after = threading.Event()
     after.set()
-    run_controller(ControllerSettings(run=tmp_path), after)  # the lock went with the first
+    run_controller(ControllerSettings(run=tmp_path), after)  # the first one has released its lock

@@ -23,8 +23,8 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[ControllerSettings]:
     return received
 
 
-def run_command(*words: str) -> Any:
-    return CliRunner().invoke(build_app(), ["rollout", "controller", *words], catch_exceptions=False)
+def run_command(*args: str) -> Any:
+    return CliRunner().invoke(build_app(), ["rollout", "controller", *args], catch_exceptions=False)
 
 
 def test_options_override_the_settings_file(tmp_path: Path, started: list[ControllerSettings]) -> None:

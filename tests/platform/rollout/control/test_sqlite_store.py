@@ -48,8 +48,8 @@ def store(tmp_path: Path) -> SqliteRolloutStore:
 
 
 def test_recorded_state_is_read_by_another_process(store: SqliteRolloutStore) -> None:
-    made = store.create(state(), POLICY)
-    moved = store.record(made, made.state.model_copy(update={"phase": Phase.PREPARING}), entry())
+    created = store.create(state(), POLICY)
+    moved = store.record(created, created.state.model_copy(update={"phase": Phase.PREPARING}), entry())
     store.save_last_reconcile(LastReconcile(rollout_id="r-1", time=3, action="wait", reason="so"))
     store.replace_alerts({alert("a").key: alert("a")})
     code = (
@@ -94,7 +94,7 @@ def test_get_accepts_the_unique_beginning_of_an_id(store: SqliteRolloutStore) ->
         store.create(state(name, Phase.ROLLED_BACK), POLICY)
     assert store.get("x").state.id == "xy"
     assert store.get("ab").state.id == "ab"  # an exact match, although another id begins with it
-    with pytest.raises(RolloutError, match="several ids begin with it"):
+    with pytest.raises(RolloutError, match="is ambiguous"):
         store.get("a")
     for wrong in ("z", "", "%", "x_"):
         with pytest.raises(RolloutError, match="does not exist"):
@@ -102,18 +102,18 @@ def test_get_accepts_the_unique_beginning_of_an_id(store: SqliteRolloutStore) ->
 
 
 def test_write_based_on_an_outdated_version_is_rejected(store: SqliteRolloutStore) -> None:
-    made = store.create(state(), POLICY)
-    store.record(made, state(phase=Phase.PREPARING), entry(reason="first"))
+    created = store.create(state(), POLICY)
+    store.record(created, state(phase=Phase.PREPARING), entry(reason="first"))
     with pytest.raises(RolloutError, match=r"at version 2 .preparing., was read at 1 .pending."):
-        store.record(made, state(phase=Phase.SHADOW), entry(reason="second"))
+        store.record(created, state(phase=Phase.SHADOW), entry(reason="second"))
     assert store.get("r-1").state.phase is Phase.PREPARING
     assert [known.reason for known in store.history()] == ["first"]
 
 
 def test_command_submitted_during_a_decision_is_kept(store: SqliteRolloutStore) -> None:
-    made = store.create(state(), POLICY)
+    created = store.create(state(), POLICY)
     store.submit_command("r-1", Command(id="c1", verb="rollback"))
-    written = store.record(made, state(phase=Phase.PREPARING), None)
+    written = store.record(created, state(phase=Phase.PREPARING), None)
     assert written.state.phase is Phase.PREPARING
     assert written.state.command == Command(id="c1", verb="rollback")
     assert written.state.commands_seen == ("c1",)
@@ -124,8 +124,8 @@ def test_handled_command_does_not_return(store: SqliteRolloutStore) -> None:
     store.create(state(), POLICY)
     read = store.submit_command("r-1", Command(id="c1", verb="rollback"))
     store.submit_command("r-1", Command(id="c2", verb="pause"))  # ignored: a rollback is never replaced
-    done = read.state.model_copy(update={"command": None, "phase": Phase.ROLLING_BACK})
-    assert store.record(read, done, None).state.command is None
+    updated = read.state.model_copy(update={"command": None, "phase": Phase.ROLLING_BACK})
+    assert store.record(read, updated, None).state.command is None
     read = store.get("r-1")
     assert store.submit_command("r-1", Command(id="c1", verb="rollback")) == read
 
@@ -176,10 +176,10 @@ def test_revision_separates_own_writes_from_others(store: SqliteRolloutStore) ->
     other.submit_command("r-1", Command(id="c1", verb="pause"))
     assert store.revision() != both
     assert store.revision(include_own=False) != others
-    seen = store.revision()
+    revision = store.revision()
     other.submit_command("r-1", Command(id="c1", verb="pause"))  # changes nothing
     other.get("r-1")
-    assert store.revision() == seen
+    assert store.revision() == revision
 
 
 def test_concurrent_writers_lose_nothing(store: SqliteRolloutStore) -> None:
@@ -245,8 +245,8 @@ def test_another_schema_version_is_rejected(store: SqliteRolloutStore) -> None:
 
 
 def test_invalid_row_is_rejected(store: SqliteRolloutStore) -> None:
-    made = store.create(state(), POLICY)
-    wrong = json.loads(made.state.model_dump_json()) | {"canary_bp": 20_000}
+    created = store.create(state(), POLICY)
+    wrong = json.loads(created.state.model_dump_json()) | {"canary_bp": 20_000}
     store._file.connection.execute("UPDATE rollouts SET state = ?", (json.dumps(wrong),))
     with pytest.raises(MalformedFileError, match="less than or equal to 10000"):
         store.latest()

@@ -28,7 +28,7 @@ from reelway.platform.rollout.control.webhook import ALERTS_PATH, BODY_LIMIT_BYT
 class WebhookServer:
     url: str
     store: SqliteRolloutStore
-    book: AlertRegistry
+    alerts: AlertRegistry
     woken: threading.Event
     metrics: ControllerMetrics
 
@@ -41,49 +41,49 @@ class WebhookServer:
 
 
 @pytest.fixture
-def door(tmp_path: Path) -> Iterator[WebhookServer]:
+def server(tmp_path: Path) -> Iterator[WebhookServer]:
     store = SqliteRolloutStore(tmp_path / "state.db")
-    book, woken, metrics = AlertRegistry(store), threading.Event(), ControllerMetrics()
-    with serve_in_thread(webhook_application(book, woken.set, TOKEN, metrics), "127.0.0.1", 0) as url:
-        yield WebhookServer(url, store, book, woken, metrics)
+    alerts, woken, metrics = AlertRegistry(store), threading.Event(), ControllerMetrics()
+    with serve_in_thread(webhook_application(alerts, woken.set, TOKEN, metrics), "127.0.0.1", 0) as url:
+        yield WebhookServer(url, store, alerts, woken, metrics)
 
 
-def test_delivery_is_stored_before_its_answer(door: WebhookServer) -> None:
-    answer = door.post(payload())
+def test_delivery_is_stored_before_its_answer(server: WebhookServer) -> None:
+    answer = server.post(payload())
     assert (answer.status_code, answer.json()) == (200, {"alerts": 1, "with_release": 1, "changed": True})
-    other = AlertRegistry(SqliteRolloutStore(door.store.path))
+    other = AlertRegistry(SqliteRolloutStore(server.store.path))
     assert [alert.name for alert in other.firing_for(RELEASE, since=0)] == ["CanaryErrors"]
-    assert door.woken.is_set()
+    assert server.woken.is_set()
 
 
-def test_repeated_delivery_changes_nothing(door: WebhookServer) -> None:
-    door.post(payload())
-    door.woken.clear()
-    before = door.store.revision()
-    assert door.post(payload()).json()["changed"] is False
-    assert (door.store.revision(), door.woken.is_set(), door.counted("known")) == (before, False, 1)
+def test_repeated_delivery_changes_nothing(server: WebhookServer) -> None:
+    server.post(payload())
+    server.woken.clear()
+    before = server.store.revision()
+    assert server.post(payload()).json()["changed"] is False
+    assert (server.store.revision(), server.woken.is_set(), server.counted("known")) == (before, False, 1)
 
 
-def test_resolved_alert_wins_in_either_order(door: WebhookServer) -> None:
-    door.post(payload(status="resolved"))
-    door.post(payload())
-    assert door.book.firing_for(RELEASE, since=0) == ()
+def test_resolved_alert_wins_in_either_order(server: WebhookServer) -> None:
+    server.post(payload(status="resolved"))
+    server.post(payload())
+    assert server.alerts.firing_for(RELEASE, since=0) == ()
 
 
-def test_alert_without_a_release_is_accepted_but_not_stored(door: WebhookServer) -> None:
-    assert door.post(payload(release=None)).json() == {"alerts": 1, "with_release": 0, "changed": False}
+def test_alert_without_a_release_is_accepted_but_not_stored(server: WebhookServer) -> None:
+    assert server.post(payload(release=None)).json() == {"alerts": 1, "with_release": 0, "changed": False}
 
 
-@pytest.mark.parametrize("given", ["", "Bearer", "Bearer wrong", f"Basic {TOKEN}", f"Bearer {TOKEN}x", TOKEN])
-def test_request_without_the_token_is_rejected(door: WebhookServer, given: str) -> None:
-    answer = door.post(payload(), Authorization=given)
+@pytest.mark.parametrize("authorization", ["", "Bearer", "Bearer wrong", f"Basic {TOKEN}", f"Bearer {TOKEN}x", TOKEN])
+def test_request_without_the_token_is_rejected(server: WebhookServer, authorization: str) -> None:
+    answer = server.post(payload(), Authorization=authorization)
     assert (answer.status_code, answer.headers["www-authenticate"]) == (401, "Bearer")
-    assert door.book.firing_for(RELEASE, since=0) == ()
-    assert door.counted("unauthorized") == 1
+    assert server.alerts.firing_for(RELEASE, since=0) == ()
+    assert server.counted("unauthorized") == 1
 
 
 @pytest.mark.parametrize(
-    ("content", "said"),
+    ("content", "message"),
     [
         (b"{", "not JSON"),
         (b"\xff\xfe", "not JSON"),
@@ -92,22 +92,22 @@ def test_request_without_the_token_is_rejected(door: WebhookServer, given: str) 
         ({**payload(), "alerts": [{**payload()["alerts"][0], "startsAt": "yesterday"}]}, "alerts.0.startsAt: "),
     ],
 )
-def test_malformed_body_error_names_the_field(door: WebhookServer, content: Any, said: str) -> None:
-    answer = door.post(content)
+def test_malformed_body_error_names_the_field(server: WebhookServer, content: Any, message: str) -> None:
+    answer = server.post(content)
     assert answer.status_code == 400
-    assert said in answer.json()["error"]
-    assert not door.woken.is_set()
+    assert message in answer.json()["error"]
+    assert not server.woken.is_set()
 
 
-def test_body_with_too_large_a_content_length_is_not_read(door: WebhookServer) -> None:
-    host, port = door.url.removeprefix("http://").split(":")
+def test_body_with_too_large_a_content_length_is_not_read(server: WebhookServer) -> None:
+    host, port = server.url.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port)), timeout=10) as connection:
         head = f"POST {ALERTS_PATH} HTTP/1.1\r\nHost: h\r\nAuthorization: Bearer {TOKEN}\r\n"
         connection.sendall(f"{head}Content-Length: {1 << 40}\r\n\r\nonly the beginning".encode())
         assert connection.recv(4096).startswith(b"HTTP/1.1 413 ")
 
 
-def test_body_without_a_content_length_is_read_up_to_the_limit(door: WebhookServer) -> None:
+def test_body_without_a_content_length_is_read_up_to_the_limit(server: WebhookServer) -> None:
     sent = 0
 
     def chunks() -> Iterator[bytes]:
@@ -117,65 +117,65 @@ def test_body_without_a_content_length_is_read_up_to_the_limit(door: WebhookServ
             yield b" " * (1 << 16)
 
     try:
-        answer = httpx.post(door.url + ALERTS_PATH, content=chunks(), headers=RIGHT, timeout=10)
+        answer = httpx.post(server.url + ALERTS_PATH, content=chunks(), headers=RIGHT, timeout=10)
         assert answer.status_code == 413
     except httpx.NetworkError:
         pass  # the server closed the connection during the request
-    assert door.counted("too_long") == 1
+    assert server.counted("too_long") == 1
     assert sent < 32 * BODY_LIMIT_BYTES
 
 
-def test_failed_storage_is_answered_with_503(door: WebhookServer) -> None:
-    door.store._file.connection.execute("PRAGMA query_only = 1")
-    answer = door.post(payload())
+def test_failed_storage_is_answered_with_503(server: WebhookServer) -> None:
+    server.store._file.connection.execute("PRAGMA query_only = 1")
+    answer = server.post(payload())
     assert answer.status_code == 503
-    assert not door.woken.is_set()
-    door.store._file.connection.execute("PRAGMA query_only = 0")
-    assert door.post(payload()).json()["changed"] is True
+    assert not server.woken.is_set()
+    server.store._file.connection.execute("PRAGMA query_only = 0")
+    assert server.post(payload()).json()["changed"] is True
 
 
-def test_other_methods_and_paths_are_not_found(door: WebhookServer) -> None:
-    assert httpx.get(door.url + ALERTS_PATH).status_code == 405
-    assert httpx.get(door.url + "/").status_code == 404
+def test_other_methods_and_paths_are_not_found(server: WebhookServer) -> None:
+    assert httpx.get(server.url + ALERTS_PATH).status_code == 405
+    assert httpx.get(server.url + "/").status_code == 404
 
 
-def test_health_and_metrics_need_no_token(door: WebhookServer) -> None:
-    door.post(payload())
-    assert httpx.get(door.url + "/healthz").json() == {"status": "ok"}
-    text = httpx.get(door.url + "/metrics").text
+def test_health_and_metrics_need_no_token(server: WebhookServer) -> None:
+    server.post(payload())
+    assert httpx.get(server.url + "/healthz").json() == {"status": "ok"}
+    text = httpx.get(server.url + "/metrics").text
     assert 'reelway_rollout_webhooks_total{outcome="stored"} 1.0' in text
 
 
-def test_error_names_a_port_in_use(door: WebhookServer) -> None:
-    port = int(door.url.rsplit(":", 1)[1])
+def test_error_names_a_port_in_use(server: WebhookServer) -> None:
+    port = int(server.url.rsplit(":", 1)[1])
     with pytest.raises(ConfigError, match=f"cannot listen at 127.0.0.1 port {port}"):  # noqa: SIM117
-        with serve_in_thread(webhook_application(door.book, print, TOKEN, door.metrics), "127.0.0.1", port):
+        with serve_in_thread(webhook_application(server.alerts, print, TOKEN, server.metrics), "127.0.0.1", port):
             pass
 
 
-def test_poll_ends_polled_alerts_but_not_delivered_ones(door: WebhookServer) -> None:
+def test_poll_ends_polled_alerts_but_not_delivered_ones(server: WebhookServer) -> None:
     def polled(name: str) -> KnownAlert:
         return KnownAlert(
             group_key="polled", labels=(("alertname", name), ("release", RELEASE)), starts_at=5, resolved=False
         )
 
-    door.post(payload())
-    assert door.book.poll([polled("a"), polled("b")])
-    assert door.book.poll([polled("b")])
-    assert not door.book.poll([polled("b")])
-    assert {alert.name for alert in door.book.firing_for(RELEASE, since=0)} == {"b", "CanaryErrors"}
+    server.post(payload())
+    assert server.alerts.poll([polled("a"), polled("b")])
+    assert server.alerts.poll([polled("b")])
+    assert not server.alerts.poll([polled("b")])
+    assert {alert.name for alert in server.alerts.firing_for(RELEASE, since=0)} == {"b", "CanaryErrors"}
 
 
 def test_token_is_created_once_for_its_owner_only(tmp_path: Path) -> None:
     path = tmp_path / "keys" / "webhook.token"
-    made: list[str] = []
-    threads = [threading.Thread(target=lambda: made.append(ensure_bearer_token(path))) for _ in range(8)]
+    tokens: list[str] = []
+    threads = [threading.Thread(target=lambda: tokens.append(ensure_bearer_token(path))) for _ in range(8)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert len(set(made)) == 1
-    assert len(made[0]) == 64
+    assert len(set(tokens)) == 1
+    assert len(tokens[0]) == 64
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
     assert [file.name for file in path.parent.iterdir()] == ["webhook.token"]
 

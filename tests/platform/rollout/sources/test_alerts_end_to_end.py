@@ -76,9 +76,9 @@ def test_alertmanager_webhook_rolls_back_a_faulty_canary(watched: ObservedRollou
     wake, metrics = threading.Event(), ControllerMetrics()
     with closing(SqliteRolloutStore(tmp_path / "state.db")) as store:
         store.create(state, ONLY_ALERTS)
-        book = AlertRegistry(store)
-        controller = Controller(store, backend, watched.through, book)
-        application = webhook_application(book, wake.set, TOKEN, metrics)
+        registry = AlertRegistry(store)
+        controller = Controller(store, backend, watched.through, registry)
+        application = webhook_application(registry, wake.set, TOKEN, metrics)
 
         def newest() -> RolloutState:
             rollout = store.latest()
@@ -125,12 +125,12 @@ def test_poll_returns_active_alerts_with_a_release_only(manager: Server) -> None
         "matchers": [{"name": "alertname", "value": "Silenced", "isRegex": False, "isEqual": True}],
         "startsAt": now.isoformat(), "endsAt": (now + timedelta(hours=1)).isoformat(), "createdBy": "t", "comment": "t",
     }  # fmt: skip
-    told = [
+    alerts = [
         alert("Firing", release="abc"), alert("Silenced", release="abc"), alert("Foreign"),
         alert("Over", 0.2, release="abc"),
     ]  # fmt: skip
     httpx.post(f"{manager.url}/api/v2/silences", json=silence).raise_for_status()
-    httpx.post(f"{manager.url}/api/v2/alerts", json=told).raise_for_status()
+    httpx.post(f"{manager.url}/api/v2/alerts", json=alerts).raise_for_status()
     with closing(alert_source(manager.url + "/")) as source:
         [found] = eventually(lambda: seen if len(seen := source.poll()) == 1 else None)
     assert found.labels == (("alertname", "Firing"), ("release", "abc"))
@@ -139,7 +139,7 @@ def test_poll_returns_active_alerts_with_a_release_only(manager: Server) -> None
 
 
 @pytest.mark.parametrize(
-    ("status", "body", "said"),
+    ("status", "body", "message"),
     [
         (500, b"[]", "500"),
         (200, b"<html>", "expected an answer of API v2"),
@@ -147,11 +147,11 @@ def test_poll_returns_active_alerts_with_a_release_only(manager: Server) -> None
         (200, b'[{"labels": {}}]', "is not an alert of API v2"),
     ],
 )
-def test_poll_raises_on_an_invalid_answer(status: int, body: bytes, said: str) -> None:
+def test_poll_raises_on_an_invalid_answer(status: int, body: bytes, message: str) -> None:
     page = Exporter("", "")
     page.answer = {"/api/v2/alerts": (status, body)}
     try:
-        with closing(alert_source(f"http://{page.address}")) as source, pytest.raises(RolloutError, match=said):
+        with closing(alert_source(f"http://{page.address}")) as source, pytest.raises(RolloutError, match=message):
             source.poll()
     finally:
         page.stop()

@@ -21,9 +21,9 @@ def promtool(*arguments: str) -> str:
     binary = shutil.which("promtool")
     if binary is None:
         pytest.skip("no promtool on the PATH; `make system-packages` installs it with prometheus")
-    done = subprocess.run([binary, *arguments], capture_output=True, text=True, timeout=30, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
+    process = subprocess.run([binary, *arguments], capture_output=True, text=True, timeout=30, check=False)
+    assert process.returncode == 0, process.stdout + process.stderr
+    return process.stdout
 
 
 def test_promtool_accepts_the_rules(tmp_path: Path) -> None:

@@ -153,8 +153,10 @@ def test_collector_data_loss_is_detected_after_the_window(scraped: Scraped) -> N
 
 
 def test_nan_sum_does_not_hide_a_later_decrease(scraped: Scraped) -> None:
-    whole = {**sums(Arm.CANARY, 100), **sums(Arm.STABLE, 300)}
-    for now, values in enumerate((dict.fromkeys(whole, math.nan), whole, {k: v / 2 for k, v in whole.items()})):
+    complete = {**sums(Arm.CANARY, 100), **sums(Arm.STABLE, 300)}
+    for now, values in enumerate(
+        (dict.fromkeys(complete, math.nan), complete, {k: v / 2 for k, v in complete.items()})
+    ):
         scraped.exporter.sums.values = values
         found = scraped.at(100.0 + now).metrics[METRIC]
         assert found.state is (OK if now == 1 else DOWN), found

@@ -21,7 +21,7 @@ PARTS = (Slice.OVERALL, Slice.NEW_VIEWERS)
 METRIC = ("long_watch_rate", Slice.OVERALL)
 
 
-def everybody(canary: int, stable: int, **more: float) -> list[dict[SeriesKey, float]]:
+def sums_of_both_arms(canary: int, stable: int, **more: float) -> list[dict[SeriesKey, float]]:
     return [
         sums(arm, viewers, part=part, **more)  # type: ignore[arg-type]
         for arm, viewers in ((Arm.CANARY, canary), (Arm.STABLE, stable))
@@ -31,66 +31,66 @@ def everybody(canary: int, stable: int, **more: float) -> list[dict[SeriesKey, f
 
 def changed(values: list[dict[SeriesKey, float]], value: float | None, **labels: str) -> list[dict[SeriesKey, float]]:
     """The series with another value, or without one, for these labels."""
-    wanted = set(labels.items())
-    assert any(wanted <= set(key.labels) for part in values for key in part)
+    wanted_labels = set(labels.items())
+    assert any(wanted_labels <= set(key.labels) for part in values for key in part)
     return [
-        {key: value if wanted <= set(key.labels) else old for key, old in part.items()}  # type: ignore[misc]
+        {key: value if wanted_labels <= set(key.labels) else old for key, old in part.items()}  # type: ignore[misc]
         if value is not None
-        else {key: old for key, old in part.items() if not wanted <= set(key.labels)}
+        else {key: old for key, old in part.items() if not wanted_labels <= set(key.labels)}
         for part in values
     ]
 
 
-def metrics_of(made: SeriesFixture, now: float = 10) -> dict[tuple[str, Slice], MetricEvidence]:
-    return dict(made.snapshot(now).metrics)
+def metrics_of(series: SeriesFixture, now: float = 10) -> dict[tuple[str, Slice], MetricEvidence]:
+    return dict(series.snapshot(now).metrics)
 
 
 def only(*values: dict[SeriesKey, float], now: float = 10) -> dict[tuple[str, Slice], MetricEvidence]:
-    made = SeriesFixture()
-    made.collector(now, *values)
-    return metrics_of(made, now)
+    series = SeriesFixture()
+    series.collector(now, *values)
+    return metrics_of(series, now)
 
 
 def test_statistics_are_the_newest_sums() -> None:
-    made = SeriesFixture()
-    made.collector(5, *everybody(100, 900))
-    made.collector(10, *everybody(120, 1000))
-    found = metrics_of(made)[METRIC]
-    assert found.state is OK
-    assert (found.canary.viewers, found.stable.viewers) == (120, 1000)
-    assert found.canary.impressions == found.canary.sum_x == sum(1 + i % 3 for i in range(120))
-    assert found.canary.sum_xx == sum((1 + i % 3) ** 2 for i in range(120))
-    assert set(metrics_of(made)) == {(metric.name, part) for metric, part in POLICY.tests}
+    series = SeriesFixture()
+    series.collector(5, *sums_of_both_arms(100, 900))
+    series.collector(10, *sums_of_both_arms(120, 1000))
+    metrics = metrics_of(series)[METRIC]
+    assert metrics.state is OK
+    assert (metrics.canary.viewers, metrics.stable.viewers) == (120, 1000)
+    assert metrics.canary.impressions == metrics.canary.sum_x == sum(1 + i % 3 for i in range(120))
+    assert metrics.canary.sum_xx == sum((1 + i % 3) ** 2 for i in range(120))
+    assert set(metrics_of(series)) == {(metric.name, part) for metric, part in POLICY.tests}
 
 
 def test_mean_metric_counts_every_viewer_once() -> None:
-    arm = only(*everybody(120, 1000))["like_rate", Slice.OVERALL].canary
+    arm = only(*sums_of_both_arms(120, 1000))["like_rate", Slice.OVERALL].canary
     assert (arm.sum_x, arm.sum_xx, arm.sum_xy) == (120, 120, arm.sum_y)
     assert arm.impressions > 120
 
 
 def test_scraped_sums_lead_to_the_same_verdict() -> None:
-    made = SeriesFixture()
-    made.collector(10, *everybody(3_000, 3_000, rate=0.5))
-    verdict = assess(POLICY, made.snapshot(10)).outcomes[0]
+    series = SeriesFixture()
+    series.collector(10, *sums_of_both_arms(3_000, 3_000, rate=0.5))
+    verdict = assess(POLICY, series.snapshot(10)).outcomes[0]
     assert verdict.canary == pytest.approx(0.5, abs=1e-3)
     assert verdict.canary_viewers == 3_000
 
 
 def test_arm_without_impressions_is_insufficient() -> None:
     for values in ([], [sums(Arm.STABLE, 1000, part=part) for part in PARTS]):
-        found = only(*values)
-        assert {e.state for e in found.values()} == {INSUFFICIENT}
+        metrics = only(*values)
+        assert {e.state for e in metrics.values()} == {INSUFFICIENT}
 
 
 def test_slice_without_viewers_is_insufficient() -> None:
-    found = only(*(sums(arm, 500) for arm in (Arm.CANARY, Arm.STABLE)))
-    assert found[METRIC].state is OK
-    assert found["long_watch_rate", Slice.NEW_VIEWERS].state is INSUFFICIENT
+    metrics = only(*(sums(arm, 500) for arm in (Arm.CANARY, Arm.STABLE)))
+    assert metrics[METRIC].state is OK
+    assert metrics["long_watch_rate", Slice.NEW_VIEWERS].state is INSUFFICIENT
 
 
 def test_sums_of_another_rollout_are_ignored() -> None:
-    assert only(*everybody(500, 500, rollout="r-6"))[METRIC].state is INSUFFICIENT  # type: ignore[arg-type]
+    assert only(*sums_of_both_arms(500, 500, rollout="r-6"))[METRIC].state is INSUFFICIENT  # type: ignore[arg-type]
 
 
 def test_sums_of_an_arms_other_release_are_ignored() -> None:
@@ -98,19 +98,19 @@ def test_sums_of_an_arms_other_release_are_ignored() -> None:
         {SeriesKey.of(key.name, {**dict(key.labels), "release": "c" * 12}): v for key, v in part.items()}
         for part in (sums(Arm.STABLE, 300),)
     ]
-    assert only(*everybody(500, 500), *late)[METRIC].stable.viewers == 500
+    assert only(*sums_of_both_arms(500, 500), *late)[METRIC].stable.viewers == 500
 
 
 def test_silent_collector_is_telemetry_down() -> None:
-    made = SeriesFixture()
-    made.routers((5, []), (10, []))
-    found = metrics_of(made)
-    assert {e.state for e in found.values()} == {DOWN}
-    assert "no reelway-outcomes answered" in found[METRIC].detail
+    series = SeriesFixture()
+    series.routers((5, []), (10, []))
+    metrics = metrics_of(series)
+    assert {e.state for e in metrics.values()} == {DOWN}
+    assert "no reelway-outcomes answered" in metrics[METRIC].detail
 
 
 @pytest.mark.parametrize(
-    ("value", "said"),
+    ("value", "message"),
     [
         (None, "canary's sum_xx of long_watch_rate on overall is absent"),
         (math.nan, "canary's sum_xx of long_watch_rate on overall is nan"),
@@ -119,89 +119,89 @@ def test_silent_collector_is_telemetry_down() -> None:
         (0.0, "impossible for any set of viewers"),
     ],
 )
-def test_impossible_sums_are_telemetry_down(value: float | None, said: str) -> None:
+def test_impossible_sums_are_telemetry_down(value: float | None, message: str) -> None:
     labels = {"arm": "canary", "slice": "overall", "statistic": "sum_xx"}
-    found = only(*changed(everybody(100, 100), value, **labels))
-    assert found[METRIC].state is DOWN
-    assert said in found[METRIC].detail
-    assert found["long_watch_rate", Slice.NEW_VIEWERS].state is OK
+    metrics = only(*changed(sums_of_both_arms(100, 100), value, **labels))
+    assert metrics[METRIC].state is DOWN
+    assert message in metrics[METRIC].detail
+    assert metrics["long_watch_rate", Slice.NEW_VIEWERS].state is OK
 
 
 def test_uncounted_outcome_is_telemetry_down_alone() -> None:
-    found = only(*changed(everybody(100, 100), None, metric="like_rate"))
-    assert found["like_rate", Slice.OVERALL].state is DOWN
-    assert "absent although the arm has had viewers" in found["like_rate", Slice.OVERALL].detail
-    assert found[METRIC].state is OK
+    metrics = only(*changed(sums_of_both_arms(100, 100), None, metric="like_rate"))
+    assert metrics["like_rate", Slice.OVERALL].state is DOWN
+    assert "absent although the arm has had viewers" in metrics["like_rate", Slice.OVERALL].detail
+    assert metrics[METRIC].state is OK
 
 
 def test_unknown_metric_detail_lists_known_metrics() -> None:
     wrong = parse_policy("steps: [{weight_percent: 5}]\noutcomes: [{name: dwell, margin: 0.05}]", source="test")
-    made = SeriesFixture()
-    made.collector(10, *everybody(100, 100))
-    [detail] = {e.detail for e in made.snapshot(10, policy=wrong).metrics.values()}
+    series = SeriesFixture()
+    series.collector(10, *sums_of_both_arms(100, 100))
+    [detail] = {e.detail for e in series.snapshot(10, policy=wrong).metrics.values()}
     assert "no series counts dwell; known metrics: long_watch_rate" in detail
 
 
 @settings(deadline=None)
 @given(st.sampled_from(["viewers", "sum_x", "sum_yy"]), st.floats(0, 0.999_999), st.sampled_from([*Arm][:2]))
 def test_decreased_sums_are_telemetry_down(statistic: str, kept: float, arm: Arm) -> None:
-    whole = everybody(100, 400)
-    key = next(k for part in whole for k in part if k.get("statistic") == statistic and k.get("arm") == arm)
-    less = [{k: v * kept if k == key else v for k, v in part.items()} for part in whole]
+    complete = sums_of_both_arms(100, 400)
+    key = next(k for part in complete for k in part if k.get("statistic") == statistic and k.get("arm") == arm)
+    less = [{k: v * kept if k == key else v for k, v in part.items()} for part in complete]
     fell, grew = SeriesFixture(), SeriesFixture()
-    fell.collector(-500, *whole)
+    fell.collector(-500, *complete)
     fell.collector(10, *less)
     assert {e.state for e in metrics_of(fell).values()} == {DOWN}
     assert "collector data lost" in metrics_of(fell)[METRIC].detail
     grew.collector(-500, *less)
-    grew.collector(10, *whole)
+    grew.collector(10, *complete)
     assert metrics_of(grew)[METRIC].state is OK
 
 
 def test_vanished_sums_are_telemetry_down() -> None:
-    made = SeriesFixture()
-    made.collector(5, *everybody(100, 100))
-    made.collector(10)
-    assert "fell from" in metrics_of(made)[METRIC].detail
+    series = SeriesFixture()
+    series.collector(5, *sums_of_both_arms(100, 100))
+    series.collector(10)
+    assert "fell from" in metrics_of(series)[METRIC].detail
 
 
 def test_last_sums_are_used_until_they_are_too_old() -> None:
-    made = SeriesFixture()
-    made.collector(5, *everybody(100, 100))
-    made.failed(names.OUTCOMES_JOB, 10)
-    assert metrics_of(made, 24)[METRIC].state is OK
-    assert metrics_of(made, 26)[METRIC].state is DOWN
-    assert "has not answered for 21 s, allowed 20 s" in metrics_of(made, 26)[METRIC].detail
+    series = SeriesFixture()
+    series.collector(5, *sums_of_both_arms(100, 100))
+    series.failed(names.OUTCOMES_JOB, 10)
+    assert metrics_of(series, 24)[METRIC].state is OK
+    assert metrics_of(series, 26)[METRIC].state is DOWN
+    assert "has not answered for 21 s, allowed 20 s" in metrics_of(series, 26)[METRIC].detail
 
 
 def test_successor_of_a_collector_replaces_its_sums() -> None:
-    made = SeriesFixture()
-    made.collector(2, *everybody(100, 200), instance="old")
-    made.gone(names.OUTCOMES_JOB, 8, instance="old")
-    made.collector(9, *everybody(110, 220), instance="new")
-    found = metrics_of(made)[METRIC]
-    assert (found.state, found.canary.viewers) == (OK, 110)
+    series = SeriesFixture()
+    series.collector(2, *sums_of_both_arms(100, 200), instance="old")
+    series.gone(names.OUTCOMES_JOB, 8, instance="old")
+    series.collector(9, *sums_of_both_arms(110, 220), instance="new")
+    metrics = metrics_of(series)[METRIC]
+    assert (metrics.state, metrics.canary.viewers) == (OK, 110)
 
 
 def test_successor_without_data_is_detected() -> None:
-    made = SeriesFixture()
-    made.collector(-300, *everybody(100, 200), instance="old")  # outside of the window
-    made.collector(9, *everybody(60, 120), instance="new")
-    assert "fell from 100 to 60" in metrics_of(made)[METRIC].detail
+    series = SeriesFixture()
+    series.collector(-300, *sums_of_both_arms(100, 200), instance="old")  # outside of the window
+    series.collector(9, *sums_of_both_arms(60, 120), instance="new")
+    assert "fell from 100 to 60" in metrics_of(series)[METRIC].detail
 
 
 def test_sums_of_two_running_collectors_are_added() -> None:
-    made = SeriesFixture()
+    series = SeriesFixture()
     for instance in ("a", "b"):
-        made.collector(10, *everybody(60, 90), instance=instance)
-    found = metrics_of(made)[METRIC]
-    assert (found.state, found.canary.viewers, found.stable.viewers) == (OK, 120, 180)
+        series.collector(10, *sums_of_both_arms(60, 90), instance=instance)
+    metrics = metrics_of(series)[METRIC]
+    assert (metrics.state, metrics.canary.viewers, metrics.stable.viewers) == (OK, 120, 180)
 
 
 def test_snapshot_time_is_that_of_the_oldest_scrape() -> None:
-    made = SeriesFixture()
-    made.routers((4, []), (9, []))
-    made.collector(7, *everybody(100, 100))
-    snapshot = made.snapshot(10)
+    series = SeriesFixture()
+    series.routers((4, []), (9, []))
+    series.collector(7, *sums_of_both_arms(100, 100))
+    snapshot = series.snapshot(10)
     assert (snapshot.time, snapshot.release) == (7, CANARY)
     assert SeriesFixture().snapshot(10).time == 10

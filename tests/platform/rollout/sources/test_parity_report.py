@@ -24,26 +24,26 @@ def reading(folder: Path, text: str | None) -> GuardrailReading:
 
 
 def test_reading_has_the_mismatches_of_the_release(tmp_path: Path) -> None:
-    found = reading(tmp_path, json.dumps({RELEASE: FOUND, "d" * 64: {"rows": 1, "mismatches": 0}}))
-    assert (found.state, found.events, found.trials) == (EvidenceState.OK, 2, 40)
-    assert found.detail == "viewer.watches_7d differs, replayed at 2023-11-14 22:13:20 UTC"
+    guardrail = reading(tmp_path, json.dumps({RELEASE: FOUND, "d" * 64: {"rows": 1, "mismatches": 0}}))
+    assert (guardrail.state, guardrail.events, guardrail.trials) == (EvidenceState.OK, 2, 40)
+    assert guardrail.detail == "viewer.watches_7d differs, replayed at 2023-11-14 22:13:20 UTC"
 
 
 def test_missing_file_is_telemetry_down_with_a_command(tmp_path: Path) -> None:
-    found = reading(tmp_path, None)
-    assert found.state is EvidenceState.TELEMETRY_DOWN
-    assert f"run `reelway features parity --run {tmp_path}`" in found.detail
+    guardrail = reading(tmp_path, None)
+    assert guardrail.state is EvidenceState.TELEMETRY_DOWN
+    assert f"run `reelway features parity --run {tmp_path}`" in guardrail.detail
 
 
 @pytest.mark.parametrize("report", [{}, {RELEASE: {"rows": 0, "mismatches": 0}}])
 def test_release_without_replayed_rows_is_insufficient(tmp_path: Path, report: dict[str, object]) -> None:
-    found = reading(tmp_path, json.dumps(report))
-    assert found.state is EvidenceState.INSUFFICIENT
-    assert "0 rows" in found.detail
+    guardrail = reading(tmp_path, json.dumps(report))
+    assert guardrail.state is EvidenceState.INSUFFICIENT
+    assert "0 rows" in guardrail.detail
 
 
 @pytest.mark.parametrize("text", ["", "[]", '{"a": 1}', '{"a": {"rows": -1, "mismatches": 0}}', "\xff"])
 def test_invalid_file_is_telemetry_down(tmp_path: Path, text: str) -> None:
-    found = reading(tmp_path, text)
-    assert found.state is EvidenceState.TELEMETRY_DOWN
-    assert "does not contain parity findings" in found.detail
+    guardrail = reading(tmp_path, text)
+    assert guardrail.state is EvidenceState.TELEMETRY_DOWN
+    assert "does not contain parity findings" in guardrail.detail

@@ -41,9 +41,9 @@ def test_reader_returns_the_written_findings(url: str) -> None:
 
 def test_missing_file_is_telemetry_down_with_a_command(url: str) -> None:
     with closing(ParityFindingsReader(url, every_s=0.05)) as parity:
-        found = parity.findings().reading(RELEASE)
-        assert found.state is EvidenceState.TELEMETRY_DOWN
-        assert f"no parity findings at {url}; run `reelway features parity --report {url}`" in found.detail
+        findings = parity.findings().reading(RELEASE)
+        assert findings.state is EvidenceState.TELEMETRY_DOWN
+        assert f"no parity findings at {url}; run `reelway features parity --report {url}`" in findings.detail
         write_parity(url, SOUND)
         eventually(lambda: parity.findings().reading(RELEASE).state is EvidenceState.OK)
 
@@ -97,9 +97,9 @@ def test_hanging_store_does_not_block_the_reader(hanging: type[Hanging]) -> None
         def down() -> bool:
             nonlocal slowest
             began = time.perf_counter()
-            found = parity.findings()
+            findings = parity.findings()
             slowest = max(slowest, time.perf_counter() - began)
-            return "has not answered for" in found.problem
+            return "has not answered for" in findings.problem
 
         eventually(down)
         assert slowest < 0.25

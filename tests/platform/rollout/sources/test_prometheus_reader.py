@@ -117,7 +117,7 @@ def test_hanging_prometheus_is_telemetry_down_until_it_answers(watched: Observed
 
 
 def test_prometheus_without_targets_is_telemetry_down(tmp_path: Path) -> None:
-    told = []
+    details = []
     with (
         prometheus(tmp_path, alertmanager=free_address()) as server,
         closing(evidence_source(RunDirectory(tmp_path), server.url)) as source,
@@ -126,10 +126,10 @@ def test_prometheus_without_targets_is_telemetry_down(tmp_path: Path) -> None:
             snapshot = source.fetch(POLICY, state_of(), time.time())
             assert {e.state for e in snapshot.metrics.values()} == {DOWN}
             assert {reading.state for reading in snapshot.guardrails.values()} == {DOWN}
-            told.append(snapshot.guardrails["p99_ms"].detail)
+            details.append(snapshot.guardrails["p99_ms"].detail)
             server.stop()
-    assert told[0] == "no reelway-router answered in the last 20 s"
-    assert f"no answer from Prometheus at {server.url}" in told[1]
+    assert details[0] == "no reelway-router answered in the last 20 s"
+    assert f"no answer from Prometheus at {server.url}" in details[1]
 
 
 def test_counts_of_a_removed_replica_are_used(watched: ObservedRollout) -> None:
@@ -165,7 +165,7 @@ def success(result: object, kind: str = "matrix", **more: object) -> bytes:
 
 
 @pytest.mark.parametrize(
-    ("status", "body", "said"),
+    ("status", "body", "message"),
     [
         (503, b'{"status":"error","errorType":"timeout","error":"query timed out"}', "503: timeout: query timed out"),
         (200, b'{"status":"error","errorType":"execution","error":"too many samples"}', "too many samples"),
@@ -180,14 +180,14 @@ def success(result: object, kind: str = "matrix", **more: object) -> bytes:
     ],
 )
 def test_invalid_or_partial_answer_is_telemetry_down(
-    page: Exporter, tmp_path: Path, status: int, body: bytes, said: str
+    page: Exporter, tmp_path: Path, status: int, body: bytes, message: str
 ) -> None:
     page.answer = {PAGE: (status, body)}
     with closing(evidence_source(RunDirectory(tmp_path), f"http://{page.address}/")) as source:
         snapshot = source.fetch(POLICY, state_of(), 1_000.0)
     assert {e.state for e in snapshot.metrics.values()} == {DOWN}
     assert {reading.state for reading in snapshot.guardrails.values()} == {DOWN}
-    assert said in snapshot.guardrails["error_ratio"].detail
+    assert message in snapshot.guardrails["error_ratio"].detail
 
 
 def test_slow_prometheus_is_telemetry_down_after_the_timeout(page: Exporter) -> None:

@@ -35,8 +35,8 @@ def test_evidence_matches_the_counts_of_router_and_collector(tmp_path: Path) -> 
         for arm, first in ((Arm.CANARY, 0), (Arm.STABLE, 600), (Arm.HOLDOUT, 1200))
         for i in range(first, first + 600)
     ]
-    done = [RawOutcome(one, OutcomeType.WATCH, 15_000.0 if one.id % 2 else 200.0) for one in shown]
-    done += [RawOutcome(one, OutcomeType.LIKE) for one in shown[::5]]
+    outcomes = [RawOutcome(one, OutcomeType.WATCH, 15_000.0 if one.id % 2 else 200.0) for one in shown]
+    outcomes += [RawOutcome(one, OutcomeType.LIKE) for one in shown[::5]]
     (tmp_path / "serving.json").write_text(json.dumps({"url": f"http://{service.address}"}))
 
     def pages() -> None:
@@ -59,20 +59,21 @@ def test_evidence_matches_the_counts_of_router_and_collector(tmp_path: Path) -> 
             ingress.latency.labels(canary, "canary").observe(0.03)
         shadow.requests.labels(canary, "compared").inc(4)
         collector.record_exposures(exposures_of(shown, 1)).result(10)
-        collector.record_outcomes(columns_of(done)).result(10)
+        collector.record_outcomes(columns_of(outcomes)).result(10)
         pages()
-        found = source.fetch(POLICY, state, NOW + 1)
+        snapshot = source.fetch(POLICY, state, NOW + 1)
         counted = collector.statistics("r-1")
     service.stop()
-    errors, empty, p99 = (found.guardrails[name] for name in ("error_ratio", "empty_slate_ratio", "p99_ms"))
+    errors, empty, p99 = (snapshot.guardrails[name] for name in ("error_ratio", "empty_slate_ratio", "p99_ms"))
     assert (errors.events, errors.trials, empty.events, p99.trials) == (2, 11, 1, 11)
     assert p99.value == pytest.approx(25 + 25 * 0.99)
-    assert found.shadow_requests == 4
+    assert snapshot.shadow_requests == 4
     for part in (Slice.OVERALL, Slice.NEW_VIEWERS):
-        evidence = found.metrics["long_watch_rate", part]
+        evidence = snapshot.metrics["long_watch_rate", part]
         assert evidence.state is EvidenceState.OK
         assert evidence.canary == counted[Arm.CANARY, part]["long_watch_rate"]
         assert evidence.stable == counted[Arm.STABLE, part]["long_watch_rate"]
     assert (
-        found.metrics["like_rate", Slice.OVERALL].canary.sum_y == counted[Arm.CANARY, Slice.OVERALL]["like_rate"].sum_y
+        snapshot.metrics["like_rate", Slice.OVERALL].canary.sum_y
+        == counted[Arm.CANARY, Slice.OVERALL]["like_rate"].sum_y
     )

@@ -20,8 +20,8 @@ from reelway.platform.rollout.state import Phase
 OK, INSUFFICIENT, DOWN = EvidenceState.OK, EvidenceState.INSUFFICIENT, EvidenceState.TELEMETRY_DOWN
 
 
-def reading(made: SeriesFixture, name: str, now: float = 10) -> GuardrailReading:
-    return made.snapshot(now).guardrails[name]  # type: ignore[index]
+def reading(series: SeriesFixture, name: str, now: float = 10) -> GuardrailReading:
+    return series.snapshot(now).guardrails[name]  # type: ignore[index]
 
 
 def canary(**outcomes: float) -> dict[SeriesKey, float]:
@@ -29,126 +29,126 @@ def canary(**outcomes: float) -> dict[SeriesKey, float]:
 
 
 def test_error_ratio_counts_the_canarys_requests_in_the_window() -> None:
-    made = SeriesFixture()
+    series = SeriesFixture()
     for at, n in ((-100.0, 0.0), (1.0, 100.0), (9.0, 200.0)):
-        made.scrape(
+        series.scrape(
             names.ROUTER_JOB, at,
             canary(ok=n, context_only=n / 10, degraded=n / 20, failed=n / 100),
             requests(Arm.SHADOW, ok=n / 2, failed=n / 50),
             requests(Arm.STABLE, ok=9 * n, failed=9 * n),
             requests(Arm.HOLDOUT, ok=n, failed=n),
         )  # fmt: skip
-    found = reading(made, "error_ratio")
-    assert found.state is OK
-    assert found.events == pytest.approx(5 + 1 + 2)
-    assert found.trials == pytest.approx(100 + 10 + 5 + 1 + 50 + 2)
+    guardrail = reading(series, "error_ratio")
+    assert guardrail.state is OK
+    assert guardrail.events == pytest.approx(5 + 1 + 2)
+    assert guardrail.trials == pytest.approx(100 + 10 + 5 + 1 + 50 + 2)
 
 
 def test_requests_of_another_release_are_ignored() -> None:
-    made, other = SeriesFixture(), {"release": "f" * 12, "arm": "canary", "outcome": "failed"}
+    series, other = SeriesFixture(), {"release": "f" * 12, "arm": "canary", "outcome": "failed"}
     for at in (1.0, 9.0):
-        made.scrape(names.ROUTER_JOB, at, canary(ok=10 * at), {SeriesKey.of(names.REQUESTS, other): 10 * at})
-    assert reading(made, "error_ratio").events == 0
-    assert reading(made, "error_ratio").trials == 80
+        series.scrape(names.ROUTER_JOB, at, canary(ok=10 * at), {SeriesKey.of(names.REQUESTS, other): 10 * at})
+    assert reading(series, "error_ratio").events == 0
+    assert reading(series, "error_ratio").trials == 80
 
 
 def test_errors_of_an_earlier_rollout_are_ignored() -> None:
-    made = SeriesFixture()  # this rollout began at 0
-    made.routers((-20, []), (-15, [canary(ok=4)]), (-5, [canary(ok=39, failed=36)]), (1, [canary(ok=39, failed=36)]),
+    series = SeriesFixture()  # this rollout began at 0
+    series.routers((-20, []), (-15, [canary(ok=4)]), (-5, [canary(ok=39, failed=36)]), (1, [canary(ok=39, failed=36)]),
                  (9, [canary(ok=89, failed=36)]))  # fmt: skip
-    assert reading(made, "error_ratio").events == 0
-    assert reading(made, "error_ratio").trials == 50
+    assert reading(series, "error_ratio").events == 0
+    assert reading(series, "error_ratio").trials == 50
 
 
 def test_new_error_series_counts_in_full() -> None:
-    made = SeriesFixture()
-    made.routers((1, [canary(ok=50)]), (5, [canary(ok=60, failed=7)]), (9, [canary(ok=70, failed=9)]))
-    assert reading(made, "error_ratio").events == 9
-    assert reading(made, "error_ratio").trials == 29
+    series = SeriesFixture()
+    series.routers((1, [canary(ok=50)]), (5, [canary(ok=60, failed=7)]), (9, [canary(ok=70, failed=9)]))
+    assert reading(series, "error_ratio").events == 9
+    assert reading(series, "error_ratio").trials == 29
 
 
 def test_router_restart_loses_no_scraped_counts() -> None:
-    made = SeriesFixture()
-    made.routers((1, [canary(ok=50)]), (4, [canary(ok=80)]), (7, []), (9, [canary(ok=5, failed=1)]))
-    assert reading(made, "error_ratio").trials == 30 + 5 + 1
+    series = SeriesFixture()
+    series.routers((1, [canary(ok=50)]), (4, [canary(ok=80)]), (7, []), (9, [canary(ok=5, failed=1)]))
+    assert reading(series, "error_ratio").trials == 30 + 5 + 1
 
 
 def test_restarted_router_without_canary_requests_is_ok() -> None:
-    made = SeriesFixture()
-    made.routers((1, [canary(ok=50)]), (4, [canary(ok=80)]), (9, []))
-    assert reading(made, "error_ratio").trials == 30
+    series = SeriesFixture()
+    series.routers((1, [canary(ok=50)]), (4, [canary(ok=80)]), (9, []))
+    assert reading(series, "error_ratio").trials == 30
 
 
 def test_canary_without_requests_is_insufficient() -> None:
-    made = SeriesFixture()
-    made.routers((1, [requests(Arm.STABLE, ok=1)]), (9, [requests(Arm.STABLE, ok=50)]))
+    series = SeriesFixture()
+    series.routers((1, [requests(Arm.STABLE, ok=1)]), (9, [requests(Arm.STABLE, ok=50)]))
     for name in ("error_ratio", "empty_slate_ratio", "p99_ms"):
-        assert reading(made, name).state is INSUFFICIENT
-        assert "no request of the canary in the last 60 s" in reading(made, name).detail
+        assert reading(series, name).state is INSUFFICIENT
+        assert "no request of the canary in the last 60 s" in reading(series, name).detail
 
 
 def test_single_scrape_is_insufficient() -> None:
-    made = SeriesFixture()
-    made.routers((9, [canary(ok=50, failed=50)]))
-    assert reading(made, "error_ratio").state is INSUFFICIENT
+    series = SeriesFixture()
+    series.routers((9, [canary(ok=50, failed=50)]))
+    assert reading(series, "error_ratio").state is INSUFFICIENT
 
 
 def test_silent_router_is_telemetry_down() -> None:
-    made = SeriesFixture()
+    series = SeriesFixture()
     for instance in ("a", "b"):
-        made.routers((1, [canary(ok=10)]), (5, [canary(ok=20)]), instance=instance)
+        series.routers((1, [canary(ok=10)]), (5, [canary(ok=20)]), instance=instance)
     for at in (10.0, 20.0, 28.0):
-        made.routers((at, [canary(ok=20 + at)]), instance="a")
-        made.failed(names.ROUTER_JOB, at, instance="b")
-    assert reading(made, "error_ratio", 24).state is OK
-    silent = reading(made, "error_ratio", 28)
+        series.routers((at, [canary(ok=20 + at)]), instance="a")
+        series.failed(names.ROUTER_JOB, at, instance="b")
+    assert reading(series, "error_ratio", 24).state is OK
+    silent = reading(series, "error_ratio", 28)
     assert silent.state is DOWN
     assert "reelway-router at b has not answered for 23 s, allowed 20 s" in silent.detail
 
 
 def test_counts_of_a_removed_router_are_used() -> None:
-    made = SeriesFixture()
+    series = SeriesFixture()
     for instance in ("a", "b"):
-        made.routers((1, [canary(ok=10)]), (5, [canary(ok=20)]), instance=instance)
-    made.routers((28, [canary(ok=50)]), instance="a")
-    made.gone(names.ROUTER_JOB, 28, instance="b")
-    found = reading(made, "error_ratio", 28)
-    assert (found.state, found.trials) == (OK, 40 + 10)
+        series.routers((1, [canary(ok=10)]), (5, [canary(ok=20)]), instance=instance)
+    series.routers((28, [canary(ok=50)]), instance="a")
+    series.gone(names.ROUTER_JOB, 28, instance="b")
+    guardrail = reading(series, "error_ratio", 28)
+    assert (guardrail.state, guardrail.trials) == (OK, 40 + 10)
 
 
 def test_service_without_routers_is_telemetry_down() -> None:
-    made = SeriesFixture()
-    made.routers((1, [canary(ok=10)]), (5, [canary(ok=20)]))
-    made.gone(names.ROUTER_JOB, 8)
-    assert reading(made, "error_ratio").state is DOWN
+    series = SeriesFixture()
+    series.routers((1, [canary(ok=10)]), (5, [canary(ok=20)]))
+    series.gone(names.ROUTER_JOB, 8)
+    assert reading(series, "error_ratio").state is DOWN
 
 
 def test_new_router_does_not_hide_the_others() -> None:
-    made = SeriesFixture()
-    made.routers((1, [canary(ok=10)]), (9, [canary(ok=20, failed=5)]), instance="a")
-    made.routers((9, [canary(ok=1)]), instance="new")
-    assert (reading(made, "error_ratio").events, reading(made, "error_ratio").trials) == (5, 15)
+    series = SeriesFixture()
+    series.routers((1, [canary(ok=10)]), (9, [canary(ok=20, failed=5)]), instance="a")
+    series.routers((9, [canary(ok=1)]), instance="new")
+    assert (reading(series, "error_ratio").events, reading(series, "error_ratio").trials) == (5, 15)
 
 
-@pytest.mark.parametrize(("value", "said"), [(math.nan, "went stale"), (-5.0, "a counter of -5")])
-def test_impossible_counter_is_telemetry_down(value: float, said: str) -> None:
-    made = SeriesFixture()
-    made.routers((1, [canary(ok=10)]), (5, [canary(ok=20)]), (9, [canary(ok=value)]))
-    assert reading(made, "error_ratio").state is DOWN
-    assert said in reading(made, "error_ratio").detail
+@pytest.mark.parametrize(("value", "message"), [(math.nan, "went stale"), (-5.0, "a counter of -5")])
+def test_impossible_counter_is_telemetry_down(value: float, message: str) -> None:
+    series = SeriesFixture()
+    series.routers((1, [canary(ok=10)]), (5, [canary(ok=20)]), (9, [canary(ok=value)]))
+    assert reading(series, "error_ratio").state is DOWN
+    assert message in reading(series, "error_ratio").detail
 
 
 def test_detail_includes_the_readers_problem() -> None:
     for name in ("error_ratio", "empty_slate_ratio", "p99_ms"):
-        found = SeriesFixture().snapshot(10, problem="GET http://x/metrics: timed out").guardrails[name]  # type: ignore[index]
-        assert found.state is DOWN
-        assert "GET http://x/metrics: timed out" in found.detail
+        guardrail = SeriesFixture().snapshot(10, problem="GET http://x/metrics: timed out").guardrails[name]  # type: ignore[index]
+        assert guardrail.state is DOWN
+        assert "GET http://x/metrics: timed out" in guardrail.detail
 
 
 def test_empty_slate_ratio_is_at_most_1_for_a_torn_scrape() -> None:
-    made = SeriesFixture()
-    made.routers((1, [canary(ok=10, empty=2)]), (9, [canary(ok=30, empty=7)]))
-    assert (reading(made, "empty_slate_ratio").events, reading(made, "empty_slate_ratio").trials) == (5, 20)
+    series = SeriesFixture()
+    series.routers((1, [canary(ok=10, empty=2)]), (9, [canary(ok=30, empty=7)]))
+    assert (reading(series, "empty_slate_ratio").events, reading(series, "empty_slate_ratio").trials) == (5, 20)
     torn = SeriesFixture()
     torn.routers((1, [canary(ok=10, empty=9)]), (9, [canary(ok=30, empty=30)]))
     assert (reading(torn, "empty_slate_ratio").events, reading(torn, "empty_slate_ratio").trials) == (20, 20)
@@ -162,32 +162,32 @@ def latency(arm: Arm, n: float, slow: float) -> dict[SeriesKey, float]:
 
 
 def test_p99_uses_the_increases_of_both_arms() -> None:
-    made = SeriesFixture()
-    made.routers(
+    series = SeriesFixture()
+    series.routers(
         (1, [latency(Arm.CANARY, 1000, 900), latency(Arm.STABLE, 1000, 0)]),
         (9, [latency(Arm.CANARY, 1200, 904), latency(Arm.STABLE, 3000, 0)]),
     )
-    found = reading(made, "p99_ms")
-    assert (found.state, found.trials) == (OK, 200)
-    assert found.value == pytest.approx(1000 * (0.25 + 0.25 * (198 - 196) / 4))
-    assert found.stable_value == pytest.approx(1000 * 0.1 * 0.99)
+    guardrail = reading(series, "p99_ms")
+    assert (guardrail.state, guardrail.trials) == (OK, 200)
+    assert guardrail.value == pytest.approx(1000 * (0.25 + 0.25 * (198 - 196) / 4))
+    assert guardrail.stable_value == pytest.approx(1000 * 0.1 * 0.99)
 
 
 def test_comparison_without_stable_requests_is_insufficient() -> None:
-    made = SeriesFixture()
-    made.routers((1, [latency(Arm.CANARY, 100, 0)]), (9, [latency(Arm.CANARY, 400, 0)]))
+    series = SeriesFixture()
+    series.routers((1, [latency(Arm.CANARY, 100, 0)]), (9, [latency(Arm.CANARY, 400, 0)]))
     limits = POLICY.guardrails.model_copy(update={"p99_ms": LatencyLimit(maximum_ratio_to_stable=1.5)})
     policy = POLICY.model_copy(update={"guardrails": limits})
-    assert made.snapshot(10).guardrails["p99_ms"].state is OK
-    compared = made.snapshot(10, policy=policy).guardrails["p99_ms"]
+    assert series.snapshot(10).guardrails["p99_ms"].state is OK
+    compared = series.snapshot(10, policy=policy).guardrails["p99_ms"]
     assert (compared.state, compared.detail) == (INSUFFICIENT, "no request of stable in the last 60 s")
 
 
 def test_histogram_without_an_infinite_bucket_is_telemetry_down() -> None:
-    made = SeriesFixture()
+    series = SeriesFixture()
     for at in (1.0, 9.0):
-        made.scrape(names.ROUTER_JOB, at, requests(Arm.CANARY, ok=at, latency={"0.1": at, "0.25": at}))
-    assert reading(made, "p99_ms").state is DOWN
+        series.scrape(names.ROUTER_JOB, at, requests(Arm.CANARY, ok=at, latency={"0.1": at, "0.25": at}))
+    assert reading(series, "p99_ms").state is DOWN
 
 
 @settings(deadline=None)
@@ -222,10 +222,10 @@ def mirrored(compared: float, failed: float, dropped: float) -> dict[SeriesKey, 
 
 
 def test_mirrored_requests_count_since_the_shadow_phase_began() -> None:
-    made = SeriesFixture()
+    series = SeriesFixture()
     for at, n in ((-400.0, 90.0), (-300.0, 100.0), (-100.0, 300.0), (9.0, 500.0)):
-        made.routers((at, [mirrored(n, n / 10, n)]))
+        series.routers((at, [mirrored(n, n / 10, n)]))
     shadow = state_of(phase=Phase.SHADOW, changed_at=-310.0, shadow_bp=500)
-    assert made.snapshot(10, state=shadow).shadow_requests == 400 + 40
-    assert made.snapshot(10, state=shadow.model_copy(update={"changed_at": -110.0})).shadow_requests == 200 + 20
-    assert made.snapshot(10).shadow_requests == 0
+    assert series.snapshot(10, state=shadow).shadow_requests == 400 + 40
+    assert series.snapshot(10, state=shadow.model_copy(update={"changed_at": -110.0})).shadow_requests == 200 + 20
+    assert series.snapshot(10).shadow_requests == 0

@@ -54,10 +54,10 @@ def staging() -> Iterator[Exporter]:
 
 
 def test_installations_in_one_prometheus_do_not_mix(prod: Exporter, staging: Exporter, tmp_path: Path) -> None:
-    begun = time.time()
-    state = state_of(started_at=begun, changed_at=begun)
+    started_at = time.time()
+    state = state_of(started_at=started_at, changed_at=started_at)
 
-    def seen(namespace: str) -> EvidenceSnapshot:
+    def evidence_of(namespace: str) -> EvidenceSnapshot:
         access = MonitoringAccess(labels={"namespace": namespace})
         with closing(PrometheusReader(server.url, access=access)) as reader:
             now = time.time()
@@ -69,21 +69,25 @@ def test_installations_in_one_prometheus_do_not_mix(prod: Exporter, staging: Exp
 
     targets = (f"prod/{prod.address}", f"staging/{staging.address}")
     with prometheus(tmp_path, *targets, alertmanager=free_address()) as server:
-        eventually(lambda: errors(seen("prod"))[0] is errors(seen("staging"))[0] is EvidenceState.INSUFFICIENT)
+        eventually(
+            lambda: errors(evidence_of("prod"))[0] is errors(evidence_of("staging"))[0] is EvidenceState.INSUFFICIENT
+        )
         prod.count(Arm.CANARY, times=50)
         staging.count(Arm.CANARY, "failed", 40)
         for exporter, viewers in ((prod, 100), (staging, 60)):
             for arm in (Arm.CANARY, Arm.STABLE):
                 exporter.sums.values |= sums(arm, viewers, rollout=ROLLOUT)
-        eventually(lambda: errors(seen("prod")) == (EvidenceState.OK, 0, 50))
-        eventually(lambda: errors(seen("staging")) == (EvidenceState.OK, 40, 40))
+        eventually(lambda: errors(evidence_of("prod")) == (EvidenceState.OK, 0, 50))
+        eventually(lambda: errors(evidence_of("staging")) == (EvidenceState.OK, 40, 40))
         metric = ("long_watch_rate", Slice.OVERALL)
-        eventually(lambda: [seen(each).metrics[metric].canary.viewers for each in ("prod", "staging")] == [100, 60])
+        eventually(
+            lambda: [evidence_of(each).metrics[metric].canary.viewers for each in ("prod", "staging")] == [100, 60]
+        )
         staging.stop()
         try:
-            eventually(lambda: errors(seen("staging"))[0] is EvidenceState.TELEMETRY_DOWN)
-            assert errors(seen("prod")) == (EvidenceState.OK, 0, 50)
-            assert errors(seen("another"))[0] is EvidenceState.TELEMETRY_DOWN
+            eventually(lambda: errors(evidence_of("staging"))[0] is EvidenceState.TELEMETRY_DOWN)
+            assert errors(evidence_of("prod")) == (EvidenceState.OK, 0, 50)
+            assert errors(evidence_of("another"))[0] is EvidenceState.TELEMETRY_DOWN
         finally:
             staging.start_again()
 
@@ -94,7 +98,7 @@ def test_poll_leaves_out_alerts_of_another_namespace(tmp_path: Path) -> None:
     with (
         alertmanager(tmp_path, address, "http://127.0.0.1:9/", TOKEN) as server,
         closing(AlertmanagerClient(server.url, access=MonitoringAccess(labels={"namespace": "prod.eu"}))) as ours,
-        closing(AlertmanagerClient(server.url)) as everybodys,
+        closing(AlertmanagerClient(server.url)) as unfiltered,
     ):
         labels = [{"namespace": "prod.eu"}, {"namespace": "prodxeu"}, {"namespace": "staging"}, {}]
         alerts = [
@@ -102,7 +106,7 @@ def test_poll_leaves_out_alerts_of_another_namespace(tmp_path: Path) -> None:
             for i, more in enumerate(labels)
         ]
         httpx.post(f"{server.url}/api/v2/alerts", json=alerts, trust_env=False).raise_for_status()
-        eventually(lambda: len(everybodys.poll()) == 4)
+        eventually(lambda: len(unfiltered.poll()) == 4)
         assert {dict(alert.labels)["alertname"] for alert in ours.poll()} == {"A0", "A3"}
 
 
@@ -118,28 +122,28 @@ class TlsServer:
     url: str = ""
     refused: int = 0
     redirect: str = ""
-    told: list[str] = field(default_factory=list)
+    authorizations: list[str] = field(default_factory=list)
 
 
 @pytest.fixture
-def door(tmp_path: Path) -> Iterator[TlsServer]:
+def tls_server(tmp_path: Path) -> Iterator[TlsServer]:
     certificate, key = _self_signed(tmp_path)
-    door = TlsServer(certificate)
+    tls_server = TlsServer(certificate)
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             authorization = self.headers.get("Authorization", "")
-            door.told.append(authorization)
-            status = 200 if authorization == f"Bearer {door.token}" else 401
-            if door.redirect:
+            tls_server.authorizations.append(authorization)
+            status = 200 if authorization == f"Bearer {tls_server.token}" else 401
+            if tls_server.redirect:
                 status = 302
             kind = "vector" if "%5B" not in self.path else "matrix"
             body = json.dumps(
                 [] if "/v2/" in self.path else {"status": "success", "data": {"resultType": kind, "result": []}}
             )
             self.send_response(status)
-            if door.redirect:
-                self.send_header("Location", door.redirect)
+            if tls_server.redirect:
+                self.send_header("Location", tls_server.redirect)
             self.send_header("Content-Length", str(len(body)))
             self.end_headers()
             self.wfile.write(body.encode())
@@ -153,21 +157,21 @@ def door(tmp_path: Path) -> Iterator[TlsServer]:
     server.socket = context.wrap_socket(server.socket, server_side=True)
     thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
     thread.start()
-    door.url = f"https://127.0.0.1:{server.server_address[1]}"
-    yield door
+    tls_server.url = f"https://127.0.0.1:{server.server_address[1]}"
+    yield tls_server
     server.shutdown()
     server.server_close()
     thread.join()
 
 
-def test_token_is_read_on_every_request(door: TlsServer, tmp_path: Path) -> None:
+def test_token_is_read_on_every_request(tls_server: TlsServer, tmp_path: Path) -> None:
     token = tmp_path / "token"
     token.write_text(TOKEN + "\n")
-    access = MonitoringAccess(token, door.certificate)
-    with closing(PrometheusReader(door.url, access=access)) as reader:
+    access = MonitoringAccess(token, tls_server.certificate)
+    with closing(PrometheusReader(tls_server.url, access=access)) as reader:
         scope = Scope.of(state_of())
         assert reader.read(scope, 1.0).problem == ""
-        door.token = "renewed"
+        tls_server.token = "renewed"
         assert "answered 401" in reader.read(scope, 1.0).problem
         token.write_text("renewed")
         assert reader.read(scope, 1.0).problem == ""
@@ -176,31 +180,33 @@ def test_token_is_read_on_every_request(door: TlsServer, tmp_path: Path) -> None
         token.write_text("")
         assert f"{token}: no token for 127.0.0.1" in reader.read(scope, 1.0).problem
     token.write_text("renewed")
-    with closing(PrometheusReader(door.url, access=MonitoringAccess(token))) as unknowing:
-        assert "CERTIFICATE_VERIFY_FAILED" in unknowing.read(scope, 1.0).problem
+    with closing(PrometheusReader(tls_server.url, access=MonitoringAccess(token))) as without_certificate:
+        assert "CERTIFICATE_VERIFY_FAILED" in without_certificate.read(scope, 1.0).problem
 
 
-def test_alertmanager_requests_carry_the_token(door: TlsServer, tmp_path: Path) -> None:
+def test_alertmanager_requests_carry_the_token(tls_server: TlsServer, tmp_path: Path) -> None:
     token = tmp_path / "token"
     token.write_text(TOKEN)
-    with closing(AlertmanagerClient(door.url, access=MonitoringAccess(token, door.certificate))) as poll:
+    with closing(AlertmanagerClient(tls_server.url, access=MonitoringAccess(token, tls_server.certificate))) as poll:
         assert poll.poll() == []
         token.unlink()
         with pytest.raises(RolloutError, match="cannot read the token"):
             poll.poll()
     with (
-        closing(AlertmanagerClient(door.url, access=MonitoringAccess(ca_file=door.certificate))) as bare,
+        closing(AlertmanagerClient(tls_server.url, access=MonitoringAccess(ca_file=tls_server.certificate))) as bare,
         pytest.raises(RolloutError, match="401"),
     ):
         bare.poll()
 
 
-def test_token_does_not_follow_a_redirect(door: TlsServer, tmp_path: Path) -> None:
+def test_token_does_not_follow_a_redirect(tls_server: TlsServer, tmp_path: Path) -> None:
     (tmp_path / "token").write_text(TOKEN)
-    door.redirect = f"{door.url}/elsewhere"
-    with closing(PrometheusReader(door.url, access=MonitoringAccess(tmp_path / "token", door.certificate))) as reader:
+    tls_server.redirect = f"{tls_server.url}/elsewhere"
+    with closing(
+        PrometheusReader(tls_server.url, access=MonitoringAccess(tmp_path / "token", tls_server.certificate))
+    ) as reader:
         assert "302" in reader.read(Scope.of(state_of()), 1.0).problem
-    assert len(door.told) == 1
+    assert len(tls_server.authorizations) == 1
 
 
 @pytest.mark.parametrize("text", [None, "", "not a certificate"])

@@ -67,7 +67,7 @@ PINNED = [73, 6376, 962, 3611, 1014]
 
 
 @pytest.mark.parametrize(
-    ("weights", "said"),
+    ("weights", "message"),
     [
         ({}, "sum to 0"),
         ({"a": 5000}, "sum to 5000"),
@@ -75,6 +75,6 @@ PINNED = [73, 6376, 962, 3611, 1014]
         ({"a": 1, "b": 2}, "sum to 3"),
     ],
 )
-def test_weights_that_do_not_cover_all_buckets_are_rejected(weights: dict[str, int], said: str) -> None:
-    with pytest.raises(ConfigError, match=said):
+def test_weights_that_do_not_cover_all_buckets_are_rejected(weights: dict[str, int], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
         arm_of(1, "s", weights)

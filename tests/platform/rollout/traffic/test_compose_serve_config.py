@@ -163,10 +163,10 @@ def test_outcomes_have_exactly_one_replica() -> None:
     ("text", "message"),
     [
         ("a: [", "ConfigMap c: not YAML"),
-        ("metrics_dir: /m", "ConfigMap c: releases: Field required"),
+        ("metrics_dir: /m", "ConfigMap c: releases: missing, and it has no default"),
         (
-            "{metrics_dir: /m, releases: {release_store: s, release_cache: c, public_keys: k, shelf: 1}}",
-            "releases.shelf: Extra inputs are not permitted",
+            "{metrics_dir: /m, releases: {release_store: s, release_cache: c, public_keys: k, shelves: 1}}",
+            "releases.shelves: unknown key, expected one of overlay, public_keys, release_cache, release_store",
         ),
     ],
 )

@@ -35,8 +35,8 @@ def test_growing_canary_takes_viewers_from_stable_only(viewer: int, one: int, ot
 
 @given(VIEWERS, st.integers(0, 5_000))
 def test_holdout_keeps_its_viewers_during_the_ramp(viewer: int, canary: int) -> None:
-    held = routing(0, 500).route_of(viewer).arm is Arm.HOLDOUT
-    assert (routing(canary, 500).route_of(viewer).arm is Arm.HOLDOUT) == held
+    in_holdout = routing(0, 500).route_of(viewer).arm is Arm.HOLDOUT
+    assert (routing(canary, 500).route_of(viewer).arm is Arm.HOLDOUT) == in_holdout
 
 
 @given(VIEWERS)
@@ -47,17 +47,17 @@ def test_single_release_routing_has_all_viewers_on_stable(viewer: int) -> None:
 
 
 def test_routing_lists_each_release_once() -> None:
-    told = routing(100, 50, shadow=ShadowRoute(release="next", weight_bp=500), warm=("old", "older"))
-    assert told.releases == ("new", "old", "next", "older")
+    complete_routing = routing(100, 50, shadow=ShadowRoute(release="next", weight_bp=500), warm=("old", "older"))
+    assert complete_routing.releases == ("new", "old", "next", "older")
 
 
 def test_routing_survives_a_json_round_trip() -> None:
-    told = routing(100, 50, shadow=ShadowRoute(release="next", weight_bp=500), warm=("older",))
-    assert Routing.model_validate(told.model_dump(mode="json")) == told
+    complete_routing = routing(100, 50, shadow=ShadowRoute(release="next", weight_bp=500), warm=("older",))
+    assert Routing.model_validate(complete_routing.model_dump(mode="json")) == complete_routing
 
 
 @pytest.mark.parametrize(
-    ("arms", "said"),
+    ("arms", "message"),
     [
         ([("stable", 9_000)], "sum to 9000"),
         ([("stable", 9_000), ("canary", 1_000)], "in this order"),
@@ -65,6 +65,6 @@ def test_routing_survives_a_json_round_trip() -> None:
         ([("shadow", 10_000)], "in this order"),
     ],
 )
-def test_invalid_arms_are_rejected(arms: list[tuple[str, int]], said: str) -> None:
-    with pytest.raises(ValidationError, match=said):
+def test_invalid_arms_are_rejected(arms: list[tuple[str, int]], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
         Routing(salt="s", arms=tuple(ArmRoute(arm=Arm(arm), release="r", weight_bp=bp) for arm, bp in arms))

@@ -55,9 +55,9 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunDirectory]:
 
 @pytest.fixture(scope="module")
 def backend(run: RunDirectory) -> Iterator[ServeRestBackend]:
-    found = ServeRestBackend(run)
-    yield found
-    found.close()
+    rest_backend = ServeRestBackend(run)
+    yield rest_backend
+    rest_backend.close()
 
 
 def target(canary: str = "new", phase: Phase = Phase.STEPPING, **more: Any) -> TrafficTarget:
@@ -83,9 +83,9 @@ def until(condition: Callable[[], bool], within_s: float = 60.0) -> None:
 
 def replicas(backend: ServeRestBackend) -> dict[str, str]:
     """Returns the replica ids of the deployments that do not belong to a release."""
-    place = backend._read_serving_record()
-    seen = backend._call("GET", place, None).json()["applications"]
-    return {name: seen[name]["deployments"][kind]["replicas"][0]["replica_id"]
+    record = backend._read_serving_record()
+    observed = backend._call("GET", record, None).json()["applications"]
+    return {name: observed[name]["deployments"][kind]["replicas"][0]["replica_id"]
             for name, kind in (("router", "Router"), ("outcomes", "Outcomes"))}  # fmt: skip
 
 
@@ -108,10 +108,10 @@ def test_canary_deploys_and_leaves_without_restarting_replicas(
 def test_failed_release_is_reported_with_serves_reason(backend: ServeRestBackend) -> None:
     backend.apply(target("broken", Phase.PREPARING))
     until(lambda: "broken" in backend.observe().failed_permanently)
-    seen = backend.observe()
-    assert "no such file videos.arrow" in seen.failed["broken"]
-    assert "old" in seen.ready
-    assert "broken" not in seen.ready
+    observed = backend.observe()
+    assert "no such file videos.arrow" in observed.failed["broken"]
+    assert "old" in observed.ready
+    assert "broken" not in observed.ready
     backend.apply(target("broken", Phase.ROLLED_BACK))
     until(lambda: backend.observe().releases == ("old",))
 
@@ -140,15 +140,15 @@ def test_alert_rolls_back_within_a_second_without_a_failed_request(
     run: RunDirectory, backend: ServeRestBackend, capsys: pytest.CaptureFixture[str]
 ) -> None:
     store = SqliteRolloutStore(run.path / "rollout" / "state.db")
-    book, stop, wake, metrics = AlertRegistry(store), threading.Event(), threading.Event(), ControllerMetrics()
-    controller = Controller(store, backend, ScriptedEvidence("few"), book, metrics=metrics)
+    alerts, stop, wake, metrics = AlertRegistry(store), threading.Event(), threading.Event(), ControllerMetrics()
+    controller = Controller(store, backend, ScriptedEvidence("few"), alerts, metrics=metrics)
     rollout = start_state(HALF, rollout_id="r-2", canary_release="c" * 64, stable_release="old", now=time.time() - 1)
     store.create(rollout, HALF)
     load = BackgroundLoad(backend._read_serving_record().url)
     threads = [threading.Thread(target=load.run, args=(first,)) for first in range(4)]
     threads.append(threading.Thread(target=controller.run, args=(stop, wake)))
     try:
-        with serve_in_thread(webhook_application(book, wake.set, TOKEN, metrics), "127.0.0.1", 0) as url:
+        with serve_in_thread(webhook_application(alerts, wake.set, TOKEN, metrics), "127.0.0.1", 0) as url:
             for thread in threads:
                 thread.start()
             until(lambda: sum(arm == "canary" for *_, arm in load.answers) > 20)

@@ -19,8 +19,8 @@ def state(phase: Phase, **more: Any) -> RolloutState:
     )
 
 
-def shares(given: RolloutState) -> dict[tuple[str, str], int]:
-    return {(route.arm.value, route.release): route.weight_bp for route in traffic_target(given).routing.arms}
+def shares(rollout_state: RolloutState) -> dict[tuple[str, str], int]:
+    return {(route.arm.value, route.release): route.weight_bp for route in traffic_target(rollout_state).routing.arms}
 
 
 @pytest.mark.parametrize("phase", [Phase.PENDING, Phase.ROLLED_BACK])
@@ -72,6 +72,6 @@ def test_observed_weights_require_a_routing_of_this_rollout() -> None:
 
 def test_single_stable_routing_counts_as_canary_weight_zero() -> None:
     rolling_back = state(Phase.ROLLING_BACK)
-    seen = TrafficObservation(routing=Routing.single_release("old")).weights(rolling_back)
-    assert seen == {Arm.STABLE: 10_000, Arm.CANARY: 0, Arm.HOLDOUT: 0}
+    weights = TrafficObservation(routing=Routing.single_release("old")).weights(rolling_back)
+    assert weights == {Arm.STABLE: 10_000, Arm.CANARY: 0, Arm.HOLDOUT: 0}
     assert TrafficObservation(routing=Routing.single_release("new")).weights(rolling_back) is None

@@ -9,11 +9,11 @@ from typing import Annotated, Any, Literal, Self
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
-from pydantic_core import ErrorDetails
 
 from reelway.pipelines.models.ranker import RankerConfig
 from reelway.pipelines.models.two_tower import TwoTowerConfig
 from reelway.platform.errors import ConfigError
+from reelway.platform.validation_errors import explain_problem
 
 
 class _Section(BaseModel):
@@ -149,7 +149,8 @@ def load_config(
     try:
         return TrainingConfig.model_validate(tree)
     except ValidationError as error:
-        raise ConfigError(f"training configuration: {_describe(error.errors(include_url=False)[0])}") from error
+        lines = [explain_problem(TrainingConfig, p, "training configuration") for p in error.errors(include_url=False)]
+        raise ConfigError("\n".join(lines)) from error
 
 
 def _read_yaml(file: Path) -> dict[str, Any]:
@@ -183,23 +184,3 @@ def _merged(tree: Mapping[str, Any], more: Mapping[str, Any]) -> dict[str, Any]:
         both = isinstance(before, Mapping) and isinstance(value, Mapping)
         merged[name] = _merged(before, value) if both else value  # type: ignore[arg-type]
     return merged
-
-
-def _describe(problem: ErrorDetails) -> str:
-    """One problem that pydantic found: path, value, expectation."""
-    path = ".".join(str(part) for part in problem["loc"])
-    if problem["type"] == "extra_forbidden":
-        return f"unknown name {path!r}, expected one of {_siblings(problem['loc'])}"
-    if problem["type"] == "value_error":
-        return f"{path}: {problem['ctx']['error']}" if path else str(problem["ctx"]["error"])
-    if problem["type"] == "model_type":
-        return f"{path} is {problem['input']!r}, expected a mapping of its settings"
-    expected = problem["msg"].removeprefix("Input should be ")
-    return f"{path} is {problem['input']!r}, expected {expected}"
-
-
-def _siblings(location: tuple[int | str, ...]) -> list[str]:
-    section: Any = TrainingConfig
-    for part in location[:-1]:
-        section = section.model_fields[str(part)].annotation
-    return sorted(section.model_fields)

@@ -23,9 +23,9 @@ TERMINATION_GRACE_S = 20.0
 _DEFERRED_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
-def reelway_command(*words: str) -> list[str]:
+def reelway_command(*args: str) -> list[str]:
     """Returns the command line that runs ``reelway`` from this installation."""
-    return [sys.executable, "-m", "reelway.platform.cli", *words]
+    return [sys.executable, "-m", "reelway.platform.cli", *args]
 
 
 def terminate_process_group(process: subprocess.Popen[bytes]) -> None:
@@ -80,15 +80,18 @@ def _deferred_signals() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():  # only the main thread handles signals
         yield
         return
-    came: list[int] = []
-    before = {number: signal.signal(number, lambda seen, _: came.append(seen)) for number in _DEFERRED_SIGNALS}
+    received: list[int] = []
+    handlers = {
+        number: signal.signal(number, lambda received_number, _: received.append(received_number))
+        for number in _DEFERRED_SIGNALS
+    }
     try:
         yield
     finally:
-        for number, handler in before.items():
+        for number, handler in handlers.items():
             signal.signal(number, handler)
-    if came:
-        signal.raise_signal(came[0])
+    if received:
+        signal.raise_signal(received[0])
 
 
 def run_command(command: Sequence[str]) -> None:

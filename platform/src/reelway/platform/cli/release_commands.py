@@ -29,18 +29,18 @@ from reelway.platform.run_directory import RunDirectory
 
 GROUP_NAME = "release"
 RUN = typer.Option(Path("runs/default"), "--run", help="Run directory.")
-STORE = typer.Option(None, "--store", help="Release store as a URL (file://, s3://, gs://). Default: the run's.")
+STORE = typer.Option(
+    None, "--store", help="Path or URL of the release store (file://, s3://, gs://). Default: releases/ of the run."
+)
 RELEASE = typer.Argument(LATEST, help="Release id, unique prefix of an id, or 'latest'.")
 
 
 class TableOrJson(StrEnum):
-    """Output formats."""
-
     TABLE = "table"
     JSON = "json"
 
 
-OUTPUT = typer.Option(TableOrJson.TABLE, "-o", "--output", help="Output format.")
+OUTPUT = typer.Option(TableOrJson.TABLE, "-o", "--output", help="Output format: table or json.")
 
 
 def release_group(app: typer.Typer) -> typer.Typer:
@@ -48,9 +48,9 @@ def release_group(app: typer.Typer) -> typer.Typer:
     for group in app.registered_groups:
         if group.name == GROUP_NAME and group.typer_instance is not None:
             return group.typer_instance
-    made = typer.Typer(no_args_is_help=True)
-    app.add_typer(made, name=GROUP_NAME, help="Build, verify, fetch and show releases.")
-    return made
+    releases = typer.Typer(no_args_is_help=True)
+    app.add_typer(releases, name=GROUP_NAME, help="Build, verify, fetch and show releases.")
+    return releases
 
 
 def register(app: typer.Typer) -> None:
@@ -106,9 +106,9 @@ def show(release: str = RELEASE, run: Path = RUN, store: str | None = STORE, out
 
     Example: reelway release show 3f9c -o json
     """
-    place = _store(run, store)
-    release_id = place.resolve(release)
-    manifest = place.manifest(release_id)
+    releases = _store(run, store)
+    release_id = releases.resolve(release)
+    manifest = releases.manifest(release_id)
     if output is TableOrJson.JSON:
         typer.echo(json.dumps({"release_id": release_id, **manifest.model_dump(mode="json")}, indent=2))
         return
@@ -138,10 +138,12 @@ def verify_release(
     """
     directory = RunDirectory(run)
     trusted = load_public_keys(public_keys or directory.keys)
-    place = features or directory.features
+    features_dir = features or directory.features
 
     def look(folder: Path, expected_id: str | None) -> VerifiedRelease:
-        services = registered_services(place, read_manifest(folder).feature_services, required=features is not None)
+        services = registered_services(
+            features_dir, read_manifest(folder).feature_services, required=features is not None
+        )
         return verify(folder, public_keys=trusted, feature_services=services, expected_id=expected_id)
 
     if (Path(release) / MANIFEST_FILE).is_file():
@@ -149,8 +151,8 @@ def verify_release(
     else:
         source = _store(run, store)
         release_id = source.resolve(release)
-        with tempfile.TemporaryDirectory(prefix="reelway-verify-") as aside:
-            verified = look(source.fetch(release_id, Path(aside)), release_id)
+        with tempfile.TemporaryDirectory(prefix="reelway-verify-") as temporary:
+            verified = look(source.fetch(release_id, Path(temporary)), release_id)
     _say_waivers(verified)
     table = Table("check", "result", title=f"release {short_id(verified.manifest.release_id)} may take traffic")
     for check in verified.checks:
@@ -171,7 +173,7 @@ def fetch_release(
 ) -> None:
     """Fetch a release into a local folder and print the folder. The digest of each file is always checked.
 
-    A release that is already there and intact is not fetched again. Exits with code 6 and the reason if the release is
+    A release that is complete in the folder is not fetched again. Exits with code 6 and the reason if the release is
     rejected.
 
     Example:
@@ -219,7 +221,7 @@ def _say_waivers(verified: VerifiedRelease) -> None:
 
 
 def registered_services(
-    features_dir: Path, wanted: tuple[FeatureServiceRef, ...], *, required: bool
+    features_dir: Path, expected: tuple[FeatureServiceRef, ...], *, required: bool
 ) -> dict[str, str] | None:
     """Returns the digests of the ``wanted`` feature services that the feature store has, by name.
 
@@ -235,7 +237,7 @@ def registered_services(
         return None
     feature_store = open_feature_store(features_dir)
     present = {}
-    for service in wanted:
+    for service in expected:
         try:
             present[service.name] = feature_service_digest(feature_store, service.name)
         except FeatureError:

@@ -1,1 +1,1 @@
-"""The only place that talks to Kubernetes: rollouts as resources, the operator, Ray jobs."""
+"""All code that calls the Kubernetes API: rollouts as resources, the operator and Ray jobs."""

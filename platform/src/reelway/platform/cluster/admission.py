@@ -16,7 +16,7 @@ from reelway.platform.contracts.ids import short_id
 from reelway.platform.errors import RolloutError
 from reelway.platform.rollout.policy import RolloutPolicy
 from reelway.platform.rollout.state import Phase, RolloutState
-from reelway.platform.rollout.transition import start_state
+from reelway.platform.rollout.transition import already_live, start_state
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +64,7 @@ def admit(
     if stable is None:
         return Waiting(f"the live release is unknown: {unknown_reason}")
     if stable == spec.release:
-        return Refused(f"release {short_id(spec.release)} is live already; choose another release")
+        return Refused(already_live(spec.release))
     if spec.stable_release not in (None, stable):
         return Refused(
             f"spec.stableRelease is {str(spec.stable_release)[:12]}, but {stable[:12]} is live; "

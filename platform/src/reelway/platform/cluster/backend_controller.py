@@ -49,7 +49,7 @@ class BackendController:
     def __init__(
         self,
         api: KubeApi,
-        shelf: RolloutCache,
+        cache: RolloutCache,
         backend: Backend,
         settings: OperatorSettings,
         metrics: ControllerMetrics,
@@ -57,7 +57,7 @@ class BackendController:
     ) -> None:
         address = serve_address(backend, api.namespace, settings.ray)
         self.key = backend.key
-        self.store = KubeRolloutStore(api, shelf, backend=backend.key, create_backend=backend, on_decision=on_decision)
+        self.store = KubeRolloutStore(api, cache, backend=backend.key, create_backend=backend, on_decision=on_decision)
         serve = ServeRestBackend(address)
         name = backend.ray_service.name if backend.ray_service else ""
         self.backend: RayServiceBackend | ServeRestBackend = serve

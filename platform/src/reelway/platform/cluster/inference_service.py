@@ -69,7 +69,7 @@ class InferenceServiceRankers:
         self._api = api
         self._template = template
         labels = template["metadata"]["labels"]
-        self._own = {key: value for key, value in labels.items() if key != _MANAGED_BY_LABEL and "{" not in value}
+        self._selector = {key: value for key, value in labels.items() if key != _MANAGED_BY_LABEL and "{" not in value}
 
     def ensure(self, release: str) -> None:
         """Creates the InferenceService. An existing one, such as the chart's, stays unchanged."""
@@ -87,7 +87,7 @@ class InferenceServiceRankers:
         return {
             found["metadata"]["labels"][RELEASE_LABEL]: ranker_state(found)
             for found in self._api.list(PATH)
-            if self._own.items() <= found["metadata"].get("labels", {}).items()
+            if self._selector.items() <= found["metadata"].get("labels", {}).items()
             and RELEASE_LABEL in found["metadata"]["labels"]
         }
 
@@ -117,22 +117,24 @@ class RemoteRankerBackend:
 
     def observe(self) -> TrafficObservation:
         """Observes the traffic and the rankers; see ``TrafficBackend.observe``."""
-        seen = self._backend.observe()
+        observation = self._backend.observe()
         try:
             rankers = self._rankers.states()
         except KubernetesError as error:
-            return replace(seen, ready=frozenset(), detail=_join_messages(seen.detail, f"rankers: {error}"))
-        states = {release: rankers.get(_short(release)) for release in {*seen.releases, *seen.ready}}
+            return replace(
+                observation, ready=frozenset(), detail=_join_messages(observation.detail, f"rankers: {error}")
+            )
+        states = {release: rankers.get(_short(release)) for release in {*observation.releases, *observation.ready}}
         waiting = {release: state for release, state in states.items() if state is None or not state.ready}
-        said = [f"ranker of {_short(release)}: {state.detail if state else 'it does not exist'}"
+        messages = [f"ranker of {_short(release)}: {state.detail if state else 'it does not exist'}"
                 for release, state in sorted(waiting.items())]  # fmt: skip
         failed = {release: f"ranker: {state.detail}" for release, state in waiting.items() if state and state.failed}
         return replace(
-            seen,
-            releases=tuple(release for release in seen.releases if states[release] is not None),
-            ready=seen.ready - waiting.keys(),
-            failed={**failed, **seen.failed},
-            detail=_join_messages(seen.detail, *said),
+            observation,
+            releases=tuple(release for release in observation.releases if states[release] is not None),
+            ready=observation.ready - waiting.keys(),
+            failed={**failed, **observation.failed},
+            detail=_join_messages(observation.detail, *messages),
         )
 
     def apply(self, target: TrafficTarget) -> None:
@@ -143,25 +145,25 @@ class RemoteRankerBackend:
         Raises:
             RolloutError: if the traffic or a ranker was rejected.
         """
-        trouble = self._for_each(self._rankers.ensure, target.releases)
+        errors = self._for_each(self._rankers.ensure, target.releases)
         self._backend.apply(target)
         try:
-            gone = self._rankers.states().keys() - {_short(release) for release in target.releases}
+            retired = self._rankers.states().keys() - {_short(release) for release in target.releases}
         except KubernetesError as error:
-            gone, trouble = set(), [*trouble, str(error)]
-        trouble += self._for_each(self._rankers.remove, sorted(gone))
-        if trouble:
-            raise RolloutError(f"traffic written, but not all rankers: {'; '.join(trouble)}")
+            retired, errors = set(), [*errors, str(error)]
+        errors += self._for_each(self._rankers.remove, sorted(retired))
+        if errors:
+            raise RolloutError(f"traffic written, but not all rankers: {'; '.join(errors)}")
 
     @staticmethod
     def _for_each(call: Any, releases: Iterable[str]) -> list[str]:
-        trouble = []
+        errors = []
         for release in releases:
             try:
                 call(release)
             except KubernetesError as error:
-                trouble.append(str(error))
-        return trouble
+                errors.append(str(error))
+        return errors
 
 
 def read_template(path: Path) -> KubeObject:
@@ -173,8 +175,8 @@ def read_template(path: Path) -> KubeObject:
     try:
         document = yaml.safe_load(path.read_text())
         metadata = document["metadata"]
-        told = "{release}" in metadata["name"] and metadata["labels"][RELEASE_LABEL] == "{release}"
-        if document["kind"] != "InferenceService" or not told:
+        names_release = "{release}" in metadata["name"] and metadata["labels"][RELEASE_LABEL] == "{release}"
+        if document["kind"] != "InferenceService" or not names_release:
             raise KeyError(f"kind InferenceService, a name with {{release}} and the label {RELEASE_LABEL}")
     except (OSError, yaml.YAMLError, KeyError, TypeError) as error:
         raise ConfigError(
@@ -197,8 +199,8 @@ def ranker_state(document: Mapping[str, Any]) -> RankerState:
         return RankerState(True)
     model = status.get("modelStatus") or {}
     failure = model.get("lastFailureInfo") or {}
-    said = [one.get("message") or one.get("reason") or "" for one in conditions.values() if one["status"] != "True"]
-    detail = failure.get("message") or "; ".join(dict.fromkeys(filter(None, said))) or "KServe is preparing it"
+    messages = [one.get("message") or one.get("reason") or "" for one in conditions.values() if one["status"] != "True"]
+    detail = failure.get("message") or "; ".join(dict.fromkeys(filter(None, messages))) or "KServe is preparing it"
     return RankerState(False, " ".join(detail.split())[:300], model.get("transitionStatus") in _PERMANENT_FAILURES)
 
 

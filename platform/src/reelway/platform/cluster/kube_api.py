@@ -1,8 +1,8 @@
 """A small client of the Kubernetes API for one namespace.
 
 Objects are plain dictionaries, and every error is a ``KubernetesError``: exceptions of the ``kubernetes`` package never
-leave this module. Every request has a timeout. Nothing is retried, because only the caller knows whether a late answer
-is still useful. An error repeats the server's message verbatim.
+leave this module. Every request has a timeout. Nothing is retried, because only the caller can decide whether a late
+answer is still useful. An error repeats the server's message verbatim.
 """
 
 from __future__ import annotations
@@ -77,9 +77,9 @@ class KubeApi:
         self, namespace: str | None = None, *, context: str | None = None, timeout_s: float = TIMEOUT_S
     ) -> None:
         configuration = client.Configuration()
-        own = _load_configuration(configuration, context)
+        default_namespace = _load_configuration(configuration, context)
         configuration.retries = 0
-        self.namespace = namespace or own
+        self.namespace = namespace or default_namespace
         self.server = str(configuration.host)
         self._timeout_s = timeout_s
         self._configuration = configuration
@@ -93,7 +93,7 @@ class KubeApi:
             return None
 
     def list(self, path: str) -> list[KubeObject]:
-        """Returns all objects of a kind. Raises AbsentError if the cluster does not know the kind."""
+        """Returns all objects of a kind. Raises AbsentError if the kind does not exist."""
         return list(self.list_at(path)[0])
 
     def list_at(self, path: str) -> tuple[Sequence[KubeObject], str]:
@@ -114,16 +114,18 @@ class KubeApi:
         """
         query = {"watch": "1", "allowWatchBookmarks": "true", "resourceVersion": resource_version}
         target = f"{path}?{urlencode({**query, 'timeoutSeconds': max(1, round(timeout_s))})}"
-        what = f"watch of {path} in namespace {self.namespace}"
-        answer = self._open("GET", target, what, timeout_s=(self._timeout_s, timeout_s + self._timeout_s))
+        request = f"watch of {path} in namespace {self.namespace}"
+        answer = self._open("GET", target, request, timeout_s=(self._timeout_s, timeout_s + self._timeout_s))
         try:
             for line in iter_resp_lines(answer.response):
                 event = json.loads(line)
                 if event["type"] == "ERROR":
-                    raise _error_from_response(what, int(event["object"].get("code", 500)), json.dumps(event["object"]))
+                    raise _error_from_response(
+                        request, int(event["object"].get("code", 500)), json.dumps(event["object"])
+                    )
                 yield WatchEvent(event["type"], event["object"])
         except (HTTPError, OSError, ValueError) as error:
-            raise KubernetesError(f"{what}: connection to {self.server} lost: {_short(str(error))}") from error
+            raise KubernetesError(f"{request}: connection to {self.server} lost: {_short(str(error))}") from error
         finally:
             answer.response.close()
 
@@ -181,18 +183,18 @@ class KubeApi:
         accept: str = _JSON,
         content: str = _JSON,
     ) -> str:
-        what = f"{method} {path} in namespace {self.namespace}"
-        answer = self._open(method, path, what, body, accept=accept, content=content, timeout_s=self._timeout_s)
+        request = f"{method} {path} in namespace {self.namespace}"
+        answer = self._open(method, path, request, body, accept=accept, content=content, timeout_s=self._timeout_s)
         try:
             return _text(answer.read())
         except (HTTPError, OSError) as error:
-            raise self._unreachable(what, error) from error
+            raise self._unreachable(request, error) from error
 
     def _open(
         self,
         method: Method,
         path: str,
-        what: str,
+        request: str,
         body: Mapping[str, Any] | None = None,
         *,
         accept: str = _JSON,
@@ -206,14 +208,14 @@ class KubeApi:
                 body=body, _request_timeout=timeout_s,
             )  # fmt: skip
             if not 200 <= answer.status < 300:
-                raise _error_from_response(what, answer.status, _text(answer.read()))
+                raise _error_from_response(request, answer.status, _text(answer.read()))
         except (HTTPError, OSError, ApiException) as error:
-            raise self._unreachable(what, error) from error
+            raise self._unreachable(request, error) from error
         return answer
 
-    def _unreachable(self, what: str, error: Exception) -> KubernetesError:
+    def _unreachable(self, request: str, error: Exception) -> KubernetesError:
         return KubernetesError(
-            f"{what}: cannot reach {self.server}: {_short(str(error))}; check that the API server is running"
+            f"{request}: cannot reach {self.server}: {_short(str(error))}; check that the API server is running"
         )
 
     def _headers(self, accept: str, content: str) -> dict[str, str]:
@@ -229,14 +231,14 @@ def _load_configuration(configuration: Any, context: str | None) -> str:
         if context is None and (_SERVICE_ACCOUNT / "token").exists():
             kubernetes_config.load_incluster_config(client_configuration=configuration)
             return (_SERVICE_ACCOUNT / "namespace").read_text().strip()
-        where = os.environ.get("KUBECONFIG") or None  # the client reads KUBECONFIG only at import
-        kubernetes_config.load_kube_config(where, context=context, client_configuration=configuration)
-        contexts, active = kubernetes_config.list_kube_config_contexts(where)
+        kubeconfig = os.environ.get("KUBECONFIG") or None  # the client reads KUBECONFIG only at import
+        kubernetes_config.load_kube_config(kubeconfig, context=context, client_configuration=configuration)
+        contexts, active = kubernetes_config.list_kube_config_contexts(kubeconfig)
         chosen = next((c for c in contexts if c["name"] == context), active)
         return str(chosen["context"].get("namespace", "default"))
     except (ConfigException, OSError) as error:
-        wanted = f"context {context!r}" if context else "a cluster"
-        raise ConfigError(f"cannot connect to {wanted}: {error}; set KUBECONFIG or pass --context") from error
+        target = f"context {context!r}" if context else "a cluster"
+        raise ConfigError(f"cannot connect to {target}: {error}; set KUBECONFIG or pass --context") from error
 
 
 def _url(path: str, namespace: str) -> str:
@@ -247,14 +249,14 @@ def _url(path: str, namespace: str) -> str:
     return f"/apis/{first}/{version}/namespaces/{namespace}/{rest}"
 
 
-def _error_from_response(what: str, status: int, text: str) -> KubernetesError:
+def _error_from_response(request: str, status: int, text: str) -> KubernetesError:
     try:
         message = str(json.loads(text)["message"])
     except (ValueError, KeyError, TypeError):
         message = text
     kind = {404: NotFoundError, 409: ConflictError, 410: ExpiredError}.get(status, KubernetesError)
     hint = {401: "; log in again", 403: "; request this right from the cluster's administrator"}.get(status, "")
-    return kind(f"{what} answered {status}: {_short(message)}{hint}")
+    return kind(f"{request} answered {status}: {_short(message)}{hint}")
 
 
 def _text(body: bytes | str) -> str:

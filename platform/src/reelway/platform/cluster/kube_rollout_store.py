@@ -61,18 +61,18 @@ class KubeRolloutStore:
     def __init__(
         self,
         api: KubeApi,
-        shelf: RolloutCache,
+        cache: RolloutCache,
         *,
         backend: str | None = None,
         create_backend: Backend | None = None,
         on_decision: Callable[[RolloutResource, HistoryEntry], None] = lambda *_: None,
         clock: Callable[[], float] = time.time,
     ) -> None:
-        self._api, self._shelf = api, shelf
-        self._backend, self._made_for = backend, create_backend
-        self._told, self._clock = on_decision, clock
+        self._api, self._cache = api, cache
+        self._backend, self._create_backend = backend, create_backend
+        self._on_decision, self._clock = on_decision, clock
         self._writing = threading.RLock()
-        self._seen: dict[str, LastReconcile] = {}
+        self._last_reconciles: dict[str, LastReconcile] = {}
 
     def create(self, state: RolloutState, policy: RolloutPolicy) -> Rollout:
         """Creates the resource; the operator starts the rollout. Several rollouts of one backend may wait.
@@ -80,27 +80,27 @@ class KubeRolloutStore:
         Raises:
             RolloutError: if a rollout of that name exists or the API server rejects the resource.
         """
-        if self._made_for is None:
+        if self._create_backend is None:
             raise RolloutError("cannot create a rollout without a backend; name a RayService with --ray-service")
         stable = None if state.stable_release == LIVE else state.stable_release
-        asked = {"release": state.canary_release, "stable_release": stable, "force": state.forced}
+        requested = {"release": state.canary_release, "stable_release": stable, "force": state.forced}
         try:
             spec = ReleaseRolloutSpec.model_validate(
-                {**asked, "policy": policy, "backend": self._made_for, "note": state.reason}
+                {**requested, "policy": policy, "backend": self._create_backend, "note": state.reason}
             )
         except ValidationError as error:
             wrong = error.errors()[0]
             raise RolloutError(f"spec.{wrong['loc'][0]}: saw {wrong['input']!r}: {wrong['msg']}") from error
         try:
-            made = self._api.create(PATH, {**_object_head(state.id), "spec": _spec_document(spec)})
+            created = self._api.create(PATH, {**_object_head(state.id), "spec": _spec_document(spec)})
         except ConflictError:
             raise RolloutError(f"cannot create rollout {state.id}: it exists; choose another name") from None
         except NotFoundError as error:
             raise RolloutError(f"{error}; check that Reelway's CRDs are installed") from error
         except KubernetesError as error:
             raise RolloutError(str(error)) from error
-        resource = parse_rollout(made)
-        self._shelf.store_written(resource)
+        resource = parse_rollout(created)
+        self._cache.store_written(resource)
         return to_rollout(resource)
 
     def get(self, rollout_id: str) -> Rollout:
@@ -124,19 +124,19 @@ class KubeRolloutStore:
             newest, status = to_rollout(resource), resource.status
             merged = with_commands_since(before, newest, state) if newest.version != before.version else state
             history = (*status.history, numbered) if numbered else status.history
-            sighting = self._seen.get(state.id, status.last_reconcile)
+            last_reconcile = self._last_reconciles.get(state.id, status.last_reconcile)
             return with_derived_fields(
                 resource,
                 status.model_copy(
                     update={"state": merged, "policy": before.policy, "version": status.version + 1,
-                            "history": history, "last_reconcile": sighting}
+                            "history": history, "last_reconcile": last_reconcile}
                 ),
                 self._clock(),
             )  # fmt: skip
 
         written = self._write(self._find(before.state.id, exact=True), change)
         if numbered:
-            self._told(written, numbered)
+            self._on_decision(written, numbered)
         return to_rollout(written)
 
     def begin(self, resource: RolloutResource, state: RolloutState, policy: RolloutPolicy) -> Rollout:
@@ -145,10 +145,10 @@ class KubeRolloutStore:
         def change(newest: RolloutResource) -> ReleaseRolloutStatus:
             if newest.status.state is not None:
                 raise RolloutError(f"rollout {newest.name} has started; check that no second operator runs")
-            made = ReleaseRolloutStatus(
+            started = ReleaseRolloutStatus(
                 state=state, policy=policy, version=newest.status.version + 1, conditions=newest.status.conditions
             )
-            return with_derived_fields(newest, made, self._clock())
+            return with_derived_fields(newest, started, self._clock())
 
         return to_rollout(self._write(resource, change))
 
@@ -168,105 +168,107 @@ class KubeRolloutStore:
     def submit_command(self, rollout_id: str, command: Command) -> Rollout:
         """Adds the command to ``spec.commands`` in one patch. Only the operator writes the status."""
         resource = self._find(rollout_id)
-        asked = CommandRequest.model_validate(command.model_dump())
+        request = CommandRequest.model_validate(command.model_dump())
         for _ in range(_ATTEMPTS):
-            given = resource.spec.commands
-            if any(known.id == asked.id for known in given) or asked.id in _commands_seen(resource):
+            commands = resource.spec.commands
+            if any(known.id == request.id for known in commands) or request.id in _commands_seen(resource):
                 return to_rollout(resource)
-            kept = (*_unseen_commands(resource), asked)
-            if len(kept) > MAX_COMMANDS:
+            remaining = (*_unseen_commands(resource), request)
+            if len(remaining) > MAX_COMMANDS:
                 raise RolloutError(
-                    f"cannot add a command to {resource.name}: {len(kept) - 1} of at most {MAX_COMMANDS} commands "
+                    f"cannot add a command to {resource.name}: {len(remaining) - 1} of at most {MAX_COMMANDS} commands "
                     "wait; check that the operator runs"
                 )
             change = {
                 "metadata": {"resourceVersion": resource.resource_version},
-                "spec": {"commands": [one.document() for one in kept]},
+                "spec": {"commands": [one.document() for one in remaining]},
             }
             try:
                 resource = parse_rollout(self._api.patch(f"{PATH}/{resource.name}", change))
             except ConflictError:
                 resource = self._refetch(resource)
                 continue
-            self._shelf.store_written(resource)
+            self._cache.store_written(resource)
             return to_rollout(resource)
         raise RolloutError(f"cannot write rollout {resource.name}: it changed {_ATTEMPTS} times meanwhile; try again")
 
     def history(self, rollout_id: str | None = None) -> Sequence[HistoryEntry]:
-        some = [self._find(rollout_id)] if rollout_id is not None else self._in_scope()
-        entries = [entry for resource in some for entry in resource.status.history]
+        resources = [self._find(rollout_id)] if rollout_id is not None else self._in_scope()
+        entries = [entry for resource in resources for entry in resource.status.history]
         return sorted(entries, key=lambda entry: entry.number)
 
     def alerts(self) -> dict[AlertKey, KnownAlert]:
         resource = self._latest()
         return {alert.key: alert for alert in resource.status.alerts} if resource else {}
 
-    def replace_alerts(self, book: Mapping[AlertKey, KnownAlert]) -> None:
+    def replace_alerts(self, alerts: Mapping[AlertKey, KnownAlert]) -> None:
         """Stores the alerts that name the latest rollout's release and began after the rollout did."""
         resource = self._latest()
         if resource is None or resource.status.state is None:
             return
 
         def change(newest: RolloutResource) -> ReleaseRolloutStatus | None:
-            kept = _relevant_alerts(book.values(), newest.status.state)
-            return None if kept == newest.status.alerts else newest.status.model_copy(update={"alerts": kept})
+            relevant = _relevant_alerts(alerts.values(), newest.status.state)
+            return None if relevant == newest.status.alerts else newest.status.model_copy(update={"alerts": relevant})
 
         self._write(resource, change)
 
-    def save_last_reconcile(self, sighting: LastReconcile) -> None:
+    def save_last_reconcile(self, last_reconcile: LastReconcile) -> None:
         """Writes a reconcile at once if its outcome differs from the last one, otherwise with the next record."""
-        self._seen[sighting.rollout_id] = sighting
+        self._last_reconciles[last_reconcile.rollout_id] = last_reconcile
 
         def change(resource: RolloutResource) -> ReleaseRolloutStatus | None:
-            if _same_outcome(sighting, resource.status.last_reconcile):
+            if _same_outcome(last_reconcile, resource.status.last_reconcile):
                 return None
             return with_derived_fields(
-                resource, resource.status.model_copy(update={"last_reconcile": sighting}), self._clock()
+                resource, resource.status.model_copy(update={"last_reconcile": last_reconcile}), self._clock()
             )
 
-        self._write(self._find(sighting.rollout_id, exact=True), change)
+        self._write(self._find(last_reconcile.rollout_id, exact=True), change)
 
     def last_reconcile(self, rollout_id: str) -> LastReconcile | None:
         resource = self._find(rollout_id)
-        return self._seen.get(resource.rollout_id, resource.status.last_reconcile)
+        return self._last_reconciles.get(resource.rollout_id, resource.status.last_reconcile)
 
     def revision(self, *, include_own: bool = True) -> int:
-        return self._shelf.revision(own=include_own)
+        return self._cache.revision(include_own=include_own)
 
     def _in_scope(self) -> list[RolloutResource]:
         """Returns the rollouts in scope, oldest first; a controller's scope is the started rollouts of its backend."""
-        mine = [
+        in_scope = [
             resource
-            for resource in self._shelf.all()
+            for resource in self._cache.all()
             if self._backend is None or (resource.status.state and resource.spec.backend.key == self._backend)
         ]
-        return sorted(mine, key=_order)
+        return sorted(in_scope, key=_order)
 
     def _latest(self) -> RolloutResource | None:
         """Returns the rollout that the controller reconciles; for commands, the next one if that one has ended."""
-        mine = self._in_scope()
-        begun = [resource for resource in mine if resource.status.state]
+        in_scope = self._in_scope()
+        started = [resource for resource in in_scope if resource.status.state]
         if self._backend is not None:
-            return next((one for one in reversed(begun) if not one.status.superseded_by), None)
-        if begun and begun[-1].status.state and begun[-1].status.state.active:
-            return begun[-1]
-        return mine[-1] if mine else None
+            return next((one for one in reversed(started) if not one.status.superseded_by), None)
+        if started and started[-1].status.state and started[-1].status.state.active:
+            return started[-1]
+        return in_scope[-1] if in_scope else None
 
     def _find(self, rollout_id: str, *, exact: bool = False) -> RolloutResource:
-        mine = self._in_scope()
-        whole = [one for one in mine if rollout_id in (one.rollout_id, one.name)]
-        found = whole or [one for one in mine if not exact and rollout_id and one.rollout_id.startswith(rollout_id)]
+        in_scope = self._in_scope()
+        exact_matches = [one for one in in_scope if rollout_id in (one.rollout_id, one.name)]
+        found = exact_matches or [
+            one for one in in_scope if not exact and rollout_id and one.rollout_id.startswith(rollout_id)
+        ]
         if not found:
             raise RolloutError(
                 f"rollout {rollout_id!r} does not exist; `reelway rollout history --all` lists all rollouts"
             )
         if len(found) > 1:
-            some = ", ".join(one.name for one in found[:3])
-            raise RolloutError(f"rollout id {rollout_id!r} is ambiguous ({some} ...); type more of it")
+            examples = ", ".join(one.name for one in found[:3])
+            raise RolloutError(f"rollout id {rollout_id!r} is ambiguous ({examples} ...); give more characters")
         return found[0]
 
     def _next_number(self) -> int:
-        numbers = [entry.number for resource in self._shelf.all() for entry in resource.status.history[-1:]]
+        numbers = [entry.number for resource in self._cache.all() for entry in resource.status.history[-1:]]
         return max(numbers, default=0) + 1
 
     def _write(self, resource: RolloutResource, change: Change) -> RolloutResource:
@@ -276,8 +278,8 @@ class KubeRolloutStore:
                 status = change(resource)
                 if status is None:
                     return resource
-                if isinstance(self._shelf, InformerCache):
-                    self._shelf.expect_own_write(resource.uid, status.version)
+                if isinstance(self._cache, InformerCache):
+                    self._cache.expect_own_write(resource.uid, status.version)
                 try:
                     written = parse_rollout(
                         self._api.replace(f"{PATH}/{resource.name}/status", _status_document(resource, status))
@@ -287,7 +289,7 @@ class KubeRolloutStore:
                 except NotFoundError:
                     raise RolloutError(f"cannot write rollout {resource.name}: it was deleted") from None
                 else:
-                    self._shelf.store_written(written)
+                    self._cache.store_written(written)
                     return written
         raise RolloutError(f"cannot write rollout {resource.name}: it changed {_ATTEMPTS} times meanwhile; try again")
 
@@ -296,7 +298,7 @@ class KubeRolloutStore:
         if document is None or document["metadata"]["uid"] != resource.uid:
             raise RolloutError(f"cannot write rollout {resource.name}: it was deleted")
         newest = parse_rollout(document)
-        self._shelf.store_written(newest)
+        self._cache.store_written(newest)
         return newest
 
 
@@ -308,8 +310,8 @@ def to_rollout(resource: RolloutResource) -> Rollout:
     status, spec = resource.status, resource.spec
     policy = status.policy or spec.policy or default_policy()
     state = status.state or _pending_state(resource)
-    for asked in spec.commands:
-        state = add_command(state, asked.to_command)
+    for request in spec.commands:
+        state = add_command(state, request.to_command)
     if resource.deleting and state.active and status.state is not None:
         state = add_command(state, Command(id=f"deleted-{resource.uid[:8]}", verb="rollback", actor=DELETED_ACTOR))
     return Rollout(state=state, policy=policy, version=max(1, resource.version + resource.deleting))
@@ -343,22 +345,22 @@ def _commands_seen(resource: RolloutResource) -> Sequence[str]:
 
 def _unseen_commands(resource: RolloutResource) -> list[CommandRequest]:
     """Returns the commands of the spec; the oldest ones that were processed make room for new ones."""
-    seen, given = set(_commands_seen(resource)), list(resource.spec.commands)
-    while len(given) >= MAX_COMMANDS and given[0].id in seen:
-        given.pop(0)
-    return given
+    processed, commands = set(_commands_seen(resource)), list(resource.spec.commands)
+    while len(commands) >= MAX_COMMANDS and commands[0].id in processed:
+        commands.pop(0)
+    return commands
 
 
 def _relevant_alerts(alerts: Any, state: RolloutState | None) -> tuple[KnownAlert, ...]:
     if state is None:
         return ()
-    about = [
+    relevant = [
         alert
         for alert in alerts
         if alert.starts_at >= state.started_at
         and names_release(dict(alert.labels).get("release", ""), state.canary_release)
     ]
-    return tuple(sorted(about, key=lambda alert: (alert.starts_at, alert.group_key, alert.labels))[-ALERTS_LIMIT:])
+    return tuple(sorted(relevant, key=lambda alert: (alert.starts_at, alert.group_key, alert.labels))[-ALERTS_LIMIT:])
 
 
 def _same_outcome(one: LastReconcile, other: LastReconcile | None) -> bool:

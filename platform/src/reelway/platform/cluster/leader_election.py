@@ -44,7 +44,7 @@ class LeaderElector:
         self._api, self._name, self._identity = api, name, identity
         self._duration_s, self._clock = duration_s, clock
         self._renewed_at = -1e9
-        self._seen: tuple[str, float] = ("", -1e9)
+        self._observed: tuple[str, float] = ("", -1e9)
         self.holder = ""
 
     def acquire(self, stop: threading.Event) -> bool:
@@ -115,10 +115,10 @@ class LeaderElector:
         spec, now = document.get("spec", {}), self._clock()
         self.holder = spec.get("holderIdentity", "")
         version = str(document["metadata"]["resourceVersion"])
-        if version != self._seen[0]:
-            self._seen = (version, now)
+        if version != self._observed[0]:
+            self._observed = (version, now)
         lasts_s = float(spec.get("leaseDurationSeconds") or self._duration_s)
-        return self.holder in ("", self._identity) or now - self._seen[1] > lasts_s
+        return self.holder in ("", self._identity) or now - self._observed[1] > lasts_s
 
     def _document(self, before: KubeObject | None) -> dict[str, Any]:
         now = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")

@@ -59,14 +59,15 @@ class RayJobs:
         """
         templates = self._api.list(f"v1/configmaps?{urlencode({'labelSelector': _JOB_SELECTOR})}")
         document = build_ray_job(find_template(templates, request.kind, installation), request)
-        asked = parse_ray_job(
+        submitted = parse_ray_job(
             {**document, "metadata": {**document["metadata"], "name": "", "creationTimestamp": _EPOCH}}
         )
         for other in self.all():
-            if (other.kind, other.run) == (asked.kind, asked.run) and not other.state.ended:
+            if (other.kind, other.run) == (submitted.kind, submitted.run) and not other.state.ended:
                 raise ConfigError(
-                    f"cannot submit {asked.kind} of run {asked.run}: job {other.name} is {other.state} and writes the "
-                    f"same files; `reelway jobs follow {other.name}`, or stop it first"
+                    f"cannot submit {submitted.kind} of run {submitted.run}: job {other.name} is {other.state} and "
+                    f"writes the same files; wait for it with `reelway jobs follow {other.name}`, or stop it with "
+                    f"`reelway jobs stop {other.name}`"
                 )
         return parse_ray_job(self._api.create(PATH, document))
 

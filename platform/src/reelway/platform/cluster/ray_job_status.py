@@ -109,9 +109,11 @@ def find_startup_problems(
     Args:
         events: warnings about the RayJob and its RayCluster.
     """
-    found = [trouble for pod in pods for trouble in _pod_startup_problems(pod)]
-    found += [StartupProblem(f"{one.get('reason', '')}: {one.get('message', '')}", permanent=False) for one in events]
-    return tuple(dict.fromkeys(found))
+    problems = [problem for pod in pods for problem in _pod_startup_problems(pod)]
+    problems += [
+        StartupProblem(f"{one.get('reason', '')}: {one.get('message', '')}", permanent=False) for one in events
+    ]
+    return tuple(dict.fromkeys(problems))
 
 
 def release_id_in(lines: Iterable[str]) -> str:
@@ -143,13 +145,13 @@ def _pod_startup_problems(pod: Mapping[str, Any]) -> Iterable[StartupProblem]:
     containers = [*(status.get("initContainerStatuses") or ()), *(status.get("containerStatuses") or ())]
     for container in containers:
         waiting = (container.get("state") or {}).get("waiting") or {}
-        reason, said = waiting.get("reason", ""), waiting.get("message", "")
+        reason, detail = waiting.get("reason", ""), waiting.get("message", "")
         if reason in _IMAGE_REASONS:
             yield StartupProblem(
-                f"pod {name}: cannot pull image {container['image']} ({reason}): {said}", reason in _PERMANENT_REASONS
+                f"pod {name}: cannot pull image {container['image']} ({reason}): {detail}", reason in _PERMANENT_REASONS
             )
         elif reason in _CONTAINER_REASONS:
-            yield StartupProblem(f"pod {name}: cannot create its container ({reason}): {said}", permanent=False)
+            yield StartupProblem(f"pod {name}: cannot create its container ({reason}): {detail}", permanent=False)
 
 
 def _shell_exit_code(code: int) -> int:

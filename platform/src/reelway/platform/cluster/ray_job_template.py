@@ -136,12 +136,12 @@ def parse_toleration(text: str) -> Document:
             f"--toleration: saw {text!r}, expected KEY[=VALUE][:EFFECT], such as nvidia.com/gpu:NoSchedule; the "
             "effects are NoSchedule, PreferNoSchedule and NoExecute"
         )
-    made: Document = {"key": match["key"], "operator": "Exists" if match["value"] is None else "Equal"}
+    toleration: Document = {"key": match["key"], "operator": "Exists" if match["value"] is None else "Equal"}
     if match["value"] is not None:
-        made["value"] = match["value"]
+        toleration["value"] = match["value"]
     if match["effect"]:
-        made["effect"] = match["effect"]
-    return made
+        toleration["effect"] = match["effect"]
+    return toleration
 
 
 def _set_workers_and_gpus(cluster: Document, request: JobRequest) -> tuple[int, int]:
@@ -149,16 +149,16 @@ def _set_workers_and_gpus(cluster: Document, request: JobRequest) -> tuple[int, 
     group = cluster["workerGroupSpecs"][0]
     head, worker = (_resources(part) for part in (cluster["headGroupSpec"], group))
     resource = next((name for one in (head, worker) for name in one["limits"] if "/" in name), request.gpu_resource)
-    there = max(int(one["limits"].pop(resource, 0)) for one in (head, worker))
+    existing_gpus = max(int(one["limits"].pop(resource, 0)) for one in (head, worker))
     for one in (head, worker):
         one["requests"].pop(resource, None)
     workers = group["replicas"] if request.workers is None else request.workers
-    gpus = there if request.gpus is None else request.gpus
+    gpus = existing_gpus if request.gpus is None else request.gpus
     group["replicas"] = group["minReplicas"] = group["maxReplicas"] = workers
     computing = worker if workers else head
-    wanted = {"cpu": request.cpus, "memory": request.memory, resource: str(gpus) if gpus else None}
+    requested = {"cpu": request.cpus, "memory": request.memory, resource: str(gpus) if gpus else None}
     for part in ("requests", "limits"):
-        computing[part] |= {name: value for name, value in wanted.items() if value is not None}
+        computing[part] |= {name: value for name, value in requested.items() if value is not None}
     parameters = cluster["headGroupSpec"]["rayStartParams"]
     parameters.pop("num-cpus", None)
     if workers:
@@ -166,24 +166,24 @@ def _set_workers_and_gpus(cluster: Document, request: JobRequest) -> tuple[int, 
     return workers, gpus
 
 
-def _entrypoint(given: str, request: JobRequest, workers: int, gpus: int) -> str:
-    words = shlex.split(given)
+def _entrypoint(entrypoint: str, request: JobRequest, workers: int, gpus: int) -> str:
+    args = shlex.split(entrypoint)
     if request.run is not None:
-        before = PurePosixPath(words[words.index("--run") + 1])
-        words = _with_option(words, "--run", str(before.with_name(request.run)))
+        run_path = PurePosixPath(args[args.index("--run") + 1])
+        args = _with_option(args, "--run", str(run_path.with_name(request.run)))
     if request.kind is JobKind.TRAIN:
-        words = _with_option(words, "--workers", str(workers) if workers else None)
-        words = _with_option(words, "--gpus", str(gpus * max(1, workers)) if gpus else None)
-    return shlex.join([*words, *request.arguments])
+        args = _with_option(args, "--workers", str(workers) if workers else None)
+        args = _with_option(args, "--gpus", str(gpus * max(1, workers)) if gpus else None)
+    return shlex.join([*args, *request.arguments])
 
 
-def _with_option(words: Sequence[str], name: str, value: str | None) -> list[str]:
+def _with_option(args: Sequence[str], name: str, value: str | None) -> list[str]:
     """Returns the command line with one option set, or removed if the value is None."""
-    kept = list(words)
-    if name in kept:
-        at = kept.index(name)
-        del kept[at : at + 2]
-    return kept if value is None else [*kept, name, value]
+    remaining = list(args)
+    if name in remaining:
+        index = remaining.index(name)
+        del remaining[index : index + 2]
+    return remaining if value is None else [*remaining, name, value]
 
 
 def _pods(spec: Document) -> list[Document]:

@@ -54,10 +54,10 @@ class RayServiceBackend:
         self.serve.close()
 
     def exists(self) -> bool:
-        """Whether the RayService exists.
+        """Returns whether the RayService exists.
 
         Raises:
-            KubernetesError: if the API server cannot be asked.
+            KubernetesError: if the API server cannot be reached.
         """
         try:
             return self._api.get(f"{_PATH}/{self.name}") is not None
@@ -66,16 +66,16 @@ class RayServiceBackend:
 
     def observe(self) -> TrafficObservation:
         """Reads Serve, its routers and the RayService; see ``TrafficBackend.observe``."""
-        seen = self.serve.observe()
+        observation = self.serve.observe()
         running = self.serve.config
         try:
             snapshot = self.fetch()
         except (KubernetesError, RolloutError) as error:
-            return replace(seen, routing=None, detail=f"{seen.detail}; {error}".removeprefix("; "))
+            return replace(observation, routing=None, detail=f"{observation.detail}; {error}".removeprefix("; "))
         if running is not None and not _same_traffic(snapshot.config, running):
             detail = f"RayService {self.name} declares another routing than Serve runs; it is written again"
-            return replace(seen, routing=None, detail=f"{seen.detail}; {detail}".removeprefix("; "))
-        return seen
+            return replace(observation, routing=None, detail=f"{observation.detail}; {detail}".removeprefix("; "))
+        return observation
 
     def apply(self, target: TrafficTarget) -> None:
         """Writes the target to Serve, then to the RayService.
@@ -89,15 +89,15 @@ class RayServiceBackend:
             snapshot = snapshot or self.fetch()
         except KubernetesError as error:
             raise RolloutError(str(error)) from error
-        wanted = with_target(snapshot.config, target)
+        config = with_target(snapshot.config, target)
         running = self.serve.config
-        if running is None or not _same_traffic(wanted, running):
-            self.serve.write(wanted)
-        if wanted != snapshot.config:
+        if running is None or not _same_traffic(config, running):
+            self.serve.write(config)
+        if config != snapshot.config:
             with self.declaring:
-                self._patch_serve_config(snapshot, wanted)
+                self._patch_serve_config(snapshot, config)
 
-    def _patch_serve_config(self, snapshot: DeclaredConfig, wanted: Mapping[str, Any]) -> None:
+    def _patch_serve_config(self, snapshot: DeclaredConfig, config: Mapping[str, Any]) -> None:
         """Patches ``serveConfigV2`` if it still is the configuration that ``wanted`` was made from.
 
         KubeRay writes its status into the same object all the time. A conflict alone therefore means nothing; the
@@ -106,7 +106,7 @@ class RayServiceBackend:
         newest = snapshot
         for _ in range(_ATTEMPTS):
             try:
-                self.patch(newest, wanted)
+                self.patch(newest, config)
                 return
             except ConflictError:
                 newest = self._snapshot()
@@ -116,7 +116,7 @@ class RayServiceBackend:
                 raise self._not_declared("another writer changed serveConfigV2 meanwhile")
         raise self._not_declared(f"it changed {_ATTEMPTS} times meanwhile")
 
-    def patch(self, snapshot: DeclaredConfig, wanted: Mapping[str, Any]) -> None:
+    def patch(self, snapshot: DeclaredConfig, new_config: Mapping[str, Any]) -> None:
         """Writes ``serveConfigV2`` over this version of the object and over no other.
 
         Raises:
@@ -125,7 +125,7 @@ class RayServiceBackend:
         """
         with self._lock:
             self._declared = None  # unknown until the API server has answered
-        text = yaml.safe_dump(dict(wanted), sort_keys=False)
+        text = yaml.safe_dump(dict(new_config), sort_keys=False)
         change = {"metadata": {"resourceVersion": snapshot.resource_version}, "spec": {"serveConfigV2": text}}
         self._parse_snapshot(self._api.patch(f"{_PATH}/{self.name}", change))
 
@@ -146,7 +146,7 @@ class RayServiceBackend:
 
         Raises:
             RolloutError: if it does not exist or ``serveConfigV2`` is not a YAML mapping.
-            KubernetesError: if the API server cannot be asked.
+            KubernetesError: if the API server cannot be reached.
         """
         document = self._api.get(f"{_PATH}/{self.name}")
         if document is None:
@@ -173,6 +173,6 @@ class RayServiceBackend:
         return snapshot
 
 
-def _same_traffic(one: ServeConfig, other: ServeConfig) -> bool:
-    """Whether two configurations route the same traffic. KubeRay applies every other difference."""
-    return release_names(one) == release_names(other) and find_routing(one) == find_routing(other)
+def _same_traffic(first: ServeConfig, second: ServeConfig) -> bool:
+    """Returns whether two configurations route the same traffic. KubeRay applies every other difference."""
+    return release_names(first) == release_names(second) and find_routing(first) == find_routing(second)

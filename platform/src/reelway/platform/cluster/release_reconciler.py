@@ -45,19 +45,19 @@ class ReleaseReconciler:
 
     def __init__(self, api: KubeApi, url: str) -> None:
         self._api, self._store = api, ReleaseStore(url)
-        self._trouble = ""
+        self._last_error = ""
 
     def run(self, stop: threading.Event, every_s: float = RECONCILE_INTERVAL_S) -> None:
         """Reconciles every ``every_s`` seconds until stopped. An error is logged once and retried."""
         while not stop.is_set():
-            trouble = ""
+            error_text = ""
             try:
                 self.reconcile()
             except ReelwayError as error:
-                trouble = str(error)
-            if trouble != self._trouble:
-                log.warning("releases: %s", trouble) if trouble else log.info("releases: recovered")
-            self._trouble = trouble
+                error_text = str(error)
+            if error_text != self._last_error:
+                log.warning("releases: %s", error_text) if error_text else log.info("releases: recovered")
+            self._last_error = error_text
             stop.wait(every_s)
 
     def reconcile(self) -> None:

@@ -35,7 +35,7 @@ class RolloutCache(Protocol):
         """Stores the server's answer to a write of this process."""
         ...
 
-    def revision(self, *, own: bool) -> int:
+    def revision(self, *, include_own: bool) -> int:
         """See ``RolloutStore.revision``."""
         ...
 
@@ -46,21 +46,21 @@ class UncachedRollouts:
     def __init__(self, api: KubeApi) -> None:
         self._api = api
         self._versions: dict[str, str] = {}
-        self._own = self._others = 0
+        self._own_writes = self._foreign_writes = 0
 
     def all(self) -> Sequence[RolloutResource]:
         return [parse_rollout(document) for document in self._api.list(PATH)]
 
     def store_written(self, resource: RolloutResource) -> None:
-        self._own += 1
+        self._own_writes += 1
         self._versions[resource.uid] = resource.resource_version
 
-    def revision(self, *, own: bool) -> int:
+    def revision(self, *, include_own: bool) -> int:
         versions = self._api.list_versions(PATH)
         if versions != self._versions:
-            self._others += 1
+            self._foreign_writes += 1
             self._versions = versions
-        return self._others + self._own if own else self._others
+        return self._foreign_writes + self._own_writes if include_own else self._foreign_writes
 
 
 class InformerCache:
@@ -68,18 +68,18 @@ class InformerCache:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._known: dict[str, RolloutResource] = {}
+        self._by_uid: dict[str, RolloutResource] = {}
         self._own_versions: dict[str, int] = {}
-        self._own = self._others = 0
+        self._own_writes = self._foreign_writes = 0
 
     def all(self) -> Sequence[RolloutResource]:
         with self._lock:
-            return list(self._known.values())
+            return list(self._by_uid.values())
 
     def by_uid(self, uid: str) -> RolloutResource | None:
         """Returns one rollout; None if it does not exist or was deleted."""
         with self._lock:
-            return self._known.get(uid)
+            return self._by_uid.get(uid)
 
     def expect_own_write(self, uid: str, version: int) -> None:
         """Announces an own write of state version ``version``, so that its watch event is not a foreign change."""
@@ -92,10 +92,10 @@ class InformerCache:
         A rollout that is not in the cache is ignored: its deletion was observed before the answer arrived.
         """
         with self._lock:
-            self._own += 1
-            known = self._known.get(resource.uid)
+            self._own_writes += 1
+            known = self._by_uid.get(resource.uid)
             if known is not None and _newer(resource, known):
-                self._known[resource.uid] = resource
+                self._by_uid[resource.uid] = resource
 
     def replace(self, documents: Iterable[Mapping[str, Any]]) -> None:
         """Replaces the content with a complete list from the server. A copy that is newer than the list's stays."""
@@ -120,22 +120,22 @@ class InformerCache:
             )
             return
         with self._lock:
-            before = self._known.get(uid)
+            before = self._by_uid.get(uid)
             if before is not None and not _newer(resource, before):
                 return
-            self._known[uid] = resource
+            self._by_uid[uid] = resource
             if before is None or self._is_foreign_change(before, resource):
-                self._others += 1
+                self._foreign_writes += 1
 
     def remove(self, uid: str) -> None:
         """Removes a deleted rollout."""
         with self._lock:
-            if self._known.pop(uid, None) is not None:
-                self._others += 1
+            if self._by_uid.pop(uid, None) is not None:
+                self._foreign_writes += 1
 
-    def revision(self, *, own: bool) -> int:
+    def revision(self, *, include_own: bool) -> int:
         with self._lock:
-            return self._others + self._own if own else self._others
+            return self._foreign_writes + self._own_writes if include_own else self._foreign_writes
 
     def _is_foreign_change(self, before: RolloutResource, after: RolloutResource) -> bool:
         if (before.generation, before.deleting) != (after.generation, after.deleting):

@@ -128,10 +128,10 @@ class RolloutOperator:
             KubernetesError: if another replica is active or the alerts cannot be stored; deliver them again.
         """
         if not self._active:
-            raise KubernetesError("this operator waits for its lease; another replica is active, send the alerts again")
-        own = self._api.namespace
-        told = [alert for alert in news if dict(alert.labels).get("namespace", own) == own]
-        changed = [controller.alerts.deliver(told) for controller in list(self._controllers.values())]
+            raise KubernetesError("this operator is on standby: another replica is active; send the alerts again")
+        namespace = self._api.namespace
+        in_scope = [alert for alert in news if dict(alert.labels).get("namespace", namespace) == namespace]
+        changed = [controller.alerts.deliver(in_scope) for controller in list(self._controllers.values())]
         return any(changed)
 
     def wake(self) -> None:
@@ -165,12 +165,14 @@ class RolloutOperator:
 
     def _loop(self, stop: threading.Event) -> None:
         while not stop.is_set():
-            seen = self._cache.revision(own=True)
+            revision = self._cache.revision(include_own=True)
             self._guarded("serve config", self._reconcile_serve_config)
             self._guarded("admission", self._admit_pending)
             self._guarded("finalizers", self._reconcile_finalizers)
             deadline = time.monotonic() + _ADMISSION_INTERVAL_S
-            while not stop.is_set() and time.monotonic() < deadline and self._cache.revision(own=True) == seen:
+            while (
+                not stop.is_set() and time.monotonic() < deadline and self._cache.revision(include_own=True) == revision
+            ):
                 stop.wait(_CHANGE_POLL_INTERVAL_S)
 
     def _reconcile_serve_config(self) -> None:
@@ -184,15 +186,15 @@ class RolloutOperator:
         """Starts the rollouts that may start, and writes to the others' status why they may not."""
         followed = [one for one in self._cache.all() if not one.status.superseded_by and one.status.phase != REFUSED]
         for key in sorted({one.spec.backend.key for one in followed}):
-            mine = sorted(
+            of_backend = sorted(
                 (one for one in followed if one.spec.backend.key == key), key=lambda r: (r.created_at, r.name)
             )
-            begun = [one for one in mine if one.status.state]
-            waiting = [one for one in mine if not one.status.state and not one.deleting]
-            if not (begun or waiting):
+            started = [one for one in of_backend if one.status.state]
+            waiting = [one for one in of_backend if not one.status.state and not one.deleting]
+            if not (started or waiting):
                 continue
             try:
-                controller = self._controller_for((begun or waiting)[0].spec.backend)
+                controller = self._controller_for((started or waiting)[0].spec.backend)
             except RolloutError as error:
                 for resource in waiting:
                     self._record_not_started(resource, Refused(str(error)))
@@ -243,9 +245,9 @@ class RolloutOperator:
             self._record_event(resource, action, verdict.reason)
 
     def _latest_started(self, key: str) -> RolloutResource | None:
-        begun = [(one.status.state.started_at, one) for one in self._cache.all()
+        started = [(one.status.state.started_at, one) for one in self._cache.all()
                  if one.status.state and one.spec.backend.key == key]  # fmt: skip
-        return max(begun, key=lambda pair: pair[0])[1] if begun else None
+        return max(started, key=lambda pair: pair[0])[1] if started else None
 
     def _policy_of(self, resource: RolloutResource) -> RolloutPolicy:
         """Returns a rollout's policy. Raises ConfigError if it does not exist or is invalid."""
@@ -269,8 +271,8 @@ class RolloutOperator:
     def _controller_for(self, backend: Backend) -> BackendController:
         controller = self._controllers.get(backend.key)
         if controller is None:
-            told = self._events.record_decision if self._events else lambda *_: None
-            controller = BackendController(self._api, self._cache, backend, self._settings, self.metrics, told)
+            on_decision = self._events.record_decision if self._events else lambda *_: None
+            controller = BackendController(self._api, self._cache, backend, self._settings, self.metrics, on_decision)
             self._controllers[backend.key] = controller
             controller.start()
         return controller
@@ -279,7 +281,7 @@ class RolloutOperator:
         try:
             self._watch.run(stop)
         except Exception:
-            log.exception("watch of rollouts failed, which is a bug")
+            log.exception("watch of rollouts failed with an unexpected error")
         if not stop.is_set():
             self._fail("the watch of rollouts ended", stop)
 
@@ -300,7 +302,7 @@ class RolloutOperator:
             self.metrics.failures.labels(kind).inc()
         except Exception:
             self.metrics.failures.labels(kind).inc()
-            log.exception("%s failed, which is a bug; continuing", kind)
+            log.exception("%s failed with an unexpected error; continuing", kind)
             return
         if text != self._last_errors.get(kind, ""):
             log.warning("%s: %s", kind, text) if text else log.info("%s: recovered", kind)

@@ -56,7 +56,7 @@ class ServeConfigReconciler:
         Raises:
             ConfigError: if the options cannot be read; nothing was written.
             RolloutError: if ``serveConfigV2`` has no valid routing, or none exists and the options name no release.
-            KubernetesError: if the API server cannot be asked or rejects the write.
+            KubernetesError: if the API server cannot be reached or rejects the write.
         """
         name = f"{self._backend.name}{OPTIONS_SUFFIX}"
         found = self._api.get(f"v1/configmaps/{name}")
@@ -71,20 +71,20 @@ class ServeConfigReconciler:
             options = ServingOptions.parse(text, source=f"ConfigMap {name}, {OPTIONS_KEY}")
             releases, routing = self._traffic(declared, options)
             self._prepare_rankers(releases)
-            wanted = compose_serve_config(options, releases, routing)
-            if wanted == declared.config or self._in_transition(declared):
+            config = compose_serve_config(options, releases, routing)
+            if config == declared.config or self._in_transition(declared):
                 return False
             try:
-                self._backend.patch(declared, wanted)
+                self._backend.patch(declared, config)
             except ConflictError:
                 return False  # KubeRay wrote its status meanwhile; the next reconcile reads it
         log.info("RayService %s: serveConfigV2 written, releases=%s", self._backend.name, [r[:12] for r in releases])
         return True
 
     def _traffic(self, declared: DeclaredConfig, options: ServingOptions) -> tuple[tuple[str, ...], Routing]:
-        """The releases and the routing to keep: those declared, else those that Serve runs, else the initial ones.
+        """Returns the releases and the routing to keep: the declared ones, else those of Serve, else the initial ones.
 
-        Serve is asked because `kubectl replace` drops ``serveConfigV2`` of a RayService whose service still runs.
+        Serve is read because `kubectl replace` drops ``serveConfigV2`` of a RayService whose service still runs.
         """
         if declared.config:
             return release_names(declared.config), self._checked_routing(declared.config)
@@ -108,7 +108,7 @@ class ServeConfigReconciler:
             ) from error
 
     def _in_transition(self, declared: DeclaredConfig) -> bool:
-        """Whether Serve already runs another routing than the one declared: the rollout's own write follows."""
+        """Returns whether Serve already runs another routing than the one declared: the rollout's own write follows."""
         running = self._backend.serve.config
         return bool(declared.config and running and find_routing(running) != find_routing(declared.config))
 
@@ -122,5 +122,5 @@ class ServeConfigReconciler:
 
 
 def digest_of(text: str) -> str:
-    """SHA-256 of the options as the chart computes it, without surrounding white space."""
+    """Returns the SHA-256 of the options as the chart computes it, without surrounding white space."""
     return hashlib.sha256(text.strip().encode()).hexdigest()

@@ -90,7 +90,7 @@ def _waits_for(state: RolloutState, last_reconcile: LastReconcile | None) -> str
 
 
 def _conditions(state: RolloutState, last_reconcile: LastReconcile | None) -> tuple[tuple[str, str, str, str], ...]:
-    word = phase_word(state.phase)
+    phase = phase_word(state.phase)
     moves = state.active and state.phase is not Phase.PAUSED
     ready, reason, detail = "Unknown", "NotReconciled", "the traffic has not been observed yet"
     if last_reconcile is not None:
@@ -99,26 +99,26 @@ def _conditions(state: RolloutState, last_reconcile: LastReconcile | None) -> tu
         detail = str(last_reconcile.traffic.get("trouble") or last_reconcile.traffic.get("detail") or "")
     return (
         ("Ready", ready, reason, detail),
-        ("Progressing", _condition_status(moves), word, state.reason),
-        ("Promoted", _condition_status(state.phase is Phase.PROMOTED), word, state.reason),
-        ("RolledBack", _condition_status(state.phase is Phase.ROLLED_BACK), word, state.reason),
+        ("Progressing", _condition_status(moves), phase, state.reason),
+        ("Promoted", _condition_status(state.phase is Phase.PROMOTED), phase, state.reason),
+        ("RolledBack", _condition_status(state.phase is Phase.ROLLED_BACK), phase, state.reason),
     )
 
 
 def _with_transition_times(
-    before: Sequence[Condition], wanted: Sequence[tuple[str, str, str, str]], generation: int, now: float
+    previous: Sequence[Condition], conditions: Sequence[tuple[str, str, str, str]], generation: int, now: float
 ) -> tuple[Condition, ...]:
     """Returns the conditions; a condition whose status did not change keeps its transition time."""
-    known = {condition.type: condition for condition in before}
-    made = []
-    for kind, status, reason, message in wanted:
+    known = {condition.type: condition for condition in previous}
+    result = []
+    for kind, status, reason, message in conditions:
         old = known.get(kind)
         since = old.last_transition_time if old and old.status == status else format_time(now)
-        made.append(Condition.model_validate({
+        result.append(Condition.model_validate({
             "type": kind, "status": status, "reason": reason, "message": message, "last_transition_time": since,
             "observed_generation": generation,
         }))  # fmt: skip
-    return tuple(made)
+    return tuple(result)
 
 
 def format_time(now: float) -> str:
@@ -139,7 +139,7 @@ def _evidence(status: ReleaseRolloutStatus) -> Mapping[str, Any]:
 def _verdict(evidence: Mapping[str, Any]) -> str:
     parts = [*evidence.get("guardrails", ()), *evidence.get("outcomes", ())]
     states = {str(part.get("state")) for part in parts}
-    return next((word for word in _WORST_FIRST if word in states), "")
+    return next((verdict for verdict in _WORST_FIRST if verdict in states), "")
 
 
 def _summary(evidence: Mapping[str, Any]) -> EvidenceSummary | None:
@@ -157,12 +157,12 @@ def _summary(evidence: Mapping[str, Any]) -> EvidenceSummary | None:
 
 def _truncated_history(history: Sequence[HistoryEntry]) -> tuple[HistoryEntry, ...]:
     """Returns the newest entries. Older ones lose their evidence, except those that ended the ramp."""
-    kept = list(history[-HISTORY_LIMIT:])
-    older = kept[:-MAX_ENTRIES_WITH_EVIDENCE]
+    newest = list(history[-HISTORY_LIMIT:])
+    older = newest[:-MAX_ENTRIES_WITH_EVIDENCE]
     return tuple(
         entry if entry.action in _DECISIVE or not entry.evidence else entry.model_copy(update={"evidence": {}})
         for entry in older
-    ) + tuple(kept[-MAX_ENTRIES_WITH_EVIDENCE:])
+    ) + tuple(newest[-MAX_ENTRIES_WITH_EVIDENCE:])
 
 
 def _condition_status(value: bool) -> str:

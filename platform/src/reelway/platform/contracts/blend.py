@@ -19,7 +19,7 @@ class _Strict(BaseModel):
 
 
 class RetrievalSettings(_Strict):
-    """Number of candidates that go on to ranking, and the share of each source."""
+    """Number of candidates passed to ranking, and the share of each source."""
 
     candidates: Annotated[int, Field(ge=1, le=10_000)] = 500
     quotas: dict[SourceName, Share] = Field(
@@ -63,7 +63,7 @@ class RerankingSettings(_Strict):
     diversity: Share = Field(default=0.15, description="MMR: 0 orders by value alone, 1 by novelty alone")
     max_per_creator: Annotated[int, Field(ge=1)] = 2
     exploration_slots: Annotated[int, Field(ge=0)] = 0
-    head: Annotated[int, Field(ge=1)] = Field(default=100, description="ranked candidates that MMR looks at")
+    head: Annotated[int, Field(ge=1)] = Field(default=100, description="ranked candidates that MMR re-ranks")
 
 
 class Blend(_Strict):

@@ -42,11 +42,11 @@ class FeatureDimensions:
         return {name: getattr(self, name) for name in CONTENT_VECTORS}
 
     def list_width(self, field: str) -> int:
-        """Number of values in a list feature, 0 for a field that is no list of a fixed width."""
+        """Returns the number of values in a list feature, 0 for a field that is no list of a fixed width."""
         return {**self.content, "topic_affinity": self.topics}.get(field, 0)
 
     def to_json(self) -> str:
-        """JSON that ``from_json`` reads."""
+        """Returns JSON that ``from_json`` reads."""
         return _DIMENSIONS.dump_json(self, indent=2).decode()
 
     @classmethod

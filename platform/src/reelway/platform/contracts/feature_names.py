@@ -33,7 +33,7 @@ VIDEO_WINDOWS: Final = (
 )
 CREATOR_WINDOW: Final = TrailingWindow("7d", 7 * 86_400)
 
-# Views as Feast knows them, and their fields.
+# Names of the Feast views, and their fields.
 VIEWER_PROFILE: Final = ("region", "language", "segment", "created_at_s")
 VIEWER_ACTIVITY: Final = tuple(
     f"{measure}_{w.name}"

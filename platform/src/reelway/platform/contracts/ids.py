@@ -1,7 +1,7 @@
-"""Identifiers, so that a viewer can never be passed where a video is expected.
+"""Distinct types for ids, so that a viewer id cannot be passed where a video id is expected.
 
 All entity and event ids are non-negative 63-bit integers below 2**53, so that they survive JSON in every
-client. Importers that meet string ids map them once (see ``reelway import --help``).
+client. Importers map string ids to integers once (see ``reelway import --help``).
 """
 
 from typing import Final, NewType
@@ -20,5 +20,5 @@ SHORT_RELEASE_CHARACTERS: Final = 12
 
 
 def short_id(release: str) -> str:
-    """The beginning of a release id: what people read and type, and the value of ``release`` labels."""
+    """Returns the beginning of a release id: the form that users read and type, and that ``release`` labels contain."""
     return release[:SHORT_RELEASE_CHARACTERS]

@@ -25,12 +25,12 @@ _DIMENSIONS_KEY: Final = b"reelway.dimensions"
 
 
 def with_dimensions(schema: pa.Schema, dimensions: FeatureDimensions) -> pa.Schema:
-    """The schema with ``dimensions`` in its metadata: serving assembles a viewer's inputs by them."""
+    """Returns the schema with ``dimensions`` in its metadata: serving assembles a viewer's inputs by them."""
     return schema.with_metadata({_DIMENSIONS_KEY: dimensions.to_json()})
 
 
 def dimensions_of(schema: pa.Schema) -> FeatureDimensions | None:
-    """What ``with_dimensions`` stored; None without it.
+    """Returns the dimensions that ``with_dimensions`` stored; None if the schema has none.
 
     Raises:
         ValidationError: if the metadata is not ``FeatureDimensions``.

@@ -51,7 +51,7 @@ class EventLog(Protocol):
     def partitions(self) -> int: ...
 
     def append(self, records: Sequence[LogRecord]) -> list[int]:
-        """Appends all records and returns their offsets once they are durable. After an error, any of them may be."""
+        """Appends all records and returns their offsets once they are durable. After an error, any may be."""
         ...
 
     def read(self, position: Offsets, *, limit: int, wait_s: float = 0.0) -> ReadBatch:
@@ -59,7 +59,7 @@ class EventLog(Protocol):
         ...
 
     def committed(self, consumer: str) -> Offsets:
-        """The consumer's committed offsets; empty if it never committed."""
+        """Returns the consumer's committed offsets; empty if it never committed."""
         ...
 
     def commit(self, consumer: str, position: Offsets) -> None:
@@ -67,7 +67,7 @@ class EventLog(Protocol):
         ...
 
     def end_offsets(self) -> Offsets:
-        """The offsets of the next records to be appended."""
+        """Returns the offsets of the next records to be appended."""
         ...
 
     def close(self) -> None: ...

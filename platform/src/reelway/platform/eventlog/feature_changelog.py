@@ -69,22 +69,22 @@ def change_rows(view: str, entity_ids: pa.Array, times: pa.Array, fields: pa.Tab
 
 
 def latest_rows(tables: list[pa.Table]) -> pa.Table:
-    """The last row of each (view, entity)."""
-    whole = pa.concat_tables(tables)
-    whole = whole.append_column("place", pa.array(range(whole.num_rows), pa.int64()))
-    last = whole.group_by(["view", "entity_id"]).aggregate([("place", "max")])["place_max"]
-    return whole.drop_columns(["place"]).take(last.combine_chunks().sort())
+    """Returns the last row of each (view, entity)."""
+    rows = pa.concat_tables(tables)
+    rows = rows.append_column("place", pa.array(range(rows.num_rows), pa.int64()))
+    indices = rows.group_by(["view", "entity_id"]).aggregate([("place", "max")])["place_max"]
+    return rows.drop_columns(["place"]).take(indices.combine_chunks().sort())
 
 
 class FeatureChangelog:
     """The files at a path or fsspec URL. All methods block, and raise ``StorageError`` if the files are unreachable."""
 
     def __init__(self, location: str | Path) -> None:
-        self._place = str(location)
+        self._location = str(location)
         try:
-            self._files, self._root = fsspec.core.url_to_fs(self._place)
+            self._files, self._root = fsspec.core.url_to_fs(self._location)
         except (ValueError, ImportError) as error:
-            raise StorageError(f"changelog {self._place!r}: {error}; expected a path or an fsspec URL") from error
+            raise StorageError(f"changelog {self._location!r}: {error}; expected a path or an fsspec URL") from error
         self._local = self._files.protocol in ("file", ("file", "local"))
 
     def append(self, change: FeatureChange) -> None:
@@ -97,7 +97,7 @@ class FeatureChangelog:
         base, changes = _newest(names)
         if len(changes) < at_least:
             return False
-        read = [self._read(names[base], base, whole=True)] if base else []
+        read = [self._read(names[base], base, is_snapshot=True)] if base else []
         read += [self._read(names[sequence], sequence) for sequence in changes]
         rows = latest_rows([change.rows for change in read])
         self._write(
@@ -108,29 +108,29 @@ class FeatureChangelog:
         return True
 
     def changes_after(self, sequence: int) -> list[FeatureChange]:
-        """The changes after ``sequence`` (0: all), oldest first.
+        """Returns the changes after ``sequence`` (0: all), oldest first.
 
         If the next change has been deleted, the list starts with the snapshot that replaced it.
         """
         for _ in range(10):
             names = self._names()
             base, changes = _newest(names)
-            wanted = [change for change in changes if change > sequence]
+            later = [change for change in changes if change > sequence]
             try:
-                snapshot = [self._read(names[base], base, whole=True)] if -base > sequence else []
-                return snapshot + [self._read(names[change], change) for change in wanted]
+                snapshot = [self._read(names[base], base, is_snapshot=True)] if -base > sequence else []
+                return snapshot + [self._read(names[change], change) for change in later]
             except FileNotFoundError:
                 continue  # a snapshot replaced them in the meantime
-        raise StorageError(f"changelog {self._place}: files are deleted faster than they can be read; read again")
+        raise StorageError(f"changelog {self._location}: files are deleted faster than they can be read; read again")
 
     def _names(self) -> dict[int, str]:
-        """Sequence -> file. The sequence of a snapshot is negative."""
+        """Returns the files by sequence. The sequence of a snapshot is negative."""
         try:
             found = self._files.ls(self._root, detail=False, refresh=True) if self._exists() else []
         except FileNotFoundError:
             return {}
         except OSError as error:
-            raise StorageError(f"changelog {self._place}: cannot list it: {error}") from error
+            raise StorageError(f"changelog {self._location}: cannot list it: {error}") from error
         names: dict[int, str] = {}
         for path in sorted(found):
             name = path.rsplit("/", 1)[-1]
@@ -143,7 +143,7 @@ class FeatureChangelog:
     def _exists(self) -> bool:
         return bool(self._files.exists(self._root))
 
-    def _read(self, path: str, sequence: int, *, whole: bool = False) -> FeatureChange:
+    def _read(self, path: str, sequence: int, *, is_snapshot: bool = False) -> FeatureChange:
         try:
             content = self._files.cat_file(path)
         except FileNotFoundError:
@@ -158,7 +158,7 @@ class FeatureChangelog:
         rows = table.replace_schema_metadata(None)
         if not rows.schema.equals(CHANGES) or _AS_OF_METADATA_KEY not in metadata:
             raise DataError(f"changelog {path}: has schema\n{table.schema}\nexpected\n{CHANGES}")
-        return FeatureChange(abs(sequence), int(metadata[_AS_OF_METADATA_KEY]), rows, whole)
+        return FeatureChange(abs(sequence), int(metadata[_AS_OF_METADATA_KEY]), rows, is_snapshot)
 
     def _write(self, name: str, change: FeatureChange) -> None:
         table = change.rows.replace_schema_metadata({_AS_OF_METADATA_KEY: str(change.as_of_us).encode()})
@@ -168,8 +168,8 @@ class FeatureChangelog:
         content: Any = sink.getvalue()
         path = f"{self._root}/{name}"
         if self._local:
-            with atomic_file(Path(path)) as aside:
-                aside.write_bytes(content)
+            with atomic_file(Path(path)) as temporary:
+                temporary.write_bytes(content)
             return
         try:
             self._files.pipe_file(path, content.to_pybytes())
@@ -186,6 +186,6 @@ class FeatureChangelog:
 
 
 def _newest(names: dict[int, str]) -> tuple[int, list[int]]:
-    """The newest snapshot as a key of ``names`` (0 if there is none), and the changes after it."""
+    """Returns the newest snapshot as a key of ``names`` (0 if there is none), and the changes after it."""
     base = min((key for key in names if key < 0), default=0)
     return base, sorted(key for key in names if key > -base)

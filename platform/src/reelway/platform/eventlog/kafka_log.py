@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 REQUEST_TIMEOUT_S: Final = 20.0
 """Timeout of one request to the brokers, and of one append."""
-_READER_GROUP: Final = "reelway-reader"  # of reads, which do not use committed offsets
+_READER_GROUP: Final = "reelway-reader"  # consumer group of reads, which ignore committed offsets
 
 
 class KafkaLog:
@@ -29,7 +29,7 @@ class KafkaLog:
     Args:
         servers: ``host:port``, several separated by commas.
         topic: must exist.
-        settings: librdkafka settings that override the ones here: ``security.protocol``, ``sasl.username``, ...
+        settings: librdkafka settings that override the defaults: ``security.protocol``, ``sasl.username``, ...
 
     Raises:
         ConfigError: if librdkafka rejects a setting, or the client library is not installed.
@@ -45,15 +45,15 @@ class KafkaLog:
             ) from error
         self._kafka = confluent_kafka
         self._topic = topic
-        self._given = {"bootstrap.servers": servers, **(settings or {})}
+        self._settings = {"bootstrap.servers": servers, **(settings or {})}
         self._lock = threading.RLock()
         self._producer: Producer | None = None
         self._reader: Consumer | None = None
         self._read_to: dict[int, int] | None = None
         self._last_us: dict[int, int] = {}
         try:
-            self._asker = confluent_kafka.Consumer(
-                {**self._given, "group.id": _READER_GROUP, "enable.auto.commit": False}
+            self._offset_consumer = confluent_kafka.Consumer(
+                {**self._settings, "group.id": _READER_GROUP, "enable.auto.commit": False}
             )
         except (confluent_kafka.KafkaException, ValueError, TypeError) as error:
             raise ConfigError(f"Kafka client for {servers}: {error}") from error
@@ -88,9 +88,9 @@ class KafkaLog:
             if left or errors:
                 producer.purge()
                 self._producer = None
-                what = errors[0] if errors else f"no answer within {REQUEST_TIMEOUT_S:g} s"
+                reason = errors[0] if errors else f"no answer within {REQUEST_TIMEOUT_S:g} s"
                 raise StorageError(
-                    f"{self._where}: {len(records) - len(offsets)} records are not acknowledged: {what}; "
+                    f"{self._where}: {len(records) - len(offsets)} records are not acknowledged: {reason}; "
                     "append them again"
                 )
         return [offsets[index] for index in range(len(records))]
@@ -118,7 +118,7 @@ class KafkaLog:
             return ReadBatch(records, dict(self._read_to), min([asked_us, *unread_us]))
 
     def committed(self, consumer: str) -> Offsets:
-        """See ``EventLog.position``."""
+        """See ``EventLog.committed``."""
         with self._group_consumer(consumer) as group:
             committed = self._wait_for_futures(
                 "committed offsets", lambda: group.committed(self._topic_partitions(), timeout=REQUEST_TIMEOUT_S)
@@ -127,19 +127,19 @@ class KafkaLog:
 
     def commit(self, consumer: str, position: Offsets) -> None:
         """See ``EventLog.commit``."""
-        places = [self._kafka.TopicPartition(self._topic, *index) for index in position.items()]
+        offsets = [self._kafka.TopicPartition(self._topic, *index) for index in position.items()]
         with self._group_consumer(consumer) as group:
-            done = self._wait_for_futures("commit", lambda: group.commit(offsets=places, asynchronous=False))
+            done = self._wait_for_futures("commit", lambda: group.commit(offsets=offsets, asynchronous=False))
         if failed := [index for index in done if index.error is not None]:
             raise StorageError(f"{self._where}: cannot commit for {consumer}: {failed[0].error}")
 
     def end_offsets(self) -> Offsets:
-        """See ``EventLog.end``."""
+        """See ``EventLog.end_offsets``."""
         with self._lock:
             return {
                 index.partition: self._wait_for_futures(
                     "end of the log",
-                    lambda index=index: self._asker.get_watermark_offsets(index, timeout=REQUEST_TIMEOUT_S),
+                    lambda index=index: self._offset_consumer.get_watermark_offsets(index, timeout=REQUEST_TIMEOUT_S),
                 )[1]
                 for index in self._topic_partitions()
             }
@@ -147,18 +147,18 @@ class KafkaLog:
     def close(self) -> None:
         """Closes the connections. Records without an acknowledgement may or may not be appended."""
         with self._lock:
-            for consumer in (self._reader, self._asker):
+            for consumer in (self._reader, self._offset_consumer):
                 if consumer is not None:
                     consumer.close()
             self._reader, self._producer = None, None
 
     @property
     def _where(self) -> str:
-        return f"event log {self._given['bootstrap.servers']}, topic {self._topic}"
+        return f"event log {self._settings['bootstrap.servers']}, topic {self._topic}"
 
     def _count_partitions(self) -> int:
         metadata = self._wait_for_futures(
-            "topics", lambda: self._asker.list_topics(self._topic, timeout=REQUEST_TIMEOUT_S)
+            "topics", lambda: self._offset_consumer.list_topics(self._topic, timeout=REQUEST_TIMEOUT_S)
         )
         topic = metadata.topics[self._topic]
         if topic.error is not None or not topic.partitions:
@@ -176,20 +176,25 @@ class KafkaLog:
 
     def _get_producer(self) -> Producer:
         if self._producer is None:
-            own = {
+            defaults = {
                 "acks": "all",
                 "enable.idempotence": True,  # the client's own retries keep the order and append nothing twice
                 "delivery.timeout.ms": int(REQUEST_TIMEOUT_S * 1000),
                 "linger.ms": 0,
                 "message.max.bytes": 16 << 20,
             }
-            self._producer = self._kafka.Producer({**own, **self._given})
+            self._producer = self._kafka.Producer({**defaults, **self._settings})
         return self._producer
 
     def _consumer_at(self, position: Offsets) -> Consumer:
         if self._reader is None:
             self._reader = self._kafka.Consumer(
-                {**self._given, "group.id": _READER_GROUP, "enable.auto.commit": False, "auto.offset.reset": "earliest"}
+                {
+                    **self._settings,
+                    "group.id": _READER_GROUP,
+                    "enable.auto.commit": False,
+                    "auto.offset.reset": "earliest",
+                }
             )
         if self._read_to is None or self._read_to != dict(position):
             beginning = self._kafka.OFFSET_BEGINNING
@@ -203,7 +208,7 @@ class KafkaLog:
         return self._reader
 
     def _is_error(self, message: Message) -> bool:
-        """Whether the message is no record but the end of a partition.
+        """Returns whether the message is no record but the end of a partition.
 
         Raises:
             StorageError: if it is any other error.
@@ -218,7 +223,7 @@ class KafkaLog:
 
     def _group_consumer(self, consumer: str) -> _ClosingConsumer:
         return _ClosingConsumer(
-            self._kafka.Consumer({**self._given, "group.id": consumer, "enable.auto.commit": False})
+            self._kafka.Consumer({**self._settings, "group.id": consumer, "enable.auto.commit": False})
         )
 
 
@@ -237,6 +242,6 @@ class _ClosingConsumer:
 
 def _stored(message: Message) -> StoredRecord:
     headers = dict(message.headers() or [])
-    given = headers.get("time_us")
-    time_us = int(given) if given is not None else message.timestamp()[1] * 1000
+    time_header = headers.get("time_us")
+    time_us = int(time_header) if time_header is not None else message.timestamp()[1] * 1000
     return StoredRecord(message.partition() or 0, message.offset() or 0, time_us, message.value() or b"")

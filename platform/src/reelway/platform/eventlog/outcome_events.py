@@ -48,7 +48,7 @@ OUTCOME_EVENT_SCHEMA: Final = pa.schema(
 
 
 def derive_outcome_ids(impression_id: NDArray[np.int64], kind: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Ids derived from impression and type (index into ``OUTCOME_TYPES``). Shapes: ``[N], [N] -> [N]``."""
+    """Returns the ids derived from impression and type (index into ``OUTCOME_TYPES``). Shapes: ``[N], [N] -> [N]``."""
     mixed = mix64(impression_id.astype(np.uint64) * np.uint64(len(OUTCOME_TYPES) + 7) + kind.astype(np.uint64))
     return np.asarray(mixed & np.uint64(MAX_ID)).astype(np.int64)
 

@@ -55,12 +55,12 @@ class SqliteLog:
         self._file = SqliteFile(path, _FORMAT, busy_timeout_s=busy_timeout_s)
         self._retain_s = retain_s
         self._clock = clock
-        self._next_clean = time.monotonic() + RETENTION_INTERVAL_S
+        self._next_retention = time.monotonic() + RETENTION_INTERVAL_S
 
     def append(self, records: Sequence[LogRecord]) -> list[int]:
         """See ``EventLog.append``. If it raises, none of the records is in the log."""
-        if time.monotonic() >= self._next_clean:
-            self._next_clean = time.monotonic() + RETENTION_INTERVAL_S
+        if time.monotonic() >= self._next_retention:
+            self._next_retention = time.monotonic() + RETENTION_INTERVAL_S
             self.apply_retention()
         rows = [(record.id, record.time_us, record.payload) for record in records]
         with self._file.writing() as db:

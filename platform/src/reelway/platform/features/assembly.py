@@ -1,8 +1,8 @@
 """Turns feature values into model inputs and decides the order of every vector.
 
 Training calls it with a whole Parquet table. Serving calls it with one viewer's row. Values stay raw (see
-``contracts.features``): a missing number is NaN, and a missing id or word has code 0. Widths and vocabulary sizes are
-those of the given ``FeatureDimensions``.
+``contracts.feature_names``): a missing number is NaN, and a missing id or category has code 0. Widths and vocabulary
+sizes are those of the given ``FeatureDimensions``.
 """
 
 # Shapes: B viewers (or rows), C videos, L history, H hashes, T topics
@@ -73,7 +73,7 @@ Columns = Mapping[str, Column]
 
 
 def columns_from_table(table: pa.Table) -> dict[str, Column]:
-    """Returns Arrow columns as numpy arrays and ``Ragged`` lists; only words become Python objects."""
+    """Returns Arrow columns as numpy arrays and ``Ragged`` lists; only strings become Python objects."""
     columns: dict[str, Column] = {}
     for name in table.column_names:
         array = table.column(name).combine_chunks()
@@ -121,7 +121,7 @@ def _category_codes(columns: Columns, name: str, rows: int, buckets: int) -> I64
 
 
 def _integers(columns: Columns, name: str, rows: int, largest: int) -> I64:
-    """An integer column; ``MISSING_ID`` where a value is missing.
+    """Returns an integer column; ``MISSING_ID`` where a value is missing.
 
     Raises:
         FeatureError: if a value is above ``largest``.
@@ -131,16 +131,16 @@ def _integers(columns: Columns, name: str, rows: int, largest: int) -> I64:
 
 def _checked(values: NDArray[np.float64], name: str, largest: int) -> I64:
     values = np.where(np.isnan(values), MISSING_ID, values)
-    if (above := values > largest).any():
+    if (excess := values > largest).any():
         raise FeatureError(
-            f"feature {name!r}: value {int(values[above][0])} is above the limit {largest}; correct the data set, or "
+            f"feature {name!r}: value {int(values[excess][0])} is above the limit {largest}; correct the data set, or "
             "import it again so that its schema fits"
         )
     return values.astype(np.int64)
 
 
 def _vectors(columns: Columns, name: str, rows: int, width: int) -> tuple[F32, NDArray[np.bool_]]:
-    """A list column as a matrix ``[rows, width]``, and which rows have a value.
+    """Returns a list column as a matrix ``[rows, width]``, and which rows have a value.
 
     A row without a list, with a list of another width, or with a value that is not finite is zeros and ``False``: a
     viewer's row that an older schema wrote must not fail the request. ``training.rows`` rejects such widths.
@@ -183,7 +183,7 @@ def assemble_viewers(
     Args:
         columns: field name -> one value per row; an absent field is missing in every row.
         request_time_s: Unix seconds, ``[B]``.
-        device: one word per row.
+        device: one string per row.
 
     Raises:
         FeatureError: if a video id is above ``MAX_ID``.
@@ -204,12 +204,12 @@ def assemble_viewers(
         ]
     ).astype(np.float32)
     buckets = dimensions.category_buckets
-    words = [_category_codes(columns, name, rows, buckets) for name in names.VIEWER_CATEGORIES[:-1]]
+    codes = [_category_codes(columns, name, rows, buckets) for name in names.VIEWER_CATEGORIES[:-1]]
     videos_BL = _checked(_latest(columns.get("history_videos"), rows, length, MISSING_ID), "history_videos", MAX_ID)
     weights_BL = _latest(columns.get("history_weights"), rows, length, 0.0).astype(np.float32)
     return ViewerArrays(
         viewer_dense=dense,
-        viewer_categories=np.column_stack([*words, category_codes(device, buckets)]),
+        viewer_categories=np.column_stack([*codes, category_codes(device, buckets)]),
         history_codes=id_codes(videos_BL, dimensions.id_buckets),
         history_weights=weights_BL,
         history_age_h=np.nan_to_num(age_BL, nan=0.0).astype(np.float32),

@@ -32,5 +32,5 @@ def read_dimensions(folder: Path) -> FeatureDimensions:
 def write_dimensions(folder: Path, dimensions: FeatureDimensions) -> None:
     """Records the dimensions in a folder, which is created if it does not exist."""
     folder.mkdir(parents=True, exist_ok=True)
-    with atomic_file(folder / SCHEMA_FILE) as aside:
-        aside.write_text(dimensions.to_json() + "\n")
+    with atomic_file(folder / SCHEMA_FILE) as temporary:
+        temporary.write_text(dimensions.to_json() + "\n")

@@ -35,9 +35,9 @@ def online_store_config(address: str) -> dict[str, Any]:
     """
     if address == "sqlite":
         return {"type": "sqlite", "path": "online.db"}
-    scheme, _, place = address.partition("://")
-    if scheme in ("redis", "rediss") and (place := place.rstrip("/")):
-        host, _, database = place.partition("/")
+    scheme, _, server = address.partition("://")
+    if scheme in ("redis", "rediss") and (server := server.rstrip("/")):
+        host, _, database = server.partition("/")
         # Reading a viewer's row may take at most half a second. After that the request falls back to an answer without
         # the row. redis-py's default, three retries with increasing delays, could delay a request by eight seconds.
         connection = f"{host},db={database or 0},socket_timeout=0.5,socket_connect_timeout=0.5,retry=null"
@@ -68,8 +68,8 @@ def write_store_config(features_dir: Path, online_store: str | None = None) -> P
         "online_store": online_store_config(address),
     }
     path = features_dir / CONFIG_FILE
-    with atomic_file(path) as aside:
-        aside.write_text(yaml.safe_dump(config, sort_keys=False))
+    with atomic_file(path) as temporary:
+        temporary.write_text(yaml.safe_dump(config, sort_keys=False))
     return path
 
 

@@ -17,7 +17,7 @@ _SALTS: Final = tuple(np.uint64(0x9E3779B97F4A7C15 * (i + 1) & 0xFFFFFFFFFFFFFFF
 
 
 def mix64(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """The SplitMix64 finaliser (Steele, Lea and Flood 2014): a bijection on 64 bits that spreads similar values."""
+    """Applies SplitMix64's finaliser (Steele, Lea, Flood 2014): a bijection on 64 bits that spreads similar values."""
     with np.errstate(over="ignore"):
         mixed = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -40,13 +40,13 @@ def id_codes(ids: NDArray[np.int64], buckets: int) -> NDArray[np.int64]:
 
 
 @lru_cache(maxsize=65_536)
-def category_code(word: str | None, buckets: int) -> int:
+def category_code(value: str | None, buckets: int) -> int:
     """Returns the code of a category value in 1..buckets-1, 0 if it is missing."""
-    if not word:
+    if not value:
         return 0
-    return zlib.crc32(word.encode()) % (buckets - 1) + 1
+    return zlib.crc32(value.encode()) % (buckets - 1) + 1
 
 
-def category_codes(words: Iterable[str | None], buckets: int) -> NDArray[np.int64]:
+def category_codes(values: Iterable[str | None], buckets: int) -> NDArray[np.int64]:
     """Returns ``category_code`` of each value. Shapes: ``[N] -> [N]``."""
-    return np.fromiter((category_code(word, buckets) for word in words), dtype=np.int64)
+    return np.fromiter((category_code(value, buckets) for value in values), dtype=np.int64)

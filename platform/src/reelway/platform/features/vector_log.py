@@ -30,7 +30,7 @@ class ServedVector:
 
     ``viewer`` has the fields of the viewer views. Each element of ``videos`` has ``video_id`` and the fields used of
     ``VIDEO_DENSE``, ``VIDEO_CATEGORIES``, ``creator_id`` and ``uploaded_at_s``. The two as-of times are the times
-    of the rows, if the server knows them (the release's snapshot time, the online store's time). If None, the replay
+    of the rows, if the server has them (the release's snapshot time, the online store's time). If None, the replay
     chooses the time.
     """
 

@@ -132,8 +132,8 @@ class _RedisHashReader:
             self._keys += keys  # the fields, followed by the view's time
 
     def __call__(self, key: EntityKey) -> Stored:
-        (place,) = self._online._generate_redis_keys_for_entities(self._config, [key])
-        (stored,) = self._online._read_hash_fields(self._config, [(place, self._keys)])
+        (redis_key,) = self._online._generate_redis_keys_for_entities(self._config, [key])
+        (stored,) = self._online._read_hash_fields(self._config, [(redis_key, self._keys)])
         at = 0
         for view, fields in self._views:
             moment, values = stored[at + len(fields)], stored[at : at + len(fields)]

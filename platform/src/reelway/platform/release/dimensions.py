@@ -1,7 +1,7 @@
 """Dimensions of a release's ONNX graphs and index, read from the files.
 
 ONNX Runtime and FAISS are imported only when a file is read, because storing and signing releases need neither. A
-process without them passes another reader to ``verify``, for example one that asks a serving replica.
+process without them passes another reader to ``verify``, for example one that queries a serving replica.
 """
 
 from __future__ import annotations
@@ -60,9 +60,9 @@ def read_dimensions(folder: Path) -> FileDimensions:
     )
 
 
-def dimension_mismatches(declared: Dimensions, seen: FileDimensions) -> list[str]:
-    """One sentence for every difference between the manifest and the files; empty if there is none."""
-    tower, ranker = seen.viewer_tower, seen.ranker
+def dimension_mismatches(declared: Dimensions, in_files: FileDimensions) -> list[str]:
+    """Returns one sentence for every difference between the manifest and the files; empty if there is none."""
+    tower, ranker = in_files.viewer_tower, in_files.ranker
     problems = [
         *_input_mismatches(VIEWER_TOWER_FILE, tower, VIEWER_TOWER_INPUTS),
         *_input_mismatches(RANKER_FILE, ranker, RANKER_INPUTS),
@@ -79,13 +79,15 @@ def dimension_mismatches(declared: Dimensions, seen: FileDimensions) -> list[str
         (f"{RANKER_FILE}: width of video_dense", ranker.inputs.get("video_dense"), declared.video_dense),
         (f"{RANKER_FILE}: width of viewer_embedding", ranker.inputs.get("viewer_embedding"), declared.embedding),
         (f"{RANKER_FILE}: width of video_embedding", ranker.inputs.get("video_embedding"), declared.embedding),
-        (f"{INDEX_FILE}: width of its vectors", seen.index_width, declared.embedding),
-        (f"{INDEX_FILE}: number of vectors", seen.index_rows, declared.videos),
+        (f"{INDEX_FILE}: width of its vectors", in_files.index_width, declared.embedding),
+        (f"{INDEX_FILE}: number of vectors", in_files.index_rows, declared.videos),
     ]
     problems += [
-        f"{what} is {actual}, the manifest says {wanted}" for what, actual, wanted in expected if actual != wanted
+        f"{subject} is {actual}, the manifest says {declared_value}"
+        for subject, actual, declared_value in expected
+        if actual != declared_value
     ]
-    if not seen.index_is_inner_product:
+    if not in_files.index_is_inner_product:
         problems.append(f"{INDEX_FILE} measures another distance than the inner product")
     return problems
 

@@ -79,7 +79,7 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
 
 
 def first_validation_error(error: ValidationError) -> str:
-    """Pydantic's first error on one line: field, expectation, value."""
+    """Returns pydantic's first error on one line: field, expectation, value."""
     problem = error.errors(include_url=False)[0]
     field = ".".join(str(part) for part in problem["loc"]) or "manifest"
     return f"{field}: {problem['msg']}, saw {str(problem['input'])[:80]!r}"
@@ -98,15 +98,15 @@ def check_file_names(names: Collection[str], where: str) -> None:
         raise DigestMismatchError(f"{where} has {', '.join(extra)}, which no release has; remove it or build again")
 
 
-def check_file_entries(declared: Mapping[str, FileEntry], seen: Mapping[str, FileEntry], where: str) -> None:
+def check_file_entries(declared: Mapping[str, FileEntry], actual_entries: Mapping[str, FileEntry], where: str) -> None:
     """Compares the files with those that the manifest declares.
 
     Raises:
         DigestMismatchError: if a file is missing, additional, or has another size or content.
     """
-    check_file_names(seen, where)
+    check_file_names(actual_entries, where)
     for name, expected in declared.items():
-        actual = seen[name]
+        actual = actual_entries[name]
         if actual.size_bytes != expected.size_bytes:
             raise DigestMismatchError(
                 f"{where}/{name} has {actual.size_bytes} bytes, the manifest says {expected.size_bytes}; "

@@ -53,8 +53,8 @@ def create_keys(folder: Path) -> KeyPair:
     except FileExistsError as error:
         raise ConfigError(f"{pair.private} exists and is never overwritten; use it, or name another folder") from error
     public = key.public_key().public_bytes(serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo)
-    with atomic_file(pair.public) as aside:
-        aside.write_bytes(public)
+    with atomic_file(pair.public) as temporary:
+        temporary.write_bytes(public)
     return pair
 
 
@@ -86,7 +86,7 @@ def load_public_keys(path: Path) -> tuple[Ed25519PublicKey, ...]:
 
 
 def fingerprint(key: Ed25519PublicKey) -> str:
-    """The first 12 hex digits of SHA-256 over the raw public key, for comparison by people."""
+    """Returns the first 12 hex digits of SHA-256 over the raw public key, for comparison by people."""
     return hashlib.sha256(key.public_bytes_raw()).hexdigest()[:12]
 
 

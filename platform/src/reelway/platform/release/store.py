@@ -92,16 +92,16 @@ class ReleaseStore:
         if self._is_complete(release_id, manifest):
             return release_id
         if isinstance(self._fs, LocalFileSystem):
-            with atomic_directory(Path(self._release_path(release_id))) as aside:
+            with atomic_directory(Path(self._release_path(release_id))) as temporary:
                 for name, path in names.items():
-                    shutil.copyfile(path, aside / name)
-                write_manifest(aside, manifest)
+                    shutil.copyfile(path, temporary / name)
+                write_manifest(temporary, manifest)
         else:
             self._upload(release_id, names, manifest)
         return release_id
 
     def list(self) -> Sequence[ReleaseSummary]:
-        """All releases, newest first. Releases with an unreadable manifest are left out and logged.
+        """Returns all releases, newest first. Releases with an unreadable manifest are left out and logged.
 
         Raises:
             StorageError: if the store cannot be reached.
@@ -109,7 +109,7 @@ class ReleaseStore:
         return self._read_all()[0]
 
     def ids(self) -> Sequence[ReleaseId]:
-        """Ids of all releases, without reading a manifest.
+        """Returns the ids of all releases, without reading a manifest.
 
         Raises:
             StorageError: if the store cannot be reached.
@@ -117,7 +117,7 @@ class ReleaseStore:
         return self._ids()
 
     def resolve(self, prefix: str) -> ReleaseId:
-        """The release whose id begins with ``prefix``, or the newest one for ``latest``, drill releases left out.
+        """Returns the id that begins with ``prefix``. ``latest`` selects the newest release that is no drill release.
 
         Raises:
             ReleaseNotFoundError: if no id or several ids match; the message lists ids.
@@ -137,10 +137,10 @@ class ReleaseStore:
         matches = [release_id for release_id in ids if prefix and release_id.startswith(prefix)]
         if len(matches) == 1:
             return matches[0]
-        what = "no release begins with" if not matches else f"{len(matches)} releases begin with"
+        problem = "no release begins with" if not matches else f"{len(matches)} releases begin with"
         known = ", ".join(short_id(release_id) for release_id in (matches or ids)[:10]) or "none"
         raise ReleaseNotFoundError(
-            f"{what} {prefix!r} in {self.url} (releases: {known}); give more of the id, or 'latest'"
+            f"{problem} {prefix!r} in {self.url} (releases: {known}); give more of the id, or 'latest'"
         )
 
     def manifest(self, release_id: ReleaseId) -> Manifest:
@@ -179,12 +179,12 @@ class ReleaseStore:
             if target.exists() and _is_intact(target, release_id):
                 return target
             manifest = self.manifest(release_id)
-            with atomic_directory(target) as aside:
+            with atomic_directory(target) as temporary:
                 for name in manifest.files:
                     with self._translate_errors(f"read {name} of release {short_id(release_id)}"):
-                        self._fs.get_file(f"{self._release_path(release_id)}/{name}", str(aside / name))
-                check_files(aside, manifest)
-                write_manifest(aside, manifest)
+                        self._fs.get_file(f"{self._release_path(release_id)}/{name}", str(temporary / name))
+                check_files(temporary, manifest)
+                write_manifest(temporary, manifest)
         return target
 
     def remove(self, release_id: ReleaseId) -> None:
@@ -221,7 +221,7 @@ class ReleaseStore:
             log.warning("unfinished upload remains at %s: %s", release_path, error)
 
     def _is_complete(self, release_id: ReleaseId, manifest: Manifest) -> bool:
-        """Whether the store has this release with the same signature and with files of the right size."""
+        """Returns whether the store has this release with the same signature and with files of the right size."""
         try:
             if self.manifest(release_id) != manifest:
                 return False
@@ -235,7 +235,7 @@ class ReleaseStore:
         return all(sizes.get(name) == entry.size_bytes for name, entry in manifest.files.items())
 
     def _read_all(self) -> tuple[Sequence[ReleaseSummary], Sequence[DigestMismatchError]]:
-        """Readable releases, newest first, and the errors of damaged ones."""
+        """Returns the readable releases, newest first, and the errors of damaged ones."""
         summaries, damaged = [], []
         for release_id in self._ids():
             try:
@@ -263,7 +263,7 @@ class ReleaseStore:
         return f"{self._root}/{release_id}"
 
     @contextmanager
-    def _translate_errors(self, what: str) -> Iterator[None]:
+    def _translate_errors(self, action: str) -> Iterator[None]:
         """Raises errors of client libraries (botocore, aiohttp, gcsfs) as ``StorageError``."""
         try:
             yield
@@ -271,7 +271,7 @@ class ReleaseStore:
             raise
         except Exception as error:
             reason = (error.strerror if isinstance(error, OSError) else None) or str(error) or type(error).__name__
-            raise StorageError(f"cannot {what} in {self.url}: {reason}; no partial release is visible") from error
+            raise StorageError(f"cannot {action} in {self.url}: {reason}; no partial release is visible") from error
 
 
 def _summary(release_id: ReleaseId, manifest: Manifest) -> ReleaseSummary:
@@ -289,7 +289,7 @@ def _summary(release_id: ReleaseId, manifest: Manifest) -> ReleaseSummary:
 
 
 def _is_intact(folder: Path, release_id: ReleaseId) -> bool:
-    """Whether a cached folder still matches its manifest and can be used again."""
+    """Returns whether a cached folder still matches its manifest and can be used again."""
     try:
         manifest = read_manifest(folder)
         check_files(folder, manifest)

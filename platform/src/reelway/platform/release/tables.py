@@ -25,12 +25,14 @@ def open_table(path: Path, schema: pa.Schema) -> pa.RecordBatch:
     """
     try:
         reader = pa.ipc.open_file(pa.memory_map(str(path)))
-        seen, batches = reader.schema, reader.num_record_batches
+        actual_schema, batches = reader.schema, reader.num_record_batches
         batch = reader.get_batch(0) if batches else None
     except (pa.ArrowInvalid, OSError) as error:
         raise IncompatibleReleaseError(f"{path} is not an Arrow IPC file: {error}") from error
-    if not seen.equals(schema):
-        raise IncompatibleReleaseError(f"{path} has another schema: {_first_difference(seen, schema)}; build again")
+    if not actual_schema.equals(schema):
+        raise IncompatibleReleaseError(
+            f"{path} has another schema: {_first_difference(actual_schema, schema)}; build again"
+        )
     if batch is None or batches != 1:
         raise IncompatibleReleaseError(f"{path} has {batches} record batches, expected 1, so that it can be mapped")
     return batch
@@ -97,13 +99,13 @@ def _check_codes(videos: pa.RecordBatch, dimensions: Dimensions) -> None:
             )
 
 
-def _first_difference(seen: pa.Schema, expected: pa.Schema) -> str:
+def _first_difference(actual_schema: pa.Schema, expected: pa.Schema) -> str:
     for field in expected:
-        index = seen.get_field_index(field.name)
+        index = actual_schema.get_field_index(field.name)
         if index < 0:
             return f"column {field.name!r} is missing"
-        if not seen.field(index).equals(field):
-            actual = seen.field(index)
+        if not actual_schema.field(index).equals(field):
+            actual = actual_schema.field(index)
             return f"column {field.name!r} is {actual.type} (nullable {actual.nullable}), expected {field.type}"
-    extra = sorted(set(seen.names) - set(expected.names))
+    extra = sorted(set(actual_schema.names) - set(expected.names))
     return f"columns {extra} are unexpected" if extra else "its columns are in another order"

@@ -1,4 +1,4 @@
-"""Decides whether a release may take traffic, by the same checks on a laptop and on a cluster.
+"""Decides whether a release may take traffic, by the same checks in local mode and on a cluster.
 
 A release is rejected if it was changed, no trusted key signed it, its files or dimensions disagree, the feature store
 lacks its feature services, or a gate failed and is not waived.
@@ -73,12 +73,12 @@ def verify(
         read_dimensions: reader of graphs and index; replaced where their libraries are not installed.
 
     Raises:
-        DigestMismatchError: the id, a file, or the set of files is not what was signed.
-        SignatureError: no signature, or none by a trusted key.
-        GateFailedError: a quality gate does not hold, and nobody waived it.
-        IncompatibleReleaseError: schema version, tables, graphs, index, blend, calibration or feature services
+        DigestMismatchError: if the id, a file, or the set of files is not what was signed.
+        SignatureError: if there is no signature, or none by a trusted key.
+        GateFailedError: if a quality gate failed and is not waived.
+        IncompatibleReleaseError: if schema version, tables, graphs, index, blend, calibration or feature services
             disagree.
-        ReleaseNotFoundError: the folder has no manifest.
+        ReleaseNotFoundError: if the folder has no manifest.
     """
     manifest = read_manifest(folder)
     check_id(manifest, expected_id)
@@ -172,13 +172,13 @@ def check_gates(gates: Sequence[GateResult], waivers: Sequence[Waiver] = ()) -> 
     return tuple(waivers)
 
 
-def check_feature_services(wanted: Sequence[FeatureServiceRef], present: Mapping[str, str]) -> None:
+def check_feature_services(required: Sequence[FeatureServiceRef], present: Mapping[str, str]) -> None:
     """Checks that the feature store has the feature services that the release was trained on.
 
     Raises:
         IncompatibleReleaseError: if a service is missing, or its views, fields, types or widths differ.
     """
-    for service in wanted:
+    for service in required:
         if service.name not in present:
             raise IncompatibleReleaseError(
                 f"the feature store has no feature service {service.name!r}, which the release needs; it has "
@@ -198,14 +198,14 @@ def check_contract(declared: Dimensions) -> None:
     Raises:
         IncompatibleReleaseError: if the number of features or the tasks differ.
     """
-    for name, seen, expected in (
+    for name, actual, expected in (
         ("viewer_dense", declared.viewer_dense, len(declared.features.viewer_dense)),
         ("video_dense", declared.video_dense, len(VIDEO_DENSE)),
         ("tasks", declared.tasks, RANKER_TASKS),
     ):
-        if seen != expected:
+        if actual != expected:
             raise IncompatibleReleaseError(
-                f"the release has {name} {seen}, this version of Reelway expects {expected}; build it again with it"
+                f"the release has {name} {actual}, this version of Reelway expects {expected}; build it again with it"
             )
 
 

@@ -75,13 +75,13 @@ class OutcomeVerdict:
             return f"{self.label}: {self.finding.replace('_', ' ')} ({self.detail})"
         sign = 1.0 if self.lower_is_better else -1.0
         change, ends = sign * self.harm, sorted((sign * self.harm_low, sign * self.harm_high))
-        words = {
+        finding = {
             "harm_established": f"harm beyond the margin of {self.margin:.1%} is established",
             "harm_excluded": f"harm beyond the margin of {self.margin:.1%} is excluded",
             "undecided": f"harm beyond the margin of {self.margin:.1%} is neither established nor excluded",
         }[self.finding]
         return (
-            f"{self.label}: {words}; canary {self.canary:.4g} against stable {self.stable:.4g}, {change:+.1%} "
+            f"{self.label}: {finding}; canary {self.canary:.4g} against stable {self.stable:.4g}, {change:+.1%} "
             f"(at any time within {ends[0]:+.1%}..{ends[1]:+.1%}; {self.canary_viewers} and {self.stable_viewers} "
             f"viewers, alpha {self.alpha_rollback:.2g} for harm, {self.alpha_promotion:.2g} against)"
         )
@@ -143,7 +143,7 @@ def assess(policy: RolloutPolicy, snapshot: EvidenceSnapshot) -> Assessment:
 
 
 def harm_of(canary: Estimate, stable: Estimate, lower_is_better: ArrayLike) -> Estimate:
-    """Relative harm: positive is worse for viewers, whether lower or higher values are better. Broadcasts."""
+    """Returns the relative harm; positive is worse for viewers for every metric. Broadcasts."""
     difference = relative_difference(canary, stable)
     return Estimate(np.where(lower_is_better, 1.0, -1.0) * difference.value, difference.variance, difference.viewers)
 
@@ -184,18 +184,18 @@ def _assess_outcomes(policy: RolloutPolicy, snapshot: EvidenceSnapshot) -> tuple
     )
 
 
-def _with_burn_in(metric: OutcomeMetric, given: MetricEvidence | None) -> MetricEvidence:
-    """The evidence with its state checked against the policy's minimum number of viewers."""
-    if given is None:
+def _with_burn_in(metric: OutcomeMetric, evidence: MetricEvidence | None) -> MetricEvidence:
+    """Returns the evidence with its state checked against the policy's minimum number of viewers."""
+    if evidence is None:
         return MetricEvidence(EvidenceState.TELEMETRY_DOWN, detail="no evidence")
-    if given.state is EvidenceState.TELEMETRY_DOWN:
-        return MetricEvidence(given.state, detail=given.detail or "its source did not answer")
-    checked = metric_evidence(given.stable, given.canary, minimum_viewers=metric.minimum_viewers)
+    if evidence.state is EvidenceState.TELEMETRY_DOWN:
+        return MetricEvidence(evidence.state, detail=evidence.detail or "its source did not answer")
+    checked = metric_evidence(evidence.stable, evidence.canary, minimum_viewers=metric.minimum_viewers)
     if checked.state is EvidenceState.TELEMETRY_DOWN:
         return MetricEvidence(checked.state, detail=checked.detail)
-    if checked.state is EvidenceState.OK and given.state is EvidenceState.INSUFFICIENT:
-        detail = given.detail or "its source reports it as insufficient"
-        return MetricEvidence(given.state, given.stable, given.canary, detail)
+    if checked.state is EvidenceState.OK and evidence.state is EvidenceState.INSUFFICIENT:
+        detail = evidence.detail or "its source reports it as insufficient"
+        return MetricEvidence(evidence.state, evidence.stable, evidence.canary, detail)
     return checked
 
 
@@ -232,12 +232,12 @@ def _assess_guardrails(policy: RolloutPolicy, snapshot: EvidenceSnapshot) -> tup
 
 
 def _telemetry_down_verdict(name: str, reading: GuardrailReading | None) -> GuardrailVerdict | None:
-    """A verdict for a reading that cannot be judged; None if it can."""
+    """Returns a verdict for a reading that cannot be judged; None if it can."""
     if reading is None:
         return GuardrailVerdict(name, EvidenceState.TELEMETRY_DOWN, f"{name}: telemetry down (no reading)")
     if reading.state in (EvidenceState.TELEMETRY_DOWN, EvidenceState.INSUFFICIENT):
-        words = reading.state.value.replace("_", " ")
-        return GuardrailVerdict(name, reading.state, f"{name}: {words} ({reading.detail or 'no detail'})")
+        state = reading.state.value.replace("_", " ")
+        return GuardrailVerdict(name, reading.state, f"{name}: {state} ({reading.detail or 'no detail'})")
     numbers = (reading.events, reading.trials)
     if not all(math.isfinite(v) and v >= 0 for v in numbers):
         return GuardrailVerdict(name, EvidenceState.TELEMETRY_DOWN, f"{name}: telemetry down (saw {numbers})")
@@ -247,7 +247,7 @@ def _telemetry_down_verdict(name: str, reading: GuardrailReading | None) -> Guar
 def _assess_ratio(
     name: str, limit: RatioLimit, reading: GuardrailReading | None, significance: float
 ) -> GuardrailVerdict:
-    """A breach if this many events of this few requests are less likely than ``significance`` at the limit.
+    """Assesses a ratio: a breach if so many events are less likely than ``significance`` at the limit.
 
     Ten errors in ten requests are a breach long before ``minimum_requests``. That number only decides when a reading
     without a breach is ``ok``.
@@ -256,19 +256,19 @@ def _assess_ratio(
         return down
     assert reading is not None
     if reading.events > reading.trials:
-        seen = f"{reading.events:.0f} events of {reading.trials:.0f} requests"
-        return GuardrailVerdict(name, EvidenceState.TELEMETRY_DOWN, f"{name}: telemetry down (saw {seen})")
+        observed = f"{reading.events:.0f} events of {reading.trials:.0f} requests"
+        return GuardrailVerdict(name, EvidenceState.TELEMETRY_DOWN, f"{name}: telemetry down (saw {observed})")
     ratio = reading.events / reading.trials if reading.trials else 0.0
-    seen = f"{ratio:.2%} ({reading.events:.0f} of {reading.trials:.0f} requests)"
+    observed = f"{ratio:.2%} ({reading.events:.0f} of {reading.trials:.0f} requests)"
     log_p = float(log_tail_bound(reading.events, reading.trials, limit.maximum))
     if log_p <= math.log(significance):
-        return GuardrailVerdict(name, EvidenceState.BAD, f"{name} {seen} is above the limit of {limit.maximum:.2%}")
+        return GuardrailVerdict(name, EvidenceState.BAD, f"{name} {observed} is above the limit of {limit.maximum:.2%}")
     if reading.trials < limit.minimum_requests:
         return GuardrailVerdict(
-            name, EvidenceState.INSUFFICIENT, f"{name} {seen}: needs {limit.minimum_requests} requests"
+            name, EvidenceState.INSUFFICIENT, f"{name} {observed}: needs {limit.minimum_requests} requests"
         )
     return GuardrailVerdict(
-        name, EvidenceState.OK, f"{name} {seen} is not established to be above the limit of {limit.maximum:.2%}"
+        name, EvidenceState.OK, f"{name} {observed} is not established to be above the limit of {limit.maximum:.2%}"
     )
 
 
@@ -278,8 +278,8 @@ def _assess_latency(limit: LatencyLimit, reading: GuardrailReading | None) -> Gu
         return down
     assert reading is not None
     if reading.trials < limit.minimum_requests:
-        seen = f"{reading.trials:.0f} requests, needs {limit.minimum_requests}"
-        return GuardrailVerdict(name, EvidenceState.INSUFFICIENT, f"{name}: insufficient ({seen})")
+        observed = f"{reading.trials:.0f} requests, needs {limit.minimum_requests}"
+        return GuardrailVerdict(name, EvidenceState.INSUFFICIENT, f"{name}: insufficient ({observed})")
     bounds = [] if limit.maximum is None else [(limit.maximum, "the limit")]
     if limit.maximum_ratio_to_stable is not None:
         if reading.stable_value is None or not (math.isfinite(reading.stable_value) and reading.stable_value > 0):
@@ -290,11 +290,11 @@ def _assess_latency(limit: LatencyLimit, reading: GuardrailReading | None) -> Gu
         bounds.append((times * reading.stable_value, f"{times:g} times stable's {reading.stable_value:.0f} ms"))
     if reading.value is None or not (math.isfinite(reading.value) and reading.value >= 0):
         return GuardrailVerdict(name, EvidenceState.TELEMETRY_DOWN, f"{name}: telemetry down (saw {reading.value})")
-    bound, words = min(bounds)
-    seen = f"p99 {reading.value:.0f} ms over {reading.trials:.0f} requests"
+    bound, bound_name = min(bounds)
+    observed = f"p99 {reading.value:.0f} ms over {reading.trials:.0f} requests"
     if reading.value > bound:
-        return GuardrailVerdict(name, EvidenceState.BAD, f"{seen} is above {words}: {bound:.0f} ms")
-    return GuardrailVerdict(name, EvidenceState.OK, f"{seen} is within {words}: {bound:.0f} ms")
+        return GuardrailVerdict(name, EvidenceState.BAD, f"{observed} is above {bound_name}: {bound:.0f} ms")
+    return GuardrailVerdict(name, EvidenceState.OK, f"{observed} is within {bound_name}: {bound:.0f} ms")
 
 
 def _assess_parity(limit: CountLimit, reading: GuardrailReading | None) -> GuardrailVerdict:
@@ -302,17 +302,17 @@ def _assess_parity(limit: CountLimit, reading: GuardrailReading | None) -> Guard
     if (down := _telemetry_down_verdict(name, reading)) is not None:
         return down
     assert reading is not None
-    seen = f"{reading.events:.0f} parity mismatches in {reading.trials:.0f} replayed rows"
+    observed = f"{reading.events:.0f} parity mismatches in {reading.trials:.0f} replayed rows"
     if reading.events > limit.maximum:
         more = f": {reading.detail}" if reading.detail else ""
-        return GuardrailVerdict(name, EvidenceState.BAD, f"{seen}, allowed {limit.maximum}{more}")
+        return GuardrailVerdict(name, EvidenceState.BAD, f"{observed}, allowed {limit.maximum}{more}")
     if reading.trials <= 0:
         return GuardrailVerdict(name, EvidenceState.INSUFFICIENT, f"{name}: insufficient (no row was replayed)")
-    return GuardrailVerdict(name, EvidenceState.OK, f"{seen}, allowed {limit.maximum}")
+    return GuardrailVerdict(name, EvidenceState.OK, f"{observed}, allowed {limit.maximum}")
 
 
 def _assess_alerts(limit: CountLimit, snapshot: EvidenceSnapshot) -> GuardrailVerdict:
-    """Only alerts with this rollout's release count."""
+    """Assesses the firing alerts; only alerts with this rollout's release count."""
     alerts = [alert for alert in snapshot.alerts if alert.release == snapshot.release]
     if len(alerts) > limit.maximum:
         names = ", ".join(sorted({alert.name for alert in alerts}))

@@ -31,7 +31,7 @@ class CounterReading:
 def counter_increase(
     samples: Sequence[Sample] | None, *, now: float | None = None, max_age_s: float = math.inf, origin: bool = False
 ) -> CounterReading:
-    """The increase of one counter over ``samples``: Prometheus' ``increase`` without its extrapolation.
+    """Returns the increase of one counter over ``samples``: Prometheus' ``increase`` without its extrapolation.
 
     A decrease is a reset: the process restarted and counts from 0. NaN samples are ignored. Samples may be out of
     order; of two samples at one time the higher counts.
@@ -83,7 +83,7 @@ def sum_counters(readings: Iterable[CounterReading]) -> CounterReading:
 
 
 def histogram_quantile(increases: Mapping[float, float], q: float) -> float:
-    """The quantile of a histogram, in the buckets' unit; NaN without observations or without an infinite bucket.
+    """Returns a histogram's quantile, in the buckets' unit; NaN without observations or without an infinite bucket.
 
     Linear within a bucket, the lowest bucket from 0. A quantile beyond the last finite bound is that bound, as in
     Prometheus' ``histogram_quantile`` (https://prometheus.io/docs/prometheus/latest/querying/functions/).

@@ -95,10 +95,10 @@ def _finished(context: _RuleContext) -> Decision | None:
         return None
     if state.command is None:
         return Decision(Action.WAIT, f"{'retired' if state.retired else state.phase}: nothing to do")
-    what = "the previous release is no longer warm" if state.retired else "it was rolled back"
+    reason = "the previous release is no longer warm" if state.retired else "it was rolled back"
     return Decision(
         Action.REFUSE,
-        f"{state.command.verb} by {state.command.actor} rejected: {what}; start a new rollout",
+        f"{state.command.verb} by {state.command.actor} rejected: {reason}; start a new rollout",
         consumes_command=True,
     )
 
@@ -151,27 +151,27 @@ def _other_commands(context: _RuleContext) -> Decision | None:
     state, command = context.state, context.state.command
     if command is None:
         return None
-    who = f"by {command.actor}" + (f": {command.note}" if command.note else "")
+    by_actor = f"by {command.actor}" + (f": {command.note}" if command.note else "")
     if command.verb == "pause" and state.phase in (Phase.STEPPING, Phase.HOLDING):
-        return Decision(Action.PAUSE, f"paused {who}", consumes_command=True)
+        return Decision(Action.PAUSE, f"paused {by_actor}", consumes_command=True)
     if command.verb == "resume" and state.phase is Phase.PAUSED:
-        return Decision(Action.RESUME, f"resumed {who}", consumes_command=True)
+        return Decision(Action.RESUME, f"resumed {by_actor}", consumes_command=True)
     if command.verb == "promote" and state.phase in RAMPING_PHASES:
-        return _promote_command(context, who)
+        return _promote_command(context, by_actor)
     return Decision(
-        Action.REFUSE, f"{command.verb} {who} rejected: the rollout is {state.phase}", consumes_command=True
+        Action.REFUSE, f"{command.verb} {by_actor} rejected: the rollout is {state.phase}", consumes_command=True
     )
 
 
-def _promote_command(context: _RuleContext, who: str) -> Decision:
+def _promote_command(context: _RuleContext, by_actor: str) -> Decision:
     """A command may skip steps and holds. Without evidence it requires ``--force``, which the reason records."""
     missing = _missing_requirement(context)
     if missing and not (context.state.command and context.state.command.force):
         return Decision(
-            Action.REFUSE, f"promotion {who} rejected: {missing}; --force promotes anyway", consumes_command=True
+            Action.REFUSE, f"promotion {by_actor} rejected: {missing}; --force promotes anyway", consumes_command=True
         )
     suffix = f", forced despite {missing}" if missing else f"; {_justification(context)}"
-    return Decision(Action.PROMOTE, f"promoted {who}{suffix}", consumes_command=True)
+    return Decision(Action.PROMOTE, f"promoted {by_actor}{suffix}", consumes_command=True)
 
 
 def _before_traffic(context: _RuleContext) -> Decision | None:
@@ -197,15 +197,16 @@ def _leave_shadow(context: _RuleContext) -> Decision:
     state, shadow = context.state, context.policy.shadow
     assert shadow is not None
     if context.untrusted_reason or not context.evidence.canary_ready:
-        why = context.untrusted_reason or "the release is not observed as ready"
+        reason = context.untrusted_reason or "the release is not observed as ready"
         deadline = context.policy.deadlines.telemetry_down
-        return _deadline(context, deadline, state.held_telemetry_s, why, holds="telemetry_down")
-    seen, waited_s = context.evidence.shadow_requests, state.phase_s + context.tick_s
-    if waited_s >= shadow.duration_s and seen >= shadow.minimum_requests:
-        return _step_to(context, 0, f"{seen} mirrored requests in {waited_s:.0f} s without a breach")
+        return _deadline(context, deadline, state.held_telemetry_s, reason, holds="telemetry_down")
+    mirrored, waited_s = context.evidence.shadow_requests, state.phase_s + context.tick_s
+    if waited_s >= shadow.duration_s and mirrored >= shadow.minimum_requests:
+        return _step_to(context, 0, f"{mirrored} mirrored requests in {waited_s:.0f} s without a breach")
     return Decision(
         Action.WAIT,
-        f"shadow: {waited_s:.0f} of {shadow.duration_s:.0f} s, {seen} of {shadow.minimum_requests} mirrored requests",
+        f"shadow: {waited_s:.0f} of {shadow.duration_s:.0f} s, "
+        f"{mirrored} of {shadow.minimum_requests} mirrored requests",
     )
 
 
@@ -216,9 +217,9 @@ def _after_traffic(context: _RuleContext) -> Decision | None:
             return Decision(Action.COMPLETE_PROMOTION, f"all traffic is on {short_id(state.canary_release)}")
         return Decision(Action.WAIT, "promoting: not all traffic is observed on the release yet")
     if state.phase is Phase.PROMOTED:
-        kept_s = state.phase_s + context.tick_s
-        if kept_s >= context.policy.retention_s:
-            return Decision(Action.RETIRE, f"{short_id(state.stable_release)} was kept warm for {kept_s:.0f} s")
+        warm_s = state.phase_s + context.tick_s
+        if warm_s >= context.policy.retention_s:
+            return Decision(Action.RETIRE, f"{short_id(state.stable_release)} was kept warm for {warm_s:.0f} s")
         return Decision(Action.WAIT, f"promoted; {short_id(state.stable_release)} stays warm")
     return None
 
@@ -246,9 +247,9 @@ def _ramp(context: _RuleContext) -> Decision | None:
 def _missing_telemetry(context: _RuleContext) -> str:
     if context.untrusted_reason:
         return f"telemetry down: {context.untrusted_reason}"
-    if silent := context.verdicts.without_telemetry:
-        more = f" and {len(silent) - 1} more" if len(silent) > 1 else ""
-        return f"telemetry down: {silent[0].sentence}{more}"
+    if missing := context.verdicts.without_telemetry:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        return f"telemetry down: {missing[0].sentence}{more}"
     return ""
 
 
@@ -289,12 +290,11 @@ def _missing_requirement(context: _RuleContext, *, this_step: bool = False) -> s
 def _justification(context: _RuleContext) -> str:
     """Returns the justification of a step or a promotion, with its numbers."""
     verdicts = context.verdicts
-    seen = f"{verdicts.canary_viewers} viewers and {verdicts.canary_impressions} impressions on the canary"
+    exposure = f"{verdicts.canary_viewers} viewers and {verdicts.canary_impressions} impressions on the canary"
     if not verdicts.harm_not_excluded and (proved := [o.sentence for o in verdicts.outcomes if o.required]):
-        return f"{seen}; " + "; ".join(proved)
-    return (
-        f"{seen} in {context.state.phase_s + context.tick_s:.0f} s at {context.state.canary_bp / 100:g} % without harm"
-    )
+        return f"{exposure}; " + "; ".join(proved)
+    duration_s = context.state.phase_s + context.tick_s
+    return f"{exposure} in {duration_s:.0f} s at {context.state.canary_bp / 100:g} % without harm"
 
 
 def _current_step(context: _RuleContext) -> Step:

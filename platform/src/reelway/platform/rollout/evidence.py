@@ -49,11 +49,11 @@ class ArmStatistics:
             return False
         if not (math.isfinite(self.sum_y) and math.isfinite(self.sum_xy)):
             return False
-        slack = 1.0 + 1e-9
+        tolerance = 1.0 + 1e-9
         return (
-            self.sum_x**2 <= self.viewers * self.sum_xx * slack + 1e-9
-            and self.sum_y**2 <= self.viewers * self.sum_yy * slack + 1e-9
-            and self.sum_xy**2 <= self.sum_xx * self.sum_yy * slack + 1e-9
+            self.sum_x**2 <= self.viewers * self.sum_xx * tolerance + 1e-9
+            and self.sum_y**2 <= self.viewers * self.sum_yy * tolerance + 1e-9
+            and self.sum_xy**2 <= self.sum_xx * self.sum_yy * tolerance + 1e-9
         )
 
 
@@ -119,7 +119,7 @@ class EvidenceSnapshot:
 def metric_evidence(
     stable: ArmStatistics | None, canary: ArmStatistics | None, *, minimum_viewers: int
 ) -> MetricEvidence:
-    """An outcome metric from both arms' sums.
+    """Returns an outcome metric from both arms' sums.
 
     Returns:
         ``telemetry_down`` for an absent arm or impossible sums, ``insufficient`` for too few viewers, else ``ok``.
@@ -141,5 +141,5 @@ def metric_evidence(
 
 
 def no_evidence(release: str, now: float) -> EvidenceSnapshot:
-    """The evidence if the metrics backend did not answer: all of it is ``telemetry_down``."""
+    """Returns the evidence if the metrics backend did not answer: all of it is ``telemetry_down``."""
     return EvidenceSnapshot(time=now, release=release)

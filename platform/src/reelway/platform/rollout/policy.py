@@ -13,19 +13,19 @@ are valid at any time and never restart, so reconciles and steps spend no alpha.
 
 from __future__ import annotations
 
-import types
 from collections.abc import Mapping, Sequence
 from enum import StrEnum
 from functools import cached_property
 from importlib.resources import files
 from pathlib import Path
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from reelway.platform.errors import ConfigError
 from reelway.platform.rollout.sequential import BASIS_POINTS
+from reelway.platform.validation_errors import explain_problem, known_keys
 
 Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Ratio = Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)]
@@ -229,8 +229,8 @@ class RolloutPolicy(StrictModel):
                 )
             previous = step.weight_bp
         names = [metric.name for metric in self.outcomes]
-        if twice := sorted({name for name in names if names.count(name) > 1}):
-            raise ValueError(f"duplicate outcomes: {twice}")
+        if duplicates := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"duplicate outcomes: {duplicates}")
         return self
 
     @property
@@ -283,13 +283,13 @@ def parse_policy(text: str, *, source: str) -> RolloutPolicy:
         raise ConfigError(f"{source}: not YAML: {error}") from error
     if not isinstance(loaded, Mapping):
         raise ConfigError(
-            f"{source}: saw {type(loaded).__name__}, expected a mapping with the keys {_keys(RolloutPolicy)}"
+            f"{source}: saw {type(loaded).__name__}, expected a mapping with the keys {known_keys(RolloutPolicy)}"
         )
     try:
         return RolloutPolicy.model_validate(loaded)
     except ValidationError as error:
         problems = [p for p in error.errors() if not _is_follow_up_error(p, error.errors())]
-        raise ConfigError("\n".join(f"{source}: {_explain(problem)}" for problem in problems)) from error
+        raise ConfigError("\n".join(explain_problem(RolloutPolicy, p, source) for p in problems)) from error
 
 
 def policy_schema() -> dict[str, Any]:
@@ -301,50 +301,3 @@ def _is_follow_up_error(problem: Mapping[str, Any], others: Sequence[Mapping[str
     """Returns whether a list is too short only because its items are invalid."""
     location = problem["loc"]
     return problem["type"] == "too_short" and any(o["loc"][: len(location)] == location != o["loc"] for o in others)
-
-
-def _explain(problem: Mapping[str, Any]) -> str:
-    location, kind, seen = problem["loc"], problem["type"], problem["input"]
-    path = _path(location)
-    if kind == "extra_forbidden":
-        model = _model_at(location[:-1])
-        return f"{path}: unknown key, allowed: {_keys(model) if model else '(none)'}"
-    if kind == "missing":
-        return f"{path}: missing, required"
-    context = problem.get("ctx", {})
-    if kind == "value_error":
-        return f"{path or '(policy)'}: {context['error']}"
-    if kind in ("literal_error", "enum"):
-        return f"{path}: saw {seen!r}, allowed: {context['expected']}"
-    wanted = str(problem["msg"]).removeprefix("Input should be ")
-    return f"{path}: saw {seen!r}, expected {wanted}"
-
-
-def _path(location: tuple[str | int, ...]) -> str:
-    path = ""
-    for part in location:
-        path += f"[{part}]" if isinstance(part, int) else f".{part}"
-    return path.removeprefix(".")
-
-
-def _keys(model: type[BaseModel]) -> str:
-    return ", ".join(sorted(model.model_fields))
-
-
-def _model_at(location: tuple[str | int, ...]) -> type[BaseModel] | None:
-    model: type[BaseModel] | None = RolloutPolicy
-    for part in location:
-        if isinstance(part, str):
-            field = model.model_fields.get(part) if model else None
-            model = _model_in(field.annotation) if field else None
-    return model
-
-
-def _model_in(annotation: Any) -> type[BaseModel] | None:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
-    if get_origin(annotation) in (Union, types.UnionType, tuple, list, Annotated):
-        for inner in get_args(annotation):
-            if found := _model_in(inner):
-                return found
-    return None

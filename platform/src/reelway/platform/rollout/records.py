@@ -95,7 +95,7 @@ class RolloutStore(Protocol):
 
     def alerts(self) -> dict[AlertKey, KnownAlert]: ...
 
-    def replace_alerts(self, book: Mapping[AlertKey, KnownAlert]) -> None: ...
+    def replace_alerts(self, alerts: Mapping[AlertKey, KnownAlert]) -> None: ...
 
     def save_last_reconcile(self, last_reconcile: LastReconcile) -> None: ...
 
@@ -105,7 +105,7 @@ class RolloutStore(Protocol):
         """Returns a number that changes with every write. Cheap enough to poll ten times a second.
 
         Args:
-            own: whether writes through this object count.
+            include_own: whether writes through this object count.
         """
         ...
 
@@ -120,8 +120,8 @@ def with_commands_since(before: Rollout, newest: Rollout, state: RolloutState) -
     if newest.state.model_copy(update=command) != before.state.model_copy(update=command):
         raise RolloutError(
             f"rollout {state.id} is at version {newest.version} ({newest.state.phase}), was read at {before.version} "
-            f"({before.state.phase}); somebody else changed it, nothing was written; stop any second controller"
+            f"({before.state.phase}); another writer changed it, nothing was written; stop any second controller"
         )
     # ``state`` has handled the command that was read; only a later command is still pending.
-    asked = newest.state.command if newest.state.command != before.state.command else state.command
-    return state.model_copy(update={"command": asked, "commands_seen": newest.state.commands_seen})
+    pending = newest.state.command if newest.state.command != before.state.command else state.command
+    return state.model_copy(update={"command": pending, "commands_seen": newest.state.commands_seen})

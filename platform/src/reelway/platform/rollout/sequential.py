@@ -110,9 +110,9 @@ def relative_difference(canary: Estimate, stable: Estimate) -> Estimate:
     """
     with np.errstate(divide="ignore", invalid="ignore"):
         ratio = canary.value / stable.value
-        borrowed = stable.variance * stable.viewers / canary.viewers
-        own = np.where(canary.variance > 0, canary.variance, borrowed)
-        variance = (own + ratio**2 * stable.variance) / stable.value**2
+        stable_variance = stable.variance * stable.viewers / canary.viewers
+        canary_variance = np.where(canary.variance > 0, canary.variance, stable_variance)
+        variance = (canary_variance + ratio**2 * stable.variance) / stable.value**2
     known = (stable.value > 0) & np.isfinite(ratio)
     return Estimate(
         np.where(known, ratio - 1.0, np.nan),

@@ -131,7 +131,7 @@ def add_command(state: RolloutState, command: Command) -> RolloutState:
     """
     if command.id in state.commands_seen:
         return state
-    seen = (*state.commands_seen, command.id)[-MAX_REMEMBERED_COMMANDS:]
+    remembered = (*state.commands_seen, command.id)[-MAX_REMEMBERED_COMMANDS:]
     waiting = state.command
     keep = waiting is not None and waiting.verb == "rollback" and command.verb != "rollback"
-    return state.model_copy(update={"command": waiting if keep else command, "commands_seen": seen})
+    return state.model_copy(update={"command": waiting if keep else command, "commands_seen": remembered})

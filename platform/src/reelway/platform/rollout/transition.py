@@ -68,7 +68,7 @@ def start_state(
         RolloutError: if a rollout is in progress, the release was rolled back, or the cooldown has not ended.
     """
     if canary_release == stable_release:
-        raise RolloutError(f"release {short_id(canary_release)} is already live; roll out another release")
+        raise RolloutError(already_live(canary_release))
     if previous is not None and previous.active:
         raise RolloutError(
             f"rollout {previous.id} of {short_id(previous.canary_release)} is {previous.phase}; wait until it has "
@@ -100,6 +100,11 @@ def start_state(
     )
 
 
+def already_live(release: str) -> str:
+    """Returns the reason for which the live release cannot be rolled out."""
+    return f"release {short_id(release)} is already live; roll out another release"
+
+
 def tick_seconds(policy: RolloutPolicy, state: RolloutState, now: float) -> float:
     """Returns the seconds that a decision adds to the timers: at least 0, at most the policy's ``longest_tick_s``."""
     return min(max(now - state.tick_at, 0.0), policy.longest_tick_s)
@@ -120,10 +125,10 @@ def advance(state: RolloutState, decision: Decision, policy: RolloutPolicy, now:
     )
     if not telemetry:
         change["phase_s"] = state.phase_s + tick_s
-    moved = _state_changes(state, decision, policy)
-    if moved:
-        change.update(moved)
-        if moved["phase"] is not state.phase or "step" in moved:
+    changed = _state_changes(state, decision, policy)
+    if changed:
+        change.update(changed)
+        if changed["phase"] is not state.phase or "step" in changed:
             change["changed_at"] = now
     return state.model_copy(update=change)
 

@@ -62,10 +62,10 @@ def register(app: typer.Typer) -> None:
             DataChoice.SIMULATED, help="Data set: simulated short videos, or MovieLens-100K."
         ),
         data_dir: Path | None = typer.Option(None, help="Folder with MovieLens-100K; required by --data ml-100k."),
-        workers: int = typer.Option(2, min=1, help="Number of Ray Train workers."),
-        gpus: int = typer.Option(0, min=0, help="GPUs for training; 0 trains on CPU."),
+        workers: int = typer.Option(2, min=1, help="Number of Ray Train workers of the training step."),
+        gpus: int = typer.Option(0, min=0, help="Number of GPUs for training; 0 trains on CPUs."),
         seed: int = typer.Option(0, help="Random seed for the simulation and the training."),
-        keep: bool = typer.Option(False, help="Leave the service running at the end."),
+        keep: bool = typer.Option(False, help="Leave the service running when the demo has ended."),
         rollouts: bool = typer.Option(True, help="Also roll out releases under traffic; requires --data simulated."),
     ) -> None:
         """Run all steps on this machine: events, features, training, release, rollouts, recommendations.
@@ -107,32 +107,32 @@ def exclusive_run_lock(run: RunDirectory) -> Iterator[None]:
 
 def run_demo(options: DemoOptions) -> None:
     run, offline = options.run, offline_steps(options)
-    walk = DemoProgress(len(offline) + 2 + (2 + len(rollouts.SCENARIOS) if options.with_rollouts else 0))
+    progress = DemoProgress(len(offline) + 2 + (2 + len(rollouts.SCENARIOS) if options.with_rollouts else 0))
     if options.rollouts and not options.with_rollouts:
         print_status(f"no rollouts: {options.data.value} has no simulated viewers; use --data simulated")
     rollouts.archive_previous_rollouts(run)
     for title, command in offline:
-        walk.step(title, command)
+        progress.step(title, command)
         run_command(reelway_command(*command))
     serve = ["serve", "--run", str(run.path), "--port", "0"]
     if options.with_rollouts:
         commands = rollouts.drill_release_commands(run, options.seed)
-        walk.step("Build the initial release and the bad releases", *commands)
+        progress.step("Build the initial release and the bad releases", *commands)
         rollouts.build_drill_releases(commands)
         first, share = rollouts.initial_release(run)[:12], str(rollouts.PARITY_RATIO)
         serve += ["--release", first, "--parity-sample-ratio", share]
     else:
         serve += ["--release", str(run.record("release")["summary"]["release_id"])[:12]]
-    walk.step("Deploy with Ray Serve", serve)
+    progress.step("Deploy with Ray Serve", serve)
     with ExitStack() as stack:
         url = stack.enter_context(running_service(options, serve))
-        played = rollouts.run_scenarios(run, walk) if options.with_rollouts else None
-        walk.step("Recommendations over HTTP", ["recommend", "--url", url, "--viewer", "..."])
+        played = rollouts.run_scenarios(run, progress) if options.with_rollouts else None
+        progress.step("Recommendations over HTTP", ["recommend", "--url", url, "--viewer", "..."])
         report.print_demo_report(run, url)
         if played:
             rollouts.print_scenario_results(*played)
-        walk.show_times()
-        print_status(f"\nThe demo took {walk.elapsed_s:.0f} s.")
+        progress.show_times()
+        print_status(f"\nThe demo took {progress.elapsed_s:.0f} s.")
         if played:
             rollouts.check_results(*played)
         if options.keep:

@@ -33,8 +33,8 @@ def print_demo_report(run: RunDirectory, url: str) -> None:
     viewers = _typical_viewers(likes)
     for viewer in viewers[:SHOWN_VIEWERS]:
         _print_slate(viewer, likes, titles, _recommend(url, viewer, SHOWN_VIDEOS))
-    newcomer = int(pc.max(likes["viewer_id"]).as_py()) + 1_000_000
-    _print_slate(newcomer, likes, titles, _recommend(url, newcomer, SHOWN_VIDEOS))
+    new_viewer = int(pc.max(likes["viewer_id"]).as_py()) + 1_000_000
+    _print_slate(new_viewer, likes, titles, _recommend(url, new_viewer, SHOWN_VIDEOS))
     _print_latency(url, viewers)
     _print_next(run, url)
 
@@ -76,8 +76,8 @@ def _recommend(url: str, viewer: int, count: int) -> dict[str, Any]:
 
 
 def _print_slate(viewer: int, likes: pa.Table, titles: dict[int, str], answer: dict[str, Any]) -> None:
-    own = likes.filter(pc.equal(likes["viewer_id"], viewer))
-    liked = [titles.get(video) or f"video {video}" for video in own["video_id"].to_pylist()[-4:][::-1]]
+    viewer_likes = likes.filter(pc.equal(likes["viewer_id"], viewer))
+    liked = [titles.get(video) or f"video {video}" for video in viewer_likes["video_id"].to_pylist()[-4:][::-1]]
     past = f"recently liked: {'; '.join(liked)}" if liked else "new viewer"
     table = Table(title=f"viewer {viewer} ({past})", title_justify="left", expand=False)
     for column in ("#", "video", "source", "reason", "value"):

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from reelway.platform.rollout.records import HistoryEntry, Rollout
 
 REQUESTS_PER_S: Final = 20
-"""About a third of the capacity of two cores, so that a release can start meanwhile."""
+"""Traffic of the demo: about a third of what two cores can serve, so that a release can start meanwhile."""
 PARITY_RATIO: Final = 0.05
 PARITY_INTERVAL_S: Final = 5
 ROLLOUT_S: Final = 240
@@ -86,8 +86,8 @@ class ScenarioResult:
 def drill_release_commands(run: RunDirectory, seed: int) -> list[list[str]]:
     """Returns the commands that build the initial release and the bad releases."""
     good = str(run.record("release")["summary"]["release_id"])
-    where = ["--run", str(run.path), "--base", short_id(good), "--seed", str(seed)]
-    return [["release", "rehearse", kind, *where] for kind in DRILL_RELEASE_KINDS]
+    run_options = ["--run", str(run.path), "--base", short_id(good), "--seed", str(seed)]
+    return [["release", "rehearse", kind, *run_options] for kind in DRILL_RELEASE_KINDS]
 
 
 def initial_release(run: RunDirectory) -> str:
@@ -114,14 +114,14 @@ def archive_previous_rollouts(run: RunDirectory) -> None:
 def run_scenarios(run: RunDirectory, progress: DemoProgress) -> tuple[list[ScenarioResult], dict[str, Any]]:
     """Runs all scenarios on the running service under traffic. Returns their results and the traffic report."""
     report = run.path / "traffic.json"
-    where = ["--run", str(run.path)]
-    traffic = ["traffic", *where, "--rate", str(REQUESTS_PER_S), "--report", str(report)]
-    parity = ["features", "parity", *where, "--interval", str(PARITY_INTERVAL_S)]
+    run_option = ["--run", str(run.path)]
+    traffic = ["traffic", *run_option, "--rate", str(REQUESTS_PER_S), "--report", str(report)]
+    parity = ["features", "parity", *run_option, "--interval", str(PARITY_INTERVAL_S)]
     progress.step("Simulate viewers and replay served features", traffic, parity)
     with ExitStack() as stack:
         stack.enter_context(child_process(reelway_command(*parity), log=run.path / "parity.log"))
         stack.enter_context(_traffic(traffic, run.path / "traffic.log", report))
-        endings = [_run_scenario(run, scene, progress, report) for scene in SCENARIOS]
+        endings = [_run_scenario(run, scenario, progress, report) for scenario in SCENARIOS]
     return endings, _read(report)
 
 
@@ -162,17 +162,17 @@ def check_results(endings: Sequence[ScenarioResult], traffic: dict[str, Any]) ->
         if not one.as_expected
     ]
     if traffic["failed"] or traffic["outcomes"]["posts_failed"] or traffic["arm_changes"]:
-        seen = [*traffic["failures"], *traffic["arm_change_examples"]]
-        wrong.append(f"traffic: {'; '.join(seen[:3]) or 'see the traffic report'}")
+        examples = [*traffic["failures"], *traffic["arm_change_examples"]]
+        wrong.append(f"traffic: {'; '.join(examples[:3]) or 'see the traffic report'}")
     if wrong:
         raise RolloutError("the demo did not end as expected: " + "; ".join(wrong))
 
 
-def _run_scenario(run: RunDirectory, scene: RolloutScenario, progress: DemoProgress, report: Path) -> ScenarioResult:
-    release = _release_of(run, scene.step)
+def _run_scenario(run: RunDirectory, scenario: RolloutScenario, progress: DemoProgress, report: Path) -> ScenarioResult:
+    release = _release_of(run, scenario.step)
     command = ["rollout", "start", short_id(release), "--run", str(run.path), "--policy", "demo", "--wait",
                "--timeout", str(ROLLOUT_S)]  # fmt: skip
-    progress.step(scene.title, command)
+    progress.step(scenario.title, command)
     before = _read(report)
     with child_process(reelway_command(*command)) as process:
         code = process.wait()
@@ -182,7 +182,7 @@ def _run_scenario(run: RunDirectory, scene: RolloutScenario, progress: DemoProgr
     store = open_store(run)
     rollout = store.latest()
     assert rollout is not None
-    return scenario_result(scene, rollout, store.history(rollout.state.id), before, _read(report))
+    return scenario_result(scenario, rollout, store.history(rollout.state.id), before, _read(report))
 
 
 def scenario_result(
@@ -195,7 +195,7 @@ def scenario_result(
     """Derives the result of a rollout from its history and the traffic reports before and after it."""
     release = rollout.state.canary_release
     decided = next((e for e in reversed(entries) if e.action in ("promote", "roll_back")), entries[-1])
-    began = next((e.time for e in entries if e.action == "step"), decided.time)
+    started_at = next((e.time for e in entries if e.action == "step"), decided.time)
     canary = [row for row in after["releases"] if row["release"] == release and row["arm"] == "canary"]
     return ScenarioResult(
         scene=scene,
@@ -204,7 +204,7 @@ def scenario_result(
         evidence=deciding_evidence(decided),
         weight_bp=max((e.canary_bp for e in entries if e.number < decided.number), default=0),
         viewers=sum(row["viewers"] for row in canary),
-        seconds=decided.time - began,
+        seconds=decided.time - started_at,
         requests=after["requests"] - before["requests"],
         failed=after["failed"] - before["failed"],
     )

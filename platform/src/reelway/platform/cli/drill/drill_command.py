@@ -99,20 +99,22 @@ def register(app: typer.Typer) -> None:
 
 
 def drill(
-    run: Path = typer.Option(Path("runs/default"), "--run", help="Run directory that is being served and has traffic."),
-    release: str | None = typer.Option(None, help="Known-bad release. By default one is built with --fault."),
-    fault: Fault = typer.Option(Fault.ERRORS, help="Fault of the bad release that is built."),
+    run: Path = typer.Option(Path("runs/default"), "--run", help="Run directory of a service that has traffic."),
+    release: str | None = typer.Option(None, help="Id of a known-bad release. Default: a release built with --fault."),
+    fault: Fault = typer.Option(Fault.ERRORS, help="Fault of the bad release to build; ignored with --release."),
     policy: str = typer.Option("drill", help="Policy file, or name of a built-in policy: default, demo, drill."),
-    by: DetectedBy = typer.Option(
+    detected_by: DetectedBy = typer.Option(
         DetectedBy.EVIDENCE,
         "--detected-by",
         help="Trigger of the rollback: evidence, or a test alert sent to the controller.",
     ),
-    within: float = typer.Option(
+    deadline: float = typer.Option(
         120.0, "--deadline", min=0,
         help="Maximum seconds from the first exposure (or the alert) until all traffic is on stable.",
     ),
-    traffic_report: Path | None = typer.Option(None, help="File written by `reelway traffic --report`."),
+    traffic_report: Path | None = typer.Option(
+        None, help="File that `reelway traffic --report` writes. Adds numbers of requests and failures to the report."
+    ),
     output: TextOrJson = typer.Option(TextOrJson.TEXT, "-o", "--output", help="Output format: text or json."),
 ) -> None:  # fmt: skip
     """Test a rollback on the running service with a known-bad release and report how long it took.
@@ -134,10 +136,10 @@ def drill(
     directory = open_run(run)
     rules = policy_named(policy)
     store = open_store(directory)
-    check_preconditions(directory, store, by)
+    check_preconditions(directory, store, detected_by)
     bad = release or make_bad_release(directory, fault)
     kind = None if release else fault.value
-    report = run_drill(Drill(directory, store, by, kind, within, traffic_report), bad, rules)
+    report = run_drill(Drill(directory, store, detected_by, kind, deadline, traffic_report), bad, rules)
     if output is TextOrJson.JSON:
         typer.echo(report.model_dump_json(indent=2))
     else:
@@ -157,9 +159,9 @@ def check_preconditions(run: RunDirectory, store: RolloutStore, by: DetectedBy) 
     serving, latest = serving_record(run), store.latest()
     if serving is None:
         raise RolloutError(f"{run.path} is not being served; run `reelway serve --run {run.path}`")
-    sighting = store.last_reconcile(latest.state.id) if latest else None
-    if silent := controller_status(run, latest, sighting, time.time()).problem:
-        raise RolloutError(f"{silent}: {controller_start_hint(run)}")
+    last_reconcile = store.last_reconcile(latest.state.id) if latest else None
+    if problem := controller_status(run, latest, last_reconcile, time.time()).problem:
+        raise RolloutError(f"{problem}: {controller_start_hint(run)}")
     if latest is not None and latest.state.active:
         raise RolloutError(f"rollout {latest.state.id} is {latest.state.phase.value}; retry when it has ended")
     if by is DetectedBy.EVIDENCE and not has_traffic(serving.url):
@@ -261,9 +263,9 @@ def wait_for_rollback(drill: Drill, rollout_id: str) -> None:
 
     def seen(rollout: Rollout) -> None:
         lines.decisions(store.history(rollout_id), len(rollout.policy.steps))
-        sighting = store.last_reconcile(rollout_id)
-        if sighting is not None and sighting.evidence.get("exposure", {}).get("viewers"):
-            drill.exposure = dict(sighting.evidence["exposure"])
+        last_reconcile = store.last_reconcile(rollout_id)
+        if last_reconcile is not None and last_reconcile.evidence.get("exposure", {}).get("viewers"):
+            drill.exposure = dict(last_reconcile.evidence["exposure"])
         if rollout.state.canary_bp and drill.first_exposure_at is None:
             drill.first_exposure_at = time.time()
 
@@ -361,8 +363,8 @@ def read_traffic_report(path: Path | None) -> tuple[int, int] | None:
     if path is None:
         return None
     try:
-        seen = json.loads(path.read_text())
-        return int(seen["requests"]), int(seen["failed"])
+        report = json.loads(path.read_text())
+        return int(report["requests"]), int(report["failed"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(
             f"{path}: not a traffic report: {error!r}; expected the file that `reelway traffic --report {path}` writes"

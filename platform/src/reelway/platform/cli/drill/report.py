@@ -73,10 +73,10 @@ def drill_report(
     caught = next((entry for entry in history if entry.action == "roll_back"), None)
     ended = next((entry for entry in history if entry.action == "complete_rollback"), None)
     names = caught_by(caught) if caught is not None else ()
-    began = alerted_at if alerted_at is not None else met.time if met is not None else None
-    after_s = None if caught is None else 0.0 if began is None else caught.time - began
+    started_at = alerted_at if alerted_at is not None else met.time if met is not None else None
+    after_s = None if caught is None else 0.0 if started_at is None else caught.time - started_at
     on_stable = state.phase is Phase.ROLLED_BACK
-    seen = _exposure(caught, exposure)
+    exposed = _exposure(caught, exposure)
     return DrillReport(
         rollout=state.id,
         release=state.canary_release,
@@ -89,8 +89,8 @@ def drill_report(
         caught_by=names,
         reason=caught.reason if caught is not None else state.reason,
         weight_percent=_weight_before(history, caught) if caught is not None else None,
-        viewers=seen.get("viewers"),
-        impressions=seen.get("impressions"),
+        viewers=exposed.get("viewers"),
+        impressions=exposed.get("impressions"),
         first_exposure_at=met.time if met is not None else None,
         alerted_at=alerted_at,
         detected_at=caught.time if caught is not None else None,
@@ -133,8 +133,8 @@ def drill_table(report: DrillReport) -> Table:
         table.add_row("rolled back", f"all traffic on stable {report.decision_to_stable_ms:.0f} ms after the decision")
     if report.failed_requests is not None:
         table.add_row("failed", f"{report.failed_requests:,} of {report.requests or 0:,} requests")
-    where = f"all traffic on {short_id(report.stable_release)}" if report.on_stable else "[bold red]NOT on stable[/]"
-    table.add_row("now", f"{where}; total time {format_duration(report.total_s)}")
+    traffic = f"all traffic on {short_id(report.stable_release)}" if report.on_stable else "[bold red]NOT on stable[/]"
+    table.add_row("now", f"{traffic}; total time {format_duration(report.total_s)}")
     return table
 
 

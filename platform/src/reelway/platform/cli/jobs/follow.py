@@ -4,11 +4,11 @@
 code    meaning
 ======  ========================================================================================================
 0       the job succeeded (or was submitted, with ``--detach``)
-1 - 12  the command's own exit code: 2 usage, 3 data, 4 features, 5 training, 6 release refused, ...
+1 - 12  the command's own exit code: 2 usage, 3 data, 4 features, 5 training, 6 release rejected, ...
 2       also: no kubeconfig, no Reelway or KubeRay in the namespace, an invalid option
 7       also: the API server cannot be reached or rejects the request
 13      the command did not end on its own: it never started, timed out, lost its pods or was stopped
-130     Ctrl-C; the message says whether the job continues
+130     Ctrl-C; the message states whether the job continues
 other   a signal ended the command: 128 + its number (137: killed, usually for exceeding its memory limit)
 ======  ========================================================================================================
 
@@ -55,13 +55,13 @@ def follow_job(jobs: RayJobs, name: str, *, poll_s: float = POLL_S) -> RayJobSta
         KubernetesError: if the API server cannot be reached for ``API_OUTAGE_TIMEOUT_S``.
         JobError: if the job cannot start without a change.
     """
-    watched = _JobFollower(jobs, name)
-    while not watched.poll():
+    follower = _JobFollower(jobs, name)
+    while not follower.poll():
         time.sleep(poll_s)
     late_s = time.monotonic() + LOG_DRAIN_TIMEOUT_S
-    while not watched.drain_log() and time.monotonic() < late_s:
+    while not follower.drain_log() and time.monotonic() < late_s:
         time.sleep(poll_s)
-    return watched.job
+    return follower.job
 
 
 def raise_for_failure(job: RayJobStatus) -> None:
@@ -79,9 +79,9 @@ def raise_for_failure(job: RayJobStatus) -> None:
         raise CommandFailedError([job.command], job.exit_code)
     if job.state is JobState.STOPPED:
         raise JobError(f"job {job.name} was stopped")
-    said = job.message.partition("last available logs")[0].strip(" ,\n")[:_SHOWN]  # the log was printed already
-    why = ": ".join(part for part in (job.reason, said) if part) or "KubeRay gives no reason"
-    raise JobError(f"job {job.name} {'never started' if job.never_started else 'was ended from outside'}: {why}")
+    message = job.message.partition("last available logs")[0].strip(" ,\n")[:_SHOWN]  # the log was printed already
+    reason = ": ".join(part for part in (job.reason, message) if part) or "KubeRay gives no reason"
+    raise JobError(f"job {job.name} {'never started' if job.never_started else 'was terminated'}: {reason}")
 
 
 def follow_interactively(jobs: RayJobs, name: str) -> RayJobStatus | None:
@@ -98,17 +98,17 @@ def follow_interactively(jobs: RayJobs, name: str) -> RayJobStatus | None:
 
 
 class _JobFollower:
-    """What was printed of a job, so that nothing is printed twice."""
+    """Follows one job and prints each state, startup problem and log line once."""
 
     def __init__(self, jobs: RayJobs, name: str) -> None:
         from reelway.platform.cluster.ray_job import LogCursor
 
         self._jobs = jobs
-        self._place = LogCursor()
-        self._said: set[str] = set()
+        self._cursor = LogCursor()
+        self._printed: set[str] = set()
         self._tail: list[str] = []
-        self._away_since: float | None = None
-        self._whole = False
+        self._outage_since: float | None = None
+        self._complete = False
         self.job: RayJobStatus = jobs.get(name)
         self._print_state()
 
@@ -119,20 +119,20 @@ class _JobFollower:
 
     def drain_log(self) -> bool:
         """Reads the rest of the log. Returns whether it is complete."""
-        self._whole = False
+        self._complete = False
         self._tolerate_outage(self._drain_log)
-        return self._whole
+        return self._complete
 
     def _drain_log(self) -> None:
-        whole = self._jobs.log_complete(self.job)
+        complete = self._jobs.log_complete(self.job)
         self._read_log()
-        self._whole = whole
+        self._complete = complete
 
     def _poll(self) -> None:
         from reelway.platform.cluster.ray_job_status import JobState
 
-        before, self.job = self.job, replace(self._jobs.get(self.job.name), release=self.job.release)
-        if before.state is not self.job.state:
+        previous, self.job = self.job, replace(self._jobs.get(self.job.name), release=self.job.release)
+        if previous.state is not self.job.state:
             self._print_state()
         if self.job.state is JobState.STARTING:
             self._print_startup_problems(self._jobs.startup_problems(self.job))
@@ -141,10 +141,10 @@ class _JobFollower:
     def _read_log(self) -> None:
         from reelway.platform.cluster.ray_job_status import release_id_in
 
-        lines, place = self._jobs.read_log_since(self.job, self._place)
-        if self._place.pod and place.pod != self._place.pod:
-            print_unwrapped(f"the log continues in pod {place.pod}")
-        self._place = place
+        lines, cursor = self._jobs.read_log_since(self.job, self._cursor)
+        if self._cursor.pod and cursor.pod != self._cursor.pod:
+            print_unwrapped(f"the log continues in pod {cursor.pod}")
+        self._cursor = cursor
         shown = [line for line in lines if not _RAY_CLIENT_LOG_LINE.match(line)]
         for line in shown:
             stderr_console.print(line, markup=False, highlight=False, soft_wrap=True)
@@ -157,16 +157,16 @@ class _JobFollower:
         tried = f" (attempt {job.retries + 1})" if job.retries and not job.state.ended else ""
         print_unwrapped(f"job {job.name}: [bold]{job.state.value}[/]{tried}")
 
-    def _print_startup_problems(self, troubles: Sequence[StartupProblem]) -> None:
-        for trouble in troubles:
-            if trouble.permanent:
+    def _print_startup_problems(self, problems: Sequence[StartupProblem]) -> None:
+        for problem in problems:
+            if problem.permanent:
                 raise JobError(
-                    f"job {self.job.name} cannot start: {trouble.message}; fix this, or "
+                    f"job {self.job.name} cannot start: {problem.message}; fix this, or "
                     f"`reelway jobs delete {self.job.name}`"
                 )
-            if trouble.message not in self._said:
-                self._said.add(trouble.message)
-                print_unwrapped(f"[yellow]waiting:[/] {escape(trouble.message)}")
+            if problem.message not in self._printed:
+                self._printed.add(problem.message)
+                print_unwrapped(f"[yellow]waiting:[/] {escape(problem.message)}")
 
     def _tolerate_outage(self, poll: Callable[[], object]) -> None:
         """Calls ``poll`` and tolerates an outage of the API server of up to ``API_OUTAGE_TIMEOUT_S``."""
@@ -174,13 +174,13 @@ class _JobFollower:
             poll()
         except KubernetesError as error:
             now = time.monotonic()
-            if self._away_since is None:
-                self._away_since = now
+            if self._outage_since is None:
+                self._outage_since = now
                 print_unwrapped(f"[yellow]waiting:[/] {escape(str(error))}")
-            if now - self._away_since > API_OUTAGE_TIMEOUT_S:
+            if now - self._outage_since > API_OUTAGE_TIMEOUT_S:
                 raise
             return
-        self._away_since = None
+        self._outage_since = None
 
 
 def _prompt_to_stop(jobs: RayJobs, name: str) -> None:

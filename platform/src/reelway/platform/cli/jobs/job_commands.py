@@ -30,12 +30,12 @@ if TYPE_CHECKING:
 EXIT_CODES = (
     "Exit codes: 0 succeeded; 1 to 12 the command's own (2 usage, 3 data, 4 features, 5 training, 6 release refused); "
     "2 also if the cluster or the installation was not found; 7 API server error; 13 the job never started or was "
-    "ended from outside; 130 Ctrl-C; 137 killed, usually for exceeding its memory limit."
+    "terminated; 130 Ctrl-C; 137 killed, usually for exceeding its memory limit."
 )
 NAMESPACE = typer.Option(
-    None, "--namespace", "-n", help="Namespace of the installation; by default the kubeconfig context's."
+    None, "--namespace", "-n", help="Kubernetes namespace of the installation. Default: the kubeconfig context's."
 )
-CONTEXT = typer.Option(None, "--context", help="Kubeconfig context; by default the current one.")
+CONTEXT = typer.Option(None, "--context", help="Kubeconfig context. Default: the current one.")
 _SUBMIT_TIMEOUT_S = 20.0
 JOB_NAME_ARGUMENT = typer.Argument(..., help="Name of a job, as `reelway jobs` prints it.")
 
@@ -66,22 +66,44 @@ def register(app: typer.Typer) -> None:
 
 
 def submit(
-    kind: JobKindChoice = typer.Argument(..., help="Step of the pipeline; runs the command of the same name."),
-    arguments: list[str] = typer.Argument(None, metavar="[-- ARGUMENTS]", help="Additional arguments of the command."),
+    kind: JobKindChoice = typer.Argument(..., help="Step of the pipeline: the `reelway` command to run."),
+    arguments: list[str] = typer.Argument(
+        None, metavar="[-- ARGUMENTS]", help="Arguments appended to the command of the step."
+    ),
     namespace: str | None = NAMESPACE,
     context: str | None = CONTEXT,
-    installation: str | None = typer.Option(None, help="Helm release; required if the namespace has several."),
-    run: str | None = typer.Option(None, help="Name of the run; by default the installation's (jobs.runsPath)."),
-    workers: int | None = typer.Option(None, min=0, help="Number of worker pods; 0 runs everything on the head."),
-    gpus: int | None = typer.Option(None, min=0, help="GPUs of each worker, or of the head without workers."),
+    installation: str | None = typer.Option(
+        None, help="Helm release that defines the job; required if the namespace has several."
+    ),
+    run: str | None = typer.Option(
+        None, help="Name of the run whose files the job reads and writes. Default: the installation's (jobs.runsPath)."
+    ),
+    workers: int | None = typer.Option(
+        None, min=0, help="Number of Ray worker pods; 0 runs the job on the head pod. Default: the installation's."
+    ),
+    gpus: int | None = typer.Option(
+        None,
+        min=0,
+        help="Number of GPUs per worker pod, or of the head pod if there are no workers. Default: the installation's.",
+    ),
     gpu_resource: str = typer.Option("nvidia.com/gpu", help="Resource name of GPUs in the cluster."),
-    cpus: str | None = typer.Option(None, help="CPUs of each pod that computes, such as 4 or 500m."),
-    memory: str | None = typer.Option(None, help="Memory of each pod that computes, such as 16Gi."),
-    queue: str | None = typer.Option(None, help="Kueue queue of the job."),
-    toleration: list[str] = typer.Option([], help="Node taint to tolerate, KEY[=VALUE][:EFFECT]. Repeatable."),
-    ttl: int | None = typer.Option(None, min=0, help="Seconds to keep the job's Ray cluster after the job ended."),
-    backoff_limit: int = typer.Option(0, min=0, help="Number of retries after a failed attempt."),
-    image: str | None = typer.Option(None, help="Image of the pods; by default the installation's training image."),
+    cpus: str | None = typer.Option(
+        None, help="CPUs of each pod that computes, such as 4 or 500m. Default: the installation's."
+    ),
+    memory: str | None = typer.Option(
+        None, help="Memory of each pod that computes, such as 16Gi. Default: the installation's."
+    ),
+    queue: str | None = typer.Option(None, help="Kueue LocalQueue that admits the job. Default: the installation's."),
+    toleration: list[str] = typer.Option(
+        [], help="Node taint that the job's pods tolerate, KEY[=VALUE][:EFFECT]. Repeatable."
+    ),
+    ttl: int | None = typer.Option(
+        None,
+        min=0,
+        help="Seconds for which the job's Ray cluster is kept after the job has ended. Default: the installation's.",
+    ),
+    backoff_limit: int = typer.Option(0, min=0, help="Maximum number of retries of a failed job."),
+    image: str | None = typer.Option(None, help="Image of the job's pods. Default: the installation's training image."),
     detach: bool = typer.Option(False, "--detach", help="Print the job's name and exit without following it."),
 ) -> None:
     """Run one step of the pipeline on the cluster, follow its log and exit with its exit code.
@@ -163,7 +185,7 @@ def stop(name: str = JOB_NAME_ARGUMENT, namespace: str | None = NAMESPACE, conte
 
 def delete(
     names: list[str] = typer.Argument(None, metavar="[NAME]...", help="Names of jobs, as `reelway jobs` prints them."),
-    ended: bool = typer.Option(False, "--ended", help="Delete all jobs that have ended."),
+    ended: bool = typer.Option(False, "--ended", help="Delete all jobs of the namespace that have ended."),
     namespace: str | None = NAMESPACE,
     context: str | None = CONTEXT,
 ) -> None:
@@ -176,12 +198,12 @@ def delete(
       reelway jobs delete --ended -n reelway
     """
     jobs = _open_ray_jobs(namespace, context)
-    wanted = [jobs.get(name).name for name in names or ()]
+    selected = [jobs.get(name).name for name in names or ()]
     if ended:
-        wanted += [job.name for job in jobs.all() if job.state.ended and job.name not in wanted]
+        selected += [job.name for job in jobs.all() if job.state.ended and job.name not in selected]
     if not names and not ended:
         raise ConfigError("no jobs selected; pass their names or --ended")
-    for name in wanted:
+    for name in selected:
         jobs.delete(name)
         print_unwrapped(f"job {name}: deleted")
 

@@ -25,7 +25,7 @@ ADMISSION_TIMEOUT_S: Final = 10.0
 """A running operator admits or rejects a new rollout in well under a second."""
 
 
-def cluster_store(place: ClusterNamespace, backend: Backend | None = None) -> KubeRolloutStore:
+def cluster_store(namespace: ClusterNamespace, backend: Backend | None = None) -> KubeRolloutStore:
     """Opens the namespace's rollout store.
 
     Args:
@@ -37,12 +37,12 @@ def cluster_store(place: ClusterNamespace, backend: Backend | None = None) -> Ku
     from reelway.platform.cluster.kube_rollout_store import KubeRolloutStore
     from reelway.platform.cluster.rollout_cache import UncachedRollouts
 
-    api = _api(place)
+    api = _api(namespace)
     return KubeRolloutStore(api, UncachedRollouts(api), create_backend=backend)
 
 
 def start_on_cluster(
-    place: ClusterNamespace,
+    namespace: ClusterNamespace,
     release: str,
     policy: RolloutPolicy,
     *,
@@ -67,32 +67,32 @@ def start_on_cluster(
     from reelway.platform.cluster.kube_rollout_store import LIVE, NOT_OBSERVED_REASON
     from reelway.platform.cluster.status import REFUSED
 
-    api, now = _api(place), time.time()
-    store = cluster_store(place, _backend(api, ray_service, serve))
-    said = f"requested by {current_user()}" + (f": {note}" if note else "")
+    api, now = _api(namespace), time.time()
+    store = cluster_store(namespace, _backend(api, ray_service, serve))
+    reason = f"requested by {current_user()}" + (f": {note}" if note else "")
     state = RolloutState(
         id=new_rollout_id(now), stable_release=LIVE, canary_release=_release(api, release), started_at=now,
-        changed_at=now, tick_at=now, forced=force, reason=said,
+        changed_at=now, tick_at=now, forced=force, reason=reason,
     )  # fmt: skip
-    made = store.create(state, policy)
-    seen = wait_until(
-        store, made.state.id, lambda r: r.state.reason != NOT_OBSERVED_REASON, timeout_s=ADMISSION_TIMEOUT_S
+    created = store.create(state, policy)
+    observed = wait_until(
+        store, created.state.id, lambda r: r.state.reason != NOT_OBSERVED_REASON, timeout_s=ADMISSION_TIMEOUT_S
     )
-    if store.phase(made.state.id) == REFUSED:
-        raise RolloutError(f"{made.state.id}: {seen.state.reason}")
-    return seen
+    if store.phase(created.state.id) == REFUSED:
+        raise RolloutError(f"{created.state.id}: {observed.state.reason}")
+    return observed
 
 
-def operator_status(rollout: Rollout | None, sighting: LastReconcile | None, now: float) -> ControllerStatus:
+def operator_status(rollout: Rollout | None, last_reconcile: LastReconcile | None, now: float) -> ControllerStatus:
     """Returns whether an operator reconciles the rollout, derived from the rollout's status."""
     from reelway.platform.cluster.kube_rollout_store import NOT_OBSERVED_REASON
 
     if rollout is None:
         return ControllerStatus(running=True)
     state = rollout.state
-    reconciled_at = sighting.time if sighting else None
+    reconciled_at = last_reconcile.time if last_reconcile else None
     silent_s = max(0.0, now - (reconciled_at or state.started_at))
-    waits = sighting is None and state.reason != NOT_OBSERVED_REASON
+    waits = last_reconcile is None and state.reason != NOT_OBSERVED_REASON
     problem = ""
     if state.active and silent_s > CONTROLLER_TIMEOUT_S and not waits:
         problem = f"the operator has not reconciled for {silent_s:.0f} s"
@@ -101,14 +101,14 @@ def operator_status(rollout: Rollout | None, sighting: LastReconcile | None, now
     )
 
 
-def _api(place: ClusterNamespace) -> KubeApi:
+def _api(namespace: ClusterNamespace) -> KubeApi:
     try:
         from reelway.platform.cluster.kube_api import KubeApi
     except ModuleNotFoundError as error:
         raise ConfigError(
             f"{error.name} is not installed; cluster commands require `pip install reelway-platform[cluster]`"
         ) from error
-    return KubeApi(place.namespace, context=place.context)
+    return KubeApi(namespace.namespace, context=namespace.context)
 
 
 def _backend(api: KubeApi, ray_service: str | None, serve: tuple[str, str] | None) -> Backend:
@@ -142,11 +142,11 @@ def _release(api: KubeApi, release: str) -> str:
     from reelway.platform.cluster.resources import GROUP, RELEASES, VERSION
 
     known = sorted(str(one["spec"]["id"]) for one in api.list(f"{GROUP}/{VERSION}/{RELEASES}"))
-    found = [one for one in known if one.startswith(release)]
-    if len(found) != 1:
-        some = ", ".join(one[:12] for one in (found or known)[:5]) or "none"
+    matches = [one for one in known if one.startswith(release)]
+    if len(matches) != 1:
+        examples = ", ".join(one[:12] for one in (matches or known)[:5]) or "none"
         raise ConfigError(
-            f"release {release!r}: {len(found)} Releases of namespace {api.namespace} match ({some}), expected one; "
-            "give the full id of 64 characters"
+            f"release {release!r}: {len(matches)} Releases of namespace {api.namespace} match ({examples}), "
+            "expected one; give the full id of 64 characters"
         )
-    return found[0]
+    return matches[0]

@@ -48,23 +48,23 @@ class DecisionPoint(BaseModel):
     evidence: EvidenceReport | None
 
 
-def decision_point(seen: HistoryEntry | LastReconcile, *, step: int, phase: str) -> DecisionPoint:
+def decision_point(record: HistoryEntry | LastReconcile, *, step: int, phase: str) -> DecisionPoint:
     """Returns the decision point of a history entry or of the last reconcile.
 
     Args:
         step: current step of the rollout; used for the last reconcile, which records none.
         phase: current phase of the rollout; used likewise.
     """
-    number = getattr(seen, "number", None)
+    number = getattr(record, "number", None)
     return DecisionPoint(
-        rollout=seen.rollout_id,
+        rollout=record.rollout_id,
         entry=number,
-        time=seen.time,
-        action=seen.action,
-        reason=seen.reason,
-        phase_before=getattr(seen, "phase_before", phase),
-        step=getattr(seen, "step", step),
-        evidence=EvidenceReport.model_validate(seen.evidence) if seen.evidence else None,
+        time=record.time,
+        action=record.action,
+        reason=record.reason,
+        phase_before=getattr(record, "phase_before", phase),
+        step=getattr(record, "step", step),
+        evidence=EvidenceReport.model_validate(record.evidence) if record.evidence else None,
     )
 
 
@@ -85,16 +85,18 @@ def explain(point: DecisionPoint, policy: RolloutPolicy) -> Explanation:
 
 def _numbers(evidence: EvidenceReport, policy: RolloutPolicy) -> list[str]:
     """Returns one line per number, in order of precedence: breaches, harms, then the rest."""
-    seen = evidence.exposure
-    said = [f"{seen['viewers']:,} viewers and {seen['impressions']:,} impressions on the canary since the start"]
+    exposure = evidence.exposure
+    lines = [
+        f"{exposure['viewers']:,} viewers and {exposure['impressions']:,} impressions on the canary since the start"
+    ]
     guardrails = sorted(evidence.guardrails, key=lambda g: g.state != "bad")
     outcomes = sorted(evidence.outcomes, key=lambda o: o.finding != "harm_established")
     if evidence.breached and not evidence.has_outcome_data:
         return [g.sentence for g in guardrails if g.state == "bad"]
-    said += [guardrail.sentence for guardrail in guardrails if guardrail.state == "bad"]
-    said += [_outcome_words(outcome, policy) for outcome in outcomes]
-    said += [guardrail.sentence for guardrail in guardrails if guardrail.state != "bad"]
-    return said
+    lines += [guardrail.sentence for guardrail in guardrails if guardrail.state == "bad"]
+    lines += [_outcome_words(outcome, policy) for outcome in outcomes]
+    lines += [guardrail.sentence for guardrail in guardrails if guardrail.state != "bad"]
+    return lines
 
 
 def _outcome_words(outcome: OutcomeReport, policy: RolloutPolicy) -> str:
@@ -104,16 +106,16 @@ def _outcome_words(outcome: OutcomeReport, policy: RolloutPolicy) -> str:
         (metric.name, part.value): alpha
         for (metric, part), alpha in zip(policy.tests, policy.rollback_alphas, strict=True)
     }
-    side = "worse" if outcome.harm > 0 else "better"
+    direction = "worse" if outcome.harm > 0 else "better"
     alpha = alphas.get((outcome.name, outcome.slice))
     low = "unknown" if outcome.low is None else _harm(outcome.low)
     high = "unknown" if outcome.high is None else _harm(outcome.high)
     odds = "" if alpha is None else f" (wrong in one of {1 / alpha:,.0f} rollouts)"
     return (
-        f"{outcome.label}: canary {outcome.canary:.4g}, stable {outcome.stable:.4g}: {abs(outcome.harm):.1%} {side}; "
-        f"confidence sequence from {low}{odds} to {high} (wrong in one of {1 / policy.alpha.promotion:,.0f}); "
-        f"margin {outcome.margin:.1%} worse; {outcome.viewers['canary']:,} canary and {outcome.viewers['stable']:,} "
-        "stable viewers"
+        f"{outcome.label}: canary {outcome.canary:.4g}, stable {outcome.stable:.4g}: {abs(outcome.harm):.1%} "
+        f"{direction}; confidence sequence from {low}{odds} to {high} "
+        f"(wrong in one of {1 / policy.alpha.promotion:,.0f}); margin {outcome.margin:.1%} worse; "
+        f"{outcome.viewers['canary']:,} canary and {outcome.viewers['stable']:,} stable viewers"
     )
 
 
@@ -162,13 +164,16 @@ def _explain_rollback(point: DecisionPoint, policy: RolloutPolicy) -> tuple[list
         ]
     harms = [o for o in evidence.outcomes if o.finding == "harm_established"] if evidence is not None else []
     if harms:
-        said = [
+        counterfactuals = [
             f"{o.label}: no rollback if a harm of {o.margin:.1%} or less had still been possible; the lower bound of "
             f"the harm is {_harm(o.low or 0.0)}, so a margin of {o.low or 0.0:.3f} or more would not have rolled back"
             for o in harms
         ]
         lines = [line for o in harms for line in _metric_lines(policy, o)]
-        return said, [*lines, f"alpha.rollback: {policy.alpha.rollback:g} over all {len(policy.tests)} tests"]
+        return counterfactuals, [
+            *lines,
+            f"alpha.rollback: {policy.alpha.rollback:g} over all {len(policy.tests)} tests",
+        ]
     return _explain_deadline(point, policy)
 
 
@@ -184,12 +189,12 @@ def _explain_deadline(point: DecisionPoint, policy: RolloutPolicy) -> tuple[list
         name = "telemetry_down"
     elif point.phase_before in ("pending", "preparing"):
         name = "preparing"
-    what = {
+    condition = {
         "insufficient": "enough data had arrived before the deadline",
         "telemetry_down": "the missing telemetry had returned before the deadline",
         "preparing": "the release's stages had been ready before the deadline",
     }[name]
-    line = f"the rollout would have continued if {what}; missing data proves neither harm nor its absence"
+    line = f"the rollout would have continued if {condition}; missing data proves neither harm nor its absence"
     return [line], _deadline_line(policy, name)
 
 
@@ -199,18 +204,20 @@ def _explain_progress(point: DecisionPoint, policy: RolloutPolicy) -> tuple[list
     index = point.step - 1 if point.action == "step" else point.step
     index = min(max(index, 0), len(policy.steps) - 1)
     step, lines = policy.steps[index], [_step_line(policy, index)]
-    said = [
+    counterfactuals = [
         f"the step would have been held with fewer than {step.minimum_viewers:,} viewers or "
         f"{step.minimum_impressions:,} impressions on the canary, or without data for a guardrail or an outcome metric"
     ]
     if point.action == "promote":
-        said.append("no promotion while harm beyond the margin is possible in a required outcome metric")
+        counterfactuals.append("no promotion while harm beyond the margin is possible in a required outcome metric")
         if point.evidence is not None:
             lines += [line for o in point.evidence.outcomes if o.required for line in _metric_lines(policy, o)]
         lines.append(f"alpha.promotion: {policy.alpha.promotion:g}")
     else:
-        said.append(f"no next step before {step.hold_s:g} s, unless harm is excluded in all required outcome metrics")
-    return said, lines
+        counterfactuals.append(
+            f"no next step before {step.hold_s:g} s, unless harm is excluded in all required outcome metrics"
+        )
+    return counterfactuals, lines
 
 
 def _explain_waiting(
@@ -219,29 +226,29 @@ def _explain_waiting(
     """Returns what the rollout waits for, with the missing numbers."""
     index = min(max(point.step, 0), len(policy.steps) - 1)
     step = policy.steps[index]
-    said, lines = _missing_exposure(evidence, step), [_step_line(policy, index)]
+    missing, lines = _missing_exposure(evidence, step), [_step_line(policy, index)]
     verdicts: tuple[GuardrailReport | OutcomeReport, ...] = (*evidence.guardrails, *evidence.outcomes)
-    silent = [one for one in verdicts if one.state == "telemetry_down"]
-    if silent:
-        said = [f"the rollout continues when these have data again: {', '.join(sorted({one.name for one in silent}))}"]
+    down = [one for one in verdicts if one.state == "telemetry_down"]
+    if down:
+        missing = [f"the rollout continues when these have data again: {', '.join(sorted({one.name for one in down}))}"]
         lines += _deadline_line(policy, "telemetry_down")
-        return said, lines
-    few = [g for g in evidence.guardrails if g.state == "insufficient"]
-    said += [f"{g.sentence}" for g in few]
-    lines += [f"guardrails.{g.name}: {_limit(policy, g)}" for g in few]
+        return missing, lines
+    insufficient = [g for g in evidence.guardrails if g.state == "insufficient"]
+    missing += [f"{g.sentence}" for g in insufficient]
+    lines += [f"guardrails.{g.name}: {_limit(policy, g)}" for g in insufficient]
     if index == len(policy.steps) - 1:
         open_ = [o for o in evidence.outcomes if o.required and o.finding != "harm_excluded"]
-        said += [_until_excluded(outcome) for outcome in open_]
+        missing += [_until_excluded(outcome) for outcome in open_]
         lines += [line for outcome in open_ for line in _metric_lines(policy, outcome)]
-    return said, [*lines, *_deadline_line(policy, "insufficient")]
+    return missing, [*lines, *_deadline_line(policy, "insufficient")]
 
 
 def _missing_exposure(evidence: EvidenceReport, step: Step) -> list[str]:
-    said = []
+    missing = []
     for name, least in (("viewers", step.minimum_viewers), ("impressions", step.minimum_impressions)):
         if (left := least - evidence.exposure[name]) > 0:
-            said.append(f"{left:,} more {name} on the canary")
-    return said
+            missing.append(f"{left:,} more {name} on the canary")
+    return missing
 
 
 def _until_excluded(outcome: OutcomeReport) -> str:
@@ -299,5 +306,5 @@ def _pairs(values: dict[str, object]) -> str:
 
 def latest_deciding_entry(history: Sequence[HistoryEntry]) -> HistoryEntry | None:
     """Returns the latest entry that moved, stopped or ended the ramp."""
-    telling = ("step", "promote", "roll_back", "pause", "resume", "hold", "carry_on", "shadow", "prepare")
-    return next((entry for entry in reversed(history) if entry.action in telling), None)
+    deciding = ("step", "promote", "roll_back", "pause", "resume", "hold", "carry_on", "shadow", "prepare")
+    return next((entry for entry in reversed(history) if entry.action in deciding), None)

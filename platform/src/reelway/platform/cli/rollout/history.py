@@ -89,14 +89,14 @@ def load_explanation(store: RolloutStore, rollout: Rollout, number: int | None) 
         RolloutError: if there is no such entry, or no decision yet.
     """
     state, entries = rollout.state, store.history(rollout.state.id)
-    seen: Any = _entry(entries, number, state.id) if number is not None else None
-    if seen is None and state.active:
-        seen = store.last_reconcile(state.id)
-    if seen is None:
-        seen = latest_deciding_entry(entries)
-    if seen is None:
+    decision: Any = _entry(entries, number, state.id) if number is not None else None
+    if decision is None and state.active:
+        decision = store.last_reconcile(state.id)
+    if decision is None:
+        decision = latest_deciding_entry(entries)
+    if decision is None:
         raise RolloutError(f"{state.id}: no decision yet; check that `reelway rollout controller` is running")
-    return explain(decision_point(seen, step=state.step, phase=state.phase.value), rollout.policy)
+    return explain(decision_point(decision, step=state.step, phase=state.phase.value), rollout.policy)
 
 
 def print_explanation(explanation: Explanation) -> None:
@@ -110,9 +110,9 @@ def print_explanation(explanation: Explanation) -> None:
         ("otherwise", explanation.otherwise),
         ("policy", explanation.policy),
     )
-    for word, lines in sections:
+    for label, lines in sections:
         for i, line in enumerate(lines):
-            stdout_console.print(labelled_line(word if i == 0 else "", "bold", line, stdout_console.width))
+            stdout_console.print(labelled_line(label if i == 0 else "", "bold", line, stdout_console.width))
 
 
 def _entry(entries: Sequence[HistoryEntry], number: int, rollout_id: str) -> HistoryEntry:

@@ -54,7 +54,7 @@ def outcomes_table(evidence: EvidenceReport, *, width: int, compact: bool = Fals
         overall = outcome.slice == "overall"
         if compact and not overall and outcome.finding in ("harm_excluded", "undecided"):
             continue
-        word, style = FINDING_LABELS[outcome.finding]
+        label, style = FINDING_LABELS[outcome.finding]
         name = outcome.name + ("*" if outcome.required else "") if overall else f"  on {outcome.slice}"
         cells: list[str | Text] = [
             Text(name, style="" if overall else "dim"),
@@ -64,7 +64,7 @@ def outcomes_table(evidence: EvidenceReport, *, width: int, compact: bool = Fals
             interval_bar(outcome, bar),
         ]
         viewers = [f"{outcome.viewers['canary']:,}/{outcome.viewers['stable']:,}"] if wide else []
-        table.add_row(*cells, *viewers, Text(word, style=style))
+        table.add_row(*cells, *viewers, Text(label, style=style))
     return table
 
 
@@ -108,23 +108,23 @@ def change_of(outcome: OutcomeReport) -> str:
 
 def guardrail_status_lines(evidence: EvidenceReport, *, width: int, compact: bool = False) -> Sequence[Text]:
     """Returns the label and sentence of every guardrail; ``compact`` puts all guardrails that are ok on one line."""
-    lines, fine = [], []
+    lines, within_limit = [], []
     for guardrail in evidence.guardrails:
-        word, style = STATE_LABELS[guardrail.state]
+        label, style = STATE_LABELS[guardrail.state]
         if compact and guardrail.state == "ok":
-            fine.append(guardrail.name)
+            within_limit.append(guardrail.name)
         else:
-            lines.append(labelled_line(word, style, guardrail.sentence, width))
-    if fine:
-        lines.append(labelled_line("ok", "green", ", ".join(fine), width))
+            lines.append(labelled_line(label, style, guardrail.sentence, width))
+    if within_limit:
+        lines.append(labelled_line("ok", "green", ", ".join(within_limit), width))
     return lines
 
 
-def labelled_line(word: str, style: str, sentence: str, width: int) -> Text:
+def labelled_line(label: str, style: str, sentence: str, width: int) -> Text:
     """Returns a label column followed by the folded sentence."""
     indent = 11
     folded = textwrap.wrap(sentence, max(20, width - indent))
-    line = Text(f"{word:<{indent}}", style=style)
+    line = Text(f"{label:<{indent}}", style=style)
     line.append(Text(("\n" + " " * indent).join(folded), style="default not bold"))
     return line
 

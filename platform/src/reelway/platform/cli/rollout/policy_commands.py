@@ -37,7 +37,7 @@ class PolicyOutput(StrEnum):
 
 
 def policy_group() -> typer.Typer:
-    """``reelway rollout policy show|check|schema``."""
+    """Returns the commands ``reelway rollout policy show|check|schema``."""
     group = typer.Typer(no_args_is_help=True)
     group.command("show")(show)
     group.command("check")(check)
@@ -88,9 +88,9 @@ def schema() -> None:
 
 def schema_with_metrics() -> dict[str, Any]:
     """Returns the policy's JSON Schema, in which outcome names are limited to metrics that the service counts."""
-    whole = policy_schema()
-    whole["$defs"]["OutcomeMetric"]["properties"]["name"]["enum"] = list(OUTCOME_METRICS)
-    return whole
+    schema = policy_schema()
+    schema["$defs"]["OutcomeMetric"]["properties"]["name"]["enum"] = list(OUTCOME_METRICS)
+    return schema
 
 
 def policy_named(name: str) -> RolloutPolicy:
@@ -99,15 +99,15 @@ def policy_named(name: str) -> RolloutPolicy:
     Raises:
         ConfigError: if there is no such policy or file, or the policy has an invalid key, value or outcome metric.
     """
-    shipped = shipped_policies()
-    if name in shipped:
+    builtin = shipped_policies()
+    if name in builtin:
         policy = parse_policy(
             (files(PACKAGE) / f"{name}{POLICY_FILE_SUFFIX}").read_text(), source=f"{name}{POLICY_FILE_SUFFIX}"
         )
     elif Path(name).exists():
         policy = load_policy(Path(name))
     else:
-        raise ConfigError(f"policy {name!r} is neither a file nor a built-in policy ({', '.join(shipped)})")
+        raise ConfigError(f"policy {name!r} is neither a file nor a built-in policy ({', '.join(builtin)})")
     check_metrics(policy, source=name)
     return policy
 
@@ -157,8 +157,8 @@ def policy_summary_lines(policy: RolloutPolicy) -> list[str]:
     lines = []
     for name in ("error_ratio", "empty_slate_ratio", "p99_ms", "parity_mismatches", "firing_alerts"):
         limit = getattr(policy.guardrails, name)
-        said = "off" if limit is None else _pairs(limit.model_dump(exclude_none=True))
-        lines.append(f"guardrails.{name}: {said}")
+        limit_text = "off" if limit is None else _pairs(limit.model_dump(exclude_none=True))
+        lines.append(f"guardrails.{name}: {limit_text}")
     for name in ("preparing", "insufficient", "telemetry_down"):
         deadline = getattr(policy.deadlines, name)
         lines.append(f"deadlines.{name}: after {deadline.after_s:g} s {deadline.action}")

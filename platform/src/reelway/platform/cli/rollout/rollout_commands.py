@@ -45,8 +45,12 @@ class TextOrJson(StrEnum):
 
 
 RUN = typer.Option(Path("runs/default"), "--run", help="Run directory.")
-NAMESPACE = typer.Option(None, "--namespace", "-n", help="Use the rollouts of this Kubernetes namespace, not of --run.")
-CONTEXT = typer.Option(None, "--context", help="kubeconfig context; its namespace is used unless --namespace is given.")
+NAMESPACE = typer.Option(
+    None, "--namespace", "-n", help="Kubernetes namespace whose rollouts are used instead of those of --run."
+)
+CONTEXT = typer.Option(
+    None, "--context", help="Kubeconfig context; selects the rollouts of its namespace unless --namespace is given."
+)
 ID = typer.Argument(None, metavar="[ID]", help="Rollout id or unique id prefix. Defaults to the latest rollout.")
 OUTPUT = typer.Option(TextOrJson.TEXT, "-o", "--output", help="Output format: text or json.")
 NOTE = typer.Option("", help="Reason for the command; recorded in the history.")
@@ -78,15 +82,24 @@ def start(
     namespace: str | None = NAMESPACE,
     context: str | None = CONTEXT,
     policy: str = typer.Option("default", help="Policy file, or name of a built-in policy: default, demo, drill."),
-    force: bool = typer.Option(False, "--force", help="Ignore a cooldown and an earlier rollback of this release."),
-    wait: bool = typer.Option(False, "--wait", help="Wait until the rollout has ended or is paused."),
+    force: bool = typer.Option(
+        False, "--force", help="Start despite a cooldown or an earlier rollback of this release."
+    ),
+    wait: bool = typer.Option(
+        False, "--wait", help="Wait until the rollout has ended or is paused, and exit with the code of its result."
+    ),
     timeout: float | None = WATCH_TIMEOUT,
     note: str = NOTE,
     ray_service: str | None = typer.Option(
-        None, help="RayService to roll out on, with --namespace. Defaults to that of the latest rollout."
+        None,
+        help="RayService to roll out on, with --namespace. Default: that of the latest rollout, else the only one.",
     ),
-    serve_api: str | None = typer.Option(None, help="URL of the Ray dashboard, on a cluster without KubeRay."),
-    serve_url: str | None = typer.Option(None, help="URL of the router, on a cluster without KubeRay."),
+    serve_api: str | None = typer.Option(
+        None, help="URL of the Ray dashboard of a Ray Serve without KubeRay; requires --namespace and --serve-url."
+    ),
+    serve_url: str | None = typer.Option(
+        None, help="URL of the router of a Ray Serve without KubeRay; requires --namespace and --serve-api."
+    ),
 ) -> None:
     """Roll out a release: verify it and store the rollout; the controller then shifts the traffic.
 
@@ -113,18 +126,18 @@ def start(
         from reelway.platform.cli.rollout.cluster import start_on_cluster
 
         serve = (serve_api, serve_url) if serve_api and serve_url else None
-        begun = start_on_cluster(
+        started = start_on_cluster(
             directory, release, rules, force=force, note=note, ray_service=ray_service, serve=serve
         )
     else:
-        begun = start_rollout(directory, store, release, rules, force=force, note=note)
-    state = begun.state
+        started = start_rollout(directory, store, release, rules, force=force, note=note)
+    state = started.state
     stdout_console.print(state.id, highlight=False)
     releases = f"{short_id(state.canary_release)} over {short_id(state.stable_release)}"
     print_unwrapped(f"rolling out {releases}, policy {escape(rules.name)}")
     if before is not None and before.state.phase is Phase.PROMOTED and not before.state.retired:
-        gone = short_id(before.state.stable_release)
-        print_unwrapped(f"{gone} is no longer kept warm: {before.state.id} can no longer be rolled back")
+        released = short_id(before.state.stable_release)
+        print_unwrapped(f"{released} is no longer kept warm: {before.state.id} can no longer be rolled back")
     controller = read_status(directory, store, state.id).controller
     if controller.unresponsive:
         print_unwrapped(f"[bold red]{escape(controller.problem)}:[/] {escape(controller_start_hint(directory))}")
@@ -144,7 +157,9 @@ def status(
     namespace: str | None = NAMESPACE,
     context: str | None = CONTEXT,
     output: TextOrJson = OUTPUT,
-    exit_code: bool = typer.Option(False, "--exit-code", help="Exit with the code of the rollout's state."),
+    exit_code: bool = typer.Option(
+        False, "--exit-code", help="Exit with the exit code of the rollout's state instead of 0."
+    ),
 ) -> None:
     """Show the state of the rollout, the reason for it, and what the rollout waits for.
 
@@ -214,7 +229,9 @@ def promote(
     namespace: str | None = NAMESPACE,
     context: str | None = CONTEXT,
     note: str = NOTE,
-    force: bool = typer.Option(False, "--force", help="Promote even if evidence is missing; the history records this."),
+    force: bool = typer.Option(
+        False, "--force", help="Promote even if evidence is missing; the history records that the promotion was forced."
+    ),
     wait: bool = WAIT,
     timeout: float = TIMEOUT,
 ) -> None:
@@ -254,7 +271,7 @@ def history(
     run: Path = RUN,
     namespace: str | None = NAMESPACE,
     context: str | None = CONTEXT,
-    every: bool = typer.Option(False, "--all", help="List all rollouts instead of one."),
+    every: bool = typer.Option(False, "--all", help="List all rollouts of the run or namespace."),
     output: TextOrJson = OUTPUT,
 ) -> None:
     """Show every decision of a rollout with its reason.
@@ -279,7 +296,10 @@ def explain(
     run: Path = RUN,
     namespace: str | None = NAMESPACE,
     context: str | None = CONTEXT,
-    entry: int | None = typer.Option(None, help="Number of a history entry. Defaults to the current state."),
+    entry: int | None = typer.Option(
+        None,
+        help="Number of the history entry to explain. Default: the last reconcile, or the final decision.",
+    ),
     output: TextOrJson = OUTPUT,
 ) -> None:
     """Explain a decision: its evidence, what would have changed the decision, and the policy that applied.
@@ -302,12 +322,14 @@ def controller(
         None,
         help="Settings file (YAML) with the keys interval_s, webhook, prometheus, alertmanager. Options override it.",
     ),
-    host: str | None = typer.Option(None, help="Address of the alert webhook; 127.0.0.1 by default, 0.0.0.0 for all."),
-    port: int | None = typer.Option(
-        None, min=0, max=65535, help="Port of the alert webhook; by default a free one is chosen."
+    host: str | None = typer.Option(
+        None, help="Address at which the alert webhook listens. Default: 127.0.0.1; 0.0.0.0 for all interfaces."
     ),
+    port: int | None = typer.Option(None, min=0, max=65535, help="Port of the alert webhook. Default: a free port."),
     interval: float | None = typer.Option(
-        None, min=0.1, help="Seconds between two reconciles, 1 by default; commands and alerts are handled at once."
+        None,
+        min=0.1,
+        help="Seconds between two reconciles. Default: 1. Commands and alerts take effect without waiting.",
     ),
     prometheus_url: str | None = typer.Option(
         None, help="URL of Prometheus; by default the service's metrics are scraped directly."
@@ -348,7 +370,7 @@ def controller(
 def _send_command(
     verb: Verb,
     rollout_id: str | None,
-    place: RolloutLocation,
+    location: RolloutLocation,
     *,
     note: str,
     wait: bool,
@@ -357,10 +379,10 @@ def _send_command(
 ) -> None:
     from reelway.platform.cli.rollout.send_command import send_command
 
-    store = open_store(place)
+    store = open_store(location)
     rollout = find_rollout(store, rollout_id)
     _exit_on_interrupt(
-        lambda: send_command(place, store, rollout, verb, note=note, force=force, wait=wait, timeout_s=timeout)
+        lambda: send_command(location, store, rollout, verb, note=note, force=force, wait=wait, timeout_s=timeout)
     )
 
 

@@ -70,15 +70,15 @@ def send_command(
                 f"cannot {verb} {state.id}: a {waiting and waiting.verb} is pending, and {verb} does not replace it"
             )
         print_unwrapped(f"{verb} of {state.id} requested")
-    silent = controller_status(run, rollout, store.last_reconcile(state.id), time.time()).problem
-    if silent:
-        print_unwrapped(f"[bold red]{escape(silent)}:[/] {escape(controller_start_hint(run))}")
-    if command is not None and not (silent and not wait):
+    problem = controller_status(run, rollout, store.last_reconcile(state.id), time.time()).problem
+    if problem:
+        print_unwrapped(f"[bold red]{escape(problem)}:[/] {escape(controller_start_hint(run))}")
+    if command is not None and not (problem and not wait):
         taken_by_s = timeout_s if wait else ACCEPT_TIMEOUT_S
-        seen = wait_until(store, state.id, lambda r: r.state.command != command, timeout_s=taken_by_s)
-        _refused(store, seen, verb, number)
+        rollout_after = wait_until(store, state.id, lambda r: r.state.command != command, timeout_s=taken_by_s)
+        _raise_rejection(store, rollout_after, verb, number)
         if not wait:
-            _print_accepted(seen, command)
+            _print_accepted(rollout_after, command)
     if not wait:
         return RolloutExitCode.PROMOTED
     return _wait_for_effect(store, state.id, verb, number, timeout_s)
@@ -116,34 +116,35 @@ def _wait_for_effect(
     ended = TARGET_PHASES[verb] | {Phase.ROLLED_BACK, Phase.PROMOTED}
     if verb == "rollback":
         ended = TARGET_PHASES[verb]
-    seen = wait_until(store, rollout_id, lambda r: r.state.phase in ended, timeout_s=timeout_s)
-    _refused(store, seen, verb, number)
-    if seen.state.phase in TARGET_PHASES[verb]:
-        print_unwrapped(f"{rollout_id} is {_phase(seen.state)}: {escape(seen.state.reason)}")
+    rollout_after = wait_until(store, rollout_id, lambda r: r.state.phase in ended, timeout_s=timeout_s)
+    _raise_rejection(store, rollout_after, verb, number)
+    if rollout_after.state.phase in TARGET_PHASES[verb]:
+        print_unwrapped(f"{rollout_id} is {_phase(rollout_after.state)}: {escape(rollout_after.state.reason)}")
         return RolloutExitCode.PROMOTED
-    if seen.state.phase not in ended:
-        print_unwrapped(f"[bold yellow]timeout:[/] {rollout_id} is still {_phase(seen.state)} after {timeout_s:g} s")
+    if rollout_after.state.phase not in ended:
+        print_unwrapped(
+            f"[bold yellow]timeout:[/] {rollout_id} is still {_phase(rollout_after.state)} after {timeout_s:g} s"
+        )
         return RolloutExitCode.IN_PROGRESS
-    print_unwrapped(
-        f"[bold red]{verb} came too late:[/] {rollout_id} is {_phase(seen.state)}: {escape(seen.state.reason)}"
-    )
-    return exit_code_for(seen.state)
+    state = rollout_after.state
+    print_unwrapped(f"[bold red]{verb} came too late:[/] {rollout_id} is {_phase(state)}: {escape(state.reason)}")
+    return exit_code_for(rollout_after.state)
 
 
-def _print_accepted(seen: Rollout, command: Command) -> None:
-    if seen.state.command == command:
+def _print_accepted(rollout: Rollout, command: Command) -> None:
+    if rollout.state.command == command:
         print_unwrapped(
             f"not accepted within {ACCEPT_TIMEOUT_S:g} s; the command stays pending, see `reelway rollout status`"
         )
     else:
-        print_unwrapped(f"accepted; {seen.state.id} is {_phase(seen.state)}: {escape(seen.state.reason)}")
+        print_unwrapped(f"accepted; {rollout.state.id} is {_phase(rollout.state)}: {escape(rollout.state.reason)}")
 
 
-def _refused(store: RolloutStore, seen: Rollout, verb: Verb, number: int) -> None:
+def _raise_rejection(store: RolloutStore, rollout: Rollout, verb: Verb, number: int) -> None:
     """Raises the controller's rejection recorded after entry ``number``, unless the command has taken effect."""
-    if seen.state.phase in TARGET_PHASES[verb]:
+    if rollout.state.phase in TARGET_PHASES[verb]:
         return
-    for entry in store.history(seen.state.id):
+    for entry in store.history(rollout.state.id):
         if entry.number > number and entry.action == "refuse" and entry.reason.split(" ", 1)[0] in (verb, _noun(verb)):
             raise RolloutError(entry.reason)
 

@@ -59,8 +59,8 @@ def start_rollout(
         previous=previous.state if previous else None,
         force=force,
     )
-    said = f" by {current_user()}" + (f": {note}" if note else "")
-    return store.create(state.model_copy(update={"reason": state.reason + said}), policy)
+    request = f" by {current_user()}" + (f": {note}" if note else "")
+    return store.create(state.model_copy(update={"reason": state.reason + request}), policy)
 
 
 def live_release(run: RunDirectory, previous: Rollout | None) -> str:

@@ -125,15 +125,15 @@ class StatusReport(_Report):
 
 
 def build_rollout_report(
-    rollout: Rollout, sighting: LastReconcile | None, history: Sequence[HistoryEntry], now: float
+    rollout: Rollout, last_reconcile: LastReconcile | None, history: Sequence[HistoryEntry], now: float
 ) -> RolloutReport:
     """Returns the report of one rollout at the time ``now``."""
     state, policy = rollout.state, rollout.policy
     deciding = _deciding(history) if state.phase in ENDED_PHASES else None
-    seen = deciding or sighting
-    evidence = EvidenceReport.model_validate(seen.evidence) if seen is not None and seen.evidence else None
-    heard_at = evidence.time if evidence is not None else None
-    waits = sighting is not None and state.active and sighting.action in ("wait", "hold")
+    observed = deciding or last_reconcile
+    evidence = EvidenceReport.model_validate(observed.evidence) if observed is not None and observed.evidence else None
+    evidence_at = evidence.time if evidence is not None else None
+    waits = last_reconcile is not None and state.active and last_reconcile.action in ("wait", "hold")
     warm = state.phase is Phase.PROMOTED and not state.retired
     return RolloutReport(
         id=state.id,
@@ -157,12 +157,12 @@ def build_rollout_report(
         forced=state.forced,
         retired=state.retired,
         reason=state.reason,
-        waits_for=sighting.reason if sighting is not None and waits else "",
+        waits_for=last_reconcile.reason if last_reconcile is not None and waits else "",
         command=state.command,
         evidence=evidence,
         evidence_entry=deciding.number if deciding else None,
-        evidence_age_s=None if heard_at is None else max(0.0, now - heard_at),
-        traffic=dict(sighting.traffic) if sighting is not None else {},
+        evidence_age_s=None if evidence_at is None else max(0.0, now - evidence_at),
+        traffic=dict(last_reconcile.traffic) if last_reconcile is not None else {},
     )
 
 

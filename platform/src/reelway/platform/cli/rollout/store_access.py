@@ -48,15 +48,15 @@ def find_rollout(store: RolloutStore, rollout_id: str | None) -> Rollout:
 
 
 def controller_status(
-    run: RolloutLocation, rollout: Rollout | None, sighting: LastReconcile | None, now: float
+    run: RolloutLocation, rollout: Rollout | None, last_reconcile: LastReconcile | None, now: float
 ) -> ControllerStatus:
     """Returns whether a controller reconciles the rollout. ``problem`` is the reason if none does."""
     if isinstance(run, ClusterNamespace):
         from reelway.platform.cli.rollout.cluster import operator_status
 
-        return operator_status(rollout, sighting, now)
+        return operator_status(rollout, last_reconcile, now)
     record = controller_record(run)
-    reconciled_at = sighting.time if sighting else None
+    reconciled_at = last_reconcile.time if last_reconcile else None
     started_at = rollout.state.started_at if rollout else now
     silent_s = max(0.0, now - (reconciled_at if reconciled_at is not None else started_at)) if rollout else None
     problem = ""

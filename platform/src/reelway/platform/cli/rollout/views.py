@@ -80,18 +80,18 @@ def _controller_warning(report: StatusReport, rollout: RolloutReport, width: int
     kept_warm = rollout.warm_for_s is not None
     if not report.controller.unresponsive or not (rollout.active or kept_warm or rollout.command is not None):
         return []
-    said = (
+    message = (
         f"{report.controller.problem}: rollouts do not advance until "
         f"`reelway rollout controller --run {report.run}` runs"
     )
-    loud = labelled_line("WARNING", "", said, width)
-    loud.stylize("bold white on red")
-    return [loud]
+    warning = labelled_line("WARNING", "", message, width)
+    warning.stylize("bold white on red")
+    return [warning]
 
 
 def _head(report: StatusReport, rollout: RolloutReport, width: int) -> list[RenderableType]:
-    word = rollout.phase.replace("_", " ").upper()
-    first = Text.assemble((rollout.id, "bold"), "   ", (word, PHASE_STYLES[rollout.phase]))
+    phase = rollout.phase.replace("_", " ").upper()
+    first = Text.assemble((rollout.id, "bold"), "   ", (phase, PHASE_STYLES[rollout.phase]))
     if rollout.step > 0 and rollout.active:
         first.append(f"   step {rollout.step} of {len(rollout.steps)}")
     if rollout.phase in ("stepping", "holding", "paused"):
@@ -125,8 +125,8 @@ def _ramp(rollout: RolloutReport, width: int) -> list[RenderableType]:
             line.append(" ─ ", style="dim")
     if line.cell_len <= width:
         return [line]
-    word = f"step {rollout.step} of {len(rollout.steps)}" if rollout.step else "before the first step"
-    return [labelled_line("ramp", "bold", word, width)]
+    position = f"step {rollout.step} of {len(rollout.steps)}" if rollout.step else "before the first step"
+    return [labelled_line("ramp", "bold", position, width)]
 
 
 def _current_stage(phase: str) -> str:
@@ -143,25 +143,25 @@ def _traffic(rollout: RolloutReport, width: int) -> list[RenderableType]:
     cells[widest] += room - sum(cells.values())
     for arm, _ in shares:
         bar.append(("█" if arm == "stable" else "▓" if arm == "canary" else "░") * cells[arm], style=ARM_STYLES[arm])
-    words = Text(" " * _LABEL)
+    weights_text = Text(" " * _LABEL)
     for arm, weight in shares:
-        words.append(f"{arm} {weight / 100:g} %   ", style=ARM_STYLES[arm])
+        weights_text.append(f"{arm} {weight / 100:g} %   ", style=ARM_STYLES[arm])
     if rollout.shadow_bp:
-        words.append(f"mirrored {rollout.shadow_bp / 100:g} %", style="cyan")
-    words.rstrip()
-    return [bar, words, *_routing_mismatch(rollout, width)]
+        weights_text.append(f"mirrored {rollout.shadow_bp / 100:g} %", style="cyan")
+    weights_text.rstrip()
+    return [bar, weights_text, *_routing_mismatch(rollout, width)]
 
 
 def _routing_mismatch(rollout: RolloutReport, width: int) -> list[RenderableType]:
     traffic = rollout.traffic
-    said = []
+    messages = []
     if failed := traffic.get("failed"):
-        said += [f"{short_id(release)} failed: {why}" for release, why in failed.items()]
-    if trouble := traffic.get("trouble"):
-        said.append(f"the last traffic write failed: {trouble}")
+        messages += [f"{short_id(release)} failed: {reason}" for release, reason in failed.items()]
+    if apply_error := traffic.get("trouble"):
+        messages.append(f"the last traffic write failed: {apply_error}")
     elif traffic and not traffic.get("reached") and (detail := traffic.get("detail")):
-        said.append(f"routers differ from the recorded traffic: {detail}")
-    return [labelled_line("ROUTERS", "bold magenta", one, width) for one in said]
+        messages.append(f"routers differ from the recorded traffic: {detail}")
+    return [labelled_line("ROUTERS", "bold magenta", one, width) for one in messages]
 
 
 def _evidence(rollout: RolloutReport, evidence: EvidenceReport, width: int, *, compact: bool) -> list[RenderableType]:
@@ -173,13 +173,13 @@ def _evidence(rollout: RolloutReport, evidence: EvidenceReport, width: int, *, c
     if rollout.evidence_entry is not None:
         parts.append(Text(f"{'':<{_LABEL}}evidence of decision {rollout.evidence_entry}, which ended the ramp", "dim"))
     guardrails = guardrail_status_lines(evidence, width=width, compact=compact)
-    before_looking = evidence.breached and not evidence.has_outcome_data
-    if before_looking:  # an alert rolls back before evidence is read: the other guardrails are not without data
+    rolled_back_by_alert = evidence.breached and not evidence.has_outcome_data
+    if rolled_back_by_alert:  # an alert rolls back before evidence is read: the other guardrails are not without data
         only_breaches = evidence.model_copy(
             update={"guardrails": tuple(one for one in evidence.guardrails if one.state == "bad")}
         )
         guardrails = guardrail_status_lines(only_breaches, width=width)
-    if rollout.phase not in ("pending", "preparing", "shadow") and not before_looking:
+    if rollout.phase not in ("pending", "preparing", "shadow") and not rolled_back_by_alert:
         parts.append(Rule("outcomes", style="dim", align="left"))
         parts.append(outcomes_table(evidence, width=width, compact=compact))
         if not compact:
@@ -194,24 +194,24 @@ def _exposure(rollout: RolloutReport, evidence: EvidenceReport) -> Text:
     step = rollout.steps[max(0, min(rollout.step, len(rollout.steps)) - 1)]
     line = Text(f"{'exposure':<{_LABEL}}", style="bold")
     for name, least in (("viewers", step.minimum_viewers), ("impressions", step.minimum_impressions)):
-        seen = evidence.exposure.get(name, 0)
-        enough = seen >= least
-        line.append(f"{seen:,} of {least:,} {name}", style="default not bold" if enough else "cyan not bold")
+        exposed = evidence.exposure.get(name, 0)
+        enough = exposed >= least
+        line.append(f"{exposed:,} of {least:,} {name}", style="default not bold" if enough else "cyan not bold")
         line.append(" ✔   " if enough else "     ", style="green")
     line.rstrip()
     return line
 
 
 def _ages(report: StatusReport, rollout: RolloutReport, width: int) -> list[RenderableType]:
-    said = []
+    ages = []
     if rollout.evidence_age_s is not None:
-        said.append(f"evidence {format_duration(rollout.evidence_age_s)} old")
+        ages.append(f"evidence {format_duration(rollout.evidence_age_s)} old")
     reconciled_at = report.controller.last_reconcile_at
     if reconciled_at is not None:
-        said.append(f"last reconcile {format_duration(report.time - reconciled_at)} ago")
+        ages.append(f"last reconcile {format_duration(report.time - reconciled_at)} ago")
     if rollout.warm_for_s is not None:
-        said.append(f"rollback possible for {format_duration(rollout.warm_for_s)}")
-    lines: list[RenderableType] = [labelled_line("updated", "bold", " · ".join(said), width)] if said else []
+        ages.append(f"rollback possible for {format_duration(rollout.warm_for_s)}")
+    lines: list[RenderableType] = [labelled_line("updated", "bold", " · ".join(ages), width)] if ages else []
     if rollout.command is not None:
         pending = f"{rollout.command.verb} by {rollout.command.actor}, not yet accepted"
         lines.append(labelled_line("command", "bold yellow", pending, width))
@@ -220,14 +220,14 @@ def _ages(report: StatusReport, rollout: RolloutReport, width: int) -> list[Rend
 
 def format_duration(seconds: float) -> str:
     """Formats a duration as ``4 s``, ``12 m 31 s``, ``3 h 05 m`` or ``2 d 4 h``."""
-    whole = round(max(0.0, seconds))
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} m {whole % 60:02d} s"
-    if whole < 86400:
-        return f"{whole // 3600} h {whole % 3600 // 60:02d} m"
-    return f"{whole // 86400} d {whole % 86400 // 3600} h"
+    whole_s = round(max(0.0, seconds))
+    if whole_s < 60:
+        return f"{whole_s} s"
+    if whole_s < 3600:
+        return f"{whole_s // 60} m {whole_s % 60:02d} s"
+    if whole_s < 86400:
+        return f"{whole_s // 3600} h {whole_s % 3600 // 60:02d} m"
+    return f"{whole_s // 86400} d {whole_s % 86400 // 3600} h"
 
 
 def format_utc_time(time_s: float) -> str:

@@ -37,13 +37,13 @@ def read_status(run: RolloutLocation, store: RolloutStore, rollout_id: str | Non
     """
     now = time.time()
     rollout = store.get(rollout_id) if rollout_id else store.latest()
-    sighting = store.last_reconcile(rollout.state.id) if rollout else None
-    report = build_rollout_report(rollout, sighting, store.history(rollout.state.id), now) if rollout else None
+    last_reconcile = store.last_reconcile(rollout.state.id) if rollout else None
+    report = build_rollout_report(rollout, last_reconcile, store.history(rollout.state.id), now) if rollout else None
     return StatusReport(
         run=location_flags(run).removeprefix("--run "),
         time=now,
         serving=serving_record(run),
-        controller=controller_status(run, rollout, sighting, now),
+        controller=controller_status(run, rollout, last_reconcile, now),
         rollout=report,
     )
 
@@ -56,16 +56,16 @@ def watch_rollout(
     Raises:
         RolloutError: if there is no such rollout.
     """
-    whole_id = find_rollout(store, rollout_id).state.id
+    full_id = find_rollout(store, rollout_id).state.id
     if not console.is_terminal:
-        return watch_plain(run, store, whole_id, console.print, timeout_s=timeout_s, until=TERMINAL_PHASES)
+        return watch_plain(run, store, full_id, console.print, timeout_s=timeout_s, until=TERMINAL_PHASES)
     with Live(console=console, auto_refresh=False, vertical_overflow="crop") as live:
         for _ in poll_times(timeout_s, every_s=REDRAW_INTERVAL_S):
-            report = read_status(run, store, whole_id)
+            report = read_status(run, store, full_id)
             live.update(status_view(report, width=console.width, height=console.height - 1), refresh=True)
             if report.rollout is not None and report.rollout.phase in TERMINAL_PHASES:
                 break
-    return exit_code_for(store.get(whole_id).state)
+    return exit_code_for(store.get(full_id).state)
 
 
 def watch_plain(
@@ -83,12 +83,12 @@ def watch_plain(
     """
     printer = PlainOutput(write)
     for _ in poll_times(timeout_s, every_s=REDRAW_INTERVAL_S):
-        now, rollout, sighting = time.time(), store.get(rollout_id), store.last_reconcile(rollout_id)
+        now, rollout, last_reconcile = time.time(), store.get(rollout_id), store.last_reconcile(rollout_id)
         printer.decisions(store.history(rollout_id), len(rollout.policy.steps))
-        sight = controller_status(run, rollout, sighting, now)
-        printer.controller_silent(sight.problem and f"{sight.problem}: {controller_start_hint(run)}", now)
-        if sighting is not None and rollout.state.active and sighting.action in ("wait", "hold"):
-            printer.waiting(sighting.reason, now)
+        controller = controller_status(run, rollout, last_reconcile, now)
+        printer.controller_silent(controller.problem and f"{controller.problem}: {controller_start_hint(run)}", now)
+        if last_reconcile is not None and rollout.state.active and last_reconcile.action in ("wait", "hold"):
+            printer.waiting(last_reconcile.reason, now)
         if rollout.state.phase in until:
             break
     return exit_code_for(store.get(rollout_id).state)
@@ -102,7 +102,7 @@ class PlainOutput:
         self._number = 0
         self._waiting = ""
         self._reminded_at = 0.0
-        self._silence = ""
+        self._controller_problem = ""
 
     def decisions(self, history: Sequence[HistoryEntry], steps: int) -> None:
         for entry in history:
@@ -117,9 +117,9 @@ class PlainOutput:
 
     def controller_silent(self, problem: str, now: float) -> None:
         """Prints when the controller becomes unresponsive and when it recovers."""
-        if bool(problem) != bool(self._silence):
+        if bool(problem) != bool(self._controller_problem):
             self._line(now, f"WARNING: {problem}" if problem else "the controller is reconciling again")
-        self._silence = problem
+        self._controller_problem = problem
 
     def _line(self, at: float, text: str) -> None:
         stamp = f"{datetime.fromtimestamp(at, UTC):%H:%M:%S}Z"

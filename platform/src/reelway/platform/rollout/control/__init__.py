@@ -1,1 +1,1 @@
-"""The controller as a process: its loop, its memory, and the doors that alerts and commands come through."""
+"""The rollout controller: its loop, its store, the alert webhook and the settings."""

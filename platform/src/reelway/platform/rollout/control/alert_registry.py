@@ -1,6 +1,6 @@
 """All known alerts, merged from webhook deliveries and polls.
 
-Alerts are stored first and kept in memory second, so that what was acknowledged to Alertmanager survives a crash.
+Alerts are stored first and kept in memory second, so that an acknowledged delivery survives a crash.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from reelway.platform.rollout.alerts import AlertKey, KnownAlert, firing_for, me
 from reelway.platform.rollout.evidence import FiringAlert
 from reelway.platform.rollout.records import RolloutStore
 
-_Book = Mapping[AlertKey, KnownAlert]
+_AlertsByKey = Mapping[AlertKey, KnownAlert]
 
 
 class AlertRegistry:
@@ -25,25 +25,25 @@ class AlertRegistry:
     def __init__(self, store: RolloutStore) -> None:
         self._store = store
         self._lock = threading.Lock()
-        self._book: _Book = store.alerts()
+        self._alerts: _AlertsByKey = store.alerts()
 
     def deliver(self, news: Iterable[KnownAlert]) -> bool:
         """Merges and stores a webhook's alerts. Returns whether anything changed."""
-        return self._change(lambda book: merge_alerts(book, news))
+        return self._change(lambda alerts: merge_alerts(alerts, news))
 
     def poll(self, polled: Iterable[KnownAlert]) -> bool:
         """Replaces the alerts of the previous poll. Returns whether anything changed."""
-        return self._change(lambda book: replace_polled(book, polled))
+        return self._change(lambda alerts: replace_polled(alerts, polled))
 
     def firing_for(self, release: str, *, since: float) -> tuple[FiringAlert, ...]:
         """See ``alerts.firing_for``. Reads memory only."""
-        return firing_for(self._book, release, since=since)
+        return firing_for(self._alerts, release, since=since)
 
-    def _change(self, change: Callable[[_Book], dict[AlertKey, KnownAlert]]) -> bool:
+    def _change(self, change: Callable[[_AlertsByKey], dict[AlertKey, KnownAlert]]) -> bool:
         with self._lock:
-            changed = change(self._book)
-            if changed == self._book:
+            changed = change(self._alerts)
+            if changed == self._alerts:
                 return False
             self._store.replace_alerts(changed)
-            self._book = changed
+            self._alerts = changed
             return True

@@ -66,7 +66,7 @@ class Controller:
     """Moves the newest rollout of a store.
 
     Args:
-        book: all alerts that webhooks and polls have delivered.
+        alerts: all alerts that webhooks and polls have delivered.
         alert_source: polled every ``poll_s`` seconds by ``run``; None if alerts arrive by webhook only.
         clock: Unix seconds.
     """
@@ -76,7 +76,7 @@ class Controller:
         store: RolloutStore,
         backend: TrafficBackend,
         source: EvidenceSource,
-        book: AlertRegistry,
+        alerts: AlertRegistry,
         *,
         alert_source: AlertSource | None = None,
         poll_s: float = 5.0,
@@ -86,14 +86,14 @@ class Controller:
         self._store = store
         self._backend = backend
         self._source = source
-        self._book = book
+        self._alerts = alerts
         self._alert_source = alert_source
         self._poll_s = poll_s
         self._clock = clock
         self._metrics = metrics or ControllerMetrics()
-        self._acting = threading.Lock()
+        self._apply_lock = threading.Lock()
         """Held from the record of a state until traffic is written: a slow reconcile cannot overwrite a rollback."""
-        self._troubles: dict[str, str] = {}
+        self._last_errors: dict[str, str] = {}
 
     def run(self, stop: threading.Event, alert_arrived: threading.Event, interval_s: float = 1.0) -> None:
         """Reconciles every ``interval_s`` seconds and after every command, until ``stop`` is set.
@@ -113,11 +113,11 @@ class Controller:
         try:
             while not stop.is_set():
                 reconcile_now.clear()
-                seen = self._guarded("tick", self._external_revision)
+                revision = self._guarded("tick", self._external_revision)
                 self._guarded("tick", self.reconcile)
                 deadline = time.monotonic() + interval_s
                 while not (stop.is_set() or reconcile_now.is_set()) and (left_s := deadline - time.monotonic()) > 0:
-                    if self._guarded("tick", self._external_revision) != seen:
+                    if self._guarded("tick", self._external_revision) != revision:
                         break
                     reconcile_now.wait(min(_CHANGE_POLL_INTERVAL_S, left_s))
         finally:
@@ -127,7 +127,7 @@ class Controller:
                 thread.join()
 
     def reconcile(self) -> Decision | None:
-        """One reconcile. Returns None if there is no rollout, or another process changed it meanwhile.
+        """Reconciles once. Returns None if there is no rollout, or another process changed it meanwhile.
 
         Raises:
             ReelwayError: if the store cannot be read or written; no traffic was changed without a record.
@@ -147,7 +147,7 @@ class Controller:
         Raises:
             ReelwayError: see ``reconcile``.
         """
-        began = time.perf_counter()
+        started_s = time.perf_counter()
         rollout = self._store.latest()
         if rollout is None or not (firing := self._firing(rollout.state)):
             return None
@@ -160,14 +160,14 @@ class Controller:
             return None
         if not self._record_and_apply(_ReconcilePass.of(rollout, None, evidence, verdicts, decision, now)):
             return None
-        self._metrics.reaction.observe(time.perf_counter() - began)
+        self._metrics.reaction.observe(time.perf_counter() - started_s)
         return decision
 
     def poll_alerts(self) -> bool:
         """Polls the alert source once. Returns whether the known alerts changed."""
         assert self._alert_source is not None
         try:
-            changed = self._book.poll(self._alert_source.poll())
+            changed = self._alerts.poll(self._alert_source.poll())
         except RolloutError as error:
             self._report_failure("poll", str(error))
             return False
@@ -195,7 +195,7 @@ class Controller:
     def _record_and_apply(self, reconcile_pass: _ReconcilePass) -> bool:
         """Records the new state, then applies it. Returns False, and does neither, if the rollout changed meanwhile."""
         before, decision = reconcile_pass.rollout, reconcile_pass.decision
-        with self._acting:
+        with self._apply_lock:
             newest = self._store.latest()
             if newest is None or newest.state.id != before.state.id:
                 return False
@@ -248,15 +248,15 @@ class Controller:
         return evidence
 
     def _firing(self, state: RolloutState) -> tuple[Any, ...]:
-        return self._book.firing_for(state.canary_release, since=state.started_at)
+        return self._alerts.firing_for(state.canary_release, since=state.started_at)
 
     def _report_failure(self, kind: str, text: str) -> None:
         """Counts every failure; logs when a failure begins, changes or ends."""
         if text:
             self._metrics.failures.labels(kind).inc()
-        if text != self._troubles.get(kind, ""):
+        if text != self._last_errors.get(kind, ""):
             log.warning("%s: %s", kind, text) if text else log.info("%s: recovered", kind)
-        self._troubles[kind] = text
+        self._last_errors[kind] = text
 
     def _external_revision(self) -> int:
         return self._store.revision(include_own=False)
@@ -279,7 +279,7 @@ class Controller:
             stop.wait(self._poll_s)
 
     def _guarded(self, kind: str, call: Callable[[], _T]) -> _T | None:
-        """Calls ``call`` and logs every exception: if the loop ended, no one would watch the canary."""
+        """Calls ``call`` and logs every exception, so that the loop never ends while a canary has traffic."""
         try:
             return call()
         except ReelwayError as error:
@@ -291,7 +291,7 @@ class Controller:
 
 
 def _is_final(state: RolloutState) -> bool:
-    """Whether the rollout is final. Its recorded traffic is still maintained."""
+    """Returns whether the rollout is final. Its recorded traffic is still maintained."""
     return state.phase is Phase.ROLLED_BACK or state.retired
 
 
@@ -306,14 +306,14 @@ def _is_at_target(observation: TrafficObservation, target: TrafficTarget) -> boo
 
 
 def _is_notable(reconcile_pass: _ReconcilePass) -> bool:
-    """Whether it is logged and recorded: a new phase, step, weight or retention, a rejection, the start of a hold."""
+    """Returns whether a decision is recorded: a new phase, step or weight, retirement, a rejection, a new hold."""
     before, after, decision = reconcile_pass.rollout.state, reconcile_pass.after, reconcile_pass.decision
-    moved = any(
+    changed = any(
         getattr(before, name) != getattr(after, name)
         for name in ("phase", "step", "canary_bp", "holdout_bp", "shadow_bp", "retired")
     )
     held_s = {"telemetry_down": before.held_telemetry_s, "insufficient": before.held_insufficient_s}
-    return moved or decision.action is Action.REFUSE or held_s.get(decision.holds_for, 1.0) == 0
+    return changed or decision.action is Action.REFUSE or held_s.get(decision.holds_for, 1.0) == 0
 
 
 def _history_entry(reconcile_pass: _ReconcilePass) -> HistoryEntry | None:
@@ -336,15 +336,15 @@ def _history_entry(reconcile_pass: _ReconcilePass) -> HistoryEntry | None:
 def _last_reconcile(
     reconcile_pass: _ReconcilePass, target: TrafficTarget, reached: bool, apply_error: str
 ) -> LastReconcile:
-    seen = reconcile_pass.observation or TrafficObservation(detail="not observed: rolled back on an alert")
+    observation = reconcile_pass.observation or TrafficObservation(detail="not observed: rolled back on an alert")
     traffic: dict[str, Any] = {
         "reached": reached,
         "target": target.routing.model_dump(mode="json"),
-        "routing": seen.routing.model_dump(mode="json") if seen.routing else None,
-        "releases": list(seen.releases),
-        "ready": sorted(seen.ready),
-        "failed": dict(seen.failed),
-        "detail": seen.detail,
+        "routing": observation.routing.model_dump(mode="json") if observation.routing else None,
+        "releases": list(observation.releases),
+        "ready": sorted(observation.ready),
+        "failed": dict(observation.failed),
+        "detail": observation.detail,
         "trouble": apply_error,
     }
     return LastReconcile(

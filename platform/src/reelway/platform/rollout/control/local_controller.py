@@ -73,17 +73,17 @@ def run_controller(settings: ControllerSettings, stop: threading.Event | None = 
         token = ensure_bearer_token(run.keys / WEBHOOK_TOKEN)
         store = stack.enter_context(closing(SqliteRolloutStore(run.path / "rollout" / "state.db")))
         backend = stack.enter_context(closing(ServeRestBackend(run)))
-        book, metrics = AlertRegistry(store), ControllerMetrics()
+        alerts, metrics = AlertRegistry(store), ControllerMetrics()
         controller = Controller(
             store,
             backend,
             evidence_source(run, settings.prometheus.url, access=settings.prometheus.access()),
-            book,
+            alerts,
             alert_source=settings.alertmanager.source(),
             poll_s=settings.alertmanager.poll_interval_s,
             metrics=metrics,
         )
-        application = webhook_application(book, wake.set, token, metrics)
+        application = webhook_application(alerts, wake.set, token, metrics)
         url = stack.enter_context(serve_in_thread(application, settings.webhook.host, settings.webhook.port))
         write_json(record, {"url": url, "pid": os.getpid()})
         stack.callback(record.unlink, missing_ok=True)

@@ -70,19 +70,19 @@ class SqliteRolloutStore:
 
     def create(self, state: RolloutState, policy: RolloutPolicy) -> Rollout:
         with self._writing() as db:
-            under_way = db.execute("SELECT id FROM rollouts WHERE active LIMIT 1").fetchone()
-            if under_way is not None:
+            active = db.execute("SELECT id FROM rollouts WHERE active LIMIT 1").fetchone()
+            if active is not None:
                 raise RolloutError(
-                    f"rollout {under_way[0]} is in progress; wait, or end it with `reelway rollout rollback`"
+                    f"rollout {active[0]} is in progress; wait, or end it with `reelway rollout rollback`"
                 )
             if db.execute("SELECT 1 FROM rollouts WHERE id = ?", (state.id,)).fetchone():
                 raise RolloutError(f"rollout {state.id} exists; use an id that was never used")
-            made = Rollout(state=state, policy=policy, version=1)
+            rollout = Rollout(state=state, policy=policy, version=1)
             db.execute(
                 f"INSERT INTO rollouts ({_COLUMNS}, active) VALUES (?, ?, ?, ?, ?)",
-                (state.id, made.version, state.model_dump_json(), policy.model_dump_json(), state.active),
+                (state.id, rollout.version, state.model_dump_json(), policy.model_dump_json(), state.active),
             )
-            return made
+            return rollout
 
     def get(self, rollout_id: str) -> Rollout:
         with self._file.reading() as db:
@@ -114,16 +114,16 @@ class SqliteRolloutStore:
     def submit_command(self, rollout_id: str, command: Command) -> Rollout:
         with self._writing() as db:
             newest = self._get(db, rollout_id)
-            asked = add_command(newest.state, command)
-            return newest if asked == newest.state else self._write(db, newest, asked)
+            updated = add_command(newest.state, command)
+            return newest if updated == newest.state else self._write(db, newest, updated)
 
     def history(self, rollout_id: str | None = None) -> Sequence[HistoryEntry]:
         with self._file.reading() as db:
             if rollout_id is None:
                 rows = db.execute("SELECT number, entry FROM history ORDER BY number")
             else:
-                whole = self._get(db, rollout_id).state.id
-                rows = db.execute("SELECT number, entry FROM history WHERE rollout_id = ? ORDER BY number", (whole,))
+                full_id = self._get(db, rollout_id).state.id
+                rows = db.execute("SELECT number, entry FROM history WHERE rollout_id = ? ORDER BY number", (full_id,))
             return [self._read(HistoryEntry, text).model_copy(update={"number": number}) for number, text in rows]
 
     def alerts(self) -> dict[AlertKey, KnownAlert]:
@@ -131,30 +131,31 @@ class SqliteRolloutStore:
             known = [self._alert(row) for row in _alert_rows(db)]
             return {alert.key: alert for alert in known}
 
-    def replace_alerts(self, book: Mapping[AlertKey, KnownAlert]) -> None:
+    def replace_alerts(self, alerts: Mapping[AlertKey, KnownAlert]) -> None:
         with self._writing() as db:
-            before, after = set(_alert_rows(db)), {_alert_row(alert) for alert in book.values()}
-            gone = [row[:3] for row in before - after]
-            db.executemany("DELETE FROM alerts WHERE group_key = ? AND labels = ? AND starts_at = ?", gone)
-            db.executemany("INSERT INTO alerts VALUES (?, ?, ?, ?, ?)", after - before)
+            stored, current = set(_alert_rows(db)), {_alert_row(alert) for alert in alerts.values()}
+            removed = [row[:3] for row in stored - current]
+            db.executemany("DELETE FROM alerts WHERE group_key = ? AND labels = ? AND starts_at = ?", removed)
+            db.executemany("INSERT INTO alerts VALUES (?, ?, ?, ?, ?)", current - stored)
 
-    def save_last_reconcile(self, sighting: LastReconcile) -> None:
+    def save_last_reconcile(self, last_reconcile: LastReconcile) -> None:
         with self._writing() as db:
             db.execute(
-                "INSERT OR REPLACE INTO sightings VALUES (?, ?)", (sighting.rollout_id, sighting.model_dump_json())
+                "INSERT OR REPLACE INTO sightings VALUES (?, ?)",
+                (last_reconcile.rollout_id, last_reconcile.model_dump_json()),
             )
 
     def last_reconcile(self, rollout_id: str) -> LastReconcile | None:
         with self._file.reading() as db:
-            whole = self._get(db, rollout_id).state.id
-            row = db.execute("SELECT sighting FROM sightings WHERE rollout_id = ?", (whole,)).fetchone()
+            full_id = self._get(db, rollout_id).state.id
+            row = db.execute("SELECT sighting FROM sightings WHERE rollout_id = ?", (full_id,)).fetchone()
             return None if row is None else self._read(LastReconcile, row[0])
 
     def revision(self, *, include_own: bool = True) -> int:
         """See ``RolloutStore.revision``. Costs about 10 microseconds: SQLite counts other commits in shared memory."""
         with self._file.translated_errors():
-            others = int(self._file.connection.execute("PRAGMA data_version").fetchone()[0])
-            return (others << 32) + self._own_writes if include_own else others
+            foreign_writes = int(self._file.connection.execute("PRAGMA data_version").fetchone()[0])
+            return (foreign_writes << 32) + self._own_writes if include_own else foreign_writes
 
     @contextmanager
     def _writing(self) -> Iterator[sqlite3.Connection]:
@@ -165,15 +166,18 @@ class SqliteRolloutStore:
         self._own_writes += changed
 
     def _get(self, db: sqlite3.Connection, rollout_id: str, *, exact: bool = False) -> Rollout:
-        same = "id = ?1" if exact else "substr(id, 1, length(?1)) = ?1"
+        condition = "id = ?1" if exact else "substr(id, 1, length(?1)) = ?1"
         rows = db.execute(
-            f"SELECT {_COLUMNS} FROM rollouts WHERE {same} ORDER BY id = ?1 DESC, number DESC LIMIT 4", (rollout_id,)
+            f"SELECT {_COLUMNS} FROM rollouts WHERE {condition} ORDER BY id = ?1 DESC, number DESC LIMIT 4",
+            (rollout_id,),
         ).fetchall()
         if not rows or not rollout_id:
-            raise RolloutError(f"rollout {rollout_id!r} does not exist; `reelway rollout history` lists all rollouts")
+            raise RolloutError(
+                f"rollout {rollout_id!r} does not exist; `reelway rollout history --all` lists all rollouts"
+            )
         if len(rows) > 1 and rows[0][0] != rollout_id:
-            some = ", ".join(row[0] for row in rows[:3])
-            raise RolloutError(f"rollout {rollout_id!r}: several ids begin with it ({some} ...); give more of the id")
+            examples = ", ".join(row[0] for row in rows[:3])
+            raise RolloutError(f"rollout id {rollout_id!r} is ambiguous ({examples} ...); give more characters")
         return self._rollout(rows[0])
 
     def _write(self, db: sqlite3.Connection, newest: Rollout, state: RolloutState) -> Rollout:

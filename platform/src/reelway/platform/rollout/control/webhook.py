@@ -49,9 +49,9 @@ class AlertReceiver(Protocol):
 
 
 def webhook_application(
-    book: AlertReceiver, on_change: Callable[[], object], token: str, metrics: ControllerMetrics
+    receiver: AlertReceiver, on_change: Callable[[], object], token: str, metrics: ControllerMetrics
 ) -> Starlette:
-    """``POST /api/v1/alerts`` (bearer ``token``), ``GET /healthz`` and ``GET /metrics``.
+    """Serves ``POST /api/v1/alerts`` (bearer ``token``), ``GET /healthz`` and ``GET /metrics``.
 
     Args:
         wake: called after every delivery that changed the known alerts.
@@ -62,7 +62,7 @@ def webhook_application(
             _check_token(request, token)
             payload = parse_webhook(await _body(request))
             news = parse_alerts(payload)
-            changed = await run_in_threadpool(book.deliver, news)
+            changed = await run_in_threadpool(receiver.deliver, news)
         except _HttpError as refused:
             return _answer(refused.status, refused.outcome, refused.text)
         except DataError as error:
@@ -131,8 +131,8 @@ def serve_in_thread(application: Starlette, host: str, port: int) -> Iterator[st
 
 
 def _check_token(request: Request, token: str) -> None:
-    kind, _, given = request.headers.get("authorization", "").partition(" ")
-    right = hmac.compare_digest(given.strip().encode(), token.encode())
+    kind, _, credentials = request.headers.get("authorization", "").partition(" ")
+    right = hmac.compare_digest(credentials.strip().encode(), token.encode())
     if kind.lower() != "bearer" or not right:
         raise _HttpError(
             401, "unauthorized", "missing or wrong bearer token; send the one in keys/webhook.token of the run"

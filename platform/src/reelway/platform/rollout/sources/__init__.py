@@ -33,8 +33,8 @@ class SeriesEvidenceSource:
 
     def fetch(self, policy: RolloutPolicy, state: RolloutState, now: float) -> EvidenceSnapshot:
         """See ``EvidenceSource.fetch``. What cannot be read is ``telemetry_down``; no exception is raised."""
-        heard = self._reader.read(Scope.of(state, self._window_s), now)
-        return build_snapshot(policy, state, heard, self._parity(), now, window_s=self._window_s)
+        read_result = self._reader.read(Scope.of(state, self._window_s), now)
+        return build_snapshot(policy, state, read_result, self._parity(), now, window_s=self._window_s)
 
     def close(self) -> None:
         """Closes the connections."""
@@ -48,7 +48,7 @@ def evidence_source(
     access: MonitoringAccess | None = None,
     window_s: float = WINDOW_S,
 ) -> SeriesEvidenceSource:
-    """Evidence from Prometheus at this URL; scraped from the run's service itself when there is none.
+    """Returns evidence from Prometheus at this URL; scraped from the run's service itself when there is none.
 
     Args:
         access: credentials and label selectors for Prometheus; none by default.
@@ -61,5 +61,5 @@ def evidence_source(
 
 
 def alert_source(url: str, access: MonitoringAccess | None = None) -> AlertmanagerClient:
-    """An ``AlertSource``: alerts polled from the Alertmanager at this URL."""
+    """Returns an ``AlertSource``: alerts polled from the Alertmanager at this URL."""
     return AlertmanagerClient(url, access=access)

@@ -30,7 +30,7 @@ class AlertmanagerClient:
         self._client = access.client(timeout_s)
 
     def poll(self) -> Sequence[KnownAlert]:
-        """All firing alerts with a release label, except those of another namespace.
+        """Returns all firing alerts with a release label, except those of another namespace.
 
         Raises:
             RolloutError: on a timeout, an error, or an answer that is not a list of alerts.

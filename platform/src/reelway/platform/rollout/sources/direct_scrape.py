@@ -91,7 +91,7 @@ class DirectScrapeReader:
         return "; ".join(problems)
 
     def _samples(self, url: str, origin: dict[str, str]) -> Iterator[tuple[SeriesKey, float]]:
-        """The needed series of one endpoint. Raises ValueError if it is not in Prometheus' text format."""
+        """Returns the needed series of one endpoint. Raises ValueError if it is not in Prometheus' text format."""
         answer = self._client.get(url)
         answer.raise_for_status()
         lines = (line for line in answer.text.splitlines() if line.startswith(_KEPT))
@@ -133,7 +133,7 @@ class DirectScrapeReader:
 
 
 def service_url(run: RunDirectory) -> str:
-    """The URL of a run's service, read on every use because a restart may change it.
+    """Returns the URL of a run's service, read on every use because a restart may change it.
 
     Raises:
         ServingError: if the run is not served.

@@ -29,16 +29,16 @@ class _Key(NamedTuple):
 
 
 class _Sums(NamedTuple):
-    """``reset_reason`` says how the collector's data loss was detected; empty if it lost nothing."""
+    """``reset_reason`` states how the collector's data loss was detected; empty if it lost nothing."""
 
     newest: dict[_Key, float]
     reset_reason: str
 
 
 def outcome_metrics(
-    policy: RolloutPolicy, state: RolloutState, heard: SeriesReadResult, collector: ScrapeJob
+    policy: RolloutPolicy, state: RolloutState, read_result: SeriesReadResult, collector: ScrapeJob
 ) -> dict[tuple[str, Slice], MetricEvidence]:
-    """Evidence for every (metric, slice) of the policy.
+    """Returns evidence for every (metric, slice) of the policy.
 
     ``insufficient`` if the collector answers but has no series of an arm yet: the arm has no impressions.
     ``telemetry_down`` if the collector does not answer, or its sums are not finite, negative, incomplete or decreasing.
@@ -46,15 +46,15 @@ def outcome_metrics(
     if collector.problem:
         down = MetricEvidence(EvidenceState.TELEMETRY_DOWN, detail=collector.problem)
         return {(metric.name, part): down for metric, part in policy.tests}
-    sums = _sums(state, heard, collector)
+    sums = _sums(state, read_result, collector)
     if sums.reset_reason:
         down = MetricEvidence(EvidenceState.TELEMETRY_DOWN, detail=sums.reset_reason)
         return {(metric.name, part): down for metric, part in policy.tests}
     return {(metric.name, part): _evidence(metric, part, sums.newest) for metric, part in policy.tests}
 
 
-def _sums(state: RolloutState, heard: SeriesReadResult, collector: ScrapeJob) -> _Sums:
-    """Newest values, summed over the collector's running instances.
+def _sums(state: RolloutState, read_result: SeriesReadResult, collector: ScrapeJob) -> _Sums:
+    """Returns the newest values, summed over the collector's running instances.
 
     A removed instance does not count, because its successor has its data. The newest value must not be below an
     earlier value of any instance.
@@ -62,7 +62,7 @@ def _sums(state: RolloutState, heard: SeriesReadResult, collector: ScrapeJob) ->
     newest, highest = defaultdict[_Key, float](float), dict[_Key, float]()
     canary, stable = Scope.of(state).releases
     release_of = {Arm.CANARY.value: canary, Arm.STABLE.value: stable}
-    for key, samples in heard.series.items():
+    for key, samples in read_result.series.items():
         if key.name not in CUMULATIVE_SERIES or key.get("rollout") != state.id or not samples:
             continue
         if release_of.get(key.get("arm")) != key.get("release"):
@@ -75,9 +75,10 @@ def _sums(state: RolloutState, heard: SeriesReadResult, collector: ScrapeJob) ->
             newest[sum_key] += samples[-1].value
     for sum_key, peak in highest.items():
         if 0 <= (now := newest.get(sum_key, 0.0)) < peak * (1 - _TOLERANCE):
-            what = " ".join(word for word in (sum_key.arm, sum_key.metric, sum_key.statistic) if word)
-            lost = f"{what} on {sum_key.slice_} fell from {peak:g} to {now:g} during the rollout: collector data lost"
-            return _Sums({}, lost)
+            series_name = " ".join(label for label in (sum_key.arm, sum_key.metric, sum_key.statistic) if label)
+            change = f"fell from {peak:g} to {now:g} during the rollout"
+            reason = f"{series_name} on {sum_key.slice_} {change}: collector data lost"
+            return _Sums({}, reason)
     return _Sums(dict(newest), "")
 
 
@@ -97,7 +98,7 @@ def _evidence(metric: OutcomeMetric, part: Slice, newest: dict[_Key, float]) -> 
 
 
 def _arm(metric: OutcomeMetric, part: Slice, arm: Arm, newest: dict[_Key, float]) -> ArmStatistics | str:
-    """One arm's sums, or an error message. With ``kind: mean`` every viewer has x_i = 1."""
+    """Returns one arm's sums, or an error message. With ``kind: mean`` every viewer has x_i = 1."""
     exposure = {name: newest.get(_Key(arm, part, "", name)) for name in names.EXPOSURE_STATISTICS}
     if all(value is None for value in exposure.values()):
         return ArmStatistics()  # the collector answers, and this arm has no impressions

@@ -41,20 +41,22 @@ class ParityFindings:
     problem: str = ""
 
     def reading(self, release: str) -> GuardrailReading:
-        """The reading of the guardrail ``parity_mismatches``: mismatches of replayed rows."""
+        """Returns the reading of the guardrail ``parity_mismatches``: mismatches of replayed rows."""
         if self.problem:
             return GuardrailReading(EvidenceState.TELEMETRY_DOWN, detail=self.problem)
         parity = self.releases.get(release)
         if parity is None or not parity.rows:
             detail = f"0 rows of {short_id(release)} were replayed"
             return GuardrailReading(EvidenceState.INSUFFICIENT, detail=detail)
-        when = datetime.fromtimestamp(parity.checked_at, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
-        detail = ", ".join(part for part in (parity.detail, f"replayed at {when}" if parity.checked_at else "") if part)
+        checked_at = datetime.fromtimestamp(parity.checked_at, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
+        detail = ", ".join(
+            part for part in (parity.detail, f"replayed at {checked_at}" if parity.checked_at else "") if part
+        )
         return GuardrailReading(EvidenceState.OK, parity.mismatches, parity.rows, detail=detail)
 
 
 def parity_path(run: RunDirectory) -> Path:
-    """The file to which the replay writes its findings."""
+    """Returns the file to which the replay writes its findings."""
     return run.path / "serving" / "parity.json"
 
 
@@ -73,7 +75,7 @@ def read_parity(run: RunDirectory) -> ParityFindings:
 
 
 def parse_parity(text: str, where: str, remedy: str) -> ParityFindings:
-    """Parses findings. The message of an invalid text names ``where`` it came from and the ``remedy``."""
+    """Parses findings. If the text is invalid, ``problem`` names its location ``where`` and the ``remedy``."""
     try:
         return ParityFindings(_REPORT.validate_python(json.loads(text)))
     except (ValidationError, ValueError) as error:

@@ -1,8 +1,8 @@
 """Parity findings in the release store: a replay job writes them, and the operator's pod reads them.
 
-The file lies beside the releases and is written atomically. The operator reconciles every few seconds and must not wait
-for object storage. A thread therefore reads the file, and the operator uses the last result until the store has not
-answered for ``MAX_STALENESS_S``.
+The file is stored beside the releases and is written atomically. The operator reconciles every few seconds and must not
+wait for object storage. A thread therefore reads the file, and the operator uses the last result until the store has
+not answered for ``MAX_STALENESS_S``.
 """
 
 from __future__ import annotations
@@ -63,20 +63,20 @@ class ParityFindingsReader:
     ) -> None:
         self._url = url
         self._fs, self._path = _opened(url)
-        self._every_s, self._patience_s, self._first_s = every_s, max_staleness_s, first_s
+        self._interval_s, self._max_staleness_s, self._first_s = every_s, max_staleness_s, first_s
         self._stop, self._first = threading.Event(), threading.Event()
-        self._known = ParityFindings(problem=f"{url} has not been read yet")
+        self._findings = ParityFindings(problem=f"{url} has not been read yet")
         self._read_at = time.monotonic()
         self._thread = threading.Thread(target=self._read_until, name="parity", daemon=True)
 
     def findings(self) -> ParityFindings:
-        """The findings read last, or why there are none. Only the first call waits. Raises nothing."""
+        """Returns the findings read last, or why there are none. Only the first call waits. Raises nothing."""
         if self._thread.ident is None:
             self._read_at = time.monotonic()
             self._thread.start()
             self._first.wait(self._first_s)
-        known, silent_s = self._known, time.monotonic() - self._read_at
-        if silent_s > self._patience_s:
+        known, silent_s = self._findings, time.monotonic() - self._read_at
+        if silent_s > self._max_staleness_s:
             return ParityFindings(problem=f"{self._url} has not answered for {silent_s:.0f} s")
         return known
 
@@ -86,10 +86,10 @@ class ParityFindingsReader:
 
     def _read_until(self) -> None:
         while not self._stop.is_set():
-            self._known = self._read()
+            self._findings = self._read()
             self._read_at = time.monotonic()
             self._first.set()
-            self._stop.wait(self._every_s)
+            self._stop.wait(self._interval_s)
 
     def _read(self) -> ParityFindings:
         again = _REMEDY.format(url=self._url)

@@ -5,8 +5,8 @@ resets and staleness here. A reading is complete or absent: an error, a warning 
 unexpected answer discards it, and everything is ``telemetry_down``.
 
 In a shared Prometheus, ``MonitoringAccess.labels`` select this installation's series: the same release id in another
-namespace is another canary. The scrape jobs must have the names ``series.ROUTER_JOB`` and ``series.OUTCOMES_JOB``; see
-rules/scrape.example.yaml.
+namespace is another canary. The scrape jobs must have the names ``metric_names.ROUTER_JOB`` and
+``metric_names.OUTCOMES_JOB``; see rules/scrape.example.yaml.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ class PrometheusReader:
         return rows | self._sums(scope, now, f"{jobs},rollout={json.dumps(scope.rollout)}", last_sample_times)
 
     def _sums(self, scope: Scope, now: float, selector: str, last_sample_times: list[float]) -> _Rows:
-        """The collector's sums. The number of viewers starts with its highest value in the rollout.
+        """Returns the collector's sums. The number of viewers starts with its highest value in the rollout.
 
         Sums are cumulative, so only the last scrapes, at ``last_sample_times``, are read.
         """
@@ -111,8 +111,8 @@ class PrometheusReader:
                 raise RolloutError(f"Prometheus at {self._url} answered {answer.status_code}: {_error_text(body)}")
             if body.get("warnings"):
                 raise RolloutError(f"Prometheus at {self._url} gave a partial answer: {'; '.join(body['warnings'])}")
-            if (seen := body["data"]["resultType"]) != kind:
-                raise RolloutError(f"Prometheus at {self._url} answered {seen}, expected {kind}, to {promql}")
+            if (result_type := body["data"]["resultType"]) != kind:
+                raise RolloutError(f"Prometheus at {self._url} answered {result_type}, expected {kind}, to {promql}")
             return dict(_row(item, kind) for item in body["data"]["result"])
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             shown = f"{answer.status_code}, {answer.text[:100]!r}"
@@ -122,7 +122,7 @@ class PrometheusReader:
 
 
 def _last_sample_time(key: SeriesKey, samples: list[Sample]) -> float | None:
-    """Time of a collector's last successful scrape if it is still a target; None for any other series."""
+    """Returns the time of a collector's last successful scrape if it is still a target; None for any other series."""
     if key.name != UP or key.get("job") != names.OUTCOMES_JOB or math.isnan(samples[-1].value):
         return None
     return max((s.time for s in samples if s.value == 1.0), default=None)
@@ -142,5 +142,5 @@ def _error_text(body: object) -> str:
 
 
 def _any_of(values: Iterable[str]) -> str:
-    """A quoted regular expression that matches exactly these values."""
+    """Returns a quoted regular expression that matches exactly these values."""
     return json.dumps("|".join(re.escape(value) for value in values))

@@ -43,29 +43,29 @@ _TORN_SCRAPE_TOLERANCE: Final = 2
 class RequestWindow:
     """The routers' counter increases in the window, without those before the rollout began."""
 
-    heard: SeriesReadResult
+    read_result: SeriesReadResult
     routers: ScrapeJob
     since: float
     started_at: float
 
     @classmethod
-    def of(cls, heard: SeriesReadResult, routers: ScrapeJob, scope: Scope, now: float) -> RequestWindow:
-        return cls(heard, routers, now - scope.window_s, scope.started_at)
+    def of(cls, read_result: SeriesReadResult, routers: ScrapeJob, scope: Scope, now: float) -> RequestWindow:
+        return cls(read_result, routers, now - scope.window_s, scope.started_at)
 
-    def increases(self, name: str, label: str, wanted: Callable[[SeriesKey], bool]) -> Mapping[str, CounterReading]:
-        """Value of ``label`` -> increase of all wanted series with that value, over all routers.
+    def increases(self, name: str, label: str, selects: Callable[[SeriesKey], bool]) -> Mapping[str, CounterReading]:
+        """Returns the increases of all selected series over all routers, by the value of ``label``.
 
         A router with one sample has no increase yet and does not make the others' unknown.
         """
         parts = defaultdict[str, list[CounterReading]](list)
         known = [i for i in self.routers.instances.values() if i.last_sample_at > i.first_sample_at]
-        for key, instance, samples in samples_since(self.heard, self.routers, name, since=self.since):
-            if samples and wanted(key) and (instance in known or not known):
+        for key, instance, samples in samples_since(self.read_result, self.routers, name, since=self.since):
+            if samples and selects(key) and (instance in known or not known):
                 parts[key.get(label)].append(self._increase(instance, samples))
         return {value: sum_counters(readings) for value, readings in parts.items()}
 
     def _increase(self, instance: ScrapeTarget, samples: list[Sample]) -> CounterReading:
-        """The increase of one series, from 0 if the series appeared after its exporter's first sample."""
+        """Returns the increase of one series, from 0 if the series appeared after its exporter's first sample."""
         earlier = sum(sample.time <= self.started_at for sample in samples)
         began = samples[0].time > instance.first_sample_at and not earlier
         samples = samples[max(earlier - 1, 0) :]
@@ -73,13 +73,13 @@ class RequestWindow:
 
 
 def request_guardrails(
-    policy: RolloutPolicy, scope: Scope, heard: SeriesReadResult, routers: ScrapeJob, now: float
+    policy: RolloutPolicy, scope: Scope, read_result: SeriesReadResult, routers: ScrapeJob, now: float
 ) -> dict[GuardrailName, GuardrailReading]:
-    """Readings of error_ratio, empty_slate_ratio and p99_ms over the scope's window."""
+    """Returns the readings of error_ratio, empty_slate_ratio and p99_ms over the scope's window."""
     if routers.problem:
         down = GuardrailReading(EvidenceState.TELEMETRY_DOWN, detail=routers.problem)
         return {"error_ratio": down, "empty_slate_ratio": down, "p99_ms": down}
-    window = RequestWindow.of(heard, routers, scope, now)
+    window = RequestWindow.of(read_result, routers, scope, now)
     outcomes = window.increases(names.REQUESTS, "outcome", _is_canary_series(scope))
     requests = _total(outcomes, names.REQUEST_OUTCOMES)
     faults = _total(outcomes, names.FAULTY_OUTCOMES)
@@ -101,9 +101,9 @@ def _is_stable_series(scope: Scope) -> Callable[[SeriesKey], bool]:
     return lambda key: key.get("release") == scope.releases[1] and key.get("arm") == Arm.STABLE
 
 
-def _total(increases: Mapping[str, CounterReading], wanted: tuple[str, ...]) -> CounterReading:
-    """The sum of the wanted counters. A counter that a running router does not expose is 0."""
-    readings = [increases[name] for name in wanted if name in increases]
+def _total(increases: Mapping[str, CounterReading], label_values: tuple[str, ...]) -> CounterReading:
+    """Returns the sum of the counters with these label values. A counter that a running router does not expose is 0."""
+    readings = [increases[name] for name in label_values if name in increases]
     return sum_counters(readings) if readings else CounterReading(EvidenceState.OK)
 
 
@@ -113,10 +113,10 @@ def _ratio(events: CounterReading, requests: CounterReading, scope: Scope) -> Gu
             return GuardrailReading(reading.state, detail=reading.detail)
     if not requests.increase:
         return GuardrailReading(EvidenceState.INSUFFICIENT, detail=_no_requests("the canary", scope))
-    seen = events.increase
-    if requests.increase < seen <= requests.increase + _TORN_SCRAPE_TOLERANCE:
-        seen = requests.increase
-    return GuardrailReading(EvidenceState.OK, seen, requests.increase)
+    event_count = events.increase
+    if requests.increase < event_count <= requests.increase + _TORN_SCRAPE_TOLERANCE:
+        event_count = requests.increase
+    return GuardrailReading(EvidenceState.OK, event_count, requests.increase)
 
 
 def _no_requests(arm: str, scope: Scope) -> str:
@@ -134,8 +134,8 @@ def _p99(window: RequestWindow, scope: Scope, *, compared: bool) -> GuardrailRea
         return GuardrailReading(EvidenceState.INSUFFICIENT, detail=_no_requests("stable", scope))
     value = histogram_quantile(canary, QUANTILE) * 1000
     if math.isnan(value):
-        what = f"{BUCKET} has the bounds {sorted(canary)}, expected several and +Inf"
-        return GuardrailReading(EvidenceState.TELEMETRY_DOWN, detail=what)
+        problem = f"{BUCKET} has the bounds {sorted(canary)}, expected several and +Inf"
+        return GuardrailReading(EvidenceState.TELEMETRY_DOWN, detail=problem)
     against = histogram_quantile(stable, QUANTILE) * 1000 if isinstance(stable, dict) else math.nan
     if compared and isinstance(stable, GuardrailReading):
         return stable
@@ -147,9 +147,9 @@ def _p99(window: RequestWindow, scope: Scope, *, compared: bool) -> GuardrailRea
     )
 
 
-def _latencies(window: RequestWindow, wanted: Callable[[SeriesKey], bool]) -> dict[float, float] | GuardrailReading:
-    """Upper bound -> observations, empty without any; a reading if they are unknown."""
-    increases = window.increases(BUCKET, "le", wanted)
+def _latencies(window: RequestWindow, selects: Callable[[SeriesKey], bool]) -> dict[float, float] | GuardrailReading:
+    """Returns the observations by upper bound, empty without any; a reading if they are unknown."""
+    increases = window.increases(BUCKET, "le", selects)
     if not increases:
         return {}
     if (total := sum_counters(increases.values())).state is not EvidenceState.OK:

@@ -1,6 +1,6 @@
 """Scraped series as a direct scrape and Prometheus both return them, so that one function turns either into evidence.
 
-A series has a name and labels; ``job`` and ``instance`` are labels, as in Prometheus. ``up`` tells whether an exporter
+A series has a name and labels; ``job`` and ``instance`` are labels, as in Prometheus. ``up`` states whether an exporter
 answered: 1 for a successful scrape and 0 for a failed one, at the time of the scrape's other samples. An ``up`` that
 ends in NaN belongs to a removed target, which is not expected to answer.
 """
@@ -38,7 +38,7 @@ class SeriesKey(NamedTuple):
         return cls(name, tuple(sorted(labels.items())))
 
     def get(self, label: str) -> str:
-        """The label's value; empty if absent, as in PromQL."""
+        """Returns the label's value; empty if absent, as in PromQL."""
         return dict(self.labels).get(label, "")
 
 
@@ -58,7 +58,7 @@ class Scope:
 
     @classmethod
     def of(cls, state: RolloutState, window_s: float = WINDOW_S) -> Scope:
-        """The scope of a rollout in this state. ``releases`` are label values, the canary's first."""
+        """Returns the scope of a rollout in this state. ``releases`` are label values, the canary's first."""
         releases = (short_id(state.canary_release), short_id(state.stable_release))
         shadow_since = state.changed_at if state.phase is Phase.SHADOW else None
         return cls(state.id, releases, state.started_at, shadow_since, window_s)
@@ -66,7 +66,7 @@ class Scope:
 
 @dataclass(frozen=True, slots=True)
 class SeriesReadResult:
-    """A reader's samples. ``problem`` says why there are no newer ones; empty if every exporter answered."""
+    """A reader's samples. ``problem`` is the reason why newer ones are missing; empty if every exporter answered."""
 
     series: Series = field(default_factory=dict)
     problem: str = ""
@@ -116,7 +116,7 @@ class ScrapeJob:
 def scrape_job(
     name: str, read_result: SeriesReadResult, *, now: float, max_age_s: float, window_s: float = WINDOW_S
 ) -> ScrapeJob:
-    """The exporters of a job that answered in the window.
+    """Returns the exporters of a job that answered in the window.
 
     A removed replica differs from a silent one. Removed: it is no longer a target (``up`` ends in NaN). Its counts in
     the window are used, and no answer is awaited. Silent: it is a target and has not answered for ``max_age_s``
@@ -144,9 +144,9 @@ def scrape_job(
 
 
 def samples_since(
-    read_result: SeriesReadResult, job: ScrapeJob, *wanted: str, since: float
+    read_result: SeriesReadResult, job: ScrapeJob, *names: str, since: float
 ) -> Iterator[tuple[SeriesKey, ScrapeTarget, list[Sample]]]:
-    """The named series of a job's exporters, with their samples from ``since`` on."""
+    """Returns the named series of a job's exporters, with their samples from ``since`` on."""
     for key, samples in read_result.series.items():
-        if key.name in wanted and (instance := job.instances.get(key.get("instance"))) is not None:
+        if key.name in names and (instance := job.instances.get(key.get("instance"))) is not None:
             yield key, instance, [s for s in samples if s.time >= since]

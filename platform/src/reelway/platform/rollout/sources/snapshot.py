@@ -27,40 +27,40 @@ from reelway.platform.rollout.state import RolloutState
 def build_snapshot(
     policy: RolloutPolicy,
     state: RolloutState,
-    heard: SeriesReadResult,
+    read_result: SeriesReadResult,
     parity: ParityFindings,
     now: float,
     *,
     window_s: float = WINDOW_S,
 ) -> EvidenceSnapshot:
-    """The evidence about one rollout.
+    """Returns the evidence about one rollout.
 
     Its time is that of the oldest scrape it uses, so that evidence ages when scrapes stop. If no exporter answered, its
     time is ``now`` and everything is ``telemetry_down``.
     """
     scope = Scope.of(state, window_s)
     max_age_s = policy.evidence_max_age_s
-    routers = scrape_job(names.ROUTER_JOB, heard, now=now, max_age_s=max_age_s, window_s=window_s)
-    collector = scrape_job(names.OUTCOMES_JOB, heard, now=now, max_age_s=max_age_s, window_s=window_s)
+    routers = scrape_job(names.ROUTER_JOB, read_result, now=now, max_age_s=max_age_s, window_s=window_s)
+    collector = scrape_job(names.OUTCOMES_JOB, read_result, now=now, max_age_s=max_age_s, window_s=window_s)
     times = [job.newest_sample_at for job in (routers, collector) if not job.problem]
     return EvidenceSnapshot(
         time=min(times, default=now),
         release=state.canary_release,
-        metrics=outcome_metrics(policy, state, heard, collector),
+        metrics=outcome_metrics(policy, state, read_result, collector),
         guardrails={
-            **request_guardrails(policy, scope, heard, routers, now),
+            **request_guardrails(policy, scope, read_result, routers, now),
             "parity_mismatches": parity.reading(state.canary_release),
         },
-        shadow_requests=_mirrored_requests(scope, heard, routers, now),
+        shadow_requests=_mirrored_requests(scope, read_result, routers, now),
     )
 
 
-def _mirrored_requests(scope: Scope, heard: SeriesReadResult, routers: ScrapeJob, now: float) -> int:
-    """Mirrored requests that succeeded or failed in this shadow phase; 0 outside of a shadow phase."""
+def _mirrored_requests(scope: Scope, read_result: SeriesReadResult, routers: ScrapeJob, now: float) -> int:
+    """Returns the number of mirrored requests, successful or not, in this shadow phase; 0 outside of one."""
     if scope.shadow_since is None or routers.problem:
         return 0
     since, total = max(scope.shadow_since, now - MAX_SHADOW_S), 0.0
-    for key, _, samples in samples_since(heard, routers, names.SHADOW_REQUESTS, since=since):
+    for key, _, samples in samples_since(read_result, routers, names.SHADOW_REQUESTS, since=since):
         if key.get("release") != scope.releases[0] or key.get("outcome") not in ("compared", "failed") or not samples:
             continue
         rise = counter_increase(samples)

@@ -32,7 +32,7 @@ def bucket_of(viewer_id: int, salt: str) -> int:
 
 
 def buckets_of(viewer_ids: NDArray[np.int64], salt: str) -> NDArray[np.int64]:
-    """Vectorised ``partition_of``. Shapes: ``[N] -> [N]``."""
+    """Returns the buckets of viewers: vectorised ``bucket_of``. Shapes: ``[N] -> [N]``."""
     with np.errstate(over="ignore"):
         spread = mix64(viewer_ids.astype(np.uint64) + np.uint64(_SPLITMIX_INCREMENT))
     return (mix64(spread ^ np.uint64(_salt_bits(salt))) % np.uint64(BUCKETS)).astype(np.int64)
@@ -59,7 +59,7 @@ def arm_of(viewer_id: int, salt: str, weights: Mapping[str, int]) -> str:
 
 
 def arms_of(viewer_ids: NDArray[np.int64], salt: str, weights: Mapping[str, int]) -> NDArray[np.int64]:
-    """Vectorised ``arm_of``; returns indices into ``weights``. Shapes: ``[N] -> [N]``."""
+    """Returns the arms of viewers as indices into ``weights``: vectorised ``arm_of``. Shapes: ``[N] -> [N]``."""
     check_weights(weights)
     ends = np.cumsum(list(weights.values()))
     return np.searchsorted(ends, buckets_of(viewer_ids, salt), side="right").astype(np.int64)
@@ -86,7 +86,7 @@ def _salt_bits(salt: str) -> int:
 
 
 def _mix(value: int) -> int:
-    """``mix64`` for one Python integer."""
+    """Applies ``mix64`` to one Python integer."""
     value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & _UINT64_MASK
     value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & _UINT64_MASK
     return value ^ (value >> 31)

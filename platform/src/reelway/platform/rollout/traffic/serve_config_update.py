@@ -44,7 +44,7 @@ ServeConfig = Mapping[str, Any]
 
 
 def compose_serve_config(options: ServingOptions, releases: Iterable[str], routing: Routing) -> dict[str, Any]:
-    """The configuration of a service: one application per release, the outcomes and the router."""
+    """Returns the configuration of a service: one application per release, the outcomes and the router."""
     applications = [_release_application(options, release) for release in releases]
     if options.outcomes:
         applications.append(_outcomes_application(options, options.outcomes))
@@ -138,7 +138,7 @@ def _process_options(options: ServingOptions) -> dict[str, Any]:
 
 
 def config_from_details(details: Mapping[str, Any]) -> dict[str, Any]:
-    """The configuration behind ``GET /api/serve/applications/``: deployed applications and options of the instance.
+    """Returns the configuration in a response of ``GET /api/serve/applications/``: applications and instance options.
 
     Raises:
         RolloutError: if an application was not deployed by configuration; writing the configuration would delete it.
@@ -153,12 +153,12 @@ def config_from_details(details: Mapping[str, Any]) -> dict[str, Any]:
                 f"Serve application {name!r}: it was not deployed by configuration; restart it with `reelway serve`"
             )
         applications.append(deployed)
-    kept = {key: details[key] for key in _INSTANCE_OPTIONS if details.get(key) is not None}
-    return {**kept, "applications": applications}
+    instance_options = {key: details[key] for key in _INSTANCE_OPTIONS if details.get(key) is not None}
+    return {**instance_options, "applications": applications}
 
 
 def with_target(config: ServeConfig, target: TrafficTarget) -> dict[str, Any]:
-    """A copy of the configuration with the target's routing and one application for each of its releases.
+    """Returns a copy of the configuration with the target's routing and one application for each of its releases.
 
     An application for a new release is a copy of the stable release's. Applications of other releases are removed;
     applications that belong to no release stay. The function is idempotent.
@@ -177,7 +177,7 @@ def with_target(config: ServeConfig, target: TrafficTarget) -> dict[str, Any]:
 
 
 def find_routing(config: ServeConfig) -> Any:
-    """The router's ``user_config``; None without a router."""
+    """Returns the router's ``user_config``; None without a router."""
     try:
         return _router_options(config.get("applications", ())).get("user_config")
     except RolloutError:
@@ -185,17 +185,17 @@ def find_routing(config: ServeConfig) -> Any:
 
 
 def release_names(config: ServeConfig) -> tuple[str, ...]:
-    """Ids of the releases that have an application, sorted."""
+    """Returns the ids of the releases that have an application, sorted."""
     return tuple(sorted(app["name"] for app in config.get("applications", ()) if is_release(app)))
 
 
 def is_release(application: Mapping[str, Any]) -> bool:
-    """Whether an application serves a release: its name is the release that it was given as an argument."""
+    """Returns whether an application serves a release: its name is the release that it was given as an argument."""
     return bool(application.get("args", {}).get("release") == application.get("name"))
 
 
 def _router_options(applications: Any) -> dict[str, Any]:
-    """The entry of the router's deployment."""
+    """Returns the entry of the router's deployment."""
     router = next((app for app in applications if app.get("name") == ROUTER), None)
     if router is None:
         names = [app.get("name") for app in applications]
@@ -212,7 +212,7 @@ def _router_options(applications: Any) -> dict[str, Any]:
 
 
 def _template(running: Mapping[str, dict[str, Any]], target: TrafficTarget) -> dict[str, Any]:
-    """The application to copy for a new release: stable's, or that of any release if stable's was removed."""
+    """Returns the application to copy for a new release: stable's, or that of any release if stable's was removed."""
     stable = [route.release for route in target.routing.arms if route.arm is Arm.STABLE]
     for name in (*stable, *target.releases, *sorted(running)):
         if name in running:

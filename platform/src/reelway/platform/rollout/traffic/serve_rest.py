@@ -88,11 +88,11 @@ class ServeRestBackend:
         timeout_s: timeout of a request to the dashboard, which normally responds within tens of milliseconds.
     """
 
-    def __init__(self, where: RunDirectory | ServeAddress, *, timeout_s: float = 5.0) -> None:
-        self._where = where
+    def __init__(self, service: RunDirectory | ServeAddress, *, timeout_s: float = 5.0) -> None:
+        self._service = service
         self._http = httpx.Client(timeout=timeout_s, trust_env=False)
         self._lock = threading.Lock()
-        self._seen: _CachedConfig | None = None
+        self._cached_config: _CachedConfig | None = None
         self._writes = 0
 
     def close(self) -> None:
@@ -107,11 +107,11 @@ class ServeRestBackend:
             config = config_from_details(details)
         except (RolloutError, ValueError) as error:
             with self._lock:
-                self._seen = None
+                self._cached_config = None
             return TrafficObservation(detail=str(error))
         with self._lock:
             if writes == self._writes:  # else it may be older than a config written meanwhile
-                self._seen = _CachedConfig(record, config)
+                self._cached_config = _CachedConfig(record, config)
         return self._observation(record, details["applications"], config)
 
     def apply(self, target: TrafficTarget) -> None:
@@ -124,12 +124,12 @@ class ServeRestBackend:
         """
         record = self._read_serving_record()
         with self._lock:
-            cached = self._seen
+            cached = self._cached_config
         if cached is None or cached.record != record:
             cached = _CachedConfig(record, config_from_details(self._call("GET", record, None).json()))
-        wanted = with_target(cached.config, target)
-        if not _equal_configs(wanted, cached.config):
-            self._write(record, wanted)
+        config = with_target(cached.config, target)
+        if not _equal_configs(config, cached.config):
+            self._write(record, config)
 
     def write(self, document: Mapping[str, Any]) -> None:
         """Writes a complete Serve config, for backends that also store the config elsewhere.
@@ -143,16 +143,16 @@ class ServeRestBackend:
     def config(self) -> Mapping[str, Any] | None:
         """The Serve config that was last read or written; None if it is unknown."""
         with self._lock:
-            return self._seen.config if self._seen else None
+            return self._cached_config.config if self._cached_config else None
 
     def _write(self, record: _ServingRecord, document: Mapping[str, Any]) -> None:
         with self._lock:
             self._writes += 1
-            self._seen = None  # unknown until Serve has accepted the config
+            self._cached_config = None  # unknown until Serve has accepted the config
         self._call("PUT", record, document)
         with self._lock:
             self._writes += 1
-            self._seen = _CachedConfig(record, document)
+            self._cached_config = _CachedConfig(record, document)
 
     def _observation(
         self, record: _ServingRecord, applications: Mapping[str, Any], config: Mapping[str, Any]
@@ -160,35 +160,37 @@ class ServeRestBackend:
         releases = release_names(config)
         status = {name: str(applications[name]["status"]) for name in (*releases, ROUTER) if name in applications}
         failed = {name: _application_message(applications[name]) for name in releases if status.get(name) in _FAILED}
-        gave_up = frozenset(name for name in failed if status[name] == "DEPLOY_FAILED")
+        given_up = frozenset(name for name in failed if status[name] == "DEPLOY_FAILED")
         if status.get(ROUTER) != "RUNNING":
             detail = f"the router is {_application_message(applications.get(ROUTER, {}))}"
-            return TrafficObservation(None, releases, frozenset(), failed, gave_up, detail)
+            return TrafficObservation(None, releases, frozenset(), failed, given_up, detail)
         try:
             current = self._current(record)
         except RolloutError as error:
-            return TrafficObservation(None, releases, frozenset(), failed, gave_up, str(error))
+            return TrafficObservation(None, releases, frozenset(), failed, given_up, str(error))
         faults = {name: f"the router cannot open it: {_short(fault)}" for name, fault in current.faults.items()}
         ready = frozenset(name for name in releases if status.get(name) == "RUNNING" and name in current.open)
         detail = _routing_difference(find_routing(config), current)
         cached = None if detail else current.routing
-        return TrafficObservation(cached, releases, ready, faults | failed, gave_up, detail)
+        return TrafficObservation(cached, releases, ready, faults | failed, given_up, detail)
 
     def _read_serving_record(self) -> _ServingRecord:
-        if isinstance(self._where, ServeAddress):
-            return _ServingRecord(url=self._where.url, serve_api=self._where.serve_api)
-        path = self._where.path / SERVING_RECORD
+        if isinstance(self._service, ServeAddress):
+            return _ServingRecord(url=self._service.url, serve_api=self._service.serve_api)
+        path = self._service.path / SERVING_RECORD
         try:
             return _ServingRecord.model_validate_json(path.read_text())
         except FileNotFoundError:
-            raise RolloutError(f"{path} is not there: the service is not running; start `reelway serve`") from None
+            raise RolloutError(f"{path} does not exist: the service is not running; start `reelway serve`") from None
         except (OSError, ValidationError) as error:
             raise RolloutError(f"{path}: not a valid serving record: {error}; restart `reelway serve`") from error
 
     def _call(self, method: str, record: _ServingRecord, document: Mapping[str, Any] | None) -> httpx.Response:
         url = record.serve_api.rstrip("/") + _APPLICATIONS
-        told = self._where.token_file if isinstance(self._where, ServeAddress) else self._where.keys / RAY_TOKEN
-        token = _token(told) if told else ""
+        token_file = (
+            self._service.token_file if isinstance(self._service, ServeAddress) else self._service.keys / RAY_TOKEN
+        )
+        token = _token(token_file) if token_file else ""
         headers = {"Authorization": f"Bearer {token}"} if token else {}
         return self._request(method, url, headers, document)
 
@@ -214,37 +216,37 @@ class ServeRestBackend:
         return answer
 
 
-def _routing_difference(told: Any, current: _RouterStatus) -> str:
+def _routing_difference(user_config: Any, current: _RouterStatus) -> str:
     """Returns how the router's routing differs from the configured one; empty if they agree."""
     try:
-        wanted = Routing.model_validate(told)
+        configured = Routing.model_validate(user_config)
     except ValidationError as error:
         return f"the router's user_config is not a routing: {error.errors()[0]['msg']}"
-    acted = current.routing
-    if (acted.salt, acted.rollout, acted.arms) == (wanted.salt, wanted.rollout, wanted.arms):
+    applied = current.routing
+    if (applied.salt, applied.rollout, applied.arms) == (configured.salt, configured.rollout, configured.arms):
         return ""
-    closed = sorted(name[:12] for name in set(wanted.releases) - set(current.open))
+    closed = sorted(name[:12] for name in set(configured.releases) - set(current.open))
     return "the router has not applied its configured routing" + (f"; releases not open: {closed}" if closed else "")
 
 
 def _application_message(application: Mapping[str, Any]) -> str:
     """Returns Serve's messages about an application that is not running."""
-    words = [str(application.get("message", ""))]
+    messages = [str(application.get("message", ""))]
     for name, deployment in application.get("deployments", {}).items():
         if deployment.get("status") != "HEALTHY":
-            words.append(f"{name} is {deployment.get('status')}: {deployment.get('message', '')}")
-    said = "; ".join(_short(word) for word in words if word)
-    return str(application.get("status", "absent")) + (f": {said}" if said else "")
+            messages.append(f"{name} is {deployment.get('status')}: {deployment.get('message', '')}")
+    text = "; ".join(_short(message) for message in messages if message)
+    return str(application.get("status", "absent")) + (f": {text}" if text else "")
 
 
-def _equal_configs(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
+def _equal_configs(first: Mapping[str, Any], second: Mapping[str, Any]) -> bool:
     """Returns whether two Serve configs are equal, regardless of the order of applications."""
 
     def ordered(config: Mapping[str, Any]) -> str:
         applications = sorted(config["applications"], key=lambda app: str(app["name"]))
         return json.dumps({**config, "applications": applications}, sort_keys=True)
 
-    return ordered(one) == ordered(other)
+    return ordered(first) == ordered(second)
 
 
 def _token(path: Path) -> str:

@@ -1,7 +1,7 @@
 """Everything about a service that does not change during a rollout, as typed options.
 
 `reelway serve` builds ``ServingOptions`` from its command line; the Helm chart renders them into a ConfigMap.
-``traffic.serve_config`` composes Ray Serve's configuration from them. The ``*Args`` models are the arguments that this
+``serve_config_update`` composes Ray Serve's configuration from them. The ``*Args`` models are the arguments that this
 configuration passes to the application builders of ``reelway.serving.deployments.applications``.
 
 No option holds a secret: secrets are files or environment variables of Ray's processes.
@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from reelway.platform.errors import ConfigError
 from reelway.platform.rollout.traffic.routing import Routing
+from reelway.platform.validation_errors import explain_problem
 
 Composition = Literal["staged", "fused"]
 """Where the three stages of a release run.
@@ -172,7 +173,7 @@ class Deployments(_Options):
 
     @classmethod
     def with_replicas(cls, **counts: int) -> Deployments:
-        """Default options with these numbers of replicas by deployment."""
+        """Returns the default options with these numbers of replicas by deployment."""
         return cls(**{name: DeploymentOptions(num_replicas=count) for name, count in counts.items()})
 
 
@@ -214,7 +215,7 @@ class ServingOptions(_Options):
 
     @classmethod
     def parse(cls, text: str, *, source: str) -> ServingOptions:
-        """Options from YAML.
+        """Returns options from YAML.
 
         Args:
             source: name of the document, for error messages.
@@ -228,7 +229,5 @@ class ServingOptions(_Options):
         except yaml.YAMLError as error:
             raise ConfigError(f"{source}: not YAML: {error}; install the chart again") from error
         except ValidationError as error:
-            problems = "; ".join(
-                f"{'.'.join(map(str, one['loc'])) or 'document'}: {one['msg']}" for one in error.errors()
-            )
-            raise ConfigError(f"{source}: {problems}; chart and operator image must be of the same version") from error
+            problems = "\n".join(explain_problem(cls, problem, source) for problem in error.errors())
+            raise ConfigError(f"{problems}; chart and operator image must be of the same version") from error
