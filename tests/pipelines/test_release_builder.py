@@ -200,7 +200,7 @@ def test_build_command_skips_an_existing_release(
     first = reelway("build", "--run", run.path, "--name", "by-hand")
     assert first.exit_code == 0, first.exception
     release_id = first.stdout.strip()
-    assert "made a key of this run's own" in first.stderr
+    assert "created the run's signing key" in first.stderr
     again = reelway("build", "--run", run.path, "--name", "by-hand")
     assert "already done with the same inputs, skipped" in again.stderr
     assert again.stdout.strip() == release_id

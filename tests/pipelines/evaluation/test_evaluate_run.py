@@ -57,7 +57,7 @@ def test_heads_are_judged_on_impressions_after_the_cut_only(run):
     assert watched.positives == int(labels["long_watch"].to_numpy()[after].sum())
 
 
-def test_the_command_prints_every_recommender_and_is_skipped_the_second_time(run):
+def test_evaluate_command_skips_a_finished_evaluation(run):
     command = ["evaluate", "--run", str(run.path), "--min-events", "1"]
     runner = CliRunner()
     first = runner.invoke(build_app(), [*command, "--force"], env={"COLUMNS": "200"})
@@ -157,12 +157,12 @@ def test_noise_around_popularity_does_not_fail():
     assert failed(POPULAR + noise - noise.mean() - 0.005) == []
 
 
-def test_a_badly_calibrated_or_useless_head_fails_by_name():
+def test_badly_calibrated_or_useless_head_fails_by_name():
     assert failed(POPULAR, [head(0.7, 0.25)]) == ["like_calibration_error"]
     assert failed(POPULAR, [head(0.45, 0.02)]) == ["like_auc"]
 
 
-def test_a_head_with_too_few_positives_is_not_gated():
+def test_head_with_too_few_positives_is_not_gated():
     assert failed(POPULAR, [head(0.3, 0.5, positives=20)]) == []
 
 

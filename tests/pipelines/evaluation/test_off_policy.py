@@ -97,7 +97,7 @@ def test_impossible_propensity_is_rejected_with_its_row(bad):
         estimate_off_policy(**log)
 
 
-def test_a_target_that_never_takes_the_logged_actions_has_no_self_normalised_estimate():
+def test_disjoint_target_policy_has_no_self_normalised_estimate():
     log, _ = SmallWorld().log(10, seed=8)
     found = estimate_off_policy(**(log | {"target_propensity_N": np.zeros(10)}))
     assert found.snips.to_dict()["value"] is None

@@ -127,7 +127,7 @@ def test_head_with_one_class_has_an_undefined_auc():
     assert estimate.to_dict()["value"] is None
 
 
-def test_the_interval_over_viewers_is_that_of_the_mean():
+def test_interval_over_viewers_equals_that_of_the_mean():
     values = np.random.default_rng(2).normal(0.3, 0.2, 400)
     estimate = metrics.mean_estimate(values)
     half = 1.96 * values.std() / np.sqrt(len(values))
@@ -144,7 +144,7 @@ def test_rows_of_one_viewer_widen_the_interval_as_one_observation():
     assert together.high - together.low == pytest.approx(alone.high - alone.low, rel=1e-9)
 
 
-def test_a_paired_difference_is_sharper_than_two_intervals():
+def test_paired_difference_has_a_narrower_interval():
     rng = np.random.default_rng(4)
     base = rng.normal(0.3, 0.3, 300)
     better = base + 0.02 + rng.normal(0, 0.01, 300)

@@ -44,7 +44,7 @@ def labels_of(events: list[tuple[float, int, int, int]]) -> pa.Table:
 
 
 def grouped_labels(*, viewers: int = 60, videos: int = 40, events: int = 2400, seed: int = 0) -> pa.Table:
-    """Two groups of viewers, each keen on its own half of the videos."""
+    """Two groups of viewers; each group likes its own half of the videos."""
     rng = np.random.default_rng(seed)
     viewer = rng.integers(0, viewers, events)
     own = rng.random(events) < 0.9
@@ -54,7 +54,7 @@ def grouped_labels(*, viewers: int = 60, videos: int = 40, events: int = 2400, s
 
 
 class FixedRecommender:
-    """Answers what it was told to."""
+    """A recommender with a fixed answer."""
 
     def __init__(self, answer: np.ndarray) -> None:
         self.answer = answer
@@ -82,7 +82,7 @@ def test_relevant_video_was_shown_before_and_first_watched_after_the_cut():
     assert question.before.num_rows == 7
 
 
-def test_an_event_at_the_cut_is_after_it():
+def test_event_at_the_cut_counts_as_later():
     question = make_temporal_split(labels_of(EVENTS), 100.0)
     assert question.videos[question.relevant.rows_of(1)].tolist() == [12]
 

@@ -160,7 +160,7 @@ def test_regular_rollout_counts_no_arm_change() -> None:
     seen_by(ledger, set(), 20, v1=OLD, v2=OLD, v3=OLD)  # rolled back
     seen_by(ledger, {NEW}, 40, v1=OLD, v2=NEW, v3=NEW)  # once more, under another salt
     for viewer in (1, 2, 3):
-        ledger.record_response(viewer, NEW, "stable", 50)  # promoted: it is the stable release now
+        ledger.record_response(viewer, NEW, "stable", 50)  # promoted: the canary is the stable release now
     seen_by(ledger, set(), 60)
     seen_by(ledger, set(), 70)
     assert ledger.changes == 0
@@ -172,7 +172,7 @@ def test_viewer_who_leaves_a_running_canary_is_counted() -> None:
     seen_by(ledger, {NEW}, 10, v1=NEW)
     ledger.record_response(2, OLD, "stable", 10.5)
     ledger.record_routing(frozenset({NEW}), 11)
-    assert ledger.changes == 0  # the look may be older than the answer
+    assert ledger.changes == 0  # the routing may have been read before the response
     ledger.record_routing(frozenset({NEW}), 10.5 + GRACE_S + 0.1)
     assert ledger.changes == 1
     assert "viewer 2" in ledger.examples[0]

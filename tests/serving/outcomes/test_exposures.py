@@ -110,7 +110,7 @@ class UnreliableCollector:
         self.calls += 1
         mood = self._moods.pop(0) if self._moods else "well"
         if mood == "away":
-            raise ConnectionError("nobody there")
+            raise ConnectionError("no collector")
         if mood == "hangs":
             await asyncio.sleep(60)
         self.counted.setdefault(batch.number, len(batch.arm))

@@ -72,7 +72,7 @@ def body_of(done: RawOutcome) -> dict[str, Any]:
 def test_answer_counts_outcomes_by_status(running: Running, path: str) -> None:
     running.collector.record_exposures(exposures_of(SHOWN, 1)).result(10)
     like = body_of(RawOutcome(SHOWN[1], OutcomeType.LIKE))
-    forged = TokenSigner(b"somebody else's secret, long enough").sign(SIGNER.read(SHOWN[2].token))
+    forged = TokenSigner(b"the secret of another service, long").sign(SIGNER.read(SHOWN[2].token))
     answer = running.post(
         like,
         {**like, "token": "?"},

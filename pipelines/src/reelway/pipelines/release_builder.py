@@ -213,7 +213,7 @@ def required_feature_services(features_dir: Path) -> tuple[FeatureServiceRef, ..
 
 @dataclass(frozen=True)
 class _TablesSummary:
-    """Values of the manifest that writing the files determines."""
+    """Manifest values that are known once the files are written."""
 
     dimensions: Dimensions
     index: str

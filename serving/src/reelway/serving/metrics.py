@@ -25,7 +25,7 @@ from reelway.serving.stages.arrays import SOURCES, Candidates, Slate
 FOLDER_VARIABLE: Final = "PROMETHEUS_MULTIPROC_DIR"
 SLATE_BUCKETS: Final = (0, 1, 5, 10, 20, 50, 100)
 SHORT_RELEASE: Final = metric_names.SHORT_RELEASE
-"""Length of the label ``release``: the prefix of the id that people type."""
+"""Length of the label ``release``: the prefix of the id that commands accept."""
 OVERLAP_BUCKETS: Final = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 DRIFT_BUCKETS: Final = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
 
@@ -96,7 +96,7 @@ class RankServerMetrics:
         ).labels(*only)
 
     def count(self, outcome: str, seconds: float) -> None:
-        """Adds one request with its outcome: ``ok``, ``refused``, ``busy``, ``late``, ``not_ready`` or ``failed``."""
+        """Adds one request with its outcome: ``ok``, ``refused``, ``busy``, ``late`` or ``failed``."""
         self._requests.labels(self._release, outcome).inc()
         if outcome == "ok":
             self._latency.observe(seconds)

@@ -30,23 +30,28 @@ def register(app: typer.Typer) -> None:
 
 def build(
     run: Path = RUN,
-    name: str | None = typer.Option(None, help="Display name; by default the run's folder name."),
+    name: str | None = typer.Option(None, help="Display name of the release; by default the name of the run's folder."),
     key: Path | None = typer.Option(
-        None, help="Private signing key (PEM); by default the run's key, created if it does not exist."
+        None, help="Private signing key (PEM file); by default the run's key, created if it does not exist."
     ),
     blend: Path | None = typer.Option(
-        None, help="YAML file with quotas, value weights and slate rules; by default built-in values."
+        None, help="YAML file with source quotas, value weights and slate rules; by default built-in values."
     ),
     index: str = typer.Option(
-        "auto", help="FAISS factory string such as 'IVF1024,Flat' or 'HNSW32'; auto chooses by size."
+        "auto",
+        help="FAISS factory string of the search index, such as 'IVF1024,Flat'; 'auto' chooses by catalogue size.",
     ),
     store: str | None = typer.Option(
         None, help="Release store URL (file://, s3://, gs://); by default the run's store."
     ),
-    parent: str | None = typer.Option(None, help="Release that this one replaces (id or its beginning)."),
-    waive: list[str] = typer.Option([], help="GATE=REASON: accept this failed gate under your name. Repeatable."),
-    waived_by: str | None = typer.Option(None, help="Name of the person who waives; by default the current user."),
-    force: bool = typer.Option(False, "--force", help="Build again even if nothing changed."),
+    parent: str | None = typer.Option(
+        None, help="Id, or unique id prefix, of the release that the new release replaces."
+    ),
+    waive: list[str] = typer.Option([], help="Failed gate to accept, with the reason: GATE=REASON. Repeatable."),
+    waived_by: str | None = typer.Option(
+        None, help="Name of the person who accepts failed gates; by default the current user."
+    ),
+    force: bool = typer.Option(False, "--force", help="Build the release again even if its inputs have not changed."),
 ) -> None:
     """Build a signed release from the run's trained and evaluated models.
 

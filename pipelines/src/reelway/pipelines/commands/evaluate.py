@@ -33,16 +33,20 @@ but is not an error of this command; it prevents the release later.
 
 
 def register(app: typer.Typer) -> None:
-    """Adds ``evaluate``."""
+    """Adds ``reelway evaluate``."""
 
     @app.command(help=_EXAMPLES)
     def evaluate(
-        run: Path = typer.Option(Path("runs/default"), help="Run directory."),
-        min_events: int = typer.Option(5, min=1, help="Minimum impressions of an evaluated viewer in training."),
-        max_viewers: int = typer.Option(2000, min=1, help="Maximum number of evaluated viewers; more are sampled."),
-        blend: Path | None = typer.Option(None, help="File blend.yaml for ranking, instead of the defaults."),
+        run: Path = typer.Option(Path("runs/default"), help="Run directory with trained models."),
+        min_events: int = typer.Option(5, min=1, help="Minimum number of training impressions of an evaluated viewer."),
+        max_viewers: int = typer.Option(
+            2000, min=1, help="Maximum number of evaluated viewers; a larger number is sampled."
+        ),
+        blend: Path | None = typer.Option(
+            None, help="YAML file with source quotas, value weights and slate rules; by default built-in values."
+        ),
         seed: int = typer.Option(0, help="Random seed for the viewer sample, ALS and the bootstrap."),
-        force: bool = typer.Option(False, help="Evaluate again even if nothing changed."),
+        force: bool = typer.Option(False, help="Evaluate again even if the inputs have not changed."),
     ) -> None:
         evaluate_command(RunDirectory(run), min_events, max_viewers, blend, seed, force)
 

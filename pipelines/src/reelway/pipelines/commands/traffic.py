@@ -17,13 +17,21 @@ def register(app: typer.Typer) -> None:
 
 def traffic(
     run: Path = typer.Option(Path("runs/default"), "--run", help="Run directory with simulated viewers."),
-    url: str | None = typer.Option(None, help="URL of the service. Defaults to the service of --run."),
+    url: str | None = typer.Option(
+        None, help="URL of the service. Defaults to the service that serves the run directory."
+    ),
     rate: float = typer.Option(40.0, min=0.1, max=2_000, help="Mean requests per second; arrival times are random."),
-    seconds: float | None = typer.Option(None, min=0.1, help="Duration in seconds. By default until Ctrl-C."),
-    viewers: int | None = typer.Option(None, min=1, help="Number of viewers. Defaults to all who have an account."),
-    count: int = typer.Option(10, min=1, max=100, help="Videos per slate."),
+    seconds: float | None = typer.Option(
+        None, min=0.1, help="Duration of the traffic in seconds. By default it runs until Ctrl-C."
+    ),
+    viewers: int | None = typer.Option(
+        None, min=1, help="Number of simulated viewers. Defaults to all viewers with an account."
+    ),
+    count: int = typer.Option(10, min=1, max=100, help="Number of videos per slate."),
     timeout_s: float = typer.Option(10.0, "--timeout", min=0.1, help="Request timeout in seconds."),
-    report: Path | None = typer.Option(None, help="JSON file for the report, updated every second."),
+    report: Path | None = typer.Option(
+        None, help="JSON file to which the report is written every second. By default no file."
+    ),
     seed: int = typer.Option(0, min=0, help="Random seed for arrival times and viewer behaviour."),
 ) -> None:
     """Send live traffic: the run's simulated viewers request slates, watch videos and report outcomes.

@@ -127,7 +127,7 @@ def _parse(
             quoted_strings_can_be_null=True,
         ),
     )
-    if wrong and threads:  # only a single-threaded parse knows line numbers
+    if wrong and threads:  # only a single-threaded parse reports line numbers
         return _parse(path, content, layout, names, types, threads=False)
     if wrong:
         first = wrong[0]

@@ -1,4 +1,4 @@
-"""Ranking evaluation on a temporal split: which videos do viewers enjoy after the cut?
+"""Ranking evaluation on a temporal split: rankings are compared with later long watches.
 
 The split fixes the evaluated viewers, the catalogue, the relevant videos and the seen videos, so that all recommenders
 are compared on the same task. A recommender never receives data from after the cut.

@@ -1,6 +1,6 @@
 """AUC, log loss and calibration of the ranker's heads on impressions after the cut.
 
-Features are those of the request that made the impression, as in training. The position is left out, as in serving. A
+Features are those of the request that led to the impression, as in training. The position is left out, as in serving. A
 head whose labels have only one value has no AUC; it is reported as undefined.
 """
 

@@ -169,8 +169,8 @@ class InferenceRanker(nn.Module):
         if self.experts == 1:
             return experts[0].unsqueeze(0)
         expert_CXE = torch.cat(experts, dim=-1).reshape(-1, self.experts, second.bias.shape[1])
-        # A softmax over an axis of four is thousands of small ones. To sum over the experts, and to give each of them
-        # what is its task's, are products with ones.
+        # A softmax over an axis of four would be thousands of small softmaxes. The sum over the experts, and the
+        # repetition for each expert, are matrix products with ones instead.
         gates, by_expert = first[-1], self.tasks_by_expert
         highest_CK = gates.reshape(-1, self.experts, self.tasks).amax(dim=1)
         raised = torch.exp(gates - highest_CK @ by_expert)

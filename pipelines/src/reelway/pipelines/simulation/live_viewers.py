@@ -1,7 +1,7 @@
-"""Simulated viewers for live traffic: who requests a slate next, and how the viewer reacts to it.
+"""Simulated viewers for live traffic: draws the next viewer to request a slate, and the viewer's reaction.
 
-The viewers continue the run's simulated world from the end of its log. This module models viewer tastes only; it knows
-nothing about releases or HTTP.
+The viewers continue the run's simulated world from the end of its log. This module models viewer tastes only,
+not releases or HTTP.
 
 **Simulated time.** If the log ended recently (within the days for which the world has trends), simulated time is the
 current time, and video ages are those that the models were trained on. An older log continues from its end, second by

@@ -112,7 +112,7 @@ def fit_on_ray(
 
 @contextmanager
 def _restore_interrupt_handler() -> Iterator[None]:
-    """Restores the SIGINT handler: Ray Train leaves its own, which calls a controller that has ended."""
+    """Restores the SIGINT handler. Ray Train's handler would call its controller, which has ended."""
     before = signal.getsignal(signal.SIGINT)
     try:
         yield

@@ -41,7 +41,7 @@ _Request = ExposureBatch | OutcomeColumns | str
 
 
 class OutcomeCollector:
-    """Counts what rollouts showed and what viewers then did.
+    """Counts the impressions of rollouts and the outcomes that viewers reported for them.
 
     Futures are ``concurrent.futures.Future``: ``.result()`` in a thread, ``await asyncio.wrap_future(...)`` in a loop.
     They end when the transaction is on disk, or with a ``StorageError``: then nothing of the transaction was counted.

@@ -162,7 +162,7 @@ class Ledger:
         return status_N, _outcome_part(columns, viewer_keys(arm_N, columns.viewer_id), counted)
 
     def _first_per_type(self, columns: OutcomeColumns, rows: I64) -> Bools:
-        """Which rows are the first of their type for their impression. Records their types as counted."""
+        """Returns which rows are the first of their type for their impression. Records their types as counted."""
         impression, bit = columns.impression_id[rows], 1 << columns.kind[rows]
         hour = (columns.issued_at[rows] // HOUR_S).astype(np.int64)
         first = np.zeros(len(rows), bool)
@@ -218,7 +218,7 @@ class Ledger:
         return [arm for arm in self._arms if arm.rollout == rollout]
 
     def _arm_numbers(self, arms: Iterable[ArmKey], index_N: I64) -> tuple[I64, Bools]:
-        """Each row's arm number in the file, and whether its rollout is active. Adds new arms."""
+        """Returns each row's arm number in the file, and whether its rollout is active. Adds new arms."""
         numbers, live = [], []
         for arm in arms:
             rollout = self._rollouts.get(arm.rollout)

@@ -1,4 +1,4 @@
-"""When the next row of an entity is due.
+"""Computes when the next row of an entity is due.
 
 The points are those of ``views.snapshot_points``, computed without listing all of them.
 """
