@@ -177,7 +177,7 @@ def test_broken_mirrored_release_changes_no_response(world: ShadowFixture, monke
         label = world.mirrored[:12]
         await until(lambda: world.counted(metric_names.REQUESTS, release=label, arm="shadow", outcome="degraded") == 1)
         monkeypatch.setattr("reelway.serving.request_path.RequestPath._viewer_query", lambda *_: 1 / 0)
-        way = world.router._ways[Arm.STABLE]
+        way = world.router._arm_paths[Arm.STABLE]
         monkeypatch.setattr(way.path, "_viewer_query", lambda *a: real_query(way.path, *a))
         assert (await world.ask()).degraded == []
         await until(lambda: world.mirrored_as("failed") == 1)

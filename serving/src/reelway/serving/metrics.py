@@ -38,8 +38,10 @@ class RetrievalMetrics:
         self.latency = histogram(
             "reelway_retrieval_latency_seconds", "Time in the retrieval stage.", ["release"], registry
         ).labels(release)
-        found = counter("reelway_retrieval_candidates_total", "Candidates by source.", ["release", "source"], registry)
-        self._found = [found.labels(release, source) for source in SOURCES]
+        candidates = counter(
+            "reelway_retrieval_candidates_total", "Candidates by source.", ["release", "source"], registry
+        )
+        self._found = [candidates.labels(release, source) for source in SOURCES]
         self._filtered = counter(
             "reelway_retrieval_filtered_total",
             "Proposals that were filtered out, by reason.",
@@ -211,15 +213,15 @@ def timed(latency: Histogram) -> Iterator[None]:
         latency.observe(time.perf_counter() - start)
 
 
-def render_metrics(folder: Path | None, own: CollectorRegistry) -> bytes:
+def render_metrics(folder: Path | None, process_registry: CollectorRegistry) -> bytes:
     """Returns all metrics of the node in Prometheus' text format.
 
     Args:
         folder: directory shared by the node's processes; None: only the metrics of this process are returned.
-        own: registry of this process.
+        process_registry: registry of this process.
     """
     if folder is None:
-        return generate_latest(own)
+        return generate_latest(process_registry)
     _remove_dead_gauges(folder)
     registry = CollectorRegistry()
     MultiProcessCollector(registry, path=str(folder))  # type: ignore[no-untyped-call]

@@ -87,7 +87,7 @@ class Router:
         self._releases = ReleasePool(open_release)
         self._wanted: Routing | None = None
         self._routing: Routing | None = None
-        self._ways: dict[Arm, _ArmPath] = {}
+        self._arm_paths: dict[Arm, _ArmPath] = {}
         self._opening: set[asyncio.Task[None]] = set()
 
     async def reconfigure(self, config: Mapping[str, Any]) -> None:
@@ -119,13 +119,13 @@ class Router:
                 have a limit of their own and are dropped first.
             ServingError: if the router has no routing yet.
         """
-        routing, arm_paths = self._routing, self._ways
+        routing, arm_paths = self._routing, self._arm_paths
         if routing is None:
             raise ServingError("router: no release is open yet; retry when Ray Serve has configured the router")
         arm_path = arm_paths[routing.route_of(request.viewer_id).arm]
         self._shed_if_full(arm_path)
-        given, clock_s = request.context.time, time.time()
-        now_s = clock_s if given is None else given.timestamp()
+        request_time, clock_s = request.context.time, time.time()
+        now_s = clock_s if request_time is None else request_time.timestamp()
         with arm_path.release.track_request():
             try:
                 row = await self._viewer_row(request.viewer_id, arm_path.runner)
@@ -194,8 +194,8 @@ class Router:
         Raises:
             OverloadedError: if the request is rejected.
         """
-        if len(self._ways) == 1:
-            (arm_path,) = self._ways.values()
+        if len(self._arm_paths) == 1:
+            (arm_path,) = self._arm_paths.values()
             self._shed_if_full(arm_path)
 
     def _shed_if_full(self, arm_path: _ArmPath) -> None:
@@ -252,10 +252,10 @@ class Router:
                 arm_paths[route.arm] = self._arm_path(release, effective, route.arm)
         if effective.shadow and (release := self._releases.get(effective.shadow.release)):
             arm_paths[Arm.SHADOW] = self._arm_path(release, effective, Arm.SHADOW)
-        self._routing, self._ways = effective, arm_paths
+        self._routing, self._arm_paths = effective, arm_paths
         if self._parts.exposures:
-            sides = (ArmKey(effective.rollout, route.arm, route.release) for route in effective.arms)
-            self._parts.exposures.announce(sides)
+            arms = (ArmKey(effective.rollout, route.arm, route.release) for route in effective.arms)
+            self._parts.exposures.announce(arms)
         self._releases.retain(routing.releases)
 
     def _arm_path(self, release: OpenRelease, routing: Routing, arm: Arm) -> _ArmPath:

@@ -72,11 +72,11 @@ def build(
     from reelway.platform.contracts.blend import Blend
 
     directory = RunDirectory(run)
-    place = ReleaseStore(store or str(directory.release_store.absolute()))
+    target = ReleaseStore(store or str(directory.release_store.absolute()))
     directory.record("evaluate")
     signer = load_private_key(key or ensure_signing_key(directory))
     blended = load_blend_file(blend) if blend else Blend()
-    replaced = place.resolve(parent) if parent else None
+    replaced = target.resolve(parent) if parent else None
     called = name or directory.path.absolute().name
     waivers = [parse_waiver(text, waived_by) for text in waive]
     config: dict[str, Any] = {
@@ -89,7 +89,7 @@ def build(
     if waivers:
         config["waivers"] = [waiver.model_dump() for waiver in waivers]
     with directory.step(
-        STEP, config=config, after=("evaluate",), force=force or not _is_in_store(directory, place)
+        STEP, config=config, after=("evaluate",), force=force or not _is_in_store(directory, target)
     ) as step:
         if step.cached:
             print_status("release: already done with the same inputs, skipped (use --force to redo)")
@@ -99,15 +99,15 @@ def build(
                     directory,
                     name=called,
                     key=signer,
-                    store=place,
+                    store=target,
                     parent=replaced,
                     blend=blended,
                     index=index,
                     waivers=waivers,
-                    on_progress=lambda what: status.update(f"release: {what}"),
+                    on_progress=lambda description: status.update(f"release: {description}"),
                 )
-            step.summary |= {"release_id": release_id, "store": place.url}
-        print_status(f"release {step.summary['release_id'][:12]} is in {place.url}")
+            step.summary |= {"release_id": release_id, "store": target.url}
+        print_status(f"release {step.summary['release_id'][:12]} is in {target.url}")
         typer.echo(step.summary["release_id"])
 
 

@@ -99,10 +99,10 @@ def _show_ranking(result: EvaluationResult) -> None:
     table.add_column("recommender")
     for column in ("recall@50", "NDCG@10", "MRR", "diversity@10", "coverage@50"):
         table.add_column(column, justify="right")
-    for i, (name, found) in enumerate(result.ranking.items()):
-        estimates = [found.estimates[key] for key in ("recall_at_50", "ndcg_at_10", "mrr", "diversity_at_10")]
+    for i, (name, metrics) in enumerate(result.ranking.items()):
+        estimates = [metrics.estimates[key] for key in ("recall_at_50", "ndcg_at_10", "mrr", "diversity_at_10")]
         cells = [_interval(estimate) for estimate in estimates]
-        table.add_row(name, *cells, f"{found.coverage:.1%}", style="bold" if i == 0 else "")
+        table.add_row(name, *cells, f"{metrics.coverage:.1%}", style="bold" if i == 0 else "")
     stdout_console.print(table)
 
 

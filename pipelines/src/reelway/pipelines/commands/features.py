@@ -156,10 +156,10 @@ def parity(
         os.nice(19)  # the service has priority over its monitoring
     while True:
         report = replay(directory.features, log or directory.path / LOG_FILE, tolerance)
-        found = report.by_release(time.time())
-        write_json(parity_path(directory), found)
+        findings = report.by_release(time.time())
+        write_json(parity_path(directory), findings)
         if report_to is not None:
-            write_parity(report_to, found)
+            write_parity(report_to, findings)
         _show_parity(report, show)
         if every is None:
             report.raise_if_bad()

@@ -77,7 +77,7 @@ def rehearse(
                     key=signer,
                     by=by or getpass.getuser(),
                     seed=seed,
-                    report=lambda what: status.update(f"drill release {kind.value}: {what}"),
+                    report=lambda message: status.update(f"drill release {kind.value}: {message}"),
                 )
             step.summary |= {"release_id": release_id, "folder": str(folder)}
             description = drill_releases.DESCRIPTIONS[drill_releases.DrillReleaseKind(kind)]
@@ -89,5 +89,5 @@ def _outputs(directory: RunDirectory, step_name: str) -> tuple[Path, ...]:
     """Returns the manifest of the release built last, so that a release removed from the store is built again."""
     if not directory.record_path(step_name).exists():
         return (directory.path / "never made",)
-    made = directory.record(step_name)["summary"].get("release_id", "none")
-    return (directory.release_store / made / "manifest.json",)
+    release = directory.record(step_name)["summary"].get("release_id", "none")
+    return (directory.release_store / release / "manifest.json",)

@@ -74,18 +74,20 @@ def train_command(
 
     if epochs is not None:
         override = [*override, f"two_tower_loop.epochs={epochs}", f"ranker_loop.epochs={epochs}"]
-    wanted = load_config(preset, config, override, seed=seed)
+    settings = load_config(preset, config, override, seed=seed)
     resources = Resources(workers=workers, gpus=gpus, ray=ray)
-    identity = {**wanted.model_dump(), "workers": (gpus or workers) if ray else 1, "gpus": gpus}
+    identity = {**settings.model_dump(), "workers": (gpus or workers) if ray else 1, "gpus": gpus}
     outputs = [run.models / name for name in ("training.json", "two_tower.npz", "ranker.npz", "calibration.json")]
     with run.step("train", config=identity, after=("features",), outputs=outputs, force=force) as step:
         if step.cached:
             print_status("train: already done with the same inputs, skipped (use --force to redo)")
             return
-        where = f"Ray Train, {gpus} GPUs" if ray and gpus else f"Ray Train, {workers} CPU workers" if ray else "no Ray"
-        print_status(f"train: preset {preset}, seed {seed}, {where}")
+        location = (
+            f"Ray Train, {gpus} GPUs" if ray and gpus else f"Ray Train, {workers} CPU workers" if ray else "no Ray"
+        )
+        print_status(f"train: preset {preset}, seed {seed}, {location}")
         with progress() as bar:
-            models = train_run(run, wanted, resources, on_epoch=_EpochBars(bar), on_progress=print_status)
+            models = train_run(run, settings, resources, on_epoch=_EpochBars(bar), on_progress=print_status)
         step.summary.update(_summary(models))
         _show(models, run)
 

@@ -108,16 +108,16 @@ class TwoStageRecommender:
 
         The quota of the popularity sources is filled with the most popular videos, the rest with the most similar.
         """
-        places = min(self.blend.retrieval.candidates, similarity_BM.shape[1])
+        positions = min(self.blend.retrieval.candidates, similarity_BM.shape[1])
         quotas = self.blend.retrieval.quotas
-        popular_places = round(places * (quotas.get("popular", 0.0) + quotas.get("trending", 0.0)))
+        popular_positions = round(positions * (quotas.get("popular", 0.0) + quotas.get("trending", 0.0)))
         order_BM = np.where(allowed_BM, similarity_BM.astype(np.float64), -np.inf)
-        if popular_places:
+        if popular_positions:
             liked_BM = np.where(allowed_BM, popularity_M, -np.inf)
-            top_BP = np.argpartition(-liked_BM, popular_places - 1, axis=1)[:, :popular_places]
+            top_BP = np.argpartition(-liked_BM, popular_positions - 1, axis=1)[:, :popular_positions]
             lift_BP = np.where(np.take_along_axis(allowed_BM, top_BP, axis=1), 1e3, -np.inf)
             np.put_along_axis(order_BM, top_BP, lift_BP, axis=1)
-        rows_BC = np.argpartition(-order_BM, places - 1, axis=1)[:, :places]
+        rows_BC = np.argpartition(-order_BM, positions - 1, axis=1)[:, :positions]
         rows_BC = np.sort(rows_BC, axis=1)
         return np.where(np.take_along_axis(allowed_BM, rows_BC, axis=1), rows_BC, PAD)
 
@@ -125,14 +125,14 @@ class TwoStageRecommender:
         """Returns the value of each candidate as in serving, ``[B, C]``; ``-inf`` for padding."""
         from reelway.pipelines.training.inference import ranker_inputs, score
 
-        there_BC = rows_BC != PAD
-        viewer_N, row_N = np.nonzero(there_BC)[0], rows_BC[there_BC]
+        present_BC = rows_BC != PAD
+        viewer_N, row_N = np.nonzero(present_BC)[0], rows_BC[present_BC]
         video_ND = self.catalogue.embedding[row_N]
         inputs = ranker_inputs(viewers, embedding_BD, _select_rows(self.catalogue.arrays, row_N), video_ND)
         predictions_NK = head_predictions(score(self.models.ranker, inputs, viewer_N), self.models.calibration)
         similarity_N = np.einsum("nd,nd->n", embedding_BD[viewer_N], video_ND)
         values_BC = np.full(rows_BC.shape, -np.inf, dtype=np.float32)
-        values_BC[there_BC] = video_value(predictions_NK, similarity_N, self.blend.ranking)
+        values_BC[present_BC] = video_value(predictions_NK, similarity_N, self.blend.ranking)
         return values_BC
 
     def order(self, viewers: ViewerArrays, allowed_BM: NDArray[np.bool_], popularity_M: F64, k: int) -> tuple[I64, F32]:
@@ -141,10 +141,10 @@ class TwoStageRecommender:
         values_BK = np.full(rows_BK.shape, -np.inf, dtype=np.float32)
         for start in range(0, len(rows_BK), _VIEWERS_AT_ONCE):
             part = slice(start, start + _VIEWERS_AT_ONCE)
-            some = _select_rows(viewers, part)
-            embedding_BD = self.embed(some)
+            chunk = _select_rows(viewers, part)
+            embedding_BD = self.embed(chunk)
             rows_BC = self.candidates(embedding_BD @ self.catalogue.embedding.T, allowed_BM[part], popularity_M)
-            values_BC = self.values(some, embedding_BD, rows_BC)
+            values_BC = self.values(chunk, embedding_BD, rows_BC)
             best_BK = np.argsort(-values_BC, axis=1, kind="stable")[:, :k]
             rows_BK[part, : best_BK.shape[1]] = np.take_along_axis(rows_BC, best_BK, axis=1)
             values_BK[part, : best_BK.shape[1]] = np.take_along_axis(values_BC, best_BK, axis=1)

@@ -98,11 +98,11 @@ def evaluate_run(
         labels, cut_s, min_events=settings.min_events, max_viewers=settings.max_viewers, seed=settings.seed
     )
     report(f"{len(question.viewer_ids):,} viewers, {len(question.videos):,} videos; reading features at the cut")
-    ours, retrieval, catalogue = recommenders_at_cut(models, run.features, question, blend)
+    two_stage, retrieval, catalogue = recommenders_at_cut(models, run.features, question, blend)
     report("tuning ALS")
     als = tune_als(question, seed=settings.seed)
     recommenders: dict[str, Recommender] = {
-        TWO_STAGE: ours,
+        TWO_STAGE: two_stage,
         RETRIEVAL_ONLY: retrieval,
         ALL_TIME_POPULARITY: PopularityRecommender(question),
         RECENT_POPULARITY: PopularityRecommender(question, RECENT_SHARE),
@@ -134,10 +134,10 @@ def evaluate_run(
 
 def to_json(result: EvaluationResult) -> dict[str, Any]:
     """Returns the content of ``evaluation.json``: metrics (``None`` if undefined), intervals, gates and baselines."""
-    ours = result.ranking[TWO_STAGE]
-    metrics: dict[str, float | None] = {"coverage_at_50": ours.coverage}
+    candidate = result.ranking[TWO_STAGE]
+    metrics: dict[str, float | None] = {"coverage_at_50": candidate.coverage}
     intervals: dict[str, Any] = {}
-    for name, estimate in ours.estimates.items():
+    for name, estimate in candidate.estimates.items():
         plain = estimate.to_dict()
         metrics[name], intervals[name] = plain["value"], plain
     for head in result.heads:
@@ -152,10 +152,10 @@ def to_json(result: EvaluationResult) -> dict[str, Any]:
         "gates": [gate.model_dump(mode="json") for gate in result.gates],
         "baselines": {
             name: {
-                "coverage_at_50": found.coverage,
-                **{metric: estimate.to_dict() for metric, estimate in found.estimates.items()},
+                "coverage_at_50": ranking_metrics.coverage,
+                **{metric: estimate.to_dict() for metric, estimate in ranking_metrics.estimates.items()},
             }
-            for name, found in result.ranking.items()
+            for name, ranking_metrics in result.ranking.items()
             if name != TWO_STAGE
         },
         "question": {

@@ -116,8 +116,8 @@ class InferenceRanker(nn.Module):
     ) -> Tensor:
         """Returns ``outputs_CK``. Arguments are those of ``Ranker.forward``; the viewer's have one row."""
         ranker = self.ranker
-        words = F.embedding(viewer_categories + self.first_word, self.viewer_words)
-        viewer = [*_standardised(ranker.viewer_dense, viewer_dense), words.flatten(1)]
+        word_vectors = F.embedding(viewer_categories + self.first_word, self.viewer_words)
+        viewer = [*_standardised(ranker.viewer_dense, viewer_dense), word_vectors.flatten(1)]
         if not ranker.config.similarity_only:
             viewer.append(viewer_embedding)
         first_1W = torch.addmm(self.viewer_bias, torch.cat(viewer, dim=-1), self.viewer_weight)
@@ -218,11 +218,11 @@ def _vectors(rows: Tensor, row_of: Tensor, codes: Tensor) -> Tensor:
     The rows are added one after another, which is faster than a sum over an axis of two. An id with a code that
     training did not meet takes row 0 for every hash.
     """
-    found = [torch.index_select(row_of, 0, codes[:, h]) for h in range(codes.shape[1])]
-    lowest = found[0]
-    for one in found[1:]:
-        lowest = torch.minimum(lowest, one)
-    vectors = [F.embedding(torch.where(lowest > 0, one, 0), rows) for one in found]
+    row_vectors = [torch.index_select(row_of, 0, codes[:, h]) for h in range(codes.shape[1])]
+    lowest = row_vectors[0]
+    for row_vector in row_vectors[1:]:
+        lowest = torch.minimum(lowest, row_vector)
+    vectors = [F.embedding(torch.where(lowest > 0, row_vector, 0), rows) for row_vector in row_vectors]
     total = vectors[0]
     for vector in vectors[1:]:
         total = total + vector

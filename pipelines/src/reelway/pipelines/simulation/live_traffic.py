@@ -147,8 +147,8 @@ class LiveTraffic:
         slate = json.loads(answer)
         release, arm, videos = slate["release"], slate["arm"], slate["videos"]
         tally = self._tally.record_response(release, arm, viewer_id, slate["degraded"], sent_s, took_ms)
-        seen = ShownSlate(viewer_id, [video["video_id"] for video in videos], [video["token"] for video in videos])
-        self._shown.append((seen, tally))
+        shown = ShownSlate(viewer_id, [video["video_id"] for video in videos], [video["token"] for video in videos])
+        self._shown.append((shown, tally))
 
     async def _send_reactions(self, client: aiohttp.ClientSession) -> None:
         """Draws reactions to all slates since the last call and sends their outcomes in batches."""
@@ -185,7 +185,7 @@ class LiveTraffic:
 
     async def _poll_routing(self, client: aiohttp.ClientSession) -> None:
         """Reads from the service which canaries have traffic."""
-        asked_s = time.time()
+        requested_s = time.time()
         try:
             async with client.get("/v1/releases/current") as answer:
                 status, body = answer.status, await answer.read()
@@ -194,7 +194,7 @@ class LiveTraffic:
         if status == HTTPStatus.OK:
             routes = json.loads(body)["releases"]
             canaries = {r["release"] for r in routes if r["arm"] == CANARY and r["weight_basis_points"] > 0}
-            self._tally.arms.record_routing(frozenset(canaries), asked_s)
+            self._tally.arms.record_routing(frozenset(canaries), requested_s)
 
     async def _report_progress(self, _: aiohttp.ClientSession) -> None:
         self._said(await self._write(running=True))

@@ -171,8 +171,8 @@ class RankerRestServer(RESTServer):
         @app.exception_handler(RequestValidationError)
         async def reject_invalid(_: Request, invalid: RequestValidationError) -> JSONResponse:
             first = invalid.errors()[0]
-            where = ".".join(str(part) for part in first["loc"] if part not in ("InferenceRequest", "bytes"))
-            error = InferenceRequestError(f"the request is malformed: {where}: {first['msg']}")
+            field = ".".join(str(part) for part in first["loc"] if part not in ("InferenceRequest", "bytes"))
+            error = InferenceRequestError(f"the request is malformed: {field}: {first['msg']}")
             self._service.record_refused(error)
             return _error_response(error)
 

@@ -129,14 +129,14 @@ class OutcomeCollector:
 
     def _count(self, requests: Sequence[_Request]) -> list[dict[str, int]]:
         retired = [request for request in requests if isinstance(request, str)]  # at most one: it ends the batch
-        fates = iter(
+        statuses = iter(
             self._ledger.apply(
                 [request for request in requests if isinstance(request, ExposureBatch)],
                 [request for request in requests if isinstance(request, OutcomeColumns)],
                 retired[0] if retired else "",
             )
         )
-        return [_counts(next(fates)) if isinstance(request, OutcomeColumns) else {} for request in requests]
+        return [_counts(next(statuses)) if isinstance(request, OutcomeColumns) else {} for request in requests]
 
     def _clean(self) -> float:
         try:
@@ -146,6 +146,6 @@ class OutcomeCollector:
             return CLEANUP_INTERVAL_S
 
 
-def _counts(fate_N: NDArray[np.int64]) -> dict[str, int]:
-    counts = np.bincount(fate_N, minlength=len(RECEIVED_OUTCOMES)).tolist()
+def _counts(status_N: NDArray[np.int64]) -> dict[str, int]:
+    counts = np.bincount(status_N, minlength=len(RECEIVED_OUTCOMES)).tolist()
     return dict(zip(RECEIVED_OUTCOMES, counts, strict=True))
