@@ -26,13 +26,13 @@ class FakeCall:
 
 def outcomes(budget: CircuitBreaker, part: Callable[[], object], calls: int) -> list[str]:
     async def ask() -> list[str]:
-        seen = []
+        results = []
         for _ in range(calls):
             try:
-                seen.append(await budget(part))  # type: ignore[arg-type]
+                results.append(await budget(part))  # type: ignore[arg-type]
             except TimeoutError:
-                seen.append("late")
-        return seen
+                results.append("late")
+        return results
 
     return asyncio.run(ask())
 

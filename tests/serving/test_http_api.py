@@ -154,9 +154,9 @@ def test_openapi_schema_describes_requests_and_responses(client: TestClient) -> 
 
     def resolved(content: dict[str, Any]) -> dict[str, Any]:
         name = content["content"]["application/json"]["schema"]["$ref"].rpartition("/")[2]
-        whole = parts[name] | {"components": {"schemas": parts}}
-        jsonschema.Draft202012Validator.check_schema(whole)
-        return whole
+        schema = parts[name] | {"components": {"schemas": parts}}
+        jsonschema.Draft202012Validator.check_schema(schema)
+        return schema
 
     jsonschema.validate({"viewer_id": 1, "count": 3}, resolved(operation["requestBody"]))
     with pytest.raises(jsonschema.ValidationError):

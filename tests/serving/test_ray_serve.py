@@ -70,8 +70,8 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
 
 @pytest.fixture
 def backend(service: Running) -> Iterator[ServeRestBackend]:
-    with closing(ServeRestBackend(RunDirectory(service.run))) as made:
-        yield made
+    with closing(ServeRestBackend(RunDirectory(service.run))) as serve_backend:
+        yield serve_backend
 
 
 def test_known_viewer_gets_a_full_slate_with_valid_tokens(service: Running) -> None:
@@ -87,11 +87,11 @@ def test_known_viewer_gets_a_full_slate_with_valid_tokens(service: Running) -> N
 def test_service_slate_equals_the_in_process_slate(service: Running) -> None:
     row = ViewerRowReader(open_feature_store(service.run / "features")).read(KNOWN_VIEWER)
     graph = service.loader.in_process_recommender(service.signer)
-    here = graph.recommend(RecommendRequest(viewer_id=KNOWN_VIEWER, count=20), row, NOW_S)
-    there = service.ask(count=20, time="2024-06-10T06:13:20Z")
-    assert [v["video_id"] for v in there["videos"]] == [v.video_id for v in here.videos]
-    assert [v["reason"] for v in there["videos"]] == [v.reason for v in here.videos]
-    assert [v["score"] for v in there["videos"]] == pytest.approx([v.score for v in here.videos], abs=1e-5)
+    local = graph.recommend(RecommendRequest(viewer_id=KNOWN_VIEWER, count=20), row, NOW_S)
+    served = service.ask(count=20, time="2024-06-10T06:13:20Z")
+    assert [v["video_id"] for v in served["videos"]] == [v.video_id for v in local.videos]
+    assert [v["reason"] for v in served["videos"]] == [v.reason for v in local.videos]
+    assert [v["score"] for v in served["videos"]] == pytest.approx([v.score for v in local.videos], abs=1e-5)
 
 
 def test_unknown_viewer_gets_a_full_slate(service: Running) -> None:
@@ -201,7 +201,7 @@ def test_release_change_under_load_fails_no_request(
 ) -> None:
     service.wait_until_whole()
     stable, other = service.release, service.other
-    kept = {name: service.replica_of(name).pid for name in ("Router", "Outcomes", "Retrieval", "Ranking", "Reranking")}
+    pids = {name: service.replica_of(name).pid for name in ("Router", "Outcomes", "Retrieval", "Ranking", "Reranking")}
     faults = service.metric("reelway_ingress_faults_total", kind="error")
 
     def routing(canary_bp: int, *, warm: bool = True) -> Routing:
@@ -212,7 +212,7 @@ def test_release_change_under_load_fails_no_request(
     def ready() -> bool:
         return {stable, other} <= backend.observe().ready
 
-    with asking(service.url) as asked:
+    with asking(service.url) as answers:
         backend.observe()
         backend.apply(TrafficTarget(routing(0), (stable, other)))
         wait_for(ready, "the release did not become ready", READY_S)
@@ -220,7 +220,7 @@ def test_release_change_under_load_fails_no_request(
         for name, weight in (("weight given", 5000), ("weight taken", 0)):
             moves[name] = (weight, time.time())
             backend.apply(TrafficTarget(routing(weight), (stable, other)))
-            keep_going(asked, 40)
+            keep_going(answers, 40)
         backend.apply(TrafficTarget(routing(0, warm=False), (stable,)))
         wait_for(lambda: backend.observe().releases == (stable,), "the release was not removed", 60)
         wait_for(
@@ -228,21 +228,21 @@ def test_release_change_under_load_fails_no_request(
             "the replicas of the release were not removed",
             60,
         )
-        keep_going(asked, 20)
+        keep_going(answers, 20)
 
-    assert Counter(one.status for one in asked) == {200: len(asked)}
+    assert Counter(one.status for one in answers) == {200: len(answers)}
     assert (
         service.metric("reelway_ingress_faults_total", kind="error") == faults
     )  # timeouts may be due to a busy machine
-    assert {name: service.replica_of(name).pid for name in kept} == kept
-    for name, (weight, at) in moves.items():
-        end = min((one_at for _, one_at in moves.values() if one_at > at), default=asked[-1].sent)
+    assert {name: service.replica_of(name).pid for name in pids} == pids
+    for name, (weight, moved_s) in moves.items():
+        end = min((one_at for _, one_at in moves.values() if one_at > moved_s), default=answers[-1].sent)
         expected = routing(weight)
-        after = [one for one in asked if at < one.sent < end and one.moves]
+        after = [one for one in answers if moved_s < one.sent < end and one.moves]
         right = [one for one in after if one.release == expected.route_of(one.viewer).release]
         wrong = [one for one in after if one.release != expected.route_of(one.viewer).release]
-        first_s = right[0].done - at
-        last_s = max((one.sent - at for one in wrong), default=0.0)
+        first_s = right[0].done - moved_s
+        last_s = max((one.sent - moved_s for one in wrong), default=0.0)
         with capsys.disabled():
             print(f"\n{name}: first request on the new routing after {first_s:.3f} s, last on the old {last_s:.3f} s")
         assert last_s < 1.0
@@ -343,7 +343,7 @@ class Asked:
 @contextmanager
 def asking(url: str) -> Iterator[list[Asked]]:
     """Runs three clients that send requests without a pause, viewer after viewer."""
-    stop, asked, viewers = threading.Event(), list[Asked](), itertools.count()
+    stop, answers, viewers = threading.Event(), list[Asked](), itertools.count()
 
     def keep_asking() -> None:
         with httpx.Client(base_url=url, timeout=30) as client:
@@ -351,23 +351,23 @@ def asking(url: str) -> Iterator[list[Asked]]:
                 viewer, sent = next(viewers), time.time()
                 reply = client.post("/v1/recommend", json={"viewer_id": viewer, "count": 5})
                 body = reply.json()
-                rungs = bool(body.get("degraded"))
-                asked.append(Asked(viewer, sent, time.time(), reply.status_code, body.get("release", ""), rungs))
+                degraded = bool(body.get("degraded"))
+                answers.append(Asked(viewer, sent, time.time(), reply.status_code, body.get("release", ""), degraded))
 
     with ThreadPoolExecutor(3) as threads:
         clients = [threads.submit(keep_asking) for _ in range(3)]
         try:
-            yield asked
+            yield answers
         finally:
             stop.set()
         for client in clients:
             client.result()
 
 
-def keep_going(asked: list[Asked], requests: int) -> None:
+def keep_going(answers: list[Asked], requests: int) -> None:
     """Waits until ``requests`` further requests were sent, counted from half a second from now."""
     since = time.time() + 0.5
-    wait_for(lambda: sum(one.sent > since for one in list(asked)) > requests, "the clients send no requests", 60)
+    wait_for(lambda: sum(one.sent > since for one in list(answers)) > requests, "the clients send no requests", 60)
 
 
 def wait_for(condition: Callable[[], bool], otherwise: str, within_s: float) -> None:

@@ -114,8 +114,8 @@ def test_broken_stage_degrades_the_slate(
     assert answer.degraded == degraded
     assert len(answer.videos) == 20
     assert not {video.video_id for video in answer.videos} & set(release.watched)
-    for rung in degraded:
-        assert counted(registry, "reelway_ingress_degraded_total", release, arm="stable", rung=rung) == 1
+    for degradation in degraded:
+        assert counted(registry, "reelway_ingress_degraded_total", release, arm="stable", rung=degradation) == 1
     assert counted(registry, "reelway_ingress_faults_total", release, stage=stage, kind="error") == 1
     assert counted(registry, "reelway_ingress_requests_total", release, arm="stable", outcome="degraded") == 1
 
@@ -141,8 +141,10 @@ def test_slate_equals_the_stages_composed_by_hand(release: Release) -> None:
 
 def test_broken_retrieval_gives_the_popular_list_in_order(release: Release) -> None:
     answer, _ = ask(release, "retrieve", "rerank", row={})
-    edge = release.loader.router_release()
-    assert [video.video_id for video in answer.videos] == edge.table.video_id[edge.lists.popular[:20]].tolist()
+    router_release = release.loader.router_release()
+    assert [video.video_id for video in answer.videos] == router_release.table.video_id[
+        router_release.lists.popular[:20]
+    ].tolist()
     assert {video.source for video in answer.videos} == {"popular"}
     assert {video.reason for video in answer.videos} == {"popular now"}
 
@@ -242,8 +244,8 @@ def test_slate_is_full_of_unseen_distinct_videos(
 
 def test_creator_has_no_more_positions_than_the_cap(release: Release) -> None:
     answer, _ = ask(release, count=30)
-    _, places = np.unique([video.creator_id for video in answer.videos], return_counts=True)
-    assert places.max() <= CAP
+    _, positions = np.unique([video.creator_id for video in answer.videos], return_counts=True)
+    assert positions.max() <= CAP
 
 
 def test_request_time_decides_which_videos_are_fresh(release: Release) -> None:

@@ -47,8 +47,8 @@ def grouped_labels(*, viewers: int = 60, videos: int = 40, events: int = 2400, s
     """Two groups of viewers; each group likes its own half of the videos."""
     rng = np.random.default_rng(seed)
     viewer = rng.integers(0, viewers, events)
-    own = rng.random(events) < 0.9
-    half = np.where(own, viewer % 2, 1 - viewer % 2)
+    in_group = rng.random(events) < 0.9
+    half = np.where(in_group, viewer % 2, 1 - viewer % 2)
     video = 100 + half * (videos // 2) + rng.integers(0, videos // 2, events)
     return labels_of([(float(i), int(viewer[i]), int(video[i]), 1) for i in range(events)])
 
@@ -110,14 +110,14 @@ def test_too_many_viewers_are_sampled_by_the_seed_and_stay_in_order():
 def test_pairs_behave_like_a_set(pairs, viewers, videos):
     catalogue = np.array(sorted(videos))
     viewer_id, video_id = np.array(sorted(pairs), dtype=np.int64).reshape(-1, 2).T
-    found = ViewerVideoPairs.of(viewer_id, video_id, catalogue)
-    asked = np.array(viewers)
-    rows = np.tile(np.append(np.arange(len(catalogue)), PAD), (len(asked), 1))
-    for b, row in enumerate(found.has(asked, rows)):
+    actual = ViewerVideoPairs.of(viewer_id, video_id, catalogue)
+    asked_ids = np.array(viewers)
+    rows = np.tile(np.append(np.arange(len(catalogue)), PAD), (len(asked_ids), 1))
+    for b, row in enumerate(actual.has(asked_ids, rows)):
         assert [(viewers[b], v) in pairs for v in catalogue.tolist()] == row[:-1].tolist()
         assert not row[-1]
-    assert found.counts(asked).tolist() == [sum((u, v) in pairs for v in videos) for u in viewers]
-    assert catalogue[found.rows_of(viewers[0])].tolist() == sorted(
+    assert actual.counts(asked_ids).tolist() == [sum((u, v) in pairs for v in videos) for u in viewers]
+    assert catalogue[actual.rows_of(viewers[0])].tolist() == sorted(
         v for u, v in pairs if u == viewers[0] and v in videos
     )
 
@@ -177,11 +177,11 @@ def test_recommender_inputs_do_not_depend_on_later_events():
     after = np.arange(labels.num_rows) >= 1800
     video = np.where(after, labels["video_id"].to_numpy()[::-1], labels["video_id"].to_numpy())
     changed = labels.set_column(labels.column_names.index("video_id"), "video_id", pa.array(video))
-    one, other = make_temporal_split(labels, 1800.0), make_temporal_split(changed, 1800.0)
-    assert one.before.equals(other.before)
-    assert one.videos.tolist() == other.videos.tolist()
-    assert one.seen.keys.tolist() == other.seen.keys.tolist()
-    assert one.relevant.keys.tolist() != other.relevant.keys.tolist()
+    split, changed_split = make_temporal_split(labels, 1800.0), make_temporal_split(changed, 1800.0)
+    assert split.before.equals(changed_split.before)
+    assert split.videos.tolist() == changed_split.videos.tolist()
+    assert split.seen.keys.tolist() == changed_split.seen.keys.tolist()
+    assert split.relevant.keys.tolist() != changed_split.relevant.keys.tolist()
 
 
 def test_als_gives_an_unknown_viewer_the_mean_vector():

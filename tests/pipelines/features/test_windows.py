@@ -27,9 +27,9 @@ def test_sums_equal_a_brute_force_count(events, questions, windows) -> None:
         ints([v for _, _, v in events]).reshape(-1, 2), ints([e for e, _ in questions]),
         ints([t for _, t in questions]), windows,
     )  # fmt: skip
-    for m, (entity, at) in enumerate(questions):
+    for m, (entity, time) in enumerate(questions):
         for w, window in enumerate(windows):
-            inside = [v for e, t, v in events if e == entity and at - window < t <= at]
+            inside = [v for e, t, v in events if e == entity and time - window < t <= time]
             assert sums[m, w].tolist() == [sum(v[0] for v in inside), sum(v[1] for v in inside)]
 
 

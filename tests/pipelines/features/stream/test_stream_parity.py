@@ -78,18 +78,18 @@ def streamed(tmp_path_factory: pytest.TempPathFactory) -> StreamFixture:
     register_features(run.features, DIMENSIONS, "sqlite")
     materialise(run.features, until_us / 1e6)
     write_json(run.record_path("features"), {"config": {"views": asdict(ViewSettings(DIMENSIONS))}})
-    made = StreamFixture(run, None, None, until_us + RESTED_S * SECOND_US)  # type: ignore[arg-type]
-    made.log = SqliteLog(run.event_log, clock=lambda: made.clock_us / 1e6)
-    made.heard(0, done(0, 500, 1001, OutcomeType.LIKE, made.clock_us))
+    fixture = StreamFixture(run, None, None, until_us + RESTED_S * SECOND_US)  # type: ignore[arg-type]
+    fixture.log = SqliteLog(run.event_log, clock=lambda: fixture.clock_us / 1e6)
+    fixture.heard(0, done(0, 500, 1001, OutcomeType.LIKE, fixture.clock_us))
     store = open_feature_store(run.features)
     ttl_us = {view: int(store.get_feature_view(view).ttl.total_seconds() * SECOND_US) for view in STREAMED}
-    made.processor = StreamProcessor(
-        made.log, StreamState(run.path / "stream" / "state.db"), FeatureSinks(store, FeatureChangelog(run.overlay)),
-        view_settings(run), ttl_us, SETTINGS, lambda: made.clock_us / 1e6,
+    fixture.processor = StreamProcessor(
+        fixture.log, StreamState(run.path / "stream" / "state.db"), FeatureSinks(store, FeatureChangelog(run.overlay)),
+        view_settings(run), ttl_us, SETTINGS, lambda: fixture.clock_us / 1e6,
     )  # fmt: skip
-    made.processor.start(catalogue_of(run), read_feature_file(run.features / LABELS_FILE))
+    fixture.processor.start(catalogue_of(run), read_feature_file(run.features / LABELS_FILE))
     assert labels.num_rows
-    return made
+    return fixture
 
 
 def done(
@@ -102,10 +102,12 @@ def serve(streamed: StreamFixture, path: Path) -> int:
     """Serves for some hours and samples every answer. Returns the number of answers."""
     run, rng = streamed.run, np.random.default_rng(3)
     snapshot = video_snapshot(run.features, streamed.processor.settled_us / 1e6)
-    place = run.path / "videos.arrow"
+    video_file = run.path / "videos.arrow"
     arrays = assemble_videos(columns_from_table(snapshot), np.zeros(snapshot.num_rows), DIMENSIONS)
-    write_videos(place, snapshot, arrays, np.eye(1, 4, dtype=np.float32).repeat(snapshot.num_rows, axis=0), DIMENSIONS)
-    table = open_video_table(place)
+    write_videos(
+        video_file, snapshot, arrays, np.eye(1, 4, dtype=np.float32).repeat(snapshot.num_rows, axis=0), DIMENSIONS
+    )
+    table = open_video_table(video_file)
     overlay, rows = (
         FeatureOverlay(table, FeatureChangelog(run.overlay)),
         ViewerRowReader(open_feature_store(run.features)),
