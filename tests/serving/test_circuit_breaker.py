@@ -25,7 +25,7 @@ class FakeCall:
 
 
 def outcomes(budget: CircuitBreaker, part: Callable[[], object], calls: int) -> list[str]:
-    async def ask() -> list[str]:
+    async def call() -> list[str]:
         results = []
         for _ in range(calls):
             try:
@@ -34,7 +34,7 @@ def outcomes(budget: CircuitBreaker, part: Callable[[], object], calls: int) -> 
                 results.append("late")
         return results
 
-    return asyncio.run(ask())
+    return asyncio.run(call())
 
 
 def test_breaker_opens_after_timeouts_then_closes() -> None:

@@ -115,7 +115,7 @@ def run(work: Coroutine[Any, Any, T]) -> T:
     return asyncio.run(work)
 
 
-async def ask(router: Router, viewer: int = 1, count: int = 20, **context: Any) -> RecommendResponse:
+async def recommend(router: Router, viewer: int = 1, count: int = 20, **context: Any) -> RecommendResponse:
     answer = await router.recommend(RecommendRequest(viewer_id=viewer, count=count, context=RequestContext(**context)))
     if answer.background:
         await answer.background()
@@ -145,7 +145,7 @@ def test_viewer_is_answered_by_the_release_of_the_arm(router: Router, ids: list[
     async def check() -> None:
         await router.reconfigure(configured)
         for viewer in range(60):
-            answer, route = await ask(router, viewer, count=1), expected.route_of(viewer)
+            answer, route = await recommend(router, viewer, count=1), expected.route_of(viewer)
             assert (answer.release, answer.arm) == (route.release, route.arm)
             assert SIGNER.read(answer.videos[0].token).arm is route.arm
 
@@ -161,7 +161,7 @@ def test_holdout_gets_the_popular_list_in_order(router: Router, ids: list[str], 
 
     async def check() -> RecommendResponse:
         await router.reconfigure(configuration)
-        return await ask(router, viewer, count=10)
+        return await recommend(router, viewer, count=10)
 
     answer = run(check())
     assert [video.video_id for video in answer.videos] == router_release.table.video_id[
@@ -205,7 +205,7 @@ def test_share_of_a_broken_release_goes_to_stable(router: Router, opener: FakeRe
         assert {one.arm: one.weight_basis_points for one in current.releases} == {Arm.CANARY: 0, Arm.STABLE: 10_000}
         assert "is broken" in current.faults[ids[1]]
         assert current.routing.shadow is None
-        assert {(await ask(router, viewer, count=1)).release for viewer in range(40)} == {ids[0]}
+        assert {(await recommend(router, viewer, count=1)).release for viewer in range(40)} == {ids[0]}
         opener.broken = set()  # repaired: the next routing tries to open it again
         await router.reconfigure(routing(stable=ids[0], canary=ids[1], canary_bp=4000, rollout="r1"))
         await until(lambda: router.current_releases().routing.weight_of(Arm.CANARY) == 4000)
@@ -223,7 +223,7 @@ def test_rollback_does_not_wait_for_an_opening_release(
         await router.reconfigure(routing(stable=ids[0], canary=ids[1], canary_bp=9000, rollout="r1"))
         await asyncio.sleep(0.05)
         assert router.current_releases().rollout == ""  # unchanged while the canary is being opened
-        assert (await ask(router)).release == ids[0]
+        assert (await recommend(router)).release == ids[0]
         await router.reconfigure(routing(stable=ids[0], rollout="back"))
         assert router.current_releases().rollout == "back"
         opener.gates[ids[1]].set()
@@ -240,7 +240,7 @@ def test_requests_in_flight_finish_before_their_release_closes(
         await router.reconfigure(routing(stable=ids[0], warm=(ids[1],)))
         await until(lambda: router.current_releases().open == sorted(ids[:2]))
         store.late_s = 0.08
-        pending = asyncio.create_task(ask(router))
+        pending = asyncio.create_task(recommend(router))
         await asyncio.sleep(0.02)
         await router.reconfigure(routing(stable=ids[1]))
         await asyncio.sleep(0.02)
@@ -266,7 +266,7 @@ def test_starting_router_waits_briefly_for_other_releases(
     async def check() -> None:
         opener.gates = {ids[1]: asyncio.Event(), ids[2]: asyncio.Event()}
         await router.reconfigure(routing(stable=ids[0], canary=ids[1], canary_bp=9000, warm=(ids[2],)))
-        assert (await ask(router)).release == ids[0]
+        assert (await recommend(router)).release == ids[0]
         opener.gates[ids[1]].set()
         await until(lambda: router.current_releases().routing.weight_of(Arm.CANARY) == 9000)
         opener.gates[ids[2]].set()
@@ -284,7 +284,7 @@ def test_broken_new_stable_keeps_the_previous_routing(
         await router.reconfigure(routing(stable=ids[0]))
         await router.reconfigure(routing(stable=ids[1]))
         await until(lambda: ids[1] in router.current_releases().faults)
-        assert (await ask(router)).release == ids[0]
+        assert (await recommend(router)).release == ids[0]
 
     run(check())
 
@@ -298,7 +298,7 @@ def test_invalid_weights_keep_the_previous_routing(router: Router, ids: list[str
         await router.reconfigure(routing(stable=ids[0]))
         with pytest.raises(ValidationError):
             await router.reconfigure(wrong)
-        assert (await ask(router)).release == ids[0]
+        assert (await recommend(router)).release == ids[0]
 
     run(check())
 
@@ -327,7 +327,7 @@ def test_failed_store_does_not_fail_the_request(router: Router, store: FakeViewe
 
     async def check() -> RecommendResponse:
         await router.reconfigure(routing(stable=ids[0]))
-        return await ask(router)
+        return await recommend(router)
 
     answer = run(check())
     assert answer.degraded == ["no_viewer_row"]
@@ -343,7 +343,7 @@ def test_late_store_does_not_delay_responses(router: Router, store: FakeViewerSt
     async def both() -> tuple[list[RecommendResponse], float]:
         await router.reconfigure(routing(stable=ids[0]))
         start = time.monotonic()
-        answers = await asyncio.gather(*(ask(router, viewer, count=1) for viewer in range(2)))
+        answers = await asyncio.gather(*(recommend(router, viewer, count=1) for viewer in range(2)))
         return answers, time.monotonic() - start
 
     answers, took_s = run(both())
@@ -359,7 +359,7 @@ def test_error_without_a_fallback_counts_as_failed(
         await router.reconfigure(routing(stable=ids[0]))
         monkeypatch.setattr("reelway.serving.request_path.shown_videos", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
-            await ask(router)
+            await recommend(router)
 
     run(check())
     assert counted(router, "reelway_ingress_requests_total", arm="stable", outcome="failed") == 1
@@ -368,6 +368,6 @@ def test_error_without_a_fallback_counts_as_failed(
 def test_known_viewer_gets_a_slate_that_is_not_degraded(router: Router, ids: list[str]) -> None:
     async def check() -> RecommendResponse:
         await router.reconfigure(routing(stable=ids[0]))
-        return await ask(router)
+        return await recommend(router)
 
     assert run(check()).degraded == []

@@ -53,7 +53,7 @@ def test_evaluation_file_has_all_fields_that_a_release_needs(run):
 def test_heads_are_judged_on_impressions_after_the_cut_only(run):
     result = evaluate_run(run, EvaluationSettings(min_events=1))
     labels = pq.read_table(run.features / LABELS_FILE)
-    after = labels["event_time"].cast("int64").to_numpy() / 1e6 >= result.question.cut_s
+    after = labels["event_time"].cast("int64").to_numpy() / 1e6 >= result.split.cut_s
     watched = next(head for head in result.heads if head.task == "long_watch")
     assert watched.rows == int(after.sum())
     assert watched.positives == int(labels["long_watch"].to_numpy()[after].sum())
@@ -75,11 +75,11 @@ def test_evaluate_command_skips_a_finished_evaluation(run):
 def test_ranking_returns_unseen_videos_by_descending_value(run):
     models = load_models(run.models)
     labels = pq.read_table(run.features / LABELS_FILE)
-    question = make_temporal_split(labels, models.info.window_end_s, min_events=1)
-    two_stage, _, catalogue = recommenders_at_cut(models, run.features, question, Blend())
-    ranked_BK = two_stage.rank(question.viewer_ids, 10)
-    rows_BK = np.searchsorted(question.videos, ranked_BK)
-    assert not question.seen.has(question.viewer_ids, np.where(ranked_BK == PAD, PAD, rows_BK)).any()
+    split = make_temporal_split(labels, models.info.window_end_s, min_events=1)
+    two_stage, _, catalogue = recommenders_at_cut(models, run.features, split, Blend())
+    ranked_BK = two_stage.rank(split.viewer_ids, 10)
+    rows_BK = np.searchsorted(split.videos, ranked_BK)
+    assert not split.seen.has(split.viewer_ids, np.where(ranked_BK == PAD, PAD, rows_BK)).any()
     rows = np.searchsorted(catalogue.video_ids, ranked_BK[:, :5])
     embedding = two_stage.stages.embed(two_stage.viewers)
     values_BK = two_stage.stages.values(two_stage.viewers, embedding, rows)
@@ -88,9 +88,9 @@ def test_ranking_returns_unseen_videos_by_descending_value(run):
 
 def test_popularity_sources_fill_their_quota_of_candidates(run):
     models = load_models(run.models)
-    question = make_temporal_split(pq.read_table(run.features / LABELS_FILE), models.info.window_end_s, min_events=1)
+    split = make_temporal_split(pq.read_table(run.features / LABELS_FILE), models.info.window_end_s, min_events=1)
     blend = Blend.model_validate({"retrieval": {"candidates": 10, "quotas": {"ann": 0.6, "popular": 0.4}}})
-    two_stage, _, catalogue = recommenders_at_cut(models, run.features, question, blend)
+    two_stage, _, catalogue = recommenders_at_cut(models, run.features, split, blend)
     rng = np.random.default_rng(0)
     similarity = rng.random((3, len(catalogue))).astype(np.float32)
     popularity = rng.permutation(len(catalogue)).astype(np.float64)
@@ -105,8 +105,8 @@ def test_popularity_sources_fill_their_quota_of_candidates(run):
 
 def test_candidates_are_padded_when_too_few_videos_are_allowed(run):
     models = load_models(run.models)
-    question = make_temporal_split(pq.read_table(run.features / LABELS_FILE), models.info.window_end_s, min_events=1)
-    two_stage, _, catalogue = recommenders_at_cut(models, run.features, question)
+    split = make_temporal_split(pq.read_table(run.features / LABELS_FILE), models.info.window_end_s, min_events=1)
+    two_stage, _, catalogue = recommenders_at_cut(models, run.features, split)
     allowed = np.zeros((1, len(catalogue)), dtype=np.bool_)
     allowed[0, 3] = True
     rows = two_stage.stages.candidates(np.ones(allowed.shape, np.float32), allowed, np.ones(len(catalogue)))

@@ -125,9 +125,9 @@ def test_loop_rejects_a_checkpoint_of_another_model(rows: TrainingRows, tmp_path
     checkpoints = FileCheckpoints(tmp_path)
     loop = LOOP.model_copy(update={"epochs": 1})
     train(new_objective(rows), new_batches(rows), loop, seed=0, stage="two_tower", checkpoints=checkpoints)
-    second = RetrievalObjective(TwoTower(TwoTowerConfig(dim=32), SHORT))
+    other = RetrievalObjective(TwoTower(TwoTowerConfig(dim=32), SHORT))
     with pytest.raises(TrainingError, match="does not fit the model"):
-        train(second, new_batches(rows), loop, seed=0, stage="two_tower", checkpoints=checkpoints)
+        train(other, new_batches(rows), loop, seed=0, stage="two_tower", checkpoints=checkpoints)
     with pytest.raises(TrainingError, match="of stage 'two_tower'"):
         train(new_objective(rows), new_batches(rows), loop, seed=0, stage="ranker", checkpoints=checkpoints)
 

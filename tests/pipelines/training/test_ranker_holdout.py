@@ -100,10 +100,10 @@ def test_finished_checkpoint_restores_all_three_models(rows, config):
 
 
 def test_held_out_rows_have_the_negatives_of_the_whole_window(rows, config):
-    asking = config.model_copy(update={"sampled_negatives": 3})
-    window = make_training_split(rows, asking)
-    late = ranker_rows_of(rows, window, asking, as_of)
-    all_rows = ranker_rows_of(rows, TrainingSplit(window.cut_s, window.calibration_s), asking, as_of)
+    with_negatives = config.model_copy(update={"sampled_negatives": 3})
+    window = make_training_split(rows, with_negatives)
+    late = ranker_rows_of(rows, window, with_negatives, as_of)
+    all_rows = ranker_rows_of(rows, TrainingSplit(window.cut_s, window.calibration_s), with_negatives, as_of)
     expected = all_rows.select(all_rows.event_time_s >= window.ranker_s)
     np.testing.assert_array_equal(late.video_row, expected.video_row)
     np.testing.assert_array_equal(late.video_dense, expected.video_dense)

@@ -170,16 +170,16 @@ def test_stream_rows_equal_batch_rows_for_any_order_with_crashes(
 @pytest.mark.parametrize("view", STREAMED)
 def test_next_due_time_equals_the_batch_jobs_next_point(view: str) -> None:
     rng = np.random.default_rng(5)
-    rhythm = emission_schedules(VIEWS)[view]
+    schedule = emission_schedules(VIEWS)[view]
     known = START_US + rng.integers(0, 3 * views.DAY_US, 60) // 900_000_000 * 900_000_000 + rng.integers(0, 2, 60)
     owner = np.sort(rng.integers(0, 9, 60))
     entities, points_us = views.snapshot_points(
-        owner, known, rhythm.windows_us, grid_us=rhythm.grid_us, until_us=START_US + 99 * views.DAY_US,
-        heartbeat_us=rhythm.heartbeat_us,
+        owner, known, schedule.windows_us, grid_us=schedule.grid_us, until_us=START_US + 99 * views.DAY_US,
+        heartbeat_us=schedule.heartbeat_us,
     )  # fmt: skip
-    cells = (known - 1) // rhythm.bucket_us * rhythm.bucket_us + 1
+    cells = (known - 1) // schedule.bucket_us * schedule.bucket_us + 1
     for moment in [START_US, *rng.choice(points_us, 40).tolist(), START_US + 40 * views.DAY_US + 1]:
-        now, next_us, last_us = due_and_next(owner, cells, 9, rhythm, moment)
+        now, next_us, last_us = due_and_next(owner, cells, 9, schedule, moment)
         for entity in range(9):
             entity_points_us = points_us[entities == entity]
             assert now[entity] == (moment in entity_points_us)

@@ -90,9 +90,9 @@ def _show(result: EvaluationResult) -> None:
 def _show_ranking(result: EvaluationResult) -> None:
     from rich.table import Table
 
-    question = result.question
+    split = result.split
     table = Table(
-        title=f"Ranking of unseen videos: {len(question.viewer_ids):,} viewers, {len(question.videos):,} videos; "
+        title=f"Ranking of unseen videos: {len(split.viewer_ids):,} viewers, {len(split.videos):,} videos; "
         "95 % intervals over viewers",
         title_justify="left",
     )

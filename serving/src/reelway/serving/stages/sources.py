@@ -44,7 +44,7 @@ class CandidateSource(Protocol):
     """A source of candidates."""
 
     def propose(self, query: SourceQuery) -> SourceCandidates:
-        """Returns at most ``ask.wanted`` videos."""
+        """Returns at most ``query.limit`` videos."""
         ...
 
 

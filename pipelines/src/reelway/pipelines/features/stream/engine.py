@@ -108,10 +108,10 @@ class StreamEngine:
         self.settings = settings
         self.ttl_us = ttl_us
         self.behind_us = clock_offset_us
-        self.rhythms = emission_schedules(settings)
-        self.fine_us = math.gcd(*(rhythm.grid_us for rhythm in self.rhythms.values()))
-        self.coarse_us = sorted({self.rhythms[view].grid_us for view in STREAMED if view != HISTORY})
-        self.fates = dict.fromkeys(APPLY_RESULTS, 0)
+        self.schedules = emission_schedules(settings)
+        self.fine_us = math.gcd(*(schedule.grid_us for schedule in self.schedules.values()))
+        self.coarse_us = sorted({self.schedules[view].grid_us for view in STREAMED if view != HISTORY})
+        self.result_counts = dict.fromkeys(APPLY_RESULTS, 0)
 
     def steps(self, after_us: int, until_us: int, times_us: I64) -> Iterator[int]:
         """Returns the times in ``(after_us, until_us]`` at which a row may be due, and ``until_us``.
@@ -119,7 +119,7 @@ class StreamEngine:
         Args:
             times_us: times of the waiting outcomes; each counts from ``AFTER_US`` later.
         """
-        grid = self.rhythms[HISTORY].grid_us
+        grid = self.schedules[HISTORY].grid_us
         ends = set((-(-(times_us + AFTER_US) // grid) * grid).tolist())
         for coarse in self.coarse_us:
             ends.update(range((after_us // coarse + 1) * coarse, until_us + 1, coarse))
@@ -135,9 +135,9 @@ class StreamEngine:
         touched = self._apply(outcomes) if len(outcomes) else {}
         emitted = []
         for view in STREAMED:
-            rhythm = self.rhythms[view]
-            if until_us % rhythm.grid_us == 0:
-                emitted += self._emit(view, rhythm, until_us)
+            schedule = self.schedules[view]
+            if until_us % schedule.grid_us == 0:
+                emitted += self._emit(view, schedule, until_us)
         if touched:
             self.state.close_impressions(until_us + self.behind_us - HORIZON_US)
         return emitted
@@ -145,13 +145,13 @@ class StreamEngine:
     def _apply(self, outcomes: Outcomes) -> dict[str, I64]:
         known = self.catalogue.rows_of(outcomes.video_id) >= 0
         timely = within_horizon(outcomes, self.behind_us)
-        self.fates[UNKNOWN_VIDEO] += int((~known).sum())
-        self.fates[TOO_LATE] += int((known & ~timely).sum())
+        self.result_counts[UNKNOWN_VIDEO] += int((~known).sum())
+        self.result_counts[TOO_LATE] += int((known & ~timely).sum())
         outcomes = outcomes.take(known & timely)
         before = self.state.impressions(np.unique(outcomes.impression_id))
         old, new, repeats = merge_outcomes(before, outcomes, self.behind_us)
-        self.fates[REPEATED] += repeats
-        self.fates[APPLIED] += len(outcomes) - repeats
+        self.result_counts[REPEATED] += repeats
+        self.result_counts[APPLIED] += len(outcomes) - repeats
         if not len(new):
             return {}
         self.state.save_impressions(new)
@@ -164,7 +164,7 @@ class StreamEngine:
         return {view: self._add(view, removed, added) for view in STREAMED}
 
     def _add(self, view: str, removed: Events, added: Events) -> I64:
-        schedule = self.rhythms[view]
+        schedule = self.schedules[view]
         minus_entity, minus = to_bucket_rows(view, removed, schedule.bucket_us)
         plus_entity, plus = to_bucket_rows(view, added, schedule.bucket_us)
         keys = LAYOUTS[view].keys
