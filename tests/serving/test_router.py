@@ -48,7 +48,7 @@ class FakeReleaseOpener:
     """Opens releases in this process; some are broken or slow to open. Records what a router opens and closes."""
 
     def __init__(self, store_folder: Path) -> None:
-        self._place = store_folder
+        self._store_folder = store_folder
         self.opened: list[str] = []
         self.closed: list[str] = []
         self.broken: set[str] = set()
@@ -60,7 +60,7 @@ class FakeReleaseOpener:
             await gate.wait()
         if release in self.broken:
             raise IncompatibleReleaseError(f"release {release[:12]} is broken")
-        loader = ReleaseLoader(self._place / release)
+        loader = ReleaseLoader(self._store_folder / release)
 
         async def close() -> None:
             self.closed.append(release)
@@ -261,7 +261,7 @@ def test_router_fails_to_start_without_stable(router: Router, opener: FakeReleas
 def test_starting_router_waits_briefly_for_other_releases(
     router: Router, opener: FakeReleaseOpener, ids: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("reelway.serving.router.OTHERS_S", 0.05)
+    monkeypatch.setattr("reelway.serving.router.STARTUP_WAIT_S", 0.05)
 
     async def check() -> None:
         opener.gates = {ids[1]: asyncio.Event(), ids[2]: asyncio.Event()}
@@ -357,7 +357,7 @@ def test_error_without_a_fallback_counts_as_failed(
 ) -> None:
     async def check() -> None:
         await router.reconfigure(routing(stable=ids[0]))
-        monkeypatch.setattr("reelway.serving.request_path.shown_videos", lambda *_: 1 / 0)
+        monkeypatch.setattr("reelway.serving.request_path.build_videos", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             await recommend(router)
 

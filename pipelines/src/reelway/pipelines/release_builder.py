@@ -97,7 +97,7 @@ def build_release(
         blend: content of ``blend.yaml``; by default the defaults of ``Blend``.
         index: FAISS factory string, or ``auto`` (by the number of videos).
         waivers: waivers of failed gates.
-        report: callback that receives the name of each step.
+        on_progress: callback that receives the name of each step.
 
     Returns:
         The id of the release.

@@ -41,7 +41,7 @@ class RetrievalMetrics:
         candidates = counter(
             "reelway_retrieval_candidates_total", "Candidates by source.", ["release", "source"], registry
         )
-        self._found = [candidates.labels(release, source) for source in SOURCES]
+        self._candidates = [candidates.labels(release, source) for source in SOURCES]
         self._filtered = counter(
             "reelway_retrieval_filtered_total",
             "Proposals that were filtered out, by reason.",
@@ -53,7 +53,7 @@ class RetrievalMetrics:
     def count(self, candidates: Candidates) -> None:
         """Adds the candidates and the filtered proposals of one request."""
         for code in set(candidates.source.tolist()):
-            self._found[code].inc(int((candidates.source == code).sum()))
+            self._candidates[code].inc(int((candidates.source == code).sum()))
         for kind, videos in candidates.filtered_counts.items():
             self._filtered.labels(self._release, kind).inc(videos)
 
@@ -87,7 +87,7 @@ class RankServerMetrics:
         self.candidates = counter(
             "reelway_ranking_server_candidates_total", "Candidates scored.", ["release"], registry
         ).labels(*only)
-        self.under_way = gauge(
+        self.in_flight = gauge(
             "reelway_ranking_server_under_way_requests",
             "Requests that are queued or being computed.",
             ["release"],

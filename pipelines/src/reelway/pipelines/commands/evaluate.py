@@ -69,11 +69,11 @@ def evaluate_command(
         with progress() as bar:
             task = bar.add_task("evaluate", total=None)
 
-            def tell(doing: str) -> None:
+            def print_progress(doing: str) -> None:
                 bar.update(task, description=f"evaluate: {doing}")
 
             chosen = load_blend_file(blend) if blend is not None else None
-            result = evaluate_run(run, settings, blend=chosen, report=tell)
+            result = evaluate_run(run, settings, blend=chosen, report=print_progress)
         step.summary.update(
             {"gates_failed": [gate.name for gate in result.gates if not gate.passed], "output": str(output)}
         )

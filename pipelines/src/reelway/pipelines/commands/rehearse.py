@@ -88,6 +88,6 @@ def rehearse(
 def _outputs(directory: RunDirectory, step_name: str) -> tuple[Path, ...]:
     """Returns the manifest of the release built last, so that a release removed from the store is built again."""
     if not directory.record_path(step_name).exists():
-        return (directory.path / "never made",)
+        return (directory.path / "not built",)
     release = directory.record(step_name)["summary"].get("release_id", "none")
     return (directory.release_store / release / "manifest.json",)

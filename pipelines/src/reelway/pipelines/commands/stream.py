@@ -53,7 +53,7 @@ def stream(
         signal.signal(number, lambda *_: stop.set())
     totals = {"outcomes": 0, "rows": 0}
 
-    def said(done: MicroBatchResult) -> None:
+    def print_result(done: MicroBatchResult) -> None:
         totals["outcomes"] += done.outcomes
         totals["rows"] += sum(done.rows.values())
         if done.outcomes or any(done.rows.values()):
@@ -61,7 +61,7 @@ def stream(
 
     options = StreamOptions(events, overlay, metrics_port, StreamSettings(lateness_s=lateness_s))
     print_status(f"stream: updating the features of {run}; stop with Ctrl-C")
-    run_stream(RunDirectory(run), options, stop, said)
+    run_stream(RunDirectory(run), options, stop, print_result)
     print_status(
         f"stream: stopped after {totals['outcomes']} outcomes and {totals['rows']} rows; all rows are delivered"
     )

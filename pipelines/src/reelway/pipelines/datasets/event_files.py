@@ -255,16 +255,16 @@ def _impressions(source: _SourceFile, impression: I64, request: I64, viewer: I64
         "video_id": video,
         "position": source.numbers("position", pa.int16(), 0),
         "event_time": time_column(at_us),
-        "release": _words(source, "release", "import"),
-        "arm": _words(source, "arm", Arm.STABLE.value),
-        "source": _words(source, "source", "import"),
+        "release": _strings(source, "release", "import"),
+        "arm": _strings(source, "arm", Arm.STABLE.value),
+        "source": _strings(source, "source", "import"),
         "propensity": source.numbers("propensity", pa.float32(), 1.0),
-        "device": _words(source, "device", "unknown"),
+        "device": _strings(source, "device", "unknown"),
     }
     return pa.table(columns, schema=IMPRESSIONS)
 
 
-def _words(source: _SourceFile, name: str, default: str) -> pa.Array:
+def _strings(source: _SourceFile, name: str, default: str) -> pa.Array:
     array = source.get(name)
     if array is None:
         array = pa.nulls(source.table.num_rows, _TEXT)

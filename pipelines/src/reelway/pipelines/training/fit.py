@@ -264,8 +264,8 @@ class _StageCheckpointer:
 
     def __init__(self, checkpoints: Checkpoints) -> None:
         self.checkpoints = checkpoints
-        self.found = checkpoints.load() or {"finished": {}, "under_way": None}
-        self.finished: dict[str, Any] = dict(self.found["finished"])
+        self.loaded = checkpoints.load() or {"finished": {}, "under_way": None}
+        self.finished: dict[str, Any] = dict(self.loaded["finished"])
 
     @property
     def curves(self) -> dict[str, list[dict[str, float]]]:
@@ -295,5 +295,5 @@ class _StageCheckpoints:
         self.stages.checkpoints.save({"finished": self.stages.finished, "under_way": state}, named)
 
     def load(self) -> State | None:
-        under_way: State | None = self.stages.found["under_way"]
-        return under_way if under_way is not None and under_way["stage"] == self.stage else None
+        unfinished: State | None = self.stages.loaded["under_way"]
+        return unfinished if unfinished is not None and unfinished["stage"] == self.stage else None

@@ -168,13 +168,13 @@ class RankerService:
                 f"{self._in_flight} requests are in flight, expected at most {self._max_in_flight}; try another replica"
             )
         self._in_flight += 1
-        self._metrics.under_way.set(self._in_flight)
+        self._metrics.in_flight.set(self._in_flight)
         loop = asyncio.get_running_loop()
         try:
             return await loop.run_in_executor(self._threads, _run_before_deadline, work, self.ranker, deadline)
         finally:
             self._in_flight -= 1
-            self._metrics.under_way.set(self._in_flight)
+            self._metrics.in_flight.set(self._in_flight)
 
 
 def _run_before_deadline(work: Callable[[LoadedRanker], T], ranker: LoadedRanker, deadline: float) -> T:

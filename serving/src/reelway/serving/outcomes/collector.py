@@ -90,7 +90,7 @@ class OutcomeCollector:
         return self._worker.submit(batch, len(batch.arm))
 
     def record_outcomes(self, outcomes: OutcomeColumns) -> Future[dict[str, int]]:
-        """Counts outcomes. The future's result is the number of outcomes by status (``series.RECEIVED_OUTCOMES``).
+        """Counts outcomes. The future's result is the number of outcomes by status (``RECEIVED_OUTCOMES``).
 
         Raises:
             ServingError: see ``record_exposures``.
@@ -111,7 +111,7 @@ class OutcomeCollector:
             self._refused += outcomes
 
     def metrics_text(self) -> bytes:
-        """``series.EXPOSURE``, ``STATISTIC`` and ``RECEIVED`` in Prometheus' text format, as committed to disk."""
+        """Returns the committed counts in Prometheus' text format, with the names of ``metric_names``."""
         return prometheus_text(self._ledger.snapshot, self._refused)
 
     def statistics(self, rollout_id: str) -> dict[tuple[Arm, Slice], dict[str, ArmStatistics]]:

@@ -134,7 +134,7 @@ async def forward_exposures(
 
     Args:
         send: returns once the collector has the batch on disk; raises if that failed or is unknown.
-        patience_s: seconds to wait for an acknowledgement before the batch is sent again.
+        ack_timeout_s: seconds to wait for an acknowledgement before the batch is sent again.
     """
     failed = False
     while True:
