@@ -72,4 +72,4 @@ def test_run_with_a_killed_worker_equals_an_undisturbed_run(tmp_path: Path) -> N
     for actual, expected in ((fitted.two_tower, straight.two_tower), (fitted.ranker, straight.ranker)):
         for name, values in actual.state_dict().items():
             assert torch.equal(values, expected.state_dict()[name]), name
-    assert not list(storage.iterdir()), "rows and checkpoints of a finished run are taken away"
+    assert not list(storage.iterdir()), "rows and checkpoints of a finished run are removed"

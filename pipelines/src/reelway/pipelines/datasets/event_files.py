@@ -78,10 +78,10 @@ class _SourceFile:
         array = self.get(name)
         if array is None:
             raise MalformedFileError(self.path, "this column", seen=self.table.column_names, column=name)
-        self.refuse(name, array.is_null(), array, "a value")
+        self.raise_if_any(name, array.is_null(), array, "a value")
         return array
 
-    def refuse(self, name: str, bad: pa.Array, array: pa.Array, expected: str) -> None:
+    def raise_if_any(self, name: str, bad: pa.Array, array: pa.Array, expected: str) -> None:
         row = pc.index(bad, True).as_py()
         if row >= 0:
             raise self._malformed(name, array, row, expected)
@@ -94,7 +94,7 @@ class _SourceFile:
         if pa.types.is_boolean(array.type):
             array = array.cast(pa.int8())
         if not (pa.types.is_integer(array.type) or pa.types.is_floating(array.type) or pa.types.is_null(array.type)):
-            self.refuse(name, array.is_valid(), array, "a number")
+            self.raise_if_any(name, array.is_valid(), array, "a number")
         try:
             cast = array.cast(kind)
         except pa.ArrowInvalid:
@@ -111,7 +111,7 @@ class _SourceFile:
             return result
         if pa.types.is_integer(kind) or pa.types.is_floating(kind):
             seconds = array.cast(pa.float64()).to_numpy(zero_copy_only=False)
-            self.refuse(name, pa.array(~(np.abs(seconds) < 1e11)), array, "Unix time in seconds")
+            self.raise_if_any(name, pa.array(~(np.abs(seconds) < 1e11)), array, "Unix time in seconds")
             rounded: I64 = np.rint(seconds * 1e6).astype(np.int64)
             return rounded
         text = array.cast(_TEXT)
@@ -278,7 +278,7 @@ def _outcomes(source: _SourceFile, impression: I64, viewer: I64, video: I64, at_
     hits = [np.flatnonzero(~np.isnan(watch_ms))]
     for name in _FLAGS:
         flag = source.numbers(name, pa.float64(), 0.0)
-        source.refuse(name, pa.array(~np.isin(flag, (0.0, 1.0))), pa.array(flag), "0 or 1")
+        source.raise_if_any(name, pa.array(~np.isin(flag, (0.0, 1.0))), pa.array(flag), "0 or 1")
         hits.append(np.flatnonzero(flag))
     kind = np.repeat(np.arange(len(hits), dtype=np.int32), [len(hit) for hit in hits])
     row = np.concatenate(hits)

@@ -92,7 +92,7 @@ def load_rows(path: Path, dimensions: FeatureDimensions) -> TrainingRows:
     Raises:
         EmptyDatasetError: if there are no rows.
         MalformedFileError: if the file or a column is missing, a label or time is null or not finite, a list has
-            another width than ``dimensions`` say, or an integer does not fit its type.
+            another width than ``dimensions`` states, or an integer does not fit its type.
         FeatureError: if an id or a topic is above its limit.
     """
     if not path.exists():
@@ -179,7 +179,7 @@ def _check_known(values: NDArray[Any], path: Path, column: str) -> None:
 
 
 def _check_widths(table: pa.Table, path: Path, dimensions: FeatureDimensions) -> None:
-    """Rejects a list feature of another width than the data set's schema says.
+    """Rejects a list feature of another width than that of the data set's schema.
 
     Raises:
         MalformedFileError: if a list that is not null has another number of values.

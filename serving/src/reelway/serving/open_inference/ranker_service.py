@@ -55,7 +55,7 @@ class LoadedRanker:
         expected = manifest.files[RANKER_FILE].sha256
         if digest != expected:
             raise DigestMismatchError(
-                f"{folder / RANKER_FILE} has SHA-256 {digest[:12]}..., the manifest says {expected[:12]}...; "
+                f"{folder / RANKER_FILE} has SHA-256 {digest[:12]}..., the manifest has {expected[:12]}...; "
                 "fetch the release again"
             )
         self.release: str = manifest.release_id

@@ -46,8 +46,8 @@ class _ClientDisconnectedError(Exception):
 class RequestFilter:
     """ASGI middleware that rejects a request before KServe reads it, and closes connections while draining.
 
-    A response while draining is the last of its connection and says so. Otherwise a client could send its next request
-    on an idle connection at the moment in which the server closes it.
+    A response while draining is the last of its connection and has the header ``Connection: close``. Otherwise a client
+    could send its next request on an idle connection at the moment in which the server closes it.
 
     Args:
         max_bytes: largest body.

@@ -25,7 +25,7 @@ from reelway.platform.tokens import ALL_SLICES
 log = logging.getLogger(__name__)
 
 MAX_BUFFERED_ROWS: Final = 200_000
-"""Rows that a buffer holds while the collector is away: over a minute at 1,000 requests per second."""
+"""Rows that a buffer holds while the collector is unreachable: over a minute at 1,000 requests per second."""
 
 
 class ArmKey(NamedTuple):

@@ -8,7 +8,7 @@
                                            video views  ─► changelog ─► the video table's overlay
 
 **Values.** The row of an entity at a given time equals the row that the batch job would write from everything known by
-that time. Labels, grid points and arithmetic (``features.views``) are the same. A row is written once and never
+that time. Labels, grid points and arithmetic (``features.views``) are those of the batch job. A row is written once and never
 revised; a later outcome counts from its arrival. Rows older than a view's TTL become nulls, as in the point-in-time
 join.
 
