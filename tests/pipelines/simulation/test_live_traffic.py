@@ -79,7 +79,7 @@ def test_timeout_or_connection_error_is_a_failure(world: World) -> None:
 def test_arrivals_do_not_wait_for_a_slow_service(world: World) -> None:
     with running(FakeService(Routing.single_release(OLD), CONFIG.videos, delay_s=0.3)) as service:
         open_loop = sent(service, world, rate=100, seconds=0.6)
-        bounded = sent(service, world, rate=100, seconds=0.6, places=10)
+        bounded = sent(service, world, rate=100, seconds=0.6, max_in_flight=10)
     assert open_loop["requests"] > 35  # one at a time would be 2
     assert open_loop["held_back"] == 0
     assert bounded["held_back"] > 0
