@@ -120,7 +120,7 @@ def test_malformed_change_raises(table: VideoTable, tmp_path: Path) -> None:
     assert overlay.poll() == 0
     (tmp_path / "overlay").mkdir()
     (tmp_path / "overlay" / "00000000000000000001.arrow").write_bytes(b"nonsense")
-    with pytest.raises(DataError, match="no Arrow file"):
+    with pytest.raises(DataError, match="not an Arrow file"):
         overlay.poll()
     assert table.live.version == 0
 

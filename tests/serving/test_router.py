@@ -132,7 +132,7 @@ async def until(condition: Callable[[], bool]) -> None:
 def counted(router: Router, name: str, **labels: str) -> float:
     return sum(
         sample.value
-        for family in router._parts.registry.collect()
+        for family in router._dependencies.registry.collect()
         for sample in family.samples
         if sample.name == name and labels.items() <= sample.labels.items()
     )
