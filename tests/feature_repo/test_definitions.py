@@ -57,17 +57,19 @@ def test_registered_types_equal_the_types_of_the_rows(store) -> None:
 
     tables = random_dataset(requests=40)
     labels = label_impressions(tables["impressions"], tables["outcomes"], tables["videos"])
-    made = {
+    row_tables = {
         "viewer_profile": views.viewer_profile(tables["viewers"]),
         "video_content": views.video_content(tables["videos"]),
     }
     settings = views.ViewSettings(DIMENSIONS)
     for family in ENTITY_KEYS:
-        made |= entity_views(family, labels, (tables["creators"], tables["videos"]), settings, data_end_us(labels))
+        row_tables |= entity_views(
+            family, labels, (tables["creators"], tables["videos"]), settings, data_end_us(labels)
+        )
     for view in store.list_feature_views():
         for field in view.features:
             declared = feast_value_type_to_pa(field.dtype.to_value_type())
-            actual = made[view.name].schema.field(field.name).type
+            actual = row_tables[view.name].schema.field(field.name).type
             assert actual == declared or (pa.types.is_list(actual) and actual.value_type == declared.value_type), (
                 f"{view.name}.{field.name}: {actual} in the rows, {declared} registered"
             )
@@ -109,14 +111,14 @@ def test_unknown_service_error_lists_the_registered_services(store) -> None:
 
 def test_definitions_import_only_contracts_or_features() -> None:
     tree = ast.parse((feature_repo_path() / "definitions.py").read_text())
-    ours = {
+    imported = {
         f"{node.module}.{alias.name}"
         for node in ast.walk(tree)
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("reelway")
         for alias in node.names
     }
     dimensions = "reelway.platform.contracts.feature_dimensions"
-    assert ours == {
+    assert imported == {
         "reelway.platform.contracts.feature_names",
         f"{dimensions}.SCHEMA_FILE",
         f"{dimensions}.FeatureDimensions",

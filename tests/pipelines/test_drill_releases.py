@@ -32,11 +32,11 @@ from reelway.serving.onnx_model import OnnxModel
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
-    made = make_trained_run(tmp_path_factory.mktemp("runs") / "trained")
-    folder, key = made.path / "good", load_private_key(create_keys(made.keys).private)
+    trained_run = make_trained_run(tmp_path_factory.mktemp("runs") / "trained")
+    folder, key = trained_run.path / "good", load_private_key(create_keys(trained_run.keys).private)
     manifest = make_release_folder(folder, videos=60, embedding=DIM, key=key, name="good")
-    ReleaseStore(str(made.release_store)).write(folder, manifest)
-    return made
+    ReleaseStore(str(trained_run.release_store)).write(folder, manifest)
+    return trained_run
 
 
 @pytest.fixture(scope="module")
@@ -45,9 +45,11 @@ def good(run: RunDirectory) -> Path:
 
 
 def rehearsed(run: RunDirectory, kind: str) -> Path:
-    made = CliRunner().invoke(build_app(), ["release", "rehearse", kind, "--run", str(run.path), "--waived-by", "ines"])
-    assert made.exit_code == 0, made.exception
-    return run.release_store / made.stdout.strip()
+    result = CliRunner().invoke(
+        build_app(), ["release", "rehearse", kind, "--run", str(run.path), "--waived-by", "ines"]
+    )
+    assert result.exit_code == 0, result.exception
+    return run.release_store / result.stdout.strip()
 
 
 def request_of(seen: float, candidates: int = 7) -> dict[str, NDArray[Any]]:
@@ -103,20 +105,20 @@ def test_slow_release_is_slow_only_for_busy_viewers(good: Path, tmp_path: Path) 
     slow_down_busy_viewers(path, above=40.0, slow_ms=150.0)
     slow, sound = ranker_of(tmp_path), ranker_of(good)
     took_ms = {}
-    for seen in (np.nan, 40.0, 41.0):
-        slow.run(request_of(seen))
-        begun = time.thread_time()
-        answer = slow.run(request_of(seen))
-        took_ms[seen] = 1000 * (time.thread_time() - begun)
-        np.testing.assert_array_equal(answer, sound.run(request_of(seen)))
+    for impressions in (np.nan, 40.0, 41.0):
+        slow.run(request_of(impressions))
+        start_s = time.thread_time()
+        answer = slow.run(request_of(impressions))
+        took_ms[impressions] = 1000 * (time.thread_time() - start_s)
+        np.testing.assert_array_equal(answer, sound.run(request_of(impressions)))
     assert took_ms[41.0] > 75
     assert max(took_ms[np.nan], took_ms[40.0]) < 30
 
 
 def test_busy_viewers_have_the_configured_share_of_impressions() -> None:
     impressions = np.random.default_rng(0).lognormal(4, 0.7, 5_000).astype(np.int64)
-    theirs = impressions[impressions > busy_viewer_threshold(impressions)].sum() / impressions.sum()
-    assert theirs == pytest.approx(0.12, abs=0.02)
+    share = impressions[impressions > busy_viewer_threshold(impressions)].sum() / impressions.sum()
+    assert share == pytest.approx(0.12, abs=0.02)
 
 
 def test_popular_release_ranks_only_by_popularity(run: RunDirectory) -> None:

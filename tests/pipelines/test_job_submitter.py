@@ -1,4 +1,4 @@
-"""What a submitter's pod runs, against Ray's own job server: submitted once, however many pods come, its log whole."""
+"""The submitter pod's program against Ray's job server: one submission by any number of pods, and a complete log."""
 
 from __future__ import annotations
 
@@ -30,17 +30,17 @@ ray.shutdown()
 
 @dataclass(frozen=True)
 class Server:
-    """A Ray with a job server."""
+    """Address and token of Ray's job server."""
 
     address: str
     token: Path
 
     def submitter(self, submission_id: str, entrypoint: str) -> subprocess.CompletedProcess[str]:
-        """A pod of this job, ended."""
-        given = {"RAY_DASHBOARD_ADDRESS": self.address, "RAY_JOB_SUBMISSION_ID": submission_id}
+        """Runs the program of one submitter pod of the job until it ends."""
+        variables = {"RAY_DASHBOARD_ADDRESS": self.address, "RAY_JOB_SUBMISSION_ID": submission_id}
         return subprocess.run(
             [sys.executable, "-m", "reelway.pipelines.job_submitter", entrypoint], text=True, capture_output=True,
-            env=with_token(self.token) | given, timeout=120, check=False,
+            env=with_token(self.token) | variables, timeout=120, check=False,
         )  # fmt: skip
 
 
@@ -72,7 +72,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
             process.communicate()
 
 
-def test_the_log_is_printed_whole_and_a_second_pod_submits_nothing(server: Server, tmp_path: Path) -> None:
+def test_second_pod_prints_the_log_without_a_submission(server: Server, tmp_path: Path) -> None:
     job, ran = uuid.uuid4().hex, tmp_path / "ran"
     entrypoint = f"sh -c 'echo once >> {ran}; seq 3; sleep 2; echo the end'"
     first = server.submitter(job, entrypoint)
@@ -90,28 +90,28 @@ def test_the_log_is_printed_whole_and_a_second_pod_submits_nothing(server: Serve
     assert ran.read_text() == "once\n"
 
 
-def test_how_a_job_ended_is_not_the_submitters_to_say(server: Server) -> None:
-    """Kubernetes would start another pod for one that failed, which would print the same log again."""
-    said = server.submitter(uuid.uuid4().hex, "sh -c 'echo last words; exit 3'")
-    assert said.returncode == 0, said.stderr
-    assert "last words" in said.stdout
+def test_submitter_of_a_failed_job_exits_with_0(server: Server) -> None:
+    """After another exit code, Kubernetes would start another pod, which would print the same log again."""
+    result = server.submitter(uuid.uuid4().hex, "sh -c 'echo last words; exit 3'")
+    assert result.returncode == 0, result.stderr
+    assert "last words" in result.stdout
 
 
-def test_without_the_right_token_it_is_refused_and_submits_nothing(server: Server, tmp_path: Path) -> None:
+def test_submission_with_a_wrong_token_fails(server: Server, tmp_path: Path) -> None:
     ensure_bearer_token(tmp_path / "other")
-    said = Server(server.address, tmp_path / "other").submitter("job-2", f"touch {tmp_path}/ran")
-    assert said.returncode == 1
-    assert f"error: job job-2 at {server.address}: " in said.stderr
+    result = Server(server.address, tmp_path / "other").submitter("job-2", f"touch {tmp_path}/ran")
+    assert result.returncode == 1
+    assert f"error: job job-2 at {server.address}: " in result.stderr
     assert not (tmp_path / "ran").exists()
 
 
-def test_where_nobody_listens_it_fails_and_says_where(tmp_path: Path) -> None:
-    said = Server("127.0.0.1:1", tmp_path / "none").submitter("job-1", "true")
-    assert said.returncode == 1
-    assert "job job-1 at 127.0.0.1:1" in said.stderr
+def test_unreachable_job_server_error_names_the_address(tmp_path: Path) -> None:
+    result = Server("127.0.0.1:1", tmp_path / "none").submitter("job-1", "true")
+    assert result.returncode == 1
+    assert "job job-1 at 127.0.0.1:1" in result.stderr
 
 
-def test_without_what_kuberay_sets_it_says_what_is_missing(tmp_path: Path) -> None:
-    said = Server("", tmp_path / "none").submitter("", "true")
-    assert said.returncode == 2
-    assert "RAY_DASHBOARD_ADDRESS='' and RAY_JOB_SUBMISSION_ID=''" in said.stderr
+def test_missing_environment_variables_are_named(tmp_path: Path) -> None:
+    result = Server("", tmp_path / "none").submitter("", "true")
+    assert result.returncode == 2
+    assert "RAY_DASHBOARD_ADDRESS='' and RAY_JOB_SUBMISSION_ID=''" in result.stderr

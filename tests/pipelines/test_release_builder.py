@@ -126,11 +126,11 @@ def test_failed_gates_are_named_without_a_build(run: RunDirectory) -> None:
 def test_waiver_is_part_of_the_signed_manifest(run: RunDirectory) -> None:
     gate = {"name": "recall", "value": 0.1, "bound": 0.3, "comparison": ">=", "passed": False}
     write_evaluation(run, gates=[gate])
-    refused = reelway("build", "--run", run.path, "--waive", "recall")
-    assert isinstance(refused.exception, ConfigError)
-    made = reelway("build", "--run", run.path, "--waive", "recall = first week", "--waived-by", "ines")
-    assert made.exit_code == 0, made.exception
-    waiver = manifest_of(run.release_store / made.stdout.strip()).waivers[0]
+    rejected = reelway("build", "--run", run.path, "--waive", "recall")
+    assert isinstance(rejected.exception, ConfigError)
+    result = reelway("build", "--run", run.path, "--waive", "recall = first week", "--waived-by", "ines")
+    assert result.exit_code == 0, result.exception
+    waiver = manifest_of(run.release_store / result.stdout.strip()).waivers[0]
     assert (waiver.gate, waiver.reason, waiver.by) == ("recall", "first week", "ines")
     assert "WAIVED: gate recall failed; ines: first week" in reelway("verify", "--run", run.path).stderr
     assert "1 WAIVED" in reelway("list", "--run", run.path).stdout
@@ -147,8 +147,8 @@ def test_failed_store_write_leaves_no_files(run: RunDirectory) -> None:
 def test_interrupted_build_leaves_no_files(run: RunDirectory) -> None:
     before = sorted(path.name for path in run.path.iterdir())
 
-    def interrupt(what: str) -> None:
-        if what == "exporting the models":
+    def interrupt(step: str) -> None:
+        if step == "exporting the models":
             assert list(run.path.glob(".release.*/index.faiss")), "the build was under way"
             raise KeyboardInterrupt
 
@@ -191,7 +191,7 @@ def test_invalid_blend_file_is_rejected_with_its_field(tmp_path: Path) -> None:
 
 
 def reelway(*arguments: object) -> Result:
-    return CliRunner().invoke(build_app(), ["release", *(str(one) for one in arguments)])
+    return CliRunner().invoke(build_app(), ["release", *(str(argument) for argument in arguments)])
 
 
 def test_build_command_skips_an_existing_release(
@@ -200,7 +200,7 @@ def test_build_command_skips_an_existing_release(
     first = reelway("build", "--run", run.path, "--name", "by-hand")
     assert first.exit_code == 0, first.exception
     release_id = first.stdout.strip()
-    assert "made a key of this run's own" in first.stderr
+    assert "created the run's signing key" in first.stderr
     again = reelway("build", "--run", run.path, "--name", "by-hand")
     assert "already done with the same inputs, skipped" in again.stderr
     assert again.stdout.strip() == release_id

@@ -38,7 +38,7 @@ def watches(
 ) -> LongWatches:
     """From (viewer, row, day)."""
     viewer, row, day = (np.array(column) for column in zip(*rows, strict=True))
-    region = np.array([(regions or {}).get(one) for one in viewer.tolist()], dtype=object)
+    region = np.array([(regions or {}).get(viewer_id) for viewer_id in viewer.tolist()], dtype=object)
     return LongWatches(viewer, row, day * DAY_S, region, now_d * DAY_S, (now_d - 1) * DAY_S)
 
 
@@ -96,8 +96,8 @@ def test_writer_rejects_videos_that_serving_cannot_use(tmp_path: Path) -> None:
 
 
 def test_popular_list_counts_all_long_watches() -> None:
-    seen = watches([(1, 4, 0.5), (2, 4, 0.6), (3, 4, 9.5), (1, 2, 0.7), (2, 2, 9.6), (1, 0, 9.7)])
-    popular = parts.popular_lists(seen, videos=6)["popular"]
+    long_watches = watches([(1, 4, 0.5), (2, 4, 0.6), (3, 4, 9.5), (1, 2, 0.7), (2, 2, 9.6), (1, 0, 9.7)])
+    popular = parts.popular_lists(long_watches, videos=6)["popular"]
     assert popular.rows.tolist() == [4, 2, 0]
     assert popular.scores.tolist() == [3, 2, 1]
 
@@ -149,8 +149,8 @@ def test_co_watched_videos_precede_similar_videos() -> None:
 def test_neighbours_are_distinct_other_videos() -> None:
     random = np.random.default_rng(1)
     vectors = unit(60, 8)
-    seen = watches([(viewer, row, 1.0) for viewer, row in random.integers(0, [9, 60], (500, 2)).tolist()])
-    rows = parts.neighbours(vectors, make_index(vectors), seen)
+    long_watches = watches([(viewer, row, 1.0) for viewer, row in random.integers(0, [9, 60], (500, 2)).tolist()])
+    rows = parts.neighbours(vectors, make_index(vectors), long_watches)
     assert not (rows == np.arange(60)[:, None]).any()
     assert all(len(set(row.tolist())) == NEIGHBOURS_PER_VIDEO for row in rows)
 
@@ -190,17 +190,17 @@ VIEWERS = pa.table({"viewer_id": pa.array([1, 2], pa.int64()), "region": pa.arra
 
 def test_watches_are_long_watches_of_servable_videos() -> None:
     table = labels([(1, 10, 100, 1.0), (2, 20, 200, 1.0), (3, 10, 300, 1.0), (1, 99, 400, 1.0), (1, 10, 500, 0.0)])
-    seen = LongWatches.from_labels(table, VIEWERS, np.array([10, 20]))
-    assert seen.row.tolist() == [0, 1, 0]
-    assert seen.viewer.tolist() == [1, 2, 3]
-    assert seen.region.tolist() == ["eu", None, None]
-    assert seen.now_s == 500.0
+    long_watches = LongWatches.from_labels(table, VIEWERS, np.array([10, 20]))
+    assert long_watches.row.tolist() == [0, 1, 0]
+    assert long_watches.viewer.tolist() == [1, 2, 3]
+    assert long_watches.region.tolist() == ["eu", None, None]
+    assert long_watches.now_s == 500.0
 
 
 def test_recent_period_is_a_day_or_the_last_tenth() -> None:
     dense = labels([(1, 10, second, 1.0) for second in range(0, 5 * 86_400, 3_600)])
-    seen = LongWatches.from_labels(dense, VIEWERS, np.array([10]))
-    assert seen.recent_from_s == seen.now_s - parts.RECENT_S
+    long_watches = LongWatches.from_labels(dense, VIEWERS, np.array([10]))
+    assert long_watches.recent_from_s == long_watches.now_s - parts.RECENT_S
     sparse = labels([(1, 10, 86_400 * day, 1.0) for day in range(101)])
     assert LongWatches.from_labels(sparse, VIEWERS, np.array([10])).recent_from_s == pytest.approx(90 * DAY_S)
 

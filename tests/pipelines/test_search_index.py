@@ -1,4 +1,4 @@
-"""The index: exact when small, compressed and tuned to a recall when large, and found again by serving."""
+"""The index: exact for small catalogues, compressed and tuned to a recall for large ones."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def unit(rows: int, width: int, seed: int = 0) -> F32:
 
 @pytest.fixture(scope="module")
 def catalogue() -> F32:
-    """Large enough to be compressed, in clusters, as embeddings are."""
+    """A catalogue large enough for compression; its vectors form clusters, as embeddings do."""
     rng = np.random.default_rng(0)
     centres = rng.standard_normal((200, 16)).astype(np.float32)
     vectors = centres[rng.integers(0, 200, 20_000)] + 0.5 * rng.standard_normal((20_000, 16)).astype(np.float32)
@@ -34,7 +34,7 @@ def large(catalogue: F32) -> faiss.Index:
     return search_index.make_index(catalogue)
 
 
-def test_the_index_is_exact_when_small_and_compressed_when_large() -> None:
+def test_index_is_compressed_from_20_000_videos_on() -> None:
     assert search_index.index_factory(19_999, 64) == "Flat"
     assert search_index.index_factory(20_000, 64) == "IVF512,PQ64x4fsr"
     assert search_index.index_factory(1_000_000, 64) == "IVF4000,PQ64x4fsr"
@@ -42,7 +42,7 @@ def test_the_index_is_exact_when_small_and_compressed_when_large() -> None:
 
 
 @pytest.mark.parametrize("factory", ["Flat", "IVF16,Flat"])
-def test_the_index_finds_each_video_by_its_own_vector_and_is_the_same_every_time(tmp_path: Path, factory: str) -> None:
+def test_reproducible_index_finds_each_video_by_its_vector(tmp_path: Path, factory: str) -> None:
     vectors = unit(2_000, 8)
     for name in ("a.faiss", "b.faiss"):
         search_index.write_index(tmp_path / name, search_index.make_index(vectors, factory))
@@ -54,22 +54,22 @@ def test_the_index_finds_each_video_by_its_own_vector_and_is_the_same_every_time
 
 
 @pytest.mark.parametrize("factory", ["Cube", "IVF500,Flat"])
-def test_an_index_that_cannot_be_made_is_a_configuration_error(factory: str) -> None:
-    with pytest.raises(ConfigError, match=f"cannot make index '{factory}' of 100 videos"):
+def test_impossible_index_is_a_configuration_error(factory: str) -> None:
+    with pytest.raises(ConfigError, match=f"cannot build index '{factory}' of 100 videos"):
         search_index.make_index(unit(100, 8), factory)
 
 
-def test_a_large_index_is_tuned_to_its_recall_and_says_so_in_its_file(
-    catalogue: F32, large: faiss.Index, tmp_path: Path
-) -> None:
+def test_large_index_file_holds_the_tuned_probes(catalogue: F32, large: faiss.Index, tmp_path: Path) -> None:
     viewers = unit(24, 16, seed=3)
     recall = search_index.tune_probes(large, catalogue, viewers, wanted=200)
     assert recall is not None
     assert recall >= search_index.TARGET_RECALL
     probes = faiss.extract_index_ivf(large).nprobe
-    assert probes < faiss.extract_index_ivf(large).nlist  # and not by looking everywhere
+    assert probes < faiss.extract_index_ivf(large).nlist  # fewer than all lists
     search_index.write_index(tmp_path / "index.faiss", large)
-    assert (tmp_path / "index.faiss").stat().st_size / len(catalogue) < 24  # 8 bytes of codes, 8 of the id, lists
+    assert (tmp_path / "index.faiss").stat().st_size / len(
+        catalogue
+    ) < 24  # 8 bytes of codes, 8 bytes of id, and the lists
     mapped = faiss.read_index(str(tmp_path / "index.faiss"), faiss.IO_FLAG_MMAP_IFC)
     assert faiss.extract_index_ivf(mapped).nprobe == probes
     rows = search_index.search(mapped, catalogue, viewers[0], 200)
@@ -78,7 +78,7 @@ def test_a_large_index_is_tuned_to_its_recall_and_says_so_in_its_file(
     assert (np.diff(scores) <= 0).all()
 
 
-def test_fewer_lists_find_less(catalogue: F32, large: faiss.Index) -> None:
+def test_lower_recall_needs_fewer_lists(catalogue: F32, large: faiss.Index) -> None:
     viewers = unit(24, 16, seed=3)
     search_index.tune_probes(large, catalogue, viewers, wanted=200, recall=0.9)
     few = faiss.extract_index_ivf(large).nprobe
@@ -86,6 +86,6 @@ def test_fewer_lists_find_less(catalogue: F32, large: faiss.Index) -> None:
     assert few < faiss.extract_index_ivf(large).nprobe
 
 
-def test_an_exact_index_has_nothing_to_tune() -> None:
+def test_exact_index_has_no_probes() -> None:
     vectors = unit(50, 8)
     assert search_index.tune_probes(search_index.make_index(vectors), vectors, vectors[:2], 10) is None

@@ -20,18 +20,18 @@ def proposals(draw: st.DrawFn) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return rows, source, np.array(quotas, dtype=np.int64)
 
 
-def one_by_one(rows: np.ndarray, source: np.ndarray, quotas: np.ndarray) -> list[set[int]]:
+def blend_step_by_step(rows: np.ndarray, source: np.ndarray, quotas: np.ndarray) -> list[set[int]]:
     """Applies the blending rule proposal by proposal and returns the rows that each source gets."""
     got: list[set[int]] = [set() for _ in quotas]
     spare = 0
     for round_quotas in (quotas.tolist(), [0] * len(quotas)):
         for q, quota in enumerate(round_quotas):
-            places = quota + spare
+            free = quota + spare
             for row in rows[source == q].tolist():
-                if places and not any(row in one for one in got):
+                if free and not any(row in one for one in got):
                     got[q].add(row)
-                    places -= 1
-            spare = places
+                    free -= 1
+            spare = free
     return got
 
 
@@ -39,7 +39,7 @@ def one_by_one(rows: np.ndarray, source: np.ndarray, quotas: np.ndarray) -> list
 def test_blend_matches_the_rule_applied_step_by_step(case: tuple[np.ndarray, np.ndarray, np.ndarray]) -> None:
     rows, source, quotas = case
     chosen = blend(rows, source, quotas)
-    assert [set(rows[chosen[source[chosen] == q]].tolist()) for q in range(len(quotas))] == one_by_one(*case)
+    assert [set(rows[chosen[source[chosen] == q]].tolist()) for q in range(len(quotas))] == blend_step_by_step(*case)
 
 
 @given(proposals())
@@ -56,8 +56,8 @@ def test_blend_keeps_the_order_of_each_source(case: tuple[np.ndarray, np.ndarray
     _, source, quotas = case
     chosen = blend(*case)
     for q in range(len(quotas)):
-        mine = chosen[source[chosen] == q]
-        assert (np.diff(mine) > 0).all()
+        source_rows = chosen[source[chosen] == q]
+        assert (np.diff(source_rows) > 0).all()
 
 
 def apart(*available: int) -> tuple[np.ndarray, np.ndarray]:
@@ -91,9 +91,9 @@ def test_shared_video_is_kept_by_the_source_that_can_take_it() -> None:
 @given(st.lists(st.floats(0.001, 1), min_size=1, max_size=5), st.integers(1, 2000))
 def test_whole_quotas_differ_from_shares_by_less_than_one(weights: list[float], candidates: int) -> None:
     shares = np.array(weights) / sum(weights)
-    places = whole_quotas(shares.tolist(), candidates)
-    assert places.sum() == candidates
-    assert (np.abs(places - shares * candidates) < 1 + 1e-6).all()
+    quotas = whole_quotas(shares.tolist(), candidates)
+    assert quotas.sum() == candidates
+    assert (np.abs(quotas - shares * candidates) < 1 + 1e-6).all()
 
 
 def test_default_shares_of_500_candidates_are_exact() -> None:

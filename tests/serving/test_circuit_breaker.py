@@ -25,16 +25,16 @@ class FakeCall:
 
 
 def outcomes(budget: CircuitBreaker, part: Callable[[], object], calls: int) -> list[str]:
-    async def ask() -> list[str]:
-        seen = []
+    async def call() -> list[str]:
+        results = []
         for _ in range(calls):
             try:
-                seen.append(await budget(part))  # type: ignore[arg-type]
+                results.append(await budget(part))  # type: ignore[arg-type]
             except TimeoutError:
-                seen.append("late")
-        return seen
+                results.append("late")
+        return results
 
-    return asyncio.run(ask())
+    return asyncio.run(call())
 
 
 def test_breaker_opens_after_timeouts_then_closes() -> None:

@@ -153,7 +153,7 @@ def test_router_sheds_requests_beyond_the_limit(loader: ReleaseLoader) -> None:
         return len((await router.recommend(REQUEST)).response.videos)
 
     assert asyncio.run(main()) == 20
-    text = generate_latest(router._parts.registry).decode()
+    text = generate_latest(router._dependencies.registry).decode()
     assert 'reelway_ingress_shed_total{arm="stable"' in text
     assert 'outcome="failed"' not in text  # load shedding is not a failure of the release
 

@@ -21,11 +21,11 @@ class OneVideoService:
     def __init__(self) -> None:
         self.breaks = False
         self.refused = 0
-        self.asked: list[RecommendRequest] = []
+        self.requests: list[RecommendRequest] = []
         self.done_after: list[int] = []
 
     async def recommend(self, request: RecommendRequest) -> PendingResponse:
-        self.asked.append(request)
+        self.requests.append(request)
         if self.breaks:
             raise ValueError("a bug")
         video = {
@@ -43,7 +43,7 @@ class OneVideoService:
         return PendingResponse(response, self.afterwards)
 
     async def afterwards(self) -> None:
-        self.done_after.append(len(self.asked))
+        self.done_after.append(len(self.requests))
 
     def current_releases(self) -> CurrentReleases:
         return CurrentReleases(
@@ -82,7 +82,7 @@ def test_valid_request_is_answered(client: TestClient, service: OneVideoService)
     answer = client.post("/v1/recommend", json={"viewer_id": 5, "count": 3, "context": context})
     assert answer.status_code == 200
     assert RecommendResponse.model_validate(answer.json()).viewer_id == 5
-    assert service.asked[0].context.device == "phone"
+    assert service.requests[0].context.device == "phone"
     assert service.done_after == [1]
 
 
@@ -115,7 +115,7 @@ def test_invalid_field_is_named_in_the_422_response(
     assert [one["field"] for one in answer.json()["fields"]] == [field]
     assert field in answer.json()["error"]
     assert service.refused == 1
-    assert service.asked == []
+    assert service.requests == []
 
 
 def test_422_response_names_all_invalid_fields(client: TestClient) -> None:
@@ -154,9 +154,9 @@ def test_openapi_schema_describes_requests_and_responses(client: TestClient) -> 
 
     def resolved(content: dict[str, Any]) -> dict[str, Any]:
         name = content["content"]["application/json"]["schema"]["$ref"].rpartition("/")[2]
-        whole = parts[name] | {"components": {"schemas": parts}}
-        jsonschema.Draft202012Validator.check_schema(whole)
-        return whole
+        schema = parts[name] | {"components": {"schemas": parts}}
+        jsonschema.Draft202012Validator.check_schema(schema)
+        return schema
 
     jsonschema.validate({"viewer_id": 1, "count": 3}, resolved(operation["requestBody"]))
     with pytest.raises(jsonschema.ValidationError):

@@ -37,13 +37,13 @@ def table(tmp_path: Path) -> VideoTable:
 
 def rows_of(view: str, values: dict[int, float | None]) -> pa.Table:
     """Rows whose fields all have the same value."""
-    own = FIELDS[view]
+    fields = FIELDS[view]
     return pa.table(
         [
             [view] * len(values) if name == "view"
             else list(values) if name == "entity_id"
             else [0] * len(values) if name == "event_timestamp"
-            else list(values.values()) if name in own
+            else list(values.values()) if name in fields
             else [None] * len(values)
             for name in CHANGES.names
         ],
@@ -58,18 +58,18 @@ def change(sequence: int, *tables: pa.Table) -> FeatureChange:
 def test_change_updates_only_the_rows_it_names(table: VideoTable, tmp_path: Path) -> None:
     log, before = FeatureChangelog(tmp_path / "overlay"), table.live.at(np.arange(len(table)))
     creator = int(table.creator_id[7])
-    theirs = np.flatnonzero(table.creator_id == creator)
+    creator_rows = np.flatnonzero(table.creator_id == creator)
     video = int(table.video_id[3])
     log.append(change(1, rows_of(ENGAGEMENT, {video: 0.25, 999_999: 1.0}), rows_of(CREATORS, {creator: 77.0})))
     overlay = FeatureOverlay(table, log)
-    assert overlay.poll() == len({3, *theirs.tolist()})
+    assert overlay.poll() == len({3, *creator_rows.tolist()})
     after = table.live.at(np.arange(len(table)))
     assert after[3, LIKES] == 0.25
-    assert (after[theirs, FOLLOWERS] == 77.0).all()
+    assert (after[creator_rows, FOLLOWERS] == 77.0).all()
     engagement, statistics = ([VIDEO_LIVE_DENSE.index(n) for n in FIELDS[view]] for view in (ENGAGEMENT, CREATORS))
     expected = before.copy()
     expected[3, engagement] = 0.25
-    expected[np.ix_(theirs, statistics)] = 77.0
+    expected[np.ix_(creator_rows, statistics)] = 77.0
     np.testing.assert_array_equal(after, expected)
     assert table.live.as_of_s == 1.0
     assert overlay.poll() == 0

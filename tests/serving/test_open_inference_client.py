@@ -39,7 +39,7 @@ messages = load_messages()
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> ReleaseFixture:
+def release_fixture(tmp_path_factory: pytest.TempPathFactory) -> ReleaseFixture:
     return make_release(tmp_path_factory.mktemp("release"))
 
 
@@ -55,29 +55,29 @@ def free_port() -> int:
 class InProcessServer:
     """A gRPC server in this process's event loop, and the client that calls it."""
 
-    made: ReleaseFixture
+    release_fixture: ReleaseFixture
     port: int
     server: Any
     ranker: RemoteRanker
     registry: CollectorRegistry
 
     def faults(self, kind: str) -> float:
-        labels = {"release": self.made.release[:SHORT_RELEASE], "kind": kind}
+        labels = {"release": self.release_fixture.release[:SHORT_RELEASE], "kind": kind}
         return self.registry.get_sample_value("reelway_ranking_remote_faults_total", labels) or 0.0
 
     async def stop(self) -> None:
         await self.server.stop()
 
     async def restart(self) -> None:
-        self.server = await started(self.made, self.port)
+        self.server = await started(self.release_fixture, self.port)
 
 
 async def started(
-    made: ReleaseFixture, port: int, *, release: str = "", service_class: type[RankerService] = RankerService
+    release_fixture: ReleaseFixture, port: int, *, release: str = "", service_class: type[RankerService] = RankerService
 ) -> RankerGrpcServer:
     """Starts KServe's gRPC server of the release's ranker. ``release`` is the id that the server states instead."""
-    service = service_class(made.ranker, CollectorRegistry())
-    service.release = release or made.release
+    service = service_class(release_fixture.ranker, CollectorRegistry())
+    service.release = release or release_fixture.release
     service.warm_up()
     models = ModelRepository()
     models.update(RankerModel(service))
@@ -95,13 +95,17 @@ async def started(
             await asyncio.sleep(0.05)
 
 
-def within(made: ReleaseFixture, port: int, work: Work, **settings: Any) -> Any:
+def within(release_fixture: ReleaseFixture, port: int, work: Work, **settings: Any) -> Any:
     """Runs the work while a server listens at the port."""
 
     async def all_of_it() -> Any:
         registry = CollectorRegistry()
-        ranker = RemoteRanker(f"127.0.0.1:{port}", made.release, RemoteRankerMetrics(registry, made.release))
-        under_test = InProcessServer(made, port, await started(made, port, **settings), ranker, registry)
+        ranker = RemoteRanker(
+            f"127.0.0.1:{port}", release_fixture.release, RemoteRankerMetrics(registry, release_fixture.release)
+        )
+        under_test = InProcessServer(
+            release_fixture, port, await started(release_fixture, port, **settings), ranker, registry
+        )
         try:
             return await work(under_test)
         finally:
@@ -127,37 +131,39 @@ def test_client_does_not_import_the_kserve_package() -> None:
     assert subprocess.run([sys.executable, "-c", program], timeout=120, check=False).returncode == 0
 
 
-def test_remote_ranker_equals_the_local_one_on_ten_thousand_rows(made: ReleaseFixture, free_port: int) -> None:
+def test_remote_ranker_equals_the_local_one_on_ten_thousand_rows(
+    release_fixture: ReleaseFixture, free_port: int
+) -> None:
     async def difference(under_test: InProcessServer) -> float:
         largest = 0.0
         for seed in range(20):
-            inputs = made.inputs(500, seed)
+            inputs = release_fixture.inputs(500, seed)
             remote = await under_test.ranker.score(inputs)
             assert remote.shape == (500, 8)
-            largest = max(largest, float(np.abs(remote - made.outputs(inputs)).max()))
+            largest = max(largest, float(np.abs(remote - release_fixture.outputs(inputs)).max()))
         return largest
 
-    assert within(made, free_port, difference) <= 1e-6
+    assert within(release_fixture, free_port, difference) <= 1e-6
 
 
-def test_server_of_another_release_raises(made: ReleaseFixture, free_port: int) -> None:
-    async def ask(under_test: InProcessServer) -> None:
+def test_server_of_another_release_raises(release_fixture: ReleaseFixture, free_port: int) -> None:
+    async def request_score(under_test: InProcessServer) -> None:
         with pytest.raises(ServingError, match="NOT_FOUND: model 'ranker' has no version"):
-            await under_test.ranker.score(made.inputs(3))
+            await under_test.ranker.score(release_fixture.inputs(3))
         assert under_test.faults("refused") == 1
 
-    within(made, free_port, ask, release="b" * 64)
+    within(release_fixture, free_port, request_score, release="b" * 64)
 
 
-def test_stopped_server_raises_until_it_is_restarted(made: ReleaseFixture, free_port: int) -> None:
+def test_stopped_server_raises_until_it_is_restarted(release_fixture: ReleaseFixture, free_port: int) -> None:
     async def stop_and_restart(under_test: InProcessServer) -> None:
-        inputs = made.inputs(3)
+        inputs = release_fixture.inputs(3)
         await under_test.ranker.score(inputs)
         await under_test.stop()
-        begun = time.monotonic()
+        start_s = time.monotonic()
         with pytest.raises(ServingError, match="is unreachable"):
             await under_test.ranker.score(inputs, 30.0)
-        assert time.monotonic() - begun < 15
+        assert time.monotonic() - start_s < 15
         assert under_test.faults("gone") == 1
         await under_test.restart()
         deadline = time.monotonic() + 30
@@ -169,24 +175,26 @@ def test_stopped_server_raises_until_it_is_restarted(made: ReleaseFixture, free_
                 assert time.monotonic() < deadline
                 await asyncio.sleep(0.05)
 
-    within(made, free_port, stop_and_restart)
+    within(release_fixture, free_port, stop_and_restart)
 
 
-def test_silent_server_raises_at_the_deadline(made: ReleaseFixture) -> None:
-    async def ask(port: int) -> None:
+def test_silent_server_raises_at_the_deadline(release_fixture: ReleaseFixture) -> None:
+    async def request_score(port: int) -> None:
         registry = CollectorRegistry()
-        ranker = RemoteRanker(f"127.0.0.1:{port}", made.release, RemoteRankerMetrics(registry, made.release))
-        begun = time.monotonic()
+        ranker = RemoteRanker(
+            f"127.0.0.1:{port}", release_fixture.release, RemoteRankerMetrics(registry, release_fixture.release)
+        )
+        start_s = time.monotonic()
         with pytest.raises(TimeoutError, match="did not answer within the deadline"):
-            await ranker.score(made.inputs(3), 0.3)
-        assert 0.2 < time.monotonic() - begun < 10
+            await ranker.score(release_fixture.inputs(3), 0.3)
+        assert 0.2 < time.monotonic() - start_s < 10
         assert registry.get_sample_value(
-            "reelway_ranking_remote_faults_total", {"release": made.release[:SHORT_RELEASE], "kind": "late"}
+            "reelway_ranking_remote_faults_total", {"release": release_fixture.release[:SHORT_RELEASE], "kind": "late"}
         )
         await ranker.close()
 
     with socket.create_server(("127.0.0.1", 0)) as silent:
-        asyncio.run(ask(silent.getsockname()[1]))
+        asyncio.run(request_score(silent.getsockname()[1]))
 
 
 @pytest.mark.parametrize(
@@ -200,7 +208,7 @@ def test_silent_server_raises_at_the_deadline(made: ReleaseFixture) -> None:
         (None, "Error parsing message"),
     ],
 )
-def test_unusable_response_raises(made: ReleaseFixture, change: dict[str, Any] | None, reason: str) -> None:
+def test_unusable_response_raises(release_fixture: ReleaseFixture, change: dict[str, Any] | None, reason: str) -> None:
     right = {
         "outputs": [{"name": "outputs", "datatype": "FP32", "shape": [3, 8]}],
         "raw_output_contents": [np.zeros((3, 8), "<f4").tobytes()],
@@ -210,11 +218,11 @@ def test_unusable_response_raises(made: ReleaseFixture, change: dict[str, Any] |
     async def respond(method: str, _body: bytes, _context: Any) -> bytes:
         if method == "ModelInfer":
             return body
-        inputs = [spec.metadata() for spec in made.ranker.signature.inputs]
+        inputs = [spec.metadata() for spec in release_fixture.ranker.signature.inputs]
         metadata: bytes = messages.ModelMetadataResponse(name="ranker", inputs=inputs).SerializeToString()
         return metadata
 
-    async def ask() -> None:
+    async def request_score() -> None:
         server = grpc.aio.server()
         handlers = {
             method: grpc.unary_unary_rpc_method_handler(partial(respond, method))
@@ -224,32 +232,34 @@ def test_unusable_response_raises(made: ReleaseFixture, change: dict[str, Any] |
         port = server.add_insecure_port("127.0.0.1:0")
         await server.start()
         registry = CollectorRegistry()
-        ranker = RemoteRanker(f"127.0.0.1:{port}", made.release, RemoteRankerMetrics(registry, made.release))
+        ranker = RemoteRanker(
+            f"127.0.0.1:{port}", release_fixture.release, RemoteRankerMetrics(registry, release_fixture.release)
+        )
         with pytest.raises(ServingError, match=reason):
-            await ranker.score(made.inputs(3))
-        labels = {"release": made.release[:SHORT_RELEASE], "kind": "wrong"}
+            await ranker.score(release_fixture.inputs(3))
+        labels = {"release": release_fixture.release[:SHORT_RELEASE], "kind": "wrong"}
         assert registry.get_sample_value("reelway_ranking_remote_faults_total", labels) == 1
         await ranker.close()
         await server.stop(0)
 
-    asyncio.run(ask())
+    asyncio.run(request_score())
 
 
-def test_full_server_counts_as_busy(made: ReleaseFixture, free_port: int) -> None:
+def test_full_server_counts_as_busy(release_fixture: ReleaseFixture, free_port: int) -> None:
     class FullService(RankerService):
         async def submit(self, work: Any, within_s: float | None = None) -> Any:  # noqa: ARG002
             raise ServerBusyError("33 requests are in flight")
 
-    async def ask(under_test: InProcessServer) -> None:
+    async def request_score(under_test: InProcessServer) -> None:
         with pytest.raises(ServingError, match="RESOURCE_EXHAUSTED: 33 requests"):
-            await under_test.ranker.score(made.inputs(3))
+            await under_test.ranker.score(release_fixture.inputs(3))
         assert (under_test.faults("busy"), under_test.faults("refused")) == (1, 0)
 
-    within(made, free_port, ask, service_class=FullService)
+    within(release_fixture, free_port, request_score, service_class=FullService)
 
 
-def test_request_path_falls_back_while_its_ranker_is_down(made: ReleaseFixture, free_port: int) -> None:
-    loader = ReleaseLoader(made.folder)
+def test_request_path_falls_back_while_its_ranker_is_down(release_fixture: ReleaseFixture, free_port: int) -> None:
+    loader = ReleaseLoader(release_fixture.folder)
 
     async def stop_and_restart(under_test: InProcessServer) -> None:
         registry = CollectorRegistry()
@@ -263,9 +273,9 @@ def test_request_path_falls_back_while_its_ranker_is_down(made: ReleaseFixture, 
         async def answer(of: RequestPath = path) -> Recommendation:
             return await of.recommend(request, {}, NOW_S)
 
-        whole = await answer()
-        assert whole.response.degraded == []
-        assert [v.score for v in whole.response.videos] == pytest.approx(
+        recovered = await answer()
+        assert recovered.response.degraded == []
+        assert [v.score for v in recovered.response.videos] == pytest.approx(
             [v.score for v in (await answer(local)).response.videos], abs=1e-6
         )
         await under_test.stop()
@@ -280,4 +290,4 @@ def test_request_path_falls_back_while_its_ranker_is_down(made: ReleaseFixture, 
             assert time.monotonic() < deadline
             await asyncio.sleep(0.05)
 
-    within(made, free_port, stop_and_restart)
+    within(release_fixture, free_port, stop_and_restart)

@@ -87,7 +87,7 @@ def test_invalid_request_is_400_with_the_reason(server: RankServer) -> None:
     inputs = server.made.inputs(5)
     text, binary = binary_request(inputs)
     beyond, infinite = inputs["creator_codes"] + 10**9, inputs["video_embedding"] * np.inf
-    refused = {
+    rejected = {
         "is not JSON": post(server, b"{", b""),
         f"has {len(text + binary) - 1} bytes, expected {len(text + binary)}": post(server, text, binary[:-1]),
         f"has {len(text + binary) + 1} bytes, expected {len(text + binary)}": post(server, text, binary + b"\0"),
@@ -97,7 +97,7 @@ def test_invalid_request_is_400_with_the_reason(server: RankServer) -> None:
         "the ranker rejects these values": post(server, *binary_request({**inputs, "creator_codes": beyond})),
         "no finite output": post(server, *binary_request({**inputs, "video_embedding": infinite})),
     }
-    for reason, answer in refused.items():
+    for reason, answer in rejected.items():
         assert answer.status_code == 400, (reason, answer.text)
         assert reason in answer.json()["error"]
     assert post(server, text, binary, **{"content-encoding": "gzip"}).status_code == 415
@@ -111,9 +111,9 @@ def test_binary_response_does_not_wait_for_an_acknowledgement(server: RankServer
     text = text[:-1] + b', "parameters": {"binary_data_output": true}}'
     took_s = []
     for _ in range(20):
-        begun = time.perf_counter()
+        start_s = time.perf_counter()
         assert post(server, text, binary).headers[HEADER]
-        took_s.append(time.perf_counter() - begun)
+        took_s.append(time.perf_counter() - start_s)
     # A response that waits takes the 40 ms of a delayed acknowledgement, all but the first.
     assert sorted(took_s)[4] < 0.035
 
@@ -122,14 +122,17 @@ def test_metadata_equals_the_onnx_file(server: RankServer) -> None:
     import onnx
 
     graph = onnx.load(server.made.folder / "ranker.onnx").graph
-    words = {onnx.TensorProto.FLOAT: "FP32", onnx.TensorProto.INT64: "INT64"}
+    datatypes = {onnx.TensorProto.FLOAT: "FP32", onnx.TensorProto.INT64: "INT64"}
 
-    def said(tensor: Any) -> dict[str, Any]:
+    def described(tensor: Any) -> dict[str, Any]:
         kind = tensor.type.tensor_type
         shape = [-1 if axis.dim_param else axis.dim_value for axis in kind.shape.dim]
-        return {"name": tensor.name, "datatype": words[kind.elem_type], "shape": shape}
+        return {"name": tensor.name, "datatype": datatypes[kind.elem_type], "shape": shape}
 
-    inputs, outputs = [said(one) for one in graph.input], [said(one) for one in graph.output]
+    inputs, outputs = (
+        [described(declared) for declared in graph.input],
+        [described(declared) for declared in graph.output],
+    )
     for path in ("/v2/models/ranker", f"/v2/models/ranker/versions/{server.made.release}"):
         answer = server.client.get(path).json()
         assert (answer["inputs"], answer["outputs"]) == (inputs, outputs)
@@ -205,7 +208,7 @@ def test_other_protocol_of_kserve_is_a_client_error(server: RankServer) -> None:
 def test_mutated_request_is_never_a_server_error(server: RankServer) -> None:
     rng = random.Random(0)
     text, binary = binary_request(server.made.inputs(4))
-    whole = rpc_request(server.made.inputs(4)).SerializeToString()
+    message = rpc_request(server.made.inputs(4)).SerializeToString()
     before = server.metric("reelway_ranking_server_requests_total", outcome="failed")
     statuses, codes = set[int](), set[grpc.StatusCode]()
     with grpc.insecure_channel(server.address) as channel:
@@ -214,7 +217,7 @@ def test_mutated_request_is_never_a_server_error(server: RankServer) -> None:
             answer = post(server, mutated(text, rng), mutated(binary, rng))
             statuses.add(answer.status_code)
             assert answer.status_code in (200, 400, 413), answer.text
-            codes.add(infer.future(mutated(whole, rng), timeout=30).code())
+            codes.add(infer.future(mutated(message, rng), timeout=30).code())
     assert {200, 400} <= statuses
     assert codes <= {grpc.StatusCode.OK, grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.NOT_FOUND}
     assert server.metric("reelway_ranking_server_requests_total", outcome="failed") == before
@@ -229,8 +232,8 @@ def mutated(body: bytes, rng: random.Random) -> bytes:
     if rng.random() < 0.2:
         del changed[rng.randrange(len(changed)) :]
     if rng.random() < 0.2:
-        at = rng.randrange(len(changed) + 1)
-        changed[at:at] = rng.randbytes(rng.randrange(1, 9))
+        offset = rng.randrange(len(changed) + 1)
+        changed[offset:offset] = rng.randbytes(rng.randrange(1, 9))
     return bytes(changed)
 
 

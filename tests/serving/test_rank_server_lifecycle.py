@@ -23,13 +23,13 @@ from reelway.platform.cli.processes import child_process
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> ReleaseFixture:
+def release_fixture(tmp_path_factory: pytest.TempPathFactory) -> ReleaseFixture:
     return make_release(tmp_path_factory.mktemp("release"))
 
 
 @pytest.mark.slow
-def test_server_of_a_changed_release_exits_with_6(made: ReleaseFixture, tmp_path: Path) -> None:
-    for file in made.folder.iterdir():
+def test_server_of_a_changed_release_exits_with_6(release_fixture: ReleaseFixture, tmp_path: Path) -> None:
+    for file in release_fixture.folder.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
     with (tmp_path / "ranker.onnx").open("ab") as handle:
         handle.write(b"\0")
@@ -40,19 +40,19 @@ def test_server_of_a_changed_release_exits_with_6(made: ReleaseFixture, tmp_path
 
 
 @pytest.mark.slow
-def test_server_exits_with_8_if_its_port_is_in_use(made: ReleaseFixture, tmp_path: Path) -> None:
-    with running_rank_server(made, tmp_path / "server.log") as server:
+def test_server_exits_with_8_if_its_port_is_in_use(release_fixture: ReleaseFixture, tmp_path: Path) -> None:
+    with running_rank_server(release_fixture, tmp_path / "server.log") as server:
         for option, port in (("--http-port", server.http_port), ("--grpc-port", server.grpc_port)):
-            command = rank_server_command(made.folder, option, str(port))
+            command = rank_server_command(release_fixture.folder, option, str(port))
             ended = subprocess.run(command, capture_output=True, text=True, timeout=150, check=False)
             assert ended.returncode == 8, ended.stderr
             assert f"cannot listen at 127.0.0.1:{port}" in ended.stderr
 
 
 @pytest.mark.slow
-def test_draining_server_answers_but_is_not_ready(made: ReleaseFixture, tmp_path: Path) -> None:
-    with running_rank_server(made, tmp_path / "server.log", "--drain-seconds", "4") as server:
-        request = binary_request(made.inputs(500))
+def test_draining_server_answers_but_is_not_ready(release_fixture: ReleaseFixture, tmp_path: Path) -> None:
+    with running_rank_server(release_fixture, tmp_path / "server.log", "--drain-seconds", "4") as server:
+        request = binary_request(release_fixture.inputs(500))
         assert server.client.get("/v2/health/ready").status_code == 200
         assert messages.ServerReadyResponse.FromString(rpc(server, b"", "ServerReady")).ready is True
         server.process.send_signal(signal.SIGTERM)
@@ -69,10 +69,10 @@ def test_draining_server_answers_but_is_not_ready(made: ReleaseFixture, tmp_path
 
 
 @pytest.mark.slow
-def test_sigterm_ends_the_process_with_every_request_answered(made: ReleaseFixture, tmp_path: Path) -> None:
+def test_sigterm_ends_the_process_with_every_request_answered(release_fixture: ReleaseFixture, tmp_path: Path) -> None:
     """Four clients send requests until the port is closed. No request may fail on the way."""
     log = tmp_path / "server.log"
-    text, binary = binary_request(made.inputs(200))
+    text, binary = binary_request(release_fixture.inputs(200))
     statuses: list[int] = []
     failures: list[Exception] = []
 
@@ -88,7 +88,7 @@ def test_sigterm_ends_the_process_with_every_request_answered(made: ReleaseFixtu
                     return
                 statuses.append(answer.status_code)
 
-    with child_process(rank_server_command(made.folder, "--drain-seconds", "1"), log=log) as process:
+    with child_process(rank_server_command(release_fixture.folder, "--drain-seconds", "1"), log=log) as process:
         http_port, _ = wait_until_listening(log, process)
         clients = [threading.Thread(target=send_until_closed, args=(http_port,)) for _ in range(4)]
         for client in clients:
@@ -106,11 +106,11 @@ def test_sigterm_ends_the_process_with_every_request_answered(made: ReleaseFixtu
 
 
 @pytest.mark.slow
-def test_overloaded_server_rejects_requests_with_429(made: ReleaseFixture, tmp_path: Path) -> None:
+def test_overloaded_server_rejects_requests_with_429(release_fixture: ReleaseFixture, tmp_path: Path) -> None:
     """Requests beyond the queue are rejected at once, and the rejected clients get no 5xx."""
     options = ("--max-queued-requests", "0", "--threads", "1")
-    with running_rank_server(made, tmp_path / "server.log", *options) as server:
-        text, binary = binary_request(made.inputs(4000))
+    with running_rank_server(release_fixture, tmp_path / "server.log", *options) as server:
+        text, binary = binary_request(release_fixture.inputs(4000))
         statuses: list[int] = []
 
         def send() -> None:

@@ -21,7 +21,7 @@ from reelway.serving.open_inference.rest_server import RequestFilter, create_lis
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> ReleaseFixture:
+def release_fixture(tmp_path_factory: pytest.TempPathFactory) -> ReleaseFixture:
     return make_release(tmp_path_factory.mktemp("release"))
 
 
@@ -30,13 +30,13 @@ def counted(service: RankerService, registry: CollectorRegistry, outcome: str) -
     return registry.get_sample_value("reelway_ranking_server_requests_total", labels)
 
 
-def test_full_queue_rejects_further_requests(made: ReleaseFixture) -> None:
+def test_full_queue_rejects_further_requests(release_fixture: ReleaseFixture) -> None:
     """A request whose deadline passes in the queue is rejected as well, and its work never runs."""
 
     async def fill() -> list[float | None]:
         loop, started, proceed = asyncio.get_running_loop(), asyncio.Event(), asyncio.Event()
         registry = CollectorRegistry()
-        service = RankerService(made.ranker, registry, threads=1, max_queued=1)
+        service = RankerService(release_fixture.ranker, registry, threads=1, max_queued=1)
         service.warm_up()
         finished: list[str] = []
 
@@ -68,9 +68,9 @@ def test_full_queue_rejects_further_requests(made: ReleaseFixture) -> None:
     assert asyncio.run(fill()) == [2, 1, 1]
 
 
-def test_service_is_ready_between_warm_up_and_draining(made: ReleaseFixture) -> None:
+def test_service_is_ready_between_warm_up_and_draining(release_fixture: ReleaseFixture) -> None:
     async def live() -> list[bool]:
-        service = RankerService(made.ranker, CollectorRegistry())
+        service = RankerService(release_fixture.ranker, CollectorRegistry())
         ready = [service.ready]
         service.warm_up()
         ready.append(service.ready)
@@ -83,21 +83,21 @@ def test_service_is_ready_between_warm_up_and_draining(made: ReleaseFixture) -> 
     assert asyncio.run(live()) == [False, True, False]
 
 
-def test_ranker_that_fails_its_warm_up_is_never_ready(made: ReleaseFixture) -> None:
+def test_ranker_that_fails_its_warm_up_is_never_ready(release_fixture: ReleaseFixture) -> None:
     class BrokenRanker(LoadedRanker):
         def run(self, inputs: Any) -> Any:
             raise RuntimeError(f"broken for {len(inputs)} inputs")
 
-    service = RankerService(BrokenRanker(made.folder, max_candidates=10), CollectorRegistry())
+    service = RankerService(BrokenRanker(release_fixture.folder, max_candidates=10), CollectorRegistry())
     with pytest.raises(RuntimeError):
         service.warm_up()
     service.close()
     assert not service.ready
 
 
-def test_changed_ranker_file_is_never_loaded(made: ReleaseFixture, tmp_path: Path) -> None:
+def test_changed_ranker_file_is_never_loaded(release_fixture: ReleaseFixture, tmp_path: Path) -> None:
     for name in ("manifest.json", "ranker.onnx"):
-        (tmp_path / name).write_bytes((made.folder / name).read_bytes())
+        (tmp_path / name).write_bytes((release_fixture.folder / name).read_bytes())
     with (tmp_path / "ranker.onnx").open("ab") as handle:
         handle.write(b"\0")
     with pytest.raises(DigestMismatchError, match=r"ranker\.onnx has SHA-256"):
@@ -139,17 +139,17 @@ async def exchange(port: int, request: bytes, *, leave: bool = False) -> bytes:
     return response
 
 
-def test_incomplete_body_is_408_and_ends_the_connection(made: ReleaseFixture) -> None:
+def test_incomplete_body_is_408_and_ends_the_connection(release_fixture: ReleaseFixture) -> None:
     async def send() -> None:
         registry = CollectorRegistry()
-        service = RankerService(made.ranker, registry)
+        service = RankerService(release_fixture.ranker, registry)
         service.warm_up()
         head = b"POST /v2/models/ranker/infer HTTP/1.1\r\nHost: a\r\n"
         cut_off = head + b"Content-Length: 10\r\n\r\n012345678"
         async with filtered(service) as port:
-            begun = time.monotonic()
+            start_s = time.monotonic()
             response = await exchange(port, cut_off)
-            assert time.monotonic() - begun < 10
+            assert time.monotonic() - start_s < 10
             assert response.startswith(b"HTTP/1.1 408")
             assert b"9 bytes of the body arrived in 0.5 s" in response
             assert b"connection: close" in response
@@ -167,9 +167,9 @@ def test_incomplete_body_is_408_and_ends_the_connection(made: ReleaseFixture) ->
 
 
 @pytest.mark.parametrize("length", [12, None])
-def test_filter_removes_the_served_version_from_the_path(made: ReleaseFixture, length: int | None) -> None:
+def test_filter_removes_the_served_version_from_the_path(release_fixture: ReleaseFixture, length: int | None) -> None:
     async def send() -> None:
-        service = RankerService(made.ranker, CollectorRegistry())
+        service = RankerService(release_fixture.ranker, CollectorRegistry())
         service.warm_up()
         head = b" HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n"
         async with filtered(service) as port:

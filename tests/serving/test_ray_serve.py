@@ -70,8 +70,8 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
 
 @pytest.fixture
 def backend(service: Running) -> Iterator[ServeRestBackend]:
-    with closing(ServeRestBackend(RunDirectory(service.run))) as made:
-        yield made
+    with closing(ServeRestBackend(RunDirectory(service.run))) as serve_backend:
+        yield serve_backend
 
 
 def test_known_viewer_gets_a_full_slate_with_valid_tokens(service: Running) -> None:
@@ -87,11 +87,11 @@ def test_known_viewer_gets_a_full_slate_with_valid_tokens(service: Running) -> N
 def test_service_slate_equals_the_in_process_slate(service: Running) -> None:
     row = ViewerRowReader(open_feature_store(service.run / "features")).read(KNOWN_VIEWER)
     graph = service.loader.in_process_recommender(service.signer)
-    here = graph.recommend(RecommendRequest(viewer_id=KNOWN_VIEWER, count=20), row, NOW_S)
-    there = service.ask(count=20, time="2024-06-10T06:13:20Z")
-    assert [v["video_id"] for v in there["videos"]] == [v.video_id for v in here.videos]
-    assert [v["reason"] for v in there["videos"]] == [v.reason for v in here.videos]
-    assert [v["score"] for v in there["videos"]] == pytest.approx([v.score for v in here.videos], abs=1e-5)
+    local = graph.recommend(RecommendRequest(viewer_id=KNOWN_VIEWER, count=20), row, NOW_S)
+    served = service.ask(count=20, time="2024-06-10T06:13:20Z")
+    assert [v["video_id"] for v in served["videos"]] == [v.video_id for v in local.videos]
+    assert [v["reason"] for v in served["videos"]] == [v.reason for v in local.videos]
+    assert [v["score"] for v in served["videos"]] == pytest.approx([v.score for v in local.videos], abs=1e-5)
 
 
 def test_unknown_viewer_gets_a_full_slate(service: Running) -> None:
@@ -161,39 +161,45 @@ def test_recommend_command_prints_a_slate(service: Running) -> None:
 
 def test_killed_replicas_fail_no_request(service: Running) -> None:
     service.wait_until_whole()
-    rungs = {"Ranking": "no_ranker", "Retrieval": "no_retrieval", "Reranking": "no_reranker"}
-    before = {rung: service.metric("reelway_ingress_degraded_total", rung=rung) for rung in rungs.values()}
+    degradations = {"Ranking": "no_ranker", "Retrieval": "no_retrieval", "Reranking": "no_reranker"}
+    before = {
+        degradation: service.metric("reelway_ingress_degraded_total", rung=degradation)
+        for degradation in degradations.values()
+    }
     stop = threading.Event()
     answers: list[dict[str, Any]] = []
 
-    def keep_asking() -> None:
+    def send_requests() -> None:
         with httpx.Client(base_url=service.url, timeout=30) as client:
             while not stop.is_set():
                 reply = client.post("/v1/recommend", json={"viewer_id": KNOWN_VIEWER, "count": 10})
                 answers.append(reply.json() | {"status": reply.status_code})
 
-    def wait_for(rung: str) -> None:
+    def wait_for(degradation: str) -> None:
         deadline = time.monotonic() + 30
-        while not any(rung in answer.get("degraded", ()) for answer in list(answers)):
-            assert time.monotonic() < deadline, f"no response has the degradation {rung}"
+        while not any(degradation in answer.get("degraded", ()) for answer in list(answers)):
+            assert time.monotonic() < deadline, f"no response has the degradation {degradation}"
             time.sleep(0.02)
 
     with ThreadPoolExecutor(2) as threads:
-        asking = [threads.submit(keep_asking) for _ in range(2)]
+        clients = [threads.submit(send_requests) for _ in range(2)]
         try:
-            for deployment, rung in rungs.items():
+            for deployment, degradation in degradations.items():
                 service.replica_of(deployment).kill()
-                wait_for(rung)
+                wait_for(degradation)
             service.wait_until_whole()
         finally:
             stop.set()
-        for one in asking:
-            one.result()
+        for client in clients:
+            client.result()
     assert Counter(answer["status"] for answer in answers) == {200: len(answers)}
     assert {len(answer["videos"]) for answer in answers} == {10}
-    stepped_down = Counter(step for answer in answers for step in answer["degraded"])
-    for rung in rungs.values():
-        assert service.metric("reelway_ingress_degraded_total", rung=rung) >= before[rung] + stepped_down[rung]
+    fallbacks = Counter(step for answer in answers for step in answer["degraded"])
+    for degradation in degradations.values():
+        assert (
+            service.metric("reelway_ingress_degraded_total", rung=degradation)
+            >= before[degradation] + fallbacks[degradation]
+        )
 
 
 def test_release_change_under_load_fails_no_request(
@@ -201,7 +207,7 @@ def test_release_change_under_load_fails_no_request(
 ) -> None:
     service.wait_until_whole()
     stable, other = service.release, service.other
-    kept = {name: service.replica_of(name).pid for name in ("Router", "Outcomes", "Retrieval", "Ranking", "Reranking")}
+    pids = {name: service.replica_of(name).pid for name in ("Router", "Outcomes", "Retrieval", "Ranking", "Reranking")}
     faults = service.metric("reelway_ingress_faults_total", kind="error")
 
     def routing(canary_bp: int, *, warm: bool = True) -> Routing:
@@ -212,7 +218,7 @@ def test_release_change_under_load_fails_no_request(
     def ready() -> bool:
         return {stable, other} <= backend.observe().ready
 
-    with asking(service.url) as asked:
+    with request_load(service.url) as answers:
         backend.observe()
         backend.apply(TrafficTarget(routing(0), (stable, other)))
         wait_for(ready, "the release did not become ready", READY_S)
@@ -220,7 +226,7 @@ def test_release_change_under_load_fails_no_request(
         for name, weight in (("weight given", 5000), ("weight taken", 0)):
             moves[name] = (weight, time.time())
             backend.apply(TrafficTarget(routing(weight), (stable, other)))
-            keep_going(asked, 40)
+            wait_for_requests(answers, 40)
         backend.apply(TrafficTarget(routing(0, warm=False), (stable,)))
         wait_for(lambda: backend.observe().releases == (stable,), "the release was not removed", 60)
         wait_for(
@@ -228,21 +234,21 @@ def test_release_change_under_load_fails_no_request(
             "the replicas of the release were not removed",
             60,
         )
-        keep_going(asked, 20)
+        wait_for_requests(answers, 20)
 
-    assert Counter(one.status for one in asked) == {200: len(asked)}
+    assert Counter(answer.status for answer in answers) == {200: len(answers)}
     assert (
         service.metric("reelway_ingress_faults_total", kind="error") == faults
     )  # timeouts may be due to a busy machine
-    assert {name: service.replica_of(name).pid for name in kept} == kept
-    for name, (weight, at) in moves.items():
-        end = min((one_at for _, one_at in moves.values() if one_at > at), default=asked[-1].sent)
+    assert {name: service.replica_of(name).pid for name in pids} == pids
+    for name, (weight, moved_s) in moves.items():
+        end = min((one_at for _, one_at in moves.values() if one_at > moved_s), default=answers[-1].sent)
         expected = routing(weight)
-        after = [one for one in asked if at < one.sent < end and one.moves]
+        after = [one for one in answers if moved_s < one.sent < end and one.moves]
         right = [one for one in after if one.release == expected.route_of(one.viewer).release]
         wrong = [one for one in after if one.release != expected.route_of(one.viewer).release]
-        first_s = right[0].done - at
-        last_s = max((one.sent - at for one in wrong), default=0.0)
+        first_s = right[0].done - moved_s
+        last_s = max((one.sent - moved_s for one in wrong), default=0.0)
         with capsys.disabled():
             print(f"\n{name}: first request on the new routing after {first_s:.3f} s, last on the old {last_s:.3f} s")
         assert last_s < 1.0
@@ -325,7 +331,7 @@ def test_unavailable_release_affects_no_other_release(service: Running, backend:
 
 
 @dataclass(frozen=True, slots=True)
-class Asked:
+class SentRequest:
     """One request of the load. ``moves``: whether the viewer belongs to a canary of half of the viewers."""
 
     viewer: int
@@ -341,33 +347,37 @@ class Asked:
 
 
 @contextmanager
-def asking(url: str) -> Iterator[list[Asked]]:
+def request_load(url: str) -> Iterator[list[SentRequest]]:
     """Runs three clients that send requests without a pause, viewer after viewer."""
-    stop, asked, viewers = threading.Event(), list[Asked](), itertools.count()
+    stop, answers, viewers = threading.Event(), list[SentRequest](), itertools.count()
 
-    def keep_asking() -> None:
+    def send_requests() -> None:
         with httpx.Client(base_url=url, timeout=30) as client:
             while not stop.is_set():
                 viewer, sent = next(viewers), time.time()
                 reply = client.post("/v1/recommend", json={"viewer_id": viewer, "count": 5})
                 body = reply.json()
-                rungs = bool(body.get("degraded"))
-                asked.append(Asked(viewer, sent, time.time(), reply.status_code, body.get("release", ""), rungs))
+                degraded = bool(body.get("degraded"))
+                answers.append(
+                    SentRequest(viewer, sent, time.time(), reply.status_code, body.get("release", ""), degraded)
+                )
 
     with ThreadPoolExecutor(3) as threads:
-        clients = [threads.submit(keep_asking) for _ in range(3)]
+        clients = [threads.submit(send_requests) for _ in range(3)]
         try:
-            yield asked
+            yield answers
         finally:
             stop.set()
         for client in clients:
             client.result()
 
 
-def keep_going(asked: list[Asked], requests: int) -> None:
+def wait_for_requests(answers: list[SentRequest], requests: int) -> None:
     """Waits until ``requests`` further requests were sent, counted from half a second from now."""
     since = time.time() + 0.5
-    wait_for(lambda: sum(one.sent > since for one in list(asked)) > requests, "the clients send no requests", 60)
+    wait_for(
+        lambda: sum(request.sent > since for request in list(answers)) > requests, "the clients send no requests", 60
+    )
 
 
 def wait_for(condition: Callable[[], bool], otherwise: str, within_s: float) -> None:
@@ -384,5 +394,5 @@ def test_z_interrupt_stops_the_service_and_its_processes(service: Running) -> No
     service.process.send_signal(signal.SIGINT)
     service.process.wait(DOWN_S)
     _, alive = psutil.wait_procs(started, timeout=15)
-    assert [one.cmdline() for one in alive] == []
+    assert [process.cmdline() for process in alive] == []
     assert not (service.run / "serving.json").exists()

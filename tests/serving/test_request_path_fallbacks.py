@@ -82,7 +82,7 @@ class BrokenStages:
         return await self._stages.rerank(candidates)
 
 
-def ask(release: Release, *broken: str, row: Any = "own", count: int = 20, **context: Any) -> tuple[Any, Any]:
+def recommend(release: Release, *broken: str, row: Any = "own", count: int = 20, **context: Any) -> tuple[Any, Any]:
     """Returns a response and the registry with its metrics."""
     registry = CollectorRegistry()
     recommender = InProcessRecommender(
@@ -110,18 +110,18 @@ def counted(registry: CollectorRegistry, name: str, release: Release, **labels: 
 def test_broken_stage_degrades_the_slate(
     release: Release, broken: tuple[str, ...], degraded: list[str], stage: str
 ) -> None:
-    answer, registry = ask(release, *broken)
+    answer, registry = recommend(release, *broken)
     assert answer.degraded == degraded
     assert len(answer.videos) == 20
     assert not {video.video_id for video in answer.videos} & set(release.watched)
-    for rung in degraded:
-        assert counted(registry, "reelway_ingress_degraded_total", release, arm="stable", rung=rung) == 1
+    for degradation in degraded:
+        assert counted(registry, "reelway_ingress_degraded_total", release, arm="stable", rung=degradation) == 1
     assert counted(registry, "reelway_ingress_faults_total", release, stage=stage, kind="error") == 1
     assert counted(registry, "reelway_ingress_requests_total", release, arm="stable", outcome="degraded") == 1
 
 
 def test_healthy_path_is_not_degraded(release: Release) -> None:
-    answer, registry = ask(release)
+    answer, registry = recommend(release)
     assert answer.degraded == []
     assert counted(registry, "reelway_ingress_requests_total", release, arm="stable", outcome="ok") == 1
 
@@ -129,7 +129,7 @@ def test_healthy_path_is_not_degraded(release: Release) -> None:
 def test_slate_equals_the_stages_composed_by_hand(release: Release) -> None:
     """The path adds nothing to the stages: same videos, scores and order for the same inputs."""
     stages, table = release.stages, release.loader.table()
-    answer, _ = ask(release)
+    answer, _ = recommend(release)
     query = viewer_query(release.row, RequestContext(), NOW_S, table, seed=answer.request_id)
     candidates = stages.retrieval.retrieve(query)
     value = run_without_waiting(stages.ranking.rank(RankingInput.of(query, candidates)))
@@ -140,16 +140,18 @@ def test_slate_equals_the_stages_composed_by_hand(release: Release) -> None:
 
 
 def test_broken_retrieval_gives_the_popular_list_in_order(release: Release) -> None:
-    answer, _ = ask(release, "retrieve", "rerank", row={})
-    edge = release.loader.router_release()
-    assert [video.video_id for video in answer.videos] == edge.table.video_id[edge.lists.popular[:20]].tolist()
+    answer, _ = recommend(release, "retrieve", "rerank", row={})
+    router_release = release.loader.router_release()
+    assert [video.video_id for video in answer.videos] == router_release.table.video_id[
+        router_release.lists.popular[:20]
+    ].tolist()
     assert {video.source for video in answer.videos} == {"popular"}
     assert {video.reason for video in answer.videos} == {"popular now"}
 
 
 def test_broken_ranker_gives_the_order_of_retrieval(release: Release) -> None:
-    answer, _ = ask(release, "rank", "rerank", row={})
-    other, _ = ask(release, "rank", "rerank", row={})
+    answer, _ = recommend(release, "rank", "rerank", row={})
+    other, _ = recommend(release, "rank", "rerank", row={})
     scores = [video.score for video in answer.videos]
     assert scores == sorted(scores, reverse=True)
     assert len({video.source for video in answer.videos[:20]}) >= 3  # blending interleaves the sources
@@ -157,15 +159,15 @@ def test_broken_ranker_gives_the_order_of_retrieval(release: Release) -> None:
 
 
 def test_broken_reranker_gives_the_order_of_value(release: Release) -> None:
-    answer, _ = ask(release, "rerank")
-    full, _ = ask(release)
+    answer, _ = recommend(release, "rerank")
+    full, _ = recommend(release)
     scores = [video.score for video in answer.videos]
     assert scores == sorted(scores, reverse=True)
     assert scores[0] == full.videos[0].score
 
 
 def test_failed_store_leaves_the_context_only(release: Release) -> None:
-    answer, registry = ask(release, row=None)
+    answer, registry = recommend(release, row=None)
     assert answer.degraded == ["no_viewer_row"]
     assert len(answer.videos) == 20
     assert counted(registry, "reelway_ingress_degraded_total", release, arm="stable", rung="no_viewer_row") == 1
@@ -173,14 +175,14 @@ def test_failed_store_leaves_the_context_only(release: Release) -> None:
 
 
 def test_malformed_viewer_row_degrades_to_context_only(release: Release) -> None:
-    answer, _ = ask(release, row={"history_videos": [1, 2, 3], "history_weights": [1.0], "history_times_s": "x"})
+    answer, _ = recommend(release, row={"history_videos": [1, 2, 3], "history_weights": [1.0], "history_times_s": "x"})
     assert answer.degraded == ["no_viewer_row"]
     assert len(answer.videos) == 20
 
 
 @pytest.mark.parametrize("row", [{}, {"region": None, "history_videos": None}])
 def test_unknown_viewer_gets_a_slate_that_is_not_degraded(release: Release, row: Any) -> None:
-    answer, registry = ask(release, row=row)
+    answer, registry = recommend(release, row=row)
     assert answer.degraded == []
     assert len(answer.videos) == 20
     assert not any("because" in video.reason for video in answer.videos)
@@ -188,12 +190,12 @@ def test_unknown_viewer_gets_a_slate_that_is_not_degraded(release: Release, row:
 
 
 def test_request_region_is_used_if_the_row_has_none(release: Release) -> None:
-    answer, _ = ask(release, "rank", "rerank", row={}, region="us", count=50)
+    answer, _ = recommend(release, "rank", "rerank", row={}, region="us", count=50)
     assert "rising in us" in {video.reason for video in answer.videos if video.source == "trending"}
 
 
 def test_reasons_name_liked_videos_only(release: Release) -> None:
-    answer, _ = ask(release, count=50)
+    answer, _ = recommend(release, count=50)
     reasons = [video.reason for video in answer.videos if video.reason.startswith("because you watched ")]
     liked = {f"because you watched Video {video}" for video in release.watched[:-1]}
     assert reasons
@@ -201,7 +203,7 @@ def test_reasons_name_liked_videos_only(release: Release) -> None:
 
 
 def test_tokens_match_the_videos_of_the_response(release: Release) -> None:
-    answer, _ = ask(release)
+    answer, _ = recommend(release)
     assert isinstance(answer, RecommendResponse)
     tokens = [SIGNER.read(video.token) for video in answer.videos]
     assert [token.video_id for token in tokens] == [video.video_id for video in answer.videos]
@@ -214,7 +216,7 @@ def test_tokens_match_the_videos_of_the_response(release: Release) -> None:
 
 
 def test_response_validates_against_its_model(release: Release) -> None:
-    answer, _ = ask(release)
+    answer, _ = recommend(release)
     assert RecommendResponse.model_validate_json(answer.model_dump_json()) == answer
 
 
@@ -234,16 +236,16 @@ def test_slate_is_full_of_unseen_distinct_videos(
         "history_weights": weights[: len(watched)],
         "history_times_s": [NOW_S - 60.0 * i for i in range(len(watched))][::-1],
     }
-    answer, _ = ask(release, *broken, row=row, count=count)
+    answer, _ = recommend(release, *broken, row=row, count=count)
     videos = [video.video_id for video in answer.videos]
     assert len(set(videos)) == len(videos) == count
     assert not set(videos) & set(row["history_videos"])
 
 
 def test_creator_has_no_more_positions_than_the_cap(release: Release) -> None:
-    answer, _ = ask(release, count=30)
-    _, places = np.unique([video.creator_id for video in answer.videos], return_counts=True)
-    assert places.max() <= CAP
+    answer, _ = recommend(release, count=30)
+    _, positions = np.unique([video.creator_id for video in answer.videos], return_counts=True)
+    assert positions.max() <= CAP
 
 
 def test_request_time_decides_which_videos_are_fresh(release: Release) -> None:

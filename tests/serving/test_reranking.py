@@ -85,8 +85,8 @@ def test_slate_is_full_and_keeps_the_cap_if_possible(case: dict[str, Any], seed:
 
 @given(st.lists(st.integers(-2, 5), max_size=40))
 def test_occurrences_count_earlier_equal_values(values: list[int]) -> None:
-    seen = occurrences(np.array(values, dtype=np.int64)).tolist()
-    assert seen == [values[:at].count(value) for at, value in enumerate(values)]
+    actual = occurrences(np.array(values, dtype=np.int64)).tolist()
+    assert actual == [values[:index].count(value) for index, value in enumerate(values)]
 
 
 def test_zero_diversity_gives_the_order_of_value() -> None:
@@ -138,10 +138,10 @@ def test_propensity_equals_the_frequency_of_exploration() -> None:
     shown = np.zeros(n)
     for seed in range(draws):
         slate = rerank(value, list(range(n)), count=4, exploration_slots=1, diversity=0.0, seed=seed)
-        (place,) = np.flatnonzero(slate.propensity < 1)
-        assert place == 2
-        assert slate.propensity[place] == pytest.approx(1 / 9)
-        shown[slate.rows[place]] += 1
+        (position,) = np.flatnonzero(slate.propensity < 1)
+        assert position == 2
+        assert slate.propensity[position] == pytest.approx(1 / 9)
+        shown[slate.rows[position]] += 1
     assert shown[:3].tolist() == [0, 0, 0]
     assert shown[3:] / draws == pytest.approx(np.full(9, 1 / 9), abs=0.02)
 

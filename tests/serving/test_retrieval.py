@@ -75,8 +75,8 @@ def test_candidates_are_unseen_distinct_and_complete(
 
 def test_each_source_fills_its_quota(retrieval: Retrieval, table: VideoTable) -> None:
     candidates = retrieval.retrieve(viewer(table, dict.fromkeys(range(0, 60, 3), 1.0)))
-    found = {SOURCES[code]: int(n) for code, n in enumerate(np.bincount(candidates.source, minlength=5))}
-    assert found == {"ann": 24, "trending": 6, "popular": 4, "neighbours": 4, "fresh": 2}
+    counts = {SOURCES[code]: int(n) for code, n in enumerate(np.bincount(candidates.source, minlength=5))}
+    assert counts == {"ann": 24, "trending": 6, "popular": 4, "neighbours": 4, "fresh": 2}
 
 
 def test_viewer_without_history_gets_all_candidates(retrieval: Retrieval, table: VideoTable) -> None:
@@ -128,8 +128,8 @@ def test_neighbours_follow_the_latest_liked_videos(table: VideoTable) -> None:
 
 
 def test_trending_starts_with_the_region_of_the_viewer(table: VideoTable) -> None:
-    everybody, local = np.array([1, 2], dtype=np.int32), np.array([9], dtype=np.int32)
-    source = StaticListSource(everybody, {"eu": local})
+    global_rows, local = np.array([1, 2], dtype=np.int32), np.array([9], dtype=np.int32)
+    source = StaticListSource(global_rows, {"eu": local})
     assert source.propose(SourceQuery(viewer(table, {}, "eu"), EMBEDDING, 5)).rows.tolist() == [9, 1, 2]
     assert source.propose(SourceQuery(viewer(table, {}, "mars"), EMBEDDING, 5)).rows.tolist() == [1, 2]
     assert source.propose(SourceQuery(viewer(table, {}), EMBEDDING, 1)).rows.tolist() == [1]

@@ -47,8 +47,8 @@ class FakeViewerStore:
 class FakeReleaseOpener:
     """Opens releases in this process; some are broken or slow to open. Records what a router opens and closes."""
 
-    def __init__(self, place: Path) -> None:
-        self._place = place
+    def __init__(self, store_folder: Path) -> None:
+        self._store_folder = store_folder
         self.opened: list[str] = []
         self.closed: list[str] = []
         self.broken: set[str] = set()
@@ -60,7 +60,7 @@ class FakeReleaseOpener:
             await gate.wait()
         if release in self.broken:
             raise IncompatibleReleaseError(f"release {release[:12]} is broken")
-        loader = ReleaseLoader(self._place / release)
+        loader = ReleaseLoader(self._store_folder / release)
 
         async def close() -> None:
             self.closed.append(release)
@@ -69,22 +69,22 @@ class FakeReleaseOpener:
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def store_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("releases")
 
 
 @pytest.fixture(scope="module")
-def ids(place: Path) -> list[str]:
+def ids(store_folder: Path) -> list[str]:
     ids = []
     for seed in range(3):
-        ids.append(make_release_folder(place / str(seed), seed=seed).release_id)
-        (place / str(seed)).rename(place / ids[-1])
+        ids.append(make_release_folder(store_folder / str(seed), seed=seed).release_id)
+        (store_folder / str(seed)).rename(store_folder / ids[-1])
     return ids
 
 
 @pytest.fixture
-def shelf(place: Path) -> FakeReleaseOpener:
-    return FakeReleaseOpener(place)
+def opener(store_folder: Path) -> FakeReleaseOpener:
+    return FakeReleaseOpener(store_folder)
 
 
 @pytest.fixture
@@ -93,9 +93,9 @@ def store() -> FakeViewerStore:
 
 
 @pytest.fixture
-def router(shelf: FakeReleaseOpener, store: FakeViewerStore) -> Router:
+def router(opener: FakeReleaseOpener, store: FakeViewerStore) -> Router:
     return Router(
-        shelf.open,
+        opener.open,
         RouterDependencies(SIGNER, CollectorRegistry(), read_viewer=lambda v: store.read(v), viewer_row_ms=100),
     )
 
@@ -115,7 +115,7 @@ def run(work: Coroutine[Any, Any, T]) -> T:
     return asyncio.run(work)
 
 
-async def ask(router: Router, viewer: int = 1, count: int = 20, **context: Any) -> RecommendResponse:
+async def recommend(router: Router, viewer: int = 1, count: int = 20, **context: Any) -> RecommendResponse:
     answer = await router.recommend(RecommendRequest(viewer_id=viewer, count=count, context=RequestContext(**context)))
     if answer.background:
         await answer.background()
@@ -132,20 +132,20 @@ async def until(condition: Callable[[], bool]) -> None:
 def counted(router: Router, name: str, **labels: str) -> float:
     return sum(
         sample.value
-        for family in router._parts.registry.collect()
+        for family in router._dependencies.registry.collect()
         for sample in family.samples
         if sample.name == name and labels.items() <= sample.labels.items()
     )
 
 
 def test_viewer_is_answered_by_the_release_of_the_arm(router: Router, ids: list[str]) -> None:
-    given_routing = routing(stable=ids[0], canary=ids[1], canary_bp=3000, holdout_bp=1000, rollout="r1")
-    expected = Routing.model_validate(given_routing)
+    configured = routing(stable=ids[0], canary=ids[1], canary_bp=3000, holdout_bp=1000, rollout="r1")
+    expected = Routing.model_validate(configured)
 
     async def check() -> None:
-        await router.reconfigure(given_routing)
+        await router.reconfigure(configured)
         for viewer in range(60):
-            answer, route = await ask(router, viewer, count=1), expected.route_of(viewer)
+            answer, route = await recommend(router, viewer, count=1), expected.route_of(viewer)
             assert (answer.release, answer.arm) == (route.release, route.arm)
             assert SIGNER.read(answer.videos[0].token).arm is route.arm
 
@@ -154,22 +154,24 @@ def test_viewer_is_answered_by_the_release_of_the_arm(router: Router, ids: list[
         assert counted(router, "reelway_ingress_requests_total", arm=arm, outcome="ok") > 0
 
 
-def test_holdout_gets_the_popular_list_in_order(router: Router, ids: list[str], place: Path) -> None:
-    edge = ReleaseLoader(place / ids[0]).router_release()
+def test_holdout_gets_the_popular_list_in_order(router: Router, ids: list[str], store_folder: Path) -> None:
+    router_release = ReleaseLoader(store_folder / ids[0]).router_release()
     configuration = routing(stable=ids[0], holdout_bp=5000)
     viewer = next(v for v in range(100) if Routing.model_validate(configuration).route_of(v).arm is Arm.HOLDOUT)
 
     async def check() -> RecommendResponse:
         await router.reconfigure(configuration)
-        return await ask(router, viewer, count=10)
+        return await recommend(router, viewer, count=10)
 
     answer = run(check())
-    assert [video.video_id for video in answer.videos] == edge.table.video_id[edge.lists.popular[:10]].tolist()
+    assert [video.video_id for video in answer.videos] == router_release.table.video_id[
+        router_release.lists.popular[:10]
+    ].tolist()
     assert answer.degraded == []
     assert counted(router, "reelway_ingress_stage_latency_seconds_count", stage="retrieval") == 0
 
 
-def test_weight_change_reopens_no_release(router: Router, shelf: FakeReleaseOpener, ids: list[str]) -> None:
+def test_weight_change_reopens_no_release(router: Router, opener: FakeReleaseOpener, ids: list[str]) -> None:
     async def check() -> None:
         await router.reconfigure(routing(stable=ids[0], warm=(ids[1],)))
         await until(lambda: router.current_releases().open == sorted(ids[:2]))
@@ -178,9 +180,9 @@ def test_weight_change_reopens_no_release(router: Router, shelf: FakeReleaseOpen
             assert (
                 router.current_releases().routing.weight_of(Arm.CANARY) == weight
             )  # immediately, because the release is open
-        assert shelf.opened == ids[:2]
+        assert opener.opened == ids[:2]
         await router.reconfigure(routing(stable=ids[1]))
-        await until(lambda: shelf.closed == [ids[0]])
+        await until(lambda: opener.closed == [ids[0]])
         current = router.current_releases()
         assert [(one.release, one.arm, one.weight_basis_points) for one in current.releases] == [
             (ids[1], Arm.STABLE, 10_000)
@@ -190,8 +192,8 @@ def test_weight_change_reopens_no_release(router: Router, shelf: FakeReleaseOpen
     run(check())
 
 
-def test_share_of_a_broken_release_goes_to_stable(router: Router, shelf: FakeReleaseOpener, ids: list[str]) -> None:
-    shelf.broken = {ids[1], ids[2]}
+def test_share_of_a_broken_release_goes_to_stable(router: Router, opener: FakeReleaseOpener, ids: list[str]) -> None:
+    opener.broken = {ids[1], ids[2]}
     shadow = ShadowRoute(release=ids[2], weight_bp=10_000)
 
     async def check() -> None:
@@ -203,8 +205,8 @@ def test_share_of_a_broken_release_goes_to_stable(router: Router, shelf: FakeRel
         assert {one.arm: one.weight_basis_points for one in current.releases} == {Arm.CANARY: 0, Arm.STABLE: 10_000}
         assert "is broken" in current.faults[ids[1]]
         assert current.routing.shadow is None
-        assert {(await ask(router, viewer, count=1)).release for viewer in range(40)} == {ids[0]}
-        shelf.broken = set()  # repaired: the next routing tries to open it again
+        assert {(await recommend(router, viewer, count=1)).release for viewer in range(40)} == {ids[0]}
+        opener.broken = set()  # repaired: the next routing tries to open it again
         await router.reconfigure(routing(stable=ids[0], canary=ids[1], canary_bp=4000, rollout="r1"))
         await until(lambda: router.current_releases().routing.weight_of(Arm.CANARY) == 4000)
         assert router.current_releases().faults == {}
@@ -213,74 +215,76 @@ def test_share_of_a_broken_release_goes_to_stable(router: Router, shelf: FakeRel
 
 
 def test_rollback_does_not_wait_for_an_opening_release(
-    router: Router, shelf: FakeReleaseOpener, ids: list[str]
+    router: Router, opener: FakeReleaseOpener, ids: list[str]
 ) -> None:
     async def check() -> None:
-        shelf.gates[ids[1]] = asyncio.Event()
+        opener.gates[ids[1]] = asyncio.Event()
         await router.reconfigure(routing(stable=ids[0]))
         await router.reconfigure(routing(stable=ids[0], canary=ids[1], canary_bp=9000, rollout="r1"))
         await asyncio.sleep(0.05)
         assert router.current_releases().rollout == ""  # unchanged while the canary is being opened
-        assert (await ask(router)).release == ids[0]
+        assert (await recommend(router)).release == ids[0]
         await router.reconfigure(routing(stable=ids[0], rollout="back"))
         assert router.current_releases().rollout == "back"
-        shelf.gates[ids[1]].set()
-        await until(lambda: shelf.closed == [ids[1]])  # no routing names it any more
+        opener.gates[ids[1]].set()
+        await until(lambda: opener.closed == [ids[1]])  # no routing names it any more
         assert router.current_releases().rollout == "back"
 
     run(check())
 
 
 def test_requests_in_flight_finish_before_their_release_closes(
-    router: Router, shelf: FakeReleaseOpener, store: FakeViewerStore, ids: list[str]
+    router: Router, opener: FakeReleaseOpener, store: FakeViewerStore, ids: list[str]
 ) -> None:
     async def check() -> None:
         await router.reconfigure(routing(stable=ids[0], warm=(ids[1],)))
         await until(lambda: router.current_releases().open == sorted(ids[:2]))
         store.late_s = 0.08
-        under_way = asyncio.create_task(ask(router))
+        pending = asyncio.create_task(recommend(router))
         await asyncio.sleep(0.02)
         await router.reconfigure(routing(stable=ids[1]))
         await asyncio.sleep(0.02)
-        assert shelf.closed == []
-        answer = await under_way
+        assert opener.closed == []
+        answer = await pending
         assert (answer.release, answer.degraded) == (ids[0], [])
-        await until(lambda: shelf.closed == [ids[0]])
+        await until(lambda: opener.closed == [ids[0]])
 
     run(check())
 
 
-def test_router_fails_to_start_without_stable(router: Router, shelf: FakeReleaseOpener, ids: list[str]) -> None:
-    shelf.broken = {ids[0]}
+def test_router_fails_to_start_without_stable(router: Router, opener: FakeReleaseOpener, ids: list[str]) -> None:
+    opener.broken = {ids[0]}
     with pytest.raises(ServingError, match=r"stable.*is broken"):
         run(router.reconfigure(routing(stable=ids[0], canary=ids[1], canary_bp=100)))
 
 
 def test_starting_router_waits_briefly_for_other_releases(
-    router: Router, shelf: FakeReleaseOpener, ids: list[str], monkeypatch: pytest.MonkeyPatch
+    router: Router, opener: FakeReleaseOpener, ids: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("reelway.serving.router.STARTUP_WAIT_S", 0.05)
 
     async def check() -> None:
-        shelf.gates = {ids[1]: asyncio.Event(), ids[2]: asyncio.Event()}
+        opener.gates = {ids[1]: asyncio.Event(), ids[2]: asyncio.Event()}
         await router.reconfigure(routing(stable=ids[0], canary=ids[1], canary_bp=9000, warm=(ids[2],)))
-        assert (await ask(router)).release == ids[0]
-        shelf.gates[ids[1]].set()
+        assert (await recommend(router)).release == ids[0]
+        opener.gates[ids[1]].set()
         await until(lambda: router.current_releases().routing.weight_of(Arm.CANARY) == 9000)
-        shelf.gates[ids[2]].set()
+        opener.gates[ids[2]].set()
         await until(lambda: router.current_releases().open == sorted(ids))
 
     run(check())
 
 
-def test_broken_new_stable_keeps_the_previous_routing(router: Router, shelf: FakeReleaseOpener, ids: list[str]) -> None:
-    shelf.broken = {ids[1]}
+def test_broken_new_stable_keeps_the_previous_routing(
+    router: Router, opener: FakeReleaseOpener, ids: list[str]
+) -> None:
+    opener.broken = {ids[1]}
 
     async def check() -> None:
         await router.reconfigure(routing(stable=ids[0]))
         await router.reconfigure(routing(stable=ids[1]))
         await until(lambda: ids[1] in router.current_releases().faults)
-        assert (await ask(router)).release == ids[0]
+        assert (await recommend(router)).release == ids[0]
 
     run(check())
 
@@ -294,7 +298,7 @@ def test_invalid_weights_keep_the_previous_routing(router: Router, ids: list[str
         await router.reconfigure(routing(stable=ids[0]))
         with pytest.raises(ValidationError):
             await router.reconfigure(wrong)
-        assert (await ask(router)).release == ids[0]
+        assert (await recommend(router)).release == ids[0]
 
     run(check())
 
@@ -308,13 +312,13 @@ def test_reassigned_routing_covers_all_viewers(weights: tuple[int, int], missing
         ArmRoute(arm=Arm.STABLE, release="stable", weight_bp=BUCKETS - sum(weights)),
         ArmRoute(arm=Arm.HOLDOUT, release="lists", weight_bp=weights[1]),
     )
-    whole = Routing(salt=SALT, arms=arms)
-    left = reassign_missing(whole, missing)
+    complete = Routing(salt=SALT, arms=arms)
+    left = reassign_missing(complete, missing)
     assert sum(route.weight_bp for route in left.arms) == BUCKETS
     assert {route.release for route in left.arms if route.weight_bp} & missing == set()
-    assert left.releases == whole.releases
+    assert left.releases == complete.releases
     for viewer in range(50):  # viewers of the other releases keep their arm
-        before = whole.route_of(viewer)
+        before = complete.route_of(viewer)
         assert before.release in missing or left.route_of(viewer).release == before.release
 
 
@@ -323,7 +327,7 @@ def test_failed_store_does_not_fail_the_request(router: Router, store: FakeViewe
 
     async def check() -> RecommendResponse:
         await router.reconfigure(routing(stable=ids[0]))
-        return await ask(router)
+        return await recommend(router)
 
     answer = run(check())
     assert answer.degraded == ["no_viewer_row"]
@@ -339,7 +343,7 @@ def test_late_store_does_not_delay_responses(router: Router, store: FakeViewerSt
     async def both() -> tuple[list[RecommendResponse], float]:
         await router.reconfigure(routing(stable=ids[0]))
         start = time.monotonic()
-        answers = await asyncio.gather(*(ask(router, viewer, count=1) for viewer in range(2)))
+        answers = await asyncio.gather(*(recommend(router, viewer, count=1) for viewer in range(2)))
         return answers, time.monotonic() - start
 
     answers, took_s = run(both())
@@ -355,7 +359,7 @@ def test_error_without_a_fallback_counts_as_failed(
         await router.reconfigure(routing(stable=ids[0]))
         monkeypatch.setattr("reelway.serving.request_path.build_videos", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
-            await ask(router)
+            await recommend(router)
 
     run(check())
     assert counted(router, "reelway_ingress_requests_total", arm="stable", outcome="failed") == 1
@@ -364,6 +368,6 @@ def test_error_without_a_fallback_counts_as_failed(
 def test_known_viewer_gets_a_slate_that_is_not_degraded(router: Router, ids: list[str]) -> None:
     async def check() -> RecommendResponse:
         await router.reconfigure(routing(stable=ids[0]))
-        return await ask(router)
+        return await recommend(router)
 
     assert run(check()).degraded == []

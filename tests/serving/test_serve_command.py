@@ -35,9 +35,9 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def reelway(*words: str) -> subprocess.CompletedProcess[str]:
+def reelway(*arguments: str) -> subprocess.CompletedProcess[str]:
     """Runs the command and joins its error output into one line."""
-    done = subprocess.run(reelway_command(*words), capture_output=True, text=True, timeout=90, check=False)
+    done = subprocess.run(reelway_command(*arguments), capture_output=True, text=True, timeout=90, check=False)
     done.stderr = " ".join(done.stderr.split())
     return done
 
@@ -83,7 +83,7 @@ def test_folder_without_a_run_is_rejected(tmp_path: Path) -> None:
 def test_unknown_composition_is_rejected_with_the_choices(run: Path) -> None:
     done = reelway("serve", "--run", str(run), "--composition", "both")
     assert done.returncode == 2
-    assert all(word in done.stderr for word in ("'both' is not one of", "'staged'", "'fused'"))
+    assert all(text in done.stderr for text in ("'both' is not one of", "'staged'", "'fused'"))
 
 
 def test_release_signed_by_an_unknown_key_is_not_served(tmp_path: Path) -> None:
@@ -106,27 +106,27 @@ def test_unreachable_service_is_an_error_without_traceback() -> None:
 
 
 def test_live_release_is_that_of_the_last_rollout(run: Path, tmp_path: Path) -> None:
-    def served(*words: str) -> str:
+    def served(*arguments: str) -> str:
         """Returns the messages up to the check of the port, which is in use."""
         with socket.socket() as taken:
             taken.bind(("127.0.0.1", 0))
             taken.listen()
-            done = reelway("serve", "--run", str(place), "--port", str(taken.getsockname()[1]), *words)
+            done = reelway("serve", "--run", str(run_folder), "--port", str(taken.getsockname()[1]), *arguments)
         assert done.returncode == 2, done.stderr
         return done.stderr
 
-    place = tmp_path / "run"
-    shutil.copytree(run, place)
-    key = load_private_key(place / "keys" / "release.private.pem")
+    run_folder = tmp_path / "run"
+    shutil.copytree(run, run_folder)
+    key = load_private_key(run_folder / "keys" / "release.private.pem")
     manifest = make_release_folder(tmp_path / "newer", seed=1, key=key, now_s=NOW_S + 60)
-    newer = ReleaseStore(str(place / "releases")).write(tmp_path / "newer", manifest)
-    (older,) = {one.release_id for one in ReleaseStore(str(place / "releases")).list()} - {newer}
+    newer = ReleaseStore(str(run_folder / "releases")).write(tmp_path / "newer", manifest)
+    (older,) = {one.release_id for one in ReleaseStore(str(run_folder / "releases")).list()} - {newer}
     assert f"release {newer[:12]} verified" in served()
     state = RolloutState(
         id="r1", stable_release=older, canary_release=newer, started_at=NOW_S, changed_at=NOW_S, tick_at=NOW_S,
         phase=Phase.ROLLED_BACK,
     )  # fmt: skip
-    (place / "rollout").mkdir()
-    SqliteRolloutStore(place / "rollout" / "state.db").create(state, default_policy())
+    (run_folder / "rollout").mkdir()
+    SqliteRolloutStore(run_folder / "rollout" / "state.db").create(state, default_policy())
     assert f"release {older[:12]} verified" in served()
     assert f"release {newer[:12]} verified" in served("--release", "latest")

@@ -45,8 +45,8 @@ class SlowStages(LocalStages):
 class ShadowFixture:
     """A router with a stable release and a shadow release that gets mirrored requests."""
 
-    def __init__(self, place: Path, ids: tuple[str, str], weight_bp: int = BUCKETS) -> None:
-        self._place = place
+    def __init__(self, store_folder: Path, ids: tuple[str, str], weight_bp: int = BUCKETS) -> None:
+        self._store_folder = store_folder
         self.stable, self.mirrored = ids
         self.registry = CollectorRegistry()
         self.exposures = ExposureBuffer()
@@ -68,13 +68,13 @@ class ShadowFixture:
         await until(lambda: self.router.current_releases().routing.shadow is not None)
 
     async def _open(self, release: str) -> OpenRelease:
-        loader = ReleaseLoader(self._place / release)
+        loader = ReleaseLoader(self._store_folder / release)
         stages = SlowStages(**vars(loader.stages()))
         if release == self.mirrored:
             self.shadow_stages = stages
         return OpenRelease(loader.router_release(), stages)
 
-    async def ask(self, viewer: int = 1) -> RecommendResponse:
+    async def recommend(self, viewer: int = 1) -> RecommendResponse:
         """Requests a slate and runs the task that follows the response."""
         answer = await self.router.recommend(RecommendRequest(viewer_id=viewer, count=5))
         assert answer.background
@@ -94,22 +94,22 @@ class ShadowFixture:
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def store_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("releases")
 
 
 @pytest.fixture(scope="module")
-def ids(place: Path) -> tuple[str, str]:
+def ids(store_folder: Path) -> tuple[str, str]:
     ids = []
     for seed in range(2):
-        ids.append(make_release_folder(place / str(seed), seed=seed).release_id)
-        (place / str(seed)).rename(place / ids[-1])
+        ids.append(make_release_folder(store_folder / str(seed), seed=seed).release_id)
+        (store_folder / str(seed)).rename(store_folder / ids[-1])
     return ids[0], ids[1]
 
 
 @pytest.fixture
-def world(place: Path, ids: tuple[str, str]) -> ShadowFixture:
-    return ShadowFixture(place, ids)
+def world(store_folder: Path, ids: tuple[str, str]) -> ShadowFixture:
+    return ShadowFixture(store_folder, ids)
 
 
 async def until(condition: Callable[[], bool]) -> None:
@@ -129,7 +129,7 @@ def check(work: Awaitable[None]) -> None:
 def test_mirrored_request_leaves_no_impression(world: ShadowFixture) -> None:
     async def scenario() -> None:
         await world.start()
-        answer = await world.ask()
+        answer = await world.recommend()
         assert answer.release == world.stable
         await until(lambda: world.mirrored_as("compared") == 1)
 
@@ -152,14 +152,14 @@ def test_hanging_mirrored_release_delays_no_response(world: ShadowFixture) -> No
         assert world.shadow_stages
         object.__setattr__(world.shadow_stages, "gate", asyncio.Event())
         start = time.monotonic()
-        answers = [await world.ask(viewer) for viewer in range(MAX_IN_FLIGHT + 3)]
+        answers = [await world.recommend(viewer) for viewer in range(MAX_IN_FLIGHT + 3)]
         assert time.monotonic() - start < 1.0
         assert all(len(answer.videos) == 5 and not answer.degraded for answer in answers)
         assert world.mirrored_as("dropped") == 3
         assert world.shadow_stages.gate
         world.shadow_stages.gate.set()
         await until(lambda: world.mirrored_as("compared") == MAX_IN_FLIGHT)
-        await world.ask()
+        await world.recommend()
         await until(
             lambda: world.mirrored_as("compared") == MAX_IN_FLIGHT + 1
         )  # the limit admits a mirrored request again
@@ -172,14 +172,14 @@ def test_broken_mirrored_release_changes_no_response(world: ShadowFixture, monke
         await world.start()
         assert world.shadow_stages
         object.__setattr__(world.shadow_stages, "breaks", True)
-        answer = await world.ask()
+        answer = await world.recommend()
         assert answer.degraded == []
         label = world.mirrored[:12]
         await until(lambda: world.counted(metric_names.REQUESTS, release=label, arm="shadow", outcome="degraded") == 1)
         monkeypatch.setattr("reelway.serving.request_path.RequestPath._viewer_query", lambda *_: 1 / 0)
-        way = world.router._ways[Arm.STABLE]
-        monkeypatch.setattr(way.path, "_viewer_query", lambda *a: real_query(way.path, *a))
-        assert (await world.ask()).degraded == []
+        arm_path = world.router._arm_paths[Arm.STABLE]
+        monkeypatch.setattr(arm_path.path, "_viewer_query", lambda *a: real_query(arm_path.path, *a))
+        assert (await world.recommend()).degraded == []
         await until(lambda: world.mirrored_as("failed") == 1)
         assert world.counted(metric_names.REQUESTS, release=label, arm="shadow", outcome="failed") == 1
         assert world.counted(metric_names.REQUESTS, arm="stable", outcome="failed") == 0
@@ -215,9 +215,9 @@ def test_overlap_is_the_share_of_common_videos(shown: list[int], mirrored: list[
 
 
 def test_score_drift_is_relative_to_the_shown_slate() -> None:
-    one, two, nothing = np.full(3, 0.5, np.float32), np.full(2, 0.6, np.float32), np.zeros(0, np.float32)
-    assert score_drift_ratio(one, two) == pytest.approx(0.2)
-    assert score_drift_ratio(two, one) == pytest.approx(1 / 6)
-    assert score_drift_ratio(one, nothing) is None
-    assert score_drift_ratio(nothing, one) is None
-    assert score_drift_ratio(np.zeros(2, np.float32), one) is None
+    shown, mirrored, nothing = np.full(3, 0.5, np.float32), np.full(2, 0.6, np.float32), np.zeros(0, np.float32)
+    assert score_drift_ratio(shown, mirrored) == pytest.approx(0.2)
+    assert score_drift_ratio(mirrored, shown) == pytest.approx(1 / 6)
+    assert score_drift_ratio(shown, nothing) is None
+    assert score_drift_ratio(nothing, shown) is None
+    assert score_drift_ratio(np.zeros(2, np.float32), shown) is None

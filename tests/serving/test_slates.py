@@ -47,12 +47,14 @@ def table(loader: ReleaseLoader) -> VideoTable:
     return loader.table()
 
 
-def showing(side: RolloutArm, now_s: float = NOW_S, *, new_viewer: bool = False) -> ImpressionContext:
-    return ImpressionContext(1, 2, "r" * 64, side, None, now_s, now_s, new_viewer)
+def showing(recorded_arm: RolloutArm, now_s: float = NOW_S, *, new_viewer: bool = False) -> ImpressionContext:
+    return ImpressionContext(1, 2, "r" * 64, recorded_arm, None, now_s, now_s, new_viewer)
 
 
-def answered(loader: ReleaseLoader, side: RolloutArm, row: dict[str, object]) -> Recommendation:
-    path = RequestPath(loader.router_release(), loader.stages(), SIGNER, IngressMetrics(CollectorRegistry()), side)
+def answered(loader: ReleaseLoader, recorded_arm: RolloutArm, row: dict[str, object]) -> Recommendation:
+    path = RequestPath(
+        loader.router_release(), loader.stages(), SIGNER, IngressMetrics(CollectorRegistry()), recorded_arm
+    )
     return run_without_waiting(path.recommend(RecommendRequest(viewer_id=7, count=10), row, NOW_S, NOW_S + 5))
 
 
@@ -119,7 +121,7 @@ def test_overlap_weight_depends_on_the_arm(arm: Arm, weight: float) -> None:
         ArmRoute(arm=Arm.STABLE, release="s", weight_bp=8100),
         ArmRoute(arm=Arm.HOLDOUT, release="s", weight_bp=1000),
     )
-    side = rollout_arm(Routing(salt="r1", rollout="r1", arms=arms), arm)
-    assert side.overlap_weight == pytest.approx(weight)
-    assert side.overlap_weight == float(np.float32(side.overlap_weight))
+    recorded_arm = rollout_arm(Routing(salt="r1", rollout="r1", arms=arms), arm)
+    assert recorded_arm.overlap_weight == pytest.approx(weight)
+    assert recorded_arm.overlap_weight == float(np.float32(recorded_arm.overlap_weight))
     assert rollout_arm(Routing(salt="r1", arms=arms), arm) == RolloutArm(arm)

@@ -34,20 +34,20 @@ def table(folder: Path) -> VideoTable:
 
 
 def test_unknown_ids_are_absent(table: VideoTable) -> None:
-    asked = np.concatenate([table.video_id[::-1], [-5, 0, int(table.video_id[-1]) + 1]])
-    assert table.rows_of(asked).tolist() == [*range(VIDEOS - 1, -1, -1), ABSENT, ABSENT, ABSENT]
+    requested = np.concatenate([table.video_id[::-1], [-5, 0, int(table.video_id[-1]) + 1]])
+    assert table.rows_of(requested).tolist() == [*range(VIDEOS - 1, -1, -1), ABSENT, ABSENT, ABSENT]
 
 
 def test_gather_equals_the_feature_assembly(table: VideoTable, folder: Path) -> None:
     rows = np.array([5, 3, 3, 59], dtype=np.int32)
-    whole = pa.Table.from_batches([open_record_batch(folder / VIDEOS_FILE)]).take(rows)
-    static = np.stack(whole["static_dense"].to_numpy())
-    live = np.stack(whole["live_dense"].to_numpy())
+    table_rows = pa.Table.from_batches([open_record_batch(folder / VIDEOS_FILE)]).take(rows)
+    static = np.stack(table_rows["static_dense"].to_numpy())
+    live = np.stack(table_rows["live_dense"].to_numpy())
     columns = {
-        "video_id": whole["video_id"].to_numpy(),
-        "creator_id": whole["creator_id"].to_numpy(),
-        "topic": whole["topic"].to_numpy(),
-        "uploaded_at_s": whole["uploaded_at_s"].to_numpy(),
+        "video_id": table_rows["video_id"].to_numpy(),
+        "creator_id": table_rows["creator_id"].to_numpy(),
+        "topic": table_rows["topic"].to_numpy(),
+        "uploaded_at_s": table_rows["uploaded_at_s"].to_numpy(),
         "duration_s": static[:, 0],
         **{name: live[:, i] for i, name in enumerate(names.VIDEO_LIVE_DENSE)},
     }
@@ -71,15 +71,15 @@ def test_columns_are_memory_mapped(table: VideoTable) -> None:
 def test_overlay_does_not_change_earlier_versions(table: VideoTable) -> None:
     rows = np.array([7, 8], dtype=np.int32)
     before = table.live
-    kept = before.at(rows)
+    copy = before.at(rows)
     fresher = np.full((2, len(names.VIDEO_LIVE_DENSE)), 42.0, dtype=np.float32)
 
     assert table.overlay(rows, fresher) == 1
     live = slice(len(names.VIDEO_STATIC_DENSE), -1)
     assert (table.gather(rows, NOW_S).video_dense[:, live] == 42.0).all()
-    np.testing.assert_array_equal(before.at(rows), kept)
-    others = np.array([0, 6, 9], dtype=np.int32)
-    np.testing.assert_array_equal(table.live.at(others), before.at(others))
+    np.testing.assert_array_equal(before.at(rows), copy)
+    unchanged = np.array([0, 6, 9], dtype=np.int32)
+    np.testing.assert_array_equal(table.live.at(unchanged), before.at(unchanged))
     assert table.live.version == 1
     with pytest.raises(ValueError, match="read-only"):
         table.live.fresh[0, 0] = 1.0
@@ -103,35 +103,35 @@ def test_repeated_overlays_equal_writes_to_a_matrix(folder: Path, batches: list[
 
 
 @pytest.mark.parametrize(
-    ("rows", "width", "said"), [([0], 3, "shape"), ([-1], None, "span -1"), ([VIDEOS], None, "expected 0..59")]
+    ("rows", "width", "reason"), [([0], 3, "shape"), ([-1], None, "span -1"), ([VIDEOS], None, "expected 0..59")]
 )
-def test_invalid_overlay_changes_nothing(table: VideoTable, rows: list[int], width: int | None, said: str) -> None:
+def test_invalid_overlay_changes_nothing(table: VideoTable, rows: list[int], width: int | None, reason: str) -> None:
     values = np.zeros((len(rows), width or len(names.VIDEO_LIVE_DENSE)), dtype=np.float32)
-    with pytest.raises(ValueError, match=said):
+    with pytest.raises(ValueError, match=reason):
         table.overlay(np.array(rows, dtype=np.int32), values)
     assert table.live.version == 0
 
 
 @given(st.sets(st.integers(0, 1000), max_size=50), st.lists(st.integers(-5, 1005), max_size=50))
 @settings(max_examples=50)
-def test_rows_of_matches_a_dictionary_lookup(present: set[int], asked: list[int]) -> None:
+def test_rows_of_matches_a_dictionary_lookup(present: set[int], requested: list[int]) -> None:
     ids = np.array(sorted(present), dtype=np.int64)
     table = VideoTable.__new__(VideoTable)
     table.video_id, table._batch = ids, pa.RecordBatch.from_arrays([pa.array(ids)], ["video_id"])
-    expected = [ids.tolist().index(one) if one in present else ABSENT for one in asked]
-    assert table.rows_of(np.array(asked, dtype=np.int64)).tolist() == expected
+    expected = [ids.tolist().index(one) if one in present else ABSENT for one in requested]
+    assert table.rows_of(np.array(requested, dtype=np.int64)).tolist() == expected
 
 
 def test_file_with_other_columns_raises(folder: Path, tmp_path: Path) -> None:
-    whole = pa.Table.from_batches([open_record_batch(folder / VIDEOS_FILE)])
-    write_arrow(tmp_path / "videos.arrow", whole.drop_columns(["topic"]))
+    complete = pa.Table.from_batches([open_record_batch(folder / VIDEOS_FILE)])
+    write_arrow(tmp_path / "videos.arrow", complete.drop_columns(["topic"]))
     with pytest.raises(IncompatibleReleaseError, match="expected"):
         open_video_table(tmp_path / "videos.arrow")
 
 
 def test_unordered_ids_raise_with_their_row(folder: Path, tmp_path: Path) -> None:
-    whole = pa.Table.from_batches([open_record_batch(folder / VIDEOS_FILE)])
-    write_arrow(tmp_path / "videos.arrow", whole.take([0, 2, 1]))
+    complete = pa.Table.from_batches([open_record_batch(folder / VIDEOS_FILE)])
+    write_arrow(tmp_path / "videos.arrow", complete.take([0, 2, 1]))
     with pytest.raises(IncompatibleReleaseError, match="row 2"):
         open_video_table(tmp_path / "videos.arrow")
 

@@ -34,8 +34,10 @@ def changed(dataset: Dataset, table: str, column: str, row: int, value: Any) -> 
     values = old[column].to_pylist()
     values[row] = value
     schema = DATASET_TABLES[table]
-    at = schema.get_field_index(column)
-    return replace(dataset, **{table: old.set_column(at, schema.field(at), pa.array(values, schema.field(at).type))})
+    index = schema.get_field_index(column)
+    return replace(
+        dataset, **{table: old.set_column(index, schema.field(index), pa.array(values, schema.field(index).type))}
+    )
 
 
 def appended(dataset: Dataset, table: str, row: int, **new: Any) -> Dataset:
@@ -92,9 +94,9 @@ def test_every_row_is_either_clean_or_rejected(dataset: Dataset) -> None:
     broken = changed(changed(dataset, "videos", "topic", 2, 99), "viewers", "viewer_id", 1, -1)
     checked = check_dataset(broken, LENIENT)
     for name in DATASET_TABLES:
-        kept = checked.dataset.tables[name].num_rows
+        clean = checked.dataset.tables[name].num_rows
         aside = sum(r["table"] == name for r in checked.rejected.to_pylist())
-        assert kept + aside == broken.tables[name].num_rows
+        assert clean + aside == broken.tables[name].num_rows
     assert checked.counts["impressions"].keys() == {"video_without_metadata", "viewer_without_profile"}
     assert checked.counts["outcomes"].keys() == {"impression_rejected"}
 
@@ -142,8 +144,8 @@ def test_bot_loses_all_events(dataset: Dataset) -> None:
     more = pa.Table.from_pylist(burst, schema=dataset.impressions.schema)
     attacked = replace(dataset, impressions=pa.concat_tables([dataset.impressions, more]))
     checked = check_dataset(attacked, limits)
-    own = int((dataset.impressions["viewer_id"].to_numpy() == viewer).sum())
-    assert checked.counts["impressions"] == {"bot_rate": own + 21}
+    impressions = int((dataset.impressions["viewer_id"].to_numpy() == viewer).sum())
+    assert checked.counts["impressions"] == {"bot_rate": impressions + 21}
     assert viewer not in checked.dataset.impressions["viewer_id"].to_pylist()
     slower = replace(limits, max_impressions_per_minute=21)
     assert check_dataset(attacked, slower).rejected_rows == 0
@@ -152,9 +154,9 @@ def test_bot_loses_all_events(dataset: Dataset) -> None:
 def many_bad(dataset: Dataset) -> Dataset:
     values = dataset.impressions["propensity"].to_numpy().copy()
     values[: len(values) // 4] = 2.0
-    at = dataset.impressions.schema.get_field_index("propensity")
-    field = dataset.impressions.schema.field(at)
-    return replace(dataset, impressions=dataset.impressions.set_column(at, field, pa.array(values)))
+    index = dataset.impressions.schema.get_field_index("propensity")
+    field = dataset.impressions.schema.field(index)
+    return replace(dataset, impressions=dataset.impressions.set_column(index, field, pa.array(values)))
 
 
 def test_too_many_bad_rows_fail_with_the_top_reason(dataset: Dataset) -> None:
@@ -168,10 +170,10 @@ def test_higher_limit_accepts_more_bad_rows(dataset: Dataset) -> None:
 
 
 def all_bad(dataset: Dataset) -> Dataset:
-    at = dataset.impressions.schema.get_field_index("propensity")
-    field = dataset.impressions.schema.field(at)
+    index = dataset.impressions.schema.get_field_index("propensity")
+    field = dataset.impressions.schema.field(index)
     none = pa.array(np.zeros(dataset.impressions.num_rows, dtype=np.float32))
-    return replace(dataset, impressions=dataset.impressions.set_column(at, field, none))
+    return replace(dataset, impressions=dataset.impressions.set_column(index, field, none))
 
 
 @pytest.mark.parametrize("empty", [lambda d: replace(d, impressions=d.impressions.slice(0, 0)), all_bad])

@@ -16,11 +16,11 @@ from reelway.platform.run_directory import RunDirectory
 SMALL = ["--viewers", "150", "--videos", "200", "--days", "3", "--impressions", "3000"]
 
 
-def reelway(*words: object) -> Result:
+def reelway(*arguments: object) -> Result:
     app = typer.Typer()
     simulate.register(app)
     import_dataset.register(app)
-    return CliRunner().invoke(app, [str(word) for word in words])
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
 
 
 def test_simulate_writes_a_checked_data_set(tmp_path: Path) -> None:
@@ -94,5 +94,9 @@ def test_too_many_bad_rows_leave_no_data_set(tmp_path: Path) -> None:
 
 
 def test_import_rejects_a_missing_source(tmp_path: Path) -> None:
-    for words in (("movielens", tmp_path / "none"), ("kuairand", tmp_path / "none"), ("events", tmp_path / "none.csv")):
-        assert isinstance(reelway("import", *words, "--run", tmp_path / "run").exception, MalformedFileError)
+    for arguments in (
+        ("movielens", tmp_path / "none"),
+        ("kuairand", tmp_path / "none"),
+        ("events", tmp_path / "none.csv"),
+    ):
+        assert isinstance(reelway("import", *arguments, "--run", tmp_path / "run").exception, MalformedFileError)

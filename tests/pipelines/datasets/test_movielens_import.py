@@ -51,8 +51,8 @@ def test_stars_become_outcomes_after_the_impression(imported: dict[str, pa.Table
     assert Counter(outcomes["type"].to_pylist()) == {"watch": 8, "like": 4, "not_interested": 1}
     shown_at = shown["event_time"].cast(pa.int64()).to_numpy()[outcomes["impression_id"].to_numpy()]
     assert (outcomes["event_time"].cast(pa.int64()).to_numpy() > shown_at).all()
-    refused = outcomes.filter(pc.equal(outcomes["type"].cast(pa.string()), "not_interested"))
-    assert (refused["viewer_id"].to_pylist(), refused["video_id"].to_pylist()) == ([1], [20])
+    not_interested = outcomes.filter(pc.equal(outcomes["type"].cast(pa.string()), "not_interested"))
+    assert (not_interested["viewer_id"].to_pylist(), not_interested["video_id"].to_pylist()) == ([1], [20])
 
 
 def test_movies_have_topic_title_upload_time_text(imported: dict[str, pa.Table]) -> None:

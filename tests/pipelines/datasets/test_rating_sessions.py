@@ -39,11 +39,11 @@ def test_requests_equal_a_simple_reference(events):
     events.sort(key=lambda event: event[1])
     viewer = np.array([v for v, _ in events], dtype=np.int64)
     time_us = np.array([t for _, t in events], dtype=np.int64)
-    expected, under_way = [], {}
+    expected, sessions = [], {}
     for row, (who, when) in enumerate(events):
-        first, last, size = under_way.get(who, (row, when, 0))
+        first, last, size = sessions.get(who, (row, when, 0))
         if when - last > SESSION_GAP_US or size == MAX_SESSION_RATINGS:
             first, size = row, 0
-        under_way[who] = (first, when, size + 1)
+        sessions[who] = (first, when, size + 1)
         expected.append(first)
     assert session_starts(viewer, time_us).tolist() == expected

@@ -29,12 +29,14 @@ from reelway.platform.run_directory import RunDirectory
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
-    made = make_trained_run(tmp_path_factory.mktemp("evaluate") / "run", requests=400)
-    build_training_rows(made)
-    models = load_models(made.models)
-    time_s = pq.read_table(made.features / LABELS_FILE)["event_time"].cast("int64").to_numpy() / 1e6
-    save_models(replace(models, info=replace(models.info, window_end_s=float(np.quantile(time_s, 0.7)))), made.models)
-    return made
+    trained_run = make_trained_run(tmp_path_factory.mktemp("evaluate") / "run", requests=400)
+    build_training_rows(trained_run)
+    models = load_models(trained_run.models)
+    time_s = pq.read_table(trained_run.features / LABELS_FILE)["event_time"].cast("int64").to_numpy() / 1e6
+    save_models(
+        replace(models, info=replace(models.info, window_end_s=float(np.quantile(time_s, 0.7)))), trained_run.models
+    )
+    return trained_run
 
 
 def test_evaluation_file_has_all_fields_that_a_release_needs(run):
@@ -51,13 +53,13 @@ def test_evaluation_file_has_all_fields_that_a_release_needs(run):
 def test_heads_are_judged_on_impressions_after_the_cut_only(run):
     result = evaluate_run(run, EvaluationSettings(min_events=1))
     labels = pq.read_table(run.features / LABELS_FILE)
-    after = labels["event_time"].cast("int64").to_numpy() / 1e6 >= result.question.cut_s
+    after = labels["event_time"].cast("int64").to_numpy() / 1e6 >= result.split.cut_s
     watched = next(head for head in result.heads if head.task == "long_watch")
     assert watched.rows == int(after.sum())
     assert watched.positives == int(labels["long_watch"].to_numpy()[after].sum())
 
 
-def test_the_command_prints_every_recommender_and_is_skipped_the_second_time(run):
+def test_evaluate_command_skips_a_finished_evaluation(run):
     command = ["evaluate", "--run", str(run.path), "--min-events", "1"]
     runner = CliRunner()
     first = runner.invoke(build_app(), [*command, "--force"], env={"COLUMNS": "200"})
@@ -73,27 +75,27 @@ def test_the_command_prints_every_recommender_and_is_skipped_the_second_time(run
 def test_ranking_returns_unseen_videos_by_descending_value(run):
     models = load_models(run.models)
     labels = pq.read_table(run.features / LABELS_FILE)
-    question = make_temporal_split(labels, models.info.window_end_s, min_events=1)
-    ours, _, catalogue = recommenders_at_cut(models, run.features, question, Blend())
-    ranked_BK = ours.rank(question.viewer_ids, 10)
-    rows_BK = np.searchsorted(question.videos, ranked_BK)
-    assert not question.seen.has(question.viewer_ids, np.where(ranked_BK == PAD, PAD, rows_BK)).any()
+    split = make_temporal_split(labels, models.info.window_end_s, min_events=1)
+    two_stage, _, catalogue = recommenders_at_cut(models, run.features, split, Blend())
+    ranked_BK = two_stage.rank(split.viewer_ids, 10)
+    rows_BK = np.searchsorted(split.videos, ranked_BK)
+    assert not split.seen.has(split.viewer_ids, np.where(ranked_BK == PAD, PAD, rows_BK)).any()
     rows = np.searchsorted(catalogue.video_ids, ranked_BK[:, :5])
-    embedding = ours.stages.embed(ours.viewers)
-    values_BK = ours.stages.values(ours.viewers, embedding, rows)
+    embedding = two_stage.stages.embed(two_stage.viewers)
+    values_BK = two_stage.stages.values(two_stage.viewers, embedding, rows)
     assert (np.diff(values_BK, axis=1) <= 1e-6).all()
 
 
 def test_popularity_sources_fill_their_quota_of_candidates(run):
     models = load_models(run.models)
-    question = make_temporal_split(pq.read_table(run.features / LABELS_FILE), models.info.window_end_s, min_events=1)
+    split = make_temporal_split(pq.read_table(run.features / LABELS_FILE), models.info.window_end_s, min_events=1)
     blend = Blend.model_validate({"retrieval": {"candidates": 10, "quotas": {"ann": 0.6, "popular": 0.4}}})
-    ours, _, catalogue = recommenders_at_cut(models, run.features, question, blend)
+    two_stage, _, catalogue = recommenders_at_cut(models, run.features, split, blend)
     rng = np.random.default_rng(0)
     similarity = rng.random((3, len(catalogue))).astype(np.float32)
     popularity = rng.permutation(len(catalogue)).astype(np.float64)
     allowed = rng.random(similarity.shape) < 0.7
-    rows = ours.stages.candidates(similarity, allowed, popularity)
+    rows = two_stage.stages.candidates(similarity, allowed, popularity)
     for b in range(3):
         most_popular = set(np.argsort(-popularity * allowed[b])[:4].tolist())
         most_similar = np.argsort(-np.where(allowed[b], similarity[b], -1))[:6].tolist()
@@ -103,11 +105,11 @@ def test_popularity_sources_fill_their_quota_of_candidates(run):
 
 def test_candidates_are_padded_when_too_few_videos_are_allowed(run):
     models = load_models(run.models)
-    question = make_temporal_split(pq.read_table(run.features / LABELS_FILE), models.info.window_end_s, min_events=1)
-    ours, _, catalogue = recommenders_at_cut(models, run.features, question)
+    split = make_temporal_split(pq.read_table(run.features / LABELS_FILE), models.info.window_end_s, min_events=1)
+    two_stage, _, catalogue = recommenders_at_cut(models, run.features, split)
     allowed = np.zeros((1, len(catalogue)), dtype=np.bool_)
     allowed[0, 3] = True
-    rows = ours.stages.candidates(np.ones(allowed.shape, np.float32), allowed, np.ones(len(catalogue)))
+    rows = two_stage.stages.candidates(np.ones(allowed.shape, np.float32), allowed, np.ones(len(catalogue)))
     assert rows[rows != PAD].tolist() == [3]
 
 
@@ -137,9 +139,9 @@ def head(auc: float, error: float, positives: int = 1000) -> HeadQuality:
 POPULAR = np.random.default_rng(0).uniform(0, 0.4, 200)
 
 
-def failed(ours: np.ndarray, heads=(), coverage: float = 0.5, settings: GateSettings | None = None) -> list[str]:
+def failed(own_metric: np.ndarray, heads=(), coverage: float = 0.5, settings: GateSettings | None = None) -> list[str]:
     gates = evaluate_gates(
-        ranking_of(ours, coverage), ranking_of(POPULAR), list(heads), max_coverage=1.0, settings=settings
+        ranking_of(own_metric, coverage), ranking_of(POPULAR), list(heads), max_coverage=1.0, settings=settings
     )
     assert all(
         gate.passed == (gate.value >= gate.bound if gate.comparison == ">=" else gate.value <= gate.bound)
@@ -157,12 +159,12 @@ def test_noise_around_popularity_does_not_fail():
     assert failed(POPULAR + noise - noise.mean() - 0.005) == []
 
 
-def test_a_badly_calibrated_or_useless_head_fails_by_name():
+def test_badly_calibrated_or_useless_head_fails_by_name():
     assert failed(POPULAR, [head(0.7, 0.25)]) == ["like_calibration_error"]
     assert failed(POPULAR, [head(0.45, 0.02)]) == ["like_auc"]
 
 
-def test_a_head_with_too_few_positives_is_not_gated():
+def test_head_with_too_few_positives_is_not_gated():
     assert failed(POPULAR, [head(0.3, 0.5, positives=20)]) == []
 
 

@@ -17,9 +17,9 @@ from reelway.platform.run_directory import RunDirectory
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
-    made = make_trained_run(tmp_path_factory.mktemp("live") / "run", requests=200)
-    (made.dataset / "dataset.json").write_text("{}")
-    return made
+    trained_run = make_trained_run(tmp_path_factory.mktemp("live") / "run", requests=200)
+    (trained_run.dataset / "dataset.json").write_text("{}")
+    return trained_run
 
 
 def cut_of(run: RunDirectory) -> float:
@@ -28,9 +28,11 @@ def cut_of(run: RunDirectory) -> float:
 
 def assert_same(live: pa.Table, stored: pa.Table, fields: list[str]) -> None:
     for field in fields:
-        for ours, theirs in zip(live[field].to_pylist(), stored[field].to_pylist(), strict=True):
-            close = ours == theirs or (theirs is not None and ours == pytest.approx(theirs, rel=1e-6, nan_ok=True))
-            assert close, (field, ours, theirs)
+        for actual, expected in zip(live[field].to_pylist(), stored[field].to_pylist(), strict=True):
+            close = actual == expected or (
+                expected is not None and actual == pytest.approx(expected, rel=1e-6, nan_ok=True)
+            )
+            assert close, (field, actual, expected)
 
 
 def test_viewer_features_at_the_cut_equal_the_feature_store(run):

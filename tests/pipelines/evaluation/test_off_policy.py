@@ -18,8 +18,8 @@ class SmallWorld:
         rng = np.random.default_rng(seed)
         self.reward = rng.uniform(0, 10, (CONTEXTS, VIDEOS))
         self.logging = rng.dirichlet(np.full(VIDEOS, 2.0), CONTEXTS) * 0.8 + 0.2 / VIDEOS
-        wanted = np.exp(sharpness * self.reward / 5)
-        self.target = wanted / wanted.sum(axis=1, keepdims=True)
+        preference = np.exp(sharpness * self.reward / 5)
+        self.target = preference / preference.sum(axis=1, keepdims=True)
         self.truth = float((self.target * self.reward).sum(axis=1).mean())
 
     def log(self, rows: int, seed: int):
@@ -39,19 +39,19 @@ class SmallWorld:
 def test_every_estimator_covers_the_known_truth():
     world = SmallWorld()
     log, _ = world.log(20_000, seed=1)
-    found = estimate_off_policy(**log, clip=1e9)
-    for estimate in (found.ips, found.snips, found.doubly_robust):
+    estimates = estimate_off_policy(**log, clip=1e9)
+    for estimate in (estimates.ips, estimates.snips, estimates.doubly_robust):
         assert estimate.low <= world.truth <= estimate.high
         assert estimate.value == pytest.approx(world.truth, rel=0.05)
     naive = float(log["reward_N"].mean())
-    assert abs(naive - world.truth) > 5 * abs(found.snips.value - world.truth)
+    assert abs(naive - world.truth) > 5 * abs(estimates.snips.value - world.truth)
 
 
 def test_intervals_have_their_nominal_coverage():
     world = SmallWorld(seed=3)
     covered = [
-        found.snips.low <= world.truth <= found.snips.high
-        for found in (estimate_off_policy(**world.log(800, seed=s)[0], clip=1e9) for s in range(60))
+        estimates.snips.low <= world.truth <= estimates.snips.high
+        for estimates in (estimate_off_policy(**world.log(800, seed=s)[0], clip=1e9) for s in range(60))
     ]
     assert sum(covered) >= 51  # 95 % of 60 is 57; below 51 has a chance under 1 in 500
 
@@ -74,10 +74,10 @@ def test_doubly_robust_is_consistent_with_right_and_wrong_reward_models():
 
 def test_logging_policy_has_its_mean_reward_and_full_sample_size():
     log, _ = SmallWorld().log(2_000, seed=5)
-    found = estimate_off_policy(**(log | {"target_propensity_N": log["logged_propensity_N"]}))
-    assert found.ips.value == pytest.approx(log["reward_N"].mean())
-    assert found.effective_sample_size == pytest.approx(2_000)
-    assert found.clipped_share == 0
+    estimates = estimate_off_policy(**(log | {"target_propensity_N": log["logged_propensity_N"]}))
+    assert estimates.ips.value == pytest.approx(log["reward_N"].mean())
+    assert estimates.effective_sample_size == pytest.approx(2_000)
+    assert estimates.clipped_share == 0
 
 
 def test_clipping_is_reported_and_lowers_the_estimate_of_positive_rewards():
@@ -97,8 +97,8 @@ def test_impossible_propensity_is_rejected_with_its_row(bad):
         estimate_off_policy(**log)
 
 
-def test_a_target_that_never_takes_the_logged_actions_has_no_self_normalised_estimate():
+def test_disjoint_target_policy_has_no_self_normalised_estimate():
     log, _ = SmallWorld().log(10, seed=8)
-    found = estimate_off_policy(**(log | {"target_propensity_N": np.zeros(10)}))
-    assert found.snips.to_dict()["value"] is None
-    assert found.effective_sample_size == 0
+    estimates = estimate_off_policy(**(log | {"target_propensity_N": np.zeros(10)}))
+    assert estimates.snips.to_dict()["value"] is None
+    assert estimates.effective_sample_size == 0

@@ -17,12 +17,12 @@ from reelway.pipelines.evaluation import metrics
 @st.composite
 def answers(draw):
     """Slates of catalogue rows without repetition (some short), and each viewer's relevant set."""
-    videos, places = draw(st.integers(2, 15)), draw(st.integers(1, 12))
+    videos, positions = draw(st.integers(2, 15)), draw(st.integers(1, 12))
     viewers = draw(st.integers(1, 5))
     slates, relevant = [], []
     for _ in range(viewers):
-        order = draw(st.permutations(range(videos)))[: draw(st.integers(0, min(places, videos)))]
-        slates.append(list(order) + [metrics.PAD] * (places - len(order)))
+        order = draw(st.permutations(range(videos)))[: draw(st.integers(0, min(positions, videos)))]
+        slates.append(list(order) + [metrics.PAD] * (positions - len(order)))
         relevant.append(draw(st.sets(st.integers(0, videos - 1))))
     return np.array(slates), relevant, videos
 
@@ -37,55 +37,55 @@ def counts_of(relevant):
 
 @settings(max_examples=150, deadline=None)
 @given(answers(), st.integers(1, 12))
-def test_recall_is_the_share_of_relevant_videos_found(made, k):
-    slates, relevant, _ = made
-    found = metrics.recall(hits_of(slates, relevant), counts_of(relevant), k)
-    for b, wanted in enumerate(relevant):
-        if not wanted:
-            assert math.isnan(found[b])
+def test_recall_is_the_share_of_relevant_videos_found(answer, k):
+    slates, relevant, _ = answer
+    actual = metrics.recall(hits_of(slates, relevant), counts_of(relevant), k)
+    for b, relevant_videos in enumerate(relevant):
+        if not relevant_videos:
+            assert math.isnan(actual[b])
         else:
-            assert found[b] == pytest.approx(len(set(slates[b][:k]) & wanted) / len(wanted))
+            assert actual[b] == pytest.approx(len(set(slates[b][:k]) & relevant_videos) / len(relevant_videos))
 
 
 @settings(max_examples=150, deadline=None)
 @given(answers(), st.integers(1, 12))
-def test_ndcg_is_gain_over_the_ideal_orders_gain(made, k):
-    slates, relevant, _ = made
-    found = metrics.ndcg(hits_of(slates, relevant), counts_of(relevant), k)
-    for b, wanted in enumerate(relevant):
-        gain = sum(1 / math.log2(place + 2) for place, v in enumerate(slates[b][:k]) if v in wanted)
-        ideal = sum(1 / math.log2(place + 2) for place in range(min(k, len(wanted))))
-        assert math.isnan(found[b]) if not wanted else found[b] == pytest.approx(gain / ideal)
+def test_ndcg_is_gain_over_the_ideal_orders_gain(answer, k):
+    slates, relevant, _ = answer
+    actual = metrics.ndcg(hits_of(slates, relevant), counts_of(relevant), k)
+    for b, relevant_videos in enumerate(relevant):
+        gain = sum(1 / math.log2(index + 2) for index, v in enumerate(slates[b][:k]) if v in relevant_videos)
+        ideal = sum(1 / math.log2(index + 2) for index in range(min(k, len(relevant_videos))))
+        assert math.isnan(actual[b]) if not relevant_videos else actual[b] == pytest.approx(gain / ideal)
 
 
 @settings(max_examples=150, deadline=None)
 @given(answers())
-def test_reciprocal_rank_depends_on_the_first_hit_only(made):
-    slates, relevant, _ = made
-    found = metrics.reciprocal_rank(hits_of(slates, relevant), counts_of(relevant))
-    for b, wanted in enumerate(relevant):
-        places = [place for place, v in enumerate(slates[b]) if v in wanted]
-        expected = math.nan if not wanted else 1 / (places[0] + 1) if places else 0.0
-        assert found[b] == pytest.approx(expected, nan_ok=True)
+def test_reciprocal_rank_depends_on_the_first_hit_only(answer):
+    slates, relevant, _ = answer
+    actual = metrics.reciprocal_rank(hits_of(slates, relevant), counts_of(relevant))
+    for b, relevant_videos in enumerate(relevant):
+        indices = [index for index, v in enumerate(slates[b]) if v in relevant_videos]
+        expected = math.nan if not relevant_videos else 1 / (indices[0] + 1) if indices else 0.0
+        assert actual[b] == pytest.approx(expected, nan_ok=True)
 
 
 @settings(max_examples=150, deadline=None)
 @given(answers(), st.integers(0, 2**31))
-def test_diversity_is_one_minus_the_mean_cosine_of_pairs(made, seed):
-    slates, _, videos = made
+def test_diversity_is_one_minus_the_mean_cosine_of_pairs(answer, seed):
+    slates, _, videos = answer
     vectors = np.random.default_rng(seed).normal(size=(videos, 4))
-    found = metrics.intra_list_diversity(slates, vectors)
+    actual = metrics.intra_list_diversity(slates, vectors)
     unit = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
     for b, row in enumerate(slates):
         shown = [v for v in row if v != metrics.PAD]
         pairs = [float(unit[x] @ unit[y]) for i, x in enumerate(shown) for y in shown[i + 1 :]]
-        assert found[b] == pytest.approx(1 - np.mean(pairs) if pairs else math.nan, nan_ok=True)
+        assert actual[b] == pytest.approx(1 - np.mean(pairs) if pairs else math.nan, nan_ok=True)
 
 
 @settings(max_examples=100, deadline=None)
 @given(answers())
-def test_coverage_counts_each_video_once(made):
-    slates, _, videos = made
+def test_coverage_counts_each_video_once(answer):
+    slates, _, videos = answer
     assert metrics.coverage(slates, videos) == len({v for row in slates for v in row} - {metrics.PAD}) / videos
 
 
@@ -96,14 +96,14 @@ scored = st.lists(st.tuples(st.integers(0, 6), st.booleans(), st.integers(0, 3))
 @given(scored)
 def test_auc_is_the_chance_that_a_positive_is_above_a_negative(rows):
     score, label, weight = (np.array(column, dtype=float) for column in zip(*rows, strict=True))
-    found = metrics.area_under_curve(score, label, weight)
+    actual = metrics.area_under_curve(score, label, weight)
     pairs = wins = 0.0
     for s, y, w in zip(score, label, weight, strict=True):
         for t, z, v in zip(score, label, weight, strict=True):
             if y and not z:
                 pairs += w * v
                 wins += w * v * (1.0 if s > t else 0.5 if s == t else 0.0)
-    assert found == pytest.approx(wins / pairs if pairs else math.nan, nan_ok=True)
+    assert actual == pytest.approx(wins / pairs if pairs else math.nan, nan_ok=True)
 
 
 def test_auc_and_log_loss_agree_with_scikit_learn():
@@ -127,7 +127,7 @@ def test_head_with_one_class_has_an_undefined_auc():
     assert estimate.to_dict()["value"] is None
 
 
-def test_the_interval_over_viewers_is_that_of_the_mean():
+def test_interval_over_viewers_equals_that_of_the_mean():
     values = np.random.default_rng(2).normal(0.3, 0.2, 400)
     estimate = metrics.mean_estimate(values)
     half = 1.96 * values.std() / np.sqrt(len(values))
@@ -144,7 +144,7 @@ def test_rows_of_one_viewer_widen_the_interval_as_one_observation():
     assert together.high - together.low == pytest.approx(alone.high - alone.low, rel=1e-9)
 
 
-def test_a_paired_difference_is_sharper_than_two_intervals():
+def test_paired_difference_has_a_narrower_interval():
     rng = np.random.default_rng(4)
     base = rng.normal(0.3, 0.3, 300)
     better = base + 0.02 + rng.normal(0, 0.01, 300)

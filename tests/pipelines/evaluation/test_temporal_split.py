@@ -44,17 +44,17 @@ def labels_of(events: list[tuple[float, int, int, int]]) -> pa.Table:
 
 
 def grouped_labels(*, viewers: int = 60, videos: int = 40, events: int = 2400, seed: int = 0) -> pa.Table:
-    """Two groups of viewers, each keen on its own half of the videos."""
+    """Two groups of viewers; each group likes its own half of the videos."""
     rng = np.random.default_rng(seed)
     viewer = rng.integers(0, viewers, events)
-    own = rng.random(events) < 0.9
-    half = np.where(own, viewer % 2, 1 - viewer % 2)
+    in_group = rng.random(events) < 0.9
+    half = np.where(in_group, viewer % 2, 1 - viewer % 2)
     video = 100 + half * (videos // 2) + rng.integers(0, videos // 2, events)
     return labels_of([(float(i), int(viewer[i]), int(video[i]), 1) for i in range(events)])
 
 
 class FixedRecommender:
-    """Answers what it was told to."""
+    """A recommender with a fixed answer."""
 
     def __init__(self, answer: np.ndarray) -> None:
         self.answer = answer
@@ -74,17 +74,17 @@ EVENTS = [
 
 
 def test_relevant_video_was_shown_before_and_first_watched_after_the_cut():
-    question = make_temporal_split(labels_of(EVENTS), 50.0)
-    assert question.viewer_ids.tolist() == [1]  # viewer 2 has two impressions only
-    assert question.videos.tolist() == [10, 11, 12, 13, 14, 15, 16]  # 99 came later
-    assert question.videos[question.relevant.rows_of(1)].tolist() == [12]
-    assert question.videos[question.seen.rows_of(1)].tolist() == [10, 11, 14, 15, 16]
-    assert question.before.num_rows == 7
+    split = make_temporal_split(labels_of(EVENTS), 50.0)
+    assert split.viewer_ids.tolist() == [1]  # viewer 2 has two impressions only
+    assert split.videos.tolist() == [10, 11, 12, 13, 14, 15, 16]  # 99 came later
+    assert split.videos[split.relevant.rows_of(1)].tolist() == [12]
+    assert split.videos[split.seen.rows_of(1)].tolist() == [10, 11, 14, 15, 16]
+    assert split.before.num_rows == 7
 
 
-def test_an_event_at_the_cut_is_after_it():
-    question = make_temporal_split(labels_of(EVENTS), 100.0)
-    assert question.videos[question.relevant.rows_of(1)].tolist() == [12]
+def test_event_at_the_cut_counts_as_later():
+    split = make_temporal_split(labels_of(EVENTS), 100.0)
+    assert split.videos[split.relevant.rows_of(1)].tolist() == [12]
 
 
 def test_events_after_until_are_ignored():
@@ -110,14 +110,14 @@ def test_too_many_viewers_are_sampled_by_the_seed_and_stay_in_order():
 def test_pairs_behave_like_a_set(pairs, viewers, videos):
     catalogue = np.array(sorted(videos))
     viewer_id, video_id = np.array(sorted(pairs), dtype=np.int64).reshape(-1, 2).T
-    found = ViewerVideoPairs.of(viewer_id, video_id, catalogue)
-    asked = np.array(viewers)
-    rows = np.tile(np.append(np.arange(len(catalogue)), PAD), (len(asked), 1))
-    for b, row in enumerate(found.has(asked, rows)):
+    actual = ViewerVideoPairs.of(viewer_id, video_id, catalogue)
+    asked_ids = np.array(viewers)
+    rows = np.tile(np.append(np.arange(len(catalogue)), PAD), (len(asked_ids), 1))
+    for b, row in enumerate(actual.has(asked_ids, rows)):
         assert [(viewers[b], v) in pairs for v in catalogue.tolist()] == row[:-1].tolist()
         assert not row[-1]
-    assert found.counts(asked).tolist() == [sum((u, v) in pairs for v in videos) for u in viewers]
-    assert catalogue[found.rows_of(viewers[0])].tolist() == sorted(
+    assert actual.counts(asked_ids).tolist() == [sum((u, v) in pairs for v in videos) for u in viewers]
+    assert catalogue[actual.rows_of(viewers[0])].tolist() == sorted(
         v for u, v in pairs if u == viewers[0] and v in videos
     )
 
@@ -130,14 +130,14 @@ def test_top_unseen_leaves_out_seen_videos_with_padding():
 
 
 def test_recommender_that_returns_seen_videos_is_rejected():
-    question = make_temporal_split(labels_of(EVENTS), 50.0)
+    split = make_temporal_split(labels_of(EVENTS), 50.0)
     with pytest.raises(ValueError, match="already seen"):
-        evaluate_ranking(FixedRecommender(np.array([[10, 12]])), question)
+        evaluate_ranking(FixedRecommender(np.array([[10, 12]])), split)
 
 
 def test_metrics_of_a_known_answer():
-    question = make_temporal_split(labels_of(EVENTS), 50.0)
-    result = evaluate_ranking(FixedRecommender(np.array([[13, 12, PAD]])), question)
+    split = make_temporal_split(labels_of(EVENTS), 50.0)
+    result = evaluate_ranking(FixedRecommender(np.array([[13, 12, PAD]])), split)
     assert result.recall.tolist() == [1.0]
     assert result.ndcg[0] == pytest.approx(1 / np.log2(3))
     assert result.estimates["mrr"].value == 0.5
@@ -147,27 +147,27 @@ def test_metrics_of_a_known_answer():
 def test_recent_popularity_counts_the_latest_share_only():
     events = [(float(i), i, 10, 1) for i in range(90)] + [(90.0 + i, i, 11, 1) for i in range(10)]
     events += [(200.0, 95, 11, 1), (200.0, 50, 11, 1)]
-    question = make_temporal_split(labels_of([*events, (50.5, 95, 12, 0)]), 150.0, min_events=1)
-    assert popularity_counts(question, 1.0).tolist() == [90, 10, 0]  # 12 was shown, not enjoyed
-    assert popularity_counts(question, 0.1).tolist() == [0, 10, 0]
-    assert PopularityRecommender(question).rank(np.array([95, 50]), 2).tolist() == [[10, 11], [11, 12]]
-    assert PopularityRecommender(question, 0.1).rank(np.array([95, 50]), 2).tolist() == [[11, 10], [11, 12]]
+    split = make_temporal_split(labels_of([*events, (50.5, 95, 12, 0)]), 150.0, min_events=1)
+    assert popularity_counts(split, 1.0).tolist() == [90, 10, 0]  # 12 was shown, not enjoyed
+    assert popularity_counts(split, 0.1).tolist() == [0, 10, 0]
+    assert PopularityRecommender(split).rank(np.array([95, 50]), 2).tolist() == [[10, 11], [11, 12]]
+    assert PopularityRecommender(split, 0.1).rank(np.array([95, 50]), 2).tolist() == [[11, 10], [11, 12]]
 
 
 def test_als_finds_the_group_that_popularity_cannot():
-    question = make_temporal_split(grouped_labels(), 1800.0)
-    als = evaluate_ranking(AlsRecommender(question, AlsSettings(8, 0.1, 5.0)), question)
-    popular = evaluate_ranking(PopularityRecommender(question), question)
+    split = make_temporal_split(grouped_labels(), 1800.0)
+    als = evaluate_ranking(AlsRecommender(split, AlsSettings(8, 0.1, 5.0)), split)
+    popular = evaluate_ranking(PopularityRecommender(split), split)
     assert als.estimates["ndcg_at_10"].low > popular.estimates["ndcg_at_10"].high
 
 
 def test_als_tuning_reads_no_event_after_the_cut():
     labels = grouped_labels()
-    question = make_temporal_split(labels, 1800.0)
-    inner = validation_split(question)
-    assert inner.cut_s < question.cut_s
+    split = make_temporal_split(labels, 1800.0)
+    inner = validation_split(split)
+    assert inner.cut_s < split.cut_s
     grid = (AlsSettings(1, 1000.0, 0.01, 1), AlsSettings(8, 0.1, 5.0))
-    chosen = tune_als(question, grid=grid)
+    chosen = tune_als(split, grid=grid)
     assert chosen.settings == grid[1]
     assert times_us(inner.before["event_time"]).max() < inner.cut_s * 1e6
 
@@ -177,14 +177,14 @@ def test_recommender_inputs_do_not_depend_on_later_events():
     after = np.arange(labels.num_rows) >= 1800
     video = np.where(after, labels["video_id"].to_numpy()[::-1], labels["video_id"].to_numpy())
     changed = labels.set_column(labels.column_names.index("video_id"), "video_id", pa.array(video))
-    one, other = make_temporal_split(labels, 1800.0), make_temporal_split(changed, 1800.0)
-    assert one.before.equals(other.before)
-    assert one.videos.tolist() == other.videos.tolist()
-    assert one.seen.keys.tolist() == other.seen.keys.tolist()
-    assert one.relevant.keys.tolist() != other.relevant.keys.tolist()
+    split, changed_split = make_temporal_split(labels, 1800.0), make_temporal_split(changed, 1800.0)
+    assert split.before.equals(changed_split.before)
+    assert split.videos.tolist() == changed_split.videos.tolist()
+    assert split.seen.keys.tolist() == changed_split.seen.keys.tolist()
+    assert split.relevant.keys.tolist() != changed_split.relevant.keys.tolist()
 
 
 def test_als_gives_an_unknown_viewer_the_mean_vector():
-    question = make_temporal_split(grouped_labels(), 1800.0)
-    ranked = AlsRecommender(question, AlsSettings(8, 0.1, 5.0)).rank(np.array([999_999]), 5)
-    assert (catalogue_rows(question.videos, ranked) != PAD).all()
+    split = make_temporal_split(grouped_labels(), 1800.0)
+    ranked = AlsRecommender(split, AlsSettings(8, 0.1, 5.0)).rank(np.array([999_999]), 5)
+    assert (catalogue_rows(split.videos, ranked) != PAD).all()

@@ -50,14 +50,14 @@ def rows_of(table: pa.Table) -> pa.Table:
 
 
 def test_ray_batch_job_writes_the_same_rows_as_one_process(built, run) -> None:
-    seen: list[tuple[int, int]] = []
-    report = build_views(run, BatchSettings(SETTINGS, buckets=3), lambda done, total: seen.append((done, total)))
-    assert seen[-1] == (9, 9)
+    progress: list[tuple[int, int]] = []
+    report = build_views(run, BatchSettings(SETTINGS, buckets=3), lambda done, total: progress.append((done, total)))
+    assert progress[-1] == (9, 9)
     assert set(report.rows) == set(VIEWS)
     for view in VIEWS:
-        made = rows_of(pq.read_table(run.features / "views" / view))
+        written = rows_of(pq.read_table(run.features / "views" / view))
         alone = rows_of(pq.read_table(built.run.features / "views" / view))
-        assert made.equals(alone), view
+        assert written.equals(alone), view
         assert report.rows[view] == alone.num_rows
     assert not list(run.features.glob(".*")), "partitions and half-written folders are gone"
 

@@ -30,7 +30,10 @@ FIELDS = [name for view in VIEWER_VIEWS for name in VIEWS[view]]
 
 def viewer_views(store: FeatureStore) -> Views:
     projections = store.get_feature_service(VIEWER_SERVICE).feature_view_projections
-    return [(store.get_feature_view(one.name), [field.name for field in one.features]) for one in projections]
+    return [
+        (store.get_feature_view(projection.name), [field.name for field in projection.features])
+        for projection in projections
+    ]
 
 
 def assert_same_rows(run: RunDirectory, at_s: float) -> None:
@@ -61,9 +64,9 @@ def test_materialising_an_earlier_time_replaces_every_value(built, tmp_path) -> 
 def test_progress_reaches_the_total(built, tmp_path) -> None:
     run = RunDirectory(tmp_path / "run")
     shutil.copytree(built.run.path, run.path)
-    seen: list[tuple[int, int]] = []
-    materialise(run.features, built.until_s, lambda done, total: seen.append((done, total)))
-    assert seen[-1] == (40 * len(VIEWER_VIEWS), 40 * len(VIEWER_VIEWS))
+    progress: list[tuple[int, int]] = []
+    materialise(run.features, built.until_s, lambda done, total: progress.append((done, total)))
+    assert progress[-1] == (40 * len(VIEWER_VIEWS), 40 * len(VIEWER_VIEWS))
 
 
 def test_unknown_viewer_has_no_values(built) -> None:
@@ -112,16 +115,16 @@ def test_single_redis_query_equals_feasts_reads_view_by_view(built, tmp_path, re
     shutil.copytree(built.run.path, run.path)
     store = register_features(run.features, DIMENSIONS, f"redis://{redis_server}/1")
     materialise(run.features, built.until_s)
-    in_one, one_by_one = ViewerRowReader(store), _PerViewReader(store, views := viewer_views(store))
+    single, per_view = ViewerRowReader(store), _PerViewReader(store, views := viewer_views(store))
     names_of = {view.name for view, _ in views}
     for viewer in (*range(500, 540), 123_456):
         key = EntityKey(join_keys=["viewer_id"], entity_values=[Value(int64_val=viewer)])
         expected, moments_s = dict[str, object](), {}
-        for view, moment_s, values in one_by_one(key):
+        for view, moment_s, values in per_view(key):
             expected |= {name: _decode_value(value) for name, value in values.items()}
             if moment_s:  # Feast returns 1970 for a view without a row
                 moments_s[view] = moment_s
-        row = in_one.read(viewer)
+        row = single.read(viewer)
         assert row.pop(AS_OF, {}) == moments_s
         assert row == {name: expected.get(name) for name in FIELDS}
         assert set(moments_s) == (names_of if viewer != 123_456 else set())

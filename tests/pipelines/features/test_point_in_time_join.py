@@ -38,7 +38,7 @@ def engagement_rows(table: pa.Table, event_us: list[int], created_us: list[int])
     return rows
 
 
-def asked(run: RunDirectory, at_us: list[int]) -> list[float | None]:
+def joined_value(run: RunDirectory, at_us: list[int]) -> list[float | None]:
     store = open_feature_store(run.features)
     answers = join_view(store, "video_engagement", np.full(len(at_us), 1), np.array(at_us))
     return answers["video_impressions_1h"].to_pylist()
@@ -46,47 +46,47 @@ def asked(run: RunDirectory, at_us: list[int]) -> list[float | None]:
 
 def test_join_excludes_future_rows_but_includes_a_row_at_the_exact_time(changed) -> None:
     run = changed("video_engagement", lambda t: engagement_rows(t, [NOW_US - 10, NOW_US], [NOW_US - 10, NOW_US]))
-    assert asked(run, [NOW_US - 1, NOW_US]) == [0.0, 1.0]
+    assert joined_value(run, [NOW_US - 1, NOW_US]) == [0.0, 1.0]
 
 
 def test_row_written_late_is_excluded_before_its_writing_time(changed) -> None:
     run = changed(
         "video_engagement", lambda t: engagement_rows(t, [NOW_US - 20, NOW_US - 10], [NOW_US - 20, NOW_US + 50])
     )
-    assert asked(run, [NOW_US, NOW_US + 50]) == [0.0, 1.0]
+    assert joined_value(run, [NOW_US, NOW_US + 50]) == [0.0, 1.0]
 
 
 def test_row_written_last_wins_between_rows_of_one_time(changed) -> None:
     run = changed("video_engagement", lambda t: engagement_rows(t, [NOW_US, NOW_US], [NOW_US + 9, NOW_US]))
-    assert asked(run, [NOW_US + 5, NOW_US + 9]) == [1.0, 0.0]
+    assert joined_value(run, [NOW_US + 5, NOW_US + 9]) == [1.0, 0.0]
 
 
 def test_row_older_than_the_ttl_is_excluded(changed) -> None:
     run = changed("video_engagement", lambda t: engagement_rows(t, [NOW_US], [NOW_US]))
-    assert asked(run, [NOW_US + 2 * DAY_US, NOW_US + 2 * DAY_US + 1_000_000]) == [0.0, None]
+    assert joined_value(run, [NOW_US + 2 * DAY_US, NOW_US + 2 * DAY_US + 1_000_000]) == [0.0, None]
 
 
 def test_results_keep_the_given_order_with_duplicates(changed) -> None:
     run = changed("video_engagement", lambda t: engagement_rows(t, [NOW_US, NOW_US + 5], [NOW_US, NOW_US + 5]))
-    assert asked(run, [NOW_US + 5, NOW_US, NOW_US + 5, NOW_US - 1]) == [1.0, 0.0, 1.0, None]
+    assert joined_value(run, [NOW_US + 5, NOW_US, NOW_US + 5, NOW_US - 1]) == [1.0, 0.0, 1.0, None]
 
 
 def test_distinct_entity_rows_map_back_to_every_row() -> None:
-    entities, at = np.array([3, 1, 3, 3]), np.array([7, 7, 7, 8])
-    asked_entities, asked_at, pair = distinct_entity_rows(entities, at)
-    assert len(asked_entities) == 3
-    assert np.array_equal(asked_entities[pair], entities)
-    assert np.array_equal(asked_at[pair], at)
+    entities, times = np.array([3, 1, 3, 3]), np.array([7, 7, 7, 8])
+    distinct_entities, distinct_times, pair = distinct_entity_rows(entities, times)
+    assert len(distinct_entities) == 3
+    assert np.array_equal(distinct_entities[pair], entities)
+    assert np.array_equal(distinct_times[pair], times)
 
 
 def test_training_rows_contain_every_impression_once_with_all_features(built) -> None:
-    seen: list[str] = []
-    rows = pq.read_table(build_training_rows(built.run, seen.append))
+    progress: list[str] = []
+    rows = pq.read_table(build_training_rows(built.run, progress.append))
     assert rows["impression_id"].to_pylist() == built.labels["impression_id"].to_pylist()
     expected = {*KEY_COLUMNS, "request_time_s", *LABELS, "weight", *REQUEST_CONTEXT}
     expected |= {name for fields in VIEWS.values() for name in fields}
     assert set(rows.column_names) == expected
-    assert set(seen) == {*VIEWS, "request_context"}
+    assert set(progress) == {*VIEWS, "request_context"}
     assert rows["like"].to_pylist() == built.labels["like"].to_pylist()
     assert 0 < rows["impressions_1d"].null_count < rows.num_rows
 

@@ -111,23 +111,27 @@ def test_creator_statistics_count_uploads_with_followers() -> None:
     events = views.Events.from_labels(labels)
     table = views.creator_statistics(events, tables["videos"], tables["creators"], SETTINGS, until_us)
     for creator, base in zip(*(tables["creators"][c].to_pylist() for c in ("creator_id", "followers")), strict=True):
-        mine = table.filter(pa.array(table["creator_key"].to_numpy() == creator)).sort_by("event_timestamp").to_pylist()
-        assert mine[0]["creator_followers"] == base
-        assert mine[-1]["creator_followers"] == base + events.follow[events.creator_id == creator].sum()
-        assert mine[-1]["creator_uploads"] == (tables["videos"]["creator_id"].to_numpy() == creator).sum()
+        creator_rows = (
+            table.filter(pa.array(table["creator_key"].to_numpy() == creator)).sort_by("event_timestamp").to_pylist()
+        )
+        assert creator_rows[0]["creator_followers"] == base
+        assert creator_rows[-1]["creator_followers"] == base + events.follow[events.creator_id == creator].sum()
+        assert creator_rows[-1]["creator_uploads"] == (tables["videos"]["creator_id"].to_numpy() == creator).sum()
 
 
 def test_views_have_the_contract_fields_with_unique_entity_times() -> None:
     tables = random_dataset(seed=2)
     labels = label_impressions(tables["impressions"], tables["outcomes"], tables["videos"])
-    made = {
+    view_tables = {
         "viewer_profile": views.viewer_profile(tables["viewers"]),
         "video_content": views.video_content(tables["videos"]),
     }
     for family in ENTITY_KEYS:
-        made |= entity_views(family, labels, (tables["creators"], tables["videos"]), SETTINGS, data_end_us(labels))
-    assert set(made) == set(VIEWS)
-    for name, table in made.items():
+        view_tables |= entity_views(
+            family, labels, (tables["creators"], tables["videos"]), SETTINGS, data_end_us(labels)
+        )
+    assert set(view_tables) == set(VIEWS)
+    for name, table in view_tables.items():
         assert tuple(table.column_names[3:]) == VIEWS[name]
         key = table.column_names[0]
         assert table.group_by([key, "event_timestamp"]).aggregate([]).num_rows == table.num_rows > 0

@@ -21,25 +21,25 @@ def ints(values: list[int]) -> np.ndarray:
 
 @settings(max_examples=150, deadline=None)
 @given(EVENTS, QUESTIONS, WINDOWS)
-def test_sums_equal_a_brute_force_count(events, questions, windows) -> None:
+def test_sums_equal_a_brute_force_count(events, requested, windows) -> None:
     sums = window_sums(
         ints([e for e, _, _ in events]), ints([t for _, t, _ in events]),
-        ints([v for _, _, v in events]).reshape(-1, 2), ints([e for e, _ in questions]),
-        ints([t for _, t in questions]), windows,
+        ints([v for _, _, v in events]).reshape(-1, 2), ints([e for e, _ in requested]),
+        ints([t for _, t in requested]), windows,
     )  # fmt: skip
-    for m, (entity, at) in enumerate(questions):
+    for m, (entity, time) in enumerate(requested):
         for w, window in enumerate(windows):
-            inside = [v for e, t, v in events if e == entity and at - window < t <= at]
+            inside = [v for e, t, v in events if e == entity and time - window < t <= time]
             assert sums[m, w].tolist() == [sum(v[0] for v in inside), sum(v[1] for v in inside)]
 
 
 @settings(max_examples=50, deadline=None)
 @given(EVENTS, QUESTIONS, st.randoms())
-def test_sums_do_not_depend_on_the_order_of_events(events, questions, random) -> None:
+def test_sums_do_not_depend_on_the_order_of_events(events, requested, random) -> None:
     def sums(rows):
         return window_sums(
             ints([e for e, _, _ in rows]), ints([t for _, t, _ in rows]), ints([v for _, _, v in rows]).reshape(-1, 2),
-            ints([e for e, _ in questions]), ints([t for _, t in questions]), [7],
+            ints([e for e, _ in requested]), ints([t for _, t in requested]), [7],
         )  # fmt: skip
 
     shuffled = list(events)

@@ -48,31 +48,31 @@ def test_log_q_makes_the_pool_sum_unbiased() -> None:
     torch.manual_seed(0)
     share = F.softmax(torch.randn(40) * 1.5, dim=0)
     scores = torch.randn(40)
-    whole = scores.exp().sum().item()
+    exact = scores.exp().sum().item()
     corrected, plain, runs = 0.0, 0.0, 3000
     log_q = log_inclusion(share, 8, 1 / 40, 4)
     for _ in range(runs):
         pool = torch.unique(torch.cat([torch.multinomial(share, 8, True), torch.randint(0, 40, (4,))]))
         corrected += (scores[pool] - log_q[pool]).exp().sum().item() / runs
         plain += scores[pool].exp().sum().item() / runs
-    assert corrected == pytest.approx(whole, rel=0.05)
-    assert plain < 0.5 * whole
+    assert corrected == pytest.approx(exact, rel=0.05)
+    assert plain < 0.5 * exact
 
 
 def test_softmax_over_all_videos_is_cross_entropy() -> None:
     scores, target = torch.randn(6, 9), torch.randint(0, 9, (6,))
     for smoothing in (0.0, 0.2):
-        ours = sampled_softmax(
+        actual = sampled_softmax(
             scores, target, torch.ones(6), torch.zeros(9), no_pairs(scores), label_smoothing=smoothing
         )
-        torch.testing.assert_close(ours, F.cross_entropy(scores, target, label_smoothing=smoothing))
+        torch.testing.assert_close(actual, F.cross_entropy(scores, target, label_smoothing=smoothing))
 
 
 def test_rows_count_by_their_weight() -> None:
     scores, target = torch.randn(3, 5), torch.tensor([0, 1, 2])
-    ours = sampled_softmax(scores, target, torch.tensor([2.0, 0.0, 1.0]), torch.zeros(5), no_pairs(scores))
+    actual = sampled_softmax(scores, target, torch.tensor([2.0, 0.0, 1.0]), torch.zeros(5), no_pairs(scores))
     each = F.cross_entropy(scores, target, reduction="none")
-    torch.testing.assert_close(ours, (2 * each[0] + each[2]) / 3)
+    torch.testing.assert_close(actual, (2 * each[0] + each[2]) / 3)
 
 
 def test_other_positive_of_the_viewer_is_no_negative() -> None:

@@ -24,7 +24,7 @@ def ranker_inputs(viewers: int, candidates: int) -> dict[str, Tensor]:
     return inputs
 
 
-def made_ranker(**config: Any) -> Ranker:
+def make_ranker(**config: Any) -> Ranker:
     torch.manual_seed(0)
     ranker = Ranker(RankerConfig(**config), D, DIMENSIONS)
     ranker.creators.mark_known(torch.arange(1, 1 << 15))
@@ -38,7 +38,7 @@ def outputs(ranker: Ranker, inputs: dict[str, Tensor], viewer_index: Tensor | No
 
 @pytest.mark.parametrize("kind", ["mmoe", "shared_bottom"])
 def test_batched_viewers_score_like_single_viewers(kind: str) -> None:
-    ranker = made_ranker(kind=kind)
+    ranker = make_ranker(kind=kind)
     inputs = ranker_inputs(3, 12)
     index = torch.tensor([0, 0, 1, 1, 2, 2, 0, 1, 2, 0, 1, 2])
     together = outputs(ranker, inputs, index)
@@ -57,7 +57,7 @@ def test_scores_are_finite_when_all_numbers_are_missing() -> None:
     inputs["video_dense"].fill_(float("nan"))
     inputs["viewer_categories"].zero_()
     inputs["video_categories"].zero_()
-    assert torch.isfinite(outputs(made_ranker(), inputs)).all()
+    assert torch.isfinite(outputs(make_ranker(), inputs)).all()
 
 
 def test_cross_features_hold_affinity_language_similarity() -> None:
@@ -66,7 +66,7 @@ def test_cross_features_hold_affinity_language_similarity() -> None:
     inputs["viewer_dense"][0, DIMENSIONS.viewer_dense.index("topic_affinity_4")] = 0.25
     inputs["viewer_categories"][0, 1] = 9
     inputs["video_categories"] = torch.tensor([[5, 9], [0, 8], [7, 0]])  # topic 4; unknown; topic 6 (affinity missing)
-    crosses, products = made_ranker()._cross_features(
+    crosses, products = make_ranker()._cross_features(
         *(inputs[n] for n in ("viewer_dense", "viewer_categories", "viewer_embedding")),
         *(inputs[n] for n in ("video_categories", "video_embedding")),
         None,
@@ -81,7 +81,7 @@ def test_cross_features_hold_affinity_language_similarity() -> None:
 
 @pytest.mark.parametrize("similarity_only", [True, False])
 def test_similarity_only_ranker_is_invariant_to_rotation(similarity_only: bool) -> None:
-    ranker, inputs = made_ranker(similarity_only=similarity_only), ranker_inputs(2, 6)
+    ranker, inputs = make_ranker(similarity_only=similarity_only), ranker_inputs(2, 6)
     turn, _ = torch.linalg.qr(torch.randn(D, D))
     turned = inputs | {name: inputs[name] @ turn for name in ("viewer_embedding", "video_embedding")}
     index = torch.tensor([0, 1, 0, 1, 0, 1])
@@ -91,7 +91,7 @@ def test_similarity_only_ranker_is_invariant_to_rotation(similarity_only: bool) 
 
 
 def test_constant_head_outputs_its_logit() -> None:
-    ranker, inputs = made_ranker(), ranker_inputs(1, 4)
+    ranker, inputs = make_ranker(), ranker_inputs(1, 4)
     before = outputs(ranker, inputs)
     ranker.set_constant_head("share", -3.5)
     after = outputs(ranker, inputs)
@@ -119,7 +119,7 @@ def test_position_bias_is_zero_for_videos_not_shown() -> None:
 
 
 def test_every_expert_gets_a_gradient() -> None:
-    ranker, inputs = made_ranker(experts=3), ranker_inputs(1, 5)
+    ranker, inputs = make_ranker(experts=3), ranker_inputs(1, 5)
     ranker(*(inputs[name] for name in RANKER_INPUTS)).sum().backward()
     assert (ranker.trunk.second.weight.grad.abs().sum(dim=(1, 2)) > 0).all()
 

@@ -63,29 +63,29 @@ def a_ranker(config: RankerConfig) -> Ranker:
 )
 def test_inference_ranker_equals_the_ranker(config: RankerConfig, candidates: int) -> None:
     ranker = a_ranker(config)
-    given = a_request(candidates)
+    inputs = a_request(candidates)
     with torch.inference_mode():
-        expected, seen = ranker(*given), InferenceRanker(ranker).eval()(*given)
-    torch.testing.assert_close(seen, expected, rtol=1e-5, atol=1e-5)
+        expected, actual = ranker(*inputs), InferenceRanker(ranker).eval()(*inputs)
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
     if candidates > 2:  # all heads but the constant one distinguish candidates
         assert expected.std(dim=0).gt(1e-3).sum() == len(names.RANKER_TASKS) - 1
 
 
 @pytest.mark.parametrize("language", [0, 1, 2, 63])
 def test_language_match_depends_on_the_viewers_language(language: int) -> None:
-    ranker, given = a_ranker(RankerConfig()), a_request(300)
-    given[1][0, names.VIEWER_CATEGORIES.index("language")] = language
+    ranker, inputs = a_ranker(RankerConfig()), a_request(300)
+    inputs[1][0, names.VIEWER_CATEGORIES.index("language")] = language
     with torch.inference_mode():
-        expected, seen = ranker(*given), InferenceRanker(ranker).eval()(*given)
-    torch.testing.assert_close(seen, expected, rtol=1e-5, atol=1e-5)
+        expected, actual = ranker(*inputs), InferenceRanker(ranker).eval()(*inputs)
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_extreme_gate_stays_finite() -> None:
     ranker = a_ranker(RankerConfig())
     with torch.no_grad():
         ranker.trunk.from_viewer.bias += 500 * torch.randn_like(ranker.trunk.from_viewer.bias)
-    given = a_request(5)
+    inputs = a_request(5)
     with torch.inference_mode():
-        expected, seen = ranker(*given), InferenceRanker(ranker).eval()(*given)
-    assert torch.isfinite(seen).all()
-    torch.testing.assert_close(seen, expected, rtol=1e-4, atol=1e-3)
+        expected, actual = ranker(*inputs), InferenceRanker(ranker).eval()(*inputs)
+    assert torch.isfinite(actual).all()
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-3)

@@ -48,16 +48,16 @@ def test_traffic_report_matches_the_service(world: World, tmp_path: Path) -> Non
     assert report["failed"] == report["arm_changes"] == report["outcomes"]["posts_failed"] == 0
     assert report["outcomes"]["sent"] == len(service.outcomes) == report["outcomes"]["answered"]["counted"]
     assert sum(r["viewers"] for r in report["releases"]) == report["viewers"] == len(service.asked)
-    looked_at = sum(r["videos_looked_at"] for r in report["releases"])
+    examined = sum(r["videos_looked_at"] for r in report["releases"])
     watches = [o for o in service.outcomes if o["type"] == "watch"]
-    assert len(watches) == looked_at
+    assert len(watches) == examined
     seconds = sum(r["videos_looked_at"] * r["watch_s_per_impression"] for r in report["releases"])
     assert seconds == pytest.approx(sum(o["value"] for o in watches) / 1000, rel=1e-4)
 
 
 def test_failed_request_is_counted_with_its_reason(world: World) -> None:
-    there = LiveViewers(world, seed=1, now_s=time.time())._ids
-    unlucky = frozenset(there[: len(there) // 4].tolist())
+    viewer_ids = LiveViewers(world, seed=1, now_s=time.time())._ids
+    unlucky = frozenset(viewer_ids[: len(viewer_ids) // 4].tolist())
     with running(FakeService(Routing.single_release(OLD), CONFIG.videos, fail_viewers=unlucky)) as service:
         report = sent(service, world, rate=100, seconds=1.5)
     assert 0 < report["failed"] < report["requests"]
@@ -70,9 +70,9 @@ def test_failed_request_is_counted_with_its_reason(world: World) -> None:
 def test_timeout_or_connection_error_is_a_failure(world: World) -> None:
     with running(FakeService(Routing.single_release(OLD), CONFIG.videos, delay_s=0.6)) as service:
         late = sent(service, world, rate=30, seconds=0.5, timeout_s=0.2)
-    gone = sent(service, world, rate=30, seconds=0.5)
+    unreachable = sent(service, world, rate=30, seconds=0.5)
     assert late["failed"] == late["requests"] > 0
-    assert gone["failed"] == gone["requests"] > 0
+    assert unreachable["failed"] == unreachable["requests"] > 0
     assert "Timeout" in late["failures"][0]
 
 
@@ -146,7 +146,7 @@ def test_imported_data_set_has_no_simulated_viewers() -> None:
         load_world({"name": "MovieLens", "seed": 0})
 
 
-def seen_by(ledger: ArmStickinessCheck, canaries: set[str], at_s: float, **answers: str) -> None:
+def record_responses(ledger: ArmStickinessCheck, canaries: set[str], at_s: float, **answers: str) -> None:
     """Records responses to the viewers v1, v2, ... from these releases, then the routing."""
     for viewer, release in answers.items():
         ledger.record_response(int(viewer[1:]), release, "canary" if release in canaries else "stable", at_s)
@@ -155,24 +155,24 @@ def seen_by(ledger: ArmStickinessCheck, canaries: set[str], at_s: float, **answe
 
 def test_regular_rollout_counts_no_arm_change() -> None:
     ledger = ArmStickinessCheck()
-    seen_by(ledger, {NEW}, 0, v1=OLD, v2=NEW, v3=OLD)
-    seen_by(ledger, {NEW}, 10, v1=NEW, v2=NEW, v3=OLD)
-    seen_by(ledger, set(), 20, v1=OLD, v2=OLD, v3=OLD)  # rolled back
-    seen_by(ledger, {NEW}, 40, v1=OLD, v2=NEW, v3=NEW)  # once more, under another salt
+    record_responses(ledger, {NEW}, 0, v1=OLD, v2=NEW, v3=OLD)
+    record_responses(ledger, {NEW}, 10, v1=NEW, v2=NEW, v3=OLD)
+    record_responses(ledger, set(), 20, v1=OLD, v2=OLD, v3=OLD)  # rolled back
+    record_responses(ledger, {NEW}, 40, v1=OLD, v2=NEW, v3=NEW)  # once more, under another salt
     for viewer in (1, 2, 3):
-        ledger.record_response(viewer, NEW, "stable", 50)  # promoted: it is the stable release now
-    seen_by(ledger, set(), 60)
-    seen_by(ledger, set(), 70)
+        ledger.record_response(viewer, NEW, "stable", 50)  # promoted: the canary is the stable release now
+    record_responses(ledger, set(), 60)
+    record_responses(ledger, set(), 70)
     assert ledger.changes == 0
 
 
 def test_viewer_who_leaves_a_running_canary_is_counted() -> None:
     ledger = ArmStickinessCheck()
-    seen_by(ledger, {NEW}, 0, v1=NEW, v2=NEW)
-    seen_by(ledger, {NEW}, 10, v1=NEW)
+    record_responses(ledger, {NEW}, 0, v1=NEW, v2=NEW)
+    record_responses(ledger, {NEW}, 10, v1=NEW)
     ledger.record_response(2, OLD, "stable", 10.5)
     ledger.record_routing(frozenset({NEW}), 11)
-    assert ledger.changes == 0  # the look may be older than the answer
+    assert ledger.changes == 0  # the routing may have been read before the response
     ledger.record_routing(frozenset({NEW}), 10.5 + GRACE_S + 0.1)
     assert ledger.changes == 1
     assert "viewer 2" in ledger.examples[0]
@@ -205,11 +205,11 @@ def test_ctrl_c_ends_traffic_with_a_complete_report(tmp_path: Path) -> None:
         while not report.exists() and process.poll() is None:
             time.sleep(0.05)
         process.send_signal(signal.SIGINT)
-        said, _ = process.communicate(timeout=20)
+        output, _ = process.communicate(timeout=20)
     assert process.returncode == 0
-    found = json.loads(report.read_text())
-    assert found["running"] is False
-    assert found["failed"] == 0
-    assert found["requests"] == sum(service.slates.values()) > 0
-    assert found["outcomes"]["sent"] == len(service.outcomes)
-    assert f"{found['requests']} requests" in said.decode()
+    written = json.loads(report.read_text())
+    assert written["running"] is False
+    assert written["failed"] == 0
+    assert written["requests"] == sum(service.slates.values()) > 0
+    assert written["outcomes"]["sent"] == len(service.outcomes)
+    assert f"{written['requests']} requests" in output.decode()

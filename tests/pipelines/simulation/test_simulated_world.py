@@ -115,18 +115,18 @@ def test_responses_follow_taste() -> None:
 def test_video_in_a_foreign_language_is_enjoyed_less() -> None:
     viewers, shown = slates(4000, 1)
     enjoy = world().enjoyment(viewers, shown, np.full(len(viewers), CONFIG.end_s))[:, 0]
-    language, own = world().videos.language[shown[:, 0] - 1], world().viewers.language[viewers - 1]
+    language, first_language = world().videos.language[shown[:, 0] - 1], world().viewers.language[viewers - 1]
     second = world().viewers.second_language[viewers - 1]
-    foreign = (language >= 0) & (language != own) & (language != second)
+    foreign = (language >= 0) & (language != first_language) & (language != second)
     assert enjoy[foreign].mean() < 0.5 * enjoy[~foreign].mean()
 
 
 def test_lower_positions_are_examined_less_often() -> None:
     viewers, shown = slates(4000, 10)
-    seen = world().respond(viewers, shown, CONFIG.end_s, rng()).examined.mean(axis=0)
-    assert seen[0] == 1.0
-    assert (np.diff(seen) < 0).all()
-    assert seen[-1] < 0.75
+    examined = world().respond(viewers, shown, CONFIG.end_s, rng()).examined.mean(axis=0)
+    assert examined[0] == 1.0
+    assert (np.diff(examined) < 0).all()
+    assert examined[-1] < 0.75
 
 
 def test_unexamined_positions_have_no_response() -> None:
@@ -184,12 +184,12 @@ def test_responses_become_events_in_the_schema() -> None:
     viewers, shown = slates(200, 5)
     shown[:50, 3:] = PAD
     answers = world().respond(viewers, shown, CONFIG.end_s, rng())
-    asked = ShownSlates(
+    slates_shown = ShownSlates(
         request_id=np.arange(200) + 7, viewer_ids=viewers, slates=shown, time_s=np.full(200, CONFIG.end_s),
         propensity=np.full(shown.shape, 0.5, np.float32), source=np.zeros(shown.shape, np.int8), sources=["ann"],
         device=np.zeros(200, np.int64), devices=["tv"], release="r9", arm="canary",
     )  # fmt: skip
-    impressions, outcomes = responses_to_events(asked, answers, first_impression_id=1000, first_outcome_id=5000)
+    impressions, outcomes = responses_to_events(slates_shown, answers, first_impression_id=1000, first_outcome_id=5000)
     assert impressions.schema.equals(DATASET_TABLES["impressions"])
     assert outcomes.schema.equals(DATASET_TABLES["outcomes"])
     assert impressions.num_rows == 200 * 5 - 100

@@ -30,8 +30,8 @@ def test_epoch_covers_every_row_once_over_all_workers(rows: TrainingRows, world:
     orders = [GroupedBatchOrder(rows.viewer_row, LoopConfig(batch_size=64), 5, Worker(r, world)) for r in range(world)]
     assert len({order.steps for order in orders}) == 1
     for epoch in (0, 1):
-        seen = np.concatenate([order.rows(epoch, s) for order in orders for s in range(order.steps)])
-        np.testing.assert_array_equal(np.sort(seen), np.arange(len(rows)))
+        covered = np.concatenate([order.rows(epoch, s) for order in orders for s in range(order.steps)])
+        np.testing.assert_array_equal(np.sort(covered), np.arange(len(rows)))
     first, second = (np.concatenate([orders[0].rows(epoch, s) for s in range(3)]) for epoch in (0, 1))
     assert not np.array_equal(first[:20], second[:20])
 
@@ -46,12 +46,12 @@ def test_rows_with_one_viewer_row_are_in_one_batch(rows: TrainingRows) -> None:
 
 
 def test_step_is_reproducible_without_earlier_steps(rows: TrainingRows) -> None:
-    def made() -> RetrievalBatches:
+    def new_batches() -> RetrievalBatches:
         return RetrievalBatches(
             rows, everything(rows), RetrievalDataConfig(uniform_negatives=8), LoopConfig(batch_size=64), seed=3
         )
 
-    walked, jumped = made(), made()
+    walked, jumped = new_batches(), new_batches()
     for step in range(walked.steps):
         walked.batch(0, step)
     for name, values in walked.batch(1, 1).items():

@@ -39,14 +39,14 @@ def one_thread() -> Any:
     torch.set_num_threads(before)
 
 
-def made_objective(rows: TrainingRows) -> RetrievalObjective:
+def new_objective(rows: TrainingRows) -> RetrievalObjective:
     torch.manual_seed(0)
     model = TwoTower(TwoTowerConfig(dim=16, history_length=10), SHORT)
     model.ids.mark_known(torch.from_numpy(rows.videos.video_codes.astype(np.int64)))
     return RetrievalObjective(model)
 
 
-def made_batches(rows: TrainingRows, loop: LoopConfig = LOOP) -> RetrievalBatches:
+def new_batches(rows: TrainingRows, loop: LoopConfig = LOOP) -> RetrievalBatches:
     return RetrievalBatches(rows, np.arange(len(rows)), RetrievalDataConfig(uniform_negatives=16), loop, seed=0)
 
 
@@ -66,44 +66,46 @@ class FailingBatches:
         return self.inner.batch(epoch, step)
 
 
-def same_state(one: torch.nn.Module, other: torch.nn.Module) -> bool:
-    return all(torch.equal(a, b) for a, b in zip(one.state_dict().values(), other.state_dict().values(), strict=True))
+def same_state(first: torch.nn.Module, second: torch.nn.Module) -> bool:
+    return all(
+        torch.equal(a, b) for a, b in zip(first.state_dict().values(), second.state_dict().values(), strict=True)
+    )
 
 
 @pytest.mark.parametrize("cut", [(0, 0), (1, 0), (1, 3), (2, 5)])
 def test_resumed_run_equals_an_uninterrupted_run(rows: TrainingRows, tmp_path: Path, cut: tuple[int, int]) -> None:
-    straight = made_objective(rows)
-    straight_curve = train(straight, made_batches(rows), LOOP, seed=7, stage="two_tower")
+    straight = new_objective(rows)
+    straight_curve = train(straight, new_batches(rows), LOOP, seed=7, stage="two_tower")
 
     checkpoints = FileCheckpoints(tmp_path)
     with pytest.raises(InjectedFailureError):
         train(
-            made_objective(rows), FailingBatches(made_batches(rows), *cut), LOOP,
+            new_objective(rows), FailingBatches(new_batches(rows), *cut), LOOP,
             seed=7, stage="two_tower", checkpoints=checkpoints,
         )  # fmt: skip
-    resumed = made_objective(rows)
+    resumed = new_objective(rows)
     with torch.no_grad():
         resumed.model.ids.table.weight.zero_()  # the initial weights must not matter
     if cut == (0, 0):  # no checkpoint yet: the run starts again
-        resumed = made_objective(rows)
-    curve = train(resumed, made_batches(rows), LOOP, seed=7, stage="two_tower", checkpoints=checkpoints)
+        resumed = new_objective(rows)
+    curve = train(resumed, new_batches(rows), LOOP, seed=7, stage="two_tower", checkpoints=checkpoints)
     assert curve == straight_curve
     assert same_state(resumed, straight)
 
 
 def test_another_seed_gives_another_model(rows: TrainingRows) -> None:
     loop = LOOP.model_copy(update={"epochs": 1})
-    one, other = made_objective(rows), made_objective(rows)
-    train(one, made_batches(rows), loop, seed=7, stage="two_tower")
-    train(other, made_batches(rows), loop, seed=8, stage="two_tower")
-    assert not same_state(one, other)
+    first, second = new_objective(rows), new_objective(rows)
+    train(first, new_batches(rows), loop, seed=7, stage="two_tower")
+    train(second, new_batches(rows), loop, seed=8, stage="two_tower")
+    assert not same_state(first, second)
 
 
 def test_loop_learns_which_video_follows_which(rows: TrainingRows) -> None:
     loop = LoopConfig(epochs=30, batch_size=64, lr=5e-3)
     reports: list[EpochReport] = []
     curve = train(
-        made_objective(rows), made_batches(rows, loop), loop, seed=0, stage="two_tower", on_epoch=reports.append
+        new_objective(rows), new_batches(rows, loop), loop, seed=0, stage="two_tower", on_epoch=reports.append
     )
     assert curve[-1]["loss"] < 0.7 * curve[0]["loss"]
     assert curve[-1]["top1"] > 0.35  # chance is about 1/50
@@ -112,30 +114,30 @@ def test_loop_learns_which_video_follows_which(rows: TrainingRows) -> None:
 
 
 def test_loop_stops_at_a_loss_that_is_not_finite(rows: TrainingRows) -> None:
-    objective = made_objective(rows)
+    objective = new_objective(rows)
     with torch.no_grad():
         objective.model.viewer_tower.out.weight.fill_(float("inf"))
     with pytest.raises(TrainingError, match="two_tower: epoch 1 ended with"):
-        train(objective, made_batches(rows), LOOP, seed=0, stage="two_tower")
+        train(objective, new_batches(rows), LOOP, seed=0, stage="two_tower")
 
 
 def test_loop_rejects_a_checkpoint_of_another_model(rows: TrainingRows, tmp_path: Path) -> None:
     checkpoints = FileCheckpoints(tmp_path)
     loop = LOOP.model_copy(update={"epochs": 1})
-    train(made_objective(rows), made_batches(rows), loop, seed=0, stage="two_tower", checkpoints=checkpoints)
+    train(new_objective(rows), new_batches(rows), loop, seed=0, stage="two_tower", checkpoints=checkpoints)
     other = RetrievalObjective(TwoTower(TwoTowerConfig(dim=32), SHORT))
     with pytest.raises(TrainingError, match="does not fit the model"):
-        train(other, made_batches(rows), loop, seed=0, stage="two_tower", checkpoints=checkpoints)
+        train(other, new_batches(rows), loop, seed=0, stage="two_tower", checkpoints=checkpoints)
     with pytest.raises(TrainingError, match="of stage 'two_tower'"):
-        train(made_objective(rows), made_batches(rows), loop, seed=0, stage="ranker", checkpoints=checkpoints)
+        train(new_objective(rows), new_batches(rows), loop, seed=0, stage="ranker", checkpoints=checkpoints)
 
 
 def test_loop_preserves_the_callers_random_state(rows: TrainingRows) -> None:
     torch.manual_seed(5)
     expected = torch.rand(3)
-    objective = made_objective(rows)
+    objective = new_objective(rows)
     torch.manual_seed(5)
-    train(objective, made_batches(rows), LOOP.model_copy(update={"epochs": 1}), seed=0, stage="two_tower")
+    train(objective, new_batches(rows), LOOP.model_copy(update={"epochs": 1}), seed=0, stage="two_tower")
     assert torch.equal(torch.rand(3), expected)
 
 

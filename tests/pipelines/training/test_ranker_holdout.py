@@ -47,20 +47,20 @@ class InMemoryCheckpoints:
         return None
 
 
-def fitted(rows: TrainingRows, config: TrainingConfig, kept: InMemoryCheckpoints | None = None) -> FittedModels:
+def fitted(rows: TrainingRows, config: TrainingConfig, checkpoints: InMemoryCheckpoints | None = None) -> FittedModels:
     window = make_training_split(rows, config)
     candidates = ranker_rows_of(rows, window, config, as_of)
     learn = candidates.select(candidates.event_time_s < window.calibration_s)
-    return fit(rows, learn, window, config, checkpoints=kept)
+    return fit(rows, learn, window, config, checkpoints=checkpoints)
 
 
 def weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     return {name: value.clone() for name, value in model.state_dict().items()}
 
 
-def same(one: torch.nn.Module, other: torch.nn.Module) -> bool:
-    ours, theirs = weights(one), weights(other)
-    return all(torch.equal(ours[name], theirs[name]) for name in ours)
+def same(first: torch.nn.Module, second: torch.nn.Module) -> bool:
+    first_weights, second_weights = weights(first), weights(second)
+    return all(torch.equal(first_weights[name], second_weights[name]) for name in first_weights)
 
 
 def test_window_is_split_between_tower_ranker_and_calibration(rows, config):
@@ -75,8 +75,8 @@ def test_window_is_split_between_tower_ranker_and_calibration(rows, config):
 def test_ranker_tower_does_not_depend_on_the_rankers_rows(rows, config):
     window = make_training_split(rows, config)
     late = rows.event_time_s >= window.ranker_s
-    others = np.where(late, (rows.video_row + 7) % len(rows.video_ids), rows.video_row).astype(np.int32)
-    changed = dataclasses.replace(rows, video_row=others)
+    changed_rows = np.where(late, (rows.video_row + 7) % len(rows.video_ids), rows.video_row).astype(np.int32)
+    changed = dataclasses.replace(rows, video_row=changed_rows)
     before, after = fitted(rows, config), fitted(changed, config)
     assert same(before.ranker_tower, after.ranker_tower)
     assert not same(before.two_tower, after.two_tower)
@@ -85,26 +85,26 @@ def test_ranker_tower_does_not_depend_on_the_rankers_rows(rows, config):
 
 def test_training_without_a_holdout_has_one_tower(rows):
     config = load_config("demo", overrides=[*HELD_OUT[:6]])
-    found = fitted(rows, config)
-    assert found.ranker_tower is found.two_tower
+    models = fitted(rows, config)
+    assert models.ranker_tower is models.two_tower
     assert make_training_split(rows, config).holds_out is False
 
 
 def test_finished_checkpoint_restores_all_three_models(rows, config):
-    kept = InMemoryCheckpoints()
-    found = fitted(rows, config, kept)
-    assert kept.state is not None
-    again = fitted_from(kept.state, config, DIMENSIONS)
+    checkpoints = InMemoryCheckpoints()
+    models = fitted(rows, config, checkpoints)
+    assert checkpoints.state is not None
+    again = fitted_from(checkpoints.state, config, DIMENSIONS)
     for name in ("two_tower", "ranker", "ranker_tower"):
-        assert same(getattr(found, name), getattr(again, name)), name
+        assert same(getattr(models, name), getattr(again, name)), name
 
 
 def test_held_out_rows_have_the_negatives_of_the_whole_window(rows, config):
-    asking = config.model_copy(update={"sampled_negatives": 3})
-    window = make_training_split(rows, asking)
-    late = ranker_rows_of(rows, window, asking, as_of)
-    whole = ranker_rows_of(rows, TrainingSplit(window.cut_s, window.calibration_s), asking, as_of)
-    expected = whole.select(whole.event_time_s >= window.ranker_s)
+    with_negatives = config.model_copy(update={"sampled_negatives": 3})
+    window = make_training_split(rows, with_negatives)
+    late = ranker_rows_of(rows, window, with_negatives, as_of)
+    all_rows = ranker_rows_of(rows, TrainingSplit(window.cut_s, window.calibration_s), with_negatives, as_of)
+    expected = all_rows.select(all_rows.event_time_s >= window.ranker_s)
     np.testing.assert_array_equal(late.video_row, expected.video_row)
     np.testing.assert_array_equal(late.video_dense, expected.video_dense)
 

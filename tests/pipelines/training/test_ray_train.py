@@ -47,11 +47,11 @@ def test_run_with_a_killed_worker_equals_an_undisturbed_run(tmp_path: Path) -> N
     rows = load_rows(rows_file, DIMENSIONS)
     window = make_training_split(rows, config)
     learn = impression_rows(rows, window.training(rows))
-    seen: set[tuple[str, int]] = set()
+    epochs: set[tuple[str, int]] = set()
     killed: list[int] = []
 
     def kill_a_worker_after_the_first_epoch(report: EpochReport) -> None:
-        seen.add((report.stage, report.epoch))
+        epochs.add((report.stage, report.epoch))
         if not killed:
             workers = [
                 process.pid
@@ -67,9 +67,9 @@ def test_run_with_a_killed_worker_equals_an_undisturbed_run(tmp_path: Path) -> N
         on_epoch=kill_a_worker_after_the_first_epoch,
     )  # fmt: skip
     assert killed
-    assert seen == {*(("two_tower", epoch) for epoch in range(3)), *(("ranker", epoch) for epoch in range(2))}
+    assert epochs == {*(("two_tower", epoch) for epoch in range(3)), *(("ranker", epoch) for epoch in range(2))}
     assert fitted.curves == straight.curves
-    for ours, theirs in ((fitted.two_tower, straight.two_tower), (fitted.ranker, straight.ranker)):
-        for name, values in ours.state_dict().items():
-            assert torch.equal(values, theirs.state_dict()[name]), name
-    assert not list(storage.iterdir()), "rows and checkpoints of a finished run are taken away"
+    for actual, expected in ((fitted.two_tower, straight.two_tower), (fitted.ranker, straight.ranker)):
+        for name, values in actual.state_dict().items():
+            assert torch.equal(values, expected.state_dict()[name]), name
+    assert not list(storage.iterdir()), "rows and checkpoints of a finished run are removed"

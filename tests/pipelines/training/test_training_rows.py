@@ -34,13 +34,13 @@ def test_rows_have_the_inputs_of_the_assembly(table: pa.Table, rows: TrainingRow
     columns, time_s = columns_from_table(table), table["request_time_s"].to_numpy()
     viewers = assemble_viewers(columns, time_s, table["device"].to_pylist(), DIMENSIONS)
     for field in dataclasses.fields(viewers):
-        ours = getattr(rows.viewers, field.name)[rows.viewer_row[by_id]]
-        np.testing.assert_array_equal(ours, getattr(viewers, field.name), err_msg=field.name)
+        actual = getattr(rows.viewers, field.name)[rows.viewer_row[by_id]]
+        np.testing.assert_array_equal(actual, getattr(viewers, field.name), err_msg=field.name)
     videos = assemble_videos(columns, time_s, DIMENSIONS)
     np.testing.assert_array_equal(rows.video_dense[by_id], videos.video_dense)
     for name in ("video_codes", "creator_codes", "video_categories", "visual", "audio", "text"):
-        ours = getattr(rows.videos, name)[rows.video_row[by_id]]
-        np.testing.assert_array_equal(ours, getattr(videos, name), err_msg=name)
+        actual = getattr(rows.videos, name)[rows.video_row[by_id]]
+        np.testing.assert_array_equal(actual, getattr(videos, name), err_msg=name)
     for k, task in enumerate(RANKER_TASKS):
         np.testing.assert_array_equal(rows.labels[by_id, k], table[task].to_numpy())
 

@@ -39,7 +39,7 @@ ALONE = Resources(workers=1, ray=False)
 Trained = tuple[RunDirectory, TrainedModels, TrainingRows]
 
 
-def made_run(folder: Path, table: pa.Table) -> RunDirectory:
+def make_run(folder: Path, table: pa.Table) -> RunDirectory:
     run = RunDirectory(folder)
     write_rows(run.features / ROWS_FILE, table)
     write_dimensions(run.features, DIMENSIONS)
@@ -53,15 +53,17 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
     table = made_table(requests=400)
     no_shares = pa.array(np.zeros(len(table), np.float32))
     table = table.set_column(table.schema.get_field_index("share"), "share", no_shares)
-    run = made_run(tmp_path_factory.mktemp("run"), table)
+    run = make_run(tmp_path_factory.mktemp("run"), table)
     models = train_run(run, load_config("demo", overrides=SMALL), ALONE)
     return run, models, load_rows(run.features / ROWS_FILE, DIMENSIONS)
 
 
 def a_request(models: TrainedModels, rows: TrainingRows, viewer: int) -> dict[str, Any]:
-    one = select_viewers(rows, np.array([viewer]))
+    viewer_arrays = select_viewers(rows, np.array([viewer]))
     videos = dataclasses.replace(rows.videos, video_dense=rows.video_dense[: len(rows.video_ids)])
-    return ranker_inputs(one, embed_viewers(models.two_tower, one), videos, embed_videos(models.two_tower, videos))
+    return ranker_inputs(
+        viewer_arrays, embed_viewers(models.two_tower, viewer_arrays), videos, embed_videos(models.two_tower, videos)
+    )
 
 
 def test_loaded_models_equal_the_trained_models(trained: Trained) -> None:
@@ -133,27 +135,27 @@ def graphs(
 def test_viewer_graph_takes_any_number_of_viewers(trained: Trained, graphs: tuple[Any, Any]) -> None:
     _, models, rows = trained
     session = graphs[0]
-    assert [given.name for given in session.get_inputs()] == list(VIEWER_TOWER_INPUTS)
+    assert [declared.name for declared in session.get_inputs()] == list(VIEWER_TOWER_INPUTS)
     assert session.get_inputs()[2].shape[1:] == [DIMENSIONS.history_length, 2]
     for count in (1, 5):
         viewers = select_viewers(rows, np.arange(250, 250 + count))
         feed = {name: getattr(viewers, name) for name in VIEWER_TOWER_INPUTS}
         feed |= {name: feed[name].astype(np.int64) for name in ("viewer_categories", "history_codes")}
-        (ours,) = session.run(["viewer_embedding"], feed)
-        np.testing.assert_allclose(ours, embed_viewers(models.two_tower, viewers), atol=1e-5)
+        (actual,) = session.run(["viewer_embedding"], feed)
+        np.testing.assert_allclose(actual, embed_viewers(models.two_tower, viewers), atol=1e-5)
 
 
 def test_ranker_graph_takes_any_number_of_candidates(trained: Trained, graphs: tuple[Any, Any]) -> None:
     _, models, rows = trained
     session = graphs[1]
-    assert [given.name for given in session.get_inputs()] == list(RANKER_INPUTS)
-    whole = a_request(models, rows, 7)
+    assert [declared.name for declared in session.get_inputs()] == list(RANKER_INPUTS)
+    request_inputs = a_request(models, rows, 7)
     for count in (1, 40):
-        inputs = {n: v if n in RANKER_INPUTS[:3] else v[:count] for n, v in whole.items()}
+        inputs = {n: v if n in RANKER_INPUTS[:3] else v[:count] for n, v in request_inputs.items()}
         feed = {name: v.astype(np.int64 if v.dtype.kind == "i" else np.float32) for name, v in inputs.items()}
-        (ours,) = session.run(["outputs"], feed)
-        assert ours.shape == (count, len(RANKER_TASKS))
-        np.testing.assert_allclose(ours, score(models.ranker, inputs), atol=1e-5)
+        (actual,) = session.run(["outputs"], feed)
+        assert actual.shape == (count, len(RANKER_TASKS))
+        np.testing.assert_allclose(actual, score(models.ranker, inputs), atol=1e-5)
 
 
 def test_export_that_differs_from_torch_leaves_no_file(
@@ -200,16 +202,16 @@ def test_damaged_weights_are_rejected_with_their_path(trained: Trained, tmp_path
 def test_positives_only_data_trains_on_sampled_negatives(tmp_path: Path) -> None:
     table = made_table(requests=200)
     loved = table.filter(pa.array(table["long_watch"].to_numpy() > 0))
-    asked: list[tuple[str, float]] = []
+    lookups: list[tuple[str, float]] = []
 
     def as_of(view: str, entities: np.ndarray, at_us: np.ndarray) -> pa.Table:
-        asked.append((view, at_us.max() / 1e6))
+        lookups.append((view, at_us.max() / 1e6))
         return pa.table({name: pa.array(np.ones(len(entities))) for name in VIEWS[view]})
 
     config = load_config("demo", overrides=(*SMALL, "sampled_negatives=2", "two_tower_loop.epochs=1"))
-    models = train_run(made_run(tmp_path, loved), config, ALONE, as_of=as_of)
-    assert [view for view, _ in asked] == ["video_engagement", "creator_statistics"]
-    assert all(latest_s < models.info.window_end_s for _, latest_s in asked)
+    models = train_run(make_run(tmp_path, loved), config, ALONE, as_of=as_of)
+    assert [view for view, _ in lookups] == ["video_engagement", "creator_statistics"]
+    assert all(latest_s < models.info.window_end_s for _, latest_s in lookups)
     assert 0.3 < models.info.base_rates["long_watch"] < 0.45  # one shown, up to two sampled
     assert not any("'long_watch' has one class" in note for note in models.info.notes)
 
@@ -217,13 +219,13 @@ def test_positives_only_data_trains_on_sampled_negatives(tmp_path: Path) -> None
 def test_rows_at_one_instant_cannot_be_split(tmp_path: Path) -> None:
     table = made_table(requests=5)
     same = pa.array([table["event_time"][0]] * len(table))
-    run = made_run(tmp_path, table.set_column(table.schema.get_field_index("event_time"), "event_time", same))
+    run = make_run(tmp_path, table.set_column(table.schema.get_field_index("event_time"), "event_time", same))
     with pytest.raises(EmptyDatasetError, match="0 of 20 rows lie before the cut"):
         train_run(run, load_config("demo", overrides=SMALL), ALONE)
 
 
 def test_command_skips_a_finished_training(tmp_path: Path) -> None:
-    run = made_run(tmp_path, made_table(requests=150))
+    run = make_run(tmp_path, made_table(requests=150))
     args = ["train", "--run", str(run.path), "--no-ray", "--epochs", "1", "--seed", "3"]
     args += [part for value in SMALL for part in ("--set", value)]
     first = CliRunner().invoke(build_app(), args)

@@ -43,8 +43,8 @@ def collector(tmp_path: Path) -> Iterator[OutcomeCollector]:
 def test_concurrent_requests_are_counted_once_each(collector: OutcomeCollector) -> None:
     answers: list[dict[str, int]] = []
 
-    def report(one: RawOutcome) -> None:
-        answers.append(collector.record_outcomes(columns_of([one, one])).result(10))
+    def report(outcome: RawOutcome) -> None:
+        answers.append(collector.record_outcomes(columns_of([outcome, outcome])).result(10))
 
     collector.record_exposures(exposures_of(SHOWN, 1)).result(10)
     threads = [threading.Thread(target=report, args=(one,)) for one in DONE]
@@ -121,8 +121,8 @@ def _no_space(*_: object) -> None:
 
 
 def test_future_of_a_request_cannot_be_cancelled(collector: OutcomeCollector) -> None:
-    gone = collector.record_outcomes(columns_of(DONE[:1]))
-    assert not gone.cancel()
+    abandoned = collector.record_outcomes(columns_of(DONE[:1]))
+    assert not abandoned.cancel()
     assert collector.record_outcomes(columns_of(DONE[1:2])).result(10)["counted"] == 1
 
 

@@ -101,25 +101,25 @@ def test_invalid_batch_is_rejected(change: dict[str, list[float]], message: str)
 class UnreliableCollector:
     """A collector that fails, hangs, or counts a batch and loses its answer."""
 
-    def __init__(self, *moods: str) -> None:
-        self._moods = list(moods)
+    def __init__(self, *behaviours: str) -> None:
+        self._behaviours = list(behaviours)
         self.counted: dict[int, int] = {}
         self.calls = 0
 
     async def send(self, batch: ExposureBatch) -> None:
         self.calls += 1
-        mood = self._moods.pop(0) if self._moods else "well"
-        if mood == "away":
-            raise ConnectionError("nobody there")
-        if mood == "hangs":
+        behaviour = self._behaviours.pop(0) if self._behaviours else "answers"
+        if behaviour == "fails":
+            raise ConnectionError("no collector")
+        if behaviour == "hangs":
             await asyncio.sleep(60)
         self.counted.setdefault(batch.number, len(batch.arm))
-        if mood == "forgets to answer":
+        if behaviour == "loses the answer":
             raise TimeoutError
 
 
 def test_forwarding_repeats_a_batch_until_it_is_acknowledged(caplog: pytest.LogCaptureFixture) -> None:
-    collector = UnreliableCollector("away", "hangs", "forgets to answer", "well")
+    collector = UnreliableCollector("fails", "hangs", "loses the answer", "answers")
     with caplog.at_level(logging.WARNING):
         asyncio.run(_forward_two_batches(collector))
     assert collector.counted == {1: 1, 2: 1}

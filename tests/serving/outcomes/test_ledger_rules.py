@@ -57,8 +57,8 @@ class LedgerFixture:
         self.ledger.apply([exposures_of(shown, self.number)], [])
 
     def report(self, *done: RawOutcome) -> list[str]:
-        (fates,) = self.ledger.apply([], [columns_of(done)])
-        return [RECEIVED_OUTCOMES[fate] for fate in fates.tolist()]
+        (statuses,) = self.ledger.apply([], [columns_of(done)])
+        return [RECEIVED_OUTCOMES[status] for status in statuses.tolist()]
 
     def rows(self, table: str) -> int:
         return int(self.store._db.execute(f"SELECT count(*) FROM {table}").fetchone()[0])
@@ -97,8 +97,8 @@ def test_outcome_is_late_by_its_event_time(bench: LedgerFixture) -> None:
     def at(seconds: float) -> str:
         time = datetime.fromtimestamp(NOW + seconds, UTC)
         columns, _ = read_outcomes([LIKE.reported.model_copy(update={"event_time": time})], SIGNER)
-        (fates,) = bench.ledger.apply([], [columns])
-        return RECEIVED_OUTCOMES[int(fates[0])]
+        (statuses,) = bench.ledger.apply([], [columns])
+        return RECEIVED_OUTCOMES[int(statuses[0])]
 
     assert at(OUTCOME_HORIZON_S + 1) == "late"
     assert at(OUTCOME_HORIZON_S) == "counted"

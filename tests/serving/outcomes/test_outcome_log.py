@@ -18,7 +18,7 @@ from reelway.platform.eventlog.outcome_events import decode_outcomes
 from reelway.platform.eventlog.sqlite_log import SqliteLog
 from reelway.serving.outcomes import EventLogWriter, OutcomeCollector, build_outcomes_api
 
-HEARD = NOW + 7.25
+RECEIVED_S = NOW + 7.25
 SHOWN = [ShownImpression(i, i % 5, Arm.CANARY if i % 2 else Arm.STABLE, 0.5, 0) for i in range(20)]
 
 
@@ -48,7 +48,7 @@ def log(tmp_path: Path) -> FailingLog:
 @pytest.fixture
 def client(tmp_path: Path, log: FailingLog) -> Iterator[TestClient]:
     collector = OutcomeCollector(tmp_path / "outcomes.db", clock=lambda: NOW)
-    with TestClient(build_outcomes_api(collector, SIGNER, EventLogWriter(log, clock=lambda: HEARD))) as client:
+    with TestClient(build_outcomes_api(collector, SIGNER, EventLogWriter(log, clock=lambda: RECEIVED_S))) as client:
         yield client
 
 
@@ -72,7 +72,7 @@ def test_answered_outcomes_are_in_the_log_with_their_tokens_data(client: TestCli
     assert (watch["release"], watch["arm"], watch["source"]) == (token.release, "canary", "ann")
     assert (watch["type"], watch["value"], watch["propensity"]) == ("watch", 1234.0, 0.5)
     assert watch["shown_at"].timestamp() == NOW
-    assert watch["event_time"].timestamp() == HEARD, "the service's clock"
+    assert watch["event_time"].timestamp() == RECEIVED_S, "the service's clock"
     assert watch["done_at"].isoformat() == "2027-01-15T08:00:00+00:00"
     assert (like["type"], like["arm"], like["done_at"]) == ("like", "stable", None)
 

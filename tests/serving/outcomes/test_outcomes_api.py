@@ -72,7 +72,7 @@ def body_of(done: RawOutcome) -> dict[str, Any]:
 def test_answer_counts_outcomes_by_status(running: Running, path: str) -> None:
     running.collector.record_exposures(exposures_of(SHOWN, 1)).result(10)
     like = body_of(RawOutcome(SHOWN[1], OutcomeType.LIKE))
-    forged = TokenSigner(b"somebody else's secret, long enough").sign(SIGNER.read(SHOWN[2].token))
+    forged = TokenSigner(b"the secret of another service, long").sign(SIGNER.read(SHOWN[2].token))
     answer = running.post(
         like,
         {**like, "token": "?"},
@@ -86,9 +86,9 @@ def test_answer_counts_outcomes_by_status(running: Running, path: str) -> None:
         path=path,
     )
     assert answer.status_code == 200, answer.text
-    told = OutcomesResponse.model_validate(answer.json())
-    assert (told.accepted, told.counted, told.duplicate, told.late, told.outside) == (5, 2, 1, 1, 1)
-    assert {one.index: one.message.split(";")[0] for one in told.refused} == {
+    response = OutcomesResponse.model_validate(answer.json())
+    assert (response.accepted, response.counted, response.duplicate, response.late, response.outside) == (5, 2, 1, 1, 1)
+    assert {refused.index: refused.message.split(";")[0] for refused in response.refused} == {
         1: "impression token '?'... is not URL-safe base64: Only base64 data is allowed",
         3: f"impression token {forged[:12]!r}... is signed by none of the 1 accepted secrets",
         4: "watch: it has no value",
@@ -114,7 +114,7 @@ def test_concurrent_requests_give_the_sums_of_all_events(running: Running) -> No
 
 
 @pytest.mark.parametrize(
-    ("content", "field", "words"),
+    ("content", "field", "message"),
     [
         (b'{"outcomes": []}', "outcomes", "at least 1 item"),
         (b'{"outcomes": [{"token": "a", "type": "purr"}]}', "outcomes.0.type", "'watch', 'like'"),
@@ -127,14 +127,14 @@ def test_concurrent_requests_give_the_sums_of_all_events(running: Running) -> No
     ],
 )  # fmt: skip
 def test_invalid_request_is_answered_with_every_invalid_field(
-    running: Running, content: bytes, field: str, words: str
+    running: Running, content: bytes, field: str, message: str
 ) -> None:
     answer = httpx.post(running.url, content=content, headers={"content-type": "application/json"})
     assert answer.status_code == 422
-    told = ErrorResponse.model_validate(answer.json())
-    assert [one.field for one in told.fields] == [field]
-    assert words in told.fields[0].message
-    assert field in told.error
+    response = ErrorResponse.model_validate(answer.json())
+    assert [invalid.field for invalid in response.fields] == [field]
+    assert message in response.fields[0].message
+    assert field in response.error
 
 
 def test_too_long_body_is_rejected_before_it_is_read(running: Running) -> None:

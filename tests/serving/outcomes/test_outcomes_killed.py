@@ -56,10 +56,10 @@ class Child:
 
     def acknowledged(self) -> set[int]:
         """The output so far; all of it once the process has ended."""
-        said = set()
+        acknowledged_numbers = set()
         while not self.lines.empty():
-            said.add(int(self.lines.get()))
-        return said
+            acknowledged_numbers.add(int(self.lines.get()))
+        return acknowledged_numbers
 
     def wait_for(self, answers: int) -> None:
         deadline = time.monotonic() + 30
@@ -99,9 +99,9 @@ def test_killed_collector_resumes_with_what_it_acknowledged(tmp_path: Path) -> N
         sent |= set(waiting[: 15 + 5 * kill])
         acknowledged |= child.kill()
         exposed, reported = _counted(path)
-        for seen, odd in ((exposed, 0), (reported, 1)):
-            assert 20 * sum(number % 2 == odd for number in acknowledged) <= seen
-            assert seen <= 20 * sum(number % 2 == odd for number in sent)
+        for numbers, parity in ((exposed, 0), (reported, 1)):
+            assert 20 * sum(number % 2 == parity for number in acknowledged) <= numbers
+            assert numbers <= 20 * sum(number % 2 == parity for number in sent)
         waiting = [number for number in waiting if number not in acknowledged]
     assert 0 < len(acknowledged) < len(sent), "no kill met a collector at work"
     child = Child(path)

@@ -73,9 +73,9 @@ def test_incremental_sums_equal_the_sums_of_all_events(shown: list[ShownImpressi
                 store.close()
                 store = OutcomeStore(path)
                 ledger = Ledger(store, clock=lambda: NOW, keep_rollouts=2)
-        seen = statistics(ledger)
+        actual = statistics(ledger)
         store.close()
-    assert_same(seen, recomputed(shown, counted))
+    assert_same(actual, recomputed(shown, counted))
 
 
 @settings(max_examples=25, deadline=None)

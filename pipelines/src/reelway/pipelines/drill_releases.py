@@ -96,8 +96,8 @@ def build_drill_release(
         StorageError: if the disk is full; no partial release is visible.
     """
     store = ReleaseStore(str(run.release_store.absolute()))
-    with staging_directory(run.path) as place:
-        folder = store.fetch(of, place / "fetched")
+    with staging_directory(run.path) as staging:
+        folder = store.fetch(of, staging / "fetched")
         good = Manifest.model_validate_json((folder / names.MANIFEST_FILE).read_bytes())
         (folder / names.MANIFEST_FILE).unlink()
         changed = _BUILDERS[kind](_BuildContext(folder, run, seed, report))
@@ -170,11 +170,11 @@ def _build_worse(context: _BuildContext) -> dict[str, Any]:
     context.report("training a ranker on shuffled labels")
     ranker = fit_ranker(models.two_tower, rows, dataclasses.replace(learn, labels=shuffled), config)
     context.report("exporting the ranker")
-    some = slice(0, 256)
-    one = dataclasses.replace(rows.viewers, **{n: v[:1] for n, v in vars(rows.viewers).items()})
-    videos = dataclasses.replace(rows.videos, **{n: v[some] for n, v in vars(rows.videos).items()})
-    viewer_1D, video_CD = embed_viewers(models.two_tower, one), embed_videos(models.two_tower, videos)
-    export_ranker(ranker, context.folder / names.RANKER_FILE, ranker_inputs(one, viewer_1D, videos, video_CD))
+    sample = slice(0, 256)
+    viewer = dataclasses.replace(rows.viewers, **{n: v[:1] for n, v in vars(rows.viewers).items()})
+    videos = dataclasses.replace(rows.videos, **{n: v[sample] for n, v in vars(rows.videos).items()})
+    viewer_1D, video_CD = embed_viewers(models.two_tower, viewer), embed_videos(models.two_tower, videos)
+    export_ranker(ranker, context.folder / names.RANKER_FILE, ranker_inputs(viewer, viewer_1D, videos, video_CD))
     (context.folder / names.CALIBRATION_FILE).write_text(Calibration(curves={}).model_dump_json(indent=2) + "\n")
     return {"rows": len(learn)}
 

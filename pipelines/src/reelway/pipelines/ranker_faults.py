@@ -69,11 +69,11 @@ def _load_graph(path: Path) -> onnx.ModelProto:
 
 def _is_above(model: onnx.ModelProto, limit: float) -> str:
     """Adds nodes for "the viewer's feature is above the limit" and returns the boolean ``[1]``; false for NaN."""
-    place = numpy_helper.from_array(
+    column = numpy_helper.from_array(
         np.array([VIEWER_ACTIVITY.index(RECENT_IMPRESSIONS_FEATURE)], dtype=np.int64), "fault_feature"
     )
     bound = numpy_helper.from_array(np.array([limit], dtype=np.float32), "fault_limit")
-    model.graph.initializer.extend([place, bound])
+    model.graph.initializer.extend([column, bound])
     model.graph.node.extend(
         [
             helper.make_node("Gather", ["viewer_dense", "fault_feature"], ["fault_seen_11"], axis=1),
@@ -90,7 +90,7 @@ def _add_to_output(model: onnx.ModelProto, value: str, path: Path) -> None:
     name = model.graph.output[0].name
     for node in model.graph.node:
         node.output[:] = [_ORIGINAL_OUTPUT if output == name else output for output in node.output]
-        node.input[:] = [_ORIGINAL_OUTPUT if given == name else given for given in node.input]
+        node.input[:] = [_ORIGINAL_OUTPUT if input_name == name else input_name for input_name in node.input]
     model.graph.node.append(helper.make_node("Add", [_ORIGINAL_OUTPUT, value], [name]))
     onnx.checker.check_model(model)
     onnx.save(model, str(path))
@@ -153,7 +153,7 @@ def _ms_per_round() -> float:
     session.run(None, seed)
     tries = []
     for _ in range(5):
-        begun = time.perf_counter()
+        started = time.perf_counter()
         session.run(None, seed)
-        tries.append(1000 * (time.perf_counter() - begun) / _PROBE_ROUNDS)
+        tries.append(1000 * (time.perf_counter() - started) / _PROBE_ROUNDS)
     return min(tries)

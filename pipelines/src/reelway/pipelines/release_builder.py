@@ -97,7 +97,7 @@ def build_release(
         blend: content of ``blend.yaml``; by default the defaults of ``Blend``.
         index: FAISS factory string, or ``auto`` (by the number of videos).
         waivers: waivers of failed gates.
-        report: callback that receives the name of each step.
+        on_progress: callback that receives the name of each step.
 
     Returns:
         The id of the release.
@@ -213,7 +213,7 @@ def required_feature_services(features_dir: Path) -> tuple[FeatureServiceRef, ..
 
 @dataclass(frozen=True)
 class _TablesSummary:
-    """Values of the manifest that writing the files determines."""
+    """Manifest values that are known once the files are written."""
 
     dimensions: Dimensions
     index: str
@@ -289,10 +289,10 @@ def _export(
     from reelway.pipelines.training.inference import embed_viewers, ranker_inputs
 
     export_viewer_tower(models.two_tower, folder / names.VIEWER_TOWER_FILE, viewers)
-    one = ViewerArrays(**{name: values[:1] for name, values in vars(viewers).items()})
+    viewer = ViewerArrays(**{name: values[:1] for name, values in vars(viewers).items()})
     rows = min(SAMPLE_VIDEOS, len(embedding_ND))
     videos = assemble_videos(video_columns, np.full(rows, until_s), models.dimensions)
-    inputs = ranker_inputs(one, embed_viewers(models.two_tower, one), videos, embedding_ND[:rows])
+    inputs = ranker_inputs(viewer, embed_viewers(models.two_tower, viewer), videos, embedding_ND[:rows])
     export_ranker(models.ranker, folder / names.RANKER_FILE, inputs)
 
 
@@ -329,14 +329,14 @@ def _read_columns(path: Path, columns: Sequence[str]) -> pa.Table:
 
 
 @contextmanager
-def staging_directory(place: Path) -> Iterator[Path]:
+def staging_directory(parent: Path) -> Iterator[Path]:
     """Yields a temporary folder that is removed afterwards; an ``OSError`` within becomes a ``StorageError``."""
     try:
-        with tempfile.TemporaryDirectory(prefix=".release.", dir=place) as name:
+        with tempfile.TemporaryDirectory(prefix=".release.", dir=parent) as name:
             yield Path(name)
     except ReelwayError:
         raise
     except OSError as error:
         raise StorageError(
-            f"cannot write a release under {place}: {error.strerror or error}; no partial files are left"
+            f"cannot write a release under {parent}: {error.strerror or error}; no partial files are left"
         ) from error

@@ -83,12 +83,12 @@ class LongWatches:
         recent_from_s = min(now_s - RECENT_S, float(np.quantile(time_s, 1.0 - RECENT_RATIO)))
         videos = labels["video_id"].to_numpy()
         row = np.minimum(np.searchsorted(video_id, videos), len(video_id) - 1)
-        kept = np.flatnonzero((labels["long_watch"].to_numpy() > 0) & (video_id[row] == videos))
-        kept = kept[np.argsort(time_s[kept], kind="stable")]
-        viewer = labels["viewer_id"].to_numpy()[kept]
-        place = pc.index_in(pa.array(viewer), viewers["viewer_id"].combine_chunks())
-        region = viewers["region"].cast(pa.string()).combine_chunks().take(place).to_numpy(zero_copy_only=False)
-        return cls(viewer, row[kept], time_s[kept], region, now_s, recent_from_s)
+        selected = np.flatnonzero((labels["long_watch"].to_numpy() > 0) & (video_id[row] == videos))
+        selected = selected[np.argsort(time_s[selected], kind="stable")]
+        viewer = labels["viewer_id"].to_numpy()[selected]
+        viewer_row = pc.index_in(pa.array(viewer), viewers["viewer_id"].combine_chunks())
+        region = viewers["region"].cast(pa.string()).combine_chunks().take(viewer_row).to_numpy(zero_copy_only=False)
+        return cls(viewer, row[selected], time_s[selected], region, now_s, recent_from_s)
 
 
 @dataclass(frozen=True)
@@ -169,10 +169,10 @@ def popular_lists(watches: LongWatches, videos: int) -> dict[str, RankedVideos]:
 
 def write_popular(path: Path, video_id: I64, lists: Mapping[str, RankedVideos]) -> None:
     """Writes ``popular.arrow``: list after list, each best first."""
-    names = np.repeat(list(lists), [len(one.rows) for one in lists.values()])
-    rank = np.concatenate([np.arange(len(one.rows)) for one in lists.values()])
-    rows = np.concatenate([one.rows for one in lists.values()])
-    scores = np.concatenate([one.scores for one in lists.values()])
+    names = np.repeat(list(lists), [len(ranked.rows) for ranked in lists.values()])
+    rank = np.concatenate([np.arange(len(ranked.rows)) for ranked in lists.values()])
+    rows = np.concatenate([ranked.rows for ranked in lists.values()])
+    scores = np.concatenate([ranked.scores for ranked in lists.values()])
     columns = [
         pa.array(names.tolist(), pa.string()),
         pa.array(rank, pa.int32()),
@@ -195,8 +195,8 @@ def neighbours(embedding_ND: F32, index: faiss.Index, watches: LongWatches) -> N
     of, neighbour, score = (
         np.concatenate([watch, content]) for watch, content in zip(by_watch, by_content, strict=True)
     )
-    kept = (neighbour >= 0) & (neighbour != of)
-    return _top_neighbours(of[kept], neighbour[kept], score[kept], videos)
+    valid = (neighbour >= 0) & (neighbour != of)
+    return _top_neighbours(of[valid], neighbour[valid], score[valid], videos)
 
 
 def write_neighbours(path: Path, video_id: I64, rows_NK: NDArray[np.int32]) -> None:
@@ -227,12 +227,12 @@ def _co_watched_pairs(watches: LongWatches, videos: int) -> tuple[I64, I64, F32]
     viewer = np.unique(watches.viewer, return_inverse=True)[1]
     latest = _latest_per_viewer(viewer)
     ones = np.ones(len(latest), dtype=np.float32)
-    seen = sparse.csr_matrix((ones, (watches.row[latest], viewer[latest])), shape=(videos, viewer.max() + 1))
-    seen.data[:] = 1.0  # a video watched twice by one viewer counts once
-    count_N = np.asarray(seen.sum(axis=1)).ravel()
+    watched = sparse.csr_matrix((ones, (watches.row[latest], viewer[latest])), shape=(videos, viewer.max() + 1))
+    watched.data[:] = 1.0  # a video watched twice by one viewer counts once
+    count_N = np.asarray(watched.sum(axis=1)).ravel()
     parts: list[tuple[I64, I64, F32]] = []
     for start in range(0, videos, _BLOCK):
-        shared = (seen[start : start + _BLOCK] @ seen.T).tocoo()
+        shared = (watched[start : start + _BLOCK] @ watched.T).tocoo()
         of, neighbour = shared.row.astype(np.int64) + start, shared.col.astype(np.int64)
         enough = (shared.data >= MIN_SHARED_VIEWERS) & (of != neighbour)
         of, neighbour, both = of[enough], neighbour[enough], shared.data[enough]
@@ -256,9 +256,9 @@ def _top_neighbours(of: I64, neighbour: I64, score: F32, videos: int) -> NDArray
     first[np.unique(of * videos + neighbour, return_index=True)[1]] = True
     of, neighbour = of[first], neighbour[first]
     rank = np.arange(len(of)) - np.searchsorted(of, of, side="left")
-    kept = rank < NEIGHBOURS_PER_VIDEO
+    selected = rank < NEIGHBOURS_PER_VIDEO
     rows_NK = np.full((videos, NEIGHBOURS_PER_VIDEO), -1, dtype=np.int32)
-    rows_NK[of[kept], rank[kept]] = neighbour[kept]
+    rows_NK[of[selected], rank[selected]] = neighbour[selected]
     return rows_NK
 
 

@@ -1,9 +1,10 @@
-"""The index of a release: which kind, how it is trained, and how many of its lists a search must look into.
+"""The FAISS index of a release: its type, its training, and the number of lists that a search probes.
 
-From ``FLAT_BELOW`` videos on it keeps 4 bits of each value of a vector, and what it proposes is scored again with the
-whole vectors of the video table: 44 bytes a video instead of 264, and less to read in a search. How many lists are
-looked into is not a constant that somebody chose: it is the least number that finds what an exact search finds,
-measured on real viewers, and it is written into the index.
+From ``FLAT_BELOW`` videos on, the index is compressed to 4 bits per vector value: 44 bytes per video instead of 264,
+and a search reads less memory. Its results are scored again with the exact vectors of the video table.
+
+The number of probed lists is measured, not configured. It is the smallest number that reaches ``TARGET_RECALL``
+relative to an exact search for real viewers. It is stored in the index.
 """
 
 # Shapes: N videos, D embedding, Q viewers
@@ -25,17 +26,20 @@ F32 = NDArray[np.float32]
 AUTO_INDEX: Final = "auto"
 FLAT_BELOW: Final = 20_000
 TARGET_RECALL: Final = 0.99
-"""Of the exact answer, over all of the viewers that it is tried with."""
+"""Share of the exact search's results that the index must find, over all viewers of the measurement."""
 _ITERATIONS: Final = 10
 _POINTS_PER_LIST: Final = 64  # recall is the same as with FAISS's 256, in a quarter of the time
-_LEAST_POINTS_PER_LIST: Final = 39  # FAISS warns of fewer
+_LEAST_POINTS_PER_LIST: Final = 39  # FAISS warns below this number
 _INITIAL_PROBES: Final = 8
-"""Until they are tuned: for what searches with every video of the catalogue."""
+"""Probed lists before ``tune_probes``."""
 _STEP: Final = 1.2
 
 
 def index_factory(rows: int, width: int, factory: str = AUTO_INDEX) -> str:
-    """FAISS's name of the index: exact below ``FLAT_BELOW`` videos, else about 4 sqrt(N) lists of 4-bit residuals."""
+    """Returns the FAISS factory string.
+
+    ``auto`` is exact below ``FLAT_BELOW`` videos, and has about 4 sqrt(N) lists of 4-bit residuals above.
+    """
     if factory != AUTO_INDEX:
         return factory
     lists = min(round(4 * rows**0.5), rows // _LEAST_POINTS_PER_LIST)
@@ -43,10 +47,10 @@ def index_factory(rows: int, width: int, factory: str = AUTO_INDEX) -> str:
 
 
 def make_index(embedding_ND: F32, factory: str = AUTO_INDEX) -> faiss.Index:
-    """A trained inner-product index whose ids are the rows of ``embedding_ND``; the same input, the same index.
+    """Returns a trained inner-product index whose ids are the rows of ``embedding_ND``. Deterministic.
 
     Raises:
-        ConfigError: FAISS does not know the factory string, or it needs more videos.
+        ConfigError: if the factory string is invalid, or its index needs more videos.
     """
     rows, width = embedding_ND.shape
     name = index_factory(rows, width, factory)
@@ -61,20 +65,22 @@ def make_index(embedding_ND: F32, factory: str = AUTO_INDEX) -> faiss.Index:
         index.add(vectors)
     except RuntimeError as error:
         reason = str(error).strip().splitlines()[-1]
-        raise ConfigError(f"FAISS cannot make index {name!r} of {rows} videos with {width} values: {reason}") from error
+        raise ConfigError(
+            f"FAISS cannot build index {name!r} of {rows} videos with {width} values: {reason}; pass another --index"
+        ) from error
     return index
 
 
 def tune_probes(
     index: faiss.Index, embedding_ND: F32, viewers_QD: F32, wanted: int, recall: float = TARGET_RECALL
 ) -> float | None:
-    """Let the index look into as few lists as find ``recall`` of the ``wanted`` best videos; the recall it then has.
+    """Sets the number of probed lists to the smallest one that reaches ``recall``. Returns the reached recall.
 
-    ``None`` for an index without lists, which has nothing to choose.
+    Returns ``None`` for an index without lists.
 
     Args:
-        viewers_QD: viewers' embeddings, as the viewer tower gives them.
-        wanted: so many videos are asked for in a request.
+        viewers_QD: viewer embeddings of the viewer tower.
+        wanted: number of videos that a request needs from the index.
     """
     inverted = faiss.try_extract_index_ivf(index)
     if not inverted:
@@ -83,14 +89,14 @@ def tune_probes(
     probes = 1
     while True:
         inverted.nprobe = min(probes, inverted.nlist)
-        found = recall_of(index, embedding_ND, viewers_QD, exact)
-        if found >= recall or inverted.nprobe == inverted.nlist:
-            return found
+        reached = recall_of(index, embedding_ND, viewers_QD, exact)
+        if reached >= recall or inverted.nprobe == inverted.nlist:
+            return reached
         probes = max(probes + 1, int(probes * _STEP))
 
 
 def recall_of(index: faiss.Index, embedding_ND: F32, viewers_QD: F32, exact: list[NDArray[np.int64]]) -> float:
-    """Share of the ``exact`` rows, one array a viewer, that serving would find."""
+    """Returns the share of the ``exact`` rows (one array per viewer) that serving would find."""
     hits = total = 0
     for viewer_D, rows in zip(viewers_QD, exact, strict=True):
         hits += len(np.intersect1d(search(index, embedding_ND, viewer_D, len(rows)), rows))
@@ -99,19 +105,19 @@ def recall_of(index: faiss.Index, embedding_ND: F32, viewers_QD: F32, exact: lis
 
 
 def search(index: faiss.Index, embedding_ND: F32, viewer_D: F32, wanted: int) -> NDArray[np.int64]:
-    """Rows of the nearest videos, best first, as serving finds them: overfetched and scored again."""
+    """Returns the rows of the nearest videos, best first, as serving does: overfetched and scored again."""
     _, rows = index.search(viewer_D[None], min(INDEX_OVERFETCH * wanted, len(embedding_ND)))
-    found = rows[0][rows[0] >= 0]
-    best = np.argsort(-(embedding_ND[found] @ viewer_D), kind="stable")[:wanted]
-    return np.asarray(found[best])
+    candidates = rows[0][rows[0] >= 0]
+    best = np.argsort(-(embedding_ND[candidates] @ viewer_D), kind="stable")[:wanted]
+    return np.asarray(candidates[best])
 
 
 def exact_neighbours(embedding_ND: F32, viewers_QD: F32, wanted: int) -> list[NDArray[np.int64]]:
-    """What an exact search finds, in any order."""
+    """Returns the rows that an exact search finds for each viewer, in any order."""
     wanted = min(wanted, len(embedding_ND))
     return [np.argpartition(-(embedding_ND @ viewer_D), wanted - 1)[:wanted] for viewer_D in viewers_QD]
 
 
 def write_index(path: Path, index: faiss.Index) -> None:
-    """``index.faiss``; through bytes, so that a full disk is an ``OSError`` and not FAISS's own."""
+    """Writes ``index.faiss``, from bytes in memory so that a full disk raises an ``OSError`` and no FAISS error."""
     path.write_bytes(faiss.serialize_index(index).tobytes())

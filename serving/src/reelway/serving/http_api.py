@@ -126,9 +126,9 @@ def build_http_api(service: RecommendService) -> FastAPI:
         return Response(await service.metrics_text(), media_type=CONTENT_TYPE_LATEST)
 
     @api.exception_handler(RequestValidationError)
-    async def refuse(_: Request, error: RequestValidationError) -> Response:
+    async def reject_invalid(_: Request, error: RequestValidationError) -> Response:
         service.record_invalid()
-        fields = [field_error(one) for one in error.errors()]
+        fields = [field_error(detail) for detail in error.errors()]
         named = ", ".join(dict.fromkeys(field.field for field in fields))
         body = ErrorResponse(error=f"the request is invalid; correct {named}", fields=fields)
         return JSONResponse(body.model_dump(mode="json"), status_code=422)
@@ -179,6 +179,6 @@ def field_error(error: dict[str, Any]) -> FieldError:
     if error["type"] == "json_invalid":
         reason = error.get("ctx", {}).get("error", "invalid JSON")
         return FieldError(field="body", message=f"not JSON: {reason} at character {error['loc'][-1]}")
-    seen = error.get("input")
-    shown = seen if isinstance(seen, str | int | float | bool) and len(str(seen)) <= VALUE_LENGTH else None
+    value = error.get("input")
+    shown = value if isinstance(value, str | int | float | bool) and len(str(value)) <= VALUE_LENGTH else None
     return FieldError(field=".".join(path) or "body", message=error["msg"], value=shown)

@@ -66,13 +66,13 @@ class FeatureOverlay:
         rows = latest_rows([change.rows for change in changes])
         videos = _of(rows, ENGAGEMENT)
         creators = _of(rows, CREATORS)
-        at_video, video_values = table.rows_of(videos[0]).astype(np.int64), videos[1]
-        at_video, video_values = at_video[at_video != ABSENT], video_values[at_video != ABSENT]
-        at_creator, creator_values = self._spread(*creators)
-        changed = np.union1d(at_video, at_creator)
+        video_rows, video_values = table.rows_of(videos[0]).astype(np.int64), videos[1]
+        video_rows, video_values = video_rows[video_rows != ABSENT], video_values[video_rows != ABSENT]
+        creator_rows, creator_values = self._spread(*creators)
+        changed = np.union1d(video_rows, creator_rows)
         dense = table.live.at(changed)
-        dense[np.ix_(np.searchsorted(changed, at_video), _columns(ENGAGEMENT))] = video_values
-        dense[np.ix_(np.searchsorted(changed, at_creator), _columns(CREATORS))] = creator_values
+        dense[np.ix_(np.searchsorted(changed, video_rows), _columns(ENGAGEMENT))] = video_values
+        dense[np.ix_(np.searchsorted(changed, creator_rows), _columns(CREATORS))] = creator_values
         table.overlay(changed.astype(np.int32), dense, as_of_s=changes[-1].as_of_us / 1e6)
         self._sequence = changes[-1].sequence
         return len(changed)

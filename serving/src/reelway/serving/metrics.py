@@ -25,7 +25,7 @@ from reelway.serving.stages.arrays import SOURCES, Candidates, Slate
 FOLDER_VARIABLE: Final = "PROMETHEUS_MULTIPROC_DIR"
 SLATE_BUCKETS: Final = (0, 1, 5, 10, 20, 50, 100)
 SHORT_RELEASE: Final = metric_names.SHORT_RELEASE
-"""Length of the label ``release``: the prefix of the id that people type."""
+"""Length of the label ``release``: the prefix of the id that commands accept."""
 OVERLAP_BUCKETS: Final = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 DRIFT_BUCKETS: Final = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
 
@@ -38,8 +38,10 @@ class RetrievalMetrics:
         self.latency = histogram(
             "reelway_retrieval_latency_seconds", "Time in the retrieval stage.", ["release"], registry
         ).labels(release)
-        found = counter("reelway_retrieval_candidates_total", "Candidates by source.", ["release", "source"], registry)
-        self._found = [found.labels(release, source) for source in SOURCES]
+        candidates = counter(
+            "reelway_retrieval_candidates_total", "Candidates by source.", ["release", "source"], registry
+        )
+        self._candidates = [candidates.labels(release, source) for source in SOURCES]
         self._filtered = counter(
             "reelway_retrieval_filtered_total",
             "Proposals that were filtered out, by reason.",
@@ -51,7 +53,7 @@ class RetrievalMetrics:
     def count(self, candidates: Candidates) -> None:
         """Adds the candidates and the filtered proposals of one request."""
         for code in set(candidates.source.tolist()):
-            self._found[code].inc(int((candidates.source == code).sum()))
+            self._candidates[code].inc(int((candidates.source == code).sum()))
         for kind, videos in candidates.filtered_counts.items():
             self._filtered.labels(self._release, kind).inc(videos)
 
@@ -85,7 +87,7 @@ class RankServerMetrics:
         self.candidates = counter(
             "reelway_ranking_server_candidates_total", "Candidates scored.", ["release"], registry
         ).labels(*only)
-        self.under_way = gauge(
+        self.in_flight = gauge(
             "reelway_ranking_server_under_way_requests",
             "Requests that are queued or being computed.",
             ["release"],
@@ -96,7 +98,7 @@ class RankServerMetrics:
         ).labels(*only)
 
     def count(self, outcome: str, seconds: float) -> None:
-        """Adds one request with its outcome: ``ok``, ``refused``, ``busy``, ``late``, ``not_ready`` or ``failed``."""
+        """Adds one request with its outcome: ``ok``, ``refused``, ``busy``, ``late`` or ``failed``."""
         self._requests.labels(self._release, outcome).inc()
         if outcome == "ok":
             self._latency.observe(seconds)
@@ -211,15 +213,15 @@ def timed(latency: Histogram) -> Iterator[None]:
         latency.observe(time.perf_counter() - start)
 
 
-def render_metrics(folder: Path | None, own: CollectorRegistry) -> bytes:
+def render_metrics(folder: Path | None, process_registry: CollectorRegistry) -> bytes:
     """Returns all metrics of the node in Prometheus' text format.
 
     Args:
         folder: directory shared by the node's processes; None: only the metrics of this process are returned.
-        own: registry of this process.
+        process_registry: registry of this process.
     """
     if folder is None:
-        return generate_latest(own)
+        return generate_latest(process_registry)
     _remove_dead_gauges(folder)
     registry = CollectorRegistry()
     MultiProcessCollector(registry, path=str(folder))  # type: ignore[no-untyped-call]

@@ -68,11 +68,13 @@ def open_popular_lists(folder: Path, table: VideoTable) -> PopularLists:
     rows: dict[str, Rows] = {}
     for name in pc.unique(lists["list"]).to_pylist():
         videos = lists.filter(pc.equal(lists["list"], name))["video_id"].to_numpy()
-        found = table.rows_of(videos)
-        rows[name] = found[found != ABSENT]
+        known_rows = table.rows_of(videos)
+        rows[name] = known_rows[known_rows != ABSENT]
     if "popular" not in rows:
         raise IncompatibleReleaseError(
             f"{path}: saw lists {sorted(rows)}, expected one named 'popular'; rebuild the release"
         )
-    regions = {name.removeprefix(_REGIONAL): found for name, found in rows.items() if name.startswith(_REGIONAL)}
+    regions = {
+        name.removeprefix(_REGIONAL): known_rows for name, known_rows in rows.items() if name.startswith(_REGIONAL)
+    }
     return PopularLists(rows["popular"], rows.get("trending", rows["popular"][:0]), regions, table.embedding.shape[1])

@@ -150,10 +150,10 @@ class ReleaseLoader:
             raise IncompatibleReleaseError(
                 f"{path}: FAISS cannot read the index: {error}; rebuild the release"
             ) from error
-        seen, expected = (index.d, index.ntotal), (table.embedding.shape[1], len(table))
-        if seen != expected:
+        actual, expected = (index.d, index.ntotal), (table.embedding.shape[1], len(table))
+        if actual != expected:
             raise IncompatibleReleaseError(
-                f"{path}: has (dimension, videos) {seen}, expected {expected} as in {VIDEOS_FILE}; rebuild the release"
+                f"{path}: has (dimension, videos) {actual}, expected {expected} of {VIDEOS_FILE}; rebuild the release"
             )
         return index
 

@@ -146,12 +146,12 @@ class ReleasePool:
 
     def retain(self, releases: Iterable[str]) -> None:
         """Closes all other releases, each after its last request has ended."""
-        kept = set(releases)
-        for release in [name for name in self._open if name not in kept]:
+        retained = set(releases)
+        for release in [name for name in self._open if name not in retained]:
             closing = asyncio.create_task(self._close(release, self._open.pop(release)))
             self._closing.add(closing)
             closing.add_done_callback(self._closing.discard)
-        self._faults = {release: reason for release, reason in self._faults.items() if release in kept}
+        self._faults = {release: reason for release, reason in self._faults.items() if release in retained}
 
     async def _open_one(self, release: str) -> None:
         try:

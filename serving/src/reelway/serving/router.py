@@ -78,16 +78,16 @@ class _ArmPath:
 class Router:
     """Answers requests with the release of the viewer's arm; see the module docstring."""
 
-    def __init__(self, open_release: Callable[[str], Awaitable[OpenRelease]], parts: RouterDependencies) -> None:
-        self._parts = parts
-        self._metrics = metrics.IngressMetrics(parts.registry)
-        self._mirror = ShadowMirror(metrics.ShadowMetrics(parts.registry))
-        self._within = CircuitBreaker(parts.viewer_row_ms)
+    def __init__(self, open_release: Callable[[str], Awaitable[OpenRelease]], dependencies: RouterDependencies) -> None:
+        self._dependencies = dependencies
+        self._metrics = metrics.IngressMetrics(dependencies.registry)
+        self._mirror = ShadowMirror(metrics.ShadowMetrics(dependencies.registry))
+        self._within = CircuitBreaker(dependencies.viewer_row_ms)
         self._threads = ThreadPoolExecutor(max_workers=4, thread_name_prefix="viewer-row")
         self._releases = ReleasePool(open_release)
-        self._wanted: Routing | None = None
+        self._requested: Routing | None = None
         self._routing: Routing | None = None
-        self._ways: dict[Arm, _ArmPath] = {}
+        self._arm_paths: dict[Arm, _ArmPath] = {}
         self._opening: set[asyncio.Task[None]] = set()
 
     async def reconfigure(self, config: Mapping[str, Any]) -> None:
@@ -102,7 +102,7 @@ class Router:
             ServingError: if this is the first routing and its stable release cannot be opened.
         """
         routing = Routing.model_validate(config)
-        self._wanted = routing
+        self._requested = routing
         if self._routing is None:
             await self._initialise(routing)
             return
@@ -119,13 +119,13 @@ class Router:
                 have a limit of their own and are dropped first.
             ServingError: if the router has no routing yet.
         """
-        routing, arm_paths = self._routing, self._ways
+        routing, arm_paths = self._routing, self._arm_paths
         if routing is None:
             raise ServingError("router: no release is open yet; retry when Ray Serve has configured the router")
         arm_path = arm_paths[routing.route_of(request.viewer_id).arm]
         self._shed_if_full(arm_path)
-        given, clock_s = request.context.time, time.time()
-        now_s = clock_s if given is None else given.timestamp()
+        request_time, clock_s = request.context.time, time.time()
+        now_s = clock_s if request_time is None else request_time.timestamp()
         with arm_path.release.track_request():
             try:
                 row = await self._viewer_row(request.viewer_id, arm_path.runner)
@@ -153,7 +153,7 @@ class Router:
     ) -> None:
         """Buffers the exposure and mirrors the request after the response was sent. Waits for nothing."""
         viewer_id = mirrored_request.request.viewer_id
-        if (buffer := self._parts.exposures) and arm_path.rollout_arm.rollout:
+        if (buffer := self._dependencies.exposures) and arm_path.rollout_arm.rollout:
             lost = buffer.dropped
             arm = ArmKey(arm_path.rollout_arm.rollout, arm_path.rollout_arm.arm, arm_path.release.release_id)
             buffer.add(arm, viewer_id, arm_path.rollout_arm.overlap_weight, recommendation.slices)
@@ -182,7 +182,7 @@ class Router:
 
     async def metrics_text(self) -> bytes:
         """Returns the metrics of all processes of this node."""
-        return await asyncio.to_thread(metrics.render_metrics, metrics.multiprocess_dir(), self._parts.registry)
+        return await asyncio.to_thread(metrics.render_metrics, metrics.multiprocess_dir(), self._dependencies.registry)
 
     def record_invalid(self) -> None:
         """Counts an invalid request."""
@@ -194,14 +194,14 @@ class Router:
         Raises:
             OverloadedError: if the request is rejected.
         """
-        if len(self._ways) == 1:
-            (arm_path,) = self._ways.values()
+        if len(self._arm_paths) == 1:
+            (arm_path,) = self._arm_paths.values()
             self._shed_if_full(arm_path)
 
     def _shed_if_full(self, arm_path: _ArmPath) -> None:
-        parts = self._parts
-        limit = parts.max_ongoing_requests
-        if arm_path.release.admits(parts.max_ongoing_sustained or limit, limit):
+        dependencies = self._dependencies
+        limit = dependencies.max_ongoing_requests
+        if arm_path.release.admits(dependencies.max_ongoing_sustained or limit, limit):
             return
         release = arm_path.release.release_id
         self._metrics.shed.labels(release[: metrics.SHORT_RELEASE], arm_path.rollout_arm.arm.value).inc()
@@ -232,11 +232,11 @@ class Router:
         self._apply_if_current(routing)
         await self._releases.open_all(routing.releases)
         self._apply_if_current(routing)  # its shadow release may be open now
-        if self._routing and self._wanted:
-            self._releases.retain({*self._routing.releases, *self._wanted.releases})
+        if self._routing and self._requested:
+            self._releases.retain({*self._routing.releases, *self._requested.releases})
 
     def _apply_if_current(self, routing: Routing) -> None:
-        if self._wanted is not routing:
+        if self._requested is not routing:
             return  # a newer routing has arrived
         if self._releases.is_missing_any([_fallback(routing).release]):
             log.error("routing not applied: stable release %s cannot be opened", _fallback(routing).release[:12])
@@ -252,18 +252,24 @@ class Router:
                 arm_paths[route.arm] = self._arm_path(release, effective, route.arm)
         if effective.shadow and (release := self._releases.get(effective.shadow.release)):
             arm_paths[Arm.SHADOW] = self._arm_path(release, effective, Arm.SHADOW)
-        self._routing, self._ways = effective, arm_paths
-        if self._parts.exposures:
-            sides = (ArmKey(effective.rollout, route.arm, route.release) for route in effective.arms)
-            self._parts.exposures.announce(sides)
+        self._routing, self._arm_paths = effective, arm_paths
+        if self._dependencies.exposures:
+            arms = (ArmKey(effective.rollout, route.arm, route.release) for route in effective.arms)
+            self._dependencies.exposures.announce(arms)
         self._releases.retain(routing.releases)
 
     def _arm_path(self, release: OpenRelease, routing: Routing, arm: Arm) -> _ArmPath:
-        parts = self._parts
-        sample = None if arm is Arm.SHADOW else parts.sample
+        dependencies = self._dependencies
+        sample = None if arm is Arm.SHADOW else dependencies.sample
         served_arm = rollout_arm(routing, arm)
         path = RequestPath(
-            release.router_release, release.stages, parts.signer, self._metrics, served_arm, sample, release.executor
+            release.router_release,
+            release.stages,
+            dependencies.signer,
+            self._metrics,
+            served_arm,
+            sample,
+            release.executor,
         )
         runner = StageRunner(self._metrics, release.release_id, {VIEWER_ROW.name: self._within})
         return _ArmPath(release, path, served_arm, runner)
@@ -273,7 +279,7 @@ class Router:
 
         A thread reads the row, because the read blocks. The request path lists the missing row as a degradation.
         """
-        read = self._parts.read_viewer
+        read = self._dependencies.read_viewer
         if read is None:
             return None
         loop = asyncio.get_running_loop()
@@ -318,11 +324,11 @@ def reassign_missing(routing: Routing, missing: Collection[str]) -> Routing:
     if not lost and shadow == routing.shadow:
         return routing
 
-    def kept(route: ArmRoute) -> dict[str, Any]:
+    def with_weight(route: ArmRoute) -> dict[str, Any]:
         weight_bp = 0 if route.release in missing else route.weight_bp + lost * (route.arm is fallback)
         return route.model_dump() | {"weight_bp": weight_bp}
 
     return Routing.model_validate(
         routing.model_dump()
-        | {"arms": [kept(route) for route in routing.arms], "shadow": shadow and shadow.model_dump()}
+        | {"arms": [with_weight(route) for route in routing.arms], "shadow": shadow and shadow.model_dump()}
     )

@@ -38,8 +38,8 @@ LIVE_RELEASE: Final = "live"
 WARM_UP_REQUESTS: Final = 20
 SERVING_RECORD: Final = "serving.json"
 RAY_TOKEN: Final = "ray.token"
-"""File below the run's keys; its holder may change what Ray Serve runs."""
-RUN = typer.Option(Path("runs/default"), "--run", help="Run directory.")
+"""Token file in the run's key folder. A client with the token can change what Ray Serve runs."""
+RUN = typer.Option(Path("runs/default"), "--run", help="Run directory of the service.")
 
 
 def register_serve(app: typer.Typer) -> None:
@@ -59,7 +59,7 @@ def serve(
         help="Release id or a unique prefix of one, 'latest', or 'live': the release that the last rollout left live, "
         "or the latest if there was no rollout.",
     ),
-    host: str = typer.Option("127.0.0.1", help="Address to listen on; 0.0.0.0 for all interfaces."),
+    host: str = typer.Option("127.0.0.1", help="IP address to listen on; 0.0.0.0 listens on all interfaces."),
     port: int = typer.Option(8000, min=0, max=65535, help="Port to listen on; 0 chooses a free port."),
     composition: Composition = typer.Option(
         "staged",
@@ -159,10 +159,12 @@ def recommend(
     viewer: int = typer.Option(..., min=0, help="Viewer id; an unknown viewer gets the slate of a new viewer."),
     count: int = typer.Option(10, min=1, max=100, help="Number of videos in the slate."),
     run: Path = RUN,
-    url: str | None = typer.Option(None, help="Address of the service; read from the run directory by default."),
+    url: str | None = typer.Option(
+        None, help="URL of the service. Defaults to the service that serves the run directory."
+    ),
     device: str = typer.Option("phone", help="Device of the viewer."),
-    region: str | None = typer.Option(None, help="Region of the viewer, used if the profile has none."),
-    as_json: bool = typer.Option(False, "--json", help="Print the response as JSON, unchanged."),
+    region: str | None = typer.Option(None, help="Region of the viewer, used if the viewer's profile has no region."),
+    as_json: bool = typer.Option(False, "--json", help="Print the service's JSON response instead of a table."),
 ) -> None:
     """Request one viewer's slate from the running service.
 

@@ -50,7 +50,7 @@ def apply_settings() -> None:
         os.environ.setdefault(name, value)
 
 
-def haproxy_paths_and_ports(place: Path) -> dict[str, str]:
+def haproxy_paths_and_ports(folder: Path) -> dict[str, str]:
     """Returns HAProxy's files and ports for one start, so that two services on one machine do not share them.
 
     Ray's template makes HAProxy listen on both ports (its statistics and its metrics) on every interface. Do not open
@@ -61,10 +61,10 @@ def haproxy_paths_and_ports(place: Path) -> dict[str, str]:
             probe.bind(("", 0))
         ports = [str(probe.getsockname()[1]) for probe in (stats, metrics)]
     return {
-        "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(place / "haproxy.cfg"),
-        "RAY_SERVE_HAPROXY_SOCKET_PATH": str(place / "admin.sock"),
-        "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(place),
-        "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(place / "server-state"),
+        "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(folder / "haproxy.cfg"),
+        "RAY_SERVE_HAPROXY_SOCKET_PATH": str(folder / "admin.sock"),
+        "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(folder),
+        "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(folder / "server-state"),
         "RAY_SERVE_HAPROXY_STATS_PORT": ports[0],
         "RAY_SERVE_HAPROXY_METRICS_PORT": ports[1],
     }

@@ -49,23 +49,23 @@ class MirroredRequest:
 class ShadowMirror:
     """Sends mirrored requests to a release and records how its slates differ."""
 
-    def __init__(self, metrics: ShadowMetrics, at_once: int = MAX_IN_FLIGHT, within_s: float = TIMEOUT_S) -> None:
+    def __init__(self, metrics: ShadowMetrics, max_in_flight: int = MAX_IN_FLIGHT, within_s: float = TIMEOUT_S) -> None:
         self._metrics = metrics
-        self._at_once = at_once
+        self._max_in_flight = max_in_flight
         self._within_s = within_s
-        self._under_way: set[asyncio.Task[None]] = set()
+        self._in_flight: set[asyncio.Task[None]] = set()
 
     def mirror(
         self, release: OpenRelease, path: RequestPath, mirrored_request: MirroredRequest, recommendation: Recommendation
     ) -> None:
         """Starts a mirrored request, unless too many are in flight."""
         name = short_id(release.release_id)
-        if len(self._under_way) >= self._at_once:
+        if len(self._in_flight) >= self._max_in_flight:
             self._metrics.requests.labels(name, "dropped").inc()
             return
         task = asyncio.get_running_loop().create_task(self._mirror(release, path, mirrored_request, recommendation))
-        self._under_way.add(task)
-        task.add_done_callback(self._under_way.discard)
+        self._in_flight.add(task)
+        task.add_done_callback(self._in_flight.discard)
 
     async def _mirror(
         self, release: OpenRelease, path: RequestPath, mirrored_request: MirroredRequest, recommendation: Recommendation

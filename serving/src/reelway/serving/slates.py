@@ -41,7 +41,7 @@ NO_ROLLOUT: Final = RolloutArm(Arm.STABLE)
 
 @dataclass(frozen=True, slots=True)
 class ImpressionContext:
-    """What all impressions of a slate have in common: viewer, time, release and arm."""
+    """Fields that all impressions of a slate share: viewer, time, release and arm."""
 
     request_id: int
     viewer_id: int

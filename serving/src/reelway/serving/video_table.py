@@ -69,23 +69,23 @@ class LiveFeatures:
         """Returns the live features of the videos at ``rows``. Shapes: ``[C] -> [C, L]``."""
         values: F32 = self.snapshot.take(rows, axis=0)
         if self.overlay_rows is not None:
-            place = self.overlay_rows[rows]
-            changed = np.flatnonzero(place != ABSENT)
-            values[changed] = self.fresh[place[changed]]
+            fresh_row = self.overlay_rows[rows]
+            changed = np.flatnonzero(fresh_row != ABSENT)
+            values[changed] = self.fresh[fresh_row[changed]]
         return values
 
     def with_updates(self, rows: NDArray[np.integer[Any]], dense: F32, as_of_s: float | None = None) -> LiveFeatures:
         """Returns the next version with ``dense`` ``[C, L]`` at ``rows`` ``[C]``; of repeated rows the last wins."""
-        place_of = (
+        overlay_rows = (
             np.full(len(self.snapshot), ABSENT, np.int32) if self.overlay_rows is None else self.overlay_rows.copy()
         )
-        new = np.unique(rows[place_of[rows] == ABSENT])
-        place_of[new] = len(self.fresh) + np.arange(len(new), dtype=np.int32)
+        new = np.unique(rows[overlay_rows[rows] == ABSENT])
+        overlay_rows[new] = len(self.fresh) + np.arange(len(new), dtype=np.int32)
         fresh = np.concatenate([self.fresh, np.empty((len(new), dense.shape[1]), np.float32)])
-        fresh[place_of[rows]] = dense
-        for published in (place_of, fresh):
+        fresh[overlay_rows[rows]] = dense
+        for published in (overlay_rows, fresh):
             published.flags.writeable = False
-        return LiveFeatures(self.snapshot, fresh, place_of, self.version + 1, as_of_s)
+        return LiveFeatures(self.snapshot, fresh, overlay_rows, self.version + 1, as_of_s)
 
 
 class VideoTable:
@@ -115,9 +115,9 @@ class VideoTable:
         snapshot = _matrix(batch, "live_dense")
         self._live = LiveFeatures(snapshot, fresh=snapshot[:0])
         if len(self) and (np.diff(self.video_id) <= 0).any():
-            at = int(np.argmax(np.diff(self.video_id) <= 0)) + 1
+            row = int(np.argmax(np.diff(self.video_id) <= 0)) + 1
             raise IncompatibleReleaseError(
-                f"{VIDEOS_FILE}, row {at}: saw video_id {self.video_id[at]} after {self.video_id[at - 1]}, "
+                f"{VIDEOS_FILE}, row {row}: saw video_id {self.video_id[row]} after {self.video_id[row - 1]}, "
                 "expected ascending ids; rebuild the release"
             )
 
@@ -134,9 +134,9 @@ class VideoTable:
         ids = np.asarray(video_ids, dtype=np.int64)
         if not len(self):
             return np.full(ids.shape, ABSENT, dtype=np.int32)
-        found = np.searchsorted(self.video_id, ids)
-        found[found == len(self)] = 0
-        return np.where(self.video_id[found] == ids, found, ABSENT).astype(np.int32)
+        index = np.searchsorted(self.video_id, ids)
+        index[index == len(self)] = 0
+        return np.where(self.video_id[index] == ids, index, ABSENT).astype(np.int32)
 
     def gather(self, rows: NDArray[np.integer[Any]], request_time_s: float) -> VideoInputs:
         """Returns the ranker's inputs of the videos at ``rows`` (none is ``ABSENT``) at the time of the request."""

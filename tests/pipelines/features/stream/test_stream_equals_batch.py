@@ -57,7 +57,7 @@ def histories(draw: st.DrawFn) -> list[ReportedOutcomeFixture]:
             time_us += draw(st.sampled_from([0, 250_000, 3 * SECOND_US, 3_700 * SECOND_US, 90_000 * SECOND_US]))
             value = draw(st.sampled_from([0.0, 3_000.0, 25_000.25])) if kind is OutcomeType.WATCH else 1.0
             done.append(ReportedOutcomeFixture(impression + 1, viewer, video, kind, value, shown_us, time_us))
-    return sorted(done, key=lambda one: one.time_us)
+    return sorted(done, key=lambda outcome: outcome.time_us)
 
 
 class Clock:
@@ -100,9 +100,9 @@ def append_one(log: SqliteLog, batch: list[ReportedOutcomeFixture], number: int)
 
 def by_moment(emitted: list[EmittedRows]) -> dict[tuple[str, int, int], dict[str, Any]]:
     rows = {}
-    for one in emitted:
-        for row in one.rows.to_pylist():
-            key = (one.view, row[ENTITY_KEYS[one.view]], int(row["event_timestamp"].timestamp() * 1e6))
+    for chunk in emitted:
+        for row in chunk.rows.to_pylist():
+            key = (chunk.view, row[ENTITY_KEYS[chunk.view]], int(row["event_timestamp"].timestamp() * 1e6))
             assert key not in rows, f"{key} was written twice"
             rows[key] = row
     return rows
@@ -116,7 +116,11 @@ def expected_rows(
     The known outcomes change only when an outcome arrives. So one run of the batch job is valid until the next one.
     """
     rows: dict[tuple[str, int, int], dict[str, Any]] = {}
-    moments = [first_us, *sorted({one.time_us for one in done if first_us <= one.time_us < last_us}), last_us]
+    moments = [
+        first_us,
+        *sorted({outcome.time_us for outcome in done if first_us <= outcome.time_us < last_us}),
+        last_us,
+    ]
     for from_us, to_us in pairwise(moments):
         events = batch_events(done, from_us + 1, LABELS)
         for view in STREAMED:
@@ -129,7 +133,7 @@ def expected_rows(
 
 def without_expiries(rows: dict[tuple[str, int, int], dict[str, Any]]) -> dict[tuple[str, int, int], dict[str, Any]]:
     key = {"viewer_id", "video_id", "creator_key", "event_timestamp", "created_timestamp"}
-    return {at: row for at, row in rows.items() if any(v is not None for n, v in row.items() if n not in key)}
+    return {moment: row for moment, row in rows.items() if any(v is not None for n, v in row.items() if n not in key)}
 
 
 @settings(max_examples=12, deadline=None, suppress_health_check=list(HealthCheck))
@@ -157,30 +161,30 @@ def test_stream_rows_equal_batch_rows_for_any_order_with_crashes(
     with tempfile.TemporaryDirectory() as folder:
         emitted = stream(Path(folder), batches, ends, crashes=data.draw(st.booleans()))
     last_us = (tail_us - int(LATENESS_S * SECOND_US)) // SECOND_US * SECOND_US
-    seen, expected = without_expiries(by_moment(emitted)), expected_rows(done, first_us, last_us)
-    assert sorted(seen) == sorted(expected)
+    actual, expected = without_expiries(by_moment(emitted)), expected_rows(done, first_us, last_us)
+    assert sorted(actual) == sorted(expected)
     for key, row in expected.items():
-        assert seen[key] == row, key
+        assert actual[key] == row, key
 
 
 @pytest.mark.parametrize("view", STREAMED)
 def test_next_due_time_equals_the_batch_jobs_next_point(view: str) -> None:
     rng = np.random.default_rng(5)
-    rhythm = emission_schedules(VIEWS)[view]
+    schedule = emission_schedules(VIEWS)[view]
     known = START_US + rng.integers(0, 3 * views.DAY_US, 60) // 900_000_000 * 900_000_000 + rng.integers(0, 2, 60)
     owner = np.sort(rng.integers(0, 9, 60))
-    entities, at = views.snapshot_points(
-        owner, known, rhythm.windows_us, grid_us=rhythm.grid_us, until_us=START_US + 99 * views.DAY_US,
-        heartbeat_us=rhythm.heartbeat_us,
+    entities, points_us = views.snapshot_points(
+        owner, known, schedule.windows_us, grid_us=schedule.grid_us, until_us=START_US + 99 * views.DAY_US,
+        heartbeat_us=schedule.heartbeat_us,
     )  # fmt: skip
-    cells = (known - 1) // rhythm.bucket_us * rhythm.bucket_us + 1
-    for moment in [START_US, *rng.choice(at, 40).tolist(), START_US + 40 * views.DAY_US + 1]:
-        now, next_us, last_us = due_and_next(owner, cells, 9, rhythm, moment)
+    cells = (known - 1) // schedule.bucket_us * schedule.bucket_us + 1
+    for moment in [START_US, *rng.choice(points_us, 40).tolist(), START_US + 40 * views.DAY_US + 1]:
+        now, next_us, last_us = due_and_next(owner, cells, 9, schedule, moment)
         for entity in range(9):
-            mine = at[entities == entity]
-            assert now[entity] == (moment in mine)
-            assert next_us[entity] == min(mine[mine > moment], default=1 << 62)
-            assert last_us[entity] == max(mine[mine <= moment], default=-(1 << 62))
+            entity_points_us = points_us[entities == entity]
+            assert now[entity] == (moment in entity_points_us)
+            assert next_us[entity] == min(entity_points_us[entity_points_us > moment], default=1 << 62)
+            assert last_us[entity] == max(entity_points_us[entity_points_us <= moment], default=-(1 << 62))
 
 
 def test_metrics_count_outcomes_by_result(tmp_path: Path) -> None:

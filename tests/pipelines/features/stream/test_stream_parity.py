@@ -41,7 +41,7 @@ from reelway.serving.parity_sample import ParitySampler
 from reelway.serving.video_table import open_video_table
 
 SECOND_US = 1_000_000
-RESTED_S = 400 * 86_400
+DATASET_AGE_S = 400 * 86_400
 """Time since the end of the data set. The stream's time continues from the end of the data set."""
 SETTINGS = StreamSettings(lateness_s=1.0)
 
@@ -62,10 +62,10 @@ class StreamFixture:
     processor: StreamProcessor
     clock_us: int
 
-    def heard(self, number: int, *done: ReportedOutcomeFixture) -> None:
+    def append(self, number: int, *done: ReportedOutcomeFixture) -> None:
         self.log.append([record_of(done, number)])
 
-    def go_on_to(self, clock_us: int) -> None:
+    def advance_to(self, clock_us: int) -> None:
         self.clock_us = clock_us
         while (done := self.processor.run_micro_batch(wait_s=0)).outcomes or done.steps:
             pass
@@ -78,18 +78,18 @@ def streamed(tmp_path_factory: pytest.TempPathFactory) -> StreamFixture:
     register_features(run.features, DIMENSIONS, "sqlite")
     materialise(run.features, until_us / 1e6)
     write_json(run.record_path("features"), {"config": {"views": asdict(ViewSettings(DIMENSIONS))}})
-    made = StreamFixture(run, None, None, until_us + RESTED_S * SECOND_US)  # type: ignore[arg-type]
-    made.log = SqliteLog(run.event_log, clock=lambda: made.clock_us / 1e6)
-    made.heard(0, done(0, 500, 1001, OutcomeType.LIKE, made.clock_us))
+    fixture = StreamFixture(run, None, None, until_us + DATASET_AGE_S * SECOND_US)  # type: ignore[arg-type]
+    fixture.log = SqliteLog(run.event_log, clock=lambda: fixture.clock_us / 1e6)
+    fixture.append(0, done(0, 500, 1001, OutcomeType.LIKE, fixture.clock_us))
     store = open_feature_store(run.features)
     ttl_us = {view: int(store.get_feature_view(view).ttl.total_seconds() * SECOND_US) for view in STREAMED}
-    made.processor = StreamProcessor(
-        made.log, StreamState(run.path / "stream" / "state.db"), FeatureSinks(store, FeatureChangelog(run.overlay)),
-        view_settings(run), ttl_us, SETTINGS, lambda: made.clock_us / 1e6,
+    fixture.processor = StreamProcessor(
+        fixture.log, StreamState(run.path / "stream" / "state.db"), FeatureSinks(store, FeatureChangelog(run.overlay)),
+        view_settings(run), ttl_us, SETTINGS, lambda: fixture.clock_us / 1e6,
     )  # fmt: skip
-    made.processor.start(catalogue_of(run), read_feature_file(run.features / LABELS_FILE))
+    fixture.processor.start(catalogue_of(run), read_feature_file(run.features / LABELS_FILE))
     assert labels.num_rows
-    return made
+    return fixture
 
 
 def done(
@@ -102,10 +102,12 @@ def serve(streamed: StreamFixture, path: Path) -> int:
     """Serves for some hours and samples every answer. Returns the number of answers."""
     run, rng = streamed.run, np.random.default_rng(3)
     snapshot = video_snapshot(run.features, streamed.processor.settled_us / 1e6)
-    place = run.path / "videos.arrow"
+    video_file = run.path / "videos.arrow"
     arrays = assemble_videos(columns_from_table(snapshot), np.zeros(snapshot.num_rows), DIMENSIONS)
-    write_videos(place, snapshot, arrays, np.eye(1, 4, dtype=np.float32).repeat(snapshot.num_rows, axis=0), DIMENSIONS)
-    table = open_video_table(place)
+    write_videos(
+        video_file, snapshot, arrays, np.eye(1, 4, dtype=np.float32).repeat(snapshot.num_rows, axis=0), DIMENSIONS
+    )
+    table = open_video_table(video_file)
     overlay, rows = (
         FeatureOverlay(table, FeatureChangelog(run.overlay)),
         ViewerRowReader(open_feature_store(run.features)),
@@ -115,14 +117,14 @@ def serve(streamed: StreamFixture, path: Path) -> int:
     for hour in range(1, 30):
         now_us = streamed.clock_us + 2_700 * SECOND_US
         kinds = rng.choice(list(OutcomeType), 12).tolist()
-        streamed.heard(
+        streamed.append(
             hour,
             *(
                 done(100 * hour + i // 2, 500 + hour % 7, 1000 + int(rng.integers(60)), OutcomeType(kind), now_us, 9e3)
                 for i, kind in enumerate(kinds)
             ),
         )
-        streamed.go_on_to(now_us + int(rng.integers(2, 9)) * SECOND_US)
+        streamed.advance_to(now_us + int(rng.integers(2, 9)) * SECOND_US)
         overlay.poll()
         viewer = 500 + hour % 7
         sample.offer(
@@ -166,8 +168,8 @@ def test_served_values_equal_the_offline_join_over_the_log(streamed: StreamFixtu
 @pytest.mark.slow
 def test_like_is_in_the_viewers_row_once_its_second_is_complete(streamed: StreamFixture) -> None:
     now_us = streamed.clock_us + 100 * SECOND_US
-    streamed.heard(10_001, done(10**6, 533, 1042, OutcomeType.LIKE, now_us))
-    streamed.go_on_to(now_us + int((SETTINGS.lateness_s + 1) * SECOND_US))
+    streamed.append(10_001, done(10**6, 533, 1042, OutcomeType.LIKE, now_us))
+    streamed.advance_to(now_us + int((SETTINGS.lateness_s + 1) * SECOND_US))
     row = ViewerRowReader(open_feature_store(streamed.run.features)).read(533)
     assert row["history_videos"][-1] == 1042
     assert row["history_weights"][-1] == 1.0

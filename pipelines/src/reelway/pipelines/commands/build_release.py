@@ -30,23 +30,28 @@ def register(app: typer.Typer) -> None:
 
 def build(
     run: Path = RUN,
-    name: str | None = typer.Option(None, help="Display name; by default the run's folder name."),
+    name: str | None = typer.Option(None, help="Display name of the release; by default the name of the run's folder."),
     key: Path | None = typer.Option(
-        None, help="Private signing key (PEM); by default the run's key, created if it does not exist."
+        None, help="Private signing key (PEM file); by default the run's key, created if it does not exist."
     ),
     blend: Path | None = typer.Option(
-        None, help="YAML file with quotas, value weights and slate rules; by default built-in values."
+        None, help="YAML file with source quotas, value weights and slate rules; by default built-in values."
     ),
     index: str = typer.Option(
-        "auto", help="FAISS factory string such as 'IVF1024,Flat' or 'HNSW32'; auto chooses by size."
+        "auto",
+        help="FAISS factory string of the search index, such as 'IVF1024,Flat'; 'auto' chooses by catalogue size.",
     ),
     store: str | None = typer.Option(
         None, help="Release store URL (file://, s3://, gs://); by default the run's store."
     ),
-    parent: str | None = typer.Option(None, help="Release that this one replaces (id or its beginning)."),
-    waive: list[str] = typer.Option([], help="GATE=REASON: accept this failed gate under your name. Repeatable."),
-    waived_by: str | None = typer.Option(None, help="Name of the person who waives; by default the current user."),
-    force: bool = typer.Option(False, "--force", help="Build again even if nothing changed."),
+    parent: str | None = typer.Option(
+        None, help="Id, or unique id prefix, of the release that the new release replaces."
+    ),
+    waive: list[str] = typer.Option([], help="Failed gate to accept, with the reason: GATE=REASON. Repeatable."),
+    waived_by: str | None = typer.Option(
+        None, help="Name of the person who accepts failed gates; by default the current user."
+    ),
+    force: bool = typer.Option(False, "--force", help="Build the release again even if its inputs have not changed."),
 ) -> None:
     """Build a signed release from the run's trained and evaluated models.
 
@@ -67,11 +72,11 @@ def build(
     from reelway.platform.contracts.blend import Blend
 
     directory = RunDirectory(run)
-    place = ReleaseStore(store or str(directory.release_store.absolute()))
+    target = ReleaseStore(store or str(directory.release_store.absolute()))
     directory.record("evaluate")
     signer = load_private_key(key or ensure_signing_key(directory))
     blended = load_blend_file(blend) if blend else Blend()
-    replaced = place.resolve(parent) if parent else None
+    replaced = target.resolve(parent) if parent else None
     called = name or directory.path.absolute().name
     waivers = [parse_waiver(text, waived_by) for text in waive]
     config: dict[str, Any] = {
@@ -84,7 +89,7 @@ def build(
     if waivers:
         config["waivers"] = [waiver.model_dump() for waiver in waivers]
     with directory.step(
-        STEP, config=config, after=("evaluate",), force=force or not _is_in_store(directory, place)
+        STEP, config=config, after=("evaluate",), force=force or not _is_in_store(directory, target)
     ) as step:
         if step.cached:
             print_status("release: already done with the same inputs, skipped (use --force to redo)")
@@ -94,15 +99,15 @@ def build(
                     directory,
                     name=called,
                     key=signer,
-                    store=place,
+                    store=target,
                     parent=replaced,
                     blend=blended,
                     index=index,
                     waivers=waivers,
-                    on_progress=lambda what: status.update(f"release: {what}"),
+                    on_progress=lambda description: status.update(f"release: {description}"),
                 )
-            step.summary |= {"release_id": release_id, "store": place.url}
-        print_status(f"release {step.summary['release_id'][:12]} is in {place.url}")
+            step.summary |= {"release_id": release_id, "store": target.url}
+        print_status(f"release {step.summary['release_id'][:12]} is in {target.url}")
         typer.echo(step.summary["release_id"])
 
 

@@ -33,16 +33,20 @@ but is not an error of this command; it prevents the release later.
 
 
 def register(app: typer.Typer) -> None:
-    """Adds ``evaluate``."""
+    """Adds ``reelway evaluate``."""
 
     @app.command(help=_EXAMPLES)
     def evaluate(
-        run: Path = typer.Option(Path("runs/default"), help="Run directory."),
-        min_events: int = typer.Option(5, min=1, help="Minimum impressions of an evaluated viewer in training."),
-        max_viewers: int = typer.Option(2000, min=1, help="Maximum number of evaluated viewers; more are sampled."),
-        blend: Path | None = typer.Option(None, help="File blend.yaml for ranking, instead of the defaults."),
+        run: Path = typer.Option(Path("runs/default"), help="Run directory with trained models."),
+        min_events: int = typer.Option(5, min=1, help="Minimum number of training impressions of an evaluated viewer."),
+        max_viewers: int = typer.Option(
+            2000, min=1, help="Maximum number of evaluated viewers; a larger number is sampled."
+        ),
+        blend: Path | None = typer.Option(
+            None, help="YAML file with source quotas, value weights and slate rules; by default built-in values."
+        ),
         seed: int = typer.Option(0, help="Random seed for the viewer sample, ALS and the bootstrap."),
-        force: bool = typer.Option(False, help="Evaluate again even if nothing changed."),
+        force: bool = typer.Option(False, help="Evaluate again even if the inputs have not changed."),
     ) -> None:
         evaluate_command(RunDirectory(run), min_events, max_viewers, blend, seed, force)
 
@@ -65,11 +69,11 @@ def evaluate_command(
         with progress() as bar:
             task = bar.add_task("evaluate", total=None)
 
-            def tell(doing: str) -> None:
+            def print_progress(doing: str) -> None:
                 bar.update(task, description=f"evaluate: {doing}")
 
             chosen = load_blend_file(blend) if blend is not None else None
-            result = evaluate_run(run, settings, blend=chosen, report=tell)
+            result = evaluate_run(run, settings, blend=chosen, report=print_progress)
         step.summary.update(
             {"gates_failed": [gate.name for gate in result.gates if not gate.passed], "output": str(output)}
         )
@@ -86,19 +90,19 @@ def _show(result: EvaluationResult) -> None:
 def _show_ranking(result: EvaluationResult) -> None:
     from rich.table import Table
 
-    question = result.question
+    split = result.split
     table = Table(
-        title=f"Ranking of unseen videos: {len(question.viewer_ids):,} viewers, {len(question.videos):,} videos; "
+        title=f"Ranking of unseen videos: {len(split.viewer_ids):,} viewers, {len(split.videos):,} videos; "
         "95 % intervals over viewers",
         title_justify="left",
     )
     table.add_column("recommender")
     for column in ("recall@50", "NDCG@10", "MRR", "diversity@10", "coverage@50"):
         table.add_column(column, justify="right")
-    for i, (name, found) in enumerate(result.ranking.items()):
-        estimates = [found.estimates[key] for key in ("recall_at_50", "ndcg_at_10", "mrr", "diversity_at_10")]
+    for i, (name, metrics) in enumerate(result.ranking.items()):
+        estimates = [metrics.estimates[key] for key in ("recall_at_50", "ndcg_at_10", "mrr", "diversity_at_10")]
         cells = [_interval(estimate) for estimate in estimates]
-        table.add_row(name, *cells, f"{found.coverage:.1%}", style="bold" if i == 0 else "")
+        table.add_row(name, *cells, f"{metrics.coverage:.1%}", style="bold" if i == 0 else "")
     stdout_console.print(table)
 
 

@@ -17,26 +17,37 @@ if TYPE_CHECKING:
     from reelway.pipelines.features.parity import ParityReport
 
 Run = Annotated[Path, typer.Option("--run", help="Run directory.", show_default=True)]
-Cpus = Annotated[int, typer.Option("--cpus", min=1, help="CPUs of the local Ray runtime.")]
+Cpus = Annotated[
+    int,
+    typer.Option(
+        "--cpus", min=1, help="Number of CPUs of the local Ray runtime; ignored with the address of a cluster."
+    ),
+]
 RayAddress = Annotated[
     str,
-    typer.Option("--ray-address", help="Ray: 'local', or the address of a cluster.", envvar="RAY_ADDRESS"),
+    typer.Option(
+        "--ray-address",
+        help="Address of the Ray cluster; 'local' starts a Ray runtime on this machine.",
+        envvar="RAY_ADDRESS",
+    ),
 ]
 OnlineStore = Annotated[
     str | None,
     typer.Option(
-        "--online-store", help="Online store: 'sqlite' or 'redis://host:port'.", envvar="REELWAY_ONLINE_STORE"
+        "--online-store",
+        help="Feast online store: 'sqlite' or 'redis://host:port'. Defaults to SQLite in the run directory.",
+        envvar="REELWAY_ONLINE_STORE",
     ),
 ]
 Registry = Annotated[
     str | None,
     typer.Option(
         "--publish-registry",
-        help="Path or URL for a copy of Feast's registry, which services read.",
+        help="Path or URL to which Feast's registry is copied, for services that read it. By default no copy.",
         envvar="REELWAY_FEATURE_REGISTRY",
     ),
 ]
-Force = Annotated[bool, typer.Option("--force", help="Run again even if nothing changed.")]
+Force = Annotated[bool, typer.Option("--force", help="Run the steps again even if their inputs have not changed.")]
 DEFAULT_RUN = Path("runs/default")
 LOG_FILE = "serving/vectors.jsonl"
 
@@ -88,7 +99,7 @@ def build(
 def materialise(
     run: Run = DEFAULT_RUN,
     at: Annotated[
-        str | None, typer.Option("--at", help="Time of the rows, ISO 8601. Defaults to the end of the data.")
+        str | None, typer.Option("--at", help="Point in time of the rows, ISO 8601. Defaults to the end of the data.")
     ] = None,
     publish_registry: Registry = None,
     force: Force = False,
@@ -101,17 +112,27 @@ def materialise(
 def parity(
     run: Run = DEFAULT_RUN,
     log: Annotated[
-        Path | None, typer.Option("--log", help=f"Vector log, or folder of vector logs. Defaults to <run>/{LOG_FILE}.")
+        Path | None,
+        typer.Option("--log", help=f"Vector log of a service, or folder of vector logs. Defaults to RUN/{LOG_FILE}."),
     ] = None,
     report_to: Annotated[
-        str | None, typer.Option("--report", help="Path or URL for a copy of the findings, for `reelway operator`.")
+        str | None,
+        typer.Option(
+            "--report", help="Path or URL to which the findings are copied, for `reelway operator`. By default no copy."
+        ),
     ] = None,
     tolerance: Annotated[
-        float, typer.Option("--tolerance", min=0.0, help="Maximum relative difference of equal values.")
+        float,
+        typer.Option("--tolerance", min=0.0, help="Largest relative difference at which two values count as equal."),
     ] = 1e-6,
     show: Annotated[int, typer.Option("--max-shown", min=1, help="Maximum number of mismatches to print.")] = 20,
     every: Annotated[
-        float | None, typer.Option("--interval", min=1, help="Repeat after this many seconds, until Ctrl-C.")
+        float | None,
+        typer.Option(
+            "--interval",
+            min=1,
+            help="Repeat the replay at this interval in seconds, until Ctrl-C. By default one replay.",
+        ),
     ] = None,
 ) -> None:
     """Replay served feature vectors through the offline join. Exits with code 4 if a value differs.
@@ -135,10 +156,10 @@ def parity(
         os.nice(19)  # the service has priority over its monitoring
     while True:
         report = replay(directory.features, log or directory.path / LOG_FILE, tolerance)
-        found = report.by_release(time.time())
-        write_json(parity_path(directory), found)
+        findings = report.by_release(time.time())
+        write_json(parity_path(directory), findings)
         if report_to is not None:
-            write_parity(report_to, found)
+            write_parity(report_to, findings)
         _show_parity(report, show)
         if every is None:
             report.raise_if_bad()

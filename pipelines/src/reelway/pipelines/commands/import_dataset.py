@@ -1,6 +1,7 @@
 """``reelway import``: writes another source's data as the run's data set, in the event schema and checked.
 
-``datasets.movielens``, ``datasets.kuairand`` and ``datasets.generic`` parse. ``datasets.checks`` judges the rows.
+``datasets.movielens``, ``datasets.kuairand`` and ``datasets.event_files`` parse. ``datasets.checks`` validates the
+rows.
 """
 
 from __future__ import annotations
@@ -23,21 +24,21 @@ Run = Annotated[Path, typer.Option("--run", help="Run directory; the data set is
 Force = Annotated[bool, typer.Option("--force", help="Import again even if the same files were imported before.")]
 MaxBadRatio = Annotated[
     float,
-    typer.Option("--max-bad-ratio", min=0, max=1, help="Largest accepted share of bad rows per table."),
+    typer.Option("--max-bad-ratio", min=0, max=1, help="Largest accepted share of bad rows per table, from 0 to 1."),
 ]
 HistoryLength = Annotated[
     int | None,
-    typer.Option(min=1, help="Latest impressions of a viewer that the history keeps; by default 50."),
+    typer.Option(min=1, help="Number of latest impressions in a viewer's history; by default 50."),
 ]
 IdBuckets = Annotated[
-    int | None, typer.Option(min=2, help="Size of the hashed id vocabulary that models learn from; by default 32768.")
+    int | None, typer.Option(min=2, help="Number of hash buckets for ids in the models; by default 32768.")
 ]
 CategoryBuckets = Annotated[
     int | None,
-    typer.Option(min=2, help="Size of the hashed vocabulary of words, such as regions; by default 64."),
+    typer.Option(min=2, help="Number of hash buckets for categories such as regions; by default 64."),
 ]
 Topics = Annotated[
-    int | None, typer.Option(min=1, help="Number of topics; by default the largest topic of a video plus one.")
+    int | None, typer.Option(min=1, help="Number of video topics; by default the largest topic number plus one.")
 ]
 DEFAULT_RUN = Path("runs/default")
 
@@ -78,7 +79,7 @@ def import_movielens(
     history_length: HistoryLength = None,
     force: Force = False,
 ) -> None:
-    """Import MovieLens of any size; the files in the folder tell the layout.
+    """Import MovieLens of any size; the files in the folder determine the layout.
 
     A rating becomes an impression that was fully watched: a like from 4 stars, not_interested at 1 star or less.
 
@@ -120,8 +121,12 @@ def import_kuairand(
 
 
 def import_events(
-    path: Path = typer.Argument(..., help="A .parquet or .csv file, one row per impression shown."),
-    videos: Path | None = typer.Option(None, "--videos", help="Optional .parquet or .csv file about the videos."),
+    path: Path = typer.Argument(..., help="Parquet or CSV file (.parquet, .csv) with one row per shown impression."),
+    videos: Path | None = typer.Option(
+        None,
+        "--videos",
+        help="Parquet or CSV file (.parquet, .csv) with one row per video. By default video properties are unknown.",
+    ),
     run: Run = DEFAULT_RUN,
     max_bad_ratio: MaxBadRatio = 0.05,
     topics: Topics = None,

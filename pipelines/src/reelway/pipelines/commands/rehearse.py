@@ -18,7 +18,7 @@ from reelway.platform.run_directory import RunDirectory
 
 
 class KindChoice(StrEnum):
-    """The kinds of ``rehearsal.DrillReleaseKind``, without the imports of that module."""
+    """The kinds of ``drill_releases.DrillReleaseKind``, without the imports of that module."""
 
     ERRORS = "errors"
     SLOW = "slow"
@@ -27,15 +27,17 @@ class KindChoice(StrEnum):
 
 
 def rehearse(
-    kind: KindChoice = typer.Argument(..., help="Kind of release: errors, slow, worse or popular; see above."),
+    kind: KindChoice = typer.Argument(..., help="Fault of the release, as listed above."),
     run: Path = RUN,
     of: str = typer.Option(LATEST, "--base", help="Good release to build from: id, unique id prefix, or 'latest'."),
-    key: Path | None = typer.Option(None, help="Private signing key (PEM). Defaults to the run's key."),
+    key: Path | None = typer.Option(None, help="Private signing key (PEM file). Defaults to the run's key."),
     by: str | None = typer.Option(
-        None, "--waived-by", help="Person responsible for the waiver. Defaults to the current user."
+        None,
+        "--waived-by",
+        help="Person recorded as responsible for the missing evaluation. Defaults to the current user.",
     ),
-    seed: int = typer.Option(0, min=0, help="Random seed for the label shuffle."),
-    force: bool = typer.Option(False, "--force", help="Build again even if nothing changed."),
+    seed: int = typer.Option(0, min=0, help="Random seed for the label shuffle of the kind worse."),
+    force: bool = typer.Option(False, "--force", help="Build the release again even if its inputs have not changed."),
 ) -> None:
     """Build a release for rollout drills from a good release. Its fault is in its files, not in the service.
 
@@ -75,7 +77,7 @@ def rehearse(
                     key=signer,
                     by=by or getpass.getuser(),
                     seed=seed,
-                    report=lambda what: status.update(f"drill release {kind.value}: {what}"),
+                    report=lambda message: status.update(f"drill release {kind.value}: {message}"),
                 )
             step.summary |= {"release_id": release_id, "folder": str(folder)}
             description = drill_releases.DESCRIPTIONS[drill_releases.DrillReleaseKind(kind)]
@@ -86,6 +88,6 @@ def rehearse(
 def _outputs(directory: RunDirectory, step_name: str) -> tuple[Path, ...]:
     """Returns the manifest of the release built last, so that a release removed from the store is built again."""
     if not directory.record_path(step_name).exists():
-        return (directory.path / "never made",)
-    made = directory.record(step_name)["summary"].get("release_id", "none")
-    return (directory.release_store / made / "manifest.json",)
+        return (directory.path / "not built",)
+    release = directory.record(step_name)["summary"].get("release_id", "none")
+    return (directory.release_store / release / "manifest.json",)

@@ -1,4 +1,4 @@
-"""Why: whoever brings no key signs with one of the run's own, which is made once."""
+"""Creates a run's signing key, which signs its releases if no other key is given."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from reelway.platform.run_directory import RunDirectory
 
 
 def ensure_signing_key(directory: RunDirectory) -> Path:
-    """Path of the run's private key, which is made where there is none."""
+    """Returns the path of the run's private key; the key is created if it does not exist."""
     path = directory.keys / PRIVATE_NAME
     if not path.exists():
         pair = create_keys(directory.keys)
-        print_status(f"release: made a key of this run's own, {pair.private}; for production sign with --key")
+        print_status(f"release: created the run's signing key {pair.private}; in production pass your own with --key")
     return path

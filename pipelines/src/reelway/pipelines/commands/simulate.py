@@ -16,13 +16,15 @@ def register(app: typer.Typer) -> None:
 
 
 def simulate(
-    run: Path = typer.Option(Path("runs/default"), "--run", help="Run directory; receives RUN/dataset."),
+    run: Path = typer.Option(
+        Path("runs/default"), "--run", help="Run directory; the data set is written to RUN/dataset."
+    ),
     viewers: int = typer.Option(5_000, help="Number of viewers, including those who join during the log."),
     videos: int = typer.Option(5_000, help="Number of videos, including those uploaded during the log."),
     days: int = typer.Option(14, help="Length of the log in days."),
     impressions: int = typer.Option(300_000, help="Total number of impressions, in slates of 10."),
     seed: int = typer.Option(0, min=0, help="Random seed; the same seed and sizes give the same data set."),
-    force: bool = typer.Option(False, "--force", help="Simulate again even if the same data set exists."),
+    force: bool = typer.Option(False, "--force", help="Simulate again even if a data set of these settings exists."),
 ) -> None:
     """Simulate viewers, creators, videos and the viewers' reactions to recommendations.
 

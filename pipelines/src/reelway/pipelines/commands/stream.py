@@ -15,17 +15,17 @@ def register(app: typer.Typer) -> None:
 def stream(
     run: Path = typer.Option(Path("runs/default"), "--run", help="Run directory whose features are updated."),
     events: str = typer.Option(
-        "", "--event-log", help="Event log: a path or kafka://host:port/topic. Defaults to RUN/events/log.db."
+        "", "--event-log", help="Event log to read: a path or kafka://host:port/topic. Defaults to RUN/events/log.db."
     ),
     overlay: str = typer.Option(
-        "", "--changelog", help="Changelog of video features: a path or fsspec URL. Defaults to RUN/overlay."
+        "", "--changelog", help="Changelog for video features to write: a path or fsspec URL. Defaults to RUN/overlay."
     ),
     lateness_s: float = typer.Option(
         1.0, "--allowed-lateness", min=0.0,
-        help="Allowed lateness in seconds: maximum time from receiving an outcome until it is in the event log.",
+        help="Longest time, in seconds, from the receipt of an outcome until it is in the event log.",
     ),
     metrics_port: int | None = typer.Option(
-        None, min=1, max=65535, help="Port for Prometheus metrics. By default none are served."
+        None, min=1, max=65535, help="Port of the Prometheus metrics. By default no metrics are served."
     ),
 ) -> None:  # fmt: skip
     """Update viewers' and videos' features from the event log until Ctrl-C or SIGTERM.
@@ -53,7 +53,7 @@ def stream(
         signal.signal(number, lambda *_: stop.set())
     totals = {"outcomes": 0, "rows": 0}
 
-    def said(done: MicroBatchResult) -> None:
+    def print_result(done: MicroBatchResult) -> None:
         totals["outcomes"] += done.outcomes
         totals["rows"] += sum(done.rows.values())
         if done.outcomes or any(done.rows.values()):
@@ -61,7 +61,7 @@ def stream(
 
     options = StreamOptions(events, overlay, metrics_port, StreamSettings(lateness_s=lateness_s))
     print_status(f"stream: updating the features of {run}; stop with Ctrl-C")
-    run_stream(RunDirectory(run), options, stop, said)
+    run_stream(RunDirectory(run), options, stop, print_result)
     print_status(
         f"stream: stopped after {totals['outcomes']} outcomes and {totals['rows']} rows; all rows are delivered"
     )

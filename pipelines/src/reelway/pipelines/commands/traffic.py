@@ -17,13 +17,21 @@ def register(app: typer.Typer) -> None:
 
 def traffic(
     run: Path = typer.Option(Path("runs/default"), "--run", help="Run directory with simulated viewers."),
-    url: str | None = typer.Option(None, help="URL of the service. Defaults to the service of --run."),
+    url: str | None = typer.Option(
+        None, help="URL of the service. Defaults to the service that serves the run directory."
+    ),
     rate: float = typer.Option(40.0, min=0.1, max=2_000, help="Mean requests per second; arrival times are random."),
-    seconds: float | None = typer.Option(None, min=0.1, help="Duration in seconds. By default until Ctrl-C."),
-    viewers: int | None = typer.Option(None, min=1, help="Number of viewers. Defaults to all who have an account."),
-    count: int = typer.Option(10, min=1, max=100, help="Videos per slate."),
+    seconds: float | None = typer.Option(
+        None, min=0.1, help="Duration of the traffic in seconds. By default it runs until Ctrl-C."
+    ),
+    viewers: int | None = typer.Option(
+        None, min=1, help="Number of simulated viewers. Defaults to all viewers with an account."
+    ),
+    count: int = typer.Option(10, min=1, max=100, help="Number of videos per slate."),
     timeout_s: float = typer.Option(10.0, "--timeout", min=0.1, help="Request timeout in seconds."),
-    report: Path | None = typer.Option(None, help="JSON file for the report, updated every second."),
+    report: Path | None = typer.Option(
+        None, help="JSON file to which the report is written every second. By default no file."
+    ),
     seed: int = typer.Option(0, min=0, help="Random seed for arrival times and viewer behaviour."),
 ) -> None:
     """Send live traffic: the run's simulated viewers request slates, watch videos and report outcomes.
@@ -52,10 +60,10 @@ def traffic(
     if url is None and not record.exists():
         raise ConfigError(f"{run} is not being served; run `reelway serve --run {run}`, or pass --url")
     address = url or str(json.loads(record.read_text())["url"])
-    found = _run_traffic(
+    traffic_report = _run_traffic(
         json.loads(info_path.read_text()), address, rate, seconds, viewers, count, timeout_s, report, seed
     )
-    _show(found)
+    _show(traffic_report)
     if report is not None:
         print_status(f"report: {report}")
 
@@ -86,7 +94,7 @@ def _run_traffic(
 
     async def send() -> dict[str, Any]:
         with stderr_console.status("traffic") as status:
-            live = LiveTraffic(options, crowd, lambda seen: status.update(_progress_line(seen)))
+            live = LiveTraffic(options, crowd, lambda report: status.update(_progress_line(report)))
             for number in (signal.SIGINT, signal.SIGTERM):
                 asyncio.get_running_loop().add_signal_handler(number, live.stop)
             return await live.run()
@@ -94,17 +102,19 @@ def _run_traffic(
     return asyncio.run(send())
 
 
-def _progress_line(seen: dict[str, Any]) -> str:
+def _progress_line(report: dict[str, Any]) -> str:
     arms = ", ".join(
-        f"{one['arm']} {one['release'][:12]} {one['requests']}" for one in seen["releases"] if one["requests"]
+        f"{entry['arm']} {entry['release'][:12]} {entry['requests']}"
+        for entry in report["releases"]
+        if entry["requests"]
     )
     return (
-        f"traffic: {seen['elapsed_s']:.0f} s, {seen['requests']} requests, {seen['failed']} failed, "
-        f"{seen['outcomes']['sent']} outcomes; {arms}"
+        f"traffic: {report['elapsed_s']:.0f} s, {report['requests']} requests, {report['failed']} failed, "
+        f"{report['outcomes']['sent']} outcomes; {arms}"
     )
 
 
-def _show(seen: dict[str, Any]) -> None:
+def _show(report: dict[str, Any]) -> None:
     from rich.table import Table
 
     from reelway.platform.cli.terminal import stdout_console
@@ -112,21 +122,21 @@ def _show(seen: dict[str, Any]) -> None:
     table = Table(title="traffic per release and arm", title_justify="left", box=None, padding=(0, 1, 0, 0))
     for column in ("release", "arm", "requests", "viewers", "p50 ms", "p95", "p99", "degraded", "long", "watch s"):
         table.add_column(column, justify="left" if column in ("release", "arm") else "right", no_wrap=True)
-    for one in seen["releases"]:
-        latency = [_number(one["latency_ms"][name], ".1f") for name in ("p50", "p95", "p99")]
+    for entry in report["releases"]:
+        latency = [_number(entry["latency_ms"][name], ".1f") for name in ("p50", "p95", "p99")]
         table.add_row(
-            one["release"][:12], one["arm"], str(one["requests"]), str(one["viewers"]), *latency,
-            str(sum(one["degraded"].values())), _number(one["long_watch_rate"], ".1%"),
-            _number(one["watch_s_per_impression"], ".2f"),
+            entry["release"][:12], entry["arm"], str(entry["requests"]), str(entry["viewers"]), *latency,
+            str(sum(entry["degraded"].values())), _number(entry["long_watch_rate"], ".1%"),
+            _number(entry["watch_s_per_impression"], ".2f"),
         )  # fmt: skip
     stdout_console.print(table)
     stdout_console.print(
-        f"{seen['requests']} requests in {seen['elapsed_s']:.1f} s, {seen['failed']} failed; "
-        f"{seen['outcomes']['sent']} outcomes; {seen['arm_changes']} unexpected arm changes; "
-        f"{seen['cpu_ms_per_request']:.2f} ms of client CPU per request",
+        f"{report['requests']} requests in {report['elapsed_s']:.1f} s, {report['failed']} failed; "
+        f"{report['outcomes']['sent']} outcomes; {report['arm_changes']} unexpected arm changes; "
+        f"{report['cpu_ms_per_request']:.2f} ms of client CPU per request",
         highlight=False,
     )
-    for example in [*seen["failures"], *seen["arm_change_examples"]]:
+    for example in [*report["failures"], *report["arm_change_examples"]]:
         print_status(f"  {example}")
 
 

@@ -39,15 +39,19 @@ def register(app: typer.Typer) -> None:
         run: Path = typer.Option(Path("runs/default"), help="Run directory with training rows."),
         workers: int = typer.Option(2, min=1, help="Number of data-parallel CPU workers."),
         gpus: int = typer.Option(0, min=0, help="Number of GPUs, with one worker each; 0 trains on CPUs."),
-        epochs: int | None = typer.Option(None, min=1, help="Epochs of both models; by default the preset's."),
+        epochs: int | None = typer.Option(
+            None, min=1, help="Number of epochs of both models; by default that of the preset."
+        ),
         preset: str = typer.Option("demo", help="Preset of all settings: demo or ml-100k."),
-        config: Path | None = typer.Option(None, help="YAML file that overrides the preset."),
-        override: list[str] = typer.Option([], "--set", help="Override of one setting: two_tower.dim=64. Repeatable."),
+        config: Path | None = typer.Option(None, help="YAML file with settings that override the preset."),
+        override: list[str] = typer.Option(
+            [], "--set", help="Value of one setting, such as two_tower.dim=64; overrides preset and file. Repeatable."
+        ),
         seed: int = typer.Option(0, help="Random seed of initial weights, row order and dropout."),
         ray: bool = typer.Option(
-            True, "--ray/--no-ray", help="Train under Ray Train, or with one worker in this process."
+            True, "--ray/--no-ray", help="Train under Ray Train; --no-ray trains with one worker in this process."
         ),
-        force: bool = typer.Option(False, help="Train again even if nothing changed."),
+        force: bool = typer.Option(False, help="Train again even if the inputs have not changed."),
     ) -> None:
         train_command(RunDirectory(run), workers, gpus, epochs, preset, config, override, seed, ray, force)
 
@@ -64,24 +68,26 @@ def train_command(
     ray: bool,
     force: bool,
 ) -> None:
-    """Runs the step ``train`` unless it is done with the same inputs."""
+    """Runs the step ``train``, unless it was completed with the same inputs."""
     from reelway.pipelines.training.config import load_config
     from reelway.pipelines.training.train_run import Resources, train_run
 
     if epochs is not None:
         override = [*override, f"two_tower_loop.epochs={epochs}", f"ranker_loop.epochs={epochs}"]
-    wanted = load_config(preset, config, override, seed=seed)
+    settings = load_config(preset, config, override, seed=seed)
     resources = Resources(workers=workers, gpus=gpus, ray=ray)
-    identity = {**wanted.model_dump(), "workers": (gpus or workers) if ray else 1, "gpus": gpus}
+    identity = {**settings.model_dump(), "workers": (gpus or workers) if ray else 1, "gpus": gpus}
     outputs = [run.models / name for name in ("training.json", "two_tower.npz", "ranker.npz", "calibration.json")]
     with run.step("train", config=identity, after=("features",), outputs=outputs, force=force) as step:
         if step.cached:
             print_status("train: already done with the same inputs, skipped (use --force to redo)")
             return
-        where = f"Ray Train, {gpus} GPUs" if ray and gpus else f"Ray Train, {workers} CPU workers" if ray else "no Ray"
-        print_status(f"train: preset {preset}, seed {seed}, {where}")
+        location = (
+            f"Ray Train, {gpus} GPUs" if ray and gpus else f"Ray Train, {workers} CPU workers" if ray else "no Ray"
+        )
+        print_status(f"train: preset {preset}, seed {seed}, {location}")
         with progress() as bar:
-            models = train_run(run, wanted, resources, on_epoch=_EpochBars(bar), on_progress=print_status)
+            models = train_run(run, settings, resources, on_epoch=_EpochBars(bar), on_progress=print_status)
         step.summary.update(_summary(models))
         _show(models, run)
 

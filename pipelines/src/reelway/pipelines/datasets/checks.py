@@ -195,8 +195,8 @@ def _outcomes(
     kind = table["type"].combine_chunks().cast(pa.string()).dictionary_encode().indices.to_numpy().astype(np.int64)
     yield "repeated_outcome", _repeated([owner, kind, time_us, value.view(np.int32).astype(np.int64)])
     row, known = _look_up(clean["impressions"], "impression_id", owner)
-    _, there = _look_up(dataset.impressions, "impression_id", owner)
-    yield "outcome_without_impression", ~there
+    _, exists = _look_up(dataset.impressions, "impression_id", owner)
+    yield "outcome_without_impression", ~exists
     yield "impression_rejected", ~known
     if known.any():
         shown = clean["impressions"]
@@ -255,20 +255,20 @@ def _look_up(table: pa.Table, key: str, wanted: I64) -> tuple[I64, Mask]:
     return row, ids[row] == wanted
 
 
-def _one_of(column: pa.ChunkedArray, words: Sequence[str]) -> Mask:
-    found: Mask = pc.is_in(column.cast(pa.string()), pa.array(words, pa.string())).to_numpy()
-    return found
+def _one_of(column: pa.ChunkedArray, strings: Sequence[str]) -> Mask:
+    allowed: Mask = pc.is_in(column.cast(pa.string()), pa.array(strings, pa.string())).to_numpy()
+    return allowed
 
 
 def _bad_vectors(column: pa.ChunkedArray, width: int) -> Mask:
     """Returns a mask of the lists that have another length or a value that is not finite; null is no bad list."""
     array = column.combine_chunks()
     lengths = pc.fill_null(pc.list_value_length(array), 0).to_numpy(zero_copy_only=False)
-    there = array.is_valid().to_numpy(zero_copy_only=False)
+    valid = array.is_valid().to_numpy(zero_copy_only=False)
     values = pc.fill_null(array.flatten(), float("nan")).to_numpy(zero_copy_only=False)
     row = np.repeat(np.arange(len(lengths)), lengths)
-    odd = np.bincount(row[~np.isfinite(values)], minlength=len(lengths)) > 0
-    bad: Mask = there & ((lengths != width) | odd)
+    not_finite = np.bincount(row[~np.isfinite(values)], minlength=len(lengths)) > 0
+    bad: Mask = valid & ((lengths != width) | not_finite)
     return bad
 
 

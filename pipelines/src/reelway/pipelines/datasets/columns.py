@@ -28,8 +28,8 @@ def dictionary_column(codes: NDArray[np.integer[Any]], vocabulary: Sequence[str]
     ).cast(STRING_DICTIONARY_TYPE)
 
 
-def constant_column(word: str, rows: int) -> pa.Array:
-    return dictionary_column(np.zeros(rows, dtype=np.int32), [word])
+def constant_column(value: str, rows: int) -> pa.Array:
+    return dictionary_column(np.zeros(rows, dtype=np.int32), [value])
 
 
 def list_column(values_ND: NDArray[np.float32], present: NDArray[np.bool_] | None = None) -> pa.Array:

@@ -18,12 +18,12 @@ from reelway.platform.contracts.feature_names import CONTENT_VECTORS
 from reelway.platform.errors import ConfigError
 
 MAX_INFERRED_TOPICS: Final = 1024
-"""A topic at or above this is a wrong value, not a sign of that many topics; the data checks set its video aside."""
+"""A topic at or above this limit is treated as an invalid value: the data checks reject its video."""
 
 
 @dataclass(frozen=True)
 class DimensionSettings:
-    """Dimensions that a person chose on import; None keeps the default, or for ``topics`` derives it."""
+    """Dimensions given as import options. None keeps the default; for ``topics`` it derives the number."""
 
     topics: int | None = None
     history_length: int | None = None

@@ -1,4 +1,4 @@
-"""Checks a data set, writes it atomically and prints a summary; the last part of every import and simulation."""
+"""Checks a data set, writes it atomically and prints a summary, at the end of every import and simulation."""
 
 from __future__ import annotations
 

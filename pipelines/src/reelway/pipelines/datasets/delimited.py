@@ -41,12 +41,12 @@ def read_delimited(path: Path, layout: DelimitedFormat) -> pa.Table:
     """
     content = _content(path, layout)
     names = _header(path, content, layout)
-    wanted = [name for name in layout.columns if name in names]
+    selected = [name for name in layout.columns if name in names]
     try:
-        table = _parse(path, content, layout, names, {name: layout.columns[name] for name in wanted}, threads=True)
+        table = _parse(path, content, layout, names, {name: layout.columns[name] for name in selected}, threads=True)
     except pa.ArrowInvalid:
-        table = _convert_column_by_column(path, content, layout, names, wanted)
-    for name in wanted:
+        table = _convert_column_by_column(path, content, layout, names, selected)
+    for name in selected:
         if name not in layout.optional and table[name].null_count:
             _raise_bad_value(path, layout, name, pc.index(pc.is_null(table[name]), True).as_py(), "")
     return table
@@ -127,7 +127,7 @@ def _parse(
             quoted_strings_can_be_null=True,
         ),
     )
-    if wrong and threads:  # only a single-threaded parse knows line numbers
+    if wrong and threads:  # only a single-threaded parse reports line numbers
         return _parse(path, content, layout, names, types, threads=False)
     if wrong:
         first = wrong[0]
@@ -139,16 +139,16 @@ def _parse(
 
 
 def _convert_column_by_column(
-    path: Path, content: pa.Buffer, layout: DelimitedFormat, names: Sequence[str], wanted: Sequence[str]
+    path: Path, content: pa.Buffer, layout: DelimitedFormat, names: Sequence[str], selected: Sequence[str]
 ) -> pa.Table:
     """Reads the file as text and casts column by column, to find the first value that does not cast."""
     try:
-        text = _parse(path, content, layout, names, {name: pa.string() for name in wanted}, threads=False)
+        text = _parse(path, content, layout, names, {name: pa.string() for name in selected}, threads=False)
     except pa.ArrowInvalid as error:
         raise MalformedFileError(path, f"{layout.encoding} text, delimited by {layout.delimiter!r}", seen=str(error)) \
             from error  # fmt: skip
     columns = {}
-    for name in wanted:
+    for name in selected:
         kind = layout.columns[name]
         try:
             columns[name] = text[name].cast(kind)
@@ -158,7 +158,7 @@ def _convert_column_by_column(
     return pa.table(columns)
 
 
-def _raise_bad_value(path: Path, layout: DelimitedFormat, name: str, row: int, seen: object) -> None:
+def _raise_bad_value(path: Path, layout: DelimitedFormat, name: str, row: int, value: object) -> None:
     raise MalformedFileError(
-        path, f"a value of type {layout.columns[name]}", seen=seen, row=row + 1 + int(layout.header), column=name
+        path, f"a value of type {layout.columns[name]}", seen=value, row=row + 1 + int(layout.header), column=name
     )

@@ -78,10 +78,10 @@ class _SourceFile:
         array = self.get(name)
         if array is None:
             raise MalformedFileError(self.path, "this column", seen=self.table.column_names, column=name)
-        self.refuse(name, array.is_null(), array, "a value")
+        self.raise_if_any(name, array.is_null(), array, "a value")
         return array
 
-    def refuse(self, name: str, bad: pa.Array, array: pa.Array, expected: str) -> None:
+    def raise_if_any(self, name: str, bad: pa.Array, array: pa.Array, expected: str) -> None:
         row = pc.index(bad, True).as_py()
         if row >= 0:
             raise self._malformed(name, array, row, expected)
@@ -94,7 +94,7 @@ class _SourceFile:
         if pa.types.is_boolean(array.type):
             array = array.cast(pa.int8())
         if not (pa.types.is_integer(array.type) or pa.types.is_floating(array.type) or pa.types.is_null(array.type)):
-            self.refuse(name, array.is_valid(), array, "a number")
+            self.raise_if_any(name, array.is_valid(), array, "a number")
         try:
             cast = array.cast(kind)
         except pa.ArrowInvalid:
@@ -111,7 +111,7 @@ class _SourceFile:
             return result
         if pa.types.is_integer(kind) or pa.types.is_floating(kind):
             seconds = array.cast(pa.float64()).to_numpy(zero_copy_only=False)
-            self.refuse(name, pa.array(~(np.abs(seconds) < 1e11)), array, "Unix time in seconds")
+            self.raise_if_any(name, pa.array(~(np.abs(seconds) < 1e11)), array, "Unix time in seconds")
             rounded: I64 = np.rint(seconds * 1e6).astype(np.int64)
             return rounded
         text = array.cast(_TEXT)
@@ -176,7 +176,7 @@ def import_events(
         raise EmptyDatasetError(f"{path}: 0 rows, expected at least one impression")
     about = _SourceFile(videos_path) if videos_path else None
     (viewer,) = ids.map_columns("viewer_id", source.require("viewer_id"))
-    video, *own = ids.map_columns(
+    video, *video_ids = ids.map_columns(
         "video_id", source.require("video_id"), *([about.require("video_id")] if about else [])
     )
     at_us = source.time_us("event_time", source.require("event_time"))
@@ -187,7 +187,7 @@ def import_events(
         else ids.map_columns("request_id", source.require("request_id"))[0]
     )
     shown, shown_us = earliest_by_key(video, at_us)
-    listed = own[0] if own else shown
+    listed = video_ids[0] if video_ids else shown
     slot = np.minimum(np.searchsorted(shown, listed), len(shown) - 1)
     videos = _videos(about, ids, listed, np.where(shown[slot] == listed, shown_us[slot], at_us.min()))
     viewers, viewer_first_us = earliest_by_key(viewer, at_us)
@@ -216,35 +216,35 @@ def _ids_or_row_numbers(source: _SourceFile, ids: _IdMapper, name: str, at_us: I
     return rank
 
 
-def _videos(source: _SourceFile | None, ids: _IdMapper, own: I64, uploaded_us: I64) -> pa.Table:
+def _videos(source: _SourceFile | None, ids: _IdMapper, video_ids: I64, uploaded_us: I64) -> pa.Table:
     """Returns the table ``videos``, from the videos file if given; ``uploaded_us`` replaces missing upload times."""
     columns: dict[str, Any] = {
-        "video_id": own,
-        "creator_id": np.zeros(len(own), dtype=np.int64),
+        "video_id": video_ids,
+        "creator_id": np.zeros(len(video_ids), dtype=np.int64),
         "uploaded_at": time_column(uploaded_us),
-        "duration_ms": np.full(len(own), _DEFAULT_DURATION_MS, dtype=np.int32),
-        "topic": np.full(len(own), -1, dtype=np.int32),
+        "duration_ms": np.full(len(video_ids), _DEFAULT_DURATION_MS, dtype=np.int32),
+        "topic": np.full(len(video_ids), -1, dtype=np.int32),
     }
     if source:
         if (creator := source.get("creator_id")) is not None:
             named = pc.fill_null(creator.cast(_TEXT), "unknown") if creator.null_count else creator
             (columns["creator_id"],) = ids.map_columns("creator_id", named)
         if (uploaded := source.get("uploaded_at")) is not None:
-            there = uploaded.is_valid().to_numpy(zero_copy_only=False)
+            valid = uploaded.is_valid().to_numpy(zero_copy_only=False)
             uploaded_us = uploaded_us.copy()
-            uploaded_us[there] = source.time_us("uploaded_at", uploaded.filter(pa.array(there)))
+            uploaded_us[valid] = source.time_us("uploaded_at", uploaded.filter(pa.array(valid)))
             columns["uploaded_at"] = time_column(uploaded_us)
         columns["duration_ms"] = source.numbers("duration_ms", pa.int32(), _DEFAULT_DURATION_MS)
         columns["topic"] = source.numbers("topic", pa.int32(), -1)
         for name in ("language", "title", "visual", "audio", "text"):
-            if (given := source.get(name)) is not None:
+            if (column := source.get(name)) is not None:
                 try:
-                    columns[name] = given.cast(VIDEOS.field(name).type)
+                    columns[name] = column.cast(VIDEOS.field(name).type)
                 except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
                     raise MalformedFileError(
                         source.path, f"values of type {VIDEOS.field(name).type}", seen=str(error), column=name
                     ) from error
-    return pa.table([columns.get(f.name, pa.nulls(len(own), f.type)) for f in VIDEOS], schema=VIDEOS)
+    return pa.table([columns.get(f.name, pa.nulls(len(video_ids), f.type)) for f in VIDEOS], schema=VIDEOS)
 
 
 def _impressions(source: _SourceFile, impression: I64, request: I64, viewer: I64, video: I64, at_us: I64) -> pa.Table:
@@ -255,16 +255,16 @@ def _impressions(source: _SourceFile, impression: I64, request: I64, viewer: I64
         "video_id": video,
         "position": source.numbers("position", pa.int16(), 0),
         "event_time": time_column(at_us),
-        "release": _words(source, "release", "import"),
-        "arm": _words(source, "arm", Arm.STABLE.value),
-        "source": _words(source, "source", "import"),
+        "release": _strings(source, "release", "import"),
+        "arm": _strings(source, "arm", Arm.STABLE.value),
+        "source": _strings(source, "source", "import"),
         "propensity": source.numbers("propensity", pa.float32(), 1.0),
-        "device": _words(source, "device", "unknown"),
+        "device": _strings(source, "device", "unknown"),
     }
     return pa.table(columns, schema=IMPRESSIONS)
 
 
-def _words(source: _SourceFile, name: str, default: str) -> pa.Array:
+def _strings(source: _SourceFile, name: str, default: str) -> pa.Array:
     array = source.get(name)
     if array is None:
         array = pa.nulls(source.table.num_rows, _TEXT)
@@ -278,7 +278,7 @@ def _outcomes(source: _SourceFile, impression: I64, viewer: I64, video: I64, at_
     hits = [np.flatnonzero(~np.isnan(watch_ms))]
     for name in _FLAGS:
         flag = source.numbers(name, pa.float64(), 0.0)
-        source.refuse(name, pa.array(~np.isin(flag, (0.0, 1.0))), pa.array(flag), "0 or 1")
+        source.raise_if_any(name, pa.array(~np.isin(flag, (0.0, 1.0))), pa.array(flag), "0 or 1")
         hits.append(np.flatnonzero(flag))
     kind = np.repeat(np.arange(len(hits), dtype=np.int32), [len(hit) for hit in hits])
     row = np.concatenate(hits)

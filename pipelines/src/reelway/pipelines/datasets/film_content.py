@@ -39,8 +39,8 @@ _STOP_WORDS: Final = frozenset(["a", "an", "and", "for", "from", "in", "of", "on
 
 def split_title(title: str) -> tuple[str, int | None]:
     """``"Toy Story (1995)"`` -> ``("Toy Story", 1995)``; the year is None if the title has none."""
-    found = _YEAR.search(title)
-    return (title[: found.start()], int(found.group(1))) if found else (title.strip(), None)
+    match = _YEAR.search(title)
+    return (title[: match.start()], int(match.group(1))) if match else (title.strip(), None)
 
 
 def topics(genres: Sequence[Sequence[str]]) -> NDArray[np.int32]:
@@ -57,8 +57,8 @@ def text_embeddings(
     out = np.zeros((rows, TEXT_DIM))
     pairs = [(i, _GENRE_INDEX[g]) for i, film in enumerate(genres) for g in film if g in _GENRE_INDEX]
     if pairs:
-        film, place = np.array(pairs).T
-        out[film, place] = 1.0
+        film, genre_index = np.array(pairs).T
+        out[film, genre_index] = 1.0
     out[:, :_DECADE_AT] /= np.maximum(np.sqrt(out[:, :_DECADE_AT].sum(axis=1, keepdims=True)), 1.0)
 
     year = np.array([np.nan if y is None else y for y in years], dtype=np.float64)

@@ -97,8 +97,8 @@ def _paths(folder: Path) -> tuple[list[Path], Path, Path]:
         raise MalformedFileError(folder, "a folder with KuaiRand's CSV files", seen="no such folder")
     logs = sorted(folder.glob("log_*.csv"))
     users, basic = sorted(folder.glob("user_features*.csv")), sorted(folder.glob("video_features_basic*.csv"))
-    for name, found in (("log_*.csv", logs), ("user_features*.csv", users), ("video_features_basic*.csv", basic)):
-        if not found:
+    for name, files in (("log_*.csv", logs), ("user_features*.csv", users), ("video_features_basic*.csv", basic)):
+        if not files:
             raise MalformedFileError(folder, f"a file {name}", seen=sorted(p.name for p in folder.iterdir())[:20])
     return logs, users[0], basic[0]
 
@@ -179,8 +179,8 @@ def _dates_us(path: Path, text: pa.Array, line: I64, missing_us: I64) -> I64:
             path, "a date like 2020-07-08", seen=text[row].as_py(), row=int(line[row]) + 2, column="upload_dt"
         )
     day_us = pc.fill_null(parsed.cast(_INT), 0).to_numpy(zero_copy_only=False) - _CHINA_US
-    found: I64 = np.where(parsed.is_valid().to_numpy(zero_copy_only=False), day_us, missing_us)
-    return found
+    result_us: I64 = np.where(parsed.is_valid().to_numpy(zero_copy_only=False), day_us, missing_us)
+    return result_us
 
 
 def _creators(videos: pa.Table) -> pa.Table:

@@ -78,8 +78,8 @@ def detect_layout(folder: Path) -> MovieLensLayout:
     for source in LAYOUTS:
         if any(folder.glob(source.ratings)):
             return source
-    seen = sorted(p.name for p in folder.iterdir())[:20] if folder.is_dir() else "no such folder"
-    raise MalformedFileError(folder, f"a folder with one of {[s.ratings for s in LAYOUTS]}", seen=seen)
+    actual = sorted(p.name for p in folder.iterdir())[:20] if folder.is_dir() else "no such folder"
+    raise MalformedFileError(folder, f"a folder with one of {[s.ratings for s in LAYOUTS]}", seen=actual)
 
 
 def _ratings(path: Path, table: pa.Table, names: Sequence[str], *, first_line: int) -> Ratings:
@@ -125,7 +125,7 @@ def _movies(
     if years is None:
         years = [year for _, year in parts]
     else:
-        years = [own or found for own, (_, found) in zip(years, parts, strict=True)]
+        years = [listed_year or title_year for listed_year, (_, title_year) in zip(years, parts, strict=True)]
     shown = [f"{n} ({y})" if n and y else (n or None) for n, y in zip(names, years, strict=True)]
     text, known = text_embeddings(names, years, genres)
     return Movies(ids, topics(genres), pa.array(shown, pa.string()), list_column(text, known))
@@ -211,10 +211,10 @@ def _read_csv(folder: Path) -> tuple[Ratings, Users | None, Movies]:
 
 
 def _recbole_file(folder: Path, suffix: str) -> Path:
-    found = sorted(folder.glob(f"*{suffix}"))
-    if len(found) != 1:
-        raise MalformedFileError(folder, f"one *{suffix} file", seen=[p.name for p in found])
-    return found[0]
+    files = sorted(folder.glob(f"*{suffix}"))
+    if len(files) != 1:
+        raise MalformedFileError(folder, f"one *{suffix} file", seen=[p.name for p in files])
+    return files[0]
 
 
 def _read_recbole(folder: Path) -> tuple[Ratings, Users | None, Movies]:
@@ -253,8 +253,8 @@ def _read_recbole(folder: Path) -> tuple[Ratings, Users | None, Movies]:
 def _texts(table: pa.Table, name: str) -> list[str | None]:
     if name not in table.column_names:
         return [None] * table.num_rows
-    found: list[str | None] = table[name].to_pylist()
-    return found
+    texts: list[str | None] = table[name].to_pylist()
+    return texts
 
 
 def _split_genres(column: pa.ChunkedArray, mark: str) -> list[list[str]]:

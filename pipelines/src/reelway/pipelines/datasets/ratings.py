@@ -3,7 +3,7 @@
 - A rating means that the user saw the movie, so its watch has the full nominal duration. Movie lengths are not used.
 - Outcomes follow their impression by ``OUTCOME_DELAY_US``, so that no feature at the impression's second contains its
   outcome. MovieLens stamps many ratings of one user with the same second.
-- Up to ``MAX_SESSION_RATINGS`` successive ratings of one session are one request. A recommender knows the ratings
+- Up to ``MAX_SESSION_RATINGS`` successive ratings of one session are one request. A recommender has the ratings
   before a page, not those on it, so a model must not learn from the latter.
 - Properties that the source lacks (creator, device, position) are constants.
 """

@@ -74,7 +74,7 @@ def write_dataset(
     ready = {
         name: _sorted(name, cast_to_schema(path / f"{name}.parquet", tables[name], name)) for name in DATASET_TABLES
     }
-    whole_info = {
+    complete_info = {
         **info,
         "rows": {name: table.num_rows for name, table in ready.items()},
         **_time_span(ready["impressions"]),
@@ -83,7 +83,7 @@ def write_dataset(
         for name, table in {**ready, **(extras or {})}.items():
             pq.write_table(table, aside / f"{name}.parquet", compression="zstd")
         write_dimensions(aside, dimensions)
-        (aside / INFO_FILE).write_text(json.dumps(whole_info, indent=2, sort_keys=True, default=str) + "\n")
+        (aside / INFO_FILE).write_text(json.dumps(complete_info, indent=2, sort_keys=True, default=str) + "\n")
 
 
 def read_dataset(path: Path) -> Dataset:
@@ -113,7 +113,7 @@ def read_dataset(path: Path) -> Dataset:
     return Dataset(**tables, info=info, dimensions=read_dimensions(path))
 
 
-def cast_to_schema(where: Path, table: pa.Table, name: str) -> pa.Table:
+def cast_to_schema(path: Path, table: pa.Table, name: str) -> pa.Table:
     """Casts a table to the schema ``DATASET_TABLES[name]`` without loss; absent nullable columns become null.
 
     Raises:
@@ -124,7 +124,7 @@ def cast_to_schema(where: Path, table: pa.Table, name: str) -> pa.Table:
         if field.name not in table.column_names:
             if not field.nullable:
                 raise MalformedFileError(
-                    where, f"a column of type {field.type}", seen=f"only {table.column_names}", column=field.name
+                    path, f"a column of type {field.type}", seen=f"only {table.column_names}", column=field.name
                 )
             columns.append(pa.nulls(table.num_rows, field.type))
             continue
@@ -133,11 +133,11 @@ def cast_to_schema(where: Path, table: pa.Table, name: str) -> pa.Table:
             column = column if column.type == field.type else column.cast(field.type)
         except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
             raise MalformedFileError(
-                where, f"values of type {field.type}", seen=f"{column.type} ({error})", column=field.name
+                path, f"values of type {field.type}", seen=f"{column.type} ({error})", column=field.name
             ) from error
         if column.null_count and not field.nullable:
             row = pc.index(pc.is_null(column), True).as_py()
-            raise MalformedFileError(where, f"a value of type {field.type}", seen=None, row=row, column=field.name)
+            raise MalformedFileError(path, f"a value of type {field.type}", seen=None, row=row, column=field.name)
         columns.append(column)
     return pa.table(columns, schema=DATASET_TABLES[name])
 

@@ -41,9 +41,9 @@ VALIDATION_SHARE: Final = 0.1
 class PopularityRecommender:
     """Ranks videos by their number of long watches in the last ``share`` of the impressions before the cut."""
 
-    def __init__(self, question: TemporalSplit, share: float = 1.0) -> None:
-        self.seen = question.seen
-        self.counts_M = popularity_counts(question, share)
+    def __init__(self, split: TemporalSplit, share: float = 1.0) -> None:
+        self.seen = split.seen
+        self.counts_M = popularity_counts(split, share)
 
     def rank(self, viewer_ids: I64, k: int) -> I64:
         return top_unseen(
@@ -51,13 +51,13 @@ class PopularityRecommender:
         )
 
 
-def popularity_counts(question: TemporalSplit, share: float) -> F64:
+def popularity_counts(split: TemporalSplit, share: float) -> F64:
     """Returns long watches per catalogue video, ``[M]``, in the last ``share`` of the impressions before the cut."""
-    order = np.argsort(times_us(question.before["event_time"]), kind="stable")
+    order = np.argsort(times_us(split.before["event_time"]), kind="stable")
     late = order[len(order) - max(1, round(len(order) * share)) :]
-    row = catalogue_rows(question.videos, question.before["video_id"].to_numpy()[late])
-    enjoyed = (question.before["long_watch"].to_numpy()[late] > 0) & (row != PAD)
-    return np.bincount(row[enjoyed], minlength=len(question.videos)).astype(np.float64)
+    row = catalogue_rows(split.videos, split.before["video_id"].to_numpy()[late])
+    enjoyed = (split.before["long_watch"].to_numpy()[late] > 0) & (row != PAD)
+    return np.bincount(row[enjoyed], minlength=len(split.videos)).astype(np.float64)
 
 
 @dataclass(frozen=True)
@@ -79,11 +79,11 @@ ALS_GRID: Final = tuple(
 class AlsRecommender:
     """Implicit-feedback matrix factorisation over long watches."""
 
-    def __init__(self, question: TemporalSplit, settings: AlsSettings, *, seed: int = 0) -> None:
+    def __init__(self, split: TemporalSplit, settings: AlsSettings, *, seed: int = 0) -> None:
         from implicit.cpu.als import AlternatingLeastSquares
 
-        self.seen, self.settings = question.seen, settings
-        self.known, matrix = _matrix(question)
+        self.seen, self.settings = split.seen, settings
+        self.known, matrix = _matrix(split)
         model = AlternatingLeastSquares(
             factors=settings.factors,
             regularization=settings.regularization,
@@ -108,42 +108,42 @@ class AlsRecommender:
         return top_unseen(self.scores(viewer_ids), viewer_ids, self.seen, k)
 
 
-def tune_als(question: TemporalSplit, *, grid: Sequence[AlsSettings] = ALS_GRID, seed: int = 0) -> AlsRecommender:
+def tune_als(split: TemporalSplit, *, grid: Sequence[AlsSettings] = ALS_GRID, seed: int = 0) -> AlsRecommender:
     """Returns ALS fitted before the cut, with the settings that were best on the last tenth of that period.
 
     The score of a setting is recall plus NDCG. If the validation split has no viewer to evaluate, the setting in the
     middle of the grid is used.
     """
     try:
-        inner = validation_split(question, seed=seed)
+        inner = validation_split(split, seed=seed)
     except EmptyDatasetError:
-        return AlsRecommender(question, grid[len(grid) // 2], seed=seed)
+        return AlsRecommender(split, grid[len(grid) // 2], seed=seed)
     best = max(grid, key=lambda settings: _quality(AlsRecommender(inner, settings, seed=seed), inner))
-    return AlsRecommender(question, best, seed=seed)
+    return AlsRecommender(split, best, seed=seed)
 
 
-def validation_split(question: TemporalSplit, *, share: float = VALIDATION_SHARE, seed: int = 0) -> TemporalSplit:
+def validation_split(split: TemporalSplit, *, share: float = VALIDATION_SHARE, seed: int = 0) -> TemporalSplit:
     """Returns an earlier split for tuning: the last ``share`` of the period before the cut is its evaluation period."""
-    time_s = np.sort(times_us(question.before["event_time"])) / 1e6
+    time_s = np.sort(times_us(split.before["event_time"])) / 1e6
     cut_s = float(time_s[min(len(time_s) - 1, round(len(time_s) * (1 - share)))])
-    return make_temporal_split(question.before, cut_s, seed=seed)
+    return make_temporal_split(split.before, cut_s, seed=seed)
 
 
-def _quality(recommender: AlsRecommender, question: TemporalSplit) -> float:
-    rows_BK = catalogue_rows(question.videos, recommender.rank(question.viewer_ids, RANKING_DEPTH))
-    hits_BK = question.relevant.has(question.viewer_ids, rows_BK)
-    relevant_B = question.relevant.counts(question.viewer_ids)
+def _quality(recommender: AlsRecommender, split: TemporalSplit) -> float:
+    rows_BK = catalogue_rows(split.videos, recommender.rank(split.viewer_ids, RANKING_DEPTH))
+    hits_BK = split.relevant.has(split.viewer_ids, rows_BK)
+    relevant_B = split.relevant.counts(split.viewer_ids)
     return float(np.mean(recall(hits_BK, relevant_B, RECALL_K)) + np.mean(ndcg(hits_BK, relevant_B, 10)))
 
 
-def _matrix(question: TemporalSplit) -> tuple[I64, Any]:
+def _matrix(split: TemporalSplit) -> tuple[I64, Any]:
     """Returns the viewers with a long watch before the cut and the binary viewer-video matrix."""
-    before = question.before.filter(pa.array(question.before["long_watch"].to_numpy() > 0))
-    pairs = ViewerVideoPairs.of(before["viewer_id"].to_numpy(), before["video_id"].to_numpy(), question.videos)
-    viewer, row = np.divmod(pairs.keys, len(question.videos))
+    before = split.before.filter(pa.array(split.before["long_watch"].to_numpy() > 0))
+    pairs = ViewerVideoPairs.of(before["viewer_id"].to_numpy(), before["video_id"].to_numpy(), split.videos)
+    viewer, row = np.divmod(pairs.keys, len(split.videos))
     known, viewer_row = np.unique(viewer, return_inverse=True)
     values = np.ones(len(row), dtype=np.float32)
-    return known, sp.csr_matrix((values, (viewer_row, row)), shape=(len(known), len(question.videos)))
+    return known, sp.csr_matrix((values, (viewer_row, row)), shape=(len(known), len(split.videos)))
 
 
 @contextmanager

@@ -54,11 +54,11 @@ def evaluate_gates(
     settings = settings or GateSettings()
     gates: list[GateResult] = []
     if settings.against_popularity is not None:
-        for name, mine, theirs in (
+        for name, own_metric, baseline_metric in (
             (f"recall_at_{RECALL_K}", result.recall, popularity.recall),
             (f"ndcg_at_{NDCG_K}", result.ndcg, popularity.ndcg),
         ):
-            difference = paired_difference(mine, theirs, seed=seed)
+            difference = paired_difference(own_metric, baseline_metric, seed=seed)
             gates.append(_not_below(f"{name}_against_popularity", difference, settings.against_popularity))
     gates += _head_gates(heads, settings)
     if settings.coverage is not None:
@@ -73,7 +73,7 @@ def _head_gates(heads: Sequence[HeadQuality], settings: GateSettings) -> list[Ga
     for head in heads:
         if min(head.positives, head.rows - head.positives) < settings.min_positives:
             continue
-        seen = f"{head.positives:,} positives of {head.rows:,} impressions"
+        counts = f"{head.positives:,} positives of {head.rows:,} impressions"
         if settings.calibration_error is not None:
             error = _finite_or(head.error_after.low, fallback=1.0)
             gates.append(
@@ -83,12 +83,12 @@ def _head_gates(heads: Sequence[HeadQuality], settings: GateSettings) -> list[Ga
                     bound=settings.calibration_error,
                     comparison="<=",
                     passed=error <= settings.calibration_error,
-                    detail=f"{_interval(head.error_after)}; {seen}",
+                    detail=f"{_interval(head.error_after)}; {counts}",
                 )
             )
         if settings.auc is not None:
             auc = _finite_or(head.auc.high)
-            gates.append(_at_least(f"{head.task}_auc", auc, settings.auc, f"{_interval(head.auc)}; {seen}"))
+            gates.append(_at_least(f"{head.task}_auc", auc, settings.auc, f"{_interval(head.auc)}; {counts}"))
     return gates
 
 

@@ -1,4 +1,4 @@
-"""Ranking evaluation on a temporal split: which videos do viewers enjoy after the cut?
+"""Ranking evaluation on a temporal split: rankings are compared with later long watches.
 
 The split fixes the evaluated viewers, the catalogue, the relevant videos and the seen videos, so that all recommenders
 are compared on the same task. A recommender never receives data from after the cut.
@@ -57,9 +57,9 @@ class ViewerVideoPairs:
         """Returns which videos (catalogue rows or ``PAD``) form a pair with their viewer, ``[B, K]``."""
         if not len(self.keys):
             return np.zeros(rows_BK.shape, dtype=np.bool_)
-        wanted = viewer_ids_B[:, None] * len(self.videos) + rows_BK
-        found = self.keys[np.minimum(np.searchsorted(self.keys, wanted), len(self.keys) - 1)] == wanted
-        return np.asarray(found & (rows_BK != PAD))
+        keys = viewer_ids_B[:, None] * len(self.videos) + rows_BK
+        present = self.keys[np.minimum(np.searchsorted(self.keys, keys), len(self.keys) - 1)] == keys
+        return np.asarray(present & (rows_BK != PAD))
 
     def rows_of(self, viewer_id: int) -> I64:
         """Returns the catalogue rows of one viewer."""
@@ -126,15 +126,15 @@ def make_temporal_split(
     later = ViewerVideoPairs.of(viewer[enjoyed], video[enjoyed], videos)
     relevant = ViewerVideoPairs(videos, np.setdiff1d(later.keys, seen.keys, assume_unique=True))
     ids, events = np.unique(viewer[early], return_counts=True)
-    asked = ids[(events >= min_events) & (relevant.counts(ids) > 0)]
-    if not len(asked):
+    evaluated = ids[(events >= min_events) & (relevant.counts(ids) > 0)]
+    if not len(evaluated):
         raise EmptyDatasetError(
             f"evaluation split: none of {len(ids)} viewers has {min_events} impressions before the cut and a new long "
             "watch after it, expected at least one; use more data or a smaller train_fraction"
         )
-    if len(asked) > max_viewers:
-        asked = np.sort(np.random.default_rng([seed, 4]).choice(asked, max_viewers, replace=False))
-    return TemporalSplit(cut_s, asked, videos, seen, relevant, labels.filter(pa.array(early)))
+    if len(evaluated) > max_viewers:
+        evaluated = np.sort(np.random.default_rng([seed, 4]).choice(evaluated, max_viewers, replace=False))
+    return TemporalSplit(cut_s, evaluated, videos, seen, relevant, labels.filter(pa.array(early)))
 
 
 def top_unseen(scores_BM: NDArray[np.floating[Any]], viewer_ids: I64, seen: ViewerVideoPairs, k: int) -> I64:

@@ -1,6 +1,6 @@
 """AUC, log loss and calibration of the ranker's heads on impressions after the cut.
 
-Features are those of the request that made the impression, as in training. The position is left out, as in serving. A
+Features are those of the request that led to the impression, as in training. The position is left out, as in serving. A
 head whose labels have only one value has no AUC; it is reported as undefined.
 """
 
@@ -74,12 +74,12 @@ def evaluate_heads(
     outputs_NK = _outputs(models, rows, index)
     calibrated_NK = head_predictions(outputs_NK, models.calibration).astype(np.float64)
     viewer_N = rows.viewer_id[index]
-    found = []
+    reports = []
     for k, task in enumerate(BINARY_TASKS):
         label_N = rows.labels[index, k].astype(np.float64)
         logit_N = outputs_NK[:, k].astype(np.float64)
         raw_N = 1.0 / (1.0 + np.exp(-logit_N))
-        found.append(
+        reports.append(
             HeadQuality(
                 task=task,
                 rows=len(index),
@@ -92,7 +92,7 @@ def evaluate_heads(
                 ),
             )
         )
-    return found
+    return reports
 
 
 def _outputs(models: TrainedModels, rows: TrainingRows, index: NDArray[np.int64]) -> NDArray[np.float32]:

@@ -50,8 +50,8 @@ class BootstrapEstimate:
 
 def recall(hits_BK: Bools, relevant_B: I64, k: int) -> F64:
     """Returns the share of each viewer's relevant videos in the first ``k`` positions, ``[B]``; NaN without any."""
-    found_B = hits_BK[:, :k].sum(axis=1).astype(np.float64)
-    return _safe_ratio(found_B, relevant_B.astype(np.float64))
+    hits_B = hits_BK[:, :k].sum(axis=1).astype(np.float64)
+    return _safe_ratio(hits_B, relevant_B.astype(np.float64))
 
 
 def ndcg(hits_BK: Bools, relevant_B: I64, k: int) -> F64:
@@ -80,13 +80,13 @@ def intra_list_diversity(ranked_BK: I64, vectors_MD: NDArray[np.floating[Any]]) 
     """
     norm_M1 = np.linalg.norm(vectors_MD, axis=1, keepdims=True)
     unit_MD = vectors_MD / np.where(norm_M1 > 0, norm_M1, 1.0)
-    there_BK = ranked_BK != PAD
-    slate_BKD = unit_MD[np.where(there_BK, ranked_BK, 0)] * there_BK[..., None]
+    present_BK = ranked_BK != PAD
+    slate_BKD = unit_MD[np.where(present_BK, ranked_BK, 0)] * present_BK[..., None]
     # The sum over ordered pairs is the squared sum minus the product of each vector with itself.
-    whole_B = (slate_BKD.sum(axis=1) ** 2).sum(axis=-1)
+    squared_sum_B = (slate_BKD.sum(axis=1) ** 2).sum(axis=-1)
     alone_B = (slate_BKD**2).sum(axis=(1, 2))
-    count_B = there_BK.sum(axis=1).astype(np.float64)
-    return 1.0 - _safe_ratio(whole_B - alone_B, count_B * (count_B - 1.0))
+    count_B = present_BK.sum(axis=1).astype(np.float64)
+    return 1.0 - _safe_ratio(squared_sum_B - alone_B, count_B * (count_B - 1.0))
 
 
 def coverage(ranked_BK: I64, catalogue: int) -> float:

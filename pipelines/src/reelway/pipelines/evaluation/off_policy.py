@@ -75,8 +75,8 @@ def estimate_off_policy(
     """
     _check_propensities("logged propensity", logged_propensity_N, open_below=True)
     _check_propensities("target propensity", target_propensity_N, open_below=False)
-    whole_N = target_propensity_N / logged_propensity_N
-    weight_N = np.minimum(whole_N, clip)
+    unclipped_N = target_propensity_N / logged_propensity_N
+    weight_N = np.minimum(unclipped_N, clip)
     logged_N = np.zeros(len(reward_N)) if modelled_logged_N is None else modelled_logged_N
     target_N = np.zeros(len(reward_N)) if modelled_target_N is None else modelled_target_N
     corrected_N = target_N + weight_N * (reward_N - logged_N)
@@ -97,18 +97,18 @@ def estimate_off_policy(
         snips=rows_estimate(snips, viewer_ids_N, seed=seed),
         doubly_robust=rows_estimate(doubly_robust, viewer_ids_N, seed=seed),
         effective_sample_size=float(weight_N.sum()) ** 2 / squares if squares > 0 else 0.0,
-        clipped_share=float((whole_N > clip).mean()),
+        clipped_share=float((unclipped_N > clip).mean()),
     )
 
 
 def _check_propensities(name: str, propensity_N: F64, *, open_below: bool) -> None:
     if not len(propensity_N):
         raise DataError(f"{name}: there are no impressions; pass at least one")
-    odd_N = ~np.isfinite(propensity_N) | (propensity_N > 1) | (propensity_N < 0)
+    invalid_N = ~np.isfinite(propensity_N) | (propensity_N > 1) | (propensity_N < 0)
     if open_below:
-        odd_N |= propensity_N == 0
-    if odd_N.any():
-        row = int(np.argmax(odd_N))
+        invalid_N |= propensity_N == 0
+    if invalid_N.any():
+        row = int(np.argmax(invalid_N))
         bounds = "(0, 1]" if open_below else "[0, 1]"
         raise DataError(
             f"{name} of row {row} is {propensity_N[row]}, expected within {bounds}; "

@@ -108,16 +108,16 @@ class TwoStageRecommender:
 
         The quota of the popularity sources is filled with the most popular videos, the rest with the most similar.
         """
-        places = min(self.blend.retrieval.candidates, similarity_BM.shape[1])
+        positions = min(self.blend.retrieval.candidates, similarity_BM.shape[1])
         quotas = self.blend.retrieval.quotas
-        popular_places = round(places * (quotas.get("popular", 0.0) + quotas.get("trending", 0.0)))
+        popular_positions = round(positions * (quotas.get("popular", 0.0) + quotas.get("trending", 0.0)))
         order_BM = np.where(allowed_BM, similarity_BM.astype(np.float64), -np.inf)
-        if popular_places:
+        if popular_positions:
             liked_BM = np.where(allowed_BM, popularity_M, -np.inf)
-            top_BP = np.argpartition(-liked_BM, popular_places - 1, axis=1)[:, :popular_places]
+            top_BP = np.argpartition(-liked_BM, popular_positions - 1, axis=1)[:, :popular_positions]
             lift_BP = np.where(np.take_along_axis(allowed_BM, top_BP, axis=1), 1e3, -np.inf)
             np.put_along_axis(order_BM, top_BP, lift_BP, axis=1)
-        rows_BC = np.argpartition(-order_BM, places - 1, axis=1)[:, :places]
+        rows_BC = np.argpartition(-order_BM, positions - 1, axis=1)[:, :positions]
         rows_BC = np.sort(rows_BC, axis=1)
         return np.where(np.take_along_axis(allowed_BM, rows_BC, axis=1), rows_BC, PAD)
 
@@ -125,14 +125,14 @@ class TwoStageRecommender:
         """Returns the value of each candidate as in serving, ``[B, C]``; ``-inf`` for padding."""
         from reelway.pipelines.training.inference import ranker_inputs, score
 
-        there_BC = rows_BC != PAD
-        viewer_N, row_N = np.nonzero(there_BC)[0], rows_BC[there_BC]
+        present_BC = rows_BC != PAD
+        viewer_N, row_N = np.nonzero(present_BC)[0], rows_BC[present_BC]
         video_ND = self.catalogue.embedding[row_N]
         inputs = ranker_inputs(viewers, embedding_BD, _select_rows(self.catalogue.arrays, row_N), video_ND)
         predictions_NK = head_predictions(score(self.models.ranker, inputs, viewer_N), self.models.calibration)
         similarity_N = np.einsum("nd,nd->n", embedding_BD[viewer_N], video_ND)
         values_BC = np.full(rows_BC.shape, -np.inf, dtype=np.float32)
-        values_BC[there_BC] = video_value(predictions_NK, similarity_N, self.blend.ranking)
+        values_BC[present_BC] = video_value(predictions_NK, similarity_N, self.blend.ranking)
         return values_BC
 
     def order(self, viewers: ViewerArrays, allowed_BM: NDArray[np.bool_], popularity_M: F64, k: int) -> tuple[I64, F32]:
@@ -141,10 +141,10 @@ class TwoStageRecommender:
         values_BK = np.full(rows_BK.shape, -np.inf, dtype=np.float32)
         for start in range(0, len(rows_BK), _VIEWERS_AT_ONCE):
             part = slice(start, start + _VIEWERS_AT_ONCE)
-            some = _select_rows(viewers, part)
-            embedding_BD = self.embed(some)
+            chunk = _select_rows(viewers, part)
+            embedding_BD = self.embed(chunk)
             rows_BC = self.candidates(embedding_BD @ self.catalogue.embedding.T, allowed_BM[part], popularity_M)
-            values_BC = self.values(some, embedding_BD, rows_BC)
+            values_BC = self.values(chunk, embedding_BD, rows_BC)
             best_BK = np.argsort(-values_BC, axis=1, kind="stable")[:, :k]
             rows_BK[part, : best_BK.shape[1]] = np.take_along_axis(rows_BC, best_BK, axis=1)
             values_BK[part, : best_BK.shape[1]] = np.take_along_axis(values_BC, best_BK, axis=1)
@@ -154,14 +154,14 @@ class TwoStageRecommender:
 class RankingRecommender:
     """Retrieval and ranking over the catalogue of a split, as a ``Recommender``."""
 
-    def __init__(self, stages: TwoStageRecommender, viewers: ViewerArrays, question: TemporalSplit) -> None:
-        self.stages, self.viewers, self.question = stages, viewers, question
-        self.popularity_M = popularity_counts(question, RECENT_SHARE)
+    def __init__(self, stages: TwoStageRecommender, viewers: ViewerArrays, split: TemporalSplit) -> None:
+        self.stages, self.viewers, self.split = stages, viewers, split
+        self.popularity_M = popularity_counts(split, RECENT_SHARE)
 
     def rank(self, viewer_ids: I64, k: int) -> I64:
-        _check_viewers(viewer_ids, self.question)
+        _check_viewers(viewer_ids, self.split)
         shape = (len(viewer_ids), len(self.stages.catalogue))
-        allowed_BM = ~self.question.seen.has(viewer_ids, np.broadcast_to(np.arange(shape[1]), shape))
+        allowed_BM = ~self.split.seen.has(viewer_ids, np.broadcast_to(np.arange(shape[1]), shape))
         rows_BK, _ = self.stages.order(self.viewers, allowed_BM, self.popularity_M, k)
         return np.where(rows_BK == PAD, PAD, self.stages.catalogue.video_ids[rows_BK])
 
@@ -169,43 +169,43 @@ class RankingRecommender:
 class RetrievalOnlyRecommender:
     """Two-tower similarity without ranking, as a ``Recommender``."""
 
-    def __init__(self, stages: TwoStageRecommender, viewers: ViewerArrays, question: TemporalSplit) -> None:
-        self.stages, self.viewers, self.question = stages, viewers, question
+    def __init__(self, stages: TwoStageRecommender, viewers: ViewerArrays, split: TemporalSplit) -> None:
+        self.stages, self.viewers, self.split = stages, viewers, split
 
     def rank(self, viewer_ids: I64, k: int) -> I64:
-        _check_viewers(viewer_ids, self.question)
+        _check_viewers(viewer_ids, self.split)
         similarity_BM = self.stages.embed(self.viewers) @ self.stages.catalogue.embedding.T
-        return top_unseen(similarity_BM, viewer_ids, self.question.seen, k)
+        return top_unseen(similarity_BM, viewer_ids, self.split.seen, k)
 
 
 def recommenders_at_cut(
-    models: TrainedModels, features_dir: Path, question: TemporalSplit, blend: Blend | None = None
+    models: TrainedModels, features_dir: Path, split: TemporalSplit, blend: Blend | None = None
 ) -> tuple[RankingRecommender, RetrievalOnlyRecommender, VideoCatalogue]:
     """Returns both recommenders and their catalogue, with features as of the cut."""
     from reelway.pipelines.features.training_rows import video_snapshot, viewer_snapshot
 
-    videos = video_snapshot(features_dir, question.cut_s)
-    videos = videos.filter(pa.array(np.isin(videos["video_id"].to_numpy(), question.videos)))
+    videos = video_snapshot(features_dir, split.cut_s)
+    videos = videos.filter(pa.array(np.isin(videos["video_id"].to_numpy(), split.videos)))
     # A video whose first impression precedes its upload time (clock skew) has no feature row and cannot be recommended.
-    catalogue = make_catalogue(models, videos, question.cut_s)
-    if len(catalogue) != len(question.videos):
-        question = _restricted_split(question, catalogue.video_ids)
-    snapshot = viewer_snapshot(features_dir, question.viewer_ids, question.cut_s)
-    viewers = make_viewers(models, snapshot, question.cut_s, latest_devices(question.before, question.viewer_ids))
+    catalogue = make_catalogue(models, videos, split.cut_s)
+    if len(catalogue) != len(split.videos):
+        split = _restricted_split(split, catalogue.video_ids)
+    snapshot = viewer_snapshot(features_dir, split.viewer_ids, split.cut_s)
+    viewers = make_viewers(models, snapshot, split.cut_s, latest_devices(split.before, split.viewer_ids))
     stages = TwoStageRecommender(models, catalogue, blend)
-    return RankingRecommender(stages, viewers, question), RetrievalOnlyRecommender(stages, viewers, question), catalogue
+    return RankingRecommender(stages, viewers, split), RetrievalOnlyRecommender(stages, viewers, split), catalogue
 
 
-def _restricted_split(question: TemporalSplit, videos: I64) -> TemporalSplit:
+def _restricted_split(split: TemporalSplit, videos: I64) -> TemporalSplit:
     def pairs(wide: ViewerVideoPairs) -> ViewerVideoPairs:
         viewer, row = np.divmod(wide.keys, len(wide.videos))
         return ViewerVideoPairs.of(viewer, wide.videos[row], videos)
 
-    return dataclasses.replace(question, videos=videos, seen=pairs(question.seen), relevant=pairs(question.relevant))
+    return dataclasses.replace(split, videos=videos, seen=pairs(split.seen), relevant=pairs(split.relevant))
 
 
-def _check_viewers(viewer_ids: I64, question: TemporalSplit) -> None:
-    if not np.array_equal(viewer_ids, question.viewer_ids):
+def _check_viewers(viewer_ids: I64, split: TemporalSplit) -> None:
+    if not np.array_equal(viewer_ids, split.viewer_ids):
         raise ValueError("viewer_ids: they differ from the viewers of the split; pass its viewer_ids")
 
 

@@ -54,7 +54,7 @@ class EvaluationSettings:
 class EvaluationResult:
     """Metrics, baselines and gate results of an evaluation."""
 
-    question: TemporalSplit
+    split: TemporalSplit
     ranking: dict[str, RankingResult]  # keyed by the names above; the release candidate comes first
     heads: list[HeadQuality]
     gates: list[GateResult]
@@ -94,31 +94,31 @@ def evaluate_run(
             "train again with `--set train_fraction=0.8`"
         )
     labels = pq.read_table(run.features / LABELS_FILE)
-    question = make_temporal_split(
+    split = make_temporal_split(
         labels, cut_s, min_events=settings.min_events, max_viewers=settings.max_viewers, seed=settings.seed
     )
-    report(f"{len(question.viewer_ids):,} viewers, {len(question.videos):,} videos; reading features at the cut")
-    ours, retrieval, catalogue = recommenders_at_cut(models, run.features, question, blend)
+    report(f"{len(split.viewer_ids):,} viewers, {len(split.videos):,} videos; reading features at the cut")
+    two_stage, retrieval, catalogue = recommenders_at_cut(models, run.features, split, blend)
     report("tuning ALS")
-    als = tune_als(question, seed=settings.seed)
+    als = tune_als(split, seed=settings.seed)
     recommenders: dict[str, Recommender] = {
-        TWO_STAGE: ours,
+        TWO_STAGE: two_stage,
         RETRIEVAL_ONLY: retrieval,
-        ALL_TIME_POPULARITY: PopularityRecommender(question),
-        RECENT_POPULARITY: PopularityRecommender(question, RECENT_SHARE),
+        ALL_TIME_POPULARITY: PopularityRecommender(split),
+        RECENT_POPULARITY: PopularityRecommender(split, RECENT_SHARE),
         ALS: als,
     }
-    content_MD = np.zeros((len(question.videos), catalogue.content.shape[1]), dtype=np.float32)
-    content_MD[np.searchsorted(question.videos, catalogue.video_ids)] = catalogue.content
+    content_MD = np.zeros((len(split.videos), catalogue.content.shape[1]), dtype=np.float32)
+    content_MD[np.searchsorted(split.videos, catalogue.video_ids)] = catalogue.content
     ranking = {}
     for name, recommender in recommenders.items():
         report(name)
-        ranking[name] = evaluate_ranking(recommender, question, content_MD=content_MD, seed=settings.seed)
+        ranking[name] = evaluate_ranking(recommender, split, content_MD=content_MD, seed=settings.seed)
     report("heads")
     heads = evaluate_heads(
         models, load_rows(run.features / TRAINING_ROWS_FILE, models.dimensions), cut_s, seed=settings.seed
     )
-    reachable = min(1.0, RANKING_DEPTH * len(question.viewer_ids) / max(len(question.videos), 1))
+    reachable = min(1.0, RANKING_DEPTH * len(split.viewer_ids) / max(len(split.videos), 1))
     gates = evaluate_gates(
         ranking[TWO_STAGE],
         ranking[ALL_TIME_POPULARITY],
@@ -127,17 +127,17 @@ def evaluate_run(
         settings=settings.gates,
         seed=settings.seed,
     )
-    result = EvaluationResult(question, ranking, heads, gates, asdict(als.settings))
+    result = EvaluationResult(split, ranking, heads, gates, asdict(als.settings))
     write_json(run.evaluation / EVALUATION_FILE, to_json(result))
     return result
 
 
 def to_json(result: EvaluationResult) -> dict[str, Any]:
     """Returns the content of ``evaluation.json``: metrics (``None`` if undefined), intervals, gates and baselines."""
-    ours = result.ranking[TWO_STAGE]
-    metrics: dict[str, float | None] = {"coverage_at_50": ours.coverage}
+    candidate = result.ranking[TWO_STAGE]
+    metrics: dict[str, float | None] = {"coverage_at_50": candidate.coverage}
     intervals: dict[str, Any] = {}
-    for name, estimate in ours.estimates.items():
+    for name, estimate in candidate.estimates.items():
         plain = estimate.to_dict()
         metrics[name], intervals[name] = plain["value"], plain
     for head in result.heads:
@@ -152,16 +152,16 @@ def to_json(result: EvaluationResult) -> dict[str, Any]:
         "gates": [gate.model_dump(mode="json") for gate in result.gates],
         "baselines": {
             name: {
-                "coverage_at_50": found.coverage,
-                **{metric: estimate.to_dict() for metric, estimate in found.estimates.items()},
+                "coverage_at_50": ranking_metrics.coverage,
+                **{metric: estimate.to_dict() for metric, estimate in ranking_metrics.estimates.items()},
             }
-            for name, found in result.ranking.items()
+            for name, ranking_metrics in result.ranking.items()
             if name != TWO_STAGE
         },
         "question": {
-            "cut_s": result.question.cut_s,
-            "viewers": len(result.question.viewer_ids),
-            "videos": len(result.question.videos),
+            "cut_s": result.split.cut_s,
+            "viewers": len(result.split.viewer_ids),
+            "videos": len(result.split.videos),
             "als": result.als,
         },
     }

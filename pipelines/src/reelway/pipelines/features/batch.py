@@ -158,9 +158,9 @@ def _write_bucket(
     """Computes one partition's views and writes one file per view, named after the partition. Idempotent."""
     entity_kind, bucket = str(task["family"]), int(task["bucket"])
     events = pq.read_table(partitions / entity_kind / f"{bucket:04d}.parquet")
-    mine = tuple(_partition_rows(table, "creator_id", bucket, buckets) for table in creators)
-    made = entity_views(entity_kind, events, (mine[0], mine[1]), settings, until_us)
-    rows = {view: _write_part(table, folder, view, bucket) for view, table in made.items()}
+    bucket_creators = tuple(_partition_rows(table, "creator_id", bucket, buckets) for table in creators)
+    views = entity_views(entity_kind, events, (bucket_creators[0], bucket_creators[1]), settings, until_us)
+    rows = {view: _write_part(table, folder, view, bucket) for view, table in views.items()}
     return {"rows": json.dumps(rows)}
 
 
@@ -208,8 +208,8 @@ def _ray(settings: BatchSettings) -> Iterator[None]:
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     import ray
 
-    ours = not ray.is_initialized()
-    if ours:
+    started_here = not ray.is_initialized()
+    if started_here:
         local: dict[str, Any] = {"num_cpus": settings.cpus} if settings.ray_address == "local" else {}
         ray.init(
             address=settings.ray_address, include_dashboard=False, logging_level="ERROR", log_to_driver=False, **local
@@ -224,7 +224,7 @@ def _ray(settings: BatchSettings) -> Iterator[None]:
     finally:
         context.enable_progress_bars = before
         logging.disable(quiet)
-        if ours:
+        if started_here:
             ray.shutdown()
 
 

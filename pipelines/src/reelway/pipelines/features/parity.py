@@ -68,12 +68,17 @@ class ParityReport:
 
     def by_release(self, checked_at: float) -> dict[str, dict[str, Any]]:
         """Returns the findings of each release in the log, as the rollout's parity guardrail reads them."""
-        found = {}
+        findings = {}
         for release, rows in self.rows.items():
-            own = [miss for miss in self.mismatches if miss.release == release]
-            detail = f"first: {own[0]}" if own else ""
-            found[release] = {"rows": rows, "mismatches": len(own), "checked_at": checked_at, "detail": detail}
-        return found
+            mismatches = [miss for miss in self.mismatches if miss.release == release]
+            detail = f"first: {mismatches[0]}" if mismatches else ""
+            findings[release] = {
+                "rows": rows,
+                "mismatches": len(mismatches),
+                "checked_at": checked_at,
+                "detail": detail,
+            }
+        return findings
 
     def raise_if_bad(self) -> None:
         """Raises an error if parity does not hold.
@@ -139,8 +144,8 @@ def _compare_viewers(
     store = open_feature_store(features_dir)
     viewer = np.array([vector.viewer_id for vector in vectors], dtype=np.int64)
     for view in VIEWER_VIEWS:
-        own_s = [v.viewer.get(AS_OF, {}).get(view) if v.viewer_as_of_s is None else None for v in vectors]
-        moments = np.array([u if s is None else round(s * 1e6) for s, u in zip(own_s, at_us, strict=True)], np.int64)
+        stated_s = [v.viewer.get(AS_OF, {}).get(view) if v.viewer_as_of_s is None else None for v in vectors]
+        moments = np.array([u if s is None else round(s * 1e6) for s, u in zip(stated_s, at_us, strict=True)], np.int64)
         rows = join_view(store, view, viewer, moments).to_pylist()
         for vector, offline in zip(vectors, rows, strict=True):
             entity = f"viewer {vector.viewer_id}"

@@ -55,11 +55,13 @@ def join_view(store: FeatureStore, view: str, entities: I64, at_us: I64) -> pa.T
     Raises:
         FeatureError: if Feast fails, for example because the view is not registered or files are missing.
     """
-    asked, moments, pair_of = distinct_entity_rows(entities, at_us)
+    distinct, moments, pair_of = distinct_entity_rows(entities, at_us)
     size = MAX_ENTITY_ROWS_FOR_LISTS if view == "viewer_history" else MAX_ENTITY_ROWS
     parts = [
-        _historical_features(store, [f"{view}:{name}" for name in VIEWS[view]], {KEYS[view]: asked[cut]}, moments[cut])
-        for cut in (slice(start, start + size) for start in range(0, max(len(asked), 1), size))
+        _historical_features(
+            store, [f"{view}:{name}" for name in VIEWS[view]], {KEYS[view]: distinct[cut]}, moments[cut]
+        )
+        for cut in (slice(start, start + size) for start in range(0, max(len(distinct), 1), size))
     ]
     answers = pa.concat_tables(parts).select(VIEWS[view])
     return _plain_lists(answers.take(pa.array(pair_of)))
@@ -85,12 +87,12 @@ def _historical_features(
 
     atexit.unregister(_close_offline_engine)
     atexit.register(_close_offline_engine)
-    asked = pd.DataFrame({**keys, "event_timestamp": pd.to_datetime(at_us, unit="us", utc=True)})
-    asked[ROW_ID_COLUMN] = np.arange(len(asked))
+    entity_rows = pd.DataFrame({**keys, "event_timestamp": pd.to_datetime(at_us, unit="us", utc=True)})
+    entity_rows[ROW_ID_COLUMN] = np.arange(len(entity_rows))
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)  # ibis and Feast raise them internally
-            job = store.get_historical_features(asked, features=list(refs), filter_by_created_timestamp=True)
+            job = store.get_historical_features(entity_rows, features=list(refs), filter_by_created_timestamp=True)
             answers = job.to_arrow()
     except (FeastError, OSError, ValueError) as error:
         raise FeatureError(f"point-in-time join of {refs[0]}...: {type(error).__name__}: {error}") from error
@@ -99,9 +101,9 @@ def _historical_features(
             raise
         raise FeatureError(f"point-in-time join of {refs[0]}...: {error}") from error
     rows = answers[ROW_ID_COLUMN].to_numpy()
-    if not np.array_equal(np.sort(rows), np.arange(len(asked))):
+    if not np.array_equal(np.sort(rows), np.arange(len(entity_rows))):
         raise FeatureError(
-            f"point-in-time join of {refs[0]}...: {len(rows)} rows for {len(asked)} entity rows; "
+            f"point-in-time join of {refs[0]}...: {len(rows)} rows for {len(entity_rows)} entity rows; "
             "remove rows of the view with equal entity, event_timestamp and created_timestamp"
         )
     return answers.take(pa.array(np.argsort(rows)))

@@ -32,8 +32,8 @@ def feature_repo_path() -> Path:
     Raises:
         ConfigError: if neither exists.
     """
-    if given := os.environ.get(REPO_VARIABLE):
-        candidates = [Path(given)]
+    if configured := os.environ.get(REPO_VARIABLE):
+        candidates = [Path(configured)]
     else:
         candidates = [folder / "feature_repo" for folder in (Path.cwd(), *Path(__file__).resolve().parents)]
     for candidate in candidates:

@@ -152,9 +152,9 @@ def snapshot_points(
     else:
         beat_entities, beat_us = entities[:0], known_us[:0]
     at_us = np.concatenate([*(_ceil(moment, grid_us) for moment in moments), _ceil(beat_us, grid_us)])
-    whose = np.concatenate([np.tile(entities, len(moments)), beat_entities])
+    owners = np.concatenate([np.tile(entities, len(moments)), beat_entities])
     inside = at_us <= until_us
-    return _unique_pairs(whose[inside], at_us[inside])
+    return _unique_pairs(owners[inside], at_us[inside])
 
 
 def _snapshot_table(key: str, entities: I64, at_us: I64, fields: dict[str, pa.Array | Floats]) -> pa.Table:
@@ -247,11 +247,11 @@ def viewer_history_at(events: Events, settings: ViewSettings, at: SnapshotPoints
     telling = np.flatnonzero(events.weight_milli)
     order = telling[np.lexsort((events.impression_id[telling], events.known_us[telling], events.viewer_id[telling]))]
     viewer, known_us = events.viewer_id[order], events.known_us[order]
-    whose, at_us = at
+    viewers, at_us = at
     ones = np.ones((len(viewer), 1), dtype=np.int64)
-    seen = window_sums(viewer, known_us, ones, whose, at_us, [ALL_TIME_US])[:, 0, 0]
-    ends = np.searchsorted(viewer, whose, side="left") + seen
-    lengths = np.minimum(seen, settings.dimensions.history_length)
+    counts = window_sums(viewer, known_us, ones, viewers, at_us, [ALL_TIME_US])[:, 0, 0]
+    ends = np.searchsorted(viewer, viewers, side="left") + counts
+    lengths = np.minimum(counts, settings.dimensions.history_length)
     offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
     take = np.repeat(ends - lengths - offsets[:-1], lengths) + np.arange(offsets[-1])
     rows = order[take]
@@ -261,7 +261,7 @@ def viewer_history_at(events: Events, settings: ViewSettings, at: SnapshotPoints
 
     return _snapshot_table(
         "viewer_id",
-        whose,
+        viewers,
         at_us,
         {
             "history_videos": lists(events.video_id[rows]),

@@ -65,9 +65,9 @@ def window_sums(
     prefix = np.zeros((len(keys) + 1, values.shape[1]), dtype=np.int64)
     np.cumsum(values[order], axis=0, out=prefix[1:])
 
-    asked = np.minimum(np.searchsorted(known, at_entities), len(known) - 1)
-    present = known[asked] == at_entities
-    base = asked * stride
+    entity_position = np.minimum(np.searchsorted(known, at_entities), len(known) - 1)
+    present = known[entity_position] == at_entities
+    base = entity_position * stride
 
     def rows_until(limits_us: I64) -> I64:
         return np.searchsorted(keys, base + np.searchsorted(instants, limits_us, side="right"), side="left")

@@ -116,8 +116,8 @@ class InferenceRanker(nn.Module):
     ) -> Tensor:
         """Returns ``outputs_CK``. Arguments are those of ``Ranker.forward``; the viewer's have one row."""
         ranker = self.ranker
-        words = F.embedding(viewer_categories + self.first_word, self.viewer_words)
-        viewer = [*_standardised(ranker.viewer_dense, viewer_dense), words.flatten(1)]
+        word_vectors = F.embedding(viewer_categories + self.first_word, self.viewer_words)
+        viewer = [*_standardised(ranker.viewer_dense, viewer_dense), word_vectors.flatten(1)]
         if not ranker.config.similarity_only:
             viewer.append(viewer_embedding)
         first_1W = torch.addmm(self.viewer_bias, torch.cat(viewer, dim=-1), self.viewer_weight)
@@ -169,8 +169,8 @@ class InferenceRanker(nn.Module):
         if self.experts == 1:
             return experts[0].unsqueeze(0)
         expert_CXE = torch.cat(experts, dim=-1).reshape(-1, self.experts, second.bias.shape[1])
-        # A softmax over an axis of four is thousands of small ones. To sum over the experts, and to give each of them
-        # what is its task's, are products with ones.
+        # A softmax over an axis of four would be thousands of small softmaxes. The sum over the experts, and the
+        # repetition for each expert, are matrix products with ones instead.
         gates, by_expert = first[-1], self.tasks_by_expert
         highest_CK = gates.reshape(-1, self.experts, self.tasks).amax(dim=1)
         raised = torch.exp(gates - highest_CK @ by_expert)
@@ -218,11 +218,11 @@ def _vectors(rows: Tensor, row_of: Tensor, codes: Tensor) -> Tensor:
     The rows are added one after another, which is faster than a sum over an axis of two. An id with a code that
     training did not meet takes row 0 for every hash.
     """
-    found = [torch.index_select(row_of, 0, codes[:, h]) for h in range(codes.shape[1])]
-    lowest = found[0]
-    for one in found[1:]:
-        lowest = torch.minimum(lowest, one)
-    vectors = [F.embedding(torch.where(lowest > 0, one, 0), rows) for one in found]
+    row_vectors = [torch.index_select(row_of, 0, codes[:, h]) for h in range(codes.shape[1])]
+    lowest = row_vectors[0]
+    for row_vector in row_vectors[1:]:
+        lowest = torch.minimum(lowest, row_vector)
+    vectors = [F.embedding(torch.where(lowest > 0, row_vector, 0), rows) for row_vector in row_vectors]
     total = vectors[0]
     for vector in vectors[1:]:
         total = total + vector

@@ -153,11 +153,11 @@ class Ranker(nn.Module):
         self.config = config
         self.embedding_dim = embedding_dim
         self.dimensions = dimensions
-        viewer_dense, words = len(dimensions.viewer_dense), dimensions.category_buckets
+        viewer_dense, categories = len(dimensions.viewer_dense), dimensions.category_buckets
         self.viewer_dense = Standardiser(viewer_dense)
-        self.viewer_categories = CategoryEmbeddings([words] * len(VIEWER_CATEGORIES), config.category_dim)
+        self.viewer_categories = CategoryEmbeddings([categories] * len(VIEWER_CATEGORIES), config.category_dim)
         self.video_dense = Standardiser(len(VIDEO_DENSE))
-        self.video_categories = CategoryEmbeddings([dimensions.topics + 1, words], config.category_dim)
+        self.video_categories = CategoryEmbeddings([dimensions.topics + 1, categories], config.category_dim)
         self.creators = HashedIdEmbedding(config.creator_dim, dimensions.id_buckets, dropout=config.creator_dropout)
         coordinates = 0 if config.similarity_only else embedding_dim
         viewer_width = 2 * viewer_dense + self.viewer_categories.out_width + coordinates

@@ -19,7 +19,7 @@ from reelway.platform.contracts.feature_dimensions import FeatureDimensions
 from reelway.platform.contracts.feature_names import CONTENT_VECTORS, VIDEO_STATIC_DENSE, VIEWER_CATEGORIES
 
 _PRESENT = {name: VIDEO_STATIC_DENSE.index(f"has_{name}") for name in CONTENT_VECTORS}
-"""Column of ``video_static_dense`` that says whether a video has the content vector."""
+"""Column of ``video_static_dense`` that states whether a video has the content vector."""
 
 
 class TwoTowerConfig(BaseModel):
@@ -40,7 +40,7 @@ class TwoTowerConfig(BaseModel):
     category_dim: Annotated[int, Field(ge=1)] = 8
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
     id_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
-    """Share of videos whose id is hidden in training, so that the content alone must place them."""
+    """Share of videos whose id is hidden in training, so that their embeddings depend on the content alone."""
     modality_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
     """Share of videos whose visual (audio, text) vector is hidden in training; drawn separately for each modality."""
     temperature: Annotated[float, Field(gt=0)] = 0.07

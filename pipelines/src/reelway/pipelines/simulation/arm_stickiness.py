@@ -44,11 +44,11 @@ class ArmStickinessCheck:
                 del self._back[canary]  # the canary has ended, so its viewers move back
                 continue
             waiting = []
-            for moved_s, viewer_id, where in self._back[canary]:
+            for moved_s, viewer_id, new_arm in self._back[canary]:
                 if at_s - moved_s <= GRACE_S:
-                    waiting.append((moved_s, viewer_id, where))
+                    waiting.append((moved_s, viewer_id, new_arm))
                     continue
                 self.changes += 1
                 if len(self.examples) < SHOWN:
-                    self.examples.append(f"viewer {viewer_id}: from canary {canary[:12]}, still running, to {where}")
+                    self.examples.append(f"viewer {viewer_id}: from canary {canary[:12]}, still running, to {new_arm}")
             self._back[canary] = waiting

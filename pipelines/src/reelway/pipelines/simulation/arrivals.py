@@ -59,18 +59,18 @@ def _sessions(world: World, count: int, rng: np.random.Generator) -> tuple[I64, 
     config, viewers = world.config, world.viewers
     from_s = np.maximum(viewers.created_s, config.start_s)
     weight = np.cumsum(viewers.activity * (config.end_s - from_s))
-    found_viewer, found_s, have = [], [], 0
-    while have < count:
-        tries = int(2.2 * (count - have)) + 16
+    drawn_viewers, starts_s, drawn = [], [], 0
+    while drawn < count:
+        tries = int(2.2 * (count - drawn)) + 16
         viewer = np.searchsorted(weight / weight[-1], rng.random(tries), side="right").clip(max=len(weight) - 1)
         at_s = from_s[viewer] + rng.random(tries) * (config.end_s - from_s[viewer])
         local_hour = (at_s / 3600.0 + REGION_OFFSET_H[viewers.region[viewer]]) % 24.0
         weekend = ((at_s / DAY_S + 3) % 7 >= 5) * 0.15
         awake = rng.random(tries) < (daily_cycle(local_hour) + weekend) / 1.15
-        found_viewer.append(viewer[awake])
-        found_s.append(at_s[awake])
-        have += int(awake.sum())
-    return np.concatenate(found_viewer)[:count] + 1, np.concatenate(found_s)[:count]
+        drawn_viewers.append(viewer[awake])
+        starts_s.append(at_s[awake])
+        drawn += int(awake.sum())
+    return np.concatenate(drawn_viewers)[:count] + 1, np.concatenate(starts_s)[:count]
 
 
 def _session_requests(world: World, viewer: I64, start_s: F64, rng: np.random.Generator) -> tuple[I64, F64, I64]:

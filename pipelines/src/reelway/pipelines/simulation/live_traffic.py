@@ -59,7 +59,7 @@ class LiveTraffic:
     """Sends traffic until a deadline or ``stop``, then waits for the requests in flight.
 
     Args:
-        said: called with the report about once a second.
+        on_report: called with the report about once a second.
     """
 
     def __init__(
@@ -67,11 +67,11 @@ class LiveTraffic:
     ) -> None:
         self._options = options
         self._viewers = viewers
-        self._said = on_report
+        self._on_report = on_report
         self._rng = np.random.default_rng(np.random.SeedSequence([options.seed, 11]))
         self._tally = TrafficStatistics(options.url, options.rate)
-        self._places = asyncio.Semaphore(options.max_in_flight)
-        self._under_way: set[asyncio.Task[None]] = set()
+        self._slots = asyncio.Semaphore(options.max_in_flight)
+        self._in_flight: set[asyncio.Task[None]] = set()
         self._shown: list[tuple[ShownSlate, ArmTraffic]] = []
         self._arriving: asyncio.Task[None] | None = None
 
@@ -103,9 +103,9 @@ class LiveTraffic:
             for end in ends:
                 if isinstance(end, BaseException) and not isinstance(end, asyncio.CancelledError):
                     raise end
-            await asyncio.gather(*self._under_way)
+            await asyncio.gather(*self._in_flight)
             await self._send_reactions(client)
-            await asyncio.gather(*self._under_way)
+            await asyncio.gather(*self._in_flight)
             await self._poll_routing(client)
         return await self._write(running=False)
 
@@ -118,16 +118,16 @@ class LiveTraffic:
             await asyncio.sleep(max(min(due, until) - time.monotonic(), 0.0))
             if due > until:
                 return
-            if self._places.locked():
+            if self._slots.locked():
                 self._tally.held_back += 1
-            await self._places.acquire()
+            await self._slots.acquire()
             viewer_id, device = self._viewers.next_viewer()
             self._start(self._request_slate(client, viewer_id, device, due))
 
     def _start(self, work: Any) -> None:
         task = asyncio.ensure_future(work)
-        self._under_way.add(task)
-        task.add_done_callback(self._under_way.discard)
+        self._in_flight.add(task)
+        task.add_done_callback(self._in_flight.discard)
 
     async def _request_slate(self, client: aiohttp.ClientSession, viewer_id: int, device: str, due: float) -> None:
         """Requests one slate. Latency counts from the scheduled time and includes the wait for ``max_in_flight``."""
@@ -139,7 +139,7 @@ class LiveTraffic:
             self._tally.record_failure(f"viewer {viewer_id}: {type(error).__name__}: {error}")
             return
         finally:
-            self._places.release()
+            self._slots.release()
         took_ms = 1000 * (time.monotonic() - due)
         if status != HTTPStatus.OK:
             self._tally.record_failure(f"viewer {viewer_id}: {status} {answer[:200]!r}")
@@ -147,8 +147,8 @@ class LiveTraffic:
         slate = json.loads(answer)
         release, arm, videos = slate["release"], slate["arm"], slate["videos"]
         tally = self._tally.record_response(release, arm, viewer_id, slate["degraded"], sent_s, took_ms)
-        seen = ShownSlate(viewer_id, [video["video_id"] for video in videos], [video["token"] for video in videos])
-        self._shown.append((seen, tally))
+        shown = ShownSlate(viewer_id, [video["video_id"] for video in videos], [video["token"] for video in videos])
+        self._shown.append((shown, tally))
 
     async def _send_reactions(self, client: aiohttp.ClientSession) -> None:
         """Draws reactions to all slates since the last call and sends their outcomes in batches."""
@@ -185,7 +185,7 @@ class LiveTraffic:
 
     async def _poll_routing(self, client: aiohttp.ClientSession) -> None:
         """Reads from the service which canaries have traffic."""
-        asked_s = time.time()
+        requested_s = time.time()
         try:
             async with client.get("/v1/releases/current") as answer:
                 status, body = answer.status, await answer.read()
@@ -194,10 +194,10 @@ class LiveTraffic:
         if status == HTTPStatus.OK:
             routes = json.loads(body)["releases"]
             canaries = {r["release"] for r in routes if r["arm"] == CANARY and r["weight_basis_points"] > 0}
-            self._tally.arms.record_routing(frozenset(canaries), asked_s)
+            self._tally.arms.record_routing(frozenset(canaries), requested_s)
 
     async def _report_progress(self, _: aiohttp.ClientSession) -> None:
-        self._said(await self._write(running=True))
+        self._on_report(await self._write(running=True))
 
     async def _write(self, *, running: bool) -> dict[str, Any]:
         report = self._tally.report(running=running)

@@ -1,7 +1,7 @@
-"""Simulated viewers for live traffic: who requests a slate next, and how the viewer reacts to it.
+"""Simulated viewers for live traffic: draws the next viewer to request a slate, and the viewer's reaction.
 
-The viewers continue the run's simulated world from the end of its log. This module models viewer tastes only; it knows
-nothing about releases or HTTP.
+The viewers continue the run's simulated world from the end of its log. This module models viewer tastes only,
+not releases or HTTP.
 
 **Simulated time.** If the log ended recently (within the days for which the world has trends), simulated time is the
 current time, and video ages are those that the models were trained on. An older log continues from its end, second by
@@ -85,13 +85,13 @@ class LiveViewers:
         self._rng = np.random.default_rng(np.random.SeedSequence([world.seed, seed, 9]))
         reaches_s = world.end_s + TREND_MARGIN_D * DAY_S / 2
         self._behind_s = 0.0 if world.end_s <= now_s <= reaches_s else now_s - world.end_s
-        there = world.available_viewers(self.simulated_time_s(now_s))
+        available = world.available_viewers(self.simulated_time_s(now_s))
         if count is not None:
-            if not 1 <= count <= len(there):
-                raise ConfigError(f"--viewers {count} is outside 1..{len(there)}: viewers with an account")
-            there = np.sort(self._rng.choice(there, count, replace=False))
-        self._ids = there
-        activity = world.viewers.activity[there - 1]
+            if not 1 <= count <= len(available):
+                raise ConfigError(f"--viewers {count} is outside 1..{len(available)}: viewers with an account")
+            available = np.sort(self._rng.choice(available, count, replace=False))
+        self._ids = available
+        activity = world.viewers.activity[available - 1]
         self._until = np.cumsum(activity / activity.sum())
         self._next: list[tuple[int, str]] = []
 
@@ -107,11 +107,11 @@ class LiveViewers:
     def next_viewer(self) -> tuple[int, str]:
         """Draws a viewer in proportion to the viewers' activity, and a device."""
         if not self._next:
-            place = np.searchsorted(self._until, self._rng.random(_DRAW_BATCH), side="right").clip(
+            index = np.searchsorted(self._until, self._rng.random(_DRAW_BATCH), side="right").clip(
                 max=len(self._ids) - 1
             )
             device = self._rng.choice(len(DEVICES), _DRAW_BATCH, p=_DEVICE_SHARES)
-            self._next = [(int(v), DEVICES[d]) for v, d in zip(self._ids[place], device, strict=True)]
+            self._next = [(int(v), DEVICES[d]) for v, d in zip(self._ids[index], device, strict=True)]
         return self._next.pop()
 
     def react(self, slates: Sequence[ShownSlate], moment_s: float) -> list[Reaction]:
@@ -136,18 +136,20 @@ class LiveViewers:
         return _reactions(slates, responses, self._world.videos.duration_ms[np.maximum(video_BS - 1, 0)])
 
 
-def _reactions(slates: Sequence[ShownSlate], found: Responses, duration_ms: NDArray[np.int32]) -> list[Reaction]:
+def _reactions(slates: Sequence[ShownSlate], responses: Responses, duration_ms: NDArray[np.int32]) -> list[Reaction]:
     enough_ms = np.minimum(LONG_WATCH_RATIO * duration_ms, LONG_WATCH_CAP_MS)
-    long_B = (found.examined & (found.watch_ms >= enough_ms)).sum(axis=1).tolist()
-    looked_B = found.examined.sum(axis=1).tolist()
-    watch_s_B = (found.watch_ms.sum(axis=1, dtype=np.float64) / 1000.0).tolist()
+    long_B = (responses.examined & (responses.watch_ms >= enough_ms)).sum(axis=1).tolist()
+    examined_B = responses.examined.sum(axis=1).tolist()
+    watch_s_B = (responses.watch_ms.sum(axis=1, dtype=np.float64) / 1000.0).tolist()
     outcomes: list[list[dict[str, Any]]] = [[] for _ in slates]
-    rows, places = (axis.tolist() for axis in np.nonzero(found.examined))
-    watched = found.watch_ms[found.examined].astype(np.float64).round(1).tolist()
-    for row, place, watch_ms in zip(rows, places, watched, strict=True):
-        outcomes[row].append({"token": slates[row].tokens[place], "type": OutcomeType.WATCH.value, "value": watch_ms})
+    rows, positions = (axis.tolist() for axis in np.nonzero(responses.examined))
+    watched = responses.watch_ms[responses.examined].astype(np.float64).round(1).tolist()
+    for row, position, watch_ms in zip(rows, positions, watched, strict=True):
+        outcomes[row].append(
+            {"token": slates[row].tokens[position], "type": OutcomeType.WATCH.value, "value": watch_ms}
+        )
     for flag in FLAGS:
-        rows, places = (axis.tolist() for axis in np.nonzero(getattr(found, flag)))
-        for row, place in zip(rows, places, strict=True):
-            outcomes[row].append({"token": slates[row].tokens[place], "type": flag, "value": 1.0})
-    return [Reaction(*one) for one in zip(outcomes, looked_B, long_B, watch_s_B, strict=True)]
+        rows, positions = (axis.tolist() for axis in np.nonzero(getattr(responses, flag)))
+        for row, position in zip(rows, positions, strict=True):
+            outcomes[row].append({"token": slates[row].tokens[position], "type": flag, "value": 1.0})
+    return [Reaction(*fields) for fields in zip(outcomes, examined_B, long_B, watch_s_B, strict=True)]

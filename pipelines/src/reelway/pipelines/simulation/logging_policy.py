@@ -81,12 +81,12 @@ class LoggingPolicy:
             more, more_source = self._draw(viewer_ids, shares_BC, profile_BP, rng)  # for all rows, for simplicity
             video_BD = np.concatenate([video_BD, more], axis=1)
             source_BD = np.concatenate([source_BD, more_source], axis=1)
-        place = np.argsort(~new_BD, axis=1, kind="stable")[:, :slate]
-        video_BS = np.take_along_axis(video_BD, place, axis=1)
+        first_new = np.argsort(~new_BD, axis=1, kind="stable")[:, :slate]
+        video_BS = np.take_along_axis(video_BD, first_new, axis=1)
         q_BS = self._probability(viewer_ids, video_BS, shares_BC, profile_BP)
         above_BS = np.cumsum(q_BS, axis=1) - q_BS
         propensity = np.clip(q_BS / np.maximum(1.0 - above_BS, 1e-9), 1e-9, 1.0).astype(np.float32)
-        return video_BS + 1, propensity, np.take_along_axis(source_BD, place, axis=1)
+        return video_BS + 1, propensity, np.take_along_axis(source_BD, first_new, axis=1)
 
     def learn(self, slates: I64, responses: Responses) -> None:
         """Counts enjoyed videos; a like counts once more."""
@@ -119,12 +119,12 @@ class LoggingPolicy:
             source += which >= until_BC[:, c : c + 1]
         u, video = rng.random(shape), np.empty(shape, dtype=np.int64)
         last = period.available - 1
-        at = source == 0
-        video[at] = np.minimum(np.searchsorted(period.popular_until, u[at], side="right"), last)
-        at = source == 2
-        video[at] = (u[at] * period.available).astype(np.int64)
-        at = source == 3
-        video[at] = period.fresh_from + (u[at] * (period.available - period.fresh_from)).astype(np.int64)
+        rows = source == 0
+        video[rows] = np.minimum(np.searchsorted(period.popular_until, u[rows], side="right"), last)
+        rows = source == 2
+        video[rows] = (u[rows] * period.available).astype(np.int64)
+        rows = source == 3
+        video[rows] = period.fresh_from + (u[rows] * (period.available - period.fresh_from)).astype(np.int64)
 
         row, column = np.nonzero(source == 1)
         slot = (rng.random(len(row))[:, None] >= np.cumsum(profile_BP, axis=1)[row, :-1]).sum(axis=1)
@@ -132,8 +132,8 @@ class LoggingPolicy:
         slot = np.where(profile_BP[row, slot] > 0, slot, np.argmax(profile_BP[row] > 0, axis=1))
         topic = self._world.viewers.profile_topics[viewer_ids[row] - 1, slot]
         target = period.topic_end[topic] - period.topic_mass[topic] * (1.0 - u[row, column])
-        found = np.minimum(np.searchsorted(period.by_topic_until, target, side="right"), last)
-        video[row, column] = period.by_topic[found]
+        index = np.minimum(np.searchsorted(period.by_topic_until, target, side="right"), last)
+        video[row, column] = period.by_topic[index]
         return video, source
 
     def _probability(self, viewer_ids: I64, video_BS: I64, shares_BC: F64, profile_BP: F64) -> F64:

@@ -183,12 +183,12 @@ def draw_videos(rng: Generator, config: SimulationConfig, creators: Creators, sh
     """Draws ``config.videos`` videos, all uploaded before the end of the log."""
     size = config.videos
     creator = _choice(rng, creators.productivity, size)
-    own = creators.topics[creator, (rng.random(size) < 0.3).astype(np.int64)]
-    topic = np.where(rng.random(size) < 0.12, _choice(rng, shares, size), own).astype(np.int32)
-    side = _choice(rng, shares, size)
+    creator_topic = creators.topics[creator, (rng.random(size) < 0.3).astype(np.int64)]
+    topic = np.where(rng.random(size) < 0.12, _choice(rng, shares, size), creator_topic).astype(np.int32)
+    side_topic = _choice(rng, shares, size)
     rows = np.arange(size)
     topics = np.zeros((size, TOPICS), dtype=np.float32)
-    topics[rows, side] = rng.uniform(0.0, 0.4, size)
+    topics[rows, side_topic] = rng.uniform(0.0, 0.4, size)
     topics[rows, topic] = rng.uniform(0.8, 1.0, size)
     style = _unit(creators.style[creator] + rng.normal(0, 0.3, (size, STYLE_DIM)))
     word = rng.integers(0, len(_TITLE_WORDS), size)
@@ -211,7 +211,7 @@ def draw_videos(rng: Generator, config: SimulationConfig, creators: Creators, sh
 def _embeddings(rng: Generator, config: SimulationConfig, topics: F32, style: F32) -> dict[str, Any]:
     """Draws embeddings: random linear maps of topics and style with noise. Some are poor, some are missing."""
     size = len(topics)
-    found: dict[str, Any] = {}
+    embeddings: dict[str, Any] = {}
     for name, width, topic_weight, style_weight, missing in (
         ("visual", VISUAL_DIM, 1.0, 0.8, config.missing_visual_ratio),
         ("audio", AUDIO_DIM, 0.5, 1.0, config.missing_audio_ratio),
@@ -221,6 +221,6 @@ def _embeddings(rng: Generator, config: SimulationConfig, topics: F32, style: F3
         clean = _unit(content @ rng.normal(size=(content.shape[1], width)))
         noise = _unit(rng.normal(size=(size, width)))
         share = np.where(rng.random(size) < config.poor_embedding_ratio, 2.0, 0.35)[:, None]
-        found[name] = _unit(clean + share * noise)
-        found[f"has_{name}"] = rng.random(size) >= missing
-    return found
+        embeddings[name] = _unit(clean + share * noise)
+        embeddings[f"has_{name}"] = rng.random(size) >= missing
+    return embeddings

@@ -88,7 +88,7 @@ def draw_responses(
     np.cumsum(spent_ms[:, :-1], axis=1, out=shown_ms[:, 1:])
 
     bored = examined & ~enjoyed
-    keen = reactivity[:, None] * (0.3 + 0.7 * enjoy_probability)
+    rate = reactivity[:, None] * (0.3 + 0.7 * enjoy_probability)
     disgust = np.float32(1.0) - enjoy_probability
     return Responses(
         present=present,
@@ -96,11 +96,11 @@ def draw_responses(
         enjoyed=enjoyed,
         watch_ms=watch_ms,
         shown_ms=shown_ms,
-        like=enjoyed & (chance() < 0.4 * keen),
-        share=enjoyed & (chance() < 0.08 * keen),
-        save=enjoyed & (chance() < 0.1 * keen),
-        follow=enjoyed & (chance() < 0.06 * keen * (1.0 + 0.5 * np.clip(quality, -1, 2))),
-        comment=enjoyed & (chance() < 0.07 * keen),
+        like=enjoyed & (chance() < 0.4 * rate),
+        share=enjoyed & (chance() < 0.08 * rate),
+        save=enjoyed & (chance() < 0.1 * rate),
+        follow=enjoyed & (chance() < 0.06 * rate * (1.0 + 0.5 * np.clip(quality, -1, 2))),
+        comment=enjoyed & (chance() < 0.07 * rate),
         skip=bored & (watch_ms < np.minimum(3_000.0, 0.4 * duration_ms)),
         not_interested=bored & (chance() < 0.04 * disgust**4),
         report=bored & (chance() < 0.003 * disgust**4 * np.exp(-0.7 * quality)),
@@ -128,31 +128,31 @@ def responses_to_events(
     shown: ShownSlates, responses: Responses, *, first_impression_id: int = 0, first_outcome_id: int = 0
 ) -> tuple[pa.Table, pa.Table]:
     """Returns the impressions and outcomes tables, each sorted by time, then id. Pads have no row."""
-    row, place = np.nonzero(responses.present)
+    row, position = np.nonzero(responses.present)
     request_us = np.rint(shown.time_s * 1e6).astype(np.int64)
-    shown_us = request_us[row] + (responses.shown_ms[row, place].astype(np.float64) * 1000).astype(np.int64)
+    shown_us = request_us[row] + (responses.shown_ms[row, position].astype(np.float64) * 1000).astype(np.int64)
     impression_id = np.arange(first_impression_id, first_impression_id + len(row), dtype=np.int64)
     order = np.argsort(shown_us, kind="stable")
-    row, place, shown_us, impression_id = row[order], place[order], shown_us[order], impression_id[order]
-    viewer, video = shown.viewer_ids[row], shown.slates[row, place]
-    one = np.zeros(len(row), dtype=np.int32)
+    row, position, shown_us, impression_id = row[order], position[order], shown_us[order], impression_id[order]
+    viewer, video = shown.viewer_ids[row], shown.slates[row, position]
+    zeros = np.zeros(len(row), dtype=np.int32)
     impressions = {
         "impression_id": impression_id,
         "request_id": shown.request_id[row],
         "viewer_id": viewer,
         "video_id": video,
-        "position": place.astype(np.int16),
+        "position": position.astype(np.int16),
         "event_time": time_column(shown_us),
-        "release": dictionary_column(one, [shown.release]),
-        "arm": dictionary_column(one, [shown.arm]),
-        "source": dictionary_column(shown.source[row, place], shown.sources),
-        "propensity": shown.propensity[row, place],
+        "release": dictionary_column(zeros, [shown.release]),
+        "arm": dictionary_column(zeros, [shown.arm]),
+        "source": dictionary_column(shown.source[row, position], shown.sources),
+        "propensity": shown.propensity[row, position],
         "device": dictionary_column(shown.device[row], shown.devices),
     }
-    watch_ms = responses.watch_ms[row, place]
-    flags = [getattr(responses, name)[row, place] for name in FLAGS]
+    watch_ms = responses.watch_ms[row, position]
+    flags = [getattr(responses, name)[row, position] for name in FLAGS]
     outcomes = _outcomes(impression_id, viewer, video, shown_us, watch_ms,
-                         responses.examined[row, place], flags, first_outcome_id)  # fmt: skip
+                         responses.examined[row, position], flags, first_outcome_id)  # fmt: skip
     return pa.table(impressions, schema=IMPRESSIONS), outcomes
 
 

@@ -34,15 +34,15 @@ class ArmTraffic:
 
     def summary(self) -> dict[str, Any]:
         """Returns the report entry. Watch statistics are per examined video; None before the first one."""
-        seen = self.looked_at or None
+        examined = self.looked_at or None
         return {
             "requests": self.requests,
             "viewers": len(self.viewers),
             "latency_ms": percentiles(self.latency_ms),
             "degraded": dict(self.degraded),
             "videos_looked_at": self.looked_at,
-            "long_watch_rate": seen and self.long_watches / seen,
-            "watch_s_per_impression": seen and self.watch_s / seen,
+            "long_watch_rate": examined and self.long_watches / examined,
+            "watch_s_per_impression": examined and self.watch_s / examined,
         }
 
 
@@ -88,15 +88,15 @@ class TrafficStatistics:
         statistics.long_watches += reaction.long_watches
         statistics.watch_s += reaction.watch_s
 
-    def record_failure(self, what: str) -> None:
+    def record_failure(self, message: str) -> None:
         """Records a failed request."""
         self.failed += 1
-        self.record_example(what)
+        self.record_example(message)
 
-    def record_example(self, what: str) -> None:
+    def record_example(self, message: str) -> None:
         """Keeps the message if it is one of the first ``EXAMPLES`` failures."""
         if len(self.failures) < EXAMPLES:
-            self.failures.append(f"{time.time() - self.started_at:.1f} s: {what}"[:500])
+            self.failures.append(f"{time.time() - self.started_at:.1f} s: {message}"[:500])
 
     def report(self, *, running: bool) -> dict[str, Any]:
         """Returns the report as JSON-serialisable values."""
@@ -138,5 +138,5 @@ def percentiles(values_ms: array[float]) -> dict[str, float | None]:
     """Returns ``{"p50": ..., "p95": ..., "p99": ...}`` in milliseconds; None without values."""
     if not values_ms:
         return {f"p{p}": None for p in PERCENTILES}
-    found = np.percentile(np.frombuffer(values_ms), PERCENTILES)
-    return {f"p{p}": round(float(value), 2) for p, value in zip(PERCENTILES, found, strict=True)}
+    values = np.percentile(np.frombuffer(values_ms), PERCENTILES)
+    return {f"p{p}": round(float(value), 2) for p, value in zip(PERCENTILES, values, strict=True)}

@@ -151,8 +151,8 @@ class World:
 
     def _foreign(self, viewer_ids: I64, language: NDArray[np.int32]) -> F32:
         viewer = viewer_ids - 1
-        own, second = self.viewers.language[viewer][:, None], self.viewers.second_language[viewer][:, None]
-        foreign = (language != NO_LANGUAGE) & (language != own) & (language != second)
+        first, second = self.viewers.language[viewer][:, None], self.viewers.second_language[viewer][:, None]
+        foreign = (language != NO_LANGUAGE) & (language != first) & (language != second)
         penalty: F32 = np.float32(_FOREIGN) * foreign
         return penalty
 
@@ -162,8 +162,8 @@ class World:
             ("video", slates[slates != PAD], self.config.videos, 1),
         ):
             if len(ids) and (ids.min() < least or ids.max() > count):
-                odd = ids[(ids < least) | (ids > count)][0]
-                raise DataError(f"simulation: {name} id {odd} is not in this world, expected 1..{count}")
+                unknown = ids[(ids < least) | (ids > count)][0]
+                raise DataError(f"simulation: {name} id {unknown} is not in this world, expected 1..{count}")
 
     # Tables in the event schema.
 

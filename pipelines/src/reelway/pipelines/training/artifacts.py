@@ -145,7 +145,11 @@ def _load(model: nn.Module, path: Path) -> None:
 
 @contextmanager
 def _described_by(path: Path) -> Iterator[dict[str, Any]]:
-    """The JSON beside a model's weights; what cannot be built from it is a ``MalformedFileError``."""
+    """Builds an object from the JSON file of a model's configuration.
+
+    Raises:
+        MalformedFileError: if the file is damaged or its values are invalid.
+    """
     about = _read_json(path)
     try:
         yield about

@@ -69,8 +69,8 @@ class GroupedBatchOrder:
                 f"training has {groups} distinct viewer rows for {worker.world} workers, expected at least one per "
                 "worker; use fewer workers (--workers) or more data"
             )
-        wanted = max(1, round(len(viewer_row) / loop.batch_size))
-        self.all_steps = min(wanted, groups // worker.world)
+        steps = max(1, round(len(viewer_row) / loop.batch_size))
+        self.all_steps = min(steps, groups // worker.world)
         self.steps = min(self.all_steps, loop.max_steps_per_epoch or self.all_steps)
         self.seed, self.worker = seed, worker
         self._epoch, self._order = -1, np.zeros(0, dtype=np.int64)
@@ -80,11 +80,11 @@ class GroupedBatchOrder:
         if epoch != self._epoch:
             self._order = np.random.default_rng([self.seed, epoch]).permutation(len(self.starts) - 1)
             self._epoch = epoch
-        whole = np.array_split(self._order, self.all_steps)[step]
-        mine = np.array_split(whole, self.worker.world)[self.worker.rank]
-        lengths = self.starts[mine + 1] - self.starts[mine]
+        step_groups = np.array_split(self._order, self.all_steps)[step]
+        worker_groups = np.array_split(step_groups, self.worker.world)[self.worker.rank]
+        lengths = self.starts[worker_groups + 1] - self.starts[worker_groups]
         ends = np.cumsum(lengths)
-        take = np.arange(ends[-1]) + np.repeat(self.starts[mine] - (ends - lengths), lengths)
+        take = np.arange(ends[-1]) + np.repeat(self.starts[worker_groups] - (ends - lengths), lengths)
         rows: I64 = self.members[take]
         return rows
 

@@ -99,8 +99,10 @@ def _calibrate_head(
         method = "platt"
     crossed_N = np.empty_like(probability_N)
     for fold in range(_FOLDS):
-        held = folds_N == fold
-        crossed_N[held] = apply_curve(_fit(probability_N[~held], label_N[~held], method), probability_N[held])
+        in_fold = folds_N == fold
+        crossed_N[in_fold] = apply_curve(
+            _fit(probability_N[~in_fold], label_N[~in_fold], method), probability_N[in_fold]
+        )
     after = expected_calibration_error(crossed_N, label_N)
     if after >= before:
         note = f"a {method} curve would not lower the calibration error ({before:.4f} to {after:.4f} on unseen rows)"

@@ -120,7 +120,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 class _Yaml(yaml.SafeLoader):
-    """YAML in which 1e-3 is a number, as in YAML 1.2 and JSON; YAML 1.1 reads it as a word."""
+    """YAML loader that reads 1e-3 as a number, as in YAML 1.2 and JSON; YAML 1.1 reads it as text."""
 
 
 _Yaml.add_implicit_resolver(  # type: ignore[no-untyped-call]
@@ -177,7 +177,7 @@ def _parse_override(override: str) -> dict[str, Any]:
 
 
 def _merged(tree: Mapping[str, Any], more: Mapping[str, Any]) -> dict[str, Any]:
-    """``tree`` with the values of ``more``; where both have a mapping, the mappings are merged."""
+    """Returns ``tree`` updated with ``more``; mappings in both are merged."""
     merged = dict(tree)
     for name, value in more.items():
         before = merged.get(name)

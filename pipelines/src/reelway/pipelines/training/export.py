@@ -134,13 +134,13 @@ def _write(
 
 def _largest_difference(module: nn.Module, path: Path, inputs: Arrays, output: str) -> float:
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    wanted = {given.name: given.type for given in session.get_inputs()}
-    if set(wanted) != set(inputs):
-        raise ReleaseError(f"{path.name}: the graph takes {sorted(wanted)}, expected {sorted(inputs)}")
-    feed = {name: values.astype(np.int64 if "int64" in wanted[name] else np.float32) for name, values in inputs.items()}
-    (ours,) = session.run([output], feed)
+    types = {declared.name: declared.type for declared in session.get_inputs()}
+    if set(types) != set(inputs):
+        raise ReleaseError(f"{path.name}: the graph takes {sorted(types)}, expected {sorted(inputs)}")
+    feed = {name: values.astype(np.int64 if "int64" in types[name] else np.float32) for name, values in inputs.items()}
+    (actual,) = session.run([output], feed)
     with torch.inference_mode():
-        theirs = module(*(as_tensor(values) for values in inputs.values())).numpy()
-    if ours.shape != theirs.shape:
-        raise ReleaseError(f"{path.name}: ONNX Runtime gives shape {ours.shape}, torch {theirs.shape}")
-    return float(np.abs(ours - theirs).max())
+        expected = module(*(as_tensor(values) for values in inputs.values())).numpy()
+    if actual.shape != expected.shape:
+        raise ReleaseError(f"{path.name}: ONNX Runtime gives shape {actual.shape}, torch {expected.shape}")
+    return float(np.abs(actual - expected).max())

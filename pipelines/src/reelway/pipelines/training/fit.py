@@ -174,7 +174,7 @@ def fitted_from(state: State, config: TrainingConfig, dimensions: FeatureDimensi
         loaded[stage].eval()
     ranker = Ranker(config.ranker, config.two_tower.dim, dimensions)
     RankingObjective(ranker).load_state_dict(finished[RANKER]["objective"])
-    curves = {stage: kept["curve"] for stage, kept in finished.items()}
+    curves = {stage: stage_state["curve"] for stage, stage_state in finished.items()}
     return FittedModels(loaded[TWO_TOWER], ranker.eval(), curves, loaded[towers[-1]])
 
 
@@ -236,13 +236,13 @@ def embed_needed_viewers(
     needed = np.unique(viewer_row)
     out_VD = np.zeros((len(rows.viewers.viewer_dense), model.config.dim), dtype=np.float32)
     shares = np.array_split(needed, worker.world)
-    mine = shares[worker.rank]
-    mine_D = embed_viewers(model, select_viewers(rows, mine))
+    worker_rows = shares[worker.rank]
+    worker_embeddings = embed_viewers(model, select_viewers(rows, worker_rows))
     if worker.world == 1:
-        out_VD[mine] = mine_D
+        out_VD[worker_rows] = worker_embeddings
         return out_VD
     for rank, share in enumerate(shares):
-        part = torch.from_numpy(mine_D) if rank == worker.rank else torch.empty(len(share), model.config.dim)
+        part = torch.from_numpy(worker_embeddings) if rank == worker.rank else torch.empty(len(share), model.config.dim)
         dist.broadcast(part, src=rank)
         out_VD[share] = part.numpy()
     return out_VD
@@ -264,12 +264,12 @@ class _StageCheckpointer:
 
     def __init__(self, checkpoints: Checkpoints) -> None:
         self.checkpoints = checkpoints
-        self.found = checkpoints.load() or {"finished": {}, "under_way": None}
-        self.finished: dict[str, Any] = dict(self.found["finished"])
+        self.loaded = checkpoints.load() or {"finished": {}, "under_way": None}
+        self.finished: dict[str, Any] = dict(self.loaded["finished"])
 
     @property
     def curves(self) -> dict[str, list[dict[str, float]]]:
-        return {stage: kept["curve"] for stage, kept in self.finished.items()}
+        return {stage: stage_state["curve"] for stage, stage_state in self.finished.items()}
 
     def keep_all(self) -> None:
         """Saves the last checkpoint, in which all stages are finished."""
@@ -295,5 +295,5 @@ class _StageCheckpoints:
         self.stages.checkpoints.save({"finished": self.stages.finished, "under_way": state}, named)
 
     def load(self) -> State | None:
-        under_way: State | None = self.stages.found["under_way"]
-        return under_way if under_way is not None and under_way["stage"] == self.stage else None
+        unfinished: State | None = self.stages.loaded["under_way"]
+        return unfinished if unfinished is not None and unfinished["stage"] == self.stage else None

@@ -179,8 +179,8 @@ def _optimizer(objective: nn.Module, config: LoopConfig) -> torch.optim.Optimize
     embeddings = {id(m.weight) for m in objective.modules() if isinstance(m, nn.Embedding)}
     trained = [p for p in objective.parameters() if p.requires_grad]
     decayed = [p for p in trained if p.ndim > 1 and id(p) not in embeddings]
-    others = [p for p in trained if p.ndim <= 1 or id(p) in embeddings]
-    groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    not_decayed = [p for p in trained if p.ndim <= 1 or id(p) in embeddings]
+    groups = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": not_decayed, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=config.lr, fused=True)
 
 
@@ -265,12 +265,12 @@ def _all_gather(sums: dict[str, Tensor]) -> dict[str, Tensor]:
     names = sorted(sums)
     if not names:
         return {}
-    mine = torch.stack([sums[name] for name in names])
-    all_of = [torch.empty_like(mine) for _ in range(world)]
+    worker_sums = torch.stack([sums[name] for name in names])
+    all_of = [torch.empty_like(worker_sums) for _ in range(world)]
     if world > 1:
-        dist.all_gather(all_of, mine)
+        dist.all_gather(all_of, worker_sums)
     else:
-        all_of = [mine]
+        all_of = [worker_sums]
     return dict(zip(names, torch.stack(all_of, dim=1), strict=True))
 
 

@@ -75,15 +75,15 @@ def draw_negatives(rows: TrainingRows, index: I64, count: int, *, seed: int) -> 
     met = np.unique(viewer.astype(np.int64) * videos + rows.video_row[index])
 
     open_slots = np.repeat(np.flatnonzero(available > 0), count)
-    whose, chosen = [], []
+    owners, chosen = [], []
     for _ in range(_TRIES):
         video = by_first[(random.random(len(open_slots)) * available[open_slots]).astype(np.int64)]
         pair = viewer[open_slots].astype(np.int64) * videos + video
-        refused = met[np.minimum(np.searchsorted(met, pair), len(met) - 1)] == pair
-        whose.append(open_slots[~refused])
-        chosen.append(video[~refused])
-        open_slots = open_slots[refused]
-    pairs = np.unique(np.concatenate(whose) * videos + np.concatenate(chosen))
+        rejected = met[np.minimum(np.searchsorted(met, pair), len(met) - 1)] == pair
+        owners.append(open_slots[~rejected])
+        chosen.append(video[~rejected])
+        open_slots = open_slots[rejected]
+    pairs = np.unique(np.concatenate(owners) * videos + np.concatenate(chosen))
     return pairs // videos, (pairs % videos).astype(np.int32)
 
 

@@ -79,18 +79,18 @@ def fit_on_ray(
     workers = resources.gpus or resources.workers
     identity = [config.model_dump(), asdict(rows.dimensions), asdict(window), len(rows), len(ranker_rows), workers]
     name = f"fit-{digest_of(identity)[:12]}"
-    given = storage / f"{name}.input"
-    _write_input(given, rows, ranker_rows)
+    input_folder = storage / f"{name}.input"
+    _write_input(input_folder, rows, ranker_rows)
     with (
         _ray_runtime(workers, resources.gpus),
         _fast_health_checks(),
         _restore_interrupt_handler(),
-        _tail_progress(given / "progress.jsonl", on_epoch),
+        _tail_progress(input_folder / "progress.jsonl", on_epoch),
     ):
         trainer = TorchTrainer(
             _train_worker,
             train_loop_config={
-                "input": str(given),
+                "input": str(input_folder),
                 "window": asdict(window),
                 "config": config.model_dump(),
                 "threads": resources.threads or max(1, (os.cpu_count() or 1) // workers),
@@ -105,14 +105,14 @@ def fit_on_ray(
             ),
         )
         fitted = fitted_from(_finished_state(trainer), config, rows.dimensions)
-    shutil.rmtree(given)
+    shutil.rmtree(input_folder)
     shutil.rmtree(storage / name)
     return fitted
 
 
 @contextmanager
 def _restore_interrupt_handler() -> Iterator[None]:
-    """Restores the SIGINT handler: Ray Train leaves its own, which calls a controller that has ended."""
+    """Restores the SIGINT handler. Ray Train's handler would call its controller, which has ended."""
     before = signal.getsignal(signal.SIGINT)
     try:
         yield
@@ -135,22 +135,22 @@ def _finished_state(trainer: TorchTrainer) -> State:
 def _train_worker(settings: dict[str, Any]) -> None:
     """Entry point of a worker process."""
     torch.set_num_threads(settings["threads"])
-    given = Path(settings["input"])
+    input_folder = Path(settings["input"])
     context = ray.train.get_context()
 
-    def tell(report: EpochReport) -> None:
+    def write_report(report: EpochReport) -> None:
         if context.get_world_rank() == 0:
-            with (given / "progress.jsonl").open("a") as lines:
+            with (input_folder / "progress.jsonl").open("a") as lines:
                 lines.write(json.dumps(asdict(report)) + "\n")
 
     fit(
-        map_arrays(given / "rows"),
-        RankerRows(**{name: np.load(given / f"{name}.npy", mmap_mode="r") for name in FIELDS}),
+        map_arrays(input_folder / "rows"),
+        RankerRows(**{name: np.load(input_folder / f"{name}.npy", mmap_mode="r") for name in FIELDS}),
         TrainingSplit(**settings["window"]),
         TrainingConfig(**settings["config"]),
         device=ray.train.torch.get_device(),
         checkpoints=RayCheckpoints(),
-        on_epoch=tell,
+        on_epoch=write_report,
     )
 
 
@@ -233,19 +233,19 @@ def _tail_progress(path: Path, on_epoch: OnEpoch | None) -> Iterator[None]:
         yield
         return
     ended = threading.Event()
-    told = 0
+    reported = 0
 
-    def tell_new() -> None:
-        nonlocal told
+    def report_new_lines() -> None:
+        nonlocal reported
         lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-        whole = [line for line in lines if line.endswith("\n")]
-        for line in whole[told:]:
+        complete = [line for line in lines if line.endswith("\n")]
+        for line in complete[reported:]:
             on_epoch(EpochReport(**json.loads(line)))
-        told = len(whole)
+        reported = len(complete)
 
     def follow() -> None:
         while not ended.wait(_POLL_S):
-            tell_new()
+            report_new_lines()
 
     thread = threading.Thread(target=follow, name="training-progress", daemon=True)
     thread.start()
@@ -254,4 +254,4 @@ def _tail_progress(path: Path, on_epoch: OnEpoch | None) -> Iterator[None]:
     finally:
         ended.set()
         thread.join()
-        tell_new()
+        report_new_lines()

@@ -92,7 +92,7 @@ def load_rows(path: Path, dimensions: FeatureDimensions) -> TrainingRows:
     Raises:
         EmptyDatasetError: if there are no rows.
         MalformedFileError: if the file or a column is missing, a label or time is null or not finite, a list has
-            another width than ``dimensions`` say, or an integer does not fit its type.
+            another width than ``dimensions`` states, or an integer does not fit its type.
         FeatureError: if an id or a topic is above its limit.
     """
     if not path.exists():
@@ -120,15 +120,15 @@ class _Part:
 
 
 def _chunks(source: pads.Dataset) -> Iterator[pa.Table]:
-    held: list[pa.RecordBatch] = []
+    pending: list[pa.RecordBatch] = []
     for batch in source.to_batches(batch_size=_CHUNK_ROWS):
         if batch.num_rows:
-            held.append(batch)
-        if sum(b.num_rows for b in held) >= _CHUNK_ROWS:
-            yield pa.Table.from_batches(held)
-            held = []
-    if held:
-        yield pa.Table.from_batches(held)
+            pending.append(batch)
+        if sum(b.num_rows for b in pending) >= _CHUNK_ROWS:
+            yield pa.Table.from_batches(pending)
+            pending = []
+    if pending:
+        yield pa.Table.from_batches(pending)
 
 
 def _read_chunk(table: pa.Table, path: Path, dimensions: FeatureDimensions) -> _Part:
@@ -140,7 +140,7 @@ def _read_chunk(table: pa.Table, path: Path, dimensions: FeatureDimensions) -> _
     rows = {name: np.asarray(column) for name, column in plain.items()}
     rows["event_time_s"] = _seconds(table.column("event_time"))
     for name in ("event_time_s", "request_time_s", "weight", *RANKER_TASKS):
-        _refuse_unknown(rows[name], path, name)
+        _check_known(rows[name], path, name)
     del rows["event_time"]
     time_s = rows["request_time_s"].astype(np.float64)
     device = table.column("device").cast(pa.string()).to_pylist()
@@ -172,14 +172,14 @@ def _seconds(column: pa.ChunkedArray) -> F64:
     return np.asarray(column.to_numpy(), dtype=np.float64)
 
 
-def _refuse_unknown(values: NDArray[Any], path: Path, column: str) -> None:
+def _check_known(values: NDArray[Any], path: Path, column: str) -> None:
     bad = ~np.isfinite(np.asarray(values, dtype=np.float64))
     if bad.any():
         raise MalformedFileError(path, "a finite number in every row", seen=f"{int(bad.sum())} without", column=column)
 
 
 def _check_widths(table: pa.Table, path: Path, dimensions: FeatureDimensions) -> None:
-    """Rejects a list feature of another width than the data set's schema says.
+    """Rejects a list feature of another width than that of the data set's schema.
 
     Raises:
         MalformedFileError: if a list that is not null has another number of values.
@@ -189,10 +189,10 @@ def _check_widths(table: pa.Table, path: Path, dimensions: FeatureDimensions) ->
         if name not in table.column_names or not pa.types.is_list(table.schema.field(name).type):
             continue
         lengths = pc.list_value_length(table[name]).drop_null()
-        others = lengths.filter(pc.not_equal(lengths, width))
-        if len(others):
+        wrong = lengths.filter(pc.not_equal(lengths, width))
+        if len(wrong):
             expected = f"{width} values as in the data set's schema; run `reelway features` again"
-            raise MalformedFileError(path, expected, seen=f"a list of {others[0].as_py()}", column=name)
+            raise MalformedFileError(path, expected, seen=f"a list of {wrong[0].as_py()}", column=name)
 
 
 def fit_integers(values: NDArray[Any], kind: type[np.signedinteger[Any]], path: Path, column: str) -> NDArray[Any]:

@@ -1,7 +1,7 @@
 """Application builders that Ray Serve calls by import path: a release, the router and the outcomes.
 
-Each builder takes typed arguments. The Serve config (``traffic.serve_config``) sets replicas, resources and routing;
-this module sets only the limits that follow from the implementation.
+Each builder takes typed arguments. The Serve config (``traffic.serve_config_update``) sets replicas, resources and
+routing; this module sets only the limits that follow from the implementation.
 """
 
 # No postponed annotations: Serve reads the builders' annotations to convert the config's arguments into models.
@@ -105,7 +105,7 @@ class RouterDeployment(Router):
     async def reconfigure(self, config: Mapping[str, Any]) -> None:
         """Takes a ``Routing``; see ``Router.reconfigure``."""
         await super().reconfigure(config)
-        buffer = self._parts.exposures
+        buffer = self._dependencies.exposures
         if self._args.outcomes and buffer and self._forwarding is None:
             expose = DeploymentHandle("Outcomes", self._args.outcomes).expose
             self._forwarding = asyncio.create_task(forward_exposures(buffer, expose.remote))

@@ -96,26 +96,26 @@ def _put_with_retry(client: httpx.Client, deadline: float, document: Mapping[str
 
 def _wait_until_running(client: httpx.Client, names: set[str], deadline: float) -> None:
     while True:
-        seen = client.get(APPLICATIONS).raise_for_status().json()["applications"]
-        statuses = {name: seen.get(name, {}).get("status", "NOT_STARTED") for name in names}
+        applications = client.get(APPLICATIONS).raise_for_status().json()["applications"]
+        statuses = {name: applications.get(name, {}).get("status", "NOT_STARTED") for name in names}
         if set(statuses.values()) == {"RUNNING"}:
             return
         failed = [name for name, status in statuses.items() if status == "DEPLOY_FAILED"]
         if failed or time.monotonic() > deadline:
-            accounts = [_status_text(name, seen.get(name, {})) for name in failed or sorted(statuses)]
+            accounts = [_status_text(name, applications.get(name, {})) for name in failed or sorted(statuses)]
             raise ServingError("service: did not become healthy: " + "\n".join(accounts))
         time.sleep(0.1)
 
 
 def _status_text(name: str, details: Mapping[str, Any]) -> str:
     """Returns Serve's messages about one application and its unhealthy deployments."""
-    words = [f"{name[:12]} is {details.get('status', 'NOT_STARTED')}", str(details.get("message", ""))]
-    words += [
+    messages = [f"{name[:12]} is {details.get('status', 'NOT_STARTED')}", str(details.get("message", ""))]
+    messages += [
         f"{deployment} is {status.get('status')}: {status.get('message', '')}"
         for deployment, status in details.get("deployments", {}).items()
         if status.get("status") != "HEALTHY"
     ]
-    return "; ".join(word for word in words if word)
+    return "; ".join(message for message in messages if message)
 
 
 def _wait_until_reachable(client: httpx.Client, deadline: float) -> None:
@@ -125,11 +125,13 @@ def _wait_until_reachable(client: httpx.Client, deadline: float) -> None:
             answer = client.get("/healthz")
             if answer.is_success:
                 return
-            seen = f"{answer.status_code} {answer.text[:200]}"
+            last_answer = f"{answer.status_code} {answer.text[:200]}"
         except httpx.HTTPError as error:
-            seen = str(error) or type(error).__name__
+            last_answer = str(error) or type(error).__name__
         if time.monotonic() > deadline:
-            raise ServingError(f"{client.base_url}: the applications run, but the proxy does not reach them: {seen}")
+            raise ServingError(
+                f"{client.base_url}: the applications run, but the proxy does not reach them: {last_answer}"
+            )
         time.sleep(0.05)
 
 

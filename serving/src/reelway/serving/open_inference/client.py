@@ -1,9 +1,10 @@
 """The request path's client of a rank server: arrays in, arrays out, within the request's deadline.
 
-A call's deadline is what is left of the request's budget. A late, absent or rejecting server raises at once and is
-counted by kind; the request path then falls back to retrieval's order. gRPC retries a call once if it reached no
-server, so a server that ends is left for another one. Each call names its release. An address that leads to another
-release's server therefore raises and never returns a wrong ranking.
+The deadline of a call is the remaining budget of its request. If the server is late, unreachable or rejects the call,
+the client raises immediately and counts the failure by kind. The request path then falls back to retrieval's order.
+gRPC retries a call once on another server if the call reached no server.
+
+Each call names its release. A call to a server of another release therefore raises and never returns a wrong ranking.
 
 The client uses KServe's protobuf messages with raw tensor contents, not ``kserve.InferenceGRPCClient``: that client
 needs ``import kserve``, 124 MB in each Serve replica.
@@ -154,7 +155,7 @@ class RemoteRanker:
             response: bytes = await call(request, timeout=left_s)
         except grpc.aio.AioRpcError as error:
             raise self._translate_error(error) from error
-        except asyncio.CancelledError:  # the request path has given the stage up
+        except asyncio.CancelledError:  # the request path has cancelled the stage
             self._metrics.count_fault("late")
             raise
         return response

@@ -72,9 +72,9 @@ class RankerDataPlane(DataPlane):
             self._service.record_refused(error)
             raise
         except (InvalidInput, ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
-            refused = InferenceRequestError(f"the request is malformed: {type(error).__name__}: {str(error)[:200]}")
-            self._service.record_refused(refused)
-            raise refused from error
+            malformed = InferenceRequestError(f"the request is malformed: {type(error).__name__}: {str(error)[:200]}")
+            self._service.record_refused(malformed)
+            raise malformed from error
 
     def encode(
         self,

@@ -50,9 +50,9 @@ class RankerModel(Model):
     def _respond(self, request: InferRequest, ranker: LoadedRanker) -> tuple[int, InferResponse]:
         self._service.check_model(request.model_name, request.model_version or "")
         signature = ranker.signature
-        wanted = signature.requested_outputs(output.name for output in request.request_outputs or ())
+        requested = signature.requested_outputs(output.name for output in request.request_outputs or ())
         values = ranker.run(signature.read_inputs(request.inputs))
-        outputs = [InferOutput(spec.name, list(values[spec.name].shape), spec.datatype) for spec in wanted]
+        outputs = [InferOutput(spec.name, list(values[spec.name].shape), spec.datatype) for spec in requested]
         for output in outputs:
             if request.from_grpc:  # raw contents for a request with raw contents; KServe fails on an array there
                 output.set_data_from_numpy(values[output.name], binary_data=request.use_binary_outputs)
@@ -66,4 +66,4 @@ class RankerModel(Model):
             use_binary_outputs=request.use_binary_outputs,
             requested_outputs=request.request_outputs,
         )
-        return len(values[wanted[0].name]), response
+        return len(values[requested[0].name]), response

@@ -24,20 +24,22 @@ def register(app: typer.Typer) -> None:
 
 def rank_server(
     release_dir: Path = typer.Option(..., help="Folder of the release, as `reelway release fetch --verify` prints it."),
-    host: str = typer.Option("0.0.0.0", help="Address to listen on."),
+    host: str = typer.Option("0.0.0.0", help="IP address to listen on."),
     http_port: int = typer.Option(
         8080, min=0, max=65535, help="Port of the REST API, the health checks and /metrics; 0 selects a free port."
     ),
     grpc_port: int = typer.Option(8081, min=0, max=65535, help="Port of the gRPC API; 0 selects a free port."),
-    threads: int = typer.Option(1, min=1, help="Requests that run at the same time; use one thread per CPU."),
+    threads: int = typer.Option(1, min=1, help="Number of requests that run at the same time; use one thread per CPU."),
     max_queued_requests: int = typer.Option(
-        32, min=0, help="Requests that may wait for a thread; further requests are rejected with 429."
+        32, min=0, help="Number of requests that may wait for a thread; further requests are rejected with 429."
     ),
     max_candidates: int = typer.Option(4096, min=1, help="Largest number of candidates of one request."),
     drain_seconds: float = typer.Option(
-        5.0, min=0, help="Seconds after SIGTERM in which new requests are still accepted."
+        5.0, min=0, help="Time after SIGTERM, in seconds, in which new requests are still accepted."
     ),
-    grace_seconds: float = typer.Option(20.0, min=0, help="Seconds after draining for in-flight requests to finish."),
+    grace_seconds: float = typer.Option(
+        20.0, min=0, help="Time for requests in flight to finish after new requests are no longer accepted, in seconds."
+    ),
 ) -> None:
     """Serve a release's ranker by the Open Inference Protocol v2 (REST and gRPC, model `ranker`) until SIGTERM.
 

@@ -55,7 +55,7 @@ class LoadedRanker:
         expected = manifest.files[RANKER_FILE].sha256
         if digest != expected:
             raise DigestMismatchError(
-                f"{folder / RANKER_FILE} has SHA-256 {digest[:12]}..., the manifest says {expected[:12]}...; "
+                f"{folder / RANKER_FILE} has SHA-256 {digest[:12]}..., the manifest has {expected[:12]}...; "
                 "fetch the release again"
             )
         self.release: str = manifest.release_id
@@ -168,13 +168,13 @@ class RankerService:
                 f"{self._in_flight} requests are in flight, expected at most {self._max_in_flight}; try another replica"
             )
         self._in_flight += 1
-        self._metrics.under_way.set(self._in_flight)
+        self._metrics.in_flight.set(self._in_flight)
         loop = asyncio.get_running_loop()
         try:
             return await loop.run_in_executor(self._threads, _run_before_deadline, work, self.ranker, deadline)
         finally:
             self._in_flight -= 1
-            self._metrics.under_way.set(self._in_flight)
+            self._metrics.in_flight.set(self._in_flight)
 
 
 def _run_before_deadline(work: Callable[[LoadedRanker], T], ranker: LoadedRanker, deadline: float) -> T:

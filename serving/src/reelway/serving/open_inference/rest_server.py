@@ -46,8 +46,8 @@ class _ClientDisconnectedError(Exception):
 class RequestFilter:
     """ASGI middleware that rejects a request before KServe reads it, and closes connections while draining.
 
-    A response while draining is the last of its connection and says so. Otherwise a client could send its next request
-    on an idle connection at the moment in which the server closes it.
+    A response while draining is the last of its connection and has the header ``Connection: close``. Otherwise a client
+    could send its next request on an idle connection at the moment in which the server closes it.
 
     Args:
         max_bytes: largest body.
@@ -171,8 +171,8 @@ class RankerRestServer(RESTServer):
         @app.exception_handler(RequestValidationError)
         async def reject_invalid(_: Request, invalid: RequestValidationError) -> JSONResponse:
             first = invalid.errors()[0]
-            where = ".".join(str(part) for part in first["loc"] if part not in ("InferenceRequest", "bytes"))
-            error = InferenceRequestError(f"the request is malformed: {where}: {first['msg']}")
+            field = ".".join(str(part) for part in first["loc"] if part not in ("InferenceRequest", "bytes"))
+            error = InferenceRequestError(f"the request is malformed: {field}: {first['msg']}")
             self._service.record_refused(error)
             return _error_response(error)
 

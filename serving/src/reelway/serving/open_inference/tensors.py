@@ -101,14 +101,14 @@ class TensorSpec:
             ) from error
 
     def _check_values(self, values: Any, shape: Sequence[int]) -> None:
-        wanted = self.dtype
+        dtype = self.dtype
         try:
             actual = np.asarray(values)
-            if wanted.kind == "f" and actual.dtype == object and {type(v) for v in actual.flat} <= _JSON_NUMBER_TYPES:
+            if dtype.kind == "f" and actual.dtype == object and {type(v) for v in actual.flat} <= _JSON_NUMBER_TYPES:
                 actual = actual.astype(np.float64)
         except (ValueError, OverflowError):
             actual = np.asarray(None)
-        if actual.dtype.kind not in _SOURCE_KINDS[wanted.kind]:
+        if actual.dtype.kind not in _SOURCE_KINDS[dtype.kind]:
             raise InferenceRequestError(f"input {self.name!r}: the data have values that are not {self.datatype}")
         if actual.size != math.prod(shape) or (actual.ndim > 1 and actual.shape != tuple(shape)):
             raise InferenceRequestError(

@@ -34,7 +34,7 @@ class BatchWorker(Generic[_Item, _Result]):
     """Calls ``handle`` with batches of submitted items, on a thread of its own.
 
     Args:
-        name: of the thread, and of the worker in messages.
+        name: name of the thread, and of the worker in messages.
         handle: handles one batch; returns one result per item. If it raises, every future of the batch fails with the
             exception and the next batch is tried.
         max_queued_rows: rows that may wait; more are rejected. An empty queue accepts an item of any size.
@@ -70,10 +70,10 @@ class BatchWorker(Generic[_Item, _Result]):
         self._thread.start()
 
     def submit(self, item: _Item, rows: int, *, ends_batch: bool = False) -> Future[_Result]:
-        """Queues an item. Its future cannot be cancelled: the item is handled even if its caller goes away.
+        """Queues an item. Its future cannot be cancelled: the item is handled even if its caller stops waiting.
 
         Args:
-            rows: what the item counts for in the limits.
+            rows: number of rows that the item adds to the limits.
             ends_batch: the item is the last of its batch, so that items submitted later are handled after it.
 
         Raises:
@@ -116,7 +116,7 @@ class BatchWorker(Generic[_Item, _Result]):
             self._on_close()
 
     def _gather(self, next_batch_at: float, idle_s: float | None) -> tuple[list[_Request[_Item, _Result]], bool]:
-        """The requests of the next batch, none after ``idle_s`` without one; and whether the worker goes on."""
+        """Returns the next batch (empty after ``idle_s`` without a request) and whether the worker continues."""
         try:
             request = self._requests.get(timeout=idle_s)
         except queue.Empty:

@@ -41,7 +41,7 @@ _Request = ExposureBatch | OutcomeColumns | str
 
 
 class OutcomeCollector:
-    """Counts what rollouts showed and what viewers then did.
+    """Counts the impressions of rollouts and the outcomes that viewers reported for them.
 
     Futures are ``concurrent.futures.Future``: ``.result()`` in a thread, ``await asyncio.wrap_future(...)`` in a loop.
     They end when the transaction is on disk, or with a ``StorageError``: then nothing of the transaction was counted.
@@ -90,7 +90,7 @@ class OutcomeCollector:
         return self._worker.submit(batch, len(batch.arm))
 
     def record_outcomes(self, outcomes: OutcomeColumns) -> Future[dict[str, int]]:
-        """Counts outcomes. The future's result is the number of outcomes by status (``series.RECEIVED_OUTCOMES``).
+        """Counts outcomes. The future's result is the number of outcomes by status (``RECEIVED_OUTCOMES``).
 
         Raises:
             ServingError: see ``record_exposures``.
@@ -111,7 +111,7 @@ class OutcomeCollector:
             self._refused += outcomes
 
     def metrics_text(self) -> bytes:
-        """``series.EXPOSURE``, ``STATISTIC`` and ``RECEIVED`` in Prometheus' text format, as committed to disk."""
+        """Returns the committed counts in Prometheus' text format, with the names of ``metric_names``."""
         return prometheus_text(self._ledger.snapshot, self._refused)
 
     def statistics(self, rollout_id: str) -> dict[tuple[Arm, Slice], dict[str, ArmStatistics]]:
@@ -129,14 +129,14 @@ class OutcomeCollector:
 
     def _count(self, requests: Sequence[_Request]) -> list[dict[str, int]]:
         retired = [request for request in requests if isinstance(request, str)]  # at most one: it ends the batch
-        fates = iter(
+        statuses = iter(
             self._ledger.apply(
                 [request for request in requests if isinstance(request, ExposureBatch)],
                 [request for request in requests if isinstance(request, OutcomeColumns)],
                 retired[0] if retired else "",
             )
         )
-        return [_counts(next(fates)) if isinstance(request, OutcomeColumns) else {} for request in requests]
+        return [_counts(next(statuses)) if isinstance(request, OutcomeColumns) else {} for request in requests]
 
     def _clean(self) -> float:
         try:
@@ -146,6 +146,6 @@ class OutcomeCollector:
             return CLEANUP_INTERVAL_S
 
 
-def _counts(fate_N: NDArray[np.int64]) -> dict[str, int]:
-    counts = np.bincount(fate_N, minlength=len(RECEIVED_OUTCOMES)).tolist()
+def _counts(status_N: NDArray[np.int64]) -> dict[str, int]:
+    counts = np.bincount(status_N, minlength=len(RECEIVED_OUTCOMES)).tolist()
     return dict(zip(RECEIVED_OUTCOMES, counts, strict=True))

@@ -1,4 +1,4 @@
-"""The collector's counts in Prometheus' text format, with the names and labels of ``rollout.series``."""
+"""The collector's counts in Prometheus' text format, with the names and labels of ``rollout.metric_names``."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ from reelway.platform.tokens import ALL_SLICES
 log = logging.getLogger(__name__)
 
 MAX_BUFFERED_ROWS: Final = 200_000
-"""Rows that a buffer holds while the collector is away: over a minute at 1,000 requests per second."""
+"""Rows that a buffer holds while the collector is unreachable: over a minute at 1,000 requests per second."""
 
 
 class ArmKey(NamedTuple):
@@ -134,7 +134,7 @@ async def forward_exposures(
 
     Args:
         send: returns once the collector has the batch on disk; raises if that failed or is unknown.
-        patience_s: seconds to wait for an acknowledgement before the batch is sent again.
+        ack_timeout_s: seconds to wait for an acknowledgement before the batch is sent again.
     """
     failed = False
     while True:

@@ -162,19 +162,19 @@ class Ledger:
         return status_N, _outcome_part(columns, viewer_keys(arm_N, columns.viewer_id), counted)
 
     def _first_per_type(self, columns: OutcomeColumns, rows: I64) -> Bools:
-        """Which rows are the first of their type for their impression. Records their types as counted."""
+        """Returns which rows are the first of their type for their impression. Records their types as counted."""
         impression, bit = columns.impression_id[rows], 1 << columns.kind[rows]
         hour = (columns.issued_at[rows] // HOUR_S).astype(np.int64)
         first = np.zeros(len(rows), bool)
         for hour_ in np.unique(hour).tolist():
-            at = np.flatnonzero(hour == hour_)
-            ids, owner = np.unique(impression[at], return_inverse=True)
-            _, earliest = np.unique(owner * len(OUTCOME_TYPES) + columns.kind[rows[at]], return_index=True)
+            row_index = np.flatnonzero(hour == hour_)
+            ids, owner = np.unique(impression[row_index], return_inverse=True)
+            _, earliest = np.unique(owner * len(OUTCOME_TYPES) + columns.kind[rows[row_index]], return_index=True)
             before = self._store.read_counted_types(hour_, ids)
-            fresh = earliest[(before[owner[earliest]] & bit[at[earliest]]) == 0]
-            first[at[fresh]] = True
+            fresh = earliest[(before[owner[earliest]] & bit[row_index[earliest]]) == 0]
+            first[row_index[fresh]] = True
             after = before.copy()
-            np.bitwise_or.at(after, owner[fresh], bit[at[fresh]])
+            np.bitwise_or.at(after, owner[fresh], bit[row_index[fresh]])
             changed = np.flatnonzero(after != before)
             self._store.write_counted_types(hour_, ids[changed], after[changed])
         return first
@@ -199,10 +199,10 @@ class Ledger:
             known = self._rollouts[rollout] = RolloutRow(exposed_at)
         known.exposed_at = max(known.exposed_at, exposed_at)
         self._store.write_rollout(rollout, known)
-        kept = [name for name, row in self._rollouts.items() if not row.retired or self._arms_of(name)]
-        while len(kept) > self._keep:
-            oldest = min(kept, key=lambda name: (not self._rollouts[name].retired, self._rollouts[name].exposed_at))
-            kept.remove(oldest)
+        retained = [name for name, row in self._rollouts.items() if not row.retired or self._arms_of(name)]
+        while len(retained) > self._keep:
+            oldest = min(retained, key=lambda name: (not self._rollouts[name].retired, self._rollouts[name].exposed_at))
+            retained.remove(oldest)
             self._drop_rollout(oldest)
 
     def _drop_rollout(self, rollout: str) -> None:
@@ -218,7 +218,7 @@ class Ledger:
         return [arm for arm in self._arms if arm.rollout == rollout]
 
     def _arm_numbers(self, arms: Iterable[ArmKey], index_N: I64) -> tuple[I64, Bools]:
-        """Each row's arm number in the file, and whether its rollout is active. Adds new arms."""
+        """Returns each row's arm number in the file, and whether its rollout is active. Adds new arms."""
         numbers, live = [], []
         for arm in arms:
             rollout = self._rollouts.get(arm.rollout)
@@ -239,9 +239,9 @@ class Ledger:
         codes, counts = np.unique(code_N, return_counts=True)
         fresh: Counter[ReceivedKey] = Counter()
         for code, count in zip(codes.tolist(), counts.tolist(), strict=True):
-            rest, fate = divmod(code, len(RECEIVED_OUTCOMES))
+            rest, status = divmod(code, len(RECEIVED_OUTCOMES))
             arm, kind = columns.arms[rest // len(OUTCOME_TYPES)], OUTCOME_TYPES[rest % len(OUTCOME_TYPES)]
-            fresh[arm.release, arm.arm.value, kind.value, RECEIVED_OUTCOMES[fate]] += count
+            fresh[arm.release, arm.arm.value, kind.value, RECEIVED_OUTCOMES[status]] += count
         self._received.update(fresh)
         self._store.add_received(fresh.items(), now)
 

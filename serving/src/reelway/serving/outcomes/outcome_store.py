@@ -159,16 +159,16 @@ class OutcomeStore:
 
     def read_viewers(self, keys: NDArray[np.int64]) -> ViewerTotals:
         """Totals of the viewers with these ascending keys (``viewer_keys``); zeros for viewers without a row."""
-        found = self._db.execute(
+        rows = self._db.execute(
             "SELECT v.id, v.present, v.totals FROM json_each(?) AS k CROSS JOIN viewers AS v ON v.id = k.value",
             (json.dumps(keys.tolist()),),
         ).fetchall()
         known = ViewerTotals.unknown(len(keys))
-        if found:
-            place = np.searchsorted(keys, np.array([row[0] for row in found], np.int64))
-            known.present[place] = [row[1] for row in found]
-            blobs = np.frombuffer(b"".join([row[2] for row in found]))
-            known.totals[place] = blobs.reshape(len(found), len(SLICES), COLUMNS_PER_VIEWER)
+        if rows:
+            index = np.searchsorted(keys, np.array([row[0] for row in rows], np.int64))
+            known.present[index] = [row[1] for row in rows]
+            blobs = np.frombuffer(b"".join([row[2] for row in rows]))
+            known.totals[index] = blobs.reshape(len(rows), len(SLICES), COLUMNS_PER_VIEWER)
         return known
 
     def write_viewers(self, keys: NDArray[np.int64], totals: ViewerTotals) -> None:
@@ -180,14 +180,14 @@ class OutcomeStore:
 
     def read_counted_types(self, hour: int, impression_ids: NDArray[np.int64]) -> NDArray[np.int64]:
         """Bits of the outcome types already counted for these ascending impressions of one hour."""
-        found = self._db.execute(
+        counted = self._db.execute(
             "SELECT s.impression_id, s.types FROM json_each(?) AS k CROSS JOIN seen AS s "
             "ON s.hour = ? AND s.impression_id = k.value",
             (json.dumps(impression_ids.tolist()), hour),
         ).fetchall()
         types = np.zeros(len(impression_ids), np.int64)
-        if found:
-            rows = np.array(found, np.int64)
+        if counted:
+            rows = np.array(counted, np.int64)
             types[np.searchsorted(impression_ids, rows[:, 0])] = rows[:, 1]
         return types
 
@@ -199,7 +199,7 @@ class OutcomeStore:
 
     def delete_expired(self, *, seen_before_hour: int, forget_before: float, received_before: float, limit: int) -> int:
         """Deletes expired rows and dropped arms, at most ``limit`` rows of each kind. Returns the number deleted."""
-        gone = self._db.execute(
+        deleted = self._db.execute(
             "DELETE FROM seen WHERE (hour, impression_id) IN "
             "(SELECT hour, impression_id FROM seen WHERE hour < ? ORDER BY hour LIMIT ?)",
             (seen_before_hour, limit),
@@ -210,12 +210,12 @@ class OutcomeStore:
             viewers = self._db.execute(
                 "DELETE FROM viewers WHERE id IN (SELECT id FROM viewers WHERE id BETWEEN ? AND ? LIMIT ?)", span
             ).rowcount
-            gone += viewers
+            deleted += viewers
             if not viewers:
                 self._db.execute("DELETE FROM arms WHERE id = ?", (number,))
         self._db.execute("DELETE FROM origins WHERE heard_at < ?", (forget_before,))
         self._db.execute("DELETE FROM received WHERE at < ?", (received_before,))
-        return gone
+        return deleted
 
 
 def viewer_keys(arm_ids: NDArray[np.int64], viewer_ids: NDArray[np.int64]) -> NDArray[np.int64]:

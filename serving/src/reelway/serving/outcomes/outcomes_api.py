@@ -100,14 +100,14 @@ def _install_error_handlers(api: FastAPI) -> None:
     """Answers every error with an ``ErrorResponse``."""
 
     @api.exception_handler(RequestValidationError)
-    async def refuse(_: Request, error: RequestValidationError) -> Response:
+    async def reject_invalid(_: Request, error: RequestValidationError) -> Response:
         fields = [field_error(detail) for detail in error.errors()]
         named = ", ".join(dict.fromkeys(field.field for field in fields))
         body = ErrorResponse(error=f"the request is invalid; correct {named}", fields=fields)
         return JSONResponse(body.model_dump(mode="json"), status_code=422)
 
     @api.exception_handler(HTTPException)
-    async def refuse_whole(_: Request, error: HTTPException) -> Response:
+    async def reject_body(_: Request, error: HTTPException) -> Response:
         body = ErrorResponse(error=str(error.detail))
         return JSONResponse(body.model_dump(mode="json"), status_code=error.status_code)
 

@@ -43,25 +43,27 @@ def blend(video: Indices, source: Indices, quotas: Indices) -> Indices:
     """
     bounds = np.searchsorted(source, np.arange(len(quotas) + 1))
     videos = int(video.max(initial=-1)) + 1
-    where_first = np.empty(videos, dtype=np.int64)
+    first_index = np.empty(videos, dtype=np.int64)
     offered = []
     for start, end in itertools.pairwise(bounds):
-        mine = np.arange(start, end)
-        where_first[video[start:end][::-1]] = mine[
+        proposals = np.arange(start, end)
+        first_index[video[start:end][::-1]] = proposals[
             ::-1
         ]  # the last write wins, so this is the first proposal of each video
-        offered.append(mine[where_first[video[start:end]] == mine])
-    gone = np.zeros(videos, dtype=np.bool_)
+        offered.append(proposals[first_index[video[start:end]] == proposals])
+    used = np.zeros(videos, dtype=np.bool_)
     taken: list[list[Indices]] = [[] for _ in quotas]
     spare = 0
     for round_quotas in (quotas, np.zeros_like(quotas)):
         for q, quota in enumerate(round_quotas.tolist()):
-            takes = offered[q][~gone[video[offered[q]]]][: quota + spare]
-            gone[video[takes]] = True
+            takes = offered[q][~used[video[offered[q]]]][: quota + spare]
+            used[video[takes]] = True
             taken[q].append(takes)
             spare += quota - len(takes)
         if not spare:
             break
     chosen = [np.concatenate(parts) for parts in taken]
-    relative_position = np.concatenate([(np.arange(len(mine)) + 0.5) / max(len(mine), 1) for mine in chosen])
+    relative_position = np.concatenate(
+        [(np.arange(len(proposals)) + 0.5) / max(len(proposals), 1) for proposals in chosen]
+    )
     return np.concatenate(chosen)[np.argsort(relative_position, kind="stable")].astype(np.int64)

@@ -28,12 +28,12 @@ def allowed_candidates(rows: Rows, query: ViewerQuery) -> tuple[NDArray[np.bool_
     # A search in the short history, because a mask over the whole catalogue would grow with the catalogue.
     first = np.lexsort((query.history_weights >= 0, query.history_rows))  # by row; negative weights first
     past = query.history_rows[first]
-    found = np.searchsorted(past, rows)
-    found[found == len(past)] = 0
+    index = np.searchsorted(past, rows)
+    index[index == len(past)] = 0
     kind = np.zeros(len(rows), dtype=np.int8)
     if len(past):
         disliked = query.history_weights[first] < 0
-        kind = (past[found] == rows) * np.where(disliked, _NOT_INTERESTED, _SEEN).astype(np.int8)[found]
+        kind = (past[index] == rows) * np.where(disliked, _NOT_INTERESTED, _SEEN).astype(np.int8)[index]
     kind[rows == ABSENT] = _UNSERVABLE
     counts = np.bincount(kind, minlength=len(_KINDS)).tolist()
     return kind == 0, dict(zip(_KINDS[1:], counts[1:], strict=True))

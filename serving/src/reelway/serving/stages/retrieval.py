@@ -56,9 +56,9 @@ class Retrieval:
     def retrieve(self, query: ViewerQuery) -> Candidates:
         """Returns at most ``settings.candidates`` distinct videos that may be shown to this viewer."""
         embedding = self._tower.run(query.arrays.as_inputs())
-        wanted = self._candidates + len(query.history_rows)
-        ask = SourceQuery(query, embedding, wanted)
-        proposals = [source.propose(ask) for source in self._sources]
+        limit = self._candidates + len(query.history_rows)
+        source_query = SourceQuery(query, embedding, limit)
+        proposals = [source.propose(source_query) for source in self._sources]
 
         rows_P = np.concatenate([p.rows for p in proposals])
         source_P = np.repeat(np.arange(len(proposals)), [len(p.rows) for p in proposals])

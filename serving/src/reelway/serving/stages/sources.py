@@ -44,7 +44,7 @@ class CandidateSource(Protocol):
     """A source of candidates."""
 
     def propose(self, query: SourceQuery) -> SourceCandidates:
-        """Returns at most ``ask.wanted`` videos."""
+        """Returns at most ``query.limit`` videos."""
         ...
 
 
@@ -73,12 +73,12 @@ class AnnSource:
     def propose(self, query: SourceQuery) -> SourceCandidates:
         limit = query.limit if self._is_exact else INDEX_OVERFETCH * query.limit
         similarity, rows = self._index.search(query.viewer_embedding, min(limit, self._index.ntotal))
-        found = rows[0][rows[0] >= 0].astype(np.int32)
+        candidates = rows[0][rows[0] >= 0].astype(np.int32)
         if self._is_exact:
-            return SourceCandidates(found, similarity[0][: len(found)])
-        exact = self._embedding.take(found, axis=0) @ query.viewer_embedding[0]
+            return SourceCandidates(candidates, similarity[0][: len(candidates)])
+        exact = self._embedding.take(candidates, axis=0) @ query.viewer_embedding[0]
         best = np.argsort(-exact)[: query.limit]
-        return SourceCandidates(found[best], exact[best])
+        return SourceCandidates(candidates[best], exact[best])
 
 
 class StaticListSource:

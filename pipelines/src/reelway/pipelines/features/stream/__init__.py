@@ -8,9 +8,9 @@
                                            video views  ─► changelog ─► the video table's overlay
 
 **Values.** The row of an entity at a given time equals the row that the batch job would write from everything known by
-that time. Labels, grid points and arithmetic (``features.views``) are the same. A row is written once and never
-revised; a later outcome counts from its arrival. Rows older than a view's TTL become nulls, as in the point-in-time
-join.
+that time. Labels, grid points and arithmetic (``features.views``) are those of the batch job. A row is written once and
+never revised; a later outcome counts from its arrival. Rows older than a view's TTL become nulls, as in the
+point-in-time join.
 
 **Time** is the log's time. An outcome counts from when the outcomes service received it, if it reaches the log within
 the allowed lateness. A later outcome counts from when it is read, and a metric counts it. If the data set ended long

@@ -51,13 +51,13 @@ def bootstrap(engine: StreamEngine, labels: pa.Table, at_us: int) -> list[Emitte
 
 
 def _load_view(engine: StreamEngine, view: str, events: Events, at_us: int) -> list[EmittedRows]:
-    rhythm = engine.rhythms[view]
-    entity, rows = sum_rows(view, *to_bucket_rows(view, events, rhythm.bucket_us))
+    schedule = engine.schedules[view]
+    entity, rows = sum_rows(view, *to_bucket_rows(view, events, schedule.bucket_us))
     ids = np.unique(np.concatenate([entity, _without_events(engine, view)]))
     owner: I64 = np.searchsorted(ids, entity)
     never = np.full(len(ids), NEVER_US, dtype=np.int64)
-    _, next_us, last_us = engine.due_times(view, rhythm, Entities(ids, owner, rows, -never, never), at_us)
-    expires = expiry_us(last_us, engine.ttl_us[view], rhythm.grid_us)
+    _, next_us, last_us = engine.due_times(view, schedule, Entities(ids, owner, rows, -never, never), at_us)
+    expires = expiry_us(last_us, engine.ttl_us[view], schedule.grid_us)
     alive = (last_us > -NEVER_US) & (expires > at_us)
     emitted = [EmittedRows(view, engine.expired_rows(view, ids[~alive], at_us))] if (~alive).any() else []
     if alive.any():
@@ -68,7 +68,7 @@ def _load_view(engine: StreamEngine, view: str, events: Events, at_us: int) -> l
                 view, view_values_at(view, to_events(view, ids[owner], rows), engine.settings, points, creators)
             )
         )
-    owner, rows = prune_rows(view, rhythm, owner, rows, at_us, at_us + engine.behind_us - HORIZON_US)
+    owner, rows = prune_rows(view, schedule, owner, rows, at_us, at_us + engine.behind_us - HORIZON_US)
     last_us = np.where(alive, last_us, -NEVER_US)
     due_us = np.minimum(next_us, np.where(alive, expires, NEVER_US))
     engine.state.save(view, Entities(ids, owner, rows, last_us, due_us))

@@ -1,4 +1,4 @@
-"""When the next row of an entity is due.
+"""Computes when the next row of an entity is due.
 
 The points are those of ``views.snapshot_points``, computed without listing all of them.
 """
@@ -19,7 +19,7 @@ NEVER_US: Final = 1 << 62
 
 
 def due_and_next(
-    owner: I64, known_us: I64, entities: int, rhythm: EmissionSchedule, at_us: int
+    owner: I64, known_us: I64, entities: int, schedule: EmissionSchedule, at_us: int
 ) -> tuple[NDArray[np.bool_], I64, I64]:
     """Returns whether a row is due at ``at_us``, the first point after ``at_us``, and the last point up to ``at_us``.
 
@@ -38,11 +38,11 @@ def due_and_next(
         np.minimum.at(next_us, of[after], when[after])
         np.maximum.at(last_us, of[~after], when[~after])
 
-    for length_us in (0, *rhythm.windows_us):
-        point(-(-(known_us + length_us) // rhythm.grid_us) * rhythm.grid_us, owner)
-    if rhythm.heartbeat_us and rhythm.windows_us:
-        beat_us = rhythm.heartbeat_us
-        day, beats, today = known_us // beat_us, max(rhythm.windows_us) // beat_us, at_us // beat_us
+    for length_us in (0, *schedule.windows_us):
+        point(-(-(known_us + length_us) // schedule.grid_us) * schedule.grid_us, owner)
+    if schedule.heartbeat_us and schedule.windows_us:
+        beat_us = schedule.heartbeat_us
+        day, beats, today = known_us // beat_us, max(schedule.windows_us) // beat_us, at_us // beat_us
         coming = np.maximum(today, day) + 1
         point((coming * beat_us)[coming <= day + beats], owner[coming <= day + beats])
         past = np.minimum(today, day + beats)

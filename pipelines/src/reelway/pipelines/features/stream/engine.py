@@ -67,16 +67,16 @@ class StreamCatalogue:
 
     @classmethod
     def of(cls, videos: pa.Table, creators: pa.Table) -> StreamCatalogue:
-        wanted = ["video_id", "creator_id", "topic", "duration_ms", "uploaded_at"]
-        return cls(videos.select(wanted).sort_by("video_id").combine_chunks(), creators)
+        columns = ["video_id", "creator_id", "topic", "duration_ms", "uploaded_at"]
+        return cls(videos.select(columns).sort_by("video_id").combine_chunks(), creators)
 
     def rows_of(self, video_ids: I64) -> I64:
         """Returns the rows of the videos, -1 for an unknown video."""
         ids = self.videos["video_id"].to_numpy()
         if not len(ids):
             return np.full(len(video_ids), -1, dtype=np.int64)
-        at = np.minimum(np.searchsorted(ids, video_ids), len(ids) - 1)
-        return np.where(ids[at] == video_ids, at, -1)
+        row = np.minimum(np.searchsorted(ids, video_ids), len(ids) - 1)
+        return np.where(ids[row] == video_ids, row, -1)
 
 
 @dataclass(frozen=True)
@@ -108,10 +108,10 @@ class StreamEngine:
         self.settings = settings
         self.ttl_us = ttl_us
         self.behind_us = clock_offset_us
-        self.rhythms = emission_schedules(settings)
-        self.fine_us = math.gcd(*(rhythm.grid_us for rhythm in self.rhythms.values()))
-        self.coarse_us = sorted({self.rhythms[view].grid_us for view in STREAMED if view != HISTORY})
-        self.fates = dict.fromkeys(APPLY_RESULTS, 0)
+        self.schedules = emission_schedules(settings)
+        self.fine_us = math.gcd(*(schedule.grid_us for schedule in self.schedules.values()))
+        self.coarse_us = sorted({self.schedules[view].grid_us for view in STREAMED if view != HISTORY})
+        self.result_counts = dict.fromkeys(APPLY_RESULTS, 0)
 
     def steps(self, after_us: int, until_us: int, times_us: I64) -> Iterator[int]:
         """Returns the times in ``(after_us, until_us]`` at which a row may be due, and ``until_us``.
@@ -119,7 +119,7 @@ class StreamEngine:
         Args:
             times_us: times of the waiting outcomes; each counts from ``AFTER_US`` later.
         """
-        grid = self.rhythms[HISTORY].grid_us
+        grid = self.schedules[HISTORY].grid_us
         ends = set((-(-(times_us + AFTER_US) // grid) * grid).tolist())
         for coarse in self.coarse_us:
             ends.update(range((after_us // coarse + 1) * coarse, until_us + 1, coarse))
@@ -135,9 +135,9 @@ class StreamEngine:
         touched = self._apply(outcomes) if len(outcomes) else {}
         emitted = []
         for view in STREAMED:
-            rhythm = self.rhythms[view]
-            if until_us % rhythm.grid_us == 0:
-                emitted += self._emit(view, rhythm, until_us)
+            schedule = self.schedules[view]
+            if until_us % schedule.grid_us == 0:
+                emitted += self._emit(view, schedule, until_us)
         if touched:
             self.state.close_impressions(until_us + self.behind_us - HORIZON_US)
         return emitted
@@ -145,28 +145,28 @@ class StreamEngine:
     def _apply(self, outcomes: Outcomes) -> dict[str, I64]:
         known = self.catalogue.rows_of(outcomes.video_id) >= 0
         timely = within_horizon(outcomes, self.behind_us)
-        self.fates[UNKNOWN_VIDEO] += int((~known).sum())
-        self.fates[TOO_LATE] += int((known & ~timely).sum())
+        self.result_counts[UNKNOWN_VIDEO] += int((~known).sum())
+        self.result_counts[TOO_LATE] += int((known & ~timely).sum())
         outcomes = outcomes.take(known & timely)
         before = self.state.impressions(np.unique(outcomes.impression_id))
         old, new, repeats = merge_outcomes(before, outcomes, self.behind_us)
-        self.fates[REPEATED] += repeats
-        self.fates[APPLIED] += len(outcomes) - repeats
+        self.result_counts[REPEATED] += repeats
+        self.result_counts[APPLIED] += len(outcomes) - repeats
         if not len(new):
             return {}
         self.state.save_impressions(new)
         rows = np.unique(self.catalogue.rows_of(np.concatenate([old.video_id, new.video_id])))
         videos = self.catalogue.videos.take(pa.array(rows))
-        gone, come = (
+        removed, added = (
             label_open_impressions(old, videos, self.behind_us),
             label_open_impressions(new, videos, self.behind_us),
         )
-        return {view: self._add(view, gone, come) for view in STREAMED}
+        return {view: self._add(view, removed, added) for view in STREAMED}
 
-    def _add(self, view: str, gone: Events, come: Events) -> I64:
-        rhythm = self.rhythms[view]
-        minus_entity, minus = to_bucket_rows(view, gone, rhythm.bucket_us)
-        plus_entity, plus = to_bucket_rows(view, come, rhythm.bucket_us)
+    def _add(self, view: str, removed: Events, added: Events) -> I64:
+        schedule = self.schedules[view]
+        minus_entity, minus = to_bucket_rows(view, removed, schedule.bucket_us)
+        plus_entity, plus = to_bucket_rows(view, added, schedule.bucket_us)
         keys = LAYOUTS[view].keys
         minus = minus.copy()
         minus[:, keys:] *= -1
@@ -174,45 +174,47 @@ class StreamEngine:
         ids, owner = np.unique(entity, return_inverse=True)
         if not len(ids):
             return ids
-        kept = self.state.entities(view, ids)
-        owner, rows = sum_rows(view, np.concatenate([kept.owner, owner]), np.concatenate([kept.rows, minus, plus]))
+        entities = self.state.entities(view, ids)
+        owner, rows = sum_rows(
+            view, np.concatenate([entities.owner, owner]), np.concatenate([entities.rows, minus, plus])
+        )
         due = np.full(len(ids), NEVER_US, dtype=np.int64)
         plus_owner = np.searchsorted(ids, plus_entity)
-        np.minimum.at(due, plus_owner, -(-plus[:, 0] // rhythm.grid_us) * rhythm.grid_us)
-        self.state.save(view, Entities(ids, owner, rows, kept.last_us, np.minimum(kept.due_us, due)))
+        np.minimum.at(due, plus_owner, -(-plus[:, 0] // schedule.grid_us) * schedule.grid_us)
+        self.state.save(view, Entities(ids, owner, rows, entities.last_us, np.minimum(entities.due_us, due)))
         return ids
 
-    def _emit(self, view: str, rhythm: EmissionSchedule, at_us: int) -> list[EmittedRows]:
+    def _emit(self, view: str, schedule: EmissionSchedule, at_us: int) -> list[EmittedRows]:
         ids = self.state.due(view, at_us)
         return [
             rows
             for start in range(0, len(ids), ENTITY_CHUNK)
-            for rows in self._emit_some(view, rhythm, at_us, ids[start : start + ENTITY_CHUNK])
+            for rows in self._emit_some(view, schedule, at_us, ids[start : start + ENTITY_CHUNK])
         ]
 
-    def _emit_some(self, view: str, rhythm: EmissionSchedule, at_us: int, ids: I64) -> list[EmittedRows]:
-        kept = self.state.entities(view, ids)
-        now, next_us, _ = self.due_times(view, rhythm, kept, at_us)
-        events = to_events(view, kept.of(kept.owner), kept.rows)
+    def _emit_some(self, view: str, schedule: EmissionSchedule, at_us: int, ids: I64) -> list[EmittedRows]:
+        entities = self.state.entities(view, ids)
+        now, next_us, _ = self.due_times(view, schedule, entities, at_us)
+        events = to_events(view, entities.of(entities.owner), entities.rows)
         emitted = []
         if now.any():
-            at = (ids[now], np.full(int(now.sum()), at_us, dtype=np.int64))
+            points = (ids[now], np.full(int(now.sum()), at_us, dtype=np.int64))
             emitted.append(
-                EmittedRows(view, view_values_at(view, events, self.settings, at, self.creators_of(view, ids)))
+                EmittedRows(view, view_values_at(view, events, self.settings, points, self.creators_of(view, ids)))
             )
-        last_us = np.where(now, at_us, kept.last_us)
-        expires = expiry_us(last_us, self.ttl_us[view], rhythm.grid_us)
+        last_us = np.where(now, at_us, entities.last_us)
+        expires = expiry_us(last_us, self.ttl_us[view], schedule.grid_us)
         over = ~now & (expires <= at_us)
         if over.any():
             emitted.append(EmittedRows(view, self.expired_rows(view, ids[over], at_us)))
         open_from = at_us + self.behind_us - HORIZON_US
-        owner, rows = prune_rows(view, rhythm, kept.owner, kept.rows, at_us, open_from)
-        gone = over & (next_us == NEVER_US) & ~np.isin(np.arange(len(ids)), owner)
-        self.state.delete_entities(view, ids[gone])
+        owner, rows = prune_rows(view, schedule, entities.owner, entities.rows, at_us, open_from)
+        deletable = over & (next_us == NEVER_US) & ~np.isin(np.arange(len(ids)), owner)
+        self.state.delete_entities(view, ids[deletable])
         last_us = np.where(over, -NEVER_US, last_us)
         expires = np.where(over, NEVER_US, expires)
-        stay = np.flatnonzero(~gone)
-        row_stays = ~gone[owner]
+        stay = np.flatnonzero(~deletable)
+        row_stays = ~deletable[owner]
         self.state.save(
             view,
             Entities(
@@ -226,19 +228,21 @@ class StreamEngine:
         return emitted
 
     def due_times(
-        self, view: str, rhythm: EmissionSchedule, kept: Entities, at_us: int
+        self, view: str, schedule: EmissionSchedule, entities: Entities, at_us: int
     ) -> tuple[NDArray[np.bool_], I64, I64]:
         """Returns which entities have a row due now, and the times of each entity's next and previous row."""
-        now, next_us, last_us = due_and_next(kept.owner, kept.rows[:, 0], len(kept.ids), rhythm, at_us)
+        now, next_us, last_us = due_and_next(entities.owner, entities.rows[:, 0], len(entities.ids), schedule, at_us)
         if view == CREATORS:
-            uploads = self.creators_of(view, kept.ids)[1]
-            owner = np.searchsorted(kept.ids, uploads["creator_id"].to_numpy())
-            upload = EmissionSchedule(rhythm.grid_us)
-            also, later, before = due_and_next(owner, times_us(uploads["uploaded_at"]), len(kept.ids), upload, at_us)
-            creators = self.creators_of(view, kept.ids)[0]
-            made = np.searchsorted(kept.ids, creators["creator_id"].to_numpy())
+            uploads = self.creators_of(view, entities.ids)[1]
+            owner = np.searchsorted(entities.ids, uploads["creator_id"].to_numpy())
+            upload = EmissionSchedule(schedule.grid_us)
+            also, later, before = due_and_next(
+                owner, times_us(uploads["uploaded_at"]), len(entities.ids), upload, at_us
+            )
+            creators = self.creators_of(view, entities.ids)[0]
+            creator_index = np.searchsorted(entities.ids, creators["creator_id"].to_numpy())
             _, _, first = due_and_next(
-                made, times_us(creators["created_at"]), len(kept.ids), EmissionSchedule(1), at_us
+                creator_index, times_us(creators["created_at"]), len(entities.ids), EmissionSchedule(1), at_us
             )
             now, next_us = now | also, np.minimum(next_us, later)
             last_us = np.maximum(last_us, np.maximum(before, first))

@@ -95,22 +95,22 @@ def merge_outcomes(
     """
     offered = len(outcomes)
     outcomes = earliest_per_type(outcomes)
-    ids, at = np.unique(outcomes.impression_id, return_inverse=True)
-    where, there = _rows_of(before.impression_id, ids)
-    kinds = np.where(there, before.kinds[where] if len(before) else 0, 0).astype(np.int64)
+    ids, index = np.unique(outcomes.impression_id, return_inverse=True)
+    row, exists = _rows_of(before.impression_id, ids)
+    kinds = np.where(exists, before.kinds[row] if len(before) else 0, 0).astype(np.int64)
     bit = np.left_shift(1, outcomes.kind)
-    fresh = (kinds[at] & bit) == 0
+    fresh = (kinds[index] & bit) == 0
     repeats = offered - int(fresh.sum())
-    outcomes, at, bit = outcomes.take(fresh), at[fresh], bit[fresh]
-    watch = np.where(there, before.watch_ms[where] if len(before) else 0.0, 0.0)
-    known = np.where(there, before.known_us[where] if len(before) else 0, 0).astype(np.int64)
-    np.bitwise_or.at(kinds, at, bit)
+    outcomes, index, bit = outcomes.take(fresh), index[fresh], bit[fresh]
+    watch = np.where(exists, before.watch_ms[row] if len(before) else 0.0, 0.0)
+    known = np.where(exists, before.known_us[row] if len(before) else 0, 0).astype(np.int64)
+    np.bitwise_or.at(kinds, index, bit)
     is_watch = outcomes.kind == _WATCH
-    watch[at[is_watch]] = outcomes.value[is_watch]
-    np.maximum.at(known, at, np.maximum(outcomes.time_us, outcomes.shown_us - behind_us))
-    changed, one = np.unique(at, return_index=True)
-    old = before.take(where[changed][there[changed]]) if len(before) else before
-    facts = {name: _first_known_value(name, before, outcomes, where[changed], there[changed], one) for name in _FACTS}
+    watch[index[is_watch]] = outcomes.value[is_watch]
+    np.maximum.at(known, index, np.maximum(outcomes.time_us, outcomes.shown_us - behind_us))
+    changed, first = np.unique(index, return_index=True)
+    old = before.take(row[changed][exists[changed]]) if len(before) else before
+    facts = {name: _first_known_value(name, before, outcomes, row[changed], exists[changed], first) for name in _FACTS}
     new = OpenImpressions(ids[changed], **facts, kinds=kinds[changed], watch_ms=watch[changed], known_us=known[changed])
     return old, new, repeats
 
@@ -119,11 +119,11 @@ _FACTS: Final = ("viewer_id", "video_id", "shown_us")
 
 
 def _first_known_value(
-    name: str, before: OpenImpressions, outcomes: Outcomes, where: I64, there: NDArray[np.bool_], one: I64
+    name: str, before: OpenImpressions, outcomes: Outcomes, row: I64, exists: NDArray[np.bool_], first: I64
 ) -> I64:
     """Returns a property of each impression as its first record reported it."""
-    fresh: I64 = getattr(outcomes, name)[one]
-    return np.where(there, getattr(before, name)[where], fresh) if len(before) else fresh
+    fresh: I64 = getattr(outcomes, name)[first]
+    return np.where(exists, getattr(before, name)[row], fresh) if len(before) else fresh
 
 
 def label_open_impressions(impressions: OpenImpressions, videos: pa.Table, behind_us: int) -> Events:
@@ -146,12 +146,12 @@ def _outcome_rows(impressions: OpenImpressions) -> pa.Table:
     row, kind = np.nonzero((impressions.kinds[:, None] >> np.arange(len(OUTCOME_TYPES))) & 1)
     ids = impressions.impression_id[row]
     value = np.where(kind == _WATCH, impressions.watch_ms[row], 1.0).astype(np.float32)
-    words = pa.DictionaryArray.from_arrays(
-        pa.array(kind.astype(np.int32)), pa.array([str(one) for one in OUTCOME_TYPES])
+    types = pa.DictionaryArray.from_arrays(
+        pa.array(kind.astype(np.int32)), pa.array([str(outcome_type) for outcome_type in OUTCOME_TYPES])
     )
     facts = {
         "outcome_id": np.arange(len(row)), "impression_id": ids, "viewer_id": impressions.viewer_id[row],
-        "video_id": impressions.video_id[row], "type": words, "value": value,
+        "video_id": impressions.video_id[row], "type": types, "value": value,
         "event_time": pa.array(impressions.known_us[row], pa.int64()).cast(TIMESTAMP_TYPE),
     }  # fmt: skip
     return pa.table([facts[name] for name in OUTCOMES.names], schema=OUTCOMES)
@@ -161,5 +161,5 @@ def _rows_of(ids: I64, wanted: I64) -> tuple[I64, NDArray[np.bool_]]:
     """Returns the row of each wanted id in ascending ``ids``, and whether the id exists."""
     if not len(ids):
         return np.zeros(len(wanted), np.int64), np.zeros(len(wanted), np.bool_)
-    where = np.minimum(np.searchsorted(ids, wanted), len(ids) - 1)
-    return where, ids[where] == wanted
+    row = np.minimum(np.searchsorted(ids, wanted), len(ids) - 1)
+    return row, ids[row] == wanted

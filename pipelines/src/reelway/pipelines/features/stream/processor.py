@@ -1,8 +1,8 @@
-"""From the log to the stores, step by step: read, step, record, deliver. The only part that looks at a clock.
+"""The stream's main loop: reads the log, steps the engine, records the state, delivers rows to the stores.
 
-A round reads what is new, steps as far as the log is known to be complete, and writes state, position and rows in one
-transaction; then it delivers. Killed anywhere, it goes on as if nothing had happened: what was recorded is delivered
-(again), what was not is read again.
+Only this module of the stream reads a clock. A round reads new outcomes and steps up to the time until which the log is
+complete. It writes state, log position and rows in one transaction, then delivers the rows. After a crash, recorded
+rows are delivered (possibly again), and outcomes that were not recorded are read again.
 """
 
 # Shapes: N outcomes

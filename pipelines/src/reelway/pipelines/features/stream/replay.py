@@ -56,9 +56,9 @@ def replay_log(run: RunDirectory, events: EventLog, target: Path, behind_us: int
     _batch_rows(run, target, began_us)
     rows = 0
     for view in STREAMED:
-        made = [one.rows for one in emitted if one.view == view]
-        if made:
-            table = pa.concat_tables(made)
+        chunks = [chunk.rows for chunk in emitted if chunk.view == view]
+        if chunks:
+            table = pa.concat_tables(chunks)
             pq.write_table(table, target / "views" / view / STREAM_FILE)
             rows += table.num_rows
     shutil.copy(run.features / CATALOGUE_FILE, target / CATALOGUE_FILE)

@@ -75,7 +75,7 @@ class StreamMetrics:
         for view, count in done.rows.items():
             self._rows.labels(view).inc(count)
         self._late.inc(done.late)
-        for result, count in processor.engine.fates.items():
+        for result, count in processor.engine.result_counts.items():
             self._outcomes.labels(result).inc(count - self._before[result])
             self._before[result] = count
 
@@ -106,7 +106,7 @@ def run_stream(
     registry = CollectorRegistry()
     metrics = StreamMetrics(registry)
     with _metrics_server(options.metrics_port, registry), open_processor(run, options) as processor:
-        grids_us = {view: rhythm.grid_us for view, rhythm in emission_schedules(view_settings(run)).items()}
+        grids_us = {view: schedule.grid_us for view, schedule in emission_schedules(view_settings(run)).items()}
         while not stop.is_set():
             try:
                 done = processor.run_micro_batch()

@@ -30,8 +30,8 @@ VIDEO_VIEWS: Final = (ENGAGEMENT, CREATORS)
 def latest_per_entity(emitted: Iterable[EmittedRows]) -> dict[str, pa.Table]:
     """Returns per view the last row of each entity."""
     by_view: dict[str, list[pa.Table]] = {}
-    for one in emitted:
-        by_view.setdefault(one.view, []).append(one.rows)
+    for chunk in emitted:
+        by_view.setdefault(chunk.view, []).append(chunk.rows)
     latest = {}
     for view, tables in by_view.items():
         rows = pa.concat_tables(tables)
@@ -89,8 +89,8 @@ class FeatureSinks:
         rows = rows.rename_columns({ENTITY_KEYS[view]: "viewer_id"})
         for start in range(0, rows.num_rows, WRITE_BATCH_ROWS):
             part = rows.slice(start, WRITE_BATCH_ROWS)
-            at = [datetime.fromtimestamp(us / 1e6, UTC) for us in times_us(part["event_timestamp"]).tolist()]
-            write_rows(self._store, view, part, at)
+            times = [datetime.fromtimestamp(us / 1e6, UTC) for us in times_us(part["event_timestamp"]).tolist()]
+            write_rows(self._store, view, part, times)
 
 
 def _as_change(view: str, rows: pa.Table) -> pa.Table:

@@ -1,7 +1,7 @@
-"""Where the stream keeps what it knows: one SQLite file, one process, one transaction for a step and its position.
+"""The stream's state: a SQLite file that one process holds, with one transaction per step and log position.
 
-Knows rows and transactions, no features. What was made of a step lies in the outbox until it was delivered, so a
-process that is killed anywhere neither loses a row nor needs to make it again.
+This module handles rows and transactions, not features. The rows of a step stay in the outbox until they are
+delivered. So a process that is killed at any time loses no row and recomputes none.
 """
 
 # Shapes: N rows of E entities, K columns

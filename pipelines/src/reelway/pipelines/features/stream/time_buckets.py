@@ -81,21 +81,21 @@ def emission_schedules(settings: ViewSettings) -> dict[str, EmissionSchedule]:
     viewer = tuple(window.length_s * SECOND_US for window in names.VIEWER_WINDOWS)
     video = tuple(window.length_s * SECOND_US for window in names.VIDEO_WINDOWS)
     beat = settings.heartbeat_s * SECOND_US
-    found = {
+    schedules = {
         ACTIVITY: EmissionSchedule(settings.activity_grid_s * SECOND_US, viewer, beat),
         AFFINITY: EmissionSchedule(settings.affinity_grid_s * SECOND_US, viewer[-1:], beat),
         HISTORY: EmissionSchedule(settings.history_grid_s * SECOND_US, keep=settings.dimensions.history_length),
         ENGAGEMENT: EmissionSchedule(settings.engagement_grid_s * SECOND_US, video, beat),
         CREATORS: EmissionSchedule(settings.creator_grid_s * SECOND_US, (names.CREATOR_WINDOW.length_s * SECOND_US,)),
     }
-    for view, schedule in found.items():
+    for view, schedule in schedules.items():
         beats = schedule.heartbeat_us
         if beats and (beats % schedule.grid_us or max(schedule.windows_us) % beats):
             raise ConfigError(
                 f"{view}: heartbeat of {beats // SECOND_US} s is not possible; choose a multiple of the grid "
                 f"({schedule.grid_us // SECOND_US} s) and a divisor of the longest window"
             )
-    return found
+    return schedules
 
 
 def to_bucket_rows(view: str, events: Events, cell_us: int) -> tuple[I64, I64]:
@@ -154,14 +154,14 @@ def prune_rows(
         rank = _rank_from_the_end(entity, settled)
         keep = ~settled | (rank < schedule.keep)
         return entity[keep], rows[keep]
-    gone = -(-(rows[:, 0] + max(schedule.windows_us)) // schedule.grid_us) * schedule.grid_us <= at_us
+    expired = -(-(rows[:, 0] + max(schedule.windows_us)) // schedule.grid_us) * schedule.grid_us <= at_us
     if view != CREATORS:
-        return entity[~gone], rows[~gone]
+        return entity[~expired], rows[~expired]
     folded = rows.copy()
     follow = LAYOUTS[view].columns.index("follow")
-    kept = rows[gone][:, follow]
-    folded[gone] = 0
-    folded[gone, 0], folded[gone, follow] = MIN_TIME_US, kept
+    totals = rows[expired][:, follow]
+    folded[expired] = 0
+    folded[expired, 0], folded[expired, follow] = MIN_TIME_US, totals
     return sum_rows(view, entity, folded)
 
 
