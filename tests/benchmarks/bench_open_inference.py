@@ -137,7 +137,7 @@ def added_by(release_folder: Path, requests: int) -> list[Row]:
 
 def deploy_both(service: Any, options: ServingOptions, routing: Routing, remote: str, port: int) -> None:
     """Deploys both releases. The release ``remote`` calls the server."""
-    from reelway.platform.rollout.traffic.serve_config_update import compose_serve_config
+    from reelway.platform.rollout.traffic.serve_config import compose_serve_config
     from reelway.serving.deployments.local_serve import deploy
 
     document = compose_serve_config(options, routing.releases, routing)

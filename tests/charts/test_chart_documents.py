@@ -20,7 +20,7 @@ from reelway.platform.cluster.ray_service import OPTIONS_DIGEST
 from reelway.platform.cluster.serve_config_reconciler import OPTIONS_KEY, OPTIONS_SUFFIX, digest_of
 from reelway.platform.rollout.rules import canary_rules
 from reelway.platform.rollout.traffic.routing import Routing
-from reelway.platform.rollout.traffic.serve_config_update import compose_serve_config
+from reelway.platform.rollout.traffic.serve_config import compose_serve_config
 from reelway.platform.rollout.traffic.serving_options import (
     OutcomesArgs,
     ReleaseArgs,

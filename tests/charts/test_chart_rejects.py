@@ -46,7 +46,6 @@ WRONG: Final[list[tuple[str, Any, str, dict[str, Any]]]] = [
     ("serving.terminationGracePeriodSeconds", 1, "minimum", {}),
     ("serving.head.tolerations", [{"key": "a", "effect": "Never"}], "NoSchedule", {}),
     ("operator.replicas", 0, "minimum", {}),
-    ("operator.extraArgs", ["operator"], "^-", {}),
     ("operator.prometheusUrl", "prometheus:9090", "https?://", {}),
     ("features.type", "sqlite", "redis", {}),
     ("features.redis.maxMemory", "1Gi", "kb|mb|gb", {}),

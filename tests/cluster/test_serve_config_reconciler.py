@@ -23,7 +23,7 @@ from reelway.platform.cluster.serve_config_reconciler import ServeConfigReconcil
 from reelway.platform.errors import ConfigError, RolloutError
 from reelway.platform.rollout.state import Phase, RolloutState
 from reelway.platform.rollout.traffic.routing import Routing
-from reelway.platform.rollout.traffic.serve_config_update import find_routing, release_names
+from reelway.platform.rollout.traffic.serve_config import find_routing, release_names
 from reelway.platform.rollout.traffic.serve_rest import ServeAddress, ServeRestBackend
 from reelway.platform.rollout.traffic.target import traffic_target
 

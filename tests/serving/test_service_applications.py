@@ -17,7 +17,7 @@ from reelway.platform.errors import ConfigError, DigestMismatchError, ReleaseNot
 from reelway.platform.release.signing import create_keys, load_private_key
 from reelway.platform.release.store import ReleaseStore
 from reelway.platform.rollout.traffic.routing import Routing
-from reelway.platform.rollout.traffic.serve_config_update import compose_serve_config
+from reelway.platform.rollout.traffic.serve_config import compose_serve_config
 from reelway.platform.rollout.traffic.serving_options import (
     ReleaseStoreArgs,
     ServingOptions,

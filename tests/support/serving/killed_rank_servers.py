@@ -26,7 +26,7 @@ from tests.support.serving.served_run import make_run
 
 from reelway.platform.contracts.events import Arm
 from reelway.platform.rollout.traffic.routing import ArmRoute, Routing
-from reelway.platform.rollout.traffic.serve_config_update import compose_serve_config
+from reelway.platform.rollout.traffic.serve_config import compose_serve_config
 from reelway.platform.rollout.traffic.serve_rest import ServeAddress, ServeRestBackend
 from reelway.platform.rollout.traffic.serving_options import ReleaseStoreArgs, ServingOptions
 from reelway.platform.rollout.traffic.target import TrafficTarget

@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from reelway.platform.contracts.events import Arm
 from reelway.platform.errors import ConfigError
 from reelway.platform.rollout.traffic.routing import ArmRoute, Routing
-from reelway.platform.rollout.traffic.serve_config_update import (
+from reelway.platform.rollout.traffic.serve_config import (
     compose_serve_config,
     find_routing,
     release_names,

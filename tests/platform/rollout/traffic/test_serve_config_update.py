@@ -21,7 +21,7 @@ from reelway.platform.errors import RolloutError
 from reelway.platform.rollout.control.webhook import serve_in_thread
 from reelway.platform.rollout.state import Phase, RolloutState
 from reelway.platform.rollout.traffic.routing import Routing
-from reelway.platform.rollout.traffic.serve_config_update import (
+from reelway.platform.rollout.traffic.serve_config import (
     config_from_details,
     find_routing,
     release_names,

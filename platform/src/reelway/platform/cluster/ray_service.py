@@ -20,7 +20,7 @@ import yaml
 
 from reelway.platform.cluster.kube_api import ConflictError, KubeApi, KubeObject, NotFoundError
 from reelway.platform.errors import KubernetesError, RolloutError
-from reelway.platform.rollout.traffic.serve_config_update import ServeConfig, find_routing, release_names, with_target
+from reelway.platform.rollout.traffic.serve_config import ServeConfig, find_routing, release_names, with_target
 from reelway.platform.rollout.traffic.serve_rest import ServeRestBackend
 from reelway.platform.rollout.traffic.target import TrafficObservation, TrafficTarget
 

@@ -23,7 +23,7 @@ from reelway.platform.cluster.ray_service import DeclaredConfig, RayServiceBacke
 from reelway.platform.contracts.ids import short_id
 from reelway.platform.errors import RolloutError
 from reelway.platform.rollout.traffic.routing import Routing
-from reelway.platform.rollout.traffic.serve_config_update import (
+from reelway.platform.rollout.traffic.serve_config import (
     ServeConfig,
     compose_serve_config,
     find_routing,

@@ -4,7 +4,7 @@
 - ``stages``: the deployments of a release, and ``StageHandles``, which calls them from the router;
 - ``local_serve``: Ray on this machine, configured through Serve's REST API.
 
-The Serve config (``traffic.serve_config_update``) decides what runs, never a call of ``serve.run``. A new user config
+The Serve config (``traffic.serve_config``) decides what runs, never a call of ``serve.run``. A new user config
 reconfigures the router's replicas in place, and a release is added or removed without a change to the others.
 ``serve.run`` would create a new version of all deployments it is given and replace their replicas.
 

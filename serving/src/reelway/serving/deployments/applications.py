@@ -1,6 +1,6 @@
 """Application builders that Ray Serve calls by import path: a release, the router and the outcomes.
 
-Each builder takes typed arguments. The Serve config (``traffic.serve_config_update``) sets replicas, resources and
+Each builder takes typed arguments. The Serve config (``traffic.serve_config``) sets replicas, resources and
 routing; this module sets only the limits that follow from the implementation.
 """
 

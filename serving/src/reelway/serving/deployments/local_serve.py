@@ -22,7 +22,7 @@ import httpx
 from reelway.platform.atomic_files import ensure_private_token
 from reelway.platform.errors import ServingError
 from reelway.platform.rollout.traffic.routing import Routing
-from reelway.platform.rollout.traffic.serve_config_update import compose_serve_config
+from reelway.platform.rollout.traffic.serve_config import compose_serve_config
 from reelway.platform.rollout.traffic.serving_options import ServingOptions
 from reelway.serving.free_ports import find_free_port
 from reelway.serving.serve_settings import haproxy_paths_and_ports

@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from reelway.platform.errors import RolloutError
 from reelway.platform.rollout.traffic.routing import Routing
-from reelway.platform.rollout.traffic.serve_config_update import (
+from reelway.platform.rollout.traffic.serve_config import (
     ROUTER,
     config_from_details,
     find_routing,

@@ -1,7 +1,7 @@
 """Everything about a service that does not change during a rollout, as typed options.
 
 `reelway serve` builds ``ServingOptions`` from its command line; the Helm chart renders them into a ConfigMap.
-``serve_config_update`` composes Ray Serve's configuration from them. The ``*Args`` models are the arguments that this
+``serve_config`` composes Ray Serve's configuration from them. The ``*Args`` models are the arguments that this
 configuration passes to the application builders of ``reelway.serving.deployments.applications``.
 
 No option holds a secret: secrets are files or environment variables of Ray's processes.
