@@ -40,11 +40,11 @@ def entry(rollout_id: str, reason: str = "because", action: str = "step") -> His
 def started_rollout(api: KubeApi, kubectl: Kubectl, name: str = "one") -> tuple[KubeRolloutStore, Rollout]:
     """A controller's store with a started rollout."""
     kubectl.apply(rollout(name))
-    shelf = InformerCache()
+    cache = InformerCache()
     for document in api.list(PATH):
-        shelf.apply_event(document)
-    store = KubeRolloutStore(api, shelf, backend=BACKEND.key)
-    resource = next(one for one in shelf.all() if one.name == name)
+        cache.apply_event(document)
+    store = KubeRolloutStore(api, cache, backend=BACKEND.key)
+    resource = next(one for one in cache.all() if one.name == name)
     state = RolloutState(
         id=resource.rollout_id, stable_release=STABLE, canary_release=GOOD, started_at=5, changed_at=5, tick_at=5
     )
@@ -169,7 +169,7 @@ def test_write_to_a_deleted_rollout_fails(api: KubeApi, kubectl: Kubectl) -> Non
 
 def test_bounded_history_keeps_the_deciding_evidence(api: KubeApi, kubectl: Kubectl) -> None:
     store, before = started_rollout(api, kubectl)
-    resource = next(iter(store._shelf.all()))
+    resource = next(iter(store._cache.all()))
     filled = tuple(
         entry(before.state.id, str(i), "roll_back" if i == 30 else "step").model_copy(update={"number": i + 1})
         for i in range(HISTORY_LIMIT + 20)
@@ -223,12 +223,12 @@ def test_reconcile_is_written_only_if_its_outcome_changed(api: KubeApi, kubectl:
 
 def test_revision_distinguishes_foreign_changes(api: KubeApi, kubectl: Kubectl) -> None:
     store, before = started_rollout(api, kubectl)
-    shelf = store._shelf
-    assert isinstance(shelf, InformerCache)
+    cache = store._cache
+    assert isinstance(cache, InformerCache)
     quiet, mine = store.revision(include_own=False), store.revision()
     store.record(before, moved(before, Phase.PREPARING), None)
     for document in api.list(PATH):
-        shelf.apply_event(document)  # the watch event of the own write
+        cache.apply_event(document)  # the watch event of the own write
     assert (store.revision(include_own=False), store.revision() > mine) == (quiet, True)
     asking = command_store(api)
     last_reconcile = asking.revision(include_own=False)
@@ -236,7 +236,7 @@ def test_revision_distinguishes_foreign_changes(api: KubeApi, kubectl: Kubectl) 
     asking.submit_command("one", Command(id="c", verb="pause"))
     assert asking.revision(include_own=False) == last_reconcile
     for document in api.list(PATH):
-        shelf.apply_event(document)
+        cache.apply_event(document)
     assert store.revision(include_own=False) > quiet
 
 

@@ -52,7 +52,7 @@ def release(original: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(original, tmp_path / "release"))
 
 
-def look(folder: Path, **changes: Any) -> VerifiedRelease:
+def verify_folder(folder: Path, **changes: Any) -> VerifiedRelease:
     arguments: dict[str, Any] = {"public_keys": [KEY.public_key()], "feature_services": FEATURE_SERVICES}
     return verify(folder, **(arguments | changes))
 
@@ -71,7 +71,7 @@ def dimensions(folder: Path, **changes: Any) -> dict[str, Any]:
 
 
 def test_valid_release_passes_all_checks(release: Path) -> None:
-    verified = look(release, expected_id=read_manifest(release).release_id)
+    verified = verify_folder(release, expected_id=read_manifest(release).release_id)
     assert verified.folder == release
     assert verified.manifest.dimensions.videos == 64
     assert [check.name for check in verified.checks] == [
@@ -85,7 +85,7 @@ def test_flipped_bit_in_any_file_is_rejected(release: Path, name: str) -> None:
     content[len(content) // 2] ^= 1
     (release / name).write_bytes(content)
     with pytest.raises(DigestMismatchError, match=f"{name} has SHA-256"):
-        look(release)
+        verify_folder(release)
 
 
 @pytest.mark.parametrize("name", files.RELEASE_FILES)
@@ -93,86 +93,86 @@ def test_truncated_file_is_rejected(release: Path, name: str) -> None:
     content = (release / name).read_bytes()
     (release / name).write_bytes(content[:-1])
     with pytest.raises(DigestMismatchError, match=f"{name} has {len(content) - 1} bytes"):
-        look(release)
+        verify_folder(release)
 
 
 @pytest.mark.parametrize("name", files.RELEASE_FILES)
 def test_missing_file_is_rejected(release: Path, name: str) -> None:
     (release / name).unlink()
     with pytest.raises(DigestMismatchError, match=f"lacks {name}"):
-        look(release)
+        verify_folder(release)
 
 
 def test_additional_file_is_rejected(release: Path) -> None:
     (release / "ranker.onnx.data").write_text("more weights")
     with pytest.raises(DigestMismatchError, match=r"has ranker\.onnx\.data, which no release has"):
-        look(release)
+        verify_folder(release)
 
 
 def test_additional_folder_is_rejected(release: Path) -> None:
     (release / "more").mkdir()
     with pytest.raises(DigestMismatchError, match="has more, which no release has"):
-        look(release)
+        verify_folder(release)
 
 
 def test_folder_without_manifest_is_no_release(release: Path) -> None:
     (release / files.MANIFEST_FILE).unlink()
     with pytest.raises(ReleaseNotFoundError, match=r"no manifest\.json"):
-        look(release)
+        verify_folder(release)
 
 
 def test_unsigned_release_is_rejected(release: Path) -> None:
     rebuilt(release, key=None)
     with pytest.raises(SignatureError, match="is not signed"):
-        look(release)
+        verify_folder(release)
 
 
 def test_release_with_an_untrusted_signature_is_rejected(release: Path) -> None:
     rebuilt(release, key=STRANGER)
     with pytest.raises(SignatureError, match="signed by none of the trusted keys"):
-        look(release)
+        verify_folder(release)
 
 
 def test_release_is_accepted_from_any_trusted_key(release: Path) -> None:
     rebuilt(release, key=STRANGER)
-    look(release, public_keys=[KEY.public_key(), STRANGER.public_key()])
+    verify_folder(release, public_keys=[KEY.public_key(), STRANGER.public_key()])
 
 
 def test_empty_list_of_trusted_keys_accepts_no_release(release: Path) -> None:
     with pytest.raises(SignatureError, match="no public key was given"):
-        look(release, public_keys=[])
+        verify_folder(release, public_keys=[])
 
 
 def test_manifest_changed_after_signing_is_rejected(release: Path) -> None:
     signed = read_manifest(release)
     write_manifest(release, signed.model_copy(update={"metrics": {"recall_at_50": 0.9}}))
     with pytest.raises(SignatureError, match="its manifest was changed"):
-        look(release)
+        verify_folder(release)
 
 
 def test_signature_must_be_base64(release: Path) -> None:
     write_manifest(release, read_manifest(release).model_copy(update={"signature": "no signature!"}))
     with pytest.raises(SignatureError, match="not base64"):
-        look(release)
+        verify_folder(release)
 
 
 def test_release_with_another_id_is_rejected(release: Path) -> None:
     with pytest.raises(DigestMismatchError, match="expected 000000000000"):
-        look(release, expected_id="0" * 64)
+        verify_folder(release, expected_id="0" * 64)
 
 
 def test_missing_feature_service_is_rejected(release: Path) -> None:
     with pytest.raises(IncompatibleReleaseError, match="no feature service 'training_row_v1'"):
-        look(release, feature_services={"viewer_row_v1": "b" * 64})
+        verify_folder(release, feature_services={"viewer_row_v1": "b" * 64})
 
 
 def test_feature_service_with_other_fields_is_rejected(release: Path) -> None:
     with pytest.raises(IncompatibleReleaseError, match="'viewer_row_v1' has digest cccccccccccc"):
-        look(release, feature_services=FEATURE_SERVICES | {"viewer_row_v1": "c" * 64})
+        verify_folder(release, feature_services=FEATURE_SERVICES | {"viewer_row_v1": "c" * 64})
 
 
 def test_report_states_that_no_feature_store_was_given(release: Path) -> None:
-    checks = {check.name: check.detail for check in look(release, feature_services=None).checks}
+    checks = {check.name: check.detail for check in verify_folder(release, feature_services=None).checks}
     assert checks["feature services"].startswith("not checked")
 
 
@@ -184,7 +184,7 @@ def test_failed_gate_is_rejected_with_its_value(release: Path) -> None:
     ]
     rebuilt(release, gates=gates)
     with pytest.raises(GateFailedError) as error:
-        look(release)
+        verify_folder(release)
     assert str(error.value) == (
         "2 of 3 gates failed: recall_at_50 is 0.1, expected >= 0.3; ece_like is 0.2, expected <= 0.05 (100 rows)"
     )
@@ -197,7 +197,7 @@ WAIVER = {"gate": "recall_at_50", "reason": "first week, few events", "by": "ine
 
 def test_waived_gate_passes_with_a_warning(release: Path) -> None:
     rebuilt(release, gates=[FAILED_GATE, GOOD_GATE], waivers=[WAIVER])
-    checks = [(check.name, check.detail) for check in look(release).checks]
+    checks = [(check.name, check.detail) for check in verify_folder(release).checks]
     assert ("gates", "1 hold, 1 WAIVED") in checks
     assert ("WAIVED", "gate recall_at_50, by ines: first week, few events") in checks
 
@@ -206,10 +206,10 @@ def test_waiver_covers_its_failed_gate_only(release: Path) -> None:
     other = FAILED_GATE | {"name": "ndcg_at_10"}
     rebuilt(release, gates=[FAILED_GATE, other], waivers=[WAIVER])
     with pytest.raises(GateFailedError, match=r"^1 of 2 gates failed: ndcg_at_10 is 0\.1"):
-        look(release)
+        verify_folder(release)
     rebuilt(release, gates=[GOOD_GATE], waivers=[WAIVER | {"gate": "coverage"}])
     with pytest.raises(GateFailedError, match="did not fail: coverage"):
-        look(release)
+        verify_folder(release)
 
 
 def test_waiver_added_after_signing_is_rejected(release: Path) -> None:
@@ -217,7 +217,7 @@ def test_waiver_added_after_signing_is_rejected(release: Path) -> None:
     body = json.loads((release / "manifest.json").read_text())
     (release / "manifest.json").write_text(json.dumps(body | {"waivers": [WAIVER]}))
     with pytest.raises(SignatureError):
-        look(release)
+        verify_folder(release)
 
 
 @pytest.mark.parametrize("field", ["gate", "reason", "by"])
@@ -225,7 +225,7 @@ def test_waiver_needs_a_reason(release: Path, field: str) -> None:
     body = json.loads((release / "manifest.json").read_text())
     (release / "manifest.json").write_text(json.dumps(body | {"waivers": [WAIVER | {field: ""}]}))
     with pytest.raises(IncompatibleReleaseError, match=rf"waivers\.0\.{field}"):
-        look(release)
+        verify_folder(release)
 
 
 def test_empty_waivers_do_not_change_the_id(release: Path) -> None:
@@ -237,21 +237,21 @@ def test_empty_waivers_do_not_change_the_id(release: Path) -> None:
 def test_gate_that_contradicts_its_value_is_rejected(release: Path) -> None:
     rebuilt(release, gates=[{"name": "auc", "value": 0.4, "bound": 0.5, "comparison": ">=", "passed": True}])
     with pytest.raises(GateFailedError, match=r"auc is 0\.4"):
-        look(release)
+        verify_folder(release)
 
 
 def test_unknown_schema_version_is_rejected(release: Path) -> None:
     body = json.loads((release / files.MANIFEST_FILE).read_text()) | {"schema_version": 2, "new_field": 1}
     (release / files.MANIFEST_FILE).write_text(json.dumps(body))
     with pytest.raises(IncompatibleReleaseError, match="schema version 2, this version of Reelway reads 1"):
-        look(release)
+        verify_folder(release)
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "null", '{"schema_version": 1}'])
 def test_invalid_manifest_is_rejected(release: Path, content: str) -> None:
     (release / files.MANIFEST_FILE).write_text(content)
     with pytest.raises(ReleaseError, match=r"manifest\.json"):
-        look(release)
+        verify_folder(release)
 
 
 def test_manifest_with_an_outside_path_is_rejected(release: Path) -> None:
@@ -259,7 +259,7 @@ def test_manifest_with_an_outside_path_is_rejected(release: Path) -> None:
     body["files"]["../secret"] = body["files"][files.BLEND_FILE]
     (release / files.MANIFEST_FILE).write_text(json.dumps(body))
     with pytest.raises(DigestMismatchError, match=r"\.\./secret, which no release has"):
-        look(release)
+        verify_folder(release)
 
 
 def _vectors(folder: Path, count: int, width: int) -> None:
@@ -304,7 +304,7 @@ def test_graphs_that_contradict_the_manifest_are_rejected(
     damage(release)
     rebuilt(release)
     with pytest.raises(IncompatibleReleaseError, match=message):
-        look(release)
+        verify_folder(release)
 
 
 @pytest.mark.parametrize(
@@ -321,19 +321,19 @@ def test_graphs_that_contradict_the_manifest_are_rejected(
 def test_dimensions_that_contradict_the_files_are_rejected(release: Path, change: dict[str, Any], message: str) -> None:
     rebuilt(release, dimensions=dimensions(release, **change))
     with pytest.raises(IncompatibleReleaseError, match=message):
-        look(release)
+        verify_folder(release)
 
 
 def test_history_length_that_contradicts_the_tower_is_rejected(release: Path) -> None:
     with_features(release, replace(DIMENSIONS, history_length=20))
     with pytest.raises(IncompatibleReleaseError, match="width of history_weights is 50, the manifest says 20"):
-        look(release)
+        verify_folder(release)
 
 
 def test_topics_that_contradict_the_inputs_are_rejected(release: Path) -> None:
     with_features(release, replace(DIMENSIONS, topics=40))
     with pytest.raises(IncompatibleReleaseError, match="has viewer_dense 53, this version of Reelway expects 61"):
-        look(release)
+        verify_folder(release)
 
 
 @pytest.mark.parametrize(
@@ -346,7 +346,7 @@ def test_topics_that_contradict_the_inputs_are_rejected(release: Path) -> None:
 def test_code_outside_its_vocabulary_is_rejected(release: Path, field: str, value: int, message: str) -> None:
     with_features(release, replace(DIMENSIONS, **{field: value}))
     with pytest.raises(IncompatibleReleaseError, match=message):
-        look(release)
+        verify_folder(release)
 
 
 def with_features(folder: Path, features: FeatureDimensions) -> None:
@@ -424,7 +424,7 @@ def test_invalid_tables_are_rejected(release: Path, damage: Callable[[Path], Any
     damage(release)
     rebuilt(release)
     with pytest.raises(IncompatibleReleaseError, match=message):
-        look(release)
+        verify_folder(release)
 
 
 @pytest.mark.parametrize(
@@ -445,15 +445,15 @@ def test_invalid_blend_or_calibration_is_rejected(release: Path, name: str, cont
     (release / name).write_text(content)
     rebuilt(release)
     with pytest.raises(IncompatibleReleaseError, match=message):
-        look(release)
+        verify_folder(release)
 
 
 def test_verify_accepts_another_reader_of_dimensions(release: Path) -> None:
     elsewhere = read_dimensions(release)
-    assert look(release, read_dimensions=lambda _: elsewhere).manifest == read_manifest(release)
+    assert verify_folder(release, read_dimensions=lambda _: elsewhere).manifest == read_manifest(release)
 
 
 def test_missing_runtime_error_names_the_package(release: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "onnxruntime", None)
     with pytest.raises(ReleaseError, match=r"onnxruntime is not installed; install it with .*\[verify\]"):
-        look(release)
+        verify_folder(release)

@@ -140,20 +140,20 @@ def verify_release(
     trusted = load_public_keys(public_keys or directory.keys)
     features_dir = features or directory.features
 
-    def look(folder: Path, expected_id: str | None) -> VerifiedRelease:
+    def verify_folder(folder: Path, expected_id: str | None) -> VerifiedRelease:
         services = registered_services(
             features_dir, read_manifest(folder).feature_services, required=features is not None
         )
         return verify(folder, public_keys=trusted, feature_services=services, expected_id=expected_id)
 
     if (Path(release) / MANIFEST_FILE).is_file():
-        verified = look(Path(release), None)
+        verified = verify_folder(Path(release), None)
     else:
         source = _store(run, store)
         release_id = source.resolve(release)
         with tempfile.TemporaryDirectory(prefix="reelway-verify-") as temporary:
-            verified = look(source.fetch(release_id, Path(temporary)), release_id)
-    _say_waivers(verified)
+            verified = verify_folder(source.fetch(release_id, Path(temporary)), release_id)
+    _print_waivers(verified)
     table = Table("check", "result", title=f"release {short_id(verified.manifest.release_id)} may take traffic")
     for check in verified.checks:
         table.add_row(check.name, check.detail)
@@ -190,7 +190,7 @@ def fetch_release(
         keys = load_public_keys(public_keys)
         verified = verify(folder, public_keys=keys, feature_services=None, expected_id=release_id)
         print_status(f"release {short_id(release_id)} verified: {len(verified.checks)} checks passed")
-        _say_waivers(verified)
+        _print_waivers(verified)
     typer.echo(folder)
 
 
@@ -209,11 +209,11 @@ def fetch_verified(run: RunDirectory, release: str) -> VerifiedRelease:
     keys = load_public_keys(run.keys)
     verified = verify(folder, public_keys=keys, feature_services=services, expected_id=release_id)
     print_status(f"release {short_id(release_id)} verified: {len(verified.checks)} checks passed")
-    _say_waivers(verified)
+    _print_waivers(verified)
     return verified
 
 
-def _say_waivers(verified: VerifiedRelease) -> None:
+def _print_waivers(verified: VerifiedRelease) -> None:
     for waiver in verified.manifest.waivers:
         print_status(
             f"[bold yellow]WAIVED:[/] gate {escape(waiver.gate)} failed; {escape(waiver.by)}: {escape(waiver.reason)}"

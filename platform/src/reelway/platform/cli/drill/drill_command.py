@@ -261,7 +261,7 @@ def wait_for_rollback(drill: Drill, rollout_id: str) -> None:
 
     lines, store = PlainOutput(stderr_console.print), drill.store
 
-    def seen(rollout: Rollout) -> None:
+    def record_progress(rollout: Rollout) -> None:
         lines.decisions(store.history(rollout_id), len(rollout.policy.steps))
         last_reconcile = store.last_reconcile(rollout_id)
         if last_reconcile is not None and last_reconcile.evidence.get("exposure", {}).get("viewers"):
@@ -269,7 +269,7 @@ def wait_for_rollback(drill: Drill, rollout_id: str) -> None:
         if rollout.state.canary_bp and drill.first_exposure_at is None:
             drill.first_exposure_at = time.time()
 
-    def over(rollout: Rollout) -> bool:
+    def is_over(rollout: Rollout) -> bool:
         now = time.time()
         alert_due = drill.by is DetectedBy.ALERT and drill.alerted_at is None and drill.first_exposure_at is not None
         if alert_due and drill.first_exposure_at is not None and now - drill.first_exposure_at >= ALERT_DELAY_S:
@@ -279,7 +279,7 @@ def wait_for_rollback(drill: Drill, rollout_id: str) -> None:
         return late or rollout.state.phase in (Phase.ROLLED_BACK, Phase.PROMOTING, Phase.PROMOTED)
 
     timeout_s = READY_TIMEOUT_S + drill.deadline_s + ALERT_DELAY_S
-    wait_until(store, rollout_id, over, timeout_s=timeout_s, on_change=seen)
+    wait_until(store, rollout_id, is_over, timeout_s=timeout_s, on_change=record_progress)
 
 
 @contextmanager
