@@ -85,7 +85,7 @@ test-cluster: $(if $(OWN_NODE),cluster,install) ## Test resources, store and ope
 
 .PHONY: test-quick
 test-quick: install ## Run only the tests that need neither Ray nor a server (about a minute).
-	$(BIN)/python -m pytest -m "not slow and not ray and not redis and not cluster and not e2e"
+	$(BIN)/python -m pytest -m "not slow and not ray and not redis and not kafka and not cluster and not e2e"
 
 .PHONY: bench
 bench: bench-simulator bench-features bench-ray-train bench-serving bench-quality bench-closed-loop bench-canary bench-rollout bench-stream ## Run the benchmarks that need no cluster, one after another (hours), then write BENCHMARKS.md.

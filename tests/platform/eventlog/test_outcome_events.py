@@ -40,7 +40,7 @@ def batch() -> pa.RecordBatch:
 
 @pytest.mark.parametrize("partitions", [1, 4])
 def test_outcomes_round_trip_with_one_partition_per_viewer(partitions: int) -> None:
-    records = list(encode_outcomes(batch(), partitions, 5))
+    records = list(encode_outcomes(batch(), partitions, 5, 1 << 20))
     tables = {record.partition: decode_outcomes(record.payload) for record in records}
     assert len(tables) == len(records) == partitions
     whole = pa.concat_tables(table.unify_dictionaries() for table in tables.values())
