@@ -1,4 +1,4 @@
-"""A real Kafka broker for tests: the one in ``REELWAY_KAFKA``, or Apache Kafka (KRaft) started from its Maven packages."""
+"""A real Kafka broker for tests: the one in ``REELWAY_KAFKA``, or one started from the Maven packages of Kafka."""
 
 from __future__ import annotations
 

@@ -176,14 +176,15 @@ class KafkaLog:
 
     def _bounds(self) -> dict[int, tuple[int, int]]:
         """The first and the next offset of each partition."""
+        client = self._metadata_client
         with self._lock:
-            return {
-                index.partition: self._request(
-                    "offsets",
-                    lambda index=index: self._metadata_client.get_watermark_offsets(index, timeout=REQUEST_TIMEOUT_S),
-                )
-                for index in self._topic_partitions()
-            }
+            return self._request(
+                "offsets",
+                lambda: {
+                    index.partition: client.get_watermark_offsets(index, timeout=REQUEST_TIMEOUT_S)
+                    for index in self._topic_partitions()
+                },
+            )
 
     def _skip_deleted_records(self, read_to: dict[int, int], position: Offsets) -> dict[int, int]:
         """Moves ``read_to`` to the first offset of each partition if it is before it. Returns the end offsets."""
@@ -232,11 +233,11 @@ class KafkaLog:
         return len(topic.partitions)
 
     def _read_max_message_bytes(self) -> int:
-        from confluent_kafka.admin import AdminClient, ConfigResource
+        from confluent_kafka import admin
 
-        resource = ConfigResource(ConfigResource.Type.TOPIC, self.name)
+        resource = admin.ConfigResource(admin.RESOURCE_TOPIC, self.name)  # type: ignore[attr-defined]  # not in __all__
         try:
-            client = AdminClient(self._settings)
+            client = admin.AdminClient(self._settings)
             (future,) = client.describe_configs([resource], request_timeout=REQUEST_TIMEOUT_S).values()
             return int(future.result(REQUEST_TIMEOUT_S)["max.message.bytes"].value)
         except (self._kafka.KafkaException, KeyError, TimeoutError) as error:
@@ -250,7 +251,7 @@ class KafkaLog:
         largest = max((len(record.payload) for record in records), default=0)
         if largest > self.max_record_bytes:
             raise StorageError(
-                f"{self._description}: a record has {largest} bytes, at most {self.max_record_bytes} fit into the topic; "
+                f"{self._description}: a record has {largest} bytes, at most {self.max_record_bytes} fit; "
                 "split the record, or raise the topic's max.message.bytes"
             )
 
