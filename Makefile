@@ -63,7 +63,7 @@ test: install ## Run all tests except the long ones, with real servers (under 10
 	$(BIN)/python -m pytest -m "not long and not e2e"
 
 .PHONY: test-long
-test-long: install ## Run the long tests: services on Ray Serve under load, killed training workers (about 5 minutes).
+test-long: install ## Run the long tests: services on Ray Serve under load, killed training workers, Kafka (about 7 minutes).
 	$(BIN)/python -m pytest -m long
 
 CLIENTS := build/clients

@@ -178,8 +178,10 @@ def test_stream_on_kafka_parks_unreadable_records(
             topic_log.append([record])
     run = Run(tmp_path, topic_log)
     assert [(one.log, one.partition, one.offset, one.kind) for one in run.parked()] == [
-        (topic_log.name, 0, 13, "empty"), (topic_log.name, 0, 21, "unreadable"), (topic_log.name, 0, 35, "unknown_type"),
-    ]  # fmt: skip
+        (topic_log.name, 0, 13, "empty"),
+        (topic_log.name, 0, 21, "unreadable"),
+        (topic_log.name, 0, 35, "unknown_type"),
+    ]
     assert [run.parked_total(kind) for kind in ("empty", "unreadable", "unknown_type")] == [1, 1, 1]
     assert run.fates == clean.fates
     assert run.rows() == clean.rows()

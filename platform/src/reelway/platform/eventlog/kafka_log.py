@@ -294,8 +294,8 @@ class KafkaLog:
         return self._reader, self._read_to
 
     def _consumer(self, group: str) -> Consumer:
-        defaults = {"enable.auto.commit": False, "auto.offset.reset": "earliest", "enable.partition.eof": True}
-        return self._kafka.Consumer({**defaults, **self._settings, "group.id": group})
+        required = {"group.id": group, "enable.auto.commit": False, "enable.partition.eof": True}
+        return self._kafka.Consumer({"auto.offset.reset": "earliest", **self._settings, **required})
 
 
 def _stored(message: Message) -> StoredRecord:
