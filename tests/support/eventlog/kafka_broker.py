@@ -126,12 +126,11 @@ auto.create.topics.enable=false
 
 def _jars() -> Path:
     """Returns the folder with the broker's 44 jars (43 MB), which Maven fetches once per version of ``pom.xml``."""
-    for program in ("java", "mvn"):
-        if shutil.which(program) is None:
-            pytest.skip(f"no {program} on the PATH; `make system-packages` installs it")
+    _require("java")
     target = JARS / hashlib.sha256(POM.read_bytes()).hexdigest()[:12]
     if target.exists():
         return target
+    _require("mvn")
     JARS.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=JARS) as partial:
         output = Path(partial) / "jars"
@@ -143,6 +142,11 @@ def _jars() -> Path:
         except OSError:  # another test run was faster
             assert target.exists()
     return target
+
+
+def _require(program: str) -> None:
+    if shutil.which(program) is None:
+        pytest.skip(f"no {program} on the PATH; `make system-packages` installs it")
 
 
 def _free_ports() -> tuple[int, int]:

@@ -7,6 +7,7 @@ import threading
 import time
 import urllib.request
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
 
@@ -66,34 +67,38 @@ def wait_until(condition: Callable[[], bool], description: str) -> None:
         time.sleep(0.1)
 
 
+def parked_after_like(run: RunDirectory, address: str, number: int, video: int) -> float | None:
+    """Runs the stream until a new like is in the viewer's row. Returns how many empty records were parked."""
+    port, stop = free_port(), threading.Event()
+    service = threading.Thread(
+        target=run_stream, args=(run, StreamOptions(events=address, metrics_port=port), stop), daemon=True
+    )
+    rows = ViewerRowReader(open_feature_store(run.features))
+    now_us = time.time_ns() // 1000
+    like = ReportedOutcomeFixture(10**9 + number, 533, video, OutcomeType.LIKE, 1.0, now_us - 9_000_000, now_us)
+    with closing(open_event_log(address)) as log:
+        log.append([record_of([like], number)])
+    service.start()
+    try:
+        wait_until(lambda: rows.read(533)["history_videos"][-1] == video, f"{video} is not in the row")
+        wait_until(lambda: sample(port, 'outcomes_total{result="applied"}') == 1, "the outcome is not counted")
+        return sample(port, 'parked_records_total{kind="empty"}')
+    finally:
+        stop.set()
+        service.join(30)
+        assert not service.is_alive()
+
+
 def test_like_behind_a_tombstone_changes_the_viewers_row(run: RunDirectory, broker: Broker) -> None:
     """Partition 0 begins with a tombstone; partition 1 was emptied by retention; the stream runs twice."""
     topic = broker.topic(2)
-    log = open_event_log(f"kafka://{broker.servers}/{topic}")
     producer = Producer({"bootstrap.servers": broker.servers})
     for partition in range(2):
         producer.produce(topic, None, partition=partition)
     assert producer.flush(10) == 0
     broker.delete_records(topic, 1, 1)
-    rows = ViewerRowReader(open_feature_store(run.features))
-
-    for number, video in enumerate((1042, 1043)):
-        port, stop = free_port(), threading.Event()
-        options = StreamOptions(events=f"kafka://{broker.servers}/{topic}", metrics_port=port)
-        service = threading.Thread(target=run_stream, args=(run, options, stop))
-        now_us = time.time_ns() // 1000
-        like = ReportedOutcomeFixture(10**9 + number, 533, video, OutcomeType.LIKE, 1.0, now_us - 9_000_000, now_us)
-        log.append([record_of([like], number)])
-        service.start()
-        try:
-            wait_until(lambda: rows.read(533)["history_videos"][-1] == video, f"{video} is not in the row")
-            wait_until(lambda: sample(port, 'outcomes_total{result="applied"}') == 1, "the outcome is not counted")
-            assert sample(port, 'parked_records_total{kind="empty"}') == (1 if number == 0 else 0)
-        finally:
-            stop.set()
-            service.join(30)
-        assert not service.is_alive()
-    log.close()
-    parked = ParkedRecords(run.path / "stream" / "parked.db")
-    assert [(one.log, one.partition, one.offset, one.kind) for one in parked.records()] == [(topic, 0, 0, "empty")]
-    parked.close()
+    address = f"kafka://{broker.servers}/{topic}"
+    assert parked_after_like(run, address, 1, 1042) == 1
+    assert parked_after_like(run, address, 2, 1043) == 0
+    with closing(ParkedRecords(run.path / "stream" / "parked.db")) as parked:
+        assert [(one.log, one.partition, one.offset, one.kind) for one in parked.records()] == [(topic, 0, 0, "empty")]
