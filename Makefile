@@ -63,7 +63,7 @@ test: install ## Run all tests except the long ones, with real servers (under 10
 	$(BIN)/python -m pytest -m "not long and not e2e"
 
 .PHONY: test-long
-test-long: install ## Run the long tests: services on Ray Serve under load, killed training workers (about 5 minutes).
+test-long: install ## Run the long tests: services on Ray Serve under load, killed training workers, Kafka (about 7 minutes).
 	$(BIN)/python -m pytest -m long
 
 CLIENTS := build/clients
@@ -85,7 +85,7 @@ test-cluster: $(if $(OWN_NODE),cluster,install) ## Test resources, store and ope
 
 .PHONY: test-quick
 test-quick: install ## Run only the tests that need neither Ray nor a server (about a minute).
-	$(BIN)/python -m pytest -m "not slow and not ray and not redis and not cluster and not e2e"
+	$(BIN)/python -m pytest -m "not slow and not ray and not redis and not kafka and not cluster and not e2e"
 
 .PHONY: bench
 bench: bench-simulator bench-features bench-ray-train bench-serving bench-quality bench-closed-loop bench-canary bench-rollout bench-stream ## Run the benchmarks that need no cluster, one after another (hours), then write BENCHMARKS.md.

@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Iterator
 
 import prometheus_client  # noqa: F401  (selects in-memory metrics before Feast can select files)
+import pytest
+from tests.support.eventlog.kafka_broker import Broker, kafka_broker
 
 
 def pytest_configure() -> None:
@@ -22,3 +25,10 @@ def pytest_collection_finish() -> None:
     """Removes environment variables that imports set during collection."""
     for name in ("PROMETHEUS_MULTIPROCESS_DIR", "PROMETHEUS_MULTIPROC_DIR"):
         os.environ.pop(name, None)
+
+
+@pytest.fixture(scope="session")
+def broker(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Broker]:
+    """One Kafka broker for all tests of a run. Tests use topics of their own."""
+    with kafka_broker(tmp_path_factory.mktemp("kafka")) as running:
+        yield running

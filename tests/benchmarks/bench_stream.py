@@ -86,7 +86,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         log = SqliteLog(Path(folder) / "log.db", clock=lambda: START_US / 1e6 + SECONDS + 60)
         for second in range(SECONDS):
-            log.append(list(encode_outcomes(batch(rng, second), 1, START_US + second * 1_000_000)))
+            time_us = START_US + second * 1_000_000
+            log.append(list(encode_outcomes(batch(rng, second), 1, time_us, log.max_record_bytes)))
         state = StreamState(Path(folder) / "state.db")
         processor = StreamProcessor(log, state, None, ViewSettings(DIMENSIONS), TTL_US, StreamSettings(max_records=20))
         processor.start(known, labels, behind_us=0)

@@ -81,6 +81,22 @@ def test_retention_deletes_old_records_that_all_consumers_have_read(tmp_path: Pa
     assert log.append([record("next")]) == [4], "an offset is never given twice"
 
 
+def test_log_emptied_by_retention_does_not_hold_the_watermark(tmp_path: Path) -> None:
+    log = SqliteLog(tmp_path / "log.db", retain_s=100.0, clock=lambda: 1_000.0)
+    log.append([record("old", 0), record("old too", 0)])
+    assert log.apply_retention() == 2
+    for position in ({}, {0: 1}, {0: 3}):
+        assert log.read(position, limit=1).watermark_us == 1_000_000_000
+
+
+def test_append_rejects_a_record_above_the_limit(tmp_path: Path) -> None:
+    log = SqliteLog(tmp_path / "log.db")
+    largest = LogRecord("b", 0, 0, b"x" * log.max_record_bytes)
+    with pytest.raises(StorageError, match="split the record"):
+        log.append([record("a"), largest._replace(payload=largest.payload + b"x")])
+    assert log.append([largest]) == [1]
+
+
 def test_file_of_another_schema_version_is_rejected(tmp_path: Path) -> None:
     SqliteLog(tmp_path / "log.db").close()
     with sqlite3.connect(tmp_path / "log.db") as db:

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pytest
 from fastapi.testclient import TestClient
+from tests.support.eventlog.kafka_broker import Broker
 from tests.support.serving.raw_events import NOW, SIGNER, RawOutcome, ShownImpression, columns_of
 
 from reelway.platform.contracts.events import Arm, OutcomeType
 from reelway.platform.errors import ServingError, StorageError
-from reelway.platform.eventlog import LogRecord
+from reelway.platform.eventlog import LogRecord, open_event_log
 from reelway.platform.eventlog.outcome_events import decode_outcomes
 from reelway.platform.eventlog.sqlite_log import SqliteLog
 from reelway.serving.outcomes import EventLogWriter, OutcomeCollector, build_outcomes_api
+from reelway.serving.outcomes.reported import OutcomeColumns
 
 RECEIVED_S = NOW + 7.25
 SHOWN = [ShownImpression(i, i % 5, Arm.CANARY if i % 2 else Arm.STABLE, 0.5, 0) for i in range(20)]
@@ -103,3 +107,35 @@ def test_close_appends_accepted_outcomes(tmp_path: Path) -> None:
     assert len(logged(tmp_path / "log.db")) == len(SHOWN)
     with pytest.raises(ServingError, match="closed"):
         appender.append(columns_of([RawOutcome(SHOWN[0], OutcomeType.LIKE)]))
+
+
+def with_random_ids(columns: OutcomeColumns, rng: np.random.Generator) -> OutcomeColumns:
+    """Ids, times and values as different viewers send them, which compress less than repeated ones."""
+    ids = {
+        name: rng.integers(0, 2**53, len(columns)) for name in ("impression_id", "request_id", "viewer_id", "video_id")
+    }
+    times = {name: NOW + rng.random(len(columns)) * 3_600 for name in ("issued_at", "done_at")}
+    return replace(columns, **ids, **times, value=rng.random(len(columns)) * 60_000)
+
+
+@pytest.mark.long
+@pytest.mark.kafka
+def test_twenty_full_requests_are_appended_to_kafka(broker: Broker) -> None:
+    """Their outcomes share one append. As one record they would exceed Kafka's default limit of 1 MiB."""
+    address = f"kafka://{broker.servers}/{broker.topic(1)}"
+    appender = EventLogWriter(open_event_log(address), append_every_s=0.5)
+    shown = [ShownImpression(i, i % 50, Arm.STABLE, 0.5, 0) for i in range(1_000)]
+    request = columns_of([RawOutcome(one, OutcomeType.LIKE) for one in shown])
+    first = appender.append(columns_of([RawOutcome(shown[0], OutcomeType.LIKE)]))
+    first.result(30)  # the appends of the next half second are combined
+    rng = np.random.default_rng(0)
+    for future in [appender.append(with_random_ids(request, rng)) for _ in range(20)]:
+        future.result(30)
+    appender.close()
+    log = open_event_log(address)
+    (end,) = log.end_offsets().values()
+    records = [log.read({0: offset}, limit=1).records[0] for offset in range(end)]
+    log.close()
+    assert max(len(record.payload) for record in records) <= 1 << 20
+    assert len(records) > 2
+    assert sum(decode_outcomes(record.payload).num_rows for record in records) == 20_001

@@ -1,58 +1,107 @@
-"""A real Kafka broker for tests: the one in ``REELWAY_KAFKA``, or Apache Kafka started from its jars."""
+"""A real Kafka broker for tests: the one in ``REELWAY_KAFKA``, or one started from the Maven packages of Kafka."""
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shutil
-import signal
 import socket
 import subprocess
+import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
 from uuid import uuid4
 
 import pytest
-from confluent_kafka import KafkaException
+from confluent_kafka import KafkaException, TopicPartition
 from confluent_kafka.admin import AdminClient, NewTopic
 
-JARS = Path("build/kafka")
-POM = Path(__file__).parent / "kafka" / "pom.xml"
-READY_S = 60.0
+POM: Final = Path(__file__).parent / "kafka" / "pom.xml"
+JARS: Final = Path(__file__).parents[3] / "build" / "kafka"
+FETCH_TIMEOUT_S: Final = 150.0
+START_TIMEOUT_S: Final = 60.0
+_JAVA: Final = ("java", "-Xmx384m", "-XX:+UseSerialGC", "-XX:TieredStopAtLevel=1", "-cp")
 
 
-@dataclass(frozen=True)
 class Broker:
-    """Its address, and its process if the tests started it."""
+    """A broker that runs, and the topics that tests create on it.
 
-    servers: str
-    process: subprocess.Popen[bytes] | None = None
+    Args:
+        servers: its ``host:port``.
+        folder: data and settings of a broker that the tests start; None for one that they only use.
+    """
 
-    def topic(self, partitions: int) -> str:
+    def __init__(self, servers: str, folder: Path | None = None) -> None:
+        self.servers = servers
+        self._folder = folder
+        self._process: subprocess.Popen[bytes] | None = None
+        self._admin: AdminClient | None = None
+
+    @property
+    def admin(self) -> AdminClient:
+        if self._admin is None:
+            self._admin = AdminClient({"bootstrap.servers": self.servers, "log_level": 0})
+        return self._admin
+
+    @property
+    def can_be_killed(self) -> bool:
+        return self._folder is not None
+
+    def topic(self, partitions: int, config: Mapping[str, str] | None = None) -> str:
         """Creates a topic and returns its name."""
         name = f"reelway-test-{uuid4().hex[:12]}"
-        admin = AdminClient({"bootstrap.servers": self.servers})
-        for future in admin.create_topics([NewTopic(name, partitions, 1)]).values():
+        for future in self.admin.create_topics([NewTopic(name, partitions, 1, config=dict(config or {}))]).values():
             future.result(30)
         return name
+
+    def delete_records(self, topic: str, partition: int, before: int) -> None:
+        """Deletes a partition's records below an offset, as retention does."""
+        for future in self.admin.delete_records([TopicPartition(topic, partition, before)]).values():
+            future.result(30)
+
+    def start(self) -> None:
+        """Starts the process, with the data that it had, and returns when it answers."""
+        assert self._folder is not None
+        with (self._folder / "broker.log").open("ab") as log:
+            self._process = subprocess.Popen(
+                [*_JAVA, f"{_jars()}/*", "kafka.Kafka", str(self._folder / "server.properties")],
+                stdout=log, stderr=log, cwd=self._folder,
+            )  # fmt: skip
+        deadline = time.monotonic() + START_TIMEOUT_S
+        while True:
+            try:
+                AdminClient({"bootstrap.servers": self.servers, "log_level": 0}).list_topics(timeout=1)
+                return
+            except KafkaException as error:
+                if self._process.poll() is not None or time.monotonic() > deadline:
+                    output = (self._folder / "broker.log").read_text(errors="replace")
+                    raise AssertionError(f"the broker does not answer: {error}\n{output[-2000:]}") from error
+
+    def kill(self) -> None:
+        """Sends SIGKILL to the broker, which loses nothing that it acknowledged."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+            self._process = None
 
 
 @contextmanager
 def kafka_broker(folder: Path) -> Iterator[Broker]:
-    """Runs a broker for the block; skips the test if no broker can be started."""
-    if named := os.environ.get("REELWAY_KAFKA"):
-        yield Broker(named)
+    """Runs a broker for the block. The test is skipped on a machine without Java or Maven."""
+    if servers := os.environ.get("REELWAY_KAFKA"):
+        yield Broker(servers)
         return
-    _fetch_jars()
-    port, controller = _free_ports()
+    jars = _jars()
+    port, controller_port = _free_ports()
     properties = folder / "server.properties"
     properties.write_text(
         f"""process.roles=broker,controller
 node.id=1
-controller.quorum.voters=1@127.0.0.1:{controller}
-listeners=PLAINTEXT://127.0.0.1:{port},CONTROLLER://127.0.0.1:{controller}
+controller.quorum.voters=1@127.0.0.1:{controller_port}
+listeners=PLAINTEXT://127.0.0.1:{port},CONTROLLER://127.0.0.1:{controller_port}
 advertised.listeners=PLAINTEXT://127.0.0.1:{port}
 controller.listener.names=CONTROLLER
 log.dirs={folder / "data"}
@@ -60,50 +109,48 @@ offsets.topic.replication.factor=1
 offsets.topic.num.partitions=1
 transaction.state.log.replication.factor=1
 transaction.state.log.min.isr=1
+transaction.state.log.num.partitions=1
 group.initial.rebalance.delay.ms=0
 auto.create.topics.enable=false
 """
     )
-    java = ["java", "-Xmx384m", "-XX:+UseSerialGC", "-XX:TieredStopAtLevel=1", "-cp", f"{JARS.absolute()}/*"]
     format_ = ["kafka.tools.StorageTool", "format", "-t", "q1Sh-9_ISia_zwGINzRvyQ", "-c", str(properties)]
-    subprocess.run([*java, *format_], check=True, capture_output=True, timeout=READY_S)
-    with (folder / "broker.log").open("wb") as log:
-        process = subprocess.Popen([*java, "kafka.Kafka", str(properties)], stdout=log, stderr=log, cwd=folder)
+    subprocess.run([*_JAVA, f"{jars}/*", *format_], check=True, capture_output=True, timeout=START_TIMEOUT_S)
+    broker = Broker(f"127.0.0.1:{port}", folder)
     try:
-        broker = Broker(f"127.0.0.1:{port}", process)
-        _wait_until_ready(broker)
+        broker.start()
         yield broker
     finally:
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+        broker.kill()
 
 
-def _fetch_jars() -> None:
-    if shutil.which("java") is None:
-        pytest.skip("no java here and no broker in REELWAY_KAFKA")
-    if any(JARS.glob("kafka_*.jar")):
-        return
-    if not os.environ.get("REELWAY_KAFKA_FETCH"):
-        pytest.skip("no broker in REELWAY_KAFKA; REELWAY_KAFKA_FETCH=1 fetches one with Maven")
-    if shutil.which("mvn") is None:
-        pytest.skip("no mvn here to fetch Kafka with, and no broker in REELWAY_KAFKA")
-    fetch = ["mvn", "-q", "-B", "-f", str(POM), "dependency:copy-dependencies", f"-DoutputDirectory={JARS.absolute()}"]
-    subprocess.run(fetch, check=True, capture_output=True, timeout=300)
+def _jars() -> Path:
+    """Returns the folder with the broker's 44 jars (43 MB), which Maven fetches once per version of ``pom.xml``."""
+    _require("java")
+    target = JARS / hashlib.sha256(POM.read_bytes()).hexdigest()[:12]
+    if target.exists():
+        return target
+    _require("mvn")
+    JARS.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=JARS) as partial:
+        output = Path(partial) / "jars"
+        fetch = ["mvn", "-q", "-B", "-f", str(POM), "dependency:copy-dependencies", f"-DoutputDirectory={output}"]
+        done = subprocess.run(fetch, capture_output=True, text=True, timeout=FETCH_TIMEOUT_S, check=False)
+        assert done.returncode == 0, f"`{' '.join(fetch)}` failed:\n{done.stdout[-2000:]}{done.stderr[-2000:]}"
+        try:
+            output.rename(target)
+        except OSError:  # another test run was faster
+            assert target.exists()
+    return target
+
+
+def _require(program: str) -> None:
+    if shutil.which(program) is None:
+        pytest.skip(f"no {program} on the PATH; `make system-packages` installs it")
 
 
 def _free_ports() -> tuple[int, int]:
-    with socket.socket() as one, socket.socket() as other:
-        one.bind(("127.0.0.1", 0))
-        other.bind(("127.0.0.1", 0))
-        return one.getsockname()[1], other.getsockname()[1]
-
-
-def _wait_until_ready(broker: Broker) -> None:
-    deadline = time.monotonic() + READY_S
-    while True:
-        try:
-            AdminClient({"bootstrap.servers": broker.servers, "log_level": 0}).list_topics(timeout=1)
-            return
-        except KafkaException as error:
-            if broker.process is None or broker.process.poll() is not None or time.monotonic() > deadline:
-                raise AssertionError(f"the broker does not answer: {error}") from error
+    with socket.socket() as first, socket.socket() as second:
+        first.bind(("127.0.0.1", 0))
+        second.bind(("127.0.0.1", 0))
+        return first.getsockname()[1], second.getsockname()[1]

@@ -63,7 +63,8 @@ def record_of(done: Sequence[ReportedOutcomeFixture], number: int) -> LogRecord:
         else pa.array(columns[f.name]).cast(f.type)
         for f in OUTCOME_EVENT_SCHEMA
     ]
-    (record,) = encode_outcomes(pa.RecordBatch.from_arrays(arrays, schema=OUTCOME_EVENT_SCHEMA), 1, done[0].time_us)
+    batch = pa.RecordBatch.from_arrays(arrays, schema=OUTCOME_EVENT_SCHEMA)
+    (record,) = encode_outcomes(batch, 1, done[0].time_us, 1 << 20)
     return record._replace(id=str(number))
 
 

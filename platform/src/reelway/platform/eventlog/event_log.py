@@ -32,6 +32,8 @@ class StoredRecord(NamedTuple):
 class ReadBatch:
     """The result of one read, in the order of each partition.
 
+    Offsets without a record, such as those of deleted records, are skipped and do not hold the watermark.
+
     ``watermark_us``: no unread record was appended before this time, except records that took longer from the
     appender's clock to the log than the reader's allowed lateness.
     """
@@ -48,7 +50,17 @@ class EventLog(Protocol):
     """
 
     @property
+    def name(self) -> str:
+        """The topic, or the path of the file."""
+        ...
+
+    @property
     def partitions(self) -> int: ...
+
+    @property
+    def max_record_bytes(self) -> int:
+        """The largest payload of a record. An append of a larger one raises ``StorageError``."""
+        ...
 
     def append(self, records: Sequence[LogRecord]) -> list[int]:
         """Appends all records and returns their offsets once they are durable. After an error, any may be."""

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Final
 
+from reelway.platform.errors import StorageError
 from reelway.platform.eventlog.event_log import LogRecord, Offsets, ReadBatch, StoredRecord
 from reelway.platform.sqlite_file import SqliteFile, SqliteFormat
 
@@ -25,6 +26,7 @@ _FORMAT: Final = SqliteFormat(
         "CREATE TABLE consumers (name TEXT PRIMARY KEY, next INTEGER NOT NULL) WITHOUT ROWID",
     ),
 )
+MAX_RECORD_BYTES: Final = 1 << 20
 POLL_INTERVAL_S: Final = 0.05
 RETENTION_INTERVAL_S: Final = 600.0
 
@@ -43,6 +45,7 @@ class SqliteLog:
     """
 
     partitions = 1
+    max_record_bytes = MAX_RECORD_BYTES
 
     def __init__(
         self,
@@ -52,6 +55,7 @@ class SqliteLog:
         busy_timeout_s: float = 30.0,
         clock: Callable[[], float] = time.time,
     ) -> None:
+        self.name = str(path)
         self._file = SqliteFile(path, _FORMAT, busy_timeout_s=busy_timeout_s)
         self._retain_s = retain_s
         self._clock = clock
@@ -59,6 +63,12 @@ class SqliteLog:
 
     def append(self, records: Sequence[LogRecord]) -> list[int]:
         """See ``EventLog.append``. If it raises, none of the records is in the log."""
+        largest = max((len(record.payload) for record in records), default=0)
+        if largest > self.max_record_bytes:
+            raise StorageError(
+                f"event log {self.name}: a record has {largest} bytes, at most {self.max_record_bytes} are accepted; "
+                "split the record"
+            )
         if time.monotonic() >= self._next_retention:
             self._next_retention = time.monotonic() + RETENTION_INTERVAL_S
             self.apply_retention()

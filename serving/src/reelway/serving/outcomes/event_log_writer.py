@@ -72,7 +72,8 @@ class EventLogWriter:
         if filled := [part for part in parts if len(part)]:
             now_us = int(self._clock() * 1e6)
             outcomes = logged_outcomes(filled, now_us)
-            self._events.append(list(encode_outcomes(outcomes, self._events.partitions, now_us)))
+            log = self._events
+            log.append(list(encode_outcomes(outcomes, log.partitions, now_us, log.max_record_bytes)))
         return [None] * len(parts)
 
 

@@ -9,7 +9,9 @@ rows are delivered (possibly again), and outcomes that were not recorded are rea
 
 from __future__ import annotations
 
+import logging
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Final
@@ -18,17 +20,18 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from reelway.pipelines.features.labels import times_us
 from reelway.pipelines.features.stream.bootstrap import bootstrap, initial_watermark_us
 from reelway.pipelines.features.stream.engine import EmittedRows, StreamCatalogue, StreamEngine
+from reelway.pipelines.features.stream.log_records import read_outcome_records
 from reelway.pipelines.features.stream.open_impressions import Outcomes
 from reelway.pipelines.features.stream.sinks import VIDEO_VIEWS, FeatureSinks, encode_outbox_entry, latest_per_entity
 from reelway.pipelines.features.stream.state import StreamState
 from reelway.pipelines.features.stream.time_buckets import STREAMED
 from reelway.pipelines.features.views import AFTER_US, DAY_US, ViewSettings
-from reelway.platform.contracts.events import OutcomeType
 from reelway.platform.eventlog import EventLog, Offsets, StoredRecord
-from reelway.platform.eventlog.outcome_events import OUTCOME_TYPES, decode_outcomes
+from reelway.platform.eventlog.parked_records import ParkedRecords
+
+log = logging.getLogger(__name__)
 
 CONSUMER: Final = "features"
 SECOND_US: Final = 1_000_000
@@ -51,8 +54,10 @@ class StreamSettings:
 class MicroBatchResult:
     """What one round did."""
 
+    records: int = 0
     outcomes: int = 0
     late: int = 0  # outcomes that came after their time was settled, and count from now
+    parked: Counter[str] = field(default_factory=Counter)  # records by kind
     watermark_us: int = 0
     steps: int = 0
     rows: dict[str, int] = field(default_factory=dict)
@@ -65,6 +70,7 @@ class StreamProcessor:
     Args:
         ttl_us: of each streamed view.
         outputs: None for a replay, whose rounds keep every row they made.
+        parked: receives records that cannot be read. By default they are only counted and logged.
     """
 
     def __init__(
@@ -76,7 +82,9 @@ class StreamProcessor:
         ttl_us: dict[str, int],
         settings: StreamSettings | None = None,
         clock: Callable[[], float] = time.time,
+        parked: ParkedRecords | None = None,
     ) -> None:
+        self._parked = parked
         self._log, self._state, self._outputs = log, state, outputs
         self._views, self._ttl_us = views, ttl_us
         self._settings = settings or StreamSettings()
@@ -119,11 +127,12 @@ class StreamProcessor:
         settings = self._settings
         waited = settings.wait_s if wait_s is None else wait_s
         batch = self._log.read(self._position, limit=settings.max_records, wait_s=waited)
-        result = MicroBatchResult(watermark_us=self.settled_us)
+        result = MicroBatchResult(records=len(batch.records), watermark_us=self.settled_us)
         self._buffer_records(batch.records, result)
         complete_us = batch.watermark_us - int(settings.lateness_s * SECOND_US) - self.behind_us
         steps = list(self.engine.steps(self.settled_us, complete_us, self._pending.time_us))
         if not steps and not batch.records:
+            self._position = dict(batch.next_offsets)  # past offsets without records
             result.rows = self._deliver()
             return result
         with self._state.transaction():
@@ -154,7 +163,16 @@ class StreamProcessor:
     def _buffer_records(self, records: Sequence[StoredRecord], result: MicroBatchResult) -> None:
         if not records:
             return
-        fresh = Outcomes.joined([_outcomes(record.payload) for record in records])
+        fresh, parked = read_outcome_records(self._log.name, records)
+        if parked:
+            result.parked = Counter(record.kind for record in parked)
+            first = parked[0]
+            log.warning(
+                "records parked: log=%s count=%d, the first: partition=%d offset=%d reason=%s",
+                first.log, len(parked), first.partition, first.offset, first.reason,
+            )  # fmt: skip
+            if self._parked is not None:
+                self._parked.park(parked)
         time_us = np.maximum(fresh.time_us, fresh.shown_us) - self.behind_us
         late = time_us < self.settled_us
         result.outcomes, result.late = len(fresh), int(late.sum())
@@ -185,24 +203,6 @@ class StreamProcessor:
                 rows[view] += count
             self._state.delete_outbox_entry(place)
         return rows
-
-
-def _outcomes(payload: bytes) -> Outcomes:
-    """A record's outcomes."""
-    table = decode_outcomes(payload)
-    words = table["type"].combine_chunks()
-    if isinstance(words, pa.ChunkedArray):
-        words = words.chunk(0) if words.num_chunks else pa.array([], table.schema.field("type").type)
-    code = np.array([OUTCOME_TYPES.index(OutcomeType(word)) for word in words.dictionary.to_pylist()], np.int64)
-    return Outcomes(
-        impression_id=table["impression_id"].to_numpy(),
-        viewer_id=table["viewer_id"].to_numpy(),
-        video_id=table["video_id"].to_numpy(),
-        shown_us=times_us(table["shown_at"]),
-        kind=code[words.indices.to_numpy()] if len(words) else np.zeros(0, np.int64),
-        value=table["value"].to_numpy().astype(np.float32),
-        time_us=times_us(table["event_time"]),
-    )
 
 
 _PACKED: Final = np.dtype(

@@ -49,7 +49,7 @@ def replay_log(run: RunDirectory, events: EventLog, target: Path, behind_us: int
         processor.start(catalogue_of(run), read_feature_file(run.features / LABELS_FILE), behind_us)
         began_us = processor.settled_us
         emitted = []
-        while (done := processor.run_micro_batch(wait_s=0)).outcomes or done.steps:
+        while (done := processor.run_micro_batch(wait_s=0)).records or done.steps:
             emitted += done.emitted
     finally:
         state.close()

@@ -1,7 +1,8 @@
 """The stream of a run: opens its inputs and sinks, processes micro-batches until it is stopped, and exports metrics.
 
-A run without features is an error. If an online store or changelog cannot be written, computed rows wait in the state
-and are delivered later. Meanwhile the lag metric grows.
+A run without features is an error. Records of the log that cannot be read are parked in ``stream/parked.db`` and
+counted. If an online store or changelog cannot be written, computed rows wait in the state and are delivered later.
+Meanwhile the lag metric grows.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -19,6 +20,7 @@ import pyarrow.parquet as pq
 from prometheus_client import CollectorRegistry, start_http_server
 
 from reelway.pipelines.features.stream.engine import APPLY_RESULTS, StreamCatalogue
+from reelway.pipelines.features.stream.log_records import PARKED_KINDS
 from reelway.pipelines.features.stream.processor import SECOND_US, MicroBatchResult, StreamProcessor, StreamSettings
 from reelway.pipelines.features.stream.sinks import FeatureSinks
 from reelway.pipelines.features.stream.state import StreamState
@@ -27,8 +29,9 @@ from reelway.pipelines.features.training_rows import LABELS_FILE, read_feature_f
 from reelway.pipelines.features.views import Prior, ViewSettings
 from reelway.platform.contracts.feature_dimensions import FeatureDimensions
 from reelway.platform.errors import FeatureError, StorageError
-from reelway.platform.eventlog import EventLog, open_event_log
+from reelway.platform.eventlog import open_event_log
 from reelway.platform.eventlog.feature_changelog import FeatureChangelog
+from reelway.platform.eventlog.parked_records import ParkedRecords
 from reelway.platform.features.feast_store import open_feature_store
 from reelway.platform.run_directory import RunDirectory
 from reelway.platform.telemetry import counter, gauge
@@ -58,11 +61,16 @@ class StreamMetrics:
         self._late = counter(
             "reelway_stream_late_outcomes_total", "Outcomes that arrived behind the watermark.", [], registry
         )
+        self._parked = counter(
+            "reelway_stream_parked_records_total", "Unreadable records of the event log.", ["kind"], registry
+        )
         self._rows = counter("reelway_stream_rows_total", "Rows written.", ["view"], registry)
         self._faults = counter("reelway_stream_faults_total", "Micro-batches that failed.", [], registry)
         self._freshness = gauge("reelway_stream_freshness_seconds", "Age of a view's rows.", ["view"], registry)
         for result in APPLY_RESULTS:
             self._outcomes.labels(result)
+        for kind in PARKED_KINDS:
+            self._parked.labels(kind)
         self._before = dict.fromkeys(APPLY_RESULTS, 0)
 
     def record_batch(
@@ -75,6 +83,8 @@ class StreamMetrics:
         for view, count in done.rows.items():
             self._rows.labels(view).inc(count)
         self._late.inc(done.late)
+        for kind, count in done.parked.items():
+            self._parked.labels(kind).inc(count)
         for result, count in processor.engine.result_counts.items():
             self._outcomes.labels(result).inc(count - self._before[result])
             self._before[result] = count
@@ -127,17 +137,14 @@ def open_processor(run: RunDirectory, options: StreamOptions) -> Iterator[Stream
     store = open_feature_store(run.features)
     ttl_us = {view: int(store.get_feature_view(view).ttl.total_seconds() * SECOND_US) for view in STREAMED}
     outputs = FeatureSinks(store, FeatureChangelog(options.overlay or run.overlay))
-    events: EventLog = open_event_log(options.events or run.event_log)
-    try:
-        state = StreamState(run.path / "stream" / "state.db")
-        try:
-            processor = StreamProcessor(events, state, outputs, view_settings(run), ttl_us, options.settings)
-            processor.start(catalogue_of(run), read_feature_file(run.features / LABELS_FILE))
-            yield processor
-        finally:
-            state.close()
-    finally:
-        events.close()
+    with (
+        closing(open_event_log(options.events or run.event_log)) as events,
+        closing(StreamState(run.path / "stream" / "state.db")) as state,
+        closing(ParkedRecords(run.path / "stream" / "parked.db")) as parked,
+    ):
+        processor = StreamProcessor(events, state, outputs, view_settings(run), ttl_us, options.settings, parked=parked)
+        processor.start(catalogue_of(run), read_feature_file(run.features / LABELS_FILE))
+        yield processor
 
 
 def catalogue_of(run: RunDirectory) -> StreamCatalogue:

@@ -1,0 +1,84 @@
+"""Parked records: records of an event log that a consumer cannot read, kept in a SQLite file so that it can continue.
+
+A record is parked once per log, partition and offset, however often it is read. The file is bounded: the oldest parked
+records are deleted first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Final, NamedTuple
+
+from reelway.platform.sqlite_file import SqliteFile, SqliteFormat
+
+_FORMAT: Final = SqliteFormat(
+    description="a file of parked records",
+    application_id=0x72656570,
+    version=1,
+    schema=(
+        """CREATE TABLE parked (
+               number INTEGER PRIMARY KEY AUTOINCREMENT, log TEXT NOT NULL, "partition" INTEGER NOT NULL,
+               offset INTEGER NOT NULL, time_us INTEGER NOT NULL, kind TEXT NOT NULL, reason TEXT NOT NULL,
+               payload BLOB NOT NULL, UNIQUE (log, "partition", offset))""",
+    ),
+)
+MAX_RECORDS: Final = 10_000
+MAX_BYTES: Final = 64 << 20
+MAX_REASON_CHARACTERS: Final = 500
+
+
+class ParkedRecord(NamedTuple):
+    """A record that was not read, or not completely."""
+
+    log: str  # EventLog.name
+    partition: int
+    offset: int
+    time_us: int
+    kind: str  # short, from a fixed set: the label of a metric
+    reason: str  # for people; cut to MAX_REASON_CHARACTERS
+    payload: bytes
+
+
+class ParkedRecords:
+    """The file, created when it does not exist.
+
+    Args:
+        max_records: parked records beyond which the oldest are deleted.
+        max_bytes: sum of the payloads' bytes beyond which the oldest are deleted.
+
+    Raises:
+        MalformedFileError: if the file is not one of parked records.
+        StorageError: if it cannot be opened or written. ``park`` raises these two as well.
+    """
+
+    def __init__(self, path: Path, *, max_records: int = MAX_RECORDS, max_bytes: int = MAX_BYTES) -> None:
+        self._file = SqliteFile(path, _FORMAT)
+        self._max_records, self._max_bytes = max_records, max_bytes
+
+    def park(self, records: Sequence[ParkedRecord]) -> None:
+        """Stores records that are not yet parked."""
+        rows = [record._replace(reason=record.reason[:MAX_REASON_CHARACTERS]) for record in records]
+        with self._file.writing() as db:
+            db.executemany(
+                'INSERT OR IGNORE INTO parked (log, "partition", offset, time_us, kind, reason, payload)'
+                " VALUES (?, ?, ?, ?, ?, ?, ?)",
+                rows,
+            )
+            db.execute(
+                "DELETE FROM parked WHERE number IN (SELECT number FROM (SELECT number,"
+                " sum(length(payload)) OVER newest_first AS bytes, row_number() OVER newest_first AS records"
+                " FROM parked WINDOW newest_first AS (ORDER BY number DESC)) WHERE bytes > ? OR records > ?)",
+                (self._max_bytes, self._max_records),
+            )
+
+    def records(self) -> list[ParkedRecord]:
+        """All parked records, oldest first."""
+        with self._file.reading() as db:
+            rows = db.execute(
+                'SELECT log, "partition", offset, time_us, kind, reason, payload FROM parked ORDER BY number'
+            ).fetchall()
+        return [ParkedRecord(*row) for row in rows]
+
+    def close(self) -> None:
+        self._file.close()
