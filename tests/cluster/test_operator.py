@@ -102,7 +102,7 @@ def test_second_rollout_waits_with_the_reason(api: KubeApi, kubectl: Kubectl, se
         until(lambda: serve.routing.rollout != "")
         kubectl.apply(over(serve, "two", BAD))
         until(lambda: phase(kubectl, "two") == "Waiting")
-        assert "is in progress; this one starts after its end" in kubectl.read("two")["status"]["reason"]
+        assert "is in progress; this one starts after it ends" in kubectl.read("two")["status"]["reason"]
         command = [{"id": "1", "verb": "rollback", "actor": "ada", "note": "not today"}]
         kubectl.apply(over(serve, policy=held(), commands=command))
         kubectl.run("wait", "--for=condition=RolledBack", "releaserollout/one", "--timeout=30s")

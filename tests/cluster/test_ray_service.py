@@ -73,26 +73,36 @@ def test_status_writes_of_kuberay_cause_no_conflict(
     assert serve.routing == target.routing
 
 
-def test_failed_declaration_is_repaired_at_the_next_reconcile(
+def test_traffic_is_written_on_top_of_concurrent_changes(
     backend: RayServiceBackend,
     kube: Kubectl,
     serve: FakeServe,
 ) -> None:
-    """Another writer changes the RayService between the read and the write: only Serve has the new weight."""
+    """New options are written to the RayService between the read and the write of a rollout's traffic."""
     backend.observe()
     other = document(Routing.single_release(STABLE))
     other["applications"][-1]["deployments"][0]["num_replicas"] = 2
     declare(kube, other)
     target = traffic_target(state())
-    with pytest.raises(RolloutError, match="Serve accepted the traffic, the declaration failed: another writer"):
-        backend.apply(target)
-    assert serve.routing == target.routing
-    observation = backend.observe()
-    assert observation.routing is None
-    assert "declares another routing than Serve runs; it is written again" in observation.detail
     backend.apply(target)
-    assert (len(serve.written), declared(kube)["applications"][-1]["deployments"][0]["num_replicas"]) == (1, 2)
+    assert serve.routing == target.routing
+    assert declared(kube)["applications"][-1]["deployments"][0]["num_replicas"] == 2
+    assert declared(kube) == serve.document
     assert backend.observe().routing == target.routing
+
+
+def test_rollback_reaches_serve_without_a_declared_config(
+    backend: RayServiceBackend, kube: Kubectl, serve: FakeServe
+) -> None:
+    """`kubectl replace` with the chart's RayService removes serveConfigV2; a rollback still works and declares it."""
+    backend.observe()
+    backend.apply(traffic_target(state()))
+    kube.run("patch", "rayservice", "reelway", "--type=json", "-p", '[{"op":"remove","path":"/spec/serveConfigV2"}]')
+    backend.observe()
+    target = traffic_target(state(0, Phase.ROLLED_BACK))
+    backend.apply(target)
+    assert serve.routing == target.routing
+    assert declared(kube) == serve.document
 
 
 def test_older_config_submitted_by_kuberay_is_corrected(

@@ -57,6 +57,12 @@
 {{- if and (le (int $p.workerMin) (int $p.ingressMax)) (le (int $p.ingressMin) (int $p.workerMax)) }}
 {{- include "reelway.fail" (dict "path" "ray.ports.ingressMin" "saw" (int $p.ingressMin) "expected" (printf "a range outside of ray.ports.workerMin to ray.ports.workerMax, which are %v to %v" $p.workerMin $p.workerMax)) }}
 {{- end }}
+{{- if gt (int $p.ingressGrpcMax) 65535 }}
+{{- include "reelway.fail" (dict "path" "ray.ports.ingressMax" "saw" (int $p.ingressMax) "expected" "at most 55535, because gRPC uses the ports 10000 above") }}
+{{- end }}
+{{- if and (le (int $p.workerMin) (int $p.ingressGrpcMax)) (le (int $p.ingressGrpcMin) (int $p.workerMax)) }}
+{{- include "reelway.fail" (dict "path" "ray.ports.workerMin" "saw" (int $p.workerMin) "expected" (printf "a range outside of the gRPC ports %v to %v, which follow ray.ports.ingressMin and ingressMax" $p.ingressGrpcMin $p.ingressGrpcMax)) }}
+{{- end }}
 {{- $single := dict }}
 {{- range $name := list "gcs" "dashboard" "client" "nodeManager" "objectManager" "runtimeEnvAgent" "agentGrpc" "agentHttp" "metrics" }}
 {{- $_ := set $single (get $p $name | toString) (printf "Ray's %s port" $name) }}

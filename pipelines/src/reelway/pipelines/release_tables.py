@@ -249,7 +249,7 @@ def _latest_per_viewer(viewer: I64) -> I64:
 
 
 def _top_neighbours(of: I64, neighbour: I64, score: F32, videos: int) -> NDArray[np.int32]:
-    """Returns the top ``NEIGHBOURS`` of each ``of``; a repeated pair counts with its better score."""
+    """Returns the top ``NEIGHBOURS_PER_VIDEO`` of each ``of``; a repeated pair counts with its better score."""
     order = np.lexsort((neighbour, -score, of))
     of, neighbour = of[order], neighbour[order]
     first = np.zeros(len(of), dtype=np.bool_)

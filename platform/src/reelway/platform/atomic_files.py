@@ -5,6 +5,7 @@ The content is written beside the target, synced and renamed. What SIGKILL leave
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import secrets
@@ -116,7 +117,7 @@ def create_private_file(path: Path, content: bytes) -> None:
             handle.write(content)
             handle.flush()
             os.fsync(handle.fileno())
-        path.hardlink_to(name)
+        _link_or_create(path, Path(name), content)
         fsync_directory(path.parent)
     except FileExistsError:
         raise
@@ -124,6 +125,19 @@ def create_private_file(path: Path, content: bytes) -> None:
         raise StorageError(f"cannot write {path}: {error.strerror or error}") from error
     finally:
         Path(name).unlink(missing_ok=True)
+
+
+def _link_or_create(path: Path, written: Path, content: bytes) -> None:
+    """Makes the written file appear at ``path``. File systems without hard links get an exclusive creation instead."""
+    try:
+        path.hardlink_to(written)
+    except OSError as error:
+        if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.EMLINK):
+            raise
+        with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as handle:
+            handle.write(content)
+            handle.flush()
+            os.fsync(handle.fileno())
 
 
 def ensure_private_token(path: Path) -> None:

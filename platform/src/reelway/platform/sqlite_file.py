@@ -121,8 +121,10 @@ class SqliteFile:
         with self._lock:
             try:
                 yield
-            except (sqlite3.ProgrammingError, sqlite3.IntegrityError):  # errors of the caller, not of the file
-                raise
+            except (sqlite3.ProgrammingError, sqlite3.IntegrityError) as error:
+                if "closed database" in str(error):
+                    raise StorageError(f"{self.path}: {self._format.description} is closed") from error
+                raise  # an error of the caller, not of the file
             except sqlite3.OperationalError as error:
                 shared = "one process at a time may open it" if self._format.exclusive else "see which process uses it"
                 raise StorageError(

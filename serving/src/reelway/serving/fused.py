@@ -1,7 +1,7 @@
 """Runs all stages of a release in the router's process (composition ``fused``). Imports no Ray.
 
 A call between Ray Serve replicas costs more CPU than most stages do, so a service on few cores is faster without it.
-``composition.Composition`` describes the drawbacks. Stages and metrics are those of the composition ``staged``.
+``serving_options.Composition`` describes the drawbacks. Stages and metrics are those of the composition ``staged``.
 """
 
 from __future__ import annotations

@@ -156,8 +156,8 @@ class RequestPath:
         Args:
             stages: used instead of the path's own stages.
         """
-        release, run, count = self._release, self._runner.run, call.request.count
-        stages = stages or self._stages
+        release, count, stages = self._release, call.request.count, stages or self._stages
+        run = partial(self._runner.run, is_timed=not isinstance(stages, UnavailableStages))
         degraded: list[Degradation] = []
 
         query = await self._viewer_query(call, degraded)
@@ -245,7 +245,8 @@ class RequestPath:
         if call.viewer_row is None:
             degraded.append(VIEWER_QUERY.degradation)
             return build({})
-        query = await self._runner.run(VIEWER_QUERY, known, call.viewer_row, partial(build, {}), degraded)
+        fallback = partial(build, {})
+        query = await self._runner.run(VIEWER_QUERY, known, call.viewer_row, fallback, degraded, is_timed=False)
         if not degraded and is_cold_start(call.viewer_row):
             self._metrics.cold_viewers.labels(*self._labels).inc()
         return query

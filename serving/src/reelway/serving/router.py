@@ -201,7 +201,8 @@ class Router:
     def _shed_if_full(self, arm_path: _ArmPath) -> None:
         dependencies = self._dependencies
         limit = dependencies.max_ongoing_requests
-        if arm_path.release.admits(dependencies.max_ongoing_sustained or limit, limit):
+        sustained = limit if dependencies.max_ongoing_sustained is None else dependencies.max_ongoing_sustained
+        if arm_path.release.admits(sustained, limit):
             return
         release = arm_path.release.release_id
         self._metrics.shed.labels(release[: metrics.SHORT_RELEASE], arm_path.rollout_arm.arm.value).inc()

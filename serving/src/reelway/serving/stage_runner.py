@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Awaitable, Callable, Mapping
+from contextlib import nullcontext
 from typing import Final, NamedTuple, TypeVar
 
 from reelway.platform.contracts.api import Degradation
@@ -54,15 +55,18 @@ class StageRunner:
         value: V,
         fallback: Callable[[], T],
         degraded: list[Degradation],
+        *,
+        is_timed: bool = True,
     ) -> T:
         """Returns ``call(value)``, or ``fallback()`` if the call raises any exception or exceeds its budget.
 
         Args:
             degraded: receives the stage's degradation if the fallback was used.
+            is_timed: whether the latency is recorded. A stage that is known not to run would distort it.
         """
         budget = self._budgets.get(stage.name)
         try:
-            with timed(self._metrics.stage_latency.labels(self._release, stage.name)):
+            with timed(self._metrics.stage_latency.labels(self._release, stage.name)) if is_timed else nullcontext():
                 return await (call(value) if budget is None else budget(lambda: call(value)))
         except Exception as exception:  # a failed stage must never fail the request
             kind = "timeout" if isinstance(exception, TimeoutError) else "error"

@@ -63,4 +63,5 @@ def _usual_length(column: pa.ChunkedArray) -> int:
     if not pa.types.is_list(column.type):  # a column of nulls
         return 0
     lengths = pc.list_value_length(column).drop_null().to_numpy()
+    lengths = lengths[lengths > 0]  # an empty list is an invalid vector, not a data set without vectors
     return int(np.bincount(lengths).argmax()) if len(lengths) else 0

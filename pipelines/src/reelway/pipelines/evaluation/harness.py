@@ -106,7 +106,7 @@ def make_temporal_split(
     max_viewers: int = MAX_VIEWERS,
     seed: int = 0,
 ) -> TemporalSplit:
-    """Splits labelled impressions (``features.labels.LABELLED``) at ``cut_s``.
+    """Splits labelled impressions (``features.labels.LABELLED_SCHEMA``) at ``cut_s``.
 
     A video is relevant if the viewer watched it long for the first time in ``[cut_s, until_s)`` and any viewer had seen
     it before the cut. Evaluated viewers have at least ``min_events`` impressions before the cut and a relevant video.

@@ -31,6 +31,7 @@ from reelway.platform.rollout.sources.parity_store import ParityFindingsReader
 from reelway.platform.rollout.sources.prometheus_reader import PrometheusReader
 from reelway.platform.rollout.sources.series_reader import SeriesReader
 from reelway.platform.rollout.traffic.serve_rest import ServeAddress, ServeRestBackend
+from reelway.platform.rollout.traffic.target import TrafficTarget, traffic_target
 
 log = logging.getLogger(__name__)
 
@@ -65,7 +66,7 @@ class BackendController:
         rankers = _rankers(api, settings)
         if name:
             self.backend = RayServiceBackend(api, name, serve)
-            self.serve_config = ServeConfigReconciler(api, self.backend, rankers)
+            self.serve_config = ServeConfigReconciler(api, self.backend, rankers, self._recorded_target)
         url = address.url.rstrip("/")
         reader: SeriesReader
         if settings.prometheus.url:
@@ -108,10 +109,19 @@ class BackendController:
         """
         return isinstance(self.backend, RayServiceBackend) and not self.backend.exists()
 
-    def stop(self) -> None:
-        """Finishes the current reconcile and ends the thread."""
+    def _recorded_target(self) -> TrafficTarget | None:
+        """Returns the traffic of the backend's newest rollout."""
+        latest = self.store.latest()
+        return traffic_target(latest.state) if latest else None
+
+    def request_stop(self) -> None:
+        """Lets the thread end after the current reconcile, without waiting for it."""
         self._stop.set()
         self.wake.set()
+
+    def stop(self) -> None:
+        """Finishes the current reconcile and ends the thread."""
+        self.request_stop()
         if self._thread.ident is not None:
             self._thread.join()
         self._source.close()

@@ -93,7 +93,7 @@ class KubeApi:
             return None
 
     def list(self, path: str) -> list[KubeObject]:
-        """Returns all objects of a kind. Raises AbsentError if the kind does not exist."""
+        """Returns all objects of a kind. Raises NotFoundError if the kind does not exist."""
         return list(self.list_at(path)[0])
 
     def list_at(self, path: str) -> tuple[Sequence[KubeObject], str]:
@@ -159,7 +159,7 @@ class KubeApi:
             return
 
     def read_text(self, path: str) -> str:
-        """Returns a plain-text resource such as a pod's log. Raises AbsentError if it does not exist."""
+        """Returns a plain-text resource such as a pod's log. Raises NotFoundError if it does not exist."""
         return self._send("GET", path, accept="*/*")
 
     def _request(
@@ -171,7 +171,11 @@ class KubeApi:
         accept: str = _JSON,
         content: str = _JSON,
     ) -> KubeObject:
-        loaded: KubeObject = json.loads(self._send(method, path, body, accept=accept, content=content))
+        text = self._send(method, path, body, accept=accept, content=content)
+        try:
+            loaded: KubeObject = json.loads(text)
+        except ValueError as error:
+            raise KubernetesError(f"{method} {path}: the answer is not JSON: {error}") from error
         return loaded
 
     def _send(

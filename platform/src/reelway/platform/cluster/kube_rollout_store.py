@@ -274,6 +274,8 @@ class KubeRolloutStore:
     def _write(self, resource: RolloutResource, change: Change) -> RolloutResource:
         """Writes the status that ``change`` returns for the latest resource; None writes nothing."""
         with self._writing:
+            if isinstance(self._cache, InformerCache):  # another thread may have written while this one waited
+                resource = self._cache.by_uid(resource.uid) or resource
             for _ in range(_ATTEMPTS):
                 status = change(resource)
                 if status is None:

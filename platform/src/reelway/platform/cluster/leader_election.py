@@ -73,7 +73,7 @@ class LeaderElector:
                     log.error("lease %s: lost to %s", self._name, self.holder)
                     on_lost()
                     return
-            except KubernetesError as error:
+            except Exception as error:  # an unexpected error must not end the renewal unnoticed
                 silent_s = self._clock() - self._renewed_at
                 log.warning("lease %s: not renewed for %.1f s: %s", self._name, silent_s, error)
                 if silent_s > 0.7 * self._duration_s:

@@ -88,17 +88,22 @@ class RayServiceBackend:
         try:
             snapshot = snapshot or self.fetch()
         except KubernetesError as error:
-            raise RolloutError(str(error)) from error
-        config = with_target(snapshot.config, target)
+            if self.serve.config is None:
+                raise RolloutError(str(error)) from error
+            self.serve.write(with_target(self.serve.config, target))
+            raise self._not_declared(str(error)) from error
+        if not snapshot.config and self.serve.config is None:
+            self.serve.observe()
+        config = with_target(snapshot.config or self.serve.config or {}, target)
         running = self.serve.config
         if running is None or not _same_traffic(config, running):
             self.serve.write(config)
         if config != snapshot.config:
             with self.declaring:
-                self._patch_serve_config(snapshot, config)
+                self._patch_serve_config(snapshot, config, target)
 
-    def _patch_serve_config(self, snapshot: DeclaredConfig, config: Mapping[str, Any]) -> None:
-        """Patches ``serveConfigV2`` if it still is the configuration that ``wanted`` was made from.
+    def _patch_serve_config(self, snapshot: DeclaredConfig, config: ServeConfig, target: TrafficTarget) -> None:
+        """Patches ``serveConfigV2``. If it was changed meanwhile, the target is applied to the changed configuration.
 
         KubeRay writes its status into the same object all the time. A conflict alone therefore means nothing; the
         declared configuration is compared.
@@ -112,8 +117,9 @@ class RayServiceBackend:
                 newest = self._snapshot()
             except KubernetesError as error:
                 raise self._not_declared(str(error)) from error
-            if newest.config != snapshot.config:
-                raise self._not_declared("another writer changed serveConfigV2 meanwhile")
+            if newest.config != snapshot.config:  # new options were written: the traffic goes on top of them
+                snapshot, config = newest, with_target(newest.config, target)
+                self.serve.write(config)
         raise self._not_declared(f"it changed {_ATTEMPTS} times meanwhile")
 
     def patch(self, snapshot: DeclaredConfig, new_config: Mapping[str, Any]) -> None:

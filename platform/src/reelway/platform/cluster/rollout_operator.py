@@ -108,6 +108,8 @@ class RolloutOperator:
             stop.set()
             self._active = False
             for controller in self._controllers.values():
+                controller.request_stop()
+            for controller in self._controllers.values():
                 controller.stop()
             if self._events is not None:
                 self._events.close()
@@ -166,9 +168,9 @@ class RolloutOperator:
     def _loop(self, stop: threading.Event) -> None:
         while not stop.is_set():
             revision = self._cache.revision(include_own=True)
-            self._guarded("serve config", self._reconcile_serve_config)
             self._guarded("admission", self._admit_pending)
             self._guarded("finalizers", self._reconcile_finalizers)
+            self._guarded("serve config", self._reconcile_serve_config)  # last, because Serve may be slow to answer
             deadline = time.monotonic() + _ADMISSION_INTERVAL_S
             while (
                 not stop.is_set() and time.monotonic() < deadline and self._cache.revision(include_own=True) == revision

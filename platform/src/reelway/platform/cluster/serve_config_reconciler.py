@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import time
+from collections.abc import Callable
 from typing import Final
 
 from pydantic import ValidationError
@@ -30,12 +32,15 @@ from reelway.platform.rollout.traffic.serve_config import (
     release_names,
 )
 from reelway.platform.rollout.traffic.serving_options import ServingOptions
+from reelway.platform.rollout.traffic.target import TrafficTarget
 
 log = logging.getLogger(__name__)
 
 OPTIONS_SUFFIX: Final = "-serving"
 """Appended to the RayService's name: the ConfigMap with its options."""
 OPTIONS_KEY: Final = "options.yaml"
+DIGEST_TIMEOUT_S: Final = 60.0
+"""How long the options may differ from the RayService's digest before that is an error."""
 
 
 class ServeConfigReconciler:
@@ -43,51 +48,84 @@ class ServeConfigReconciler:
 
     Args:
         rankers: the InferenceServices of the releases; None where Ray Serve ranks.
+        recorded_target: returns the traffic that the newest rollout has recorded; None without a rollout.
     """
 
-    def __init__(self, api: KubeApi, backend: RayServiceBackend, rankers: RankerProvisioner | None = None) -> None:
+    def __init__(
+        self,
+        api: KubeApi,
+        backend: RayServiceBackend,
+        rankers: RankerProvisioner | None = None,
+        recorded_target: Callable[[], TrafficTarget | None] = lambda: None,
+    ) -> None:
         self._api, self._backend, self._rankers = api, backend, rankers
+        self._recorded_target = recorded_target
+        self._digest_differs_since: float | None = None
 
     def reconcile(self) -> bool:
         """Reads the options and the RayService, and writes what differs. Returns whether it wrote.
 
-        A RayService without an options ConfigMap belongs to no chart and stays as it is.
+        While a rollout has recorded traffic that ``serveConfigV2`` does not declare yet, its controller writes first.
 
         Raises:
             ConfigError: if the options cannot be read; nothing was written.
-            RolloutError: if ``serveConfigV2`` has no valid routing, or none exists and the options name no release.
+            RolloutError: if the options do not exist or stay different from the RayService's digest, if
+                ``serveConfigV2`` has no valid routing, or if none exists and the options name no release.
             KubernetesError: if the API server cannot be reached or rejects the write.
         """
         name = f"{self._backend.name}{OPTIONS_SUFFIX}"
-        found = self._api.get(f"v1/configmaps/{name}")
-        if found is None or not self._backend.exists():
+        if not self._backend.exists():
             return False
+        found = self._api.get(f"v1/configmaps/{name}")
+        if found is None:
+            raise RolloutError(f"ConfigMap {name}: it does not exist; install the chart again")
         text = str(found.get("data", {}).get(OPTIONS_KEY, ""))
-        with self._backend.declaring:
-            declared = self._backend.fetch()
-            if declared.options_digest != digest_of(text):
-                log.debug("ConfigMap %s: its digest is not the RayService's; waiting for the chart", name)
-                return False
-            options = ServingOptions.parse(text, source=f"ConfigMap {name}, {OPTIONS_KEY}")
-            releases, routing = self._traffic(declared, options)
-            self._prepare_rankers(releases)
-            config = compose_serve_config(options, releases, routing)
-            if config == declared.config or self._in_transition(declared):
-                return False
-            try:
+        declared = self._backend.fetch()
+        if not self._has_digest_of(declared, text, name):
+            return False
+        options = ServingOptions.parse(text, source=f"ConfigMap {name}, {OPTIONS_KEY}")
+        if self._in_transition(declared):
+            return False
+        releases, routing = self._traffic(declared, options)
+        self._prepare_rankers(releases)
+        config = compose_serve_config(options, releases, routing)
+        if config == declared.config:
+            return False
+        try:
+            with self._backend.declaring:
                 self._backend.patch(declared, config)
-            except ConflictError:
-                return False  # KubeRay wrote its status meanwhile; the next reconcile reads it
+        except ConflictError:
+            return False  # KubeRay or a rollout wrote meanwhile; the next reconcile reads it
         log.info("RayService %s: serveConfigV2 written, releases=%s", self._backend.name, [r[:12] for r in releases])
         return True
 
-    def _traffic(self, declared: DeclaredConfig, options: ServingOptions) -> tuple[tuple[str, ...], Routing]:
-        """Returns the releases and the routing to keep: the declared ones, else those of Serve, else the initial ones.
+    def _has_digest_of(self, declared: DeclaredConfig, text: str, name: str) -> bool:
+        """Returns whether the RayService was rendered with these options. Helm writes it moments after the ConfigMap.
 
-        Serve is read because `kubectl replace` drops ``serveConfigV2`` of a RayService whose service still runs.
+        Raises:
+            RolloutError: if the digests have differed for longer than ``DIGEST_TIMEOUT_S``.
+        """
+        if declared.options_digest == digest_of(text):
+            self._digest_differs_since = None
+            return True
+        since = self._digest_differs_since = self._digest_differs_since or time.monotonic()
+        if time.monotonic() - since > DIGEST_TIMEOUT_S:
+            raise RolloutError(
+                f"ConfigMap {name}: these are not the options that RayService {self._backend.name} was rendered with; "
+                "apply the chart again"
+            )
+        return False
+
+    def _traffic(self, declared: DeclaredConfig, options: ServingOptions) -> tuple[tuple[str, ...], Routing]:
+        """Returns the releases and the routing to keep.
+
+        These are the declared ones, else those of the newest rollout, else those of Serve, else the initial ones.
+        `kubectl replace` drops ``serveConfigV2`` of a RayService whose service still runs.
         """
         if declared.config:
             return release_names(declared.config), self._checked_routing(declared.config)
+        if (target := self._recorded_target()) is not None:
+            return target.releases, target.routing
         self._backend.serve.observe()
         running = self._backend.serve.config
         if running and find_routing(running) is not None:
@@ -108,7 +146,10 @@ class ServeConfigReconciler:
             ) from error
 
     def _in_transition(self, declared: DeclaredConfig) -> bool:
-        """Returns whether Serve already runs another routing than the one declared: the rollout's own write follows."""
+        """Returns whether a rollout has recorded or written another routing than the one declared."""
+        target = self._recorded_target()
+        if declared.config and target and target.routing != self._checked_routing(declared.config):
+            return True
         running = self._backend.serve.config
         return bool(declared.config and running and find_routing(running) != find_routing(declared.config))
 

@@ -36,7 +36,7 @@ class SqliteLog:
 
     Args:
         retain_s: minimum age in seconds at which a record may be deleted, read or not.
-        wait_s: how long an operation waits for another process's transaction.
+        busy_timeout_s: how long an operation waits for another process's transaction.
         clock: Unix seconds.
 
     Raises:

@@ -73,7 +73,7 @@ Columns = Mapping[str, Column]
 
 
 def columns_from_table(table: pa.Table) -> dict[str, Column]:
-    """Returns Arrow columns as numpy arrays and ``Ragged`` lists; only strings become Python objects."""
+    """Returns Arrow columns as numpy arrays and ``RaggedColumn`` lists; only strings become Python objects."""
     columns: dict[str, Column] = {}
     for name in table.column_names:
         array = table.column(name).combine_chunks()

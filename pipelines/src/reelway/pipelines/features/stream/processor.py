@@ -42,7 +42,7 @@ STALE_DATASET_AGE_US: Final = DAY_US
 @dataclass(frozen=True)
 class StreamSettings:
     """How the stream reads. ``lateness_s`` is how long an outcome may take from being heard to being in the log: rows
-    wait that long. ``most_records``: of one round."""
+    wait that long. ``max_records``: of one round."""
 
     lateness_s: float = 1.0
     wait_s: float = 0.5

@@ -28,7 +28,7 @@ from reelway.pipelines.features.stream.time_buckets import STREAMED, emission_sc
 from reelway.pipelines.features.training_rows import LABELS_FILE, read_feature_file
 from reelway.pipelines.features.views import Prior, ViewSettings
 from reelway.platform.contracts.feature_dimensions import FeatureDimensions
-from reelway.platform.errors import FeatureError, StorageError
+from reelway.platform.errors import FeatureError, MalformedFileError, StorageError
 from reelway.platform.eventlog import open_event_log
 from reelway.platform.eventlog.feature_changelog import FeatureChangelog
 from reelway.platform.eventlog.parked_records import ParkedRecords
@@ -120,7 +120,7 @@ def run_stream(
         while not stop.is_set():
             try:
                 done = processor.run_micro_batch()
-            except (FeatureError, StorageError) as error:
+            except (FeatureError, MalformedFileError, StorageError) as error:
                 metrics.record_failure()
                 log.error("micro-batch failed, retrying in %g s: %s", RETRY_DELAY_S, error)
                 stop.wait(RETRY_DELAY_S)

@@ -81,8 +81,8 @@ def wait_until(
     """Waits for a condition and returns the rollout, also at the timeout.
 
     Args:
-        holds: the condition.
-        each: called with the rollout after every write to the store.
+        condition: ends the wait when it is true.
+        on_change: called with the rollout after every write to the store.
     """
     changes, rollout = None, store.get(rollout_id)
     for _ in poll_times(timeout_s):

@@ -91,7 +91,7 @@ class Controller:
         self._poll_s = poll_s
         self._clock = clock
         self._metrics = metrics or ControllerMetrics()
-        self._apply_lock = threading.Lock()
+        self._apply_lock = threading.RLock()
         """Held from the record of a state until traffic is written: a slow reconcile cannot overwrite a rollback."""
         self._last_errors: dict[str, str] = {}
 
@@ -147,6 +147,10 @@ class Controller:
         Raises:
             ReelwayError: see ``reconcile``.
         """
+        with self._apply_lock:  # a reconcile that records meanwhile would make this record fail
+            return self._react()
+
+    def _react(self) -> Decision | None:
         started_s = time.perf_counter()
         rollout = self._store.latest()
         if rollout is None or not (firing := self._firing(rollout.state)):

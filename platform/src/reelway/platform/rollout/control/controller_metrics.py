@@ -29,7 +29,9 @@ class ControllerMetrics:
             "reelway_rollout_traffic_writes_total", "Traffic targets written, by outcome.", ["outcome"], registry
         )
         self.failures = counter(
-            "reelway_rollout_failures_total", "Failures by kind: observe, evidence, apply, poll, react, tick.",
+            "reelway_rollout_failures_total",
+            "Failures by kind: observe, evidence, apply, poll, react, tick; of the operator also serve config, admission, "
+            "finalizers.",
             ["kind"], registry,
         )  # fmt: skip
         self.webhooks = counter("reelway_rollout_webhooks_total", "Webhook deliveries.", ["outcome"], registry)

@@ -54,7 +54,7 @@ def webhook_application(
     """Serves ``POST /api/v1/alerts`` (bearer ``token``), ``GET /healthz`` and ``GET /metrics``.
 
     Args:
-        wake: called after every delivery that changed the known alerts.
+        on_change: called after every delivery that changed the known alerts.
     """
 
     async def alerts(request: Request) -> Response:

@@ -84,7 +84,7 @@ class ServeRestBackend:
     """``TrafficBackend`` over the REST API of one Ray Serve. Thread-safe.
 
     Args:
-        where: a run directory that `reelway serve` serves, or an address.
+        service: a run directory that `reelway serve` serves, or an address.
         timeout_s: timeout of a request to the dashboard, which normally responds within tens of milliseconds.
     """
 

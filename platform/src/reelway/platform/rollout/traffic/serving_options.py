@@ -10,7 +10,7 @@ No option holds a secret: secrets are files or environment variables of Ray's pr
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -88,6 +88,13 @@ class BudgetsMs(_Options):
         return self.retrieval + self.ranking + self.reranking
 
 
+def _check_queue_limits(maximum: int, sustained: int | None) -> None:
+    if sustained is not None and sustained > maximum:
+        raise ValueError(
+            f"max_ongoing_sustained: {sustained} exceeds max_ongoing_requests, which is {maximum}; lower it"
+        )
+
+
 class RouterArgs(ReleaseStoreArgs):
     """Arguments of the router's application."""
 
@@ -114,12 +121,8 @@ class RouterArgs(ReleaseStoreArgs):
     )
 
     @model_validator(mode="after")
-    def _sustained_limit_is_not_larger(self) -> RouterArgs:
-        sustained, maximum = self.max_ongoing_sustained, self.max_ongoing_requests
-        if sustained and sustained > maximum:
-            raise ValueError(
-                f"max_ongoing_sustained: {sustained} exceeds max_ongoing_requests, which is {maximum}; lower it"
-            )
+    def _sustained_limit_is_not_larger(self) -> Self:
+        _check_queue_limits(self.max_ongoing_requests, self.max_ongoing_sustained)
         return self
 
 
@@ -206,12 +209,17 @@ class ServingOptions(_Options):
     deployments: Deployments = Deployments()
     budgets: BudgetsMs = BudgetsMs()
     composition: Composition = "staged"
-    max_ongoing_requests: int = 64
-    max_ongoing_sustained: int | None = None
+    max_ongoing_requests: int = Field(default=64, ge=1)
+    max_ongoing_sustained: int | None = Field(default=None, ge=1)
     ranker_address: str | None = None
     environment: dict[str, str] = Field(
         default_factory=lambda: {"OMP_NUM_THREADS": "1"}, description="environment of every replica"
     )
+
+    @model_validator(mode="after")
+    def _sustained_limit_is_not_larger(self) -> Self:
+        _check_queue_limits(self.max_ongoing_requests, self.max_ongoing_sustained)
+        return self
 
     @classmethod
     def parse(cls, text: str, *, source: str) -> ServingOptions:
