@@ -80,6 +80,23 @@ def test_options_that_went_through_yaml_compose_the_same_configuration() -> None
     assert compose_serve_config(read, (OLD,), ROUTING) == compose_serve_config(built, (OLD,), ROUTING)
 
 
+def test_whole_numbers_are_integers_as_in_kuberays_json() -> None:
+    """Ray Serve builds an application anew if its arguments differ as JSON text, and Go writes 250.0 as 250."""
+
+    def floats(value: Any) -> list[float]:
+        if isinstance(value, dict):
+            return [found for item in value.values() for found in floats(item)]
+        if isinstance(value, list):
+            return [found for item in value for found in floats(item)]
+        return [value] if isinstance(value, float) else []
+
+    config = compose_serve_config(options(parity_ratio=1.0), (OLD,), ROUTING)
+    assert [number for number in floats(config) if number.is_integer()] == []
+    assert config["applications"][-1]["args"]["parity_ratio"] == 1
+    fraction = compose_serve_config(options(parity_ratio=0.25), (OLD,), ROUTING)
+    assert fraction["applications"][-1]["args"]["parity_ratio"] == 0.25
+
+
 def test_target_over_a_composed_configuration_equals_composing_the_target() -> None:
     """A rollout changes the configuration without options; the operator would compose the same one."""
     arms = (

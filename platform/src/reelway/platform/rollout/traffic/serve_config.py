@@ -14,7 +14,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, cast
 
 from reelway.platform.contracts.events import Arm
 from reelway.platform.errors import RolloutError
@@ -44,17 +44,33 @@ ServeConfig = Mapping[str, Any]
 
 
 def compose_serve_config(options: ServingOptions, releases: Iterable[str], routing: Routing) -> dict[str, Any]:
-    """Returns the configuration of a service: one application per release, the outcomes and the router."""
+    """Returns the configuration of a service: one application per release, the outcomes and the router.
+
+    Whole numbers are integers, also where an option is a float. KubeRay converts the configuration to JSON in Go, which
+    writes 250.0 as 250. Ray Serve compares the arguments as text, so a float would be another version of the code: it
+    would build the application anew at every weight, which takes seconds.
+    """
     applications = [_release_application(options, release) for release in releases]
     if options.outcomes:
         applications.append(_outcomes_application(options, options.outcomes))
     applications.append(_router_application(options, routing))
-    return {
+    config = {
         "proxy_location": options.proxy_location,
         "http_options": {"host": options.host, "port": options.port},
         "logging_config": dict(_LOGGING_CONFIG),
         "applications": applications,
     }
+    return cast(dict[str, Any], _with_whole_numbers(config))
+
+
+def _with_whole_numbers(value: Any) -> Any:
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    if isinstance(value, Mapping):
+        return {key: _with_whole_numbers(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_with_whole_numbers(item) for item in value]
+    return value
 
 
 def _release_application(options: ServingOptions, release: str) -> dict[str, Any]:
