@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sqlite3
 from dataclasses import replace
 from pathlib import Path
 
@@ -69,5 +68,5 @@ def test_reader_sees_no_uncommitted_rows(tmp_path: Path) -> None:
 def test_use_after_close_is_not_reported_as_a_damaged_file(tmp_path: Path) -> None:
     file = SqliteFile(tmp_path / "file.db", FORMAT)
     file.close()
-    with pytest.raises(sqlite3.ProgrammingError, match="closed"):
+    with pytest.raises(StorageError, match="is closed"):
         rows(file)

@@ -114,7 +114,7 @@ def test_held_out_rows_have_the_negatives_of_the_whole_window(rows, config):
     [
         (["ranker_holdout=0.3"], "similarity_only"),
         (["ranker_holdout=0.05", "ranker.similarity_only=true", "calibration_fraction=0.1"], "calibration_fraction"),
-        (["ranker_holdout=1.2", "ranker.similarity_only=true"], "ranker_holdout is 1.2, expected less than 1"),
+        (["ranker_holdout=1.2", "ranker.similarity_only=true"], "ranker_holdout: saw 1.2, expected less than 1"),
     ],
 )
 def test_config_rejects_an_impossible_holdout(overrides, message):

@@ -10,7 +10,7 @@ import logging
 import re
 import sys
 from collections.abc import Sequence
-from typing import Final
+from typing import Final, TextIO
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
@@ -59,5 +59,16 @@ def histogram(
 def configure_logging(level: str = "INFO") -> None:
     """Logs to standard error, one line per record. Programs call it once; libraries never do."""
     logging.basicConfig(
-        level=level, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s", force=True
+        level=level, handlers=[_StderrHandler()], format="%(asctime)s %(levelname)s %(name)s: %(message)s", force=True
     )
+
+
+class _StderrHandler(logging.StreamHandler[TextIO]):
+    """Writes to the present ``sys.stderr``, also after it was replaced and the former one was closed."""
+
+    def __init__(self) -> None:
+        logging.Handler.__init__(self)
+
+    @property
+    def stream(self) -> TextIO:  # type: ignore[override]
+        return sys.stderr

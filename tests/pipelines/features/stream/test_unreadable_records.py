@@ -105,7 +105,7 @@ class Run:
             done = processor.run_micro_batch(wait_s=0.1)
             metrics.record_batch(done, processor, NOW_US / 1e6, grids_us)
             self.emitted += done.emitted
-        self.fates = dict(processor.engine.fates)
+        self.result_counts = dict(processor.engine.result_counts)
         state.close()
 
     def rows(self) -> dict[tuple[str, int, int], dict[str, Any]]:
@@ -132,7 +132,7 @@ def clean(tmp_path: Path) -> Run:
     (tmp_path / "clean").mkdir()
     run = Run(tmp_path / "clean", log)
     assert run.parked() == []
-    assert run.fates["applied"] == 60
+    assert run.result_counts["applied"] == 60
     return run
 
 
@@ -156,7 +156,7 @@ def test_stream_on_sqlite_parks_unreadable_records(tmp_path: Path, clean: Run) -
     assert [one.payload for one in run.parked()][:2] == [b"", b"hello"]
     assert run.parked()[2].reason == "1 outcomes have unknown types: ['block_creator']"
     assert [run.parked_total(kind) for kind in ("empty", "unreadable", "unknown_type")] == [1, 1, 1]
-    assert run.fates == clean.fates
+    assert run.result_counts == clean.result_counts
     assert len(run.rows()) > 50
     assert run.rows() == clean.rows()
 
@@ -183,5 +183,5 @@ def test_stream_on_kafka_parks_unreadable_records(
         (topic_log.name, 0, 35, "unknown_type"),
     ]
     assert [run.parked_total(kind) for kind in ("empty", "unreadable", "unknown_type")] == [1, 1, 1]
-    assert run.fates == clean.fates
+    assert run.result_counts == clean.result_counts
     assert run.rows() == clean.rows()
