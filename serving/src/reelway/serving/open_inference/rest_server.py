@@ -38,7 +38,7 @@ from reelway.serving.open_inference.errors import (
 from reelway.serving.open_inference.ranker_service import RankerService
 
 _LAST_REQUESTS_S: Final = 1.5
-"""Longest wait for the first request of connections that were accepted just before the end."""
+"""Longest wait for requests on open connections after the server stopped listening."""
 _LAST_REQUESTS_POLL_S: Final = 0.05
 _MODEL_PATH: Final = re.compile(r"(/v2/models/([^/]+))(?:/versions/([^/]+))?(/ready|/infer|)")
 
@@ -191,19 +191,18 @@ class _UvicornWithoutSignals(uvicorn.Server):
         yield
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Stops listening first, and answers the requests of connections that were accepted last."""
+        """Stops listening first, and answers requests that are on their way on open connections.
+
+        Each response is the last of its connection now, so that open connections become fewer by themselves.
+        """
         await asyncio.sleep(0)  # one pass of the loop accepts the connections in the backlog
         for server in self.servers:
             server.close()
         deadline = time.monotonic() + _LAST_REQUESTS_S
         await asyncio.sleep(_LAST_REQUESTS_POLL_S)
-        while self._waits_for_a_first_request() and time.monotonic() < deadline:
+        while self.server_state.connections and time.monotonic() < deadline:
             await asyncio.sleep(_LAST_REQUESTS_POLL_S)
-        await super().shutdown(sockets)
-
-    def _waits_for_a_first_request(self) -> bool:
-        """Returns whether a connection has sent no request yet. Uvicorn would close it, even if one is on its way."""
-        return any(getattr(connection, "cycle", None) is None for connection in self.server_state.connections)
+        await super().shutdown(sockets)  # closes idle connections at once
 
 
 def create_listener(host: str, port: int) -> socket.socket:
