@@ -28,6 +28,7 @@ def batch() -> pa.RecordBatch:
         "shown_at": rng.integers(0, 2**40, N), "release": ["r"] * N, "arm": ["stable"] * N, "source": ["ann"] * N,
         "propensity": rng.random(N), "type": [str(OUTCOME_TYPES[k]) for k in kind], "value": np.ones(N),
         "event_time": rng.integers(0, 2**40, N), "done_at": [None] * N,
+        "creator_id": [7] * N, "topic": [3] * N, "duration_ms": [20_000] * N,
     }  # fmt: skip
     arrays = [
         pa.array(columns[field.name]).cast(pa.int64()).cast(field.type)

@@ -72,7 +72,7 @@ def with_unknown_type(record: LogRecord) -> LogRecord:
     """The record, followed by the same outcome with a type of a newer version."""
     table = decode_outcomes(record.payload)
     index = table.schema.get_field_index("type")
-    types = pa.array(["block_creator"] * table.num_rows).cast(table.schema.field("type").type)
+    types = pa.array(["mute_audio"] * table.num_rows).cast(table.schema.field("type").type)
     other = table.set_column(index, table.schema.field("type"), types)
     return record._replace(payload=encode(pa.concat_tables([table, other]).unify_dictionaries()))
 
@@ -154,7 +154,7 @@ def test_stream_on_sqlite_parks_unreadable_records(tmp_path: Path, clean: Run) -
         (log.name, 0, 21, "empty"), (log.name, 0, 32, "unreadable"), (log.name, 0, 53, "unknown_type"),
     ]  # fmt: skip
     assert [one.payload for one in run.parked()][:2] == [b"", b"hello"]
-    assert run.parked()[2].reason == "1 outcomes have unknown types: ['block_creator']"
+    assert run.parked()[2].reason == "1 outcomes have unknown types: ['mute_audio']"
     assert [run.parked_total(kind) for kind in ("empty", "unreadable", "unknown_type")] == [1, 1, 1]
     assert run.result_counts == clean.result_counts
     assert len(run.rows()) > 50

@@ -27,6 +27,8 @@ class OutcomeType(StrEnum):
     SKIP = "skip"
     NOT_INTERESTED = "not_interested"
     REPORT = "report"
+    BLOCK_CREATOR = "block_creator"
+    BLOCK_TOPIC = "block_topic"
 
 
 class Arm(StrEnum):
@@ -55,6 +57,8 @@ OUTCOME_WEIGHTS: Final[dict[str, float]] = {
     "skip": -0.5,
     "not_interested": -2.0,
     "report": -3.0,
+    "block_creator": -2.0,
+    "block_topic": -2.0,
 }
 """Weight of one outcome as a signal of taste. An impression's weight is the sum, clipped to ``WEIGHT_BOUNDS``."""
 WEIGHT_BOUNDS: Final = (-3.0, 5.0)

@@ -17,6 +17,7 @@ class LogRecord(NamedTuple):
     partition: int  # 0..partitions-1; records whose relative order matters share a partition
     time_us: int  # when it was appended, by the appender's clock
     payload: bytes
+    key: str = ""  # a compacted topic keeps the newest record of each key; empty: the id is the key
 
 
 class StoredRecord(NamedTuple):

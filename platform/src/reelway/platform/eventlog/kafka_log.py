@@ -99,7 +99,7 @@ class KafkaLog:
             try:
                 for index, record in enumerate(records):
                     producer.produce(
-                        self.name, record.payload, key=record.id.encode(), partition=record.partition,
+                        self.name, record.payload, key=(record.key or record.id).encode(), partition=record.partition,
                         timestamp=record.time_us // 1000, headers={"time_us": str(record.time_us).encode()},
                         on_delivery=on_delivery(index),
                     )  # fmt: skip

@@ -49,6 +49,6 @@ REFUSED: Final = "reelway_outcomes_refused_total"
 
 OUTCOME_METRICS: Final = (
     "long_watch_rate", "watch_s_per_impression", "like_rate", "share_rate", "save_rate", "follow_rate",
-    "comment_rate", "skip_rate", "not_interested_rate", "report_rate",
+    "comment_rate", "skip_rate", "not_interested_rate", "report_rate", "block_creator_rate", "block_topic_rate",
 )  # fmt: skip
 """Allowed values of a policy's ``outcomes[].name``: sums over a viewer's impressions, divided by the impressions."""

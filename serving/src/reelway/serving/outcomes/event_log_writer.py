@@ -104,6 +104,7 @@ def logged_outcomes(parts: Sequence[OutcomeColumns], now_us: int) -> pa.RecordBa
         "done_at": _timestamps(np.where(has_time, done_at, 0.0) * 1e6, ~has_time),
     }
     arrays = [pa.array(column) if isinstance(column, np.ndarray) else column for column in columns.values()]
+    arrays += [pa.nulls(len(impression), field.type) for field in OUTCOME_EVENT_SCHEMA][len(arrays) :]
     return pa.RecordBatch.from_arrays(arrays, schema=OUTCOME_EVENT_SCHEMA)
 
 
