@@ -160,7 +160,8 @@ class Deployments(_Options):
     """Options per deployment.
 
     The default of 0.1 CPUs lets all deployments of several releases share one machine. Outcomes have one replica,
-    because one process writes the file of their sums. With composition ``fused`` only ``router`` and ``outcomes`` are used.
+    because one process writes the file of their sums. With composition ``fused`` only ``router`` and ``outcomes`` are
+    used.
     """
 
     router: DeploymentOptions = DeploymentOptions()
