@@ -74,7 +74,7 @@ def router(args: RouterArgs) -> serve.Application:
 
 
 def outcomes(args: OutcomesArgs) -> serve.Application:
-    """Builds the application that sums exposures and outcomes. It has one replica, because one process owns its file."""
+    """Builds the application that sums exposures and outcomes. It has one replica: one process owns the file."""
     deployment = serve.deployment(serve.ingress()(OutcomesDeployment), name="Outcomes", max_ongoing_requests=200)
     return deployment.bind(args)
 
@@ -102,9 +102,7 @@ class RouterDeployment(Router):
             shorten_switch_interval()
         self._args = args
         if args.events:
-            topic_address(
-                args.events, Topic.OUTCOMES
-            )  # an invalid address ends the replica, an unreachable log does not
+            topic_address(args.events, Topic.OUTCOMES)  # raises if the address is invalid; no log is opened yet
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         return build_http_api(self)
@@ -152,7 +150,7 @@ class OutcomesDeployment:
         self._opening = Lock()
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        return build_outcomes_api(self._collector)
+        return build_outcomes_api(self._collector, self._close_log)
 
     async def append(self, topic: Topic, records: Sequence[LogRecord]) -> list[int]:
         """Appends a router's records to the event log; returns when they are on disk."""
@@ -163,3 +161,9 @@ class OutcomesDeployment:
             if topic not in self._kept:
                 self._kept[topic] = open_topic(self._events, topic)
             return self._kept[topic]
+
+    def _close_log(self) -> None:
+        with self._opening:
+            for events in self._kept.values():
+                events.close()
+            self._kept.clear()

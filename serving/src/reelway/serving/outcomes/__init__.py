@@ -15,18 +15,18 @@ order:
 
 - ``outside``: the video was shown outside of any rollout. Such an outcome is counted on every delivery and has no other
   effect.
-- ``late``: it was logged, or happened by its ``event_time``, more than 24 h (``OUTCOME_HORIZON_S``) after the impression.
-  Both arms lose their late outcomes, so no arm gains.
-- ``retired``: its rollout has ended. A rollout ends when four others were shown more recently. Until then, outcomes of a
-  release that was rolled back are counted and change no decision.
+- ``late``: it was logged, or happened by its ``event_time``, more than 24 h (``OUTCOME_HORIZON_S``) after the
+  impression. Both arms lose their late outcomes, so no arm gains.
+- ``retired``: its rollout has ended. A rollout ends when four others were shown more recently. Until then, outcomes of
+  a release that was rolled back are counted and change no decision.
 - ``duplicate``: an outcome of the same type was counted for the same impression. The first one stands, so a second
   ``watch`` changes nothing. The file remembers counted types until the outcome would be late anyway.
 - ``counted``: it was added to the sums of its rollout, arm and slices, with the weight in its token.
 
 An outcome with an invalid token, or a value that does not fit the type, is refused by the router and not logged. The
 token alone identifies an outcome's impression, so an outcome may be read before its slate. The router answers when the
-outcomes are in the log. A client without an answer sends the request again, and nothing is counted twice. The same holds
-for slates, which are recognised by their request id.
+outcomes are in the log. A client without an answer sends the request again, and nothing is counted twice. The same
+holds for slates, which are recognised by their request id.
 
 Viewer totals and counted types are on disk, so memory does not grow with the number of viewers.
 """

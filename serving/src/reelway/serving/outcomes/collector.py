@@ -9,7 +9,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
@@ -46,7 +46,7 @@ class _FollowedTopic:
     topic: Topic
     log: EventLog
     position: Offsets
-    reading: LogReading = field(default_factory=LogReading)
+    reading: LogReading
 
 
 class OutcomeCollector:
@@ -81,7 +81,7 @@ class OutcomeCollector:
         self._open_topic = open_topic
         self._clock = clock
         self._topics: dict[Topic, _FollowedTopic] = {}
-        self._readings = {topic: LogReading() for topic in TOPICS}
+        self._readings: dict[str, LogReading] = {topic: LogReading() for topic in TOPICS}
         self._clean_at = 0.0
         self._ending = threading.Event()
         self._thread: threading.Thread | None = None

@@ -110,9 +110,7 @@ def logged_outcomes(parts: Sequence[OutcomeColumns], now_us: int) -> pa.RecordBa
         "slices": joined("slices").astype(np.int8),
     }
     arrays = [
-        pa.array(columns[field.name], field.type)
-        if isinstance(columns[field.name], np.ndarray)
-        else columns[field.name]
+        pa.array(column, field.type) if isinstance(column := columns[field.name], np.ndarray) else column
         for field in OUTCOME_EVENT_SCHEMA
     ]
     return pa.RecordBatch.from_arrays(arrays, schema=OUTCOME_EVENT_SCHEMA)
