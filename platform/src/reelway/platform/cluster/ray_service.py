@@ -37,6 +37,8 @@ class DeclaredConfig:
     resource_version: str
     config: ServeConfig
     options_digest: str = ""
+    had_traffic: bool = False
+    """Whether KubeRay has ever given the RayService's Services a cluster, so that viewers may be on a release."""
 
 
 class RayServiceBackend:
@@ -46,6 +48,7 @@ class RayServiceBackend:
         self._api, self.name, self.serve = api, name, serve
         self._lock = threading.Lock()
         self._declared: DeclaredConfig | None = None
+        self._newest_version = 0
         self.declaring = threading.Lock()
         """Held while ``serveConfigV2`` is read and written. Writes to Serve do not take it."""
 
@@ -148,7 +151,7 @@ class RayServiceBackend:
             raise self._not_declared(str(error)) from error
 
     def fetch(self) -> DeclaredConfig:
-        """Reads the RayService.
+        """Reads the RayService. Returns what is known already if a concurrent write or read was answered with more.
 
         Raises:
             RolloutError: if it does not exist or ``serveConfigV2`` is not a YAML mapping.
@@ -173,9 +176,19 @@ class RayServiceBackend:
             )
         metadata = document["metadata"]
         digest = metadata.get("annotations", {}).get(OPTIONS_DIGEST, "")
-        snapshot = DeclaredConfig(str(metadata["resourceVersion"]), config, digest)
+        active = (document.get("status") or {}).get("activeServiceStatus") or {}
+        snapshot = DeclaredConfig(
+            str(metadata["resourceVersion"]), config, digest, had_traffic=bool(active.get("rayClusterName"))
+        )
+        return self._remember(snapshot)
+
+    def _remember(self, snapshot: DeclaredConfig) -> DeclaredConfig:
+        """Returns the newest snapshot. Another thread may have read or written a newer one since this was read."""
+        version = int(snapshot.resource_version)
         with self._lock:
-            self._declared = snapshot
+            if version < self._newest_version:
+                return self._declared or snapshot
+            self._newest_version, self._declared = version, snapshot
         return snapshot
 
 
