@@ -17,6 +17,7 @@ from tests.support.cluster.rollout_manifests import QUICK, rollout
 
 from reelway.platform.cluster.finalizer import set_finalizer
 from reelway.platform.cluster.kube_api import ExpiredError, KubeApi
+from reelway.platform.cluster.leader_election import LeaderElector
 from reelway.platform.cluster.operator_settings import (
     LeaseSettings,
     OperatorSettings,
@@ -27,7 +28,7 @@ from reelway.platform.cluster.resources import FINALIZER, RolloutResource
 from reelway.platform.cluster.rollout_cache import PATH, InformerCache
 from reelway.platform.cluster.rollout_operator import RolloutOperator
 from reelway.platform.cluster.rollout_watch import RolloutWatch
-from reelway.platform.errors import KubernetesError
+from reelway.platform.errors import KubernetesError, RolloutError
 
 
 @pytest.fixture
@@ -299,3 +300,16 @@ def test_rollout_at_rest_has_no_finalizer(
         spec = {**server.objects["one"]["spec"], "commands": [{"id": "1", "verb": "rollback"}]}
         server.apply({**server.objects["one"], "spec": spec})
         wait_for(lambda: server.objects["one"]["status"]["phase"] == "RolledBack" and not finalizers(server))
+
+
+def test_operator_without_a_valid_lease_moves_no_traffic(
+    server: FakeApiServer, api: KubeApi, serve: FakeServe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def expired(_: LeaderElector) -> None:
+        raise RolloutError("the lease has expired")
+
+    monkeypatch.setattr(LeaderElector, "require_valid", expired)
+    server.apply(held_rollout(serve))
+    with operating(api, tmp_path):
+        wait_for(lambda: "the lease has expired" in str(server.objects["one"].get("status")))
+    assert serve.written == []

@@ -68,7 +68,7 @@ class FakeApiServer:
             name = document["metadata"]["name"]
             known = self.objects.get(name)
             stored = copy.deepcopy(document)
-            defaults = {"namespace": "test", "uid": f"{name}-0000-{self.version}", "generation": 1}
+            defaults: dict[str, Any] = {"namespace": "test", "uid": f"{name}-0000-{self.version}", "generation": 1}
             previous = known["metadata"] if known else defaults
             stored["metadata"] = {
                 "creationTimestamp": "2026-01-01T00:00:00Z", **previous, **stored["metadata"],

@@ -41,6 +41,7 @@ class BackendController:
 
     Args:
         on_decision: called with each decision after it is recorded.
+        require_lease: called right before each write of traffic; raises RolloutError if another replica may be active.
 
     Raises:
         RolloutError: if the backend is on a host that the operator may not send Ray's token to.
@@ -55,17 +56,18 @@ class BackendController:
         settings: OperatorSettings,
         metrics: ControllerMetrics,
         on_decision: Callable[[RolloutResource, HistoryEntry], None],
+        require_lease: Callable[[], None],
     ) -> None:
         address = serve_address(backend, api.namespace, settings.ray)
         self.key = backend.key
         self.store = KubeRolloutStore(api, cache, backend=backend.key, create_backend=backend, on_decision=on_decision)
-        serve = ServeRestBackend(address)
+        serve = ServeRestBackend(address, before_write=require_lease)
         name = backend.ray_service.name if backend.ray_service else ""
         self.backend: RayServiceBackend | ServeRestBackend = serve
         self.serve_config: ServeConfigReconciler | None = None
         rankers = _rankers(api, settings)
         if name:
-            self.backend = RayServiceBackend(api, name, serve)
+            self.backend = RayServiceBackend(api, name, serve, before_write=require_lease)
             self.serve_config = ServeConfigReconciler(api, self.backend, rankers, self._recorded_target)
         url = address.url.rstrip("/")
         reader: SeriesReader

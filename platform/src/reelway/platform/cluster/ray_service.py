@@ -12,7 +12,7 @@ routing and states the reason, and the next reconcile writes both again. A rollo
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
@@ -42,10 +42,17 @@ class DeclaredConfig:
 
 
 class RayServiceBackend:
-    """``traffic.TrafficBackend`` over a RayService and the Serve of its head. Thread-safe."""
+    """``traffic.TrafficBackend`` over a RayService and the Serve of its head. Thread-safe.
 
-    def __init__(self, api: KubeApi, name: str, serve: ServeRestBackend) -> None:
+    Args:
+        before_write: called right before each write of ``serveConfigV2``; a RolloutError prevents the write.
+    """
+
+    def __init__(
+        self, api: KubeApi, name: str, serve: ServeRestBackend, *, before_write: Callable[[], None] = lambda: None
+    ) -> None:
         self._api, self.name, self.serve = api, name, serve
+        self._before_write = before_write
         self._lock = threading.Lock()
         self._declared: DeclaredConfig | None = None
         self._newest_version = 0
@@ -130,8 +137,10 @@ class RayServiceBackend:
 
         Raises:
             ConflictError: if the object was changed since it was read.
+            RolloutError: if ``before_write`` prevents it.
             KubernetesError: if the API server rejects the patch or cannot be reached.
         """
+        self._before_write()
         with self._lock:
             self._declared = None  # unknown until the API server has answered
         text = yaml.safe_dump(dict(new_config), sort_keys=False)
