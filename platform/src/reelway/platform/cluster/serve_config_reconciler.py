@@ -16,15 +16,13 @@ from __future__ import annotations
 import hashlib
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Final
 
 from pydantic import ValidationError
 
-from reelway.platform.cluster.inference_service import RankerProvisioner
 from reelway.platform.cluster.kube_api import ConflictError, KubeApi
 from reelway.platform.cluster.ray_service import DeclaredConfig, RayServiceBackend
-from reelway.platform.contracts.ids import short_id
 from reelway.platform.errors import RolloutError
 from reelway.platform.rollout.traffic.routing import Routing
 from reelway.platform.rollout.traffic.serve_config import (
@@ -49,7 +47,7 @@ class ServeConfigReconciler:
     """Writes ``serveConfigV2`` of one RayService when its options require another one.
 
     Args:
-        rankers: the InferenceServices of the releases; None where Ray Serve ranks.
+        prepare_rankers: called with the releases that need a remote ranker, on every pass; must not wait for them.
         recorded_target: returns the traffic that the newest rollout has recorded; None without a rollout.
         clock: monotonic seconds.
     """
@@ -58,12 +56,12 @@ class ServeConfigReconciler:
         self,
         api: KubeApi,
         backend: RayServiceBackend,
-        rankers: RankerProvisioner | None = None,
+        prepare_rankers: Callable[[Iterable[str]], None] = lambda _: None,
         recorded_target: Callable[[], TrafficTarget | None] = lambda: None,
         *,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._api, self._backend, self._rankers = api, backend, rankers
+        self._api, self._backend, self._prepare_rankers = api, backend, prepare_rankers
         self._recorded_target = recorded_target
         self._clock = clock
         self._digest_differs_since: float | None = None
@@ -168,14 +166,6 @@ class ServeConfigReconciler:
             return True
         running = self._backend.serve.config
         return bool(declared.config and running and find_routing(running) != find_routing(declared.config))
-
-    def _prepare_rankers(self, releases: tuple[str, ...]) -> None:
-        if self._rankers is None:
-            return
-        existing = self._rankers.states()
-        for release in releases:
-            if short_id(release) not in existing:
-                self._rankers.ensure(release)
 
 
 def digest_of(text: str) -> str:
