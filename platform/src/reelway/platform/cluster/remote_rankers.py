@@ -1,7 +1,7 @@
 """Rankers outside Ray Serve: created, removed and read by a thread of their own, so that traffic never waits for them.
 
-A release is ready only if its ranker is. A call of the rankers' API may hang for seconds. A rollback therefore writes its
-weights and then only states which rankers are needed; ``RankerReconciler`` creates and removes them in its thread.
+A release is ready only if its ranker is. A call of the rankers' API may hang for seconds. A rollback therefore writes
+its weights and then only states which rankers are needed; ``RankerReconciler`` creates and removes them in its thread.
 """
 
 from __future__ import annotations
