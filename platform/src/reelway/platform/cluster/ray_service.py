@@ -189,9 +189,9 @@ class RayServiceBackend:
         snapshot = DeclaredConfig(
             str(metadata["resourceVersion"]), config, digest, had_traffic=bool(active.get("rayClusterName"))
         )
-        return self._remember(snapshot)
+        return self._newest_of(snapshot)
 
-    def _remember(self, snapshot: DeclaredConfig) -> DeclaredConfig:
+    def _newest_of(self, snapshot: DeclaredConfig) -> DeclaredConfig:
         """Returns the newest snapshot. Another thread may have read or written a newer one since this was read."""
         version = int(snapshot.resource_version)
         with self._lock:
