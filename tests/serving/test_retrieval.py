@@ -13,11 +13,13 @@ from tests.support.release_files import NOW_S, make_release_folder
 from reelway.platform.contracts.api import RequestContext
 from reelway.platform.contracts.blend import Blend, RetrievalSettings
 from reelway.platform.errors import IncompatibleReleaseError, ServingError
-from reelway.serving.popular import PopularLists, open_popular_lists
+from reelway.serving.live_lists import CurrentLists
+from reelway.serving.popular import ListRows, PopularLists, open_popular_lists
 from reelway.serving.release_loader import ReleaseLoader
 from reelway.serving.stages.arrays import SOURCE_CODES, SOURCES, ViewerQuery
+from reelway.serving.stages.list_source import ListSource
 from reelway.serving.stages.retrieval import Retrieval
-from reelway.serving.stages.sources import FreshSource, NeighbourSource, SourceQuery, StaticListSource
+from reelway.serving.stages.sources import FreshSource, NeighbourSource, SourceQuery
 from reelway.serving.video_table import VideoTable
 from reelway.serving.viewer_query import viewer_query
 
@@ -129,7 +131,8 @@ def test_neighbours_follow_the_latest_liked_videos(table: VideoTable) -> None:
 
 def test_trending_starts_with_the_region_of_the_viewer(table: VideoTable) -> None:
     global_rows, local = np.array([1, 2], dtype=np.int32), np.array([9], dtype=np.int32)
-    source = StaticListSource(global_rows, {"eu": local})
+    lists = PopularLists(ListRows(global_rows), ListRows(global_rows, {"eu": local}), 16)
+    source = ListSource(CurrentLists(lists), "trending")
     assert source.propose(SourceQuery(viewer(table, {}, "eu"), EMBEDDING, 5)).rows.tolist() == [9, 1, 2]
     assert source.propose(SourceQuery(viewer(table, {}, "mars"), EMBEDDING, 5)).rows.tolist() == [1, 2]
     assert source.propose(SourceQuery(viewer(table, {}), EMBEDDING, 1)).rows.tolist() == [1]

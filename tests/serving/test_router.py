@@ -165,7 +165,7 @@ def test_holdout_gets_the_popular_list_in_order(router: Router, ids: list[str], 
 
     answer = run(check())
     assert [video.video_id for video in answer.videos] == router_release.table.video_id[
-        router_release.lists.popular[:10]
+        router_release.lists.current().popular[:10]
     ].tolist()
     assert answer.degraded == []
     assert counted(router, "reelway_ingress_stage_latency_seconds_count", stage="retrieval") == 0

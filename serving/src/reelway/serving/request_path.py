@@ -37,9 +37,9 @@ from reelway.platform.contracts.events import Arm
 from reelway.platform.contracts.ids import short_id
 from reelway.platform.tokens import TokenSigner
 from reelway.serving.circuit_breaker import CircuitBreaker
+from reelway.serving.live_lists import CurrentLists
 from reelway.serving.metrics import IngressMetrics, timed
 from reelway.serving.parity_sample import ParitySampler
-from reelway.serving.popular import PopularLists
 from reelway.serving.slates import NO_ROLLOUT, ImpressionContext, RolloutArm, build_videos, new_ids, slices_of
 from reelway.serving.stage_runner import RANKING, RERANKING, RETRIEVAL, VIEWER_QUERY, StageRunner
 from reelway.serving.stages.arrays import F32, SOURCES, Candidates, RankingInput, ScoredCandidates, Slate, ViewerQuery
@@ -88,7 +88,7 @@ class RouterRelease:
 
     release_id: str
     table: VideoTable
-    lists: PopularLists
+    lists: CurrentLists
     videos_as_of_s: float | None = None  # the time that the release's video features describe
 
 
@@ -161,7 +161,8 @@ class RequestPath:
         degraded: list[Degradation] = []
 
         query = await self._viewer_query(call, degraded)
-        popular = partial(release.lists.candidates, query)
+        lists = release.lists.current()
+        popular = partial(lists.candidates, query)
         if self._rollout_arm.arm is Arm.HOLDOUT:
             slate = popular().to_slate(count)
         else:
@@ -178,7 +179,7 @@ class RequestPath:
             return PathResult(slate, degraded)
         showing = self._showing(call, query)
         slices = slices_of(slate.rows, showing, release.table)
-        videos = build_videos(slate, slices, showing, release.table, release.lists, self._signer)
+        videos = build_videos(slate, slices, showing, release.table, lists, self._signer)
         return PathResult(slate, degraded, slices, videos)
 
     async def recommend(

@@ -47,6 +47,7 @@ def viewer_query(
         history_rows=history[known],
         history_weights=weights[known],
         region=row["region"],
+        language=row["language"],
         now_s=now_s,
         seed=seed,
     )

@@ -90,11 +90,10 @@ def counted_lists(events: Sequence[ListEvent], as_of_us: int) -> dict[str, dict[
 
 
 def scores(snapshot: LiveListsSnapshot) -> dict[str, dict[int, float]]:
-    found = {
+    return {
         name: dict(zip(ranked.video_ids.tolist(), ranked.scores.tolist(), strict=True))
         for name, ranked in snapshot.lists.items()
     }
-    return found
 
 
 def event(kind: str, video: int, minute: int, number: int, viewer: int = 1, region: str | None = None) -> ListEvent:

@@ -25,6 +25,7 @@ LISTS_FILE: Final = "lists.arrow"
 POPULAR: Final = "popular"
 TRENDING: Final = "trending"
 _AS_OF_METADATA_KEY: Final = b"as_of_us"
+_VERSION_FIELDS: Final = ("ino", "mtime", "ETag", "LastModified", "etag", "updated", "size")  # of any file system
 
 
 @dataclass(frozen=True)
@@ -96,9 +97,7 @@ class LiveListsFile:
             return None
         except OSError as error:
             raise StorageError(f"lists {self._location}: cannot read the file: {error}") from error
-        return tuple(
-            str(info.get(name)) for name in ("ino", "mtime", "ETag", "LastModified", "etag", "updated", "size")
-        )
+        return tuple(str(info.get(name)) for name in _VERSION_FIELDS)
 
     def read(self) -> LiveListsSnapshot | None:
         """Returns the lists, or None while the file does not exist.

@@ -45,6 +45,8 @@ class ViewerQuery:
     region: str | None
     now_s: float
     seed: int  # seed of every random choice in this request
+    language: str | None = None
+    followed_creators: I64 = field(default_factory=lambda: np.empty(0, dtype=np.int64))  # the latest follow last
 
 
 @dataclass(frozen=True, slots=True)

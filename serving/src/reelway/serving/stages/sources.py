@@ -7,7 +7,6 @@ A source is asked for more rows than its quota, to replace those that filters or
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final, Protocol
 
@@ -79,24 +78,6 @@ class AnnSource:
         exact = self._embedding.take(candidates, axis=0) @ query.viewer_embedding[0]
         best = np.argsort(-exact)[: query.limit]
         return SourceCandidates(candidates[best], exact[best])
-
-
-class StaticListSource:
-    """Proposes a precomputed list: one for all viewers, or one per region.
-
-    Args:
-        global_rows: rows of the global list, best first.
-        by_region: region -> rows; the global list follows after the end of a region's list.
-    """
-
-    def __init__(self, global_rows: Rows, by_region: Mapping[str, Rows] | None = None) -> None:
-        self._global_rows = global_rows
-        self._by_region = {region: np.concatenate([rows, global_rows]) for region, rows in (by_region or {}).items()}
-
-    def propose(self, query: SourceQuery) -> SourceCandidates:
-        region = query.viewer.region
-        rows = self._global_rows if region is None else self._by_region.get(region, self._global_rows)
-        return SourceCandidates(rows[: query.limit])
 
 
 class FreshSource:

@@ -157,7 +157,7 @@ class ListWindows:
         return self._counts.dropped
 
     def add_exposures(self, exposures: pa.Table, time_us: I64) -> int:
-        """Counts impressions of ``EXPOSURE_EVENT_SCHEMA``, appended at ``time_us`` ``[N]``; returns how many are new."""
+        """Counts rows of ``EXPOSURE_EVENT_SCHEMA``, appended at ``time_us`` ``[N]``; returns how many are new."""
         codes_N2 = np.stack([self._list_codes(name, exposures[name]) for name in _DIMENSIONS], axis=1)
         viewer = exposures["viewer_id"].to_numpy()
         if len(viewer):
@@ -205,7 +205,7 @@ class ListWindows:
 
     def save(self, path: Path, offsets: dict[str, Offsets]) -> None:
         """Writes the whole state with the offsets of the next records to one file, atomically."""
-        arrays = {"about": np.frombuffer(json.dumps([self._names, _json_offsets(offsets)]).encode(), dtype=np.uint8)}
+        arrays: dict[str, Any] = {"about": np.frombuffer(json.dumps([self._names, _json_offsets(offsets)]).encode(), dtype=np.uint8)}
         for part, values in self._parts().items():
             arrays |= {f"{part}.{name}": value for name, value in values.to_arrays().items()}
         with atomic_file(path) as temporary, temporary.open("wb") as handle:
@@ -252,7 +252,7 @@ class ListWindows:
         encoded = column.cast(pa.string()).combine_chunks().dictionary_encode()
         codes = [self._code_of(f"{dimension}={value}") for value in encoded.dictionary.to_pylist()]
         index = pc.fill_null(encoded.indices, len(codes)).to_numpy(zero_copy_only=False)
-        return np.array([*codes, 0], dtype=np.int64)[index]
+        return np.asarray(np.array([*codes, 0], dtype=np.int64)[index])
 
     def _code_of(self, name: str) -> int:
         if name not in self._codes:
@@ -267,7 +267,7 @@ def outcome_weights(outcomes: pa.Table) -> F64:
     """Returns the weight of each outcome as engagement; 0 for a watch that is not long. Shapes: ``[N]``."""
     kind = pc.cast(outcomes["type"], pa.string()).combine_chunks().dictionary_encode()
     kinds = kind.dictionary.to_pylist()
-    weight = np.array([OUTCOME_WEIGHTS.get(name, 0.0) for name in kinds] or [0.0])[kind.indices.to_numpy()]
+    weight: F64 = np.array([OUTCOME_WEIGHTS.get(name, 0.0) for name in kinds] or [0.0])[kind.indices.to_numpy()]
     if OutcomeType.WATCH not in kinds:
         return weight
     is_watch = kind.indices.to_numpy() == kinds.index(OutcomeType.WATCH)

@@ -1,7 +1,7 @@
 """Fixed-size hash tables over ids: which events were counted lately, and where a viewer was seen last.
 
 Both are direct-mapped: an id has one slot, and the newest id of a slot replaces the one before it. Memory does not grow
-with the number of ids, and a look-up of a batch is one gather. The price is forgetting: with n newer ids, an id is still
+with the number of ids, and a look-up of a batch is one gather. The price is forgetting: after n newer ids, an id is
 known with probability ``(1 - 1/slots) ** n``, which is 0.91 for 100,000 ids and 2^20 slots.
 """
 
