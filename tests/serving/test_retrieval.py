@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -77,8 +78,18 @@ def test_candidates_are_unseen_distinct_and_complete(
 
 def test_each_source_fills_its_quota(retrieval: Retrieval, table: VideoTable) -> None:
     candidates = retrieval.retrieve(viewer(table, dict.fromkeys(range(0, 60, 3), 1.0)))
-    counts = {SOURCES[code]: int(n) for code, n in enumerate(np.bincount(candidates.source, minlength=5))}
-    assert counts == {"ann": 24, "trending": 6, "popular": 4, "neighbours": 4, "fresh": 2}
+    counts = {SOURCES[code]: int(n) for code, n in enumerate(np.bincount(candidates.source, minlength=len(SOURCES)))}
+    quotas = {"fresh": 2, "trending": 6, "similar_creators": 2, "content": 4, "neighbours": 4, "popular": 4, "ann": 16}
+    # Nobody is followed; the next source in the order of the quotas takes these two places.
+    assert counts == {**quotas, "followed_creators": 0, "fresh": 4}
+
+
+def test_followed_creators_fill_their_quota(retrieval: Retrieval, table: VideoTable) -> None:
+    query = replace(viewer(table, {3: 1.0}), followed_creators=table.creator_id[[50, 60]])
+    candidates = retrieval.retrieve(query)
+    followed = candidates.rows[candidates.source == SOURCE_CODES["followed_creators"]]
+    assert len(followed) == 2
+    assert set(table.creator_id[followed].tolist()) == set(table.creator_id[[50, 60]].tolist())
 
 
 def test_viewer_without_history_gets_all_candidates(retrieval: Retrieval, table: VideoTable) -> None:
@@ -99,12 +110,11 @@ def test_filtered_proposals_are_counted_by_kind(retrieval: Retrieval, table: Vid
 
 def test_index_returns_the_nearest_videos_first(retrieval: Retrieval, table: VideoTable) -> None:
     candidates = retrieval.retrieve(viewer(table, {10: 3.0}))
-    by_index = np.flatnonzero(candidates.source == SOURCE_CODES["ann"])[
-        :24
-    ]  # its quota; further videos fill unused quotas
+    by_index = np.flatnonzero(candidates.source == SOURCE_CODES["ann"])
     exact = table.embedding @ candidates.viewer_embedding[0]
     exact[10] = -np.inf
-    assert candidates.rows[by_index].tolist() == np.argsort(-exact)[:24].tolist()
+    exact[candidates.rows[candidates.source != SOURCE_CODES["ann"]]] = -np.inf  # an earlier source took them
+    assert candidates.rows[by_index].tolist() == np.argsort(-exact)[: len(by_index)].tolist()
     np.testing.assert_allclose(candidates.similarity[by_index], exact[candidates.rows[by_index]], atol=1e-5)
 
 

@@ -57,9 +57,7 @@ class PopularLists:
         as_of_s: time that the lists describe, in Unix seconds; None: that of the release.
     """
 
-    def __init__(
-        self, popular: ListRows, trending: ListRows, embedding_dim: int, as_of_s: float | None = None
-    ) -> None:
+    def __init__(self, popular: ListRows, trending: ListRows, embedding_dim: int, as_of_s: float | None = None) -> None:
         self.popular = popular.of_all
         self.by_kind = {POPULAR: popular, TRENDING: trending}
         self.embedding_dim = embedding_dim

@@ -16,6 +16,7 @@ import numpy as np
 from reelway.platform.contracts.feature_names import RANKER_INPUTS, VIEWER_TOWER_INPUTS
 from reelway.platform.contracts.ids import ReleaseId
 from reelway.platform.contracts.manifest import (
+    CONTENT_NEIGHBOURS_FILE,
     INDEX_FILE,
     NEIGHBOURS_FILE,
     RANKER_FILE,
@@ -31,12 +32,17 @@ from reelway.platform.release.store import ReleaseStore
 from reelway.platform.release.verify import read_blend, read_calibration
 from reelway.platform.rollout.traffic.serving_options import ReleaseArgs
 from reelway.platform.tokens import TokenSigner
+from reelway.serving.live_lists import CurrentLists, start_list_follower
 from reelway.serving.live_overlay import start_follower
 from reelway.serving.metrics import IngressMetrics
 from reelway.serving.onnx_model import OnnxModel
-from reelway.serving.live_lists import CurrentLists, start_list_follower
 from reelway.serving.popular import open_popular_lists
 from reelway.serving.request_path import InProcessRecommender, LocalStages, RouterRelease
+from reelway.serving.stages.creator_sources import (
+    FollowedCreatorsSource,
+    SimilarCreatorsSource,
+    open_creator_videos,
+)
 from reelway.serving.stages.list_source import ListSource
 from reelway.serving.stages.ranking import LocalRanker, Ranker, Ranking
 from reelway.serving.stages.reranking import Reranking
@@ -119,6 +125,7 @@ class ReleaseLoader:
         settings = read_blend(self.folder).retrieval
         table = self.table()
         lists = self.lists()
+        creators = open_creator_videos(self.folder, table)
         return Retrieval(
             OnnxModel(self.folder / VIEWER_TOWER_FILE, inputs=VIEWER_TOWER_INPUTS, threads=self.threads),
             {
@@ -126,7 +133,10 @@ class ReleaseLoader:
                 "popular": ListSource(lists, POPULAR),
                 "trending": ListSource(lists, TRENDING),
                 "fresh": FreshSource(table, settings.fresh_hours),
-                "neighbours": NeighbourSource(self._neighbours(table)),
+                "neighbours": NeighbourSource(self._neighbours(table, NEIGHBOURS_FILE)),
+                "content": NeighbourSource(self._neighbours(table, CONTENT_NEIGHBOURS_FILE)),
+                "followed_creators": FollowedCreatorsSource(creators),
+                "similar_creators": SimilarCreatorsSource(table, creators),
             },
             settings,
         )
@@ -172,8 +182,8 @@ class ReleaseLoader:
             )
         return index
 
-    def _neighbours(self, table: VideoTable) -> Rows:
-        path = self.folder / NEIGHBOURS_FILE
+    def _neighbours(self, table: VideoTable, name: str) -> Rows:
+        path = self.folder / name
         batch = open_record_batch(path)
         if not batch.schema.equals(NEIGHBOURS_SCHEMA):
             raise IncompatibleReleaseError(

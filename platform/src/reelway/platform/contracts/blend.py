@@ -8,8 +8,10 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from reelway.platform.contracts.feature_names import RANKER_TASKS
 
-SourceName = Literal["ann", "popular", "trending", "fresh", "neighbours"]
-"""Retrieval sources: two-tower ANN, all-time popular, trending, new uploads, item-to-item from the history."""
+SourceName = Literal[
+    "ann", "popular", "trending", "fresh", "neighbours", "content", "followed_creators", "similar_creators"
+]
+"""Retrieval sources; see ``serving.stages.retrieval``. Codes of sources depend on this order, so append only."""
 
 Share = Annotated[float, Field(ge=0, le=1)]
 
@@ -23,8 +25,18 @@ class RetrievalSettings(_Strict):
 
     candidates: Annotated[int, Field(ge=1, le=10_000)] = 500
     quotas: dict[SourceName, Share] = Field(
-        default={"ann": 0.6, "trending": 0.15, "popular": 0.1, "neighbours": 0.1, "fresh": 0.05},
-        description="share of the candidates kept for each source; what one source cannot fill, the next ones do",
+        default={
+            "followed_creators": 0.05,
+            "fresh": 0.05,
+            "trending": 0.15,
+            "similar_creators": 0.05,
+            "content": 0.1,
+            "neighbours": 0.1,
+            "popular": 0.1,
+            "ann": 0.4,
+        },
+        description="share of the candidates kept for each source; what one source cannot fill, the next ones do. A "
+        "video of several sources counts for the first of them, so sources that propose few videos come first",
     )
     index_probes: Annotated[int, Field(ge=1)] | None = Field(
         default=None, description="lists of the index to look into; absent: as many as the build found to be needed"
@@ -64,6 +76,25 @@ class RerankingSettings(_Strict):
     max_per_creator: Annotated[int, Field(ge=1)] = 2
     exploration_slots: Annotated[int, Field(ge=0)] = 0
     head: Annotated[int, Field(ge=1)] = Field(default=100, description="ranked candidates that MMR re-ranks")
+    min_shares: dict[SourceName, Share] = Field(
+        default={
+            "followed_creators": 0.05,
+            "fresh": 0.05,
+            "trending": 0.1,
+            "similar_creators": 0.05,
+            "content": 0.05,
+            "neighbours": 0.05,
+            "popular": 0.05,
+        },
+        description="least share of a slate for the source's candidates, rounded down to whole videos",
+    )
+
+    @model_validator(mode="after")
+    def _min_shares_fit(self) -> RerankingSettings:
+        total = sum(self.min_shares.values())
+        if total > 1.0 + 1e-6:
+            raise ValueError(f"min_shares sum to {total:g}, expected at most 1; change reranking.min_shares")
+        return self
 
 
 class Blend(_Strict):

@@ -4,6 +4,7 @@
 |-----------------------------|----------------------------------------------------------------------------------|
 | value minus redundancy      | MMR (Carbonell and Goldstein 1998) over the embeddings of the best candidates    |
 | at most n videos a creator  | a creator's n best stay; the cap is broken, and counted, only to fill the slate  |
+| least share of a source     | the last of other sources give way to the source's best; their creators' cap holds |
 | exploration positions       | drawn uniformly from the rest, fresh uploads first; the propensity is recorded   |
 """
 
@@ -11,13 +12,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
 
 from reelway.platform.contracts.blend import RerankingSettings
-from reelway.serving.stages.arrays import F32, SOURCE_CODES, Codes, Rows, ScoredCandidates, Slate
+from reelway.serving.stages.arrays import F32, SOURCE_CODES, SOURCES, Codes, Rows, ScoredCandidates, Slate
 from reelway.serving.video_table import VideoTable
 
 Indices = NDArray[np.int64]
@@ -32,6 +34,7 @@ class Reranking:
     def __init__(self, table: VideoTable, settings: RerankingSettings) -> None:
         self._table = table
         self._settings = settings
+        self._min_shares = {SOURCE_CODES[name]: share for name, share in settings.min_shares.items()}
 
     def rerank(self, candidates: ScoredCandidates) -> Slate:
         """Returns a slate of ``candidates.count`` videos, or of all candidates if there are fewer."""
@@ -45,6 +48,7 @@ class Reranking:
 
         explored = min(self._settings.exploration_slots, count, max(len(eligible_E) - (count - 1), 0))
         chosen = self._mmr_order(rows, value, eligible_E, count - explored)
+        chosen = with_min_shares(chosen, eligible_E, candidates.source, self._min_shares, count)
         drawn, propensity = self._explore(candidates.source, eligible_E, chosen, explored, candidates.seed)
         cap_violations = max(count - len(chosen) - len(drawn), 0)
         chosen = np.concatenate([chosen, over_cap[:cap_violations]])
@@ -100,6 +104,40 @@ class Reranking:
         closest = cosine.argmax(axis=1)
         near = (trigger_rows < 0) & (cosine[np.arange(len(rows)), closest] >= MIN_EXPLANATION_SIMILARITY)
         return np.where(near, liked_rows[closest], trigger_rows).astype(np.int32)
+
+
+def with_min_shares(
+    chosen: Indices, eligible_E: Indices, source: Codes, min_shares: Mapping[int, float], count: int
+) -> Indices:
+    """Replaces the last chosen candidates of other sources until every source has its least share, if it can.
+
+    A candidate gives way only if its own source keeps its least share. The best candidate of a source takes the place
+    of the last one that gives way, so the first positions of the slate stay those of the highest values.
+
+    Args:
+        chosen: indices of candidates, best first.
+        eligible_E: indices of all candidates that may be chosen, by value, best first.
+        min_shares: code of a source -> share.
+        count: length of the slate.
+    """
+    least = np.zeros(len(SOURCES), dtype=np.int64)
+    for code, share in min_shares.items():
+        least[code] = int(share * count + 1e-9)
+    have = np.bincount(source[chosen], minlength=len(SOURCES))
+    if (have >= least).all():
+        return chosen
+    result = chosen.copy()
+    rest = eligible_E[~np.isin(eligible_E, chosen)]
+    for code in np.flatnonzero(have < least).tolist():
+        for candidate in rest[source[rest] == code][: int(least[code] - have[code])].tolist():
+            surplus = np.flatnonzero((have > least)[source[result]])
+            if not len(surplus):
+                return result
+            last = surplus[-1]
+            have[source[result[last]]] -= 1
+            have[code] += 1
+            result[last] = candidate
+    return result
 
 
 def occurrences(values: NDArray[np.int64]) -> Indices:

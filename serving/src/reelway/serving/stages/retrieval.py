@@ -2,13 +2,16 @@
 
 Retrieval does not order candidates by value; ranking does.
 
-| source     | proposes                                                | file of the release |
-|------------|---------------------------------------------------------|---------------------|
-| ann        | videos nearest to the viewer's embedding                | index.faiss         |
-| neighbours | item-to-item neighbours of recently watched videos      | neighbours.arrow    |
-| trending   | videos that rise now, those of the viewer's region first | popular.arrow       |
-| popular    | the most watched videos                                 | popular.arrow       |
-| fresh      | new uploads                                             | videos.arrow        |
+| source            | proposes                                               | file                       |
+|-------------------|--------------------------------------------------------|----------------------------|
+| followed_creators | new and best videos of the creators the viewer follows | creators.arrow             |
+| fresh             | new uploads                                            | videos.arrow               |
+| trending          | videos that rise now, by region, language and overall  | lists.arrow, popular.arrow |
+| popular           | the most watched videos, likewise                      | lists.arrow, popular.arrow |
+| neighbours        | item-to-item neighbours of recently liked videos       | neighbours.arrow           |
+| content           | videos whose content resembles recently liked videos   | content_neighbours.arrow   |
+| similar_creators  | videos of creators like those of recently liked videos | creators.arrow             |
+| ann               | videos nearest to the viewer's embedding               | index.faiss                |
 """
 
 # Shapes: P proposals, C candidates, D embedding

@@ -95,7 +95,9 @@ class FreshSource:
 
 
 class NeighbourSource:
-    """Proposes item-to-item neighbours of the videos that this viewer liked most recently.
+    """Proposes neighbours of the videos that this viewer liked most recently, by co-watches or by content.
+
+    A video that was uploaded after the release was built has no neighbours.
 
     Args:
         neighbours: rows of the neighbours of each row, ``[N, K]``, best first, padded with ``ABSENT``.
@@ -107,7 +109,8 @@ class NeighbourSource:
         self._triggers = triggers
 
     def propose(self, query: SourceQuery) -> SourceCandidates:
-        liked = query.viewer.history_rows[query.viewer.history_weights > 0][-self._triggers :][::-1]  # latest first
+        liked = query.viewer.history_rows[query.viewer.history_weights > 0]
+        liked = liked[liked < len(self._neighbours)][-self._triggers :][::-1]  # latest first
         if not len(liked):
             return SourceCandidates(NO_ROWS, trigger_rows=NO_ROWS)
         # The best neighbour of every trigger first, then the second best: one trigger cannot fill the list alone.

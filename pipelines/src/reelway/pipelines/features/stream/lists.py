@@ -205,7 +205,9 @@ class ListWindows:
 
     def save(self, path: Path, offsets: dict[str, Offsets]) -> None:
         """Writes the whole state with the offsets of the next records to one file, atomically."""
-        arrays: dict[str, Any] = {"about": np.frombuffer(json.dumps([self._names, _json_offsets(offsets)]).encode(), dtype=np.uint8)}
+        arrays: dict[str, Any] = {
+            "about": np.frombuffer(json.dumps([self._names, _json_offsets(offsets)]).encode(), dtype=np.uint8)
+        }
         for part, values in self._parts().items():
             arrays |= {f"{part}.{name}": value for name, value in values.to_arrays().items()}
         with atomic_file(path) as temporary, temporary.open("wb") as handle:

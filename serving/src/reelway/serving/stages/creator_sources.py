@@ -1,0 +1,136 @@
+"""The sources by creator: videos of followed creators, and of creators that resemble those of liked videos.
+
+A creator is proposed with the newest videos and the best videos in turn. All look-ups are gathers in matrices with one
+row per creator of the release.
+"""
+
+# Shapes: C creators, V videos per creator, F creators of one query, P proposals
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+
+from reelway.platform.contracts.manifest import CREATORS_FILE, VIDEOS_FILE
+from reelway.platform.contracts.release_files import CREATORS_SCHEMA, VIDEOS_PER_CREATOR
+from reelway.platform.errors import IncompatibleReleaseError
+from reelway.serving.stages.arrays import I64, Rows
+from reelway.serving.stages.sources import NO_ROWS, SourceCandidates, SourceQuery
+from reelway.serving.video_table import ABSENT, VideoTable, open_record_batch
+
+FOLLOWS: Final = 100
+"""Number of latest followed creators whose videos are proposed."""
+LIKED_CREATORS: Final = 10
+"""Number of creators of the latest liked videos whose similar creators are proposed."""
+
+
+class CreatorVideos:
+    """Each creator's newest and best videos as rows of the video table, and the similar creators.
+
+    Args:
+        table: video table of the release.
+        creator_id: creators of ``creators.arrow``, ascending, ``[C]``.
+        similar: positions in ``creator_id``, ``[C, K]``, padded with ``ABSENT``.
+        best: rows of the table, ``[C, V]``, padded with ``ABSENT``.
+    """
+
+    def __init__(self, table: VideoTable, creator_id: I64, similar: Rows, best: Rows) -> None:
+        self._table = table
+        self._creator_id = creator_id
+        self.similar = similar
+        newest = _newest_videos(table, creator_id)
+        # newest, best, second newest, second best, ...
+        self._videos: Rows = np.stack([newest, best], axis=2).reshape(len(creator_id), 2 * VIDEOS_PER_CREATOR)
+
+    def positions_of(self, creators: I64) -> I64:
+        """Returns the positions of those creators that the release has, in the given order."""
+        if not len(self._creator_id):
+            return np.empty(0, dtype=np.int64)
+        position = np.minimum(np.searchsorted(self._creator_id, creators), len(self._creator_id) - 1)
+        return np.asarray(position[self._creator_id[position] == creators])
+
+    def videos_of(self, positions: I64, now_s: float) -> tuple[Rows, I64]:
+        """Returns videos uploaded by ``now_s``, one of every creator in turn, and the index of each one's creator.
+
+        Shapes: ``[F] -> [P], [P]``.
+        """
+        rows = self._videos[positions].T.ravel()
+        of = np.tile(np.arange(len(positions)), self._videos.shape[1])
+        present = np.flatnonzero(rows != ABSENT)
+        present = present[~(self._table.uploaded_at_s[rows[present]] > now_s)]
+        return rows[present], of[present]
+
+
+class FollowedCreatorsSource:
+    """Proposes videos of the creators that the viewer follows, the latest followed creator first."""
+
+    def __init__(self, creators: CreatorVideos) -> None:
+        self._creators = creators
+
+    def propose(self, query: SourceQuery) -> SourceCandidates:
+        followed = query.viewer.followed_creators[-FOLLOWS:][::-1]
+        rows, _ = self._creators.videos_of(self._creators.positions_of(followed), query.viewer.now_s)
+        return SourceCandidates(rows[: query.limit])
+
+
+class SimilarCreatorsSource:
+    """Proposes videos of creators that resemble the creators of the videos that this viewer liked most recently.
+
+    Creators whose videos the viewer liked or whom the viewer follows are left out.
+    """
+
+    def __init__(self, table: VideoTable, creators: CreatorVideos) -> None:
+        self._table = table
+        self._creators = creators
+
+    def propose(self, query: SourceQuery) -> SourceCandidates:
+        viewer = query.viewer
+        liked_rows = viewer.history_rows[viewer.history_weights > 0][::-1]  # latest first
+        creators = self._table.creator_id[liked_rows]
+        first = np.sort(np.unique(creators, return_index=True)[1])[:LIKED_CREATORS]
+        liked = self._creators.positions_of(creators[first])
+        if not len(liked):
+            return SourceCandidates(NO_ROWS)
+        similar = self._creators.similar[liked].T.ravel().astype(np.int64)  # the best of every creator first
+        known = np.concatenate([self._creators.positions_of(np.unique(creators)),
+                                self._creators.positions_of(viewer.followed_creators)])  # fmt: skip
+        similar = similar[(similar != ABSENT) & ~np.isin(similar, known)]
+        similar = similar[np.sort(np.unique(similar, return_index=True)[1])]
+        rows, _ = self._creators.videos_of(similar, viewer.now_s)
+        return SourceCandidates(rows[: query.limit])
+
+
+def open_creator_videos(folder: Path, table: VideoTable) -> CreatorVideos:
+    """Reads ``creators.arrow`` of a release.
+
+    Raises:
+        IncompatibleReleaseError: if the schema or the creators differ from those of the video table.
+    """
+    path = folder / CREATORS_FILE
+    batch = open_record_batch(path)
+    if not batch.schema.equals(CREATORS_SCHEMA):
+        raise IncompatibleReleaseError(
+            f"{path} has schema\n{batch.schema}\nexpected\n{CREATORS_SCHEMA}\nrebuild the release"
+        )
+    creator_id: I64 = batch.column("creator_id").to_numpy()
+    if not np.array_equal(creator_id, np.unique(table.creator_id[table.creator_id >= 0])):
+        raise IncompatibleReleaseError(f"{path}: the creators differ from those of {VIDEOS_FILE}; rebuild the release")
+    similar, best = (
+        batch.column(name).flatten().to_numpy().reshape(len(creator_id), CREATORS_SCHEMA.field(name).type.list_size)
+        for name in ("similar", "best")
+    )
+    return CreatorVideos(table, creator_id, similar, best)
+
+
+def _newest_videos(table: VideoTable, creator_id: I64) -> Rows:
+    """Returns the rows of each creator's newest videos, newest first, ``[C, V]``, padded with ``ABSENT``."""
+    order = np.lexsort((-np.nan_to_num(table.uploaded_at_s, nan=-np.inf), table.creator_id))
+    order = order[table.creator_id[order] >= 0]
+    code = np.searchsorted(creator_id, table.creator_id[order])
+    rank = np.arange(len(code)) - np.searchsorted(code, code, side="left")
+    selected = rank < VIDEOS_PER_CREATOR
+    rows = np.full((len(creator_id), VIDEOS_PER_CREATOR), ABSENT, dtype=np.int32)
+    rows[code[selected], rank[selected]] = order[selected]
+    return rows
