@@ -13,11 +13,10 @@ import redis
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from reelway.platform.contracts.blend import MAX_SHOWN_HOURS, MAX_SHOWN_VIDEOS, MAX_WATCHED_DAYS
 from reelway.platform.errors import StorageError
 from reelway.platform.features import viewer_memory_sqlite
 from reelway.platform.features.viewer_memory import (
-    MAX_SHOWN_HOURS,
-    MAX_SHOWN_VIDEOS,
     ShownSlate,
     ViewerMemory,
     ViewerMemoryState,
@@ -25,7 +24,7 @@ from reelway.platform.features.viewer_memory import (
 from reelway.platform.features.viewer_memory_local import LocalViewerMemory
 from reelway.platform.features.viewer_memory_redis import RedisViewerMemory
 from reelway.platform.features.viewer_memory_sqlite import SqliteViewerMemory
-from reelway.platform.features.watched_filter import GENERATION_DAYS, MAX_WATCHED_DAYS, is_watched
+from reelway.platform.features.watched_filter import GENERATION_DAYS, is_watched
 
 NOW_S = 1_718_000_000.0
 HOUR_S = 3_600.0

@@ -7,11 +7,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from reelway.platform.contracts.blend import MAX_WATCHED_DAYS
 from reelway.platform.features.watched_filter import (
     FILTER_BYTES,
     HASHES,
     LIVE_GENERATIONS,
-    MAX_WATCHED_DAYS,
     add_to_filter,
     as_filter,
     bit_positions,

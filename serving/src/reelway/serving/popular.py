@@ -18,6 +18,7 @@ from reelway.platform.contracts.manifest import POPULAR_FILE
 from reelway.platform.contracts.release_files import POPULAR_SCHEMA
 from reelway.platform.errors import IncompatibleReleaseError
 from reelway.serving.stages.arrays import F32, SOURCE_CODES, Candidates, Rows, ViewerQuery
+from reelway.serving.stages.exclusion import completing_rows
 from reelway.serving.stages.filtering import allowed_candidates
 from reelway.serving.video_table import ABSENT, VideoTable, open_record_batch
 
@@ -27,21 +28,23 @@ _REGIONAL: Final = "trending:"
 class PopularLists:
     """The lists as rows of the video table, best first; videos that the table lacks are left out."""
 
-    def __init__(self, popular: Rows, trending: Rows, trending_in: Mapping[str, Rows], embedding_dim: int) -> None:
+    def __init__(self, popular: Rows, trending: Rows, trending_in: Mapping[str, Rows], table: VideoTable) -> None:
         self.popular = popular
         self.trending = trending
         self.trending_in = dict(trending_in)
         self._members = {region: frozenset(rows.tolist()) for region, rows in trending_in.items()}
-        self._no_embedding: F32 = np.zeros((1, embedding_dim), dtype=np.float32)
+        self._table = table
+        self._no_embedding: F32 = np.zeros((1, table.embedding.shape[1]), dtype=np.float32)
 
     def is_trending_in(self, row: int, region: str | None) -> bool:
         """Whether the video is on the region's own trending list."""
         return region is not None and row in self._members.get(region, ())
 
     def candidates(self, query: ViewerQuery) -> Candidates:
-        """Returns the popular list as candidates, without videos of the viewer's history."""
-        may_show, filtered_counts = allowed_candidates(self.popular, query)
+        """Returns the popular list as candidates, without what the viewer has seen; see also ``completing_rows``."""
+        may_show, filtered_counts = allowed_candidates(self.popular, query, self._table)
         rows = self.popular[may_show]
+        rows = np.concatenate([rows, completing_rows(rows, query, self._table)])
         return Candidates(
             rows=rows,
             source=np.full(len(rows), SOURCE_CODES["popular"], dtype=np.int8),
@@ -77,4 +80,4 @@ def open_popular_lists(folder: Path, table: VideoTable) -> PopularLists:
     regions = {
         name.removeprefix(_REGIONAL): known_rows for name, known_rows in rows.items() if name.startswith(_REGIONAL)
     }
-    return PopularLists(rows["popular"], rows.get("trending", rows["popular"][:0]), regions, table.embedding.shape[1])
+    return PopularLists(rows["popular"], rows.get("trending", rows["popular"][:0]), regions, table)

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from reelway.platform.contracts.blend import MAX_SHOWN_HOURS, MAX_SHOWN_VIDEOS
 from reelway.platform.features.watched_filter import FILTER_BYTES
 
 if TYPE_CHECKING:
@@ -31,8 +32,6 @@ I64 = NDArray[np.int64]
 F64 = NDArray[np.float64]
 U8 = NDArray[np.uint8]
 
-MAX_SHOWN_VIDEOS: Final = 2_000
-MAX_SHOWN_HOURS: Final = 48
 MEMORY_FILE: Final = "viewer_memory.db"
 SHOWN_ENTRY: Final = np.dtype([("video_id", "<i8"), ("shown_at_s", "<u4")])
 """One shown video as it is stored, 12 bytes. A viewer's entries follow each other, oldest first."""

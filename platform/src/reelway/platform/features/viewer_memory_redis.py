@@ -13,12 +13,11 @@ from typing import Any, Final
 
 import numpy as np
 
+from reelway.platform.contracts.blend import MAX_SHOWN_HOURS, MAX_SHOWN_VIDEOS, MAX_WATCHED_DAYS
 from reelway.platform.errors import StorageError
 from reelway.platform.features.viewer_memory import (
     F64,
     I64,
-    MAX_SHOWN_HOURS,
-    MAX_SHOWN_VIDEOS,
     SHOWN_ENTRY,
     ShownSlate,
     ViewerMemoryState,
@@ -28,7 +27,6 @@ from reelway.platform.features.viewer_memory import (
 )
 from reelway.platform.features.watched_filter import (
     GENERATION_DAYS,
-    MAX_WATCHED_DAYS,
     live_generations,
     positions_by_filter,
 )

@@ -16,14 +16,14 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
+from reelway.platform.contracts.blend import MAX_WATCHED_DAYS
 from reelway.platform.features.hashing import mix64
 
 I64 = NDArray[np.int64]
 U8 = NDArray[np.uint8]
 
 GENERATION_DAYS: Final = 10
-MAX_WATCHED_DAYS: Final = 30
-"""How long a watched video is recognised at most, in days; some are recognised for ``GENERATION_DAYS`` longer."""
+"""A watched video is recognised for up to so many days longer than ``MAX_WATCHED_DAYS``."""
 LIVE_GENERATIONS: Final = MAX_WATCHED_DAYS // GENERATION_DAYS + 1
 FILTER_BYTES: Final = 2048
 HASHES: Final = 7
