@@ -15,6 +15,7 @@ from tests.support.release_files import make_release_folder
 
 from reelway.platform.contracts.api import RecommendRequest, RecommendResponse
 from reelway.platform.contracts.events import Arm
+from reelway.platform.features.viewer_rows import StoredViewer
 from reelway.platform.rollout import metric_names
 from reelway.platform.rollout.traffic.bucketing import BUCKETS
 from reelway.platform.rollout.traffic.routing import ArmRoute, Routing, ShadowRoute
@@ -54,7 +55,9 @@ class ShadowFixture:
         signer = TokenSigner(b"a secret of the tests, long enough")
         self.router = Router(
             self._open,
-            RouterDependencies(signer, self.registry, read_viewer=lambda _: {"region": "eu"}, exposures=self.exposures),
+            RouterDependencies(
+                signer, self.registry, read_viewer=lambda _: StoredViewer({"region": "eu"}), exposures=self.exposures
+            ),
         )
         self.routing = Routing(
             salt="a rollout",

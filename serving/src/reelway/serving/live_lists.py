@@ -128,7 +128,7 @@ def map_lists(snapshot: LiveListsSnapshot, table: VideoTable, of_release: Popula
     popular, trending = (_rows_of_kind(kind, snapshot, table) for kind in (POPULAR, TRENDING))
     more = of_release.popular[~np.isin(of_release.popular, popular.of_all)]
     long_popular = ListRows(np.concatenate([popular.of_all, more]), popular.by_region, popular.by_language)
-    return PopularLists(long_popular, trending, of_release.embedding_dim, snapshot.as_of_us / 1e6)
+    return PopularLists(long_popular, trending, table, snapshot.as_of_us / 1e6)
 
 
 def _rows_of_kind(kind: str, snapshot: LiveListsSnapshot, table: VideoTable) -> ListRows:

@@ -20,6 +20,7 @@ from reelway.platform.contracts.release_files import POPULAR_SCHEMA
 from reelway.platform.errors import IncompatibleReleaseError
 from reelway.platform.eventlog.live_lists_file import POPULAR, TRENDING
 from reelway.serving.stages.arrays import F32, SOURCE_CODES, Candidates, Rows, ViewerQuery
+from reelway.serving.stages.exclusion import completing_rows
 from reelway.serving.stages.filtering import allowed_candidates
 from reelway.serving.video_table import ABSENT, VideoTable, open_record_batch
 
@@ -53,26 +54,27 @@ class PopularLists:
     Args:
         popular: most watched videos.
         trending: videos that rise now.
-        embedding_dim: width of the embeddings of the video table.
+        table: video table of the release.
         as_of_s: time that the lists describe, in Unix seconds; None: that of the release.
     """
 
-    def __init__(self, popular: ListRows, trending: ListRows, embedding_dim: int, as_of_s: float | None = None) -> None:
+    def __init__(self, popular: ListRows, trending: ListRows, table: VideoTable, as_of_s: float | None = None) -> None:
         self.popular = popular.of_all
         self.by_kind = {POPULAR: popular, TRENDING: trending}
-        self.embedding_dim = embedding_dim
         self.as_of_s = as_of_s
         self._members = {region: frozenset(rows.tolist()) for region, rows in trending.by_region.items()}
-        self._no_embedding: F32 = np.zeros((1, embedding_dim), dtype=np.float32)
+        self._table = table
+        self._no_embedding: F32 = np.zeros((1, table.embedding.shape[1]), dtype=np.float32)
 
     def is_trending_in(self, row: int, region: str | None) -> bool:
         """Whether the video is on the region's own trending list."""
         return region is not None and row in self._members.get(region, ())
 
     def candidates(self, query: ViewerQuery) -> Candidates:
-        """Returns the popular list as candidates, without videos of the viewer's history."""
-        may_show, filtered_counts = allowed_candidates(self.popular, query)
+        """Returns the popular list as candidates, without what the viewer has seen; see also ``completing_rows``."""
+        may_show, filtered_counts = allowed_candidates(self.popular, query, self._table)
         rows = self.popular[may_show]
+        rows = np.concatenate([rows, completing_rows(rows, query, self._table)])
         return Candidates(
             rows=rows,
             source=np.full(len(rows), SOURCE_CODES["popular"], dtype=np.int8),
@@ -109,4 +111,4 @@ def open_popular_lists(folder: Path, table: VideoTable) -> PopularLists:
         name.removeprefix(_REGIONAL): known_rows for name, known_rows in rows.items() if name.startswith(_REGIONAL)
     }
     trending = ListRows(rows.get(TRENDING, rows[POPULAR][:0]), regions)
-    return PopularLists(ListRows(rows[POPULAR]), trending, table.embedding.shape[1])
+    return PopularLists(ListRows(rows[POPULAR]), trending, table)

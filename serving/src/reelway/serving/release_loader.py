@@ -26,6 +26,7 @@ from reelway.platform.contracts.manifest import (
 from reelway.platform.contracts.release_files import NEIGHBOURS_SCHEMA
 from reelway.platform.errors import IncompatibleReleaseError
 from reelway.platform.eventlog.live_lists_file import POPULAR, TRENDING
+from reelway.platform.features.viewer_memory import ViewerMemory
 from reelway.platform.release.folder import read_manifest
 from reelway.platform.release.signing import check_signature, load_public_keys
 from reelway.platform.release.store import ReleaseStore
@@ -118,6 +119,7 @@ class ReleaseLoader:
             table,
             self.lists(),
             manifest.config.get("video_features_as_of_s"),
+            read_blend(self.folder).retrieval,
         )
 
     def retrieval(self) -> Retrieval:
@@ -139,6 +141,7 @@ class ReleaseLoader:
                 "similar_creators": SimilarCreatorsSource(table, creators),
             },
             settings,
+            table,
         )
 
     def ranking(self, ranker: Ranker | None = None) -> Ranking:
@@ -160,10 +163,10 @@ class ReleaseLoader:
         return LocalStages(self.retrieval(), self.ranking(), self.reranking())
 
     def in_process_recommender(
-        self, signer: TokenSigner, metrics: IngressMetrics | None = None
+        self, signer: TokenSigner, metrics: IngressMetrics | None = None, memory: ViewerMemory | None = None
     ) -> InProcessRecommender:
-        """Loads the whole request path into this process."""
-        return InProcessRecommender(self.router_release(), self.stages(), signer, metrics)
+        """Loads the whole request path into this process; see ``InProcessRecommender``."""
+        return InProcessRecommender(self.router_release(), self.stages(), signer, metrics, memory)
 
     def _index(self, table: VideoTable) -> faiss.Index:
         path = self.folder / INDEX_FILE

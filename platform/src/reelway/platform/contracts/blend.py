@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -13,6 +13,13 @@ SourceName = Literal[
 ]
 """Retrieval sources; see ``serving.stages.retrieval``. Codes of sources depend on this order, so append only."""
 
+MAX_SHOWN_HOURS: Final = 48
+"""How long the service remembers a shown video, in hours."""
+MAX_SHOWN_VIDEOS: Final = 2_000
+"""How many shown videos the service remembers of a viewer."""
+MAX_WATCHED_DAYS: Final = 30
+"""How long the service certainly remembers a video that was watched to the end, in days."""
+
 Share = Annotated[float, Field(ge=0, le=1)]
 
 
@@ -21,7 +28,7 @@ class _Strict(BaseModel):
 
 
 class RetrievalSettings(_Strict):
-    """Number of candidates passed to ranking, and the share of each source."""
+    """Number of candidates passed to ranking, the share of each source, and how long shown videos are left out."""
 
     candidates: Annotated[int, Field(ge=1, le=10_000)] = 500
     quotas: dict[SourceName, Share] = Field(
@@ -42,6 +49,15 @@ class RetrievalSettings(_Strict):
         default=None, description="lists of the index to look into; absent: as many as the build found to be needed"
     )
     fresh_hours: Annotated[float, Field(gt=0)] = 48.0
+    shown_hours: Annotated[float, Field(ge=0, le=MAX_SHOWN_HOURS)] = Field(
+        default=24.0, description="a video is not shown again to the same viewer for this long; 0: at once"
+    )
+    shown_videos: Annotated[int, Field(ge=0, le=MAX_SHOWN_VIDEOS)] = Field(
+        default=MAX_SHOWN_VIDEOS, description="only this many of the videos that were shown last are left out"
+    )
+    watched_days: Annotated[float, Field(ge=0, le=MAX_WATCHED_DAYS)] = Field(
+        default=30.0, description="a video that was watched to the end is not shown again for this long; 0: at once"
+    )
 
     @model_validator(mode="after")
     def _quotas_make_a_whole(self) -> RetrievalSettings:

@@ -15,7 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from reelway.platform.contracts.release_files import INDEX_OVERFETCH
-from reelway.serving.stages.arrays import F32, Rows, ViewerQuery
+from reelway.serving.stages.arrays import F32, U8, Rows, ViewerQuery
+from reelway.serving.stages.index_selection import accepts_selector, select_rows
 from reelway.serving.video_table import ABSENT, VideoTable
 
 NO_ROWS: Final = np.empty(0, dtype=np.int32)
@@ -36,7 +37,8 @@ class SourceQuery:
 
     viewer: ViewerQuery
     viewer_embedding: F32  # [1, D]
-    limit: int
+    limit: int  # includes as many proposals as filters may take away
+    searchable: U8 | None = None  # bit per row: whether an index search may return it; None: all rows
 
 
 class CandidateSource(Protocol):
@@ -68,15 +70,21 @@ class AnnSource:
         inverted = faiss.try_extract_index_ivf(index)
         if inverted and probes:
             inverted.nprobe = min(probes, inverted.nlist)
+        self._can_skip_rows = accepts_selector(index)
 
     def propose(self, query: SourceQuery) -> SourceCandidates:
-        limit = query.limit if self._is_exact else INDEX_OVERFETCH * query.limit
-        similarity, rows = self._index.search(query.viewer_embedding, min(limit, self._index.ntotal))
+        searched, parameters = query.limit, None
+        if query.searchable is not None and self._can_skip_rows:
+            # The search passes over excluded rows, so that it need not return more to replace them.
+            searched -= len(query.viewer.exclusions.shown_rows)
+            parameters = select_rows(self._index, query.searchable)
+        limit = searched if self._is_exact else INDEX_OVERFETCH * searched
+        similarity, rows = self._index.search(query.viewer_embedding, min(limit, self._index.ntotal), params=parameters)
         candidates = rows[0][rows[0] >= 0].astype(np.int32)
         if self._is_exact:
             return SourceCandidates(candidates, similarity[0][: len(candidates)])
         exact = self._embedding.take(candidates, axis=0) @ query.viewer_embedding[0]
-        best = np.argsort(-exact)[: query.limit]
+        best = np.argsort(-exact)[:searched]
         return SourceCandidates(candidates[best], exact[best])
 
 
