@@ -193,6 +193,19 @@ def test_blocks_do_not_expire(memory: ViewerMemory, clock: VirtualClock) -> None
     assert state.blocked_topics.tolist() == [3]
 
 
+def test_follows_are_a_set_apart_from_blocks(memory: ViewerMemory, clock: VirtualClock) -> None:
+    viewer = next(VIEWERS)
+    memory.follow(viewer, [9, 2**52])
+    memory.follow(viewer, [9, 4])
+    memory.follow(viewer, [])
+    memory.block(viewer, creators=[5], topics=[3])
+    clock.now_s += 1_000 * DAY_S
+    state = memory.read(viewer)
+    assert state.followed_creators.tolist() == [4, 9, 2**52]
+    assert state.blocked_creators.tolist() == [5]
+    assert state.blocked_topics.tolist() == [3]
+
+
 def test_marker_is_set_once_complete(opener: Opener, clock: VirtualClock) -> None:
     memory = opener(clock)
     assert not memory.is_complete()

@@ -267,8 +267,9 @@ class RequestPath:
 
         def build(viewer_row: Mapping[str, Any]) -> ViewerQuery:
             return viewer_query(
-                viewer_row, call.request.context, call.now_s, table, call.request_id, exclusions, call.request.count
-            )
+                viewer_row, call.request.context, call.now_s, table, call.request_id, exclusions, call.request.count,
+                call.memory.followed_creators,
+            )  # fmt: skip
 
         async def known(viewer_row: Mapping[str, Any]) -> ViewerQuery:
             return build(viewer_row)

@@ -13,9 +13,9 @@ from reelway.platform.contracts.api import RequestContext
 from reelway.platform.contracts.blend import RetrievalSettings
 from reelway.platform.contracts.feature_names import VIEWER_VIEWS, VIEWS
 from reelway.platform.features.assembly import assemble_viewers, columns_from_row
-from reelway.platform.features.viewer_memory import ViewerMemoryState
+from reelway.platform.features.viewer_memory import NO_IDS, ViewerMemoryState
 from reelway.platform.features.watched_filter import generation_at
-from reelway.serving.stages.arrays import NO_EXCLUSIONS, Candidates, Exclusions, RankingInput, ViewerQuery
+from reelway.serving.stages.arrays import I64, NO_EXCLUSIONS, Candidates, Exclusions, RankingInput, ViewerQuery
 from reelway.serving.video_table import ABSENT, VideoTable
 
 _FIELDS: Final = tuple(name for view in VIEWER_VIEWS for name in VIEWS[view])
@@ -35,6 +35,7 @@ def viewer_query(
     seed: int,
     exclusions: Exclusions = NO_EXCLUSIONS,
     count: int = 0,
+    followed_creators: I64 = NO_IDS,
 ) -> ViewerQuery:
     """Returns the viewer at the moment of the request.
 
@@ -46,6 +47,7 @@ def viewer_query(
         seed: seed of every random choice in this request.
         exclusions: see ``exclusions_of``.
         count: videos requested.
+        followed_creators: creators that the viewer follows.
     """
     row = {name: value for name in _FIELDS if (value := viewer_row.get(name)) is not None}
     row.setdefault("region", context.region)
@@ -64,6 +66,7 @@ def viewer_query(
         seed=seed,
         exclusions=exclusions,
         count=count,
+        followed_creators=followed_creators,
     )
 
 

@@ -101,14 +101,16 @@ def test_memory_after_a_loss_equals_the_memory_before(store: Store) -> None:
         expose(store.exposures, viewer, videos.tolist(), at_s)
     store.memory.remember_watched(np.array([1, 2]), np.array([5, 6]), np.array([NOW_S, NOW_S]))
     store.memory.block(3, creators=[7], topics=[3])
+    store.memory.follow(4, [7])
     report(store.outcomes, (1, 5, "watch", 20_000.0), (2, 6, "watch", 25_000.0), (2, 8, "watch", 19_999.0))
     report(store.outcomes, (3, 9, "block_creator", 1.0), (3, 9, "block_topic", 1.0), (4, 9, "like", 1.0))
+    report(store.outcomes, (4, 9, "follow", 1.0))
     before = {viewer: store.memory.read(viewer) for viewer in range(1, 6)}
     store.lose_memory()
     assert not len(store.memory.read(1).shown_ids)
     rebuilt = store.rebuild()
     assert rebuilt is not None
-    assert (rebuilt.watched, rebuilt.blocks, rebuilt.unreadable) == (2, 2, 0)
+    assert (rebuilt.watched, rebuilt.choices, rebuilt.unreadable) == (2, 3, 0)
     for viewer, expected in before.items():
         found = store.memory.read(viewer)
         shown = sorted(zip(found.shown_at_s.tolist(), found.shown_ids.tolist(), strict=True))
@@ -116,6 +118,7 @@ def test_memory_after_a_loss_equals_the_memory_before(store: Store) -> None:
         assert np.array_equal(found.watched, expected.watched)
         assert found.blocked_creators.tolist() == expected.blocked_creators.tolist()
         assert found.blocked_topics.tolist() == expected.blocked_topics.tolist()
+        assert found.followed_creators.tolist() == expected.followed_creators.tolist()
 
 
 def test_complete_memory_is_not_rebuilt(store: Store) -> None:

@@ -3,7 +3,7 @@
 - *Shown*: the newest ``MAX_SHOWN_VIDEOS`` videos of the last ``MAX_SHOWN_HOURS`` hours, with their times. A release
   decides in ``blend.yaml`` for how long and how many of them it leaves out.
 - *Watched to the end*: a Bloom filter per viewer and generation (``watched_filter``).
-- *Blocked* creators and topics: sets that do not expire.
+- *Blocked* creators and topics, and *followed* creators: sets that do not expire.
 
 The memory is stored where the viewer's row is: in Redis (``viewer_memory_redis``), or in a SQLite file beside Feast's
 (``viewer_memory_sqlite``). It is a copy of what the event log holds. A marker says that the copy is complete; a store
@@ -53,6 +53,7 @@ class ViewerMemoryState:
     watched_generations: I64 = field(default_factory=_no_ids)  # [G]
     blocked_creators: I64 = field(default_factory=_no_ids)
     blocked_topics: I64 = field(default_factory=_no_ids)
+    followed_creators: I64 = field(default_factory=_no_ids)
 
     def with_shown(self, video_ids: I64, shown_at_s: F64) -> ViewerMemoryState:
         """Returns the state with more shown videos."""
@@ -105,6 +106,10 @@ class ViewerMemory(Protocol):
         """Adds blocked creators and topics. Idempotent."""
         ...
 
+    def follow(self, viewer_id: int, creators: Sequence[int]) -> None:
+        """Adds followed creators. Idempotent."""
+        ...
+
     def is_complete(self) -> bool:
         """Whether the store has held everything since ``mark_complete``; False for a new store and after a loss."""
         ...
@@ -153,13 +158,20 @@ def oldest_shown_s(now_s: float) -> int:
 
 
 def memory_state(
-    packed: bytes, filters: Iterable[tuple[int, bytes]], creators: Iterable[int], topics: Iterable[int]
+    packed: bytes,
+    filters: Iterable[tuple[int, bytes]],
+    creators: Iterable[int],
+    topics: Iterable[int],
+    followed: Iterable[int] = (),
 ) -> ViewerMemoryState:
     """Builds the state from stored values.
 
     Args:
         packed: ``SHOWN_ENTRY`` records.
         filters: generation and bits of each stored filter.
+        creators: blocked creators.
+        topics: blocked topics.
+        followed: followed creators.
     """
     entries = np.frombuffer(packed, dtype=SHOWN_ENTRY, count=len(packed) // SHOWN_ENTRY.itemsize)
     generations, watched = NO_IDS, NO_FILTERS
@@ -173,6 +185,7 @@ def memory_state(
         watched_generations=generations,
         blocked_creators=np.array(sorted(creators), dtype=np.int64),
         blocked_topics=np.array(sorted(topics), dtype=np.int64),
+        followed_creators=np.array(sorted(followed), dtype=np.int64),
     )
     if not len(entries):
         return state

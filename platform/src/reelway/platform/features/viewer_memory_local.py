@@ -29,13 +29,16 @@ class LocalViewerMemory:
         self._watched: dict[int, dict[int, bytes]] = {}
         self._creators: dict[int, set[int]] = {}
         self._topics: dict[int, set[int]] = {}
+        self._followed: dict[int, set[int]] = {}
         self._complete = False
 
     def read(self, viewer_id: int) -> ViewerMemoryState:
         live = live_generations(self._clock())
         filters = [(g, bits) for g, bits in self._watched.get(viewer_id, {}).items() if g >= live.start]
         return memory_state(
-            self._shown.get(viewer_id, b""), filters, self._creators.get(viewer_id, ()), self._topics.get(viewer_id, ())
+            self._shown.get(viewer_id, b""),
+            filters,
+            *(kept.get(viewer_id, ()) for kept in (self._creators, self._topics, self._followed)),
         )
 
     def remember_shown(self, viewer_id: int, video_ids: Sequence[int] | I64, shown_at_s: float) -> None:
@@ -58,6 +61,9 @@ class LocalViewerMemory:
     def block(self, viewer_id: int, *, creators: Sequence[int] = (), topics: Sequence[int] = ()) -> None:
         self._creators.setdefault(viewer_id, set()).update(creators)
         self._topics.setdefault(viewer_id, set()).update(topics)
+
+    def follow(self, viewer_id: int, creators: Sequence[int]) -> None:
+        self._followed.setdefault(viewer_id, set()).update(int(creator) for creator in creators)
 
     def is_complete(self) -> bool:
         return self._complete

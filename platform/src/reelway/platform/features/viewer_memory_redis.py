@@ -1,6 +1,7 @@
 """Viewer memory in Redis, read in the same round trip as the viewer's row.
 
-Per viewer: a string of packed shown videos, a string of filter bits per generation, and a set of blocks. Each write of
+Per viewer: a string of packed shown videos, a string of filter bits per generation, a set of blocks
+and a set of followed creators. Each write of
 one viewer is one command, so routers may write at the same time.
 """
 
@@ -34,7 +35,7 @@ from reelway.platform.features.watched_filter import (
 _PREFIX: Final = "reelway:memory"
 _MARKER: Final = f"{_PREFIX}:complete"
 _WATCHED_TTL_S: Final = (MAX_WATCHED_DAYS + GENERATION_DAYS) * 86_400
-COMMANDS_PER_READ: Final = 3
+COMMANDS_PER_READ: Final = 4
 
 # Adds entries at the end (or the beginning), then removes expired and surplus entries from the beginning.
 _ADD_SHOWN: Final = f"""
@@ -91,16 +92,18 @@ class RedisViewerMemory:
         pipe.get(_shown_key(viewer_id))
         pipe.mget([_watched_key(viewer_id, generation) for generation in generations])
         pipe.smembers(_blocked_key(viewer_id))
+        pipe.smembers(_followed_key(viewer_id))
         return generations
 
     def decode(self, generations: range, answers: Sequence[Any]) -> ViewerMemoryState:
         """Returns the state from the answers to the commands of ``add_read``."""
-        packed, filters, blocked = answers
+        packed, filters, blocked, followed = answers
         return memory_state(
             packed or b"",
             [(generation, bits or b"") for generation, bits in zip(generations, filters, strict=True)],
             [int(member[1:]) for member in blocked if member[:1] == b"c"],
             [int(member[1:]) for member in blocked if member[:1] == b"t"],
+            [int(member) for member in followed],
         )
 
     def remember_shown(self, viewer_id: int, video_ids: Sequence[int] | I64, shown_at_s: float) -> None:
@@ -128,6 +131,11 @@ class RedisViewerMemory:
             with _translated_errors(f"cannot write the blocks of viewer {viewer_id}"):
                 self.client.sadd(_blocked_key(viewer_id), *members)
 
+    def follow(self, viewer_id: int, creators: Sequence[int]) -> None:
+        if creators:
+            with _translated_errors(f"cannot write the followed creators of viewer {viewer_id}"):
+                self.client.sadd(_followed_key(viewer_id), *[int(creator) for creator in creators])
+
     def is_complete(self) -> bool:
         with _translated_errors("cannot read the marker"):
             return bool(self.client.exists(_MARKER))
@@ -154,6 +162,10 @@ def _watched_key(viewer_id: int, generation: int) -> str:
 
 def _blocked_key(viewer_id: int) -> str:
     return f"{_PREFIX}:blocked:{viewer_id}"
+
+
+def _followed_key(viewer_id: int) -> str:
+    return f"{_PREFIX}:followed:{viewer_id}"
 
 
 @contextmanager

@@ -23,8 +23,12 @@ from reelway.platform.features.viewer_memory import (
 from reelway.platform.features.watched_filter import add_to_filter, live_generations, positions_by_filter
 from reelway.platform.sqlite_file import SqliteFile, SqliteFormat
 
-_CREATOR, _TOPIC = 0, 1
+_CREATOR, _TOPIC, _FOLLOWED = 0, 1, 2
 _PRUNE_EVERY_S: Final = 600.0
+_READ_CHOICES: Final = (
+    "SELECT kind, id FROM blocked WHERE viewer_id = ? "
+    f"UNION ALL SELECT {_FOLLOWED}, creator_id FROM followed WHERE viewer_id = ?"
+)
 
 # A power failure may lose the last commits, but does not damage the file. A new file is rebuilt from the event log.
 _FORMAT: Final = SqliteFormat(
@@ -37,6 +41,8 @@ _FORMAT: Final = SqliteFormat(
         "PRIMARY KEY (viewer_id, generation)) WITHOUT ROWID",
         "CREATE TABLE blocked (viewer_id INTEGER, kind INTEGER, id INTEGER, "
         "PRIMARY KEY (viewer_id, kind, id)) WITHOUT ROWID",
+        "CREATE TABLE followed (viewer_id INTEGER, creator_id INTEGER, PRIMARY KEY (viewer_id, creator_id)) "
+        "WITHOUT ROWID",
         "CREATE TABLE marker (complete INTEGER NOT NULL)",
     ),
     pragmas=("synchronous = NORMAL", "cache_size = -8192"),
@@ -72,12 +78,11 @@ class SqliteViewerMemory:
             filters = db.execute(
                 "SELECT generation, bits FROM watched WHERE viewer_id = ? AND generation >= ?", [viewer_id, first]
             ).fetchall()
-            blocked = db.execute("SELECT kind, id FROM blocked WHERE viewer_id = ?", [viewer_id]).fetchall()
+            choices = db.execute(_READ_CHOICES, [viewer_id, viewer_id]).fetchall()
         return memory_state(
             shown[0] if shown else b"",
             filters,
-            [id_ for kind, id_ in blocked if kind == _CREATOR],
-            [id_ for kind, id_ in blocked if kind == _TOPIC],
+            *([id_ for of_kind, id_ in choices if of_kind == kind] for kind in (_CREATOR, _TOPIC, _FOLLOWED)),
         )
 
     def remember_shown(self, viewer_id: int, video_ids: Sequence[int] | I64, shown_at_s: float) -> None:
@@ -106,6 +111,11 @@ class SqliteViewerMemory:
         rows += [(viewer_id, _TOPIC, int(id_)) for id_ in topics]
         with self._written.writing() as db:
             db.executemany("INSERT OR IGNORE INTO blocked VALUES (?, ?, ?)", rows)
+
+    def follow(self, viewer_id: int, creators: Sequence[int]) -> None:
+        rows = [(viewer_id, int(creator)) for creator in creators]
+        with self._written.writing() as db:
+            db.executemany("INSERT OR IGNORE INTO followed VALUES (?, ?)", rows)
 
     def is_complete(self) -> bool:
         with self._read.reading() as db:

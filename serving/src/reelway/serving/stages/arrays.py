@@ -68,7 +68,7 @@ class ViewerQuery:
     exclusions: Exclusions = NO_EXCLUSIONS
     count: int = 0  # videos requested; retrieval returns at least so many candidates if there are so many videos
     language: str | None = None
-    followed_creators: I64 = field(default_factory=lambda: NO_IDS)  # the latest follow last
+    followed_creators: I64 = field(default_factory=lambda: NO_IDS)
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,8 +20,6 @@ from reelway.serving.stages.arrays import I64, Rows
 from reelway.serving.stages.sources import NO_ROWS, SourceCandidates, SourceQuery
 from reelway.serving.video_table import ABSENT, VideoTable, open_record_batch
 
-FOLLOWS: Final = 100
-"""Number of latest followed creators whose videos are proposed."""
 LIKED_CREATORS: Final = 10
 """Number of creators of the latest liked videos whose similar creators are proposed."""
 
@@ -51,27 +49,27 @@ class CreatorVideos:
         position = np.minimum(np.searchsorted(self._creator_id, creators), len(self._creator_id) - 1)
         return np.asarray(position[self._creator_id[position] == creators])
 
-    def videos_of(self, positions: I64, now_s: float) -> tuple[Rows, I64]:
-        """Returns videos uploaded by ``now_s``, one of every creator in turn, and the index of each one's creator.
+    def by_newest_upload(self, positions: I64) -> I64:
+        """Returns the creators in the order of their newest videos, newest first. Shapes: ``[F] -> [F]``."""
+        newest = self._videos[positions, 0]
+        return positions[np.argsort(-np.nan_to_num(self._table.uploaded_at_s[newest]), kind="stable")]
 
-        Shapes: ``[F] -> [P], [P]``.
-        """
-        rows = self._videos[positions].T.ravel()
-        of = np.tile(np.arange(len(positions)), self._videos.shape[1])
-        present = np.flatnonzero(rows != ABSENT)
-        present = present[~(self._table.uploaded_at_s[rows[present]] > now_s)]
-        return rows[present], of[present]
+    def videos_of(self, positions: I64, now_s: float) -> Rows:
+        """Returns videos uploaded by ``now_s``, one of every creator in turn. Shapes: ``[F] -> [P]``."""
+        rows: Rows = self._videos[positions].T.ravel()
+        rows = rows[rows != ABSENT]
+        return rows[~(self._table.uploaded_at_s[rows] > now_s)]
 
 
 class FollowedCreatorsSource:
-    """Proposes videos of the creators that the viewer follows, the latest followed creator first."""
+    """Proposes videos of the creators that the viewer follows, the creator with the newest upload first."""
 
     def __init__(self, creators: CreatorVideos) -> None:
         self._creators = creators
 
     def propose(self, query: SourceQuery) -> SourceCandidates:
-        followed = query.viewer.followed_creators[-FOLLOWS:][::-1]
-        rows, _ = self._creators.videos_of(self._creators.positions_of(followed), query.viewer.now_s)
+        followed = self._creators.by_newest_upload(self._creators.positions_of(query.viewer.followed_creators))
+        rows = self._creators.videos_of(followed, query.viewer.now_s)
         return SourceCandidates(rows[: query.limit])
 
 
@@ -98,7 +96,7 @@ class SimilarCreatorsSource:
                                 self._creators.positions_of(viewer.followed_creators)])  # fmt: skip
         similar = similar[(similar != ABSENT) & ~np.isin(similar, known)]
         similar = similar[np.sort(np.unique(similar, return_index=True)[1])]
-        rows, _ = self._creators.videos_of(similar, viewer.now_s)
+        rows = self._creators.videos_of(similar, viewer.now_s)
         return SourceCandidates(rows[: query.limit])
 
 

@@ -33,7 +33,11 @@ log = logging.getLogger(__name__)
 _READ: Final = 500
 _WAIT_S: Final = 1.0
 _MOST_EMPTY_READS: Final = 30
-_BLOCKS: Final = ((OutcomeType.BLOCK_CREATOR, "creator_id"), (OutcomeType.BLOCK_TOPIC, "topic"))
+_CHOICES: Final = (
+    (OutcomeType.BLOCK_CREATOR, "creator_id"),
+    (OutcomeType.BLOCK_TOPIC, "topic"),
+    (OutcomeType.FOLLOW, "creator_id"),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +46,7 @@ class RebuiltMemory:
 
     shown: int = 0  # videos
     watched: int = 0  # videos that were watched to the end
-    blocks: int = 0
+    choices: int = 0  # blocks and follows
     unreadable: int = 0  # records that were skipped
 
 
@@ -67,9 +71,9 @@ def rebuild_viewer_memory(
     if memory.is_complete():
         return None
     shown, unreadable = _restore_exposures(memory, exposures, now_s)
-    watched, blocks, unreadable_outcomes = _restore_outcomes(memory, outcomes, now_s)
+    watched, choices, unreadable_outcomes = _restore_outcomes(memory, outcomes, now_s)
     memory.mark_complete()
-    rebuilt = RebuiltMemory(shown, watched, blocks, unreadable + unreadable_outcomes)
+    rebuilt = RebuiltMemory(shown, watched, choices, unreadable + unreadable_outcomes)
     log.info("viewer memory rebuilt from the event log: %s", rebuilt)
     return rebuilt
 
@@ -110,7 +114,7 @@ def _restore_viewers(memory: ViewerMemory, viewer_video_N2: np.ndarray, shown_us
 
 
 def _restore_outcomes(memory: ViewerMemory, outcomes: EventLog, now_s: float) -> tuple[int, int, int]:
-    watched = blocks = unreadable = 0
+    watched = choices = unreadable = 0
     oldest_us = int((now_s - (MAX_WATCHED_DAYS + GENERATION_DAYS) * 86_400.0) * 1e6)
     for partition, end in sorted(outcomes.end_offsets().items()):
         for record in _records(outcomes, partition, end):
@@ -136,18 +140,22 @@ def _restore_outcomes(memory: ViewerMemory, outcomes: EventLog, now_s: float) ->
                     times_N[live] / 1e6,
                 )  # fmt: skip
                 watched += int(live.sum())
-            blocks += _restore_blocks(memory, table, types)
-    return watched, blocks, unreadable
+            choices += _restore_choices(memory, table, types)
+    return watched, choices, unreadable
 
 
-def _restore_blocks(memory: ViewerMemory, table: pa.Table, types: pa.ChunkedArray) -> int:
-    blocks = 0
-    for kind, column in _BLOCKS:
-        blocked = table.filter(pc.and_(pc.equal(types, kind.value), pc.is_valid(table[column])))
-        for viewer_id, id_ in zip(blocked["viewer_id"].to_pylist(), blocked[column].to_pylist(), strict=True):
-            memory.block(viewer_id, **{"creators" if column == "creator_id" else "topics": [id_]})
-            blocks += 1
-    return blocks
+def _restore_choices(memory: ViewerMemory, table: pa.Table, types: pa.ChunkedArray) -> int:
+    """Restores blocks and follows."""
+    choices = 0
+    for kind, column in _CHOICES:
+        chosen = table.filter(pc.and_(pc.equal(types, kind.value), pc.is_valid(table[column])))
+        for viewer_id, id_ in zip(chosen["viewer_id"].to_pylist(), chosen[column].to_pylist(), strict=True):
+            if kind is OutcomeType.FOLLOW:
+                memory.follow(viewer_id, [id_])
+            else:
+                memory.block(viewer_id, **{"creators" if column == "creator_id" else "topics": [id_]})
+            choices += 1
+    return choices
 
 
 def _records(topic: EventLog, partition: int, end: int) -> Iterator[StoredRecord]:
