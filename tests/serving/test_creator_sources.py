@@ -10,10 +10,13 @@ import pyarrow as pa
 import pytest
 from tests.support.release_files import NOW_S, make_release_folder, write_arrow
 
-from reelway.platform.contracts.api import RequestContext
+from reelway.platform.contracts.api import RecommendRequest, RequestContext
 from reelway.platform.contracts.manifest import CREATORS_FILE
 from reelway.platform.errors import IncompatibleReleaseError
+from reelway.platform.features.viewer_memory_local import LocalViewerMemory
+from reelway.platform.tokens import TokenSigner
 from reelway.serving.release_loader import ReleaseLoader
+from reelway.serving.request_path import InProcessRecommender
 from reelway.serving.stages.arrays import ViewerQuery
 from reelway.serving.stages.creator_sources import (
     CreatorVideos,
@@ -106,3 +109,20 @@ def test_creators_of_another_release_are_rejected(tmp_path: Path) -> None:
     write_arrow(tmp_path / CREATORS_FILE, other.slice(1))
     with pytest.raises(IncompatibleReleaseError, match="creators differ"):
         open_creator_videos(tmp_path, ReleaseLoader(tmp_path).table())
+
+
+def test_slate_shows_videos_of_followed_creators(folder: Path) -> None:
+    memory = LocalViewerMemory(lambda: NOW_S)
+    signer = TokenSigner(b"0" * 32)
+    recommender = InProcessRecommender(
+        ReleaseLoader(folder).router_release(), ReleaseLoader(folder).stages(), signer, memory=memory
+    )
+    request = RecommendRequest(viewer_id=7, count=20)
+
+    def followed_videos() -> set[int]:
+        videos = recommender.recommend(request, {}, NOW_S).videos
+        return {video.creator_id for video in videos if video.reason == "from a creator you follow"}
+
+    assert followed_videos() == set()
+    memory.follow(7, [11])
+    assert followed_videos() == {11}

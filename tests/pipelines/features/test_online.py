@@ -7,6 +7,7 @@ import socket
 import time
 
 import numpy as np
+import pyarrow.compute as pc
 import pytest
 import redis
 from feast import FeatureStore
@@ -49,6 +50,11 @@ def assert_same_rows(run: RunDirectory, at_s: float) -> None:
 
 def test_online_values_equal_the_offline_join(built) -> None:
     assert materialised_at_s(built.run.features) == built.until_s
+    memory = open_viewer_memory(open_feature_store(built.run.features))
+    follows = built.labels.filter(pc.field("follow") > 0)
+    viewer = follows["viewer_id"][0].as_py()
+    expected = set(follows.filter(pc.field("viewer_id") == viewer)["creator_id"].to_pylist())
+    assert set(memory.read(viewer).followed_creators.tolist()) == expected
     assert_same_rows(built.run, built.until_s)
 
 
