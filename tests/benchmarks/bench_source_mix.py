@@ -85,7 +85,7 @@ def measure(run: RunDirectory, viewers: int, count: int) -> list[Row]:
     first = 0.0
     for name, (of_retrieval, of_reranking) in blends.items():
         stages = LocalStages(
-            Retrieval(retrieval._tower, sources, of_retrieval), ranking, Reranking(table, of_reranking)
+            Retrieval(retrieval._tower, sources, of_retrieval, table), ranking, Reranking(table, of_reranking)
         )
         rows, used = slates_of(stages, queries, count)
         mix = judge(world, chosen, [table.video_id[of_slate] for of_slate in rows], used, now_s)

@@ -81,7 +81,7 @@ def test_future_uploads_are_not_proposed(table: VideoTable, creators: CreatorVid
 def test_similar_creators_leave_out_liked_and_followed_creators(table: VideoTable, creators: CreatorVideos) -> None:
     liked = [int(np.flatnonzero(table.creator_id == creator)[0]) for creator in (3, 7)]
     query = SourceQuery(viewer(table, liked, [8]), EMBEDDING, 1000)
-    rows = SimilarCreatorsSource(table, creators).propose(query).rows
+    rows = SimilarCreatorsSource(creators).propose(query).rows
     proposed = table.creator_id[rows]
     # The fixture's similar creators are the following ones. Creator 7 is the latest liked one; 8 is followed.
     assert proposed[:3].tolist() == [4, 9, 5]
@@ -91,7 +91,7 @@ def test_similar_creators_leave_out_liked_and_followed_creators(table: VideoTabl
 def test_unknown_viewers_get_no_proposals(table: VideoTable, creators: CreatorVideos) -> None:
     query = SourceQuery(viewer(table, [], []), EMBEDDING, 100)
     assert len(FollowedCreatorsSource(creators).propose(query).rows) == 0
-    assert len(SimilarCreatorsSource(table, creators).propose(query).rows) == 0
+    assert len(SimilarCreatorsSource(creators).propose(query).rows) == 0
     strangers = SourceQuery(viewer(table, [], [10**9]), EMBEDDING, 100)
     assert len(FollowedCreatorsSource(creators).propose(strangers).rows) == 0
 

@@ -138,7 +138,7 @@ class ReleaseLoader:
                 "neighbours": NeighbourSource(self._neighbours(table, NEIGHBOURS_FILE)),
                 "content": NeighbourSource(self._neighbours(table, CONTENT_NEIGHBOURS_FILE)),
                 "followed_creators": FollowedCreatorsSource(creators),
-                "similar_creators": SimilarCreatorsSource(table, creators),
+                "similar_creators": SimilarCreatorsSource(creators),
             },
             settings,
             table,

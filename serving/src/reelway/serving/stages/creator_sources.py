@@ -22,6 +22,8 @@ from reelway.serving.video_table import ABSENT, VideoTable, open_record_batch
 
 LIKED_CREATORS: Final = 10
 """Number of creators of the latest liked videos whose similar creators are proposed."""
+SIMILAR: Final = 20
+"""Number of similar creators whose videos are proposed."""
 
 
 class CreatorVideos:
@@ -38,23 +40,26 @@ class CreatorVideos:
         self._table = table
         self._creator_id = creator_id
         self.similar = similar
+        self.of_row = _positions(creator_id, table.creator_id)  # [N] ABSENT for a video without a creator
         newest = _newest_videos(table, creator_id)
         # newest, best, second newest, second best, ...
         self._videos: Rows = np.stack([newest, best], axis=2).reshape(len(creator_id), 2 * VIDEOS_PER_CREATOR)
 
-    def positions_of(self, creators: I64) -> I64:
-        """Returns the positions of those creators that the release has, in the given order."""
-        if not len(self._creator_id):
-            return np.empty(0, dtype=np.int64)
-        position = np.minimum(np.searchsorted(self._creator_id, creators), len(self._creator_id) - 1)
-        return np.asarray(position[self._creator_id[position] == creators])
+    def __len__(self) -> int:
+        return len(self._creator_id)
 
-    def by_newest_upload(self, positions: I64) -> I64:
+    def positions_of(self, creators: I64) -> Rows:
+        """Returns the positions of those creators that the release has, in the given order."""
+        position = _positions(self._creator_id, creators)
+        known: Rows = position[position != ABSENT]
+        return known
+
+    def by_newest_upload(self, positions: Rows) -> Rows:
         """Returns the creators in the order of their newest videos, newest first. Shapes: ``[F] -> [F]``."""
         newest = self._videos[positions, 0]
         return positions[np.argsort(-np.nan_to_num(self._table.uploaded_at_s[newest]), kind="stable")]
 
-    def videos_of(self, positions: I64, now_s: float) -> Rows:
+    def videos_of(self, positions: Rows, now_s: float) -> Rows:
         """Returns videos uploaded by ``now_s``, one of every creator in turn. Shapes: ``[F] -> [P]``."""
         rows: Rows = self._videos[positions].T.ravel()
         rows = rows[rows != ABSENT]
@@ -68,9 +73,11 @@ class FollowedCreatorsSource:
         self._creators = creators
 
     def propose(self, query: SourceQuery) -> SourceCandidates:
-        followed = self._creators.by_newest_upload(self._creators.positions_of(query.viewer.followed_creators))
-        rows = self._creators.videos_of(followed, query.viewer.now_s)
-        return SourceCandidates(rows[: query.limit])
+        viewer = query.viewer
+        if not len(viewer.followed_creators):
+            return SourceCandidates(NO_ROWS)
+        followed = self._creators.by_newest_upload(self._creators.positions_of(viewer.followed_creators))
+        return SourceCandidates(self._creators.videos_of(followed, viewer.now_s)[: query.limit])
 
 
 class SimilarCreatorsSource:
@@ -79,25 +86,23 @@ class SimilarCreatorsSource:
     Creators whose videos the viewer liked or whom the viewer follows are left out.
     """
 
-    def __init__(self, table: VideoTable, creators: CreatorVideos) -> None:
-        self._table = table
+    def __init__(self, creators: CreatorVideos) -> None:
         self._creators = creators
 
     def propose(self, query: SourceQuery) -> SourceCandidates:
-        viewer = query.viewer
-        liked_rows = viewer.history_rows[viewer.history_weights > 0][::-1]  # latest first
-        creators = self._table.creator_id[liked_rows]
-        first = np.sort(np.unique(creators, return_index=True)[1])[:LIKED_CREATORS]
-        liked = self._creators.positions_of(creators[first])
-        if not len(liked):
+        viewer, creators = query.viewer, self._creators
+        liked_rows = viewer.history_rows[viewer.history_weights > 0]
+        of_liked = creators.of_row[liked_rows[liked_rows < len(creators.of_row)]][::-1]  # latest first
+        of_liked = of_liked[of_liked != ABSENT]
+        if not len(of_liked):
             return SourceCandidates(NO_ROWS)
-        similar = self._creators.similar[liked].T.ravel().astype(np.int64)  # the best of every creator first
-        known = np.concatenate([self._creators.positions_of(np.unique(creators)),
-                                self._creators.positions_of(viewer.followed_creators)])  # fmt: skip
-        similar = similar[(similar != ABSENT) & ~np.isin(similar, known)]
-        similar = similar[np.sort(np.unique(similar, return_index=True)[1])]
-        rows = self._creators.videos_of(similar, viewer.now_s)
-        return SourceCandidates(rows[: query.limit])
+        similar = creators.similar[_distinct(of_liked)[:LIKED_CREATORS]].T.ravel()  # the best of every creator first
+        is_new = np.ones(len(creators), dtype=np.bool_)
+        is_new[of_liked] = False
+        is_new[creators.positions_of(viewer.followed_creators)] = False
+        similar = similar[similar != ABSENT]
+        similar = _distinct(similar[is_new[similar]])[:SIMILAR]
+        return SourceCandidates(creators.videos_of(similar, viewer.now_s)[: query.limit])
 
 
 def open_creator_videos(folder: Path, table: VideoTable) -> CreatorVideos:
@@ -120,6 +125,19 @@ def open_creator_videos(folder: Path, table: VideoTable) -> CreatorVideos:
         for name in ("similar", "best")
     )
     return CreatorVideos(table, creator_id, similar, best)
+
+
+def _positions(creator_id: I64, creators: I64) -> Rows:
+    """Returns the positions of the creators in ``creator_id``, which ascends; ``ABSENT`` for others."""
+    if not len(creator_id):
+        return np.full(len(creators), ABSENT, dtype=np.int32)
+    position = np.minimum(np.searchsorted(creator_id, creators), len(creator_id) - 1)
+    return np.where(creator_id[position] == creators, position, ABSENT).astype(np.int32)
+
+
+def _distinct(positions: Rows) -> Rows:
+    """Returns the distinct positions in the order of their first occurrence."""
+    return positions[np.sort(np.unique(positions, return_index=True)[1])]
 
 
 def _newest_videos(table: VideoTable, creator_id: I64) -> Rows:
