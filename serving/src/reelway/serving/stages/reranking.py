@@ -120,23 +120,28 @@ def with_min_shares(
         min_shares: code of a source -> share.
         count: length of the slate.
     """
-    least = np.zeros(len(SOURCES), dtype=np.int64)
+    least, have = [0] * len(SOURCES), np.bincount(source[chosen], minlength=len(SOURCES)).tolist()
     for code, share in min_shares.items():
         least[code] = int(share * count + 1e-9)
-    have = np.bincount(source[chosen], minlength=len(SOURCES))
-    if (have >= least).all():
+    missing = [code for code in min_shares if have[code] < least[code]]
+    if not missing:
         return chosen
-    result = chosen.copy()
-    rest = eligible_E[~np.isin(eligible_E, chosen)]
-    for code in np.flatnonzero(have < least).tolist():
-        for candidate in rest[source[rest] == code][: int(least[code] - have[code])].tolist():
-            surplus = np.flatnonzero((have > least)[source[result]])
-            if not len(surplus):
+    result, codes = chosen.copy(), source[chosen].tolist()
+    is_rest = np.ones(len(source), dtype=np.bool_)
+    is_rest[chosen] = False
+    rest = eligible_E[is_rest[eligible_E]]
+    source_of_rest = source[rest]
+    last = len(result) - 1
+    for code in missing:
+        for candidate in rest[source_of_rest == code][: least[code] - have[code]].tolist():
+            # A source that cannot give a video now cannot do so later, so the search never goes back.
+            while last >= 0 and have[codes[last]] <= least[codes[last]]:
+                last -= 1
+            if last < 0:
                 return result
-            last = surplus[-1]
-            have[source[result[last]]] -= 1
-            have[code] += 1
+            have[codes[last]] -= 1
             result[last] = candidate
+            last -= 1
     return result
 
 
