@@ -113,6 +113,14 @@ def new_ids(count: int) -> list[int]:
     return ids
 
 
+_REASONS: Final = {
+    "fresh": "new upload",
+    "popular": "popular now",
+    "followed_creators": "from a creator you follow",
+    "similar_creators": "from a creator like those you watch",
+}
+
+
 def reason_text(source: str, row: int, watched: str | None, region: str | None, lists: PopularLists) -> str:
     """Returns the reason shown to the viewer, by the source that proposed the video.
 
@@ -120,13 +128,13 @@ def reason_text(source: str, row: int, watched: str | None, region: str | None, 
         watched: title of the watched video that led to the recommendation; ``""`` if that video has no title, ``None``
             if no video led to it.
     """
-    if source in ("ann", "neighbours"):
+    if source in ("ann", "neighbours", "content"):
         if watched is None:
             return "picked for you"
         return f"because you watched {watched}" if watched else "because of what you watched"
     if source == "trending":
         return f"rising in {region}" if lists.is_trending_in(row, region) else "rising now"
-    return {"fresh": "new upload", "popular": "popular now"}[source]
+    return _REASONS[source]
 
 
 def sign_tokens(exposure: SlateExposure, signer: TokenSigner) -> list[str]:
