@@ -117,7 +117,7 @@ class RouterDeployment(Router):
             parts = self._dependencies
             parts.exposures = ExposureWriter(partial(open_log, Topic.EXPOSURES), self.count_lost_exposure)
             writer = EventLogWriter(partial(open_log, Topic.OUTCOMES))
-            parts.outcomes = OutcomeIntake(parts.signer, writer, IntakeMetrics(parts.registry))
+            parts.outcomes = OutcomeIntake(parts.signer, writer, IntakeMetrics(parts.registry), parts.memory)
         await super().reconfigure(config)
 
     def _log_opener(self) -> Callable[[Topic], AppendLog] | None:
