@@ -173,7 +173,8 @@ class RequestPath:
         query = await self._viewer_query(call, degraded)
         popular = partial(release.lists.candidates, query)
         if self._rollout_arm.arm is Arm.HOLDOUT:
-            slate = popular().to_slate(count)
+            candidates = popular()
+            slate = candidates.to_slate(count)
         else:
             candidates = await run(RETRIEVAL, stages.retrieve, query, popular, degraded)
             in_order = candidates.values_by_position
@@ -189,7 +190,7 @@ class RequestPath:
         showing = self._showing(call, query)
         slices = slices_of(slate.rows, showing, release.table)
         videos = build_videos(slate, slices, showing, release.table, release.lists, self._signer)
-        return PathResult(slate, degraded, slices, videos, self._count_repeated(slate, query))
+        return PathResult(slate, degraded, slices, videos, self._count_repeated(slate, query, candidates))
 
     async def recommend(
         self,
@@ -288,8 +289,8 @@ class RequestPath:
             call.viewer_row is not None and is_cold_start(call.viewer_row),
         )  # fmt: skip
 
-    def _count_repeated(self, slate: Slate, query: ViewerQuery) -> int:
-        if not query.exclusions:
+    def _count_repeated(self, slate: Slate, query: ViewerQuery, candidates: Candidates) -> int:
+        if len(candidates) > query.count:  # nothing was needed to complete the slate
             return 0
         _, counts = allowed_candidates(slate.rows, query, self._release.table)
         return counts["shown"] + counts["watched"]
