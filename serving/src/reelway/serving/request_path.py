@@ -249,9 +249,8 @@ class RequestPath:
             seed: request id of the response that the slate will be compared with.
         """
         with timed(self._metrics.latency.labels(*self._labels)):
-            result = await self._executor.run(
-                self, PathCall(request, viewer_row, now_s, seed, shown_at_s, mirrored=True, memory=memory)
-            )
+            call = PathCall(request, viewer_row, now_s, seed, shown_at_s, mirrored=True, memory=memory)
+            result = await self._executor.run(self, call)
         self._record_slate(result.slate, result.degraded)
         return self._release.table.video_id[result.slate.rows].tolist(), result.slate.score
 
@@ -261,14 +260,12 @@ class RequestPath:
 
     async def _viewer_query(self, call: PathCall, degraded: list[Degradation]) -> ViewerQuery:
         """Returns the viewer as arrays. Fallback: the request's context and the viewer's memory only."""
-        table, policy = self._release.table, self._release.policy
-        clock_s = call.now_s if call.shown_at_s is None else call.shown_at_s
-        exclusions = exclusions_of(call.memory, policy, clock_s, table)
+        table, clock_s = self._release.table, call.now_s if call.shown_at_s is None else call.shown_at_s
+        exclusions = exclusions_of(call.memory, self._release.policy, clock_s, table)
 
         def build(viewer_row: Mapping[str, Any]) -> ViewerQuery:
-            return viewer_query(
-                viewer_row, call.request.context, call.now_s, table, call.request_id, exclusions, call.request.count
-            )
+            request, seed = call.request, call.request_id
+            return viewer_query(viewer_row, request.context, call.now_s, table, seed, exclusions, request.count)
 
         async def known(viewer_row: Mapping[str, Any]) -> ViewerQuery:
             return build(viewer_row)
@@ -383,8 +380,7 @@ class InProcessRecommender:
         """Returns one slate; see ``RequestPath.recommend``. ``now_s`` defaults to the clock's time."""
         self._now_s = time.time() if now_s is None else now_s
         memory = self._memory.read(request.viewer_id)
-        work = self._path.recommend(request, viewer_row, self._now_s, memory=memory)
-        recommendation = run_without_waiting(work)
+        recommendation = run_without_waiting(self._path.recommend(request, viewer_row, self._now_s, memory=memory))
         self._memory.remember_shown(request.viewer_id, recommendation.video_ids, self._now_s)
         return recommendation.response
 
