@@ -194,7 +194,7 @@ def test_viewer_who_saw_2000_videos_gets_the_next_nearest(factory: str) -> None:
     nobody = np.empty(0, np.int64)
     seen = Exclusions(shown, np.empty((0, 2048), np.uint8), nobody, nobody)
     asks = ViewerQuery(None, shown[:0], np.empty(0, np.float32), None, NOW_S, 0, seen)  # type: ignore[arg-type]
-    found = AnnSource(index, vectors).propose(SourceQuery(asks, viewer, 100 + len(shown), bits)).rows
+    found = AnnSource(index, vectors).propose(SourceQuery(asks, viewer, 100 + len(shown), bits, 100)).rows
     assert len(found) == 100
     assert not set(found.tolist()) & set(shown.tolist())
     assert len(set(found.tolist()) & set(by_similarity[2_000:2_400].tolist())) >= 97

@@ -175,7 +175,8 @@ class RequestPath:
         lists = release.lists.current()
         popular = partial(lists.candidates, query)
         if self._rollout_arm.arm is Arm.HOLDOUT:
-            slate = popular().to_slate(count)
+            candidates = popular()
+            slate = candidates.to_slate(count)
         else:
             candidates = await run(RETRIEVAL, stages.retrieve, query, popular, degraded)
             in_order = candidates.values_by_position
@@ -190,7 +191,7 @@ class RequestPath:
             return PathResult(slate, degraded)
         exposure = exposure_of(slate, self._showing(call, query), release.table)
         videos = build_videos(slate, exposure, release.table, lists, self._signer)
-        return PathResult(slate, degraded, exposure, videos, self._count_repeated(slate, query))
+        return PathResult(slate, degraded, exposure, videos, self._count_repeated(slate, query, candidates))
 
     async def recommend(
         self,
@@ -251,9 +252,8 @@ class RequestPath:
             seed: request id of the response that the slate will be compared with.
         """
         with timed(self._metrics.latency.labels(*self._labels)):
-            result = await self._executor.run(
-                self, PathCall(request, viewer_row, now_s, seed, shown_at_s, mirrored=True, memory=memory)
-            )
+            call = PathCall(request, viewer_row, now_s, seed, shown_at_s, mirrored=True, memory=memory)
+            result = await self._executor.run(self, call)
         self._record_slate(result.slate, result.degraded)
         return self._release.table.video_id[result.slate.rows].tolist(), result.slate.score
 
@@ -263,15 +263,15 @@ class RequestPath:
 
     async def _viewer_query(self, call: PathCall, degraded: list[Degradation]) -> ViewerQuery:
         """Returns the viewer as arrays. Fallback: the request's context and the viewer's memory only."""
-        table, policy = self._release.table, self._release.policy
-        clock_s = call.now_s if call.shown_at_s is None else call.shown_at_s
-        exclusions = exclusions_of(call.memory, policy, clock_s, table)
+        table, clock_s = self._release.table, call.now_s if call.shown_at_s is None else call.shown_at_s
+        exclusions = exclusions_of(call.memory, self._release.policy, clock_s, table)
 
         def build(viewer_row: Mapping[str, Any]) -> ViewerQuery:
+            request, seed = call.request, call.request_id
+            followed = call.memory.followed_creators
             return viewer_query(
-                viewer_row, call.request.context, call.now_s, table, call.request_id, exclusions, call.request.count,
-                call.memory.followed_creators,
-            )  # fmt: skip
+                viewer_row, request.context, call.now_s, table, seed, exclusions, request.count, followed
+            )
 
         async def known(viewer_row: Mapping[str, Any]) -> ViewerQuery:
             return build(viewer_row)
@@ -293,8 +293,8 @@ class RequestPath:
             call.request.context.language,
         )  # fmt: skip
 
-    def _count_repeated(self, slate: Slate, query: ViewerQuery) -> int:
-        if not query.exclusions:
+    def _count_repeated(self, slate: Slate, query: ViewerQuery, candidates: Candidates) -> int:
+        if len(candidates) > query.count:  # nothing was needed to complete the slate
             return 0
         _, counts = allowed_candidates(slate.rows, query, self._release.table)
         return counts["shown"] + counts["watched"]
@@ -387,8 +387,7 @@ class InProcessRecommender:
         """Returns one slate; see ``RequestPath.recommend``. ``now_s`` defaults to the clock's time."""
         self._now_s = time.time() if now_s is None else now_s
         memory = self._memory.read(request.viewer_id)
-        work = self._path.recommend(request, viewer_row, self._now_s, memory=memory)
-        recommendation = run_without_waiting(work)
+        recommendation = run_without_waiting(self._path.recommend(request, viewer_row, self._now_s, memory=memory))
         self._memory.remember_shown(request.viewer_id, recommendation.exposure.video_id, self._now_s)
         return recommendation.response
 

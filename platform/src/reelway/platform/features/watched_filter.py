@@ -21,6 +21,7 @@ from reelway.platform.features.hashing import mix64
 
 I64 = NDArray[np.int64]
 U8 = NDArray[np.uint8]
+U64 = NDArray[np.uint64]
 
 GENERATION_DAYS: Final = 10
 """A watched video is recognised for up to so many days longer than ``MAX_WATCHED_DAYS``."""
@@ -48,11 +49,18 @@ def bit_positions(video_ids: NDArray[np.integer[Any]]) -> I64:
 
     Derives K hash functions from two (Kirsch, Mitzenmacher: Less Hashing, Same Performance, 2006).
     """
+    return _positions(*_hashes(video_ids)).astype(np.int64)
+
+
+def _hashes(video_ids: NDArray[np.integer[Any]]) -> tuple[U64, U64]:
     first = mix64(np.asarray(video_ids).astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15))
-    second = (first >> np.uint64(32)) | np.uint64(1)
+    return first, (first >> np.uint64(32)) | np.uint64(1)
+
+
+def _positions(first: U64, second: U64) -> U64:
     with np.errstate(over="ignore"):
-        mixed = first[:, None] + _STEPS * second[:, None]
-    return (mixed % _BITS).astype(np.int64)
+        positions: U64 = (first[:, None] + _STEPS * second[:, None]) % _BITS
+    return positions
 
 
 def positions_by_filter(
@@ -83,13 +91,22 @@ def as_filter(bits: bytes) -> U8:
 def is_watched(filters: U8, video_ids: NDArray[np.integer[Any]]) -> NDArray[np.bool_]:
     """Returns which videos one of the filters reports. Shapes: ``[G, FILTER_BYTES], [P] -> [P]``."""
     watched = np.zeros(len(video_ids), dtype=np.bool_)
-    if not len(filters):
+    if not len(filters) or not len(video_ids):
         return watched
-    positions = bit_positions(video_ids)
-    index, bit = positions >> 3, (0x80 >> (positions & 7)).astype(np.uint8)
-    for filter_ in filters:
-        watched |= ((filter_.take(index) & bit) != 0).all(axis=1)
+    # Most videos fail at the first hash function of every filter, so only the rest is looked up by all.
+    first, second = _hashes(video_ids)
+    possible = np.flatnonzero(_is_set(filters, first % _BITS).any(axis=0))
+    if len(possible):
+        found = _is_set(filters, _positions(first[possible], second[possible]))
+        watched[possible] = found.all(axis=2).any(axis=0)
     return watched
+
+
+def _is_set(filters: U8, positions: NDArray[np.unsignedinteger[Any]]) -> NDArray[np.bool_]:
+    """Shapes: ``[G, FILTER_BYTES], [...] -> [G, ...]``."""
+    bit = (np.uint8(0x80) >> (positions & np.uint64(7)).astype(np.uint8)).astype(np.uint8)
+    set_bits: NDArray[np.bool_] = (filters.take((positions >> np.uint64(3)).astype(np.intp), axis=1) & bit) != 0
+    return set_bits
 
 
 def estimated_count(filters: U8) -> int:

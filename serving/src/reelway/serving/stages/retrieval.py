@@ -77,7 +77,7 @@ class Retrieval:
         """
         embedding = self._tower.run(query.arrays.as_inputs())
         searchable = self._searchable.bits(query.exclusions)
-        source_query = SourceQuery(query, embedding, self._proposal_limit(query), searchable)
+        source_query = SourceQuery(query, embedding, self._limit(query), searchable, self._search_limit(query))
         proposals = [source.propose(source_query) for source in self._sources]
 
         rows_P = np.concatenate([p.rows for p in proposals])
@@ -114,10 +114,17 @@ class Retrieval:
             return candidates
         return candidates.followed_by(completing_rows(candidates.rows, query, self._table), self._table.embedding)
 
-    def _proposal_limit(self, query: ViewerQuery) -> int:
+    def _limit(self, query: ViewerQuery) -> int:
         """Returns how many videos a source may propose: enough for all candidates after the filters."""
         exclusions = query.exclusions
         limit = self._candidates + len(query.history_rows) + len(exclusions.shown_rows)
-        limit += min(estimated_count(exclusions.watched), _WATCHED_OVERFETCH * self._candidates)
         has_blocks = len(exclusions.blocked_creators) or len(exclusions.blocked_topics)
         return limit + self._candidates if has_blocks else limit
+
+    def _search_limit(self, query: ViewerQuery) -> int:
+        """Returns the same for an index search, which leaves out shown and blocked videos itself.
+
+        The nearest videos are those that the viewer watched, so a search returns more to replace these.
+        """
+        watched = min(estimated_count(query.exclusions.watched), _WATCHED_OVERFETCH * self._candidates)
+        return self._candidates + len(query.history_rows) + watched

@@ -39,6 +39,7 @@ class SourceQuery:
     viewer_embedding: F32  # [1, D]
     limit: int  # includes as many proposals as filters may take away
     searchable: U8 | None = None  # bit per row: whether an index search may return it; None: all rows
+    search_limit: int = 0  # ``limit`` for a search that leaves out the other rows
 
 
 class CandidateSource(Protocol):
@@ -75,9 +76,7 @@ class AnnSource:
     def propose(self, query: SourceQuery) -> SourceCandidates:
         searched, parameters = query.limit, None
         if query.searchable is not None and self._can_skip_rows:
-            # The search passes over excluded rows, so that it need not return more to replace them.
-            searched -= len(query.viewer.exclusions.shown_rows)
-            parameters = select_rows(self._index, query.searchable)
+            searched, parameters = query.search_limit, select_rows(self._index, query.searchable)
         limit = searched if self._is_exact else INDEX_OVERFETCH * searched
         similarity, rows = self._index.search(query.viewer_embedding, min(limit, self._index.ntotal), params=parameters)
         candidates = rows[0][rows[0] >= 0].astype(np.int32)
