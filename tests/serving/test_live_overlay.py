@@ -58,7 +58,7 @@ def change(sequence: int, *tables: pa.Table) -> FeatureChange:
 def test_change_updates_only_the_rows_it_names(table: VideoTable, tmp_path: Path) -> None:
     log, before = FeatureChangelog(tmp_path / "overlay"), table.live.at(np.arange(len(table)))
     creator = int(table.creator_id[7])
-    creator_rows = np.flatnonzero(table.creator_id == creator)
+    creator_rows = np.flatnonzero(table.creator_id.base == creator)
     video = int(table.video_id[3])
     log.append(change(1, rows_of(ENGAGEMENT, {video: 0.25, 999_999: 1.0}), rows_of(CREATORS, {creator: 77.0})))
     overlay = FeatureOverlay(table, log)
@@ -77,7 +77,7 @@ def test_change_updates_only_the_rows_it_names(table: VideoTable, tmp_path: Path
 
 def test_changes_of_one_poll_become_one_version(table: VideoTable, tmp_path: Path) -> None:
     log = FeatureChangelog(tmp_path / "overlay")
-    ids = table.video_id.tolist()
+    ids = table.video_id.base.tolist()
     for sequence in (1, 2, 3):
         log.append(change(sequence, rows_of(ENGAGEMENT, {ids[sequence]: sequence / 8, ids[0]: sequence / 4})))
     overlay = FeatureOverlay(table, log)
@@ -96,7 +96,7 @@ def test_expired_row_becomes_unknown(table: VideoTable, tmp_path: Path) -> None:
 
 def test_snapshot_replaces_its_changes_for_all_readers(table: VideoTable, tmp_path: Path) -> None:
     log = FeatureChangelog(tmp_path / "overlay")
-    ids = table.video_id.tolist()
+    ids = table.video_id.base.tolist()
     log.append(change(1, rows_of(ENGAGEMENT, {ids[1]: 0.5})))
     old = FeatureOverlay(table, log)
     old.poll()

@@ -17,6 +17,7 @@ from typing import Final
 
 import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
 
 from reelway.platform.contracts.feature_names import VIDEO_LIVE_DENSE
 from reelway.platform.errors import DataError, StorageError
@@ -30,15 +31,18 @@ POLL_INTERVAL_S: Final = 1.0
 
 
 class FeatureOverlay:
-    """Applies the changelog to one video table. Only one thread calls ``poll``; readers of the table need no lock."""
+    """Applies the changelog to one video table. Only one thread calls ``poll``; readers of the table need no lock.
+
+    The newest rows of videos and creators that the table lacks are kept: an upload that is appended later gets them.
+    """
 
     def __init__(self, table: VideoTable, changelog: FeatureChangelog) -> None:
         self._table = weakref.ref(table)  # the follower ends when its release is closed
         self._changelog = changelog
         self._sequence = 0
-        order = np.argsort(table.creator_id, kind="stable")
-        self._by_creator = order.astype(np.int64)
-        self._creators = table.creator_id[order]
+        self._as_of_s: float | None = None
+        self._without_rows: dict[str, dict[int, F32]] = {ENGAGEMENT: {}, CREATORS: {}}
+        self._rows = len(table)
 
     @property
     def sequence(self) -> int:
@@ -60,29 +64,65 @@ class FeatureOverlay:
         table = self._table()
         if table is None:
             return 0
+        added = np.arange(self._rows, len(table) + table.uploads.rows, dtype=np.int64)
         changes = self._changelog.changes_after(self._sequence)
-        if not changes:
+        if not changes and not len(added):
             return 0
+        self._inherit_features(table, added)
+        self._rows += len(added)
+        if not changes:
+            return len(added)
         rows = latest_rows([change.rows for change in changes])
-        videos = _of(rows, ENGAGEMENT)
-        creators = _of(rows, CREATORS)
-        video_rows, video_values = table.rows_of(videos[0]).astype(np.int64), videos[1]
-        video_rows, video_values = video_rows[video_rows != ABSENT], video_values[video_rows != ABSENT]
-        creator_rows, creator_values = self._spread(*creators)
-        changed = np.union1d(video_rows, creator_rows)
-        dense = table.live.at(changed)
-        dense[np.ix_(np.searchsorted(changed, video_rows), _columns(ENGAGEMENT))] = video_values
-        dense[np.ix_(np.searchsorted(changed, creator_rows), _columns(CREATORS))] = creator_values
-        table.overlay(changed.astype(np.int32), dense, as_of_s=changes[-1].as_of_us / 1e6)
+        videos, video_values = _of(rows, ENGAGEMENT)
+        creators, creator_values = _of(rows, CREATORS)
+        video_rows = table.rows_of(videos).astype(np.int64)
+        creator_rows, of = table.rows_of_creators(creators)
+        self._keep(ENGAGEMENT, videos, video_values, video_rows != ABSENT)
+        self._keep(CREATORS, creators, creator_values, np.isin(np.arange(len(creators)), of))
+        self._as_of_s = changes[-1].as_of_us / 1e6
+        video_values, video_rows = video_values[video_rows != ABSENT], video_rows[video_rows != ABSENT]
+        changed = self._write(table, (video_rows, video_values), (creator_rows, creator_values[of]))
         self._sequence = changes[-1].sequence
+        return changed + len(added)
+
+    def _write(self, table: VideoTable, videos: tuple[I64, F32], creators: tuple[I64, F32]) -> int:
+        """Publishes one version with these rows and values of both views."""
+        changed = np.union1d(videos[0], creators[0])
+        dense = table.live.at(changed)
+        for view, (rows, values) in ((ENGAGEMENT, videos), (CREATORS, creators)):
+            dense[np.ix_(np.searchsorted(changed, rows), _columns(view))] = values
+        table.overlay(changed.astype(np.int32), dense, as_of_s=self._as_of_s)
         return len(changed)
 
-    def _spread(self, creator: I64, values: F32) -> tuple[I64, F32]:
-        """Returns the rows of the creators' videos and the creators' values, repeated for each video."""
-        first = np.searchsorted(self._creators, creator, side="left")
-        count = np.searchsorted(self._creators, creator, side="right") - first
-        start = np.repeat(first - np.concatenate([[0], np.cumsum(count)[:-1]]), count) if len(creator) else first
-        return self._by_creator[start + np.arange(int(count.sum()))], np.repeat(values, count, axis=0)
+    def _keep(self, view: str, entities: I64, values: F32, has_rows: NDArray[np.bool_]) -> None:
+        kept = self._without_rows[view]
+        for index in np.flatnonzero(~has_rows).tolist():
+            kept[int(entities[index])] = values[index]
+
+    def _inherit_features(self, table: VideoTable, added: I64) -> None:
+        """Gives appended rows the newest features: of the video's former row, and of another row of the creator."""
+        if not len(added):
+            return
+        ids, creators = table.video_id[added], table.creator_id[added]
+        dense = table.live.at(added)
+        first, of = table.rows_of_creators(np.unique(creators))
+        earlier = first < self._rows
+        position = np.searchsorted(np.unique(creators), creators)
+        sibling = np.full(len(np.unique(creators)), ABSENT, dtype=np.int64)
+        sibling[of[earlier]] = first[earlier]
+        former = table.former_rows_of(ids, before=self._rows)
+        for source, view in ((former, ENGAGEMENT), (sibling[position], CREATORS)):
+            known = source != ABSENT
+            columns = _columns(view)
+            dense[np.ix_(known, columns)] = table.live.at(source[known])[:, columns]
+            kept = self._without_rows[view]
+            for index, entity in enumerate((ids if view == ENGAGEMENT else creators).tolist()):
+                if entity in kept:
+                    dense[index, columns] = kept[entity]
+        for view, entities in ((ENGAGEMENT, ids), (CREATORS, creators)):
+            for entity in entities.tolist():
+                self._without_rows[view].pop(entity, None)
+        table.overlay(added.astype(np.int32), dense, as_of_s=self._as_of_s)
 
 
 def _columns(view: str) -> I64:

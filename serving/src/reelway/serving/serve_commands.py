@@ -120,6 +120,7 @@ def serve(
                 release_cache=serving_dir / "releases",
                 public_keys=directory.keys,
                 overlay=str(directory.overlay),
+                events=str(directory.path / "events"),
             ),
             metrics_dir=_empty_directory(serving_dir / "metrics"),
             token_secrets=_token_secrets(directory),

@@ -42,8 +42,13 @@ class ReleaseStoreArgs(_Options):
     public_keys: Path = Field(description="folder with *.public.pem, or one PEM file")
     overlay: str | None = Field(
         default=None,
-        description="path or fsspec URL of the changelog that updates video features after the release was built; "
-        "without it a release keeps the features that it was built with",
+        description="path or fsspec URL of the overlay that updates the video table after the release was built; "
+        "without it a release keeps the videos and features that it was built with",
+    )
+    events: str | None = Field(
+        default=None,
+        description="event log whose takedowns are followed: a folder, or kafka://host:port[/prefix]; without it "
+        "nothing is taken down",
     )
 
     def release_args(self, release: str, composition: Composition = "staged") -> ReleaseArgs:
