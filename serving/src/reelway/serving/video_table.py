@@ -291,7 +291,9 @@ class VideoTable:
 
     def duration_ms(self, rows: NDArray[np.integer[Any]]) -> list[int]:
         """Whole milliseconds, 0 where unknown."""
-        duration: list[int] = np.nan_to_num(self._static.take(rows)[:, _DURATION] * 1000.0, nan=0.0).astype(np.int64).tolist()
+        duration: list[int] = (
+            np.nan_to_num(self._static.take(rows)[:, _DURATION] * 1000.0, nan=0.0).astype(np.int64).tolist()
+        )
         return duration
 
     def titles(self, rows: NDArray[np.integer[Any]]) -> list[str | None]:

@@ -236,9 +236,7 @@ class TakedownState:
                 before.setdefault(change.key, newest)
                 self._newest[change.key] = change
         changed = [self._newest[key] for key, old in before.items() if _is_down(old) != _is_down(self._newest[key])]
-        return ChangedStatus(
-            _ids(change.video_id for change in changed), _ids(change.creator_id for change in changed)
-        )
+        return ChangedStatus(_ids(change.video_id for change in changed), _ids(change.creator_id for change in changed))
 
     def taken_down(self) -> TakenDown:
         """Returns the present takedowns."""
