@@ -138,7 +138,7 @@ def test_changelog_url_reads_like_a_folder(table: VideoTable) -> None:
 
 def test_follower_ends_with_its_table(table: VideoTable, tmp_path: Path) -> None:
     other = open_video_table(tmp_path / "release" / VIDEOS_FILE)
-    thread = start_follower(other, str(tmp_path / "overlay"), every_s=0.01)
+    thread = start_follower(other, str(tmp_path / "overlay"), "release", every_s=0.01)
     FeatureChangelog(tmp_path / "overlay").append(change(1, rows_of(ENGAGEMENT, {int(table.video_id[3]): 0.5})))
     deadline = time.monotonic() + 20
     while other.live.version == 0:

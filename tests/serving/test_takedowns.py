@@ -72,7 +72,7 @@ def shown(path: RequestPath, **row: object) -> set[int]:
     return {video.video_id for video in slate(path, **row).videos}
 
 
-def wait_until_applied(takedowns: TakedownFollower, loader: ReleaseLoader, video: int, *, hidden: bool) -> float:
+def wait_until_applied(loader: ReleaseLoader, video: int, *, hidden: bool) -> float:
     """Waits until the table hides (shows) the video and returns the time it took, in seconds."""
     table, began = loader.table(), time.monotonic()
     row = table.rows_of(np.array([video]))
@@ -92,11 +92,11 @@ def test_takedown_hides_a_video_until_it_is_restored(
     video = sorted(everything)[3]
 
     publish(events, *takedown(videos=[video]))
-    assert wait_until_applied(takedowns, loader, video, hidden=True) < 2.0
+    assert wait_until_applied(loader, video, hidden=True) < 2.0
     assert shown(path) == everything - {video}
 
     publish(events, Restore(video_id=video, version=2))
-    wait_until_applied(takedowns, loader, video, hidden=False)
+    wait_until_applied(loader, video, hidden=False)
     assert shown(path) == everything
 
 
@@ -108,7 +108,7 @@ def test_takedown_of_a_creator_hides_all_its_videos(folder: Path, events: Path, 
     theirs = set(table.video_id.base[creators == creator].tolist())
     assert theirs <= shown(path)
     publish(events, *takedown(creators=[creator]))
-    wait_until_applied(takedowns, loader, min(theirs), hidden=True)
+    wait_until_applied(loader, min(theirs), hidden=True)
     watched = {"history_videos": sorted(theirs), "history_weights": [1.0] * len(theirs)}
     assert not theirs & (shown(path) | shown(path, **watched) | shown(path_of(loader, stages=UnavailableStages())))
 
@@ -148,7 +148,7 @@ def test_last_check_removes_what_retrieval_still_proposes(
     video = int(router.table().video_id.base[9])
     assert video in shown(path)
     publish(events, *takedown(videos=[video]))
-    wait_until_applied(takedowns, router, video, hidden=True)
+    wait_until_applied(router, video, hidden=True)
     assert video not in shown(path)
     request = RecommendRequest(viewer_id=1, count=VIDEOS)
     mirrored, _ = run_without_waiting(path.mirror(request, {}, NOW_S, seed=1))
@@ -211,7 +211,7 @@ def test_taken_down_video_is_not_a_candidate(folder: Path, events: Path, takedow
     request = RecommendRequest(viewer_id=1, count=10)
     first = run_without_waiting(path.recommend(request, {}, NOW_S)).response.videos
     publish(events, *takedown(videos=[video.video_id for video in first]))
-    wait_until_applied(takedowns, loader, first[-1].video_id, hidden=True)
+    wait_until_applied(loader, first[-1].video_id, hidden=True)
     second = run_without_waiting(path.recommend(request, {}, NOW_S)).response.videos
     assert len(second) == 10
     assert not {video.video_id for video in first} & {video.video_id for video in second}

@@ -1,8 +1,8 @@
-"""Keeps the live features of a video table fresh: follows the stream's changelog and overlays its changes.
+"""Keeps a video table fresh: follows the overlay, which holds uploads and changed features, and applies it.
 
-A thread polls the changelog, so no request waits for it. All changes of one poll become one version of the table, so
-that a request never mixes features of different times. If the changelog cannot be read, the error is logged, the table
-keeps its features, and the next poll tries again. Videos and creators that the release lacks are left out.
+A thread polls the overlay, so no request waits for it. All feature changes of one poll become one version of the table,
+so that a request never mixes features of different times. If the overlay cannot be read, the error is logged and
+counted, the table stays as it is, and the next poll tries again.
 """
 
 # Shapes: N videos of the table, C changed rows, L live numbers
@@ -17,17 +17,23 @@ from typing import Final
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from numpy.typing import NDArray
+from prometheus_client import CollectorRegistry
 
 from reelway.platform.contracts.feature_names import VIDEO_LIVE_DENSE
+from reelway.platform.contracts.ids import short_id
+from reelway.platform.contracts.release_files import videos_schema
 from reelway.platform.errors import DataError, StorageError
 from reelway.platform.eventlog.feature_changelog import CREATORS, ENGAGEMENT, FIELDS, FeatureChangelog, latest_rows
+from reelway.platform.eventlog.upload_overlay import REQUEST_INTERVAL_S, OverlayRequests, UploadChangelog
+from reelway.serving.metrics import OverlayMetrics
 from reelway.serving.video_table import ABSENT, F32, I64, VideoTable
 
 log = logging.getLogger(__name__)
 
-POLL_INTERVAL_S: Final = 1.0
-"""Interval between two polls of the changelog."""
+POLL_INTERVAL_S: Final = 0.5
+"""Interval between two polls of the overlay."""
 
 
 class FeatureOverlay:
@@ -48,11 +54,6 @@ class FeatureOverlay:
     def sequence(self) -> int:
         """Sequence number of the last change that was applied."""
         return self._sequence
-
-    @property
-    def table_released(self) -> bool:
-        """Whether the table was released by its last user."""
-        return self._table() is None
 
     def poll(self) -> int:
         """Applies all new changes and returns the number of changed rows of the table.
@@ -136,22 +137,88 @@ def _of(rows: pa.Table, view: str) -> tuple[I64, F32]:
     return of_view["entity_id"].to_numpy(), np.stack(values, axis=1) if values else np.zeros((0, 0), np.float32)
 
 
-def start_follower(table: VideoTable, changelog: str, *, every_s: float = POLL_INTERVAL_S) -> threading.Thread:
-    """Starts a thread that applies the changelog until the table is released or the process ends."""
-    overlay = FeatureOverlay(table, FeatureChangelog(changelog))
-    thread = threading.Thread(target=_follow_until_released, args=(overlay, every_s), name="live-overlay", daemon=True)
+class UploadOverlay:
+    """Appends the rows of a release's overlay to its video table. Only one thread calls ``poll``."""
+
+    def __init__(self, table: VideoTable, changelog: UploadChangelog) -> None:
+        self._table = weakref.ref(table)
+        self._changelog = changelog
+        self._sequence = 0
+
+    def poll(self) -> int:
+        """Appends all new rows and returns their number.
+
+        Raises:
+            StorageError: if the overlay cannot be read.
+            DataError: if a change is malformed, or does not continue the rows of the table.
+        """
+        table = self._table()
+        if table is None:
+            return 0
+        appended = 0
+        for change in self._changelog.changes_after(self._sequence):
+            next_row = len(table) + table.uploads.rows
+            rows = change.rows.filter(pc.greater_equal(change.rows["row"], next_row))  # a snapshot repeats earlier rows
+            numbers = rows["row"].to_numpy()
+            if not np.array_equal(numbers, np.arange(next_row, next_row + len(numbers))):
+                raise DataError(
+                    f"overlay, change {change.sequence}: has rows from {numbers[0]} on, expected {next_row}; "
+                    "start this replica again"
+                )
+            if len(numbers):
+                table.append_uploads(rows.select(videos_schema(table.embedding.shape[1]).names))
+            appended += len(numbers)
+            self._sequence = change.sequence
+        return appended
+
+
+class OverlayFollower:
+    """Follows the overlay of one release: uploads, and features of videos and creators.
+
+    It also states regularly that the release is served, so that the overlay writer embeds uploads for it.
+    """
+
+    def __init__(self, table: VideoTable, overlay: str, release: str, metrics: OverlayMetrics) -> None:
+        self._table = weakref.ref(table)
+        self._release = release
+        self._requests = OverlayRequests(overlay)
+        self._uploads = UploadOverlay(table, UploadChangelog(overlay, release, table.embedding.shape[1]))
+        self._features = FeatureOverlay(table, FeatureChangelog(overlay))
+        self._metrics = metrics
+        self._read_at = time.monotonic()
+        self._next_request = self._read_at
+
+    def follow(self, every_s: float) -> None:
+        """Polls until the table is released."""
+        failed = False
+        while (table := self._table()) is not None:
+            self._metrics.rows.set(table.uploads.rows)
+            del table  # the thread must not keep the table open while it sleeps
+            try:
+                self._poll()
+                failed = False
+            except (StorageError, DataError) as error:
+                if not failed:
+                    log.error("release %s: overlay is not read: %s", short_id(self._release), error)
+                failed = True
+                self._metrics.faults.inc()
+            self._metrics.age.set(time.monotonic() - self._read_at)
+            time.sleep(every_s)
+
+    def _poll(self) -> None:
+        self._uploads.poll()
+        self._features.poll()
+        self._read_at = now = time.monotonic()
+        if now >= self._next_request:
+            self._requests.request(self._release, time.time())
+            self._next_request = now + REQUEST_INTERVAL_S
+
+
+def start_follower(
+    table: VideoTable, overlay: str, release: str, *, every_s: float = POLL_INTERVAL_S
+) -> threading.Thread:
+    """Starts a thread that applies the overlay until the table is released or the process ends."""
+    follower = OverlayFollower(table, overlay, release, OverlayMetrics(CollectorRegistry(), release))
+    thread = threading.Thread(target=follower.follow, args=(every_s,), name="live-overlay", daemon=True)
     thread.start()
     return thread
-
-
-def _follow_until_released(overlay: FeatureOverlay, every_s: float) -> None:
-    failed = False
-    while not overlay.table_released:
-        try:
-            overlay.poll()
-            failed = False
-        except (StorageError, DataError) as error:
-            if not failed:
-                log.error("video features are not updated: %s", error)
-            failed = True
-        time.sleep(every_s)

@@ -35,6 +35,7 @@ from reelway.serving.metrics import IngressMetrics
 from reelway.serving.onnx_model import OnnxModel
 from reelway.serving.popular import open_popular_lists
 from reelway.serving.request_path import InProcessRecommender, LocalStages, RouterRelease
+from reelway.serving.stages.fresh_tier import AnnWithUploads, FreshWithUploads
 from reelway.serving.stages.ranking import LocalRanker, Ranker, Ranking
 from reelway.serving.stages.reranking import Reranking
 from reelway.serving.stages.retrieval import Retrieval
@@ -93,7 +94,7 @@ class ReleaseLoader:
     def _table(self) -> VideoTable:
         table = open_video_table(self.folder / VIDEOS_FILE)
         if self.overlay:
-            start_follower(table, self.overlay)
+            start_follower(table, self.overlay, self.release_id())
         if self.takedowns:
             self.takedowns.hide_in(table)
         return table
@@ -116,10 +117,12 @@ class ReleaseLoader:
         return Retrieval(
             OnnxModel(self.folder / VIEWER_TOWER_FILE, inputs=VIEWER_TOWER_INPUTS, threads=self.threads),
             {
-                "ann": AnnSource(self._index(table), table.embedding.base, settings.index_probes),
+                "ann": AnnWithUploads(
+                    AnnSource(self._index(table), table.embedding.base, settings.index_probes), table
+                ),
                 "popular": StaticListSource(lists.popular),
                 "trending": StaticListSource(lists.trending, lists.trending_in),
-                "fresh": FreshSource(table, settings.fresh_hours),
+                "fresh": FreshWithUploads(FreshSource(table, settings.fresh_hours), table, settings.fresh_hours),
                 "neighbours": NeighbourSource(self._neighbours(table)),
             },
             settings,

@@ -291,10 +291,9 @@ class VideoTable:
 
     def duration_ms(self, rows: NDArray[np.integer[Any]]) -> list[int]:
         """Whole milliseconds, 0 where unknown."""
-        duration: list[int] = (
-            np.nan_to_num(self._static.take(rows)[:, _DURATION] * 1000.0, nan=0.0).astype(np.int64).tolist()
-        )
-        return duration
+        duration_ms = self._static.take(rows)[:, _DURATION] * 1000.0
+        whole: list[int] = np.nan_to_num(duration_ms, nan=0.0).astype(np.int64).tolist()
+        return whole
 
     def titles(self, rows: NDArray[np.integer[Any]]) -> list[str | None]:
         """Titles of a slate's videos, ``None`` for ``ABSENT``; for people, never for all candidates."""

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, closing
 from pathlib import Path
-from typing import Final
+from typing import Final, NamedTuple
 
 from reelway.platform.eventlog.catalogue_events import (
     Restore,
@@ -89,6 +89,13 @@ def is_at(position: Offsets, end: Offsets) -> bool:
     return all(position.get(partition, 0) >= offset for partition, offset in end.items())
 
 
+class GuardStep(NamedTuple):
+    """Result of one step: records read, and records appended again."""
+
+    read: int
+    appended: int
+
+
 class VersionGuard:
     """Appends the newest record of a key again if an older version was appended after it.
 
@@ -103,10 +110,21 @@ class VersionGuard:
         self._log = topic_log
         self._decode = decode
         self._position: Offsets = {}
+        self._is_at_end = False
         self._newest: dict[str, tuple[tuple[object, ...], int, int]] = {}  # key -> precedence, partition, offset
 
-    def step(self) -> int:
-        """Reads new records and returns the number of records that were appended again.
+    @property
+    def is_at_end(self) -> bool:
+        """Whether a step has reached the end of the log: the newest version of every key was known then."""
+        return self._is_at_end
+
+    def is_newest(self, change: VideoUpsert | StatusChange) -> bool:
+        """Whether no newer version of the change's key was read."""
+        newest = self._newest.get(change.key)
+        return newest is None or change.precedence >= newest[0]
+
+    def step(self) -> GuardStep:
+        """Reads new records, and appends those again that an older version displaced.
 
         Raises:
             StorageError: if the log cannot be read or written; the next step tries again.
@@ -125,7 +143,8 @@ class VersionGuard:
                 displaced[change.key] = None
         appended = sum(self._append_again(key) for key in displaced)
         self._position = read.next_offsets
-        return appended
+        self._is_at_end = self._is_at_end or is_at(self._position, self._log.end_offsets())
+        return GuardStep(len(read.records), appended)
 
     def _append_again(self, key: str) -> bool:
         precedence, partition, offset = self._newest[key]

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 RUN = typer.Option(Path("runs/default"), "--run", help="Run directory.")
 EVENTS = typer.Option(
-    "", "--events", help="Event log: a folder, or kafka://host:port[/prefix]. Defaults to RUN/events."
+    "", "--events", help="Event log: a folder, kafka://host:port or kafka://host:port/prefix. Defaults to RUN/events."
 )
 URL = typer.Option("", "--url", help="URL of the catalogue's HTTP API. By default changes go to the event log itself.")
 TOKEN_FILE = typer.Option(
@@ -71,10 +71,7 @@ def upsert(
     from reelway.platform.cli.catalogue.catalogue_files import check_changes, read_parquet_upserts, read_upserts
     from reelway.platform.cli.catalogue.catalogue_target import open_target, run_dimensions
 
-    if file.endswith(".parquet"):
-        lines = read_parquet_upserts(Path(file))
-    else:
-        lines = read_upserts(_read_lines(file))
+    lines = read_parquet_upserts(Path(file)) if file.endswith(".parquet") else read_upserts(_read_lines(file))
     numbered: list[tuple[int, Any]] = list(lines)
     checked = check_changes(numbered, run_dimensions(run))
     bad_lines = {refused.line for refused in checked.refused}
@@ -167,8 +164,8 @@ def serve(
     events: str = EVENTS,
     token_file: Path | None = typer.Option(
         None,
-        help="File with the bearer token that clients must send. Defaults to RUN/keys/catalogue.token, which is created "
-        "if it does not exist.",
+        help="File with the bearer token that clients must send. Defaults to RUN/keys/catalogue.token, which is "
+        "created if it does not exist.",
     ),
     host: str = typer.Option("127.0.0.1", help="IP address to listen on."),
     port: int = typer.Option(8085, min=0, max=65535, help="Port to listen on; 0 chooses a free port."),

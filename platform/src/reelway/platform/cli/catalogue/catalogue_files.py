@@ -1,4 +1,4 @@
-"""Reads catalogue changes from JSON lines or Parquet, line by line: a bad line is reported and does not stop the rest."""
+"""Reads catalogue changes from JSON lines or Parquet. A bad line is reported and does not stop the others."""
 
 from __future__ import annotations
 
