@@ -7,19 +7,17 @@ import time
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 import pytest
 from tests.support.release_files import make_release_folder
+from tests.support.serving.feature_changes import change, rows_of
 
 from reelway.platform.contracts.feature_names import VIDEO_LIVE_DENSE
 from reelway.platform.contracts.manifest import VIDEOS_FILE
 from reelway.platform.errors import DataError
 from reelway.platform.eventlog.feature_changelog import (
-    CHANGES,
     CREATORS,
     ENGAGEMENT,
     FIELDS,
-    FeatureChange,
     FeatureChangelog,
 )
 from reelway.serving.live_overlay import FeatureOverlay, start_follower
@@ -33,26 +31,6 @@ FOLLOWERS = VIDEO_LIVE_DENSE.index("creator_followers")
 def table(tmp_path: Path) -> VideoTable:
     make_release_folder(tmp_path / "release", videos=60)
     return open_video_table(tmp_path / "release" / VIDEOS_FILE)
-
-
-def rows_of(view: str, values: dict[int, float | None]) -> pa.Table:
-    """Rows whose fields all have the same value."""
-    fields = FIELDS[view]
-    return pa.table(
-        [
-            [view] * len(values) if name == "view"
-            else list(values) if name == "entity_id"
-            else [0] * len(values) if name == "event_timestamp"
-            else list(values.values()) if name in fields
-            else [None] * len(values)
-            for name in CHANGES.names
-        ],
-        names=CHANGES.names,
-    ).cast(CHANGES)  # fmt: skip
-
-
-def change(sequence: int, *tables: pa.Table) -> FeatureChange:
-    return FeatureChange(sequence, sequence * 1_000_000, pa.concat_tables(tables))
 
 
 def test_change_updates_only_the_rows_it_names(table: VideoTable, tmp_path: Path) -> None:

@@ -177,7 +177,7 @@ class ReleaseLoader:
             raise IncompatibleReleaseError(
                 f"{path} has schema\n{batch.schema}\nexpected\n{NEIGHBOURS_SCHEMA}\nrebuild the release"
             )
-        if not np.array_equal(batch.column("video_id").to_numpy(), table.video_id):
+        if not np.array_equal(batch.column("video_id").to_numpy(), table.video_id.base):
             raise IncompatibleReleaseError(
                 f"{path}: the videos differ from those of {VIDEOS_FILE}; rebuild the release"
             )

@@ -110,13 +110,13 @@ class VersionGuard:
         self._log = topic_log
         self._decode = decode
         self._position: Offsets = {}
-        self._is_at_end = False
+        self._end: Offsets | None = None
         self._newest: dict[str, tuple[tuple[object, ...], int, int]] = {}  # key -> precedence, partition, offset
 
     @property
     def is_at_end(self) -> bool:
-        """Whether a step has reached the end of the log: the newest version of every key was known then."""
-        return self._is_at_end
+        """Whether the steps have reached the end that the log had at the first step."""
+        return self._end is not None and is_at(self._position, self._end)
 
     def is_newest(self, change: VideoUpsert | StatusChange) -> bool:
         """Whether no newer version of the change's key was read."""
@@ -129,6 +129,8 @@ class VersionGuard:
         Raises:
             StorageError: if the log cannot be read or written; the next step tries again.
         """
+        if self._end is None:
+            self._end = self._log.end_offsets()
         read = self._log.read(self._position, limit=READ_LIMIT)
         changes, _ = self._decode(read.records)
         displaced: dict[str, None] = {}
@@ -143,7 +145,6 @@ class VersionGuard:
                 displaced[change.key] = None
         appended = sum(self._append_again(key) for key in displaced)
         self._position = read.next_offsets
-        self._is_at_end = self._is_at_end or is_at(self._position, self._log.end_offsets())
         return GuardStep(len(read.records), appended)
 
     def _append_again(self, key: str) -> bool:

@@ -91,6 +91,9 @@ class VideoRows:
         ids = rows["video_id"].to_numpy()
         index = np.minimum(np.searchsorted(self._video_id, ids), len(self._video_id) - 1)
         known = np.flatnonzero(self._video_id[index] == ids)
+        differs = np.ones(len(ids), dtype=np.bool_)
+        if not len(known):
+            return differs
         own, new = self._table.take(pa.array(index[known])), rows.take(pa.array(known))
         same = np.array(own.column("title").to_pylist(), object) == np.array(new["title"].to_pylist(), object)
         for name in _COMPARED:
@@ -98,7 +101,6 @@ class VideoRows:
             same &= equal.reshape(len(known), -1).all(axis=1)
         difference = np.abs(_matrix(own.column("embedding")) - _matrix(new["embedding"]))
         same &= (difference <= MAX_EMBEDDING_DIFFERENCE).reshape(len(known), -1).all(axis=1)
-        differs = np.ones(len(ids), dtype=np.bool_)
         differs[known] = ~same
         return differs
 
