@@ -79,6 +79,7 @@ def _release_application(options: ServingOptions, release: str) -> dict[str, Any
         release=release,
         composition=options.composition,
         ranker_address=options.ranker_address,
+        events=options.events,
     )
     stages = options.deployments
     deployments = [
@@ -121,6 +122,7 @@ def _router_application(options: ServingOptions, routing: Routing) -> dict[str, 
         composition=options.composition,
         max_ongoing_requests=options.max_ongoing_requests,
         max_ongoing_sustained=options.max_ongoing_sustained,
+        events=options.events,
         outcomes=OUTCOMES if options.outcomes else None,
     )
     router = _deployment("Router", options.deployments.router)

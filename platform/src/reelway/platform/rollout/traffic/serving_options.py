@@ -45,11 +45,6 @@ class ReleaseStoreArgs(_Options):
         description="path or fsspec URL of the overlay that updates the video table after the release was built; "
         "without it a release keeps the videos and features that it was built with",
     )
-    events: str | None = Field(
-        default=None,
-        description="event log whose takedowns are followed: a folder, or kafka://host:port[/prefix]; without it "
-        "nothing is taken down",
-    )
 
     def release_args(self, release: str, composition: Composition = "staged") -> ReleaseArgs:
         """Arguments for one release of this store."""
@@ -67,6 +62,11 @@ class ReleaseArgs(ReleaseStoreArgs):
         default=None,
         description="host:port of a remote ranker's gRPC endpoint; {release} stands for the short release id. Without "
         "it Ray Serve ranks",
+    )
+    events: str | None = Field(
+        default=None,
+        description="address of the event log (see eventlog.topics), whose takedowns retrieval follows; without it "
+        "retrieval hides nothing",
     )
 
     @model_validator(mode="after")
@@ -120,6 +120,11 @@ class RouterArgs(ReleaseStoreArgs):
         default=None,
         ge=1,
         description="the same limit while the queue has not been empty for 0.5 s; default: max_ongoing_requests",
+    )
+    events: str | None = Field(
+        default=None,
+        description="address of the event log (see eventlog.topics), whose takedowns are followed; without it nothing "
+        "is taken down",
     )
     outcomes: str | None = Field(
         default=None, description="name of the outcomes application, which receives the exposures"
@@ -208,6 +213,9 @@ class ServingOptions(_Options):
     parity_ratio: Annotated[float, Field(ge=0, le=1)] = 0.01
     outcomes: Path | None = Field(default=None, description="SQLite file of the outcomes; without it none are received")
     event_log: str | None = None
+    events: str | None = Field(
+        default=None, description="address of the event log: a folder, or kafka://host:port[/prefix]"
+    )
     host: str = "127.0.0.1"
     port: int = Field(default=8000, ge=1, le=65535)
     proxy_location: Literal["HeadOnly", "EveryNode"] = "EveryNode"
