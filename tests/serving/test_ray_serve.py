@@ -208,7 +208,7 @@ def test_release_change_under_load_fails_no_request(
     service.wait_until_whole()
     stable, other = service.release, service.other
     pids = {name: service.replica_of(name).pid for name in ("Router", "Outcomes", "Retrieval", "Ranking", "Reranking")}
-    faults = service.metric("reelway_ingress_faults_total", kind="error")
+    faults = _faults(service)
 
     def routing(canary_bp: int, *, warm: bool = True) -> Routing:
         arms = [ArmRoute(arm=Arm.CANARY, release=other, weight_bp=canary_bp)] if canary_bp else []
@@ -237,9 +237,7 @@ def test_release_change_under_load_fails_no_request(
         wait_for_requests(answers, 20)
 
     assert Counter(answer.status for answer in answers) == {200: len(answers)}
-    assert (
-        service.metric("reelway_ingress_faults_total", kind="error") == faults
-    )  # timeouts may be due to a busy machine
+    assert _faults(service) == faults
     assert {name: service.replica_of(name).pid for name in pids} == pids
     for name, (weight, moved_s) in moves.items():
         end = min((one_at for _, one_at in moves.values() if one_at > moved_s), default=answers[-1].sent)
@@ -396,3 +394,8 @@ def test_z_interrupt_stops_the_service_and_its_processes(service: Running) -> No
     _, alive = psutil.wait_procs(started, timeout=15)
     assert [process.cmdline() for process in alive] == []
     assert not (service.run / "serving.json").exists()
+
+
+def _faults(service: Running) -> float:
+    """Failed stage calls without timeouts, which may be due to a busy machine."""
+    return sum(service.metric("reelway_ingress_faults_total", kind=kind) for kind in ("error", "unexpected"))

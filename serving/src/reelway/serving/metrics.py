@@ -165,7 +165,8 @@ class IngressMetrics:
             registry,
         )
         self.faults = counter(
-            "reelway_ingress_faults_total", "Stage calls that failed, by kind of failure.",
+            "reelway_ingress_faults_total",
+            "Stage calls that failed: timeout, error (reported by the stage) or unexpected (such as a bug).",
             ["release", "stage", "kind"], registry,
         )  # fmt: skip
         self.slate = histogram(
