@@ -110,7 +110,7 @@ def test_filtered_proposals_are_counted_by_kind(retrieval: Retrieval, table: Vid
 def test_index_returns_the_nearest_videos_first(retrieval: Retrieval, table: VideoTable) -> None:
     candidates = retrieval.retrieve(viewer(table, {10: 3.0}))
     by_index = np.flatnonzero(candidates.source == SOURCE_CODES["ann"])
-    exact = table.embedding @ candidates.viewer_embedding[0]
+    exact = table.embedding.base @ candidates.viewer_embedding[0]
     exact[10] = -np.inf
     exact[candidates.rows[candidates.source != SOURCE_CODES["ann"]]] = -np.inf  # an earlier source took them
     assert candidates.rows[by_index].tolist() == np.argsort(-exact)[: len(by_index)].tolist()
@@ -121,7 +121,7 @@ def test_fresh_source_returns_the_newest_past_uploads(table: VideoTable) -> None
     now_s = float(np.median(table.uploaded_at_s))
     query = viewer_query({}, RequestContext(), now_s, table, seed=0)
     rows = FreshSource(table, fresh_hours=48).propose(SourceQuery(query, EMBEDDING, 1000)).rows
-    age_s = now_s - table.uploaded_at_s
+    age_s = now_s - table.uploaded_at_s.base
     expected = np.flatnonzero((age_s >= 0) & (age_s <= 48 * 3600))
     assert sorted(rows.tolist()) == expected.tolist()
     assert (np.diff(age_s[rows]) >= 0).all()

@@ -71,9 +71,13 @@ class PopularLists:
         return region is not None and row in self._members.get(region, ())
 
     def candidates(self, query: ViewerQuery) -> Candidates:
-        """Returns the popular list as candidates, without what the viewer has seen; see also ``completing_rows``."""
-        may_show, filtered_counts = allowed_candidates(self.popular, query, self._table)
-        rows = self.popular[may_show]
+        """Returns the popular list as candidates, without takedowns and without what the viewer has seen.
+
+        See also ``completing_rows``.
+        """
+        popular = self._table.servable_rows(self.popular)
+        may_show, filtered_counts = allowed_candidates(popular, query, self._table)
+        rows = popular[may_show]
         rows = np.concatenate([rows, completing_rows(rows, query, self._table)])
         return Candidates(
             rows=rows,

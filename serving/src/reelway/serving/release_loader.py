@@ -44,18 +44,23 @@ from reelway.serving.stages.creator_sources import (
     SimilarCreatorsSource,
     open_creator_videos,
 )
+from reelway.serving.stages.fresh_tier import AnnWithUploads, FreshWithUploads
 from reelway.serving.stages.list_source import ListSource
 from reelway.serving.stages.ranking import LocalRanker, Ranker, Ranking
 from reelway.serving.stages.reranking import Reranking
 from reelway.serving.stages.retrieval import Retrieval
 from reelway.serving.stages.sources import AnnSource, FreshSource, NeighbourSource
+from reelway.serving.takedown_follower import TakedownFollower
 from reelway.serving.video_table import Rows, VideoTable, open_record_batch, open_video_table
 
 
-def open_trusted(source: ReleaseArgs) -> ReleaseLoader:
+def open_trusted(source: ReleaseArgs, takedowns: TakedownFollower | None = None) -> ReleaseLoader:
     """Returns the loader of a release and fetches the release if the cache lacks it.
 
     Blocks. Several processes may call this function for the same cache.
+
+    Args:
+        takedowns: hides what is taken down in the release's video table.
 
     Raises:
         ReleaseNotFoundError: if the store does not have the release.
@@ -65,7 +70,7 @@ def open_trusted(source: ReleaseArgs) -> ReleaseLoader:
     """
     folder = ReleaseStore(source.release_store).fetch(ReleaseId(source.release), source.release_cache)
     check_signature(read_manifest(folder), load_public_keys(source.public_keys))
-    return ReleaseLoader(folder, overlay=source.overlay)
+    return ReleaseLoader(folder, overlay=source.overlay, takedowns=takedowns)
 
 
 @dataclass(frozen=True)
@@ -75,7 +80,9 @@ class ReleaseLoader:
     Args:
         folder: the folder that ``ReleaseStore.fetch`` returned and ``verify`` accepted.
         threads: number of threads of one model call and of one index search.
-        overlay: changelog that the video table's live features follow; None: the features of the release stay.
+        overlay: folder or URL of the overlay that the video table follows; None: the table stays as it was built.
+        takedowns: hides what is taken down in the video table; None: nothing is hidden. The first use of the table
+            waits until the takedowns are read, and raises ``StorageError`` if they cannot be read.
 
     Every method raises ``IncompatibleReleaseError`` if a file does not have its format.
     """
@@ -83,6 +90,7 @@ class ReleaseLoader:
     folder: Path
     threads: int = 1
     overlay: str | None = None
+    takedowns: TakedownFollower | None = None
 
     def release_id(self) -> str:
         """Returns the full id of the release."""
@@ -96,7 +104,9 @@ class ReleaseLoader:
     def _table(self) -> VideoTable:
         table = open_video_table(self.folder / VIDEOS_FILE)
         if self.overlay:
-            start_follower(table, self.overlay)
+            start_follower(table, self.overlay, self.release_id())
+        if self.takedowns:
+            self.takedowns.hide_in(table)
         return table
 
     def lists(self) -> CurrentLists:
@@ -131,10 +141,12 @@ class ReleaseLoader:
         return Retrieval(
             OnnxModel(self.folder / VIEWER_TOWER_FILE, inputs=VIEWER_TOWER_INPUTS, threads=self.threads),
             {
-                "ann": AnnSource(self._index(table), table.embedding, settings.index_probes),
+                "ann": AnnWithUploads(
+                    AnnSource(self._index(table), table.embedding.base, settings.index_probes), table
+                ),
                 "popular": ListSource(lists, POPULAR),
                 "trending": ListSource(lists, TRENDING),
-                "fresh": FreshSource(table, settings.fresh_hours),
+                "fresh": FreshWithUploads(FreshSource(table, settings.fresh_hours), table, settings.fresh_hours),
                 "neighbours": NeighbourSource(self._neighbours(table, NEIGHBOURS_FILE)),
                 "content": NeighbourSource(self._neighbours(table, CONTENT_NEIGHBOURS_FILE)),
                 "followed_creators": FollowedCreatorsSource(creators),
@@ -192,7 +204,7 @@ class ReleaseLoader:
             raise IncompatibleReleaseError(
                 f"{path} has schema\n{batch.schema}\nexpected\n{NEIGHBOURS_SCHEMA}\nrebuild the release"
             )
-        if not np.array_equal(batch.column("video_id").to_numpy(), table.video_id):
+        if not np.array_equal(batch.column("video_id").to_numpy(), table.video_id.base):
             raise IncompatibleReleaseError(
                 f"{path}: the videos differ from those of {VIDEOS_FILE}; rebuild the release"
             )

@@ -74,7 +74,8 @@ def slices_of(rows: Rows, context: ImpressionContext, table: VideoTable) -> NDAr
         + _NEW_VIDEOS * new.astype(np.int64)
         + _SMALL_CREATORS * small.astype(np.int64)
     )
-    return bits.astype(np.int8)
+    masks: NDArray[np.int8] = bits.astype(np.int8)
+    return masks
 
 
 def exposure_of(slate: Slate, context: ImpressionContext, table: VideoTable) -> SlateExposure:

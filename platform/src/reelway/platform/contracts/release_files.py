@@ -21,6 +21,8 @@ NEIGHBOURS_PER_VIDEO: Final = 20
 SIMILAR_CREATORS: Final = 10
 VIDEOS_PER_CREATOR: Final = 10
 INDEX_OVERFETCH: Final = 3
+OVERLAY_CAPACITY: Final = 50_000
+"""Rows that the overlay may add to the video table of a release: uploads and updates since it was built."""
 
 
 _DIMENSIONS_KEY: Final = b"reelway.dimensions"

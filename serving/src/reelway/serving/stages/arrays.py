@@ -34,6 +34,8 @@ Codes = NDArray[np.int8]
 
 SOURCES: Final[tuple[SourceName, ...]] = get_args(SourceName)
 """All sources; the code of a source in an array is its index here."""
+NOT_RANKED: Final = np.float32(-np.inf)
+"""Value of a candidate that the ranking process does not have: an upload that it has not read yet."""
 SOURCE_CODES: Final[dict[SourceName, int]] = {name: code for code, name in enumerate(SOURCES)}
 
 
@@ -85,17 +87,17 @@ class Candidates:
     def __len__(self) -> int:
         return len(self.rows)
 
-    def followed_by(self, rows: Rows, embedding: NDArray[np.float32]) -> Candidates:
+    def followed_by(self, rows: Rows, embedding: F32) -> Candidates:
         """Returns the candidates with more rows at the end. Their source is ``popular``, as that of fallbacks is.
 
         Args:
-            embedding: embeddings of the video table, ``[N, D]``.
+            embedding: embeddings of the rows, ``[C, D]``.
         """
         return replace(
             self,
             rows=np.concatenate([self.rows, rows]),
             source=np.concatenate([self.source, np.full(len(rows), SOURCE_CODES["popular"], dtype=np.int8)]),
-            similarity=np.concatenate([self.similarity, embedding[rows] @ self.viewer_embedding[0]]),
+            similarity=np.concatenate([self.similarity, embedding @ self.viewer_embedding[0]]),
             trigger_rows=np.concatenate([self.trigger_rows, np.full(len(rows), -1, dtype=np.int32)]),
         )
 
@@ -142,6 +144,10 @@ class RankingInput:
     def __len__(self) -> int:
         return len(self.rows)
 
+    def where(self, mask: NDArray[np.bool_]) -> RankingInput:
+        """Returns the candidates where ``mask`` is true."""
+        return replace(self, rows=self.rows[mask], similarity=self.similarity[mask])
+
 
 @dataclass(frozen=True, slots=True)
 class ScoredCandidates:
@@ -157,8 +163,8 @@ class ScoredCandidates:
 
     @classmethod
     def of(cls, query: ViewerQuery, candidates: Candidates, value: F32, count: int) -> ScoredCandidates:
-        """Combines the candidates with the values that ranking gave them."""
-        return cls(
+        """Combines the candidates with the values that ranking gave them. Candidates ``NOT_RANKED`` are left out."""
+        scored = cls(
             rows=candidates.rows,
             source=candidates.source,
             trigger_rows=candidates.trigger_rows,
@@ -167,6 +173,15 @@ class ScoredCandidates:
             count=count,
             seed=query.seed,
         )
+        ranked = value != NOT_RANKED
+        return scored if ranked.all() else scored.where(ranked)
+
+    def where(self, mask: NDArray[np.bool_]) -> ScoredCandidates:
+        """Returns the candidates where ``mask`` is true."""
+        return replace(
+            self, rows=self.rows[mask], source=self.source[mask], trigger_rows=self.trigger_rows[mask],
+            value=self.value[mask],
+        )  # fmt: skip
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -196,3 +211,10 @@ class Slate:
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    def where(self, mask: NDArray[np.bool_]) -> Slate:
+        """Returns the videos where ``mask`` is true, in their order."""
+        return replace(
+            self, rows=self.rows[mask], source=self.source[mask], trigger_rows=self.trigger_rows[mask],
+            score=self.score[mask], propensity=self.propensity[mask],
+        )  # fmt: skip

@@ -24,6 +24,8 @@ LIKED_CREATORS: Final = 10
 """Number of creators of the latest liked videos whose similar creators are proposed."""
 SIMILAR: Final = 20
 """Number of similar creators whose videos are proposed."""
+LATER_UPLOADS: Final = 5_000
+"""Newest uploads since the release was built among which those of followed creators are looked for."""
 
 
 class CreatorVideos:
@@ -40,7 +42,7 @@ class CreatorVideos:
         self._table = table
         self._creator_id = creator_id
         self.similar = similar
-        self.of_row = _positions(creator_id, table.creator_id)  # [N] ABSENT for a video without a creator
+        self.of_row = _positions(creator_id, table.creator_id.base)  # [N] ABSENT for a video without a creator
         newest = _newest_videos(table, creator_id)
         # newest, best, second newest, second best, ...
         self._videos: Rows = np.stack([newest, best], axis=2).reshape(len(creator_id), 2 * VIDEOS_PER_CREATOR)
@@ -63,7 +65,15 @@ class CreatorVideos:
         """Returns videos uploaded by ``now_s``, one of every creator in turn. Shapes: ``[F] -> [P]``."""
         rows: Rows = self._videos[positions].T.ravel()
         rows = rows[rows != ABSENT]
-        return rows[~(self._table.uploaded_at_s[rows] > now_s)]
+        uploaded: Rows = rows[~(self._table.uploaded_at_s[rows] > now_s)]
+        return uploaded
+
+    def later_uploads_of(self, creators: I64, now_s: float) -> Rows:
+        """Returns the creators' videos uploaded since the release was built and by ``now_s``, newest first."""
+        rows = self._table.uploads.newest_first[:LATER_UPLOADS]
+        rows = rows[np.isin(self._table.creator_id[rows], creators)]
+        uploaded: Rows = rows[~(self._table.uploaded_at_s[rows] > now_s)]
+        return uploaded
 
 
 class FollowedCreatorsSource:
@@ -76,8 +86,10 @@ class FollowedCreatorsSource:
         viewer = query.viewer
         if not len(viewer.followed_creators):
             return SourceCandidates(NO_ROWS)
+        later = self._creators.later_uploads_of(viewer.followed_creators, viewer.now_s)
         followed = self._creators.by_newest_upload(self._creators.positions_of(viewer.followed_creators))
-        return SourceCandidates(self._creators.videos_of(followed, viewer.now_s)[: query.limit])
+        rows = np.concatenate([later, self._creators.videos_of(followed, viewer.now_s)])
+        return SourceCandidates(rows[: query.limit])
 
 
 class SimilarCreatorsSource:
@@ -118,7 +130,7 @@ def open_creator_videos(folder: Path, table: VideoTable) -> CreatorVideos:
             f"{path} has schema\n{batch.schema}\nexpected\n{CREATORS_SCHEMA}\nrebuild the release"
         )
     creator_id: I64 = batch.column("creator_id").to_numpy()
-    if not np.array_equal(creator_id, np.unique(table.creator_id[table.creator_id >= 0])):
+    if not np.array_equal(creator_id, np.unique(table.creator_id.base[table.creator_id.base >= 0])):
         raise IncompatibleReleaseError(f"{path}: the creators differ from those of {VIDEOS_FILE}; rebuild the release")
     similar, best = (
         batch.column(name).flatten().to_numpy().reshape(len(creator_id), CREATORS_SCHEMA.field(name).type.list_size)

@@ -23,10 +23,9 @@ class SearchableRows:
     """Finds the rows that an index search may return, as FAISS's bitmap: one bit per row, low bit first."""
 
     def __init__(self, table: VideoTable) -> None:
-        everything = np.arange(len(table))
         self._all: U8 = np.full(-(-len(table) // 8), 0xFF, dtype=np.uint8)
-        self._creator = table.creator_id[everything]
-        self._topic = table.topic[everything]
+        self._creator = table.creator_id.base
+        self._topic = table.topic.base
         self._of_creator = lru_cache(_CACHED)(self._rows_of_creator)
         self._without_topic = lru_cache(_CACHED)(self._bits_without_topic)
 
@@ -72,7 +71,7 @@ def completing_rows(chosen: Rows, query: ViewerQuery, table: VideoTable) -> Rows
     newest_first = shown[::-1]
     _, last = np.unique(newest_first, return_index=True)  # when each was shown last
     longest_ago_first = newest_first[np.sort(last)[::-1]]
-    rows = np.concatenate([drawn, longest_ago_first, query.history_rows])
+    rows = table.servable_rows(np.concatenate([drawn, longest_ago_first, query.history_rows]))
     kind = kinds_of(rows, query, table)
     from_memory = np.arange(len(rows)) >= len(drawn)
     tier = np.full(len(rows), 3)

@@ -45,7 +45,8 @@ class Retrieval:
         tower: the model ``viewer_tower.onnx``.
         sources: name -> source; every source with a quota is required.
         settings: number of candidates and quotas. Earlier quotas take precedence.
-        table: the video table.
+        table: the video table. Proposals of replaced rows become the rows that replaced them, and videos that were
+            taken down become ``ABSENT``.
 
     Raises:
         ServingError: if a source with a quota is missing.
@@ -80,7 +81,7 @@ class Retrieval:
         source_query = SourceQuery(query, embedding, self._limit(query), searchable, self._search_limit(query))
         proposals = [source.propose(source_query) for source in self._sources]
 
-        rows_P = np.concatenate([p.rows for p in proposals])
+        rows_P = self._table.servable_rows(np.concatenate([p.rows for p in proposals]))
         source_P = np.repeat(np.arange(len(proposals)), [len(p.rows) for p in proposals])
         similarity_P = np.concatenate(
             [np.full(len(p.rows), np.nan, np.float32) if p.similarity is None else p.similarity for p in proposals]
@@ -112,7 +113,8 @@ class Retrieval:
         )
         if len(candidates) >= query.count:
             return candidates
-        return candidates.followed_by(completing_rows(candidates.rows, query, self._table), self._table.embedding)
+        rows = completing_rows(candidates.rows, query, self._table)
+        return candidates.followed_by(rows, self._table.embedding.take(rows))
 
     def _limit(self, query: ViewerQuery) -> int:
         """Returns how many videos a source may propose: enough for all candidates after the filters."""

@@ -91,8 +91,9 @@ class FreshSource:
     """Proposes new uploads, newest first: a video without engagement can only be found by its age."""
 
     def __init__(self, table: VideoTable, fresh_hours: float) -> None:
-        self._newest_first = np.argsort(-table.uploaded_at_s, kind="stable").astype(np.int32)
-        self._uploaded_before = -table.uploaded_at_s[self._newest_first]  # ascending
+        uploaded_at_s = table.uploaded_at_s.base
+        self._newest_first = np.argsort(-uploaded_at_s, kind="stable").astype(np.int32)
+        self._uploaded_before = -uploaded_at_s[self._newest_first]  # ascending
         self._fresh_s = fresh_hours * 3600
 
     def propose(self, query: SourceQuery) -> SourceCandidates:
