@@ -61,7 +61,7 @@ groups:
         annotations:
           summary: 'half of the mirrored slates of release {{ "{{ $labels.release }}" }} score {{ "{{ $value | humanizePercentage }}" }} or more away from what was shown'
       - alert: ReelwayExposuresLost
-        expr: sum(increase(reelway_exposures_lost_total[10m])) > 0
+        expr: sum(increase(reelway_ingress_exposures_lost_total[10m])) > 0
         labels: {severity: page}
         annotations:
           summary: '{{ "{{ $value | humanize }}" }} slates of the last ten minutes are not in the event log: rollouts and features miss them'
