@@ -77,8 +77,8 @@ class RunDirectory:
         return self.path / "releases"
 
     @property
-    def event_log(self) -> Path:
-        return self.path / "events" / "log.db"
+    def events(self) -> Path:
+        return self.path / "events"
 
     @property
     def overlay(self) -> Path:

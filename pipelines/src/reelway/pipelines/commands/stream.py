@@ -15,14 +15,11 @@ def register(app: typer.Typer) -> None:
 def stream(
     run: Path = typer.Option(Path("runs/default"), "--run", help="Run directory whose features are updated."),
     events: str = typer.Option(
-        "", "--event-log", help="Event log to read: a path or kafka://host:port/topic. Defaults to RUN/events/log.db."
+        "", "--events",
+        help="Event log to read: a folder or kafka://host:port[,host:port][/prefix]. Defaults to RUN/events.",
     ),
     overlay: str = typer.Option(
         "", "--changelog", help="Changelog for video features to write: a path or fsspec URL. Defaults to RUN/overlay."
-    ),
-    lateness_s: float = typer.Option(
-        1.0, "--allowed-lateness", min=0.0,
-        help="Longest time, in seconds, from the receipt of an outcome until it is in the event log.",
     ),
     metrics_port: int | None = typer.Option(
         None, min=1, max=65535, help="Port of the Prometheus metrics. By default no metrics are served."
@@ -37,12 +34,11 @@ def stream(
     \b
     Examples:
       reelway stream --run runs/demo
-      reelway stream --run runs/production --event-log kafka://kafka:9092/outcomes --changelog s3://features/overlay
     """
     import signal
     import threading
 
-    from reelway.pipelines.features.stream.processor import MicroBatchResult, StreamSettings
+    from reelway.pipelines.features.stream.local_stream import MicroBatchResult
     from reelway.pipelines.features.stream.service import StreamOptions
     from reelway.pipelines.features.stream.service import run_stream as run_stream
     from reelway.platform.cli.terminal import print_status
@@ -51,17 +47,16 @@ def stream(
     stop = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop.set())
-    totals = {"outcomes": 0, "rows": 0}
+    totals = {"events": 0, "rows": 0}
 
     def print_result(done: MicroBatchResult) -> None:
-        totals["outcomes"] += done.outcomes
-        totals["rows"] += sum(done.rows.values())
-        if done.outcomes or any(done.rows.values()):
-            print_status(f"stream: {done.outcomes} outcomes read, {sum(done.rows.values())} rows written")
+        events, rows = done.events.total(), sum(done.rows.values())
+        totals["events"] += events
+        totals["rows"] += rows
+        if events or rows:
+            print_status(f"stream: {events} events read, {rows} rows written")
 
-    options = StreamOptions(events, overlay, metrics_port, StreamSettings(lateness_s=lateness_s))
+    options = StreamOptions(events, overlay, metrics_port)
     print_status(f"stream: updating the features of {run}; stop with Ctrl-C")
     run_stream(RunDirectory(run), options, stop, print_result)
-    print_status(
-        f"stream: stopped after {totals['outcomes']} outcomes and {totals['rows']} rows; all rows are delivered"
-    )
+    print_status(f"stream: stopped after {totals['events']} events and {totals['rows']} rows; all rows are delivered")

@@ -73,7 +73,7 @@ class EventLogWriter:
             now_us = int(self._clock() * 1e6)
             outcomes = logged_outcomes(filled, now_us)
             log = self._events
-            log.append(list(encode_outcomes(outcomes, log.partitions, now_us, log.max_record_bytes)))
+            log.append(list(encode_outcomes(outcomes, log.partitions, log.max_record_bytes)))
         return [None] * len(parts)
 
 

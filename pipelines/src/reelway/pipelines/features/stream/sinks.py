@@ -8,23 +8,22 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
 
 from reelway.pipelines.features.labels import times_us
 from reelway.pipelines.features.materialisation import WRITE_BATCH_ROWS, write_rows
-from reelway.pipelines.features.stream.engine import EmittedRows
-from reelway.pipelines.features.stream.time_buckets import CREATORS, ENGAGEMENT, ENTITY_KEYS
+from reelway.pipelines.features.stream.entity_views import EmittedRows
+from reelway.pipelines.features.stream.rules import VIDEO_VIEWS
+from reelway.pipelines.features.stream.time_buckets import ENTITY_KEYS
 from reelway.platform.contracts.events import TIMESTAMP_TYPE
 from reelway.platform.contracts.feature_names import VIEWS
 from reelway.platform.eventlog.feature_changelog import CHANGES, FeatureChange, FeatureChangelog, change_rows
 
 if TYPE_CHECKING:
     from feast import FeatureStore
-
-VIDEO_VIEWS: Final = (ENGAGEMENT, CREATORS)
 
 
 def latest_per_entity(emitted: Iterable[EmittedRows]) -> dict[str, pa.Table]:
@@ -42,8 +41,8 @@ def latest_per_entity(emitted: Iterable[EmittedRows]) -> dict[str, pa.Table]:
     return latest
 
 
-def encode_outbox_entry(latest: Mapping[str, pa.Table], as_of_us: int, sequence: int) -> bytes:
-    """Encodes the rows of one step as one outbox entry.
+def encode_rows(latest: Mapping[str, pa.Table], as_of_us: int, sequence: int) -> bytes:
+    """Encodes the rows of one micro-batch.
 
     Args:
         sequence: number of the change if the rows contain video views.
@@ -66,7 +65,7 @@ class FeatureSinks:
         self._changelog = changelog
 
     def deliver(self, content: bytes) -> dict[str, int]:
-        """Writes the rows of an outbox entry. Returns the number of rows per view.
+        """Writes rows that ``encode_rows`` encoded. Returns the number of rows per view.
 
         Raises:
             FeatureError: if the online store cannot be written.
