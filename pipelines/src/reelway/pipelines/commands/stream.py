@@ -24,16 +24,23 @@ def stream(
     metrics_port: int | None = typer.Option(
         None, min=1, max=65535, help="Port of the Prometheus metrics. By default no metrics are served."
     ),
+    state: Path | None = typer.Option(
+        None, "--state", help="Folder of the state and of records that cannot be read. Defaults to RUN/stream."
+    ),
 ) -> None:  # fmt: skip
     """Update viewers' and videos' features from the event log until Ctrl-C or SIGTERM.
 
     The values equal those that `reelway features` computes at the same time. Viewers' rows are written to the online
-    store, videos' rows to the changelog that `reelway serve` reads. The state is stored in RUN/stream/state.db; after a
-    crash the command resumes from it. Without a stored state it starts at the end of the data set.
+    store, videos' rows to the changelog that `reelway serve` reads. After a crash the command resumes from its stored
+    state. Without a stored state it starts at the end of the data set.
+
+    If the event log is on Kafka, several processes share the work; each needs a state folder of its own. A process
+    restores a missing state from Kafka.
 
     \b
     Examples:
       reelway stream --run runs/demo
+      reelway stream --run runs/production --events kafka://kafka:9092 --state /var/lib/stream --changelog s3://features/overlay
     """
     import signal
     import threading
@@ -42,6 +49,7 @@ def stream(
     from reelway.pipelines.features.stream.service import StreamOptions
     from reelway.pipelines.features.stream.service import run_stream as run_stream
     from reelway.platform.cli.terminal import print_status
+    from reelway.platform.eventlog.addresses import KAFKA
     from reelway.platform.run_directory import RunDirectory
 
     stop = threading.Event()
@@ -56,7 +64,14 @@ def stream(
         if events or rows:
             print_status(f"stream: {events} events read, {rows} rows written")
 
-    options = StreamOptions(events, overlay, metrics_port)
+    options = StreamOptions(events, overlay, metrics_port, state)
+    if events.startswith(KAFKA):
+        from reelway.pipelines.features.stream.quix_service import run_member
+
+        print_status(f"stream: updating the features of {run} as a member of a group; stop with Ctrl-C")
+        run_member(RunDirectory(run), options)
+        print_status("stream: stopped; all rows are in the log")
+        return
     print_status(f"stream: updating the features of {run}; stop with Ctrl-C")
     run_stream(RunDirectory(run), options, stop, print_result)
     print_status(f"stream: stopped after {totals['events']} events and {totals['rows']} rows; all rows are delivered")

@@ -57,6 +57,7 @@ class KafkaLog:
             ) from error
         self._kafka = confluent_kafka
         self.name = topic
+        self.servers = servers
         self._settings = {"bootstrap.servers": servers, **(settings or {})}
         self._lock = threading.RLock()
         self._producer: Producer | None = None
@@ -68,7 +69,7 @@ class KafkaLog:
             self._metadata_client = self._consumer(_READER_GROUP)
         except (confluent_kafka.KafkaException, ValueError, TypeError) as error:
             raise ConfigError(f"Kafka client for {servers}: {error}") from error
-        self.partitions = self._count_partitions()
+        self.partitions, self.replication = self._read_layout()
 
     @property
     def max_record_bytes(self) -> int:
@@ -215,14 +216,15 @@ class KafkaLog:
                 raise StorageError(f"{self._description}: cannot read: {error}")
         return records
 
-    def _count_partitions(self) -> int:
+    def _read_layout(self) -> tuple[int, int]:
+        """Returns the number of partitions, and of replicas of each."""
         metadata = self._request(
             "topics", lambda: self._metadata_client.list_topics(self.name, timeout=REQUEST_TIMEOUT_S)
         )
         topic = metadata.topics[self.name]
         if topic.error is not None or not topic.partitions:
             raise StorageError(f"{self._description}: {topic.error or 'no partitions'}; create the topic first")
-        return len(topic.partitions)
+        return len(topic.partitions), len(topic.partitions[0].replicas)
 
     def _read_max_message_bytes(self) -> int:
         from confluent_kafka import admin

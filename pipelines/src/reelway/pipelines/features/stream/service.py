@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Final
 
 from prometheus_client import CollectorRegistry
@@ -44,6 +45,7 @@ class StreamOptions:
     events: str = ""
     overlay: str = ""
     metrics_port: int | None = None
+    state: Path | None = None
 
 
 def run_stream(
@@ -93,8 +95,8 @@ def open_stream(run: RunDirectory, options: StreamOptions) -> Iterator[LocalStre
         logs = {
             topic: stack.enter_context(closing(open_topic(options.events or run.events, topic))) for topic in TOPICS
         }
-        store = stack.enter_context(closing(SqliteStore(run.path / "stream" / "state.db")))
-        parked = stack.enter_context(closing(ParkedRecords(run.path / "stream" / "parked.db")))
+        store = stack.enter_context(closing(SqliteStore((options.state or run.path / "stream") / "state.db")))
+        parked = stack.enter_context(closing(ParkedRecords((options.state or run.path / "stream") / "parked.db")))
         stream = LocalStream(logs, store, sinks, view_settings(run), view_ttl_us(run), video_facts(run), parked=parked)
         stream.start(lambda: load_dataset(run))
         yield stream

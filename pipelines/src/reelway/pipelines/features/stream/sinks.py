@@ -77,14 +77,20 @@ class FeatureSinks:
         tables = {view: pa.ipc.open_stream(source).read_all() for view in head["views"]}
         for view, rows in tables.items():
             if view not in VIDEO_VIEWS:
-                self._write_online(view, rows)
-        changes = [_as_change(view, rows) for view, rows in tables.items() if view in VIDEO_VIEWS]
-        if changes:
-            self._changelog.append(FeatureChange(head["sequence"], head["as_of_us"], pa.concat_tables(changes)))
-            self._changelog.compact()
+                self.write_viewer_rows(view, rows)
+        changed = {view: rows for view, rows in tables.items() if view in VIDEO_VIEWS}
+        if changed:
+            self.write_change(head["sequence"], head["as_of_us"], changed)
         return {view: rows.num_rows for view, rows in tables.items()}
 
-    def _write_online(self, view: str, rows: pa.Table) -> None:
+    def write_change(self, sequence: int, as_of_us: int, tables: Mapping[str, pa.Table]) -> None:
+        """Writes rows of video views as one change."""
+        changes = [_as_change(view, rows) for view, rows in tables.items()]
+        self._changelog.append(FeatureChange(sequence, as_of_us, pa.concat_tables(changes)))
+        self._changelog.compact()
+
+    def write_viewer_rows(self, view: str, rows: pa.Table) -> None:
+        """Writes rows of a viewer view to the online store."""
         rows = rows.rename_columns({ENTITY_KEYS[view]: "viewer_id"})
         for start in range(0, rows.num_rows, WRITE_BATCH_ROWS):
             part = rows.slice(start, WRITE_BATCH_ROWS)
