@@ -98,7 +98,7 @@ class Members:
         with (self._folder / f"{name}.log").open("ab") as output:
             self._processes[name] = subprocess.Popen(
                 [
-                    sys.executable, "-m", "reelway.platform.cli", "stream", "--run", str(self._run.path),
+                    sys.executable, "-X", "faulthandler", "-m", "reelway.platform.cli", "stream", "--run", str(self._run.path),
                     "--events", self._events, "--state", str(self._folder / name),
                 ],
                 stdout=output, stderr=output,
@@ -112,7 +112,11 @@ class Members:
 
     def stop(self, name: str) -> int:
         self._processes[name].send_signal(signal.SIGTERM)
-        return self._processes[name].wait(60)
+        try:
+            return self._processes[name].wait(30)
+        except subprocess.TimeoutExpired:
+            self._processes[name].send_signal(signal.SIGABRT)  # prints the stack of each thread
+            return self._processes[name].wait(30)
 
     def output(self) -> str:
         return "\n".join(path.read_text()[-3_000:] for path in self._folder.glob("*.log"))
@@ -274,3 +278,14 @@ def assert_delivered(run: RunDirectory, expected: dict[RowKey, Any], until_us: i
     }  # fmt: skip
     assert {key: at for key, at in newest.items() if key in wanted and at <= until_us}.items() <= wanted.items()
     assert set(wanted) <= set(newest)
+
+
+def test_member_ends_cleanly_at_sigterm(run: RunDirectory, events: str, tmp_path: Path) -> None:
+    members = Members(run, events, tmp_path / "members")
+    try:
+        members.start("a")
+        with load(events, random.Random(7)):
+            time.sleep(15)
+            assert members.stop("a") == 0, members.output()
+    finally:
+        members.close()

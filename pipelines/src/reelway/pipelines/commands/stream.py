@@ -69,7 +69,7 @@ def stream(
         from reelway.pipelines.features.stream.quix_service import run_member
 
         print_status(f"stream: updating the features of {run} as a member of a group; stop with Ctrl-C")
-        run_member(RunDirectory(run), options)
+        run_member(RunDirectory(run), options, stop)
         print_status("stream: stopped; all rows are in the log")
         return
     print_status(f"stream: updating the features of {run}; stop with Ctrl-C")

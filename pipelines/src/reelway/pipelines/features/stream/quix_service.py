@@ -49,15 +49,15 @@ _OWN_S: Final = 30.0
 _SCHEMAS: Final = {Topic.EXPOSURES: EXPOSURE_EVENT_SCHEMA, Topic.OUTCOMES: OUTCOME_EVENT_SCHEMA}
 
 
-def run_member(run: RunDirectory, options: StreamOptions) -> None:
-    """Runs one member of the stream's consumer group in the main thread until SIGTERM or Ctrl-C.
+def run_member(run: RunDirectory, options: StreamOptions, stop: threading.Event) -> None:
+    """Runs one member of the stream's consumer group in the main thread until SIGTERM, Ctrl-C or ``stop``.
 
     Raises:
         FeatureError: if the run has no features.
         StorageError: if the log cannot be opened.
     """
     registry = CollectorRegistry()
-    metrics, stop = StreamMetrics(registry), threading.Event()
+    metrics, ended = StreamMetrics(registry), threading.Event()
     views = view_settings(run)
     with ExitStack() as stack:
         stack.enter_context(metrics_server(options.metrics_port, registry))
@@ -71,19 +71,20 @@ def run_member(run: RunDirectory, options: StreamOptions) -> None:
         schemas, sources = row_schemas(views), settings.partitions * len(VIDEO_VIEWS)
         client = {"bootstrap.servers": settings.servers, **settings.client}
         threads = [
-            threading.Thread(target=send_heartbeats, args=(logs, stream, metrics, stop)),
+            threading.Thread(target=send_heartbeats, args=(logs, stream, metrics, ended)),
+            threading.Thread(target=stop_when_requested, args=(stream, stop, ended)),
             threading.Thread(
                 target=deliver_rows,
                 args=(
                     client, settings.prefix + VIEWER_ROWS, lambda: ViewerRowDelivery(sinks, schemas, metrics), metrics,
-                    stop,
+                    ended,
                 ),
             ),
             threading.Thread(
                 target=deliver_rows,
                 args=(
                     client, settings.prefix + VIDEO_ROWS, lambda: VideoRowDelivery(sinks, schemas, metrics, sources),
-                    metrics, stop,
+                    metrics, ended,
                 ),
             ),
         ]  # fmt: skip
@@ -92,7 +93,7 @@ def run_member(run: RunDirectory, options: StreamOptions) -> None:
         try:
             stream.application.run()
         finally:
-            stop.set()
+            ended.set()
             for thread in threads:
                 thread.join()
 
@@ -130,6 +131,13 @@ def stream_clock(run: RunDirectory, logs: Mapping[Topic, EventLog]) -> tuple[int
         draft.unlink()
     stored = json.loads(path.read_text())
     return int(stored["begin_us"]), int(stored["behind_us"])
+
+
+def stop_when_requested(stream: QuixStream, stop: threading.Event, ended: threading.Event) -> None:
+    """Stops the application also if ``stop`` was set before it ran. Quix handles signals only from then on."""
+    while not ended.wait(0.2):
+        if stop.is_set():
+            stream.application.stop()
 
 
 def send_heartbeats(
