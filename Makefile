@@ -168,7 +168,7 @@ cluster-programs: install ## Build every program of the node from pinned Go modu
 
 .PHONY: cluster-artifacts
 cluster-artifacts: cluster-programs cluster-images ## Build everything that `make e2e` needs without starting anything (-j2: in parallel).
-	@$(BIN)/python infra/images node monitoring redis
+	@$(BIN)/python infra/images node monitoring redis kafka
 
 .PHONY: cluster-load-images
 cluster-load-images: cluster-images cluster ## Build the images of Reelway from this checkout and load them into the node.

@@ -1,4 +1,4 @@
-"""Builds images of servers for the test node (monitoring, Redis) from programs of this machine.
+"""Builds images of servers for the test node (monitoring, Redis, Kafka) from programs of this machine.
 
 The test node has no access to a registry. Users run such servers from their own cluster.
 """
@@ -25,8 +25,10 @@ NODE_IMAGES: Final[Mapping[str, tuple[str, ...]]] = {
         "/usr/share/prometheus/alertmanager/default.tmpl", "/usr/share/prometheus/alertmanager/email.tmpl",
     ),
     "redis": ("redis-server",),
+    "kafka": (),
 }  # fmt: skip
-"""Programs and files of this machine that the Dockerfiles copy, by image."""
+"""Programs and files of this machine that the Dockerfiles copy, by image. Kafka has a Java runtime and jars instead."""
+KAFKA_POM: Final = Path(__file__).with_name("kafka.pom.xml")
 
 
 def build_node_image(builder: Builder, name: str, out: Path, say: Callable[[str], None]) -> Path:
@@ -44,10 +46,29 @@ def build_node_image(builder: Builder, name: str, out: Path, say: Callable[[str]
             shutil.copy2(found, context / found.name)
             for library in _libraries(found):
                 shutil.copy2(library, context / "lib" / library.name)
+        if name == "kafka":
+            _copy_kafka(context, say)
         builder.build(Path(__file__).with_name(f"{name}.Dockerfile"), context, image, {"BASE": BASE_IMAGE})
         say(f"{image} is built")
         builder.save(image, archive)
     return archive
+
+
+def _copy_kafka(context: Path, say: Callable[[str], None]) -> None:
+    """Copies the machine's Java runtime, and Kafka's jars as Maven fetches them."""
+    java, maven = shutil.which("java"), shutil.which("mvn")
+    if java is None or maven is None:
+        raise BuilderError("java, mvn: not found on this machine; `make system-packages` installs both")
+    runtime = Path(java).resolve().parents[1]
+    shutil.copytree(runtime, context / "java", ignore=shutil.ignore_patterns("src.zip", "man", "jmods", "legal"))
+    say("fetching Kafka's jars")
+    fetch = [maven, "-q", "-B", "-f", str(KAFKA_POM), "dependency:copy-dependencies"]
+    done = subprocess.run(
+        [*fetch, f"-DoutputDirectory={context / 'jars'}"], capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        raise BuilderError(f"Kafka's jars: Maven ended with {done.returncode}: {done.stdout[-1000:]}")
+    shutil.copy2(Path(__file__).with_name("kafka.sh"), context / "kafka.sh")
 
 
 def _find_program(name: str) -> Path:

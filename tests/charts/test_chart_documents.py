@@ -66,8 +66,11 @@ def test_operator_composes_a_serve_config_from_the_options(environment: str, com
     applications = {one["name"]: one for one in serve_config(environment, component)["applications"]}
     assert set(applications) == {RELEASE, "outcomes", "router"}
     assert ReleaseArgs(**applications[RELEASE]["args"]).release == RELEASE
-    assert RouterArgs(**applications["router"]["args"]).outcomes == "outcomes"
-    OutcomesArgs(**applications["outcomes"]["args"])
+    events = "kafka://kafka.test:9092/reelway." if component == "stream" else None
+    routed = RouterArgs(**applications["router"]["args"])
+    assert (routed.events, routed.log_keeper) == (events, None if events else "outcomes")
+    summed = OutcomesArgs(**applications["outcomes"]["args"])
+    assert summed.events == (events or "/var/lib/reelway/state/events")
     (router,) = applications["router"]["deployments"]
     assert Routing.model_validate(router["user_config"]) == Routing.single_release(RELEASE)
 

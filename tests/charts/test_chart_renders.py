@@ -42,7 +42,8 @@ def test_kubeconform_accepts_every_manifest(tmp_path: Path) -> None:
     kubeconform, schemas, manifests = program("kubeconform"), tmp_path / "schemas", tmp_path / "manifests"
     schemas.mkdir()
     manifests.mkdir()
-    kinds, seen = set(), set()
+    kinds: set[tuple[str, str]] = set()
+    seen: set[str] = set()
     for environment, component in COMBINATIONS:
         for one in rendered(environment, component):
             kinds.add((one["apiVersion"], one["kind"]))

@@ -87,7 +87,10 @@ def healthy() -> Series:
         series[f'reelway_shadow_score_drift_ratio_bucket{{release="bbbb", le="{le}"}}'] = grows(60)
     return series | {
         'reelway_shadow_score_drift_ratio_count{release="bbbb"}': grows(60),
-        "reelway_ingress_exposures_lost_total": grows(0),
+        "reelway_exposures_lost_total": grows(0),
+        'reelway_ingress_faults_total{release="aaaa", stage="viewer_row", kind="error"}': grows(1),
+        'reelway_ingress_faults_total{release="aaaa", stage="viewer_row", kind="unexpected"}': grows(0),
+        'reelway_stream_parked_records_total{kind="unreadable"}': grows(0),
         "reelway_rollout_last_tick_timestamp_seconds": grows(60),
         'reelway_rollout_failures_total{kind="evidence"}': grows(0),
         'reelway_rollout_webhooks_total{outcome="stored"}': grows(1),
@@ -108,7 +111,11 @@ FAULTS: Final[list[tuple[str, Mapping[str, list[float]], int]]] = [
     ("ReelwayScoresDrift", {
         f'reelway_shadow_score_drift_ratio_bucket{{release="bbbb", le="{le}"}}': grows(60, 5) for le in ("0.1", "0.5")
     }, 26),
-    ("ReelwayExposuresLost", {"reelway_ingress_exposures_lost_total": grows(0, 1)}, 6),
+    ("ReelwayExposuresLost", {"reelway_exposures_lost_total": grows(0, 1)}, 6),
+    ("ReelwayViewerRowBug", {
+        'reelway_ingress_faults_total{release="aaaa", stage="viewer_row", kind="unexpected"}': grows(0, 1)
+    }, 6),
+    ("ReelwayStreamRecordsParked", {'reelway_stream_parked_records_total{kind="unreadable"}': grows(0, 1)}, 6),
     ("ReelwayOperatorSilent", {"reelway_rollout_last_tick_timestamp_seconds": grows(60, 0)}, 10),
     ("ReelwayOperatorSilent", {'up{job="reelway-operator"}': level(1, 0)}, 10),
     ("ReelwayOperatorFails", {'reelway_rollout_failures_total{kind="evidence"}': grows(0, 30)}, 16),

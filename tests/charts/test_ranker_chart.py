@@ -35,7 +35,8 @@ def pods() -> list[dict[str, Any]]:
 
 def options(container: dict[str, Any]) -> dict[str, Any]:
     """Parses the container's command line with the program's own parser."""
-    program, *words = [*container["command"], *container["args"]]
+    words: list[str] = [*container["command"], *container["args"]]
+    program = words.pop(0)
     assert program == "reelway"
     command: Any = typer.main.get_command(build_app())
     context = None

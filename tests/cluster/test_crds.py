@@ -98,14 +98,15 @@ def test_invalid_rollout_is_rejected_with_the_path(kubectl: Kubectl) -> None:
 def test_spec_is_immutable_except_for_new_commands(kubectl: Kubectl) -> None:
     kubectl.apply(rollout(commands=[{"id": "1", "verb": "pause"}]))
     given_one = [{"id": "1", "verb": "pause"}]
-    for change, words in (
+    changes: tuple[tuple[dict[str, Any], str], ...] = (
         ({"release": STABLE}, "release is immutable"),
         ({"backend": {"rayService": {"name": "other"}}}, "backend is immutable"),
         ({"policy": {**QUICK, "name": "other"}}, "policy is immutable"),
         ({"force": True}, "force is immutable"),
         ({"stableRelease": STABLE}, "stableRelease is immutable"),
         ({"commands": [{"id": "1", "verb": "promote"}]}, "a command is immutable"),
-    ):
+    )
+    for change, words in changes:
         assert words in kubectl.apply(rollout(**{"commands": given_one, **change}), code=1)
     kubectl.apply(rollout(commands=[*given_one, {"id": "2", "verb": "resume"}]))
     assert [one["id"] for one in kubectl.read("one")["spec"]["commands"]] == ["1", "2"]

@@ -1,11 +1,10 @@
-"""The ranker of a release behind KServe: created and ready before its traffic, removed after it."""
+"""The InferenceService of a release: its template, its state, and its owner."""
 
 from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,17 +18,13 @@ from reelway.platform.cluster.inference_service import (
     PATH,
     InferenceServiceRankers,
     RankerState,
-    RemoteRankerBackend,
     ranker_state,
     read_template,
 )
 from reelway.platform.cluster.kube_api import KubeApi
-from reelway.platform.errors import ConfigError, KubernetesError, RolloutError
-from reelway.platform.rollout.traffic.routing import Routing
-from reelway.platform.rollout.traffic.target import TrafficObservation, TrafficTarget
+from reelway.platform.errors import ConfigError, KubernetesError
 
 OLD, NEW = "a" * 64, "b" * 64
-READY = RankerState(True)
 TEMPLATE: dict[str, Any] = {
     "apiVersion": "serving.kserve.io/v1beta1",
     "kind": "InferenceService",
@@ -49,106 +44,6 @@ TEMPLATE: dict[str, Any] = {
         }
     },
 }
-
-
-@dataclass
-class FakeTrafficBackend:
-    """Records the applied targets."""
-
-    observation: TrafficObservation
-    applied: list[TrafficTarget] = field(default_factory=list)
-    fails: bool = False
-
-    def observe(self) -> TrafficObservation:
-        return self.observation
-
-    def apply(self, target: TrafficTarget) -> None:
-        if self.fails:
-            raise RolloutError("not now")
-        self.applied.append(target)
-
-
-@dataclass
-class FakeRankerProvisioner:
-    """Rankers in memory, without Kubernetes."""
-
-    known: dict[str, RankerState] = field(default_factory=dict)
-    fails: str = ""
-
-    def ensure(self, release: str) -> None:
-        if self.fails == "prepare":
-            raise KubernetesError("quota exceeded")
-        self.known.setdefault(release[:12], RankerState(False, "KServe is preparing it"))
-
-    def states(self) -> Mapping[str, RankerState]:
-        if self.fails == "states":
-            raise KubernetesError("no answer")
-        return dict(self.known)
-
-    def remove(self, release: str) -> None:
-        self.known.pop(release[:12], None)
-
-
-def observation(**changes: Any) -> TrafficObservation:
-    both = TrafficObservation(Routing.single_release(OLD), (OLD, NEW), frozenset({OLD, NEW}))
-    return replace(both, **changes)
-
-
-def target(*releases: str) -> TrafficTarget:
-    return TrafficTarget(Routing.single_release(OLD), releases)
-
-
-def test_release_is_ready_only_with_its_ranker() -> None:
-    rankers = FakeRankerProvisioner({OLD[:12]: READY, NEW[:12]: RankerState(False, "0 of 1 pods")})
-    observed = RemoteRankerBackend(FakeTrafficBackend(observation()), rankers).observe()
-    assert observed.ready == {OLD}
-    assert observed.releases == (OLD, NEW)
-    assert observed.routing == Routing.single_release(OLD)
-    assert "ranker of bbbbbbbbbbbb: 0 of 1 pods" in observed.detail
-    assert observed.failed == {}
-    rankers.known[NEW[:12]] = READY
-    assert RemoteRankerBackend(FakeTrafficBackend(observation()), rankers).observe() == observation()
-
-
-def test_release_without_a_ranker_is_not_running() -> None:
-    rankers = FakeRankerProvisioner({NEW[:12]: RankerState(False, "image is not there", failed=True)})
-    observed = RemoteRankerBackend(FakeTrafficBackend(observation()), rankers).observe()
-    assert observed.failed == {NEW: "ranker: image is not there"}
-    assert observed.releases == (NEW,)
-    assert "ranker of aaaaaaaaaaaa: it does not exist" in observed.detail
-
-
-def test_no_release_is_ready_while_kubernetes_is_down() -> None:
-    observed = RemoteRankerBackend(FakeTrafficBackend(observation()), FakeRankerProvisioner(fails="states")).observe()
-    assert observed.ready == frozenset()
-    assert observed.routing == Routing.single_release(OLD)
-    assert "no answer" in observed.detail
-
-
-def test_rankers_exist_as_long_as_their_traffic() -> None:
-    traffic, rankers = FakeTrafficBackend(observation()), FakeRankerProvisioner({"c" * 12: READY})
-    backend = RemoteRankerBackend(traffic, rankers)
-    backend.apply(target(OLD, NEW))
-    assert rankers.known.keys() == {OLD[:12], NEW[:12]}
-    backend.apply(target(NEW))
-    assert rankers.known.keys() == {NEW[:12]}
-    assert traffic.applied == [target(OLD, NEW), target(NEW)]
-
-
-def test_rejected_ranker_never_blocks_the_traffic() -> None:
-    traffic = FakeTrafficBackend(observation())
-    with pytest.raises(RolloutError, match="traffic written, but not all rankers: quota exceeded"):
-        RemoteRankerBackend(traffic, FakeRankerProvisioner(fails="prepare")).apply(target(OLD))
-    with pytest.raises(RolloutError, match="no answer"):
-        RemoteRankerBackend(traffic, FakeRankerProvisioner(fails="states")).apply(target(OLD))
-    assert traffic.applied == [target(OLD), target(OLD)]
-
-
-def test_ranker_stays_while_its_traffic_cannot_be_moved() -> None:
-    rankers = FakeRankerProvisioner({OLD[:12]: READY, NEW[:12]: READY})
-    with pytest.raises(RolloutError, match="not now"):
-        RemoteRankerBackend(FakeTrafficBackend(observation(), fails=True), rankers).apply(target(NEW))
-    assert rankers.known.keys() == {OLD[:12], NEW[:12]}
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,8 @@ from tests.support.cluster.fake_serve import FakeServe
 from tests.support.cluster.rollout_manifests import QUICK, rollout
 
 from reelway.platform.cluster.finalizer import set_finalizer
-from reelway.platform.cluster.kube_api import ExpiredError, KubeApi
+from reelway.platform.cluster.kube_api import ExpiredError, KubeApi, WatchEvent
+from reelway.platform.cluster.leader_election import LeaderElector
 from reelway.platform.cluster.operator_settings import (
     LeaseSettings,
     OperatorSettings,
@@ -27,7 +28,7 @@ from reelway.platform.cluster.resources import FINALIZER, RolloutResource
 from reelway.platform.cluster.rollout_cache import PATH, InformerCache
 from reelway.platform.cluster.rollout_operator import RolloutOperator
 from reelway.platform.cluster.rollout_watch import RolloutWatch
-from reelway.platform.errors import KubernetesError
+from reelway.platform.errors import KubernetesError, RolloutError
 
 
 @pytest.fixture
@@ -178,6 +179,54 @@ def test_replace_keeps_a_copy_that_is_newer_than_the_list(server: FakeApiServer)
     assert [one.spec.note for one in cache.all()] == ["newer"]
 
 
+class ScriptedWatches(KubeApi):
+    """Watch requests in virtual time: each stays open for the next duration of a script and delivers one bookmark."""
+
+    def __init__(self, open_for_s: list[float]) -> None:
+        self.now = 0.0
+        self.stop = VirtualStop(self)
+        self.pauses_s: list[float] = []
+        """Time from the end of each request to the beginning of the next one."""
+        self._script = open_for_s
+        self._ended_at = 0.0
+
+    def list_at(self, path: str) -> tuple[list[dict[str, Any]], str]:
+        del path
+        return [], "1"
+
+    def watch(self, path: str, resource_version: str, *, timeout_s: float) -> Iterator[WatchEvent]:
+        del path, timeout_s
+        self.pauses_s.append(self.now - self._ended_at)
+        if not self._script:
+            self.stop.set()
+        yield WatchEvent("BOOKMARK", {"metadata": {"resourceVersion": resource_version}})
+        self.now += self._script.pop(0) if self._script else 0.0
+        self._ended_at = self.now
+
+
+class VirtualStop(threading.Event):
+    """A stop event whose waits advance the clock of the watches."""
+
+    def __init__(self, watches: ScriptedWatches) -> None:
+        super().__init__()
+        self._watches = watches
+
+    def wait(self, timeout: float | None = None) -> bool:
+        self._watches.now += timeout or 0.0
+        return self.is_set()
+
+
+def test_watch_that_is_closed_at_once_is_reopened_ever_more_slowly() -> None:
+    """The pause doubles up to 10 s with a jitter of 50 %, and begins anew after a request that stayed open."""
+    api = ScriptedWatches([0.0] * 10 + [20.0] + [0.0] * 2)
+    RolloutWatch(api, InformerCache(), clock=lambda: api.now).run(api.stop)
+    first, *pauses = api.pauses_s
+    assert first == 0
+    bounds = [min(10.0, 0.1 * 2**failures) for failures in range(10)] + [0.0, 0.1, 0.2]
+    assert len(pauses) == len(bounds)
+    assert all(bound / 2 <= pause <= bound for pause, bound in zip(pauses, bounds, strict=True)), pauses
+
+
 def finalized(api: KubeApi, cache: InformerCache, document: dict[str, Any], *, present: bool) -> RolloutResource | None:
     cache.apply_event(document)
     return set_finalizer(api, cache, RolloutResource.from_document(document), present=present)
@@ -299,3 +348,16 @@ def test_rollout_at_rest_has_no_finalizer(
         spec = {**server.objects["one"]["spec"], "commands": [{"id": "1", "verb": "rollback"}]}
         server.apply({**server.objects["one"], "spec": spec})
         wait_for(lambda: server.objects["one"]["status"]["phase"] == "RolledBack" and not finalizers(server))
+
+
+def test_operator_without_a_valid_lease_moves_no_traffic(
+    server: FakeApiServer, api: KubeApi, serve: FakeServe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def expired(_: LeaderElector) -> None:
+        raise RolloutError("the lease has expired")
+
+    monkeypatch.setattr(LeaderElector, "require_valid", expired)
+    server.apply(held_rollout(serve))
+    with operating(api, tmp_path):
+        wait_for(lambda: "the lease has expired" in str(server.objects["one"].get("status")))
+    assert serve.written == []

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,6 @@ from tests.support.cluster.operator_runs import held, operating, settings_of, un
 from tests.support.cluster.ray_service_resource import declared
 from tests.support.cluster.rollout_manifests import rollout
 
-from reelway.platform.cluster.inference_service import RankerState
 from reelway.platform.cluster.kube_api import KubeApi
 from reelway.platform.cluster.ray_service import OPTIONS_DIGEST, RayServiceBackend
 from reelway.platform.cluster.serve_config_reconciler import ServeConfigReconciler, digest_of
@@ -38,22 +37,6 @@ def options(**changes: Any) -> str:
         "outcomes": "/outcomes.db",
     }
     return yaml.safe_dump({**values, **changes})
-
-
-class FakeRankers:
-    """InferenceServices in memory."""
-
-    def __init__(self) -> None:
-        self.prepared: list[str] = []
-
-    def ensure(self, release: str) -> None:
-        self.prepared.append(release)
-
-    def states(self) -> Mapping[str, RankerState]:
-        return {release[:12]: RankerState(ready=True) for release in self.prepared}
-
-    def remove(self, release: str) -> None:
-        self.prepared.remove(release)
 
 
 class Chart:
@@ -119,12 +102,12 @@ def half(canary_bp: int = 5000) -> RolloutState:
 
 def test_new_ray_service_gets_the_initial_release(api: KubeApi, chart: Chart, backend: RayServiceBackend) -> None:
     chart.apply(options())
-    rankers = FakeRankers()
-    reconciler = ServeConfigReconciler(api, backend, rankers)
+    prepared: list[str] = []
+    reconciler = ServeConfigReconciler(api, backend, prepared.extend)
     assert reconciler.reconcile()
     assert release_names(declared(chart.kubectl)) == (STABLE,)
     assert Routing.model_validate(find_routing(declared(chart.kubectl))) == Routing.single_release(STABLE, salt="s")
-    assert rankers.prepared == [STABLE]
+    assert prepared == [STABLE]
     version = resource_version(chart.kubectl)
     assert not reconciler.reconcile()
     assert resource_version(chart.kubectl) == version
@@ -208,18 +191,6 @@ def test_ray_service_without_options_is_left_alone(api: KubeApi, chart: Chart, b
     assert not reconciler.reconcile()
     chart.apply_options(options())
     assert not reconciler.reconcile()  # no RayService yet
-
-
-def test_deleted_ranker_of_a_live_release_is_created_again(
-    api: KubeApi, chart: Chart, backend: RayServiceBackend
-) -> None:
-    chart.apply(options())
-    rankers = FakeRankers()
-    reconciler = ServeConfigReconciler(api, backend, rankers)
-    reconciler.reconcile()
-    rankers.remove(STABLE)
-    reconciler.reconcile()
-    assert rankers.prepared == [STABLE]
 
 
 def test_operator_applies_options_in_mid_rollout_without_moving_viewers(

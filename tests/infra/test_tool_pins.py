@@ -22,8 +22,8 @@ OWN = {
 def versions(tool: str) -> dict[str, tuple[str, str]]:
     """Selected and replacing version of every module. Both identify a compiled package."""
     text = (TOOLS / tool / "go.mod").read_text()
-    chosen = dict(re.findall(r"^\s*(?:require )?([\w.-]+\.[\w./-]+) (v\S+)", text, re.MULTILINE))
-    taken = dict(re.findall(r"^\s*(?:replace )?(\S+) => \S+ (v\S+)$", text, re.MULTILINE))
+    chosen: dict[str, str] = dict(re.findall(r"^\s*(?:require )?([\w.-]+\.[\w./-]+) (v\S+)", text, re.MULTILINE))
+    taken: dict[str, str] = dict(re.findall(r"^\s*(?:replace )?(\S+) => \S+ (v\S+)$", text, re.MULTILINE))
     return {module: (version, taken.get(module, version)) for module, version in chosen.items()}
 
 

@@ -106,6 +106,12 @@ def test_existing_token_is_kept(tmp_path: Path) -> None:
     assert (tmp_path / "token").read_text() == token
 
 
+def test_unsearchable_folder_of_a_token_raises_a_storage_error(tmp_path: Path) -> None:
+    """A name that is too long fails like a folder without the right to search it, also for root."""
+    with pytest.raises(StorageError, match="File name too long"):
+        ensure_private_token(tmp_path / ("x" * 300))
+
+
 def test_private_file_below_a_file_raises_a_storage_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(StorageError, match="cannot write"):

@@ -208,7 +208,7 @@ def test_release_change_under_load_fails_no_request(
     service.wait_until_whole()
     stable, other = service.release, service.other
     pids = {name: service.replica_of(name).pid for name in ("Router", "Outcomes", "Retrieval", "Ranking", "Reranking")}
-    faults = service.metric("reelway_ingress_faults_total", kind="error")
+    faults = _faults(service)
 
     def routing(canary_bp: int, *, warm: bool = True) -> Routing:
         arms = [ArmRoute(arm=Arm.CANARY, release=other, weight_bp=canary_bp)] if canary_bp else []
@@ -237,9 +237,7 @@ def test_release_change_under_load_fails_no_request(
         wait_for_requests(answers, 20)
 
     assert Counter(answer.status for answer in answers) == {200: len(answers)}
-    assert (
-        service.metric("reelway_ingress_faults_total", kind="error") == faults
-    )  # timeouts may be due to a busy machine
+    assert _faults(service) == faults
     assert {name: service.replica_of(name).pid for name in pids} == pids
     for name, (weight, moved_s) in moves.items():
         end = min((one_at for _, one_at in moves.values() if one_at > moved_s), default=answers[-1].sent)
@@ -279,12 +277,13 @@ def test_rollout_counts_exposures_outcomes_and_mirroring(
     assert token.rollout == "r2"
     assert token.weight == pytest.approx({Arm.CANARY: 5 / 9, Arm.STABLE: 4 / 9, Arm.HOLDOUT: 1.0}[token.arm])
     assert token.duration_ms > 0
+    assert token.creator_id == answers[0]["videos"][0]["creator_id"]
     outcomes = [
         {"token": video["token"], "type": "watch", "value": 5000} for answer in answers for video in answer["videos"]
     ]
     report = service.client.post("/v1/outcomes", json={"outcomes": outcomes})
     assert report.status_code == 200, report.text
-    assert report.json()["counted"] == 90
+    assert report.json() == {"accepted": 90, "refused": []}
 
     def total(name: str, **labels: str) -> float:
         return service.metric(name, path="/v1/outcomes/metrics", rollout="r2", slice="overall", **labels)
@@ -301,6 +300,7 @@ def test_rollout_counts_exposures_outcomes_and_mirroring(
         )
         assert total(metric_names.EXPOSURE, statistic="viewers", arm=arm) == shown[arm]
     watched = {"metric": "watch_s_per_impression", "statistic": "sum_y", "arm": "canary"}
+    wait_for(lambda: total(metric_names.STATISTIC, **watched) > 0, "the outcomes are not counted", 20)
     assert total(metric_names.STATISTIC, **watched) == pytest.approx(5 * 3 * shown["canary"] * 5 / 9, rel=1e-5)
     label = other[:12]
     wait_for(
@@ -396,3 +396,8 @@ def test_z_interrupt_stops_the_service_and_its_processes(service: Running) -> No
     _, alive = psutil.wait_procs(started, timeout=15)
     assert [process.cmdline() for process in alive] == []
     assert not (service.run / "serving.json").exists()
+
+
+def _faults(service: Running) -> float:
+    """Failed stage calls without timeouts, which may be due to a busy machine."""
+    return sum(service.metric("reelway_ingress_faults_total", kind=kind) for kind in ("error", "unexpected"))

@@ -116,7 +116,7 @@ def test_broken_stage_degrades_the_slate(
     assert not {video.video_id for video in answer.videos} & set(release.watched)
     for degradation in degraded:
         assert counted(registry, "reelway_ingress_degraded_total", release, arm="stable", rung=degradation) == 1
-    assert counted(registry, "reelway_ingress_faults_total", release, stage=stage, kind="error") == 1
+    assert counted(registry, "reelway_ingress_faults_total", release, stage=stage, kind="unexpected") == 1
     assert counted(registry, "reelway_ingress_requests_total", release, arm="stable", outcome="degraded") == 1
 
 

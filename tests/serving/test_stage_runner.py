@@ -13,11 +13,12 @@ from tests.support.release_files import NOW_S, make_release_folder
 
 from reelway.platform.contracts.api import Degradation, RequestContext
 from reelway.platform.contracts.blend import Blend, RetrievalSettings
+from reelway.platform.errors import FeatureError
 from reelway.serving.circuit_breaker import TRIP_AFTER_TIMEOUTS, CircuitBreaker
 from reelway.serving.metrics import IngressMetrics
 from reelway.serving.release_loader import ReleaseLoader
 from reelway.serving.request_path import run_without_waiting
-from reelway.serving.stage_runner import RANKING, RETRIEVAL, StageRunner
+from reelway.serving.stage_runner import RANKING, RETRIEVAL, VIEWER_ROW, StageRunner
 from reelway.serving.stages.arrays import RankingInput, ScoredCandidates
 from reelway.serving.viewer_query import viewer_query
 
@@ -69,7 +70,24 @@ def test_failed_stage_is_replaced_by_its_fallback(registry: CollectorRegistry, m
     assert run_without_waiting(runner.run(RETRIEVAL, stage, 21, lambda: -1, degraded)) == -1
     assert degraded == ["no_viewer_row", "no_retrieval"]
     assert metric("reelway_ingress_stage_latency_seconds_count", stage="retrieval") == 1
-    assert metric("reelway_ingress_faults_total", stage="retrieval", kind="error") == 1
+    assert metric("reelway_ingress_faults_total", stage="retrieval", kind="unexpected") == 1
+
+
+@pytest.mark.parametrize(
+    ("raised", "kind"),
+    [
+        (FeatureError("the store is down"), "error"),
+        (TimeoutError("late"), "timeout"),
+        (KeyError("a bug"), "unexpected"),
+    ],
+)
+def test_bug_is_counted_apart_from_an_outage(
+    registry: CollectorRegistry, metric: Callable[..., float], raised: Exception, kind: str
+) -> None:
+    runner = StageRunner(IngressMetrics(registry), RELEASE, {})
+    assert run_without_waiting(runner.run(VIEWER_ROW, FakeStage(raises=raised), 21, lambda: -1, [])) == -1
+    for other in ("error", "timeout", "unexpected"):
+        assert metric("reelway_ingress_faults_total", stage="viewer_row", kind=other) == (other == kind)
 
 
 def test_late_stage_is_replaced_by_its_fallback(registry: CollectorRegistry, metric: Callable[..., float]) -> None:

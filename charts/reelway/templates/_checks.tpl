@@ -228,11 +228,8 @@
 {{- define "reelway.checkStream" -}}
 {{- $v := .Values -}}
 {{- if $v.stream.enabled }}
-{{- if not $v.stream.eventLog }}
-{{- include "reelway.fail" (dict "path" "stream.eventLog" "saw" "" "expected" "an event log as kafka://host:port/topic, because stream.enabled is true") }}
-{{- end }}
-{{- if not $v.serving.outcomes.enabled }}
-{{- include "reelway.fail" (dict "path" "serving.outcomes.enabled" "saw" false "expected" "true, because stream.enabled is true and there would be nothing in the event log") }}
+{{- if not $v.eventLog.address }}
+{{- include "reelway.fail" (dict "path" "eventLog.address" "saw" "" "expected" "an event log as kafka://host:port[/prefix], because stream.enabled is true") }}
 {{- end }}
 {{- if ne (include "reelway.jobsEnabled" .) "true" }}
 {{- include "reelway.fail" (dict "path" "jobs.runsClaim" "saw" "" "expected" "a claim for the files of a run, because stream.enabled is true and releases.store.type is no volume") }}

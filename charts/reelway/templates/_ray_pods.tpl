@@ -90,9 +90,9 @@ RAY_worker_niceness: "0"
 - name: REDIS_PASSWORD
   valueFrom: {{- include "reelway.secretKey" (dict "context" . "key" "redis-password") | nindent 4 }}
 {{- end }}
-{{- if and .Values.stream.enabled .Values.stream.kafkaSettingsSecret }}
+{{- with .Values.eventLog.kafkaSettingsSecret }}
 - name: REELWAY_KAFKA_SETTINGS
-  valueFrom: {secretKeyRef: {name: {{ .Values.stream.kafkaSettingsSecret }}, key: settings}}
+  valueFrom: {secretKeyRef: {name: {{ . }}, key: settings}}
 {{- end }}
 {{- include "reelway.storeEnv" . }}
 {{- end -}}

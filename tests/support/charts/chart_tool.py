@@ -56,9 +56,9 @@ COMPONENTS: Final[dict[str, Document]] = {
     "stream": {
         "jobs": {"runsClaim": "runs"}, "monitoring": _MONITORS,
         "stream": {
-            "enabled": True, "eventLog": "kafka://kafka.test:9092/outcomes", "kafkaSettingsSecret": "kafka",
-            "changelog": "s3://features/overlay",
+            "enabled": True, "changelog": "s3://features/overlay",
         },
+        "eventLog": {"address": "kafka://kafka.test:9092/reelway.", "kafkaSettingsSecret": "kafka"},
     },
     "slow-bound": {"monitoring": {**_MONITORS, "rules": {"enabled": True, "latencyThresholdMs": 1000}}},
     "monitoring": {"monitoring": {**_RULES, "alertmanagerConfig": {"enabled": True}, "dashboards": {"enabled": True}}},

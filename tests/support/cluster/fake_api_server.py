@@ -1,4 +1,5 @@
 """An in-process HTTP server that behaves like the API server for ReleaseRollouts: list, watch, patch, status, delete.
+Other objects can be read, created, replaced and patched.
 
 Tests script its faults: a watch that ends, a connection that is cut, and a resource version that has expired. It does
 not validate schemas; the tests marked ``cluster`` use a real API server for that.
@@ -67,7 +68,7 @@ class FakeApiServer:
             name = document["metadata"]["name"]
             known = self.objects.get(name)
             stored = copy.deepcopy(document)
-            defaults = {"namespace": "test", "uid": f"{name}-0000-{self.version}", "generation": 1}
+            defaults: dict[str, Any] = {"namespace": "test", "uid": f"{name}-0000-{self.version}", "generation": 1}
             previous = known["metadata"] if known else defaults
             stored["metadata"] = {
                 "creationTimestamp": "2026-01-01T00:00:00Z", **previous, **stored["metadata"],
@@ -145,12 +146,29 @@ class FakeApiServer:
     def _answer_other(self, method: str, path: str, body: dict[str, Any]) -> tuple[int, dict[str, Any]]:
         if method == "POST":
             path = f"{path}/{body['metadata']['name']}"
-        if method == "GET":
-            known = self.other.get(path)
-            return (200, known) if known else (404, {"message": f"{path} not found"})
+        known = self.other.get(path)
+        if method != "POST" and known is None:
+            return 404, {"message": f"{path} not found"}
+        if method == "GET" and known:
+            return 200, known
+        if known and body["metadata"].get("resourceVersion") not in (None, known["metadata"]["resourceVersion"]):
+            return 409, {"message": "the object has been modified"}
+        if method == "PATCH" and known:
+            body = merged(known, body)
+        return 200, self.put(path, body)
+
+    def put(self, path: str, body: dict[str, Any]) -> dict[str, Any]:
+        """Stores an object that is not a rollout under its URL path."""
         self.version += 1
         self.other[path] = {**body, "metadata": {**body["metadata"], "resourceVersion": str(self.version)}}
-        return 201, self.other[path]
+        return self.other[path]
+
+
+def merged(document: dict[str, Any], change: dict[str, Any]) -> dict[str, Any]:
+    """Applies a JSON merge patch without deletions."""
+    nested = {key: merged(document[key], value) for key, value in change.items()
+              if isinstance(value, dict) and isinstance(document.get(key), dict)}  # fmt: skip
+    return {**document, **change, **nested}
 
 
 class _Handler(BaseHTTPRequestHandler):

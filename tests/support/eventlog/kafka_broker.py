@@ -19,7 +19,7 @@ import pytest
 from confluent_kafka import KafkaException, TopicPartition
 from confluent_kafka.admin import AdminClient, NewTopic
 
-POM: Final = Path(__file__).parent / "kafka" / "pom.xml"
+POM: Final = Path(__file__).parents[3] / "infra" / "images" / "kafka.pom.xml"
 JARS: Final = Path(__file__).parents[3] / "build" / "kafka"
 FETCH_TIMEOUT_S: Final = 150.0
 START_TIMEOUT_S: Final = 60.0

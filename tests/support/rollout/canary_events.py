@@ -22,11 +22,12 @@ from reelway.platform.rollout.evidence import (
     EvidenceSnapshot,
     EvidenceState,
     FiringAlert,
+    GuardrailName,
     GuardrailReading,
     MetricEvidence,
 )
 from reelway.platform.rollout.policy import RolloutPolicy, Slice, parse_policy
-from reelway.platform.rollout.state import RAMPING_PHASES, Command, Phase, RolloutState, add_command
+from reelway.platform.rollout.state import RAMPING_PHASES, Command, Phase, RolloutState, Verb, add_command
 
 SHADOW = "shadow: {duration_s: 60, mirror_percent: 5, minimum_requests: 100}"
 POLICY = """
@@ -58,7 +59,7 @@ def _arm(viewers: int, rate: float, seed: int) -> ArmStatistics:
 def _kinds() -> dict[str, EvidenceSnapshot]:
     ok = EvidenceState.OK
     key, skip = ("long_watch_rate", Slice.OVERALL), ("skip_rate", Slice.OVERALL)
-    guardrails = {
+    guardrails: dict[GuardrailName, GuardrailReading] = {
         "error_ratio": GuardrailReading(ok, 0, 500), "empty_slate_ratio": GuardrailReading(ok, 0, 500),
         "p99_ms": GuardrailReading(ok, trials=500, value=60.0), "parity_mismatches": GuardrailReading(ok, 0, 100),
     }  # fmt: skip
@@ -76,7 +77,9 @@ def _kinds() -> dict[str, EvidenceSnapshot]:
     harm = {key: MetricEvidence(ok, big, _arm(20_000, 0.3, 7)), skip: calm}
     nan = {key: MetricEvidence(ok, big, replace(big, sum_y=math.nan)), skip: calm}
     errors = {**guardrails, "error_ratio": GuardrailReading(ok, 30, 100)}
-    silent = {name: reading for name, reading in guardrails.items() if name != "p99_ms"}
+    silent: dict[GuardrailName, GuardrailReading] = {
+        name: reading for name, reading in guardrails.items() if name != "p99_ms"
+    }
     alert = FiringAlert("ReelwayErrorBudgetBurn", RELEASE, 0.0)
     return {
         "good": good, "few": replace(good, metrics=few), "tiny": replace(good, metrics=tiny),
@@ -128,7 +131,8 @@ class HistoryGenerator:
             world.now += rng.choice((-7200.0, -300.0, -1.0, 3600.0, 86_400.0 * 400))
             return state
         if dice < 0.18:
-            verb = rng.choice(("pause", "pause", "resume", "resume", "promote", "promote", "rollback"))
+            verbs: tuple[Verb, ...] = ("pause", "pause", "resume", "resume", "promote", "promote", "rollback")
+            verb = rng.choice(verbs)
             command = Command(id=rng.choice((number, "again")), verb=verb, force=rng.random() < 0.2)
             updated = add_command(state, command)
             assert add_command(updated, command) == updated, "a repeated command changed the state"

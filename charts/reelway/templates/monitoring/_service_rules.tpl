@@ -46,6 +46,11 @@ groups:
         labels: {severity: page}
         annotations:
           summary: '{{ "{{ $value | humanizePercentage }}" }} of the requests in ten minutes had no viewer row; check that the online store is reachable and filled'
+      - alert: ReelwayViewerRowBug
+        expr: sum by (stage) (increase(reelway_ingress_faults_total{stage=~"viewer_row|ingress", kind="unexpected"}[10m])) > 0
+        labels: {severity: ticket}
+        annotations:
+          summary: '{{ "{{ $value | humanize }}" }} requests in ten minutes used the context alone because of an unexpected exception in stage {{ "{{ $labels.stage }}" }}; the router logs have its traceback'
       - alert: ReelwayScoresDrift
         expr: |
           histogram_quantile(0.5, sum by (release, le) (rate(reelway_shadow_score_drift_ratio_bucket[10m]))) > 0.5
@@ -56,10 +61,15 @@ groups:
         annotations:
           summary: 'half of the mirrored slates of release {{ "{{ $labels.release }}" }} score {{ "{{ $value | humanizePercentage }}" }} or more away from what was shown'
       - alert: ReelwayExposuresLost
-        expr: sum(increase(reelway_ingress_exposures_lost_total[10m])) > 0
+        expr: sum(increase(reelway_exposures_lost_total[10m])) > 0
         labels: {severity: page}
         annotations:
-          summary: '{{ "{{ $value | humanize }}" }} impressions of the last ten minutes were lost: outcomes of that time are understated'
+          summary: '{{ "{{ $value | humanize }}" }} slates of the last ten minutes are not in the event log: rollouts and features miss them'
+      - alert: ReelwayStreamRecordsParked
+        expr: sum by (kind) (increase(reelway_stream_parked_records_total[10m])) > 0
+        labels: {severity: ticket}
+        annotations:
+          summary: '{{ "{{ $value | humanize }}" }} records of the event log in ten minutes could not be read by the stream: {{ "{{ $labels.kind }}" }}'
   - name: reelway-operator
     rules:
       - alert: ReelwayOperatorSilent

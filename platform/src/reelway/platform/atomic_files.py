@@ -144,9 +144,12 @@ def ensure_private_token(path: Path) -> None:
     """Writes 64 random hex digits to ``path`` (mode 0600) unless it exists. Safe between processes.
 
     Raises:
-        StorageError: if the file cannot be written.
+        StorageError: if the folder cannot be searched or the file cannot be written.
     """
-    if path.exists():
-        return
+    try:
+        if path.exists():
+            return
+    except OSError as error:  # such as a folder without the right to search it
+        raise StorageError(f"cannot read {path}: {error.strerror or error}") from error
     with suppress(FileExistsError):  # another process was faster
         create_private_file(path, secrets.token_hex(32).encode())

@@ -78,6 +78,7 @@ class RunDirectory:
 
     @property
     def events(self) -> Path:
+        """Folder of the event log; see ``eventlog.topics``."""
         return self.path / "events"
 
     @property

@@ -109,7 +109,6 @@ def serve(
                 f"{max_ongoing_requests}; lower it"
             )
         port = find_free_port(host) if port == 0 else check_port_free(host, port)
-        from reelway.platform.eventlog.topics import Topic, topic_address
         from reelway.platform.rollout.traffic.routing import Routing
         from reelway.platform.rollout.traffic.serving_options import Deployments, ReleaseStoreArgs, ServingOptions
         from reelway.serving.deployments.local_serve import running_service
@@ -128,7 +127,7 @@ def serve(
             vector_log=serving_dir / "vectors.jsonl",
             parity_ratio=parity_sample_ratio,
             outcomes=serving_dir / "outcomes.db",
-            event_log=topic_address(directory.events, Topic.OUTCOMES),
+            events=str(directory.events),
             host=host,
             port=port,
             deployments=Deployments.with_replicas(

@@ -13,7 +13,7 @@ from typing import Final, NamedTuple, TypeVar
 
 from reelway.platform.contracts.api import Degradation
 from reelway.platform.contracts.ids import short_id
-from reelway.platform.errors import FeatureError
+from reelway.platform.errors import ReelwayError
 from reelway.serving.circuit_breaker import CircuitBreaker
 from reelway.serving.metrics import IngressMetrics, timed
 
@@ -69,12 +69,19 @@ class StageRunner:
             with timed(self._metrics.stage_latency.labels(self._release, stage.name)) if is_timed else nullcontext():
                 return await (call(value) if budget is None else budget(lambda: call(value)))
         except Exception as exception:  # a failed stage must never fail the request
-            kind = "timeout" if isinstance(exception, TimeoutError) else "error"
+            kind = _fault_kind(exception)
             self._metrics.faults.labels(self._release, stage.name, kind).inc()
             log.warning(
                 "stage failed, fallback used: stage=%s degradation=%s: %s: %s",
                 stage.name, stage.degradation, type(exception).__name__, exception,
-                exc_info=not isinstance(exception, TimeoutError | FeatureError),
+                exc_info=kind == "unexpected",
             )  # fmt: skip
             degraded.append(stage.degradation)
             return fallback()
+
+
+def _fault_kind(exception: Exception) -> str:
+    """Returns ``timeout``, ``error`` for a failure that the stage reports, or ``unexpected``, such as a bug."""
+    if isinstance(exception, TimeoutError):
+        return "timeout"
+    return "error" if isinstance(exception, ReelwayError) else "unexpected"

@@ -98,8 +98,8 @@ class Members:
         with (self._folder / f"{name}.log").open("ab") as output:
             self._processes[name] = subprocess.Popen(
                 [
-                    sys.executable, "-X", "faulthandler", "-m", "reelway.platform.cli", "stream", "--run", str(self._run.path),
-                    "--events", self._events, "--state", str(self._folder / name),
+                    sys.executable, "-X", "faulthandler", "-m", "reelway.platform.cli", "stream",
+                    "--run", str(self._run.path), "--event-log", self._events, "--state", str(self._folder / name),
                 ],
                 stdout=output, stderr=output,
             )  # fmt: skip

@@ -15,7 +15,7 @@ def register(app: typer.Typer) -> None:
 def stream(
     run: Path = typer.Option(Path("runs/default"), "--run", help="Run directory whose features are updated."),
     events: str = typer.Option(
-        "", "--events",
+        "", "--event-log",
         help="Event log to read: a folder or kafka://host:port[,host:port][/prefix]. Defaults to RUN/events.",
     ),
     overlay: str = typer.Option(
@@ -40,7 +40,7 @@ def stream(
     \b
     Examples:
       reelway stream --run runs/demo
-      reelway stream --run runs/production --events kafka://kafka:9092 --state /var/lib/stream --changelog s3://features/overlay
+      reelway stream --run runs/production --event-log kafka://kafka:9092 --changelog s3://features/overlay
     """
     import signal
     import threading

@@ -11,11 +11,12 @@ import threading
 from collections.abc import Callable
 from urllib.parse import urlsplit
 
-from reelway.platform.cluster.inference_service import InferenceServiceRankers, RemoteRankerBackend, read_template
+from reelway.platform.cluster.inference_service import InferenceServiceRankers, read_template
 from reelway.platform.cluster.kube_api import KubeApi
 from reelway.platform.cluster.kube_rollout_store import KubeRolloutStore
 from reelway.platform.cluster.operator_settings import OperatorSettings, RaySettings
 from reelway.platform.cluster.ray_service import RayServiceBackend
+from reelway.platform.cluster.remote_rankers import RankerReconciler, RemoteRankerBackend
 from reelway.platform.cluster.resources import Backend, RolloutResource
 from reelway.platform.cluster.rollout_cache import RolloutCache
 from reelway.platform.cluster.serve_config_reconciler import ServeConfigReconciler
@@ -41,6 +42,7 @@ class BackendController:
 
     Args:
         on_decision: called with each decision after it is recorded.
+        require_lease: called right before each write of traffic; raises RolloutError if another replica may be active.
 
     Raises:
         RolloutError: if the backend is on a host that the operator may not send Ray's token to.
@@ -55,18 +57,28 @@ class BackendController:
         settings: OperatorSettings,
         metrics: ControllerMetrics,
         on_decision: Callable[[RolloutResource, HistoryEntry], None],
+        require_lease: Callable[[], None],
     ) -> None:
         address = serve_address(backend, api.namespace, settings.ray)
         self.key = backend.key
         self.store = KubeRolloutStore(api, cache, backend=backend.key, create_backend=backend, on_decision=on_decision)
-        serve = ServeRestBackend(address)
+        serve = ServeRestBackend(address, before_write=require_lease)
         name = backend.ray_service.name if backend.ray_service else ""
         self.backend: RayServiceBackend | ServeRestBackend = serve
         self.serve_config: ServeConfigReconciler | None = None
-        rankers = _rankers(api, settings)
+        rankers: RankerReconciler | None = None
+        if settings.ranker_template:
+            rankers = RankerReconciler(
+                InferenceServiceRankers(api, read_template(settings.ranker_template)),
+                before_write=require_lease,
+                on_failure=metrics.failures.labels("rankers").inc,
+            )
+        self._rankers = rankers
         if name:
-            self.backend = RayServiceBackend(api, name, serve)
-            self.serve_config = ServeConfigReconciler(api, self.backend, rankers, self._recorded_target)
+            self.backend = RayServiceBackend(api, name, serve, before_write=require_lease)
+            self.serve_config = ServeConfigReconciler(
+                api, self.backend, rankers.prepare if rankers else lambda _: None, self._recorded_target
+            )
         url = address.url.rstrip("/")
         reader: SeriesReader
         if settings.prometheus.url:
@@ -95,6 +107,10 @@ class BackendController:
         """Starts the controller's thread."""
         log.info("controller of %s: started", self.key)
         self._thread.start()
+        if self._rankers is not None:  # a request of its own may hang, so nothing waits for its end
+            threading.Thread(
+                target=self._rankers.run, args=(self._stop,), name=f"rankers {self.key}", daemon=True
+            ).start()
 
     @property
     def is_alive(self) -> bool:
@@ -118,6 +134,8 @@ class BackendController:
         """Lets the thread end after the current reconcile, without waiting for it."""
         self._stop.set()
         self.wake.set()
+        if self._rankers is not None:
+            self._rankers.wake()
 
     def stop(self) -> None:
         """Finishes the current reconcile and ends the thread."""
@@ -132,10 +150,6 @@ class BackendController:
 
 def _parity_unknown() -> ParityFindings:
     return ParityFindings(problem="the operator has no parity findings; set parity_findings in its settings")
-
-
-def _rankers(api: KubeApi, settings: OperatorSettings) -> InferenceServiceRankers | None:
-    return InferenceServiceRankers(api, read_template(settings.ranker_template)) if settings.ranker_template else None
 
 
 def serve_address(backend: Backend, namespace: str, settings: RaySettings) -> ServeAddress:

@@ -1,14 +1,15 @@
 """Creates and removes the InferenceService of each release whose ranker is served by KServe.
 
 The chart provides one template. The InferenceService of a release differs from it in its name and in the fields that
-name the release. It exists before the release has traffic and is removed after the release is retired. It is never
-patched: a release is served as it was prepared. All writes are idempotent, so a restarted controller repeats them.
+name the release. It is ready before the release has traffic and is removed after the release is retired
+(``remote_rankers``). It is never patched: a release is served as it was prepared. All writes are idempotent, so a
+restarted controller repeats them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Protocol
 
@@ -16,8 +17,7 @@ import yaml
 
 from reelway.platform.cluster.kube_api import ConflictError, KubeApi, KubeObject
 from reelway.platform.contracts.ids import short_id
-from reelway.platform.errors import ConfigError, KubernetesError, RolloutError
-from reelway.platform.rollout.traffic.target import TrafficBackend, TrafficObservation, TrafficTarget
+from reelway.platform.errors import ConfigError, KubernetesError
 
 PATH: Final = "serving.kserve.io/v1beta1/inferenceservices"
 RELEASE_LABEL: Final = "reelway.dev/release"
@@ -104,68 +104,6 @@ class InferenceServiceRankers:
         self._api.delete(f"{PATH}/{name}")
 
 
-class RemoteRankerBackend:
-    """A traffic backend whose releases each need a remote ranker.
-
-    A release without a ranker counts as not running, so the next write prepares it again. A release is ready only if
-    its ranker is. Weights belong to the wrapped backend alone, so a rollback never depends on rankers.
-    """
-
-    def __init__(self, backend: TrafficBackend, rankers: RankerProvisioner) -> None:
-        self._backend = backend
-        self._rankers = rankers
-
-    def observe(self) -> TrafficObservation:
-        """Observes the traffic and the rankers; see ``TrafficBackend.observe``."""
-        observation = self._backend.observe()
-        try:
-            rankers = self._rankers.states()
-        except KubernetesError as error:
-            return replace(
-                observation, ready=frozenset(), detail=_join_messages(observation.detail, f"rankers: {error}")
-            )
-        states = {release: rankers.get(_short(release)) for release in {*observation.releases, *observation.ready}}
-        waiting = {release: state for release, state in states.items() if state is None or not state.ready}
-        messages = [f"ranker of {_short(release)}: {state.detail if state else 'it does not exist'}"
-                for release, state in sorted(waiting.items())]  # fmt: skip
-        failed = {release: f"ranker: {state.detail}" for release, state in waiting.items() if state and state.failed}
-        return replace(
-            observation,
-            releases=tuple(release for release in observation.releases if states[release] is not None),
-            ready=observation.ready - waiting.keys(),
-            failed={**failed, **observation.failed},
-            detail=_join_messages(observation.detail, *messages),
-        )
-
-    def apply(self, target: TrafficTarget) -> None:
-        """Creates the rankers needed, writes the traffic, then removes the rankers that are no longer needed.
-
-        If a ranker is rejected the traffic is still written, so that a rollback never waits for KServe.
-
-        Raises:
-            RolloutError: if the traffic or a ranker was rejected.
-        """
-        errors = self._for_each(self._rankers.ensure, target.releases)
-        self._backend.apply(target)
-        try:
-            retired = self._rankers.states().keys() - {_short(release) for release in target.releases}
-        except KubernetesError as error:
-            retired, errors = set(), [*errors, str(error)]
-        errors += self._for_each(self._rankers.remove, sorted(retired))
-        if errors:
-            raise RolloutError(f"traffic written, but not all rankers: {'; '.join(errors)}")
-
-    @staticmethod
-    def _for_each(call: Any, releases: Iterable[str]) -> list[str]:
-        errors = []
-        for release in releases:
-            try:
-                call(release)
-            except KubernetesError as error:
-                errors.append(str(error))
-        return errors
-
-
 def read_template(path: Path) -> KubeObject:
     """Reads the chart's template.
 
@@ -213,13 +151,5 @@ def _render_template(template: Any, release: str) -> Any:
     if isinstance(template, list):
         return [_render_template(value, release) for value in template]
     if isinstance(template, str):
-        return template.replace("{release_id}", release).replace("{release}", _short(release))
+        return template.replace("{release_id}", release).replace("{release}", short_id(release))
     return template
-
-
-def _short(release: str) -> str:
-    return short_id(release)
-
-
-def _join_messages(*parts: str) -> str:
-    return "; ".join(part for part in parts if part)

@@ -85,10 +85,10 @@ class KubeApi:
         self._configuration = configuration
         self._client = client.ApiClient(configuration)
 
-    def get(self, path: str) -> KubeObject | None:
-        """Returns an object, or None if it does not exist."""
+    def get(self, path: str, *, timeout_s: float | None = None) -> KubeObject | None:
+        """Returns an object, or None if it does not exist. ``timeout_s`` replaces the client's timeout if set."""
         try:
-            return self._request("GET", path)
+            return self._request("GET", path, timeout_s=timeout_s)
         except NotFoundError:
             return None
 
@@ -135,13 +135,13 @@ class KubeApi:
         items = self._request("GET", path, accept=accept).get("items") or ()
         return {item["metadata"]["uid"]: item["metadata"]["resourceVersion"] for item in items}
 
-    def create(self, path: str, document: Mapping[str, Any]) -> KubeObject:
+    def create(self, path: str, document: Mapping[str, Any], *, timeout_s: float | None = None) -> KubeObject:
         """Creates an object. Raises ConflictError if an object of that name exists."""
-        return self._request("POST", path, document)
+        return self._request("POST", path, document, timeout_s=timeout_s)
 
-    def replace(self, path: str, document: Mapping[str, Any]) -> KubeObject:
+    def replace(self, path: str, document: Mapping[str, Any], *, timeout_s: float | None = None) -> KubeObject:
         """Replaces an object. Raises ConflictError if its ``resourceVersion`` is not the latest."""
-        return self._request("PUT", path, document)
+        return self._request("PUT", path, document, timeout_s=timeout_s)
 
     def patch(self, path: str, change: Mapping[str, Any]) -> KubeObject:
         """Applies a JSON merge patch.
@@ -170,8 +170,9 @@ class KubeApi:
         *,
         accept: str = _JSON,
         content: str = _JSON,
+        timeout_s: float | None = None,
     ) -> KubeObject:
-        text = self._send(method, path, body, accept=accept, content=content)
+        text = self._send(method, path, body, accept=accept, content=content, timeout_s=timeout_s)
         try:
             loaded: KubeObject = json.loads(text)
         except ValueError as error:
@@ -186,9 +187,11 @@ class KubeApi:
         *,
         accept: str = _JSON,
         content: str = _JSON,
+        timeout_s: float | None = None,
     ) -> str:
         request = f"{method} {path} in namespace {self.namespace}"
-        answer = self._open(method, path, request, body, accept=accept, content=content, timeout_s=self._timeout_s)
+        timeout_s = self._timeout_s if timeout_s is None else timeout_s
+        answer = self._open(method, path, request, body, accept=accept, content=content, timeout_s=timeout_s)
         try:
             return _text(answer.read())
         except (HTTPError, OSError) as error:

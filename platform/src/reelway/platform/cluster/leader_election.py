@@ -2,9 +2,10 @@
 
 Two operators that both move traffic would undo each other's changes. The Lease needs the rights ``get``, ``create`` and
 ``update`` on one object. Clocks of different machines are never compared: a holder counts as lost if its record has not
-changed for the lease duration by the local clock. A holder that cannot renew stops before another replica can take
-over. If a process was frozen for longer than that, statuses are still written by resource version, so one of the two
-writes is rejected.
+changed for the lease duration by the local clock. A holder that cannot renew for 70 % of the duration stops before
+another replica can take over, and traffic is written only while that deadline has not passed (``require_valid``). If a
+process was frozen for longer than that, statuses are still written by resource version, so one of the two writes is
+rejected.
 """
 
 from __future__ import annotations
@@ -16,12 +17,18 @@ from collections.abc import Callable
 from datetime import UTC, datetime
 from typing import Any, Final
 
-from reelway.platform.cluster.kube_api import ConflictError, KubeApi, KubeObject
-from reelway.platform.errors import KubernetesError
+from reelway.platform.cluster.kube_api import TIMEOUT_S, ConflictError, KubeApi, KubeObject
+from reelway.platform.errors import KubernetesError, RolloutError
 
 log = logging.getLogger(__name__)
 
 _PATH: Final = "coordination.k8s.io/v1/leases"
+_RENEW_DEADLINE_RATIO: Final = 0.7
+"""A holder stops this part of the duration after its last renewal."""
+_ATTEMPT_RATIO: Final = 0.35
+"""Longest attempt as a part of the duration: a second one fits before the deadline if the first one hangs."""
+_MIN_REQUEST_TIMEOUT_S: Final = 0.1
+_NEVER: Final = -1e9
 
 
 class LeaderElector:
@@ -43,8 +50,8 @@ class LeaderElector:
     ) -> None:
         self._api, self._name, self._identity = api, name, identity
         self._duration_s, self._clock = duration_s, clock
-        self._renewed_at = -1e9
-        self._observed: tuple[str, float] = ("", -1e9)
+        self._renewed_at = _NEVER
+        self._observed: tuple[str, float] = ("", _NEVER)
         self.holder = ""
 
     def acquire(self, stop: threading.Event) -> bool:
@@ -64,10 +71,8 @@ class LeaderElector:
         return False
 
     def renew_until(self, stop: threading.Event, on_lost: Callable[[], None]) -> None:
-        """Renews until stopped. Calls ``on_lost`` once if the Lease is lost or could not be renewed for 70 % of its
-        duration.
-        """
-        while not stop.wait(self._duration_s / 5):
+        """Renews until stopped. Calls ``on_lost`` once if the Lease is lost or was not renewed before the deadline."""
+        while not stop.wait(min(self._duration_s / 5, self._remaining_s() / 4)):
             try:
                 if not self.try_acquire_or_renew():
                     log.error("lease %s: lost to %s", self._name, self.holder)
@@ -76,32 +81,58 @@ class LeaderElector:
             except Exception as error:  # an unexpected error must not end the renewal unnoticed
                 silent_s = self._clock() - self._renewed_at
                 log.warning("lease %s: not renewed for %.1f s: %s", self._name, silent_s, error)
-                if silent_s > 0.7 * self._duration_s:
+                if self._remaining_s() < _MIN_REQUEST_TIMEOUT_S:
                     on_lost()
                     return
+
+    def require_valid(self) -> None:
+        """Checks that this process may still write traffic. Sends no request.
+
+        Raises:
+            RolloutError: if the Lease was lost, released or not renewed before the deadline.
+        """
+        if self._remaining_s() <= 0:
+            raise RolloutError(
+                f"traffic not written: lease {self._name} is no longer held by {self._identity}; the replica that "
+                "holds it writes the traffic"
+            )
+
+    def _remaining_s(self) -> float:
+        """Returns the seconds to the deadline of the last renewal; negative if the Lease is not held."""
+        return self._renewed_at + _RENEW_DEADLINE_RATIO * self._duration_s - self._clock()
 
     def try_acquire_or_renew(self) -> bool:
         """Acquires or renews the Lease. Returns whether this process holds it.
 
+        An attempt of the holder ends before the Lease's deadline, also if the API server hangs.
+
         Raises:
-            KubernetesError: if the API server cannot be reached.
+            KubernetesError: if the API server cannot be reached in time.
         """
         began = self._clock()
-        document = self._api.get(f"{_PATH}/{self._name}")
-        try:
-            if document is None:
-                self._api.create(_PATH, self._document(None))
-            elif self._is_available(document):
-                self._api.replace(f"{_PATH}/{self._name}", self._document(document))
-            else:
-                return False
-        except ConflictError:
-            return False  # another replica was faster; the next attempt reads its name
-        self._renewed_at, self.holder = began, self._identity
-        return True
+        limit_s, remaining_s = _ATTEMPT_RATIO * self._duration_s, self._remaining_s()
+        deadline = began + (min(limit_s, remaining_s) if remaining_s > 0 else limit_s)
+
+        def timeout_s() -> float:
+            return min(TIMEOUT_S, max(_MIN_REQUEST_TIMEOUT_S, deadline - self._clock()))
+
+        document = self._api.get(f"{_PATH}/{self._name}", timeout_s=timeout_s())
+        held = document is None or self._is_available(document)
+        if held:
+            try:
+                if document is None:
+                    self._api.create(_PATH, self._document(None), timeout_s=timeout_s())
+                else:
+                    self._api.replace(f"{_PATH}/{self._name}", self._document(document), timeout_s=timeout_s())
+            except ConflictError:
+                held = False  # another replica was faster; the next attempt reads its name
+        self._renewed_at = began if held else _NEVER
+        self.holder = self._identity if held else self.holder
+        return held
 
     def release(self) -> None:
         """Clears the holder, so that another replica can take over at once."""
+        self._renewed_at = _NEVER
         try:
             document = self._api.get(f"{_PATH}/{self._name}")
             if document is not None and document["spec"].get("holderIdentity") == self._identity:

@@ -12,7 +12,7 @@ routing and states the reason, and the next reconcile writes both again. A rollo
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
@@ -37,15 +37,25 @@ class DeclaredConfig:
     resource_version: str
     config: ServeConfig
     options_digest: str = ""
+    had_traffic: bool = False
+    """Whether KubeRay has ever given the RayService's Services a cluster, so that viewers may be on a release."""
 
 
 class RayServiceBackend:
-    """``traffic.TrafficBackend`` over a RayService and the Serve of its head. Thread-safe."""
+    """``traffic.TrafficBackend`` over a RayService and the Serve of its head. Thread-safe.
 
-    def __init__(self, api: KubeApi, name: str, serve: ServeRestBackend) -> None:
+    Args:
+        before_write: called right before each write of ``serveConfigV2``; a RolloutError prevents the write.
+    """
+
+    def __init__(
+        self, api: KubeApi, name: str, serve: ServeRestBackend, *, before_write: Callable[[], None] = lambda: None
+    ) -> None:
         self._api, self.name, self.serve = api, name, serve
+        self._before_write = before_write
         self._lock = threading.Lock()
         self._declared: DeclaredConfig | None = None
+        self._newest_version = 0
         self.declaring = threading.Lock()
         """Held while ``serveConfigV2`` is read and written. Writes to Serve do not take it."""
 
@@ -127,8 +137,10 @@ class RayServiceBackend:
 
         Raises:
             ConflictError: if the object was changed since it was read.
+            RolloutError: if ``before_write`` prevents it.
             KubernetesError: if the API server rejects the patch or cannot be reached.
         """
+        self._before_write()
         with self._lock:
             self._declared = None  # unknown until the API server has answered
         text = yaml.safe_dump(dict(new_config), sort_keys=False)
@@ -148,7 +160,7 @@ class RayServiceBackend:
             raise self._not_declared(str(error)) from error
 
     def fetch(self) -> DeclaredConfig:
-        """Reads the RayService.
+        """Reads the RayService. Returns what is known already if a concurrent write or read was answered with more.
 
         Raises:
             RolloutError: if it does not exist or ``serveConfigV2`` is not a YAML mapping.
@@ -173,9 +185,19 @@ class RayServiceBackend:
             )
         metadata = document["metadata"]
         digest = metadata.get("annotations", {}).get(OPTIONS_DIGEST, "")
-        snapshot = DeclaredConfig(str(metadata["resourceVersion"]), config, digest)
+        active = (document.get("status") or {}).get("activeServiceStatus") or {}
+        snapshot = DeclaredConfig(
+            str(metadata["resourceVersion"]), config, digest, had_traffic=bool(active.get("rayClusterName"))
+        )
+        return self._newest_of(snapshot)
+
+    def _newest_of(self, snapshot: DeclaredConfig) -> DeclaredConfig:
+        """Returns the newest snapshot. Another thread may have read or written a newer one since this was read."""
+        version = int(snapshot.resource_version)
         with self._lock:
-            self._declared = snapshot
+            if version < self._newest_version:
+                return self._declared or snapshot
+            self._newest_version, self._declared = version, snapshot
         return snapshot
 
 

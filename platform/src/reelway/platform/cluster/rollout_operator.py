@@ -73,6 +73,8 @@ class RolloutOperator:
         self._controllers: dict[str, BackendController] = {}
         self._store = KubeRolloutStore(api, self._cache)
         self._watch = RolloutWatch(api, self._cache)
+        lease = settings.lease
+        self._lease = LeaderElector(api, lease.name, settings.identity, duration_s=lease.duration_s)
         self._active = False
         self._last_errors: dict[str, str] = {}
         self._failure = ""
@@ -84,7 +86,7 @@ class RolloutOperator:
             KubernetesError: as ``run_operator``.
         """
         settings = self._settings
-        lease = LeaderElector(self._api, settings.lease.name, settings.identity, duration_s=settings.lease.duration_s)
+        lease = self._lease
         if not lease.acquire(stop):
             return
         renewal_stop = threading.Event()
@@ -274,7 +276,9 @@ class RolloutOperator:
         controller = self._controllers.get(backend.key)
         if controller is None:
             on_decision = self._events.record_decision if self._events else lambda *_: None
-            controller = BackendController(self._api, self._cache, backend, self._settings, self.metrics, on_decision)
+            controller = BackendController(
+                self._api, self._cache, backend, self._settings, self.metrics, on_decision, self._lease.require_valid
+            )
             self._controllers[backend.key] = controller
             controller.start()
         return controller

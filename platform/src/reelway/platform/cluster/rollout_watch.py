@@ -8,6 +8,8 @@ from __future__ import annotations
 import logging
 import random
 import threading
+import time
+from collections.abc import Callable
 from typing import Final
 
 from reelway.platform.cluster.kube_api import ExpiredError, KubeApi
@@ -18,6 +20,8 @@ log = logging.getLogger(__name__)
 
 REQUEST_TIMEOUT_S: Final = 20.0
 """How long one watch request stays open. It bounds how long a connection that broke without notice goes undetected."""
+_HEALTHY_RATIO: Final = 0.25
+"""A request that stayed open for this part of its time was healthy: the pauses begin anew after it."""
 _FIRST_DELAY_S: Final = 0.1
 _MAX_DELAY_S: Final = 10.0
 
@@ -27,15 +31,25 @@ class RolloutWatch:
 
     - A request that ends, by timeout or by a lost connection, is resumed from the last resource version.
     - After a 410 (the server has compacted that version away) all rollouts are listed again.
-    - Failures are retried with exponential backoff and jitter.
+    - Failures, and requests that the server ends early, are retried with exponential backoff and jitter. Only a
+      request that stayed open for a while resets the backoff.
 
     Args:
         request_timeout_s: how long one watch request stays open, in seconds.
+        clock: monotonic seconds.
     """
 
-    def __init__(self, api: KubeApi, cache: InformerCache, *, request_timeout_s: float = REQUEST_TIMEOUT_S) -> None:
+    def __init__(
+        self,
+        api: KubeApi,
+        cache: InformerCache,
+        *,
+        request_timeout_s: float = REQUEST_TIMEOUT_S,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self._api, self._cache = api, cache
         self._request_timeout_s = request_timeout_s
+        self._clock = clock
         self._resource_version = ""
         self._failures = 0
         self._last_error = ""
@@ -56,8 +70,8 @@ class RolloutWatch:
             try:
                 if not self._resource_version:
                     self.sync()
-                self._follow(stop)
-                self._succeeded()
+                if not self._follow(stop):
+                    self._wait(stop)
             except ExpiredError:
                 log.info("watch of rollouts: resource version %s expired, listing again", self._resource_version)
                 self._resource_version = ""
@@ -68,20 +82,27 @@ class RolloutWatch:
                 self._last_error = str(error)
                 self._wait(stop)
 
-    def _follow(self, stop: threading.Event) -> None:
-        """Applies events until the server ends the request."""
+    def _follow(self, stop: threading.Event) -> bool:
+        """Applies events until the server ends the request. Returns whether it stayed open long enough."""
+        began = self._clock()
         for event in self._api.watch(PATH, self._resource_version, timeout_s=self._request_timeout_s):
             if event.type != "BOOKMARK":
                 self._cache.apply_event(event.document, deleted=event.type == "DELETED")
             self._resource_version = event.resource_version
-            self._succeeded()
+            self._answered(began)
             if stop.is_set():
-                return
+                return True
+        return self._answered(began)
 
-    def _succeeded(self) -> None:
+    def _answered(self, began: float) -> bool:
+        """Reports a recovery. Resets the backoff and returns True if the request has been open long enough."""
         if self._last_error:
             log.info("watch of rollouts: recovered")
-        self._failures, self._last_error = 0, ""
+        self._last_error = ""
+        healthy = self._clock() - began >= _HEALTHY_RATIO * self._request_timeout_s
+        if healthy:
+            self._failures = 0
+        return healthy
 
     def _wait(self, stop: threading.Event) -> None:
         delay_s = min(_MAX_DELAY_S, _FIRST_DELAY_S * 2**self._failures)

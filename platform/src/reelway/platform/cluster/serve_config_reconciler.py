@@ -2,7 +2,9 @@
 
 The Helm chart renders the options into a ConfigMap, and the RayService without ``serveConfigV2``. Only this module
 writes the first configuration (all viewers on ``initial.release``) and changed options. It keeps the releases and the
-routing of a configuration that exists, so that neither an upgrade of the chart nor a rendering moves a viewer.
+routing of a configuration that exists, so that neither an upgrade of the chart nor a rendering moves a viewer. A
+service that had traffic and lost its configuration never gets ``initial.release``: it waits until Serve states its
+traffic.
 
 The RayService carries the digest of the options that belong to its pod template. Options with another digest wait,
 because Helm writes the ConfigMap a moment before the RayService: pods of the old image must not receive the arguments
@@ -14,15 +16,13 @@ from __future__ import annotations
 import hashlib
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Final
 
 from pydantic import ValidationError
 
-from reelway.platform.cluster.inference_service import RankerProvisioner
 from reelway.platform.cluster.kube_api import ConflictError, KubeApi
 from reelway.platform.cluster.ray_service import DeclaredConfig, RayServiceBackend
-from reelway.platform.contracts.ids import short_id
 from reelway.platform.errors import RolloutError
 from reelway.platform.rollout.traffic.routing import Routing
 from reelway.platform.rollout.traffic.serve_config import (
@@ -47,19 +47,23 @@ class ServeConfigReconciler:
     """Writes ``serveConfigV2`` of one RayService when its options require another one.
 
     Args:
-        rankers: the InferenceServices of the releases; None where Ray Serve ranks.
+        prepare_rankers: called with the releases that need a remote ranker, on every pass; must not wait for them.
         recorded_target: returns the traffic that the newest rollout has recorded; None without a rollout.
+        clock: monotonic seconds.
     """
 
     def __init__(
         self,
         api: KubeApi,
         backend: RayServiceBackend,
-        rankers: RankerProvisioner | None = None,
+        prepare_rankers: Callable[[Iterable[str]], None] = lambda _: None,
         recorded_target: Callable[[], TrafficTarget | None] = lambda: None,
+        *,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._api, self._backend, self._rankers = api, backend, rankers
+        self._api, self._backend, self._prepare_rankers = api, backend, prepare_rankers
         self._recorded_target = recorded_target
+        self._clock = clock
         self._digest_differs_since: float | None = None
 
     def reconcile(self) -> bool:
@@ -70,7 +74,8 @@ class ServeConfigReconciler:
         Raises:
             ConfigError: if the options cannot be read; nothing was written.
             RolloutError: if the options do not exist or stay different from the RayService's digest, if
-                ``serveConfigV2`` has no valid routing, or if none exists and the options name no release.
+                ``serveConfigV2`` has no valid routing, or if none exists and either the options name no release or the
+                service had traffic that Serve does not state.
             KubernetesError: if the API server cannot be reached or rejects the write.
         """
         name = f"{self._backend.name}{OPTIONS_SUFFIX}"
@@ -108,8 +113,10 @@ class ServeConfigReconciler:
         if declared.options_digest == digest_of(text):
             self._digest_differs_since = None
             return True
-        since = self._digest_differs_since = self._digest_differs_since or time.monotonic()
-        if time.monotonic() - since > DIGEST_TIMEOUT_S:
+        now = self._clock()
+        if self._digest_differs_since is None:
+            self._digest_differs_since = now
+        if now - self._digest_differs_since > DIGEST_TIMEOUT_S:
             raise RolloutError(
                 f"ConfigMap {name}: these are not the options that RayService {self._backend.name} was rendered with; "
                 "apply the chart again"
@@ -119,17 +126,24 @@ class ServeConfigReconciler:
     def _traffic(self, declared: DeclaredConfig, options: ServingOptions) -> tuple[tuple[str, ...], Routing]:
         """Returns the releases and the routing to keep.
 
-        These are the declared ones, else those of the newest rollout, else those of Serve, else the initial ones.
-        `kubectl replace` drops ``serveConfigV2`` of a RayService whose service still runs.
+        These are the declared ones, else those of the newest rollout, else those of Serve. `kubectl replace` drops
+        ``serveConfigV2`` of a RayService whose service still runs. The initial ones are only for a service that never
+        had traffic; KubeRay creates the address of Serve after the first configuration runs, so its Serve is silent.
         """
         if declared.config:
             return release_names(declared.config), self._checked_routing(declared.config)
         if (target := self._recorded_target()) is not None:
             return target.releases, target.routing
-        self._backend.serve.observe()
+        observation = self._backend.serve.observe()
         running = self._backend.serve.config
         if running and find_routing(running) is not None:
             return release_names(running), self._checked_routing(running)
+        if declared.had_traffic:
+            raise RolloutError(
+                f"RayService {self._backend.name}: serveConfigV2 is lost and Serve does not state the traffic: "
+                f"{observation.detail or 'it runs no router'}; restore spec.serveConfigV2, or delete the RayService "
+                "and apply the chart again to start on releases.initial"
+            )
         if options.initial is None:
             raise RolloutError(
                 f"RayService {self._backend.name}: no traffic yet and no initial release; set releases.initial"
@@ -142,7 +156,7 @@ class ServeConfigReconciler:
         except ValidationError as error:
             raise RolloutError(
                 f"RayService {self._backend.name}: serveConfigV2 has no valid routing: {error.errors()[0]['msg']}; "
-                "remove the field to start on releases.initial"
+                "remove the field to keep the traffic that Serve runs"
             ) from error
 
     def _in_transition(self, declared: DeclaredConfig) -> bool:
@@ -152,14 +166,6 @@ class ServeConfigReconciler:
             return True
         running = self._backend.serve.config
         return bool(declared.config and running and find_routing(running) != find_routing(declared.config))
-
-    def _prepare_rankers(self, releases: tuple[str, ...]) -> None:
-        if self._rankers is None:
-            return
-        existing = self._rankers.states()
-        for release in releases:
-            if short_id(release) not in existing:
-                self._rankers.ensure(release)
 
 
 def digest_of(text: str) -> str:

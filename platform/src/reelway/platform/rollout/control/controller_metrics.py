@@ -31,7 +31,7 @@ class ControllerMetrics:
         self.failures = counter(
             "reelway_rollout_failures_total",
             "Failures by kind: observe, evidence, apply, poll, react, tick; of the operator also serve config, "
-            "admission, finalizers.",
+            "admission, finalizers, rankers.",
             ["kind"], registry,
         )  # fmt: skip
         self.webhooks = counter("reelway_rollout_webhooks_total", "Webhook deliveries.", ["outcome"], registry)

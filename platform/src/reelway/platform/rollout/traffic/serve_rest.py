@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -86,10 +86,18 @@ class ServeRestBackend:
     Args:
         service: a run directory that `reelway serve` serves, or an address.
         timeout_s: timeout of a request to the dashboard, which normally responds within tens of milliseconds.
+        before_write: called right before each write; a RolloutError prevents the write.
     """
 
-    def __init__(self, service: RunDirectory | ServeAddress, *, timeout_s: float = 5.0) -> None:
+    def __init__(
+        self,
+        service: RunDirectory | ServeAddress,
+        *,
+        timeout_s: float = 5.0,
+        before_write: Callable[[], None] = lambda: None,
+    ) -> None:
         self._service = service
+        self._before_write = before_write
         self._http = httpx.Client(timeout=timeout_s, trust_env=False)
         self._lock = threading.Lock()
         self._cached_config: _CachedConfig | None = None
@@ -120,7 +128,8 @@ class ServeRestBackend:
         Sends a single request, so that a rollback is as fast as possible, and none if the config does not change.
 
         Raises:
-            RolloutError: if Serve is not reachable or rejects the config; the message contains its response.
+            RolloutError: if Serve is not reachable or rejects the config, with its response, or if ``before_write``
+                prevents the write.
         """
         record = self._read_serving_record()
         with self._lock:
@@ -146,6 +155,7 @@ class ServeRestBackend:
             return self._cached_config.config if self._cached_config else None
 
     def _write(self, record: _ServingRecord, document: Mapping[str, Any]) -> None:
+        self._before_write()
         with self._lock:
             self._writes += 1
             self._cached_config = None  # unknown until Serve has accepted the config
