@@ -59,7 +59,6 @@ WRONG: Final[list[tuple[str, Any, str, dict[str, Any]]]] = [
     ("jobs.startTimeoutSeconds", 5, "minimum", {}),
     ("jobs.submitters", [{"kind": "Team", "name": "ml"}], "must be one of", {}),
     ("eventLog.address", "kafka:9092", "kafka://", {}),
-    ("stream.allowedLatenessSeconds", -1, "minimum", {}),
     ("monitoring.monitors.interval", "5", "(ms|s|m|h)", {}),
     ("monitoring.rules.latencyThresholdMs", 300, "250", {}),
     ("monitoring.rules.availabilityObjectivePercent", 100, "maximum", {}),

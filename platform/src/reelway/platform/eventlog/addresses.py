@@ -33,12 +33,18 @@ def open_event_log(address: str | Path) -> EventLog:
         raise ConfigError(f"event log {text!r}: expected kafka://host:port[,host:port]/topic")
     from reelway.platform.eventlog.kafka_log import KafkaLog
 
-    return KafkaLog(servers, topic, _settings(os.environ.get(SETTINGS_VARIABLE, "")))
+    return KafkaLog(servers, topic, client_settings())
 
 
-def _settings(text: str) -> dict[str, Any]:
+def client_settings() -> dict[str, Any]:
+    """Returns the settings of librdkafka in the environment.
+
+    Raises:
+        ConfigError: if they are not lines of ``name=value``.
+    """
     settings = {}
-    for line in filter(None, (line.strip() for line in text.splitlines())):
+    lines = os.environ.get(SETTINGS_VARIABLE, "").splitlines()
+    for line in filter(None, (line.strip() for line in lines)):
         name, separator, value = line.partition("=")
         if not separator or not name.strip():
             raise ConfigError(f"{SETTINGS_VARIABLE}: saw {name[:40]!r}, expected lines of name=value")

@@ -153,7 +153,7 @@ def _distinct(positions: Rows) -> Rows:
 
 
 def _newest_videos(table: VideoTable, creator_id: I64) -> Rows:
-    """Returns the rows of each creator's newest videos in the release, newest first, ``[C, V]``, padded with ``ABSENT``."""
+    """Returns the rows of each creator's newest videos in the release, ``[C, V]``, padded with ``ABSENT``."""
     order = np.lexsort((-np.nan_to_num(table.uploaded_at_s.base, nan=-np.inf), table.creator_id.base))
     order = order[table.creator_id.base[order] >= 0]
     code = np.searchsorted(creator_id, table.creator_id.base[order])
