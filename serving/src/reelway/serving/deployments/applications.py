@@ -18,7 +18,7 @@ from ray.serve.handle import DeploymentHandle
 
 from reelway.platform.eventlog import open_event_log
 from reelway.platform.features.feast_store import open_feature_store
-from reelway.platform.features.vector_log import VectorLog, host_log_path
+from reelway.platform.features.vector_segments import open_vector_log
 from reelway.platform.features.viewer_rows import ViewerRowReader
 from reelway.platform.rollout.traffic.serving_options import OutcomesArgs, ReleaseArgs, RouterArgs
 from reelway.platform.tokens import TokenSigner
@@ -81,7 +81,7 @@ class RouterDeployment(Router):
         rows = ViewerRowReader(open_feature_store(args.features_dir)) if args.features_dir else None
         sample = None
         if args.vector_log:
-            vectors = VectorLog(host_log_path(args.vector_log), ratio=args.parity_ratio)
+            vectors = open_vector_log(args.vector_log, ratio=args.parity_ratio)
             sample = ParitySampler(vectors, ThreadPoolExecutor(1, thread_name_prefix="parity-sample"))
         parts = RouterDependencies(
             signer=TokenSigner(*read_token_secrets(args.token_secrets)),

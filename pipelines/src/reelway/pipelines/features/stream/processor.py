@@ -90,6 +90,7 @@ class StreamProcessor:
         self._settings = settings or StreamSettings()
         self._clock = clock
         self.settled_us = 0
+        self.began_us = 0
         self.behind_us = 0
 
     def start(self, catalogue: StreamCatalogue, labels: pa.Table, behind_us: int | None = None) -> None:
@@ -103,14 +104,17 @@ class StreamProcessor:
         if fresh:
             fine_us = StreamEngine(state, catalogue, self._views, self._ttl_us).fine_us
             self.settled_us = initial_watermark_us(labels, fine_us)
+            self.began_us = self.settled_us
             self.behind_us = self._initial_clock_offset_us() if behind_us is None else behind_us
         else:
             self.settled_us, self.behind_us = int(state.get("settled_us")), int(state.get("behind_us"))
+            self.began_us = int(state.get("began_us"))
         self.engine = StreamEngine(state, catalogue, self._views, self._ttl_us, self.behind_us)
         self._pending = Outcomes.none()
         self._position: Offsets = {}
         if fresh:
             with state.transaction():
+                state.put(began_us=self.began_us)
                 self._record(bootstrap(self.engine, labels, self.settled_us))
         self.resume()
         self._deliver()

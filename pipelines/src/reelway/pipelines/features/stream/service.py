@@ -13,12 +13,13 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Final
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 from prometheus_client import CollectorRegistry, start_http_server
 
+from reelway.pipelines.features.stream.clock import StreamClock, write_stream_clock
 from reelway.pipelines.features.stream.engine import APPLY_RESULTS, StreamCatalogue
 from reelway.pipelines.features.stream.log_records import PARKED_KINDS
 from reelway.pipelines.features.stream.processor import SECOND_US, MicroBatchResult, StreamProcessor, StreamSettings
@@ -26,8 +27,7 @@ from reelway.pipelines.features.stream.sinks import FeatureSinks
 from reelway.pipelines.features.stream.state import StreamState
 from reelway.pipelines.features.stream.time_buckets import STREAMED, emission_schedules
 from reelway.pipelines.features.training_rows import LABELS_FILE, read_feature_file
-from reelway.pipelines.features.views import Prior, ViewSettings
-from reelway.platform.contracts.feature_dimensions import FeatureDimensions
+from reelway.pipelines.features.views import ViewSettings
 from reelway.platform.errors import FeatureError, MalformedFileError, StorageError
 from reelway.platform.eventlog import open_event_log
 from reelway.platform.eventlog.feature_changelog import FeatureChangelog
@@ -95,10 +95,7 @@ class StreamMetrics:
 
 def view_settings(run: RunDirectory) -> ViewSettings:
     """Returns the grids and priors of the run's features. The stream uses the same values."""
-    config: dict[str, Any] = dict(run.record("features")["config"]["views"])
-    dimensions = FeatureDimensions(**config.pop("dimensions"))
-    priors = {name: Prior(**value) for name, value in config.items() if isinstance(value, dict)}
-    return ViewSettings(dimensions, **{**config, **priors})
+    return ViewSettings.from_config(run.record("features")["config"]["views"])
 
 
 def run_stream(
@@ -144,6 +141,7 @@ def open_processor(run: RunDirectory, options: StreamOptions) -> Iterator[Stream
     ):
         processor = StreamProcessor(events, state, outputs, view_settings(run), ttl_us, options.settings, parked=parked)
         processor.start(catalogue_of(run), read_feature_file(run.features / LABELS_FILE))
+        write_stream_clock(run, StreamClock(processor.began_us, processor.behind_us))
         yield processor
 
 
