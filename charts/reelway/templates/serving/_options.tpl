@@ -14,7 +14,7 @@ initial:
   salt: {{ $s.bucketSalt | quote }}
 metrics_dir: /var/run/reelway/metrics
 features_dir: {{ include "reelway.featuresFolder" . | default "null" }}
-vector_log: {{ if $s.parity.ratio }}{{ include "reelway.vectorLog" . }}{{ else }}null{{ end }}
+vector_log: {{ if include "reelway.parityEnabled" . }}{{ include "reelway.vectorLog" . | quote }}{{ else }}null{{ end }}
 parity_ratio: {{ $s.parity.ratio }}
 outcomes: {{ ternary "/var/lib/reelway/state/outcomes.db" "null" $s.outcomes.enabled }}
 event_log: {{ if .Values.stream.enabled }}{{ .Values.stream.eventLog | quote }}{{ else }}null{{ end }}
