@@ -98,8 +98,8 @@ class OperatorSettings(BaseSettings):
     )
     parity_findings: str | None = Field(
         default=None,
-        description="path or URL of the file that `reelway features parity --report` writes; None: nothing is replayed, "
-        "and the default policy does not require parity",
+        description="path or URL of the file that `reelway features parity --report` writes; without it the default "
+        "policy does not require parity",
     )
     ranker_template: Path | None = Field(
         default=None, description="InferenceService template of a release's ranker; None if Serve runs the ranker"
