@@ -109,10 +109,8 @@ def test_recomputed_rows_equal_those_of_the_batch_job(done: list[ReportedOutcome
                     row = None
                 got = found.values.slice(i, 1).to_pylist()[0]
                 assert found.row_us[i] == (NO_ROW_US if row is None else row["at_us"]), (rule.view, entity)
-                assert got == {name: None if row is None else row[name] for name in VIEWS[rule.view]}, (
-                    rule.view,
-                    entity,
-                )
+                fields = {name: None if row is None else row[name] for name in VIEWS[rule.view]}
+                assert got == fields, (rule.view, entity)
 
 
 def batch_rows(view: str, done: list[ReportedOutcomeFixture], until_us: int) -> dict[int, dict]:

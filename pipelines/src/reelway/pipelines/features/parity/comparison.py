@@ -105,6 +105,8 @@ def compare_row(
 
 def same_value(served: Any, offline: Any, tolerance: float = TOLERANCE) -> bool:
     """Returns whether two values have the same type and are equal within ``tolerance``. NaN equals None."""
+    if type(served) is float and type(offline) is float and served == offline:
+        return True  # nearly all values
     if _is_missing(served) or _is_missing(offline):
         return _is_missing(served) and _is_missing(offline)
     if isinstance(offline, list):
