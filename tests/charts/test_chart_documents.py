@@ -16,8 +16,10 @@ import yaml
 from tests.support.charts.chart_tool import CHART, COMBINATIONS, RELEASE, Document, named, program, rendered
 
 from reelway.platform.cli.main import build_app
+from reelway.platform.cluster.operator_settings import OperatorSettings
 from reelway.platform.cluster.ray_service import OPTIONS_DIGEST
 from reelway.platform.cluster.serve_config_reconciler import OPTIONS_KEY, OPTIONS_SUFFIX, digest_of
+from reelway.platform.rollout.policy import default_policy
 from reelway.platform.rollout.rules import canary_rules
 from reelway.platform.rollout.traffic.routing import Routing
 from reelway.platform.rollout.traffic.serve_config import compose_serve_config
@@ -169,22 +171,51 @@ def test_feast_config_contains_no_password() -> None:
     assert "ssl=true" in options
 
 
-def test_parity_job_connects_the_routers_log_with_the_operator() -> None:
-    found = rendered("dev", "pvc")
-    [cron] = [one for one in found if one["kind"] == "CronJob" and one["metadata"]["name"].endswith("-parity")]
-    [replay] = cron["spec"]["jobTemplate"]["spec"]["template"]["spec"]["containers"]
+def parity_container(found: list[Document]) -> Document | None:
+    jobs = [one for one in found if one["kind"] == "CronJob" and one["metadata"]["name"].endswith("-parity")]
+    return jobs[0]["spec"]["jobTemplate"]["spec"]["template"]["spec"]["containers"][0] if jobs else None
+
+
+def operator_findings(found: list[Document]) -> str | None:
+    findings: str | None = yaml.safe_load(named(found, "ConfigMap", "-operator")["data"]["settings.yaml"])[
+        "parity_findings"
+    ]
+    return findings
+
+
+@pytest.mark.parametrize("component", ["parity-volume", "parity-s3"])
+def test_parity_job_connects_the_routers_log_with_the_operator(component: str) -> None:
+    found = rendered("dev", component)
+    replay = parity_container(found)
+    assert replay is not None
     options = dict(word.removeprefix("--").split("=", 1) for word in replay["command"] if word.startswith("--"))
-    [deployment] = [one for one in found if one["kind"] == "Deployment"]
-    [operator] = deployment["spec"]["template"]["spec"]["containers"]
-    settings = yaml.safe_load(named(found, "ConfigMap", "-operator")["data"]["settings.yaml"])
-    assert settings["parity_findings"] == options["report"]
-    assert options["report"].startswith(next(m["mountPath"] for m in operator["volumeMounts"] if m["name"] == "store"))
-    [router] = [one for one in serve_config("dev", "jobs")["applications"] if one["name"] == "router"]
+    assert operator_findings(found) == options["report"]
+    [router] = [one for one in serve_config("dev", component)["applications"] if one["name"] == "router"]
     assert router["args"]["vector_log"] == options["log"]
     group: Any = typer.main.get_command(build_app())
     for word in replay["command"][1:3]:
         group = group.get_command(click.Context(group), word)
     assert group.make_context("parity", replay["command"][3:]).params["report_to"] == options["report"]
+
+
+def test_parity_on_an_object_store_needs_no_volume() -> None:
+    replay = parity_container(rendered("dev", "parity-s3"))
+    assert replay is not None
+    urls = [word.partition("=")[2] for word in replay["command"] if word.startswith(("--run", "--log", "--report"))]
+    assert all(url.startswith("s3://") for url in urls)
+    assert [mount["name"] for mount in replay["volumeMounts"]] == ["tmp"]
+    assert {"AWS_ENDPOINT_URL_S3", "AWS_ACCESS_KEY_ID"} <= {variable["name"] for variable in replay["env"]}
+
+
+@pytest.mark.parametrize("component", ["as-is", "s3", "parity-volume", "parity-s3"])
+def test_policy_requires_parity_only_where_a_job_produces_it(component: str) -> None:
+    found = rendered("dev", component)
+    findings = operator_findings(found)
+    assert (findings is not None) == (parity_container(found) is not None)
+    [router] = [one for one in serve_config("dev", component)["applications"] if one["name"] == "router"]
+    assert (router["args"].get("vector_log") is not None) == (findings is not None)
+    policy = default_policy(parity=OperatorSettings(parity_findings=findings).parity_findings is not None)
+    assert (policy.guardrails.parity_mismatches is not None) == (findings is not None)
 
 
 def test_canary_rules_equal_those_of_the_package() -> None:

@@ -30,7 +30,7 @@ from reelway.platform.cli.processes import reelway_command, terminate_process_gr
 from reelway.platform.contracts.api import RecommendRequest, RecommendResponse
 from reelway.platform.contracts.events import Arm
 from reelway.platform.features.feast_store import open_feature_store
-from reelway.platform.features.vector_log import read_vectors
+from reelway.platform.features.vector_reader import VectorReader
 from reelway.platform.features.viewer_memory import MEMORY_FILE
 from reelway.platform.features.viewer_memory_local import LocalViewerMemory
 from reelway.platform.features.viewer_memory_sqlite import SqliteViewerMemory
@@ -148,7 +148,10 @@ def test_served_features_are_logged_for_the_parity_replay(service: Running) -> N
     answer = service.ask(count=5, device="tv")
     deadline = time.monotonic() + 10
     while True:
-        logged = {vector.request_id: vector for vector in read_vectors(service.run / "serving" / "vectors.jsonl")}
+        logged = {
+            vector.request_id: vector
+            for vector in VectorReader(service.run / "serving" / "vectors.jsonl", {}).vectors()
+        }
         if answer["request_id"] in logged or time.monotonic() > deadline:
             break
         time.sleep(0.05)

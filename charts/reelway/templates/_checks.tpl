@@ -205,8 +205,8 @@
 {{- end }}
 {{- end }}
 {{- with $v.jobs.parity }}
-{{- if and .enabled (ne (include "reelway.storeOnVolume" $) "true") }}
-{{- include "reelway.fail" (dict "path" "releases.store.type" "saw" $v.releases.store.type "expected" "pvc or hostPath, because jobs.parity.enabled is true and served vectors are read from the volume") }}
+{{- if and $v.serving.parity.log (not (contains "://" $v.serving.parity.log)) (ne (include "reelway.storeOnVolume" $) "true") }}
+{{- include "reelway.fail" (dict "path" "serving.parity.log" "saw" $v.serving.parity.log "expected" "a URL that serving pods and the parity job reach, because releases.store.type is no volume") }}
 {{- end }}
 {{- include "reelway.checkResources" (dict "of" .resources "path" "jobs.parity.resources") }}
 {{- end }}

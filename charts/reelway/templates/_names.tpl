@@ -45,10 +45,21 @@ reelway.dev/component: {{ .component }}
 {{- else }}/var/lib/reelway/volume/{{ $store.path }}{{ end -}}
 {{- end -}}
 
-{{/* Path of the served features for the parity replay: a file per pod on the volume, else a file in the pod. */}}
+{{/*
+Whether served features are logged and replayed: a run's files can be read, and viewers have features. The operator's
+default policy requires parity only then.
+*/}}
+{{- define "reelway.parityEnabled" -}}
+{{- $v := .Values -}}
+{{- $run := or $v.jobs.parity.run $v.jobs.runsClaim (eq (include "reelway.storeOnVolume" .) "true") -}}
+{{- if and $v.jobs.parity.enabled $v.serving.parity.ratio (ne $v.features.type "none") $run }}true{{ end -}}
+{{- end -}}
+
+{{/* Served features for the parity replay: a file per pod on the volume, else objects beside the release store. */}}
 {{- define "reelway.vectorLog" -}}
-{{- if eq (include "reelway.storeOnVolume" .) "true" }}/var/lib/reelway/volume/parity
-{{- else }}/var/cache/reelway/vectors.jsonl{{ end -}}
+{{- if .Values.serving.parity.log }}{{ .Values.serving.parity.log }}
+{{- else if eq (include "reelway.storeOnVolume" .) "true" }}/var/lib/reelway/volume/parity
+{{- else }}{{ include "reelway.storeUrl" . }}-vectors{{ end -}}
 {{- end -}}
 
 {{/* URL of the parity findings: written by the replay, read by the operator. */}}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import pyarrow as pa
@@ -17,6 +17,7 @@ from tests.support.pipelines.view_files import write_views
 from reelway.pipelines.features import views
 from reelway.pipelines.features.materialisation import materialise
 from reelway.pipelines.features.registry import register_features
+from reelway.platform.atomic_files import write_json
 from reelway.platform.run_directory import RunDirectory
 
 
@@ -34,6 +35,7 @@ class Built:
 def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
     run = RunDirectory(tmp_path_factory.mktemp("features") / "run")
     tables = random_dataset()
+    write_json(run.record_path("features"), {"config": {"views": asdict(views.ViewSettings(DIMENSIONS))}})
     labels, until_us = write_views(run, tables, views.ViewSettings(DIMENSIONS))
     register_features(run.features, DIMENSIONS, "sqlite")
     materialise(run.features, until_us / 1e6)

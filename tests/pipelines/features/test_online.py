@@ -16,7 +16,7 @@ from feast.protos.feast.types.Value_pb2 import Value
 from tests.support.dimensions import DIMENSIONS
 
 from reelway.pipelines.features.materialisation import materialise, materialised_at_s
-from reelway.pipelines.features.parity import same_value
+from reelway.pipelines.features.parity.comparison import same_value
 from reelway.pipelines.features.registry import register_features
 from reelway.pipelines.features.training_rows import viewer_snapshot
 from reelway.platform.contracts.feature_names import VIEWER_SERVICE, VIEWER_VIEWS, VIEWS

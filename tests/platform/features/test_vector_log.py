@@ -9,7 +9,12 @@ import numpy as np
 import pytest
 
 from reelway.platform.errors import ConfigError, MalformedFileError, StorageError
-from reelway.platform.features.vector_log import ServedVector, VectorLog, host_log_path, read_vectors
+from reelway.platform.features.vector_log import ServedVector, VectorLog, host_log_path
+from reelway.platform.features.vector_reader import VectorReader
+
+
+def read_vectors(location: Path) -> list[ServedVector]:
+    return list(VectorReader(location, {}).vectors())
 
 
 def vector(request_id: int, **changes: object) -> ServedVector:
@@ -24,14 +29,14 @@ def vector(request_id: int, **changes: object) -> ServedVector:
 def test_vector_is_read_back_as_served(tmp_path: Path) -> None:
     log = VectorLog(tmp_path / "log", ratio=1.0)
     assert log.append(vector(1, viewer_as_of_s=9.25))
-    assert list(read_vectors(tmp_path / "log")) == [vector(1, viewer_as_of_s=9.25)]
+    assert read_vectors(tmp_path / "log") == [vector(1, viewer_as_of_s=9.25)]
 
 
 def test_float32_values_are_exact_with_nan_as_missing(tmp_path: Path) -> None:
     values = np.array([0.1, np.nan], dtype=np.float32)
     log = VectorLog(tmp_path / "log", ratio=1.0)
     log.append(vector(1, videos=[{"video_id": np.int64(4), "duration_s": values[0], "embedding": values}]))
-    (row,) = next(read_vectors(tmp_path / "log")).videos
+    (row,) = read_vectors(tmp_path / "log")[0].videos
     assert row == {"video_id": 4, "duration_s": float(values[0]), "embedding": [float(values[0]), None]}
 
 
@@ -47,7 +52,7 @@ def test_sample_depends_only_on_the_request(tmp_path: Path) -> None:
 def test_request_outside_the_sample_writes_nothing(tmp_path: Path) -> None:
     assert not VectorLog(tmp_path / "log", ratio=0.0).append(vector(1))
     assert not (tmp_path / "log").exists()
-    assert list(read_vectors(tmp_path / "log")) == []
+    assert read_vectors(tmp_path / "log") == []
 
 
 def test_concurrent_threads_write_complete_lines(tmp_path: Path) -> None:
@@ -86,10 +91,10 @@ def test_truncated_last_line_is_skipped_without_losing_the_next_append(tmp_path:
     assert [v.request_id for v in read_vectors(tmp_path / "log")] == [1, 3]
 
 
-def test_damaged_line_is_reported_with_its_row(tmp_path: Path) -> None:
+def test_damaged_line_is_reported_with_its_place(tmp_path: Path) -> None:
     (tmp_path / "log").write_text('{"request_id": 1}\n')
-    with pytest.raises(MalformedFileError, match="row 1"):
-        list(read_vectors(tmp_path / "log"))
+    with pytest.raises(MalformedFileError, match="byte 0"):
+        read_vectors(tmp_path / "log")
 
 
 def test_shared_folder_has_one_log_per_host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

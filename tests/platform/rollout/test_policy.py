@@ -85,6 +85,13 @@ def test_alpha_is_divided_completely_over_the_tests() -> None:
     assert heavy == pytest.approx(3 * light)
 
 
+def test_default_policy_without_a_replay_requires_no_parity() -> None:
+    with_replay, without = default_policy(), default_policy(parity=False)
+    assert with_replay.guardrails.parity_mismatches is not None
+    assert without.guardrails.parity_mismatches is None
+    assert without.guardrails.p99_ms == with_replay.guardrails.p99_ms
+
+
 def test_default_policy_survives_a_round_trip() -> None:
     policy = default_policy()
     body = policy.model_dump(mode="json")

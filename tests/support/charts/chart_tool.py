@@ -40,7 +40,16 @@ COMPONENTS: Final[dict[str, Document]] = {
     "kserve": {"ranker": {"backend": "kserve"}},
     "s3": {"releases": {"store": {"type": "s3", "s3": _S3}}},
     "gs": {"releases": {"store": {"type": "gs", "gs": {"bucket": "releases"}}}},
-    "pvc": {"releases": {"store": {"type": "pvc"}}, "jobs": {"parity": {"enabled": True}}},
+    "pvc": {"releases": {"store": {"type": "pvc"}}},
+    "parity-volume": {"releases": {"store": {"type": "pvc"}}, "features": {"type": "directory"}},
+    "parity-s3": {
+        "releases": {"store": {"type": "s3", "s3": _S3}},
+        "features": {**_REDIS, "redis": {"mode": "bundled", "host": "", "tls": False}},
+        "jobs": {
+            "runsClaim": "", "parity": {"run": "s3://runs/production"}, "features": {"enabled": False},
+            "train": {"enabled": False}, "evaluate": {"enabled": False},
+        },
+    },
     "host-path": {"releases": {"store": {"type": "hostPath", **_GIVEN_CLAIM}}},
     "redis-bundled": {"features": {**_REDIS, "redis": {"mode": "bundled", "host": "", "tls": False}}},
     "redis-external": {"features": {**_REDIS, "redis": {"mode": "external", "host": "redis.test", "tls": True}}},

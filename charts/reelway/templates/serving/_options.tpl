@@ -14,7 +14,7 @@ initial:
   salt: {{ $s.bucketSalt | quote }}
 metrics_dir: /var/run/reelway/metrics
 features_dir: {{ include "reelway.featuresFolder" . | default "null" }}
-vector_log: {{ if $s.parity.ratio }}{{ include "reelway.vectorLog" . }}{{ else }}null{{ end }}
+vector_log: {{ if include "reelway.parityEnabled" . }}{{ include "reelway.vectorLog" . | quote }}{{ else }}null{{ end }}
 parity_ratio: {{ $s.parity.ratio }}
 outcomes: {{ if $s.outcomes.enabled }}{{ include "reelway.outcomesFolder" . }}/outcomes.db{{ else }}null{{ end }}
 events: {{ .Values.eventLog.address | default nil | toJson }}

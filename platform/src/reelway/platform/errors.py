@@ -10,7 +10,7 @@
     │   ├── EmptyDatasetError                 no rows to work on
     │   └── TooManyBadRowsError               more rows failed the checks than the limit allows
     ├── FeatureError                 exit 4   feature store and feature computation
-    │   └── ParityError                       a served value differs from the offline join
+    │   └── ParityError                       a served value differs from the recomputed one
     ├── TrainingError                exit 5   training cannot start or continue
     ├── ReleaseError                 exit 6   a release is rejected
     │   ├── ReleaseNotFoundError

@@ -13,7 +13,7 @@ from typing import Any
 from reelway.platform.contracts.api import RecommendRequest
 from reelway.platform.contracts.feature_names import VIDEO_DENSE
 from reelway.platform.errors import StorageError
-from reelway.platform.features.vector_log import ServedVector, VectorLog
+from reelway.platform.features.vector_log import SampledVectors, ServedVector
 from reelway.serving.stages.arrays import Rows
 from reelway.serving.video_table import VideoTable
 
@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 class ParitySampler:
     """Writes the served features of sampled requests to the vector log."""
 
-    def __init__(self, vectors: VectorLog, thread: Executor) -> None:
+    def __init__(self, vectors: SampledVectors, thread: Executor) -> None:
         self._vectors = vectors
         self._thread = thread
 
@@ -37,6 +37,7 @@ class ParitySampler:
         table: VideoTable,
         rows: Rows,
         now_s: float,
+        served_at_s: float,
     ) -> None:
         """Logs the request if it is in the sample.
 
@@ -45,6 +46,8 @@ class ParitySampler:
                 overlay takes precedence.
             viewer_row: the row as it was read, before values of the request were filled in.
             rows: rows of the slate.
+            now_s: Unix seconds of the request, which the client may state.
+            served_at_s: Unix seconds of the router's clock.
         """
         if not self._vectors.is_sampled(request_id):
             return
@@ -69,6 +72,7 @@ class ParitySampler:
             viewer=dict(viewer_row),
             videos=videos,
             videos_as_of_s=videos_as_of_s if live_as_of_s is None else live_as_of_s,
+            served_at_s=served_at_s,
         )
         self._thread.submit(self._write, vector)
 

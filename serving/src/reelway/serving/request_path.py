@@ -222,7 +222,7 @@ class RequestPath:
         if self._sample and viewer_row is not None:
             self._sample.offer(
                 request_id, request, release.release_id, release.videos_as_of_s, viewer_row, release.table, slate.rows,
-                now_s,
+                now_s, now_s if shown_at_s is None else shown_at_s,
             )  # fmt: skip
         response = RecommendResponse.model_construct(
             request_id=request_id,

@@ -124,7 +124,7 @@ def serve(
             metrics_dir=_empty_directory(serving_dir / "metrics"),
             token_secrets=_token_secrets(directory),
             features_dir=_features_dir(directory),
-            vector_log=serving_dir / "vectors.jsonl",
+            vector_log=str(serving_dir / "vectors.jsonl"),
             parity_ratio=parity_sample_ratio,
             outcomes=serving_dir / "outcomes.db",
             events=str(directory.events),

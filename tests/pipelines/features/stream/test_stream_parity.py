@@ -1,174 +1,168 @@
-"""Rows that a server reads from the stream's real stores equal the offline join over the log."""
+"""Rows that a server reads from the stream's real stores equal the rows recomputed from the log; faults are named."""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
+import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pytest
-from tests.support.dimensions import DIMENSIONS
-from tests.support.pipelines.event_tables import random_dataset
-from tests.support.pipelines.stream_fixtures import LoggedEvent, append, open_logs
-from tests.support.pipelines.view_files import write_views
+from tests.support.pipelines.served_stream import (
+    FIRST_VIDEO,
+    FIRST_VIEWER,
+    HOUR_US,
+    SECOND_US,
+    VIEWERS,
+    ServedStream,
+    build_run,
+    copied_run,
+    event,
+)
 
-from reelway.pipelines.features.materialisation import materialise, write_rows
-from reelway.pipelines.features.parity import ParityReport, replay
-from reelway.pipelines.features.registry import register_features
-from reelway.pipelines.features.stream.local_stream import LocalStream
-from reelway.pipelines.features.stream.replay import replay_log
-from reelway.pipelines.features.stream.run_inputs import load_dataset, video_facts, view_settings, view_ttl_us
-from reelway.pipelines.features.stream.sinks import FeatureSinks
-from reelway.pipelines.features.stream.sqlite_store import SqliteStore
-from reelway.pipelines.features.training_rows import video_snapshot, viewer_snapshot
-from reelway.pipelines.features.views import ViewSettings
-from reelway.pipelines.release_tables import write_videos
-from reelway.platform.atomic_files import write_json
-from reelway.platform.contracts.api import RecommendRequest
+from reelway.pipelines.features import views
 from reelway.platform.contracts.events import OutcomeType
-from reelway.platform.eventlog.feature_changelog import FeatureChangelog
-from reelway.platform.eventlog.sqlite_log import SqliteLog
+from reelway.platform.errors import ParityError
+from reelway.platform.eventlog import StoredRecord
+from reelway.platform.eventlog.arrow_records import encode_rows
+from reelway.platform.eventlog.outcome_events import decode_outcomes
 from reelway.platform.eventlog.topics import Topic
-from reelway.platform.features.assembly import assemble_videos, columns_from_table
-from reelway.platform.features.feast_store import open_feature_store
-from reelway.platform.features.vector_log import VectorLog
-from reelway.platform.features.viewer_rows import ViewerRowReader
 from reelway.platform.run_directory import RunDirectory
-from reelway.serving.live_overlay import FeatureOverlay
-from reelway.serving.parity_sample import ParitySampler
-from reelway.serving.video_table import open_video_table
 
-SECOND_US = 1_000_000
-DATASET_AGE_S = 400 * 86_400
-"""Time since the end of the data set. The stream's time continues from the end of the data set."""
-
-
-class InlineExecutor:
-    """Runs the work inline instead of in a thread."""
-
-    def submit(self, work, *arguments):  # type: ignore[no-untyped-def]
-        work(*arguments)
-
-
-@dataclass
-class StreamFixture:
-    """A run with its stream, as a server sees it."""
-
-    run: RunDirectory
-    logs: dict[Topic, SqliteLog]
-    processor: LocalStream
-    clock_us: int
-
-    def append(self, number: int, *done: LoggedEvent) -> None:
-        """Appends events at their time."""
-        self.clock_us = done[0].time_us
-        append(self.logs, done, number)
-
-    def advance_to(self, clock_us: int) -> None:
-        self.clock_us = clock_us
-        while (done := self.processor.run_micro_batch(wait_s=0)).records or done.steps:
-            pass
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def streamed(tmp_path_factory: pytest.TempPathFactory) -> StreamFixture:
-    run = RunDirectory(tmp_path_factory.mktemp("stream") / "run")
-    labels, until_us = write_views(run, random_dataset(), ViewSettings(DIMENSIONS))
-    register_features(run.features, DIMENSIONS, "sqlite")
-    materialise(run.features, until_us / 1e6)
-    write_json(run.record_path("features"), {"config": {"views": asdict(ViewSettings(DIMENSIONS))}})
-    fixture = StreamFixture(run, None, None, until_us + DATASET_AGE_S * SECOND_US)  # type: ignore[arg-type]
-    fixture.logs = open_logs(run.events, lambda: fixture.clock_us / 1e6)
-    fixture.append(0, done(0, 500, 1001, OutcomeType.LIKE, fixture.clock_us))
-    sinks = FeatureSinks(open_feature_store(run.features), FeatureChangelog(run.overlay))
-    fixture.processor = LocalStream(
-        fixture.logs, SqliteStore(run.path / "stream" / "state.db"), sinks, view_settings(run), view_ttl_us(run),
-        video_facts(run), clock=lambda: fixture.clock_us / 1e6,
-    )  # fmt: skip
-    fixture.processor.start(lambda: load_dataset(run))
-    assert labels.num_rows
-    return fixture
+def built_run(tmp_path_factory: pytest.TempPathFactory) -> RunDirectory:
+    return build_run(tmp_path_factory.mktemp("built") / "run")
 
 
-def done(number: int, viewer: int, video: int, kind: OutcomeType | None, at_us: int, value: float = 1.0) -> LoggedEvent:
-    return LoggedEvent(10**9 + number, viewer, video, kind, value, at_us - 9 * SECOND_US, at_us)
+@pytest.fixture
+def run(built_run: RunDirectory, tmp_path: Path) -> RunDirectory:
+    return copied_run(built_run, tmp_path / "run")
 
 
-def serve(streamed: StreamFixture, path: Path) -> int:
-    """Serves for some hours and samples every answer. Returns the number of answers."""
-    run, rng = streamed.run, np.random.default_rng(3)
-    snapshot = video_snapshot(run.features, streamed.processor.settled_us / 1e6)
-    video_file = run.path / "videos.arrow"
-    arrays = assemble_videos(columns_from_table(snapshot), np.zeros(snapshot.num_rows), DIMENSIONS)
-    write_videos(
-        video_file, snapshot, arrays, np.eye(1, 4, dtype=np.float32).repeat(snapshot.num_rows, axis=0), DIMENSIONS
-    )
-    table = open_video_table(video_file)
-    overlay, rows = (
-        FeatureOverlay(table, FeatureChangelog(run.overlay)),
-        ViewerRowReader(open_feature_store(run.features)),
-    )
-    sample = ParitySampler(VectorLog(path, ratio=1.0), InlineExecutor())  # type: ignore[arg-type]
-    answers = 0
-    for hour in range(1, 30):
-        now_us = streamed.clock_us + 2_700 * SECOND_US
-        kinds = rng.choice(list(OutcomeType), 12).tolist()
-        streamed.append(
-            hour,
-            *(
-                done(100 * hour + i // 2, 500 + hour % 7, 1000 + int(rng.integers(60)), OutcomeType(kind), now_us, 9e3)
-                for i, kind in enumerate(kinds)
-            ),
-            *(done(100 * hour + 50 + i, 500 + hour % 7, 1000 + int(rng.integers(60)), None, now_us) for i in range(3)),
-        )
-        streamed.advance_to(now_us + int(rng.integers(2, 9)) * SECOND_US)
-        overlay.poll()
-        viewer = 500 + hour % 7
-        sample.offer(
-            hour, RecommendRequest(viewer_id=viewer), "r1", None, rows.read(viewer), table,
-            rng.integers(0, len(table), 8).astype(np.int32), streamed.clock_us / 1e6,
-        )  # fmt: skip
-        answers += 1
-    assert table.live.version > 10
-    return answers
-
-
-def parity(streamed: StreamFixture, folder: Path, path: Path) -> ParityReport:
-    replay_log(streamed.run, streamed.logs, folder, streamed.processor.behind_us)
-    return replay(folder, path)
-
-
-@pytest.mark.slow
-def test_served_values_equal_the_offline_join_over_the_log(streamed: StreamFixture, tmp_path: Path) -> None:
-    answers = serve(streamed, tmp_path / "vectors")
-    assert streamed.processor.behind_us > 399 * 86_400 * SECOND_US
-    report = parity(streamed, tmp_path / "offline", tmp_path / "vectors")
+def test_served_values_equal_the_values_recomputed_from_the_log(run: RunDirectory) -> None:
+    streamed = ServedStream(run)
+    served = streamed.serve(30)
+    assert streamed.stream.behind_us > 399 * 24 * HOUR_US
+    assert streamed.table.live.version > 10
+    report = streamed.replay()
     assert [str(miss) for miss in report.mismatches[:3]] == []
-    assert report.vectors == answers
+    assert report.vectors == served
     assert report.values > 9_000
 
-    # the replay detects a wrong row: a history that the stream never wrote
-    store, rows = open_feature_store(streamed.run.features), ViewerRowReader(open_feature_store(streamed.run.features))
-    before = rows.read(501)
-    other = viewer_snapshot(streamed.run.features, [502], streamed.processor.settled_us / 1e6)
-    other = other.set_column(0, "viewer_id", pa.array([501]))
-    moment = datetime.fromtimestamp(before["as_of_s"]["viewer_history"], UTC)
-    write_rows(store, "viewer_history", other, [moment])
-    sample = ParitySampler(VectorLog(tmp_path / "wrong", ratio=1.0), InlineExecutor())  # type: ignore[arg-type]
-    table = open_video_table(streamed.run.path / "videos.arrow")
-    nothing = np.zeros(0, np.int32)
-    sample.offer(1, RecommendRequest(viewer_id=501), "r1", None, rows.read(501), table, nothing, 0.0)
-    wrong = replay(tmp_path / "offline", tmp_path / "wrong")
-    assert set(wrong.by_feature) >= {"viewer_history.history_videos"}
+
+def test_replay_takes_only_new_vectors(run: RunDirectory) -> None:
+    streamed = ServedStream(run)
+    streamed.serve(9)
+    assert streamed.replay().vectors == 9
+    assert streamed.replay().vectors == 0
+    streamed.restart_stream()
+    streamed.serve(5)
+    report = streamed.replay(vectors_at_once=2)
+    assert (report.vectors, report.mismatch_count) == (5, 0)
 
 
-@pytest.mark.slow
-def test_like_is_in_the_viewers_row_once_its_second_is_complete(streamed: StreamFixture) -> None:
-    now_us = streamed.clock_us + 100 * SECOND_US
-    streamed.append(10_001, done(10**6, 533, 1042, OutcomeType.LIKE, now_us))
-    streamed.advance_to(now_us + SECOND_US)
-    row = ViewerRowReader(open_feature_store(streamed.run.features)).read(533)
-    assert row["history_videos"][-1] == 1042
-    assert row["history_weights"][-1] == 1.0
+def test_replay_needs_no_record_that_the_log_has_deleted(run: RunDirectory) -> None:
+    streamed = ServedStream(run)
+    streamed.serve(9)
+    streamed.replay()
+    streamed.clock_us += 8 * 24 * HOUR_US
+    streamed.run_stream()
+    assert streamed.logs[Topic.OUTCOMES].apply_retention() == 10
+    streamed.serve(9)
+    report = streamed.replay()
+    assert (report.vectors, [str(miss) for miss in report.mismatches[:3]]) == (9, [])
+
+
+def edited_ids(record: StoredRecord, added: int) -> StoredRecord:
+    """Returns the record with other impressions."""
+    table = decode_outcomes(record.payload)
+    at = table.schema.get_field_index("impression_id")
+    table = table.set_column(at, table.schema.field(at), pc.add(table["impression_id"], pa.scalar(added, pa.int64())))
+    return record._replace(payload=encode_rows(table.combine_chunks().to_batches()[0]))
+
+
+def test_lost_record_is_found(run: RunDirectory) -> None:
+    def without_one(record: StoredRecord) -> Sequence[StoredRecord]:
+        return [] if record.offset == 4 else [record]
+
+    streamed = ServedStream(run, edit=without_one)
+    streamed.serve(3 * VIEWERS)
+    report = streamed.replay()
+    viewer = f"viewer {FIRST_VIEWER + 3}"  # offset 1 is record 0
+    of_viewer = [miss for miss in report.mismatches if miss.entity == viewer]
+    assert {miss.view for miss in of_viewer} >= {"viewer_activity", "viewer_history"}
+    assert {miss.entity for miss in report.mismatches if miss.entity.startswith("viewer")} == {viewer}
+    counts = [(miss.served, miss.offline) for miss in of_viewer if miss.feature == "impressions_1d"]
+    assert counts
+    assert all(served < offline for served, offline in counts)
+    with pytest.raises(ParityError, match=r"viewer_activity\.impressions_1d of viewer 503"):
+        report.raise_if_bad()
+
+
+def test_doubled_record_is_found(run: RunDirectory) -> None:
+    def one_twice(record: StoredRecord) -> Sequence[StoredRecord]:
+        return [record, edited_ids(record, 10**12)] if record.offset == 5 else [record]
+
+    streamed = ServedStream(run, edit=one_twice)
+    streamed.serve(2 * VIEWERS)
+    report = streamed.replay()
+    viewer = f"viewer {FIRST_VIEWER + 4}"
+    assert {miss.entity for miss in report.mismatches if miss.entity.startswith("viewer")} == {viewer}
+    counts = [
+        (miss.served, miss.offline) for miss in report.mismatches
+        if (miss.view, miss.feature) == ("video_engagement", "video_impressions_30d")
+    ]  # fmt: skip
+    assert counts
+    assert all(served > offline for served, offline in counts)
+
+
+def test_wrong_window_is_found(run: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
+    shorter = tuple(
+        dataclasses.replace(w, length_s=w.length_s // 2) if w.name == "24h" else w for w in views.names.VIDEO_WINDOWS
+    )
+    with monkeypatch.context() as patch:
+        patch.setattr(views.names, "VIDEO_WINDOWS", shorter)
+        streamed = ServedStream(run)
+        streamed.serve(20)
+    report = streamed.replay()
+    assert {(miss.view, miss.feature[-4:]) for miss in report.mismatches} == {("video_engagement", "_24h")}
+    assert all(miss.entity.startswith("video ") for miss in report.mismatches)
+
+
+def test_late_row_is_found(run: RunDirectory) -> None:
+    streamed = ServedStream(run)
+    streamed.serve(VIEWERS)
+    streamed.serve(2, stream_runs=False)
+    streamed.clock_us += HOUR_US
+    streamed.offer(FIRST_VIEWER + 1, np.zeros(0, np.int32))
+    streamed.offer(FIRST_VIEWER + 2, np.arange(40, dtype=np.int32))
+    report = streamed.replay()
+    late = [miss for miss in report.mismatches if miss.feature == "as_of_s"]
+    assert {miss.view for miss in late} >= {"viewer_history", "viewer_activity", "video_engagement"}
+    assert {f"viewer {FIRST_VIEWER + 1}", f"viewer {FIRST_VIEWER + 2}"} <= {miss.entity for miss in late}
+    assert all(miss.served < miss.offline for miss in late)
+    assert len(late) == report.mismatch_count, "the values are those of the time that the rows state"
+
+
+def test_short_pause_of_the_stream_is_no_mismatch(run: RunDirectory) -> None:
+    streamed = ServedStream(run)
+    streamed.serve(VIEWERS)
+    streamed.append(event(1, FIRST_VIEWER, FIRST_VIDEO, OutcomeType.LIKE, streamed.clock_us))
+    streamed.clock_us += 200 * SECOND_US
+    streamed.offer(FIRST_VIEWER, np.arange(8, dtype=np.int32))
+    streamed.run_stream()
+    assert streamed.replay().mismatch_count == 0
+
+
+def test_skewed_clock_is_found(run: RunDirectory) -> None:
+    streamed = ServedStream(run, stream_ahead_us=2 * HOUR_US)
+    streamed.serve(VIEWERS)
+    report = streamed.replay()
+    ahead = [miss for miss in report.mismatches if miss.feature == "as_of_s"]
+    assert {miss.view for miss in ahead} >= {"viewer_activity", "video_engagement"}
+    assert all(miss.served > miss.offline for miss in ahead)

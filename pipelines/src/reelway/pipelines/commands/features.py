@@ -10,11 +10,11 @@ import typer
 from rich.table import Table
 
 from reelway.platform.cli.terminal import print_status, progress, stdout_console
-from reelway.platform.errors import ConfigError
+from reelway.platform.errors import ConfigError, ParityError
 from reelway.platform.run_directory import RunDirectory
 
 if TYPE_CHECKING:
-    from reelway.pipelines.features.parity import ParityReport
+    from reelway.pipelines.features.parity.comparison import ParityReport
 
 Run = Annotated[Path, typer.Option("--run", help="Run directory.", show_default=True)]
 Cpus = Annotated[
@@ -110,10 +110,20 @@ def materialise(
 
 
 def parity(
-    run: Run = DEFAULT_RUN,
+    run: Annotated[str, typer.Option("--run", help="Run directory, or URL of one.")] = str(DEFAULT_RUN),
     log: Annotated[
-        Path | None,
-        typer.Option("--log", help=f"Vector log of a service, or folder of vector logs. Defaults to RUN/{LOG_FILE}."),
+        str | None,
+        typer.Option(
+            "--log", help=f"Vector log of a service: a file, or a folder or URL of logs. Defaults to RUN/{LOG_FILE}."
+        ),
+    ] = None,
+    event_log: Annotated[
+        str | None,
+        typer.Option(
+            "--event-log",
+            help="Event log: a folder or kafka://host:port[,host:port][/prefix]. Defaults to RUN/events, unless RUN "
+            "is an URL.",
+        ),
     ] = None,
     report_to: Annotated[
         str | None,
@@ -125,6 +135,16 @@ def parity(
         float,
         typer.Option("--tolerance", min=0.0, help="Largest relative difference at which two values count as equal."),
     ] = 1e-6,
+    late_after: Annotated[
+        float,
+        typer.Option(
+            "--late-after", min=1.0, help="Seconds after which a new row of the stream must be served, or it is late."
+        ),
+    ] = 300.0,
+    from_start: Annotated[
+        bool,
+        typer.Option("--from-start", help="Replay all vectors of the log again. By default only new ones."),
+    ] = False,
     show: Annotated[int, typer.Option("--max-shown", min=1, help="Maximum number of mismatches to print.")] = 20,
     every: Annotated[
         float | None,
@@ -135,33 +155,51 @@ def parity(
         ),
     ] = None,
 ) -> None:
-    """Replay served feature vectors through the offline join. Exits with code 4 if a value differs.
+    """Recompute served feature vectors from the data set and the event log. Exits with code 4 if a value differs.
 
-    Findings are also written to RUN/serving/parity.json, per release and for the whole vector log. A rollout is
-    promoted only after vectors of its release were replayed, and is rolled back if one differs. With --interval the
-    command repeats until Ctrl-C and reports mismatches without exiting.
+    Also exits with code 4 if no vector of the last day was replayed, unless the findings are reported to an operator.
+
+    Replays the vectors that were logged since the last replay; RUN/parity holds the position and a copy of the events.
+    Findings of the last day are also written to RUN/serving/parity.json, per release. A rollout is promoted only after
+    vectors of its release were replayed, and is rolled back if one differs. With --interval the command repeats until
+    Ctrl-C and reports mismatches without exiting.
+
+    \b
+    Examples:
+      reelway features parity --run runs/demo
+      reelway features parity --run s3://reelway/runs/production --log s3://reelway/parity \\
+        --event-log kafka://kafka:9092 --report s3://reelway/releases/parity.json
     """
     import os
     import signal
     import time
 
-    from reelway.pipelines.features.parity import replay
-    from reelway.platform.atomic_files import write_json
-    from reelway.platform.rollout.sources.parity_findings import parity_path
+    from reelway.pipelines.features.parity.progress import forget_vectors
+    from reelway.pipelines.features.parity.replay import ReplayOptions, replay
+    from reelway.pipelines.features.parity.run_files import RunFiles
     from reelway.platform.rollout.sources.parity_store import write_parity
 
-    directory = RunDirectory(run)
+    options = ReplayOptions(
+        vectors=log or f"{run}/{LOG_FILE}",
+        events=event_log or (None if "://" in run else f"{run}/events"),
+        tolerance=tolerance,
+        late_after_s=late_after,
+    )
+    if from_start:
+        forget_vectors(RunFiles(run), time.time())
     if every is not None:
         signal.signal(signal.SIGINT, signal.default_int_handler)  # background jobs of a shell ignore SIGINT
         os.nice(19)  # the service has priority over its monitoring
     while True:
-        report = replay(directory.features, log or directory.path / LOG_FILE, tolerance)
-        findings = report.by_release(time.time())
-        write_json(parity_path(directory), findings)
-        if report_to is not None:
-            write_parity(report_to, findings)
+        report, progress = replay(run, options, time.time())
+        findings = progress.by_release()
+        for target in (f"{run}/serving/parity.json", report_to):
+            if target is not None:
+                write_parity(target, findings)
         _show_parity(report, show)
         if every is None:
+            if not findings and report_to is None:  # an operator waits for findings
+                raise ParityError("vector log: no served vectors were replayed; send requests with the vector log on")
             report.raise_if_bad()
             return
         time.sleep(every)
@@ -169,7 +207,7 @@ def parity(
 
 def _show_parity(report: ParityReport, show: int) -> None:
     stdout_console.print(
-        f"{report.vectors} vectors, {report.values} values, {len(report.mismatches)} mismatches", highlight=False
+        f"{report.vectors} vectors, {report.values} values, {report.mismatch_count} mismatches", highlight=False
     )
     if report.mismatches:
         table = Table("view", "feature", "entity", "served", "offline")

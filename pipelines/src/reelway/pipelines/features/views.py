@@ -18,9 +18,9 @@ a grid point would be part of the snapshot that a request at the same time reads
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 import pyarrow as pa
@@ -71,6 +71,14 @@ class ViewSettings:
     skip: Prior = field(default_factory=lambda: Prior(0.3))
     follow: Prior = field(default_factory=lambda: Prior(0.01))
     watch_s: Prior = field(default_factory=lambda: Prior(8.0))
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> ViewSettings:
+        """Returns the settings that a run's record of the step ``features`` has under ``config.views``."""
+        values = dict(config)
+        dimensions = FeatureDimensions(**values.pop("dimensions"))
+        priors = {name: Prior(**value) for name, value in values.items() if isinstance(value, Mapping)}
+        return cls(dimensions, **{**values, **priors})
 
 
 @dataclass(frozen=True)
@@ -235,11 +243,14 @@ def viewer_activity_at(events: Events, settings: ViewSettings, at: SnapshotPoint
 
 def viewer_history(events: Events, settings: ViewSettings, until_us: int) -> pa.Table:
     """Returns the last ``history_length`` impressions with a non-zero weight, in the order they became known."""
+    return viewer_history_at(events, settings, viewer_history_points(events, settings, until_us))
+
+
+def viewer_history_points(events: Events, settings: ViewSettings, until_us: int) -> SnapshotPoints:
+    """Returns the points at which an impression with a non-zero weight becomes known."""
     telling = np.flatnonzero(events.weight_milli)
     viewer, known_us = events.viewer_id[telling], events.known_us[telling]
-    grid_us = settings.history_grid_s * SECOND_US
-    at = snapshot_points(viewer, known_us, [], grid_us=grid_us, until_us=until_us)
-    return viewer_history_at(events, settings, at)
+    return snapshot_points(viewer, known_us, [], grid_us=settings.history_grid_s * SECOND_US, until_us=until_us)
 
 
 def viewer_history_at(events: Events, settings: ViewSettings, at: SnapshotPoints) -> pa.Table:

@@ -97,7 +97,9 @@ class OperatorSettings(BaseSettings):
         default=None, description="path or URL of the release store; its releases are recorded as Release resources"
     )
     parity_findings: str | None = Field(
-        default=None, description="path or URL of the file that `reelway features parity --report` writes"
+        default=None,
+        description="path or URL of the file that `reelway features parity --report` writes; without it the default "
+        "policy does not require parity",
     )
     ranker_template: Path | None = Field(
         default=None, description="InferenceService template of a release's ranker; None if Serve runs the ranker"

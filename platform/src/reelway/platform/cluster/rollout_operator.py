@@ -259,7 +259,7 @@ class RolloutOperator:
             raise ConfigError(resource.policy_problem)
         reference = resource.spec.policy_ref
         if reference is None:
-            return resource.spec.policy or default_policy()
+            return resource.spec.policy or default_policy(parity=self._settings.parity_findings is not None)
         return self._policy_from_config_map(reference)
 
     def _policy_from_config_map(self, reference: PolicyReference) -> RolloutPolicy:

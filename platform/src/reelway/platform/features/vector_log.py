@@ -1,7 +1,8 @@
 """A bounded log of sampled feature vectors exactly as they were served, for the parity replay.
 
-Each request is one JSON line, appended atomically and synced. A hash of the request id selects requests, so every
-replica and every retry selects the same ones. When the log is full, its older half is deleted.
+Each request is one JSON line. A hash of the request id selects requests, so every replica and every retry selects the
+same ones. On disk, lines are appended to a file atomically and synced; when the log is full, its older half is deleted.
+An object store cannot append, so lines become numbered objects (``vector_segments``). ``vector_reader`` reads both, and
 ``pipelines.features.parity`` compares the vectors.
 """
 
@@ -13,14 +14,15 @@ import math
 import os
 import socket
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Final
 
 import numpy as np
 
-from reelway.platform.errors import ConfigError, MalformedFileError, StorageError
+from reelway.platform.errors import ConfigError, StorageError
 from reelway.platform.features.hashing import mix64
 
 
@@ -43,6 +45,14 @@ class ServedVector:
     videos: Sequence[Mapping[str, Any]]
     viewer_as_of_s: float | None = None
     videos_as_of_s: float | None = None
+    served_at_s: float | None = None
+    """Unix seconds of the router's clock; ``request_time_s`` may be a time that the client stated."""
+
+
+PREVIOUS_SUFFIX: Final = ".1"
+"""Suffix of the older half of a log."""
+MAX_BYTES: Final = 256 << 20
+"""Default size of a log, in bytes."""
 
 
 def _to_json_value(value: Any) -> Any:
@@ -60,10 +70,42 @@ def _to_json_value(value: Any) -> Any:
     return value
 
 
-class VectorLog:
+class SampledVectors(ABC):
+    """Serialises the vectors of sampled requests; subclasses store the lines.
+
+    Raises:
+        ConfigError: if ``ratio`` is outside 0..1.
+    """
+
+    def __init__(self, ratio: float) -> None:
+        if not 0.0 <= ratio <= 1.0:
+            raise ConfigError(f"vector log: sample ratio {ratio:g} is outside 0..1; use a share such as 0.01")
+        self._limit = int(ratio * 2**64)
+
+    def is_sampled(self, request_id: int) -> bool:
+        """Returns whether the request is in the sample; call it before collecting the rows."""
+        return int(mix64(np.array([request_id], dtype=np.uint64))[0]) < self._limit
+
+    def append(self, vector: ServedVector) -> bool:
+        """Stores the vector if its request is in the sample. Returns whether it is.
+
+        Raises:
+            StorageError: if the disk is full, or the store cannot be written.
+        """
+        if not self.is_sampled(vector.request_id):
+            return False
+        line = json.dumps(_to_json_value(asdict(vector)), separators=(",", ":"), allow_nan=False).encode() + b"\n"
+        self._store(line)
+        return True
+
+    @abstractmethod
+    def _store(self, line: bytes) -> None: ...
+
+
+class VectorLog(SampledVectors):
     """Appends served vectors to a file. Threads and processes of one machine may share the file."""
 
-    def __init__(self, path: Path, *, ratio: float = 0.01, max_bytes: int = 256 << 20) -> None:
+    def __init__(self, path: Path, *, ratio: float = 0.01, max_bytes: int = MAX_BYTES) -> None:
         """Stores the settings; the file is opened at the first append.
 
         Args:
@@ -73,32 +115,17 @@ class VectorLog:
         Raises:
             ConfigError: if ``ratio`` is outside 0..1.
         """
-        if not 0.0 <= ratio <= 1.0:
-            raise ConfigError(f"vector log: sample ratio {ratio:g} is outside 0..1; use a share such as 0.01")
+        super().__init__(ratio)
         self.path = path
-        self._limit = int(ratio * 2**64)
         self._half_bytes = max_bytes // 2
         self._lock = threading.Lock()
 
-    def is_sampled(self, request_id: int) -> bool:
-        """Returns whether the request is in the sample; call it before collecting the rows."""
-        return int(mix64(np.array([request_id], dtype=np.uint64))[0]) < self._limit
-
-    def append(self, vector: ServedVector) -> bool:
-        """Writes the vector to disk if its request is in the sample. Returns whether it was written.
-
-        Raises:
-            StorageError: if the disk is full or not writable.
-        """
-        if not self.is_sampled(vector.request_id):
-            return False
-        line = json.dumps(_to_json_value(asdict(vector)), separators=(",", ":"), allow_nan=False).encode() + b"\n"
+    def _store(self, line: bytes) -> None:
         try:
             with self._lock:
                 self._append(line)
         except OSError as error:
             raise StorageError(f"{self.path}: cannot write the vector log: {error.strerror or error}") from error
-        return True
 
     def _append(self, line: bytes) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -132,32 +159,4 @@ def _last_line_end(path: Path) -> int:
 
 
 def _previous(path: Path) -> Path:
-    return path.with_name(path.name + ".1")
-
-
-def read_vectors(path: Path) -> Iterator[ServedVector]:
-    """Returns all vectors of the log, oldest first; for a folder, those of all its logs, host by host.
-
-    A last line that a crash cut off was never acknowledged and is skipped.
-
-    Raises:
-        MalformedFileError: if any other line is not a served vector.
-    """
-    if path.is_dir():
-        names = {
-            file.with_name(file.name.removesuffix(".1")) for file in path.glob("*.jsonl*") if ".lock" not in file.name
-        }
-        for log in sorted(names):
-            yield from read_vectors(log)
-        return
-    for file in (_previous(path), path):
-        if not file.exists():
-            continue
-        with file.open("rb") as handle:
-            for number, line in enumerate(handle, start=1):
-                if not line.endswith(b"\n"):
-                    break
-                try:
-                    yield ServedVector(**json.loads(line))
-                except (ValueError, TypeError) as error:
-                    raise MalformedFileError(file, "a served vector as JSON", seen=line[:80], row=number) from error
+    return path.with_name(path.name + PREVIOUS_SUFFIX)

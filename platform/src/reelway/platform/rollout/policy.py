@@ -262,10 +262,17 @@ def load_policy(path: Path) -> RolloutPolicy:
     return parse_policy(text, source=str(path))
 
 
-def default_policy() -> RolloutPolicy:
-    """Returns the built-in default policy."""
+def default_policy(*, parity: bool = True) -> RolloutPolicy:
+    """Returns the built-in default policy.
+
+    Args:
+        parity: whether served features are replayed; without a replay the policy does not require its findings.
+    """
     text = (files("reelway.platform.rollout") / "default_policy.yaml").read_text()
-    return parse_policy(text, source="default_policy.yaml")
+    policy = parse_policy(text, source="default_policy.yaml")
+    if parity:
+        return policy
+    return policy.model_copy(update={"guardrails": policy.guardrails.model_copy(update={"parity_mismatches": None})})
 
 
 def parse_policy(text: str, *, source: str) -> RolloutPolicy:

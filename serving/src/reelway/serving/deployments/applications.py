@@ -21,7 +21,7 @@ from ray.serve.handle import DeploymentHandle
 from reelway.platform.eventlog import EventLog, LogRecord
 from reelway.platform.eventlog.topics import Topic, open_topic, topic_address
 from reelway.platform.features.feast_store import open_feature_store
-from reelway.platform.features.vector_log import VectorLog, host_log_path
+from reelway.platform.features.vector_segments import open_vector_log
 from reelway.platform.features.viewer_memory import open_viewer_memory
 from reelway.platform.features.viewer_rows import ViewerRowReader
 from reelway.platform.rollout.traffic.serving_options import OutcomesArgs, ReleaseArgs, RouterArgs
@@ -90,7 +90,7 @@ class RouterDeployment(Router):
         viewers = ViewerRowReader(store, memory=memory) if store else None
         sample = None
         if args.vector_log:
-            vectors = VectorLog(host_log_path(args.vector_log), ratio=args.parity_ratio)
+            vectors = open_vector_log(args.vector_log, ratio=args.parity_ratio)
             sample = ParitySampler(vectors, ThreadPoolExecutor(1, thread_name_prefix="parity-sample"))
         parts = RouterDependencies(
             signer=TokenSigner(*read_token_secrets(args.token_secrets)),

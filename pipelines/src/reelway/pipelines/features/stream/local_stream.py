@@ -83,6 +83,7 @@ class LocalStream:
         self._views, self._ttl_us = views, ttl_us
         self._max_records, self._clock, self._parked = max_records, clock, parked
         self.settled_us = 0
+        self.began_us = 0
         self.behind_us = 0
         self.end_offsets: dict[Topic, Offsets] = {}
 
@@ -102,7 +103,7 @@ class LocalStream:
             with self._store.transaction():
                 self._make_tasks(behind_us)
                 rows = begin(self._viewers, self._videos, dataset, settled_us)
-                self._store.put(behind_us=behind_us, positions={})
+                self._store.put(began_us=settled_us, behind_us=behind_us, positions={})
                 self._record(rows, settled_us, {})
         self.resume()
         self._deliver()
@@ -110,6 +111,7 @@ class LocalStream:
     def resume(self) -> None:
         """Returns to the recorded state, after a micro-batch that raised."""
         self._make_tasks(int(self._store.get("behind_us")))
+        self.began_us = int(self._store.get("began_us"))
         self.settled_us = self._viewers.settled_us or 0
         stored = self._store.get("positions")
         self.positions: dict[Topic, Offsets] = {

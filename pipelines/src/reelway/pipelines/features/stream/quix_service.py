@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Mapping
 from contextlib import ExitStack, closing, suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Final
 from uuid import uuid4
@@ -15,6 +16,7 @@ import pyarrow as pa
 from prometheus_client import CollectorRegistry
 
 from reelway.pipelines.features.stream.bootstrap import initial_watermark_us
+from reelway.pipelines.features.stream.clock import STREAM_CLOCK_FILE, StreamClock
 from reelway.pipelines.features.stream.local_stream import offset_to_dataset_us
 from reelway.pipelines.features.stream.metrics import StreamMetrics, metrics_server
 from reelway.pipelines.features.stream.quix_stream import VIDEO_ROWS, VIEWER_ROWS, QuixSettings, QuixStream
@@ -64,9 +66,9 @@ def run_member(run: RunDirectory, options: StreamOptions, stop: threading.Event)
         logs = {topic: stack.enter_context(closing(open_topic(options.events, topic))) for topic in TOPICS}
         parked = stack.enter_context(closing(ParkedRecords(_state_folder(run, options) / "parked.db")))
         settings = member_settings(logs, options.events, _state_folder(run, options))
-        begin_us, behind_us = stream_clock(run, logs)
-        rules = StreamRules(views, view_ttl_us(run), behind_us)
-        stream = QuixStream(settings, rules, begin_us, lambda: load_dataset(run), video_facts(run), metrics, parked)
+        time_axis = stream_clock(run, logs)
+        rules, began_us = StreamRules(views, view_ttl_us(run), time_axis.behind_us), time_axis.began_us
+        stream = QuixStream(settings, rules, began_us, lambda: load_dataset(run), video_facts(run), metrics, parked)
         sinks = FeatureSinks(open_feature_store(run.features), FeatureChangelog(options.overlay or run.overlay))
         schemas, sources = row_schemas(views), settings.partitions * len(VIDEO_VIEWS)
         client = {"bootstrap.servers": settings.servers, **settings.client}
@@ -112,25 +114,23 @@ def member_settings(logs: Mapping[Topic, EventLog], events: str, state: Path) ->
     )
 
 
-def stream_clock(run: RunDirectory, logs: Mapping[Topic, EventLog]) -> tuple[int, int]:
-    """Returns the time at which the stream begins and its offset to the log's time.
+def stream_clock(run: RunDirectory, logs: Mapping[Topic, EventLog]) -> StreamClock:
+    """Returns the stream's time axis.
 
-    The first member writes both to the run's folder, so that all members use the same.
+    The first member writes it to the run's folder, so that all members and the parity replay use the same.
     """
-    path = run.path / "stream" / "clock.json"
+    path = run.path / STREAM_CLOCK_FILE
     if not path.exists():
-        views = view_settings(run)
-        fine_us = StreamRules(views, {}).fine_us
-        begin_us = initial_watermark_us(load_dataset(run).labels, fine_us)
-        behind_us = offset_to_dataset_us(logs, begin_us, time.time)
+        fine_us = StreamRules(view_settings(run), {}).fine_us
+        began_us = initial_watermark_us(load_dataset(run).labels, fine_us)
+        clock = StreamClock(began_us, offset_to_dataset_us(logs, began_us, time.time))
         path.parent.mkdir(parents=True, exist_ok=True)
         draft = path.with_name(f"clock-{uuid4().hex}.json")
-        write_json(draft, {"begin_us": begin_us, "behind_us": behind_us})
+        write_json(draft, asdict(clock))
         with suppress(FileExistsError):  # another member was faster
             path.hardlink_to(draft)
         draft.unlink()
-    stored = json.loads(path.read_text())
-    return int(stored["begin_us"]), int(stored["behind_us"])
+    return StreamClock(**json.loads(path.read_text()))
 
 
 def stop_when_requested(stream: QuixStream, stop: threading.Event, ended: threading.Event) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -11,8 +9,7 @@ from reelway.pipelines.features.stream.bootstrap import DatasetState
 from reelway.pipelines.features.stream.time_buckets import STREAMED
 from reelway.pipelines.features.stream.video_facts import VideoFacts
 from reelway.pipelines.features.training_rows import LABELS_FILE, read_feature_file
-from reelway.pipelines.features.views import SECOND_US, Prior, ViewSettings
-from reelway.platform.contracts.feature_dimensions import FeatureDimensions
+from reelway.pipelines.features.views import SECOND_US, ViewSettings
 from reelway.platform.errors import FeatureError
 from reelway.platform.features.feast_store import open_feature_store
 from reelway.platform.run_directory import RunDirectory
@@ -20,10 +17,7 @@ from reelway.platform.run_directory import RunDirectory
 
 def view_settings(run: RunDirectory) -> ViewSettings:
     """Returns the grids and priors of the run's features. The stream uses the same values."""
-    config: dict[str, Any] = dict(run.record("features")["config"]["views"])
-    dimensions = FeatureDimensions(**config.pop("dimensions"))
-    priors = {name: Prior(**value) for name, value in config.items() if isinstance(value, dict)}
-    return ViewSettings(dimensions, **{**config, **priors})
+    return ViewSettings.from_config(run.record("features")["config"]["views"])
 
 
 def view_ttl_us(run: RunDirectory) -> dict[str, int]:

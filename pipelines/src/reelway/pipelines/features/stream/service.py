@@ -18,6 +18,7 @@ from typing import Final
 
 from prometheus_client import CollectorRegistry
 
+from reelway.pipelines.features.stream.clock import StreamClock, write_stream_clock
 from reelway.pipelines.features.stream.local_stream import LocalStream, MicroBatchResult
 from reelway.pipelines.features.stream.metrics import StreamMetrics, metrics_server
 from reelway.pipelines.features.stream.run_inputs import load_dataset, video_facts, view_settings, view_ttl_us
@@ -99,4 +100,5 @@ def open_stream(run: RunDirectory, options: StreamOptions) -> Iterator[LocalStre
         parked = stack.enter_context(closing(ParkedRecords((options.state or run.path / "stream") / "parked.db")))
         stream = LocalStream(logs, store, sinks, view_settings(run), view_ttl_us(run), video_facts(run), parked=parked)
         stream.start(lambda: load_dataset(run))
+        write_stream_clock(run, StreamClock(stream.began_us, stream.behind_us))
         yield stream

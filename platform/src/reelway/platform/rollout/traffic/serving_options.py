@@ -109,7 +109,7 @@ class RouterArgs(ReleaseStoreArgs):
     features_dir: Path | None = Field(
         default=None, description="folder of the feature store; without it every viewer is served as unknown"
     )
-    vector_log: Path | None = Field(default=None, description="file or folder for the parity replay's sample")
+    vector_log: str | None = Field(default=None, description="file, folder or URL for the parity replay's sample")
     parity_ratio: float = Field(default=0.01, ge=0, le=1, description="share of requests that are logged for parity")
     budgets: BudgetsMs = BudgetsMs()
     composition: Composition = "staged"
@@ -207,7 +207,7 @@ class ServingOptions(_Options):
     initial: InitialTraffic | None = Field(default=None, description="required where no routing exists yet")
     token_secrets: Path | None = None
     features_dir: Path | None = None
-    vector_log: Path | None = None
+    vector_log: str | None = None
     parity_ratio: Annotated[float, Field(ge=0, le=1)] = 0.01
     outcomes: Path | None = Field(
         default=None, description="SQLite file of the outcomes' sums; without it none are kept"

@@ -1,0 +1,198 @@
+"""An incremental copy of the event log beside a run, for replays: the columns that labels depend on, as Parquet.
+
+::
+
+    parity/events/<topic>/<part>/<first>-<last>.parquet      first, last: numbers of the replays that wrote it
+
+A window of thirty days is longer than the log's retention, so a replay cannot read the log alone. A part holds the
+events of some viewers, so all events of an impression are in one part, in the log's order. Files are written once.
+Many files become one, whose numbers contain theirs. A replay that is killed writes the same file again.
+"""
+
+# Shapes: N events
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from typing import Final
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from reelway.pipelines.features.labels import times_us
+from reelway.pipelines.features.parity.run_files import RunFiles
+from reelway.platform.errors import DataError
+from reelway.platform.eventlog import EventLog, StoredRecord
+from reelway.platform.eventlog.arrow_records import viewer_partitions
+from reelway.platform.eventlog.exposure_events import decode_exposures
+from reelway.platform.eventlog.outcome_events import OUTCOME_TYPES, decode_outcomes
+from reelway.platform.eventlog.topics import Topic
+
+log = logging.getLogger(__name__)
+
+PARTS: Final = 16
+EXPOSED: Final = -1
+"""Kind of an exposure; outcomes have the index of their type."""
+READ_RECORDS: Final = 500
+WRITE_ROWS: Final = 200_000
+MAX_FILES: Final = 24
+"""Files of a part after which they are joined."""
+COPY_SCHEMA: Final = pa.schema(
+    [
+        pa.field("impression_id", pa.int64(), nullable=False),
+        pa.field("viewer_id", pa.int64(), nullable=False),
+        pa.field("video_id", pa.int64(), nullable=False),
+        pa.field("creator_id", pa.int64()),
+        pa.field("topic", pa.int32()),
+        pa.field("duration_ms", pa.int32()),
+        pa.field("kind", pa.int8(), nullable=False),
+        pa.field("value", pa.float32(), nullable=False),
+        pa.field("shown_us", pa.int64(), nullable=False),  # when the video was shown, not after the append
+        pa.field("append_us", pa.int64(), nullable=False),  # when the log appended the record
+    ]
+)
+_CODE_BY_TYPE: Final = {str(kind): code for code, kind in enumerate(OUTCOME_TYPES)}
+
+EventFilter = Callable[[pa.RecordBatch], NDArray[np.bool_]]
+
+
+class EventCopy:
+    """The copy of one topic.
+
+    Raises:
+        StorageError: if files cannot be read or written; all methods raise it.
+    """
+
+    def __init__(self, files: RunFiles, topic: Topic) -> None:
+        self._files, self._topic = files, topic
+
+    def copy_new(
+        self, events: EventLog, offsets: Mapping[int, int], number: int
+    ) -> Iterator[tuple[dict[int, int], int]]:
+        """Copies the records from ``offsets`` to the log's present end.
+
+        Yields the next offsets and number each time that everything before them is in the copy; the caller records
+        them before it continues.
+
+        Args:
+            number: of the next file.
+        """
+        at, ends = dict(offsets), events.end_offsets()
+        waiting: list[pa.Table] = []
+        rows = 0
+        while any(at.get(partition, 0) < end for partition, end in ends.items()):
+            batch = events.read(at, limit=READ_RECORDS)
+            if not batch.records and batch.next_offsets == at:
+                break
+            at = dict(batch.next_offsets)
+            waiting += [table for record in batch.records if (table := self._decoded(record, events.name)).num_rows]
+            rows = sum(table.num_rows for table in waiting)
+            if rows >= WRITE_ROWS:
+                self._write(pa.concat_tables(waiting), number)
+                number, waiting, rows = number + 1, [], 0
+                yield at, number
+        if rows:
+            self._write(pa.concat_tables(waiting), number)
+            number += 1
+        if at != dict(offsets):
+            yield at, number
+
+    def read_part(self, part: int, wanted: EventFilter) -> pa.Table:
+        """Returns the wanted events of a part in the log's order, reading some rows at a time."""
+        folder = self._folder(part)
+        found = [COPY_SCHEMA.empty_table()]
+        for name in _current(self._files.names(folder)):
+            for batch in self._files.batches(f"{folder}/{name}"):
+                keep = wanted(batch)
+                if keep.any():
+                    found.append(pa.Table.from_batches([batch.filter(pa.array(keep))]).cast(COPY_SCHEMA))
+        return pa.concat_tables(found)
+
+    def join_files(self, below: int) -> None:
+        """Replaces the files of each part that has many by one.
+
+        Args:
+            below: number of the next file; only files before it are joined.
+        """
+        for part in range(PARTS):
+            folder = self._folder(part)
+            names = self._files.names(folder)
+            current = [name for name in _current(names) if _numbers(name)[1] < below]
+            for name in set(names) - set(_current(names)):
+                self._files.remove(f"{folder}/{name}")
+            small = current[-MAX_FILES:] if len(current) > MAX_FILES else []
+            if small:
+                table = pa.concat_tables([self._files.read_table(f"{folder}/{name}") for name in small])
+                self._files.write_table(f"{folder}/{_name(_numbers(small[0])[0], _numbers(small[-1])[1])}", table)
+                for name in small:
+                    self._files.remove(f"{folder}/{name}")
+
+    def _folder(self, part: int) -> str:
+        return f"parity/events/{self._topic}/{part:02d}"
+
+    def _write(self, rows: pa.Table, number: int) -> None:
+        part_N = viewer_partitions(rows["viewer_id"].to_numpy(), PARTS)
+        for part in np.unique(part_N).tolist():
+            self._files.write_table(
+                f"{self._folder(part)}/{_name(number, number)}", rows.take(pa.array(np.flatnonzero(part_N == part)))
+            )
+
+    def _decoded(self, record: StoredRecord, name: str) -> pa.Table:
+        if not record.payload:
+            return COPY_SCHEMA.empty_table()
+        try:
+            if self._topic is Topic.EXPOSURES:
+                return _exposure_rows(record)
+            return _outcome_rows(record)
+        except DataError as error:  # the stream parks and counts it
+            log.warning(
+                "record skipped: log=%s partition=%d offset=%d: %s", name, record.partition, record.offset, error
+            )
+            return COPY_SCHEMA.empty_table()
+
+
+def _outcome_rows(record: StoredRecord) -> pa.Table:
+    table = decode_outcomes(record.payload)
+    kind_N = np.array([_CODE_BY_TYPE.get(str(name), -1) for name in table["type"].to_pylist()], np.int8)
+    return _copied(table.append_column("kind", pa.array(kind_N)), record).filter(pa.array(kind_N >= 0))
+
+
+def _exposure_rows(record: StoredRecord) -> pa.Table:
+    table = decode_exposures(record.payload)
+    rows = table.num_rows
+    table = table.append_column("kind", pa.array(np.full(rows, EXPOSED, np.int8)))
+    return _copied(table.append_column("value", pa.array(np.zeros(rows, np.float32))), record)
+
+
+def _copied(table: pa.Table, record: StoredRecord) -> pa.Table:
+    times = {
+        "shown_us": pa.array(np.minimum(times_us(table["shown_at"]), record.time_us)),
+        "append_us": pa.array(np.full(table.num_rows, record.time_us, np.int64)),
+    }
+    columns = [times[field.name] if field.name in times else table[field.name] for field in COPY_SCHEMA]
+    return pa.table(columns, schema=COPY_SCHEMA)
+
+
+def _name(first: int, last: int) -> str:
+    return f"{first:012d}-{last:012d}.parquet"
+
+
+def _numbers(name: str) -> tuple[int, int]:
+    first, _, last = name.removesuffix(".parquet").partition("-")
+    return int(first), int(last)
+
+
+def _current(names: list[str]) -> list[str]:
+    """Returns the files that no other file contains, in the log's order."""
+    current: list[str] = []
+    for name in sorted((name for name in names if name.endswith(".parquet")), key=_interval):
+        if not current or _numbers(name)[1] > _numbers(current[-1])[1]:
+            current.append(name)
+    return current
+
+
+def _interval(name: str) -> tuple[int, int]:
+    first, last = _numbers(name)
+    return first, -last
