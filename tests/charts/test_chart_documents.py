@@ -171,12 +171,12 @@ def test_feast_config_contains_no_password() -> None:
     assert "ssl=true" in options
 
 
-def parity_container(found: list[Document]) -> Document | None:
+def parity_container(found: tuple[Document, ...]) -> Document | None:
     jobs = [one for one in found if one["kind"] == "CronJob" and one["metadata"]["name"].endswith("-parity")]
     return jobs[0]["spec"]["jobTemplate"]["spec"]["template"]["spec"]["containers"][0] if jobs else None
 
 
-def operator_findings(found: list[Document]) -> str | None:
+def operator_findings(found: tuple[Document, ...]) -> str | None:
     findings: str | None = yaml.safe_load(named(found, "ConfigMap", "-operator")["data"]["settings.yaml"])[
         "parity_findings"
     ]

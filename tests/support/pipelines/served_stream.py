@@ -8,6 +8,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 from tests.support.dimensions import DIMENSIONS
 from tests.support.pipelines.event_tables import random_dataset
 from tests.support.pipelines.stream_fixtures import LoggedEvent, append, open_logs
@@ -22,14 +23,18 @@ from reelway.pipelines.features.stream.local_stream import LocalStream
 from reelway.pipelines.features.stream.run_inputs import load_dataset, video_facts, view_settings, view_ttl_us
 from reelway.pipelines.features.stream.sinks import FeatureSinks
 from reelway.pipelines.features.stream.sqlite_store import SqliteStore
+from reelway.pipelines.features.stream.uploads import upload_snapshot
 from reelway.pipelines.features.training_rows import video_snapshot
 from reelway.pipelines.features.views import ViewSettings
-from reelway.pipelines.release_tables import write_videos
+from reelway.pipelines.release_tables import video_columns, write_videos
 from reelway.platform.atomic_files import write_json
 from reelway.platform.contracts.api import RecommendRequest
 from reelway.platform.contracts.events import OutcomeType
+from reelway.platform.contracts.release_files import videos_schema
 from reelway.platform.eventlog import EventLog, Offsets, ReadBatch, StoredRecord
+from reelway.platform.eventlog.catalogue_events import VideoUpsert, as_record
 from reelway.platform.eventlog.feature_changelog import FeatureChangelog
+from reelway.platform.eventlog.sqlite_log import SqliteLog
 from reelway.platform.eventlog.topics import Topic
 from reelway.platform.features.assembly import assemble_videos, columns_from_table
 from reelway.platform.features.feast_store import open_feature_store
@@ -45,7 +50,7 @@ HOUR_US = 3_600 * SECOND_US
 DATASET_AGE_US = 4_000 * 24 * HOUR_US
 """Time since the end of the data set, whose end the stream's time continues from.
 
-The clock is later than the machine's: a replay reads the log by the machine's clock, and the log's time never goes back.
+The clock is later than the machine's: a replay reads by the machine's clock, and the log's time never goes back.
 """
 VIEWERS, FIRST_VIEWER, FIRST_VIDEO, VIDEOS = 7, 500, 1000, 60
 
@@ -110,6 +115,7 @@ class ServedStream:
         if edit is not None:
             seen[Topic.OUTCOMES] = EditedLog(seen[Topic.OUTCOMES], edit)  # type: ignore[assignment]
         self._stream_logs = seen
+        self.catalogue = SqliteLog(run.events / f"{Topic.CATALOGUE}.db", clock=lambda: self.clock_us / 1e6)
         self.append(event(10**6, FIRST_VIEWER, FIRST_VIDEO + 1, OutcomeType.LIKE, self.clock_us))
         self.start_stream()
         self._open_release()
@@ -146,6 +152,20 @@ class ServedStream:
         """Appends one record per topic, at the present time."""
         append(self.logs, events, self.next_record)
         self.next_record += 1
+
+    def upload(self, upsert: VideoUpsert, *, served: VideoUpsert | None = None) -> np.ndarray:
+        """Appends an upload or update to the log, and to the video table as the overlay does. Returns its row.
+
+        Args:
+            served: what the table gets instead of the upload.
+        """
+        self.catalogue.append([as_record(upsert, 1)])
+        snapshot = upload_snapshot([served or upsert])
+        videos = assemble_videos(columns_from_table(snapshot), np.zeros(1), DIMENSIONS)
+        columns = video_columns(snapshot, videos, np.eye(1, 4, dtype=np.float32))
+        row = len(self.table) + self.table.uploads.rows
+        self.table.append_uploads(pa.Table.from_arrays(columns, schema=videos_schema(4)))
+        return np.array([row], dtype=np.int32)
 
     def run_stream(self) -> None:
         """Processes what is in the log by now."""

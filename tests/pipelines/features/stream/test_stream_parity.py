@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
+from tests.support.dimensions import DIMENSIONS
 from tests.support.pipelines.served_stream import (
     FIRST_VIDEO,
     FIRST_VIEWER,
@@ -21,12 +22,14 @@ from tests.support.pipelines.served_stream import (
     copied_run,
     event,
 )
+from tests.support.pipelines.stream_fixtures import catalogue
 
 from reelway.pipelines.features import views
 from reelway.platform.contracts.events import OutcomeType
 from reelway.platform.errors import ParityError
 from reelway.platform.eventlog import StoredRecord
 from reelway.platform.eventlog.arrow_records import encode_rows
+from reelway.platform.eventlog.catalogue_events import VideoUpsert
 from reelway.platform.eventlog.outcome_events import decode_outcomes
 from reelway.platform.eventlog.topics import Topic
 from reelway.platform.run_directory import RunDirectory
@@ -166,3 +169,56 @@ def test_skewed_clock_is_found(run: RunDirectory) -> None:
     ahead = [miss for miss in report.mismatches if miss.feature == "as_of_s"]
     assert {miss.view for miss in ahead} >= {"viewer_activity", "video_engagement"}
     assert all(miss.served > miss.offline for miss in ahead)
+
+
+def upload(video: int, **fields: object) -> VideoUpsert:
+    """Returns the upload of a video of ``stream_fixtures.catalogue``, whose records state its properties."""
+    known = next(row for row in catalogue().videos.to_pylist() if row["video_id"] == video)
+    stated = {name: known[name] for name in ("video_id", "creator_id", "topic", "uploaded_at", "duration_ms")}
+    return VideoUpsert.model_validate({**stated, "version": 1, "visual": [0.5] * DIMENSIONS.visual, **fields})
+
+
+def test_uploads_and_updates_are_recomputed_from_their_topic(run: RunDirectory) -> None:
+    streamed = ServedStream(run)
+    streamed.serve(2)
+    new = streamed.upload(upload(3))  # by a creator that the data set does not contain
+    streamed.offer(FIRST_VIEWER, new)  # the stream's values follow
+    changed = streamed.upload(upload(1, video_id=FIRST_VIDEO + 5, creator_id=7))
+    rows = np.concatenate([new, changed])
+    for hour in range(3):
+        now_us = streamed.clock_us
+        streamed.append(
+            event(10**7 + 10 * hour, FIRST_VIEWER, 3, None, now_us),
+            event(10**7 + 10 * hour, FIRST_VIEWER, 3, OutcomeType.FOLLOW, now_us),
+            event(10**7 + 10 * hour + 1, FIRST_VIEWER, FIRST_VIDEO + 5, None, now_us),
+        )
+        streamed.serve(1)
+        streamed.offer(FIRST_VIEWER, rows)
+    live = streamed.table.live.at(rows.astype(np.int64))
+    assert np.isfinite(live).all(), "both rows have live values"
+    streamed.upload(upload(3, version=2, duration_ms=7_000))
+    streamed.offer(FIRST_VIEWER, rows)  # a replica that has not yet read the new version
+    report = streamed.replay()
+    assert [str(miss) for miss in report.mismatches[:3]] == []
+    assert report.vectors == 2 + 1 + 2 * 3 + 1
+
+
+def test_wrong_upload_is_found(run: RunDirectory) -> None:
+    streamed = ServedStream(run)
+    streamed.serve(1)
+    row = streamed.upload(upload(1), served=upload(1, duration_ms=7_000))
+    streamed.offer(FIRST_VIEWER, row)
+    report = streamed.replay()
+    assert [(miss.feature, miss.entity, miss.served, miss.offline) for miss in report.mismatches] == [
+        ("duration_s", "video 1", 7.0, 20.0)
+    ]
+
+
+def test_upload_without_live_values_is_found_when_they_are_late(run: RunDirectory) -> None:
+    streamed = ServedStream(run)
+    streamed.serve(1)
+    row = streamed.upload(upload(1, creator_id=0))
+    streamed.clock_us += HOUR_US
+    streamed.run_stream()
+    streamed.offer(FIRST_VIEWER, row)  # the overlay was not polled
+    assert "creator_statistics.creator_uploads" in streamed.replay().by_feature
