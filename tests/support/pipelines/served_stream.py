@@ -97,13 +97,14 @@ class ServedStream:
     """A run with its stream, as a server sees it. ``clock_us`` is the time of everything.
 
     Args:
-        edit: what the stream sees of each record; by default the record.
+        edit: what the stream sees of each record of ``edited``; by default the record.
         stream_ahead_us: how far the clock of the stream's process is ahead.
     """
 
     def __init__(
         self, run: RunDirectory, *, edit: Callable[[StoredRecord], Sequence[StoredRecord]] | None = None,
-        stream_ahead_us: int = 0, vectors: SampledVectors | None = None, outcomes_per_hour: int = 12,
+        edited: Topic = Topic.OUTCOMES, stream_ahead_us: int = 0, vectors: SampledVectors | None = None,
+        outcomes_per_hour: int = 12,
     ) -> None:  # fmt: skip
         self.run, self.rng = run, np.random.default_rng(3)
         self.outcomes_per_hour, self.next_record = outcomes_per_hour, 0
@@ -113,7 +114,7 @@ class ServedStream:
         self.logs = open_logs(run.events, lambda: self.clock_us / 1e6)
         seen: dict[Topic, EventLog] = {**open_logs(run.events, lambda: (self.clock_us + stream_ahead_us) / 1e6)}
         if edit is not None:
-            seen[Topic.OUTCOMES] = EditedLog(seen[Topic.OUTCOMES], edit)  # type: ignore[assignment]
+            seen[edited] = EditedLog(seen[edited], edit)  # type: ignore[assignment]
         self._stream_logs = seen
         self.catalogue = SqliteLog(run.events / f"{Topic.CATALOGUE}.db", clock=lambda: self.clock_us / 1e6)
         self.append(event(10**6, FIRST_VIEWER, FIRST_VIDEO + 1, OutcomeType.LIKE, self.clock_us))

@@ -201,7 +201,7 @@ def expected_rows(run: RunDirectory, events: str, folder: Path, until_us: int) -
         logs = {topic: stack.enter_context(closing(open_topic(events, topic))) for topic in TOPICS}
         store = stack.enter_context(closing(SqliteStore(folder / "replay.db")))
         stream = LocalStream(logs, store, None, view_settings(run), view_ttl_us(run), video_facts(run))
-        stream.start(lambda: load_dataset(run), stream_clock(run, logs)[1])
+        stream.start(lambda: load_dataset(run), stream_clock(run, logs).behind_us)
         emitted = []
         while stream.settled_us < until_us:
             emitted += stream.run_micro_batch(wait_s=0.5).emitted
@@ -229,13 +229,13 @@ def test_rows_of_killed_members_equal_those_of_one_process(
         assert appended[0] > 200
         with ExitStack() as stack:
             logs = {topic: stack.enter_context(closing(open_topic(events, topic))) for topic in TOPICS}
-            begin_us, behind_us = stream_clock(run, logs)
-        until_us = time.time_ns() // 1000 - behind_us + 2_000_000
+            axis = stream_clock(run, logs)
+        until_us = time.time_ns() // 1000 - axis.behind_us + 2_000_000
         prefix = events.rsplit("/", 1)[1]
         rows, values = read_rows(broker, prefix, until_us, members.output)
         expected = expected_rows(run, events, tmp_path, until_us)
-        after = {key: count for key, count in rows.items() if begin_us < key[2] <= until_us}
-        wanted = {key for key in expected if begin_us < key[2] <= until_us}
+        after = {key: count for key, count in rows.items() if axis.began_us < key[2] <= until_us}
+        wanted = {key for key in expected if axis.began_us < key[2] <= until_us}
         assert {key for key, count in after.items() if count > 1} == set(), "doubled"
         assert wanted - set(after) == set(), "lost"
         assert set(after) - wanted == set()

@@ -107,6 +107,19 @@ def test_lost_record_is_found(run: RunDirectory) -> None:
         report.raise_if_bad()
 
 
+def test_lost_exposures_are_found(run: RunDirectory) -> None:
+    def without_one(record: StoredRecord) -> Sequence[StoredRecord]:
+        return [] if record.offset == 3 else [record]
+
+    streamed = ServedStream(run, edit=without_one, edited=Topic.EXPOSURES)
+    streamed.serve(2 * VIEWERS)
+    report = streamed.replay()
+    of_viewers = [miss for miss in report.mismatches if miss.entity.startswith("viewer")]
+    assert {miss.entity for miss in of_viewers} == {f"viewer {FIRST_VIEWER + 3}"}  # the first hour's viewer is 501
+    assert {miss.view for miss in of_viewers} == {"viewer_activity"}, "a history has no impressions without outcomes"
+    assert all(miss.served < miss.offline for miss in of_viewers if miss.feature == "impressions_1d")
+
+
 def test_doubled_record_is_found(run: RunDirectory) -> None:
     def one_twice(record: StoredRecord) -> Sequence[StoredRecord]:
         return [record, edited_ids(record, 10**12)] if record.offset == 5 else [record]
