@@ -32,9 +32,12 @@ from reelway.platform.contracts.blend import Blend
 from reelway.platform.contracts.calibration import Calibration, CalibrationCurve
 from reelway.platform.contracts.manifest import Manifest
 from reelway.platform.contracts.release_files import (
+    CREATORS_SCHEMA,
     NEIGHBOURS_PER_VIDEO,
     NEIGHBOURS_SCHEMA,
     POPULAR_SCHEMA,
+    SIMILAR_CREATORS,
+    VIDEOS_PER_CREATOR,
     videos_schema,
     with_dimensions,
 )
@@ -143,6 +146,35 @@ def write_viewer_tower(path: Path, codes_NH: NDArray[np.int64], embedding_ND: F3
     graph.save(path, viewer_tower_inputs(), {"viewer_embedding": ["viewers", width]})
 
 
+def video_tower_inputs(batch: int | str = "videos") -> dict[str, list[Any]]:
+    """Input name -> shape of ``video_tower.onnx``."""
+    return {
+        "video_codes": [batch, names.ID_HASHES],
+        "creator_codes": [batch, names.ID_HASHES],
+        "video_categories": [batch, len(names.VIDEO_CATEGORIES)],
+        "video_static_dense": [batch, len(names.VIDEO_STATIC_DENSE)],
+        **{name: [batch, width] for name, width in DIMENSIONS.content.items()},
+    }
+
+
+def write_video_tower(path: Path, width: int) -> None:
+    """Writes a tower that is linear in every input, so that any changed value changes the embedding."""
+    rng = np.random.default_rng(width)
+    graph = _OnnxGraphBuilder()
+    parts = [
+        graph.codes("video_codes", _normal(rng, DIMENSIONS.id_buckets, width, scale=0.2)),
+        graph.codes("creator_codes", _normal(rng, DIMENSIONS.id_buckets, width, scale=0.2)),
+        graph.codes("video_categories", _normal(rng, DIMENSIONS.category_buckets, width, scale=1.0)),
+        graph.dense("video_static_dense", _normal(rng, len(names.VIDEO_STATIC_DENSE), width, scale=0.1)),
+        *(
+            graph.op("MatMul", name, graph.constant(_normal(rng, size, width, scale=0.3)))
+            for name, size in DIMENSIONS.content.items()
+        ),
+    ]
+    graph.op("LpNormalization", graph.total(*parts, output="before_norm"), output="video_embedding", axis=-1, p=2)
+    graph.save(path, video_tower_inputs(), {"video_embedding": ["videos", width]})
+
+
 def write_ranker(path: Path, width: int, rng: np.random.Generator) -> None:
     """Writes a ranker that is linear in every input and in the viewer-video similarity; ``skip`` has the other sign."""
     tasks = len(names.RANKER_TASKS)
@@ -236,6 +268,29 @@ def _neighbours(video_id: NDArray[np.int64], topic: NDArray[np.int32]) -> pa.Tab
     return pa.Table.from_arrays([pa.array(video_id, pa.int64()), _fixed(rows, pa.int32())], schema=NEIGHBOURS_SCHEMA)
 
 
+def _content_neighbours(video_id: NDArray[np.int64]) -> pa.Table:
+    """Returns the following videos for each video, the first after the last, padded with -1."""
+    count = min(NEIGHBOURS_PER_VIDEO, len(video_id) - 1)
+    rows = np.full((len(video_id), NEIGHBOURS_PER_VIDEO), -1, dtype=np.int32)
+    rows[:, :count] = (np.arange(len(video_id))[:, None] + np.arange(1, count + 1)) % len(video_id)
+    return pa.Table.from_arrays([pa.array(video_id, pa.int64()), _fixed(rows, pa.int32())], schema=NEIGHBOURS_SCHEMA)
+
+
+def _creators(creator_id: NDArray[np.int64]) -> pa.Table:
+    """Returns the following creators as similar ones, and the first videos of each creator as the best ones."""
+    creators, code = np.unique(creator_id, return_inverse=True)
+    count = min(SIMILAR_CREATORS, len(creators) - 1)
+    similar = np.full((len(creators), SIMILAR_CREATORS), -1, dtype=np.int32)
+    similar[:, :count] = (np.arange(len(creators))[:, None] + np.arange(1, count + 1)) % len(creators)
+    order = np.argsort(code, kind="stable")
+    rank = np.arange(len(order)) - np.searchsorted(code[order], code[order], side="left")
+    selected = rank < VIDEOS_PER_CREATOR
+    best = np.full((len(creators), VIDEOS_PER_CREATOR), -1, dtype=np.int32)
+    best[code[order][selected], rank[selected]] = order[selected]
+    columns = [pa.array(creators, pa.int64()), _fixed(similar, pa.int32()), _fixed(best, pa.int32())]
+    return pa.Table.from_arrays(columns, schema=CREATORS_SCHEMA)
+
+
 def _index(embedding_ND: F32) -> faiss.Index:
     factory = "Flat" if len(embedding_ND) < 20_000 else "IVF256,Flat"
     index = faiss.index_factory(embedding_ND.shape[1], factory, faiss.METRIC_INNER_PRODUCT)
@@ -286,11 +341,14 @@ def make_release_folder(
     video_id = table.column("video_id").to_numpy()
     embedding_ND = table.column("embedding").combine_chunks().flatten().to_numpy().reshape(videos, embedding)
     write_viewer_tower(path / files.VIEWER_TOWER_FILE, id_codes(video_id, DIMENSIONS.id_buckets), embedding_ND, rng)
+    write_video_tower(path / files.VIDEO_TOWER_FILE, embedding)
     write_ranker(path / files.RANKER_FILE, embedding, rng)
     faiss.write_index(_index(embedding_ND), str(path / files.INDEX_FILE))
     write_arrow(path / files.VIDEOS_FILE, table)
     write_arrow(path / files.POPULAR_FILE, _popular(video_id, rng))
     write_arrow(path / files.NEIGHBOURS_FILE, _neighbours(video_id, table.column("topic").to_numpy()))
+    write_arrow(path / files.CONTENT_NEIGHBOURS_FILE, _content_neighbours(video_id))
+    write_arrow(path / files.CREATORS_FILE, _creators(table.column("creator_id").to_numpy()))
     (path / files.BLEND_FILE).write_text(yaml.safe_dump((blend or Blend()).model_dump(mode="json"), sort_keys=False))
     curve = CalibrationCurve(method="platt", probability=(0.0, 0.5, 1.0), rate=(0.0, 0.4, 1.0))
     calibration = Calibration(curves={"long_watch": curve, "like": curve})

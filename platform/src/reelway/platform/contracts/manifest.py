@@ -18,11 +18,14 @@ from reelway.platform.contracts.feature_dimensions import FeatureDimensions
 SCHEMA_VERSION: Final = 1
 
 VIEWER_TOWER_FILE: Final = "viewer_tower.onnx"
+VIDEO_TOWER_FILE: Final = "video_tower.onnx"
 RANKER_FILE: Final = "ranker.onnx"
 INDEX_FILE: Final = "index.faiss"
 VIDEOS_FILE: Final = "videos.arrow"
 POPULAR_FILE: Final = "popular.arrow"
 NEIGHBOURS_FILE: Final = "neighbours.arrow"
+CONTENT_NEIGHBOURS_FILE: Final = "content_neighbours.arrow"
+CREATORS_FILE: Final = "creators.arrow"
 BLEND_FILE: Final = "blend.yaml"
 CALIBRATION_FILE: Final = "calibration.json"
 MANIFEST_FILE: Final = "manifest.json"
@@ -31,8 +34,8 @@ REHEARSAL_PREFIX: Final = "rehearsal-"
 """Name prefix of drill releases, which `latest` never resolves to."""
 
 RELEASE_FILES: Final = (
-    VIEWER_TOWER_FILE, RANKER_FILE, INDEX_FILE, VIDEOS_FILE, POPULAR_FILE, NEIGHBOURS_FILE, BLEND_FILE,
-    CALIBRATION_FILE,
+    VIEWER_TOWER_FILE, VIDEO_TOWER_FILE, RANKER_FILE, INDEX_FILE, VIDEOS_FILE, POPULAR_FILE, NEIGHBOURS_FILE,
+    CONTENT_NEIGHBOURS_FILE, CREATORS_FILE, BLEND_FILE, CALIBRATION_FILE,
 )  # fmt: skip
 
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]

@@ -22,6 +22,7 @@ from reelway.platform.eventlog import EventLog, LogRecord
 from reelway.platform.eventlog.topics import Topic, open_topic, topic_address
 from reelway.platform.features.feast_store import open_feature_store
 from reelway.platform.features.vector_log import VectorLog, host_log_path
+from reelway.platform.features.viewer_memory import open_viewer_memory
 from reelway.platform.features.viewer_rows import ViewerRowReader
 from reelway.platform.rollout.traffic.serving_options import OutcomesArgs, ReleaseArgs, RouterArgs
 from reelway.platform.tokens import TokenSigner
@@ -52,6 +53,7 @@ from reelway.serving.parity_sample import ParitySampler
 from reelway.serving.release_loader import open_trusted
 from reelway.serving.release_pool import OpenRelease
 from reelway.serving.router import Router, RouterDependencies
+from reelway.serving.takedown_follower import follow_takedowns
 from reelway.serving.token_secrets import read_token_secrets
 
 # A stage computes and never waits. With a higher limit, requests would queue inside one replica instead of going to
@@ -83,7 +85,9 @@ class RouterDeployment(Router):
     """A replica of the router."""
 
     def __init__(self, args: RouterArgs) -> None:
-        rows = ViewerRowReader(open_feature_store(args.features_dir)) if args.features_dir else None
+        store = open_feature_store(args.features_dir) if args.features_dir else None
+        memory = open_viewer_memory(store) if store else None
+        viewers = ViewerRowReader(store, memory=memory) if store else None
         sample = None
         if args.vector_log:
             vectors = VectorLog(host_log_path(args.vector_log), ratio=args.parity_ratio)
@@ -91,7 +95,8 @@ class RouterDeployment(Router):
         parts = RouterDependencies(
             signer=TokenSigner(*read_token_secrets(args.token_secrets)),
             registry=CollectorRegistry(),
-            read_viewer=rows.read if rows else None,
+            read_viewer=viewers.read_viewer if viewers else None,
+            memory=memory,
             viewer_row_ms=args.budgets.viewer_row,
             sample=sample,
             max_ongoing_requests=args.max_ongoing_requests,
@@ -103,6 +108,7 @@ class RouterDeployment(Router):
         self._args = args
         if args.events:
             topic_address(args.events, Topic.OUTCOMES)  # raises if the address is invalid; no log is opened yet
+        self._takedowns = follow_takedowns(args.events, parts.registry) if args.events else None
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         return build_http_api(self)
@@ -113,7 +119,7 @@ class RouterDeployment(Router):
             parts = self._dependencies
             parts.exposures = ExposureWriter(partial(open_log, Topic.EXPOSURES), self.count_lost_exposure)
             writer = EventLogWriter(partial(open_log, Topic.OUTCOMES))
-            parts.outcomes = OutcomeIntake(parts.signer, writer, IntakeMetrics(parts.registry))
+            parts.outcomes = OutcomeIntake(parts.signer, writer, IntakeMetrics(parts.registry), parts.memory)
         await super().reconfigure(config)
 
     def _log_opener(self) -> Callable[[Topic], AppendLog] | None:
@@ -132,7 +138,7 @@ class RouterDeployment(Router):
 
     async def _open(self, release: str) -> OpenRelease:
         args = self._args
-        loader = await asyncio.to_thread(open_trusted, args.release_args(release))
+        loader = await asyncio.to_thread(open_trusted, args.release_args(release), self._takedowns)
         if args.composition == "fused":
             return await asyncio.to_thread(open_fused, loader, args.budgets.path)
         router_release = await asyncio.to_thread(loader.router_release)

@@ -80,6 +80,7 @@ def _release_application(options: ServingOptions, release: str) -> dict[str, Any
         release=release,
         composition=options.composition,
         ranker_address=options.ranker_address,
+        events=options.events,
     )
     stages = options.deployments
     deployments = [

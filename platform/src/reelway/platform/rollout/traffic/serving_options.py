@@ -42,8 +42,8 @@ class ReleaseStoreArgs(_Options):
     public_keys: Path = Field(description="folder with *.public.pem, or one PEM file")
     overlay: str | None = Field(
         default=None,
-        description="path or fsspec URL of the changelog that updates video features after the release was built; "
-        "without it a release keeps the features that it was built with",
+        description="path or fsspec URL of the overlay that updates the video table after the release was built; "
+        "without it a release keeps the videos and features that it was built with",
     )
 
     def release_args(self, release: str, composition: Composition = "staged") -> ReleaseArgs:
@@ -62,6 +62,11 @@ class ReleaseArgs(ReleaseStoreArgs):
         default=None,
         description="host:port of a remote ranker's gRPC endpoint; {release} stands for the short release id. Without "
         "it Ray Serve ranks",
+    )
+    events: str | None = Field(
+        default=None,
+        description="address of the event log (see eventlog.topics), whose takedowns retrieval follows; without it "
+        "retrieval hides nothing",
     )
 
     @model_validator(mode="after")
@@ -118,7 +123,8 @@ class RouterArgs(ReleaseStoreArgs):
     )
     events: str | None = Field(
         default=None,
-        description="address of the event log (see eventlog.topics), to which exposures and outcomes are appended",
+        description="address of the event log (see eventlog.topics), to which exposures and outcomes are appended and "
+        "whose takedowns are followed; without it nothing is taken down",
     )
     log_keeper: str | None = Field(
         default=None, description="application that appends to its own event log for the routers, used without events"
