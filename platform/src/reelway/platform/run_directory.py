@@ -77,8 +77,9 @@ class RunDirectory:
         return self.path / "releases"
 
     @property
-    def event_log(self) -> Path:
-        return self.path / "events" / "log.db"
+    def events(self) -> Path:
+        """Folder of the event log; see ``eventlog.topics``."""
+        return self.path / "events"
 
     @property
     def overlay(self) -> Path:

@@ -26,11 +26,11 @@ ROLLOUT_MAX_BYTES: Final = 63
 SLICE_BITS: Final = MappingProxyType({Slice.NEW_VIEWERS: 1, Slice.NEW_VIDEOS: 2, Slice.SMALL_CREATORS: 4})
 """Bits of ``ImpressionToken.slices``: the slices of an impression besides ``overall``."""
 ALL_SLICES: Final = sum(SLICE_BITS.values())
-_VERSION: Final = 1
+_VERSION: Final = 2
 _BLAKE2_PERSON: Final = b"reelway-token-1"  # separates the key from other uses of the same secret
-_HEAD: Final = struct.Struct("<BQQQQHBddBBBfBI")
+_HEAD: Final = struct.Struct("<BQQQQHBddBBBfBIqi")
 """version, impression, request, viewer, video, position, arm, propensity, issued at; lengths of release, source and
-rollout; weight, slices, duration."""
+rollout; weight, slices, duration, creator, topic."""
 _IS_RELEASE_ID: Final = re.compile(r"[0-9a-f]{64}").fullmatch
 """A release id (64 hex digits) is encoded as its 32 bytes. Another release name is encoded as text."""
 _TEXT: Final = 0x80
@@ -58,6 +58,8 @@ class ImpressionToken(NamedTuple):
     weight: float = 0.0  # sequential.overlap_weight of the arms when the video was shown
     slices: int = 0  # sum of SLICE_BITS
     duration_ms: int = 0  # of the video; 0 if unknown
+    creator_id: int = -1  # of the video; -1 if unknown
+    topic: int = -1  # of the video; -1 if unknown
 
 
 class TokenSigner:
@@ -86,7 +88,7 @@ class TokenSigner:
         )
 
     def sign(self, token: ImpressionToken) -> str:
-        """Returns URL-safe text without padding: about 155 characters, and 20 more in a rollout.
+        """Returns URL-safe text without padding: about 171 characters, and 20 more in a rollout.
 
         Raises:
             TokenError: if a token cannot encode one of the values.
@@ -129,7 +131,7 @@ class TokenSigner:
 def _body(token: ImpressionToken) -> bytes:
     (
         impression, request, viewer, video, position, release, arm, source, propensity, issued_at_s,
-        rollout, weight, slices, duration_ms,
+        rollout, weight, slices, duration_ms, creator, topic,
     ) = token  # fmt: skip
     try:
         if _IS_RELEASE_ID(release):
@@ -150,6 +152,7 @@ def _body(token: ImpressionToken) -> bytes:
         head = _HEAD.pack(
             _VERSION, impression, request, viewer, video, position, _ARM_CODES[arm],
             propensity, issued_at_s, len(name) | text_bit, len(origin), len(trial), weight, slices, duration_ms,
+            creator, topic,
         )  # fmt: skip
     except (ValueError, TypeError, KeyError, AttributeError, struct.error) as error:
         raise TokenError(f"cannot sign {token}: {error}") from error
@@ -164,7 +167,7 @@ def _token(body: bytes) -> ImpressionToken:
         )
     (
         _, impression, request, viewer, video, position, arm, propensity, issued_at_s, name, origin,
-        trial, weight, slices, duration_ms,
+        trial, weight, slices, duration_ms, creator, topic,
     ) = _HEAD.unpack_from(body)  # fmt: skip
     start = _HEAD.size
     end = start + (name & ~_TEXT)
@@ -173,7 +176,7 @@ def _token(body: bytes) -> ImpressionToken:
     rollout = body[end + origin : end + origin + trial].decode()
     return ImpressionToken(
         impression, request, viewer, video, position, release, _ARMS[arm], source, propensity, issued_at_s,
-        rollout, weight, slices, duration_ms,
+        rollout, weight, slices, duration_ms, creator, topic,
     )  # fmt: skip
 
 

@@ -2,15 +2,19 @@
 
 Status codes:
 
+- 413: the body of reported outcomes is too long.
 - 422: the request is invalid; the response names every invalid field.
 - 429: too many requests are in flight (load shedding).
 - 503: an error that no fallback covers. Failed stages do not lead to an error; the slate comes from their fallbacks.
+  Outcomes are rejected with 503 while the event log does not accept them.
 """
 
 from __future__ import annotations
 
+import asyncio
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from typing import Any, Final, NamedTuple, Protocol, cast
 
 from fastapi import FastAPI, Request, Response
@@ -18,11 +22,19 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from prometheus_client import CONTENT_TYPE_LATEST
 from pydantic import BaseModel
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from reelway.platform.contracts.api import ErrorResponse, FieldError, RecommendRequest, RecommendResponse
+from reelway.platform.contracts.api import (
+    ErrorResponse,
+    FieldError,
+    OutcomesRequest,
+    OutcomesResponse,
+    RecommendRequest,
+    RecommendResponse,
+)
 from reelway.platform.contracts.events import Arm
-from reelway.platform.errors import OverloadedError
+from reelway.platform.errors import MalformedFileError, OverloadedError, ServingError, StorageError
 from reelway.platform.rollout.traffic.routing import Routing
 
 log = logging.getLogger(__name__)
@@ -71,6 +83,8 @@ class RecommendService(Protocol):
 
     async def recommend(self, request: RecommendRequest) -> PendingResponse: ...
 
+    async def report_outcomes(self, request: OutcomesRequest) -> OutcomesResponse: ...
+
     def current_releases(self) -> CurrentReleases: ...
 
     async def metrics_text(self) -> bytes: ...
@@ -85,21 +99,40 @@ class RecommendService(Protocol):
         """
         ...
 
+    def close(self) -> None:
+        """Writes what is still queued; blocks."""
+        ...
+
 
 RECOMMEND: Final = "/v1/recommend"
+OUTCOMES: Final = "/v1/outcomes"
+MAX_OUTCOMES_BYTES: Final = 1 << 20
+"""Four times the size of a request with 1,000 outcomes."""
 RESPONSES: Final[dict[int | str, dict[str, Any]]] = {
     200: {"model": RecommendResponse},
     422: {"model": ErrorResponse},
     429: {"model": ErrorResponse, "description": "Too many requests are in flight; see Retry-After."},
 }
+OUTCOMES_RESPONSES: Final[dict[int | str, dict[str, Any]]] = {
+    413: {"model": ErrorResponse},
+    422: {"model": ErrorResponse},
+    503: {"model": ErrorResponse, "description": "The event log accepts nothing now; see Retry-After."},
+}
 
 
 def build_http_api(service: RecommendService) -> FastAPI:
-    """Returns the ASGI application."""
+    """Returns the ASGI application, which closes the service when it ends."""
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        yield
+        await asyncio.to_thread(service.close)
+
     api = FastAPI(
         title="Reelway recommendations",
         description="Slates of short videos. Send a video's token back with every outcome.",
         version="1",
+        lifespan=lifespan,
     )
 
     # The response model is valid by construction, so FastAPI need not validate it again. RESPONSES documents it.
@@ -109,6 +142,19 @@ def build_http_api(service: RecommendService) -> FastAPI:
         answer = await service.recommend(request)
         body = answer.response.model_dump_json()
         return Response(body, media_type="application/json", background=cast(Any, answer.background))
+
+    @api.post(OUTCOMES, response_model=OutcomesResponse, responses=OUTCOMES_RESPONSES)
+    async def report(request: OutcomesRequest) -> Response:
+        """Records up to 1,000 outcomes.
+
+        The response is sent once they are in the event log; without a response, send them again.
+        """
+        try:
+            answer = await service.report_outcomes(request)
+        except (ServingError, StorageError, MalformedFileError) as error:
+            log.error("outcomes not recorded: %s", error)
+            return service_unavailable("the outcomes cannot be recorded now; send them again")
+        return Response(answer.model_dump_json(), media_type="application/json")
 
     @api.get("/v1/releases/current")
     async def releases() -> CurrentReleases:
@@ -140,9 +186,14 @@ def build_http_api(service: RecommendService) -> FastAPI:
     @api.exception_handler(Exception)
     async def unavailable(_: Request, error: Exception) -> Response:
         log.error("request failed", exc_info=error)
-        body = ErrorResponse(error="the request could not be answered; try again")
-        return JSONResponse(body.model_dump(mode="json"), status_code=503, headers={"Retry-After": "1"})
+        return service_unavailable("the request could not be answered; try again")
 
+    @api.exception_handler(HTTPException)
+    async def reject(_: Request, error: HTTPException) -> Response:
+        body = ErrorResponse(error=str(error.detail))
+        return JSONResponse(body.model_dump(mode="json"), status_code=error.status_code, headers=error.headers)
+
+    api.add_middleware(OutcomesLimitMiddleware)
     api.add_middleware(LoadSheddingMiddleware, service=service)
     return api
 
@@ -151,6 +202,37 @@ def too_many_requests(error: OverloadedError) -> Response:
     """Returns a 429 response with a Retry-After header."""
     body = ErrorResponse(error=str(error))
     return JSONResponse(body.model_dump(mode="json"), status_code=429, headers={"Retry-After": "1"})
+
+
+def service_unavailable(message: str) -> Response:
+    """Returns a 503 response with a Retry-After header."""
+    body = ErrorResponse(error=message)
+    return JSONResponse(body.model_dump(mode="json"), status_code=503, headers={"Retry-After": "1"})
+
+
+class OutcomesLimitMiddleware:
+    """ASGI middleware that rejects outcomes of more than ``MAX_OUTCOMES_BYTES`` before all are in memory."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["path"] != OUTCOMES:
+            await self._app(scope, receive, send)
+            return
+        read = 0
+
+        async def receive_some() -> Message:
+            nonlocal read
+            message = await receive()
+            read += len(message.get("body", b""))
+            if read > MAX_OUTCOMES_BYTES:
+                raise HTTPException(
+                    413, f"the body has over {MAX_OUTCOMES_BYTES} bytes; send fewer outcomes per request"
+                )
+            return message
+
+        await self._app(scope, receive_some, send)
 
 
 class LoadSheddingMiddleware:

@@ -177,13 +177,23 @@ class IngressMetrics:
             "reelway_ingress_cold_viewers_total", "Requests of viewers without a history.", both, registry
         )
         self.exposures_lost = counter(
-            "reelway_ingress_exposures_lost_total",
-            "Impressions dropped because the exposure buffer was full.",
-            [],
-            registry,
+            metric_names.EXPOSURES_LOST, "Slates that were served and are not in the event log.", both, registry
         )
         self.videos_shown = counter(
             "reelway_ingress_videos_total", "Videos shown, by source.", [*both, "source"], registry
+        )
+
+
+class IntakeMetrics:
+    """Metrics of a router's ``POST /v1/outcomes``."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self.refused = counter(metric_names.REFUSED, "Reported outcomes with an invalid token or value.", [], registry)
+        self.memory_failures = counter(
+            "reelway_outcomes_memory_failures_total",
+            "Requests whose outcomes are in the event log and not in the viewers' memories.",
+            [],
+            registry,
         )
 
 

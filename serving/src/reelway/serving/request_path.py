@@ -35,12 +35,14 @@ from prometheus_client import CollectorRegistry
 from reelway.platform.contracts.api import Degradation, RecommendedVideo, RecommendRequest, RecommendResponse
 from reelway.platform.contracts.events import Arm
 from reelway.platform.contracts.ids import short_id
+from reelway.platform.errors import ServingError
 from reelway.platform.tokens import TokenSigner
 from reelway.serving.circuit_breaker import CircuitBreaker
 from reelway.serving.metrics import IngressMetrics, timed
+from reelway.serving.outcomes.exposures import SlateExposure
 from reelway.serving.parity_sample import ParitySampler
 from reelway.serving.popular import PopularLists
-from reelway.serving.slates import NO_ROLLOUT, ImpressionContext, RolloutArm, build_videos, new_ids, slices_of
+from reelway.serving.slates import NO_ROLLOUT, ImpressionContext, RolloutArm, build_videos, exposure_of, new_ids
 from reelway.serving.stage_runner import RANKING, RERANKING, RETRIEVAL, VIEWER_QUERY, StageRunner
 from reelway.serving.stages.arrays import F32, SOURCES, Candidates, RankingInput, ScoredCandidates, Slate, ViewerQuery
 from reelway.serving.stages.ranking import Ranking
@@ -106,11 +108,11 @@ class PathCall:
 
 @dataclass(frozen=True, slots=True)
 class PathResult:
-    """The slate of one call. A mirrored call has no slices and no videos."""
+    """The slate of one call. A mirrored call has no exposure and no videos."""
 
     slate: Slate
     degraded: list[Degradation]
-    slices: list[int] = field(default_factory=list)
+    exposure: SlateExposure | None = None
     videos: list[RecommendedVideo] = field(default_factory=list)
 
 
@@ -120,8 +122,7 @@ class Recommendation:
 
     response: RecommendResponse
     slate: Slate
-    video_ids: list[int]
-    slices: list[int]
+    exposure: SlateExposure
 
 
 class RequestPath:
@@ -176,10 +177,9 @@ class RequestPath:
 
         if call.mirrored:
             return PathResult(slate, degraded)
-        showing = self._showing(call, query)
-        slices = slices_of(slate.rows, showing, release.table)
-        videos = build_videos(slate, slices, showing, release.table, release.lists, self._signer)
-        return PathResult(slate, degraded, slices, videos)
+        exposure = exposure_of(slate, self._showing(call, query), release.table)
+        videos = build_videos(slate, exposure, release.table, release.lists, self._signer)
+        return PathResult(slate, degraded, exposure, videos)
 
     async def recommend(
         self,
@@ -214,7 +214,9 @@ class RequestPath:
             degraded=result.degraded,
             videos=result.videos,
         )
-        return Recommendation(response, slate, [video.video_id for video in result.videos], result.slices)
+        if result.exposure is None:
+            raise ServingError("the path of a request that is not mirrored returned no exposure")
+        return Recommendation(response, slate, result.exposure)
 
     async def mirror(
         self, request: RecommendRequest, viewer_row: Mapping[str, Any] | None, now_s: float, seed: int
@@ -255,7 +257,8 @@ class RequestPath:
         return ImpressionContext(
             call.request_id, call.request.viewer_id, self._release.release_id, self._rollout_arm, query.region,
             call.now_s, call.now_s if call.shown_at_s is None else call.shown_at_s,
-            call.viewer_row is not None and is_cold_start(call.viewer_row),
+            call.viewer_row is not None and is_cold_start(call.viewer_row), call.request.context.device,
+            call.request.context.language,
         )  # fmt: skip
 
     def _record_slate(self, slate: Slate, degraded: list[Degradation]) -> None:

@@ -19,7 +19,7 @@ from typing import Any, Final
 import numpy as np
 from prometheus_client import CollectorRegistry
 
-from reelway.platform.contracts.api import RecommendRequest
+from reelway.platform.contracts.api import OutcomesRequest, OutcomesResponse, RecommendRequest
 from reelway.platform.contracts.events import Arm
 from reelway.platform.contracts.ids import short_id
 from reelway.platform.errors import OverloadedError, ServingError
@@ -29,7 +29,7 @@ from reelway.platform.tokens import TokenSigner
 from reelway.serving import metrics
 from reelway.serving.circuit_breaker import CircuitBreaker
 from reelway.serving.http_api import CurrentReleases, PendingResponse, ServedRelease
-from reelway.serving.outcomes.exposures import ArmKey, ExposureBuffer
+from reelway.serving.outcomes import ExposureWriter, OutcomeIntake, SlateExposure
 from reelway.serving.parity_sample import ParitySampler
 from reelway.serving.release_pool import OpenRelease, ReleasePool
 from reelway.serving.request_path import Recommendation, RequestPath
@@ -50,7 +50,8 @@ class RouterDependencies:
     Args:
         read_viewer: returns a viewer's row; blocks and raises ``FeatureError``. None: all viewers are unknown.
         viewer_row_ms: time budget of ``read_viewer`` in milliseconds.
-        exposures: buffer of the shown impressions, emptied by another task.
+        exposures: appends the slates that were shown to the event log. None: there is no event log.
+        outcomes: accepts reported outcomes. None: they are rejected.
         max_ongoing_requests: requests in flight at one release; further requests are rejected with 429.
         max_ongoing_sustained: the same limit while the release has a standing queue; None: no lower limit.
     """
@@ -60,7 +61,8 @@ class RouterDependencies:
     read_viewer: Callable[[int], Mapping[str, Any]] | None = None
     viewer_row_ms: float = 250.0
     sample: ParitySampler | None = None
-    exposures: ExposureBuffer | None = None
+    exposures: ExposureWriter | None = None
+    outcomes: OutcomeIntake | None = None
     max_ongoing_requests: int = 64
     max_ongoing_sustained: int | None = None
 
@@ -135,7 +137,6 @@ class Router:
                 raise
         afterwards = partial(
             self._after_response,
-            arm_path,
             arm_paths.get(Arm.SHADOW),
             routing,
             MirroredRequest(request, row, now_s),
@@ -145,22 +146,37 @@ class Router:
 
     async def _after_response(
         self,
-        arm_path: _ArmPath,
         shadow: _ArmPath | None,
         routing: Routing,
         mirrored_request: MirroredRequest,
         recommendation: Recommendation,
     ) -> None:
-        """Buffers the exposure and mirrors the request after the response was sent. Waits for nothing."""
+        """Queues the exposure and mirrors the request after the response was sent. Waits for nothing."""
         viewer_id = mirrored_request.request.viewer_id
-        if (buffer := self._dependencies.exposures) and arm_path.rollout_arm.rollout:
-            lost = buffer.dropped
-            arm = ArmKey(arm_path.rollout_arm.rollout, arm_path.rollout_arm.arm, arm_path.release.release_id)
-            buffer.add(arm, viewer_id, arm_path.rollout_arm.overlap_weight, recommendation.slices)
-            if buffer.dropped > lost:
-                self._metrics.exposures_lost.inc(buffer.dropped - lost)
+        if self._dependencies.exposures:
+            self._dependencies.exposures.record(recommendation.exposure)
         if shadow and routing.shadow and is_mirrored(viewer_id, routing.salt, routing.shadow.weight_bp):
             self._mirror.mirror(shadow.release, shadow.path, mirrored_request, recommendation)
+
+    async def report_outcomes(self, request: OutcomesRequest) -> OutcomesResponse:
+        """Records reported outcomes; see ``OutcomeIntake.accept``.
+
+        Raises:
+            ServingError: if the router has no event log.
+        """
+        if self._dependencies.outcomes is None:
+            raise ServingError("router: no event log is configured, so outcomes are not accepted")
+        return await self._dependencies.outcomes.accept(request)
+
+    def close(self) -> None:
+        """Appends the exposures and outcomes that are still queued; blocks."""
+        for writer in (self._dependencies.exposures, self._dependencies.outcomes):
+            if writer:
+                writer.close()
+
+    def count_lost_exposure(self, exposure: SlateExposure) -> None:
+        """Counts a slate that was served and is not in the event log."""
+        self._metrics.exposures_lost.labels(short_id(exposure.arm.release), exposure.arm.arm.value).inc()
 
     def current_releases(self) -> CurrentReleases:
         """Returns the routing in effect and the state of its releases."""
@@ -254,9 +270,6 @@ class Router:
         if effective.shadow and (release := self._releases.get(effective.shadow.release)):
             arm_paths[Arm.SHADOW] = self._arm_path(release, effective, Arm.SHADOW)
         self._routing, self._arm_paths = effective, arm_paths
-        if self._dependencies.exposures:
-            arms = (ArmKey(effective.rollout, route.arm, route.release) for route in effective.arms)
-            self._dependencies.exposures.announce(arms)
         self._releases.retain(routing.releases)
 
     def _arm_path(self, release: OpenRelease, routing: Routing, arm: Arm) -> _ArmPath:

@@ -85,7 +85,7 @@ class ShadowMirror:
             path.count_failed()
             self._metrics.requests.labels(name, "failed").inc()
             return
-        self._metrics.overlap.labels(name).observe(overlap_ratio(recommendation.video_ids, ids))
+        self._metrics.overlap.labels(name).observe(overlap_ratio(recommendation.exposure.video_id.tolist(), ids))
         drift = score_drift_ratio(recommendation.slate.score, scores)
         if drift is not None:
             self._metrics.drift.labels(name).observe(drift)

@@ -7,12 +7,14 @@ from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
+from numpy.typing import NDArray
 
 from reelway.platform.contracts.api import RecommendedVideo
 from reelway.platform.contracts.events import Arm
 from reelway.platform.contracts.ids import MAX_ID
 from reelway.platform.rollout.policy import Slice
 from reelway.platform.tokens import SLICE_BITS, ImpressionToken, TokenSigner
+from reelway.serving.outcomes.exposures import ArmKey, SlateExposure
 from reelway.serving.popular import PopularLists
 from reelway.serving.stages.arrays import SOURCES, Rows, Slate
 from reelway.serving.video_table import ABSENT, VideoTable
@@ -51,6 +53,8 @@ class ImpressionContext:
     now_s: float  # time of the request
     shown_at_s: float  # time of the clock
     new_viewer: bool = False  # the viewer has no history
+    device: str = "unknown"
+    language: str | None = None
 
 
 NEW_VIDEO_S: Final = 48 * 3600.0
@@ -59,10 +63,10 @@ SMALL_CREATOR_FOLLOWERS: Final = 100.0
 """A creator with fewer followers, or an unknown number of followers, counts as small."""
 
 
-def slices_of(rows: Rows, context: ImpressionContext, table: VideoTable) -> list[int]:
+def slices_of(rows: Rows, context: ImpressionContext, table: VideoTable) -> NDArray[np.int8]:
     """Returns the slices of each shown video as a bit mask of ``SLICE_BITS``; 0 outside of a rollout."""
     if not context.rollout_arm.rollout:
-        return [0] * len(rows)
+        return np.zeros(len(rows), np.int8)
     new = context.now_s - table.uploaded_at_s[rows] < NEW_VIDEO_S
     small = ~(table.creator_followers(rows) >= SMALL_CREATOR_FOLLOWERS)
     bits = (
@@ -70,8 +74,32 @@ def slices_of(rows: Rows, context: ImpressionContext, table: VideoTable) -> list
         + _NEW_VIDEOS * new.astype(np.int64)
         + _SMALL_CREATORS * small.astype(np.int64)
     )
-    masks: list[int] = bits.tolist()
-    return masks
+    return bits.astype(np.int8)
+
+
+def exposure_of(slate: Slate, context: ImpressionContext, table: VideoTable) -> SlateExposure:
+    """Returns what is recorded about the slate: in its tokens, and in the event log. Impressions get their ids."""
+    rows, rollout_arm = slate.rows, context.rollout_arm
+    return SlateExposure(
+        request_id=context.request_id,
+        viewer_id=context.viewer_id,
+        arm=ArmKey(rollout_arm.rollout, rollout_arm.arm, context.release),
+        weight=rollout_arm.overlap_weight,
+        shown_at_s=context.shown_at_s,
+        request_time_s=context.now_s,
+        device=context.device,
+        region=context.region,
+        language=context.language,
+        impression_id=np.array(new_ids(len(rows)), np.int64),
+        video_id=table.video_id[rows],
+        slices=slices_of(rows, context, table),
+        source=slate.source,
+        score=slate.score,
+        propensity=slate.propensity,
+        creator_id=table.creator_id[rows],
+        topic=table.topic[rows],
+        duration_ms=np.array(table.duration_ms(rows), np.int32),
+    )
 
 
 def new_ids(count: int) -> list[int]:
@@ -101,42 +129,40 @@ def reason_text(source: str, row: int, watched: str | None, region: str | None, 
     return {"fresh": "new upload", "popular": "popular now"}[source]
 
 
+def sign_tokens(exposure: SlateExposure, signer: TokenSigner) -> list[str]:
+    """Returns the impression token of each video of a slate."""
+    release, arm, rollout = exposure.arm.release, exposure.arm.arm, exposure.arm.rollout
+    columns = zip(
+        exposure.impression_id.tolist(), exposure.video_id.tolist(), exposure.source.tolist(),
+        exposure.propensity.tolist(), exposure.slices.tolist(), exposure.duration_ms.tolist(),
+        exposure.creator_id.tolist(), exposure.topic.tolist(), strict=True,
+    )  # fmt: skip
+    return signer.sign_many(
+        ImpressionToken(
+            impression, exposure.request_id, exposure.viewer_id, video, position, release, arm, SOURCES[source],
+            propensity, exposure.shown_at_s, rollout, exposure.weight, mask, duration_ms, creator, topic,
+        )
+        for position, (impression, video, source, propensity, mask, duration_ms, creator, topic) in enumerate(columns)
+    )  # fmt: skip
+
+
 def build_videos(
-    slate: Slate,
-    slices: list[int],
-    context: ImpressionContext,
-    table: VideoTable,
-    lists: PopularLists,
-    signer: TokenSigner,
+    slate: Slate, exposure: SlateExposure, table: VideoTable, lists: PopularLists, signer: TokenSigner
 ) -> list[RecommendedVideo]:
     """Returns the videos of the response, each with the token that clients send back with its outcomes.
 
     Args:
-        slices: result of ``slices_of`` for the slate.
+        exposure: result of ``exposure_of`` for the slate.
     """
     rows = slate.rows.tolist()
-    videos = table.video_id[slate.rows].tolist()
-    sources = [SOURCES[code] for code in slate.source.tolist()]
     watched = [
         None if row == ABSENT else (title or "")
         for row, title in zip(slate.trigger_rows.tolist(), table.titles(slate.trigger_rows), strict=True)
     ]
-    rollout_arm = context.rollout_arm
-    tokens = signer.sign_many(
-        ImpressionToken(
-            impression, context.request_id, context.viewer_id, video, position, context.release, rollout_arm.arm,
-            source, propensity, context.shown_at_s, rollout_arm.rollout, rollout_arm.overlap_weight, mask, duration_ms,
-        )
-        for position, (impression, video, source, propensity, mask, duration_ms) in enumerate(
-            zip(
-                new_ids(len(videos)), videos, sources, slate.propensity.tolist(), slices,
-                table.duration_ms(slate.rows), strict=True,
-            )
-        )
-    )  # fmt: skip
     positions = zip(
-        videos, table.creator_id[slate.rows].tolist(), slate.score.tolist(), sources, rows, watched,
-        table.titles(slate.rows), tokens, strict=True,
+        exposure.video_id.tolist(), exposure.creator_id.tolist(), slate.score.tolist(),
+        [SOURCES[code] for code in slate.source.tolist()], rows, watched, table.titles(slate.rows),
+        sign_tokens(exposure, signer), strict=True,
     )  # fmt: skip
     return [
         RecommendedVideo.model_construct(
@@ -145,7 +171,7 @@ def build_videos(
             position=position,
             score=score,
             source=source,
-            reason=reason_text(source, row, title_watched, context.region, lists),
+            reason=reason_text(source, row, title_watched, exposure.region, lists),
             title=title,
             token=token,
         )

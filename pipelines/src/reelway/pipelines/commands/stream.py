@@ -15,7 +15,9 @@ def register(app: typer.Typer) -> None:
 def stream(
     run: Path = typer.Option(Path("runs/default"), "--run", help="Run directory whose features are updated."),
     events: str = typer.Option(
-        "", "--event-log", help="Event log to read: a path or kafka://host:port/topic. Defaults to RUN/events/log.db."
+        "",
+        "--event-log",
+        help="Address of the event log: a folder or kafka://host:port[/prefix]. Defaults to RUN/events.",
     ),
     overlay: str = typer.Option(
         "", "--changelog", help="Changelog for video features to write: a path or fsspec URL. Defaults to RUN/overlay."
@@ -37,7 +39,7 @@ def stream(
     \b
     Examples:
       reelway stream --run runs/demo
-      reelway stream --run runs/production --event-log kafka://kafka:9092/outcomes --changelog s3://features/overlay
+      reelway stream --run runs/production --event-log kafka://kafka:9092 --changelog s3://features/overlay
     """
     import signal
     import threading

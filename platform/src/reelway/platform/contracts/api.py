@@ -94,17 +94,12 @@ class RefusedOutcome(BaseModel):
 
 
 class OutcomesResponse(BaseModel):
-    """Results of the outcomes of one request. They are on disk when this answer is sent.
+    """Results of the outcomes of one request. The accepted ones are in the event log when this answer is sent.
 
-    ``accepted`` is the sum of the five fields after it. ``accepted`` and ``refused`` add up to the whole request.
+    ``accepted`` and ``refused`` add up to the whole request.
     """
 
     accepted: int
-    counted: int = Field(description="entered the statistics of a rollout")
-    duplicate: int = Field(description="the same type for the same impression was counted before")
-    late: int = Field(description="after the horizon")
-    retired: int = Field(description="the rollout that it was shown in has ended")
-    outside: int = Field(description="shown outside of any rollout")
     refused: list[RefusedOutcome] = Field(default_factory=list)
 
 

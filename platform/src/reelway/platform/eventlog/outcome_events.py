@@ -42,9 +42,12 @@ OUTCOME_EVENT_SCHEMA: Final = pa.schema(
         pa.field("value", pa.float32(), nullable=False),  # watched milliseconds for watch, else 1
         pa.field("event_time", TIMESTAMP_TYPE, nullable=False),  # when the service received it
         pa.field("done_at", TIMESTAMP_TYPE),  # the client's time, if it gave one
-        pa.field("creator_id", pa.int64()),  # of the video; null in records of older writers
+        pa.field("creator_id", pa.int64()),  # of the video; this and the following are null in records of older writers
         pa.field("topic", pa.int32()),
         pa.field("duration_ms", pa.int32()),
+        pa.field("rollout", STRING_DICTIONARY_TYPE),  # empty outside of a rollout
+        pa.field("weight", pa.float32()),  # sequential.overlap_weight of the arms when the video was shown
+        pa.field("slices", pa.int8()),  # sum of tokens.SLICE_BITS
     ]
 )
 

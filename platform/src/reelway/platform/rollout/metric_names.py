@@ -32,7 +32,8 @@ SHADOW_OVERLAP: Final = "reelway_shadow_overlap_ratio"
 SHADOW_DRIFT: Final = "reelway_shadow_score_drift_ratio"
 """Histogram, label release: |mean score / mean score of the shown slate - 1|."""
 
-# Exported by the outcome collector in GET /v1/outcomes/metrics. Monotone float counters that survive a restart.
+# Exported by the outcome collector in GET /v1/outcomes/metrics. Monotone float counters that survive a restart. A
+# collector that starts with an empty file has lower values until it has read the event log.
 EXPOSURE: Final = "reelway_outcomes_exposure_total"
 """Labels rollout, release, arm, slice, ``statistic``: one of ``EXPOSURE_STATISTICS``."""
 STATISTIC: Final = "reelway_outcomes_statistic_total"
@@ -45,7 +46,16 @@ RECEIVED_OUTCOMES: Final = ("counted", "duplicate", "late", "retired", "outside"
 """``late``: after the horizon. ``retired``: its rollout has ended. ``outside``: shown outside any rollout."""
 
 REFUSED: Final = "reelway_outcomes_refused_total"
-"""No labels, because the content of a rejected token is not trusted. Reset when the process starts."""
+"""Exported by the router. No labels, because the content of a rejected token is not trusted."""
+EXPOSURES_LOST: Final = "reelway_exposures_lost_total"
+"""Exported by the router: slates that were served and are not in the event log. Labels release and arm."""
+LOG_AGE: Final = "reelway_outcomes_log_age_seconds"
+"""Exported by the outcome collector; label ``source``: a topic of the event log. Time since which records of the topic
+may be uncounted; near 0 at the topic's end."""
+UNREADABLE: Final = "reelway_outcomes_unreadable_records_total"
+"""Exported by the outcome collector; label ``source``: a topic. Records that were skipped. Reset at a start."""
+LATE_SLATES: Final = "reelway_outcomes_late_slates_total"
+"""Exported by the outcome collector: slates of rollouts that were logged too late to be counted. Reset at a start."""
 
 OUTCOME_METRICS: Final = (
     "long_watch_rate", "watch_s_per_impression", "like_rate", "share_rate", "save_rate", "follow_rate",

@@ -7,8 +7,10 @@ routing; this module sets only the limits that follow from the implementation.
 # No postponed annotations: Serve reads the builders' annotations to convert the config's arguments into models.
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from threading import Lock
 from typing import Any, Final
 
 from fastapi import FastAPI
@@ -16,12 +18,14 @@ from prometheus_client import CollectorRegistry
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 
-from reelway.platform.eventlog import open_event_log
+from reelway.platform.eventlog import EventLog, LogRecord
+from reelway.platform.eventlog.topics import Topic, open_topic, topic_address
 from reelway.platform.features.feast_store import open_feature_store
 from reelway.platform.features.vector_log import VectorLog, host_log_path
 from reelway.platform.features.viewer_rows import ViewerRowReader
 from reelway.platform.rollout.traffic.serving_options import OutcomesArgs, ReleaseArgs, RouterArgs
 from reelway.platform.tokens import TokenSigner
+from reelway.serving.deployments.kept_log import KeptLog
 from reelway.serving.deployments.stages import (
     FUSED_RELEASE,
     RANKING,
@@ -35,14 +39,15 @@ from reelway.serving.deployments.stages import (
 )
 from reelway.serving.fused import open_fused, shorten_switch_interval
 from reelway.serving.http_api import build_http_api
+from reelway.serving.metrics import IntakeMetrics
 from reelway.serving.outcomes import (
     EventLogWriter,
-    ExposureBatch,
-    ExposureBuffer,
+    ExposureWriter,
     OutcomeCollector,
+    OutcomeIntake,
     build_outcomes_api,
-    forward_exposures,
 )
+from reelway.serving.outcomes.append_log import AppendLog
 from reelway.serving.parity_sample import ParitySampler
 from reelway.serving.release_loader import open_trusted
 from reelway.serving.release_pool import OpenRelease
@@ -69,7 +74,7 @@ def router(args: RouterArgs) -> serve.Application:
 
 
 def outcomes(args: OutcomesArgs) -> serve.Application:
-    """Builds the application that outcomes are reported to. It has one replica, because one process owns its file."""
+    """Builds the application that sums exposures and outcomes. It has one replica: one process owns the file."""
     deployment = serve.deployment(serve.ingress()(OutcomesDeployment), name="Outcomes", max_ongoing_requests=200)
     return deployment.bind(args)
 
@@ -89,7 +94,6 @@ class RouterDeployment(Router):
             read_viewer=rows.read if rows else None,
             viewer_row_ms=args.budgets.viewer_row,
             sample=sample,
-            exposures=ExposureBuffer() if args.outcomes else None,
             max_ongoing_requests=args.max_ongoing_requests,
             max_ongoing_sustained=args.max_ongoing_sustained,
         )
@@ -97,18 +101,34 @@ class RouterDeployment(Router):
         if args.composition == "fused":
             shorten_switch_interval()
         self._args = args
-        self._forwarding: asyncio.Task[None] | None = None
+        if args.events:
+            topic_address(args.events, Topic.OUTCOMES)  # raises if the address is invalid; no log is opened yet
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         return build_http_api(self)
 
     async def reconfigure(self, config: Mapping[str, Any]) -> None:
         """Takes a ``Routing``; see ``Router.reconfigure``."""
+        if self._dependencies.exposures is None and (open_log := self._log_opener()):
+            parts = self._dependencies
+            parts.exposures = ExposureWriter(partial(open_log, Topic.EXPOSURES), self.count_lost_exposure)
+            writer = EventLogWriter(partial(open_log, Topic.OUTCOMES))
+            parts.outcomes = OutcomeIntake(parts.signer, writer, IntakeMetrics(parts.registry))
         await super().reconfigure(config)
-        buffer = self._dependencies.exposures
-        if self._args.outcomes and buffer and self._forwarding is None:
-            expose = DeploymentHandle("Outcomes", self._args.outcomes).expose
-            self._forwarding = asyncio.create_task(forward_exposures(buffer, expose.remote))
+
+    def _log_opener(self) -> Callable[[Topic], AppendLog] | None:
+        """Returns what opens a topic for appending: directly, or through the application that keeps the log."""
+        if self._args.events:
+            return partial(open_topic, self._args.events)
+        if not self._args.log_keeper:
+            return None
+        keeper, loop = DeploymentHandle("Outcomes", self._args.log_keeper), asyncio.get_running_loop()
+
+        async def append(topic: Topic, records: Sequence[LogRecord]) -> list[int]:
+            offsets: list[int] = await keeper.append.remote(topic, records)
+            return offsets
+
+        return lambda topic: KeptLog(topic, append, loop)
 
     async def _open(self, release: str) -> OpenRelease:
         args = self._args
@@ -121,16 +141,29 @@ class RouterDeployment(Router):
 
 
 class OutcomesDeployment:
-    """The replica of the outcome collector."""
+    """The replica of the outcome collector. Without another event log, it also keeps the log for the routers."""
 
     def __init__(self, args: OutcomesArgs) -> None:
-        self._signer = TokenSigner(*read_token_secrets(args.token_secrets))
-        self._collector = OutcomeCollector(args.state)
-        self._appender = EventLogWriter(open_event_log(args.event_log)) if args.event_log else None
+        self._events = args.events
+        self._collector = OutcomeCollector(args.state, partial(open_topic, args.events))
+        self._kept: dict[Topic, EventLog] = {}
+        self._opening = Lock()
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        return build_outcomes_api(self._collector, self._signer, self._appender)
+        return build_outcomes_api(self._collector, self._close_log)
 
-    async def expose(self, batch: ExposureBatch) -> None:
-        """Counts the impressions that a router has shown; returns when they are on disk."""
-        await asyncio.wrap_future(self._collector.record_exposures(batch))
+    async def append(self, topic: Topic, records: Sequence[LogRecord]) -> list[int]:
+        """Appends a router's records to the event log; returns when they are on disk."""
+        return await asyncio.to_thread(lambda: self._kept_log(topic).append(records))
+
+    def _kept_log(self, topic: Topic) -> EventLog:
+        with self._opening:
+            if topic not in self._kept:
+                self._kept[topic] = open_topic(self._events, topic)
+            return self._kept[topic]
+
+    def _close_log(self) -> None:
+        with self._opening:
+            for events in self._kept.values():
+                events.close()
+            self._kept.clear()

@@ -26,7 +26,6 @@ _Result = TypeVar("_Result")
 class _Request(Generic[_Item, _Result]):
     item: _Item
     rows: int
-    ends_batch: bool
     done: Future[_Result] = field(default_factory=Future)
 
 
@@ -40,7 +39,6 @@ class BatchWorker(Generic[_Item, _Result]):
         max_queued_rows: rows that may wait; more are rejected. An empty queue accepts an item of any size.
         max_batch_rows: a batch is closed when it has this many rows.
         interval_s: shortest time between two batches. After a rest, the first batch is handled immediately.
-        housekeeping: called between batches, first at the start; returns the seconds until it is due again.
         on_close: called by the thread when it ends.
     """
 
@@ -52,7 +50,6 @@ class BatchWorker(Generic[_Item, _Result]):
         max_queued_rows: int,
         max_batch_rows: int,
         interval_s: float,
-        housekeeping: Callable[[], float] | None = None,
         on_close: Callable[[], None],
     ) -> None:
         self._name = name
@@ -60,7 +57,6 @@ class BatchWorker(Generic[_Item, _Result]):
         self._max_queued_rows = max_queued_rows
         self._max_batch_rows = max_batch_rows
         self._interval_s = interval_s
-        self._housekeeping = housekeeping
         self._on_close = on_close
         self._requests: queue.SimpleQueue[_Request[_Item, _Result] | None] = queue.SimpleQueue()
         self._lock = threading.Lock()  # guards the two below
@@ -69,17 +65,16 @@ class BatchWorker(Generic[_Item, _Result]):
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
 
-    def submit(self, item: _Item, rows: int, *, ends_batch: bool = False) -> Future[_Result]:
+    def submit(self, item: _Item, rows: int) -> Future[_Result]:
         """Queues an item. Its future cannot be cancelled: the item is handled even if its caller stops waiting.
 
         Args:
             rows: number of rows that the item adds to the limits.
-            ends_batch: the item is the last of its batch, so that items submitted later are handled after it.
 
         Raises:
             ServingError: if too many rows are queued, or the worker is closed. The item was not queued.
         """
-        request = _Request[_Item, _Result](item, rows, ends_batch)
+        request = _Request[_Item, _Result](item, rows)
         with self._lock:
             if self._closed:
                 raise ServingError(f"{self._name}: closed; send the request again in a moment")
@@ -102,30 +97,24 @@ class BatchWorker(Generic[_Item, _Result]):
         self._thread.join()
 
     def _run(self) -> None:
-        next_batch_at, housekeeping_at, running = 0.0, time.monotonic(), True
+        next_batch_at, running = 0.0, True
         try:
             while running:
-                idle_s = max(housekeeping_at - time.monotonic(), 0.0) if self._housekeeping else None
-                batch, running = self._gather(next_batch_at, idle_s)
+                batch, running = self._gather(next_batch_at)
                 if batch:
                     self._handle_batch(batch)
                     next_batch_at = time.monotonic() + self._interval_s
-                if self._housekeeping and running and time.monotonic() >= housekeeping_at:
-                    housekeeping_at = time.monotonic() + self._housekeeping()
         finally:
             self._on_close()
 
-    def _gather(self, next_batch_at: float, idle_s: float | None) -> tuple[list[_Request[_Item, _Result]], bool]:
-        """Returns the next batch (empty after ``idle_s`` without a request) and whether the worker continues."""
-        try:
-            request = self._requests.get(timeout=idle_s)
-        except queue.Empty:
-            return [], True
+    def _gather(self, next_batch_at: float) -> tuple[list[_Request[_Item, _Result]], bool]:
+        """Waits for the next batch. Returns it, empty at the end, and whether the worker continues."""
+        request = self._requests.get()
         batch, rows = [], 0
         while request is not None:
             batch.append(request)
             rows += request.rows
-            if rows >= self._max_batch_rows or request.ends_batch:
+            if rows >= self._max_batch_rows:
                 return batch, True
             try:
                 request = self._requests.get(timeout=max(next_batch_at - time.monotonic(), 0.0))

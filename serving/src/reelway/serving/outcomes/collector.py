@@ -1,4 +1,4 @@
-"""Counts exposures and outcomes in batches, on one thread, and answers when they are on disk.
+"""Follows the event log's exposures and outcomes and sums them, on one thread.
 
 The package's docstring gives the counting rules.
 """
@@ -8,8 +8,8 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Sequence
-from concurrent.futures import Future
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
@@ -17,40 +17,49 @@ import numpy as np
 from numpy.typing import NDArray
 
 from reelway.platform.contracts.events import Arm
+from reelway.platform.errors import DataError, MalformedFileError, StorageError
+from reelway.platform.eventlog import EventLog, Offsets, ReadBatch
+from reelway.platform.eventlog.topics import Topic
 from reelway.platform.rollout.evidence import ArmStatistics
-from reelway.platform.rollout.metric_names import RECEIVED_OUTCOMES
 from reelway.platform.rollout.policy import Slice
-from reelway.serving.outcomes.batch_worker import BatchWorker
-from reelway.serving.outcomes.exposition import prometheus_text
-from reelway.serving.outcomes.exposures import ExposureBatch
+from reelway.serving.outcomes.exposition import LogReading, prometheus_text
 from reelway.serving.outcomes.ledger import Ledger
+from reelway.serving.outcomes.log_rows import ExposureRows, OutcomeRows, read_exposure_rows, read_outcome_rows
 from reelway.serving.outcomes.outcome_store import OutcomeStore
-from reelway.serving.outcomes.reported import OutcomeColumns
 from reelway.serving.outcomes.viewer_sums import statistics_of
 
 log = logging.getLogger(__name__)
 
-MAX_QUEUED_ROWS: Final = 500_000
-"""Queued rows above which new ones are rejected: some seconds of work."""
-MAX_ROWS_PER_COMMIT: Final = 50_000
+TOPICS: Final = (Topic.EXPOSURES, Topic.OUTCOMES)
+RECORDS_PER_COMMIT: Final = 50
+WAIT_S: Final = 0.05
+"""Longest wait for a record of one topic, and therefore the delay of the other's."""
+RETRY_DELAY_S: Final = 1.0
 CLEANUP_INTERVAL_S: Final = 60.0
 CLEANUP_BATCH_ROWS: Final = 5_000
 
-_Request = ExposureBatch | OutcomeColumns | str
-"""The string is the id of a rollout to retire."""
+
+@dataclass
+class _FollowedTopic:
+    """A topic and how far it is counted."""
+
+    topic: Topic
+    log: EventLog
+    position: Offsets
+    reading: LogReading
 
 
 class OutcomeCollector:
-    """Counts the impressions of rollouts and the outcomes that viewers reported for them.
+    """Sums the exposures and outcomes of rollouts from the event log.
 
-    Futures are ``concurrent.futures.Future``: ``.result()`` in a thread, ``await asyncio.wrap_future(...)`` in a loop.
-    They end when the transaction is on disk, or with a ``StorageError``: then nothing of the transaction was counted.
+    The position in the log is in the same file and transaction as the sums, so each event is counted once, wherever the
+    process ends. With an empty file, the log is read from its beginning.
 
     Args:
         path: the SQLite file, created when it does not exist. One process at a time holds it.
-        clock: Unix seconds; decides whether an outcome is late.
+        open_topic: opens a topic of the event log; called again after a failure.
+        clock: Unix seconds, for the age in the metrics only.
         keep_rollouts: how many of the newest rollouts stay in memory and in the metrics.
-        commit_every_s: shortest time between two commits. After a rest, the first commit is immediate.
         wait_s: how long to wait for another process to release the file.
 
     Raises:
@@ -61,58 +70,56 @@ class OutcomeCollector:
     def __init__(
         self,
         path: Path,
+        open_topic: Callable[[Topic], EventLog],
         *,
         clock: Callable[[], float] = time.time,
         keep_rollouts: int = 4,
-        commit_every_s: float = 0.05,
         wait_s: float = 30.0,
     ) -> None:
         self._store = OutcomeStore(path, wait_s=wait_s)
-        self._ledger = Ledger(self._store, clock=clock, keep_rollouts=keep_rollouts)
-        self._lock = threading.Lock()
-        self._refused = 0
-        self._worker = BatchWorker[_Request, dict[str, int]](
-            "outcome collector",
-            self._count,
-            max_queued_rows=MAX_QUEUED_ROWS,
-            max_batch_rows=MAX_ROWS_PER_COMMIT,
-            interval_s=commit_every_s,
-            housekeeping=self._clean,
-            on_close=self._store.close,
-        )
+        self._ledger = Ledger(self._store, keep_rollouts=keep_rollouts)
+        self._open_topic = open_topic
+        self._clock = clock
+        self._topics: dict[Topic, _FollowedTopic] = {}
+        self._readings: dict[str, LogReading] = {topic: LogReading() for topic in TOPICS}
+        self._clean_at = 0.0
+        self._ending = threading.Event()
+        self._thread: threading.Thread | None = None
 
-    def record_exposures(self, batch: ExposureBatch) -> Future[dict[str, int]]:
-        """Counts a router's exposures, once per batch number.
+    def start(self) -> None:
+        """Follows the log on a thread until ``close`` is called."""
+        self._thread = threading.Thread(target=self._follow, name="outcome collector", daemon=True)
+        self._thread.start()
 
-        Raises:
-            ServingError: if too many rows are queued, or the collector is closed. None of the batch was accepted.
-        """
-        return self._worker.submit(batch, len(batch.arm))
+    def advance(self) -> int:
+        """Reads and counts the next records of the topic that is furthest behind. Returns their number.
 
-    def record_outcomes(self, outcomes: OutcomeColumns) -> Future[dict[str, int]]:
-        """Counts outcomes. The future's result is the number of outcomes by status (``RECEIVED_OUTCOMES``).
+        The topics are read side by side, by their times, so that an outcome is seldom counted long before or after its
+        slate, also when the log is read from its beginning.
 
         Raises:
-            ServingError: see ``record_exposures``.
+            StorageError: if the log or the file fails; nothing was counted, and the next call starts from the file.
         """
-        return self._worker.submit(outcomes, len(outcomes))
+        try:
+            topic = min(self._followed(), key=lambda followed: followed.reading.read_to_us)
+            batch = topic.log.read(topic.position, limit=RECORDS_PER_COMMIT, wait_s=WAIT_S)
+            self._count(topic, batch)
+        except BaseException:
+            self._close_topics()
+            raise
+        return len(batch.records)
 
-    def retire(self, rollout_id: str) -> Future[dict[str, int]]:
-        """Ends a rollout: its sums stay unchanged, and outcomes submitted for it later get the status ``retired``.
-
-        Raises:
-            ServingError: see ``record_exposures``.
-        """
-        return self._worker.submit(rollout_id, 1, ends_batch=True)
-
-    def count_refused(self, outcomes: int) -> None:
-        """Counts outcomes rejected for their token or value, since the start of the process."""
-        with self._lock:
-            self._refused += outcomes
+    def clean(self) -> None:
+        """Deletes expired rows. Called regularly while the log is followed."""
+        if time.monotonic() < self._clean_at:
+            return
+        read_to_s = min(reading.read_to_us for reading in self._readings.values()) / 1e6
+        deleted = self._ledger.clean(read_to_s, CLEANUP_BATCH_ROWS)
+        self._clean_at = time.monotonic() + (1.0 if deleted else CLEANUP_INTERVAL_S)
 
     def metrics_text(self) -> bytes:
         """Returns the committed counts in Prometheus' text format, with the names of ``metric_names``."""
-        return prometheus_text(self._ledger.snapshot, self._refused)
+        return prometheus_text(self._ledger.snapshot, self._readings, self._clock())
 
     def statistics(self, rollout_id: str) -> dict[tuple[Arm, Slice], dict[str, ArmStatistics]]:
         """A rollout's committed statistics by metric; for an arm that changed its release, its first release's."""
@@ -124,28 +131,64 @@ class OutcomeCollector:
         return statistics
 
     def close(self) -> None:
-        """Rejects new requests, counts the accepted ones and closes the file. A second call does nothing."""
-        self._worker.close()
+        """Ends the thread and closes the file and the log. A second call does nothing."""
+        self._ending.set()
+        if self._thread is not None:
+            self._thread.join()
+        self._close_topics()
+        self._store.close()
 
-    def _count(self, requests: Sequence[_Request]) -> list[dict[str, int]]:
-        retired = [request for request in requests if isinstance(request, str)]  # at most one: it ends the batch
-        statuses = iter(
-            self._ledger.apply(
-                [request for request in requests if isinstance(request, ExposureBatch)],
-                [request for request in requests if isinstance(request, OutcomeColumns)],
-                retired[0] if retired else "",
-            )
-        )
-        return [_counts(next(statuses)) if isinstance(request, OutcomeColumns) else {} for request in requests]
+    def _follow(self) -> None:
+        while not self._ending.is_set():
+            try:
+                self.advance()
+                self.clean()
+            except (StorageError, MalformedFileError) as error:
+                log.error("exposures and outcomes are not counted, trying again: %s", error)
+                self._ending.wait(RETRY_DELAY_S)
+            except Exception:  # the position is unchanged, so nothing is lost if it succeeds later
+                log.exception("exposures and outcomes are not counted, trying again")
+                self._ending.wait(RETRY_DELAY_S)
 
-    def _clean(self) -> float:
-        try:
-            return 1.0 if self._ledger.clean(CLEANUP_BATCH_ROWS) else CLEANUP_INTERVAL_S
-        except Exception:  # only the size of the file depends on it
-            log.exception("expired outcomes were not deleted; trying again in %g s", CLEANUP_INTERVAL_S)
-            return CLEANUP_INTERVAL_S
+    def _followed(self) -> list[_FollowedTopic]:
+        for topic in TOPICS:
+            if topic not in self._topics:
+                events = self._open_topic(topic)
+                self._topics[topic] = _FollowedTopic(
+                    topic, events, self._start_of(topic, events), self._readings[topic]
+                )
+        return list(self._topics.values())
 
+    def _start_of(self, topic: Topic, events: EventLog) -> Offsets:
+        """The committed position; the beginning if the log is shorter, because it was replaced."""
+        position, ends = self._ledger.position(topic), events.end_offsets()
+        if any(offset > ends.get(partition, 0) for partition, offset in position.items()):
+            log.warning("%s: the log ends before the position %s; reading it from its beginning", topic, dict(position))
+            return {}
+        return position
 
-def _counts(status_N: NDArray[np.int64]) -> dict[str, int]:
-    counts = np.bincount(status_N, minlength=len(RECEIVED_OUTCOMES)).tolist()
-    return dict(zip(RECEIVED_OUTCOMES, counts, strict=True))
+    def _close_topics(self) -> None:
+        for followed in self._topics.values():
+            followed.log.close()
+        self._topics.clear()
+
+    def _count(self, followed: _FollowedTopic, batch: ReadBatch) -> list[NDArray[np.int64]]:
+        exposures: list[ExposureRows] = []
+        outcomes: list[OutcomeRows] = []
+        unreadable = 0
+        for record in batch.records:
+            try:
+                if followed.topic is Topic.EXPOSURES:
+                    exposures.append(read_exposure_rows(record))
+                else:
+                    outcomes.append(read_outcome_rows(record))
+            except DataError as error:
+                unreadable += 1
+                log.error("%s: record %d of partition %d: %s", followed.topic, record.offset, record.partition, error)
+        statuses: list[NDArray[np.int64]] = []
+        if batch.records:
+            statuses = self._ledger.apply(exposures, outcomes, {followed.topic: batch.next_offsets})
+        followed.position = batch.next_offsets
+        followed.reading.unreadable += unreadable
+        followed.reading.read_to_us = batch.watermark_us
+        return statuses

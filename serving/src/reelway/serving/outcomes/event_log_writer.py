@@ -1,7 +1,6 @@
-"""Appends accepted outcomes to the event log, from which the stream processor computes features.
+"""Appends accepted outcomes to the event log, from which rollouts are assessed and features are computed.
 
-The log's writes and the collector's transactions run at the same time, on two threads. An outcome may be in the log
-twice, because a client without an answer sends it again; readers recognise it by its id.
+An outcome may be in the log twice, because a client without an answer sends it again; readers recognise it by its id.
 """
 
 # Shapes: N outcomes of one append
@@ -17,15 +16,15 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from reelway.platform.contracts.events import TIMESTAMP_TYPE
-from reelway.platform.eventlog import EventLog
 from reelway.platform.eventlog.outcome_events import (
     OUTCOME_EVENT_SCHEMA,
     OUTCOME_TYPES,
     derive_outcome_ids,
     encode_outcomes,
 )
+from reelway.serving.outcomes.append_log import AppendLog, LazyLog
 from reelway.serving.outcomes.batch_worker import BatchWorker
+from reelway.serving.outcomes.record_columns import dictionary_column, timestamp_column
 from reelway.serving.outcomes.reported import OutcomeColumns
 
 MAX_QUEUED_OUTCOMES: Final = 500_000
@@ -38,14 +37,15 @@ class EventLogWriter:
     """Appends outcomes to a log, on a thread of its own, and closes the log at the end.
 
     Args:
+        open_log: opens the log; called by the thread, again after a failure.
         clock: Unix seconds; the time at which an outcome became known to the service.
         append_every_s: shortest time between two appends. After a rest, the first append is immediate.
     """
 
     def __init__(
-        self, events: EventLog, *, clock: Callable[[], float] = time.time, append_every_s: float = 0.05
+        self, open_log: Callable[[], AppendLog], *, clock: Callable[[], float] = time.time, append_every_s: float = 0.05
     ) -> None:
-        self._events = events
+        self._log = LazyLog(open_log)
         self._clock = clock
         self._worker = BatchWorker[OutcomeColumns, None](
             "event log writer",
@@ -53,7 +53,7 @@ class EventLogWriter:
             max_queued_rows=MAX_QUEUED_OUTCOMES,
             max_batch_rows=MAX_PER_APPEND,
             interval_s=append_every_s,
-            on_close=events.close,
+            on_close=self._log.close,
         )
 
     def append(self, outcomes: OutcomeColumns) -> Future[None]:
@@ -72,8 +72,8 @@ class EventLogWriter:
         if filled := [part for part in parts if len(part)]:
             now_us = int(self._clock() * 1e6)
             outcomes = logged_outcomes(filled, now_us)
-            log = self._events
-            log.append(list(encode_outcomes(outcomes, log.partitions, now_us, log.max_record_bytes)))
+            events = self._log.get()
+            events.append(list(encode_outcomes(outcomes, events.partitions, now_us, events.max_record_bytes)))
         return [None] * len(parts)
 
 
@@ -93,30 +93,29 @@ def logged_outcomes(parts: Sequence[OutcomeColumns], now_us: int) -> pa.RecordBa
         "viewer_id": joined("viewer_id"),
         "video_id": joined("video_id"),
         "position": joined("position").astype(np.int16),
-        "shown_at": _timestamps(joined("issued_at") * 1e6),
-        "release": _dictionary_array([(part.arm, [arm.release for arm in part.arms]) for part in parts]),
-        "arm": _dictionary_array([(part.arm, [arm.arm.value for arm in part.arms]) for part in parts]),
-        "source": _dictionary_array([(part.source, part.sources) for part in parts]),
+        "shown_at": timestamp_column(joined("issued_at") * 1e6),
+        "release": dictionary_column([(part.arm, [arm.release for arm in part.arms]) for part in parts]),
+        "arm": dictionary_column([(part.arm, [arm.arm.value for arm in part.arms]) for part in parts]),
+        "source": dictionary_column([(part.source, part.sources) for part in parts]),
         "propensity": joined("propensity").astype(np.float32),
-        "type": _dictionary_array([(kind, _TYPE_NAMES)]),
+        "type": dictionary_column([(kind, _TYPE_NAMES)]),
         "value": joined("value").astype(np.float32),
-        "event_time": _timestamps(np.full(len(impression), now_us)),
-        "done_at": _timestamps(np.where(has_time, done_at, 0.0) * 1e6, ~has_time),
+        "event_time": timestamp_column(np.full(len(impression), now_us)),
+        "done_at": timestamp_column(np.where(has_time, done_at, 0.0) * 1e6, ~has_time),
+        "creator_id": _known(joined("creator_id"), -1),
+        "topic": _known(joined("topic").astype(np.int32), -1),
+        "duration_ms": _known(joined("duration_ms").astype(np.int32), 0),
+        "rollout": dictionary_column([(part.arm, [arm.rollout for arm in part.arms]) for part in parts]),
+        "weight": joined("weight").astype(np.float32),
+        "slices": joined("slices").astype(np.int8),
     }
-    arrays = [pa.array(column) if isinstance(column, np.ndarray) else column for column in columns.values()]
-    arrays += [pa.nulls(len(impression), field.type) for field in OUTCOME_EVENT_SCHEMA][len(arrays) :]
+    arrays = [
+        pa.array(column, field.type) if isinstance(column := columns[field.name], np.ndarray) else column
+        for field in OUTCOME_EVENT_SCHEMA
+    ]
     return pa.RecordBatch.from_arrays(arrays, schema=OUTCOME_EVENT_SCHEMA)
 
 
-def _timestamps(micros: NDArray[Any], missing: NDArray[np.bool_] | None = None) -> pa.Array:
-    return pa.array(micros.astype(np.int64), pa.int64(), mask=missing).cast(TIMESTAMP_TYPE)
-
-
-def _dictionary_array(parts: Sequence[tuple[NDArray[np.int64], Sequence[str]]]) -> pa.Array:
-    """Codes, each part with its own table of strings, as one dictionary array."""
-    table: dict[str, int] = {}
-    codes = []
-    for code_N, strings in parts:
-        new_code_of = np.array([table.setdefault(string, len(table)) for string in strings], np.int32)
-        codes.append(new_code_of[code_N])
-    return pa.DictionaryArray.from_arrays(pa.array(np.concatenate(codes)), pa.array(list(table), pa.string()))
+def _known(column: NDArray[Any], unknown: int) -> pa.Array:
+    """The values as an Arrow array, null where a token had the code of an unknown value."""
+    return pa.array(column, mask=column == unknown)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 
 from prometheus_client import CollectorRegistry, generate_latest
-from prometheus_client.core import CounterMetricFamily
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from reelway.platform.contracts.ids import short_id
@@ -16,18 +17,26 @@ from reelway.serving.outcomes.outcome_store import ReceivedKey
 from reelway.serving.outcomes.viewer_sums import METRICS, SLICES
 
 
-def prometheus_text(snapshot: Snapshot, refused: int) -> bytes:
-    """All series of all arms, zeros included, so that an arm without viewers differs from an unknown arm."""
+@dataclass
+class LogReading:
+    """How far a topic is read. ``read_to_us``: no unread record is older (``ReadBatch.watermark_us``)."""
+
+    read_to_us: int = 0
+    unreadable: int = 0  # records skipped since the start
+
+
+def prometheus_text(snapshot: Snapshot, readings: Mapping[str, LogReading], now: float) -> bytes:
+    """All series of all arms, zeros included, and the age of each topic's reading at ``now`` (Unix seconds)."""
     registry = CollectorRegistry(auto_describe=False)
-    registry.register(_SnapshotCollector(snapshot, refused))
+    registry.register(_SnapshotCollector(snapshot, readings, now))
     return generate_latest(registry)
 
 
 class _SnapshotCollector(Collector):
-    def __init__(self, snapshot: Snapshot, refused: int) -> None:
-        self._snapshot, self._refused = snapshot, refused
+    def __init__(self, snapshot: Snapshot, readings: Mapping[str, LogReading], now: float) -> None:
+        self._snapshot, self._readings, self._now = snapshot, readings, now
 
-    def collect(self) -> Iterator[CounterMetricFamily]:
+    def collect(self) -> Iterator[Metric]:
         arm_labels = ["rollout", "release", "arm", "slice"]
         exposure = CounterMetricFamily(
             metric_names.EXPOSURE, "Viewers and impressions of a rollout's arm.", labels=[*arm_labels, "statistic"]
@@ -50,8 +59,11 @@ class _SnapshotCollector(Collector):
         yield statistic
         yield self._received_family()
         yield CounterMetricFamily(
-            metric_names.REFUSED, "Reported outcomes with an invalid token or value.", value=self._refused
+            metric_names.LATE_SLATES,
+            "Slates of rollouts that were logged too late to be counted.",
+            value=self._snapshot.late_slates,
         )
+        yield from self._log_families()
 
     def _received_family(self) -> CounterMetricFamily:
         family = CounterMetricFamily(
@@ -63,3 +75,15 @@ class _SnapshotCollector(Collector):
         for key, count in short.items():
             family.add_metric(list(key), count)
         return family
+
+    def _log_families(self) -> Iterator[Metric]:
+        age = GaugeMetricFamily(metric_names.LOG_AGE, "Time since which records may be unread.", labels=["source"])
+        unreadable = CounterMetricFamily(
+            metric_names.UNREADABLE, "Records of the event log that were skipped.", labels=["source"]
+        )
+        for topic, reading in self._readings.items():
+            if reading.read_to_us:
+                age.add_metric([topic], max(self._now - reading.read_to_us / 1e6, 0.0))
+            unreadable.add_metric([topic], reading.unreadable)
+        yield age
+        yield unreadable

@@ -1,4 +1,6 @@
-"""The rules by which impressions and outcomes are counted, one transaction per batch.
+"""The rules by which impressions and outcomes of the event log are counted, one transaction per batch.
+
+All times are those of the log, so a second reading of the same records gives the same sums.
 
 Only a few rows are in memory: the sums of the newest rollouts' arms. Viewer totals and counted types stay on disk and
 are read for each batch. Memory therefore does not grow with the number of viewers, and a killed process loses nothing
@@ -10,7 +12,7 @@ that was committed.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Final
@@ -19,9 +21,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from reelway.platform.contracts.events import OUTCOME_HORIZON_S
+from reelway.platform.eventlog import Offsets
 from reelway.platform.eventlog.outcome_events import OUTCOME_TYPES
 from reelway.platform.rollout.metric_names import RECEIVED_OUTCOMES
-from reelway.serving.outcomes.exposures import ArmKey, ExposureBatch
+from reelway.serving.outcomes.exposures import ArmKey
+from reelway.serving.outcomes.log_rows import LONG_WATCH, METRIC_OF_KIND, ExposureRows, OutcomeRows
 from reelway.serving.outcomes.outcome_store import (
     ArmRow,
     OutcomeStore,
@@ -30,7 +34,6 @@ from reelway.serving.outcomes.outcome_store import (
     arm_ids_of,
     viewer_keys,
 )
-from reelway.serving.outcomes.reported import LONG_WATCH, METRIC_OF_KIND, OutcomeColumns
 from reelway.serving.outcomes.viewer_sums import TotalsDelta, apply_delta
 
 I64 = NDArray[np.int64]
@@ -39,7 +42,10 @@ Bools = NDArray[np.bool_]
 COUNTED, DUPLICATE, LATE, RETIRED, OUTSIDE = range(len(RECEIVED_OUTCOMES))
 HOUR_S: Final = 3600
 CLEANUP_SLACK_S: Final = 3600
-"""Extra retention in seconds, for a clock that is set back."""
+"""Extra retention in seconds, for clocks of different machines."""
+EXPOSURE_HORIZON_S: Final = 3600
+"""A slate that reaches the log later than this after it was shown is not counted. Routers repeat an append for one minute
+only."""
 RECEIVED_RETENTION_S: Final = 14 * 24 * 3600
 """A release without an outcome for this many seconds leaves the metrics."""
 
@@ -50,6 +56,7 @@ class Snapshot:
 
     sums: Mapping[ArmKey, NDArray[np.float64]]
     received: Mapping[ReceivedKey, int]
+    late_slates: int  # since the start of the process
 
 
 class Ledger:
@@ -59,10 +66,10 @@ class Ledger:
         keep_rollouts: with one more rollout, the rollout with the oldest last exposure ends.
     """
 
-    def __init__(self, store: OutcomeStore, *, clock: Callable[[], float], keep_rollouts: int) -> None:
+    def __init__(self, store: OutcomeStore, *, keep_rollouts: int) -> None:
         self._store = store
-        self._clock = clock
         self._keep = keep_rollouts
+        self._late_slates = 0
         self._stale = True
         with self._changing():
             pass
@@ -79,37 +86,47 @@ class Ledger:
             yield
         self._stale = False
         sums = {arm: known.sums for arm, known in self._arms.items()}
-        self.snapshot = Snapshot(sums, dict(self._received))
+        self.snapshot = Snapshot(sums, dict(self._received), self._late_slates)
 
     def apply(
-        self, batches: Sequence[ExposureBatch], outcomes: Sequence[OutcomeColumns], retire: str = ""
+        self,
+        exposures: Sequence[ExposureRows],
+        outcomes: Sequence[OutcomeRows],
+        positions: Mapping[str, Offsets],
     ) -> list[I64]:
         """Counts everything in one transaction. Returns the status of each outcome as ``RECEIVED_OUTCOMES`` codes.
 
         Args:
-            retire: id of a rollout that ends after this. Its sums remain until ``keep_rollouts`` newer rollouts exist.
+            positions: log -> the offsets after these rows, stored in the same transaction.
 
         Raises:
             StorageError: if the transaction fails; nothing was counted.
         """
         with self._changing():
-            now = self._clock()
-            parts = [part for batch in batches if (part := self._apply_exposures(batch, now)) is not None]
+            parts = [part for rows in exposures if (part := self._apply_exposures(rows)) is not None]
             statuses = []
             for columns in outcomes:
-                status_N, part = self._apply_outcomes(columns, now)
+                status_N, part = self._apply_outcomes(columns)
                 statuses.append(status_N)
                 if part is not None:
                     parts.append(part)
             if parts:
                 self._update_totals(parts)
-            if retire:
-                self._retire(self._rollouts.setdefault(retire, RolloutRow(now)), retire)
+            for log, position in positions.items():
+                self._store.write_position(log, position)
         return statuses
 
-    def clean(self, limit: int) -> int:
-        """Deletes expired and dropped rows, at most ``limit`` of each kind; returns the number of deleted rows."""
-        now = self._clock()
+    def position(self, log: str) -> Offsets:
+        """The offsets up to which a log is counted; see ``OutcomeStore.position``."""
+        with self._changing():
+            return self._store.position(log)
+
+    def clean(self, now: float, limit: int) -> int:
+        """Deletes expired and dropped rows, at most ``limit`` of each kind; returns the number of deleted rows.
+
+        Args:
+            now: Unix time before which the log has no unread records.
+        """
         old = now - OUTCOME_HORIZON_S - CLEANUP_SLACK_S
         with self._changing():
             living = {arm.rollout for arm in self._arms}
@@ -119,49 +136,62 @@ class Ledger:
                     self._store.delete_rollout(rollout)
             return self._store.delete_expired(
                 seen_before_hour=int(old // HOUR_S),
-                forget_before=old,
+                slates_before_hour=int((now - EXPOSURE_HORIZON_S - CLEANUP_SLACK_S) // HOUR_S),
                 received_before=now - RECEIVED_RETENTION_S,
                 limit=limit,
             )
 
-    def _apply_exposures(self, batch: ExposureBatch, now: float) -> TotalsDelta | None:
-        if batch.number <= self._store.last_number(batch.origin):
+    def _apply_exposures(self, rows: ExposureRows) -> TotalsDelta | None:
+        late_R = rows.logged_at > rows.shown_at + EXPOSURE_HORIZON_S
+        self._late_slates += len(np.unique(rows.request_id[late_R]))
+        for code in np.unique(rows.arm[~late_R]).tolist():
+            shown = ~late_R & (rows.arm == code)
+            exposed_at = float(np.minimum(rows.shown_at, rows.logged_at)[shown].max())
+            self._register_rollout(rows.arms[code].rollout, exposed_at)
+        arm_R, live_R = self._arm_numbers(rows.arms, rows.arm)
+        counted = self._first_of_slate(rows, np.flatnonzero(live_R & ~late_R))
+        if not len(counted):
             return None
-        self._store.set_last_number(batch.origin, batch.number, now)
-        for rollout in {arm.rollout for arm in batch.arms if arm.rollout}:
-            self._register_rollout(rollout, now)
-        arm_R, live_R = self._arm_numbers(batch.arms, batch.arm.astype(np.int64))
-        rows = np.flatnonzero(live_R)
-        count_R = batch.count[rows].astype(np.int64)
+        count = rows.count[counted]
         return TotalsDelta(
-            key=viewer_keys(arm_R[rows], batch.viewer_id[rows]),
-            slices=batch.slices[rows],
-            column=np.zeros(len(rows), np.int64),
-            amount=count_R.astype(np.float64) * batch.weight[rows].astype(np.float64),
-            impressions=count_R,
+            key=viewer_keys(arm_R[counted], rows.viewer_id[counted]),
+            slices=rows.slices[counted],
+            column=np.zeros(len(counted), np.int64),
+            amount=count.astype(np.float64) * rows.weight[counted],
+            impressions=count,
         )
 
-    def _apply_outcomes(self, columns: OutcomeColumns, now: float) -> tuple[I64, TotalsDelta | None]:
+    def _first_of_slate(self, rows: ExposureRows, candidates: I64) -> I64:
+        """Returns the rows whose slate was not counted before, and records their slates as counted."""
+        hour = (rows.shown_at[candidates] // HOUR_S).astype(np.int64)
+        new = np.zeros(len(candidates), bool)
+        for hour_ in np.unique(hour).tolist():
+            index = np.flatnonzero(hour == hour_)
+            ids, owner = np.unique(rows.request_id[candidates[index]], return_inverse=True)
+            new[index] = self._store.add_slates(hour_, ids)[owner]
+        return candidates[new]
+
+    def _apply_outcomes(self, columns: OutcomeRows) -> tuple[I64, TotalsDelta | None]:
         last_N = columns.issued_at + OUTCOME_HORIZON_S
-        late_N = (now > last_N) | (columns.done_at > last_N)
+        late_N = (columns.logged_at > last_N) | (columns.done_at > last_N)
         outside_N = np.array([not arm.rollout for arm in columns.arms], bool)[columns.arm]
         in_time_N = ~late_N & ~outside_N
         for code in np.unique(columns.arm[in_time_N]).tolist():
             rollout = columns.arms[code].rollout
-            if rollout not in self._rollouts:  # shown, but the router's batch has not arrived yet
-                shown_at = float(columns.issued_at[in_time_N & (columns.arm == code)].max())
-                self._register_rollout(rollout, min(shown_at, now))
+            if rollout not in self._rollouts:  # shown, but its slate has not been read yet
+                shown_at = np.minimum(columns.issued_at, columns.logged_at)[in_time_N & (columns.arm == code)]
+                self._register_rollout(rollout, float(shown_at.max()))
         arm_N, live_N = self._arm_numbers(columns.arms, columns.arm)
         status_N = np.where(outside_N, OUTSIDE, np.where(late_N, LATE, np.where(live_N, COUNTED, RETIRED)))
         candidates = np.flatnonzero(status_N == COUNTED)
         status_N[candidates[~self._first_per_type(columns, candidates)]] = DUPLICATE
-        self._count_received(columns, status_N, now)
+        self._count_received(columns, status_N)
         counted = np.flatnonzero(status_N == COUNTED)
         if not len(counted):
             return status_N, None
         return status_N, _outcome_part(columns, viewer_keys(arm_N, columns.viewer_id), counted)
 
-    def _first_per_type(self, columns: OutcomeColumns, rows: I64) -> Bools:
+    def _first_per_type(self, columns: OutcomeRows, rows: I64) -> Bools:
         """Returns which rows are the first of their type for their impression. Records their types as counted."""
         impression, bit = columns.impression_id[rows], 1 << columns.kind[rows]
         hour = (columns.issued_at[rows] // HOUR_S).astype(np.int64)
@@ -234,7 +264,7 @@ class Ledger:
             known = self._arms[arm] = self._store.add_arm(arm)
         return known
 
-    def _count_received(self, columns: OutcomeColumns, status_N: I64, now: float) -> None:
+    def _count_received(self, columns: OutcomeRows, status_N: I64) -> None:
         code_N = (columns.arm * len(OUTCOME_TYPES) + columns.kind) * len(RECEIVED_OUTCOMES) + status_N
         codes, counts = np.unique(code_N, return_counts=True)
         fresh: Counter[ReceivedKey] = Counter()
@@ -243,10 +273,11 @@ class Ledger:
             arm, kind = columns.arms[rest // len(OUTCOME_TYPES)], OUTCOME_TYPES[rest % len(OUTCOME_TYPES)]
             fresh[arm.release, arm.arm.value, kind.value, RECEIVED_OUTCOMES[status]] += count
         self._received.update(fresh)
-        self._store.add_received(fresh.items(), now)
+        if fresh:
+            self._store.add_received(fresh.items(), float(columns.logged_at.max()))
 
 
-def _outcome_part(columns: OutcomeColumns, key_N: I64, counted: I64) -> TotalsDelta:
+def _outcome_part(columns: OutcomeRows, key_N: I64, counted: I64) -> TotalsDelta:
     """Counted outcomes as additions. A long watch is a second row next to its watch."""
     long = counted[columns.long_watch[counted]]
     rows = np.concatenate([counted, long])

@@ -1,5 +1,7 @@
 """The outcome collector's SQLite file: rows and transactions, no arithmetic and no counting rules.
 
+The file also holds the collector's position in the event log, which changes in the same transaction as the sums.
+
 One process holds the file while it is open. Two processes that add to the same totals would lose outcomes silently.
 """
 
@@ -17,6 +19,7 @@ from numpy.typing import NDArray
 
 from reelway.platform.contracts.events import Arm
 from reelway.platform.errors import StorageError
+from reelway.platform.eventlog import Offsets
 from reelway.platform.sqlite_file import SqliteFile, SqliteFormat
 from reelway.serving.outcomes.exposures import ArmKey
 from reelway.serving.outcomes.viewer_sums import COLUMNS_PER_VIEWER, SLICES, SUMS_PER_ARM, ViewerTotals
@@ -42,7 +45,11 @@ _FORMAT: Final = SqliteFormat(
         """CREATE TABLE received (
                release TEXT, arm TEXT, kind TEXT, outcome TEXT, count INTEGER NOT NULL, at REAL NOT NULL,
                PRIMARY KEY (release, arm, kind, outcome)) WITHOUT ROWID""",
-        "CREATE TABLE origins (origin TEXT PRIMARY KEY, number INTEGER NOT NULL, heard_at REAL NOT NULL) WITHOUT ROWID",
+        # Counted slates, by the hour in which they were shown.
+        """CREATE TABLE slates (
+               hour INTEGER, request_id INTEGER, PRIMARY KEY (hour, request_id)) WITHOUT ROWID""",
+        """CREATE TABLE positions (
+               log TEXT, "partition" INTEGER, next INTEGER NOT NULL, PRIMARY KEY (log, "partition")) WITHOUT ROWID""",
     ),
     pragmas=("cache_size = -32768", "wal_autocheckpoint = 8192"),
     exclusive=True,
@@ -110,13 +117,26 @@ class OutcomeStore:
         rows = self._db.execute("SELECT release, arm, kind, outcome, count FROM received")
         return {(release, arm, kind, outcome): count for release, arm, kind, outcome, count in rows}
 
-    def last_number(self, origin: str) -> int:
-        """The number of the last exposure batch of an origin; 0 before the first."""
-        row = self._db.execute("SELECT number FROM origins WHERE origin = ?", (origin,)).fetchone()
-        return int(row[0]) if row else 0
+    def position(self, log: str) -> Offsets:
+        """The offsets at which the next read of a log starts; empty before the first read."""
+        rows = self._db.execute('SELECT "partition", next FROM positions WHERE log = ?', (log,))
+        return dict(rows.fetchall())
 
-    def set_last_number(self, origin: str, number: int, now: float) -> None:
-        self._db.execute("INSERT OR REPLACE INTO origins VALUES (?, ?, ?)", (origin, number, now))
+    def write_position(self, log: str, position: Offsets) -> None:
+        self._db.execute("DELETE FROM positions WHERE log = ?", (log,))
+        self._db.executemany("INSERT INTO positions VALUES (?, ?, ?)", [(log, *offset) for offset in position.items()])
+
+    def add_slates(self, hour: int, request_ids: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """Records slates of one hour. Returns which of these distinct ids were not recorded before."""
+        before = self._db.execute(
+            "SELECT s.request_id FROM json_each(?) AS k CROSS JOIN slates AS s "
+            "ON s.hour = ? AND s.request_id = k.value",
+            (json.dumps(request_ids.tolist()), hour),
+        ).fetchall()
+        new = ~np.isin(request_ids, np.array([row[0] for row in before], np.int64))
+        rows = [(hour, request) for request in request_ids[new].tolist()]
+        self._db.executemany("INSERT INTO slates VALUES (?, ?)", rows)
+        return new
 
     def write_rollout(self, rollout: str, known: RolloutRow) -> None:
         self._db.execute(
@@ -197,12 +217,19 @@ class OutcomeStore:
         ]
         self._db.executemany("INSERT OR REPLACE INTO seen VALUES (?, ?, ?)", rows)
 
-    def delete_expired(self, *, seen_before_hour: int, forget_before: float, received_before: float, limit: int) -> int:
+    def delete_expired(
+        self, *, seen_before_hour: int, slates_before_hour: int, received_before: float, limit: int
+    ) -> int:
         """Deletes expired rows and dropped arms, at most ``limit`` rows of each kind. Returns the number deleted."""
         deleted = self._db.execute(
             "DELETE FROM seen WHERE (hour, impression_id) IN "
             "(SELECT hour, impression_id FROM seen WHERE hour < ? ORDER BY hour LIMIT ?)",
             (seen_before_hour, limit),
+        ).rowcount
+        deleted += self._db.execute(
+            "DELETE FROM slates WHERE (hour, request_id) IN "
+            "(SELECT hour, request_id FROM slates WHERE hour < ? ORDER BY hour LIMIT ?)",
+            (slates_before_hour, limit),
         ).rowcount
         for (number,) in self._db.execute("SELECT id FROM arms WHERE dropped").fetchall():
             first = number << _ARM_SHIFT
@@ -213,7 +240,6 @@ class OutcomeStore:
             deleted += viewers
             if not viewers:
                 self._db.execute("DELETE FROM arms WHERE id = ?", (number,))
-        self._db.execute("DELETE FROM origins WHERE heard_at < ?", (forget_before,))
         self._db.execute("DELETE FROM received WHERE at < ?", (received_before,))
         return deleted
 

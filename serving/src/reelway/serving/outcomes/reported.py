@@ -1,6 +1,6 @@
 """Reads reported outcomes into columns: checks tokens, and the value of each outcome type.
 
-Whether an outcome counts depends on clocks and rollouts, and is decided by ``ledger``.
+Whether an outcome counts depends on the log's time and on rollouts, and is decided by ``ledger``.
 """
 
 # Shapes: N outcomes
@@ -15,20 +15,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from reelway.platform.contracts.api import RefusedOutcome, ReportedOutcome
-from reelway.platform.contracts.events import LONG_WATCH_CAP_MS, LONG_WATCH_RATIO, OutcomeType
+from reelway.platform.contracts.events import OutcomeType
 from reelway.platform.errors import TokenError
 from reelway.platform.eventlog.outcome_events import OUTCOME_TYPES
 from reelway.platform.tokens import TokenSigner
 from reelway.serving.outcomes.exposures import ArmKey
-from reelway.serving.outcomes.viewer_sums import METRICS
 
 _KIND_CODES: Final = {kind: code for code, kind in enumerate(OUTCOME_TYPES)}
 _WATCH: Final = _KIND_CODES[OutcomeType.WATCH]
-METRIC_OF_KIND: Final = np.array(
-    [METRICS.index("watch_s_per_impression" if kind is OutcomeType.WATCH else f"{kind}_rate") for kind in OUTCOME_TYPES]
-)
-"""The metric that an outcome of each type adds to; a watch may add to ``LONG_WATCH`` as well."""
-LONG_WATCH: Final = METRICS.index("long_watch_rate")
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,27 +43,24 @@ class OutcomeColumns:
     done_at: NDArray[np.float64]  # the client's event_time; -inf if it gave none
     weight: NDArray[np.float64]
     slices: NDArray[np.uint8]
-    duration_ms: NDArray[np.float64]
+    duration_ms: NDArray[np.int64]  # 0 if unknown
+    creator_id: NDArray[np.int64]  # -1 if unknown
+    topic: NDArray[np.int64]  # -1 if unknown
     kind: NDArray[np.int64]  # index into OUTCOME_TYPES
     value: NDArray[np.float64]
 
     def __len__(self) -> int:
         return len(self.arm)
 
-    @property
-    def watch(self) -> NDArray[np.bool_]:
-        return np.equal(self.kind, _WATCH)
+    def rows_of_type(self, kind: OutcomeType) -> NDArray[np.int64]:
+        """Returns the indices of the outcomes of one type."""
+        return np.flatnonzero(self.kind == _KIND_CODES[kind])
 
     @property
-    def long_watch(self) -> NDArray[np.bool_]:
-        """The rule of ``contracts.events``. For a video of unknown length, ``LONG_WATCH_CAP_MS`` is the threshold."""
-        share = np.where(self.duration_ms > 0, LONG_WATCH_RATIO * self.duration_ms, LONG_WATCH_CAP_MS)
-        return np.asarray(self.watch & (self.value >= np.minimum(share, LONG_WATCH_CAP_MS)))
-
-    @property
-    def amount(self) -> NDArray[np.float64]:
-        """What each outcome adds to its metric at weight 1: seconds of a watch, else 1."""
-        return np.where(self.watch, self.value / 1_000.0, 1.0)
+    def watched_to_the_end(self) -> NDArray[np.int64]:
+        """Indices of the watches that lasted as long as their video, whose length is known."""
+        ended = (self.kind == _WATCH) & (self.duration_ms > 0) & (self.value >= self.duration_ms)
+        return np.flatnonzero(ended)
 
 
 def read_outcomes(
@@ -84,7 +75,7 @@ def read_outcomes(
         try:
             (
                 impression, request, viewer, video, position, release, arm, source, propensity, issued_at_s,
-                rollout, weight, slices, duration_ms,
+                rollout, weight, slices, duration_ms, creator, topic,
             ) = signer.read(report.token)  # fmt: skip
         except TokenError as error:
             refused.append(RefusedOutcome(index=index, message=str(error)))
@@ -104,7 +95,8 @@ def read_outcomes(
         rows.append(
             (
                 code, sources.setdefault(source, len(sources)), impression, request, viewer, video, position,
-                propensity, issued_at_s, done_at, weight, slices, duration_ms, kind, 1.0 if value is None else value,
+                propensity, issued_at_s, done_at, weight, slices, duration_ms, creator, topic, kind,
+                1.0 if value is None else value,
             )
         )  # fmt: skip
     return _columns(tuple(arms), tuple(sources), rows), refused
@@ -113,8 +105,8 @@ def read_outcomes(
 def _columns(arms: tuple[ArmKey, ...], sources: tuple[str, ...], rows: Sequence[tuple[float, ...]]) -> OutcomeColumns:
     (
         code, source, impression, request, viewer, video, position, propensity,
-        issued, done, weight, slices, duration, kind, value,
-    ) = zip(*rows, strict=True) if rows else ((),) * 15  # fmt: skip
+        issued, done, weight, slices, duration, creator, topic, kind, value,
+    ) = zip(*rows, strict=True) if rows else ((),) * 17  # fmt: skip
     return OutcomeColumns(
         arms,
         arm=np.array(code, np.int64),
@@ -130,7 +122,9 @@ def _columns(arms: tuple[ArmKey, ...], sources: tuple[str, ...], rows: Sequence[
         done_at=np.array(done, np.float64),
         weight=np.array(weight, np.float64),
         slices=np.array(slices, np.uint8),
-        duration_ms=np.array(duration, np.float64),
+        duration_ms=np.array(duration, np.int64),
+        creator_id=np.array(creator, np.int64),
+        topic=np.array(topic, np.int64),
         kind=np.array(kind, np.int64),
         value=np.array(value, np.float64),
     )

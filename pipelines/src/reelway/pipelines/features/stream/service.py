@@ -29,9 +29,9 @@ from reelway.pipelines.features.training_rows import LABELS_FILE, read_feature_f
 from reelway.pipelines.features.views import Prior, ViewSettings
 from reelway.platform.contracts.feature_dimensions import FeatureDimensions
 from reelway.platform.errors import FeatureError, MalformedFileError, StorageError
-from reelway.platform.eventlog import open_event_log
 from reelway.platform.eventlog.feature_changelog import FeatureChangelog
 from reelway.platform.eventlog.parked_records import ParkedRecords
+from reelway.platform.eventlog.topics import Topic, open_topic
 from reelway.platform.features.feast_store import open_feature_store
 from reelway.platform.run_directory import RunDirectory
 from reelway.platform.telemetry import counter, gauge
@@ -138,7 +138,7 @@ def open_processor(run: RunDirectory, options: StreamOptions) -> Iterator[Stream
     ttl_us = {view: int(store.get_feature_view(view).ttl.total_seconds() * SECOND_US) for view in STREAMED}
     outputs = FeatureSinks(store, FeatureChangelog(options.overlay or run.overlay))
     with (
-        closing(open_event_log(options.events or run.event_log)) as events,
+        closing(open_topic(options.events or run.events, Topic.OUTCOMES)) as events,
         closing(StreamState(run.path / "stream" / "state.db")) as state,
         closing(ParkedRecords(run.path / "stream" / "parked.db")) as parked,
     ):

@@ -1,0 +1,186 @@
+"""Rows of the event log as the columns that the ledger counts."""
+
+# Shapes: N outcomes, R rows of exposures (one per slate and mask of slices), V videos
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Final
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from reelway.platform.contracts.events import LONG_WATCH_CAP_MS, LONG_WATCH_RATIO, Arm, OutcomeType
+from reelway.platform.eventlog import StoredRecord
+from reelway.platform.eventlog.exposure_events import decode_exposures
+from reelway.platform.eventlog.outcome_events import OUTCOME_TYPES, decode_outcomes
+from reelway.platform.tokens import ALL_SLICES
+from reelway.serving.outcomes.exposures import ArmKey
+from reelway.serving.outcomes.viewer_sums import METRICS
+
+_KIND_CODES: Final = {kind.value: code for code, kind in enumerate(OUTCOME_TYPES)}
+_ARMS: Final = frozenset(arm.value for arm in Arm)
+METRIC_OF_KIND: Final = np.array(
+    [METRICS.index("watch_s_per_impression" if kind is OutcomeType.WATCH else f"{kind}_rate") for kind in OUTCOME_TYPES]
+)
+"""The metric that an outcome of each type adds to; a watch may add to ``LONG_WATCH`` as well."""
+LONG_WATCH: Final = METRICS.index("long_watch_rate")
+
+
+@dataclass(frozen=True, slots=True)
+class ExposureRows:
+    """Slates of rollouts, each with one row per mask of slices."""
+
+    arms: tuple[ArmKey, ...]
+    arm: NDArray[np.int64]  # index into arms
+    request_id: NDArray[np.int64]
+    viewer_id: NDArray[np.int64]
+    shown_at: NDArray[np.float64]  # Unix seconds
+    logged_at: NDArray[np.float64]  # Unix seconds: the log's time of the record
+    weight: NDArray[np.float64]
+    slices: NDArray[np.uint8]
+    count: NDArray[np.int64]  # impressions
+
+    def __len__(self) -> int:
+        return len(self.arm)
+
+
+@dataclass(frozen=True, slots=True)
+class OutcomeRows:
+    """Outcomes of the event log, of the types that this version knows."""
+
+    arms: tuple[ArmKey, ...]
+    arm: NDArray[np.int64]  # index into arms
+    impression_id: NDArray[np.int64]
+    viewer_id: NDArray[np.int64]
+    issued_at: NDArray[np.float64]  # Unix seconds
+    done_at: NDArray[np.float64]  # the client's event_time; -inf if it gave none
+    logged_at: NDArray[np.float64]  # Unix seconds: the log's time of the record
+    weight: NDArray[np.float64]
+    slices: NDArray[np.uint8]
+    duration_ms: NDArray[np.float64]  # 0 if unknown
+    kind: NDArray[np.int64]  # index into OUTCOME_TYPES
+    value: NDArray[np.float64]
+
+    def __len__(self) -> int:
+        return len(self.arm)
+
+    @property
+    def watch(self) -> NDArray[np.bool_]:
+        return np.equal(self.kind, _KIND_CODES[OutcomeType.WATCH])
+
+    @property
+    def long_watch(self) -> NDArray[np.bool_]:
+        """The rule of ``contracts.events``. For a video of unknown length, ``LONG_WATCH_CAP_MS`` is the threshold."""
+        share = np.where(self.duration_ms > 0, LONG_WATCH_RATIO * self.duration_ms, LONG_WATCH_CAP_MS)
+        return np.asarray(self.watch & (self.value >= np.minimum(share, LONG_WATCH_CAP_MS)))
+
+    @property
+    def amount(self) -> NDArray[np.float64]:
+        """What each outcome adds to its metric at weight 1: seconds of a watch, else 1."""
+        return np.where(self.watch, self.value / 1_000.0, 1.0)
+
+
+def read_exposure_rows(record: StoredRecord) -> ExposureRows:
+    """Decodes one record; the slates that were shown outside of any rollout are left out.
+
+    Raises:
+        DataError: if the record is not a batch of exposures.
+    """
+    table = decode_exposures(record.payload)
+    rollout = _strings(table, "rollout")
+    table = table.filter(pa.array(np.array([bool(name) for name in rollout.names])[rollout.codes]))
+    arms, arm_V = _arms(table)
+    request_V, slices_V = _numbers(table, "request_id"), _slices(table)
+    _, first, count = np.unique(
+        np.stack([request_V, slices_V.astype(np.int64)]), axis=1, return_index=True, return_counts=True
+    )
+    in_order = np.argsort(first)
+    first, count = first[in_order], count[in_order]
+    return ExposureRows(
+        arms,
+        arm=arm_V[first],
+        request_id=request_V[first],
+        viewer_id=_numbers(table, "viewer_id")[first],
+        shown_at=_seconds(table, "shown_at")[first],
+        logged_at=np.full(len(first), record.time_us / 1e6),
+        weight=_numbers(table, "weight")[first].astype(np.float64),
+        slices=slices_V[first],
+        count=count,
+    )
+
+
+def read_outcome_rows(record: StoredRecord) -> OutcomeRows:
+    """Decodes one record; outcomes of types that this version does not know are left out.
+
+    Raises:
+        DataError: if the record is not a batch of outcomes.
+    """
+    table = decode_outcomes(record.payload)
+    types = _strings(table, "type")
+    kind = np.array([_KIND_CODES.get(name, -1) for name in types.names], np.int64)[types.codes]
+    known = np.flatnonzero(kind >= 0)
+    table = table.take(pa.array(known))
+    arms, arm_N = _arms(table)
+    return OutcomeRows(
+        arms,
+        arm=arm_N,
+        impression_id=_numbers(table, "impression_id"),
+        viewer_id=_numbers(table, "viewer_id"),
+        issued_at=_seconds(table, "shown_at"),
+        done_at=_seconds(table, "done_at"),
+        logged_at=np.full(len(known), record.time_us / 1e6),
+        weight=_numbers(table, "weight").astype(np.float64),
+        slices=_slices(table),
+        duration_ms=_numbers(table, "duration_ms").astype(np.float64),
+        kind=kind[known],
+        value=_numbers(table, "value").astype(np.float64),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Strings:
+    """A column of strings: ``names[codes]``. Nulls are the empty string."""
+
+    codes: NDArray[np.int64]
+    names: list[str]
+
+
+def _strings(table: pa.Table, name: str) -> _Strings:
+    column = table.column(name).unify_dictionaries().combine_chunks()
+    column = column.chunk(0) if isinstance(column, pa.ChunkedArray) and column.num_chunks else column
+    if not len(column):
+        return _Strings(np.zeros(0, np.int64), [])
+    names = column.dictionary.to_pylist()
+    codes = column.indices.fill_null(len(names)).to_numpy(zero_copy_only=False).astype(np.int64)
+    return _Strings(codes, [*names, ""])
+
+
+def _arms(table: pa.Table) -> tuple[tuple[ArmKey, ...], NDArray[np.int64]]:
+    """Returns the arms and each row's index. An unknown arm of a newer writer is outside of any rollout."""
+    parts = [_strings(table, name) for name in ("rollout", "arm", "release")]
+    combined = np.stack([part.codes for part in parts])
+    keys, code_N = np.unique(combined, axis=1, return_inverse=True)
+    arms = []
+    for codes in keys.T.tolist():
+        rollout, arm, release = (part.names[code] for part, code in zip(parts, codes, strict=True))
+        arms.append(ArmKey(rollout, Arm(arm), release) if arm in _ARMS else ArmKey("", Arm.STABLE, release))
+    return tuple(arms), code_N.reshape(-1).astype(np.int64)
+
+
+def _numbers(table: pa.Table, name: str) -> NDArray[Any]:
+    """A column as an array; 0 instead of null."""
+    return np.asarray(table.column(name).fill_null(0).to_numpy())
+
+
+def _slices(table: pa.Table) -> NDArray[np.uint8]:
+    """The known bits of the column ``slices``."""
+    return (_numbers(table, "slices").astype(np.int64) & ALL_SLICES).astype(np.uint8)
+
+
+def _seconds(table: pa.Table, name: str) -> NDArray[np.float64]:
+    """A column of timestamps as Unix seconds; -inf instead of null."""
+    column = table.column(name).cast(pa.int64())
+    micros = column.fill_null(0).to_numpy().astype(np.float64)
+    return np.where(column.is_null().to_numpy(), -np.inf, micros / 1e6)
