@@ -69,7 +69,7 @@ def compare_rows(
 def ranked_in_requests(loader: ReleaseLoader, viewers: Iterable[Mapping[str, Any]]) -> Iterator[Inputs]:
     """Yields the ranker's inputs for one request of each viewer."""
     table, retrieval = loader.table(), loader.retrieval()
-    now_s = float(table.uploaded_at_s.max())
+    now_s = float(table.uploaded_at_s.base.max())
     for row in viewers:
         query = viewer_query(row, RequestContext(), now_s, table, seed=0)
         candidates = retrieval.retrieve(query)

@@ -79,7 +79,7 @@ class Retrieval:
         self._store = open_feature_store(fixture.features)
         self._index = faiss.read_index(str(fixture.release_folder / INDEX_FILE))
         table = fixture.loader().table()
-        self._ids, self._embedding = table.video_id, np.array(table.embedding)
+        self._ids, self._embedding = table.video_id.base, np.array(table.embedding)
         self._tower = TwoTower(TOWER, DIMENSIONS).eval()
 
     def retrieve(self, viewer_id: int) -> dict[str, Any]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -28,6 +30,19 @@ def test_transaction_is_rolled_back_if_the_block_raises(tmp_path: Path) -> None:
     assert rows(file) == [1]
     file.close()
     assert rows(SqliteFile(tmp_path / "folder" / "file.db", FORMAT)) == [1]
+
+
+def test_threads_that_create_the_same_file_all_open_it(tmp_path: Path) -> None:
+    for attempt in range(15):
+        ready = threading.Barrier(8)
+
+        def create(path: Path, ready: threading.Barrier) -> list[int]:
+            ready.wait()
+            return rows(SqliteFile(path, FORMAT))
+
+        with ThreadPoolExecutor(8) as threads:
+            opened = [threads.submit(create, tmp_path / f"{attempt}.db", ready) for _ in range(8)]
+        assert [one.result() for one in opened] == [[]] * 8
 
 
 def test_exclusive_file_is_held_by_one_connection(tmp_path: Path) -> None:

@@ -7,19 +7,17 @@ import time
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 import pytest
 from tests.support.release_files import make_release_folder
+from tests.support.serving.feature_changes import change, rows_of
 
 from reelway.platform.contracts.feature_names import VIDEO_LIVE_DENSE
 from reelway.platform.contracts.manifest import VIDEOS_FILE
 from reelway.platform.errors import DataError
 from reelway.platform.eventlog.feature_changelog import (
-    CHANGES,
     CREATORS,
     ENGAGEMENT,
     FIELDS,
-    FeatureChange,
     FeatureChangelog,
 )
 from reelway.serving.live_overlay import FeatureOverlay, start_follower
@@ -35,30 +33,10 @@ def table(tmp_path: Path) -> VideoTable:
     return open_video_table(tmp_path / "release" / VIDEOS_FILE)
 
 
-def rows_of(view: str, values: dict[int, float | None]) -> pa.Table:
-    """Rows whose fields all have the same value."""
-    fields = FIELDS[view]
-    return pa.table(
-        [
-            [view] * len(values) if name == "view"
-            else list(values) if name == "entity_id"
-            else [0] * len(values) if name == "event_timestamp"
-            else list(values.values()) if name in fields
-            else [None] * len(values)
-            for name in CHANGES.names
-        ],
-        names=CHANGES.names,
-    ).cast(CHANGES)  # fmt: skip
-
-
-def change(sequence: int, *tables: pa.Table) -> FeatureChange:
-    return FeatureChange(sequence, sequence * 1_000_000, pa.concat_tables(tables))
-
-
 def test_change_updates_only_the_rows_it_names(table: VideoTable, tmp_path: Path) -> None:
     log, before = FeatureChangelog(tmp_path / "overlay"), table.live.at(np.arange(len(table)))
     creator = int(table.creator_id[7])
-    creator_rows = np.flatnonzero(table.creator_id == creator)
+    creator_rows = np.flatnonzero(table.creator_id.base == creator)
     video = int(table.video_id[3])
     log.append(change(1, rows_of(ENGAGEMENT, {video: 0.25, 999_999: 1.0}), rows_of(CREATORS, {creator: 77.0})))
     overlay = FeatureOverlay(table, log)
@@ -77,7 +55,7 @@ def test_change_updates_only_the_rows_it_names(table: VideoTable, tmp_path: Path
 
 def test_changes_of_one_poll_become_one_version(table: VideoTable, tmp_path: Path) -> None:
     log = FeatureChangelog(tmp_path / "overlay")
-    ids = table.video_id.tolist()
+    ids = table.video_id.base.tolist()
     for sequence in (1, 2, 3):
         log.append(change(sequence, rows_of(ENGAGEMENT, {ids[sequence]: sequence / 8, ids[0]: sequence / 4})))
     overlay = FeatureOverlay(table, log)
@@ -96,7 +74,7 @@ def test_expired_row_becomes_unknown(table: VideoTable, tmp_path: Path) -> None:
 
 def test_snapshot_replaces_its_changes_for_all_readers(table: VideoTable, tmp_path: Path) -> None:
     log = FeatureChangelog(tmp_path / "overlay")
-    ids = table.video_id.tolist()
+    ids = table.video_id.base.tolist()
     log.append(change(1, rows_of(ENGAGEMENT, {ids[1]: 0.5})))
     old = FeatureOverlay(table, log)
     old.poll()
@@ -138,7 +116,7 @@ def test_changelog_url_reads_like_a_folder(table: VideoTable) -> None:
 
 def test_follower_ends_with_its_table(table: VideoTable, tmp_path: Path) -> None:
     other = open_video_table(tmp_path / "release" / VIDEOS_FILE)
-    thread = start_follower(other, str(tmp_path / "overlay"), every_s=0.01)
+    thread = start_follower(other, str(tmp_path / "overlay"), "release", every_s=0.01)
     FeatureChangelog(tmp_path / "overlay").append(change(1, rows_of(ENGAGEMENT, {int(table.video_id[3]): 0.5})))
     deadline = time.monotonic() + 20
     while other.live.version == 0:

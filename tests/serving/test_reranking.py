@@ -24,6 +24,9 @@ class Table:
     creator_id: np.ndarray
     embedding: np.ndarray
 
+    def has_rows(self, rows: np.ndarray) -> np.ndarray:
+        return rows < len(self.creator_id)
+
 
 def rerank(
     value: list[float],

@@ -100,7 +100,7 @@ def test_index_returns_the_nearest_videos_first(retrieval: Retrieval, table: Vid
     by_index = np.flatnonzero(candidates.source == SOURCE_CODES["ann"])[
         :24
     ]  # its quota; further videos fill unused quotas
-    exact = table.embedding @ candidates.viewer_embedding[0]
+    exact = table.embedding.base @ candidates.viewer_embedding[0]
     exact[10] = -np.inf
     assert candidates.rows[by_index].tolist() == np.argsort(-exact)[:24].tolist()
     np.testing.assert_allclose(candidates.similarity[by_index], exact[candidates.rows[by_index]], atol=1e-5)
@@ -110,7 +110,7 @@ def test_fresh_source_returns_the_newest_past_uploads(table: VideoTable) -> None
     now_s = float(np.median(table.uploaded_at_s))
     query = viewer_query({}, RequestContext(), now_s, table, seed=0)
     rows = FreshSource(table, fresh_hours=48).propose(SourceQuery(query, EMBEDDING, 1000)).rows
-    age_s = now_s - table.uploaded_at_s
+    age_s = now_s - table.uploaded_at_s.base
     expected = np.flatnonzero((age_s >= 0) & (age_s <= 48 * 3600))
     assert sorted(rows.tolist()) == expected.tolist()
     assert (np.diff(age_s[rows]) >= 0).all()
@@ -146,7 +146,10 @@ def test_popular_fallback_leaves_out_seen_videos(lists: PopularLists, table: Vid
 def test_quota_of_an_unknown_source_raises(retrieval: Retrieval) -> None:
     with pytest.raises(ServingError, match="fresh"):
         Retrieval(
-            retrieval._tower, {"ann": retrieval._sources[0]}, RetrievalSettings(quotas={"ann": 0.5, "fresh": 0.5})
+            retrieval._tower,
+            {"ann": retrieval._sources[0]},
+            RetrievalSettings(quotas={"ann": 0.5, "fresh": 0.5}),
+            retrieval._table,
         )
 
 

@@ -16,6 +16,7 @@ from reelway.platform.contracts import feature_names as names
 from reelway.platform.contracts.manifest import VIDEOS_FILE
 from reelway.platform.errors import IncompatibleReleaseError
 from reelway.platform.features.assembly import assemble_videos
+from reelway.serving.table_columns import index_in_sorted
 from reelway.serving.video_table import ABSENT, VideoTable, open_record_batch, open_video_table
 
 VIDEOS = 60
@@ -63,7 +64,7 @@ def test_gather_equals_the_feature_assembly(table: VideoTable, folder: Path) -> 
 
 
 def test_columns_are_memory_mapped(table: VideoTable) -> None:
-    for column in (table.video_id, table.embedding, table.live.snapshot):
+    for column in (table.video_id.base, table.embedding.base, table.live.snapshot.base):
         assert not column.flags.owndata
         assert not column.flags.writeable
 
@@ -114,12 +115,10 @@ def test_invalid_overlay_changes_nothing(table: VideoTable, rows: list[int], wid
 
 @given(st.sets(st.integers(0, 1000), max_size=50), st.lists(st.integers(-5, 1005), max_size=50))
 @settings(max_examples=50)
-def test_rows_of_matches_a_dictionary_lookup(present: set[int], requested: list[int]) -> None:
+def test_index_in_sorted_matches_a_dictionary_lookup(present: set[int], requested: list[int]) -> None:
     ids = np.array(sorted(present), dtype=np.int64)
-    table = VideoTable.__new__(VideoTable)
-    table.video_id, table._batch = ids, pa.RecordBatch.from_arrays([pa.array(ids)], ["video_id"])
-    expected = [ids.tolist().index(one) if one in present else ABSENT for one in requested]
-    assert table.rows_of(np.array(requested, dtype=np.int64)).tolist() == expected
+    expected = [ids.tolist().index(one) if one in present else -1 for one in requested]
+    assert index_in_sorted(ids, np.array(requested, dtype=np.int64)).tolist() == expected
 
 
 def test_file_with_other_columns_raises(folder: Path, tmp_path: Path) -> None:

@@ -143,6 +143,35 @@ def write_viewer_tower(path: Path, codes_NH: NDArray[np.int64], embedding_ND: F3
     graph.save(path, viewer_tower_inputs(), {"viewer_embedding": ["viewers", width]})
 
 
+def video_tower_inputs(batch: int | str = "videos") -> dict[str, list[Any]]:
+    """Input name -> shape of ``video_tower.onnx``."""
+    return {
+        "video_codes": [batch, names.ID_HASHES],
+        "creator_codes": [batch, names.ID_HASHES],
+        "video_categories": [batch, len(names.VIDEO_CATEGORIES)],
+        "video_static_dense": [batch, len(names.VIDEO_STATIC_DENSE)],
+        **{name: [batch, width] for name, width in DIMENSIONS.content.items()},
+    }
+
+
+def write_video_tower(path: Path, width: int) -> None:
+    """Writes a tower that is linear in every input, so that any changed value changes the embedding."""
+    rng = np.random.default_rng(width)
+    graph = _OnnxGraphBuilder()
+    parts = [
+        graph.codes("video_codes", _normal(rng, DIMENSIONS.id_buckets, width, scale=0.2)),
+        graph.codes("creator_codes", _normal(rng, DIMENSIONS.id_buckets, width, scale=0.2)),
+        graph.codes("video_categories", _normal(rng, DIMENSIONS.category_buckets, width, scale=1.0)),
+        graph.dense("video_static_dense", _normal(rng, len(names.VIDEO_STATIC_DENSE), width, scale=0.1)),
+        *(
+            graph.op("MatMul", name, graph.constant(_normal(rng, size, width, scale=0.3)))
+            for name, size in DIMENSIONS.content.items()
+        ),
+    ]
+    graph.op("LpNormalization", graph.total(*parts, output="before_norm"), output="video_embedding", axis=-1, p=2)
+    graph.save(path, video_tower_inputs(), {"video_embedding": ["videos", width]})
+
+
 def write_ranker(path: Path, width: int, rng: np.random.Generator) -> None:
     """Writes a ranker that is linear in every input and in the viewer-video similarity; ``skip`` has the other sign."""
     tasks = len(names.RANKER_TASKS)
@@ -286,6 +315,7 @@ def make_release_folder(
     video_id = table.column("video_id").to_numpy()
     embedding_ND = table.column("embedding").combine_chunks().flatten().to_numpy().reshape(videos, embedding)
     write_viewer_tower(path / files.VIEWER_TOWER_FILE, id_codes(video_id, DIMENSIONS.id_buckets), embedding_ND, rng)
+    write_video_tower(path / files.VIDEO_TOWER_FILE, embedding)
     write_ranker(path / files.RANKER_FILE, embedding, rng)
     faiss.write_index(_index(embedding_ND), str(path / files.INDEX_FILE))
     write_arrow(path / files.VIDEOS_FILE, table)

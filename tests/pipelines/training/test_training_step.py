@@ -17,14 +17,16 @@ from tests.support.dimensions import DIMENSIONS
 from tests.support.pipelines.training_row_fixtures import made_table, write_rows
 from typer.testing import CliRunner
 
+from reelway.pipelines.models.two_tower import TwoTower
 from reelway.pipelines.training.artifacts import TrainedModels, load_models
 from reelway.pipelines.training.config import load_config
-from reelway.pipelines.training.export import export_ranker, export_viewer_tower
+from reelway.pipelines.training.export import export_ranker, export_video_tower, export_viewer_tower
 from reelway.pipelines.training.fit import select_viewers
 from reelway.pipelines.training.inference import embed_videos, embed_viewers, ranker_inputs, score
 from reelway.pipelines.training.rows import TrainingRows, load_rows
 from reelway.pipelines.training.train_run import ROWS_FILE, Resources, train_run
 from reelway.platform.cli.main import build_app
+from reelway.platform.contracts.feature_dimensions import FeatureDimensions, video_tower_inputs
 from reelway.platform.contracts.feature_names import RANKER_INPUTS, RANKER_TASKS, VIEWER_TOWER_INPUTS, VIEWS
 from reelway.platform.errors import EmptyDatasetError, MalformedFileError, ReleaseError, TrainingError
 from reelway.platform.features.assembly import VideoArrays
@@ -143,6 +145,29 @@ def test_viewer_graph_takes_any_number_of_viewers(trained: Trained, graphs: tupl
         feed |= {name: feed[name].astype(np.int64) for name in ("viewer_categories", "history_codes")}
         (actual,) = session.run(["viewer_embedding"], feed)
         np.testing.assert_allclose(actual, embed_viewers(models.two_tower, viewers), atol=1e-5)
+
+
+@pytest.mark.parametrize("dimensions", [DIMENSIONS, replace(DIMENSIONS, audio=0)])
+def test_video_graph_takes_any_number_of_videos(
+    trained: Trained, tmp_path: Path, dimensions: FeatureDimensions
+) -> None:
+    """Also of a data set without one of the content vectors."""
+    _, models, rows = trained
+    everything = vars(rows.videos) | {"audio": rows.videos.audio[:, : dimensions.audio]}
+    model = models.two_tower if dimensions == DIMENSIONS else TwoTower(models.two_tower.config, dimensions)
+    sample = VideoArrays(**{name: values[:50] for name, values in everything.items()})
+    path = tmp_path / "video_tower.onnx"
+    assert export_video_tower(model, path, sample) <= 1e-5
+    session = onnxruntime.InferenceSession(str(path))
+    assert [declared.name for declared in session.get_inputs()] == list(video_tower_inputs(dimensions))
+    for count in (1, 7):
+        videos = VideoArrays(**{name: values[50 : 50 + count] for name, values in everything.items()})
+        feed = {
+            name: (values := getattr(videos, name)).astype(np.int64 if values.dtype.kind == "i" else np.float32)
+            for name in video_tower_inputs(dimensions)
+        }
+        (actual,) = session.run(["video_embedding"], feed)
+        np.testing.assert_allclose(actual, embed_videos(model, videos), atol=1e-5)
 
 
 def test_ranker_graph_takes_any_number_of_candidates(trained: Trained, graphs: tuple[Any, Any]) -> None:

@@ -15,7 +15,14 @@ import pyarrow as pa
 import pytest
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from tests.support.dimensions import DIMENSIONS
-from tests.support.release_files import FEATURE_SERVICES, describe_files, make_release_folder, write_arrow, write_ranker
+from tests.support.release_files import (
+    FEATURE_SERVICES,
+    describe_files,
+    make_release_folder,
+    write_arrow,
+    write_ranker,
+    write_video_tower,
+)
 
 from reelway.platform.contracts import manifest as files
 from reelway.platform.contracts.feature_dimensions import FeatureDimensions
@@ -286,6 +293,14 @@ def _other_tower(folder: Path) -> None:
         (lambda folder: _vectors(folder, 64, 16), "width of its vectors is 16, the manifest says 8"),
         (_euclidean, "another distance than the inner product"),
         (_other_tower, "width of its output is 12, the manifest says 8"),
+        (
+            lambda folder: shutil.copyfile(folder / files.VIEWER_TOWER_FILE, folder / files.VIDEO_TOWER_FILE),
+            "video_tower.onnx does not take .*video_codes",
+        ),
+        (
+            lambda folder: write_video_tower(folder / files.VIDEO_TOWER_FILE, 4),
+            "video_tower.onnx: width of its output is 4, the manifest says 8",
+        ),
         (
             lambda folder: write_ranker(folder / files.RANKER_FILE, 4, np.random.default_rng(0)),
             "width of viewer_embedding is 4, the manifest says 8",

@@ -284,14 +284,15 @@ def _export(
     embedding_ND: NDArray[np.float32],
     until_s: float,
 ) -> None:
-    """Exports both graphs and compares each with its model on real rows."""
-    from reelway.pipelines.training.export import export_ranker, export_viewer_tower
+    """Exports all graphs and compares each with its model on real rows."""
+    from reelway.pipelines.training.export import export_ranker, export_video_tower, export_viewer_tower
     from reelway.pipelines.training.inference import embed_viewers, ranker_inputs
 
     export_viewer_tower(models.two_tower, folder / names.VIEWER_TOWER_FILE, viewers)
     viewer = ViewerArrays(**{name: values[:1] for name, values in vars(viewers).items()})
     rows = min(SAMPLE_VIDEOS, len(embedding_ND))
     videos = assemble_videos(video_columns, np.full(rows, until_s), models.dimensions)
+    export_video_tower(models.two_tower, folder / names.VIDEO_TOWER_FILE, videos)
     inputs = ranker_inputs(viewer, embed_viewers(models.two_tower, viewer), videos, embedding_ND[:rows])
     export_ranker(models.ranker, folder / names.RANKER_FILE, inputs)
 

@@ -129,25 +129,32 @@ def write_videos(
         raise ReleaseError(
             f"video {video_id[worst]} has an embedding of length {length_N[worst]:g}, expected 1; train again"
         )
+    columns = video_columns(snapshot, videos, embedding_ND)
+    write_arrow(path, columns, with_dimensions(videos_schema(embedding_ND.shape[1]), dimensions))
+
+
+def video_columns(snapshot: pa.Table, videos: VideoArrays, embedding_ND: F32) -> list[pa.Array]:
+    """Returns the columns of ``videos_schema``: rows of ``videos.arrow``, or rows that the overlay adds to it.
+
+    Args:
+        snapshot: one row per video with ``title`` and the fields of the view ``video_content``.
+        videos: model inputs of the same rows.
+        embedding_ND: embeddings of the same rows.
+    """
     static = len(VIDEO_STATIC_DENSE)
-    write_arrow(
-        path,
-        [
-            pa.array(video_id, pa.int64()),
-            _filled(snapshot["creator_id"], -1, pa.int64()),
-            _filled(snapshot["topic"], -1, pa.int32()),
-            _filled(snapshot["uploaded_at_s"], float("nan"), pa.float64()),
-            snapshot["title"].cast(pa.string()).combine_chunks(),
-            _lists(videos.creator_codes, pa.int64()),
-            _lists(videos.video_categories, pa.int64()),
-            _lists(videos.video_static_dense, pa.float32()),
-            _lists(
-                videos.video_dense[:, static:-1], pa.float32()
-            ),  # columns between the static ones and hours_since_upload
-            _lists(embedding_ND, pa.float32()),
-        ],
-        with_dimensions(videos_schema(embedding_ND.shape[1]), dimensions),
-    )
+    live_dense = videos.video_dense[:, static:-1]  # columns between the static ones and hours_since_upload
+    return [
+        snapshot["video_id"].cast(pa.int64()).combine_chunks(),
+        _filled(snapshot["creator_id"], -1, pa.int64()),
+        _filled(snapshot["topic"], -1, pa.int32()),
+        _filled(snapshot["uploaded_at_s"], float("nan"), pa.float64()),
+        snapshot["title"].cast(pa.string()).combine_chunks(),
+        _lists(videos.creator_codes, pa.int64()),
+        _lists(videos.video_categories, pa.int64()),
+        _lists(videos.video_static_dense, pa.float32()),
+        _lists(live_dense, pa.float32()),
+        _lists(embedding_ND, pa.float32()),
+    ]
 
 
 def popular_lists(watches: LongWatches, videos: int) -> dict[str, RankedVideos]:

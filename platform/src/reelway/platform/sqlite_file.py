@@ -139,7 +139,8 @@ class SqliteFile:
         with self.translated_errors():
             if self._format.exclusive:
                 self.connection.execute("PRAGMA locking_mode = EXCLUSIVE")
-            self._is_initialised()  # before the first write, so that a file of another kind is left unchanged
+            with self.reading():  # one state of the file, which another process may be creating
+                self._is_initialised()  # before the first write, so that a file of another kind is left unchanged
             self._retry_while_locked(lambda: self.connection.execute("PRAGMA journal_mode = WAL"))
             for pragma in ("synchronous = FULL", *self._format.pragmas):
                 self.connection.execute(f"PRAGMA {pragma}")

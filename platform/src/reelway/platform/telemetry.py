@@ -45,6 +45,11 @@ def gauge(name: str, help_text: str, labels: Sequence[str], registry: CollectorR
     return Gauge(name, help_text, _check_name(name, labels), registry=registry, multiprocess_mode="livesum")
 
 
+def age_gauge(name: str, help_text: str, labels: Sequence[str], registry: CollectorRegistry) -> Gauge:
+    """Creates a gauge whose value on a node is the largest of the node's live processes."""
+    return Gauge(name, help_text, _check_name(name, labels), registry=registry, multiprocess_mode="livemax")
+
+
 def histogram(
     name: str,
     help_text: str,

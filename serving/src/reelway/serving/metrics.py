@@ -19,7 +19,7 @@ from prometheus_client.multiprocess import MultiProcessCollector
 
 from reelway.platform.contracts.ids import short_id
 from reelway.platform.rollout import metric_names
-from reelway.platform.telemetry import counter, gauge, histogram
+from reelway.platform.telemetry import age_gauge, counter, gauge, histogram
 from reelway.serving.stages.arrays import SOURCES, Candidates, Slate
 
 FOLDER_VARIABLE: Final = "PROMETHEUS_MULTIPROC_DIR"
@@ -179,6 +179,12 @@ class IngressMetrics:
         self.exposures_lost = counter(
             metric_names.EXPOSURES_LOST, "Slates that were served and are not in the event log.", both, registry
         )
+        self.withheld = counter(
+            "reelway_ingress_withheld_videos_total",
+            "Videos that the last check removed from a slate: taken down, replaced, or not read yet.",
+            both,
+            registry,
+        )
         self.videos_shown = counter(
             "reelway_ingress_videos_total", "Videos shown, by source.", [*both, "source"], registry
         )
@@ -195,6 +201,36 @@ class IntakeMetrics:
             [],
             registry,
         )
+
+
+class TakedownMetrics:
+    """Metrics of a process that follows the takedowns."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self.age = age_gauge(
+            "reelway_takedowns_age_seconds", "Time since the takedowns were last read to the end of a poll.", [],
+            registry,
+        )  # fmt: skip
+        self.faults = counter("reelway_takedowns_faults_total", "Reads of the takedowns that failed.", [], registry)
+        self.unreadable = counter(
+            "reelway_takedowns_unreadable_total", "Records of the takedowns that are malformed.", [], registry
+        )
+
+
+class OverlayMetrics:
+    """Metrics of a process that follows the overlay of a release."""
+
+    def __init__(self, registry: CollectorRegistry, release: str) -> None:
+        only = [short_id(release)]
+        self.age = age_gauge(
+            "reelway_overlay_age_seconds", "Time since the overlay was last read.", ["release"], registry
+        ).labels(*only)
+        self.rows = age_gauge(
+            "reelway_overlay_videos", "Rows of uploads and updates that were read.", ["release"], registry
+        ).labels(*only)
+        self.faults = counter(
+            "reelway_overlay_faults_total", "Reads of the overlay that failed.", ["release"], registry
+        ).labels(*only)
 
 
 class ShadowMetrics:

@@ -27,21 +27,23 @@ _REGIONAL: Final = "trending:"
 class PopularLists:
     """The lists as rows of the video table, best first; videos that the table lacks are left out."""
 
-    def __init__(self, popular: Rows, trending: Rows, trending_in: Mapping[str, Rows], embedding_dim: int) -> None:
+    def __init__(self, popular: Rows, trending: Rows, trending_in: Mapping[str, Rows], table: VideoTable) -> None:
         self.popular = popular
         self.trending = trending
         self.trending_in = dict(trending_in)
         self._members = {region: frozenset(rows.tolist()) for region, rows in trending_in.items()}
-        self._no_embedding: F32 = np.zeros((1, embedding_dim), dtype=np.float32)
+        self._table = table
+        self._no_embedding: F32 = np.zeros((1, table.embedding.shape[1]), dtype=np.float32)
 
     def is_trending_in(self, row: int, region: str | None) -> bool:
         """Whether the video is on the region's own trending list."""
         return region is not None and row in self._members.get(region, ())
 
     def candidates(self, query: ViewerQuery) -> Candidates:
-        """Returns the popular list as candidates, without videos of the viewer's history."""
-        may_show, filtered_counts = allowed_candidates(self.popular, query)
-        rows = self.popular[may_show]
+        """Returns the popular list as candidates, without videos of the viewer's history and without takedowns."""
+        popular = self._table.servable_rows(self.popular)
+        may_show, filtered_counts = allowed_candidates(popular, query)
+        rows = popular[may_show]
         return Candidates(
             rows=rows,
             source=np.full(len(rows), SOURCE_CODES["popular"], dtype=np.int8),
@@ -77,4 +79,4 @@ def open_popular_lists(folder: Path, table: VideoTable) -> PopularLists:
     regions = {
         name.removeprefix(_REGIONAL): known_rows for name, known_rows in rows.items() if name.startswith(_REGIONAL)
     }
-    return PopularLists(rows["popular"], rows.get("trending", rows["popular"][:0]), regions, table.embedding.shape[1])
+    return PopularLists(rows["popular"], rows.get("trending", rows["popular"][:0]), regions, table)

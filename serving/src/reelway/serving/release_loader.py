@@ -35,17 +35,22 @@ from reelway.serving.metrics import IngressMetrics
 from reelway.serving.onnx_model import OnnxModel
 from reelway.serving.popular import open_popular_lists
 from reelway.serving.request_path import InProcessRecommender, LocalStages, RouterRelease
+from reelway.serving.stages.fresh_tier import AnnWithUploads, FreshWithUploads
 from reelway.serving.stages.ranking import LocalRanker, Ranker, Ranking
 from reelway.serving.stages.reranking import Reranking
 from reelway.serving.stages.retrieval import Retrieval
 from reelway.serving.stages.sources import AnnSource, FreshSource, NeighbourSource, StaticListSource
+from reelway.serving.takedown_follower import TakedownFollower
 from reelway.serving.video_table import Rows, VideoTable, open_record_batch, open_video_table
 
 
-def open_trusted(source: ReleaseArgs) -> ReleaseLoader:
+def open_trusted(source: ReleaseArgs, takedowns: TakedownFollower | None = None) -> ReleaseLoader:
     """Returns the loader of a release and fetches the release if the cache lacks it.
 
     Blocks. Several processes may call this function for the same cache.
+
+    Args:
+        takedowns: hides what is taken down in the release's video table.
 
     Raises:
         ReleaseNotFoundError: if the store does not have the release.
@@ -55,7 +60,7 @@ def open_trusted(source: ReleaseArgs) -> ReleaseLoader:
     """
     folder = ReleaseStore(source.release_store).fetch(ReleaseId(source.release), source.release_cache)
     check_signature(read_manifest(folder), load_public_keys(source.public_keys))
-    return ReleaseLoader(folder, overlay=source.overlay)
+    return ReleaseLoader(folder, overlay=source.overlay, takedowns=takedowns)
 
 
 @dataclass(frozen=True)
@@ -65,7 +70,9 @@ class ReleaseLoader:
     Args:
         folder: the folder that ``ReleaseStore.fetch`` returned and ``verify`` accepted.
         threads: number of threads of one model call and of one index search.
-        overlay: changelog that the video table's live features follow; None: the features of the release stay.
+        overlay: folder or URL of the overlay that the video table follows; None: the table stays as it was built.
+        takedowns: hides what is taken down in the video table; None: nothing is hidden. The first use of the table
+            waits until the takedowns are read, and raises ``StorageError`` if they cannot be read.
 
     Every method raises ``IncompatibleReleaseError`` if a file does not have its format.
     """
@@ -73,6 +80,7 @@ class ReleaseLoader:
     folder: Path
     threads: int = 1
     overlay: str | None = None
+    takedowns: TakedownFollower | None = None
 
     def release_id(self) -> str:
         """Returns the full id of the release."""
@@ -86,7 +94,9 @@ class ReleaseLoader:
     def _table(self) -> VideoTable:
         table = open_video_table(self.folder / VIDEOS_FILE)
         if self.overlay:
-            start_follower(table, self.overlay)
+            start_follower(table, self.overlay, self.release_id())
+        if self.takedowns:
+            self.takedowns.hide_in(table)
         return table
 
     def router_release(self) -> RouterRelease:
@@ -107,13 +117,16 @@ class ReleaseLoader:
         return Retrieval(
             OnnxModel(self.folder / VIEWER_TOWER_FILE, inputs=VIEWER_TOWER_INPUTS, threads=self.threads),
             {
-                "ann": AnnSource(self._index(table), table.embedding, settings.index_probes),
+                "ann": AnnWithUploads(
+                    AnnSource(self._index(table), table.embedding.base, settings.index_probes), table
+                ),
                 "popular": StaticListSource(lists.popular),
                 "trending": StaticListSource(lists.trending, lists.trending_in),
-                "fresh": FreshSource(table, settings.fresh_hours),
+                "fresh": FreshWithUploads(FreshSource(table, settings.fresh_hours), table, settings.fresh_hours),
                 "neighbours": NeighbourSource(self._neighbours(table)),
             },
             settings,
+            table,
         )
 
     def ranking(self, ranker: Ranker | None = None) -> Ranking:
@@ -164,7 +177,7 @@ class ReleaseLoader:
             raise IncompatibleReleaseError(
                 f"{path} has schema\n{batch.schema}\nexpected\n{NEIGHBOURS_SCHEMA}\nrebuild the release"
             )
-        if not np.array_equal(batch.column("video_id").to_numpy(), table.video_id):
+        if not np.array_equal(batch.column("video_id").to_numpy(), table.video_id.base):
             raise IncompatibleReleaseError(
                 f"{path}: the videos differ from those of {VIDEOS_FILE}; rebuild the release"
             )

@@ -174,6 +174,7 @@ class RequestPath:
                 value = in_order()
             scored = ScoredCandidates.of(query, candidates, value, count)
             slate = await run(RERANKING, stages.rerank, scored, scored.top_by_value, degraded)
+        slate = self._last_check(slate)
 
         if call.mirrored:
             return PathResult(slate, degraded)
@@ -252,6 +253,14 @@ class RequestPath:
         if not degraded and is_cold_start(call.viewer_row):
             self._metrics.cold_viewers.labels(*self._labels).inc()
         return query
+
+    def _last_check(self, slate: Slate) -> Slate:
+        """Returns the slate without videos that were taken down, replaced, or that this process does not know yet."""
+        servable = self._release.table.servable_rows(slate.rows) == slate.rows
+        if servable.all():
+            return slate
+        self._metrics.withheld.labels(*self._labels).inc(int((~servable).sum()))
+        return slate.where(servable)
 
     def _showing(self, call: PathCall, query: ViewerQuery) -> ImpressionContext:
         return ImpressionContext(

@@ -120,6 +120,7 @@ def serve(
                 release_cache=serving_dir / "releases",
                 public_keys=directory.keys,
                 overlay=str(directory.overlay),
+                events=str(directory.events),
             ),
             metrics_dir=_empty_directory(serving_dir / "metrics"),
             token_secrets=_token_secrets(directory),
@@ -127,7 +128,6 @@ def serve(
             vector_log=serving_dir / "vectors.jsonl",
             parity_ratio=parity_sample_ratio,
             outcomes=serving_dir / "outcomes.db",
-            events=str(directory.events),
             host=host,
             port=port,
             deployments=Deployments.with_replicas(

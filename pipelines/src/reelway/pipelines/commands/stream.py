@@ -6,13 +6,19 @@ from pathlib import Path
 
 import typer
 
+from reelway.pipelines.commands.stream_overlay import overlay
+
 
 def register(app: typer.Typer) -> None:
-    """Adds ``reelway stream``."""
-    app.command()(stream)
+    """Adds ``reelway stream`` and ``reelway stream overlay``."""
+    group = typer.Typer(invoke_without_command=True)
+    group.callback()(stream)
+    group.command("overlay")(overlay)
+    app.add_typer(group, name="stream")
 
 
 def stream(
+    context: typer.Context,
     run: Path = typer.Option(Path("runs/default"), "--run", help="Run directory whose features are updated."),
     events: str = typer.Option(
         "",
@@ -41,6 +47,8 @@ def stream(
       reelway stream --run runs/demo
       reelway stream --run runs/production --event-log kafka://kafka:9092 --changelog s3://features/overlay
     """
+    if context.invoked_subcommand:
+        return
     import signal
     import threading
 

@@ -1,6 +1,7 @@
 """Two-tower retrieval: one unit vector per viewer and request, one per video, compared by inner product.
 
-Only the viewer tower is exported; the release build embeds the videos. Losses are in ``losses``.
+Both towers are exported: the release build embeds the catalogue, the overlay writer embeds later uploads. Losses are in
+``losses``.
 """
 
 # Shapes: B viewers, C videos, L history, S = L + 1 slots, H hashes, D embedding, A attention heads, F head width
@@ -224,9 +225,9 @@ class VideoTower(nn.Module):
         creator_codes: Tensor,
         video_categories: Tensor,
         video_static_dense: Tensor,
-        visual: Tensor,
-        audio: Tensor,
-        text: Tensor,
+        visual: Tensor | None = None,
+        audio: Tensor | None = None,
+        text: Tensor | None = None,
     ) -> Tensor:
         content = {"visual": visual, "audio": audio, "text": text}
         parts = [

@@ -3,7 +3,7 @@
 A graph holds weights and constants, no pickle and no Python. The ranker's position tower is not part of it.
 """
 
-# Shapes: B viewers, C candidates, L history
+# Shapes: B viewers, C candidates or videos, D embedding, K tasks, L history
 
 from __future__ import annotations
 
@@ -24,13 +24,15 @@ from reelway.pipelines.models.ranker import Ranker
 from reelway.pipelines.models.two_tower import TwoTower
 from reelway.pipelines.training.batches import as_tensor
 from reelway.platform.atomic_files import atomic_file
+from reelway.platform.contracts.feature_dimensions import video_tower_inputs
 from reelway.platform.contracts.feature_names import RANKER_INPUTS, VIEWER_TOWER_INPUTS
 from reelway.platform.errors import ReleaseError
-from reelway.platform.features.assembly import ViewerArrays
+from reelway.platform.features.assembly import VideoArrays, ViewerArrays
 
 MAX_OUTPUT_DIFFERENCE: Final = 1e-4
 OPSET: Final = 18
 VIEWER_OUTPUT: Final = "viewer_embedding"
+VIDEO_OUTPUT: Final = "video_embedding"
 RANKER_OUTPUT: Final = "outputs"
 
 Arrays = Mapping[str, NDArray[Any]]
@@ -54,6 +56,19 @@ def export_viewer_tower(model: TwoTower, path: Path, sample: ViewerArrays) -> fl
     inputs = {name: getattr(sample, name) for name in VIEWER_TOWER_INPUTS}
     shapes = {name: {0: "B"} for name in VIEWER_TOWER_INPUTS}
     return _export(model.viewer_tower, path, inputs, shapes, VIEWER_OUTPUT)
+
+
+def export_video_tower(model: TwoTower, path: Path, sample: VideoArrays) -> float:
+    """Writes ``video_tower.onnx``: ``video_tower_inputs(dimensions) [C, ...] -> video_embedding [C, D]``, any C.
+
+    Args:
+        sample: real videos.
+
+    Returns and raises the same as ``export_viewer_tower``.
+    """
+    names = video_tower_inputs(model.dimensions)
+    inputs = {name: getattr(sample, name) for name in names}
+    return _export(model.video_tower, path, inputs, {name: {0: "C"} for name in names}, VIDEO_OUTPUT)
 
 
 def export_ranker(model: Ranker, path: Path, sample: Arrays) -> float:
@@ -89,12 +104,12 @@ def _export(
     trained.eval()
     module.eval()
     # Exported from at least two rows: torch.export takes a dimension of one for a constant.
-    example = tuple(
-        as_tensor(values if not dynamic[name] or rows > 1 else np.repeat(values, 2, axis=0))
+    example = {
+        name: as_tensor(values if not dynamic[name] or rows > 1 else np.repeat(values, 2, axis=0))
         for name, values in inputs.items()
-    )
+    }
     with atomic_file(path) as aside:
-        _write(module, example, aside, list(inputs), dynamic, output)
+        _write(module, example, aside, dynamic, output)
         difference = _largest_difference(trained, aside, inputs, output)
         if not difference <= MAX_OUTPUT_DIFFERENCE:
             raise ReleaseError(
@@ -106,22 +121,22 @@ def _export(
 
 def _write(
     module: nn.Module,
-    example: tuple[torch.Tensor, ...],
+    example: dict[str, torch.Tensor],
     path: Path,
-    names: list[str],
     dynamic: dict[str, dict[int, str]],
     output: str,
 ) -> None:
     dims = {label: torch.export.Dim(label, min=1, max=1 << 20) for axes in dynamic.values() for label in axes.values()}
-    shapes = tuple({axis: dims[label] for axis, label in dynamic[name].items()} for name in names)
+    shapes = {name: {axis: dims[label] for axis, label in dynamic[name].items()} for name in example}
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")
         logging.getLogger("torch.onnx").setLevel(logging.ERROR)
         torch.onnx.export(
             module,
-            example,
+            (),
             str(path),
-            input_names=names,
+            kwargs=example,
+            input_names=list(example),
             output_names=[output],
             dynamic_shapes=shapes,
             opset_version=OPSET,
@@ -140,7 +155,7 @@ def _largest_difference(module: nn.Module, path: Path, inputs: Arrays, output: s
     feed = {name: values.astype(np.int64 if "int64" in types[name] else np.float32) for name, values in inputs.items()}
     (actual,) = session.run([output], feed)
     with torch.inference_mode():
-        expected = module(*(as_tensor(values) for values in inputs.values())).numpy()
+        expected = module(**{name: as_tensor(values) for name, values in inputs.items()}).numpy()
     if actual.shape != expected.shape:
         raise ReleaseError(f"{path.name}: ONNX Runtime gives shape {actual.shape}, torch {expected.shape}")
     return float(np.abs(actual - expected).max())

@@ -7,7 +7,12 @@ from typing import Annotated, Final
 from pydantic import ConfigDict, Field, TypeAdapter
 from pydantic.dataclasses import dataclass
 
-from reelway.platform.contracts.feature_names import CONTENT_VECTORS, VIEWER_ACTIVITY, VIEWER_CONTEXT
+from reelway.platform.contracts.feature_names import (
+    CONTENT_VECTORS,
+    VIDEO_TOWER_INPUTS,
+    VIEWER_ACTIVITY,
+    VIEWER_CONTEXT,
+)
 
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid"))
@@ -57,6 +62,11 @@ class FeatureDimensions:
             ValidationError: if a field is missing, unknown, or out of range.
         """
         return _DIMENSIONS.validate_json(text)
+
+
+def video_tower_inputs(dimensions: FeatureDimensions) -> tuple[str, ...]:
+    """Returns the inputs of ``video_tower.onnx``: ``VIDEO_TOWER_INPUTS`` without content that the data set lacks."""
+    return tuple(name for name in VIDEO_TOWER_INPUTS if dimensions.content.get(name, 1))
 
 
 _DIMENSIONS: Final = TypeAdapter(FeatureDimensions)

@@ -18,6 +18,7 @@ from reelway.platform.contracts.feature_dimensions import FeatureDimensions
 SCHEMA_VERSION: Final = 1
 
 VIEWER_TOWER_FILE: Final = "viewer_tower.onnx"
+VIDEO_TOWER_FILE: Final = "video_tower.onnx"
 RANKER_FILE: Final = "ranker.onnx"
 INDEX_FILE: Final = "index.faiss"
 VIDEOS_FILE: Final = "videos.arrow"
@@ -31,8 +32,8 @@ REHEARSAL_PREFIX: Final = "rehearsal-"
 """Name prefix of drill releases, which `latest` never resolves to."""
 
 RELEASE_FILES: Final = (
-    VIEWER_TOWER_FILE, RANKER_FILE, INDEX_FILE, VIDEOS_FILE, POPULAR_FILE, NEIGHBOURS_FILE, BLEND_FILE,
-    CALIBRATION_FILE,
+    VIEWER_TOWER_FILE, VIDEO_TOWER_FILE, RANKER_FILE, INDEX_FILE, VIDEOS_FILE, POPULAR_FILE, NEIGHBOURS_FILE,
+    BLEND_FILE, CALIBRATION_FILE,
 )  # fmt: skip
 
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]

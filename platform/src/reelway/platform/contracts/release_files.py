@@ -19,6 +19,8 @@ from reelway.platform.contracts.feature_names import ID_HASHES, VIDEO_CATEGORIES
 
 NEIGHBOURS_PER_VIDEO: Final = 20
 INDEX_OVERFETCH: Final = 3
+OVERLAY_CAPACITY: Final = 50_000
+"""Rows that the overlay may add to the video table of a release: uploads and updates since it was built."""
 
 
 _DIMENSIONS_KEY: Final = b"reelway.dimensions"

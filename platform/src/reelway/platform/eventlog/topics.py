@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from enum import StrEnum
 from pathlib import Path
+from typing import Final
 
 from reelway.platform.errors import ConfigError
 from reelway.platform.eventlog.addresses import KAFKA, open_event_log
@@ -26,6 +27,11 @@ class Topic(StrEnum):
     OUTCOMES = "outcomes"
     CATALOGUE = "catalogue"
     TAKEDOWNS = "takedowns"
+
+
+COMPACTED: Final = frozenset({Topic.CATALOGUE, Topic.TAKEDOWNS})
+"""Topics that must keep the newest record of each key for ever. A SQLite file keeps all records."""
+KEEP_ALL_S: Final = 1e9
 
 
 def topic_address(events: str | Path, topic: Topic) -> str:
@@ -55,4 +61,9 @@ def open_topic(events: str | Path, topic: Topic) -> EventLog:
         ConfigError: if the address or a setting is invalid.
         StorageError: if the topic cannot be opened.
     """
-    return open_event_log(topic_address(events, topic))
+    address = topic_address(events, topic)
+    if topic in COMPACTED and not address.startswith(KAFKA):
+        from reelway.platform.eventlog.sqlite_log import SqliteLog
+
+        return SqliteLog(Path(address), retain_s=KEEP_ALL_S)
+    return open_event_log(address)

@@ -11,8 +11,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from reelway.platform.contracts.feature_dimensions import video_tower_inputs
 from reelway.platform.contracts.feature_names import RANKER_INPUTS, VIEWER_TOWER_INPUTS
-from reelway.platform.contracts.manifest import INDEX_FILE, RANKER_FILE, VIEWER_TOWER_FILE, Dimensions
+from reelway.platform.contracts.manifest import (
+    INDEX_FILE,
+    RANKER_FILE,
+    VIDEO_TOWER_FILE,
+    VIEWER_TOWER_FILE,
+    Dimensions,
+)
 from reelway.platform.errors import IncompatibleReleaseError, ReleaseError
 
 _INSTALL = (
@@ -33,6 +40,7 @@ class FileDimensions:
     """Dimensions read from the graphs and the index."""
 
     viewer_tower: GraphShape
+    video_tower: GraphShape
     ranker: GraphShape
     index_width: int
     index_rows: int
@@ -44,7 +52,7 @@ DimensionReader = Callable[[Path], FileDimensions]
 
 
 def read_dimensions(folder: Path) -> FileDimensions:
-    """Opens both graphs and the index of a release folder.
+    """Opens all graphs and the index of a release folder.
 
     Raises:
         ReleaseError: if ONNX Runtime or FAISS is not installed.
@@ -53,6 +61,7 @@ def read_dimensions(folder: Path) -> FileDimensions:
     width, rows, inner_product = _read_index(folder / INDEX_FILE)
     return FileDimensions(
         viewer_tower=_read_graph(folder / VIEWER_TOWER_FILE),
+        video_tower=_read_graph(folder / VIDEO_TOWER_FILE),
         ranker=_read_graph(folder / RANKER_FILE),
         index_width=width,
         index_rows=rows,
@@ -62,9 +71,11 @@ def read_dimensions(folder: Path) -> FileDimensions:
 
 def dimension_mismatches(declared: Dimensions, in_files: FileDimensions) -> list[str]:
     """Returns one sentence for every difference between the manifest and the files; empty if there is none."""
-    tower, ranker = in_files.viewer_tower, in_files.ranker
+    tower, videos, ranker = in_files.viewer_tower, in_files.video_tower, in_files.ranker
+    content = {name: width for name, width in declared.features.content.items() if width}
     problems = [
         *_input_mismatches(VIEWER_TOWER_FILE, tower, VIEWER_TOWER_INPUTS),
+        *_input_mismatches(VIDEO_TOWER_FILE, videos, video_tower_inputs(declared.features)),
         *_input_mismatches(RANKER_FILE, ranker, RANKER_INPUTS),
     ]
     expected = [
@@ -74,6 +85,8 @@ def dimension_mismatches(declared: Dimensions, in_files: FileDimensions) -> list
             (f"{VIEWER_TOWER_FILE}: width of {name}", tower.inputs.get(name), declared.features.history_length)
             for name in ("history_weights", "history_age_h")
         ),
+        (f"{VIDEO_TOWER_FILE}: width of its output", videos.output, declared.embedding),
+        *((f"{VIDEO_TOWER_FILE}: width of {name}", videos.inputs.get(name), width) for name, width in content.items()),
         (f"{RANKER_FILE}: number of tasks", ranker.output, len(declared.tasks)),
         (f"{RANKER_FILE}: width of viewer_dense", ranker.inputs.get("viewer_dense"), declared.viewer_dense),
         (f"{RANKER_FILE}: width of video_dense", ranker.inputs.get("video_dense"), declared.video_dense),

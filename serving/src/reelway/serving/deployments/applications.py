@@ -52,6 +52,7 @@ from reelway.serving.parity_sample import ParitySampler
 from reelway.serving.release_loader import open_trusted
 from reelway.serving.release_pool import OpenRelease
 from reelway.serving.router import Router, RouterDependencies
+from reelway.serving.takedown_follower import follow_takedowns
 from reelway.serving.token_secrets import read_token_secrets
 
 # A stage computes and never waits. With a higher limit, requests would queue inside one replica instead of going to
@@ -103,6 +104,7 @@ class RouterDeployment(Router):
         self._args = args
         if args.events:
             topic_address(args.events, Topic.OUTCOMES)  # raises if the address is invalid; no log is opened yet
+        self._takedowns = follow_takedowns(args.events, parts.registry) if args.events else None
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         return build_http_api(self)
@@ -132,7 +134,7 @@ class RouterDeployment(Router):
 
     async def _open(self, release: str) -> OpenRelease:
         args = self._args
-        loader = await asyncio.to_thread(open_trusted, args.release_args(release))
+        loader = await asyncio.to_thread(open_trusted, args.release_args(release), self._takedowns)
         if args.composition == "fused":
             return await asyncio.to_thread(open_fused, loader, args.budgets.path)
         router_release = await asyncio.to_thread(loader.router_release)

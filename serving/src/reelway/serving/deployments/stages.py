@@ -20,6 +20,7 @@ from reelway.serving.open_inference.client import RemoteRanker, server_address
 from reelway.serving.release_loader import open_trusted
 from reelway.serving.request_path import run_without_waiting
 from reelway.serving.stages.arrays import F32, Candidates, RankingInput, ScoredCandidates, Slate, ViewerQuery
+from reelway.serving.takedown_follower import follow_takedowns
 from reelway.serving.viewer_query import cold_start_query, warm_up_input
 
 RETRIEVAL: Final = "Retrieval"
@@ -32,9 +33,11 @@ class RetrievalStage:
     """Replica of the retrieval stage: viewer tower, index and lists of one release."""
 
     def __init__(self, source: ReleaseArgs) -> None:
-        loader = open_trusted(source)
+        registry = CollectorRegistry()
+        takedowns = follow_takedowns(source.events, registry) if source.events else None
+        loader = open_trusted(source, takedowns)
         self._stage = loader.retrieval()
-        self._metrics = metrics.RetrievalMetrics(CollectorRegistry(), loader.release_id())
+        self._metrics = metrics.RetrievalMetrics(registry, loader.release_id())
         self._stage.retrieve(cold_start_query(loader.table()))  # the first call includes deferred initialisation
 
     def retrieve(self, query: ViewerQuery) -> Candidates:

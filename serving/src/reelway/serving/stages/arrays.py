@@ -16,7 +16,7 @@ then pass the field to the model in ``stages/ranking.py``. Code that transports 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Final, get_args
 
 import numpy as np
@@ -32,6 +32,8 @@ Codes = NDArray[np.int8]
 
 SOURCES: Final[tuple[SourceName, ...]] = get_args(SourceName)
 """All sources; the code of a source in an array is its index here."""
+NOT_RANKED: Final = np.float32(-np.inf)
+"""Value of a candidate that the ranking process does not have: an upload that it has not read yet."""
 SOURCE_CODES: Final[dict[SourceName, int]] = {name: code for code, name in enumerate(SOURCES)}
 
 
@@ -104,6 +106,10 @@ class RankingInput:
     def __len__(self) -> int:
         return len(self.rows)
 
+    def where(self, mask: NDArray[np.bool_]) -> RankingInput:
+        """Returns the candidates where ``mask`` is true."""
+        return replace(self, rows=self.rows[mask], similarity=self.similarity[mask])
+
 
 @dataclass(frozen=True, slots=True)
 class ScoredCandidates:
@@ -119,8 +125,8 @@ class ScoredCandidates:
 
     @classmethod
     def of(cls, query: ViewerQuery, candidates: Candidates, value: F32, count: int) -> ScoredCandidates:
-        """Combines the candidates with the values that ranking gave them."""
-        return cls(
+        """Combines the candidates with the values that ranking gave them. Candidates ``NOT_RANKED`` are left out."""
+        scored = cls(
             rows=candidates.rows,
             source=candidates.source,
             trigger_rows=candidates.trigger_rows,
@@ -129,6 +135,15 @@ class ScoredCandidates:
             count=count,
             seed=query.seed,
         )
+        ranked = value != NOT_RANKED
+        return scored if ranked.all() else scored.where(ranked)
+
+    def where(self, mask: NDArray[np.bool_]) -> ScoredCandidates:
+        """Returns the candidates where ``mask`` is true."""
+        return replace(
+            self, rows=self.rows[mask], source=self.source[mask], trigger_rows=self.trigger_rows[mask],
+            value=self.value[mask],
+        )  # fmt: skip
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -158,3 +173,10 @@ class Slate:
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    def where(self, mask: NDArray[np.bool_]) -> Slate:
+        """Returns the videos where ``mask`` is true, in their order."""
+        return replace(
+            self, rows=self.rows[mask], source=self.source[mask], trigger_rows=self.trigger_rows[mask],
+            score=self.score[mask], propensity=self.propensity[mask],
+        )  # fmt: skip

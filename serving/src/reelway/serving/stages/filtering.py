@@ -4,7 +4,7 @@
 |----------------|-----------------------------------------------------------------------------------|
 | seen           | the video is in the viewer's history                                              |
 | not_interested | the video is in the history with a negative weight: skipped, hidden or reported   |
-| unservable     | a source names the video, but the release's video table does not have it          |
+| unservable     | the release's video table does not have the video, or the video was taken down    |
 | duplicate      | the video is already a candidate of another source (counted by ``retrieval``)     |
 | over_quota     | the source's quota, and the unused quota of others, is full (``retrieval``)       |
 """

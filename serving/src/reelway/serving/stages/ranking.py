@@ -13,13 +13,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Protocol
 
+import numpy as np
 from numpy.typing import NDArray
 
 from reelway.platform.contracts.blend import RankingSettings
 from reelway.platform.contracts.calibration import Calibration
 from reelway.platform.features.scoring import head_predictions, video_value
 from reelway.serving.onnx_model import OnnxModel
-from reelway.serving.stages.arrays import F32, RankingInput
+from reelway.serving.stages.arrays import F32, NOT_RANKED, RankingInput
 from reelway.serving.video_table import VideoTable
 
 
@@ -61,12 +62,20 @@ class Ranking:
     async def rank(self, ranking_input: RankingInput) -> F32:
         """Returns the value of each candidate, ``[C]``. Values are comparable within one request only.
 
+        A candidate that this process's table does not have yet gets ``NOT_RANKED``.
+
         The viewer's arrays are a batch of one. The model computes the viewer's part once, not once per candidate.
 
         Raises:
             ServingError: if the model's outputs are not finite, or the ranker is unreachable.
             TimeoutError: if the ranker does not answer within ``ranking_input.timeout_s``.
         """
+        known = self._table.has_rows(ranking_input.rows)
+        if not known.all():
+            value = np.full(len(ranking_input), NOT_RANKED)
+            if known.any():
+                value[known] = await self.rank(ranking_input.where(known))
+            return value
         inputs: dict[str, NDArray[Any]] = {
             "viewer_dense": ranking_input.viewer_dense,
             "viewer_categories": ranking_input.viewer_categories,

@@ -34,7 +34,11 @@ class Reranking:
         self._settings = settings
 
     def rerank(self, candidates: ScoredCandidates) -> Slate:
-        """Returns a slate of ``candidates.count`` videos, or of all candidates if there are fewer."""
+        """Returns a slate of ``candidates.count`` videos, or of all candidates if there are fewer.
+
+        Candidates that this process's table does not have yet are left out.
+        """
+        candidates = candidates.where(self._table.has_rows(candidates.rows))
         rows, value, count = candidates.rows, candidates.value, min(candidates.count, len(candidates))
         by_value = np.argsort(-value, kind="stable")
         known_creator = self._table.creator_id[rows[by_value]]
@@ -94,6 +98,7 @@ class Reranking:
 
     def _with_triggers(self, rows: Rows, trigger_rows: Rows, liked_rows: Rows) -> Rows:
         """Returns the trigger rows; a missing one becomes the nearest liked video if that is similar enough."""
+        liked_rows = liked_rows[self._table.has_rows(liked_rows)]
         if not len(liked_rows) or not len(rows):
             return trigger_rows
         cosine = self._table.embedding[rows] @ self._table.embedding[liked_rows].T

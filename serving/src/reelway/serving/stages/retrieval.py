@@ -26,6 +26,7 @@ from reelway.serving.stages.arrays import SOURCE_CODES, Candidates, ViewerQuery
 from reelway.serving.stages.blending import blend, whole_quotas
 from reelway.serving.stages.filtering import allowed_candidates
 from reelway.serving.stages.sources import CandidateSource, SourceQuery
+from reelway.serving.video_table import VideoTable
 
 
 class Retrieval:
@@ -35,19 +36,26 @@ class Retrieval:
         tower: the model ``viewer_tower.onnx``.
         sources: name -> source; every source with a quota is required.
         settings: number of candidates and quotas. Earlier quotas take precedence.
+        table: the video table. Proposals of replaced rows become the rows that replaced them, and videos that were
+            taken down become ``ABSENT``.
 
     Raises:
         ServingError: if a source with a quota is missing.
     """
 
     def __init__(
-        self, tower: OnnxModel, sources: Mapping[SourceName, CandidateSource], settings: RetrievalSettings
+        self,
+        tower: OnnxModel,
+        sources: Mapping[SourceName, CandidateSource],
+        settings: RetrievalSettings,
+        table: VideoTable,
     ) -> None:
         if missing := sorted(set(settings.quotas) - set(sources)):
             raise ServingError(
                 f"retrieval.quotas: unknown sources {missing}; use sources among {sorted(sources)} in blend.yaml"
             )
         self._tower = tower
+        self._table = table
         self._sources = [sources[name] for name in settings.quotas]
         self._codes = np.array([SOURCE_CODES[name] for name in settings.quotas], dtype=np.int8)
         self._quotas = whole_quotas(list(settings.quotas.values()), settings.candidates)
@@ -60,7 +68,7 @@ class Retrieval:
         source_query = SourceQuery(query, embedding, limit)
         proposals = [source.propose(source_query) for source in self._sources]
 
-        rows_P = np.concatenate([p.rows for p in proposals])
+        rows_P = self._table.servable_rows(np.concatenate([p.rows for p in proposals]))
         source_P = np.repeat(np.arange(len(proposals)), [len(p.rows) for p in proposals])
         similarity_P = np.concatenate(
             [np.zeros(len(p.rows), np.float32) if p.similarity is None else p.similarity for p in proposals]

@@ -103,8 +103,9 @@ class FreshSource:
     """Proposes new uploads, newest first: a video without engagement can only be found by its age."""
 
     def __init__(self, table: VideoTable, fresh_hours: float) -> None:
-        self._newest_first = np.argsort(-table.uploaded_at_s, kind="stable").astype(np.int32)
-        self._uploaded_before = -table.uploaded_at_s[self._newest_first]  # ascending
+        uploaded_at_s = table.uploaded_at_s.base
+        self._newest_first = np.argsort(-uploaded_at_s, kind="stable").astype(np.int32)
+        self._uploaded_before = -uploaded_at_s[self._newest_first]  # ascending
         self._fresh_s = fresh_hours * 3600
 
     def propose(self, query: SourceQuery) -> SourceCandidates:
@@ -126,7 +127,9 @@ class NeighbourSource:
         self._triggers = triggers
 
     def propose(self, query: SourceQuery) -> SourceCandidates:
-        liked = query.viewer.history_rows[query.viewer.history_weights > 0][-self._triggers :][::-1]  # latest first
+        history = query.viewer.history_rows
+        has_neighbours = (query.viewer.history_weights > 0) & (history < len(self._neighbours))  # uploads have none
+        liked = history[has_neighbours][-self._triggers :][::-1]  # latest first
         if not len(liked):
             return SourceCandidates(NO_ROWS, trigger_rows=NO_ROWS)
         # The best neighbour of every trigger first, then the second best: one trigger cannot fill the list alone.

@@ -100,7 +100,7 @@ def _release_application(options: ServingOptions, release: str) -> dict[str, Any
 
 
 def _outcomes_application(options: ServingOptions, state: Path) -> dict[str, Any]:
-    args = OutcomesArgs(state=state, events=options.events or str(state.parent / "events"))
+    args = OutcomesArgs(state=state, events=options.releases.events or str(state.parent / "events"))
     return {
         "name": OUTCOMES,
         "route_prefix": _OUTCOMES_PREFIX,
@@ -122,8 +122,7 @@ def _router_application(options: ServingOptions, routing: Routing) -> dict[str, 
         composition=options.composition,
         max_ongoing_requests=options.max_ongoing_requests,
         max_ongoing_sustained=options.max_ongoing_sustained,
-        events=options.events,
-        log_keeper=OUTCOMES if options.outcomes and not options.events else None,
+        log_keeper=OUTCOMES if options.outcomes and not options.releases.events else None,
     )
     router = _deployment("Router", options.deployments.router)
     return {

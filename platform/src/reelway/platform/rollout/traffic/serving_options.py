@@ -42,8 +42,14 @@ class ReleaseStoreArgs(_Options):
     public_keys: Path = Field(description="folder with *.public.pem, or one PEM file")
     overlay: str | None = Field(
         default=None,
-        description="path or fsspec URL of the changelog that updates video features after the release was built; "
-        "without it a release keeps the features that it was built with",
+        description="path or fsspec URL of the overlay that updates the video table after the release was built; "
+        "without it a release keeps the videos and features that it was built with",
+    )
+    events: str | None = Field(
+        default=None,
+        description="event log: a folder, or kafka://host:port[/prefix]. Routers append exposures and outcomes to it, and "
+        "every process follows its takedowns. Without it nothing is taken down, and the outcomes application keeps a log "
+        "in the folder of its file, which records nothing while that application is down",
     )
 
     def release_args(self, release: str, composition: Composition = "staged") -> ReleaseArgs:
@@ -115,10 +121,6 @@ class RouterArgs(ReleaseStoreArgs):
         default=None,
         ge=1,
         description="the same limit while the queue has not been empty for 0.5 s; default: max_ongoing_requests",
-    )
-    events: str | None = Field(
-        default=None,
-        description="address of the event log (see eventlog.topics), to which exposures and outcomes are appended",
     )
     log_keeper: str | None = Field(
         default=None, description="application that appends to its own event log for the routers, used without events"
@@ -205,11 +207,6 @@ class ServingOptions(_Options):
     parity_ratio: Annotated[float, Field(ge=0, le=1)] = 0.01
     outcomes: Path | None = Field(
         default=None, description="SQLite file of the outcomes' sums; without it none are kept"
-    )
-    events: str | None = Field(
-        default=None,
-        description="address of the event log: a folder, or kafka://host:port[/prefix]. Without it the outcomes "
-        "application keeps the log in the folder of its file, and nothing is logged while that application is down",
     )
     host: str = "127.0.0.1"
     port: int = Field(default=8000, ge=1, le=65535)

@@ -1,0 +1,234 @@
+"""The overlay writer: the one process that embeds uploads for every open release.
+
+::
+
+    topic catalogue ─► VersionGuard ─► ReleaseOverlay of each open release ─► overlay/<release>/ ─► every replica
+    topic takedowns ─► VersionGuard
+
+A release is open while replicas request it (``OverlayRequests``). Each upload is embedded once per open release. A
+release that opens later reads the topic from its beginning. If a release fails, the others go on, and it is opened
+again after ``RETRY_DELAY_S``.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from prometheus_client import CollectorRegistry, start_http_server
+
+from reelway.pipelines.features.stream.release_overlay import REFUSALS, OverlayStep, ReleaseOverlay
+from reelway.pipelines.features.stream.uploads import VideoRows
+from reelway.platform.contracts.ids import ReleaseId, short_id
+from reelway.platform.errors import ConfigError, ReelwayError, StorageError
+from reelway.platform.eventlog.catalogue_events import decode_status_changes, decode_upserts
+from reelway.platform.eventlog.catalogue_log import READ_LIMIT, VersionGuard
+from reelway.platform.eventlog.topics import Topic, open_topic
+from reelway.platform.eventlog.upload_overlay import OverlayRequests
+from reelway.platform.release.folder import read_manifest
+from reelway.platform.release.signing import check_signature, load_public_keys
+from reelway.platform.release.store import ReleaseStore
+from reelway.platform.telemetry import counter, gauge
+
+log = logging.getLogger(__name__)
+
+IDLE_DELAY_S: Final = 0.1
+"""Delay between two steps when the topics had nothing new."""
+REQUESTS_INTERVAL_S: Final = 1.0
+"""How often the requested releases are listed."""
+RETRY_DELAY_S: Final = 5.0
+"""Delay until a release that failed is opened again."""
+
+
+@dataclass(frozen=True)
+class OverlayOptions:
+    """Inputs and outputs of the overlay writer."""
+
+    events: str  # event log
+    overlay: str  # folder or fsspec URL
+    release_store: str
+    release_cache: Path
+    public_keys: Path
+    metrics_port: int | None = None
+
+
+class OverlayWriterMetrics:
+    """Exports the metrics ``reelway_uploads_*``."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self.age = gauge(
+            "reelway_uploads_age_seconds", "Time since the catalogue was last read to its end.", [], registry
+        )
+        self.rows = gauge("reelway_uploads_overlay_rows", "Rows of a release's overlay.", ["release"], registry)
+        self.embedded = counter(
+            "reelway_uploads_embedded_total", "Uploads and updates that became rows.", ["release"], registry
+        )
+        self.refused = counter(
+            "reelway_uploads_refused_total", "Uploads that are not in the overlay.", ["release", "kind"], registry
+        )
+        self.repaired = counter(
+            "reelway_uploads_repaired_total", "Records appended again because an older version came after them.", [],
+            registry,
+        )  # fmt: skip
+        self.faults = counter("reelway_uploads_faults_total", "Steps that failed.", [], registry)
+
+    def record(self, release: str, step: OverlayStep, rows: int) -> None:
+        """Adds the result of one step of a release."""
+        self.rows.labels(short_id(release)).set(rows)
+        self.embedded.labels(short_id(release)).inc(step.embedded)
+        for kind in REFUSALS:
+            self.refused.labels(short_id(release), kind).inc(step.refused.get(kind, 0))
+
+
+class OverlayWriter:
+    """Writes the overlays of all open releases; see the module docstring.
+
+    Raises:
+        ConfigError: if the address of the event log is invalid.
+        StorageError: if a topic cannot be opened.
+    """
+
+    def __init__(
+        self, options: OverlayOptions, metrics: OverlayWriterMetrics, clock: Callable[[], float] = time.time
+    ) -> None:
+        self._options = options
+        self._metrics = metrics
+        self._clock = clock
+        self._store = ReleaseStore(options.release_store)
+        self._requests = OverlayRequests(options.overlay)
+        self._stack = ExitStack()
+        catalogue, takedowns = (
+            self._stack.enter_context(closing(open_topic(options.events, topic)))
+            for topic in (Topic.CATALOGUE, Topic.TAKEDOWNS)
+        )
+        self._uploads = VersionGuard(catalogue, decode_upserts)
+        self._guards = (self._uploads, VersionGuard(takedowns, decode_status_changes))
+        self._overlays: dict[str, ReleaseOverlay] = {}
+        self._retry_at: dict[str, float] = {}
+        self._next_listing = float("-inf")
+        self._current_at = clock()
+
+    def step(self) -> int:
+        """Takes in what is new and returns the number of records that were read."""
+        read = 0
+        is_current = True
+        for guard in self._guards:
+            try:
+                result = guard.step()
+            except StorageError as error:
+                self._fail("catalogue", error)
+                return 0
+            read += result.read
+            is_current &= guard.is_at_end and result.read < READ_LIMIT
+            self._metrics.repaired.inc(result.appended)
+        self._open_and_close()
+        if self._uploads.is_at_end:  # before, the newest version of a video is not known
+            for release, overlay in list(self._overlays.items()):
+                read += self._step_release(release, overlay)
+        if is_current:
+            self._current_at = self._clock()
+        self._metrics.age.set(max(self._clock() - self._current_at, 0.0))
+        return read
+
+    def close(self) -> None:
+        """Closes the logs."""
+        for overlay in self._overlays.values():
+            overlay.close()
+        self._stack.close()
+
+    def _step_release(self, release: str, overlay: ReleaseOverlay) -> int:
+        try:
+            done = overlay.step()
+        except ReelwayError as error:
+            self._fail(release, error)
+            overlay.close()
+            del self._overlays[release]
+            return 0
+        self._metrics.record(release, done, overlay.count)
+        return done.read
+
+    def _open_and_close(self) -> None:
+        """Opens the releases that are requested and closes those that are not any more."""
+        now = self._clock()
+        if now < self._next_listing:
+            return
+        self._next_listing = now + REQUESTS_INTERVAL_S
+        try:
+            served = set(self._requests.served(now))
+        except StorageError as error:
+            self._fail("overlay", error)
+            return
+        for release in set(self._overlays) - served:
+            self._overlays.pop(release).close()
+        for release in served - set(self._overlays):
+            if now >= self._retry_at.get(release, now):
+                self._open(release)
+
+    def _open(self, release: str) -> None:
+        options = self._options
+        try:
+            folder = self._store.fetch(ReleaseId(release), options.release_cache)
+            check_signature(read_manifest(folder), load_public_keys(options.public_keys))
+            catalogue = open_topic(options.events, Topic.CATALOGUE)
+            self._overlays[release] = ReleaseOverlay(
+                VideoRows(folder), catalogue, options.overlay, self._uploads.is_newest
+            )
+            log.info("release %s: overlay has %d rows", short_id(release), self._overlays[release].count)
+        except ReelwayError as error:
+            self._fail(release, error)
+
+    def _fail(self, subject: str, error: ReelwayError) -> None:
+        self._metrics.faults.inc()
+        now = self._clock()
+        if now >= self._retry_at.get(subject, now):  # one line per attempt, not per step
+            self._retry_at[subject] = now + RETRY_DELAY_S
+            log.error("overlay of %s: not updated: %s", short_id(subject), error)
+
+
+def run_overlay_writer(options: OverlayOptions, stop: threading.Event) -> None:
+    """Writes overlays until ``stop`` is set.
+
+    Raises:
+        ConfigError: if another process writes the overlay, or a setting is invalid.
+        StorageError: if the event log cannot be opened.
+    """
+    registry = CollectorRegistry()
+    metrics = OverlayWriterMetrics(registry)
+    with only_writer(options.overlay), closing(OverlayWriter(options, metrics)) as writer:
+        server = start_http_server(options.metrics_port, registry=registry) if options.metrics_port else None
+        try:
+            while not stop.is_set():
+                # A task that follows the same topics, such as the lists, takes its step here.
+                if not writer.step():
+                    stop.wait(IDLE_DELAY_S)
+        finally:
+            if server:
+                server[0].shutdown()
+                server[0].server_close()
+
+
+@contextmanager
+def only_writer(overlay: str) -> Iterator[None]:
+    """Locks an overlay on a local disk: row numbers have one writer. Elsewhere the deployment has one replica.
+
+    Raises:
+        ConfigError: if another process writes the overlay.
+    """
+    if "://" in overlay:
+        yield
+        return
+    folder = Path(overlay)
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".writer.lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(f"overlay {overlay}: another process writes it; stop that process first") from None
+        yield

@@ -1,0 +1,1 @@
+"""Commands and HTTP API of the catalogue: uploads, updates, takedowns."""
