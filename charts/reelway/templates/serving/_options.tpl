@@ -8,7 +8,8 @@ releases:
   release_store: {{ include "reelway.storeUrl" . | quote }}
   release_cache: /var/cache/reelway/releases
   public_keys: /etc/reelway/public-keys
-  overlay: {{ if .Values.stream.enabled }}{{ include "reelway.changelogUrl" . | quote }}{{ else }}null{{ end }}
+  overlay: {{ if include "reelway.live" . }}{{ include "reelway.overlayUrl" . | quote }}{{ else }}null{{ end }}
+  events: {{ .Values.eventLog.address | default nil | toJson }}
 initial:
   release: {{ .Values.releases.initial | quote }}
   salt: {{ $s.bucketSalt | quote }}
@@ -17,7 +18,6 @@ features_dir: {{ include "reelway.featuresFolder" . | default "null" }}
 vector_log: {{ if $s.parity.ratio }}{{ include "reelway.vectorLog" . }}{{ else }}null{{ end }}
 parity_ratio: {{ $s.parity.ratio }}
 outcomes: {{ ternary "/var/lib/reelway/state/outcomes.db" "null" $s.outcomes.enabled }}
-event_log: {{ if .Values.stream.enabled }}{{ .Values.stream.eventLog | quote }}{{ else }}null{{ end }}
 host: 0.0.0.0
 port: {{ $s.port }}
 composition: staged

@@ -23,7 +23,7 @@ def stream(
     events: str = typer.Option(
         "",
         "--event-log",
-        help="Address of the event log: a folder or kafka://host:port[/prefix]. Defaults to RUN/events.",
+        help="Event log: a folder, kafka://host:port or kafka://host:port/prefix. Defaults to RUN/events.",
     ),
     overlay: str = typer.Option(
         "", "--changelog", help="Changelog for video features to write: a path or fsspec URL. Defaults to RUN/overlay."

@@ -33,12 +33,17 @@ def open_event_log(address: str | Path) -> EventLog:
         raise ConfigError(f"event log {text!r}: expected kafka://host:port[,host:port]/topic")
     from reelway.platform.eventlog.kafka_log import KafkaLog
 
-    return KafkaLog(servers, topic, _settings(os.environ.get(SETTINGS_VARIABLE, "")))
+    return KafkaLog(servers, topic, kafka_settings())
 
 
-def _settings(text: str) -> dict[str, Any]:
+def kafka_settings() -> dict[str, Any]:
+    """Returns librdkafka's settings of the environment.
+
+    Raises:
+        ConfigError: if a line is not ``name=value``.
+    """
     settings = {}
-    for line in filter(None, (line.strip() for line in text.splitlines())):
+    for line in filter(None, (line.strip() for line in os.environ.get(SETTINGS_VARIABLE, "").splitlines())):
         name, separator, value = line.partition("=")
         if not separator or not name.strip():
             raise ConfigError(f"{SETTINGS_VARIABLE}: saw {name[:40]!r}, expected lines of name=value")
